@@ -1,0 +1,135 @@
+//! What a test may ask of a meter: its keys, its counters, and every nonce that was used.
+
+use std::collections::HashMap;
+
+use crate::security::TAG_LENGTH;
+use crate::{Meter, Obis, SymmetricKey, SystemTitle};
+
+/// The keys that a security setup holds at this moment, in plaintext: for tests only.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InspectedKeys {
+    /// Global unicast encryption key.
+    pub guek: SymmetricKey,
+    /// Global authentication key.
+    pub gak: SymmetricKey,
+    /// Global broadcast encryption key.
+    pub gbek: Option<SymmetricKey>,
+    /// Master key.
+    pub kek: SymmetricKey,
+}
+
+/// An encryption key of a meter, without its value. A value that comes back has its old generation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum NonceKey {
+    /// A GUEK of a security setup, numbered from 0 in the order of arrival.
+    Unicast {
+        /// The security setup.
+        setup: Obis,
+        /// Number of the key value.
+        generation: usize,
+    },
+    /// A GBEK of a security setup.
+    Broadcast {
+        /// The security setup.
+        setup: Obis,
+        /// Number of the key value.
+        generation: usize,
+    },
+    /// A dedicated key.
+    Dedicated {
+        /// Number of the key value in the meter.
+        generation: usize,
+    },
+}
+
+/// What a nonce was used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum NoncePurpose {
+    /// A ciphered initiate request or response.
+    Initiate,
+    /// An HLS 5 answer.
+    ChallengeAnswer,
+    /// A ciphered service.
+    Service,
+}
+
+/// One use of a nonce that the meter saw proven by a tag, or made itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct NonceUse {
+    /// Under which key.
+    pub key: NonceKey,
+    /// The sender: a client, or the meter itself.
+    pub sender: SystemTitle,
+    /// The invocation counter.
+    pub counter: u32,
+    /// For what.
+    pub purpose: NoncePurpose,
+    /// The tag. Different tags are two messages. Equal tags are copies of one message, which the
+    /// network makes as well, or the same plaintext protected twice: a meter cannot tell these apart.
+    pub tag: [u8; TAG_LENGTH],
+    /// Whether the meter accepted it. False for a message whose tag fits but whose counter is old.
+    pub accepted: bool,
+}
+
+/// A nonce that served two different messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RepeatedNonce {
+    /// The first use.
+    pub first: NonceUse,
+    /// A later use with another tag.
+    pub second: NonceUse,
+}
+
+impl RepeatedNonce {
+    /// Finds the nonces that served two different messages in any of `meters`, by key *value*: two
+    /// meters with equal keys are one counter domain.
+    pub fn find(meters: &[Meter]) -> Vec<Self> {
+        let mut values: Vec<SymmetricKey> = Vec::new();
+        let mut first_uses: HashMap<(usize, SystemTitle, u32), NonceUse> = HashMap::new();
+        let mut repeated = Vec::new();
+        for meter in meters {
+            let mut numbers: HashMap<NonceKey, usize> = HashMap::new();
+            for nonce_use in meter.nonce_log() {
+                let number = *numbers.entry(nonce_use.key).or_insert_with(|| {
+                    let Some(value) = meter.nonce_key_for_inspection(nonce_use.key) else {
+                        return usize::MAX;
+                    };
+                    let known = values.iter().position(|known| *known == value);
+                    known.unwrap_or_else(|| {
+                        values.push(value);
+                        values.len() - 1
+                    })
+                });
+                let nonce = (number, nonce_use.sender, nonce_use.counter);
+                let first = first_uses.entry(nonce).or_insert(nonce_use);
+                if first.tag != nonce_use.tag {
+                    repeated.push(Self {
+                        first: *first,
+                        second: nonce_use,
+                    });
+                }
+            }
+        }
+        repeated
+    }
+}
+
+/// Why a meter refused a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The counter was not above the last accepted one.
+    Counter {
+        /// The counter in the request.
+        received: u32,
+        /// The last accepted one.
+        last: u32,
+    },
+    /// The tag, the title, the suite or the protection did not fit.
+    Deciphering,
+    /// The association was rejected, with this diagnostic.
+    Association(u8),
+    /// The request does not fit the state or the policy of the association.
+    NotAllowed,
+    /// The request could not be read.
+    Malformed,
+}
