@@ -78,6 +78,11 @@ impl FlagId {
         Ok(Self(octets))
     }
 
+    /// The letters in ASCII.
+    pub const fn octets(self) -> [u8; 3] {
+        self.0
+    }
+
     /// The letters.
     pub fn as_str(&self) -> &str {
         // Only letters get in, so this never falls back.
@@ -231,6 +236,11 @@ impl KeyVersionNumber {
     /// The number.
     pub const fn number(self) -> u32 {
         self.0
+    }
+
+    /// The number after this one. It stops at the last: a slot with 2³² versions is beyond any meter's life.
+    pub const fn next(self) -> Self {
+        Self(self.0.saturating_add(1))
     }
 
     /// The number as 4 octets.

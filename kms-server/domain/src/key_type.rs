@@ -68,12 +68,13 @@ impl KeyType {
             .ok_or_else(|| ParseError::new("key type", format!("`{}` is unknown; known are KEK, GUEK, GBEK, GAK, DEDICATED, LLS-SECRET, HLS-SECRET, FIRMWARE, OPTICAL-PORT, M-BUS-CHILD and PROFILE-32 to PROFILE-63", excerpt(name))))
     }
 
-    /// The class whose roots protect keys of this type. Types of device profiles are session keys.
+    /// The class whose roots protect keys of this type. Of the types of device profiles, 32–55 are in class session and 56–63 in
+    /// class authentication: the class follows from the number alone, so that no edited profile can move a key to another root.
     pub const fn class(self) -> KeyClass {
         match self {
             Self::KEK => KeyClass::Kek,
             // I1: what may be read for in-HSM frames (the GAK), and secrets that clients must know, have roots of their own.
-            Self::GAK | Self::LLS_SECRET | Self::HLS_SECRET | Self::DEDICATED => KeyClass::Authentication,
+            Self::GAK | Self::LLS_SECRET | Self::HLS_SECRET | Self::DEDICATED | Self(56..=63) => KeyClass::Authentication,
             _ => KeyClass::Session,
         }
     }

@@ -1,0 +1,27 @@
+//! DLMS/COSEM octets that the server makes and reads, pure: no cipher (that is the HSM's), no I/O.
+//!
+//! - [`SecurityControl`], [`Nonce`] and [`CipheredApdu`]: the security header, what AES-GCM is fed with, and the frames around it
+//!   (IEC 62056-5-3, ciphered APDUs);
+//! - [`ServiceRequest`]: what a plain request does to which objects, so that policy can decide on it, and [`CriticalCommand`];
+//! - [`KeyTransfer`] and [`InitiateRequest`]: requests that carry keys;
+//! - [`ExceptionResponse`]: what a meter answers, unauthenticated, when it refuses.
+//!
+//! Octets from outside are read with bounds everywhere: at most [`LONGEST_APDU`], nesting of data at most 16 levels.
+
+mod data;
+mod error;
+mod exception;
+mod frame;
+mod initiate;
+mod key_transfer;
+mod reader;
+mod security;
+mod service;
+
+pub use error::DlmsError;
+pub use exception::{ExceptionResponse, ServiceError};
+pub use frame::{CipheredApdu, CipheredTag, LONGEST_APDU};
+pub use initiate::InitiateRequest;
+pub use key_transfer::KeyTransfer;
+pub use security::{AuthenticationTag, HlsGmac, KeySet, Nonce, Protection, SecurityControl};
+pub use service::{CriticalCommand, ServiceKind, ServiceRequest, Target};

@@ -1,0 +1,78 @@
+//! Reading octets with bounds.
+
+use crate::DlmsError;
+
+/// What is left of an APDU.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    pub(crate) const fn new(octets: &'a [u8]) -> Self {
+        Self(octets)
+    }
+
+    pub(crate) fn octet(&mut self, what: &'static str) -> Result<u8, DlmsError> {
+        let [octet] = self.array(what)?;
+        Ok(octet)
+    }
+
+    pub(crate) fn array<const LENGTH: usize>(&mut self, what: &'static str) -> Result<[u8; LENGTH], DlmsError> {
+        let (array, rest) = self.0.split_first_chunk().ok_or(DlmsError::Short { what })?;
+        self.0 = rest;
+        Ok(*array)
+    }
+
+    pub(crate) fn take(&mut self, length: usize, what: &'static str) -> Result<&'a [u8], DlmsError> {
+        let (taken, rest) = self.0.split_at_checked(length).ok_or(DlmsError::Short { what })?;
+        self.0 = rest;
+        Ok(taken)
+    }
+
+    /// A length in A-XDR: one octet below 128, else the number of octets that follow with it. At most two are read: no APDU here
+    /// is longer.
+    pub(crate) fn length(&mut self, what: &'static str) -> Result<usize, DlmsError> {
+        match self.octet(what)? {
+            short @ 0..=0x7F => Ok(short.into()),
+            0x81 => Ok(self.octet(what)?.into()),
+            0x82 => Ok(u16::from_be_bytes(self.array(what)?).into()),
+            _ => Err(DlmsError::invalid(what, "the length is longer than 65,535")),
+        }
+    }
+
+    /// The presence octet of an OPTIONAL field.
+    pub(crate) fn present(&mut self, what: &'static str) -> Result<bool, DlmsError> {
+        match self.octet(what)? {
+            0 => Ok(false),
+            1 => Ok(true),
+            other => Err(DlmsError::invalid(what, format!("presence octet {other:#04X} is neither 00 nor 01"))),
+        }
+    }
+
+    pub(crate) const fn rest(self) -> &'a [u8] {
+        self.0
+    }
+
+    pub(crate) const fn end(self, what: &'static str) -> Result<(), DlmsError> {
+        match self.0.len() {
+            0 => Ok(()),
+            count => Err(DlmsError::Trailing { what, count }),
+        }
+    }
+}
+
+/// Writes a length in A-XDR, shortest form.
+///
+/// # Errors
+/// The length is above 65,535.
+pub(crate) fn write_length(octets: &mut Vec<u8>, length: usize, what: &'static str) -> Result<(), DlmsError> {
+    match (u8::try_from(length), u16::try_from(length)) {
+        (Ok(short @ 0..=0x7F), _) => octets.push(short),
+        (Ok(long), _) => octets.extend_from_slice(&[0x81, long]),
+        (_, Ok(long)) => {
+            octets.push(0x82);
+            octets.extend_from_slice(&long.to_be_bytes());
+        }
+        _ => return Err(DlmsError::invalid(what, "the length is longer than 65,535")),
+    }
+    Ok(())
+}

@@ -1,0 +1,557 @@
+//! Invocation counters (I4): no (key value, client system title, counter) is handed out twice.
+//!
+//! A sealed row says up to where counters were reserved, and which server holds the last chunk. The holder deals leases from
+//! memory. Another server never continues a chunk: it reserves the next one, above, and becomes the holder. So a crash skips
+//! counters and never repeats them, and a newer lease always starts higher than every older one.
+
+use std::{fmt, num::NonZeroU32};
+
+use crate::{CounterDomainId, PrincipalId, SystemTitle, WriterId};
+
+/// What a meter counts: one sequence per client system title, or one for all clients of the security setup. A device profile says it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum CounterScope {
+    /// One counter per client system title.
+    ClientTitle,
+    /// One counter for the whole security setup: a session of one client ends those of the others.
+    Setup,
+}
+
+impl CounterScope {
+    /// The counter that a client with this title uses.
+    pub const fn key(self, title: SystemTitle) -> CounterKey {
+        match self {
+            Self::ClientTitle => CounterKey::ClientTitle(title),
+            Self::Setup => CounterKey::Setup,
+        }
+    }
+}
+
+/// Which counter of a key version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum CounterKey {
+    /// The counter of one client system title.
+    ClientTitle(SystemTitle),
+    /// The one counter of all client system titles.
+    Setup,
+}
+
+impl fmt::Display for CounterKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ClientTitle(title) => title.fmt(f),
+            Self::Setup => f.write_str("all client titles"),
+        }
+    }
+}
+
+/// Who hands out the counters.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum CounterOwnership {
+    /// This system.
+    Kms,
+    /// A head-end that used the key before it came here, and still counts by itself: no leases, no frames in the HSM.
+    HeadEnd(PrincipalId),
+}
+
+/// One invocation counter, as the sealed row keeps it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct CounterState {
+    key: CounterKey,
+    bound: u64,
+    holder: Option<WriterId>,
+    ownership: CounterOwnership,
+}
+
+impl CounterState {
+    /// The first counter of a fresh key. Meters refuse a counter that is not above the last one, and start at 0.
+    pub const FIRST: u32 = 1;
+
+    /// The exclusive end of all counters: the DLMS invocation counter has 32 bits.
+    pub const END: u64 = 1 << 32;
+
+    /// The bound from which a new key is due: 80 % of all counters.
+    pub const ROTATION_DUE: u64 = Self::END / 5 * 4;
+
+    /// A counter of which everything below `bound` counts as used.
+    ///
+    /// # Errors
+    /// The bound is above [`Self::END`].
+    pub fn new(key: CounterKey, bound: u64, holder: Option<WriterId>, ownership: CounterOwnership) -> Result<Self, CounterError> {
+        if bound > Self::END {
+            return Err(CounterError::OutOfRange { bound });
+        }
+        Ok(Self { key, bound, holder, ownership })
+    }
+
+    /// Whose counter it is.
+    pub const fn key(&self) -> CounterKey {
+        self.key
+    }
+
+    /// The exclusive upper end of what was ever reserved, at most [`Self::END`]. Nothing below it is reserved again.
+    pub const fn bound(&self) -> u64 {
+        self.bound
+    }
+
+    /// The server run that holds the chunk that ends at the bound; `None` if nobody may deal below the bound.
+    pub const fn holder(&self) -> Option<WriterId> {
+        self.holder
+    }
+
+    /// Who hands out the counters.
+    pub const fn ownership(&self) -> &CounterOwnership {
+        &self.ownership
+    }
+
+    /// Whether 80 % of the counters are used: the key asks for its rotation.
+    pub const fn rotation_due(&self) -> bool {
+        self.bound >= Self::ROTATION_DUE
+    }
+}
+
+/// The counters of one key version or of one counter domain.
+///
+/// Either one counter for all client titles or one per title, never both: a counter for all titles would meet those of single
+/// titles at the same (key value, title, counter).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Counters(Vec<CounterState>);
+
+impl Counters {
+    /// The counters of a row.
+    ///
+    /// # Errors
+    /// Two of them are the same counter, or one for all titles stands beside others.
+    pub fn from_states(states: Vec<CounterState>) -> Result<Self, CounterError> {
+        let has_setup = states.iter().any(|state| state.key == CounterKey::Setup);
+        let duplicate = states.iter().enumerate().any(|(at, state)| states.iter().take(at).any(|earlier| earlier.key == state.key));
+        if duplicate || (has_setup && states.len() > 1) {
+            return Err(CounterError::Overlapping);
+        }
+        Ok(Self(states))
+    }
+
+    /// The single counters.
+    pub fn states(&self) -> &[CounterState] {
+        &self.0
+    }
+
+    /// The counter that serves this key: its own, or the one for all client titles where there is one.
+    pub fn get(&self, key: CounterKey) -> Option<&CounterState> {
+        self.0.iter().find(|state| state.key == key || state.key == CounterKey::Setup)
+    }
+
+    /// The highest bound of any counter; 0 without counters.
+    pub fn highest_bound(&self) -> u64 {
+        self.0.iter().map(|state| state.bound).max().unwrap_or(0)
+    }
+
+    /// Reserves the next `chunk` counters for `holder`, all at or above `at_least`; fewer at the end of the counter space.
+    ///
+    /// The caller stores the changed row before it deals from the reservation. // I4: durable first, then handed out.
+    ///
+    /// # Errors
+    /// The counters belong to a head-end, or none are left.
+    pub fn reserve(&mut self, key: CounterKey, holder: WriterId, chunk: ChunkSize, at_least: u64) -> Result<Reservation, CounterError> {
+        let state = self.state_mut(key);
+        if let CounterOwnership::HeadEnd(head_end) = &state.ownership {
+            return Err(CounterError::OwnedByHeadEnd { head_end: head_end.clone() });
+        }
+        // I4: a reservation starts at the bound of all earlier ones, whoever held them.
+        let first = state.bound.max(at_least);
+        let first_counter = u32::try_from(first).map_err(|_| CounterError::Exhausted { key })?;
+        state.bound = (first + u64::from(chunk.get())).min(CounterState::END);
+        state.holder = Some(holder);
+        Ok(Reservation { key: state.key, first: first_counter, bound: state.bound, holder, rotation_due: state.rotation_due() })
+    }
+
+    /// Makes `floor` the lowest counter that may still be used; a lower floor than the present one changes nothing.
+    /// `jump_cap` bounds how far a floor from an unauthenticated source may move the counter (a spoofed FFFFFFFF would use up the key).
+    ///
+    /// # Errors
+    /// The jump is longer than the cap.
+    pub fn raise_floor(&mut self, key: CounterKey, floor: u64, jump_cap: Option<u32>) -> Result<(), CounterError> {
+        let floor = floor.min(CounterState::END);
+        let state = self.state_mut(key);
+        if floor <= state.bound {
+            return Ok(());
+        }
+        if let Some(cap) = jump_cap
+            && floor - state.bound > u64::from(cap)
+        {
+            return Err(CounterError::JumpTooFar { from: state.bound, to: floor, cap });
+        }
+        state.bound = floor;
+        // I4: a chunk reserved before ends below the floor, and its holder must not go on dealing from it.
+        state.holder = None;
+        Ok(())
+    }
+
+    /// Raises every counter by `jump`, in restored mode: what was reserved after the backup is unknown.
+    pub fn jump_all(&mut self, jump: u32) {
+        for state in &mut self.0 {
+            state.bound = (state.bound + u64::from(jump)).min(CounterState::END);
+            state.holder = None;
+        }
+    }
+
+    /// Leaves a counter to a head-end that counts by itself.
+    pub fn leave_to(&mut self, key: CounterKey, head_end: PrincipalId) {
+        let state = self.state_mut(key);
+        state.ownership = CounterOwnership::HeadEnd(head_end);
+        state.holder = None;
+    }
+
+    /// Takes a counter over from its head-end, which has stopped using it; `floor` is the lowest counter that it never used.
+    pub fn take_over(&mut self, key: CounterKey, floor: u64) {
+        let state = self.state_mut(key);
+        state.ownership = CounterOwnership::Kms;
+        state.bound = state.bound.max(floor.min(CounterState::END));
+        state.holder = None;
+    }
+
+    /// The counter of this key, made when it is new. Asking for the one counter of all titles joins those of single titles.
+    fn state_mut(&mut self, key: CounterKey) -> &mut CounterState {
+        if key == CounterKey::Setup && !matches!(self.0.as_slice(), [] | [CounterState { key: CounterKey::Setup, .. }]) {
+            self.collapse();
+        }
+        let at = match self.0.iter().position(|state| state.key == key || state.key == CounterKey::Setup) {
+            Some(at) => at,
+            None => {
+                self.0.push(CounterState { key, bound: u64::from(CounterState::FIRST), holder: None, ownership: CounterOwnership::Kms });
+                self.0.sort_by_key(|state| state.key);
+                self.0.iter().position(|state| state.key == key).unwrap_or_default()
+            }
+        };
+        #[expect(clippy::indexing_slicing, reason = "the position was just found in this vector")]
+        &mut self.0[at]
+    }
+
+    /// Turns all counters into the one for all client titles, above every one of them. A head-end's ownership stays.
+    fn collapse(&mut self) {
+        let bound = self.highest_bound().max(u64::from(CounterState::FIRST));
+        let ownership = self.0.drain(..).map(|state| state.ownership).find(|ownership| *ownership != CounterOwnership::Kms).unwrap_or(CounterOwnership::Kms);
+        self.0.push(CounterState { key: CounterKey::Setup, bound, holder: None, ownership });
+    }
+
+    /// Takes in the counters of another slot with the same key value: every bound at least as high as the other's.
+    fn absorb(&mut self, other: &Self) {
+        for theirs in &other.0 {
+            let state = self.state_mut(theirs.key);
+            state.bound = state.bound.max(theirs.bound);
+            state.holder = None;
+            if state.ownership == CounterOwnership::Kms {
+                // What a head-end counts by itself is unknown here, so one such member stops the leases of all.
+                state.ownership.clone_from(&theirs.ownership);
+            }
+        }
+    }
+}
+
+/// The counters of a key value that several slots share (I4), a sealed row of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CounterDomain {
+    /// The fingerprint of the key value.
+    pub id: CounterDomainId,
+    /// The counters.
+    pub counters: Counters,
+    /// How many slots joined so far. Informational: it never decides.
+    pub members: u64,
+}
+
+impl CounterDomain {
+    /// A domain without members.
+    pub fn new(id: CounterDomainId) -> Self {
+        Self { id, counters: Counters::default(), members: 0 }
+    }
+
+    /// Lets a slot join: the domain's counters end up above those of the slot. In the same transaction the slot's key version
+    /// names this domain instead of holding counters ([`crate::Slot::join_domain`]).
+    pub fn join(&mut self, counters: &Counters) {
+        self.counters.absorb(counters);
+        self.members = self.members.saturating_add(1);
+    }
+}
+
+/// How many counters a server reserves at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ChunkSize(NonZeroU32);
+
+impl ChunkSize {
+    /// 2¹⁶ counters.
+    ///
+    /// With leases of 1,000 counters a chunk serves 65 sessions, so 1 session in 65 writes the meter's row: 430 rows a second
+    /// at 28,000 sessions a second, and one write in 16 hours for a meter that is read each 15 minutes. The price is what a
+    /// change of holder throws away, at most one chunk: a meter has 65,536 of them, enough for 179 years of daily restarts.
+    /// Two servers that take turns on a meter at each of 96 daily sessions would use them up in 683 days (80 % in 546); where
+    /// callers do not stay with one server, 2¹³ is the better size (15 years, a write each 8 sessions).
+    pub const DEFAULT: Self = match NonZeroU32::new(1 << 16) {
+        Some(size) => Self(size),
+        None => Self(NonZeroU32::MIN),
+    };
+
+    /// A chunk of this many counters.
+    pub const fn new(counters: NonZeroU32) -> Self {
+        Self(counters)
+    }
+
+    /// The number of counters.
+    pub const fn get(self) -> u32 {
+        self.0.get()
+    }
+}
+
+impl Default for ChunkSize {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
+}
+
+/// Counters `first..bound` that a server run reserved; worth something only after the row is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reservation {
+    /// Which counter.
+    pub key: CounterKey,
+    /// The first reserved counter.
+    pub first: u32,
+    /// The exclusive end, which the row now carries.
+    pub bound: u64,
+    /// The server run that may deal from it.
+    pub holder: WriterId,
+    /// Whether 80 % of the key's counters are used: it asks for its rotation.
+    pub rotation_due: bool,
+}
+
+/// Counters `first .. first + count` that a grantee may use, each once, upwards. The newest lease ends all older ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Lease {
+    /// The first counter.
+    pub first: u32,
+    /// How many.
+    pub count: u32,
+}
+
+impl Lease {
+    /// The last counter of the lease.
+    pub const fn last(self) -> u32 {
+        // A lease is never empty and ends within 32 bits, by `LiveChunk::deal`.
+        self.first.saturating_add(self.count.saturating_sub(1))
+    }
+}
+
+/// A reserved chunk in its holder's memory, dealt from the bottom up.
+///
+/// Not `Clone`: two copies would deal the same counters twice.
+#[derive(Debug, PartialEq, Eq)]
+pub struct LiveChunk {
+    holder: WriterId,
+    next: u64,
+    bound: u64,
+}
+
+impl LiveChunk {
+    /// The chunk of a reservation whose row is durable.
+    pub fn new(stored: Reservation) -> Self {
+        Self { holder: stored.holder, next: u64::from(stored.first), bound: stored.bound }
+    }
+
+    /// Deals the next `count` counters.
+    ///
+    /// `row` is the counter as read in the transaction that records the grant, and that transaction must fail if the row
+    /// changed meanwhile. // I4: else a server that lost the chunk could deal a lower lease after a higher one.
+    ///
+    /// # Errors
+    /// The chunk is spent (reserve the next one), or the row no longer names it (another server took over, a floor was
+    /// raised, the counter was left to a head-end): drop this chunk and reserve the next one.
+    pub fn deal(&mut self, row: &CounterState, count: NonZeroU32) -> Result<Lease, DealError> {
+        if row.holder != Some(self.holder) || row.bound != self.bound || row.ownership != CounterOwnership::Kms {
+            return Err(DealError::Superseded);
+        }
+        let end = self.next + u64::from(count.get());
+        if end > self.bound {
+            return Err(DealError::Spent);
+        }
+        let first = u32::try_from(self.next).map_err(|_| DealError::Spent)?;
+        self.next = end;
+        Ok(Lease { first, count: count.get() })
+    }
+
+    /// How many counters are left.
+    pub const fn remaining(&self) -> u64 {
+        self.bound - self.next
+    }
+
+    /// The exclusive end of what this server knows as reserved: what a following reservation passes as `at_least`, so that
+    /// an older row cannot bring reserved counters back.
+    pub const fn bound(&self) -> u64 {
+        self.bound
+    }
+}
+
+/// Why a chunk deals nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DealError {
+    /// Too few counters are left in it.
+    #[error("the counter chunk is spent")]
+    Spent,
+    /// The row no longer names this chunk.
+    #[error("the counter chunk was superseded")]
+    Superseded,
+}
+
+/// Why a counter cannot do what was asked.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CounterError {
+    /// All 2³² counters are reserved.
+    #[error("the invocation counter of {key} is used up: the key must be rotated")]
+    Exhausted {
+        /// Which counter.
+        key: CounterKey,
+    },
+    /// A head-end hands out these counters itself.
+    #[error("the invocation counter is still owned by `{head_end}`: take it over with a floor first")]
+    OwnedByHeadEnd {
+        /// The head-end.
+        head_end: PrincipalId,
+    },
+    /// A floor would move the counter further than the device profile allows.
+    #[error("a jump of the invocation counter from {from} to {to} is longer than the cap of {cap}")]
+    JumpTooFar {
+        /// The present bound.
+        from: u64,
+        /// The floor that was asked for.
+        to: u64,
+        /// The longest jump allowed.
+        cap: u32,
+    },
+    /// The slot's counters are kept in a domain.
+    #[error("the invocation counters are in counter domain {domain}")]
+    InDomain {
+        /// The domain.
+        domain: CounterDomainId,
+    },
+    /// A bound above 2³².
+    #[error("a counter bound of {bound} is above 2^32")]
+    OutOfRange {
+        /// The bound.
+        bound: u64,
+    },
+    /// Two counters for one client title.
+    #[error("two invocation counters cover one client title")]
+    Overlapping,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{IslandName, Role};
+
+    fn title(last: u8) -> SystemTitle {
+        SystemTitle::from_octets(&[0x4D, 0x4D, 0x4D, 0, 0, 0, 0, last]).unwrap()
+    }
+
+    fn server(number: u8) -> WriterId {
+        WriterId::from_octets(&[number; 16]).unwrap()
+    }
+
+    fn chunk(counters: u32) -> ChunkSize {
+        ChunkSize::new(NonZeroU32::new(counters).unwrap())
+    }
+
+    fn count(counters: u32) -> NonZeroU32 {
+        NonZeroU32::new(counters).unwrap()
+    }
+
+    fn head_end() -> PrincipalId {
+        PrincipalId::new(IslandName::parse("dev").unwrap(), Role::HeadEnd, "hes").unwrap()
+    }
+
+    #[test]
+    fn another_holder_reserves_above_and_ends_the_older_chunk() {
+        let key = CounterKey::ClientTitle(title(1));
+        let mut counters = Counters::default();
+        let mut first = LiveChunk::new(counters.reserve(key, server(1), chunk(100), 0).unwrap());
+        assert_eq!(first.deal(counters.get(key).unwrap(), count(60)), Ok(Lease { first: 1, count: 60 }));
+        assert_eq!(first.deal(counters.get(key).unwrap(), count(41)), Err(DealError::Spent));
+        let mut second = LiveChunk::new(counters.reserve(key, server(2), chunk(100), 0).unwrap());
+        assert_eq!(first.deal(counters.get(key).unwrap(), count(1)), Err(DealError::Superseded));
+        assert_eq!(second.deal(counters.get(key).unwrap(), count(1)), Ok(Lease { first: 101, count: 1 }));
+    }
+
+    #[test]
+    fn the_counter_space_ends_and_warns_before() {
+        let key = CounterKey::Setup;
+        let mut counters = Counters::default();
+        counters.raise_floor(key, CounterState::ROTATION_DUE - 200, None).unwrap();
+        assert!(!counters.reserve(key, server(1), chunk(100), 0).unwrap().rotation_due);
+        assert!(counters.reserve(key, server(1), chunk(100), 0).unwrap().rotation_due);
+        counters.raise_floor(key, CounterState::END - 10, None).unwrap();
+        let last = counters.reserve(key, server(1), chunk(100), 0).unwrap();
+        assert_eq!(last.bound, CounterState::END);
+        let lease = LiveChunk::new(last).deal(counters.get(key).unwrap(), count(10)).unwrap();
+        assert_eq!(lease.last(), u32::MAX);
+        assert_eq!(counters.reserve(key, server(1), chunk(1), 0), Err(CounterError::Exhausted { key }));
+    }
+
+    #[test]
+    fn a_spoofed_counter_cannot_use_up_the_key() {
+        let key = CounterKey::Setup;
+        let mut counters = Counters::default();
+        assert!(matches!(counters.raise_floor(key, 0xFFFF_FFFF, Some(100_000)), Err(CounterError::JumpTooFar { .. })));
+        assert_eq!(counters.highest_bound(), u64::from(CounterState::FIRST));
+        assert_eq!(counters.raise_floor(key, 5_000, Some(100_000)), Ok(()));
+        assert_eq!(counters.reserve(key, server(1), chunk(1), 0).unwrap().first, 5_000);
+    }
+
+    #[test]
+    fn a_head_end_keeps_its_counter_until_it_is_taken_over() {
+        let key = CounterKey::ClientTitle(title(1));
+        let mut counters = Counters::default();
+        counters.leave_to(key, head_end());
+        assert_eq!(counters.reserve(key, server(1), chunk(1), 0), Err(CounterError::OwnedByHeadEnd { head_end: head_end() }));
+        assert!(counters.reserve(CounterKey::ClientTitle(title(2)), server(1), chunk(1), 0).is_ok());
+        counters.take_over(key, 1_200);
+        assert_eq!(counters.reserve(key, server(1), chunk(1), 0).unwrap().first, 1_200);
+    }
+
+    #[test]
+    fn a_domain_starts_above_every_member() {
+        let [mine, other] = [CounterKey::ClientTitle(title(1)), CounterKey::ClientTitle(title(2))];
+        let mut first = Counters::default();
+        let mut second = Counters::default();
+        first.raise_floor(mine, 500, None).unwrap();
+        second.raise_floor(mine, 900, None).unwrap();
+        second.raise_floor(other, 40, None).unwrap();
+        let mut domain = CounterDomain::new(CounterDomainId([7; 16]));
+        domain.join(&first);
+        domain.join(&second);
+        assert_eq!(domain.counters.reserve(mine, server(1), chunk(1), 0).unwrap().first, 900);
+        assert_eq!(domain.counters.reserve(other, server(1), chunk(1), 0).unwrap().first, 40);
+
+        let mut whole_setup = Counters::default();
+        whole_setup.raise_floor(CounterKey::Setup, 20, None).unwrap();
+        domain.join(&whole_setup);
+        assert_eq!(domain.counters.states().len(), 1);
+        assert_eq!(domain.counters.reserve(other, server(1), chunk(1), 0).unwrap().first, 901);
+    }
+
+    #[test]
+    fn a_member_counted_by_a_head_end_stops_the_whole_domain() {
+        let key = CounterKey::ClientTitle(title(1));
+        let mut owned = Counters::default();
+        owned.leave_to(key, head_end());
+        let mut domain = CounterDomain::new(CounterDomainId([7; 16]));
+        domain.join(&Counters::default());
+        domain.join(&owned);
+        assert!(matches!(domain.counters.reserve(key, server(1), chunk(1), 0), Err(CounterError::OwnedByHeadEnd { .. })));
+    }
+
+    #[test]
+    fn overlapping_counters_are_refused() {
+        let state = |key| CounterState::new(key, 1, None, CounterOwnership::Kms).unwrap();
+        let own = CounterKey::ClientTitle(title(1));
+        assert_eq!(Counters::from_states(vec![state(own), state(own)]), Err(CounterError::Overlapping));
+        assert_eq!(Counters::from_states(vec![state(own), state(CounterKey::Setup)]), Err(CounterError::Overlapping));
+        assert!(CounterState::new(own, CounterState::END + 1, None, CounterOwnership::Kms).is_err());
+    }
+}

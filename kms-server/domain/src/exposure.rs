@@ -1,0 +1,97 @@
+//! The ledger of exposures: who outside the HSM could come to know a key version, since when, and why.
+
+use std::fmt;
+
+use crate::{ParseError, PrincipalId, UnixMillis};
+
+/// One way by which someone outside the HSM can know a key version.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Exposure {
+    /// Who.
+    pub party: Party,
+    /// Since when: the first time counts.
+    pub since: UnixMillis,
+    /// How.
+    pub reason: ExposureReason,
+}
+
+/// Someone who may know a key.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Party {
+    /// The vendor of the meter, who made the key.
+    Vendor,
+    /// Anyone who recorded the traffic, or read an unprotected delivery.
+    Anyone,
+    /// A principal of the island.
+    Principal(PrincipalId),
+}
+
+impl fmt::Display for Party {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Vendor => f.write_str("vendor"),
+            Self::Anyone => f.write_str("anyone"),
+            Self::Principal(principal) => principal.fmt(f),
+        }
+    }
+}
+
+/// Why a party may know a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ExposureReason {
+    /// The vendor made the key and sent it wrapped.
+    Shipment,
+    /// The vendor sent the key unprotected.
+    PlainShipment,
+    /// The key was granted to the party.
+    Grant,
+    /// The key was in a bundle of the party.
+    Bundle,
+    /// The key travelled wrapped under a master key that was exposed itself.
+    TransferUnderExposedKek,
+    /// An officer reported that the party knows the key.
+    Reported,
+}
+
+impl ExposureReason {
+    /// All reasons.
+    pub const ALL: [Self; 6] = [Self::Shipment, Self::PlainShipment, Self::Grant, Self::Bundle, Self::TransferUnderExposedKek, Self::Reported];
+
+    /// The number in rows and audit records, from 1; it never changes.
+    pub const fn number(self) -> u32 {
+        match self {
+            Self::Shipment => 1,
+            Self::PlainShipment => 2,
+            Self::Grant => 3,
+            Self::Bundle => 4,
+            Self::TransferUnderExposedKek => 5,
+            Self::Reported => 6,
+        }
+    }
+
+    /// The reason with this number.
+    ///
+    /// # Errors
+    /// No reason has the number.
+    pub fn from_number(number: u32) -> Result<Self, ParseError> {
+        Self::ALL.into_iter().find(|reason| reason.number() == number).ok_or_else(|| ParseError::new("exposure reason", format!("`{number}` is not 1 to 6")))
+    }
+
+    /// The name in output.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Shipment => "shipment",
+            Self::PlainShipment => "plain-shipment",
+            Self::Grant => "grant",
+            Self::Bundle => "bundle",
+            Self::TransferUnderExposedKek => "transfer-under-exposed-kek",
+            Self::Reported => "reported",
+        }
+    }
+}
+
+impl fmt::Display for ExposureReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}

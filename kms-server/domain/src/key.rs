@@ -1,0 +1,272 @@
+//! Key versions: their states by NIST SP 800-57 part 1, where they come from, and what is stored of them.
+
+use std::fmt;
+
+use bytes::Bytes;
+
+use crate::{
+    CounterDomainId, CounterError, Counters, Exposure, ExposureReason, KeyDerivation, KeyLength, KeyShape, KeyType, KeyVersionNumber, ParseError, Party,
+    UnixMillis,
+};
+
+/// The state of a key version (NIST SP 800-57 part 1 revision 5, 7).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum KeyState {
+    /// Made, and not in use: granted to nobody (I3).
+    PreActive,
+    /// In use.
+    Active,
+    /// Out of use for a while, and may come back.
+    Suspended,
+    /// No longer used to protect anything new. The meter may still hold it.
+    Deactivated,
+    /// Known to someone who must not know it. Never granted again.
+    Compromised,
+    /// Gone: no copy is left.
+    Destroyed,
+}
+
+impl KeyState {
+    /// All states.
+    pub const ALL: [Self; 6] = [Self::PreActive, Self::Active, Self::Suspended, Self::Deactivated, Self::Compromised, Self::Destroyed];
+
+    /// Whether a key may go from this state to the other. A compromised key only gets destroyed, a destroyed one stays so.
+    pub const fn may_become(self, next: Self) -> bool {
+        matches!(
+            (self, next),
+            (Self::PreActive, Self::Active | Self::Compromised | Self::Destroyed)
+                | (Self::Active, Self::Suspended | Self::Deactivated | Self::Compromised)
+                | (Self::Suspended, Self::Active | Self::Deactivated | Self::Compromised)
+                | (Self::Deactivated, Self::Compromised | Self::Destroyed)
+                | (Self::Compromised, Self::Destroyed)
+        )
+    }
+
+    /// The name in output, as SP 800-57 writes it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::PreActive => "pre-active",
+            Self::Active => "active",
+            Self::Suspended => "suspended",
+            Self::Deactivated => "deactivated",
+            Self::Compromised => "compromised",
+            Self::Destroyed => "destroyed",
+        }
+    }
+
+    /// The state of this name.
+    ///
+    /// # Errors
+    /// No state has the name.
+    pub fn parse(name: &str) -> Result<Self, ParseError> {
+        Self::ALL
+            .into_iter()
+            .find(|state| state.name() == name)
+            .ok_or_else(|| ParseError::new("key state", format!("`{name}` is not pre-active, active, suspended, deactivated, compromised or destroyed")))
+    }
+}
+
+impl fmt::Display for KeyState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Where a key version came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum KeyOrigin {
+    /// Derived from a diversification root of its class, and stored nowhere.
+    Diversified {
+        /// The version of the root, from 1.
+        root_version: u8,
+        /// How that root derives.
+        derivation: KeyDerivation,
+        /// The length of the derived key: it stays, whatever suite the meter changes to.
+        length: KeyLength,
+    },
+    /// Made at random in the HSM.
+    Generated,
+    /// Brought by a vendor or taken over from a head-end.
+    Imported,
+}
+
+/// What is stored of a key version.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum KeyMaterial {
+    /// Nothing: the HSM derives it.
+    Derived,
+    /// The key, wrapped.
+    Wrapped(WrappedKey),
+    /// Nothing: the version is destroyed.
+    Destroyed,
+}
+
+/// A key wrapped by RFC 3394 under the storage KEK of its class.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct WrappedKey {
+    storage_kek_version: u8,
+    shape: KeyShape,
+    blob: Bytes,
+}
+
+impl WrappedKey {
+    /// A wrapped key of `key_type`: 24 or 40 octets for AES keys, a multiple of 8 between 24 and 264 for secrets.
+    ///
+    /// # Errors
+    /// The blob has another length, or the version of the storage KEK is 0.
+    pub fn new(key_type: KeyType, storage_kek_version: u8, blob: Bytes) -> Result<Self, ParseError> {
+        if storage_kek_version == 0 {
+            return Err(ParseError::new("storage KEK version", "versions start at 1"));
+        }
+        let shape = match (key_type.is_aes(), blob.len()) {
+            (true, 24) => KeyShape::Aes(KeyLength::Aes128),
+            (true, 40) => KeyShape::Aes(KeyLength::Aes256),
+            (false, length) if (24..=264).contains(&length) && length.is_multiple_of(8) => KeyShape::Secret,
+            (_, length) => return Err(ParseError::new("wrapped key", format!("{length} octets are no RFC 3394 wrap of a {key_type}"))),
+        };
+        Ok(Self { storage_kek_version, shape, blob })
+    }
+
+    /// The version of the storage KEK that wraps it, from 1.
+    pub const fn storage_kek_version(&self) -> u8 {
+        self.storage_kek_version
+    }
+
+    /// What it becomes in the HSM.
+    pub const fn shape(&self) -> KeyShape {
+        self.shape
+    }
+
+    /// The wrapped octets: 8 more than the key has.
+    pub const fn blob(&self) -> &Bytes {
+        &self.blob
+    }
+}
+
+/// Where the invocation counters of a key version are kept.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum CounterPlace {
+    /// Here. Empty for keys that no frame is protected with.
+    Own(Counters),
+    /// In a counter domain, with all other slots that have the same key value (I4).
+    Domain(CounterDomainId),
+}
+
+/// One key. Its fields change only through its [`Slot`], which keeps what must hold between versions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyVersion {
+    pub(crate) number: KeyVersionNumber,
+    pub(crate) state: KeyState,
+    pub(crate) since: UnixMillis,
+    pub(crate) origin: KeyOrigin,
+    pub(crate) material: KeyMaterial,
+    pub(crate) fingerprint: Option<[u8; 16]>,
+    pub(crate) candidate: bool,
+    pub(crate) exposures: Vec<Exposure>,
+    pub(crate) counters: CounterPlace,
+}
+
+impl KeyVersion {
+    /// The number within the slot.
+    pub const fn number(&self) -> KeyVersionNumber {
+        self.number
+    }
+
+    /// The state.
+    pub const fn state(&self) -> KeyState {
+        self.state
+    }
+
+    /// Since when it has been in this state.
+    pub const fn since(&self) -> UnixMillis {
+        self.since
+    }
+
+    /// Where it came from.
+    pub const fn origin(&self) -> KeyOrigin {
+        self.origin
+    }
+
+    /// What is stored of it.
+    pub const fn material(&self) -> &KeyMaterial {
+        &self.material
+    }
+
+    /// What the key is in the HSM; `None` when it is destroyed.
+    pub const fn shape(&self) -> Option<KeyShape> {
+        match (&self.material, self.origin) {
+            (KeyMaterial::Wrapped(wrapped), _) => Some(wrapped.shape),
+            (KeyMaterial::Derived, KeyOrigin::Diversified { length, .. }) => Some(KeyShape::Aes(length)),
+            _ => None,
+        }
+    }
+
+    /// The fingerprint of the value (docs/formats.md), where one was taken: imported keys have one.
+    pub const fn fingerprint(&self) -> Option<[u8; 16]> {
+        self.fingerprint
+    }
+
+    /// I3: whether the meter may hold this version.
+    pub const fn candidate(&self) -> bool {
+        self.candidate
+    }
+
+    /// Who could know it.
+    pub fn exposures(&self) -> &[Exposure] {
+        &self.exposures
+    }
+
+    /// Where its invocation counters are.
+    pub const fn counters(&self) -> &CounterPlace {
+        &self.counters
+    }
+
+    /// Its own invocation counters, to reserve from and to raise. Their rules are those of [`Counters`].
+    ///
+    /// # Errors
+    /// They are in a domain.
+    pub const fn counters_mut(&mut self) -> Result<&mut Counters, CounterError> {
+        match &mut self.counters {
+            CounterPlace::Own(counters) => Ok(counters),
+            CounterPlace::Domain(domain) => Err(CounterError::InDomain { domain: *domain }),
+        }
+    }
+
+    /// The domain that keeps its counters.
+    pub const fn domain(&self) -> Option<CounterDomainId> {
+        match self.counters {
+            CounterPlace::Domain(domain) => Some(domain),
+            CounterPlace::Own(_) => None,
+        }
+    }
+
+    /// Records that `party` can know this version. Returns whether that is new: the row is written only then.
+    pub fn expose(&mut self, party: Party, reason: ExposureReason, now: UnixMillis) -> bool {
+        let known = self.exposures.iter().any(|exposure| exposure.party == party && exposure.reason == reason);
+        if !known {
+            self.exposures.push(Exposure { party, since: now, reason });
+        }
+        !known
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_transitions_of_sp_800_57() {
+        let allowed: Vec<_> =
+            KeyState::ALL.into_iter().flat_map(|from| KeyState::ALL.into_iter().filter(move |to| from.may_become(*to)).map(move |to| (from, to))).collect();
+        assert_eq!(allowed.len(), 12);
+        assert!(KeyState::ALL.into_iter().all(|state| !state.may_become(KeyState::PreActive) && !KeyState::Destroyed.may_become(state)));
+        assert!(KeyState::ALL.into_iter().all(|state| KeyState::parse(state.name()) == Ok(state)));
+    }
+
+    #[test]
+    fn a_wrapped_key_has_the_length_of_its_type() {
+        assert!(WrappedKey::new(KeyType::GUEK, 1, Bytes::from_static(&[0; 32])).is_err());
+        assert!(WrappedKey::new(KeyType::LLS_SECRET, 1, Bytes::from_static(&[0; 32])).is_ok());
+        assert!(WrappedKey::new(KeyType::GUEK, 0, Bytes::from_static(&[0; 24])).is_err());
+    }
+}

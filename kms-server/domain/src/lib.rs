@@ -1,0 +1,45 @@
+//! Meters, key slots, key versions and counters: the rules of the key management system, pure, without I/O and without a clock.
+//!
+//! What a caller passes in is already parsed: a type that exists is right. Bytes enter through the `parse` functions and
+//! `from_...` functions of this crate, and through `from_row` for what the database holds.
+
+mod counter;
+mod diversification;
+mod error;
+mod exposure;
+mod id;
+mod key;
+mod key_type;
+mod meter;
+mod principal;
+mod profile;
+mod row;
+mod seal;
+mod secret;
+mod shipment;
+mod slot;
+mod time;
+
+pub use counter::{
+    ChunkSize, CounterDomain, CounterError, CounterKey, CounterOwnership, CounterScope, CounterState, Counters, DealError, Lease, LiveChunk, Reservation,
+};
+pub use diversification::{DiversificationContext, KeyDerivation};
+pub use error::ParseError;
+pub use exposure::{Exposure, ExposureReason, Party};
+pub use id::{
+    CounterDomainId, DeviceTypeId, FlagId, GrantId, GroupId, IslandName, KeyVersionNumber, Owner, OwnerKind, PrincipalId, RequestId, Role, SecuritySetupId,
+    SystemTitle, WriterId,
+};
+pub use key::{CounterPlace, KeyMaterial, KeyOrigin, KeyState, KeyVersion, WrappedKey};
+pub use key_type::{KeyClass, KeyLength, KeyShape, KeyType, SecuritySuite};
+pub use meter::{DeviceProfileName, DeviceType, Group, KeyVersionId, Meter, MeterClass, MeterStatus, check_batch, check_serial};
+pub use principal::{ClassRoots, DiversificationRoot, Island, IslandKind, PersonName, Principal, PrincipalCertificate, PrincipalStatus, TransportCertificate};
+pub use profile::{
+    ClientProfile, CounterProfile, DeviceProfile, KeyProfile, MultipleClients, NewKeyOrigin, OnNewKey, ProfileError, ProfileKeyType, SetupProfile, Shipped,
+};
+pub use row::RowError;
+pub use seal::{FingerprintKey, Generation, RowId, RowSeal, SealError, SealKey, SealRootKey, row_digest};
+pub use secret::EncodedSecret;
+pub use shipment::{LONGEST_SHIPMENT_LINE, OaepHash, ShipmentDevice, ShipmentHeader, ShipmentLineError, ShipmentTrailer, ShippedCounter, ShippedKey};
+pub use slot::{Grantable, NewKeyVersion, Slot, SlotError, Slots, Standing};
+pub use time::UnixMillis;

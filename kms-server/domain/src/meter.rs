@@ -1,0 +1,250 @@
+//! Owners of keys: meters, groups of meters and device types.
+
+use std::fmt;
+
+use crate::{
+    DeviceTypeId, FlagId, GroupId, KeyType, KeyVersionNumber, Owner, ParseError, PrincipalId, SecuritySetupId, SecuritySuite, Slots, SystemTitle, UnixMillis,
+    id::parse_name,
+};
+
+/// Where a meter stands in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum MeterStatus {
+    /// Delivered, not installed.
+    InStock,
+    /// Installed.
+    InService,
+    /// Set aside by an officer: suspected of manipulation or theft. No grants.
+    Quarantined,
+    /// Out of use for good: no grants ever again, and keys are destroyed after retention.
+    Retired,
+}
+
+impl MeterStatus {
+    /// All statuses.
+    pub const ALL: [Self; 4] = [Self::InStock, Self::InService, Self::Quarantined, Self::Retired];
+
+    /// Whether keys of such a meter may be granted at all. Policy decides the rest.
+    pub const fn may_grant(self) -> bool {
+        matches!(self, Self::InStock | Self::InService)
+    }
+
+    /// Whether a meter may go from this status to the other. A retired meter stays retired: a replaced or refurbished one is a
+    /// new identity.
+    pub const fn may_become(self, next: Self) -> bool {
+        !matches!(self, Self::Retired) && self.number() != next.number()
+    }
+
+    /// The number in rows, from 1.
+    pub const fn number(self) -> u32 {
+        match self {
+            Self::InStock => 1,
+            Self::InService => 2,
+            Self::Quarantined => 3,
+            Self::Retired => 4,
+        }
+    }
+
+    /// The status with this number.
+    ///
+    /// # Errors
+    /// No status has the number.
+    pub fn from_number(number: u32) -> Result<Self, ParseError> {
+        Self::ALL.into_iter().find(|status| status.number() == number).ok_or_else(|| ParseError::new("meter status", format!("`{number}` is not 1 to 4")))
+    }
+
+    /// The name in policies and output.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::InStock => "in-stock",
+            Self::InService => "in-service",
+            Self::Quarantined => "quarantined",
+            Self::Retired => "retired",
+        }
+    }
+
+    /// The status of this name.
+    ///
+    /// # Errors
+    /// No status has the name.
+    pub fn parse(name: &str) -> Result<Self, ParseError> {
+        Self::ALL
+            .into_iter()
+            .find(|status| status.name() == name)
+            .ok_or_else(|| ParseError::new("meter status", format!("`{name}` is not in-stock, in-service, quarantined or retired")))
+    }
+}
+
+impl fmt::Display for MeterStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The name of a device profile: 1–32 octets of a–z, 0–9 and `-`, starting with a letter.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DeviceProfileName(String);
+
+impl DeviceProfileName {
+    /// The profile of this name.
+    ///
+    /// # Errors
+    /// The name has another form.
+    pub fn parse(text: &str) -> Result<Self, ParseError> {
+        Self::from_text(text.to_owned())
+    }
+
+    pub(crate) fn from_text(text: String) -> Result<Self, ParseError> {
+        parse_name("device profile", &text, 32)?;
+        Ok(Self(text))
+    }
+
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for DeviceProfileName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What policy decides on: meters of one class get the same decision, so that a batch needs a few decisions and not thousands.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct MeterClass {
+    /// The vendor.
+    pub vendor: FlagId,
+    /// The device profile.
+    pub profile: DeviceProfileName,
+    /// The status.
+    pub status: MeterStatus,
+    /// The groups, in increasing order, each once.
+    pub groups: Vec<GroupId>,
+    /// The head-end that the meter is assigned to.
+    pub head_end: Option<PrincipalId>,
+}
+
+/// A meter: who it is, what policy sees of it, and its key slots. All of it is one sealed row (I5).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Meter {
+    /// The identity.
+    pub title: SystemTitle,
+    /// What policy decides on.
+    pub class: MeterClass,
+    /// The vendor's serial number: 1–32 printable ASCII characters ([`check_serial`]).
+    pub serial: String,
+    /// The security suite that the meter uses.
+    pub suite: SecuritySuite,
+    /// The vendor's batch, empty for a meter that was enrolled without a shipment.
+    pub batch: String,
+    /// When the meter was added.
+    pub added: UnixMillis,
+    /// The keys.
+    pub slots: Slots,
+}
+
+impl Meter {
+    /// The meter as an owner of keys.
+    pub const fn owner(&self) -> Owner {
+        Owner::Meter(self.title)
+    }
+
+    /// Changes the status.
+    ///
+    /// # Errors
+    /// A retired meter stays retired.
+    pub fn set_status(&mut self, status: MeterStatus) -> Result<(), ParseError> {
+        if self.class.status == status {
+            return Ok(());
+        }
+        if !self.class.status.may_become(status) {
+            return Err(ParseError::new("meter status", format!("a {} meter cannot become {status}: enrol it under a new system title", self.class.status)));
+        }
+        self.class.status = status;
+        Ok(())
+    }
+}
+
+/// A group of meters that share broadcast keys.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Group {
+    /// The island's number for it.
+    pub id: GroupId,
+    /// Its name: 1–64 octets of a–z, 0–9 and `-`, starting with a letter.
+    pub name: String,
+    /// The security suite of its members.
+    pub suite: SecuritySuite,
+    /// When it was made.
+    pub added: UnixMillis,
+    /// Its keys.
+    pub slots: Slots,
+}
+
+impl Group {
+    /// The group as an owner of keys.
+    pub const fn owner(&self) -> Owner {
+        Owner::Group(self.id)
+    }
+}
+
+/// A device type: the owner of firmware keys.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceType {
+    /// The island's number for it.
+    pub id: DeviceTypeId,
+    /// The vendor.
+    pub vendor: FlagId,
+    /// Its name: 1–64 octets of a–z, 0–9 and `-`, starting with a letter.
+    pub name: String,
+    /// The device profile of its meters.
+    pub profile: DeviceProfileName,
+    /// When it was made.
+    pub added: UnixMillis,
+    /// Its keys.
+    pub slots: Slots,
+}
+
+impl DeviceType {
+    /// The device type as an owner of keys.
+    pub const fn owner(&self) -> Owner {
+        Owner::DeviceType(self.id)
+    }
+}
+
+/// One key version of an owner: what a grant, an exposure or a campaign names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct KeyVersionId {
+    /// Whose key.
+    pub owner: Owner,
+    /// The security setup.
+    pub setup: SecuritySetupId,
+    /// The key type.
+    pub key_type: KeyType,
+    /// The version.
+    pub version: KeyVersionNumber,
+}
+
+/// Refuses what is not a serial number: 1–32 printable ASCII characters.
+///
+/// # Errors
+/// Another length, or other characters.
+pub fn check_serial(text: &str) -> Result<(), ParseError> {
+    check_printable("serial", text, 1, 32)
+}
+
+/// Refuses what is not a batch name: at most 64 printable ASCII characters; empty for none.
+///
+/// # Errors
+/// Another length, or other characters.
+pub fn check_batch(text: &str) -> Result<(), ParseError> {
+    check_printable("batch", text, 0, 64)
+}
+
+pub(crate) fn check_printable(what: &'static str, text: &str, shortest: usize, longest: usize) -> Result<(), ParseError> {
+    if !(shortest..=longest).contains(&text.len()) || !text.bytes().all(|octet| (b' '..=b'~').contains(&octet)) {
+        return Err(ParseError::new(what, format!("not {shortest} to {longest} printable ASCII characters")));
+    }
+    Ok(())
+}

@@ -1,0 +1,169 @@
+//! What the island knows of a principal, and of itself: sealed rows like those of meters (I5).
+
+use bytes::Bytes;
+
+use crate::{IslandName, KeyClass, KeyDerivation, ParseError, PrincipalId, Role, SystemTitle, UnixMillis};
+
+/// A head-end, officer, auditor, handheld or manufacturer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Principal {
+    /// The identity: the URI of its certificates.
+    pub id: PrincipalId,
+    /// One more at each change: what caches of decisions are keyed by.
+    pub revision: u32,
+    /// Whether it may do anything.
+    pub status: PrincipalStatus,
+    /// The TLS certificates that speak for it.
+    pub certificates: Vec<PrincipalCertificate>,
+    /// The key that envelopes are sealed to.
+    pub transport: Option<TransportCertificate>,
+    /// The client system titles that it may use. One title, one counter: no two principals share one unless a profile allows it.
+    pub client_titles: Vec<SystemTitle>,
+    /// I6: the human behind an officer or auditor. Several certificates, and several principals, may belong to one person.
+    pub person: Option<PersonName>,
+    /// A manufacturer's key that signs its shipments: SubjectPublicKeyInfo (DER), EC P-256 or P-384.
+    pub shipment_key: Option<Bytes>,
+    /// When it was added.
+    pub added: UnixMillis,
+}
+
+impl Principal {
+    /// What holds of every principal.
+    ///
+    /// # Errors
+    /// An officer or auditor without a person (I6), or a client title, certificate or serial twice.
+    pub fn check(&self) -> Result<(), ParseError> {
+        if matches!(self.id.role(), Role::Officer | Role::Auditor) && self.person.is_none() {
+            return Err(ParseError::new("person", format!("`{}` is a {} and needs the name of its person", self.id, self.id.role())));
+        }
+        if self.shipment_key.is_some() && self.id.role() != Role::Manufacturer {
+            return Err(ParseError::new("shipment key", format!("`{}` is no manufacturer", self.id)));
+        }
+        if self.client_titles.iter().enumerate().any(|(at, title)| self.client_titles.iter().take(at).any(|earlier| earlier == title)) {
+            return Err(ParseError::new("client title", format!("`{}` names one twice", self.id)));
+        }
+        if self.certificates.iter().enumerate().any(|(at, one)| self.certificates.iter().take(at).any(|earlier| earlier.serial == one.serial)) {
+            return Err(ParseError::new("certificate", format!("`{}` names one twice", self.id)));
+        }
+        Ok(())
+    }
+
+    /// Whether this certificate speaks for the principal now: its digest is registered, it is not expired, and the principal is
+    /// enabled.
+    pub fn accepts(&self, certificate_sha256: &[u8; 32], now: UnixMillis) -> bool {
+        self.status == PrincipalStatus::Enabled && self.certificates.iter().any(|known| known.sha256 == *certificate_sha256 && now < known.not_after)
+    }
+}
+
+/// Whether a principal may do anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum PrincipalStatus {
+    /// It may do what policy permits.
+    Enabled,
+    /// It may do nothing.
+    Disabled,
+}
+
+/// A TLS certificate that speaks for a principal.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct PrincipalCertificate {
+    /// The serial number, 1–20 octets (RFC 5280, 4.1.2.2).
+    pub serial: Bytes,
+    /// SHA-256 of the certificate (DER).
+    pub sha256: [u8; 32],
+    /// The end of its validity.
+    pub not_after: UnixMillis,
+}
+
+/// A registered transport key: EC P-256, keyAgreement.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct TransportCertificate {
+    /// The certificate, DER.
+    pub certificate: Bytes,
+    /// SHA-256 of the DER.
+    pub sha256: [u8; 32],
+    /// The public point, uncompressed: `04 ‖ x ‖ y`.
+    pub public_point: [u8; 65],
+}
+
+/// A human's name: 1–64 octets of UTF-8 without control characters.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PersonName(String);
+
+impl PersonName {
+    /// The person of this name.
+    ///
+    /// # Errors
+    /// The name is empty, longer than 64 octets, starts or ends with white space, or has control characters.
+    pub fn parse(text: &str) -> Result<Self, ParseError> {
+        if !(1..=64).contains(&text.len()) || text.trim() != text || text.chars().any(char::is_control) {
+            return Err(ParseError::new("person", "not 1 to 64 octets without control characters and white space around"));
+        }
+        Ok(Self(text.to_owned()))
+    }
+
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// What an island is and which roots it has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Island {
+    /// Its name.
+    pub name: IslandName,
+    /// Whether it may carry real keys.
+    pub kind: IslandKind,
+    /// The roots of each class in [`KeyClass::WITH_ROOTS`] that was made, each class once.
+    pub classes: Vec<ClassRoots>,
+    /// The version of the seal root, from 1.
+    pub seal_key_version: u8,
+    /// SHA-256 of the escrow public key's SubjectPublicKeyInfo; `None` if the roots were never escrowed.
+    pub escrow_fingerprint: Option<[u8; 32]>,
+    /// When the ceremony made it.
+    pub created: UnixMillis,
+}
+
+impl Island {
+    /// The roots of a class.
+    pub fn roots(&self, class: KeyClass) -> Option<&ClassRoots> {
+        self.classes.iter().find(|roots| roots.class == class)
+    }
+}
+
+/// Whether an island is for trials.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum IslandKind {
+    /// Made by `kms-server dev`. A production configuration refuses it.
+    Development,
+    /// Made by a ceremony.
+    Production,
+}
+
+/// The roots of one key class.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClassRoots {
+    /// The class.
+    pub class: KeyClass,
+    /// The diversification roots, oldest first; empty where the module derives nothing.
+    pub diversification: Vec<DiversificationRoot>,
+    /// The version of the storage KEK that wraps new keys, from 1.
+    pub storage_kek_version: u8,
+}
+
+impl ClassRoots {
+    /// The root that new keys are derived from.
+    pub fn current(&self) -> Option<DiversificationRoot> {
+        self.diversification.last().copied()
+    }
+}
+
+/// A diversification root.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiversificationRoot {
+    /// Its version, from 1.
+    pub version: u8,
+    /// How it derives.
+    pub derivation: KeyDerivation,
+}

@@ -1,0 +1,226 @@
+//! The messages. Field numbers are for ever; new fields get new numbers.
+
+use bytes::Bytes;
+use prost::Message;
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct MeterRow {
+    /// The three letters, as a big-endian number.
+    #[prost(uint32, tag = "1")]
+    pub(super) vendor: u32,
+    #[prost(string, tag = "2")]
+    pub(super) serial: String,
+    #[prost(string, tag = "3")]
+    pub(super) profile: String,
+    #[prost(uint32, tag = "4")]
+    pub(super) suite: u32,
+    #[prost(uint32, tag = "5")]
+    pub(super) status: u32,
+    #[prost(uint64, repeated, tag = "6")]
+    pub(super) groups: Vec<u64>,
+    /// The principals that other fields name by position, from 1.
+    #[prost(message, repeated, tag = "7")]
+    pub(super) principals: Vec<PrincipalRef>,
+    /// 0 for none.
+    #[prost(uint32, tag = "8")]
+    pub(super) head_end: u32,
+    #[prost(string, tag = "9")]
+    pub(super) batch: String,
+    /// In order of setup, key type and number.
+    #[prost(message, repeated, tag = "10")]
+    pub(super) versions: Vec<VersionRow>,
+    /// Unix milliseconds: what other moments of the row are relative to. Last and never 0, so that a cut row is refused.
+    #[prost(int64, tag = "15")]
+    pub(super) added: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct GroupRow {
+    #[prost(string, tag = "1")]
+    pub(super) name: String,
+    #[prost(uint32, tag = "2")]
+    pub(super) suite: u32,
+    #[prost(message, repeated, tag = "3")]
+    pub(super) principals: Vec<PrincipalRef>,
+    #[prost(message, repeated, tag = "4")]
+    pub(super) versions: Vec<VersionRow>,
+    #[prost(int64, tag = "15")]
+    pub(super) added: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct DeviceTypeRow {
+    #[prost(string, tag = "1")]
+    pub(super) vendor: String,
+    #[prost(string, tag = "2")]
+    pub(super) name: String,
+    #[prost(string, tag = "3")]
+    pub(super) profile: String,
+    #[prost(message, repeated, tag = "4")]
+    pub(super) principals: Vec<PrincipalRef>,
+    #[prost(message, repeated, tag = "5")]
+    pub(super) versions: Vec<VersionRow>,
+    #[prost(int64, tag = "15")]
+    pub(super) added: i64,
+}
+
+/// A principal of the row's island.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct PrincipalRef {
+    /// 0 head-end, 1 officer, 2 auditor, 3 handheld, 4 manufacturer.
+    #[prost(uint32, tag = "1")]
+    pub(super) role: u32,
+    #[prost(string, tag = "2")]
+    pub(super) name: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct VersionRow {
+    /// `b × 256 + e`.
+    #[prost(uint32, tag = "1")]
+    pub(super) setup: u32,
+    #[prost(uint32, tag = "2")]
+    pub(super) key_type: u32,
+    /// The number less one.
+    #[prost(uint32, tag = "3")]
+    pub(super) earlier_numbers: u32,
+    /// 0 active, 1 pre-active, 2 suspended, 3 deactivated, 4 compromised, 5 destroyed.
+    #[prost(uint32, tag = "4")]
+    pub(super) state: u32,
+    /// Relative to the row's moment.
+    #[prost(sint64, tag = "5")]
+    pub(super) since: i64,
+    /// 1 and 2 diversified with 16 octets (SP 800-108, AES-CBC), 3 and 4 with 32 octets, 5 generated, 6 imported.
+    #[prost(uint32, tag = "6")]
+    pub(super) origin: u32,
+    /// The version of the diversification root or, for a wrapped key, of the storage KEK.
+    #[prost(uint32, tag = "7")]
+    pub(super) root_version: u32,
+    #[prost(bytes = "bytes", tag = "8")]
+    pub(super) wrapped: Bytes,
+    #[prost(bytes = "bytes", tag = "9")]
+    pub(super) fingerprint: Bytes,
+    #[prost(bool, tag = "10")]
+    pub(super) candidate: bool,
+    #[prost(message, repeated, tag = "11")]
+    pub(super) exposures: Vec<ExposureRow>,
+    #[prost(message, repeated, tag = "12")]
+    pub(super) counters: Vec<CounterRow>,
+    /// The fingerprint that names the domain.
+    #[prost(bytes = "bytes", tag = "13")]
+    pub(super) domain: Bytes,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct ExposureRow {
+    /// 0 vendor, 1 anyone, else a principal: its position plus one.
+    #[prost(uint32, tag = "1")]
+    pub(super) party: u32,
+    /// Relative to the row's moment.
+    #[prost(sint64, tag = "2")]
+    pub(super) since: i64,
+    #[prost(uint32, tag = "3")]
+    pub(super) reason: u32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct CounterRow {
+    /// 0 for the one counter of all client titles.
+    #[prost(fixed64, tag = "1")]
+    pub(super) client_title: u64,
+    #[prost(uint64, tag = "2")]
+    pub(super) bound: u64,
+    #[prost(bytes = "bytes", tag = "3")]
+    pub(super) holder: Bytes,
+    /// 0 for this system.
+    #[prost(uint32, tag = "4")]
+    pub(super) owned_by: u32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct CounterDomainRow {
+    #[prost(message, repeated, tag = "1")]
+    pub(super) principals: Vec<PrincipalRef>,
+    #[prost(message, repeated, tag = "2")]
+    pub(super) counters: Vec<CounterRow>,
+    /// At least 1.
+    #[prost(uint64, tag = "15")]
+    pub(super) members: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct PrincipalRow {
+    #[prost(uint32, tag = "1")]
+    pub(super) revision: u32,
+    /// 1 enabled, 2 disabled.
+    #[prost(uint32, tag = "2")]
+    pub(super) status: u32,
+    #[prost(message, repeated, tag = "3")]
+    pub(super) certificates: Vec<CertificateRow>,
+    #[prost(message, optional, tag = "4")]
+    pub(super) transport: Option<TransportRow>,
+    #[prost(fixed64, repeated, tag = "5")]
+    pub(super) client_titles: Vec<u64>,
+    #[prost(string, tag = "6")]
+    pub(super) person: String,
+    /// SubjectPublicKeyInfo, DER; empty for none.
+    #[prost(bytes = "bytes", tag = "7")]
+    pub(super) shipment_key: Bytes,
+    #[prost(int64, tag = "15")]
+    pub(super) added: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct CertificateRow {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub(super) serial: Bytes,
+    #[prost(bytes = "bytes", tag = "2")]
+    pub(super) sha256: Bytes,
+    #[prost(int64, tag = "3")]
+    pub(super) not_after: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct TransportRow {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub(super) certificate: Bytes,
+    #[prost(bytes = "bytes", tag = "2")]
+    pub(super) sha256: Bytes,
+    #[prost(bytes = "bytes", tag = "3")]
+    pub(super) public_point: Bytes,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct IslandRow {
+    /// 1 development, 2 production.
+    #[prost(uint32, tag = "1")]
+    pub(super) kind: u32,
+    #[prost(message, repeated, tag = "2")]
+    pub(super) classes: Vec<ClassRow>,
+    #[prost(uint32, tag = "3")]
+    pub(super) seal_key_version: u32,
+    #[prost(bytes = "bytes", tag = "4")]
+    pub(super) escrow_fingerprint: Bytes,
+    #[prost(int64, tag = "15")]
+    pub(super) created: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct ClassRow {
+    /// 1 KEK, 2 session, 3 authentication.
+    #[prost(uint32, tag = "1")]
+    pub(super) class: u32,
+    #[prost(message, repeated, tag = "2")]
+    pub(super) roots: Vec<RootRow>,
+    #[prost(uint32, tag = "3")]
+    pub(super) storage_kek_version: u32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct RootRow {
+    #[prost(uint32, tag = "1")]
+    pub(super) version: u32,
+    /// 1 SP 800-108, 2 AES-CBC.
+    #[prost(uint32, tag = "2")]
+    pub(super) derivation: u32,
+}

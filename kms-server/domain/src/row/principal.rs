@@ -1,0 +1,175 @@
+//! Rows of principals and of the island.
+
+use bytes::Bytes;
+use prost::Message;
+
+use super::{
+    RowError,
+    message::{CertificateRow, ClassRow, IslandRow, PrincipalRow, RootRow, TransportRow},
+    moment, octets,
+    slot::derivation_number,
+    version,
+};
+use crate::{
+    ClassRoots, DiversificationRoot, Island, IslandKind, IslandName, KeyClass, KeyDerivation, PersonName, Principal, PrincipalCertificate, PrincipalId,
+    PrincipalStatus, SystemTitle, TransportCertificate, UnixMillis,
+};
+
+impl Principal {
+    /// Reads the body of the row of principal `id`.
+    ///
+    /// # Errors
+    /// The body is no principal row, or breaks an invariant.
+    pub fn from_row(id: PrincipalId, body: Bytes) -> Result<Self, RowError> {
+        let row = PrincipalRow::decode(body)?;
+        let status = match row.status {
+            1 => PrincipalStatus::Enabled,
+            2 => PrincipalStatus::Disabled,
+            other => return Err(RowError::new(format!("principal status {other} is unknown"))),
+        };
+        let certificates = row
+            .certificates
+            .into_iter()
+            .map(|row| {
+                if !(1..=20).contains(&row.serial.len()) {
+                    return Err(RowError::new("a certificate serial number has not 1 to 20 octets"));
+                }
+                Ok(PrincipalCertificate {
+                    serial: row.serial,
+                    sha256: octets("SHA-256 of the certificate", &row.sha256)?,
+                    not_after: UnixMillis(row.not_after),
+                })
+            })
+            .collect::<Result<_, _>>()?;
+        let transport = row.transport.map(TransportCertificate::try_from).transpose()?;
+        let client_titles = row.client_titles.into_iter().map(|title| SystemTitle::from_octets(&title.to_be_bytes())).collect::<Result<_, _>>()?;
+        let person = if row.person.is_empty() { None } else { Some(PersonName::parse(&row.person)?) };
+        let shipment_key = Some(row.shipment_key).filter(|key| !key.is_empty());
+        let principal = Self { id, revision: row.revision, status, certificates, transport, client_titles, person, shipment_key, added: moment(row.added)? };
+        principal.check()?;
+        Ok(principal)
+    }
+
+    /// The body of the principal's row.
+    ///
+    /// # Errors
+    /// [`Principal::check`] refuses it.
+    pub fn to_row(&self) -> Result<Vec<u8>, RowError> {
+        self.check()?;
+        let row = PrincipalRow {
+            revision: self.revision,
+            status: match self.status {
+                PrincipalStatus::Enabled => 1,
+                PrincipalStatus::Disabled => 2,
+            },
+            certificates: self
+                .certificates
+                .iter()
+                .map(|certificate| CertificateRow {
+                    serial: certificate.serial.clone(),
+                    sha256: Bytes::copy_from_slice(&certificate.sha256),
+                    not_after: certificate.not_after.0,
+                })
+                .collect(),
+            transport: self.transport.as_ref().map(|transport| TransportRow {
+                certificate: transport.certificate.clone(),
+                sha256: Bytes::copy_from_slice(&transport.sha256),
+                public_point: Bytes::copy_from_slice(&transport.public_point),
+            }),
+            client_titles: self.client_titles.iter().map(|title| u64::from_be_bytes(title.octets())).collect(),
+            person: self.person.as_ref().map(|person| person.as_str().to_owned()).unwrap_or_default(),
+            shipment_key: self.shipment_key.clone().unwrap_or_default(),
+            added: self.added.0,
+        };
+        Ok(row.encode_to_vec())
+    }
+}
+
+impl Island {
+    /// Reads the body of the island's row.
+    ///
+    /// # Errors
+    /// The body is no island row, or breaks an invariant.
+    pub fn from_row(name: IslandName, body: Bytes) -> Result<Self, RowError> {
+        let row = IslandRow::decode(body)?;
+        let kind = match row.kind {
+            1 => IslandKind::Development,
+            2 => IslandKind::Production,
+            other => return Err(RowError::new(format!("island kind {other} is unknown"))),
+        };
+        let classes = row.classes.into_iter().map(ClassRoots::try_from).collect::<Result<Vec<_>, _>>()?;
+        if classes.iter().enumerate().any(|(at, roots)| classes.iter().take(at).any(|earlier| earlier.class == roots.class)) {
+            return Err(RowError::new("a key class has its roots twice"));
+        }
+        let escrow_fingerprint = if row.escrow_fingerprint.is_empty() { None } else { Some(octets("escrow fingerprint", &row.escrow_fingerprint)?) };
+        Ok(Self { name, kind, classes, seal_key_version: version("seal key", row.seal_key_version)?, escrow_fingerprint, created: moment(row.created)? })
+    }
+
+    /// The body of the island's row.
+    pub fn to_row(&self) -> Vec<u8> {
+        let classes = self.classes.iter().map(|roots| ClassRow {
+            class: class_number(roots.class),
+            roots: roots.diversification.iter().map(|root| RootRow { version: root.version.into(), derivation: derivation_number(root.derivation) }).collect(),
+            storage_kek_version: roots.storage_kek_version.into(),
+        });
+        IslandRow {
+            kind: match self.kind {
+                IslandKind::Development => 1,
+                IslandKind::Production => 2,
+            },
+            classes: classes.collect(),
+            seal_key_version: self.seal_key_version.into(),
+            escrow_fingerprint: self.escrow_fingerprint.map(|fingerprint| Bytes::copy_from_slice(&fingerprint)).unwrap_or_default(),
+            created: self.created.0,
+        }
+        .encode_to_vec()
+    }
+}
+
+impl TryFrom<TransportRow> for TransportCertificate {
+    type Error = RowError;
+
+    fn try_from(row: TransportRow) -> Result<Self, RowError> {
+        let public_point: [u8; 65] = octets("transport public point", &row.public_point)?;
+        if public_point.first() != Some(&4) {
+            return Err(RowError::new("the transport public point is not uncompressed"));
+        }
+        Ok(Self { certificate: row.certificate, sha256: octets("SHA-256 of the transport certificate", &row.sha256)?, public_point })
+    }
+}
+
+impl TryFrom<ClassRow> for ClassRoots {
+    type Error = RowError;
+
+    fn try_from(row: ClassRow) -> Result<Self, RowError> {
+        let class = KeyClass::WITH_ROOTS
+            .into_iter()
+            .find(|class| class_number(*class) == row.class)
+            .ok_or_else(|| RowError::new(format!("key class {} is unknown", row.class)))?;
+        let diversification = row
+            .roots
+            .into_iter()
+            .map(|root| {
+                let derivation = match root.derivation {
+                    1 => KeyDerivation::Sp800108Cmac,
+                    2 => KeyDerivation::AesCbcEncryptData,
+                    other => return Err(RowError::new(format!("key derivation {other} is unknown"))),
+                };
+                Ok(DiversificationRoot { version: version("diversification root", root.version)?, derivation })
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        if !diversification.is_sorted_by(|root, next| root.version < next.version) {
+            return Err(RowError::new("the versions of the diversification roots do not increase"));
+        }
+        Ok(Self { class, diversification, storage_kek_version: version("storage KEK", row.storage_kek_version)? })
+    }
+}
+
+const fn class_number(class: KeyClass) -> u32 {
+    match class {
+        KeyClass::Kek => 1,
+        KeyClass::Session => 2,
+        KeyClass::Authentication => 3,
+        KeyClass::Ca => 4,
+    }
+}

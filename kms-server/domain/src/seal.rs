@@ -1,0 +1,313 @@
+//! The seal that binds a row to its identity (I5), and the keys that are derived from the seal root (docs/formats.md).
+
+use std::fmt;
+
+use aws_lc_rs::{digest, hmac};
+use zeroize::Zeroizing;
+
+use crate::{CounterDomainId, DeviceTypeId, GroupId, IslandName, ParseError, PrincipalId, SystemTitle};
+
+/// What a sealed row is about: kind and id, both part of the seal, so that a row cannot be copied to another identity.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum RowId {
+    /// Kind 1: a meter.
+    Meter(SystemTitle),
+    /// Kind 2: a group of meters.
+    Group(GroupId),
+    /// Kind 3: a device type.
+    DeviceType(DeviceTypeId),
+    /// Kind 4: a principal.
+    Principal(PrincipalId),
+    /// Kind 5: a counter domain.
+    CounterDomain(CounterDomainId),
+    /// Kind 6: the island itself.
+    Island(IslandName),
+}
+
+impl RowId {
+    /// The kind in the seal's input.
+    pub const fn kind(&self) -> u8 {
+        match self {
+            Self::Meter(_) => 1,
+            Self::Group(_) => 2,
+            Self::DeviceType(_) => 3,
+            Self::Principal(_) => 4,
+            Self::CounterDomain(_) => 5,
+            Self::Island(_) => 6,
+        }
+    }
+
+    /// Calls `read` with the id's octets: 8 (meter, group, device type), 16 (counter domain), or a name in UTF-8 (at most 123).
+    fn with_octets<T>(&self, read: impl FnOnce(&[u8]) -> T) -> T {
+        match self {
+            Self::Meter(title) => read(&title.octets()),
+            Self::Group(GroupId(number)) | Self::DeviceType(DeviceTypeId(number)) => read(&number.to_be_bytes()),
+            Self::Principal(principal) => read(principal.to_string().as_bytes()),
+            Self::CounterDomain(domain) => read(&domain.0),
+            Self::Island(island) => read(island.as_str().as_bytes()),
+        }
+    }
+}
+
+impl fmt::Display for RowId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Meter(title) => write!(f, "meter {title}"),
+            Self::Group(group) => write!(f, "group {}", group.0),
+            Self::DeviceType(device_type) => write!(f, "device type {}", device_type.0),
+            Self::Principal(principal) => write!(f, "principal {principal}"),
+            Self::CounterDomain(domain) => write!(f, "counter domain {domain}"),
+            Self::Island(island) => write!(f, "island {island}"),
+        }
+    }
+}
+
+/// How often a row was written: from 1, one more each write. Writes compare and swap it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Generation(u64);
+
+impl Generation {
+    /// The generation of a new row.
+    pub const FIRST: Self = Self(1);
+
+    /// The generation of a database column.
+    ///
+    /// # Errors
+    /// The number is below 1.
+    pub fn from_i64(number: i64) -> Result<Self, ParseError> {
+        match u64::try_from(number) {
+            Ok(number) if number > 0 => Ok(Self(number)),
+            _ => Err(ParseError::new("generation", format!("`{number}` is below 1"))),
+        }
+    }
+
+    /// The number as a database column.
+    pub const fn as_i64(self) -> i64 {
+        // Never above i64::MAX, by `from_i64` and `next`.
+        self.0.cast_signed()
+    }
+
+    /// The number.
+    pub const fn number(self) -> u64 {
+        self.0
+    }
+
+    /// The generation of the next write.
+    pub const fn next(self) -> Self {
+        // 2⁶³ writes of one row never happen; the bound keeps the column's type.
+        if self.0 == i64::MAX as u64 { self } else { Self(self.0 + 1) }
+    }
+}
+
+/// The column `seal`: `format(1) ‖ seal key version(1) ‖ MAC(16)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RowSeal([u8; 18]);
+
+impl RowSeal {
+    /// The seal of a database column.
+    ///
+    /// # Errors
+    /// Not 18 octets, or another format than 1.
+    pub fn from_octets(octets: &[u8]) -> Result<Self, ParseError> {
+        let seal: [u8; 18] = octets.try_into().map_err(|_| ParseError::new("row seal", format!("{} octets instead of 18", octets.len())))?;
+        match seal {
+            [FORMAT, _, ..] => Ok(Self(seal)),
+            [format, ..] => Err(ParseError::new("row seal", format!("format {format} is unknown: a newer version of the server wrote it"))),
+        }
+    }
+
+    /// The 18 octets.
+    pub const fn octets(&self) -> &[u8; 18] {
+        &self.0
+    }
+
+    /// The version of the seal key that made it.
+    pub const fn key_version(&self) -> u8 {
+        let [_, version, ..] = self.0;
+        version
+    }
+
+    fn mac(&self) -> &[u8] {
+        self.0.get(2..).unwrap_or_default()
+    }
+}
+
+/// The key that seals rows, in the server's memory. aws-lc zeroizes it when it is dropped.
+pub struct SealKey {
+    version: u8,
+    key: hmac::Key,
+}
+
+impl SealKey {
+    /// The seal key that the HSM derived from the seal root for this version, 32 octets.
+    pub fn new(version: u8, key: &Zeroizing<[u8; 32]>) -> Self {
+        Self { version, key: hmac::Key::new(hmac::HMAC_SHA256, key.as_slice()) }
+    }
+
+    /// The version.
+    pub const fn version(&self) -> u8 {
+        self.version
+    }
+
+    /// Seals a row: its identity, its generation and its body.
+    pub fn seal(&self, id: &RowId, generation: Generation, body: &[u8]) -> RowSeal {
+        let mut context = hmac::Context::with_key(&self.key);
+        write_input(self.version, id, generation, body, |part| context.update(part));
+        let mut seal = [0; 18];
+        for (octet, value) in seal.iter_mut().zip([FORMAT, self.version].iter().chain(context.sign().as_ref())) {
+            *octet = *value;
+        }
+        RowSeal(seal)
+    }
+
+    /// Checks a row read from the database, in constant time. The generation must be the row's own column.
+    ///
+    /// # Errors
+    /// The seal is of another key version, or does not fit: the row was edited, swapped or copied.
+    pub fn verify(&self, id: &RowId, generation: Generation, body: &[u8], seal: &RowSeal) -> Result<(), SealError> {
+        if seal.key_version() != self.version {
+            return Err(SealError::KeyVersion { id: id.clone(), expected: self.version, found: seal.key_version() });
+        }
+        let expected = self.seal(id, generation, body);
+        aws_lc_rs::constant_time::verify_slices_are_equal(expected.mac(), seal.mac()).map_err(|_| SealError::Mismatch { id: id.clone() })
+    }
+
+    /// The digest of a row that audit records carry. It needs no secret; the version is part of the sealed input.
+    pub fn row_digest(&self, id: &RowId, generation: Generation, body: &[u8]) -> [u8; 16] {
+        row_digest(self.version, id, generation, body)
+    }
+}
+
+/// The digest of a row that was sealed with this seal key version: `SHA-256(input)[0..16]`.
+pub fn row_digest(seal_key_version: u8, id: &RowId, generation: Generation, body: &[u8]) -> [u8; 16] {
+    let mut context = digest::Context::new(&digest::SHA256);
+    write_input(seal_key_version, id, generation, body, |part| context.update(part));
+    let mut truncated = [0; 16];
+    for (octet, value) in truncated.iter_mut().zip(context.finish().as_ref()) {
+        *octet = *value;
+    }
+    truncated
+}
+
+/// Why a row is not used (I5).
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SealError {
+    /// Another version of the seal key made it.
+    #[error("the row of {id} was sealed with seal key version {found}, not {expected}")]
+    KeyVersion {
+        /// Whose row.
+        id: RowId,
+        /// The version of the key at hand.
+        expected: u8,
+        /// The version that the row names.
+        found: u8,
+    },
+    /// The MAC is wrong.
+    #[error("the row of {id} does not carry the seal of its content: it was edited, swapped or copied in the database")]
+    Mismatch {
+        /// Whose row.
+        id: RowId,
+    },
+}
+
+/// A key that the HSM computes from the seal root at start: HMAC-SHA-256 over [`Self::message`], 32 octets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SealRootKey {
+    /// Seals rows.
+    Seal,
+    /// Chains audit records.
+    AuditChain,
+    /// Makes fingerprints of keys.
+    Fingerprint,
+}
+
+impl SealRootKey {
+    /// The message: name ‖ version(1) ‖ island.
+    pub fn message(self, version: u8, island: &IslandName) -> Vec<u8> {
+        let name = match self {
+            Self::Seal => "meterkms/seal-key",
+            Self::AuditChain => "meterkms/audit-chain-key",
+            Self::Fingerprint => "meterkms/fingerprint-key",
+        };
+        [name.as_bytes(), &[version], island.as_str().as_bytes()].concat()
+    }
+}
+
+/// The key that makes fingerprints of key values, in the server's memory. aws-lc zeroizes it when it is dropped.
+pub struct FingerprintKey(hmac::Key);
+
+impl FingerprintKey {
+    /// The fingerprint key that the HSM derived from the seal root, 32 octets.
+    pub fn new(key: &Zeroizing<[u8; 32]>) -> Self {
+        Self(hmac::Key::new(hmac::HMAC_SHA256, key.as_slice()))
+    }
+
+    /// The fingerprint of a key: the MAC of its RFC 3394 wrap under the fingerprint KEK, truncated to 16 octets.
+    pub fn fingerprint(&self, wrapped: &[u8]) -> [u8; 16] {
+        let mut truncated = [0; 16];
+        for (octet, value) in truncated.iter_mut().zip(hmac::sign(&self.0, wrapped).as_ref()) {
+            *octet = *value;
+        }
+        truncated
+    }
+}
+
+/// `"meterkms/row" ‖ format ‖ seal key version ‖ kind ‖ len(id) ‖ id ‖ generation(8) ‖ body`.
+fn write_input(seal_key_version: u8, id: &RowId, generation: Generation, body: &[u8], mut update: impl FnMut(&[u8])) {
+    id.with_octets(|octets| {
+        // One short piece and the body: two calls of the hash.
+        let mut head = [0; 160];
+        let length = u8::try_from(octets.len()).unwrap_or(u8::MAX);
+        let parts: [&[u8]; 4] = [b"meterkms/row", &[FORMAT, seal_key_version, id.kind(), length], octets, &generation.number().to_be_bytes()];
+        let mut used = 0;
+        for (octet, value) in head.iter_mut().zip(parts.iter().flat_map(|part| part.iter())) {
+            *octet = *value;
+            used += 1;
+        }
+        update(head.get(..used).unwrap_or_default());
+    });
+    update(body);
+}
+
+const FORMAT: u8 = 1;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Role;
+
+    fn key(version: u8) -> SealKey {
+        SealKey::new(version, &Zeroizing::new([7; 32]))
+    }
+
+    #[test]
+    fn a_seal_holds_for_its_row_only() {
+        let meter = RowId::Meter(SystemTitle::parse("4D4D4D0000BC614E").unwrap());
+        let seal = key(1).seal(&meter, Generation::FIRST, b"body");
+        let read = RowSeal::from_octets(seal.octets()).unwrap();
+        assert_eq!(key(1).verify(&meter, Generation::FIRST, b"body", &read), Ok(()));
+
+        let swapped = RowId::Meter(SystemTitle::parse("4D4D4D0000BC614F").unwrap());
+        let other_kind = RowId::Group(GroupId(0x4D4D_4D00_00BC_614E));
+        for (id, generation, body) in [
+            (&swapped, Generation::FIRST, b"body".as_slice()),
+            (&other_kind, Generation::FIRST, b"body"),
+            (&meter, Generation::FIRST.next(), b"body"),
+            (&meter, Generation::FIRST, b"bodY"),
+            (&meter, Generation::FIRST, b"bod"),
+        ] {
+            assert_eq!(key(1).verify(id, generation, body, &read), Err(SealError::Mismatch { id: id.clone() }));
+        }
+        assert!(matches!(key(2).verify(&meter, Generation::FIRST, b"body", &read), Err(SealError::KeyVersion { .. })));
+        assert!(RowSeal::from_octets(&[2; 18]).is_err() && RowSeal::from_octets(&[1; 17]).is_err());
+    }
+
+    #[test]
+    fn the_longest_id_fits_and_every_octet_of_it_counts() {
+        let island = IslandName::parse(&"i".repeat(32)).unwrap();
+        let long = |last: &str| RowId::Principal(PrincipalId::new(island.clone(), Role::Manufacturer, &format!("{}{last}", "p".repeat(63))).unwrap());
+        let digest = |id: &RowId, generation| row_digest(1, id, generation, b"");
+        assert_ne!(digest(&long("a"), Generation::FIRST), digest(&long("b"), Generation::FIRST));
+        assert_ne!(digest(&long("a"), Generation::FIRST), digest(&long("a"), Generation::FIRST.next()));
+    }
+}

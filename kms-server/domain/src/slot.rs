@@ -1,0 +1,545 @@
+//! Key slots: all versions that a key ever had, and the candidates of I3.
+
+use crate::{
+    CounterDomain, CounterDomainId, CounterKey, CounterPlace, CounterState, Counters, DiversificationContext, KeyLength, KeyMaterial, KeyOrigin, KeyShape,
+    KeyState, KeyType, KeyVersion, KeyVersionNumber, Owner, SecuritySetupId, UnixMillis, WrappedKey,
+};
+
+/// A key version to be added to a slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewKeyVersion {
+    /// [`KeyState::PreActive`], or [`KeyState::Active`] for a key that the meter already holds.
+    pub state: KeyState,
+    /// Where it comes from.
+    pub origin: KeyOrigin,
+    /// Its wrapped form; `None` exactly when it is diversified.
+    pub wrapped: Option<WrappedKey>,
+    /// The fingerprint of its value, if one was taken.
+    pub fingerprint: Option<[u8; 16]>,
+}
+
+/// A key that may be granted, and how sure it is that the meter uses it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grantable<'a> {
+    /// The version.
+    pub version: &'a KeyVersion,
+    /// How it stands.
+    pub standing: Standing,
+}
+
+/// How a grantable version stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Standing {
+    /// The active version.
+    Active,
+    /// An earlier version that the meter may have gone back to.
+    FormerCandidate,
+}
+
+/// A key slot: (owner, security setup, key type), and all versions that its key ever had.
+///
+/// Holds always: version numbers increase; at most one version is active; a destroyed version has no key and is no candidate
+/// (I3); a diversified version stores no key and every other one does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Slot {
+    setup: SecuritySetupId,
+    key_type: KeyType,
+    versions: Vec<KeyVersion>,
+}
+
+impl Slot {
+    /// A slot without versions.
+    pub const fn new(setup: SecuritySetupId, key_type: KeyType) -> Self {
+        Self { setup, key_type, versions: Vec::new() }
+    }
+
+    /// A slot with these versions, oldest first.
+    ///
+    /// # Errors
+    /// They break what holds of a slot.
+    pub(crate) fn from_versions(setup: SecuritySetupId, key_type: KeyType, versions: Vec<KeyVersion>) -> Result<Self, SlotError> {
+        let slot = Self { setup, key_type, versions };
+        slot.check()?;
+        Ok(slot)
+    }
+
+    /// The security setup.
+    pub const fn setup(&self) -> SecuritySetupId {
+        self.setup
+    }
+
+    /// The key type.
+    pub const fn key_type(&self) -> KeyType {
+        self.key_type
+    }
+
+    /// All versions, oldest first.
+    pub fn versions(&self) -> &[KeyVersion] {
+        &self.versions
+    }
+
+    /// The version with this number.
+    pub fn version(&self, number: KeyVersionNumber) -> Option<&KeyVersion> {
+        self.versions.iter().find(|version| version.number == number)
+    }
+
+    /// The version with this number, to change its counters and exposures.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn version_mut(&mut self, number: KeyVersionNumber) -> Result<&mut KeyVersion, SlotError> {
+        self.versions.iter_mut().find(|version| version.number == number).ok_or(SlotError::NoSuchVersion { number })
+    }
+
+    /// The active version.
+    pub fn active(&self) -> Option<&KeyVersion> {
+        self.versions.iter().find(|version| version.state == KeyState::Active)
+    }
+
+    /// I3: every version that the meter may hold.
+    pub fn candidates(&self) -> impl Iterator<Item = &KeyVersion> {
+        self.versions.iter().filter(|version| version.candidate)
+    }
+
+    /// Whether it is in doubt which version the meter holds: a version later than the active one left, or none is active.
+    pub fn in_doubt(&self) -> bool {
+        let active = self.active().map(KeyVersion::number);
+        self.candidates().any(|version| Some(version.number) > active)
+    }
+
+    /// What may be granted, the active version first: never a pre-active (I3), suspended, compromised or destroyed one.
+    /// Which of these a grantee gets is for policy to say; whether the meter's status allows grants, for [`crate::MeterStatus::may_grant`].
+    pub fn grantable(&self) -> impl Iterator<Item = Grantable<'_>> {
+        let former = self.versions.iter().rev().filter(|version| version.state == KeyState::Deactivated && version.candidate);
+        self.active()
+            .map(|version| Grantable { version, standing: Standing::Active })
+            .into_iter()
+            .chain(former.map(|version| Grantable { version, standing: Standing::FormerCandidate }))
+    }
+
+    /// The number that the next version gets: what to derive or generate it with.
+    pub fn next_number(&self) -> KeyVersionNumber {
+        self.versions.last().map_or(KeyVersionNumber::FIRST, |version| version.number.next())
+    }
+
+    /// What the HSM derives a diversified version from.
+    pub const fn diversification(&self, owner: Owner, number: KeyVersionNumber, length: KeyLength) -> DiversificationContext {
+        DiversificationContext { owner, setup: self.setup, key_type: self.key_type, version: number, length }
+    }
+
+    /// Adds a version, with the number [`Self::next_number`]. One that starts active is taken as held by the meter.
+    ///
+    /// # Errors
+    /// The state is neither pre-active nor active, another version is active, or wrapped form and origin do not fit.
+    pub fn add_version(&mut self, new: NewKeyVersion, now: UnixMillis) -> Result<KeyVersionNumber, SlotError> {
+        if !matches!(new.state, KeyState::PreActive | KeyState::Active) {
+            return Err(SlotError::Transition { number: self.next_number(), from: KeyState::PreActive, to: new.state });
+        }
+        let number = self.next_number();
+        self.versions.push(KeyVersion {
+            number,
+            state: new.state,
+            since: now,
+            origin: new.origin,
+            material: new.wrapped.map_or(KeyMaterial::Derived, KeyMaterial::Wrapped),
+            fingerprint: new.fingerprint,
+            candidate: new.state == KeyState::Active,
+            exposures: Vec::new(),
+            counters: CounterPlace::Own(Counters::default()),
+        });
+        self.check().inspect_err(|_| {
+            self.versions.pop();
+        })?;
+        Ok(number)
+    }
+
+    /// Moves a version to another state. Destroying drops its wrapped form.
+    ///
+    /// # Errors
+    /// SP 800-57 knows no such transition, another version is active, or a candidate would be destroyed (I3).
+    pub fn transition(&mut self, number: KeyVersionNumber, to: KeyState, now: UnixMillis) -> Result<(), SlotError> {
+        let another_is_active = self.active().is_some_and(|active| active.number != number);
+        let version = self.version_mut(number)?;
+        if !version.state.may_become(to) {
+            return Err(SlotError::Transition { number, from: version.state, to });
+        }
+        if to == KeyState::Active && another_is_active {
+            return Err(SlotError::TwoActive);
+        }
+        if to == KeyState::Destroyed {
+            // I3: nothing that the meter may hold is destroyed.
+            if version.candidate {
+                return Err(SlotError::CandidateDestroyed { number });
+            }
+            version.material = KeyMaterial::Destroyed;
+        }
+        version.state = to;
+        version.since = now;
+        Ok(())
+    }
+
+    /// I3: makes a version a candidate. The row is stored before its wrapped form leaves for the meter.
+    ///
+    /// # Errors
+    /// There is no such version, or it is destroyed.
+    pub fn mark_candidate(&mut self, number: KeyVersionNumber) -> Result<(), SlotError> {
+        let version = self.version_mut(number)?;
+        if version.state == KeyState::Destroyed {
+            return Err(SlotError::CandidateDestroyed { number });
+        }
+        version.candidate = true;
+        Ok(())
+    }
+
+    /// Records the proof that the meter holds a version: it becomes active, and the active one before it deactivated. Earlier
+    /// candidates stay until [`Self::release_candidates`]: a meter may go back to one when its power fails.
+    ///
+    /// # Errors
+    /// The version is not a candidate, or in a state that cannot become active (a compromised one never does).
+    pub fn prove(&mut self, number: KeyVersionNumber, now: UnixMillis) -> Result<(), SlotError> {
+        let version = self.version(number).ok_or(SlotError::NoSuchVersion { number })?;
+        if !version.candidate {
+            return Err(SlotError::NotCandidate { number });
+        }
+        if version.state == KeyState::Active {
+            return Ok(());
+        }
+        if !version.state.may_become(KeyState::Active) {
+            return Err(SlotError::Transition { number, from: version.state, to: KeyState::Active });
+        }
+        if let Some(former) = self.active().map(KeyVersion::number) {
+            self.transition(former, KeyState::Deactivated, now)?;
+        }
+        self.transition(number, KeyState::Active, now)
+    }
+
+    /// I3: releases the candidates before the active version, once that has been active for `retention` milliseconds: the
+    /// retention time has passed since a later version was proven. Returns whether any was released.
+    pub fn release_candidates(&mut self, retention: i64, now: UnixMillis) -> bool {
+        let Some((active, since)) = self.active().map(|version| (version.number, version.since)) else { return false };
+        if since.after(retention) > now {
+            return false;
+        }
+        let mut released = false;
+        for version in self.versions.iter_mut().filter(|version| version.number < active && version.candidate) {
+            version.candidate = false;
+            released = true;
+        }
+        released
+    }
+
+    /// Where a new version's counter starts if the meter goes on counting when its key changes: above all earlier versions.
+    /// Pass it as `at_least` to [`Counters::reserve`]. Versions in a domain do not count here: ask the domain.
+    pub fn continued_counter(&self, key: CounterKey) -> u64 {
+        self.versions
+            .iter()
+            .filter_map(|version| match &version.counters {
+                CounterPlace::Own(counters) => counters.get(key),
+                CounterPlace::Domain(_) => None,
+            })
+            .map(CounterState::bound)
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// I4: hands a version's counters over to the domain of its value: from here on the slot names the domain.
+    ///
+    /// # Errors
+    /// There is no such version, or it is in another domain.
+    pub fn join_domain(&mut self, number: KeyVersionNumber, domain: &mut CounterDomain) -> Result<(), SlotError> {
+        let version = self.version_mut(number)?;
+        match &version.counters {
+            CounterPlace::Domain(id) if *id == domain.id => return Ok(()),
+            CounterPlace::Domain(id) => return Err(SlotError::OtherDomain { number, domain: *id }),
+            CounterPlace::Own(counters) => domain.join(counters),
+        }
+        version.counters = CounterPlace::Domain(domain.id);
+        Ok(())
+    }
+
+    /// What holds of every slot.
+    fn check(&self) -> Result<(), SlotError> {
+        if self.versions.iter().zip(self.versions.iter().skip(1)).any(|(earlier, later)| earlier.number >= later.number) {
+            return Err(SlotError::NumbersNotIncreasing);
+        }
+        if self.versions.iter().filter(|version| version.state == KeyState::Active).count() > 1 {
+            return Err(SlotError::TwoActive);
+        }
+        for version in &self.versions {
+            let number = version.number;
+            let destroyed = version.state == KeyState::Destroyed;
+            if destroyed && version.candidate {
+                return Err(SlotError::CandidateDestroyed { number });
+            }
+            let diversified = matches!(version.origin, KeyOrigin::Diversified { .. });
+            let fits = match &version.material {
+                KeyMaterial::Destroyed => destroyed,
+                KeyMaterial::Derived => !destroyed && diversified && self.key_type.is_aes(),
+                KeyMaterial::Wrapped(wrapped) => !destroyed && !diversified && self.key_type.is_aes() == matches!(wrapped.shape(), KeyShape::Aes(_)),
+            };
+            if !fits {
+                return Err(SlotError::Material { number });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Why a slot refuses a change.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SlotError {
+    /// The slot has no version with this number.
+    #[error("key version {number} does not exist")]
+    NoSuchVersion {
+        /// The number.
+        number: KeyVersionNumber,
+    },
+    /// SP 800-57 does not allow the step.
+    #[error("key version {number} is {from} and cannot become {to}")]
+    Transition {
+        /// The version.
+        number: KeyVersionNumber,
+        /// Its state.
+        from: KeyState,
+        /// The state asked for.
+        to: KeyState,
+    },
+    /// A second version would be active.
+    #[error("another key version is active: deactivate it first")]
+    TwoActive,
+    /// A version that the meter may hold would be destroyed, or a destroyed one used (I3).
+    #[error("the meter may hold key version {number}: it cannot be destroyed before a later one is proven and the retention time has passed")]
+    CandidateDestroyed {
+        /// The version.
+        number: KeyVersionNumber,
+    },
+    /// A proof for a version that never left.
+    #[error("key version {number} never left for the meter: nothing can prove it")]
+    NotCandidate {
+        /// The version.
+        number: KeyVersionNumber,
+    },
+    /// What is stored does not fit origin, type or state.
+    #[error("what is stored of key version {number} does not fit its origin, key type or state")]
+    Material {
+        /// The version.
+        number: KeyVersionNumber,
+    },
+    /// The version is in another counter domain.
+    #[error("key version {number} is in counter domain {domain}")]
+    OtherDomain {
+        /// The version.
+        number: KeyVersionNumber,
+        /// Its domain.
+        domain: CounterDomainId,
+    },
+    /// Version numbers repeat or go backwards.
+    #[error("key version numbers do not increase")]
+    NumbersNotIncreasing,
+    /// A slot twice.
+    #[error("the slot {setup} {key_type} exists already")]
+    DuplicateSlot {
+        /// The security setup.
+        setup: SecuritySetupId,
+        /// The key type.
+        key_type: KeyType,
+    },
+    /// The owner has no such slot.
+    #[error("there is no slot {setup} {key_type}")]
+    NoSuchSlot {
+        /// The security setup.
+        setup: SecuritySetupId,
+        /// The key type.
+        key_type: KeyType,
+    },
+}
+
+/// All key slots of one owner, in order of security setup and key type.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Slots(Vec<Slot>);
+
+impl Slots {
+    /// These slots.
+    ///
+    /// # Errors
+    /// A slot occurs twice.
+    pub fn new(mut slots: Vec<Slot>) -> Result<Self, SlotError> {
+        slots.sort_by_key(|slot| (slot.setup, slot.key_type));
+        Self::from_sorted(slots)
+    }
+
+    /// These slots, which are in order.
+    pub(crate) fn from_sorted(slots: Vec<Slot>) -> Result<Self, SlotError> {
+        let duplicate = slots.iter().zip(slots.iter().skip(1)).find(|(slot, next)| (slot.setup, slot.key_type) >= (next.setup, next.key_type));
+        match duplicate {
+            Some((_, slot)) => Err(SlotError::DuplicateSlot { setup: slot.setup, key_type: slot.key_type }),
+            None => Ok(Self(slots)),
+        }
+    }
+
+    /// All slots.
+    pub fn iter(&self) -> impl Iterator<Item = &Slot> {
+        self.0.iter()
+    }
+
+    /// All slots, to be changed.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Slot> {
+        self.0.iter_mut()
+    }
+
+    /// The slots of one security setup.
+    pub fn of_setup(&self, setup: SecuritySetupId) -> impl Iterator<Item = &Slot> {
+        self.0.iter().filter(move |slot| slot.setup == setup)
+    }
+
+    /// One slot.
+    pub fn get(&self, setup: SecuritySetupId, key_type: KeyType) -> Option<&Slot> {
+        self.0.iter().find(|slot| slot.setup == setup && slot.key_type == key_type)
+    }
+
+    /// One slot, to be changed.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn get_mut(&mut self, setup: SecuritySetupId, key_type: KeyType) -> Result<&mut Slot, SlotError> {
+        self.0.iter_mut().find(|slot| slot.setup == setup && slot.key_type == key_type).ok_or(SlotError::NoSuchSlot { setup, key_type })
+    }
+
+    /// Adds a slot.
+    ///
+    /// # Errors
+    /// It is there already.
+    pub fn insert(&mut self, slot: Slot) -> Result<(), SlotError> {
+        match self.0.binary_search_by_key(&(slot.setup, slot.key_type), |known| (known.setup, known.key_type)) {
+            Ok(_) => Err(SlotError::DuplicateSlot { setup: slot.setup, key_type: slot.key_type }),
+            Err(at) => {
+                self.0.insert(at, slot);
+                Ok(())
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::{CounterError, CounterOwnership, ExposureReason, KeyDerivation, Party};
+
+    const NOW: UnixMillis = UnixMillis(1_000_000);
+
+    fn diversified(state: KeyState) -> NewKeyVersion {
+        let origin = KeyOrigin::Diversified { root_version: 1, derivation: KeyDerivation::Sp800108Cmac, length: KeyLength::Aes128 };
+        NewKeyVersion { state, origin, wrapped: None, fingerprint: None }
+    }
+
+    fn generated(state: KeyState) -> NewKeyVersion {
+        let wrapped = WrappedKey::new(KeyType::GUEK, 1, Bytes::from_static(&[9; 24])).unwrap();
+        NewKeyVersion { state, origin: KeyOrigin::Generated, wrapped: Some(wrapped), fingerprint: None }
+    }
+
+    fn slot() -> Slot {
+        Slot::new(SecuritySetupId::DEFAULT, KeyType::GUEK)
+    }
+
+    fn granted(slot: &Slot) -> Vec<(u32, Standing)> {
+        slot.grantable().map(|grantable| (grantable.version.number().number(), grantable.standing)).collect()
+    }
+
+    #[test]
+    fn a_rotation_from_one_version_to_the_next() {
+        let mut slot = slot();
+        let first = slot.add_version(diversified(KeyState::Active), NOW).unwrap();
+        let second = slot.add_version(generated(KeyState::PreActive), NOW).unwrap();
+        assert_eq!(slot.prove(second, NOW), Err(SlotError::NotCandidate { number: second }));
+        slot.mark_candidate(second).unwrap();
+        assert!(slot.in_doubt());
+        // I3: the pre-active version is granted to nobody.
+        assert_eq!(granted(&slot), [(1, Standing::Active)]);
+
+        slot.prove(second, NOW.after(5)).unwrap();
+        assert!(!slot.in_doubt());
+        assert_eq!(granted(&slot), [(2, Standing::Active), (1, Standing::FormerCandidate)]);
+        // I3: no destruction before the retention time has passed.
+        assert_eq!(slot.transition(first, KeyState::Destroyed, NOW), Err(SlotError::CandidateDestroyed { number: first }));
+        assert!(!slot.release_candidates(100, NOW.after(104)));
+        assert!(slot.release_candidates(100, NOW.after(105)));
+        slot.transition(first, KeyState::Destroyed, NOW).unwrap();
+        assert_eq!(granted(&slot), [(2, Standing::Active)]);
+        assert_eq!(slot.next_number().number(), 3);
+    }
+
+    #[test]
+    fn a_compromised_version_is_never_granted_nor_active_again() {
+        let mut slot = slot();
+        let number = slot.add_version(generated(KeyState::Active), NOW).unwrap();
+        slot.transition(number, KeyState::Compromised, NOW).unwrap();
+        assert_eq!(granted(&slot), []);
+        for state in KeyState::ALL {
+            assert!(slot.clone().transition(number, state, NOW).is_err(), "{state}: it is still a candidate");
+        }
+        assert!(slot.prove(number, NOW).is_err());
+        assert_eq!(slot.candidates().count(), 1);
+    }
+
+    #[test]
+    fn destroying_drops_the_key() {
+        let mut slot = slot();
+        let number = slot.add_version(generated(KeyState::PreActive), NOW).unwrap();
+        slot.transition(number, KeyState::Destroyed, NOW).unwrap();
+        assert_eq!(slot.version(number).unwrap().material(), &KeyMaterial::Destroyed);
+        assert_eq!(slot.version(number).unwrap().shape(), None);
+        assert!(slot.mark_candidate(number).is_err());
+    }
+
+    #[test]
+    fn a_second_active_version_and_ill_fitting_material_are_refused() {
+        let mut slot = slot();
+        slot.add_version(diversified(KeyState::Active), NOW).unwrap();
+        assert_eq!(slot.add_version(diversified(KeyState::Active), NOW), Err(SlotError::TwoActive));
+        assert!(slot.add_version(diversified(KeyState::Suspended), NOW).is_err());
+        let without_key = NewKeyVersion { wrapped: None, ..generated(KeyState::PreActive) };
+        assert!(matches!(slot.add_version(without_key, NOW), Err(SlotError::Material { .. })));
+        assert_eq!(slot.versions().len(), 1);
+        let mut secret = Slot::new(SecuritySetupId::DEFAULT, KeyType::LLS_SECRET);
+        assert!(secret.add_version(diversified(KeyState::Active), NOW).is_err());
+    }
+
+    #[test]
+    fn the_first_exposure_counts() {
+        let mut slot = slot();
+        let number = slot.add_version(diversified(KeyState::Active), NOW).unwrap();
+        let version = slot.version_mut(number).unwrap();
+        assert!(version.expose(Party::Vendor, ExposureReason::Shipment, NOW));
+        assert!(!version.expose(Party::Vendor, ExposureReason::Shipment, NOW.after(9)));
+        assert!(version.expose(Party::Vendor, ExposureReason::Reported, NOW.after(9)));
+        assert_eq!(version.exposures().first().unwrap().since, NOW);
+    }
+
+    #[test]
+    fn a_new_key_may_count_on_and_a_domain_takes_the_counters_over() {
+        let mut slot = slot();
+        let first = slot.add_version(diversified(KeyState::Active), NOW).unwrap();
+        let counters = slot.version_mut(first).unwrap().counters_mut().unwrap();
+        counters.raise_floor(CounterKey::Setup, 700, None).unwrap();
+        assert_eq!(slot.continued_counter(CounterKey::Setup), 700);
+        let mut domain = CounterDomain::new(CounterDomainId([1; 16]));
+        slot.join_domain(first, &mut domain).unwrap();
+        slot.join_domain(first, &mut domain).unwrap();
+        assert_eq!((domain.members, domain.counters.highest_bound()), (1, 700));
+        assert_eq!(domain.counters.get(CounterKey::Setup).unwrap().ownership(), &CounterOwnership::Kms);
+        assert!(matches!(slot.version_mut(first).unwrap().counters_mut(), Err(CounterError::InDomain { .. })));
+        assert!(slot.join_domain(first, &mut CounterDomain::new(CounterDomainId([2; 16]))).is_err());
+    }
+
+    #[test]
+    fn slots_are_found_and_not_doubled() {
+        let mut slots = Slots::new(vec![slot(), Slot::new(SecuritySetupId::DEFAULT, KeyType::KEK)]).unwrap();
+        assert_eq!(slots.iter().map(Slot::key_type).collect::<Vec<_>>(), [KeyType::KEK, KeyType::GUEK]);
+        assert!(slots.insert(slot()).is_err());
+        slots.insert(Slot::new(SecuritySetupId::from_octets([0, 1]), KeyType::KEK)).unwrap();
+        assert_eq!(slots.of_setup(SecuritySetupId::DEFAULT).count(), 2);
+        assert!(slots.get_mut(SecuritySetupId::DEFAULT, KeyType::GAK).is_err());
+    }
+}

@@ -1,0 +1,346 @@
+//! Rows: what is written comes back, in few octets; anything else is refused without a panic.
+
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
+
+use std::num::NonZeroU32;
+
+use bytes::Bytes;
+use kms_domain::*;
+use proptest::prelude::*;
+
+const NOW: UnixMillis = UnixMillis(1_795_165_200_000);
+
+fn island() -> IslandName {
+    IslandName::parse("north").unwrap()
+}
+
+fn title() -> SystemTitle {
+    SystemTitle::parse("4B414D0000000001").unwrap()
+}
+
+fn principal(name: &str) -> PrincipalId {
+    PrincipalId::new(island(), Role::HeadEnd, name).unwrap()
+}
+
+fn meter(slots: Slots) -> Meter {
+    Meter {
+        title: title(),
+        class: MeterClass {
+            vendor: FlagId::parse("KAM").unwrap(),
+            profile: DeviceProfileName::parse("generic-suite0").unwrap(),
+            status: MeterStatus::InService,
+            groups: vec![GroupId(3)],
+            head_end: Some(principal("hes-north")),
+        },
+        serial: "10000001".to_owned(),
+        suite: SecuritySuite::Suite0,
+        batch: "KAM-2026-0041".to_owned(),
+        added: NOW,
+        slots,
+    }
+}
+
+fn diversified() -> NewKeyVersion {
+    let origin = KeyOrigin::Diversified { root_version: 1, derivation: KeyDerivation::Sp800108Cmac, length: KeyLength::Aes128 };
+    NewKeyVersion { state: KeyState::Active, origin, wrapped: None, fingerprint: None }
+}
+
+fn imported(key_type: KeyType) -> NewKeyVersion {
+    let wrapped = WrappedKey::new(key_type, 1, Bytes::from(vec![0xA5; 24])).unwrap();
+    NewKeyVersion { state: KeyState::Active, origin: KeyOrigin::Imported, wrapped: Some(wrapped), fingerprint: Some([0xF1; 16]) }
+}
+
+/// A meter as it stands after its first session.
+fn in_use(types: &[KeyType], new: impl Fn(KeyType) -> NewKeyVersion, shipped: bool) -> Meter {
+    let slots = types.iter().map(|key_type| {
+        let mut slot = Slot::new(SecuritySetupId::DEFAULT, *key_type);
+        let number = slot.add_version(new(*key_type), NOW).unwrap();
+        let version = slot.version_mut(number).unwrap();
+        if shipped {
+            version.expose(Party::Vendor, ExposureReason::Shipment, NOW);
+        }
+        if [KeyType::GUEK, KeyType::GAK].contains(key_type) {
+            version.expose(Party::Principal(principal("hes-north")), ExposureReason::Grant, NOW.after(86_400_000));
+        }
+        if *key_type == KeyType::GUEK {
+            let client = CounterKey::ClientTitle(SystemTitle::parse("4D4D4D0000000001").unwrap());
+            version.counters_mut().unwrap().reserve(client, WriterId::from_octets(&[7; 16]).unwrap(), ChunkSize::DEFAULT, 0).unwrap();
+        }
+        slot
+    });
+    meter(Slots::new(slots.collect()).unwrap())
+}
+
+const FOUR: [KeyType; 4] = [KeyType::KEK, KeyType::GUEK, KeyType::GBEK, KeyType::GAK];
+
+#[test]
+fn rows_are_small() {
+    let two = in_use(&[KeyType::GUEK, KeyType::GAK], |_| diversified(), false).to_row().unwrap();
+    let four = in_use(&FOUR, imported, true).to_row().unwrap();
+    println!("two diversified keys: {} octets; four imported keys: {} octets", two.len(), four.len());
+    assert!(two.len() <= 150, "{}", two.len());
+    assert!(four.len() <= 370, "{}", four.len());
+}
+
+/// Prints what reading costs; nothing is asserted, because machines differ.
+#[test]
+fn reading_time() {
+    // Time on the processor, so that a busy machine does not count.
+    let busy = || {
+        let schedstat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+        std::time::Duration::from_nanos(schedstat.split(' ').next().and_then(|nanos| nanos.parse().ok()).unwrap_or(0))
+    };
+    let body = Bytes::from(in_use(&FOUR, imported, true).to_row().unwrap());
+    let (island, rounds) = (island(), 200_000);
+    let start = busy();
+    for _ in 0..rounds {
+        std::hint::black_box(Meter::from_row(title(), &island, std::hint::black_box(body.clone())).unwrap());
+    }
+    println!("from_row of four imported keys: {:?}", (busy() - start) / rounds);
+    let key = SealKey::new(1, &zeroize::Zeroizing::new([7; 32]));
+    let id = RowId::Meter(title());
+    let seal = key.seal(&id, Generation::FIRST, &body);
+    let start = busy();
+    for _ in 0..rounds {
+        key.verify(&id, Generation::FIRST, std::hint::black_box(&body), &seal).unwrap();
+    }
+    println!("verify: {:?}", (busy() - start) / rounds);
+}
+
+#[test]
+fn a_cut_row_is_refused_at_every_octet() {
+    for meter in [in_use(&FOUR, imported, true), in_use(&[KeyType::GUEK, KeyType::GAK], |_| diversified(), false)] {
+        let body = Bytes::from(meter.to_row().unwrap());
+        assert_eq!(Meter::from_row(title(), &island(), body.clone()).unwrap(), meter);
+        for length in 0..body.len() {
+            assert!(Meter::from_row(title(), &island(), body.slice(..length)).is_err(), "cut to {length}");
+        }
+    }
+}
+
+#[test]
+fn what_breaks_an_invariant_is_not_written() {
+    let right = in_use(&FOUR, imported, true);
+    assert!(Meter { serial: String::new(), ..right.clone() }.to_row().is_err());
+    assert!(Meter { batch: "b".repeat(65), ..right.clone() }.to_row().is_err());
+    for groups in [vec![GroupId(2), GroupId(1)], vec![GroupId(1), GroupId(1)], vec![GroupId(0)]] {
+        assert!(Meter { class: MeterClass { groups, ..right.class.clone() }, ..right.clone() }.to_row().is_err());
+    }
+}
+
+#[test]
+fn a_retired_meter_stays_retired() {
+    let mut meter = in_use(&FOUR, imported, true);
+    meter.set_status(MeterStatus::Quarantined).unwrap();
+    assert!(!meter.class.status.may_grant());
+    meter.set_status(MeterStatus::InService).unwrap();
+    meter.set_status(MeterStatus::Retired).unwrap();
+    assert!(!meter.class.status.may_grant());
+    assert!(MeterStatus::ALL.into_iter().filter(|status| *status != MeterStatus::Retired).all(|status| meter.set_status(status).is_err()));
+}
+
+#[test]
+fn groups_device_types_principals_and_the_island_come_back() {
+    let slots = in_use(&[KeyType::GBEK], imported, true).slots;
+    let group = Group { id: GroupId(3), name: "north".to_owned(), suite: SecuritySuite::Suite1, added: NOW, slots: slots.clone() };
+    assert_eq!(Group::from_row(group.id, &island(), group.to_row().unwrap().into()).unwrap(), group);
+
+    let device_type = DeviceType {
+        id: DeviceTypeId(4),
+        vendor: FlagId::parse("KAM").unwrap(),
+        name: "omnia".to_owned(),
+        profile: DeviceProfileName::parse("generic-suite0").unwrap(),
+        added: NOW,
+        slots,
+    };
+    assert_eq!(DeviceType::from_row(device_type.id, &island(), device_type.to_row().unwrap().into()).unwrap(), device_type);
+
+    let certificate = PrincipalCertificate { serial: Bytes::from_static(&[1; 20]), sha256: [2; 32], not_after: NOW };
+    let mut point = [5; 65];
+    point[0] = 4;
+    let officer = Principal {
+        id: PrincipalId::new(island(), Role::Officer, "ada").unwrap(),
+        revision: 7,
+        status: PrincipalStatus::Enabled,
+        certificates: vec![certificate.clone()],
+        transport: Some(TransportCertificate { certificate: Bytes::from_static(b"der"), sha256: [3; 32], public_point: point }),
+        client_titles: vec![title()],
+        person: Some(PersonName::parse("Ada Lovelace").unwrap()),
+        shipment_key: None,
+        added: NOW,
+    };
+    let manufacturer = Principal {
+        id: PrincipalId::new(island(), Role::Manufacturer, "kam").unwrap(),
+        person: None,
+        shipment_key: Some(Bytes::from_static(b"spki")),
+        ..officer.clone()
+    };
+    assert_eq!(Principal::from_row(manufacturer.id.clone(), manufacturer.to_row().unwrap().into()).unwrap(), manufacturer);
+    assert!(Principal { shipment_key: manufacturer.shipment_key.clone(), ..officer.clone() }.to_row().is_err());
+    assert_eq!(Principal::from_row(officer.id.clone(), officer.to_row().unwrap().into()).unwrap(), officer);
+    assert!(officer.accepts(&[2; 32], UnixMillis(NOW.0 - 1)));
+    assert!(!officer.accepts(&[2; 32], NOW) && !officer.accepts(&[9; 32], UnixMillis(0)));
+    assert!(!Principal { status: PrincipalStatus::Disabled, ..officer.clone() }.accepts(&[2; 32], UnixMillis(0)));
+    // I6: an officer without a person would count as nobody.
+    assert!(Principal { person: None, ..officer.clone() }.to_row().is_err());
+    assert!(Principal { client_titles: vec![title(), title()], ..officer.clone() }.to_row().is_err());
+    assert!(Principal { certificates: vec![certificate.clone(), certificate], ..officer }.to_row().is_err());
+
+    let roots = |class| ClassRoots {
+        class,
+        diversification: vec![
+            DiversificationRoot { version: 1, derivation: KeyDerivation::AesCbcEncryptData },
+            DiversificationRoot { version: 2, derivation: KeyDerivation::Sp800108Cmac },
+        ],
+        storage_kek_version: 1,
+    };
+    let island = Island {
+        name: island(),
+        kind: IslandKind::Development,
+        classes: KeyClass::WITH_ROOTS.map(roots).to_vec(),
+        seal_key_version: 1,
+        escrow_fingerprint: Some([6; 32]),
+        created: NOW,
+    };
+    assert_eq!(Island::from_row(island.name.clone(), island.to_row().into()).unwrap(), island);
+    assert_eq!(island.roots(KeyClass::Session).unwrap().current().unwrap().version, 2);
+    let twice = Island { classes: vec![roots(KeyClass::Kek), roots(KeyClass::Kek)], ..island };
+    assert!(Island::from_row(twice.name.clone(), twice.to_row().into()).is_err());
+}
+
+/// Something done to a slot. What the slot refuses is left undone.
+#[derive(Clone, Debug)]
+enum Change {
+    Add { origin: u8, active: bool, long: bool },
+    Transition { version: u32, state: usize },
+    Candidate { version: u32 },
+    Prove { version: u32 },
+    Release,
+    Expose { version: u32, who: u8, later: i64 },
+    Reserve { version: u32, key: u8 },
+    LeaveTo { version: u32, key: u8 },
+    Join { version: u32 },
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    let version = 1..6u32;
+    prop_oneof![
+        (0..4u8, any::<bool>(), any::<bool>()).prop_map(|(origin, active, long)| Change::Add { origin, active, long }),
+        (version.clone(), 0..6usize).prop_map(|(version, state)| Change::Transition { version, state }),
+        version.clone().prop_map(|version| Change::Candidate { version }),
+        version.clone().prop_map(|version| Change::Prove { version }),
+        Just(Change::Release),
+        (version.clone(), 0..5u8, -1_000_000_000_000..i64::MAX).prop_map(|(version, who, later)| Change::Expose { version, who, later }),
+        (version.clone(), 0..3u8).prop_map(|(version, key)| Change::Reserve { version, key }),
+        (version.clone(), 0..3u8).prop_map(|(version, key)| Change::LeaveTo { version, key }),
+        version.prop_map(|version| Change::Join { version }),
+    ]
+}
+
+fn apply(slot: &mut Slot, change: &Change) {
+    let number = |version: u32| KeyVersionNumber::new(version).unwrap();
+    let key = |key: u8| match SystemTitle::from_octets(&[0, 0, 0, 0, 0, 0, 0, key]) {
+        Ok(title) => CounterKey::ClientTitle(title),
+        Err(_) => CounterKey::Setup,
+    };
+    let counters = |slot: &mut Slot, version, change: &dyn Fn(&mut Counters)| {
+        if let Ok(version) = slot.version_mut(number(version))
+            && let Ok(counters) = version.counters_mut()
+        {
+            change(counters);
+        }
+    };
+    match *change {
+        Change::Add { origin, active, long } => {
+            let length = if long { KeyLength::Aes256 } else { KeyLength::Aes128 };
+            let derivation = if origin == 0 { KeyDerivation::Sp800108Cmac } else { KeyDerivation::AesCbcEncryptData };
+            let (origin, wrapped) = match origin {
+                0 | 1 => (KeyOrigin::Diversified { root_version: 3, derivation, length }, None),
+                2 => (KeyOrigin::Generated, Some(length)),
+                _ => (KeyOrigin::Imported, Some(length)),
+            };
+            let wrapped = wrapped.map(|length| WrappedKey::new(slot.key_type(), 2, Bytes::from(vec![1; length.wrapped_octets()])).unwrap());
+            let state = if active { KeyState::Active } else { KeyState::PreActive };
+            let _ = slot.add_version(NewKeyVersion { state, origin, wrapped, fingerprint: long.then_some([4; 16]) }, NOW.after(5));
+        }
+        Change::Transition { version, state } => drop(slot.transition(number(version), KeyState::ALL[state], NOW.after(6))),
+        Change::Candidate { version } => drop(slot.mark_candidate(number(version))),
+        Change::Prove { version } => drop(slot.prove(number(version), NOW.after(7))),
+        Change::Release => drop(slot.release_candidates(1, NOW.after(9))),
+        Change::Expose { version, who, later } => {
+            let party = match who {
+                0 => Party::Vendor,
+                1 => Party::Anyone,
+                number => Party::Principal(principal(&format!("p{number}"))),
+            };
+            if let Ok(version) = slot.version_mut(number(version)) {
+                version.expose(party, ExposureReason::ALL[usize::from(who)], UnixMillis(later));
+            }
+        }
+        Change::Reserve { version, key: which } => counters(slot, version, &|counters| {
+            let chunk = ChunkSize::new(NonZeroU32::new(1 << 30).unwrap());
+            let _ = counters.reserve(key(which), WriterId::from_octets(&[8; 16]).unwrap(), chunk, 0);
+        }),
+        Change::LeaveTo { version, key: which } => counters(slot, version, &|counters| counters.leave_to(key(which), principal("old-hes"))),
+        Change::Join { version } => drop(slot.join_domain(number(version), &mut CounterDomain::new(CounterDomainId([9; 16])))),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1_000))]
+
+    #[test]
+    fn whatever_is_done_to_a_meter_it_comes_back(
+        changes in prop::collection::vec((0..3usize, change()), 0..40),
+        groups in prop::collection::btree_set(1..u64::MAX, 0..5),
+        assigned in any::<bool>(),
+    ) {
+        let ids = [(KeyType::KEK, [0, 0]), (KeyType::GUEK, [0, 0]), (KeyType::from_number(63).unwrap(), [1, 255])];
+        let mut slots = ids.map(|(key_type, setup)| Slot::new(SecuritySetupId::from_octets(setup), key_type));
+        for (at, change) in &changes {
+            apply(&mut slots[*at], change);
+            // I3: whatever happened, no candidate is destroyed and nothing else than these two states is granted.
+            for slot in &slots {
+                prop_assert!(slot.candidates().all(|version| version.state() != KeyState::Destroyed));
+                prop_assert!(slot.grantable().all(|one| matches!(one.version.state(), KeyState::Active | KeyState::Deactivated)));
+            }
+        }
+        // A slot without versions is not stored.
+        let slots = slots.into_iter().filter(|slot| !slot.versions().is_empty()).collect();
+        let mut meter = meter(Slots::new(slots).unwrap());
+        meter.class.groups = groups.into_iter().map(GroupId).collect();
+        if !assigned {
+            meter.class.head_end = None;
+        }
+        let body = meter.to_row().unwrap();
+        let read = Meter::from_row(title(), &island(), body.clone().into()).unwrap();
+        prop_assert_eq!(&read, &meter);
+        prop_assert_eq!(read.to_row().unwrap(), body);
+    }
+
+    #[test]
+    fn random_octets_never_panic(octets in prop::collection::vec(any::<u8>(), 0..400)) {
+        let body = Bytes::from(octets.clone());
+        let _ = Meter::from_row(title(), &island(), body.clone());
+        let _ = Group::from_row(GroupId(1), &island(), body.clone());
+        let _ = DeviceType::from_row(DeviceTypeId(1), &island(), body.clone());
+        let _ = CounterDomain::from_row(CounterDomainId([1; 16]), &island(), body.clone());
+        let _ = Principal::from_row(principal("p"), body.clone());
+        let _ = Island::from_row(island(), body);
+        let _ = RowSeal::from_octets(&octets);
+        let _ = ShipmentHeader::parse(&octets);
+        let _ = ShipmentTrailer::parse(&octets);
+        let _ = DeviceProfile::parse(&String::from_utf8_lossy(&octets));
+    }
+
+    #[test]
+    fn an_edited_row_is_refused_or_read_whole(at in any::<prop::sample::Index>(), value in any::<u8>()) {
+        let mut body = in_use(&FOUR, imported, true).to_row().unwrap();
+        *at.get_mut(&mut body) = value;
+        if let Ok(read) = Meter::from_row(title(), &island(), body.into()) {
+            // What was accepted keeps every invariant, so it can be written again.
+            let again = read.to_row().unwrap();
+            prop_assert_eq!(Meter::from_row(title(), &island(), again.into()).unwrap(), read);
+        }
+    }
+}
