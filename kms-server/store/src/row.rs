@@ -1,0 +1,388 @@
+//! What the tables hold: opaque sealed rows, the log, and the bookkeeping around them.
+
+use kms_domain::{GrantId, KeyType, KeyVersionNumber, Owner, PrincipalId, RequestId, SecuritySetupId, SystemTitle, UnixMillis, WriterId};
+
+/// A sealed row as it is stored. The store does not look into it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SealedRow {
+    /// Grows by one with each write, from 1.
+    pub generation: u64,
+    /// `format(1) ‖ seal key version(1) ‖ MAC(16)` (docs/formats.md, *Sealed rows*).
+    pub seal: [u8; 18],
+    /// The protobuf that the seal covers.
+    pub body: Vec<u8>,
+}
+
+/// A meter and its row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MeterRow {
+    /// The meter.
+    pub title: SystemTitle,
+    /// Its row.
+    pub row: SealedRow,
+}
+
+/// The kinds of sealed rows other than meters'; the numbers of docs/formats.md.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum RowKind {
+    /// A group of meters.
+    Group,
+    /// A device type.
+    DeviceType,
+    /// A principal.
+    Principal,
+    /// A counter domain.
+    CounterDomain,
+    /// The island.
+    Island,
+}
+
+impl RowKind {
+    /// All kinds.
+    pub const ALL: [Self; 5] = [Self::Group, Self::DeviceType, Self::Principal, Self::CounterDomain, Self::Island];
+
+    /// The kind's number in the seal's input and in the database, 2–6.
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Group => 2,
+            Self::DeviceType => 3,
+            Self::Principal => 4,
+            Self::CounterDomain => 5,
+            Self::Island => 6,
+        }
+    }
+
+    /// The kind in words.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Group => "group",
+            Self::DeviceType => "device type",
+            Self::Principal => "principal",
+            Self::CounterDomain => "counter domain",
+            Self::Island => "island",
+        }
+    }
+}
+
+/// What the search columns of a meter repeat from its sealed body. Good for finding, never for deciding (I5).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MeterProjection {
+    /// The manufacturer's FLAG id.
+    pub vendor: String,
+    /// The device profile's name.
+    pub profile: String,
+    /// The status, as the caller numbers it.
+    pub status: u8,
+    /// The assigned head-end's URI.
+    pub head_end: Option<String>,
+    /// The shipment's batch.
+    pub batch: Option<String>,
+}
+
+/// Which meters to list. Empty: all.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MeterFilter {
+    /// Of this manufacturer.
+    pub vendor: Option<String>,
+    /// With this device profile.
+    pub profile: Option<String>,
+    /// In this status.
+    pub status: Option<u8>,
+    /// By the assigned head-end.
+    pub head_end: Assigned,
+    /// Of this batch.
+    pub batch: Option<String>,
+}
+
+/// How meters are assigned.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Assigned {
+    /// In any way, or not.
+    #[default]
+    Any,
+    /// To no head-end.
+    ToNone,
+    /// To the head-end with this URI.
+    To(String),
+}
+
+/// A record of the log, to be appended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AuditAppend {
+    /// The run of the server that writes it.
+    pub writer: WriterId,
+    /// Its number in that run, from 0.
+    pub sequence: u64,
+    /// When it was made.
+    pub time: UnixMillis,
+    /// What kind of record it is, as the caller numbers it: for searching only.
+    pub kind: u16,
+    /// The encoded record.
+    pub record: Vec<u8>,
+    /// The chain value after it (docs/formats.md, *Audit records*).
+    pub chain: [u8; 32],
+}
+
+/// A record of the log, as stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AuditRow {
+    /// Its place in the order of [`crate::Store::audit_page`].
+    pub cursor: AuditCursor,
+    /// The record.
+    pub record: AuditAppend,
+}
+
+/// A place in the log in order of time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct AuditCursor {
+    /// The record's time.
+    pub time: UnixMillis,
+    /// The record's number in this database.
+    pub id: i64,
+}
+
+/// Which records of the log to list.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AuditFilter {
+    /// From this time on, inclusive.
+    pub from: Option<UnixMillis>,
+    /// Before this time.
+    pub before: Option<UnixMillis>,
+    /// Of this kind.
+    pub kind: Option<u16>,
+    /// Of this writer.
+    pub writer: Option<WriterId>,
+}
+
+/// The last record of a writer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AuditTail {
+    /// The writer.
+    pub writer: WriterId,
+    /// The last record's sequence.
+    pub sequence: u64,
+    /// The chain value after it.
+    pub chain: [u8; 32],
+}
+
+/// Names one chunk of an idempotent request.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestKey {
+    /// Who asked.
+    pub principal: PrincipalId,
+    /// The id that the caller gave.
+    pub request: RequestId,
+    /// The chunk of a batch, from 0.
+    pub chunk: u32,
+}
+
+/// What was answered to a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RequestRow {
+    /// Digest of the request: another request under the same id is refused.
+    pub digest: [u8; 32],
+    /// What a replay needs. Never wrapped keys.
+    pub outcome: Vec<u8>,
+    /// From then on the row may be purged.
+    pub expires: UnixMillis,
+}
+
+/// A grant, as the list of grants shows it. What it exposed is in the sealed rows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GrantRow {
+    /// The grant: a UUID version 7, so that grants are stored in order of time.
+    pub id: GrantId,
+    /// Who holds it.
+    pub principal: PrincipalId,
+    /// The purpose that was stated.
+    pub purpose: String,
+    /// When it was issued.
+    pub issued: UnixMillis,
+    /// When it ends.
+    pub not_after: UnixMillis,
+    /// Where its record is in the log (I2).
+    pub audit: AuditReference,
+    /// How many meters it covers.
+    pub meters: u32,
+    /// When it was revoked.
+    pub revoked: Option<UnixMillis>,
+}
+
+/// Names a record of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct AuditReference {
+    /// The writer.
+    pub writer: WriterId,
+    /// The record's number.
+    pub sequence: u64,
+}
+
+/// Which grants to list, newest first.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GrantFilter {
+    /// Of this principal.
+    pub principal: Option<PrincipalId>,
+    /// Issued from then on.
+    pub issued_from: Option<UnixMillis>,
+    /// Issued before.
+    pub issued_before: Option<UnixMillis>,
+    /// Not revoked, and ending after this time.
+    pub live_at: Option<UnixMillis>,
+}
+
+/// The first 8 octets of a key fingerprint (docs/formats.md, *Key fingerprints*). Different keys can share one: compare the whole
+/// fingerprint, which the owners' rows hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FingerprintPrefix(pub [u8; 8]);
+
+impl FingerprintPrefix {
+    /// The prefix of a fingerprint.
+    pub const fn of(fingerprint: &[u8; 16]) -> Self {
+        let [a, b, c, d, e, f, g, h, ..] = *fingerprint;
+        Self([a, b, c, d, e, f, g, h])
+    }
+
+    pub(crate) const fn as_i64(self) -> i64 {
+        i64::from_be_bytes(self.0)
+    }
+}
+
+/// A key version whose fingerprint is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FingerprintOwner {
+    /// Whose key it is.
+    pub owner: Owner,
+    /// The security setup.
+    pub setup: SecuritySetupId,
+    /// The key's type.
+    pub key_type: KeyType,
+    /// The key's version.
+    pub version: KeyVersionNumber,
+}
+
+/// Names one upload of a shipment: a UUID's octets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct UploadId(pub [u8; 16]);
+
+/// How far a shipment has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ShipmentState {
+    /// Octets are coming in.
+    Receiving,
+    /// All octets are here; nothing is verified.
+    Received,
+    /// Signature, digest and count were right; devices are being imported.
+    Importing,
+    /// Every line was imported or refused.
+    Imported,
+    /// The whole file was refused.
+    Refused,
+}
+
+impl ShipmentState {
+    pub(crate) const fn number(self) -> i64 {
+        match self {
+            Self::Receiving => 1,
+            Self::Received => 2,
+            Self::Importing => 3,
+            Self::Imported => 4,
+            Self::Refused => 5,
+        }
+    }
+
+    pub(crate) fn from_number(number: i64) -> Option<Self> {
+        [Self::Receiving, Self::Received, Self::Importing, Self::Imported, Self::Refused].into_iter().find(|state| state.number() == number)
+    }
+}
+
+/// A shipment in the spool, from which any server can resume it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShipmentRow {
+    /// The upload.
+    pub upload: UploadId,
+    /// Grows by one with each write, from 1: two servers cannot import the same lines.
+    pub generation: u64,
+    /// SHA-256 of the file, as the sender announced it.
+    pub sha256: [u8; 32],
+    /// Length of the file in octets, as the sender announced it.
+    pub size: u64,
+    /// The batch that the header names; empty while it is not known.
+    pub batch: String,
+    /// Who uploads it.
+    pub principal: PrincipalId,
+    /// How far it is.
+    pub state: ShipmentState,
+    /// Octets in the spool.
+    pub received: u64,
+    /// The line that is imported next.
+    pub next_line: u64,
+    /// Devices imported.
+    pub imported: u64,
+    /// Lines refused.
+    pub refused: u64,
+    /// When the upload began.
+    pub created: UnixMillis,
+    /// When it last advanced.
+    pub updated: UnixMillis,
+    /// What else the importer needs to resume; opaque here.
+    pub progress: Vec<u8>,
+}
+
+/// A line of a shipment that was not imported.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShipmentRefusal {
+    /// The upload.
+    pub upload: UploadId,
+    /// The line, from 1.
+    pub line: u64,
+    /// The field at fault.
+    pub field: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// A PIN that a token refused: it is never tried again until it is changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PinFailure {
+    /// The token's serial number and label.
+    pub token: String,
+    /// CKU_SO or CKU_USER.
+    pub user_type: u8,
+    /// Argon2id of the PIN in PHC string format, with a salt of its own.
+    pub phc: String,
+    /// When it failed.
+    pub time: UnixMillis,
+}
+
+/// A run of a server. Times are the database's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerRow {
+    /// The run.
+    pub writer: WriterId,
+    /// The server's name.
+    pub name: String,
+    /// When it registered.
+    pub started: UnixMillis,
+    /// When it was last heard of.
+    pub heartbeat: UnixMillis,
+    /// Milliseconds since then by the database's clock.
+    pub silent_ms: i64,
+}
+
+/// Where a PostgreSQL cluster's history stands. Another value than before means a fail-over or a restored backup: restored mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Timeline {
+    /// The cluster's system identifier.
+    pub cluster: i64,
+    /// The timeline that the cluster writes.
+    pub number: u32,
+}
+
+/// How large the database is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Tables and indexes, octets.
+    pub database: u64,
+    /// The write-ahead log, octets; 0 where the database does not tell.
+    pub log: u64,
+}

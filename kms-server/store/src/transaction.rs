@@ -1,0 +1,291 @@
+//! The central verb's words: what is read, what was found, what is written.
+
+use std::collections::HashMap;
+
+use kms_domain::{GrantId, SystemTitle, UnixMillis, WriterId};
+
+use crate::{
+    AuditAppend, AuditTail, FingerprintOwner, FingerprintPrefix, GrantRow, MeterProjection, RequestKey, RequestRow, RowKind, SealedRow, ShipmentRefusal,
+    ShipmentRow, UploadId,
+};
+
+/// Rows to read in a transaction. Naming a row twice is harmless.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reads {
+    /// Meters' rows, up to 10,000.
+    pub meters: Vec<SystemTitle>,
+    /// Other sealed rows.
+    pub sealed: Vec<(RowKind, Vec<u8>)>,
+    /// Requests that may have been carried out already.
+    pub requests: Vec<RequestKey>,
+    /// Owners of keys that may have these fingerprints.
+    pub fingerprints: Vec<FingerprintPrefix>,
+    /// Grants.
+    pub grants: Vec<GrantId>,
+    /// Shipments in the spool.
+    pub shipments: Vec<UploadId>,
+    /// The last audit records of these writers.
+    pub audit_tails: Vec<WriterId>,
+}
+
+impl Reads {
+    /// Whether nothing is named.
+    pub fn is_empty(&self) -> bool {
+        self == &Self::default()
+    }
+
+    pub(crate) fn extend(&mut self, more: &Self) {
+        self.meters.extend_from_slice(&more.meters);
+        self.sealed.extend_from_slice(&more.sealed);
+        self.requests.extend_from_slice(&more.requests);
+        self.fingerprints.extend_from_slice(&more.fingerprints);
+        self.grants.extend_from_slice(&more.grants);
+        self.shipments.extend_from_slice(&more.shipments);
+        self.audit_tails.extend_from_slice(&more.audit_tails);
+    }
+
+    /// Drops what was read already and sorts the rest: rows are locked in one order everywhere.
+    pub(crate) fn normalise(&mut self, known: &ReadSet) {
+        tidy(&mut self.meters, |title| known.meters.contains_key(title));
+        tidy(&mut self.sealed, |name| known.sealed.contains_key(name));
+        tidy(&mut self.requests, |key| known.requests.contains_key(key));
+        tidy(&mut self.fingerprints, |prefix| known.fingerprints.contains_key(prefix));
+        tidy(&mut self.grants, |id| known.grants.contains_key(id));
+        tidy(&mut self.shipments, |upload| known.shipments.contains_key(upload));
+        tidy(&mut self.audit_tails, |writer| known.audit_tails.contains_key(writer));
+    }
+
+    /// The places of what is locked here, first to last, in the one order that all transactions lock in.
+    pub(crate) fn lock_ranks(&self) -> impl Iterator<Item = LockRank> {
+        let (domains, shared) = (self.sealed.iter().any(|(kind, _)| *kind == RowKind::CounterDomain), self.sealed.iter().any(|(kind, _)| *kind != RowKind::CounterDomain));
+        [
+            (LockRank::Fingerprints, !self.fingerprints.is_empty()),
+            (LockRank::Meters, !self.meters.is_empty()),
+            (LockRank::SharedRows, shared),
+            (LockRank::CounterDomains, domains),
+            (LockRank::Grants, !self.grants.is_empty()),
+            (LockRank::Shipments, !self.shipments.is_empty()),
+        ]
+        .into_iter()
+        .filter_map(|(rank, locked)| locked.then_some(rank))
+    }
+}
+
+/// The order in which transactions lock: two that keep to it never wait for each other in a circle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum LockRank {
+    Fingerprints,
+    Meters,
+    SharedRows,
+    CounterDomains,
+    Absences,
+    Grants,
+    Shipments,
+}
+
+/// One row of a [`ReadSet`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lookup<'a, T> {
+    /// It was not asked for: name it in [`Decision::More`].
+    NotRead,
+    /// It does not exist.
+    Absent,
+    /// It exists.
+    Present(&'a T),
+}
+
+impl<'a, T> Lookup<'a, T> {
+    /// The row, if it was read and exists.
+    pub const fn present(self) -> Option<&'a T> {
+        match self {
+            Self::Present(row) => Some(row),
+            Self::NotRead | Self::Absent => None,
+        }
+    }
+
+    fn of<K: Eq + std::hash::Hash>(rows: &'a HashMap<K, Option<T>>, key: &K) -> Self {
+        match rows.get(key) {
+            None => Self::NotRead,
+            Some(None) => Self::Absent,
+            Some(Some(row)) => Self::Present(row),
+        }
+    }
+}
+
+/// What a transaction has read. It stays as it is in the database until the transaction ends, absence included.
+#[derive(Debug, Default)]
+pub struct ReadSet {
+    pub(crate) meters: HashMap<SystemTitle, Option<SealedRow>>,
+    pub(crate) sealed: HashMap<(RowKind, Vec<u8>), Option<SealedRow>>,
+    pub(crate) requests: HashMap<RequestKey, Option<RequestRow>>,
+    pub(crate) fingerprints: HashMap<FingerprintPrefix, Vec<FingerprintOwner>>,
+    pub(crate) grants: HashMap<GrantId, Option<GrantRow>>,
+    pub(crate) shipments: HashMap<UploadId, Option<ShipmentRow>>,
+    pub(crate) audit_tails: HashMap<WriterId, Option<AuditTail>>,
+    /// The last thing that was locked.
+    pub(crate) locked: Option<LockRank>,
+}
+
+impl ReadSet {
+    /// A meter's row.
+    pub fn meter(&self, title: SystemTitle) -> Lookup<'_, SealedRow> {
+        Lookup::of(&self.meters, &title)
+    }
+
+    /// All meters that were asked for, in no order.
+    pub fn meters(&self) -> impl Iterator<Item = (SystemTitle, Lookup<'_, SealedRow>)> {
+        self.meters.iter().map(|(title, row)| (*title, row.as_ref().map_or(Lookup::Absent, Lookup::Present)))
+    }
+
+    /// Another sealed row.
+    pub fn sealed(&self, kind: RowKind, id: &[u8]) -> Lookup<'_, SealedRow> {
+        Lookup::of(&self.sealed, &(kind, id.to_vec()))
+    }
+
+    /// A request's outcome.
+    pub fn request(&self, key: &RequestKey) -> Lookup<'_, RequestRow> {
+        Lookup::of(&self.requests, key)
+    }
+
+    /// Who has keys with this fingerprint prefix: `None` if it was not read, empty if nobody.
+    pub fn fingerprint_owners(&self, prefix: FingerprintPrefix) -> Option<&[FingerprintOwner]> {
+        self.fingerprints.get(&prefix).map(Vec::as_slice)
+    }
+
+    /// A grant.
+    pub fn grant(&self, id: GrantId) -> Lookup<'_, GrantRow> {
+        Lookup::of(&self.grants, &id)
+    }
+
+    /// A shipment.
+    pub fn shipment(&self, upload: UploadId) -> Lookup<'_, ShipmentRow> {
+        Lookup::of(&self.shipments, &upload)
+    }
+
+    /// The last audit record of a writer; absent if it has written none.
+    pub fn audit_tail(&self, writer: WriterId) -> Lookup<'_, AuditTail> {
+        Lookup::of(&self.audit_tails, &writer)
+    }
+}
+
+/// What to do with what was read.
+#[derive(Debug)]
+pub enum Decision {
+    /// Read these too, then decide again; what was read before is kept.
+    More(Reads),
+    /// Write, in the same transaction.
+    Commit(Box<Changes>),
+    /// End without writing.
+    Abandon,
+}
+
+/// How a transaction ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Committed {
+    /// Everything in [`Changes`] is durable.
+    Written,
+    /// The decision was [`Decision::Abandon`].
+    Nothing,
+}
+
+/// What a transaction writes: all of it, or nothing.
+#[derive(Clone, Debug, Default)]
+pub struct Changes {
+    /// Meters' rows.
+    pub meters: Vec<MeterPut>,
+    /// Other sealed rows.
+    pub sealed: Vec<SealedPut>,
+    /// Requests carried out.
+    pub requests: Vec<RequestPut>,
+    /// Grants issued. A conflict if an id exists.
+    pub grants: Vec<GrantRow>,
+    /// Grants revoked.
+    pub revocations: Vec<GrantRevocation>,
+    /// Fingerprints of new keys.
+    pub fingerprints: Vec<FingerprintPut>,
+    /// Shipments' progress. Generation 1 begins one; others are written only over the generation before.
+    pub shipments: Vec<ShipmentRow>,
+    /// Refused lines.
+    pub refusals: Vec<ShipmentRefusal>,
+    /// I2: the records of all this.
+    pub audit: Vec<AuditAppend>,
+}
+
+/// A meter's new row. It is written only over the generation before it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MeterPut {
+    pub(crate) title: SystemTitle,
+    pub(crate) row: SealedRow,
+    pub(crate) projection: Option<MeterProjection>,
+}
+
+impl MeterPut {
+    /// A meter that is not known yet; `row.generation` is 1.
+    pub const fn insert(title: SystemTitle, row: SealedRow, projection: MeterProjection) -> Self {
+        Self { title, row, projection: Some(projection) }
+    }
+
+    /// A new generation. The search columns stay as they are, which spares two index pages a row: the usual case.
+    pub const fn update(title: SystemTitle, row: SealedRow) -> Self {
+        Self { title, row, projection: None }
+    }
+
+    /// A new generation that the search columns must follow.
+    pub const fn update_projection(title: SystemTitle, row: SealedRow, projection: MeterProjection) -> Self {
+        Self { title, row, projection: Some(projection) }
+    }
+
+    /// The meter.
+    pub const fn title(&self) -> SystemTitle {
+        self.title
+    }
+
+    /// The row.
+    pub const fn row(&self) -> &SealedRow {
+        &self.row
+    }
+}
+
+/// Another sealed row's new generation. Generation 1 inserts it; others are written only over the generation before.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SealedPut {
+    /// Its kind.
+    pub kind: RowKind,
+    /// Its id within the kind.
+    pub id: Vec<u8>,
+    /// The row.
+    pub row: SealedRow,
+}
+
+/// A request that was carried out. A conflict if its key exists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RequestPut {
+    /// The request.
+    pub key: RequestKey,
+    /// Its outcome.
+    pub row: RequestRow,
+}
+
+/// The end of a grant before its time. A conflict if it does not exist or was revoked already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GrantRevocation {
+    /// The grant.
+    pub id: GrantId,
+    /// When it was revoked.
+    pub revoked: UnixMillis,
+}
+
+/// A new key's fingerprint. A conflict if the same owner has it already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FingerprintPut {
+    /// The fingerprint's prefix.
+    pub prefix: FingerprintPrefix,
+    /// The key version.
+    pub owner: FingerprintOwner,
+}
+
+fn tidy<T: Ord>(names: &mut Vec<T>, known: impl Fn(&T) -> bool) {
+    names.retain(|name| !known(name));
+    names.sort_unstable();
+    names.dedup();
+}

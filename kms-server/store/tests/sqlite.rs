@@ -1,0 +1,104 @@
+//! What only SQLite must do: one server, one file, and commits that survive the process.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "helpers of tests are tests")]
+
+mod common;
+
+use std::{
+    io::{BufRead, BufReader, Write},
+    os::unix::fs::PermissionsExt,
+    process::{Command, Stdio},
+};
+
+use common::*;
+use kms_store::{Changes, StoreConfig, StoreError};
+
+#[tokio::test]
+async fn a_second_server_is_refused_by_whatever_path_it_comes() {
+    let f = Fixture::sqlite().await;
+    let directory = f.directory.as_ref().unwrap().path();
+    assert!(matches!(kms_store::open(&f.config).await.map(drop), Err(StoreError::InUse { .. })));
+    let link = directory.join("link.db");
+    std::os::unix::fs::symlink(directory.join("kms.db"), &link).unwrap();
+    let linked = StoreConfig::parse(&format!("sqlite:{}", link.display())).unwrap();
+    assert!(matches!(kms_store::open(&linked).await.map(drop), Err(StoreError::InUse { .. })));
+    drop(f.store);
+    kms_store::open(&linked).await.unwrap();
+}
+
+#[tokio::test]
+async fn nobody_else_may_read_the_files() {
+    let f = Fixture::sqlite().await;
+    write(&*f.store, Changes { audit: vec![record(f.writer, 0)], ..Changes::default() }).await.unwrap();
+    let mut files = 0;
+    for entry in std::fs::read_dir(f.directory.as_ref().unwrap().path()).unwrap() {
+        let entry = entry.unwrap();
+        assert_eq!(entry.metadata().unwrap().permissions().mode() & 0o777, 0o600, "{}", entry.path().display());
+        files += 1;
+    }
+    assert!(files >= 3);
+}
+
+#[tokio::test]
+async fn what_is_no_database_is_refused() {
+    let directory = tempfile::TempDir::new().unwrap();
+    let path = directory.path().join("kms.db");
+    std::fs::write(&path, [0x5A; 8192]).unwrap();
+    let config = StoreConfig::parse(&format!("sqlite:{}", path.display())).unwrap();
+    assert!(matches!(kms_store::open(&config).await.map(drop), Err(StoreError::Corrupt { .. })));
+    let nowhere = StoreConfig::parse("sqlite:/nonexistent/kms.db").unwrap();
+    assert!(matches!(kms_store::open(&nowhere).await.map(drop), Err(StoreError::Unavailable { .. })));
+    assert!(StoreConfig::parse("mysql://x").is_err() && StoreConfig::parse("sqlite:").is_err());
+}
+
+/// I2: what was acknowledged is there after kill -9.
+#[tokio::test]
+async fn acknowledged_commits_survive_a_kill() {
+    let directory = tempfile::TempDir::new().unwrap();
+    let path = directory.path().join("kms.db");
+    for round in 1..4 {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "child_that_commits_until_it_is_killed", "--nocapture"])
+            .env(CHILD_DATABASE, &path)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut writer = None;
+        let mut acknowledged = 0;
+        for line in BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok) {
+            if let Some(id) = line.strip_prefix("writer ") {
+                writer = Some(kms_domain::WriterId::parse(id).unwrap());
+            }
+            if let Some(sequence) = line.strip_prefix("committed ") {
+                acknowledged = sequence.parse().unwrap();
+                if acknowledged >= 40 * round {
+                    child.kill().unwrap();
+                }
+            }
+        }
+        child.wait().unwrap();
+        let store = kms_store::open(&StoreConfig::parse(&format!("sqlite:{}", path.display())).unwrap()).await.unwrap();
+        let records = store.audit_of_writer(writer.unwrap(), 0, 100_000).await.unwrap();
+        assert!(records.len() as u64 > acknowledged, "{} records, {acknowledged} acknowledged", records.len());
+        for (sequence, found) in (0..).zip(records) {
+            assert_eq!(found, record(writer.unwrap(), sequence));
+        }
+    }
+}
+
+/// Not a test by itself: the process that the test above kills.
+#[tokio::test]
+async fn child_that_commits_until_it_is_killed() {
+    let Some(path) = std::env::var_os(CHILD_DATABASE) else { return };
+    let store = kms_store::open(&StoreConfig::parse(&format!("sqlite:{}", path.display())).unwrap()).await.unwrap();
+    let writer = writer_id();
+    store.register_server(writer, "child").await.unwrap();
+    println!("\nwriter {writer}");
+    for sequence in 0..100_000 {
+        write(&*store, Changes { audit: vec![record(writer, sequence)], ..Changes::default() }).await.unwrap();
+        println!("committed {sequence}");
+        std::io::stdout().flush().unwrap();
+    }
+}
+
+const CHILD_DATABASE: &str = "KMS_STORE_TEST_DATABASE";

@@ -1,0 +1,518 @@
+//! What both databases must do: each test runs on each.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "helpers of tests are tests")]
+
+mod common;
+
+use std::sync::Arc;
+
+use common::*;
+use kms_domain::{GrantId, KeyType, KeyVersionNumber, Owner, SecuritySetupId, UnixMillis};
+use kms_store::{
+    Assigned, AuditFilter, AuditReference, Changes, Committed, Decision, FingerprintOwner, FingerprintPrefix, FingerprintPut, GrantFilter, GrantRevocation,
+    GrantRow, Lookup, MeterFilter, MeterPut, PinFailure, Reads, RequestPut, RequestRow, RowKind, RowName, SealedPut, ShipmentRefusal, ShipmentRow, ShipmentState,
+    StoreError, UploadId,
+    testing::{Damage, Obstruction, damage},
+};
+
+macro_rules! on_both {
+    ($($name:ident),* $(,)?) => {
+        mod sqlite {
+            $(#[tokio::test(flavor = "multi_thread")] async fn $name() { super::$name(super::Fixture::sqlite().await).await })*
+        }
+        mod postgres {
+            $(#[tokio::test(flavor = "multi_thread")] async fn $name() { super::$name(super::Fixture::postgres().await).await })*
+        }
+    };
+}
+
+on_both!(
+    what_was_written_is_read,
+    absence_is_seen_and_more_can_be_read,
+    an_abandoned_transaction_writes_nothing,
+    a_stale_generation_is_a_conflict_and_nothing_is_written,
+    an_insert_over_a_row_is_a_conflict,
+    two_uses_of_an_audit_sequence_collide,
+    a_writer_must_be_registered_once,
+    a_request_is_carried_out_once_and_purged_after_its_time,
+    ten_thousand_meters_in_one_transaction,
+    meters_are_found_by_their_projections,
+    audit_is_walked_in_order,
+    grants_are_listed_and_revoked_once,
+    fingerprints_find_all_owners,
+    a_shipment_is_resumed_where_it_stopped,
+    failed_pins_are_remembered,
+    servers_are_known_by_the_clock_of_the_database,
+    concurrent_transactions_lose_no_update,
+    odd_text_survives,
+    a_newer_schema_is_refused,
+    a_changed_migration_is_refused,
+    a_stuck_database_answers_in_time,
+    a_decision_that_never_ends_is_stopped,
+    a_reopened_database_has_everything,
+);
+
+async fn what_was_written_is_read(f: Fixture) {
+    let key = request_key("hes", 3);
+    let outcome = RequestRow { digest: [5; 32], outcome: b"outcome".to_vec(), expires: UnixMillis(99) };
+    let changes = Changes {
+        meters: vec![MeterPut::insert(title(1), row(1, "one"), projection())],
+        sealed: RowKind::ALL.map(|kind| SealedPut { kind, id: vec![0, 255, kind.number()], row: row(1, kind.name()) }).to_vec(),
+        requests: vec![RequestPut { key: key.clone(), row: outcome.clone() }],
+        audit: vec![record(f.writer, 0), record(f.writer, 1)],
+        ..Changes::default()
+    };
+    assert_eq!(write(&*f.store, changes).await, Ok(Committed::Written));
+    let reads = Reads {
+        meters: vec![title(1)],
+        sealed: RowKind::ALL.map(|kind| (kind, vec![0, 255, kind.number()])).to_vec(),
+        requests: vec![key.clone()],
+        audit_tails: vec![f.writer],
+        ..Reads::default()
+    };
+    let mut seen = false;
+    f.store
+        .transact(reads, &mut |set| {
+            assert_eq!(set.meter(title(1)), Lookup::Present(&row(1, "one")));
+            for kind in RowKind::ALL {
+                assert_eq!(set.sealed(kind, &[0, 255, kind.number()]), Lookup::Present(&row(1, kind.name())));
+            }
+            assert_eq!(set.request(&key), Lookup::Present(&outcome));
+            assert_eq!(set.audit_tail(f.writer).present().unwrap().chain, [1; 32]);
+            seen = true;
+            Decision::Abandon
+        })
+        .await
+        .unwrap();
+    assert!(seen);
+    assert_eq!(f.store.meters(&[title(2), title(1), title(1)]).await.unwrap().len(), 1);
+    assert_eq!(f.store.sealed(RowKind::Group, &[0, 255, 2]).await.unwrap(), Some(row(1, "group")));
+    assert_eq!(f.store.sealed(RowKind::Group, &[0]).await.unwrap(), None);
+    assert_eq!(f.store.sealed_page(RowKind::Island, None, 5).await.unwrap(), [(vec![0, 255, 6], row(1, "island"))]);
+    assert!(f.store.sealed_page(RowKind::Island, Some(&[0, 255, 6]), 5).await.unwrap().is_empty());
+    assert!(f.store.sizes().await.unwrap().database > 0);
+    f.store.check().await.unwrap();
+}
+
+async fn absence_is_seen_and_more_can_be_read(f: Fixture) {
+    insert_meters(&*f.store, 1..2).await;
+    let mut calls = 0;
+    let committed = f
+        .store
+        .transact(Reads { meters: vec![title(1), title(9)], ..Reads::default() }, &mut |set| {
+            calls += 1;
+            assert!(set.meter(title(1)).present().is_some());
+            assert_eq!(set.meter(title(9)), Lookup::Absent);
+            match set.sealed(RowKind::Group, b"north") {
+                Lookup::NotRead => Decision::More(Reads { sealed: vec![(RowKind::Group, b"north".to_vec())], ..Reads::default() }),
+                Lookup::Absent => Decision::Commit(Box::new(Changes {
+                    sealed: vec![SealedPut { kind: RowKind::Group, id: b"north".to_vec(), row: row(1, "north") }],
+                    meters: vec![MeterPut::update(title(1), row(2, "moved"))],
+                    ..Changes::default()
+                })),
+                Lookup::Present(_) => Decision::Abandon,
+            }
+        })
+        .await;
+    assert_eq!((committed, calls), (Ok(Committed::Written), 2));
+    assert_eq!(f.store.meters(&[title(1)]).await.unwrap()[0].row, row(2, "moved"));
+}
+
+async fn an_abandoned_transaction_writes_nothing(f: Fixture) {
+    assert_eq!(f.store.transact(Reads::default(), &mut |_| Decision::Abandon).await, Ok(Committed::Nothing));
+}
+
+async fn a_stale_generation_is_a_conflict_and_nothing_is_written(f: Fixture) {
+    insert_meters(&*f.store, 1..4).await;
+    for generation in [1, 3, 9] {
+        let changes = Changes {
+            meters: vec![MeterPut::update(title(1), row(2, "new")), MeterPut::update_projection(title(2), row(generation, "new"), projection())],
+            audit: vec![record(f.writer, 0)],
+            ..Changes::default()
+        };
+        assert_eq!(write(&*f.store, changes).await, Err(StoreError::Conflict { row: RowName::Meter(title(2)) }));
+    }
+    let twice = vec![MeterPut::update(title(1), row(2, "a")), MeterPut::update(title(1), row(3, "b"))];
+    assert!(write(&*f.store, Changes { meters: twice, ..Changes::default() }).await.is_err());
+    assert_eq!(f.store.meters(&[title(1)]).await.unwrap()[0].row.generation, 1);
+    assert!(f.store.audit_tails().await.unwrap().is_empty());
+    let sealed = |generation| Changes { sealed: vec![SealedPut { kind: RowKind::Group, id: vec![1], row: row(generation, "") }], ..Changes::default() };
+    assert_eq!(write(&*f.store, sealed(2)).await, Err(StoreError::Conflict { row: RowName::Sealed(RowKind::Group, vec![1]) }));
+    assert!(matches!(write(&*f.store, sealed(0)).await, Err(StoreError::Invalid { .. })));
+    let columns_missing = Changes { meters: vec![MeterPut::update(title(8), row(1, ""))], ..Changes::default() };
+    assert!(matches!(write(&*f.store, columns_missing).await, Err(StoreError::Invalid { .. })));
+}
+
+async fn an_insert_over_a_row_is_a_conflict(f: Fixture) {
+    insert_meters(&*f.store, 1..2).await;
+    let again = Changes { meters: vec![MeterPut::insert(title(1), row(1, "other"), projection())], ..Changes::default() };
+    assert_eq!(write(&*f.store, again).await, Err(StoreError::Conflict { row: RowName::Meter(title(1)) }));
+    let ghost = Changes { meters: vec![MeterPut::update(title(7), row(2, "ghost"))], ..Changes::default() };
+    assert_eq!(write(&*f.store, ghost).await, Err(StoreError::Conflict { row: RowName::Meter(title(7)) }));
+    assert_eq!(f.store.meter_count(&MeterFilter::default()).await, Ok(1));
+}
+
+async fn two_uses_of_an_audit_sequence_collide(f: Fixture) {
+    let append = |sequences: &[u64]| Changes { audit: sequences.iter().map(|sequence| record(f.writer, *sequence)).collect(), ..Changes::default() };
+    write(&*f.store, append(&[0, 1])).await.unwrap();
+    assert_eq!(write(&*f.store, append(&[2, 1])).await, Err(StoreError::Conflict { row: RowName::Audit(f.writer, 1) }));
+    let tails = f.store.audit_tails().await.unwrap();
+    assert_eq!((tails.len(), tails[0].writer, tails[0].sequence), (1, f.writer, 1));
+}
+
+async fn a_writer_must_be_registered_once(f: Fixture) {
+    let changes = Changes { audit: vec![record(writer_id(), 0)], ..Changes::default() };
+    assert!(matches!(write(&*f.store, changes).await, Err(StoreError::Invalid { what: "writer id", .. })));
+    assert!(matches!(f.store.register_server(f.writer, "other").await, Err(StoreError::Invalid { what: "writer id", .. })));
+    assert!(matches!(f.store.heartbeat(writer_id()).await, Err(StoreError::Invalid { what: "writer id", .. })));
+}
+
+async fn a_request_is_carried_out_once_and_purged_after_its_time(f: Fixture) {
+    let keys: Vec<_> = (0..5).map(|chunk| request_key("hes", chunk)).collect();
+    let puts = |keys: &[kms_store::RequestKey]| Changes {
+        requests: keys
+            .iter()
+            .map(|key| RequestPut { key: key.clone(), row: RequestRow { digest: [1; 32], outcome: vec![1, 2], expires: UnixMillis(i64::from(key.chunk) * 10) } })
+            .collect(),
+        ..Changes::default()
+    };
+    write(&*f.store, puts(&keys)).await.unwrap();
+    let other = kms_store::RequestKey { principal: principal("other"), ..keys[2].clone() };
+    write(&*f.store, puts(&[other])).await.unwrap();
+    let again = write(&*f.store, puts(&keys[4..])).await;
+    assert_eq!(again, Err(StoreError::Conflict { row: RowName::Request(keys[4].request, 4) }));
+    assert_eq!(f.store.purge_requests(UnixMillis(30), 3).await, Ok(3));
+    assert_eq!(f.store.purge_requests(UnixMillis(30), 3).await, Ok(1));
+    assert_eq!(f.store.purge_requests(UnixMillis(30), 3).await, Ok(0));
+    let mut left = Vec::new();
+    f.store
+        .transact(Reads { requests: keys.clone(), ..Reads::default() }, &mut |set| {
+            left = keys.iter().filter(|key| set.request(key).present().is_some()).map(|key| key.chunk).collect();
+            Decision::Abandon
+        })
+        .await
+        .unwrap();
+    assert_eq!(left, [3, 4]);
+}
+
+async fn ten_thousand_meters_in_one_transaction(f: Fixture) {
+    insert_meters(&*f.store, 1..10_001).await;
+    let titles: Vec<_> = (1..10_001).rev().map(title).collect();
+    f.store
+        .transact(Reads { meters: titles.clone(), ..Reads::default() }, &mut |set| {
+            let meters = titles
+                .iter()
+                .map(|title| {
+                    let old = set.meter(*title).present().unwrap();
+                    MeterPut::update(*title, row(old.generation + 1, &format!("{} again", String::from_utf8_lossy(&old.body))))
+                })
+                .collect();
+            Decision::Commit(Box::new(Changes { meters, ..Changes::default() }))
+        })
+        .await
+        .unwrap();
+    let (mut after, mut count) = (None, 0);
+    loop {
+        let page = f.store.meter_page(&MeterFilter::default(), after, 999).await.unwrap();
+        let Some(last) = page.last() else { break };
+        for meter in &page {
+            count += 1;
+            assert_eq!((meter.title, &meter.row), (title(count), &row(2, &format!("meter {count} again"))));
+        }
+        after = Some(last.title);
+    }
+    assert_eq!(count, 10_000);
+}
+
+async fn meters_are_found_by_their_projections(f: Fixture) {
+    let meters = (1..101)
+        .map(|number| {
+            let mut projection = projection();
+            projection.vendor = if number % 2 == 0 { "ISK" } else { "KAM" }.into();
+            projection.status = (number % 3) as u8;
+            projection.head_end = (number % 5 == 0).then(|| "urn:meterkms:north:head-end:hes".into());
+            projection.batch = Some(format!("batch {}", number / 50));
+            MeterPut::insert(title(number), row(1, ""), projection)
+        })
+        .collect();
+    write(&*f.store, Changes { meters, ..Changes::default() }).await.unwrap();
+    let count = async |filter: MeterFilter| {
+        let counted = f.store.meter_count(&filter).await.unwrap();
+        assert_eq!(f.store.meter_page(&filter, None, 1_000).await.unwrap().len() as u64, counted);
+        counted
+    };
+    assert_eq!(count(MeterFilter::default()).await, 100);
+    assert_eq!(count(MeterFilter { vendor: Some("ISK".into()), ..Default::default() }).await, 50);
+    assert_eq!(count(MeterFilter { vendor: Some("XXX".into()), ..Default::default() }).await, 0);
+    assert_eq!(count(MeterFilter { status: Some(0), ..Default::default() }).await, 33);
+    assert_eq!(count(MeterFilter { head_end: Assigned::ToNone, ..Default::default() }).await, 80);
+    assert_eq!(count(MeterFilter { batch: Some("batch 1".into()), vendor: Some("KAM".into()), ..Default::default() }).await, 25);
+    let assigned = MeterFilter { head_end: Assigned::To("urn:meterkms:north:head-end:hes".into()), ..Default::default() };
+    assert_eq!(count(assigned.clone()).await, 20);
+    // A new generation leaves the columns, or changes them.
+    let mut moved = projection();
+    moved.head_end = None;
+    let meters = vec![MeterPut::update(title(5), row(2, "")), MeterPut::update_projection(title(10), row(2, ""), moved)];
+    write(&*f.store, Changes { meters, ..Changes::default() }).await.unwrap();
+    assert_eq!(count(assigned).await, 19);
+}
+
+async fn audit_is_walked_in_order(f: Fixture) {
+    let second = writer_id();
+    f.store.register_server(second, "second").await.unwrap();
+    for sequence in 0..50 {
+        let mut other = record(second, sequence);
+        other.kind = 8;
+        write(&*f.store, Changes { audit: vec![record(f.writer, sequence), other], ..Changes::default() }).await.unwrap();
+    }
+    let (mut after, mut walked) = (None, Vec::new());
+    loop {
+        let page = f.store.audit_page(&AuditFilter::default(), after, 7).await.unwrap();
+        let Some(last) = page.last() else { break };
+        after = Some(last.cursor);
+        walked.extend(page.into_iter().map(|row| (row.record.writer, row.record.sequence)));
+    }
+    let expected: Vec<_> = (0..50).flat_map(|sequence| [(f.writer, sequence), (second, sequence)]).collect();
+    assert_eq!(walked, expected);
+    let count = async |filter: AuditFilter| f.store.audit_page(&filter, None, 1_000).await.unwrap().len();
+    assert_eq!(count(AuditFilter { kind: Some(8), ..Default::default() }).await, 50);
+    assert_eq!(count(AuditFilter { writer: Some(second), ..Default::default() }).await, 50);
+    assert_eq!(count(AuditFilter { from: Some(UnixMillis(1_010)), before: Some(UnixMillis(1_015)), ..Default::default() }).await, 10);
+    let tail = f.store.audit_of_writer(f.writer, 47, 10).await.unwrap();
+    assert_eq!(tail, (47..50).map(|sequence| record(f.writer, sequence)).collect::<Vec<_>>());
+}
+
+async fn grants_are_listed_and_revoked_once(f: Fixture) {
+    let grant = |number: u8, name: &str| GrantRow {
+        id: GrantId::from_octets(&[[1; 15].as_slice(), &[number]].concat()).unwrap(),
+        principal: principal(name),
+        purpose: "reading".into(),
+        issued: UnixMillis(i64::from(number) * 10),
+        not_after: UnixMillis(i64::from(number) * 10 + 100),
+        audit: AuditReference { writer: f.writer, sequence: u64::from(number) },
+        meters: 1_000,
+        revoked: None,
+    };
+    let grants: Vec<_> = (1..11).map(|number| grant(number, if number % 2 == 0 { "even" } else { "odd" })).collect();
+    write(&*f.store, Changes { grants: grants.clone(), ..Changes::default() }).await.unwrap();
+    assert_eq!(f.store.grant(grants[3].id).await.unwrap().as_ref(), Some(&grants[3]));
+    assert_eq!(f.store.grant_page(&GrantFilter::default(), None, 2).await.unwrap(), [grants[9].clone(), grants[8].clone()]);
+    assert_eq!(f.store.grant_page(&GrantFilter::default(), Some(grants[8].id), 1).await.unwrap(), [grants[7].clone()]);
+    let even = GrantFilter { principal: Some(principal("even")), ..Default::default() };
+    assert_eq!(f.store.grant_page(&even, None, 100).await.unwrap().len(), 5);
+    let live = GrantFilter { live_at: Some(UnixMillis(150)), issued_from: Some(UnixMillis(30)), issued_before: Some(UnixMillis(100)), ..Default::default() };
+    assert_eq!(f.store.grant_page(&live, None, 100).await.unwrap().len(), 4);
+    let revoke = Changes { revocations: vec![GrantRevocation { id: grants[7].id, revoked: UnixMillis(77) }], ..Changes::default() };
+    f.store
+        .transact(Reads { grants: vec![grants[7].id, GrantId::from_octets(&[9; 16]).unwrap()], ..Reads::default() }, &mut |set| {
+            assert_eq!(set.grant(grants[7].id), Lookup::Present(&grants[7]));
+            assert_eq!(set.grant(GrantId::from_octets(&[9; 16]).unwrap()), Lookup::Absent);
+            Decision::Commit(Box::new(revoke.clone()))
+        })
+        .await
+        .unwrap();
+    assert_eq!(write(&*f.store, revoke).await, Err(StoreError::Conflict { row: RowName::Grant(grants[7].id) }));
+    assert_eq!(f.store.grant_page(&live, None, 100).await.unwrap().len(), 3);
+    assert!(write(&*f.store, Changes { grants: grants[..1].to_vec(), ..Changes::default() }).await.is_err());
+}
+
+fn fingerprint_owner(number: u64) -> FingerprintOwner {
+    FingerprintOwner { owner: Owner::Meter(title(number)), setup: SecuritySetupId::from_octets([1, 2]), key_type: KeyType::GUEK, version: KeyVersionNumber::FIRST }
+}
+
+async fn fingerprints_find_all_owners(f: Fixture) {
+    let prefix = FingerprintPrefix([0xFF; 8]);
+    let put = |number| FingerprintPut { prefix, owner: fingerprint_owner(number) };
+    write(&*f.store, Changes { fingerprints: vec![put(1), put(2)], ..Changes::default() }).await.unwrap();
+    assert_eq!(write(&*f.store, Changes { fingerprints: vec![put(3), put(2)], ..Changes::default() }).await.unwrap_err(), StoreError::Conflict { row: RowName::Fingerprint(prefix) });
+    let unknown = FingerprintPrefix([7; 8]);
+    let mut owners = Vec::new();
+    f.store
+        .transact(Reads { fingerprints: vec![prefix, unknown], ..Reads::default() }, &mut |set| {
+            owners = set.fingerprint_owners(prefix).unwrap().to_vec();
+            assert_eq!(set.fingerprint_owners(unknown), Some(&[][..]));
+            assert_eq!(set.fingerprint_owners(FingerprintPrefix([1; 8])), None);
+            Decision::Abandon
+        })
+        .await
+        .unwrap();
+    owners.sort();
+    assert_eq!(owners, [fingerprint_owner(1), fingerprint_owner(2)]);
+}
+
+async fn a_shipment_is_resumed_where_it_stopped(f: Fixture) {
+    let upload = UploadId([3; 16]);
+    let mut shipment = ShipmentRow {
+        upload,
+        generation: 1,
+        sha256: [8; 32],
+        size: 10,
+        batch: String::new(),
+        principal: principal("vendor"),
+        state: ShipmentState::Receiving,
+        received: 0,
+        next_line: 0,
+        imported: 0,
+        refused: 0,
+        created: UnixMillis(1),
+        updated: UnixMillis(1),
+        progress: vec![],
+    };
+    write(&*f.store, Changes { shipments: vec![shipment.clone()], ..Changes::default() }).await.unwrap();
+    assert_eq!(f.store.append_shipment_chunk(upload, 0, b"01234".to_vec(), UnixMillis(2)).await, Ok(5));
+    let conflict = Err(StoreError::Conflict { row: RowName::Shipment(upload) });
+    assert_eq!(f.store.append_shipment_chunk(upload, 0, b"01234".to_vec(), UnixMillis(3)).await, conflict);
+    assert_eq!(f.store.append_shipment_chunk(upload, 5, b"56789".to_vec(), UnixMillis(4)).await, Ok(10));
+    assert_eq!(f.store.shipment_chunk(upload, 7).await, Ok(Some((5, b"56789".to_vec()))));
+    assert_eq!(f.store.shipment_chunk(upload, 0).await, Ok(Some((0, b"01234".to_vec()))));
+    assert_eq!(f.store.shipment_chunk(upload, 10).await, Ok(None));
+    let stored = f.store.shipment(upload).await.unwrap().unwrap();
+    assert_eq!((stored.received, stored.updated), (10, UnixMillis(4)));
+    assert_eq!(f.store.shipments_of_file(&principal("vendor"), &[8; 32]).await.unwrap(), std::slice::from_ref(&stored));
+    assert!(f.store.shipments_of_file(&principal("other"), &[8; 32]).await.unwrap().is_empty());
+    // A change that was made from an older view of the spool is refused.
+    shipment.generation = 2;
+    assert_eq!(write(&*f.store, Changes { shipments: vec![shipment.clone()], ..Changes::default() }).await.map(drop), conflict.clone().map(drop));
+    shipment = ShipmentRow { generation: 2, state: ShipmentState::Importing, batch: "KAM-1".into(), next_line: 3, refused: 1, progress: vec![0, 1], ..stored };
+    let refusals = vec![ShipmentRefusal { upload, line: 2, field: "title".into(), reason: "`\u{0}'\"\\` is not 16 hex digits".into() }];
+    write(&*f.store, Changes { shipments: vec![shipment.clone()], refusals, ..Changes::default() }).await.unwrap();
+    f.store
+        .transact(Reads { shipments: vec![upload], ..Reads::default() }, &mut |set| {
+            assert_eq!(set.shipment(upload), Lookup::Present(&shipment));
+            Decision::Abandon
+        })
+        .await
+        .unwrap();
+    assert_eq!(f.store.append_shipment_chunk(upload, 10, vec![1], UnixMillis(5)).await, conflict);
+    let refusals = f.store.shipment_refusals(upload, 0, 10).await.unwrap();
+    assert_eq!((refusals.len(), refusals[0].line, refusals[0].reason.as_str()), (1, 2, "`\u{FFFD}'\"\\` is not 16 hex digits"));
+    assert!(f.store.shipment_refusals(upload, 2, 10).await.unwrap().is_empty());
+    assert_eq!(f.store.delete_shipment_chunks(upload, 1).await, Ok(1));
+    assert_eq!(f.store.delete_shipment_chunks(upload, 9).await, Ok(1));
+    assert_eq!(f.store.shipment_page(None, 9).await.unwrap(), [shipment]);
+    assert!(f.store.shipment_page(Some(upload), 9).await.unwrap().is_empty());
+}
+
+async fn failed_pins_are_remembered(f: Fixture) {
+    let failure = PinFailure { token: "0123 island".into(), user_type: 1, phc: "$argon2id$v=19$…".into(), time: UnixMillis(5) };
+    assert_eq!(f.store.pin_failure(&failure.token, 1).await, Ok(None));
+    f.store.put_pin_failure(&failure).await.unwrap();
+    let later = PinFailure { time: UnixMillis(6), ..failure };
+    f.store.put_pin_failure(&later).await.unwrap();
+    assert_eq!(f.store.pin_failure(&later.token, 1).await, Ok(Some(later.clone())));
+    assert_eq!(f.store.pin_failure(&later.token, 0).await, Ok(None));
+    f.store.clear_pin_failure(&later.token, 1).await.unwrap();
+    assert_eq!(f.store.pin_failure(&later.token, 1).await, Ok(None));
+}
+
+async fn servers_are_known_by_the_clock_of_the_database(f: Fixture) {
+    let before = f.store.now().await.unwrap();
+    f.store.heartbeat(f.writer).await.unwrap();
+    let servers = f.store.servers().await.unwrap();
+    assert_eq!((servers.len(), servers[0].writer, servers[0].name.as_str()), (1, f.writer, "test"));
+    assert!(servers[0].started <= before && before <= servers[0].heartbeat && servers[0].silent_ms >= 0);
+}
+
+async fn concurrent_transactions_lose_no_update(f: Fixture) {
+    insert_meters(&*f.store, 1..3).await;
+    let mut tasks = tokio::task::JoinSet::new();
+    for task in 0..8 {
+        let store = Arc::clone(&f.store);
+        tasks.spawn(async move {
+            for _ in 0..25 {
+                // The order of asking differs between tasks: locking in that order would deadlock.
+                let (first, second) = if task % 2 == 0 { (1, 2) } else { (2, 1) };
+                store
+                    .transact(Reads { meters: vec![title(first)], ..Reads::default() }, &mut |set| {
+                        if set.meter(title(second)) == Lookup::NotRead {
+                            return Decision::More(Reads { meters: vec![title(second)], ..Reads::default() });
+                        }
+                        let next = |number| MeterPut::update(title(number), row(set.meter(title(number)).present().unwrap().generation + 1, ""));
+                        Decision::Commit(Box::new(Changes { meters: vec![next(1), next(2)], ..Changes::default() }))
+                    })
+                    .await
+                    .unwrap();
+            }
+        });
+    }
+    while let Some(done) = tasks.join_next().await {
+        done.unwrap();
+    }
+    for meter in f.store.meters(&[title(1), title(2)]).await.unwrap() {
+        assert_eq!(meter.row.generation, 201);
+    }
+}
+
+async fn odd_text_survives(f: Fixture) {
+    let batch = "a\"b\\c\u{1}\n\u{1F512}'; DROP TABLE meter; --";
+    let mut odd = projection();
+    odd.batch = Some(batch.into());
+    write(&*f.store, Changes { meters: vec![MeterPut::insert(title(1), row(1, ""), odd)], ..Changes::default() }).await.unwrap();
+    assert_eq!(f.store.meter_count(&MeterFilter { batch: Some(batch.into()), ..Default::default() }).await, Ok(1));
+}
+
+async fn a_newer_schema_is_refused(f: Fixture) {
+    damage(&f.config.database, &Damage::AddSchemaVersion(99)).await.unwrap();
+    f.store.close().await;
+    drop(f.store);
+    let known = match kms_store::open(&f.config).await.map(drop) {
+        Err(StoreError::NewerSchema { found: 99, known }) => known,
+        other => panic!("{other:?}"),
+    };
+    assert!(known < 99);
+}
+
+async fn a_changed_migration_is_refused(f: Fixture) {
+    damage(&f.config.database, &Damage::ChangeSchemaDigest).await.unwrap();
+    f.store.close().await;
+    drop(f.store);
+    assert!(matches!(kms_store::open(&f.config).await.map(drop), Err(StoreError::Corrupt { .. })));
+}
+
+async fn a_stuck_database_answers_in_time(mut f: Fixture) {
+    insert_meters(&*f.store, 1..2).await;
+    f.store.close().await;
+    drop(f.store);
+    f.config.call_timeout = std::time::Duration::from_millis(300);
+    f.store = kms_store::open(&f.config).await.unwrap();
+    let obstruction = Obstruction::begin(&f.config).await.unwrap();
+    let begun = std::time::Instant::now();
+    let update = |generation| Changes { meters: vec![MeterPut::update(title(1), row(generation, ""))], ..Changes::default() };
+    for _ in 0..3 {
+        assert!(matches!(write(&*f.store, update(2)).await, Err(StoreError::Unavailable { .. })));
+    }
+    assert!(begun.elapsed() < std::time::Duration::from_secs(5));
+    obstruction.end().await.unwrap();
+    // It recovers by itself. A write that was given up may yet have been made, so the generation is read.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    loop {
+        let advance = f
+            .store
+            .transact(Reads { meters: vec![title(1)], ..Reads::default() }, &mut |set| {
+                Decision::Commit(Box::new(update(set.meter(title(1)).present().unwrap().generation + 1)))
+            })
+            .await;
+        match advance {
+            Ok(_) => break,
+            Err(error) => assert!(std::time::Instant::now() < deadline, "{error}"),
+        }
+    }
+}
+
+async fn a_decision_that_never_ends_is_stopped(f: Fixture) {
+    let endless = f.store.transact(Reads::default(), &mut |_| Decision::More(Reads::default())).await;
+    assert!(matches!(endless, Err(StoreError::Invalid { what: "decision", .. })));
+    insert_meters(&*f.store, 1..2).await;
+}
+
+async fn a_reopened_database_has_everything(f: Fixture) {
+    insert_meters(&*f.store, 1..100).await;
+    write(&*f.store, Changes { audit: vec![record(f.writer, 0)], ..Changes::default() }).await.unwrap();
+    f.store.close().await;
+    assert!(matches!(f.store.meters(&[title(1)]).await, Err(StoreError::Unavailable { .. })));
+    assert!(matches!(write(&*f.store, Changes::default()).await, Err(StoreError::Unavailable { .. })));
+    drop(f.store);
+    let store = kms_store::open(&f.config).await.unwrap();
+    assert_eq!(store.meter_count(&MeterFilter::default()).await, Ok(99));
+    assert_eq!(store.audit_tails().await.unwrap()[0].sequence, 0);
+}
