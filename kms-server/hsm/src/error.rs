@@ -1,0 +1,261 @@
+//! The one error of the HSM room, and the table that maps PKCS#11 return codes to what can be done about them.
+
+use std::time::Duration;
+
+use cryptoki::context::Function;
+use cryptoki::error::{Error as CryptokiError, Rv, RvError};
+use cryptoki_sys::CK_RV;
+
+/// Why the HSM did not do what was asked. The text never contains a PIN, a key or wrapped key octets.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum HsmError {
+    /// The token cannot be used at this moment; trying again later can help without anyone's doing.
+    #[error("HSM token `{token}` is not available: {reason}; try again in {} ms", retry_after.as_millis())]
+    Unavailable {
+        /// Label of the token.
+        token: String,
+        /// What was found.
+        reason: String,
+        /// When to try again.
+        retry_after: Duration,
+    },
+    /// The queue of the token is full.
+    #[error("HSM token `{token}` is overloaded: {limit} jobs wait already; try again in {} ms", retry_after.as_millis())]
+    Overloaded {
+        /// Label of the token.
+        token: String,
+        /// Length of the queue.
+        limit: usize,
+        /// When to try again.
+        retry_after: Duration,
+    },
+    /// The token stays unusable until an operator acts.
+    #[error("HSM token `{token}` is unusable: {reason}; {next_step}")]
+    Unusable {
+        /// Label of the token.
+        token: String,
+        /// What was found.
+        reason: String,
+        /// What the operator should do.
+        next_step: String,
+    },
+    /// A root or other token key is not in the token.
+    #[error("the HSM token holds no key labelled `{label}`; was the ceremony run for this island and token, or is the version wrong?")]
+    KeyMissing {
+        /// CKA_LABEL that was looked for.
+        label: String,
+    },
+    /// More than one token object has the label of a root: which one is right cannot be known.
+    #[error("the HSM token holds {count} keys labelled `{label}`; remove the wrong one (compare check values with the ceremony's record)")]
+    KeyAmbiguous {
+        /// CKA_LABEL that was looked for.
+        label: String,
+        /// How many were found.
+        count: usize,
+    },
+    /// The HSM refused a wrapped key: it was altered, is wrapped under another key, or has another length.
+    #[error("the wrapped key is refused by the HSM (CKR {code:?}): it is damaged, or wrapped under another key")]
+    WrappedKeyInvalid {
+        /// The module's return code.
+        code: RvError,
+    },
+    /// The authentication tag of a frame does not verify under these keys.
+    #[error("the authentication tag of the frame does not verify: wrong key, system title, counter or content")]
+    TagInvalid,
+    /// The caller asked for what cannot be.
+    #[error("{what}: {reason}")]
+    InvalidInput {
+        /// The field or argument.
+        what: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The module lacks a mechanism that the verb needs.
+    #[error("the HSM module cannot do {what}; {instead}")]
+    Unsupported {
+        /// The mechanism or capability.
+        what: &'static str,
+        /// What to do instead.
+        instead: &'static str,
+    },
+    /// A PKCS#11 function failed.
+    #[error("PKCS#11 function {function} failed with CKR {code:?}: {}", advice(*code))]
+    Call {
+        /// Name of the function, for example `C_WrapKey`.
+        function: &'static str,
+        /// The module's return code.
+        code: RvError,
+    },
+    /// The module could not be loaded or does not keep to the interface.
+    #[error("PKCS#11 module `{module}`: {reason}")]
+    Module {
+        /// Path of the module.
+        module: String,
+        /// What went wrong.
+        reason: String,
+    },
+    /// A ceremony cannot go on.
+    #[error("the ceremony cannot go on: {reason}; {next_step}")]
+    Ceremony {
+        /// What was found.
+        reason: String,
+        /// What to do.
+        next_step: String,
+    },
+}
+
+/// What can be done about an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// Trying again later can help.
+    Transient,
+    /// An operator must act; the same request works afterwards.
+    OperatorFixable,
+    /// The same request fails always: a defect here, in the module, or in the request.
+    Permanent,
+    /// The data handed in is refused (altered, or of another key).
+    DataRefused,
+}
+
+impl HsmError {
+    /// What can be done about it.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Unavailable { .. } | Self::Overloaded { .. } => ErrorKind::Transient,
+            Self::Unusable { .. } | Self::KeyMissing { .. } | Self::KeyAmbiguous { .. } | Self::Module { .. } | Self::Ceremony { .. } => ErrorKind::OperatorFixable,
+            Self::WrappedKeyInvalid { .. } | Self::TagInvalid => ErrorKind::DataRefused,
+            Self::InvalidInput { .. } | Self::Unsupported { .. } => ErrorKind::Permanent,
+            Self::Call { code, .. } => meaning(*code).0,
+        }
+    }
+
+    /// When trying again can help, after this time.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Unavailable { retry_after, .. } | Self::Overloaded { retry_after, .. } => Some(*retry_after),
+            _ if self.kind() == ErrorKind::Transient => Some(Duration::from_secs(1)),
+            _ => None,
+        }
+    }
+
+    /// The PKCS#11 return code, where one caused the error.
+    pub fn code(&self) -> Option<RvError> {
+        match self {
+            Self::Call { code, .. } | Self::WrappedKeyInvalid { code } => Some(*code),
+            _ => None,
+        }
+    }
+
+    /// Whether sessions and handles must be opened and found again before anything else is tried.
+    pub(crate) fn needs_repair(&self) -> bool {
+        matches!(self, Self::Call { code, .. } if meaning(*code).1 == Repair::Reopen)
+    }
+
+    pub(crate) fn call(function: &'static str, code: CK_RV) -> Self {
+        match Rv::from(code) {
+            Rv::Error(code) => Self::Call { function, code },
+            // Only reached with a code that is an error; a module that fails with CKR_OK has failed.
+            Rv::Ok => Self::Call { function, code: RvError::GeneralError },
+        }
+    }
+
+    pub(crate) fn invalid(what: &'static str, reason: impl Into<String>) -> Self {
+        Self::InvalidInput { what, reason: reason.into() }
+    }
+
+    pub(crate) fn from_cryptoki(error: &CryptokiError, module: &str) -> Self {
+        match error {
+            CryptokiError::Pkcs11(code, function) => Self::Call { function: function_name(*function), code: *code },
+            other => Self::Module { module: module.to_owned(), reason: other.to_string() },
+        }
+    }
+}
+
+/// Whether a code means that sessions and handles are worth nothing any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Repair {
+    Keep,
+    Reopen,
+}
+
+/// The one table of return codes: kind of error, whether to reopen sessions, and the advice in the error text.
+///
+/// Codes that are not here are `Permanent`: they tell of a template, mechanism or argument that the module does not take.
+/// On unwrapping, `GENERAL_ERROR`, `DEVICE_ERROR`, `ENCRYPTED_DATA_INVALID`, `ENCRYPTED_DATA_LEN_RANGE`, `WRAPPED_KEY_INVALID`
+/// and `WRAPPED_KEY_LEN_RANGE` mean refused data on one module or another: see [`refuses_wrapped_key`].
+fn meaning(code: RvError) -> (ErrorKind, Repair) {
+    use ErrorKind::{DataRefused, OperatorFixable, Permanent, Transient};
+    use Repair::{Keep, Reopen};
+    match code {
+        RvError::SessionHandleInvalid | RvError::SessionClosed | RvError::UserNotLoggedIn => (Transient, Reopen),
+        RvError::ObjectHandleInvalid | RvError::KeyHandleInvalid | RvError::WrappingKeyHandleInvalid | RvError::UnwrappingKeyHandleInvalid => (Transient, Reopen),
+        RvError::DeviceError | RvError::DeviceRemoved | RvError::TokenNotPresent | RvError::TokenNotRecognized | RvError::SlotIdInvalid => (Transient, Reopen),
+        RvError::GeneralError | RvError::FunctionFailed | RvError::CryptokiNotInitialized => (Transient, Reopen),
+        // An operation that another job left active: a new session has none.
+        RvError::OperationActive | RvError::OperationNotInitialized => (Transient, Reopen),
+        RvError::HostMemory | RvError::DeviceMemory | RvError::SessionCount | RvError::FunctionCanceled | RvError::Cancel => (Transient, Keep),
+        RvError::PinIncorrect | RvError::PinLocked | RvError::PinExpired | RvError::PinInvalid | RvError::PinLenRange => (OperatorFixable, Keep),
+        RvError::UserPinNotInitialized | RvError::TokenWriteProtected | RvError::UserAnotherAlreadyLoggedIn => (OperatorFixable, Keep),
+        RvError::EncryptedDataInvalid | RvError::EncryptedDataLenRange | RvError::WrappedKeyInvalid | RvError::WrappedKeyLenRange => (DataRefused, Keep),
+        RvError::SignatureInvalid | RvError::SignatureLenRange => (DataRefused, Keep),
+        _ => (Permanent, Keep),
+    }
+}
+
+/// Whether the code of a failed `C_UnwrapKey` can mean that the wrapped key itself is wrong, and whether it says so for sure.
+pub(crate) fn refuses_wrapped_key(code: RvError) -> Option<Certainty> {
+    match code {
+        RvError::WrappedKeyInvalid | RvError::WrappedKeyLenRange | RvError::EncryptedDataInvalid | RvError::EncryptedDataLenRange => Some(Certainty::Sure),
+        // SoftHSM and openCryptoki answer GENERAL_ERROR, kryoptic DEVICE_ERROR.
+        RvError::GeneralError | RvError::DeviceError | RvError::FunctionFailed => Some(Certainty::Ambiguous),
+        _ => None,
+    }
+}
+
+/// How much a return code says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Certainty {
+    Sure,
+    Ambiguous,
+}
+
+fn advice(code: RvError) -> &'static str {
+    match meaning(code) {
+        (_, Repair::Reopen) => "the session, login or token was lost; it is being opened again",
+        (ErrorKind::Transient, _) => "the HSM is short of resources; try again",
+        (ErrorKind::OperatorFixable, _) => "check the token's PIN and state with `kms hsm check`",
+        (ErrorKind::DataRefused, _) => "the data is damaged or belongs to another key",
+        (ErrorKind::Permanent, _) => "the module does not take this mechanism, template or key; see `kms hsm check`",
+    }
+}
+
+fn function_name(function: Function) -> &'static str {
+    match function {
+        Function::Initialize => "C_Initialize",
+        Function::GetSlotList => "C_GetSlotList",
+        Function::GetTokenInfo => "C_GetTokenInfo",
+        Function::InitToken => "C_InitToken",
+        Function::InitPIN => "C_InitPIN",
+        Function::OpenSession => "C_OpenSession",
+        Function::GetSessionInfo => "C_GetSessionInfo",
+        Function::CloseSession => "C_CloseSession",
+        Function::Logout => "C_Logout",
+        _ => "C_*",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cryptoki_sys::{CKR_MECHANISM_INVALID, CKR_PIN_INCORRECT, CKR_SESSION_HANDLE_INVALID};
+
+    #[test]
+    fn codes_mean_what_the_table_says() {
+        let lost = HsmError::call("C_WrapKey", CKR_SESSION_HANDLE_INVALID);
+        assert_eq!((lost.kind(), lost.needs_repair()), (ErrorKind::Transient, true));
+        let pin = HsmError::call("C_Login", CKR_PIN_INCORRECT);
+        assert_eq!((pin.kind(), pin.needs_repair()), (ErrorKind::OperatorFixable, false));
+        let mechanism = HsmError::call("C_DeriveKey", CKR_MECHANISM_INVALID);
+        assert_eq!((mechanism.kind(), mechanism.retry_after()), (ErrorKind::Permanent, None));
+    }
+}

@@ -1,0 +1,312 @@
+//! The verbs that the services need. Each call of a verb is one item in the queue of one token.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cryptoki_sys::CKM_ECDSA;
+use kms_domain::{IslandName, KeyClass, KeyLength, KeyType};
+use zeroize::Zeroizing;
+
+use crate::envelope::{Agreement, Envelope, Recipient, WrappedKey, public_point};
+use crate::error::HsmError;
+use crate::frame::{FrameInput, FrameKeys, ProtectedFrame, each};
+use crate::import::{BatchKey, ImportJob, ImportRefusal, StoredKey};
+use crate::inventory::{InventoryObject, inventory};
+use crate::label::{Purpose, RootVersion, TokenKey};
+use crate::pin::PinMemory;
+use crate::probe::{Capabilities, rsa_public_key_der};
+use crate::raw::OaepHash;
+use crate::token::{Token, TokenSettings};
+use crate::worker::KeySource;
+
+/// The HSM of an island: which token holds the keys of which class. Clones share the tokens.
+#[derive(Clone)]
+pub struct Hsm {
+    island: IslandName,
+    tokens: HashMap<KeyClass, Token>,
+    /// The token of keys that belong to no class: seal root, fingerprint KEK, audit signing key, vendor transport key.
+    general: Token,
+    storage_kek_version: RootVersion,
+}
+
+impl Hsm {
+    /// One token for all classes: the simple form. Returns at once; see [`Hsm::usable`].
+    ///
+    /// # Errors
+    /// The operating system gives no thread.
+    pub fn start(island: IslandName, settings: TokenSettings, memory: Arc<dyn PinMemory>) -> Result<Self, HsmError> {
+        let token = Token::start(settings, island.clone(), memory)?;
+        Ok(Self::of_tokens(island, token, HashMap::new()))
+    }
+
+    /// Tokens that are started already: `general` for all that has no token of its own in `tokens`.
+    pub fn of_tokens(island: IslandName, general: Token, tokens: HashMap<KeyClass, Token>) -> Self {
+        Self { island, tokens, general, storage_kek_version: RootVersion::FIRST }
+    }
+
+    /// Stores new and imported keys under this version of the storage KEKs, instead of the first.
+    #[must_use]
+    pub fn with_storage_kek_version(mut self, version: RootVersion) -> Self {
+        self.storage_kek_version = version;
+        self
+    }
+
+    /// The island.
+    pub const fn island(&self) -> &IslandName {
+        &self.island
+    }
+
+    /// The token of a class.
+    pub fn token(&self, class: KeyClass) -> &Token {
+        self.tokens.get(&class).unwrap_or(&self.general)
+    }
+
+    /// All tokens, each once, the general one first.
+    pub fn all_tokens(&self) -> Vec<&Token> {
+        let mut all = vec![&self.general];
+        for token in self.tokens.values() {
+            if !all.iter().any(|known| known.is_same(token)) {
+                all.push(token);
+            }
+        }
+        all
+    }
+
+    /// Waits until all tokens are usable; the capabilities of the general one.
+    ///
+    /// # Errors
+    /// A token needs an operator, or is not usable within `limit`.
+    pub async fn usable(&self, limit: Duration) -> Result<Arc<Capabilities>, HsmError> {
+        for token in self.all_tokens() {
+            token.usable(limit).await?;
+        }
+        self.general.usable(limit).await
+    }
+
+    /// Stops all threads after the waiting jobs. Blocking.
+    pub fn close(&self) {
+        for token in self.all_tokens() {
+            token.close();
+        }
+    }
+
+    /// The indices of `keys`, grouped by token: an envelope holds keys of one token.
+    pub fn split_by_token(&self, keys: &[KeySource]) -> Vec<Vec<usize>> {
+        let mut groups: Vec<(&Token, Vec<usize>)> = Vec::new();
+        for (index, key) in keys.iter().enumerate() {
+            let token = self.token(key.class());
+            match groups.iter_mut().find(|(known, _)| known.is_same(token)) {
+                Some((_, group)) => group.push(index),
+                None => groups.push((token, vec![index])),
+            }
+        }
+        groups.into_iter().map(|(_, group)| group).collect()
+    }
+
+    /// Wraps keys for a grantee and seals the manifest (docs/formats.md, *Envelopes*).
+    ///
+    /// `header` makes the header's octets from the agreement, `manifest` the manifest's from the wrapped keys, which come in the order
+    /// of `keys`. Both run on a worker thread, so they must not block, and a second time if the session was lost meanwhile.
+    /// A key that cannot be had (missing root, refused blob) is an error in its place; the envelope holds the others.
+    ///
+    /// # Errors
+    /// The keys are of two tokens; or the HSM is in trouble, and nothing has left.
+    pub async fn envelope<H, M>(&self, recipient: Recipient, keys: Vec<KeySource>, mut header: H, mut manifest: M) -> Result<Envelope, HsmError>
+    where
+        H: FnMut(&Agreement) -> Vec<u8> + Send + 'static,
+        M: FnMut(&[Result<WrappedKey, HsmError>]) -> Vec<u8> + Send + 'static,
+    {
+        let token = self.token_of_all(keys.iter().map(KeySource::class))?.clone();
+        token.run(move |worker| worker.envelope(&recipient, &keys, &mut header, &mut manifest)).await
+    }
+
+    /// Protects a DLMS frame. The caller answers for the nonce being new (I4).
+    ///
+    /// # Errors
+    /// A key that cannot be had, keys of two tokens, or trouble of the HSM.
+    pub async fn protect(&self, keys: FrameKeys, frame: FrameInput) -> Result<ProtectedFrame, HsmError> {
+        first(self.protect_batch(vec![(keys, frame)]).await?)
+    }
+
+    /// Protects frames; one result each.
+    ///
+    /// # Errors
+    /// Keys of two tokens, or trouble of the HSM.
+    pub async fn protect_batch(&self, frames: Vec<(FrameKeys, FrameInput)>) -> Result<Vec<Result<ProtectedFrame, HsmError>>, HsmError> {
+        let token = self.token_of_frames(frames.iter().map(|(keys, _)| keys))?.clone();
+        token.run(move |worker| each(&frames, |(keys, frame)| worker.protect(keys, frame))).await
+    }
+
+    /// Checks and opens a DLMS frame: its plaintext.
+    ///
+    /// # Errors
+    /// [`HsmError::TagInvalid`], a key that cannot be had, keys of two tokens, or trouble of the HSM.
+    pub async fn unprotect(&self, keys: FrameKeys, frame: ProtectedFrame) -> Result<Vec<u8>, HsmError> {
+        first(self.unprotect_batch(vec![(keys, frame)]).await?)
+    }
+
+    /// Checks and opens frames; one result each.
+    ///
+    /// # Errors
+    /// Keys of two tokens, or trouble of the HSM.
+    pub async fn unprotect_batch(&self, frames: Vec<(FrameKeys, ProtectedFrame)>) -> Result<Vec<Result<Vec<u8>, HsmError>>, HsmError> {
+        let token = self.token_of_frames(frames.iter().map(|(keys, _)| keys))?.clone();
+        token.run(move |worker| each(&frames, |(keys, frame)| worker.unprotect(keys, frame))).await
+    }
+
+    /// Opens a vendor's batch key: RSA-OAEP under this version of the vendor transport key, an AES key inside.
+    ///
+    /// # Errors
+    /// [`HsmError::WrappedKeyInvalid`] if it is for another transport key or damaged, or trouble of the HSM.
+    pub async fn open_batch_key(&self, transport_version: RootVersion, hash: OaepHash, ciphertext: Vec<u8>) -> Result<BatchKey, HsmError> {
+        let batch = BatchKey::new(transport_version, hash, ciphertext);
+        let opened = batch.clone();
+        // An import wraps under the storage KEKs of several classes, so it runs where they and the transport key are.
+        self.general.run(move |worker| worker.batch_key(&opened).map(drop)).await?;
+        Ok(batch)
+    }
+
+    /// Imports keys from a batch key to storage wrapping, inside the HSM; one result per job.
+    ///
+    /// # Errors
+    /// Trouble of the HSM: the whole batch can be tried again.
+    pub async fn import_keys(&self, batch: BatchKey, jobs: Vec<ImportJob>) -> Result<Vec<Result<StoredKey, ImportRefusal>>, HsmError> {
+        let version = self.storage_kek_version;
+        self.general.run(move |worker| worker.import_keys(&batch, &jobs, version)).await
+    }
+
+    /// Makes a random AES key and stores it under the storage KEK of its type's class.
+    ///
+    /// # Errors
+    /// Missing roots, or trouble of the HSM.
+    pub async fn generate_stored(&self, key_type: KeyType, length: KeyLength) -> Result<StoredKey, HsmError> {
+        let version = self.storage_kek_version;
+        self.token(key_type.class()).clone().run(move |worker| worker.generate_stored(key_type, length, version)).await
+    }
+
+    /// Wraps a key anew under the present storage KEK of its class: when the KEK is rotated, or a diversified key becomes a stored one.
+    ///
+    /// # Errors
+    /// A refused blob, missing roots, or trouble of the HSM.
+    pub async fn rewrap_stored(&self, source: KeySource) -> Result<StoredKey, HsmError> {
+        let version = self.storage_kek_version;
+        self.token(source.class()).clone().run(move |worker| worker.rewrap(&source, version)).await
+    }
+
+    /// The vendor transport key of this version: DER of its SubjectPublicKeyInfo (RSA, RFC 3279).
+    ///
+    /// # Errors
+    /// The key is missing, or trouble of the HSM.
+    pub async fn transport_key_spki(&self, version: RootVersion) -> Result<Vec<u8>, HsmError> {
+        let key = TokenKey { purpose: Purpose::VendorTransport, version };
+        self.general
+            .run(move |worker| {
+                let object = worker.public_key(key)?;
+                rsa_public_key_der(&worker.session, object)?.ok_or_else(|| HsmError::invalid("vendor transport key", "the token's public key has no modulus"))
+            })
+            .await
+    }
+
+    /// Signs a SHA-256 digest by ECDSA P-256 with [`Purpose::AuditSign`] or [`Purpose::Ca`]: `r ‖ s`, 64 octets.
+    ///
+    /// # Errors
+    /// The key is missing or of another kind, or trouble of the HSM.
+    pub async fn sign_ecdsa(&self, key: TokenKey, digest: [u8; 32]) -> Result<[u8; 64], HsmError> {
+        self.signing_token(key)?
+            .clone()
+            .run(move |worker| {
+                let object = worker.token_key(key)?;
+                let mut signature = [0; 64];
+                match worker.session.sign(CKM_ECDSA, object, &digest, &mut signature)? {
+                    64 => Ok(signature),
+                    _ => Err(HsmError::invalid("signing key", "its signatures are not 64 octets long, so it is no P-256 key")),
+                }
+            })
+            .await
+    }
+
+    /// The public key of [`Purpose::AuditSign`] or [`Purpose::Ca`]: `04 ‖ x ‖ y`, P-256.
+    ///
+    /// # Errors
+    /// The key is missing or of another kind, or trouble of the HSM.
+    pub async fn public_key(&self, key: TokenKey) -> Result<[u8; 65], HsmError> {
+        self.signing_token(key)?
+            .clone()
+            .run(move |worker| {
+                let object = worker.public_key(key)?;
+                public_point(&worker.session, object)
+            })
+            .await
+    }
+
+    /// HMAC-SHA-256 under this version of the seal root: the keys of docs/formats.md, *Keys derived from the seal root*.
+    ///
+    /// # Errors
+    /// The root is missing, or trouble of the HSM.
+    pub async fn mac(&self, version: RootVersion, message: Vec<u8>) -> Result<Zeroizing<[u8; 32]>, HsmError> {
+        self.general
+            .run(move |worker| {
+                let root = worker.token_key(TokenKey { purpose: Purpose::Seal, version })?;
+                let mut mac = Zeroizing::new([0; 32]);
+                worker.mac_into(root, &message, &mut mac)?;
+                Ok(mac)
+            })
+            .await
+    }
+
+    /// Random octets of the general token.
+    ///
+    /// # Errors
+    /// Trouble of the HSM.
+    pub async fn random(&self, octets: usize) -> Result<Zeroizing<Vec<u8>>, HsmError> {
+        self.general
+            .run(move |worker| {
+                let mut buffer = Zeroizing::new(vec![0; octets]);
+                worker.session.random(&mut buffer)?;
+                Ok(buffer)
+            })
+            .await
+    }
+
+    /// Every object that the tokens show, by token label.
+    ///
+    /// # Errors
+    /// Trouble of the HSM.
+    pub async fn inventory(&self) -> Result<Vec<(String, Vec<InventoryObject>)>, HsmError> {
+        let mut all = Vec::new();
+        for token in self.all_tokens() {
+            let objects = token.run(|worker| inventory(&worker.session)).await?;
+            all.push((token.label().to_owned(), objects));
+        }
+        Ok(all)
+    }
+
+    fn signing_token(&self, key: TokenKey) -> Result<&Token, HsmError> {
+        match key.purpose {
+            Purpose::Ca => Ok(self.token(KeyClass::Ca)),
+            Purpose::AuditSign => Ok(&self.general),
+            other => Err(HsmError::invalid("signing key", format!("`{other}` is not a signing key"))),
+        }
+    }
+
+    fn token_of_frames<'a>(&self, keys: impl Iterator<Item = &'a FrameKeys>) -> Result<&Token, HsmError> {
+        self.token_of_all(keys.flat_map(|keys| [keys.encryption.class(), keys.authentication.class()]))
+    }
+
+    fn token_of_all(&self, classes: impl Iterator<Item = KeyClass>) -> Result<&Token, HsmError> {
+        let mut chosen: Option<&Token> = None;
+        for class in classes {
+            let token = self.token(class);
+            if chosen.is_some_and(|chosen| !chosen.is_same(token)) {
+                return Err(HsmError::invalid("keys", "they are of more than one token; split them by token"));
+            }
+            chosen = Some(token);
+        }
+        Ok(chosen.unwrap_or(&self.general))
+    }
+}
+
+fn first<T>(results: Vec<Result<T, HsmError>>) -> Result<T, HsmError> {
+    results.into_iter().next().unwrap_or_else(|| Err(HsmError::invalid("batch", "a batch of one had no result")))
+}

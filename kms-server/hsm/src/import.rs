@@ -1,0 +1,119 @@
+//! Keys that come from outside: from a vendor's batch key to storage wrapping, inside the HSM.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use kms_domain::{KeyClass, KeyLength, KeyShape, KeyType};
+
+use crate::envelope::concerns_all;
+use crate::error::HsmError;
+use crate::label::{Purpose, RootVersion, TokenKey};
+use crate::raw::OaepHash;
+use crate::template::Handling;
+use crate::worker::{KeySource, Worker, unwrapped_octets};
+
+/// A vendor's batch key in the HSM. Sessions unwrap it when they first need it, so it outlives a lost session; the session
+/// objects are destroyed after the last clone is dropped.
+#[derive(Clone)]
+pub struct BatchKey(Arc<BatchKeyRecipe>);
+
+/// How a session comes to the batch key.
+pub(crate) struct BatchKeyRecipe {
+    /// Unique in the process.
+    pub(crate) number: u64,
+    pub(crate) hash: OaepHash,
+    pub(crate) transport_version: RootVersion,
+    pub(crate) ciphertext: Vec<u8>,
+}
+
+impl BatchKey {
+    pub(crate) fn new(transport_version: RootVersion, hash: OaepHash, ciphertext: Vec<u8>) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(Arc::new(BatchKeyRecipe { number: NEXT.fetch_add(1, Ordering::Relaxed), hash, transport_version, ciphertext }))
+    }
+
+    pub(crate) fn recipe(&self) -> &Arc<BatchKeyRecipe> {
+        &self.0
+    }
+}
+
+/// One key of a shipment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImportJob {
+    /// The key's type: its class says which storage KEK wraps it.
+    pub key_type: KeyType,
+    /// What it is.
+    pub shape: KeyShape,
+    /// RFC 3394 wrap under the batch key.
+    pub wrapped: Vec<u8>,
+}
+
+/// A key that is stored as a blob.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredKey {
+    /// RFC 3394 wrap under the storage KEK of the key's class.
+    pub blob: Vec<u8>,
+    /// Version of that KEK.
+    pub storage_kek_version: RootVersion,
+    /// W of docs/formats.md, *Key fingerprints*: RFC 3394 wrap under the fingerprint KEK. Equal keys have equal wraps.
+    pub fingerprint_wrap: Vec<u8>,
+}
+
+/// Why one key of a shipment is refused.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ImportRefusal {
+    /// The wrapped key has a length that its shape cannot have.
+    #[error("{0}")]
+    Length(String),
+    /// The HSM refuses to unwrap it: damaged, or wrapped under another batch key.
+    #[error("the key does not unwrap under the batch key: it is damaged, or wrapped under another key")]
+    WrappedKeyInvalid,
+    /// Anything else that concerns this key only.
+    #[error(transparent)]
+    Hsm(HsmError),
+}
+
+impl Worker {
+    /// Imports a batch; one result per job. Trouble of the HSM stops the batch, and nothing of it has had an effect.
+    pub(crate) fn import_keys(&self, batch: &BatchKey, jobs: &[ImportJob], storage_kek_version: RootVersion) -> Result<Vec<Result<StoredKey, ImportRefusal>>, HsmError> {
+        let batch_key = self.batch_key(batch)?;
+        let mut results = Vec::with_capacity(jobs.len());
+        for job in jobs {
+            let octets = match unwrapped_octets(job.shape, &job.wrapped) {
+                Ok(octets) => octets,
+                Err(error) => {
+                    results.push(Err(ImportRefusal::Length(error.to_string())));
+                    continue;
+                }
+            };
+            let result = self
+                .unwrap_key(batch_key, job.shape, &job.wrapped, Handling::Wrap)
+                .and_then(|key| self.store(key.object(), octets, job.key_type.class(), storage_kek_version));
+            results.push(match result {
+                Ok(stored) => Ok(stored),
+                Err(error) if concerns_all(&error) => return Err(error),
+                Err(HsmError::WrappedKeyInvalid { .. }) => Err(ImportRefusal::WrappedKeyInvalid),
+                Err(error) => Err(ImportRefusal::Hsm(error)),
+            });
+        }
+        Ok(results)
+    }
+
+    /// A new AES key, stored.
+    pub(crate) fn generate_stored(&self, key_type: KeyType, length: KeyLength, storage_kek_version: RootVersion) -> Result<StoredKey, HsmError> {
+        let key = self.generate(length, Handling::Wrap)?;
+        self.store(key.object(), length.octets(), key_type.class(), storage_kek_version)
+    }
+
+    /// The key of `source` wrapped anew under another version of its class's storage KEK.
+    pub(crate) fn rewrap(&self, source: &KeySource, storage_kek_version: RootVersion) -> Result<StoredKey, HsmError> {
+        let (key, octets) = self.key(source, Handling::Wrap)?;
+        self.store(key.object(), octets, source.class(), storage_kek_version)
+    }
+
+    fn store(&self, key: crate::raw::Object, octets: usize, class: KeyClass, storage_kek_version: RootVersion) -> Result<StoredKey, HsmError> {
+        let kek = self.token_key(TokenKey { purpose: Purpose::StorageKek(class), version: storage_kek_version })?;
+        let fingerprint_kek = self.token_key(TokenKey::first(Purpose::FingerprintKek))?;
+        Ok(StoredKey { blob: self.wrap(kek, key, octets)?, storage_kek_version, fingerprint_wrap: self.wrap(fingerprint_kek, key, octets)? })
+    }
+}

@@ -1,0 +1,140 @@
+//! The ceremony: roots leave once, are locked, and an interrupted ceremony is finished or refused.
+
+#![expect(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, reason = "tests fail by panicking")]
+
+mod common;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::{Bench, Escrow, Grantee, diversify, island, plan, so_pin, user_pin};
+use kms_domain::{KeyClass, KeyLength, KeyType};
+use kms_hsm::{
+    CeremonyPlan, CeremonyResult, EscrowPackage, Hsm, HsmError, PinSource, ProcessPinMemory, Purpose, TokenKey, TokenSelector, TokenSettings, create_roots,
+    create_standby_transport, install_wrapped_roots,
+};
+
+each_module! {
+    async fn roots_are_32_octets_different_and_locked(bench: Bench) {
+        let roots = bench.escrow.open(&bench.ceremony.package.escrow);
+        assert_eq!(roots.len(), 8);
+        let mut values: Vec<_> = roots.values().collect();
+        values.sort();
+        values.dedup();
+        assert!(values.len() == 8 && values.iter().all(|value| value.len() == 32));
+        let inventory = bench.hsm.inventory().await.unwrap();
+        for key in roots.keys() {
+            let label = key.label(&island());
+            let object = inventory[0].1.iter().find(|object| object.label == label).unwrap();
+            assert_eq!((object.flag("EXTRACTABLE"), object.flag("SENSITIVE"), object.value_readable), (Some(false), Some(true), false), "{label}");
+            assert!(bench.ceremony.fingerprints.iter().any(|printed| printed.label == label));
+        }
+    }
+
+    async fn a_finished_ceremony_can_be_run_again_with_its_package(bench: Bench) {
+        let escrow = token(&bench, "again");
+        let first = run(&bench, "again", &plan(&escrow), None, |_| Ok(())).unwrap();
+        let again = run(&bench, "again", &plan(&escrow), Some(&first.package), |_| Ok(())).unwrap();
+        assert_eq!(escrow.open(&first.package.escrow), escrow.open(&again.package.escrow));
+        let mut fingerprints = (first.fingerprints, again.fingerprints);
+        fingerprints.0.sort_by(|a, b| a.label.cmp(&b.label));
+        fingerprints.1.sort_by(|a, b| a.label.cmp(&b.label));
+        assert_eq!(fingerprints.0, fingerprints.1);
+
+        let error = run(&bench, "again", &plan(&escrow), None, |_| Ok(())).unwrap_err();
+        assert!(matches!(&error, HsmError::Ceremony { .. }) && error.to_string().contains("never be escrowed"), "{error}");
+        let error = run(&bench, "again", &plan(&Escrow::new()), Some(&first.package), |_| Ok(())).unwrap_err();
+        assert!(matches!(&error, HsmError::Ceremony { .. }), "{error}");
+    }
+
+    async fn nothing_is_locked_before_the_package_is_stored(bench: Bench) {
+        let escrow = token(&bench, "crash");
+        let mut begun: Option<HashMap<TokenKey, Vec<u8>>> = None;
+        let error = run(&bench, "crash", &plan(&escrow), None, |package| {
+            begun = Some(escrow.open(&package.escrow));
+            Err("the disk is full".to_owned())
+        })
+        .unwrap_err();
+        assert!(error.to_string().contains("the disk is full"), "{error}");
+        let finished = run(&bench, "crash", &plan(&escrow), None, |_| Ok(())).unwrap();
+        assert_eq!(begun.unwrap(), escrow.open(&finished.package.escrow), "the roots that were begun are the ones that are finished");
+    }
+
+    async fn a_standby_token_derives_the_same_keys(bench: Bench) {
+        let escrow = token(&bench, "primary");
+        token(&bench, "standby");
+        let standby = create_standby_transport(&bench.module, &selector("standby"), &user_pin(), &island()).unwrap();
+        assert_eq!(standby, create_standby_transport(&bench.module, &selector("standby"), &user_pin(), &island()).unwrap());
+        let mut plan = plan(&escrow);
+        plan.standby_public_keys = vec![standby];
+        let ceremony = run(&bench, "primary", &plan, None, |_| Ok(())).unwrap();
+        let copies = &ceremony.package.standby[0];
+        let installed = install_wrapped_roots(&bench.module, &selector("standby"), &user_pin(), &island(), copies).unwrap();
+        assert_eq!(installed.len(), 8);
+        assert_eq!(installed, install_wrapped_roots(&bench.module, &selector("standby"), &user_pin(), &island(), copies).unwrap());
+        assert!(install_wrapped_roots(&bench.module, &selector("standby"), &user_pin(), &island(), &ceremony.package.escrow).is_err());
+
+        let mut settings = TokenSettings::new(bench.module.path().to_owned(), "standby".to_owned(), PinSource::File(bench.directory.join("pin")));
+        settings.allow_cbc_expand = true;
+        let hsm = Hsm::start(island(), settings, Arc::new(ProcessPinMemory::default())).unwrap();
+        let capabilities = hsm.usable(Duration::from_secs(30)).await.unwrap();
+        let grantee = Grantee::new();
+        let source = bench.diversified(7, KeyType::KEK, KeyLength::Aes256);
+        let envelope = hsm.envelope(grantee.recipient(), vec![source.clone()], |_| Vec::new(), common::concatenated).await.unwrap();
+        let root = &escrow.open(&ceremony.package.escrow)[&TokenKey::first(Purpose::Diversification(KeyClass::Kek))];
+        assert_eq!(grantee.keys(&envelope, 40), [diversify(root, &source)]);
+        for object in &hsm.inventory().await.unwrap()[0].1 {
+            assert_eq!(object.findings(&island(), &capabilities), Vec::<String>::new(), "{object:?}");
+        }
+        tokio::task::spawn_blocking(move || hsm.close()).await.unwrap();
+    }
+
+    async fn a_weak_escrow_key_is_refused(bench: Bench) {
+        token(&bench, "weak");
+        let mut plan = plan(&bench.escrow);
+        plan.escrow_public_key.truncate(40);
+        assert!(matches!(run(&bench, "weak", &plan, None, |_| Ok(())), Err(HsmError::InvalidInput { .. })));
+        let small = aws_lc_rs::rsa::PrivateDecryptingKey::generate(aws_lc_rs::rsa::KeySize::Rsa2048).unwrap();
+        plan.escrow_public_key = aws_lc_rs::encoding::AsDer::as_der(&small.public_key()).unwrap().as_ref().to_vec();
+        let error = run(&bench, "weak", &plan, None, |_| Ok(())).unwrap_err();
+        assert!(error.to_string().contains("3072"), "{error}");
+    }
+
+    /// I1: during the ceremony too, a root leaves under the escrow key only.
+    async fn an_unlocked_root_cannot_be_wrapped_by_the_user(bench: Bench) {
+        let escrow = token(&bench, "open");
+        run(&bench, "open", &plan(&escrow), None, |_| Err("stop here".to_owned())).unwrap_err();
+        use cryptoki::mechanism::Mechanism;
+        use cryptoki::object::Attribute;
+        let context = cryptoki::context::Pkcs11::new(bench.module.path()).unwrap();
+        let slot = context.get_slots_with_initialized_token().unwrap().into_iter().find(|slot| context.get_token_info(*slot).unwrap().label() == "open").unwrap();
+        let session = context.open_rw_session(slot).unwrap();
+        session.login(cryptoki::session::UserType::User, Some(&common::USER_PIN.to_owned().into())).unwrap();
+        let label = TokenKey::first(Purpose::Seal).label(&island());
+        let root = session.find_objects(&[Attribute::Label(label.into_bytes())]).unwrap()[0];
+        let template = [Attribute::Token(false), Attribute::ValueLen(32.into()), Attribute::Wrap(true)];
+        let kek = session.generate_key(&Mechanism::AesKeyGen, &template).unwrap();
+        assert!(bench.ceremony.capabilities.wrap_with_trusted);
+        session.wrap_key(&Mechanism::AesKeyWrap, kek, root).expect_err("the wrapping key is not trusted");
+    }
+}
+
+fn token(bench: &Bench, label: &str) -> Escrow {
+    bench.module.init_token(label, &so_pin(), &user_pin()).unwrap();
+    Escrow::new()
+}
+
+fn selector(label: &str) -> TokenSelector {
+    TokenSelector { label: label.to_owned(), serial: None }
+}
+
+fn run(
+    bench: &Bench,
+    label: &str,
+    plan: &CeremonyPlan,
+    previous: Option<&EscrowPackage>,
+    persist: impl FnOnce(&EscrowPackage) -> Result<(), String>,
+) -> Result<CeremonyResult, HsmError> {
+    create_roots(&bench.module, &selector(label), &so_pin(), &user_pin(), plan, previous, persist)
+}
