@@ -1,0 +1,548 @@
+//! The command line. Every value is parsed here, before anything goes to the network.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum, builder::NonEmptyStringValueParser};
+use kms_client::{GrantId, KeyType, PrincipalId, SecuritySetupId, SystemTitle};
+use kms_domain::{DeviceProfileName, FlagId, OaepHash};
+use kms_proto::v1::Purpose;
+
+use crate::output::Format;
+
+/// Lends out smart meter keys, on the record: the tool of security officers, auditors and field technicians.
+#[derive(Debug, Parser)]
+#[command(name = "kms", version, arg_required_else_help = true, after_help = AFTER_HELP, max_term_width = 120)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    pub(crate) global: GlobalArguments,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Options for every command")]
+pub(crate) struct GlobalArguments {
+    /// Folder with the profiles
+    #[arg(long, global = true, value_name = "DIR", default_value = ".kms", env = "KMS_STATE")]
+    pub(crate) state: PathBuf,
+    /// Who asks: a profile of the state folder [default: the name in DIR/default-profile]
+    #[arg(long, global = true, value_name = "NAME", env = "KMS_PROFILE", value_parser = profile_name)]
+    pub(crate) profile: Option<String>,
+    /// Form of results
+    #[arg(long, global = true, value_name = "FORM", default_value = "table")]
+    pub(crate) output: Format,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Get the keys of a meter for a session
+    #[command(subcommand)]
+    Session(SessionCommand),
+    /// Meters: who they are, whose they are, their keys and counters
+    #[command(subcommand)]
+    Meter(MeterCommand),
+    /// Vendor shipments: import, watch, or make one for a trial
+    #[command(subcommand)]
+    Shipment(ShipmentCommand),
+    /// Head-ends, officers, auditors, handhelds and manufacturers
+    #[command(subcommand)]
+    Principal(PrincipalCommand),
+    /// Who holds keys
+    #[command(subcommand)]
+    Grant(GrantCommand),
+    /// The audit log
+    #[command(subcommand)]
+    Audit(AuditCommand),
+    /// The HSM tokens of the server
+    #[command(subcommand)]
+    Hsm(HsmCommand),
+    /// Print a completion script for a shell
+    #[command(after_help = "Example:\n  kms completions bash > ~/.local/share/bash-completion/completions/kms")]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SessionCommand {
+    /// Open a session with a meter: keys, and a lease of invocation counters
+    #[command(after_help = "The keys are opened with the profile's transport key. They are never shown: --write-keys puts them into a file that only you can read.\n\n\
+        Examples:\n  kms session open 4B414D0000000001\n  kms session open 4B414D0000000001 --client-title 4D4D4D0000000001\n  kms session open 4B414D0000000001 --counters 500 --client-title 4D4D4D0000000001\n  \
+        kms session open 4B414D0000000001 --write-keys session.json")]
+    Open(OpenSession),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct OpenSession {
+    /// System title of the meter, 16 hex digits
+    #[arg(value_name = "METER", value_parser = system_title)]
+    pub(crate) meter: SystemTitle,
+    /// What the keys are for
+    #[arg(long, default_value = "read")]
+    pub(crate) purpose: PurposeName,
+    /// Client system title of the session, 16 hex digits; without one there are no counters
+    #[arg(long, value_name = "HEX", value_parser = system_title)]
+    pub(crate) client_title: Option<SystemTitle>,
+    /// Key types [default: GUEK,GAK]
+    #[arg(long, value_name = "TYPES", value_delimiter = ',', value_parser = KeyType::parse)]
+    pub(crate) key_types: Vec<KeyType>,
+    /// Add a fresh dedicated key for the association
+    #[arg(long)]
+    pub(crate) dedicated_key: bool,
+    /// How many invocation counters, 1 to 1,000,000 [default: 1000]
+    #[arg(long, value_name = "N", requires = "client_title", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub(crate) counters: Option<u32>,
+    /// For how many seconds [default: 900]; policy caps it
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) lifetime: Option<u32>,
+    /// Security setup of the meter, 0.b.43.0.e.255 [default: the meter's first]
+    #[arg(long, value_name = "OBIS", value_parser = SecuritySetupId::parse)]
+    pub(crate) security_setup: Option<SecuritySetupId>,
+    /// Write the keys into a new file (JSON, mode 0600)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) write_keys: Option<PathBuf>,
+    /// Accept envelopes with algorithm 2, which is not for production
+    #[arg(long)]
+    pub(crate) allow_cbc_expand: bool,
+}
+
+/// What a key is granted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PurposeName {
+    Read,
+    Configure,
+    Control,
+    Firmware,
+    FieldService,
+}
+
+impl From<PurposeName> for Purpose {
+    fn from(name: PurposeName) -> Self {
+        match name {
+            PurposeName::Read => Self::Read,
+            PurposeName::Configure => Self::Configure,
+            PurposeName::Control => Self::Control,
+            PurposeName::Firmware => Self::Firmware,
+            PurposeName::FieldService => Self::FieldService,
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum MeterCommand {
+    /// List meters
+    #[command(visible_alias = "ls", after_help = "Example:\n  kms meter list --manufacturer KAM --status in-service --limit 20")]
+    List {
+        #[command(flatten)]
+        filter: MeterFilter,
+        #[command(flatten)]
+        limit: Limit,
+    },
+    /// Show a meter: keys, versions, counters, and who could know a key. Never key octets
+    #[command(after_help = "Example:\n  kms meter show 4B414D0000000001")]
+    Show {
+        /// System title, 16 hex digits
+        #[arg(value_name = "METER", value_parser = system_title)]
+        meter: SystemTitle,
+    },
+    /// Make meters the business of a head-end, or of none
+    #[command(after_help = "With a filter instead of a list it only counts the meters, until you add --yes.\n\nExamples:\n  \
+        kms meter assign 4B414D0000000001 4B414D0000000002 --head-end urn:meterkms:dev:head-end:hes-1\n  \
+        kms meter assign --batch KAM-2026-0041 --head-end urn:meterkms:dev:head-end:hes-1 --yes\n  \
+        kms meter assign 4B414D0000000001 --to-nobody")]
+    Assign(AssignMeters),
+    /// Take invocation counters over, or leave a client title with the head-end that counts today
+    #[command(after_help = "Examples:\n  kms meter adopt 4B414D0000000001 --client-title 4D4D4D0000000001 --floor 120000\n  kms meter adopt --file floors.jsonl\n\n\
+        A line of the file: {\"meter\":\"4B414D0000000001\",\"client_title\":\"4D4D4D0000000001\",\"floor\":120000}\n\
+        and optionally \"security_setup\":\"0.0.43.0.0.255\", \"owned_by\":\"urn:meterkms:dev:head-end:hes-1\".")]
+    Adopt(AdoptCounters),
+    /// Register meters whose keys are made here
+    #[command(after_help = "Examples:\n  kms meter enrol 4B414D00000003E9 --manufacturer KAM --device-profile generic-suite0 --batch lab\n  \
+        kms meter enrol --file meters.jsonl --manufacturer KAM --device-profile generic-suite0 --batch lab\n\n\
+        A line of the file: {\"meter\":\"4B414D00000003E9\"} and optionally \"serial\":\"10001001\", \"groups\":[\"north\"].")]
+    Enrol(EnrolMeters),
+    /// End the identity of meters: no grants from now on, keys destroyed after the retention time
+    #[command(after_help = "Example:\n  kms meter retire 4B414D0000000001 --reason \"scrapped, ticket 4711\" --yes")]
+    Retire {
+        /// System titles, 16 hex digits each
+        #[arg(value_name = "METER", required = true, value_parser = system_title)]
+        meters: Vec<SystemTitle>,
+        #[command(flatten)]
+        why: Reason,
+        #[command(flatten)]
+        sure: Sure,
+    },
+    /// Retire a meter in favour of another at the same place
+    #[command(after_help = "Example:\n  kms meter replace 4B414D0000000001 4B414D0000000002 --reason \"lightning, ticket 4712\" --yes")]
+    Replace {
+        /// System title of the meter that goes
+        #[arg(value_name = "OLD", value_parser = system_title)]
+        old_meter: SystemTitle,
+        /// System title of the meter that comes
+        #[arg(value_name = "NEW", value_parser = system_title)]
+        new_meter: SystemTitle,
+        #[command(flatten)]
+        why: Reason,
+        #[command(flatten)]
+        sure: Sure,
+    },
+}
+
+#[derive(Args, Clone, Debug, Default, PartialEq, Eq)]
+#[command(next_help_heading = "Filter")]
+pub(crate) struct MeterFilter {
+    /// FLAG id, three letters
+    #[arg(long, value_name = "FLAG", value_parser = FlagId::parse)]
+    pub(crate) manufacturer: Option<FlagId>,
+    /// Device profile
+    #[arg(long, value_name = "NAME", value_parser = device_profile_name)]
+    pub(crate) device_profile: Option<DeviceProfileName>,
+    /// Status, for example in-service
+    #[arg(long)]
+    pub(crate) status: Option<String>,
+    /// Assigned to this head-end (principal URI)
+    #[arg(long = "assigned-to", value_name = "URN", value_parser = PrincipalId::parse)]
+    pub(crate) assigned_to: Option<PrincipalId>,
+    /// From this shipment or enrolment
+    #[arg(long, value_name = "NAME")]
+    pub(crate) batch: Option<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Limit {
+    /// Show at most so many; 0 is all
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub(crate) limit: usize,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Reason {
+    /// Why: goes into the audit record
+    #[arg(long, value_name = "TEXT", value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) reason: String,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Sure {
+    /// Do not ask
+    #[arg(long)]
+    pub(crate) yes: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct AssignMeters {
+    /// System titles, 16 hex digits each
+    #[arg(value_name = "METER", value_parser = system_title)]
+    pub(crate) meters: Vec<SystemTitle>,
+    /// The head-end (principal URI)
+    #[arg(long, value_name = "URN", required_unless_present = "to_nobody", value_parser = PrincipalId::parse)]
+    pub(crate) head_end: Option<PrincipalId>,
+    /// Take the assignment away
+    #[arg(long, conflicts_with = "head_end")]
+    pub(crate) to_nobody: bool,
+    /// Only count
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) sure: Sure,
+    #[command(flatten)]
+    pub(crate) filter: MeterFilter,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct AdoptCounters {
+    /// System title of the meter, 16 hex digits
+    #[arg(value_name = "METER", required_unless_present = "file", requires_all = ["client_title", "floor"], value_parser = system_title)]
+    pub(crate) meter: Option<SystemTitle>,
+    /// Client system title, 16 hex digits
+    #[arg(long, value_name = "HEX", value_parser = system_title)]
+    pub(crate) client_title: Option<SystemTitle>,
+    /// The next counter that may be used is this or higher
+    #[arg(long, value_name = "N")]
+    pub(crate) floor: Option<u32>,
+    /// Security setup, 0.b.43.0.e.255
+    #[arg(long, value_name = "OBIS", default_value = "0.0.43.0.0.255", value_parser = SecuritySetupId::parse)]
+    pub(crate) security_setup: SecuritySetupId,
+    /// The head-end that keeps counting (principal URI) [default: nobody, this system counts from now on]
+    #[arg(long, value_name = "URN", value_parser = PrincipalId::parse)]
+    pub(crate) owned_by: Option<PrincipalId>,
+    /// Many at once: JSON Lines
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["meter", "client_title", "floor", "owned_by"])]
+    pub(crate) file: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct EnrolMeters {
+    /// System titles, 16 hex digits each
+    #[arg(value_name = "METER", required_unless_present = "file", value_parser = system_title)]
+    pub(crate) meters: Vec<SystemTitle>,
+    /// FLAG id, three letters
+    #[arg(long, value_name = "FLAG", value_parser = FlagId::parse)]
+    pub(crate) manufacturer: FlagId,
+    /// Device profile
+    #[arg(long, value_name = "NAME", value_parser = device_profile_name)]
+    pub(crate) device_profile: DeviceProfileName,
+    /// Name of the batch
+    #[arg(long, value_name = "NAME")]
+    pub(crate) batch: String,
+    /// Group of all these meters; may be repeated
+    #[arg(long = "group", value_name = "NAME")]
+    pub(crate) groups: Vec<String>,
+    /// Many at once: JSON Lines
+    #[arg(long, value_name = "FILE", conflicts_with = "meters")]
+    pub(crate) file: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ShipmentCommand {
+    /// Import a vendor's shipment
+    #[command(after_help = "Nothing is imported from a file whose signature, digest or count is wrong. Lines that are refused are reported, the others are\n\
+        imported (exit code 5). The same command again takes up where it stopped, and imports nothing twice.\n\nExample:\n  \
+        kms shipment import KAM-2026-0041.jsonl --manufacturer urn:meterkms:dev:manufacturer:kam --report refused.jsonl")]
+    Import(ImportShipment),
+    /// List shipments
+    #[command(visible_alias = "ls")]
+    List,
+    /// Show a shipment
+    Show {
+        /// SHA-256 of the file, 64 hex digits, or the file itself
+        #[arg(value_name = "SHA256|FILE")]
+        shipment: String,
+    },
+    /// Play the vendor: make a shipment with new keys, for trials
+    #[command(after_help = "The devices file has the keys in plaintext, for meter simulators. Never use these keys for real meters.\n\nExample:\n  \
+        kms shipment make-sample --devices 1000 --manufacturer KAM --batch KAM-2026-0041 --out KAM-2026-0041.jsonl")]
+    MakeSample(MakeSample),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ImportShipment {
+    /// The shipment (docs/formats.md)
+    pub(crate) file: PathBuf,
+    /// Its detached signature [default: FILE.sig]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) signature: Option<PathBuf>,
+    /// Who signed: principal URI of a manufacturer
+    #[arg(long, value_name = "URN", value_parser = PrincipalId::parse)]
+    pub(crate) manufacturer: PrincipalId,
+    /// Assign the meters to this head-end (principal URI)
+    #[arg(long, value_name = "URN", value_parser = PrincipalId::parse)]
+    pub(crate) head_end: Option<PrincipalId>,
+    /// Write every refused line and duplicate key into this file (JSON Lines)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) report: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct MakeSample {
+    /// How many devices
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..1 << 40))]
+    pub(crate) devices: u64,
+    /// FLAG id, three letters
+    #[arg(long, value_name = "FLAG", default_value = "KAM", value_parser = FlagId::parse)]
+    pub(crate) manufacturer: FlagId,
+    /// Device profile: the name of one that comes with the system, or a file
+    #[arg(long, value_name = "NAME|FILE", default_value = "generic-suite0")]
+    pub(crate) device_profile: String,
+    /// Name of the batch [default: the file's name]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) batch: Option<String>,
+    /// Number of the first device: the end of its system title
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..1 << 40))]
+    pub(crate) first: u64,
+    /// Group of all devices; may be repeated
+    #[arg(long = "group", value_name = "NAME")]
+    pub(crate) groups: Vec<String>,
+    /// The island's vendor transport key, PEM [default: asked from the server]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) transport_key: Option<PathBuf>,
+    /// Hash of RSA-OAEP: sha256, or sha1 for HSM modules that have nothing else [default: what the server prefers, sha256]
+    #[arg(long, value_name = "HASH", value_parser = oaep_hash)]
+    pub(crate) oaep_hash: Option<OaepHash>,
+    /// The vendor's signing key, PEM; made where it is not there [default: OUT.vendor-key.pem]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) vendor_key: Option<PathBuf>,
+    /// The shipment to write; beside it OUT.sig, OUT.vendor-key.pem and OUT.vendor-key.pub.pem
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+    /// Write no file with plaintext keys (OUT.devices.jsonl)
+    #[arg(long)]
+    pub(crate) no_devices_file: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PrincipalCommand {
+    /// Register a principal and certify its TLS key, which is made here
+    #[command(after_help = "Examples:\n  kms principal add urn:meterkms:dev:head-end:hes-2 --client-title 4D4D4D0000000002\n  \
+        kms principal add urn:meterkms:dev:officer:ada --person \"Ada Example\"\n  \
+        kms principal add urn:meterkms:dev:manufacturer:kam --shipment-key KAM.vendor-key.pub.pem\n  \
+        kms principal add urn:meterkms:dev:head-end:hes-3 --certificate-request hes-3.csr.pem --out hes-3.pem")]
+    Add(AddPrincipal),
+    /// List principals
+    #[command(visible_alias = "ls")]
+    List,
+    /// Certify a new TLS key: your own, which is made here, or another's request
+    #[command(after_help = "Examples:\n  kms principal renew\n  kms principal renew urn:meterkms:dev:head-end:hes-3 --certificate-request hes-3.csr.pem --out hes-3.pem")]
+    Renew(RenewPrincipal),
+    /// Shut a principal out, at once
+    #[command(after_help = "Example:\n  kms principal disable urn:meterkms:dev:handheld:h-17 --reason \"lost, ticket 4713\" --yes")]
+    Disable {
+        /// Principal URI
+        #[arg(value_name = "URN", value_parser = PrincipalId::parse)]
+        principal: PrincipalId,
+        #[command(flatten)]
+        why: Reason,
+        #[command(flatten)]
+        sure: Sure,
+    },
+    /// Show who the server takes you for
+    Whoami,
+    /// Make a transport key, which envelopes are opened with, and register it. The private key stays here
+    RegisterTransportKey,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct AddPrincipal {
+    /// Principal URI: urn:meterkms:ISLAND:ROLE:NAME
+    #[arg(value_name = "URN", value_parser = PrincipalId::parse)]
+    pub(crate) principal: PrincipalId,
+    /// The person behind an officer's or auditor's certificate
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) person: Option<String>,
+    /// A client system title that it may use, 16 hex digits; may be repeated
+    #[arg(long = "client-title", value_name = "HEX", value_parser = system_title)]
+    pub(crate) client_titles: Vec<SystemTitle>,
+    /// Manufacturers: public key that signs shipments, PEM
+    #[arg(long, value_name = "FILE")]
+    pub(crate) shipment_key: Option<PathBuf>,
+    /// Name of the new profile [default: the principal's name]
+    #[arg(long, value_name = "NAME", value_parser = profile_name, conflicts_with = "certificate_request")]
+    pub(crate) new_profile: Option<String>,
+    /// Certify this request (PKCS#10, PEM) and make no key here
+    #[arg(long, value_name = "FILE", requires = "out")]
+    pub(crate) certificate_request: Option<PathBuf>,
+    /// Where the certificate goes (PEM, with its issuers)
+    #[arg(long, value_name = "FILE", requires = "certificate_request")]
+    pub(crate) out: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct RenewPrincipal {
+    /// Principal URI [default: yourself]
+    #[arg(value_name = "URN", requires = "certificate_request", value_parser = PrincipalId::parse)]
+    pub(crate) principal: Option<PrincipalId>,
+    /// Certify this request (PKCS#10, PEM)
+    #[arg(long, value_name = "FILE", requires_all = ["principal", "out"])]
+    pub(crate) certificate_request: Option<PathBuf>,
+    /// Where the certificate goes (PEM, with its issuers)
+    #[arg(long, value_name = "FILE", requires = "certificate_request")]
+    pub(crate) out: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum GrantCommand {
+    /// List grants, newest first
+    #[command(visible_alias = "ls", after_help = "Example:\n  kms grant list --live --principal urn:meterkms:dev:head-end:hes-1")]
+    List {
+        /// Only of this principal (URI)
+        #[arg(long, value_name = "URN", value_parser = PrincipalId::parse)]
+        principal: Option<PrincipalId>,
+        /// Only those that have neither expired nor been revoked
+        #[arg(long)]
+        live: bool,
+        #[command(flatten)]
+        limit: Limit,
+    },
+    /// End a grant. What its holder has learned stays known: only a rotation takes it away
+    Revoke {
+        /// The grant's id, a UUID
+        #[arg(value_name = "GRANT", value_parser = GrantId::parse)]
+        grant: GrantId,
+        #[command(flatten)]
+        why: Reason,
+        #[command(flatten)]
+        sure: Sure,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum AuditCommand {
+    /// List audit records, newest first
+    #[command(visible_alias = "ls", after_help = "Example:\n  kms audit list --meter 4B414D0000000001 --from 2026-11-01T00:00:00Z")]
+    List(ListAudit),
+    /// Read the whole log and every sealed row, and report what does not fit
+    #[command(after_help = "Exit code 1 where something was found.")]
+    Scrub,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ListAudit {
+    /// Only acts of this principal (URI)
+    #[arg(long, value_name = "URN", value_parser = PrincipalId::parse)]
+    pub(crate) principal: Option<PrincipalId>,
+    /// Only records that name this meter, 16 hex digits
+    #[arg(long, value_name = "METER", value_parser = system_title)]
+    pub(crate) meter: Option<SystemTitle>,
+    /// From this time on, RFC 3339
+    #[arg(long, value_name = "TIME")]
+    pub(crate) from: Option<jiff::Timestamp>,
+    /// Before this time, RFC 3339
+    #[arg(long, value_name = "TIME")]
+    pub(crate) to: Option<jiff::Timestamp>,
+    /// Oldest first
+    #[arg(long)]
+    pub(crate) oldest_first: bool,
+    #[command(flatten)]
+    pub(crate) limit: Limit,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum HsmCommand {
+    /// What the HSM modules can do: needed, found, what is used instead, what is missing and what that costs
+    #[command(after_help = "Exit code 1 where a token is not usable.")]
+    Check,
+    /// Every object of every token with its attributes, and what is wrong with it
+    #[command(after_help = "Exit code 1 where an object is readable or usable beyond its purpose.")]
+    Inventory,
+}
+
+fn system_title(text: &str) -> Result<SystemTitle, String> {
+    if text.len() != 16 || !text.bytes().all(|octet| octet.is_ascii_hexdigit()) {
+        return Err("not 16 hex digits".to_owned());
+    }
+    SystemTitle::parse(text).map_err(|error| error.to_string())
+}
+
+fn profile_name(name: &str) -> Result<String, String> {
+    let well_formed = !name.is_empty() && !name.starts_with('.') && name.bytes().all(|octet| octet.is_ascii_alphanumeric() || matches!(octet, b'-' | b'_' | b'.'));
+    if well_formed { Ok(name.to_owned()) } else { Err("not a name of letters, digits, `-`, `_` and `.`".to_owned()) }
+}
+
+fn device_profile_name(name: &str) -> Result<DeviceProfileName, kms_client::ParseError> {
+    DeviceProfileName::parse(name)
+}
+
+fn oaep_hash(name: &str) -> Result<OaepHash, String> {
+    match name {
+        "sha256" => Ok(OaepHash::Sha256),
+        "sha1" => Ok(OaepHash::Sha1),
+        _ => Err("neither sha256 nor sha1".to_owned()),
+    }
+}
+
+const AFTER_HELP: &str = "\
+Exit codes:
+  0  done
+  1  failed
+  2  wrong command line or bad request
+  3  refused by policy
+  4  server, HSM or database not available: try again
+  5  partly done: the output tells what was refused
+
+Examples:
+  kms principal whoami
+  kms meter list
+  kms session open 4B414D0000000001 --client-title 4D4D4D0000000001
+  kms --profile ada audit list --limit 20
+  kms meter show 4B414D0000000001 --output json";

@@ -1,0 +1,147 @@
+//! `kms audit`.
+
+use kms_proto::v1::{self as proto, audit_record::Event};
+use serde_json::json;
+
+use super::{octets, text};
+use crate::{
+    Context, Failure,
+    arguments::{AuditCommand, ListAudit},
+    json, output,
+    output::{Rows, number, plural},
+    progress,
+};
+
+pub(crate) async fn run(command: AuditCommand, context: &Context) -> Result<(), Failure> {
+    match command {
+        AuditCommand::List(arguments) => list(arguments, context).await,
+        AuditCommand::Scrub => scrub(context).await,
+    }
+}
+
+async fn list(arguments: ListAudit, context: &Context) -> Result<(), Failure> {
+    if let (Some(from), Some(to)) = (arguments.from, arguments.to)
+        && from >= to
+    {
+        return Err(Failure::usage("--from must lie before --to"));
+    }
+    let mut client = context.connect().await?.audit();
+    let (mut records, mut page_token, limit) = (Vec::new(), proto::ListAuditRecordsRequest::default().page_token, arguments.limit.limit);
+    loop {
+        let wanted = if limit == 0 { PAGE } else { PAGE.min(limit - records.len()) };
+        let request = proto::ListAuditRecordsRequest {
+            principal: text(arguments.principal.as_ref()),
+            meter: arguments.meter.map(|meter| octets(meter.octets())).unwrap_or_default(),
+            from_ms: arguments.from.map_or(0, jiff::Timestamp::as_millisecond),
+            to_ms: arguments.to.map_or(0, jiff::Timestamp::as_millisecond),
+            page_size: wanted as u32,
+            page_token,
+            newest_first: !arguments.oldest_first,
+        };
+        let page = progress::waiting("reading audit records", client.list_audit_records(request)).await?.into_inner();
+        records.extend(page.records);
+        page_token = page.next_page_token;
+        if page_token.is_empty() || (limit > 0 && records.len() >= limit) {
+            break;
+        }
+    }
+    context.output.show(
+        || json!({"records": records.iter().map(|record| json::message("AuditRecord", record)).collect::<Vec<_>>(), "more": !page_token.is_empty()}),
+        || {
+            let mut rows = Rows::new(&["time", "principal", "event", "what"]);
+            for record in &records {
+                let (event, what) = summary(record);
+                let principal = if record.principal.is_empty() { "the server".into() } else { record.principal.clone() };
+                rows.row([output::time(record.time_ms), principal, event.into(), what]);
+            }
+            let more = if page_token.is_empty() { "" } else { "\nthere are more: --limit shows them\n" };
+            format!("{}{more}", rows.text_or("no records"))
+        },
+    );
+    Ok(())
+}
+
+/// An event's name and the gist of it.
+fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
+    let Some(event) = &record.event else { return ("unknown", "a newer client may know it".into()) };
+    match event {
+        Event::WriterOpened(event) => ("server started", format!("{} {}, {} closed", event.server, event.version, plural(event.closed.len() as u64, "earlier chain"))),
+        Event::KeysGranted(event) => {
+            let dedicated = if event.dedicated_key { " and a dedicated key" } else { "" };
+            let whom = match event.meters.as_slice() {
+                [one] => format!("{:016X}", one.meter),
+                many => plural(many.len() as u64, "meter"),
+            };
+            ("keys granted", format!("{}{dedicated} of {whom} until {}, grant {}", event.key_types.join(", "), output::time(event.not_after_ms), output::uuid(&event.grant_id)))
+        }
+        Event::Refused(event) => ("refused", format!("{}: {} ({})", event.action, event.reason, if event.count == 1 { "once".into() } else { format!("{} times", number(event.count)) })),
+        Event::ShipmentImported(event) if !event.refusal.is_empty() => ("shipment refused", format!("{} of {}: {}", event.batch, event.manufacturer, event.refusal)),
+        Event::ShipmentImported(event) => (
+            "shipment imported",
+            format!("{} of {}, lines {} to {}: {} imported, {} refused", event.batch, event.manufacturer, event.first_line, event.last_line, number(event.imported), number(event.refused)),
+        ),
+        Event::MetersChanged(event) => {
+            let whom = match event.meters.as_slice() {
+                [one] => output::octets(one),
+                many => plural(many.len() as u64, "meter"),
+            };
+            ("meters changed", [whom, event.change.clone(), event.value.clone(), event.reason.clone()].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(", "))
+        }
+        Event::PrincipalChanged(event) => ("principal changed", [event.principal.clone(), event.change.clone(), event.reason.clone()].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(", ")),
+        Event::GrantRevoked(event) => ("grant revoked", format!("{}: {}", output::uuid(&event.grant_id), event.reason)),
+        Event::FramesProtected(event) => {
+            let whom = match event.frames.as_slice() {
+                [one] => format!("{} for {:016X}", one.service, one.meter),
+                many => plural(many.len() as u64, "frame"),
+            };
+            ("frames protected", whom)
+        }
+        Event::SecurityEvent(event) => ("security event", format!("{}: {}", event.kind, event.detail)),
+        Event::CeremonyHeld(event) => ("ceremony", format!("{} made{}", plural(event.fingerprints.len() as u64, "public key"), if event.development { ", for development" } else { "" })),
+    }
+}
+
+async fn scrub(context: &Context) -> Result<(), Failure> {
+    let mut client = context.connect().await?.audit();
+    let bar = progress::spinner("scrubbing");
+    let mut stream = client.scrub(proto::ScrubRequest {}).await?.into_inner();
+    let mut all = proto::ScrubResponse::default();
+    while let Some(step) = stream.message().await? {
+        bar.set_message(format!("{} and {} read, {}", plural(step.records_read, "record"), plural(step.rows_read, "row"), plural((all.findings.len() + step.findings.len()) as u64, "finding")));
+        all.records_read = step.records_read;
+        all.rows_read = step.rows_read;
+        all.finished = step.finished;
+        all.findings.extend(step.findings);
+    }
+    bar.finish_and_clear();
+    context.output.show(
+        || json::message("ScrubResponse", &all),
+        || {
+            let mut rows = Rows::new(&["row", "id", "finding", "detail"]);
+            for finding in &all.findings {
+                rows.row([row_kind(finding.kind), output::octets(&finding.id), finding.finding.clone(), finding.detail.clone()]);
+            }
+            format!("{} and {} read\n\n{}", plural(all.records_read, "record"), plural(all.rows_read, "row"), rows.text_or("nothing found"))
+        },
+    );
+    match all.findings.len() as u64 {
+        _ if !all.finished => Err(Failure::failed("the scrub ended before it had read everything: run it again")),
+        0 => Ok(()),
+        findings => Err(Failure::failed(format!("{}: someone may have written the database past the server", plural(findings, "finding")))),
+    }
+}
+
+fn row_kind(kind: u32) -> String {
+    match kind {
+        1 => "meter".into(),
+        2 => "group".into(),
+        3 => "device type".into(),
+        4 => "principal".into(),
+        5 => "counter domain".into(),
+        6 => "island".into(),
+        0 => "log".into(),
+        other => other.to_string(),
+    }
+}
+
+const PAGE: usize = 1_000;

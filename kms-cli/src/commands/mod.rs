@@ -1,0 +1,88 @@
+//! The commands, one file for each noun.
+
+pub(crate) mod audit;
+pub(crate) mod grant;
+pub(crate) mod hsm;
+pub(crate) mod meter;
+pub(crate) mod principal;
+pub(crate) mod sample;
+pub(crate) mod session;
+pub(crate) mod shipment;
+
+use std::{
+    fs,
+    io::{self, IsTerminal as _, Write as _},
+    path::Path,
+};
+
+use kms_client::new_request_id;
+use bytes::Bytes;
+use serde::de::DeserializeOwned;
+
+use crate::{Failure, arguments::Sure};
+
+/// A new request id for a message.
+fn request_id() -> Bytes {
+    octets(new_request_id().octets())
+}
+
+/// Octets for a message.
+fn octets(octets: impl AsRef<[u8]>) -> Bytes {
+    Bytes::copy_from_slice(octets.as_ref())
+}
+
+/// Text for an optional field: empty is absent.
+fn text<T: ToString>(value: Option<&T>) -> String {
+    value.map(T::to_string).unwrap_or_default()
+}
+
+/// Asks whether to go on; without a terminal only `--yes` says so.
+fn confirm(what: &str, sure: &Sure) -> Result<(), Failure> {
+    if sure.yes {
+        return Ok(());
+    }
+    if !io::stdin().is_terminal() {
+        return Err(Failure::usage(format!("{what}: add --yes if this is meant")));
+    }
+    eprint!("{what}. Go on? [y/N] ");
+    let _ = io::stderr().flush();
+    let mut answer = String::new();
+    match io::stdin().read_line(&mut answer) {
+        Ok(_) if matches!(answer.trim(), "y" | "Y" | "yes") => Ok(()),
+        _ => Err(Failure::failed("nothing was changed")),
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, Failure> {
+    fs::read(path).map_err(|error| Failure::failed(format!("cannot read `{}`: {error}", path.display())))
+}
+
+/// Reads a file of JSON Lines; an error names the line.
+fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, Failure> {
+    let content = read(path)?;
+    let lines = content.split(|octet| *octet == b'\n').enumerate().filter(|(_, line)| !line.trim_ascii().is_empty());
+    let parsed = lines.map(|(index, line)| {
+        serde_json::from_slice(line).map_err(|error| Failure::usage(format!("`{}`, line {}: {error}", path.display(), index + 1)))
+    });
+    let parsed = parsed.collect::<Result<Vec<_>, _>>()?;
+    if parsed.is_empty() { Err(Failure::usage(format!("`{}` has no lines", path.display()))) } else { Ok(parsed) }
+}
+
+/// Creates a file that must not exist yet; with `private`, only its owner may read it.
+fn create(path: &Path, private: bool) -> Result<fs::File, Failure> {
+    let mut options = fs::OpenOptions::new();
+    options.write(true).create_new(true);
+    #[cfg(unix)]
+    if private {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        options.mode(0o600);
+    }
+    options.open(path).map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => Failure::failed(format!("`{}` is there already and is not overwritten: remove it or choose another name", path.display())),
+        _ => Failure::failed(format!("cannot write `{}`: {error}", path.display())),
+    })
+}
+
+fn write(path: &Path, private: bool, content: &[u8]) -> Result<(), Failure> {
+    create(path, private)?.write_all(content).map_err(|error| Failure::failed(format!("cannot write `{}`: {error}", path.display())))
+}

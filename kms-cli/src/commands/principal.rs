@@ -1,0 +1,193 @@
+//! `kms principal`. Key pairs are made here, and private keys never leave this machine.
+
+use std::path::Path;
+
+use kms_client::{KeyRequest, NewProfile, PrincipalId, Role};
+use kms_proto::v1 as proto;
+use rustls_pki_types::{SubjectPublicKeyInfoDer, pem::PemObject};
+use serde_json::json;
+
+use super::{confirm, octets, read, request_id, write};
+use crate::{
+    Context, Failure,
+    arguments::{AddPrincipal, PrincipalCommand, RenewPrincipal},
+    json, output,
+    output::{Rows, facts},
+    progress::waiting,
+};
+
+pub(crate) async fn run(command: PrincipalCommand, context: &Context) -> Result<(), Failure> {
+    match command {
+        PrincipalCommand::Add(arguments) => add(arguments, context).await,
+        PrincipalCommand::List => list(context).await,
+        PrincipalCommand::Renew(arguments) => renew(arguments, context).await,
+        PrincipalCommand::Disable { principal, why, sure } => {
+            confirm(&format!("{principal} will be shut out at once"), &sure)?;
+            let mut client = context.connect().await?.principals();
+            let request = proto::DisablePrincipalRequest { request_id: request_id(), principal: principal.to_string(), reason: why.reason };
+            let answer = waiting("disabling", client.disable_principal(request)).await?.into_inner();
+            show(&answer, context);
+            Ok(())
+        }
+        PrincipalCommand::Whoami => {
+            let answer = who_am_i(context).await?;
+            show(&answer, context);
+            Ok(())
+        }
+        PrincipalCommand::RegisterTransportKey => register_transport_key(context).await,
+    }
+}
+
+async fn add(arguments: AddPrincipal, context: &Context) -> Result<(), Failure> {
+    let principal = &arguments.principal;
+    let is_manufacturer = principal.role() == Role::Manufacturer;
+    if is_manufacturer != arguments.shipment_key.is_some() {
+        return Err(Failure::usage(if is_manufacturer { "--shipment-key is needed for a manufacturer" } else { "--shipment-key is for manufacturers" }));
+    }
+    let profile = context.profile()?;
+    let shipment_key = arguments.shipment_key.as_deref().map(public_key).transpose()?.unwrap_or_default();
+    let certificate_request = arguments.certificate_request.as_deref().map(certificate_request).transpose()?;
+    // A manufacturer that only signs shipments needs no certificate.
+    let made = if is_manufacturer || certificate_request.is_some() { None } else { Some(KeyRequest::generate(principal)?) };
+    let name = arguments.new_profile.clone().unwrap_or_else(|| principal.name().to_owned());
+    let directory = context.state().profile_directory(&name);
+    if made.is_some() && directory.exists() {
+        return Err(Failure::failed(format!("`{}` is there already and is not overwritten: choose another --new-profile", directory.display())));
+    }
+    let request = proto::AddPrincipalRequest {
+        request_id: request_id(),
+        principal: principal.to_string(),
+        certificate_request: made.as_ref().map(|made| octets(made.certificate_request())).or(certificate_request.map(octets)).unwrap_or_default(),
+        person: arguments.person.clone().unwrap_or_default(),
+        client_titles: arguments.client_titles.iter().map(|title| octets(title.octets())).collect(),
+        shipment_key: octets(shipment_key),
+    };
+    let mut client = context.connect().await?.principals();
+    let issued = waiting("registering", client.add_principal(request)).await?.into_inner();
+    let mut written = String::new();
+    if let Some(made) = made {
+        let new = NewProfile {
+            server: profile.server(),
+            server_name: profile.server_name_text(),
+            principal,
+            ca_pem: &profile.ca_pem()?,
+            certificate_pem: &KeyRequest::chain_pem(&issued),
+            key_pem: made.key_pem(),
+        };
+        kms_client::Profile::create(&directory, &new)?;
+        written = directory.display().to_string();
+    } else if let Some(out) = &arguments.out {
+        write(out, false, KeyRequest::chain_pem(&issued).as_bytes())?;
+        written = out.display().to_string();
+    }
+    show_issued(&issued, &written, context);
+    Ok(())
+}
+
+async fn renew(arguments: RenewPrincipal, context: &Context) -> Result<(), Failure> {
+    if let (Some(principal), Some(file), Some(out)) = (&arguments.principal, &arguments.certificate_request, &arguments.out) {
+        let request = proto::RenewPrincipalRequest { request_id: request_id(), principal: principal.to_string(), certificate_request: octets(certificate_request(file)?) };
+        let mut client = context.connect().await?.principals();
+        let issued = waiting("certifying", client.renew_principal(request)).await?.into_inner();
+        write(out, false, KeyRequest::chain_pem(&issued).as_bytes())?;
+        show_issued(&issued, &out.display().to_string(), context);
+        return Ok(());
+    }
+    let profile = context.profile()?;
+    let principal = own_principal(context).await?;
+    let made = KeyRequest::generate(&principal)?;
+    let request = proto::RenewPrincipalRequest { request_id: request_id(), principal: principal.to_string(), certificate_request: octets(made.certificate_request()) };
+    let mut client = context.connect().await?.principals();
+    let issued = waiting("certifying", client.renew_principal(request)).await?.into_inner();
+    profile.renew(made.key_pem(), &KeyRequest::chain_pem(&issued))?;
+    show_issued(&issued, &profile.directory().display().to_string(), context);
+    Ok(())
+}
+
+async fn register_transport_key(context: &Context) -> Result<(), Failure> {
+    let profile = context.profile()?;
+    let principal = own_principal(context).await?;
+    let made = KeyRequest::generate(&principal)?;
+    let mut client = context.connect().await?.principals();
+    let request = proto::RegisterTransportKeyRequest { request_id: request_id(), certificate_request: octets(made.certificate_request()) };
+    let issued = waiting("registering", client.register_transport_key(request)).await?.into_inner();
+    profile.set_transport_key(made.key_pem(), &KeyRequest::certificate_pem(&issued))?;
+    // What was written must open envelopes: a mismatch shows now and not with the first grant.
+    profile.transport_key()?;
+    show_issued(&issued, &profile.directory().display().to_string(), context);
+    Ok(())
+}
+
+async fn list(context: &Context) -> Result<(), Failure> {
+    let mut client = context.connect().await?.principals();
+    let answer = waiting("reading principals", client.list_principals(proto::ListPrincipalsRequest {})).await?.into_inner();
+    context.output.show(
+        || json::message("ListPrincipalsResponse", &answer),
+        || {
+            let mut rows = Rows::new(&["principal", "status", "person", "client titles", "certificate until", "transport key"]);
+            for principal in &answer.principals {
+                rows.row([
+                    principal.principal.clone(),
+                    principal.status.clone(),
+                    principal.person.clone(),
+                    titles(principal),
+                    output::time(principal.certificate_not_after_ms),
+                    output::yes(principal.has_transport_key),
+                ]);
+            }
+            rows.text_or("no principals")
+        },
+    );
+    Ok(())
+}
+
+async fn who_am_i(context: &Context) -> Result<proto::Principal, Failure> {
+    let mut client = context.connect().await?.principals();
+    Ok(waiting("asking", client.who_am_i(proto::WhoAmIRequest {})).await?.into_inner())
+}
+
+async fn own_principal(context: &Context) -> Result<PrincipalId, Failure> {
+    let principal = who_am_i(context).await?.principal;
+    PrincipalId::parse(&principal).map_err(|error| Failure::failed(format!("the server's answer: {error}")))
+}
+
+fn show(principal: &proto::Principal, context: &Context) {
+    context.output.show(|| json::message("Principal", principal), || principal_text(principal));
+}
+
+fn show_issued(issued: &proto::PrincipalCertificate, written: &str, context: &Context) {
+    context.output.show(
+        || json!({"principal": issued.principal.as_ref().map(|principal| json::message("Principal", principal)), "certificate": json::octets(&issued.certificate), "written": written}),
+        || {
+            let principal = issued.principal.as_ref().map(principal_text).unwrap_or_default();
+            format!("{principal}{}", facts([("written to", written.to_owned())]))
+        },
+    );
+}
+
+fn principal_text(principal: &proto::Principal) -> String {
+    facts([
+        ("principal", principal.principal.clone()),
+        ("status", principal.status.clone()),
+        ("person", principal.person.clone()),
+        ("client titles", titles(principal)),
+        ("certificate until", output::time(principal.certificate_not_after_ms)),
+        ("transport key", if principal.has_transport_key { "registered".into() } else { "none".into() }),
+    ])
+}
+
+fn titles(principal: &proto::Principal) -> String {
+    principal.client_titles.iter().map(|title| output::octets(title)).collect::<Vec<_>>().join(", ")
+}
+
+fn public_key(path: &Path) -> Result<Vec<u8>, Failure> {
+    SubjectPublicKeyInfoDer::from_pem_slice(&read(path)?)
+        .map(|key| key.to_vec())
+        .map_err(|_| Failure::usage(format!("--shipment-key: `{}` is not a public key in PEM (SubjectPublicKeyInfo)", path.display())))
+}
+
+fn certificate_request(path: &Path) -> Result<Vec<u8>, Failure> {
+    rustls_pki_types::CertificateSigningRequestDer::from_pem_slice(&read(path)?)
+        .map(|request| request.to_vec())
+        .map_err(|_| Failure::usage(format!("--certificate-request: `{}` is not a PKCS#10 request in PEM", path.display())))
+}

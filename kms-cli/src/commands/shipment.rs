@@ -1,0 +1,379 @@
+//! `kms shipment`: import, list, show.
+
+use std::{
+    fs,
+    io::{self, Read as _, Seek as _, SeekFrom, Write as _},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use aws_lc_rs::digest;
+use indicatif::ProgressBar;
+use kms_client::{Connection, RetryPolicy, ServerError};
+use kms_proto::v1 as proto;
+use serde_json::json;
+use tokio::sync::mpsc;
+use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
+use tonic::Code;
+
+use super::{create, octets, read, sample};
+use crate::{
+    Context, Failure,
+    arguments::{ImportShipment, ShipmentCommand},
+    json, output,
+    output::{Rows, facts, number, plural},
+    progress,
+};
+
+pub(crate) async fn run(command: ShipmentCommand, context: &Context) -> Result<(), Failure> {
+    match command {
+        ShipmentCommand::Import(arguments) => import(arguments, context).await,
+        ShipmentCommand::List => list(context).await,
+        ShipmentCommand::Show { shipment } => show(&shipment, context).await,
+        ShipmentCommand::MakeSample(arguments) => sample::make(arguments, context).await,
+    }
+}
+
+async fn import(arguments: ImportShipment, context: &Context) -> Result<(), Failure> {
+    let signature_file = arguments.signature.clone().unwrap_or_else(|| with_suffix(&arguments.file, ".sig"));
+    let signature = read(&signature_file).map_err(|failure| failure.while_doing("signature"))?;
+    let file = LocalFile::open(&arguments.file)?;
+    // Before anything is imported: a report that cannot be written would be lost.
+    let mut report = arguments.report.as_deref().map(|path| create(path, false).map(|file| (path, io::BufWriter::new(file)))).transpose()?;
+    let connection = context.connect().await?;
+    let start = proto::UploadShipmentStart {
+        file_sha256: octets(file.sha256),
+        file_length: file.length,
+        signature: signature.into(),
+        manufacturer: arguments.manufacturer.to_string(),
+    };
+    file.upload(&connection, &start).await?;
+
+    let mut shown = Vec::new();
+    let mut counts = Counts::default();
+    let shipment = import_uploaded(&connection, &file, &arguments, &mut |step| {
+        counts.refused += step.refused_lines.len() as u64;
+        counts.duplicates += step.duplicate_keys.len() as u64;
+        let room = LINES_SHOWN.saturating_sub(shown.len());
+        shown.extend(step.refused_lines.iter().take(room).cloned());
+        if let Some((path, report)) = &mut report {
+            let refused = step.refused_lines.iter().map(|line| json!({"refused_line": json::message("RefusedLine", line)}));
+            let duplicates = step.duplicate_keys.iter().map(|key| json!({"duplicate_key": json::message("DuplicateKey", key)}));
+            for line in refused.chain(duplicates) {
+                writeln!(report, "{line}").map_err(|error| Failure::failed(format!("cannot write `{}`: {error}", path.display())))?;
+            }
+        }
+        Ok(())
+    })
+    .await?;
+    if let Some((path, mut report)) = report {
+        report.flush().map_err(|error| Failure::failed(format!("cannot write `{}`: {error}", path.display())))?;
+    }
+    context.output.show(
+        || json!({"shipment": json::message("Shipment", &shipment), "refused_lines": shown.iter().map(|line| json::message("RefusedLine", line)).collect::<Vec<_>>()}),
+        || {
+            let mut text = shipment_text(&shipment);
+            if !shown.is_empty() {
+                let mut rows = Rows::new(&["line", "field", "refused because"]).numbers(&[0]);
+                for line in &shown {
+                    rows.row([line.line.to_string(), line.field.clone(), line.reason.clone()]);
+                }
+                text.push('\n');
+                text.push_str(&rows.text_or(""));
+                if counts.refused > shown.len() as u64 {
+                    text.push_str(&format!("and {} more", number(counts.refused - shown.len() as u64)));
+                    text.push_str(if arguments.report.is_some() { ", all in the report file\n" } else { "; --report FILE writes them all\n" });
+                }
+            }
+            text
+        },
+    );
+    match shipment.state.as_str() {
+        "imported" if shipment.refused == 0 => Ok(()),
+        "imported" => Err(Failure::partly(format!("{} refused, the others are imported", plural(shipment.refused, "line")))),
+        "refused" => Err(Failure::failed(format!("the shipment was refused as a whole, nothing was imported: {}", shipment.refusal))),
+        state => Err(Failure::failed(format!("the import ended in state `{state}`: the same command again takes it up"))),
+    }
+}
+
+#[derive(Default)]
+struct Counts {
+    refused: u64,
+    duplicates: u64,
+}
+
+/// A shipment on this machine.
+struct LocalFile {
+    path: PathBuf,
+    length: u64,
+    sha256: [u8; 32],
+}
+
+impl LocalFile {
+    /// Reads the file once, for its digest.
+    fn open(path: &Path) -> Result<Self, Failure> {
+        let refuse = |error: io::Error| Failure::failed(format!("cannot read `{}`: {error}", path.display()));
+        let mut file = fs::File::open(path).map_err(refuse)?;
+        let total = file.metadata().map_err(refuse)?.len();
+        let bar = progress::octets("reading  ", total);
+        let mut hash = digest::Context::new(&digest::SHA256);
+        let mut buffer = vec![0; 1 << 20];
+        let mut length = 0;
+        loop {
+            match file.read(&mut buffer).map_err(refuse)? {
+                0 => break,
+                read => {
+                    hash.update(buffer.get(..read).unwrap_or_default());
+                    length += read as u64;
+                    bar.set_position(length);
+                }
+            }
+        }
+        bar.finish_and_clear();
+        if length == 0 {
+            return Err(Failure::usage(format!("`{}` is empty", path.display())));
+        }
+        let mut sha256 = [0; 32];
+        sha256.copy_from_slice(hash.finish().as_ref());
+        Ok(Self { path: path.to_owned(), length, sha256 })
+    }
+
+    /// Sends what the server does not have yet; goes on where an earlier attempt stopped.
+    async fn upload(&self, connection: &Connection, start: &proto::UploadShipmentStart) -> Result<(), Failure> {
+        let retry = RetryPolicy::default();
+        let bar = progress::octets("uploading", self.length);
+        let mut failures = 0;
+        loop {
+            let error = match self.upload_rest(connection, start, &bar).await {
+                Ok(()) => {
+                    bar.finish_and_clear();
+                    return Ok(());
+                }
+                Err(error) => error,
+            };
+            failures += 1;
+            let UploadError::Server(error) = error else {
+                bar.finish_and_clear();
+                return Err(error.into());
+            };
+            match retry.delay_after(failures, &error) {
+                Some(delay) => tokio::time::sleep(delay).await,
+                None => {
+                    bar.finish_and_clear();
+                    return Err(Failure::from(error).while_doing("upload"));
+                }
+            }
+        }
+    }
+
+    async fn upload_rest(&self, connection: &Connection, start: &proto::UploadShipmentStart, bar: &ProgressBar) -> Result<(), UploadError> {
+        let known = connection.shipments().get_shipment(proto::GetShipmentRequest { file_sha256: octets(self.sha256) }).await;
+        let received = match known {
+            // An upload that ended is complete whatever came after it.
+            Ok(shipment) if !matches!(shipment.get_ref().state.as_str(), "" | "uploading") => return Ok(()),
+            Ok(shipment) => shipment.get_ref().received,
+            Err(status) if status.code() == Code::NotFound => 0,
+            Err(status) => return Err(ServerError::from(status).into()),
+        };
+        if received > self.length {
+            return Err(UploadError::File(format!("the server has {received} octets of a file of {}", self.length)));
+        }
+        bar.set_position(received);
+        bar.reset_eta();
+        let (sender, receiver) = mpsc::channel(4);
+        let reading = {
+            let (path, start, bar) = (self.path.clone(), start.clone(), bar.clone());
+            tokio::task::spawn_blocking(move || send_octets(&path, received, start, &sender, &bar))
+        };
+        let answer = connection.shipments().upload_shipment(ReceiverStream::new(receiver)).await;
+        // A reader whose channel has closed ends by itself; its own error tells more than the cut stream.
+        match reading.await {
+            Ok(Err(error)) if error.kind() != io::ErrorKind::BrokenPipe => return Err(UploadError::File(format!("cannot read `{}`: {error}", self.path.display()))),
+            _ => {}
+        }
+        let shipment = answer.map_err(ServerError::from)?.into_inner();
+        if shipment.received < self.length && matches!(shipment.state.as_str(), "" | "uploading") {
+            return Err(ServerError::from(tonic::Status::unavailable("the upload ended too early")).into());
+        }
+        Ok(())
+    }
+}
+
+enum UploadError {
+    Server(ServerError),
+    File(String),
+}
+
+impl From<ServerError> for UploadError {
+    fn from(error: ServerError) -> Self {
+        Self::Server(error)
+    }
+}
+
+impl From<UploadError> for Failure {
+    fn from(error: UploadError) -> Self {
+        match error {
+            UploadError::Server(error) => error.into(),
+            UploadError::File(text) => Self::failed(text),
+        }
+    }
+}
+
+fn send_octets(path: &Path, mut offset: u64, start: proto::UploadShipmentStart, sender: &mpsc::Sender<proto::UploadShipmentRequest>, bar: &ProgressBar) -> io::Result<()> {
+    let mut file = fs::File::open(path)?;
+    file.seek(SeekFrom::Start(offset))?;
+    let mut start = Some(start);
+    loop {
+        let mut chunk = Vec::with_capacity(CHUNK);
+        (&mut file).take(CHUNK as u64).read_to_end(&mut chunk)?;
+        if chunk.is_empty() && start.is_none() {
+            return Ok(());
+        }
+        let length = chunk.len() as u64;
+        let message = proto::UploadShipmentRequest { start: start.take(), offset, octets: chunk.into() };
+        sender.blocking_send(message).map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
+        offset += length;
+        bar.set_position(offset);
+    }
+}
+
+async fn import_uploaded(
+    connection: &Connection,
+    file: &LocalFile,
+    arguments: &ImportShipment,
+    each: &mut dyn FnMut(&proto::ImportShipmentResponse) -> Result<(), Failure>,
+) -> Result<proto::Shipment, Failure> {
+    let retry = RetryPolicy::default();
+    let request = proto::ImportShipmentRequest { file_sha256: octets(file.sha256), head_end: super::text(arguments.head_end.as_ref()) };
+    let mut bar = progress::spinner("verifying signature, digest and count");
+    let (mut counting, mut failures) = (false, 0);
+    let mut last = proto::Shipment::default();
+    loop {
+        let outcome = async {
+            let mut steps = connection.shipments().import_shipment(request.clone()).await?.into_inner();
+            while let Some(step) = steps.next().await {
+                let step = step?;
+                each(&step)?;
+                if let Some(shipment) = step.shipment {
+                    if !counting && shipment.devices > 0 {
+                        bar.finish_and_clear();
+                        bar = progress::count("importing", shipment.devices);
+                        counting = true;
+                    }
+                    bar.set_position(shipment.imported + shipment.unchanged + shipment.refused);
+                    last = shipment;
+                    failures = 0;
+                }
+            }
+            Ok::<(), ImportError>(())
+        }
+        .await;
+        let error = match outcome {
+            Ok(()) if matches!(last.state.as_str(), "imported" | "refused") => {
+                bar.finish_and_clear();
+                return Ok(last);
+            }
+            Ok(()) => ServerError::from(tonic::Status::unavailable("the import stopped before its end")),
+            Err(ImportError::Server(error)) => error,
+            Err(ImportError::Local(failure)) => {
+                bar.finish_and_clear();
+                return Err(failure);
+            }
+        };
+        failures += 1;
+        match retry.delay_after(failures, &error) {
+            Some(delay) => tokio::time::sleep(delay.max(Duration::from_millis(10))).await,
+            None => {
+                bar.finish_and_clear();
+                return Err(Failure::from(error).while_doing("import (the same command again takes it up)"));
+            }
+        }
+    }
+}
+
+enum ImportError {
+    Server(ServerError),
+    Local(Failure),
+}
+
+impl From<tonic::Status> for ImportError {
+    fn from(status: tonic::Status) -> Self {
+        Self::Server(status.into())
+    }
+}
+
+impl From<Failure> for ImportError {
+    fn from(failure: Failure) -> Self {
+        Self::Local(failure)
+    }
+}
+
+async fn list(context: &Context) -> Result<(), Failure> {
+    let mut client = context.connect().await?.shipments();
+    let answer = progress::waiting("reading shipments", client.list_shipments(proto::ListShipmentsRequest {})).await?.into_inner();
+    context.output.show(
+        || json::message("ListShipmentsResponse", &answer),
+        || {
+            let mut rows = Rows::new(&["batch", "manufacturer", "state", "devices", "imported", "unchanged", "refused", "duplicates", "SHA-256"]).numbers(&[3, 4, 5, 6, 7]);
+            for shipment in &answer.shipments {
+                rows.row([
+                    shipment.batch.clone(),
+                    shipment.manufacturer.clone(),
+                    shipment.state.clone(),
+                    number(shipment.devices),
+                    number(shipment.imported),
+                    number(shipment.unchanged),
+                    number(shipment.refused),
+                    number(shipment.duplicates),
+                    output::octets(&shipment.file_sha256),
+                ]);
+            }
+            rows.text_or("no shipments")
+        },
+    );
+    Ok(())
+}
+
+async fn show(name: &str, context: &Context) -> Result<(), Failure> {
+    let file_sha256 = match hex::decode(name) {
+        Ok(digest) if digest.len() == 32 => digest,
+        _ if Path::new(name).exists() => LocalFile::open(Path::new(name))?.sha256.to_vec(),
+        _ => return Err(Failure::usage(format!("SHA256|FILE: `{name}` is neither 64 hex digits nor a file"))),
+    };
+    let mut client = context.connect().await?.shipments();
+    let request = proto::GetShipmentRequest { file_sha256: file_sha256.into() };
+    let shipment = progress::waiting("reading the shipment", client.get_shipment(request)).await?.into_inner();
+    context.output.show(|| json::message("Shipment", &shipment), || shipment_text(&shipment));
+    Ok(())
+}
+
+fn shipment_text(shipment: &proto::Shipment) -> String {
+    let received = if shipment.received == shipment.file_length {
+        plural(shipment.file_length, "octet")
+    } else {
+        format!("{} of {} octets received", number(shipment.received), number(shipment.file_length))
+    };
+    facts([
+        ("batch", shipment.batch.clone()),
+        ("manufacturer", shipment.manufacturer.clone()),
+        ("state", shipment.state.clone()),
+        ("refused because", shipment.refusal.clone()),
+        ("file", received),
+        ("SHA-256", output::octets(&shipment.file_sha256)),
+        ("devices", number(shipment.devices)),
+        ("imported", number(shipment.imported)),
+        ("already there", number(shipment.unchanged)),
+        ("refused lines", number(shipment.refused)),
+        ("duplicate keys", number(shipment.duplicates)),
+    ])
+}
+
+/// The path with more at its end: `batch.jsonl` and `.sig` are `batch.jsonl.sig`.
+pub(super) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+const CHUNK: usize = 256 << 10;
+const LINES_SHOWN: usize = 20;

@@ -1,0 +1,521 @@
+//! `kms` against a server that this test plays, over real mTLS: tables, JSON, files and exit codes.
+
+use std::{
+    path::PathBuf,
+    process::{Command, Output},
+    sync::{Arc, Mutex},
+};
+
+use aws_lc_rs::{agreement, digest, hmac};
+use bytes::Bytes;
+use kms_client::{KeyRequest, NewProfile, PrincipalId, Profile, StateDirectory};
+use kms_proto::v1::{self as proto, *};
+use prost::Message as _;
+use rcgen::{BasicConstraints, CertificateParams, CertificateSigningRequestParams, IsCa, Issuer, KeyPair};
+use serde_json::Value;
+use tokio_stream::{StreamExt as _, wrappers::TcpListenerStream};
+use tonic::{Request, Response, Status, Streaming};
+use tonic_types::{ErrorDetails, StatusExt as _};
+
+type Answer<T> = Result<Response<T>, Status>;
+type Steps<T> = tokio_stream::Iter<std::vec::IntoIter<Result<T, Status>>>;
+
+const METER: &str = "4B414D0000000001";
+const PRINCIPAL: &str = "urn:meterkms:dev:officer:ada";
+
+#[test]
+fn tables_and_json_show_meters() {
+    let server = Server::start();
+    let output = server.kms(&["meter", "list"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let table = text(&output.stdout);
+    for words in ["meter", "head-end", METER, "generic-suite0", "1 of 1 meter"] {
+        assert!(table.contains(words), "{table}");
+    }
+    assert!(!table.contains('\u{1b}'), "colours without a terminal");
+    let json: Value = serde_json::from_slice(&server.kms(&["meter", "list", "--output", "json"]).stdout).unwrap();
+    assert_eq!((&json["total"], &json["meters"][0]["meter"]), (&Value::from(1), &Value::from(METER)));
+
+    let shown = text(&server.kms(&["meter", "show", METER]).stdout);
+    for words in ["GUEK", "active", "diversified", "hes-1 since 2026-11-21T08:00:00Z", "4D4D4D0000000001", "this system"] {
+        assert!(shown.contains(words), "{shown}");
+    }
+}
+
+#[test]
+fn refusals_and_outages_have_their_exit_codes() {
+    let server = Server::start();
+    // The mock refuses every other meter, and is unavailable for retiring.
+    let output = server.kms(&["meter", "show", "4B414D0000000009"]);
+    assert_eq!(output.status.code(), Some(3));
+    assert!(text(&output.stderr).contains("refused by policy"), "{}", text(&output.stderr));
+    let output = server.kms(&["meter", "retire", METER, "--reason", "gone", "--yes"]);
+    assert_eq!(output.status.code(), Some(4));
+    assert!(text(&output.stderr).contains("try again in 2.0 s"), "{}", text(&output.stderr));
+    let output = server.kms(&["meter", "assign", METER, "4B414D0000000002", "--head-end", "urn:meterkms:dev:head-end:hes-1"]);
+    assert_eq!(output.status.code(), Some(5));
+    assert!(text(&output.stdout).contains("no such meter for you"), "{}", text(&output.stdout));
+    let output = server.kms(&["meter", "assign", "--batch", "B-1", "--to-nobody"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("add --yes"), "{}", text(&output.stderr));
+    assert_eq!(server.kms(&["hsm", "check"]).status.code(), Some(1));
+    let output = server.kms(&["audit", "scrub"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stdout).contains("stale"));
+    // Nothing listens.
+    drop(std::fs::write(server.profile().directory().join("profile.toml"), "server = '127.0.0.1:1'\nserver_name = 'localhost'\n"));
+    let output = server.kms(&["principal", "whoami"]);
+    assert_eq!(output.status.code(), Some(4));
+    assert!(text(&output.stderr).contains("nothing listens there"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_server_or_client_that_is_not_accepted_is_said_to_be() {
+    let (server, other) = (Server::start(), Server::start());
+    let ca = other.profile().directory().join("ca.pem");
+    std::fs::copy(server.profile().directory().join("ca.pem"), &ca).unwrap();
+    let output = other.kms(&["principal", "whoami"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("the server's certificate is not acceptable"), "{}", text(&output.stderr));
+    // A certificate of another island.
+    for file in ["certificate.pem", "key.pem"] {
+        std::fs::copy(other.profile().directory().join(file), server.profile().directory().join(file)).unwrap();
+    }
+    let output = server.kms(&["principal", "whoami"]);
+    assert!(text(&output.stderr).contains("did not accept"), "{}", text(&output.stderr));
+    assert_eq!(output.status.code(), Some(1));
+}
+
+#[test]
+#[cfg(unix)]
+fn a_session_shows_no_key_and_writes_them_only_where_asked() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let server = Server::start();
+    assert!(text(&server.kms(&["session", "open", METER]).stderr).contains("register-transport-key"));
+    let output = server.kms(&["principal", "register-transport-key"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+
+    let output = server.kms(&["session", "open", METER, "--client-title", "4D4D4D0000000001"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let shown = text(&output.stdout);
+    for words in ["GUEK", "GAK", "check value", "1001 to 2000 (1,000 counters)", "The keys are not shown"] {
+        assert!(shown.contains(words), "{shown}");
+    }
+    let json = server.kms(&["--output", "json", "session", "open", METER, "--write-keys", "session.json"]);
+    assert_eq!(json.status.code(), Some(0), "{}", text(&json.stderr));
+    let written = server.directory.path().join("session.json");
+    assert_eq!(std::fs::metadata(&written).unwrap().permissions().mode() & 0o777, 0o600);
+    let written: Value = serde_json::from_slice(&std::fs::read(written).unwrap()).unwrap();
+    assert_eq!(written["meters"][0]["keys"][0]["key"], hex::encode_upper(GUEK));
+    for output in [&output, &json] {
+        let all = (text(&output.stdout) + &text(&output.stderr)).to_uppercase();
+        assert!(!all.contains(&hex::encode_upper(GUEK)) && !all.contains(&hex::encode_upper(GAK)));
+    }
+    let json: Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!((&json["meters"][0]["lease"]["first"], &json["meters"][0]["meter"]), (&Value::from(1001), &Value::from(METER)));
+    // A file that is there is not overwritten, and nothing is granted for it.
+    let granted = server.recorded("open_session");
+    assert_eq!(server.kms(&["session", "open", METER, "--write-keys", "session.json"]).status.code(), Some(1));
+    assert_eq!(server.recorded("open_session"), granted);
+}
+
+#[test]
+fn a_shipment_is_uploaded_imported_and_its_refused_lines_are_reported() {
+    let server = Server::start();
+    let content: Vec<u8> = (0..700_000_u32).flat_map(u32::to_be_bytes).collect();
+    std::fs::write(server.directory.path().join("B-1.jsonl"), &content).unwrap();
+    std::fs::write(server.directory.path().join("B-1.jsonl.sig"), b"signature").unwrap();
+    // A part has arrived before.
+    server.shared.lock().unwrap().uploaded = content[..1_000_000].to_vec();
+    let arguments = ["shipment", "import", "B-1.jsonl", "--manufacturer", "urn:meterkms:dev:manufacturer:kam", "--report", "report.jsonl"];
+    let output = server.kms(&arguments);
+    assert_eq!(output.status.code(), Some(5), "{}", text(&output.stderr));
+    assert!(server.shared.lock().unwrap().uploaded == content);
+    let shown = text(&output.stdout);
+    for words in ["keys[0].wrapped", "refused lines", "and 10 more, all in the report file", "999"] {
+        assert!(shown.contains(words), "{shown}");
+    }
+    let report = std::fs::read_to_string(server.directory.path().join("report.jsonl")).unwrap();
+    assert_eq!(report.lines().count(), 31);
+    let first: Value = serde_json::from_str(report.lines().next().unwrap()).unwrap();
+    assert_eq!(first["refused_line"]["line"], 2);
+}
+
+#[test]
+fn adding_a_principal_makes_its_key_here_and_a_profile_that_works() {
+    let server = Server::start();
+    let output = server.kms(&["principal", "add", "urn:meterkms:dev:officer:bob", "--person", "Bob Example"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let output = server.kms(&["--profile", "bob", "principal", "whoami"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let output = server.kms(&["principal", "add", "urn:meterkms:dev:officer:bob"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("not overwritten"));
+}
+
+fn text(octets: &[u8]) -> String {
+    String::from_utf8(octets.to_vec()).unwrap()
+}
+
+/// A server with a CA and a profile of its own.
+struct Server {
+    directory: tempfile::TempDir,
+    shared: Arc<Mutex<Shared>>,
+    _runtime: tokio::runtime::Runtime,
+}
+
+#[derive(Default)]
+struct Shared {
+    calls: Vec<&'static str>,
+    uploaded: Vec<u8>,
+    transport_certificate: Vec<u8>,
+    transport_public: Vec<u8>,
+}
+
+impl Server {
+    fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let ca_key = KeyPair::generate().unwrap();
+        let mut ca = CertificateParams::default();
+        ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let ca_certificate = ca.self_signed(&ca_key).unwrap();
+        let authority = Arc::new(Authority { issuer: Issuer::new(ca, ca_key), root: ca_certificate.der().to_vec() });
+        let server_key = KeyPair::generate().unwrap();
+        let server_certificate = CertificateParams::new(["localhost".to_owned()]).unwrap().signed_by(&server_key, &authority.issuer).unwrap();
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(ca_certificate.der().clone()).unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let clients = rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider)).build().unwrap();
+        let mut tls = rustls::ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_client_cert_verifier(clients)
+            .with_single_cert(vec![server_certificate.der().clone()], rustls_pki_types::PrivateKeyDer::try_from(server_key.serialize_der()).unwrap())
+            .unwrap();
+        tls.alpn_protocols = vec![b"h2".to_vec()];
+
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
+        let address = listener.local_addr().unwrap();
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(tls));
+        let incoming = TcpListenerStream::new(listener).then(move |stream| {
+            let acceptor = acceptor.clone();
+            async move { acceptor.accept(stream?).await }
+        });
+        // A failed handshake ends one connection, not the server.
+        let incoming = incoming.filter(Result::is_ok);
+        let shared = Arc::<Mutex<Shared>>::default();
+        let mock = Mock { shared: Arc::clone(&shared), authority: Arc::clone(&authority) };
+        let router = tonic::transport::Server::builder()
+            .add_service(meter_service_server::MeterServiceServer::new(mock.clone()))
+            .add_service(principal_service_server::PrincipalServiceServer::new(mock.clone()))
+            .add_service(shipment_service_server::ShipmentServiceServer::new(mock.clone()))
+            .add_service(hsm_service_server::HsmServiceServer::new(mock.clone()))
+            .add_service(audit_service_server::AuditServiceServer::new(mock.clone()))
+            .add_service(grant_service_server::GrantServiceServer::new(mock));
+        runtime.spawn(router.serve_with_incoming(incoming));
+
+        let principal = PrincipalId::parse(PRINCIPAL).unwrap();
+        let made = KeyRequest::generate(&principal).unwrap();
+        let issued = authority.certify(&principal.to_string(), made.certificate_request());
+        let state = StateDirectory::new(directory.path().join(".kms"));
+        let new = NewProfile {
+            server: &address.to_string(),
+            server_name: "localhost",
+            principal: &principal,
+            ca_pem: &ca_certificate.pem(),
+            certificate_pem: &KeyRequest::chain_pem(&issued),
+            key_pem: made.key_pem(),
+        };
+        Profile::create(state.profile_directory("ada"), &new).unwrap();
+        state.set_default_profile("ada").unwrap();
+        Self { directory, shared, _runtime: runtime }
+    }
+
+    fn kms(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kms"));
+        command.args(arguments).current_dir(self.directory.path()).env_remove("KMS_PROFILE").env_remove("KMS_STATE").output().unwrap()
+    }
+
+    fn profile(&self) -> Profile {
+        let directory: PathBuf = self.directory.path().join(".kms");
+        StateDirectory::new(directory).profile("ada").unwrap()
+    }
+
+    fn recorded(&self, call: &str) -> usize {
+        self.shared.lock().unwrap().calls.iter().filter(|made| **made == call).count()
+    }
+}
+
+struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    root: Vec<u8>,
+}
+
+impl Authority {
+    fn certify(&self, principal: &str, request: &[u8]) -> PrincipalCertificate {
+        let request = CertificateSigningRequestParams::from_der(&request.to_vec().into()).unwrap();
+        let certificate = request.signed_by(&self.issuer).unwrap();
+        PrincipalCertificate {
+            principal: Some(Principal { principal: principal.into(), status: "enabled".into(), ..Default::default() }),
+            certificate: certificate.der().to_vec().into(),
+            chain: vec![self.root.clone().into()],
+        }
+    }
+}
+
+#[derive(Clone)]
+struct Mock {
+    shared: Arc<Mutex<Shared>>,
+    authority: Arc<Authority>,
+}
+
+fn nothing<T>() -> Answer<T> {
+    Err(Status::unimplemented("the mock has no answer"))
+}
+
+#[tonic::async_trait]
+impl meter_service_server::MeterService for Mock {
+    async fn list_meters(&self, _: Request<ListMetersRequest>) -> Answer<ListMetersResponse> {
+        Ok(Response::new(ListMetersResponse { meters: vec![summary()], total: 1, ..Default::default() }))
+    }
+
+    async fn show_meter(&self, request: Request<ShowMeterRequest>) -> Answer<Meter> {
+        if hex::encode_upper(&request.get_ref().meter) != METER {
+            return Err(Status::permission_denied("showMeter is not permitted"));
+        }
+        let exposure = Exposure { party: "hes-1".into(), since_ms: 1_795_248_000_000, reason: "grant".into() };
+        let version = KeyVersion { number: 1, state: "active".into(), origin: "diversified".into(), candidate: true, exposures: vec![exposure], ..Default::default() };
+        let counter = Counter { client_title: hex::decode("4D4D4D0000000001").unwrap().into(), key_version: 1, reserved_below: 2001, ..Default::default() };
+        let setup = SecuritySetup {
+            obis: vec![0, 0, 43, 0, 0, 255].into(),
+            slots: vec![KeySlot { key_type: "GUEK".into(), versions: vec![version] }],
+            counters: vec![counter],
+        };
+        Ok(Response::new(Meter { summary: Some(summary()), security_setups: vec![setup], generation: 3, ..Default::default() }))
+    }
+
+    async fn assign_meters(&self, _: Request<AssignMetersRequest>) -> Answer<ChangeMetersResponse> {
+        let problem = MeterProblem { meter: hex::decode("4B414D0000000002").unwrap().into(), reason: "no such meter for you".into() };
+        Ok(Response::new(ChangeMetersResponse { changed: 1, problems: vec![problem], ..Default::default() }))
+    }
+
+    async fn adopt_counters(&self, _: Request<AdoptCountersRequest>) -> Answer<ChangeMetersResponse> {
+        nothing()
+    }
+
+    async fn enrol_meters(&self, _: Request<EnrolMetersRequest>) -> Answer<ChangeMetersResponse> {
+        nothing()
+    }
+
+    async fn retire_meters(&self, _: Request<RetireMetersRequest>) -> Answer<ChangeMetersResponse> {
+        let details = ErrorDetails::with_retry_info(Some(std::time::Duration::from_secs(2)));
+        Err(Status::with_error_details(tonic::Code::Unavailable, "the database does not answer", details))
+    }
+
+    async fn replace_meter(&self, _: Request<ReplaceMeterRequest>) -> Answer<ChangeMetersResponse> {
+        nothing()
+    }
+}
+
+fn summary() -> MeterSummary {
+    MeterSummary {
+        meter: hex::decode(METER).unwrap().into(),
+        manufacturer: "KAM".into(),
+        serial: "10000001".into(),
+        device_profile: "generic-suite0".into(),
+        status: "in-service".into(),
+        ..Default::default()
+    }
+}
+
+#[tonic::async_trait]
+impl principal_service_server::PrincipalService for Mock {
+    async fn add_principal(&self, request: Request<AddPrincipalRequest>) -> Answer<PrincipalCertificate> {
+        let request = request.into_inner();
+        Ok(Response::new(self.authority.certify(&request.principal, &request.certificate_request)))
+    }
+
+    async fn renew_principal(&self, _: Request<RenewPrincipalRequest>) -> Answer<PrincipalCertificate> {
+        nothing()
+    }
+
+    async fn register_transport_key(&self, request: Request<RegisterTransportKeyRequest>) -> Answer<PrincipalCertificate> {
+        let issued = self.authority.certify(PRINCIPAL, &request.get_ref().certificate_request);
+        let mut shared = self.shared.lock().unwrap();
+        shared.transport_certificate = issued.certificate.to_vec();
+        // The point stands at the end of the SubjectPublicKeyInfo, after its bit string's header.
+        let marker = [0x03, 0x42, 0x00, 0x04];
+        let start = issued.certificate.windows(4).position(|window| window == marker).unwrap() + 3;
+        shared.transport_public = issued.certificate[start..start + 65].to_vec();
+        drop(shared);
+        Ok(Response::new(issued))
+    }
+
+    async fn disable_principal(&self, _: Request<DisablePrincipalRequest>) -> Answer<Principal> {
+        nothing()
+    }
+
+    async fn list_principals(&self, _: Request<ListPrincipalsRequest>) -> Answer<ListPrincipalsResponse> {
+        nothing()
+    }
+
+    async fn who_am_i(&self, _: Request<WhoAmIRequest>) -> Answer<Principal> {
+        Ok(Response::new(Principal { principal: PRINCIPAL.into(), status: "enabled".into(), ..Default::default() }))
+    }
+}
+
+#[tonic::async_trait]
+impl shipment_service_server::ShipmentService for Mock {
+    async fn upload_shipment(&self, request: Request<Streaming<UploadShipmentRequest>>) -> Answer<Shipment> {
+        let mut parts = request.into_inner();
+        let mut first = true;
+        while let Some(part) = parts.next().await {
+            let part = part?;
+            assert_eq!(part.start.is_some(), first);
+            first = false;
+            let mut shared = self.shared.lock().unwrap();
+            assert_eq!(part.offset, shared.uploaded.len() as u64);
+            shared.uploaded.extend_from_slice(&part.octets);
+        }
+        let received = self.shared.lock().unwrap().uploaded.len() as u64;
+        Ok(Response::new(Shipment { received, file_length: received, state: "uploaded".into(), ..Default::default() }))
+    }
+
+    type ImportShipmentStream = Steps<ImportShipmentResponse>;
+
+    async fn import_shipment(&self, _: Request<ImportShipmentRequest>) -> Answer<Self::ImportShipmentStream> {
+        let shipment = |imported, refused, state: &str| Shipment { devices: 1029, imported, refused, state: state.into(), batch: "B-1".into(), ..Default::default() };
+        let line = |line| RefusedLine { line, field: "keys[0].wrapped".into(), reason: "does not open under the batch key".into() };
+        let duplicate = DuplicateKey { line: 50, key_type: "GUEK".into(), ..Default::default() };
+        let steps = [
+            ImportShipmentResponse { shipment: Some(shipment(500, 15, "importing")), refused_lines: (2..17).map(line).collect(), duplicate_keys: vec![duplicate] },
+            ImportShipmentResponse { shipment: Some(shipment(999, 30, "imported")), refused_lines: (600..615).map(line).collect(), ..Default::default() },
+        ];
+        Ok(Response::new(tokio_stream::iter(steps.map(Ok).to_vec())))
+    }
+
+    async fn get_shipment(&self, _: Request<GetShipmentRequest>) -> Answer<Shipment> {
+        match self.shared.lock().unwrap().uploaded.len() as u64 {
+            0 => Err(Status::not_found("no such shipment")),
+            received => Ok(Response::new(Shipment { received, state: "uploading".into(), ..Default::default() })),
+        }
+    }
+
+    async fn list_shipments(&self, _: Request<ListShipmentsRequest>) -> Answer<ListShipmentsResponse> {
+        nothing()
+    }
+
+    async fn get_vendor_transport_key(&self, _: Request<GetVendorTransportKeyRequest>) -> Answer<VendorTransportKey> {
+        nothing()
+    }
+}
+
+#[tonic::async_trait]
+impl hsm_service_server::HsmService for Mock {
+    async fn check_hsm(&self, _: Request<CheckHsmRequest>) -> Answer<CheckHsmResponse> {
+        let token = TokenCheck { label: "dev".into(), state: "unusable".into(), reason: "wrong PIN".into(), ..Default::default() };
+        Ok(Response::new(CheckHsmResponse { tokens: vec![token] }))
+    }
+
+    async fn inventory_hsm(&self, _: Request<InventoryHsmRequest>) -> Answer<InventoryHsmResponse> {
+        nothing()
+    }
+}
+
+#[tonic::async_trait]
+impl audit_service_server::AuditService for Mock {
+    async fn list_audit_records(&self, _: Request<ListAuditRecordsRequest>) -> Answer<ListAuditRecordsResponse> {
+        nothing()
+    }
+
+    type ScrubStream = Steps<ScrubResponse>;
+
+    async fn scrub(&self, _: Request<ScrubRequest>) -> Answer<Self::ScrubStream> {
+        let finding = ScrubFinding { kind: 1, id: hex::decode(METER).unwrap().into(), finding: "stale".into(), detail: "generation 3, the log has 4".into() };
+        let step = ScrubResponse { records_read: 10, rows_read: 5, findings: vec![finding], finished: true };
+        Ok(Response::new(tokio_stream::iter(vec![Ok(step)])))
+    }
+}
+
+const GUEK: [u8; 16] = [0xA1; 16];
+const GAK: [u8; 16] = [0xA2; 16];
+
+#[tonic::async_trait]
+impl grant_service_server::GrantService for Mock {
+    async fn open_session(&self, request: Request<OpenSessionRequest>) -> Answer<OpenSessionResponse> {
+        let request = request.into_inner();
+        let mut shared = self.shared.lock().unwrap();
+        shared.calls.push("open_session");
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as i64;
+        let envelope = seal(&shared, &request, now);
+        Ok(Response::new(OpenSessionResponse { envelopes: vec![envelope], audit_leaf: vec![7; 32].into() }))
+    }
+
+    type OpenSessionsStream = Steps<OpenSessionsResponse>;
+
+    async fn open_sessions(&self, _: Request<OpenSessionsRequest>) -> Answer<Self::OpenSessionsStream> {
+        nothing()
+    }
+
+    async fn list_grants(&self, _: Request<ListGrantsRequest>) -> Answer<ListGrantsResponse> {
+        nothing()
+    }
+
+    async fn revoke_grant(&self, _: Request<RevokeGrantRequest>) -> Answer<RevokeGrantResponse> {
+        nothing()
+    }
+}
+
+/// An envelope with GUEK and GAK, as docs/formats.md says.
+fn seal(shared: &Shared, request: &OpenSessionRequest, now: i64) -> proto::Envelope {
+    let sha256 = |octets: &[u8]| digest::digest(&digest::SHA256, octets).as_ref().to_vec();
+    let ephemeral = agreement::PrivateKey::generate(&agreement::ECDH_P256).unwrap();
+    let ephemeral_public = ephemeral.compute_public_key().unwrap().as_ref().to_vec();
+    let expiry = now + 900_000;
+    let digest = sha256(&shared.transport_certificate);
+    let derive = |key_use: u8| -> Vec<u8> {
+        let info = [
+            &b"meterkms/envelope"[..], &[1, 1, key_use], &ephemeral_public, &shared.transport_public, &digest, &[3], b"dev", &expiry.to_be_bytes(),
+        ];
+        let peer = agreement::UnparsedPublicKey::new(&agreement::ECDH_P256, &shared.transport_public);
+        agreement::agree(&ephemeral, peer, (), |z| Ok(sha256(&[z, &[0, 0, 0, 1], &sha256(&info.concat())].concat()))).unwrap()
+    };
+    let kek = derive(1);
+    let wrap = |key: &[u8]| {
+        use aws_lc_rs::key_wrap::{AES_256, AesKek, KeyWrap as _};
+        let mut wrapped = vec![0; key.len() + 8];
+        AesKek::new(&AES_256, &kek).unwrap().wrap(key, &mut wrapped).unwrap();
+        Bytes::from(wrapped)
+    };
+    let key = |name: &str, octets: &[u8]| GrantedKey { key_type: name.into(), version: 1, wrapped: wrap(octets), in_doubt: false };
+    let lease = CounterLease { client_title: hex::decode("4D4D4D0000000001").unwrap().into(), key_version: 1, first: 1001, count: 1000 };
+    let meter = MeterKeys {
+        meter: request.meter.clone(),
+        security_setup: vec![0, 0, 43, 0, 0, 255].into(),
+        security_suite: 0,
+        keys: vec![key("GUEK", &GUEK), key("GAK", &GAK)],
+        lease: Some(lease),
+    };
+    let manifest = Manifest {
+        principal: PRINCIPAL.into(),
+        grant_id: vec![5; 16].into(),
+        request_id: request.request_id.clone(),
+        purpose: request.terms.as_ref().unwrap().purpose,
+        issued_ms: now,
+        not_after_ms: expiry,
+        meters: vec![meter],
+        ..Default::default()
+    };
+    let header = EnvelopeHeader {
+        algorithm: EnvelopeAlgorithm::EcdhP256X963Sha256.into(),
+        island: "dev".into(),
+        ephemeral_public: ephemeral_public.clone().into(),
+        transport_certificate_sha256: digest.clone().into(),
+        not_after_ms: expiry,
+    };
+    let (header, manifest) = (header.encode_to_vec(), manifest.encode_to_vec());
+    let key = hmac::Key::new(hmac::HMAC_SHA256, &derive(2));
+    let seal = hmac::sign(&key, &[&(header.len() as u32).to_be_bytes()[..], &header, &manifest].concat());
+    proto::Envelope { header: header.into(), manifest: manifest.into(), seal: seal.as_ref().to_vec().into() }
+}

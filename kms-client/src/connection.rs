@@ -1,0 +1,213 @@
+//! A channel to a server, authenticated both ways.
+
+use std::{error::Error, io, sync::Arc, time::Duration};
+
+use hyper_util::rt::TokioIo;
+use kms_proto::v1::{
+    audit_service_client::AuditServiceClient, frame_service_client::FrameServiceClient, grant_service_client::GrantServiceClient, hsm_service_client::HsmServiceClient,
+    meter_service_client::MeterServiceClient, principal_service_client::PrincipalServiceClient, shipment_service_client::ShipmentServiceClient,
+};
+use rustls::{
+    ClientConfig, RootCertStore,
+    client::Resumption,
+    crypto::{CryptoProvider, aws_lc_rs as provider},
+};
+use tokio::{
+    io::{AsyncBufReadExt as _, BufReader},
+    net::TcpStream,
+};
+use tokio_rustls::TlsConnector;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::{Profile, ProfileError};
+
+/// A channel to the server of a [`Profile`]: TLS 1.3 only, with a certificate on both sides, key exchange X25519MLKEM768 where the server has it. Cheap to
+/// clone; clones share the connection, which is made again when it was lost.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    channel: Channel,
+}
+
+impl Connection {
+    /// Connects.
+    ///
+    /// # Errors
+    /// The profile is not usable, nothing listens there, or one side does not accept the other's certificate.
+    pub async fn connect(profile: &Profile) -> Result<Self, ConnectError> {
+        let server = profile.server().to_owned();
+        let refuse = |error: tonic::transport::Error| ConnectError::of(&server, &error);
+        // The connector below does TLS; to tonic the stream is plain.
+        let endpoint = Endpoint::from_shared(format!("http://{server}"))
+            .map_err(refuse)?
+            .connect_timeout(CONNECT_TIMEOUT)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_while_idle(true)
+            .initial_stream_window_size(WINDOW)
+            .initial_connection_window_size(WINDOW)
+            .user_agent(concat!("kms-client/", env!("CARGO_PKG_VERSION")))
+            .map_err(refuse)?;
+        let connector = TlsConnector::from(Arc::new(tls_config(profile)?));
+        let name = profile.server_name()?;
+        let address = server.clone();
+        let connect = tower::service_fn(move |_: http::Uri| {
+            let (connector, name, address) = (connector.clone(), name.clone(), address.clone());
+            async move {
+                let stream = TcpStream::connect(address).await?;
+                stream.set_nodelay(true)?;
+                let mut stream = BufReader::new(connector.connect(name, stream).await?);
+                // In TLS 1.3 a server refuses the client's certificate after the handshake. Its first frame (RFC 9113, 3.4) tells that it did not;
+                // a server that waits for ours first is not waited for.
+                if let Ok(first) = tokio::time::timeout(FIRST_FRAME_TIMEOUT, stream.fill_buf()).await
+                    && first?.is_empty()
+                {
+                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the server closed the connection at once: is it shutting down?"));
+                }
+                Ok::<_, io::Error>(TokioIo::new(stream))
+            }
+        });
+        Ok(Self { channel: endpoint.connect_with_connector(connect).await.map_err(refuse)? })
+    }
+
+    /// A connection over a channel that the caller has made.
+    pub const fn over(channel: Channel) -> Self {
+        Self { channel }
+    }
+
+    /// Session grants.
+    pub fn grants(&self) -> GrantServiceClient<Channel> {
+        GrantServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
+    }
+
+    /// Frames protected inside the HSM.
+    pub fn frames(&self) -> FrameServiceClient<Channel> {
+        FrameServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
+    }
+
+    /// Meters.
+    pub fn meters(&self) -> MeterServiceClient<Channel> {
+        MeterServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
+    }
+
+    /// Vendor shipments.
+    pub fn shipments(&self) -> ShipmentServiceClient<Channel> {
+        ShipmentServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
+    }
+
+    /// Principals and their certificates.
+    pub fn principals(&self) -> PrincipalServiceClient<Channel> {
+        PrincipalServiceClient::new(self.channel.clone())
+    }
+
+    /// The audit log.
+    pub fn audit(&self) -> AuditServiceClient<Channel> {
+        AuditServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
+    }
+
+    /// HSM tokens.
+    pub fn hsm(&self) -> HsmServiceClient<Channel> {
+        HsmServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
+    }
+}
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The profile is not usable.
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
+    /// The profile's certificate or key is not usable with TLS.
+    #[error("certificate or key in `{directory}`: {reason}")]
+    Identity {
+        /// The profile's directory.
+        directory: String,
+        /// What TLS says.
+        reason: String,
+    },
+    /// The server is not there, or not reachable.
+    #[error("no connection to `{server}`: {reason}")]
+    Unreachable {
+        /// `host:port`.
+        server: String,
+        /// What the operating system says.
+        reason: String,
+    },
+    /// One side does not accept the other.
+    #[error("no TLS connection to `{server}`: {reason}")]
+    Tls {
+        /// `host:port`.
+        server: String,
+        /// What TLS says.
+        reason: String,
+    },
+}
+
+impl ConnectError {
+    fn of(server: &str, error: &tonic::transport::Error) -> Self {
+        let server = server.to_owned();
+        if let Some(tls) = tls_error(error) {
+            return Self::Tls { server, reason: tls_reason(tls) };
+        }
+        let mut cause: &dyn Error = error;
+        while let Some(deeper) = cause.source() {
+            cause = deeper;
+        }
+        let refused = cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+        let reason = if refused { "nothing listens there: is the server running, and is `server` in profile.toml right?".into() } else { cause.to_string() };
+        Self::Unreachable { server, reason }
+    }
+}
+
+/// The TLS error in a chain of errors, where there is one.
+pub(crate) fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        // An I/O error does not show the error inside it as its source.
+        let inside = error.downcast_ref::<io::Error>().and_then(|error| error.get_ref()).and_then(|inner| inner.downcast_ref());
+        if let Some(tls) = error.downcast_ref().or(inside) {
+            return Some(tls);
+        }
+        cause = error.source();
+    }
+    None
+}
+
+/// The TLS error with what to do about it.
+pub(crate) fn tls_reason(error: &rustls::Error) -> String {
+    match error {
+        rustls::Error::AlertReceived(alert) => format!("the server did not accept this profile's certificate (alert {alert:?}): it may be expired or disabled; ask an officer"),
+        rustls::Error::InvalidCertificate(reason) => {
+            format!("the server's certificate is not acceptable ({reason:?}): check `server_name` and `ca.pem` of the profile, and that this is the right server")
+        }
+        other => other.to_string(),
+    }
+}
+
+fn tls_config(profile: &Profile) -> Result<ClientConfig, ConnectError> {
+    let refuse = |error: rustls::Error| ConnectError::Identity { directory: profile.directory().display().to_string(), reason: error.to_string() };
+    let mut roots = RootCertStore::empty();
+    for certificate in profile.ca_certificates()? {
+        roots.add(certificate).map_err(refuse)?;
+    }
+    let crypto = CryptoProvider {
+        kx_groups: vec![provider::kx_group::X25519MLKEM768, provider::kx_group::X25519, provider::kx_group::SECP256R1],
+        ..provider::default_provider()
+    };
+    let mut config = ClientConfig::builder_with_provider(Arc::new(crypto))
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(refuse)?
+        .with_root_certificates(roots)
+        .with_client_auth_cert(profile.certificate_chain()?, profile.private_key()?)
+        .map_err(refuse)?;
+    // A resumed session would pass the verification of certificates by.
+    config.resumption = Resumption::disabled();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(config)
+}
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+const FIRST_FRAME_TIMEOUT: Duration = Duration::from_secs(1);
+const KEEP_ALIVE: Duration = Duration::from_secs(30);
+/// 4 MiB: a batch of 10,000 meters is not throttled by the default of 64 KiB.
+const WINDOW: u32 = 4 << 20;
+const LARGEST_MESSAGE: usize = 32 << 20;

@@ -1,0 +1,53 @@
+//! The client library of the key management system: what a head-end, a handheld or a tool links.
+//!
+//! - [`Profile`] is an identity on disk, [`Connection`] a channel that is authenticated both ways with it.
+//! - [`TransportKey`] opens what the server sends: [`TransportKey::open`] gives the keys of an envelope, after it has proved them.
+//! - [`Counters`] deals the invocation counters of a lease, each once.
+//! - [`RetryPolicy`] repeats calls as the server asks for it, under one request id.
+//! - [`KeyRequest`] makes key pairs on this machine and asks for their certificates.
+//! - [`sample`] plays a meter vendor, for trials.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! use kms_client::{Connection, KeyType, OpenOptions, Profile, SystemTitle, new_request_id};
+//! use kms_client::proto::{Purpose, SessionTerms};
+//!
+//! let profile = Profile::load(".kms/profiles/hes-1")?;
+//! let transport_key = profile.transport_key()?;
+//! let connection = Connection::connect(&profile).await?;
+//! let terms = SessionTerms { purpose: Purpose::Read.into(), client_title: vec![0x4D, 0x4D, 0x4D, 0, 0, 0, 0, 1].into(), ..Default::default() };
+//! let meter = SystemTitle::parse("4B414D0000000001")?;
+//! let session = connection.open_session(&transport_key, new_request_id(), meter, terms, &OpenOptions::new()).await?;
+//! let keys = session.keys.meter(meter).ok_or("no keys")?;
+//! let guek = keys.key(KeyType::GUEK).ok_or("no GUEK")?;
+//! let counter = keys.counters.as_ref().ok_or("no lease")?.deal()?;
+//! // protect a frame with guek.key.expose() and counter
+//! # Ok(()) }
+//! ```
+
+mod connection;
+mod counters;
+mod envelope;
+mod identity;
+mod manifest;
+mod profile;
+mod retry;
+pub mod sample;
+mod secret_key;
+mod server_error;
+mod session;
+mod transport_key;
+
+pub use connection::{ConnectError, Connection};
+pub use counters::{Counters, CountersEnded};
+pub use envelope::{EnvelopeHeader, OpenError, OpenOptions};
+pub use identity::{IdentityError, KeyRequest};
+pub use kms_domain::{GrantId, IslandName, KeyType, KeyVersionNumber, ParseError, PrincipalId, RequestId, Role, SecuritySetupId, SecuritySuite, SystemTitle, UnixMillis};
+pub use kms_proto::v1 as proto;
+pub use manifest::{OpenedEnvelope, OpenedKey, OpenedMeter};
+pub use profile::{NewProfile, Profile, ProfileError, StateDirectory};
+pub use retry::{RetryPolicy, new_request_id};
+pub use secret_key::SecretKey;
+pub use server_error::ServerError;
+pub use session::{Session, SessionBatch, SessionChunk, SessionError};
+pub use transport_key::{TransportKey, TransportKeyError};

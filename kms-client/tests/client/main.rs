@@ -1,0 +1,11 @@
+//! The client through its public interface: the worked vector of the guide, everything that must be refused, and sessions with a server that
+//! breaks off.
+
+#[cfg(test)]
+mod hostile;
+#[cfg(test)]
+mod sessions;
+#[cfg(test)]
+mod support;
+#[cfg(test)]
+mod vector;
