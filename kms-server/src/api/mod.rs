@@ -1,0 +1,43 @@
+//! gRPC: the listener, and protobuf messages to and from domain types. No decisions are made here.
+
+pub mod audit;
+pub mod frames;
+pub mod grants;
+pub mod hsm;
+pub mod listener;
+pub mod meters;
+pub mod principals;
+pub mod shipments;
+pub mod status;
+pub mod tls;
+
+use std::sync::Arc;
+
+use kms_proto::v1::audit_service_server::AuditServiceServer;
+use kms_proto::v1::frame_service_server::FrameServiceServer;
+use kms_proto::v1::grant_service_server::GrantServiceServer;
+use kms_proto::v1::hsm_service_server::HsmServiceServer;
+use kms_proto::v1::meter_service_server::MeterServiceServer;
+use kms_proto::v1::principal_service_server::PrincipalServiceServer;
+use kms_proto::v1::shipment_service_server::ShipmentServiceServer;
+use tonic::service::Routes;
+
+use crate::config::LimitsSection;
+use crate::island::Island;
+use crate::service::certificate::CertificateAuthority;
+use crate::service::principal::Principals;
+
+/// All services of an island.
+pub fn routes(island: Arc<Island>, authority: CertificateAuthority, limits: &LimitsSection) -> Routes {
+    let most = limits.transport().message_octets;
+    let principals = Arc::new(Principals::new(Arc::clone(&island), authority, limits.principal_certificate_days));
+    Routes::new(PrincipalServiceServer::new(principals::PrincipalApi::new(principals)).max_decoding_message_size(most))
+        .add_service(GrantServiceServer::new(grants::GrantApi::new(Arc::clone(&island))).max_decoding_message_size(most))
+        // 1,000 frames of 65,535 octets would be 64 MiB; frames of real meters are far below.
+        .add_service(FrameServiceServer::new(frames::FrameApi::new(Arc::clone(&island))).max_decoding_message_size(most))
+        .add_service(ShipmentServiceServer::new(shipments::ShipmentApi::new(Arc::clone(&island))).max_decoding_message_size(most))
+        .add_service(MeterServiceServer::new(meters::MeterApi::new(Arc::clone(&island))).max_decoding_message_size(most))
+        .add_service(AuditServiceServer::new(audit::AuditApi::new(Arc::clone(&island))).max_decoding_message_size(most))
+        .add_service(HsmServiceServer::new(hsm::HsmApi::new(island)).max_decoding_message_size(most))
+        .prepare()
+}

@@ -1,0 +1,685 @@
+//! The one writer of an island in this process: acts are queued, decided in order, and committed together, each with its record (I2).
+//!
+//! One transaction serves many acts, because the disk's answer costs more than an act. Between read and commit nothing else changes
+//! the rows (the store's transaction), so what an act decides on is what it changes (I4, I5).
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{
+        Arc, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use kms_domain::{ChunkSize, Generation, IslandName, LiveChunk, Meter, RowId, SealKey, SystemTitle, UnixMillis, WriterId};
+use kms_proto::v1::{AuditRecord, ClosedChain, RowWrite, WriterOpened, audit_record::Event};
+use kms_store::{AuditAppend, AuditReference, Changes, Committed as StoreCommitted, Decision, FingerprintPut, MeterProjection, MeterPut, ReadSet, Reads, RequestPut, SealedPut, SealedRow, Store, StoreError};
+use prost::Message as _;
+use tokio::sync::{mpsc, oneshot};
+
+use super::{
+    AuditKey, AuditLeaf,
+    chain::ChainHead,
+    refusals::{Refusal, Refusals},
+    view::{Actor, Batch, ChunkName, Opened, Staged, Value, View, open_row, sealed_name},
+};
+use crate::error::ServiceError;
+
+/// What an act came to, and the leaf hashes of its records, in order.
+#[derive(Clone, Debug)]
+pub struct Committed<T> {
+    /// What the act decided.
+    pub value: T,
+    /// The leaves of its audit records.
+    pub leaves: Vec<AuditLeaf>,
+}
+
+/// How the committer works.
+#[derive(Clone, Debug)]
+pub struct CommitterSettings {
+    /// The island.
+    pub island: IslandName,
+    /// This server's name, for the log.
+    pub server: String,
+    /// How many counters are reserved at once.
+    pub chunk_size: ChunkSize,
+    /// How many acts may wait. When more come, they are turned away at once (I2: callers do not hang).
+    pub queue: usize,
+}
+
+/// Queues acts. Cheap to clone.
+#[derive(Clone)]
+pub struct Committer {
+    queue: mpsc::Sender<Box<dyn Act>>,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    seal: SealKey,
+    seen: Seen,
+    settings: CommitterSettings,
+    store: Arc<dyn Store>,
+    ready: AtomicBool,
+}
+
+impl Committer {
+    /// Starts the writer and its first chain.
+    pub fn start(store: Arc<dyn Store>, seal: SealKey, chain: AuditKey, settings: CommitterSettings) -> Self {
+        let (queue, waiting) = mpsc::channel(settings.queue);
+        let shared = Arc::new(Shared { seal, seen: Seen::default(), settings, store, ready: AtomicBool::new(true) });
+        tokio::spawn(Writer::new(shared.clone(), chain).run(waiting));
+        Self { queue, shared }
+    }
+
+    /// Reads `reads`, lets `decide` look and change, and commits what it changed together with its records. When this returns, all of it
+    /// is durable (I2).
+    ///
+    /// `decide` may be called several times: when it uses a row that was not read, and when another server's transaction came in between. Only
+    /// what the last call did counts.
+    ///
+    /// # Errors
+    /// What `decide` returned (nothing is written then, but the refusal is recorded), or [`ServiceError::Unavailable`].
+    pub async fn act<T, F>(&self, actor: Actor, reads: Reads, decide: F) -> Result<Committed<T>, ServiceError>
+    where
+        T: Send + 'static,
+        F: FnMut(&mut View<'_, '_>) -> Result<T, ServiceError> + Send + 'static,
+    {
+        let (reply, answer) = oneshot::channel();
+        let act = Box::new(TypedAct { actor, reads, decide, value: None, reply: Some(reply) });
+        self.queue.try_send(act).map_err(|_| ServiceError::ResourceExhausted {
+            reason: "the server has as many acts waiting as it takes; the database may be slow".to_owned(),
+            retry_after: Duration::from_millis(500),
+        })?;
+        answer.await.map_err(|_| ServiceError::unavailable("the server is stopping"))?
+    }
+
+    /// Whether the last transaction went through: what readiness reports.
+    pub fn is_ready(&self) -> bool {
+        self.shared.ready.load(Ordering::Relaxed)
+    }
+
+    /// Opens a meter's row that was read outside a transaction, for showing it (I5: verified all the same).
+    ///
+    /// # Errors
+    /// The row does not verify.
+    pub fn open_meter(&self, title: SystemTitle, row: &SealedRow) -> Result<Arc<Meter>, ServiceError> {
+        match self.open(&RowId::Meter(title), row)? {
+            Some(Value::Meter(meter)) => Ok(meter),
+            _ => Err(ServiceError::Internal("a meter's row holds something else".to_owned())),
+        }
+    }
+
+    /// Opens a principal's row that was read outside a transaction.
+    ///
+    /// # Errors
+    /// The row does not verify.
+    pub fn open_principal(&self, id: &kms_domain::PrincipalId, row: &SealedRow) -> Result<Arc<kms_domain::Principal>, ServiceError> {
+        match self.open(&RowId::Principal(id.clone()), row)? {
+            Some(Value::Principal(principal)) => Ok(principal),
+            _ => Err(ServiceError::Internal("a principal's row holds something else".to_owned())),
+        }
+    }
+
+    /// Opens a group's row that was read outside a transaction.
+    ///
+    /// # Errors
+    /// The row does not verify.
+    pub fn open_group(&self, id: kms_domain::GroupId, row: &SealedRow) -> Result<Arc<kms_domain::Group>, ServiceError> {
+        match self.open(&RowId::Group(id), row)? {
+            Some(Value::Group(group)) => Ok(group),
+            _ => Err(ServiceError::Internal("a group's row holds something else".to_owned())),
+        }
+    }
+
+    /// Opens a counter domain's row that was read outside a transaction.
+    ///
+    /// # Errors
+    /// The row does not verify.
+    pub fn open_domain(&self, id: kms_domain::CounterDomainId, row: &SealedRow) -> Result<Arc<kms_domain::CounterDomain>, ServiceError> {
+        match self.open(&RowId::CounterDomain(id), row)? {
+            Some(Value::Domain(domain)) => Ok(domain),
+            _ => Err(ServiceError::Internal("a counter domain's row holds something else".to_owned())),
+        }
+    }
+
+    /// The seal key, for the scrubber.
+    pub fn seal_key(&self) -> &SealKey {
+        &self.shared.seal
+    }
+
+    fn open(&self, id: &RowId, row: &SealedRow) -> Result<Option<Value>, ServiceError> {
+        open_row(id, Some(row), &self.shared.seal, &self.shared.seen, &self.shared.settings.island).map(|opened| opened.value).map_err(|reason| {
+            tracing::error!(row = %id, reason, "a sealed row was refused");
+            ServiceError::FailedPrecondition { reason: format!("a sealed row was refused (I5): {reason}"), next_step: "run `kms audit scrub` and call the security officers".to_owned() }
+        })
+    }
+}
+
+/// The newest generation that this server has seen of each row (I5).
+#[derive(Default)]
+pub(super) struct Seen {
+    meters: RwLock<HashMap<i64, u64>>,
+    others: RwLock<HashMap<RowId, u64>>,
+}
+
+impl Seen {
+    pub(super) fn generation(&self, id: &RowId) -> Option<u64> {
+        match id {
+            RowId::Meter(title) => self.meters.read().ok()?.get(&title.as_i64()).copied(),
+            other => self.others.read().ok()?.get(other).copied(),
+        }
+    }
+
+    pub(super) fn note(&self, id: &RowId, generation: u64) {
+        if self.generation(id).is_some_and(|known| known >= generation) {
+            return;
+        }
+        match id {
+            RowId::Meter(title) => {
+                if let Ok(mut meters) = self.meters.write() {
+                    let known = meters.entry(title.as_i64()).or_default();
+                    *known = generation.max(*known);
+                }
+            }
+            other => {
+                if let Ok(mut others) = self.others.write() {
+                    let known = others.entry(other.clone()).or_default();
+                    *known = generation.max(*known);
+                }
+            }
+        }
+    }
+}
+
+/// Counter chunks whose reservation is durable (I4).
+#[derive(Default)]
+pub(super) struct Chunks(HashMap<ChunkName, Held>);
+
+/// A chunk in this server's hands.
+pub(super) struct Held {
+    pub(super) chunk: LiveChunk,
+    /// Until when the newest counters dealt from it are lent to a grantee.
+    pub(super) leased_until: UnixMillis,
+}
+
+impl Chunks {
+    pub(super) fn get(&self, name: &ChunkName) -> Option<&Held> {
+        self.0.get(name)
+    }
+
+    pub(super) fn get_mut(&mut self, name: &ChunkName) -> Option<&mut Held> {
+        self.0.get_mut(name)
+    }
+
+    /// Up to where this server knows counters as reserved; 0 if it has no chunk.
+    pub(super) fn bound(&self, name: &ChunkName) -> u64 {
+        self.0.get(name).map_or(0, |held| held.chunk.bound())
+    }
+}
+
+/// An act in the queue, whatever its result's type.
+trait Act: Send {
+    fn actor(&self) -> Actor;
+    fn reads(&self) -> &Reads;
+    fn decide(&mut self, view: &mut View<'_, '_>) -> Result<(), ServiceError>;
+    fn finish(self: Box<Self>, outcome: Result<Vec<AuditLeaf>, ServiceError>);
+}
+
+struct TypedAct<T, F> {
+    actor: Actor,
+    reads: Reads,
+    decide: F,
+    value: Option<T>,
+    reply: Option<oneshot::Sender<Result<Committed<T>, ServiceError>>>,
+}
+
+impl<T, F> Act for TypedAct<T, F>
+where
+    T: Send,
+    F: FnMut(&mut View<'_, '_>) -> Result<T, ServiceError> + Send,
+{
+    fn actor(&self) -> Actor {
+        self.actor.clone()
+    }
+
+    fn reads(&self) -> &Reads {
+        &self.reads
+    }
+
+    fn decide(&mut self, view: &mut View<'_, '_>) -> Result<(), ServiceError> {
+        self.value = None;
+        self.value = Some((self.decide)(view)?);
+        Ok(())
+    }
+
+    fn finish(mut self: Box<Self>, outcome: Result<Vec<AuditLeaf>, ServiceError>) {
+        let outcome = match (outcome, self.value.take()) {
+            (Ok(leaves), Some(value)) => Ok(Committed { value, leaves }),
+            (Ok(_), None) => Err(ServiceError::Internal("an act was committed without a decision".to_owned())),
+            (Err(error), _) => Err(error),
+        };
+        if let Some(reply) = self.reply.take() {
+            // A caller that has gone away loses its answer; what was committed stays, and a replay finds it.
+            let _ = reply.send(outcome);
+        }
+    }
+}
+
+/// The state of the writing task.
+struct Writer {
+    shared: Arc<Shared>,
+    key: AuditKey,
+    /// `None`: the next transaction opens a chain of a new writer.
+    head: Option<ChainHead>,
+    chunks: Chunks,
+    refusals: Refusals,
+}
+
+/// What one attempt decided, to be kept if it commits.
+struct Attempt {
+    head: ChainHead,
+    outcomes: Vec<Result<(), ServiceError>>,
+    leaves: Vec<Vec<AuditLeaf>>,
+    fresh_chunks: HashMap<ChunkName, Held>,
+    written: Vec<(RowId, u64)>,
+    /// Set where refusals were counted or are written.
+    refusals: Option<Refusals>,
+}
+
+impl Writer {
+    fn new(shared: Arc<Shared>, key: AuditKey) -> Self {
+        Self { shared, key, head: None, chunks: Chunks::default(), refusals: Refusals::default() }
+    }
+
+    async fn run(mut self, mut waiting: mpsc::Receiver<Box<dyn Act>>) {
+        let mut acts = Vec::new();
+        let mut idle = tokio::time::interval(IDLE);
+        loop {
+            tokio::select! {
+                received = waiting.recv_many(&mut acts, MOST_ACTS) => if received == 0 { return },
+                _ = idle.tick() => self.heartbeat().await,
+            }
+            while !acts.is_empty() || self.refusals.any_due(Instant::now()) {
+                let taken = take_batch(&mut acts);
+                self.commit(taken).await;
+                if acts.is_empty() && !self.shared.ready.load(Ordering::Relaxed) {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Tells other servers that this one is alive.
+    async fn heartbeat(&self) {
+        if let Some(head) = &self.head
+            && let Err(error) = self.shared.store.heartbeat(head.writer).await
+        {
+            tracing::warn!(%error, "no heartbeat could be written");
+        }
+    }
+
+    /// Commits a batch of acts, and answers them.
+    async fn commit(&mut self, mut acts: Vec<Box<dyn Act>>) {
+        let mut attempts = 0;
+        let outcome = loop {
+            attempts += 1;
+            match self.attempt(&mut acts).await {
+                // Another server put a row in between that this one found absent: look again.
+                Err(StoreError::Conflict { .. }) if attempts < MOST_ATTEMPTS => {}
+                other => break other,
+            }
+        };
+        match outcome {
+            Ok((outcomes, leaves)) => {
+                self.shared.ready.store(true, Ordering::Relaxed);
+                for ((act, outcome), leaves) in acts.into_iter().zip(outcomes).zip(leaves) {
+                    act.finish(outcome.map(|()| leaves));
+                }
+            }
+            Err(error) => {
+                // Whether the transaction is durable may be unknown. I4: nothing reserved in it is dealt, and the chain goes on under a
+                // new writer, which reads where the old one ended.
+                tracing::error!(%error, "a transaction failed");
+                self.head = None;
+                self.chunks = Chunks::default();
+                let error = ServiceError::from(error);
+                self.shared.ready.store(!matches!(error, ServiceError::Unavailable { .. }), Ordering::Relaxed);
+                for act in acts {
+                    act.finish(Err(error.clone()));
+                }
+            }
+        }
+    }
+
+    #[expect(clippy::type_complexity, reason = "the two lists are taken apart by the one caller")]
+    async fn attempt(&mut self, acts: &mut [Box<dyn Act>]) -> Result<(Vec<Result<(), ServiceError>>, Vec<Vec<AuditLeaf>>), StoreError> {
+        let now = now();
+        let (head, opening) = match &self.head {
+            Some(head) => (head.clone(), None),
+            None => {
+                let (head, record) = self.open_chain().await?;
+                (head, Some(record))
+            }
+        };
+        let mut reads = Reads::default();
+        for act in acts.iter() {
+            extend(&mut reads, act.reads());
+        }
+        let actors: Vec<Actor> = acts.iter().map(|act| act.actor()).collect();
+        let shared = self.shared.clone();
+        let at = Instant::now();
+        let mut attempt = None;
+        let (chunks, refusals, key) = (&mut self.chunks, &self.refusals, &self.key);
+        let mut decide = |read: &ReadSet| {
+            let mut batch = Batch::new(read, now, head.writer, &shared, chunks);
+            let outcomes = decide_all(acts, &actors, &mut batch);
+            if !batch.missing.is_empty() {
+                return Decision::More(batch.missing);
+            }
+            let (decision, decided) = finish(batch, outcomes, head.clone(), opening.clone(), key, refusals, &actors, &shared.seal, at);
+            attempt = Some(decided);
+            decision
+        };
+        let committed = shared.store.transact(reads, &mut decide).await?;
+        let Some(Attempt { head, outcomes, leaves, fresh_chunks, written, refusals }) = attempt else {
+            return Err(StoreError::Corrupt { what: "a transaction ended without a decision".to_owned() });
+        };
+        if committed == StoreCommitted::Written {
+            self.head = Some(head);
+            for (id, generation) in &written {
+                self.shared.seen.note(id, *generation);
+            }
+            // I4: dealt from only now that the reservation is durable; what was dealt within the transaction goes out with it.
+            self.chunks.0.extend(fresh_chunks);
+            if let Some(mut refusals) = refusals {
+                refusals.written(at);
+                self.refusals = refusals;
+            }
+        } else if let Some(refusals) = refusals {
+            self.refusals = refusals;
+        }
+        Ok((outcomes, leaves))
+    }
+
+    /// Begins the chain of a new writer: its first record closes the chains of writers that are gone (docs/formats.md).
+    async fn open_chain(&self) -> Result<(ChainHead, AuditRecord), StoreError> {
+        let settings = &self.shared.settings;
+        let store = &self.shared.store;
+        let writer = WriterId::from_octets(uuid::Uuid::new_v4().as_bytes()).map_err(|error| StoreError::Corrupt { what: error.to_string() })?;
+        let alive: Vec<WriterId> =
+            store.servers().await?.into_iter().filter(|server| server.silent_ms < SILENT_MS && server.name != settings.server).map(|server| server.writer).collect();
+        let mut closed = Vec::new();
+        let tails = store.audit_tails().await?;
+        let mut known_closed = Vec::new();
+        for tail in &tails {
+            let first = store.audit_of_writer(tail.writer, 0, 1).await?;
+            let record = first.first().and_then(|first| AuditRecord::decode(first.record.as_slice()).ok());
+            if let Some(AuditRecord { event: Some(Event::WriterOpened(opened)), .. }) = record {
+                known_closed.extend(opened.closed.into_iter().map(|chain| chain.writer));
+            }
+        }
+        for tail in tails {
+            let name: bytes::Bytes = tail.writer.octets().to_vec().into();
+            if !alive.contains(&tail.writer) && !known_closed.contains(&name) {
+                closed.push(ClosedChain { writer: name, last_sequence: tail.sequence, chain: tail.chain.to_vec().into() });
+            }
+        }
+        store.register_server(writer, &settings.server).await?;
+        let event = WriterOpened { server: settings.server.clone(), version: env!("CARGO_PKG_VERSION").to_owned(), closed };
+        Ok((ChainHead::new(writer), AuditRecord { event: Some(Event::WriterOpened(event)), ..Default::default() }))
+    }
+}
+
+impl<'b> Batch<'b> {
+    fn new(read: &'b ReadSet, now: UnixMillis, writer: WriterId, shared: &'b Shared, chunks: &'b mut Chunks) -> Self {
+        Self {
+            read,
+            now,
+            island: &shared.settings.island,
+            seal: &shared.seal,
+            writer,
+            chunk_size: shared.settings.chunk_size,
+            seen: &shared.seen,
+            chunks,
+            fresh_chunks: HashMap::new(),
+            rows: HashMap::new(),
+            missing: Reads::default(),
+            events: Vec::new(),
+            requests: HashMap::new(),
+            request_events: HashMap::new(),
+            grants: Vec::new(),
+            revocations: Vec::new(),
+            fingerprints: BTreeMap::new(),
+            shipments: HashMap::new(),
+            refused_lines: Vec::new(),
+            refusals: Vec::new(),
+        }
+    }
+}
+
+/// Lets each act decide on what the acts before it left.
+fn decide_all(acts: &mut [Box<dyn Act>], actors: &[Actor], batch: &mut Batch<'_>) -> Vec<Result<(), ServiceError>> {
+    let mut outcomes = Vec::with_capacity(acts.len());
+    for (number, (act, actor)) in acts.iter_mut().zip(actors).enumerate() {
+        let mut view = View { base: batch, actor, staged: Staged::default() };
+        let outcome = act.decide(&mut view);
+        outcomes.push(outcome.and_then(|()| view.accept(number)));
+    }
+    outcomes
+}
+
+/// Turns what the acts decided into the transaction's writes.
+#[expect(clippy::too_many_arguments, reason = "the one place where all of a transaction comes together")]
+fn finish(
+    batch: Batch<'_>,
+    mut outcomes: Vec<Result<(), ServiceError>>,
+    mut head: ChainHead,
+    opening: Option<AuditRecord>,
+    key: &AuditKey,
+    refusals: &Refusals,
+    actors: &[Actor],
+    seal: &SealKey,
+    at: Instant,
+) -> (Decision, Attempt) {
+    let now = batch.now;
+    let mut changes = Changes::default();
+    let mut written = Vec::new();
+    let mut row_writes: HashMap<RowId, RowWrite> = HashMap::new();
+    for (id, opened) in batch.rows.into_iter().filter(|(_, opened)| opened.changed) {
+        match put_row(&id, opened, seal, &mut changes) {
+            Ok(row_write) => {
+                written.push((id.clone(), row_write.generation));
+                row_writes.insert(id, row_write);
+            }
+            Err(error) => {
+                // A row that does not encode is a fault of this program: nothing of the transaction is written.
+                outcomes.iter_mut().for_each(|outcome| *outcome = Err(error.clone()));
+                let leaves = vec![Vec::new(); outcomes.len()];
+                return (Decision::Abandon, Attempt { head, outcomes, leaves, fresh_chunks: HashMap::new(), written: Vec::new(), refusals: None });
+            }
+        }
+    }
+
+    let mut noted = None;
+    let denials = outcomes.iter().zip(actors).filter_map(|(outcome, actor)| refusal_of(outcome.as_ref().err()?, actor));
+    for refusal in denials.chain(batch.refusals) {
+        noted.get_or_insert_with(|| refusals.clone()).note(refusal, now);
+    }
+    let due = noted.as_ref().unwrap_or(refusals).due(at);
+    if !due.is_empty() {
+        noted.get_or_insert_with(|| refusals.clone());
+    }
+
+    let mut leaves = vec![Vec::new(); outcomes.len()];
+    let mut references = Vec::with_capacity(batch.events.len());
+    if !(batch.events.is_empty() && due.is_empty())
+        && let Some(opening) = opening
+    {
+        changes.audit.push(append(&mut head, key, opening, now).1);
+    }
+    for event in batch.events {
+        let mut record = event.record;
+        record.row_writes = event.written.iter().filter_map(|id| row_writes.get(id).cloned()).collect();
+        let (leaf, appended) = append(&mut head, key, record, now);
+        references.push(AuditReference { writer: appended.writer, sequence: appended.sequence });
+        if let Some(of_act) = leaves.get_mut(event.act) {
+            of_act.push(leaf);
+        }
+        changes.audit.push(appended);
+    }
+    for record in due {
+        changes.audit.push(append(&mut head, key, record, now).1);
+    }
+
+    for (mut grant, event) in batch.grants {
+        if let Some(reference) = references.get(event) {
+            grant.audit = *reference;
+        }
+        changes.grants.push(grant);
+    }
+    for (key, mut row) in batch.requests {
+        // An outcome that is empty stands for the record itself.
+        if let (true, Some(reference)) = (row.outcome.is_empty(), batch.request_events.get(&key).and_then(|event| references.get(*event))) {
+            row.outcome = encode_reference(*reference);
+        }
+        changes.requests.push(RequestPut { key, row });
+    }
+    changes.revocations = batch.revocations;
+    changes.fingerprints = batch.fingerprints.into_iter().flat_map(|(prefix, owners)| owners.into_iter().map(move |owner| FingerprintPut { prefix, owner })).collect();
+    changes.shipments = batch.shipments.into_values().collect();
+    changes.refusals = batch.refused_lines;
+
+    let nothing = changes.audit.is_empty() && changes.requests.is_empty() && changes.shipments.is_empty() && changes.refusals.is_empty();
+    let decision = if nothing { Decision::Abandon } else { Decision::Commit(Box::new(changes)) };
+    (decision, Attempt { head, outcomes, leaves, fresh_chunks: batch.fresh_chunks, written, refusals: noted })
+}
+
+/// Seals a changed row in its next generation, and says what the audit record tells of it.
+fn put_row(id: &RowId, opened: Opened, seal: &SealKey, changes: &mut Changes) -> Result<RowWrite, ServiceError> {
+    let fault = |error: String| ServiceError::Internal(format!("the row of {id} cannot be written: {error}"));
+    let generation = opened.generation.map_or(Generation::FIRST, Generation::next);
+    let value = opened.value.ok_or_else(|| fault("it is absent".to_owned()))?;
+    let body = match &value {
+        Value::Meter(meter) => meter.to_row().map_err(|error| fault(error.to_string()))?,
+        Value::Principal(principal) => principal.to_row().map_err(|error| fault(error.to_string()))?,
+        Value::Group(group) => group.to_row().map_err(|error| fault(error.to_string()))?,
+        Value::Domain(domain) => domain.to_row(),
+        Value::Island(island) => island.to_row(),
+    };
+    let digest = seal.row_digest(id, generation, &body);
+    let row = SealedRow { generation: generation.number(), seal: *seal.seal(id, generation, &body).octets(), body };
+    let row_write = RowWrite { kind: u32::from(id.kind()), id: id_octets(id).into(), generation: row.generation, digest: digest.to_vec().into() };
+    match value {
+        Value::Meter(meter) => changes.meters.push(match (opened.generation, opened.reprojected) {
+            (None, _) => MeterPut::insert(meter.title, row, projection(&meter)),
+            (Some(_), true) => MeterPut::update_projection(meter.title, row, projection(&meter)),
+            (Some(_), false) => MeterPut::update(meter.title, row),
+        }),
+        _ => {
+            let (kind, octets) = sealed_name(id);
+            changes.sealed.push(SealedPut { kind, id: octets, row });
+        }
+    }
+    Ok(row_write)
+}
+
+/// What the search columns show of a meter.
+fn projection(meter: &Meter) -> MeterProjection {
+    MeterProjection {
+        vendor: meter.class.vendor.to_string(),
+        profile: meter.class.profile.to_string(),
+        status: u8::try_from(meter.class.status.number()).unwrap_or_default(),
+        head_end: meter.class.head_end.as_ref().map(ToString::to_string),
+        batch: Some(meter.batch.clone()).filter(|batch| !batch.is_empty()),
+    }
+}
+
+fn id_octets(id: &RowId) -> Vec<u8> {
+    match id {
+        RowId::Meter(title) => title.octets().to_vec(),
+        other => sealed_name(other).1,
+    }
+}
+
+fn append(head: &mut ChainHead, key: &AuditKey, record: AuditRecord, now: UnixMillis) -> (AuditLeaf, AuditAppend) {
+    let kind = record.event.as_ref().map_or(0, event_kind);
+    let linked = head.link(key, record, now);
+    (linked.leaf, AuditAppend { writer: head.writer, sequence: linked.sequence, time: now, kind, record: linked.record, chain: linked.chain })
+}
+
+/// The field number of the event in the record.
+pub(crate) const fn event_kind(event: &Event) -> u16 {
+    match event {
+        Event::WriterOpened(_) => 16,
+        Event::KeysGranted(_) => 17,
+        Event::Refused(_) => 18,
+        Event::ShipmentImported(_) => 19,
+        Event::MetersChanged(_) => 20,
+        Event::PrincipalChanged(_) => 21,
+        Event::GrantRevoked(_) => 22,
+        Event::FramesProtected(_) => 23,
+        Event::SecurityEvent(_) => 24,
+        Event::CeremonyHeld(_) => 25,
+    }
+}
+
+/// A refused act, as the log counts it; trouble of the server is no refusal.
+fn refusal_of(error: &ServiceError, actor: &Actor) -> Option<Refusal> {
+    match error {
+        ServiceError::PermissionDenied { .. } | ServiceError::Unauthenticated { .. } | ServiceError::FailedPrecondition { .. } | ServiceError::NotFound { .. } => Some(Refusal {
+            principal: actor.principal.as_ref().map(ToString::to_string).unwrap_or_default(),
+            action: actor.action.to_owned(),
+            reason: error.to_string(),
+            security_event: false,
+        }),
+        _ => None,
+    }
+}
+
+/// An outcome that names the record with the details: `writer(16) ‖ sequence(8)`.
+fn encode_reference(reference: AuditReference) -> Vec<u8> {
+    [reference.writer.octets().as_slice(), &reference.sequence.to_be_bytes()].concat()
+}
+
+/// The record that an outcome names.
+pub(crate) fn decode_reference(outcome: &[u8]) -> Option<AuditReference> {
+    let (writer, sequence) = outcome.split_at_checked(16)?;
+    Some(AuditReference { writer: WriterId::from_octets(writer).ok()?, sequence: u64::from_be_bytes(sequence.try_into().ok()?) })
+}
+
+/// As many waiting acts as one transaction takes.
+fn take_batch(acts: &mut Vec<Box<dyn Act>>) -> Vec<Box<dyn Act>> {
+    let mut meters = 0;
+    let count = acts
+        .iter()
+        .take_while(|act| {
+            meters += act.reads().meters.len();
+            meters <= MOST_METERS
+        })
+        .count();
+    let count = count.max(usize::from(!acts.is_empty()));
+    acts.drain(..count).collect()
+}
+
+fn extend(reads: &mut Reads, more: &Reads) {
+    reads.meters.extend_from_slice(&more.meters);
+    reads.sealed.extend_from_slice(&more.sealed);
+    reads.requests.extend_from_slice(&more.requests);
+    reads.fingerprints.extend_from_slice(&more.fingerprints);
+    reads.grants.extend_from_slice(&more.grants);
+    reads.shipments.extend_from_slice(&more.shipments);
+}
+
+fn now() -> UnixMillis {
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    UnixMillis(i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX))
+}
+
+/// How often the writer looks whether counted refusals are due, and says that it is alive.
+const IDLE: Duration = Duration::from_secs(5);
+/// A server that was silent for longer is gone: its chain is closed by the next.
+const SILENT_MS: i64 = 60_000;
+const MOST_ACTS: usize = 256;
+const MOST_METERS: usize = 4_000;
+const MOST_ATTEMPTS: u32 = 5;

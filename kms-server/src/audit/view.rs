@@ -1,0 +1,613 @@
+//! What an act sees and changes: rows opened and verified (I5), changes staged until the whole act is decided.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    num::NonZeroU32,
+    sync::Arc,
+};
+
+use kms_domain::{
+    ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterKey, CounterPlace, CounterState, Generation, Group, GroupId, IslandName, KeyType, KeyVersionNumber, Lease,
+    LiveChunk, Meter, Principal, PrincipalId, RequestId, RowId, SealKey, SecuritySetupId, SystemTitle, UnixMillis, WriterId,
+};
+use kms_proto::v1::{AuditRecord, audit_record::Event};
+use kms_store::{
+    FingerprintOwner, FingerprintPrefix, GrantRevocation, GrantRow, Lookup, ReadSet, Reads, RequestKey, RequestRow, RowKind, SealedRow,
+    ShipmentRefusal, ShipmentRow, UploadId,
+};
+
+use super::{
+    committer::{Chunks, Held, Seen},
+    refusals::Refusal,
+};
+use crate::{authz::Caller, error::ServiceError};
+
+/// Who acts: what each audit record of the act names.
+#[derive(Clone, Debug)]
+pub struct Actor {
+    /// The principal; `None` is the server itself.
+    pub principal: Option<PrincipalId>,
+    /// SHA-256 of the certificate that was used.
+    pub certificate_sha256: Option<[u8; 32]>,
+    /// The request that is carried out.
+    pub request: Option<RequestId>,
+    /// What is attempted, as policy names it: refusals are recorded under it.
+    pub action: &'static str,
+}
+
+impl Actor {
+    /// The server itself, doing `action`.
+    pub const fn server(action: &'static str) -> Self {
+        Self { principal: None, certificate_sha256: None, request: None, action }
+    }
+
+    /// A caller who asks for `action`.
+    pub fn caller(caller: &Caller, request: Option<RequestId>, action: &'static str) -> Self {
+        Self { principal: Some(caller.principal.clone()), certificate_sha256: Some(caller.certificate_sha256), request, action }
+    }
+}
+
+/// One act's view of the rows that were read, with the changes of the acts before it in the same transaction.
+///
+/// A row that does not verify is as good as absent for a caller, and an event for the security officers (I5).
+pub struct View<'v, 'b> {
+    pub(super) base: &'v mut Batch<'b>,
+    pub(super) actor: &'v Actor,
+    pub(super) staged: Staged,
+}
+
+/// The state of one transaction's attempt, shared by its acts.
+pub(super) struct Batch<'a> {
+    pub(super) read: &'a ReadSet,
+    pub(super) now: UnixMillis,
+    pub(super) island: &'a IslandName,
+    pub(super) seal: &'a SealKey,
+    pub(super) writer: WriterId,
+    pub(super) chunk_size: ChunkSize,
+    pub(super) seen: &'a Seen,
+    pub(super) chunks: &'a mut Chunks,
+    /// Chunks whose reservation this transaction writes; they are dealt from in later transactions only if it commits.
+    pub(super) fresh_chunks: HashMap<ChunkName, Held>,
+    pub(super) rows: HashMap<RowId, Opened>,
+    pub(super) missing: Reads,
+    pub(super) events: Vec<RecordedEvent>,
+    pub(super) requests: HashMap<RequestKey, RequestRow>,
+    /// The first event of the act that carried the request out.
+    pub(super) request_events: HashMap<RequestKey, usize>,
+    pub(super) grants: Vec<(GrantRow, usize)>,
+    pub(super) revocations: Vec<GrantRevocation>,
+    /// By prefix: an import asks for thousands, and the database takes them better in order.
+    pub(super) fingerprints: BTreeMap<FingerprintPrefix, Vec<FingerprintOwner>>,
+    pub(super) shipments: HashMap<UploadId, ShipmentRow>,
+    pub(super) refused_lines: Vec<ShipmentRefusal>,
+    pub(super) refusals: Vec<Refusal>,
+}
+
+/// A row as it stands within the transaction.
+#[derive(Clone)]
+pub(super) struct Opened {
+    /// As in the database; `None`: absent.
+    pub(super) generation: Option<Generation>,
+    pub(super) value: Option<Value>,
+    pub(super) changed: bool,
+    /// The search columns of a meter follow.
+    pub(super) reprojected: bool,
+}
+
+#[derive(Clone)]
+pub(super) enum Value {
+    Meter(Arc<Meter>),
+    Principal(Arc<Principal>),
+    Group(Arc<Group>),
+    Domain(Arc<CounterDomain>),
+    Island(Arc<kms_domain::Island>),
+}
+
+/// An event with the rows that its act wrote.
+pub(super) struct RecordedEvent {
+    pub(super) record: AuditRecord,
+    pub(super) written: Vec<RowId>,
+    pub(super) act: usize,
+}
+
+/// What one act has staged; dropped when it fails.
+#[derive(Default)]
+pub(super) struct Staged {
+    pub(super) rows: HashMap<RowId, Opened>,
+    events: Vec<Event>,
+    requests: Vec<(RequestKey, RequestRow)>,
+    grants: Vec<GrantRow>,
+    revocations: Vec<GrantRevocation>,
+    fingerprints: BTreeMap<FingerprintPrefix, Vec<FingerprintOwner>>,
+    shipments: Vec<ShipmentRow>,
+    refused_lines: Vec<ShipmentRefusal>,
+}
+
+/// Names the counter that a live chunk deals from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum ChunkName {
+    /// Of one key version.
+    Version { meter: SystemTitle, setup: SecuritySetupId, key_type: KeyType, version: KeyVersionNumber, counter: CounterKey },
+    /// Of a key value that several slots share.
+    Domain { domain: CounterDomainId, counter: CounterKey },
+}
+
+/// Which key version's counters a lease is for.
+#[derive(Clone, Copy, Debug)]
+pub struct CounterOf {
+    /// The meter.
+    pub meter: SystemTitle,
+    /// The security setup.
+    pub setup: SecuritySetupId,
+    /// The encryption key: GUEK, or GBEK.
+    pub key_type: KeyType,
+    /// Its version.
+    pub version: KeyVersionNumber,
+    /// Whose counter: the client title's, or the setup's (device profile).
+    pub counter: CounterKey,
+}
+
+impl View<'_, '_> {
+    /// The time of the transaction.
+    pub fn now(&self) -> UnixMillis {
+        self.base.now
+    }
+
+    /// The run of the server that writes the transaction's records.
+    pub const fn writer(&self) -> WriterId {
+        self.base.writer
+    }
+
+    /// The caller's principal, if it is enabled and this certificate speaks for it now (I5, I8).
+    ///
+    /// # Errors
+    /// [`ServiceError::Unauthenticated`]: not, or not any more.
+    pub fn caller(&mut self, caller: &Caller) -> Result<Arc<Principal>, ServiceError> {
+        let now = self.now();
+        match self.principal(&caller.principal)? {
+            Some(principal) if principal.accepts(&caller.certificate_sha256, now) => Ok(principal),
+            _ => Err(ServiceError::Unauthenticated { reason: "the certificate is not one of an enabled principal of this island; ask a security officer".to_owned() }),
+        }
+    }
+
+    /// A principal.
+    ///
+    /// # Errors
+    /// The row was not read yet (the transaction reads it and decides again), or does not verify.
+    pub fn principal(&mut self, id: &PrincipalId) -> Result<Option<Arc<Principal>>, ServiceError> {
+        self.open(RowId::Principal(id.clone())).map(|value| match value {
+            Some(Value::Principal(principal)) => Some(principal),
+            _ => None,
+        })
+    }
+
+    /// Writes a principal.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn put_principal(&mut self, principal: Principal) -> Result<(), ServiceError> {
+        self.put(RowId::Principal(principal.id.clone()), Value::Principal(Arc::new(principal)), false)
+    }
+
+    /// A meter.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn meter(&mut self, title: SystemTitle) -> Result<Option<Arc<Meter>>, ServiceError> {
+        self.open(RowId::Meter(title)).map(|value| match value {
+            Some(Value::Meter(meter)) => Some(meter),
+            _ => None,
+        })
+    }
+
+    /// Writes a meter. `reprojected` says that what the search columns show has changed.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn put_meter(&mut self, meter: Meter, reprojected: bool) -> Result<(), ServiceError> {
+        self.put(RowId::Meter(meter.title), Value::Meter(Arc::new(meter)), reprojected)
+    }
+
+    /// A group of meters.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn group(&mut self, id: GroupId) -> Result<Option<Arc<Group>>, ServiceError> {
+        self.open(RowId::Group(id)).map(|value| match value {
+            Some(Value::Group(group)) => Some(group),
+            _ => None,
+        })
+    }
+
+    /// Writes a group.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn put_group(&mut self, group: Group) -> Result<(), ServiceError> {
+        self.put(RowId::Group(group.id), Value::Group(Arc::new(group)), false)
+    }
+
+    /// A counter domain.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn domain(&mut self, id: CounterDomainId) -> Result<Option<Arc<CounterDomain>>, ServiceError> {
+        self.open(RowId::CounterDomain(id)).map(|value| match value {
+            Some(Value::Domain(domain)) => Some(domain),
+            _ => None,
+        })
+    }
+
+    /// Writes a counter domain.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn put_domain(&mut self, domain: CounterDomain) -> Result<(), ServiceError> {
+        self.put(RowId::CounterDomain(domain.id), Value::Domain(Arc::new(domain)), false)
+    }
+
+    /// Writes the island's own row.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn put_island(&mut self, island: kms_domain::Island) -> Result<(), ServiceError> {
+        self.put(RowId::Island(island.name.clone()), Value::Island(Arc::new(island)), false)
+    }
+
+    /// What was answered to a request, if it was carried out.
+    ///
+    /// # Errors
+    /// The row was not read yet.
+    pub fn request(&mut self, key: &RequestKey) -> Result<Option<RequestRow>, ServiceError> {
+        if let Some(row) = self.base.requests.get(key) {
+            return Ok(Some(row.clone()));
+        }
+        match self.base.read.request(key) {
+            Lookup::Present(row) => Ok(Some(row.clone())),
+            Lookup::Absent => Ok(None),
+            Lookup::NotRead => {
+                self.base.missing.requests.push(key.clone());
+                Err(not_read())
+            }
+        }
+    }
+
+    /// Remembers what was answered to a request. An empty outcome is replaced by a reference to the act's first record.
+    pub fn put_request(&mut self, key: RequestKey, row: RequestRow) {
+        self.staged.requests.push((key, row));
+    }
+
+    /// A grant's row.
+    ///
+    /// # Errors
+    /// The row was not read yet.
+    pub fn grant(&mut self, id: kms_domain::GrantId) -> Result<Option<GrantRow>, ServiceError> {
+        match self.base.read.grant(id) {
+            Lookup::Present(row) => Ok(Some(row.clone())),
+            Lookup::Absent => Ok(None),
+            Lookup::NotRead => {
+                self.base.missing.grants.push(id);
+                Err(not_read())
+            }
+        }
+    }
+
+    /// Lists a grant. The audit reference of the row is replaced by that of the act's first event.
+    pub fn put_grant(&mut self, row: GrantRow) {
+        self.staged.grants.push(row);
+    }
+
+    /// Revokes a grant.
+    pub fn revoke_grant(&mut self, revocation: GrantRevocation) {
+        self.staged.revocations.push(revocation);
+    }
+
+    /// Who has keys with this fingerprint prefix.
+    ///
+    /// # Errors
+    /// It was not read yet.
+    pub fn fingerprint_owners(&mut self, prefix: FingerprintPrefix) -> Result<Vec<FingerprintOwner>, ServiceError> {
+        let Some(owners) = self.base.read.fingerprint_owners(prefix) else {
+            self.base.missing.fingerprints.push(prefix);
+            return Err(not_read());
+        };
+        let staged = [&self.base.fingerprints, &self.staged.fingerprints].into_iter().filter_map(|staged| staged.get(&prefix)).flatten();
+        Ok(owners.iter().chain(staged).copied().collect())
+    }
+
+    /// Remembers a new key's fingerprint.
+    pub fn put_fingerprint(&mut self, prefix: FingerprintPrefix, owner: FingerprintOwner) {
+        self.staged.fingerprints.entry(prefix).or_default().push(owner);
+    }
+
+    /// A shipment in the spool.
+    ///
+    /// # Errors
+    /// The row was not read yet.
+    pub fn shipment(&mut self, upload: UploadId) -> Result<Option<ShipmentRow>, ServiceError> {
+        if let Some(row) = self.base.shipments.get(&upload) {
+            return Ok(Some(row.clone()));
+        }
+        match self.base.read.shipment(upload) {
+            Lookup::Present(row) => Ok(Some(row.clone())),
+            Lookup::Absent => Ok(None),
+            Lookup::NotRead => {
+                self.base.missing.shipments.push(upload);
+                Err(not_read())
+            }
+        }
+    }
+
+    /// Writes a shipment's progress; its generation is one above what was read.
+    pub fn put_shipment(&mut self, row: ShipmentRow) {
+        self.staged.shipments.push(row);
+    }
+
+    /// Remembers a refused line of a shipment.
+    pub fn put_refused_line(&mut self, refusal: ShipmentRefusal) {
+        self.staged.refused_lines.push(refusal);
+    }
+
+    /// Records an event (I2). The rows that the act writes are named in its first record.
+    pub fn append(&mut self, event: Event) {
+        self.staged.events.push(event);
+    }
+
+    /// Counts a refusal of a part of the act; a refusal of the whole act is counted by itself.
+    pub fn refuse(&mut self, reason: String) {
+        let refusal = self.refusal(reason, false);
+        self.base.refusals.push(refusal);
+    }
+
+    /// The next lease of `count` counters (I4), lent until `until`. Reserves a chunk where the one at hand is spent or superseded.
+    ///
+    /// # Errors
+    /// The counters are a head-end's, used up, or the meter has no such key.
+    pub fn lease(&mut self, of: CounterOf, count: NonZeroU32, until: UnixMillis) -> Result<Lease, ServiceError> {
+        let (name, state) = self.counter(of)?;
+        if let Some(lease) = self.deal(name, state.as_ref(), count, until) {
+            return Ok(lease);
+        }
+        let at_least = self.base.chunks.bound(&name);
+        let chunk = self.base.chunk_size.max(ChunkSize::new(count));
+        // I4: above every earlier version too, for meters that go on counting when their key changes.
+        let mut meter = self.meter(of.meter)?.ok_or_else(|| no_such_key(of))?;
+        let at_least = at_least.max(meter.slots.get(of.setup, of.key_type).map_or(0, |slot| slot.continued_counter(of.counter)));
+        let (reservation, state) = match name {
+            ChunkName::Version { .. } => {
+                let changed = Arc::make_mut(&mut meter);
+                let version = changed.slots.get_mut(of.setup, of.key_type).and_then(|slot| slot.version_mut(of.version)).map_err(|_| no_such_key(of))?;
+                let counters = version.counters_mut().map_err(counter_error)?;
+                let reservation = counters.reserve(of.counter, self.base.writer, chunk, at_least).map_err(counter_error)?;
+                let state = counters.get(of.counter).cloned();
+                self.put(RowId::Meter(of.meter), Value::Meter(meter), false)?;
+                (reservation, state)
+            }
+            ChunkName::Domain { domain: id, .. } => {
+                let mut domain = self.domain(id)?.ok_or_else(|| missing_domain(id))?;
+                let counters = &mut Arc::make_mut(&mut domain).counters;
+                let reservation = counters.reserve(of.counter, self.base.writer, chunk, at_least).map_err(counter_error)?;
+                let state = counters.get(of.counter).cloned();
+                self.put(RowId::CounterDomain(id), Value::Domain(domain), false)?;
+                (reservation, state)
+            }
+        };
+        self.base.fresh_chunks.insert(name, Held { chunk: LiveChunk::new(reservation), leased_until: UnixMillis(0) });
+        self.deal(name, state.as_ref(), count, until).ok_or_else(|| counter_error(CounterError::Exhausted { key: of.counter }))
+    }
+
+    /// Until when a lease of this counter is lent to somebody, as far as this server knows.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn leased_until(&mut self, of: CounterOf) -> Result<Option<UnixMillis>, ServiceError> {
+        let (name, _) = self.counter(of)?;
+        let now = self.now();
+        Ok(self.held(&name).map(|held| held.leased_until).filter(|until| *until > now))
+    }
+
+    /// Whether a lease is the newest that this server dealt from its counter, and nobody has reserved above it since.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn is_live(&mut self, of: CounterOf, lease: Lease) -> Result<bool, ServiceError> {
+        let (name, state) = self.counter(of)?;
+        let (Some(state), Some(Held { chunk, .. })) = (state, self.held(&name)) else { return Ok(false) };
+        Ok(state.holder() == Some(self.base.writer) && state.bound() == chunk.bound() && chunk.bound() - chunk.remaining() == u64::from(lease.last()) + 1)
+    }
+
+    /// Where a key version's counter is kept, and what the row says of it.
+    fn counter(&mut self, of: CounterOf) -> Result<(ChunkName, Option<CounterState>), ServiceError> {
+        let meter = self.meter(of.meter)?.ok_or_else(|| no_such_key(of))?;
+        let version = meter.slots.get(of.setup, of.key_type).and_then(|slot| slot.version(of.version)).ok_or_else(|| no_such_key(of))?;
+        match version.counters() {
+            CounterPlace::Own(counters) => {
+                let name = ChunkName::Version { meter: of.meter, setup: of.setup, key_type: of.key_type, version: of.version, counter: of.counter };
+                Ok((name, counters.get(of.counter).cloned()))
+            }
+            CounterPlace::Domain(id) => {
+                let domain = self.domain(*id)?.ok_or_else(|| missing_domain(*id))?;
+                Ok((ChunkName::Domain { domain: *id, counter: of.counter }, domain.counters.get(of.counter).cloned()))
+            }
+        }
+    }
+
+    fn held(&self, name: &ChunkName) -> Option<&Held> {
+        self.base.fresh_chunks.get(name).or_else(|| self.base.chunks.get(name))
+    }
+
+    fn deal(&mut self, name: ChunkName, state: Option<&CounterState>, count: NonZeroU32, until: UnixMillis) -> Option<Lease> {
+        let held = match self.base.fresh_chunks.get_mut(&name) {
+            Some(held) => held,
+            None => self.base.chunks.get_mut(&name)?,
+        };
+        let lease = held.chunk.deal(state?, count).ok()?;
+        held.leased_until = until;
+        Some(lease)
+    }
+
+    fn open(&mut self, id: RowId) -> Result<Option<Value>, ServiceError> {
+        if let Some(opened) = self.staged.rows.get(&id).or_else(|| self.base.rows.get(&id)) {
+            return Ok(opened.value.clone());
+        }
+        let opened = self.base.open(&id).map_err(|error| match error {
+            OpenError::NotRead => not_read(),
+            OpenError::Refused(reason) => {
+                // I5: for the caller it is as if the row were not there; the officers are told.
+                let refusal = self.refusal(reason.clone(), true);
+                self.base.refusals.push(refusal);
+                tracing::error!(row = %id, reason, "a sealed row was refused");
+                ServiceError::denied(self.actor.action)
+            }
+        })?;
+        let value = opened.value.clone();
+        self.base.rows.insert(id, opened);
+        Ok(value)
+    }
+
+    fn put(&mut self, id: RowId, value: Value, reprojected: bool) -> Result<(), ServiceError> {
+        self.open(id.clone())?;
+        let before = self.staged.rows.get(&id).or_else(|| self.base.rows.get(&id));
+        let generation = before.and_then(|opened| opened.generation);
+        let reprojected = reprojected || before.is_some_and(|opened| opened.changed && opened.reprojected);
+        self.staged.rows.insert(id, Opened { generation, value: Some(value), changed: true, reprojected });
+        Ok(())
+    }
+
+    fn refusal(&self, reason: String, security_event: bool) -> Refusal {
+        let principal = self.actor.principal.as_ref().map(ToString::to_string).unwrap_or_default();
+        let action = if security_event { "sealed-row-refused" } else { self.actor.action };
+        Refusal { principal, action: action.to_owned(), reason, security_event }
+    }
+
+    /// Takes a decided act into the batch.
+    pub(super) fn accept(self, act: usize) -> Result<(), ServiceError> {
+        let Self { base, actor, staged } = self;
+        let mut written: Vec<RowId> = staged.rows.keys().cloned().collect();
+        written.sort_by_cached_key(|id| (id.kind(), id.to_string()));
+        if staged.events.is_empty() && !written.is_empty() {
+            // I2: nothing is written without a record.
+            return Err(ServiceError::Internal(format!("the act `{}` changes rows and records nothing (I2)", actor.action)));
+        }
+        base.rows.extend(staged.rows);
+        let first_event = base.events.len();
+        for (number, event) in staged.events.into_iter().enumerate() {
+            let record = AuditRecord {
+                principal: actor.principal.as_ref().map(ToString::to_string).unwrap_or_default(),
+                certificate_sha256: actor.certificate_sha256.map(|digest| digest.to_vec().into()).unwrap_or_default(),
+                request_id: actor.request.map(|id| id.octets().to_vec().into()).unwrap_or_default(),
+                event: Some(event),
+                ..AuditRecord::default()
+            };
+            base.events.push(RecordedEvent { record, written: if number == 0 { std::mem::take(&mut written) } else { Vec::new() }, act });
+        }
+        base.request_events.extend(staged.requests.iter().map(|(key, _)| (key.clone(), first_event)));
+        base.requests.extend(staged.requests);
+        base.grants.extend(staged.grants.into_iter().map(|grant| (grant, first_event)));
+        base.revocations.extend(staged.revocations);
+        for (prefix, mut owners) in staged.fingerprints {
+            base.fingerprints.entry(prefix).or_default().append(&mut owners);
+        }
+        base.shipments.extend(staged.shipments.into_iter().map(|row| (row.upload, row)));
+        base.refused_lines.extend(staged.refused_lines);
+        Ok(())
+    }
+}
+
+enum OpenError {
+    NotRead,
+    Refused(String),
+}
+
+impl Batch<'_> {
+    /// Opens a row from the database: present in the generation that this server knows, or newer, and with a fitting seal (I5).
+    fn open(&mut self, id: &RowId) -> Result<Opened, OpenError> {
+        let lookup = match id {
+            RowId::Meter(title) => self.read.meter(*title),
+            other => {
+                let (kind, octets) = sealed_name(other);
+                self.read.sealed(kind, &octets)
+            }
+        };
+        let row = match lookup {
+            Lookup::Present(row) => Some(row),
+            Lookup::Absent => None,
+            Lookup::NotRead => {
+                match id {
+                    RowId::Meter(title) => self.missing.meters.push(*title),
+                    other => self.missing.sealed.push(sealed_name(other)),
+                }
+                return Err(OpenError::NotRead);
+            }
+        };
+        let opened = open_row(id, row, self.seal, self.seen, self.island).map_err(OpenError::Refused)?;
+        Ok(opened)
+    }
+}
+
+/// Opens a row that was read, inside or outside a transaction.
+pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKey, seen: &Seen, island: &IslandName) -> Result<Opened, String> {
+    let Some(row) = row else {
+        // I5: a row that this server has seen does not vanish.
+        if seen.generation(id).is_some() {
+            return Err(format!("the row of {id} was deleted"));
+        }
+        return Ok(Opened { generation: None, value: None, changed: false, reprojected: false });
+    };
+    let generation = i64::try_from(row.generation).map_err(|_| "generation out of range".to_owned()).and_then(|number| Generation::from_i64(number).map_err(|error| error.to_string()))?;
+    let stored = kms_domain::RowSeal::from_octets(&row.seal).map_err(|error| error.to_string())?;
+    seal.verify(id, generation, &row.body, &stored).map_err(|error| error.to_string())?;
+    // I5: a row older than this server has seen was put back.
+    if seen.generation(id).is_some_and(|known| generation.number() < known) {
+        return Err(format!("the row of {id} is older than this server has seen"));
+    }
+    let body = bytes::Bytes::copy_from_slice(&row.body);
+    let value = match id {
+        RowId::Meter(title) => Meter::from_row(*title, island, body).map(|meter| Value::Meter(Arc::new(meter))),
+        RowId::Principal(principal) => Principal::from_row(principal.clone(), body).map(|principal| Value::Principal(Arc::new(principal))),
+        RowId::Group(group) => Group::from_row(*group, island, body).map(|group| Value::Group(Arc::new(group))),
+        RowId::CounterDomain(domain) => CounterDomain::from_row(*domain, island, body).map(|domain| Value::Domain(Arc::new(domain))),
+        RowId::Island(name) => kms_domain::Island::from_row(name.clone(), body).map(|island| Value::Island(Arc::new(island))),
+        RowId::DeviceType(_) => return Err("device types are not used by this server version".to_owned()),
+    }
+    .map_err(|error| error.to_string())?;
+    seen.note(id, generation.number());
+    Ok(Opened { generation: Some(generation), value: Some(value), changed: false, reprojected: false })
+}
+
+/// The name of a sealed row other than a meter's in the store.
+pub(super) fn sealed_name(id: &RowId) -> (RowKind, Vec<u8>) {
+    match id {
+        RowId::Meter(title) => (RowKind::Island, title.octets().to_vec()),
+        RowId::Group(group) => (RowKind::Group, group.0.to_be_bytes().to_vec()),
+        RowId::DeviceType(device_type) => (RowKind::DeviceType, device_type.0.to_be_bytes().to_vec()),
+        RowId::Principal(principal) => (RowKind::Principal, principal.to_string().into_bytes()),
+        RowId::CounterDomain(domain) => (RowKind::CounterDomain, domain.0.to_vec()),
+        RowId::Island(island) => (RowKind::Island, island.as_str().as_bytes().to_vec()),
+    }
+}
+
+/// Says "read this too": it never reaches a caller, because the transaction reads what is missing and decides again.
+fn not_read() -> ServiceError {
+    ServiceError::Internal("a row was used before it was read".to_owned())
+}
+
+fn no_such_key(of: CounterOf) -> ServiceError {
+    ServiceError::FailedPrecondition {
+        reason: format!("the meter has no {} version {} in security setup {}", of.key_type, of.version, of.setup),
+        next_step: "look at the meter's slots".to_owned(),
+    }
+}
+
+fn missing_domain(id: CounterDomainId) -> ServiceError {
+    ServiceError::Internal(format!("the row of counter domain {id} is missing (I5)"))
+}
+
+fn counter_error(error: CounterError) -> ServiceError {
+    let next_step = match error {
+        CounterError::OwnedByHeadEnd { .. } => "adopt the counter with its floor, or use another client title",
+        CounterError::Exhausted { .. } => "rotate the key",
+        _ => "look at the meter's counters",
+    };
+    ServiceError::FailedPrecondition { reason: error.to_string(), next_step: next_step.to_owned() }
+}

@@ -1,0 +1,7 @@
+//! Who may: the caller from its certificate, and the decision of the policies (I8).
+
+mod policy;
+mod principal;
+
+pub use policy::{Action, CosemTarget, Criticality, Decision, FrameService, Policy, PolicyError, PrincipalFacts, Purpose, Resource};
+pub use principal::Caller;

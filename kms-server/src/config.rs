@@ -1,0 +1,545 @@
+//! The configuration file of `kms-server run`: strict TOML. What is not known is refused, so that a slip of the pen is not a
+//! setting that silently does nothing. `docs/kms-server.toml` is a commented example.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use kms_domain::{IslandName, KeyClass};
+use kms_hsm::{Hsm, HsmError, PinMemory, PinSource, Token, TokenSelector, TokenSettings};
+use kms_store::{DatabaseLocation, StoreConfig};
+use serde::{Deserialize, Deserializer, de};
+use zeroize::Zeroizing;
+
+use crate::api::listener::TransportLimits;
+use crate::api::tls::TlsFiles;
+
+/// The configuration of one server of one island.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The island that the server serves.
+    #[serde(deserialize_with = "island_name")]
+    pub island: IslandName,
+    /// A name for this server in records and logs. Default: the host's name.
+    pub server_name: Option<String>,
+    /// Address and port of the gRPC listener. Default: `127.0.0.1:7443`.
+    #[serde(default = "default_listen")]
+    pub listen: SocketAddr,
+    /// Accept an island that was made for development. Default: false; a production server refuses one.
+    #[serde(default)]
+    pub allow_development_island: bool,
+    /// Certificates of the listener.
+    pub tls: TlsSection,
+    /// The database.
+    pub storage: StorageSection,
+    /// The HSM tokens.
+    pub hsm: HsmSection,
+    /// The policies. Default: those that the server ships with.
+    #[serde(default)]
+    pub policies: DirectorySection,
+    /// Device profiles besides those that the server ships with.
+    #[serde(default)]
+    pub device_profiles: DirectorySection,
+    /// Logs, traces and metrics.
+    #[serde(default)]
+    pub telemetry: TelemetrySection,
+    /// Bounds.
+    #[serde(default)]
+    pub limits: LimitsSection,
+}
+
+/// `[tls]`: PEM files. They are read again when they change, and on SIGHUP.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsSection {
+    /// The server's certificate and its chain.
+    pub certificate: PathBuf,
+    /// Its private key; not readable by other users.
+    pub private_key: PathBuf,
+    /// The island's root certificate: clients are let in below it.
+    pub client_ca: PathBuf,
+    /// Revocation lists of the client CA. Default: none.
+    #[serde(default)]
+    pub client_crls: Vec<PathBuf>,
+}
+
+impl From<TlsSection> for TlsFiles {
+    fn from(section: TlsSection) -> Self {
+        Self { certificate: section.certificate, private_key: section.private_key, client_ca: section.client_ca, client_crls: section.client_crls }
+    }
+}
+
+/// `[storage]`: exactly one of `sqlite` and `postgres`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub enum StorageSection {
+    /// `sqlite = "PATH"`: the embedded database, for one server.
+    Sqlite(PathBuf),
+    /// `[storage.postgres]`: for more than one server.
+    Postgres(PostgresSection),
+}
+
+impl StorageSection {
+    /// How the store opens it.
+    ///
+    /// # Errors
+    /// The password cannot be read.
+    pub fn store(&self) -> Result<StoreConfig, ConfigError> {
+        Ok(match self {
+            Self::Sqlite(path) => StoreConfig::new(DatabaseLocation::Sqlite(path.clone())),
+            Self::Postgres(section) => StoreConfig {
+                connections: section.connections,
+                read_replicas: section.read_replicas.clone(),
+                ..StoreConfig::new(DatabaseLocation::Postgres(section.url_with_password()?.to_string()))
+            },
+        })
+    }
+}
+
+/// `[storage.postgres]`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PostgresSection {
+    /// `postgres://USER@HOST/DATABASE?sslmode=verify-full…`, without a password.
+    pub url: String,
+    /// Where the password is. Default: none, for certificates or peer authentication.
+    pub password: Option<SecretSource>,
+    /// Connections at most. Default: 8.
+    #[serde(default = "default_connections")]
+    pub connections: u32,
+    /// `application_name`s of asynchronous standbys that are never failed over to. Default: none; a standby that is neither
+    /// synchronous nor listed here is refused.
+    #[serde(default)]
+    pub read_replicas: Vec<String>,
+}
+
+impl PostgresSection {
+    /// The URL with the password, percent-encoded (RFC 3986).
+    ///
+    /// # Errors
+    /// The password cannot be read.
+    pub fn url_with_password(&self) -> Result<Zeroizing<String>, ConfigError> {
+        let Some(source) = &self.password else { return Ok(Zeroizing::new(self.url.clone())) };
+        let password = source.read("the database password")?;
+        let mut url = Zeroizing::new(self.url.clone());
+        url.push_str(if self.url.contains('?') { "&password=" } else { "?password=" });
+        for octet in password.bytes() {
+            if octet.is_ascii_alphanumeric() || b"-._~".contains(&octet) {
+                url.push(char::from(octet));
+            } else {
+                url.push_str(&format!("%{octet:02X}"));
+            }
+        }
+        Ok(url)
+    }
+}
+
+/// `[hsm]`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HsmSection {
+    /// `[[hsm.token]]`, one for each token that this server may log in to.
+    #[serde(rename = "token")]
+    pub tokens: Vec<TokenSection>,
+    /// `[hsm.classes]`: which token holds which key class. May be left out where there is one token.
+    #[serde(default)]
+    pub classes: Option<ClassesSection>,
+    /// Permit the envelope algorithm `ecdh-p256-cbc-expand` for a module that offers only CKD_NULL. Default: false; not for production.
+    #[serde(default)]
+    pub allow_cbc_expand: bool,
+}
+
+/// `[[hsm.token]]`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenSection {
+    /// A name for this file, that `[hsm.classes]` uses.
+    pub name: String,
+    /// Path of the PKCS#11 module.
+    pub module: PathBuf,
+    /// The token's label.
+    pub label: String,
+    /// The token's serial number, where several tokens have one label.
+    pub serial: Option<String>,
+    /// `pin = { file = "PATH" }` or `pin = { env = "NAME" }`. Never in this file or on the command line.
+    pub pin: SecretSource,
+    /// Worker threads. Default: what was measured to be best for the module.
+    pub workers: Option<usize>,
+    /// Jobs that may wait. Default: 1024.
+    pub queue: Option<usize>,
+}
+
+impl TokenSection {
+    /// How the HSM room uses the token.
+    pub fn settings(&self, allow_cbc_expand: bool) -> TokenSettings {
+        let pin = match &self.pin {
+            SecretSource::File(path) => PinSource::File(path.clone()),
+            SecretSource::Env(name) => PinSource::Environment(name.clone()),
+        };
+        let defaults = TokenSettings::new(self.module.clone(), self.label.clone(), pin);
+        TokenSettings {
+            selector: TokenSelector { label: self.label.clone(), serial: self.serial.clone() },
+            workers: self.workers,
+            queue: self.queue.unwrap_or(defaults.queue),
+            allow_cbc_expand,
+            ..defaults
+        }
+    }
+}
+
+/// `[hsm.classes]`: the name of a token for each class. A class that is left out is not served: a server for grants names no
+/// token for `kek` and `ca`, and cannot even log in there.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClassesSection {
+    /// Master keys.
+    pub kek: Option<String>,
+    /// Encryption keys.
+    pub session: Option<String>,
+    /// Authentication keys, dedicated keys and secrets.
+    pub authentication: Option<String>,
+    /// The certification authority and the audit key.
+    pub ca: Option<String>,
+}
+
+impl HsmSection {
+    /// The token of a class; none if this server does not serve the class.
+    pub fn token_of(&self, class: KeyClass) -> Option<&TokenSection> {
+        let Some(classes) = &self.classes else {
+            return self.tokens.first();
+        };
+        let name = match class {
+            KeyClass::Kek => &classes.kek,
+            KeyClass::Session => &classes.session,
+            KeyClass::Authentication => &classes.authentication,
+            KeyClass::Ca => &classes.ca,
+        };
+        let name = name.as_ref()?;
+        self.tokens.iter().find(|token| token.name == *name)
+    }
+
+    /// Starts to use the tokens. Returns at once: a dead HSM does not hold up the start. The first token in the file is the general one: it has the seal root.
+    ///
+    /// # Errors
+    /// The operating system gives no thread.
+    pub fn start(&self, island: &IslandName, memory: Arc<dyn PinMemory>) -> Result<Hsm, HsmError> {
+        let mut started = HashMap::new();
+        let mut general = None;
+        for section in &self.tokens {
+            let token = Token::start(section.settings(self.allow_cbc_expand), island.clone(), Arc::clone(&memory))?;
+            general.get_or_insert_with(|| token.clone());
+            started.insert(section.name.as_str(), token);
+        }
+        let general = general.ok_or_else(|| HsmError::InvalidInput { what: "hsm.token", reason: "no token is configured".to_owned() })?;
+        let classes = [KeyClass::Kek, KeyClass::Session, KeyClass::Authentication, KeyClass::Ca];
+        let tokens = classes.into_iter().filter_map(|class| Some((class, started.get(self.token_of(class)?.name.as_str())?.clone()))).collect();
+        Ok(Hsm::of_tokens(island.clone(), general, tokens))
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if self.tokens.is_empty() {
+            return Err("[[hsm.token]]: at least one token is needed".to_owned());
+        }
+        for (at, token) in self.tokens.iter().enumerate() {
+            if self.tokens.iter().take(at).any(|earlier| earlier.name == token.name) {
+                return Err(format!("[[hsm.token]]: the name `{}` is used twice", token.name));
+            }
+            if token.workers == Some(0) {
+                return Err(format!("[[hsm.token]] `{}`: workers is 0; leave it out for the best number", token.name));
+            }
+            if token.queue == Some(0) {
+                return Err(format!("[[hsm.token]] `{}`: queue is 0, so every job would be refused", token.name));
+            }
+        }
+        match &self.classes {
+            None if self.tokens.len() > 1 => Err("[hsm.classes]: with several tokens, say which class is where".to_owned()),
+            None => Ok(()),
+            Some(classes) => {
+                let named = [("kek", &classes.kek), ("session", &classes.session), ("authentication", &classes.authentication), ("ca", &classes.ca)];
+                match named.into_iter().find_map(|(class, name)| Some((class, name.as_ref().filter(|name| !self.tokens.iter().any(|token| token.name == **name))?))) {
+                    Some((class, name)) => Err(format!("[hsm.classes] {class}: there is no [[hsm.token]] with the name `{name}`")),
+                    None => Ok(()),
+                }
+            }
+        }
+    }
+}
+
+/// A section that names a directory.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DirectorySection {
+    /// The directory.
+    pub directory: Option<PathBuf>,
+}
+
+/// `[telemetry]`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TelemetrySection {
+    /// Which log lines are written to stderr, in the form of `tracing`'s filters. Default: `info`. The environment variable
+    /// `KMS_LOG` overrides it.
+    pub log: Option<String>,
+    /// An OTLP (gRPC) endpoint for traces and metrics, such as `http://127.0.0.1:4317`. Default: none are sent.
+    pub otlp_endpoint: Option<String>,
+}
+
+/// `[limits]`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LimitsSection {
+    /// Connections at a time.
+    pub connections: usize,
+    /// TLS handshakes at a time.
+    pub handshakes: usize,
+    /// Seconds that a handshake may take.
+    pub handshake_seconds: u64,
+    /// Calls at a time on one connection.
+    pub streams_per_connection: u32,
+    /// Days for which principals' certificates are issued.
+    pub principal_certificate_days: u16,
+    /// Days for which server certificates are issued.
+    pub server_certificate_days: u16,
+}
+
+impl Default for LimitsSection {
+    fn default() -> Self {
+        let transport = TransportLimits::default();
+        Self {
+            connections: transport.connections,
+            handshakes: transport.handshakes,
+            handshake_seconds: transport.handshake_timeout.as_secs(),
+            streams_per_connection: transport.streams_per_connection,
+            principal_certificate_days: 365,
+            server_certificate_days: 365,
+        }
+    }
+}
+
+impl LimitsSection {
+    /// The bounds of the listener.
+    pub fn transport(&self) -> TransportLimits {
+        TransportLimits {
+            connections: self.connections,
+            handshakes: self.handshakes,
+            handshake_timeout: Duration::from_secs(self.handshake_seconds),
+            streams_per_connection: self.streams_per_connection,
+            ..TransportLimits::default()
+        }
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let named = [
+            ("connections", self.connections == 0),
+            ("handshakes", self.handshakes == 0),
+            ("handshake_seconds", self.handshake_seconds == 0),
+            ("streams_per_connection", self.streams_per_connection == 0),
+            ("principal_certificate_days", self.principal_certificate_days == 0),
+            ("server_certificate_days", self.server_certificate_days == 0),
+        ];
+        match named.into_iter().find(|(_, zero)| *zero) {
+            Some((name, _)) => Err(format!("[limits] {name}: 0 would shut everyone out")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Where a secret is. It is never in the configuration itself.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub enum SecretSource {
+    /// A file that its owner alone can read; one trailing line end is dropped.
+    File(PathBuf),
+    /// An environment variable.
+    Env(String),
+}
+
+impl SecretSource {
+    /// The value as a configuration file has it.
+    pub fn to_toml(&self) -> String {
+        match self {
+            Self::File(path) => format!("{{ file = {} }}", toml::Value::String(path.display().to_string())),
+            Self::Env(name) => format!("{{ env = {} }}", toml::Value::String(name.clone())),
+        }
+    }
+
+    /// Reads the secret; `what` names it in errors.
+    ///
+    /// # Errors
+    /// It cannot be read, others can read the file, or it is empty. Nothing of it is in the error.
+    pub fn read(&self, what: &str) -> Result<Zeroizing<String>, ConfigError> {
+        let refuse = |reason: String| ConfigError::Secret { what: what.to_owned(), reason };
+        let mut text = match self {
+            Self::File(path) => {
+                use std::os::unix::fs::PermissionsExt;
+                let shown = path.display();
+                let mode = std::fs::metadata(path).map_err(|error| refuse(format!("`{shown}`: {error}")))?.permissions().mode() & 0o777;
+                if mode & 0o077 != 0 {
+                    return Err(refuse(format!("`{shown}` can be read by others (mode {mode:o}); run `chmod 600` on it and change the secret")));
+                }
+                Zeroizing::new(std::fs::read_to_string(path).map_err(|error| refuse(format!("`{shown}`: {error}")))?)
+            }
+            Self::Env(name) => Zeroizing::new(std::env::var(name).map_err(|_| refuse(format!("the environment variable `{name}` is not set")))?),
+        };
+        let kept = text.trim_end_matches(['\r', '\n']).len();
+        text.truncate(kept);
+        if text.is_empty() {
+            return Err(refuse("it is empty".to_owned()));
+        }
+        Ok(text)
+    }
+}
+
+impl Config {
+    /// Reads and checks a configuration file.
+    ///
+    /// # Errors
+    /// The file cannot be read, is not TOML, has unknown or missing settings (with line and column), or settings that
+    /// contradict each other.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|error| ConfigError::Read { path: path.to_owned(), reason: error.to_string() })?;
+        Self::parse(&text).map_err(|reason| ConfigError::Invalid { path: path.to_owned(), reason })
+    }
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let config: Self = toml::from_str(text).map_err(|error| error.to_string())?;
+        config.hsm.check()?;
+        config.limits.check()?;
+        if let StorageSection::Postgres(postgres) = &config.storage {
+            let after_scheme = postgres.url.strip_prefix("postgres://").or_else(|| postgres.url.strip_prefix("postgresql://"));
+            let after_scheme = after_scheme.ok_or("[storage.postgres] url: not of the form postgres://USER@HOST/DATABASE")?;
+            let user = after_scheme.split('/').next().and_then(|authority| authority.rsplit_once('@')).map_or("", |(user, _)| user);
+            if user.contains(':') || after_scheme.contains("password=") {
+                return Err("[storage.postgres] url: it holds a password; set `password = { file = \"…\" }` instead, and change the password".to_owned());
+            }
+            if postgres.connections < 2 {
+                return Err("[storage.postgres] connections: at least 2 are needed".to_owned());
+            }
+        }
+        Ok(config)
+    }
+}
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration `{path}`: {reason}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The file's content is refused.
+    #[error("the configuration `{path}` is refused: {reason}")]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// Why, with the place where the parser knows it.
+        reason: String,
+    },
+    /// A secret cannot be read.
+    #[error("cannot read {what}: {reason}")]
+    Secret {
+        /// Which.
+        what: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+fn island_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<IslandName, D::Error> {
+    IslandName::parse(&String::deserialize(deserializer)?).map_err(de::Error::custom)
+}
+
+fn default_listen() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 7443))
+}
+
+const fn default_connections() -> u32 {
+    8
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEAST: &str = r#"
+island = "north"
+[tls]
+certificate = "server.pem"
+private_key = "server.key"
+client_ca = "ca.pem"
+[storage]
+sqlite = "island.db"
+[[hsm.token]]
+name = "main"
+module = "/usr/lib/softhsm/libsofthsm2.so"
+label = "north"
+pin = { file = "pin" }
+"#;
+
+    #[test]
+    fn the_least_configuration_has_safe_defaults() {
+        let config = Config::parse(LEAST).unwrap();
+        assert_eq!(config.listen, default_listen());
+        assert!(!config.allow_development_island && !config.hsm.allow_cbc_expand);
+        for class in [KeyClass::Kek, KeyClass::Session, KeyClass::Authentication, KeyClass::Ca] {
+            assert_eq!(config.hsm.token_of(class).unwrap().name, "main");
+        }
+    }
+
+    #[test]
+    fn the_documented_example_is_accepted() {
+        Config::parse(include_str!("../../docs/kms-server.toml")).unwrap();
+    }
+
+    #[test]
+    fn slips_are_refused() {
+        let token = "[[hsm.token]]\nname = \"second\"\nmodule = \"m\"\nlabel = \"l\"\npin = { env = \"PIN\" }\n";
+        let cases = [
+            (LEAST.replace("island =", "iland ="), "iland"),
+            (LEAST.replace("island = \"north\"", "island = \"North\""), "island"),
+            (LEAST.replace("sqlite = \"island.db\"", ""), "storage"),
+            (LEAST.replace("pin = { file = \"pin\" }", "pin = \"1234\""), "pin"),
+            (LEAST.replace("pin = { file = \"pin\" }", "pin = { file = \"a\", env = \"B\" }"), "pin"),
+            (format!("{LEAST}{token}"), "[hsm.classes]"),
+            (format!("{LEAST}{token}[hsm.classes]\nkek = \"third\"\n"), "`third`"),
+            (format!("{LEAST}[limits]\nconnections = 0\n"), "connections"),
+            (format!("{LEAST}[telemetry]\notlp = \"x\"\n"), "otlp"),
+            (LEAST.replace("sqlite = \"island.db\"", "[storage.postgres]\nurl = \"postgres://kms:secret@db/kms\""), "holds a password"),
+            (LEAST.replace("sqlite = \"island.db\"", "[storage.postgres]\nurl = \"mysql://kms@db/kms\""), "url"),
+        ];
+        for (text, expected) in cases {
+            let reason = Config::parse(&text).unwrap_err();
+            assert!(reason.contains(expected), "{expected}: {reason}");
+            assert!(!reason.contains("secret@"), "{reason}");
+        }
+    }
+
+    #[test]
+    fn classes_may_live_in_tokens_of_their_own() {
+        let token = "[[hsm.token]]\nname = \"second\"\nmodule = \"m\"\nlabel = \"l\"\npin = { env = \"PIN\" }\n";
+        let config = Config::parse(&format!("{LEAST}{token}[hsm.classes]\nsession = \"second\"\nauthentication = \"second\"\n")).unwrap();
+        assert_eq!(config.hsm.token_of(KeyClass::Session).unwrap().name, "second");
+        assert!(config.hsm.token_of(KeyClass::Kek).is_none(), "a class without a token is not served");
+    }
+
+    #[test]
+    fn a_secret_is_read_from_a_file_of_its_owner_only() {
+        use std::os::unix::fs::PermissionsExt;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "p@ss wörd\n").unwrap();
+        let source = SecretSource::File(file.path().to_owned());
+        std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(0o644)).unwrap();
+        assert!(source.read("the password").unwrap_err().to_string().contains("chmod 600"));
+        std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(0o600)).unwrap();
+        assert_eq!(source.read("the password").unwrap().as_str(), "p@ss wörd");
+        let postgres = PostgresSection { url: "postgres://kms@db/kms".to_owned(), password: Some(source), connections: 8, read_replicas: Vec::new() };
+        assert_eq!(postgres.url_with_password().unwrap().as_str(), "postgres://kms@db/kms?password=p%40ss%20w%C3%B6rd");
+    }
+}

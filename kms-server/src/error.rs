@@ -1,0 +1,141 @@
+//! The one error that use cases return. `api/status.rs` turns it into a gRPC status with details.
+
+use std::time::Duration;
+
+use kms_domain::ParseError;
+use kms_hsm::{ErrorKind, HsmError};
+use kms_store::StoreError;
+
+/// Why a use case did not do what was asked. Messages are for people, lower case, and never carry a secret.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ServiceError {
+    /// A field of the request is not what it should be.
+    #[error("{field}: {reason}")]
+    InvalidArgument {
+        /// The path of the field in the request.
+        field: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The caller is nobody that this island knows.
+    #[error("{reason}")]
+    Unauthenticated {
+        /// Why, without telling what exists.
+        reason: String,
+    },
+    /// No policy permits it (I8), or what it concerns is not the caller's. Names what was asked, never whether it exists.
+    #[error("`{asked}` is not permitted")]
+    PermissionDenied {
+        /// What was asked.
+        asked: String,
+    },
+    /// Something that the caller may see does not exist.
+    #[error("{what} does not exist")]
+    NotFound {
+        /// What.
+        what: String,
+    },
+    /// The state of things forbids it.
+    #[error("{reason}; {next_step}")]
+    FailedPrecondition {
+        /// What state.
+        reason: String,
+        /// What the caller can do.
+        next_step: String,
+    },
+    /// It was overtaken by another act.
+    #[error("{reason}; {next_step}")]
+    Aborted {
+        /// By what.
+        reason: String,
+        /// What the caller can do.
+        next_step: String,
+    },
+    /// The server is full.
+    #[error("{reason}")]
+    ResourceExhausted {
+        /// Of what.
+        reason: String,
+        /// When to try again.
+        retry_after: Duration,
+    },
+    /// HSM or database trouble.
+    #[error("{reason}")]
+    Unavailable {
+        /// What is not there, and what operators do about it.
+        reason: String,
+        /// When to try again.
+        retry_after: Duration,
+    },
+    /// A fault of the server itself. The text names the broken rule, without data.
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+impl ServiceError {
+    /// An [`Self::InvalidArgument`].
+    pub fn invalid(field: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::InvalidArgument { field: field.into(), reason: reason.into() }
+    }
+
+    /// An [`Self::InvalidArgument`] of a parsed field.
+    pub fn parse(field: impl Into<String>) -> impl FnOnce(ParseError) -> Self {
+        let field = field.into();
+        move |error| Self::InvalidArgument { field, reason: error.reason().to_owned() }
+    }
+
+    /// A [`Self::PermissionDenied`].
+    pub fn denied(asked: impl Into<String>) -> Self {
+        Self::PermissionDenied { asked: asked.into() }
+    }
+
+    /// An [`Self::Unavailable`] with the usual hint.
+    pub fn unavailable(reason: impl Into<String>) -> Self {
+        Self::Unavailable { reason: reason.into(), retry_after: RETRY_AFTER }
+    }
+
+    /// The number of google.rpc.Code that goes with it.
+    pub const fn code(&self) -> i32 {
+        match self {
+            Self::InvalidArgument { .. } => 3,
+            Self::NotFound { .. } => 5,
+            Self::PermissionDenied { .. } => 7,
+            Self::ResourceExhausted { .. } => 8,
+            Self::FailedPrecondition { .. } => 9,
+            Self::Aborted { .. } => 10,
+            Self::Internal(_) => 13,
+            Self::Unavailable { .. } => 14,
+            Self::Unauthenticated { .. } => 16,
+        }
+    }
+}
+
+impl From<StoreError> for ServiceError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Unavailable { .. } | StoreError::Contention { .. } => Self::unavailable(error.to_string()),
+            StoreError::Conflict { .. } => Self::Aborted { reason: error.to_string(), next_step: "ask again".to_owned() },
+            StoreError::Invalid { what, reason } => Self::invalid(what, reason),
+            _ => {
+                tracing::error!(%error, "the database cannot be used");
+                Self::unavailable("the database cannot be used; the server's log tells more")
+            }
+        }
+    }
+}
+
+impl From<HsmError> for ServiceError {
+    fn from(error: HsmError) -> Self {
+        match error.kind() {
+            ErrorKind::Transient => Self::Unavailable { reason: error.to_string(), retry_after: error.retry_after().unwrap_or(RETRY_AFTER) },
+            ErrorKind::OperatorFixable => {
+                tracing::error!(%error, "the HSM needs an operator");
+                Self::unavailable(error.to_string())
+            }
+            ErrorKind::DataRefused => Self::FailedPrecondition { reason: error.to_string(), next_step: "check keys and counters of the meter".to_owned() },
+            ErrorKind::Permanent => Self::Internal(error.to_string()),
+        }
+    }
+}
+
+const RETRY_AFTER: Duration = Duration::from_secs(1);

@@ -1,0 +1,89 @@
+//! What the use cases of one island share: its tokens, database, policies, profiles and writer (I7: one of these an island).
+
+use std::{
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use arc_swap::ArcSwap;
+use kms_domain::{FingerprintKey, IslandName, PrincipalId, SystemTitle, UnixMillis};
+use kms_hsm::Hsm;
+use kms_store::{RowKind, Store};
+
+use crate::{
+    audit::Committer,
+    authz::{Action, Caller, Policy, PrincipalFacts, Resource},
+    error::ServiceError,
+    profiles::Profiles,
+};
+
+/// One island, as its use cases see it.
+pub struct Island {
+    /// Its own row, as the ceremony wrote it and the server verified it at start.
+    pub row: kms_domain::Island,
+    /// Its tokens.
+    pub hsm: Hsm,
+    /// Its database.
+    pub store: Arc<dyn Store>,
+    /// Its policies; swapped whole.
+    pub policy: ArcSwap<Policy>,
+    /// Its device profiles.
+    pub profiles: Profiles,
+    /// Its one writer in this process.
+    pub committer: Committer,
+    /// The key of key fingerprints.
+    pub fingerprint_key: FingerprintKey,
+}
+
+impl Island {
+    /// The island's name.
+    pub const fn name(&self) -> &IslandName {
+        &self.row.name
+    }
+
+    /// Now.
+    pub fn now() -> UnixMillis {
+        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        UnixMillis(i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX))
+    }
+
+    /// The caller's principal as it stands in the database now, for calls that only read (I5, I8).
+    ///
+    /// # Errors
+    /// It is disabled, unknown, or the certificate is not one of its own; the row was tampered with; the database is away.
+    pub async fn principal(&self, caller: &Caller) -> Result<Arc<kms_domain::Principal>, ServiceError> {
+        let refuse = || ServiceError::Unauthenticated { reason: "the certificate is not one of an enabled principal of this island; ask a security officer".to_owned() };
+        let row = self.store.sealed(RowKind::Principal, caller.principal.to_string().as_bytes()).await?.ok_or_else(refuse)?;
+        let principal = self.committer.open_principal(&caller.principal, &row)?;
+        if principal.accepts(&caller.certificate_sha256, Self::now()) { Ok(principal) } else { Err(refuse()) }
+    }
+
+    /// Like [`Self::principal`], for an action on the island that policy must permit.
+    ///
+    /// # Errors
+    /// As there, and if no policy permits it.
+    pub async fn require(&self, caller: &Caller, action: &Action) -> Result<Arc<kms_domain::Principal>, ServiceError> {
+        let principal = self.principal(caller).await?;
+        self.policy.load().require(&facts(&principal), action, &Resource::Island)?;
+        Ok(principal)
+    }
+
+    /// A meter as it stands in the database now, for showing it.
+    ///
+    /// # Errors
+    /// Its row was tampered with, or the database is away.
+    pub async fn meter(&self, title: SystemTitle) -> Result<Option<Arc<kms_domain::Meter>>, ServiceError> {
+        let rows = self.store.meters(&[title]).await?;
+        rows.first().map(|row| self.committer.open_meter(title, &row.row)).transpose()
+    }
+}
+
+/// What policies know of a principal.
+pub fn facts(principal: &kms_domain::Principal) -> PrincipalFacts {
+    PrincipalFacts { principal: principal.id.clone(), revision: u64::from(principal.revision) }
+}
+
+/// The name of a principal's row in the store.
+pub fn principal_row(id: &PrincipalId) -> (RowKind, Vec<u8>) {
+    (RowKind::Principal, id.to_string().into_bytes())
+}

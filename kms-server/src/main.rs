@@ -1,0 +1,172 @@
+//! `kms-server`: the thin binary over the library.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+use kms_hsm::ProcessPinMemory;
+use kms_server::authz::Policy;
+use kms_server::config::{Config, TelemetrySection};
+use kms_server::dev::DevSettings;
+use kms_server::profiles::Profiles;
+use kms_server::server::{Server, host_name};
+use kms_server::service::init::CeremonyPlan;
+use kms_server::telemetry::Telemetry;
+use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// A key management server for smart meters.
+#[derive(Parser)]
+#[command(version, about)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make and serve a development island on this machine: no other step is needed. Not for real keys.
+    Dev {
+        /// The folder that keeps it.
+        #[arg(long, default_value = ".kms")]
+        state: PathBuf,
+        /// Where to listen.
+        #[arg(long, default_value = "127.0.0.1:7443")]
+        listen: SocketAddr,
+        /// A PostgreSQL database (`postgres://USER@HOST/DATABASE`) instead of SQLite in the folder. Counts at the first start only.
+        #[arg(long)]
+        database: Option<String>,
+        /// How many meters the sample shipment has. Counts at the first start only.
+        #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u64).range(1..=100_000))]
+        meters: u64,
+    },
+    /// Serve an island.
+    Run {
+        /// The configuration file; docs/kms-server.toml is a commented example.
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// Hold the ceremony that makes an island: tokens, roots, escrow, certificates, database. It can be run again after an interruption.
+    Init {
+        /// The ceremony file.
+        #[arg(long)]
+        ceremony: PathBuf,
+        /// The folder that gets what the ceremony makes.
+        #[arg(long)]
+        state: PathBuf,
+    },
+    /// Check configuration, policies, device profiles and HSM tokens, and print what the tokens can do. Serves nothing.
+    Check {
+        /// The configuration file.
+        #[arg(long)]
+        config: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    // I1: key material in this process shall not reach a core file, nor another process of the same user.
+    if let Err(error) = forbid_dumps() {
+        eprintln!("kms-server: cannot switch off core dumps: {error}");
+        return ExitCode::FAILURE;
+    }
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("kms-server: cannot start threads: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let outcome = runtime.block_on(arguments.command.run());
+    // A thread that hangs in an HSM module must not hold up the end.
+    runtime.shutdown_timeout(Duration::from_secs(2));
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kms-server: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+impl Command {
+    async fn run(self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        match self {
+            Self::Dev { state, listen, database, meters } => {
+                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), otlp_endpoint: None }, "dev")?;
+                Ok(kms_server::dev::run(DevSettings { state, listen, database, meters }, stop_signal()).await?)
+            }
+            Self::Run { config } => {
+                let config = Config::load(&config)?;
+                let server_name = config.server_name.clone().unwrap_or_else(host_name);
+                let _telemetry = Telemetry::start(&config.telemetry, &server_name)?;
+                let server = Server::start(config).await?;
+                tracing::info!(address = %server.local_addr()?, "listening");
+                server.serve(stop_signal()).await?;
+                tracing::info!("stopped");
+                Ok(())
+            }
+            Self::Init { ceremony, state } => {
+                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), otlp_endpoint: None }, "ceremony")?;
+                let held = CeremonyPlan::read(&ceremony, &state)?.hold(&state).await?;
+                println!("{}", held.summary);
+                println!("Read the fingerprints aloud, compare them, and sign a print of `{}`.", state.join("ceremony.txt").display());
+                println!("Give every custodian a copy of `{}`.", state.join("escrow.json").display());
+                println!("Then start the server:\n\n    kms-server run --config {}", held.configuration.display());
+                Ok(())
+            }
+            Self::Check { config } => check(&Config::load(&config)?).await,
+        }
+    }
+}
+
+async fn check(config: &Config) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let policy = Policy::load(config.policies.directory.as_deref())?;
+    println!("policies: well-formed and valid; SHA-256 {}", hex::encode(policy.digest()));
+    Profiles::load(config.device_profiles.directory.as_deref())?;
+    println!("device profiles: well-formed");
+    let hsm = config.hsm.start(&config.island, Arc::new(ProcessPinMemory::default()))?;
+    let mut missing = Vec::new();
+    for token in hsm.all_tokens() {
+        match token.usable(Duration::from_secs(60)).await {
+            Ok(capabilities) => {
+                println!("\ntoken `{}` ({}):", token.label(), capabilities.module);
+                let mut table = comfy_table::Table::new();
+                table.load_style(comfy_table::presets::ASCII_MARKDOWN).set_header(["capability", "needed for", "found", "used instead", "cost of its absence"]);
+                for row in capabilities.table() {
+                    let instead = if row.found { ["yes", "", ""] } else { ["no", row.instead, row.cost] };
+                    table.add_row([row.name, row.needed_for].into_iter().chain(instead));
+                }
+                println!("{table}");
+                missing.extend(capabilities.missing_essentials(config.hsm.allow_cbc_expand));
+            }
+            Err(error) => missing.push(error.to_string()),
+        }
+    }
+    tokio::task::spawn_blocking(move || hsm.close()).await?;
+    if missing.is_empty() {
+        println!("everything that is needed was found");
+        return Ok(());
+    }
+    Err(format!("the HSM cannot be used: {}", missing.join("; ")).into())
+}
+
+/// SIGINT or SIGTERM.
+async fn stop_signal() {
+    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) else {
+        tracing::error!("signals cannot be received; end the server with SIGKILL");
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+}
+
+fn forbid_dumps() -> rustix::io::Result<()> {
+    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)
+}

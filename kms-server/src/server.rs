@@ -1,0 +1,344 @@
+//! A server of one island (I7: a process each): opens database, tokens and island, and serves them.
+//!
+//! Start-up does not wait for a dead HSM or database: the port is open, health says NOT_SERVING, and calls answer UNAVAILABLE until the island is open.
+//! What only an operator can mend, such as a wrong island or a forged row, ends the server.
+
+use std::convert::Infallible;
+use std::fs;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use kms_domain::{ChunkSize, FingerprintKey, Generation, IslandKind, IslandName, RowId, RowSeal, SealError, SealKey, SealRootKey};
+use kms_hsm::{ErrorKind, Hsm, HsmError, RootVersion};
+use kms_store::{RowKind, Store, StoreError};
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
+use tokio::sync::watch;
+use tonic::Status;
+use tonic::body::Body;
+use tonic::service::Routes;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+use tower::Service;
+
+use crate::api;
+use crate::api::listener::Listener;
+use crate::api::tls::{ServerTls, TlsError};
+use crate::audit::{AuditKey, Committer, CommitterSettings};
+use crate::authz::{Policy, PolicyError};
+use crate::config::{Config, ConfigError};
+use crate::error::ServiceError;
+use crate::island::Island;
+use crate::pin_memory::StoredPinMemory;
+use crate::profiles::Profiles;
+use crate::service::certificate::CertificateAuthority;
+
+/// A server that is bound to its port and opens its island.
+pub struct Server {
+    config: Config,
+    listener: Listener,
+    tls: Arc<ServerTls>,
+    authority: CertificateAuthority,
+    policy: Policy,
+    profiles: Profiles,
+    opened: watch::Sender<Option<Arc<Island>>>,
+}
+
+impl Server {
+    /// Reads everything that the configuration names and binds the port. Policies and certificates are refused here, before anything
+    /// is served.
+    ///
+    /// # Errors
+    /// What cannot be read or used, with its place.
+    pub async fn start(config: Config) -> Result<Self, ServerError> {
+        let policy = Policy::load(config.policies.directory.as_deref())?;
+        let profiles = Profiles::load(config.device_profiles.directory.as_deref()).map_err(ServerError::Profiles)?;
+        let root = CertificateDer::from_pem_file(&config.tls.client_ca).map_err(|error| ServerError::Root(error.to_string()))?;
+        let authority = CertificateAuthority::from_der(&root).map_err(|error| ServerError::Root(error.to_string()))?;
+        let tls = Arc::new(ServerTls::load(config.tls.clone().into())?);
+        let listener = Listener::bind(config.listen, Arc::clone(&tls), config.limits.transport())
+            .await
+            .map_err(|error| ServerError::Bind { address: config.listen, reason: error.to_string() })?;
+        tracing::info!(policies = %hex::encode(policy.digest()), "policies loaded");
+        Ok(Self { config, listener, tls, authority, policy, profiles, opened: watch::Sender::new(None) })
+    }
+
+    /// The address that is bound.
+    ///
+    /// # Errors
+    /// The operating system does not tell.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Gets the island when it is open.
+    pub fn opened(&self) -> watch::Receiver<Option<Arc<Island>>> {
+        self.opened.subscribe()
+    }
+
+    /// Serves until `shutdown`; calls under way are then answered, for up to ten seconds.
+    ///
+    /// # Errors
+    /// What only an operator can mend.
+    pub async fn serve(self, shutdown: impl Future<Output = ()> + Send) -> Result<(), ServerError> {
+        let (health, health_service) = tonic_health::server::health_reporter();
+        let reflection = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(kms_proto::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .build_v1()
+            .map_err(|error| ServerError::Transport(error.to_string()))?;
+        let gate = Gate { always: Routes::new(health_service).add_service(reflection).prepare(), island: Arc::new(OnceLock::new()) };
+        health.set_service_status("", ServingStatus::NotServing).await;
+
+        let limits = self.config.limits.transport();
+        let Self { config, listener, tls, authority, policy, profiles, opened } = self;
+        let (stop, stopping) = watch::channel(false);
+        let stopped = async move |mut stopping: watch::Receiver<bool>| drop(stopping.wait_for(|stop| *stop).await);
+        let signal = stopped(stopping.clone());
+        let serving = limits.server().serve_with_incoming_shutdown(gate.clone(), listener.incoming(), signal);
+        let island = Opening { config, authority, policy, profiles };
+        let open = async {
+            let island = island.until_open(&gate).await?;
+            opened.send_replace(Some(Arc::clone(&island)));
+            report_health(&health, &island).await
+        };
+
+        tokio::pin!(serving, shutdown);
+        let outcome = tokio::select! {
+            () = &mut shutdown => Ok(()),
+            outcome = open => outcome.map(|never| match never {}),
+            outcome = &mut serving => return outcome.map_err(|error| ServerError::Transport(error.to_string())),
+            () = tls.watch() => Ok(()),
+        };
+        stop.send_replace(true);
+        if tokio::time::timeout(GRACE, serving).await.is_err() {
+            tracing::warn!("calls that did not end in time are cut off");
+        }
+        let island = opened.borrow().clone();
+        if let Some(island) = island {
+            island.store.close().await;
+            let hsm = island.hsm.clone();
+            drop(tokio::task::spawn_blocking(move || hsm.close()).await);
+        }
+        outcome
+    }
+}
+
+/// What is needed to open the island.
+struct Opening {
+    config: Config,
+    authority: CertificateAuthority,
+    policy: Policy,
+    profiles: Profiles,
+}
+
+impl Opening {
+    /// Tries until database and tokens answer.
+    async fn until_open(self, gate: &Gate) -> Result<Arc<Island>, ServerError> {
+        let store = loop {
+            match kms_store::open(&self.config.storage.store()?).await {
+                Ok(store) => break store,
+                Err(error @ StoreError::Unavailable { .. }) => tracing::error!(%error, "the database cannot be opened yet; it is tried again"),
+                Err(error) => return Err(error.into()),
+            }
+            tokio::time::sleep(PAUSE).await;
+        };
+        let memory = Arc::new(StoredPinMemory::new(Arc::clone(&store)));
+        let hsm = self.config.hsm.start(&self.config.island, memory)?;
+        let keys = loop {
+            match SealKeys::open(&store, &hsm, &self.config.island).await {
+                Ok(keys) => break keys,
+                Err(error) if error.may_pass() => tracing::error!(%error, "the island cannot be opened yet; it is tried again"),
+                Err(error) => return Err(error),
+            }
+            tokio::time::sleep(PAUSE).await;
+        };
+        if keys.row.kind == IslandKind::Development && !self.config.allow_development_island {
+            return Err(ServerError::Development { island: self.config.island });
+        }
+        if self.config.hsm.token_of(kms_domain::KeyClass::Ca).is_some() {
+            self.authority.check_key(&hsm).await?;
+        }
+        let server = self.config.server_name.clone().unwrap_or_else(host_name);
+        let settings = CommitterSettings { island: self.config.island.clone(), server, chunk_size: ChunkSize::default(), queue: QUEUED_ACTS };
+        let committer = Committer::start(Arc::clone(&store), keys.seal, keys.chain, settings);
+        let island = Arc::new(Island {
+            row: keys.row,
+            hsm,
+            store,
+            policy: ArcSwap::from_pointee(self.policy),
+            profiles: self.profiles,
+            committer,
+            fingerprint_key: keys.fingerprint,
+        });
+        let routes = api::routes(Arc::clone(&island), self.authority, &self.config.limits);
+        drop(gate.island.set(routes));
+        tracing::info!(island = %island.name(), "the island is open");
+        Ok(island)
+    }
+}
+
+/// The keys that the HSM computes from the seal root, and the island's row that they verify.
+struct SealKeys {
+    row: kms_domain::Island,
+    seal: SealKey,
+    chain: AuditKey,
+    fingerprint: FingerprintKey,
+}
+
+impl SealKeys {
+    async fn open(store: &Arc<dyn Store>, hsm: &Hsm, island: &IslandName) -> Result<Self, ServerError> {
+        let stored = store.sealed(RowKind::Island, island.as_str().as_bytes()).await?.ok_or_else(|| ServerError::NoIsland { island: island.clone() })?;
+        hsm.usable(USABLE_WITHIN).await?;
+        let damaged = |reason: String| ServerError::Row { island: island.clone(), reason };
+        let mark = RowSeal::from_octets(&stored.seal).map_err(|error| damaged(error.to_string()))?;
+        let version = mark.key_version();
+        let root = RootVersion::new(u32::from(version)).map_err(|error| damaged(error.to_string()))?;
+        let mac = async |key: SealRootKey| hsm.mac(root, key.message(version, island)).await;
+        let seal = SealKey::new(version, &mac(SealRootKey::Seal).await?);
+        // I5: the island's own row too.
+        let generation = i64::try_from(stored.generation).ok().and_then(|number| Generation::from_i64(number).ok()).ok_or_else(|| damaged("generation".to_owned()))?;
+        seal.verify(&RowId::Island(island.clone()), generation, &stored.body, &mark).map_err(|error: SealError| damaged(error.to_string()))?;
+        let row = kms_domain::Island::from_row(island.clone(), stored.body.into()).map_err(|error| damaged(error.to_string()))?;
+        Ok(Self {
+            row,
+            seal,
+            chain: AuditKey::new(&*mac(SealRootKey::AuditChain).await?),
+            fingerprint: FingerprintKey::new(&mac(SealRootKey::Fingerprint).await?),
+        })
+    }
+}
+
+/// Tells load balancers whether the island can work: its tokens are usable and its last transaction went through.
+async fn report_health(health: &HealthReporter, island: &Island) -> Result<Infallible, ServerError> {
+    let mut known = None;
+    loop {
+        let tokens = island.hsm.all_tokens().iter().all(|token| token.state().borrow().is_usable());
+        let ready = tokens && island.committer.is_ready();
+        if known != Some(ready) {
+            known = Some(ready);
+            let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
+            health.set_service_status("", status).await;
+            tracing::info!(ready, "readiness changed");
+        }
+        tokio::time::sleep(HEALTH_INTERVAL).await;
+    }
+}
+
+/// Health and reflection always answer; the island's services when it is open.
+#[derive(Clone)]
+struct Gate {
+    always: Routes,
+    island: Arc<OnceLock<Routes>>,
+}
+
+impl Service<http::Request<Body>> for Gate {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        if request.uri().path().starts_with("/grpc.") {
+            return Box::pin(self.always.call(request));
+        }
+        match self.island.get() {
+            Some(routes) => Box::pin(routes.clone().call(request)),
+            None => Box::pin(std::future::ready(Ok(Status::from(ServiceError::unavailable("the island is not open yet; the server's log tells why")).into_http()))),
+        }
+    }
+}
+
+/// Why a server does not serve.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// The configuration, or a secret that it names.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The policies.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// The device profiles.
+    #[error("device profiles: {0}")]
+    Profiles(String),
+    /// The listener's certificates.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The island's root certificate.
+    #[error("tls.client_ca: {0}")]
+    Root(String),
+    /// The port.
+    #[error("cannot listen on {address}: {reason}; is another server running?")]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        reason: String,
+    },
+    /// The database.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The HSM.
+    #[error(transparent)]
+    Hsm(#[from] HsmError),
+    /// A use case.
+    #[error(transparent)]
+    Service(#[from] ServiceError),
+    /// The database is not that of the island.
+    #[error("the database does not hold the island `{island}`; hold its ceremony with `kms-server init`, or correct `storage`")]
+    NoIsland {
+        /// The island.
+        island: IslandName,
+    },
+    /// A development island under a production configuration.
+    #[error("the island `{island}` was made for development: its keys protect nothing; set `allow_development_island = true` for a trial, or hold a ceremony")]
+    Development {
+        /// The island.
+        island: IslandName,
+    },
+    /// The island's row does not verify.
+    #[error("the row of the island `{island}` is refused (I5): {reason}; the database and the token do not belong together, or the row was edited")]
+    Row {
+        /// The island.
+        island: IslandName,
+        /// Why.
+        reason: String,
+    },
+    /// gRPC.
+    #[error("gRPC: {0}")]
+    Transport(String),
+}
+
+impl ServerError {
+    /// Whether it can pass without changing the configuration.
+    fn may_pass(&self) -> bool {
+        match self {
+            Self::Store(StoreError::Unavailable { .. } | StoreError::Contention { .. }) => true,
+            Self::Hsm(error) => matches!(error.kind(), ErrorKind::Transient | ErrorKind::OperatorFixable),
+            _ => false,
+        }
+    }
+}
+
+/// The host's name, for records and logs.
+pub fn host_name() -> String {
+    let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    if name.trim().is_empty() { "kms-server".to_owned() } else { name.trim().to_owned() }
+}
+
+/// How long calls under way may take at shut-down.
+const GRACE: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_secs(2);
+const USABLE_WITHIN: Duration = Duration::from_secs(10);
+const HEALTH_INTERVAL: Duration = Duration::from_secs(1);
+/// Acts that may wait for the writer.
+const QUEUED_ACTS: usize = 4_096;

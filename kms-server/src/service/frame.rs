@@ -1,0 +1,448 @@
+//! Frames protected and opened inside the HSM, for head-ends that must never hold a key.
+//!
+//! What is protected is read first: policy decides on service, class, object and member. Counters come from the same place as leases (I4), and the
+//! record of every protected frame is durable before it leaves (I2).
+
+use std::{num::NonZeroU32, sync::Arc};
+
+use kms_dlms::{AuthenticationTag, CipheredApdu, CipheredTag, DlmsError, HlsGmac, InitiateRequest, KeySet, Nonce, Protection, SecurityControl, ServiceKind, ServiceRequest};
+use kms_domain::{KeyType, KeyVersionNumber, Lease, Meter, RequestId, SecuritySetupId, Slot, Standing, SystemTitle, UnixMillis};
+use kms_hsm::{FrameInput, FrameKeys, FrameParameters, HsmError, ProtectedFrame};
+use kms_proto::v1::{self, AuditRecord, FramesProtected, audit_record::Event};
+use kms_store::{AuditReference, Reads, RequestKey, RequestRow};
+use prost::Message as _;
+
+use super::grant::{counter_key, source};
+use crate::{
+    audit::{Actor, AuditLeaf, CounterOf, View, decode_reference},
+    authz::{Action, Caller, CosemTarget, FrameService as Service, PrincipalFacts, Purpose, Resource},
+    error::ServiceError,
+    island::{Island, facts, principal_row},
+};
+
+/// A frame to be protected.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlainFrame {
+    /// The meter that it goes to.
+    pub meter: SystemTitle,
+    /// Which security setup; `None` is the meter's first.
+    pub setup: Option<SecuritySetupId>,
+    /// The client title that sends it.
+    pub client_title: SystemTitle,
+    /// How it is protected.
+    pub protection: Protection,
+    /// What it is.
+    pub content: PlainContent,
+}
+
+/// What is to be protected.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PlainContent {
+    /// An xDLMS request, and whether it is ciphered as general-glo-ciphering.
+    Apdu {
+        /// The request in plain.
+        apdu: Vec<u8>,
+        /// General or service-specific ciphering.
+        general: bool,
+    },
+    /// The meter's challenge (StoC) of HLS mechanism 5, 8–64 octets.
+    Challenge(Vec<u8>),
+}
+
+/// A frame from a meter, to be opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReceivedFrame {
+    /// The meter that sent it.
+    pub meter: SystemTitle,
+    /// Which security setup; `None` is the meter's first.
+    pub setup: Option<SecuritySetupId>,
+    /// What it is.
+    pub content: ReceivedContent,
+}
+
+/// What came from a meter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReceivedContent {
+    /// A ciphered APDU.
+    Apdu(Vec<u8>),
+    /// f(CtoS), 17 octets, and the challenge that it answers.
+    HlsResponse {
+        /// What the meter sent.
+        response: Vec<u8>,
+        /// The client's challenge (CtoS).
+        challenge: Vec<u8>,
+    },
+}
+
+/// What became of one frame, and its invocation counter.
+#[derive(Debug)]
+pub struct FrameOutcome {
+    /// The ciphered or the plain octets; empty for a verified HLS response.
+    pub octets: Result<Vec<u8>, ServiceError>,
+    /// The counter that was used or found; 0 if there was none.
+    pub counter: u32,
+}
+
+/// The use case.
+#[derive(Clone)]
+pub struct FrameService {
+    island: Arc<Island>,
+}
+
+impl FrameService {
+    /// Frames of an island.
+    pub const fn new(island: Arc<Island>) -> Self {
+        Self { island }
+    }
+
+    /// Protects frames in order. A repeated request gets the same octets again.
+    ///
+    /// # Errors
+    /// What concerns all: the caller, the request id, HSM or database. What concerns one frame is in its outcome.
+    pub async fn protect(&self, caller: &Caller, request: RequestId, digest: [u8; 32], purpose: Purpose, frames: Vec<PlainFrame>, supersede_lease: bool) -> Result<(Vec<FrameOutcome>, Option<AuditLeaf>), ServiceError> {
+        let key = RequestKey { principal: caller.principal.clone(), request, chunk: 0 };
+        let reads = Reads {
+            meters: frames.iter().map(|frame| frame.meter).collect(),
+            sealed: vec![principal_row(&caller.principal)],
+            requests: vec![key.clone()],
+            ..Reads::default()
+        };
+        let deciding = Deciding { island: self.island.clone(), caller: caller.clone(), key, digest, purpose, frames: frames.into(), supersede_lease, past: None };
+        let actor = || Actor::caller(caller, Some(request), "protectFrame");
+        let mut first = deciding.clone();
+        let mut committed = self.island.committer.act(actor(), reads.clone(), move |view| first.decide(view)).await?;
+        if let Decided::Replay(reference) = committed.value {
+            let past = Some(Arc::new(self.record(reference).await?));
+            let mut again = Deciding { past, ..deciding };
+            committed = self.island.committer.act(actor(), reads, move |view| again.decide(view)).await?;
+        }
+        let Decided::Frames(planned) = committed.value else {
+            return Err(ServiceError::Internal("replayed frames were not decided".to_owned()));
+        };
+        let jobs: Vec<(FrameKeys, FrameInput)> = planned.iter().filter_map(|planned| planned.as_ref().ok()).map(|plan| (plan.keys.clone(), plan.input.clone())).collect();
+        let mut protected = self.island.hsm.protect_batch(jobs).await?.into_iter();
+        let outcomes = planned
+            .into_iter()
+            .map(|planned| match planned {
+                Err(error) => FrameOutcome { octets: Err(error), counter: 0 },
+                Ok(plan) => {
+                    let octets = match protected.next() {
+                        Some(Ok(frame)) => plan.assemble(&frame).map_err(|error| ServiceError::Internal(error.to_string())),
+                        Some(Err(error)) => Err(error.into()),
+                        None => Err(ServiceError::Internal("the HSM returned fewer frames than it was given".to_owned())),
+                    };
+                    FrameOutcome { octets, counter: plan.counter }
+                }
+            })
+            .collect();
+        Ok((outcomes, committed.leaves.first().copied()))
+    }
+
+    /// Opens frames that came from meters.
+    ///
+    /// # Errors
+    /// What concerns all: the caller, HSM or database.
+    pub async fn unprotect(&self, caller: &Caller, purpose: Purpose, frames: Vec<ReceivedFrame>) -> Result<Vec<FrameOutcome>, ServiceError> {
+        let principal = self.island.principal(caller).await?;
+        let facts = facts(&principal);
+        let mut titles: Vec<SystemTitle> = frames.iter().map(|frame| frame.meter).collect();
+        titles.sort_unstable();
+        titles.dedup();
+        let mut meters = std::collections::HashMap::new();
+        for row in self.island.store.meters(&titles).await? {
+            // A row that does not verify is as good as absent (I5); the committer's log tells of it.
+            if let Ok(meter) = self.island.committer.open_meter(row.title, &row.row) {
+                meters.insert(row.title, meter);
+            }
+        }
+        let opened: Vec<Result<Received, ServiceError>> =
+            frames.into_iter().map(|frame| self.receive(&facts, purpose, meters.get(&frame.meter).map(AsRef::as_ref), frame)).collect();
+        let jobs: Vec<(FrameKeys, ProtectedFrame)> = opened.iter().filter_map(|received| received.as_ref().ok()).map(|received| (received.keys.clone(), received.frame.clone())).collect();
+        let mut plain = self.island.hsm.unprotect_batch(jobs).await?.into_iter();
+        Ok(opened
+            .into_iter()
+            .map(|received| match received {
+                Err(error) => FrameOutcome { octets: Err(error), counter: 0 },
+                Ok(received) => {
+                    let octets = match plain.next() {
+                        Some(Ok(_)) if received.is_challenge => Ok(Vec::new()),
+                        Some(Ok(octets)) => Ok(octets),
+                        Some(Err(HsmError::TagInvalid)) => Err(ServiceError::FailedPrecondition {
+                            reason: "the frame's authentication tag does not verify".to_owned(),
+                            next_step: "check that the frame is the meter's and unchanged; the meter may hold another key".to_owned(),
+                        }),
+                        Some(Err(error)) => Err(error.into()),
+                        None => Err(ServiceError::Internal("the HSM returned fewer frames than it was given".to_owned())),
+                    };
+                    FrameOutcome { octets, counter: received.counter }
+                }
+            })
+            .collect())
+    }
+
+    async fn record(&self, reference: AuditReference) -> Result<Vec<v1::ProtectedFrame>, ServiceError> {
+        let gone = || ServiceError::Internal("the audit record of protected frames is missing (I2): run `kms audit scrub`".to_owned());
+        let rows = self.island.store.audit_of_writer(reference.writer, reference.sequence, 1).await?;
+        let row = rows.first().filter(|row| row.sequence == reference.sequence).ok_or_else(gone)?;
+        match AuditRecord::decode(row.record.as_slice()) {
+            Ok(AuditRecord { event: Some(Event::FramesProtected(event)), .. }) => Ok(event.frames),
+            _ => Err(gone()),
+        }
+    }
+
+    fn receive(&self, facts: &PrincipalFacts, purpose: Purpose, meter: Option<&Meter>, frame: ReceivedFrame) -> Result<Received, ServiceError> {
+        let meter = meter.ok_or_else(|| denied("unprotectFrame", frame.meter))?;
+        let action = Action::UnprotectFrame { purpose };
+        if !meter.class.status.may_grant() || !self.island.policy.load().permits(facts, &action, &Resource::Meters(&meter.class)).is_permit() {
+            return Err(denied("unprotectFrame", frame.meter));
+        }
+        let setup = setup_of(meter, frame.setup)?;
+        let keys = frame_keys(meter, setup)?;
+        let invalid = |error: DlmsError| ServiceError::invalid("frames.apdu", error.to_string());
+        match frame.content {
+            ReceivedContent::Apdu(octets) => {
+                let ciphered = CipheredApdu::parse(&octets).map_err(invalid)?;
+                if ciphered.tag.is_dedicated() || ciphered.control.key_set == KeySet::Broadcast {
+                    return Err(ServiceError::invalid("frames.apdu", "it is protected by a dedicated or a broadcast key; only unicast frames are opened here"));
+                }
+                // Only what the meter itself sent: else this would open what other head-ends send to it.
+                if ciphered.system_title.is_some_and(|title| title != meter.title) {
+                    return Err(ServiceError::invalid("frames.apdu", "it carries another system title than the meter's"));
+                }
+                if ciphered.control.suite != meter.suite {
+                    return Err(ServiceError::invalid("frames.apdu", "its security suite is not the meter's"));
+                }
+                let parameters = FrameParameters::new(ciphered.control.octet(), *Nonce::new(meter.title, ciphered.counter).octets())?;
+                let received = ProtectedFrame { parameters, text: ciphered.content.to_vec(), tag: ciphered.authentication_tag.0 };
+                Ok(Received { keys: keys.keys, frame: received, counter: ciphered.counter, is_challenge: false })
+            }
+            ReceivedContent::HlsResponse { response, challenge } => {
+                let gmac = HlsGmac::parse(&response).map_err(|error| ServiceError::invalid("frames.hls_response", error.to_string()))?;
+                let parameters = FrameParameters::new(HlsGmac::control(gmac.suite).octet(), *Nonce::new(meter.title, gmac.counter).octets())?;
+                let received = ProtectedFrame { parameters, text: challenge, tag: gmac.tag.0 };
+                Ok(Received { keys: keys.keys, frame: received, counter: gmac.counter, is_challenge: true })
+            }
+        }
+    }
+}
+
+struct Received {
+    keys: FrameKeys,
+    frame: ProtectedFrame,
+    counter: u32,
+    is_challenge: bool,
+}
+
+#[derive(Clone)]
+struct Deciding {
+    island: Arc<Island>,
+    caller: Caller,
+    key: RequestKey,
+    digest: [u8; 32],
+    purpose: Purpose,
+    frames: Arc<[PlainFrame]>,
+    supersede_lease: bool,
+    past: Option<Arc<Vec<v1::ProtectedFrame>>>,
+}
+
+enum Decided {
+    Frames(Vec<Result<PlannedFrame, ServiceError>>),
+    Replay(AuditReference),
+}
+
+/// A frame whose counter is recorded, to be protected.
+struct PlannedFrame {
+    meter: SystemTitle,
+    keys: FrameKeys,
+    input: FrameInput,
+    control: SecurityControl,
+    tag: Option<(CipheredTag, Option<SystemTitle>)>,
+    counter: u32,
+    service: Service,
+    targets: Vec<CosemTarget>,
+    client_title: SystemTitle,
+}
+
+impl Deciding {
+    fn decide(&mut self, view: &mut View<'_, '_>) -> Result<Decided, ServiceError> {
+        let principal = view.caller(&self.caller)?;
+        match (view.request(&self.key)?, &self.past) {
+            (Some(row), _) if row.digest != self.digest => {
+                return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request"));
+            }
+            (Some(row), None) => {
+                let fault = || ServiceError::Internal("the record of a past request does not read".to_owned());
+                return decode_reference(&row.outcome).map(Decided::Replay).ok_or_else(fault);
+            }
+            _ => {}
+        }
+        let facts = facts(&principal);
+        let mut past = self.past.as_ref().map(|frames| frames.iter());
+        let mut planned = Vec::with_capacity(self.frames.len());
+        for frame in self.frames.clone().iter() {
+            if !principal.client_titles.contains(&frame.client_title) {
+                planned.push(Err(ServiceError::denied(format!("protectFrame under client title {}", frame.client_title))));
+                continue;
+            }
+            let known = past.as_ref().and_then(|frames| frames.clone().next()).filter(|known| known.meter == u64::from_be_bytes(frame.meter.octets()));
+            let counter = match (&self.past, known) {
+                (None, _) => None,
+                (Some(_), Some(known)) => {
+                    if let Some(frames) = &mut past {
+                        frames.next();
+                    }
+                    Some(known.invocation_counter)
+                }
+                // It was refused then, and a replay protects nothing new.
+                (Some(_), None) => {
+                    planned.push(Err(denied("protectFrame", frame.meter)));
+                    continue;
+                }
+            };
+            planned.push(self.plan(view, &facts, frame, counter));
+        }
+        for error in planned.iter().filter_map(|planned| planned.as_ref().err()) {
+            view.refuse(error.to_string());
+        }
+        let frames: Vec<v1::ProtectedFrame> = planned.iter().filter_map(|planned| planned.as_ref().ok()).map(PlannedFrame::recorded).collect();
+        if self.past.is_none() && !frames.is_empty() {
+            view.append(Event::FramesProtected(FramesProtected { purpose: self.purpose.to_proto().into(), frames }));
+            let expires = view.now().after(REPLAY_MS);
+            view.put_request(self.key.clone(), RequestRow { digest: self.digest, outcome: Vec::new(), expires });
+        }
+        Ok(Decided::Frames(planned))
+    }
+
+    /// Decides on one frame. `counter` is that of a frame that was protected before.
+    fn plan(&self, view: &mut View<'_, '_>, facts: &PrincipalFacts, frame: &PlainFrame, counter: Option<u32>) -> Result<PlannedFrame, ServiceError> {
+        let (service, targets) = match &frame.content {
+            PlainContent::Challenge(_) => (Service::HlsChallenge, Vec::new()),
+            PlainContent::Apdu { apdu, .. } => read_service(apdu)?,
+        };
+        let meter = view.meter(frame.meter)?.ok_or_else(|| denied("protectFrame", frame.meter))?;
+        self.require(facts, &meter, service, &targets)?;
+        let setup = setup_of(&meter, frame.setup)?;
+        let keys = frame_keys(&meter, setup)?;
+        let of = CounterOf { meter: meter.title, setup, key_type: KeyType::GUEK, version: keys.encryption_version, counter: counter_key(&self.island, &meter, setup, frame.client_title)? };
+        let counter = match counter {
+            Some(counter) => counter,
+            None => {
+                if !self.supersede_lease && view.leased_until(of)?.is_some() {
+                    return Err(ServiceError::FailedPrecondition {
+                        reason: format!("client title {} holds a live counter lease for this meter", frame.client_title),
+                        next_step: "let it end, use another client title, or set supersede_lease, which ends the session that uses it".to_owned(),
+                    });
+                }
+                let Lease { first, .. } = view.lease(of, NonZeroU32::MIN, UnixMillis(0))?;
+                first
+            }
+        };
+        let (control, tag, plaintext) = match &frame.content {
+            PlainContent::Challenge(challenge) => (HlsGmac::control(meter.suite), None, challenge.clone()),
+            PlainContent::Apdu { apdu, general } => {
+                let control = SecurityControl { suite: meter.suite, protection: frame.protection, key_set: KeySet::Unicast };
+                let unknown = || ServiceError::invalid("frames.apdu", "this service has no ciphered form of its own; use general-glo-ciphering");
+                let tag = match (general, apdu.first()) {
+                    (true, _) => (CipheredTag::GeneralGlobal, Some(frame.client_title)),
+                    (false, Some(plain)) => (CipheredTag::global_for(*plain).ok_or_else(unknown)?, None),
+                    (false, None) => return Err(unknown()),
+                };
+                (control, Some(tag), apdu.clone())
+            }
+        };
+        let parameters = FrameParameters::new(control.octet(), *Nonce::new(frame.client_title, counter).octets())?;
+        let input = FrameInput { parameters, plaintext };
+        Ok(PlannedFrame { meter: meter.title, keys: keys.keys, input, control, tag, counter, service, targets, client_title: frame.client_title })
+    }
+
+    /// I8: each object that the frame touches must be permitted.
+    fn require(&self, facts: &PrincipalFacts, meter: &Meter, service: Service, targets: &[CosemTarget]) -> Result<(), ServiceError> {
+        let policy = self.island.policy.load();
+        let permits = |target: Option<CosemTarget>| {
+            policy.permits(facts, &Action::ProtectFrame { service, target, purpose: self.purpose }, &Resource::Meters(&meter.class)).is_permit()
+        };
+        let permitted = meter.class.status.may_grant() && if targets.is_empty() { permits(None) } else { targets.iter().all(|target| permits(Some(*target))) };
+        if permitted { Ok(()) } else { Err(denied("protectFrame", meter.title)) }
+    }
+}
+
+impl PlannedFrame {
+    fn assemble(&self, frame: &ProtectedFrame) -> Result<Vec<u8>, DlmsError> {
+        match self.tag {
+            None => Ok(HlsGmac { suite: self.control.suite, counter: self.counter, tag: AuthenticationTag(frame.tag) }.octets().to_vec()),
+            Some((tag, system_title)) => {
+                CipheredApdu { tag, system_title, control: self.control, counter: self.counter, content: &frame.text, authentication_tag: AuthenticationTag(frame.tag) }.octets()
+            }
+        }
+    }
+
+    fn recorded(&self) -> v1::ProtectedFrame {
+        v1::ProtectedFrame {
+            meter: u64::from_be_bytes(self.meter.octets()),
+            client_title: self.client_title.octets().to_vec().into(),
+            invocation_counter: self.counter,
+            targets: self
+                .targets
+                .iter()
+                .map(|target| v1::CosemTarget { class_id: u32::from(target.class_id), obis: target.obis.to_vec().into(), member: i32::from(target.member) })
+                .collect(),
+            service: self.service.name().to_owned(),
+        }
+    }
+}
+
+/// The keys of frames of a security setup, and the version of the one that encrypts.
+struct SetupKeys {
+    keys: FrameKeys,
+    encryption_version: KeyVersionNumber,
+}
+
+fn frame_keys(meter: &Meter, setup: SecuritySetupId) -> Result<SetupKeys, ServiceError> {
+    let active = |key_type: KeyType| {
+        let slot = meter.slots.get(setup, key_type)?;
+        let version = slot.grantable().find(|grantable| grantable.standing == Standing::Active)?.version;
+        Some((slot, version))
+    };
+    let missing = |key_type: KeyType| ServiceError::FailedPrecondition {
+        reason: format!("the meter has no active {key_type} in security setup {setup}"),
+        next_step: "look at its slots with `kms meter show`".to_owned(),
+    };
+    let (slot, encryption) = active(KeyType::GUEK).ok_or_else(|| missing(KeyType::GUEK))?;
+    let (gak_slot, authentication) = active(KeyType::GAK).ok_or_else(|| missing(KeyType::GAK))?;
+    let keys = FrameKeys { encryption: source(meter.owner(), slot, encryption)?, authentication: source(meter.owner(), gak_slot, authentication)? };
+    Ok(SetupKeys { keys, encryption_version: encryption.number() })
+}
+
+fn setup_of(meter: &Meter, setup: Option<SecuritySetupId>) -> Result<SecuritySetupId, ServiceError> {
+    setup.or_else(|| meter.slots.iter().next().map(Slot::setup)).ok_or_else(|| ServiceError::FailedPrecondition {
+        reason: "the meter has no keys".to_owned(),
+        next_step: "import its shipment".to_owned(),
+    })
+}
+
+fn read_service(apdu: &[u8]) -> Result<(Service, Vec<CosemTarget>), ServiceError> {
+    let request = ServiceRequest::parse(apdu).map_err(|error| ServiceError::invalid("frames.apdu", error.to_string()))?;
+    if request.kind == ServiceKind::Initiate && InitiateRequest::parse(apdu).is_ok_and(|initiate| initiate.dedicated_key.is_some()) {
+        // With a dedicated key of its own choice, a head-end could protect everything that follows by itself, past every policy.
+        return Err(ServiceError::invalid("frames.apdu", "an InitiateRequest may not bring a dedicated key: frames under it would pass policy by"));
+    }
+    if request.continuation {
+        // The block that named the object was decided on; what follows names nothing that policy could decide on.
+        return Err(ServiceError::invalid("frames.apdu", "a following block names no object, so policy cannot decide on it; keep requests in one block"));
+    }
+    let service = match request.kind {
+        ServiceKind::Get => Service::Get,
+        ServiceKind::Set => Service::Set,
+        ServiceKind::Action => Service::Action,
+        ServiceKind::Initiate => Service::Initiate,
+    };
+    Ok((service, request.targets.iter().map(|target| CosemTarget { class_id: target.class_id, obis: target.obis, member: target.member }).collect()))
+}
+
+/// The same answer for a meter that does not exist and one that the caller may not use.
+fn denied(action: &str, meter: SystemTitle) -> ServiceError {
+    ServiceError::denied(format!("{action} with meter {meter}"))
+}
+
+/// How long a request can be repeated.
+const REPLAY_MS: i64 = 15 * 60 * 1_000;

@@ -1,0 +1,659 @@
+//! Session grants: keys of a meter lent to a principal, for a purpose and a time, on the record.
+//!
+//! A grant is decided and recorded in one transaction (I2, I4), then carried out: the keys are wrapped for the grantee in the HSM. If that
+//! fails, the record stands, and the same request carries the same grant out later.
+
+use std::{
+    num::NonZeroU32,
+    sync::{Arc, Mutex},
+};
+
+use aws_lc_rs::digest;
+use kms_domain::{
+    CounterKey, GrantId, KeyMaterial, KeyOrigin, KeyType, KeyVersion, KeyVersionNumber, Lease, Meter, MeterClass, Owner, ParseError, Party, Principal,
+    PrincipalId, RequestId, Role, SecuritySetupId, SecuritySuite, Slot, Standing, SystemTitle, UnixMillis,
+};
+use kms_hsm::{Agreement, HsmError, KeySource, Recipient, RootVersion, WrappedKey};
+use kms_proto::v1::{self, AuditRecord, GrantedMeter, KeysGranted, audit_record::Event};
+use kms_store::{AuditReference, GrantFilter, GrantRevocation, GrantRow, Reads, RequestKey, RequestRow};
+use prost::Message as _;
+
+use crate::{
+    audit::{Actor, AuditLeaf, CounterOf, View, decode_reference},
+    authz::{Action, Caller, Policy, PrincipalFacts, Purpose, Resource},
+    error::ServiceError,
+    island::{Island, facts, principal_row},
+};
+
+/// What is asked for each meter of a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SessionTerms {
+    /// What for.
+    pub purpose: Purpose,
+    /// Which security setup; `None` is the meter's first.
+    pub setup: Option<SecuritySetupId>,
+    /// Which keys, each type once, at least one.
+    pub key_types: Vec<KeyType>,
+    /// The client title to count under; `None`: no lease.
+    pub client_title: Option<SystemTitle>,
+    /// How many counters.
+    pub counters: NonZeroU32,
+    /// Whether to add a fresh dedicated key.
+    pub dedicated_key: bool,
+    /// How long.
+    pub lifetime_seconds: u32,
+}
+
+impl SessionTerms {
+    /// Counters of a lease where none are asked for.
+    pub const DEFAULT_COUNTERS: u32 = 1_000;
+    /// The most counters of a lease.
+    pub const MOST_COUNTERS: u32 = 1_000_000;
+    /// Seconds of a grant where none are asked for.
+    pub const DEFAULT_LIFETIME: u32 = 900;
+    /// The most seconds that can be asked for; policy caps it lower.
+    pub const LONGEST_LIFETIME: u32 = 7 * 24 * 3_600;
+}
+
+/// One chunk of a request: what is committed, recorded and answered as one grant.
+#[derive(Clone, Debug)]
+pub struct Chunk {
+    /// The request.
+    pub request: RequestId,
+    /// Which chunk of it, from 0.
+    pub index: u32,
+    /// Digest of the whole request, so that an id is not used for two.
+    pub digest: [u8; 32],
+    /// The meters.
+    pub meters: Vec<SystemTitle>,
+    /// What is asked.
+    pub terms: Arc<SessionTerms>,
+}
+
+/// What a chunk was answered with.
+#[derive(Debug)]
+pub struct Granted {
+    /// One envelope for each token that keys came from.
+    pub envelopes: Vec<v1::Envelope>,
+    /// Meters that got nothing.
+    pub refusals: Vec<(SystemTitle, ServiceError)>,
+    /// The leaf of the grant's audit record, if anything was granted.
+    pub leaf: Option<AuditLeaf>,
+}
+
+/// The use case.
+#[derive(Clone)]
+pub struct GrantService {
+    island: Arc<Island>,
+}
+
+impl GrantService {
+    /// Meters that one chunk of a batch serves. Larger chunks commit less often; smaller ones answer sooner.
+    pub const CHUNK: usize = 500;
+
+    /// Grants of an island.
+    pub const fn new(island: Arc<Island>) -> Self {
+        Self { island }
+    }
+
+    /// Grants what is asked for the meters of a chunk, or repeats the grant that this request got before.
+    ///
+    /// # Errors
+    /// The caller is nobody, has no transport key, uses a client title of others or a request id twice; the grant was revoked or overtaken;
+    /// HSM or database are away. What concerns single meters is in [`Granted::refusals`].
+    pub async fn open(&self, caller: &Caller, chunk: Chunk) -> Result<Granted, ServiceError> {
+        let key = RequestKey { principal: caller.principal.clone(), request: chunk.request, chunk: chunk.index };
+        let reads = Reads { meters: chunk.meters.clone(), sealed: vec![principal_row(&caller.principal)], requests: vec![key.clone()], ..Reads::default() };
+        let chunk = Arc::new(chunk);
+        let actor = || Actor::caller(caller, Some(chunk.request), "openSession");
+
+        let mut decision = Deciding { island: self.island.clone(), caller: caller.clone(), chunk: chunk.clone(), key, past: None };
+        let mut decide = decision.clone();
+        let mut committed = self.island.committer.act(actor(), reads.clone(), move |view| decide.decide(view)).await?;
+        if let Decided::Replay(reference) = committed.value {
+            // The grant of this request is in its audit record; the rows are looked at once more beside it.
+            decision.past = Some(Arc::new(self.record(reference).await?));
+            committed = self.island.committer.act(actor(), reads, move |view| decision.decide(view)).await?;
+        }
+        match committed.value {
+            Decided::Grant(plan) => {
+                let leaf = committed.leaves.first().copied().or(plan.leaf);
+                self.carry_out(*plan, leaf).await
+            }
+            Decided::Replay(_) => Err(ServiceError::Internal("a replayed grant was not decided".to_owned())),
+        }
+    }
+
+    /// Grants, newest first: the caller's own, or all where policy permits it.
+    ///
+    /// # Errors
+    /// Not permitted, or the database is away.
+    pub async fn list(&self, caller: &Caller, query: GrantQuery) -> Result<Vec<v1::Grant>, ServiceError> {
+        let own = query.principal.as_ref() == Some(&caller.principal) || (query.principal.is_none() && matches!(caller.principal.role(), Role::HeadEnd | Role::Handheld));
+        self.island.require(caller, &Action::ListGrants { own }).await?;
+        let principal = if own { Some(caller.principal.clone()) } else { query.principal };
+        let filter = GrantFilter { principal, live_at: query.only_live.then(Island::now), ..GrantFilter::default() };
+        Ok(self.island.store.grant_page(&filter, query.before, query.page).await?.iter().map(grant_message).collect())
+    }
+
+    /// Ends a grant. What the grantee learned stays known: the ledger keeps it.
+    ///
+    /// # Errors
+    /// Not permitted, no such grant, or the database is away.
+    pub async fn revoke(&self, caller: &Caller, request: RequestId, grant: GrantId, reason: String) -> Result<v1::Grant, ServiceError> {
+        let reads = Reads { sealed: vec![principal_row(&caller.principal)], grants: vec![grant], ..Reads::default() };
+        let (island, by) = (self.island.clone(), caller.clone());
+        let decide = move |view: &mut View<'_, '_>| {
+            let principal = view.caller(&by)?;
+            let row = view.grant(grant)?;
+            let own = row.as_ref().is_some_and(|row| row.principal == by.principal);
+            island.policy.load().require(&facts(&principal), &Action::RevokeGrant { own }, &Resource::Island)?;
+            let mut row = row.ok_or_else(|| ServiceError::NotFound { what: format!("grant {grant}") })?;
+            if row.revoked.is_none() {
+                row.revoked = Some(view.now());
+                view.revoke_grant(GrantRevocation { id: grant, revoked: view.now() });
+                view.append(Event::GrantRevoked(v1::GrantRevoked { grant_id: grant.octets().to_vec().into(), reason: reason.clone() }));
+            }
+            Ok(grant_message(&row))
+        };
+        Ok(self.island.committer.act(Actor::caller(caller, Some(request), "revokeGrant"), reads, decide).await?.value)
+    }
+
+    async fn record(&self, reference: AuditReference) -> Result<PastGrant, ServiceError> {
+        let gone = || ServiceError::Internal("the audit record of a grant is missing (I2): run `kms audit scrub`".to_owned());
+        let rows = self.island.store.audit_of_writer(reference.writer, reference.sequence, 1).await?;
+        let row = rows.first().filter(|row| row.sequence == reference.sequence).ok_or_else(gone)?;
+        match AuditRecord::decode(row.record.as_slice()) {
+            Ok(AuditRecord { event: Some(Event::KeysGranted(event)), time_ms, .. }) => Ok(PastGrant { event, issued: UnixMillis(time_ms), leaf: AuditLeaf::of(&row.record) }),
+            _ => Err(gone()),
+        }
+    }
+
+    /// Wraps the keys of a recorded grant for the grantee, and seals the manifest.
+    async fn carry_out(&self, plan: Plan, leaf: Option<AuditLeaf>) -> Result<Granted, ServiceError> {
+        let Plan { meters, refusals, .. } = &plan;
+        let mut granted = Granted { envelopes: Vec::new(), refusals: refusals.clone(), leaf };
+        if meters.is_empty() {
+            return Ok(granted);
+        }
+        // Grants of one minute share an agreement: the expiry is part of its derivation.
+        let expiry = (plan.not_after.0 + 59_999) / 60_000 * 60_000;
+        let transport = &plan.transport;
+        let recipient = Recipient::new(&transport.public_point, transport.sha256, u64::try_from(expiry).unwrap_or_default()).map_err(ServiceError::from)?;
+        let sources: Vec<KeySource> = meters.iter().flat_map(|meter| meter.keys.iter().map(|key| key.source.clone())).collect();
+        let places: Vec<(usize, usize)> = meters.iter().enumerate().flat_map(|(meter, keys)| (0..keys.keys.len()).map(move |key| (meter, key))).collect();
+        let groups = self.island.hsm.split_by_token(&sources);
+        let plan = Arc::new(plan);
+        for group in groups {
+            let keys: Vec<KeySource> = group.iter().filter_map(|index| sources.get(*index).cloned()).collect();
+            let places: Vec<(usize, usize)> = group.iter().filter_map(|index| places.get(*index).copied()).collect();
+            let (island, digest) = (self.island.name().to_string(), transport_digest(&plan));
+            let header = move |agreement: &Agreement| {
+                let header = v1::EnvelopeHeader {
+                    algorithm: i32::from(agreement.algorithm.number()),
+                    island: island.clone(),
+                    ephemeral_public: agreement.ephemeral_public.to_vec().into(),
+                    transport_certificate_sha256: digest.clone(),
+                    not_after_ms: expiry,
+                };
+                header.encode_to_vec()
+            };
+            let failed = Arc::new(Mutex::new(Vec::new()));
+            let (planned, failures) = (plan.clone(), failed.clone());
+            let manifest = move |wrapped: &[Result<WrappedKey, HsmError>]| {
+                let (manifest, missing) = planned.manifest(&places, wrapped);
+                if let Ok(mut failures) = failures.lock() {
+                    *failures = missing;
+                }
+                manifest.encode_to_vec()
+            };
+            let envelope = self.island.hsm.envelope(recipient.clone(), keys, header, manifest).await?;
+            granted.envelopes.push(v1::Envelope { header: envelope.header.into(), manifest: envelope.manifest.into(), seal: envelope.seal.to_vec().into() });
+            if let Ok(mut failures) = failed.lock() {
+                granted.refusals.append(&mut failures);
+            }
+        }
+        Ok(granted)
+    }
+}
+
+/// Which grants to list.
+#[derive(Clone, Debug)]
+pub struct GrantQuery {
+    /// Of this principal.
+    pub principal: Option<PrincipalId>,
+    /// Neither ended nor revoked.
+    pub only_live: bool,
+    /// Older than this one.
+    pub before: Option<GrantId>,
+    /// At most.
+    pub page: u32,
+}
+
+fn grant_message(row: &GrantRow) -> v1::Grant {
+    let purpose = Purpose::ALL.into_iter().find(|purpose| purpose.name() == row.purpose);
+    v1::Grant {
+        grant_id: row.id.octets().to_vec().into(),
+        principal: row.principal.to_string(),
+        purpose: purpose.map(|purpose| purpose.to_proto().into()).unwrap_or_default(),
+        issued_ms: row.issued.0,
+        not_after_ms: row.not_after.0,
+        revoked_ms: row.revoked.map_or(0, |revoked| revoked.0),
+        meter_count: row.meters,
+    }
+}
+
+fn transport_digest(plan: &Plan) -> bytes::Bytes {
+    plan.transport.sha256.to_vec().into()
+}
+
+/// A grant of the past, from its audit record.
+struct PastGrant {
+    event: KeysGranted,
+    issued: UnixMillis,
+    leaf: AuditLeaf,
+}
+
+/// The decision of a chunk, which the transaction may call several times.
+#[derive(Clone)]
+struct Deciding {
+    island: Arc<Island>,
+    caller: Caller,
+    chunk: Arc<Chunk>,
+    key: RequestKey,
+    past: Option<Arc<PastGrant>>,
+}
+
+enum Decided {
+    /// To be carried out.
+    Grant(Box<Plan>),
+    /// Carried out before; the record has the details.
+    Replay(AuditReference),
+}
+
+/// A recorded grant, to be carried out.
+struct Plan {
+    principal: Arc<Principal>,
+    transport: kms_domain::TransportCertificate,
+    grant: GrantId,
+    request: RequestId,
+    index: u32,
+    terms: Arc<SessionTerms>,
+    issued: UnixMillis,
+    not_after: UnixMillis,
+    meters: Vec<PlannedMeter>,
+    refusals: Vec<(SystemTitle, ServiceError)>,
+    /// Of a replayed grant.
+    leaf: Option<AuditLeaf>,
+}
+
+struct PlannedMeter {
+    title: SystemTitle,
+    setup: SecuritySetupId,
+    suite: SecuritySuite,
+    keys: Vec<PlannedKey>,
+    lease: Option<(SystemTitle, KeyVersionNumber, Lease)>,
+}
+
+struct PlannedKey {
+    key_type: KeyType,
+    /// `None`: a dedicated key.
+    version: Option<KeyVersionNumber>,
+    source: KeySource,
+    in_doubt: bool,
+}
+
+impl Deciding {
+    fn decide(&mut self, view: &mut View<'_, '_>) -> Result<Decided, ServiceError> {
+        let principal = view.caller(&self.caller)?;
+        let transport = principal.transport.clone().ok_or_else(|| ServiceError::FailedPrecondition {
+            reason: "no transport key is registered, so there is nothing to wrap keys for".to_owned(),
+            next_step: "register one with `kms principal register-transport-key`".to_owned(),
+        })?;
+        let terms = self.chunk.terms.clone();
+        if let Some(title) = terms.client_title
+            && !principal.client_titles.contains(&title)
+        {
+            return Err(ServiceError::denied(format!("openSession under client title {title}")));
+        }
+        let past = match (view.request(&self.key)?, self.past.clone()) {
+            (None, _) => None,
+            (Some(row), _) if row.digest != self.chunk.digest => {
+                return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request"));
+            }
+            (Some(row), None) => return self.replayed(&row),
+            (Some(_), Some(past)) => Some(past),
+        };
+        let (grant, issued, not_after) = match &past {
+            Some(past) => {
+                let grant = GrantId::from_octets(&past.event.grant_id).map_err(|_| record_fault())?;
+                if view.grant(grant)?.is_some_and(|row| row.revoked.is_some()) {
+                    return Err(ServiceError::Aborted { reason: "the grant of this request was revoked".to_owned(), next_step: "ask again with a new request id".to_owned() });
+                }
+                (grant, past.issued, UnixMillis(past.event.not_after_ms))
+            }
+            None => {
+                let grant = GrantId::from_octets(uuid::Uuid::now_v7().as_bytes()).map_err(|_| record_fault())?;
+                (grant, view.now(), view.now().after(i64::from(terms.lifetime_seconds) * 1_000))
+            }
+        };
+        let mut plan = Plan {
+            grant,
+            issued,
+            not_after,
+            transport,
+            principal: principal.clone(),
+            request: self.chunk.request,
+            index: self.chunk.index,
+            terms: terms.clone(),
+            meters: Vec::with_capacity(self.chunk.meters.len()),
+            refusals: Vec::new(),
+            leaf: past.as_ref().map(|past| past.leaf),
+        };
+        let policy = self.island.policy.load();
+        let mut permissions = Permissions { policy: &policy, facts: facts(&principal), terms: &terms, decided: Vec::new() };
+        for title in &self.chunk.meters {
+            let outcome = match &past {
+                None => self.grant(view, *title, &principal, not_after, &mut permissions),
+                Some(past) => match past.event.meters.iter().find(|granted| granted.meter == u64::from_be_bytes(title.octets())) {
+                    Some(granted) => self.repeat(view, *title, granted, &mut permissions),
+                    // It was refused then, and a replay grants nothing new.
+                    None => Err(denied(*title)),
+                },
+            };
+            match outcome {
+                Ok(planned) => plan.meters.push(planned),
+                Err(error) => plan.refusals.push((*title, error)),
+            }
+        }
+        if let ([(_, error)], [_]) = (plan.refusals.as_slice(), self.chunk.meters.as_slice()) {
+            return Err(error.clone());
+        }
+        for (_, error) in &plan.refusals {
+            view.refuse(reason_of(error));
+        }
+        if past.is_none() && !plan.meters.is_empty() {
+            self.record(view, &plan);
+        }
+        Ok(Decided::Grant(Box::new(plan)))
+    }
+
+    fn replayed(&self, row: &RequestRow) -> Result<Decided, ServiceError> {
+        decode_reference(&row.outcome).map(Decided::Replay).ok_or_else(record_fault)
+    }
+
+    /// Decides on one meter.
+    fn grant(&self, view: &mut View<'_, '_>, title: SystemTitle, principal: &Principal, not_after: UnixMillis, permissions: &mut Permissions<'_>) -> Result<PlannedMeter, ServiceError> {
+        let terms = &self.chunk.terms;
+        let mut meter = view.meter(title)?.ok_or_else(|| denied(title))?;
+        permissions.require(&meter.class, title)?;
+        let setup = terms.setup.or_else(|| meter.slots.iter().next().map(Slot::setup)).ok_or_else(|| no_key(&terms.key_types, None))?;
+        let mut keys = Vec::with_capacity(terms.key_types.len() + 1);
+        let mut unexposed = Vec::new();
+        for key_type in &terms.key_types {
+            let slot = meter.slots.get(setup, *key_type).ok_or_else(|| no_key(&[*key_type], Some(setup)))?;
+            // Only the active version: a pre-active one is granted to nobody (I3), and earlier candidates are for those who probe.
+            let version = slot.grantable().find(|grantable| grantable.standing == Standing::Active).map(|grantable| grantable.version).ok_or_else(|| no_key(&[*key_type], Some(setup)))?;
+            let party = Party::Principal(principal.id.clone());
+            if !version.exposures().iter().any(|exposure| exposure.party == party && exposure.reason == kms_domain::ExposureReason::Grant) {
+                unexposed.push((*key_type, version.number()));
+            }
+            keys.push(PlannedKey { key_type: *key_type, version: Some(version.number()), source: source(meter.owner(), slot, version)?, in_doubt: slot.in_doubt() });
+        }
+        if !unexposed.is_empty() {
+            // The first grant of a version to a principal is written into the ledger; later ones change nothing.
+            let changed = Arc::make_mut(&mut meter);
+            for (key_type, version) in unexposed {
+                let version = changed.slots.get_mut(setup, key_type).and_then(|slot| slot.version_mut(version)).map_err(|error| ServiceError::Internal(error.to_string()))?;
+                version.expose(Party::Principal(principal.id.clone()), kms_domain::ExposureReason::Grant, view.now());
+            }
+            view.put_meter(changed.clone(), false)?;
+        }
+        if terms.dedicated_key {
+            keys.push(dedicated(meter.suite));
+        }
+        let lease = match (terms.client_title, keys.iter().find(|key| matches!(key.key_type, KeyType::GUEK | KeyType::GBEK)).and_then(|key| Some((key.key_type, key.version?)))) {
+            (Some(client), Some((key_type, version))) => {
+                let of = CounterOf { meter: title, setup, key_type, version, counter: counter_key(&self.island, &meter, setup, client)? };
+                Some((client, version, view.lease(of, terms.counters, not_after)?))
+            }
+            _ => None,
+        };
+        Ok(PlannedMeter { title, setup, suite: meter.suite, keys, lease })
+    }
+
+    /// The same again, as recorded: permitted still, the versions still grantable, the lease still the newest.
+    fn repeat(&self, view: &mut View<'_, '_>, title: SystemTitle, granted: &GrantedMeter, permissions: &mut Permissions<'_>) -> Result<PlannedMeter, ServiceError> {
+        let terms = &self.chunk.terms;
+        let overtaken = |what: &str| ServiceError::Aborted { reason: format!("{what} since this request was answered"), next_step: "ask again with a new request id".to_owned() };
+        let meter = view.meter(title)?.ok_or_else(|| denied(title))?;
+        permissions.require(&meter.class, title)?;
+        let setup = terms.setup.or_else(|| meter.slots.iter().next().map(Slot::setup)).ok_or_else(|| no_key(&terms.key_types, None))?;
+        let mut keys = Vec::with_capacity(terms.key_types.len() + 1);
+        for (key_type, number) in terms.key_types.iter().zip(&granted.versions) {
+            let slot = meter.slots.get(setup, *key_type).ok_or_else(|| overtaken("the key is gone"))?;
+            let version = slot.active().filter(|version| version.number().number() == *number).ok_or_else(|| overtaken("the key was rotated"))?;
+            keys.push(PlannedKey { key_type: *key_type, version: Some(version.number()), source: source(meter.owner(), slot, version)?, in_doubt: slot.in_doubt() });
+        }
+        if terms.dedicated_key {
+            keys.push(dedicated(meter.suite));
+        }
+        let encryption = keys.iter().find(|key| matches!(key.key_type, KeyType::GUEK | KeyType::GBEK)).and_then(|key| Some((key.key_type, key.version?)));
+        let lease = match (terms.client_title, encryption) {
+            (Some(client), Some((key_type, version))) if granted.lease_count > 0 => {
+                let lease = Lease { first: granted.lease_first, count: granted.lease_count };
+                let of = CounterOf { meter: title, setup, key_type, version, counter: counter_key(&self.island, &meter, setup, client)? };
+                if !view.is_live(of, lease)? {
+                    return Err(overtaken("a newer lease was dealt, or the server restarted,"));
+                }
+                Some((client, version, lease))
+            }
+            _ => None,
+        };
+        Ok(PlannedMeter { title, setup, suite: meter.suite, keys, lease })
+    }
+
+    /// I2: one record for the chunk; grant and request name it.
+    fn record(&self, view: &mut View<'_, '_>, plan: &Plan) {
+        let terms = &plan.terms;
+        view.append(Event::KeysGranted(KeysGranted {
+            grant_id: plan.grant.octets().to_vec().into(),
+            purpose: terms.purpose.to_proto().into(),
+            not_after_ms: plan.not_after.0,
+            security_setup: terms.setup.map(|setup| setup.obis().to_vec().into()).unwrap_or_default(),
+            key_types: terms.key_types.iter().map(ToString::to_string).collect(),
+            client_title: terms.client_title.map(|title| title.octets().to_vec().into()).unwrap_or_default(),
+            dedicated_key: terms.dedicated_key,
+            meters: plan.meters.iter().map(PlannedMeter::recorded).collect(),
+            chunk_index: plan.index,
+        }));
+        view.put_grant(GrantRow {
+            id: plan.grant,
+            principal: plan.principal.id.clone(),
+            purpose: terms.purpose.name().to_owned(),
+            issued: plan.issued,
+            not_after: plan.not_after,
+            audit: AuditReference { writer: view.writer(), sequence: 0 },
+            meters: u32::try_from(plan.meters.len()).unwrap_or(u32::MAX),
+            revoked: None,
+        });
+        let expires = view.now().after(REPLAY_MS);
+        view.put_request(self.key.clone(), RequestRow { digest: self.chunk.digest, outcome: Vec::new(), expires });
+    }
+}
+
+impl Plan {
+    /// The manifest of the keys at `places`, and the meters that a key could not be had for.
+    fn manifest(&self, places: &[(usize, usize)], wrapped: &[Result<WrappedKey, HsmError>]) -> (v1::Manifest, Vec<(SystemTitle, ServiceError)>) {
+        let mut failed: Vec<(SystemTitle, ServiceError)> = Vec::new();
+        let mut meters: Vec<(usize, v1::MeterKeys)> = Vec::new();
+        for ((meter, key), wrapped) in places.iter().zip(wrapped) {
+            let Some((planned, key)) = self.meters.get(*meter).and_then(|planned| Some((planned, planned.keys.get(*key)?))) else { continue };
+            match wrapped {
+                Err(error) => failed.push((planned.title, ServiceError::from(error.clone()))),
+                Ok(WrappedKey(octets)) => {
+                    if meters.last().is_none_or(|(last, _)| last != meter) {
+                        meters.push((*meter, planned.keys_message()));
+                    }
+                    if let Some((_, message)) = meters.last_mut() {
+                        message.keys.push(v1::GrantedKey {
+                            key_type: key.key_type.to_string(),
+                            version: key.version.map_or(0, KeyVersionNumber::number),
+                            wrapped: octets.clone().into(),
+                            in_doubt: key.in_doubt,
+                        });
+                    }
+                }
+            }
+        }
+        // All or nothing for a meter.
+        meters.retain(|(meter, _)| self.meters.get(*meter).is_some_and(|planned| failed.iter().all(|(title, _)| *title != planned.title)));
+        let manifest = v1::Manifest {
+            principal: self.principal.id.to_string(),
+            grant_id: self.grant.octets().to_vec().into(),
+            request_id: self.request.octets().to_vec().into(),
+            chunk_index: self.index,
+            purpose: self.terms.purpose.to_proto().into(),
+            issued_ms: self.issued.0,
+            not_after_ms: self.not_after.0,
+            meters: meters.into_iter().map(|(_, message)| message).collect(),
+        };
+        (manifest, failed)
+    }
+}
+
+impl PlannedMeter {
+    fn keys_message(&self) -> v1::MeterKeys {
+        v1::MeterKeys {
+            meter: self.title.octets().to_vec().into(),
+            security_setup: self.setup.obis().to_vec().into(),
+            security_suite: u32::from(self.suite.number()),
+            keys: Vec::with_capacity(self.keys.len()),
+            lease: self.lease.map(|(client, version, lease)| v1::CounterLease {
+                client_title: client.octets().to_vec().into(),
+                key_version: version.number(),
+                first: lease.first,
+                count: lease.count,
+            }),
+        }
+    }
+
+    fn recorded(&self) -> GrantedMeter {
+        GrantedMeter {
+            meter: u64::from_be_bytes(self.title.octets()),
+            versions: self.keys.iter().filter_map(|key| key.version).map(KeyVersionNumber::number).collect(),
+            lease_first: self.lease.map_or(0, |(_, _, lease)| lease.first),
+            lease_count: self.lease.map_or(0, |(_, _, lease)| lease.count),
+        }
+    }
+}
+
+/// Policy's answers within one chunk: one for each class of meters.
+struct Permissions<'a> {
+    policy: &'a Policy,
+    facts: PrincipalFacts,
+    terms: &'a SessionTerms,
+    decided: Vec<(MeterClass, bool)>,
+}
+
+impl Permissions<'_> {
+    /// I8: every key type that is asked for must be permitted for the meter's class.
+    fn require(&mut self, class: &MeterClass, title: SystemTitle) -> Result<(), ServiceError> {
+        let permitted = match self.decided.iter().find(|(known, _)| known == class) {
+            Some((_, permitted)) => *permitted,
+            None => {
+                let permitted = self.permits(class);
+                self.decided.push((class.clone(), permitted));
+                permitted
+            }
+        };
+        if permitted { Ok(()) } else { Err(denied(title)) }
+    }
+
+    fn permits(&self, class: &MeterClass) -> bool {
+        let dedicated = self.terms.dedicated_key.then_some(KeyType::DEDICATED);
+        class.status.may_grant()
+            && self.terms.key_types.iter().copied().chain(dedicated).all(|key_type| {
+                let action = Action::OpenSession {
+                    key_type,
+                    purpose: self.terms.purpose,
+                    lifetime_seconds: self.terms.lifetime_seconds,
+                    dedicated_key: self.terms.dedicated_key,
+                };
+                self.policy.permits(&self.facts, &action, &Resource::Meters(class)).is_permit()
+            })
+    }
+}
+
+/// The digest of a request: what must be the same when its id comes again.
+pub fn request_digest(parts: &[&[u8]]) -> [u8; 32] {
+    let mut context = digest::Context::new(&digest::SHA256);
+    for part in parts {
+        context.update(&u64::try_from(part.len()).unwrap_or(u64::MAX).to_be_bytes());
+        context.update(part);
+    }
+    let mut value = [0; 32];
+    value.copy_from_slice(context.finish().as_ref());
+    value
+}
+
+/// Where the HSM takes a key version from.
+pub fn source(owner: Owner, slot: &Slot, version: &KeyVersion) -> Result<KeySource, ServiceError> {
+    let fault = |error: ParseError| ServiceError::Internal(error.to_string());
+    match (version.material(), version.origin()) {
+        (KeyMaterial::Wrapped(wrapped), _) => Ok(KeySource::Stored {
+            key_type: slot.key_type(),
+            storage_kek_version: RootVersion::new(u32::from(wrapped.storage_kek_version())).map_err(fault)?,
+            shape: wrapped.shape(),
+            blob: wrapped.blob().to_vec(),
+        }),
+        (KeyMaterial::Derived, KeyOrigin::Diversified { root_version, derivation, length }) => Ok(KeySource::Diversified {
+            root_version: RootVersion::new(u32::from(root_version)).map_err(fault)?,
+            derivation,
+            context: slot.diversification(owner, version.number(), length),
+        }),
+        _ => Err(no_key(&[slot.key_type()], Some(slot.setup()))),
+    }
+}
+
+/// Which counter a client title uses with a meter's security setup: its own, or the setup's only one (device profile).
+///
+/// # Errors
+/// This server does not know the meter's device profile.
+pub fn counter_key(island: &Island, meter: &Meter, setup: SecuritySetupId, client: SystemTitle) -> Result<CounterKey, ServiceError> {
+    let profile = island.profiles.get(&meter.class.profile).and_then(|profile| profile.setup(setup)).ok_or_else(|| ServiceError::FailedPrecondition {
+        reason: format!("the device profile `{}` with security setup {setup} is not among this server's", meter.class.profile),
+        next_step: "add its file to the folder of device profiles on every server".to_owned(),
+    })?;
+    Ok(profile.counter.scope.key(client))
+}
+
+fn dedicated(suite: SecuritySuite) -> PlannedKey {
+    PlannedKey { key_type: KeyType::DEDICATED, version: None, source: KeySource::Fresh(suite.key_length()), in_doubt: false }
+}
+
+/// The same answer for a meter that does not exist and one that the caller may not see.
+pub(super) fn denied(title: SystemTitle) -> ServiceError {
+    ServiceError::denied(format!("openSession with meter {title}"))
+}
+
+fn no_key(key_types: &[KeyType], setup: Option<SecuritySetupId>) -> ServiceError {
+    let names: Vec<String> = key_types.iter().map(ToString::to_string).collect();
+    let place = setup.map(|setup| format!(" in security setup {setup}")).unwrap_or_default();
+    ServiceError::FailedPrecondition { reason: format!("the meter has no active {}{place}", names.join(", ")), next_step: "look at its slots with `kms meter show`".to_owned() }
+}
+
+fn record_fault() -> ServiceError {
+    ServiceError::Internal("the record of a past request does not read".to_owned())
+}
+
+/// A refusal's reason without the meter: a batch of refused meters is one line in the log, not thousands.
+fn reason_of(error: &ServiceError) -> String {
+    match error {
+        ServiceError::PermissionDenied { .. } => "not permitted for a meter of the request".to_owned(),
+        other => other.to_string(),
+    }
+}
+
+/// How long a request can be repeated.
+const REPLAY_MS: i64 = 15 * 60 * 1_000;

@@ -1,0 +1,203 @@
+//! Meters: who they are, whose they are, and the life of a meter's identity.
+
+mod change;
+mod counter;
+mod enrol;
+mod filter;
+mod show;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use kms_domain::{Principal, RequestId, SystemTitle};
+use kms_proto::v1;
+use kms_store::{Reads, RequestKey, RequestRow, RowKind};
+use prost::Message;
+
+pub use self::{
+    change::Assignment,
+    counter::CounterFloor,
+    enrol::{Enrolment, NewMeter},
+    filter::{Filter, Selection},
+};
+use super::group::Groups;
+use crate::{
+    audit::{Actor, View},
+    authz::{Action, Caller, Resource},
+    error::ServiceError,
+    island::{Island, facts, principal_row},
+};
+
+/// The use cases of meters. Clones share what is known of groups.
+#[derive(Clone)]
+pub struct MeterService {
+    island: Arc<Island>,
+    groups: Arc<Groups>,
+}
+
+/// A request to change meters: what makes it the same when it comes again.
+#[derive(Clone, Copy, Debug)]
+pub struct Request {
+    /// Its id.
+    pub id: RequestId,
+    /// Digest of all that is asked.
+    pub digest: [u8; 32],
+}
+
+/// A page of meters.
+#[derive(Clone, Debug, Default)]
+pub struct Page {
+    /// The meters.
+    pub meters: Vec<v1::MeterSummary>,
+    /// Where the next page begins; `None` behind the last.
+    pub next: Option<SystemTitle>,
+    /// How many match in all, by the search columns.
+    pub total: u64,
+}
+
+impl MeterService {
+    /// The most meters of a request that names them.
+    pub const MOST_METERS: usize = 10_000;
+
+    /// Meters of an island.
+    pub fn new(island: Arc<Island>) -> Self {
+        Self { island, groups: Arc::default() }
+    }
+
+    /// A page of the meters that the caller may see: a head-end sees its own only.
+    ///
+    /// # Errors
+    /// Not permitted, or the database is away.
+    pub async fn list(&self, caller: &Caller, filter: Filter, after: Option<SystemTitle>, limit: u32) -> Result<Page, ServiceError> {
+        let principal = facts(&*self.island.principal(caller).await?);
+        let filter = {
+            let policy = self.island.policy.load();
+            if policy.permits(&principal, &Action::ListMeters { own: false }, &Resource::Island).is_permit() {
+                filter
+            } else {
+                policy.require(&principal, &Action::ListMeters { own: true }, &Resource::Island)?;
+                match filter.only_of(&caller.principal) {
+                    Some(filter) => filter,
+                    None => return Ok(Page::default()),
+                }
+            }
+        };
+        let columns = filter.columns();
+        let rows = self.island.store.meter_page(&columns, after, limit).await?;
+        let full = rows.len() == usize::try_from(limit).unwrap_or(usize::MAX);
+        let next = rows.last().map(|row| row.title).filter(|_| full);
+        let total = self.island.store.meter_count(&columns).await?;
+        // I5: the columns found them, the sealed rows decide. One that was tampered with is left out and reported by the scrubber.
+        let meters = rows.iter().filter_map(|row| self.island.committer.open_meter(row.title, &row.row).ok()).filter(|meter| filter.matches(meter));
+        Ok(Page { meters: meters.map(|meter| show::summary(&meter)).collect(), next, total })
+    }
+
+    /// One meter: slots, versions, counters and exposures; never a key.
+    ///
+    /// # Errors
+    /// Permission denied, for an unknown meter and for one that is not the caller's alike; or the database is away.
+    pub async fn show(&self, caller: &Caller, title: SystemTitle) -> Result<v1::Meter, ServiceError> {
+        let principal = facts(&*self.island.principal(caller).await?);
+        // A row that does not verify is as good as absent for a caller (I5).
+        let meter = match self.island.meter(title).await {
+            Err(ServiceError::FailedPrecondition { .. }) => None,
+            other => other?,
+        };
+        let seen = meter.filter(|meter| self.island.policy.load().permits(&principal, &Action::ShowMeter, &Resource::Meters(&meter.class)).is_permit());
+        let Some(meter) = seen else {
+            return self.denied(caller, &Action::ShowMeter, format!("showMeter {title}")).await;
+        };
+        let generation = self.island.store.meters(&[title]).await?.first().map_or(0, |row| row.row.generation);
+        let mut shown = show::Shown { island: &self.island, meter: &meter, domains: Vec::new(), groups: Vec::new() };
+        for slot in meter.slots.iter() {
+            for id in slot.versions().iter().filter_map(kms_domain::KeyVersion::domain) {
+                if let Some(row) = self.island.store.sealed(RowKind::CounterDomain, &id.0).await? {
+                    shown.domains.push(self.island.committer.open_domain(id, &row)?);
+                }
+            }
+        }
+        for group in &meter.class.groups {
+            if let Some(row) = self.island.store.sealed(RowKind::Group, &group.0.to_be_bytes()).await? {
+                shown.groups.push(self.island.committer.open_group(*group, &row)?.name.clone());
+            }
+        }
+        Ok(shown.to_proto(generation))
+    }
+
+    /// A refusal of a call that only reads, put on the record.
+    async fn denied<T: Send + 'static>(&self, caller: &Caller, action: &Action, asked: String) -> Result<T, ServiceError> {
+        let actor = Actor::caller(caller, None, action.name());
+        let recorded = self.island.committer.act(actor, Reads::default(), move |_| Err::<T, _>(ServiceError::denied(asked.clone()))).await;
+        recorded.map(|committed| committed.value)
+    }
+
+    /// Carries out one chunk of a request, or gives the answer that it got before. `change` sees the rows of `meters` and `sealed`.
+    async fn chunk<F>(&self, caller: &Caller, action: &Action, request: Request, index: u32, reads: Reads, mut change: F) -> Result<Outcome, ServiceError>
+    where
+        F: FnMut(&mut View<'_, '_>, &Principal) -> Result<Outcome, ServiceError> + Send + 'static,
+    {
+        let key = RequestKey { principal: caller.principal.clone(), request: request.id, chunk: index };
+        let mut reads = Reads { requests: vec![key.clone()], ..reads };
+        reads.sealed.push(principal_row(&caller.principal));
+        let actor = Actor::caller(caller, Some(request.id), action.name());
+        let caller = caller.clone();
+        let committed = self
+            .island
+            .committer
+            .act(actor, reads, move |view| {
+                let principal = view.caller(&caller)?;
+                if let Some(earlier) = view.request(&key)? {
+                    if earlier.digest != request.digest {
+                        return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request"));
+                    }
+                    return Outcome::decode(earlier.outcome.as_slice()).map_err(|_| ServiceError::Internal("a remembered answer does not decode".to_owned()));
+                }
+                let outcome = change(view, &principal)?;
+                let expires = view.now().after(REPLAY_MS);
+                view.put_request(key.clone(), RequestRow { digest: request.digest, outcome: outcome.encode_to_vec(), expires });
+                Ok(outcome)
+            })
+            .await?;
+        Ok(committed.value)
+    }
+}
+
+/// What a chunk came to; kept for repeated requests.
+#[derive(Clone, PartialEq, Message)]
+struct Outcome {
+    #[prost(uint64, tag = "1")]
+    changed: u64,
+    #[prost(uint64, tag = "2")]
+    unchanged: u64,
+    #[prost(message, repeated, tag = "3")]
+    problems: Vec<v1::MeterProblem>,
+    /// The last meter that was looked at, where a filter selects them.
+    #[prost(fixed64, tag = "4")]
+    last: u64,
+    /// Whether a following chunk would find nothing.
+    #[prost(bool, tag = "5")]
+    done: bool,
+}
+
+impl Outcome {
+    fn problem(&mut self, meter: SystemTitle, reason: impl Into<String>) {
+        self.problems.push(v1::MeterProblem { meter: meter.octets().to_vec().into(), reason: reason.into() });
+    }
+
+    fn add_to(self, response: &mut v1::ChangeMetersResponse) {
+        response.changed += self.changed;
+        response.unchanged += self.unchanged;
+        let room = MOST_PROBLEMS.saturating_sub(response.problems.len());
+        response.problems.extend(self.problems.into_iter().take(room));
+    }
+}
+
+/// What is said of a meter that does not exist and of one that the caller may not change.
+const NOT_PERMITTED: &str = "it is unknown, or this is not permitted with it";
+/// How long a request can be repeated.
+const REPLAY_MS: i64 = 24 * 3_600 * 1_000;
+/// Meters of one transaction.
+const CHUNK: usize = 500;
+/// Problems that an answer names at most.
+const MOST_PROBLEMS: usize = 10_000;

@@ -1,0 +1,275 @@
+//! Assignment, retirement, replacement.
+
+use std::sync::Arc;
+
+use kms_domain::{KeyState, Meter, MeterStatus, Principal, PrincipalId, PrincipalStatus, Role, SystemTitle, UnixMillis};
+use kms_proto::v1::{self, MetersChanged, audit_record::Event};
+use kms_store::Reads;
+
+use super::{CHUNK, Filter, MeterService, NOT_PERMITTED, Outcome, Request, Selection};
+use crate::{
+    audit::View,
+    authz::{Action, Caller, Resource},
+    error::ServiceError,
+    island::{Island, facts, principal_row},
+};
+
+/// Whose business meters become.
+#[derive(Clone, Debug)]
+pub struct Assignment {
+    /// Which meters.
+    pub selection: Selection,
+    /// The head-end; `None` takes the assignment away.
+    pub head_end: Option<PrincipalId>,
+    /// Only count.
+    pub dry_run: bool,
+}
+
+impl MeterService {
+    /// Makes meters the business of a head-end, or of none. A meter in stock that is assigned goes into service: policy lets a head-end talk to
+    /// meters that are its own and in service. One that is taken away stays in service, and nobody gets its keys. Grants of the former
+    /// head-end cannot be repeated any more; what it holds, it holds until the grant's end, so revoke them where that matters.
+    ///
+    /// # Errors
+    /// Unknown caller or head-end, a request id that was used for something else, or the database is away. What concerns single meters is in
+    /// the answer.
+    pub async fn assign(&self, caller: &Caller, request: Request, assignment: Assignment) -> Result<v1::ChangeMetersResponse, ServiceError> {
+        if let Some(head_end) = &assignment.head_end
+            && (head_end.role() != Role::HeadEnd || head_end.island() != self.island.name())
+        {
+            return Err(ServiceError::invalid("head_end", format!("`{head_end}` is no head-end of this island")));
+        }
+        if assignment.dry_run {
+            return self.count(caller, assignment).await;
+        }
+        let mut response = v1::ChangeMetersResponse::default();
+        let mut after = None;
+        for index in 0.. {
+            let (titles, more) = self.titles(&assignment.selection, index, after).await?;
+            let outcome = self.assign_chunk(caller, request, index, titles, more, &assignment).await?;
+            let (last, done) = (outcome.last, outcome.done);
+            outcome.add_to(&mut response);
+            if done {
+                break;
+            }
+            // Where the chunk of an earlier call ended, if this is a repeated request.
+            after = SystemTitle::from_octets(&last.to_be_bytes()).ok();
+        }
+        Ok(response)
+    }
+
+    /// The meters of a chunk, and whether there may be more.
+    async fn titles(&self, selection: &Selection, index: u32, after: Option<SystemTitle>) -> Result<(Vec<SystemTitle>, bool), ServiceError> {
+        match selection {
+            Selection::Meters(meters) => {
+                let mut chunks = meters.chunks(CHUNK).skip(usize::try_from(index).unwrap_or(usize::MAX));
+                Ok((chunks.next().unwrap_or_default().to_vec(), chunks.next().is_some()))
+            }
+            Selection::Filter(filter) => {
+                let rows = self.island.store.meter_page(&filter.columns(), after, u32::try_from(CHUNK).unwrap_or(u32::MAX)).await?;
+                let full = rows.len() == CHUNK;
+                Ok((rows.into_iter().map(|row| row.title).collect(), full))
+            }
+        }
+    }
+
+    async fn assign_chunk(&self, caller: &Caller, request: Request, index: u32, titles: Vec<SystemTitle>, more: bool, assignment: &Assignment) -> Result<Outcome, ServiceError> {
+        let reads = Reads { meters: titles.clone(), sealed: assignment.head_end.as_ref().map(principal_row).into_iter().collect(), ..Reads::default() };
+        let (island, head_end) = (self.island.clone(), assignment.head_end.clone());
+        let filter = match &assignment.selection {
+            Selection::Filter(filter) => filter.clone(),
+            Selection::Meters(_) => Filter::default(),
+        };
+        self.chunk(caller, &Action::AssignMeters, request, index, reads, move |view, principal| {
+            if let Some(head_end) = &head_end
+                && !view.principal(head_end)?.is_some_and(|known| known.status == PrincipalStatus::Enabled)
+            {
+                return Err(ServiceError::invalid("head_end", format!("`{head_end}` is no enabled head-end of this island")));
+            }
+            let mut outcome = Outcome { last: titles.last().map_or(0, |title| u64::from_be_bytes(title.octets())), done: !more, ..Outcome::default() };
+            let mut changed = Vec::new();
+            for title in &titles {
+                let Some(meter) = permitted(&island, view, principal, &Action::AssignMeters, *title, &mut outcome) else { continue };
+                if !filter.matches(&meter) {
+                    outcome.problem(*title, "its sealed row is not what the filter found (I5); run `kms audit scrub`");
+                    continue;
+                }
+                match assigned(&meter, head_end.as_ref()) {
+                    Ok(None) => outcome.unchanged += 1,
+                    Ok(Some(meter)) => {
+                        changed.push(*title);
+                        view.put_meter(meter, true)?;
+                    }
+                    Err(reason) => outcome.problem(*title, reason),
+                }
+            }
+            let value = head_end.as_ref().map(ToString::to_string).unwrap_or_default();
+            record(view, &mut outcome, "assigned", &changed, value, String::new());
+            Ok(outcome)
+        })
+        .await
+    }
+
+    /// What an assignment would come to.
+    async fn count(&self, caller: &Caller, assignment: Assignment) -> Result<v1::ChangeMetersResponse, ServiceError> {
+        let principal = self.island.principal(caller).await?;
+        let mut response = v1::ChangeMetersResponse::default();
+        let mut after = None;
+        for index in 0.. {
+            let (titles, more) = self.titles(&assignment.selection, index, after).await?;
+            let mut outcome = Outcome::default();
+            let rows = self.island.store.meters(&titles).await?;
+            for title in &titles {
+                let row = rows.iter().find(|row| row.title == *title);
+                let meter = row.and_then(|row| self.island.committer.open_meter(*title, &row.row).ok());
+                let meter = meter.filter(|meter| permits(&self.island, &principal, &Action::AssignMeters, meter));
+                match meter.as_deref().map(|meter| assigned(meter, assignment.head_end.as_ref())) {
+                    None => outcome.problem(*title, NOT_PERMITTED),
+                    Some(Ok(None)) => outcome.unchanged += 1,
+                    Some(Ok(Some(_))) => outcome.changed += 1,
+                    Some(Err(reason)) => outcome.problem(*title, reason),
+                }
+            }
+            outcome.add_to(&mut response);
+            after = titles.last().copied();
+            if !more {
+                break;
+            }
+        }
+        Ok(response)
+    }
+
+    /// Ends the identity of meters. From then on: no session, no frame, no repeated grant; the active key versions are deactivated. What was
+    /// granted before stays valid in its holder's hands until the grant's end. Wrapped keys stay in the rows: they are candidates (I3) until the
+    /// retention time has passed, and destroying them then is a step of its own.
+    ///
+    /// # Errors
+    /// Unknown caller, a request id that was used for something else, or the database is away.
+    pub async fn retire(&self, caller: &Caller, request: Request, meters: Vec<SystemTitle>, reason: String) -> Result<v1::ChangeMetersResponse, ServiceError> {
+        let mut response = v1::ChangeMetersResponse::default();
+        for (index, titles) in (0..).zip(meters.chunks(CHUNK).map(<[SystemTitle]>::to_vec)) {
+            let (island, reason) = (self.island.clone(), reason.clone());
+            let reads = Reads { meters: titles.clone(), ..Reads::default() };
+            let outcome = self
+                .chunk(caller, &Action::RetireMeters, request, index, reads, move |view, principal| {
+                    let mut outcome = Outcome::default();
+                    let mut changed = Vec::new();
+                    for title in &titles {
+                        let Some(mut meter) = permitted(&island, view, principal, &Action::RetireMeters, *title, &mut outcome) else { continue };
+                        if meter.class.status == MeterStatus::Retired {
+                            outcome.unchanged += 1;
+                            continue;
+                        }
+                        let now = view.now();
+                        retire(Arc::make_mut(&mut meter), now)?;
+                        changed.push(*title);
+                        view.put_meter((*meter).clone(), true)?;
+                    }
+                    record(view, &mut outcome, "retired", &changed, String::new(), reason.clone());
+                    Ok(outcome)
+                })
+                .await?;
+            outcome.add_to(&mut response);
+        }
+        Ok(response)
+    }
+
+    /// Retires a meter in favour of another one at the same place, which is known already: that one becomes its head-end's business. Nothing
+    /// of the old one's keys, counters and groups is carried over.
+    ///
+    /// # Errors
+    /// Not permitted; the new meter is unknown, retired, or another head-end's; or the database is away.
+    pub async fn replace(&self, caller: &Caller, request: Request, old: SystemTitle, new: SystemTitle, reason: String) -> Result<v1::ChangeMetersResponse, ServiceError> {
+        if old == new {
+            return Err(ServiceError::invalid("new_meter", "it is the old meter; a refurbished meter needs a new system title"));
+        }
+        let island = self.island.clone();
+        let reads = Reads { meters: vec![old, new], ..Reads::default() };
+        let outcome = self
+            .chunk(caller, &Action::ReplaceMeter, request, 0, reads, move |view, principal| {
+                let mut outcome = Outcome::default();
+                let action = Action::ReplaceMeter;
+                let refused = |title| ServiceError::denied(format!("replaceMeter with meter {title}"));
+                let mut former = permitted(&island, view, principal, &action, old, &mut outcome).ok_or_else(|| refused(old))?;
+                let mut successor = permitted(&island, view, principal, &action, new, &mut outcome).ok_or_else(|| refused(new))?;
+                let precondition = |reason: String| ServiceError::FailedPrecondition { reason, next_step: "look at both with `kms meter show`".to_owned() };
+                if former.class.status == MeterStatus::Retired {
+                    return Err(precondition(format!("{old} is retired already")));
+                }
+                if !matches!(successor.class.status, MeterStatus::InStock | MeterStatus::InService) {
+                    return Err(precondition(format!("{new} is {}", successor.class.status)));
+                }
+                if successor.class.head_end.is_some() && successor.class.head_end != former.class.head_end {
+                    return Err(precondition(format!("{new} is assigned to another head-end")));
+                }
+                let now = view.now();
+                let changed = Arc::make_mut(&mut successor);
+                changed.class.head_end.clone_from(&former.class.head_end);
+                changed.set_status(former.class.status).map_err(ServiceError::parse("new_meter"))?;
+                retire(Arc::make_mut(&mut former), now)?;
+                view.put_meter((*former).clone(), true)?;
+                view.put_meter((*successor).clone(), true)?;
+                record(view, &mut outcome, "replaced", &[old, new], new.to_string(), reason.clone());
+                Ok(outcome)
+            })
+            .await?;
+        let mut response = v1::ChangeMetersResponse::default();
+        outcome.add_to(&mut response);
+        Ok(response)
+    }
+}
+
+/// A meter that policy lets the principal change; else a problem is noted, the same for an unknown one.
+pub(super) fn permitted(island: &Island, view: &mut View<'_, '_>, principal: &Principal, action: &Action, title: SystemTitle, outcome: &mut Outcome) -> Option<Arc<Meter>> {
+    // An error is a row that does not verify, as good as absent (I5), or one that is read for the next attempt.
+    let meter = view.meter(title).ok().flatten().filter(|meter| permits(island, principal, action, meter));
+    if meter.is_none() {
+        view.refuse("not permitted for a meter of the request".to_owned());
+        outcome.problem(title, NOT_PERMITTED);
+    }
+    meter
+}
+
+fn permits(island: &Island, principal: &Principal, action: &Action, meter: &Meter) -> bool {
+    island.policy.load().permits(&facts(principal), action, &Resource::Meters(&meter.class)).is_permit()
+}
+
+/// The meter as assigned; `None` if it is already.
+fn assigned(meter: &Meter, head_end: Option<&PrincipalId>) -> Result<Option<Meter>, String> {
+    if meter.class.status == MeterStatus::Retired {
+        return Err("it is retired".to_owned());
+    }
+    let goes_into_service = head_end.is_some() && meter.class.status == MeterStatus::InStock;
+    if meter.class.head_end.as_ref() == head_end && !goes_into_service {
+        return Ok(None);
+    }
+    let mut changed = meter.clone();
+    changed.class.head_end = head_end.cloned();
+    if goes_into_service {
+        changed.class.status = MeterStatus::InService;
+    }
+    Ok(Some(changed))
+}
+
+/// Retired, with nothing active any more.
+fn retire(meter: &mut Meter, now: UnixMillis) -> Result<(), ServiceError> {
+    let fault = |error: &dyn std::fmt::Display| ServiceError::Internal(error.to_string());
+    meter.set_status(MeterStatus::Retired).map_err(|error| fault(&error))?;
+    for slot in meter.slots.iter_mut() {
+        let active: Vec<_> = slot.versions().iter().filter(|version| matches!(version.state(), KeyState::Active | KeyState::Suspended)).map(kms_domain::KeyVersion::number).collect();
+        for number in active {
+            slot.transition(number, KeyState::Deactivated, now).map_err(|error| fault(&error))?;
+        }
+    }
+    Ok(())
+}
+
+/// The record of a change, if there was one (I2).
+pub(super) fn record(view: &mut View<'_, '_>, outcome: &mut Outcome, change: &str, meters: &[SystemTitle], value: String, reason: String) {
+    if meters.is_empty() {
+        return;
+    }
+    outcome.changed += meters.len() as u64;
+    let meters = meters.iter().map(|title| title.octets().to_vec().into()).collect();
+    view.append(Event::MetersChanged(MetersChanged { change: change.to_owned(), meters, value, reason }));
+}

@@ -1,0 +1,63 @@
+//! Which meters a call is about.
+
+use kms_domain::{DeviceProfileName, FlagId, Meter, MeterStatus, PrincipalId, SystemTitle};
+use kms_store::{Assigned, MeterFilter};
+
+/// Meters by what is known of them. Empty: all.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Filter {
+    /// Of this manufacturer.
+    pub manufacturer: Option<FlagId>,
+    /// With this device profile.
+    pub device_profile: Option<DeviceProfileName>,
+    /// In this status.
+    pub status: Option<MeterStatus>,
+    /// By the head-end: `None` is any, `Some(None)` those that are assigned to none.
+    pub head_end: Option<Option<PrincipalId>>,
+    /// Of this batch.
+    pub batch: Option<String>,
+}
+
+/// The meters of a request: named, or by what is known of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Selection {
+    /// These.
+    Meters(Vec<SystemTitle>),
+    /// All that match.
+    Filter(Filter),
+}
+
+impl Filter {
+    /// The same for one head-end's meters only; `None` if it asks for those of another.
+    pub(super) fn only_of(self, head_end: &PrincipalId) -> Option<Self> {
+        match &self.head_end {
+            None => Some(Self { head_end: Some(Some(head_end.clone())), ..self }),
+            Some(Some(asked)) if asked == head_end => Some(self),
+            Some(_) => None,
+        }
+    }
+
+    /// The search columns that find them.
+    pub(super) fn columns(&self) -> MeterFilter {
+        MeterFilter {
+            vendor: self.manufacturer.map(|manufacturer| manufacturer.to_string()),
+            profile: self.device_profile.as_ref().map(ToString::to_string),
+            status: self.status.and_then(|status| u8::try_from(status.number()).ok()),
+            head_end: match &self.head_end {
+                None => Assigned::Any,
+                Some(None) => Assigned::ToNone,
+                Some(Some(head_end)) => Assigned::To(head_end.to_string()),
+            },
+            batch: self.batch.clone(),
+        }
+    }
+
+    /// I5: whether a meter matches by its sealed row. The search columns find, and never decide.
+    pub(super) fn matches(&self, meter: &Meter) -> bool {
+        self.manufacturer.is_none_or(|manufacturer| meter.class.vendor == manufacturer)
+            && self.device_profile.as_ref().is_none_or(|profile| meter.class.profile == *profile)
+            && self.status.is_none_or(|status| meter.class.status == status)
+            && self.head_end.as_ref().is_none_or(|head_end| meter.class.head_end == *head_end)
+            && self.batch.as_ref().is_none_or(|batch| meter.batch == *batch)
+    }
+}

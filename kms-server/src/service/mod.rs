@@ -1,0 +1,13 @@
+//! Use cases, one file each.
+
+pub mod audit_log;
+pub mod certificate;
+pub mod escrow;
+pub mod frame;
+pub mod grant;
+mod group;
+pub mod init;
+pub mod meter;
+pub mod principal;
+pub mod scrub;
+pub mod shipment;

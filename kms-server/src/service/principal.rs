@@ -1,0 +1,358 @@
+//! Principals: registered, certified, renewed and shut out, each by one act with its record (I2).
+//!
+//! Certificates are signed before the act that registers them, and leave only after it is durable: a certificate that no sealed
+//! row lists is accepted nowhere (I5).
+
+use std::sync::Arc;
+
+use aws_lc_rs::digest::{Context, SHA256};
+use bytes::Bytes;
+use kms_domain::{ParseError, PersonName, Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, RequestId, Role, SystemTitle, UnixMillis};
+use kms_proto::v1::{self, PrincipalChanged, audit_record::Event};
+use kms_store::{Reads, RequestKey, RequestRow, RowKind};
+use prost::Message;
+
+use super::certificate::{CertificateAuthority, CertificationRequest, IssuedCertificate, Validity};
+use crate::audit::{Actor, View};
+use crate::authz::{Action, Caller, Resource};
+use crate::error::ServiceError;
+use crate::island::{Island, facts, principal_row};
+
+/// The use cases of principals.
+pub struct Principals {
+    island: Arc<Island>,
+    authority: CertificateAuthority,
+    /// For how many days certificates are issued.
+    certificate_days: u16,
+}
+
+/// A principal to be registered.
+#[derive(Clone, Debug)]
+pub struct NewPrincipal {
+    /// The request.
+    pub request: RequestId,
+    /// The principal.
+    pub id: PrincipalId,
+    /// Its TLS key. None only for a manufacturer, who may do without calling.
+    pub certification: Option<CertificationRequest>,
+    /// The person behind an officer or auditor (I6).
+    pub person: Option<PersonName>,
+    /// Client system titles that it may use.
+    pub client_titles: Vec<SystemTitle>,
+    /// A manufacturer's key that signs shipments.
+    pub shipment_key: Option<Bytes>,
+}
+
+impl Principals {
+    /// The use cases for an island with this authority.
+    pub const fn new(island: Arc<Island>, authority: CertificateAuthority, certificate_days: u16) -> Self {
+        Self { island, authority, certificate_days }
+    }
+
+    /// The island.
+    pub fn island(&self) -> &Arc<Island> {
+        &self.island
+    }
+
+    /// Registers a principal and certifies its TLS key.
+    ///
+    /// # Errors
+    /// Not permitted; the principal exists; a client title is another's; or trouble of HSM or database.
+    pub async fn add(&self, caller: &Caller, new: NewPrincipal) -> Result<v1::PrincipalCertificate, ServiceError> {
+        let action = Action::AddPrincipal { role: new.id.role() };
+        self.island.require(caller, &action).await?;
+        if new.id.island() != self.island.name() {
+            return Err(ServiceError::invalid("principal", format!("`{}` is not of the island `{}`", new.id, self.island.name())));
+        }
+        self.refuse_shared_titles(&new).await?;
+        let issued = match &new.certification {
+            Some(request) => Some(self.authority.principal(&new.id, request, self.validity())?.sign(&self.island.hsm).await?),
+            None => None,
+        };
+        let digest = request_digest("add", &[
+            new.id.to_string().as_bytes(),
+            &new.certification.as_ref().map(CertificationRequest::spki_sha256).unwrap_or_default(),
+            new.person.as_ref().map_or("", PersonName::as_str).as_bytes(),
+            &new.client_titles.iter().flat_map(|title| title.octets()).collect::<Vec<_>>(),
+            new.shipment_key.as_deref().unwrap_or_default(),
+        ]);
+        let chain = self.chain();
+        let (id, request) = (new.id.clone(), new.request);
+        self.act(caller, request, action, digest, id, move |view, existing| {
+            if existing.is_some() {
+                return Err(ServiceError::FailedPrecondition {
+                    reason: format!("`{}` exists", new.id),
+                    next_step: "renew its certificate, or choose another name: names are not used again".to_owned(),
+                });
+            }
+            let principal = Principal {
+                id: new.id.clone(),
+                revision: 1,
+                status: PrincipalStatus::Enabled,
+                certificates: issued.iter().map(IssuedCertificate::for_principal).collect(),
+                transport: None,
+                client_titles: new.client_titles.clone(),
+                person: new.person.clone(),
+                shipment_key: new.shipment_key.clone(),
+                added: view.now(),
+            };
+            principal.check().map_err(ServiceError::parse("principal"))?;
+            let record = changed(&principal.id, "added", issued.as_ref(), "");
+            Ok((principal, record, issued.clone(), chain.clone()))
+        })
+        .await
+    }
+
+    /// Certifies a new TLS key. Earlier certificates stay valid until they end, so that a principal can change over.
+    ///
+    /// # Errors
+    /// Not permitted, no such principal, a disabled one, or trouble of HSM or database.
+    pub async fn renew(&self, caller: &Caller, request: RequestId, id: PrincipalId, certification: &CertificationRequest) -> Result<v1::PrincipalCertificate, ServiceError> {
+        let action = Action::RenewPrincipal { role: id.role(), own: id == caller.principal };
+        self.island.require(caller, &action).await?;
+        let issued = self.authority.principal(&id, certification, self.validity())?.sign(&self.island.hsm).await?;
+        let digest = request_digest("renew", &[id.to_string().as_bytes(), &certification.spki_sha256()]);
+        let chain = self.chain();
+        self.act(caller, request, action, digest, id.clone(), move |view, existing| {
+            let mut principal = enabled(&id, existing)?;
+            let now = view.now();
+            principal.certificates.retain(|certificate| now < certificate.not_after);
+            // The newest few: a row does not grow with a client that renews in a loop.
+            let excess = (principal.certificates.len() + 1).saturating_sub(MOST_CERTIFICATES);
+            principal.certificates.sort_by_key(|certificate| certificate.not_after);
+            principal.certificates.drain(..excess);
+            principal.certificates.push(issued.for_principal());
+            principal.revision += 1;
+            let record = changed(&id, "renewed", Some(&issued), "");
+            Ok((principal, record, Some(issued.clone()), chain.clone()))
+        })
+        .await
+    }
+
+    /// Certifies and registers the caller's own transport key, in place of an earlier one: from then on keys are wrapped for the new one.
+    ///
+    /// # Errors
+    /// Not permitted, a key that is not EC P-256, or trouble of HSM or database.
+    pub async fn register_transport_key(&self, caller: &Caller, request: RequestId, certification: &CertificationRequest) -> Result<v1::PrincipalCertificate, ServiceError> {
+        let id = caller.principal.clone();
+        let action = Action::RegisterTransportKey { role: id.role() };
+        self.island.require(caller, &action).await?;
+        let issued = self.authority.transport(&id, certification, self.validity())?.sign(&self.island.hsm).await?;
+        let digest = request_digest("transport", &[&certification.spki_sha256()]);
+        let chain = self.chain();
+        self.act(caller, request, action, digest, id.clone(), move |_, existing| {
+            let mut principal = enabled(&id, existing)?;
+            principal.transport = Some(issued.for_transport().ok_or_else(|| ServiceError::Internal("a transport certificate without a P-256 key".to_owned()))?);
+            principal.revision += 1;
+            let record = changed(&id, "transport-key-registered", Some(&issued), "");
+            Ok((principal, record, Some(issued.clone()), chain.clone()))
+        })
+        .await
+    }
+
+    /// Shuts a principal out, from its next call on. Repeating it changes nothing.
+    ///
+    /// # Errors
+    /// Not permitted, no such principal, the last enabled officer, or trouble of the database.
+    pub async fn disable(&self, caller: &Caller, request: RequestId, id: PrincipalId, reason: String) -> Result<v1::Principal, ServiceError> {
+        let action = Action::DisablePrincipal { role: id.role(), own: id == caller.principal };
+        self.island.require(caller, &action).await?;
+        if id.role() == Role::Officer && !self.all().await?.iter().any(|other| other.id.role() == Role::Officer && other.id != id && other.status == PrincipalStatus::Enabled) {
+            return Err(ServiceError::FailedPrecondition {
+                reason: format!("`{id}` is the last enabled officer, and nobody could administer the island afterwards"),
+                next_step: "add another officer first".to_owned(),
+            });
+        }
+        let digest = request_digest("disable", &[id.to_string().as_bytes(), reason.as_bytes()]);
+        let answer = self
+            .act(caller, request, action, digest, id.clone(), move |_, existing| {
+                let mut principal = existing.as_deref().cloned().ok_or_else(|| unknown(&id))?;
+                if principal.status == PrincipalStatus::Enabled {
+                    principal.status = PrincipalStatus::Disabled;
+                    principal.revision += 1;
+                }
+                let record = changed(&id, "disabled", None, &reason);
+                Ok((principal, record, None, Vec::new()))
+            })
+            .await?;
+        answer.principal.ok_or_else(|| ServiceError::Internal("an answer without its principal".to_owned()))
+    }
+
+    /// All principals, in order of their URIs.
+    ///
+    /// # Errors
+    /// Not permitted, a row that does not verify, or trouble of the database.
+    pub async fn list(&self, caller: &Caller) -> Result<Vec<v1::Principal>, ServiceError> {
+        self.island.require(caller, &Action::ListPrincipals).await?;
+        Ok(self.all().await?.iter().map(|principal| to_proto(principal)).collect())
+    }
+
+    /// Who the server takes the caller for.
+    ///
+    /// # Errors
+    /// Nobody that it accepts, or trouble of the database.
+    pub async fn who_am_i(&self, caller: &Caller) -> Result<v1::Principal, ServiceError> {
+        Ok(to_proto(&*self.island.principal(caller).await?))
+    }
+
+    /// Reads the caller's and the principal's rows, decides, writes the principal, the record and the answer.
+    async fn act<F>(&self, caller: &Caller, request: RequestId, action: Action, digest: [u8; 32], id: PrincipalId, mut change: F) -> Result<v1::PrincipalCertificate, ServiceError>
+    where
+        F: FnMut(&mut View<'_, '_>, Option<Arc<Principal>>) -> Result<(Principal, PrincipalChanged, Option<IssuedCertificate>, Vec<Bytes>), ServiceError> + Send + 'static,
+    {
+        let key = RequestKey { principal: caller.principal.clone(), request, chunk: 0 };
+        let reads = Reads { sealed: vec![principal_row(&caller.principal), principal_row(&id)], requests: vec![key.clone()], ..Reads::default() };
+        let actor = Actor::caller(caller, Some(request), action.name());
+        let (island, caller) = (Arc::clone(&self.island), caller.clone());
+        let committed = self
+            .island
+            .committer
+            .act(actor, reads, move |view| {
+                // Again, in the transaction that writes: what was permitted a moment ago may not be any more.
+                let principal = view.caller(&caller)?;
+                island.policy.load().require(&facts(&principal), &action, &Resource::Island)?;
+                if let Some(earlier) = view.request(&key)? {
+                    if earlier.digest != digest {
+                        return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one"));
+                    }
+                    return v1::PrincipalCertificate::decode(earlier.outcome.as_slice()).map_err(|_| ServiceError::Internal("a remembered answer does not decode".to_owned()));
+                }
+                let existing = view.principal(&id)?;
+                let (principal, record, issued, chain) = change(view, existing)?;
+                let answer = v1::PrincipalCertificate {
+                    principal: Some(to_proto(&principal)),
+                    certificate: issued.map(|issued| Bytes::copy_from_slice(&issued.der)).unwrap_or_default(),
+                    chain,
+                };
+                view.put_principal(principal)?;
+                view.append(Event::PrincipalChanged(record));
+                let expires = view.now().after(REPLAY_MILLISECONDS);
+                view.put_request(key.clone(), RequestRow { digest, outcome: answer.encode_to_vec(), expires });
+                Ok(answer)
+            })
+            .await?;
+        Ok(committed.value)
+    }
+
+    /// No two principals use one client title: leases of one would supersede those of the other. Looked up outside the transaction: two
+    /// that are added at the same moment could still share one, which costs sessions and no nonce (I4 counts per title).
+    async fn refuse_shared_titles(&self, new: &NewPrincipal) -> Result<(), ServiceError> {
+        if new.client_titles.is_empty() {
+            return Ok(());
+        }
+        for other in self.all().await? {
+            if other.id != new.id
+                && other.status == PrincipalStatus::Enabled
+                && let Some(title) = new.client_titles.iter().find(|title| other.client_titles.contains(title))
+            {
+                return Err(ServiceError::FailedPrecondition {
+                    reason: format!("the client title {title} belongs to `{}`", other.id),
+                    next_step: "give each principal a title of its own".to_owned(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    async fn all(&self) -> Result<Vec<Arc<Principal>>, ServiceError> {
+        let mut principals = Vec::new();
+        let mut after: Option<Vec<u8>> = None;
+        loop {
+            let page = self.island.store.sealed_page(RowKind::Principal, after.as_deref(), PAGE).await?;
+            let Some((last, _)) = page.last() else { return Ok(principals) };
+            after = Some(last.clone());
+            for (id, row) in &page {
+                let id = std::str::from_utf8(id).ok().and_then(|id| PrincipalId::parse(id).ok());
+                let id = id.ok_or_else(|| ServiceError::Internal("a principal's row with an id that is no principal (I5)".to_owned()))?;
+                principals.push(self.island.committer.open_principal(&id, row)?);
+            }
+        }
+    }
+
+    fn chain(&self) -> Vec<Bytes> {
+        vec![Bytes::copy_from_slice(self.authority.certificate())]
+    }
+
+    fn validity(&self) -> Validity {
+        Validity::days(Island::now(), self.certificate_days)
+    }
+}
+
+/// What the contract shows of a principal.
+pub fn to_proto(principal: &Principal) -> v1::Principal {
+    v1::Principal {
+        principal: principal.id.to_string(),
+        status: match principal.status {
+            PrincipalStatus::Enabled => "enabled".to_owned(),
+            PrincipalStatus::Disabled => "disabled".to_owned(),
+        },
+        person: principal.person.as_ref().map(|person| person.as_str().to_owned()).unwrap_or_default(),
+        client_titles: principal.client_titles.iter().map(|title| Bytes::copy_from_slice(&title.octets())).collect(),
+        certificate_not_after_ms: principal.certificates.iter().map(|certificate: &PrincipalCertificate| certificate.not_after).max().unwrap_or(UnixMillis(0)).0,
+        has_transport_key: principal.transport.is_some(),
+        revision: u64::from(principal.revision),
+    }
+}
+
+/// A manufacturer's key that signs shipments: DER of an EC P-256 or P-384 SubjectPublicKeyInfo.
+///
+/// # Errors
+/// Another key.
+pub fn parse_shipment_key(der: &[u8]) -> Result<Bytes, ParseError> {
+    use x509_parser::prelude::FromDer;
+    let refuse = || ParseError::new("shipment key", "it is no SubjectPublicKeyInfo (DER) of an EC key on P-256 or P-384");
+    let (rest, info) = x509_parser::x509::SubjectPublicKeyInfo::from_der(der).map_err(|_| refuse())?;
+    let point = &info.subject_public_key.data;
+    let curve = info.algorithm.parameters.as_ref().and_then(|parameters| parameters.as_oid().ok()).map(|oid| oid.to_id_string());
+    let algorithm: &aws_lc_rs::agreement::Algorithm = match curve.as_deref() {
+        Some("1.2.840.10045.3.1.7") => &aws_lc_rs::agreement::ECDH_P256,
+        Some("1.3.132.0.34") => &aws_lc_rs::agreement::ECDH_P384,
+        _ => return Err(refuse()),
+    };
+    // The library checks that the point is on its curve.
+    let on_curve = aws_lc_rs::agreement::ParsedPublicKey::try_from(&aws_lc_rs::agreement::UnparsedPublicKey::new(algorithm, point)).is_ok();
+    if !rest.is_empty() || !on_curve {
+        return Err(refuse());
+    }
+    Ok(Bytes::copy_from_slice(der))
+}
+
+fn changed(id: &PrincipalId, change: &str, issued: Option<&IssuedCertificate>, reason: &str) -> PrincipalChanged {
+    PrincipalChanged {
+        principal: id.to_string(),
+        change: change.to_owned(),
+        certificate_serial: issued.map(|issued| hex::encode(&issued.serial)).unwrap_or_default(),
+        reason: reason.to_owned(),
+    }
+}
+
+fn enabled(id: &PrincipalId, existing: Option<Arc<Principal>>) -> Result<Principal, ServiceError> {
+    let principal = existing.as_deref().cloned().ok_or_else(|| unknown(id))?;
+    match principal.status {
+        PrincipalStatus::Enabled => Ok(principal),
+        PrincipalStatus::Disabled => Err(ServiceError::FailedPrecondition { reason: format!("`{id}` is disabled"), next_step: "add a principal with a new name".to_owned() }),
+    }
+}
+
+/// Policy has permitted the action on the role by now, so the caller may know.
+fn unknown(id: &PrincipalId) -> ServiceError {
+    ServiceError::NotFound { what: format!("the principal `{id}`") }
+}
+
+/// Binds a request id to what was asked: each part with its length.
+fn request_digest(verb: &str, parts: &[&[u8]]) -> [u8; 32] {
+    let mut context = Context::new(&SHA256);
+    for part in std::iter::once(verb.as_bytes()).chain(parts.iter().copied()) {
+        context.update(&(part.len() as u64).to_be_bytes());
+        context.update(part);
+    }
+    let mut digest = [0; 32];
+    digest.copy_from_slice(context.finish().as_ref());
+    digest
+}
+
+/// How long the answer to a request is remembered: a day.
+const REPLAY_MILLISECONDS: i64 = 24 * 3_600_000;
+/// Certificates of one principal at a time.
+const MOST_CERTIFICATES: usize = 8;
+const PAGE: u32 = 500;

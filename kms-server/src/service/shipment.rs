@@ -1,0 +1,176 @@
+//! Vendor shipments (docs/formats.md, *Shipments*): sent into the spool, verified as a whole, then imported line by line, from vendor
+//! wrapping to storage wrapping inside the HSM.
+//!
+//! Any server can go on where another one stopped: octets and progress are in the database, progress in the same transaction as the meters.
+//! What is imported is what the manufacturer signed: the file is verified in a first pass of every call, and each part of it again when the
+//! second pass reads it (I5).
+
+mod batch;
+mod import;
+mod progress;
+mod record;
+mod spool;
+#[cfg(test)]
+mod tests;
+mod upload;
+mod verify;
+
+use std::sync::Arc;
+
+use kms_domain::PrincipalId;
+use kms_proto::v1::{self, ShipmentImported, audit_record::Event};
+use kms_store::{Reads, ShipmentRow, ShipmentState, UploadId};
+use prost::Message as _;
+
+use self::progress::{Progress, to_proto, upload_id};
+pub use self::{
+    import::Import,
+    upload::{Upload, UploadStart},
+};
+use super::group::Groups;
+use crate::{
+    audit::Actor,
+    authz::{Action, Caller, Resource},
+    error::ServiceError,
+    island::{Island, facts},
+};
+
+/// The use cases of shipments. Clones share what is known of groups.
+#[derive(Clone)]
+pub struct ShipmentService {
+    island: Arc<Island>,
+    groups: Arc<Groups>,
+}
+
+impl ShipmentService {
+    /// Shipments of an island.
+    pub fn new(island: Arc<Island>) -> Self {
+        Self { island, groups: Arc::default() }
+    }
+
+    /// How far a shipment is.
+    ///
+    /// # Errors
+    /// Not permitted; unknown, or another's where the caller may see its own only; or the database is away.
+    pub async fn get(&self, caller: &Caller, file_sha256: &[u8; 32]) -> Result<v1::Shipment, ServiceError> {
+        let sees_all = self.sees_all(caller).await?;
+        let row = self.island.store.shipment(upload_id(file_sha256)).await?.filter(|row| row.sha256 == *file_sha256);
+        let row = row.filter(|row| sees_all || is_own(row, caller)).ok_or_else(|| unknown(file_sha256))?;
+        to_proto(&row)
+    }
+
+    /// The shipments that the caller may see, newest first, at most 1,000.
+    ///
+    /// # Errors
+    /// Not permitted, or the database is away.
+    pub async fn list(&self, caller: &Caller) -> Result<Vec<v1::Shipment>, ServiceError> {
+        let sees_all = self.sees_all(caller).await?;
+        let mut rows: Vec<ShipmentRow> = Vec::new();
+        let mut after = None;
+        loop {
+            let page = self.island.store.shipment_page(after, PAGE).await?;
+            let Some(last) = page.last() else { break };
+            after = Some(last.upload);
+            rows.extend(page.into_iter().filter(|row| sees_all || is_own(row, caller)));
+            // Upload ids have no order in time.
+            rows.sort_unstable_by_key(|row| std::cmp::Reverse(row.created));
+            rows.truncate(MOST_LISTED);
+        }
+        rows.iter().map(to_proto).collect()
+    }
+
+    /// The key that vendors encrypt batch keys to, and the OAEP hashes that are accepted.
+    ///
+    /// # Errors
+    /// Not permitted, or the HSM is away.
+    pub async fn transport_key(&self, caller: &Caller) -> Result<v1::VendorTransportKey, ServiceError> {
+        self.sees_all(caller).await?;
+        let spki = self.island.hsm.transport_key_spki(verify::TRANSPORT_KEY).await?;
+        let hashes = oaep_hashes(&self.island).await?;
+        Ok(v1::VendorTransportKey { spki: spki.into(), oaep_hashes: hashes.iter().map(|hash| hash.name().to_owned()).collect() })
+    }
+
+    /// Whether the caller may see all shipments; an error if not even its own.
+    async fn sees_all(&self, caller: &Caller) -> Result<bool, ServiceError> {
+        let principal = facts(&*self.island.principal(caller).await?);
+        let policy = self.island.policy.load();
+        if policy.permits(&principal, &Action::ListShipments { own: false }, &Resource::Island).is_permit() {
+            return Ok(true);
+        }
+        policy.require(&principal, &Action::ListShipments { own: true }, &Resource::Island)?;
+        Ok(false)
+    }
+
+    /// Refuses a whole file, on the record, and drops its octets.
+    async fn refuse(&self, actor: Actor, row: &ShipmentRow, reason: &str) -> Result<ShipmentRow, ServiceError> {
+        let (upload, reason, seen) = (row.upload, reason.to_owned(), row.clone());
+        let reads = Reads { shipments: vec![upload], ..Reads::default() };
+        let committed = self
+            .island
+            .committer
+            .act(actor, reads, move |view| {
+                let mut row = view.shipment(upload)?.ok_or_else(|| unknown(&seen.sha256))?;
+                if row.generation != seen.generation {
+                    return Err(overtaken());
+                }
+                let mut progress = Progress::of(&row)?;
+                progress.refusal.clone_from(&reason);
+                view.append(Event::ShipmentImported(ShipmentImported {
+                    file_sha256: row.sha256.to_vec().into(),
+                    batch: row.batch.clone(),
+                    manufacturer: progress.manufacturer.clone(),
+                    refusal: reason.clone(),
+                    ..ShipmentImported::default()
+                }));
+                row.progress = progress.encode_to_vec();
+                row.state = ShipmentState::Refused;
+                row.received = 0;
+                row.generation += 1;
+                row.updated = view.now();
+                view.put_shipment(row.clone());
+                Ok(row)
+            })
+            .await?;
+        self.delete_chunks(upload).await?;
+        Ok(committed.value)
+    }
+
+    async fn delete_chunks(&self, upload: UploadId) -> Result<(), ServiceError> {
+        while self.island.store.delete_shipment_chunks(upload, CHUNKS_AT_ONCE).await? > 0 {}
+        Ok(())
+    }
+}
+
+/// The OAEP hashes that batch keys may use: SHA-256, and SHA-1 only where the module has nothing else.
+async fn oaep_hashes(island: &Island) -> Result<Vec<kms_hsm::OaepHash>, ServiceError> {
+    let capabilities = island.hsm.usable(HSM_WAIT).await?;
+    Ok(capabilities.oaep_hash().into_iter().collect())
+}
+
+fn is_own(row: &ShipmentRow, caller: &Caller) -> bool {
+    row.principal == caller.principal || Progress::of(row).is_ok_and(|progress| progress.manufacturer == caller.principal.to_string())
+}
+
+fn no_shipment_key(manufacturer: &PrincipalId) -> ServiceError {
+    ServiceError::FailedPrecondition {
+        reason: format!("`{manufacturer}` is not an enabled manufacturer with a shipment key"),
+        next_step: "register it with `kms principal add`".to_owned(),
+    }
+}
+
+fn unknown(file_sha256: &[u8; 32]) -> ServiceError {
+    ServiceError::NotFound { what: format!("shipment {}", hex::encode(file_sha256)) }
+}
+
+fn overtaken() -> ServiceError {
+    ServiceError::Aborted {
+        reason: "another call is importing or sending this shipment".to_owned(),
+        next_step: "GetShipment tells how far it is; call again when it does not advance".to_owned(),
+    }
+}
+
+const PAGE: u32 = 256;
+const MOST_LISTED: usize = 1_000;
+/// Chunks have 1 MiB.
+const CHUNKS_AT_ONCE: u32 = 64;
+const HSM_WAIT: std::time::Duration = std::time::Duration::from_secs(5);

@@ -1,0 +1,323 @@
+//! One batch of a shipment in one transaction: meters, groups, fingerprints, counter domains, progress, and the record of all that (I2).
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use kms_domain::{
+    CounterDomain, CounterDomainId, ExposureReason, GroupId, KeyOrigin, KeyState, KeyType, Meter, MeterClass, MeterStatus, NewKeyVersion, Owner, Party, PrincipalId,
+    PrincipalStatus, ShipmentLineError, Slot, Slots, SystemTitle, UnixMillis,
+};
+use kms_proto::v1::{DuplicateKey, RefusedLine, SecurityEvent, ShipmentImported, audit_record::Event};
+use kms_store::{FingerprintOwner, FingerprintPrefix, Reads, ShipmentRefusal, ShipmentState, UploadId};
+use prost::Message as _;
+
+use super::{
+    batch::{ReadyBatch, ReadyDevice, ReadyKey},
+    import::Recorded,
+    overtaken,
+    progress::Progress,
+    unknown,
+    verify::Verified,
+};
+use crate::{
+    audit::View,
+    authz::{Action, Caller, Resource},
+    error::ServiceError,
+    island::{Island, facts, principal_row},
+};
+
+/// The decision on one batch.
+pub(super) struct Step {
+    pub(super) island: Arc<Island>,
+    pub(super) caller: Caller,
+    pub(super) own: bool,
+    pub(super) head_end: Option<PrincipalId>,
+    pub(super) status: MeterStatus,
+    pub(super) manufacturer: PrincipalId,
+    pub(super) upload: UploadId,
+    pub(super) verified: Arc<Verified>,
+    /// The groups that the batch names, as far as they can be used.
+    pub(super) groups: BTreeMap<String, GroupId>,
+    pub(super) batch: Arc<ReadyBatch>,
+}
+
+/// What else a batch came to.
+#[derive(Default)]
+struct Tally {
+    duplicates: Vec<DuplicateKey>,
+    alerts: Vec<Event>,
+}
+
+/// What became of a device.
+enum Outcome {
+    Imported,
+    Unchanged,
+    Refused(ShipmentLineError),
+}
+
+impl Step {
+    /// All that the decision usually looks at; duplicates make it read more.
+    pub(super) fn reads(&self) -> Reads {
+        let mut sealed = vec![principal_row(&self.caller.principal), principal_row(&self.manufacturer)];
+        sealed.extend(self.head_end.as_ref().map(principal_row));
+        let keys = || self.batch.devices.iter().flat_map(|device| &device.keys);
+        Reads {
+            meters: self.batch.devices.iter().map(|device| device.title).collect(),
+            sealed,
+            fingerprints: keys().map(|key| FingerprintPrefix::of(&key.fingerprint)).collect(),
+            shipments: vec![self.upload],
+            ..Reads::default()
+        }
+    }
+
+    pub(super) fn decide(&self, view: &mut View<'_, '_>) -> Result<Recorded, ServiceError> {
+        let (batch, header) = (&*self.batch, &self.verified.header);
+        self.permit(view)?;
+        let mut row = view.shipment(self.upload)?.ok_or_else(|| unknown(&[0; 32]))?;
+        // Two servers cannot import the same lines.
+        if row.state != ShipmentState::Importing || row.next_line != batch.first_line {
+            return Err(overtaken());
+        }
+        self.look_at_duplicates(view)?;
+
+        let mut refused: Vec<(u64, ShipmentLineError)> = batch.refusals.clone();
+        let (mut tally, mut imported, mut unchanged) = (Tally::default(), 0, 0);
+        for device in &batch.devices {
+            match self.import(view, device, &mut tally)? {
+                Outcome::Imported => imported += 1,
+                Outcome::Unchanged => unchanged += 1,
+                Outcome::Refused(error) => refused.push((device.line, error)),
+            }
+        }
+        refused.sort_unstable_by_key(|(line, _)| *line);
+        let Tally { duplicates, alerts } = tally;
+
+        view.append(Event::ShipmentImported(ShipmentImported {
+            file_sha256: row.sha256.to_vec().into(),
+            batch: header.batch.clone(),
+            manufacturer: self.manufacturer.to_string(),
+            first_line: batch.first_line,
+            last_line: batch.next_line.saturating_sub(1),
+            imported,
+            refused: refused.len() as u64,
+            duplicates: duplicates.len() as u64,
+            refusal: String::new(),
+        }));
+        alerts.into_iter().for_each(|alert| view.append(alert));
+        let mut progress = Progress::of(&row)?;
+        progress.unchanged += unchanged;
+        progress.duplicates += duplicates.len() as u64;
+        let room = Progress::KEPT_DUPLICATES.saturating_sub(progress.duplicate_keys.len());
+        progress.duplicate_keys.extend(duplicates.iter().take(room).cloned());
+        row.imported += imported;
+        row.refused += refused.len() as u64;
+        row.next_line = batch.next_line;
+        if batch.last {
+            row.state = ShipmentState::Imported;
+        }
+        row.progress = progress.encode_to_vec();
+        row.generation += 1;
+        row.updated = view.now();
+        view.put_shipment(row.clone());
+        for (line, error) in &refused {
+            view.put_refused_line(ShipmentRefusal { upload: self.upload, line: *line, field: error.field.clone(), reason: error.reason.clone() });
+        }
+        let refused = refused.into_iter().map(|(line, error)| RefusedLine { line, field: error.field, reason: error.reason }).collect();
+        Ok(Recorded { row, refused, duplicates })
+    }
+
+    /// I8: caller, manufacturer and head-end are still who they were when the import began.
+    fn permit(&self, view: &mut View<'_, '_>) -> Result<(), ServiceError> {
+        let principal = view.caller(&self.caller)?;
+        self.island.policy.load().require(&facts(&principal), &Action::ImportShipment { own: self.own }, &Resource::Island)?;
+        if !view.principal(&self.manufacturer)?.is_some_and(|known| known.status == PrincipalStatus::Enabled) {
+            return Err(super::no_shipment_key(&self.manufacturer));
+        }
+        if let Some(head_end) = &self.head_end
+            && !view.principal(head_end)?.is_some_and(|known| known.status == PrincipalStatus::Enabled)
+        {
+            return Err(ServiceError::FailedPrecondition { reason: format!("`{head_end}` was disabled"), next_step: "import without a head-end, and assign the meters afterwards".to_owned() });
+        }
+        Ok(())
+    }
+
+    /// Has all rows read that keys with equal values need: so that the transaction asks once, and not once for each.
+    fn look_at_duplicates(&self, view: &mut View<'_, '_>) -> Result<(), ServiceError> {
+        let mut failed = None;
+        let mut seen: HashMap<[u8; 16], ()> = HashMap::new();
+        for device in &self.batch.devices {
+            if let Err(error) = view.meter(device.title) {
+                failed = Some(error);
+            }
+            for key in &device.keys {
+                let owners = view.fingerprint_owners(FingerprintPrefix::of(&key.fingerprint)).unwrap_or_else(|error| {
+                    failed = Some(error);
+                    Vec::new()
+                });
+                let again = seen.insert(key.fingerprint, ()).is_some();
+                if (again || !owners.is_empty())
+                    && let Err(error) = view.domain(CounterDomainId(key.fingerprint))
+                {
+                    failed = Some(error);
+                }
+                for owner in owners {
+                    if let Owner::Meter(title) = owner.owner
+                        && let Err(error) = view.meter(title)
+                    {
+                        failed = Some(error);
+                    }
+                }
+            }
+        }
+        failed.map_or(Ok(()), Err)
+    }
+
+    fn import(&self, view: &mut View<'_, '_>, device: &ReadyDevice, tally: &mut Tally) -> Result<Outcome, ServiceError> {
+        let header = &self.verified.header;
+        if let Some(known) = view.meter(device.title)? {
+            return Ok(match self.compare(&known, device) {
+                Ok(()) if known.class.status == MeterStatus::Retired => {
+                    let detail = format!("the retired meter {} is in shipment `{}`, line {}", device.title, header.batch, device.line);
+                    tally.alerts.push(Event::SecurityEvent(SecurityEvent { kind: "retired-meter-delivered".to_owned(), detail, meter: device.title.octets().to_vec().into() }));
+                    Outcome::Refused(refuse("title", format!("{} is retired; a refurbished meter needs a new system title", device.title)))
+                }
+                Ok(()) => Outcome::Unchanged,
+                Err(error) => Outcome::Refused(error),
+            });
+        }
+        let mut groups = Vec::with_capacity(device.groups.len());
+        for (index, name) in device.groups.iter().enumerate() {
+            match self.groups.get(name) {
+                Some(group) => groups.push(*group),
+                None => return Ok(Outcome::Refused(refuse(&format!("groups[{index}]"), format!("group `{name}` is of another security suite, or the island has no room for more groups")))),
+            }
+        }
+        groups.sort_unstable();
+        if let Some(counter) = device.counters.iter().find(|counter| counter.owned_by.as_ref().is_some_and(|owner| owner.island() != self.island.name())) {
+            return Ok(Outcome::Refused(refuse("counters", format!("the head-end that owns the counter of {} is of another island", counter.key))));
+        }
+
+        let now = view.now();
+        let mut class = MeterClass { vendor: header.manufacturer, profile: header.device_profile.clone(), status: MeterStatus::InStock, groups, head_end: None };
+        if let Some(head_end) = &self.head_end {
+            let principal = view.caller(&self.caller)?;
+            self.island.policy.load().require(&facts(&principal), &Action::AssignMeters, &Resource::Meters(&class))?;
+            class.status = self.status;
+            class.head_end = Some(head_end.clone());
+        }
+        let mut meter = Meter {
+            title: device.title,
+            class,
+            serial: device.serial.clone(),
+            suite: self.verified.profile.suite,
+            batch: header.batch.clone(),
+            added: now,
+            slots: slots(device, now)?,
+        };
+        for key in &device.keys {
+            self.join_duplicates(view, device, key, &mut meter, &mut tally.duplicates)?;
+        }
+        view.put_meter(meter, true)?;
+        Ok(Outcome::Imported)
+    }
+
+    /// Whether a known meter is what the line says: the same device with the same keys, of whatever version.
+    fn compare(&self, known: &Meter, device: &ReadyDevice) -> Result<(), ShipmentLineError> {
+        let header = &self.verified.header;
+        if known.class.vendor != header.manufacturer || known.class.profile != header.device_profile {
+            return Err(refuse("title", format!("{} is known already, with device profile `{}` of {}", device.title, known.class.profile, known.class.vendor)));
+        }
+        if known.serial != device.serial {
+            return Err(refuse("serial", format!("{} is known already, with another serial number", device.title)));
+        }
+        for (index, key) in device.keys.iter().enumerate() {
+            let same = known.slots.get(key.setup, key.key_type).is_some_and(|slot| slot.versions().iter().any(|version| version.fingerprint() == Some(key.fingerprint)));
+            if !same {
+                return Err(refuse(&format!("keys[{index}].wrapped"), format!("{} is known already, with another {}", device.title, self.verified.profile.key_type_name(key.key_type))));
+            }
+        }
+        Ok(())
+    }
+
+    /// I4: a key whose value another slot has counts with it, from one counter domain. The list of owners holds the first slot with a value
+    /// only: later ones find the domain through it, however many they are.
+    fn join_duplicates(&self, view: &mut View<'_, '_>, device: &ReadyDevice, key: &ReadyKey, meter: &mut Meter, duplicates: &mut Vec<DuplicateKey>) -> Result<(), ServiceError> {
+        let prefix = FingerprintPrefix::of(&key.fingerprint);
+        let me = FingerprintOwner { owner: Owner::Meter(meter.title), setup: key.setup, key_type: key.key_type, version: kms_domain::KeyVersionNumber::FIRST };
+        let Some((first, title)) = self.first_owner(view, key, meter)? else {
+            view.put_fingerprint(prefix, me);
+            return Ok(());
+        };
+        let id = CounterDomainId(key.fingerprint);
+        let mut domain = view.domain(id)?.map_or_else(|| CounterDomain::new(id), |domain| (*domain).clone());
+        let fault = |error: kms_domain::SlotError| ServiceError::Internal(error.to_string());
+        if title == meter.title {
+            join(meter, &first, &mut domain).map_err(fault)?;
+        } else if let Some(mut other) = view.meter(title)? {
+            let joined = other.slots.get(first.setup, first.key_type).and_then(|slot| slot.version(first.version)).is_some_and(|version| version.domain().is_some());
+            if !joined {
+                let changed = Arc::make_mut(&mut other);
+                join(changed, &first, &mut domain).map_err(fault)?;
+                view.put_meter(changed.clone(), false)?;
+            }
+        }
+        join(meter, &me, &mut domain).map_err(fault)?;
+        view.put_domain(domain)?;
+        duplicates.push(DuplicateKey {
+            line: device.line,
+            meter: meter.title.octets().to_vec().into(),
+            key_type: self.verified.profile.key_type_name(key.key_type),
+            other_meter: title.octets().to_vec().into(),
+        });
+        Ok(())
+    }
+
+    /// The first slot with the key's value: the whole fingerprint stands in the owner's sealed row.
+    fn first_owner(&self, view: &mut View<'_, '_>, key: &ReadyKey, meter: &Meter) -> Result<Option<(FingerprintOwner, SystemTitle)>, ServiceError> {
+        for owner in view.fingerprint_owners(FingerprintPrefix::of(&key.fingerprint))? {
+            // Keys of groups and device types are made here and never imported.
+            let Owner::Meter(title) = owner.owner else { continue };
+            let fingerprint = |meter: &Meter| meter.slots.get(owner.setup, owner.key_type).and_then(|slot| slot.version(owner.version)?.fingerprint());
+            let found = if title == meter.title { fingerprint(meter) } else { view.meter(title)?.and_then(|other| fingerprint(&other)) };
+            if found == Some(key.fingerprint) {
+                return Ok(Some((owner, title)));
+            }
+        }
+        Ok(None)
+    }
+}
+
+fn join(meter: &mut Meter, owner: &FingerprintOwner, domain: &mut CounterDomain) -> Result<(), kms_domain::SlotError> {
+    meter.slots.get_mut(owner.setup, owner.key_type)?.join_domain(owner.version, domain)
+}
+
+/// The slots of a delivered meter: it holds the keys, and its vendor knows them.
+fn slots(device: &ReadyDevice, now: UnixMillis) -> Result<Slots, ServiceError> {
+    let fault = |error: &dyn std::fmt::Display| ServiceError::Internal(format!("a device that was parsed makes no slots: {error}"));
+    let mut slots = Vec::with_capacity(device.keys.len());
+    for key in &device.keys {
+        let mut slot = Slot::new(key.setup, key.key_type);
+        let new = NewKeyVersion { state: KeyState::Active, origin: KeyOrigin::Imported, wrapped: Some(key.wrapped.clone()), fingerprint: Some(key.fingerprint) };
+        let number = slot.add_version(new, now).map_err(|error| fault(&error))?;
+        let version = slot.version_mut(number).map_err(|error| fault(&error))?;
+        version.expose(Party::Vendor, ExposureReason::Shipment, now);
+        if matches!(key.key_type, KeyType::GUEK | KeyType::GBEK) {
+            let counters = version.counters_mut().map_err(|error| fault(&error))?;
+            for counter in device.counters.iter().filter(|counter| counter.setup == key.setup) {
+                // I4: the manufacturer signed the floor, so no cap bounds it.
+                counters.raise_floor(counter.key, u64::from(counter.floor), None).map_err(|error| fault(&error))?;
+                if let Some(head_end) = &counter.owned_by {
+                    counters.leave_to(counter.key, head_end.clone());
+                }
+            }
+        }
+        slots.push(slot);
+    }
+    Slots::new(slots).map_err(|error| fault(&error))
+}
+
+fn refuse(field: &str, reason: String) -> ShipmentLineError {
+    ShipmentLineError { field: field.to_owned(), reason }
+}

@@ -1,0 +1,293 @@
+//! An island in this process, for tests: a fresh token with the ceremony done, SQLite in a temporary folder, the shipped policies, a few
+//! principals, and a vendor with its key.
+//!
+//! A PKCS#11 module is initialised once per process and reads its configuration then. So each test runs in a process of its own.
+
+use std::{future::Future, path::Path, process::Command, sync::Arc, time::Duration};
+
+use aws_lc_rs::{
+    encoding::AsDer,
+    rsa::{KeySize, PrivateDecryptingKey},
+};
+use kms_client::sample::{SampleShipment, VendorKey, VendorTransportKey};
+use kms_domain::{
+    ChunkSize, ClassRoots, DeviceProfile, DiversificationRoot, FingerprintKey, FlagId, IslandKind, IslandName, KeyClass, Principal, PrincipalCertificate, PrincipalId,
+    PrincipalStatus, Role, SealKey, SealRootKey, SystemTitle, UnixMillis,
+};
+use kms_hsm::{CeremonyPlan, Hsm, Module, Pin, PinSource, ProcessPinMemory, RootVersion, TokenSelector, TokenSettings, create_roots};
+use kms_proto::v1::{self, CeremonyHeld, PrincipalChanged, audit_record::Event};
+use kms_store::{Reads, Store, StoreConfig};
+
+use crate::{
+    audit::{Actor, AuditKey, Committer, CommitterSettings},
+    authz::{Caller, Policy},
+    island::{Island, principal_row},
+    profiles::Profiles,
+    service::shipment::{ShipmentService, UploadStart},
+};
+
+/// Which PKCS#11 module a test runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ModuleKind {
+    HsmSim,
+    SoftHsm,
+}
+
+/// Runs a test on a new island, in a process of its own for each module. `name` is the test's full path.
+pub(crate) fn run<F, T>(name: &str, modules: &[ModuleKind], body: F)
+where
+    F: FnOnce(TestIsland) -> T,
+    T: Future<Output = ()>,
+{
+    if let Ok(kind) = std::env::var(CHILD) {
+        let kind = if kind == "SoftHsm" { ModuleKind::SoftHsm } else { ModuleKind::HsmSim };
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        runtime.block_on(async {
+            let island = TestIsland::new(kind).await;
+            let hsm = island.island.hsm.clone();
+            body(island).await;
+            tokio::task::spawn_blocking(move || hsm.close()).await.unwrap();
+        });
+        return;
+    }
+    let name = name.split_once("::").map_or(name, |(_, name)| name);
+    for kind in modules {
+        let folder = tempfile::tempdir().unwrap();
+        let tokens = folder.path().join("tokens");
+        std::fs::create_dir(&tokens).unwrap();
+        std::fs::write(folder.path().join("softhsm2.conf"), format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display())).unwrap();
+        std::fs::write(folder.path().join("hsm-sim.conf"), "directory = tokens\nargon2_memory_kib = 64\nargon2_passes = 1\n").unwrap();
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args([name, "--exact", "--nocapture"])
+            .env(CHILD, format!("{kind:?}"))
+            .env("SOFTHSM2_CONF", folder.path().join("softhsm2.conf"))
+            .env("HSM_SIM_CONF", folder.path().join("hsm-sim.conf"))
+            .env(FOLDER, folder.path())
+            .output()
+            .unwrap();
+        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success() && out.contains("1 passed"), "{name} on {kind:?}: {}\n{out}\n{err}", output.status);
+        if std::env::var_os("KMS_TEST_SHOW").is_some() {
+            eprintln!("{out}{err}");
+        }
+    }
+}
+
+/// Tests on an island: `island_tests! { async fn name(island) { … } }`. The first module is hsm-sim; `#[softhsm]`-like variants call [`run`].
+macro_rules! island_tests {
+    ($($(#[$attribute:meta])* async fn $name:ident($island:ident) $body:block)*) => {
+        $(
+            $(#[$attribute])*
+            #[test]
+            fn $name() {
+                $crate::testing::run(concat!(module_path!(), "::", stringify!($name)), &[$crate::testing::ModuleKind::HsmSim], |$island| async move $body);
+            }
+        )*
+    };
+}
+pub(crate) use island_tests;
+
+/// An island, and who is on it.
+pub(crate) struct TestIsland {
+    pub(crate) island: Arc<Island>,
+    pub(crate) officer: Caller,
+    pub(crate) auditor: Caller,
+    /// Has the client title [`CLIENT_TITLE`].
+    pub(crate) head_end: Caller,
+    /// Has none.
+    pub(crate) other_head_end: Caller,
+    pub(crate) manufacturer: Caller,
+    pub(crate) vendor_key: VendorKey,
+}
+
+impl TestIsland {
+    async fn new(kind: ModuleKind) -> Self {
+        let folder = std::path::PathBuf::from(std::env::var(FOLDER).unwrap());
+        let name = IslandName::parse("north").unwrap();
+        let (hsm, derivation) = token(kind, &folder, &name).await;
+        let store = kms_store::open(&StoreConfig::parse(&format!("sqlite:{}", folder.join("island.db").display())).unwrap()).await.unwrap();
+        let classes = KeyClass::WITH_ROOTS.map(|class| ClassRoots {
+            class,
+            diversification: derivation.map(|derivation| DiversificationRoot { version: 1, derivation }).into_iter().collect(),
+            storage_kek_version: 1,
+        });
+        let row = kms_domain::Island { name, kind: IslandKind::Development, classes: classes.to_vec(), seal_key_version: 1, escrow_fingerprint: None, created: Island::now() };
+        let island = Arc::new(open(row, hsm, store, "one").await);
+
+        let vendor_key = VendorKey::generate().unwrap();
+        let mut callers = Vec::new();
+        for (number, (role, principal_name)) in
+            (1..).zip([(Role::Officer, "ada"), (Role::Auditor, "grace"), (Role::HeadEnd, "hes-1"), (Role::HeadEnd, "hes-2"), (Role::Manufacturer, "kam")])
+        {
+            let id = PrincipalId::new(island.name().clone(), role, principal_name).unwrap();
+            let not_after = Island::now().after(86_400_000);
+            callers.push(Caller { principal: id.clone(), certificate_sha256: [number; 32], not_after });
+            let principal = Principal {
+                id,
+                revision: 1,
+                status: PrincipalStatus::Enabled,
+                certificates: vec![PrincipalCertificate { serial: bytes::Bytes::from(vec![number]), sha256: [number; 32], not_after }],
+                transport: None,
+                client_titles: if principal_name == "hes-1" { vec![client_title()] } else { Vec::new() },
+                person: matches!(role, Role::Officer | Role::Auditor).then(|| kms_domain::PersonName::parse(principal_name).unwrap()),
+                shipment_key: (role == Role::Manufacturer).then(|| vendor_key.public_der().unwrap().into()),
+                added: UnixMillis(1),
+            };
+            put_principal(&island, principal).await;
+        }
+        let row = island.row.clone();
+        let sealed = vec![(kms_store::RowKind::Island, row.name.as_str().as_bytes().to_vec())];
+        island
+            .committer
+            .act(Actor::server("test"), Reads { sealed, ..Reads::default() }, move |view| {
+                view.append(Event::CeremonyHeld(CeremonyHeld::default()));
+                view.put_island(row.clone())
+            })
+            .await
+            .unwrap();
+        let [officer, auditor, head_end, other_head_end, manufacturer] = <[Caller; 5]>::try_from(callers).unwrap();
+        Self { island, officer, auditor, head_end, other_head_end, manufacturer, vendor_key }
+    }
+
+    /// Another server of the same island: a writer of its own, and nothing remembered.
+    pub(crate) async fn another_server(&self) -> Arc<Island> {
+        Arc::new(open(self.island.row.clone(), self.island.hsm.clone(), self.island.store.clone(), "another").await)
+    }
+
+    /// The same server after a restart: its name, a writer of its own, and nothing remembered.
+    pub(crate) async fn restarted(&self) -> Island {
+        open(self.island.row.clone(), self.island.hsm.clone(), self.island.store.clone(), "one").await
+    }
+
+    /// A shipment's file and signature.
+    pub(crate) async fn sample(&self, sample: &SampleShipment) -> (Vec<u8>, Vec<u8>) {
+        let spki = self.island.hsm.transport_key_spki(RootVersion::FIRST).await.unwrap();
+        let mut file = Vec::new();
+        let signature = sample.write(&VendorTransportKey::from_der(&spki).unwrap(), &self.vendor_key, &mut file, None, &mut |_| ()).unwrap();
+        (file, signature)
+    }
+
+    /// Sends a file whole.
+    pub(crate) async fn upload(&self, file: &[u8], signature: &[u8]) -> [u8; 32] {
+        let start = self.start(file, signature);
+        let service = ShipmentService::new(self.island.clone());
+        let mut upload = service.upload(&self.officer, start.clone()).await.unwrap();
+        for piece in file.chunks(1 << 20) {
+            upload.append(upload.position(), piece).await.unwrap();
+        }
+        assert_eq!(upload.finish().await.unwrap().received, file.len() as u64);
+        start.file_sha256
+    }
+
+    /// What a sender announces of a file.
+    pub(crate) fn start(&self, file: &[u8], signature: &[u8]) -> UploadStart {
+        UploadStart {
+            file_sha256: sha256(file),
+            file_length: file.len() as u64,
+            signature: signature.to_vec().into(),
+            manufacturer: self.manufacturer.principal.clone(),
+        }
+    }
+
+    /// Imports, and gives all answers as one: the last shipment, all refused lines, all duplicates.
+    pub(crate) async fn import(&self, file_sha256: [u8; 32], head_end: Option<&Caller>) -> v1::ImportShipmentResponse {
+        import(&self.island, &self.officer, file_sha256, head_end).await
+    }
+
+    /// Sends and imports a sample for the head-end.
+    pub(crate) async fn deliver(&self, sample: &SampleShipment) -> v1::ImportShipmentResponse {
+        let (file, signature) = self.sample(sample).await;
+        let sha256 = self.upload(&file, &signature).await;
+        self.import(sha256, Some(&self.head_end)).await
+    }
+}
+
+/// As [`TestIsland::import`], on any server.
+pub(crate) async fn import(island: &Arc<Island>, officer: &Caller, file_sha256: [u8; 32], head_end: Option<&Caller>) -> v1::ImportShipmentResponse {
+    let service = ShipmentService::new(island.clone());
+    let mut import = service.import(officer, &file_sha256, head_end.map(|caller| caller.principal.clone())).await.unwrap();
+    let mut all = v1::ImportShipmentResponse::default();
+    while let Some(answer) = import.next().await {
+        let answer = answer.unwrap();
+        all.shipment = answer.shipment;
+        all.refused_lines.extend(answer.refused_lines);
+        all.duplicate_keys.extend(answer.duplicate_keys);
+    }
+    all
+}
+
+/// Writes a principal.
+pub(crate) async fn put_principal(island: &Island, principal: Principal) {
+    let reads = Reads { sealed: vec![principal_row(&principal.id)], ..Reads::default() };
+    island
+        .committer
+        .act(Actor::server("test"), reads, move |view| {
+            view.append(Event::PrincipalChanged(PrincipalChanged { principal: principal.id.to_string(), ..PrincipalChanged::default() }));
+            view.put_principal(principal.clone())
+        })
+        .await
+        .unwrap();
+}
+
+/// A sample of a shipped device profile, of manufacturer KAM.
+pub(crate) fn sample(profile: &str, devices: u64) -> SampleShipment {
+    let (_, text) = DeviceProfile::SHIPPED.iter().find(|(name, _)| *name == profile).unwrap();
+    SampleShipment::new(format!("B-{profile}-{devices}"), FlagId::parse("KAM").unwrap(), DeviceProfile::parse(text).unwrap(), devices)
+}
+
+/// A meter of the samples.
+pub(crate) fn meter(number: u64) -> SystemTitle {
+    SystemTitle::from_octets(&[b"KAM".as_slice(), number.to_be_bytes().get(3..).unwrap()].concat()).unwrap()
+}
+
+/// The client title of the first head-end.
+pub(crate) fn client_title() -> SystemTitle {
+    SystemTitle::parse("4D4D4D0000000001").unwrap()
+}
+
+/// SHA-256.
+pub(crate) fn sha256(octets: &[u8]) -> [u8; 32] {
+    aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, octets).as_ref().try_into().unwrap()
+}
+
+async fn token(kind: ModuleKind, folder: &Path, name: &IslandName) -> (Hsm, Option<kms_domain::KeyDerivation>) {
+    use std::os::unix::fs::PermissionsExt;
+    let path = match kind {
+        ModuleKind::SoftHsm => "/usr/lib/softhsm/libsofthsm2.so".into(),
+        ModuleKind::HsmSim => std::env::current_exe().unwrap().with_file_name("libhsm_sim.so"),
+    };
+    let module = Module::load(&path).unwrap();
+    let (so_pin, pin) = (Pin::new("so-12345678".to_owned()), Pin::new("user-12345678".to_owned()));
+    module.init_token("north", &so_pin, &pin).unwrap();
+    let selector = TokenSelector { label: "north".to_owned(), serial: None };
+    let plan = CeremonyPlan {
+        island: name.clone(),
+        classes: KeyClass::WITH_ROOTS.into_iter().chain([KeyClass::Ca]).collect(),
+        general: true,
+        escrow_public_key: PrivateDecryptingKey::generate(KeySize::Rsa3072).unwrap().public_key().as_der().unwrap().as_ref().to_vec(),
+        standby_public_keys: Vec::new(),
+    };
+    let ceremony = tokio::task::spawn_blocking(move || create_roots(&module, &selector, &so_pin, &pin, &plan, None, |_| Ok(()))).await.unwrap().unwrap();
+    let pin_file = folder.join("pin");
+    std::fs::write(&pin_file, "user-12345678").unwrap();
+    std::fs::set_permissions(&pin_file, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let mut settings = TokenSettings::new(path, "north".to_owned(), PinSource::File(pin_file));
+    settings.allow_cbc_expand = true;
+    let hsm = Hsm::start(name.clone(), settings, Arc::new(ProcessPinMemory::default())).unwrap();
+    hsm.usable(Duration::from_secs(60)).await.unwrap();
+    (hsm, ceremony.derivation)
+}
+
+async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: &str) -> Island {
+    let key = |which: SealRootKey| {
+        let (hsm, message) = (hsm.clone(), which.message(1, &row.name));
+        async move { hsm.mac(RootVersion::FIRST, message).await.unwrap() }
+    };
+    let settings = CommitterSettings { island: row.name.clone(), server: server.to_owned(), chunk_size: ChunkSize::DEFAULT, queue: 256 };
+    let committer = Committer::start(store.clone(), SealKey::new(1, &key(SealRootKey::Seal).await), AuditKey::new(&*key(SealRootKey::AuditChain).await), settings);
+    let fingerprint_key = FingerprintKey::new(&key(SealRootKey::Fingerprint).await);
+    Island { row, hsm, store, policy: arc_swap::ArcSwap::from_pointee(Policy::load(None).unwrap()), profiles: Profiles::load(None).unwrap(), committer, fingerprint_key }
+}
+
+const CHILD: &str = "KMS_SERVER_TEST_CHILD";
+const FOLDER: &str = "KMS_SERVER_TEST_FOLDER";

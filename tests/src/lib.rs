@@ -1,0 +1,297 @@
+//! What the end-to-end tests share: real server processes on loopback, clients, and simulated meters with the keys of the sample shipment.
+#![expect(clippy::expect_used, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test harness: what fails here fails the test")]
+
+use std::{
+    env, fs,
+    io::{BufRead as _, BufReader},
+    net::{SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::mpsc,
+    time::{Duration, Instant},
+};
+
+use kms_client::{
+    Connection, OpenOptions, Profile, Session, SessionError, StateDirectory, SystemTitle, new_request_id,
+    proto::{Purpose, SessionTerms},
+};
+use meter_sim::{
+    CLASS_REGISTER, Meter, MeterConfig, MeterDirectory, ServeOptions, SymmetricKey,
+    axdr::Data,
+    client::{ClientConfig, ClientConnection, ClientSession},
+    config::SecuritySetupConfig,
+    security::Ciphering,
+    serve,
+    xdlms::AttributeDescriptor,
+};
+
+/// The client system title of the sample's head-end.
+pub const CLIENT_TITLE: &str = "4D4D4D0000000001";
+
+/// A `kms-server dev` process with its folder.
+pub struct DevServer {
+    state: tempfile::TempDir,
+    process: Process,
+    arguments: Vec<String>,
+    /// What it printed until it was ready.
+    pub printed: String,
+}
+
+impl DevServer {
+    /// Starts one with SQLite, and waits until it has done the main job.
+    pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// Starts one with further arguments, such as `--database`.
+    pub fn start_with(arguments: &[&str]) -> Self {
+        let state = tempfile::Builder::new().prefix("kms-dev-").tempdir().unwrap();
+        let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
+        let (process, printed) = Self::spawn(state.path(), &arguments);
+        Self { state, process, arguments, printed }
+    }
+
+    fn spawn(state: &Path, arguments: &[String]) -> (Process, String) {
+        let mut command = Command::new(program("kms-server"));
+        command.args(["dev", "--listen", "127.0.0.1:0", "--meters", "50", "--state"]).arg(state).args(arguments).env_remove("HSM_SIM_DIR");
+        Process::spawn(command, "Ctrl-C ends it")
+    }
+
+    /// The folder.
+    pub fn state(&self) -> &Path {
+        self.state.path()
+    }
+
+    /// Ends the process as kill -9 does.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// Ends the process as Ctrl-C does, and tells whether it ended well.
+    pub fn interrupt(&mut self) -> bool {
+        self.process.interrupt()
+    }
+
+    /// Starts it again on its folder.
+    pub fn restart(&mut self) {
+        self.process.kill();
+        (self.process, self.printed) = Self::spawn(self.state.path(), &self.arguments);
+    }
+
+    /// An identity of the folder.
+    pub fn profile(&self, name: &str) -> Profile {
+        StateDirectory::new(self.state.path()).profile(name).unwrap()
+    }
+
+    /// A connection as this identity.
+    pub async fn connect(&self, name: &str) -> Connection {
+        Connection::connect(&self.profile(name)).await.unwrap()
+    }
+
+    /// Starts a second server on the same island: same token, same database, another process. `edit` may change its configuration.
+    pub async fn second(&self, name: &str, edit: impl FnOnce(String) -> String) -> SecondServer {
+        let address = free_address();
+        let text = fs::read_to_string(self.state.path().join("island/kms-server.toml")).unwrap();
+        let text: String = text.lines().map(|line| if line.starts_with("listen =") { format!("listen = \"{address}\"\nserver_name = \"{name}\"\n") } else { format!("{line}\n") }).collect();
+        let folder = self.state.path().join(name);
+        fs::create_dir_all(&folder).unwrap();
+        let configuration = self.state.path().join(format!("island/{name}.toml"));
+        fs::write(&configuration, edit(text)).unwrap();
+        let mut command = Command::new(program("kms-server"));
+        command.args(["run", "--config"]).arg(&configuration).env("HSM_SIM_DIR", self.state.path().join("token"));
+        let (process, _) = Process::spawn(command, "listening");
+        for identity in StateDirectory::new(self.state.path()).profile_names() {
+            let target = folder.join("profiles").join(&identity);
+            copy_folder(&self.state.path().join("profiles").join(&identity), &target);
+            Profile::load(&target).unwrap().set_server(&address.to_string()).unwrap();
+        }
+        let second = SecondServer { folder, process };
+        // It listens before its island is open: until then it answers UNAVAILABLE.
+        let began = Instant::now();
+        let connection = second.connect("officer-1").await;
+        while let Err(status) = connection.principals().who_am_i(kms_client::proto::WhoAmIRequest {}).await {
+            assert!(began.elapsed() < START_WITHIN, "the second server does not open its island: {status}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        second
+    }
+
+    /// The simulated meter of a device of the sample shipment.
+    pub fn meter(&self, number: usize) -> Meter {
+        let text = fs::read_to_string(self.state.path().join("vendor/devices.jsonl")).unwrap();
+        let device: Device = serde_json::from_str(text.lines().nth(number).expect("the sample has fewer devices")).unwrap();
+        let setup = device.security_setups.into_iter().next().unwrap();
+        Meter::new(MeterConfig::ordinary(device.system_title, device.security_suite, setup)).unwrap()
+    }
+
+    /// Every key of the sample in plaintext, as its vendor knows them.
+    pub fn plaintext_keys(&self) -> Vec<Vec<u8>> {
+        let text = fs::read_to_string(self.state.path().join("vendor/devices.jsonl")).unwrap();
+        let mut keys = Vec::new();
+        for line in text.lines() {
+            let device: serde_json::Value = serde_json::from_str(line).unwrap();
+            for (name, value) in device["security_setups"][0].as_object().unwrap() {
+                if name != "logical_name" {
+                    keys.push(hex::decode(value.as_str().unwrap()).unwrap());
+                }
+            }
+        }
+        keys
+    }
+}
+
+/// Another server process on the island of a [`DevServer`].
+pub struct SecondServer {
+    folder: PathBuf,
+    process: Process,
+}
+
+impl SecondServer {
+    /// A connection as this identity.
+    pub async fn connect(&self, name: &str) -> Connection {
+        Connection::connect(&Profile::load(self.folder.join("profiles").join(name)).unwrap()).await.unwrap()
+    }
+
+    /// Ends the process as kill -9 does.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+}
+
+/// The title of a device of the sample shipment, from 0.
+pub fn title(number: u64) -> SystemTitle {
+    SystemTitle::parse(&format!("4B414D{:010X}", number + 1)).unwrap()
+}
+
+/// Terms to read under the head-end's client title.
+pub fn terms(counters: u32) -> SessionTerms {
+    SessionTerms { purpose: Purpose::Read.into(), client_title: hex::decode(CLIENT_TITLE).unwrap().into(), counters, ..SessionTerms::default() }
+}
+
+/// A session with one meter.
+pub async fn open(connection: &Connection, profile: &Profile, meter: SystemTitle, counters: u32) -> Result<Session, SessionError> {
+    connection.open_session(&profile.transport_key().unwrap(), new_request_id(), meter, terms(counters), &OpenOptions::new()).await
+}
+
+/// Puts a meter on a loopback port.
+pub async fn put_on_line(meter: &Meter) -> SocketAddr {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(serve(listener, MeterDirectory::One(meter.clone()), ServeOptions::default()));
+    address
+}
+
+/// Associates with a meter under the keys of a session, with the first counters of its lease, and reads the energy register.
+pub async fn read_energy(address: SocketAddr, session: &Session, meter: SystemTitle) -> Result<Data, meter_sim::Error> {
+    let keys = session.keys.meter(meter).unwrap();
+    let key = |name| SymmetricKey::new(keys.key(name).unwrap().key.expose()).unwrap();
+    let counters = keys.counters.as_ref().unwrap();
+    let lease: Vec<u32> = (0..5).map(|_| counters.deal().unwrap()).collect();
+    let mut client = ClientSession::new(ClientConfig {
+        client_title: meter_sim::SystemTitle::new(hex::decode(CLIENT_TITLE).unwrap().try_into().unwrap()),
+        suite: meter_sim::SecuritySuite::default(),
+        keys: Ciphering { encryption: key(kms_client::KeyType::GUEK), authentication: key(kms_client::KeyType::GAK) },
+        dedicated_key: None,
+        counters: lease[0]..=lease[4],
+        general_ciphering: false,
+    })?;
+    let mut connection = ClientConnection::connect(address, 1, 1, Duration::from_secs(10)).await?;
+    connection.associate(&mut client).await?;
+    let energy = AttributeDescriptor { class: CLASS_REGISTER, instance: "1.0.1.8.0.255".parse()?, attribute: 2 };
+    let value = connection.get(&mut client, energy).await?;
+    connection.release(&mut client).await?;
+    Ok(value)
+}
+
+/// A program of this workspace, in the folder above that of the test program.
+pub fn program(name: &str) -> PathBuf {
+    let folder = env::current_exe().unwrap().parent().unwrap().parent().unwrap().to_owned();
+    let path = folder.join(name);
+    assert!(path.exists(), "`{}` is missing: build it first with `cargo build --release --workspace`", path.display());
+    path
+}
+
+#[derive(serde::Deserialize)]
+struct Device {
+    system_title: meter_sim::SystemTitle,
+    security_suite: meter_sim::SecuritySuite,
+    security_setups: Vec<SecuritySetupConfig>,
+}
+
+/// A child process that does not outlive its test.
+struct Process(Child);
+
+impl Process {
+    /// Starts it and waits for a line with `ready`; what it printed until then.
+    fn spawn(mut command: Command, ready: &str) -> (Self, String) {
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let (lines, printed) = mpsc::channel();
+        let streams: [Box<dyn std::io::Read + Send>; 2] = [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
+        for stream in streams {
+            let lines = lines.clone();
+            // Reads on after the test has seen enough, so that the process never blocks on a full pipe.
+            std::thread::spawn(move || {
+                for line in BufReader::new(stream).lines().map_while(Result::ok) {
+                    let _ = lines.send(line);
+                }
+            });
+        }
+        drop(lines);
+        let mut process = Self(child);
+        let mut text = String::new();
+        let began = Instant::now();
+        loop {
+            match printed.recv_timeout(START_WITHIN.saturating_sub(began.elapsed())) {
+                Ok(line) => {
+                    text.push_str(&line);
+                    text.push('\n');
+                    if line.contains(ready) {
+                        return (process, text);
+                    }
+                }
+                Err(_) => {
+                    process.kill();
+                    panic!("the server was not ready; it printed:\n{text}");
+                }
+            }
+        }
+    }
+
+    fn kill(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+
+    fn interrupt(&mut self) -> bool {
+        let sent = Command::new("kill").arg("-INT").arg(self.0.id().to_string()).status().is_ok_and(|status| status.success());
+        let began = Instant::now();
+        while began.elapsed() < STOP_WITHIN {
+            if let Ok(Some(status)) = self.0.try_wait() {
+                return sent && status.success();
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        false
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+}
+
+const START_WITHIN: Duration = Duration::from_secs(120);
+const STOP_WITHIN: Duration = Duration::from_secs(30);
