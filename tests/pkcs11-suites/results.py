@@ -161,7 +161,7 @@ def read_tool(path):
         elif line.startswith("#status "):
             failed = line[8:] != "0" or bad
             outcomes[step] = ("failed", bad or f"exit status {line[8:]}") if failed else ("passed", "")
-        elif re.search(r"not implemented|not supported|unsupported|no private key found|skip|ignor", line, re.I):
+        elif re.search(r"^warning: .*NOT_SUPPORTED|not implemented|not supported|unsupported|no private key found|skip|ignor", line, re.IGNORECASE):
             number += 1
             outcomes[f"{step}: {line.strip()}"] = ("skipped", line.strip())
         elif re.search(r"\berr(or)?s?:|\bERR\b|^[1-9]\d* errors|FAIL", line) or re.search(r"rv\s*[=:]\s*CKR_(?!OK)", line):
