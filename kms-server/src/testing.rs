@@ -11,8 +11,8 @@ use aws_lc_rs::{
 };
 use kms_client::sample::{SampleShipment, VendorKey, VendorTransportKey};
 use kms_domain::{
-    ChunkSize, ClassRoots, DeviceProfile, DiversificationRoot, FingerprintKey, FlagId, IslandKind, IslandName, KeyClass, Principal, PrincipalCertificate, PrincipalId,
-    PrincipalStatus, Role, SealKey, SealRootKey, SystemTitle, UnixMillis,
+    ChunkSize, ClassRoots, DeviceProfile, DiversificationRoot, FingerprintKey, FlagId, IslandKind, IslandName, KeyClass, Principal, PrincipalCertificate,
+    PrincipalId, PrincipalStatus, Role, SealKey, SealRootKey, SystemTitle, UnixMillis,
 };
 use kms_hsm::{CeremonyPlan, Hsm, Module, Pin, PinSource, ProcessPinMemory, RootVersion, TokenSelector, TokenSettings, create_roots};
 use kms_proto::v1::{self, CeremonyHeld, PrincipalChanged, audit_record::Event};
@@ -55,7 +55,11 @@ where
         let folder = tempfile::tempdir().unwrap();
         let tokens = folder.path().join("tokens");
         std::fs::create_dir(&tokens).unwrap();
-        std::fs::write(folder.path().join("softhsm2.conf"), format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display())).unwrap();
+        std::fs::write(
+            folder.path().join("softhsm2.conf"),
+            format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display()),
+        )
+        .unwrap();
         std::fs::write(folder.path().join("hsm-sim.conf"), "directory = tokens\nargon2_memory_kib = 64\nargon2_passes = 1\n").unwrap();
         let output = Command::new(std::env::current_exe().unwrap())
             .args([name, "--exact", "--nocapture"])
@@ -111,7 +115,14 @@ impl TestIsland {
             diversification: derivation.map(|derivation| DiversificationRoot { version: 1, derivation }).into_iter().collect(),
             storage_kek_version: 1,
         });
-        let row = kms_domain::Island { name, kind: IslandKind::Development, classes: classes.to_vec(), seal_key_version: 1, escrow_fingerprint: None, created: Island::now() };
+        let row = kms_domain::Island {
+            name,
+            kind: IslandKind::Development,
+            classes: classes.to_vec(),
+            seal_key_version: 1,
+            escrow_fingerprint: None,
+            created: Island::now(),
+        };
         let island = Arc::new(open(row, hsm, store, "one").await);
 
         let vendor_key = VendorKey::generate().unwrap();
@@ -284,9 +295,18 @@ async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: 
         async move { hsm.mac(RootVersion::FIRST, message).await.unwrap() }
     };
     let settings = CommitterSettings { island: row.name.clone(), server: server.to_owned(), chunk_size: ChunkSize::DEFAULT, queue: 256 };
-    let committer = Committer::start(store.clone(), SealKey::new(1, &key(SealRootKey::Seal).await), AuditKey::new(&*key(SealRootKey::AuditChain).await), settings);
+    let committer =
+        Committer::start(store.clone(), SealKey::new(1, &key(SealRootKey::Seal).await), AuditKey::new(&*key(SealRootKey::AuditChain).await), settings);
     let fingerprint_key = FingerprintKey::new(&key(SealRootKey::Fingerprint).await);
-    Island { row, hsm, store, policy: arc_swap::ArcSwap::from_pointee(Policy::load(None).unwrap()), profiles: Profiles::load(None).unwrap(), committer, fingerprint_key }
+    Island {
+        row,
+        hsm,
+        store,
+        policy: arc_swap::ArcSwap::from_pointee(Policy::load(None).unwrap()),
+        profiles: Profiles::load(None).unwrap(),
+        committer,
+        fingerprint_key,
+    }
 }
 
 const CHILD: &str = "KMS_SERVER_TEST_CHILD";

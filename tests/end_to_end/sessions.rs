@@ -58,7 +58,8 @@ async fn a_revoked_grant_is_not_repeated_and_a_dedicated_key_is_fresh() {
     let key = server.profile("head-end").transport_key().unwrap();
     let id = new_request_id();
     let wanted = proto::SessionTerms { dedicated_key: true, ..terms(10) };
-    let ask = || connection.open_session(&key, id, title(6), wanted.clone(), &OpenOptions::new());
+    let options = OpenOptions::new();
+    let ask = || connection.open_session(&key, id, title(6), wanted.clone(), &options);
     let (one, two) = (ask().await.unwrap(), ask().await.unwrap());
     let dedicated = |session: &kms_client::Session| session.keys.meters[0].key(KeyType::DEDICATED).unwrap().key.expose().to_vec();
     assert_ne!(dedicated(&one), dedicated(&two));

@@ -57,7 +57,7 @@ def simulated(device):
         "security_suite": device["security_suite"],
         "security_setups": [setup],
         "associations": [{"client_sap": 1, "mechanism": "high-gmac", "security_setup": setup["logical_name"]}],
-        "objects": [{"class": "register", "logical_name": "1.0.1.8.0.255", "value": {"DoubleLongUnsigned": 4711}, "scaler": 0, "unit": 30}],
+        "objects": [{"class": "register", "logical_name": "1.0.1.8.0.255", "value": {"double-long-unsigned": 4711}, "scaler": 0, "unit": 30}],
         # A meter that takes no invocation counter twice, not even for its GMAC and the APDU around it.
         "behaviour": {"gmac_counter": "must-differ"},
     }

@@ -135,8 +135,12 @@ fn parse_filter(filter: v1::MeterFilter, field: &str) -> Result<Filter, ServiceE
     let given = |text: &str| !text.is_empty();
     check_batch(&filter.batch).map_err(ServiceError::parse(named("batch")))?;
     Ok(Filter {
-        manufacturer: given(&filter.manufacturer).then(|| FlagId::parse(&filter.manufacturer).map_err(ServiceError::parse(named("manufacturer")))).transpose()?,
-        device_profile: given(&filter.device_profile).then(|| DeviceProfileName::parse(&filter.device_profile).map_err(ServiceError::parse(named("device_profile")))).transpose()?,
+        manufacturer: given(&filter.manufacturer)
+            .then(|| FlagId::parse(&filter.manufacturer).map_err(ServiceError::parse(named("manufacturer"))))
+            .transpose()?,
+        device_profile: given(&filter.device_profile)
+            .then(|| DeviceProfileName::parse(&filter.device_profile).map_err(ServiceError::parse(named("device_profile"))))
+            .transpose()?,
         status: given(&filter.status).then(|| MeterStatus::parse(&filter.status).map_err(ServiceError::parse(named("status")))).transpose()?,
         head_end: match filter.head_end.as_str() {
             "" => None,
@@ -205,7 +209,11 @@ fn parse_new_meter(meter: &v1::NewMeter, index: usize) -> Result<NewMeter, Servi
             return Err(ServiceError::invalid(field(&format!("groups[{at}]")), "it is named twice"));
         }
     }
-    Ok(NewMeter { title: SystemTitle::from_octets(&meter.meter).map_err(ServiceError::parse(field("meter")))?, serial: meter.serial.clone(), groups: meter.groups.clone() })
+    Ok(NewMeter {
+        title: SystemTitle::from_octets(&meter.meter).map_err(ServiceError::parse(field("meter")))?,
+        serial: meter.serial.clone(),
+        groups: meter.groups.clone(),
+    })
 }
 
 fn parse_principal(uri: &str, field: &str) -> Result<Option<PrincipalId>, ServiceError> {

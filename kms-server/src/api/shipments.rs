@@ -47,7 +47,9 @@ impl Rpc for ShipmentApi {
         loop {
             match messages.message().await {
                 Ok(None) => return Ok(Response::new(upload.finish().await?)),
-                Ok(Some(UploadShipmentRequest { start: Some(_), .. })) => return Err(ServiceError::invalid("start", "only the first message may have it").into()),
+                Ok(Some(UploadShipmentRequest { start: Some(_), .. })) => {
+                    return Err(ServiceError::invalid("start", "only the first message may have it").into());
+                }
                 Ok(Some(message)) => upload.append(message.offset, &message.octets).await?,
                 Err(broken) => {
                     // The sender goes on from what has arrived.

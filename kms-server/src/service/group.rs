@@ -92,7 +92,11 @@ impl Groups {
                     let Some(name) = missing.pop_first() else { break };
                     let added = view.now();
                     view.put_group(Group { id: GroupId(number), name: name.clone(), suite, added, slots: Slots::default() })?;
-                    view.append(Event::MetersChanged(MetersChanged { change: "group-added".to_owned(), value: format!("{number}: {name}"), ..MetersChanged::default() }));
+                    view.append(Event::MetersChanged(MetersChanged {
+                        change: "group-added".to_owned(),
+                        value: format!("{number}: {name}"),
+                        ..MetersChanged::default()
+                    }));
                     known.push(KnownGroup { name, suite });
                 }
                 Ok(known)

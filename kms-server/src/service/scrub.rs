@@ -71,7 +71,12 @@ impl Scrubber {
         tokio::spawn(async move {
             let told = answers.clone();
             let outcome = scrubber.scrub(move |progress| told.try_send(Ok(progress)).is_ok() || !told.is_closed()).await;
-            let last = outcome.map(|report| ScrubResponse { records_read: report.records_read, rows_read: report.rows_read, findings: report.findings, finished: true });
+            let last = outcome.map(|report| ScrubResponse {
+                records_read: report.records_read,
+                rows_read: report.rows_read,
+                findings: report.findings,
+                finished: true,
+            });
             // A caller that has gone away has no use for it; the findings are on the record.
             let _ = answers.send(last).await;
         });
@@ -102,7 +107,13 @@ impl Scrubber {
         let passes = self.passes().await?;
         let mut report = ScrubReport::default();
         'passes: for pass in 0..passes {
-            let mut scan = Scan { island: &self.island, partition: Partition { pass, passes }, recorded: HashMap::new(), chains: Chains::new(&self.island, &key, pass == 0), suspects: Vec::new() };
+            let mut scan = Scan {
+                island: &self.island,
+                partition: Partition { pass, passes },
+                recorded: HashMap::new(),
+                chains: Chains::new(&self.island, &key, pass == 0),
+                suspects: Vec::new(),
+            };
             loop {
                 let more = scan.read_log().await?;
                 report.records_read = report.records_read.max(scan.chains.records_read());
@@ -137,7 +148,13 @@ impl Scrubber {
     /// Every finding is a security event, up to a number; all of them are errors in the server's log.
     async fn record(&self, findings: &[ScrubFinding]) -> Result<(), ServiceError> {
         for finding in findings {
-            tracing::error!(kind = finding.kind, id = hex::encode(&finding.id), finding = finding.finding, detail = finding.detail, "the scrubber found what does not fit (I5)");
+            tracing::error!(
+                kind = finding.kind,
+                id = hex::encode(&finding.id),
+                finding = finding.finding,
+                detail = finding.detail,
+                "the scrubber found what does not fit (I5)"
+            );
         }
         if findings.is_empty() {
             return Ok(());
@@ -176,7 +193,11 @@ impl ScrubReport {
 
 fn event(finding: &ScrubFinding) -> SecurityEvent {
     let meter = if finding.kind == METER { finding.id.clone() } else { Default::default() };
-    SecurityEvent { kind: format!("scrub-{}", finding.finding), detail: format!("{} {}: {}", kind_name(finding.kind), text_of(finding.kind, &finding.id), finding.detail), meter }
+    SecurityEvent {
+        kind: format!("scrub-{}", finding.finding),
+        detail: format!("{} {}: {}", kind_name(finding.kind), text_of(finding.kind, &finding.id), finding.detail),
+        meter,
+    }
 }
 
 /// Names a sealed row: kind and id.
@@ -258,7 +279,10 @@ impl Scan<'_> {
             return;
         }
         let name: Name = (kind, id.into());
-        let fits = self.recorded.get(&name).is_some_and(|(generation, digest)| row.generation == *generation && self.digest(&name, row).is_ok_and(|found| found == *digest));
+        let fits = self
+            .recorded
+            .get(&name)
+            .is_some_and(|(generation, digest)| row.generation == *generation && self.digest(&name, row).is_ok_and(|found| found == *digest));
         if fits {
             self.recorded.remove(&name);
         } else {
@@ -307,7 +331,9 @@ impl Scan<'_> {
         match row.generation {
             generation if generation < at_least => Some(finding(name, "stale", format!("it is of generation {generation}, and its last record of {at_least}"))),
             generation if generation > last => Some(finding(name, "unrecorded", format!("it is of generation {generation}, and its last record of {last}"))),
-            generation if generation == last && digest != recorded => Some(finding(name, "edited", format!("it is not what was recorded of generation {last}"))),
+            generation if generation == last && digest != recorded => {
+                Some(finding(name, "edited", format!("it is not what was recorded of generation {last}")))
+            }
             _ => None,
         }
     }
@@ -327,7 +353,10 @@ impl Scan<'_> {
     /// The digest of a row whose seal holds.
     fn digest(&self, (kind, id): &Name, row: &SealedRow) -> Result<[u8; 16], String> {
         let id = row_id(*kind, id, self.island.name()).ok_or_else(|| "its id is none of its kind".to_owned())?;
-        let generation = i64::try_from(row.generation).ok().and_then(|number| Generation::from_i64(number).ok()).ok_or_else(|| "its generation is out of range".to_owned())?;
+        let generation = i64::try_from(row.generation)
+            .ok()
+            .and_then(|number| Generation::from_i64(number).ok())
+            .ok_or_else(|| "its generation is out of range".to_owned())?;
         let seal = RowSeal::from_octets(&row.seal).map_err(|error| error.to_string())?;
         self.island.committer.seal_key().verify(&id, generation, &row.body, &seal).map_err(|error| error.to_string())?;
         Ok(row_digest(seal.key_version(), &id, generation, &row.body))

@@ -22,7 +22,7 @@ use kms_proto::v1::{self, ShipmentImported, audit_record::Event};
 use kms_store::{Reads, ShipmentRow, ShipmentState, UploadId};
 use prost::Message as _;
 
-use self::progress::{Progress, to_proto, upload_id};
+use self::progress::{MOST_UPLOADS, Progress, to_proto, upload_id};
 pub use self::{
     import::Import,
     upload::{Upload, UploadStart},
@@ -54,7 +54,7 @@ impl ShipmentService {
     /// Not permitted; unknown, or another's where the caller may see its own only; or the database is away.
     pub async fn get(&self, caller: &Caller, file_sha256: &[u8; 32]) -> Result<v1::Shipment, ServiceError> {
         let sees_all = self.sees_all(caller).await?;
-        let row = self.island.store.shipment(upload_id(file_sha256)).await?.filter(|row| row.sha256 == *file_sha256);
+        let row = self.latest(file_sha256).await?;
         let row = row.filter(|row| sees_all || is_own(row, caller)).ok_or_else(|| unknown(file_sha256))?;
         to_proto(&row)
     }
@@ -88,6 +88,19 @@ impl ShipmentService {
         let spki = self.island.hsm.transport_key_spki(verify::TRANSPORT_KEY).await?;
         let hashes = oaep_hashes(&self.island).await?;
         Ok(v1::VendorTransportKey { spki: spki.into(), oaep_hashes: hashes.iter().map(|hash| hash.name().to_owned()).collect() })
+    }
+
+    /// The latest upload of a file: those before it were refused.
+    async fn latest(&self, file_sha256: &[u8; 32]) -> Result<Option<ShipmentRow>, ServiceError> {
+        let mut latest = None;
+        for number in 0..MOST_UPLOADS {
+            match self.island.store.shipment(upload_id(file_sha256, number)).await?.filter(|row| row.sha256 == *file_sha256) {
+                None => break,
+                Some(row) if row.state == ShipmentState::Refused => latest = Some(row),
+                row => return Ok(row),
+            }
+        }
+        Ok(latest)
     }
 
     /// Whether the caller may see all shipments; an error if not even its own.
@@ -124,7 +137,6 @@ impl ShipmentService {
                 }));
                 row.progress = progress.encode_to_vec();
                 row.state = ShipmentState::Refused;
-                row.received = 0;
                 row.generation += 1;
                 row.updated = view.now();
                 view.put_shipment(row.clone());

@@ -73,7 +73,15 @@ impl MeterService {
         }
     }
 
-    async fn assign_chunk(&self, caller: &Caller, request: Request, index: u32, titles: Vec<SystemTitle>, more: bool, assignment: &Assignment) -> Result<Outcome, ServiceError> {
+    async fn assign_chunk(
+        &self,
+        caller: &Caller,
+        request: Request,
+        index: u32,
+        titles: Vec<SystemTitle>,
+        more: bool,
+        assignment: &Assignment,
+    ) -> Result<Outcome, ServiceError> {
         let reads = Reads { meters: titles.clone(), sealed: assignment.head_end.as_ref().map(principal_row).into_iter().collect(), ..Reads::default() };
         let (island, head_end) = (self.island.clone(), assignment.head_end.clone());
         let filter = match &assignment.selection {
@@ -179,7 +187,14 @@ impl MeterService {
     ///
     /// # Errors
     /// Not permitted; the new meter is unknown, retired, or another head-end's; or the database is away.
-    pub async fn replace(&self, caller: &Caller, request: Request, old: SystemTitle, new: SystemTitle, reason: String) -> Result<v1::ChangeMetersResponse, ServiceError> {
+    pub async fn replace(
+        &self,
+        caller: &Caller,
+        request: Request,
+        old: SystemTitle,
+        new: SystemTitle,
+        reason: String,
+    ) -> Result<v1::ChangeMetersResponse, ServiceError> {
         if old == new {
             return Err(ServiceError::invalid("new_meter", "it is the old meter; a refurbished meter needs a new system title"));
         }
@@ -220,7 +235,14 @@ impl MeterService {
 }
 
 /// A meter that policy lets the principal change; else a problem is noted, the same for an unknown one.
-pub(super) fn permitted(island: &Island, view: &mut View<'_, '_>, principal: &Principal, action: &Action, title: SystemTitle, outcome: &mut Outcome) -> Option<Arc<Meter>> {
+pub(super) fn permitted(
+    island: &Island,
+    view: &mut View<'_, '_>,
+    principal: &Principal,
+    action: &Action,
+    title: SystemTitle,
+    outcome: &mut Outcome,
+) -> Option<Arc<Meter>> {
     // An error is a row that does not verify, as good as absent (I5), or one that is read for the next attempt.
     let meter = view.meter(title).ok().flatten().filter(|meter| permits(island, principal, action, meter));
     if meter.is_none() {
@@ -256,7 +278,12 @@ fn retire(meter: &mut Meter, now: UnixMillis) -> Result<(), ServiceError> {
     let fault = |error: &dyn std::fmt::Display| ServiceError::Internal(error.to_string());
     meter.set_status(MeterStatus::Retired).map_err(|error| fault(&error))?;
     for slot in meter.slots.iter_mut() {
-        let active: Vec<_> = slot.versions().iter().filter(|version| matches!(version.state(), KeyState::Active | KeyState::Suspended)).map(kms_domain::KeyVersion::number).collect();
+        let active: Vec<_> = slot
+            .versions()
+            .iter()
+            .filter(|version| matches!(version.state(), KeyState::Active | KeyState::Suspended))
+            .map(kms_domain::KeyVersion::number)
+            .collect();
         for number in active {
             slot.transition(number, KeyState::Deactivated, now).map_err(|error| fault(&error))?;
         }

@@ -10,7 +10,11 @@ use super::{
     CHUNK, MeterService, Outcome, Request,
     change::{permitted, record},
 };
-use crate::{audit::View, authz::{Action, Caller}, error::ServiceError};
+use crate::{
+    audit::View,
+    authz::{Action, Caller},
+    error::ServiceError,
+};
 
 /// Where a counter stands.
 #[derive(Clone, Debug)]
@@ -67,7 +71,11 @@ impl MeterService {
                             Err(reason) => outcome.problem(floor.meter, reason),
                         }
                     }
-                    let value = floors.iter().map(|floor| format!("{} {} {} {}", floor.meter, floor.setup, floor.client_title, floor.floor)).collect::<Vec<_>>().join("; ");
+                    let value = floors
+                        .iter()
+                        .map(|floor| format!("{} {} {} {}", floor.meter, floor.setup, floor.client_title, floor.floor))
+                        .collect::<Vec<_>>()
+                        .join("; ");
                     record(view, &mut outcome, "adopted", &changed, value, String::new());
                     Ok(outcome)
                 })
@@ -101,7 +109,10 @@ impl Adoption<'_> {
                     CounterPlace::Own(_) => changed |= self.raise(version.counters_mut().map_err(|error| error.to_string())?)?,
                     CounterPlace::Domain(id) => {
                         let id = *id;
-                        let known = view.domain(id).map_err(|error| error.to_string())?.ok_or_else(|| format!("its counter domain {id} is missing (I5); run `kms audit scrub`"))?;
+                        let known = view
+                            .domain(id)
+                            .map_err(|error| error.to_string())?
+                            .ok_or_else(|| format!("its counter domain {id} is missing (I5); run `kms audit scrub`"))?;
                         let mut domain = (*known).clone();
                         if self.raise(&mut domain.counters)? {
                             changed = true;

@@ -4,16 +4,13 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use futures::{StreamExt, TryStreamExt, stream};
 use kms_domain::{
-    DeviceProfile, DeviceProfileName, FlagId, KeyOrigin, KeyProfile, KeyShape, KeyState, KeyType, Meter, MeterClass, MeterStatus, NewKeyOrigin, NewKeyVersion, OwnerKind,
-    SecuritySetupId, Slot, Slots, SystemTitle, UnixMillis, WrappedKey,
+    DeviceProfile, DeviceProfileName, FlagId, KeyOrigin, KeyProfile, KeyShape, KeyState, KeyType, Meter, MeterClass, MeterStatus, NewKeyOrigin, NewKeyVersion,
+    OwnerKind, SecuritySetupId, Slot, Slots, SystemTitle, UnixMillis, WrappedKey,
 };
 use kms_proto::v1;
 use kms_store::Reads;
 
-use super::{
-    MeterService, NOT_PERMITTED, Outcome, Request,
-    change::record,
-};
+use super::{MeterService, NOT_PERMITTED, Outcome, Request, change::record};
 use crate::{
     audit::Actor,
     authz::{Action, Caller, Resource},
@@ -121,7 +118,9 @@ impl MeterService {
                 }
                 match view.meter(title) {
                     Ok(None) => {}
-                    Ok(Some(known)) if known.class.vendor == class.vendor && known.class.profile == class.profile && known.serial == new.serial && made_here(&known) => {
+                    Ok(Some(known))
+                        if known.class.vendor == class.vendor && known.class.profile == class.profile && known.serial == new.serial && made_here(&known) =>
+                    {
                         outcome.unchanged += 1;
                         continue;
                     }

@@ -40,10 +40,17 @@ impl TestIsland {
         let present = self.row(number).await;
         // The store itself only writes the next generation, so an attacker's statement is played by SQL of its own.
         let path = std::path::PathBuf::from(std::env::var("KMS_SERVER_TEST_FOLDER").unwrap()).join("island.db");
-        sql(&path, &format!(
-            "UPDATE meter SET generation = {}, seal = x'{}', body = x'{}' WHERE title = {} AND generation = {}",
-            row.generation, hex::encode(row.seal), hex::encode(&row.body), meter(number).as_i64(), present.generation
-        ));
+        sql(
+            &path,
+            &format!(
+                "UPDATE meter SET generation = {}, seal = x'{}', body = x'{}' WHERE title = {} AND generation = {}",
+                row.generation,
+                hex::encode(row.seal),
+                hex::encode(&row.body),
+                meter(number).as_i64(),
+                present.generation
+            ),
+        );
     }
 
     fn sql(&self, statement: &str) {

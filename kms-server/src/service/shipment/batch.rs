@@ -72,7 +72,13 @@ impl BatchSize {
 }
 
 /// Starts to read, from the line that comes next; batches arrive in order. A few are made ahead; it stops when the receiver is dropped.
-pub(super) fn read_ahead(island: Arc<Island>, verified: Arc<Verified>, windows: Windows, next_line: u64, size: Arc<BatchSize>) -> mpsc::Receiver<Result<ReadyBatch, ServiceError>> {
+pub(super) fn read_ahead(
+    island: Arc<Island>,
+    verified: Arc<Verified>,
+    windows: Windows,
+    next_line: u64,
+    size: Arc<BatchSize>,
+) -> mpsc::Receiver<Result<ReadyBatch, ServiceError>> {
     let (parsed, to_import) = mpsc::channel(1);
     let (ready, receiver) = mpsc::channel(1);
     tokio::spawn(Parser::new(verified.clone(), next_line, size).run(windows, parsed));
@@ -171,7 +177,12 @@ impl Parser {
     }
 }
 
-async fn take_over(island: Arc<Island>, verified: Arc<Verified>, mut parsed: mpsc::Receiver<Result<ParsedBatch, ServiceError>>, ready: mpsc::Sender<Result<ReadyBatch, ServiceError>>) {
+async fn take_over(
+    island: Arc<Island>,
+    verified: Arc<Verified>,
+    mut parsed: mpsc::Receiver<Result<ParsedBatch, ServiceError>>,
+    ready: mpsc::Sender<Result<ReadyBatch, ServiceError>>,
+) {
     while let Some(batch) = parsed.recv().await {
         let taken = match batch {
             Ok(batch) => import_keys(&island, &verified, batch).await,
@@ -224,7 +235,11 @@ async fn import_keys(island: &Island, verified: &Verified, batch: ParsedBatch) -
 }
 
 /// A lost session or a full queue does not end an import of hours.
-async fn patiently(island: &Island, verified: &Verified, jobs: Vec<ImportJob>) -> Result<Vec<Result<kms_hsm::StoredKey, kms_hsm::ImportRefusal>>, ServiceError> {
+async fn patiently(
+    island: &Island,
+    verified: &Verified,
+    jobs: Vec<ImportJob>,
+) -> Result<Vec<Result<kms_hsm::StoredKey, kms_hsm::ImportRefusal>>, ServiceError> {
     let mut attempts = 0;
     loop {
         attempts += 1;

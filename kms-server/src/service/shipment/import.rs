@@ -63,7 +63,7 @@ impl ShipmentService {
     }
 
     async fn begin_import(&self, caller: &Caller, file_sha256: &[u8; 32], head_end: Option<PrincipalId>) -> Result<Run, ServiceError> {
-        let upload = upload_id(file_sha256);
+        let upload = self.latest(file_sha256).await?.map_or_else(|| upload_id(file_sha256, 0), |row| row.upload);
         let mut sealed = vec![principal_row(&caller.principal)];
         sealed.extend(head_end.as_ref().map(principal_row));
         let reads = Reads { sealed, shipments: vec![upload], ..Reads::default() };
@@ -87,7 +87,10 @@ impl ShipmentService {
                         });
                     }
                     ShipmentState::Importing | ShipmentState::Imported if progress.head_end != named => {
-                        return Err(ServiceError::invalid("head_end", format!("an earlier call imported for `{}`; assign meters with AssignMeters afterwards", progress.head_end)));
+                        return Err(ServiceError::invalid(
+                            "head_end",
+                            format!("an earlier call imported for `{}`; assign meters with AssignMeters afterwards", progress.head_end),
+                        ));
                     }
                     _ => {}
                 }
@@ -217,7 +220,11 @@ impl Run {
             }
             answer.duplicate_keys.splice(0..0, std::mem::take(&mut earlier));
             if answers.send(Ok(answer)).await.is_err() {
-                tracing::info!(shipment = hex::encode(self.row.sha256), next_line = self.row.next_line, "the caller has gone; the import goes on with its next call");
+                tracing::info!(
+                    shipment = hex::encode(self.row.sha256),
+                    next_line = self.row.next_line,
+                    "the caller has gone; the import goes on with its next call"
+                );
                 return Ok(());
             }
         }

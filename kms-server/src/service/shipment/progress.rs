@@ -49,13 +49,25 @@ impl Progress {
     }
 }
 
-/// A file has one upload, whoever sends it and over which server: its id is the first half of the file's SHA-256.
-pub(super) fn upload_id(file_sha256: &[u8; 32]) -> UploadId {
+/// A file has one upload at a time, whoever sends it and over which server: 12 octets of its SHA-256, and how often it was refused before (4).
+pub(super) fn upload_id(file_sha256: &[u8; 32], refused_before: u32) -> UploadId {
     let mut id = [0; 16];
-    for (octet, value) in id.iter_mut().zip(file_sha256) {
+    for (octet, value) in id.iter_mut().zip(file_sha256.iter().take(12).chain(&refused_before.to_be_bytes())) {
         *octet = *value;
     }
     UploadId(id)
+}
+
+/// The upload that follows a refused one.
+pub(super) fn next_upload_id(refused: &ShipmentRow) -> Result<UploadId, ServiceError> {
+    let [.., a, b, c, d] = refused.upload.0;
+    match u32::from_be_bytes([a, b, c, d]).checked_add(1).filter(|number| *number < MOST_UPLOADS) {
+        Some(number) => Ok(upload_id(&refused.sha256, number)),
+        None => Err(ServiceError::FailedPrecondition {
+            reason: format!("this file was refused {MOST_UPLOADS} times"),
+            next_step: "have the manufacturer make and sign it anew".to_owned(),
+        }),
+    }
 }
 
 /// The shipment as the contract shows it.
@@ -64,7 +76,8 @@ pub(super) fn to_proto(row: &ShipmentRow) -> Result<v1::Shipment, ServiceError> 
     Ok(v1::Shipment {
         file_sha256: row.sha256.to_vec().into(),
         file_length: row.size,
-        received: row.received,
+        // Of a refused file nothing is kept: it is sent from its first octet on.
+        received: if row.state == ShipmentState::Refused { 0 } else { row.received },
         state: match row.state {
             ShipmentState::Receiving => "uploading",
             ShipmentState::Received => "uploaded",
@@ -83,3 +96,6 @@ pub(super) fn to_proto(row: &ShipmentRow) -> Result<v1::Shipment, ServiceError> 
         refusal: progress.refusal,
     })
 }
+
+/// How often one file can be refused.
+pub(super) const MOST_UPLOADS: u32 = 64;

@@ -6,8 +6,8 @@ use std::{
 };
 
 use kms_domain::{
-    CounterDomain, CounterDomainId, ExposureReason, GroupId, KeyOrigin, KeyState, KeyType, Meter, MeterClass, MeterStatus, NewKeyVersion, Owner, Party, PrincipalId,
-    PrincipalStatus, ShipmentLineError, Slot, Slots, SystemTitle, UnixMillis,
+    CounterDomain, CounterDomainId, ExposureReason, GroupId, KeyOrigin, KeyState, KeyType, Meter, MeterClass, MeterStatus, NewKeyVersion, Owner, Party,
+    PrincipalId, PrincipalStatus, ShipmentLineError, Slot, Slots, SystemTitle, UnixMillis,
 };
 use kms_proto::v1::{DuplicateKey, RefusedLine, SecurityEvent, ShipmentImported, audit_record::Event};
 use kms_store::{FingerprintOwner, FingerprintPrefix, Reads, ShipmentRefusal, ShipmentState, UploadId};
@@ -138,7 +138,10 @@ impl Step {
         if let Some(head_end) = &self.head_end
             && !view.principal(head_end)?.is_some_and(|known| known.status == PrincipalStatus::Enabled)
         {
-            return Err(ServiceError::FailedPrecondition { reason: format!("`{head_end}` was disabled"), next_step: "import without a head-end, and assign the meters afterwards".to_owned() });
+            return Err(ServiceError::FailedPrecondition {
+                reason: format!("`{head_end}` was disabled"),
+                next_step: "import without a head-end, and assign the meters afterwards".to_owned(),
+            });
         }
         Ok(())
     }
@@ -180,7 +183,11 @@ impl Step {
             return Ok(match self.compare(&known, device) {
                 Ok(()) if known.class.status == MeterStatus::Retired => {
                     let detail = format!("the retired meter {} is in shipment `{}`, line {}", device.title, header.batch, device.line);
-                    tally.alerts.push(Event::SecurityEvent(SecurityEvent { kind: "retired-meter-delivered".to_owned(), detail, meter: device.title.octets().to_vec().into() }));
+                    tally.alerts.push(Event::SecurityEvent(SecurityEvent {
+                        kind: "retired-meter-delivered".to_owned(),
+                        detail,
+                        meter: device.title.octets().to_vec().into(),
+                    }));
                     Outcome::Refused(refuse("title", format!("{} is retired; a refurbished meter needs a new system title", device.title)))
                 }
                 Ok(()) => Outcome::Unchanged,
@@ -191,7 +198,12 @@ impl Step {
         for (index, name) in device.groups.iter().enumerate() {
             match self.groups.get(name) {
                 Some(group) => groups.push(*group),
-                None => return Ok(Outcome::Refused(refuse(&format!("groups[{index}]"), format!("group `{name}` is of another security suite, or the island has no room for more groups")))),
+                None => {
+                    return Ok(Outcome::Refused(refuse(
+                        &format!("groups[{index}]"),
+                        format!("group `{name}` is of another security suite, or the island has no room for more groups"),
+                    )));
+                }
             }
         }
         groups.sort_unstable();
@@ -200,7 +212,8 @@ impl Step {
         }
 
         let now = view.now();
-        let mut class = MeterClass { vendor: header.manufacturer, profile: header.device_profile.clone(), status: MeterStatus::InStock, groups, head_end: None };
+        let mut class =
+            MeterClass { vendor: header.manufacturer, profile: header.device_profile.clone(), status: MeterStatus::InStock, groups, head_end: None };
         if let Some(head_end) = &self.head_end {
             let principal = view.caller(&self.caller)?;
             self.island.policy.load().require(&facts(&principal), &Action::AssignMeters, &Resource::Meters(&class))?;
@@ -233,9 +246,15 @@ impl Step {
             return Err(refuse("serial", format!("{} is known already, with another serial number", device.title)));
         }
         for (index, key) in device.keys.iter().enumerate() {
-            let same = known.slots.get(key.setup, key.key_type).is_some_and(|slot| slot.versions().iter().any(|version| version.fingerprint() == Some(key.fingerprint)));
+            let same = known
+                .slots
+                .get(key.setup, key.key_type)
+                .is_some_and(|slot| slot.versions().iter().any(|version| version.fingerprint() == Some(key.fingerprint)));
             if !same {
-                return Err(refuse(&format!("keys[{index}].wrapped"), format!("{} is known already, with another {}", device.title, self.verified.profile.key_type_name(key.key_type))));
+                return Err(refuse(
+                    &format!("keys[{index}].wrapped"),
+                    format!("{} is known already, with another {}", device.title, self.verified.profile.key_type_name(key.key_type)),
+                ));
             }
         }
         Ok(())
@@ -243,7 +262,14 @@ impl Step {
 
     /// I4: a key whose value another slot has counts with it, from one counter domain. The list of owners holds the first slot with a value
     /// only: later ones find the domain through it, however many they are.
-    fn join_duplicates(&self, view: &mut View<'_, '_>, device: &ReadyDevice, key: &ReadyKey, meter: &mut Meter, duplicates: &mut Vec<DuplicateKey>) -> Result<(), ServiceError> {
+    fn join_duplicates(
+        &self,
+        view: &mut View<'_, '_>,
+        device: &ReadyDevice,
+        key: &ReadyKey,
+        meter: &mut Meter,
+        duplicates: &mut Vec<DuplicateKey>,
+    ) -> Result<(), ServiceError> {
         let prefix = FingerprintPrefix::of(&key.fingerprint);
         let me = FingerprintOwner { owner: Owner::Meter(meter.title), setup: key.setup, key_type: key.key_type, version: kms_domain::KeyVersionNumber::FIRST };
         let Some((first, title)) = self.first_owner(view, key, meter)? else {
@@ -256,7 +282,8 @@ impl Step {
         if title == meter.title {
             join(meter, &first, &mut domain).map_err(fault)?;
         } else if let Some(mut other) = view.meter(title)? {
-            let joined = other.slots.get(first.setup, first.key_type).and_then(|slot| slot.version(first.version)).is_some_and(|version| version.domain().is_some());
+            let joined =
+                other.slots.get(first.setup, first.key_type).and_then(|slot| slot.version(first.version)).is_some_and(|version| version.domain().is_some());
             if !joined {
                 let changed = Arc::make_mut(&mut other);
                 join(changed, &first, &mut domain).map_err(fault)?;
@@ -299,7 +326,8 @@ fn slots(device: &ReadyDevice, now: UnixMillis) -> Result<Slots, ServiceError> {
     let mut slots = Vec::with_capacity(device.keys.len());
     for key in &device.keys {
         let mut slot = Slot::new(key.setup, key.key_type);
-        let new = NewKeyVersion { state: KeyState::Active, origin: KeyOrigin::Imported, wrapped: Some(key.wrapped.clone()), fingerprint: Some(key.fingerprint) };
+        let new =
+            NewKeyVersion { state: KeyState::Active, origin: KeyOrigin::Imported, wrapped: Some(key.wrapped.clone()), fingerprint: Some(key.fingerprint) };
         let number = slot.add_version(new, now).map_err(|error| fault(&error))?;
         let version = slot.version_mut(number).map_err(|error| fault(&error))?;
         version.expose(Party::Vendor, ExposureReason::Shipment, now);

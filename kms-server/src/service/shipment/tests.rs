@@ -1,5 +1,8 @@
-use kms_domain::{CounterKey, CounterOwnership, DeviceProfile, Exposure, ExposureReason, FlagId, KeyOrigin, KeyState, KeyType, MeterStatus, OaepHash, Party, PrincipalId, SecuritySetupId, SystemTitle};
 use kms_client::sample::{SampleCounter, VendorKey};
+use kms_domain::{
+    CounterKey, CounterOwnership, DeviceProfile, Exposure, ExposureReason, FlagId, KeyOrigin, KeyState, KeyType, MeterStatus, OaepHash, Party, PrincipalId,
+    SecuritySetupId, SystemTitle,
+};
 use kms_proto::v1::{AuditRecord, ImportShipmentResponse, audit_record::Event};
 use kms_store::{AuditFilter, MeterFilter};
 use prost::Message as _;
@@ -94,32 +97,52 @@ fn lines(response: &ImportShipmentResponse) -> Vec<(u64, &str)> {
 
 #[test]
 fn a_shipment_is_imported_and_again_nothing_changes() {
-    testing::run(concat!(module_path!(), "::a_shipment_is_imported_and_again_nothing_changes"), &[ModuleKind::HsmSim, ModuleKind::SoftHsm], |island| async move {
-        let mut sample = sample("generic-suite0", 150);
-        sample.groups = vec!["north".to_owned(), "a-group".to_owned()];
-        let first = island.deliver(&sample).await;
-        let shipment = first.shipment.clone().unwrap();
-        assert_eq!((shipment.state.as_str(), shipment.devices, shipment.imported, shipment.refused, shipment.duplicates), ("imported", 150, 150, 0, 0), "{first:?}");
-        assert!(first.refused_lines.is_empty() && first.duplicate_keys.is_empty());
+    testing::run(
+        concat!(module_path!(), "::a_shipment_is_imported_and_again_nothing_changes"),
+        &[ModuleKind::HsmSim, ModuleKind::SoftHsm],
+        |island| async move {
+            let mut sample = sample("generic-suite0", 150);
+            // SoftHSM opens OAEP with SHA-1 only.
+            let offered = ShipmentService::new(island.island.clone()).transport_key(&island.officer).await.unwrap().oaep_hashes;
+            sample.oaep_hash = OaepHash::parse(&offered[0]).unwrap();
+            sample.groups = vec!["north".to_owned(), "a-group".to_owned()];
+            let first = island.deliver(&sample).await;
+            let shipment = first.shipment.clone().unwrap();
+            assert_eq!(
+                (shipment.state.as_str(), shipment.devices, shipment.imported, shipment.refused, shipment.duplicates),
+                ("imported", 150, 150, 0, 0),
+                "{first:?}"
+            );
+            assert!(first.refused_lines.is_empty() && first.duplicate_keys.is_empty());
 
-        let meter = island.stored(meter(7)).await;
-        assert_eq!((meter.class.status, meter.class.head_end.as_ref(), meter.class.groups.len()), (MeterStatus::InService, Some(&island.head_end.principal), 2));
-        assert_eq!(meter.slots.iter().map(|slot| slot.key_type()).collect::<Vec<_>>(), [KeyType::KEK, KeyType::GUEK, KeyType::GBEK, KeyType::GAK]);
-        for slot in meter.slots.iter() {
-            let version = slot.active().unwrap();
-            assert_eq!((version.state(), version.origin(), version.candidate()), (KeyState::Active, KeyOrigin::Imported, true));
-            assert!(matches!(version.exposures(), [Exposure { party: Party::Vendor, reason: ExposureReason::Shipment, .. }]));
-        }
-        // The octets are gone, and the record of each batch names every row (I2, I5).
-        let upload = super::upload_id(&shipment.file_sha256.as_ref().try_into().unwrap());
-        assert_eq!(island.island.store.shipment_chunk(upload, 0).await.unwrap(), None);
-        let recorded: usize = island.records().await.iter().filter(|record| matches!(record.event, Some(Event::ShipmentImported(_)))).map(|record| record.row_writes.len()).sum();
-        assert_eq!(recorded, 150);
+            let meter = island.stored(meter(7)).await;
+            assert_eq!(
+                (meter.class.status, meter.class.head_end.as_ref(), meter.class.groups.len()),
+                (MeterStatus::InService, Some(&island.head_end.principal), 2)
+            );
+            assert_eq!(meter.slots.iter().map(|slot| slot.key_type()).collect::<Vec<_>>(), [KeyType::KEK, KeyType::GUEK, KeyType::GBEK, KeyType::GAK]);
+            for slot in meter.slots.iter() {
+                let version = slot.active().unwrap();
+                assert_eq!((version.state(), version.origin(), version.candidate()), (KeyState::Active, KeyOrigin::Imported, true));
+                assert!(matches!(version.exposures(), [Exposure { party: Party::Vendor, reason: ExposureReason::Shipment, .. }]));
+            }
+            // The octets are gone, and the record of each batch names every row (I2, I5).
+            let upload = super::upload_id(&shipment.file_sha256.as_ref().try_into().unwrap(), 0);
+            assert_eq!(island.island.store.shipment_chunk(upload, 0).await.unwrap(), None);
+            let recorded: usize = island
+                .records()
+                .await
+                .iter()
+                .filter(|record| matches!(record.event, Some(Event::ShipmentImported(_))))
+                .map(|record| record.row_writes.len())
+                .sum();
+            assert_eq!(recorded, 150);
 
-        // Calling again repeats the result.
-        let sha256 = shipment.file_sha256.as_ref().try_into().unwrap();
-        assert_eq!(island.import(sha256, Some(&island.head_end)).await.shipment, Some(shipment));
-    });
+            // Calling again repeats the result.
+            let sha256 = shipment.file_sha256.as_ref().try_into().unwrap();
+            assert_eq!(island.import(sha256, Some(&island.head_end)).await.shipment, Some(shipment));
+        },
+    );
 }
 
 island_tests! {
@@ -172,7 +195,10 @@ island_tests! {
             assert_eq!(recorded.unwrap().refusal, shipment.refusal);
             assert_eq!(island.meters().await, 0, "{expected}");
         }
-        // With the right signature the same file goes through after all.
+        // With the right signature the same file goes through after all: from its first octet on.
+        let service = ShipmentService::new(island.island.clone());
+        let known = service.get(&island.officer, &sha256(&file)).await.unwrap();
+        assert_eq!((known.state.as_str(), known.received), ("refused", 0));
         let sha256 = island.upload(&file, &signature).await;
         assert_eq!(island.import(sha256, Some(&island.head_end)).await.shipment.unwrap().imported, 5);
     }
@@ -270,7 +296,7 @@ island_tests! {
         // I5: whoever can write the database puts octets of his own into a verified shipment.
         let (file, signature) = island.sample(&sample("generic-suite0", 4)).await;
         let sha256 = island.upload(&file, &signature).await;
-        let upload = super::upload_id(&sha256);
+        let upload = super::upload_id(&sha256, 0);
         island.island.store.delete_shipment_chunks(upload, 10).await.unwrap();
         let gone = ShipmentService::new(island.island.clone());
         let mut run = gone.import(&island.officer, &sha256, None).await.unwrap();
@@ -279,7 +305,7 @@ island_tests! {
         let windows: std::sync::Arc<[super::spool::WindowDigest]> = vec![[0; 32]].into();
         let (other, signature) = island.sample(&sample("generic-suite1", 4)).await;
         let sha256 = island.upload(&other, &signature).await;
-        let mut windows = super::spool::Windows::verified(island.island.store.clone(), super::upload_id(&sha256), other.len() as u64, 5, windows);
+        let mut windows = super::spool::Windows::verified(island.island.store.clone(), super::upload_id(&sha256, 0), other.len() as u64, 5, windows);
         assert!(matches!(windows.next().await, Err(ServiceError::FailedPrecondition { reason, .. }) if reason.contains("I5")));
         assert_eq!(island.meters().await, 0);
     }
@@ -377,11 +403,19 @@ island_tests! {
         assert!(matches!(service.upload(&island.officer, unknown.clone()).await, Err(ServiceError::FailedPrecondition { .. })));
         assert!(matches!(service.upload(&island.manufacturer, unknown).await, Err(ServiceError::PermissionDenied { .. })));
 
+        // A signature can be put right, and another length starts anew, as long as nothing was imported.
+        let mut upload = service.upload(&island.officer, super::UploadStart { file_length: 500, signature: vec![0x30; 70].into(), ..start.clone() }).await.unwrap();
+        upload.append(0, &file[..500]).await.unwrap();
+        assert_eq!(upload.finish().await.unwrap().state, "uploaded");
+        assert!(matches!(service.upload(&island.manufacturer, start.clone()).await, Err(ServiceError::PermissionDenied { .. })));
+        assert_eq!(service.upload(&island.officer, super::UploadStart { signature: vec![0x30; 70].into(), ..start.clone() }).await.unwrap().position(), 0);
+        assert_eq!(service.upload(&island.officer, start.clone()).await.unwrap().position(), 0);
+
         // The manufacturer sends its own, sees it, and does not import it.
         let mut upload = service.upload(&island.manufacturer, start.clone()).await.unwrap();
         upload.append(0, &file).await.unwrap();
         assert_eq!(upload.finish().await.unwrap().state, "uploaded");
-        assert_eq!(service.list(&island.manufacturer).await.unwrap().len(), 1);
+        assert_eq!(service.list(&island.manufacturer).await.unwrap().len(), 2);
         assert!(matches!(service.import(&island.manufacturer, &start.file_sha256, None).await, Err(ServiceError::PermissionDenied { .. })));
         assert!(matches!(service.get(&island.manufacturer, &[7; 32]).await, Err(ServiceError::NotFound { .. })));
         let nobody = Some(PrincipalId::parse("urn:meterkms:north:head-end:nobody").unwrap());

@@ -6,8 +6,8 @@ use kms_store::{Reads, ShipmentRow, ShipmentState, StoreError, UploadId};
 use prost::Message as _;
 
 use super::{
-    ShipmentService, no_shipment_key,
-    progress::{Progress, to_proto, upload_id},
+    ShipmentService, no_shipment_key, overtaken,
+    progress::{Progress, next_upload_id, to_proto, upload_id},
     verify::FIRST_DEVICE_LINE,
 };
 use crate::{
@@ -55,33 +55,36 @@ impl ShipmentService {
         if !(8..=MOST_SIGNATURE).contains(&start.signature.len()) {
             return Err(ServiceError::invalid("start.signature", "it is no DER ECDSA signature"));
         }
-        let upload = upload_id(&start.file_sha256);
-        let present = self.island.store.shipment(upload).await?;
-        if present.is_none() {
-            self.bound_unfinished(caller).await?;
-        }
-        let mut row = self.begin(caller, &action, upload, &start, may_replace).await?;
-        if row.state == ShipmentState::Refused {
-            // What a refused upload left behind goes first, so that no octet of it can stay.
-            self.delete_chunks(upload).await?;
-            row = self.restart(caller, &action, upload, &start).await?;
-        }
+        let upload = match self.latest(&start.file_sha256).await? {
+            None => {
+                self.bound_unfinished(caller).await?;
+                upload_id(&start.file_sha256, 0)
+            }
+            Some(row) if row.state == ShipmentState::Refused => next_upload_id(&row)?,
+            Some(row) if row.size != start.file_length && matches!(row.state, ShipmentState::Receiving | ShipmentState::Received) => {
+                Self::may_replace(&row, caller, may_replace)?;
+                next_upload_id(&self.refuse(Actor::caller(caller, None, action.name()), &row, "another length was announced").await?)?
+            }
+            Some(row) => row.upload,
+        };
+        let row = self.begin(caller, &action, upload, &start, may_replace).await?;
         Ok(Upload { service: self.clone(), caller: caller.clone(), action, row, collected: Vec::new() })
     }
 
-    /// Registers the upload. A file whose length changed, or that was refused, comes back as refused: it starts again.
+    /// Registers the upload, or goes on with it. Another signature replaces the one before, as long as nothing was imported.
     async fn begin(&self, caller: &Caller, action: &Action, upload: UploadId, start: &UploadStart, may_replace: bool) -> Result<ShipmentRow, ServiceError> {
         let reads = Reads { sealed: vec![principal_row(&caller.principal), principal_row(&start.manufacturer)], shipments: vec![upload], ..Reads::default() };
-        let (island, caller_again, action_again, start) = (self.island.clone(), caller.clone(), action.clone(), start.clone());
+        let (service, caller_again, action_again, start) = (self.clone(), caller.clone(), action.clone(), start.clone());
         let actor = Actor::caller(caller, None, action.name());
         let committed = self
             .island
             .committer
             .act(actor, reads, move |view| {
                 let principal = view.caller(&caller_again)?;
-                island.policy.load().require(&facts(&principal), &action_again, &Resource::Island)?;
+                service.island.policy.load().require(&facts(&principal), &action_again, &Resource::Island)?;
                 let manufacturer = view.principal(&start.manufacturer)?;
-                if !manufacturer.is_some_and(|manufacturer| manufacturer.shipment_key.is_some() && manufacturer.status == kms_domain::PrincipalStatus::Enabled) {
+                if !manufacturer.is_some_and(|manufacturer| manufacturer.shipment_key.is_some() && manufacturer.status == kms_domain::PrincipalStatus::Enabled)
+                {
                     return Err(no_shipment_key(&start.manufacturer));
                 }
                 let now = view.now();
@@ -100,29 +103,23 @@ impl ShipmentService {
                         refused: 0,
                         created: now,
                         updated: now,
-                        progress: Progress { manufacturer: start.manufacturer.to_string(), signature: start.signature.clone(), ..Progress::default() }.encode_to_vec(),
+                        progress: Progress { manufacturer: start.manufacturer.to_string(), signature: start.signature.clone(), ..Progress::default() }
+                            .encode_to_vec(),
                     };
                     view.put_shipment(row.clone());
                     return Ok(row);
                 };
-                if row.sha256 != start.file_sha256 {
-                    return Err(ServiceError::Internal("two files share the first half of their SHA-256".to_owned()));
+                if row.sha256 != start.file_sha256 || row.size != start.file_length {
+                    return Err(overtaken());
                 }
-                if matches!(row.state, ShipmentState::Importing | ShipmentState::Imported) {
+                if !matches!(row.state, ShipmentState::Receiving | ShipmentState::Received) {
                     return Ok(row);
                 }
                 let mut progress = Progress::of(&row)?;
-                let same = progress.manufacturer == start.manufacturer.to_string() && progress.signature == start.signature && row.size == start.file_length;
-                if same && row.state != ShipmentState::Refused {
+                if progress.manufacturer == start.manufacturer.to_string() && progress.signature == start.signature {
                     return Ok(row);
                 }
-                if row.principal != caller_again.principal && !may_replace {
-                    return Err(ServiceError::denied("uploadShipment of a file that another principal began to send"));
-                }
-                if row.size != start.file_length {
-                    row.state = ShipmentState::Refused;
-                    progress.refusal = "another length was announced".to_owned();
-                }
+                Self::may_replace(&row, &caller_again, may_replace)?;
                 progress.manufacturer = start.manufacturer.to_string();
                 progress.signature = start.signature.clone();
                 row.progress = progress.encode_to_vec();
@@ -135,33 +132,11 @@ impl ShipmentService {
         Ok(committed.value)
     }
 
-    /// A refused upload from its first octet on. Lines that were imported before stay imported.
-    async fn restart(&self, caller: &Caller, action: &Action, upload: UploadId, start: &UploadStart) -> Result<ShipmentRow, ServiceError> {
-        let reads = Reads { sealed: vec![principal_row(&caller.principal)], shipments: vec![upload], ..Reads::default() };
-        let (caller_again, start) = (caller.clone(), start.clone());
-        let committed = self
-            .island
-            .committer
-            .act(Actor::caller(caller, None, action.name()), reads, move |view| {
-                view.caller(&caller_again)?;
-                let mut row = view.shipment(upload)?.ok_or_else(|| super::unknown(&start.file_sha256))?;
-                if row.state != ShipmentState::Refused {
-                    return Ok(row);
-                }
-                let mut progress = Progress::of(&row)?;
-                progress.refusal.clear();
-                row.progress = progress.encode_to_vec();
-                row.state = ShipmentState::Receiving;
-                row.received = 0;
-                row.size = start.file_length;
-                row.principal = caller_again.principal.clone();
-                row.generation += 1;
-                row.updated = view.now();
-                view.put_shipment(row.clone());
-                Ok(row)
-            })
-            .await?;
-        Ok(committed.value)
+    fn may_replace(row: &ShipmentRow, caller: &Caller, of_others: bool) -> Result<(), ServiceError> {
+        if row.principal == caller.principal || of_others {
+            return Ok(());
+        }
+        Err(ServiceError::denied("uploadShipment of a file that another principal began to send"))
     }
 
     /// No sender fills the database with files that it never finishes; those that it left are dropped first.

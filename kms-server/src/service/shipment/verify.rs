@@ -69,7 +69,11 @@ pub(super) async fn verify(island: &Island, row: &ShipmentRow, signature: &[u8],
     if trailer.devices != devices {
         return Err(refuse(format!("line {}: trailer.devices is {} and the file has {devices} device lines", content.trailer_line, trailer.devices)));
     }
-    let profile = island.profiles.get(&header.device_profile).cloned().ok_or_else(|| refuse(format!("line 1: device_profile: `{}` is not known here", header.device_profile)))?;
+    let profile = island
+        .profiles
+        .get(&header.device_profile)
+        .cloned()
+        .ok_or_else(|| refuse(format!("line 1: device_profile: `{}` is not known here", header.device_profile)))?;
     let batch_key = open_batch_key(island, &header).await?;
     Ok(Verified { header, profile, batch_key, devices, next_begin: content.next_begin, windows: scanned.windows })
 }
@@ -100,7 +104,9 @@ async fn open_batch_key(island: &Island, header: &ShipmentHeader) -> Result<Batc
     }
     match island.hsm.open_batch_key(TRANSPORT_KEY, hash, header.batch_key.clone()).await {
         Ok(batch_key) => Ok(batch_key),
-        Err(HsmError::WrappedKeyInvalid { .. }) => Err(refuse("line 1: batch_key: it cannot be opened with the vendor transport key: damaged, or no 32-octet AES key inside")),
+        Err(HsmError::WrappedKeyInvalid { .. }) => {
+            Err(refuse("line 1: batch_key: it cannot be opened with the vendor transport key: damaged, or no 32-octet AES key inside"))
+        }
         Err(error) => Err(error.into()),
     }
 }

@@ -1,0 +1,187 @@
+//! Cycles against the module itself, through the cryptoki crate: what the server's rates are compared with.
+
+use std::{
+    collections::BTreeMap,
+    num::NonZeroUsize,
+    path::Path,
+    process::Command,
+    sync::Barrier,
+    thread,
+    time::{Duration, Instant},
+};
+
+use cryptoki::{
+    context::{CInitializeArgs, CInitializeFlags, Pkcs11},
+    mechanism::{
+        Mechanism, MechanismType,
+        ekdf::AesCbcDeriveParams,
+        kbkdf::{Endianness, KbkdfCounterFormat, KbkdfDkmLengthFormat, KbkdfDkmLengthMethod, KbkdfParams, PrfDataParam, PrfDataParamType},
+    },
+    object::{Attribute, KeyType, ObjectClass, ObjectHandle},
+    session::{Session, UserType},
+    types::AuthPin,
+};
+
+use crate::{Failure, measure::per_second, module::Module};
+
+/// Cycles a second, by name.
+pub(crate) type Rates = BTreeMap<String, f64>;
+
+/// A stored key: unwrap + wrap + destroy, on one thread and on two.
+pub(crate) const STORED: &str = "unwrap + wrap + destroy, 1 thread";
+pub(crate) const STORED_TWO: &str = "unwrap + wrap + destroy, 2 threads";
+/// The same with a second wrap.
+pub(crate) const STORED_WRAPPED_TWICE: &str = "unwrap + 2 × wrap + destroy, 1 thread";
+/// A diversified key.
+pub(crate) const DERIVED_CBC: &str = "derive (AES-CBC-ENCRYPT-DATA) + wrap + destroy, 1 thread";
+pub(crate) const DERIVED_SP800_108: &str = "derive (SP 800-108 counter, CMAC) + wrap + destroy, 1 thread";
+
+/// The name of the module, and its rates.
+#[derive(serde::Deserialize, serde::Serialize)]
+pub(crate) struct Raw {
+    pub(crate) library: String,
+    pub(crate) rates: Rates,
+}
+
+impl Raw {
+    /// Measures in a process of its own: a module reads its configuration from the environment when it is loaded.
+    pub(crate) fn measure(module: Module, directory: &Path, time: Duration) -> Result<Self, Failure> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("raw").arg(module.path()?).arg(time.as_millis().to_string()).envs(module.environment(directory)?);
+        let output = command.stderr(std::process::Stdio::inherit()).output()?;
+        if !output.status.success() {
+            return Err(format!("measuring {} directly failed: {}", module.name(), output.status).into());
+        }
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+
+    /// What the process does.
+    pub(crate) fn in_process(path: &Path, time: Duration) -> Result<Self, Failure> {
+        let context = Pkcs11::new(path)?;
+        context.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))?;
+        let info = context.get_library_info()?;
+        let library = format!("{} {}.{}", info.manufacturer_id(), info.library_version().major(), info.library_version().minor());
+        let bench = Bench::new(&context, time)?;
+        let mut rates = Rates::new();
+        rates.insert(STORED.to_owned(), bench.rate(1, Bench::stored)?);
+        rates.insert(STORED_TWO.to_owned(), bench.rate(2, Bench::stored)?);
+        rates.insert(STORED_WRAPPED_TWICE.to_owned(), bench.rate(1, Bench::stored_wrapped_twice)?);
+        rates.insert(DERIVED_CBC.to_owned(), bench.rate(1, Bench::derived_cbc)?);
+        if context.get_mechanism_list(bench.slot)?.contains(&MechanismType::SP800_108_COUNTER_KDF) {
+            rates.insert(DERIVED_SP800_108.to_owned(), bench.rate(1, Bench::derived_sp800_108)?);
+        }
+        Ok(Self { library, rates })
+    }
+}
+
+/// A token with the keys of one cycle: as in the server, those that stay are token objects.
+struct Bench<'a> {
+    context: &'a Pkcs11,
+    slot: cryptoki::slot::Slot,
+    time: Duration,
+    storage_kek: ObjectHandle,
+    diversification_root: ObjectHandle,
+    wrapped: Vec<u8>,
+    /// Holds the login.
+    _session: Session,
+}
+
+type Cycle = fn(&Bench<'_>, &Session, ObjectHandle) -> cryptoki::error::Result<()>;
+
+impl<'a> Bench<'a> {
+    fn new(context: &'a Pkcs11, time: Duration) -> Result<Self, Failure> {
+        let pin = AuthPin::new("bench-12345678".into());
+        let slot = context.get_slots_with_token()?.into_iter().next().ok_or("the module has no slot")?;
+        context.init_token(slot, &pin, "bench")?;
+        // SoftHSM moves a token that was initialised to another slot.
+        let slot = context.get_slots_with_initialized_token()?.into_iter().next().ok_or("the module has no token")?;
+        let session = context.open_rw_session(slot)?;
+        session.login(UserType::So, Some(&pin))?;
+        session.init_pin(&pin)?;
+        session.logout()?;
+        session.login(UserType::User, Some(&pin))?;
+        let stays = |length: u64, usage: &[Attribute]| [&[Attribute::Token(true), Attribute::ValueLen(length.into()), Attribute::Sensitive(true), Attribute::Extractable(false)], usage].concat();
+        let storage_kek = session.generate_key(&Mechanism::AesKeyGen, &stays(32, &[Attribute::Wrap(true), Attribute::Unwrap(true)]))?;
+        let diversification_root = session.generate_key(&Mechanism::AesKeyGen, &stays(32, &[Attribute::Derive(true)]))?;
+        let key = session.generate_key(&Mechanism::AesKeyGen, &[Attribute::Token(false), Attribute::ValueLen(16.into()), Attribute::Extractable(true)])?;
+        let mut wrapped = session.wrap_key(&Mechanism::AesKeyWrap, storage_kek, key)?;
+        // SoftHSM gives the buffer that it would have liked; RFC 3394 makes 24 octets of 16.
+        wrapped.truncate(24);
+        Ok(Self { context, slot, time, storage_kek, diversification_root, wrapped, _session: session })
+    }
+
+    /// Cycles a second of all threads, each with a session and a transport KEK of its own.
+    fn rate(&self, threads: usize, cycle: Cycle) -> Result<f64, Failure> {
+        let ready = Barrier::new(threads);
+        let work = || -> Result<(u64, Duration), Failure> {
+            let prepared = self.context.open_rw_session(self.slot).and_then(|session| {
+                let kek = [Attribute::Token(false), Attribute::ValueLen(32.into()), Attribute::Sensitive(true), Attribute::Wrap(true)];
+                let transport_kek = session.generate_key(&Mechanism::AesKeyGen, &kek)?;
+                Ok((session, transport_kek))
+            });
+            ready.wait();
+            let (session, transport_kek) = prepared?;
+            let (begun, mut done) = (Instant::now(), 0);
+            while begun.elapsed() < self.time {
+                for _ in 0..CYCLES_BETWEEN_LOOKS_AT_THE_CLOCK {
+                    cycle(self, &session, transport_kek)?;
+                }
+                done += CYCLES_BETWEEN_LOOKS_AT_THE_CLOCK;
+            }
+            Ok((done, begun.elapsed()))
+        };
+        thread::scope(|scope| {
+            let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+            workers.into_iter().try_fold(0.0, |sum, worker| {
+                let (done, time) = worker.join().map_err(|_| "a measuring thread panicked")??;
+                Ok(sum + per_second(done, time))
+            })
+        })
+    }
+
+    fn stored(&self, session: &Session, transport_kek: ObjectHandle) -> cryptoki::error::Result<()> {
+        let key = session.unwrap_key(&Mechanism::AesKeyWrap, self.storage_kek, &self.wrapped, &UNWRAPPED)?;
+        session.wrap_key(&Mechanism::AesKeyWrap, transport_kek, key)?;
+        session.destroy_object(key)
+    }
+
+    fn stored_wrapped_twice(&self, session: &Session, transport_kek: ObjectHandle) -> cryptoki::error::Result<()> {
+        let key = session.unwrap_key(&Mechanism::AesKeyWrap, self.storage_kek, &self.wrapped, &UNWRAPPED)?;
+        session.wrap_key(&Mechanism::AesKeyWrap, transport_kek, key)?;
+        session.wrap_key(&Mechanism::AesKeyWrap, transport_kek, key)?;
+        session.destroy_object(key)
+    }
+
+    fn derived_cbc(&self, session: &Session, transport_kek: ObjectHandle) -> cryptoki::error::Result<()> {
+        let key = session.derive_key(&Mechanism::AesCbcEncryptData(AesCbcDeriveParams::new([0; 16], &[0x5A; 16])), self.diversification_root, &derived())?;
+        session.wrap_key(&Mechanism::AesKeyWrap, transport_kek, key)?;
+        session.destroy_object(key)
+    }
+
+    fn derived_sp800_108(&self, session: &Session, transport_kek: ObjectHandle) -> cryptoki::error::Result<()> {
+        let counter = KbkdfCounterFormat::new(Endianness::Big, BITS);
+        let length = KbkdfDkmLengthFormat::new(KbkdfDkmLengthMethod::SumOfKeys, Endianness::Big, BITS);
+        let data = [
+            PrfDataParam::new(PrfDataParamType::IterationVariable(Some(&counter))),
+            PrfDataParam::new(PrfDataParamType::ByteArray(&[0x5A; 17])),
+            PrfDataParam::new(PrfDataParamType::DkmLength(&length)),
+        ];
+        let mechanism = Mechanism::KbkdfCounter(KbkdfParams::new(MechanismType::AES_CMAC, &data, None));
+        let key = session.derive_key(&mechanism, self.diversification_root, &derived())?;
+        session.wrap_key(&Mechanism::AesKeyWrap, transport_kek, key)?;
+        session.destroy_object(key)
+    }
+}
+
+fn derived() -> [Attribute; 6] {
+    let [class, key_type, token, sensitive, extractable] = UNWRAPPED;
+    [class, key_type, token, sensitive, extractable, Attribute::ValueLen(16.into())]
+}
+
+const UNWRAPPED: [Attribute; 5] =
+    [Attribute::Class(ObjectClass::SECRET_KEY), Attribute::KeyType(KeyType::AES), Attribute::Token(false), Attribute::Sensitive(true), Attribute::Extractable(true)];
+const BITS: NonZeroUsize = match NonZeroUsize::new(32) {
+    Some(bits) => bits,
+    None => NonZeroUsize::MIN,
+};
+const CYCLES_BETWEEN_LOOKS_AT_THE_CLOCK: u64 = 64;
