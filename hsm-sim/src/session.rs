@@ -1,0 +1,132 @@
+//! Sessions: which token they talk to, what they own, and what they are in the middle of.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cryptoki_sys::*;
+
+use crate::attribute::Flags;
+use crate::cipher::CipherOperation;
+use crate::error::{Result, fail};
+use crate::message::MessageOperation;
+use crate::object::Object;
+use crate::signature::SignatureOperation;
+use crate::token::{Login, Token};
+
+/// A session.
+pub(crate) struct Session {
+    /// What the caller knows it by.
+    pub(crate) handle: CK_SESSION_HANDLE,
+    /// Its token.
+    pub(crate) token: Arc<Token>,
+    /// Whether it may change token objects.
+    pub(crate) read_write: bool,
+    operations: Mutex<Operations>,
+    objects: Mutex<HashSet<CK_OBJECT_HANDLE>>,
+    closed: AtomicBool,
+}
+
+/// The operations that a session has begun: at most one of each kind.
+#[derive(Default)]
+pub(crate) struct Operations {
+    pub(crate) find: Option<std::vec::IntoIter<CK_OBJECT_HANDLE>>,
+    pub(crate) encrypt: Option<CipherOperation>,
+    pub(crate) decrypt: Option<CipherOperation>,
+    pub(crate) digest: Option<DigestOperation>,
+    pub(crate) sign: Option<SignatureOperation>,
+    pub(crate) verify: Option<SignatureOperation>,
+    pub(crate) message_encrypt: Option<MessageOperation>,
+    pub(crate) message_decrypt: Option<MessageOperation>,
+}
+
+/// A digest that is being computed.
+pub(crate) struct DigestOperation {
+    pub(crate) context: aws_lc_rs::digest::Context,
+    /// C_DigestUpdate or C_DigestKey was called.
+    pub(crate) in_parts: bool,
+}
+
+impl Session {
+    pub(crate) fn new(handle: CK_SESSION_HANDLE, token: Arc<Token>, read_write: bool) -> Self {
+        Self { handle, token, read_write, operations: Mutex::default(), objects: Mutex::default(), closed: AtomicBool::new(false) }
+    }
+
+    /// The operations. The lock is the session's own: other sessions never wait for it.
+    pub(crate) fn operations(&self) -> MutexGuard<'_, Operations> {
+        self.operations.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The object with this handle, if it can be seen now; otherwise `missing`.
+    pub(crate) fn object(&self, handle: CK_OBJECT_HANDLE, missing: CK_RV) -> Result<Arc<Object>> {
+        match self.token.objects.get(handle) {
+            Some(object) if !object.flags.has(Flags::PRIVATE) || self.token.login_state() == Login::User => Ok(object),
+            _ => fail(missing),
+        }
+    }
+
+    /// Puts a new object where its flags want it.
+    pub(crate) fn add(&self, mut object: Object) -> Result<CK_OBJECT_HANDLE> {
+        self.check_write(object.flags)?;
+        let of_session = !object.flags.has(Flags::TOKEN);
+        object.session = if of_session { self.handle } else { 0 };
+        object.id = None;
+        let handle = self.token.add(object)?;
+        if of_session {
+            self.owned().insert(handle);
+            // The session may have been closed in between: then no one else removes the object.
+            if self.closed.load(Ordering::SeqCst) {
+                self.destroy_objects();
+                return fail(CKR_SESSION_HANDLE_INVALID);
+            }
+        }
+        Ok(handle)
+    }
+
+    /// Removes an object.
+    pub(crate) fn remove(&self, object: &Object) -> Result<()> {
+        if object.session == self.handle {
+            self.owned().remove(&object.handle);
+        }
+        self.token.remove(object)
+    }
+
+    /// Whether this session may make or change an object with these flags.
+    pub(crate) fn check_write(&self, flags: Flags) -> Result<()> {
+        if flags.has(Flags::PRIVATE) && self.token.login_state() != Login::User {
+            return fail(CKR_USER_NOT_LOGGED_IN);
+        }
+        if flags.has(Flags::TOKEN) && !self.read_write {
+            return fail(CKR_SESSION_READ_ONLY);
+        }
+        Ok(())
+    }
+
+    /// Ends the session: its objects and operations are gone when this returns.
+    pub(crate) fn end(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        self.destroy_objects();
+        *self.operations() = Operations::default();
+    }
+
+    /// The state that C_GetSessionInfo shows.
+    pub(crate) fn state(&self) -> CK_STATE {
+        match (self.token.login_state(), self.read_write) {
+            (Login::Public, false) => CKS_RO_PUBLIC_SESSION,
+            (Login::Public, true) => CKS_RW_PUBLIC_SESSION,
+            (Login::User, false) => CKS_RO_USER_FUNCTIONS,
+            (Login::User, true) => CKS_RW_USER_FUNCTIONS,
+            (Login::SecurityOfficer, _) => CKS_RW_SO_FUNCTIONS,
+        }
+    }
+
+    fn owned(&self) -> MutexGuard<'_, HashSet<CK_OBJECT_HANDLE>> {
+        self.objects.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn destroy_objects(&self) {
+        for handle in std::mem::take(&mut *self.owned()) {
+            self.token.objects.remove(handle);
+        }
+    }
+}

@@ -1,0 +1,453 @@
+//! Tokens: login, PINs, and the objects, in memory and on disk.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cryptoki_sys::*;
+
+use crate::attribute::Flags;
+use crate::crypto::digest::Hash;
+use crate::crypto::random;
+use crate::error::{Result, Rv, fail};
+use crate::object::{Object, ObjectId};
+use crate::pin::{MasterKey, PinRecord, Role};
+use crate::settings::Settings;
+use crate::store::{Locked, Record, Stamp, Store};
+use crate::table::Table;
+
+/// A slot and the token in it.
+pub(crate) struct Token {
+    /// The slot's number.
+    pub(crate) slot: CK_SLOT_ID,
+    /// All objects that can be used now, of all sessions.
+    pub(crate) objects: Table<Object>,
+    /// Open sessions, and how many of them are read/write.
+    pub(crate) sessions: AtomicUsize,
+    pub(crate) read_write_sessions: AtomicUsize,
+    /// False while the control file keeps the token away.
+    pub(crate) present: AtomicBool,
+    /// The token was removed or put back, and C_WaitForSlotEvent has not said so yet.
+    pub(crate) changed: AtomicBool,
+    login: AtomicU8,
+    settings: Arc<Settings>,
+    store: Store,
+    state: Mutex<State>,
+    next_handle: Arc<AtomicU64>,
+}
+
+/// Who is logged in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Login {
+    /// No one.
+    Public,
+    /// The user.
+    User,
+    /// The security officer.
+    SecurityOfficer,
+}
+
+#[derive(Default)]
+struct State {
+    record: Option<Record>,
+    master: Option<MasterKey>,
+    known: HashMap<ObjectId, Known>,
+    generation: Option<u64>,
+}
+
+/// What this process knows of an object file. A handle stays the same as long as the process lives.
+#[derive(Clone, Copy)]
+struct Known {
+    handle: CK_OBJECT_HANDLE,
+    stamp: Stamp,
+    loaded: bool,
+}
+
+impl Token {
+    pub(crate) fn new(slot: CK_SLOT_ID, store: Store, settings: Arc<Settings>, next_handle: Arc<AtomicU64>) -> Self {
+        Self {
+            slot,
+            objects: Table::new(),
+            sessions: AtomicUsize::new(0),
+            read_write_sessions: AtomicUsize::new(0),
+            present: AtomicBool::new(true),
+            changed: AtomicBool::new(false),
+            login: AtomicU8::new(0),
+            settings,
+            store,
+            state: Mutex::default(),
+            next_handle,
+        }
+    }
+
+    /// Who is logged in.
+    pub(crate) fn login_state(&self) -> Login {
+        match self.login.load(Ordering::Acquire) {
+            1 => Login::User,
+            2 => Login::SecurityOfficer,
+            _ => Login::Public,
+        }
+    }
+
+    /// `CKR_TOKEN_NOT_PRESENT` while the token is away.
+    pub(crate) fn check_present(&self) -> Result<()> {
+        if self.present.load(Ordering::Acquire) { Ok(()) } else { fail(CKR_TOKEN_NOT_PRESENT) }
+    }
+
+    /// Removes what an interrupted write left, at start.
+    pub(crate) fn recover(&self) -> Result<()> {
+        if self.store.record()?.is_none() {
+            return Ok(());
+        }
+        let locked = self.store.lock()?;
+        let epoch = self.refreshed_under(&locked)?.record.as_ref().map(|record| record.epoch);
+        self.store.sweep(epoch)
+    }
+
+    /// The record of the initialised token.
+    pub(crate) fn record(&self) -> Result<Option<Record>> {
+        Ok(self.refreshed()?.record.clone())
+    }
+
+    /// Takes over what other processes have written.
+    pub(crate) fn refresh(&self) -> Result<()> {
+        self.refreshed().map(|_| ())
+    }
+
+    /// A new object handle.
+    pub(crate) fn next_handle(&self) -> CK_OBJECT_HANDLE {
+        self.next_handle.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The flags of CK_TOKEN_INFO.
+    pub(crate) fn flags(&self, record: Option<&Record>) -> CK_FLAGS {
+        let mut flags = CKF_RNG | CKF_LOGIN_REQUIRED | CKF_RESTORE_KEY_NOT_NEEDED;
+        let Some(record) = record else { return flags };
+        flags |= CKF_TOKEN_INITIALIZED;
+        if record.user.is_some() {
+            flags |= CKF_USER_PIN_INITIALIZED;
+        }
+        let count = |failures: u32, low, last, locked| match self.settings.attempts.saturating_sub(failures) {
+            0 => locked,
+            1 => low | last,
+            _ if failures > 0 => low,
+            _ => 0,
+        };
+        flags |= count(record.user_failures, CKF_USER_PIN_COUNT_LOW, CKF_USER_PIN_FINAL_TRY, CKF_USER_PIN_LOCKED);
+        flags | count(record.so_failures, CKF_SO_PIN_COUNT_LOW, CKF_SO_PIN_FINAL_TRY, CKF_SO_PIN_LOCKED)
+    }
+
+    /// C_InitToken: a new, empty token. Over an old one only with its SO PIN.
+    pub(crate) fn initialise(&self, pin: &[u8], label: [u8; 32]) -> Result<()> {
+        check_length(pin)?;
+        let locked = self.store.lock()?;
+        let mut state = self.refreshed_under(&locked)?;
+        let mut serial = None;
+        if let Some(record) = state.record.clone() {
+            self.open_pin(&mut state, Role::SecurityOfficer, pin, &locked)?;
+            serial = Some(record.serial);
+        }
+        let mut epoch = [0; 8];
+        random(&mut epoch)?;
+        let master = MasterKey::generate()?;
+        let so = PinRecord::new(&master, pin, Role::SecurityOfficer, epoch, &self.settings)?;
+        let record = Record::new(label, serial, so, epoch)?;
+        self.store.write_record(&record, &locked)?;
+        self.store.sweep(Some(epoch))?;
+        state.generation = Some(self.store.advance(&locked)?);
+        self.forget(&mut state);
+        state.record = Some(record);
+        Ok(())
+    }
+
+    /// Makes the slot hold no token.
+    pub(crate) fn wipe(&self) -> Result<()> {
+        let locked = self.store.lock()?;
+        let mut state = self.refreshed_under(&locked)?;
+        self.store.wipe(&locked)?;
+        state.generation = Some(self.store.advance(&locked)?);
+        self.forget(&mut state);
+        Ok(())
+    }
+
+    /// C_Login, as far as the token is concerned.
+    pub(crate) fn log_in(&self, role: Role, pin: &[u8]) -> Result<()> {
+        let locked = self.store.lock()?;
+        let mut state = self.refreshed_under(&locked)?;
+        match (self.login_state(), role) {
+            (Login::Public, _) => {}
+            (Login::User, Role::User) | (Login::SecurityOfficer, Role::SecurityOfficer) => {
+                return fail(CKR_USER_ALREADY_LOGGED_IN);
+            }
+            _ => return fail(CKR_USER_ANOTHER_ALREADY_LOGGED_IN),
+        }
+        let master = self.open_pin(&mut state, role, pin, &locked)?;
+        state.master = Some(master);
+        if role == Role::User {
+            self.load(&mut state)?;
+        }
+        self.login.store(if role == Role::User { 1 } else { 2 }, Ordering::Release);
+        Ok(())
+    }
+
+    /// Checks the PIN of whom is logged in, for a key that wants it at each use.
+    pub(crate) fn authenticate(&self, pin: &[u8]) -> Result<()> {
+        let role = match self.login_state() {
+            Login::Public => return fail(CKR_USER_NOT_LOGGED_IN),
+            Login::User => Role::User,
+            Login::SecurityOfficer => Role::SecurityOfficer,
+        };
+        let locked = self.store.lock()?;
+        let mut state = self.refreshed_under(&locked)?;
+        self.open_pin(&mut state, role, pin, &locked).map(|_| ())
+    }
+
+    /// C_Logout, as far as the token is concerned. Returns false when no one was logged in.
+    pub(crate) fn log_out(&self) -> bool {
+        let mut state = self.lock_state();
+        let was = self.login.swap(0, Ordering::AcqRel);
+        state.master = None;
+        self.objects.remove_if(|object| object.flags.has(Flags::PRIVATE));
+        for known in state.known.values_mut() {
+            // Which ones were private is found out again when they are needed.
+            known.loaded = known.loaded && self.objects.get(known.handle).is_some();
+        }
+        was != 0
+    }
+
+    /// C_InitPIN: the security officer sets the user PIN.
+    pub(crate) fn set_user_pin(&self, pin: &[u8]) -> Result<()> {
+        check_length(pin)?;
+        let locked = self.store.lock()?;
+        let mut state = self.refreshed_under(&locked)?;
+        let (Some(mut record), Some(master)) = (state.record.clone(), state.master.clone()) else {
+            return fail(CKR_USER_NOT_LOGGED_IN);
+        };
+        record.user = Some(PinRecord::new(&master, pin, Role::User, record.epoch, &self.settings)?);
+        record.user_failures = 0;
+        self.save_record(&mut state, record, &locked)
+    }
+
+    /// C_SetPIN: who knows the old PIN sets a new one.
+    pub(crate) fn change_pin(&self, role: Role, old: &[u8], new: &[u8]) -> Result<()> {
+        check_length(new)?;
+        let locked = self.store.lock()?;
+        let mut state = self.refreshed_under(&locked)?;
+        let master = self.open_pin(&mut state, role, old, &locked)?;
+        let Some(mut record) = state.record.clone() else { return fail(CKR_TOKEN_NOT_RECOGNIZED) };
+        let pin = PinRecord::new(&master, new, role, record.epoch, &self.settings)?;
+        match role {
+            Role::SecurityOfficer => record.so = pin,
+            Role::User => record.user = Some(pin),
+        }
+        self.save_record(&mut state, record, &locked)
+    }
+
+    /// Puts a new object into the token. A token object is on disk when this returns.
+    pub(crate) fn add(&self, mut object: Object) -> Result<CK_OBJECT_HANDLE> {
+        let handle = self.next_handle();
+        object.handle = handle;
+        if object.flags.has(Flags::TOKEN) {
+            let locked = self.store.lock()?;
+            let mut state = self.refreshed_under(&locked)?;
+            let mut id = [0; 16];
+            random(&mut id)?;
+            object.id = Some(id);
+            self.save(&mut state, &object, id, &locked)?;
+            self.objects.insert(handle, Arc::new(object));
+        } else {
+            self.objects.insert(handle, Arc::new(object));
+        }
+        Ok(handle)
+    }
+
+    /// Replaces `old` by what `change` makes of it. Fails when someone else changed or removed it first.
+    pub(crate) fn change(&self, old: &Arc<Object>, new: Object) -> Result<()> {
+        let Some(id) = old.id else {
+            let replaced = self.objects.replace(old.handle, old, Arc::new(new));
+            return if replaced { Ok(()) } else { fail(CKR_OBJECT_HANDLE_INVALID) };
+        };
+        let locked = self.store.lock()?;
+        let mut state = self.refreshed_under(&locked)?;
+        // Another process or thread was faster: the caller's view is stale.
+        if !self.objects.get(old.handle).is_some_and(|current| Arc::ptr_eq(&current, old)) {
+            return fail(CKR_FUNCTION_FAILED);
+        }
+        self.save(&mut state, &new, id, &locked)?;
+        self.objects.insert(old.handle, Arc::new(new));
+        Ok(())
+    }
+
+    /// Removes an object.
+    pub(crate) fn remove(&self, object: &Object) -> Result<()> {
+        if let Some(id) = object.id {
+            let locked = self.store.lock()?;
+            let mut state = self.refreshed_under(&locked)?;
+            let Some(epoch) = state.record.as_ref().map(|record| record.epoch) else { return fail(CKR_OBJECT_HANDLE_INVALID) };
+            self.store.remove_object(epoch, id, &locked)?;
+            state.generation = Some(self.store.advance(&locked)?);
+            state.known.remove(&id);
+        }
+        match self.objects.remove(object.handle) {
+            Some(_) => Ok(()),
+            None => fail(CKR_OBJECT_HANDLE_INVALID),
+        }
+    }
+
+    fn lock_state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The state, after taking over what other processes have written.
+    fn refreshed(&self) -> Result<MutexGuard<'_, State>> {
+        let mut state = self.lock_state();
+        let generation = self.store.generation();
+        if generation.is_none() || generation != state.generation {
+            self.reload(&mut state, generation)?;
+        }
+        Ok(state)
+    }
+
+    /// The same while the folder is locked. The folder's lock comes first, always: else two threads could wait for each other.
+    fn refreshed_under(&self, _locked: &Locked) -> Result<MutexGuard<'_, State>> {
+        self.refreshed()
+    }
+
+    fn reload(&self, state: &mut State, generation: Option<u64>) -> Result<()> {
+        let record = self.store.record()?;
+        let same = match (&record, &state.record) {
+            (Some(new), Some(old)) => new.epoch == old.epoch,
+            (None, None) => true,
+            _ => false,
+        };
+        if !same {
+            self.forget(state);
+        }
+        state.record = record;
+        self.load(state)?;
+        state.generation = generation;
+        Ok(())
+    }
+
+    /// Another token is in the slot: nothing that was known is true any more.
+    fn forget(&self, state: &mut State) {
+        self.login.store(0, Ordering::Release);
+        *state = State { generation: state.generation, ..State::default() };
+        self.objects.remove_if(|object| object.id.is_some() || object.flags.has(Flags::PRIVATE));
+    }
+
+    /// Makes the objects in memory those on disk, as far as they can be read.
+    fn load(&self, state: &mut State) -> Result<()> {
+        let Some(record) = state.record.clone() else { return Ok(()) };
+        let found = self.store.objects(record.epoch)?;
+        let gone: Vec<ObjectId> = state.known.keys().filter(|id| found.binary_search_by_key(*id, |found| found.id).is_err()).copied().collect();
+        for id in gone {
+            if let Some(known) = state.known.remove(&id) {
+                self.objects.remove(known.handle);
+            }
+        }
+        for file in found {
+            let known = state.known.get(&file.id).copied();
+            if known.is_some_and(|known| known.loaded && known.stamp == file.stamp) {
+                continue;
+            }
+            let handle = known.map_or_else(|| self.next_handle(), |known| known.handle);
+            let Some(bytes) = self.store.read_object(record.epoch, file.id)? else { continue };
+            // A damaged file is left out, and left alone: it must not make the other objects unusable.
+            let object = match open_object(&bytes, &record, file.id, state.master.as_ref()) {
+                Opened::Plain(plain) => Object::decode(&plain, handle, file.id).ok(),
+                Opened::Hidden | Opened::Damaged => None,
+            };
+            let loaded = object.is_some();
+            if let Some(object) = object {
+                self.objects.insert(handle, Arc::new(object));
+            }
+            state.known.insert(file.id, Known { handle, stamp: file.stamp, loaded });
+        }
+        Ok(())
+    }
+
+    fn save(&self, state: &mut State, object: &Object, id: ObjectId, locked: &Locked) -> Result<()> {
+        let record = state.record.as_ref().ok_or(Rv(CKR_TOKEN_NOT_RECOGNIZED))?;
+        let plain = object.encode()?;
+        let bytes = if object.flags.has(Flags::PRIVATE) {
+            let master = state.master.as_ref().ok_or(Rv(CKR_USER_NOT_LOGGED_IN))?;
+            [&[SEALED], master.seal(&object_context(record, id), &plain)?.as_slice()].concat()
+        } else {
+            [&[OPEN], Hash::Sha256.digest(&[&object_context(record, id), &plain]).as_ref(), &plain].concat()
+        };
+        let stamp = self.store.write_object(record.epoch, id, &bytes, locked)?;
+        state.known.insert(id, Known { handle: object.handle, stamp, loaded: true });
+        state.generation = Some(self.store.advance(locked)?);
+        Ok(())
+    }
+
+    fn save_record(&self, state: &mut State, record: Record, locked: &Locked) -> Result<()> {
+        self.store.write_record(&record, locked)?;
+        state.generation = Some(self.store.advance(locked)?);
+        state.record = Some(record);
+        Ok(())
+    }
+
+    /// Opens the master key. The failure is on disk before the PIN is tried: pulling the plug gives no free attempt.
+    fn open_pin(&self, state: &mut State, role: Role, pin: &[u8], locked: &Locked) -> Result<MasterKey> {
+        let Some(mut record) = state.record.clone() else { return fail(CKR_TOKEN_NOT_RECOGNIZED) };
+        let (stored, failures) = match role {
+            Role::SecurityOfficer => (Some(record.so.clone()), &mut record.so_failures),
+            Role::User => (record.user.clone(), &mut record.user_failures),
+        };
+        let stored = stored.ok_or(Rv(CKR_USER_PIN_NOT_INITIALIZED))?;
+        if *failures >= self.settings.attempts {
+            return fail(CKR_PIN_LOCKED);
+        }
+        *failures += 1;
+        self.save_record(state, record.clone(), locked)?;
+        match stored.open(pin, role, record.epoch)? {
+            Some(master) => {
+                match role {
+                    Role::SecurityOfficer => record.so_failures = 0,
+                    Role::User => record.user_failures = 0,
+                }
+                self.save_record(state, record, locked)?;
+                Ok(master)
+            }
+            None => fail(CKR_PIN_INCORRECT),
+        }
+    }
+}
+
+enum Opened {
+    Plain(zeroize::Zeroizing<Vec<u8>>),
+    Hidden,
+    Damaged,
+}
+
+fn open_object(bytes: &[u8], record: &Record, id: ObjectId, master: Option<&MasterKey>) -> Opened {
+    let context = object_context(record, id);
+    match (bytes.split_first(), master) {
+        (Some((&SEALED, sealed)), Some(master)) => master.open(&context, sealed).map_or(Opened::Damaged, Opened::Plain),
+        (Some((&SEALED, _)), None) => Opened::Hidden,
+        (Some((&OPEN, rest)), _) => match rest.split_first_chunk::<32>() {
+            Some((sum, plain)) if Hash::Sha256.digest(&[&context, plain]).as_ref() == sum => Opened::Plain(zeroize::Zeroizing::new(plain.to_vec())),
+            _ => Opened::Damaged,
+        },
+        _ => Opened::Damaged,
+    }
+}
+
+/// What an object file is bound to: it is no object of another token, or under another name.
+fn object_context(record: &Record, id: ObjectId) -> Vec<u8> {
+    [b"hsm-sim object ".as_slice(), &record.epoch, &id].concat()
+}
+
+fn check_length(pin: &[u8]) -> Result<()> {
+    if (MIN_PIN..=MAX_PIN).contains(&pin.len()) { Ok(()) } else { fail(CKR_PIN_LEN_RANGE) }
+}
+
+/// The shortest PIN, in bytes.
+pub(crate) const MIN_PIN: usize = 4;
+/// The longest PIN, in bytes.
+pub(crate) const MAX_PIN: usize = 255;
+
+const SEALED: u8 = 1;
+const OPEN: u8 = 0;
