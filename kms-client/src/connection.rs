@@ -4,8 +4,9 @@ use std::{error::Error, io, sync::Arc, time::Duration};
 
 use hyper_util::rt::TokioIo;
 use kms_proto::v1::{
-    audit_service_client::AuditServiceClient, frame_service_client::FrameServiceClient, grant_service_client::GrantServiceClient, hsm_service_client::HsmServiceClient,
-    meter_service_client::MeterServiceClient, principal_service_client::PrincipalServiceClient, shipment_service_client::ShipmentServiceClient,
+    audit_service_client::AuditServiceClient, frame_service_client::FrameServiceClient, grant_service_client::GrantServiceClient,
+    hsm_service_client::HsmServiceClient, meter_service_client::MeterServiceClient, principal_service_client::PrincipalServiceClient,
+    shipment_service_client::ShipmentServiceClient,
 };
 use rustls::{
     ClientConfig, RootCertStore,
@@ -175,9 +176,13 @@ pub(crate) fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rust
 /// The TLS error with what to do about it.
 pub(crate) fn tls_reason(error: &rustls::Error) -> String {
     match error {
-        rustls::Error::AlertReceived(alert) => format!("the server did not accept this profile's certificate (alert {alert:?}): it may be expired or disabled; ask an officer"),
+        rustls::Error::AlertReceived(alert) => {
+            format!("the server did not accept this profile's certificate (alert {alert:?}): it may be expired or disabled; ask an officer")
+        }
         rustls::Error::InvalidCertificate(reason) => {
-            format!("the server's certificate is not acceptable ({reason:?}): check `server_name` and `ca.pem` of the profile, and that this is the right server")
+            format!(
+                "the server's certificate is not acceptable ({reason:?}): check `server_name` and `ca.pem` of the profile, and that this is the right server"
+            )
         }
         other => other.to_string(),
     }

@@ -107,11 +107,10 @@ mod tests {
     fn each_counter_is_dealt_once_up_to_the_last_32_bit_number() {
         let lease = counters(u32::MAX - 1, 2).unwrap();
         assert_eq!((lease.remaining(), lease.next()), (2, Some(u32::MAX - 1)));
-        assert_eq!([lease.deal_at(UnixMillis(0)), lease.deal_at(UnixMillis(0)), lease.deal_at(UnixMillis(0))], [
-            Ok(u32::MAX - 1),
-            Ok(u32::MAX),
-            Err(CountersEnded::UsedUp)
-        ]);
+        assert_eq!(
+            [lease.deal_at(UnixMillis(0)), lease.deal_at(UnixMillis(0)), lease.deal_at(UnixMillis(0))],
+            [Ok(u32::MAX - 1), Ok(u32::MAX), Err(CountersEnded::UsedUp)]
+        );
         assert_eq!((lease.remaining(), lease.next()), (0, None));
         assert!(counters(u32::MAX, 2).is_none() && counters(7, 0).is_none());
     }

@@ -29,7 +29,10 @@ impl TransportKey {
             return Err(OpenError::OtherTransportKey { named: hex::encode(header.transport_certificate_sha256), own: hex::encode(self.certificate_sha256()) });
         }
         if header.island != *self.principal().island() {
-            return Err(OpenError::Header { field: "island", reason: format!("`{}`, but the transport certificate is of `{}`", header.island, self.principal().island()) });
+            return Err(OpenError::Header {
+                field: "island",
+                reason: format!("`{}`, but the transport certificate is of `{}`", header.island, self.principal().island()),
+            });
         }
         let now = options.now();
         if now >= header.not_after {
@@ -196,10 +199,7 @@ impl Agreement {
             Ok((derive(KeyUse::TransportKek)?, derive(KeyUse::SealKey)?))
         });
         let (transport_kek, seal_key) = agreed.ok()?;
-        Some(Self {
-            transport_kek: KwAes256::new_from_slice(transport_kek.as_slice()).ok()?,
-            seal_key: hmac::Key::new(hmac::HMAC_SHA256, seal_key.as_slice()),
-        })
+        Some(Self { transport_kek: KwAes256::new_from_slice(transport_kek.as_slice()).ok()?, seal_key: hmac::Key::new(hmac::HMAC_SHA256, seal_key.as_slice()) })
     }
 
     /// Verifies the seal, in constant time.
@@ -241,7 +241,9 @@ pub enum OpenError {
         reason: String,
     },
     /// Algorithm 2 without leave.
-    #[error("envelope algorithm `ecdh-p256-cbc-expand` is not for production and not allowed here: the island's HSM module offers no X9.63 KDF; allow it for trials only")]
+    #[error(
+        "envelope algorithm `ecdh-p256-cbc-expand` is not for production and not allowed here: the island's HSM module offers no X9.63 KDF; allow it for trials only"
+    )]
     AlgorithmRefused,
     /// For another of the grantee's keys, or another grantee.
     #[error("the envelope is for the transport certificate with SHA-256 `{named}`, this one has `{own}`: use the newest transport key")]
@@ -326,7 +328,11 @@ mod tests {
             let octets = |name: &str| hex::decode(vector[name].as_str().unwrap()).unwrap();
             let header = EnvelopeHeader::parse(&octets("header")).unwrap();
             let manifest = proto::Manifest::decode(octets("manifest").as_slice()).unwrap();
-            let key = TransportKey::with_digest(&octets("grantee_private_pkcs8"), header.transport_certificate_sha256, PrincipalId::parse(&manifest.principal).unwrap());
+            let key = TransportKey::with_digest(
+                &octets("grantee_private_pkcs8"),
+                header.transport_certificate_sha256,
+                PrincipalId::parse(&manifest.principal).unwrap(),
+            );
             let z = octets("ecdh_z");
             assert_eq!(header.derive(&z, &key, KeyUse::TransportKek).unwrap().as_slice(), octets("transport_kek"));
             assert_eq!(header.derive(&z, &key, KeyUse::SealKey).unwrap().as_slice(), octets("seal_key"));

@@ -42,7 +42,9 @@ pub use connection::{ConnectError, Connection};
 pub use counters::{Counters, CountersEnded};
 pub use envelope::{EnvelopeHeader, OpenError, OpenOptions};
 pub use identity::{IdentityError, KeyRequest};
-pub use kms_domain::{GrantId, IslandName, KeyType, KeyVersionNumber, ParseError, PrincipalId, RequestId, Role, SecuritySetupId, SecuritySuite, SystemTitle, UnixMillis};
+pub use kms_domain::{
+    GrantId, IslandName, KeyType, KeyVersionNumber, ParseError, PrincipalId, RequestId, Role, SecuritySetupId, SecuritySuite, SystemTitle, UnixMillis,
+};
 pub use kms_proto::v1 as proto;
 pub use manifest::{OpenedEnvelope, OpenedKey, OpenedMeter};
 pub use profile::{NewProfile, Profile, ProfileError, StateDirectory};

@@ -6,10 +6,7 @@ use kms_domain::{EncodedSecret, GrantId, KeyType, KeyVersionNumber, PrincipalId,
 use kms_proto::v1::{self as proto, Purpose};
 use prost::Message as _;
 
-use crate::{
-    Counters, EnvelopeHeader, OpenError, OpenOptions, SecretKey,
-    envelope::Agreement,
-};
+use crate::{Counters, EnvelopeHeader, OpenError, OpenOptions, SecretKey, envelope::Agreement};
 
 /// An envelope that was opened: its seal, principal and expiry are verified, and every key is unwrapped.
 #[derive(Debug)]
@@ -105,7 +102,8 @@ impl OpenedEnvelope {
 
     /// Adds what another envelope of the same answer holds.
     pub(crate) fn join(&mut self, other: Self) -> Result<(), OpenError> {
-        let same = self.grant_id == other.grant_id && self.request_id == other.request_id && self.chunk_index == other.chunk_index && self.purpose == other.purpose;
+        let same =
+            self.grant_id == other.grant_id && self.request_id == other.request_id && self.chunk_index == other.chunk_index && self.purpose == other.purpose;
         if !same {
             return Err(OpenError::manifest("the envelopes of one answer belong to different grants"));
         }
@@ -151,8 +149,10 @@ impl OpenedMeter {
             if result.keys_of(KeyType::GUEK).next().is_some() && !result.keys_of(KeyType::GUEK).any(|key| key.version == Some(key_version)) {
                 return Err(refuse("the counter lease is for a version of the GUEK that is not in the envelope"));
             }
-            result.counters =
-                Some(Counters::new(client_title, key_version, lease.first, lease.count, not_after).ok_or_else(|| refuse("the counter lease is empty or runs past 32 bits"))?);
+            result.counters = Some(
+                Counters::new(client_title, key_version, lease.first, lease.count, not_after)
+                    .ok_or_else(|| refuse("the counter lease is empty or runs past 32 bits"))?,
+            );
         }
         Ok(result)
     }

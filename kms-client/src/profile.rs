@@ -127,7 +127,8 @@ impl Profile {
     /// It is neither a DNS name nor an IP address.
     pub fn server_name(&self) -> Result<ServerName<'static>, ProfileError> {
         let reason = || format!("server_name: `{}` is neither a DNS name nor an IP address", self.settings.server_name);
-        ServerName::try_from(self.settings.server_name.clone()).map_err(|_| ProfileError::Content { path: self.directory.join(SETTINGS_FILE), reason: reason() })
+        ServerName::try_from(self.settings.server_name.clone())
+            .map_err(|_| ProfileError::Content { path: self.directory.join(SETTINGS_FILE), reason: reason() })
     }
 
     /// `server_name` as it stands in the file.
@@ -238,7 +239,8 @@ impl StateDirectory {
     /// The names of the profiles that are there, sorted.
     pub fn profile_names(&self) -> Vec<String> {
         let entries = fs::read_dir(self.0.join("profiles")).into_iter().flatten().flatten();
-        let mut names: Vec<_> = entries.filter(|entry| entry.path().join(SETTINGS_FILE).exists()).filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        let mut names: Vec<_> =
+            entries.filter(|entry| entry.path().join(SETTINGS_FILE).exists()).filter_map(|entry| entry.file_name().into_string().ok()).collect();
         names.sort();
         names
     }
@@ -255,7 +257,9 @@ impl StateDirectory {
     /// The file cannot be written.
     pub fn set_default_profile(&self, name: &str) -> Result<(), ProfileError> {
         let path = self.0.join(DEFAULT_PROFILE_FILE);
-        create_private_directory(&self.0).and_then(|()| write_private_file(&path, format!("{name}\n").as_bytes())).map_err(|error| ProfileError::write(&path, error))
+        create_private_directory(&self.0)
+            .and_then(|()| write_private_file(&path, format!("{name}\n").as_bytes()))
+            .map_err(|error| ProfileError::write(&path, error))
     }
 }
 
@@ -429,7 +433,8 @@ mod tests {
         let profile = Profile::load(directory.path()).unwrap();
         assert_eq!((profile.server(), profile.server_name_text(), profile.has_transport_key()), ("127.0.0.1:7460", "localhost", false));
         assert!(profile.transport_key().unwrap_err().to_string().contains("register-transport-key"));
-        for (text, named) in [("server = 'x'\nserver_name = 'y'", "server"), ("server_name = 'y'", "server"), ("server='a:1'\nserver_name='y'\nport=3", "port")] {
+        for (text, named) in [("server = 'x'\nserver_name = 'y'", "server"), ("server_name = 'y'", "server"), ("server='a:1'\nserver_name='y'\nport=3", "port")]
+        {
             fs::write(directory.path().join(SETTINGS_FILE), text).unwrap();
             let error = Profile::load(directory.path()).unwrap_err().to_string();
             assert!(error.contains(named), "{error}");

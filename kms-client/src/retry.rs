@@ -108,7 +108,12 @@ mod tests {
             .await;
         assert_eq!(result.unwrap(), 3);
         calls.set(0);
-        let refused = policy.run(|| { calls.set(calls.get() + 1); async { Err::<(), _>(Status::permission_denied("no")) } }).await;
+        let refused = policy
+            .run(|| {
+                calls.set(calls.get() + 1);
+                async { Err::<(), _>(Status::permission_denied("no")) }
+            })
+            .await;
         assert!(refused.unwrap_err().is_refused() && calls.get() == 1);
     }
 

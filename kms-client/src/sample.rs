@@ -107,13 +107,8 @@ impl SampleShipment {
             let number = self.first_number + written;
             let title = hex::encode_upper(self.title(number));
             keys.generate(&wrapping)?;
-            let device = Device {
-                title: &title,
-                serial: format!("{}", FIRST_SERIAL + number),
-                groups: &self.groups,
-                keys: &keys.shipped,
-                counters: &keys.counters,
-            };
+            let device =
+                Device { title: &title, serial: format!("{}", FIRST_SERIAL + number), groups: &self.groups, keys: &keys.shipped, counters: &keys.counters };
             file.line_in(&mut line, &device)?;
             if let Some(devices) = devices.as_deref_mut() {
                 keys.write_plain(&title, devices)?;
@@ -329,7 +324,8 @@ impl DeviceKeys {
         for (slot, shipped) in self.slots.iter().zip(&mut self.shipped) {
             let key = self.random.get(slot.octets.clone()).unwrap_or_default();
             let mut buffer = [0; LONGEST_WRAPPED];
-            let wrapped = if slot.is_secret { wrapping.wrap_key(EncodedSecret::encode(key)?.octets(), &mut buffer) } else { wrapping.wrap_key(key, &mut buffer) };
+            let wrapped =
+                if slot.is_secret { wrapping.wrap_key(EncodedSecret::encode(key)?.octets(), &mut buffer) } else { wrapping.wrap_key(key, &mut buffer) };
             shipped.wrapped.clear();
             push_hex(&mut shipped.wrapped, wrapped.map_err(|_| SampleError::Cryptography)?);
         }

@@ -74,10 +74,13 @@ impl From<Status> for ServerError {
             reasons.push(message.message.clone());
         }
         if let Some(help) = details.help() {
-            reasons.extend(help.links.iter().map(|link| if link.url.is_empty() { link.description.clone() } else { format!("{} ({})", link.description, link.url) }));
+            reasons.extend(
+                help.links.iter().map(|link| if link.url.is_empty() { link.description.clone() } else { format!("{} ({})", link.description, link.url) }),
+            );
         }
         reasons.retain(|reason| !reason.is_empty() && !status.message().contains(reason.as_str()));
-        let fields = details.bad_request().map(|request| request.field_violations.iter().map(|field| (field.field.clone(), field.description.clone())).collect());
+        let fields =
+            details.bad_request().map(|request| request.field_violations.iter().map(|field| (field.field.clone(), field.description.clone())).collect());
         Self {
             code: status.code(),
             message: if status.message().is_empty() { status.code().description().to_lowercase() } else { status.message().to_owned() },

@@ -20,8 +20,7 @@ impl Connection {
         terms: proto::SessionTerms,
         options: &OpenOptions,
     ) -> Result<Session, SessionError> {
-        let request =
-            proto::OpenSessionRequest { request_id: request_id.octets().to_vec().into(), meter: meter.octets().to_vec().into(), terms: Some(terms) };
+        let request = proto::OpenSessionRequest { request_id: request_id.octets().to_vec().into(), meter: meter.octets().to_vec().into(), terms: Some(terms) };
         let answer = RetryPolicy::default()
             .run(|| {
                 let (mut grants, request) = (self.grants(), request.clone());
@@ -135,7 +134,10 @@ impl SessionBatch<'_> {
     }
 
     fn open(&mut self, chunk: proto::OpenSessionsResponse) -> Result<SessionChunk, SessionError> {
-        if chunk.chunk_index != self.request.first_chunk || self.chunk_count.is_some_and(|count| count != chunk.chunk_count) || chunk.chunk_index >= chunk.chunk_count {
+        if chunk.chunk_index != self.request.first_chunk
+            || self.chunk_count.is_some_and(|count| count != chunk.chunk_count)
+            || chunk.chunk_index >= chunk.chunk_count
+        {
             self.stream = None;
             return Err(SessionError::ChunkOrder { expected: self.request.first_chunk, received: chunk.chunk_index });
         }
@@ -145,7 +147,13 @@ impl SessionBatch<'_> {
         }
         self.chunk_count = Some(chunk.chunk_count);
         self.request.first_chunk += 1;
-        Ok(SessionChunk { chunk_index: chunk.chunk_index, chunk_count: chunk.chunk_count, sessions, refusals: chunk.refusals, audit_leaf: chunk.audit_leaf.to_vec() })
+        Ok(SessionChunk {
+            chunk_index: chunk.chunk_index,
+            chunk_count: chunk.chunk_count,
+            sessions,
+            refusals: chunk.refusals,
+            audit_leaf: chunk.audit_leaf.to_vec(),
+        })
     }
 
     /// Waits before the stream is taken up again; the error, where that makes no sense.

@@ -99,7 +99,10 @@ impl TransportKey {
 
 impl fmt::Debug for TransportKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TransportKey").field("principal", &self.principal).field("certificate_sha256", &hex::encode(self.certificate_sha256)).finish_non_exhaustive()
+        f.debug_struct("TransportKey")
+            .field("principal", &self.principal)
+            .field("certificate_sha256", &hex::encode(self.certificate_sha256))
+            .finish_non_exhaustive()
     }
 }
 

@@ -8,7 +8,8 @@ use tonic::Code;
 async fn every_malformed_field_is_named() {
     let server = DevServer::start();
     let connection = server.connect("head-end").await;
-    let good = proto::OpenSessionRequest { request_id: new_request_id().octets().to_vec().into(), meter: title(0).octets().to_vec().into(), terms: Some(terms(1)) };
+    let good =
+        proto::OpenSessionRequest { request_id: new_request_id().octets().to_vec().into(), meter: title(0).octets().to_vec().into(), terms: Some(terms(1)) };
     let with = |edit: &dyn Fn(&mut proto::OpenSessionRequest)| {
         let mut request = good.clone();
         edit(&mut request);
@@ -91,6 +92,7 @@ async fn a_missing_permission_never_tells_whether_a_meter_exists() {
     // A client title of somebody else is not the head-end's to count under.
     let mut stolen = terms(1);
     stolen.client_title = hex::decode("4D4D4D00000000F1").unwrap().into();
-    let request = proto::OpenSessionRequest { request_id: new_request_id().octets().to_vec().into(), meter: title(0).octets().to_vec().into(), terms: Some(stolen) };
+    let request =
+        proto::OpenSessionRequest { request_id: new_request_id().octets().to_vec().into(), meter: title(0).octets().to_vec().into(), terms: Some(stolen) };
     assert_eq!(head_end.grants().open_session(request).await.unwrap_err().code(), Code::PermissionDenied);
 }

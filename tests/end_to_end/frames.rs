@@ -40,7 +40,8 @@ async fn a_head_end_without_keys_reads_a_meter() {
     let server = DevServer::start();
     let connection = server.connect("head-end").await;
     let meter = server.meter(7);
-    let mut line = MeterConnection::pre_established(meter.clone(), 1, meter_sim::SystemTitle::new(hex::decode(CLIENT_TITLE).unwrap().try_into().unwrap())).unwrap();
+    let mut line =
+        MeterConnection::pre_established(meter.clone(), 1, meter_sim::SystemTitle::new(hex::decode(CLIENT_TITLE).unwrap().try_into().unwrap())).unwrap();
     let mut last = 0;
     for _ in 0..3 {
         let (request, counter) = protect(&connection, Purpose::Read, hex::decode(GET_ENERGY).unwrap(), false).await.unwrap();

@@ -19,7 +19,8 @@ async fn a_repeated_request_gets_the_same_grant_wrapped_anew() {
     let again = ask(50).await.unwrap();
     assert_eq!(first.keys.grant_id, again.keys.grant_id);
     assert_eq!(first.audit_leaf, again.audit_leaf);
-    let lease = |session: &kms_client::Session| session.keys.meters[0].counters.as_ref().map(|counters| (counters.next().unwrap(), counters.remaining())).unwrap();
+    let lease =
+        |session: &kms_client::Session| session.keys.meters[0].counters.as_ref().map(|counters| (counters.next().unwrap(), counters.remaining())).unwrap();
     assert_eq!(lease(&first), lease(&again));
     assert_eq!(first.keys.meters[0].key(KeyType::GUEK).unwrap().key.expose(), again.keys.meters[0].key(KeyType::GUEK).unwrap().key.expose());
 

@@ -3,7 +3,10 @@
 use std::time::{Duration, Instant};
 
 use kms_client::proto::{AuditRecord, ListAuditRecordsRequest, audit_record::Event};
-use kms_store::{StoreConfig, testing::{Obstruction, PostgresCluster}};
+use kms_store::{
+    StoreConfig,
+    testing::{Obstruction, PostgresCluster},
+};
 use kms_tests::{DevServer, open, title};
 use prost::Message as _;
 
@@ -31,7 +34,11 @@ async fn a_refusal_is_on_the_record_and_a_flood_of_them_is_not() {
     for _ in 0..200 {
         open(&handheld, &server.profile("handheld"), title(0), 10).await.unwrap_err();
     }
-    let refused = all_records(&server).await.into_iter().filter(|record| matches!(&record.event, Some(Event::Refused(refused)) if refused.action == "openSession")).count();
+    let refused = all_records(&server)
+        .await
+        .into_iter()
+        .filter(|record| matches!(&record.event, Some(Event::Refused(refused)) if refused.action == "openSession"))
+        .count();
     assert!((1..=3).contains(&refused), "{refused} records of 200 refusals");
 }
 

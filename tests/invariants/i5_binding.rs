@@ -83,7 +83,14 @@ async fn any_older_row_that_is_put_back_is_refused_and_found() {
         scene.finds(1, "stale").await;
     }
     // The officers are told, and the right row works again.
-    let records = scene.server.connect("auditor").await.audit().list_audit_records(ListAuditRecordsRequest { page_size: 500, newest_first: true, ..Default::default() }).await.unwrap();
+    let records = scene
+        .server
+        .connect("auditor")
+        .await
+        .audit()
+        .list_audit_records(ListAuditRecordsRequest { page_size: 500, newest_first: true, ..Default::default() })
+        .await
+        .unwrap();
     assert!(records.into_inner().records.iter().any(|record| matches!(&record.event, Some(Event::SecurityEvent(event)) if event.kind == "sealed-row-refused")));
     scene.damage(Damage::PutMeter(title(1), newest)).await;
     scene.grant(1).await.unwrap();

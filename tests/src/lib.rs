@@ -92,7 +92,10 @@ impl DevServer {
     pub async fn second(&self, name: &str, edit: impl FnOnce(String) -> String) -> SecondServer {
         let address = free_address();
         let text = fs::read_to_string(self.state.path().join("island/kms-server.toml")).unwrap();
-        let text: String = text.lines().map(|line| if line.starts_with("listen =") { format!("listen = \"{address}\"\nserver_name = \"{name}\"\n") } else { format!("{line}\n") }).collect();
+        let text: String = text
+            .lines()
+            .map(|line| if line.starts_with("listen =") { format!("listen = \"{address}\"\nserver_name = \"{name}\"\n") } else { format!("{line}\n") })
+            .collect();
         let folder = self.state.path().join(name);
         fs::create_dir_all(&folder).unwrap();
         let configuration = self.state.path().join(format!("island/{name}.toml"));

@@ -1,8 +1,8 @@
 //! Envelopes that were changed, that were made for another, and genuine ones with nonsense inside.
 
 use kms_client::{KeyRequest, OpenError, OpenOptions, PrincipalId, RequestId, TransportKey, TransportKeyError, UnixMillis, proto};
-use prost::Message as _;
 use proptest::prelude::*;
+use prost::Message as _;
 
 use crate::support::{Vector, examples, options, transport_key};
 

@@ -145,11 +145,9 @@ async fn receive(connection: &Connection, key: &TransportKey) -> (Vec<u32>, Opti
 #[tokio::test]
 async fn a_batch_goes_on_where_its_stream_broke() {
     let key = transport_key();
-    for (faults, first_chunks) in [
-        (&[][..], &[0][..]),
-        (&[Fault::BreaksAfter(1)], &[0, 1]),
-        (&[Fault::Unavailable, Fault::EndsAfter(2), Fault::BreaksAfter(0)], &[0, 0, 2, 2]),
-    ] {
+    for (faults, first_chunks) in
+        [(&[][..], &[0][..]), (&[Fault::BreaksAfter(1)], &[0, 1]), (&[Fault::Unavailable, Fault::EndsAfter(2), Fault::BreaksAfter(0)], &[0, 0, 2, 2])]
+    {
         let (server, connection) = Server::start(faults).await;
         let (chunks, error) = receive(&connection, &key).await;
         assert!(error.is_none() && chunks == [0, 1, 2], "{chunks:?} {error:?}");

@@ -12,7 +12,13 @@ pub(crate) struct Vector(HashMap<String, String>);
 impl Vector {
     pub(crate) fn load(name: &str) -> Self {
         let text = std::fs::read_to_string(examples().join(name)).unwrap();
-        Self(text.lines().filter(|line| !line.starts_with('#')).map(|line| line.split_once('=').unwrap()).map(|(key, value)| (key.into(), value.into())).collect())
+        Self(
+            text.lines()
+                .filter(|line| !line.starts_with('#'))
+                .map(|line| line.split_once('=').unwrap())
+                .map(|(key, value)| (key.into(), value.into()))
+                .collect(),
+        )
     }
 
     pub(crate) fn octets(&self, name: &str) -> Vec<u8> {

@@ -69,5 +69,9 @@ fn run(program: &str, arguments: &[&str], hint: &str) {
     let text = String::from_utf8_lossy(&output.stdout);
     let vector = Vector::load("vector.properties");
     let expected = format!("GUEK {}\nGAK {}\n", hex::encode_upper(vector.octets("guek")), hex::encode_upper(vector.octets("gak")));
-    assert!(output.status.success() && text == expected, "{program} {arguments:?} printed `{text}` and `{}`; it needs {hint}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success() && text == expected,
+        "{program} {arguments:?} printed `{text}` and `{}`; it needs {hint}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }

@@ -30,7 +30,11 @@ fn in_child(module: &str) {
     let directory = tempfile::tempdir().unwrap();
     let tokens = directory.path().join("tokens");
     std::fs::create_dir(&tokens).unwrap();
-    std::fs::write(directory.path().join("softhsm2.conf"), format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display())).unwrap();
+    std::fs::write(
+        directory.path().join("softhsm2.conf"),
+        format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display()),
+    )
+    .unwrap();
     std::fs::write(directory.path().join("hsm-sim.conf"), "directory = tokens\n").unwrap();
     let status = Command::new(std::env::current_exe().unwrap())
         .arg(module)
@@ -71,7 +75,12 @@ async fn measure(path: PathBuf, directory: PathBuf) {
     let transport = PrivateKey::generate(&ECDH_P256).unwrap();
     let recipient = Recipient::new(transport.compute_public_key().unwrap().as_ref(), [0; 32], 1).unwrap();
     let stored = hsm.generate_stored(KeyType::GUEK, KeyLength::Aes128).await.unwrap();
-    let stored = KeySource::Stored { key_type: KeyType::GUEK, storage_kek_version: stored.storage_kek_version, shape: KeyShape::Aes(KeyLength::Aes128), blob: stored.blob };
+    let stored = KeySource::Stored {
+        key_type: KeyType::GUEK,
+        storage_kek_version: stored.storage_kek_version,
+        shape: KeyShape::Aes(KeyLength::Aes128),
+        blob: stored.blob,
+    };
     println!("envelopes, stored keys:                        {:>9.0}/s", envelopes(&hsm, &recipient, &stored).await);
     if let Some(derivation) = ceremony.derivation {
         let context = DiversificationContext {
@@ -96,7 +105,9 @@ async fn envelopes(hsm: &Hsm, recipient: &Recipient, key: &KeySource) -> f64 {
         tokio::spawn(async move {
             let mut done = 0;
             while Instant::now() < deadline {
-                hsm.envelope(recipient.clone(), keys.clone(), |_| Vec::new(), |wrapped| wrapped.iter().flatten().flat_map(|key| key.0.clone()).collect()).await.unwrap();
+                hsm.envelope(recipient.clone(), keys.clone(), |_| Vec::new(), |wrapped| wrapped.iter().flatten().flat_map(|key| key.0.clone()).collect())
+                    .await
+                    .unwrap();
                 done += BATCH;
             }
             done

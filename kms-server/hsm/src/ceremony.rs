@@ -125,7 +125,11 @@ pub fn create_roots(
         let ceremony = Ceremony { session, plan, capabilities: &capabilities, oaep_hash, trusted: trusted && capabilities.wrap_with_trusted };
         let roots = ceremony.roots().into_iter().map(|key| ceremony.root(key, previous)).collect::<Result<Vec<_>, _>>()?;
         let mut fingerprints = ceremony.key_pairs()?;
-        let mut wrapped = recipients.iter().enumerate().map(|(index, (key, recipient))| ceremony.wrap_all(*key, recipient, &roots, previous, index)).collect::<Result<Vec<_>, _>>()?;
+        let mut wrapped = recipients
+            .iter()
+            .enumerate()
+            .map(|(index, (key, recipient))| ceremony.wrap_all(*key, recipient, &roots, previous, index))
+            .collect::<Result<Vec<_>, _>>()?;
         let package = EscrowPackage { island: plan.island.clone(), escrow: wrapped.remove(0), standby: wrapped };
         for root in &package.escrow.roots {
             fingerprints.push(KeyFingerprint { label: root.key.label(&plan.island), kind: "check value", value: root.check_value.clone() });
@@ -160,7 +164,13 @@ pub fn create_standby_transport(module: &Module, token: &TokenSelector, user_pin
 ///
 /// # Errors
 /// The copies are for another token, do not unwrap, or a different root is there.
-pub fn install_wrapped_roots(module: &Module, token: &TokenSelector, user_pin: &Pin, island: &IslandName, copies: &WrappedRoots) -> Result<Vec<KeyFingerprint>, HsmError> {
+pub fn install_wrapped_roots(
+    module: &Module,
+    token: &TokenSelector,
+    user_pin: &Pin,
+    island: &IslandName,
+    copies: &WrappedRoots,
+) -> Result<Vec<KeyFingerprint>, HsmError> {
     let slot = find_slot(module, token)?;
     let (capabilities, _) = capabilities(module, slot, user_pin)?;
     logged_in(module, slot, CKU_USER, user_pin, |session| {
@@ -238,7 +248,14 @@ impl Ceremony<'_> {
     }
 
     /// Wraps the roots for one recipient; what is locked already is taken from the stored package.
-    fn wrap_all(&self, recipient: TokenKey, public: &RsaPublicKey, roots: &[Root], previous: Option<&EscrowPackage>, index: usize) -> Result<WrappedRoots, HsmError> {
+    fn wrap_all(
+        &self,
+        recipient: TokenKey,
+        public: &RsaPublicKey,
+        roots: &[Root],
+        previous: Option<&EscrowPackage>,
+        index: usize,
+    ) -> Result<WrappedRoots, HsmError> {
         let stored = previous.and_then(|package| match index {
             0 => Some(&package.escrow),
             _ => package.standby.get(index - 1),
@@ -247,9 +264,14 @@ impl Ceremony<'_> {
         let mut wrapped = Vec::with_capacity(roots.len());
         for root in roots {
             if root.locked {
-                let known = stored.filter(|stored| stored.recipient_sha256 == public.sha256).and_then(|stored| stored.roots.iter().find(|known| known.key == root.key));
+                let known =
+                    stored.filter(|stored| stored.recipient_sha256 == public.sha256).and_then(|stored| stored.roots.iter().find(|known| known.key == root.key));
                 wrapped.push(known.cloned().ok_or_else(|| HsmError::Ceremony {
-                    reason: format!("the root `{}` is locked, and the stored package has no copy of it for `{}`", root.key.label(&self.plan.island), recipient.purpose),
+                    reason: format!(
+                        "the root `{}` is locked, and the stored package has no copy of it for `{}`",
+                        root.key.label(&self.plan.island),
+                        recipient.purpose
+                    ),
                     next_step: "run the ceremony with the same escrow and standby keys as before; a recipient cannot be added later".to_owned(),
                 })?);
                 continue;
@@ -294,7 +316,9 @@ impl Ceremony<'_> {
     fn key_pairs(&self) -> Result<Vec<KeyFingerprint>, HsmError> {
         let island = &self.plan.island;
         let mut fingerprints = Vec::new();
-        let mut add = |key: TokenKey, public: &[u8]| fingerprints.push(KeyFingerprint { label: key.label(island), kind: "SHA-256", value: digest(&SHA256, public).as_ref().to_vec() });
+        let mut add = |key: TokenKey, public: &[u8]| {
+            fingerprints.push(KeyFingerprint { label: key.label(island), kind: "SHA-256", value: digest(&SHA256, public).as_ref().to_vec() })
+        };
         let mut signing = Vec::new();
         if self.plan.general {
             signing.push(TokenKey::first(Purpose::AuditSign));
@@ -325,7 +349,8 @@ struct RsaPublicKey {
 impl RsaPublicKey {
     fn parse(der: &[u8]) -> Result<Self, HsmError> {
         let refuse = |reason: &str| HsmError::invalid("escrow or standby public key", reason.to_owned());
-        let (rest, spki) = SubjectPublicKeyInfo::from_der(der).map_err(|_| refuse("it is no DER SubjectPublicKeyInfo (`openssl pkey -pubout -outform DER`)"))?;
+        let (rest, spki) =
+            SubjectPublicKeyInfo::from_der(der).map_err(|_| refuse("it is no DER SubjectPublicKeyInfo (`openssl pkey -pubout -outform DER`)"))?;
         if !rest.is_empty() {
             return Err(refuse("octets follow the SubjectPublicKeyInfo"));
         }
@@ -390,7 +415,14 @@ fn install_recipients(session: &Session, island: &IslandName, recipients: &[(Tok
     Ok(all_trusted)
 }
 
-fn install_root(session: &Session, island: &IslandName, private: Object, hash: OaepHash, root: &WrappedRoot, capabilities: &Capabilities) -> Result<KeyFingerprint, HsmError> {
+fn install_root(
+    session: &Session,
+    island: &IslandName,
+    private: Object,
+    hash: OaepHash,
+    root: &WrappedRoot,
+    capabilities: &Capabilities,
+) -> Result<KeyFingerprint, HsmError> {
     let label = root.key.label(island);
     let object = match find_one(session, &label, CKO_SECRET_KEY) {
         Ok(object) => object,
@@ -441,8 +473,12 @@ fn with_root_template<R>(key: TokenKey, label: &str, id: &[u8], capabilities: &C
         template = template.with(Attribute::numbers(CKA_ALLOWED_MECHANISMS, mechanisms));
     }
     match key.purpose {
-        Purpose::StorageKek(class) if capabilities.unwrap_template && !class_is_read(class) => template = template.with(Attribute::template(CKA_UNWRAP_TEMPLATE, &sensitive_only)),
-        Purpose::Diversification(class) if capabilities.derive_template && !class_is_read(class) => template = template.with(Attribute::template(CKA_DERIVE_TEMPLATE, &sensitive_only)),
+        Purpose::StorageKek(class) if capabilities.unwrap_template && !class_is_read(class) => {
+            template = template.with(Attribute::template(CKA_UNWRAP_TEMPLATE, &sensitive_only))
+        }
+        Purpose::Diversification(class) if capabilities.derive_template && !class_is_read(class) => {
+            template = template.with(Attribute::template(CKA_DERIVE_TEMPLATE, &sensitive_only))
+        }
         _ => {}
     }
     make(template)
@@ -472,7 +508,12 @@ fn rsa_pair(session: &Session, island: &IslandName, key: TokenKey) -> Result<Obj
     })
 }
 
-fn find_or_make_pair(session: &Session, island: &IslandName, key: TokenKey, make: impl FnOnce(&str, &[u8]) -> Result<(Object, Object), HsmError>) -> Result<Object, HsmError> {
+fn find_or_make_pair(
+    session: &Session,
+    island: &IslandName,
+    key: TokenKey,
+    make: impl FnOnce(&str, &[u8]) -> Result<(Object, Object), HsmError>,
+) -> Result<Object, HsmError> {
     let (label, id) = (key.label(island), key.id(island));
     match (find_one(session, &label, CKO_PUBLIC_KEY), find_one(session, &label, CKO_PRIVATE_KEY)) {
         (Ok(public), Ok(_)) => Ok(public),
@@ -490,7 +531,13 @@ fn public_template<'a>(label: &'a str, id: &'a [u8]) -> Template<'a> {
 }
 
 fn private_template<'a>(label: &'a str, id: &'a [u8]) -> Template<'a> {
-    Template::empty().flag(CKA_TOKEN, true).flag(CKA_PRIVATE, true).sensitive(false).flag(CKA_MODIFIABLE, false).octets(CKA_LABEL, label.as_bytes()).octets(CKA_ID, id)
+    Template::empty()
+        .flag(CKA_TOKEN, true)
+        .flag(CKA_PRIVATE, true)
+        .sensitive(false)
+        .flag(CKA_MODIFIABLE, false)
+        .octets(CKA_LABEL, label.as_bytes())
+        .octets(CKA_ID, id)
 }
 
 fn find_slot(module: &Module, token: &TokenSelector) -> Result<Slot, HsmError> {

@@ -122,7 +122,9 @@ impl HsmError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Unavailable { .. } | Self::Overloaded { .. } => ErrorKind::Transient,
-            Self::Unusable { .. } | Self::KeyMissing { .. } | Self::KeyAmbiguous { .. } | Self::Module { .. } | Self::Ceremony { .. } => ErrorKind::OperatorFixable,
+            Self::Unusable { .. } | Self::KeyMissing { .. } | Self::KeyAmbiguous { .. } | Self::Module { .. } | Self::Ceremony { .. } => {
+                ErrorKind::OperatorFixable
+            }
             Self::WrappedKeyInvalid { .. } | Self::TagInvalid => ErrorKind::DataRefused,
             Self::InvalidInput { .. } | Self::Unsupported { .. } => ErrorKind::Permanent,
             Self::Call { code, .. } => meaning(*code).0,
@@ -188,7 +190,9 @@ fn meaning(code: RvError) -> (ErrorKind, Repair) {
     use Repair::{Keep, Reopen};
     match code {
         RvError::SessionHandleInvalid | RvError::SessionClosed | RvError::UserNotLoggedIn => (Transient, Reopen),
-        RvError::ObjectHandleInvalid | RvError::KeyHandleInvalid | RvError::WrappingKeyHandleInvalid | RvError::UnwrappingKeyHandleInvalid => (Transient, Reopen),
+        RvError::ObjectHandleInvalid | RvError::KeyHandleInvalid | RvError::WrappingKeyHandleInvalid | RvError::UnwrappingKeyHandleInvalid => {
+            (Transient, Reopen)
+        }
         RvError::DeviceError | RvError::DeviceRemoved | RvError::TokenNotPresent | RvError::TokenNotRecognized | RvError::SlotIdInvalid => (Transient, Reopen),
         RvError::GeneralError | RvError::FunctionFailed | RvError::CryptokiNotInitialized => (Transient, Reopen),
         // An operation that another job left active: a new session has none.

@@ -46,7 +46,12 @@ impl FrameParameters {
         let protection = match security_control & 0x30 {
             0x10 => FrameProtection::Authenticated,
             0x30 => FrameProtection::AuthenticatedEncrypted,
-            _ => return Err(HsmError::invalid("security control", format!("`{security_control:02X}` does not ask for authentication, and frames without it are refused"))),
+            _ => {
+                return Err(HsmError::invalid(
+                    "security control",
+                    format!("`{security_control:02X}` does not ask for authentication, and frames without it are refused"),
+                ));
+            }
         };
         Ok(Self { security_control, protection, nonce })
     }
@@ -169,10 +174,7 @@ pub(crate) fn each<T, R>(inputs: &[T], mut one: impl FnMut(&T) -> Result<R, HsmE
 }
 
 fn refuses_tag(code: RvError) -> bool {
-    matches!(
-        code,
-        RvError::EncryptedDataInvalid | RvError::EncryptedDataLenRange | RvError::SignatureInvalid | RvError::GeneralError | RvError::FunctionFailed
-    )
+    matches!(code, RvError::EncryptedDataInvalid | RvError::EncryptedDataLenRange | RvError::SignatureInvalid | RvError::GeneralError | RvError::FunctionFailed)
 }
 
 const TAG_BITS: cryptoki_sys::CK_ULONG = 96;

@@ -75,7 +75,12 @@ pub enum ImportRefusal {
 
 impl Worker {
     /// Imports a batch; one result per job. Trouble of the HSM stops the batch, and nothing of it has had an effect.
-    pub(crate) fn import_keys(&self, batch: &BatchKey, jobs: &[ImportJob], storage_kek_version: RootVersion) -> Result<Vec<Result<StoredKey, ImportRefusal>>, HsmError> {
+    pub(crate) fn import_keys(
+        &self,
+        batch: &BatchKey,
+        jobs: &[ImportJob],
+        storage_kek_version: RootVersion,
+    ) -> Result<Vec<Result<StoredKey, ImportRefusal>>, HsmError> {
         let batch_key = self.batch_key(batch)?;
         let mut results = Vec::with_capacity(jobs.len());
         for job in jobs {

@@ -115,7 +115,16 @@ fn describe(session: &Session, object: Object) -> Result<InventoryObject, HsmErr
         _ => None,
     };
     Ok(InventoryObject {
-        class: named(class, &[(CKO_SECRET_KEY, "secret key"), (CKO_PRIVATE_KEY, "private key"), (CKO_PUBLIC_KEY, "public key"), (CKO_CERTIFICATE, "certificate"), (CKO_DATA, "data")]),
+        class: named(
+            class,
+            &[
+                (CKO_SECRET_KEY, "secret key"),
+                (CKO_PRIVATE_KEY, "private key"),
+                (CKO_PUBLIC_KEY, "public key"),
+                (CKO_CERTIFICATE, "certificate"),
+                (CKO_DATA, "data"),
+            ],
+        ),
         key_type: named(key_type, &[(CKK_AES, "AES"), (CKK_GENERIC_SECRET, "generic secret"), (CKK_EC, "EC"), (CKK_RSA, "RSA")]),
         label: String::from_utf8_lossy(&octets(CKA_LABEL)?).into_owned(),
         id: hex::encode(octets(CKA_ID)?),

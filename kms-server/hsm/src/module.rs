@@ -79,11 +79,17 @@ impl Module {
         }
         let selector = TokenSelector { label: label.to_owned(), serial: None };
         if !self.tokens()?.iter().all(|token| token.info.label() != label) {
-            return Err(HsmError::invalid("token label", format!("a token labelled `{label}` exists already; choose another label or remove that token by the HSM's own tool")));
+            return Err(HsmError::invalid(
+                "token label",
+                format!("a token labelled `{label}` exists already; choose another label or remove that token by the HSM's own tool"),
+            ));
         }
         let free = self.slots()?.into_iter().find(|slot| self.context.get_token_info(*slot).is_ok_and(|info| !info.token_initialized()));
         let Some(slot) = free else {
-            return Err(HsmError::Module { module: self.path.display().to_string(), reason: "no slot has an uninitialised token; make one by the HSM's own tool".to_owned() });
+            return Err(HsmError::Module {
+                module: self.path.display().to_string(),
+                reason: "no slot has an uninitialised token; make one by the HSM's own tool".to_owned(),
+            });
         };
         self.context.init_token(slot, &so_pin.for_cryptoki(), label).map_err(|error| self.error(&error))?;
         // Some modules move a token to another slot when it is initialised.
@@ -108,9 +114,10 @@ impl Module {
 
     /// The token that matches, if it is there.
     pub(crate) fn find(&self, selector: &TokenSelector) -> Result<Option<FoundToken>, HsmError> {
-        let mut matching = self.tokens()?.into_iter().filter(|token| {
-            token.info.label() == selector.label && selector.serial.as_deref().is_none_or(|serial| serial == token.info.serial_number())
-        });
+        let mut matching = self
+            .tokens()?
+            .into_iter()
+            .filter(|token| token.info.label() == selector.label && selector.serial.as_deref().is_none_or(|serial| serial == token.info.serial_number()));
         let first = matching.next();
         if matching.next().is_some() {
             return Err(HsmError::invalid("token", format!("more than one token is labelled `{}`; name the serial number too", selector.label)));
@@ -136,7 +143,9 @@ impl Module {
     fn initialise(path: &Path) -> Result<Self, HsmError> {
         let refuse = |reason: String| HsmError::Module { module: path.display().to_string(), reason };
         if !path.exists() {
-            return Err(refuse("there is no such file; install the HSM's PKCS#11 module (for SoftHSM: `apt-get install softhsm2`) or correct the path".to_owned()));
+            return Err(refuse(
+                "there is no such file; install the HSM's PKCS#11 module (for SoftHSM: `apt-get install softhsm2`) or correct the path".to_owned(),
+            ));
         }
         let context = Pkcs11::new(path).map_err(|error| refuse(error.to_string()))?;
         let functions = Box::leak(Box::new(Functions::load(path)?));

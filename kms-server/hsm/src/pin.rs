@@ -57,7 +57,9 @@ impl PinSource {
                 check_mode(path)?;
                 Zeroizing::new(std::fs::read_to_string(path).map_err(|error| format!("the PIN file `{}` cannot be read: {error}", path.display()))?)
             }
-            Self::Environment(name) => Zeroizing::new(std::env::var(name).map_err(|_| format!("the environment variable `{name}` with the PIN is not set, or is not UTF-8"))?),
+            Self::Environment(name) => {
+                Zeroizing::new(std::env::var(name).map_err(|_| format!("the environment variable `{name}` with the PIN is not set, or is not UTF-8"))?)
+            }
         };
         let pin = text.strip_suffix('\n').map_or(text.as_str(), |line| line.strip_suffix('\r').unwrap_or(line));
         if pin.is_empty() {
@@ -110,7 +112,11 @@ fn check_mode(path: &std::path::Path) -> Result<(), String> {
     use std::os::unix::fs::PermissionsExt;
     let mode = std::fs::metadata(path).map_err(|error| format!("the PIN file `{}` cannot be read: {error}", path.display()))?.permissions().mode();
     if mode & 0o077 != 0 {
-        return Err(format!("the PIN file `{}` has mode {:04o}, so others can read it; run `chmod 600` on it and change the PIN", path.display(), mode & 0o7777));
+        return Err(format!(
+            "the PIN file `{}` has mode {:04o}, so others can read it; run `chmod 600` on it and change the PIN",
+            path.display(),
+            mode & 0o7777
+        ));
     }
     Ok(())
 }

@@ -130,17 +130,77 @@ impl Capabilities {
             row("ECDSA on a digest, P-256", "audit checkpoints, certificates", self.ecdsa_p256, NOTHING, UNUSABLE),
             row("EXTRACTABLE=false is final", "roots leave once, for escrow, and never again", self.extractable_lock, NOTHING, UNUSABLE),
             row("SENSITIVE is enforced", "keys stay inside", self.sensitive, NOTHING, UNUSABLE),
-            row("ECDH1_DERIVE with SHA256_KDF", "envelopes", self.ecdh_x963_sha256, "ECDH1_DERIVE with KDF NULL, then AES_CBC_ENCRYPT_DATA", "envelopes of an algorithm that grantees may refuse; not for production"),
+            row(
+                "ECDH1_DERIVE with SHA256_KDF",
+                "envelopes",
+                self.ecdh_x963_sha256,
+                "ECDH1_DERIVE with KDF NULL, then AES_CBC_ENCRYPT_DATA",
+                "envelopes of an algorithm that grantees may refuse; not for production",
+            ),
             row("ECDH1_DERIVE with KDF NULL", "envelopes without SHA256_KDF", self.ecdh_null, "SHA256_KDF", "none where SHA256_KDF is found"),
-            row("SP800_108_COUNTER_KDF, CMAC", "diversified keys", self.sp800_108_cmac, "AES_CBC_ENCRYPT_DATA", "a derivation that no standard describes as a KDF"),
-            row("AES_CBC_ENCRYPT_DATA", "diversified keys without SP800_108", self.cbc_encrypt_data, "SP800_108_COUNTER_KDF; without both, generated and stored keys", "without both, a lost database row loses the meter's keys"),
-            row("AES_GCM, tags of 12 octets", "frames protected inside the HSM, proofs of transfers", self.aes_gcm, NOTHING, "head-ends must hold session keys"),
-            row("RSA-OAEP, SHA-256", "vendors' batch keys, escrow", self.oaep_sha256, "RSA-OAEP with SHA-1", "an old hash in a place where its collisions do not matter"),
-            row("RSA-OAEP, SHA-1", "vendors' batch keys, escrow, without SHA-256", self.oaep_sha1, "RSA-OAEP with SHA-256", "without both, no shipments and no escrow"),
-            row("UNWRAP_TEMPLATE is enforced", "stored keys can only be unwrapped as sensitive ones", self.unwrap_template, "the server's own templates", "code that runs in a server can read stored keys"),
-            row("DERIVE_TEMPLATE is enforced", "diversified keys can only be derived as sensitive ones", self.derive_template, "the server's own templates", "code that runs in a server can read diversified keys"),
-            row("ALLOWED_MECHANISMS is enforced", "one use for each root", self.allowed_mechanisms, "usage attributes", "a root's usage is limited less narrowly"),
-            row("WRAP_WITH_TRUSTED is enforced", "roots leave only under the escrow and standby keys", self.wrap_with_trusted, "the lock after the ceremony", "during the ceremony, a user can wrap roots under any key"),
+            row(
+                "SP800_108_COUNTER_KDF, CMAC",
+                "diversified keys",
+                self.sp800_108_cmac,
+                "AES_CBC_ENCRYPT_DATA",
+                "a derivation that no standard describes as a KDF",
+            ),
+            row(
+                "AES_CBC_ENCRYPT_DATA",
+                "diversified keys without SP800_108",
+                self.cbc_encrypt_data,
+                "SP800_108_COUNTER_KDF; without both, generated and stored keys",
+                "without both, a lost database row loses the meter's keys",
+            ),
+            row(
+                "AES_GCM, tags of 12 octets",
+                "frames protected inside the HSM, proofs of transfers",
+                self.aes_gcm,
+                NOTHING,
+                "head-ends must hold session keys",
+            ),
+            row(
+                "RSA-OAEP, SHA-256",
+                "vendors' batch keys, escrow",
+                self.oaep_sha256,
+                "RSA-OAEP with SHA-1",
+                "an old hash in a place where its collisions do not matter",
+            ),
+            row(
+                "RSA-OAEP, SHA-1",
+                "vendors' batch keys, escrow, without SHA-256",
+                self.oaep_sha1,
+                "RSA-OAEP with SHA-256",
+                "without both, no shipments and no escrow",
+            ),
+            row(
+                "UNWRAP_TEMPLATE is enforced",
+                "stored keys can only be unwrapped as sensitive ones",
+                self.unwrap_template,
+                "the server's own templates",
+                "code that runs in a server can read stored keys",
+            ),
+            row(
+                "DERIVE_TEMPLATE is enforced",
+                "diversified keys can only be derived as sensitive ones",
+                self.derive_template,
+                "the server's own templates",
+                "code that runs in a server can read diversified keys",
+            ),
+            row(
+                "ALLOWED_MECHANISMS is enforced",
+                "one use for each root",
+                self.allowed_mechanisms,
+                "usage attributes",
+                "a root's usage is limited less narrowly",
+            ),
+            row(
+                "WRAP_WITH_TRUSTED is enforced",
+                "roots leave only under the escrow and standby keys",
+                self.wrap_with_trusted,
+                "the lock after the ceremony",
+                "during the ceremony, a user can wrap roots under any key",
+            ),
             row("AES_ECB", "check values", self.aes_ecb, "CKA_CHECK_VALUE", "none"),
             row("AES_CMAC", "check values", self.aes_cmac, "CKA_CHECK_VALUE", "none"),
         ]
@@ -151,7 +211,11 @@ impl Capabilities {
         let mut missing: Vec<String> =
             self.table().iter().filter(|row| !row.found && row.cost == UNUSABLE).map(|row| format!("{} (needed for {})", row.name, row.needed_for)).collect();
         if self.envelope_algorithm(allow_cbc_expand).is_none() {
-            let hint = if self.envelope_algorithm(true).is_some() { "; the algorithm `ecdh-p256-cbc-expand` would work and is not permitted by the configuration" } else { "" };
+            let hint = if self.envelope_algorithm(true).is_some() {
+                "; the algorithm `ecdh-p256-cbc-expand` would work and is not permitted by the configuration"
+            } else {
+                ""
+            };
             missing.push(format!("ECDH1_DERIVE with SHA256_KDF (needed for envelopes){hint}"));
         }
         missing
@@ -365,7 +429,8 @@ impl Probe<'_> {
 
     fn unwrap_template(&self) -> Run {
         let inner = [Attribute::flag(CKA_SENSITIVE, true)];
-        let kek = Template::session_secret(&CKK_AES).octets(CKA_VALUE, RFC3394_KEK_128).flag(CKA_UNWRAP, true).with(Attribute::template(CKA_UNWRAP_TEMPLATE, &inner));
+        let kek =
+            Template::session_secret(&CKK_AES).octets(CKA_VALUE, RFC3394_KEK_128).flag(CKA_UNWRAP, true).with(Attribute::template(CKA_UNWRAP_TEMPLATE, &inner));
         let kek = self.temporary(self.session.create(kek.as_slice())?);
         let attempt = |sensitive| {
             let template = Template::session_secret(&CKK_AES).flag(CKA_SENSITIVE, sensitive).flag(CKA_EXTRACTABLE, true);
@@ -377,7 +442,8 @@ impl Probe<'_> {
 
     fn derive_template(&self) -> Run {
         let inner = [Attribute::flag(CKA_SENSITIVE, true)];
-        let root = Template::session_secret(&CKK_AES).octets(CKA_VALUE, FIPS197_KEY).flag(CKA_DERIVE, true).with(Attribute::template(CKA_DERIVE_TEMPLATE, &inner));
+        let root =
+            Template::session_secret(&CKK_AES).octets(CKA_VALUE, FIPS197_KEY).flag(CKA_DERIVE, true).with(Attribute::template(CKA_DERIVE_TEMPLATE, &inner));
         let root = self.temporary(self.session.create(root.as_slice())?);
         let attempt = |sensitive| {
             let octets = 16 as CK_ULONG;
@@ -517,14 +583,11 @@ const UNUSABLE: &str = "the token cannot be used";
 // RFC 3394, 4.1 and 4.6.
 const RFC3394_KEK_128: &[u8] = &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
 const RFC3394_DATA_128: &[u8] = &[0x00, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88, 0x99, 0xAA, 0xBB, 0xCC, 0xDD, 0xEE, 0xFF];
-const RFC3394_WRAPPED_128: &[u8] = &[
-    0x1F, 0xA6, 0x8B, 0x0A, 0x81, 0x12, 0xB4, 0x47, 0xAE, 0xF3, 0x4B, 0xD8, 0xFB, 0x5A, 0x7B, 0x82, 0x9D, 0x3E, 0x86, 0x23, 0x71, 0xD2, 0xCF, 0xE5,
-];
-const RFC3394_KEK_256: &[u8] =
-    &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31];
-const RFC3394_DATA_256: &[u8] = &[
-    0x00, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88, 0x99, 0xAA, 0xBB, 0xCC, 0xDD, 0xEE, 0xFF, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
-];
+const RFC3394_WRAPPED_128: &[u8] =
+    &[0x1F, 0xA6, 0x8B, 0x0A, 0x81, 0x12, 0xB4, 0x47, 0xAE, 0xF3, 0x4B, 0xD8, 0xFB, 0x5A, 0x7B, 0x82, 0x9D, 0x3E, 0x86, 0x23, 0x71, 0xD2, 0xCF, 0xE5];
+const RFC3394_KEK_256: &[u8] = &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31];
+const RFC3394_DATA_256: &[u8] =
+    &[0x00, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88, 0x99, 0xAA, 0xBB, 0xCC, 0xDD, 0xEE, 0xFF, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
 const RFC3394_WRAPPED_256: &[u8] = &[
     0x28, 0xC9, 0xF4, 0x04, 0xC4, 0xB8, 0x10, 0xF4, 0xCB, 0xCC, 0xB3, 0x5C, 0xFB, 0x87, 0xF8, 0x26, 0x3F, 0x57, 0x86, 0xE2, 0xD8, 0x0E, 0xD3, 0x26, 0xCB, 0xC7,
     0xF0, 0xE7, 0x1A, 0x99, 0xF4, 0x3B, 0xFB, 0x98, 0x8B, 0x9B, 0x7A, 0x02, 0xDD, 0x21,
@@ -538,11 +601,11 @@ const DLMS_KEY: &[u8] = RFC3394_KEK_128;
 const DLMS_GAK: &[u8; 16] = &[0xD0, 0xD1, 0xD2, 0xD3, 0xD4, 0xD5, 0xD6, 0xD7, 0xD8, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 0xDE, 0xDF];
 const DLMS_NONCE: &[u8; 12] = &[0x4D, 0x4D, 0x4D, 0x00, 0x00, 0xBC, 0x61, 0x4E, 0x01, 0x23, 0x45, 0x67];
 const DLMS_GET: &[u8] = &[0xC0, 0x01, 0x00, 0x00, 0x08, 0x00, 0x00, 0x01, 0x00, 0x00, 0xFF, 0x02, 0x00];
-const DLMS_GET_PROTECTED: &[u8] = &[
-    0x41, 0x13, 0x12, 0xFF, 0x93, 0x5A, 0x47, 0x56, 0x68, 0x27, 0xC4, 0x67, 0xBC, 0x7D, 0x82, 0x5C, 0x3B, 0xE4, 0xA7, 0x7C, 0x3F, 0xCC, 0x05, 0x6B, 0x6B,
-];
+const DLMS_GET_PROTECTED: &[u8] =
+    &[0x41, 0x13, 0x12, 0xFF, 0x93, 0x5A, 0x47, 0x56, 0x68, 0x27, 0xC4, 0x67, 0xBC, 0x7D, 0x82, 0x5C, 0x3B, 0xE4, 0xA7, 0x7C, 0x3F, 0xCC, 0x05, 0x6B, 0x6B];
 const DLMS_GET_TAG: &[u8] = &[0x06, 0x72, 0x5D, 0x91, 0x0F, 0x92, 0x21, 0xD2, 0x63, 0x87, 0x75, 0x16];
 // NIST SP 800-108r1, counter mode, AES-256-CMAC: key 00..1F, label 02, context 00..0E, 32 octets; computed with Python `cryptography`.
 const SP800_108_DERIVED: &[u8] = &[
-    0x3B, 0xF6, 0xB1, 0xDE, 0x6E, 0x07, 0x6C, 0xE4, 0x4C, 0xFD, 0xDC, 0x79, 0x30, 0xF9, 0xE6, 0x55, 0x7D, 0x89, 0x42, 0x2E, 0xBD, 0x86, 0xFC, 0x4A, 0x70, 0x8F, 0x5E, 0x94, 0x0F, 0x51, 0xBD, 0x4C,
+    0x3B, 0xF6, 0xB1, 0xDE, 0x6E, 0x07, 0x6C, 0xE4, 0x4C, 0xFD, 0xDC, 0x79, 0x30, 0xF9, 0xE6, 0x55, 0x7D, 0x89, 0x42, 0x2E, 0xBD, 0x86, 0xFC, 0x4A, 0x70, 0x8F,
+    0x5E, 0x94, 0x0F, 0x51, 0xBD, 0x4C,
 ];

@@ -29,7 +29,8 @@ impl Functions {
         let refuse = |reason: String| HsmError::Module { module: path.display().to_string(), reason };
         // SAFETY: the operator names the module in the configuration and so trusts its initialisers.
         let library = unsafe { Pkcs11::new(path) }.map_err(|error| refuse(error.to_string()))?;
-        let get_function_list = *library.C_GetFunctionList.as_ref().map_err(|_| refuse("it has no C_GetFunctionList, so it is no PKCS#11 module".to_owned()))?;
+        let get_function_list =
+            *library.C_GetFunctionList.as_ref().map_err(|_| refuse("it has no C_GetFunctionList, so it is no PKCS#11 module".to_owned()))?;
         let mut list: *mut CK_FUNCTION_LIST = ptr::null_mut();
         // SAFETY: `list` is a valid place for one pointer.
         let code = unsafe { get_function_list(&mut list) };
@@ -355,14 +356,19 @@ impl Session {
         let generate = self.functions.list.C_GenerateKey.ok_or(MISSING)?;
         let mut object = 0;
         // SAFETY: mechanism and template are valid during the call.
-        let code =
-            Mechanism::Plain(mechanism).with(|mechanism| unsafe { generate(self.handle(), mechanism, attributes(template), template.len() as CK_ULONG, &mut object) });
+        let code = Mechanism::Plain(mechanism)
+            .with(|mechanism| unsafe { generate(self.handle(), mechanism, attributes(template), template.len() as CK_ULONG, &mut object) });
         check("C_GenerateKey", code)?;
         Ok(Object(object))
     }
 
     /// Generates a key pair: public, private.
-    pub(crate) fn generate_pair(&self, mechanism: CK_MECHANISM_TYPE, public: &[Attribute<'_>], private: &[Attribute<'_>]) -> Result<(Object, Object), HsmError> {
+    pub(crate) fn generate_pair(
+        &self,
+        mechanism: CK_MECHANISM_TYPE,
+        public: &[Attribute<'_>],
+        private: &[Attribute<'_>],
+    ) -> Result<(Object, Object), HsmError> {
         let generate = self.functions.list.C_GenerateKeyPair.ok_or(MISSING)?;
         let (mut public_object, mut private_object) = (0, 0);
         // SAFETY: mechanism and templates are valid during the call.
@@ -387,7 +393,8 @@ impl Session {
         let derive = self.functions.list.C_DeriveKey.ok_or(MISSING)?;
         let mut object = 0;
         // SAFETY: mechanism and template are valid during the call.
-        let code = mechanism.with(|mechanism| unsafe { derive(self.handle(), mechanism, base.0, attributes(template), template.len() as CK_ULONG, &mut object) });
+        let code =
+            mechanism.with(|mechanism| unsafe { derive(self.handle(), mechanism, base.0, attributes(template), template.len() as CK_ULONG, &mut object) });
         check("C_DeriveKey", code)?;
         Ok(Object(object))
     }

@@ -102,7 +102,8 @@ impl Token {
     pub fn start(settings: TokenSettings, island: IslandName, memory: Arc<dyn PinMemory>) -> Result<Self, HsmError> {
         let (state, _) = watch::channel(TokenState::Probing);
         let queue = Queue::new(settings.queue);
-        let shared = Arc::new(Shared { settings, island, memory, queue, state, inner: Mutex::default(), wake: Condvar::new(), stopping: AtomicBool::new(false) });
+        let shared =
+            Arc::new(Shared { settings, island, memory, queue, state, inner: Mutex::default(), wake: Condvar::new(), stopping: AtomicBool::new(false) });
         let handle = Handle { shared: Arc::clone(&shared), threads: Mutex::default() };
         let keeper = spawn("hsm-keeper", move || shared.keep())?;
         lock(&handle.threads).push(keeper);
@@ -217,7 +218,8 @@ impl Shared {
         while !self.is_stopping() {
             let usable = self.check(&mut inner);
             if usable && workers.is_empty() {
-                let count = self.settings.workers.or_else(|| inner.connection.as_ref().map(|connection| connection.capabilities.best_workers)).unwrap_or(1).max(1);
+                let count =
+                    self.settings.workers.or_else(|| inner.connection.as_ref().map(|connection| connection.capabilities.best_workers)).unwrap_or(1).max(1);
                 for number in 0..count {
                     let shared = Arc::clone(&self);
                     match spawn(&format!("hsm-worker-{number}"), move || shared.work()) {
@@ -451,7 +453,9 @@ impl Shared {
     fn not_usable(&self) -> HsmError {
         let token = self.settings.selector.label.clone();
         match &*self.state.borrow() {
-            TokenState::Unusable { reason, next_step, may_recover: false } => HsmError::Unusable { token, reason: reason.clone(), next_step: next_step.clone() },
+            TokenState::Unusable { reason, next_step, may_recover: false } => {
+                HsmError::Unusable { token, reason: reason.clone(), next_step: next_step.clone() }
+            }
             TokenState::Unusable { reason, next_step, may_recover: true } => {
                 HsmError::Unavailable { token, reason: format!("{reason}; {next_step}"), retry_after: Duration::from_secs(1) }
             }

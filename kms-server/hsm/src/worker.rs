@@ -123,7 +123,13 @@ impl Worker {
     }
 
     /// Unwraps, and tells refused data from a failing HSM.
-    pub(crate) fn unwrap(&self, mechanism: &Mechanism<'_>, kek: Object, wrapped: &[u8], template: &[crate::raw::Attribute<'_>]) -> Result<Temporary<'_>, HsmError> {
+    pub(crate) fn unwrap(
+        &self,
+        mechanism: &Mechanism<'_>,
+        kek: Object,
+        wrapped: &[u8],
+        template: &[crate::raw::Attribute<'_>],
+    ) -> Result<Temporary<'_>, HsmError> {
         let error = match self.session.unwrap(mechanism, kek, wrapped, template) {
             Ok(object) => return Ok(Temporary::new(&self.session, object)),
             Err(error) => error,

@@ -8,7 +8,9 @@ use aws_lc_rs::digest::{SHA256, digest};
 use aws_lc_rs::{hmac, signature};
 use common::{Bench, Grantee, diversify, oaep_encrypt, unwrap, wrap};
 use kms_domain::{KeyClass, KeyLength, KeyShape, KeyType};
-use kms_hsm::{FrameInput, FrameKeys, FrameParameters, HsmError, ImportJob, ImportRefusal, KeySource, ProtectedFrame, Purpose, RootVersion, StoredKey, TokenKey};
+use kms_hsm::{
+    FrameInput, FrameKeys, FrameParameters, HsmError, ImportJob, ImportRefusal, KeySource, ProtectedFrame, Purpose, RootVersion, StoredKey, TokenKey,
+};
 
 each_module! {
     async fn diversified_keys_open_from_an_envelope(bench: Bench) {
@@ -211,10 +213,7 @@ async fn dlms_keys(bench: &Bench) -> FrameKeys {
     let job = |key_type, value: &str| ImportJob { key_type, shape: KeyShape::Aes(KeyLength::Aes128), wrapped: wrap(&[7; 32], &octets(value)) };
     let jobs = vec![job(KeyType::GUEK, "000102030405060708090A0B0C0D0E0F"), job(KeyType::GAK, "D0D1D2D3D4D5D6D7D8D9DADBDCDDDEDF")];
     let results = bench.hsm.import_keys(batch, jobs.clone()).await.unwrap();
-    FrameKeys {
-        encryption: stored_source(results[0].as_ref().unwrap(), &jobs[0]),
-        authentication: stored_source(results[1].as_ref().unwrap(), &jobs[1]),
-    }
+    FrameKeys { encryption: stored_source(results[0].as_ref().unwrap(), &jobs[0]), authentication: stored_source(results[1].as_ref().unwrap(), &jobs[1]) }
 }
 
 fn stored_source(stored: &StoredKey, job: &ImportJob) -> KeySource {

@@ -7,7 +7,8 @@ use std::{
 
 use kms_domain::{PrincipalId, SystemTitle, UnixMillis, WriterId};
 use kms_store::{
-    AuditAppend, Changes, Decision, FingerprintOwner, FingerprintPrefix, FingerprintPut, MeterProjection, MeterPut, Reads, SealedRow, Store, StoreConfig, StoreError,
+    AuditAppend, Changes, Decision, FingerprintOwner, FingerprintPrefix, FingerprintPut, MeterProjection, MeterPut, Reads, SealedRow, Store, StoreConfig,
+    StoreError,
 };
 
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
@@ -87,7 +88,8 @@ impl Bench<'_> {
                 .transact(Reads { meters: titles, ..Reads::default() }, &mut |set| {
                     let mut changes = Changes { audit: audit.clone(), ..Changes::default() };
                     if writes {
-                        changes.meters = set.meters().filter_map(|(title, row)| Some(MeterPut::update(title, self::row(row.present()?.generation + 1)))).collect();
+                        changes.meters =
+                            set.meters().filter_map(|(title, row)| Some(MeterPut::update(title, self::row(row.present()?.generation + 1)))).collect();
                     }
                     Decision::Commit(Box::new(changes))
                 })

@@ -31,7 +31,9 @@ pub enum StoreError {
         attempts: u32,
     },
     /// A newer release has changed the schema of this database.
-    #[error("the database has schema version {found}, this server knows versions up to {known}; start the newer server, or restore the backup that was made before the upgrade")]
+    #[error(
+        "the database has schema version {found}, this server knows versions up to {known}; start the newer server, or restore the backup that was made before the upgrade"
+    )]
     NewerSchema {
         /// The version in the database.
         found: i64,
@@ -93,7 +95,12 @@ impl std::fmt::Display for RowName {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Meter(title) => write!(f, "meter {title}"),
-            Self::Sealed(kind, id) => write!(f, "{} {}", kind.name(), String::from_utf8(id.clone()).ok().filter(|text| text.chars().all(|c| c.is_ascii_graphic())).unwrap_or_else(|| hex::encode(id))),
+            Self::Sealed(kind, id) => write!(
+                f,
+                "{} {}",
+                kind.name(),
+                String::from_utf8(id.clone()).ok().filter(|text| text.chars().all(|c| c.is_ascii_graphic())).unwrap_or_else(|| hex::encode(id))
+            ),
             Self::Audit(writer, sequence) => write!(f, "audit record {sequence} of writer {writer}"),
             Self::Request(request, chunk) => write!(f, "request {request}, chunk {chunk}"),
             Self::Grant(grant) => write!(f, "grant {grant}"),

@@ -119,11 +119,10 @@ impl Engine {
     /// Refuses settings with which a committed record can be lost (I2, I3, I4).
     async fn settings(&self) -> Result<(), StoreError> {
         let mut connection = self.readers.acquire().await?;
-        let row = sqlx::query(
-            "SELECT pg_is_in_recovery(), current_setting('fsync'), current_setting('full_page_writes'), current_setting('synchronous_commit')",
-        )
-        .fetch_one(&mut *connection)
-        .await?;
+        let row =
+            sqlx::query("SELECT pg_is_in_recovery(), current_setting('fsync'), current_setting('full_page_writes'), current_setting('synchronous_commit')")
+                .fetch_one(&mut *connection)
+                .await?;
         if row.try_get::<bool, _>(0)? {
             return Err(StoreError::Unavailable { cause: "this PostgreSQL server is a standby".into(), next_step: "connect to the primary" });
         }
@@ -137,9 +136,10 @@ impl Engine {
                 return Err(StoreError::UnsafeSetting { setting, value, next_step });
             }
         }
-        let standbys = sqlx::query("SELECT application_name, sync_state FROM pg_stat_replication WHERE state IS NULL OR state IN ('startup', 'catchup', 'streaming')")
-            .fetch_all(&mut *connection)
-            .await?;
+        let standbys =
+            sqlx::query("SELECT application_name, sync_state FROM pg_stat_replication WHERE state IS NULL OR state IN ('startup', 'catchup', 'streaming')")
+                .fetch_all(&mut *connection)
+                .await?;
         for standby in standbys {
             let name = standby.try_get::<Option<String>, _>(0)?.unwrap_or_default();
             if self.read_replicas.contains(&name) {

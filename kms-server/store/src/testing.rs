@@ -58,7 +58,9 @@ impl PostgresCluster {
             chown(directory, Some(id("-u")?), Some(id("-g")?))?;
         }
         let data = directory.join("data");
-        succeed(demoted(&binaries.join("initdb"))?.args(["--username=kms", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C", "--pgdata"]).arg(&data))?;
+        succeed(
+            demoted(&binaries.join("initdb"))?.args(["--username=kms", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C", "--pgdata"]).arg(&data),
+        )?;
         let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
         let mut guard = Command::new("sh");
         guard.args(["-c", GUARD, "kms-postgres-guard"]).arg(directory);
@@ -277,7 +279,9 @@ fn binaries() -> io::Result<PathBuf> {
         }
     }
     found.sort();
-    found.pop().ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "PostgreSQL is not installed: run `apt-get install postgresql`, or `tests/run`, which does"))
+    found
+        .pop()
+        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "PostgreSQL is not installed: run `apt-get install postgresql`, or `tests/run`, which does"))
 }
 
 /// A command that runs as a user that PostgreSQL accepts.

@@ -57,7 +57,8 @@ impl Reads {
 
     /// The places of what is locked here, first to last, in the one order that all transactions lock in.
     pub(crate) fn lock_ranks(&self) -> impl Iterator<Item = LockRank> {
-        let (domains, shared) = (self.sealed.iter().any(|(kind, _)| *kind == RowKind::CounterDomain), self.sealed.iter().any(|(kind, _)| *kind != RowKind::CounterDomain));
+        let (domains, shared) =
+            (self.sealed.iter().any(|(kind, _)| *kind == RowKind::CounterDomain), self.sealed.iter().any(|(kind, _)| *kind != RowKind::CounterDomain));
         [
             (LockRank::Fingerprints, !self.fingerprints.is_empty()),
             (LockRank::Meters, !self.meters.is_empty()),

@@ -56,7 +56,9 @@ async fn absence_is_unchanged_until_the_commit() {
         let claim = |store: Arc<dyn Store>, mine: u8, theirs: u8| async move {
             let name = |number: u8| (RowKind::CounterDomain, vec![round, number]);
             store
-                .transact(Reads { sealed: vec![name(mine), name(theirs)], ..Reads::default() }, &mut |set| match set.sealed(RowKind::CounterDomain, &[round, theirs]) {
+                .transact(Reads { sealed: vec![name(mine), name(theirs)], ..Reads::default() }, &mut |set| match set
+                    .sealed(RowKind::CounterDomain, &[round, theirs])
+                {
                     Lookup::Absent => Decision::Commit(Box::new(Changes {
                         sealed: vec![SealedPut { kind: RowKind::CounterDomain, id: vec![round, mine], row: row(1, "") }],
                         ..Changes::default()

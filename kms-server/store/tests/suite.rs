@@ -10,8 +10,8 @@ use common::*;
 use kms_domain::{GrantId, KeyType, KeyVersionNumber, Owner, SecuritySetupId, UnixMillis};
 use kms_store::{
     Assigned, AuditFilter, AuditReference, Changes, Committed, Decision, FingerprintOwner, FingerprintPrefix, FingerprintPut, GrantFilter, GrantRevocation,
-    GrantRow, Lookup, MeterFilter, MeterPut, PinFailure, Reads, RequestPut, RequestRow, RowKind, RowName, SealedPut, ShipmentRefusal, ShipmentRow, ShipmentState,
-    StoreError, UploadId,
+    GrantRow, Lookup, MeterFilter, MeterPut, PinFailure, Reads, RequestPut, RequestRow, RowKind, RowName, SealedPut, ShipmentRefusal, ShipmentRow,
+    ShipmentState, StoreError, UploadId,
     testing::{Damage, Obstruction, damage},
 };
 
@@ -172,7 +172,10 @@ async fn a_request_is_carried_out_once_and_purged_after_its_time(f: Fixture) {
     let puts = |keys: &[kms_store::RequestKey]| Changes {
         requests: keys
             .iter()
-            .map(|key| RequestPut { key: key.clone(), row: RequestRow { digest: [1; 32], outcome: vec![1, 2], expires: UnixMillis(i64::from(key.chunk) * 10) } })
+            .map(|key| RequestPut {
+                key: key.clone(),
+                row: RequestRow { digest: [1; 32], outcome: vec![1, 2], expires: UnixMillis(i64::from(key.chunk) * 10) },
+            })
             .collect(),
         ..Changes::default()
     };
@@ -317,14 +320,22 @@ async fn grants_are_listed_and_revoked_once(f: Fixture) {
 }
 
 fn fingerprint_owner(number: u64) -> FingerprintOwner {
-    FingerprintOwner { owner: Owner::Meter(title(number)), setup: SecuritySetupId::from_octets([1, 2]), key_type: KeyType::GUEK, version: KeyVersionNumber::FIRST }
+    FingerprintOwner {
+        owner: Owner::Meter(title(number)),
+        setup: SecuritySetupId::from_octets([1, 2]),
+        key_type: KeyType::GUEK,
+        version: KeyVersionNumber::FIRST,
+    }
 }
 
 async fn fingerprints_find_all_owners(f: Fixture) {
     let prefix = FingerprintPrefix([0xFF; 8]);
     let put = |number| FingerprintPut { prefix, owner: fingerprint_owner(number) };
     write(&*f.store, Changes { fingerprints: vec![put(1), put(2)], ..Changes::default() }).await.unwrap();
-    assert_eq!(write(&*f.store, Changes { fingerprints: vec![put(3), put(2)], ..Changes::default() }).await.unwrap_err(), StoreError::Conflict { row: RowName::Fingerprint(prefix) });
+    assert_eq!(
+        write(&*f.store, Changes { fingerprints: vec![put(3), put(2)], ..Changes::default() }).await.unwrap_err(),
+        StoreError::Conflict { row: RowName::Fingerprint(prefix) }
+    );
     let unknown = FingerprintPrefix([7; 8]);
     let mut owners = Vec::new();
     f.store

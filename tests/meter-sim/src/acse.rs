@@ -87,8 +87,7 @@ impl AssociationRequest {
             client_title,
             mechanism,
             authentication_value,
-            user_information: user_information
-                .ok_or(Error::malformed("AARQ", "has no user information"))?,
+            user_information: user_information.ok_or(Error::malformed("AARQ", "has no user information"))?,
         })
     }
 
@@ -268,9 +267,7 @@ fn fields(tag: u8, apdu: &[u8]) -> Result<impl Iterator<Item = Field<'_>>, Error
         if reader.remaining() == 0 {
             return None;
         }
-        let field = reader
-            .u8()
-            .and_then(|tag| Ok((tag, reader.octet_string()?)));
+        let field = reader.u8().and_then(|tag| Ok((tag, reader.octet_string()?)));
         if field.is_err() {
             reader.take_rest();
         }
@@ -289,20 +286,14 @@ fn inner(tag: u8, bytes: &[u8]) -> Result<&[u8], Error> {
 }
 
 fn small_integer(bytes: &[u8]) -> Result<u8, Error> {
-    inner(0x02, bytes)?
-        .last()
-        .copied()
-        .ok_or(Error::malformed("ACSE integer", "is empty"))
+    inner(0x02, bytes)?.last().copied().ok_or(Error::malformed("ACSE integer", "is empty"))
 }
 
 fn parse_context(bytes: &[u8]) -> Result<ApplicationContext, Error> {
     match inner(0x06, bytes)?.strip_prefix(&CONTEXT_NAME) {
         Some([1]) => Ok(ApplicationContext::LogicalName),
         Some([3]) => Ok(ApplicationContext::LogicalNameCiphering),
-        _ => Err(Error::malformed(
-            "application context name",
-            "is not logical name referencing",
-        )),
+        _ => Err(Error::malformed("application context name", "is not logical name referencing")),
     }
 }
 

@@ -125,8 +125,7 @@ impl Data {
             2 => Self::Structure(Self::read_items(reader, depth)?),
             3 => Self::Boolean(reader.u8()? != 0),
             4 => {
-                let bits = u16::try_from(reader.length()?)
-                    .map_err(|_| Error::malformed("bit-string", "is longer than an APDU"))?;
+                let bits = u16::try_from(reader.length()?).map_err(|_| Error::malformed("bit-string", "is longer than an APDU"))?;
                 Self::BitString(bits, reader.take(usize::from(bits.div_ceil(8)))?.to_vec())
             }
             5 => Self::DoubleLong(i32::from_be_bytes(reader.array()?)),
@@ -158,9 +157,7 @@ impl Data {
         if count > reader.remaining() {
             return Err(Error::malformed("array or structure", "ends too early"));
         }
-        (0..count)
-            .map(|_| Self::read_at_depth(reader, depth + 1))
-            .collect()
+        (0..count).map(|_| Self::read_at_depth(reader, depth + 1)).collect()
     }
 
     fn write_items(tag: u8, items: &[Self], out: &mut Vec<u8>) {
@@ -220,10 +217,7 @@ impl<'a> Reader<'a> {
 
     /// The next `count` bytes.
     pub fn take(&mut self, count: usize) -> Result<&'a [u8], Error> {
-        let (taken, rest) = self
-            .rest
-            .split_at_checked(count)
-            .ok_or(Error::malformed("APDU", "ends too early"))?;
+        let (taken, rest) = self.rest.split_at_checked(count).ok_or(Error::malformed("APDU", "ends too early"))?;
         self.rest = rest;
         Ok(taken)
     }
@@ -235,10 +229,7 @@ impl<'a> Reader<'a> {
 
     /// The next `N` bytes as an array.
     pub fn array<const N: usize>(&mut self) -> Result<[u8; N], Error> {
-        let (taken, rest) = self
-            .rest
-            .split_first_chunk()
-            .ok_or(Error::malformed("APDU", "ends too early"))?;
+        let (taken, rest) = self.rest.split_first_chunk().ok_or(Error::malformed("APDU", "ends too early"))?;
         self.rest = rest;
         Ok(*taken)
     }
@@ -266,10 +257,7 @@ impl<'a> Reader<'a> {
             return Ok(usize::from(first));
         }
         match first & 0x7F {
-            count @ 1..=4 => Ok(self
-                .take(usize::from(count))?
-                .iter()
-                .fold(0, |length, byte| length << 8 | usize::from(*byte))),
+            count @ 1..=4 => Ok(self.take(usize::from(count))?.iter().fold(0, |length, byte| length << 8 | usize::from(*byte))),
             _ => Err(Error::malformed("length", "is indefinite or too long")),
         }
     }
@@ -287,11 +275,7 @@ impl<'a> Reader<'a> {
 
     /// Refuses bytes that are left over.
     pub fn finish(&self) -> Result<(), Error> {
-        if self.rest.is_empty() {
-            Ok(())
-        } else {
-            Err(Error::malformed("APDU", "has bytes after its end"))
-        }
+        if self.rest.is_empty() { Ok(()) } else { Err(Error::malformed("APDU", "has bytes after its end")) }
     }
 }
 

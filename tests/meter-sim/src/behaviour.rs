@@ -145,8 +145,6 @@ pub struct HexBytes(pub Vec<u8>);
 
 impl<'de> Deserialize<'de> for HexBytes {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        hex::decode(String::deserialize(deserializer)?)
-            .map(Self)
-            .map_err(serde::de::Error::custom)
+        hex::decode(String::deserialize(deserializer)?).map(Self).map_err(serde::de::Error::custom)
     }
 }

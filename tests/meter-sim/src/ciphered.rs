@@ -29,16 +29,9 @@ impl CipheredForm {
         match self {
             Self::GeneralGlobal => Some(GENERAL_GLO_CIPHERING),
             Self::GeneralDedicated => Some(GENERAL_DED_CIPHERING),
-            Self::Global | Self::Dedicated => SERVICES
-                .iter()
-                .find(|service| service.0 == plain)
-                .map(|service| {
-                    if self == Self::Global {
-                        service.1
-                    } else {
-                        service.2
-                    }
-                }),
+            Self::Global | Self::Dedicated => {
+                SERVICES.iter().find(|service| service.0 == plain).map(|service| if self == Self::Global { service.1 } else { service.2 })
+            }
         }
     }
 
@@ -74,17 +67,10 @@ impl CipheredApdu {
 
     /// A ciphered APDU around `content`, which protects an APDU with tag `plain`. The title is written
     /// in general forms only.
-    pub fn new(
-        form: CipheredForm,
-        plain: u8,
-        title: SystemTitle,
-        content: CipheredContent,
-    ) -> Result<Self, Error> {
+    pub fn new(form: CipheredForm, plain: u8, title: SystemTitle, content: CipheredContent) -> Result<Self, Error> {
         Ok(Self {
             form,
-            tag: form
-                .tag(plain)
-                .ok_or(Error::malformed("APDU", "has no ciphered form"))?,
+            tag: form.tag(plain).ok_or(Error::malformed("APDU", "has no ciphered form"))?,
             title: match form {
                 CipheredForm::GeneralGlobal | CipheredForm::GeneralDedicated => Some(title),
                 CipheredForm::Global | CipheredForm::Dedicated => None,
@@ -100,36 +86,21 @@ impl CipheredApdu {
         let form = CipheredForm::of_tag(tag).ok_or(Error::malformed("APDU", "is not ciphered"))?;
         let title = match form {
             CipheredForm::Global | CipheredForm::Dedicated => None,
-            CipheredForm::GeneralGlobal | CipheredForm::GeneralDedicated => {
-                match reader.octet_string()? {
-                    [] => None,
-                    title => Some(SystemTitle::try_from(title)?),
-                }
-            }
+            CipheredForm::GeneralGlobal | CipheredForm::GeneralDedicated => match reader.octet_string()? {
+                [] => None,
+                title => Some(SystemTitle::try_from(title)?),
+            },
         };
         let content = CipheredContent::parse(reader.octet_string()?)?;
         reader.finish()?;
-        Ok(Self {
-            form,
-            tag,
-            title,
-            content,
-        })
+        Ok(Self { form, tag, title, content })
     }
 
     /// The whole APDU.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = vec![self.tag];
-        if matches!(
-            self.form,
-            CipheredForm::GeneralGlobal | CipheredForm::GeneralDedicated
-        ) {
-            write_octet_string(
-                self.title
-                    .as_ref()
-                    .map_or(&[][..], |title| title.as_bytes().as_slice()),
-                &mut out,
-            );
+        if matches!(self.form, CipheredForm::GeneralGlobal | CipheredForm::GeneralDedicated) {
+            write_octet_string(self.title.as_ref().map_or(&[][..], |title| title.as_bytes().as_slice()), &mut out);
         }
         write_octet_string(&self.content.encode(), &mut out);
         out

@@ -6,21 +6,16 @@ use std::time::Duration;
 use tokio::net::{TcpStream, ToSocketAddrs};
 use tokio::time::timeout;
 
-use crate::acse::{
-    ApplicationContext, AssociationRequest, AssociationResponse, Mechanism, Release,
-};
+use crate::acse::{ApplicationContext, AssociationRequest, AssociationResponse, Mechanism, Release};
 use crate::axdr::Data;
-use crate::ciphered::{
-    CipheredApdu, CipheredForm, GLO_INITIATE_REQUEST, GLO_INITIATE_RESPONSE, encode_initiate,
-    parse_initiate,
-};
+use crate::ciphered::{CipheredApdu, CipheredForm, GLO_INITIATE_REQUEST, GLO_INITIATE_RESPONSE, encode_initiate, parse_initiate};
 use crate::key_transfer::{KEY_TRANSFER, key_transfer_argument};
 use crate::objects::{CLASS_ASSOCIATION, CLASS_SECURITY_SETUP};
 use crate::security::{CipheredContent, Ciphering, SecurityControl};
 use crate::wrapper::Frame;
 use crate::xdlms::{
-    AttributeDescriptor, DataAccessResult, EXCEPTION_RESPONSE, ExceptionResponse, InitiateRequest,
-    InitiateResponse, MethodDescriptor, ServiceRequest, ServiceResponse,
+    AttributeDescriptor, DataAccessResult, EXCEPTION_RESPONSE, ExceptionResponse, InitiateRequest, InitiateResponse, MethodDescriptor, ServiceRequest,
+    ServiceResponse,
 };
 use crate::{Error, KeyId, Obis, SecuritySuite, SymmetricKey, SystemTitle};
 
@@ -120,27 +115,17 @@ impl ClientSession {
         Self::refuse_exception(apdu)?;
         let response = AssociationResponse::parse(apdu)?;
         if response.result != 0 {
-            return Err(Error::AssociationRejected {
-                result: response.result,
-                diagnostic: response.diagnostic,
-            });
+            return Err(Error::AssociationRejected { result: response.result, diagnostic: response.diagnostic });
         }
-        let title = response
-            .server_title
-            .ok_or(Error::malformed("AARE", "has no system title"))?;
+        let title = response.server_title.ok_or(Error::malformed("AARE", "has no system title"))?;
         if response.mechanism != Mechanism::HighGmac {
             return Err(Error::malformed("AARE", "has another mechanism than HLS 5"));
         }
-        let information = response
-            .user_information
-            .ok_or(Error::malformed("AARE", "has no user information"))?;
+        let information = response.user_information.ok_or(Error::malformed("AARE", "has no user information"))?;
         self.meter_challenge = response
             .authentication_value
             .filter(|challenge| (8..=64).contains(&challenge.len()))
-            .ok_or(Error::malformed(
-                "AARE",
-                "has no challenge of 8 to 64 bytes",
-            ))?;
+            .ok_or(Error::malformed("AARE", "has no challenge of 8 to 64 bytes"))?;
         if self.meter_challenge == self.client_challenge {
             return Err(Error::malformed("AARE", "reflects the client's challenge"));
         }
@@ -157,19 +142,10 @@ impl ClientSession {
     pub fn hls_request(&mut self) -> Result<Vec<u8>, Error> {
         self.expect(Stage::Answered)?;
         let counter = self.counters.next()?;
-        let answer = self.config.keys.answer_challenge(
-            self.config.suite,
-            &self.config.client_title,
-            counter,
-            &self.meter_challenge,
-        )?;
+        let answer = self.config.keys.answer_challenge(self.config.suite, &self.config.client_title, counter, &self.meter_challenge)?;
         self.protect(&ServiceRequest::Action {
             invoke: INVOKE,
-            method: MethodDescriptor {
-                class: CLASS_ASSOCIATION,
-                instance: Obis::CURRENT_ASSOCIATION,
-                method: REPLY_TO_HLS,
-            },
+            method: MethodDescriptor { class: CLASS_ASSOCIATION, instance: Obis::CURRENT_ASSOCIATION, method: REPLY_TO_HLS },
             argument: Some(Data::OctetString(answer)),
         })
     }
@@ -177,10 +153,7 @@ impl ClientSession {
     /// Reads the answer and checks f(CtoS): only now the meter has proven that it holds the keys.
     pub fn process_hls_response(&mut self, apdu: &[u8]) -> Result<(), Error> {
         self.expect(Stage::Answered)?;
-        let ServiceResponse::Action {
-            result, returned, ..
-        } = self.open(apdu)?
-        else {
+        let ServiceResponse::Action { result, returned, .. } = self.open(apdu)? else {
             return Err(Error::malformed("HLS answer", "is not an action response"));
         };
         if result != 0 {
@@ -190,12 +163,7 @@ impl ClientSession {
             return Err(Error::malformed("HLS answer", "has no octet string"));
         };
         let title = self.meter_title.ok_or(Error::State("there is no AARE"))?;
-        self.config.keys.verify_challenge_answer(
-            self.config.suite,
-            &title,
-            &self.client_challenge,
-            &answer,
-        )?;
+        self.config.keys.verify_challenge_answer(self.config.suite, &title, &self.client_challenge, &answer)?;
         self.stage = Stage::Associated;
         Ok(())
     }
@@ -203,11 +171,7 @@ impl ClientSession {
     /// A GET of one attribute.
     pub fn get_request(&mut self, attribute: AttributeDescriptor) -> Result<Vec<u8>, Error> {
         self.expect(Stage::Associated)?;
-        self.protect(&ServiceRequest::Get {
-            invoke: INVOKE,
-            attribute,
-            selective: false,
-        })
+        self.protect(&ServiceRequest::Get { invoke: INVOKE, attribute, selective: false })
     }
 
     /// Reads the answer to a GET.
@@ -219,70 +183,36 @@ impl ClientSession {
     }
 
     /// A SET of one attribute.
-    pub fn set_request(
-        &mut self,
-        attribute: AttributeDescriptor,
-        value: Data,
-    ) -> Result<Vec<u8>, Error> {
+    pub fn set_request(&mut self, attribute: AttributeDescriptor, value: Data) -> Result<Vec<u8>, Error> {
         self.expect(Stage::Associated)?;
-        self.protect(&ServiceRequest::Set {
-            invoke: INVOKE,
-            attribute,
-            value,
-        })
+        self.protect(&ServiceRequest::Set { invoke: INVOKE, attribute, value })
     }
 
     /// Reads the answer to a SET.
     pub fn process_set_response(&mut self, apdu: &[u8]) -> Result<(), Error> {
         match self.open(apdu)? {
-            ServiceResponse::Set {
-                result: DataAccessResult::SUCCESS,
-                ..
-            } => Ok(()),
+            ServiceResponse::Set { result: DataAccessResult::SUCCESS, .. } => Ok(()),
             ServiceResponse::Set { result, .. } => Err(Error::Access(result)),
             _ => Err(Error::malformed("answer", "is not a set response")),
         }
     }
 
     /// An ACTION.
-    pub fn action_request(
-        &mut self,
-        method: MethodDescriptor,
-        argument: Option<Data>,
-    ) -> Result<Vec<u8>, Error> {
+    pub fn action_request(&mut self, method: MethodDescriptor, argument: Option<Data>) -> Result<Vec<u8>, Error> {
         self.expect(Stage::Associated)?;
-        self.protect(&ServiceRequest::Action {
-            invoke: INVOKE,
-            method,
-            argument,
-        })
+        self.protect(&ServiceRequest::Action { invoke: INVOKE, method, argument })
     }
 
     /// A `key_transfer` on the security setup `setup`: each key's id and its form wrapped under the
     /// KEK.
-    pub fn key_transfer_request(
-        &mut self,
-        setup: Obis,
-        items: &[(KeyId, &[u8])],
-    ) -> Result<Vec<u8>, Error> {
-        self.action_request(
-            MethodDescriptor {
-                class: CLASS_SECURITY_SETUP,
-                instance: setup,
-                method: KEY_TRANSFER,
-            },
-            Some(key_transfer_argument(items)),
-        )
+    pub fn key_transfer_request(&mut self, setup: Obis, items: &[(KeyId, &[u8])]) -> Result<Vec<u8>, Error> {
+        self.action_request(MethodDescriptor { class: CLASS_SECURITY_SETUP, instance: setup, method: KEY_TRANSFER }, Some(key_transfer_argument(items)))
     }
 
     /// Reads the answer to an ACTION. An `Action-Result` other than success is [`Error::Action`].
     pub fn process_action_response(&mut self, apdu: &[u8]) -> Result<Option<Data>, Error> {
         match self.open(apdu)? {
-            ServiceResponse::Action {
-                result: 0,
-                returned,
-                ..
-            } => Ok(returned),
+            ServiceResponse::Action { result: 0, returned, .. } => Ok(returned),
             ServiceResponse::Action { result, .. } => Err(Error::Action(result)),
             _ => Err(Error::malformed("answer", "is not an action response")),
         }
@@ -291,11 +221,7 @@ impl ClientSession {
     /// The RLRQ, with a ciphered initiate request.
     pub fn release_request(&mut self) -> Result<Vec<u8>, Error> {
         let user_information = self.initiate_request(None)?;
-        Ok(Release {
-            reason: Some(0),
-            user_information: Some(user_information),
-        }
-        .encode_request())
+        Ok(Release { reason: Some(0), user_information: Some(user_information) }.encode_request())
     }
 
     /// Reads the RLRE and opens its initiate response.
@@ -316,35 +242,19 @@ impl ClientSession {
             SecurityControl::authenticated_encrypted(self.config.suite),
             &self.config.client_title,
             counter,
-            &InitiateRequest {
-                dedicated_key,
-                conformance: CONFORMANCE,
-                client_max_receive_pdu_size: 0xFFFF,
-            }
-            .encode(),
+            &InitiateRequest { dedicated_key, conformance: CONFORMANCE, client_max_receive_pdu_size: 0xFFFF }.encode(),
         )?;
         Ok(encode_initiate(GLO_INITIATE_REQUEST, &content))
     }
 
     fn protect(&mut self, request: &ServiceRequest) -> Result<Vec<u8>, Error> {
         let plaintext = request.encode();
-        let tag = plaintext
-            .first()
-            .copied()
-            .ok_or(Error::malformed("request", "is empty"))?;
+        let tag = plaintext.first().copied().ok_or(Error::malformed("request", "is empty"))?;
         let form = self.form();
         self.last_form = form;
-        let counter = if form.is_dedicated() {
-            self.dedicated_counters.next()?
-        } else {
-            self.counters.next()?
-        };
-        let content = self.ciphering(form).protect(
-            SecurityControl::authenticated_encrypted(self.config.suite),
-            &self.config.client_title,
-            counter,
-            &plaintext,
-        )?;
+        let counter = if form.is_dedicated() { self.dedicated_counters.next()? } else { self.counters.next()? };
+        let content =
+            self.ciphering(form).protect(SecurityControl::authenticated_encrypted(self.config.suite), &self.config.client_title, counter, &plaintext)?;
         Ok(CipheredApdu::new(form, tag, self.config.client_title, content)?.encode())
     }
 
@@ -356,10 +266,7 @@ impl ClientSession {
             return Err(Error::Deciphering);
         }
         if apdu.form != self.last_form {
-            return Err(Error::malformed(
-                "answer",
-                "has another form than its request",
-            ));
+            return Err(Error::malformed("answer", "has another form than its request"));
         }
         let plaintext = if apdu.form.is_dedicated() {
             let plaintext = self.ciphering(apdu.form).open(&title, &apdu.content)?;
@@ -374,10 +281,7 @@ impl ClientSession {
         ServiceResponse::parse(&plaintext)
     }
 
-    fn open_global(
-        &mut self,
-        content: &CipheredContent,
-    ) -> Result<zeroize::Zeroizing<Vec<u8>>, Error> {
+    fn open_global(&mut self, content: &CipheredContent) -> Result<zeroize::Zeroizing<Vec<u8>>, Error> {
         let title = self.meter_title.ok_or(Error::State("there is no AARE"))?;
         let plaintext = self.config.keys.open(&title, content)?;
         accept_counter(&mut self.last_meter_counter, content.counter)?;
@@ -434,37 +338,17 @@ pub struct ClientConnection {
 impl ClientConnection {
     /// Connects. `client_sap` and `logical_device` are the wrapper's ports; an answer that takes
     /// longer than `answer_timeout` is [`Error::Transport`] with `TimedOut`.
-    pub async fn connect(
-        address: impl ToSocketAddrs,
-        client_sap: u16,
-        logical_device: u16,
-        answer_timeout: Duration,
-    ) -> Result<Self, Error> {
-        let stream = timeout(answer_timeout, TcpStream::connect(address))
-            .await
-            .map_err(std::io::Error::from)??;
+    pub async fn connect(address: impl ToSocketAddrs, client_sap: u16, logical_device: u16, answer_timeout: Duration) -> Result<Self, Error> {
+        let stream = timeout(answer_timeout, TcpStream::connect(address)).await.map_err(std::io::Error::from)??;
         stream.set_nodelay(true)?;
-        Ok(Self {
-            stream,
-            client_sap,
-            logical_device,
-            answer_timeout,
-        })
+        Ok(Self { stream, client_sap, logical_device, answer_timeout })
     }
 
     /// Sends a request and waits for the next APDU from this logical device. After a lost or a
     /// duplicated answer that may be the answer to another request: the session's checks find out.
     pub async fn exchange(&mut self, apdu: Vec<u8>) -> Result<Vec<u8>, Error> {
-        Frame {
-            source: self.client_sap,
-            destination: self.logical_device,
-            apdu,
-        }
-        .write(&mut self.stream)
-        .await?;
-        timeout(self.answer_timeout, self.receive())
-            .await
-            .map_err(std::io::Error::from)?
+        Frame { source: self.client_sap, destination: self.logical_device, apdu }.write(&mut self.stream).await?;
+        timeout(self.answer_timeout, self.receive()).await.map_err(std::io::Error::from)?
     }
 
     /// AARQ, AARE and HLS in both directions: afterwards `session` is associated.
@@ -476,25 +360,14 @@ impl ClientConnection {
     }
 
     /// Reads one attribute.
-    pub async fn get(
-        &mut self,
-        session: &mut ClientSession,
-        attribute: AttributeDescriptor,
-    ) -> Result<Data, Error> {
+    pub async fn get(&mut self, session: &mut ClientSession, attribute: AttributeDescriptor) -> Result<Data, Error> {
         let answer = self.exchange(session.get_request(attribute)?).await?;
         session.process_get_response(&answer)
     }
 
     /// Sends a `key_transfer` on the security setup `setup`.
-    pub async fn key_transfer(
-        &mut self,
-        session: &mut ClientSession,
-        setup: Obis,
-        items: &[(KeyId, &[u8])],
-    ) -> Result<(), Error> {
-        let answer = self
-            .exchange(session.key_transfer_request(setup, items)?)
-            .await?;
+    pub async fn key_transfer(&mut self, session: &mut ClientSession, setup: Obis, items: &[(KeyId, &[u8])]) -> Result<(), Error> {
+        let answer = self.exchange(session.key_transfer_request(setup, items)?).await?;
         session.process_action_response(&answer).map(|_| ())
     }
 
@@ -506,9 +379,7 @@ impl ClientConnection {
 
     async fn receive(&mut self) -> Result<Vec<u8>, Error> {
         loop {
-            let frame = Frame::read(&mut self.stream)
-                .await?
-                .ok_or(Error::Transport(std::io::ErrorKind::UnexpectedEof))?;
+            let frame = Frame::read(&mut self.stream).await?.ok_or(Error::Transport(std::io::ErrorKind::UnexpectedEof))?;
             if frame.source == self.logical_device && frame.destination == self.client_sap {
                 return Ok(frame.apdu);
             }

@@ -42,45 +42,20 @@ pub struct MeterConfig {
 impl MeterConfig {
     /// An ordinary single-phase meter: client SAP 1 with HLS 5 on the first security setup, public
     /// client SAP 16, a clock, an energy register and a disconnect control.
-    pub fn ordinary(
-        system_title: SystemTitle,
-        security_suite: SecuritySuite,
-        setup: SecuritySetupConfig,
-    ) -> Self {
+    pub fn ordinary(system_title: SystemTitle, security_suite: SecuritySuite, setup: SecuritySetupConfig) -> Self {
         Self {
             system_title,
             logical_device_name: default_logical_device_name(),
             security_suite,
             associations: vec![
-                AssociationConfig {
-                    client_sap: MANAGEMENT_CLIENT_SAP,
-                    mechanism: MechanismConfig::HighGmac,
-                    security_setup: Some(setup.logical_name),
-                },
-                AssociationConfig {
-                    client_sap: PUBLIC_CLIENT_SAP,
-                    mechanism: MechanismConfig::Lowest,
-                    security_setup: None,
-                },
+                AssociationConfig { client_sap: MANAGEMENT_CLIENT_SAP, mechanism: MechanismConfig::HighGmac, security_setup: Some(setup.logical_name) },
+                AssociationConfig { client_sap: PUBLIC_CLIENT_SAP, mechanism: MechanismConfig::Lowest, security_setup: None },
             ],
             security_setups: vec![setup],
             objects: vec![
-                ObjectConfig::Register {
-                    logical_name: Obis::ACTIVE_ENERGY_IMPORT,
-                    value: Data::DoubleLongUnsigned(123_456),
-                    scaler: 0,
-                    unit: WATT_HOUR,
-                },
-                ObjectConfig::Clock {
-                    logical_name: Obis::CLOCK,
-                    time: [
-                        0x07, 0xEA, 0x01, 0x01, 0x04, 0x0C, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00,
-                    ],
-                },
-                ObjectConfig::DisconnectControl {
-                    logical_name: Obis::DISCONNECT_CONTROL,
-                    connected: true,
-                },
+                ObjectConfig::Register { logical_name: Obis::ACTIVE_ENERGY_IMPORT, value: Data::DoubleLongUnsigned(123_456), scaler: 0, unit: WATT_HOUR },
+                ObjectConfig::Clock { logical_name: Obis::CLOCK, time: [0x07, 0xEA, 0x01, 0x01, 0x04, 0x0C, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00] },
+                ObjectConfig::DisconnectControl { logical_name: Obis::DISCONNECT_CONTROL, connected: true },
             ],
             max_receive_pdu_size: default_pdu_size(),
             behaviour: Behaviour::default(),

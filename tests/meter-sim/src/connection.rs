@@ -2,13 +2,9 @@
 
 use std::ops::RangeInclusive;
 
-use crate::acse::{
-    AARQ, ApplicationContext, AssociationRequest, AssociationResponse, Mechanism, RLRQ, Release,
-};
+use crate::acse::{AARQ, ApplicationContext, AssociationRequest, AssociationResponse, Mechanism, RLRQ, Release};
 use crate::axdr::Data;
-use crate::ciphered::{
-    CipheredApdu, GLO_INITIATE_REQUEST, GLO_INITIATE_RESPONSE, encode_initiate, parse_initiate,
-};
+use crate::ciphered::{CipheredApdu, GLO_INITIATE_REQUEST, GLO_INITIATE_RESPONSE, encode_initiate, parse_initiate};
 use crate::config::{AssociationConfig, MechanismConfig};
 use crate::inspect::{NoncePurpose, Refusal};
 use crate::meter::{KeyRecord, MeterState, RequestKind};
@@ -16,9 +12,8 @@ use crate::objects::{CLASS_ASSOCIATION, CLASS_SECURITY_SETUP, ReaderContext};
 use crate::protection::{Challenges, Dedicated, Received};
 use crate::security::{CipheredContent, Ciphering, SecurityControl};
 use crate::xdlms::{
-    DECIPHERING_ERROR, ExceptionResponse, InitiateRequest, InitiateResponse, MethodDescriptor,
-    OPERATION_NOT_POSSIBLE, OTHER_REASON, PDU_TOO_LONG, SERVICE_NOT_ALLOWED, SERVICE_NOT_SUPPORTED,
-    SERVICE_UNKNOWN, ServiceRequest, ServiceResponse,
+    DECIPHERING_ERROR, ExceptionResponse, InitiateRequest, InitiateResponse, MethodDescriptor, OPERATION_NOT_POSSIBLE, OTHER_REASON, PDU_TOO_LONG,
+    SERVICE_NOT_ALLOWED, SERVICE_NOT_SUPPORTED, SERVICE_UNKNOWN, ServiceRequest, ServiceResponse,
 };
 use crate::{Error, Meter, Obis, SystemTitle, xdlms};
 
@@ -34,21 +29,12 @@ pub struct Connection {
 impl Connection {
     /// A new connection without an association.
     pub fn new(meter: Meter, client_sap: u16) -> Self {
-        Self {
-            meter,
-            client_sap,
-            association: None,
-            previous_answer: None,
-        }
+        Self { meter, client_sap, association: None, previous_answer: None }
     }
 
     /// A connection with a pre-established ciphered association of `client`, as IEC 62056-5-3 knows
     /// it: no AARQ, no HLS. The client SAP must be one with `high-gmac`.
-    pub fn pre_established(
-        meter: Meter,
-        client_sap: u16,
-        client: SystemTitle,
-    ) -> Result<Self, Error> {
+    pub fn pre_established(meter: Meter, client_sap: u16, client: SystemTitle) -> Result<Self, Error> {
         let association = {
             let state = meter.lock();
             let config = association_config(&state, client_sap)
@@ -77,9 +63,7 @@ impl Connection {
     /// Whether an association is open and, with HLS, authenticated.
     pub fn is_associated(&self) -> bool {
         let epoch = self.meter.lock().epoch;
-        self.association.as_ref().is_some_and(|association| {
-            association.epoch == epoch && association.challenges.is_none()
-        })
+        self.association.as_ref().is_some_and(|association| association.epoch == epoch && association.challenges.is_none())
     }
 
     /// Carries out one request of any bytes and returns the answer. A broadcast has none. No network
@@ -107,32 +91,20 @@ impl Connection {
         }
         let state = self.meter.lock();
         match self.peek(&state, apdu) {
-            Some(ServiceRequest::Action { method, .. }) if is_key_transfer(&method) => {
-                RequestKind::KeyTransfer
-            }
+            Some(ServiceRequest::Action { method, .. }) if is_key_transfer(&method) => RequestKind::KeyTransfer,
             _ => RequestKind::Other,
         }
     }
 
-    fn dispatch(
-        &mut self,
-        state: &mut MeterState,
-        apdu: &[u8],
-    ) -> Result<Option<Vec<u8>>, Refused> {
+    fn dispatch(&mut self, state: &mut MeterState, apdu: &[u8]) -> Result<Option<Vec<u8>>, Refused> {
         let limit = usize::from(state.config.max_receive_pdu_size);
         if limit != 0 && apdu.len() > limit {
-            return Err(Refused::new(
-                SERVICE_NOT_ALLOWED,
-                PDU_TOO_LONG,
-                Refusal::Malformed,
-            ));
+            return Err(Refused::new(SERVICE_NOT_ALLOWED, PDU_TOO_LONG, Refusal::Malformed));
         }
         match apdu.first() {
             Some(&AARQ) => self.associate(state, apdu).map(Some),
             Some(&RLRQ) => self.release(state, apdu).map(Some),
-            Some(&(xdlms::GET_REQUEST | xdlms::SET_REQUEST | xdlms::ACTION_REQUEST)) => {
-                self.plain_service(state, apdu).map(Some)
-            }
+            Some(&(xdlms::GET_REQUEST | xdlms::SET_REQUEST | xdlms::ACTION_REQUEST)) => self.plain_service(state, apdu).map(Some),
             Some(&tag) if CipheredApdu::has_tag(tag) => {
                 let apdu = CipheredApdu::parse(apdu).map_err(|_| Refused::malformed())?;
                 if apdu.content.control.is_broadcast() {
@@ -144,11 +116,7 @@ impl Connection {
                     self.ciphered_service(state, &apdu).map(Some)
                 }
             }
-            _ => Err(Refused::new(
-                SERVICE_UNKNOWN,
-                SERVICE_NOT_SUPPORTED,
-                Refusal::Malformed,
-            )),
+            _ => Err(Refused::new(SERVICE_UNKNOWN, SERVICE_NOT_SUPPORTED, Refusal::Malformed)),
         }
     }
 
@@ -177,57 +145,26 @@ impl Connection {
         }
     }
 
-    fn check_association(
-        &self,
-        state: &mut MeterState,
-        request: &AssociationRequest,
-    ) -> Result<Result<AcceptedAssociation, u8>, Refused> {
+    fn check_association(&self, state: &mut MeterState, request: &AssociationRequest) -> Result<Result<AcceptedAssociation, u8>, Refused> {
         let Some(config) = association_config(state, self.client_sap) else {
             return Ok(Err(NO_REASON_GIVEN));
         };
         match &config.mechanism {
-            MechanismConfig::Lowest if request.mechanism != Mechanism::Lowest => {
-                Ok(Err(MECHANISM_NOT_RECOGNISED))
-            }
-            MechanismConfig::Low(_) if request.mechanism != Mechanism::Low => {
-                Ok(Err(AUTHENTICATION_REQUIRED))
-            }
-            MechanismConfig::Low(secret)
-                if !request
-                    .authentication_value
-                    .as_ref()
-                    .is_some_and(|value| secret.matches(value)) =>
-            {
+            MechanismConfig::Lowest if request.mechanism != Mechanism::Lowest => Ok(Err(MECHANISM_NOT_RECOGNISED)),
+            MechanismConfig::Low(_) if request.mechanism != Mechanism::Low => Ok(Err(AUTHENTICATION_REQUIRED)),
+            MechanismConfig::Low(secret) if !request.authentication_value.as_ref().is_some_and(|value| secret.matches(value)) => {
                 Ok(Err(AUTHENTICATION_FAILURE))
             }
-            MechanismConfig::Lowest | MechanismConfig::Low(_)
-                if request.context != ApplicationContext::LogicalName =>
-            {
-                Ok(Err(CONTEXT_NOT_SUPPORTED))
-            }
-            MechanismConfig::Lowest | MechanismConfig::Low(_) => {
-                self.associate_plain(state, config, request).map(Ok)
-            }
-            MechanismConfig::HighGmac if request.mechanism != Mechanism::HighGmac => {
-                Ok(Err(AUTHENTICATION_REQUIRED))
-            }
-            MechanismConfig::HighGmac
-                if request.context != ApplicationContext::LogicalNameCiphering =>
-            {
-                Ok(Err(CONTEXT_NOT_SUPPORTED))
-            }
+            MechanismConfig::Lowest | MechanismConfig::Low(_) if request.context != ApplicationContext::LogicalName => Ok(Err(CONTEXT_NOT_SUPPORTED)),
+            MechanismConfig::Lowest | MechanismConfig::Low(_) => self.associate_plain(state, config, request).map(Ok),
+            MechanismConfig::HighGmac if request.mechanism != Mechanism::HighGmac => Ok(Err(AUTHENTICATION_REQUIRED)),
+            MechanismConfig::HighGmac if request.context != ApplicationContext::LogicalNameCiphering => Ok(Err(CONTEXT_NOT_SUPPORTED)),
             MechanismConfig::HighGmac => self.associate_ciphered(state, config, request),
         }
     }
 
-    fn associate_plain(
-        &self,
-        state: &MeterState,
-        config: AssociationConfig,
-        request: &AssociationRequest,
-    ) -> Result<AcceptedAssociation, Refused> {
-        let initiate =
-            InitiateRequest::parse(&request.user_information).map_err(|_| Refused::malformed())?;
+    fn associate_plain(&self, state: &MeterState, config: AssociationConfig, request: &AssociationRequest) -> Result<AcceptedAssociation, Refused> {
+        let initiate = InitiateRequest::parse(&request.user_information).map_err(|_| Refused::malformed())?;
         Ok(AcceptedAssociation {
             response: AssociationResponse {
                 context: request.context,
@@ -273,34 +210,20 @@ impl Connection {
         if content.control.is_broadcast() {
             return Err(Refused::not_allowed());
         }
-        let received = state
-            .receive_global(setup, client, &content, NoncePurpose::Initiate)
-            .map_err(|reason| Refused::protection(reason, SERVICE_NOT_ALLOWED))?;
-        let initiate =
-            InitiateRequest::parse(&received.plaintext).map_err(|_| Refused::malformed())?;
+        let received =
+            state.receive_global(setup, client, &content, NoncePurpose::Initiate).map_err(|reason| Refused::protection(reason, SERVICE_NOT_ALLOWED))?;
+        let initiate = InitiateRequest::parse(&received.plaintext).map_err(|_| Refused::malformed())?;
         let dedicated = match &initiate.dedicated_key {
-            Some(key) if key.expose().len() == state.suite().key_length() => Some(Dedicated {
-                generation: state.dedicated_generation(key),
-                record: KeyRecord::new(key.clone()),
-            }),
+            Some(key) if key.expose().len() == state.suite().key_length() => {
+                Some(Dedicated { generation: state.dedicated_generation(key), record: KeyRecord::new(key.clone()) })
+            }
             Some(_) => return Err(Refused::malformed()),
             None => None,
         };
-        let mut meter_challenge =
-            vec![
-                0;
-                usize::from(state.config.behaviour.challenge_length)
-                    .clamp(*CHALLENGE_LENGTHS.start(), *CHALLENGE_LENGTHS.end())
-            ];
+        let mut meter_challenge = vec![0; usize::from(state.config.behaviour.challenge_length).clamp(*CHALLENGE_LENGTHS.start(), *CHALLENGE_LENGTHS.end())];
         getrandom::fill(&mut meter_challenge).map_err(|_| Refused::other())?;
         let answer = state
-            .send_global(
-                setup,
-                &received,
-                answer_control(&content),
-                &initiate_response(state, &initiate).encode(),
-                NoncePurpose::Initiate,
-            )
+            .send_global(setup, &received, answer_control(&content), &initiate_response(state, &initiate).encode(), NoncePurpose::Initiate)
             .map_err(|_| Refused::not_possible())?;
         Ok(Ok(AcceptedAssociation {
             response: AssociationResponse {
@@ -318,10 +241,7 @@ impl Connection {
                 setup: Some(setup),
                 client_title: Some(client),
                 dedicated,
-                challenges: Some(Challenges {
-                    client: client_challenge,
-                    meter: meter_challenge,
-                }),
+                challenges: Some(Challenges { client: client_challenge, meter: meter_challenge }),
                 client_max_receive_pdu_size: initiate.client_max_receive_pdu_size,
             },
         }))
@@ -332,24 +252,15 @@ impl Connection {
         let association = self.association.as_ref().ok_or(Refused::not_allowed())?;
         let user_information = match (request.user_information, association.ciphered()) {
             (Some(information), Some((setup, client))) => {
-                let content = parse_initiate(GLO_INITIATE_REQUEST, &information)
-                    .map_err(|_| Refused::malformed())?;
+                let content = parse_initiate(GLO_INITIATE_REQUEST, &information).map_err(|_| Refused::malformed())?;
                 if content.control.is_broadcast() {
                     return Err(Refused::not_allowed());
                 }
-                let received = state
-                    .receive_global(setup, client, &content, NoncePurpose::Initiate)
-                    .map_err(|reason| Refused::protection(reason, SERVICE_UNKNOWN))?;
-                let initiate = InitiateRequest::parse(&received.plaintext)
-                    .map_err(|_| Refused::malformed())?;
+                let received =
+                    state.receive_global(setup, client, &content, NoncePurpose::Initiate).map_err(|reason| Refused::protection(reason, SERVICE_UNKNOWN))?;
+                let initiate = InitiateRequest::parse(&received.plaintext).map_err(|_| Refused::malformed())?;
                 let answer = state
-                    .send_global(
-                        setup,
-                        &received,
-                        answer_control(&content),
-                        &initiate_response(state, &initiate).encode(),
-                        NoncePurpose::Initiate,
-                    )
+                    .send_global(setup, &received, answer_control(&content), &initiate_response(state, &initiate).encode(), NoncePurpose::Initiate)
                     .map_err(|_| Refused::not_possible())?;
                 Some(encode_initiate(GLO_INITIATE_RESPONSE, &answer))
             }
@@ -357,11 +268,7 @@ impl Connection {
             _ => None,
         };
         self.association = None;
-        Ok(Release {
-            reason: Some(0),
-            user_information,
-        }
-        .encode_response())
+        Ok(Release { reason: Some(0), user_information }.encode_response())
     }
 
     fn plain_service(&mut self, state: &mut MeterState, apdu: &[u8]) -> Result<Vec<u8>, Refused> {
@@ -375,35 +282,23 @@ impl Connection {
         Ok(answer)
     }
 
-    fn ciphered_service(
-        &mut self,
-        state: &mut MeterState,
-        apdu: &CipheredApdu,
-    ) -> Result<Vec<u8>, Refused> {
+    fn ciphered_service(&mut self, state: &mut MeterState, apdu: &CipheredApdu) -> Result<Vec<u8>, Refused> {
         let association = self.association.as_mut().ok_or(Refused::not_allowed())?;
         let (setup, client) = association.ciphered().ok_or(Refused::not_allowed())?;
         if apdu.title.is_some_and(|title| title != client) {
             return Err(Refused::protection(Refusal::Deciphering, SERVICE_UNKNOWN));
         }
         let received = if apdu.form.is_dedicated() {
-            let dedicated = association
-                .dedicated
-                .as_mut()
-                .ok_or(Refused::protection(Refusal::Deciphering, SERVICE_UNKNOWN))?;
+            let dedicated = association.dedicated.as_mut().ok_or(Refused::protection(Refusal::Deciphering, SERVICE_UNKNOWN))?;
             state.receive_dedicated(setup, client, dedicated, &apdu.content)
         } else {
             state.receive_global(setup, client, &apdu.content, NoncePurpose::Service)
         }
         .map_err(|reason| Refused::protection(reason, SERVICE_UNKNOWN))?;
-        if !received
-            .plaintext
-            .first()
-            .is_some_and(|tag| apdu.may_carry(*tag))
-        {
+        if !received.plaintext.first().is_some_and(|tag| apdu.may_carry(*tag)) {
             return Err(Refused::malformed());
         }
-        let request =
-            ServiceRequest::parse(&received.plaintext).map_err(|_| Refused::malformed())?;
+        let request = ServiceRequest::parse(&received.plaintext).map_err(|_| Refused::malformed())?;
         let answer = self.serve(state, request, Some(&received))?.encode();
         let tag = answer.first().copied().ok_or(Refused::other())?;
         // The answer to a key_transfer leaves under the keys that its request came under.
@@ -416,9 +311,7 @@ impl Connection {
             _ => state.send_global(setup, &received, control, &answer, NoncePurpose::Service),
         }
         .map_err(|_| Refused::not_possible())?;
-        let answer = CipheredApdu::new(apdu.form, tag, state.config.system_title, content)
-            .map_err(|_| Refused::other())?
-            .encode();
+        let answer = CipheredApdu::new(apdu.form, tag, state.config.system_title, content).map_err(|_| Refused::other())?.encode();
         self.check_length(&answer)?;
         if received.ends_association.get() {
             self.association = None;
@@ -428,28 +321,15 @@ impl Connection {
 
     /// A broadcast needs no association, has no answer, and reaches no security object.
     fn broadcast(&mut self, state: &mut MeterState, apdu: &CipheredApdu) -> Result<(), Refused> {
-        let setup = association_config(state, self.client_sap)
-            .and_then(|config| config.security_setup)
-            .ok_or(Refused::not_allowed())?;
-        let associated = self
-            .association
-            .as_ref()
-            .and_then(|association| association.client_title);
-        let client = apdu
-            .title
-            .or(associated)
-            .filter(|client| state.accepts_client(setup, client))
-            .ok_or(Refused::not_allowed())?;
+        let setup = association_config(state, self.client_sap).and_then(|config| config.security_setup).ok_or(Refused::not_allowed())?;
+        let associated = self.association.as_ref().and_then(|association| association.client_title);
+        let client = apdu.title.or(associated).filter(|client| state.accepts_client(setup, client)).ok_or(Refused::not_allowed())?;
         if apdu.form.is_dedicated() {
             return Err(Refused::not_allowed());
         }
-        let received = state
-            .receive_broadcast(setup, client, &apdu.content)
-            .map_err(|reason| Refused::protection(reason, SERVICE_UNKNOWN))?;
+        let received = state.receive_broadcast(setup, client, &apdu.content).map_err(|reason| Refused::protection(reason, SERVICE_UNKNOWN))?;
         match ServiceRequest::parse(&received.plaintext) {
-            Ok(ServiceRequest::Set {
-                attribute, value, ..
-            }) if apdu.may_carry(xdlms::SET_REQUEST) => {
+            Ok(ServiceRequest::Set { attribute, value, .. }) if apdu.may_carry(xdlms::SET_REQUEST) => {
                 state.objects.set(&attribute, value);
                 Ok(())
             }
@@ -461,23 +341,11 @@ impl Connection {
         }
     }
 
-    fn serve(
-        &mut self,
-        state: &mut MeterState,
-        request: ServiceRequest,
-        received: Option<&Received>,
-    ) -> Result<ServiceResponse, Refused> {
+    fn serve(&mut self, state: &mut MeterState, request: ServiceRequest, received: Option<&Received>) -> Result<ServiceResponse, Refused> {
         let association = self.association.as_mut().ok_or(Refused::not_allowed())?;
         if let Some(challenges) = &association.challenges {
-            let (
-                Some(received),
-                Some((setup, client)),
-                ServiceRequest::Action {
-                    invoke,
-                    method,
-                    argument: Some(Data::OctetString(answer)),
-                },
-            ) = (received, association.ciphered(), request)
+            let (Some(received), Some((setup, client)), ServiceRequest::Action { invoke, method, argument: Some(Data::OctetString(answer)) }) =
+                (received, association.ciphered(), request)
             else {
                 return Err(Refused::not_allowed());
             };
@@ -488,69 +356,30 @@ impl Connection {
             return Ok(match returned {
                 Ok(returned) => {
                     association.challenges = None;
-                    ServiceResponse::Action {
-                        invoke,
-                        result: 0,
-                        returned: Some(Data::OctetString(returned)),
-                    }
+                    ServiceResponse::Action { invoke, result: 0, returned: Some(Data::OctetString(returned)) }
                 }
                 Err(reason) => {
                     state.record_refusal(reason);
                     received.ends_association.set(true);
-                    ServiceResponse::Action {
-                        invoke,
-                        result: xdlms::DataAccessResult::OTHER_REASON.0,
-                        returned: None,
-                    }
+                    ServiceResponse::Action { invoke, result: xdlms::DataAccessResult::OTHER_REASON.0, returned: None }
                 }
             });
         }
-        let reader = ReaderContext {
-            mechanism: &association.mechanism,
-            setup: association.setup,
-            client_title: association.client_title,
-        };
+        let reader = ReaderContext { mechanism: &association.mechanism, setup: association.setup, client_title: association.client_title };
         let get = |attribute, selective| {
-            if selective {
-                Err(xdlms::DataAccessResult::SCOPE_OF_ACCESS_VIOLATED)
-            } else {
-                state.get(&attribute, &reader)
-            }
+            if selective { Err(xdlms::DataAccessResult::SCOPE_OF_ACCESS_VIOLATED) } else { state.get(&attribute, &reader) }
         };
         let may_write = !matches!(association.mechanism, MechanismConfig::Lowest);
         Ok(match request {
-            ServiceRequest::Get {
+            ServiceRequest::Get { invoke, attribute, selective } => ServiceResponse::Get { invoke, result: get(attribute, selective) },
+            ServiceRequest::GetWithList { invoke, attributes } => {
+                ServiceResponse::GetWithList { invoke, results: attributes.into_iter().map(|(attribute, selective)| get(attribute, selective)).collect() }
+            }
+            ServiceRequest::Set { invoke, attribute, value } => ServiceResponse::Set {
                 invoke,
-                attribute,
-                selective,
-            } => ServiceResponse::Get {
-                invoke,
-                result: get(attribute, selective),
+                result: if may_write { state.objects.set(&attribute, value) } else { xdlms::DataAccessResult::READ_WRITE_DENIED },
             },
-            ServiceRequest::GetWithList { invoke, attributes } => ServiceResponse::GetWithList {
-                invoke,
-                results: attributes
-                    .into_iter()
-                    .map(|(attribute, selective)| get(attribute, selective))
-                    .collect(),
-            },
-            ServiceRequest::Set {
-                invoke,
-                attribute,
-                value,
-            } => ServiceResponse::Set {
-                invoke,
-                result: if may_write {
-                    state.objects.set(&attribute, value)
-                } else {
-                    xdlms::DataAccessResult::READ_WRITE_DENIED
-                },
-            },
-            ServiceRequest::Action {
-                invoke,
-                method,
-                argument,
-            } => ServiceResponse::Action {
+            ServiceRequest::Action { invoke, method, argument } => ServiceResponse::Action {
                 invoke,
                 result: if !may_write {
                     xdlms::DataAccessResult::READ_WRITE_DENIED.0
@@ -569,25 +398,15 @@ impl Connection {
     }
 
     fn check_length(&self, answer: &[u8]) -> Result<(), Refused> {
-        let limit = self.association.as_ref().map_or(0, |association| {
-            usize::from(association.client_max_receive_pdu_size)
-        });
+        let limit = self.association.as_ref().map_or(0, |association| usize::from(association.client_max_receive_pdu_size));
         if limit != 0 && answer.len() > limit {
-            return Err(Refused::new(
-                SERVICE_NOT_ALLOWED,
-                PDU_TOO_LONG,
-                Refusal::NotAllowed,
-            ));
+            return Err(Refused::new(SERVICE_NOT_ALLOWED, PDU_TOO_LONG, Refusal::NotAllowed));
         }
         Ok(())
     }
 
     fn end_outdated_association(&mut self, state: &MeterState) {
-        if self
-            .association
-            .as_ref()
-            .is_some_and(|association| association.epoch != state.epoch)
-        {
+        if self.association.as_ref().is_some_and(|association| association.epoch != state.epoch) {
             self.association = None;
         }
     }
@@ -598,15 +417,8 @@ impl Connection {
         let association = self.association.as_ref()?;
         let (setup, client) = association.ciphered()?;
         let setup = state.setup(setup)?;
-        let encryption = if apdu.form.is_dedicated() {
-            association.dedicated.as_ref()?.record.key.clone()
-        } else {
-            setup.guek.current().key.clone()
-        };
-        let ciphering = Ciphering {
-            encryption,
-            authentication: setup.gak.current().key.clone(),
-        };
+        let encryption = if apdu.form.is_dedicated() { association.dedicated.as_ref()?.record.key.clone() } else { setup.guek.current().key.clone() };
+        let ciphering = Ciphering { encryption, authentication: setup.gak.current().key.clone() };
         ServiceRequest::parse(&ciphering.open(&client, &apdu.content).ok()?).ok()
     }
 }
@@ -645,10 +457,7 @@ struct Refused {
 
 impl Refused {
     const fn new(state: u8, service: u8, reason: Refusal) -> Self {
-        Self {
-            exception: ExceptionResponse::new(state, service),
-            reason,
-        }
+        Self { exception: ExceptionResponse::new(state, service), reason }
     }
 
     const fn malformed() -> Self {
@@ -656,11 +465,7 @@ impl Refused {
     }
 
     const fn not_allowed() -> Self {
-        Self::new(
-            SERVICE_NOT_ALLOWED,
-            OPERATION_NOT_POSSIBLE,
-            Refusal::NotAllowed,
-        )
+        Self::new(SERVICE_NOT_ALLOWED, OPERATION_NOT_POSSIBLE, Refusal::NotAllowed)
     }
 
     const fn not_possible() -> Self {
@@ -676,9 +481,7 @@ impl Refused {
     const fn protection(reason: Refusal, state: u8) -> Self {
         let exception = match reason {
             Refusal::Counter { last, .. } => ExceptionResponse::invocation_counter(last),
-            Refusal::NotAllowed => {
-                ExceptionResponse::new(SERVICE_NOT_ALLOWED, OPERATION_NOT_POSSIBLE)
-            }
+            Refusal::NotAllowed => ExceptionResponse::new(SERVICE_NOT_ALLOWED, OPERATION_NOT_POSSIBLE),
             _ => ExceptionResponse::new(state, DECIPHERING_ERROR),
         };
         Self { exception, reason }
@@ -686,21 +489,13 @@ impl Refused {
 }
 
 fn association_config(state: &MeterState, client_sap: u16) -> Option<AssociationConfig> {
-    state
-        .config
-        .associations
-        .iter()
-        .find(|association| association.client_sap == client_sap)
-        .cloned()
+    state.config.associations.iter().find(|association| association.client_sap == client_sap).cloned()
 }
 
 fn initiate_response(state: &MeterState, request: &InitiateRequest) -> InitiateResponse {
     let [a, b, c] = request.conformance;
     let [x, y, z] = CONFORMANCE;
-    InitiateResponse {
-        conformance: [a & x, b & y, c & z],
-        server_max_receive_pdu_size: state.config.max_receive_pdu_size,
-    }
+    InitiateResponse { conformance: [a & x, b & y, c & z], server_max_receive_pdu_size: state.config.max_receive_pdu_size }
 }
 
 /// An answer is protected like its request.
@@ -709,9 +504,7 @@ const fn answer_control(content: &CipheredContent) -> SecurityControl {
 }
 
 fn is_reply_to_hls(method: &MethodDescriptor) -> bool {
-    method.class == CLASS_ASSOCIATION
-        && method.instance == Obis::CURRENT_ASSOCIATION
-        && method.method == 1
+    method.class == CLASS_ASSOCIATION && method.instance == Obis::CURRENT_ASSOCIATION && method.method == 1
 }
 
 fn is_key_transfer(method: &MethodDescriptor) -> bool {

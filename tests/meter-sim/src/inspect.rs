@@ -103,10 +103,7 @@ impl RepeatedNonce {
                 let nonce = (number, nonce_use.sender, nonce_use.counter);
                 let first = first_uses.entry(nonce).or_insert(nonce_use);
                 if first.tag != nonce_use.tag {
-                    repeated.push(Self {
-                        first: *first,
-                        second: nonce_use,
-                    });
+                    repeated.push(Self { first: *first, second: nonce_use });
                 }
             }
         }

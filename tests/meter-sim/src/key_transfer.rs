@@ -9,18 +9,12 @@ use crate::{KeyId, Obis, SymmetricKey};
 
 impl MeterState {
     /// Carries out a method of a security setup; the result is an `Action-Result`.
-    pub(crate) fn act_on_security_setup(
-        &mut self,
-        method: &MethodDescriptor,
-        argument: Option<&Data>,
-    ) -> u8 {
+    pub(crate) fn act_on_security_setup(&mut self, method: &MethodDescriptor, argument: Option<&Data>) -> u8 {
         if self.setup(method.instance).is_none() {
             return DataAccessResult::OBJECT_UNDEFINED.0;
         }
         match (method.method, argument) {
-            (SECURITY_ACTIVATE, Some(Data::Enum(policy))) => {
-                self.security_activate(method.instance, *policy)
-            }
+            (SECURITY_ACTIVATE, Some(Data::Enum(policy))) => self.security_activate(method.instance, *policy),
             (KEY_TRANSFER, Some(Data::Array(items))) => self.key_transfer(method.instance, items),
             (SECURITY_ACTIVATE | KEY_TRANSFER, _) => DataAccessResult::TYPE_UNMATCHED.0,
             _ => DataAccessResult::READ_WRITE_DENIED.0,
@@ -69,11 +63,7 @@ impl MeterState {
     }
 
     /// The keys up to the first bad item, and the `Action-Result` of that item.
-    fn unwrap_items(
-        &self,
-        setup: Obis,
-        items: &[Data],
-    ) -> (Vec<(KeyId, SymmetricKey)>, Option<u8>) {
+    fn unwrap_items(&self, setup: Obis, items: &[Data]) -> (Vec<(KeyId, SymmetricKey)>, Option<u8>) {
         let mut keys = Vec::new();
         let Some(setup) = self.setup(setup) else {
             return (keys, Some(DataAccessResult::OBJECT_UNDEFINED.0));
@@ -83,9 +73,7 @@ impl MeterState {
             let Some((id, wrapped)) = read_item(item) else {
                 return (keys, Some(DataAccessResult::TYPE_UNMATCHED.0));
             };
-            let key = crate::security::unwrap_key(&kek, wrapped)
-                .ok()
-                .filter(|key| key.expose().len() == self.suite().key_length());
+            let key = crate::security::unwrap_key(&kek, wrapped).ok().filter(|key| key.expose().len() == self.suite().key_length());
             let Some(key) = key else {
                 return (keys, Some(self.config.behaviour.wrong_kek_result));
             };
@@ -101,17 +89,7 @@ impl MeterState {
 
 /// The argument of `key_transfer`: each key's id and its wrapped form.
 pub fn key_transfer_argument(items: &[(KeyId, &[u8])]) -> Data {
-    Data::Array(
-        items
-            .iter()
-            .map(|(id, wrapped)| {
-                Data::Structure(vec![
-                    Data::Enum(id.id()),
-                    Data::OctetString(wrapped.to_vec()),
-                ])
-            })
-            .collect(),
-    )
+    Data::Array(items.iter().map(|(id, wrapped)| Data::Structure(vec![Data::Enum(id.id()), Data::OctetString(wrapped.to_vec())])).collect())
 }
 
 /// Method 1 of the security setup.

@@ -39,9 +39,6 @@ pub use connection::Connection;
 pub use error::Error;
 pub use meter::Meter;
 pub use network::Delivery;
-pub use objects::{
-    CLASS_ASSOCIATION, CLASS_CLOCK, CLASS_DATA, CLASS_DISCONNECT_CONTROL, CLASS_REGISTER,
-    CLASS_SECURITY_SETUP,
-};
+pub use objects::{CLASS_ASSOCIATION, CLASS_CLOCK, CLASS_DATA, CLASS_DISCONNECT_CONTROL, CLASS_REGISTER, CLASS_SECURITY_SETUP};
 pub use server::{MeterDirectory, ServeOptions, serve};
 pub use types::{KeyId, Obis, Secret, SecuritySuite, SymmetricKey, SystemTitle};

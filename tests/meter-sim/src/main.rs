@@ -55,9 +55,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     let mut text = Zeroizing::new(String::new());
     match (arguments.next(), arguments.next()) {
         (None, _) => std::io::stdin().read_to_string(&mut text)?,
-        (Some(path), None) => std::fs::File::open(&path)
-            .map_err(|error| format!("cannot open `{}`: {error}", path.display()))?
-            .read_to_string(&mut text)?,
+        (Some(path), None) => std::fs::File::open(&path).map_err(|error| format!("cannot open `{}`: {error}", path.display()))?.read_to_string(&mut text)?,
         (Some(_), Some(_)) => return Err("usage: meter-sim [FILE]".into()),
     };
     let simulation: Simulation = serde_json::from_str(&text)?;
@@ -68,25 +66,17 @@ fn run() -> Result<(), Box<dyn Error>> {
 async fn simulate(simulation: Simulation) -> Result<(), Box<dyn Error>> {
     let mut tasks = tokio::task::JoinSet::new();
     for listener in simulation.listeners {
-        let directory = match (listener.meter, listener.meters) {
-            (Some(meter), meters) if meters.is_empty() => MeterDirectory::One(Meter::new(meter)?),
-            (None, meters) if !meters.is_empty() => MeterDirectory::ByDestination(Arc::new(
-                meters
-                    .into_iter()
-                    .map(|(destination, meter)| Ok((destination, Meter::new(meter)?)))
-                    .collect::<Result<_, meter_sim::Error>>()?,
-            )),
-            _ => {
-                return Err(format!(
-                    "listener `{}` needs either `meter` or `meters`",
-                    listener.address
-                )
-                .into());
-            }
-        };
-        let socket = TcpListener::bind(&listener.address)
-            .await
-            .map_err(|error| format!("cannot listen on `{}`: {error}", listener.address))?;
+        let directory =
+            match (listener.meter, listener.meters) {
+                (Some(meter), meters) if meters.is_empty() => MeterDirectory::One(Meter::new(meter)?),
+                (None, meters) if !meters.is_empty() => MeterDirectory::ByDestination(Arc::new(
+                    meters.into_iter().map(|(destination, meter)| Ok((destination, Meter::new(meter)?))).collect::<Result<_, meter_sim::Error>>()?,
+                )),
+                _ => {
+                    return Err(format!("listener `{}` needs either `meter` or `meters`", listener.address).into());
+                }
+            };
+        let socket = TcpListener::bind(&listener.address).await.map_err(|error| format!("cannot listen on `{}`: {error}", listener.address))?;
         writeln!(std::io::stdout(), "{}", socket.local_addr()?)?;
         tasks.spawn(serve(socket, directory, ServeOptions::default()));
     }

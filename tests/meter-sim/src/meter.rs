@@ -20,9 +20,7 @@ impl Meter {
     /// A meter as `config` describes it. Refuses keys that are not of the suite's length, security
     /// setups with one name, and associations that name a security setup that is not there.
     pub fn new(config: MeterConfig) -> Result<Self, Error> {
-        Ok(Self {
-            state: Arc::new(Mutex::new(MeterState::new(config)?)),
-        })
+        Ok(Self { state: Arc::new(Mutex::new(MeterState::new(config)?)) })
     }
 
     /// The meter's system title.
@@ -80,18 +78,8 @@ impl Meter {
     pub fn nonce_key_for_inspection(&self, key: NonceKey) -> Option<SymmetricKey> {
         let state = self.lock();
         match key {
-            NonceKey::Unicast { setup, generation } => {
-                Some(state.setup(setup)?.guek.record(generation)?.key.clone())
-            }
-            NonceKey::Broadcast { setup, generation } => Some(
-                state
-                    .setup(setup)?
-                    .gbek
-                    .as_ref()?
-                    .record(generation)?
-                    .key
-                    .clone(),
-            ),
+            NonceKey::Unicast { setup, generation } => Some(state.setup(setup)?.guek.record(generation)?.key.clone()),
+            NonceKey::Broadcast { setup, generation } => Some(state.setup(setup)?.gbek.as_ref()?.record(generation)?.key.clone()),
             NonceKey::Dedicated { generation } => state.dedicated_keys.get(generation).cloned(),
         }
     }
@@ -101,11 +89,7 @@ impl Meter {
     pub fn last_accepted_counter(&self, setup: Obis, client: &SystemTitle) -> Option<u32> {
         let state = self.lock();
         let setup = state.setup(setup)?;
-        setup
-            .guek
-            .current()
-            .received
-            .last(setup.counter_scope, client)
+        setup.guek.current().received.last(setup.counter_scope, client)
     }
 
     /// Every nonce that the meter saw proven or used itself, in order. It grows with every message.
@@ -163,15 +147,8 @@ impl MeterState {
         let mut setups: Vec<Setup> = Vec::new();
         for setup in &config.security_setups {
             let keys = [&setup.guek, &setup.gak, &setup.kek];
-            if keys
-                .into_iter()
-                .chain(&setup.gbek)
-                .any(|key| key.expose().len() != length)
-            {
-                return Err(Error::malformed(
-                    "security setup",
-                    "has a key that is not of the suite's length",
-                ));
+            if keys.into_iter().chain(&setup.gbek).any(|key| key.expose().len() != length) {
+                return Err(Error::malformed("security setup", "has a key that is not of the suite's length"));
             }
             if setups.iter().any(|other| other.name == setup.logical_name) {
                 return Err(Error::malformed("security setup", "has a name twice"));
@@ -181,16 +158,10 @@ impl MeterState {
         for association in &config.associations {
             let known = match association.security_setup {
                 Some(name) => setups.iter().any(|setup| setup.name == name),
-                None => !matches!(
-                    association.mechanism,
-                    crate::config::MechanismConfig::HighGmac
-                ),
+                None => !matches!(association.mechanism, crate::config::MechanismConfig::HighGmac),
             };
             if !known {
-                return Err(Error::malformed(
-                    "association",
-                    "names no security setup that the meter has",
-                ));
+                return Err(Error::malformed("association", "names no security setup that the meter has"));
             }
         }
         let objects = Objects::new(std::mem::take(&mut config.objects));
@@ -249,18 +220,12 @@ impl MeterState {
             RequestKind::Other => {}
         }
         let mut due = Vec::new();
-        let (exchanges, key_transfers, association_requests) = (
-            self.exchanges,
-            self.key_transfers,
-            self.association_requests,
-        );
+        let (exchanges, key_transfers, association_requests) = (self.exchanges, self.key_transfers, self.association_requests);
         self.config.faults.retain(|scripted| {
             let is_due = match scripted.at {
                 Trigger::Exchange(n) => n == exchanges,
                 Trigger::KeyTransfer(n) => kind == RequestKind::KeyTransfer && n == key_transfers,
-                Trigger::AssociationRequest(n) => {
-                    kind == RequestKind::AssociationRequest && n == association_requests
-                }
+                Trigger::AssociationRequest(n) => kind == RequestKind::AssociationRequest && n == association_requests,
             };
             if is_due {
                 due.push(scripted.fault.clone());
@@ -273,10 +238,7 @@ impl MeterState {
     /// Records a proven nonce. A copy of a message that was recorded before is not recorded again, so
     /// that a replay cannot fill the memory.
     pub(crate) fn record_nonce(&mut self, nonce_use: NonceUse) {
-        let seen = NonceUse {
-            accepted: true,
-            ..nonce_use
-        };
+        let seen = NonceUse { accepted: true, ..nonce_use };
         if self.seen_nonces.insert(seen) {
             self.nonces.push(nonce_use);
         }
@@ -369,11 +331,7 @@ pub(crate) struct KeyHistory {
 
 impl KeyHistory {
     fn new(key: SymmetricKey) -> Self {
-        Self {
-            records: vec![KeyRecord::new(key)],
-            current: 0,
-            previous: None,
-        }
+        Self { records: vec![KeyRecord::new(key)], current: 0, previous: None }
     }
 
     pub(crate) fn generation(&self) -> usize {
@@ -388,18 +346,12 @@ impl KeyHistory {
         self.records.get_mut(generation)
     }
 
-    #[expect(
-        clippy::indexing_slicing,
-        reason = "`current` is always the position of a record: records are never removed"
-    )]
+    #[expect(clippy::indexing_slicing, reason = "`current` is always the position of a record: records are never removed")]
     pub(crate) fn current(&self) -> &KeyRecord {
         &self.records[self.current]
     }
 
-    #[expect(
-        clippy::indexing_slicing,
-        reason = "`current` is always the position of a record: records are never removed"
-    )]
+    #[expect(clippy::indexing_slicing, reason = "`current` is always the position of a record: records are never removed")]
     pub(crate) fn current_mut(&mut self) -> &mut KeyRecord {
         &mut self.records[self.current]
     }
@@ -410,13 +362,7 @@ impl KeyHistory {
                 let record = self.current();
                 (record.received.clone(), record.next_own)
             }
-            CounterOnNewKey::RestartAt(first) => (
-                ReceivedCounters {
-                    per_title: BTreeMap::new(),
-                    floor: first.checked_sub(1),
-                },
-                u64::from(first),
-            ),
+            CounterOnNewKey::RestartAt(first) => (ReceivedCounters { per_title: BTreeMap::new(), floor: first.checked_sub(1) }, u64::from(first)),
         };
         let known = self.records.iter().position(|record| record.key == key);
         let generation = known.unwrap_or(self.records.len());
@@ -425,11 +371,7 @@ impl KeyHistory {
                 record.received = received;
                 record.next_own = next_own;
             }
-            None => self.records.push(KeyRecord {
-                key,
-                received,
-                next_own,
-            }),
+            None => self.records.push(KeyRecord { key, received, next_own }),
         }
         if generation != self.current {
             self.previous = Some(self.current);
@@ -464,11 +406,7 @@ pub(crate) struct KeyRecord {
 
 impl KeyRecord {
     pub(crate) fn new(key: SymmetricKey) -> Self {
-        Self {
-            key,
-            received: ReceivedCounters::default(),
-            next_own: 0,
-        }
+        Self { key, received: ReceivedCounters::default(), next_own: 0 }
     }
 
     /// Uses up the meter's own next counter; `None` when there are no more.

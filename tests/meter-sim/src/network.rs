@@ -27,12 +27,7 @@ impl Connection {
             (state.count_request(kind), state.exchanges)
         };
         let mut delivery = self.deliver_one(apdu, &faults, number).await;
-        let due: Vec<HeldRequest> = self
-            .meter()
-            .lock()
-            .held
-            .extract_if(.., |held| held.until_exchange <= number)
-            .collect();
+        let due: Vec<HeldRequest> = self.meter().lock().held.extract_if(.., |held| held.until_exchange <= number).collect();
         for held in due {
             let answer = self.exchange(&held.apdu);
             if held.answered {
@@ -62,9 +57,7 @@ impl Connection {
                 Fault::DelayRequest(milliseconds) => {
                     sleep(Duration::from_millis((*milliseconds).into())).await;
                 }
-                Fault::AppliedButError(_)
-                | Fault::RefusedWithoutApplying(_)
-                | Fault::SuccessWithoutApplying => {
+                Fault::AppliedButError(_) | Fault::RefusedWithoutApplying(_) | Fault::SuccessWithoutApplying => {
                     self.meter().lock().transfer_fault = Some(fault.clone());
                 }
                 _ => {}
@@ -96,11 +89,7 @@ impl Connection {
                     delivery.answers = before.iter().cloned().collect();
                 }
                 Fault::CorruptAnswer(from_end) => {
-                    if let Some(byte) = delivery
-                        .answers
-                        .last_mut()
-                        .and_then(|answer| answer.iter_mut().rev().nth((*from_end).into()))
-                    {
+                    if let Some(byte) = delivery.answers.last_mut().and_then(|answer| answer.iter_mut().rev().nth((*from_end).into())) {
                         *byte ^= 1;
                     }
                 }

@@ -17,35 +17,21 @@ impl Objects {
 
     pub(crate) fn is_connected(&self, name: Obis) -> Option<bool> {
         self.0.iter().find_map(|object| match object {
-            ObjectConfig::DisconnectControl {
-                logical_name,
-                connected,
-            } if *logical_name == name => Some(*connected),
+            ObjectConfig::DisconnectControl { logical_name, connected } if *logical_name == name => Some(*connected),
             _ => None,
         })
     }
 
     fn get(&self, attribute: &AttributeDescriptor) -> Result<Data, DataAccessResult> {
-        let object = self
-            .0
-            .iter()
-            .find(|object| object.logical_name() == attribute.instance)
-            .ok_or(DataAccessResult::OBJECT_UNDEFINED)?;
+        let object = self.0.iter().find(|object| object.logical_name() == attribute.instance).ok_or(DataAccessResult::OBJECT_UNDEFINED)?;
         object.check_class(attribute.class)?;
         match (object, attribute.attribute) {
             (_, 1) => Ok(name_data(attribute.instance)),
-            (ObjectConfig::Data { value, .. } | ObjectConfig::Register { value, .. }, 2) => {
-                Ok(value.clone())
-            }
-            (ObjectConfig::Register { scaler, unit, .. }, 3) => Ok(Data::Structure(vec![
-                Data::Integer(*scaler),
-                Data::Enum(*unit),
-            ])),
+            (ObjectConfig::Data { value, .. } | ObjectConfig::Register { value, .. }, 2) => Ok(value.clone()),
+            (ObjectConfig::Register { scaler, unit, .. }, 3) => Ok(Data::Structure(vec![Data::Integer(*scaler), Data::Enum(*unit)])),
             (ObjectConfig::Clock { time, .. }, 2) => Ok(Data::OctetString(time.to_vec())),
             (ObjectConfig::DisconnectControl { connected, .. }, 2) => Ok(Data::Boolean(*connected)),
-            (ObjectConfig::DisconnectControl { connected, .. }, 3) => {
-                Ok(Data::Enum(u8::from(*connected)))
-            }
+            (ObjectConfig::DisconnectControl { connected, .. }, 3) => Ok(Data::Enum(u8::from(*connected))),
             (ObjectConfig::DisconnectControl { .. }, 4) => Ok(Data::Enum(1)),
             _ => Err(DataAccessResult::OBJECT_UNAVAILABLE),
         }
@@ -53,11 +39,7 @@ impl Objects {
 
     /// SET on a configured object.
     pub(crate) fn set(&mut self, attribute: &AttributeDescriptor, new: Data) -> DataAccessResult {
-        let Some(object) = self
-            .0
-            .iter_mut()
-            .find(|object| object.logical_name() == attribute.instance)
-        else {
+        let Some(object) = self.0.iter_mut().find(|object| object.logical_name() == attribute.instance) else {
             return DataAccessResult::OBJECT_UNDEFINED;
         };
         if let Err(error) = object.check_class(attribute.class) {
@@ -78,11 +60,7 @@ impl Objects {
 
     /// ACTION on a configured object; the result is an `Action-Result`.
     pub(crate) fn act(&mut self, method: &MethodDescriptor) -> u8 {
-        let Some(object) = self
-            .0
-            .iter_mut()
-            .find(|object| object.logical_name() == method.instance)
-        else {
+        let Some(object) = self.0.iter_mut().find(|object| object.logical_name() == method.instance) else {
             return DataAccessResult::OBJECT_UNDEFINED.0;
         };
         if let Err(error) = object.check_class(method.class) {
@@ -127,23 +105,13 @@ pub(crate) struct ReaderContext<'a> {
 
 impl MeterState {
     /// GET.
-    pub(crate) fn get(
-        &self,
-        attribute: &AttributeDescriptor,
-        reader: &ReaderContext<'_>,
-    ) -> Result<Data, DataAccessResult> {
+    pub(crate) fn get(&self, attribute: &AttributeDescriptor, reader: &ReaderContext<'_>) -> Result<Data, DataAccessResult> {
         let name = attribute.instance;
-        if let Some(setup) = self
-            .setups
-            .iter()
-            .find(|setup| setup.invocation_counter_object == name)
-        {
+        if let Some(setup) = self.setups.iter().find(|setup| setup.invocation_counter_object == name) {
             check(CLASS_DATA, attribute.class)?;
             return match attribute.attribute {
                 1 => Ok(name_data(name)),
-                2 => Ok(Data::DoubleLongUnsigned(
-                    setup.guek.current().received.highest().unwrap_or(0),
-                )),
+                2 => Ok(Data::DoubleLongUnsigned(setup.guek.current().received.highest().unwrap_or(0))),
                 _ => Err(DataAccessResult::OBJECT_UNAVAILABLE),
             };
         }
@@ -151,9 +119,7 @@ impl MeterState {
             check(CLASS_DATA, attribute.class)?;
             return match attribute.attribute {
                 1 => Ok(name_data(name)),
-                2 => Ok(Data::OctetString(
-                    self.config.logical_device_name.clone().into_bytes(),
-                )),
+                2 => Ok(Data::OctetString(self.config.logical_device_name.clone().into_bytes())),
                 _ => Err(DataAccessResult::OBJECT_UNAVAILABLE),
             };
         }
@@ -173,20 +139,10 @@ impl MeterState {
             }
             return match attribute.attribute {
                 1 => Ok(name_data(name)),
-                2 => Ok(Data::Enum(if setup.accept_authenticated_only {
-                    POLICY_AUTHENTICATED
-                } else {
-                    POLICY_AUTHENTICATED_ENCRYPTED
-                })),
+                2 => Ok(Data::Enum(if setup.accept_authenticated_only { POLICY_AUTHENTICATED } else { POLICY_AUTHENTICATED_ENCRYPTED })),
                 3 => Ok(Data::Enum(self.suite().id())),
-                4 => Ok(Data::OctetString(
-                    reader
-                        .client_title
-                        .map_or_else(Vec::new, |title| title.as_bytes().to_vec()),
-                )),
-                5 => Ok(Data::OctetString(
-                    self.config.system_title.as_bytes().to_vec(),
-                )),
+                4 => Ok(Data::OctetString(reader.client_title.map_or_else(Vec::new, |title| title.as_bytes().to_vec()))),
+                5 => Ok(Data::OctetString(self.config.system_title.as_bytes().to_vec())),
                 _ => Err(DataAccessResult::OBJECT_UNAVAILABLE),
             };
         }
@@ -215,9 +171,5 @@ fn name_data(name: Obis) -> Data {
 }
 
 fn check(own: u16, asked: u16) -> Result<(), DataAccessResult> {
-    if own == asked {
-        Ok(())
-    } else {
-        Err(DataAccessResult::OBJECT_CLASS_INCONSISTENT)
-    }
+    if own == asked { Ok(()) } else { Err(DataAccessResult::OBJECT_CLASS_INCONSISTENT) }
 }

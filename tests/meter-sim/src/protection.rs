@@ -12,12 +12,7 @@ use crate::{Error, Obis, SystemTitle};
 
 impl MeterState {
     pub(crate) fn accepts_client(&self, setup: Obis, client: &SystemTitle) -> bool {
-        self.setup(setup).is_some_and(|setup| {
-            setup
-                .client_titles
-                .as_ref()
-                .is_none_or(|titles| titles.contains(client))
-        })
+        self.setup(setup).is_some_and(|setup| setup.client_titles.as_ref().is_none_or(|titles| titles.contains(client)))
     }
 
     pub(crate) fn receive_global(
@@ -29,17 +24,7 @@ impl MeterState {
     ) -> Result<Received, Refusal> {
         let setup = self.setup(setup_name).ok_or(Refusal::NotAllowed)?;
         let generation = setup.guek.generation();
-        let received = self.check(
-            setup_name,
-            client,
-            content,
-            purpose,
-            NonceKey::Unicast {
-                setup: setup_name,
-                generation,
-            },
-            setup.guek.current().clone(),
-        )?;
+        let received = self.check(setup_name, client, content, purpose, NonceKey::Unicast { setup: setup_name, generation }, setup.guek.current().clone())?;
         if let Some(setup) = self.setup_mut(setup_name) {
             let counters = &mut setup.guek.current_mut().received;
             counters.accept(client, content.counter);
@@ -47,12 +32,7 @@ impl MeterState {
         Ok(received)
     }
 
-    pub(crate) fn receive_broadcast(
-        &mut self,
-        setup_name: Obis,
-        client: SystemTitle,
-        content: &CipheredContent,
-    ) -> Result<Received, Refusal> {
+    pub(crate) fn receive_broadcast(&mut self, setup_name: Obis, client: SystemTitle, content: &CipheredContent) -> Result<Received, Refusal> {
         let setup = self.setup(setup_name).ok_or(Refusal::NotAllowed)?;
         let gbek = setup.gbek.as_ref().ok_or(Refusal::NotAllowed)?;
         let received = self.check(
@@ -60,16 +40,10 @@ impl MeterState {
             client,
             content,
             NoncePurpose::Service,
-            NonceKey::Broadcast {
-                setup: setup_name,
-                generation: gbek.generation(),
-            },
+            NonceKey::Broadcast { setup: setup_name, generation: gbek.generation() },
             gbek.current().clone(),
         )?;
-        if let Some(gbek) = self
-            .setup_mut(setup_name)
-            .and_then(|setup| setup.gbek.as_mut())
-        {
+        if let Some(gbek) = self.setup_mut(setup_name).and_then(|setup| setup.gbek.as_mut()) {
             let counters = &mut gbek.current_mut().received;
             counters.accept(client, content.counter);
         }
@@ -83,16 +57,8 @@ impl MeterState {
         dedicated: &mut Dedicated,
         content: &CipheredContent,
     ) -> Result<Received, Refusal> {
-        let received = self.check(
-            setup_name,
-            client,
-            content,
-            NoncePurpose::Service,
-            NonceKey::Dedicated {
-                generation: dedicated.generation,
-            },
-            dedicated.record.clone(),
-        )?;
+        let received =
+            self.check(setup_name, client, content, NoncePurpose::Service, NonceKey::Dedicated { generation: dedicated.generation }, dedicated.record.clone())?;
         dedicated.record.received.accept(client, content.counter);
         Ok(received)
     }
@@ -113,33 +79,18 @@ impl MeterState {
         if control.suite_id() != self.suite().id() || control.is_compressed() {
             return Err(Refusal::Deciphering);
         }
-        if !control.is_authenticated()
-            || (!control.is_encrypted() && !setup.accept_authenticated_only)
-        {
+        if !control.is_authenticated() || (!control.is_encrypted() && !setup.accept_authenticated_only) {
             return Err(Refusal::NotAllowed);
         }
         let last = record.received.last(setup.counter_scope, &client);
-        let ciphering = Ciphering {
-            encryption: record.key,
-            authentication: setup.gak.current().key.clone(),
-        };
+        let ciphering = Ciphering { encryption: record.key, authentication: setup.gak.current().key.clone() };
         let opened = ciphering.open(&client, content);
         let stale = last.filter(|last| content.counter <= *last);
         if let (Ok(_), Some(tag)) = (&opened, content.tag()) {
-            self.record_nonce(NonceUse {
-                key,
-                sender: client,
-                counter: content.counter,
-                purpose,
-                tag,
-                accepted: stale.is_none(),
-            });
+            self.record_nonce(NonceUse { key, sender: client, counter: content.counter, purpose, tag, accepted: stale.is_none() });
         }
         if let Some(last) = stale {
-            return Err(Refusal::Counter {
-                received: content.counter,
-                last,
-            });
+            return Err(Refusal::Counter { received: content.counter, last });
         }
         Ok(Received {
             plaintext: opened.map_err(|_| Refusal::Deciphering)?,
@@ -170,54 +121,28 @@ impl MeterState {
         control: SecurityControl,
         plaintext: &[u8],
     ) -> Result<CipheredContent, Error> {
-        let counter = dedicated
-            .record
-            .draw_own_counter()
-            .ok_or(Error::CountersExhausted)?;
+        let counter = dedicated.record.draw_own_counter().ok_or(Error::CountersExhausted)?;
         self.send(received, control, counter, plaintext, NoncePurpose::Service)
     }
 
-    fn send(
-        &mut self,
-        received: &Received,
-        control: SecurityControl,
-        counter: u32,
-        plaintext: &[u8],
-        purpose: NoncePurpose,
-    ) -> Result<CipheredContent, Error> {
+    fn send(&mut self, received: &Received, control: SecurityControl, counter: u32, plaintext: &[u8], purpose: NoncePurpose) -> Result<CipheredContent, Error> {
         let title = self.config.system_title;
-        let content = received
-            .ciphering
-            .protect(control, &title, counter, plaintext)?;
+        let content = received.ciphering.protect(control, &title, counter, plaintext)?;
         if let Some(tag) = content.tag() {
-            self.record_nonce(NonceUse {
-                key: received.key,
-                sender: title,
-                counter,
-                purpose,
-                tag,
-                accepted: true,
-            });
+            self.record_nonce(NonceUse { key: received.key, sender: title, counter, purpose, tag, accepted: true });
         }
         Ok(content)
     }
 
     /// The meter's own next counter under the global key that the request came under.
     fn draw_own_counter(&mut self, setup_name: Obis, received: &Received) -> Result<u32, Error> {
-        let keeps_counting =
-            self.config.behaviour.counter_on_new_key == CounterOnNewKey::KeepCounting;
-        let setup = self
-            .setup_mut(setup_name)
-            .ok_or(Error::State("the security setup is gone"))?;
+        let keeps_counting = self.config.behaviour.counter_on_new_key == CounterOnNewKey::KeepCounting;
+        let setup = self.setup_mut(setup_name).ok_or(Error::State("the security setup is gone"))?;
         let generation = match received.key {
             NonceKey::Unicast { generation, .. } => generation,
             NonceKey::Broadcast { .. } | NonceKey::Dedicated { .. } => setup.guek.generation(),
         };
-        let counter = setup
-            .guek
-            .record_mut(generation)
-            .and_then(KeyRecord::draw_own_counter)
-            .ok_or(Error::CountersExhausted)?;
+        let counter = setup.guek.record_mut(generation).and_then(KeyRecord::draw_own_counter).ok_or(Error::CountersExhausted)?;
         if keeps_counting && generation != setup.guek.generation() {
             // The answer to a key_transfer leaves under the old key; the new one goes on after it.
             setup.guek.current_mut().go_on_after(counter);
@@ -236,67 +161,30 @@ impl MeterState {
     ) -> Result<Vec<u8>, Refusal> {
         let suite = self.suite();
         let setup = self.setup(setup_name).ok_or(Refusal::NotAllowed)?;
-        let ciphering = Ciphering {
-            encryption: setup.guek.current().key.clone(),
-            authentication: setup.gak.current().key.clone(),
-        };
-        let key = NonceKey::Unicast {
-            setup: setup_name,
-            generation: setup.guek.generation(),
-        };
-        let (counter, tag) = ciphering
-            .verify_challenge_answer(suite, &client, &challenges.meter, answer)
-            .map_err(|_| Refusal::Deciphering)?;
+        let ciphering = Ciphering { encryption: setup.guek.current().key.clone(), authentication: setup.gak.current().key.clone() };
+        let key = NonceKey::Unicast { setup: setup_name, generation: setup.guek.generation() };
+        let (counter, tag) = ciphering.verify_challenge_answer(suite, &client, &challenges.meter, answer).map_err(|_| Refusal::Deciphering)?;
         // Under the GUEK the APDU around the answer has raised the counter already; what counts is
         // the one before it. Under a dedicated key the APDU counts elsewhere.
         let counters = &setup.guek.current().received;
-        let last = if received.key == key {
-            received.counter_before
-        } else {
-            counters.last(setup.counter_scope, &client)
-        };
+        let last = if received.key == key { received.counter_before } else { counters.last(setup.counter_scope, &client) };
         let stale = last.filter(|last| counter <= *last);
-        let repeats = received.key == key
-            && counter == received.counter
-            && self.config.behaviour.gmac_counter == GmacCounter::MustDiffer;
-        self.record_nonce(NonceUse {
-            key,
-            sender: client,
-            counter,
-            purpose: NoncePurpose::ChallengeAnswer,
-            tag,
-            accepted: stale.is_none() && !repeats,
-        });
+        let repeats = received.key == key && counter == received.counter && self.config.behaviour.gmac_counter == GmacCounter::MustDiffer;
+        self.record_nonce(NonceUse { key, sender: client, counter, purpose: NoncePurpose::ChallengeAnswer, tag, accepted: stale.is_none() && !repeats });
         if stale.is_some() || repeats {
-            return Err(Refusal::Counter {
-                received: counter,
-                last: stale.unwrap_or(counter),
-            });
+            return Err(Refusal::Counter { received: counter, last: stale.unwrap_or(counter) });
         }
         let setup = self.setup_mut(setup_name).ok_or(Refusal::NotAllowed)?;
         let scope = setup.counter_scope;
         let record = setup.guek.current_mut();
-        if record
-            .received
-            .last(scope, &client)
-            .is_none_or(|last| counter > last)
-        {
+        if record.received.last(scope, &client).is_none_or(|last| counter > last) {
             record.received.accept(client, counter);
         }
         let own = record.draw_own_counter().ok_or(Refusal::NotAllowed)?;
         let title = self.config.system_title;
-        let returned = ciphering
-            .answer_challenge(suite, &title, own, &challenges.client)
-            .map_err(|_| Refusal::NotAllowed)?;
+        let returned = ciphering.answer_challenge(suite, &title, own, &challenges.client).map_err(|_| Refusal::NotAllowed)?;
         if let Some(tag) = returned.last_chunk().copied() {
-            self.record_nonce(NonceUse {
-                key,
-                sender: title,
-                counter: own,
-                purpose: NoncePurpose::ChallengeAnswer,
-                tag,
-                accepted: true,
-            });
+            self.record_nonce(NonceUse { key, sender: title, counter: own, purpose: NoncePurpose::ChallengeAnswer, tag, accepted: true });
         }
         Ok(returned)
     }

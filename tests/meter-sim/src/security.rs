@@ -87,11 +87,7 @@ impl CipheredContent {
     /// Reads the bytes inside a ciphered APDU's octet string.
     pub fn parse(bytes: &[u8]) -> Result<Self, Error> {
         let mut reader = crate::axdr::Reader::new(bytes);
-        Ok(Self {
-            control: SecurityControl(reader.u8()?),
-            counter: reader.u32()?,
-            payload: reader.take_rest().to_vec(),
-        })
+        Ok(Self { control: SecurityControl(reader.u8()?), counter: reader.u32()?, payload: reader.take_rest().to_vec() })
     }
 
     /// The bytes inside a ciphered APDU's octet string.
@@ -104,33 +100,19 @@ impl CipheredContent {
 
     /// The last 12 bytes: the tag, if the content is authenticated and long enough.
     pub fn tag(&self) -> Option<[u8; TAG_LENGTH]> {
-        self.control
-            .is_authenticated()
-            .then(|| self.payload.last_chunk().copied())
-            .flatten()
+        self.control.is_authenticated().then(|| self.payload.last_chunk().copied()).flatten()
     }
 }
 
 impl Ciphering {
     /// Protects `plaintext` as `control` says. The nonce is `title ‖ counter`; who calls must never
     /// use a pair twice with one key.
-    pub fn protect(
-        &self,
-        control: SecurityControl,
-        title: &SystemTitle,
-        counter: u32,
-        plaintext: &[u8],
-    ) -> Result<CipheredContent, Error> {
+    pub fn protect(&self, control: SecurityControl, title: &SystemTitle, counter: u32, plaintext: &[u8]) -> Result<CipheredContent, Error> {
         let nonce = nonce(title, counter);
         let mut payload = plaintext.to_vec();
         match (control.is_authenticated(), control.is_encrypted()) {
             (true, true) => {
-                let tag = seal(
-                    &self.encryption,
-                    &nonce,
-                    &self.associated_data(control, &[]),
-                    &mut payload,
-                )?;
+                let tag = seal(&self.encryption, &nonce, &self.associated_data(control, &[]), &mut payload)?;
                 payload.extend(tag);
             }
             (true, false) => {
@@ -142,27 +124,16 @@ impl Ciphering {
             }
             (false, false) => return Err(Error::NotProtected),
         }
-        Ok(CipheredContent {
-            control,
-            counter,
-            payload,
-        })
+        Ok(CipheredContent { control, counter, payload })
     }
 
     /// Opens what `title` protected. Content that is not authenticated is refused
     /// ([`Error::NotProtected`]): anyone could have made it. A wrong tag is [`Error::Deciphering`].
-    pub fn open(
-        &self,
-        title: &SystemTitle,
-        content: &CipheredContent,
-    ) -> Result<Zeroizing<Vec<u8>>, Error> {
+    pub fn open(&self, title: &SystemTitle, content: &CipheredContent) -> Result<Zeroizing<Vec<u8>>, Error> {
         if !content.control.is_authenticated() {
             return Err(Error::NotProtected);
         }
-        let (text, tag) = content
-            .payload
-            .split_last_chunk::<TAG_LENGTH>()
-            .ok_or(Error::Deciphering)?;
+        let (text, tag) = content.payload.split_last_chunk::<TAG_LENGTH>().ok_or(Error::Deciphering)?;
         let nonce = nonce(title, content.counter);
         let mut plaintext = Zeroizing::new(text.to_vec());
         if content.control.is_encrypted() {
@@ -177,22 +148,11 @@ impl Ciphering {
 
     /// The HLS 5 answer to a challenge: `SC ‖ IC ‖ GMAC(SC ‖ GAK ‖ challenge)`, 17 bytes. It uses up
     /// the nonce `title ‖ counter` like an APDU does.
-    pub fn answer_challenge(
-        &self,
-        suite: SecuritySuite,
-        title: &SystemTitle,
-        counter: u32,
-        challenge: &[u8],
-    ) -> Result<Vec<u8>, Error> {
+    pub fn answer_challenge(&self, suite: SecuritySuite, title: &SystemTitle, counter: u32, challenge: &[u8]) -> Result<Vec<u8>, Error> {
         let control = SecurityControl::authenticated(suite);
         let aad = self.associated_data(control, challenge);
         let tag = seal(&self.encryption, &nonce(title, counter), &aad, &mut [])?;
-        Ok(CipheredContent {
-            control,
-            counter,
-            payload: tag.to_vec(),
-        }
-        .encode())
+        Ok(CipheredContent { control, counter, payload: tag.to_vec() }.encode())
     }
 
     /// Checks an answer that `title` made to `challenge`, and returns its invocation counter and tag.
@@ -204,25 +164,12 @@ impl Ciphering {
         answer: &[u8],
     ) -> Result<(u32, [u8; TAG_LENGTH]), Error> {
         let content = CipheredContent::parse(answer)?;
-        let tag: [u8; TAG_LENGTH] = content
-            .payload
-            .as_slice()
-            .try_into()
-            .map_err(|_| Error::malformed("HLS answer", "is not 17 bytes long"))?;
+        let tag: [u8; TAG_LENGTH] = content.payload.as_slice().try_into().map_err(|_| Error::malformed("HLS answer", "is not 17 bytes long"))?;
         if content.control != SecurityControl::authenticated(suite) {
-            return Err(Error::malformed(
-                "HLS answer",
-                "has a security control byte of another suite or protection",
-            ));
+            return Err(Error::malformed("HLS answer", "has a security control byte of another suite or protection"));
         }
         let aad = self.associated_data(content.control, challenge);
-        unseal(
-            &self.encryption,
-            &nonce(title, content.counter),
-            &aad,
-            &mut [],
-            &tag,
-        )?;
+        unseal(&self.encryption, &nonce(title, content.counter), &aad, &mut [], &tag)?;
         Ok((content.counter, tag))
     }
 
@@ -241,12 +188,8 @@ impl Ciphering {
 pub fn wrap_key(kek: &SymmetricKey, key: &SymmetricKey) -> Result<Vec<u8>, Error> {
     let mut wrapped = vec![0; key.expose().len() + WRAP_OVERHEAD];
     match kek.expose().len() {
-        16 => KwAes128::new_from_slice(kek.expose())
-            .map_err(|_| Error::KeyLength)?
-            .wrap_key(key.expose(), &mut wrapped),
-        _ => KwAes256::new_from_slice(kek.expose())
-            .map_err(|_| Error::KeyLength)?
-            .wrap_key(key.expose(), &mut wrapped),
+        16 => KwAes128::new_from_slice(kek.expose()).map_err(|_| Error::KeyLength)?.wrap_key(key.expose(), &mut wrapped),
+        _ => KwAes256::new_from_slice(kek.expose()).map_err(|_| Error::KeyLength)?.wrap_key(key.expose(), &mut wrapped),
     }
     .map_err(|_| Error::KeyLength)?;
     Ok(wrapped)
@@ -257,20 +200,13 @@ pub fn unwrap_key(kek: &SymmetricKey, wrapped: &[u8]) -> Result<SymmetricKey, Er
     let length = match wrapped.len() {
         24 | 40 => wrapped.len() - WRAP_OVERHEAD,
         _ => {
-            return Err(Error::malformed(
-                "wrapped key",
-                "is not 24 or 40 bytes long",
-            ));
+            return Err(Error::malformed("wrapped key", "is not 24 or 40 bytes long"));
         }
     };
     let mut key = Zeroizing::new(vec![0; length]);
     match kek.expose().len() {
-        16 => KwAes128::new_from_slice(kek.expose())
-            .map_err(|_| Error::KeyLength)?
-            .unwrap_key(wrapped, &mut key),
-        _ => KwAes256::new_from_slice(kek.expose())
-            .map_err(|_| Error::KeyLength)?
-            .unwrap_key(wrapped, &mut key),
+        16 => KwAes128::new_from_slice(kek.expose()).map_err(|_| Error::KeyLength)?.unwrap_key(wrapped, &mut key),
+        _ => KwAes256::new_from_slice(kek.expose()).map_err(|_| Error::KeyLength)?.unwrap_key(wrapped, &mut key),
     }
     .map_err(|_| Error::Unwrap)?;
     SymmetricKey::new(&key)
@@ -287,41 +223,22 @@ fn nonce(title: &SystemTitle, counter: u32) -> [u8; 12] {
     nonce
 }
 
-fn seal(
-    key: &SymmetricKey,
-    nonce: &[u8; 12],
-    aad: &[u8],
-    buffer: &mut [u8],
-) -> Result<[u8; TAG_LENGTH], Error> {
+fn seal(key: &SymmetricKey, nonce: &[u8; 12], aad: &[u8], buffer: &mut [u8]) -> Result<[u8; TAG_LENGTH], Error> {
     let buffer = InOutBuf::from(buffer);
     let tag: Tag<U12> = match key.expose().len() {
-        16 => Gcm128::new_from_slice(key.expose())
-            .map_err(|_| Error::KeyLength)?
-            .encrypt_inout_detached(&(*nonce).into(), aad, buffer),
-        _ => Gcm256::new_from_slice(key.expose())
-            .map_err(|_| Error::KeyLength)?
-            .encrypt_inout_detached(&(*nonce).into(), aad, buffer),
+        16 => Gcm128::new_from_slice(key.expose()).map_err(|_| Error::KeyLength)?.encrypt_inout_detached(&(*nonce).into(), aad, buffer),
+        _ => Gcm256::new_from_slice(key.expose()).map_err(|_| Error::KeyLength)?.encrypt_inout_detached(&(*nonce).into(), aad, buffer),
     }
     .map_err(|_| Error::Deciphering)?;
     Ok(tag.into())
 }
 
-fn unseal(
-    key: &SymmetricKey,
-    nonce: &[u8; 12],
-    aad: &[u8],
-    buffer: &mut [u8],
-    tag: &[u8; TAG_LENGTH],
-) -> Result<(), Error> {
+fn unseal(key: &SymmetricKey, nonce: &[u8; 12], aad: &[u8], buffer: &mut [u8], tag: &[u8; TAG_LENGTH]) -> Result<(), Error> {
     let buffer = InOutBuf::from(buffer);
     let tag = Tag::<U12>::from(*tag);
     match key.expose().len() {
-        16 => Gcm128::new_from_slice(key.expose())
-            .map_err(|_| Error::KeyLength)?
-            .decrypt_inout_detached(&(*nonce).into(), aad, buffer, &tag),
-        _ => Gcm256::new_from_slice(key.expose())
-            .map_err(|_| Error::KeyLength)?
-            .decrypt_inout_detached(&(*nonce).into(), aad, buffer, &tag),
+        16 => Gcm128::new_from_slice(key.expose()).map_err(|_| Error::KeyLength)?.decrypt_inout_detached(&(*nonce).into(), aad, buffer, &tag),
+        _ => Gcm256::new_from_slice(key.expose()).map_err(|_| Error::KeyLength)?.decrypt_inout_detached(&(*nonce).into(), aad, buffer, &tag),
     }
     .map_err(|_| Error::Deciphering)
 }

@@ -44,10 +44,7 @@ pub struct ServeOptions {
 
 impl Default for ServeOptions {
     fn default() -> Self {
-        Self {
-            idle_timeout: Duration::from_secs(120),
-            max_connections: 1024,
-        }
+        Self { idle_timeout: Duration::from_secs(120), max_connections: 1024 }
     }
 }
 
@@ -77,11 +74,7 @@ pub async fn serve(listener: TcpListener, meters: MeterDirectory, options: Serve
     }
 }
 
-async fn serve_connection(
-    mut stream: TcpStream,
-    meters: &MeterDirectory,
-    idle_timeout: Duration,
-) -> io::Result<()> {
+async fn serve_connection(mut stream: TcpStream, meters: &MeterDirectory, idle_timeout: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut connections: HashMap<(u16, u16), Connection> = HashMap::new();
     while let Some(frame) = timeout(idle_timeout, Frame::read(&mut stream)).await?? {
@@ -92,11 +85,7 @@ async fn serve_connection(
         if !connections.contains_key(&address) && connections.len() >= MAX_ASSOCIATIONS {
             return Ok(());
         }
-        let delivery = connections
-            .entry(address)
-            .or_insert_with(|| Connection::new(meter.clone(), frame.source))
-            .deliver(&frame.apdu)
-            .await;
+        let delivery = connections.entry(address).or_insert_with(|| Connection::new(meter.clone(), frame.source)).deliver(&frame.apdu).await;
         for answer in delivery.answers {
             timeout(idle_timeout, frame.answer(answer).write(&mut stream)).await??;
         }

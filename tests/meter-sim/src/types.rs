@@ -33,9 +33,7 @@ impl TryFrom<&[u8]> for SystemTitle {
     type Error = Error;
 
     fn try_from(bytes: &[u8]) -> Result<Self, Error> {
-        Ok(Self(bytes.try_into().map_err(|_| {
-            Error::malformed("system title", "is not 8 bytes long")
-        })?))
+        Ok(Self(bytes.try_into().map_err(|_| Error::malformed("system title", "is not 8 bytes long"))?))
     }
 }
 
@@ -43,8 +41,7 @@ impl FromStr for SystemTitle {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
-        let bytes =
-            hex::decode(text).map_err(|_| Error::malformed("system title", "is not hex"))?;
+        let bytes = hex::decode(text).map_err(|_| Error::malformed("system title", "is not hex"))?;
         Self::try_from(bytes.as_slice())
     }
 }
@@ -69,9 +66,7 @@ impl Serialize for SystemTitle {
 
 impl<'de> Deserialize<'de> for SystemTitle {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?
-            .parse()
-            .map_err(serde::de::Error::custom)
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
     }
 }
 
@@ -104,12 +99,8 @@ impl FromStr for Obis {
             .split('.')
             .map(str::parse)
             .collect::<Result<_, _>>()
-            .map_err(|_| {
-                Error::malformed("logical name", "has a field that is not a number below 256")
-            })?;
-        Ok(Self(fields.as_slice().try_into().map_err(|_| {
-            Error::malformed("logical name", "does not have six fields")
-        })?))
+            .map_err(|_| Error::malformed("logical name", "has a field that is not a number below 256"))?;
+        Ok(Self(fields.as_slice().try_into().map_err(|_| Error::malformed("logical name", "does not have six fields"))?))
     }
 }
 
@@ -134,9 +125,7 @@ impl Serialize for Obis {
 
 impl<'de> Deserialize<'de> for Obis {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?
-            .parse()
-            .map_err(serde::de::Error::custom)
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
     }
 }
 
@@ -275,9 +264,7 @@ impl<'de> Deserialize<'de> for Secret {
         let mut text = String::deserialize(deserializer)?;
         let bytes = hex::decode(&text).map(Zeroizing::new);
         text.zeroize();
-        Ok(Self(bytes.map_err(|_| {
-            serde::de::Error::custom("a secret is not hex")
-        })?))
+        Ok(Self(bytes.map_err(|_| serde::de::Error::custom("a secret is not hex"))?))
     }
 }
 

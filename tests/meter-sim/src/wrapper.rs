@@ -29,29 +29,17 @@ impl Frame {
         let [version_high] = first;
         let [version_low, s1, s2, d1, d2, l1, l2] = rest;
         if u16::from_be_bytes([version_high, version_low]) != VERSION {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "the wrapper's version is not 1",
-            ));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the wrapper's version is not 1"));
         }
         let length = u16::from_be_bytes([l1, l2]);
         let mut apdu = vec![0; length.into()];
         stream.read_exact(&mut apdu).await?;
-        Ok(Some(Self {
-            source: u16::from_be_bytes([s1, s2]),
-            destination: u16::from_be_bytes([d1, d2]),
-            apdu,
-        }))
+        Ok(Some(Self { source: u16::from_be_bytes([s1, s2]), destination: u16::from_be_bytes([d1, d2]), apdu }))
     }
 
     /// Writes the frame. An APDU of more than 65,535 bytes is `InvalidInput`.
     pub async fn write(&self, stream: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
-        let length = u16::try_from(self.apdu.len()).map_err(|_| {
-            io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "the APDU is longer than a wrapper frame",
-            )
-        })?;
+        let length = u16::try_from(self.apdu.len()).map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "the APDU is longer than a wrapper frame"))?;
         let mut bytes = Vec::with_capacity(HEADER_LENGTH + self.apdu.len());
         for field in [VERSION, self.source, self.destination, length] {
             bytes.extend(field.to_be_bytes());
@@ -63,11 +51,7 @@ impl Frame {
 
     /// The frame that answers this one with `apdu`.
     pub fn answer(&self, apdu: Vec<u8>) -> Self {
-        Self {
-            source: self.destination,
-            destination: self.source,
-            apdu,
-        }
+        Self { source: self.destination, destination: self.source, apdu }
     }
 }
 

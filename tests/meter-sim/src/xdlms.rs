@@ -24,11 +24,7 @@ impl InitiateRequest {
     pub fn parse(apdu: &[u8]) -> Result<Self, Error> {
         let mut reader = Reader::new(apdu);
         expect(&mut reader, INITIATE_REQUEST, "initiate request")?;
-        let dedicated_key = if reader.present()? {
-            Some(SymmetricKey::new(reader.octet_string()?)?)
-        } else {
-            None
-        };
+        let dedicated_key = if reader.present()? { Some(SymmetricKey::new(reader.octet_string()?)?) } else { None };
         // response-allowed (default true) and proposed-quality-of-service: nothing depends on them.
         for _ in 0..2 {
             if reader.present()? {
@@ -39,11 +35,7 @@ impl InitiateRequest {
         let conformance = read_conformance(&mut reader)?;
         let client_max_receive_pdu_size = reader.u16()?;
         reader.finish()?;
-        Ok(Self {
-            dedicated_key,
-            conformance,
-            client_max_receive_pdu_size,
-        })
+        Ok(Self { dedicated_key, conformance, client_max_receive_pdu_size })
     }
 
     /// The whole APDU, in memory that is wiped: it may carry a key.
@@ -88,10 +80,7 @@ impl InitiateResponse {
         let server_max_receive_pdu_size = reader.u16()?;
         reader.u16()?;
         reader.finish()?;
-        Ok(Self {
-            conformance,
-            server_max_receive_pdu_size,
-        })
+        Ok(Self { conformance, server_max_receive_pdu_size })
     }
 
     /// The whole APDU.
@@ -177,20 +166,14 @@ impl ServiceRequest {
             (GET_REQUEST, NORMAL) => {
                 let attribute = read_attribute(&mut reader)?;
                 let selective = read_selection(&mut reader)?;
-                Self::Get {
-                    invoke,
-                    attribute,
-                    selective,
-                }
+                Self::Get { invoke, attribute, selective }
             }
             (GET_REQUEST, WITH_LIST) => {
                 let count = reader.length()?;
                 if count > reader.remaining() {
                     return Err(Error::malformed("attribute list", "ends too early"));
                 }
-                let attributes = (0..count)
-                    .map(|_| Ok((read_attribute(&mut reader)?, read_selection(&mut reader)?)))
-                    .collect::<Result<_, Error>>()?;
+                let attributes = (0..count).map(|_| Ok((read_attribute(&mut reader)?, read_selection(&mut reader)?))).collect::<Result<_, Error>>()?;
                 Self::GetWithList { invoke, attributes }
             }
             (SET_REQUEST, NORMAL) => {
@@ -198,24 +181,12 @@ impl ServiceRequest {
                 if read_selection(&mut reader)? {
                     return Err(Error::malformed("set request", "has an access selection"));
                 }
-                Self::Set {
-                    invoke,
-                    attribute,
-                    value: Data::read(&mut reader)?,
-                }
+                Self::Set { invoke, attribute, value: Data::read(&mut reader)? }
             }
             (ACTION_REQUEST, NORMAL) => Self::Action {
                 invoke,
-                method: MethodDescriptor {
-                    class: reader.u16()?,
-                    instance: Obis(reader.array()?),
-                    method: i8::from_be_bytes(reader.array()?),
-                },
-                argument: if reader.present()? {
-                    Some(Data::read(&mut reader)?)
-                } else {
-                    None
-                },
+                method: MethodDescriptor { class: reader.u16()?, instance: Obis(reader.array()?), method: i8::from_be_bytes(reader.array()?) },
+                argument: if reader.present()? { Some(Data::read(&mut reader)?) } else { None },
             },
             _ => return Err(Error::malformed("service request", "is not supported")),
         };
@@ -227,9 +198,7 @@ impl ServiceRequest {
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
         match self {
-            Self::Get {
-                invoke, attribute, ..
-            } => {
+            Self::Get { invoke, attribute, .. } => {
                 out.extend([GET_REQUEST, NORMAL, *invoke]);
                 write_attribute(attribute, &mut out);
                 out.push(0);
@@ -242,21 +211,13 @@ impl ServiceRequest {
                     out.push(0);
                 }
             }
-            Self::Set {
-                invoke,
-                attribute,
-                value,
-            } => {
+            Self::Set { invoke, attribute, value } => {
                 out.extend([SET_REQUEST, NORMAL, *invoke]);
                 write_attribute(attribute, &mut out);
                 out.push(0);
                 value.write(&mut out);
             }
-            Self::Action {
-                invoke,
-                method,
-                argument,
-            } => {
+            Self::Action { invoke, method, argument } => {
                 out.extend([ACTION_REQUEST, NORMAL, *invoke]);
                 out.extend(method.class.to_be_bytes());
                 out.extend(method.instance.0);
@@ -316,35 +277,18 @@ impl ServiceResponse {
         let service = (reader.u8()?, reader.u8()?);
         let invoke = reader.u8()?;
         let response = match service {
-            (GET_RESPONSE, NORMAL) => Self::Get {
-                invoke,
-                result: read_get_result(&mut reader)?,
-            },
+            (GET_RESPONSE, NORMAL) => Self::Get { invoke, result: read_get_result(&mut reader)? },
             (GET_RESPONSE, WITH_LIST) => {
                 let count = reader.length()?;
                 if count > reader.remaining() {
                     return Err(Error::malformed("result list", "ends too early"));
                 }
-                Self::GetWithList {
-                    invoke,
-                    results: (0..count)
-                        .map(|_| read_get_result(&mut reader))
-                        .collect::<Result<_, Error>>()?,
-                }
+                Self::GetWithList { invoke, results: (0..count).map(|_| read_get_result(&mut reader)).collect::<Result<_, Error>>()? }
             }
-            (SET_RESPONSE, NORMAL) => Self::Set {
-                invoke,
-                result: DataAccessResult(reader.u8()?),
-            },
-            (ACTION_RESPONSE, NORMAL) => Self::Action {
-                invoke,
-                result: reader.u8()?,
-                returned: if reader.present()? {
-                    read_get_result(&mut reader)?.ok()
-                } else {
-                    None
-                },
-            },
+            (SET_RESPONSE, NORMAL) => Self::Set { invoke, result: DataAccessResult(reader.u8()?) },
+            (ACTION_RESPONSE, NORMAL) => {
+                Self::Action { invoke, result: reader.u8()?, returned: if reader.present()? { read_get_result(&mut reader)?.ok() } else { None } }
+            }
             _ => return Err(Error::malformed("service response", "is not supported")),
         };
         reader.finish()?;
@@ -369,11 +313,7 @@ impl ServiceResponse {
             Self::Set { invoke, result } => {
                 out.extend([SET_RESPONSE, NORMAL, *invoke, result.0]);
             }
-            Self::Action {
-                invoke,
-                result,
-                returned,
-            } => {
+            Self::Action { invoke, result, returned } => {
                 out.extend([ACTION_RESPONSE, NORMAL, *invoke, *result]);
                 match returned {
                     Some(data) => {
@@ -426,20 +366,12 @@ pub struct ExceptionResponse {
 impl ExceptionResponse {
     /// An exception without a counter.
     pub const fn new(state: u8, service: u8) -> Self {
-        Self {
-            state,
-            service,
-            last_accepted_counter: None,
-        }
+        Self { state, service, last_accepted_counter: None }
     }
 
     /// `D8 01 06` and the last accepted counter.
     pub const fn invocation_counter(last_accepted: u32) -> Self {
-        Self {
-            state: SERVICE_NOT_ALLOWED,
-            service: INVOCATION_COUNTER_ERROR,
-            last_accepted_counter: Some(last_accepted),
-        }
+        Self { state: SERVICE_NOT_ALLOWED, service: INVOCATION_COUNTER_ERROR, last_accepted_counter: Some(last_accepted) }
     }
 
     /// Reads a whole APDU.
@@ -447,17 +379,9 @@ impl ExceptionResponse {
         let mut reader = Reader::new(apdu);
         expect(&mut reader, EXCEPTION_RESPONSE, "exception response")?;
         let (state, service) = (reader.u8()?, reader.u8()?);
-        let last_accepted_counter = if service == INVOCATION_COUNTER_ERROR {
-            Some(reader.u32()?)
-        } else {
-            None
-        };
+        let last_accepted_counter = if service == INVOCATION_COUNTER_ERROR { Some(reader.u32()?) } else { None };
         reader.finish()?;
-        Ok(Self {
-            state,
-            service,
-            last_accepted_counter,
-        })
+        Ok(Self { state, service, last_accepted_counter })
     }
 
     /// The whole APDU.
@@ -512,11 +436,7 @@ pub const DECIPHERING_ERROR: u8 = 5;
 pub const INVOCATION_COUNTER_ERROR: u8 = 6;
 
 fn expect(reader: &mut Reader<'_>, byte: u8, what: &'static str) -> Result<(), Error> {
-    if reader.u8()? == byte {
-        Ok(())
-    } else {
-        Err(Error::malformed(what, "has an unexpected tag or version"))
-    }
+    if reader.u8()? == byte { Ok(()) } else { Err(Error::malformed(what, "has an unexpected tag or version")) }
 }
 
 fn read_conformance(reader: &mut Reader<'_>) -> Result<[u8; 3], Error> {
@@ -527,11 +447,7 @@ fn read_conformance(reader: &mut Reader<'_>) -> Result<[u8; 3], Error> {
 }
 
 fn read_attribute(reader: &mut Reader<'_>) -> Result<AttributeDescriptor, Error> {
-    Ok(AttributeDescriptor {
-        class: reader.u16()?,
-        instance: Obis(reader.array()?),
-        attribute: i8::from_be_bytes(reader.array()?),
-    })
+    Ok(AttributeDescriptor { class: reader.u16()?, instance: Obis(reader.array()?), attribute: i8::from_be_bytes(reader.array()?) })
 }
 
 fn write_attribute(attribute: &AttributeDescriptor, out: &mut Vec<u8>) {

@@ -1,8 +1,5 @@
 //! Bytes from strangers: never a panic, never an answer that changes something.
-#![expect(
-    clippy::unwrap_used,
-    reason = "a helper that fails is a test that fails"
-)]
+#![expect(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
 mod common;
 
@@ -11,9 +8,7 @@ use meter_sim::acse::{AssociationRequest, AssociationResponse, Release};
 use meter_sim::axdr::Data;
 use meter_sim::ciphered::{CipheredApdu, CipheredForm};
 use meter_sim::security::SecurityControl;
-use meter_sim::xdlms::{
-    ExceptionResponse, InitiateRequest, InitiateResponse, ServiceRequest, ServiceResponse,
-};
+use meter_sim::xdlms::{ExceptionResponse, InitiateRequest, InitiateResponse, ServiceRequest, ServiceResponse};
 use meter_sim::{Connection, Obis, SecuritySuite};
 use proptest::prelude::*;
 
@@ -172,24 +167,13 @@ fn replays_do_not_fill_the_memory() {
     assert_eq!(meter.refusals().len(), 1024);
 }
 
-const TAGS: [u8; 15] = [
-    0x60, 0x62, 0xC0, 0xC1, 0xC3, 0xC8, 0xC9, 0xCB, 0xD0, 0xD1, 0xD3, 0xDB, 0xDC, 0xDD, 0x00,
-];
+const TAGS: [u8; 15] = [0x60, 0x62, 0xC0, 0xC1, 0xC3, 0xC8, 0xC9, 0xCB, 0xD0, 0xD1, 0xD3, 0xDB, 0xDC, 0xDD, 0x00];
 
 /// Access selections are read and refused, but not written.
 fn without_selection(request: ServiceRequest) -> ServiceRequest {
     match request {
-        ServiceRequest::Get {
-            invoke, attribute, ..
-        } => ServiceRequest::Get {
-            invoke,
-            attribute,
-            selective: false,
-        },
-        ServiceRequest::GetWithList {
-            invoke,
-            mut attributes,
-        } => {
+        ServiceRequest::Get { invoke, attribute, .. } => ServiceRequest::Get { invoke, attribute, selective: false },
+        ServiceRequest::GetWithList { invoke, mut attributes } => {
             for (_, selective) in &mut attributes {
                 *selective = false;
             }

@@ -1,26 +1,16 @@
 //! The codec and the primitives against published and independently computed bytes.
-#![expect(
-    clippy::unwrap_used,
-    reason = "a helper that fails is a test that fails"
-)]
+#![expect(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
 mod common;
 
 use common::{bytes, ciphering, gak, guek, key};
 use meter_sim::axdr::Data;
-use meter_sim::ciphered::{
-    CipheredApdu, CipheredForm, GLO_INITIATE_REQUEST, encode_initiate, parse_initiate,
-};
+use meter_sim::ciphered::{CipheredApdu, CipheredForm, GLO_INITIATE_REQUEST, encode_initiate, parse_initiate};
 use meter_sim::config::SecuritySetupConfig;
 use meter_sim::key_transfer::key_transfer_argument;
 use meter_sim::security::{SecurityControl, unwrap_key, wrap_key};
-use meter_sim::xdlms::{
-    AttributeDescriptor, InitiateRequest, MethodDescriptor, ServiceRequest, ServiceResponse,
-};
-use meter_sim::{
-    CLASS_CLOCK, CLASS_SECURITY_SETUP, Connection, Error, KeyId, Meter, MeterConfig, Obis,
-    SecuritySuite, SystemTitle,
-};
+use meter_sim::xdlms::{AttributeDescriptor, InitiateRequest, MethodDescriptor, ServiceRequest, ServiceResponse};
+use meter_sim::{CLASS_CLOCK, CLASS_SECURITY_SETUP, Connection, Error, KeyId, Meter, MeterConfig, Obis, SecuritySuite, SystemTitle};
 
 const SUITE: SecuritySuite = SecuritySuite::Suite0;
 const COUNTER: u32 = 0x0123_4567;
@@ -36,15 +26,8 @@ fn client() -> SystemTitle {
 
 #[test]
 fn get_request_in_plaintext() {
-    let request = ServiceRequest::Get {
-        invoke: 0,
-        attribute: AttributeDescriptor {
-            class: CLASS_CLOCK,
-            instance: Obis::CLOCK,
-            attribute: 2,
-        },
-        selective: false,
-    };
+    let request =
+        ServiceRequest::Get { invoke: 0, attribute: AttributeDescriptor { class: CLASS_CLOCK, instance: Obis::CLOCK, attribute: 2 }, selective: false };
     assert_eq!(request.encode(), bytes(GET));
     assert_eq!(ServiceRequest::parse(&bytes(GET)).unwrap(), request);
 }
@@ -52,22 +35,11 @@ fn get_request_in_plaintext() {
 #[test]
 fn get_request_under_three_protections() {
     for (control, expected) in [
-        (
-            SecurityControl::authenticated(SUITE),
-            "C81E1001234567C0010000080000010000FF020006725D910F9221D263877516",
-        ),
-        (
-            SecurityControl::encrypted(SUITE),
-            "C8122001234567411312FF935A47566827C467BC",
-        ),
-        (
-            SecurityControl::authenticated_encrypted(SUITE),
-            "C81E3001234567411312FF935A47566827C467BC7D825C3BE4A77C3FCC056B6B",
-        ),
+        (SecurityControl::authenticated(SUITE), "C81E1001234567C0010000080000010000FF020006725D910F9221D263877516"),
+        (SecurityControl::encrypted(SUITE), "C8122001234567411312FF935A47566827C467BC"),
+        (SecurityControl::authenticated_encrypted(SUITE), "C81E3001234567411312FF935A47566827C467BC7D825C3BE4A77C3FCC056B6B"),
     ] {
-        let content = ciphering()
-            .protect(control, &title(), COUNTER, &bytes(GET))
-            .unwrap();
+        let content = ciphering().protect(control, &title(), COUNTER, &bytes(GET)).unwrap();
         let apdu = CipheredApdu::new(CipheredForm::Global, 0xC0, title(), content).unwrap();
         assert_eq!(hex::encode_upper(apdu.encode()), expected);
 
@@ -85,26 +57,14 @@ fn get_request_under_three_protections() {
 #[test]
 fn initiate_request() {
     let plain = bytes("01011000112233445566778899AABBCCDDEEFF0000065F1F0400007E1F04B0");
-    let expected = bytes(
-        "21303001234567801302FF8A7874133D414CED25B42534D28DB0047720606B175BD52211BE6841DB204D39EE6FDB8E356855",
-    );
+    let expected = bytes("21303001234567801302FF8A7874133D414CED25B42534D28DB0047720606B175BD52211BE6841DB204D39EE6FDB8E356855");
     let request = InitiateRequest::parse(&plain).unwrap();
-    assert_eq!(
-        request.dedicated_key,
-        Some(key("00112233445566778899AABBCCDDEEFF"))
-    );
+    assert_eq!(request.dedicated_key, Some(key("00112233445566778899AABBCCDDEEFF")));
     assert_eq!(request.conformance, [0x00, 0x7E, 0x1F]);
     assert_eq!(request.client_max_receive_pdu_size, 0x04B0);
     assert_eq!(request.encode().as_slice(), plain);
 
-    let content = ciphering()
-        .protect(
-            SecurityControl::authenticated_encrypted(SUITE),
-            &title(),
-            COUNTER,
-            &plain,
-        )
-        .unwrap();
+    let content = ciphering().protect(SecurityControl::authenticated_encrypted(SUITE), &title(), COUNTER, &plain).unwrap();
     assert_eq!(encode_initiate(GLO_INITIATE_REQUEST, &content), expected);
     let read = parse_initiate(GLO_INITIATE_REQUEST, &expected).unwrap();
     assert_eq!(ciphering().open(&title(), &read).unwrap().as_slice(), plain);
@@ -112,43 +72,21 @@ fn initiate_request() {
 
 #[test]
 fn hls_5_answers() {
-    for (title, counter, challenge, expected) in [
-        (
-            client(),
-            1,
-            "503677524A323146",
-            "10000000011A52FE7DD3E72748973C1E28",
-        ),
-        (
-            title(),
-            COUNTER,
-            "4B35366956616759",
-            "1001234567FE1466AFB3DBCD4F9389E2B7",
-        ),
-    ] {
-        let answer = ciphering()
-            .answer_challenge(SUITE, &title, counter, &bytes(challenge))
-            .unwrap();
+    for (title, counter, challenge, expected) in
+        [(client(), 1, "503677524A323146", "10000000011A52FE7DD3E72748973C1E28"), (title(), COUNTER, "4B35366956616759", "1001234567FE1466AFB3DBCD4F9389E2B7")]
+    {
+        let answer = ciphering().answer_challenge(SUITE, &title, counter, &bytes(challenge)).unwrap();
         assert_eq!(hex::encode_upper(&answer), expected);
-        let (read, _) = ciphering()
-            .verify_challenge_answer(SUITE, &title, &bytes(challenge), &answer)
-            .unwrap();
+        let (read, _) = ciphering().verify_challenge_answer(SUITE, &title, &bytes(challenge), &answer).unwrap();
         assert_eq!(read, counter);
-        assert_eq!(
-            ciphering().verify_challenge_answer(SUITE, &title, b"another challenge", &answer),
-            Err(Error::Deciphering)
-        );
+        assert_eq!(ciphering().verify_challenge_answer(SUITE, &title, b"another challenge", &answer), Err(Error::Deciphering));
     }
 }
 
 #[test]
 fn key_wrap_of_rfc_3394() {
     for (kek, data, expected) in [
-        (
-            "000102030405060708090A0B0C0D0E0F",
-            "00112233445566778899AABBCCDDEEFF",
-            "1FA68B0A8112B447AEF34BD8FB5A7B829D3E862371D2CFE5",
-        ),
+        ("000102030405060708090A0B0C0D0E0F", "00112233445566778899AABBCCDDEEFF", "1FA68B0A8112B447AEF34BD8FB5A7B829D3E862371D2CFE5"),
         (
             "000102030405060708090A0B0C0D0E0F101112131415161718191A1B1C1D1E1F",
             "00112233445566778899AABBCCDDEEFF000102030405060708090A0B0C0D0E0F",
@@ -172,35 +110,19 @@ fn key_transfer() {
     let request = bytes(
         "DB084B4D5348455330313E300000006C16B4024AAAE66E67C1FB397E3054AA06DF99C2AE2ED92E4B1E030322514B4945BC58684154027369966C696FAF2D6C7410B0F19BD10CEC21B5",
     );
-    let plain = bytes(
-        "C301C1004000002B0002FF02010101020216000918C97E5B71207F159EDDCCB965D7DCF3FD1A14AC7F2CF25E1E",
-    );
+    let plain = bytes("C301C1004000002B0002FF02010101020216000918C97E5B71207F159EDDCCB965D7DCF3FD1A14AC7F2CF25E1E");
     let answer = bytes("DB084142434445464748163000000009F80A78728C4CF7587EF736B7C01DB98A9A");
 
     // The codec makes the request.
     let wrapped = wrap_key(&common::kek(), &new).unwrap();
     let action = ServiceRequest::Action {
         invoke: 0xC1,
-        method: MethodDescriptor {
-            class: CLASS_SECURITY_SETUP,
-            instance: setup_name,
-            method: 2,
-        },
-        argument: Some(key_transfer_argument(&[(
-            KeyId::GlobalUnicastEncryption,
-            &wrapped,
-        )])),
+        method: MethodDescriptor { class: CLASS_SECURITY_SETUP, instance: setup_name, method: 2 },
+        argument: Some(key_transfer_argument(&[(KeyId::GlobalUnicastEncryption, &wrapped)])),
     };
     assert_eq!(action.encode(), plain);
     assert_eq!(ServiceRequest::parse(&plain).unwrap(), action);
-    let content = ciphering()
-        .protect(
-            SecurityControl::authenticated_encrypted(SUITE),
-            &client,
-            0x6C,
-            &plain,
-        )
-        .unwrap();
+    let content = ciphering().protect(SecurityControl::authenticated_encrypted(SUITE), &client, 0x6C, &plain).unwrap();
     let apdu = CipheredApdu::new(CipheredForm::GeneralGlobal, 0xC3, client, content).unwrap();
     assert_eq!(apdu.encode(), request);
 
@@ -217,14 +139,7 @@ fn key_transfer() {
     let read = CipheredApdu::parse(&answer).unwrap();
     let opened = ciphering().open(&meter_title, &read.content).unwrap();
     assert_eq!(opened.as_slice(), bytes("C701C10000"));
-    assert_eq!(
-        ServiceResponse::parse(&opened).unwrap(),
-        ServiceResponse::Action {
-            invoke: 0xC1,
-            result: 0,
-            returned: None
-        }
-    );
+    assert_eq!(ServiceResponse::parse(&opened).unwrap(), ServiceResponse::Action { invoke: 0xC1, result: 0, returned: None });
 }
 
 #[test]

@@ -1,8 +1,5 @@
 //! Meters on TCP: one per port, hundreds per port, idle and hostile connections.
-#![expect(
-    clippy::unwrap_used,
-    reason = "a helper that fails is a test that fails"
-)]
+#![expect(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
 mod common;
 
@@ -30,14 +27,7 @@ async fn a_session_over_tcp() {
     connection.associate(&mut session).await.unwrap();
     assert_eq!(connection.get(&mut session, ENERGY).await, Ok(reading()));
     let wrapped = wrap_key(&kek(), &key_of(0xA5)).unwrap();
-    connection
-        .key_transfer(
-            &mut session,
-            Obis::SECURITY_SETUP,
-            &[(KeyId::GlobalUnicastEncryption, &wrapped)],
-        )
-        .await
-        .unwrap();
+    connection.key_transfer(&mut session, Obis::SECURITY_SETUP, &[(KeyId::GlobalUnicastEncryption, &wrapped)]).await.unwrap();
     let mut keys = common::ciphering();
     keys.encryption = key_of(0xA5);
     session.set_keys(keys);
@@ -59,11 +49,7 @@ async fn many_meters_on_one_port() {
         })
         .collect();
     let directory = (1..).zip(meters.iter().cloned()).collect();
-    let server = Server::start(
-        MeterDirectory::ByDestination(Arc::new(directory)),
-        ServeOptions::default(),
-    )
-    .await;
+    let server = Server::start(MeterDirectory::ByDestination(Arc::new(directory)), ServeOptions::default()).await;
     let mut tasks = tokio::task::JoinSet::new();
     for (destination, meter) in (1..).zip(meters) {
         let mut connection = server.connect(destination, PATIENCE).await;
@@ -82,24 +68,13 @@ async fn many_meters_on_one_port() {
 #[tokio::test]
 async fn several_meters_on_one_connection() {
     let meters: Vec<Meter> = (0..2).map(|_| meter()).collect();
-    let server = Server::start(
-        MeterDirectory::ByDestination(Arc::new((1..).zip(meters).collect())),
-        ServeOptions::default(),
-    )
-    .await;
+    let server = Server::start(MeterDirectory::ByDestination(Arc::new((1..).zip(meters).collect())), ServeOptions::default()).await;
     let mut stream = TcpStream::connect(server.address).await.unwrap();
     for destination in [1, 2] {
         let mut session = ClientSession::new(client_config(1)).unwrap();
-        let frame = meter_sim::wrapper::Frame {
-            source: 1,
-            destination,
-            apdu: session.association_request().unwrap(),
-        };
+        let frame = meter_sim::wrapper::Frame { source: 1, destination, apdu: session.association_request().unwrap() };
         frame.write(&mut stream).await.unwrap();
-        let answer = meter_sim::wrapper::Frame::read(&mut stream)
-            .await
-            .unwrap()
-            .unwrap();
+        let answer = meter_sim::wrapper::Frame::read(&mut stream).await.unwrap().unwrap();
         assert_eq!((answer.source, answer.destination), (destination, 1));
         session.process_association_response(&answer.apdu).unwrap();
     }
@@ -108,34 +83,22 @@ async fn several_meters_on_one_connection() {
 #[tokio::test]
 async fn a_lost_answer_is_a_timeout_and_the_next_session_goes_on_above() {
     let meter = meter();
-    meter.add_fault(ScriptedFault {
-        at: Trigger::Exchange(3),
-        fault: Fault::LoseAnswer,
-    });
+    meter.add_fault(ScriptedFault { at: Trigger::Exchange(3), fault: Fault::LoseAnswer });
     let server = Server::start(MeterDirectory::One(meter.clone()), ServeOptions::default()).await;
     let mut connection = server.connect(1, Duration::from_millis(200)).await;
     let mut session = ClientSession::new(client_config(1)).unwrap();
     connection.associate(&mut session).await.unwrap();
-    assert_eq!(
-        connection.get(&mut session, ENERGY).await,
-        Err(Error::Transport(std::io::ErrorKind::TimedOut))
-    );
+    assert_eq!(connection.get(&mut session, ENERGY).await, Err(Error::Transport(std::io::ErrorKind::TimedOut)));
     // The counter of the lost exchange is used up.
     let mut again = ClientSession::new(client_config(4)).unwrap();
     let mut connection = server.connect(1, PATIENCE).await;
-    assert_eq!(
-        connection.associate(&mut again).await,
-        Err(counter_exception(4))
-    );
+    assert_eq!(connection.associate(&mut again).await, Err(counter_exception(4)));
     connection.associate(&mut again).await.unwrap();
 }
 
 #[tokio::test]
 async fn idle_and_slow_connections_are_closed() {
-    let options = ServeOptions {
-        idle_timeout: Duration::from_millis(100),
-        ..ServeOptions::default()
-    };
+    let options = ServeOptions { idle_timeout: Duration::from_millis(100), ..ServeOptions::default() };
     let server = Server::start(MeterDirectory::One(meter()), options).await;
     for start in [&[][..], &[0, 1, 0, 1, 0, 1, 0xFF, 0xFF, 0x60]] {
         let mut stream = TcpStream::connect(server.address).await.unwrap();
@@ -154,20 +117,14 @@ async fn another_protocol_is_cut_off() {
 
 #[tokio::test]
 async fn connections_above_the_limit_wait() {
-    let options = ServeOptions {
-        max_connections: 1,
-        ..ServeOptions::default()
-    };
+    let options = ServeOptions { max_connections: 1, ..ServeOptions::default() };
     let server = Server::start(MeterDirectory::One(meter()), options).await;
     let mut first = server.connect(1, PATIENCE).await;
     let mut session = ClientSession::new(client_config(1)).unwrap();
     first.associate(&mut session).await.unwrap();
     let mut second = server.connect(1, Duration::from_millis(100)).await;
     let mut waiting = ClientSession::new(client_config(50)).unwrap();
-    assert_eq!(
-        second.associate(&mut waiting).await,
-        Err(Error::Transport(std::io::ErrorKind::TimedOut))
-    );
+    assert_eq!(second.associate(&mut waiting).await, Err(Error::Transport(std::io::ErrorKind::TimedOut)));
     drop((first, second));
     let mut third = server.connect(1, PATIENCE).await;
     let mut session = ClientSession::new(client_config(100)).unwrap();
@@ -182,16 +139,11 @@ struct Server {
 impl Server {
     async fn start(meters: MeterDirectory, options: ServeOptions) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        Self {
-            address: listener.local_addr().unwrap(),
-            task: tokio::spawn(serve(listener, meters, options)),
-        }
+        Self { address: listener.local_addr().unwrap(), task: tokio::spawn(serve(listener, meters, options)) }
     }
 
     async fn connect(&self, destination: u16, patience: Duration) -> ClientConnection {
-        ClientConnection::connect(self.address, 1, destination, patience)
-            .await
-            .unwrap()
+        ClientConnection::connect(self.address, 1, destination, patience).await.unwrap()
     }
 }
 

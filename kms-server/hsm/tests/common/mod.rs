@@ -18,12 +18,14 @@ use aws_lc_rs::digest::{SHA256, digest};
 use aws_lc_rs::encoding::AsDer;
 use aws_lc_rs::iv::FixedLength;
 use aws_lc_rs::key_wrap::{self, AesKek, KeyWrap};
-use aws_lc_rs::rsa::{KeySize, OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OaepPrivateDecryptingKey, OaepPublicEncryptingKey, PrivateDecryptingKey, PublicEncryptingKey};
+use aws_lc_rs::rsa::{
+    KeySize, OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OaepPrivateDecryptingKey, OaepPublicEncryptingKey, PrivateDecryptingKey, PublicEncryptingKey,
+};
 use aws_lc_rs::{cmac, hmac};
 use kms_domain::{DiversificationContext, IslandName, KeyClass, KeyDerivation, KeyLength, KeyType, KeyVersionNumber, Owner, SecuritySetupId, SystemTitle};
 use kms_hsm::{
-    CeremonyPlan, CeremonyResult, Envelope, EnvelopeAlgorithm, Hsm, KeySource, Module, OaepHash, Pin, PinSource, ProcessPinMemory, Recipient, RootVersion, TokenKey,
-    TokenSelector, TokenSettings, WrappedKey, WrappedRoots, create_roots,
+    CeremonyPlan, CeremonyResult, Envelope, EnvelopeAlgorithm, Hsm, KeySource, Module, OaepHash, Pin, PinSource, ProcessPinMemory, Recipient, RootVersion,
+    TokenKey, TokenSelector, TokenSettings, WrappedKey, WrappedRoots, create_roots,
 };
 
 /// Runs a test once for each module: `each_module! { async fn name(bench: Bench) { … } }`.
@@ -96,7 +98,8 @@ where
 fn in_child(kind: Kind, directory: &Path, name: &str) -> std::process::Output {
     let tokens = directory.join("tokens");
     fs::create_dir(&tokens).unwrap();
-    fs::write(directory.join("softhsm2.conf"), format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display())).unwrap();
+    fs::write(directory.join("softhsm2.conf"), format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display()))
+        .unwrap();
     fs::write(directory.join("hsm-sim.conf"), "directory = tokens\ncontrol = control\nargon2_memory_kib = 64\nargon2_passes = 1\n").unwrap();
     Command::new(std::env::current_exe().unwrap())
         .args([name, "--exact", "--nocapture"])
@@ -152,7 +155,10 @@ impl Bench {
 
     /// A grant in which the manifest is the wrapped keys, one after the other.
     pub async fn grant(&self, grantee: &Grantee, keys: Vec<KeySource>) -> Envelope {
-        self.hsm.envelope(grantee.recipient(), keys, |agreement| [&[agreement.algorithm.number()], agreement.ephemeral_public.as_slice()].concat(), concatenated).await.unwrap()
+        self.hsm
+            .envelope(grantee.recipient(), keys, |agreement| [&[agreement.algorithm.number()], agreement.ephemeral_public.as_slice()].concat(), concatenated)
+            .await
+            .unwrap()
     }
 }
 

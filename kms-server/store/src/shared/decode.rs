@@ -1,8 +1,6 @@
 //! From rows of the database to types. What does not fit was not written by this server.
 
-use kms_domain::{
-    DeviceTypeId, GrantId, GroupId, KeyType, KeyVersionNumber, Owner, PrincipalId, SecuritySetupId, SystemTitle, UnixMillis, WriterId,
-};
+use kms_domain::{DeviceTypeId, GrantId, GroupId, KeyType, KeyVersionNumber, Owner, PrincipalId, SecuritySetupId, SystemTitle, UnixMillis, WriterId};
 use sqlx::Row as _;
 
 use super::Row;

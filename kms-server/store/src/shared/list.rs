@@ -5,7 +5,8 @@ use sqlx::{Pool, QueryBuilder, Row as _};
 
 use super::{Database, decode, keys, names::TermKind};
 use crate::{
-    Assigned, AuditAppend, AuditCursor, AuditFilter, AuditRow, AuditTail, GrantFilter, GrantRow, MeterFilter, MeterRow, RowKind, SealedRow, ServerRow, StoreError,
+    Assigned, AuditAppend, AuditCursor, AuditFilter, AuditRow, AuditTail, GrantFilter, GrantRow, MeterFilter, MeterRow, RowKind, SealedRow, ServerRow,
+    StoreError,
 };
 
 type Readers = Pool<Database>;
@@ -180,7 +181,9 @@ pub(super) async fn now(readers: &Readers) -> Result<UnixMillis, StoreError> {
 const METER_ROWS: &str = concat!("SELECT m.title, m.generation, m.seal, m.body FROM ", keys!(), join!(), "meter AS m ON m.title = k.value");
 
 const AUDIT_OF_WRITER: &str = concat!(
-    "SELECT ", audit_columns!(), " FROM server AS s JOIN audit AS a ON a.writer = s.number WHERE s.writer = $1 AND a.sequence >= $2 ORDER BY a.sequence LIMIT $3"
+    "SELECT ",
+    audit_columns!(),
+    " FROM server AS s JOIN audit AS a ON a.writer = s.number WHERE s.writer = $1 AND a.sequence >= $2 ORDER BY a.sequence LIMIT $3"
 );
 
 const AUDIT_TAILS: &str = "SELECT s.writer, a.sequence, a.chain FROM server AS s JOIN audit AS a ON a.writer = s.number \
@@ -188,5 +191,4 @@ const AUDIT_TAILS: &str = "SELECT s.writer, a.sequence, a.chain FROM server AS s
 
 const GRANT: &str = concat!("SELECT ", grant_columns!(), " FROM key_grant AS g", grant_joins!(), " WHERE g.id = $1");
 
-const SERVERS: &str =
-    concat!("SELECT writer, name, started_ms, heartbeat_ms, ", now!(), " - heartbeat_ms FROM server ORDER BY started_ms DESC, number DESC");
+const SERVERS: &str = concat!("SELECT writer, name, started_ms, heartbeat_ms, ", now!(), " - heartbeat_ms FROM server ORDER BY started_ms DESC, number DESC");

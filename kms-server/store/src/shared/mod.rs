@@ -11,9 +11,7 @@ macro_rules! grant_columns {
 /// Joins to the names of grants `g`.
 macro_rules! grant_joins {
     () => {
-        concat!(
-            join!(), "term AS gt ON gt.id = g.principal", join!(), "term AS gp ON gp.id = g.purpose", join!(), "server AS gs ON gs.number = g.writer"
-        )
+        concat!(join!(), "term AS gt ON gt.id = g.principal", join!(), "term AS gp ON gp.id = g.purpose", join!(), "server AS gs ON gs.number = g.writer")
     };
 }
 

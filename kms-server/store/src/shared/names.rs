@@ -164,7 +164,15 @@ fn terms_of(changes: &Changes) -> impl Iterator<Item = (TermKind, Cow<'_, str>)>
     meters.chain(requests).chain(grants)
 }
 
-const INSERT_TERMS: &str = concat!("INSERT INTO term (kind, text) SELECT ", int!(0), ", ", text!(1), " FROM ", rows!(), " WHERE true ON CONFLICT (kind, text) DO NOTHING");
+const INSERT_TERMS: &str =
+    concat!("INSERT INTO term (kind, text) SELECT ", int!(0), ", ", text!(1), " FROM ", rows!(), " WHERE true ON CONFLICT (kind, text) DO NOTHING");
 
-const SELECT_TERMS: &str =
-    concat!("SELECT CAST(t.id AS BIGINT), CAST(t.kind AS BIGINT), t.text FROM ", rows!(), join!(), "term AS t ON t.kind = ", int!(0), " AND t.text = ", text!(1));
+const SELECT_TERMS: &str = concat!(
+    "SELECT CAST(t.id AS BIGINT), CAST(t.kind AS BIGINT), t.text FROM ",
+    rows!(),
+    join!(),
+    "term AS t ON t.kind = ",
+    int!(0),
+    " AND t.text = ",
+    text!(1)
+);

@@ -81,7 +81,8 @@ async fn sealed(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -
         let mut rows = sqlx::query::<Database>(statement).bind(json).bind(blob).fetch(&mut *connection);
         while let Some(row) = rows.try_next().await? {
             let number: i64 = row.try_get(0)?;
-            let kind = RowKind::ALL.into_iter().find(|kind| i64::from(kind.number()) == number).ok_or_else(|| StoreError::corrupt("the kind of a sealed row"))?;
+            let kind =
+                RowKind::ALL.into_iter().find(|kind| i64::from(kind.number()) == number).ok_or_else(|| StoreError::corrupt("the kind of a sealed row"))?;
             set.sealed.insert((kind, row.try_get(1)?), Some(decode::sealed(&row, 2)?));
         }
     }
@@ -180,33 +181,56 @@ const METERS: i32 = 0;
 const SEALED: i32 = 64;
 const FINGERPRINTS: i32 = 128;
 
-const METER_ROWS: &str = concat!("SELECT m.title, m.generation, m.seal, m.body FROM ", keys!(), join!(), "meter AS m ON m.title = k.value", exclusive!("m", "m.title"));
+const METER_ROWS: &str =
+    concat!("SELECT m.title, m.generation, m.seal, m.body FROM ", keys!(), join!(), "meter AS m ON m.title = k.value", exclusive!("m", "m.title"));
 
 macro_rules! sealed_rows {
     ($lock:expr) => {
-        concat!("SELECT CAST(s.kind AS BIGINT), s.id, s.generation, s.seal, s.body FROM ", rows!(), join!(), "sealed AS s ON s.kind = ", int!(0), " AND s.id = ", octets!(1, 2), $lock)
+        concat!(
+            "SELECT CAST(s.kind AS BIGINT), s.id, s.generation, s.seal, s.body FROM ",
+            rows!(),
+            join!(),
+            "sealed AS s ON s.kind = ",
+            int!(0),
+            " AND s.id = ",
+            octets!(1, 2),
+            $lock
+        )
     };
 }
 const SEALED_ROWS_SHARED: &str = sealed_rows!(shared!("s", "s.kind, s.id"));
 const SEALED_ROWS_EXCLUSIVE: &str = sealed_rows!(exclusive!("s", "s.kind, s.id"));
 
 const REQUEST_ROWS: &str = concat!(
-    "SELECT ", int!(0), ", r.digest, r.outcome, r.expires_ms FROM ", rows!(), join!(), "term AS t ON t.kind = 5 AND t.text = ", text!(1), join!(),
-    "request AS r ON r.request = ", octets!(2, 3), " AND r.principal = t.id AND r.chunk = ", int!(4)
+    "SELECT ",
+    int!(0),
+    ", r.digest, r.outcome, r.expires_ms FROM ",
+    rows!(),
+    join!(),
+    "term AS t ON t.kind = 5 AND t.text = ",
+    text!(1),
+    join!(),
+    "request AS r ON r.request = ",
+    octets!(2, 3),
+    " AND r.principal = t.id AND r.chunk = ",
+    int!(4)
 );
 
 const FINGERPRINT_ROWS: &str = concat!(
-    "SELECT f.prefix, CAST(f.owner_kind AS BIGINT), f.owner, CAST(f.setup AS BIGINT), CAST(f.key_type AS BIGINT), f.version FROM ", keys!(), join!(),
+    "SELECT f.prefix, CAST(f.owner_kind AS BIGINT), f.owner, CAST(f.setup AS BIGINT), CAST(f.key_type AS BIGINT), f.version FROM ",
+    keys!(),
+    join!(),
     "fingerprint AS f ON f.prefix = k.value"
 );
 
-const GRANT_ROWS: &str = concat!(
-    "SELECT ", grant_columns!(), " FROM ", rows!(), join!(), "key_grant AS g ON g.id = ", octets!(0, 1), grant_joins!(), exclusive!("g", "g.id")
-);
+const GRANT_ROWS: &str =
+    concat!("SELECT ", grant_columns!(), " FROM ", rows!(), join!(), "key_grant AS g ON g.id = ", octets!(0, 1), grant_joins!(), exclusive!("g", "g.id"));
 
 const SHIPMENT_ROWS: &str =
     concat!("SELECT ", shipment_columns!(), " FROM ", rows!(), join!(), "shipment AS p ON p.upload = ", octets!(0, 1), exclusive!("p", "p.upload"));
 
 const AUDIT_TAIL: &str = concat!(
-    "SELECT s.writer, a.sequence, a.chain FROM server AS s", join!(), "audit AS a ON a.writer = s.number WHERE s.writer = $1 ORDER BY a.sequence DESC LIMIT 1"
+    "SELECT s.writer, a.sequence, a.chain FROM server AS s",
+    join!(),
+    "audit AS a ON a.writer = s.number WHERE s.writer = $1 ORDER BY a.sequence DESC LIMIT 1"
 );

@@ -83,8 +83,7 @@ const SHIPMENTS_OF_FILE: &str =
 const SHIPMENT_PAGE: &str = concat!("SELECT ", shipment_columns!(), " FROM shipment AS p WHERE p.upload > $1 ORDER BY p.upload LIMIT $2");
 
 /// State 1 is `Receiving`.
-const ADVANCE: &str =
-    "UPDATE shipment SET received = received + $1, updated_ms = $2 WHERE upload = $3 AND received = $4 AND state = 1 RETURNING received";
+const ADVANCE: &str = "UPDATE shipment SET received = received + $1, updated_ms = $2 WHERE upload = $3 AND received = $4 AND state = 1 RETURNING received";
 
 const CHUNK: &str = "SELECT position, octets FROM shipment_chunk WHERE upload = $1 AND position <= $2 ORDER BY position DESC LIMIT 1";
 

@@ -1,7 +1,11 @@
 //! What a transaction writes: a few statements, whatever the number of rows. Each counts its rows; one that is missing means
 //! that somebody else was there first.
 
-use super::{CONCURRENT, Connection, Database, names::{Names, Numbers, TermKind}, read};
+use super::{
+    CONCURRENT, Connection, Database,
+    names::{Names, Numbers, TermKind},
+    read,
+};
 use crate::{Changes, MeterPut, RowKind, StoreError, batch::Batch, error::Failure};
 
 /// Why the changes were not written.
@@ -209,74 +213,261 @@ const fn count(rows: u64, written: u64, table: Table) -> Result<(), Stopped> {
 }
 
 const INSERT_METERS: &str = concat!(
-    "INSERT INTO meter (title, generation, seal, body, vendor, profile, status, head_end, batch) SELECT ", int!(0), ", ", int!(1), ", ", octets!(2, 3), ", ",
-    octets!(4, 5), ", ", int!(6), ", ", int!(7), ", ", int!(8), ", ", int!(9), ", ", int!(10), " FROM ", rows!(), " WHERE true ON CONFLICT (title) DO NOTHING"
+    "INSERT INTO meter (title, generation, seal, body, vendor, profile, status, head_end, batch) SELECT ",
+    int!(0),
+    ", ",
+    int!(1),
+    ", ",
+    octets!(2, 3),
+    ", ",
+    octets!(4, 5),
+    ", ",
+    int!(6),
+    ", ",
+    int!(7),
+    ", ",
+    int!(8),
+    ", ",
+    int!(9),
+    ", ",
+    int!(10),
+    " FROM ",
+    rows!(),
+    " WHERE true ON CONFLICT (title) DO NOTHING"
 );
 
 const UPDATE_METERS: &str = concat!(
-    "UPDATE meter SET generation = v.generation, seal = v.seal, body = v.body FROM (SELECT ", int!(0), " AS title, ", int!(1), " AS generation, ", octets!(2, 3),
-    " AS seal, ", octets!(4, 5), " AS body FROM ", rows!(), ") AS v WHERE meter.title = v.title AND meter.generation = v.generation - 1"
+    "UPDATE meter SET generation = v.generation, seal = v.seal, body = v.body FROM (SELECT ",
+    int!(0),
+    " AS title, ",
+    int!(1),
+    " AS generation, ",
+    octets!(2, 3),
+    " AS seal, ",
+    octets!(4, 5),
+    " AS body FROM ",
+    rows!(),
+    ") AS v WHERE meter.title = v.title AND meter.generation = v.generation - 1"
 );
 
 const UPDATE_PROJECTED_METERS: &str = concat!(
     "UPDATE meter SET generation = v.generation, seal = v.seal, body = v.body, vendor = v.vendor, profile = v.profile, status = v.status, head_end = v.head_end, ",
-    "batch = v.batch FROM (SELECT ", int!(0), " AS title, ", int!(1), " AS generation, ", octets!(2, 3), " AS seal, ", octets!(4, 5), " AS body, ", int!(6),
-    " AS vendor, ", int!(7), " AS profile, ", int!(8), " AS status, ", int!(9), " AS head_end, ", int!(10), " AS batch FROM ", rows!(),
+    "batch = v.batch FROM (SELECT ",
+    int!(0),
+    " AS title, ",
+    int!(1),
+    " AS generation, ",
+    octets!(2, 3),
+    " AS seal, ",
+    octets!(4, 5),
+    " AS body, ",
+    int!(6),
+    " AS vendor, ",
+    int!(7),
+    " AS profile, ",
+    int!(8),
+    " AS status, ",
+    int!(9),
+    " AS head_end, ",
+    int!(10),
+    " AS batch FROM ",
+    rows!(),
     ") AS v WHERE meter.title = v.title AND meter.generation = v.generation - 1"
 );
 
 const INSERT_SEALED: &str = concat!(
-    "INSERT INTO sealed (kind, id, generation, seal, body) SELECT ", int!(0), ", ", octets!(1, 2), ", ", int!(3), ", ", octets!(4, 5), ", ", octets!(6, 7), " FROM ",
-    rows!(), " WHERE true ON CONFLICT (kind, id) DO NOTHING"
+    "INSERT INTO sealed (kind, id, generation, seal, body) SELECT ",
+    int!(0),
+    ", ",
+    octets!(1, 2),
+    ", ",
+    int!(3),
+    ", ",
+    octets!(4, 5),
+    ", ",
+    octets!(6, 7),
+    " FROM ",
+    rows!(),
+    " WHERE true ON CONFLICT (kind, id) DO NOTHING"
 );
 
 const UPDATE_SEALED: &str = concat!(
-    "UPDATE sealed SET generation = v.generation, seal = v.seal, body = v.body FROM (SELECT ", int!(0), " AS kind, ", octets!(1, 2), " AS id, ", int!(3),
-    " AS generation, ", octets!(4, 5), " AS seal, ", octets!(6, 7), " AS body FROM ", rows!(),
+    "UPDATE sealed SET generation = v.generation, seal = v.seal, body = v.body FROM (SELECT ",
+    int!(0),
+    " AS kind, ",
+    octets!(1, 2),
+    " AS id, ",
+    int!(3),
+    " AS generation, ",
+    octets!(4, 5),
+    " AS seal, ",
+    octets!(6, 7),
+    " AS body FROM ",
+    rows!(),
     ") AS v WHERE sealed.kind = v.kind AND sealed.id = v.id AND sealed.generation = v.generation - 1"
 );
 
 const INSERT_FINGERPRINTS: &str = concat!(
-    "INSERT INTO fingerprint (prefix, owner_kind, owner, setup, key_type, version) SELECT ", int!(0), ", ", int!(1), ", ", int!(2), ", ", int!(3), ", ", int!(4), ", ",
-    int!(5), " FROM ", rows!(), " WHERE true ON CONFLICT (prefix, owner_kind, owner, setup, key_type, version) DO NOTHING"
+    "INSERT INTO fingerprint (prefix, owner_kind, owner, setup, key_type, version) SELECT ",
+    int!(0),
+    ", ",
+    int!(1),
+    ", ",
+    int!(2),
+    ", ",
+    int!(3),
+    ", ",
+    int!(4),
+    ", ",
+    int!(5),
+    " FROM ",
+    rows!(),
+    " WHERE true ON CONFLICT (prefix, owner_kind, owner, setup, key_type, version) DO NOTHING"
 );
 
 const INSERT_SHIPMENTS: &str = concat!(
     "INSERT INTO shipment (upload, generation, sha256, size, batch, principal, state, received, next_line, imported, refused, created_ms, updated_ms, progress) SELECT ",
-    octets!(0, 1), ", ", int!(2), ", ", octets!(3, 4), ", ", int!(5), ", ", text!(6), ", ", text!(7), ", ", int!(8), ", ", int!(9), ", ", int!(10), ", ", int!(11), ", ",
-    int!(12), ", ", int!(13), ", ", int!(14), ", ", octets!(15, 16), " FROM ", rows!(), " WHERE true ON CONFLICT (upload) DO NOTHING"
+    octets!(0, 1),
+    ", ",
+    int!(2),
+    ", ",
+    octets!(3, 4),
+    ", ",
+    int!(5),
+    ", ",
+    text!(6),
+    ", ",
+    text!(7),
+    ", ",
+    int!(8),
+    ", ",
+    int!(9),
+    ", ",
+    int!(10),
+    ", ",
+    int!(11),
+    ", ",
+    int!(12),
+    ", ",
+    int!(13),
+    ", ",
+    int!(14),
+    ", ",
+    octets!(15, 16),
+    " FROM ",
+    rows!(),
+    " WHERE true ON CONFLICT (upload) DO NOTHING"
 );
 
 /// What was announced when the upload began stays.
 const UPDATE_SHIPMENTS: &str = concat!(
     "UPDATE shipment SET generation = v.generation, batch = v.batch, state = v.state, next_line = v.next_line, imported = v.imported, refused = v.refused, ",
-    "updated_ms = v.updated_ms, progress = v.progress FROM (SELECT ", octets!(0, 1), " AS upload, ", int!(2), " AS generation, ", text!(6), " AS batch, ", int!(8),
-    " AS state, ", int!(9), " AS received, ", int!(10), " AS next_line, ", int!(11), " AS imported, ", int!(12), " AS refused, ", int!(14), " AS updated_ms, ",
-    octets!(15, 16), " AS progress FROM ", rows!(), ") AS v WHERE shipment.upload = v.upload AND shipment.generation = v.generation - 1 AND shipment.received = v.received"
+    "updated_ms = v.updated_ms, progress = v.progress FROM (SELECT ",
+    octets!(0, 1),
+    " AS upload, ",
+    int!(2),
+    " AS generation, ",
+    text!(6),
+    " AS batch, ",
+    int!(8),
+    " AS state, ",
+    int!(9),
+    " AS received, ",
+    int!(10),
+    " AS next_line, ",
+    int!(11),
+    " AS imported, ",
+    int!(12),
+    " AS refused, ",
+    int!(14),
+    " AS updated_ms, ",
+    octets!(15, 16),
+    " AS progress FROM ",
+    rows!(),
+    ") AS v WHERE shipment.upload = v.upload AND shipment.generation = v.generation - 1 AND shipment.received = v.received"
 );
 
 const INSERT_REFUSALS: &str = concat!(
-    "INSERT INTO shipment_refusal (upload, line, field, reason) SELECT ", octets!(0, 1), ", ", int!(2), ", ", text!(3), ", ", text!(4), " FROM ", rows!(),
+    "INSERT INTO shipment_refusal (upload, line, field, reason) SELECT ",
+    octets!(0, 1),
+    ", ",
+    int!(2),
+    ", ",
+    text!(3),
+    ", ",
+    text!(4),
+    " FROM ",
+    rows!(),
     " WHERE true ON CONFLICT (upload, line) DO NOTHING"
 );
 
 const INSERT_REQUESTS: &str = concat!(
-    "INSERT INTO request (request, principal, chunk, digest, outcome, expires_ms) SELECT ", octets!(0, 1), ", ", int!(2), ", ", int!(3), ", ", octets!(4, 5), ", ",
-    octets!(6, 7), ", ", int!(8), " FROM ", rows!(), " WHERE true ON CONFLICT (request, principal, chunk) DO NOTHING"
+    "INSERT INTO request (request, principal, chunk, digest, outcome, expires_ms) SELECT ",
+    octets!(0, 1),
+    ", ",
+    int!(2),
+    ", ",
+    int!(3),
+    ", ",
+    octets!(4, 5),
+    ", ",
+    octets!(6, 7),
+    ", ",
+    int!(8),
+    " FROM ",
+    rows!(),
+    " WHERE true ON CONFLICT (request, principal, chunk) DO NOTHING"
 );
 
 const INSERT_GRANTS: &str = concat!(
-    "INSERT INTO key_grant (id, principal, purpose, issued_ms, not_after_ms, writer, sequence, meters, revoked_ms) SELECT ", octets!(0, 1), ", ", int!(2), ", ", int!(3),
-    ", ", int!(4), ", ", int!(5), ", ", int!(6), ", ", int!(7), ", ", int!(8), ", ", int!(9), " FROM ", rows!(), " WHERE true ON CONFLICT (id) DO NOTHING"
+    "INSERT INTO key_grant (id, principal, purpose, issued_ms, not_after_ms, writer, sequence, meters, revoked_ms) SELECT ",
+    octets!(0, 1),
+    ", ",
+    int!(2),
+    ", ",
+    int!(3),
+    ", ",
+    int!(4),
+    ", ",
+    int!(5),
+    ", ",
+    int!(6),
+    ", ",
+    int!(7),
+    ", ",
+    int!(8),
+    ", ",
+    int!(9),
+    " FROM ",
+    rows!(),
+    " WHERE true ON CONFLICT (id) DO NOTHING"
 );
 
 const REVOKE_GRANTS: &str = concat!(
-    "UPDATE key_grant SET revoked_ms = v.revoked_ms FROM (SELECT ", octets!(0, 1), " AS id, ", int!(2), " AS revoked_ms FROM ", rows!(),
+    "UPDATE key_grant SET revoked_ms = v.revoked_ms FROM (SELECT ",
+    octets!(0, 1),
+    " AS id, ",
+    int!(2),
+    " AS revoked_ms FROM ",
+    rows!(),
     ") AS v WHERE key_grant.id = v.id AND key_grant.revoked_ms IS NULL"
 );
 
 /// I2: UNIQUE (writer, sequence) makes two processes that use one writer id collide.
 const INSERT_AUDIT: &str = concat!(
-    "INSERT INTO audit (writer, sequence, time_ms, kind, chain, record) SELECT ", int!(0), ", ", int!(1), ", ", int!(2), ", ", int!(3), ", ", octets!(4, 5), ", ",
-    octets!(6, 7), " FROM ", rows!(), " WHERE true ON CONFLICT (writer, sequence) DO NOTHING"
+    "INSERT INTO audit (writer, sequence, time_ms, kind, chain, record) SELECT ",
+    int!(0),
+    ", ",
+    int!(1),
+    ", ",
+    int!(2),
+    ", ",
+    int!(3),
+    ", ",
+    octets!(4, 5),
+    ", ",
+    octets!(6, 7),
+    " FROM ",
+    rows!(),
+    " WHERE true ON CONFLICT (writer, sequence) DO NOTHING"
 );

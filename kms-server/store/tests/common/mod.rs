@@ -6,7 +6,8 @@ use std::sync::{Arc, OnceLock};
 
 use kms_domain::{PrincipalId, RequestId, SystemTitle, UnixMillis, WriterId};
 use kms_store::{
-    AuditAppend, Changes, Committed, Decision, MeterProjection, MeterPut, Reads, RequestKey, SealedRow, Store, StoreConfig, StoreError, testing::PostgresCluster,
+    AuditAppend, Changes, Committed, Decision, MeterProjection, MeterPut, Reads, RequestKey, SealedRow, Store, StoreConfig, StoreError,
+    testing::PostgresCluster,
 };
 use tempfile::TempDir;
 
@@ -68,7 +69,14 @@ pub(crate) fn request_key(name: &str, chunk: u32) -> RequestKey {
 }
 
 pub(crate) fn record(writer: WriterId, sequence: u64) -> AuditAppend {
-    AuditAppend { writer, sequence, time: UnixMillis(1_000 + sequence as i64), kind: 7, record: format!("record {sequence}").into_bytes(), chain: [sequence as u8; 32] }
+    AuditAppend {
+        writer,
+        sequence,
+        time: UnixMillis(1_000 + sequence as i64),
+        kind: 7,
+        record: format!("record {sequence}").into_bytes(),
+        chain: [sequence as u8; 32],
+    }
 }
 
 /// Writes without reading first.

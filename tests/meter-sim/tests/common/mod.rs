@@ -1,29 +1,17 @@
 //! What the tests share: the keys of the known answers, and a client that drives a connection.
-#![allow(
-    dead_code,
-    missing_docs,
-    unreachable_pub,
-    reason = "each test binary uses a part of this module"
-)]
+#![allow(dead_code, missing_docs, unreachable_pub, reason = "each test binary uses a part of this module")]
 
 use meter_sim::axdr::Data;
 use meter_sim::client::{ClientConfig, ClientSession};
 use meter_sim::config::SecuritySetupConfig;
 use meter_sim::security::{Ciphering, wrap_key};
 use meter_sim::xdlms::{AttributeDescriptor, ExceptionResponse};
-use meter_sim::{
-    CLASS_REGISTER, Connection, Error, KeyId, Meter, MeterConfig, Obis, SecuritySuite,
-    SymmetricKey, SystemTitle,
-};
+use meter_sim::{CLASS_REGISTER, Connection, Error, KeyId, Meter, MeterConfig, Obis, SecuritySuite, SymmetricKey, SystemTitle};
 
 pub const METER_TITLE: SystemTitle = SystemTitle::new(*b"ABCDEFGH");
 pub const CLIENT_TITLE: SystemTitle = SystemTitle::new(*b"KMSHES01");
 
-pub const ENERGY: AttributeDescriptor = AttributeDescriptor {
-    class: CLASS_REGISTER,
-    instance: Obis::ACTIVE_ENERGY_IMPORT,
-    attribute: 2,
-};
+pub const ENERGY: AttributeDescriptor = AttributeDescriptor { class: CLASS_REGISTER, instance: Obis::ACTIVE_ENERGY_IMPORT, attribute: 2 };
 
 pub fn bytes(hex_text: &str) -> Vec<u8> {
     hex::decode(hex_text).unwrap()
@@ -51,18 +39,11 @@ pub fn kek() -> SymmetricKey {
 }
 
 pub fn ciphering() -> Ciphering {
-    Ciphering {
-        encryption: guek(),
-        authentication: gak(),
-    }
+    Ciphering { encryption: guek(), authentication: gak() }
 }
 
 pub fn config() -> MeterConfig {
-    MeterConfig::ordinary(
-        METER_TITLE,
-        SecuritySuite::Suite0,
-        SecuritySetupConfig::new(guek(), gak(), kek()),
-    )
+    MeterConfig::ordinary(METER_TITLE, SecuritySuite::Suite0, SecuritySetupConfig::new(guek(), gak(), kek()))
 }
 
 pub fn meter() -> Meter {
@@ -88,10 +69,7 @@ pub struct Client {
 
 impl Client {
     pub fn new(meter: &Meter, config: ClientConfig) -> Self {
-        Self {
-            session: ClientSession::new(config).unwrap(),
-            connection: Connection::new(meter.clone(), 1),
-        }
+        Self { session: ClientSession::new(config).unwrap(), connection: Connection::new(meter.clone(), 1) }
     }
 
     pub fn associated(meter: &Meter, config: ClientConfig) -> Self {
@@ -120,19 +98,12 @@ impl Client {
     }
 
     pub fn transfer(&mut self, items: &[(KeyId, &[u8])]) -> Result<(), Error> {
-        let request = self
-            .session
-            .key_transfer_request(Obis::SECURITY_SETUP, items)?;
+        let request = self.session.key_transfer_request(Obis::SECURITY_SETUP, items)?;
         let answer = self.exchange(&request);
         self.session.process_action_response(&answer).map(|_| ())
     }
 
-    pub fn transfer_key(
-        &mut self,
-        id: KeyId,
-        kek: &SymmetricKey,
-        new: &SymmetricKey,
-    ) -> Result<(), Error> {
+    pub fn transfer_key(&mut self, id: KeyId, kek: &SymmetricKey, new: &SymmetricKey) -> Result<(), Error> {
         self.transfer(&[(id, &wrap_key(kek, new).unwrap())])
     }
 }
