@@ -31,6 +31,9 @@ pub struct Config {
     /// Accept an island that was made for development. Default: false; a production server refuses one.
     #[serde(default)]
     pub allow_development_island: bool,
+    /// Every how many hours the log and all sealed rows are read and compared (I5), 1 to 168. Default: 24.
+    #[serde(default = "default_scrub_hours")]
+    pub scrub_hours: ScrubHours,
     /// Certificates of the listener.
     pub tls: TlsSection,
     /// The database.
@@ -49,6 +52,30 @@ pub struct Config {
     /// Bounds.
     #[serde(default)]
     pub limits: LimitsSection,
+}
+
+/// Hours between two scrubs, 1 to 168.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "u8")]
+pub struct ScrubHours(u8);
+
+impl ScrubHours {
+    /// The time between two scrubs.
+    pub fn period(self) -> Duration {
+        Duration::from_hours(u64::from(self.0))
+    }
+}
+
+impl TryFrom<u8> for ScrubHours {
+    type Error = String;
+
+    fn try_from(hours: u8) -> Result<Self, String> {
+        if (1..=168).contains(&hours) { Ok(Self(hours)) } else { Err(format!("`{hours}` is not 1 to 168 hours")) }
+    }
+}
+
+const fn default_scrub_hours() -> ScrubHours {
+    ScrubHours(24)
 }
 
 /// `[tls]`: PEM files. They are read again when they change, and on SIGHUP.

@@ -20,11 +20,11 @@ use aws_lc_rs::{
     rsa::{KeySize, PrivateDecryptingKey},
 };
 use kms_client::{
-    Connection, KeyRequest, NewProfile, Profile, StateDirectory, new_request_id,
+    Connection, KeyRequest, NewProfile, OpenOptions, Profile, StateDirectory, new_request_id,
     proto::{AddPrincipalRequest, GetVendorTransportKeyRequest, ImportShipmentRequest, RegisterTransportKeyRequest, Shipment, UploadShipmentRequest, UploadShipmentStart},
     sample::{SampleShipment, VendorKey, VendorTransportKey},
 };
-use kms_domain::{FlagId, IslandKind, IslandName, PersonName, PrincipalId, Role, SystemTitle};
+use kms_domain::{FlagId, IslandKind, IslandName, OaepHash, PersonName, PrincipalId, Role, SystemTitle};
 use kms_hsm::TokenSelector;
 use kms_store::StoreConfig;
 use tokio::sync::oneshot;
@@ -53,6 +53,8 @@ pub struct DevSettings {
     pub database: Option<String>,
     /// Meters of the sample shipment. Only at the first start.
     pub meters: u64,
+    /// Another PKCS#11 module than the embedded one. Only at the first start.
+    pub module: Option<PathBuf>,
 }
 
 /// Makes the island if it is not there yet, serves it, does the main job once, and serves until `stop` ends.
@@ -72,10 +74,11 @@ pub async fn run(settings: DevSettings, stop: impl Future<Output = ()> + Send + 
 
     let mut config = Config::load(&state.configuration())?;
     config.listen = listen;
-    for token in &mut config.hsm.tokens {
+    for token in config.hsm.tokens.iter_mut().filter(|token| token.module.ends_with(MODULE)) {
         // A rebuilt tree may have its module in another place than last time.
         token.module = module()?;
     }
+    let embedded = config.hsm.tokens.iter().all(|token| token.module.ends_with(MODULE));
     let server = Server::start(config).await?;
     let address = server.local_addr()?;
     let mut opened = server.opened();
@@ -96,7 +99,7 @@ pub async fn run(settings: DevSettings, stop: impl Future<Output = ()> + Send + 
 
     // What fails here is told, and the island goes on serving: it is there to be looked at.
     let mut end = Some(end);
-    if let Err(error) = state.populate_and_show(address).await {
+    if let Err(error) = state.populate_and_show(address, embedded).await {
         eprintln!("\nkms-server dev: {error}");
         if !serving.is_finished() {
             println!("\nThe server goes on serving on {address}. Ctrl-C ends it.");
@@ -160,7 +163,7 @@ impl State {
             kind: IslandKind::Development,
             server_names: vec!["localhost".to_owned(), "127.0.0.1".to_owned()],
             token: CeremonyToken {
-                module: module()?,
+                module: self.settings.module.clone().map_or_else(module, Ok)?,
                 selector: TokenSelector { label: TOKEN.to_owned(), serial: None },
                 pin: SecretSource::File(secrets.join("pin")),
                 so_pin: SecretSource::File(secrets.join("so-pin")),
@@ -216,7 +219,7 @@ impl State {
     }
 
     /// What people do after a ceremony, by RPC: register keys, import a shipment. Then the main job.
-    async fn populate_and_show(&self, address: SocketAddr) -> Result<(), Failure> {
+    async fn populate_and_show(&self, address: SocketAddr, embedded: bool) -> Result<(), Failure> {
         let states = StateDirectory::new(&self.root);
         for name in states.profile_names() {
             // The server may listen elsewhere than last time.
@@ -231,7 +234,9 @@ impl State {
         }
         let officer = Connection::connect(&states.profile(OFFICER)?).await?;
         self.import_sample(&officer).await?;
-        show::main_job(&head_end, &self.root.join("vendor/devices.jsonl"), SystemTitle::parse(CLIENT_TITLE)?).await
+        // A module without the X9.63 KDF takes the algorithm that is not for production; that is this user's wish here.
+        let options = if embedded { OpenOptions::new() } else { OpenOptions::new().allow_cbc_expand() };
+        show::main_job(&head_end, &self.root.join("vendor/devices.jsonl"), SystemTitle::parse(CLIENT_TITLE)?, &options).await
     }
 
     async fn import_sample(&self, officer: &Connection) -> Result<(), Failure> {
@@ -252,7 +257,8 @@ impl State {
             let transport = officer.shipments().get_vendor_transport_key(GetVendorTransportKeyRequest {}).await.map_err(refused("fetching the vendor transport key"))?.into_inner();
             let profiles = Profiles::load(None)?;
             let profile = profiles.get(&kms_domain::DeviceProfileName::parse(PROFILE)?).ok_or("the device profile of the sample is missing")?.clone();
-            let sample = SampleShipment::new("KAM-2026-0001", FlagId::parse("KAM")?, profile, self.settings.meters);
+            let mut sample = SampleShipment::new("KAM-2026-0001", FlagId::parse("KAM")?, profile, self.settings.meters);
+            sample.oaep_hash = OaepHash::parse(transport.oaep_hashes.first().ok_or("the HSM opens no batch keys")?)?;
             let mut plain = private_file(&devices)?;
             let signed = sample.write(&VendorTransportKey::from_der(&transport.spki)?, &key, &mut fs::File::create(&file)?, Some(&mut plain), &mut |_| {})?;
             // Last: its presence says that the vendor has done his part.

@@ -42,6 +42,9 @@ enum Command {
         /// How many meters the sample shipment has. Counts at the first start only.
         #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u64).range(1..=100_000))]
         meters: u64,
+        /// Another PKCS#11 module than the embedded hsm-sim, for a trial; configure it in its own way. Counts at the first start only.
+        #[arg(long)]
+        module: Option<PathBuf>,
     },
     /// Serve an island.
     Run {
@@ -95,9 +98,9 @@ fn main() -> ExitCode {
 impl Command {
     async fn run(self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         match self {
-            Self::Dev { state, listen, database, meters } => {
+            Self::Dev { state, listen, database, meters, module } => {
                 let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), otlp_endpoint: None }, "dev")?;
-                Ok(kms_server::dev::run(DevSettings { state, listen, database, meters }, stop_signal()).await?)
+                Ok(kms_server::dev::run(DevSettings { state, listen, database, meters, module }, stop_signal()).await?)
             }
             Self::Run { config } => {
                 let config = Config::load(&config)?;

@@ -38,6 +38,7 @@ use crate::island::Island;
 use crate::pin_memory::StoredPinMemory;
 use crate::profiles::Profiles;
 use crate::service::certificate::CertificateAuthority;
+use crate::service::scrub::Scrubber;
 
 /// A server that is bound to its port and opens its island.
 pub struct Server {
@@ -98,6 +99,7 @@ impl Server {
 
         let limits = self.config.limits.transport();
         let Self { config, listener, tls, authority, policy, profiles, opened } = self;
+        let scrub_period = config.scrub_hours.period();
         let (stop, stopping) = watch::channel(false);
         let stopped = async move |mut stopping: watch::Receiver<bool>| drop(stopping.wait_for(|stop| *stop).await);
         let signal = stopped(stopping.clone());
@@ -105,6 +107,8 @@ impl Server {
         let island = Opening { config, authority, policy, profiles };
         let open = async {
             let island = island.until_open(&gate).await?;
+            // I5: what is not refused on use is found within this time.
+            let _scrubbing = Scrubbing(Scrubber::new(Arc::clone(&island)).in_background(scrub_period));
             opened.send_replace(Some(Arc::clone(&island)));
             report_health(&health, &island).await
         };
@@ -127,6 +131,15 @@ impl Server {
             drop(tokio::task::spawn_blocking(move || hsm.close()).await);
         }
         outcome
+    }
+}
+
+/// The background scrubber, which ends with the server.
+struct Scrubbing(tokio::task::JoinHandle<()>);
+
+impl Drop for Scrubbing {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 

@@ -25,6 +25,9 @@ use meter_sim::{
     xdlms::AttributeDescriptor,
 };
 
+/// SoftHSM2, as Debian installs it.
+pub const SOFTHSM2: &str = "/usr/lib/softhsm/libsofthsm2.so";
+
 /// The client system title of the sample's head-end.
 pub const CLIENT_TITLE: &str = "4D4D4D0000000001";
 
@@ -53,7 +56,11 @@ impl DevServer {
 
     fn spawn(state: &Path, arguments: &[String]) -> (Process, String) {
         let mut command = Command::new(program("kms-server"));
-        command.args(["dev", "--listen", "127.0.0.1:0", "--meters", "50", "--state"]).arg(state).args(arguments).env_remove("HSM_SIM_DIR");
+        let tokens = state.join("softhsm");
+        fs::create_dir_all(&tokens).unwrap();
+        fs::write(state.join("softhsm2.conf"), format!("directories.tokendir = {}\nlog.level = ERROR\n", tokens.display())).unwrap();
+        command.args(["dev", "--listen", "127.0.0.1:0", "--meters", "50", "--state"]).arg(state).args(arguments);
+        command.env_remove("HSM_SIM_DIR").env("SOFTHSM2_CONF", state.join("softhsm2.conf"));
         Process::spawn(command, "Ctrl-C ends it")
     }
 

@@ -2,7 +2,7 @@
 //!
 //! - [`SecurityControl`], [`Nonce`] and [`CipheredApdu`]: the security header, what AES-GCM is fed with, and the frames around it
 //!   (IEC 62056-5-3, ciphered APDUs);
-//! - [`ServiceRequest`]: what a plain request does to which objects, so that policy can decide on it, and [`CriticalCommand`];
+//! - [`ServiceRequest`]: what a plain request does to which objects, so that policy can decide on it;
 //! - [`KeyTransfer`] and [`InitiateRequest`]: requests that carry keys;
 //! - [`ExceptionResponse`]: what a meter answers, unauthenticated, when it refuses.
 //!
@@ -24,4 +24,4 @@ pub use frame::{CipheredApdu, CipheredTag, LONGEST_APDU};
 pub use initiate::InitiateRequest;
 pub use key_transfer::KeyTransfer;
 pub use security::{AuthenticationTag, HlsGmac, KeySet, Nonce, Protection, SecurityControl};
-pub use service::{CriticalCommand, ServiceKind, ServiceRequest, Target};
+pub use service::{ServiceKind, ServiceRequest, Target};

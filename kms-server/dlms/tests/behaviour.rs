@@ -72,25 +72,14 @@ fn what_cannot_be_read_is_refused() {
 }
 
 #[test]
-fn critical_commands_are_seen_also_within_a_list() {
-    let commands = |apdu: &str| ServiceRequest::parse(&hex(apdu)).unwrap().critical_commands();
+fn every_object_of_a_list_is_named() {
+    let targets = |apdu: &str| ServiceRequest::parse(&hex(apdu)).unwrap().targets;
     let object = |class: u16, member: u8| format!("{class:04X} 0000600300FF {member:02X}");
-    let action = |class, member| commands(&format!("C3 01 C1 {} 00", object(class, member)));
-    assert_eq!(action(70, 1), [CriticalCommand::Supply]);
-    assert_eq!(action(64, 2), [CriticalCommand::Security]);
-    assert_eq!(action(18, 4), [CriticalCommand::Firmware]);
-    assert_eq!(action(9, 1), [CriticalCommand::Script]);
-    assert_eq!(action(72, 7), [CriticalCommand::Security]);
-    assert_eq!(action(15, 2), [CriticalCommand::Security]);
-    assert_eq!(action(15, 1), []);
-    assert_eq!(action(3, 1), []);
-    assert_eq!(commands(&format!("C1 01 C1 {} 00 00", object(71, 3))), [CriticalCommand::Supply]);
-    assert_eq!(commands(&format!("C0 01 C1 {} 00", object(70, 2))), []);
-    assert_eq!(commands(&format!("C0 01 C1 {} 00", object(30, 2))), [CriticalCommand::Opaque]);
+    let named = |class_id, member| Target { class_id, obis: [0, 0, 0x60, 3, 0, 0xFF], member };
     let list = format!("C3 03 C1 03 {} {} {} 03 00 00 00", object(3, 1), object(70, 2), object(70, 1));
-    assert_eq!(commands(&list), [CriticalCommand::Supply]);
+    assert_eq!(targets(&list), [named(3, 1), named(70, 2), named(70, 1)]);
     // The first block of a long request names its object, so splitting it hides nothing.
-    assert_eq!(commands(&format!("C3 04 C1 {} 00 00000001 00", object(64, 2))), [CriticalCommand::Security]);
+    assert_eq!(targets(&format!("C3 04 C1 {} 00 00000001 00", object(64, 2))), [named(64, 2)]);
 }
 
 #[test]

@@ -511,18 +511,24 @@ impl Criticality {
     /// switch supply themselves, those count that can run a script which does.
     pub const fn of(service: FrameService, target: Option<&CosemTarget>) -> Self {
         let Some(target) = target else { return Self::Ordinary };
+        if target.class_id == 30 {
+            // Data protection carries a request inside that cannot be read here, in a get-request too.
+            return Self::SecuritySetup;
+        }
         if !matches!(service, FrameService::Set | FrameService::Action) {
             return Self::Ordinary;
         }
         match (target.class_id, target.member) {
             // reply_to_HLS_authentication: every association begins with it.
             (15, 1) if matches!(service, FrameService::Action) => Self::Ordinary,
-            // Association SN and LN, security setup, data protection.
-            (12 | 15 | 30 | 64, _) => Self::SecuritySetup,
+            // Association SN and LN, security setup.
+            (12 | 15 | 64, _) => Self::SecuritySetup,
+            // M-Bus client, from data_send on: raw data to the child (a valve, say), and its keys.
+            (72, 6..) if matches!(service, FrameService::Action) => Self::SecuritySetup,
             (18, _) => Self::ImageTransfer,
-            // Script table, schedule, activity calendar, register monitor, single action schedule, arbitrator, disconnect control,
-            // limiter, token gateway.
-            (9 | 10 | 20 | 21 | 22 | 68 | 70 | 71 | 115, _) => Self::SupplyControl,
+            // Script table, schedule, activity calendar, register monitor, single action schedule, parameter monitor, sensor manager,
+            // arbitrator, disconnect control, limiter; account, credit, charge and token gateway of prepayment.
+            (9 | 10 | 20 | 21 | 22 | 65 | 67 | 68 | 70 | 71 | 111..=113 | 115, _) => Self::SupplyControl,
             _ => Self::Ordinary,
         }
     }
@@ -873,6 +879,21 @@ mod tests {
         let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../policies");
         let embedded: Vec<_> = SHIPPED.iter().map(|(name, text)| (PathBuf::from(name), (*text).to_owned())).collect();
         assert_eq!(read_directory(&directory).unwrap(), embedded);
+    }
+
+    #[test]
+    fn what_can_harm_is_told_by_class_and_member() {
+        use Criticality::{ImageTransfer, Ordinary, SecuritySetup, SupplyControl};
+        let of = |service, class_id, member| Criticality::of(service, Some(&CosemTarget { class_id, obis: [0, 0, 96, 3, 0, 255], member }));
+        for (class_id, member, expected) in [(70, 1, SupplyControl), (64, 2, SecuritySetup), (18, 4, ImageTransfer), (9, 1, SupplyControl), (72, 7, SecuritySetup)] {
+            assert_eq!(of(FrameService::Action, class_id, member), expected, "{class_id}");
+        }
+        for (class_id, member) in [(15, 1), (3, 1), (72, 1)] {
+            assert_eq!(of(FrameService::Action, class_id, member), Ordinary, "{class_id}");
+        }
+        assert_eq!(of(FrameService::Set, 71, 3), SupplyControl);
+        assert_eq!(of(FrameService::Get, 70, 2), Ordinary);
+        assert_eq!(of(FrameService::Get, 30, 2), SecuritySetup);
     }
 
     #[test]

@@ -25,7 +25,7 @@ use meter_sim::{
 use super::Failure;
 
 /// Does the main job with the first meter of the vendor's sample.
-pub(super) async fn main_job(head_end: &Profile, devices: &Path, client_title: SystemTitle) -> Result<(), Failure> {
+pub(super) async fn main_job(head_end: &Profile, devices: &Path, client_title: SystemTitle, options: &OpenOptions) -> Result<(), Failure> {
     let (title, meter) = first_meter(devices)?;
     println!("\nThe main job, once, through the public interface:\n");
 
@@ -34,7 +34,7 @@ pub(super) async fn main_job(head_end: &Profile, devices: &Path, client_title: S
     let transport_key = head_end.transport_key()?;
     let terms = SessionTerms { purpose: Purpose::Read.into(), client_title: client_title.octets().to_vec().into(), counters: 100, ..SessionTerms::default() };
     step(1, "the head-end asks", &format!("a session with meter {title}, to read, as client {client_title}"));
-    let session = connection.open_session(&transport_key, new_request_id(), title, terms, &OpenOptions::new()).await?;
+    let session = connection.open_session(&transport_key, new_request_id(), title, terms, options).await?;
     let keys = session.keys.meter(title).ok_or("the envelope holds no keys of the meter")?;
     let counters = keys.counters.as_ref().ok_or("the envelope holds no counter lease")?;
     step(2, "the server grants", &format!("{}, until {}, on the record as {}", session.keys.grant_id, clock(session.keys.not_after), hex::encode(session.audit_leaf.get(..8).unwrap_or_default())));

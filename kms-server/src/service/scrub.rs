@@ -31,9 +31,6 @@ pub struct Scrubber {
     rows_at_once: usize,
 }
 
-/// How often the log and all rows are read in the background. Everything that the scrubber finds is found within this time.
-pub const SCRUB_PERIOD: Duration = Duration::from_hours(24);
-
 /// What was read, and what did not fit.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ScrubReport {

@@ -1,2 +1,365 @@
-//! .
-fn main() {}
+//! Measures the key management system as its users would feel it, in one run, and prints one table (docs/performance.md).
+//!
+//! For each PKCS#11 module: cycles against the module itself; then an island on it, made and served by the release binaries, with a load
+//! generator on the same machine that speaks gRPC with mTLS. Goals are printed beside the figures; missing one is no error.
+
+mod conditions;
+mod frames;
+mod grants;
+mod island;
+mod measure;
+mod module;
+mod raw;
+mod report;
+mod shipment;
+
+use std::{path::PathBuf, process::ExitCode, time::Duration};
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+use self::{
+    conditions::Conditions,
+    frames::Frames,
+    grants::Grants,
+    island::Island,
+    measure::{Random, Run, memory_mib, per_second},
+    module::Module,
+    raw::{Raw, Rates},
+    report::{Goal, Report, shown},
+};
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// Measures the key management system and prints one table.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Option<Internal>,
+    /// Meters of the island on hsm-sim, with four keys each.
+    #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(2_000..))]
+    meters: u64,
+    /// Meters of the island on SoftHSM2, which is slower at everything.
+    #[arg(long, default_value_t = 50_000, value_parser = clap::value_parser!(u64).range(2_000..))]
+    softhsm_meters: u64,
+    /// Seconds that each rate is measured for.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=600))]
+    seconds: u64,
+    /// 20,000 meters, or 5,000 on SoftHSM2, and two seconds: shows that it works, not how fast it is.
+    #[arg(long)]
+    quick: bool,
+    /// Only this module.
+    #[arg(long)]
+    module: Option<Module>,
+    /// Where the islands are made; on the kind of disk that a server would have.
+    #[arg(long)]
+    directory: Option<PathBuf>,
+    /// What is printed.
+    #[arg(long, value_enum, default_value_t = Output::Table)]
+    output: Output,
+}
+
+#[derive(Subcommand)]
+enum Internal {
+    /// Measures a module in this process, and prints JSON.
+    #[command(hide = true)]
+    Raw { path: PathBuf, milliseconds: u64 },
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Output {
+    Table,
+    Json,
+}
+
+/// One thread: the load generator shall not take more of the machine than it needs.
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    match Arguments::parse().run().await {
+        Ok(text) => {
+            println!("{text}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("kms-bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+impl Arguments {
+    async fn run(mut self) -> Result<String, Failure> {
+        if let Some(Internal::Raw { path, milliseconds }) = &self.command {
+            return Ok(serde_json::to_string(&Raw::in_process(path, Duration::from_millis(*milliseconds))?)?);
+        }
+        if self.quick {
+            (self.meters, self.softhsm_meters, self.seconds) = (20_000, 5_000, 2);
+        }
+        let directory = match &self.directory {
+            Some(directory) => tempfile::tempdir_in(directory)?,
+            None => tempfile::tempdir()?,
+        };
+        let modules: Vec<Module> = self.module.map_or_else(|| vec![Module::HsmSim, Module::Softhsm2], |module| vec![module]);
+        // What is missing is said before the first minute is spent.
+        modules.iter().try_for_each(|module| module.path().map(drop))?;
+        let mut conditions = Conditions::now(directory.path()).await?;
+        for module in &modules {
+            conditions.sizes.push(format!("{} meters on {}", shown(self.meters_of(*module) as f64), module.name()));
+        }
+        conditions.sizes.push(format!("{} s each; batches of {BATCH} meters, two in flight, two keys a meter", self.seconds));
+        let time = Duration::from_secs(self.seconds);
+
+        // All direct cycles first, while nothing else of this program runs.
+        let mut raws = Vec::new();
+        for module in modules {
+            let folder = directory.path().join(format!("raw-{}", module.name()));
+            let raw = Raw::measure(module, &folder, time.min(LONGEST_RAW))?;
+            conditions.modules.push(format!("{} ({})", module.name(), raw.library));
+            raws.push((module, raw.rates));
+        }
+        let mut report = Report::new(conditions);
+        for (module, rates) in raws {
+            report_raw(&mut report, module, &rates);
+            let folder = directory.path().join(module.name());
+            std::fs::create_dir(&folder)?;
+            eprintln!("  {:<8} holding the ceremony", module.name());
+            let island = Island::make(module, &folder).await?;
+            Measuring { island: &island, report: &mut report, module, meters: self.meters_of(module), time, raw: &rates }.all().await?;
+            drop(island);
+            std::fs::remove_dir_all(&folder)?;
+        }
+        Ok(match self.output {
+            Output::Table => report.to_text(),
+            Output::Json => report.to_json()?,
+        })
+    }
+
+    const fn meters_of(&self, module: Module) -> u64 {
+        match module {
+            Module::HsmSim => self.meters,
+            Module::Softhsm2 => self.softhsm_meters,
+        }
+    }
+}
+
+fn report_raw(report: &mut Report, module: Module, rates: &Rates) {
+    for (name, rate) in rates {
+        match (module, name.as_str()) {
+            (Module::HsmSim, raw::STORED) => report.add_with_goal(RAW, name, "cycles/s", module, *rate, Goal::AtLeast(250_000.0)),
+            _ => report.add(RAW, name, "cycles/s", module, *rate),
+        }
+    }
+    let rate = |name: &str| rates.get(name).copied().unwrap_or(f64::NAN);
+    let gain = rate(raw::STORED_TWO) / rate(raw::STORED);
+    match module {
+        Module::HsmSim => report.add_with_goal(RAW, "2 threads ÷ 1 thread", "", module, gain, Goal::AtLeast(1.6)),
+        Module::Softhsm2 => report.add(RAW, "2 threads ÷ 1 thread", "", module, gain),
+    }
+    report.add(RAW, "the stored cycle with one C_WrapKey, computed", "cycles/s", module, one_call_rate(rates));
+}
+
+/// The crate asks for the length before it wraps: two calls of C_WrapKey for each wrap. A second wrap takes twice what one call takes, so
+/// half of that is what a program saves that knows the length.
+fn one_call_rate(rates: &Rates) -> f64 {
+    let seconds = |name: &str| rates.get(name).map_or(f64::NAN, |rate| rate.recip());
+    let (once, twice) = (seconds(raw::STORED), seconds(raw::STORED_WRAPPED_TWICE));
+    (once - (twice - once) / 2.0).recip()
+}
+
+/// The measurements of one island.
+struct Measuring<'a> {
+    island: &'a Island,
+    report: &'a mut Report,
+    module: Module,
+    meters: u64,
+    time: Duration,
+    raw: &'a Rates,
+}
+
+impl Measuring<'_> {
+    async fn all(mut self) -> Result<(), Failure> {
+        let devices = self.import().await?;
+        self.first_touch().await?;
+        self.batches().await?;
+        self.singles().await?;
+        self.frames(&devices).await?;
+        self.memory("after all of this", "VmRSS");
+        self.memory("at its highest", "VmHWM");
+        Ok(())
+    }
+
+    /// All meters in a few shipments; the plaintext keys of the last, small one.
+    async fn import(&mut self) -> Result<Vec<u8>, Failure> {
+        self.memory("idle, without meters", "VmRSS");
+        let (small, large) = (self.meters / 20, self.meters / 5);
+        let mut next = 1;
+        let mut imported = Vec::new();
+        while next <= self.meters {
+            let left = self.meters - next + 1;
+            let meters = if next == 1 { small } else { large.min(left) };
+            imported.push(self.island.import(next, meters, None).await?);
+            if imported.len() <= 2 {
+                self.memory(&format!("at its highest, after a shipment of {} meters", shown(meters as f64)), "VmHWM");
+            }
+            next += meters;
+        }
+        let (meters, time) = imported.iter().fold((0, Duration::ZERO), |(meters, time), one| (meters + one.meters, time + one.time));
+        let rate = per_second(meters, time);
+        let name = "upload, verification and import, four keys a meter";
+        match self.module {
+            Module::HsmSim => self.report.add_with_goal(IMPORT, name, "meters/s", self.module, rate, Goal::AtLeast(5_000.0)),
+            Module::Softhsm2 => self.report.add(IMPORT, name, "meters/s", self.module, rate),
+        }
+        // Four keys, each unwrapped, wrapped for storage and for its fingerprint, destroyed.
+        self.report.add(IMPORT, "keys imported ÷ direct stored cycles", "", self.module, 4.0 * rate / self.raw_rate(raw::STORED));
+        let last = imported.last().map_or(f64::NAN, |one| per_second(one.meters, one.time));
+        self.report.add(IMPORT, "the last shipment alone", "meters/s", self.module, last);
+        let size = self.island.database_size().await?;
+        self.report.add(DATABASE, "after the import, pages in use", "octets/key", self.module, size.used / self.keys());
+        let mut devices = Vec::new();
+        self.island.import(self.meters + 1, KNOWN_METERS, Some(&mut devices)).await?;
+        Ok(devices)
+    }
+
+    /// The first grant of each key to the head-end writes the meter's row.
+    async fn first_touch(&mut self) -> Result<(), Failure> {
+        let mut random = Random::new(4);
+        let mut left = usize::try_from(self.meters)? / 20;
+        let run = Grants::new(self.island)
+            .batches(self.time * 10, || {
+                let size = BATCH.min(left);
+                left -= size;
+                random.distinct(size, self.meters)
+            })
+            .await?;
+        self.report.add(BATCHES, "first touch, random meters", "keys/s", self.module, run.rate());
+        let mut next = 1;
+        let run = Grants::new(self.island)
+            .batches(self.time * 1_000, || {
+                let first = next;
+                next = (next + BATCH as u64).min(self.meters + 1);
+                (first..next).collect()
+            })
+            .await?;
+        self.report.add(BATCHES, "first touch, neighbours", "keys/s", self.module, run.rate());
+        let size = self.island.database_size().await?;
+        self.report.add_with_goal(DATABASE, "after one grant of every meter, whole file", "octets/key", self.module, size.file / self.keys(), Goal::Below(400.0));
+        self.report.add(DATABASE, "after one grant of every meter, pages in use", "octets/key", self.module, size.used / self.keys());
+        Ok(())
+    }
+
+    async fn batches(&mut self) -> Result<(), Failure> {
+        let before = self.island.database_size().await?;
+        let mut random = Random::new(5);
+        let run = Grants::new(self.island).batches(self.time, || random.distinct(BATCH, self.meters)).await?;
+        let after = self.island.database_size().await?;
+        self.batch("random meters", &run, 60_000.0);
+        let meters = run.rate() / 2.0 * run.elapsed.as_secs_f64();
+        self.report.add(DATABASE, "growth for each meter of a batch grant", "octets", self.module, (after.used - before.used) / meters);
+        let mut random = Random::new(6);
+        let most = self.meters.saturating_sub(BATCH as u64).max(1);
+        let run = Grants::new(self.island)
+            .batches(self.time, || {
+                let first = random.up_to(most);
+                (first..first + BATCH as u64).collect()
+            })
+            .await?;
+        self.batch("neighbours", &run, 100_000.0);
+        Ok(())
+    }
+
+    fn batch(&mut self, which: &str, run: &Run, goal: f64) {
+        let (module, name) = (self.module, format!("steady state, {which}"));
+        let ratio = run.rate() / self.raw_rate(raw::STORED);
+        let ratio_name = format!("{which}: keys ÷ direct stored cycles");
+        match module {
+            Module::HsmSim => {
+                self.report.add_with_goal(BATCHES, name.clone(), "keys/s", module, run.rate(), Goal::AtLeast(goal));
+                self.report.add(BATCHES, ratio_name, "", module, ratio);
+            }
+            Module::Softhsm2 => {
+                self.report.add(BATCHES, name.clone(), "keys/s", module, run.rate());
+                self.report.add_with_goal(BATCHES, ratio_name, "", module, ratio, Goal::AtLeast(0.7));
+            }
+        }
+        self.report.add(BATCHES, format!("{which}: keys ÷ cycles with one C_WrapKey, computed"), "", module, run.rate() / one_call_rate(self.raw));
+        self.report.processor(module, &format!("batches, {which}"), run);
+    }
+
+    async fn singles(&mut self) -> Result<(), Failure> {
+        let module = self.module;
+        let before = self.island.database_size().await?;
+        let run = Grants::new(self.island).singles(IN_FLIGHT, self.time, self.meters).await?;
+        let after = self.island.database_size().await?;
+        let (name, rate) = (format!("{IN_FLIGHT} in flight"), per_second(run.calls, run.elapsed));
+        match module {
+            Module::HsmSim => self.report.add_with_goal(SINGLES, &name, "grants/s", module, rate, Goal::AtLeast(5_000.0)),
+            Module::Softhsm2 => self.report.add(SINGLES, &name, "grants/s", module, rate),
+        }
+        self.latencies(SINGLES, &name, &run);
+        self.report.processor(module, "single grants, 32 in flight", &run);
+        #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
+        self.report.add(DATABASE, "growth for each single grant", "octets", module, (after.used - before.used) / run.calls as f64);
+
+        let run = Grants::new(self.island).paced(PACE, self.time, self.meters).await?;
+        let name = format!("{} a second", shown(f64::from(PACE)));
+        self.report.add(SINGLES, format!("{name}, p50"), "ms", module, run.latency_ms(0.5));
+        let p99 = run.latency_ms(0.99);
+        match module {
+            Module::HsmSim => self.report.add_with_goal(SINGLES, format!("{name}, p99"), "ms", module, p99, Goal::Below(10.0)),
+            Module::Softhsm2 => self.report.add(SINGLES, format!("{name}, p99"), "ms", module, p99),
+        }
+        self.report.processor(module, "single grants, 1,000 a second", &run);
+        Ok(())
+    }
+
+    async fn frames(&mut self, devices: &[u8]) -> Result<(), Failure> {
+        let frames = Frames::prepare(self.island, self.meters, self.meters + 1, devices).await?;
+        for (lanes, size) in [(IN_FLIGHT, 1), (2, 100), (2, 1_000)] {
+            let how = if size == 1 { format!("one a call, {lanes} in flight") } else { format!("{} a call, {lanes} in flight", shown(size as f64)) };
+            let run = frames.protect(lanes, size, self.time / 2).await?;
+            self.report.add(FRAMES, format!("protect, {how}"), "frames/s", self.module, run.rate());
+            self.latencies(FRAMES, &format!("protect, {how}"), &run);
+            self.report.processor(self.module, &format!("protect, {how}"), &run);
+            let run = frames.unprotect(lanes, size, self.time / 2).await?;
+            self.report.add(FRAMES, format!("unprotect, {how}"), "frames/s", self.module, run.rate());
+            self.latencies(FRAMES, &format!("unprotect, {how}"), &run);
+        }
+        Ok(())
+    }
+
+    fn latencies(&mut self, group: &'static str, name: &str, run: &Run) {
+        self.report.add(group, format!("{name}: p50 of a call"), "ms", self.module, run.latency_ms(0.5));
+        self.report.add(group, format!("{name}: p99 of a call"), "ms", self.module, run.latency_ms(0.99));
+    }
+
+    fn memory(&mut self, when: &str, field: &str) {
+        self.report.add(MEMORY, when, "MiB", self.module, memory_mib(self.island.load.server, field));
+    }
+
+    fn raw_rate(&self, name: &str) -> f64 {
+        self.raw.get(name).copied().unwrap_or(f64::NAN)
+    }
+
+    /// Key versions in the database.
+    #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
+    fn keys(&self) -> f64 {
+        self.meters as f64 * 4.0
+    }
+}
+
+const RAW: &str = "PKCS#11 cycles against the module itself";
+const IMPORT: &str = "shipment import";
+const BATCHES: &str = "session grants in batches";
+const SINGLES: &str = "single session grants";
+const FRAMES: &str = "frames in the HSM";
+const MEMORY: &str = "memory of the server";
+const DATABASE: &str = "database";
+/// Meters of one batch call.
+const BATCH: usize = 2_000;
+const IN_FLIGHT: usize = 32;
+/// Single grants a second.
+const PACE: u32 = 1_000;
+/// Simulated meters, whose keys the load generator knows.
+const KNOWN_METERS: u64 = 1_000;
+const LONGEST_RAW: Duration = Duration::from_secs(3);

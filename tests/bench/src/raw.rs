@@ -61,7 +61,7 @@ impl Raw {
         context.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))?;
         let info = context.get_library_info()?;
         let library = format!("{} {}.{}", info.manufacturer_id(), info.library_version().major(), info.library_version().minor());
-        let bench = Bench::new(&context, time)?;
+        let (bench, _login) = Bench::new(&context, time)?;
         let mut rates = Rates::new();
         rates.insert(STORED.to_owned(), bench.rate(1, Bench::stored)?);
         rates.insert(STORED_TWO.to_owned(), bench.rate(2, Bench::stored)?);
@@ -82,14 +82,11 @@ struct Bench<'a> {
     storage_kek: ObjectHandle,
     diversification_root: ObjectHandle,
     wrapped: Vec<u8>,
-    /// Holds the login.
-    _session: Session,
 }
 
-type Cycle = fn(&Bench<'_>, &Session, ObjectHandle) -> cryptoki::error::Result<()>;
-
 impl<'a> Bench<'a> {
-    fn new(context: &'a Pkcs11, time: Duration) -> Result<Self, Failure> {
+    /// With the session that holds the login.
+    fn new(context: &'a Pkcs11, time: Duration) -> Result<(Self, Session), Failure> {
         let pin = AuthPin::new("bench-12345678".into());
         let slot = context.get_slots_with_token()?.into_iter().next().ok_or("the module has no slot")?;
         context.init_token(slot, &pin, "bench")?;
@@ -107,11 +104,11 @@ impl<'a> Bench<'a> {
         let mut wrapped = session.wrap_key(&Mechanism::AesKeyWrap, storage_kek, key)?;
         // SoftHSM gives the buffer that it would have liked; RFC 3394 makes 24 octets of 16.
         wrapped.truncate(24);
-        Ok(Self { context, slot, time, storage_kek, diversification_root, wrapped, _session: session })
+        Ok((Self { context, slot, time, storage_kek, diversification_root, wrapped }, session))
     }
 
     /// Cycles a second of all threads, each with a session and a transport KEK of its own.
-    fn rate(&self, threads: usize, cycle: Cycle) -> Result<f64, Failure> {
+    fn rate(&self, threads: usize, cycle: impl Fn(&Self, &Session, ObjectHandle) -> cryptoki::error::Result<()> + Copy + Send + Sync) -> Result<f64, Failure> {
         let ready = Barrier::new(threads);
         let work = || -> Result<(u64, Duration), Failure> {
             let prepared = self.context.open_rw_session(self.slot).and_then(|session| {
