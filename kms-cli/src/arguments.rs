@@ -11,7 +11,7 @@ use crate::output::Format;
 
 /// Lends out smart meter keys, on the record: the tool of security officers, auditors and field technicians.
 #[derive(Debug, Parser)]
-#[command(name = "kms", version, arg_required_else_help = true, after_help = AFTER_HELP, max_term_width = 120)]
+#[command(name = "kms", version, after_help = AFTER_HELP, max_term_width = 120)]
 pub(crate) struct Arguments {
     #[command(flatten)]
     pub(crate) global: GlobalArguments,
@@ -68,8 +68,10 @@ pub(crate) enum Command {
 pub(crate) enum SessionCommand {
     /// Open a session with a meter: keys, and a lease of invocation counters
     #[command(after_help = "The keys are opened with the profile's transport key. They are never shown: --write-keys puts them into a file that only you can read.\n\n\
-        Examples:\n  kms session open 4B414D0000000001\n  kms session open 4B414D0000000001 --client-title 4D4D4D0000000001\n  kms session open 4B414D0000000001 --counters 500 --client-title 4D4D4D0000000001\n  \
-        kms session open 4B414D0000000001 --write-keys session.json")]
+The shipped policies give keys to head-ends only, for meters that are assigned to them and in service.\n\n\
+        Examples:\n  kms --profile head-end session open 4B414D0000000001 --client-title 4D4D4D0000000001\n  \
+        kms --profile head-end session open 4B414D0000000001 --client-title 4D4D4D0000000001 --counters 500\n  \
+        kms --profile head-end session open 4B414D0000000001 --write-keys session.json")]
     Open(OpenSession),
 }
 
@@ -158,11 +160,11 @@ pub(crate) enum MeterCommand {
         and optionally \"security_setup\":\"0.0.43.0.0.255\", \"owned_by\":\"urn:meterkms:dev:head-end:hes-1\".")]
     Adopt(AdoptCounters),
     /// Register meters whose keys are made here
-    #[command(after_help = "Examples:\n  kms meter enrol 4B414D00000003E9 --manufacturer KAM --device-profile generic-suite0 --batch lab\n  \
+    #[command(after_help = "Examples:\n  kms meter enrol 4B414D00000F0001 --serial 10001001 --manufacturer KAM --device-profile generic-suite0 --batch lab\n  \
         kms meter enrol --file meters.jsonl --manufacturer KAM --device-profile generic-suite0 --batch lab\n\n\
-        A line of the file: {\"meter\":\"4B414D00000003E9\"} and optionally \"serial\":\"10001001\", \"groups\":[\"north\"].")]
+        A line of the file: {\"meter\":\"4B414D00000F0001\",\"serial\":\"10001001\"} and optionally \"groups\":[\"north\"].")]
     Enrol(EnrolMeters),
-    /// End the identity of meters: no grants from now on, keys destroyed after the retention time
+    /// End the identity of meters: no grants from now on
     #[command(after_help = "Example:\n  kms meter retire 4B414D0000000001 --reason \"scrapped, ticket 4711\" --yes")]
     Retire {
         /// System titles, 16 hex digits each
@@ -204,6 +206,9 @@ pub(crate) struct MeterFilter {
     /// Assigned to this head-end (principal URI)
     #[arg(long = "assigned-to", value_name = "URN", value_parser = PrincipalId::parse)]
     pub(crate) assigned_to: Option<PrincipalId>,
+    /// Assigned to nobody
+    #[arg(long, conflicts_with = "assigned_to")]
+    pub(crate) unassigned: bool,
     /// From this shipment or enrolment
     #[arg(long, value_name = "NAME")]
     pub(crate) batch: Option<String>,
@@ -274,9 +279,12 @@ pub(crate) struct AdoptCounters {
 
 #[derive(Args, Debug)]
 pub(crate) struct EnrolMeters {
-    /// System titles, 16 hex digits each
-    #[arg(value_name = "METER", required_unless_present = "file", value_parser = system_title)]
-    pub(crate) meters: Vec<SystemTitle>,
+    /// System title of the meter, 16 hex digits
+    #[arg(value_name = "METER", required_unless_present = "file", requires = "serial", value_parser = system_title)]
+    pub(crate) meter: Option<SystemTitle>,
+    /// Its serial number, 1 to 32 printable ASCII characters
+    #[arg(long, value_name = "TEXT", conflicts_with = "file", value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) serial: Option<String>,
     /// FLAG id, three letters
     #[arg(long, value_name = "FLAG", value_parser = FlagId::parse)]
     pub(crate) manufacturer: FlagId,
@@ -290,7 +298,7 @@ pub(crate) struct EnrolMeters {
     #[arg(long = "group", value_name = "NAME")]
     pub(crate) groups: Vec<String>,
     /// Many at once: JSON Lines
-    #[arg(long, value_name = "FILE", conflicts_with = "meters")]
+    #[arg(long, value_name = "FILE", conflicts_with = "meter")]
     pub(crate) file: Option<PathBuf>,
 }
 
@@ -306,7 +314,7 @@ pub(crate) enum ShipmentCommand {
     List,
     /// Show a shipment
     Show {
-        /// SHA-256 of the file, 64 hex digits, or the file itself
+        /// SHA-256 of the file, as many of its hex digits as make it the only one (at least 8), or the file itself
         #[arg(value_name = "SHA256|FILE")]
         shipment: String,
     },
@@ -543,6 +551,6 @@ Exit codes:
 Examples:
   kms principal whoami
   kms meter list
-  kms session open 4B414D0000000001 --client-title 4D4D4D0000000001
-  kms --profile ada audit list --limit 20
-  kms meter show 4B414D0000000001 --output json";
+  kms meter show 4B414D0000000001 --output json
+  kms audit list --limit 20
+  kms --profile head-end session open 4B414D0000000001 --client-title 4D4D4D0000000001";

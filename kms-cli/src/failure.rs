@@ -5,11 +5,12 @@ use std::{fmt, process::ExitCode};
 use kms_client::{ConnectError, IdentityError, OpenError, ParseError, ProfileError, ServerError, SessionError, sample::SampleError};
 use tonic::{Code, Status};
 
-/// A failed command. The text goes to standard error, the kind becomes the exit code.
+/// A failed command. Cause and next step go to standard error, a line each; the kind becomes the exit code.
 #[derive(Debug)]
 pub(crate) struct Failure {
     kind: Kind,
     text: String,
+    hint: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,22 +25,31 @@ enum Kind {
 impl Failure {
     /// 1: it did not work, and trying again will not help.
     pub(crate) fn failed(text: impl Into<String>) -> Self {
-        Self { kind: Kind::Failed, text: text.into() }
+        Self::new(Kind::Failed, text)
     }
 
     /// 2: the command line is wrong.
     pub(crate) fn usage(text: impl Into<String>) -> Self {
-        Self { kind: Kind::Usage, text: text.into() }
+        Self::new(Kind::Usage, text)
     }
 
     /// 5: a part was done.
     pub(crate) fn partly(text: impl Into<String>) -> Self {
-        Self { kind: Kind::Partly, text: text.into() }
+        Self::new(Kind::Partly, text)
+    }
+
+    /// Adds what to do next.
+    pub(crate) fn with_hint(self, hint: impl Into<String>) -> Self {
+        Self { hint: hint.into(), ..self }
     }
 
     /// Adds what was being done, in front.
     pub(crate) fn while_doing(self, what: &str) -> Self {
         Self { text: format!("{what}: {}", self.text), ..self }
+    }
+
+    fn new(kind: Kind, text: impl Into<String>) -> Self {
+        Self { kind, text: text.into(), hint: String::new() }
     }
 
     pub(crate) fn exit_code(&self) -> ExitCode {
@@ -49,7 +59,8 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
+        f.write_str(&self.text)?;
+        if self.hint.is_empty() { Ok(()) } else { write!(f, "\n     {}", self.hint) }
     }
 }
 
@@ -61,7 +72,42 @@ impl From<ServerError> for Failure {
             Code::InvalidArgument | Code::OutOfRange => Kind::Usage,
             _ => Kind::Failed,
         };
-        Self { kind, text: error.to_string() }
+        // The server's sentences hold cause and next step; the details repeat them for programs.
+        let mut text = format!("{}: {}", title(error.code()), error.message());
+        for (field, description) in error.fields().iter().filter(|(field, _)| !error.message().contains(field.as_str())) {
+            text.push_str(&format!("; {field}: {description}"));
+        }
+        let hint = match error.retry_after() {
+            Some(delay) => format!("try again in {:.1} s", delay.as_secs_f32()),
+            None => hint(error.code()).to_owned(),
+        };
+        Self { kind, text, hint }
+    }
+}
+
+const fn title(code: Code) -> &'static str {
+    match code {
+        Code::InvalidArgument | Code::OutOfRange => "bad request",
+        Code::DeadlineExceeded => "no answer in time",
+        Code::NotFound => "not found",
+        Code::AlreadyExists => "already there",
+        Code::PermissionDenied => "refused by policy",
+        Code::Unauthenticated => "not accepted as a caller",
+        Code::ResourceExhausted => "limit reached",
+        Code::FailedPrecondition => "not possible in this state",
+        Code::Aborted => "overtaken",
+        Code::Unimplemented => "not offered by this server",
+        Code::Unavailable => "unavailable",
+        Code::Ok | Code::Cancelled | Code::Unknown | Code::Internal | Code::DataLoss => "server error",
+    }
+}
+
+const fn hint(code: Code) -> &'static str {
+    match code {
+        Code::PermissionDenied => "unknown, not yours, or not allowed to you: `kms principal whoami` shows who you are",
+        Code::Unavailable | Code::DeadlineExceeded | Code::Aborted => "try again",
+        Code::Unknown | Code::Internal | Code::DataLoss => "the server's log tells more",
+        _ => "",
     }
 }
 
@@ -74,7 +120,7 @@ impl From<Status> for Failure {
 impl From<ConnectError> for Failure {
     fn from(error: ConnectError) -> Self {
         let kind = if matches!(error, ConnectError::Unreachable { .. }) { Kind::Unavailable } else { Kind::Failed };
-        Self { kind, text: error.to_string() }
+        Self::new(kind, error.to_string())
     }
 }
 

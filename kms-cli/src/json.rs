@@ -19,7 +19,7 @@ pub(crate) fn message(name: &str, message: &impl Message) -> Value {
 
 /// A time in milliseconds in RFC 3339; null for 0.
 pub(crate) fn time(milliseconds: i64) -> Value {
-    match crate::output::time(milliseconds) {
+    match crate::output::exact_time(milliseconds) {
         text if text.is_empty() => Value::Null,
         text => Value::String(text),
     }

@@ -19,6 +19,11 @@ use crate::{
 };
 
 fn main() -> ExitCode {
+    // clap's own `arg_required_else_help` takes a variable such as KMS_STATE for an argument.
+    if std::env::args_os().len() < 2 {
+        let _ = Arguments::command().print_help();
+        return ExitCode::from(2);
+    }
     let arguments = Arguments::parse();
     let output = Output::new(arguments.global.output);
     let result = match tokio::runtime::Builder::new_current_thread().enable_all().build() {

@@ -3,7 +3,7 @@
 use std::io::{IsTerminal as _, Write as _};
 
 use clap::ValueEnum;
-use comfy_table::{Attribute, Cell, CellAlignment, ContentArrangement, Table, TableStyle};
+use comfy_table::{Attribute, Cell, CellAlignment, ColumnConstraint, ContentArrangement, Table, TableStyle};
 use serde_json::Value;
 
 /// The form of results.
@@ -37,9 +37,10 @@ impl Output {
     }
 }
 
-/// Rows under headings.
+/// Rows under headings. Only columns of sentences are broken into lines: a title, name, digest or time stays whole, so that it can be copied.
 pub(crate) struct Rows {
     table: Table,
+    sentences: Vec<usize>,
 }
 
 impl Rows {
@@ -53,7 +54,7 @@ impl Rows {
         table.column_iter_mut().for_each(|column| {
             column.set_padding((0, 1));
         });
-        Self { table }
+        Self { table, sentences: Vec::new() }
     }
 
     /// Aligns columns (from 0) to the right.
@@ -66,6 +67,12 @@ impl Rows {
         self
     }
 
+    /// Columns (from 0) that hold sentences, to be broken into lines where the terminal is narrow.
+    pub(crate) fn sentences(mut self, columns: &[usize]) -> Self {
+        self.sentences = columns.to_vec();
+        self
+    }
+
     pub(crate) fn row<const N: usize>(&mut self, cells: [String; N]) {
         self.table.add_row(cells);
     }
@@ -75,8 +82,31 @@ impl Rows {
     }
 
     /// The table with a line feed at its end, or `otherwise` where it has no rows.
-    pub(crate) fn text_or(&self, otherwise: &str) -> String {
-        if self.is_empty() { format!("{otherwise}\n") } else { format!("{}\n", self.table.trim_fmt()) }
+    pub(crate) fn text_or(mut self, otherwise: &str) -> String {
+        if self.is_empty() {
+            return format!("{otherwise}\n");
+        }
+        self.arrange();
+        format!("{}\n", self.table.trim_fmt())
+    }
+
+    /// Breaks sentences only, and nothing at all where too little room would be left for them: long lines are better than words cut to pieces.
+    fn arrange(&mut self) {
+        let Some(terminal) = self.table.width().map(usize::from) else { return };
+        let widths = self.table.column_max_content_widths();
+        let is_sentence = |column: &usize| self.sentences.contains(column);
+        let whole: usize = widths.iter().enumerate().filter(|(column, _)| !is_sentence(column)).map(|(_, width)| usize::from(*width)).sum();
+        let room = terminal.saturating_sub(whole + GAP * widths.len());
+        let wanted = widths.iter().enumerate().filter(|(column, width)| is_sentence(column) && usize::from(**width) > NARROWEST_SENTENCE).count();
+        if wanted == 0 || room < NARROWEST_SENTENCE * wanted {
+            self.table.set_content_arrangement(ContentArrangement::Disabled);
+            return;
+        }
+        for (index, column) in self.table.column_iter_mut().enumerate() {
+            if !self.sentences.contains(&index) {
+                column.set_constraint(ColumnConstraint::ContentWidth);
+            }
+        }
     }
 }
 
@@ -87,12 +117,21 @@ pub(crate) fn facts<'a>(facts: impl IntoIterator<Item = (&'a str, String)>) -> S
     facts.iter().map(|(name, value)| format!("{name:width$}  {value}\n")).collect()
 }
 
-/// A time in milliseconds (Unix time) in RFC 3339; empty for 0.
+/// A time in milliseconds (Unix time) in RFC 3339, to the second; empty for 0.
 pub(crate) fn time(milliseconds: i64) -> String {
+    written(milliseconds, 0)
+}
+
+/// A time in milliseconds (Unix time) in RFC 3339, to the millisecond; empty for 0.
+pub(crate) fn exact_time(milliseconds: i64) -> String {
+    written(milliseconds, 3)
+}
+
+fn written(milliseconds: i64, digits: usize) -> String {
     if milliseconds == 0 {
         return String::new();
     }
-    jiff::Timestamp::from_millisecond(milliseconds).map_or_else(|_| format!("{milliseconds} ms"), |time| time.to_string())
+    jiff::Timestamp::from_millisecond(milliseconds).map_or_else(|_| format!("{milliseconds} ms"), |time| format!("{time:.digits$}"))
 }
 
 /// A number with its thousands apart.
@@ -120,7 +159,17 @@ pub(crate) fn uuid(id: &[u8]) -> String {
     kms_client::GrantId::from_octets(id).map_or_else(|_| octets(id), |id| id.to_string())
 }
 
+/// What a key is granted for, as `--purpose` names it.
+pub(crate) fn purpose(purpose: kms_client::proto::Purpose) -> String {
+    purpose.as_str_name().trim_start_matches("PURPOSE_").to_lowercase().replace('_', "-")
+}
+
 /// `yes` or nothing.
 pub(crate) fn yes(value: bool) -> String {
     if value { "yes".into() } else { String::new() }
 }
+
+/// Between two columns: one of padding, one of the separator.
+const GAP: usize = 2;
+/// Fewer characters make no readable sentence.
+const NARROWEST_SENTENCE: usize = 24;

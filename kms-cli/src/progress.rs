@@ -1,8 +1,8 @@
 //! Progress on standard error, where that is a terminal; standard output carries results only.
 
-use std::{pin::pin, time::Duration};
+use std::{fmt, pin::pin, time::Duration};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanCount, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 /// Waits for an answer; after a second says what for.
 pub(crate) async fn waiting<T>(what: &str, answer: impl Future<Output = T>) -> T {
@@ -25,7 +25,7 @@ pub(crate) fn octets(what: &str, total: u64) -> ProgressBar {
 
 /// A bar that counts things.
 pub(crate) fn count(what: &str, total: u64) -> ProgressBar {
-    bar(what, total, "{msg} {wide_bar} {human_pos}/{human_len}  {per_sec}  {eta} left")
+    bar(what, total, "{msg} {wide_bar} {human_pos}/{human_len}  {rate}  {eta} left")
 }
 
 /// A spinner with a message.
@@ -37,7 +37,10 @@ pub(crate) fn spinner(what: &str) -> ProgressBar {
 }
 
 fn bar(what: &str, total: u64, template: &str) -> ProgressBar {
-    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("##-");
+    let rate = |state: &ProgressState, text: &mut dyn fmt::Write| {
+        let _ = write!(text, "{} a second", HumanCount(state.per_sec() as u64));
+    };
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()).with_key("rate", rate).progress_chars("##-");
     let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr()).with_style(style).with_message(what.to_owned());
     // The rate and the time left change although nothing arrives.
     bar.enable_steady_tick(Duration::from_millis(250));

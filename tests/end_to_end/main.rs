@@ -1,5 +1,5 @@
 //! The main job over real processes: a vendor's shipment, a session, a meter that answers.
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, reason = "tests")]
+#![expect(clippy::unwrap_used, reason = "tests")]
 
 mod bad_input;
 mod frames;

@@ -71,10 +71,11 @@ def record(results, suite, module, skips, kind, file, seconds, status):
             problems.append(f"{pathlib.Path(skips).name}: `{entry['test']}` ({entry['kind']}) matches no such test any more: remove it")
     if counts["passed"] == 0:
         problems.append("no test passed: the suite did not run")
-    # A runner that ends badly without a failed test (a crash, a time-out) is a failure too.
-    explained = any(e["kind"] == "fails" for e in entries)
-    if int(status) != 0 and not problems and not explained:
-        problems.append(f"the runner ended with status {status}")
+    # A runner that ends badly is a failure too, unless all that it says is that tests failed.
+    if int(status) not in (0, TESTS_FAILED.get(kind)):
+        problems.append(f"the runner ended with status {status}{', by its time limit' if int(status) == 124 else ''}")
+    elif int(status) != 0 and not problems and not any(e["kind"] == "fails" for e in entries):
+        problems.append(f"the runner ended with status {status}, but no test failed")
 
     for problem in problems:
         print(f"pkcs11-suites: {suite} on {module}: {problem}", file=sys.stderr)
@@ -134,10 +135,12 @@ def read_pytest(path):
 
 def read_cargo(path):
     """`cargo test -- --show-output`: {`binary::test`: (outcome, detail)}."""
-    outcomes, early, binary, shown = {}, set(), "", ""
+    outcomes, early, announced, binary, shown = {}, set(), {}, "", ""
     for line in pathlib.Path(path).read_text(errors="replace").splitlines():
         if match := re.match(r"\s+Running .*?([\w-]+)\.rs \(", line):
             binary, shown = match[1], ""
+        elif match := re.match(r"running (\d+) tests?$", line):
+            announced[binary] = int(match[1])
         elif match := re.match(r"test (\S+)(?: - should panic)? \.\.\. (ok|FAILED|ignored)(?:, (.*))?$", line):
             outcome = {"ok": "passed", "FAILED": "failed", "ignored": "skipped"}[match[2]]
             outcomes[f"{binary}::{match[1]}"] = (outcome, match[3] or match[2])
@@ -148,7 +151,11 @@ def read_cargo(path):
     for test in early:
         if outcomes.get(test, ("",))[0] == "passed":
             outcomes[test] = ("skipped", "the test returned early")
-    # A binary that died gives no line for the test it died in.
+    # A binary that died gives no line for the test it died in, nor for those after it.
+    for binary, number in announced.items():
+        ended = sum(test.startswith(f"{binary}::") for test in outcomes)
+        if ended != number:
+            outcomes[f"the binary {binary}"] = ("failed", f"{ended} of {number} tests ended: it died")
     return outcomes
 
 
@@ -170,6 +177,9 @@ def read_tool(path):
                 bad = bad or line.strip()
     return outcomes
 
+
+# The exit status by which each runner says that tests failed, and nothing worse.
+TESTS_FAILED = {"pytest": 1, "cargo": 101}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -48,11 +48,11 @@ async fn list(arguments: ListAudit, context: &Context) -> Result<(), Failure> {
     context.output.show(
         || json!({"records": records.iter().map(|record| json::message("AuditRecord", record)).collect::<Vec<_>>(), "more": !page_token.is_empty()}),
         || {
-            let mut rows = Rows::new(&["time", "principal", "event", "what"]);
+            let mut rows = Rows::new(&["time", "principal", "event", "what"]).sentences(&[3]);
             for record in &records {
                 let (event, what) = summary(record);
                 let principal = if record.principal.is_empty() { "the server".into() } else { record.principal.clone() };
-                rows.row([output::time(record.time_ms), principal, event.into(), what]);
+                rows.row([output::exact_time(record.time_ms), principal, event.into(), what]);
             }
             let more = if page_token.is_empty() { "" } else { "\nthere are more: --limit shows them\n" };
             format!("{}{more}", rows.text_or("no records"))
@@ -65,20 +65,29 @@ async fn list(arguments: ListAudit, context: &Context) -> Result<(), Failure> {
 fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
     let Some(event) = &record.event else { return ("unknown", "a newer client may know it".into()) };
     match event {
-        Event::WriterOpened(event) => ("server started", format!("{} {}, {} closed", event.server, event.version, plural(event.closed.len() as u64, "earlier chain"))),
+        Event::WriterOpened(event) => {
+            let closed = if event.closed.is_empty() { String::new() } else { format!(", {} closed", plural(event.closed.len() as u64, "earlier chain")) };
+            ("server started", format!("{} {}{closed}", event.server, event.version))
+        }
         Event::KeysGranted(event) => {
             let dedicated = if event.dedicated_key { " and a dedicated key" } else { "" };
-            let whom = match event.meters.as_slice() {
-                [one] => format!("{:016X}", one.meter),
-                many => plural(many.len() as u64, "meter"),
+            let (whom, counters) = match event.meters.as_slice() {
+                [one] if one.lease_count > 0 => {
+                    let last = u64::from(one.lease_first) + u64::from(one.lease_count) - 1;
+                    (format!("{:016X}", one.meter), format!(", counters {} to {last} of {}", one.lease_first, output::octets(&event.client_title)))
+                }
+                [one] => (format!("{:016X}", one.meter), String::new()),
+                many => (plural(many.len() as u64, "meter"), String::new()),
             };
-            ("keys granted", format!("{}{dedicated} of {whom} until {}, grant {}", event.key_types.join(", "), output::time(event.not_after_ms), output::uuid(&event.grant_id)))
+            let purpose = output::purpose(event.purpose());
+            let what = format!("{}{dedicated} of {whom} to {purpose}{counters}, until {}, grant {}", event.key_types.join(", "), output::time(event.not_after_ms), output::uuid(&event.grant_id));
+            ("keys granted", what)
         }
         Event::Refused(event) => ("refused", format!("{}: {} ({})", event.action, event.reason, if event.count == 1 { "once".into() } else { format!("{} times", number(event.count)) })),
         Event::ShipmentImported(event) if !event.refusal.is_empty() => ("shipment refused", format!("{} of {}: {}", event.batch, event.manufacturer, event.refusal)),
         Event::ShipmentImported(event) => (
             "shipment imported",
-            format!("{} of {}, lines {} to {}: {} imported, {} refused", event.batch, event.manufacturer, event.first_line, event.last_line, number(event.imported), number(event.refused)),
+            format!("{}, lines {} to {}: {} imported, {} refused", event.batch, number(event.first_line), number(event.last_line), number(event.imported), number(event.refused)),
         ),
         Event::MetersChanged(event) => {
             let whom = match event.meters.as_slice() {
@@ -117,7 +126,7 @@ async fn scrub(context: &Context) -> Result<(), Failure> {
     context.output.show(
         || json::message("ScrubResponse", &all),
         || {
-            let mut rows = Rows::new(&["row", "id", "finding", "detail"]);
+            let mut rows = Rows::new(&["row", "id", "finding", "detail"]).sentences(&[3]);
             for finding in &all.findings {
                 rows.row([row_kind(finding.kind), output::octets(&finding.id), finding.finding.clone(), finding.detail.clone()]);
             }

@@ -30,16 +30,14 @@ pub(crate) async fn run(command: GrantCommand, context: &Context) -> Result<(), 
             context.output.show(
                 || json!({"grants": grants.iter().map(|grant| json::message("Grant", grant)).collect::<Vec<_>>(), "more": !page_token.is_empty()}),
                 || {
-                    let mut rows = Rows::new(&["grant", "principal", "purpose", "issued", "expires", "revoked", "meters"]).numbers(&[6]);
+                    let mut rows = Rows::new(&["grant", "principal", "purpose", "meters", "until"]).numbers(&[3]);
                     for grant in &grants {
                         rows.row([
                             output::uuid(&grant.grant_id),
                             grant.principal.clone(),
-                            purpose(grant),
-                            output::time(grant.issued_ms),
-                            output::time(grant.not_after_ms),
-                            output::time(grant.revoked_ms),
+                            output::purpose(grant.purpose()),
                             output::number(grant.meter_count.into()),
+                            if grant.revoked_ms == 0 { output::time(grant.not_after_ms) } else { format!("{}, revoked", output::time(grant.revoked_ms)) },
                         ]);
                     }
                     let more = if page_token.is_empty() { "" } else { "\nthere are more: --limit shows them\n" };
@@ -59,7 +57,7 @@ pub(crate) async fn run(command: GrantCommand, context: &Context) -> Result<(), 
                     facts([
                         ("grant", output::uuid(&grant.grant_id)),
                         ("principal", grant.principal.clone()),
-                        ("purpose", purpose(&grant)),
+                        ("purpose", output::purpose(grant.purpose())),
                         ("meters", output::number(grant.meter_count.into())),
                         ("revoked", output::time(grant.revoked_ms)),
                     ])
@@ -68,10 +66,6 @@ pub(crate) async fn run(command: GrantCommand, context: &Context) -> Result<(), 
         }
     }
     Ok(())
-}
-
-fn purpose(grant: &proto::Grant) -> String {
-    grant.purpose().as_str_name().trim_start_matches("PURPOSE_").to_lowercase().replace('_', "-")
 }
 
 const PAGE: usize = 1_000;

@@ -6,7 +6,7 @@ use crate::{
     Context, Failure,
     arguments::HsmCommand,
     json,
-    output::{Rows, facts, octets, plural},
+    output::{Rows, facts, plural},
     progress::waiting,
 };
 
@@ -35,32 +35,53 @@ pub(crate) async fn run(command: HsmCommand, context: &Context) -> Result<(), Fa
 
 fn token_text(token: &proto::TokenCheck) -> String {
     let state = if token.reason.is_empty() { token.state.clone() } else { format!("{}: {}", token.state, token.reason) };
-    let mut rows = Rows::new(&["capability", "needed for", "found", "used instead", "what that costs"]);
+    let mut rows = Rows::new(&["capability", "needed for", "found", "used instead", "what that costs"]).sentences(&[1, 3, 4]);
     for capability in &token.capabilities {
-        let found = match (capability.found, capability.essential) {
-            (true, _) => "yes",
-            (false, true) => "MISSING",
-            (false, false) => "no",
+        // What would be used instead, and at what cost, is of interest only where something is missing.
+        let (found, instead, cost) = match (capability.found, capability.essential) {
+            (true, _) => ("yes", "", ""),
+            (false, true) => ("MISSING", capability.instead.as_str(), capability.cost.as_str()),
+            (false, false) => ("no", capability.instead.as_str(), capability.cost.as_str()),
         };
-        rows.row([capability.name.clone(), capability.needed_for.clone(), found.into(), capability.instead.clone(), capability.cost.clone()]);
+        rows.row([capability.name.clone(), capability.needed_for.clone(), found.into(), instead.into(), cost.into()]);
     }
-    let facts = facts([("token", token.label.clone()), ("serial", token.serial.clone()), ("module", token.module.clone()), ("state", state)]);
+    let missing = token.capabilities.iter().filter(|capability| !capability.found).count() as u64;
+    let summary = match (token.capabilities.len() as u64, missing) {
+        (0, _) => String::new(),
+        (all, 0) => format!("all {all} were found"),
+        (all, missing) => format!("{missing} of {all} were not found"),
+    };
+    let facts = facts([("token", token.label.clone()), ("serial", token.serial.clone()), ("module", token.module.clone()), ("state", state), ("capabilities", summary)]);
     format!("{facts}\n{}", rows.text_or("not probed yet"))
 }
 
 fn inventory_text(answer: &proto::InventoryHsmResponse) -> String {
-    let mut rows = Rows::new(&["token", "class", "label", "id", "key type", "attributes", "mechanisms", "objection"]);
-    for object in &answer.objects {
-        rows.row([
-            object.token.clone(),
-            object.object_class.clone(),
-            object.label.clone(),
-            octets(&object.id),
-            object.key_type.clone(),
-            object.attributes.join(" "),
-            object.allowed_mechanisms.join(" "),
-            object.objection.clone(),
-        ]);
+    let mut tokens: Vec<&str> = answer.objects.iter().map(|object| object.token.as_str()).collect();
+    tokens.dedup();
+    let texts = tokens.iter().map(|token| {
+        // The id is left out: it is the first half of the label's SHA-256. JSON has it.
+        let mut rows = Rows::new(&["label", "class", "key type", "attributes", "objection"]).sentences(&[3, 4]);
+        for object in answer.objects.iter().filter(|object| object.token == *token) {
+            let label = match (object.label.as_str(), object.attributes.iter().any(|name| name == "TOKEN")) {
+                ("", true) => "(no label)",
+                ("", false) => "(session object)",
+                (label, _) => label,
+            };
+            let mechanisms = object.allowed_mechanisms.iter().map(|mechanism| format!("only {mechanism}"));
+            rows.row([
+                label.to_owned(),
+                object.object_class.replace('-', " "),
+                object.key_type.clone(),
+                object.attributes.iter().cloned().chain(mechanisms).collect::<Vec<_>>().join(" "),
+                object.objection.clone(),
+            ]);
+        }
+        format!("token  {token}\n\n{}", rows.text_or(""))
+    });
+    let text = texts.collect::<Vec<_>>().join("\n");
+    match answer.objects.iter().filter(|object| !object.objection.is_empty()).count() as u64 {
+        _ if answer.objects.is_empty() => "no objects\n".into(),
+        0 => format!("{text}\n{}: none is readable, extractable or usable beyond its purpose\n", plural(answer.objects.len() as u64, "object")),
+        _ => text,
     }
-    rows.text_or("no objects")
 }

@@ -22,7 +22,7 @@ pub(crate) async fn run(command: MeterCommand, context: &Context) -> Result<(), 
         MeterCommand::Adopt(arguments) => adopt(arguments, context).await,
         MeterCommand::Enrol(arguments) => enrol(arguments, context).await,
         MeterCommand::Retire { meters, why, sure } => {
-            confirm(&format!("{} will be retired: no grants from now on, and their keys will be destroyed", plural(meters.len() as u64, "meter")), &sure)?;
+            confirm(&format!("{} will be retired, for good: no grants from now on", plural(meters.len() as u64, "meter")), &sure)?;
             let request = proto::RetireMetersRequest { request_id: request_id(), meters: titles(&meters), reason: why.reason };
             let mut client = context.connect().await?.meters();
             report(waiting("retiring", client.retire_meters(request)).await?.into_inner(), "retired", context)
@@ -102,7 +102,7 @@ fn meter_text(meter: &proto::Meter) -> String {
     ]);
     for setup in &meter.security_setups {
         result.push_str(&format!("\nsecurity setup {}\n\n", output::obis(&setup.obis)));
-        let mut keys = Rows::new(&["key", "version", "state", "origin", "candidate", "duplicate", "who could know it"]).numbers(&[1]);
+        let mut keys = Rows::new(&["key", "version", "state", "origin", "candidate", "duplicate", "who could know it"]).numbers(&[1]).sentences(&[6]);
         for (slot, version) in setup.slots.iter().flat_map(|slot| slot.versions.iter().map(move |version| (slot, version))) {
             let exposures = version.exposures.iter().map(|exposure| format!("{} since {}: {}", exposure.party, output::time(exposure.since_ms), exposure.reason));
             keys.row([
@@ -182,8 +182,8 @@ async fn enrol(arguments: EnrolMeters, context: &Context) -> Result<(), Failure>
             })
             .collect::<Result<_, Failure>>()?,
         None => {
-            let new = |meter: &SystemTitle| proto::NewMeter { meter: octets(meter.octets()), serial: String::new(), groups: arguments.groups.clone() };
-            arguments.meters.iter().map(new).collect()
+            let (Some(meter), Some(serial)) = (arguments.meter, arguments.serial) else { return Err(Failure::usage("METER and --serial belong together; or give --file")) };
+            vec![proto::NewMeter { meter: octets(meter.octets()), serial, groups: arguments.groups }]
         }
     };
     let request = proto::EnrolMetersRequest {
@@ -208,7 +208,7 @@ fn report(answer: proto::ChangeMetersResponse, done: &str, context: &Context) ->
             }
             text.push('\n');
             if !answer.problems.is_empty() {
-                let mut rows = Rows::new(&["meter", "refused because"]);
+                let mut rows = Rows::new(&["meter", "refused because"]).sentences(&[1]);
                 for problem in &answer.problems {
                     rows.row([output::octets(&problem.meter), problem.reason.clone()]);
                 }
@@ -230,7 +230,7 @@ fn filter_message(filter: &MeterFilter) -> proto::MeterFilter {
         manufacturer: text(filter.manufacturer.as_ref()),
         device_profile: text(filter.device_profile.as_ref()),
         status: text(filter.status.as_ref()),
-        head_end: text(filter.assigned_to.as_ref()),
+        head_end: if filter.unassigned { NO_HEAD_END.into() } else { text(filter.assigned_to.as_ref()) },
         batch: text(filter.batch.as_ref()),
     }
 }
@@ -270,10 +270,11 @@ impl FloorLine {
 #[serde(deny_unknown_fields)]
 struct MeterLine {
     meter: String,
-    #[serde(default)]
     serial: String,
     #[serde(default)]
     groups: Vec<String>,
 }
 
 const PAGE: usize = 1_000;
+/// Instead of a principal's URI in a filter: meters that are assigned to nobody.
+const NO_HEAD_END: &str = "none";

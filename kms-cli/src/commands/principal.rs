@@ -159,21 +159,46 @@ fn show_issued(issued: &proto::PrincipalCertificate, written: &str, context: &Co
     context.output.show(
         || json!({"principal": issued.principal.as_ref().map(|principal| json::message("Principal", principal)), "certificate": json::octets(&issued.certificate), "written": written}),
         || {
-            let principal = issued.principal.as_ref().map(principal_text).unwrap_or_default();
-            format!("{principal}{}", facts([("written to", written.to_owned())]))
+            let principal = issued.principal.clone().unwrap_or_default();
+            let mut named = principal_facts(&principal);
+            named.push(("written to", written.to_owned()));
+            format!("{}{}", facts(named), next_step(&principal, written))
         },
     );
 }
 
 fn principal_text(principal: &proto::Principal) -> String {
-    facts([
+    facts(principal_facts(principal))
+}
+
+fn principal_facts(principal: &proto::Principal) -> Vec<(&'static str, String)> {
+    let transport_key = match (principal.has_transport_key, is_grantee(principal)) {
+        (true, _) => "registered",
+        (false, true) => "none yet",
+        (false, false) => "",
+    };
+    vec![
         ("principal", principal.principal.clone()),
         ("status", principal.status.clone()),
         ("person", principal.person.clone()),
         ("client titles", titles(principal)),
         ("certificate until", output::time(principal.certificate_not_after_ms)),
-        ("transport key", if principal.has_transport_key { "registered".into() } else { "none".into() }),
-    ])
+        ("transport key", transport_key.to_owned()),
+    ]
+}
+
+/// Head-ends and handhelds get keys, and need a transport key for it.
+fn is_grantee(principal: &proto::Principal) -> bool {
+    PrincipalId::parse(&principal.principal).is_ok_and(|id| matches!(id.role(), Role::HeadEnd | Role::Handheld))
+}
+
+/// What a new grantee still lacks.
+fn next_step(principal: &proto::Principal, written: &str) -> String {
+    let profile = Path::new(written).file_name().unwrap_or_default().to_string_lossy();
+    if principal.has_transport_key || !is_grantee(principal) || !Path::new(written).is_dir() {
+        return String::new();
+    }
+    format!("\nNext:\n  kms --profile {profile} principal register-transport-key\n  kms meter assign METER... --head-end {}\n", principal.principal)
 }
 
 fn titles(principal: &proto::Principal) -> String {

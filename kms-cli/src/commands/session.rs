@@ -1,6 +1,6 @@
 //! `kms session`.
 
-use std::io::Write as _;
+use std::{io::Write as _, path::Path};
 
 use kms_client::{KeyType, OpenOptions, OpenedMeter, Session, new_request_id, proto::SessionTerms};
 use kms_proto::v1::Purpose;
@@ -12,7 +12,7 @@ use crate::{
     Context, Failure,
     arguments::{OpenSession, SessionCommand},
     json, output,
-    output::{Rows, facts, plural},
+    output::{Rows, facts},
     progress,
 };
 
@@ -27,7 +27,10 @@ async fn open(arguments: OpenSession, context: &Context) -> Result<(), Failure> 
         return Err(Failure::usage("--key-types: a dedicated key is made for each session: ask with --dedicated-key"));
     }
     let profile = context.profile()?;
-    let transport_key = profile.transport_key()?;
+    let transport_key = match profile.transport_key() {
+        Err(kms_client::ProfileError::NoTransportKey { directory }) => return Err(no_transport_key(&directory, context)),
+        key => key?,
+    };
     // Before anything is granted: keys that cannot be written would be exposed for nothing.
     let file = arguments.write_keys.as_deref().map(|path| create(path, true).map(|file| (path, file))).transpose()?;
     let result = grant(&arguments, &transport_key, context).await;
@@ -53,6 +56,15 @@ async fn open(arguments: OpenSession, context: &Context) -> Result<(), Failure> 
     Ok(())
 }
 
+/// Tells which profiles have a transport key: most often the right one was not chosen.
+fn no_transport_key(directory: &Path, context: &Context) -> Failure {
+    let state = context.state();
+    let others: Vec<String> = state.profile_names().into_iter().filter(|name| state.profile(name).is_ok_and(|profile| profile.has_transport_key())).collect();
+    let choose = if others.is_empty() { String::new() } else { format!("choose another --profile ({}), or ", others.join(", ")) };
+    Failure::failed(format!("no transport key in `{}`; by the shipped policies only head-ends get keys", directory.display()))
+        .with_hint(format!("{choose}make one with `kms principal register-transport-key`"))
+}
+
 async fn grant(arguments: &OpenSession, transport_key: &kms_client::TransportKey, context: &Context) -> Result<Session, Failure> {
     let connection = context.connect().await?;
     let terms = SessionTerms {
@@ -74,7 +86,7 @@ fn session_text(session: &Session) -> String {
     let mut text = facts([
         ("grant", keys.grant_id.to_string()),
         ("principal", keys.principal.to_string()),
-        ("purpose", keys.purpose.as_str_name().trim_start_matches("PURPOSE_").to_lowercase().replace('_', "-")),
+        ("purpose", output::purpose(keys.purpose)),
         ("issued", output::time(keys.issued.0)),
         ("expires", output::time(keys.not_after.0)),
         ("audit leaf", hex::encode_upper(&session.audit_leaf)),
@@ -90,7 +102,7 @@ fn meter_text(meter: &OpenedMeter) -> String {
     let (client_title, counters) = meter.counters.as_ref().map_or_else(Default::default, |counters| {
         let first = counters.next().unwrap_or_default();
         let last = u64::from(first) + u64::from(counters.remaining()).saturating_sub(1);
-        let range = format!("{first} to {last} ({}), with GUEK version {}", plural(counters.remaining().into(), "counter"), counters.key_version());
+        let range = format!("{first} to {last}, each once, with GUEK version {}", counters.key_version());
         (counters.client_title().to_string(), range)
     });
     let mut text = facts([

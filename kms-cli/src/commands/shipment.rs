@@ -1,6 +1,7 @@
 //! `kms shipment`: import, list, show.
 
 use std::{
+    collections::HashSet,
     fs,
     io::{self, Read as _, Seek as _, SeekFrom, Write as _},
     path::{Path, PathBuf},
@@ -50,15 +51,16 @@ async fn import(arguments: ImportShipment, context: &Context) -> Result<(), Fail
     file.upload(&connection, &start).await?;
 
     let mut shown = Vec::new();
-    let mut counts = Counts::default();
+    let mut told = Told::default();
     let shipment = import_uploaded(&connection, &file, &arguments, &mut |step| {
-        counts.refused += step.refused_lines.len() as u64;
-        counts.duplicates += step.duplicate_keys.len() as u64;
+        // A call that goes on after a broken one tells again what that one told.
+        let refused_lines: Vec<_> = step.refused_lines.iter().filter(|line| told.refused.insert(line.line)).collect();
+        let duplicate_keys = step.duplicate_keys.iter().filter(|key| told.duplicates.insert((key.line, key.key_type.clone())));
         let room = LINES_SHOWN.saturating_sub(shown.len());
-        shown.extend(step.refused_lines.iter().take(room).cloned());
+        shown.extend(refused_lines.iter().take(room).map(|line| (*line).clone()));
         if let Some((path, report)) = &mut report {
-            let refused = step.refused_lines.iter().map(|line| json!({"refused_line": json::message("RefusedLine", line)}));
-            let duplicates = step.duplicate_keys.iter().map(|key| json!({"duplicate_key": json::message("DuplicateKey", key)}));
+            let refused = refused_lines.iter().map(|line| json!({"refused_line": json::message("RefusedLine", *line)}));
+            let duplicates = duplicate_keys.map(|key| json!({"duplicate_key": json::message("DuplicateKey", key)}));
             for line in refused.chain(duplicates) {
                 writeln!(report, "{line}").map_err(|error| Failure::failed(format!("cannot write `{}`: {error}", path.display())))?;
             }
@@ -74,14 +76,14 @@ async fn import(arguments: ImportShipment, context: &Context) -> Result<(), Fail
         || {
             let mut text = shipment_text(&shipment);
             if !shown.is_empty() {
-                let mut rows = Rows::new(&["line", "field", "refused because"]).numbers(&[0]);
+                let mut rows = Rows::new(&["line", "field", "refused because"]).numbers(&[0]).sentences(&[2]);
                 for line in &shown {
                     rows.row([line.line.to_string(), line.field.clone(), line.reason.clone()]);
                 }
                 text.push('\n');
                 text.push_str(&rows.text_or(""));
-                if counts.refused > shown.len() as u64 {
-                    text.push_str(&format!("and {} more", number(counts.refused - shown.len() as u64)));
+                if told.refused.len() > shown.len() {
+                    text.push_str(&format!("and {} more", number((told.refused.len() - shown.len()) as u64)));
                     text.push_str(if arguments.report.is_some() { ", all in the report file\n" } else { "; --report FILE writes them all\n" });
                 }
             }
@@ -96,10 +98,11 @@ async fn import(arguments: ImportShipment, context: &Context) -> Result<(), Fail
     }
 }
 
+/// What the server has told of the import: refused lines, and duplicate keys by line and key type.
 #[derive(Default)]
-struct Counts {
-    refused: u64,
-    duplicates: u64,
+struct Told {
+    refused: HashSet<u64>,
+    duplicates: HashSet<(u64, String)>,
 }
 
 /// A shipment on this machine.
@@ -285,7 +288,9 @@ async fn import_uploaded(
             Some(delay) => tokio::time::sleep(delay.max(Duration::from_millis(10))).await,
             None => {
                 bar.finish_and_clear();
-                return Err(Failure::from(error).while_doing("import (the same command again takes it up)"));
+                let may_go_on = error.is_unavailable();
+                let failure = Failure::from(error).while_doing("import");
+                return Err(if may_go_on { failure.with_hint("the same command again goes on where it stopped") } else { failure });
             }
         }
     }
@@ -314,18 +319,20 @@ async fn list(context: &Context) -> Result<(), Failure> {
     context.output.show(
         || json::message("ListShipmentsResponse", &answer),
         || {
-            let mut rows = Rows::new(&["batch", "manufacturer", "state", "devices", "imported", "unchanged", "refused", "duplicates", "SHA-256"]).numbers(&[3, 4, 5, 6, 7]);
+            let mut rows = Rows::new(&["SHA-256", "batch", "manufacturer", "state", "devices", "imported", "unchanged", "refused", "duplicates"]).numbers(&[4, 5, 6, 7, 8]);
             for shipment in &answer.shipments {
+                // Enough of the digest for `kms shipment show`, which tells the rest; the name says who of the manufacturers.
+                let manufacturer = shipment.manufacturer.rsplit(':').next().unwrap_or_default();
                 rows.row([
+                    output::octets(shipment.file_sha256.get(..SHOWN_OF_DIGEST).unwrap_or(&shipment.file_sha256)),
                     shipment.batch.clone(),
-                    shipment.manufacturer.clone(),
+                    manufacturer.to_owned(),
                     shipment.state.clone(),
                     number(shipment.devices),
                     number(shipment.imported),
                     number(shipment.unchanged),
                     number(shipment.refused),
                     number(shipment.duplicates),
-                    output::octets(&shipment.file_sha256),
                 ]);
             }
             rows.text_or("no shipments")
@@ -335,13 +342,27 @@ async fn list(context: &Context) -> Result<(), Failure> {
 }
 
 async fn show(name: &str, context: &Context) -> Result<(), Failure> {
-    let file_sha256 = match hex::decode(name) {
-        Ok(digest) if digest.len() == 32 => digest,
-        _ if Path::new(name).exists() => LocalFile::open(Path::new(name))?.sha256.to_vec(),
-        _ => return Err(Failure::usage(format!("SHA256|FILE: `{name}` is neither 64 hex digits nor a file"))),
+    let is_hex = name.bytes().all(|octet| octet.is_ascii_hexdigit());
+    let whole = match hex::decode(name) {
+        Ok(digest) if digest.len() == 32 => Some(digest),
+        _ if Path::new(name).exists() => Some(LocalFile::open(Path::new(name))?.sha256.to_vec()),
+        _ if is_hex && (FEWEST_DIGITS..64).contains(&name.len()) => None,
+        _ => return Err(Failure::usage(format!("SHA256|FILE: `{name}` is neither {FEWEST_DIGITS} to 64 hex digits nor a file"))),
     };
     let mut client = context.connect().await?.shipments();
-    let request = proto::GetShipmentRequest { file_sha256: file_sha256.into() };
+    let file_sha256 = match whole {
+        Some(digest) => digest.into(),
+        None => {
+            let known = progress::waiting("reading shipments", client.list_shipments(proto::ListShipmentsRequest {})).await?.into_inner().shipments;
+            let mut matching = known.into_iter().map(|shipment| shipment.file_sha256).filter(|digest| output::octets(digest).starts_with(&name.to_uppercase()));
+            match (matching.next(), matching.next()) {
+                (Some(digest), None) => digest,
+                (None, _) => return Err(Failure::failed(format!("no shipment whose SHA-256 begins with `{name}`: `kms shipment list` shows them"))),
+                (Some(_), Some(_)) => return Err(Failure::usage(format!("more than one shipment begins with `{name}`: give more digits"))),
+            }
+        }
+    };
+    let request = proto::GetShipmentRequest { file_sha256 };
     let shipment = progress::waiting("reading the shipment", client.get_shipment(request)).await?.into_inner();
     context.output.show(|| json::message("Shipment", &shipment), || shipment_text(&shipment));
     Ok(())
@@ -377,3 +398,7 @@ pub(super) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
 
 const CHUNK: usize = 256 << 10;
 const LINES_SHOWN: usize = 20;
+/// Octets of a digest in lists.
+const SHOWN_OF_DIGEST: usize = 8;
+/// Hex digits of a digest that `kms shipment show` takes for one.
+const FEWEST_DIGITS: usize = 8;

@@ -40,6 +40,8 @@ fn wrong_values_are_refused_before_the_network_with_the_field_named() {
         (&["meter", "retire", "4B414D0000000001", "--reason", ""], "--reason"),
         (&["meter", "retire", "4B414D0000000001", "--reason", "gone"], "--yes"),
         (&["shipment", "import", "x"], "--manufacturer"),
+        (&["meter", "enrol", "4B414D00000F0001", "--manufacturer", "KAM", "--device-profile", "generic-suite0", "--batch", "lab"], "--serial"),
+        (&["meter", "list", "--unassigned", "--assigned-to", "urn:meterkms:dev:head-end:hes-1"], "--unassigned"),
         (&["shipment", "show", "abc"], "SHA256|FILE"),
         (&["shipment", "make-sample", "--devices", "0", "--out", "x"], "--devices"),
         (&["shipment", "make-sample", "--devices", "1", "--out", "x", "--oaep-hash", "md5"], "--oaep-hash"),
@@ -85,6 +87,13 @@ fn a_missing_profile_says_what_to_do() {
     assert!(text(&output.stderr).contains("profiles/ada/ca.pem"), "{}", text(&output.stderr));
     let output = kms(directory.path(), &["session", "open", "4B414D0000000001"]);
     assert!(text(&output.stderr).contains("register-transport-key"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn without_arguments_there_is_help_whatever_the_environment_says() {
+    let output = Command::new(env!("CARGO_BIN_EXE_kms")).env("KMS_STATE", "x").output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stdout).contains("Commands:"), "{}", text(&output.stdout));
 }
 
 #[test]

@@ -98,7 +98,7 @@ fn a_session_shows_no_key_and_writes_them_only_where_asked() {
     let output = server.kms(&["session", "open", METER, "--client-title", "4D4D4D0000000001"]);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let shown = text(&output.stdout);
-    for words in ["GUEK", "GAK", "check value", "1001 to 2000 (1,000 counters)", "The keys are not shown"] {
+    for words in ["GUEK", "GAK", "check value", "1001 to 2000, each once", "The keys are not shown"] {
         assert!(shown.contains(words), "{shown}");
     }
     let json = server.kms(&["--output", "json", "session", "open", METER, "--write-keys", "session.json"]);

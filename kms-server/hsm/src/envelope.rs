@@ -177,8 +177,8 @@ impl Worker {
         &self,
         recipient: &Recipient,
         keys: &[KeySource],
-        header: &mut dyn FnMut(&Agreement) -> Vec<u8>,
-        manifest: &mut dyn FnMut(&[Result<WrappedKey, HsmError>]) -> Vec<u8>,
+        header: &mut impl FnMut(&Agreement) -> Vec<u8>,
+        manifest: &mut impl FnMut(&[Result<WrappedKey, HsmError>]) -> Vec<u8>,
     ) -> Result<Envelope, HsmError> {
         let agreement = self.agreement(recipient, keys.len())?;
         let mut wrapped = Vec::with_capacity(keys.len());

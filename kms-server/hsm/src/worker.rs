@@ -262,7 +262,7 @@ pub(crate) fn unwrapped_octets(shape: KeyShape, wrapped: &[u8]) -> Result<usize,
     let octets = wrapped.len().saturating_sub(8);
     let fits = match shape {
         KeyShape::Aes(length) => octets == length.octets(),
-        KeyShape::Secret => octets % 8 == 0 && (SHORTEST_SECRET..=LONGEST_SECRET).contains(&octets),
+        KeyShape::Secret => octets.is_multiple_of(8) && (SHORTEST_SECRET..=LONGEST_SECRET).contains(&octets),
     };
     if !fits {
         return Err(HsmError::invalid("wrapped key", format!("{} octets do not fit {}", wrapped.len(), shape_name(shape))));

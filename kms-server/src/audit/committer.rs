@@ -352,7 +352,6 @@ impl Writer {
         }
     }
 
-    #[expect(clippy::type_complexity, reason = "the two lists are taken apart by the one caller")]
     async fn attempt(&mut self, acts: &mut [Box<dyn Act>]) -> Result<(Vec<Result<(), ServiceError>>, Vec<Vec<AuditLeaf>>), StoreError> {
         let now = now();
         let (head, opening) = match &self.head {

@@ -69,7 +69,7 @@ impl<'a> Grants<'a> {
         if answer.envelopes.is_empty() {
             return Err("a grant without an envelope".into());
         }
-        if turn % SAMPLED == 0 {
+        if turn.is_multiple_of(SAMPLED) {
             self.sample.borrow_mut().push(Sample { request, meters: vec![number], envelopes: answer.envelopes });
         }
         Ok(Some(KEYS))
@@ -101,7 +101,7 @@ impl<'a> Grants<'a> {
         if received != count || count == 0 {
             return Err(format!("{received} of {count} chunks came").into());
         }
-        if let Some(envelopes) = kept.filter(|_| turn % BATCHES_SAMPLED == 0) {
+        if let Some(envelopes) = kept.filter(|_| turn.is_multiple_of(BATCHES_SAMPLED)) {
             self.sample.borrow_mut().push(Sample { request, envelopes, meters: meters.clone() });
         }
         Ok(KEYS * meters.len() as u64)
@@ -132,7 +132,7 @@ impl<'a> Grants<'a> {
 }
 
 /// GUEK and GAK.
-const KEYS: u64 = 2;
+pub(crate) const KEYS: u64 = 2;
 /// Batches in flight.
 const CALLS: usize = 2;
 /// One answer in so many is opened.

@@ -38,6 +38,7 @@ struct Figure {
     #[serde(flatten)]
     values: Values,
     goal: Option<Goal>,
+    /// `None`: for all modules.
     goal_is_for: Option<Module>,
     met: Option<bool>,
 }
@@ -56,6 +57,16 @@ impl Values {
             Module::Softhsm2 => &mut self.softhsm2,
         }
     }
+
+    /// Whether all that were measured, or that of one module, are as they should be; nothing where there is none.
+    fn meet(&self, goal: Goal, module: Option<Module>) -> Option<bool> {
+        let judged = match module {
+            Some(Module::HsmSim) => [self.hsm_sim, None],
+            Some(Module::Softhsm2) => [None, self.softhsm2],
+            None => [self.hsm_sim, self.softhsm2],
+        };
+        judged.into_iter().flatten().map(|value| goal.met(value)).reduce(|one, other| one && other)
+    }
 }
 
 /// Who used the processor during a measurement, in cores.
@@ -65,6 +76,20 @@ struct Processor {
     what: String,
     server_cores: f64,
     load_generator_cores: f64,
+}
+
+impl Figure {
+    fn row(&self) -> [String; 6] {
+        let value = |value: Option<f64>| value.map(shown).unwrap_or_default();
+        let whose = self.goal_is_for.map(|module| format!("{}: ", module.name())).unwrap_or_default();
+        let goal = match self.goal {
+            Some(Goal::AtLeast(least)) => format!("{whose}≥ {}", shown(least)),
+            Some(Goal::Below(bound)) => format!("{whose}< {}", shown(bound)),
+            None => String::new(),
+        };
+        let met = self.met.map_or("", |met| if met { "yes" } else { "NO" });
+        [self.name.clone(), self.unit.to_owned(), value(self.values.hsm_sim), value(self.values.softhsm2), goal, met.to_owned()]
+    }
 }
 
 impl Report {
@@ -86,12 +111,10 @@ impl Report {
         }
     }
 
-    /// As [`Self::add`], with a goal that holds for this module.
-    pub(crate) fn add_with_goal(&mut self, group: &'static str, name: impl Into<String>, unit: &'static str, module: Module, value: f64, goal: Goal) {
-        let name = name.into();
-        self.add(group, name.clone(), unit, module, value);
+    /// What the figure of this name should be: for one module, or for all.
+    pub(crate) fn goal(&mut self, group: &'static str, name: &str, module: Option<Module>, goal: Goal) {
         if let Some(figure) = self.figures.iter_mut().find(|figure| figure.group == group && figure.name == name) {
-            (figure.goal, figure.goal_is_for, figure.met) = (Some(goal), Some(module), Some(goal.met(value)));
+            (figure.goal, figure.goal_is_for, figure.met) = (Some(goal), module, figure.values.meet(goal, module));
         }
     }
 
@@ -106,20 +129,17 @@ impl Report {
 
     pub(crate) fn to_text(&self) -> String {
         let mut table = table(["what", "unit", Module::HsmSim.name(), Module::Softhsm2.name(), "goal", "met"], &[2, 3]);
-        let mut group = "";
+        let mut groups: Vec<&str> = Vec::new();
         for figure in &self.figures {
-            if figure.group != group {
-                group = figure.group;
-                table.add_row([group.to_owned()]);
+            if !groups.contains(&figure.group) {
+                groups.push(figure.group);
             }
-            let value = |value: Option<f64>| value.map(shown).unwrap_or_default();
-            let goal = match (figure.goal, figure.goal_is_for) {
-                (Some(Goal::AtLeast(least)), Some(module)) => format!("{}: ≥ {}", module.name(), shown(least)),
-                (Some(Goal::Below(bound)), Some(module)) => format!("{}: < {}", module.name(), shown(bound)),
-                _ => String::new(),
-            };
-            let met = figure.met.map_or("", |met| if met { "yes" } else { "NO" });
-            table.add_row([&format!("  {}", figure.name), figure.unit, &value(figure.values.hsm_sim), &value(figure.values.softhsm2), &goal, met]);
+        }
+        for group in groups {
+            table.add_row([&format!("**{group}**")]);
+            for figure in self.figures.iter().filter(|figure| figure.group == group) {
+                table.add_row(figure.row());
+            }
         }
         let mut processor = self::table(["processor while measuring", "module", "server, cores", "load generator, cores"], &[2, 3]);
         for row in &self.processor {

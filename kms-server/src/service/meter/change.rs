@@ -90,7 +90,7 @@ impl MeterService {
         };
         self.chunk(caller, &Action::AssignMeters, request, index, reads, move |view, principal| {
             if let Some(head_end) = &head_end
-                && !view.principal(head_end)?.is_some_and(|known| known.status == PrincipalStatus::Enabled)
+                && view.principal(head_end)?.is_none_or(|known| known.status != PrincipalStatus::Enabled)
             {
                 return Err(ServiceError::invalid("head_end", format!("`{head_end}` is no enabled head-end of this island")));
             }

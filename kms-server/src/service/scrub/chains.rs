@@ -64,11 +64,12 @@ impl<'a> Chains<'a> {
         for row in page {
             self.records += 1;
             let record = AuditRecord::decode(row.record.as_slice());
-            if self.check && !chain.broken {
-                if let Err(reason) = self.link(&chain, &row, record.as_ref().ok()) {
-                    chain.broken = true;
-                    self.findings.push(broken(writer, format!("record {}: {reason}", row.sequence)));
-                }
+            if self.check
+                && !chain.broken
+                && let Err(reason) = self.link(&chain, &row, record.as_ref().ok())
+            {
+                chain.broken = true;
+                self.findings.push(broken(writer, format!("record {}: {reason}", row.sequence)));
             }
             chain.next_sequence = row.sequence.saturating_add(1);
             chain.value = row.chain;

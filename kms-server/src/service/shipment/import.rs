@@ -58,7 +58,7 @@ impl ShipmentService {
         }
         let run = self.begin_import(caller, file_sha256, head_end).await?;
         let (answers, receiver) = mpsc::channel(2);
-        tokio::spawn(run.to_end(answers));
+        tokio::spawn(run.finish(answers));
         Ok(Import(receiver))
     }
 
@@ -95,7 +95,7 @@ impl ShipmentService {
                     _ => {}
                 }
                 if let Some(head_end) = &wanted
-                    && !view.principal(head_end)?.is_some_and(|head_end| head_end.status == PrincipalStatus::Enabled)
+                    && view.principal(head_end)?.is_none_or(|head_end| head_end.status != PrincipalStatus::Enabled)
                 {
                     return Err(ServiceError::invalid("head_end", format!("`{head_end}` is no enabled head-end of this island")));
                 }
@@ -125,7 +125,7 @@ struct Run {
 type Answers = mpsc::Sender<Result<ImportShipmentResponse, ServiceError>>;
 
 impl Run {
-    async fn to_end(mut self, answers: Answers) {
+    async fn finish(mut self, answers: Answers) {
         if let Err(error) = self.run(&answers).await {
             // A caller that has gone away has no use for it.
             let _ = answers.send(Err(error)).await;

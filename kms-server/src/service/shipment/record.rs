@@ -132,11 +132,11 @@ impl Step {
     fn permit(&self, view: &mut View<'_, '_>) -> Result<(), ServiceError> {
         let principal = view.caller(&self.caller)?;
         self.island.policy.load().require(&facts(&principal), &Action::ImportShipment { own: self.own }, &Resource::Island)?;
-        if !view.principal(&self.manufacturer)?.is_some_and(|known| known.status == PrincipalStatus::Enabled) {
+        if view.principal(&self.manufacturer)?.is_none_or(|known| known.status != PrincipalStatus::Enabled) {
             return Err(super::no_shipment_key(&self.manufacturer));
         }
         if let Some(head_end) = &self.head_end
-            && !view.principal(head_end)?.is_some_and(|known| known.status == PrincipalStatus::Enabled)
+            && view.principal(head_end)?.is_none_or(|known| known.status != PrincipalStatus::Enabled)
         {
             return Err(ServiceError::FailedPrecondition {
                 reason: format!("`{head_end}` was disabled"),

@@ -165,7 +165,8 @@ island_tests! {
         let other_transport = hex::encode_upper(sha256(&island.island.hsm.transport_key_spki(kms_hsm::RootVersion::FIRST).await.unwrap()));
         let stranger = VendorKey::generate().unwrap();
         let signed = |file: Vec<u8>| { let signature = island.signed(&file); (file, signature) };
-        let cases: Vec<(&str, (Vec<u8>, Vec<u8>))> = vec![
+        type Signed = (Vec<u8>, Vec<u8>);
+        let cases: Vec<(&str, Signed)> = vec![
             ("the signature", (file.clone(), sign(&stranger, &file))),
             ("the signature", (text(&|text| text.replacen("\"serial\":\"1", "\"serial\":\"2", 1)), signature.clone())),
             ("trailer.sha256", signed(text(&|text| text.replacen("\"serial\":\"1", "\"serial\":\"2", 1)))),
