@@ -67,11 +67,13 @@ pub(crate) enum Command {
 #[derive(Debug, Subcommand)]
 pub(crate) enum SessionCommand {
     /// Open a session with a meter: keys, and a lease of invocation counters
-    #[command(after_help = "The keys are opened with the profile's transport key. They are never shown: --write-keys puts them into a file that only you can read.\n\n\
+    #[command(
+        after_help = "The keys are opened with the profile's transport key. They are never shown: --write-keys puts them into a file that only you can read.\n\n\
 The shipped policies give keys to head-ends only, for meters that are assigned to them and in service.\n\n\
         Examples:\n  kms --profile head-end session open 4B414D0000000001 --client-title 4D4D4D0000000001\n  \
         kms --profile head-end session open 4B414D0000000001 --client-title 4D4D4D0000000001 --counters 500\n  \
-        kms --profile head-end session open 4B414D0000000001 --write-keys session.json")]
+        kms --profile head-end session open 4B414D0000000001 --write-keys session.json"
+    )]
     Open(OpenSession),
 }
 
@@ -155,14 +157,18 @@ pub(crate) enum MeterCommand {
         kms meter assign 4B414D0000000001 --to-nobody")]
     Assign(AssignMeters),
     /// Take invocation counters over, or leave a client title with the head-end that counts today
-    #[command(after_help = "Examples:\n  kms meter adopt 4B414D0000000001 --client-title 4D4D4D0000000001 --floor 120000\n  kms meter adopt --file floors.jsonl\n\n\
+    #[command(
+        after_help = "Examples:\n  kms meter adopt 4B414D0000000001 --client-title 4D4D4D0000000001 --floor 120000\n  kms meter adopt --file floors.jsonl\n\n\
         A line of the file: {\"meter\":\"4B414D0000000001\",\"client_title\":\"4D4D4D0000000001\",\"floor\":120000}\n\
-        and optionally \"security_setup\":\"0.0.43.0.0.255\", \"owned_by\":\"urn:meterkms:dev:head-end:hes-1\".")]
+        and optionally \"security_setup\":\"0.0.43.0.0.255\", \"owned_by\":\"urn:meterkms:dev:head-end:hes-1\"."
+    )]
     Adopt(AdoptCounters),
     /// Register meters whose keys are made here
-    #[command(after_help = "Examples:\n  kms meter enrol 4B414D00000F0001 --serial 10001001 --manufacturer KAM --device-profile generic-suite0 --batch lab\n  \
+    #[command(
+        after_help = "Examples:\n  kms meter enrol 4B414D00000F0001 --serial 10001001 --manufacturer KAM --device-profile generic-suite0 --batch lab\n  \
         kms meter enrol --file meters.jsonl --manufacturer KAM --device-profile generic-suite0 --batch lab\n\n\
-        A line of the file: {\"meter\":\"4B414D00000F0001\",\"serial\":\"10001001\"} and optionally \"groups\":[\"north\"].")]
+        A line of the file: {\"meter\":\"4B414D00000F0001\",\"serial\":\"10001001\"} and optionally \"groups\":[\"north\"]."
+    )]
     Enrol(EnrolMeters),
     /// End the identity of meters: no grants from now on
     #[command(after_help = "Example:\n  kms meter retire 4B414D0000000001 --reason \"scrapped, ticket 4711\" --yes")]
@@ -391,7 +397,9 @@ pub(crate) enum PrincipalCommand {
     #[command(visible_alias = "ls")]
     List,
     /// Certify a new TLS key: your own, which is made here, or another's request
-    #[command(after_help = "Examples:\n  kms principal renew\n  kms principal renew urn:meterkms:dev:head-end:hes-3 --certificate-request hes-3.csr.pem --out hes-3.pem")]
+    #[command(
+        after_help = "Examples:\n  kms principal renew\n  kms principal renew urn:meterkms:dev:head-end:hes-3 --certificate-request hes-3.csr.pem --out hes-3.pem"
+    )]
     Renew(RenewPrincipal),
     /// Shut a principal out, at once
     #[command(after_help = "Example:\n  kms principal disable urn:meterkms:dev:handheld:h-17 --reason \"lost, ticket 4713\" --yes")]
@@ -523,7 +531,8 @@ fn system_title(text: &str) -> Result<SystemTitle, String> {
 }
 
 fn profile_name(name: &str) -> Result<String, String> {
-    let well_formed = !name.is_empty() && !name.starts_with('.') && name.bytes().all(|octet| octet.is_ascii_alphanumeric() || matches!(octet, b'-' | b'_' | b'.'));
+    let well_formed =
+        !name.is_empty() && !name.starts_with('.') && name.bytes().all(|octet| octet.is_ascii_alphanumeric() || matches!(octet, b'-' | b'_' | b'.'));
     if well_formed { Ok(name.to_owned()) } else { Err("not a name of letters, digits, `-`, `_` and `.`".to_owned()) }
 }
 

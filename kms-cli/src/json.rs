@@ -82,7 +82,8 @@ fn value(field_value: &Field, field: &FieldDescriptor) -> Value {
 fn enum_name(number: i32, field: &FieldDescriptor) -> Value {
     let Kind::Enum(descriptor) = field.kind() else { return json!(number) };
     let Some(value) = descriptor.get_value(number) else { return json!(number) };
-    let prefix: String = descriptor.name().chars().flat_map(|letter| letter.is_ascii_uppercase().then_some('_').into_iter().chain([letter.to_ascii_uppercase()])).collect();
+    let prefix: String =
+        descriptor.name().chars().flat_map(|letter| letter.is_ascii_uppercase().then_some('_').into_iter().chain([letter.to_ascii_uppercase()])).collect();
     let prefix = format!("{}_", prefix.trim_start_matches('_'));
     json!(value.name().strip_prefix(&prefix).unwrap_or(value.name()))
 }

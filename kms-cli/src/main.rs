@@ -64,7 +64,11 @@ impl Context {
         };
         state.profile(&name).map_err(|error| {
             let names = state.profile_names();
-            if names.contains(&name) || names.is_empty() { error.into() } else { Failure::usage(format!("no profile `{name}` in `{folder}`; there are: {}", names.join(", "))) }
+            if names.contains(&name) || names.is_empty() {
+                error.into()
+            } else {
+                Failure::usage(format!("no profile `{name}` in `{folder}`; there are: {}", names.join(", ")))
+            }
         })
     }
 

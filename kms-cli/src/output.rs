@@ -39,75 +39,119 @@ impl Output {
 
 /// Rows under headings. Only columns of sentences are broken into lines: a title, name, digest or time stays whole, so that it can be copied.
 pub(crate) struct Rows {
-    table: Table,
+    headings: Vec<String>,
+    numbers: Vec<usize>,
     sentences: Vec<usize>,
+    rows: Vec<Vec<String>>,
 }
 
 impl Rows {
     pub(crate) fn new(headings: &[&str]) -> Self {
-        let mut table = Table::new();
-        let style = TableStyle::new().header_separator(comfy_table::LineStyle::none().fill('-').junction(' '));
-        table.load_style(style).set_content_arrangement(ContentArrangement::Dynamic);
-        let emphasis = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-        table.set_header(headings.iter().map(|heading| if emphasis { Cell::new(heading).add_attribute(Attribute::Bold) } else { Cell::new(heading) }));
-        // Columns start where lines start, and stand two apart: one of padding, one of the separator.
-        table.column_iter_mut().for_each(|column| {
-            column.set_padding((0, 1));
-        });
-        Self { table, sentences: Vec::new() }
+        Self { headings: headings.iter().map(|heading| (*heading).to_owned()).collect(), numbers: Vec::new(), sentences: Vec::new(), rows: Vec::new() }
     }
 
     /// Aligns columns (from 0) to the right.
     pub(crate) fn numbers(mut self, columns: &[usize]) -> Self {
-        for column in columns {
-            if let Some(column) = self.table.column_mut(*column) {
-                column.set_cell_alignment(CellAlignment::Right);
-            }
-        }
+        self.numbers = columns.to_vec();
         self
     }
 
-    /// Columns (from 0) that hold sentences, to be broken into lines where the terminal is narrow.
+    /// Columns (from 0) that hold sentences: broken into lines where the terminal is narrow, left out where they are empty in all rows.
     pub(crate) fn sentences(mut self, columns: &[usize]) -> Self {
         self.sentences = columns.to_vec();
         self
     }
 
     pub(crate) fn row<const N: usize>(&mut self, cells: [String; N]) {
-        self.table.add_row(cells);
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.table.is_empty()
+        self.rows.push(cells.to_vec());
     }
 
     /// The table with a line feed at its end, or `otherwise` where it has no rows.
-    pub(crate) fn text_or(mut self, otherwise: &str) -> String {
-        if self.is_empty() {
+    pub(crate) fn text_or(&self, otherwise: &str) -> String {
+        if self.rows.is_empty() {
             return format!("{otherwise}\n");
         }
-        self.arrange();
-        format!("{}\n", self.table.trim_fmt())
-    }
-
-    /// Breaks sentences only, and nothing at all where too little room would be left for them: long lines are better than words cut to pieces.
-    fn arrange(&mut self) {
-        let Some(terminal) = self.table.width().map(usize::from) else { return };
-        let widths = self.table.column_max_content_widths();
-        let is_sentence = |column: &usize| self.sentences.contains(column);
-        let whole: usize = widths.iter().enumerate().filter(|(column, _)| !is_sentence(column)).map(|(_, width)| usize::from(*width)).sum();
-        let room = terminal.saturating_sub(whole + GAP * widths.len());
-        let wanted = widths.iter().enumerate().filter(|(column, width)| is_sentence(column) && usize::from(**width) > NARROWEST_SENTENCE).count();
-        if wanted == 0 || room < NARROWEST_SENTENCE * wanted {
-            self.table.set_content_arrangement(ContentArrangement::Disabled);
-            return;
+        let (sentences, whole): (Vec<usize>, Vec<usize>) =
+            (0..self.headings.len()).filter(|column| !self.is_left_out(*column)).partition(|column| self.sentences.contains(column));
+        let mut columns = [whole.as_slice(), &sentences].concat();
+        columns.sort_unstable();
+        let mut table = self.table(&columns);
+        let Some(terminal) = table.width().map(usize::from) else { return format!("{}\n", table.trim_fmt()) };
+        let widths = table.column_max_content_widths();
+        let (long, short): (Vec<usize>, Vec<usize>) = (0..columns.len()).partition(|at| {
+            columns.get(*at).is_some_and(|column| sentences.contains(column)) && widths.get(*at).is_some_and(|width| usize::from(*width) > NARROWEST_SENTENCE)
+        });
+        let taken = short.iter().filter_map(|at| widths.get(*at)).map(|width| usize::from(*width)).sum::<usize>() + GAP * columns.len();
+        if !long.is_empty() && terminal < taken + NARROWEST_SENTENCE * long.len() {
+            return self.below_each_other(&whole, &sentences, terminal);
         }
-        for (index, column) in self.table.column_iter_mut().enumerate() {
-            if !self.sentences.contains(&index) {
+        for at in short {
+            if let Some(column) = table.column_mut(at) {
                 column.set_constraint(ColumnConstraint::ContentWidth);
             }
         }
+        format!("{}\n", table.trim_fmt())
     }
+
+    /// For narrow terminals: a row's sentences stand below its other cells.
+    fn below_each_other(&self, whole: &[usize], sentences: &[usize], terminal: usize) -> String {
+        let mut table = self.table(whole);
+        table.set_content_arrangement(ContentArrangement::Disabled);
+        let text = table.trim_fmt();
+        let mut lines = text.lines();
+        let mut result: String = lines.by_ref().take(HEAD_LINES).map(|line| format!("{line}\n")).collect();
+        for (row, line) in self.rows.iter().zip(lines) {
+            result.push_str(line);
+            result.push('\n');
+            for column in sentences {
+                let (Some(heading), Some(cell)) = (self.headings.get(*column), row.get(*column).filter(|cell| !cell.is_empty())) else { continue };
+                for part in cell.lines() {
+                    result.push_str(&indented(&format!("{heading}: {part}"), terminal));
+                }
+            }
+        }
+        result
+    }
+
+    fn table(&self, columns: &[usize]) -> Table {
+        let mut table = Table::new();
+        let style = TableStyle::new().header_separator(comfy_table::LineStyle::none().fill('-').junction(' '));
+        table.load_style(style).set_content_arrangement(ContentArrangement::Dynamic);
+        let emphasis = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+        let headings = columns.iter().filter_map(|column| self.headings.get(*column));
+        table.set_header(headings.map(|heading| if emphasis { Cell::new(heading).add_attribute(Attribute::Bold) } else { Cell::new(heading) }));
+        for row in &self.rows {
+            table.add_row(columns.iter().filter_map(|column| row.get(*column)));
+        }
+        // Columns start where lines start, and stand two apart: one of padding, one of the separator.
+        for (column, number) in table.column_iter_mut().zip(columns) {
+            column.set_padding((0, 1));
+            if self.numbers.contains(number) {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        table
+    }
+
+    fn is_left_out(&self, column: usize) -> bool {
+        self.sentences.contains(&column) && self.rows.iter().all(|row| row.get(column).is_none_or(String::is_empty))
+    }
+}
+
+/// Words in lines of at most `width` characters, indented; a longer word has a line of its own.
+fn indented(text: &str, width: usize) -> String {
+    let (mut result, mut line) = (String::new(), String::new());
+    for word in text.split(' ') {
+        if !line.is_empty() && INDENT.len() + line.chars().count() + 1 + word.chars().count() > width {
+            result.push_str(&format!("{INDENT}{line}\n"));
+            line.clear();
+        }
+        if !line.is_empty() {
+            line.push(' ');
+        }
+        line.push_str(word);
+    }
+    format!("{result}{INDENT}{line}\n")
 }
 
 /// Names and values, a line each.
@@ -173,3 +217,6 @@ pub(crate) fn yes(value: bool) -> String {
 const GAP: usize = 2;
 /// Fewer characters make no readable sentence.
 const NARROWEST_SENTENCE: usize = 24;
+const INDENT: &str = "    ";
+/// Headings and the line below them.
+const HEAD_LINES: usize = 2;

@@ -80,23 +80,50 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
                 many => (plural(many.len() as u64, "meter"), String::new()),
             };
             let purpose = output::purpose(event.purpose());
-            let what = format!("{}{dedicated} of {whom} to {purpose}{counters}, until {}, grant {}", event.key_types.join(", "), output::time(event.not_after_ms), output::uuid(&event.grant_id));
+            let what = format!(
+                "{}{dedicated} of {whom} to {purpose}{counters}, until {}, grant {}",
+                event.key_types.join(", "),
+                output::time(event.not_after_ms),
+                output::uuid(&event.grant_id)
+            );
             ("keys granted", what)
         }
-        Event::Refused(event) => ("refused", format!("{}: {} ({})", event.action, event.reason, if event.count == 1 { "once".into() } else { format!("{} times", number(event.count)) })),
-        Event::ShipmentImported(event) if !event.refusal.is_empty() => ("shipment refused", format!("{} of {}: {}", event.batch, event.manufacturer, event.refusal)),
+        Event::Refused(event) => (
+            "refused",
+            format!("{}: {} ({})", event.action, event.reason, if event.count == 1 { "once".into() } else { format!("{} times", number(event.count)) }),
+        ),
+        Event::ShipmentImported(event) if !event.refusal.is_empty() => {
+            ("shipment refused", format!("{} of {}: {}", event.batch, event.manufacturer, event.refusal))
+        }
         Event::ShipmentImported(event) => (
             "shipment imported",
-            format!("{}, lines {} to {}: {} imported, {} refused", event.batch, number(event.first_line), number(event.last_line), number(event.imported), number(event.refused)),
+            format!(
+                "{}, lines {} to {}: {} imported, {} refused",
+                event.batch,
+                number(event.first_line),
+                number(event.last_line),
+                number(event.imported),
+                number(event.refused)
+            ),
         ),
         Event::MetersChanged(event) => {
             let whom = match event.meters.as_slice() {
                 [one] => output::octets(one),
                 many => plural(many.len() as u64, "meter"),
             };
-            ("meters changed", [whom, event.change.clone(), event.value.clone(), event.reason.clone()].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(", "))
+            (
+                "meters changed",
+                [whom, event.change.clone(), event.value.clone(), event.reason.clone()]
+                    .into_iter()
+                    .filter(|part| !part.is_empty())
+                    .collect::<Vec<_>>()
+                    .join(", "),
+            )
         }
-        Event::PrincipalChanged(event) => ("principal changed", [event.principal.clone(), event.change.clone(), event.reason.clone()].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(", ")),
+        Event::PrincipalChanged(event) => (
+            "principal changed",
+            [event.principal.clone(), event.change.clone(), event.reason.clone()].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(", "),
+        ),
         Event::GrantRevoked(event) => ("grant revoked", format!("{}: {}", output::uuid(&event.grant_id), event.reason)),
         Event::FramesProtected(event) => {
             let whom = match event.frames.as_slice() {
@@ -106,7 +133,9 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
             ("frames protected", whom)
         }
         Event::SecurityEvent(event) => ("security event", format!("{}: {}", event.kind, event.detail)),
-        Event::CeremonyHeld(event) => ("ceremony", format!("{} made{}", plural(event.fingerprints.len() as u64, "public key"), if event.development { ", for development" } else { "" })),
+        Event::CeremonyHeld(event) => {
+            ("ceremony", format!("{} made{}", plural(event.fingerprints.len() as u64, "public key"), if event.development { ", for development" } else { "" }))
+        }
     }
 }
 
@@ -116,7 +145,12 @@ async fn scrub(context: &Context) -> Result<(), Failure> {
     let mut stream = client.scrub(proto::ScrubRequest {}).await?.into_inner();
     let mut all = proto::ScrubResponse::default();
     while let Some(step) = stream.message().await? {
-        bar.set_message(format!("{} and {} read, {}", plural(step.records_read, "record"), plural(step.rows_read, "row"), plural((all.findings.len() + step.findings.len()) as u64, "finding")));
+        bar.set_message(format!(
+            "{} and {} read, {}",
+            plural(step.records_read, "record"),
+            plural(step.rows_read, "row"),
+            plural((all.findings.len() + step.findings.len()) as u64, "finding")
+        ));
         all.records_read = step.records_read;
         all.rows_read = step.rows_read;
         all.finished = step.finished;

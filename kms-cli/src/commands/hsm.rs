@@ -18,7 +18,11 @@ pub(crate) async fn run(command: HsmCommand, context: &Context) -> Result<(), Fa
             context.output.show(|| json::message("CheckHsmResponse", &answer), || answer.tokens.iter().map(token_text).collect::<Vec<_>>().join("\n"));
             let unusable = answer.tokens.iter().filter(|token| token.state != "usable").count() as u64;
             if unusable > 0 || answer.tokens.is_empty() {
-                return Err(Failure::failed(if answer.tokens.is_empty() { "the server has no token".into() } else { format!("{} not usable", plural(unusable, "token")) }));
+                return Err(Failure::failed(if answer.tokens.is_empty() {
+                    "the server has no token".into()
+                } else {
+                    format!("{} not usable", plural(unusable, "token"))
+                }));
             }
         }
         HsmCommand::Inventory => {
@@ -51,7 +55,13 @@ fn token_text(token: &proto::TokenCheck) -> String {
         (all, 0) => format!("all {all} were found"),
         (all, missing) => format!("{missing} of {all} were not found"),
     };
-    let facts = facts([("token", token.label.clone()), ("serial", token.serial.clone()), ("module", token.module.clone()), ("state", state), ("capabilities", summary)]);
+    let facts = facts([
+        ("token", token.label.clone()),
+        ("serial", token.serial.clone()),
+        ("module", token.module.clone()),
+        ("state", state),
+        ("capabilities", summary),
+    ]);
     format!("{facts}\n{}", rows.text_or("not probed yet"))
 }
 

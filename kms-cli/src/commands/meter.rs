@@ -104,7 +104,8 @@ fn meter_text(meter: &proto::Meter) -> String {
         result.push_str(&format!("\nsecurity setup {}\n\n", output::obis(&setup.obis)));
         let mut keys = Rows::new(&["key", "version", "state", "origin", "candidate", "duplicate", "who could know it"]).numbers(&[1]).sentences(&[6]);
         for (slot, version) in setup.slots.iter().flat_map(|slot| slot.versions.iter().map(move |version| (slot, version))) {
-            let exposures = version.exposures.iter().map(|exposure| format!("{} since {}: {}", exposure.party, output::time(exposure.since_ms), exposure.reason));
+            let exposures =
+                version.exposures.iter().map(|exposure| format!("{} since {}: {}", exposure.party, output::time(exposure.since_ms), exposure.reason));
             keys.row([
                 slot.key_type.clone(),
                 version.number.to_string(),
@@ -154,7 +155,11 @@ async fn assign(arguments: AssignMeters, context: &Context) -> Result<(), Failur
 
 async fn adopt(arguments: AdoptCounters, context: &Context) -> Result<(), Failure> {
     let floors = match (&arguments.file, arguments.meter, arguments.client_title, arguments.floor) {
-        (Some(file), ..) => read_lines::<FloorLine>(file)?.iter().enumerate().map(|(index, line)| line.message().map_err(|failure| failure.while_doing(&format!("line {}", index + 1)))).collect::<Result<_, _>>()?,
+        (Some(file), ..) => read_lines::<FloorLine>(file)?
+            .iter()
+            .enumerate()
+            .map(|(index, line)| line.message().map_err(|failure| failure.while_doing(&format!("line {}", index + 1))))
+            .collect::<Result<_, _>>()?,
         (None, Some(meter), Some(client_title), Some(floor)) => vec![proto::CounterFloor {
             meter: octets(meter.octets()),
             security_setup: octets(arguments.security_setup.obis()),
@@ -182,7 +187,9 @@ async fn enrol(arguments: EnrolMeters, context: &Context) -> Result<(), Failure>
             })
             .collect::<Result<_, Failure>>()?,
         None => {
-            let (Some(meter), Some(serial)) = (arguments.meter, arguments.serial) else { return Err(Failure::usage("METER and --serial belong together; or give --file")) };
+            let (Some(meter), Some(serial)) = (arguments.meter, arguments.serial) else {
+                return Err(Failure::usage("METER and --serial belong together; or give --file"));
+            };
             vec![proto::NewMeter { meter: octets(meter.octets()), serial, groups: arguments.groups }]
         }
     };

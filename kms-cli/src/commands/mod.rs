@@ -15,8 +15,8 @@ use std::{
     path::Path,
 };
 
-use kms_client::new_request_id;
 use bytes::Bytes;
+use kms_client::new_request_id;
 use serde::de::DeserializeOwned;
 
 use crate::{Failure, arguments::Sure};
@@ -61,9 +61,8 @@ fn read(path: &Path) -> Result<Vec<u8>, Failure> {
 fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, Failure> {
     let content = read(path)?;
     let lines = content.split(|octet| *octet == b'\n').enumerate().filter(|(_, line)| !line.trim_ascii().is_empty());
-    let parsed = lines.map(|(index, line)| {
-        serde_json::from_slice(line).map_err(|error| Failure::usage(format!("`{}`, line {}: {error}", path.display(), index + 1)))
-    });
+    let parsed =
+        lines.map(|(index, line)| serde_json::from_slice(line).map_err(|error| Failure::usage(format!("`{}`, line {}: {error}", path.display(), index + 1))));
     let parsed = parsed.collect::<Result<Vec<_>, _>>()?;
     if parsed.is_empty() { Err(Failure::usage(format!("`{}` has no lines", path.display()))) } else { Ok(parsed) }
 }
@@ -78,7 +77,9 @@ fn create(path: &Path, private: bool) -> Result<fs::File, Failure> {
         options.mode(0o600);
     }
     options.open(path).map_err(|error| match error.kind() {
-        io::ErrorKind::AlreadyExists => Failure::failed(format!("`{}` is there already and is not overwritten: remove it or choose another name", path.display())),
+        io::ErrorKind::AlreadyExists => {
+            Failure::failed(format!("`{}` is there already and is not overwritten: remove it or choose another name", path.display()))
+        }
         _ => Failure::failed(format!("cannot write `{}`: {error}", path.display())),
     })
 }

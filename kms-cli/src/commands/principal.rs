@@ -86,7 +86,11 @@ async fn add(arguments: AddPrincipal, context: &Context) -> Result<(), Failure> 
 
 async fn renew(arguments: RenewPrincipal, context: &Context) -> Result<(), Failure> {
     if let (Some(principal), Some(file), Some(out)) = (&arguments.principal, &arguments.certificate_request, &arguments.out) {
-        let request = proto::RenewPrincipalRequest { request_id: request_id(), principal: principal.to_string(), certificate_request: octets(certificate_request(file)?) };
+        let request = proto::RenewPrincipalRequest {
+            request_id: request_id(),
+            principal: principal.to_string(),
+            certificate_request: octets(certificate_request(file)?),
+        };
         let mut client = context.connect().await?.principals();
         let issued = waiting("certifying", client.renew_principal(request)).await?.into_inner();
         write(out, false, KeyRequest::chain_pem(&issued).as_bytes())?;
@@ -96,7 +100,8 @@ async fn renew(arguments: RenewPrincipal, context: &Context) -> Result<(), Failu
     let profile = context.profile()?;
     let principal = own_principal(context).await?;
     let made = KeyRequest::generate(&principal)?;
-    let request = proto::RenewPrincipalRequest { request_id: request_id(), principal: principal.to_string(), certificate_request: octets(made.certificate_request()) };
+    let request =
+        proto::RenewPrincipalRequest { request_id: request_id(), principal: principal.to_string(), certificate_request: octets(made.certificate_request()) };
     let mut client = context.connect().await?.principals();
     let issued = waiting("certifying", client.renew_principal(request)).await?.into_inner();
     profile.renew(made.key_pem(), &KeyRequest::chain_pem(&issued))?;

@@ -25,7 +25,10 @@ pub(crate) async fn make(arguments: MakeSample, context: &Context) -> Result<(),
     sample.groups = arguments.groups.clone();
 
     let (transport_key, offered) = match &arguments.transport_key {
-        Some(path) => (VendorTransportKey::from_pem(&read(path)?).map_err(|error| Failure::from(error).while_doing(&format!("`{}`", path.display())))?, vec![OaepHash::Sha256]),
+        Some(path) => (
+            VendorTransportKey::from_pem(&read(path)?).map_err(|error| Failure::from(error).while_doing(&format!("`{}`", path.display())))?,
+            vec![OaepHash::Sha256],
+        ),
         None => from_server(context).await?,
     };
     sample.oaep_hash = match arguments.oaep_hash {
@@ -40,7 +43,8 @@ pub(crate) async fn make(arguments: MakeSample, context: &Context) -> Result<(),
     let vendor_key_file = arguments.vendor_key.clone().unwrap_or_else(|| with_suffix(out, ".vendor-key.pem"));
     let vendor_key = vendor_key(&vendor_key_file)?;
     let (public_file, signature_file, devices_file) = (with_suffix(&vendor_key_file, ".pub.pem"), with_suffix(out, ".sig"), with_suffix(out, ".devices.jsonl"));
-    let public_file = if vendor_key_file.extension().is_some_and(|extension| extension == "pem") { vendor_key_file.with_extension("pub.pem") } else { public_file };
+    let public_file =
+        if vendor_key_file.extension().is_some_and(|extension| extension == "pem") { vendor_key_file.with_extension("pub.pem") } else { public_file };
     if !public_file.exists() {
         write(&public_file, false, vendor_key.public_pem()?.as_bytes())?;
     }
@@ -49,7 +53,8 @@ pub(crate) async fn make(arguments: MakeSample, context: &Context) -> Result<(),
     let mut devices = (!arguments.no_devices_file).then(|| create(&devices_file, true).map(|file| BufWriter::with_capacity(1 << 20, file))).transpose()?;
     let bar = progress::count("writing  ", arguments.devices);
     let started = std::time::Instant::now();
-    let signature = sample.write(&transport_key, &vendor_key, &mut shipment, devices.as_mut().map(|writer| writer as &mut dyn Write), &mut |written| bar.set_position(written))?;
+    let signature = sample
+        .write(&transport_key, &vendor_key, &mut shipment, devices.as_mut().map(|writer| writer as &mut dyn Write), &mut |written| bar.set_position(written))?;
     bar.finish_and_clear();
     let rate = arguments.devices as f64 / started.elapsed().as_secs_f64();
     write(&signature_file, false, &signature)?;
@@ -92,7 +97,9 @@ fn device_profile(name: &str) -> Result<DeviceProfile, Failure> {
     let shipped = DeviceProfile::SHIPPED.iter().find(|(known, _)| *known == name).map(|(_, text)| (*text).to_owned());
     let text = match shipped {
         Some(text) => text,
-        None if Path::new(name).exists() => String::from_utf8(read(Path::new(name))?).map_err(|_| Failure::usage(format!("--device-profile: `{name}` is not UTF-8 text")))?,
+        None if Path::new(name).exists() => {
+            String::from_utf8(read(Path::new(name))?).map_err(|_| Failure::usage(format!("--device-profile: `{name}` is not UTF-8 text")))?
+        }
         None => {
             let names: Vec<_> = DeviceProfile::SHIPPED.iter().map(|(known, _)| *known).collect();
             return Err(Failure::usage(format!("--device-profile: `{name}` is neither a file nor one of {}", names.join(", "))));

@@ -191,7 +191,9 @@ impl LocalFile {
         let answer = connection.shipments().upload_shipment(ReceiverStream::new(receiver)).await;
         // A reader whose channel has closed ends by itself; its own error tells more than the cut stream.
         match reading.await {
-            Ok(Err(error)) if error.kind() != io::ErrorKind::BrokenPipe => return Err(UploadError::File(format!("cannot read `{}`: {error}", self.path.display()))),
+            Ok(Err(error)) if error.kind() != io::ErrorKind::BrokenPipe => {
+                return Err(UploadError::File(format!("cannot read `{}`: {error}", self.path.display())));
+            }
             _ => {}
         }
         let shipment = answer.map_err(ServerError::from)?.into_inner();
@@ -222,7 +224,13 @@ impl From<UploadError> for Failure {
     }
 }
 
-fn send_octets(path: &Path, mut offset: u64, start: proto::UploadShipmentStart, sender: &mpsc::Sender<proto::UploadShipmentRequest>, bar: &ProgressBar) -> io::Result<()> {
+fn send_octets(
+    path: &Path,
+    mut offset: u64,
+    start: proto::UploadShipmentStart,
+    sender: &mpsc::Sender<proto::UploadShipmentRequest>,
+    bar: &ProgressBar,
+) -> io::Result<()> {
     let mut file = fs::File::open(path)?;
     file.seek(SeekFrom::Start(offset))?;
     let mut start = Some(start);
@@ -319,7 +327,8 @@ async fn list(context: &Context) -> Result<(), Failure> {
     context.output.show(
         || json::message("ListShipmentsResponse", &answer),
         || {
-            let mut rows = Rows::new(&["SHA-256", "batch", "manufacturer", "state", "devices", "imported", "unchanged", "refused", "duplicates"]).numbers(&[4, 5, 6, 7, 8]);
+            let mut rows = Rows::new(&["SHA-256", "batch", "manufacturer", "state", "devices", "imported", "unchanged", "refused", "duplicates"])
+                .numbers(&[4, 5, 6, 7, 8]);
             for shipment in &answer.shipments {
                 // Enough of the digest for `kms shipment show`, which tells the rest; the name says who of the manufacturers.
                 let manufacturer = shipment.manufacturer.rsplit(':').next().unwrap_or_default();

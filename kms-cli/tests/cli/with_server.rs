@@ -285,7 +285,8 @@ impl meter_service_server::MeterService for Mock {
             return Err(Status::permission_denied("showMeter is not permitted"));
         }
         let exposure = Exposure { party: "hes-1".into(), since_ms: 1_795_248_000_000, reason: "grant".into() };
-        let version = KeyVersion { number: 1, state: "active".into(), origin: "diversified".into(), candidate: true, exposures: vec![exposure], ..Default::default() };
+        let version =
+            KeyVersion { number: 1, state: "active".into(), origin: "diversified".into(), candidate: true, exposures: vec![exposure], ..Default::default() };
         let counter = Counter { client_title: hex::decode("4D4D4D0000000001").unwrap().into(), key_version: 1, reserved_below: 2001, ..Default::default() };
         let setup = SecuritySetup {
             obis: vec![0, 0, 43, 0, 0, 255].into(),
@@ -385,11 +386,16 @@ impl shipment_service_server::ShipmentService for Mock {
     type ImportShipmentStream = Steps<ImportShipmentResponse>;
 
     async fn import_shipment(&self, _: Request<ImportShipmentRequest>) -> Answer<Self::ImportShipmentStream> {
-        let shipment = |imported, refused, state: &str| Shipment { devices: 1029, imported, refused, state: state.into(), batch: "B-1".into(), ..Default::default() };
+        let shipment =
+            |imported, refused, state: &str| Shipment { devices: 1029, imported, refused, state: state.into(), batch: "B-1".into(), ..Default::default() };
         let line = |line| RefusedLine { line, field: "keys[0].wrapped".into(), reason: "does not open under the batch key".into() };
         let duplicate = DuplicateKey { line: 50, key_type: "GUEK".into(), ..Default::default() };
         let steps = [
-            ImportShipmentResponse { shipment: Some(shipment(500, 15, "importing")), refused_lines: (2..17).map(line).collect(), duplicate_keys: vec![duplicate] },
+            ImportShipmentResponse {
+                shipment: Some(shipment(500, 15, "importing")),
+                refused_lines: (2..17).map(line).collect(),
+                duplicate_keys: vec![duplicate],
+            },
             ImportShipmentResponse { shipment: Some(shipment(999, 30, "imported")), refused_lines: (600..615).map(line).collect(), ..Default::default() },
         ];
         Ok(Response::new(tokio_stream::iter(steps.map(Ok).to_vec())))
@@ -475,9 +481,7 @@ fn seal(shared: &Shared, request: &OpenSessionRequest, now: i64) -> proto::Envel
     let expiry = now + 900_000;
     let digest = sha256(&shared.transport_certificate);
     let derive = |key_use: u8| -> Vec<u8> {
-        let info = [
-            &b"meterkms/envelope"[..], &[1, 1, key_use], &ephemeral_public, &shared.transport_public, &digest, &[3], b"dev", &expiry.to_be_bytes(),
-        ];
+        let info = [&b"meterkms/envelope"[..], &[1, 1, key_use], &ephemeral_public, &shared.transport_public, &digest, &[3], b"dev", &expiry.to_be_bytes()];
         let peer = agreement::UnparsedPublicKey::new(&agreement::ECDH_P256, &shared.transport_public);
         agreement::agree(&ephemeral, peer, (), |z| Ok(sha256(&[z, &[0, 0, 0, 1], &sha256(&info.concat())].concat()))).unwrap()
     };

@@ -6,7 +6,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{
-        Arc, RwLock,
+        Arc, Mutex, RwLock, Weak,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -61,13 +61,16 @@ struct Shared {
     settings: CommitterSettings,
     store: Arc<dyn Store>,
     ready: AtomicBool,
+    /// Under which name the chain at hand is written.
+    writer: Mutex<Option<WriterId>>,
 }
 
 impl Committer {
     /// Starts the writer and its first chain.
     pub fn start(store: Arc<dyn Store>, seal: SealKey, chain: AuditKey, settings: CommitterSettings) -> Self {
         let (queue, waiting) = mpsc::channel(settings.queue);
-        let shared = Arc::new(Shared { seal, seen: Seen::default(), settings, store, ready: AtomicBool::new(true) });
+        let shared = Arc::new(Shared { seal, seen: Seen::default(), settings, store, ready: AtomicBool::new(true), writer: Mutex::new(None) });
+        tokio::spawn(keep_house(Arc::downgrade(&shared)));
         tokio::spawn(Writer::new(shared.clone(), chain).run(waiting));
         Self { queue, shared }
     }
@@ -298,29 +301,21 @@ impl Writer {
         loop {
             tokio::select! {
                 received = waiting.recv_many(&mut acts, MOST_ACTS) => if received == 0 { return },
-                _ = idle.tick() => self.heartbeat().await,
+                _ = idle.tick() => {}
             }
             while !acts.is_empty() || self.refusals.any_due(Instant::now()) {
                 let taken = take_batch(&mut acts);
-                self.commit(taken).await;
-                if acts.is_empty() && !self.shared.ready.load(Ordering::Relaxed) {
+                let committed = self.commit(taken).await;
+                if acts.is_empty() && !committed {
+                    // Refusals that could not be written are kept, and tried with the next acts or tick.
                     break;
                 }
             }
         }
     }
 
-    /// Tells other servers that this one is alive.
-    async fn heartbeat(&self) {
-        if let Some(head) = &self.head
-            && let Err(error) = self.shared.store.heartbeat(head.writer).await
-        {
-            tracing::warn!(%error, "no heartbeat could be written");
-        }
-    }
-
-    /// Commits a batch of acts, and answers them.
-    async fn commit(&mut self, mut acts: Vec<Box<dyn Act>>) {
+    /// Commits a batch of acts, and answers them. Whether the transaction went through.
+    async fn commit(&mut self, mut acts: Vec<Box<dyn Act>>) -> bool {
         let mut attempts = 0;
         let outcome = loop {
             attempts += 1;
@@ -336,6 +331,7 @@ impl Writer {
                 for ((act, outcome), leaves) in acts.into_iter().zip(outcomes).zip(leaves) {
                     act.finish(outcome.map(|()| leaves));
                 }
+                true
             }
             Err(error) => {
                 // Whether the transaction is durable may be unknown. I4: nothing reserved in it is dealt, and the chain goes on under a
@@ -348,6 +344,7 @@ impl Writer {
                 for act in acts {
                     act.finish(Err(error.clone()));
                 }
+                false
             }
         }
     }
@@ -425,6 +422,9 @@ impl Writer {
             }
         }
         store.register_server(writer, &settings.server).await?;
+        if let Ok(mut current) = self.shared.writer.lock() {
+            *current = Some(writer);
+        }
         let event = WriterOpened { server: settings.server.clone(), version: env!("CARGO_PKG_VERSION").to_owned(), closed };
         Ok((ChainHead::new(writer), AuditRecord { event: Some(Event::WriterOpened(event)), ..Default::default() }))
     }
@@ -512,9 +512,7 @@ fn finish(
 
     let mut leaves = vec![Vec::new(); outcomes.len()];
     let mut references = Vec::with_capacity(batch.events.len());
-    if !(batch.events.is_empty() && due.is_empty())
-        && let Some(opening) = opening
-    {
+    if let Some(opening) = opening {
         changes.audit.push(append(&mut head, key, opening, now).1);
     }
     for event in batch.events {
@@ -670,13 +668,37 @@ fn extend(reads: &mut Reads, more: &Reads) {
     reads.shipments.extend_from_slice(&more.shipments);
 }
 
+/// Tells other servers that this one is alive, and removes requests that can no longer be repeated, a few at a time so that acts do not wait.
+async fn keep_house(shared: Weak<Shared>) {
+    let mut ticks = tokio::time::interval(PURGE_EVERY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    for tick in 0_u64.. {
+        ticks.tick().await;
+        let Some(shared) = shared.upgrade() else { return };
+        if let Err(error) = shared.store.purge_requests(now(), PURGED_AT_ONCE).await {
+            tracing::warn!(%error, "expired requests could not be removed");
+        }
+        let writer = shared.writer.lock().ok().and_then(|writer| *writer);
+        if let Some(writer) = writer.filter(|_| tick.is_multiple_of(HEARTBEAT_TICKS))
+            && let Err(error) = shared.store.heartbeat(writer).await
+        {
+            tracing::warn!(%error, "no heartbeat could be written");
+        }
+    }
+}
+
 fn now() -> UnixMillis {
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     UnixMillis(i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX))
 }
 
-/// How often the writer looks whether counted refusals are due, and says that it is alive.
+/// How often the writer looks whether counted refusals are due.
 const IDLE: Duration = Duration::from_secs(5);
+const PURGE_EVERY: Duration = Duration::from_secs(1);
+/// More than single grants come in a second.
+const PURGED_AT_ONCE: u32 = 20_000;
+/// Every how many purges the server says that it is alive.
+const HEARTBEAT_TICKS: u64 = 10;
 /// A server that was silent for longer is gone: its chain is closed by the next.
 const SILENT_MS: i64 = 60_000;
 const MOST_ACTS: usize = 256;

@@ -33,7 +33,8 @@ pub(crate) struct Conditions {
 }
 
 impl Conditions {
-    pub(crate) async fn now(directory: &Path) -> Result<Self, Failure> {
+    /// Now, on this machine. `load_before`, where the load was looked at earlier.
+    pub(crate) async fn now(directory: &Path, load_before: Option<f64>) -> Result<Self, Failure> {
         let text = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let field = |text: &str, name: &str| text.lines().find_map(|line| Some(line.strip_prefix(name)?.trim_start_matches([' ', '\t', ':']).trim().to_owned())).unwrap_or_default();
         let kib: f64 = field(&text("/proc/meminfo"), "MemTotal").trim_end_matches(" kB").parse().unwrap_or(f64::NAN);
@@ -44,7 +45,7 @@ impl Conditions {
             cores: std::thread::available_parallelism()?.get(),
             memory_gib: kib / 1024.0 / 1024.0,
             kernel: text("/proc/sys/kernel/osrelease").trim().to_owned(),
-            load_before: text("/proc/loadavg").split_whitespace().next().and_then(|load| load.parse().ok()).unwrap_or(f64::NAN),
+            load_before: load_before.or_else(|| text("/proc/loadavg").split_whitespace().next()?.parse().ok()).unwrap_or(f64::NAN),
             rustc: output("rustc", &["--version"]),
             commit: output("git", &["describe", "--always", "--dirty"]),
             sqlite: sqlx::query_scalar("SELECT sqlite_version()").fetch_one(&mut connection).await?,

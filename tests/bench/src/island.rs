@@ -111,7 +111,6 @@ impl Island {
         let row = sqlx::query("SELECT page_count, freelist_count, page_size FROM pragma_page_count, pragma_freelist_count, pragma_page_size").fetch_one(&mut connection).await?;
         let [pages, free, octets]: [i64; 3] = [row.try_get(0)?, row.try_get(1)?, row.try_get(2)?];
         connection.close().await?;
-        #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
         Ok(DatabaseSize { file: (pages * octets) as f64, used: ((pages - free) * octets) as f64 })
     }
 }

@@ -54,6 +54,9 @@ struct Arguments {
     /// Where the islands are made; on the kind of disk that a server would have.
     #[arg(long)]
     directory: Option<PathBuf>,
+    /// The load average before the programs were built, for the table.
+    #[arg(long, hide = true)]
+    load_before: Option<f64>,
     /// What is printed.
     #[arg(long, value_enum, default_value_t = Output::Table)]
     output: Output,
@@ -102,7 +105,7 @@ impl Arguments {
         let modules: Vec<Module> = self.module.map_or_else(|| vec![Module::HsmSim, Module::Softhsm2], |module| vec![module]);
         // What is missing is said before the first minute is spent.
         modules.iter().try_for_each(|module| module.path().map(drop))?;
-        let mut conditions = Conditions::now(directory.path()).await?;
+        let mut conditions = Conditions::now(directory.path(), self.load_before).await?;
         for module in &modules {
             conditions.sizes.push(format!("{} meters on {}", shown(self.meters_of(*module) as f64), module.name()));
         }
@@ -189,17 +192,24 @@ impl Measuring<'_> {
         let (small, large) = (self.meters / 20, self.meters / 5);
         let mut next = 1;
         let mut imported = Vec::new();
+        let mut before_last_ones = (0, f64::NAN);
         while next <= self.meters {
             let meters = if next == 1 { small } else { large.min(self.meters - next + 1) };
             imported.push(self.island.import(next, meters, None).await?);
             match imported.len() {
                 1 => self.memory("at its highest, importing 5 % of the meters in one shipment", "VmHWM"),
-                2 => self.memory("at its highest, importing 20 % of the meters in one shipment", "VmHWM"),
+                2 => {
+                    self.memory("at its highest, importing 20 % of the meters in one shipment", "VmHWM");
+                    before_last_ones = (next + meters, self.memory_mib("VmRSS"));
+                }
                 _ => {}
             }
             next += meters;
         }
         self.memory("after the import of all", "VmRSS");
+        // What stays is the newest generation of each row (I5); the rest was there after the first two shipments.
+        let (meters, memory) = (next - before_last_ones.0, self.memory_mib("VmRSS") - before_last_ones.1);
+        self.report.add(MEMORY, "growth for each meter of the other shipments", "octets", self.module, memory * 1_048_576.0 / meters as f64);
         let (meters, time) = imported.iter().fold((0, Duration::ZERO), |(meters, time), one| (meters + one.meters, time + one.time));
         let rate = per_second(meters, time);
         let name = "upload, verification and import, four keys a meter";
@@ -252,7 +262,6 @@ impl Measuring<'_> {
         let run = Grants::new(self.island).batches(self.time, || random.distinct(BATCH, self.meters)).await?;
         let after = self.island.database_size().await?;
         self.batch("random meters", &run, 60_000.0);
-        #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
         let meters = (run.units / grants::KEYS) as f64;
         self.report.add(DATABASE, "growth for each meter of a batch grant", "octets", self.module, (after.used - before.used) / meters);
         let mut random = Random::new(6);
@@ -287,7 +296,6 @@ impl Measuring<'_> {
         self.report.goal(SINGLES, &name, Some(Module::HsmSim), Goal::AtLeast(5_000.0));
         self.latencies(SINGLES, &name, &run);
         self.report.processor(self.module, "single grants, 32 in flight", &run);
-        #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
         self.report.add(DATABASE, "growth for each single grant", "octets", self.module, (after.used - before.used) / run.calls as f64);
 
         let run = Grants::new(self.island).paced(PACE, self.time, self.meters).await?;
@@ -319,7 +327,11 @@ impl Measuring<'_> {
     }
 
     fn memory(&mut self, when: &str, field: &str) {
-        self.report.add(MEMORY, when, "MiB", self.module, memory_mib(self.island.load.server, field));
+        self.report.add(MEMORY, when, "MiB", self.module, self.memory_mib(field));
+    }
+
+    fn memory_mib(&self, field: &str) -> f64 {
+        memory_mib(self.island.load.server, field)
     }
 
     fn raw_rate(&self, name: &str) -> f64 {
@@ -327,7 +339,6 @@ impl Measuring<'_> {
     }
 
     /// Key versions in the database.
-    #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
     fn keys(&self) -> f64 {
         self.meters as f64 * 4.0
     }

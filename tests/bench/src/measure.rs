@@ -31,7 +31,6 @@ impl Run {
 
     /// The latency that this share of the calls stays within, in milliseconds.
     pub(crate) fn latency_ms(&self, share: f64) -> f64 {
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "an index into the list that it is taken of")]
         let at = (self.latencies.len() as f64 * share) as usize;
         self.latencies.get(at.min(self.latencies.len().saturating_sub(1))).map_or(f64::NAN, Duration::as_secs_f64) * 1_000.0
     }
@@ -113,7 +112,6 @@ impl Load {
 }
 
 /// So many in this time, a second.
-#[expect(clippy::cast_precision_loss, reason = "a figure for people")]
 pub(crate) fn per_second(count: u64, time: Duration) -> f64 {
     count as f64 / time.as_secs_f64()
 }
