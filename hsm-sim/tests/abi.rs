@@ -283,7 +283,8 @@ fn hostile_parameters_are_refused() {
     let ec = module.create(session, &Template::ec_private(P256, &[1; 32])).unwrap();
     let gcm = |parameters: CK_GCM_PARAMS| {
         let mut parameters = parameters;
-        let mut mechanism = CK_MECHANISM { mechanism: CKM_AES_GCM, pParameter: (&raw mut parameters).cast(), ulParameterLen: size_of::<CK_GCM_PARAMS>() as CK_ULONG };
+        let mut mechanism =
+            CK_MECHANISM { mechanism: CKM_AES_GCM, pParameter: (&raw mut parameters).cast(), ulParameterLen: size_of::<CK_GCM_PARAMS>() as CK_ULONG };
         call!(module, C_EncryptInit, session, &raw mut mechanism, key)
     };
     let mut iv = [0_u8; 12];
@@ -334,8 +335,18 @@ fn hostile_parameters_are_refused() {
     }
     // KDF fields: many, at nowhere.
     for (count, place) in [(1, null_mut()), (HUGE, null_mut())] {
-        let mut parameters = CK_SP800_108_KDF_PARAMS { prfType: CKM_AES_CMAC, ulNumberOfDataParams: count, pDataParams: place, ulAdditionalDerivedKeys: 0, pAdditionalDerivedKeys: null_mut() };
-        let mut mechanism = CK_MECHANISM { mechanism: CKM_SP800_108_COUNTER_KDF, pParameter: (&raw mut parameters).cast(), ulParameterLen: size_of::<CK_SP800_108_KDF_PARAMS>() as CK_ULONG };
+        let mut parameters = CK_SP800_108_KDF_PARAMS {
+            prfType: CKM_AES_CMAC,
+            ulNumberOfDataParams: count,
+            pDataParams: place,
+            ulAdditionalDerivedKeys: 0,
+            pAdditionalDerivedKeys: null_mut(),
+        };
+        let mut mechanism = CK_MECHANISM {
+            mechanism: CKM_SP800_108_COUNTER_KDF,
+            pParameter: (&raw mut parameters).cast(),
+            ulParameterLen: size_of::<CK_SP800_108_KDF_PARAMS>() as CK_ULONG,
+        };
         let (mut template, mut object) = (new_key.attributes(), 0);
         assert!(call!(module, C_DeriveKey, session, &raw mut mechanism, key, template.as_mut_ptr(), 3, &raw mut object).is_err());
     }
@@ -523,7 +534,14 @@ fn initialise(module: &Module) {
     assert_eq!(call!(module, C_GetInfo, &raw mut info), Err(CKR_CRYPTOKI_NOT_INITIALIZED));
     assert_eq!(call!(module, C_EncryptInit, 1, null_mut(), 1), Err(CKR_CRYPTOKI_NOT_INITIALIZED));
 
-    let arguments = |create: CK_CREATEMUTEX, flags, reserved: *mut c_void| CK_C_INITIALIZE_ARGS { CreateMutex: create, DestroyMutex: None, LockMutex: None, UnlockMutex: None, flags, pReserved: reserved };
+    let arguments = |create: CK_CREATEMUTEX, flags, reserved: *mut c_void| CK_C_INITIALIZE_ARGS {
+        CreateMutex: create,
+        DestroyMutex: None,
+        LockMutex: None,
+        UnlockMutex: None,
+        flags,
+        pReserved: reserved,
+    };
     unsafe extern "C" fn create(_: *mut *mut c_void) -> CK_RV {
         CKR_OK
     }

@@ -14,8 +14,7 @@ fn kw() -> Mechanism {
     Mechanism::plain(CKM_AES_KEY_WRAP)
 }
 
-const SECRET_PARTS: [CK_ATTRIBUTE_TYPE; 7] =
-    [CKA_VALUE, CKA_PRIVATE_EXPONENT, CKA_PRIME_1, CKA_PRIME_2, CKA_EXPONENT_1, CKA_EXPONENT_2, CKA_COEFFICIENT];
+const SECRET_PARTS: [CK_ATTRIBUTE_TYPE; 7] = [CKA_VALUE, CKA_PRIVATE_EXPONENT, CKA_PRIME_1, CKA_PRIME_2, CKA_EXPONENT_1, CKA_EXPONENT_2, CKA_COEFFICIENT];
 
 #[test]
 fn no_sensitive_value_is_readable() {
@@ -159,9 +158,7 @@ fn what_is_settled_at_creation_stays() {
 fn history_is_recorded() {
     let token = Token::fresh("history");
     let (module, session) = (token.module, token.session);
-    let history = |key: Object| {
-        [CKA_LOCAL, CKA_ALWAYS_SENSITIVE, CKA_NEVER_EXTRACTABLE].map(|kind| module.get_bool(session, key, kind).unwrap())
-    };
+    let history = |key: Object| [CKA_LOCAL, CKA_ALWAYS_SENSITIVE, CKA_NEVER_EXTRACTABLE].map(|kind| module.get_bool(session, key, kind).unwrap());
     let locked = Template::new_aes(32).bool(CKA_SENSITIVE, true).bool(CKA_EXTRACTABLE, false);
     let generated = module.generate_key(session, &Mechanism::plain(CKM_AES_KEY_GEN), &locked).unwrap();
     assert_eq!(history(generated), [true, true, true]);
@@ -178,7 +175,8 @@ fn history_is_recorded() {
         let key = token.aes(&[2; 16], Template::new());
         module.wrap(session, &kw(), created, key).unwrap()
     };
-    let unwrapped = module.unwrap(session, &kw(), created, &wrapped, &Template::secret(CKK_AES).bool(CKA_SENSITIVE, true).bool(CKA_EXTRACTABLE, false)).unwrap();
+    let unwrapped =
+        module.unwrap(session, &kw(), created, &wrapped, &Template::secret(CKK_AES).bool(CKA_SENSITIVE, true).bool(CKA_EXTRACTABLE, false)).unwrap();
     assert_eq!(history(unwrapped), [false, false, false]);
     // A derived key inherits the history of its base (PKCS#11 2.40 section 2.10 on the derivations).
     for (base, expected) in [(generated, [false, true, true]), (ceremony, [false, true, false]), (created, [false, false, false])] {
@@ -422,9 +420,17 @@ fn templates_must_make_sense() {
         ("an unknown class", Template::aes(&[1; 16]).ulong(CKA_CLASS, 999), vec![CKR_ATTRIBUTE_VALUE_INVALID, CKR_TEMPLATE_INCONSISTENT]),
         ("an unknown key type", Template::aes(&[1; 16]).ulong(CKA_KEY_TYPE, 999), vec![CKR_ATTRIBUTE_VALUE_INVALID, CKR_TEMPLATE_INCONSISTENT]),
         ("a check value that is wrong", Template::aes(&[1; 16]).bytes(CKA_CHECK_VALUE, [9, 9, 9]), vec![CKR_ATTRIBUTE_VALUE_INVALID]),
-        ("a point off its curve", Template::ec_public(P256, &[[4; 1].as_slice(), &[1; 64]].concat()), vec![CKR_ATTRIBUTE_VALUE_INVALID, CKR_DOMAIN_PARAMS_INVALID]),
+        (
+            "a point off its curve",
+            Template::ec_public(P256, &[[4; 1].as_slice(), &[1; 64]].concat()),
+            vec![CKR_ATTRIBUTE_VALUE_INVALID, CKR_DOMAIN_PARAMS_INVALID],
+        ),
         ("an EC scalar of zero", Template::ec_private(P256, &[0; 32]), vec![CKR_ATTRIBUTE_VALUE_INVALID]),
-        ("a curve that is none", Template::ec_private(&[6, 3, 0x55, 4, 3], &[1; 32]), vec![CKR_DOMAIN_PARAMS_INVALID, CKR_CURVE_NOT_SUPPORTED, CKR_ATTRIBUTE_VALUE_INVALID]),
+        (
+            "a curve that is none",
+            Template::ec_private(&[6, 3, 0x55, 4, 3], &[1; 32]),
+            vec![CKR_DOMAIN_PARAMS_INVALID, CKR_CURVE_NOT_SUPPORTED, CKR_ATTRIBUTE_VALUE_INVALID],
+        ),
     ];
     for (what, template, expected) in refused {
         match module.create(session, &template) {

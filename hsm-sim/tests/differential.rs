@@ -32,22 +32,57 @@ const EXPLAINED: &[(&str, &str, &str, &str)] = &[
     ("*", "CKR_MECHANISM_PARAM_INVALID", "CKR_ATTRIBUTE_VALUE_INVALID", "two things are wrong at once, and the standard gives no order"),
     ("*", "CKR_KEY_UNEXTRACTABLE", "CKR_KEY_NOT_WRAPPABLE", "two things are wrong at once, and the standard gives no order"),
     ("C_DeriveKey a digest mechanism", "CKR_MECHANISM_INVALID", "CKR_ATTRIBUTE_VALUE_INVALID", "two things are wrong at once, and the standard gives no order"),
-    ("C_DeriveKey a digest mechanism", "CKR_MECHANISM_INVALID", "CKR_KEY_FUNCTION_NOT_PERMITTED", "two things are wrong at once, and the standard gives no order"),
+    (
+        "C_DeriveKey a digest mechanism",
+        "CKR_MECHANISM_INVALID",
+        "CKR_KEY_FUNCTION_NOT_PERMITTED",
+        "two things are wrong at once, and the standard gives no order",
+    ),
     ("C_DeriveKey a digest mechanism", "CKR_MECHANISM_INVALID", "CKR_KEY_HANDLE_INVALID", "two things are wrong at once, and the standard gives no order"),
-    ("C_UnwrapKey a digest mechanism*", "CKR_MECHANISM_INVALID", "CKR_KEY_FUNCTION_NOT_PERMITTED", "two things are wrong at once, and the standard gives no order"),
+    (
+        "C_UnwrapKey a digest mechanism*",
+        "CKR_MECHANISM_INVALID",
+        "CKR_KEY_FUNCTION_NOT_PERMITTED",
+        "two things are wrong at once, and the standard gives no order",
+    ),
     ("C_UnwrapKey a digest mechanism*", "CKR_MECHANISM_INVALID", "CKR_TEMPLATE_INCOMPLETE", "two things are wrong at once, and the standard gives no order"),
-    ("C_UnwrapKey a digest mechanism*", "CKR_MECHANISM_INVALID", "CKR_UNWRAPPING_KEY_HANDLE_INVALID", "two things are wrong at once, and the standard gives no order"),
-    ("C_WrapKey a digest mechanism", "CKR_MECHANISM_INVALID", "CKR_KEY_FUNCTION_NOT_PERMITTED", "two things are wrong at once, and the standard gives no order"),
+    (
+        "C_UnwrapKey a digest mechanism*",
+        "CKR_MECHANISM_INVALID",
+        "CKR_UNWRAPPING_KEY_HANDLE_INVALID",
+        "two things are wrong at once, and the standard gives no order",
+    ),
+    (
+        "C_WrapKey a digest mechanism",
+        "CKR_MECHANISM_INVALID",
+        "CKR_KEY_FUNCTION_NOT_PERMITTED",
+        "two things are wrong at once, and the standard gives no order",
+    ),
     ("C_WrapKey a digest mechanism", "CKR_MECHANISM_INVALID", "CKR_KEY_HANDLE_INVALID", "two things are wrong at once, and the standard gives no order"),
     ("C_WrapKey a digest mechanism", "CKR_MECHANISM_INVALID", "CKR_KEY_NOT_WRAPPABLE", "two things are wrong at once, and the standard gives no order"),
     ("C_WrapKey a digest mechanism", "CKR_MECHANISM_INVALID", "CKR_KEY_UNEXTRACTABLE", "two things are wrong at once, and the standard gives no order"),
-    ("C_WrapKey a digest mechanism", "CKR_MECHANISM_INVALID", "CKR_WRAPPING_KEY_HANDLE_INVALID", "two things are wrong at once, and the standard gives no order"),
+    (
+        "C_WrapKey a digest mechanism",
+        "CKR_MECHANISM_INVALID",
+        "CKR_WRAPPING_KEY_HANDLE_INVALID",
+        "two things are wrong at once, and the standard gives no order",
+    ),
     ("C_WrapKey AES_KEY_WRAP", "CKR_KEY_FUNCTION_NOT_PERMITTED", "CKR_KEY_HANDLE_INVALID", "two things are wrong at once, and the standard gives no order"),
-    ("C_WrapKey AES_KEY_WRAP", "CKR_WRAPPING_KEY_TYPE_INCONSISTENT", "CKR_KEY_FUNCTION_NOT_PERMITTED", "two things are wrong at once, and the standard gives no order"),
+    (
+        "C_WrapKey AES_KEY_WRAP",
+        "CKR_WRAPPING_KEY_TYPE_INCONSISTENT",
+        "CKR_KEY_FUNCTION_NOT_PERMITTED",
+        "two things are wrong at once, and the standard gives no order",
+    ),
     ("C_WrapKey AES_KEY_WRAP", "CKR_WRAPPING_KEY_TYPE_INCONSISTENT", "CKR_KEY_HANDLE_INVALID", "two things are wrong at once, and the standard gives no order"),
     ("C_WrapKey AES_KEY_WRAP", "CKR_WRAPPING_KEY_TYPE_INCONSISTENT", "CKR_KEY_NOT_WRAPPABLE", "two things are wrong at once, and the standard gives no order"),
     ("C_WrapKey AES_KEY_WRAP", "CKR_WRAPPING_KEY_TYPE_INCONSISTENT", "CKR_KEY_UNEXTRACTABLE", "two things are wrong at once, and the standard gives no order"),
-    ("C_UnwrapKey AES_KEY_WRAP*", "CKR_ATTRIBUTE_VALUE_INVALID", "CKR_TEMPLATE_INCOMPLETE", "a data object is not to be unwrapped, and it has no key type: both are wrong"),
+    (
+        "C_UnwrapKey AES_KEY_WRAP*",
+        "CKR_ATTRIBUTE_VALUE_INVALID",
+        "CKR_TEMPLATE_INCOMPLETE",
+        "a data object is not to be unwrapped, and it has no key type: both are wrong",
+    ),
     ("C_UnwrapKey AES_KEY_WRAP*", "CKR_GENERAL_ERROR", "CKR_WRAPPED_KEY_INVALID", "the standard has a code for a wrapped key that fails its check"),
     ("C_Decrypt AES_GCM", "CKR_GENERAL_ERROR", "CKR_ENCRYPTED_DATA_INVALID", "the standard has a code for a wrong tag"),
     ("C_Decrypt AES_GCM", "CKR_GENERAL_ERROR", "CKR_ENCRYPTED_DATA_LEN_RANGE", "the standard has a code for data shorter than a tag"),
@@ -58,13 +93,33 @@ const EXPLAINED: &[(&str, &str, &str, &str)] = &[
     ("C_Sign SHA*_HMAC", "CKR_KEY_SIZE_RANGE", "CKR_OK", "SoftHSM2 wants keys as long as the hash; RFC 2104 does not"),
     ("C_Verify SHA*_HMAC", "CKR_KEY_SIZE_RANGE", "CKR_SIGNATURE_LEN_RANGE", "SoftHSM2 wants keys as long as the hash; RFC 2104 does not"),
     ("C_CreateObject Aes, flaw None", "CKR_OK", "CKR_ATTRIBUTE_VALUE_INVALID", "SoftHSM2 takes AES keys of any length"),
-    ("C_CopyObject Extractable(false)", "CKR_ATTRIBUTE_READ_ONLY", "CKR_OK", "SoftHSM2 refuses to set a one-way attribute to what it is; nothing changes by it"),
+    (
+        "C_CopyObject Extractable(false)",
+        "CKR_ATTRIBUTE_READ_ONLY",
+        "CKR_OK",
+        "SoftHSM2 refuses to set a one-way attribute to what it is; nothing changes by it",
+    ),
     ("C_CopyObject Sensitive(true)", "CKR_ATTRIBUTE_READ_ONLY", "CKR_OK", "SoftHSM2 refuses to set a one-way attribute to what it is; nothing changes by it"),
     ("C_CopyObject WrapWithTrusted(*", "CKR_ATTRIBUTE_READ_ONLY", "CKR_OK", "SoftHSM2 takes it at creation only; the standard lets it be set to true, once"),
     ("C_CopyObject Value", "CKR_ATTRIBUTE_READ_ONLY", "CKR_OK", "the value of a data object may be changed (PKCS#11 2.40 section 4.5)"),
-    ("C_SetAttributeValue Extractable(false)", "CKR_ATTRIBUTE_READ_ONLY", "CKR_OK", "SoftHSM2 refuses to set a one-way attribute to what it is; nothing changes by it"),
-    ("C_SetAttributeValue Sensitive(true)", "CKR_ATTRIBUTE_READ_ONLY", "CKR_OK", "SoftHSM2 refuses to set a one-way attribute to what it is; nothing changes by it"),
-    ("C_SetAttributeValue WrapWithTrusted(*", "CKR_ATTRIBUTE_READ_ONLY", "CKR_OK", "SoftHSM2 takes it at creation only; the standard lets it be set to true, once"),
+    (
+        "C_SetAttributeValue Extractable(false)",
+        "CKR_ATTRIBUTE_READ_ONLY",
+        "CKR_OK",
+        "SoftHSM2 refuses to set a one-way attribute to what it is; nothing changes by it",
+    ),
+    (
+        "C_SetAttributeValue Sensitive(true)",
+        "CKR_ATTRIBUTE_READ_ONLY",
+        "CKR_OK",
+        "SoftHSM2 refuses to set a one-way attribute to what it is; nothing changes by it",
+    ),
+    (
+        "C_SetAttributeValue WrapWithTrusted(*",
+        "CKR_ATTRIBUTE_READ_ONLY",
+        "CKR_OK",
+        "SoftHSM2 takes it at creation only; the standard lets it be set to true, once",
+    ),
     ("C_SetAttributeValue Value", "CKR_ATTRIBUTE_READ_ONLY", "CKR_OK", "the value of a data object may be changed (PKCS#11 2.40 section 4.5)"),
 ];
 
@@ -122,8 +177,7 @@ enum Change {
     Token,
 }
 
-const USES: [CK_ATTRIBUTE_TYPE; 9] =
-    [CKA_ENCRYPT, CKA_DECRYPT, CKA_SIGN, CKA_VERIFY, CKA_WRAP, CKA_UNWRAP, CKA_DERIVE, CKA_SENSITIVE, CKA_EXTRACTABLE];
+const USES: [CK_ATTRIBUTE_TYPE; 9] = [CKA_ENCRYPT, CKA_DECRYPT, CKA_SIGN, CKA_VERIFY, CKA_WRAP, CKA_UNWRAP, CKA_DERIVE, CKA_SENSITIVE, CKA_EXTRACTABLE];
 const ATTRIBUTES: [(CK_ATTRIBUTE_TYPE, &str); 14] = [
     (CKA_CLASS, "CLASS"),
     (CKA_KEY_TYPE, "KEY_TYPE"),
@@ -193,9 +247,16 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     ];
     let change = || {
         prop_oneof![
-            Just(Change::Nothing), (0..3_u8).prop_map(Change::Label), (0..7_usize, any::<bool>()).prop_map(|(number, value)| Change::Use(number, value)),
-            any::<bool>().prop_map(Change::Sensitive), any::<bool>().prop_map(Change::Extractable), any::<bool>().prop_map(Change::WrapWithTrusted),
-            Just(Change::Class), Just(Change::Value), Just(Change::Trusted), Just(Change::Token)
+            Just(Change::Nothing),
+            (0..3_u8).prop_map(Change::Label),
+            (0..7_usize, any::<bool>()).prop_map(|(number, value)| Change::Use(number, value)),
+            any::<bool>().prop_map(Change::Sensitive),
+            any::<bool>().prop_map(Change::Extractable),
+            any::<bool>().prop_map(Change::WrapWithTrusted),
+            Just(Change::Class),
+            Just(Change::Value),
+            Just(Change::Trusted),
+            Just(Change::Token)
         ]
     };
     let number = || 0..40_usize;
@@ -262,7 +323,9 @@ impl Side {
         let (module, session) = (self.module, self.session);
         let data: Vec<u8> = (0..200).collect();
         Some(match *step {
-            Step::Create { kind, length, uses, flaw } => module.create(session, &flawed(template(kind, uses).bytes(CKA_VALUE, &data[..length]), flaw)).map(Outcome::Object),
+            Step::Create { kind, length, uses, flaw } => {
+                module.create(session, &flawed(template(kind, uses).bytes(CKA_VALUE, &data[..length]), flaw)).map(Outcome::Object)
+            }
             Step::Generate { length, uses } => {
                 let template = template(Kind::Aes, uses).ulong(CKA_VALUE_LEN, length as CK_ULONG);
                 module.generate_key(session, &Mechanism::plain(CKM_AES_KEY_GEN), &template).map(Outcome::Object)
@@ -280,12 +343,20 @@ impl Side {
             Step::Encrypt { object, cipher: number, length, parts } => {
                 let (object, mechanism) = (self.object(object)?, cipher(number).0);
                 let parts: &[usize] = if parts { &[7, 16] } else { &[] };
-                let result = if parts.is_empty() { module.encrypt(session, &mechanism, object, &data[..length]) } else { module.encrypt_in_parts(session, &mechanism, object, &data[..length], parts) };
+                let result = if parts.is_empty() {
+                    module.encrypt(session, &mechanism, object, &data[..length])
+                } else {
+                    module.encrypt_in_parts(session, &mechanism, object, &data[..length], parts)
+                };
                 result.map(Outcome::Bytes)
             }
-            Step::Decrypt { object, cipher: number, length } => module.decrypt(session, &cipher(number).0, self.object(object)?, &data[..length]).map(Outcome::Bytes),
+            Step::Decrypt { object, cipher: number, length } => {
+                module.decrypt(session, &cipher(number).0, self.object(object)?, &data[..length]).map(Outcome::Bytes)
+            }
             Step::Sign { object, mac: number, length } => module.sign(session, &mac(number).0, self.object(object)?, &data[..length]).map(Outcome::Bytes),
-            Step::Verify { object, mac: number, length } => module.verify(session, &mac(number).0, self.object(object)?, &data[..16], &data[..length]).map(|()| Outcome::Done),
+            Step::Verify { object, mac: number, length } => {
+                module.verify(session, &mac(number).0, self.object(object)?, &data[..16], &data[..length]).map(|()| Outcome::Done)
+            }
             Step::Digest { hash, length } => module.digest(session, &Mechanism::plain(HASHES[hash % HASHES.len()].0), &data[..length]).map(Outcome::Bytes),
             Step::Wrap { kek, key, wrap: number } => module.wrap(session, &wrap(number).0, self.object(kek)?, self.object(key)?).map(Outcome::Blob),
             Step::Unwrap { kek, blob, wrap: number, tamper, kind, uses } => {
@@ -408,7 +479,11 @@ fn both_modules_answer_alike() {
             let uses_known = |number: usize| known.is_empty() || known[number % known.len()];
             let comparable = match step {
                 Step::Generate { .. } | Step::GeneratePair { .. } => false,
-                Step::Copy { object, .. } | Step::Get { object, .. } | Step::Encrypt { object, .. } | Step::Decrypt { object, .. } | Step::Derive { object, .. } => uses_known(object),
+                Step::Copy { object, .. }
+                | Step::Get { object, .. }
+                | Step::Encrypt { object, .. }
+                | Step::Decrypt { object, .. }
+                | Step::Derive { object, .. } => uses_known(object),
                 Step::Sign { object, mac: number, .. } => uses_known(object) && mac(number).1 != "ECDSA",
                 Step::Wrap { kek, key, .. } => uses_known(kek) && uses_known(key),
                 Step::Unwrap { blob, .. } => blobs_known.is_empty() || blobs_known[blob % blobs_known.len()],
@@ -425,7 +500,10 @@ fn both_modules_answer_alike() {
                 (Ok(Outcome::Object(their)), Ok(Outcome::Object(our))) => {
                     let values = [(&theirs, their), (&ours, our)].map(|(side, object)| side.module.get(side.session, object, CKA_VALUE));
                     if comparable && values[0] != values[1] {
-                        differ(format!("CKR_OK, value {}", values[0].as_ref().map_or_else(|code| name(*code), |_| "readable".into())), format!("CKR_OK, value {}", values[1].as_ref().map_or_else(|code| name(*code), |_| "readable".into())));
+                        differ(
+                            format!("CKR_OK, value {}", values[0].as_ref().map_or_else(|code| name(*code), |_| "readable".into())),
+                            format!("CKR_OK, value {}", values[1].as_ref().map_or_else(|code| name(*code), |_| "readable".into())),
+                        );
                     }
                     theirs.objects.push(their);
                     ours.objects.push(our);

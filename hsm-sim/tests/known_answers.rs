@@ -135,8 +135,17 @@ fn aes_gcm_by_messages() {
             let sealed = common::into_buffer(plaintext.len() + 16, |output, length| {
                 let parameters = (&raw mut parameters).cast();
                 call3!(
-                    module, C_EncryptMessage, session, parameters, size, aad.as_mut_ptr(), aad.len() as CK_ULONG,
-                    plaintext.as_mut_ptr(), plaintext.len() as CK_ULONG, output, length
+                    module,
+                    C_EncryptMessage,
+                    session,
+                    parameters,
+                    size,
+                    aad.as_mut_ptr(),
+                    aad.len() as CK_ULONG,
+                    plaintext.as_mut_ptr(),
+                    plaintext.len() as CK_ULONG,
+                    output,
+                    length
                 )
             });
             assert_eq!(sealed.unwrap(), ciphertext, "line {}", vector.line);
@@ -149,8 +158,17 @@ fn aes_gcm_by_messages() {
         let opened = common::into_buffer(ciphertext.len() + 16, |output, length| {
             let parameters = (&raw mut parameters).cast();
             call3!(
-                module, C_DecryptMessage, session, parameters, size, aad.as_mut_ptr(), aad.len() as CK_ULONG,
-                ciphertext.as_mut_ptr(), ciphertext.len() as CK_ULONG, output, length
+                module,
+                C_DecryptMessage,
+                session,
+                parameters,
+                size,
+                aad.as_mut_ptr(),
+                aad.len() as CK_ULONG,
+                ciphertext.as_mut_ptr(),
+                ciphertext.len() as CK_ULONG,
+                output,
+                length
             )
         });
         if vector.must_fail() {
@@ -365,10 +383,9 @@ fn derivation_by_encryption() {
     let plaintext = hex(PLAINTEXT);
     for [key, ecb, cbc, _] in SP800_38A {
         let base = token.aes(&hex(key), Template::new());
-        for (mechanism, ciphertext) in [
-            (Mechanism::ecb_data(&plaintext[..32]), hex(ecb)),
-            (Mechanism::cbc_data(block("000102030405060708090a0b0c0d0e0f"), &plaintext[..32]), hex(cbc)),
-        ] {
+        for (mechanism, ciphertext) in
+            [(Mechanism::ecb_data(&plaintext[..32]), hex(ecb)), (Mechanism::cbc_data(block("000102030405060708090a0b0c0d0e0f"), &plaintext[..32]), hex(cbc))]
+        {
             for length in [16, 24, 32] {
                 let key = module.derive(session, &mechanism, base, &Template::new_aes(length)).unwrap();
                 assert_eq!(token.value(key), ciphertext[..length]);

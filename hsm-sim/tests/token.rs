@@ -92,7 +92,9 @@ fn wrong_pins_of_other_processes_count() {
     let module = hsm_sim();
     let slot = Token::initialised(module, "lock-out of processes");
     for _ in 0..PIN_ATTEMPTS {
-        assert!(child("as_a_process", folder(), &[("ROLE", "wrong-pin"), ("TOKEN", "lock-out of processes")]).stdout(Stdio::null()).status().unwrap().success());
+        assert!(
+            child("as_a_process", folder(), &[("ROLE", "wrong-pin"), ("TOKEN", "lock-out of processes")]).stdout(Stdio::null()).status().unwrap().success()
+        );
     }
     let session = module.open_rw(slot).unwrap();
     assert_eq!(module.login(session, CKU_USER, USER_PIN), Err(CKR_PIN_LOCKED));
@@ -243,7 +245,8 @@ fn nothing_secret_is_on_the_disk() {
     let (module, session) = (token.module, token.session);
     let secret = *b"\xA5fourteen bytes\x5A";
     module.create(session, &token_key("at rest", &secret).bool(CKA_PRIVATE, true).bytes(CKA_ID, b"identifier at rest")).unwrap();
-    let generated = module.generate_key(session, &Mechanism::plain(CKM_AES_KEY_GEN), &Template::new_aes(32).bool(CKA_TOKEN, true).bool(CKA_PRIVATE, true)).unwrap();
+    let generated =
+        module.generate_key(session, &Mechanism::plain(CKM_AES_KEY_GEN), &Template::new_aes(32).bool(CKA_TOKEN, true).bool(CKA_PRIVATE, true)).unwrap();
     let generated = token.value(generated);
     let mut seen = 0;
     for file in files(folder()) {
@@ -282,7 +285,12 @@ fn two_processes_write_at_once() {
     let token = Token::fresh("crowded");
     let (module, session) = (token.module, token.session);
     let mut children: Vec<_> = ["a", "b"]
-        .map(|prefix| child("as_a_process", folder(), &[("ROLE", "write"), ("TOKEN", "crowded"), ("PREFIX", prefix), ("COUNT", "60")]).stdout(Stdio::null()).spawn().unwrap())
+        .map(|prefix| {
+            child("as_a_process", folder(), &[("ROLE", "write"), ("TOKEN", "crowded"), ("PREFIX", prefix), ("COUNT", "60")])
+                .stdout(Stdio::null())
+                .spawn()
+                .unwrap()
+        })
         .into();
     for i in 0..60 {
         module.create(session, &token_key(&format!("p{i}"), &pattern("p", i))).unwrap();
@@ -307,16 +315,21 @@ fn kill_loses_nothing() {
     let mut unspoken = BTreeSet::new();
     for round in 0..ROUNDS {
         let prefix = format!("r{round}-");
-        let mut writer = child("as_a_process", folder(), &[("ROLE", "churn"), ("TOKEN", "killed"), ("PREFIX", &prefix)])
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut writer =
+            child("as_a_process", folder(), &[("ROLE", "churn"), ("TOKEN", "killed"), ("PREFIX", &prefix)]).stdout(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(writer.stdout.take().unwrap()).lines();
         let random = module.random(session, 4).unwrap();
         let mut apply = |line: &str| -> bool {
             let mut words = line.split(' ').skip_while(|word| !["made", "changed", "destroyed"].contains(word));
             let (Some(verb), Some(label)) = (words.next(), words.next()) else { return false };
-            acknowledged.insert(label.to_owned(), match verb { "made" => Some(0), "changed" => Some(1), _ => None });
+            acknowledged.insert(
+                label.to_owned(),
+                match verb {
+                    "made" => Some(0),
+                    "changed" => Some(1),
+                    _ => None,
+                },
+            );
             true
         };
         // A random number of acknowledged steps, then a random part of the next step.

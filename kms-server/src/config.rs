@@ -286,7 +286,10 @@ impl HsmSection {
             None => Ok(()),
             Some(classes) => {
                 let named = [("kek", &classes.kek), ("session", &classes.session), ("authentication", &classes.authentication), ("ca", &classes.ca)];
-                match named.into_iter().find_map(|(class, name)| Some((class, name.as_ref().filter(|name| !self.tokens.iter().any(|token| token.name == **name))?))) {
+                match named
+                    .into_iter()
+                    .find_map(|(class, name)| Some((class, name.as_ref().filter(|name| !self.tokens.iter().any(|token| token.name == **name))?)))
+                {
                     Some((class, name)) => Err(format!("[hsm.classes] {class}: there is no [[hsm.token]] with the name `{name}`")),
                     None => Ok(()),
                 }

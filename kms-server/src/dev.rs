@@ -21,7 +21,10 @@ use aws_lc_rs::{
 };
 use kms_client::{
     Connection, KeyRequest, NewProfile, OpenOptions, Profile, StateDirectory, new_request_id,
-    proto::{AddPrincipalRequest, GetVendorTransportKeyRequest, ImportShipmentRequest, RegisterTransportKeyRequest, Shipment, UploadShipmentRequest, UploadShipmentStart},
+    proto::{
+        AddPrincipalRequest, GetVendorTransportKeyRequest, ImportShipmentRequest, RegisterTransportKeyRequest, Shipment, UploadShipmentRequest,
+        UploadShipmentStart,
+    },
     sample::{SampleShipment, VendorKey, VendorTransportKey},
 };
 use kms_domain::{FlagId, IslandKind, IslandName, OaepHash, PersonName, PrincipalId, Role, SystemTitle};
@@ -254,7 +257,12 @@ impl State {
                 ..AddPrincipalRequest::default()
             };
             officer.principals().add_principal(request).await.map_err(refused("registering the vendor"))?;
-            let transport = officer.shipments().get_vendor_transport_key(GetVendorTransportKeyRequest {}).await.map_err(refused("fetching the vendor transport key"))?.into_inner();
+            let transport = officer
+                .shipments()
+                .get_vendor_transport_key(GetVendorTransportKeyRequest {})
+                .await
+                .map_err(refused("fetching the vendor transport key"))?
+                .into_inner();
             let profiles = Profiles::load(None)?;
             let profile = profiles.get(&kms_domain::DeviceProfileName::parse(PROFILE)?).ok_or("the device profile of the sample is missing")?.clone();
             let mut sample = SampleShipment::new("KAM-2026-0001", FlagId::parse("KAM")?, profile, self.settings.meters);

@@ -42,9 +42,9 @@ impl PinMemory for StoredPinMemory {
 
     fn remember_refused(&self, token_serial: &str, pin: &Pin) {
         let mut salt = [0; 16];
-        let phc = aws_lc_rs::rand::fill(&mut salt).map_err(|_| "no random octets".to_owned()).and_then(|()| {
-            Argon2::default().hash_password_with_salt(pin.octets(), &salt).map(|hash| hash.to_string()).map_err(|error| error.to_string())
-        });
+        let phc = aws_lc_rs::rand::fill(&mut salt)
+            .map_err(|_| "no random octets".to_owned())
+            .and_then(|()| Argon2::default().hash_password_with_salt(pin.octets(), &salt).map(|hash| hash.to_string()).map_err(|error| error.to_string()));
         let outcome = phc.and_then(|phc| {
             let failure = PinFailure { token: token_serial.to_owned(), user_type: CKU_USER, phc, time: Island::now() };
             self.runtime.block_on(self.store.put_pin_failure(&failure)).map_err(|error| error.to_string())

@@ -21,7 +21,8 @@ impl Profiles {
         }
         if let Some(folder) = folder {
             let entries = std::fs::read_dir(folder).map_err(|error| format!("cannot read the folder of device profiles `{}`: {error}", folder.display()))?;
-            let mut paths: Vec<_> = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.extension().is_some_and(|extension| extension == "toml")).collect();
+            let mut paths: Vec<_> =
+                entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.extension().is_some_and(|extension| extension == "toml")).collect();
             paths.sort();
             for path in paths {
                 let text = std::fs::read_to_string(&path).map_err(|error| format!("cannot read `{}`: {error}", path.display()))?;

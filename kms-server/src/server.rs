@@ -216,7 +216,8 @@ impl SealKeys {
         let mac = async |key: SealRootKey| hsm.mac(root, key.message(version, island)).await;
         let seal = SealKey::new(version, &mac(SealRootKey::Seal).await?);
         // I5: the island's own row too.
-        let generation = i64::try_from(stored.generation).ok().and_then(|number| Generation::from_i64(number).ok()).ok_or_else(|| damaged("generation".to_owned()))?;
+        let generation =
+            i64::try_from(stored.generation).ok().and_then(|number| Generation::from_i64(number).ok()).ok_or_else(|| damaged("generation".to_owned()))?;
         seal.verify(&RowId::Island(island.clone()), generation, &stored.body, &mark).map_err(|error: SealError| damaged(error.to_string()))?;
         let row = kms_domain::Island::from_row(island.clone(), stored.body.into()).map_err(|error| damaged(error.to_string()))?;
         Ok(Self {
@@ -266,7 +267,9 @@ impl Service<http::Request<Body>> for Gate {
         }
         match self.island.get() {
             Some(routes) => Box::pin(routes.clone().call(request)),
-            None => Box::pin(std::future::ready(Ok(Status::from(ServiceError::unavailable("the island is not open yet; the server's log tells why")).into_http()))),
+            None => {
+                Box::pin(std::future::ready(Ok(Status::from(ServiceError::unavailable("the island is not open yet; the server's log tells why")).into_http())))
+            }
         }
     }
 }

@@ -1,6 +1,8 @@
 //! Logs to stderr, and traces and metrics to an OTLP collector if one is configured. Spans and events carry names of principals,
 //! actions and rows; never keys, PINs, wrapped keys or frames.
 
+use std::io::IsTerminal;
+
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry_otlp::WithExportConfig;
 use opentelemetry_sdk::Resource;
@@ -26,14 +28,17 @@ impl Telemetry {
     pub fn start(section: &TelemetrySection, server_name: &str) -> Result<Self, TelemetryError> {
         let directives = std::env::var("KMS_LOG").ok().or_else(|| section.log.clone()).unwrap_or_else(|| DEFAULT_FILTER.to_owned());
         let filter = EnvFilter::try_new(&directives).map_err(|error| TelemetryError::Filter { directives, reason: error.to_string() })?;
-        let lines = fmt::layer().with_writer(std::io::stderr).with_target(false);
+        let lines = fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal()).with_target(false);
         let registry = tracing_subscriber::registry().with(filter).with(lines);
         let Some(endpoint) = &section.otlp_endpoint else {
             registry.try_init().map_err(|error| TelemetryError::Start(error.to_string()))?;
             return Ok(Self { traces: None, metrics: None });
         };
         let refuse = |error: opentelemetry_otlp::ExporterBuildError| TelemetryError::Endpoint { endpoint: endpoint.clone(), reason: error.to_string() };
-        let resource = Resource::builder().with_service_name("kms-server").with_attribute(opentelemetry::KeyValue::new("service.instance.id", server_name.to_owned())).build();
+        let resource = Resource::builder()
+            .with_service_name("kms-server")
+            .with_attribute(opentelemetry::KeyValue::new("service.instance.id", server_name.to_owned()))
+            .build();
         let spans = opentelemetry_otlp::SpanExporter::builder().with_tonic().with_endpoint(endpoint).build().map_err(refuse)?;
         let traces = SdkTracerProvider::builder().with_resource(resource.clone()).with_batch_exporter(spans).build();
         let counts = opentelemetry_otlp::MetricExporter::builder().with_tonic().with_endpoint(endpoint).build().map_err(refuse)?;

@@ -276,7 +276,7 @@ async fn token(kind: ModuleKind, folder: &Path, name: &IslandName) -> (Hsm, Opti
         classes: KeyClass::WITH_ROOTS.into_iter().chain([KeyClass::Ca]).collect(),
         general: true,
         escrow_public_key: PrivateDecryptingKey::generate(KeySize::Rsa3072).unwrap().public_key().as_der().unwrap().as_ref().to_vec(),
-        standby_public_keys: Vec::new(),
+        standby: Vec::new(),
     };
     let ceremony = tokio::task::spawn_blocking(move || create_roots(&module, &selector, &so_pin, &pin, &plan, None, |_| Ok(()))).await.unwrap().unwrap();
     let pin_file = folder.join("pin");

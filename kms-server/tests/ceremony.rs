@@ -149,7 +149,11 @@ async fn principals(people: &People, state: &Path, address: SocketAddr) {
     let hes = Identity { key: key_der(&key), chain: vec![added.certificate.to_vec()] };
     let mut head_end = PrincipalServiceClient::new(connect(address, &root, Some(&hes)).await.unwrap());
     let transport = KeyPair::generate().unwrap();
-    let registered = head_end.register_transport_key(v1::RegisterTransportKeyRequest { request_id: id(3), certificate_request: csr(&transport) }).await.unwrap().into_inner();
+    let registered = head_end
+        .register_transport_key(v1::RegisterTransportKeyRequest { request_id: id(3), certificate_request: csr(&transport) })
+        .await
+        .unwrap()
+        .into_inner();
     assert!(head_end.who_am_i(v1::WhoAmIRequest {}).await.unwrap().into_inner().has_transport_key);
     assert_eq!(head_end.list_principals(v1::ListPrincipalsRequest {}).await.unwrap_err().code(), Code::PermissionDenied);
     let disable = |principal: &str, number| v1::DisablePrincipalRequest { request_id: id(number), principal: principal.to_owned(), reason: "test".to_owned() };
@@ -159,7 +163,8 @@ async fn principals(people: &People, state: &Path, address: SocketAddr) {
     assert!(call(connect(address, &root, Some(&wrong)).await).await.is_none());
     // A renewed certificate serves beside the earlier one.
     let renewed_key = KeyPair::generate().unwrap();
-    let renew = v1::RenewPrincipalRequest { request_id: id(5), principal: "urn:meterkms:north:head-end:hes-1".to_owned(), certificate_request: csr(&renewed_key) };
+    let renew =
+        v1::RenewPrincipalRequest { request_id: id(5), principal: "urn:meterkms:north:head-end:hes-1".to_owned(), certificate_request: csr(&renewed_key) };
     let renewed = head_end.renew_principal(renew).await.unwrap().into_inner();
     let renewed = Identity { key: key_der(&renewed_key), chain: vec![renewed.certificate.to_vec()] };
     assert!(call(connect(address, &root, Some(&renewed)).await).await.is_some());

@@ -73,6 +73,31 @@ async fn policy_reads_what_it_protects() {
     assert!(protect(&connection, Purpose::Read, vec![0xFF; 40], false).await.unwrap_err().contains("frames.apdu"));
 }
 
+/// f(StoC) and an authenticated-only APDU are the same computation: a request in the place of a challenge would be authenticated past policy.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_is_not_taken_for_a_challenge() {
+    let server = DevServer::start();
+    let connection = server.connect("head-end").await;
+    let answer = |challenge: Vec<u8>| {
+        let mut frames = connection.frames();
+        let frame = PlainFrame {
+            meter: title(7).octets().to_vec().into(),
+            client_title: hex::decode(CLIENT_TITLE).unwrap().into(),
+            hls_challenge: challenge.into(),
+            ..PlainFrame::default()
+        };
+        let request =
+            ProtectRequest { request_id: new_request_id().octets().to_vec().into(), purpose: Purpose::Read.into(), frames: vec![frame], supersede_lease: true };
+        async move { frames.protect(request).await.unwrap().into_inner().results.remove(0).result.unwrap() }
+    };
+    for request in ["C301C10046000060030AFF01010F00", "C301C10046000060030AFF01010F0000000000", "C101C10008000001 0000FF0200 0600000000"] {
+        let refused = answer(hex::decode(request.replace(' ', "")).unwrap()).await;
+        assert!(matches!(&refused, Outcome::Refusal(refusal) if refusal.message.contains("hls_challenge")), "{request}: {refused:?}");
+    }
+    let answered = answer(b"a-fresh-challenge".to_vec()).await;
+    assert!(matches!(&answered, Outcome::Apdu(gmac) if gmac.len() == 17 && gmac[0] == 0x10), "{answered:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_live_lease_is_not_overtaken_unless_asked() {
     let server = DevServer::start();

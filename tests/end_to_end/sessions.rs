@@ -75,3 +75,31 @@ async fn a_revoked_grant_is_not_repeated_and_a_dedicated_key_is_fresh() {
     assert!(revoked.revoked_ms > 0);
     assert!(ask().await.unwrap_err().to_string().contains("revoked"));
 }
+
+/// One caller's colliding acts fail neither other callers' nor use up counters.
+#[tokio::test(flavor = "multi_thread")]
+async fn racing_revocations_of_one_grant_disturb_nobody() {
+    let server = DevServer::start();
+    let connection = server.connect("head-end").await;
+    let profile = server.profile("head-end");
+    let session = open(&connection, &profile, title(8), 10).await.unwrap();
+    let revoke = || {
+        let mut grants = connection.grants();
+        let request = proto::RevokeGrantRequest {
+            request_id: new_request_id().octets().to_vec().into(),
+            grant_id: session.keys.grant_id.octets().to_vec().into(),
+            reason: "a test".to_owned(),
+        };
+        tokio::spawn(async move { grants.revoke_grant(request).await })
+    };
+    let racing: Vec<_> = (0..16).map(|_| revoke()).collect();
+    let mut last = 0;
+    for _ in 0..20 {
+        let other = open(&connection, &profile, title(9), 10).await.unwrap();
+        last = other.keys.meters[0].counters.as_ref().unwrap().next().unwrap();
+    }
+    for revoked in racing {
+        revoked.await.unwrap().unwrap();
+    }
+    assert!(last < 1_000, "counters were used up: {last}");
+}

@@ -99,14 +99,8 @@ impl Module {
     }
 
     pub(crate) fn initialize(&self) -> Result<()> {
-        let mut arguments = CK_C_INITIALIZE_ARGS {
-            CreateMutex: None,
-            DestroyMutex: None,
-            LockMutex: None,
-            UnlockMutex: None,
-            flags: CKF_OS_LOCKING_OK,
-            pReserved: null_mut(),
-        };
+        let mut arguments =
+            CK_C_INITIALIZE_ARGS { CreateMutex: None, DestroyMutex: None, LockMutex: None, UnlockMutex: None, flags: CKF_OS_LOCKING_OK, pReserved: null_mut() };
         call!(self, C_Initialize, (&raw mut arguments).cast())
     }
 
@@ -433,7 +427,8 @@ pub(crate) fn softhsm2() -> &'static Module {
         let tokens = folder().join("softhsm2");
         std::fs::create_dir_all(&tokens).unwrap();
         let file = folder().join("softhsm2.conf");
-        std::fs::write(&file, format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\nslots.removable = false\n", tokens.display())).unwrap();
+        std::fs::write(&file, format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\nslots.removable = false\n", tokens.display()))
+            .unwrap();
         set_environment("SOFTHSM2_CONF", &file);
         let module = Module::load(&path);
         module.initialize().expect("C_Initialize of SoftHSM2");

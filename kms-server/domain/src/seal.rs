@@ -5,7 +5,7 @@ use std::fmt;
 use aws_lc_rs::{digest, hmac};
 use zeroize::Zeroizing;
 
-use crate::{CounterDomainId, DeviceTypeId, GroupId, IslandName, ParseError, PrincipalId, SystemTitle};
+use crate::{CounterDomainId, DeviceTypeId, GroupId, IslandName, ParseError, PrincipalId, RequestId, SystemTitle};
 
 /// What a sealed row is about: kind and id, both part of the seal, so that a row cannot be copied to another identity.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -170,6 +170,23 @@ impl SealKey {
         }
         let expected = self.seal(id, generation, body);
         aws_lc_rs::constant_time::verify_slices_are_equal(expected.mac(), seal.mac()).map_err(|_| SealError::Mismatch { id: id.clone() })
+    }
+
+    /// Binds what was answered to a request to who asked what (I4, I5): `HMAC-SHA-256(seal key, "meterkms/request" ‖ len(principal)(1) ‖
+    /// principal ‖ request(16) ‖ chunk(4) ‖ digest(32) ‖ outcome)[0..16]`.
+    pub fn seal_request(&self, principal: &PrincipalId, request: RequestId, chunk: u32, digest: &[u8; 32], outcome: &[u8]) -> [u8; 16] {
+        let principal = principal.to_string();
+        let mut context = hmac::Context::with_key(&self.key);
+        context.update(b"meterkms/request");
+        context.update(&[u8::try_from(principal.len()).unwrap_or(u8::MAX)]);
+        for part in [principal.as_bytes(), &request.octets(), &chunk.to_be_bytes(), digest, outcome] {
+            context.update(part);
+        }
+        let mut seal = [0; 16];
+        for (octet, value) in seal.iter_mut().zip(context.sign().as_ref()) {
+            *octet = *value;
+        }
+        seal
     }
 
     /// The digest of a row that audit records carry. It needs no secret; the version is part of the sealed input.

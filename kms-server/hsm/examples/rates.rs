@@ -58,7 +58,7 @@ async fn measure(path: PathBuf, directory: PathBuf) {
         classes: KeyClass::WITH_ROOTS.to_vec(),
         general: true,
         escrow_public_key: escrow.public_key().as_der().unwrap().as_ref().to_vec(),
-        standby_public_keys: Vec::new(),
+        standby: Vec::new(),
     };
     let ceremony = create_roots(&module, &selector, &so_pin, &user_pin, &plan, None, |_| Ok(())).unwrap();
     let pin = directory.join("pin");

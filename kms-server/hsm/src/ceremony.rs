@@ -34,8 +34,28 @@ pub struct CeremonyPlan {
     pub general: bool,
     /// The custodians' escrow key: DER of an RSA SubjectPublicKeyInfo, at least 3072 bits.
     pub escrow_public_key: Vec<u8>,
-    /// Standby tokens' transport keys ([`create_standby_transport`]): DER of RSA SubjectPublicKeyInfos, at least 3072 bits.
-    pub standby_public_keys: Vec<Vec<u8>>,
+    /// Tokens that get copies of roots.
+    pub standby: Vec<StandbyToken>,
+}
+
+/// A token that gets copies of roots.
+#[derive(Clone, Debug)]
+pub struct StandbyToken {
+    /// Its transport key ([`create_standby_transport`]): DER of an RSA SubjectPublicKeyInfo, at least 3072 bits.
+    pub public_key: Vec<u8>,
+    /// Classes whose roots it gets. Seal root and fingerprint KEK, which belong to no class, it always gets.
+    pub classes: Vec<KeyClass>,
+}
+
+impl StandbyToken {
+    /// Whether the token gets this root.
+    fn gets(&self, purpose: Purpose) -> bool {
+        match purpose {
+            Purpose::Diversification(class) | Purpose::StorageKek(class) => self.classes.contains(&class),
+            // A server without the seal root could not read a row.
+            other => other.is_root(),
+        }
+    }
 }
 
 /// A root as it left the token.
@@ -113,7 +133,7 @@ pub fn create_roots(
     persist: impl FnOnce(&EscrowPackage) -> Result<(), String>,
 ) -> Result<CeremonyResult, HsmError> {
     let escrow = RsaPublicKey::parse(&plan.escrow_public_key)?;
-    let standby = plan.standby_public_keys.iter().map(|der| RsaPublicKey::parse(der)).collect::<Result<Vec<_>, _>>()?;
+    let standby = plan.standby.iter().map(|token| RsaPublicKey::parse(&token.public_key)).collect::<Result<Vec<_>, _>>()?;
     let slot = find_slot(module, token)?;
     let (capabilities, oaep_hash) = capabilities(module, slot, user_pin)?;
 
@@ -247,7 +267,8 @@ impl Ceremony<'_> {
         Ok(Root { key, object, locked, check_value })
     }
 
-    /// Wraps the roots for one recipient; what is locked already is taken from the stored package.
+    /// Wraps the roots that one recipient gets; what is locked already is taken from the stored package. The recipients are the escrow key,
+    /// which gets all roots, and then the standby tokens in the order of the plan.
     fn wrap_all(
         &self,
         recipient: TokenKey,
@@ -256,13 +277,15 @@ impl Ceremony<'_> {
         previous: Option<&EscrowPackage>,
         index: usize,
     ) -> Result<WrappedRoots, HsmError> {
+        let token = index.checked_sub(1).and_then(|number| self.plan.standby.get(number));
         let stored = previous.and_then(|package| match index {
             0 => Some(&package.escrow),
             _ => package.standby.get(index - 1),
         });
         let recipient_object = find_one(self.session, &recipient.label(&self.plan.island), CKO_PUBLIC_KEY)?;
         let mut wrapped = Vec::with_capacity(roots.len());
-        for root in roots {
+        // I1: a root of another class never leaves for this token, not even wrapped: its transport key would open it at any later time.
+        for root in roots.iter().filter(|root| token.is_none_or(|token| token.gets(root.key.purpose))) {
             if root.locked {
                 let known =
                     stored.filter(|stored| stored.recipient_sha256 == public.sha256).and_then(|stored| stored.roots.iter().find(|known| known.key == root.key));

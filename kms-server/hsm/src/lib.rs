@@ -26,7 +26,8 @@ mod token;
 mod worker;
 
 pub use ceremony::{
-    CeremonyPlan, CeremonyResult, EscrowPackage, KeyFingerprint, WrappedRoot, WrappedRoots, create_roots, create_standby_transport, install_wrapped_roots,
+    CeremonyPlan, CeremonyResult, EscrowPackage, KeyFingerprint, StandbyToken, WrappedRoot, WrappedRoots, create_roots, create_standby_transport,
+    install_wrapped_roots,
 };
 pub use envelope::{Agreement, AgreementLimits, Envelope, EnvelopeAlgorithm, Recipient, WrappedKey};
 pub use error::{ErrorKind, HsmError};

@@ -245,7 +245,11 @@ impl Worker {
 
 /// The one token object of this label and class.
 pub(crate) fn find_one(session: &Session, label: &str, class: CK_OBJECT_CLASS) -> Result<Object, HsmError> {
-    let template = Template::empty().flag(CKA_TOKEN, true).number(CKA_CLASS, &class).octets(CKA_LABEL, label.as_bytes());
+    let mut template = Template::empty().flag(CKA_TOKEN, true).number(CKA_CLASS, &class).octets(CKA_LABEL, label.as_bytes());
+    if class != CKO_PUBLIC_KEY {
+        // I1: the ceremony makes all of these private. One that is not could have been put there without the PIN.
+        template = template.flag(CKA_PRIVATE, true);
+    }
     let found = session.find(template.as_slice())?;
     match found.as_slice() {
         [object] => Ok(*object),

@@ -11,8 +11,8 @@ use std::time::Duration;
 use common::{Bench, Escrow, Grantee, diversify, island, plan, so_pin, user_pin};
 use kms_domain::{KeyClass, KeyLength, KeyType};
 use kms_hsm::{
-    CeremonyPlan, CeremonyResult, EscrowPackage, Hsm, HsmError, PinSource, ProcessPinMemory, Purpose, TokenKey, TokenSelector, TokenSettings, create_roots,
-    create_standby_transport, install_wrapped_roots,
+    CeremonyPlan, CeremonyResult, EscrowPackage, Hsm, HsmError, PinSource, ProcessPinMemory, Purpose, StandbyToken, TokenKey, TokenSelector, TokenSettings,
+    create_roots, create_standby_transport, install_wrapped_roots,
 };
 
 each_module! {
@@ -67,7 +67,7 @@ each_module! {
         let standby = create_standby_transport(&bench.module, &selector("standby"), &user_pin(), &island()).unwrap();
         assert_eq!(standby, create_standby_transport(&bench.module, &selector("standby"), &user_pin(), &island()).unwrap());
         let mut plan = plan(&escrow);
-        plan.standby_public_keys = vec![standby];
+        plan.standby = vec![StandbyToken { public_key: standby, classes: KeyClass::WITH_ROOTS.to_vec() }];
         let ceremony = run(&bench, "primary", &plan, None, |_| Ok(())).unwrap();
         let copies = &ceremony.package.standby[0];
         let installed = install_wrapped_roots(&bench.module, &selector("standby"), &user_pin(), &island(), copies).unwrap();
@@ -88,6 +88,20 @@ each_module! {
             assert_eq!(object.findings(&island(), &capabilities), Vec::<String>::new(), "{object:?}");
         }
         tokio::task::spawn_blocking(move || hsm.close()).await.unwrap();
+    }
+
+    /// I1: a token of a grant server never gets a KEK's root, not even wrapped; and an interrupted ceremony goes on with such copies.
+    async fn copies_are_of_the_classes_of_their_token(bench: Bench) {
+        let escrow = token(&bench, "all");
+        token(&bench, "grant");
+        let public_key = create_standby_transport(&bench.module, &selector("grant"), &user_pin(), &island()).unwrap();
+        let mut plan = plan(&escrow);
+        plan.standby = vec![StandbyToken { public_key, classes: vec![KeyClass::Session] }];
+        let first = run(&bench, "all", &plan, None, |_| Ok(())).unwrap();
+        let purposes: Vec<_> = first.package.standby[0].roots.iter().map(|root| root.key.purpose).collect();
+        assert_eq!(purposes, [Purpose::Diversification(KeyClass::Session), Purpose::StorageKek(KeyClass::Session), Purpose::Seal, Purpose::FingerprintKek]);
+        let again = run(&bench, "all", &plan, Some(&first.package), |_| Ok(())).unwrap();
+        assert_eq!(again.package, first.package);
     }
 
     async fn a_weak_escrow_key_is_refused(bench: Bench) {

@@ -46,7 +46,10 @@ impl Rpc for FrameApi {
         check_count(message.frames.len())?;
         let frames = message.frames.into_iter().enumerate().map(|(number, frame)| parse_plain(number, frame)).collect::<Result<Vec<_>, _>>()?;
         let (outcomes, leaf) = self.service.protect(&caller, request, digest, purpose, frames, message.supersede_lease).await?;
-        Ok(Response::new(ProtectResponse { results: outcomes.into_iter().map(result).collect(), audit_leaf: leaf.map(|leaf| leaf.0.to_vec().into()).unwrap_or_default() }))
+        Ok(Response::new(ProtectResponse {
+            results: outcomes.into_iter().map(result).collect(),
+            audit_leaf: leaf.map(|leaf| leaf.0.to_vec().into()).unwrap_or_default(),
+        }))
     }
 
     async fn unprotect(&self, request: Request<UnprotectRequest>) -> Result<Response<UnprotectResponse>, Status> {

@@ -5,8 +5,8 @@ use std::{num::NonZeroU32, pin::Pin, sync::Arc};
 use futures::{Stream, StreamExt, stream};
 use kms_domain::{GrantId, KeyType, PrincipalId, RequestId, SecuritySetupId, SystemTitle};
 use kms_proto::v1::{
-    ListGrantsRequest, ListGrantsResponse, MeterRefusal, OpenSessionRequest, OpenSessionResponse, OpenSessionsRequest, OpenSessionsResponse, RevokeGrantRequest,
-    RevokeGrantResponse, grant_service_server::GrantService as Rpc,
+    ListGrantsRequest, ListGrantsResponse, MeterRefusal, OpenSessionRequest, OpenSessionResponse, OpenSessionsRequest, OpenSessionsResponse,
+    RevokeGrantRequest, RevokeGrantResponse, grant_service_server::GrantService as Rpc,
 };
 use prost::Message as _;
 use tonic::{Request, Response, Status};
@@ -83,7 +83,9 @@ impl Rpc for GrantApi {
                 async move {
                     // Revocation acts in open streams too: an expired certificate ends them, and each chunk reads the principal anew.
                     if caller.not_after <= Island::now() {
-                        return Err(Status::from(ServiceError::Unauthenticated { reason: format!("the client certificate has expired; renew it at island {}", island.name()) }));
+                        return Err(Status::from(ServiceError::Unauthenticated {
+                            reason: format!("the client certificate has expired; renew it at island {}", island.name()),
+                        }));
                     }
                     let index = chunk.index;
                     let granted = service.open(&caller, chunk).await?;

@@ -138,11 +138,7 @@ impl TlsFiles {
 /// The provider of TLS cryptography: aws-lc-rs, TLS 1.3 suites only, the hybrid group first.
 pub fn provider() -> CryptoProvider {
     CryptoProvider {
-        cipher_suites: vec![
-            cipher_suite::TLS13_AES_256_GCM_SHA384,
-            cipher_suite::TLS13_AES_128_GCM_SHA256,
-            cipher_suite::TLS13_CHACHA20_POLY1305_SHA256,
-        ],
+        cipher_suites: vec![cipher_suite::TLS13_AES_256_GCM_SHA384, cipher_suite::TLS13_AES_128_GCM_SHA256, cipher_suite::TLS13_CHACHA20_POLY1305_SHA256],
         kx_groups: vec![kx_group::X25519MLKEM768, kx_group::X25519, kx_group::SECP256R1, kx_group::SECP384R1],
         ..aws_lc_rs::default_provider()
     }
@@ -253,9 +249,7 @@ impl TlsError {
 }
 
 fn read_pem<T: PemObject>(path: &Path, what: &'static str) -> Result<Vec<T>, TlsError> {
-    let items = T::pem_file_iter(path)
-        .and_then(Iterator::collect::<Result<Vec<T>, _>>)
-        .map_err(|error| TlsError::read(path, what, error))?;
+    let items = T::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<T>, _>>).map_err(|error| TlsError::read(path, what, error))?;
     if items.is_empty() {
         return Err(TlsError::read(path, what, rustls_pki_types::pem::Error::NoItemsFound));
     }
@@ -264,11 +258,7 @@ fn read_pem<T: PemObject>(path: &Path, what: &'static str) -> Result<Vec<T>, Tls
 
 fn refuse_foreign_readers(path: &Path) -> Result<(), TlsError> {
     use std::os::unix::fs::PermissionsExt;
-    let mode = fs::metadata(path)
-        .map_err(|error| TlsError::read(path, "private key", rustls_pki_types::pem::Error::Io(error)))?
-        .permissions()
-        .mode()
-        & 0o777;
+    let mode = fs::metadata(path).map_err(|error| TlsError::read(path, "private key", rustls_pki_types::pem::Error::Io(error)))?.permissions().mode() & 0o777;
     if mode & 0o007 != 0 {
         return Err(TlsError::Permissions { path: path.to_owned(), mode });
     }

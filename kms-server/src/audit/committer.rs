@@ -14,7 +14,10 @@ use std::{
 
 use kms_domain::{ChunkSize, Generation, IslandName, LiveChunk, Meter, RowId, SealKey, SystemTitle, UnixMillis, WriterId};
 use kms_proto::v1::{AuditRecord, ClosedChain, RowWrite, WriterOpened, audit_record::Event};
-use kms_store::{AuditAppend, AuditReference, Changes, Committed as StoreCommitted, Decision, FingerprintPut, MeterProjection, MeterPut, ReadSet, Reads, RequestPut, SealedPut, SealedRow, Store, StoreError};
+use kms_store::{
+    AuditAppend, AuditReference, Changes, Committed as StoreCommitted, Decision, FingerprintPut, MeterProjection, MeterPut, ReadSet, Reads, RequestPut,
+    RowName, SealedPut, SealedRow, Store, StoreError,
+};
 use prost::Message as _;
 use tokio::sync::{mpsc, oneshot};
 
@@ -154,7 +157,10 @@ impl Committer {
     fn open(&self, id: &RowId, row: &SealedRow) -> Result<Option<Value>, ServiceError> {
         open_row(id, Some(row), &self.shared.seal, &self.shared.seen, &self.shared.settings.island).map(|opened| opened.value).map_err(|reason| {
             tracing::error!(row = %id, reason, "a sealed row was refused");
-            ServiceError::FailedPrecondition { reason: format!("a sealed row was refused (I5): {reason}"), next_step: "run `kms audit scrub` and call the security officers".to_owned() }
+            ServiceError::FailedPrecondition {
+                reason: format!("a sealed row was refused (I5): {reason}"),
+                next_step: "run `kms audit scrub` and call the security officers".to_owned(),
+            }
         })
     }
 }
@@ -333,12 +339,22 @@ impl Writer {
                 }
                 true
             }
+            Err(StoreError::Conflict { .. }) if acts.len() > 1 => {
+                // Nothing was written, and one act stands in the way: it shall not fail the others.
+                let mut committed = true;
+                for act in acts {
+                    committed &= Box::pin(self.commit(vec![act])).await;
+                }
+                committed
+            }
             Err(error) => {
-                // Whether the transaction is durable may be unknown. I4: nothing reserved in it is dealt, and the chain goes on under a
-                // new writer, which reads where the old one ended.
                 tracing::error!(%error, "a transaction failed");
-                self.head = None;
-                self.chunks = Chunks::default();
+                if !matches!(&error, StoreError::Conflict { row } if !matches!(row, RowName::Audit(..))) {
+                    // Whether the transaction is durable may be unknown. I4: nothing reserved in it is dealt, and the chain goes on
+                    // under a new writer, which reads where the old one ended.
+                    self.head = None;
+                    self.chunks = Chunks::default();
+                }
                 let error = ServiceError::from(error);
                 self.shared.ready.store(!matches!(error, ServiceError::Unavailable { .. }), Ordering::Relaxed);
                 for act in acts {
@@ -403,8 +419,13 @@ impl Writer {
         let settings = &self.shared.settings;
         let store = &self.shared.store;
         let writer = WriterId::from_octets(uuid::Uuid::new_v4().as_bytes()).map_err(|error| StoreError::Corrupt { what: error.to_string() })?;
-        let alive: Vec<WriterId> =
-            store.servers().await?.into_iter().filter(|server| server.silent_ms < SILENT_MS && server.name != settings.server).map(|server| server.writer).collect();
+        let alive: Vec<WriterId> = store
+            .servers()
+            .await?
+            .into_iter()
+            .filter(|server| server.silent_ms < SILENT_MS && server.name != settings.server)
+            .map(|server| server.writer)
+            .collect();
         let mut closed = Vec::new();
         let tails = store.audit_tails().await?;
         let mut known_closed = Vec::new();
@@ -519,7 +540,7 @@ fn finish(
         let mut record = event.record;
         record.row_writes = event.written.iter().filter_map(|id| row_writes.get(id).cloned()).collect();
         let (leaf, appended) = append(&mut head, key, record, now);
-        references.push(AuditReference { writer: appended.writer, sequence: appended.sequence });
+        references.push((AuditReference { writer: appended.writer, sequence: appended.sequence }, leaf));
         if let Some(of_act) = leaves.get_mut(event.act) {
             of_act.push(leaf);
         }
@@ -530,7 +551,7 @@ fn finish(
     }
 
     for (mut grant, event) in batch.grants {
-        if let Some(reference) = references.get(event) {
+        if let Some((reference, _)) = references.get(event) {
             grant.audit = *reference;
         }
         changes.grants.push(grant);
@@ -540,10 +561,13 @@ fn finish(
         if let (true, Some(reference)) = (row.outcome.is_empty(), batch.request_events.get(&key).and_then(|event| references.get(*event))) {
             row.outcome = encode_reference(*reference);
         }
+        let seal = seal.seal_request(&key.principal, key.request, key.chunk, &row.digest, &row.outcome);
+        row.outcome.splice(..0, seal);
         changes.requests.push(RequestPut { key, row });
     }
     changes.revocations = batch.revocations;
-    changes.fingerprints = batch.fingerprints.into_iter().flat_map(|(prefix, owners)| owners.into_iter().map(move |owner| FingerprintPut { prefix, owner })).collect();
+    changes.fingerprints =
+        batch.fingerprints.into_iter().flat_map(|(prefix, owners)| owners.into_iter().map(move |owner| FingerprintPut { prefix, owner })).collect();
     changes.shipments = batch.shipments.into_values().collect();
     changes.refusals = batch.refused_lines;
 
@@ -624,25 +648,56 @@ pub(crate) const fn event_kind(event: &Event) -> u16 {
 /// A refused act, as the log counts it; trouble of the server is no refusal.
 fn refusal_of(error: &ServiceError, actor: &Actor) -> Option<Refusal> {
     match error {
-        ServiceError::PermissionDenied { .. } | ServiceError::Unauthenticated { .. } | ServiceError::FailedPrecondition { .. } | ServiceError::NotFound { .. } => Some(Refusal {
+        ServiceError::PermissionDenied { .. }
+        | ServiceError::Unauthenticated { .. }
+        | ServiceError::FailedPrecondition { .. }
+        | ServiceError::NotFound { .. } => Some(Refusal {
             principal: actor.principal.as_ref().map(ToString::to_string).unwrap_or_default(),
             action: actor.action.to_owned(),
-            reason: error.to_string(),
+            // Without the meter: one client that asks for many unknown meters is one line in the log, not thousands.
+            reason: match error {
+                ServiceError::PermissionDenied { asked } => format!("`{}` is not permitted", asked.split(" with meter").next().unwrap_or_default()),
+                other => other.to_string(),
+            },
             security_event: false,
         }),
         _ => None,
     }
 }
 
-/// An outcome that names the record with the details: `writer(16) ‖ sequence(8)`.
-fn encode_reference(reference: AuditReference) -> Vec<u8> {
-    [reference.writer.octets().as_slice(), &reference.sequence.to_be_bytes()].concat()
+/// An outcome that names the record with the details: `writer(16) ‖ sequence(8) ‖ leaf(32)`.
+fn encode_reference((reference, leaf): (AuditReference, AuditLeaf)) -> Vec<u8> {
+    [reference.writer.octets().as_slice(), &reference.sequence.to_be_bytes(), &leaf.0].concat()
 }
 
-/// The record that an outcome names.
-pub(crate) fn decode_reference(outcome: &[u8]) -> Option<AuditReference> {
-    let (writer, sequence) = outcome.split_at_checked(16)?;
-    Some(AuditReference { writer: WriterId::from_octets(writer).ok()?, sequence: u64::from_be_bytes(sequence.try_into().ok()?) })
+/// The record that an outcome names, and its leaf.
+fn decode_reference(outcome: &[u8]) -> Option<(AuditReference, AuditLeaf)> {
+    let (writer, rest) = outcome.split_first_chunk::<16>()?;
+    let (sequence, leaf) = rest.split_first_chunk::<8>()?;
+    let reference = AuditReference { writer: WriterId::from_octets(writer).ok()?, sequence: u64::from_be_bytes(*sequence) };
+    Some((reference, AuditLeaf(leaf.try_into().ok()?)))
+}
+
+/// The record that a request's outcome names: an act that was carried out before.
+///
+/// # Errors
+/// The request is being carried out at this moment, or the outcome names no record.
+pub fn past_record(outcome: &[u8]) -> Result<(AuditReference, AuditLeaf), ServiceError> {
+    if outcome.is_empty() {
+        return Err(ServiceError::Aborted { reason: "this request is being carried out at this moment".to_owned(), next_step: "repeat it".to_owned() });
+    }
+    decode_reference(outcome).ok_or_else(|| ServiceError::Internal("the outcome of a past request does not read".to_owned()))
+}
+
+/// Reads the record of an act that was carried out before, as it was when the act was committed (I2, I5).
+///
+/// # Errors
+/// It is gone or was changed, or the database is away.
+pub async fn read_record(store: &dyn Store, (reference, leaf): (AuditReference, AuditLeaf)) -> Result<AuditRecord, ServiceError> {
+    let gone = || ServiceError::Internal("the audit record of a past request is missing or was changed (I2): run `kms audit scrub`".to_owned());
+    let rows = store.audit_of_writer(reference.writer, reference.sequence, 1).await?;
+    let row = rows.first().filter(|row| row.sequence == reference.sequence && AuditLeaf::of(&row.record) == leaf).ok_or_else(gone)?;
+    AuditRecord::decode(row.record.as_slice()).map_err(|_| gone())
 }
 
 /// As many waiting acts as one transaction takes.

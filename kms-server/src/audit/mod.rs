@@ -6,6 +6,6 @@ mod refusals;
 mod view;
 
 pub use chain::{AuditKey, AuditLeaf};
-pub use committer::{Committed, Committer, CommitterSettings};
-pub(crate) use committer::{decode_reference, event_kind};
+pub(crate) use committer::event_kind;
+pub use committer::{Committed, Committer, CommitterSettings, past_record, read_record};
 pub use view::{Actor, CounterOf, View};

@@ -34,11 +34,19 @@ struct Counted {
 
 impl Refusals {
     pub(super) fn note(&mut self, refusal: Refusal, now: UnixMillis) {
-        // Past the bound, what differs in detail is counted together.
-        let refusal = if self.known.len() < MOST_KINDS || self.known.contains_key(&refusal) {
+        // Past the bounds, what differs in detail is counted together: for each principal by itself, so that none hides what others do.
+        let kin = |known: &&Refusal| known.principal == refusal.principal && known.security_event == refusal.security_event;
+        let most = if refusal.security_event { MOST_EVENTS } else { MOST_KINDS_OF_ONE };
+        let refusal = if self.known.contains_key(&refusal) || (self.known.len() < MOST_KINDS && self.known.keys().filter(kin).count() < most) {
             refusal
         } else {
-            Refusal { principal: String::new(), action: "any".to_owned(), reason: "more kinds of refusal than are counted apart".to_owned(), ..refusal }
+            let principal = if self.known.len() < MOST_KINDS { refusal.principal } else { String::new() };
+            Refusal {
+                principal,
+                action: "any".to_owned(),
+                reason: "more kinds of refusal than are counted apart".to_owned(),
+                security_event: refusal.security_event,
+            }
         };
         let counted = self.known.entry(refusal).or_insert(Counted { unwritten: 0, first: now, written: None });
         if counted.unwritten == 0 {
@@ -86,7 +94,11 @@ impl Refusal {
 }
 
 const PERIOD: Duration = Duration::from_secs(60);
-const MOST_KINDS: usize = 1_024;
+/// Kinds of all principals together, and of one.
+const MOST_KINDS: usize = 4_096;
+const MOST_KINDS_OF_ONE: usize = 32;
+/// Security events of one principal that are told apart: each names its row.
+const MOST_EVENTS: usize = 512;
 
 #[cfg(test)]
 mod tests {
@@ -117,6 +129,6 @@ mod tests {
         for number in 0..10_000 {
             refusals.note(refusal(&number.to_string()), UnixMillis(1));
         }
-        assert!(refusals.known.len() <= MOST_KINDS + 1);
+        assert!(refusals.known.len() <= MOST_KINDS_OF_ONE + 1);
     }
 }

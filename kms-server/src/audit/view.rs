@@ -7,13 +7,13 @@ use std::{
 };
 
 use kms_domain::{
-    ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterKey, CounterPlace, CounterState, Generation, Group, GroupId, IslandName, KeyType, KeyVersionNumber, Lease,
-    LiveChunk, Meter, Principal, PrincipalId, RequestId, RowId, SealKey, SecuritySetupId, SystemTitle, UnixMillis, WriterId,
+    ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterKey, CounterPlace, CounterState, Generation, Group, GroupId, IslandName, KeyType,
+    KeyVersionNumber, Lease, LiveChunk, Meter, Principal, PrincipalId, RequestId, RowId, SealKey, SecuritySetupId, SystemTitle, UnixMillis, WriterId,
 };
 use kms_proto::v1::{AuditRecord, audit_record::Event};
 use kms_store::{
-    FingerprintOwner, FingerprintPrefix, GrantRevocation, GrantRow, Lookup, ReadSet, Reads, RequestKey, RequestRow, RowKind, SealedRow,
-    ShipmentRefusal, ShipmentRow, UploadId,
+    FingerprintOwner, FingerprintPrefix, GrantRevocation, GrantRow, Lookup, ReadSet, Reads, RequestKey, RequestRow, RowKind, SealedRow, ShipmentRefusal,
+    ShipmentRow, UploadId,
 };
 
 use super::{
@@ -166,7 +166,9 @@ impl View<'_, '_> {
         let now = self.now();
         match self.principal(&caller.principal)? {
             Some(principal) if principal.accepts(&caller.certificate_sha256, now) => Ok(principal),
-            _ => Err(ServiceError::Unauthenticated { reason: "the certificate is not one of an enabled principal of this island; ask a security officer".to_owned() }),
+            _ => Err(ServiceError::Unauthenticated {
+                reason: "the certificate is not one of an enabled principal of this island; ask a security officer".to_owned(),
+            }),
         }
     }
 
@@ -263,7 +265,7 @@ impl View<'_, '_> {
             return Ok(Some(row.clone()));
         }
         match self.base.read.request(key) {
-            Lookup::Present(row) => Ok(Some(row.clone())),
+            Lookup::Present(row) => self.open_request(key, row).map(Some),
             Lookup::Absent => Ok(None),
             Lookup::NotRead => {
                 self.base.missing.requests.push(key.clone());
@@ -283,7 +285,11 @@ impl View<'_, '_> {
     /// The row was not read yet.
     pub fn grant(&mut self, id: kms_domain::GrantId) -> Result<Option<GrantRow>, ServiceError> {
         match self.base.read.grant(id) {
-            Lookup::Present(row) => Ok(Some(row.clone())),
+            Lookup::Present(row) => {
+                // An earlier act of the same transaction may have revoked it.
+                let revoked = self.base.revocations.iter().chain(&self.staged.revocations).find(|revocation| revocation.id == id);
+                Ok(Some(GrantRow { revoked: row.revoked.or_else(|| revoked.map(|revocation| revocation.revoked)), ..row.clone() }))
+            }
             Lookup::Absent => Ok(None),
             Lookup::NotRead => {
                 self.base.missing.grants.push(id);
@@ -465,6 +471,23 @@ impl View<'_, '_> {
         Ok(value)
     }
 
+    /// A request's row as this island wrote it, without its seal (I5): else whoever writes the database could have an old grant carried out
+    /// again under another request, past I2 and I4.
+    fn open_request(&mut self, key: &RequestKey, row: &RequestRow) -> Result<RequestRow, ServiceError> {
+        let opened = row.outcome.split_first_chunk::<16>().filter(|(seal, outcome)| {
+            let expected = self.base.seal.seal_request(&key.principal, key.request, key.chunk, &row.digest, outcome);
+            aws_lc_rs::constant_time::verify_slices_are_equal(&expected, seal.as_slice()).is_ok()
+        });
+        match opened {
+            Some((_, outcome)) => Ok(RequestRow { outcome: outcome.to_vec(), ..row.clone() }),
+            None => {
+                let refusal = self.refusal(format!("the row of request {} does not verify", key.request), true);
+                self.base.refusals.push(refusal);
+                Err(ServiceError::denied(self.actor.action))
+            }
+        }
+    }
+
     fn put(&mut self, id: RowId, value: Value, reprojected: bool) -> Result<(), ServiceError> {
         self.open(id.clone())?;
         let before = self.staged.rows.get(&id).or_else(|| self.base.rows.get(&id));
@@ -554,7 +577,9 @@ pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKey, seen
         }
         return Ok(Opened { generation: None, value: None, changed: false, reprojected: false });
     };
-    let generation = i64::try_from(row.generation).map_err(|_| "generation out of range".to_owned()).and_then(|number| Generation::from_i64(number).map_err(|error| error.to_string()))?;
+    let generation = i64::try_from(row.generation)
+        .map_err(|_| "generation out of range".to_owned())
+        .and_then(|number| Generation::from_i64(number).map_err(|error| error.to_string()))?;
     let stored = kms_domain::RowSeal::from_octets(&row.seal).map_err(|error| error.to_string())?;
     seal.verify(id, generation, &row.body, &stored).map_err(|error| error.to_string())?;
     // I5: a row older than this server has seen was put back.

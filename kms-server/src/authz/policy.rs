@@ -85,10 +85,12 @@ impl Policy {
     /// Whether the principal may do this.
     // I8: what is not permitted, what fails to evaluate, and what does not fit the schema is denied.
     pub fn permits(&self, principal: &PrincipalFacts, action: &Action, resource: &Resource<'_>) -> Decision {
-        self.decisions.of(principal, action, resource, || self.decide(principal, action, resource).unwrap_or_else(|error| {
-            tracing::error!(%error, action = action.name(), principal = %principal.principal, "a policy decision failed, so the request is denied");
-            Decision::Deny
-        }))
+        self.decisions.of(principal, action, resource, || {
+            self.decide(principal, action, resource).unwrap_or_else(|error| {
+                tracing::error!(%error, action = action.name(), principal = %principal.principal, "a policy decision failed, so the request is denied");
+                Decision::Deny
+            })
+        })
     }
 
     /// As [`Self::permits`], as a result.
@@ -885,7 +887,9 @@ mod tests {
     fn what_can_harm_is_told_by_class_and_member() {
         use Criticality::{ImageTransfer, Ordinary, SecuritySetup, SupplyControl};
         let of = |service, class_id, member| Criticality::of(service, Some(&CosemTarget { class_id, obis: [0, 0, 96, 3, 0, 255], member }));
-        for (class_id, member, expected) in [(70, 1, SupplyControl), (64, 2, SecuritySetup), (18, 4, ImageTransfer), (9, 1, SupplyControl), (72, 7, SecuritySetup)] {
+        for (class_id, member, expected) in
+            [(70, 1, SupplyControl), (64, 2, SecuritySetup), (18, 4, ImageTransfer), (9, 1, SupplyControl), (72, 7, SecuritySetup)]
+        {
             assert_eq!(of(FrameService::Action, class_id, member), expected, "{class_id}");
         }
         for (class_id, member) in [(15, 1), (3, 1), (72, 1)] {

@@ -43,11 +43,7 @@ impl Caller {
         if certificate.not_after <= now {
             return refuse("the client certificate has expired; renew it and connect again");
         }
-        Ok(Self {
-            principal: certificate.principal.clone(),
-            certificate_sha256: certificate.sha256,
-            not_after: certificate.not_after,
-        })
+        Ok(Self { principal: certificate.principal.clone(), certificate_sha256: certificate.sha256, not_after: certificate.not_after })
     }
 
     /// Checks the caller against its sealed row, as every act does: so that a revocation acts on the next call of an open

@@ -37,7 +37,16 @@ pub(super) async fn main_job(head_end: &Profile, devices: &Path, client_title: S
     let session = connection.open_session(&transport_key, new_request_id(), title, terms, options).await?;
     let keys = session.keys.meter(title).ok_or("the envelope holds no keys of the meter")?;
     let counters = keys.counters.as_ref().ok_or("the envelope holds no counter lease")?;
-    step(2, "the server grants", &format!("{}, until {}, on the record as {}", session.keys.grant_id, clock(session.keys.not_after), hex::encode(session.audit_leaf.get(..8).unwrap_or_default())));
+    step(
+        2,
+        "the server grants",
+        &format!(
+            "{}, until {}, on the record as {}",
+            session.keys.grant_id,
+            clock(session.keys.not_after),
+            hex::encode(session.audit_leaf.get(..8).unwrap_or_default())
+        ),
+    );
     let names: Vec<String> = keys.keys.iter().map(|key| format!("{} version {}", key.key_type, key.version.map_or(0, |version| version.number()))).collect();
     let first = counters.next().unwrap_or_default();
     step(3, "the head-end opens", &format!("the envelope: {}; counters {first} to {}", names.join(", "), first + counters.remaining() - 1));

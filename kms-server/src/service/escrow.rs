@@ -10,7 +10,9 @@ use std::fmt;
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use aws_lc_rs::digest::{SHA256, digest};
 use aws_lc_rs::encoding::{AsDer, Pkcs8V1Der, PublicKeyX509Der};
-use aws_lc_rs::rsa::{KeySize, OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OaepPrivateDecryptingKey, OaepPublicEncryptingKey, PrivateDecryptingKey, PublicEncryptingKey};
+use aws_lc_rs::rsa::{
+    KeySize, OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OaepPrivateDecryptingKey, OaepPublicEncryptingKey, PrivateDecryptingKey, PublicEncryptingKey,
+};
 use kms_domain::{IslandName, ParseError};
 use kms_hsm::{OaepHash, TokenKey, WrappedRoot, WrappedRoots};
 use serde::{Deserialize, Serialize};
@@ -132,8 +134,14 @@ impl EscrowKey {
         let private = Zeroizing::new(private.as_ref().to_vec());
         let private_key = SealedPrivateKey::seal(&key, island, &spki, private)?;
         let rng = getrandom::rand_core::UnwrapErr(getrandom::SysRng);
-        let shares = Gf256::split_bytes(quorum.needed(), quorum.custodians(), key.as_slice(), rng).map_err(|error| EscrowError::Cryptography(format!("splitting: {error}")))?;
-        let shares = shares.into_iter().map(Zeroizing::new).zip(custodians).map(|(share, custodian)| EscrowShare::encrypt(island, &share, custodian)).collect::<Result<_, _>>()?;
+        let shares = Gf256::split_bytes(quorum.needed(), quorum.custodians(), key.as_slice(), rng)
+            .map_err(|error| EscrowError::Cryptography(format!("splitting: {error}")))?;
+        let shares = shares
+            .into_iter()
+            .map(Zeroizing::new)
+            .zip(custodians)
+            .map(|(share, custodian)| EscrowShare::encrypt(island, &share, custodian))
+            .collect::<Result<_, _>>()?;
         Ok(Self { spki, private_key, quorum, shares })
     }
 
@@ -196,7 +204,8 @@ impl EscrowDocument {
         }
         let damaged = |what: &str| EscrowError::Document(what.to_owned());
         let roots = self.roots.iter().map(|root| {
-            let key = TokenKey::of_label(&root.label, island).filter(|key| key.purpose.is_root()).ok_or_else(|| damaged("it names a root that no ceremony makes"))?;
+            let key =
+                TokenKey::of_label(&root.label, island).filter(|key| key.purpose.is_root()).ok_or_else(|| damaged("it names a root that no ceremony makes"))?;
             Ok(WrappedRoot { key, check_value: root.check_value.0.clone(), wrapped: root.wrapped.0.clone() })
         });
         Ok(Some(WrappedRoots {
@@ -249,9 +258,11 @@ impl EscrowDocument {
         if shares.len() < usize::from(self.needed) {
             return Err(EscrowError::Shares(format!("{} shares are given, {} are needed", shares.len(), self.needed)));
         }
-        let combined = Gf256::combine_bytes(shares.iter().map(|share| share.to_vec()).collect::<Vec<_>>()).map_err(|error| EscrowError::Shares(error.to_string()))?;
+        let combined =
+            Gf256::combine_bytes(shares.iter().map(|share| share.to_vec()).collect::<Vec<_>>()).map_err(|error| EscrowError::Shares(error.to_string()))?;
         let combined = Zeroizing::new(combined);
-        let key: Zeroizing<[u8; 32]> = Zeroizing::new(combined.as_slice().try_into().map_err(|_| EscrowError::Shares("they are not of an escrow file".to_owned()))?);
+        let key: Zeroizing<[u8; 32]> =
+            Zeroizing::new(combined.as_slice().try_into().map_err(|_| EscrowError::Shares("they are not of an escrow file".to_owned()))?);
         let private = self.private_key.open(&key, &island, &self.escrow_key.0)?;
         let pair = PrivateDecryptingKey::from_pkcs8(&private).map_err(|error| EscrowError::Document(format!("the private key: {error}")))?;
         Ok(OpenedEscrow { key: OaepPrivateDecryptingKey::new(pair).map_err(failed("the private key"))? })

@@ -5,16 +5,17 @@
 
 use std::{num::NonZeroU32, sync::Arc};
 
-use kms_dlms::{AuthenticationTag, CipheredApdu, CipheredTag, DlmsError, HlsGmac, InitiateRequest, KeySet, Nonce, Protection, SecurityControl, ServiceKind, ServiceRequest};
+use kms_dlms::{
+    AuthenticationTag, CipheredApdu, CipheredTag, DlmsError, HlsGmac, InitiateRequest, KeySet, Nonce, Protection, SecurityControl, ServiceKind, ServiceRequest,
+};
 use kms_domain::{KeyType, KeyVersionNumber, Lease, Meter, RequestId, SecuritySetupId, Slot, Standing, SystemTitle, UnixMillis};
 use kms_hsm::{FrameInput, FrameKeys, FrameParameters, HsmError, ProtectedFrame};
 use kms_proto::v1::{self, AuditRecord, FramesProtected, audit_record::Event};
 use kms_store::{AuditReference, Reads, RequestKey, RequestRow};
-use prost::Message as _;
 
-use super::grant::{counter_key, source};
+use super::grant::{counter_key, recorded_setup, setup_record, source};
 use crate::{
-    audit::{Actor, AuditLeaf, CounterOf, View, decode_reference},
+    audit::{Actor, AuditLeaf, CounterOf, View, past_record, read_record},
     authz::{Action, Caller, CosemTarget, FrameService as Service, PrincipalFacts, Purpose, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
@@ -99,7 +100,15 @@ impl FrameService {
     ///
     /// # Errors
     /// What concerns all: the caller, the request id, HSM or database. What concerns one frame is in its outcome.
-    pub async fn protect(&self, caller: &Caller, request: RequestId, digest: [u8; 32], purpose: Purpose, frames: Vec<PlainFrame>, supersede_lease: bool) -> Result<(Vec<FrameOutcome>, Option<AuditLeaf>), ServiceError> {
+    pub async fn protect(
+        &self,
+        caller: &Caller,
+        request: RequestId,
+        digest: [u8; 32],
+        purpose: Purpose,
+        frames: Vec<PlainFrame>,
+        supersede_lease: bool,
+    ) -> Result<(Vec<FrameOutcome>, Option<AuditLeaf>), ServiceError> {
         let key = RequestKey { principal: caller.principal.clone(), request, chunk: 0 };
         let reads = Reads {
             meters: frames.iter().map(|frame| frame.meter).collect(),
@@ -107,7 +116,8 @@ impl FrameService {
             requests: vec![key.clone()],
             ..Reads::default()
         };
-        let deciding = Deciding { island: self.island.clone(), caller: caller.clone(), key, digest, purpose, frames: frames.into(), supersede_lease, past: None };
+        let deciding =
+            Deciding { island: self.island.clone(), caller: caller.clone(), key, digest, purpose, frames: frames.into(), supersede_lease, past: None };
         let actor = || Actor::caller(caller, Some(request), "protectFrame");
         let mut first = deciding.clone();
         let mut committed = self.island.committer.act(actor(), reads.clone(), move |view| first.decide(view)).await?;
@@ -119,7 +129,8 @@ impl FrameService {
         let Decided::Frames(planned) = committed.value else {
             return Err(ServiceError::Internal("replayed frames were not decided".to_owned()));
         };
-        let jobs: Vec<(FrameKeys, FrameInput)> = planned.iter().filter_map(|planned| planned.as_ref().ok()).map(|plan| (plan.keys.clone(), plan.input.clone())).collect();
+        let jobs: Vec<(FrameKeys, FrameInput)> =
+            planned.iter().filter_map(|planned| planned.as_ref().ok()).map(|plan| (plan.keys.clone(), plan.input.clone())).collect();
         let mut protected = self.island.hsm.protect_batch(jobs).await?.into_iter();
         let outcomes = planned
             .into_iter()
@@ -150,14 +161,16 @@ impl FrameService {
         titles.dedup();
         let mut meters = std::collections::HashMap::new();
         for row in self.island.store.meters(&titles).await? {
-            // A row that does not verify is as good as absent (I5); the committer's log tells of it.
-            if let Ok(meter) = self.island.committer.open_meter(row.title, &row.row) {
-                meters.insert(row.title, meter);
-            }
+            match self.island.committer.open_meter(row.title, &row.row) {
+                Ok(meter) => meters.insert(row.title, meter),
+                // It may have been written between being read and being opened. One that does not verify again is as good as absent (I5).
+                Err(_) => self.island.meter(row.title).await.ok().flatten().and_then(|meter| meters.insert(row.title, meter)),
+            };
         }
         let opened: Vec<Result<Received, ServiceError>> =
             frames.into_iter().map(|frame| self.receive(&facts, purpose, meters.get(&frame.meter).map(AsRef::as_ref), frame)).collect();
-        let jobs: Vec<(FrameKeys, ProtectedFrame)> = opened.iter().filter_map(|received| received.as_ref().ok()).map(|received| (received.keys.clone(), received.frame.clone())).collect();
+        let jobs: Vec<(FrameKeys, ProtectedFrame)> =
+            opened.iter().filter_map(|received| received.as_ref().ok()).map(|received| (received.keys.clone(), received.frame.clone())).collect();
         let mut plain = self.island.hsm.unprotect_batch(jobs).await?.into_iter();
         Ok(opened
             .into_iter()
@@ -180,13 +193,10 @@ impl FrameService {
             .collect())
     }
 
-    async fn record(&self, reference: AuditReference) -> Result<Vec<v1::ProtectedFrame>, ServiceError> {
-        let gone = || ServiceError::Internal("the audit record of protected frames is missing (I2): run `kms audit scrub`".to_owned());
-        let rows = self.island.store.audit_of_writer(reference.writer, reference.sequence, 1).await?;
-        let row = rows.first().filter(|row| row.sequence == reference.sequence).ok_or_else(gone)?;
-        match AuditRecord::decode(row.record.as_slice()) {
-            Ok(AuditRecord { event: Some(Event::FramesProtected(event)), .. }) => Ok(event.frames),
-            _ => Err(gone()),
+    async fn record(&self, past: (AuditReference, AuditLeaf)) -> Result<Vec<v1::ProtectedFrame>, ServiceError> {
+        match read_record(self.island.store.as_ref(), past).await? {
+            AuditRecord { event: Some(Event::FramesProtected(event)), .. } => Ok(event.frames),
+            _ => Err(ServiceError::Internal("the record of past frames does not read".to_owned())),
         }
     }
 
@@ -247,7 +257,7 @@ struct Deciding {
 
 enum Decided {
     Frames(Vec<Result<PlannedFrame, ServiceError>>),
-    Replay(AuditReference),
+    Replay((AuditReference, AuditLeaf)),
 }
 
 /// A frame whose counter is recorded, to be protected.
@@ -261,6 +271,8 @@ struct PlannedFrame {
     service: Service,
     targets: Vec<CosemTarget>,
     client_title: SystemTitle,
+    setup: SecuritySetupId,
+    key_version: KeyVersionNumber,
 }
 
 impl Deciding {
@@ -270,10 +282,7 @@ impl Deciding {
             (Some(row), _) if row.digest != self.digest => {
                 return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request"));
             }
-            (Some(row), None) => {
-                let fault = || ServiceError::Internal("the record of a past request does not read".to_owned());
-                return decode_reference(&row.outcome).map(Decided::Replay).ok_or_else(fault);
-            }
+            (Some(row), None) => return past_record(&row.outcome).map(Decided::Replay),
             _ => {}
         }
         let facts = facts(&principal);
@@ -285,13 +294,13 @@ impl Deciding {
                 continue;
             }
             let known = past.as_ref().and_then(|frames| frames.clone().next()).filter(|known| known.meter == u64::from_be_bytes(frame.meter.octets()));
-            let counter = match (&self.past, known) {
+            let known = match (&self.past, known) {
                 (None, _) => None,
                 (Some(_), Some(known)) => {
                     if let Some(frames) = &mut past {
                         frames.next();
                     }
-                    Some(known.invocation_counter)
+                    Some(known.clone())
                 }
                 // It was refused then, and a replay protects nothing new.
                 (Some(_), None) => {
@@ -299,7 +308,7 @@ impl Deciding {
                     continue;
                 }
             };
-            planned.push(self.plan(view, &facts, frame, counter));
+            planned.push(self.plan(view, &facts, frame, known));
         }
         for error in planned.iter().filter_map(|planned| planned.as_ref().err()) {
             view.refuse(error.to_string());
@@ -313,19 +322,47 @@ impl Deciding {
         Ok(Decided::Frames(planned))
     }
 
-    /// Decides on one frame. `counter` is that of a frame that was protected before.
-    fn plan(&self, view: &mut View<'_, '_>, facts: &PrincipalFacts, frame: &PlainFrame, counter: Option<u32>) -> Result<PlannedFrame, ServiceError> {
+    /// Decides on one frame. `past` is its record, if it was protected before.
+    fn plan(
+        &self,
+        view: &mut View<'_, '_>,
+        facts: &PrincipalFacts,
+        frame: &PlainFrame,
+        past: Option<v1::ProtectedFrame>,
+    ) -> Result<PlannedFrame, ServiceError> {
         let (service, targets) = match &frame.content {
-            PlainContent::Challenge(_) => (Service::HlsChallenge, Vec::new()),
+            PlainContent::Challenge(challenge) => {
+                if resembles_request(challenge) {
+                    // I8: f(StoC) authenticates what it is given exactly as an authenticated-only APDU is: policy would be passed by.
+                    return Err(ServiceError::invalid(
+                        "frames.hls_challenge",
+                        "it could be a request to a meter; begin the association again for another challenge",
+                    ));
+                }
+                (Service::HlsChallenge, Vec::new())
+            }
             PlainContent::Apdu { apdu, .. } => read_service(apdu)?,
         };
         let meter = view.meter(frame.meter)?.ok_or_else(|| denied("protectFrame", frame.meter))?;
         self.require(facts, &meter, service, &targets)?;
-        let setup = setup_of(&meter, frame.setup)?;
+        let setup = past.as_ref().map_or_else(|| setup_of(&meter, frame.setup), |past| Ok(recorded_setup(past.security_setup)))?;
         let keys = frame_keys(&meter, setup)?;
-        let of = CounterOf { meter: meter.title, setup, key_type: KeyType::GUEK, version: keys.encryption_version, counter: counter_key(&self.island, &meter, setup, frame.client_title)? };
-        let counter = match counter {
-            Some(counter) => counter,
+        let of = CounterOf {
+            meter: meter.title,
+            setup,
+            key_type: KeyType::GUEK,
+            version: keys.encryption_version,
+            counter: counter_key(&self.island, &meter, setup, frame.client_title)?,
+        };
+        let counter = match past {
+            // I4: the same counter goes out again only with the same octets under the same key.
+            Some(past) if past.key_version != keys.encryption_version.number() => {
+                return Err(ServiceError::Aborted {
+                    reason: "the key was rotated since this request was answered".to_owned(),
+                    next_step: "ask again with a new request id".to_owned(),
+                });
+            }
+            Some(past) => past.invocation_counter,
             None => {
                 if !self.supersede_lease && view.leased_until(of)?.is_some() {
                     return Err(ServiceError::FailedPrecondition {
@@ -352,7 +389,19 @@ impl Deciding {
         };
         let parameters = FrameParameters::new(control.octet(), *Nonce::new(frame.client_title, counter).octets())?;
         let input = FrameInput { parameters, plaintext };
-        Ok(PlannedFrame { meter: meter.title, keys: keys.keys, input, control, tag, counter, service, targets, client_title: frame.client_title })
+        Ok(PlannedFrame {
+            meter: meter.title,
+            keys: keys.keys,
+            input,
+            control,
+            tag,
+            counter,
+            service,
+            targets,
+            client_title: frame.client_title,
+            setup,
+            key_version: keys.encryption_version,
+        })
     }
 
     /// I8: each object that the frame touches must be permitted.
@@ -370,9 +419,15 @@ impl PlannedFrame {
     fn assemble(&self, frame: &ProtectedFrame) -> Result<Vec<u8>, DlmsError> {
         match self.tag {
             None => Ok(HlsGmac { suite: self.control.suite, counter: self.counter, tag: AuthenticationTag(frame.tag) }.octets().to_vec()),
-            Some((tag, system_title)) => {
-                CipheredApdu { tag, system_title, control: self.control, counter: self.counter, content: &frame.text, authentication_tag: AuthenticationTag(frame.tag) }.octets()
+            Some((tag, system_title)) => CipheredApdu {
+                tag,
+                system_title,
+                control: self.control,
+                counter: self.counter,
+                content: &frame.text,
+                authentication_tag: AuthenticationTag(frame.tag),
             }
+            .octets(),
         }
     }
 
@@ -387,6 +442,8 @@ impl PlannedFrame {
                 .map(|target| v1::CosemTarget { class_id: u32::from(target.class_id), obis: target.obis.to_vec().into(), member: i32::from(target.member) })
                 .collect(),
             service: self.service.name().to_owned(),
+            security_setup: setup_record(self.setup),
+            key_version: self.key_version.number(),
         }
     }
 }
@@ -414,10 +471,9 @@ fn frame_keys(meter: &Meter, setup: SecuritySetupId) -> Result<SetupKeys, Servic
 }
 
 fn setup_of(meter: &Meter, setup: Option<SecuritySetupId>) -> Result<SecuritySetupId, ServiceError> {
-    setup.or_else(|| meter.slots.iter().next().map(Slot::setup)).ok_or_else(|| ServiceError::FailedPrecondition {
-        reason: "the meter has no keys".to_owned(),
-        next_step: "import its shipment".to_owned(),
-    })
+    setup
+        .or_else(|| meter.slots.iter().next().map(Slot::setup))
+        .ok_or_else(|| ServiceError::FailedPrecondition { reason: "the meter has no keys".to_owned(), next_step: "import its shipment".to_owned() })
 }
 
 fn read_service(apdu: &[u8]) -> Result<(Service, Vec<CosemTarget>), ServiceError> {
@@ -437,6 +493,13 @@ fn read_service(apdu: &[u8]) -> Result<(Service, Vec<CosemTarget>), ServiceError
         ServiceKind::Initiate => Service::Initiate,
     };
     Ok((service, request.targets.iter().map(|target| CosemTarget { class_id: target.class_id, obis: target.obis, member: target.member }).collect()))
+}
+
+/// Whether a challenge could pass for the plain form of a request: get, set, action, access, read, write, by its first octets, since meters may
+/// not look at what follows. Meters make challenges at random; fewer than one in a hundred is refused.
+fn resembles_request(challenge: &[u8]) -> bool {
+    matches!(challenge, [0xC0, 1..=3, ..] | [0xC1, 1..=5, ..] | [0xC3, 1..=6, ..] | [0xD9 | 0xE0, ..] | [0x05 | 0x06 | 0x16, 1..=16, 2 | 4, ..])
+        || ServiceRequest::parse(challenge).is_ok()
 }
 
 /// The same answer for a meter that does not exist and one that the caller may not use.

@@ -19,7 +19,7 @@ use kms_store::{AuditReference, GrantFilter, GrantRevocation, GrantRow, Reads, R
 use prost::Message as _;
 
 use crate::{
-    audit::{Actor, AuditLeaf, CounterOf, View, decode_reference},
+    audit::{Actor, AuditLeaf, CounterOf, View, past_record, read_record},
     authz::{Action, Caller, Policy, PrincipalFacts, Purpose, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
@@ -129,7 +129,8 @@ impl GrantService {
     /// # Errors
     /// Not permitted, or the database is away.
     pub async fn list(&self, caller: &Caller, query: GrantQuery) -> Result<Vec<v1::Grant>, ServiceError> {
-        let own = query.principal.as_ref() == Some(&caller.principal) || (query.principal.is_none() && matches!(caller.principal.role(), Role::HeadEnd | Role::Handheld));
+        let own = query.principal.as_ref() == Some(&caller.principal)
+            || (query.principal.is_none() && matches!(caller.principal.role(), Role::HeadEnd | Role::Handheld));
         self.island.require(caller, &Action::ListGrants { own }).await?;
         let principal = if own { Some(caller.principal.clone()) } else { query.principal };
         let filter = GrantFilter { principal, live_at: query.only_live.then(Island::now), ..GrantFilter::default() };
@@ -159,13 +160,10 @@ impl GrantService {
         Ok(self.island.committer.act(Actor::caller(caller, Some(request), "revokeGrant"), reads, decide).await?.value)
     }
 
-    async fn record(&self, reference: AuditReference) -> Result<PastGrant, ServiceError> {
-        let gone = || ServiceError::Internal("the audit record of a grant is missing (I2): run `kms audit scrub`".to_owned());
-        let rows = self.island.store.audit_of_writer(reference.writer, reference.sequence, 1).await?;
-        let row = rows.first().filter(|row| row.sequence == reference.sequence).ok_or_else(gone)?;
-        match AuditRecord::decode(row.record.as_slice()) {
-            Ok(AuditRecord { event: Some(Event::KeysGranted(event)), time_ms, .. }) => Ok(PastGrant { event, issued: UnixMillis(time_ms), leaf: AuditLeaf::of(&row.record) }),
-            _ => Err(gone()),
+    async fn record(&self, past: (AuditReference, AuditLeaf)) -> Result<PastGrant, ServiceError> {
+        match read_record(self.island.store.as_ref(), past).await? {
+            AuditRecord { event: Some(Event::KeysGranted(event)), time_ms, .. } => Ok(PastGrant { event, issued: UnixMillis(time_ms), leaf: past.1 }),
+            _ => Err(record_fault()),
         }
     }
 
@@ -268,7 +266,7 @@ enum Decided {
     /// To be carried out.
     Grant(Box<Plan>),
     /// Carried out before; the record has the details.
-    Replay(AuditReference),
+    Replay((AuditReference, AuditLeaf)),
 }
 
 /// A recorded grant, to be carried out.
@@ -321,14 +319,17 @@ impl Deciding {
             (Some(row), _) if row.digest != self.chunk.digest => {
                 return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request"));
             }
-            (Some(row), None) => return self.replayed(&row),
+            (Some(row), None) => return past_record(&row.outcome).map(Decided::Replay),
             (Some(_), Some(past)) => Some(past),
         };
         let (grant, issued, not_after) = match &past {
             Some(past) => {
                 let grant = GrantId::from_octets(&past.event.grant_id).map_err(|_| record_fault())?;
-                if view.grant(grant)?.is_some_and(|row| row.revoked.is_some()) {
-                    return Err(ServiceError::Aborted { reason: "the grant of this request was revoked".to_owned(), next_step: "ask again with a new request id".to_owned() });
+                if view.grant(grant)?.is_none_or(|row| row.revoked.is_some()) {
+                    return Err(ServiceError::Aborted {
+                        reason: "the grant of this request was revoked".to_owned(),
+                        next_step: "ask again with a new request id".to_owned(),
+                    });
                 }
                 (grant, past.issued, UnixMillis(past.event.not_after_ms))
             }
@@ -378,14 +379,17 @@ impl Deciding {
         Ok(Decided::Grant(Box::new(plan)))
     }
 
-    fn replayed(&self, row: &RequestRow) -> Result<Decided, ServiceError> {
-        decode_reference(&row.outcome).map(Decided::Replay).ok_or_else(record_fault)
-    }
-
     /// Decides on one meter.
-    fn grant(&self, view: &mut View<'_, '_>, title: SystemTitle, principal: &Principal, not_after: UnixMillis, permissions: &mut Permissions<'_>) -> Result<PlannedMeter, ServiceError> {
+    fn grant(
+        &self,
+        view: &mut View<'_, '_>,
+        title: SystemTitle,
+        principal: &Principal,
+        not_after: UnixMillis,
+        permissions: &mut Permissions<'_>,
+    ) -> Result<PlannedMeter, ServiceError> {
         let terms = &self.chunk.terms;
-        let mut meter = view.meter(title)?.ok_or_else(|| denied(title))?;
+        let meter = view.meter(title)?.ok_or_else(|| denied(title))?;
         permissions.require(&meter.class, title)?;
         let setup = terms.setup.or_else(|| meter.slots.iter().next().map(Slot::setup)).ok_or_else(|| no_key(&terms.key_types, None))?;
         let mut keys = Vec::with_capacity(terms.key_types.len() + 1);
@@ -393,47 +397,79 @@ impl Deciding {
         for key_type in &terms.key_types {
             let slot = meter.slots.get(setup, *key_type).ok_or_else(|| no_key(&[*key_type], Some(setup)))?;
             // Only the active version: a pre-active one is granted to nobody (I3), and earlier candidates are for those who probe.
-            let version = slot.grantable().find(|grantable| grantable.standing == Standing::Active).map(|grantable| grantable.version).ok_or_else(|| no_key(&[*key_type], Some(setup)))?;
+            let version = slot
+                .grantable()
+                .find(|grantable| grantable.standing == Standing::Active)
+                .map(|grantable| grantable.version)
+                .ok_or_else(|| no_key(&[*key_type], Some(setup)))?;
             let party = Party::Principal(principal.id.clone());
             if !version.exposures().iter().any(|exposure| exposure.party == party && exposure.reason == kms_domain::ExposureReason::Grant) {
                 unexposed.push((*key_type, version.number()));
             }
-            keys.push(PlannedKey { key_type: *key_type, version: Some(version.number()), source: source(meter.owner(), slot, version)?, in_doubt: slot.in_doubt() });
-        }
-        if !unexposed.is_empty() {
-            // The first grant of a version to a principal is written into the ledger; later ones change nothing.
-            let changed = Arc::make_mut(&mut meter);
-            for (key_type, version) in unexposed {
-                let version = changed.slots.get_mut(setup, key_type).and_then(|slot| slot.version_mut(version)).map_err(|error| ServiceError::Internal(error.to_string()))?;
-                version.expose(Party::Principal(principal.id.clone()), kms_domain::ExposureReason::Grant, view.now());
-            }
-            view.put_meter(changed.clone(), false)?;
+            keys.push(PlannedKey {
+                key_type: *key_type,
+                version: Some(version.number()),
+                source: source(meter.owner(), slot, version)?,
+                in_doubt: slot.in_doubt(),
+            });
         }
         if terms.dedicated_key {
             keys.push(dedicated(meter.suite));
         }
-        let lease = match (terms.client_title, keys.iter().find(|key| matches!(key.key_type, KeyType::GUEK | KeyType::GBEK)).and_then(|key| Some((key.key_type, key.version?)))) {
+        let lease = match (
+            terms.client_title,
+            keys.iter().find(|key| matches!(key.key_type, KeyType::GUEK | KeyType::GBEK)).and_then(|key| Some((key.key_type, key.version?))),
+        ) {
             (Some(client), Some((key_type, version))) => {
                 let of = CounterOf { meter: title, setup, key_type, version, counter: counter_key(&self.island, &meter, setup, client)? };
                 Some((client, version, view.lease(of, terms.counters, not_after)?))
             }
             _ => None,
         };
+        if !unexposed.is_empty() {
+            // The first grant of a version to a principal is written into the ledger; later ones change nothing. The lease may have changed the
+            // row, so it is read anew.
+            let mut meter = view.meter(title)?.ok_or_else(|| denied(title))?;
+            let changed = Arc::make_mut(&mut meter);
+            for (key_type, version) in unexposed {
+                let version = changed
+                    .slots
+                    .get_mut(setup, key_type)
+                    .and_then(|slot| slot.version_mut(version))
+                    .map_err(|error| ServiceError::Internal(error.to_string()))?;
+                version.expose(Party::Principal(principal.id.clone()), kms_domain::ExposureReason::Grant, view.now());
+            }
+            view.put_meter(changed.clone(), false)?;
+        }
         Ok(PlannedMeter { title, setup, suite: meter.suite, keys, lease })
     }
 
     /// The same again, as recorded: permitted still, the versions still grantable, the lease still the newest.
-    fn repeat(&self, view: &mut View<'_, '_>, title: SystemTitle, granted: &GrantedMeter, permissions: &mut Permissions<'_>) -> Result<PlannedMeter, ServiceError> {
+    fn repeat(
+        &self,
+        view: &mut View<'_, '_>,
+        title: SystemTitle,
+        granted: &GrantedMeter,
+        permissions: &mut Permissions<'_>,
+    ) -> Result<PlannedMeter, ServiceError> {
         let terms = &self.chunk.terms;
-        let overtaken = |what: &str| ServiceError::Aborted { reason: format!("{what} since this request was answered"), next_step: "ask again with a new request id".to_owned() };
+        let overtaken = |what: &str| ServiceError::Aborted {
+            reason: format!("{what} since this request was answered"),
+            next_step: "ask again with a new request id".to_owned(),
+        };
         let meter = view.meter(title)?.ok_or_else(|| denied(title))?;
         permissions.require(&meter.class, title)?;
-        let setup = terms.setup.or_else(|| meter.slots.iter().next().map(Slot::setup)).ok_or_else(|| no_key(&terms.key_types, None))?;
+        let setup = recorded_setup(granted.security_setup);
         let mut keys = Vec::with_capacity(terms.key_types.len() + 1);
         for (key_type, number) in terms.key_types.iter().zip(&granted.versions) {
             let slot = meter.slots.get(setup, *key_type).ok_or_else(|| overtaken("the key is gone"))?;
             let version = slot.active().filter(|version| version.number().number() == *number).ok_or_else(|| overtaken("the key was rotated"))?;
-            keys.push(PlannedKey { key_type: *key_type, version: Some(version.number()), source: source(meter.owner(), slot, version)?, in_doubt: slot.in_doubt() });
+            keys.push(PlannedKey {
+                key_type: *key_type,
+                version: Some(version.number()),
+                source: source(meter.owner(), slot, version)?,
+                in_doubt: slot.in_doubt(),
+            });
         }
         if terms.dedicated_key {
             keys.push(dedicated(meter.suite));
@@ -544,6 +580,7 @@ impl PlannedMeter {
             versions: self.keys.iter().filter_map(|key| key.version).map(KeyVersionNumber::number).collect(),
             lease_first: self.lease.map_or(0, |(_, _, lease)| lease.first),
             lease_count: self.lease.map_or(0, |(_, _, lease)| lease.count),
+            security_setup: setup_record(self.setup),
         }
     }
 }
@@ -616,11 +653,26 @@ pub fn source(owner: Owner, slot: &Slot, version: &KeyVersion) -> Result<KeySour
     }
 }
 
+/// A security setup as audit records carry it: `b × 256 + e`.
+pub(super) fn setup_record(setup: SecuritySetupId) -> u32 {
+    u32::from(u16::from_be_bytes(setup.octets()))
+}
+
+/// The security setup of an audit record.
+pub(super) fn recorded_setup(setup: u32) -> SecuritySetupId {
+    let [_, _, b, e] = setup.to_be_bytes();
+    SecuritySetupId::from_octets([b, e])
+}
+
 /// Which counter a client title uses with a meter's security setup: its own, or the setup's only one (device profile).
 ///
 /// # Errors
 /// This server does not know the meter's device profile.
 pub fn counter_key(island: &Island, meter: &Meter, setup: SecuritySetupId, client: SystemTitle) -> Result<CounterKey, ServiceError> {
+    if client == meter.title {
+        // I4: the nonces of the meter's own answers are not a client's to use.
+        return Err(ServiceError::denied(format!("a client title that is the meter's own, {client}")));
+    }
     let profile = island.profiles.get(&meter.class.profile).and_then(|profile| profile.setup(setup)).ok_or_else(|| ServiceError::FailedPrecondition {
         reason: format!("the device profile `{}` with security setup {setup} is not among this server's", meter.class.profile),
         next_step: "add its file to the folder of device profiles on every server".to_owned(),
@@ -640,7 +692,10 @@ pub(super) fn denied(title: SystemTitle) -> ServiceError {
 fn no_key(key_types: &[KeyType], setup: Option<SecuritySetupId>) -> ServiceError {
     let names: Vec<String> = key_types.iter().map(ToString::to_string).collect();
     let place = setup.map(|setup| format!(" in security setup {setup}")).unwrap_or_default();
-    ServiceError::FailedPrecondition { reason: format!("the meter has no active {}{place}", names.join(", ")), next_step: "look at its slots with `kms meter show`".to_owned() }
+    ServiceError::FailedPrecondition {
+        reason: format!("the meter has no active {}{place}", names.join(", ")),
+        next_step: "look at its slots with `kms meter show`".to_owned(),
+    }
 }
 
 fn record_fault() -> ServiceError {

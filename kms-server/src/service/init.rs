@@ -14,11 +14,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kms_domain::{
-    ChunkSize, ClassRoots, DiversificationRoot, Island as IslandRow, IslandKind, IslandName, KeyClass, KeyDerivation, Principal, PrincipalStatus, SealKey, SealRootKey,
+    ChunkSize, ClassRoots, DiversificationRoot, Island as IslandRow, IslandKind, IslandName, KeyClass, KeyDerivation, Principal, PrincipalStatus, SealKey,
+    SealRootKey,
 };
 use kms_hsm::{
-    EscrowPackage, Hsm, HsmError, KeyFingerprint, Module, Pin, PinSource, ProcessPinMemory, Purpose, RootVersion, TokenKey, TokenSelector, TokenSettings, WrappedRoot,
-    WrappedRoots, create_roots, create_standby_transport, install_wrapped_roots,
+    EscrowPackage, Hsm, HsmError, KeyFingerprint, Module, Pin, PinSource, ProcessPinMemory, RootVersion, StandbyToken, TokenKey, TokenSelector, TokenSettings,
+    WrappedRoot, WrappedRoots, create_roots, create_standby_transport, install_wrapped_roots,
 };
 use kms_proto::v1::{CeremonyHeld, Fingerprint, PrincipalChanged, audit_record::Event};
 use kms_store::{Reads, RowKind, Store, StoreError};
@@ -93,7 +94,7 @@ impl CeremonyPlan {
             classes: KeyClass::WITH_ROOTS.into_iter().chain([KeyClass::Ca]).collect(),
             general: true,
             escrow_public_key: escrow.document.escrow_key().to_vec(),
-            standby_public_keys: copies.iter().map(|(_, _, _, public)| public.clone()).collect(),
+            standby: copies.iter().map(|(copy, _, _, public)| StandbyToken { public_key: public.clone(), classes: copy.classes.clone() }).collect(),
         };
         let previous = state.previous(&self.island, escrow, copies.len())?;
         let persist = |package: &EscrowPackage| {
@@ -108,14 +109,7 @@ impl CeremonyPlan {
         let mut fingerprints = vec![KeyFingerprint { label: ESCROW_KEY_LABEL.to_owned(), kind: "SHA-256", value: escrow_key }];
         fingerprints.extend(result.fingerprints);
         for ((copy, module, pin, _), wrapped) in copies.iter().zip(&result.package.standby) {
-            // Each token gets the roots of its classes, and the seal: a server without it could not read a row.
-            let wanted = |purpose: Purpose| match purpose {
-                Purpose::Diversification(class) | Purpose::StorageKek(class) => copy.classes.contains(&class),
-                other => other.is_root(),
-            };
-            let roots = wrapped.roots.iter().filter(|root| wanted(root.key.purpose)).cloned().collect();
-            let wrapped = WrappedRoots { roots, ..wrapped.clone() };
-            let installed = install_wrapped_roots(module, &copy.token.selector, pin, &self.island, &wrapped)?;
+            let installed = install_wrapped_roots(module, &copy.token.selector, pin, &self.island, wrapped)?;
             let token = &copy.token.selector.label;
             fingerprints.extend(installed.into_iter().map(|print| KeyFingerprint { label: format!("{} (copy in {token})", print.label), ..print }));
         }
@@ -132,7 +126,8 @@ impl CeremonyPlan {
     ) -> Result<(CertificateDer<'static>, Vec<IssuedCertificate>), InitError> {
         let now = Island::now();
         let authority = match state.read("root.pem")? {
-            Some(text) => CertificateAuthority::from_der(&CertificateDer::from_pem_slice(&text).map_err(|_| state.damaged("root.pem"))?).map_err(|_| state.damaged("root.pem"))?,
+            Some(text) => CertificateAuthority::from_der(&CertificateDer::from_pem_slice(&text).map_err(|_| state.damaged("root.pem"))?)
+                .map_err(|_| state.damaged("root.pem"))?,
             None => {
                 let point = hsm.public_key(CA_KEY).await?;
                 let root = CertificateAuthority::root(&self.island, point, Validity::days(now, ROOT_DAYS))?.sign(hsm).await?;
@@ -162,7 +157,13 @@ impl CeremonyPlan {
     }
 
     /// The island's row, the principals' rows and the record, in one act.
-    async fn record(&self, hsm: &Hsm, derivation: Option<KeyDerivation>, fingerprints: &[KeyFingerprint], certificates: &[IssuedCertificate]) -> Result<(), InitError> {
+    async fn record(
+        &self,
+        hsm: &Hsm,
+        derivation: Option<KeyDerivation>,
+        fingerprints: &[KeyFingerprint],
+        certificates: &[IssuedCertificate],
+    ) -> Result<(), InitError> {
         let store = kms_store::open(&self.storage.store).await?;
         let result = self.record_in(&store, hsm, derivation, fingerprints, certificates).await;
         store.close().await;
@@ -188,18 +189,11 @@ impl CeremonyPlan {
 
         let row = self.row(derivation, fingerprints);
         let held = CeremonyHeld {
-            fingerprints: fingerprints
-                .iter()
-                .map(|print| Fingerprint { name: print.label.clone(), sha256: print.value.clone().into() })
-                .collect(),
+            fingerprints: fingerprints.iter().map(|print| Fingerprint { name: print.label.clone(), sha256: print.value.clone().into() }).collect(),
             development: self.kind == IslandKind::Development,
         };
-        let principals: Vec<(Principal, String)> = self
-            .principals
-            .iter()
-            .zip(certificates)
-            .map(|(first, issued)| (first.row(issued), hex::encode(&issued.serial)))
-            .collect();
+        let principals: Vec<(Principal, String)> =
+            self.principals.iter().zip(certificates).map(|(first, issued)| (first.row(issued), hex::encode(&issued.serial))).collect();
         let mut sealed: Vec<_> = principals.iter().map(|(principal, _)| principal_row(&principal.id)).collect();
         sealed.push((RowKind::Island, self.island.as_str().as_bytes().to_vec()));
         let reads = Reads { sealed, ..Reads::default() };
@@ -271,6 +265,9 @@ impl CeremonyPlan {
     fn configuration(&self, state: &State) -> String {
         let quoted = |path: &Path| toml::Value::String(path.display().to_string()).to_string();
         let token = &self.token;
+        // The server may run in another folder. A bare name is searched for by the loader.
+        let bare = token.module.components().count() == 1;
+        let module = std::path::absolute(&token.module).ok().filter(|_| !bare).unwrap_or_else(|| token.module.clone());
         let serial = token.selector.serial.as_ref().map(|serial| format!("serial = {}\n", toml::Value::String(serial.clone()))).unwrap_or_default();
         let (development, hsm) = match self.kind {
             IslandKind::Development => ("allow_development_island = true\n", "[hsm]\nallow_cbc_expand = true\n\n"),
@@ -287,7 +284,7 @@ impl CeremonyPlan {
             key = quoted(&state.0.join(SERVER_KEY)),
             root = quoted(&state.0.join("root.pem")),
             storage = self.storage.section,
-            module = quoted(&token.module),
+            module = quoted(&module),
             label = toml::Value::String(token.selector.label.clone()),
             pin = token.pin.to_toml(),
         )
@@ -418,7 +415,8 @@ impl State {
                 key
             }
         };
-        let request = rcgen::CertificateParams::default().serialize_request(&key).map_err(|error| InitError::Service(ServiceError::Internal(error.to_string())))?;
+        let request =
+            rcgen::CertificateParams::default().serialize_request(&key).map_err(|error| InitError::Service(ServiceError::Internal(error.to_string())))?;
         CertificationRequest::parse(request.der()).map_err(|error| InitError::Service(ServiceError::Internal(error.to_string())))
     }
 }

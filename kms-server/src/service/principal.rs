@@ -57,7 +57,7 @@ impl Principals {
     /// Registers a principal and certifies its TLS key.
     ///
     /// # Errors
-    /// Not permitted; the principal exists; a client title is another's; or trouble of HSM or database.
+    /// Not permitted; the principal exists; a client title is another's or a meter's; or trouble of HSM or database.
     pub async fn add(&self, caller: &Caller, new: NewPrincipal) -> Result<v1::PrincipalCertificate, ServiceError> {
         let action = Action::AddPrincipal { role: new.id.role() };
         self.island.require(caller, &action).await?;
@@ -69,13 +69,16 @@ impl Principals {
             Some(request) => Some(self.authority.principal(&new.id, request, self.validity())?.sign(&self.island.hsm).await?),
             None => None,
         };
-        let digest = request_digest("add", &[
-            new.id.to_string().as_bytes(),
-            &new.certification.as_ref().map(CertificationRequest::spki_sha256).unwrap_or_default(),
-            new.person.as_ref().map_or("", PersonName::as_str).as_bytes(),
-            &new.client_titles.iter().flat_map(|title| title.octets()).collect::<Vec<_>>(),
-            new.shipment_key.as_deref().unwrap_or_default(),
-        ]);
+        let digest = request_digest(
+            "add",
+            &[
+                new.id.to_string().as_bytes(),
+                &new.certification.as_ref().map(CertificationRequest::spki_sha256).unwrap_or_default(),
+                new.person.as_ref().map_or("", PersonName::as_str).as_bytes(),
+                &new.client_titles.iter().flat_map(|title| title.octets()).collect::<Vec<_>>(),
+                new.shipment_key.as_deref().unwrap_or_default(),
+            ],
+        );
         let chain = self.chain();
         let (id, request) = (new.id.clone(), new.request);
         self.act(caller, request, action, digest, id, move |view, existing| {
@@ -84,6 +87,15 @@ impl Principals {
                     reason: format!("`{}` exists", new.id),
                     next_step: "renew its certificate, or choose another name: names are not used again".to_owned(),
                 });
+            }
+            // I4: under one key, frames with a meter's title as client title would repeat the nonces of the meter's own answers.
+            for title in &new.client_titles {
+                if view.meter(*title)?.is_some() {
+                    return Err(ServiceError::FailedPrecondition {
+                        reason: format!("the client title {title} is the system title of a meter"),
+                        next_step: "give the principal a system title that no device has".to_owned(),
+                    });
+                }
             }
             let principal = Principal {
                 id: new.id.clone(),
@@ -107,7 +119,13 @@ impl Principals {
     ///
     /// # Errors
     /// Not permitted, no such principal, a disabled one, or trouble of HSM or database.
-    pub async fn renew(&self, caller: &Caller, request: RequestId, id: PrincipalId, certification: &CertificationRequest) -> Result<v1::PrincipalCertificate, ServiceError> {
+    pub async fn renew(
+        &self,
+        caller: &Caller,
+        request: RequestId,
+        id: PrincipalId,
+        certification: &CertificationRequest,
+    ) -> Result<v1::PrincipalCertificate, ServiceError> {
         let action = Action::RenewPrincipal { role: id.role(), own: id == caller.principal };
         self.island.require(caller, &action).await?;
         let issued = self.authority.principal(&id, certification, self.validity())?.sign(&self.island.hsm).await?;
@@ -133,7 +151,12 @@ impl Principals {
     ///
     /// # Errors
     /// Not permitted, a key that is not EC P-256, or trouble of HSM or database.
-    pub async fn register_transport_key(&self, caller: &Caller, request: RequestId, certification: &CertificationRequest) -> Result<v1::PrincipalCertificate, ServiceError> {
+    pub async fn register_transport_key(
+        &self,
+        caller: &Caller,
+        request: RequestId,
+        certification: &CertificationRequest,
+    ) -> Result<v1::PrincipalCertificate, ServiceError> {
         let id = caller.principal.clone();
         let action = Action::RegisterTransportKey { role: id.role() };
         self.island.require(caller, &action).await?;
@@ -157,7 +180,9 @@ impl Principals {
     pub async fn disable(&self, caller: &Caller, request: RequestId, id: PrincipalId, reason: String) -> Result<v1::Principal, ServiceError> {
         let action = Action::DisablePrincipal { role: id.role(), own: id == caller.principal };
         self.island.require(caller, &action).await?;
-        if id.role() == Role::Officer && !self.all().await?.iter().any(|other| other.id.role() == Role::Officer && other.id != id && other.status == PrincipalStatus::Enabled) {
+        if id.role() == Role::Officer
+            && !self.all().await?.iter().any(|other| other.id.role() == Role::Officer && other.id != id && other.status == PrincipalStatus::Enabled)
+        {
             return Err(ServiceError::FailedPrecondition {
                 reason: format!("`{id}` is the last enabled officer, and nobody could administer the island afterwards"),
                 next_step: "add another officer first".to_owned(),
@@ -196,9 +221,19 @@ impl Principals {
     }
 
     /// Reads the caller's and the principal's rows, decides, writes the principal, the record and the answer.
-    async fn act<F>(&self, caller: &Caller, request: RequestId, action: Action, digest: [u8; 32], id: PrincipalId, mut change: F) -> Result<v1::PrincipalCertificate, ServiceError>
+    async fn act<F>(
+        &self,
+        caller: &Caller,
+        request: RequestId,
+        action: Action,
+        digest: [u8; 32],
+        id: PrincipalId,
+        mut change: F,
+    ) -> Result<v1::PrincipalCertificate, ServiceError>
     where
-        F: FnMut(&mut View<'_, '_>, Option<Arc<Principal>>) -> Result<(Principal, PrincipalChanged, Option<IssuedCertificate>, Vec<Bytes>), ServiceError> + Send + 'static,
+        F: FnMut(&mut View<'_, '_>, Option<Arc<Principal>>) -> Result<(Principal, PrincipalChanged, Option<IssuedCertificate>, Vec<Bytes>), ServiceError>
+            + Send
+            + 'static,
     {
         let key = RequestKey { principal: caller.principal.clone(), request, chunk: 0 };
         let reads = Reads { sealed: vec![principal_row(&caller.principal), principal_row(&id)], requests: vec![key.clone()], ..Reads::default() };
@@ -215,7 +250,8 @@ impl Principals {
                     if earlier.digest != digest {
                         return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one"));
                     }
-                    return v1::PrincipalCertificate::decode(earlier.outcome.as_slice()).map_err(|_| ServiceError::Internal("a remembered answer does not decode".to_owned()));
+                    return v1::PrincipalCertificate::decode(earlier.outcome.as_slice())
+                        .map_err(|_| ServiceError::Internal("a remembered answer does not decode".to_owned()));
                 }
                 let existing = view.principal(&id)?;
                 let (principal, record, issued, chain) = change(view, existing)?;
@@ -288,7 +324,13 @@ pub fn to_proto(principal: &Principal) -> v1::Principal {
         },
         person: principal.person.as_ref().map(|person| person.as_str().to_owned()).unwrap_or_default(),
         client_titles: principal.client_titles.iter().map(|title| Bytes::copy_from_slice(&title.octets())).collect(),
-        certificate_not_after_ms: principal.certificates.iter().map(|certificate: &PrincipalCertificate| certificate.not_after).max().unwrap_or(UnixMillis(0)).0,
+        certificate_not_after_ms: principal
+            .certificates
+            .iter()
+            .map(|certificate: &PrincipalCertificate| certificate.not_after)
+            .max()
+            .unwrap_or(UnixMillis(0))
+            .0,
         has_transport_key: principal.transport.is_some(),
         revision: u64::from(principal.revision),
     }
@@ -330,7 +372,9 @@ fn enabled(id: &PrincipalId, existing: Option<Arc<Principal>>) -> Result<Princip
     let principal = existing.as_deref().cloned().ok_or_else(|| unknown(id))?;
     match principal.status {
         PrincipalStatus::Enabled => Ok(principal),
-        PrincipalStatus::Disabled => Err(ServiceError::FailedPrecondition { reason: format!("`{id}` is disabled"), next_step: "add a principal with a new name".to_owned() }),
+        PrincipalStatus::Disabled => {
+            Err(ServiceError::FailedPrecondition { reason: format!("`{id}` is disabled"), next_step: "add a principal with a new name".to_owned() })
+        }
     }
 }
 

@@ -36,7 +36,9 @@ impl Conditions {
     /// Now, on this machine. `load_before`, where the load was looked at earlier.
     pub(crate) async fn now(directory: &Path, load_before: Option<f64>) -> Result<Self, Failure> {
         let text = |path: &str| fs::read_to_string(path).unwrap_or_default();
-        let field = |text: &str, name: &str| text.lines().find_map(|line| Some(line.strip_prefix(name)?.trim_start_matches([' ', '\t', ':']).trim().to_owned())).unwrap_or_default();
+        let field = |text: &str, name: &str| {
+            text.lines().find_map(|line| Some(line.strip_prefix(name)?.trim_start_matches([' ', '\t', ':']).trim().to_owned())).unwrap_or_default()
+        };
         let kib: f64 = field(&text("/proc/meminfo"), "MemTotal").trim_end_matches(" kB").parse().unwrap_or(f64::NAN);
         let mut connection = <sqlx::SqliteConnection as sqlx::Connection>::connect("sqlite::memory:").await?;
         Ok(Self {

@@ -94,7 +94,8 @@ impl<'a> Frames<'a> {
             ..PlainFrame::default()
         };
         // The meters have live leases from the grants before.
-        let request = ProtectRequest { request_id: request_id(), purpose: Purpose::Read.into(), frames: numbers.iter().map(frame).collect(), supersede_lease: true };
+        let request =
+            ProtectRequest { request_id: request_id(), purpose: Purpose::Read.into(), frames: numbers.iter().map(frame).collect(), supersede_lease: true };
         Ok(self.island.head_end.connection(self.next())?.frames().protect(request).await?.into_inner().results)
     }
 

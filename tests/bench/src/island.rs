@@ -98,7 +98,8 @@ impl Island {
             }
         };
         let vendor = VendorKey::generate()?;
-        add(&officer, AddPrincipalRequest { principal: MANUFACTURER.to_owned(), shipment_key: vendor.public_der()?.into(), ..AddPrincipalRequest::default() }).await?;
+        add(&officer, AddPrincipalRequest { principal: MANUFACTURER.to_owned(), shipment_key: vendor.public_der()?.into(), ..AddPrincipalRequest::default() })
+            .await?;
         let head_end = HeadEnd::register(&officer, profile, module).await?;
         let load = Load { server: server.id() };
         Ok(Self { directory, officer, head_end, vendor, load, server })
@@ -108,7 +109,9 @@ impl Island {
     pub(crate) async fn database_size(&self) -> Result<DatabaseSize, Failure> {
         let options = SqliteConnectOptions::new().filename(self.directory.join("island/island.db")).read_only(true);
         let mut connection = sqlx::SqliteConnection::connect_with(&options).await?;
-        let row = sqlx::query("SELECT page_count, freelist_count, page_size FROM pragma_page_count, pragma_freelist_count, pragma_page_size").fetch_one(&mut connection).await?;
+        let row = sqlx::query("SELECT page_count, freelist_count, page_size FROM pragma_page_count, pragma_freelist_count, pragma_page_size")
+            .fetch_one(&mut connection)
+            .await?;
         let [pages, free, octets]: [i64; 3] = [row.try_get(0)?, row.try_get(1)?, row.try_get(2)?];
         connection.close().await?;
         Ok(DatabaseSize { file: (pages * octets) as f64, used: ((pages - free) * octets) as f64 })
@@ -134,7 +137,12 @@ impl HeadEnd {
         let certificate_request = request.certificate_request().to_vec().into();
         let issued = add(
             officer,
-            AddPrincipalRequest { principal: HEAD_END.to_owned(), certificate_request, client_titles: vec![client_title.octets().to_vec().into()], ..AddPrincipalRequest::default() },
+            AddPrincipalRequest {
+                principal: HEAD_END.to_owned(),
+                certificate_request,
+                client_titles: vec![client_title.octets().to_vec().into()],
+                ..AddPrincipalRequest::default()
+            },
         )
         .await?;
         let profile = profile("head-end", &id, &KeyRequest::chain_pem(&issued), request.key_pem())?;

@@ -24,7 +24,7 @@ use self::{
     island::Island,
     measure::{Random, Run, memory_mib, per_second},
     module::Module,
-    raw::{Raw, Rates},
+    raw::{Rates, Raw},
     report::{Goal, Report, shown},
 };
 
@@ -277,8 +277,11 @@ impl Measuring<'_> {
     }
 
     fn batch(&mut self, which: &str, run: &Run, goal: f64) {
-        let (name, ratio, strict) =
-            (format!("steady state, {which}"), format!("{which}: keys ÷ direct stored cycles"), format!("{which}: keys ÷ direct stored cycles with one C_WrapKey, computed"));
+        let (name, ratio, strict) = (
+            format!("steady state, {which}"),
+            format!("{which}: keys ÷ direct stored cycles"),
+            format!("{which}: keys ÷ direct stored cycles with one C_WrapKey, computed"),
+        );
         self.report.add(BATCHES, &name, "keys/s", self.module, run.rate());
         self.report.goal(BATCHES, &name, Some(Module::HsmSim), Goal::AtLeast(goal));
         self.report.add(BATCHES, &ratio, "", self.module, run.rate() / self.raw_rate(raw::STORED));

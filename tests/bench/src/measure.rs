@@ -21,6 +21,8 @@ pub(crate) struct Run {
     pub(crate) server_cores: f64,
     /// Cores that this program used on average.
     pub(crate) client_cores: f64,
+    /// Cores that everything else on the machine used on average: what disturbs the measurement.
+    pub(crate) other_cores: f64,
 }
 
 impl Run {
@@ -97,18 +99,26 @@ impl Load {
         Ok(self.run(units, latencies, begun, cpu))
     }
 
-    fn run(&self, units: u64, mut latencies: Vec<Duration>, begun: Instant, (server, client): (f64, f64)) -> Run {
+    fn run(&self, units: u64, mut latencies: Vec<Duration>, begun: Instant, before: ProcessorTime) -> Run {
         let elapsed = begun.elapsed();
         latencies.sort_unstable();
-        let (server_now, client_now) = self.cpu();
-        let cores = |before: f64, now: f64| (now - before) / elapsed.as_secs_f64();
-        Run { units, calls: latencies.len() as u64, elapsed, latencies, server_cores: cores(server, server_now), client_cores: cores(client, client_now) }
+        let now = self.cpu();
+        let cores = |of: fn(&ProcessorTime) -> f64| (of(&now) - of(&before)) / elapsed.as_secs_f64();
+        let (server_cores, client_cores) = (cores(|time| time.server), cores(|time| time.client));
+        let other_cores = (cores(|time| time.machine) - server_cores - client_cores).max(0.0);
+        Run { units, calls: latencies.len() as u64, elapsed, latencies, server_cores, client_cores, other_cores }
     }
 
-    /// Processor seconds of the server and of this program so far.
-    fn cpu(&self) -> (f64, f64) {
-        (cpu_seconds(&self.server.to_string()), cpu_seconds("self"))
+    fn cpu(&self) -> ProcessorTime {
+        ProcessorTime { server: cpu_seconds(&self.server.to_string()), client: cpu_seconds("self"), machine: busy_seconds() }
     }
+}
+
+/// Processor seconds so far.
+struct ProcessorTime {
+    server: f64,
+    client: f64,
+    machine: f64,
 }
 
 /// So many in this time, a second.
@@ -122,6 +132,13 @@ fn cpu_seconds(process: &str) -> f64 {
     // The second field, in parentheses, may have blanks in it.
     let fields = text.rsplit(')').next().unwrap_or_default().split_whitespace();
     fields.skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / 100.0
+}
+
+/// Time that the processors of the machine were not idle, from /proc/stat (proc(5): user, nice, system, idle, iowait, irq, softirq, steal).
+fn busy_seconds() -> f64 {
+    let text = fs::read_to_string("/proc/stat").unwrap_or_default();
+    let ticks: Vec<f64> = text.lines().next().unwrap_or_default().split_whitespace().skip(1).take(8).filter_map(|ticks| ticks.parse().ok()).collect();
+    ticks.iter().enumerate().filter(|(field, _)| !matches!(field, 3 | 4)).map(|(_, ticks)| ticks).sum::<f64>() / 100.0
 }
 
 /// A field of /proc/PID/status in KiB, such as `VmRSS`, as MiB.

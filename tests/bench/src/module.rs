@@ -34,10 +34,14 @@ impl Module {
         let beside = program.parent().ok_or("this program has no folder")?;
         let (places, hint): (Vec<PathBuf>, _) = match self {
             Self::HsmSim => (vec![beside.join("libhsm_sim.so")], "build it with `cargo build --release -p hsm-sim`"),
-            Self::Softhsm2 => (SOFTHSM_PLACES.iter().map(PathBuf::from).collect(), "install it (Debian: `apt-get install softhsm2`), or leave it out with `--module hsm-sim`"),
+            Self::Softhsm2 => {
+                (SOFTHSM_PLACES.iter().map(PathBuf::from).collect(), "install it (Debian: `apt-get install softhsm2`), or leave it out with `--module hsm-sim`")
+            }
         };
         let found = places.iter().find(|place| place.exists());
-        Ok(found.ok_or_else(|| format!("{} is not in `{}`: {hint}", self.name(), places.first().map(|place| place.display().to_string()).unwrap_or_default()))?.clone())
+        Ok(found
+            .ok_or_else(|| format!("{} is not in `{}`: {hint}", self.name(), places.first().map(|place| place.display().to_string()).unwrap_or_default()))?
+            .clone())
     }
 
     /// Makes a folder for its tokens, and gives the environment that a process needs to find them.

@@ -61,14 +61,22 @@ impl Raw {
         context.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))?;
         let info = context.get_library_info()?;
         let library = format!("{} {}.{}", info.manufacturer_id(), info.library_version().major(), info.library_version().minor());
-        let (bench, _login) = Bench::new(&context, time)?;
+        let (bench, _login) = Bench::new(&context, time / ROUNDS)?;
+        let has_sp800_108 = context.get_mechanism_list(bench.slot)?.contains(&MechanismType::SP800_108_COUNTER_KDF);
         let mut rates = Rates::new();
-        rates.insert(STORED.to_owned(), bench.rate(1, Bench::stored)?);
-        rates.insert(STORED_TWO.to_owned(), bench.rate(2, Bench::stored)?);
-        rates.insert(STORED_WRAPPED_TWICE.to_owned(), bench.rate(1, Bench::stored_wrapped_twice)?);
-        rates.insert(DERIVED_CBC.to_owned(), bench.rate(1, Bench::derived_cbc)?);
-        if context.get_mechanism_list(bench.slot)?.contains(&MechanismType::SP800_108_COUNTER_KDF) {
-            rates.insert(DERIVED_SP800_108.to_owned(), bench.rate(1, Bench::derived_sp800_108)?);
+        // The best of several rounds: what the module can do, and the hardest to compare with.
+        for _ in 0..ROUNDS {
+            let mut take = |name: &str, rate: f64| {
+                let best = rates.entry(name.to_owned()).or_insert(rate);
+                *best = best.max(rate);
+            };
+            take(STORED, bench.rate(1, Bench::stored)?);
+            take(STORED_TWO, bench.rate(2, Bench::stored)?);
+            take(STORED_WRAPPED_TWICE, bench.rate(1, Bench::stored_wrapped_twice)?);
+            take(DERIVED_CBC, bench.rate(1, Bench::derived_cbc)?);
+            if has_sp800_108 {
+                take(DERIVED_SP800_108, bench.rate(1, Bench::derived_sp800_108)?);
+            }
         }
         Ok(Self { library, rates })
     }
@@ -97,7 +105,9 @@ impl<'a> Bench<'a> {
         session.init_pin(&pin)?;
         session.logout()?;
         session.login(UserType::User, Some(&pin))?;
-        let stays = |length: u64, usage: &[Attribute]| [&[Attribute::Token(true), Attribute::ValueLen(length.into()), Attribute::Sensitive(true), Attribute::Extractable(false)], usage].concat();
+        let stays = |length: u64, usage: &[Attribute]| {
+            [&[Attribute::Token(true), Attribute::ValueLen(length.into()), Attribute::Sensitive(true), Attribute::Extractable(false)], usage].concat()
+        };
         let storage_kek = session.generate_key(&Mechanism::AesKeyGen, &stays(32, &[Attribute::Wrap(true), Attribute::Unwrap(true)]))?;
         let diversification_root = session.generate_key(&Mechanism::AesKeyGen, &stays(32, &[Attribute::Derive(true)]))?;
         let key = session.generate_key(&Mechanism::AesKeyGen, &[Attribute::Token(false), Attribute::ValueLen(16.into()), Attribute::Extractable(true)])?;
@@ -175,10 +185,16 @@ fn derived() -> [Attribute; 6] {
     [class, key_type, token, sensitive, extractable, Attribute::ValueLen(16.into())]
 }
 
-const UNWRAPPED: [Attribute; 5] =
-    [Attribute::Class(ObjectClass::SECRET_KEY), Attribute::KeyType(KeyType::AES), Attribute::Token(false), Attribute::Sensitive(true), Attribute::Extractable(true)];
+const UNWRAPPED: [Attribute; 5] = [
+    Attribute::Class(ObjectClass::SECRET_KEY),
+    Attribute::KeyType(KeyType::AES),
+    Attribute::Token(false),
+    Attribute::Sensitive(true),
+    Attribute::Extractable(true),
+];
 const BITS: NonZeroUsize = match NonZeroUsize::new(32) {
     Some(bits) => bits,
     None => NonZeroUsize::MIN,
 };
+const ROUNDS: u32 = 3;
 const CYCLES_BETWEEN_LOOKS_AT_THE_CLOCK: u64 = 64;

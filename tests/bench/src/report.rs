@@ -76,6 +76,7 @@ struct Processor {
     what: String,
     server_cores: f64,
     load_generator_cores: f64,
+    others_cores: f64,
 }
 
 impl Figure {
@@ -120,7 +121,13 @@ impl Report {
 
     /// Who used the processor during a run.
     pub(crate) fn processor(&mut self, module: Module, what: &str, run: &Run) {
-        self.processor.push(Processor { module, what: what.to_owned(), server_cores: run.server_cores, load_generator_cores: run.client_cores });
+        self.processor.push(Processor {
+            module,
+            what: what.to_owned(),
+            server_cores: run.server_cores,
+            load_generator_cores: run.client_cores,
+            others_cores: run.other_cores,
+        });
     }
 
     pub(crate) fn to_json(&self) -> Result<String, serde_json::Error> {
@@ -141,9 +148,15 @@ impl Report {
                 table.add_row(figure.row());
             }
         }
-        let mut processor = self::table(["processor while measuring", "module", "server, cores", "load generator, cores"], &[2, 3]);
+        let mut processor = self::table(["processor while measuring", "module", "server, cores", "load generator, cores", "others, cores"], &[2, 3, 4]);
         for row in &self.processor {
-            processor.add_row([&row.what, row.module.name(), &format!("{:.2}", row.server_cores), &format!("{:.2}", row.load_generator_cores)]);
+            processor.add_row([
+                &row.what,
+                row.module.name(),
+                &format!("{:.2}", row.server_cores),
+                &format!("{:.2}", row.load_generator_cores),
+                &format!("{:.2}", row.others_cores),
+            ]);
         }
         format!("{}\n{table}\n\n{processor}", self.conditions)
     }

@@ -176,7 +176,7 @@ pub fn plan(escrow: &Escrow) -> CeremonyPlan {
         classes: vec![KeyClass::Kek, KeyClass::Session, KeyClass::Authentication, KeyClass::Ca],
         general: true,
         escrow_public_key: escrow.spki(),
-        standby_public_keys: Vec::new(),
+        standby: Vec::new(),
     }
 }
 

@@ -100,8 +100,10 @@ impl CeremonyPlan {
     pub fn read(path: &Path, state: &Path) -> Result<Self, InitError> {
         let refuse = |reason: String| InitError::Plan { path: path.to_owned(), reason };
         let text = std::fs::read_to_string(path).map_err(|error| refuse(error.to_string()))?;
-        let folder = path.parent().unwrap_or(Path::new("."));
-        Self::parse(&text, folder, state).map_err(refuse)
+        // The server's configuration names these paths, and the server runs in another folder.
+        let absolute = |path: &Path| std::path::absolute(path).map_err(|error| refuse(format!("`{}`: {error}", path.display())));
+        let (path, state) = (absolute(path)?, absolute(state)?);
+        Self::parse(&text, path.parent().unwrap_or(&path), &state).map_err(refuse)
     }
 
     pub(super) fn parse(text: &str, folder: &Path, state: &Path) -> Result<Self, String> {
@@ -122,9 +124,10 @@ impl CeremonyPlan {
         }
         let principals = file.officers.iter().map(|officer| officer.read(&island, folder)).collect::<Result<Vec<_>, _>>()?;
         for (at, officer) in principals.iter().enumerate() {
-            let twice = principals.iter().take(at).any(|earlier| {
-                earlier.id == officer.id || earlier.person == officer.person || earlier.certification == officer.certification
-            });
+            let twice = principals
+                .iter()
+                .take(at)
+                .any(|earlier| earlier.id == officer.id || earlier.person == officer.person || earlier.certification == officer.certification);
             if twice {
                 return Err(format!("[[officer]] `{}`: name, person or key is used twice; officers are distinct people", officer.id.name()));
             }
@@ -133,7 +136,8 @@ impl CeremonyPlan {
         let storage = match file.storage {
             None => Storage::sqlite(state.join("island.db")),
             Some(StorageSection::Sqlite(path)) => Storage::sqlite(folder.join(path)),
-            Some(StorageSection::Postgres(postgres)) => {
+            Some(StorageSection::Postgres(mut postgres)) => {
+                postgres.password = postgres.password.map(|source| beside(folder, &source));
                 let password = match &postgres.password {
                     None => String::new(),
                     Some(source) => format!("password = {}\n", source.to_toml()),
@@ -191,15 +195,12 @@ impl TokenSetting {
         if self.pin == self.so_pin {
             return Err(format!("token `{}`: user PIN and security officer's PIN come from one source; they must differ", self.label));
         }
-        let beside = |source: &SecretSource| match source {
-            SecretSource::File(path) => SecretSource::File(folder.join(path)),
-            SecretSource::Env(name) => SecretSource::Env(name.clone()),
-        };
         Ok(CeremonyToken {
-            module: self.module.clone(),
+            // A bare name is searched for by the loader.
+            module: if self.module.components().count() > 1 { folder.join(&self.module) } else { self.module.clone() },
             selector: TokenSelector { label: self.label.clone(), serial: self.serial.clone() },
-            pin: beside(&self.pin),
-            so_pin: beside(&self.so_pin),
+            pin: beside(folder, &self.pin),
+            so_pin: beside(folder, &self.so_pin),
             initialise: self.initialise,
         })
     }
@@ -274,5 +275,13 @@ impl OfficerSetting {
             certification: CertificationRequest::parse_pem(&pem).map_err(|error| refuse(error.to_string()))?,
             client_titles: Vec::new(),
         })
+    }
+}
+
+/// A secret's file, relative to the ceremony file's folder.
+fn beside(folder: &Path, source: &SecretSource) -> SecretSource {
+    match source {
+        SecretSource::File(path) => SecretSource::File(folder.join(path)),
+        SecretSource::Env(name) => SecretSource::Env(name.clone()),
     }
 }

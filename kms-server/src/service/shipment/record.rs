@@ -277,18 +277,20 @@ impl Step {
             return Ok(());
         };
         let id = CounterDomainId(key.fingerprint);
-        let mut domain = view.domain(id)?.map_or_else(|| CounterDomain::new(id), |domain| (*domain).clone());
+        let named = |meter: &Meter| meter.slots.get(first.setup, first.key_type).and_then(|slot| slot.version(first.version)?.domain());
+        let names_one = if title == meter.title { named(meter) } else { view.meter(title)?.and_then(|other| named(&other)) }.is_some();
+        let mut domain = match view.domain(id)? {
+            Some(domain) => (*domain).clone(),
+            None if names_one => return Err(lost_domain(id, title)),
+            None => CounterDomain::new(id),
+        };
         let fault = |error: kms_domain::SlotError| ServiceError::Internal(error.to_string());
         if title == meter.title {
             join(meter, &first, &mut domain).map_err(fault)?;
-        } else if let Some(mut other) = view.meter(title)? {
-            let joined =
-                other.slots.get(first.setup, first.key_type).and_then(|slot| slot.version(first.version)).is_some_and(|version| version.domain().is_some());
-            if !joined {
-                let changed = Arc::make_mut(&mut other);
-                join(changed, &first, &mut domain).map_err(fault)?;
-                view.put_meter(changed.clone(), false)?;
-            }
+        } else if !names_one && let Some(mut other) = view.meter(title)? {
+            let changed = Arc::make_mut(&mut other);
+            join(changed, &first, &mut domain).map_err(fault)?;
+            view.put_meter(changed.clone(), false)?;
         }
         join(meter, &me, &mut domain).map_err(fault)?;
         view.put_domain(domain)?;
@@ -344,6 +346,17 @@ fn slots(device: &ReadyDevice, now: UnixMillis) -> Result<Slots, ServiceError> {
         slots.push(slot);
     }
     Slots::new(slots).map_err(|error| fault(&error))
+}
+
+/// I4, I5: a domain that a key version names has a row. A new one would begin to count below what was given out already.
+fn lost_domain(id: CounterDomainId, title: SystemTitle) -> ServiceError {
+    ServiceError::FailedPrecondition {
+        reason: format!(
+            "a key of {title} counts in the counter domain {}, whose row is missing: it was deleted, or the database was restored in part",
+            hex::encode(id.0)
+        ),
+        next_step: "restore the row from a copy of the database, then go on with the import".to_owned(),
+    }
 }
 
 fn refuse(field: &str, reason: String) -> ShipmentLineError {
