@@ -118,16 +118,16 @@ impl Arguments {
             let folder = directory.path().join(format!("raw-{}", module.name()));
             let raw = Raw::measure(module, &folder, time.min(LONGEST_RAW))?;
             conditions.modules.push(format!("{} ({})", module.name(), raw.library));
-            raws.push((module, raw.rates));
+            raws.push((module, raw));
         }
         let mut report = Report::new(conditions);
-        for (module, rates) in raws {
-            report_raw(&mut report, module, &rates);
+        for (module, raw) in raws {
+            report_raw(&mut report, module, &raw);
             let folder = directory.path().join(module.name());
             std::fs::create_dir(&folder)?;
             eprintln!("  {:<8} holding the ceremony", module.name());
             let island = Island::make(module, &folder).await?;
-            Measuring { island: &island, report: &mut report, module, meters: self.meters_of(module), time, raw: &rates }.all().await?;
+            Measuring { island: &island, report: &mut report, module, meters: self.meters_of(module), time, raw: &raw.rates }.all().await?;
             drop(island);
             std::fs::remove_dir_all(&folder)?;
         }
@@ -145,13 +145,14 @@ impl Arguments {
     }
 }
 
-fn report_raw(report: &mut Report, module: Module, rates: &Rates) {
+fn report_raw(report: &mut Report, module: Module, Raw { rates, octets_left, .. }: &Raw) {
     for (name, rate) in rates {
         report.add(RAW, name, "cycles/s", module, *rate);
     }
     let rate = |name: &str| rates.get(name).copied().unwrap_or(f64::NAN);
     report.add(RAW, TWO_THREADS, "", module, rate(raw::STORED_TWO) / rate(raw::STORED));
     report.add(RAW, "the stored cycle with one C_WrapKey, computed", "cycles/s", module, one_call_rate(rates));
+    report.add(RAW, "memory that a cycle leaves behind", "octets", module, *octets_left);
     report.goal(RAW, raw::STORED, Some(Module::HsmSim), Goal::AtLeast(250_000.0));
     report.goal(RAW, TWO_THREADS, Some(Module::HsmSim), Goal::AtLeast(1.6));
 }
@@ -334,7 +335,7 @@ impl Measuring<'_> {
     }
 
     fn memory_mib(&self, field: &str) -> f64 {
-        memory_mib(self.island.load.server, field)
+        memory_mib(&self.island.load.server.to_string(), field)
     }
 
     fn raw_rate(&self, name: &str) -> f64 {

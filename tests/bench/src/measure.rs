@@ -142,7 +142,7 @@ fn busy_seconds() -> f64 {
 }
 
 /// A field of /proc/PID/status in KiB, such as `VmRSS`, as MiB.
-pub(crate) fn memory_mib(process: u32, field: &str) -> f64 {
+pub(crate) fn memory_mib(process: &str, field: &str) -> f64 {
     let text = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
     line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok()).map_or(f64::NAN, |kib| kib / 1024.0)
