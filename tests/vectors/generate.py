@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Known answers for every layout of docs/formats.md, computed independently of the Rust code.
+"""Known answers for every layout of docs/formats.md and for the association with a meter, computed independently of the Rust code.
 
     python3 generate.py            writes vectors.json beside this file
     python3 generate.py --check    computes again and fails if vectors.json differs
 
-Needs the package `cryptography` and nothing else. Everything is computed from fixed inputs, so the output is always the same;
+Needs the packages `cryptography` and `dlms-cosem` and nothing else. Everything is computed from fixed inputs, so the output is always the same;
 ECDSA signatures, which are random, are made by RFC 6979 (deterministic nonces).
 """
 
@@ -19,6 +19,12 @@ from cryptography.hazmat.primitives import cmac, hashes, keywrap, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.x963kdf import X963KDF
+from dlms_cosem import cosem, enumerations
+from dlms_cosem.protocol import acse, xdlms
+from dlms_cosem.protocol.acse.user_information import UserInformation
+from dlms_cosem.protocol.xdlms import conformance, invoke_id_and_priority
+from dlms_cosem.protocol.xdlms.confirmed_service_error import ConfirmedServiceError
+from dlms_cosem.security import SecurityControlField
 
 FILE = pathlib.Path(__file__).with_name("vectors.json")
 
@@ -357,6 +363,111 @@ def shipment():
     }
 
 
+# The association with a meter: what dlms-cosem makes, and reads back. Its lengths have one octet, so everything is below 128.
+
+
+def ciphered_initiate(kind, label):
+    """An initiate APDU whose ciphertext and authentication tag are only octets: the server's codec looks at neither."""
+    control = SecurityControlField(security_suite=0, authenticated=True, encrypted=True)
+    return kind(security_control=control, invocation_counter=0x01020304, ciphered_text=fixed(label, 14 + 12))
+
+
+def association_request():
+    challenge = fixed("client's challenge", 16)
+    initiate = ciphered_initiate(xdlms.GlobalCipherInitiateRequest, "InitiateRequest")
+    mechanism = enumerations.AuthenticationMechanism.HLS_GMAC
+    request = acse.ApplicationAssociationRequest(
+        user_information=UserInformation(initiate), system_title=CLIENT, authentication=mechanism, ciphered=True, authentication_value=challenge
+    )
+    made = request.to_bytes()
+    assert len(made) < 128
+    read = acse.ApplicationAssociationRequest.from_bytes(made)
+    assert (read.system_title, read.authentication, read.ciphered) == (CLIENT, mechanism, True)
+    assert bytes(read.authentication_value) == challenge and read.user_information.content == initiate
+    return {"client_title": CLIENT.hex(), "challenge": challenge.hex(), "initiate_request": initiate.to_bytes().hex(), "octets": made.hex()}
+
+
+def association_responses():
+    user, provider = enumerations.AcseServiceUserDiagnostics, enumerations.AcseServiceProviderDiagnostics
+    result = enumerations.AssociationResult
+    challenge = fixed("meter's challenge", 20)
+    ciphered = ciphered_initiate(xdlms.GlobalCipherInitiateResponse, "InitiateResponse")
+    gmac = enumerations.AuthenticationMechanism.HLS_GMAC
+    error = ConfirmedServiceError(error=enumerations.InitiateError.INCOMPATIBLE_CONFORMANCE)
+    hls = {"ciphered": True, "authentication": gmac, "system_title": METER, "authentication_value": challenge}
+    vectors = []
+    for outcome, diagnostic, information, more in [
+        (result.ACCEPTED, user.AUTHENTICATION_REQUIRED, ciphered, hls),
+        (result.ACCEPTED, user.AUTHENTICATION_REQUIRED, ciphered, hls | {"public_cert": b"DER", "implementation_information": b"1"}),
+        (result.ACCEPTED, user.NULL, initiate_response()[0], {}),
+        (result.REJECTED_PERMANENT, user.AUTHENTICATION_FAILED, None, {"ciphered": True}),
+        (result.REJECTED_PERMANENT, user.NO_REASON_GIVEN, error, {"ciphered": True, "system_title": METER}),
+        (result.REJECTED_TRANSIENT, provider.NO_COMMON_ACSE_VERSION, None, {"ciphered": True}),
+    ]:
+        user_information = UserInformation(information) if information else None
+        response = acse.ApplicationAssociationResponse(result=outcome, result_source_diagnostics=diagnostic, user_information=user_information, **more)
+        assert len(response.to_bytes()) < 128
+        vectors.append(
+            {
+                "result": int(outcome),
+                "source": "user" if isinstance(diagnostic, user) else "provider",
+                "diagnostic": int(diagnostic),
+                "ciphered": response.ciphered,
+                "mechanism": response.authentication.value if response.authentication else None,
+                "server_title": response.system_title.hex() if response.system_title else None,
+                "challenge": response.authentication_value.hex() if response.authentication_value else None,
+                "information": information.to_bytes().hex() if information else None,
+                "octets": response.to_bytes().hex(),
+            }
+        )
+    return vectors
+
+
+def initiate_response():
+    agreed = conformance.Conformance(general_protection=True, get=True, set=True, action=True, selective_access=True, block_transfer_with_get_or_read=True)
+    response = xdlms.InitiateResponse(negotiated_conformance=agreed, server_max_receive_pdu_size=1224)
+    vector = {"conformance": agreed.to_bytes()[1:].hex(), "longest_apdu": 1224, "vaa_name": 7, "octets": response.to_bytes().hex()}
+    return response, vector
+
+
+def services():
+    invoke = invoke_id_and_priority.InvokeIdAndPriority(invoke_id=1, confirmed=True, high_priority=True)
+    answer = b"\x10" + u32(0x01020304) + fixed("GMAC", 12)
+    octet_string = bytes([9, len(answer)]) + answer
+    current_association = cosem.Obis(0, 0, 40, 0, 0, 255)
+    reply = xdlms.ActionRequestNormal(
+        cosem_method=cosem.CosemMethod(enumerations.CosemInterface.ASSOCIATION_LN, current_association, 1), data=octet_string, invoke_id_and_priority=invoke
+    )
+    energy = cosem.CosemAttribute(enumerations.CosemInterface.REGISTER, cosem.Obis(1, 0, 1, 8, 0, 255), 2)
+    succeeded, failed = enumerations.ActionResultStatus.SUCCESS, enumerations.ActionResultStatus.OBJECT_CLASS_INCONSISTENT
+    denied = enumerations.DataAccessResult.READ_WRITE_DENIED
+    release = acse.ReleaseRequest(
+        reason=enumerations.ReleaseRequestReason.NORMAL, user_information=UserInformation(ciphered_initiate(xdlms.GlobalCipherInitiateRequest, "release"))
+    )
+    return {
+        "invoke_id_and_priority": invoke.to_bytes().hex(),
+        "gmac": answer.hex(),
+        "reply_to_hls_authentication": bytes(reply.to_bytes()).hex(),
+        "get_request": bytes(xdlms.GetRequestNormal(cosem_attribute=energy, invoke_id_and_priority=invoke).to_bytes()).hex(),
+        "get_response_error": bytes(xdlms.GetResponseNormalWithError(denied, invoke).to_bytes()).hex(),
+        "action_response": bytes(xdlms.ActionResponseNormal(failed, invoke).to_bytes()).hex(),
+        "action_response_with_data": bytes(xdlms.ActionResponseNormalWithData(succeeded, octet_string, invoke).to_bytes()).hex(),
+        "action_response_with_error": bytes(xdlms.ActionResponseNormalWithError(failed, denied, invoke).to_bytes()).hex(),
+        "release_initiate_request": release.user_information.content.to_bytes().hex(),
+        "release_request": release.to_bytes().hex(),
+        "release_request_plain": acse.ReleaseRequest(reason=enumerations.ReleaseRequestReason.NORMAL).to_bytes().hex(),
+    }
+
+
+def association():
+    return {
+        "request": association_request(),
+        "responses": association_responses(),
+        "initiate_response": initiate_response()[1],
+        "services": services(),
+    }
+
+
 def main():
     vectors = {
         "diversified": diversified(),
@@ -367,6 +478,7 @@ def main():
         "envelopes": [envelope(1), envelope(2)],
         "audit": audit(),
         "shipment": shipment(),
+        "association": association(),
     }
     output = json.dumps(vectors, indent=1) + "\n"
     if sys.argv[1:] == ["--check"]:

@@ -1,6 +1,67 @@
-//! COSEM data in A-XDR (IEC 62056-5-3, `Data`): skipped, to know where it ends.
+//! COSEM data in A-XDR (IEC 62056-5-3, `Data`): skipped, to know where it ends, and the few types that the server reads.
+
+use std::fmt;
 
 use crate::{DlmsError, reader::Reader};
+
+/// One COSEM value in A-XDR, checked to its end. `Debug` tells its length only: an attribute may hold a secret.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Data<'a>(&'a [u8]);
+
+impl<'a> Data<'a> {
+    /// The octets: the type's tag, then the value.
+    pub const fn octets(self) -> &'a [u8] {
+        self.0
+    }
+
+    /// The content of an octet-string (type 9).
+    ///
+    /// # Errors
+    /// Another type.
+    pub fn octet_string(self) -> Result<&'a [u8], DlmsError> {
+        let mut reader = Reader::new(self.0);
+        match reader.octet(WHAT)? {
+            9 => {
+                let length = reader.length(WHAT)?;
+                let content = reader.take(length, WHAT)?;
+                reader.end(WHAT)?;
+                Ok(content)
+            }
+            other => Err(DlmsError::invalid(WHAT, format!("type {other} instead of an octet-string (9)"))),
+        }
+    }
+
+    /// The number in an unsigned (type 17), long-unsigned (18), double-long-unsigned (6) or long64-unsigned (21).
+    ///
+    /// # Errors
+    /// Another type.
+    pub fn unsigned(self) -> Result<u64, DlmsError> {
+        let mut reader = Reader::new(self.0);
+        let number = match reader.octet(WHAT)? {
+            17 => reader.octet(WHAT)?.into(),
+            18 => u16::from_be_bytes(reader.array(WHAT)?).into(),
+            6 => u32::from_be_bytes(reader.array(WHAT)?).into(),
+            21 => u64::from_be_bytes(reader.array(WHAT)?),
+            other => return Err(DlmsError::invalid(WHAT, format!("type {other} instead of an unsigned number (17, 18, 6 or 21)"))),
+        };
+        reader.end(WHAT)?;
+        Ok(number)
+    }
+
+    /// Reads one value; whatever follows stays in the reader.
+    pub(crate) fn read(reader: &mut Reader<'a>) -> Result<Self, DlmsError> {
+        let mut after = *reader;
+        skip(&mut after)?;
+        let length = reader.rest().len() - after.rest().len();
+        reader.take(length, WHAT).map(Self)
+    }
+}
+
+impl fmt::Debug for Data<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Data({} octets)", self.0.len())
+    }
+}
 
 /// Reads over one value.
 ///

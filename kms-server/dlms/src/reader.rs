@@ -28,8 +28,8 @@ impl<'a> Reader<'a> {
         Ok(taken)
     }
 
-    /// A length in A-XDR: one octet below 128, else the number of octets that follow with it. At most two are read: no APDU here
-    /// is longer.
+    /// A length in A-XDR, and a definite one in BER: one octet below 128, else the number of octets that follow with it. At most
+    /// two are read: no APDU here is longer.
     pub(crate) fn length(&mut self, what: &'static str) -> Result<usize, DlmsError> {
         match self.octet(what)? {
             short @ 0..=0x7F => Ok(short.into()),
@@ -39,6 +39,26 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// A BER element of definite length: its tag, of one octet, and its content.
+    pub(crate) fn element(&mut self, what: &'static str) -> Result<(u8, Self), DlmsError> {
+        let tag = self.octet(what)?;
+        if tag & TAG_NUMBER == TAG_NUMBER {
+            return Err(DlmsError::invalid(what, format!("a tag of more than one octet ({tag:02X} ..)")));
+        }
+        let length = self.length(what)?;
+        Ok((tag, Self(self.take(length, what)?)))
+    }
+
+    /// The content of the one BER element that is left, which must have this tag.
+    pub(crate) fn only_element(mut self, tag: u8, what: &'static str) -> Result<Self, DlmsError> {
+        let (found, content) = self.element(what)?;
+        if found != tag {
+            return Err(DlmsError::invalid(what, format!("the tag is {found:02X}, not {tag:02X}")));
+        }
+        self.end(what)?;
+        Ok(content)
+    }
+
     /// The presence octet of an OPTIONAL field.
     pub(crate) fn present(&mut self, what: &'static str) -> Result<bool, DlmsError> {
         match self.octet(what)? {
@@ -46,6 +66,10 @@ impl<'a> Reader<'a> {
             1 => Ok(true),
             other => Err(DlmsError::invalid(what, format!("presence octet {other:#04X} is neither 00 nor 01"))),
         }
+    }
+
+    pub(crate) const fn is_empty(self) -> bool {
+        self.0.is_empty()
     }
 
     pub(crate) const fn rest(self) -> &'a [u8] {
@@ -60,7 +84,18 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Writes a length in A-XDR, shortest form.
+/// Writes a BER element.
+///
+/// # Errors
+/// The content is longer than 65,535 octets.
+pub(crate) fn write_element(octets: &mut Vec<u8>, tag: u8, content: &[u8], what: &'static str) -> Result<(), DlmsError> {
+    octets.push(tag);
+    write_length(octets, content.len(), what)?;
+    octets.extend_from_slice(content);
+    Ok(())
+}
+
+/// Writes a length in A-XDR, and in BER: shortest form.
 ///
 /// # Errors
 /// The length is above 65,535.
@@ -76,3 +111,6 @@ pub(crate) fn write_length(octets: &mut Vec<u8>, length: usize, what: &'static s
     }
     Ok(())
 }
+
+/// The number in a BER tag of one octet; all bits set announce further octets.
+pub(crate) const TAG_NUMBER: u8 = 0x1F;
