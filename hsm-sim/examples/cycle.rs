@@ -6,7 +6,7 @@
 #![expect(clippy::expect_used, clippy::indexing_slicing, clippy::panic, reason = "a measuring program may end where something is wrong")]
 
 use std::path::PathBuf;
-use std::sync::{Arc, Barrier};
+use std::sync::{Arc, Barrier, OnceLock};
 use std::time::{Duration, Instant};
 
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
@@ -53,8 +53,9 @@ fn main() {
     };
     let anchor = pkcs11.open_rw_session(slot).expect("a session");
     anchor.login(UserType::User, Some(&pin)).expect("the user");
-    let operations: [(&str, Operation); 6] = [
+    let operations: [(&str, Operation); 7] = [
         ("cycle: unwrap + wrap + destroy", cycle),
+        ("the cycle with keys of the token", shared_cycle),
         ("AES-CMAC 64 B", mac),
         ("AES-GCM 64 B", gcm),
         ("ECDSA P-256 sign", ecdsa),
@@ -120,6 +121,21 @@ fn aes(session: &Session, length: u64, usage: &[Attribute]) -> ObjectHandle {
 fn cycle(session: &Session) -> Box<dyn FnMut(&Session)> {
     let storage = aes(session, 32, &[Attribute::Wrap(true), Attribute::Unwrap(true)]);
     let transport = aes(session, 32, &[Attribute::Wrap(true)]);
+    cycle_with(session, storage, transport)
+}
+
+/// The cycle as a server runs it: all threads use the same two keys, which are token objects.
+fn shared_cycle(session: &Session) -> Box<dyn FnMut(&Session)> {
+    static KEYS: OnceLock<(ObjectHandle, ObjectHandle)> = OnceLock::new();
+    let (storage, transport) = *KEYS.get_or_init(|| {
+        let usage = [Attribute::Token(true), Attribute::Wrap(true), Attribute::Unwrap(true), Attribute::ValueLen(32.into())];
+        let make = || session.generate_key(&Mechanism::AesKeyGen, &usage).expect("an AES key");
+        (make(), make())
+    });
+    cycle_with(session, storage, transport)
+}
+
+fn cycle_with(session: &Session, storage: ObjectHandle, transport: ObjectHandle) -> Box<dyn FnMut(&Session)> {
     let meter = aes(session, 16, &[Attribute::Encrypt(true)]);
     let wrapped = session.wrap_key(&Mechanism::AesKeyWrap, storage, meter).expect("a wrapped key");
     let template = [

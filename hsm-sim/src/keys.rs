@@ -68,7 +68,7 @@ impl Session {
     /// C_SetAttributeValue: all of the template or nothing.
     pub(crate) fn set_attributes(&self, handle: CK_OBJECT_HANDLE, template: &[Item<'_>]) -> Result<()> {
         self.token.refresh()?;
-        let old = self.object(handle, CKR_OBJECT_HANDLE_INVALID)?;
+        let old = self.object_to_change(handle, CKR_OBJECT_HANDLE_INVALID)?;
         self.check_write(old.flags)?;
         if !old.flags.has(Flags::MODIFIABLE) {
             return fail(CKR_ACTION_PROHIBITED);

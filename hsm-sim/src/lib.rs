@@ -14,6 +14,7 @@ pub mod abi;
 
 mod attribute;
 mod buffer;
+mod cache;
 mod cipher;
 mod control;
 mod crypto;

@@ -45,7 +45,7 @@ impl Module {
         }
         let module = Self {
             tokens,
-            sessions: Table::new(),
+            sessions: Table::new(1),
             next_session: AtomicU64::new(1),
             control: settings.control.clone().map(Control::new),
             order: Mutex::new(()),

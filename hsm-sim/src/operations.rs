@@ -184,8 +184,7 @@ impl Session {
             return fail(CKR_OPERATION_ACTIVE);
         }
         let found = self.token.objects.collect(|object| object.matches(template));
-        let handles = found.into_iter().map(|(handle, _)| handle);
-        let visible: Vec<_> = handles.filter(|handle| self.object(*handle, CKR_OBJECT_HANDLE_INVALID).is_ok()).collect();
+        let visible: Vec<_> = found.into_iter().filter(|(_, object)| self.sees(object)).map(|(handle, _)| handle).collect();
         operations.find = Some(visible.into_iter());
         Ok(())
     }

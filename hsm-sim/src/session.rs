@@ -1,20 +1,25 @@
 //! Sessions: which token they talk to, what they own, and what they are in the middle of.
 
 use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cryptoki_sys::*;
 
 use crate::attribute::Flags;
+use crate::cache::ObjectCache;
 use crate::cipher::CipherOperation;
-use crate::error::{Result, fail};
+use crate::error::{Result, Rv, fail};
 use crate::message::MessageOperation;
 use crate::object::Object;
 use crate::signature::SignatureOperation;
 use crate::token::{Login, Token};
 
 /// A session.
+///
+/// On cache lines of its own: sessions are opened one after the other by one thread, and used by many.
+#[repr(align(128))]
 pub(crate) struct Session {
     /// What the caller knows it by.
     pub(crate) handle: CK_SESSION_HANDLE,
@@ -23,8 +28,16 @@ pub(crate) struct Session {
     /// Whether it may change token objects.
     pub(crate) read_write: bool,
     operations: Mutex<Operations>,
-    objects: Mutex<HashSet<CK_OBJECT_HANDLE>>,
+    objects: Mutex<Owned>,
+    cache: Arc<ObjectCache>,
     closed: AtomicBool,
+}
+
+/// The objects that die with a session, and the handles that it has left for new ones.
+#[derive(Default)]
+struct Owned {
+    handles: HashSet<CK_OBJECT_HANDLE>,
+    unused: Range<CK_OBJECT_HANDLE>,
 }
 
 /// The operations that a session has begun: at most one of each kind.
@@ -49,7 +62,9 @@ pub(crate) struct DigestOperation {
 
 impl Session {
     pub(crate) fn new(handle: CK_SESSION_HANDLE, token: Arc<Token>, read_write: bool) -> Self {
-        Self { handle, token, read_write, operations: Mutex::default(), objects: Mutex::default(), closed: AtomicBool::new(false) }
+        let cache = Arc::default();
+        token.watch(&cache);
+        Self { handle, token, read_write, operations: Mutex::default(), objects: Mutex::default(), cache, closed: AtomicBool::new(false) }
     }
 
     /// The operations. The lock is the session's own: other sessions never wait for it.
@@ -59,10 +74,21 @@ impl Session {
 
     /// The object with this handle, if it can be seen now; otherwise `missing`.
     pub(crate) fn object(&self, handle: CK_OBJECT_HANDLE, missing: CK_RV) -> Result<Arc<Object>> {
-        match self.token.objects.get(handle) {
-            Some(object) if !object.flags.has(Flags::PRIVATE) || self.token.login_state() == Login::User => Ok(object),
+        match self.cache.get(handle, &self.token.objects) {
+            Some(object) if self.sees(&object) => Ok(object),
             _ => fail(missing),
         }
+    }
+
+    /// Whether an object can be seen now.
+    pub(crate) fn sees(&self, object: &Object) -> bool {
+        !object.flags.has(Flags::PRIVATE) || self.token.login_state() == Login::User
+    }
+
+    /// The same, and the very one in the table: what [`Token::change`] compares with.
+    pub(crate) fn object_to_change(&self, handle: CK_OBJECT_HANDLE, missing: CK_RV) -> Result<Arc<Object>> {
+        self.object(handle, missing)?;
+        self.token.objects.get(handle).ok_or(Rv(missing))
     }
 
     /// Puts a new object where its flags want it.
@@ -71,14 +97,13 @@ impl Session {
         let of_session = !object.flags.has(Flags::TOKEN);
         object.session = if of_session { self.handle } else { 0 };
         object.id = None;
-        let handle = self.token.add(object)?;
-        if of_session {
-            self.owned().insert(handle);
-            // The session may have been closed in between: then no one else removes the object.
-            if self.closed.load(Ordering::SeqCst) {
-                self.destroy_objects();
-                return fail(CKR_SESSION_HANDLE_INVALID);
-            }
+        object.handle = self.new_handle(of_session);
+        let handle = object.handle;
+        self.token.add(object)?;
+        // The session may have been closed in between: then no one else removes the object.
+        if of_session && self.closed.load(Ordering::SeqCst) {
+            self.token.objects.remove(handle);
+            return fail(CKR_SESSION_HANDLE_INVALID);
         }
         Ok(handle)
     }
@@ -86,7 +111,7 @@ impl Session {
     /// Removes an object.
     pub(crate) fn remove(&self, object: &Object) -> Result<()> {
         if object.session == self.handle {
-            self.owned().remove(&object.handle);
+            self.owned().handles.remove(&object.handle);
         }
         self.token.remove(object)
     }
@@ -106,6 +131,7 @@ impl Session {
     pub(crate) fn end(&self) {
         self.closed.store(true, Ordering::SeqCst);
         self.destroy_objects();
+        self.cache.clear();
         *self.operations() = Operations::default();
     }
 
@@ -120,12 +146,25 @@ impl Session {
         }
     }
 
-    fn owned(&self) -> MutexGuard<'_, HashSet<CK_OBJECT_HANDLE>> {
+    /// A handle for a new object. One that dies with the session is noted as its own.
+    fn new_handle(&self, of_session: bool) -> CK_OBJECT_HANDLE {
+        let mut owned = self.owned();
+        let handle = owned.unused.next().unwrap_or_else(|| {
+            owned.unused = self.token.next_handles();
+            owned.unused.next().unwrap_or_default()
+        });
+        if of_session {
+            owned.handles.insert(handle);
+        }
+        handle
+    }
+
+    fn owned(&self) -> MutexGuard<'_, Owned> {
         self.objects.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn destroy_objects(&self) {
-        for handle in std::mem::take(&mut *self.owned()) {
+        for handle in std::mem::take(&mut self.owned().handles) {
             self.token.objects.remove(handle);
         }
     }

@@ -1,4 +1,7 @@
 //! Handles: numbers that name sessions and objects, spread over shards so that threads rarely meet.
+//!
+//! Handles are given out in blocks, and all of a block are in one shard: a session that takes its objects' handles from a block of its
+//! own works on cache lines that no other thread writes.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -7,6 +10,8 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 /// A map from handles to shared values. A reader holds a shard's lock only to clone the [`Arc`].
 pub(crate) struct Table<T> {
     shards: Vec<Shard<T>>,
+    /// How many handles that follow each other are in one shard.
+    block: u64,
 }
 
 // Each shard on cache lines of its own: neighbours do not slow each other down.
@@ -16,8 +21,9 @@ struct Shard<T>(RwLock<Entries<T>>);
 type Entries<T> = HashMap<u64, Arc<T>, BuildHasherDefault<HandleHasher>>;
 
 impl<T> Table<T> {
-    pub(crate) fn new() -> Self {
-        Self { shards: (0..SHARDS).map(|_| Shard(RwLock::default())).collect() }
+    /// An empty table whose handles are given out in blocks of this many, at least one.
+    pub(crate) fn new(block: u64) -> Self {
+        Self { shards: (0..SHARDS).map(|_| Shard(RwLock::default())).collect(), block: block.max(1) }
     }
 
     pub(crate) fn get(&self, handle: u64) -> Option<Arc<T>> {
@@ -69,13 +75,15 @@ impl<T> Table<T> {
     }
 
     fn read(&self, handle: u64) -> Option<RwLockReadGuard<'_, Entries<T>>> {
-        let shard = self.shards.get(usize::try_from(handle).unwrap_or(0) % SHARDS)?;
-        Some(shard.0.read().unwrap_or_else(PoisonError::into_inner))
+        Some(self.shard(handle)?.0.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn write(&self, handle: u64) -> Option<RwLockWriteGuard<'_, Entries<T>>> {
-        let shard = self.shards.get(usize::try_from(handle).unwrap_or(0) % SHARDS)?;
-        Some(shard.0.write().unwrap_or_else(PoisonError::into_inner))
+        Some(self.shard(handle)?.0.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn shard(&self, handle: u64) -> Option<&Shard<T>> {
+        self.shards.get(usize::try_from(handle / self.block).unwrap_or(0) % SHARDS)
     }
 }
 
@@ -107,7 +115,7 @@ mod tests {
 
     #[test]
     fn values_are_found_replaced_and_removed() {
-        let table = Table::new();
+        let table = Table::new(4);
         let first = Arc::new(1);
         table.insert(7, Arc::clone(&first));
         table.insert(71, Arc::new(2));

@@ -1,12 +1,14 @@
 //! Tokens: login, PINs, and the objects, in memory and on disk.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use cryptoki_sys::*;
 
 use crate::attribute::Flags;
+use crate::cache::ObjectCache;
 use crate::crypto::digest::Hash;
 use crate::crypto::random;
 use crate::error::{Result, Rv, fail};
@@ -33,6 +35,8 @@ pub(crate) struct Token {
     settings: Arc<Settings>,
     store: Store,
     state: Mutex<State>,
+    /// Of the open sessions.
+    caches: Mutex<Vec<Weak<ObjectCache>>>,
     next_handle: Arc<AtomicU64>,
 }
 
@@ -67,7 +71,7 @@ impl Token {
     pub(crate) fn new(slot: CK_SLOT_ID, store: Store, settings: Arc<Settings>, next_handle: Arc<AtomicU64>) -> Self {
         Self {
             slot,
-            objects: Table::new(),
+            objects: Table::new(HANDLE_BLOCK),
             sessions: AtomicUsize::new(0),
             read_write_sessions: AtomicUsize::new(0),
             present: AtomicBool::new(true),
@@ -76,6 +80,7 @@ impl Token {
             settings,
             store,
             state: Mutex::default(),
+            caches: Mutex::default(),
             next_handle,
         }
     }
@@ -114,9 +119,20 @@ impl Token {
         self.refreshed().map(|_| ())
     }
 
-    /// A new object handle.
-    pub(crate) fn next_handle(&self) -> CK_OBJECT_HANDLE {
-        self.next_handle.fetch_add(1, Ordering::Relaxed)
+    /// A block of new object handles: whoever has it gives them out without asking again.
+    pub(crate) fn next_handles(&self) -> Range<CK_OBJECT_HANDLE> {
+        let first = self.next_handle.fetch_add(HANDLE_BLOCK, Ordering::Relaxed);
+        first..first.saturating_add(HANDLE_BLOCK)
+    }
+
+    /// Empties this cache whenever a token object changes or goes, from now on until it is dropped.
+    pub(crate) fn watch(&self, cache: &Arc<ObjectCache>) {
+        let mut caches = self.lock_caches();
+        // Only when it would grow: opening thousands of sessions stays cheap.
+        if caches.len() == caches.capacity() {
+            caches.retain(|cache| cache.strong_count() > 0);
+        }
+        caches.push(Arc::downgrade(cache));
     }
 
     /// The flags of CK_TOKEN_INFO.
@@ -208,6 +224,7 @@ impl Token {
         let was = self.login.swap(0, Ordering::AcqRel);
         state.master = None;
         self.objects.remove_if(|object| object.flags.has(Flags::PRIVATE));
+        self.empty_caches();
         for known in state.known.values_mut() {
             // Which ones were private is found out again when they are needed.
             known.loaded = known.loaded && self.objects.get(known.handle).is_some();
@@ -243,10 +260,9 @@ impl Token {
         self.save_record(&mut state, record, &locked)
     }
 
-    /// Puts a new object into the token. A token object is on disk when this returns.
-    pub(crate) fn add(&self, mut object: Object) -> Result<CK_OBJECT_HANDLE> {
-        let handle = self.next_handle();
-        object.handle = handle;
+    /// Puts a new object into the token, under the handle that it has. A token object is on disk when this returns.
+    pub(crate) fn add(&self, mut object: Object) -> Result<()> {
+        let handle = object.handle;
         if object.flags.has(Flags::TOKEN) {
             let locked = self.store.lock()?;
             let mut state = self.refreshed_under(&locked)?;
@@ -258,7 +274,7 @@ impl Token {
         } else {
             self.objects.insert(handle, Arc::new(object));
         }
-        Ok(handle)
+        Ok(())
     }
 
     /// Replaces `old` by what `change` makes of it. Fails when someone else changed or removed it first.
@@ -275,6 +291,7 @@ impl Token {
         }
         self.save(&mut state, &new, id, &locked)?;
         self.objects.insert(old.handle, Arc::new(new));
+        self.empty_caches();
         Ok(())
     }
 
@@ -288,10 +305,11 @@ impl Token {
             state.generation = Some(self.store.advance(&locked)?);
             state.known.remove(&id);
         }
-        match self.objects.remove(object.handle) {
-            Some(_) => Ok(()),
-            None => fail(CKR_OBJECT_HANDLE_INVALID),
+        let removed = self.objects.remove(object.handle);
+        if object.id.is_some() {
+            self.empty_caches();
         }
+        if removed.is_some() { Ok(()) } else { fail(CKR_OBJECT_HANDLE_INVALID) }
     }
 
     fn lock_state(&self) -> MutexGuard<'_, State> {
@@ -334,12 +352,14 @@ impl Token {
         self.login.store(0, Ordering::Release);
         *state = State { generation: state.generation, ..State::default() };
         self.objects.remove_if(|object| object.id.is_some() || object.flags.has(Flags::PRIVATE));
+        self.empty_caches();
     }
 
     /// Makes the objects in memory those on disk, as far as they can be read.
     fn load(&self, state: &mut State) -> Result<()> {
         let Some(record) = state.record.clone() else { return Ok(()) };
         let found = self.store.objects(record.epoch)?;
+        let mut handles = 0..0;
         let gone: Vec<ObjectId> = state.known.keys().filter(|id| found.binary_search_by_key(*id, |found| found.id).is_err()).copied().collect();
         for id in gone {
             if let Some(known) = state.known.remove(&id) {
@@ -351,7 +371,13 @@ impl Token {
             if known.is_some_and(|known| known.loaded && known.stamp == file.stamp) {
                 continue;
             }
-            let handle = known.map_or_else(|| self.next_handle(), |known| known.handle);
+            let handle = match known {
+                Some(known) => known.handle,
+                None => handles.next().unwrap_or_else(|| {
+                    handles = self.next_handles();
+                    handles.next().unwrap_or_default()
+                }),
+            };
             let Some(bytes) = self.store.read_object(record.epoch, file.id)? else { continue };
             // A damaged file is left out, and left alone: it must not make the other objects unusable.
             let object = match open_object(&bytes, &record, file.id, state.master.as_ref()) {
@@ -364,7 +390,20 @@ impl Token {
             }
             state.known.insert(file.id, Known { handle, stamp: file.stamp, loaded });
         }
+        self.empty_caches();
         Ok(())
+    }
+
+    /// Called after every change of a token object in the table, before the function that changed it returns: from then on all sessions see it, and
+    /// no copy of a destroyed key is left.
+    fn empty_caches(&self) {
+        for cache in self.lock_caches().iter().filter_map(Weak::upgrade) {
+            cache.clear();
+        }
+    }
+
+    fn lock_caches(&self) -> MutexGuard<'_, Vec<Weak<ObjectCache>>> {
+        self.caches.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn save(&self, state: &mut State, object: &Object, id: ObjectId, locked: &Locked) -> Result<()> {
@@ -448,6 +487,9 @@ fn check_length(pin: &[u8]) -> Result<()> {
 pub(crate) const MIN_PIN: usize = 4;
 /// The longest PIN, in bytes.
 pub(crate) const MAX_PIN: usize = 255;
+
+/// Handles that a session takes at once, so that sessions do not meet at one number.
+const HANDLE_BLOCK: u64 = 1024;
 
 const SEALED: u8 = 1;
 const OPEN: u8 = 0;

@@ -61,6 +61,54 @@ fn session_objects_die_with_their_session() {
     assert_eq!(token.value(lasting), [2; 16]);
 }
 
+/// Sessions keep copies of the token objects that they use: a change or a removal by another session is seen by the next call all the same.
+#[test]
+fn what_another_session_changes_is_seen_at_once() {
+    let token = Token::fresh("shared keys");
+    let (module, slot, anchor) = (token.module, token.slot, token.session);
+    let sessions: Vec<_> = (0..20).map(|_| module.open(slot, 0).unwrap()).collect();
+    let wrap = Mechanism::plain(CKM_AES_KEY_WRAP);
+    let keys: Vec<_> = (0..12).map(|i| token.aes(&[i; 16], Template::new().bool(CKA_TOKEN, true).bool(CKA_WRAP, true))).collect();
+    // More keys than a session keeps, in two rounds.
+    for key in keys.iter().chain(&keys) {
+        for session in &sessions {
+            module.wrap(*session, &wrap, *key, keys[0]).unwrap();
+        }
+    }
+    let (changed, destroyed) = (keys[11], keys[10]);
+    module.set(anchor, changed, &Template::new().bool(CKA_WRAP, false)).unwrap();
+    module.destroy(anchor, destroyed).unwrap();
+    for session in &sessions {
+        assert_eq!(module.wrap(*session, &wrap, changed, keys[0]), Err(CKR_KEY_FUNCTION_NOT_PERMITTED));
+        assert_eq!(module.wrap(*session, &wrap, destroyed, keys[0]), Err(CKR_WRAPPING_KEY_HANDLE_INVALID));
+        module.wrap(*session, &wrap, keys[9], keys[0]).unwrap();
+    }
+    // A key that goes while others use it: each call finds it whole or not at all, and none finds it afterwards.
+    let gone = AtomicBool::new(false);
+    let barrier = Barrier::new(sessions.len() + 1);
+    std::thread::scope(|scope| {
+        for session in &sessions {
+            scope.spawn(|| {
+                barrier.wait();
+                loop {
+                    let was_gone = gone.load(Ordering::SeqCst);
+                    match module.wrap(*session, &wrap, keys[9], keys[0]) {
+                        Ok(_) => assert!(!was_gone, "a destroyed key was used"),
+                        Err(code) => return assert_eq!(code, CKR_WRAPPING_KEY_HANDLE_INVALID),
+                    }
+                }
+            });
+        }
+        barrier.wait();
+        module.destroy(anchor, keys[9]).unwrap();
+        gone.store(true, Ordering::SeqCst);
+    });
+    module.logout(anchor).unwrap();
+    for session in &sessions {
+        assert_eq!(module.wrap(*session, &wrap, keys[8], keys[0]), Err(CKR_WRAPPING_KEY_HANDLE_INVALID));
+    }
+}
+
 #[test]
 fn closing_all_sessions_ends_all_of_the_slot_only() {
     let token = Token::fresh("all of one");
