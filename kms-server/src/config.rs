@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use kms_domain::{IslandName, KeyClass};
+use kms_domain::{IslandName, KeyClass, Retention};
 use kms_hsm::{Hsm, HsmError, PinMemory, PinSource, Token, TokenSelector, TokenSettings};
 use kms_store::{DatabaseLocation, StoreConfig};
 use serde::{Deserialize, Deserializer, de};
@@ -34,6 +34,9 @@ pub struct Config {
     /// Every how many hours the log and all sealed rows are read and compared (I5), 1 to 168. Default: 24.
     #[serde(default = "default_scrub_hours")]
     pub scrub_hours: ScrubHours,
+    /// When keys are destroyed.
+    #[serde(default)]
+    pub retention: RetentionSection,
     /// Certificates of the listener.
     pub tls: TlsSection,
     /// The database.
@@ -76,6 +79,21 @@ impl TryFrom<u8> for ScrubHours {
 
 const fn default_scrub_hours() -> ScrubHours {
     ScrubHours(24)
+}
+
+/// `[retention]`: when keys that are out of use are destroyed (I3).
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RetentionSection {
+    /// Days, 1 to 36,525. Default: 90. A development island may have 0.
+    #[serde(deserialize_with = "retention_days")]
+    pub days: Retention,
+}
+
+impl Default for RetentionSection {
+    fn default() -> Self {
+        Self { days: Retention::DEFAULT }
+    }
 }
 
 /// `[tls]`: PEM files. They are read again when they change, and on SIGHUP.
@@ -486,6 +504,10 @@ fn island_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<IslandName,
     IslandName::parse(&String::deserialize(deserializer)?).map_err(de::Error::custom)
 }
 
+fn retention_days<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Retention, D::Error> {
+    Retention::from_days(u32::deserialize(deserializer)?).map_err(de::Error::custom)
+}
+
 fn default_listen() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], 7443))
 }
@@ -517,6 +539,7 @@ pin = { file = "pin" }
     fn the_least_configuration_has_safe_defaults() {
         let config = Config::parse(LEAST).unwrap();
         assert_eq!(config.listen, default_listen());
+        assert_eq!(config.retention.days.days(), 90);
         assert!(!config.allow_development_island && !config.hsm.allow_cbc_expand);
         for class in [KeyClass::Kek, KeyClass::Session, KeyClass::Authentication, KeyClass::Ca] {
             assert_eq!(config.hsm.token_of(class).unwrap().name, "main");
@@ -540,6 +563,8 @@ pin = { file = "pin" }
             (format!("{LEAST}{token}"), "[hsm.classes]"),
             (format!("{LEAST}{token}[hsm.classes]\nkek = \"third\"\n"), "`third`"),
             (format!("{LEAST}[limits]\nconnections = 0\n"), "connections"),
+            (format!("{LEAST}[retention]\ndays = 36526\n"), "retention"),
+            (format!("{LEAST}[retention]\ndays = -1\n"), "days"),
             (format!("{LEAST}[telemetry]\notlp = \"x\"\n"), "otlp"),
             (LEAST.replace("sqlite = \"island.db\"", "[storage.postgres]\nurl = \"postgres://kms:secret@db/kms\""), "holds a password"),
             (LEAST.replace("sqlite = \"island.db\"", "[storage.postgres]\nurl = \"mysql://kms@db/kms\""), "url"),

@@ -38,6 +38,7 @@ use crate::island::Island;
 use crate::pin_memory::StoredPinMemory;
 use crate::profiles::Profiles;
 use crate::service::certificate::CertificateAuthority;
+use crate::service::retention::Housekeeper;
 use crate::service::scrub::Scrubber;
 
 /// A server that is bound to its port and opens its island.
@@ -100,6 +101,7 @@ impl Server {
         let limits = self.config.limits.transport();
         let Self { config, listener, tls, authority, policy, profiles, opened } = self;
         let scrub_period = config.scrub_hours.period();
+        let retention = config.retention.days;
         let (stop, stopping) = watch::channel(false);
         let stopped = async move |mut stopping: watch::Receiver<bool>| drop(stopping.wait_for(|stop| *stop).await);
         let signal = stopped(stopping.clone());
@@ -108,7 +110,8 @@ impl Server {
         let open = async {
             let island = island.until_open(&gate).await?;
             // I5: what is not refused on use is found within this time.
-            let _scrubbing = Scrubbing(Scrubber::new(Arc::clone(&island)).in_background(scrub_period));
+            let _scrubbing = Background(Scrubber::new(Arc::clone(&island)).in_background(scrub_period));
+            let _destroying = Background(Housekeeper::new(Arc::clone(&island), retention).in_background());
             opened.send_replace(Some(Arc::clone(&island)));
             report_health(&health, &island).await
         };
@@ -134,10 +137,10 @@ impl Server {
     }
 }
 
-/// The background scrubber, which ends with the server.
-struct Scrubbing(tokio::task::JoinHandle<()>);
+/// A task in the background, which ends with the server.
+struct Background(tokio::task::JoinHandle<()>);
 
-impl Drop for Scrubbing {
+impl Drop for Background {
     fn drop(&mut self) {
         self.0.abort();
     }
@@ -174,6 +177,9 @@ impl Opening {
         };
         if keys.row.kind == IslandKind::Development && !self.config.allow_development_island {
             return Err(ServerError::Development { island: self.config.island });
+        }
+        if self.config.retention.days.days() == 0 && keys.row.kind != IslandKind::Development {
+            return Err(ServerError::Retention { island: self.config.island });
         }
         if self.config.hsm.token_of(kms_domain::KeyClass::Ca).is_some() {
             self.authority.check_key(&hsm).await?;
@@ -318,6 +324,14 @@ pub enum ServerError {
     /// A development island under a production configuration.
     #[error("the island `{island}` was made for development: its keys protect nothing; set `allow_development_island = true` for a trial, or hold a ceremony")]
     Development {
+        /// The island.
+        island: IslandName,
+    },
+    /// A production island whose keys would be destroyed at once.
+    #[error(
+        "[retention] days = 0 destroys keys as soon as they are out of use, which only a development island may; give `{island}` at least 1 day, and more than your oldest backup is old"
+    )]
+    Retention {
         /// The island.
         island: IslandName,
     },

@@ -132,6 +132,18 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
             };
             ("frames protected", whom)
         }
+        Event::KeysDestroyed(event) => {
+            let versions = event.keys.iter().map(|keys| keys.versions.len() as u64).sum();
+            let whom = match event.keys.as_slice() {
+                [first, rest @ ..] if rest.iter().all(|keys| keys.owner == first.owner) => output::octets(&first.owner),
+                many => {
+                    let mut owners: Vec<_> = many.iter().map(|keys| (keys.kind, &keys.owner)).collect();
+                    owners.dedup();
+                    plural(owners.len() as u64, "owner")
+                }
+            };
+            ("keys destroyed", format!("{} of {whom}, kept for {}", plural(versions, "key version"), plural(event.retention_days.into(), "day")))
+        }
         Event::SecurityEvent(event) => ("security event", format!("{}: {}", event.kind, event.detail)),
         Event::CeremonyHeld(event) => {
             ("ceremony", format!("{} made{}", plural(event.fingerprints.len() as u64, "public key"), if event.development { ", for development" } else { "" }))

@@ -3,8 +3,8 @@
 use std::fmt;
 
 use crate::{
-    DeviceTypeId, FlagId, GroupId, KeyType, KeyVersionNumber, Owner, ParseError, PrincipalId, SecuritySetupId, SecuritySuite, Slots, SystemTitle, UnixMillis,
-    id::parse_name,
+    DeviceTypeId, FlagId, GroupId, KeyState, KeyType, KeyVersion, KeyVersionNumber, Owner, ParseError, PrincipalId, SecuritySetupId, SecuritySuite, SlotError,
+    Slots, SystemTitle, UnixMillis, id::parse_name,
 };
 
 /// Where a meter stands in its life.
@@ -141,6 +141,8 @@ pub struct Meter {
     pub batch: String,
     /// When the meter was added.
     pub added: UnixMillis,
+    /// When it was retired: present exactly when its status says so. Its keys are destroyed when the retention time has passed since.
+    pub retired: Option<UnixMillis>,
     /// The keys.
     pub slots: Slots,
 }
@@ -151,7 +153,7 @@ impl Meter {
         Owner::Meter(self.title)
     }
 
-    /// Changes the status.
+    /// Changes the status, to any but retired: [`Self::retire`] does that.
     ///
     /// # Errors
     /// A retired meter stays retired.
@@ -159,10 +161,34 @@ impl Meter {
         if self.class.status == status {
             return Ok(());
         }
+        if status == MeterStatus::Retired {
+            return Err(ParseError::new("meter status", "a meter is retired, or replaced, by an act of its own"));
+        }
         if !self.class.status.may_become(status) {
             return Err(ParseError::new("meter status", format!("a {} meter cannot become {status}: enrol it under a new system title", self.class.status)));
         }
         self.class.status = status;
+        Ok(())
+    }
+
+    /// Ends the meter's identity: nothing of it is active any more. Its versions stay what they were, candidates too (I3), until the retention
+    /// time has passed: see [`Self::expire_keys`]. A meter that is retired already stays as it is.
+    ///
+    /// # Errors
+    /// A slot refuses, which says that it breaks what holds of slots.
+    pub fn retire(&mut self, now: UnixMillis) -> Result<(), SlotError> {
+        if self.class.status == MeterStatus::Retired {
+            return Ok(());
+        }
+        for slot in self.slots.iter_mut() {
+            let in_use = |version: &&KeyVersion| matches!(version.state(), KeyState::Active | KeyState::Suspended);
+            let numbers: Vec<_> = slot.versions().iter().filter(in_use).map(KeyVersion::number).collect();
+            for number in numbers {
+                slot.transition(number, KeyState::Deactivated, now)?;
+            }
+        }
+        self.class.status = MeterStatus::Retired;
+        self.retired = Some(now);
         Ok(())
     }
 }

@@ -36,6 +36,7 @@ fn meter(slots: Slots) -> Meter {
         suite: SecuritySuite::Suite0,
         batch: "KAM-2026-0041".to_owned(),
         added: NOW,
+        retired: None,
         slots,
     }
 }
@@ -134,9 +135,17 @@ fn a_retired_meter_stays_retired() {
     meter.set_status(MeterStatus::Quarantined).unwrap();
     assert!(!meter.class.status.may_grant());
     meter.set_status(MeterStatus::InService).unwrap();
-    meter.set_status(MeterStatus::Retired).unwrap();
+    assert!(meter.set_status(MeterStatus::Retired).is_err(), "retiring is an act of its own");
+    meter.retire(NOW.after(5)).unwrap();
+    meter.retire(NOW.after(9)).unwrap();
+    assert_eq!(meter.retired, Some(NOW.after(5)));
+    assert_eq!(Meter::from_row(title(), &island(), meter.to_row().unwrap().into()).unwrap(), meter);
+    // The status and the time belong together.
+    let without = Meter { retired: None, ..meter.clone() };
+    assert!(without.to_row().is_err());
     assert!(!meter.class.status.may_grant());
     assert!(MeterStatus::ALL.into_iter().filter(|status| *status != MeterStatus::Retired).all(|status| meter.set_status(status).is_err()));
+    assert!(meter.slots.iter().all(|slot| slot.active().is_none() && slot.candidates().count() == 1), "I3: what it may hold stays");
 }
 
 #[test]

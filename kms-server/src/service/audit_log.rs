@@ -102,6 +102,7 @@ fn names(record: &AuditRecord, meter: SystemTitle) -> bool {
         Some(Event::FramesProtected(event)) => event.frames.iter().any(|frame| frame.meter == number),
         Some(Event::MetersChanged(event)) => event.meters.iter().any(is),
         Some(Event::SecurityEvent(event)) => is(&event.meter),
+        Some(Event::KeysDestroyed(event)) => event.keys.iter().any(|keys| keys.kind == METER && is(&keys.owner)),
         _ => false,
     };
     in_event || record.row_writes.iter().any(|write| write.kind == METER && is(&write.id))

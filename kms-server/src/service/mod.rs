@@ -9,5 +9,6 @@ mod group;
 pub mod init;
 pub mod meter;
 pub mod principal;
+pub mod retention;
 pub mod scrub;
 pub mod shipment;

@@ -29,6 +29,9 @@ pub(super) struct MeterRow {
     /// In order of setup, key type and number.
     #[prost(message, repeated, tag = "10")]
     pub(super) versions: Vec<VersionRow>,
+    /// When the meter was retired, in milliseconds after `added`; only of a retired one.
+    #[prost(sint64, optional, tag = "14")]
+    pub(super) retired: Option<i64>,
     /// Unix milliseconds: what other moments of the row are relative to. Last and never 0, so that a cut row is refused.
     #[prost(int64, tag = "15")]
     pub(super) added: i64,

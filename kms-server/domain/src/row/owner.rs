@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     CounterDomain, CounterDomainId, DeviceProfileName, DeviceType, DeviceTypeId, FlagId, Group, GroupId, IslandName, Meter, MeterClass, MeterStatus,
-    SystemTitle,
+    SystemTitle, UnixMillis,
     id::parse_name,
     meter::{check_batch, check_serial},
 };
@@ -32,12 +32,15 @@ impl Meter {
         }
         check_serial(&row.serial)?;
         check_batch(&row.batch)?;
+        let status = MeterStatus::from_number(row.status)?;
+        let retired = row.retired.map(|since| UnixMillis(row.added.wrapping_add(since)));
+        check_retired(status, retired)?;
         Ok(Self {
             title,
             class: MeterClass {
                 vendor: FlagId::parse(std::str::from_utf8(&vendor).unwrap_or_default())?,
                 profile: DeviceProfileName::from_text(row.profile)?,
-                status: MeterStatus::from_number(row.status)?,
+                status,
                 groups,
                 head_end: principals.optional(row.head_end)?,
             },
@@ -45,6 +48,7 @@ impl Meter {
             suite: suite(row.suite)?,
             batch: row.batch,
             added: moment(row.added)?,
+            retired,
             slots: slots_from_rows(row.versions, row.added, &principals)?,
         })
     }
@@ -52,10 +56,12 @@ impl Meter {
     /// The body of the meter's row.
     ///
     /// # Errors
-    /// The meter breaks an invariant that [`Self::from_row`] checks: a serial or batch of another form, groups out of order.
+    /// The meter breaks an invariant that [`Self::from_row`] checks: a serial or batch of another form, groups out of order, a status
+    /// that does not fit the time of retirement.
     pub fn to_row(&self) -> Result<Vec<u8>, RowError> {
         check_serial(&self.serial)?;
         check_batch(&self.batch)?;
+        check_retired(self.class.status, self.retired)?;
         if self.class.groups.first() == Some(&GroupId(0)) || !self.class.groups.is_sorted_by(|group, next| group < next) {
             return Err(RowError::new("the groups are not in increasing order"));
         }
@@ -73,6 +79,7 @@ impl Meter {
             principals: principals.to_rows(),
             head_end,
             batch: self.batch.clone(),
+            retired: self.retired.map(|retired| retired.0.wrapping_sub(self.added.0)),
             added: self.added.0,
             versions,
         };
@@ -165,4 +172,9 @@ impl CounterDomain {
         let counters = counters_to_rows(&self.counters, &mut principals);
         CounterDomainRow { principals: principals.to_rows(), counters, members: self.members }.encode_to_vec()
     }
+}
+
+/// A retired meter says when, and no other does: the retention time counts from it.
+fn check_retired(status: MeterStatus, retired: Option<UnixMillis>) -> Result<(), RowError> {
+    if (status == MeterStatus::Retired) == retired.is_some() { Ok(()) } else { Err(RowError::new("status and time of retirement do not belong together")) }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kms_domain::{KeyState, Meter, MeterStatus, Principal, PrincipalId, PrincipalStatus, Role, SystemTitle, UnixMillis};
+use kms_domain::{Meter, MeterStatus, Principal, PrincipalId, PrincipalStatus, Role, SlotError, SystemTitle};
 use kms_proto::v1::{self, MetersChanged, audit_record::Event};
 use kms_store::Reads;
 
@@ -149,7 +149,7 @@ impl MeterService {
 
     /// Ends the identity of meters. From then on: no session, no frame, no repeated grant; the active key versions are deactivated. What was
     /// granted before stays valid in its holder's hands until the grant's end. Wrapped keys stay in the rows: they are candidates (I3) until the
-    /// retention time has passed, and destroying them then is a step of its own.
+    /// retention time has passed; then [`crate::service::retention`] destroys them.
     ///
     /// # Errors
     /// Unknown caller, a request id that was used for something else, or the database is away.
@@ -169,7 +169,7 @@ impl MeterService {
                             continue;
                         }
                         let now = view.now();
-                        retire(Arc::make_mut(&mut meter), now)?;
+                        Arc::make_mut(&mut meter).retire(now).map_err(fault)?;
                         changed.push(*title);
                         view.put_meter((*meter).clone(), true)?;
                     }
@@ -221,7 +221,7 @@ impl MeterService {
                 let changed = Arc::make_mut(&mut successor);
                 changed.class.head_end.clone_from(&former.class.head_end);
                 changed.set_status(former.class.status).map_err(ServiceError::parse("new_meter"))?;
-                retire(Arc::make_mut(&mut former), now)?;
+                Arc::make_mut(&mut former).retire(now).map_err(fault)?;
                 view.put_meter((*former).clone(), true)?;
                 view.put_meter((*successor).clone(), true)?;
                 record(view, &mut outcome, "replaced", &[old, new], new.to_string(), reason.clone());
@@ -273,22 +273,9 @@ fn assigned(meter: &Meter, head_end: Option<&PrincipalId>) -> Result<Option<Mete
     Ok(Some(changed))
 }
 
-/// Retired, with nothing active any more.
-fn retire(meter: &mut Meter, now: UnixMillis) -> Result<(), ServiceError> {
-    let fault = |error: &dyn std::fmt::Display| ServiceError::Internal(error.to_string());
-    meter.set_status(MeterStatus::Retired).map_err(|error| fault(&error))?;
-    for slot in meter.slots.iter_mut() {
-        let active: Vec<_> = slot
-            .versions()
-            .iter()
-            .filter(|version| matches!(version.state(), KeyState::Active | KeyState::Suspended))
-            .map(kms_domain::KeyVersion::number)
-            .collect();
-        for number in active {
-            slot.transition(number, KeyState::Deactivated, now).map_err(|error| fault(&error))?;
-        }
-    }
-    Ok(())
+/// A row that was read and verified breaks what holds of slots.
+fn fault(error: SlotError) -> ServiceError {
+    ServiceError::Internal(error.to_string())
 }
 
 /// The record of a change, if there was one (I2).

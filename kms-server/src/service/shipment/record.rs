@@ -227,6 +227,7 @@ impl Step {
             suite: self.verified.profile.suite,
             batch: header.batch.clone(),
             added: now,
+            retired: None,
             slots: slots(device, now)?,
         };
         for key in &device.keys {
