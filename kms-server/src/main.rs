@@ -134,19 +134,20 @@ async fn check(config: &Config) -> Result<(), Box<dyn std::error::Error + Send +
     let hsm = config.hsm.start(&config.island, Arc::new(ProcessPinMemory::default()))?;
     let mut missing = Vec::new();
     for token in hsm.all_tokens() {
-        match token.usable(Duration::from_secs(60)).await {
-            Ok(capabilities) => {
-                println!("\ntoken `{}` ({}):", token.label(), capabilities.module);
-                let mut table = comfy_table::Table::new();
-                table.load_style(comfy_table::presets::ASCII_MARKDOWN).set_header(["capability", "needed for", "found", "used instead", "cost of its absence"]);
-                for row in capabilities.table() {
-                    let instead = if row.found { ["yes", "", ""] } else { ["no", row.instead, row.cost] };
-                    table.add_row([row.name, row.needed_for].into_iter().chain(instead));
-                }
-                println!("{table}");
-                missing.extend(capabilities.missing_essentials(config.hsm.allow_cbc_expand));
+        let usable = token.usable(Duration::from_secs(60)).await;
+        // Also of a token that lacks something essential: the table tells what.
+        if let Some(capabilities) = token.capabilities() {
+            println!("\ntoken `{}` ({}):", token.label(), capabilities.module);
+            let mut table = comfy_table::Table::new();
+            table.load_style(comfy_table::presets::ASCII_MARKDOWN).set_header(["capability", "needed for", "found", "used instead", "cost of its absence"]);
+            for row in capabilities.table() {
+                let instead = if row.found { ["yes", "", ""] } else { ["no", row.instead, row.cost] };
+                table.add_row([row.name, row.needed_for].into_iter().chain(instead));
             }
-            Err(error) => missing.push(error.to_string()),
+            println!("{table}");
+        }
+        if let Err(error) = usable {
+            missing.push(error.to_string());
         }
     }
     tokio::task::spawn_blocking(move || hsm.close()).await?;

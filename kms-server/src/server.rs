@@ -14,7 +14,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use kms_domain::{ChunkSize, FingerprintKey, Generation, IslandKind, IslandName, RowId, RowSeal, SealError, SealKey, SealRootKey};
+use kms_domain::{ChunkSize, FingerprintKey, Generation, IslandKind, IslandName, KeyClass, RowId, RowSeal, SealError, SealKey, SealRootKey};
 use kms_hsm::{ErrorKind, Hsm, HsmError, RootVersion};
 use kms_store::{RowKind, Store, StoreError};
 use rustls_pki_types::CertificateDer;
@@ -39,6 +39,7 @@ use crate::pin_memory::StoredPinMemory;
 use crate::profiles::Profiles;
 use crate::service::certificate::CertificateAuthority;
 use crate::service::scrub::Scrubber;
+use crate::telemetry::Repetition;
 
 /// A server that is bound to its port and opens its island.
 pub struct Server {
@@ -154,10 +155,15 @@ struct Opening {
 impl Opening {
     /// Tries until database and tokens answer.
     async fn until_open(self, gate: &Gate) -> Result<Arc<Island>, ServerError> {
+        let mut failures = Repetition::default();
         let store = loop {
             match kms_store::open(&self.config.storage.store()?).await {
                 Ok(store) => break store,
-                Err(error @ StoreError::Unavailable { .. }) => tracing::error!(%error, "the database cannot be opened yet; it is tried again"),
+                Err(error @ StoreError::Unavailable { .. }) => {
+                    if failures.is_news(&error.to_string()) {
+                        tracing::error!(%error, "the database cannot be opened yet; it is tried again every 2 s");
+                    }
+                }
                 Err(error) => return Err(error.into()),
             }
             tokio::time::sleep(PAUSE).await;
@@ -167,7 +173,11 @@ impl Opening {
         let keys = loop {
             match SealKeys::open(&store, &hsm, &self.config.island).await {
                 Ok(keys) => break keys,
-                Err(error) if error.may_pass() => tracing::error!(%error, "the island cannot be opened yet; it is tried again"),
+                Err(error) if error.may_pass() => {
+                    if failures.is_news(&error.to_string()) {
+                        tracing::error!(%error, "the island cannot be opened yet; it is tried again every 2 s");
+                    }
+                }
                 Err(error) => return Err(error),
             }
             tokio::time::sleep(PAUSE).await;
@@ -175,7 +185,7 @@ impl Opening {
         if keys.row.kind == IslandKind::Development && !self.config.allow_development_island {
             return Err(ServerError::Development { island: self.config.island });
         }
-        if self.config.hsm.token_of(kms_domain::KeyClass::Ca).is_some() {
+        if hsm.serves(KeyClass::Ca) {
             self.authority.check_key(&hsm).await?;
         }
         let server = self.config.server_name.clone().unwrap_or_else(host_name);

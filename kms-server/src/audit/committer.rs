@@ -376,7 +376,7 @@ impl Writer {
         };
         let mut reads = Reads::default();
         for act in acts.iter() {
-            extend(&mut reads, act.reads());
+            reads.extend(act.reads());
         }
         let actors: Vec<Actor> = acts.iter().map(|act| act.actor()).collect();
         let shared = self.shared.clone();
@@ -712,15 +712,6 @@ fn take_batch(acts: &mut Vec<Box<dyn Act>>) -> Vec<Box<dyn Act>> {
         .count();
     let count = count.max(usize::from(!acts.is_empty()));
     acts.drain(..count).collect()
-}
-
-fn extend(reads: &mut Reads, more: &Reads) {
-    reads.meters.extend_from_slice(&more.meters);
-    reads.sealed.extend_from_slice(&more.sealed);
-    reads.requests.extend_from_slice(&more.requests);
-    reads.fingerprints.extend_from_slice(&more.fingerprints);
-    reads.grants.extend_from_slice(&more.grants);
-    reads.shipments.extend_from_slice(&more.shipments);
 }
 
 /// Tells other servers that this one is alive, and removes requests that can no longer be repeated, a few at a time so that acts do not wait.

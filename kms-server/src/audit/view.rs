@@ -570,9 +570,10 @@ impl Batch<'_> {
 
 /// Opens a row that was read, inside or outside a transaction.
 pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKey, seen: &Seen, island: &IslandName) -> Result<Opened, String> {
+    let known = seen.generation(id);
     let Some(row) = row else {
         // I5: a row that this server has seen does not vanish.
-        if seen.generation(id).is_some() {
+        if known.is_some() {
             return Err(format!("the row of {id} was deleted"));
         }
         return Ok(Opened { generation: None, value: None, changed: false, reprojected: false });
@@ -583,7 +584,7 @@ pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKey, seen
     let stored = kms_domain::RowSeal::from_octets(&row.seal).map_err(|error| error.to_string())?;
     seal.verify(id, generation, &row.body, &stored).map_err(|error| error.to_string())?;
     // I5: a row older than this server has seen was put back.
-    if seen.generation(id).is_some_and(|known| generation.number() < known) {
+    if known.is_some_and(|known| generation.number() < known) {
         return Err(format!("the row of {id} is older than this server has seen"));
     }
     let body = bytes::Bytes::copy_from_slice(&row.body);
@@ -596,7 +597,9 @@ pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKey, seen
         RowId::DeviceType(_) => return Err("device types are not used by this server version".to_owned()),
     }
     .map_err(|error| error.to_string())?;
-    seen.note(id, generation.number());
+    if known != Some(generation.number()) {
+        seen.note(id, generation.number());
+    }
     Ok(Opened { generation: Some(generation), value: Some(value), changed: false, reprojected: false })
 }
 

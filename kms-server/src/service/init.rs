@@ -14,8 +14,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kms_domain::{
-    ChunkSize, ClassRoots, DiversificationRoot, Island as IslandRow, IslandKind, IslandName, KeyClass, KeyDerivation, Principal, PrincipalStatus, SealKey,
-    SealRootKey,
+    ChunkSize, ClassRoots, DiversificationRoot, Island as IslandRow, IslandKind, IslandName, KeyClass, KeyDerivation, OaepHash, Principal, PrincipalStatus,
+    SealKey, SealRootKey,
 };
 use kms_hsm::{
     EscrowPackage, Hsm, HsmError, KeyFingerprint, Module, Pin, PinSource, ProcessPinMemory, RootVersion, StandbyToken, TokenKey, TokenSelector, TokenSettings,
@@ -447,7 +447,7 @@ impl StoredCopy {
         });
         Some(WrappedRoots {
             recipient_sha256: octets(&copy, "recipient")?.try_into().ok()?,
-            oaep_hash: kms_hsm::OaepHash::parse(copy.get("oaep_hash")?.as_str()?)?,
+            oaep_hash: OaepHash::parse(copy.get("oaep_hash")?.as_str()?).ok()?,
             roots: roots.collect::<Option<_>>()?,
         })
     }
