@@ -12,7 +12,7 @@ use kms_server::authz::Policy;
 use kms_server::config::{Config, TelemetrySection};
 use kms_server::dev::DevSettings;
 use kms_server::profiles::Profiles;
-use kms_server::server::{Server, host_name};
+use kms_server::server::{self, Server, host_name};
 use kms_server::service::init::CeremonyPlan;
 use kms_server::telemetry::Telemetry;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
@@ -60,6 +60,13 @@ enum Command {
         /// The folder that gets what the ceremony makes.
         #[arg(long)]
         state: PathBuf,
+    },
+    /// Declare that the database was restored from a backup, with all servers of the island stopped: every invocation counter is raised
+    /// before it is dealt from again. A server notices most restores by itself (docs/operations.md, Restore).
+    Restored {
+        /// The configuration file.
+        #[arg(long)]
+        config: PathBuf,
     },
     /// Check configuration, policies, device profiles and HSM tokens, and print what the tokens can do. Serves nothing.
     Check {
@@ -121,6 +128,18 @@ impl Command {
                 println!("Then start the server:\n\n    kms-server run --config {}", held.configuration.display());
                 Ok(())
             }
+            Self::Restored { config } => {
+                let config = Config::load(&config)?;
+                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), otlp_endpoint: None }, "restored")?;
+                let history = server::declare_restored(&config).await?;
+                println!(
+                    "The island `{}` counts as restored, {} in all. Every invocation counter is raised before it is dealt from",
+                    config.island,
+                    times(history.restores)
+                );
+                println!("again: by {} since the ceremony. Now start the servers.", history.jump.counters());
+                Ok(())
+            }
             Self::Check { config } => check(&Config::load(&config)?).await,
         }
     }
@@ -156,6 +175,10 @@ async fn check(config: &Config) -> Result<(), Box<dyn std::error::Error + Send +
         return Ok(());
     }
     Err(format!("the HSM cannot be used: {}", missing.join("; ")).into())
+}
+
+fn times(number: u32) -> String {
+    if number == 1 { "once".to_owned() } else { format!("{number} times") }
 }
 
 /// SIGINT or SIGTERM.

@@ -14,7 +14,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use kms_domain::{ChunkSize, FingerprintKey, Generation, IslandKind, IslandName, KeyClass, RowId, RowSeal, SealError, SealKey, SealRootKey};
+use kms_domain::{ChunkSize, DatabaseHistory, FingerprintKey, Generation, IslandKind, IslandName, KeyClass, RowId, RowSeal, SealError, SealKey, SealRootKey};
 use kms_hsm::{ErrorKind, Hsm, HsmError, RootVersion};
 use kms_store::{RowKind, Store, StoreError};
 use rustls_pki_types::CertificateDer;
@@ -30,7 +30,7 @@ use tower::Service;
 use crate::api;
 use crate::api::listener::Listener;
 use crate::api::tls::{ServerTls, TlsError};
-use crate::audit::{AuditKey, Committer, CommitterSettings};
+use crate::audit::{AuditKey, Committer, CommitterSettings, RestoreSettings};
 use crate::authz::{Policy, PolicyError};
 use crate::config::{Config, ConfigError};
 use crate::error::ServiceError;
@@ -61,8 +61,7 @@ impl Server {
     pub async fn start(config: Config) -> Result<Self, ServerError> {
         let policy = Policy::load(config.policies.directory.as_deref())?;
         let profiles = Profiles::load(config.device_profiles.directory.as_deref()).map_err(ServerError::Profiles)?;
-        let root = CertificateDer::from_pem_file(&config.tls.client_ca).map_err(|error| ServerError::Root(error.to_string()))?;
-        let authority = CertificateAuthority::from_der(&root).map_err(|error| ServerError::Root(error.to_string()))?;
+        let authority = read_authority(&config)?;
         let tls = Arc::new(ServerTls::load(config.tls.clone().into())?);
         let listener = Listener::bind(config.listen, Arc::clone(&tls), config.limits.transport())
             .await
@@ -109,7 +108,7 @@ impl Server {
         let open = async {
             let island = island.until_open(&gate).await?;
             // I5: what is not refused on use is found within this time.
-            let _scrubbing = Scrubbing(Scrubber::new(Arc::clone(&island)).in_background(scrub_period));
+            let _scrubbing = Background(Scrubber::new(Arc::clone(&island)).in_background(scrub_period));
             opened.send_replace(Some(Arc::clone(&island)));
             report_health(&health, &island).await
         };
@@ -127,6 +126,7 @@ impl Server {
         }
         let island = opened.borrow().clone();
         if let Some(island) = island {
+            island.committer.remember().await;
             island.store.close().await;
             let hsm = island.hsm.clone();
             drop(tokio::task::spawn_blocking(move || hsm.close()).await);
@@ -135,10 +135,10 @@ impl Server {
     }
 }
 
-/// The background scrubber, which ends with the server.
-struct Scrubbing(tokio::task::JoinHandle<()>);
+/// A task in the background, which ends with the server.
+struct Background(tokio::task::JoinHandle<()>);
 
-impl Drop for Scrubbing {
+impl Drop for Background {
     fn drop(&mut self) {
         self.0.abort();
     }
@@ -188,9 +188,13 @@ impl Opening {
         if hsm.serves(KeyClass::Ca) {
             self.authority.check_key(&hsm).await?;
         }
-        let server = self.config.server_name.clone().unwrap_or_else(host_name);
-        let settings = CommitterSettings { island: self.config.island.clone(), server, chunk_size: ChunkSize::default(), queue: QUEUED_ACTS };
-        let committer = Committer::start(Arc::clone(&store), keys.seal, keys.chain, settings);
+        let restore = self.config.restore();
+        if restore.watermark.is_none() {
+            tracing::warn!("no `watermark` is configured: a database that is put back without a new timeline is not noticed (I4)");
+        }
+        let committer = Committer::start(Arc::clone(&store), keys.seal, keys.chain, committer_settings(&self.config, restore));
+        // I4: not before the counters of a restored database are raised.
+        committer.settled().await;
         let island = Arc::new(Island {
             row: keys.row,
             hsm,
@@ -205,6 +209,47 @@ impl Opening {
         tracing::info!(island = %island.name(), "the island is open");
         Ok(island)
     }
+}
+
+/// Declares that the database was restored: raises the counters, and records it. For an operator.
+///
+/// # Errors
+/// Database or tokens do not answer, or do not belong together; with SQLite, a server runs.
+pub async fn declare_restored(config: &Config) -> Result<DatabaseHistory, ServerError> {
+    let restore = RestoreSettings { declared: true, ..config.restore() };
+    without_serving(config, restore, async |_, committer| Ok(committer.settled().await)).await
+}
+
+/// Opens database and tokens for one act of an operator.
+async fn without_serving<T>(
+    config: &Config,
+    restore: RestoreSettings,
+    work: impl AsyncFnOnce(&Hsm, &Committer) -> Result<T, ServerError>,
+) -> Result<T, ServerError> {
+    let store = kms_store::open(&config.storage.store()?).await?;
+    let hsm = config.hsm.start(&config.island, Arc::new(StoredPinMemory::new(Arc::clone(&store))))?;
+    let worked = async {
+        let keys = SealKeys::open(&store, &hsm, &config.island).await?;
+        let committer = Committer::start(Arc::clone(&store), keys.seal, keys.chain, committer_settings(config, restore));
+        tokio::time::timeout(USABLE_WITHIN, committer.settled()).await.map_err(|_| ServerError::NotSettled)?;
+        let outcome = work(&hsm, &committer).await;
+        committer.remember().await;
+        outcome
+    };
+    let outcome = worked.await;
+    store.close().await;
+    drop(tokio::task::spawn_blocking(move || hsm.close()).await);
+    outcome
+}
+
+fn read_authority(config: &Config) -> Result<CertificateAuthority, ServerError> {
+    let root = CertificateDer::from_pem_file(&config.tls.client_ca).map_err(|error| ServerError::Root(error.to_string()))?;
+    CertificateAuthority::from_der(&root).map_err(|error| ServerError::Root(error.to_string()))
+}
+
+fn committer_settings(config: &Config, restore: RestoreSettings) -> CommitterSettings {
+    let server = config.server_name.clone().unwrap_or_else(host_name);
+    CommitterSettings { island: config.island.clone(), server, chunk_size: ChunkSize::default(), queue: QUEUED_ACTS, restore }
 }
 
 /// The keys that the HSM computes from the seal root, and the island's row that they verify.
@@ -339,6 +384,9 @@ pub enum ServerError {
         /// Why.
         reason: String,
     },
+    /// The database could not be compared with what is known of its history.
+    #[error("the database's history could not be compared or written; the lines above tell why")]
+    NotSettled,
     /// gRPC.
     #[error("gRPC: {0}")]
     Transport(String),
