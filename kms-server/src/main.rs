@@ -68,11 +68,33 @@ enum Command {
         #[arg(long)]
         config: PathBuf,
     },
+    /// Certificates of servers.
+    Certificate {
+        #[command(subcommand)]
+        command: CertificateCommand,
+    },
     /// Check configuration, policies, device profiles and HSM tokens, and print what the tokens can do. Serves nothing.
     Check {
         /// The configuration file.
         #[arg(long)]
         config: PathBuf,
+    },
+}
+
+#[derive(Subcommand)]
+enum CertificateCommand {
+    /// Renew a server's TLS certificate for the names and the key that it has. A server with a token for the CA renews its own by itself
+    /// in the last third of its life; this is for those without, and for doing it earlier.
+    Renew {
+        /// The configuration of a server that has a token for the CA. With SQLite, end the server first.
+        #[arg(long)]
+        config: PathBuf,
+        /// The certificate of another server, PEM. Default: that of the configuration.
+        #[arg(long, requires = "private_key")]
+        certificate: Option<PathBuf>,
+        /// The private key that belongs to it, PEM.
+        #[arg(long, requires = "certificate")]
+        private_key: Option<PathBuf>,
     },
 }
 
@@ -138,6 +160,20 @@ impl Command {
                     times(history.restores)
                 );
                 println!("again: by {} since the ceremony. Now start the servers.", history.jump.counters());
+                Ok(())
+            }
+            Self::Certificate { command: CertificateCommand::Renew { config, certificate, private_key } } => {
+                let config = Config::load(&config)?;
+                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), otlp_endpoint: None }, "certificate")?;
+                let renewed = certificate.clone().unwrap_or_else(|| config.tls.certificate.clone());
+                let issued = server::renew_certificate(&config, certificate.zip(private_key)).await?;
+                println!(
+                    "renewed `{}`: serial number {}, valid for {} days.",
+                    renewed.display(),
+                    hex::encode(&issued.serial),
+                    config.limits.server_certificate_days
+                );
+                println!("A server that runs reads it again by itself.");
                 Ok(())
             }
             Self::Check { config } => check(&Config::load(&config)?).await,

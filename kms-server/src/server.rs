@@ -8,6 +8,7 @@ use std::fs;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
@@ -37,7 +38,8 @@ use crate::error::ServiceError;
 use crate::island::Island;
 use crate::pin_memory::StoredPinMemory;
 use crate::profiles::Profiles;
-use crate::service::certificate::CertificateAuthority;
+use crate::service::certificate::{CertificateAuthority, IssuedCertificate};
+use crate::service::certificate_end::{CertificateWatch, ServerCertificate};
 use crate::service::scrub::Scrubber;
 use crate::telemetry::Repetition;
 
@@ -100,6 +102,12 @@ impl Server {
         let limits = self.config.limits.transport();
         let Self { config, listener, tls, authority, policy, profiles, opened } = self;
         let scrub_period = config.scrub_hours.period();
+        let own = ServerCertificate {
+            certificate: config.tls.certificate.clone(),
+            private_key: config.tls.private_key.clone(),
+            days: config.limits.server_certificate_days,
+        };
+        let watched = authority.clone();
         let (stop, stopping) = watch::channel(false);
         let stopped = async move |mut stopping: watch::Receiver<bool>| drop(stopping.wait_for(|stop| *stop).await);
         let signal = stopped(stopping.clone());
@@ -109,6 +117,8 @@ impl Server {
             let island = island.until_open(&gate).await?;
             // I5: what is not refused on use is found within this time.
             let _scrubbing = Background(Scrubber::new(Arc::clone(&island)).in_background(scrub_period));
+            let watch = CertificateWatch { island: Arc::clone(&island), authority: watched, own };
+            let _watching = Background(tokio::spawn(watch.run()));
             opened.send_replace(Some(Arc::clone(&island)));
             report_health(&health, &island).await
         };
@@ -218,6 +228,21 @@ impl Opening {
 pub async fn declare_restored(config: &Config) -> Result<DatabaseHistory, ServerError> {
     let restore = RestoreSettings { declared: true, ..config.restore() };
     without_serving(config, restore, async |_, committer| Ok(committer.settled().await)).await
+}
+
+/// Renews the TLS certificate of the configuration's server, or that in these two files: certificate and private key.
+///
+/// # Errors
+/// As [`declare_restored`], and as [`ServerCertificate::renew`].
+pub async fn renew_certificate(config: &Config, files: Option<(PathBuf, PathBuf)>) -> Result<IssuedCertificate, ServerError> {
+    let authority = read_authority(config)?;
+    let (certificate, private_key) = files.unwrap_or_else(|| (config.tls.certificate.clone(), config.tls.private_key.clone()));
+    let own = ServerCertificate { certificate, private_key, days: config.limits.server_certificate_days };
+    without_serving(config, config.restore(), async move |hsm, committer| {
+        authority.check_key(hsm).await?;
+        Ok(own.renew(&authority, hsm, committer).await?)
+    })
+    .await
 }
 
 /// Opens database and tokens for one act of an operator.
