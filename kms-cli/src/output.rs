@@ -166,6 +166,21 @@ pub(crate) fn time(milliseconds: i64) -> String {
     written(milliseconds, 0)
 }
 
+/// The end of something as [`time`], and within 30 days of it how many days are left.
+pub(crate) fn end(milliseconds: i64) -> String {
+    end_as_of(milliseconds, jiff::Timestamp::now().as_millisecond())
+}
+
+fn end_as_of(milliseconds: i64, now: i64) -> String {
+    let text = time(milliseconds);
+    match (milliseconds - now).div_euclid(86_400_000) {
+        _ if milliseconds == 0 => text,
+        ..0 => format!("{text}, has ended"),
+        days @ 0..30 => format!("{text}, ends in {days} day{}", if days == 1 { "" } else { "s" }),
+        _ => text,
+    }
+}
+
 /// A time in milliseconds (Unix time) in RFC 3339, to the millisecond; empty for 0.
 pub(crate) fn exact_time(milliseconds: i64) -> String {
     written(milliseconds, 3)
@@ -220,3 +235,19 @@ const NARROWEST_SENTENCE: usize = 24;
 const INDENT: &str = "    ";
 /// Headings and the line below them.
 const HEAD_LINES: usize = 2;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_that_is_near_is_told_in_days() {
+        const DAY: i64 = 86_400_000;
+        let now = 1_795_165_200_000;
+        assert_eq!(end_as_of(0, now), "");
+        assert!(end_as_of(now - 1, now).ends_with(", has ended"));
+        assert!(end_as_of(now + DAY, now).ends_with(", ends in 1 day"));
+        assert!(end_as_of(now + 29 * DAY, now).ends_with(", ends in 29 days"));
+        assert_eq!(end_as_of(now + 30 * DAY, now), time(now + 30 * DAY));
+    }
+}

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +16,7 @@ use zeroize::Zeroizing;
 
 use crate::api::listener::TransportLimits;
 use crate::api::tls::TlsFiles;
+use crate::audit::RestoreSettings;
 
 /// The configuration of one server of one island.
 #[derive(Debug, Deserialize)]
@@ -37,6 +39,12 @@ pub struct Config {
     /// When keys are destroyed.
     #[serde(default)]
     pub retention: RetentionSection,
+    /// By how much a restored database raises every invocation counter (I4), 1 to 2³¹. Default: 2²⁴ = 16,777,216.
+    #[serde(default)]
+    pub counter_jump: CounterJumpSetting,
+    /// Where this server remembers up to where it has seen the log, so that an older database is noticed. Default: with SQLite the
+    /// database's path with `.watermark`; with PostgreSQL none.
+    pub watermark: Option<PathBuf>,
     /// Certificates of the listener.
     pub tls: TlsSection,
     /// The database.
@@ -93,6 +101,33 @@ pub struct RetentionSection {
 impl Default for RetentionSection {
     fn default() -> Self {
         Self { days: Retention::DEFAULT }
+    }
+}
+
+/// Counters by which a restore raises each, 1 to 2³¹.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "u32")]
+pub struct CounterJumpSetting(NonZeroU32);
+
+impl CounterJumpSetting {
+    /// The number of counters.
+    pub const fn counters(self) -> NonZeroU32 {
+        self.0
+    }
+}
+
+impl Default for CounterJumpSetting {
+    fn default() -> Self {
+        Self(RestoreSettings::DEFAULT_COUNTER_JUMP)
+    }
+}
+
+impl TryFrom<u32> for CounterJumpSetting {
+    type Error = String;
+
+    fn try_from(counters: u32) -> Result<Self, String> {
+        let refuse = || format!("`{counters}` is not 1 to 2147483648 counters");
+        NonZeroU32::new(counters).filter(|jump| jump.get() <= 1 << 31).map(Self).ok_or_else(refuse)
     }
 }
 
@@ -452,6 +487,19 @@ impl Config {
         Self::parse(&text).map_err(|reason| ConfigError::Invalid { path: path.to_owned(), reason })
     }
 
+    /// How a restored database is found.
+    pub fn restore(&self) -> RestoreSettings {
+        let beside_database = || match &self.storage {
+            StorageSection::Sqlite(path) => {
+                let mut watermark = path.clone().into_os_string();
+                watermark.push(".watermark");
+                Some(watermark.into())
+            }
+            StorageSection::Postgres(_) => None,
+        };
+        RestoreSettings { counter_jump: self.counter_jump.counters(), watermark: self.watermark.clone().or_else(beside_database), declared: false }
+    }
+
     fn parse(text: &str) -> Result<Self, String> {
         let config: Self = toml::from_str(text).map_err(|error| error.to_string())?;
         config.hsm.check()?;
@@ -558,6 +606,8 @@ pin = { file = "pin" }
             (LEAST.replace("island =", "iland ="), "iland"),
             (LEAST.replace("island = \"north\"", "island = \"North\""), "island"),
             (LEAST.replace("sqlite = \"island.db\"", ""), "storage"),
+            (format!("counter_jump = 0\n{LEAST}"), "counter_jump"),
+            (format!("counter_jump = 2147483649\n{LEAST}"), "counter_jump"),
             (LEAST.replace("pin = { file = \"pin\" }", "pin = \"1234\""), "pin"),
             (LEAST.replace("pin = { file = \"pin\" }", "pin = { file = \"a\", env = \"B\" }"), "pin"),
             (format!("{LEAST}{token}"), "[hsm.classes]"),
@@ -574,6 +624,14 @@ pin = { file = "pin" }
             assert!(reason.contains(expected), "{expected}: {reason}");
             assert!(!reason.contains("secret@"), "{reason}");
         }
+    }
+
+    #[test]
+    fn the_watermark_is_beside_a_sqlite_database_unless_it_is_elsewhere() {
+        let restore = Config::parse(LEAST).unwrap().restore();
+        assert_eq!((restore.watermark, restore.counter_jump.get()), (Some("island.db.watermark".into()), 1 << 24));
+        let elsewhere = Config::parse(&format!("watermark = \"/other/disk\"\ncounter_jump = 5\n{LEAST}")).unwrap().restore();
+        assert_eq!((elsewhere.watermark, elsewhere.counter_jump.get()), (Some("/other/disk".into()), 5));
     }
 
     #[test]

@@ -352,7 +352,9 @@ fn module() -> Result<PathBuf, Failure> {
     let program = env::current_exe()?;
     let folder = program.parent().ok_or("this program has no folder")?;
     let places = [folder.join(MODULE), folder.join("deps").join(MODULE), folder.join("..").join(MODULE)];
-    let found = places.iter().find(|place| place.exists()).and_then(|place| place.canonicalize().ok());
+    // The newest: `cargo test` builds the module below `deps` only, and leaves an older one beside the program.
+    let built = |place: &PathBuf| Some((place.metadata().ok()?.modified().ok()?, place.canonicalize().ok()?));
+    let found = places.iter().filter_map(built).max_by_key(|(modified, _)| *modified).map(|(_, place)| place);
     found.ok_or_else(|| format!("`{MODULE}` is not beside this program in `{}`; build it with `cargo build --release -p hsm-sim`", folder.display()).into())
 }
 

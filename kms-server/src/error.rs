@@ -133,6 +133,10 @@ impl From<HsmError> for ServiceError {
                 Self::unavailable(error.to_string())
             }
             ErrorKind::DataRefused => Self::FailedPrecondition { reason: error.to_string(), next_step: "check keys and counters of the meter".to_owned() },
+            ErrorKind::NotServed => Self::FailedPrecondition {
+                reason: error.to_string(),
+                next_step: "ask the island's authority server, whose configuration names a token for that class in `[hsm.classes]`".to_owned(),
+            },
             ErrorKind::Permanent => Self::Internal(error.to_string()),
         }
     }

@@ -9,6 +9,7 @@ pub mod authz;
 pub mod config;
 pub mod dev;
 pub mod error;
+mod files;
 pub mod island;
 pub mod pin_memory;
 pub mod profiles;

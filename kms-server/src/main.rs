@@ -12,7 +12,7 @@ use kms_server::authz::Policy;
 use kms_server::config::{Config, TelemetrySection};
 use kms_server::dev::DevSettings;
 use kms_server::profiles::Profiles;
-use kms_server::server::{Server, host_name};
+use kms_server::server::{self, Server, host_name};
 use kms_server::service::init::CeremonyPlan;
 use kms_server::telemetry::Telemetry;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
@@ -61,11 +61,40 @@ enum Command {
         #[arg(long)]
         state: PathBuf,
     },
+    /// Declare that the database was restored from a backup, with all servers of the island stopped: every invocation counter is raised
+    /// before it is dealt from again. A server notices most restores by itself (docs/operations.md, Restore).
+    Restored {
+        /// The configuration file.
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// Certificates of servers.
+    Certificate {
+        #[command(subcommand)]
+        command: CertificateCommand,
+    },
     /// Check configuration, policies, device profiles and HSM tokens, and print what the tokens can do. Serves nothing.
     Check {
         /// The configuration file.
         #[arg(long)]
         config: PathBuf,
+    },
+}
+
+#[derive(Subcommand)]
+enum CertificateCommand {
+    /// Renew a server's TLS certificate for the names and the key that it has. A server with a token for the CA renews its own by itself
+    /// in the last third of its life; this is for those without, and for doing it earlier.
+    Renew {
+        /// The configuration of a server that has a token for the CA. With SQLite, end the server first.
+        #[arg(long)]
+        config: PathBuf,
+        /// The certificate of another server, PEM. Default: that of the configuration.
+        #[arg(long, requires = "private_key")]
+        certificate: Option<PathBuf>,
+        /// The private key that belongs to it, PEM.
+        #[arg(long, requires = "certificate")]
+        private_key: Option<PathBuf>,
     },
 }
 
@@ -121,6 +150,32 @@ impl Command {
                 println!("Then start the server:\n\n    kms-server run --config {}", held.configuration.display());
                 Ok(())
             }
+            Self::Restored { config } => {
+                let config = Config::load(&config)?;
+                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), otlp_endpoint: None }, "restored")?;
+                let history = server::declare_restored(&config).await?;
+                println!(
+                    "The island `{}` counts as restored, {} in all. Every invocation counter is raised before it is dealt from",
+                    config.island,
+                    times(history.restores)
+                );
+                println!("again: by {} since the ceremony. Now start the servers.", history.jump.counters());
+                Ok(())
+            }
+            Self::Certificate { command: CertificateCommand::Renew { config, certificate, private_key } } => {
+                let config = Config::load(&config)?;
+                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), otlp_endpoint: None }, "certificate")?;
+                let renewed = certificate.clone().unwrap_or_else(|| config.tls.certificate.clone());
+                let issued = server::renew_certificate(&config, certificate.zip(private_key)).await?;
+                println!(
+                    "renewed `{}`: serial number {}, valid for {} days.",
+                    renewed.display(),
+                    hex::encode(&issued.serial),
+                    config.limits.server_certificate_days
+                );
+                println!("A server that runs reads it again by itself.");
+                Ok(())
+            }
             Self::Check { config } => check(&Config::load(&config)?).await,
         }
     }
@@ -134,19 +189,20 @@ async fn check(config: &Config) -> Result<(), Box<dyn std::error::Error + Send +
     let hsm = config.hsm.start(&config.island, Arc::new(ProcessPinMemory::default()))?;
     let mut missing = Vec::new();
     for token in hsm.all_tokens() {
-        match token.usable(Duration::from_secs(60)).await {
-            Ok(capabilities) => {
-                println!("\ntoken `{}` ({}):", token.label(), capabilities.module);
-                let mut table = comfy_table::Table::new();
-                table.load_style(comfy_table::presets::ASCII_MARKDOWN).set_header(["capability", "needed for", "found", "used instead", "cost of its absence"]);
-                for row in capabilities.table() {
-                    let instead = if row.found { ["yes", "", ""] } else { ["no", row.instead, row.cost] };
-                    table.add_row([row.name, row.needed_for].into_iter().chain(instead));
-                }
-                println!("{table}");
-                missing.extend(capabilities.missing_essentials(config.hsm.allow_cbc_expand));
+        let usable = token.usable(Duration::from_secs(60)).await;
+        // Also of a token that lacks something essential: the table tells what.
+        if let Some(capabilities) = token.capabilities() {
+            println!("\ntoken `{}` ({}):", token.label(), capabilities.module);
+            let mut table = comfy_table::Table::new();
+            table.load_style(comfy_table::presets::ASCII_MARKDOWN).set_header(["capability", "needed for", "found", "used instead", "cost of its absence"]);
+            for row in capabilities.table() {
+                let instead = if row.found { ["yes", "", ""] } else { ["no", row.instead, row.cost] };
+                table.add_row([row.name, row.needed_for].into_iter().chain(instead));
             }
-            Err(error) => missing.push(error.to_string()),
+            println!("{table}");
+        }
+        if let Err(error) = usable {
+            missing.push(error.to_string());
         }
     }
     tokio::task::spawn_blocking(move || hsm.close()).await?;
@@ -155,6 +211,10 @@ async fn check(config: &Config) -> Result<(), Box<dyn std::error::Error + Send +
         return Ok(());
     }
     Err(format!("the HSM cannot be used: {}", missing.join("; ")).into())
+}
+
+fn times(number: u32) -> String {
+    if number == 1 { "once".to_owned() } else { format!("{number} times") }
 }
 
 /// SIGINT or SIGTERM.

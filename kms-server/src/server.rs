@@ -8,13 +8,14 @@ use std::fs;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use kms_domain::{ChunkSize, FingerprintKey, Generation, IslandKind, IslandName, RowId, RowSeal, SealError, SealKey, SealRootKey};
+use kms_domain::{ChunkSize, DatabaseHistory, FingerprintKey, Generation, IslandKind, IslandName, KeyClass, RowId, RowSeal, SealError, SealKey, SealRootKey};
 use kms_hsm::{ErrorKind, Hsm, HsmError, RootVersion};
 use kms_store::{RowKind, Store, StoreError};
 use rustls_pki_types::CertificateDer;
@@ -30,16 +31,18 @@ use tower::Service;
 use crate::api;
 use crate::api::listener::Listener;
 use crate::api::tls::{ServerTls, TlsError};
-use crate::audit::{AuditKey, Committer, CommitterSettings};
+use crate::audit::{AuditKey, Committer, CommitterSettings, RestoreSettings};
 use crate::authz::{Policy, PolicyError};
 use crate::config::{Config, ConfigError};
 use crate::error::ServiceError;
 use crate::island::Island;
 use crate::pin_memory::StoredPinMemory;
 use crate::profiles::Profiles;
-use crate::service::certificate::CertificateAuthority;
+use crate::service::certificate::{CertificateAuthority, IssuedCertificate};
+use crate::service::certificate_end::{CertificateWatch, ServerCertificate};
 use crate::service::retention::Housekeeper;
 use crate::service::scrub::Scrubber;
+use crate::telemetry::Repetition;
 
 /// A server that is bound to its port and opens its island.
 pub struct Server {
@@ -61,8 +64,7 @@ impl Server {
     pub async fn start(config: Config) -> Result<Self, ServerError> {
         let policy = Policy::load(config.policies.directory.as_deref())?;
         let profiles = Profiles::load(config.device_profiles.directory.as_deref()).map_err(ServerError::Profiles)?;
-        let root = CertificateDer::from_pem_file(&config.tls.client_ca).map_err(|error| ServerError::Root(error.to_string()))?;
-        let authority = CertificateAuthority::from_der(&root).map_err(|error| ServerError::Root(error.to_string()))?;
+        let authority = read_authority(&config)?;
         let tls = Arc::new(ServerTls::load(config.tls.clone().into())?);
         let listener = Listener::bind(config.listen, Arc::clone(&tls), config.limits.transport())
             .await
@@ -102,6 +104,12 @@ impl Server {
         let Self { config, listener, tls, authority, policy, profiles, opened } = self;
         let scrub_period = config.scrub_hours.period();
         let retention = config.retention.days;
+        let own = ServerCertificate {
+            certificate: config.tls.certificate.clone(),
+            private_key: config.tls.private_key.clone(),
+            days: config.limits.server_certificate_days,
+        };
+        let watched = authority.clone();
         let (stop, stopping) = watch::channel(false);
         let stopped = async move |mut stopping: watch::Receiver<bool>| drop(stopping.wait_for(|stop| *stop).await);
         let signal = stopped(stopping.clone());
@@ -112,6 +120,8 @@ impl Server {
             // I5: what is not refused on use is found within this time.
             let _scrubbing = Background(Scrubber::new(Arc::clone(&island)).in_background(scrub_period));
             let _destroying = Background(Housekeeper::new(Arc::clone(&island), retention).in_background());
+            let watch = CertificateWatch { island: Arc::clone(&island), authority: watched, own };
+            let _watching = Background(tokio::spawn(watch.run()));
             opened.send_replace(Some(Arc::clone(&island)));
             report_health(&health, &island).await
         };
@@ -129,6 +139,7 @@ impl Server {
         }
         let island = opened.borrow().clone();
         if let Some(island) = island {
+            island.committer.remember().await;
             island.store.close().await;
             let hsm = island.hsm.clone();
             drop(tokio::task::spawn_blocking(move || hsm.close()).await);
@@ -157,10 +168,15 @@ struct Opening {
 impl Opening {
     /// Tries until database and tokens answer.
     async fn until_open(self, gate: &Gate) -> Result<Arc<Island>, ServerError> {
+        let mut failures = Repetition::default();
         let store = loop {
             match kms_store::open(&self.config.storage.store()?).await {
                 Ok(store) => break store,
-                Err(error @ StoreError::Unavailable { .. }) => tracing::error!(%error, "the database cannot be opened yet; it is tried again"),
+                Err(error @ StoreError::Unavailable { .. }) => {
+                    if failures.is_news(&error.to_string()) {
+                        tracing::error!(%error, "the database cannot be opened yet; it is tried again every 2 s");
+                    }
+                }
                 Err(error) => return Err(error.into()),
             }
             tokio::time::sleep(PAUSE).await;
@@ -170,7 +186,11 @@ impl Opening {
         let keys = loop {
             match SealKeys::open(&store, &hsm, &self.config.island).await {
                 Ok(keys) => break keys,
-                Err(error) if error.may_pass() => tracing::error!(%error, "the island cannot be opened yet; it is tried again"),
+                Err(error) if error.may_pass() => {
+                    if failures.is_news(&error.to_string()) {
+                        tracing::error!(%error, "the island cannot be opened yet; it is tried again every 2 s");
+                    }
+                }
                 Err(error) => return Err(error),
             }
             tokio::time::sleep(PAUSE).await;
@@ -181,12 +201,16 @@ impl Opening {
         if self.config.retention.days.days() == 0 && keys.row.kind != IslandKind::Development {
             return Err(ServerError::Retention { island: self.config.island });
         }
-        if self.config.hsm.token_of(kms_domain::KeyClass::Ca).is_some() {
+        if hsm.serves(KeyClass::Ca) {
             self.authority.check_key(&hsm).await?;
         }
-        let server = self.config.server_name.clone().unwrap_or_else(host_name);
-        let settings = CommitterSettings { island: self.config.island.clone(), server, chunk_size: ChunkSize::default(), queue: QUEUED_ACTS };
-        let committer = Committer::start(Arc::clone(&store), keys.seal, keys.chain, settings);
+        let restore = self.config.restore();
+        if restore.watermark.is_none() {
+            tracing::warn!("no `watermark` is configured: a database that is put back without a new timeline is not noticed (I4)");
+        }
+        let committer = Committer::start(Arc::clone(&store), keys.seal, keys.chain, committer_settings(&self.config, restore));
+        // I4: not before the counters of a restored database are raised.
+        committer.settled().await;
         let island = Arc::new(Island {
             row: keys.row,
             hsm,
@@ -201,6 +225,62 @@ impl Opening {
         tracing::info!(island = %island.name(), "the island is open");
         Ok(island)
     }
+}
+
+/// Declares that the database was restored: raises the counters, and records it. For an operator.
+///
+/// # Errors
+/// Database or tokens do not answer, or do not belong together; with SQLite, a server runs.
+pub async fn declare_restored(config: &Config) -> Result<DatabaseHistory, ServerError> {
+    let restore = RestoreSettings { declared: true, ..config.restore() };
+    without_serving(config, restore, async |_, committer| Ok(committer.settled().await)).await
+}
+
+/// Renews the TLS certificate of the configuration's server, or that in these two files: certificate and private key.
+///
+/// # Errors
+/// As [`declare_restored`], and as [`ServerCertificate::renew`].
+pub async fn renew_certificate(config: &Config, files: Option<(PathBuf, PathBuf)>) -> Result<IssuedCertificate, ServerError> {
+    let authority = read_authority(config)?;
+    let (certificate, private_key) = files.unwrap_or_else(|| (config.tls.certificate.clone(), config.tls.private_key.clone()));
+    let own = ServerCertificate { certificate, private_key, days: config.limits.server_certificate_days };
+    without_serving(config, config.restore(), async move |hsm, committer| {
+        authority.check_key(hsm).await?;
+        Ok(own.renew(&authority, hsm, committer).await?)
+    })
+    .await
+}
+
+/// Opens database and tokens for one act of an operator.
+async fn without_serving<T>(
+    config: &Config,
+    restore: RestoreSettings,
+    work: impl AsyncFnOnce(&Hsm, &Committer) -> Result<T, ServerError>,
+) -> Result<T, ServerError> {
+    let store = kms_store::open(&config.storage.store()?).await?;
+    let hsm = config.hsm.start(&config.island, Arc::new(StoredPinMemory::new(Arc::clone(&store))))?;
+    let worked = async {
+        let keys = SealKeys::open(&store, &hsm, &config.island).await?;
+        let committer = Committer::start(Arc::clone(&store), keys.seal, keys.chain, committer_settings(config, restore));
+        tokio::time::timeout(USABLE_WITHIN, committer.settled()).await.map_err(|_| ServerError::NotSettled)?;
+        let outcome = work(&hsm, &committer).await;
+        committer.remember().await;
+        outcome
+    };
+    let outcome = worked.await;
+    store.close().await;
+    drop(tokio::task::spawn_blocking(move || hsm.close()).await);
+    outcome
+}
+
+fn read_authority(config: &Config) -> Result<CertificateAuthority, ServerError> {
+    let root = CertificateDer::from_pem_file(&config.tls.client_ca).map_err(|error| ServerError::Root(error.to_string()))?;
+    CertificateAuthority::from_der(&root).map_err(|error| ServerError::Root(error.to_string()))
+}
+
+fn committer_settings(config: &Config, restore: RestoreSettings) -> CommitterSettings {
+    let server = config.server_name.clone().unwrap_or_else(host_name);
+    CommitterSettings { island: config.island.clone(), server, chunk_size: ChunkSize::default(), queue: QUEUED_ACTS, restore }
 }
 
 /// The keys that the HSM computes from the seal root, and the island's row that they verify.
@@ -343,6 +423,9 @@ pub enum ServerError {
         /// Why.
         reason: String,
     },
+    /// The database could not be compared with what is known of its history.
+    #[error("the database's history could not be compared or written; the lines above tell why")]
+    NotSettled,
     /// gRPC.
     #[error("gRPC: {0}")]
     Transport(String),

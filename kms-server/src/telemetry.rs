@@ -2,6 +2,7 @@
 //! actions and rows; never keys, PINs, wrapped keys or frames.
 
 use std::io::IsTerminal;
+use std::time::{Duration, Instant};
 
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry_otlp::WithExportConfig;
@@ -62,6 +63,23 @@ impl Drop for Telemetry {
     }
 }
 
+/// Keeps a message that comes again and again from filling the log.
+#[derive(Debug, Default)]
+pub struct Repetition {
+    last: Option<(String, Instant)>,
+}
+
+impl Repetition {
+    /// Whether `message` is to be logged: it is another one than the last, or that was logged ten minutes ago.
+    pub fn is_news(&mut self, message: &str) -> bool {
+        if self.last.as_ref().is_some_and(|(last, at)| last == message && at.elapsed() < REMINDER) {
+            return false;
+        }
+        self.last = Some((message.to_owned(), Instant::now()));
+        true
+    }
+}
+
 /// Why telemetry cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum TelemetryError {
@@ -87,3 +105,15 @@ pub enum TelemetryError {
 }
 
 const DEFAULT_FILTER: &str = "info";
+const REMINDER: Duration = Duration::from_mins(10);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_repeated_message_is_told_once_until_it_changes() {
+        let mut repetition = Repetition::default();
+        assert_eq!(["away", "away", "another reason", "another reason", "away"].map(|message| repetition.is_news(message)), [true, false, true, false, true]);
+    }
+}

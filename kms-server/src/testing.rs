@@ -19,7 +19,7 @@ use kms_proto::v1::{self, CeremonyHeld, PrincipalChanged, audit_record::Event};
 use kms_store::{Reads, Store, StoreConfig};
 
 use crate::{
-    audit::{Actor, AuditKey, Committer, CommitterSettings},
+    audit::{Actor, AuditKey, Committer, CommitterSettings, RestoreSettings},
     authz::{Caller, Policy},
     island::{Island, principal_row},
     profiles::Profiles,
@@ -121,6 +121,7 @@ impl TestIsland {
             classes: classes.to_vec(),
             seal_key_version: 1,
             escrow_fingerprint: None,
+            history: kms_domain::DatabaseHistory::default(),
             created: Island::now(),
         };
         let island = Arc::new(open(row, hsm, store, "one").await);
@@ -294,7 +295,13 @@ async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: 
         let (hsm, message) = (hsm.clone(), which.message(1, &row.name));
         async move { hsm.mac(RootVersion::FIRST, message).await.unwrap() }
     };
-    let settings = CommitterSettings { island: row.name.clone(), server: server.to_owned(), chunk_size: ChunkSize::DEFAULT, queue: 256 };
+    let settings = CommitterSettings {
+        island: row.name.clone(),
+        server: server.to_owned(),
+        chunk_size: ChunkSize::DEFAULT,
+        queue: 256,
+        restore: RestoreSettings::default(),
+    };
     let committer =
         Committer::start(store.clone(), SealKey::new(1, &key(SealRootKey::Seal).await), AuditKey::new(&*key(SealRootKey::AuditChain).await), settings);
     let fingerprint_key = FingerprintKey::new(&key(SealRootKey::Fingerprint).await);

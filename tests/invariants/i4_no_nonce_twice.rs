@@ -1,6 +1,11 @@
 //! I4: two servers on one PostgreSQL, two head-ends, crashes in between, and a meter that refuses counters that do not increase.
 
-use kms_client::{Connection, Profile, Session};
+use std::path::Path;
+
+use kms_client::{
+    Connection, Profile, Session,
+    proto::{ListAuditRecordsRequest, audit_record::Event},
+};
 use kms_store::testing::PostgresCluster;
 use kms_tests::{DevServer, open, put_on_line, read_energy, title};
 use meter_sim::inspect::RepeatedNonce;
@@ -62,6 +67,130 @@ async fn racing_head_ends_never_get_overlapping_leases() {
     leases.sort_unstable();
     assert_eq!(leases.len(), 16 * 10);
     assert!(leases.windows(2).all(|pair| pair[0].1 < pair[1].0), "leases overlap");
+}
+
+/// What is put back is an older database. The counters that were lent after the backup must not be lent again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_is_put_back_lends_no_counter_again() {
+    let mut server = DevServer::start();
+    let mut lent = lend(&server).await;
+    assert!(server.interrupt());
+    let backup = Backup::take(server.state());
+    server.restart();
+    for _ in 0..3 {
+        extend_rising(&mut lent, lend(&server).await);
+    }
+    // Twice: the second time the database does not even know of the first.
+    for _ in 0..2 {
+        assert!(server.interrupt());
+        backup.put_back(server.state());
+        server.restart();
+        extend_rising(&mut lent, lend(&server).await);
+        assert_eq!(restores(&server).await, 1, "the record is in the log");
+    }
+    assert!(server.interrupt());
+    server.restart();
+    extend_rising(&mut lent, lend(&server).await);
+    assert_eq!(restores(&server).await, 1, "a restart is no restore");
+}
+
+/// Without its watermark the server cannot know; an operator tells.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_declares_a_restore() {
+    let mut server = DevServer::start();
+    let mut lent = lend(&server).await;
+    assert!(server.interrupt());
+    let backup = Backup::take(server.state());
+    server.restart();
+    extend_rising(&mut lent, lend(&server).await);
+    assert!(server.interrupt());
+    backup.put_back(server.state());
+    std::fs::remove_file(server.state().join("island.db.watermark")).unwrap();
+    let mut command = std::process::Command::new(kms_tests::program("kms-server"));
+    command.args(["restored", "--config"]).arg(server.state().join("island/kms-server.toml")).env("HSM_SIM_DIR", server.state().join("token"));
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("counts as restored, once"));
+    server.restart();
+    extend_rising(&mut lent, lend(&server).await);
+    assert_eq!(restores(&server).await, 1);
+}
+
+/// A base backup of PostgreSQL that is restored writes a new timeline.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_timeline_of_postgresql_raises_the_counters() {
+    let cluster = PostgresCluster::start(&[]).unwrap();
+    let database = cluster.create_database().await.unwrap();
+    let mut server = DevServer::start_with(&["--database", &database]);
+    let mut lent = lend(&server).await;
+    let backup = cluster.back_up().unwrap();
+    extend_rising(&mut lent, lend(&server).await);
+    assert!(server.interrupt());
+
+    let restored = PostgresCluster::restore(&backup).unwrap();
+    let configuration = server.state().join("island/kms-server.toml");
+    let text = std::fs::read_to_string(&configuration).unwrap();
+    std::fs::write(&configuration, text.replace(&database, &restored.address(database.rsplit('/').next().unwrap()))).unwrap();
+    // The timeline alone tells.
+    std::fs::remove_file(server.state().join("island/watermark")).unwrap();
+    server.restart();
+    extend_rising(&mut lent, lend(&server).await);
+    assert_eq!(restores(&server).await, 1);
+}
+
+/// Leases of two meters, as (meter, first, last).
+async fn lend(server: &DevServer) -> Vec<(u64, u32, u32)> {
+    let connection = server.connect("head-end").await;
+    let profile = server.profile("head-end");
+    let mut leases = Vec::new();
+    for meter in [3, 4, 3] {
+        let (first, last) = lease(&open(&connection, &profile, title(meter), 50).await.unwrap());
+        leases.push((meter, first, last));
+    }
+    leases
+}
+
+/// Every newer lease of a meter begins above all older ones.
+fn extend_rising(lent: &mut Vec<(u64, u32, u32)>, newer: Vec<(u64, u32, u32)>) {
+    for (meter, first, last) in newer {
+        let highest = lent.iter().filter(|(other, ..)| *other == meter).map(|(_, _, last)| *last).max();
+        assert!(highest.is_none_or(|highest| first > highest), "counter {first} of meter {meter} was lent before: {lent:?}");
+        lent.push((meter, first, last));
+    }
+}
+
+/// How many restores the log tells of.
+async fn restores(server: &DevServer) -> usize {
+    let connection = server.connect("auditor").await;
+    let answer = connection.audit().list_audit_records(ListAuditRecordsRequest { page_size: 1_000, ..Default::default() }).await.unwrap().into_inner();
+    let is_restore = |event: &Event| matches!(event, Event::SecurityEvent(event) if event.kind == "database-restored");
+    answer.records.iter().filter(|record| record.event.as_ref().is_some_and(is_restore)).count()
+}
+
+/// The files of a SQLite database whose server has ended.
+struct Backup(tempfile::TempDir);
+
+impl Backup {
+    const FILES: [&str; 3] = ["island.db", "island.db-wal", "island.db-shm"];
+
+    fn take(state: &Path) -> Self {
+        let backup = Self(tempfile::tempdir().unwrap());
+        for name in Self::FILES {
+            if state.join(name).exists() {
+                std::fs::copy(state.join(name), backup.0.path().join(name)).unwrap();
+            }
+        }
+        backup
+    }
+
+    fn put_back(&self, state: &Path) {
+        for name in Self::FILES {
+            let _ = std::fs::remove_file(state.join(name));
+            if self.0.path().join(name).exists() {
+                std::fs::copy(self.0.path().join(name), state.join(name)).unwrap();
+            }
+        }
+    }
 }
 
 async fn race(connection: Connection, profile: Profile) -> Vec<(u32, u32)> {

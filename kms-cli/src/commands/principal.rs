@@ -136,7 +136,7 @@ async fn list(context: &Context) -> Result<(), Failure> {
                     principal.status.clone(),
                     principal.person.clone(),
                     titles(principal),
-                    output::time(principal.certificate_not_after_ms),
+                    output::end(principal.certificate_not_after_ms),
                     output::yes(principal.has_transport_key),
                 ]);
             }

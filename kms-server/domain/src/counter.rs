@@ -3,10 +3,14 @@
 //! A sealed row says up to where counters were reserved, and which server holds the last chunk. The holder deals leases from
 //! memory. Another server never continues a chunk: it reserves the next one, above, and becomes the holder. So a crash skips
 //! counters and never repeats them, and a newer lease always starts higher than every older one.
+//!
+//! After a restored backup the rows say too little. The island's [`CounterJump`] then grows by more than can have been dealt since the
+//! backup, and each counter takes the jump before its next reservation; a counter without a state takes it whole, since its state
+//! may be what was lost, and since a key that is made again can have a value that was used before.
 
 use std::{fmt, num::NonZeroU32};
 
-use crate::{CounterDomainId, PrincipalId, SystemTitle, WriterId};
+use crate::{CounterDomainId, CounterJump, PrincipalId, SystemTitle, WriterId};
 
 /// What a meter counts: one sequence per client system title, or one for all clients of the security setup. A device profile says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -61,6 +65,7 @@ pub struct CounterState {
     bound: u64,
     holder: Option<WriterId>,
     ownership: CounterOwnership,
+    jumped: CounterJump,
 }
 
 impl CounterState {
@@ -81,7 +86,13 @@ impl CounterState {
         if bound > Self::END {
             return Err(CounterError::OutOfRange { bound });
         }
-        Ok(Self { key, bound, holder, ownership })
+        Ok(Self { key, bound, holder, ownership, jumped: CounterJump::NONE })
+    }
+
+    /// The same, with so much of the island's jump in its bound.
+    #[must_use]
+    pub fn with_jumped(self, jumped: CounterJump) -> Self {
+        Self { jumped, ..self }
     }
 
     /// Whose counter it is.
@@ -102,6 +113,16 @@ impl CounterState {
     /// Who hands out the counters.
     pub const fn ownership(&self) -> &CounterOwnership {
         &self.ownership
+    }
+
+    /// How much of the island's jump is in the bound.
+    pub const fn jumped(&self) -> CounterJump {
+        self.jumped
+    }
+
+    /// The bound with the whole of the island's jump: where the next reservation starts, at most [`Self::END`].
+    pub fn bound_after(&self, jump: CounterJump) -> u64 {
+        self.bound.saturating_add(jump.beyond(self.jumped)).min(Self::END)
     }
 
     /// Whether 80 % of the counters are used: the key asks for its rotation.
@@ -146,22 +167,24 @@ impl Counters {
         self.0.iter().map(|state| state.bound).max().unwrap_or(0)
     }
 
-    /// Reserves the next `chunk` counters for `holder`, all at or above `at_least`; fewer at the end of the counter space.
+    /// Reserves the next `chunk` counters for `holder`, all at or above `at_least`; fewer at the end of the counter space. `jump` is the
+    /// island's: what the counter lacks of it is taken first.
     ///
     /// The caller stores the changed row before it deals from the reservation. // I4: durable first, then handed out.
     ///
     /// # Errors
     /// The counters belong to a head-end, or none are left.
-    pub fn reserve(&mut self, key: CounterKey, holder: WriterId, chunk: ChunkSize, at_least: u64) -> Result<Reservation, CounterError> {
+    pub fn reserve(&mut self, key: CounterKey, holder: WriterId, chunk: ChunkSize, at_least: u64, jump: CounterJump) -> Result<Reservation, CounterError> {
         let state = self.state_mut(key);
         if let CounterOwnership::HeadEnd(head_end) = &state.ownership {
             return Err(CounterError::OwnedByHeadEnd { head_end: head_end.clone() });
         }
-        // I4: a reservation starts at the bound of all earlier ones, whoever held them.
-        let first = state.bound.max(at_least);
+        // I4: a reservation starts at the bound of all earlier ones, whoever held them, those that a restore lost included.
+        let first = state.bound_after(jump).max(at_least);
         let first_counter = u32::try_from(first).map_err(|_| CounterError::Exhausted { key })?;
         state.bound = (first + u64::from(chunk.get())).min(CounterState::END);
         state.holder = Some(holder);
+        state.jumped = state.jumped.max(jump);
         Ok(Reservation { key: state.key, first: first_counter, bound: state.bound, holder, rotation_due: state.rotation_due() })
     }
 
@@ -187,14 +210,6 @@ impl Counters {
         Ok(())
     }
 
-    /// Raises every counter by `jump`, in restored mode: what was reserved after the backup is unknown.
-    pub fn jump_all(&mut self, jump: u32) {
-        for state in &mut self.0 {
-            state.bound = (state.bound + u64::from(jump)).min(CounterState::END);
-            state.holder = None;
-        }
-    }
-
     /// Leaves a counter to a head-end that counts by itself.
     pub fn leave_to(&mut self, key: CounterKey, head_end: PrincipalId) {
         let state = self.state_mut(key);
@@ -218,7 +233,13 @@ impl Counters {
         let at = match self.0.iter().position(|state| state.key == key || state.key == CounterKey::Setup) {
             Some(at) => at,
             None => {
-                self.0.push(CounterState { key, bound: u64::from(CounterState::FIRST), holder: None, ownership: CounterOwnership::Kms });
+                self.0.push(CounterState {
+                    key,
+                    bound: u64::from(CounterState::FIRST),
+                    holder: None,
+                    ownership: CounterOwnership::Kms,
+                    jumped: CounterJump::NONE,
+                });
                 self.0.sort_by_key(|state| state.key);
                 self.0.iter().position(|state| state.key == key).unwrap_or_default()
             }
@@ -230,15 +251,19 @@ impl Counters {
     /// Turns all counters into the one for all client titles, above every one of them. A head-end's ownership stays.
     fn collapse(&mut self) {
         let bound = self.highest_bound().max(u64::from(CounterState::FIRST));
+        // The least of them: a jump that is taken twice skips counters, one that is left out repeats them.
+        let jumped = self.0.iter().map(|state| state.jumped).min().unwrap_or_default();
         let ownership = self.0.drain(..).map(|state| state.ownership).find(|ownership| *ownership != CounterOwnership::Kms).unwrap_or(CounterOwnership::Kms);
-        self.0.push(CounterState { key: CounterKey::Setup, bound, holder: None, ownership });
+        self.0.push(CounterState { key: CounterKey::Setup, bound, holder: None, ownership, jumped });
     }
 
     /// Takes in the counters of another slot with the same key value: every bound at least as high as the other's.
     fn absorb(&mut self, other: &Self) {
         for theirs in &other.0 {
+            let known = self.get(theirs.key).is_some();
             let state = self.state_mut(theirs.key);
             state.bound = state.bound.max(theirs.bound);
+            state.jumped = if known { state.jumped.min(theirs.jumped) } else { theirs.jumped };
             state.holder = None;
             if state.ownership == CounterOwnership::Kms {
                 // What a head-end counts by itself is unknown here, so one such member stops the leases of all.
@@ -362,9 +387,10 @@ impl LiveChunk {
     ///
     /// # Errors
     /// The chunk is spent (reserve the next one), or the row no longer names it (another server took over, a floor was
-    /// raised, the counter was left to a head-end): drop this chunk and reserve the next one.
-    pub fn deal(&mut self, row: &CounterState, count: NonZeroU32) -> Result<Lease, DealError> {
-        if row.holder != Some(self.holder) || row.bound != self.bound || row.ownership != CounterOwnership::Kms {
+    /// raised, the counter was left to a head-end) or lacks something of the island's `jump` (the database was restored): drop this
+    /// chunk and reserve the next one.
+    pub fn deal(&mut self, row: &CounterState, count: NonZeroU32, jump: CounterJump) -> Result<Lease, DealError> {
+        if jump.beyond(row.jumped) > 0 || row.holder != Some(self.holder) || row.bound != self.bound || row.ownership != CounterOwnership::Kms {
             return Err(DealError::Superseded);
         }
         let end = self.next + u64::from(count.get());
@@ -446,6 +472,8 @@ mod tests {
     use super::*;
     use crate::{IslandName, Role};
 
+    const NONE: CounterJump = CounterJump::NONE;
+
     fn title(last: u8) -> SystemTitle {
         SystemTitle::from_octets(&[0x4D, 0x4D, 0x4D, 0, 0, 0, 0, last]).unwrap()
     }
@@ -470,12 +498,12 @@ mod tests {
     fn another_holder_reserves_above_and_ends_the_older_chunk() {
         let key = CounterKey::ClientTitle(title(1));
         let mut counters = Counters::default();
-        let mut first = LiveChunk::new(counters.reserve(key, server(1), chunk(100), 0).unwrap());
-        assert_eq!(first.deal(counters.get(key).unwrap(), count(60)), Ok(Lease { first: 1, count: 60 }));
-        assert_eq!(first.deal(counters.get(key).unwrap(), count(41)), Err(DealError::Spent));
-        let mut second = LiveChunk::new(counters.reserve(key, server(2), chunk(100), 0).unwrap());
-        assert_eq!(first.deal(counters.get(key).unwrap(), count(1)), Err(DealError::Superseded));
-        assert_eq!(second.deal(counters.get(key).unwrap(), count(1)), Ok(Lease { first: 101, count: 1 }));
+        let mut first = LiveChunk::new(counters.reserve(key, server(1), chunk(100), 0, NONE).unwrap());
+        assert_eq!(first.deal(counters.get(key).unwrap(), count(60), NONE), Ok(Lease { first: 1, count: 60 }));
+        assert_eq!(first.deal(counters.get(key).unwrap(), count(41), NONE), Err(DealError::Spent));
+        let mut second = LiveChunk::new(counters.reserve(key, server(2), chunk(100), 0, NONE).unwrap());
+        assert_eq!(first.deal(counters.get(key).unwrap(), count(1), NONE), Err(DealError::Superseded));
+        assert_eq!(second.deal(counters.get(key).unwrap(), count(1), NONE), Ok(Lease { first: 101, count: 1 }));
     }
 
     #[test]
@@ -483,14 +511,14 @@ mod tests {
         let key = CounterKey::Setup;
         let mut counters = Counters::default();
         counters.raise_floor(key, CounterState::ROTATION_DUE - 200, None).unwrap();
-        assert!(!counters.reserve(key, server(1), chunk(100), 0).unwrap().rotation_due);
-        assert!(counters.reserve(key, server(1), chunk(100), 0).unwrap().rotation_due);
+        assert!(!counters.reserve(key, server(1), chunk(100), 0, NONE).unwrap().rotation_due);
+        assert!(counters.reserve(key, server(1), chunk(100), 0, NONE).unwrap().rotation_due);
         counters.raise_floor(key, CounterState::END - 10, None).unwrap();
-        let last = counters.reserve(key, server(1), chunk(100), 0).unwrap();
+        let last = counters.reserve(key, server(1), chunk(100), 0, NONE).unwrap();
         assert_eq!(last.bound, CounterState::END);
-        let lease = LiveChunk::new(last).deal(counters.get(key).unwrap(), count(10)).unwrap();
+        let lease = LiveChunk::new(last).deal(counters.get(key).unwrap(), count(10), NONE).unwrap();
         assert_eq!(lease.last(), u32::MAX);
-        assert_eq!(counters.reserve(key, server(1), chunk(1), 0), Err(CounterError::Exhausted { key }));
+        assert_eq!(counters.reserve(key, server(1), chunk(1), 0, NONE), Err(CounterError::Exhausted { key }));
     }
 
     #[test]
@@ -500,7 +528,7 @@ mod tests {
         assert!(matches!(counters.raise_floor(key, 0xFFFF_FFFF, Some(100_000)), Err(CounterError::JumpTooFar { .. })));
         assert_eq!(counters.highest_bound(), u64::from(CounterState::FIRST));
         assert_eq!(counters.raise_floor(key, 5_000, Some(100_000)), Ok(()));
-        assert_eq!(counters.reserve(key, server(1), chunk(1), 0).unwrap().first, 5_000);
+        assert_eq!(counters.reserve(key, server(1), chunk(1), 0, NONE).unwrap().first, 5_000);
     }
 
     #[test]
@@ -508,10 +536,10 @@ mod tests {
         let key = CounterKey::ClientTitle(title(1));
         let mut counters = Counters::default();
         counters.leave_to(key, head_end());
-        assert_eq!(counters.reserve(key, server(1), chunk(1), 0), Err(CounterError::OwnedByHeadEnd { head_end: head_end() }));
-        assert!(counters.reserve(CounterKey::ClientTitle(title(2)), server(1), chunk(1), 0).is_ok());
+        assert_eq!(counters.reserve(key, server(1), chunk(1), 0, NONE), Err(CounterError::OwnedByHeadEnd { head_end: head_end() }));
+        assert!(counters.reserve(CounterKey::ClientTitle(title(2)), server(1), chunk(1), 0, NONE).is_ok());
         counters.take_over(key, 1_200);
-        assert_eq!(counters.reserve(key, server(1), chunk(1), 0).unwrap().first, 1_200);
+        assert_eq!(counters.reserve(key, server(1), chunk(1), 0, NONE).unwrap().first, 1_200);
     }
 
     #[test]
@@ -525,14 +553,14 @@ mod tests {
         let mut domain = CounterDomain::new(CounterDomainId([7; 16]));
         domain.join(&first);
         domain.join(&second);
-        assert_eq!(domain.counters.reserve(mine, server(1), chunk(1), 0).unwrap().first, 900);
-        assert_eq!(domain.counters.reserve(other, server(1), chunk(1), 0).unwrap().first, 40);
+        assert_eq!(domain.counters.reserve(mine, server(1), chunk(1), 0, NONE).unwrap().first, 900);
+        assert_eq!(domain.counters.reserve(other, server(1), chunk(1), 0, NONE).unwrap().first, 40);
 
         let mut whole_setup = Counters::default();
         whole_setup.raise_floor(CounterKey::Setup, 20, None).unwrap();
         domain.join(&whole_setup);
         assert_eq!(domain.counters.states().len(), 1);
-        assert_eq!(domain.counters.reserve(other, server(1), chunk(1), 0).unwrap().first, 901);
+        assert_eq!(domain.counters.reserve(other, server(1), chunk(1), 0, NONE).unwrap().first, 901);
     }
 
     #[test]
@@ -543,7 +571,53 @@ mod tests {
         let mut domain = CounterDomain::new(CounterDomainId([7; 16]));
         domain.join(&Counters::default());
         domain.join(&owned);
-        assert!(matches!(domain.counters.reserve(key, server(1), chunk(1), 0), Err(CounterError::OwnedByHeadEnd { .. })));
+        assert!(matches!(domain.counters.reserve(key, server(1), chunk(1), 0, NONE), Err(CounterError::OwnedByHeadEnd { .. })));
+    }
+
+    #[test]
+    fn after_a_restore_every_counter_starts_above_what_may_have_been_dealt() {
+        let [known, lost] = [CounterKey::ClientTitle(title(1)), CounterKey::ClientTitle(title(2))];
+        let mut backup = Counters::default();
+        backup.reserve(known, server(1), chunk(100), 0, NONE).unwrap();
+        // After the backup: more of the known counter, and the first of another.
+        let mut served = backup.clone();
+        assert_eq!(served.reserve(known, server(1), chunk(100), 0, NONE).unwrap().bound, 201);
+        assert_eq!(served.reserve(lost, server(1), chunk(100), 0, NONE).unwrap().bound, 101);
+
+        let jump = NONE.raised_by(1_000);
+        let mut restored = backup;
+        let reservation = restored.reserve(known, server(2), chunk(100), 0, jump).unwrap();
+        assert_eq!((reservation.first, reservation.bound), (1_101, 1_201));
+        assert_eq!(restored.reserve(lost, server(2), chunk(100), 0, jump).unwrap().first, 1_001);
+        assert_eq!(restored.reserve(known, server(2), chunk(100), 0, jump).unwrap().first, 1_201, "a jump is taken once");
+        assert_eq!(restored.reserve(known, server(2), chunk(100), 0, jump.raised_by(500)).unwrap().first, 1_801, "and the next one by what is new");
+    }
+
+    #[test]
+    fn a_chunk_from_before_a_restore_is_not_dealt_from() {
+        let key = CounterKey::ClientTitle(title(1));
+        let mut counters = Counters::default();
+        let mut held = LiveChunk::new(counters.reserve(key, server(1), chunk(100), 0, NONE).unwrap());
+        assert_eq!(held.deal(counters.get(key).unwrap(), count(1), NONE.raised_by(1)), Err(DealError::Superseded));
+    }
+
+    #[test]
+    fn a_jump_is_not_lost_when_counters_join() {
+        let [own, other] = [CounterKey::ClientTitle(title(1)), CounterKey::ClientTitle(title(2))];
+        let jump = NONE.raised_by(1_000);
+        let mut raised = Counters::default();
+        raised.reserve(own, server(1), chunk(10), 0, jump).unwrap();
+        let mut unraised = Counters::default();
+        unraised.reserve(own, server(1), chunk(50), 0, NONE).unwrap();
+        unraised.reserve(other, server(1), chunk(50), 0, NONE).unwrap();
+        let mut domain = CounterDomain::new(CounterDomainId([7; 16]));
+        domain.join(&raised);
+        assert_eq!(domain.counters.get(own).unwrap().jumped(), jump);
+        domain.join(&unraised);
+        assert_eq!(domain.counters.reserve(own, server(1), chunk(1), 0, jump).unwrap().first, 2_011);
+        assert_eq!(domain.counters.reserve(other, server(1), chunk(1), 0, jump).unwrap().first, 1_051);
+        unraised.raise_floor(CounterKey::Setup, 60, None).unwrap();
+        assert_eq!(unraised.reserve(own, server(1), chunk(1), 0, jump).unwrap().first, 1_060);
     }
 
     #[test]

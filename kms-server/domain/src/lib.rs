@@ -7,6 +7,7 @@ mod counter;
 mod diversification;
 mod error;
 mod exposure;
+mod history;
 mod id;
 mod key;
 mod key_type;
@@ -27,6 +28,7 @@ pub use counter::{
 pub use diversification::{DiversificationContext, KeyDerivation};
 pub use error::ParseError;
 pub use exposure::{Exposure, ExposureReason, Party};
+pub use history::{CounterJump, DatabaseHistory, Timeline};
 pub use id::{
     CounterDomainId, DeviceTypeId, FlagId, GrantId, GroupId, IslandName, KeyVersionNumber, Owner, OwnerKind, PrincipalId, RequestId, Role, SecuritySetupId,
     SystemTitle, WriterId,

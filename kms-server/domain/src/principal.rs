@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use crate::{IslandName, KeyClass, KeyDerivation, ParseError, PrincipalId, Role, SystemTitle, UnixMillis};
+use crate::{DatabaseHistory, IslandName, KeyClass, KeyDerivation, ParseError, PrincipalId, Role, SystemTitle, UnixMillis};
 
 /// A head-end, officer, auditor, handheld or manufacturer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -121,6 +121,8 @@ pub struct Island {
     pub seal_key_version: u8,
     /// SHA-256 of the escrow public key's SubjectPublicKeyInfo; `None` if the roots were never escrowed.
     pub escrow_fingerprint: Option<[u8; 32]>,
+    /// What is known of the database's history (I4).
+    pub history: DatabaseHistory,
     /// When the ceremony made it.
     pub created: UnixMillis,
 }

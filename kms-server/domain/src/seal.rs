@@ -5,7 +5,7 @@ use std::fmt;
 use aws_lc_rs::{digest, hmac};
 use zeroize::Zeroizing;
 
-use crate::{CounterDomainId, DeviceTypeId, GroupId, IslandName, ParseError, PrincipalId, RequestId, SystemTitle};
+use crate::{CounterDomainId, CounterJump, DeviceTypeId, GroupId, IslandName, ParseError, PrincipalId, RequestId, SystemTitle, WriterId};
 
 /// What a sealed row is about: kind and id, both part of the seal, so that a row cannot be copied to another identity.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -183,6 +183,23 @@ impl SealKey {
             context.update(part);
         }
         let mut seal = [0; 16];
+        for (octet, value) in seal.iter_mut().zip(context.sign().as_ref()) {
+            *octet = *value;
+        }
+        seal
+    }
+
+    /// Seals a server's watermark file: `HMAC-SHA-256(seal key, "meterkms/watermark" ‖ len(island)(1) ‖ island ‖ writer(16) ‖ sequence(8) ‖
+    /// jump(8))`, 32 octets.
+    pub fn seal_watermark(&self, island: &IslandName, writer: WriterId, sequence: u64, jump: CounterJump) -> [u8; 32] {
+        let name = island.as_str().as_bytes();
+        let mut context = hmac::Context::with_key(&self.key);
+        context.update(b"meterkms/watermark");
+        context.update(&[u8::try_from(name.len()).unwrap_or(u8::MAX)]);
+        for part in [name, &writer.octets(), &sequence.to_be_bytes(), &jump.counters().to_be_bytes()] {
+            context.update(part);
+        }
+        let mut seal = [0; 32];
         for (octet, value) in seal.iter_mut().zip(context.sign().as_ref()) {
             *octet = *value;
         }

@@ -1,7 +1,7 @@
 //! Key slots: all versions that a key ever had, and the candidates of I3.
 
 use crate::{
-    CounterDomain, CounterDomainId, CounterKey, CounterPlace, CounterState, Counters, DiversificationContext, KeyLength, KeyMaterial, KeyOrigin, KeyShape,
+    CounterDomain, CounterDomainId, CounterJump, CounterKey, CounterPlace, Counters, DiversificationContext, KeyLength, KeyMaterial, KeyOrigin, KeyShape,
     KeyState, KeyType, KeyVersion, KeyVersionNumber, Owner, SecuritySetupId, UnixMillis, WrappedKey,
 };
 
@@ -229,15 +229,15 @@ impl Slot {
     }
 
     /// Where a new version's counter starts if the meter goes on counting when its key changes: above all earlier versions.
-    /// Pass it as `at_least` to [`Counters::reserve`]. Versions in a domain do not count here: ask the domain.
-    pub fn continued_counter(&self, key: CounterKey) -> u64 {
+    /// Pass it as `at_least` to [`Counters::reserve`]. Versions in a domain do not count here: ask the domain. `jump` is the island's.
+    pub fn continued_counter(&self, key: CounterKey, jump: CounterJump) -> u64 {
         self.versions
             .iter()
             .filter_map(|version| match &version.counters {
                 CounterPlace::Own(counters) => counters.get(key),
                 CounterPlace::Domain(_) => None,
             })
-            .map(CounterState::bound)
+            .map(|state| state.bound_after(jump))
             .max()
             .unwrap_or(0)
     }
@@ -523,7 +523,7 @@ mod tests {
         let first = slot.add_version(diversified(KeyState::Active), NOW).unwrap();
         let counters = slot.version_mut(first).unwrap().counters_mut().unwrap();
         counters.raise_floor(CounterKey::Setup, 700, None).unwrap();
-        assert_eq!(slot.continued_counter(CounterKey::Setup), 700);
+        assert_eq!(slot.continued_counter(CounterKey::Setup, CounterJump::NONE), 700);
         let mut domain = CounterDomain::new(CounterDomainId([1; 16]));
         slot.join_domain(first, &mut domain).unwrap();
         slot.join_domain(first, &mut domain).unwrap();

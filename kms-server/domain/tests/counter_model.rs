@@ -7,8 +7,8 @@ use std::{collections::HashMap, num::NonZeroU32};
 
 use bytes::Bytes;
 use kms_domain::{
-    ChunkSize, CounterDomain, CounterDomainId, CounterKey, CounterScope, Counters, KeyDerivation, KeyLength, KeyOrigin, KeyState, KeyType, KeyVersionNumber,
-    Lease, LiveChunk, NewKeyVersion, SecuritySetupId, Slot, SystemTitle, UnixMillis, WriterId,
+    ChunkSize, CounterDomain, CounterDomainId, CounterJump, CounterKey, CounterScope, Counters, KeyDerivation, KeyLength, KeyOrigin, KeyState, KeyType,
+    KeyVersionNumber, Lease, LiveChunk, NewKeyVersion, SecuritySetupId, Slot, SystemTitle, UnixMillis, WriterId,
 };
 use proptest::prelude::*;
 
@@ -143,7 +143,7 @@ impl World {
         let chunk = server.chunks.get_mut(&(meter, key));
         let at_least = chunk.as_ref().map_or(0, |chunk| chunk.bound());
         if let (Some(chunk), Some(state)) = (chunk, &state)
-            && let Ok(lease) = chunk.deal(state, count)
+            && let Ok(lease) = chunk.deal(state, count, CounterJump::NONE)
         {
             if unchanged {
                 self.leases.entry(title).or_default().push(lease);
@@ -156,9 +156,9 @@ impl World {
         let mut reservation = None;
         let writer = server.writer;
         let chunk_size = ChunkSize::new(NonZeroU32::new(50).unwrap());
-        self.database.change_counters(meter, |counters| reservation = Some(counters.reserve(key, writer, chunk_size, at_least).unwrap()));
+        self.database.change_counters(meter, |counters| reservation = Some(counters.reserve(key, writer, chunk_size, at_least, CounterJump::NONE).unwrap()));
         let mut chunk = LiveChunk::new(reservation.unwrap());
-        let lease = chunk.deal(self.database.counters(meter).unwrap().get(key).unwrap(), count).unwrap();
+        let lease = chunk.deal(self.database.counters(meter).unwrap().get(key).unwrap(), count, CounterJump::NONE).unwrap();
         server.chunks.insert((meter, key), chunk);
         self.leases.entry(title).or_default().push(lease);
     }

@@ -65,7 +65,7 @@ fn in_use(types: &[KeyType], new: impl Fn(KeyType) -> NewKeyVersion, shipped: bo
         }
         if *key_type == KeyType::GUEK {
             let client = CounterKey::ClientTitle(SystemTitle::parse("4D4D4D0000000001").unwrap());
-            version.counters_mut().unwrap().reserve(client, WriterId::from_octets(&[7; 16]).unwrap(), ChunkSize::DEFAULT, 0).unwrap();
+            version.counters_mut().unwrap().reserve(client, WriterId::from_octets(&[7; 16]).unwrap(), ChunkSize::DEFAULT, 0, CounterJump::new(9)).unwrap();
         }
         slot
     });
@@ -209,6 +209,7 @@ fn groups_device_types_principals_and_the_island_come_back() {
         classes: KeyClass::WITH_ROOTS.map(roots).to_vec(),
         seal_key_version: 1,
         escrow_fingerprint: Some([6; 32]),
+        history: DatabaseHistory { timeline: Some(Timeline { cluster: -7, number: 2 }), restores: 1, jump: CounterJump::new(1 << 24) },
         created: NOW,
     };
     assert_eq!(Island::from_row(island.name.clone(), island.to_row().into()).unwrap(), island);
@@ -288,7 +289,7 @@ fn apply(slot: &mut Slot, change: &Change) {
         }
         Change::Reserve { version, key: which } => counters(slot, version, &|counters| {
             let chunk = ChunkSize::new(NonZeroU32::new(1 << 30).unwrap());
-            let _ = counters.reserve(key(which), WriterId::from_octets(&[8; 16]).unwrap(), chunk, 0);
+            let _ = counters.reserve(key(which), WriterId::from_octets(&[8; 16]).unwrap(), chunk, 0, CounterJump::NONE);
         }),
         Change::LeaveTo { version, key: which } => counters(slot, version, &|counters| counters.leave_to(key(which), principal("old-hes"))),
         Change::Join { version } => drop(slot.join_domain(number(version), &mut CounterDomain::new(CounterDomainId([9; 16])))),

@@ -8,7 +8,7 @@
 use aws_lc_rs::digest::{SHA256, digest};
 use cryptoki::slot::Slot;
 use cryptoki_sys::*;
-use kms_domain::{IslandName, KeyClass, KeyDerivation};
+use kms_domain::{IslandName, KeyClass, KeyDerivation, OaepHash};
 use x509_parser::prelude::FromDer;
 use x509_parser::public_key::PublicKey;
 use x509_parser::x509::SubjectPublicKeyInfo;
@@ -19,7 +19,7 @@ use crate::label::{Purpose, TokenKey};
 use crate::module::{Module, TokenSelector};
 use crate::pin::Pin;
 use crate::probe::{Capabilities, rsa_public_key_der};
-use crate::raw::{Attribute, Mechanism, OaepHash, Object, Session};
+use crate::raw::{Attribute, Mechanism, Object, Session};
 use crate::template::Template;
 use crate::worker::find_one;
 

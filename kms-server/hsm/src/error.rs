@@ -5,6 +5,7 @@ use std::time::Duration;
 use cryptoki::context::Function;
 use cryptoki::error::{Error as CryptokiError, Rv, RvError};
 use cryptoki_sys::CK_RV;
+use kms_domain::KeyClass;
 
 /// Why the HSM did not do what was asked. The text never contains a PIN, a key or wrapped key octets.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -28,6 +29,12 @@ pub enum HsmError {
         limit: usize,
         /// When to try again.
         retry_after: Duration,
+    },
+    /// The server has no token for keys of this class: another server of the island does this work.
+    #[error("this server does not serve keys of the class `{class}`: no token is configured for it")]
+    NotServed {
+        /// The class.
+        class: KeyClass,
     },
     /// The token stays unusable until an operator acts.
     #[error("HSM token `{token}` is unusable: {reason}; {next_step}")]
@@ -115,6 +122,8 @@ pub enum ErrorKind {
     Permanent,
     /// The data handed in is refused (altered, or of another key).
     DataRefused,
+    /// Another server of the island does it.
+    NotServed,
 }
 
 impl HsmError {
@@ -125,6 +134,7 @@ impl HsmError {
             Self::Unusable { .. } | Self::KeyMissing { .. } | Self::KeyAmbiguous { .. } | Self::Module { .. } | Self::Ceremony { .. } => {
                 ErrorKind::OperatorFixable
             }
+            Self::NotServed { .. } => ErrorKind::NotServed,
             Self::WrappedKeyInvalid { .. } | Self::TagInvalid => ErrorKind::DataRefused,
             Self::InvalidInput { .. } | Self::Unsupported { .. } => ErrorKind::Permanent,
             Self::Call { code, .. } => meaning(*code).0,
@@ -230,6 +240,7 @@ fn advice(code: RvError) -> &'static str {
         (ErrorKind::OperatorFixable, _) => "check the token's PIN and state with `kms hsm check`",
         (ErrorKind::DataRefused, _) => "the data is damaged or belongs to another key",
         (ErrorKind::Permanent, _) => "the module does not take this mechanism, template or key; see `kms hsm check`",
+        (ErrorKind::NotServed, _) => "another server of the island does it",
     }
 }
 

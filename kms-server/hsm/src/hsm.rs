@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cryptoki_sys::CKM_ECDSA;
-use kms_domain::{IslandName, KeyClass, KeyLength, KeyType};
+use kms_domain::{IslandName, KeyClass, KeyLength, KeyType, OaepHash};
 use zeroize::Zeroizing;
 
 use crate::envelope::{Agreement, Envelope, Recipient, WrappedKey, public_point};
@@ -16,7 +16,6 @@ use crate::inventory::{InventoryObject, inventory};
 use crate::label::{Purpose, RootVersion, TokenKey};
 use crate::pin::PinMemory;
 use crate::probe::{Capabilities, rsa_public_key_der};
-use crate::raw::OaepHash;
 use crate::token::{Token, TokenSettings};
 use crate::worker::KeySource;
 
@@ -37,10 +36,12 @@ impl Hsm {
     /// The operating system gives no thread.
     pub fn start(island: IslandName, settings: TokenSettings, memory: Arc<dyn PinMemory>) -> Result<Self, HsmError> {
         let token = Token::start(settings, island.clone(), memory)?;
-        Ok(Self::of_tokens(island, token, HashMap::new()))
+        let tokens = [KeyClass::Kek, KeyClass::Session, KeyClass::Authentication, KeyClass::Ca].map(|class| (class, token.clone()));
+        Ok(Self::of_tokens(island, token, tokens.into()))
     }
 
-    /// Tokens that are started already: `general` for all that has no token of its own in `tokens`.
+    /// Tokens that are started already: `general` for the keys of no class, `tokens` for the others. A class without a token is not
+    /// served: what needs it answers [`HsmError::NotServed`].
     pub fn of_tokens(island: IslandName, general: Token, tokens: HashMap<KeyClass, Token>) -> Self {
         Self { island, tokens, general, storage_kek_version: RootVersion::FIRST }
     }
@@ -57,9 +58,17 @@ impl Hsm {
         &self.island
     }
 
+    /// Whether there is a token for this class.
+    pub fn serves(&self, class: KeyClass) -> bool {
+        self.tokens.contains_key(&class)
+    }
+
     /// The token of a class.
-    pub fn token(&self, class: KeyClass) -> &Token {
-        self.tokens.get(&class).unwrap_or(&self.general)
+    ///
+    /// # Errors
+    /// [`HsmError::NotServed`].
+    pub fn token(&self, class: KeyClass) -> Result<&Token, HsmError> {
+        self.tokens.get(&class).ok_or(HsmError::NotServed { class })
     }
 
     /// All tokens, each once, the general one first.
@@ -92,16 +101,19 @@ impl Hsm {
     }
 
     /// The indices of `keys`, grouped by token: an envelope holds keys of one token.
-    pub fn split_by_token(&self, keys: &[KeySource]) -> Vec<Vec<usize>> {
+    ///
+    /// # Errors
+    /// [`HsmError::NotServed`] for a class without a token.
+    pub fn split_by_token(&self, keys: &[KeySource]) -> Result<Vec<Vec<usize>>, HsmError> {
         let mut groups: Vec<(&Token, Vec<usize>)> = Vec::new();
         for (index, key) in keys.iter().enumerate() {
-            let token = self.token(key.class());
+            let token = self.token(key.class())?;
             match groups.iter_mut().find(|(known, _)| known.is_same(token)) {
                 Some((_, group)) => group.push(index),
                 None => groups.push((token, vec![index])),
             }
         }
-        groups.into_iter().map(|(_, group)| group).collect()
+        Ok(groups.into_iter().map(|(_, group)| group).collect())
     }
 
     /// Wraps keys for a grantee and seals the manifest (docs/formats.md, *Envelopes*).
@@ -162,8 +174,7 @@ impl Hsm {
     pub async fn open_batch_key(&self, transport_version: RootVersion, hash: OaepHash, ciphertext: Vec<u8>) -> Result<BatchKey, HsmError> {
         let batch = BatchKey::new(transport_version, hash, ciphertext);
         let opened = batch.clone();
-        // An import wraps under the storage KEKs of several classes, so it runs where they and the transport key are.
-        self.general.run(move |worker| worker.batch_key(&opened).map(drop)).await?;
+        self.importing_token()?.run(move |worker| worker.batch_key(&opened).map(drop)).await?;
         Ok(batch)
     }
 
@@ -173,7 +184,7 @@ impl Hsm {
     /// Trouble of the HSM: the whole batch can be tried again.
     pub async fn import_keys(&self, batch: BatchKey, jobs: Vec<ImportJob>) -> Result<Vec<Result<StoredKey, ImportRefusal>>, HsmError> {
         let version = self.storage_kek_version;
-        self.general.run(move |worker| worker.import_keys(&batch, &jobs, version)).await
+        self.importing_token()?.run(move |worker| worker.import_keys(&batch, &jobs, version)).await
     }
 
     /// Makes a random AES key and stores it under the storage KEK of its type's class.
@@ -182,7 +193,7 @@ impl Hsm {
     /// Missing roots, or trouble of the HSM.
     pub async fn generate_stored(&self, key_type: KeyType, length: KeyLength) -> Result<StoredKey, HsmError> {
         let version = self.storage_kek_version;
-        self.token(key_type.class()).clone().run(move |worker| worker.generate_stored(key_type, length, version)).await
+        self.token(key_type.class())?.clone().run(move |worker| worker.generate_stored(key_type, length, version)).await
     }
 
     /// Wraps a key anew under the present storage KEK of its class: when the KEK is rotated, or a diversified key becomes a stored one.
@@ -191,7 +202,7 @@ impl Hsm {
     /// A refused blob, missing roots, or trouble of the HSM.
     pub async fn rewrap_stored(&self, source: KeySource) -> Result<StoredKey, HsmError> {
         let version = self.storage_kek_version;
-        self.token(source.class()).clone().run(move |worker| worker.rewrap(&source, version)).await
+        self.token(source.class())?.clone().run(move |worker| worker.rewrap(&source, version)).await
     }
 
     /// The vendor transport key of this version: DER of its SubjectPublicKeyInfo (RSA, RFC 3279).
@@ -200,7 +211,7 @@ impl Hsm {
     /// The key is missing, or trouble of the HSM.
     pub async fn transport_key_spki(&self, version: RootVersion) -> Result<Vec<u8>, HsmError> {
         let key = TokenKey { purpose: Purpose::VendorTransport, version };
-        self.general
+        self.importing_token()?
             .run(move |worker| {
                 let object = worker.public_key(key)?;
                 rsa_public_key_der(&worker.session, object)?.ok_or_else(|| HsmError::invalid("vendor transport key", "the token's public key has no modulus"))
@@ -282,9 +293,15 @@ impl Hsm {
         Ok(all)
     }
 
+    /// The general token, where it is also that of the KEKs. An import wraps under the storage KEKs of several classes, so it runs where
+    /// they and the vendor transport key are: a server that only grants has neither.
+    fn importing_token(&self) -> Result<&Token, HsmError> {
+        self.token(KeyClass::Kek).map(|_| &self.general)
+    }
+
     fn signing_token(&self, key: TokenKey) -> Result<&Token, HsmError> {
         match key.purpose {
-            Purpose::Ca => Ok(self.token(KeyClass::Ca)),
+            Purpose::Ca => self.token(KeyClass::Ca),
             Purpose::AuditSign => Ok(&self.general),
             other => Err(HsmError::invalid("signing key", format!("`{other}` is not a signing key"))),
         }
@@ -297,7 +314,7 @@ impl Hsm {
     fn token_of_all(&self, classes: impl Iterator<Item = KeyClass>) -> Result<&Token, HsmError> {
         let mut chosen: Option<&Token> = None;
         for class in classes {
-            let token = self.token(class);
+            let token = self.token(class)?;
             if chosen.is_some_and(|chosen| !chosen.is_same(token)) {
                 return Err(HsmError::invalid("keys", "they are of more than one token; split them by token"));
             }

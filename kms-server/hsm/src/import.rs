@@ -3,12 +3,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use kms_domain::{KeyClass, KeyLength, KeyShape, KeyType};
+use kms_domain::{KeyClass, KeyLength, KeyShape, KeyType, OaepHash};
 
 use crate::envelope::concerns_all;
 use crate::error::HsmError;
 use crate::label::{Purpose, RootVersion, TokenKey};
-use crate::raw::OaepHash;
 use crate::template::Handling;
 use crate::worker::{KeySource, Worker, unwrapped_octets};
 

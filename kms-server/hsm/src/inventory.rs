@@ -1,5 +1,6 @@
 //! What a token holds, and whether any secret in it is readable or usable beyond its purpose.
 
+use cryptoki::mechanism::MechanismType;
 use cryptoki_sys::*;
 use kms_domain::IslandName;
 
@@ -24,6 +25,8 @@ pub struct InventoryObject {
     pub check_value: String,
     /// The attributes that the object has, by PKCS#11 name without `CKA_`, for example `SENSITIVE`.
     pub flags: Vec<(&'static str, bool)>,
+    /// CKA_ALLOWED_MECHANISMS by PKCS#11 name, or as a number in hex; empty where the object or the module has no such list.
+    pub allowed_mechanisms: Vec<String>,
     /// Whether the secret value (CKA_VALUE, or CKA_PRIVATE_EXPONENT) could be read. It was not kept.
     pub value_readable: bool,
 }
@@ -130,6 +133,7 @@ fn describe(session: &Session, object: Object) -> Result<InventoryObject, HsmErr
         id: hex::encode(octets(CKA_ID)?),
         check_value: hex::encode(octets(CKA_CHECK_VALUE)?),
         flags,
+        allowed_mechanisms: octets(CKA_ALLOWED_MECHANISMS)?.chunks_exact(size_of::<CK_MECHANISM_TYPE>()).map(mechanism_name).collect(),
         value_readable: secret_value.is_some_and(|value| !value.is_empty()),
     })
 }
@@ -139,6 +143,12 @@ fn named(value: Option<CK_ULONG>, names: &[(CK_ULONG, &str)]) -> String {
         None => String::new(),
         Some(value) => names.iter().find(|(known, _)| *known == value).map_or_else(|| format!("{value:#x}"), |(_, name)| (*name).to_owned()),
     }
+}
+
+/// A CK_MECHANISM_TYPE as the module writes it: the machine's byte order.
+fn mechanism_name(octets: &[u8]) -> String {
+    let number = octets.try_into().map(CK_MECHANISM_TYPE::from_ne_bytes).unwrap_or_default();
+    MechanismType::try_from(number).map_or_else(|_| format!("{number:#x}"), |known| known.to_string())
 }
 
 /// The usages that a purpose needs.

@@ -39,6 +39,5 @@ pub use label::{Purpose, RootVersion, TokenKey};
 pub use module::{Module, TokenSelector};
 pub use pin::{Pin, PinMemory, PinSource, ProcessPinMemory};
 pub use probe::{Capabilities, CapabilityRow};
-pub use raw::OaepHash;
 pub use token::{Token, TokenSettings, TokenState};
 pub use worker::KeySource;

@@ -9,11 +9,11 @@ use aws_lc_rs::rsa::{OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OaepAlgorithm, 
 use aws_lc_rs::signature::RsaPublicKeyComponents;
 use aws_lc_rs::{cmac, hmac, signature};
 use cryptoki_sys::*;
-use kms_domain::KeyDerivation;
+use kms_domain::{KeyDerivation, OaepHash};
 
 use crate::envelope::{EnvelopeAlgorithm, P256_OID, generate_ephemeral, public_point};
 use crate::error::HsmError;
-use crate::raw::{Attribute, Mechanism, OaepHash, Object, Session, Temporary};
+use crate::raw::{Attribute, Mechanism, Object, Session, Temporary};
 use crate::template::Template;
 
 /// What was found to work on a token. Each field is the outcome of a run with a known answer.
@@ -80,6 +80,13 @@ pub struct CapabilityRow {
     pub instead: &'static str,
     /// What is lost if it does not.
     pub cost: &'static str,
+}
+
+impl CapabilityRow {
+    /// Whether nothing can stand in for it: without it the token is not used.
+    pub fn is_essential(&self) -> bool {
+        self.cost == UNUSABLE
+    }
 }
 
 impl Capabilities {
@@ -209,7 +216,7 @@ impl Capabilities {
     /// What is missing and cannot be replaced, as one text each; empty if the token can be used.
     pub fn missing_essentials(&self, allow_cbc_expand: bool) -> Vec<String> {
         let mut missing: Vec<String> =
-            self.table().iter().filter(|row| !row.found && row.cost == UNUSABLE).map(|row| format!("{} (needed for {})", row.name, row.needed_for)).collect();
+            self.table().iter().filter(|row| !row.found && row.is_essential()).map(|row| format!("{} (needed for {})", row.name, row.needed_for)).collect();
         if self.envelope_algorithm(allow_cbc_expand).is_none() {
             let hint = if self.envelope_algorithm(true).is_some() {
                 "; the algorithm `ecdh-p256-cbc-expand` would work and is not permitted by the configuration"

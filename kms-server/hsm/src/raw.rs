@@ -12,6 +12,7 @@ use std::path::Path;
 use std::ptr;
 
 use cryptoki_sys::*;
+use kms_domain::OaepHash;
 use zeroize::Zeroizing;
 
 use crate::error::HsmError;
@@ -111,30 +112,6 @@ pub(crate) enum Mechanism<'a> {
     CounterCmac { fixed: &'a [u8] },
     /// CKM_RSA_PKCS_OAEP, MGF1 with the same hash, empty label.
     Oaep(OaepHash),
-}
-
-/// Hash of RSA-OAEP (and of its MGF1).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum OaepHash {
-    /// SHA-1, for modules that have nothing else.
-    Sha1,
-    /// SHA-256.
-    Sha256,
-}
-
-impl OaepHash {
-    /// The name in shipment headers and escrow records: `SHA-1` or `SHA-256`.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Sha1 => "SHA-1",
-            Self::Sha256 => "SHA-256",
-        }
-    }
-
-    /// The hash of this name.
-    pub fn parse(name: &str) -> Option<Self> {
-        [Self::Sha1, Self::Sha256].into_iter().find(|hash| hash.name() == name)
-    }
 }
 
 impl Mechanism<'_> {

@@ -102,8 +102,17 @@ impl Token {
     pub fn start(settings: TokenSettings, island: IslandName, memory: Arc<dyn PinMemory>) -> Result<Self, HsmError> {
         let (state, _) = watch::channel(TokenState::Probing);
         let queue = Queue::new(settings.queue);
-        let shared =
-            Arc::new(Shared { settings, island, memory, queue, state, inner: Mutex::default(), wake: Condvar::new(), stopping: AtomicBool::new(false) });
+        let shared = Arc::new(Shared {
+            settings,
+            island,
+            memory,
+            queue,
+            state,
+            inner: Mutex::default(),
+            found: Mutex::default(),
+            wake: Condvar::new(),
+            stopping: AtomicBool::new(false),
+        });
         let handle = Handle { shared: Arc::clone(&shared), threads: Mutex::default() };
         let keeper = spawn("hsm-keeper", move || shared.keep())?;
         lock(&handle.threads).push(keeper);
@@ -136,6 +145,16 @@ impl Token {
     /// The label of the token.
     pub fn label(&self) -> &str {
         &self.0.shared.settings.selector.label
+    }
+
+    /// The serial number of the token, once it was found in its module.
+    pub fn serial(&self) -> Option<String> {
+        lock(&self.0.shared.found).serial.clone()
+    }
+
+    /// What the last probe found, also where the token cannot be used for the lack of something.
+    pub fn capabilities(&self) -> Option<Arc<Capabilities>> {
+        lock(&self.0.shared.found).capabilities.clone()
     }
 
     /// Whether two handles are of one token.
@@ -187,6 +206,7 @@ struct Shared {
     memory: Arc<dyn PinMemory>,
     queue: Queue<Box<dyn Task>>,
     state: watch::Sender<TokenState>,
+    found: Mutex<Found>,
     inner: Mutex<Inner>,
     wake: Condvar,
     stopping: AtomicBool,
@@ -368,6 +388,7 @@ impl Shared {
             may_recover: true,
         })?;
         let serial = token.info.serial_number().to_owned();
+        lock(&self.found).serial = Some(serial.clone());
         let pin = self.permitted_pin(inner, &serial, &token.info)?;
         let anchor = module.open(token.slot).map_err(Refusal::of)?;
         if let Err(error) = anchor.login(CKU_USER, pin.octets()) {
@@ -433,8 +454,9 @@ impl Shared {
             (Ok(public), Ok(private)) => Some((public, private)),
             _ => None,
         };
-        let capabilities = Capabilities::probe(&session, module.description(), &mechanisms, transport).map_err(Refusal::of)?;
+        let capabilities = Arc::new(Capabilities::probe(&session, module.description(), &mechanisms, transport).map_err(Refusal::of)?);
         session.close();
+        lock(&self.found).capabilities = Some(Arc::clone(&capabilities));
         let missing = capabilities.missing_essentials(self.settings.allow_cbc_expand);
         if !missing.is_empty() {
             return Err(Refusal {
@@ -443,7 +465,7 @@ impl Shared {
                 may_recover: false,
             });
         }
-        Ok(Arc::new(capabilities))
+        Ok(capabilities)
     }
 
     fn algorithm(&self, capabilities: &Capabilities) -> Option<EnvelopeAlgorithm> {
@@ -479,6 +501,13 @@ impl Shared {
     fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::SeqCst)
     }
+}
+
+/// What is known of the token apart from whether it can be used. Never locked during a call of the module.
+#[derive(Default)]
+struct Found {
+    serial: Option<String>,
+    capabilities: Option<Arc<Capabilities>>,
 }
 
 /// Why a token cannot be connected.

@@ -116,7 +116,7 @@ each_module! {
     async fn a_start_without_the_token_fails_fast_and_recovers(bench: Bench) {
         let file = bench.directory.join("pin");
         let hsm = Hsm::start(island(), settings(&bench, "later", &file), Arc::new(ProcessPinMemory::default())).unwrap();
-        let mut state = hsm.token(kms_domain::KeyClass::Kek).state();
+        let mut state = hsm.token(kms_domain::KeyClass::Kek).unwrap().state();
         state.wait_for(|state| matches!(state, TokenState::Unusable { may_recover: true, .. })).await.unwrap();
         let error = hsm.random(8).await.unwrap_err();
         assert!(error.kind() == ErrorKind::Transient && error.retry_after().is_some() && error.to_string().contains("`later`"), "{error}");
@@ -176,7 +176,7 @@ each_module! {
         // Only hsm-sim can be told to.
         if bench.kind == Kind::HsmSim {
             assert_grants(&bench).await;
-            let mut state = bench.hsm.token(kms_domain::KeyClass::Kek).state();
+            let mut state = bench.hsm.token(kms_domain::KeyClass::Kek).unwrap().state();
             control(&bench, "remove-token meterkms-test id=1");
             tokio::time::timeout(Duration::from_secs(30), state.wait_for(|state| !state.is_usable())).await.unwrap().unwrap();
             let error = bench.hsm.random(8).await.unwrap_err();

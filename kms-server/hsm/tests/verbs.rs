@@ -9,7 +9,8 @@ use aws_lc_rs::{hmac, signature};
 use common::{Bench, Grantee, diversify, oaep_encrypt, unwrap, wrap};
 use kms_domain::{KeyClass, KeyLength, KeyShape, KeyType};
 use kms_hsm::{
-    FrameInput, FrameKeys, FrameParameters, HsmError, ImportJob, ImportRefusal, KeySource, ProtectedFrame, Purpose, RootVersion, StoredKey, TokenKey,
+    ErrorKind, FrameInput, FrameKeys, FrameParameters, Hsm, HsmError, ImportJob, ImportRefusal, KeySource, ProtectedFrame, Purpose, RootVersion, StoredKey,
+    TokenKey,
 };
 
 each_module! {
@@ -25,6 +26,23 @@ each_module! {
                 assert_eq!(key, diversify(&root, source), "{source:?}");
             }
         }
+    }
+
+    async fn a_class_without_a_token_is_not_served(bench: Bench) {
+        let token = bench.hsm.token(KeyClass::Session).unwrap().clone();
+        let tokens = [KeyClass::Session, KeyClass::Authentication].map(|class| (class, token.clone()));
+        let grants = Hsm::of_tokens(bench.hsm.island().clone(), token.clone(), tokens.into());
+        assert!(grants.serves(KeyClass::Session) && !grants.serves(KeyClass::Ca));
+        grants.generate_stored(KeyType::GUEK, KeyLength::Aes128).await.unwrap();
+        let refused = [
+            grants.sign_ecdsa(TokenKey::first(Purpose::Ca), [0; 32]).await.err(),
+            grants.transport_key_spki(RootVersion::FIRST).await.err(),
+            grants.generate_stored(KeyType::KEK, KeyLength::Aes128).await.err(),
+        ];
+        // The roots are in the token; the configuration decides.
+        assert!(refused.iter().all(|error| error.as_ref().unwrap().kind() == ErrorKind::NotServed), "{refused:?}");
+        assert!(token.serial().is_some_and(|serial| !serial.is_empty()));
+        assert!(token.capabilities().unwrap().table().iter().filter(|row| row.is_essential()).all(|row| row.found));
     }
 
     async fn an_agreement_is_reused_and_bound_to_its_grantee(bench: Bench) {

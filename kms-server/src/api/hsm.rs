@@ -52,18 +52,20 @@ impl HsmService for HsmApi {
 
 fn token_check(token: &Token) -> v1::TokenCheck {
     let state = token.state().borrow().clone();
-    let (name, reason, capabilities) = match &state {
-        TokenState::Probing => ("probing", String::new(), None),
-        TokenState::Usable(capabilities) => ("usable", String::new(), Some(capabilities)),
-        TokenState::Unusable { reason, next_step, .. } => ("unusable", format!("{reason}; {next_step}"), None),
+    let (name, reason) = match &state {
+        TokenState::Probing => ("probing", String::new()),
+        TokenState::Usable(_) => ("usable", String::new()),
+        TokenState::Unusable { reason, next_step, .. } => ("unusable", format!("{reason}; {next_step}")),
     };
+    // Where something essential is missing, the table tells what.
+    let capabilities = token.capabilities();
     v1::TokenCheck {
         label: token.label().to_owned(),
-        serial: String::new(),
-        module: capabilities.map(|capabilities| capabilities.module.clone()).unwrap_or_default(),
+        serial: token.serial().unwrap_or_default(),
+        module: capabilities.as_ref().map(|capabilities| capabilities.module.clone()).unwrap_or_default(),
         state: name.to_owned(),
         reason,
-        capabilities: capabilities.map(|capabilities| capability_checks(capabilities)).unwrap_or_default(),
+        capabilities: capabilities.map(|capabilities| capability_checks(&capabilities)).unwrap_or_default(),
     }
 }
 
@@ -71,7 +73,7 @@ fn capability_checks(capabilities: &Capabilities) -> Vec<v1::CapabilityCheck> {
     let rows = capabilities.table().into_iter().map(|row| v1::CapabilityCheck {
         name: row.name.to_owned(),
         needed_for: row.needed_for.to_owned(),
-        essential: row.cost == COST_OF_AN_ESSENTIAL,
+        essential: row.is_essential(),
         found: row.found,
         instead: row.instead.to_owned(),
         cost: row.cost.to_owned(),
@@ -91,10 +93,7 @@ fn hsm_object(island: &IslandName, token: &Token, object: InventoryObject) -> v1
         key_type: object.key_type,
         attributes: object.flags.iter().filter(|(_, holds)| *holds).map(|(name, _)| (*name).to_owned()).collect(),
         label: object.label,
-        allowed_mechanisms: Vec::new(),
+        allowed_mechanisms: object.allowed_mechanisms,
         objection,
     }
 }
-
-/// What the HSM room's table says where nothing can stand in.
-const COST_OF_AN_ESSENTIAL: &str = "the token cannot be used";

@@ -70,6 +70,11 @@ impl ChainHead {
         Self { writer, next_sequence: 0, chain: [0; 32] }
     }
 
+    /// The number of the last record; `None` before the first.
+    pub(super) const fn last_sequence(&self) -> Option<u64> {
+        self.next_sequence.checked_sub(1)
+    }
+
     /// Numbers, encodes and chains a record.
     pub(super) fn link(&mut self, key: &AuditKey, mut record: AuditRecord, now: UnixMillis) -> Linked {
         record.writer = self.writer.octets().to_vec().into();

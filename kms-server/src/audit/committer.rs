@@ -12,22 +12,23 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use kms_domain::{ChunkSize, Generation, IslandName, LiveChunk, Meter, RowId, SealKey, SystemTitle, UnixMillis, WriterId};
+use kms_domain::{ChunkSize, CounterJump, DatabaseHistory, Generation, IslandName, LiveChunk, Meter, RowId, SealKey, SystemTitle, UnixMillis, WriterId};
 use kms_proto::v1::{AuditRecord, ClosedChain, RowWrite, WriterOpened, audit_record::Event};
 use kms_store::{
     AuditAppend, AuditReference, Changes, Committed as StoreCommitted, Decision, FingerprintPut, MeterProjection, MeterPut, ReadSet, Reads, RequestPut,
     RowName, SealedPut, SealedRow, Store, StoreError,
 };
 use prost::Message as _;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
     AuditKey, AuditLeaf,
     chain::ChainHead,
+    history::{Comparison, RestoreSettings, Watermark},
     refusals::{Refusal, Refusals},
     view::{Actor, Batch, ChunkName, Opened, Staged, Value, View, open_row, sealed_name},
 };
-use crate::error::ServiceError;
+use crate::{error::ServiceError, telemetry::Repetition};
 
 /// What an act came to, and the leaf hashes of its records, in order.
 #[derive(Clone, Debug)]
@@ -49,6 +50,8 @@ pub struct CommitterSettings {
     pub chunk_size: ChunkSize,
     /// How many acts may wait. When more come, they are turned away at once (I2: callers do not hang).
     pub queue: usize,
+    /// How a restored database is found (I4).
+    pub restore: RestoreSettings,
 }
 
 /// Queues acts. Cheap to clone.
@@ -66,13 +69,32 @@ struct Shared {
     ready: AtomicBool,
     /// Under which name the chain at hand is written.
     writer: Mutex<Option<WriterId>>,
+    /// The last record that is durable, and its writer.
+    last_record: Mutex<Option<(WriterId, u64)>>,
+    /// The database's history as it was compared last; none before the first time.
+    history: watch::Sender<Option<DatabaseHistory>>,
+    /// The database may be another one than it was: compare before the next act.
+    compare: AtomicBool,
+    /// What the watermark file holds.
+    remembered: tokio::sync::Mutex<Option<Watermark>>,
 }
 
 impl Committer {
     /// Starts the writer and its first chain.
     pub fn start(store: Arc<dyn Store>, seal: SealKey, chain: AuditKey, settings: CommitterSettings) -> Self {
         let (queue, waiting) = mpsc::channel(settings.queue);
-        let shared = Arc::new(Shared { seal, seen: Seen::default(), settings, store, ready: AtomicBool::new(true), writer: Mutex::new(None) });
+        let shared = Arc::new(Shared {
+            seal,
+            seen: Seen::default(),
+            settings,
+            store,
+            ready: AtomicBool::new(true),
+            writer: Mutex::new(None),
+            last_record: Mutex::new(None),
+            history: watch::Sender::new(None),
+            compare: AtomicBool::new(true),
+            remembered: tokio::sync::Mutex::new(None),
+        });
         tokio::spawn(keep_house(Arc::downgrade(&shared)));
         tokio::spawn(Writer::new(shared.clone(), chain).run(waiting));
         Self { queue, shared }
@@ -103,6 +125,26 @@ impl Committer {
     /// Whether the last transaction went through: what readiness reports.
     pub fn is_ready(&self) -> bool {
         self.shared.ready.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the database was compared with what is known of its history: no counter is dealt before (I4). What stands in the way
+    /// is logged.
+    pub async fn settled(&self) -> DatabaseHistory {
+        let mut history = self.shared.history.subscribe();
+        loop {
+            if let Some(history) = *history.borrow_and_update() {
+                return history;
+            }
+            // The sender lives as long as this committer.
+            if history.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// Remembers in the watermark file up to where the log was written: to be called when the server stops.
+    pub async fn remember(&self) {
+        self.shared.remember().await;
     }
 
     /// Opens a meter's row that was read outside a transaction, for showing it (I5: verified all the same).
@@ -162,6 +204,31 @@ impl Committer {
                 next_step: "run `kms audit scrub` and call the security officers".to_owned(),
             }
         })
+    }
+}
+
+impl Shared {
+    /// The last durable record and the jump, if there is anything to remember yet.
+    fn watermark(&self) -> Option<Watermark> {
+        let history = (*self.history.borrow())?;
+        let (writer, sequence) = self.last_record.lock().ok().and_then(|last| *last)?;
+        Some(Watermark { writer, sequence, jump: history.jump })
+    }
+
+    /// Writes the watermark file, unless it says the same already. Only what is durable in the database is written, and by one task at a time.
+    async fn remember(self: &Arc<Self>) {
+        let Some(path) = self.settings.restore.watermark.clone() else { return };
+        let mut remembered = self.remembered.lock().await;
+        let Some(mark) = self.watermark().filter(|mark| *remembered != Some(*mark)) else { return };
+        let shared = Arc::clone(self);
+        match tokio::task::spawn_blocking(move || mark.write(&path, &shared.settings.island, &shared.seal)).await {
+            Ok(Ok(())) => *remembered = Some(mark),
+            Ok(Err(error)) => {
+                tracing::error!(%error, "the watermark file cannot be written: a database that is put back to an older state would not be noticed (I4)");
+            }
+            // The runtime is ending.
+            Err(_) => {}
+        }
     }
 }
 
@@ -283,6 +350,11 @@ struct Writer {
     head: Option<ChainHead>,
     chunks: Chunks,
     refusals: Refusals,
+    /// What this server remembers outside the database; read from its file at the first comparison.
+    watermark: Option<Watermark>,
+    /// An operator's word that the database was restored, until it is carried out.
+    declared: bool,
+    failures: Repetition,
 }
 
 /// What one attempt decided, to be kept if it commits.
@@ -298,7 +370,9 @@ struct Attempt {
 
 impl Writer {
     fn new(shared: Arc<Shared>, key: AuditKey) -> Self {
-        Self { shared, key, head: None, chunks: Chunks::default(), refusals: Refusals::default() }
+        let declared = shared.settings.restore.declared;
+        let (chunks, refusals, failures) = (Chunks::default(), Refusals::default(), Repetition::default());
+        Self { shared, key, head: None, chunks, refusals, watermark: None, declared, failures }
     }
 
     async fn run(mut self, mut waiting: mpsc::Receiver<Box<dyn Act>>) {
@@ -307,7 +381,7 @@ impl Writer {
         loop {
             tokio::select! {
                 received = waiting.recv_many(&mut acts, MOST_ACTS) => if received == 0 { return },
-                _ = idle.tick() => {}
+                _ = idle.tick() => drop(self.compare().await),
             }
             while !acts.is_empty() || self.refusals.any_due(Instant::now()) {
                 let taken = take_batch(&mut acts);
@@ -322,6 +396,12 @@ impl Writer {
 
     /// Commits a batch of acts, and answers them. Whether the transaction went through.
     async fn commit(&mut self, mut acts: Vec<Box<dyn Act>>) -> bool {
+        if let Err(error) = self.compare().await {
+            for act in acts {
+                act.finish(Err(error.clone()));
+            }
+            return false;
+        }
         let mut attempts = 0;
         let outcome = loop {
             attempts += 1;
@@ -354,6 +434,7 @@ impl Writer {
                     // under a new writer, which reads where the old one ended.
                     self.head = None;
                     self.chunks = Chunks::default();
+                    self.shared.compare.store(true, Ordering::Relaxed);
                 }
                 let error = ServiceError::from(error);
                 self.shared.ready.store(!matches!(error, ServiceError::Unavailable { .. }), Ordering::Relaxed);
@@ -363,6 +444,88 @@ impl Writer {
                 false
             }
         }
+    }
+
+    /// Compares the database with what is known of its history, where that is due, and raises the counters of a restored one (I4).
+    async fn compare(&mut self) -> Result<(), ServiceError> {
+        if !self.shared.compare.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        match self.try_compare().await {
+            Ok(compared) => {
+                self.shared.ready.store(true, Ordering::Relaxed);
+                if compared {
+                    self.shared.compare.store(false, Ordering::Relaxed);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                if self.failures.is_news(&error.to_string()) {
+                    tracing::error!(%error, "the database's history cannot be compared, so no counter is dealt (I4); it is tried again");
+                }
+                self.shared.ready.store(false, Ordering::Relaxed);
+                Err(error)
+            }
+        }
+    }
+
+    /// Whether there was a row of the island to compare with: the ceremony writes it last.
+    async fn try_compare(&mut self) -> Result<bool, ServiceError> {
+        let shared = Arc::clone(&self.shared);
+        let (store, settings) = (&shared.store, &shared.settings);
+        if !shared.ready.load(Ordering::Relaxed) {
+            store.check().await?;
+        }
+        let id = RowId::Island(settings.island.clone());
+        let (kind, name) = sealed_name(&id);
+        let row = store.sealed(kind, &name).await?;
+        let opened = open_row(&id, row.as_ref(), &shared.seal, &shared.seen, &settings.island)
+            .map_err(|reason| ServiceError::unavailable(format!("{reason}; if the database was restored, restart the server")))?;
+        let Some(Value::Island(island)) = opened.value else { return Ok(false) };
+        let timeline = store.timeline().await?;
+        self.watermark = match (shared.watermark(), &settings.restore.watermark) {
+            (Some(mark), _) => Some(mark),
+            (None, Some(path)) if self.watermark.is_none() => Watermark::read(path, &settings.island, &shared.seal).map_err(ServiceError::unavailable)?,
+            _ => self.watermark,
+        };
+        let mut reasons = Vec::new();
+        if self.declared {
+            reasons.push("an operator said so".to_owned());
+        }
+        if let Some(mark) = self.watermark
+            && store.audit_of_writer(mark.writer, mark.sequence, 1).await?.first().is_none_or(|record| record.sequence != mark.sequence)
+        {
+            reasons.push(format!("the log lacks record {} of writer {}, which this server remembers", mark.sequence, mark.writer));
+        }
+        let remembered = self.watermark.map_or(CounterJump::NONE, |mark| mark.jump);
+        let comparison = Comparison { timeline, remembered, reasons, counter_jump: settings.restore.counter_jump };
+        let history = if comparison.judge(island.history).0 == island.history { island.history } else { self.settle(comparison).await? };
+        self.declared = false;
+        self.watermark = None;
+        shared.history.send_replace(Some(history));
+        shared.remember().await;
+        Ok(true)
+    }
+
+    /// Writes what a comparison came to, as an act of its own before all others.
+    async fn settle(&mut self, comparison: Comparison) -> Result<DatabaseHistory, ServiceError> {
+        let (reply, answer) = oneshot::channel();
+        let name = self.shared.settings.island.clone();
+        let reads = Reads { sealed: vec![sealed_name(&RowId::Island(name.clone()))], ..Reads::default() };
+        let decide = move |view: &mut View<'_, '_>| comparison.settle(view, &name);
+        let mut acts: Vec<Box<dyn Act>> = vec![Box::new(TypedAct { actor: Actor::server("restore"), reads, decide, value: None, reply: Some(reply) })];
+        let attempted = self.attempt(&mut acts).await;
+        // I4: what was reserved before is not dealt any more; and after an error it is not known what is durable.
+        self.chunks = Chunks::default();
+        if attempted.is_err() {
+            self.head = None;
+        }
+        let (outcomes, leaves) = attempted?;
+        for ((act, outcome), leaves) in acts.into_iter().zip(outcomes).zip(leaves) {
+            act.finish(outcome.map(|()| leaves));
+        }
+        let committed = answer.await.map_err(|_| ServiceError::Internal("the act of a comparison has no outcome".to_owned()))??;
+        Ok(committed.value)
     }
 
     async fn attempt(&mut self, acts: &mut [Box<dyn Act>]) -> Result<(Vec<Result<(), ServiceError>>, Vec<Vec<AuditLeaf>>), StoreError> {
@@ -376,7 +539,7 @@ impl Writer {
         };
         let mut reads = Reads::default();
         for act in acts.iter() {
-            extend(&mut reads, act.reads());
+            reads.extend(act.reads());
         }
         let actors: Vec<Actor> = acts.iter().map(|act| act.actor()).collect();
         let shared = self.shared.clone();
@@ -398,7 +561,15 @@ impl Writer {
             return Err(StoreError::Corrupt { what: "a transaction ended without a decision".to_owned() });
         };
         if committed == StoreCommitted::Written {
+            let opened = self.head.is_none();
+            if let (Ok(mut last), Some(sequence)) = (shared.last_record.lock(), head.last_sequence()) {
+                *last = Some((head.writer, sequence));
+            }
             self.head = Some(head);
+            if opened {
+                // A chain that is never heard of again must not be missed.
+                shared.remember().await;
+            }
             for (id, generation) in &written {
                 self.shared.seen.note(id, *generation);
             }
@@ -460,6 +631,7 @@ impl<'b> Batch<'b> {
             seal: &shared.seal,
             writer,
             chunk_size: shared.settings.chunk_size,
+            jump: shared.history.borrow().map_or(CounterJump::NONE, |history| history.jump),
             seen: &shared.seen,
             chunks,
             fresh_chunks: HashMap::new(),
@@ -715,15 +887,6 @@ fn take_batch(acts: &mut Vec<Box<dyn Act>>) -> Vec<Box<dyn Act>> {
     acts.drain(..count).collect()
 }
 
-fn extend(reads: &mut Reads, more: &Reads) {
-    reads.meters.extend_from_slice(&more.meters);
-    reads.sealed.extend_from_slice(&more.sealed);
-    reads.requests.extend_from_slice(&more.requests);
-    reads.fingerprints.extend_from_slice(&more.fingerprints);
-    reads.grants.extend_from_slice(&more.grants);
-    reads.shipments.extend_from_slice(&more.shipments);
-}
-
 /// Tells other servers that this one is alive, and removes requests that can no longer be repeated, a few at a time so that acts do not wait.
 async fn keep_house(shared: Weak<Shared>) {
     let mut ticks = tokio::time::interval(PURGE_EVERY);
@@ -733,6 +896,11 @@ async fn keep_house(shared: Weak<Shared>) {
         let Some(shared) = shared.upgrade() else { return };
         if let Err(error) = shared.store.purge_requests(now(), PURGED_AT_ONCE).await {
             tracing::warn!(%error, "expired requests could not be removed");
+            // Connections that break may lead to another database from now on.
+            shared.compare.store(true, Ordering::Relaxed);
+        }
+        if tick.is_multiple_of(HEARTBEAT_TICKS) {
+            shared.compare.store(true, Ordering::Relaxed);
         }
         let writer = shared.writer.lock().ok().and_then(|writer| *writer);
         if let Some(writer) = writer.filter(|_| tick.is_multiple_of(HEARTBEAT_TICKS))

@@ -7,8 +7,8 @@ use std::{
 };
 
 use kms_domain::{
-    ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterKey, CounterPlace, CounterState, Generation, Group, GroupId, IslandName, KeyType,
-    KeyVersionNumber, Lease, LiveChunk, Meter, Principal, PrincipalId, RequestId, RowId, SealKey, SecuritySetupId, SystemTitle, UnixMillis, WriterId,
+    ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterJump, CounterKey, CounterPlace, CounterState, Generation, Group, GroupId, IslandName,
+    KeyType, KeyVersionNumber, Lease, LiveChunk, Meter, Principal, PrincipalId, RequestId, RowId, SealKey, SecuritySetupId, SystemTitle, UnixMillis, WriterId,
 };
 use kms_proto::v1::{AuditRecord, audit_record::Event};
 use kms_store::{
@@ -64,6 +64,8 @@ pub(super) struct Batch<'a> {
     pub(super) seal: &'a SealKey,
     pub(super) writer: WriterId,
     pub(super) chunk_size: ChunkSize,
+    /// By how much restores raised all counters.
+    pub(super) jump: CounterJump,
     pub(super) seen: &'a Seen,
     pub(super) chunks: &'a mut Chunks,
     /// Chunks whose reservation this transaction writes; they are dealt from in later transactions only if it commits.
@@ -248,6 +250,17 @@ impl View<'_, '_> {
         self.put(RowId::CounterDomain(domain.id), Value::Domain(Arc::new(domain)), false)
     }
 
+    /// The island's own row.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn island(&mut self, name: &IslandName) -> Result<Option<Arc<kms_domain::Island>>, ServiceError> {
+        self.open(RowId::Island(name.clone())).map(|value| match value {
+            Some(Value::Island(island)) => Some(island),
+            _ => None,
+        })
+    }
+
     /// Writes the island's own row.
     ///
     /// # Errors
@@ -378,13 +391,13 @@ impl View<'_, '_> {
         let chunk = self.base.chunk_size.max(ChunkSize::new(count));
         // I4: above every earlier version too, for meters that go on counting when their key changes.
         let mut meter = self.meter(of.meter)?.ok_or_else(|| no_such_key(of))?;
-        let at_least = at_least.max(meter.slots.get(of.setup, of.key_type).map_or(0, |slot| slot.continued_counter(of.counter)));
+        let at_least = at_least.max(meter.slots.get(of.setup, of.key_type).map_or(0, |slot| slot.continued_counter(of.counter, self.base.jump)));
         let (reservation, state) = match name {
             ChunkName::Version { .. } => {
                 let changed = Arc::make_mut(&mut meter);
                 let version = changed.slots.get_mut(of.setup, of.key_type).and_then(|slot| slot.version_mut(of.version)).map_err(|_| no_such_key(of))?;
                 let counters = version.counters_mut().map_err(counter_error)?;
-                let reservation = counters.reserve(of.counter, self.base.writer, chunk, at_least).map_err(counter_error)?;
+                let reservation = counters.reserve(of.counter, self.base.writer, chunk, at_least, self.base.jump).map_err(counter_error)?;
                 let state = counters.get(of.counter).cloned();
                 self.put(RowId::Meter(of.meter), Value::Meter(meter), false)?;
                 (reservation, state)
@@ -392,7 +405,7 @@ impl View<'_, '_> {
             ChunkName::Domain { domain: id, .. } => {
                 let mut domain = self.domain(id)?.ok_or_else(|| missing_domain(id))?;
                 let counters = &mut Arc::make_mut(&mut domain).counters;
-                let reservation = counters.reserve(of.counter, self.base.writer, chunk, at_least).map_err(counter_error)?;
+                let reservation = counters.reserve(of.counter, self.base.writer, chunk, at_least, self.base.jump).map_err(counter_error)?;
                 let state = counters.get(of.counter).cloned();
                 self.put(RowId::CounterDomain(id), Value::Domain(domain), false)?;
                 (reservation, state)
@@ -443,11 +456,12 @@ impl View<'_, '_> {
     }
 
     fn deal(&mut self, name: ChunkName, state: Option<&CounterState>, count: NonZeroU32, until: UnixMillis) -> Option<Lease> {
+        let jump = self.base.jump;
         let held = match self.base.fresh_chunks.get_mut(&name) {
             Some(held) => held,
             None => self.base.chunks.get_mut(&name)?,
         };
-        let lease = held.chunk.deal(state?, count).ok()?;
+        let lease = held.chunk.deal(state?, count, jump).ok()?;
         held.leased_until = until;
         Some(lease)
     }
@@ -570,9 +584,10 @@ impl Batch<'_> {
 
 /// Opens a row that was read, inside or outside a transaction.
 pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKey, seen: &Seen, island: &IslandName) -> Result<Opened, String> {
+    let known = seen.generation(id);
     let Some(row) = row else {
         // I5: a row that this server has seen does not vanish.
-        if seen.generation(id).is_some() {
+        if known.is_some() {
             return Err(format!("the row of {id} was deleted"));
         }
         return Ok(Opened { generation: None, value: None, changed: false, reprojected: false });
@@ -583,7 +598,7 @@ pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKey, seen
     let stored = kms_domain::RowSeal::from_octets(&row.seal).map_err(|error| error.to_string())?;
     seal.verify(id, generation, &row.body, &stored).map_err(|error| error.to_string())?;
     // I5: a row older than this server has seen was put back.
-    if seen.generation(id).is_some_and(|known| generation.number() < known) {
+    if known.is_some_and(|known| generation.number() < known) {
         return Err(format!("the row of {id} is older than this server has seen"));
     }
     let body = bytes::Bytes::copy_from_slice(&row.body);
@@ -596,7 +611,9 @@ pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKey, seen
         RowId::DeviceType(_) => return Err("device types are not used by this server version".to_owned()),
     }
     .map_err(|error| error.to_string())?;
-    seen.note(id, generation.number());
+    if known != Some(generation.number()) {
+        seen.note(id, generation.number());
+    }
     Ok(Opened { generation: Some(generation), value: Some(value), changed: false, reprojected: false })
 }
 

@@ -71,6 +71,11 @@ impl CertificateAuthority {
         &self.certificate
     }
 
+    /// When the root certificate ends.
+    pub const fn not_after(&self) -> UnixMillis {
+        self.not_after
+    }
+
     /// The certificate of a principal's TLS key: clientAuth, digitalSignature, the principal as URI subjectAltName.
     ///
     /// # Errors

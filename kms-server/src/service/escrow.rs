@@ -13,8 +13,9 @@ use aws_lc_rs::encoding::{AsDer, Pkcs8V1Der, PublicKeyX509Der};
 use aws_lc_rs::rsa::{
     KeySize, OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OaepPrivateDecryptingKey, OaepPublicEncryptingKey, PrivateDecryptingKey, PublicEncryptingKey,
 };
+use kms_domain::OaepHash;
 use kms_domain::{IslandName, ParseError};
-use kms_hsm::{OaepHash, TokenKey, WrappedRoot, WrappedRoots};
+use kms_hsm::{TokenKey, WrappedRoot, WrappedRoots};
 use serde::{Deserialize, Serialize};
 use vsss_rs::Gf256;
 use zeroize::Zeroizing;
@@ -210,7 +211,7 @@ impl EscrowDocument {
         });
         Ok(Some(WrappedRoots {
             recipient_sha256: sha256(&self.escrow_key.0),
-            oaep_hash: OaepHash::parse(&self.oaep_hash).ok_or_else(|| damaged("its OAEP hash is not known"))?,
+            oaep_hash: OaepHash::parse(&self.oaep_hash).map_err(|_| damaged("its OAEP hash is not known"))?,
             roots: roots.collect::<Result<_, EscrowError>>()?,
         }))
     }

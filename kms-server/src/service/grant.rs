@@ -180,7 +180,7 @@ impl GrantService {
         let recipient = Recipient::new(&transport.public_point, transport.sha256, u64::try_from(expiry).unwrap_or_default()).map_err(ServiceError::from)?;
         let sources: Vec<KeySource> = meters.iter().flat_map(|meter| meter.keys.iter().map(|key| key.source.clone())).collect();
         let places: Vec<(usize, usize)> = meters.iter().enumerate().flat_map(|(meter, keys)| (0..keys.keys.len()).map(move |key| (meter, key))).collect();
-        let groups = self.island.hsm.split_by_token(&sources);
+        let groups = self.island.hsm.split_by_token(&sources)?;
         let plan = Arc::new(plan);
         for group in groups {
             let keys: Vec<KeySource> = group.iter().filter_map(|index| sources.get(*index).cloned()).collect();

@@ -14,24 +14,25 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kms_domain::{
-    ChunkSize, ClassRoots, DiversificationRoot, Island as IslandRow, IslandKind, IslandName, KeyClass, KeyDerivation, Principal, PrincipalStatus, SealKey,
-    SealRootKey,
+    ChunkSize, ClassRoots, DatabaseHistory, DiversificationRoot, Island as IslandRow, IslandKind, IslandName, KeyClass, KeyDerivation, OaepHash, Principal,
+    PrincipalStatus, SealKey, SealRootKey,
 };
 use kms_hsm::{
     EscrowPackage, Hsm, HsmError, KeyFingerprint, Module, Pin, PinSource, ProcessPinMemory, RootVersion, StandbyToken, TokenKey, TokenSelector, TokenSettings,
     WrappedRoot, WrappedRoots, create_roots, create_standby_transport, install_wrapped_roots,
 };
 use kms_proto::v1::{CeremonyHeld, Fingerprint, PrincipalChanged, audit_record::Event};
-use kms_store::{Reads, RowKind, Store, StoreError};
+use kms_store::{DatabaseLocation, Reads, RowKind, Store, StoreError};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use zeroize::Zeroizing;
 
 use super::certificate::{CA_KEY, CertificateAuthority, CertificationRequest, IssuedCertificate, Validity};
 use super::escrow::{EscrowDocument, EscrowError, EscrowKey};
-use crate::audit::{Actor, AuditKey, Committer, CommitterSettings};
+use crate::audit::{Actor, AuditKey, Committer, CommitterSettings, RestoreSettings};
 use crate::config::{ConfigError, SecretSource};
 use crate::error::ServiceError;
+use crate::files;
 use crate::island::{Island, principal_row};
 
 pub use file::{CeremonyPlan, CeremonyToken, CopyToken, FirstPrincipal, Storage};
@@ -184,10 +185,17 @@ impl CeremonyPlan {
         let mac = async |key: SealRootKey| hsm.mac(RootVersion::FIRST, key.message(SEAL_KEY_VERSION, &self.island)).await;
         let seal = SealKey::new(SEAL_KEY_VERSION, &mac(SealRootKey::Seal).await?);
         let chain = AuditKey::new(&*mac(SealRootKey::AuditChain).await?);
-        let settings = CommitterSettings { island: self.island.clone(), server: "ceremony".to_owned(), chunk_size: ChunkSize::default(), queue: 16 };
+        let settings = CommitterSettings {
+            island: self.island.clone(),
+            server: "ceremony".to_owned(),
+            chunk_size: ChunkSize::default(),
+            queue: 16,
+            restore: RestoreSettings::default(),
+        };
         let committer = Committer::start(Arc::clone(store), seal, chain, settings);
 
-        let row = self.row(derivation, fingerprints);
+        let mut row = self.row(derivation, fingerprints);
+        row.history.timeline = store.timeline().await?;
         let held = CeremonyHeld {
             fingerprints: fingerprints.iter().map(|print| Fingerprint { name: print.label.clone(), sha256: print.value.clone().into() }).collect(),
             development: self.kind == IslandKind::Development,
@@ -231,6 +239,7 @@ impl CeremonyPlan {
                 .collect(),
             seal_key_version: SEAL_KEY_VERSION,
             escrow_fingerprint: escrow,
+            history: DatabaseHistory::default(),
             created: Island::now(),
         }
     }
@@ -275,7 +284,7 @@ impl CeremonyPlan {
         };
         format!(
             "# Made by the ceremony of the island `{island}`. docs/kms-server.toml explains every setting.\n\
-             island = \"{island}\"\nlisten = \"127.0.0.1:7443\"\n{development}\n\
+             island = \"{island}\"\nlisten = \"127.0.0.1:7443\"\n{development}{watermark}\n\
              [tls]\ncertificate = {certificate}\nprivate_key = {key}\nclient_ca = {root}\n\n\
              {storage}\n{hsm}\
              [[hsm.token]]\nname = \"main\"\nmodule = {module}\nlabel = {label}\n{serial}pin = {pin}\n",
@@ -287,6 +296,11 @@ impl CeremonyPlan {
             module = quoted(&module),
             label = toml::Value::String(token.selector.label.clone()),
             pin = token.pin.to_toml(),
+            // With SQLite it is beside the database.
+            watermark = match self.storage.store.database {
+                DatabaseLocation::Postgres(_) => format!("watermark = {}\n", quoted(&state.0.join("watermark"))),
+                DatabaseLocation::Sqlite(_) => String::new(),
+            },
         )
     }
 }
@@ -353,17 +367,7 @@ impl State {
     /// Writes a file whole or not at all, and durably.
     fn write(&self, name: &str, content: &[u8], mode: u32) -> Result<PathBuf, InitError> {
         let path = self.0.join(name);
-        let mut unfinished = path.clone().into_os_string();
-        unfinished.push(".unfinished");
-        let unfinished = PathBuf::from(unfinished);
-        let write = || {
-            let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&unfinished)?;
-            file.write_all(content)?;
-            file.sync_all()?;
-            fs::rename(&unfinished, &path)?;
-            fs::File::open(path.parent().unwrap_or(&self.0))?.sync_all()
-        };
-        write().map_err(|error| InitError::file(&path, error))?;
+        files::replace(&path, content, mode).map_err(|error| InitError::file(&path, error))?;
         Ok(path)
     }
 
@@ -447,7 +451,7 @@ impl StoredCopy {
         });
         Some(WrappedRoots {
             recipient_sha256: octets(&copy, "recipient")?.try_into().ok()?,
-            oaep_hash: kms_hsm::OaepHash::parse(copy.get("oaep_hash")?.as_str()?)?,
+            oaep_hash: OaepHash::parse(copy.get("oaep_hash")?.as_str()?).ok()?,
             roots: roots.collect::<Option<_>>()?,
         })
     }

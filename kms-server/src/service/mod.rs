@@ -2,6 +2,7 @@
 
 pub mod audit_log;
 pub mod certificate;
+pub mod certificate_end;
 pub mod escrow;
 pub mod frame;
 pub mod grant;

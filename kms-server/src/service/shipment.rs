@@ -154,7 +154,7 @@ impl ShipmentService {
 }
 
 /// The OAEP hashes that batch keys may use: SHA-256, and SHA-1 only where the module has nothing else.
-async fn oaep_hashes(island: &Island) -> Result<Vec<kms_hsm::OaepHash>, ServiceError> {
+async fn oaep_hashes(island: &Island) -> Result<Vec<kms_domain::OaepHash>, ServiceError> {
     let capabilities = island.hsm.usable(HSM_WAIT).await?;
     Ok(capabilities.oaep_hash().into_iter().collect())
 }

@@ -26,10 +26,11 @@ use async_trait::async_trait;
 use kms_domain::{GrantId, PrincipalId, SystemTitle, UnixMillis, WriterId};
 
 pub use error::{RowName, StoreError};
+pub use kms_domain::Timeline;
 pub use row::{
     Assigned, AuditAppend, AuditCursor, AuditFilter, AuditReference, AuditRow, AuditTail, FingerprintOwner, FingerprintPrefix, GrantFilter, GrantRow,
     MeterFilter, MeterProjection, MeterRow, PinFailure, RequestKey, RequestRow, RowKind, SealedRow, ServerRow, ShipmentRefusal, ShipmentRow, ShipmentState,
-    Sizes, Timeline, UploadId,
+    Sizes, UploadId,
 };
 pub use transaction::{Changes, Committed, Decision, FingerprintPut, GrantRevocation, Lookup, MeterPut, ReadSet, Reads, RequestPut, SealedPut};
 

@@ -369,15 +369,6 @@ pub struct ServerRow {
     pub silent_ms: i64,
 }
 
-/// Where a PostgreSQL cluster's history stands. Another value than before means a fail-over or a restored backup: restored mode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Timeline {
-    /// The cluster's system identifier.
-    pub cluster: i64,
-    /// The timeline that the cluster writes.
-    pub number: u32,
-}
-
 /// How large the database is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {

@@ -37,9 +37,31 @@ impl PostgresCluster {
     /// # Errors
     /// PostgreSQL is not installed, with a hint how to install it, or it does not start, with the end of its log.
     pub fn start(settings: &[(&str, &str)]) -> io::Result<Self> {
+        Self::start_from(settings, None)
+    }
+
+    /// Takes a base backup of the running cluster, below its directory; where it is.
+    ///
+    /// # Errors
+    /// `pg_basebackup` fails.
+    pub fn back_up(&self) -> io::Result<PathBuf> {
+        let backup = self.directory.join("backup");
+        succeed(self.program("pg_basebackup")?.args(["--wal-method=stream", "--checkpoint=fast", "--no-sync", "--pgdata"]).arg(&backup))?;
+        Ok(backup)
+    }
+
+    /// Restores a base backup as a cluster of its own: it ends its recovery at the end of the backup, on a new timeline.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn restore(backup: &Path) -> io::Result<Self> {
+        Self::start_from(&[("restore_command", "false")], Some(backup))
+    }
+
+    fn start_from(settings: &[(&str, &str)], backup: Option<&Path>) -> io::Result<Self> {
         let binaries = binaries()?;
         let directory = TempDir::with_prefix("kms-postgres-")?.keep();
-        let started = Self::start_in(settings, binaries, &directory);
+        let started = Self::start_in(settings, binaries, &directory, backup);
         if started.is_err() {
             // Best effort: the error that is being reported matters more.
             let _ = std::fs::remove_dir_all(&directory);
@@ -47,7 +69,7 @@ impl PostgresCluster {
         started
     }
 
-    fn start_in(settings: &[(&str, &str)], binaries: PathBuf, directory: &Path) -> io::Result<Self> {
+    fn start_in(settings: &[(&str, &str)], binaries: PathBuf, directory: &Path, backup: Option<&Path>) -> io::Result<Self> {
         std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o755))?;
         // PostgreSQL refuses to run as root: it runs as the user that its package made.
         if is_root()? {
@@ -58,9 +80,18 @@ impl PostgresCluster {
             chown(directory, Some(id("-u")?), Some(id("-g")?))?;
         }
         let data = directory.join("data");
-        succeed(
-            demoted(&binaries.join("initdb"))?.args(["--username=kms", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C", "--pgdata"]).arg(&data),
-        )?;
+        match backup {
+            Some(backup) => {
+                succeed(demoted(Path::new("cp"))?.arg("-a").arg(backup).arg(&data))?;
+                succeed(demoted(Path::new("touch"))?.arg(data.join("recovery.signal")))?;
+            }
+            None => succeed(
+                demoted(&binaries.join("initdb"))?
+                    .args(["--username=kms", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C", "--pgdata"])
+                    .arg(&data),
+            )
+            .map(drop)?,
+        }
         let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
         let mut guard = Command::new("sh");
         guard.args(["-c", GUARD, "kms-postgres-guard"]).arg(directory);

@@ -34,7 +34,8 @@ impl Reads {
         self == &Self::default()
     }
 
-    pub(crate) fn extend(&mut self, more: &Self) {
+    /// Names what `more` names too.
+    pub fn extend(&mut self, more: &Self) {
         self.meters.extend_from_slice(&more.meters);
         self.sealed.extend_from_slice(&more.sealed);
         self.requests.extend_from_slice(&more.requests);

@@ -138,6 +138,9 @@ pub(super) struct CounterRow {
     /// 0 for this system.
     #[prost(uint32, tag = "4")]
     pub(super) owned_by: u32,
+    /// How much of the island's jump is in the bound.
+    #[prost(uint64, tag = "5")]
+    pub(super) jumped: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -204,6 +207,15 @@ pub(super) struct IslandRow {
     pub(super) seal_key_version: u32,
     #[prost(bytes = "bytes", tag = "4")]
     pub(super) escrow_fingerprint: Bytes,
+    #[prost(uint32, tag = "5")]
+    pub(super) restores: u32,
+    #[prost(uint64, tag = "6")]
+    pub(super) jump: u64,
+    #[prost(sfixed64, tag = "7")]
+    pub(super) cluster: i64,
+    /// 0: not known.
+    #[prost(uint32, tag = "8")]
+    pub(super) timeline: u32,
     #[prost(int64, tag = "15")]
     pub(super) created: i64,
 }

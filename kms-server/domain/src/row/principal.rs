@@ -11,8 +11,8 @@ use super::{
     version,
 };
 use crate::{
-    ClassRoots, DiversificationRoot, Island, IslandKind, IslandName, KeyClass, KeyDerivation, PersonName, Principal, PrincipalCertificate, PrincipalId,
-    PrincipalStatus, SystemTitle, TransportCertificate, UnixMillis,
+    ClassRoots, CounterJump, DatabaseHistory, DiversificationRoot, Island, IslandKind, IslandName, KeyClass, KeyDerivation, PersonName, Principal,
+    PrincipalCertificate, PrincipalId, PrincipalStatus, SystemTitle, Timeline, TransportCertificate, UnixMillis,
 };
 
 impl Principal {
@@ -102,7 +102,17 @@ impl Island {
             return Err(RowError::new("a key class has its roots twice"));
         }
         let escrow_fingerprint = if row.escrow_fingerprint.is_empty() { None } else { Some(octets("escrow fingerprint", &row.escrow_fingerprint)?) };
-        Ok(Self { name, kind, classes, seal_key_version: version("seal key", row.seal_key_version)?, escrow_fingerprint, created: moment(row.created)? })
+        let timeline = (row.timeline != 0).then_some(Timeline { cluster: row.cluster, number: row.timeline });
+        let history = DatabaseHistory { timeline, restores: row.restores, jump: CounterJump::new(row.jump) };
+        Ok(Self {
+            name,
+            kind,
+            classes,
+            seal_key_version: version("seal key", row.seal_key_version)?,
+            escrow_fingerprint,
+            history,
+            created: moment(row.created)?,
+        })
     }
 
     /// The body of the island's row.
@@ -120,6 +130,10 @@ impl Island {
             classes: classes.collect(),
             seal_key_version: self.seal_key_version.into(),
             escrow_fingerprint: self.escrow_fingerprint.map(|fingerprint| Bytes::copy_from_slice(&fingerprint)).unwrap_or_default(),
+            restores: self.history.restores,
+            jump: self.history.jump.counters(),
+            cluster: self.history.timeline.map_or(0, |timeline| timeline.cluster),
+            timeline: self.history.timeline.map_or(0, |timeline| timeline.number),
             created: self.created.0,
         }
         .encode_to_vec()

@@ -8,9 +8,9 @@ use super::{
     octets, version,
 };
 use crate::{
-    CounterDomainId, CounterKey, CounterOwnership, CounterPlace, CounterState, Counters, Exposure, ExposureReason, IslandName, KeyDerivation, KeyLength,
-    KeyMaterial, KeyOrigin, KeyState, KeyType, KeyVersion, KeyVersionNumber, Party, PrincipalId, Role, SecuritySetupId, Slot, Slots, SystemTitle, UnixMillis,
-    WrappedKey, WriterId,
+    CounterDomainId, CounterJump, CounterKey, CounterOwnership, CounterPlace, CounterState, Counters, Exposure, ExposureReason, IslandName, KeyDerivation,
+    KeyLength, KeyMaterial, KeyOrigin, KeyState, KeyType, KeyVersion, KeyVersionNumber, Party, PrincipalId, Role, SecuritySetupId, Slot, Slots, SystemTitle,
+    UnixMillis, WrappedKey, WriterId,
 };
 
 /// The principals that a row names by position: each is stored once.
@@ -196,7 +196,7 @@ pub(super) fn counters_from_rows(rows: Vec<CounterRow>, principals: &Principals)
             };
             let holder = if row.holder.is_empty() { None } else { Some(WriterId::from_octets(&row.holder)?) };
             let ownership = principals.optional(row.owned_by)?.map_or(CounterOwnership::Kms, CounterOwnership::HeadEnd);
-            Ok(CounterState::new(key, row.bound, holder, ownership)?)
+            Ok(CounterState::new(key, row.bound, holder, ownership)?.with_jumped(CounterJump::new(row.jumped)))
         })
         .collect::<Result<_, RowError>>()?;
     Ok(Counters::from_states(states)?)
@@ -217,6 +217,7 @@ pub(super) fn counters_to_rows(counters: &Counters, principals: &mut Principals)
                 CounterOwnership::Kms => 0,
                 CounterOwnership::HeadEnd(head_end) => principals.reference(head_end),
             },
+            jumped: state.jumped().counters(),
         })
         .collect()
 }

@@ -22,10 +22,12 @@ use aws_lc_rs::rsa::{
     KeySize, OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OaepPrivateDecryptingKey, OaepPublicEncryptingKey, PrivateDecryptingKey, PublicEncryptingKey,
 };
 use aws_lc_rs::{cmac, hmac};
-use kms_domain::{DiversificationContext, IslandName, KeyClass, KeyDerivation, KeyLength, KeyType, KeyVersionNumber, Owner, SecuritySetupId, SystemTitle};
+use kms_domain::{
+    DiversificationContext, IslandName, KeyClass, KeyDerivation, KeyLength, KeyType, KeyVersionNumber, OaepHash, Owner, SecuritySetupId, SystemTitle,
+};
 use kms_hsm::{
-    CeremonyPlan, CeremonyResult, Envelope, EnvelopeAlgorithm, Hsm, KeySource, Module, OaepHash, Pin, PinSource, ProcessPinMemory, Recipient, RootVersion,
-    TokenKey, TokenSelector, TokenSettings, WrappedKey, WrappedRoots, create_roots,
+    CeremonyPlan, CeremonyResult, Envelope, EnvelopeAlgorithm, Hsm, KeySource, Module, Pin, PinSource, ProcessPinMemory, Recipient, RootVersion, TokenKey,
+    TokenSelector, TokenSettings, WrappedKey, WrappedRoots, create_roots,
 };
 
 /// Runs a test once for each module: `each_module! { async fn name(bench: Bench) { … } }`.

@@ -6,7 +6,7 @@ use aws_lc_rs::{
     digest::{Context, Digest, SHA256, SHA384, digest},
     signature::{ECDSA_P256_SHA256_ASN1, ECDSA_P384_SHA384_ASN1, UnparsedPublicKey, VerificationAlgorithm},
 };
-use kms_domain::{DeviceProfile, OaepHash, Principal, ShipmentHeader, ShipmentLineError, ShipmentTrailer};
+use kms_domain::{DeviceProfile, Principal, ShipmentHeader, ShipmentLineError, ShipmentTrailer};
 use kms_hsm::{BatchKey, HsmError, RootVersion};
 use kms_store::ShipmentRow;
 use x509_parser::{prelude::FromDer, x509::SubjectPublicKeyInfo};
@@ -94,10 +94,7 @@ async fn open_batch_key(island: &Island, header: &ShipmentHeader) -> Result<Batc
         return Err(refuse("line 1: transport_key: it is not this island's vendor transport key; `kms shipment transport-key` shows that"));
     }
     let offered = super::oaep_hashes(island).await?;
-    let hash = match header.oaep_hash {
-        OaepHash::Sha256 => kms_hsm::OaepHash::Sha256,
-        OaepHash::Sha1 => kms_hsm::OaepHash::Sha1,
-    };
+    let hash = header.oaep_hash;
     if !offered.contains(&hash) {
         let names: Vec<&str> = offered.iter().map(|hash| hash.name()).collect();
         return Err(refuse(format!("line 1: oaep_hash: {} is not accepted here; use {}", header.oaep_hash.name(), names.join(" or "))));
