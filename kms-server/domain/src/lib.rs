@@ -21,7 +21,8 @@ mod slot;
 mod time;
 
 pub use counter::{
-    ChunkSize, CounterDomain, CounterError, CounterKey, CounterOwnership, CounterScope, CounterState, Counters, DealError, Lease, LiveChunk, Reservation,
+    ChunkSize, CounterDomain, CounterError, CounterKey, CounterOwnership, CounterScope, CounterState, CounterUse, Counters, DealError, Lease, LiveChunk,
+    Reservation,
 };
 pub use diversification::{DiversificationContext, KeyDerivation};
 pub use error::ParseError;

@@ -64,7 +64,7 @@ fn in_use(types: &[KeyType], new: impl Fn(KeyType) -> NewKeyVersion, shipped: bo
         }
         if *key_type == KeyType::GUEK {
             let client = CounterKey::ClientTitle(SystemTitle::parse("4D4D4D0000000001").unwrap());
-            version.counters_mut().unwrap().reserve(client, WriterId::from_octets(&[7; 16]).unwrap(), ChunkSize::DEFAULT, 0).unwrap();
+            version.counters_mut().unwrap().reserve(client, CounterUse::Lease, WriterId::from_octets(&[7; 16]).unwrap(), ChunkSize::DEFAULT, 0).unwrap();
         }
         slot
     });
@@ -279,7 +279,8 @@ fn apply(slot: &mut Slot, change: &Change) {
         }
         Change::Reserve { version, key: which } => counters(slot, version, &|counters| {
             let chunk = ChunkSize::new(NonZeroU32::new(1 << 30).unwrap());
-            let _ = counters.reserve(key(which), WriterId::from_octets(&[8; 16]).unwrap(), chunk, 0);
+            let counter_use = if version % 2 == 0 { CounterUse::Lease } else { CounterUse::Frames };
+            let _ = counters.reserve(key(which), counter_use, WriterId::from_octets(&[8; 16]).unwrap(), chunk, 0);
         }),
         Change::LeaveTo { version, key: which } => counters(slot, version, &|counters| counters.leave_to(key(which), principal("old-hes"))),
         Change::Join { version } => drop(slot.join_domain(number(version), &mut CounterDomain::new(CounterDomainId([9; 16])))),

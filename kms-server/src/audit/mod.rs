@@ -8,4 +8,4 @@ mod view;
 pub use chain::{AuditKey, AuditLeaf};
 pub(crate) use committer::event_kind;
 pub use committer::{Committed, Committer, CommitterSettings, past_record, read_record};
-pub use view::{Actor, CounterOf, View};
+pub use view::{Actor, CounterOf, LiveLease, View};

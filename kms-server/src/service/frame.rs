@@ -3,19 +3,19 @@
 //! What is protected is read first: policy decides on service, class, object and member. Counters come from the same place as leases (I4), and the
 //! record of every protected frame is durable before it leaves (I2).
 
-use std::{num::NonZeroU32, sync::Arc};
+use std::sync::Arc;
 
 use kms_dlms::{
     AuthenticationTag, CipheredApdu, CipheredTag, DlmsError, HlsGmac, InitiateRequest, KeySet, Nonce, Protection, SecurityControl, ServiceKind, ServiceRequest,
 };
-use kms_domain::{KeyType, KeyVersionNumber, Lease, Meter, RequestId, SecuritySetupId, Slot, Standing, SystemTitle, UnixMillis};
+use kms_domain::{KeyType, KeyVersionNumber, Meter, RequestId, SecuritySetupId, Slot, Standing, SystemTitle};
 use kms_hsm::{FrameInput, FrameKeys, FrameParameters, HsmError, ProtectedFrame};
 use kms_proto::v1::{self, AuditRecord, FramesProtected, audit_record::Event};
 use kms_store::{AuditReference, Reads, RequestKey, RequestRow};
 
 use super::grant::{counter_key, recorded_setup, setup_record, source};
 use crate::{
-    audit::{Actor, AuditLeaf, CounterOf, View, past_record, read_record},
+    audit::{Actor, AuditLeaf, CounterOf, LiveLease, View, past_record, read_record},
     authz::{Action, Caller, CosemTarget, FrameService as Service, PrincipalFacts, Purpose, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
@@ -364,14 +364,10 @@ impl Deciding {
             }
             Some(past) => past.invocation_counter,
             None => {
-                if !self.supersede_lease && view.leased_until(of)?.is_some() {
-                    return Err(ServiceError::FailedPrecondition {
-                        reason: format!("client title {} holds a live counter lease for this meter", frame.client_title),
-                        next_step: "let it end, use another client title, or set supersede_lease, which ends the session that uses it".to_owned(),
-                    });
+                if let Some(lease) = view.live_lease(of)?.filter(|_| !self.supersede_lease) {
+                    return Err(leased(frame.client_title, lease));
                 }
-                let Lease { first, .. } = view.lease(of, NonZeroU32::MIN, UnixMillis(0))?;
-                first
+                view.frame_counter(of)?
             }
         };
         let (control, tag, plaintext) = match &frame.content {
@@ -502,6 +498,21 @@ fn resembles_request(challenge: &[u8]) -> bool {
         || ServiceRequest::parse(challenge).is_ok()
 }
 
+/// The counters that a frame would use are above those of a lease, and the meter would refuse its session from then on.
+fn leased(client_title: SystemTitle, lease: LiveLease) -> ServiceError {
+    let (reason, next_step) = match lease {
+        LiveLease::Until(_) => ("holds a live counter lease for this meter", "let it end, use another client title, or set supersede_lease"),
+        LiveLease::EndUnknown => (
+            "may hold a live counter lease for this meter: another server, or this one before its last start, dealt it, and only that one knows when it ends",
+            "if no session of this client title with the meter is in use, set supersede_lease; or use another client title",
+        ),
+    };
+    ServiceError::FailedPrecondition {
+        reason: format!("client title {client_title} {reason}"),
+        next_step: format!("{next_step}. supersede_lease ends the session that uses the lease"),
+    }
+}
+
 /// The same answer for a meter that does not exist and one that the caller may not use.
 fn denied(action: &str, meter: SystemTitle) -> ServiceError {
     ServiceError::denied(format!("{action} with meter {meter}"))
@@ -509,3 +520,6 @@ fn denied(action: &str, meter: SystemTitle) -> ServiceError {
 
 /// How long a request can be repeated.
 const REPLAY_MS: i64 = 15 * 60 * 1_000;
+
+#[cfg(test)]
+mod tests;

@@ -135,6 +135,9 @@ pub(super) struct CounterRow {
     /// 0 for this system.
     #[prost(uint32, tag = "4")]
     pub(super) owned_by: u32,
+    /// Leases were dealt from the chunk that ends at the bound.
+    #[prost(bool, tag = "5")]
+    pub(super) lent: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]

@@ -196,7 +196,7 @@ pub(super) fn counters_from_rows(rows: Vec<CounterRow>, principals: &Principals)
             };
             let holder = if row.holder.is_empty() { None } else { Some(WriterId::from_octets(&row.holder)?) };
             let ownership = principals.optional(row.owned_by)?.map_or(CounterOwnership::Kms, CounterOwnership::HeadEnd);
-            Ok(CounterState::new(key, row.bound, holder, ownership)?)
+            Ok(CounterState::new(key, row.bound, holder, ownership, row.lent)?)
         })
         .collect::<Result<_, RowError>>()?;
     Ok(Counters::from_states(states)?)
@@ -217,6 +217,7 @@ pub(super) fn counters_to_rows(counters: &Counters, principals: &mut Principals)
                 CounterOwnership::Kms => 0,
                 CounterOwnership::HeadEnd(head_end) => principals.reference(head_end),
             },
+            lent: state.lent(),
         })
         .collect()
 }
