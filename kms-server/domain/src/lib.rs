@@ -13,6 +13,7 @@ mod key_type;
 mod meter;
 mod principal;
 mod profile;
+mod quota;
 mod row;
 mod seal;
 mod secret;
@@ -38,6 +39,7 @@ pub use principal::{ClassRoots, DiversificationRoot, Island, IslandKind, PersonN
 pub use profile::{
     ClientProfile, CounterProfile, DeviceProfile, KeyProfile, MultipleClients, NewKeyOrigin, OnNewKey, ProfileError, ProfileKeyType, SetupProfile, Shipped,
 };
+pub use quota::{QuotaExceeded, QuotaHour, QuotaLimit, QuotaName, QuotaUse};
 pub use row::RowError;
 pub use seal::{FingerprintKey, Generation, RowId, RowSeal, SealError, SealKey, SealRootKey, row_digest};
 pub use secret::EncodedSecret;

@@ -119,6 +119,23 @@ fn a_cut_row_is_refused_at_every_octet() {
 }
 
 #[test]
+fn what_was_used_of_quotas_comes_back_whole_or_not_at_all() {
+    let mut used = QuotaUse::new(principal("hes-1"));
+    let hour = QuotaHour::of(NOW);
+    for (quota, limit) in [("supply-control", QuotaLimit::new(10, Some(5)).unwrap()), ("image-transfer", QuotaLimit::new(500, None).unwrap())] {
+        for meter in ["4B414D0000000002", "4B414D0000000001"] {
+            used.count(&QuotaName::parse(quota).unwrap(), limit, hour, SystemTitle::parse(meter).unwrap(), 2).unwrap();
+        }
+    }
+    let body = Bytes::from(used.to_row());
+    assert!(body.len() < 80, "{}", body.len());
+    assert_eq!(QuotaUse::from_row(principal("hes-1"), body.clone()).unwrap(), used);
+    for length in 0..body.len() {
+        assert!(QuotaUse::from_row(principal("hes-1"), body.slice(..length)).is_err(), "cut to {length}");
+    }
+}
+
+#[test]
 fn what_breaks_an_invariant_is_not_written() {
     let right = in_use(&FOUR, imported, true);
     assert!(Meter { serial: String::new(), ..right.clone() }.to_row().is_err());
@@ -327,6 +344,7 @@ proptest! {
         let _ = DeviceType::from_row(DeviceTypeId(1), &island(), body.clone());
         let _ = CounterDomain::from_row(CounterDomainId([1; 16]), &island(), body.clone());
         let _ = Principal::from_row(principal("p"), body.clone());
+        let _ = QuotaUse::from_row(principal("p"), body.clone());
         let _ = Island::from_row(island(), body);
         let _ = RowSeal::from_octets(&octets);
         let _ = ShipmentHeader::parse(&octets);

@@ -587,6 +587,7 @@ fn put_row(id: &RowId, opened: Opened, seal: &SealKey, changes: &mut Changes) ->
         Value::Group(group) => group.to_row().map_err(|error| fault(error.to_string()))?,
         Value::Domain(domain) => domain.to_row(),
         Value::Island(island) => island.to_row(),
+        Value::QuotaUse(used) => used.to_row(),
     };
     let digest = seal.row_digest(id, generation, &body);
     let row = SealedRow { generation: generation.number(), seal: *seal.seal(id, generation, &body).octets(), body };

@@ -8,7 +8,7 @@ use std::{
 
 use kms_domain::{
     ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterKey, CounterPlace, CounterState, CounterUse, Counters, Generation, Group, GroupId,
-    IslandName, KeyType, KeyVersionNumber, Lease, LiveChunk, Meter, Principal, PrincipalId, RequestId, RowId, SealKey, SecuritySetupId, SystemTitle,
+    IslandName, KeyType, KeyVersionNumber, Lease, LiveChunk, Meter, Principal, PrincipalId, QuotaUse, RequestId, RowId, SealKey, SecuritySetupId, SystemTitle,
     UnixMillis, WriterId,
 };
 use kms_proto::v1::{AuditRecord, audit_record::Event};
@@ -21,7 +21,7 @@ use super::{
     committer::{Chunks, Held, Seen},
     refusals::Refusal,
 };
-use crate::{authz::Caller, error::ServiceError};
+use crate::{authz::Caller, error::ServiceError, island::quota_use_row};
 
 /// Who acts: what each audit record of the act names.
 #[derive(Clone, Debug)]
@@ -102,6 +102,7 @@ pub(super) enum Value {
     Group(Arc<Group>),
     Domain(Arc<CounterDomain>),
     Island(Arc<kms_domain::Island>),
+    QuotaUse(Arc<QuotaUse>),
 }
 
 /// An event with the rows that its act wrote.
@@ -264,6 +265,25 @@ impl View<'_, '_> {
     /// See [`Self::principal`].
     pub fn put_island(&mut self, island: kms_domain::Island) -> Result<(), ServiceError> {
         self.put(RowId::Island(island.name.clone()), Value::Island(Arc::new(island)), false)
+    }
+
+    /// What a principal has used of its quotas; nothing, if it never used one.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn quota_use(&mut self, principal: &PrincipalId) -> Result<QuotaUse, ServiceError> {
+        self.open(RowId::QuotaUse(principal.clone())).map(|value| match value {
+            Some(Value::QuotaUse(used)) => Arc::unwrap_or_clone(used),
+            _ => QuotaUse::new(principal.clone()),
+        })
+    }
+
+    /// Writes what a principal has used of its quotas.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn put_quota_use(&mut self, used: QuotaUse) -> Result<(), ServiceError> {
+        self.put(RowId::QuotaUse(used.principal.clone()), Value::QuotaUse(Arc::new(used)), false)
     }
 
     /// What was answered to a request, if it was carried out.
@@ -633,6 +653,7 @@ pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKey, seen
         RowId::Group(group) => Group::from_row(*group, island, body).map(|group| Value::Group(Arc::new(group))),
         RowId::CounterDomain(domain) => CounterDomain::from_row(*domain, island, body).map(|domain| Value::Domain(Arc::new(domain))),
         RowId::Island(name) => kms_domain::Island::from_row(name.clone(), body).map(|island| Value::Island(Arc::new(island))),
+        RowId::QuotaUse(principal) => QuotaUse::from_row(principal.clone(), body).map(|used| Value::QuotaUse(Arc::new(used))),
         RowId::DeviceType(_) => return Err("device types are not used by this server version".to_owned()),
     }
     .map_err(|error| error.to_string())?;
@@ -649,6 +670,7 @@ pub(super) fn sealed_name(id: &RowId) -> (RowKind, Vec<u8>) {
         RowId::Principal(principal) => (RowKind::Principal, principal.to_string().into_bytes()),
         RowId::CounterDomain(domain) => (RowKind::CounterDomain, domain.0.to_vec()),
         RowId::Island(island) => (RowKind::Island, island.as_str().as_bytes().to_vec()),
+        RowId::QuotaUse(principal) => quota_use_row(principal),
     }
 }
 

@@ -227,3 +227,24 @@ pub(super) struct RootRow {
     #[prost(uint32, tag = "2")]
     pub(super) derivation: u32,
 }
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct QuotaUseRow {
+    /// Of this hour only.
+    #[prost(message, repeated, tag = "1")]
+    pub(super) used: Vec<UsedQuotaRow>,
+    /// Hours since 1970-01-01T00:00Z. Last and never 0, so that a cut row is refused.
+    #[prost(uint32, tag = "15")]
+    pub(super) hour: u32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct UsedQuotaRow {
+    #[prost(string, tag = "1")]
+    pub(super) quota: String,
+    #[prost(uint32, tag = "2")]
+    pub(super) commands: u32,
+    /// System titles in increasing order.
+    #[prost(fixed64, repeated, tag = "3")]
+    pub(super) meters: Vec<u64>,
+}
