@@ -12,6 +12,7 @@ use kms_domain::{KeyType, KeyVersionNumber, Meter, QuotaExceeded, QuotaHour, Quo
 use kms_hsm::{FrameInput, FrameKeys, FrameParameters, HsmError, ProtectedFrame};
 use kms_proto::v1::{self, AuditRecord, FramesProtected, audit_record::Event};
 use kms_store::{AuditReference, Reads, RequestKey, RequestRow};
+use tracing::Instrument as _;
 
 use super::grant::{counter_key, recorded_setup, setup_record, source};
 use crate::{
@@ -19,6 +20,7 @@ use crate::{
     authz::{Action, Caller, CosemTarget, FrameService as Service, PrincipalFacts, Purpose, Quota, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row, quota_use_row},
+    telemetry::{FrameDirection, metrics},
 };
 
 /// A frame to be protected.
@@ -109,6 +111,21 @@ impl FrameService {
         frames: Vec<PlainFrame>,
         supersede_lease: bool,
     ) -> Result<(Vec<FrameOutcome>, Option<AuditLeaf>), ServiceError> {
+        let span = tracing::debug_span!("frames", kms.frames = frames.len());
+        let protected = self.decide_and_protect(caller, request, digest, purpose, frames, supersede_lease).instrument(span).await?;
+        metrics().frames(FrameDirection::Protect, protected.0.iter().map(|outcome| &outcome.octets));
+        Ok(protected)
+    }
+
+    async fn decide_and_protect(
+        &self,
+        caller: &Caller,
+        request: RequestId,
+        digest: [u8; 32],
+        purpose: Purpose,
+        frames: Vec<PlainFrame>,
+        supersede_lease: bool,
+    ) -> Result<(Vec<FrameOutcome>, Option<AuditLeaf>), ServiceError> {
         let key = RequestKey { principal: caller.principal.clone(), request, chunk: 0 };
         let mut sealed = vec![principal_row(&caller.principal)];
         if frames.iter().any(|frame| self.counts(frame)) {
@@ -130,7 +147,7 @@ impl FrameService {
         };
         let jobs: Vec<(FrameKeys, FrameInput)> =
             planned.iter().filter_map(|planned| planned.as_ref().ok()).map(|plan| (plan.keys.clone(), plan.input.clone())).collect();
-        let mut protected = self.island.hsm.protect_batch(jobs).await?.into_iter();
+        let mut protected = self.island.hsm.protect_batch(jobs).instrument(tracing::debug_span!("hsm.protect")).await?.into_iter();
         let outcomes = planned
             .into_iter()
             .map(|planned| match planned {
@@ -153,6 +170,13 @@ impl FrameService {
     /// # Errors
     /// What concerns all: the caller, HSM or database.
     pub async fn unprotect(&self, caller: &Caller, purpose: Purpose, frames: Vec<ReceivedFrame>) -> Result<Vec<FrameOutcome>, ServiceError> {
+        let span = tracing::debug_span!("frames", kms.frames = frames.len());
+        let opened = self.open_all(caller, purpose, frames).instrument(span).await?;
+        metrics().frames(FrameDirection::Unprotect, opened.iter().map(|outcome| &outcome.octets));
+        Ok(opened)
+    }
+
+    async fn open_all(&self, caller: &Caller, purpose: Purpose, frames: Vec<ReceivedFrame>) -> Result<Vec<FrameOutcome>, ServiceError> {
         let principal = self.island.principal(caller).await?;
         let facts = facts(&principal);
         let mut titles: Vec<SystemTitle> = frames.iter().map(|frame| frame.meter).collect();
@@ -170,7 +194,7 @@ impl FrameService {
             frames.into_iter().map(|frame| self.receive(&facts, purpose, meters.get(&frame.meter).map(AsRef::as_ref), frame)).collect();
         let jobs: Vec<(FrameKeys, ProtectedFrame)> =
             opened.iter().filter_map(|received| received.as_ref().ok()).map(|received| (received.keys.clone(), received.frame.clone())).collect();
-        let mut plain = self.island.hsm.unprotect_batch(jobs).await?.into_iter();
+        let mut plain = self.island.hsm.unprotect_batch(jobs).instrument(tracing::debug_span!("hsm.unprotect")).await?.into_iter();
         Ok(opened
             .into_iter()
             .map(|received| match received {
@@ -179,10 +203,13 @@ impl FrameService {
                     let octets = match plain.next() {
                         Some(Ok(_)) if received.is_challenge => Ok(Vec::new()),
                         Some(Ok(octets)) => Ok(octets),
-                        Some(Err(HsmError::TagInvalid)) => Err(ServiceError::FailedPrecondition {
-                            reason: "the frame's authentication tag does not verify".to_owned(),
-                            next_step: "check that the frame is the meter's and unchanged; the meter may hold another key".to_owned(),
-                        }),
+                        Some(Err(error @ HsmError::TagInvalid)) => {
+                            metrics().hsm_error(&error);
+                            Err(ServiceError::FailedPrecondition {
+                                reason: "the frame's authentication tag does not verify".to_owned(),
+                                next_step: "check that the frame is the meter's and unchanged; the meter may hold another key".to_owned(),
+                            })
+                        }
                         Some(Err(error)) => Err(error.into()),
                         None => Err(ServiceError::Internal("the HSM returned fewer frames than it was given".to_owned())),
                     };
