@@ -368,6 +368,64 @@ pub struct TelemetrySection {
     pub log: Option<String>,
     /// An OTLP (gRPC) endpoint for traces and metrics, such as `http://127.0.0.1:4317`. Default: none are sent.
     pub otlp_endpoint: Option<String>,
+    /// Which part of the calls is traced, 0 to 1. Default: 0.01. A call that comes with a sampled `traceparent` is traced always.
+    #[serde(default)]
+    pub trace_ratio: TraceRatio,
+    /// Every how many seconds metrics are sent, 1 to 3,600. Default: 60.
+    #[serde(default)]
+    pub metrics_seconds: MetricsSeconds,
+}
+
+/// A part of the whole, 0 to 1.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[serde(try_from = "f64")]
+pub struct TraceRatio(f64);
+
+impl TraceRatio {
+    /// The number.
+    pub const fn get(self) -> f64 {
+        self.0
+    }
+}
+
+impl Default for TraceRatio {
+    fn default() -> Self {
+        Self(0.01)
+    }
+}
+
+impl TryFrom<f64> for TraceRatio {
+    type Error = String;
+
+    fn try_from(ratio: f64) -> Result<Self, String> {
+        if (0.0..=1.0).contains(&ratio) { Ok(Self(ratio)) } else { Err(format!("`{ratio}` is not 0 to 1")) }
+    }
+}
+
+/// Seconds between two exports of metrics, 1 to 3,600.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "u16")]
+pub struct MetricsSeconds(u16);
+
+impl MetricsSeconds {
+    /// The time between two exports.
+    pub fn period(self) -> Duration {
+        Duration::from_secs(u64::from(self.0))
+    }
+}
+
+impl Default for MetricsSeconds {
+    fn default() -> Self {
+        Self(60)
+    }
+}
+
+impl TryFrom<u16> for MetricsSeconds {
+    type Error = String;
+
+    fn try_from(seconds: u16) -> Result<Self, String> {
+        if (1..=3_600).contains(&seconds) { Ok(Self(seconds)) } else { Err(format!("`{seconds}` is not 1 to 3,600 seconds")) }
+    }
 }
 
 /// `[limits]`.
@@ -616,6 +674,8 @@ pin = { file = "pin" }
             (format!("{LEAST}[retention]\ndays = 36526\n"), "retention"),
             (format!("{LEAST}[retention]\ndays = -1\n"), "days"),
             (format!("{LEAST}[telemetry]\notlp = \"x\"\n"), "otlp"),
+            (format!("{LEAST}[telemetry]\ntrace_ratio = 1.5\n"), "not 0 to 1"),
+            (format!("{LEAST}[telemetry]\nmetrics_seconds = 0\n"), "not 1 to 3,600"),
             (LEAST.replace("sqlite = \"island.db\"", "[storage.postgres]\nurl = \"postgres://kms:secret@db/kms\""), "holds a password"),
             (LEAST.replace("sqlite = \"island.db\"", "[storage.postgres]\nurl = \"mysql://kms@db/kms\""), "url"),
         ];

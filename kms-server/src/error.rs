@@ -6,6 +6,8 @@ use kms_domain::ParseError;
 use kms_hsm::{ErrorKind, HsmError};
 use kms_store::StoreError;
 
+use crate::telemetry::metrics;
+
 /// Why a use case did not do what was asked. Messages are for people, lower case, and never carry a secret.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ServiceError {
@@ -126,6 +128,7 @@ impl From<StoreError> for ServiceError {
 
 impl From<HsmError> for ServiceError {
     fn from(error: HsmError) -> Self {
+        metrics().hsm_error(&error);
         match error.kind() {
             ErrorKind::Transient => Self::Unavailable { reason: error.to_string(), retry_after: error.retry_after().unwrap_or(RETRY_AFTER) },
             ErrorKind::OperatorFixable => {

@@ -92,6 +92,11 @@ pub fn facts(principal: &kms_domain::Principal) -> PrincipalFacts {
     PrincipalFacts { principal: principal.id.clone(), revision: u64::from(principal.revision) }
 }
 
+/// The name of the row of what a principal has used of its quotas.
+pub fn quota_use_row(id: &PrincipalId) -> (RowKind, Vec<u8>) {
+    (RowKind::QuotaUse, id.to_string().into_bytes())
+}
+
 /// The name of a principal's row in the store.
 pub fn principal_row(id: &PrincipalId) -> (RowKind, Vec<u8>) {
     (RowKind::Principal, id.to_string().into_bytes())

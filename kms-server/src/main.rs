@@ -128,7 +128,7 @@ impl Command {
     async fn run(self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         match self {
             Self::Dev { state, listen, database, meters, module } => {
-                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), otlp_endpoint: None }, "dev")?;
+                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() }, "dev")?;
                 Ok(kms_server::dev::run(DevSettings { state, listen, database, meters, module }, stop_signal()).await?)
             }
             Self::Run { config } => {
@@ -142,7 +142,7 @@ impl Command {
                 Ok(())
             }
             Self::Init { ceremony, state } => {
-                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), otlp_endpoint: None }, "ceremony")?;
+                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() }, "ceremony")?;
                 let held = CeremonyPlan::read(&ceremony, &state)?.hold(&state).await?;
                 println!("{}", held.summary);
                 println!("Read the fingerprints aloud, compare them, and sign a print of `{}`.", state.join("ceremony.txt").display());

@@ -27,6 +27,7 @@ use tonic::service::Routes;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 use tower::Service;
+use tracing::Instrument as _;
 
 use crate::api;
 use crate::api::listener::Listener;
@@ -42,7 +43,7 @@ use crate::service::certificate::{CertificateAuthority, IssuedCertificate};
 use crate::service::certificate_end::{CertificateWatch, ServerCertificate};
 use crate::service::retention::Housekeeper;
 use crate::service::scrub::Scrubber;
-use crate::telemetry::Repetition;
+use crate::telemetry::{Call, Repetition, metrics};
 
 /// A server that is bound to its port and opens its island.
 pub struct Server {
@@ -321,6 +322,7 @@ async fn report_health(health: &HealthReporter, island: &Island) -> Result<Infal
     loop {
         let tokens = island.hsm.all_tokens().iter().all(|token| token.state().borrow().is_usable());
         let ready = tokens && island.committer.is_ready();
+        metrics().ready(ready);
         if known != Some(ready) {
             known = Some(ready);
             let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
@@ -352,9 +354,15 @@ impl Service<http::Request<Body>> for Gate {
             return Box::pin(self.always.call(request));
         }
         match self.island.get() {
-            Some(routes) => Box::pin(routes.clone().call(request)),
+            Some(routes) => {
+                let call = Call::begin(&request);
+                let answer = routes.clone().call(request).instrument(call.span());
+                Box::pin(async move { Ok(call.answered(answer.await?)) })
+            }
             None => {
-                Box::pin(std::future::ready(Ok(Status::from(ServiceError::unavailable("the island is not open yet; the server's log tells why")).into_http())))
+                let call = Call::begin(&request);
+                let unavailable = Status::from(ServiceError::unavailable("the island is not open yet; the server's log tells why"));
+                Box::pin(std::future::ready(Ok(call.answered(unavailable.into_http()))))
             }
         }
     }

@@ -1,5 +1,10 @@
-//! Logs to stderr, and traces and metrics to an OTLP collector if one is configured. Spans and events carry names of principals,
-//! actions and rows; never keys, PINs, wrapped keys or frames.
+//! Logs to stderr, and traces and metrics to an OTLP collector if one is configured. Log lines carry names of principals,
+//! actions and rows; never keys, PINs, wrapped keys or frames. Spans and metrics carry no names at all.
+//!
+//! Spans are of level `debug`: where no collector is configured, no one asks for them, and one costs a look at a number.
+
+mod metrics;
+mod rpc;
 
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -7,13 +12,18 @@ use std::time::{Duration, Instant};
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry_otlp::WithExportConfig;
 use opentelemetry_sdk::Resource;
-use opentelemetry_sdk::metrics::SdkMeterProvider;
-use opentelemetry_sdk::trace::SdkTracerProvider;
+use opentelemetry_sdk::metrics::{PeriodicReader, SdkMeterProvider};
+use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider};
+use tracing_subscriber::Layer as _;
+use tracing_subscriber::filter::{LevelFilter, filter_fn};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, fmt};
 
 use crate::config::TelemetrySection;
+
+pub use metrics::{FrameDirection, Metrics, metrics};
+pub(crate) use rpc::Call;
 
 /// Telemetry in use. Dropping it sends what is left.
 pub struct Telemetry {
@@ -30,7 +40,7 @@ impl Telemetry {
         let directives = std::env::var("KMS_LOG").ok().or_else(|| section.log.clone()).unwrap_or_else(|| DEFAULT_FILTER.to_owned());
         let filter = EnvFilter::try_new(&directives).map_err(|error| TelemetryError::Filter { directives, reason: error.to_string() })?;
         let lines = fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal()).with_target(false);
-        let registry = tracing_subscriber::registry().with(filter).with(lines);
+        let registry = tracing_subscriber::registry().with(lines.with_filter(filter));
         let Some(endpoint) = &section.otlp_endpoint else {
             registry.try_init().map_err(|error| TelemetryError::Start(error.to_string()))?;
             return Ok(Self { traces: None, metrics: None });
@@ -41,14 +51,21 @@ impl Telemetry {
             .with_attribute(opentelemetry::KeyValue::new("service.instance.id", server_name.to_owned()))
             .build();
         let spans = opentelemetry_otlp::SpanExporter::builder().with_tonic().with_endpoint(endpoint).build().map_err(refuse)?;
-        let traces = SdkTracerProvider::builder().with_resource(resource.clone()).with_batch_exporter(spans).build();
+        let traces = SdkTracerProvider::builder()
+            .with_resource(resource.clone())
+            .with_sampler(Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(section.trace_ratio.get()))))
+            .with_batch_exporter(spans)
+            .build();
         let counts = opentelemetry_otlp::MetricExporter::builder().with_tonic().with_endpoint(endpoint).build().map_err(refuse)?;
-        let metrics = SdkMeterProvider::builder().with_resource(resource).with_periodic_exporter(counts).build();
+        let metrics = SdkMeterProvider::builder()
+            .with_resource(resource)
+            .with_reader(PeriodicReader::builder(counts).with_interval(section.metrics_seconds.period()).build())
+            .build();
         opentelemetry::global::set_meter_provider(metrics.clone());
-        registry
-            .with(tracing_opentelemetry::layer().with_tracer(traces.tracer("kms-server")))
-            .try_init()
-            .map_err(|error| TelemetryError::Start(error.to_string()))?;
+        // Spans only: log lines name rows, and stay here.
+        let own_spans = filter_fn(|metadata| metadata.is_span() && metadata.target().starts_with("kms_server")).with_max_level_hint(LevelFilter::DEBUG);
+        let layer = tracing_opentelemetry::layer().with_tracer(traces.tracer("kms-server")).with_location(false).with_threads(false);
+        registry.with(layer.with_tracked_inactivity(false).with_filter(own_spans)).try_init().map_err(|error| TelemetryError::Start(error.to_string()))?;
         Ok(Self { traces: Some(traces), metrics: Some(metrics) })
     }
 }

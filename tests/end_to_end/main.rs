@@ -4,6 +4,7 @@
 mod bad_input;
 mod frames;
 mod sessions;
+mod telemetry;
 
 use kms_store::testing::PostgresCluster;
 use kms_tests::{DevServer, SOFTHSM2, open, put_on_line, read_energy, title};

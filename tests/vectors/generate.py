@@ -215,6 +215,7 @@ def rows():
         sealed_row(4, principal, 4, b""),
         sealed_row(5, fixed("fingerprint", 16), 2**40, fixed("body", 1000)),
         sealed_row(6, ISLAND.encode(), 6, b"island"),
+        sealed_row(7, principal, 7, b"quota use"),
     ]
 
 

@@ -194,6 +194,7 @@ fn row_kind(kind: u32) -> String {
         4 => "principal".into(),
         5 => "counter domain".into(),
         6 => "island".into(),
+        7 => "quota use".into(),
         0 => "log".into(),
         other => other.to_string(),
     }

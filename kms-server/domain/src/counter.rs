@@ -58,6 +58,15 @@ pub enum CounterOwnership {
     HeadEnd(PrincipalId),
 }
 
+/// What counters are reserved for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CounterUse {
+    /// A lease: a grantee uses them by itself, for a time that the row does not tell.
+    Lease,
+    /// Frames that this system protects: they are used up when they are dealt.
+    Frames,
+}
+
 /// One invocation counter, as the sealed row keeps it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct CounterState {
@@ -66,6 +75,7 @@ pub struct CounterState {
     holder: Option<WriterId>,
     ownership: CounterOwnership,
     jumped: CounterJump,
+    lent: bool,
 }
 
 impl CounterState {
@@ -78,15 +88,15 @@ impl CounterState {
     /// The bound from which a new key is due: 80 % of all counters.
     pub const ROTATION_DUE: u64 = Self::END / 5 * 4;
 
-    /// A counter of which everything below `bound` counts as used.
+    /// A counter of which everything below `bound` counts as used. `lent` is what [`Self::lent`] tells.
     ///
     /// # Errors
     /// The bound is above [`Self::END`].
-    pub fn new(key: CounterKey, bound: u64, holder: Option<WriterId>, ownership: CounterOwnership) -> Result<Self, CounterError> {
+    pub fn new(key: CounterKey, bound: u64, holder: Option<WriterId>, ownership: CounterOwnership, lent: bool) -> Result<Self, CounterError> {
         if bound > Self::END {
             return Err(CounterError::OutOfRange { bound });
         }
-        Ok(Self { key, bound, holder, ownership, jumped: CounterJump::NONE })
+        Ok(Self { key, bound, holder, ownership, jumped: CounterJump::NONE, lent })
     }
 
     /// The same, with so much of the island's jump in its bound.
@@ -123,6 +133,12 @@ impl CounterState {
     /// The bound with the whole of the island's jump: where the next reservation starts, at most [`Self::END`].
     pub fn bound_after(&self, jump: CounterJump) -> u64 {
         self.bound.saturating_add(jump.beyond(self.jumped)).min(Self::END)
+    }
+
+    /// Whether leases were dealt from the chunk that ends at the bound: a grantee may still use counters below it, and a meter that saw a
+    /// higher one would refuse them. Only the holder knows until when; for every other server a lease may be live.
+    pub const fn lent(&self) -> bool {
+        self.lent
     }
 
     /// Whether 80 % of the counters are used: the key asks for its rotation.
@@ -170,11 +186,22 @@ impl Counters {
     /// Reserves the next `chunk` counters for `holder`, all at or above `at_least`; fewer at the end of the counter space. `jump` is the
     /// island's: what the counter lacks of it is taken first.
     ///
+    /// Reserves the next `chunk` counters for `holder`, all at or above `at_least`; fewer at the end of the counter space. A chunk for frames
+    /// ends the leases of the chunk before it ([`CounterState::lent`]): the caller has made sure that they may end.
+    ///
     /// The caller stores the changed row before it deals from the reservation. // I4: durable first, then handed out.
     ///
     /// # Errors
     /// The counters belong to a head-end, or none are left.
-    pub fn reserve(&mut self, key: CounterKey, holder: WriterId, chunk: ChunkSize, at_least: u64, jump: CounterJump) -> Result<Reservation, CounterError> {
+    pub fn reserve(
+        &mut self,
+        key: CounterKey,
+        counter_use: CounterUse,
+        holder: WriterId,
+        chunk: ChunkSize,
+        at_least: u64,
+        jump: CounterJump,
+    ) -> Result<Reservation, CounterError> {
         let state = self.state_mut(key);
         if let CounterOwnership::HeadEnd(head_end) = &state.ownership {
             return Err(CounterError::OwnedByHeadEnd { head_end: head_end.clone() });
@@ -185,7 +212,13 @@ impl Counters {
         state.bound = (first + u64::from(chunk.get())).min(CounterState::END);
         state.holder = Some(holder);
         state.jumped = state.jumped.max(jump);
+        state.lent = counter_use == CounterUse::Lease;
         Ok(Reservation { key: state.key, first: first_counter, bound: state.bound, holder, rotation_due: state.rotation_due() })
+    }
+
+    /// Notes that a lease is dealt from a chunk that was reserved for frames. The caller stores the changed row with the grant.
+    pub fn mark_lent(&mut self, key: CounterKey) {
+        self.state_mut(key).lent = true;
     }
 
     /// Makes `floor` the lowest counter that may still be used; a lower floor than the present one changes nothing.
@@ -223,6 +256,7 @@ impl Counters {
         state.ownership = CounterOwnership::Kms;
         state.bound = state.bound.max(floor.min(CounterState::END));
         state.holder = None;
+        state.lent = false;
     }
 
     /// The counter of this key, made when it is new. Asking for the one counter of all titles joins those of single titles.
@@ -239,6 +273,7 @@ impl Counters {
                     holder: None,
                     ownership: CounterOwnership::Kms,
                     jumped: CounterJump::NONE,
+                    lent: false,
                 });
                 self.0.sort_by_key(|state| state.key);
                 self.0.iter().position(|state| state.key == key).unwrap_or_default()
@@ -248,13 +283,14 @@ impl Counters {
         &mut self.0[at]
     }
 
-    /// Turns all counters into the one for all client titles, above every one of them. A head-end's ownership stays.
+    /// Turns all counters into the one for all client titles, above every one of them. A head-end's ownership stays, and so do leases.
     fn collapse(&mut self) {
+        let lent = self.0.iter().any(|state| state.lent);
         let bound = self.highest_bound().max(u64::from(CounterState::FIRST));
         // The least of them: a jump that is taken twice skips counters, one that is left out repeats them.
         let jumped = self.0.iter().map(|state| state.jumped).min().unwrap_or_default();
         let ownership = self.0.drain(..).map(|state| state.ownership).find(|ownership| *ownership != CounterOwnership::Kms).unwrap_or(CounterOwnership::Kms);
-        self.0.push(CounterState { key: CounterKey::Setup, bound, holder: None, ownership, jumped });
+        self.0.push(CounterState { key: CounterKey::Setup, bound, holder: None, ownership, jumped, lent });
     }
 
     /// Takes in the counters of another slot with the same key value: every bound at least as high as the other's.
@@ -265,6 +301,7 @@ impl Counters {
             state.bound = state.bound.max(theirs.bound);
             state.jumped = if known { state.jumped.min(theirs.jumped) } else { theirs.jumped };
             state.holder = None;
+            state.lent |= theirs.lent;
             if state.ownership == CounterOwnership::Kms {
                 // What a head-end counts by itself is unknown here, so one such member stops the leases of all.
                 state.ownership.clone_from(&theirs.ownership);
@@ -498,10 +535,10 @@ mod tests {
     fn another_holder_reserves_above_and_ends_the_older_chunk() {
         let key = CounterKey::ClientTitle(title(1));
         let mut counters = Counters::default();
-        let mut first = LiveChunk::new(counters.reserve(key, server(1), chunk(100), 0, NONE).unwrap());
+        let mut first = LiveChunk::new(counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap());
         assert_eq!(first.deal(counters.get(key).unwrap(), count(60), NONE), Ok(Lease { first: 1, count: 60 }));
         assert_eq!(first.deal(counters.get(key).unwrap(), count(41), NONE), Err(DealError::Spent));
-        let mut second = LiveChunk::new(counters.reserve(key, server(2), chunk(100), 0, NONE).unwrap());
+        let mut second = LiveChunk::new(counters.reserve(key, CounterUse::Lease, server(2), chunk(100), 0, NONE).unwrap());
         assert_eq!(first.deal(counters.get(key).unwrap(), count(1), NONE), Err(DealError::Superseded));
         assert_eq!(second.deal(counters.get(key).unwrap(), count(1), NONE), Ok(Lease { first: 101, count: 1 }));
     }
@@ -511,14 +548,14 @@ mod tests {
         let key = CounterKey::Setup;
         let mut counters = Counters::default();
         counters.raise_floor(key, CounterState::ROTATION_DUE - 200, None).unwrap();
-        assert!(!counters.reserve(key, server(1), chunk(100), 0, NONE).unwrap().rotation_due);
-        assert!(counters.reserve(key, server(1), chunk(100), 0, NONE).unwrap().rotation_due);
+        assert!(!counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap().rotation_due);
+        assert!(counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap().rotation_due);
         counters.raise_floor(key, CounterState::END - 10, None).unwrap();
-        let last = counters.reserve(key, server(1), chunk(100), 0, NONE).unwrap();
+        let last = counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap();
         assert_eq!(last.bound, CounterState::END);
         let lease = LiveChunk::new(last).deal(counters.get(key).unwrap(), count(10), NONE).unwrap();
         assert_eq!(lease.last(), u32::MAX);
-        assert_eq!(counters.reserve(key, server(1), chunk(1), 0, NONE), Err(CounterError::Exhausted { key }));
+        assert_eq!(counters.reserve(key, CounterUse::Lease, server(1), chunk(1), 0, NONE), Err(CounterError::Exhausted { key }));
     }
 
     #[test]
@@ -528,7 +565,7 @@ mod tests {
         assert!(matches!(counters.raise_floor(key, 0xFFFF_FFFF, Some(100_000)), Err(CounterError::JumpTooFar { .. })));
         assert_eq!(counters.highest_bound(), u64::from(CounterState::FIRST));
         assert_eq!(counters.raise_floor(key, 5_000, Some(100_000)), Ok(()));
-        assert_eq!(counters.reserve(key, server(1), chunk(1), 0, NONE).unwrap().first, 5_000);
+        assert_eq!(counters.reserve(key, CounterUse::Lease, server(1), chunk(1), 0, NONE).unwrap().first, 5_000);
     }
 
     #[test]
@@ -536,10 +573,10 @@ mod tests {
         let key = CounterKey::ClientTitle(title(1));
         let mut counters = Counters::default();
         counters.leave_to(key, head_end());
-        assert_eq!(counters.reserve(key, server(1), chunk(1), 0, NONE), Err(CounterError::OwnedByHeadEnd { head_end: head_end() }));
-        assert!(counters.reserve(CounterKey::ClientTitle(title(2)), server(1), chunk(1), 0, NONE).is_ok());
+        assert_eq!(counters.reserve(key, CounterUse::Lease, server(1), chunk(1), 0, NONE), Err(CounterError::OwnedByHeadEnd { head_end: head_end() }));
+        assert!(counters.reserve(CounterKey::ClientTitle(title(2)), CounterUse::Lease, server(1), chunk(1), 0).is_ok());
         counters.take_over(key, 1_200);
-        assert_eq!(counters.reserve(key, server(1), chunk(1), 0, NONE).unwrap().first, 1_200);
+        assert_eq!(counters.reserve(key, CounterUse::Lease, server(1), chunk(1), 0, NONE).unwrap().first, 1_200);
     }
 
     #[test]
@@ -553,14 +590,14 @@ mod tests {
         let mut domain = CounterDomain::new(CounterDomainId([7; 16]));
         domain.join(&first);
         domain.join(&second);
-        assert_eq!(domain.counters.reserve(mine, server(1), chunk(1), 0, NONE).unwrap().first, 900);
-        assert_eq!(domain.counters.reserve(other, server(1), chunk(1), 0, NONE).unwrap().first, 40);
+        assert_eq!(domain.counters.reserve(mine, CounterUse::Lease, server(1), chunk(1), 0, NONE).unwrap().first, 900);
+        assert_eq!(domain.counters.reserve(other, CounterUse::Lease, server(1), chunk(1), 0, NONE).unwrap().first, 40);
 
         let mut whole_setup = Counters::default();
         whole_setup.raise_floor(CounterKey::Setup, 20, None).unwrap();
         domain.join(&whole_setup);
         assert_eq!(domain.counters.states().len(), 1);
-        assert_eq!(domain.counters.reserve(other, server(1), chunk(1), 0, NONE).unwrap().first, 901);
+        assert_eq!(domain.counters.reserve(other, CounterUse::Lease, server(1), chunk(1), 0, NONE).unwrap().first, 901);
     }
 
     #[test]
@@ -571,33 +608,37 @@ mod tests {
         let mut domain = CounterDomain::new(CounterDomainId([7; 16]));
         domain.join(&Counters::default());
         domain.join(&owned);
-        assert!(matches!(domain.counters.reserve(key, server(1), chunk(1), 0, NONE), Err(CounterError::OwnedByHeadEnd { .. })));
+        assert!(matches!(domain.counters.reserve(key, CounterUse::Lease, server(1), chunk(1), 0, NONE), Err(CounterError::OwnedByHeadEnd { .. })));
     }
 
     #[test]
     fn after_a_restore_every_counter_starts_above_what_may_have_been_dealt() {
         let [known, lost] = [CounterKey::ClientTitle(title(1)), CounterKey::ClientTitle(title(2))];
         let mut backup = Counters::default();
-        backup.reserve(known, server(1), chunk(100), 0, NONE).unwrap();
+        backup.reserve(known, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap();
         // After the backup: more of the known counter, and the first of another.
         let mut served = backup.clone();
-        assert_eq!(served.reserve(known, server(1), chunk(100), 0, NONE).unwrap().bound, 201);
-        assert_eq!(served.reserve(lost, server(1), chunk(100), 0, NONE).unwrap().bound, 101);
+        assert_eq!(served.reserve(known, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap().bound, 201);
+        assert_eq!(served.reserve(lost, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap().bound, 101);
 
         let jump = NONE.raised_by(1_000);
         let mut restored = backup;
-        let reservation = restored.reserve(known, server(2), chunk(100), 0, jump).unwrap();
+        let reservation = restored.reserve(known, CounterUse::Lease, server(2), chunk(100), 0, jump).unwrap();
         assert_eq!((reservation.first, reservation.bound), (1_101, 1_201));
-        assert_eq!(restored.reserve(lost, server(2), chunk(100), 0, jump).unwrap().first, 1_001);
-        assert_eq!(restored.reserve(known, server(2), chunk(100), 0, jump).unwrap().first, 1_201, "a jump is taken once");
-        assert_eq!(restored.reserve(known, server(2), chunk(100), 0, jump.raised_by(500)).unwrap().first, 1_801, "and the next one by what is new");
+        assert_eq!(restored.reserve(lost, CounterUse::Lease, server(2), chunk(100), 0, jump).unwrap().first, 1_001);
+        assert_eq!(restored.reserve(known, CounterUse::Lease, server(2), chunk(100), 0, jump).unwrap().first, 1_201, "a jump is taken once");
+        assert_eq!(
+            restored.reserve(known, CounterUse::Lease, server(2), chunk(100), 0, jump.raised_by(500)).unwrap().first,
+            1_801,
+            "and the next one by what is new"
+        );
     }
 
     #[test]
     fn a_chunk_from_before_a_restore_is_not_dealt_from() {
         let key = CounterKey::ClientTitle(title(1));
         let mut counters = Counters::default();
-        let mut held = LiveChunk::new(counters.reserve(key, server(1), chunk(100), 0, NONE).unwrap());
+        let mut held = LiveChunk::new(counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap());
         assert_eq!(held.deal(counters.get(key).unwrap(), count(1), NONE.raised_by(1)), Err(DealError::Superseded));
     }
 
@@ -606,26 +647,55 @@ mod tests {
         let [own, other] = [CounterKey::ClientTitle(title(1)), CounterKey::ClientTitle(title(2))];
         let jump = NONE.raised_by(1_000);
         let mut raised = Counters::default();
-        raised.reserve(own, server(1), chunk(10), 0, jump).unwrap();
+        raised.reserve(own, CounterUse::Lease, server(1), chunk(10), 0, jump).unwrap();
         let mut unraised = Counters::default();
-        unraised.reserve(own, server(1), chunk(50), 0, NONE).unwrap();
-        unraised.reserve(other, server(1), chunk(50), 0, NONE).unwrap();
+        unraised.reserve(own, CounterUse::Lease, server(1), chunk(50), 0, NONE).unwrap();
+        unraised.reserve(other, CounterUse::Lease, server(1), chunk(50), 0, NONE).unwrap();
         let mut domain = CounterDomain::new(CounterDomainId([7; 16]));
         domain.join(&raised);
         assert_eq!(domain.counters.get(own).unwrap().jumped(), jump);
         domain.join(&unraised);
-        assert_eq!(domain.counters.reserve(own, server(1), chunk(1), 0, jump).unwrap().first, 2_011);
-        assert_eq!(domain.counters.reserve(other, server(1), chunk(1), 0, jump).unwrap().first, 1_051);
+        assert_eq!(domain.counters.reserve(own, CounterUse::Lease, server(1), chunk(1), 0, jump).unwrap().first, 2_011);
+        assert_eq!(domain.counters.reserve(other, CounterUse::Lease, server(1), chunk(1), 0, jump).unwrap().first, 1_051);
         unraised.raise_floor(CounterKey::Setup, 60, None).unwrap();
-        assert_eq!(unraised.reserve(own, server(1), chunk(1), 0, jump).unwrap().first, 1_060);
+        assert_eq!(unraised.reserve(own, CounterUse::Lease, server(1), chunk(1), 0, jump).unwrap().first, 1_060);
+    }
+
+    #[test]
+    fn a_chunk_says_whether_leases_were_dealt_from_it() {
+        let key = CounterKey::ClientTitle(title(1));
+        let lent = |counters: &Counters| counters.get(key).unwrap().lent();
+        let mut counters = Counters::default();
+        counters.reserve(key, CounterUse::Frames, server(1), chunk(10), 0, NONE).unwrap();
+        assert!(!lent(&counters));
+        counters.mark_lent(key);
+        assert!(lent(&counters));
+        // The chunk of another server for frames is above every lease: they have ended.
+        counters.reserve(key, CounterUse::Frames, server(2), chunk(10), 0, NONE).unwrap();
+        assert!(!lent(&counters));
+        counters.reserve(key, CounterUse::Lease, server(2), chunk(10), 0, NONE).unwrap();
+        // A floor, a jump, a domain or the one counter of all titles leave the grantee in the belief that it may count on.
+        counters.raise_floor(key, 1_000, None).unwrap();
+        assert!(lent(&counters));
+        let mut domain = CounterDomain::new(CounterDomainId([7; 16]));
+        domain.join(&counters);
+        assert!(lent(&domain.counters));
+        let mut whole_setup = Counters::default();
+        whole_setup.raise_floor(CounterKey::Setup, 20, None).unwrap();
+        domain.join(&whole_setup);
+        assert!(domain.counters.get(CounterKey::Setup).unwrap().lent());
+        // What this system lent before the counter was a head-end's is forgotten with it.
+        counters.leave_to(key, head_end());
+        counters.take_over(key, 2_000);
+        assert!(!lent(&counters));
     }
 
     #[test]
     fn overlapping_counters_are_refused() {
-        let state = |key| CounterState::new(key, 1, None, CounterOwnership::Kms).unwrap();
+        let state = |key| CounterState::new(key, 1, None, CounterOwnership::Kms, false).unwrap();
         let own = CounterKey::ClientTitle(title(1));
         assert_eq!(Counters::from_states(vec![state(own), state(own)]), Err(CounterError::Overlapping));
         assert_eq!(Counters::from_states(vec![state(own), state(CounterKey::Setup)]), Err(CounterError::Overlapping));
-        assert!(CounterState::new(own, CounterState::END + 1, None, CounterOwnership::Kms).is_err());
+        assert!(CounterState::new(own, CounterState::END + 1, None, CounterOwnership::Kms, false).is_err());
     }
 }

@@ -14,6 +14,7 @@ mod key_type;
 mod meter;
 mod principal;
 mod profile;
+mod quota;
 mod retention;
 mod row;
 mod seal;
@@ -23,7 +24,8 @@ mod slot;
 mod time;
 
 pub use counter::{
-    ChunkSize, CounterDomain, CounterError, CounterKey, CounterOwnership, CounterScope, CounterState, Counters, DealError, Lease, LiveChunk, Reservation,
+    ChunkSize, CounterDomain, CounterError, CounterKey, CounterOwnership, CounterScope, CounterState, CounterUse, Counters, DealError, Lease, LiveChunk,
+    Reservation,
 };
 pub use diversification::{DiversificationContext, KeyDerivation};
 pub use error::ParseError;
@@ -40,6 +42,7 @@ pub use principal::{ClassRoots, DiversificationRoot, Island, IslandKind, PersonN
 pub use profile::{
     ClientProfile, CounterProfile, DeviceProfile, KeyProfile, MultipleClients, NewKeyOrigin, OnNewKey, ProfileError, ProfileKeyType, SetupProfile, Shipped,
 };
+pub use quota::{QuotaExceeded, QuotaHour, QuotaLimit, QuotaName, QuotaUse};
 pub use retention::{ExpiredKeys, Retention};
 pub use row::RowError;
 pub use seal::{FingerprintKey, Generation, RowId, RowSeal, SealError, SealKey, SealRootKey, row_digest};

@@ -7,6 +7,7 @@
 mod message;
 mod owner;
 mod principal;
+mod quota;
 mod slot;
 
 use crate::{ParseError, SecuritySuite, UnixMillis};

@@ -22,6 +22,8 @@ pub enum RowId {
     CounterDomain(CounterDomainId),
     /// Kind 6: the island itself.
     Island(IslandName),
+    /// Kind 7: what a principal has used of its quotas.
+    QuotaUse(PrincipalId),
 }
 
 impl RowId {
@@ -34,6 +36,7 @@ impl RowId {
             Self::Principal(_) => 4,
             Self::CounterDomain(_) => 5,
             Self::Island(_) => 6,
+            Self::QuotaUse(_) => 7,
         }
     }
 
@@ -42,7 +45,7 @@ impl RowId {
         match self {
             Self::Meter(title) => read(&title.octets()),
             Self::Group(GroupId(number)) | Self::DeviceType(DeviceTypeId(number)) => read(&number.to_be_bytes()),
-            Self::Principal(principal) => read(principal.to_string().as_bytes()),
+            Self::Principal(principal) | Self::QuotaUse(principal) => read(principal.to_string().as_bytes()),
             Self::CounterDomain(domain) => read(&domain.0),
             Self::Island(island) => read(island.as_str().as_bytes()),
         }
@@ -58,6 +61,7 @@ impl fmt::Display for RowId {
             Self::Principal(principal) => write!(f, "principal {principal}"),
             Self::CounterDomain(domain) => write!(f, "counter domain {domain}"),
             Self::Island(island) => write!(f, "island {island}"),
+            Self::QuotaUse(principal) => write!(f, "quota use of {principal}"),
         }
     }
 }

@@ -7,8 +7,8 @@ use std::{collections::HashMap, num::NonZeroU32};
 
 use bytes::Bytes;
 use kms_domain::{
-    ChunkSize, CounterDomain, CounterDomainId, CounterJump, CounterKey, CounterScope, Counters, KeyDerivation, KeyLength, KeyOrigin, KeyState, KeyType,
-    KeyVersionNumber, Lease, LiveChunk, NewKeyVersion, SecuritySetupId, Slot, SystemTitle, UnixMillis, WriterId,
+    ChunkSize, CounterDomain, CounterDomainId, CounterJump, CounterKey, CounterScope, CounterUse, Counters, KeyDerivation, KeyLength, KeyOrigin, KeyState,
+    KeyType, KeyVersionNumber, Lease, LiveChunk, NewKeyVersion, SecuritySetupId, Slot, SystemTitle, UnixMillis, WriterId,
 };
 use proptest::prelude::*;
 
@@ -156,7 +156,9 @@ impl World {
         let mut reservation = None;
         let writer = server.writer;
         let chunk_size = ChunkSize::new(NonZeroU32::new(50).unwrap());
-        self.database.change_counters(meter, |counters| reservation = Some(counters.reserve(key, writer, chunk_size, at_least, CounterJump::NONE).unwrap()));
+        self.database.change_counters(meter, |counters| {
+            reservation = Some(counters.reserve(key, CounterUse::Lease, writer, chunk_size, at_least, CounterJump::NONE).unwrap())
+        });
         let mut chunk = LiveChunk::new(reservation.unwrap());
         let lease = chunk.deal(self.database.counters(meter).unwrap().get(key).unwrap(), count, CounterJump::NONE).unwrap();
         server.chunks.insert((meter, key), chunk);

@@ -65,7 +65,11 @@ fn in_use(types: &[KeyType], new: impl Fn(KeyType) -> NewKeyVersion, shipped: bo
         }
         if *key_type == KeyType::GUEK {
             let client = CounterKey::ClientTitle(SystemTitle::parse("4D4D4D0000000001").unwrap());
-            version.counters_mut().unwrap().reserve(client, WriterId::from_octets(&[7; 16]).unwrap(), ChunkSize::DEFAULT, 0, CounterJump::new(9)).unwrap();
+            version
+                .counters_mut()
+                .unwrap()
+                .reserve(client, CounterUse::Lease, WriterId::from_octets(&[7; 16]).unwrap(), ChunkSize::DEFAULT, 0, CounterJump::new(9))
+                .unwrap();
         }
         slot
     });
@@ -116,6 +120,23 @@ fn a_cut_row_is_refused_at_every_octet() {
         for length in 0..body.len() {
             assert!(Meter::from_row(title(), &island(), body.slice(..length)).is_err(), "cut to {length}");
         }
+    }
+}
+
+#[test]
+fn what_was_used_of_quotas_comes_back_whole_or_not_at_all() {
+    let mut used = QuotaUse::new(principal("hes-1"));
+    let hour = QuotaHour::of(NOW);
+    for (quota, limit) in [("supply-control", QuotaLimit::new(10, Some(5)).unwrap()), ("image-transfer", QuotaLimit::new(500, None).unwrap())] {
+        for meter in ["4B414D0000000002", "4B414D0000000001"] {
+            used.count(&QuotaName::parse(quota).unwrap(), limit, hour, SystemTitle::parse(meter).unwrap(), 2).unwrap();
+        }
+    }
+    let body = Bytes::from(used.to_row());
+    assert!(body.len() < 80, "{}", body.len());
+    assert_eq!(QuotaUse::from_row(principal("hes-1"), body.clone()).unwrap(), used);
+    for length in 0..body.len() {
+        assert!(QuotaUse::from_row(principal("hes-1"), body.slice(..length)).is_err(), "cut to {length}");
     }
 }
 
@@ -289,7 +310,8 @@ fn apply(slot: &mut Slot, change: &Change) {
         }
         Change::Reserve { version, key: which } => counters(slot, version, &|counters| {
             let chunk = ChunkSize::new(NonZeroU32::new(1 << 30).unwrap());
-            let _ = counters.reserve(key(which), WriterId::from_octets(&[8; 16]).unwrap(), chunk, 0, CounterJump::NONE);
+            let counter_use = if version % 2 == 0 { CounterUse::Lease } else { CounterUse::Frames };
+            let _ = counters.reserve(key(which), counter_use, WriterId::from_octets(&[8; 16]).unwrap(), chunk, 0, CounterJump::NONE);
         }),
         Change::LeaveTo { version, key: which } => counters(slot, version, &|counters| counters.leave_to(key(which), principal("old-hes"))),
         Change::Join { version } => drop(slot.join_domain(number(version), &mut CounterDomain::new(CounterDomainId([9; 16])))),
@@ -336,6 +358,7 @@ proptest! {
         let _ = DeviceType::from_row(DeviceTypeId(1), &island(), body.clone());
         let _ = CounterDomain::from_row(CounterDomainId([1; 16]), &island(), body.clone());
         let _ = Principal::from_row(principal("p"), body.clone());
+        let _ = QuotaUse::from_row(principal("p"), body.clone());
         let _ = Island::from_row(island(), body);
         let _ = RowSeal::from_octets(&octets);
         let _ = ShipmentHeader::parse(&octets);

@@ -78,7 +78,8 @@ fn seals_and_digests_of_rows() {
             3 => RowId::DeviceType(DeviceTypeId(u64::from_be_bytes(id.as_slice().try_into().unwrap()))),
             4 => RowId::Principal(PrincipalId::parse(&text).unwrap()),
             5 => RowId::CounterDomain(CounterDomainId(id.as_slice().try_into().unwrap())),
-            _ => RowId::Island(IslandName::parse(&text).unwrap()),
+            6 => RowId::Island(IslandName::parse(&text).unwrap()),
+            _ => RowId::QuotaUse(PrincipalId::parse(&text).unwrap()),
         };
         let generation = Generation::from_i64(vector["generation"].as_i64().unwrap()).unwrap();
         let body = octets(&vector["body"]);

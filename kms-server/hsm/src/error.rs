@@ -1,5 +1,6 @@
 //! The one error of the HSM room, and the table that maps PKCS#11 return codes to what can be done about them.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use cryptoki::context::Function;
@@ -147,6 +148,25 @@ impl HsmError {
             Self::Unavailable { retry_after, .. } | Self::Overloaded { retry_after, .. } => Some(*retry_after),
             _ if self.kind() == ErrorKind::Transient => Some(Duration::from_secs(1)),
             _ => None,
+        }
+    }
+
+    /// A short name of the error, for metrics: that of the PKCS#11 return code where one caused it, such as `DeviceError`.
+    pub fn name(&self) -> Cow<'static, str> {
+        match self {
+            Self::Unavailable { .. } => "unavailable".into(),
+            Self::Overloaded { .. } => "overloaded".into(),
+            Self::Unusable { .. } => "unusable".into(),
+            Self::KeyMissing { .. } => "key-missing".into(),
+            Self::KeyAmbiguous { .. } => "key-ambiguous".into(),
+            Self::TagInvalid => "tag-invalid".into(),
+            Self::InvalidInput { .. } => "invalid-input".into(),
+            Self::Unsupported { .. } => "unsupported".into(),
+            Self::Module { .. } => "module".into(),
+            Self::Ceremony { .. } => "ceremony".into(),
+            // A code of the vendor's own is one name, so that a module cannot make ever new ones.
+            Self::Call { code: RvError::VendorDefined(_), .. } => "VendorDefined".into(),
+            Self::Call { code, .. } | Self::WrappedKeyInvalid { code } => format!("{code:?}").into(),
         }
     }
 

@@ -130,7 +130,7 @@ impl Hsm {
         M: FnMut(&[Result<WrappedKey, HsmError>]) -> Vec<u8> + Send + 'static,
     {
         let token = self.token_of_all(keys.iter().map(KeySource::class))?.clone();
-        token.run(move |worker| worker.envelope(&recipient, &keys, &mut header, &mut manifest)).await
+        token.run("envelope", move |worker| worker.envelope(&recipient, &keys, &mut header, &mut manifest)).await
     }
 
     /// Protects a DLMS frame. The caller answers for the nonce being new (I4).
@@ -147,7 +147,7 @@ impl Hsm {
     /// Keys of two tokens, or trouble of the HSM.
     pub async fn protect_batch(&self, frames: Vec<(FrameKeys, FrameInput)>) -> Result<Vec<Result<ProtectedFrame, HsmError>>, HsmError> {
         let token = self.token_of_frames(frames.iter().map(|(keys, _)| keys))?.clone();
-        token.run(move |worker| each(&frames, |(keys, frame)| worker.protect(keys, frame))).await
+        token.run("protect", move |worker| each(&frames, |(keys, frame)| worker.protect(keys, frame))).await
     }
 
     /// Checks and opens a DLMS frame: its plaintext.
@@ -164,7 +164,7 @@ impl Hsm {
     /// Keys of two tokens, or trouble of the HSM.
     pub async fn unprotect_batch(&self, frames: Vec<(FrameKeys, ProtectedFrame)>) -> Result<Vec<Result<Vec<u8>, HsmError>>, HsmError> {
         let token = self.token_of_frames(frames.iter().map(|(keys, _)| keys))?.clone();
-        token.run(move |worker| each(&frames, |(keys, frame)| worker.unprotect(keys, frame))).await
+        token.run("unprotect", move |worker| each(&frames, |(keys, frame)| worker.unprotect(keys, frame))).await
     }
 
     /// Opens a vendor's batch key: RSA-OAEP under this version of the vendor transport key, an AES key inside.
@@ -174,7 +174,7 @@ impl Hsm {
     pub async fn open_batch_key(&self, transport_version: RootVersion, hash: OaepHash, ciphertext: Vec<u8>) -> Result<BatchKey, HsmError> {
         let batch = BatchKey::new(transport_version, hash, ciphertext);
         let opened = batch.clone();
-        self.importing_token()?.run(move |worker| worker.batch_key(&opened).map(drop)).await?;
+        self.importing_token()?.run("open-batch-key", move |worker| worker.batch_key(&opened).map(drop)).await?;
         Ok(batch)
     }
 
@@ -184,7 +184,7 @@ impl Hsm {
     /// Trouble of the HSM: the whole batch can be tried again.
     pub async fn import_keys(&self, batch: BatchKey, jobs: Vec<ImportJob>) -> Result<Vec<Result<StoredKey, ImportRefusal>>, HsmError> {
         let version = self.storage_kek_version;
-        self.importing_token()?.run(move |worker| worker.import_keys(&batch, &jobs, version)).await
+        self.importing_token()?.run("import", move |worker| worker.import_keys(&batch, &jobs, version)).await
     }
 
     /// Makes a random AES key and stores it under the storage KEK of its type's class.
@@ -193,7 +193,7 @@ impl Hsm {
     /// Missing roots, or trouble of the HSM.
     pub async fn generate_stored(&self, key_type: KeyType, length: KeyLength) -> Result<StoredKey, HsmError> {
         let version = self.storage_kek_version;
-        self.token(key_type.class())?.clone().run(move |worker| worker.generate_stored(key_type, length, version)).await
+        self.token(key_type.class())?.clone().run("generate", move |worker| worker.generate_stored(key_type, length, version)).await
     }
 
     /// Wraps a key anew under the present storage KEK of its class: when the KEK is rotated, or a diversified key becomes a stored one.
@@ -202,7 +202,7 @@ impl Hsm {
     /// A refused blob, missing roots, or trouble of the HSM.
     pub async fn rewrap_stored(&self, source: KeySource) -> Result<StoredKey, HsmError> {
         let version = self.storage_kek_version;
-        self.token(source.class())?.clone().run(move |worker| worker.rewrap(&source, version)).await
+        self.token(source.class())?.clone().run("rewrap", move |worker| worker.rewrap(&source, version)).await
     }
 
     /// The vendor transport key of this version: DER of its SubjectPublicKeyInfo (RSA, RFC 3279).
@@ -212,7 +212,7 @@ impl Hsm {
     pub async fn transport_key_spki(&self, version: RootVersion) -> Result<Vec<u8>, HsmError> {
         let key = TokenKey { purpose: Purpose::VendorTransport, version };
         self.importing_token()?
-            .run(move |worker| {
+            .run("public-key", move |worker| {
                 let object = worker.public_key(key)?;
                 rsa_public_key_der(&worker.session, object)?.ok_or_else(|| HsmError::invalid("vendor transport key", "the token's public key has no modulus"))
             })
@@ -226,7 +226,7 @@ impl Hsm {
     pub async fn sign_ecdsa(&self, key: TokenKey, digest: [u8; 32]) -> Result<[u8; 64], HsmError> {
         self.signing_token(key)?
             .clone()
-            .run(move |worker| {
+            .run("sign", move |worker| {
                 let object = worker.token_key(key)?;
                 let mut signature = [0; 64];
                 match worker.session.sign(CKM_ECDSA, object, &digest, &mut signature)? {
@@ -244,7 +244,7 @@ impl Hsm {
     pub async fn public_key(&self, key: TokenKey) -> Result<[u8; 65], HsmError> {
         self.signing_token(key)?
             .clone()
-            .run(move |worker| {
+            .run("public-key", move |worker| {
                 let object = worker.public_key(key)?;
                 public_point(&worker.session, object)
             })
@@ -257,7 +257,7 @@ impl Hsm {
     /// The root is missing, or trouble of the HSM.
     pub async fn mac(&self, version: RootVersion, message: Vec<u8>) -> Result<Zeroizing<[u8; 32]>, HsmError> {
         self.general
-            .run(move |worker| {
+            .run("mac", move |worker| {
                 let root = worker.token_key(TokenKey { purpose: Purpose::Seal, version })?;
                 let mut mac = Zeroizing::new([0; 32]);
                 worker.mac_into(root, &message, &mut mac)?;
@@ -272,7 +272,7 @@ impl Hsm {
     /// Trouble of the HSM.
     pub async fn random(&self, octets: usize) -> Result<Zeroizing<Vec<u8>>, HsmError> {
         self.general
-            .run(move |worker| {
+            .run("random", move |worker| {
                 let mut buffer = Zeroizing::new(vec![0; octets]);
                 worker.session.random(&mut buffer)?;
                 Ok(buffer)
@@ -287,7 +287,7 @@ impl Hsm {
     pub async fn inventory(&self) -> Result<Vec<(String, Vec<InventoryObject>)>, HsmError> {
         let mut all = Vec::new();
         for token in self.all_tokens() {
-            let objects = token.run(|worker| inventory(&worker.session)).await?;
+            let objects = token.run("inventory", |worker| inventory(&worker.session)).await?;
             all.push((token.label().to_owned(), objects));
         }
         Ok(all)

@@ -16,6 +16,7 @@ mod hsm;
 mod import;
 mod inventory;
 mod label;
+mod metrics;
 mod module;
 mod pin;
 mod probe;

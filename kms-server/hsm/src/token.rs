@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cryptoki::error::RvError;
 use cryptoki::slot::{Slot, TokenInfo};
@@ -19,6 +19,7 @@ use tokio::sync::{oneshot, watch};
 use crate::envelope::{AgreementCache, AgreementLimits, EnvelopeAlgorithm};
 use crate::error::HsmError;
 use crate::label::{Purpose, TokenKey};
+use crate::metrics::Metrics;
 use crate::module::{Module, TokenSelector};
 use crate::pin::{Pin, PinMemory, PinSource};
 use crate::probe::Capabilities;
@@ -102,11 +103,13 @@ impl Token {
     pub fn start(settings: TokenSettings, island: IslandName, memory: Arc<dyn PinMemory>) -> Result<Self, HsmError> {
         let (state, _) = watch::channel(TokenState::Probing);
         let queue = Queue::new(settings.queue);
+        let metrics = Metrics::of(&settings.selector.label);
         let shared = Arc::new(Shared {
             settings,
             island,
             memory,
             queue,
+            metrics,
             state,
             inner: Mutex::default(),
             found: Mutex::default(),
@@ -175,19 +178,23 @@ impl Token {
         }
     }
 
-    /// Runs `work` on a worker. It runs a second time if the session was lost under it, so it must have no effect outside
-    /// the HSM before it succeeds.
-    pub(crate) async fn run<R: Send + 'static>(&self, work: impl FnMut(&Worker) -> Result<R, HsmError> + Send + 'static) -> Result<R, HsmError> {
+    /// Runs `work` on a worker, measured under the name `job`. It runs a second time if the session was lost under it, so it must have no effect
+    /// outside the HSM before it succeeds.
+    pub(crate) async fn run<R: Send + 'static>(
+        &self,
+        job: &'static str,
+        work: impl FnMut(&Worker) -> Result<R, HsmError> + Send + 'static,
+    ) -> Result<R, HsmError> {
         let shared = &self.0.shared;
         if !shared.state.borrow().is_usable() {
             return Err(shared.not_usable());
         }
         let (reply, answer) = oneshot::channel();
-        let task = Box::new(TaskOf { work, reply: Some(reply) });
-        shared.queue.push(task as Box<dyn Task>).map_err(|_| HsmError::Overloaded {
-            token: shared.settings.selector.label.clone(),
-            limit: shared.queue.limit(),
-            retry_after: Duration::from_millis(200),
+        let task = Box::new(TaskOf { job, work, reply: Some(reply) });
+        shared.metrics.queued();
+        shared.queue.push(task as Box<dyn Task>).map_err(|_| {
+            shared.metrics.taken();
+            HsmError::Overloaded { token: shared.settings.selector.label.clone(), limit: shared.queue.limit(), retry_after: Duration::from_millis(200) }
         })?;
         answer.await.unwrap_or_else(|_| Err(shared.unavailable("the worker gave up the job")))
     }
@@ -205,6 +212,7 @@ struct Shared {
     island: IslandName,
     memory: Arc<dyn PinMemory>,
     queue: Queue<Box<dyn Task>>,
+    metrics: Metrics,
     state: watch::Sender<TokenState>,
     found: Mutex<Found>,
     inner: Mutex<Inner>,
@@ -264,6 +272,7 @@ impl Shared {
         }
         // Without workers nobody takes what waits; dropping it answers it.
         while let Received::Item(task) = self.queue.pop(Duration::ZERO) {
+            self.metrics.taken();
             task.fail(self.unavailable("the HSM token is being closed"));
         }
         if let Some(connection) = lock(&self.inner).connection.take() {
@@ -276,7 +285,10 @@ impl Shared {
         let mut session: Option<(u64, Worker)> = None;
         loop {
             let mut task = match self.queue.pop(TIDY_EVERY) {
-                Received::Item(task) => task,
+                Received::Item(task) => {
+                    self.metrics.taken();
+                    task
+                }
                 Received::Idle => {
                     if let Some((_, worker)) = &session {
                         worker.tidy();
@@ -293,7 +305,9 @@ impl Shared {
                     break;
                 }
                 let Some((generation, worker)) = &session else { break };
+                let (job, began) = (task.job(), Instant::now());
                 let outcome = catch_unwind(AssertUnwindSafe(|| task.run(worker, attempts < ATTEMPTS)));
+                self.metrics.done(job, began);
                 let Ok(outcome) = outcome else {
                     // The task dropped its reply while unwinding. What it left in the session is unknown.
                     tracing::error!("a job of the HSM panicked");
@@ -304,6 +318,7 @@ impl Shared {
                 };
                 let Some(error) = outcome else { break };
                 tracing::warn!(%error, token = self.settings.selector.label, "an HSM session was lost; opening it again");
+                self.metrics.reopened();
                 let generation = *generation;
                 if let Some((_, worker)) = session.take() {
                     worker.session.abandon();
@@ -538,6 +553,9 @@ fn pin_was_refused(source: &PinSource) -> Refusal {
 
 /// A job in the queue.
 trait Task: Send {
+    /// What it is, for the metrics.
+    fn job(&self) -> &'static str;
+
     /// Runs it. Gives back the error, and keeps the caller waiting, if the session was lost and `may_retry`.
     fn run(&mut self, worker: &Worker, may_retry: bool) -> Option<HsmError>;
 
@@ -546,11 +564,16 @@ trait Task: Send {
 }
 
 struct TaskOf<F, R> {
+    job: &'static str,
     work: F,
     reply: Option<oneshot::Sender<Result<R, HsmError>>>,
 }
 
 impl<R: Send, F: FnMut(&Worker) -> Result<R, HsmError> + Send> Task for TaskOf<F, R> {
+    fn job(&self) -> &'static str {
+        self.job
+    }
+
     fn run(&mut self, worker: &Worker, may_retry: bool) -> Option<HsmError> {
         // Nobody waits any more: the call was cancelled.
         if self.reply.as_ref().is_none_or(oneshot::Sender::is_closed) {

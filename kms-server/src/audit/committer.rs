@@ -20,6 +20,7 @@ use kms_store::{
 };
 use prost::Message as _;
 use tokio::sync::{mpsc, oneshot, watch};
+use tracing::Instrument as _;
 
 use super::{
     AuditKey, AuditLeaf,
@@ -28,7 +29,10 @@ use super::{
     refusals::{Refusal, Refusals},
     view::{Actor, Batch, ChunkName, Opened, Staged, Value, View, open_row, sealed_name},
 };
-use crate::{error::ServiceError, telemetry::Repetition};
+use crate::{
+    error::ServiceError,
+    telemetry::{Repetition, metrics},
+};
 
 /// What an act came to, and the leaf hashes of its records, in order.
 #[derive(Clone, Debug)]
@@ -115,11 +119,15 @@ impl Committer {
     {
         let (reply, answer) = oneshot::channel();
         let act = Box::new(TypedAct { actor, reads, decide, value: None, reply: Some(reply) });
-        self.queue.try_send(act).map_err(|_| ServiceError::ResourceExhausted {
-            reason: "the server has as many acts waiting as it takes; the database may be slow".to_owned(),
-            retry_after: Duration::from_millis(500),
+        metrics().act_queued();
+        self.queue.try_send(act).map_err(|_| {
+            metrics().acts_taken(1);
+            ServiceError::ResourceExhausted {
+                reason: "the server has as many acts waiting as it takes; the database may be slow".to_owned(),
+                retry_after: Duration::from_millis(500),
+            }
         })?;
-        answer.await.map_err(|_| ServiceError::unavailable("the server is stopping"))?
+        answer.instrument(tracing::debug_span!("commit")).await.map_err(|_| ServiceError::unavailable("the server is stopping"))?
     }
 
     /// Whether the last transaction went through: what readiness reports.
@@ -366,6 +374,8 @@ struct Attempt {
     written: Vec<(RowId, u64)>,
     /// Set where refusals were counted or are written.
     refusals: Option<Refusals>,
+    /// How many refusals were counted, and how many security events.
+    refused: (u64, u64),
 }
 
 impl Writer {
@@ -380,7 +390,12 @@ impl Writer {
         let mut idle = tokio::time::interval(IDLE);
         loop {
             tokio::select! {
-                received = waiting.recv_many(&mut acts, MOST_ACTS) => if received == 0 { return },
+                received = waiting.recv_many(&mut acts, MOST_ACTS) => {
+                    if received == 0 {
+                        return;
+                    }
+                    metrics().acts_taken(received);
+                }
                 _ = idle.tick() => drop(self.compare().await),
             }
             while !acts.is_empty() || self.refusals.any_due(Instant::now()) {
@@ -402,6 +417,7 @@ impl Writer {
             }
             return false;
         }
+        let began = Instant::now();
         let mut attempts = 0;
         let outcome = loop {
             attempts += 1;
@@ -411,6 +427,7 @@ impl Writer {
                 other => break other,
             }
         };
+        metrics().committed(acts.len(), began, outcome.is_ok());
         match outcome {
             Ok((outcomes, leaves)) => {
                 self.shared.ready.store(true, Ordering::Relaxed);
@@ -557,9 +574,11 @@ impl Writer {
             decision
         };
         let committed = shared.store.transact(reads, &mut decide).await?;
-        let Some(Attempt { head, outcomes, leaves, fresh_chunks, written, refusals }) = attempt else {
+        let Some(Attempt { head, outcomes, leaves, fresh_chunks, written, refusals, refused }) = attempt else {
             return Err(StoreError::Corrupt { what: "a transaction ended without a decision".to_owned() });
         };
+        let (refused, security_events) = refused;
+        metrics().refused(refused, security_events);
         if committed == StoreCommitted::Written {
             let opened = self.head.is_none();
             if let (Ok(mut last), Some(sequence)) = (shared.last_record.lock(), head.last_sequence()) {
@@ -573,6 +592,7 @@ impl Writer {
             for (id, generation) in &written {
                 self.shared.seen.note(id, *generation);
             }
+            metrics().chunks_reserved(fresh_chunks.len());
             // I4: dealt from only now that the reservation is durable; what was dealt within the transaction goes out with it.
             self.chunks.0.extend(fresh_chunks);
             if let Some(mut refusals) = refusals {
@@ -688,14 +708,20 @@ fn finish(
                 // A row that does not encode is a fault of this program: nothing of the transaction is written.
                 outcomes.iter_mut().for_each(|outcome| *outcome = Err(error.clone()));
                 let leaves = vec![Vec::new(); outcomes.len()];
-                return (Decision::Abandon, Attempt { head, outcomes, leaves, fresh_chunks: HashMap::new(), written: Vec::new(), refusals: None });
+                return (
+                    Decision::Abandon,
+                    Attempt { head, outcomes, leaves, fresh_chunks: HashMap::new(), written: Vec::new(), refusals: None, refused: (0, 0) },
+                );
             }
         }
     }
 
     let mut noted = None;
+    let mut refused = (0, 0);
     let denials = outcomes.iter().zip(actors).filter_map(|(outcome, actor)| refusal_of(outcome.as_ref().err()?, actor));
     for refusal in denials.chain(batch.refusals) {
+        let (others, security_events) = &mut refused;
+        *if refusal.security_event { security_events } else { others } += 1;
         noted.get_or_insert_with(|| refusals.clone()).note(refusal, now);
     }
     let due = noted.as_ref().unwrap_or(refusals).due(at);
@@ -745,7 +771,7 @@ fn finish(
 
     let nothing = changes.audit.is_empty() && changes.requests.is_empty() && changes.shipments.is_empty() && changes.refusals.is_empty();
     let decision = if nothing { Decision::Abandon } else { Decision::Commit(Box::new(changes)) };
-    (decision, Attempt { head, outcomes, leaves, fresh_chunks: batch.fresh_chunks, written, refusals: noted })
+    (decision, Attempt { head, outcomes, leaves, fresh_chunks: batch.fresh_chunks, written, refusals: noted, refused })
 }
 
 /// Seals a changed row in its next generation, and says what the audit record tells of it.
@@ -759,6 +785,7 @@ fn put_row(id: &RowId, opened: Opened, seal: &SealKey, changes: &mut Changes) ->
         Value::Group(group) => group.to_row().map_err(|error| fault(error.to_string()))?,
         Value::Domain(domain) => domain.to_row(),
         Value::Island(island) => island.to_row(),
+        Value::QuotaUse(used) => used.to_row(),
     };
     let digest = seal.row_digest(id, generation, &body);
     let row = SealedRow { generation: generation.number(), seal: *seal.seal(id, generation, &body).octets(), body };

@@ -10,4 +10,4 @@ pub use chain::{AuditKey, AuditLeaf};
 pub(crate) use committer::event_kind;
 pub use committer::{Committed, Committer, CommitterSettings, past_record, read_record};
 pub use history::RestoreSettings;
-pub use view::{Actor, CounterOf, View};
+pub use view::{Actor, CounterOf, LiveLease, View};

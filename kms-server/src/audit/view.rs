@@ -7,8 +7,9 @@ use std::{
 };
 
 use kms_domain::{
-    ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterJump, CounterKey, CounterPlace, CounterState, Generation, Group, GroupId, IslandName,
-    KeyType, KeyVersionNumber, Lease, LiveChunk, Meter, Principal, PrincipalId, RequestId, RowId, SealKey, SecuritySetupId, SystemTitle, UnixMillis, WriterId,
+    ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterJump, CounterKey, CounterPlace, CounterState, CounterUse, Counters, Generation, Group,
+    GroupId, IslandName, KeyType, KeyVersionNumber, Lease, LiveChunk, Meter, Principal, PrincipalId, QuotaUse, RequestId, RowId, SealKey, SecuritySetupId,
+    SystemTitle, UnixMillis, WriterId,
 };
 use kms_proto::v1::{AuditRecord, audit_record::Event};
 use kms_store::{
@@ -20,7 +21,7 @@ use super::{
     committer::{Chunks, Held, Seen},
     refusals::Refusal,
 };
-use crate::{authz::Caller, error::ServiceError};
+use crate::{authz::Caller, error::ServiceError, island::quota_use_row};
 
 /// Who acts: what each audit record of the act names.
 #[derive(Clone, Debug)]
@@ -103,6 +104,7 @@ pub(super) enum Value {
     Group(Arc<Group>),
     Domain(Arc<CounterDomain>),
     Island(Arc<kms_domain::Island>),
+    QuotaUse(Arc<QuotaUse>),
 }
 
 /// An event with the rows that its act wrote.
@@ -147,6 +149,15 @@ pub struct CounterOf {
     pub version: KeyVersionNumber,
     /// Whose counter: the client title's, or the setup's (device profile).
     pub counter: CounterKey,
+}
+
+/// A counter lease that its grantee may still use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LiveLease {
+    /// Dealt by this run of this server.
+    Until(UnixMillis),
+    /// Dealt by another server, or before this one was started: the row tells that there was one, and not until when.
+    EndUnknown,
 }
 
 impl View<'_, '_> {
@@ -269,6 +280,25 @@ impl View<'_, '_> {
         self.put(RowId::Island(island.name.clone()), Value::Island(Arc::new(island)), false)
     }
 
+    /// What a principal has used of its quotas; nothing, if it never used one.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn quota_use(&mut self, principal: &PrincipalId) -> Result<QuotaUse, ServiceError> {
+        self.open(RowId::QuotaUse(principal.clone())).map(|value| match value {
+            Some(Value::QuotaUse(used)) => Arc::unwrap_or_clone(used),
+            _ => QuotaUse::new(principal.clone()),
+        })
+    }
+
+    /// Writes what a principal has used of its quotas.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn put_quota_use(&mut self, used: QuotaUse) -> Result<(), ServiceError> {
+        self.put(RowId::QuotaUse(used.principal.clone()), Value::QuotaUse(Arc::new(used)), false)
+    }
+
     /// What was answered to a request, if it was carried out.
     ///
     /// # Errors
@@ -378,51 +408,82 @@ impl View<'_, '_> {
         self.base.refusals.push(refusal);
     }
 
-    /// The next lease of `count` counters (I4), lent until `until`. Reserves a chunk where the one at hand is spent or superseded.
+    /// The next lease of `count` counters (I4), lent until `until`. Reserves a chunk where the one at hand is spent or superseded, and has the row
+    /// say that leases are dealt from it.
     ///
     /// # Errors
     /// The counters are a head-end's, used up, or the meter has no such key.
     pub fn lease(&mut self, of: CounterOf, count: NonZeroU32, until: UnixMillis) -> Result<Lease, ServiceError> {
+        self.next(of, CounterUse::Lease, count, until)
+    }
+
+    /// The next counter (I4), for a frame that is protected here. It ends the live lease, if there is one: see [`Self::live_lease`].
+    ///
+    /// # Errors
+    /// As [`Self::lease`].
+    pub fn frame_counter(&mut self, of: CounterOf) -> Result<u32, ServiceError> {
+        self.next(of, CounterUse::Frames, NonZeroU32::MIN, UnixMillis(0)).map(|lease| lease.first)
+    }
+
+    fn next(&mut self, of: CounterOf, counter_use: CounterUse, count: NonZeroU32, until: UnixMillis) -> Result<Lease, ServiceError> {
         let (name, state) = self.counter(of)?;
         if let Some(lease) = self.deal(name, state.as_ref(), count, until) {
+            if counter_use == CounterUse::Lease && state.is_some_and(|state| !state.lent()) {
+                // Other servers, and this one after a restart, know of the lease by the row alone.
+                self.change_counters(of, name, |counters| {
+                    counters.mark_lent(of.counter);
+                    Ok(())
+                })?;
+            }
             return Ok(lease);
         }
-        let at_least = self.base.chunks.bound(&name);
-        let chunk = self.base.chunk_size.max(ChunkSize::new(count));
+        let (writer, chunk) = (self.base.writer, self.base.chunk_size.max(ChunkSize::new(count)));
         // I4: above every earlier version too, for meters that go on counting when their key changes.
-        let mut meter = self.meter(of.meter)?.ok_or_else(|| no_such_key(of))?;
-        let at_least = at_least.max(meter.slots.get(of.setup, of.key_type).map_or(0, |slot| slot.continued_counter(of.counter, self.base.jump)));
-        let (reservation, state) = match name {
-            ChunkName::Version { .. } => {
-                let changed = Arc::make_mut(&mut meter);
-                let version = changed.slots.get_mut(of.setup, of.key_type).and_then(|slot| slot.version_mut(of.version)).map_err(|_| no_such_key(of))?;
-                let counters = version.counters_mut().map_err(counter_error)?;
-                let reservation = counters.reserve(of.counter, self.base.writer, chunk, at_least, self.base.jump).map_err(counter_error)?;
-                let state = counters.get(of.counter).cloned();
-                self.put(RowId::Meter(of.meter), Value::Meter(meter), false)?;
-                (reservation, state)
-            }
-            ChunkName::Domain { domain: id, .. } => {
-                let mut domain = self.domain(id)?.ok_or_else(|| missing_domain(id))?;
-                let counters = &mut Arc::make_mut(&mut domain).counters;
-                let reservation = counters.reserve(of.counter, self.base.writer, chunk, at_least, self.base.jump).map_err(counter_error)?;
-                let state = counters.get(of.counter).cloned();
-                self.put(RowId::CounterDomain(id), Value::Domain(domain), false)?;
-                (reservation, state)
-            }
-        };
+        let jump = self.base.jump;
+        let meter = self.meter(of.meter)?.ok_or_else(|| no_such_key(of))?;
+        let continued = meter.slots.get(of.setup, of.key_type).map_or(0, |slot| slot.continued_counter(of.counter, jump));
+        let at_least = self.base.chunks.bound(&name).max(continued);
+        let (reservation, state) = self.change_counters(of, name, |counters| {
+            let reservation = counters.reserve(of.counter, counter_use, writer, chunk, at_least, jump)?;
+            Ok((reservation, counters.get(of.counter).cloned()))
+        })?;
         self.base.fresh_chunks.insert(name, Held { chunk: LiveChunk::new(reservation), leased_until: UnixMillis(0) });
         self.deal(name, state.as_ref(), count, until).ok_or_else(|| counter_error(CounterError::Exhausted { key: of.counter }))
     }
 
-    /// Until when a lease of this counter is lent to somebody, as far as this server knows.
+    /// Changes the row that keeps a counter: the meter's, or its domain's.
+    fn change_counters<T>(&mut self, of: CounterOf, name: ChunkName, change: impl FnOnce(&mut Counters) -> Result<T, CounterError>) -> Result<T, ServiceError> {
+        match name {
+            ChunkName::Version { .. } => {
+                let mut meter = self.meter(of.meter)?.ok_or_else(|| no_such_key(of))?;
+                let slots = &mut Arc::make_mut(&mut meter).slots;
+                let version = slots.get_mut(of.setup, of.key_type).and_then(|slot| slot.version_mut(of.version)).map_err(|_| no_such_key(of))?;
+                let changed = version.counters_mut().and_then(change).map_err(counter_error)?;
+                self.put(RowId::Meter(of.meter), Value::Meter(meter), false)?;
+                Ok(changed)
+            }
+            ChunkName::Domain { domain: id, .. } => {
+                let mut domain = self.domain(id)?.ok_or_else(|| missing_domain(id))?;
+                let changed = change(&mut Arc::make_mut(&mut domain).counters).map_err(counter_error)?;
+                self.put(RowId::CounterDomain(id), Value::Domain(domain), false)?;
+                Ok(changed)
+            }
+        }
+    }
+
+    /// The lease of this counter that may still be used by its grantee, if there is one.
     ///
     /// # Errors
     /// See [`Self::principal`].
-    pub fn leased_until(&mut self, of: CounterOf) -> Result<Option<UnixMillis>, ServiceError> {
-        let (name, _) = self.counter(of)?;
-        let now = self.now();
-        Ok(self.held(&name).map(|held| held.leased_until).filter(|until| *until > now))
+    pub fn live_lease(&mut self, of: CounterOf) -> Result<Option<LiveLease>, ServiceError> {
+        let (name, state) = self.counter(of)?;
+        let Some(state) = state else { return Ok(None) };
+        let (now, writer) = (self.now(), self.base.writer);
+        let own = self.held(&name).filter(|held| state.holder() == Some(writer) && state.bound() == held.chunk.bound());
+        Ok(match own {
+            Some(held) => Some(LiveLease::Until(held.leased_until)).filter(|_| held.leased_until > now),
+            None => state.lent().then_some(LiveLease::EndUnknown),
+        })
     }
 
     /// Whether a lease is the newest that this server dealt from its counter, and nobody has reserved above it since.
@@ -608,6 +669,7 @@ pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKey, seen
         RowId::Group(group) => Group::from_row(*group, island, body).map(|group| Value::Group(Arc::new(group))),
         RowId::CounterDomain(domain) => CounterDomain::from_row(*domain, island, body).map(|domain| Value::Domain(Arc::new(domain))),
         RowId::Island(name) => kms_domain::Island::from_row(name.clone(), body).map(|island| Value::Island(Arc::new(island))),
+        RowId::QuotaUse(principal) => QuotaUse::from_row(principal.clone(), body).map(|used| Value::QuotaUse(Arc::new(used))),
         RowId::DeviceType(_) => return Err("device types are not used by this server version".to_owned()),
     }
     .map_err(|error| error.to_string())?;
@@ -626,6 +688,7 @@ pub(super) fn sealed_name(id: &RowId) -> (RowKind, Vec<u8>) {
         RowId::Principal(principal) => (RowKind::Principal, principal.to_string().into_bytes()),
         RowId::CounterDomain(domain) => (RowKind::CounterDomain, domain.0.to_vec()),
         RowId::Island(island) => (RowKind::Island, island.as_str().as_bytes().to_vec()),
+        RowId::QuotaUse(principal) => quota_use_row(principal),
     }
 }
 

@@ -2,6 +2,8 @@
 
 mod policy;
 mod principal;
+mod quota;
 
 pub use policy::{Action, CosemTarget, Criticality, Decision, FrameService, Policy, PolicyError, PrincipalFacts, Purpose, Resource};
 pub use principal::Caller;
+pub use quota::{Quota, QuotaError, Quotas};

@@ -20,6 +20,7 @@ use kms_domain::{IslandName, KeyType, MeterClass, ParseError, PrincipalId, Role}
 use kms_proto::v1;
 use miette::Diagnostic;
 
+use super::quota::{self, Quotas};
 use crate::error::ServiceError;
 
 /// A validated set of policies, with the decisions that it has made so far. To change policies, load another one: a decision
@@ -28,32 +29,35 @@ pub struct Policy {
     schema: Schema,
     policies: PolicySet,
     authorizer: Authorizer,
+    quotas: Quotas,
     digest: [u8; 32],
     decisions: Decisions,
 }
 
 impl Policy {
-    /// The policies of a directory (every `*.cedar` file in it), or without one those that the server ships with.
+    /// The policies of a directory (every `*.cedar` file in it, and `quotas.toml`), or without one those that the server ships with.
     ///
     /// # Errors
     /// A file cannot be read, parsed, or validated strictly against the schema; the error names file, line and column. A
     /// directory without policies is refused: it is more likely a wrong path than a wish to deny everything.
     pub fn load(directory: Option<&Path>) -> Result<Self, PolicyError> {
+        let shipped = || (PathBuf::from(Quotas::FILE), Quotas::SHIPPED.to_owned());
         match directory {
-            Some(directory) => Self::from_files(read_directory(directory)?),
-            None => Self::from_files(SHIPPED.iter().map(|(name, text)| (PathBuf::from(name), (*text).to_owned())).collect()),
+            Some(directory) => Self::from_files(read_directory(directory)?, quota::read(directory)?),
+            None => Self::from_files(SHIPPED.iter().map(|(name, text)| (PathBuf::from(name), (*text).to_owned())).collect(), shipped()),
         }
     }
 
-    /// The policies of texts, each with the name that errors call it by.
+    /// The policies and the quotas of texts, each with the name that errors call it by.
     ///
     /// # Errors
     /// As [`Self::load`].
-    pub fn from_files(files: Vec<(PathBuf, String)>) -> Result<Self, PolicyError> {
+    pub fn from_files(files: Vec<(PathBuf, String)>, (quotas_path, quotas_text): (PathBuf, String)) -> Result<Self, PolicyError> {
         let (schema, _warnings) = Schema::from_cedarschema_str(SCHEMA).map_err(|error| PolicyError::at(Path::new("meterkms.cedarschema"), SCHEMA, &error))?;
         let validator = Validator::new(schema.clone());
         let mut policies = PolicySet::new();
         let mut hash = digest::Context::new(&SHA256);
+        let quotas = Quotas::parse(&quotas_text).map_err(|error| error.at(quotas_path.clone()))?;
         for (path, text) in &files {
             let parsed = PolicySet::from_str(text).map_err(|error| PolicyError::at(path, text, &error))?;
             if parsed.templates().next().is_some() {
@@ -67,6 +71,9 @@ impl Policy {
                 let id = PolicyId::new(format!("{}/{}", path.display(), policy.id()));
                 policies.add(policy.new_id(id)).map_err(|error| PolicyError::at(path, text, &error))?;
             }
+        }
+        let quotas_name = PathBuf::from(Quotas::FILE);
+        for (path, text) in files.iter().chain([&(quotas_name, quotas_text)]) {
             for part in [path.to_string_lossy().as_bytes(), text.as_bytes()] {
                 hash.update(&(part.len() as u64).to_be_bytes());
                 hash.update(part);
@@ -74,12 +81,17 @@ impl Policy {
         }
         let mut digest = [0; 32];
         digest.copy_from_slice(hash.finish().as_ref());
-        Ok(Self { schema, policies, authorizer: Authorizer::new(), digest, decisions: Decisions::default() })
+        Ok(Self { schema, policies, authorizer: Authorizer::new(), quotas, digest, decisions: Decisions::default() })
     }
 
-    /// SHA-256 over names and texts of the policies: which set decided.
+    /// SHA-256 over names and texts of the policies and quotas: which set decided.
     pub const fn digest(&self) -> [u8; 32] {
         self.digest
+    }
+
+    /// The quotas that what is permitted counts against.
+    pub const fn quotas(&self) -> &Quotas {
+        &self.quotas
     }
 
     /// Whether the principal may do this.
@@ -490,7 +502,8 @@ pub struct CosemTarget {
 }
 
 impl CosemTarget {
-    fn obis_text(&self) -> String {
+    /// The logical name in dotted form.
+    pub fn obis_text(&self) -> String {
         self.obis.map(|octet| octet.to_string()).join(".")
     }
 }
@@ -509,6 +522,9 @@ pub enum Criticality {
 }
 
 impl Criticality {
+    /// What can harm.
+    pub const CRITICAL: [Self; 3] = [Self::SupplyControl, Self::SecuritySetup, Self::ImageTransfer];
+
     /// The criticality of a service on an object. Source: DLMS UA 1000-1 (Blue Book), interface classes. Besides the classes that
     /// switch supply themselves, those count that can run a script which does.
     pub const fn of(service: FrameService, target: Option<&CosemTarget>) -> Self {
@@ -566,6 +582,16 @@ pub enum PolicyError {
         line: usize,
         /// From 1, in characters.
         column: usize,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The quotas are not well-formed.
+    #[error("`{path}` line {line}: {reason}")]
+    Quotas {
+        /// The file.
+        path: PathBuf,
+        /// From 1.
+        line: usize,
         /// What is wrong.
         reason: String,
     },
@@ -734,6 +760,10 @@ mod tests {
         Action::OpenSession { key_type, purpose, lifetime_seconds, dedicated_key: false }
     }
 
+    fn from_text(text: &str) -> Result<Policy, PolicyError> {
+        Policy::from_files(vec![("site.cedar".into(), text.to_owned())], (Quotas::FILE.into(), Quotas::SHIPPED.to_owned()))
+    }
+
     fn frame(service: FrameService, class_id: u16, member: i8, purpose: Purpose) -> Action {
         Action::ProtectFrame { service, target: Some(CosemTarget { class_id, obis: [0, 0, 96, 3, 10, 255], member }), purpose }
     }
@@ -835,7 +865,7 @@ mod tests {
         let permit = r#"permit (principal is HeadEnd, action == Action::"openSession", resource);"#;
         // Strict validation cannot see an overflow.
         let forbid = r#"forbid (principal, action == Action::"openSession", resource) when { context.lifetime_seconds * 9223372036854775807 > 0 };"#;
-        let load = |text: &str| Policy::from_files(vec![("site.cedar".into(), text.to_owned())]).unwrap();
+        let load = |text: &str| from_text(text).unwrap();
         let own = class(MeterStatus::InService, Some("hes-1"));
         let (principal, action, resource) = (facts(Role::HeadEnd, "hes-1"), session(KeyType::GUEK, Purpose::Read, 900), Resource::Meters(&own));
         assert_eq!(load(permit).permits(&principal, &action, &resource), Decision::Permit);
@@ -854,7 +884,7 @@ mod tests {
             ("permit (principal, action == Action::\"openSession\", resource)\nwhen { context.lifetime_seconds <= \"1\" };", 2, 36),
         ];
         for (text, line, column) in mistakes {
-            match Policy::from_files(vec![("site.cedar".into(), text.to_owned())]) {
+            match from_text(text) {
                 Err(PolicyError::Invalid { path, line: found_line, column: found_column, reason }) => {
                     assert_eq!((path.as_path(), found_line, found_column), (Path::new("site.cedar"), line, column), "{reason}");
                 }
@@ -872,6 +902,12 @@ mod tests {
         assert!(policy.permits(&facts(Role::Auditor, "bo"), &Action::Scrub, &Resource::Island).is_permit());
         assert!(!policy.permits(&facts(Role::Officer, "ada"), &Action::Scrub, &Resource::Island).is_permit());
         assert_ne!(policy.digest(), Policy::load(None).unwrap().digest());
+        // A folder may have quotas of its own.
+        std::fs::write(directory.path().join(Quotas::FILE), Quotas::SHIPPED.replace("commands = 200,", "commands = 300,")).unwrap();
+        assert_ne!(Policy::load(Some(directory.path())).unwrap().digest(), policy.digest());
+        std::fs::write(directory.path().join(Quotas::FILE), "\nquota = 7").unwrap();
+        assert!(matches!(Policy::load(Some(directory.path())), Err(PolicyError::Quotas { line: 2, .. })));
+        std::fs::remove_file(directory.path().join(Quotas::FILE)).unwrap();
         std::fs::write(directory.path().join("b.cedar"), "permit (principal == ?principal, action, resource);").unwrap();
         assert!(matches!(Policy::load(Some(directory.path())), Err(PolicyError::Template { .. })));
     }

@@ -3,22 +3,24 @@
 //! What is protected is read first: policy decides on service, class, object and member. Counters come from the same place as leases (I4), and the
 //! record of every protected frame is durable before it leaves (I2).
 
-use std::{num::NonZeroU32, sync::Arc};
+use std::{sync::Arc, time::Duration};
 
 use kms_dlms::{
     AuthenticationTag, CipheredApdu, CipheredTag, DlmsError, HlsGmac, InitiateRequest, KeySet, Nonce, Protection, SecurityControl, ServiceKind, ServiceRequest,
 };
-use kms_domain::{KeyType, KeyVersionNumber, Lease, Meter, RequestId, SecuritySetupId, Slot, Standing, SystemTitle, UnixMillis};
+use kms_domain::{KeyType, KeyVersionNumber, Meter, QuotaExceeded, QuotaHour, QuotaUse, RequestId, SecuritySetupId, Slot, Standing, SystemTitle, UnixMillis};
 use kms_hsm::{FrameInput, FrameKeys, FrameParameters, HsmError, ProtectedFrame};
 use kms_proto::v1::{self, AuditRecord, FramesProtected, audit_record::Event};
 use kms_store::{AuditReference, Reads, RequestKey, RequestRow};
+use tracing::Instrument as _;
 
 use super::grant::{counter_key, recorded_setup, setup_record, source};
 use crate::{
-    audit::{Actor, AuditLeaf, CounterOf, View, past_record, read_record},
-    authz::{Action, Caller, CosemTarget, FrameService as Service, PrincipalFacts, Purpose, Resource},
+    audit::{Actor, AuditLeaf, CounterOf, LiveLease, View, past_record, read_record},
+    authz::{Action, Caller, CosemTarget, FrameService as Service, PrincipalFacts, Purpose, Quota, Resource},
     error::ServiceError,
-    island::{Island, facts, principal_row},
+    island::{Island, facts, principal_row, quota_use_row},
+    telemetry::{FrameDirection, metrics},
 };
 
 /// A frame to be protected.
@@ -109,13 +111,27 @@ impl FrameService {
         frames: Vec<PlainFrame>,
         supersede_lease: bool,
     ) -> Result<(Vec<FrameOutcome>, Option<AuditLeaf>), ServiceError> {
+        let span = tracing::debug_span!("frames", kms.frames = frames.len());
+        let protected = self.decide_and_protect(caller, request, digest, purpose, frames, supersede_lease).instrument(span).await?;
+        metrics().frames(FrameDirection::Protect, protected.0.iter().map(|outcome| &outcome.octets));
+        Ok(protected)
+    }
+
+    async fn decide_and_protect(
+        &self,
+        caller: &Caller,
+        request: RequestId,
+        digest: [u8; 32],
+        purpose: Purpose,
+        frames: Vec<PlainFrame>,
+        supersede_lease: bool,
+    ) -> Result<(Vec<FrameOutcome>, Option<AuditLeaf>), ServiceError> {
         let key = RequestKey { principal: caller.principal.clone(), request, chunk: 0 };
-        let reads = Reads {
-            meters: frames.iter().map(|frame| frame.meter).collect(),
-            sealed: vec![principal_row(&caller.principal)],
-            requests: vec![key.clone()],
-            ..Reads::default()
-        };
+        let mut sealed = vec![principal_row(&caller.principal)];
+        if frames.iter().any(|frame| self.counts(frame)) {
+            sealed.push(quota_use_row(&caller.principal));
+        }
+        let reads = Reads { meters: frames.iter().map(|frame| frame.meter).collect(), sealed, requests: vec![key.clone()], ..Reads::default() };
         let deciding =
             Deciding { island: self.island.clone(), caller: caller.clone(), key, digest, purpose, frames: frames.into(), supersede_lease, past: None };
         let actor = || Actor::caller(caller, Some(request), "protectFrame");
@@ -131,7 +147,7 @@ impl FrameService {
         };
         let jobs: Vec<(FrameKeys, FrameInput)> =
             planned.iter().filter_map(|planned| planned.as_ref().ok()).map(|plan| (plan.keys.clone(), plan.input.clone())).collect();
-        let mut protected = self.island.hsm.protect_batch(jobs).await?.into_iter();
+        let mut protected = self.island.hsm.protect_batch(jobs).instrument(tracing::debug_span!("hsm.protect")).await?.into_iter();
         let outcomes = planned
             .into_iter()
             .map(|planned| match planned {
@@ -154,6 +170,13 @@ impl FrameService {
     /// # Errors
     /// What concerns all: the caller, HSM or database.
     pub async fn unprotect(&self, caller: &Caller, purpose: Purpose, frames: Vec<ReceivedFrame>) -> Result<Vec<FrameOutcome>, ServiceError> {
+        let span = tracing::debug_span!("frames", kms.frames = frames.len());
+        let opened = self.open_all(caller, purpose, frames).instrument(span).await?;
+        metrics().frames(FrameDirection::Unprotect, opened.iter().map(|outcome| &outcome.octets));
+        Ok(opened)
+    }
+
+    async fn open_all(&self, caller: &Caller, purpose: Purpose, frames: Vec<ReceivedFrame>) -> Result<Vec<FrameOutcome>, ServiceError> {
         let principal = self.island.principal(caller).await?;
         let facts = facts(&principal);
         let mut titles: Vec<SystemTitle> = frames.iter().map(|frame| frame.meter).collect();
@@ -171,7 +194,7 @@ impl FrameService {
             frames.into_iter().map(|frame| self.receive(&facts, purpose, meters.get(&frame.meter).map(AsRef::as_ref), frame)).collect();
         let jobs: Vec<(FrameKeys, ProtectedFrame)> =
             opened.iter().filter_map(|received| received.as_ref().ok()).map(|received| (received.keys.clone(), received.frame.clone())).collect();
-        let mut plain = self.island.hsm.unprotect_batch(jobs).await?.into_iter();
+        let mut plain = self.island.hsm.unprotect_batch(jobs).instrument(tracing::debug_span!("hsm.unprotect")).await?.into_iter();
         Ok(opened
             .into_iter()
             .map(|received| match received {
@@ -180,10 +203,13 @@ impl FrameService {
                     let octets = match plain.next() {
                         Some(Ok(_)) if received.is_challenge => Ok(Vec::new()),
                         Some(Ok(octets)) => Ok(octets),
-                        Some(Err(HsmError::TagInvalid)) => Err(ServiceError::FailedPrecondition {
-                            reason: "the frame's authentication tag does not verify".to_owned(),
-                            next_step: "check that the frame is the meter's and unchanged; the meter may hold another key".to_owned(),
-                        }),
+                        Some(Err(error @ HsmError::TagInvalid)) => {
+                            metrics().hsm_error(&error);
+                            Err(ServiceError::FailedPrecondition {
+                                reason: "the frame's authentication tag does not verify".to_owned(),
+                                next_step: "check that the frame is the meter's and unchanged; the meter may hold another key".to_owned(),
+                            })
+                        }
                         Some(Err(error)) => Err(error.into()),
                         None => Err(ServiceError::Internal("the HSM returned fewer frames than it was given".to_owned())),
                     };
@@ -191,6 +217,13 @@ impl FrameService {
                 }
             })
             .collect())
+    }
+
+    /// Whether a frame is one that quotas count, so that the row of its principal's use is read with the others.
+    fn counts(&self, frame: &PlainFrame) -> bool {
+        let PlainContent::Apdu { apdu, .. } = &frame.content else { return false };
+        let policy = self.island.policy.load();
+        read_service(apdu).is_ok_and(|(service, targets)| targets.iter().any(|target| policy.quotas().of(service, *target).next().is_some()))
     }
 
     async fn record(&self, past: (AuditReference, AuditLeaf)) -> Result<Vec<v1::ProtectedFrame>, ServiceError> {
@@ -354,6 +387,7 @@ impl Deciding {
             version: keys.encryption_version,
             counter: counter_key(&self.island, &meter, setup, frame.client_title)?,
         };
+        let form = CipheredForm::of(frame, &meter)?;
         let counter = match past {
             // I4: the same counter goes out again only with the same octets under the same key.
             Some(past) if past.key_version != keys.encryption_version.number() => {
@@ -364,37 +398,25 @@ impl Deciding {
             }
             Some(past) => past.invocation_counter,
             None => {
-                if !self.supersede_lease && view.leased_until(of)?.is_some() {
-                    return Err(ServiceError::FailedPrecondition {
-                        reason: format!("client title {} holds a live counter lease for this meter", frame.client_title),
-                        next_step: "let it end, use another client title, or set supersede_lease, which ends the session that uses it".to_owned(),
-                    });
+                if let Some(lease) = view.live_lease(of)?.filter(|_| !self.supersede_lease) {
+                    return Err(leased(frame.client_title, lease));
                 }
-                let Lease { first, .. } = view.lease(of, NonZeroU32::MIN, UnixMillis(0))?;
-                first
+                let used = self.within_quotas(view, meter.title, service, &targets)?;
+                let counter = view.frame_counter(of)?;
+                if let Some(used) = used {
+                    view.put_quota_use(used)?;
+                }
+                counter
             }
         };
-        let (control, tag, plaintext) = match &frame.content {
-            PlainContent::Challenge(challenge) => (HlsGmac::control(meter.suite), None, challenge.clone()),
-            PlainContent::Apdu { apdu, general } => {
-                let control = SecurityControl { suite: meter.suite, protection: frame.protection, key_set: KeySet::Unicast };
-                let unknown = || ServiceError::invalid("frames.apdu", "this service has no ciphered form of its own; use general-glo-ciphering");
-                let tag = match (general, apdu.first()) {
-                    (true, _) => (CipheredTag::GeneralGlobal, Some(frame.client_title)),
-                    (false, Some(plain)) => (CipheredTag::global_for(*plain).ok_or_else(unknown)?, None),
-                    (false, None) => return Err(unknown()),
-                };
-                (control, Some(tag), apdu.clone())
-            }
-        };
-        let parameters = FrameParameters::new(control.octet(), *Nonce::new(frame.client_title, counter).octets())?;
-        let input = FrameInput { parameters, plaintext };
+        let parameters = FrameParameters::new(form.control.octet(), *Nonce::new(frame.client_title, counter).octets())?;
+        let input = FrameInput { parameters, plaintext: form.plaintext };
         Ok(PlannedFrame {
             meter: meter.title,
             keys: keys.keys,
             input,
-            control,
-            tag,
+            control: form.control,
+            tag: form.tag,
             counter,
             service,
             targets,
@@ -402,6 +424,25 @@ impl Deciding {
             setup,
             key_version: keys.encryption_version,
         })
+    }
+
+    /// What the principal has used of its quotas with this frame, to be stored with the frame's record; `None` where no quota counts it.
+    fn within_quotas(&self, view: &mut View<'_, '_>, meter: SystemTitle, service: Service, targets: &[CosemTarget]) -> Result<Option<QuotaUse>, ServiceError> {
+        let policy = self.island.policy.load();
+        let principal = &self.caller.principal;
+        let mut used = None;
+        for (target, quota) in targets.iter().flat_map(|target| policy.quotas().of(service, *target).map(move |quota| (target, quota))) {
+            let now = view.now();
+            let used = match &mut used {
+                Some(used) => used,
+                None => used.insert(view.quota_use(principal)?),
+            };
+            used.count(&quota.name, quota.limit(principal), QuotaHour::of(now), meter, 1).map_err(|exceeded| {
+                tracing::warn!(%principal, quota = %quota.name, class_id = target.class_id, "a quota is used up: a critical command was refused");
+                used_up(quota, exceeded, now)
+            })?;
+        }
+        Ok(used)
     }
 
     /// I8: each object that the frame touches must be permitted.
@@ -444,6 +485,33 @@ impl PlannedFrame {
             service: self.service.name().to_owned(),
             security_setup: setup_record(self.setup),
             key_version: self.key_version.number(),
+        }
+    }
+}
+
+/// How a frame is ciphered.
+struct CipheredForm {
+    control: SecurityControl,
+    /// The tag of the ciphered APDU, and the title in it; `None` for f(StoC).
+    tag: Option<(CipheredTag, Option<SystemTitle>)>,
+    /// What goes into the HSM.
+    plaintext: Vec<u8>,
+}
+
+impl CipheredForm {
+    fn of(frame: &PlainFrame, meter: &Meter) -> Result<Self, ServiceError> {
+        match &frame.content {
+            PlainContent::Challenge(challenge) => Ok(Self { control: HlsGmac::control(meter.suite), tag: None, plaintext: challenge.clone() }),
+            PlainContent::Apdu { apdu, general } => {
+                let control = SecurityControl { suite: meter.suite, protection: frame.protection, key_set: KeySet::Unicast };
+                let unknown = || ServiceError::invalid("frames.apdu", "this service has no ciphered form of its own; use general-glo-ciphering");
+                let tag = match (general, apdu.first()) {
+                    (true, _) => (CipheredTag::GeneralGlobal, Some(frame.client_title)),
+                    (false, Some(plain)) => (CipheredTag::global_for(*plain).ok_or_else(unknown)?, None),
+                    (false, None) => return Err(unknown()),
+                };
+                Ok(Self { control, tag: Some(tag), plaintext: apdu.clone() })
+            }
         }
     }
 }
@@ -502,6 +570,38 @@ fn resembles_request(challenge: &[u8]) -> bool {
         || ServiceRequest::parse(challenge).is_ok()
 }
 
+/// The counters that a frame would use are above those of a lease, and the meter would refuse its session from then on.
+fn leased(client_title: SystemTitle, lease: LiveLease) -> ServiceError {
+    let (reason, next_step) = match lease {
+        LiveLease::Until(_) => ("holds a live counter lease for this meter", "let it end, use another client title, or set supersede_lease"),
+        LiveLease::EndUnknown => (
+            "may hold a live counter lease for this meter: another server, or this one before its last start, dealt it, and only that one knows when it ends",
+            "if no session of this client title with the meter is in use, set supersede_lease; or use another client title",
+        ),
+    };
+    ServiceError::FailedPrecondition {
+        reason: format!("client title {client_title} {reason}"),
+        next_step: format!("{next_step}. supersede_lease ends the session that uses the lease"),
+    }
+}
+
+fn used_up(quota: &Quota, exceeded: QuotaExceeded, now: UnixMillis) -> ServiceError {
+    let name = &quota.name;
+    let frees = exceeded.frees();
+    let moment = jiff::Timestamp::from_millisecond(frees.0).map(|moment| moment.to_string()).unwrap_or_default();
+    let reason = match exceeded {
+        QuotaExceeded::Commands { most: 0, .. } => {
+            format!(
+                "quota `{name}` gives this principal no commands; whoever keeps `quotas.toml` among the policies of the island's servers can add a limit for it"
+            )
+        }
+        exceeded => format!(
+            "quota `{name}` is used up: {exceeded}; it frees at {moment}, and whoever keeps `quotas.toml` among the policies of the island's servers can raise it"
+        ),
+    };
+    ServiceError::ResourceExhausted { reason, retry_after: Duration::from_millis(u64::try_from(frees.0 - now.0).unwrap_or_default()) }
+}
+
 /// The same answer for a meter that does not exist and one that the caller may not use.
 fn denied(action: &str, meter: SystemTitle) -> ServiceError {
     ServiceError::denied(format!("{action} with meter {meter}"))
@@ -509,3 +609,6 @@ fn denied(action: &str, meter: SystemTitle) -> ServiceError {
 
 /// How long a request can be repeated.
 const REPLAY_MS: i64 = 15 * 60 * 1_000;
+
+#[cfg(test)]
+mod tests;

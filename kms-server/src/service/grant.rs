@@ -17,12 +17,14 @@ use kms_hsm::{Agreement, HsmError, KeySource, Recipient, RootVersion, WrappedKey
 use kms_proto::v1::{self, AuditRecord, GrantedMeter, KeysGranted, audit_record::Event};
 use kms_store::{AuditReference, GrantFilter, GrantRevocation, GrantRow, Reads, RequestKey, RequestRow};
 use prost::Message as _;
+use tracing::Instrument as _;
 
 use crate::{
     audit::{Actor, AuditLeaf, CounterOf, View, past_record, read_record},
     authz::{Action, Caller, Policy, PrincipalFacts, Purpose, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
+    telemetry::metrics,
 };
 
 /// What is asked for each meter of a request.
@@ -102,6 +104,16 @@ impl GrantService {
     /// The caller is nobody, has no transport key, uses a client title of others or a request id twice; the grant was revoked or overtaken;
     /// HSM or database are away. What concerns single meters is in [`Granted::refusals`].
     pub async fn open(&self, caller: &Caller, chunk: Chunk) -> Result<Granted, ServiceError> {
+        let meters = chunk.meters.len();
+        let granted = self.decide_and_carry_out(caller, chunk).instrument(tracing::debug_span!("grant", kms.meters = meters)).await;
+        if let Err(error) = &granted {
+            // What refuses the request, or its only meter, refuses all of them.
+            metrics().grant_refused(std::iter::repeat_n(error, meters));
+        }
+        granted
+    }
+
+    async fn decide_and_carry_out(&self, caller: &Caller, chunk: Chunk) -> Result<Granted, ServiceError> {
         let key = RequestKey { principal: caller.principal.clone(), request: chunk.request, chunk: chunk.index };
         let reads = Reads { meters: chunk.meters.clone(), sealed: vec![principal_row(&caller.principal)], requests: vec![key.clone()], ..Reads::default() };
         let chunk = Arc::new(chunk);
@@ -172,8 +184,10 @@ impl GrantService {
         let Plan { meters, refusals, .. } = &plan;
         let mut granted = Granted { envelopes: Vec::new(), refusals: refusals.clone(), leaf };
         if meters.is_empty() {
+            metrics().grant_refused(granted.refusals.iter().map(|(_, error)| error));
             return Ok(granted);
         }
+        let replayed = plan.leaf.is_some();
         // Grants of one minute share an agreement: the expiry is part of its derivation.
         let expiry = (plan.not_after.0 + 59_999) / 60_000 * 60_000;
         let transport = &plan.transport;
@@ -205,12 +219,19 @@ impl GrantService {
                 }
                 manifest.encode_to_vec()
             };
-            let envelope = self.island.hsm.envelope(recipient.clone(), keys, header, manifest).await?;
+            let span = tracing::debug_span!("hsm.envelope", kms.keys = keys.len());
+            let envelope = self.island.hsm.envelope(recipient.clone(), keys, header, manifest).instrument(span).await?;
             granted.envelopes.push(v1::Envelope { header: envelope.header.into(), manifest: envelope.manifest.into(), seal: envelope.seal.to_vec().into() });
             if let Ok(mut failures) = failed.lock() {
                 granted.refusals.append(&mut failures);
             }
         }
+        // All or nothing for a meter: what could not be wrapped stands among the refusals, with every key of its meter.
+        let refused = |title: SystemTitle| granted.refusals.iter().any(|(meter, _)| *meter == title);
+        let given = plan.meters.iter().filter(|meter| granted.refusals.is_empty() || !refused(meter.title));
+        let (count, keys) = given.fold((0, 0), |(meters, keys), meter| (meters + 1, keys + meter.keys.len()));
+        metrics().granted(replayed, count, keys);
+        metrics().grant_refused(granted.refusals.iter().map(|(_, error)| error));
         Ok(granted)
     }
 }

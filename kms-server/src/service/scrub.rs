@@ -382,6 +382,7 @@ fn row_id(kind: u8, id: &[u8], island: &IslandName) -> Option<RowId> {
         4 => PrincipalId::parse(text()?).ok().map(RowId::Principal),
         5 => id.try_into().ok().map(|octets| RowId::CounterDomain(CounterDomainId(octets))),
         6 => text().filter(|name| *name == island.as_str()).map(|_| RowId::Island(island.clone())),
+        7 => PrincipalId::parse(text()?).ok().map(RowId::QuotaUse),
         _ => None,
     }
 }
@@ -400,7 +401,7 @@ fn kind_name(kind: u32) -> &'static str {
 
 fn text_of(kind: u32, id: &[u8]) -> String {
     match (kind, std::str::from_utf8(id)) {
-        (4 | 6, Ok(text)) => text.to_owned(),
+        (4 | 6 | 7, Ok(text)) => text.to_owned(),
         _ => hex::encode_upper(id),
     }
 }

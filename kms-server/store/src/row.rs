@@ -35,13 +35,15 @@ pub enum RowKind {
     CounterDomain,
     /// The island.
     Island,
+    /// What a principal has used of its quotas.
+    QuotaUse,
 }
 
 impl RowKind {
     /// All kinds.
-    pub const ALL: [Self; 5] = [Self::Group, Self::DeviceType, Self::Principal, Self::CounterDomain, Self::Island];
+    pub const ALL: [Self; 6] = [Self::Group, Self::DeviceType, Self::Principal, Self::CounterDomain, Self::Island, Self::QuotaUse];
 
-    /// The kind's number in the seal's input and in the database, 2–6.
+    /// The kind's number in the seal's input and in the database, 2–7.
     pub const fn number(self) -> u8 {
         match self {
             Self::Group => 2,
@@ -49,6 +51,7 @@ impl RowKind {
             Self::Principal => 4,
             Self::CounterDomain => 5,
             Self::Island => 6,
+            Self::QuotaUse => 7,
         }
     }
 
@@ -60,7 +63,14 @@ impl RowKind {
             Self::Principal => "principal",
             Self::CounterDomain => "counter domain",
             Self::Island => "island",
+            Self::QuotaUse => "quota use",
         }
+    }
+
+    /// Whether rows of this kind are read to be written: a transaction then has them for itself. The others are read by all and hardly ever written,
+    /// so transactions of several servers may hold them together.
+    pub(crate) const fn is_exclusive(self) -> bool {
+        matches!(self, Self::CounterDomain | Self::QuotaUse)
     }
 }
 

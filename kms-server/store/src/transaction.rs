@@ -58,13 +58,12 @@ impl Reads {
 
     /// The places of what is locked here, first to last, in the one order that all transactions lock in.
     pub(crate) fn lock_ranks(&self) -> impl Iterator<Item = LockRank> {
-        let (domains, shared) =
-            (self.sealed.iter().any(|(kind, _)| *kind == RowKind::CounterDomain), self.sealed.iter().any(|(kind, _)| *kind != RowKind::CounterDomain));
+        let (exclusive, shared) = (self.sealed.iter().any(|(kind, _)| kind.is_exclusive()), self.sealed.iter().any(|(kind, _)| !kind.is_exclusive()));
         [
             (LockRank::Fingerprints, !self.fingerprints.is_empty()),
             (LockRank::Meters, !self.meters.is_empty()),
             (LockRank::SharedRows, shared),
-            (LockRank::CounterDomains, domains),
+            (LockRank::ExclusiveRows, exclusive),
             (LockRank::Grants, !self.grants.is_empty()),
             (LockRank::Shipments, !self.shipments.is_empty()),
         ]
@@ -79,7 +78,7 @@ pub(crate) enum LockRank {
     Fingerprints,
     Meters,
     SharedRows,
-    CounterDomains,
+    ExclusiveRows,
     Absences,
     Grants,
     Shipments,

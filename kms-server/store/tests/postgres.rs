@@ -74,6 +74,30 @@ async fn absence_is_unchanged_until_the_commit() {
     }
 }
 
+/// What servers count in one row together is counted once each: quotas hold for all of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_servers_lose_no_use_of_a_quota() {
+    let (f, other) = two().await;
+    let name = (RowKind::QuotaUse, b"urn:meterkms:north:head-end:hes-1".to_vec());
+    let mut tasks = tokio::task::JoinSet::new();
+    for store in [&f.store, &other, &f.store, &other] {
+        let (store, name) = (Arc::clone(store), name.clone());
+        tasks.spawn(async move {
+            for _ in 0..25 {
+                let reads = Reads { sealed: vec![name.clone()], ..Reads::default() };
+                let mut count = |set: &kms_store::ReadSet| {
+                    let generation = set.sealed(name.0, &name.1).present().map_or(1, |found| found.generation + 1);
+                    let put = SealedPut { kind: name.0, id: name.1.clone(), row: row(generation, &generation.to_string()) };
+                    Decision::Commit(Box::new(Changes { sealed: vec![put], ..Changes::default() }))
+                };
+                assert_eq!(store.transact(reads, &mut count).await, Ok(Committed::Written));
+            }
+        });
+    }
+    tasks.join_all().await;
+    assert_eq!(f.store.sealed(name.0, &name.1).await.unwrap(), Some(row(100, "100")));
+}
+
 /// I4: a counter that two servers advance is never dealt twice.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_servers_deal_no_number_twice() {

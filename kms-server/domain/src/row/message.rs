@@ -141,6 +141,9 @@ pub(super) struct CounterRow {
     /// How much of the island's jump is in the bound.
     #[prost(uint64, tag = "5")]
     pub(super) jumped: u64,
+    /// Leases were dealt from the chunk that ends at the bound.
+    #[prost(bool, tag = "6")]
+    pub(super) lent: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -238,4 +241,25 @@ pub(super) struct RootRow {
     /// 1 SP 800-108, 2 AES-CBC.
     #[prost(uint32, tag = "2")]
     pub(super) derivation: u32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct QuotaUseRow {
+    /// Of this hour only.
+    #[prost(message, repeated, tag = "1")]
+    pub(super) used: Vec<UsedQuotaRow>,
+    /// Hours since 1970-01-01T00:00Z. Last and never 0, so that a cut row is refused.
+    #[prost(uint32, tag = "15")]
+    pub(super) hour: u32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct UsedQuotaRow {
+    #[prost(string, tag = "1")]
+    pub(super) quota: String,
+    #[prost(uint32, tag = "2")]
+    pub(super) commands: u32,
+    /// System titles in increasing order.
+    #[prost(fixed64, repeated, tag = "3")]
+    pub(super) meters: Vec<u64>,
 }

@@ -196,7 +196,7 @@ pub(super) fn counters_from_rows(rows: Vec<CounterRow>, principals: &Principals)
             };
             let holder = if row.holder.is_empty() { None } else { Some(WriterId::from_octets(&row.holder)?) };
             let ownership = principals.optional(row.owned_by)?.map_or(CounterOwnership::Kms, CounterOwnership::HeadEnd);
-            Ok(CounterState::new(key, row.bound, holder, ownership)?.with_jumped(CounterJump::new(row.jumped)))
+            Ok(CounterState::new(key, row.bound, holder, ownership, row.lent)?.with_jumped(CounterJump::new(row.jumped)))
         })
         .collect::<Result<_, RowError>>()?;
     Ok(Counters::from_states(states)?)
@@ -218,6 +218,7 @@ pub(super) fn counters_to_rows(counters: &Counters, principals: &mut Principals)
                 CounterOwnership::HeadEnd(head_end) => principals.reference(head_end),
             },
             jumped: state.jumped().counters(),
+            lent: state.lent(),
         })
         .collect()
 }

@@ -67,10 +67,8 @@ async fn meters(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -
 
 async fn sealed(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -> Result<(), Failure> {
     set.sealed.extend(reads.sealed.iter().map(|name| (name.clone(), None)));
-    // Everyone reads principals and profiles and hardly anyone writes them: two servers may hold them together. A counter domain is
-    // read to be written.
-    for (domains, statement) in [(false, SEALED_ROWS_SHARED), (true, SEALED_ROWS_EXCLUSIVE)] {
-        let wanted: Vec<_> = reads.sealed.iter().filter(|(kind, _)| (*kind == RowKind::CounterDomain) == domains).collect();
+    for (exclusive, statement) in [(false, SEALED_ROWS_SHARED), (true, SEALED_ROWS_EXCLUSIVE)] {
+        let wanted: Vec<_> = reads.sealed.iter().filter(|(kind, _)| kind.is_exclusive() == exclusive).collect();
         if wanted.is_empty() {
             continue;
         }

@@ -1,0 +1,238 @@
+use std::num::NonZeroU32;
+
+use kms_domain::{CounterKey, KeyType, KeyVersionNumber, Lease, RequestId, SecuritySetupId, UnixMillis};
+use kms_proto::v1::{self, audit_record::Event};
+use kms_store::Reads;
+
+use super::*;
+use crate::testing::{TestIsland, client_title, island_tests, meter, sample};
+
+/// GET of a register.
+const GET: &str = "C001C100030100010800FF0200";
+
+fn plain(number: u64, apdu: &str) -> PlainFrame {
+    PlainFrame {
+        meter: meter(number),
+        setup: None,
+        client_title: client_title(),
+        protection: Protection::AuthenticatedEncrypted,
+        content: PlainContent::Apdu { apdu: hex::decode(apdu).unwrap(), general: false },
+    }
+}
+
+fn request() -> RequestId {
+    RequestId::from_octets(uuid::Uuid::new_v4().as_bytes()).unwrap()
+}
+
+/// The counter of one frame to meter 1, or why there is none.
+async fn get(server: &Arc<Island>, caller: &Caller, supersede: bool) -> Result<u32, ServiceError> {
+    let (mut outcomes, _) = FrameService::new(server.clone()).protect(caller, request(), [1; 32], Purpose::Read, vec![plain(1, GET)], supersede).await.unwrap();
+    let outcome = outcomes.remove(0);
+    outcome.octets.map(|_| outcome.counter)
+}
+
+/// Lends counters as a session does.
+async fn lease(server: &Arc<Island>, until: UnixMillis) -> Lease {
+    let of = CounterOf {
+        meter: meter(1),
+        setup: SecuritySetupId::DEFAULT,
+        key_type: KeyType::GUEK,
+        version: KeyVersionNumber::FIRST,
+        counter: CounterKey::ClientTitle(client_title()),
+    };
+    let committed = server.committer.act(Actor::server("test"), Reads::default(), move |view| {
+        view.append(Event::KeysGranted(v1::KeysGranted::default()));
+        view.lease(of, NonZeroU32::new(100).unwrap(), until)
+    });
+    committed.await.unwrap().value
+}
+
+/// How often meter 1's row was written.
+async fn generation(island: &TestIsland) -> u64 {
+    island.island.store.meters(&[meter(1)]).await.unwrap()[0].row.generation
+}
+
+fn refused(outcome: Result<u32, ServiceError>) -> String {
+    match outcome {
+        Err(error @ ServiceError::FailedPrecondition { .. }) => error.to_string(),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// remote_disconnect of the disconnect control.
+const DISCONNECT: &str = "C301C10046000060030AFF01010F00";
+/// key_transfer of the security setup.
+const KEY_TRANSFER: &str = "C301C1004000002B0000FF02010100";
+
+/// What became of commands to meters, one request each.
+async fn command(server: &Arc<Island>, caller: &Caller, apdu: &str, meters: &[u64]) -> Vec<Result<(), ServiceError>> {
+    let purpose = if apdu == DISCONNECT { Purpose::Control } else { Purpose::Configure };
+    let frames = meters.iter().map(|number| plain(*number, apdu)).collect();
+    let (outcomes, _) = FrameService::new(server.clone()).protect(caller, request(), [1; 32], purpose, frames, false).await.unwrap();
+    outcomes.into_iter().map(|outcome| outcome.octets.map(drop)).collect()
+}
+
+/// Quotas that a test can use up.
+fn limit(server: &Island, limits: &str) {
+    let text = format!(
+        "quota = [{{ name = \"supply\", criticality = \"supply-control\", limit = [{limits}] }}, {{ name = \"security\", criticality = \
+         \"security-setup\" }}, {{ name = \"image\", criticality = \"image-transfer\" }}]"
+    );
+    let folder = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../policies")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "cedar") {
+            std::fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
+        }
+    }
+    std::fs::write(folder.path().join(crate::authz::Quotas::FILE), text).unwrap();
+    server.policy.store(Arc::new(crate::authz::Policy::load(Some(folder.path())).unwrap()));
+}
+
+fn exhausted(outcome: &Result<(), ServiceError>) -> &str {
+    match outcome {
+        Err(ServiceError::ResourceExhausted { reason, .. }) => reason,
+        other => panic!("{other:?}"),
+    }
+}
+
+island_tests! {
+    async fn a_quota_holds_for_all_servers_and_after_a_restart(island) {
+        island.deliver(&sample("generic-suite0", 5)).await;
+        let another = island.another_server().await;
+        let two = r#"{ role = "head-end", commands = 2 }"#;
+        limit(&island.island, two);
+        limit(&another, two);
+        // One on each server, the second in a request with one too many; reading is not counted.
+        assert_eq!(command(&island.island, &island.head_end, DISCONNECT, &[1]).await, [Ok(())]);
+        let outcomes = command(&another, &island.head_end, DISCONNECT, &[2, 3]).await;
+        assert_eq!(outcomes[0], Ok(()));
+        let reason = exhausted(&outcomes[1]);
+        assert!(reason.contains("quota `supply` is used up: 2 commands an hour; it frees at 20") && reason.contains("can raise it"), "{reason}");
+        get(&another, &island.head_end, false).await.unwrap();
+        exhausted(&command(&island.island, &island.head_end, DISCONNECT, &[1]).await[0]);
+        let restarted = Arc::new(island.restarted().await);
+        limit(&restarted, two);
+        exhausted(&command(&restarted, &island.head_end, DISCONNECT, &[1]).await[0]);
+
+        // A refusal takes no counter, and is on the record.
+        let before = get(&restarted, &island.head_end, false).await.unwrap();
+        exhausted(&command(&restarted, &island.head_end, DISCONNECT, &[1]).await[0]);
+        assert_eq!(get(&restarted, &island.head_end, false).await.unwrap(), before + 1);
+        let rows = island.island.store.audit_page(&kms_store::AuditFilter { kind: Some(18), ..Default::default() }, None, 100).await.unwrap();
+        assert!(rows.iter().any(|row| String::from_utf8_lossy(&row.record.record).contains("quota `supply` is used up")));
+
+        // I5: whoever puts an older row back is found.
+        let name = quota_use_row(&island.head_end.principal);
+        let mut row = island.island.store.sealed(name.0, &name.1).await.unwrap().unwrap();
+        row.body.clear();
+        let raised = kms_store::Changes { sealed: vec![kms_store::SealedPut { kind: name.0, id: name.1, row: kms_store::SealedRow { generation: row.generation + 1, ..row } }], ..Default::default() };
+        island.island.store.transact(Reads::default(), &mut |_: &kms_store::ReadSet| kms_store::Decision::Commit(Box::new(raised.clone()))).await.unwrap();
+        assert!(matches!(command(&another, &island.head_end, DISCONNECT, &[1]).await[0], Err(ServiceError::PermissionDenied { .. })));
+    }
+
+    async fn a_quota_is_of_one_principal_and_counts_meters(island) {
+        island.deliver(&sample("generic-suite0", 5)).await;
+        let limits = r#"{ principal = "urn:meterkms:north:head-end:hes-1", commands = 9, meters = 2 }"#;
+        limit(&island.island, limits);
+        let outcomes = command(&island.island, &island.head_end, DISCONNECT, &[1, 2, 1, 3, 2]).await;
+        assert!([0, 1, 2, 4].iter().all(|at| outcomes[*at].is_ok()), "{outcomes:?}");
+        assert!(exhausted(&outcomes[3]).contains("commands to 2 meters an hour"));
+        // I8: a quota without a limit for the role gives nothing.
+        let reason = command(&island.island, &island.head_end, KEY_TRANSFER, &[1]).await;
+        assert!(exhausted(&reason[0]).contains("quota `security` gives this principal no commands"));
+
+        // Another head-end, with a title and meters of its own, has its own count.
+        let mut row = kms_domain::Principal::clone(&*island.island.principal(&island.other_head_end).await.unwrap());
+        let other_title = SystemTitle::parse("4D4D4D0000000002").unwrap();
+        row.client_titles = vec![other_title];
+        crate::testing::put_principal(&island.island, row).await;
+        let mut more = sample("generic-suite0", 1);
+        more.batch = "other".to_owned();
+        more.first_number = 900;
+        let (file, signature) = island.sample(&more).await;
+        let sha256 = island.upload(&file, &signature).await;
+        island.import(sha256, Some(&island.other_head_end)).await;
+        let frame = PlainFrame { client_title: other_title, ..plain(900, DISCONNECT) };
+        limit(&island.island, r#"{ role = "head-end", commands = 1 }"#);
+        for expected in [true, false] {
+            let (outcomes, _) = FrameService::new(island.island.clone())
+                .protect(&island.other_head_end, request(), [1; 32], Purpose::Control, vec![frame.clone()], false)
+                .await
+                .unwrap();
+            assert_eq!(outcomes[0].octets.is_ok(), expected, "{:?}", outcomes[0].octets);
+        }
+    }
+
+    async fn a_repeated_request_is_counted_once(island) {
+        island.deliver(&sample("generic-suite0", 1)).await;
+        limit(&island.island, r#"{ role = "head-end", commands = 2 }"#);
+        let id = request();
+        let service = FrameService::new(island.island.clone());
+        let mut octets = Vec::new();
+        for _ in 0..3 {
+            let (mut outcomes, _) = service.protect(&island.head_end, id, [1; 32], Purpose::Control, vec![plain(1, DISCONNECT)], false).await.unwrap();
+            octets.push(outcomes.remove(0).octets.unwrap());
+        }
+        assert!(octets.iter().all(|repeated| *repeated == octets[0]));
+        assert_eq!(command(&island.island, &island.head_end, DISCONNECT, &[1]).await, [Ok(())]);
+        exhausted(&command(&island.island, &island.head_end, DISCONNECT, &[1]).await[0]);
+    }
+
+    async fn frames_alone_are_never_refused_for_a_lease(island) {
+        island.deliver(&sample("generic-suite0", 1)).await;
+        let another = island.another_server().await;
+        let restarted = Arc::new(island.restarted().await);
+        let mut last = 0;
+        for server in [&island.island, &island.island, &another, &island.island, &another, &restarted] {
+            let counter = get(server, &island.head_end, false).await.unwrap();
+            assert!(counter > last, "I4");
+            last = counter;
+        }
+    }
+
+    async fn a_lease_is_known_to_the_server_that_dealt_it_with_its_end(island) {
+        island.deliver(&sample("generic-suite0", 1)).await;
+        let server = &island.island;
+        get(server, &island.head_end, false).await.unwrap();
+        let written = generation(&island).await;
+        // The chunk was reserved for frames: one write says that it is lent now, and the next leases write nothing.
+        lease(server, UnixMillis(1)).await;
+        assert_eq!(generation(&island).await, written + 1);
+        let last = lease(server, Island::now().after(60_000)).await.last();
+        assert_eq!(generation(&island).await, written + 1);
+        assert!(refused(get(server, &island.head_end, false).await).contains("holds a live counter lease"));
+        let counter = get(server, &island.head_end, true).await.unwrap();
+        assert!(counter > last, "I4");
+        // It is superseded now, and one that has ended is nobody's hindrance.
+        assert_eq!(get(server, &island.head_end, false).await.unwrap(), counter + 1);
+        lease(server, UnixMillis(1)).await;
+        get(server, &island.head_end, false).await.unwrap();
+        assert_eq!(generation(&island).await, written + 1);
+    }
+
+    async fn a_lease_of_another_server_is_known_and_can_be_superseded(island) {
+        island.deliver(&sample("generic-suite0", 1)).await;
+        let (one, another) = (&island.island, island.another_server().await);
+        let lent = lease(one, Island::now().after(60_000)).await;
+        assert!(refused(get(&another, &island.head_end, false).await).contains("another server"));
+        let counter = get(&another, &island.head_end, true).await.unwrap();
+        assert!(counter > lent.last(), "I4");
+        // The lease has ended for all of them, the one that dealt it included.
+        let after = get(&another, &island.head_end, false).await.unwrap();
+        assert!(get(one, &island.head_end, false).await.unwrap() > after, "I4");
+        get(&another, &island.head_end, false).await.unwrap();
+        // A lease from a chunk that another server reserved for frames.
+        lease(one, UnixMillis(1)).await;
+        assert!(refused(get(&another, &island.head_end, false).await).contains("supersede_lease"));
+    }
+
+    async fn a_lease_is_known_after_a_restart(island) {
+        island.deliver(&sample("generic-suite0", 1)).await;
+        lease(&island.island, Island::now().after(60_000)).await;
+        let restarted = Arc::new(island.restarted().await);
+        assert!(refused(get(&restarted, &island.head_end, false).await).contains("before its last start"));
+        get(&restarted, &island.head_end, true).await.unwrap();
+        get(&restarted, &island.head_end, false).await.unwrap();
+    }
+}
