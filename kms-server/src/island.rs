@@ -1,6 +1,7 @@
 //! What the use cases of one island share: its tokens, database, policies, profiles and writer (I7: one of these an island).
 
 use std::{
+    collections::HashSet,
     sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -87,6 +88,29 @@ impl Island {
     }
 }
 
+impl Island {
+    /// Every client system title that is known: those of principals, enabled or not, and those that device profiles name. No meter may have one
+    /// of them (I4). It is read beside the writer, so what is used later is checked again in the transaction that uses it.
+    ///
+    /// # Errors
+    /// A principal's row was tampered with, or the database is away.
+    pub async fn client_titles(&self) -> Result<HashSet<SystemTitle>, ServiceError> {
+        let of_profiles = self.profiles.all().into_iter().flat_map(|profile| profile.clients.iter().filter_map(|client| client.system_title));
+        let mut titles: HashSet<SystemTitle> = of_profiles.collect();
+        let mut after: Option<Vec<u8>> = None;
+        loop {
+            let page = self.store.sealed_page(RowKind::Principal, after.as_deref(), PRINCIPALS_AT_ONCE).await?;
+            let Some((last, _)) = page.last() else { return Ok(titles) };
+            after = Some(last.clone());
+            for (name, row) in page {
+                let id = std::str::from_utf8(&name).ok().and_then(|uri| PrincipalId::parse(uri).ok());
+                let id = id.ok_or_else(|| ServiceError::Internal("a principal's row has no principal's name".to_owned()))?;
+                titles.extend(&self.committer.open_principal(&id, &row)?.client_titles);
+            }
+        }
+    }
+}
+
 /// What policies know of a principal.
 pub fn facts(principal: &kms_domain::Principal) -> PrincipalFacts {
     PrincipalFacts { principal: principal.id.clone(), revision: u64::from(principal.revision) }
@@ -96,3 +120,5 @@ pub fn facts(principal: &kms_domain::Principal) -> PrincipalFacts {
 pub fn principal_row(id: &PrincipalId) -> (RowKind, Vec<u8>) {
     (RowKind::Principal, id.to_string().into_bytes())
 }
+
+const PRINCIPALS_AT_ONCE: u32 = 256;

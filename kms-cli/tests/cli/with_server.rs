@@ -297,7 +297,11 @@ impl meter_service_server::MeterService for Mock {
     }
 
     async fn assign_meters(&self, _: Request<AssignMetersRequest>) -> Answer<ChangeMetersResponse> {
-        let problem = MeterProblem { meter: hex::decode("4B414D0000000002").unwrap().into(), reason: "no such meter for you".into() };
+        let problem = MeterProblem {
+            meter: hex::decode("4B414D0000000002").unwrap().into(),
+            reason: "no such meter for you".into(),
+            code: MeterProblemCode::NotPermitted.into(),
+        };
         Ok(Response::new(ChangeMetersResponse { changed: 1, problems: vec![problem], ..Default::default() }))
     }
 

@@ -11,7 +11,7 @@ mod tests;
 use std::sync::Arc;
 
 use kms_domain::{Principal, RequestId, SystemTitle};
-use kms_proto::v1;
+use kms_proto::v1::{self, MeterProblemCode as Code};
 use kms_store::{Reads, RequestKey, RequestRow, RowKind};
 use prost::Message;
 
@@ -181,8 +181,8 @@ struct Outcome {
 }
 
 impl Outcome {
-    fn problem(&mut self, meter: SystemTitle, reason: impl Into<String>) {
-        self.problems.push(v1::MeterProblem { meter: meter.octets().to_vec().into(), reason: reason.into() });
+    fn problem(&mut self, meter: SystemTitle, code: Code, reason: impl Into<String>) {
+        self.problems.push(v1::MeterProblem { meter: meter.octets().to_vec().into(), reason: reason.into(), code: code.into() });
     }
 
     fn add_to(self, response: &mut v1::ChangeMetersResponse) {

@@ -10,7 +10,7 @@ use kms_domain::{
 use kms_proto::v1;
 use kms_store::Reads;
 
-use super::{MeterService, NOT_PERMITTED, Outcome, Request, change::record};
+use super::{Code, MeterService, NOT_PERMITTED, Outcome, Request, change::record};
 use crate::{
     audit::Actor,
     authz::{Action, Caller, Resource},
@@ -92,6 +92,7 @@ impl MeterService {
         self.island.policy.load().require(&facts(&principal), &action, &Resource::Meters(&class))?;
         let groups = self.groups.resolve(&self.island, &Actor::caller(caller, Some(request.id), action.name()), &permit, &names, profile.suite).await?;
         let generated = self.generate(&recipes, meters.len()).await?;
+        let client_titles = self.island.client_titles().await?;
         let (island, enrolment, suite, other_flag_ids) = (self.island.clone(), enrolment.clone(), profile.suite, profile.other_flag_ids.clone());
         let reads = Reads { meters: meters.iter().map(|meter| meter.title).collect(), ..Reads::default() };
         self.chunk(caller, &action, request, index, reads, move |view, principal| {
@@ -101,19 +102,24 @@ impl MeterService {
                 let title = new.title;
                 let [first, second, third, ..] = title.octets();
                 if enrolment.manufacturer.octets() != [first, second, third] && !other_flag_ids.iter().any(|other| other.octets() == [first, second, third]) {
-                    outcome.problem(title, format!("it does not start with the FLAG id of {}", enrolment.manufacturer));
+                    outcome.problem(title, Code::Title, format!("it does not start with the FLAG id of {}", enrolment.manufacturer));
+                    continue;
+                }
+                // I4: under one key, frames of a client with the meter's title would repeat the nonces of the meter's own answers.
+                if client_titles.contains(&title) {
+                    outcome.problem(title, Code::Title, "it is a client title here, of a principal or a device profile");
                     continue;
                 }
                 let mut class = class.clone();
                 let Some(numbers) = new.groups.iter().map(|name| groups.get(name).copied()).collect::<Option<Vec<_>>>() else {
-                    outcome.problem(title, "a group of it is of another security suite, or the island has no room for more groups");
+                    outcome.problem(title, Code::Group, "a group of it is of another security suite, or the island has no room for more groups");
                     continue;
                 };
                 class.groups = numbers;
                 class.groups.sort_unstable();
                 if !island.policy.load().permits(&facts(principal), &Action::EnrolMeters, &Resource::Meters(&class)).is_permit() {
                     view.refuse("not permitted for a meter of the request".to_owned());
-                    outcome.problem(title, NOT_PERMITTED);
+                    outcome.problem(title, Code::NotPermitted, NOT_PERMITTED);
                     continue;
                 }
                 match view.meter(title) {
@@ -125,7 +131,7 @@ impl MeterService {
                         continue;
                     }
                     _ => {
-                        outcome.problem(title, "it is known already, as another meter or with keys of its vendor");
+                        outcome.problem(title, Code::KnownOtherwise, "it is known already, as another meter or with keys of its vendor");
                         continue;
                     }
                 }

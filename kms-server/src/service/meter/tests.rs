@@ -177,9 +177,14 @@ island_tests! {
         let groups = island.island.meter(meter(600)).await.unwrap().unwrap().class.groups.clone();
         assert_eq!(groups.iter().map(|group| group.0).collect::<Vec<_>>(), [1, 2]);
         assert_eq!(service.show(&island.officer, meter(600)).await.unwrap().groups, ["depot", "yard"]);
+        // I4: a client's title is no meter's; the code tells programs why.
+        let client = NewMeter { title: client_title(), groups: Vec::new(), ..new(800) };
+        let of_client = Enrolment { manufacturer: FlagId::parse("MMM").unwrap(), ..enrolment("generic-suite0", vec![client]) };
+        let refused = service.enrol(&island.officer, request(9), of_client).await.unwrap();
+        assert_eq!((counts(&refused), refused.problems[0].code()), ((0, 0, 1), v1::MeterProblemCode::Title));
         // Other suites have groups of their own.
         let mixed = service.enrol(&island.officer, request(8), enrolment("generic-suite2", vec![new(700)])).await.unwrap();
-        assert_eq!(counts(&mixed), (0, 0, 1));
+        assert_eq!((counts(&mixed), mixed.problems[0].code()), ((0, 0, 1), v1::MeterProblemCode::Group));
     }
 
     async fn a_retired_meter_is_the_end_of_an_identity(island) {
