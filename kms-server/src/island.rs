@@ -7,7 +7,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use kms_domain::{FingerprintKey, IslandName, PrincipalId, SystemTitle, UnixMillis};
+use kms_domain::{FingerprintKey, Group, GroupId, IslandName, PrincipalId, SystemTitle, UnixMillis};
 use kms_hsm::Hsm;
 use kms_store::{RowKind, Store};
 
@@ -89,6 +89,21 @@ impl Island {
 }
 
 impl Island {
+    /// A group as it stands in the database now, and its row's generation.
+    ///
+    /// # Errors
+    /// Its row was tampered with, or the database is away.
+    pub async fn group(&self, id: GroupId) -> Result<Option<(Arc<Group>, u64)>, ServiceError> {
+        let name = id.0.to_be_bytes();
+        let Some(row) = self.store.sealed(RowKind::Group, &name).await? else { return Ok(None) };
+        if let Ok(group) = self.committer.open_group(id, &row) {
+            return Ok(Some((group, row.generation)));
+        }
+        // It may have been written between being read and being opened: only what does not verify again was tampered with.
+        let Some(row) = self.store.sealed(RowKind::Group, &name).await? else { return Ok(None) };
+        Ok(Some((self.committer.open_group(id, &row)?, row.generation)))
+    }
+
     /// Every client system title that is known: those of principals, enabled or not, and those that device profiles name. No meter may have one
     /// of them (I4). It is read beside the writer, so what is used later is checked again in the transaction that uses it.
     ///

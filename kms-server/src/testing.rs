@@ -348,10 +348,25 @@ async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: 
         hsm,
         store,
         policy: arc_swap::ArcSwap::from_pointee(Policy::load(None).unwrap()),
-        profiles: Profiles::load(None).unwrap(),
+        profiles: Profiles::load(Some(&profiles())).unwrap(),
         committer,
         fingerprint_key,
     }
+}
+
+/// A folder with device profiles besides the shipped ones: `needs-secret`, whose meters cannot be without an LLS secret, and
+/// `diversified-broadcast`, whose groups have a diversified GBEK.
+fn profiles() -> std::path::PathBuf {
+    let folder = std::path::PathBuf::from(std::env::var(FOLDER).unwrap()).join("profiles");
+    std::fs::create_dir_all(&folder).unwrap();
+    let shipped = |wanted: &str| DeviceProfile::SHIPPED.iter().find(|(name, _)| *name == wanted).unwrap().1.replace(wanted, "NAME");
+    let secret = shipped("gateway-suite0").replace("\"LLS-SECRET\", origin = \"imported\", shipped = \"optional\"", "\"LLS-SECRET\", origin = \"imported\"");
+    let broadcast =
+        shipped("generic-suite0").replace("\"GBEK\", origin = \"generated\"", "\"GBEK\", origin = \"diversified\", owner = \"group\", shipped = \"no\"");
+    for (name, text) in [("needs-secret", secret), ("diversified-broadcast", broadcast)] {
+        std::fs::write(folder.join(format!("{name}.toml")), text.replace("NAME", name)).unwrap();
+    }
+    folder
 }
 
 const CHILD: &str = "KMS_SERVER_TEST_CHILD";

@@ -2,10 +2,12 @@
 
 mod chain;
 mod committer;
+mod owner_row;
 mod refusals;
 mod view;
 
 pub use chain::{AuditKey, AuditLeaf};
 pub(crate) use committer::event_kind;
 pub use committer::{Committed, Committer, CommitterSettings, past_record, read_record};
+pub use owner_row::OwnerRow;
 pub use view::{Actor, CounterOf, View};

@@ -7,8 +7,9 @@ use std::{
 };
 
 use kms_domain::{
-    ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterKey, CounterPlace, CounterState, Generation, Group, GroupId, IslandName, KeyType,
-    KeyVersionNumber, Lease, LiveChunk, Meter, Principal, PrincipalId, RequestId, RowId, SealKey, SecuritySetupId, SystemTitle, UnixMillis, WriterId,
+    ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterKey, CounterPlace, CounterState, DeviceType, DeviceTypeId, Generation, Group, GroupId,
+    IslandName, KeyType, KeyVersionNumber, Lease, LiveChunk, Meter, Owner, Principal, PrincipalId, RequestId, RowId, SealKey, SecuritySetupId, SystemTitle,
+    UnixMillis, WriterId,
 };
 use kms_proto::v1::{AuditRecord, audit_record::Event};
 use kms_store::{
@@ -18,6 +19,7 @@ use kms_store::{
 
 use super::{
     committer::{Chunks, Held, Seen},
+    owner_row::OwnerRow,
     refusals::Refusal,
 };
 use crate::{authz::Caller, error::ServiceError};
@@ -99,6 +101,7 @@ pub(super) enum Value {
     Meter(Arc<Meter>),
     Principal(Arc<Principal>),
     Group(Arc<Group>),
+    DeviceType(Arc<DeviceType>),
     Domain(Arc<CounterDomain>),
     Island(Arc<kms_domain::Island>),
 }
@@ -127,7 +130,7 @@ pub(super) struct Staged {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum ChunkName {
     /// Of one key version.
-    Version { meter: SystemTitle, setup: SecuritySetupId, key_type: KeyType, version: KeyVersionNumber, counter: CounterKey },
+    Version { owner: Owner, setup: SecuritySetupId, key_type: KeyType, version: KeyVersionNumber, counter: CounterKey },
     /// Of a key value that several slots share.
     Domain { domain: CounterDomainId, counter: CounterKey },
 }
@@ -135,8 +138,8 @@ pub(super) enum ChunkName {
 /// Which key version's counters a lease is for.
 #[derive(Clone, Copy, Debug)]
 pub struct CounterOf {
-    /// The meter.
-    pub meter: SystemTitle,
+    /// Whose key it is.
+    pub owner: Owner,
     /// The security setup.
     pub setup: SecuritySetupId,
     /// The encryption key: GUEK, or GBEK.
@@ -227,6 +230,49 @@ impl View<'_, '_> {
     /// See [`Self::principal`].
     pub fn put_group(&mut self, group: Group) -> Result<(), ServiceError> {
         self.put(RowId::Group(group.id), Value::Group(Arc::new(group)), false)
+    }
+
+    /// A device type.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn device_type(&mut self, id: DeviceTypeId) -> Result<Option<Arc<DeviceType>>, ServiceError> {
+        self.open(RowId::DeviceType(id)).map(|value| match value {
+            Some(Value::DeviceType(device_type)) => Some(device_type),
+            _ => None,
+        })
+    }
+
+    /// Writes a device type.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn put_device_type(&mut self, device_type: DeviceType) -> Result<(), ServiceError> {
+        self.put(RowId::DeviceType(device_type.id), Value::DeviceType(Arc::new(device_type)), false)
+    }
+
+    /// The row of an owner of keys.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn owner(&mut self, owner: Owner) -> Result<Option<OwnerRow>, ServiceError> {
+        Ok(match owner {
+            Owner::Meter(title) => self.meter(title)?.map(OwnerRow::Meter),
+            Owner::Group(id) => self.group(id)?.map(OwnerRow::Group),
+            Owner::DeviceType(id) => self.device_type(id)?.map(OwnerRow::DeviceType),
+        })
+    }
+
+    /// Writes the row of an owner whose keys changed, and nothing that search columns show.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn put_owner(&mut self, row: OwnerRow) -> Result<(), ServiceError> {
+        match row {
+            OwnerRow::Meter(meter) => self.put(RowId::Meter(meter.title), Value::Meter(meter), false),
+            OwnerRow::Group(group) => self.put(RowId::Group(group.id), Value::Group(group), false),
+            OwnerRow::DeviceType(device_type) => self.put(RowId::DeviceType(device_type.id), Value::DeviceType(device_type), false),
+        }
     }
 
     /// A counter domain.
@@ -368,7 +414,7 @@ impl View<'_, '_> {
     /// The next lease of `count` counters (I4), lent until `until`. Reserves a chunk where the one at hand is spent or superseded.
     ///
     /// # Errors
-    /// The counters are a head-end's, used up, or the meter has no such key.
+    /// The counters are a head-end's, used up, or the owner has no such key.
     pub fn lease(&mut self, of: CounterOf, count: NonZeroU32, until: UnixMillis) -> Result<Lease, ServiceError> {
         let (name, state) = self.counter(of)?;
         if let Some(lease) = self.deal(name, state.as_ref(), count, until) {
@@ -377,16 +423,16 @@ impl View<'_, '_> {
         let at_least = self.base.chunks.bound(&name);
         let chunk = self.base.chunk_size.max(ChunkSize::new(count));
         // I4: above every earlier version too, for meters that go on counting when their key changes.
-        let mut meter = self.meter(of.meter)?.ok_or_else(|| no_such_key(of))?;
-        let at_least = at_least.max(meter.slots.get(of.setup, of.key_type).map_or(0, |slot| slot.continued_counter(of.counter)));
+        let mut row = self.owner(of.owner)?.ok_or_else(|| no_such_key(of))?;
+        let at_least = at_least.max(row.slots().get(of.setup, of.key_type).map_or(0, |slot| slot.continued_counter(of.counter)));
         let (reservation, state) = match name {
             ChunkName::Version { .. } => {
-                let changed = Arc::make_mut(&mut meter);
-                let version = changed.slots.get_mut(of.setup, of.key_type).and_then(|slot| slot.version_mut(of.version)).map_err(|_| no_such_key(of))?;
+                let slot = row.slots_mut().get_mut(of.setup, of.key_type);
+                let version = slot.and_then(|slot| slot.version_mut(of.version)).map_err(|_| no_such_key(of))?;
                 let counters = version.counters_mut().map_err(counter_error)?;
                 let reservation = counters.reserve(of.counter, self.base.writer, chunk, at_least).map_err(counter_error)?;
                 let state = counters.get(of.counter).cloned();
-                self.put(RowId::Meter(of.meter), Value::Meter(meter), false)?;
+                self.put_owner(row)?;
                 (reservation, state)
             }
             ChunkName::Domain { domain: id, .. } => {
@@ -424,11 +470,11 @@ impl View<'_, '_> {
 
     /// Where a key version's counter is kept, and what the row says of it.
     fn counter(&mut self, of: CounterOf) -> Result<(ChunkName, Option<CounterState>), ServiceError> {
-        let meter = self.meter(of.meter)?.ok_or_else(|| no_such_key(of))?;
-        let version = meter.slots.get(of.setup, of.key_type).and_then(|slot| slot.version(of.version)).ok_or_else(|| no_such_key(of))?;
+        let row = self.owner(of.owner)?.ok_or_else(|| no_such_key(of))?;
+        let version = row.slots().get(of.setup, of.key_type).and_then(|slot| slot.version(of.version)).ok_or_else(|| no_such_key(of))?;
         match version.counters() {
             CounterPlace::Own(counters) => {
-                let name = ChunkName::Version { meter: of.meter, setup: of.setup, key_type: of.key_type, version: of.version, counter: of.counter };
+                let name = ChunkName::Version { owner: of.owner, setup: of.setup, key_type: of.key_type, version: of.version, counter: of.counter };
                 Ok((name, counters.get(of.counter).cloned()))
             }
             CounterPlace::Domain(id) => {
@@ -593,7 +639,7 @@ pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKey, seen
         RowId::Group(group) => Group::from_row(*group, island, body).map(|group| Value::Group(Arc::new(group))),
         RowId::CounterDomain(domain) => CounterDomain::from_row(*domain, island, body).map(|domain| Value::Domain(Arc::new(domain))),
         RowId::Island(name) => kms_domain::Island::from_row(name.clone(), body).map(|island| Value::Island(Arc::new(island))),
-        RowId::DeviceType(_) => return Err("device types are not used by this server version".to_owned()),
+        RowId::DeviceType(id) => DeviceType::from_row(*id, island, body).map(|device_type| Value::DeviceType(Arc::new(device_type))),
     }
     .map_err(|error| error.to_string())?;
     seen.note(id, generation.number());
@@ -619,8 +665,8 @@ fn not_read() -> ServiceError {
 
 fn no_such_key(of: CounterOf) -> ServiceError {
     ServiceError::FailedPrecondition {
-        reason: format!("the meter has no {} version {} in security setup {}", of.key_type, of.version, of.setup),
-        next_step: "look at the meter's slots".to_owned(),
+        reason: format!("there is no {} version {} in security setup {}", of.key_type, of.version, of.setup),
+        next_step: "look at the slots of the meter or group".to_owned(),
     }
 }
 

@@ -3,5 +3,7 @@
 mod policy;
 mod principal;
 
-pub use policy::{Action, CosemTarget, Criticality, Decision, FrameService, Policy, PolicyError, PrincipalFacts, Purpose, Resource};
+pub use policy::{
+    Action, CosemTarget, Criticality, Decision, DeviceTypeFacts, FrameService, GroupFacts, Policy, PolicyError, PrincipalFacts, Purpose, Resource,
+};
 pub use principal::Caller;

@@ -8,6 +8,8 @@ pub mod grant;
 mod group;
 pub mod init;
 pub mod meter;
+pub mod owner;
 pub mod principal;
+mod recipe;
 pub mod scrub;
 pub mod shipment;

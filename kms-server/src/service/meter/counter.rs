@@ -58,7 +58,11 @@ impl MeterService {
                         let Some(mut meter) = permitted(&island, view, principal, &Action::AdoptCounters, floor.meter, &mut outcome) else { continue };
                         let profile = island.profiles.get(&meter.class.profile).and_then(|profile| profile.setup(floor.setup));
                         let Some(counter) = profile.map(|setup| setup.counter) else {
-                            outcome.problem(floor.meter, Code::SecuritySetup, format!("its device profile `{}` has no security setup {}", meter.class.profile, floor.setup));
+                            outcome.problem(
+                                floor.meter,
+                                Code::SecuritySetup,
+                                format!("its device profile `{}` has no security setup {}", meter.class.profile, floor.setup),
+                            );
                             continue;
                         };
                         let adoption = Adoption { floor, key: counter.scope.key(floor.client_title), jump_cap: counter.jump_cap };

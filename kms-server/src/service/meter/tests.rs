@@ -39,7 +39,7 @@ impl TestIsland {
 
     async fn first_counter(&self, title: SystemTitle) -> Result<u32, ServiceError> {
         let of = CounterOf {
-            meter: title,
+            owner: kms_domain::Owner::Meter(title),
             setup: SecuritySetupId::DEFAULT,
             key_type: KeyType::GUEK,
             version: kms_domain::KeyVersionNumber::FIRST,
@@ -171,6 +171,11 @@ island_tests! {
         assert!(matches!(service.enrol(&island.head_end, request(5), enrolment("generic-suite0", vec![new(400)])).await, Err(ServiceError::PermissionDenied { .. })));
         let gateway = service.enrol(&island.officer, request(6), enrolment("gateway-suite0", vec![NewMeter { groups: Vec::new(), ..new(500) }])).await.unwrap();
         assert_eq!(counts(&gateway), (1, 0, 0));
+        // I1: a secret is not made here, so meters that need one are delivered.
+        let needs_secret = service.enrol(&island.officer, request(10), enrolment("needs-secret", vec![NewMeter { groups: Vec::new(), ..new(501) }])).await;
+        assert!(matches!(needs_secret, Err(ServiceError::FailedPrecondition { reason, .. }) if reason.contains("LLS-SECRET")));
+        let stored = island.island.meter(meter(500)).await.unwrap().unwrap();
+        assert!(stored.slots.iter().all(|slot| slot.key_type().is_aes() && slot.key_type() != KeyType::GBEK && slot.key_type() != KeyType::FIRMWARE));
         // A group's number is the same for whoever names it next, also on another server.
         let other = MeterService::new(island.another_server().await);
         other.enrol(&island.officer, request(7), enrolment("generic-suite0", vec![NewMeter { groups: vec!["yard".to_owned(), "depot".to_owned()], ..new(600) }])).await.unwrap();

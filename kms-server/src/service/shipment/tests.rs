@@ -36,7 +36,7 @@ impl TestIsland {
 
 async fn lease(island: &Island, title: SystemTitle) -> Result<kms_domain::Lease, ServiceError> {
     let of = CounterOf {
-        meter: title,
+        owner: kms_domain::Owner::Meter(title),
         setup: SecuritySetupId::DEFAULT,
         key_type: KeyType::GUEK,
         version: kms_domain::KeyVersionNumber::FIRST,
