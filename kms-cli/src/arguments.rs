@@ -35,12 +35,18 @@ pub(crate) struct GlobalArguments {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Get the keys of a meter for a session
+    /// Get the keys of a meter for a session, or of a group for broadcasts
     #[command(subcommand)]
     Session(SessionCommand),
     /// Meters: who they are, whose they are, their keys and counters
     #[command(subcommand)]
     Meter(MeterCommand),
+    /// Groups of meters: their broadcast keys
+    #[command(subcommand)]
+    Group(GroupCommand),
+    /// Device types: their firmware keys
+    #[command(subcommand)]
+    DeviceType(DeviceTypeCommand),
     /// Vendor shipments: import, watch, or make one for a trial
     #[command(subcommand)]
     Shipment(ShipmentCommand),
@@ -75,6 +81,12 @@ The shipped policies give keys to head-ends only, for meters that are assigned t
         kms --profile head-end session open 4B414D0000000001 --write-keys session.json"
     )]
     Open(OpenSession),
+    /// Get the keys of a group of meters for broadcasts, and a lease of invocation counters
+    #[command(
+        after_help = "A broadcast reaches every meter of the group, so the policies say of each group who may have its keys; the shipped ones say: nobody.\n\n\
+        Example:\n  kms --profile head-end session open-group north --client-title 4D4D4D0000000001"
+    )]
+    OpenGroup(OpenGroupSession),
 }
 
 #[derive(Args, Debug)]
@@ -82,25 +94,41 @@ pub(crate) struct OpenSession {
     /// System title of the meter, 16 hex digits
     #[arg(value_name = "METER", value_parser = system_title)]
     pub(crate) meter: SystemTitle,
+    /// Add a fresh dedicated key for the association
+    #[arg(long)]
+    pub(crate) dedicated_key: bool,
+    #[command(flatten)]
+    pub(crate) terms: Terms,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct OpenGroupSession {
+    /// Name of the group
+    #[arg(value_name = "GROUP", value_parser = group_name)]
+    pub(crate) group: String,
+    #[command(flatten)]
+    pub(crate) terms: Terms,
+}
+
+/// What is asked for.
+#[derive(Args, Debug)]
+pub(crate) struct Terms {
     /// What the keys are for
     #[arg(long, default_value = "read")]
     pub(crate) purpose: PurposeName,
     /// Client system title of the session, 16 hex digits; without one there are no counters
     #[arg(long, value_name = "HEX", value_parser = system_title)]
     pub(crate) client_title: Option<SystemTitle>,
-    /// Key types [default: GUEK,GAK]
+    /// Key types [default: GUEK,GAK of a meter, GBEK of a group]
     #[arg(long, value_name = "TYPES", value_delimiter = ',', value_parser = KeyType::parse)]
     pub(crate) key_types: Vec<KeyType>,
-    /// Add a fresh dedicated key for the association
-    #[arg(long)]
-    pub(crate) dedicated_key: bool,
     /// How many invocation counters, 1 to 1,000,000 [default: 1000]
     #[arg(long, value_name = "N", requires = "client_title", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub(crate) counters: Option<u32>,
     /// For how many seconds [default: 900]; policy caps it
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) lifetime: Option<u32>,
-    /// Security setup of the meter, 0.b.43.0.e.255 [default: the meter's first]
+    /// Security setup, 0.b.43.0.e.255 [default: the first]
     #[arg(long, value_name = "OBIS", value_parser = SecuritySetupId::parse)]
     pub(crate) security_setup: Option<SecuritySetupId>,
     /// Write the keys into a new file (JSON, mode 0600)
@@ -195,6 +223,103 @@ pub(crate) enum MeterCommand {
         #[command(flatten)]
         sure: Sure,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum GroupCommand {
+    /// List groups. A group comes into being when a shipment or an enrolment names it
+    #[command(visible_alias = "ls", after_help = "Example:\n  kms group list")]
+    List {
+        #[command(flatten)]
+        limit: Limit,
+    },
+    /// Show a group: keys, versions, counters, and who could know a key. Never key octets
+    #[command(after_help = "Example:\n  kms group show north")]
+    Show {
+        /// Name of the group
+        #[arg(value_name = "GROUP", value_parser = group_name)]
+        group: String,
+    },
+    /// Keys of groups
+    #[command(subcommand)]
+    Key(GroupKeyCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum GroupKeyCommand {
+    /// Make version 1 of a group's key, as the device profile of its members says
+    #[command(
+        after_help = "The new key is pre-active, and granted to nobody, until its members hold it: a rotation brings it to them. With --held-by-meters it\n\
+        is active at once and can be granted: say so if the members hold it, or are set up with it on site by someone who is granted it.\n\nExamples:\n  \
+        kms group key create north --type GBEK\n  kms group key create north --type GBEK --held-by-meters"
+    )]
+    Create {
+        /// Name of the group
+        #[arg(value_name = "GROUP", value_parser = group_name)]
+        group: String,
+        #[command(flatten)]
+        key: NewKey,
+        /// Device profile that says how the key is made [default: all that give groups this key, which must agree]
+        #[arg(long, value_name = "NAME", value_parser = DeviceProfileName::parse)]
+        device_profile: Option<DeviceProfileName>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DeviceTypeCommand {
+    /// List device types
+    #[command(visible_alias = "ls", after_help = "Example:\n  kms device-type list")]
+    List,
+    /// Show a device type: keys, versions, and who could know a key. Never key octets
+    #[command(after_help = "Example:\n  kms device-type show kam-gateway-3")]
+    Show {
+        /// Name of the device type
+        #[arg(value_name = "NAME", value_parser = group_name)]
+        device_type: String,
+    },
+    /// Add a device type
+    #[command(after_help = "Example:\n  kms device-type add kam-gateway-3 --manufacturer KAM --device-profile gateway-suite0")]
+    Add {
+        /// Its name: 1 to 64 of a-z, 0-9 and `-`
+        #[arg(value_name = "NAME", value_parser = group_name)]
+        device_type: String,
+        /// FLAG id, three letters
+        #[arg(long, value_name = "FLAG", value_parser = FlagId::parse)]
+        manufacturer: FlagId,
+        /// Device profile of its meters
+        #[arg(long, value_name = "NAME", value_parser = DeviceProfileName::parse)]
+        device_profile: DeviceProfileName,
+    },
+    /// Keys of device types
+    #[command(subcommand)]
+    Key(DeviceTypeKeyCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DeviceTypeKeyCommand {
+    /// Make version 1 of a device type's key, as its device profile says
+    #[command(after_help = "Example:\n  kms device-type key create kam-gateway-3 --type FIRMWARE")]
+    Create {
+        /// Name of the device type
+        #[arg(value_name = "NAME", value_parser = group_name)]
+        device_type: String,
+        #[command(flatten)]
+        key: NewKey,
+    },
+}
+
+/// A key to be made.
+#[derive(Args, Debug)]
+pub(crate) struct NewKey {
+    /// Key type, such as GBEK or FIRMWARE, or one that the device profile names
+    #[arg(long = "type", value_name = "TYPE", value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) key_type: String,
+    /// Security setup of the meters, 0.b.43.0.e.255
+    #[arg(long, value_name = "OBIS", default_value = "0.0.43.0.0.255", value_parser = SecuritySetupId::parse)]
+    pub(crate) setup: SecuritySetupId,
+    /// The meters hold the key already: make it active at once
+    #[arg(long)]
+    pub(crate) held_by_meters: bool,
 }
 
 #[derive(Args, Clone, Debug, Default, PartialEq, Eq)]
@@ -528,6 +653,13 @@ fn system_title(text: &str) -> Result<SystemTitle, String> {
         return Err("not 16 hex digits".to_owned());
     }
     SystemTitle::parse(text).map_err(|error| error.to_string())
+}
+
+fn group_name(name: &str) -> Result<String, String> {
+    let well_formed = (1..=64).contains(&name.len())
+        && name.starts_with(|first: char| first.is_ascii_lowercase())
+        && name.bytes().all(|octet| octet.is_ascii_lowercase() || octet.is_ascii_digit() || octet == b'-');
+    if well_formed { Ok(name.to_owned()) } else { Err("not 1 to 64 of a-z, 0-9 and `-`, starting with a letter".to_owned()) }
 }
 
 fn profile_name(name: &str) -> Result<String, String> {

@@ -4,9 +4,9 @@ use std::{error::Error, io, sync::Arc, time::Duration};
 
 use hyper_util::rt::TokioIo;
 use kms_proto::v1::{
-    audit_service_client::AuditServiceClient, frame_service_client::FrameServiceClient, grant_service_client::GrantServiceClient,
-    hsm_service_client::HsmServiceClient, meter_service_client::MeterServiceClient, principal_service_client::PrincipalServiceClient,
-    shipment_service_client::ShipmentServiceClient,
+    audit_service_client::AuditServiceClient, device_type_service_client::DeviceTypeServiceClient, frame_service_client::FrameServiceClient,
+    grant_service_client::GrantServiceClient, group_service_client::GroupServiceClient, hsm_service_client::HsmServiceClient,
+    meter_service_client::MeterServiceClient, principal_service_client::PrincipalServiceClient, shipment_service_client::ShipmentServiceClient,
 };
 use rustls::{
     ClientConfig, RootCertStore,
@@ -88,6 +88,16 @@ impl Connection {
     /// Meters.
     pub fn meters(&self) -> MeterServiceClient<Channel> {
         MeterServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
+    }
+
+    /// Groups of meters.
+    pub fn groups(&self) -> GroupServiceClient<Channel> {
+        GroupServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
+    }
+
+    /// Device types.
+    pub fn device_types(&self) -> DeviceTypeServiceClient<Channel> {
+        DeviceTypeServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
     }
 
     /// Vendor shipments.

@@ -7,7 +7,7 @@ use aws_lc_rs::{
     digest, hmac,
     iv::FixedLength,
 };
-use kms_domain::{GrantId, IslandName, KeyType, ParseError, PrincipalId, RequestId, SystemTitle, UnixMillis};
+use kms_domain::{GrantId, IslandName, KeyType, ParseError, PrincipalId, RequestId, UnixMillis};
 use kms_proto::v1::{self as proto, EnvelopeAlgorithm};
 use prost::Message as _;
 use zeroize::{Zeroize as _, Zeroizing};
@@ -290,10 +290,10 @@ pub enum OpenError {
         grant_id: GrantId,
     },
     /// A wrapped key does not open.
-    #[error("meter {meter}, {key_type}: the wrapped key does not open or has the wrong length")]
+    #[error("{owner}, {key_type}: the wrapped key does not open or has the wrong length")]
     Unwrap {
-        /// The meter.
-        meter: SystemTitle,
+        /// The meter or group.
+        owner: String,
         /// The key type.
         key_type: KeyType,
     },

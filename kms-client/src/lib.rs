@@ -46,7 +46,7 @@ pub use kms_domain::{
     GrantId, IslandName, KeyType, KeyVersionNumber, ParseError, PrincipalId, RequestId, Role, SecuritySetupId, SecuritySuite, SystemTitle, UnixMillis,
 };
 pub use kms_proto::v1 as proto;
-pub use manifest::{OpenedEnvelope, OpenedKey, OpenedMeter};
+pub use manifest::{OpenedEnvelope, OpenedGroup, OpenedKey, OpenedMeter};
 pub use profile::{NewProfile, Profile, ProfileError, StateDirectory};
 pub use retry::{RetryPolicy, new_request_id};
 pub use secret_key::SecretKey;

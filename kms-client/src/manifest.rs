@@ -27,6 +27,25 @@ pub struct OpenedEnvelope {
     pub not_after: UnixMillis,
     /// The keys, one entry for each meter and security setup.
     pub meters: Vec<OpenedMeter>,
+    /// The keys of groups of meters, one entry for each group and security setup.
+    pub groups: Vec<OpenedGroup>,
+}
+
+/// The keys of one security setup of a group of meters, for broadcasts.
+#[derive(Debug)]
+pub struct OpenedGroup {
+    /// The island's number for the group, from 1.
+    pub number: u64,
+    /// Its name.
+    pub name: String,
+    /// The members' security setup that the keys are of.
+    pub security_setup: SecuritySetupId,
+    /// The suite that the members use them with.
+    pub security_suite: SecuritySuite,
+    /// The keys, in the server's order.
+    pub keys: Vec<OpenedKey>,
+    /// The counters, where a client title was given and the GBEK is among the keys.
+    pub counters: Option<Counters>,
 }
 
 /// The keys of one security setup of a meter.
@@ -88,6 +107,13 @@ impl OpenedEnvelope {
         if now >= not_after {
             return Err(OpenError::Expired { not_after, now });
         }
+        let groups = manifest.groups.iter().map(|keys| OpenedGroup::parse(keys, agreement, not_after)).collect::<Result<Vec<_>, _>>()?;
+        let twice = |(at, group): (usize, &OpenedGroup)| {
+            groups.iter().take(at).any(|earlier| (earlier.number, earlier.security_setup) == (group.number, group.security_setup))
+        };
+        if groups.iter().enumerate().any(twice) {
+            return Err(OpenError::manifest("a group stands in it twice"));
+        }
         let mut known = HashSet::with_capacity(manifest.meters.len());
         let meters = manifest.meters.iter().map(|keys| {
             let meter = OpenedMeter::parse(keys, agreement, not_after)?;
@@ -97,7 +123,7 @@ impl OpenedEnvelope {
             Ok(meter)
         });
         let meters = meters.collect::<Result<_, _>>()?;
-        Ok(Self { principal, grant_id, request_id, chunk_index: manifest.chunk_index, purpose, issued, not_after, meters })
+        Ok(Self { principal, grant_id, request_id, chunk_index: manifest.chunk_index, purpose, issued, not_after, meters, groups })
     }
 
     /// Adds what another envelope of the same answer holds.
@@ -112,6 +138,12 @@ impl OpenedEnvelope {
             match self.meters.iter_mut().find(|own| own.meter == entry.meter && own.security_setup == entry.security_setup) {
                 Some(own) => own.join(entry)?,
                 None => self.meters.push(entry),
+            }
+        }
+        for entry in other.groups {
+            match self.groups.iter_mut().find(|own| own.number == entry.number && own.security_setup == entry.security_setup) {
+                Some(own) => own.join(entry)?,
+                None => self.groups.push(entry),
             }
         }
         Ok(())
@@ -139,7 +171,7 @@ impl OpenedMeter {
         let security_suite = SecuritySuite::from_number(u8::try_from(entry.security_suite).unwrap_or(u8::MAX))?;
         let mut result = Self { meter, security_setup, security_suite, keys: Vec::with_capacity(entry.keys.len()), counters: None };
         for granted in &entry.keys {
-            let key = OpenedKey::parse(granted, meter, security_suite, agreement)?;
+            let key = OpenedKey::parse(granted, &format!("meter {meter}"), security_suite, agreement)?;
             result.add(key)?;
         }
         if let Some(lease) = &entry.lease {
@@ -174,15 +206,73 @@ impl OpenedMeter {
     }
 }
 
+impl OpenedGroup {
+    /// The key of a type that the members hold as far as anyone knows.
+    pub fn key(&self, key_type: KeyType) -> Option<&OpenedKey> {
+        self.keys.iter().filter(|key| key.key_type == key_type).max_by_key(|key| (!key.in_doubt, key.version))
+    }
+
+    fn parse(entry: &proto::GroupKeys, agreement: &Agreement, not_after: UnixMillis) -> Result<Self, OpenError> {
+        let owner = format!("group {}", entry.group);
+        let refuse = |reason: &str| OpenError::manifest(format!("{owner}: {reason}"));
+        if entry.group == 0 {
+            return Err(refuse("groups are numbered from 1"));
+        }
+        let well_formed = |octet: u8| octet.is_ascii_lowercase() || octet.is_ascii_digit() || octet == b'-';
+        if !(1..=64).contains(&entry.name.len()) || !entry.name.bytes().all(well_formed) {
+            return Err(refuse("name is not 1 to 64 of a-z, 0-9 and `-`"));
+        }
+        let security_setup = match entry.security_setup.as_ref() {
+            [0, b, 43, 0, e, 255] => SecuritySetupId::from_octets([*b, *e]),
+            _ => return Err(refuse("security_setup is not the 6 octets 0.b.43.0.e.255")),
+        };
+        let security_suite = SecuritySuite::from_number(u8::try_from(entry.security_suite).unwrap_or(u8::MAX))?;
+        let mut result =
+            Self { number: entry.group, name: entry.name.clone(), security_setup, security_suite, keys: Vec::with_capacity(entry.keys.len()), counters: None };
+        for granted in &entry.keys {
+            result.add(OpenedKey::parse(granted, &owner, security_suite, agreement)?)?;
+        }
+        if let Some(lease) = &entry.lease {
+            let client_title = SystemTitle::from_octets(&lease.client_title)?;
+            let key_version = KeyVersionNumber::new(lease.key_version)?;
+            // The counters are of the broadcast key; where it came too, it must be the one that they are for.
+            if result.key(KeyType::GBEK).is_some() && !result.keys.iter().any(|key| key.key_type == KeyType::GBEK && key.version == Some(key_version)) {
+                return Err(refuse("the counter lease is for a version of the GBEK that is not in the envelope"));
+            }
+            result.counters = Some(
+                Counters::new(client_title, key_version, lease.first, lease.count, not_after)
+                    .ok_or_else(|| refuse("the counter lease is empty or runs past 32 bits"))?,
+            );
+        }
+        Ok(result)
+    }
+
+    fn add(&mut self, key: OpenedKey) -> Result<(), OpenError> {
+        if key.version.is_none() || self.keys.iter().any(|known| known.key_type == key.key_type && known.version == key.version) {
+            return Err(OpenError::manifest(format!("group {}: {} without a version, or the same version twice", self.number, key.key_type)));
+        }
+        self.keys.push(key);
+        Ok(())
+    }
+
+    fn join(&mut self, other: Self) -> Result<(), OpenError> {
+        if other.security_suite != self.security_suite || other.name != self.name || (self.counters.is_some() && other.counters.is_some()) {
+            return Err(OpenError::manifest(format!("group {}: the envelopes of one answer contradict each other", self.number)));
+        }
+        self.counters = self.counters.take().or(other.counters);
+        other.keys.into_iter().try_for_each(|key| self.add(key))
+    }
+}
+
 impl OpenedKey {
-    fn parse(granted: &proto::GrantedKey, meter: SystemTitle, suite: SecuritySuite, agreement: &Agreement) -> Result<Self, OpenError> {
+    fn parse(granted: &proto::GrantedKey, owner: &str, suite: SecuritySuite, agreement: &Agreement) -> Result<Self, OpenError> {
         let key_type = KeyType::parse(&granted.key_type)?;
         let version = match (key_type, granted.version) {
             (KeyType::DEDICATED, 0) => None,
-            (KeyType::DEDICATED, _) => return Err(OpenError::manifest(format!("meter {meter}: a dedicated key has no version"))),
+            (KeyType::DEDICATED, _) => return Err(OpenError::manifest(format!("{owner}: a dedicated key has no version"))),
             (_, number) => Some(KeyVersionNumber::new(number)?),
         };
-        let refuse = || OpenError::Unwrap { meter, key_type };
+        let refuse = || OpenError::Unwrap { owner: owner.to_owned(), key_type };
         let key = agreement.unwrap(&granted.wrapped).ok_or_else(refuse)?;
         let key = if key_type.is_aes() {
             // Keys that the suite's cipher uses have its length; those of other devices (M-Bus, firmware) may have the other one.

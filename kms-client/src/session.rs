@@ -30,8 +30,36 @@ impl Connection {
             .into_inner();
         let keys = key.open_all(&answer.envelopes, &options.clone().answering(request_id))?;
         // A session is with one meter: anything else in the envelope would be used by mistake.
-        if keys.meters.iter().any(|entry| entry.meter != meter) {
+        if keys.meters.iter().any(|entry| entry.meter != meter) || !keys.groups.is_empty() {
             return Err(OpenError::manifest("it has keys of another meter than the one asked for").into());
+        }
+        Ok(Session { keys, audit_leaf: answer.audit_leaf.to_vec() })
+    }
+
+    /// Gets the keys of a group of meters, for broadcasts, and counters under the group's GBEK: what policy permits for the group itself. Repeated
+    /// under the same request id while the server is unavailable.
+    ///
+    /// # Errors
+    /// The server refused, or the answer could not be opened.
+    pub async fn open_group_session(
+        &self,
+        key: &TransportKey,
+        request_id: RequestId,
+        group: &str,
+        terms: proto::SessionTerms,
+        options: &OpenOptions,
+    ) -> Result<Session, SessionError> {
+        let request = proto::OpenGroupSessionRequest { request_id: request_id.octets().to_vec().into(), group: group.to_owned(), terms: Some(terms) };
+        let answer = RetryPolicy::default()
+            .run(|| {
+                let (mut grants, request) = (self.grants(), request.clone());
+                async move { grants.open_group_session(request).await }
+            })
+            .await?
+            .into_inner();
+        let keys = key.open_all(&answer.envelopes, &options.clone().answering(request_id))?;
+        if !keys.meters.is_empty() || keys.groups.iter().any(|entry| entry.name != group) {
+            return Err(OpenError::manifest("it has keys of others than the group that was asked for").into());
         }
         Ok(Session { keys, audit_leaf: answer.audit_leaf.to_vec() })
     }
@@ -63,7 +91,7 @@ impl Connection {
     }
 }
 
-/// A session with one meter.
+/// A session with one meter, or the broadcast keys of one group.
 #[derive(Debug)]
 pub struct Session {
     /// The keys and counters.

@@ -1,12 +1,13 @@
 //! What the use cases of one island share: its tokens, database, policies, profiles and writer (I7: one of these an island).
 
 use std::{
+    collections::HashSet,
     sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use arc_swap::ArcSwap;
-use kms_domain::{FingerprintKey, IslandName, PrincipalId, SystemTitle, UnixMillis};
+use kms_domain::{FingerprintKey, Group, GroupId, IslandName, PrincipalId, SystemTitle, UnixMillis};
 use kms_hsm::Hsm;
 use kms_store::{RowKind, Store};
 
@@ -87,6 +88,44 @@ impl Island {
     }
 }
 
+impl Island {
+    /// A group as it stands in the database now, and its row's generation.
+    ///
+    /// # Errors
+    /// Its row was tampered with, or the database is away.
+    pub async fn group(&self, id: GroupId) -> Result<Option<(Arc<Group>, u64)>, ServiceError> {
+        let name = id.0.to_be_bytes();
+        let Some(row) = self.store.sealed(RowKind::Group, &name).await? else { return Ok(None) };
+        if let Ok(group) = self.committer.open_group(id, &row) {
+            return Ok(Some((group, row.generation)));
+        }
+        // It may have been written between being read and being opened: only what does not verify again was tampered with.
+        let Some(row) = self.store.sealed(RowKind::Group, &name).await? else { return Ok(None) };
+        Ok(Some((self.committer.open_group(id, &row)?, row.generation)))
+    }
+
+    /// Every client system title that is known: those of principals, enabled or not, and those that device profiles name. No meter may have one
+    /// of them (I4). It is read beside the writer, so what is used later is checked again in the transaction that uses it.
+    ///
+    /// # Errors
+    /// A principal's row was tampered with, or the database is away.
+    pub async fn client_titles(&self) -> Result<HashSet<SystemTitle>, ServiceError> {
+        let of_profiles = self.profiles.all().into_iter().flat_map(|profile| profile.clients.iter().filter_map(|client| client.system_title));
+        let mut titles: HashSet<SystemTitle> = of_profiles.collect();
+        let mut after: Option<Vec<u8>> = None;
+        loop {
+            let page = self.store.sealed_page(RowKind::Principal, after.as_deref(), PRINCIPALS_AT_ONCE).await?;
+            let Some((last, _)) = page.last() else { return Ok(titles) };
+            after = Some(last.clone());
+            for (name, row) in page {
+                let id = std::str::from_utf8(&name).ok().and_then(|uri| PrincipalId::parse(uri).ok());
+                let id = id.ok_or_else(|| ServiceError::Internal("a principal's row has no principal's name".to_owned()))?;
+                titles.extend(&self.committer.open_principal(&id, &row)?.client_titles);
+            }
+        }
+    }
+}
+
 /// What policies know of a principal.
 pub fn facts(principal: &kms_domain::Principal) -> PrincipalFacts {
     PrincipalFacts { principal: principal.id.clone(), revision: u64::from(principal.revision) }
@@ -101,3 +140,5 @@ pub fn quota_use_row(id: &PrincipalId) -> (RowKind, Vec<u8>) {
 pub fn principal_row(id: &PrincipalId) -> (RowKind, Vec<u8>) {
     (RowKind::Principal, id.to_string().into_bytes())
 }
+
+const PRINCIPALS_AT_ONCE: u32 = 256;

@@ -191,6 +191,17 @@ impl TestIsland {
         start.file_sha256
     }
 
+    /// The vendor's signature of a file.
+    pub(crate) fn signed(&self, file: &[u8]) -> Vec<u8> {
+        sign(&self.vendor_key, file)
+    }
+
+    /// Signs, sends and imports a file for the head-end.
+    pub(crate) async fn deliver_file(&self, file: &[u8]) -> v1::ImportShipmentResponse {
+        let sha256 = self.upload(file, &self.signed(file)).await;
+        self.import(sha256, Some(&self.head_end)).await
+    }
+
     /// What a sender announces of a file.
     pub(crate) fn start(&self, file: &[u8], signature: &[u8]) -> UploadStart {
         UploadStart {
@@ -212,6 +223,40 @@ impl TestIsland {
         let sha256 = self.upload(&file, &signature).await;
         self.import(sha256, Some(&self.head_end)).await
     }
+}
+
+/// A file that the vendor changes line by line and signs again.
+pub(crate) struct Forged {
+    pub(crate) lines: Vec<Vec<u8>>,
+}
+
+impl Forged {
+    pub(crate) fn of(file: &[u8]) -> Self {
+        Self { lines: file.split_inclusive(|octet| *octet == b'\n').map(<[u8]>::to_vec).collect() }
+    }
+
+    pub(crate) fn device(&mut self, line: usize, change: impl Fn(String) -> String) -> &mut Self {
+        let text = String::from_utf8(self.lines[line - 1].clone()).unwrap();
+        self.lines[line - 1] = change(text).into_bytes();
+        self
+    }
+
+    /// With a right trailer for what the lines are now.
+    pub(crate) fn file(&mut self) -> Vec<u8> {
+        self.lines.pop();
+        let content = self.lines.concat();
+        let devices = content.iter().filter(|octet| **octet == b'\n').count() - 1;
+        let trailer = format!("{{\"trailer\":{{\"devices\":{devices},\"sha256\":\"{}\"}}}}\n", hex::encode(sha256(&content)));
+        [content, trailer.into_bytes()].concat()
+    }
+}
+
+/// A signature of a file by the vendor.
+pub(crate) fn sign(key: &VendorKey, file: &[u8]) -> Vec<u8> {
+    use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
+    let der = <rustls_pki_types::PrivateKeyDer<'static> as rustls_pki_types::pem::PemObject>::from_pem_slice(key.private_pem().as_bytes()).unwrap();
+    let pair = EcdsaKeyPair::from_private_key_der(&ECDSA_P256_SHA256_ASN1_SIGNING, der.secret_der()).unwrap();
+    pair.sign(&aws_lc_rs::rand::SystemRandom::new(), file).unwrap().as_ref().to_vec()
 }
 
 /// As [`TestIsland::import`], on any server.
@@ -310,10 +355,25 @@ async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: 
         hsm,
         store,
         policy: arc_swap::ArcSwap::from_pointee(Policy::load(None).unwrap()),
-        profiles: Profiles::load(None).unwrap(),
+        profiles: Profiles::load(Some(&profiles())).unwrap(),
         committer,
         fingerprint_key,
     }
+}
+
+/// A folder with device profiles besides the shipped ones: `needs-secret`, whose meters cannot be without an LLS secret, and
+/// `diversified-broadcast`, whose groups have a diversified GBEK.
+fn profiles() -> std::path::PathBuf {
+    let folder = std::path::PathBuf::from(std::env::var(FOLDER).unwrap()).join("profiles");
+    std::fs::create_dir_all(&folder).unwrap();
+    let shipped = |wanted: &str| DeviceProfile::SHIPPED.iter().find(|(name, _)| *name == wanted).unwrap().1.replace(wanted, "NAME");
+    let secret = shipped("gateway-suite0").replace("\"LLS-SECRET\", origin = \"imported\", shipped = \"optional\"", "\"LLS-SECRET\", origin = \"imported\"");
+    let broadcast =
+        shipped("generic-suite0").replace("\"GBEK\", origin = \"generated\"", "\"GBEK\", origin = \"diversified\", owner = \"group\", shipped = \"no\"");
+    for (name, text) in [("needs-secret", secret), ("diversified-broadcast", broadcast)] {
+        std::fs::write(folder.join(format!("{name}.toml")), text.replace("NAME", name)).unwrap();
+    }
+    folder
 }
 
 const CHILD: &str = "KMS_SERVER_TEST_CHILD";

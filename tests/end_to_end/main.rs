@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod frames;
+mod owners;
 mod sessions;
 mod telemetry;
 

@@ -71,12 +71,13 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
         }
         Event::KeysGranted(event) => {
             let dedicated = if event.dedicated_key { " and a dedicated key" } else { "" };
+            let named = |one: &proto::GrantedMeter| if one.group > 0 { format!("group {}", one.group) } else { format!("{:016X}", one.meter) };
             let (whom, counters) = match event.meters.as_slice() {
                 [one] if one.lease_count > 0 => {
                     let last = u64::from(one.lease_first) + u64::from(one.lease_count) - 1;
-                    (format!("{:016X}", one.meter), format!(", counters {} to {last} of {}", one.lease_first, output::octets(&event.client_title)))
+                    (named(one), format!(", counters {} to {last} of {}", one.lease_first, output::octets(&event.client_title)))
                 }
-                [one] => (format!("{:016X}", one.meter), String::new()),
+                [one] => (named(one), String::new()),
                 many => (plural(many.len() as u64, "meter"), String::new()),
             };
             let purpose = output::purpose(event.purpose());
@@ -143,6 +144,12 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
                 }
             };
             ("keys destroyed", format!("{} of {whom}, kept for {}", plural(versions, "key version"), plural(event.retention_days.into(), "day")))
+        }
+        Event::KeyCreated(event) => {
+            ("key created", format!("{} version {} of {}: {}, {}", event.key_type, event.version, event.owner_name, event.state, event.origin))
+        }
+        Event::DeviceTypeAdded(event) => {
+            ("device type added", format!("{}, number {}, of {}, with {}", event.name, event.number, event.manufacturer, event.device_profile))
         }
         Event::SecurityEvent(event) => ("security event", format!("{}: {}", event.kind, event.detail)),
         Event::CeremonyHeld(event) => {

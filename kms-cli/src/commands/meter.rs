@@ -100,7 +100,14 @@ fn meter_text(meter: &proto::Meter) -> String {
         ("batch", summary.batch),
         ("generation", meter.generation.to_string()),
     ]);
-    for setup in &meter.security_setups {
+    result.push_str(&setups_text(&meter.security_setups));
+    result
+}
+
+/// Keys and counters of each security setup.
+pub(crate) fn setups_text(setups: &[proto::SecuritySetup]) -> String {
+    let mut result = String::new();
+    for setup in setups {
         result.push_str(&format!("\nsecurity setup {}\n\n", output::obis(&setup.obis)));
         let mut keys = Rows::new(&["key", "version", "state", "origin", "candidate", "duplicate", "who could know it"]).numbers(&[1]).sentences(&[6]);
         for (slot, version) in setup.slots.iter().flat_map(|slot| slot.versions.iter().map(move |version| (slot, version))) {

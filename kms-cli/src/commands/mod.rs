@@ -4,6 +4,7 @@ pub(crate) mod audit;
 pub(crate) mod grant;
 pub(crate) mod hsm;
 pub(crate) mod meter;
+pub(crate) mod owner;
 pub(crate) mod principal;
 pub(crate) mod sample;
 pub(crate) mod session;

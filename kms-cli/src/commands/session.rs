@@ -2,7 +2,11 @@
 
 use std::{io::Write as _, path::Path};
 
-use kms_client::{KeyType, OpenOptions, OpenedMeter, Session, new_request_id, proto::SessionTerms};
+use kms_client::{
+    Counters, KeyType, OpenOptions, OpenedEnvelope, OpenedGroup, OpenedKey, OpenedMeter, SecuritySetupId, Session, SystemTitle, new_request_id,
+    proto::SessionTerms,
+};
+use kms_domain::SecuritySuite;
 use kms_proto::v1::Purpose;
 use serde_json::{Value, json};
 use zeroize::Zeroizing;
@@ -10,7 +14,7 @@ use zeroize::Zeroizing;
 use super::{create, octets};
 use crate::{
     Context, Failure,
-    arguments::{OpenSession, SessionCommand},
+    arguments::{OpenGroupSession, OpenSession, SessionCommand, Terms},
     json, output,
     output::{Rows, facts},
     progress,
@@ -18,11 +22,18 @@ use crate::{
 
 pub(crate) async fn run(command: SessionCommand, context: &Context) -> Result<(), Failure> {
     match command {
-        SessionCommand::Open(arguments) => open(arguments, context).await,
+        SessionCommand::Open(OpenSession { meter, dedicated_key, terms }) => open(Target::Meter(meter), dedicated_key, terms, context).await,
+        SessionCommand::OpenGroup(OpenGroupSession { group, terms }) => open(Target::Group(group), false, terms, context).await,
     }
 }
 
-async fn open(arguments: OpenSession, context: &Context) -> Result<(), Failure> {
+/// Whose keys are asked for.
+enum Target {
+    Meter(SystemTitle),
+    Group(String),
+}
+
+async fn open(target: Target, dedicated_key: bool, arguments: Terms, context: &Context) -> Result<(), Failure> {
     if arguments.key_types.contains(&KeyType::DEDICATED) {
         return Err(Failure::usage("--key-types: a dedicated key is made for each session: ask with --dedicated-key"));
     }
@@ -33,7 +44,7 @@ async fn open(arguments: OpenSession, context: &Context) -> Result<(), Failure> 
     };
     // Before anything is granted: keys that cannot be written would be exposed for nothing.
     let file = arguments.write_keys.as_deref().map(|path| create(path, true).map(|file| (path, file))).transpose()?;
-    let result = grant(&arguments, &transport_key, context).await;
+    let result = grant(&target, dedicated_key, &arguments, &transport_key, context).await;
     let (session, written) = match (result, file) {
         (Ok(session), None) => (session, String::new()),
         (Ok(session), Some((path, mut file))) => {
@@ -65,7 +76,13 @@ fn no_transport_key(directory: &Path, context: &Context) -> Failure {
         .with_hint(format!("{choose}make one with `kms principal register-transport-key`"))
 }
 
-async fn grant(arguments: &OpenSession, transport_key: &kms_client::TransportKey, context: &Context) -> Result<Session, Failure> {
+async fn grant(
+    target: &Target,
+    dedicated_key: bool,
+    arguments: &Terms,
+    transport_key: &kms_client::TransportKey,
+    context: &Context,
+) -> Result<Session, Failure> {
     let connection = context.connect().await?;
     let terms = SessionTerms {
         purpose: Purpose::from(arguments.purpose).into(),
@@ -73,12 +90,17 @@ async fn grant(arguments: &OpenSession, transport_key: &kms_client::TransportKey
         key_types: arguments.key_types.iter().map(KeyType::to_string).collect(),
         client_title: arguments.client_title.map(|title| octets(title.octets())).unwrap_or_default(),
         counters: arguments.counters.unwrap_or_default(),
-        dedicated_key: arguments.dedicated_key,
+        dedicated_key,
         lifetime_seconds: arguments.lifetime.unwrap_or_default(),
     };
     let options = if arguments.allow_cbc_expand { OpenOptions::new().allow_cbc_expand() } else { OpenOptions::new() };
-    let session = connection.open_session(transport_key, new_request_id(), arguments.meter, terms, &options);
-    Ok(progress::waiting("waiting for the grant", session).await?)
+    let granted = async {
+        match target {
+            Target::Meter(meter) => connection.open_session(transport_key, new_request_id(), *meter, terms, &options).await,
+            Target::Group(group) => connection.open_group_session(transport_key, new_request_id(), group, terms, &options).await,
+        }
+    };
+    Ok(progress::waiting("waiting for the grant", granted).await?)
 }
 
 fn session_text(session: &Session) -> String {
@@ -93,27 +115,63 @@ fn session_text(session: &Session) -> String {
     ]);
     for meter in &keys.meters {
         text.push('\n');
-        text.push_str(&meter_text(meter));
+        text.push_str(&keys_text(vec![("meter", meter.meter.to_string())], &Keys::of_meter(meter)));
+    }
+    for group in &keys.groups {
+        text.push('\n');
+        text.push_str(&keys_text(vec![("group", group.name.clone()), ("number", group.number.to_string())], &Keys::of_group(group)));
     }
     text
 }
 
-fn meter_text(meter: &OpenedMeter) -> String {
-    let (client_title, counters) = meter.counters.as_ref().map_or_else(Default::default, |counters| {
+/// What was granted of one owner.
+struct Keys<'a> {
+    setup: SecuritySetupId,
+    suite: SecuritySuite,
+    keys: &'a [OpenedKey],
+    counters: Option<&'a Counters>,
+    /// The key type that the counters are used with.
+    counted: KeyType,
+}
+
+impl<'a> Keys<'a> {
+    const fn of_meter(meter: &'a OpenedMeter) -> Self {
+        Self {
+            setup: meter.security_setup,
+            suite: meter.security_suite,
+            keys: meter.keys.as_slice(),
+            counters: meter.counters.as_ref(),
+            counted: KeyType::GUEK,
+        }
+    }
+
+    const fn of_group(group: &'a OpenedGroup) -> Self {
+        Self {
+            setup: group.security_setup,
+            suite: group.security_suite,
+            keys: group.keys.as_slice(),
+            counters: group.counters.as_ref(),
+            counted: KeyType::GBEK,
+        }
+    }
+}
+
+fn keys_text(mut heading: Vec<(&str, String)>, granted: &Keys<'_>) -> String {
+    let (client_title, counters) = granted.counters.map_or_else(Default::default, |counters| {
         let first = counters.next().unwrap_or_default();
         let last = u64::from(first) + u64::from(counters.remaining()).saturating_sub(1);
-        let range = format!("{first} to {last}, each once, with GUEK version {}", counters.key_version());
+        let range = format!("{first} to {last}, each once, with {} version {}", granted.counted, counters.key_version());
         (counters.client_title().to_string(), range)
     });
-    let mut text = facts([
-        ("meter", meter.meter.to_string()),
-        ("security setup", meter.security_setup.to_string()),
-        ("security suite", meter.security_suite.number().to_string()),
+    heading.extend([
+        ("security setup", granted.setup.to_string()),
+        ("security suite", granted.suite.number().to_string()),
         ("client title", client_title),
         ("counters", counters),
     ]);
+    let mut text = facts(heading);
     let mut rows = Rows::new(&["key", "version", "octets", "check value", "in doubt"]).numbers(&[1, 2]);
-    for key in &meter.keys {
+    for key in granted.keys {
         rows.row([
             key.key_type.to_string(),
             key.version.map_or_else(|| "-".into(), |version| version.to_string()),
@@ -136,13 +194,26 @@ fn session_json(session: &Session) -> Value {
         "purpose": keys.purpose.as_str_name().trim_start_matches("PURPOSE_"),
         "issued": json::time(keys.issued.0),
         "not_after": json::time(keys.not_after.0),
-        "meters": keys.meters.iter().map(|meter| meter_json(meter, &|key| json!({"check_value": key.check_value().map(hex::encode_upper)}))).collect::<Vec<_>>(),
+        "meters": meters_json(keys, &check_value),
+        "groups": groups_json(keys, &check_value),
         "audit_leaf": json::octets(&session.audit_leaf),
     })
 }
 
-fn meter_json(meter: &OpenedMeter, content: &dyn Fn(&kms_client::SecretKey) -> Value) -> Value {
-    let keys = meter.keys.iter().map(|key| {
+fn check_value(key: &kms_client::SecretKey) -> Value {
+    json!({"check_value": key.check_value().map(hex::encode_upper)})
+}
+
+fn meters_json(keys: &OpenedEnvelope, content: &dyn Fn(&kms_client::SecretKey) -> Value) -> Value {
+    keys.meters.iter().map(|meter| keys_json(json!({"meter": meter.meter.to_string()}), &Keys::of_meter(meter), content)).collect()
+}
+
+fn groups_json(keys: &OpenedEnvelope, content: &dyn Fn(&kms_client::SecretKey) -> Value) -> Value {
+    keys.groups.iter().map(|group| keys_json(json!({"group": group.name, "number": group.number}), &Keys::of_group(group), content)).collect()
+}
+
+fn keys_json(mut owner: Value, granted: &Keys<'_>, content: &dyn Fn(&kms_client::SecretKey) -> Value) -> Value {
+    let keys = granted.keys.iter().map(|key| {
         let mut entry = json!({
             "key_type": key.key_type.to_string(), "version": key.version.map_or(0, kms_client::KeyVersionNumber::number), "in_doubt": key.in_doubt,
         });
@@ -151,19 +222,22 @@ fn meter_json(meter: &OpenedMeter, content: &dyn Fn(&kms_client::SecretKey) -> V
         }
         entry
     });
-    let lease = meter.counters.as_ref().map(|counters| {
+    let lease = granted.counters.map(|counters| {
         json!({
             "client_title": counters.client_title().to_string(), "key_version": counters.key_version().number(),
             "first": counters.next(), "count": counters.remaining(),
         })
     });
-    json!({
-        "meter": meter.meter.to_string(),
-        "security_setup": json::octets(&meter.security_setup.obis()),
-        "security_suite": meter.security_suite.number(),
+    let entry = json!({
+        "security_setup": json::octets(&granted.setup.obis()),
+        "security_suite": granted.suite.number(),
         "keys": keys.collect::<Vec<_>>(),
         "lease": lease,
-    })
+    });
+    if let (Some(owner), Value::Object(entry)) = (owner.as_object_mut(), entry) {
+        owner.extend(entry);
+    }
+    owner
 }
 
 /// The session with its keys in plaintext, for the one file that was asked for.
@@ -174,7 +248,8 @@ fn key_file(session: &Session) -> Result<Zeroizing<Vec<u8>>, Failure> {
         "warning": "keys in plaintext: remove this file when the session ends",
         "grant_id": json::octets(&keys.grant_id.octets()),
         "not_after": json::time(keys.not_after.0),
-        "meters": keys.meters.iter().map(|meter| meter_json(meter, &|key| json!({"key": hex::encode_upper(key.expose())}))).collect::<Vec<_>>(),
+        "meters": meters_json(keys, &|key| json!({"key": hex::encode_upper(key.expose())})),
+        "groups": groups_json(keys, &|key| json!({"key": hex::encode_upper(key.expose())})),
     });
     let mut text = serde_json::to_vec_pretty(&value).map_err(|error| Failure::failed(error.to_string()))?;
     text.push(b'\n');

@@ -172,8 +172,8 @@ impl LocalFile {
     async fn upload_rest(&self, connection: &Connection, start: &proto::UploadShipmentStart, bar: &ProgressBar) -> Result<(), UploadError> {
         let known = connection.shipments().get_shipment(proto::GetShipmentRequest { file_sha256: octets(self.sha256) }).await;
         let received = match known {
-            // An upload that ended is complete whatever came after it.
-            Ok(shipment) if !matches!(shipment.get_ref().state.as_str(), "" | "uploading") => return Ok(()),
+            // An upload that ended is complete, unless the file was refused: it may come again, with the right signature.
+            Ok(shipment) if !matches!(shipment.get_ref().state.as_str(), "" | "uploading" | "refused") => return Ok(()),
             Ok(shipment) => shipment.get_ref().received,
             Err(status) if status.code() == Code::NotFound => 0,
             Err(status) => return Err(ServerError::from(status).into()),

@@ -153,6 +153,36 @@ fn adding_a_principal_makes_its_key_here_and_a_profile_that_works() {
     assert!(text(&output.stderr).contains("not overwritten"));
 }
 
+#[test]
+fn groups_and_device_types_have_keys_of_their_own() {
+    let server = Server::start();
+    let shown = |arguments: &[&str]| {
+        let output = server.kms(arguments);
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    assert!(shown(&["group", "list"]).contains("north"));
+    let group = shown(&["group", "show", "north"]);
+    assert!(group.contains("GBEK") && group.contains("pre-active"), "{group}");
+    let made = shown(&["group", "key", "create", "north", "--type", "GBEK"]);
+    assert!(made.contains("pre-active, generated") && made.contains("rotation"), "{made}");
+    let made = shown(&["group", "key", "create", "north", "--type", "GBEK", "--setup", "0.0.43.0.0.255", "--held-by-meters"]);
+    assert!(made.contains("active, generated") && !made.contains("rotation"), "{made}");
+    let json = shown(&["--output", "json", "group", "key", "create", "north", "--type", "GBEK"]);
+    assert_eq!(serde_json::from_str::<Value>(&json).unwrap()["version"]["state"], "pre-active");
+    assert_eq!(server.kms(&["group", "show", "North"]).status.code(), Some(2));
+
+    let added = shown(&["device-type", "add", "kam-gateway", "--manufacturer", "KAM", "--device-profile", "gateway-suite0"]);
+    assert!(added.contains("kam-gateway") && added.contains("gateway-suite0"), "{added}");
+    assert!(shown(&["device-type", "list"]).contains("no device types"));
+    assert_eq!(server.kms(&["device-type", "show", "kam-gateway"]).status.code(), Some(1));
+    assert!(shown(&["device-type", "key", "create", "kam-gateway", "--type", "FIRMWARE"]).contains("FIRMWARE version 1 of kam-gateway"));
+
+    assert_eq!(server.kms(&["principal", "register-transport-key"]).status.code(), Some(0));
+    let refused = server.kms(&["session", "open-group", "north"]);
+    assert_eq!(refused.status.code(), Some(3), "{}", text(&refused.stderr));
+}
+
 fn text(octets: &[u8]) -> String {
     String::from_utf8(octets.to_vec()).unwrap()
 }
@@ -211,6 +241,8 @@ impl Server {
             .add_service(principal_service_server::PrincipalServiceServer::new(mock.clone()))
             .add_service(shipment_service_server::ShipmentServiceServer::new(mock.clone()))
             .add_service(hsm_service_server::HsmServiceServer::new(mock.clone()))
+            .add_service(group_service_server::GroupServiceServer::new(mock.clone()))
+            .add_service(device_type_service_server::DeviceTypeServiceServer::new(mock.clone()))
             .add_service(audit_service_server::AuditServiceServer::new(mock.clone()))
             .add_service(grant_service_server::GrantServiceServer::new(mock));
         runtime.spawn(router.serve_with_incoming(incoming));
@@ -297,7 +329,11 @@ impl meter_service_server::MeterService for Mock {
     }
 
     async fn assign_meters(&self, _: Request<AssignMetersRequest>) -> Answer<ChangeMetersResponse> {
-        let problem = MeterProblem { meter: hex::decode("4B414D0000000002").unwrap().into(), reason: "no such meter for you".into() };
+        let problem = MeterProblem {
+            meter: hex::decode("4B414D0000000002").unwrap().into(),
+            reason: "no such meter for you".into(),
+            code: MeterProblemCode::NotPermitted.into(),
+        };
         Ok(Response::new(ChangeMetersResponse { changed: 1, problems: vec![problem], ..Default::default() }))
     }
 
@@ -418,6 +454,53 @@ impl shipment_service_server::ShipmentService for Mock {
 }
 
 #[tonic::async_trait]
+impl group_service_server::GroupService for Mock {
+    async fn list_groups(&self, _: Request<ListGroupsRequest>) -> Answer<ListGroupsResponse> {
+        Ok(Response::new(ListGroupsResponse { groups: vec![Group { number: 7, name: "north".into(), ..Default::default() }], ..Default::default() }))
+    }
+
+    async fn show_group(&self, request: Request<ShowGroupRequest>) -> Answer<Group> {
+        let setup = SecuritySetup {
+            obis: vec![0, 0, 43, 0, 0, 255].into(),
+            slots: vec![KeySlot { key_type: "GBEK".into(), versions: vec![new_version("pre-active")] }],
+            ..Default::default()
+        };
+        Ok(Response::new(Group { number: 7, name: request.into_inner().group, security_setups: vec![setup], generation: 2, ..Default::default() }))
+    }
+
+    async fn create_group_key(&self, request: Request<CreateGroupKeyRequest>) -> Answer<CreateKeyResponse> {
+        let request = request.into_inner();
+        assert_eq!((request.group.as_str(), request.key_type.as_str(), request.request_id.len()), ("north", "GBEK", 16));
+        let state = if request.held_by_meters { "active" } else { "pre-active" };
+        Ok(Response::new(CreateKeyResponse { version: Some(new_version(state)) }))
+    }
+}
+
+fn new_version(state: &str) -> KeyVersion {
+    KeyVersion { number: 1, state: state.into(), origin: "generated".into(), ..Default::default() }
+}
+
+#[tonic::async_trait]
+impl device_type_service_server::DeviceTypeService for Mock {
+    async fn add_device_type(&self, request: Request<AddDeviceTypeRequest>) -> Answer<DeviceType> {
+        let AddDeviceTypeRequest { name, manufacturer, device_profile, .. } = request.into_inner();
+        Ok(Response::new(DeviceType { number: 3, name, manufacturer, device_profile, ..Default::default() }))
+    }
+
+    async fn list_device_types(&self, _: Request<ListDeviceTypesRequest>) -> Answer<ListDeviceTypesResponse> {
+        Ok(Response::new(ListDeviceTypesResponse::default()))
+    }
+
+    async fn show_device_type(&self, _: Request<ShowDeviceTypeRequest>) -> Answer<DeviceType> {
+        Err(Status::not_found("device type `kam-gateway` does not exist"))
+    }
+
+    async fn create_device_type_key(&self, _: Request<CreateDeviceTypeKeyRequest>) -> Answer<CreateKeyResponse> {
+        Ok(Response::new(CreateKeyResponse { version: Some(new_version("active")) }))
+    }
+}
+
+#[tonic::async_trait]
 impl hsm_service_server::HsmService for Mock {
     async fn check_hsm(&self, _: Request<CheckHsmRequest>) -> Answer<CheckHsmResponse> {
         let token = TokenCheck { label: "dev".into(), state: "unusable".into(), reason: "wrong PIN".into(), ..Default::default() };
@@ -456,6 +539,10 @@ impl grant_service_server::GrantService for Mock {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as i64;
         let envelope = seal(&shared, &request, now);
         Ok(Response::new(OpenSessionResponse { envelopes: vec![envelope], audit_leaf: vec![7; 32].into() }))
+    }
+
+    async fn open_group_session(&self, request: Request<OpenGroupSessionRequest>) -> Answer<OpenSessionResponse> {
+        Err(Status::permission_denied(format!("openGroupSession with group {} is not permitted", request.get_ref().group)))
     }
 
     type OpenSessionsStream = Steps<OpenSessionsResponse>;

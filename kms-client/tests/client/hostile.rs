@@ -1,6 +1,6 @@
 //! Envelopes that were changed, that were made for another, and genuine ones with nonsense inside.
 
-use kms_client::{KeyRequest, OpenError, OpenOptions, PrincipalId, RequestId, TransportKey, TransportKeyError, UnixMillis, proto};
+use kms_client::{KeyRequest, KeyType, OpenError, OpenOptions, PrincipalId, RequestId, TransportKey, TransportKeyError, UnixMillis, proto};
 use proptest::prelude::*;
 use prost::Message as _;
 
@@ -130,6 +130,56 @@ fn a_genuine_seal_does_not_make_nonsense_good() {
         let error = key.open(&vector.sealed(&manifest), &options()).expect_err(&format!("change {index} was accepted")).to_string();
         assert!(error.contains(named), "change {index} should name {named}: {error}");
     }
+}
+
+#[test]
+fn keys_of_a_group_are_opened_and_nonsense_is_not() {
+    let vector = Vector::load("vector.properties");
+    let key = transport_key();
+    // The worked vector's encryption key, as the broadcast key of a group.
+    let mut good = vector.manifest();
+    let of_meter = good.meters.remove(0);
+    let mut granted = of_meter.keys.iter().find(|key| key.key_type == "GUEK").unwrap().clone();
+    granted.key_type = "GBEK".into();
+    let lease = proto::CounterLease { key_version: granted.version, ..of_meter.lease.clone().unwrap() };
+    good.groups = vec![proto::GroupKeys {
+        group: 7,
+        name: "north".into(),
+        security_setup: of_meter.security_setup.clone(),
+        security_suite: of_meter.security_suite,
+        keys: vec![granted],
+        lease: Some(lease.clone()),
+    }];
+    let opened = key.open(&vector.sealed(&good), &options()).unwrap();
+    let [group] = opened.groups.as_slice() else { panic!("{opened:?}") };
+    assert!(opened.meters.is_empty());
+    assert_eq!((group.number, group.name.as_str(), group.keys.len()), (7, "north", 1));
+    assert_eq!(group.key(KeyType::GBEK).unwrap().key.expose(), vector.octets("guek"));
+    assert_eq!(group.counters.as_ref().unwrap().next(), Some(lease.first));
+
+    type Change = fn(&mut proto::GroupKeys);
+    let changes: &[(&str, Change)] = &[
+        ("numbered from 1", |group| group.group = 0),
+        ("name", |group| group.name = "../north".into()),
+        ("name", |group| group.name = String::new()),
+        ("security_setup", |group| group.security_setup = Default::default()),
+        ("security suite", |group| group.security_suite = 9),
+        ("GBEK", |group| group.security_suite = 2),
+        ("group 7", |group| group.keys.push(group.keys[0].clone())),
+        ("wrapped key", |group| group.keys[0].wrapped = vec![0; 24].into()),
+        ("dedicated", |group| group.keys[0].key_type = "DEDICATED".into()),
+        ("counter lease", |group| group.lease.as_mut().unwrap().key_version += 1),
+        ("counter lease", |group| group.lease.as_mut().unwrap().count = 0),
+    ];
+    for (index, (named, change)) in changes.iter().enumerate() {
+        let mut manifest = good.clone();
+        change(&mut manifest.groups[0]);
+        let error = key.open(&vector.sealed(&manifest), &options()).expect_err(&format!("change {index} was accepted")).to_string();
+        assert!(error.contains(named), "change {index} should name {named}: {error}");
+    }
+    let mut twice = good.clone();
+    twice.groups.push(good.groups[0].clone());
+    assert!(key.open(&vector.sealed(&twice), &options()).unwrap_err().to_string().contains("twice"));
 }
 
 fn lease(manifest: &mut proto::Manifest) -> &mut proto::CounterLease {

@@ -94,6 +94,11 @@ impl GrantService for Server {
         Ok(Response::new(proto::OpenSessionResponse { envelopes: chunk(&request.get_ref().request_id, 0).envelopes, audit_leaf: vec![7; 32].into() }))
     }
 
+    async fn open_group_session(&self, request: Request<proto::OpenGroupSessionRequest>) -> Result<Response<proto::OpenSessionResponse>, Status> {
+        // The keys of a meter, where a group was asked for.
+        Ok(Response::new(proto::OpenSessionResponse { envelopes: chunk(&request.get_ref().request_id, 0).envelopes, audit_leaf: vec![7; 32].into() }))
+    }
+
     type OpenSessionsStream = Steps<proto::OpenSessionsResponse>;
 
     async fn open_sessions(&self, request: Request<proto::OpenSessionsRequest>) -> Result<Response<Self::OpenSessionsStream>, Status> {
@@ -177,4 +182,6 @@ async fn a_session_is_asked_for_again_and_must_be_with_the_meter_that_was_asked_
     assert_eq!((session.keys.request_id, session.audit_leaf.len()), (request_id, 32));
     let other = connection.open_session(&key, request_id, meter(2), proto::SessionTerms::default(), &options()).await;
     assert!(matches!(other.unwrap_err(), SessionError::Open(_)));
+    let group = connection.open_group_session(&key, request_id, "north", proto::SessionTerms::default(), &options()).await;
+    assert!(matches!(group.unwrap_err(), SessionError::Open(_)), "keys of a meter are no answer for a group");
 }

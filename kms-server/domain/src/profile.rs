@@ -135,6 +135,9 @@ pub enum NewKeyOrigin {
     Diversified,
     /// Random.
     Generated,
+    /// Not made here: a shipment brings it. All secrets are such, and no AES key is. Modules make random keys, but none that is a length octet,
+    /// random octets and zeros (docs/formats.md, *Secrets*), and outside an HSM no secret is made (I1).
+    Imported,
 }
 
 /// Whether a vendor's shipment carries a key.
@@ -387,8 +390,19 @@ impl KeyTable {
             (Some(octets), false) => return Err(file.refuse(octets, "octets: a secret has no fixed length")),
         };
         let origin = *self.origin.get_ref();
-        if origin == NewKeyOrigin::Diversified && !key_type.is_aes() {
-            return Err(file.refuse(&self.origin, "origin: a secret cannot be diversified"));
+        match (origin, key_type.is_aes()) {
+            (NewKeyOrigin::Diversified | NewKeyOrigin::Generated, false) => {
+                return Err(file.refuse(&self.origin, "origin: a secret is not made here, only delivered by its vendor, so this must be `imported`"));
+            }
+            (NewKeyOrigin::Imported, true) => {
+                return Err(
+                    file.refuse(&self.origin, "origin: an AES key is `diversified` or `generated`; `shipped` says whether a shipment brings the first one")
+                );
+            }
+            (NewKeyOrigin::Imported, false) if self.shipped == Shipped::No => {
+                return Err(file.refuse(&self.key_type, "shipped: only a shipment brings a secret, so this cannot be `no`"));
+            }
+            _ => {}
         }
         let owner = match self.owner {
             OwnerName::Meter => OwnerKind::Meter,
@@ -515,7 +529,10 @@ mod tests {
             ("{ type = \"GUEK\"", "{ type = \"GEK\"", "key type"),
             ("{ type = \"GUEK\"", "{ type = \"KEK\"", "twice"),
             ("{ type = \"GUEK\"", "{ type = \"DEDICATED\"", "association"),
-            ("{ type = \"GUEK\"", "{ type = \"LLS-SECRET\"", "diversified"),
+            ("{ type = \"GUEK\"", "{ type = \"LLS-SECRET\"", "imported"),
+            ("{ type = \"GBEK\", origin = \"generated\"", "{ type = \"GBEK\", origin = \"imported\"", "diversified"),
+            ("{ type = \"GBEK\", origin = \"generated\"", "{ type = \"HLS-SECRET\", origin = \"generated\"", "imported"),
+            ("{ type = \"GBEK\", origin = \"generated\"", "{ type = \"HLS-SECRET\", origin = \"imported\", shipped = \"no\"", "shipped"),
             ("on_new_key = \"continue\"", "on_new_key = \"reset\"", "reset_to"),
             ("scope = \"client-title\"", "scope = \"title\"", "title"),
             ("sap = 1", "sap = 0", "sap"),

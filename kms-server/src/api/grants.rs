@@ -5,17 +5,18 @@ use std::{num::NonZeroU32, pin::Pin, sync::Arc};
 use futures::{Stream, StreamExt, stream};
 use kms_domain::{GrantId, KeyType, PrincipalId, RequestId, SecuritySetupId, SystemTitle};
 use kms_proto::v1::{
-    ListGrantsRequest, ListGrantsResponse, MeterRefusal, OpenSessionRequest, OpenSessionResponse, OpenSessionsRequest, OpenSessionsResponse,
-    RevokeGrantRequest, RevokeGrantResponse, grant_service_server::GrantService as Rpc,
+    ListGrantsRequest, ListGrantsResponse, MeterRefusal, OpenGroupSessionRequest, OpenSessionRequest, OpenSessionResponse, OpenSessionsRequest,
+    OpenSessionsResponse, RevokeGrantRequest, RevokeGrantResponse, grant_service_server::GrantService as Rpc,
 };
 use prost::Message as _;
 use tonic::{Request, Response, Status};
 
+use super::meters::parse_group_name;
 use crate::{
     authz::{Caller, Purpose},
     error::ServiceError,
     island::Island,
-    service::grant::{Chunk, GrantQuery, GrantService, Granted, SessionTerms, request_digest},
+    service::grant::{Chunk, GrantQuery, GrantService, GrantTargets, Granted, SessionTerms, request_digest},
 };
 
 /// The service over gRPC.
@@ -45,8 +46,30 @@ impl Rpc for GrantApi {
             request: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
             index: 0,
             digest,
-            meters: vec![SystemTitle::from_octets(&message.meter).map_err(ServiceError::parse("meter"))?],
-            terms: Arc::new(parse_terms(message.terms)?),
+            targets: GrantTargets::Meters(vec![SystemTitle::from_octets(&message.meter).map_err(ServiceError::parse("meter"))?]),
+            terms: Arc::new(parse_terms(message.terms, &[KeyType::GUEK, KeyType::GAK])?),
+        };
+        let Granted { envelopes, refusals, leaf } = self.service.open(&caller, chunk).await?;
+        if let Some((_, error)) = refusals.into_iter().next() {
+            return Err(error.into());
+        }
+        Ok(Response::new(OpenSessionResponse { envelopes, audit_leaf: leaf.map(|leaf| leaf.0.to_vec().into()).unwrap_or_default() }))
+    }
+
+    async fn open_group_session(&self, request: Request<OpenGroupSessionRequest>) -> Result<Response<OpenSessionResponse>, Status> {
+        let caller = self.caller(&request)?;
+        let message = request.into_inner();
+        let digest = request_digest(&[b"OpenGroupSession", &OpenGroupSessionRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec()]);
+        let terms = parse_terms(message.terms, &[KeyType::GBEK])?;
+        if terms.dedicated_key {
+            return Err(ServiceError::invalid("terms.dedicated_key", "a dedicated key belongs to an association with one meter, not to a group").into());
+        }
+        let chunk = Chunk {
+            request: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
+            index: 0,
+            digest,
+            targets: GrantTargets::Group(parse_group_name(message.group, "group")?),
+            terms: Arc::new(terms),
         };
         let Granted { envelopes, refusals, leaf } = self.service.open(&caller, chunk).await?;
         if let Some((_, error)) = refusals.into_iter().next() {
@@ -63,12 +86,12 @@ impl Rpc for GrantApi {
         let first_chunk = message.first_chunk;
         let request = RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?;
         let meters = parse_meters(&message.meters)?;
-        let terms = Arc::new(parse_terms(message.terms.clone())?);
+        let terms = Arc::new(parse_terms(message.terms.clone(), &[KeyType::GUEK, KeyType::GAK])?);
         // Where the answer resumes is not part of what is asked.
         let digest = request_digest(&[b"OpenSessions", &OpenSessionsRequest { request_id: bytes::Bytes::new(), first_chunk: 0, ..message }.encode_to_vec()]);
         let chunks: Vec<Chunk> = (0..)
             .zip(meters.chunks(GrantService::CHUNK))
-            .map(|(index, meters)| Chunk { request, index, digest, meters: meters.to_vec(), terms: terms.clone() })
+            .map(|(index, meters)| Chunk { request, index, digest, targets: GrantTargets::Meters(meters.to_vec()), terms: terms.clone() })
             .collect();
         let chunk_count = u32::try_from(chunks.len()).unwrap_or(u32::MAX);
         if first_chunk >= chunk_count {
@@ -142,7 +165,7 @@ fn answer(chunk_index: u32, chunk_count: u32, granted: Granted) -> OpenSessionsR
         refusals: granted
             .refusals
             .into_iter()
-            .map(|(meter, error)| MeterRefusal { meter: meter.octets().to_vec().into(), code: error.code(), message: error.to_string() })
+            .map(|(owner, error)| MeterRefusal { meter: owner.id().to_vec().into(), code: error.code(), message: error.to_string() })
             .collect(),
         audit_leaf: granted.leaf.map(|leaf| leaf.0.to_vec().into()).unwrap_or_default(),
     }
@@ -167,10 +190,10 @@ fn parse_meters(titles: &[bytes::Bytes]) -> Result<Vec<SystemTitle>, ServiceErro
     }
 }
 
-fn parse_terms(terms: Option<kms_proto::v1::SessionTerms>) -> Result<SessionTerms, ServiceError> {
+fn parse_terms(terms: Option<kms_proto::v1::SessionTerms>, default: &[KeyType]) -> Result<SessionTerms, ServiceError> {
     let terms = terms.ok_or_else(|| ServiceError::invalid("terms", "it is missing"))?;
     let key_types = if terms.key_types.is_empty() {
-        vec![KeyType::GUEK, KeyType::GAK]
+        default.to_vec()
     } else {
         let mut key_types = Vec::with_capacity(terms.key_types.len().min(64));
         for (number, name) in terms.key_types.iter().enumerate() {

@@ -199,12 +199,7 @@ fn parse_new_meter(meter: &v1::NewMeter, index: usize) -> Result<NewMeter, Servi
         return Err(ServiceError::invalid(field("groups"), format!("{} groups; at most {MOST_GROUPS}", meter.groups.len())));
     }
     for (at, group) in meter.groups.iter().enumerate() {
-        let well_formed = (1..=64).contains(&group.len())
-            && group.starts_with(|first: char| first.is_ascii_lowercase())
-            && group.bytes().all(|octet| octet.is_ascii_lowercase() || octet.is_ascii_digit() || octet == b'-');
-        if !well_formed {
-            return Err(ServiceError::invalid(field(&format!("groups[{at}]")), "not 1 to 64 of a-z, 0-9 and `-`, starting with a letter"));
-        }
+        parse_group_name(group.clone(), &field(&format!("groups[{at}]")))?;
         if meter.groups.iter().take(at).any(|earlier| earlier == group) {
             return Err(ServiceError::invalid(field(&format!("groups[{at}]")), "it is named twice"));
         }
@@ -214,6 +209,14 @@ fn parse_new_meter(meter: &v1::NewMeter, index: usize) -> Result<NewMeter, Servi
         serial: meter.serial.clone(),
         groups: meter.groups.clone(),
     })
+}
+
+/// A group's or device type's name.
+pub(super) fn parse_group_name(name: String, field: &str) -> Result<String, ServiceError> {
+    let well_formed = (1..=64).contains(&name.len())
+        && name.starts_with(|first: char| first.is_ascii_lowercase())
+        && name.bytes().all(|octet| octet.is_ascii_lowercase() || octet.is_ascii_digit() || octet == b'-');
+    if well_formed { Ok(name) } else { Err(ServiceError::invalid(field, "not 1 to 64 of a-z, 0-9 and `-`, starting with a letter")) }
 }
 
 fn parse_principal(uri: &str, field: &str) -> Result<Option<PrincipalId>, ServiceError> {

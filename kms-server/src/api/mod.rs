@@ -6,6 +6,7 @@ pub mod grants;
 pub mod hsm;
 pub mod listener;
 pub mod meters;
+pub mod owners;
 pub mod principals;
 pub mod shipments;
 pub mod status;
@@ -14,8 +15,10 @@ pub mod tls;
 use std::sync::Arc;
 
 use kms_proto::v1::audit_service_server::AuditServiceServer;
+use kms_proto::v1::device_type_service_server::DeviceTypeServiceServer;
 use kms_proto::v1::frame_service_server::FrameServiceServer;
 use kms_proto::v1::grant_service_server::GrantServiceServer;
+use kms_proto::v1::group_service_server::GroupServiceServer;
 use kms_proto::v1::hsm_service_server::HsmServiceServer;
 use kms_proto::v1::meter_service_server::MeterServiceServer;
 use kms_proto::v1::principal_service_server::PrincipalServiceServer;
@@ -31,12 +34,15 @@ use crate::service::principal::Principals;
 pub fn routes(island: Arc<Island>, authority: CertificateAuthority, limits: &LimitsSection) -> Routes {
     let most = limits.transport().message_octets;
     let principals = Arc::new(Principals::new(Arc::clone(&island), authority, limits.principal_certificate_days));
+    let owners = owners::OwnerApi::new(Arc::clone(&island));
     Routes::new(PrincipalServiceServer::new(principals::PrincipalApi::new(principals)).max_decoding_message_size(most))
         .add_service(GrantServiceServer::new(grants::GrantApi::new(Arc::clone(&island))).max_decoding_message_size(most))
         // 1,000 frames of 65,535 octets would be 64 MiB; frames of real meters are far below.
         .add_service(FrameServiceServer::new(frames::FrameApi::new(Arc::clone(&island))).max_decoding_message_size(most))
         .add_service(ShipmentServiceServer::new(shipments::ShipmentApi::new(Arc::clone(&island))).max_decoding_message_size(most))
         .add_service(MeterServiceServer::new(meters::MeterApi::new(Arc::clone(&island))).max_decoding_message_size(most))
+        .add_service(GroupServiceServer::new(owners.clone()).max_decoding_message_size(most))
+        .add_service(DeviceTypeServiceServer::new(owners).max_decoding_message_size(most))
         .add_service(AuditServiceServer::new(audit::AuditApi::new(Arc::clone(&island))).max_decoding_message_size(most))
         .add_service(HsmServiceServer::new(hsm::HsmApi::new(island)).max_decoding_message_size(most))
         .prepare()

@@ -188,6 +188,17 @@ impl Committer {
         }
     }
 
+    /// Opens a device type's row that was read outside a transaction.
+    ///
+    /// # Errors
+    /// The row does not verify.
+    pub fn open_device_type(&self, id: kms_domain::DeviceTypeId, row: &SealedRow) -> Result<Arc<kms_domain::DeviceType>, ServiceError> {
+        match self.open(&RowId::DeviceType(id), row)? {
+            Some(Value::DeviceType(device_type)) => Ok(device_type),
+            _ => Err(ServiceError::Internal("a device type's row holds something else".to_owned())),
+        }
+    }
+
     /// Opens a counter domain's row that was read outside a transaction.
     ///
     /// # Errors
@@ -783,6 +794,7 @@ fn put_row(id: &RowId, opened: Opened, seal: &SealKey, changes: &mut Changes) ->
         Value::Meter(meter) => meter.to_row().map_err(|error| fault(error.to_string()))?,
         Value::Principal(principal) => principal.to_row().map_err(|error| fault(error.to_string()))?,
         Value::Group(group) => group.to_row().map_err(|error| fault(error.to_string()))?,
+        Value::DeviceType(device_type) => device_type.to_row().map_err(|error| fault(error.to_string()))?,
         Value::Domain(domain) => domain.to_row(),
         Value::Island(island) => island.to_row(),
         Value::QuotaUse(used) => used.to_row(),
@@ -841,6 +853,8 @@ pub(crate) const fn event_kind(event: &Event) -> u16 {
         Event::FramesProtected(_) => 23,
         Event::SecurityEvent(_) => 24,
         Event::CeremonyHeld(_) => 25,
+        Event::KeyCreated(_) => 26,
+        Event::DeviceTypeAdded(_) => 27,
         Event::KeysDestroyed(_) => 30,
     }
 }
@@ -856,7 +870,7 @@ fn refusal_of(error: &ServiceError, actor: &Actor) -> Option<Refusal> {
             action: actor.action.to_owned(),
             // Without the meter: one client that asks for many unknown meters is one line in the log, not thousands.
             reason: match error {
-                ServiceError::PermissionDenied { asked } => format!("`{}` is not permitted", asked.split(" with meter").next().unwrap_or_default()),
+                ServiceError::PermissionDenied { asked } => format!("`{}` is not permitted", asked.split(" with ").next().unwrap_or_default()),
                 other => other.to_string(),
             },
             security_event: false,

@@ -3,6 +3,7 @@
 mod chain;
 mod committer;
 mod history;
+mod owner_row;
 mod refusals;
 mod view;
 
@@ -10,4 +11,5 @@ pub use chain::{AuditKey, AuditLeaf};
 pub(crate) use committer::event_kind;
 pub use committer::{Committed, Committer, CommitterSettings, past_record, read_record};
 pub use history::RestoreSettings;
+pub use owner_row::OwnerRow;
 pub use view::{Actor, CounterOf, LiveLease, View};

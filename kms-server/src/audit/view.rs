@@ -7,9 +7,9 @@ use std::{
 };
 
 use kms_domain::{
-    ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterJump, CounterKey, CounterPlace, CounterState, CounterUse, Counters, Generation, Group,
-    GroupId, IslandName, KeyType, KeyVersionNumber, Lease, LiveChunk, Meter, Principal, PrincipalId, QuotaUse, RequestId, RowId, SealKey, SecuritySetupId,
-    SystemTitle, UnixMillis, WriterId,
+    ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterJump, CounterKey, CounterPlace, CounterState, CounterUse, Counters, DeviceType,
+    DeviceTypeId, Generation, Group, GroupId, IslandName, KeyType, KeyVersionNumber, Lease, LiveChunk, Meter, Owner, Principal, PrincipalId, QuotaUse,
+    RequestId, RowId, SealKey, SecuritySetupId, SystemTitle, UnixMillis, WriterId,
 };
 use kms_proto::v1::{AuditRecord, audit_record::Event};
 use kms_store::{
@@ -19,6 +19,7 @@ use kms_store::{
 
 use super::{
     committer::{Chunks, Held, Seen},
+    owner_row::OwnerRow,
     refusals::Refusal,
 };
 use crate::{authz::Caller, error::ServiceError, island::quota_use_row};
@@ -102,6 +103,7 @@ pub(super) enum Value {
     Meter(Arc<Meter>),
     Principal(Arc<Principal>),
     Group(Arc<Group>),
+    DeviceType(Arc<DeviceType>),
     Domain(Arc<CounterDomain>),
     Island(Arc<kms_domain::Island>),
     QuotaUse(Arc<QuotaUse>),
@@ -131,7 +133,7 @@ pub(super) struct Staged {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum ChunkName {
     /// Of one key version.
-    Version { meter: SystemTitle, setup: SecuritySetupId, key_type: KeyType, version: KeyVersionNumber, counter: CounterKey },
+    Version { owner: Owner, setup: SecuritySetupId, key_type: KeyType, version: KeyVersionNumber, counter: CounterKey },
     /// Of a key value that several slots share.
     Domain { domain: CounterDomainId, counter: CounterKey },
 }
@@ -139,8 +141,8 @@ pub(super) enum ChunkName {
 /// Which key version's counters a lease is for.
 #[derive(Clone, Copy, Debug)]
 pub struct CounterOf {
-    /// The meter.
-    pub meter: SystemTitle,
+    /// Whose key it is.
+    pub owner: Owner,
     /// The security setup.
     pub setup: SecuritySetupId,
     /// The encryption key: GUEK, or GBEK.
@@ -240,6 +242,49 @@ impl View<'_, '_> {
     /// See [`Self::principal`].
     pub fn put_group(&mut self, group: Group) -> Result<(), ServiceError> {
         self.put(RowId::Group(group.id), Value::Group(Arc::new(group)), false)
+    }
+
+    /// A device type.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn device_type(&mut self, id: DeviceTypeId) -> Result<Option<Arc<DeviceType>>, ServiceError> {
+        self.open(RowId::DeviceType(id)).map(|value| match value {
+            Some(Value::DeviceType(device_type)) => Some(device_type),
+            _ => None,
+        })
+    }
+
+    /// Writes a device type.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn put_device_type(&mut self, device_type: DeviceType) -> Result<(), ServiceError> {
+        self.put(RowId::DeviceType(device_type.id), Value::DeviceType(Arc::new(device_type)), false)
+    }
+
+    /// The row of an owner of keys.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn owner(&mut self, owner: Owner) -> Result<Option<OwnerRow>, ServiceError> {
+        Ok(match owner {
+            Owner::Meter(title) => self.meter(title)?.map(OwnerRow::Meter),
+            Owner::Group(id) => self.group(id)?.map(OwnerRow::Group),
+            Owner::DeviceType(id) => self.device_type(id)?.map(OwnerRow::DeviceType),
+        })
+    }
+
+    /// Writes the row of an owner whose keys changed, and nothing that search columns show.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn put_owner(&mut self, row: OwnerRow) -> Result<(), ServiceError> {
+        match row {
+            OwnerRow::Meter(meter) => self.put(RowId::Meter(meter.title), Value::Meter(meter), false),
+            OwnerRow::Group(group) => self.put(RowId::Group(group.id), Value::Group(group), false),
+            OwnerRow::DeviceType(device_type) => self.put(RowId::DeviceType(device_type.id), Value::DeviceType(device_type), false),
+        }
     }
 
     /// A counter domain.
@@ -412,7 +457,7 @@ impl View<'_, '_> {
     /// say that leases are dealt from it.
     ///
     /// # Errors
-    /// The counters are a head-end's, used up, or the meter has no such key.
+    /// The counters are a head-end's, used up, or the owner has no such key.
     pub fn lease(&mut self, of: CounterOf, count: NonZeroU32, until: UnixMillis) -> Result<Lease, ServiceError> {
         self.next(of, CounterUse::Lease, count, until)
     }
@@ -440,8 +485,8 @@ impl View<'_, '_> {
         let (writer, chunk) = (self.base.writer, self.base.chunk_size.max(ChunkSize::new(count)));
         // I4: above every earlier version too, for meters that go on counting when their key changes.
         let jump = self.base.jump;
-        let meter = self.meter(of.meter)?.ok_or_else(|| no_such_key(of))?;
-        let continued = meter.slots.get(of.setup, of.key_type).map_or(0, |slot| slot.continued_counter(of.counter, jump));
+        let row = self.owner(of.owner)?.ok_or_else(|| no_such_key(of))?;
+        let continued = row.slots().get(of.setup, of.key_type).map_or(0, |slot| slot.continued_counter(of.counter, jump));
         let at_least = self.base.chunks.bound(&name).max(continued);
         let (reservation, state) = self.change_counters(of, name, |counters| {
             let reservation = counters.reserve(of.counter, counter_use, writer, chunk, at_least, jump)?;
@@ -455,11 +500,11 @@ impl View<'_, '_> {
     fn change_counters<T>(&mut self, of: CounterOf, name: ChunkName, change: impl FnOnce(&mut Counters) -> Result<T, CounterError>) -> Result<T, ServiceError> {
         match name {
             ChunkName::Version { .. } => {
-                let mut meter = self.meter(of.meter)?.ok_or_else(|| no_such_key(of))?;
-                let slots = &mut Arc::make_mut(&mut meter).slots;
-                let version = slots.get_mut(of.setup, of.key_type).and_then(|slot| slot.version_mut(of.version)).map_err(|_| no_such_key(of))?;
+                let mut row = self.owner(of.owner)?.ok_or_else(|| no_such_key(of))?;
+                let slot = row.slots_mut().get_mut(of.setup, of.key_type);
+                let version = slot.and_then(|slot| slot.version_mut(of.version)).map_err(|_| no_such_key(of))?;
                 let changed = version.counters_mut().and_then(change).map_err(counter_error)?;
-                self.put(RowId::Meter(of.meter), Value::Meter(meter), false)?;
+                self.put_owner(row)?;
                 Ok(changed)
             }
             ChunkName::Domain { domain: id, .. } => {
@@ -498,11 +543,11 @@ impl View<'_, '_> {
 
     /// Where a key version's counter is kept, and what the row says of it.
     fn counter(&mut self, of: CounterOf) -> Result<(ChunkName, Option<CounterState>), ServiceError> {
-        let meter = self.meter(of.meter)?.ok_or_else(|| no_such_key(of))?;
-        let version = meter.slots.get(of.setup, of.key_type).and_then(|slot| slot.version(of.version)).ok_or_else(|| no_such_key(of))?;
+        let row = self.owner(of.owner)?.ok_or_else(|| no_such_key(of))?;
+        let version = row.slots().get(of.setup, of.key_type).and_then(|slot| slot.version(of.version)).ok_or_else(|| no_such_key(of))?;
         match version.counters() {
             CounterPlace::Own(counters) => {
-                let name = ChunkName::Version { meter: of.meter, setup: of.setup, key_type: of.key_type, version: of.version, counter: of.counter };
+                let name = ChunkName::Version { owner: of.owner, setup: of.setup, key_type: of.key_type, version: of.version, counter: of.counter };
                 Ok((name, counters.get(of.counter).cloned()))
             }
             CounterPlace::Domain(id) => {
@@ -670,7 +715,7 @@ pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKey, seen
         RowId::CounterDomain(domain) => CounterDomain::from_row(*domain, island, body).map(|domain| Value::Domain(Arc::new(domain))),
         RowId::Island(name) => kms_domain::Island::from_row(name.clone(), body).map(|island| Value::Island(Arc::new(island))),
         RowId::QuotaUse(principal) => QuotaUse::from_row(principal.clone(), body).map(|used| Value::QuotaUse(Arc::new(used))),
-        RowId::DeviceType(_) => return Err("device types are not used by this server version".to_owned()),
+        RowId::DeviceType(id) => DeviceType::from_row(*id, island, body).map(|device_type| Value::DeviceType(Arc::new(device_type))),
     }
     .map_err(|error| error.to_string())?;
     if known != Some(generation.number()) {
@@ -699,8 +744,8 @@ fn not_read() -> ServiceError {
 
 fn no_such_key(of: CounterOf) -> ServiceError {
     ServiceError::FailedPrecondition {
-        reason: format!("the meter has no {} version {} in security setup {}", of.key_type, of.version, of.setup),
-        next_step: "look at the meter's slots".to_owned(),
+        reason: format!("there is no {} version {} in security setup {}", of.key_type, of.version, of.setup),
+        next_step: "look at the slots of the meter or group".to_owned(),
     }
 }
 

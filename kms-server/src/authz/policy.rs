@@ -16,7 +16,7 @@ use cedar_policy::{
     Authorizer, Context, Entities, Entity, EntityId, EntityTypeName, EntityUid, PolicyId, PolicySet, Request, RestrictedExpression, Schema, ValidationMode,
     Validator,
 };
-use kms_domain::{IslandName, KeyType, MeterClass, ParseError, PrincipalId, Role};
+use kms_domain::{DeviceType, Group, IslandName, KeyType, MeterClass, ParseError, PrincipalId, Role};
 use kms_proto::v1;
 use miette::Diagnostic;
 
@@ -141,6 +141,28 @@ impl Policy {
                 entities.push(entity(target.clone(), attributes)?);
                 target
             }
+            Resource::Group(group) => {
+                let target = uid("MeterGroup", &group.number.to_string())?;
+                let attributes = [
+                    ("island", RestrictedExpression::new_entity_uid(uid("Island", island.as_str())?)),
+                    ("number", RestrictedExpression::new_long(i64::try_from(group.number).unwrap_or(i64::MAX))),
+                    ("name", text(&group.name)),
+                    ("security_suite", RestrictedExpression::new_long(i64::from(group.suite))),
+                ];
+                entities.push(entity(target.clone(), attributes)?);
+                target
+            }
+            Resource::DeviceType(device_type) => {
+                let target = uid("DeviceType", &device_type.name)?;
+                let attributes = [
+                    ("island", RestrictedExpression::new_entity_uid(uid("Island", island.as_str())?)),
+                    ("name", text(&device_type.name)),
+                    ("manufacturer", text(&device_type.manufacturer)),
+                    ("device_profile", text(&device_type.device_profile)),
+                ];
+                entities.push(entity(target.clone(), attributes)?);
+                target
+            }
         };
         let entities = Entities::from_entities(entities, Some(&self.schema)).map_err(EvaluationError::new)?;
         let context = Context::from_pairs(action.context()).map_err(EvaluationError::new)?;
@@ -196,10 +218,48 @@ pub enum Resource<'a> {
     Island,
     /// Meters of this class.
     Meters(&'a MeterClass),
+    /// A group of meters, as the owner of keys.
+    Group(&'a GroupFacts),
+    /// A device type, as the owner of keys.
+    DeviceType(&'a DeviceTypeFacts),
 }
 
-/// What is asked, with what policies may know about it. The schema says which actions are on meters, and which on the island; the wrong
-/// resource is denied.
+/// What policies may know about a group of meters.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct GroupFacts {
+    /// The island's number for it.
+    pub number: u64,
+    /// Its name.
+    pub name: String,
+    /// The number of its members' security suite.
+    pub suite: u8,
+}
+
+impl From<&Group> for GroupFacts {
+    fn from(group: &Group) -> Self {
+        Self { number: group.id.0, name: group.name.clone(), suite: group.suite.number() }
+    }
+}
+
+/// What policies may know about a device type.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct DeviceTypeFacts {
+    /// Its name.
+    pub name: String,
+    /// The manufacturer's FLAG id.
+    pub manufacturer: String,
+    /// The name of its device profile.
+    pub device_profile: String,
+}
+
+impl From<&DeviceType> for DeviceTypeFacts {
+    fn from(device_type: &DeviceType) -> Self {
+        Self { name: device_type.name.clone(), manufacturer: device_type.vendor.to_string(), device_profile: device_type.profile.to_string() }
+    }
+}
+
+/// What is asked, with what policies may know about it. The schema says which actions are on meters, which on groups and device types,
+/// and which on the island; the wrong resource is denied.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
     /// A key of one type, for a session with meters of a class.
@@ -212,6 +272,15 @@ pub enum Action {
         lifetime_seconds: u32,
         /// Whether a dedicated key is asked for in the same session.
         dedicated_key: bool,
+    },
+    /// A key of one type of a group, for broadcasts.
+    OpenGroupSession {
+        /// The key type.
+        key_type: KeyType,
+        /// What for.
+        purpose: Purpose,
+        /// How long the grant is wanted.
+        lifetime_seconds: u32,
     },
     /// A frame to be protected inside the HSM; once for each object that it names.
     ProtectFrame {
@@ -243,6 +312,26 @@ pub enum Action {
     ListMeters {
         /// Only those assigned to the caller.
         own: bool,
+    },
+    /// All groups, and what keys they have.
+    ListGroups,
+    /// Version 1 of a group's key.
+    CreateGroupKey {
+        /// The key type.
+        key_type: KeyType,
+        /// The members hold it already, so it is active at once.
+        held_by_meters: bool,
+    },
+    /// All device types, and what keys they have.
+    ListDeviceTypes,
+    /// A new device type.
+    AddDeviceType,
+    /// Version 1 of a device type's key.
+    CreateDeviceTypeKey {
+        /// The key type.
+        key_type: KeyType,
+        /// As above.
+        held_by_meters: bool,
     },
     /// Delivering a shipment.
     UploadShipment {
@@ -310,6 +399,7 @@ impl Action {
     pub const fn name(&self) -> &'static str {
         match self {
             Self::OpenSession { .. } => "openSession",
+            Self::OpenGroupSession { .. } => "openGroupSession",
             Self::ProtectFrame { .. } => "protectFrame",
             Self::UnprotectFrame { .. } => "unprotectFrame",
             Self::ShowMeter => "showMeter",
@@ -319,6 +409,11 @@ impl Action {
             Self::RetireMeters => "retireMeters",
             Self::ReplaceMeter => "replaceMeter",
             Self::ListMeters { .. } => "listMeters",
+            Self::ListGroups => "listGroups",
+            Self::CreateGroupKey { .. } => "createGroupKey",
+            Self::ListDeviceTypes => "listDeviceTypes",
+            Self::AddDeviceType => "addDeviceType",
+            Self::CreateDeviceTypeKey { .. } => "createDeviceTypeKey",
             Self::UploadShipment { .. } => "uploadShipment",
             Self::ImportShipment { .. } => "importShipment",
             Self::ListShipments { .. } => "listShipments",
@@ -344,6 +439,14 @@ impl Action {
                 ("lifetime_seconds", RestrictedExpression::new_long(i64::from(*lifetime_seconds))),
                 ("dedicated_key", RestrictedExpression::new_bool(*dedicated_key)),
             ],
+            Self::OpenGroupSession { key_type, purpose, lifetime_seconds } => vec![
+                ("key_type", text(&key_type.to_string())),
+                ("purpose", text(purpose.name())),
+                ("lifetime_seconds", RestrictedExpression::new_long(i64::from(*lifetime_seconds))),
+            ],
+            Self::CreateGroupKey { key_type, held_by_meters } | Self::CreateDeviceTypeKey { key_type, held_by_meters } => {
+                vec![("key_type", text(&key_type.to_string())), ("held_by_meters", RestrictedExpression::new_bool(*held_by_meters))]
+            }
             Self::ProtectFrame { service, target, purpose } => {
                 let mut pairs = vec![
                     ("service", text(service.name())),
@@ -375,6 +478,9 @@ impl Action {
             | Self::EnrolMeters
             | Self::RetireMeters
             | Self::ReplaceMeter
+            | Self::ListGroups
+            | Self::ListDeviceTypes
+            | Self::AddDeviceType
             | Self::ListPrincipals
             | Self::ListAuditRecords
             | Self::Scrub
@@ -392,6 +498,10 @@ impl fmt::Display for Action {
             Self::OpenSession { key_type, purpose, lifetime_seconds, .. } => {
                 write!(f, "openSession: {key_type} for {}, {lifetime_seconds} s", purpose.name())
             }
+            Self::OpenGroupSession { key_type, purpose, lifetime_seconds } => {
+                write!(f, "openGroupSession: {key_type} for {}, {lifetime_seconds} s", purpose.name())
+            }
+            Self::CreateGroupKey { key_type, .. } | Self::CreateDeviceTypeKey { key_type, .. } => write!(f, "{}: {key_type}", self.name()),
             Self::ProtectFrame { service, target, purpose } => {
                 write!(f, "protectFrame: {}", service.name())?;
                 if let Some(target) = target {
@@ -637,8 +747,37 @@ struct Decisions {
 struct Remembered {
     principal: PrincipalFacts,
     action: Action,
-    class: Option<MeterClass>,
+    resource: RememberedResource,
     decision: Decision,
+}
+
+/// A [`Resource`] of its own.
+enum RememberedResource {
+    Island,
+    Meters(MeterClass),
+    Group(GroupFacts),
+    DeviceType(DeviceTypeFacts),
+}
+
+impl RememberedResource {
+    fn of(resource: &Resource<'_>) -> Self {
+        match *resource {
+            Resource::Island => Self::Island,
+            Resource::Meters(class) => Self::Meters(class.clone()),
+            Resource::Group(group) => Self::Group(group.clone()),
+            Resource::DeviceType(device_type) => Self::DeviceType(device_type.clone()),
+        }
+    }
+
+    fn is(&self, resource: &Resource<'_>) -> bool {
+        match (self, resource) {
+            (Self::Island, Resource::Island) => true,
+            (Self::Meters(known), Resource::Meters(class)) => known == *class,
+            (Self::Group(known), Resource::Group(group)) => known == *group,
+            (Self::DeviceType(known), Resource::DeviceType(device_type)) => known == *device_type,
+            _ => false,
+        }
+    }
 }
 
 impl Default for Decisions {
@@ -650,13 +789,9 @@ impl Default for Decisions {
 impl Decisions {
     fn of(&self, principal: &PrincipalFacts, action: &Action, resource: &Resource<'_>, decide: impl FnOnce() -> Decision) -> Decision {
         let hash = self.hasher.hash_one((principal, action, resource));
-        let class = match resource {
-            Resource::Island => None,
-            Resource::Meters(class) => Some(*class),
-        };
         let Some(shard) = self.shards.get(hash as usize % SHARDS) else { return decide() };
         if let Some(known) = shard.read().unwrap_or_else(PoisonError::into_inner).get(&hash)
-            && known.class.as_ref() == class
+            && known.resource.is(resource)
             && known.action == *action
             && known.principal == *principal
         {
@@ -667,7 +802,7 @@ impl Decisions {
         if shard.len() >= DECISIONS_PER_SHARD {
             shard.clear();
         }
-        shard.insert(hash, Remembered { principal: principal.clone(), action: action.clone(), class: class.cloned(), decision });
+        shard.insert(hash, Remembered { principal: principal.clone(), action: action.clone(), resource: RememberedResource::of(resource), decision });
         decision
     }
 }
@@ -910,6 +1045,46 @@ mod tests {
         std::fs::remove_file(directory.path().join(Quotas::FILE)).unwrap();
         std::fs::write(directory.path().join("b.cedar"), "permit (principal == ?principal, action, resource);").unwrap();
         assert!(matches!(Policy::load(Some(directory.path())), Err(PolicyError::Template { .. })));
+    }
+
+    #[test]
+    fn keys_of_groups_and_device_types_are_decided_on_by_themselves() {
+        use Decision::{Deny, Permit};
+        let shipped = Policy::load(None).unwrap();
+        let group = GroupFacts { number: 7, name: "north".to_owned(), suite: 0 };
+        let other = GroupFacts { number: 8, ..group.clone() };
+        let device_type = DeviceTypeFacts { name: "meter-1".to_owned(), manufacturer: "KAM".to_owned(), device_profile: "gateway-suite0".to_owned() };
+        let broadcast = |key_type, purpose, lifetime_seconds| Action::OpenGroupSession { key_type, purpose, lifetime_seconds };
+        let create = Action::CreateGroupKey { key_type: KeyType::GBEK, held_by_meters: false };
+        let create_firmware = Action::CreateDeviceTypeKey { key_type: KeyType::FIRMWARE, held_by_meters: true };
+        let (hes, officer, auditor) = (facts(Role::HeadEnd, "hes-1"), facts(Role::Officer, "ada"), facts(Role::Auditor, "bo"));
+        // I8: nobody gets a group's key as shipped, also not for a meter of the group.
+        for principal in [&hes, &officer, &auditor] {
+            assert_eq!(shipped.permits(principal, &broadcast(KeyType::GBEK, Purpose::Read, 900), &Resource::Group(&group)), Deny);
+        }
+        assert_eq!(shipped.permits(&officer, &create, &Resource::Group(&group)), Permit);
+        assert_eq!(shipped.permits(&officer, &create, &Resource::Island), Deny, "the wrong resource");
+        assert_eq!(shipped.permits(&officer, &create_firmware, &Resource::DeviceType(&device_type)), Permit);
+        assert_eq!(shipped.permits(&officer, &Action::AddDeviceType, &Resource::DeviceType(&device_type)), Permit);
+        for principal in [&hes, &auditor] {
+            assert_eq!(shipped.permits(principal, &create, &Resource::Group(&group)), Deny);
+            assert_eq!(shipped.permits(principal, &create_firmware, &Resource::DeviceType(&device_type)), Deny);
+        }
+        assert_eq!(shipped.permits(&auditor, &Action::ListGroups, &Resource::Island), Permit);
+
+        // One head-end, one group; and the guards hold whatever else is permitted.
+        let mut files: Vec<_> = SHIPPED.iter().map(|(name, text)| (PathBuf::from(name), (*text).to_owned())).collect();
+        let all = "permit (principal, action == Action::\"openGroupSession\", resource == MeterGroup::\"7\");";
+        files.push((PathBuf::from("site.cedar"), all.to_owned()));
+        let policy = Policy::from_files(files).unwrap();
+        let of = |principal: &PrincipalFacts, key_type, lifetime, group| {
+            policy.permits(principal, &broadcast(key_type, Purpose::Configure, lifetime), &Resource::Group(group))
+        };
+        assert_eq!(of(&hes, KeyType::GBEK, 900, &group), Permit);
+        assert_eq!(of(&hes, KeyType::GBEK, 900, &other), Deny);
+        assert_eq!(of(&hes, KeyType::KEK, 900, &group), Deny);
+        assert_eq!(of(&hes, KeyType::GBEK, 86_401, &group), Deny);
+        assert_eq!(of(&officer, KeyType::GBEK, 900, &group), Deny);
     }
 
     #[test]

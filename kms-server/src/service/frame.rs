@@ -381,7 +381,7 @@ impl Deciding {
         let setup = past.as_ref().map_or_else(|| setup_of(&meter, frame.setup), |past| Ok(recorded_setup(past.security_setup)))?;
         let keys = frame_keys(&meter, setup)?;
         let of = CounterOf {
-            meter: meter.title,
+            owner: meter.owner(),
             setup,
             key_type: KeyType::GUEK,
             version: keys.encryption_version,

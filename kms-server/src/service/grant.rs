@@ -1,4 +1,4 @@
-//! Session grants: keys of a meter lent to a principal, for a purpose and a time, on the record.
+//! Session grants: keys of a meter, or of a group of meters, lent to a principal, for a purpose and a time, on the record.
 //!
 //! A grant is decided and recorded in one transaction (I2, I4), then carried out: the keys are wrapped for the grantee in the HSM. If that
 //! fails, the record stands, and the same request carries the same grant out later.
@@ -10,29 +10,30 @@ use std::{
 
 use aws_lc_rs::digest;
 use kms_domain::{
-    CounterKey, GrantId, KeyMaterial, KeyOrigin, KeyType, KeyVersion, KeyVersionNumber, Lease, Meter, MeterClass, Owner, ParseError, Party, Principal,
+    CounterKey, GrantId, GroupId, KeyMaterial, KeyOrigin, KeyType, KeyVersion, KeyVersionNumber, Lease, Meter, MeterClass, Owner, ParseError, Party, Principal,
     PrincipalId, RequestId, Role, SecuritySetupId, SecuritySuite, Slot, Standing, SystemTitle, UnixMillis,
 };
 use kms_hsm::{Agreement, HsmError, KeySource, Recipient, RootVersion, WrappedKey};
 use kms_proto::v1::{self, AuditRecord, GrantedMeter, KeysGranted, audit_record::Event};
-use kms_store::{AuditReference, GrantFilter, GrantRevocation, GrantRow, Reads, RequestKey, RequestRow};
+use kms_store::{AuditReference, GrantFilter, GrantRevocation, GrantRow, Reads, RequestKey, RequestRow, RowKind};
 use prost::Message as _;
 use tracing::Instrument as _;
 
+use super::group::Groups;
 use crate::{
-    audit::{Actor, AuditLeaf, CounterOf, View, past_record, read_record},
-    authz::{Action, Caller, Policy, PrincipalFacts, Purpose, Resource},
+    audit::{Actor, AuditLeaf, CounterOf, OwnerRow, View, past_record, read_record},
+    authz::{Action, Caller, GroupFacts, Policy, PrincipalFacts, Purpose, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
     telemetry::metrics,
 };
 
-/// What is asked for each meter of a request.
+/// What is asked for each meter of a request, or for a group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SessionTerms {
     /// What for.
     pub purpose: Purpose,
-    /// Which security setup; `None` is the meter's first.
+    /// Which security setup; `None` is the first that the meter or group has keys in.
     pub setup: Option<SecuritySetupId>,
     /// Which keys, each type once, at least one.
     pub key_types: Vec<KeyType>,
@@ -40,7 +41,7 @@ pub struct SessionTerms {
     pub client_title: Option<SystemTitle>,
     /// How many counters.
     pub counters: NonZeroU32,
-    /// Whether to add a fresh dedicated key.
+    /// Whether to add a fresh dedicated key; never for a group.
     pub dedicated_key: bool,
     /// How long.
     pub lifetime_seconds: u32,
@@ -66,10 +67,19 @@ pub struct Chunk {
     pub index: u32,
     /// Digest of the whole request, so that an id is not used for two.
     pub digest: [u8; 32],
-    /// The meters.
-    pub meters: Vec<SystemTitle>,
+    /// Whose keys.
+    pub targets: GrantTargets,
     /// What is asked.
     pub terms: Arc<SessionTerms>,
+}
+
+/// Whose keys are asked for.
+#[derive(Clone, Debug)]
+pub enum GrantTargets {
+    /// Those of meters.
+    Meters(Vec<SystemTitle>),
+    /// Those of a group of meters, by its name.
+    Group(String),
 }
 
 /// What a chunk was answered with.
@@ -77,8 +87,8 @@ pub struct Chunk {
 pub struct Granted {
     /// One envelope for each token that keys came from.
     pub envelopes: Vec<v1::Envelope>,
-    /// Meters that got nothing.
-    pub refusals: Vec<(SystemTitle, ServiceError)>,
+    /// Meters that got nothing, or the group.
+    pub refusals: Vec<(Owner, ServiceError)>,
     /// The leaf of the grant's audit record, if anything was granted.
     pub leaf: Option<AuditLeaf>,
 }
@@ -87,6 +97,7 @@ pub struct Granted {
 #[derive(Clone)]
 pub struct GrantService {
     island: Arc<Island>,
+    groups: Arc<Groups>,
 }
 
 impl GrantService {
@@ -94,8 +105,8 @@ impl GrantService {
     pub const CHUNK: usize = 500;
 
     /// Grants of an island.
-    pub const fn new(island: Arc<Island>) -> Self {
-        Self { island }
+    pub fn new(island: Arc<Island>) -> Self {
+        Self { island, groups: Arc::default() }
     }
 
     /// Grants what is asked for the meters of a chunk, or repeats the grant that this request got before.
@@ -104,7 +115,10 @@ impl GrantService {
     /// The caller is nobody, has no transport key, uses a client title of others or a request id twice; the grant was revoked or overtaken;
     /// HSM or database are away. What concerns single meters is in [`Granted::refusals`].
     pub async fn open(&self, caller: &Caller, chunk: Chunk) -> Result<Granted, ServiceError> {
-        let meters = chunk.meters.len();
+        let meters = match &chunk.targets {
+            GrantTargets::Meters(meters) => meters.len(),
+            GrantTargets::Group(_) => 1,
+        };
         let granted = self.decide_and_carry_out(caller, chunk).instrument(tracing::debug_span!("grant", kms.meters = meters)).await;
         if let Err(error) = &granted {
             // What refuses the request, or its only meter, refuses all of them.
@@ -115,11 +129,24 @@ impl GrantService {
 
     async fn decide_and_carry_out(&self, caller: &Caller, chunk: Chunk) -> Result<Granted, ServiceError> {
         let key = RequestKey { principal: caller.principal.clone(), request: chunk.request, chunk: chunk.index };
-        let reads = Reads { meters: chunk.meters.clone(), sealed: vec![principal_row(&caller.principal)], requests: vec![key.clone()], ..Reads::default() };
+        let mut reads = Reads { sealed: vec![principal_row(&caller.principal)], requests: vec![key.clone()], ..Reads::default() };
+        let (owners, action): (Vec<Owner>, _) = match &chunk.targets {
+            GrantTargets::Meters(meters) => {
+                reads.meters.clone_from(meters);
+                (meters.iter().copied().map(Owner::Meter).collect(), "openSession")
+            }
+            GrantTargets::Group(name) => {
+                // A name that no group has is refused like a group that the caller gets nothing of.
+                let id = self.groups.find(&self.island, name).await?.unwrap_or(NO_GROUP);
+                reads.sealed.push((RowKind::Group, id.0.to_be_bytes().to_vec()));
+                (vec![Owner::Group(id)], "openGroupSession")
+            }
+        };
         let chunk = Arc::new(chunk);
-        let actor = || Actor::caller(caller, Some(chunk.request), "openSession");
+        let actor = || Actor::caller(caller, Some(chunk.request), action);
 
-        let mut decision = Deciding { island: self.island.clone(), caller: caller.clone(), chunk: chunk.clone(), key, past: None };
+        let mut decision =
+            Deciding { island: self.island.clone(), caller: caller.clone(), chunk: chunk.clone(), owners: owners.into(), action, key, past: None };
         let mut decide = decision.clone();
         let mut committed = self.island.committer.act(actor(), reads.clone(), move |view| decide.decide(view)).await?;
         if let Decided::Replay(reference) = committed.value {
@@ -181,9 +208,9 @@ impl GrantService {
 
     /// Wraps the keys of a recorded grant for the grantee, and seals the manifest.
     async fn carry_out(&self, plan: Plan, leaf: Option<AuditLeaf>) -> Result<Granted, ServiceError> {
-        let Plan { meters, refusals, .. } = &plan;
+        let Plan { entries, refusals, .. } = &plan;
         let mut granted = Granted { envelopes: Vec::new(), refusals: refusals.clone(), leaf };
-        if meters.is_empty() {
+        if entries.is_empty() {
             metrics().grant_refused(granted.refusals.iter().map(|(_, error)| error));
             return Ok(granted);
         }
@@ -192,8 +219,9 @@ impl GrantService {
         let expiry = (plan.not_after.0 + 59_999) / 60_000 * 60_000;
         let transport = &plan.transport;
         let recipient = Recipient::new(&transport.public_point, transport.sha256, u64::try_from(expiry).unwrap_or_default()).map_err(ServiceError::from)?;
-        let sources: Vec<KeySource> = meters.iter().flat_map(|meter| meter.keys.iter().map(|key| key.source.clone())).collect();
-        let places: Vec<(usize, usize)> = meters.iter().enumerate().flat_map(|(meter, keys)| (0..keys.keys.len()).map(move |key| (meter, key))).collect();
+        let sources: Vec<KeySource> = entries.iter().flat_map(|entry| entry.keys.iter().map(|key| key.source.clone())).collect();
+        let places: Vec<(usize, usize)> =
+            entries.iter().enumerate().flat_map(|(entry, planned)| (0..planned.keys.len()).map(move |key| (entry, key))).collect();
         let groups = self.island.hsm.split_by_token(&sources)?;
         let plan = Arc::new(plan);
         for group in groups {
@@ -279,6 +307,8 @@ struct Deciding {
     island: Arc<Island>,
     caller: Caller,
     chunk: Arc<Chunk>,
+    owners: Arc<[Owner]>,
+    action: &'static str,
     key: RequestKey,
     past: Option<Arc<PastGrant>>,
 }
@@ -300,14 +330,17 @@ struct Plan {
     terms: Arc<SessionTerms>,
     issued: UnixMillis,
     not_after: UnixMillis,
-    meters: Vec<PlannedMeter>,
-    refusals: Vec<(SystemTitle, ServiceError)>,
+    /// The meters, or the group.
+    entries: Vec<PlannedKeys>,
+    refusals: Vec<(Owner, ServiceError)>,
     /// Of a replayed grant.
     leaf: Option<AuditLeaf>,
 }
 
-struct PlannedMeter {
-    title: SystemTitle,
+struct PlannedKeys {
+    owner: Owner,
+    /// A group's; empty for a meter.
+    name: String,
     setup: SecuritySetupId,
     suite: SecuritySuite,
     keys: Vec<PlannedKey>,
@@ -333,7 +366,7 @@ impl Deciding {
         if let Some(title) = terms.client_title
             && !principal.client_titles.contains(&title)
         {
-            return Err(ServiceError::denied(format!("openSession under client title {title}")));
+            return Err(ServiceError::denied(format!("{} under client title {title}", self.action)));
         }
         let past = match (view.request(&self.key)?, self.past.clone()) {
             (None, _) => None,
@@ -368,55 +401,54 @@ impl Deciding {
             request: self.chunk.request,
             index: self.chunk.index,
             terms: terms.clone(),
-            meters: Vec::with_capacity(self.chunk.meters.len()),
+            entries: Vec::with_capacity(self.owners.len()),
             refusals: Vec::new(),
             leaf: past.as_ref().map(|past| past.leaf),
         };
         let policy = self.island.policy.load();
         let mut permissions = Permissions { policy: &policy, facts: facts(&principal), terms: &terms, decided: Vec::new() };
-        for title in &self.chunk.meters {
+        for owner in self.owners.iter().copied() {
             let outcome = match &past {
-                None => self.grant(view, *title, &principal, not_after, &mut permissions),
-                Some(past) => match past.event.meters.iter().find(|granted| granted.meter == u64::from_be_bytes(title.octets())) {
-                    Some(granted) => self.repeat(view, *title, granted, &mut permissions),
+                None => self.grant(view, owner, &principal, not_after, &mut permissions),
+                Some(past) => match past.event.meters.iter().find(|granted| is_of(granted, owner)) {
+                    Some(granted) => self.repeat(view, owner, granted, &mut permissions),
                     // It was refused then, and a replay grants nothing new.
-                    None => Err(denied(*title)),
+                    None => Err(self.denied(owner)),
                 },
             };
             match outcome {
-                Ok(planned) => plan.meters.push(planned),
-                Err(error) => plan.refusals.push((*title, error)),
+                Ok(planned) => plan.entries.push(planned),
+                Err(error) => plan.refusals.push((owner, error)),
             }
         }
-        if let ([(_, error)], [_]) = (plan.refusals.as_slice(), self.chunk.meters.as_slice()) {
+        if let ([(_, error)], [_]) = (plan.refusals.as_slice(), &*self.owners) {
             return Err(error.clone());
         }
         for (_, error) in &plan.refusals {
             view.refuse(reason_of(error));
         }
-        if past.is_none() && !plan.meters.is_empty() {
+        if past.is_none() && !plan.entries.is_empty() {
             self.record(view, &plan);
         }
         Ok(Decided::Grant(Box::new(plan)))
     }
 
-    /// Decides on one meter.
+    /// Decides on one meter, or on the group.
     fn grant(
         &self,
         view: &mut View<'_, '_>,
-        title: SystemTitle,
+        owner: Owner,
         principal: &Principal,
         not_after: UnixMillis,
         permissions: &mut Permissions<'_>,
-    ) -> Result<PlannedMeter, ServiceError> {
+    ) -> Result<PlannedKeys, ServiceError> {
         let terms = &self.chunk.terms;
-        let meter = view.meter(title)?.ok_or_else(|| denied(title))?;
-        permissions.require(&meter.class, title)?;
-        let setup = terms.setup.or_else(|| meter.slots.iter().next().map(Slot::setup)).ok_or_else(|| no_key(&terms.key_types, None))?;
+        let (row, suite) = self.permitted(view, owner, permissions)?;
+        let setup = terms.setup.or_else(|| row.slots().iter().next().map(Slot::setup)).ok_or_else(|| no_key(&terms.key_types, None))?;
         let mut keys = Vec::with_capacity(terms.key_types.len() + 1);
         let mut unexposed = Vec::new();
         for key_type in &terms.key_types {
-            let slot = meter.slots.get(setup, *key_type).ok_or_else(|| no_key(&[*key_type], Some(setup)))?;
+            let slot = row.slots().get(setup, *key_type).ok_or_else(|| no_key(&[*key_type], Some(setup)))?;
             // Only the active version: a pre-active one is granted to nobody (I3), and earlier candidates are for those who probe.
             let version = slot
                 .grantable()
@@ -427,22 +459,17 @@ impl Deciding {
             if !version.exposures().iter().any(|exposure| exposure.party == party && exposure.reason == kms_domain::ExposureReason::Grant) {
                 unexposed.push((*key_type, version.number()));
             }
-            keys.push(PlannedKey {
-                key_type: *key_type,
-                version: Some(version.number()),
-                source: source(meter.owner(), slot, version)?,
-                in_doubt: slot.in_doubt(),
-            });
+            keys.push(PlannedKey { key_type: *key_type, version: Some(version.number()), source: source(owner, slot, version)?, in_doubt: slot.in_doubt() });
         }
         if terms.dedicated_key {
-            keys.push(dedicated(meter.suite));
+            keys.push(dedicated(suite));
         }
         let lease = match (
             terms.client_title,
             keys.iter().find(|key| matches!(key.key_type, KeyType::GUEK | KeyType::GBEK)).and_then(|key| Some((key.key_type, key.version?))),
         ) {
             (Some(client), Some((key_type, version))) => {
-                let of = CounterOf { meter: title, setup, key_type, version, counter: counter_key(&self.island, &meter, setup, client)? };
+                let of = CounterOf { owner, setup, key_type, version, counter: self.counter_key(&row, setup, client)? };
                 Some((client, version, view.lease(of, terms.counters, not_after)?))
             }
             _ => None,
@@ -450,56 +477,72 @@ impl Deciding {
         if !unexposed.is_empty() {
             // The first grant of a version to a principal is written into the ledger; later ones change nothing. The lease may have changed the
             // row, so it is read anew.
-            let mut meter = view.meter(title)?.ok_or_else(|| denied(title))?;
-            let changed = Arc::make_mut(&mut meter);
+            let mut changed = view.owner(owner)?.ok_or_else(|| self.denied(owner))?;
             for (key_type, version) in unexposed {
                 let version = changed
-                    .slots
+                    .slots_mut()
                     .get_mut(setup, key_type)
                     .and_then(|slot| slot.version_mut(version))
                     .map_err(|error| ServiceError::Internal(error.to_string()))?;
                 version.expose(Party::Principal(principal.id.clone()), kms_domain::ExposureReason::Grant, view.now());
             }
-            view.put_meter(changed.clone(), false)?;
+            view.put_owner(changed)?;
         }
-        Ok(PlannedMeter { title, setup, suite: meter.suite, keys, lease })
+        Ok(PlannedKeys { owner, name: name_of(&row), setup, suite, keys, lease })
+    }
+
+    /// The row and its security suite, if policy lets the caller have all keys that it asks for (I8).
+    fn permitted(&self, view: &mut View<'_, '_>, owner: Owner, permissions: &mut Permissions<'_>) -> Result<(OwnerRow, SecuritySuite), ServiceError> {
+        let row = view.owner(owner)?.ok_or_else(|| self.denied(owner))?;
+        let (permitted, suite) = match &row {
+            OwnerRow::Meter(meter) => (permissions.meter(&meter.class), meter.suite),
+            OwnerRow::Group(group) => (permissions.group(&GroupFacts::from(&**group)), group.suite),
+            // Firmware keys are lent to nobody.
+            OwnerRow::DeviceType(_) => return Err(self.denied(owner)),
+        };
+        if permitted { Ok((row, suite)) } else { Err(self.denied(owner)) }
+    }
+
+    /// The counter of a client title. That of a group's key is the title's own: a broadcast goes to meters of several profiles.
+    fn counter_key(&self, row: &OwnerRow, setup: SecuritySetupId, client: SystemTitle) -> Result<CounterKey, ServiceError> {
+        match row {
+            OwnerRow::Meter(meter) => counter_key(&self.island, meter, setup, client),
+            OwnerRow::Group(_) | OwnerRow::DeviceType(_) => Ok(CounterKey::ClientTitle(client)),
+        }
+    }
+
+    /// The same answer for what does not exist and what the caller may not have.
+    fn denied(&self, owner: Owner) -> ServiceError {
+        match (owner, &self.chunk.targets) {
+            (Owner::Meter(title), _) => denied(title),
+            (_, GrantTargets::Group(name)) => ServiceError::denied(format!("{} with group {name}", self.action)),
+            _ => ServiceError::denied(self.action),
+        }
     }
 
     /// The same again, as recorded: permitted still, the versions still grantable, the lease still the newest.
-    fn repeat(
-        &self,
-        view: &mut View<'_, '_>,
-        title: SystemTitle,
-        granted: &GrantedMeter,
-        permissions: &mut Permissions<'_>,
-    ) -> Result<PlannedMeter, ServiceError> {
+    fn repeat(&self, view: &mut View<'_, '_>, owner: Owner, granted: &GrantedMeter, permissions: &mut Permissions<'_>) -> Result<PlannedKeys, ServiceError> {
         let terms = &self.chunk.terms;
         let overtaken = |what: &str| ServiceError::Aborted {
             reason: format!("{what} since this request was answered"),
             next_step: "ask again with a new request id".to_owned(),
         };
-        let meter = view.meter(title)?.ok_or_else(|| denied(title))?;
-        permissions.require(&meter.class, title)?;
+        let (row, suite) = self.permitted(view, owner, permissions)?;
         let setup = recorded_setup(granted.security_setup);
         let mut keys = Vec::with_capacity(terms.key_types.len() + 1);
         for (key_type, number) in terms.key_types.iter().zip(&granted.versions) {
-            let slot = meter.slots.get(setup, *key_type).ok_or_else(|| overtaken("the key is gone"))?;
+            let slot = row.slots().get(setup, *key_type).ok_or_else(|| overtaken("the key is gone"))?;
             let version = slot.active().filter(|version| version.number().number() == *number).ok_or_else(|| overtaken("the key was rotated"))?;
-            keys.push(PlannedKey {
-                key_type: *key_type,
-                version: Some(version.number()),
-                source: source(meter.owner(), slot, version)?,
-                in_doubt: slot.in_doubt(),
-            });
+            keys.push(PlannedKey { key_type: *key_type, version: Some(version.number()), source: source(owner, slot, version)?, in_doubt: slot.in_doubt() });
         }
         if terms.dedicated_key {
-            keys.push(dedicated(meter.suite));
+            keys.push(dedicated(suite));
         }
         let encryption = keys.iter().find(|key| matches!(key.key_type, KeyType::GUEK | KeyType::GBEK)).and_then(|key| Some((key.key_type, key.version?)));
         let lease = match (terms.client_title, encryption) {
             (Some(client), Some((key_type, version))) if granted.lease_count > 0 => {
                 let lease = Lease { first: granted.lease_first, count: granted.lease_count };
-                let of = CounterOf { meter: title, setup, key_type, version, counter: counter_key(&self.island, &meter, setup, client)? };
+                let of = CounterOf { owner, setup, key_type, version, counter: self.counter_key(&row, setup, client)? };
                 if !view.is_live(of, lease)? {
                     return Err(overtaken("a newer lease was dealt, or the server restarted,"));
                 }
@@ -507,7 +550,7 @@ impl Deciding {
             }
             _ => None,
         };
-        Ok(PlannedMeter { title, setup, suite: meter.suite, keys, lease })
+        Ok(PlannedKeys { owner, name: name_of(&row), setup, suite, keys, lease })
     }
 
     /// I2: one record for the chunk; grant and request name it.
@@ -521,7 +564,7 @@ impl Deciding {
             key_types: terms.key_types.iter().map(ToString::to_string).collect(),
             client_title: terms.client_title.map(|title| title.octets().to_vec().into()).unwrap_or_default(),
             dedicated_key: terms.dedicated_key,
-            meters: plan.meters.iter().map(PlannedMeter::recorded).collect(),
+            meters: plan.entries.iter().map(PlannedKeys::recorded).collect(),
             chunk_index: plan.index,
         }));
         view.put_grant(GrantRow {
@@ -531,7 +574,7 @@ impl Deciding {
             issued: plan.issued,
             not_after: plan.not_after,
             audit: AuditReference { writer: view.writer(), sequence: 0 },
-            meters: u32::try_from(plan.meters.len()).unwrap_or(u32::MAX),
+            meters: u32::try_from(plan.entries.len()).unwrap_or(u32::MAX),
             revoked: None,
         });
         let expires = view.now().after(REPLAY_MS);
@@ -540,20 +583,20 @@ impl Deciding {
 }
 
 impl Plan {
-    /// The manifest of the keys at `places`, and the meters that a key could not be had for.
-    fn manifest(&self, places: &[(usize, usize)], wrapped: &[Result<WrappedKey, HsmError>]) -> (v1::Manifest, Vec<(SystemTitle, ServiceError)>) {
-        let mut failed: Vec<(SystemTitle, ServiceError)> = Vec::new();
-        let mut meters: Vec<(usize, v1::MeterKeys)> = Vec::new();
-        for ((meter, key), wrapped) in places.iter().zip(wrapped) {
-            let Some((planned, key)) = self.meters.get(*meter).and_then(|planned| Some((planned, planned.keys.get(*key)?))) else { continue };
+    /// The manifest of the keys at `places`, and the owners that a key could not be had for.
+    fn manifest(&self, places: &[(usize, usize)], wrapped: &[Result<WrappedKey, HsmError>]) -> (v1::Manifest, Vec<(Owner, ServiceError)>) {
+        let mut failed: Vec<(Owner, ServiceError)> = Vec::new();
+        let mut granted: Vec<(usize, Vec<v1::GrantedKey>)> = Vec::new();
+        for ((entry, key), wrapped) in places.iter().zip(wrapped) {
+            let Some((planned, key)) = self.entries.get(*entry).and_then(|planned| Some((planned, planned.keys.get(*key)?))) else { continue };
             match wrapped {
-                Err(error) => failed.push((planned.title, ServiceError::from(error.clone()))),
+                Err(error) => failed.push((planned.owner, ServiceError::from(error.clone()))),
                 Ok(WrappedKey(octets)) => {
-                    if meters.last().is_none_or(|(last, _)| last != meter) {
-                        meters.push((*meter, planned.keys_message()));
+                    if granted.last().is_none_or(|(last, _)| last != entry) {
+                        granted.push((*entry, Vec::with_capacity(planned.keys.len())));
                     }
-                    if let Some((_, message)) = meters.last_mut() {
-                        message.keys.push(v1::GrantedKey {
+                    if let Some((_, keys)) = granted.last_mut() {
+                        keys.push(v1::GrantedKey {
                             key_type: key.key_type.to_string(),
                             version: key.version.map_or(0, KeyVersionNumber::number),
                             wrapped: octets.clone().into(),
@@ -563,8 +606,16 @@ impl Plan {
                 }
             }
         }
-        // All or nothing for a meter.
-        meters.retain(|(meter, _)| self.meters.get(*meter).is_some_and(|planned| failed.iter().all(|(title, _)| *title != planned.title)));
+        let (mut meters, mut groups) = (Vec::new(), Vec::new());
+        for (entry, keys) in granted {
+            // All or nothing for an owner.
+            let Some(planned) = self.entries.get(entry).filter(|planned| failed.iter().all(|(owner, _)| *owner != planned.owner)) else { continue };
+            match planned.owner {
+                Owner::Meter(title) => meters.push(planned.of_meter(title, keys)),
+                Owner::Group(id) => groups.push(planned.of_group(id, keys)),
+                Owner::DeviceType(_) => {}
+            }
+        }
         let manifest = v1::Manifest {
             principal: self.principal.id.to_string(),
             grant_id: self.grant.octets().to_vec().into(),
@@ -573,31 +624,48 @@ impl Plan {
             purpose: self.terms.purpose.to_proto().into(),
             issued_ms: self.issued.0,
             not_after_ms: self.not_after.0,
-            meters: meters.into_iter().map(|(_, message)| message).collect(),
+            meters,
+            groups,
         };
         (manifest, failed)
     }
 }
 
-impl PlannedMeter {
-    fn keys_message(&self) -> v1::MeterKeys {
+impl PlannedKeys {
+    fn of_meter(&self, title: SystemTitle, keys: Vec<v1::GrantedKey>) -> v1::MeterKeys {
         v1::MeterKeys {
-            meter: self.title.octets().to_vec().into(),
+            meter: title.octets().to_vec().into(),
             security_setup: self.setup.obis().to_vec().into(),
             security_suite: u32::from(self.suite.number()),
-            keys: Vec::with_capacity(self.keys.len()),
-            lease: self.lease.map(|(client, version, lease)| v1::CounterLease {
-                client_title: client.octets().to_vec().into(),
-                key_version: version.number(),
-                first: lease.first,
-                count: lease.count,
-            }),
+            keys,
+            lease: self.lease(),
         }
+    }
+
+    fn of_group(&self, id: GroupId, keys: Vec<v1::GrantedKey>) -> v1::GroupKeys {
+        v1::GroupKeys {
+            group: id.0,
+            name: self.name.clone(),
+            security_setup: self.setup.obis().to_vec().into(),
+            security_suite: u32::from(self.suite.number()),
+            keys,
+            lease: self.lease(),
+        }
+    }
+
+    fn lease(&self) -> Option<v1::CounterLease> {
+        self.lease.map(|(client, version, lease)| v1::CounterLease {
+            client_title: client.octets().to_vec().into(),
+            key_version: version.number(),
+            first: lease.first,
+            count: lease.count,
+        })
     }
 
     fn recorded(&self) -> GrantedMeter {
         GrantedMeter {
-            meter: u64::from_be_bytes(self.title.octets()),
+            meter: if let Owner::Meter(title) = self.owner { u64::from_be_bytes(title.octets()) } else { 0 },
+            group: if let Owner::Group(GroupId(number)) = self.owner { number } else { 0 },
             versions: self.keys.iter().filter_map(|key| key.version).map(KeyVersionNumber::number).collect(),
             lease_first: self.lease.map_or(0, |(_, _, lease)| lease.first),
             lease_count: self.lease.map_or(0, |(_, _, lease)| lease.count),
@@ -616,16 +684,25 @@ struct Permissions<'a> {
 
 impl Permissions<'_> {
     /// I8: every key type that is asked for must be permitted for the meter's class.
-    fn require(&mut self, class: &MeterClass, title: SystemTitle) -> Result<(), ServiceError> {
-        let permitted = match self.decided.iter().find(|(known, _)| known == class) {
+    fn meter(&mut self, class: &MeterClass) -> bool {
+        match self.decided.iter().find(|(known, _)| known == class) {
             Some((_, permitted)) => *permitted,
             None => {
                 let permitted = self.permits(class);
                 self.decided.push((class.clone(), permitted));
                 permitted
             }
-        };
-        if permitted { Ok(()) } else { Err(denied(title)) }
+        }
+    }
+
+    /// I8: the same for the group. Nothing of its members counts here: who may have a member's keys gets no broadcast key by that.
+    fn group(&self, group: &GroupFacts) -> bool {
+        let (purpose, lifetime_seconds) = (self.terms.purpose, self.terms.lifetime_seconds);
+        !self.terms.dedicated_key
+            && self.terms.key_types.iter().all(|key_type| {
+                let action = Action::OpenGroupSession { key_type: *key_type, purpose, lifetime_seconds };
+                self.policy.permits(&self.facts, &action, &Resource::Group(group)).is_permit()
+            })
     }
 
     fn permits(&self, class: &MeterClass) -> bool {
@@ -653,6 +730,22 @@ pub fn request_digest(parts: &[&[u8]]) -> [u8; 32] {
     let mut value = [0; 32];
     value.copy_from_slice(context.finish().as_ref());
     value
+}
+
+/// Whether an entry of a grant's record is of this owner.
+fn is_of(granted: &GrantedMeter, owner: Owner) -> bool {
+    match owner {
+        Owner::Meter(title) => granted.group == 0 && granted.meter == u64::from_be_bytes(title.octets()),
+        Owner::Group(GroupId(number)) => granted.group == number,
+        Owner::DeviceType(_) => false,
+    }
+}
+
+fn name_of(row: &OwnerRow) -> String {
+    match row {
+        OwnerRow::Group(group) => group.name.clone(),
+        OwnerRow::Meter(_) | OwnerRow::DeviceType(_) => String::new(),
+    }
 }
 
 /// Where the HSM takes a key version from.
@@ -714,8 +807,8 @@ fn no_key(key_types: &[KeyType], setup: Option<SecuritySetupId>) -> ServiceError
     let names: Vec<String> = key_types.iter().map(ToString::to_string).collect();
     let place = setup.map(|setup| format!(" in security setup {setup}")).unwrap_or_default();
     ServiceError::FailedPrecondition {
-        reason: format!("the meter has no active {}{place}", names.join(", ")),
-        next_step: "look at its slots with `kms meter show`".to_owned(),
+        reason: format!("there is no active {}{place}", names.join(", ")),
+        next_step: "look at the slots with `kms meter show` or `kms group show`".to_owned(),
     }
 }
 
@@ -731,5 +824,7 @@ fn reason_of(error: &ServiceError) -> String {
     }
 }
 
+/// Numbers of groups begin with 1.
+const NO_GROUP: GroupId = GroupId(0);
 /// How long a request can be repeated.
 const REPLAY_MS: i64 = 15 * 60 * 1_000;

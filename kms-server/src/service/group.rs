@@ -1,5 +1,8 @@
 //! Groups by name: shipments and enrolments name them, rows and policies have their numbers.
 //!
+//! A group owns the broadcast keys of its members ([`super::owner`]). Who may use them is said of the group, and never follows from membership: a meter
+//! that joins or leaves a group changes nobody's right to a key.
+//!
 //! Numbers are given from 1 on without gaps, and a group is never removed. So whoever looks through them in order finds every name, and two
 //! servers that make one at the same time meet at the same number.
 
@@ -59,6 +62,40 @@ impl Groups {
         }
         let numbered = (1..).zip(known.iter()).filter(|(_, group)| group.suite == suite && names.contains(group.name.as_str()));
         Ok(numbered.map(|(number, group)| (group.name.clone(), GroupId(number))).collect())
+    }
+
+    /// The number of the group with this name.
+    ///
+    /// # Errors
+    /// A row that does not verify, or the database is away.
+    pub(super) async fn find(&self, island: &Island, name: &str) -> Result<Option<GroupId>, ServiceError> {
+        let mut known = self.known.lock().await;
+        loop {
+            if let Some((number, _)) = (1..).zip(known.iter()).find(|(_, group)| group.name == name) {
+                return Ok(Some(GroupId(number)));
+            }
+            let last = u64::try_from(known.len()).unwrap_or(u64::MAX);
+            let page = island.store.sealed_page(RowKind::Group, Some(&last.to_be_bytes()), PAGE as u32).await?;
+            let before = known.len();
+            for ((octets, row), number) in page.iter().zip(last + 1..) {
+                // Numbers have no gaps; what stands behind one is not believed.
+                if octets.as_slice() != number.to_be_bytes() {
+                    break;
+                }
+                let group = match island.committer.open_group(GroupId(number), row) {
+                    Ok(group) => group,
+                    // It may have been written between being read and being opened.
+                    Err(_) => match island.group(GroupId(number)).await? {
+                        Some((group, _)) => group,
+                        None => break,
+                    },
+                };
+                known.push(KnownGroup { name: group.name.clone(), suite: group.suite });
+            }
+            if known.len() == before {
+                return Ok(None);
+            }
+        }
     }
 
     /// Looks through the groups after the known ones; behind the last, makes those that are missing.

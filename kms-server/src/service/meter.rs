@@ -11,10 +11,11 @@ mod tests;
 use std::sync::Arc;
 
 use kms_domain::{Principal, RequestId, SystemTitle};
-use kms_proto::v1;
+use kms_proto::v1::{self, MeterProblemCode as Code};
 use kms_store::{Reads, RequestKey, RequestRow, RowKind};
 use prost::Message;
 
+pub(super) use self::show::{Shown, shown_version};
 pub use self::{
     change::Assignment,
     counter::CounterFloor,
@@ -109,7 +110,8 @@ impl MeterService {
             return self.denied(caller, &Action::ShowMeter, format!("showMeter {title}")).await;
         };
         let generation = self.island.store.meters(&[title]).await?.first().map_or(0, |row| row.row.generation);
-        let mut shown = show::Shown { island: &self.island, meter: &meter, domains: Vec::new(), groups: Vec::new() };
+        let mut shown = Shown { profile: self.island.profiles.get(&meter.class.profile), slots: &meter.slots, domains: Vec::new() };
+        let mut groups = Vec::new();
         for slot in meter.slots.iter() {
             for id in slot.versions().iter().filter_map(kms_domain::KeyVersion::domain) {
                 if let Some(row) = self.island.store.sealed(RowKind::CounterDomain, &id.0).await? {
@@ -119,10 +121,10 @@ impl MeterService {
         }
         for group in &meter.class.groups {
             if let Some(row) = self.island.store.sealed(RowKind::Group, &group.0.to_be_bytes()).await? {
-                shown.groups.push(self.island.committer.open_group(*group, &row)?.name.clone());
+                groups.push(self.island.committer.open_group(*group, &row)?.name.clone());
             }
         }
-        Ok(shown.to_proto(generation))
+        Ok(shown.meter(&meter, groups, generation))
     }
 
     /// A refusal of a call that only reads, put on the record.
@@ -181,8 +183,8 @@ struct Outcome {
 }
 
 impl Outcome {
-    fn problem(&mut self, meter: SystemTitle, reason: impl Into<String>) {
-        self.problems.push(v1::MeterProblem { meter: meter.octets().to_vec().into(), reason: reason.into() });
+    fn problem(&mut self, meter: SystemTitle, code: Code, reason: impl Into<String>) {
+        self.problems.push(v1::MeterProblem { meter: meter.octets().to_vec().into(), reason: reason.into(), code: code.into() });
     }
 
     fn add_to(self, response: &mut v1::ChangeMetersResponse) {

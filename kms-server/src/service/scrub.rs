@@ -1,10 +1,12 @@
 //! The scrubber (I5): reads the whole log and every sealed row, and finds what does not fit. A row that is older than its last record, a row that
-//! is gone, one that nobody recorded, one that was edited; a chain with a gap, a changed record, or an end that was cut off.
+//! is gone, one that nobody recorded, one that was edited; a chain with a gap, a changed record, or an end that was cut off; imported keys that the
+//! list of fingerprints does not know, and equal ones that count apart (I4).
 //!
 //! What it cannot see: the newest records of a chain that is still being written are only guarded by those that follow, so an end that was cut
 //! off a living server's chain shows with that server's next record.
 
 mod chains;
+mod fingerprints;
 #[cfg(test)]
 mod tests;
 
@@ -16,7 +18,7 @@ use kms_proto::v1::{RowWrite, ScrubFinding, ScrubResponse, SecurityEvent, audit_
 use kms_store::{MeterFilter, Reads, RowKind, SealedRow};
 use tokio::sync::mpsc;
 
-use self::chains::Chains;
+use self::{chains::Chains, fingerprints::Fingerprints};
 use crate::{
     audit::{Actor, AuditKey},
     authz::{Action, Caller},
@@ -138,6 +140,9 @@ impl Scrubber {
             }
             report.findings.append(&mut scan.conclude().await?);
         }
+        let mut fingerprints = Fingerprints::new(&self.island);
+        while fingerprints.step().await? && progress(report.progress()) {}
+        report.findings.append(&mut fingerprints.finish());
         self.record(&report.findings).await?;
         Ok(report)
     }

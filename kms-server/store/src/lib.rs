@@ -67,6 +67,16 @@ pub trait Store: Send + Sync {
     /// Up to `limit` sealed rows of a kind after an id, in order of ids.
     async fn sealed_page(&self, kind: RowKind, after: Option<&[u8]>, limit: u32) -> Result<Vec<(Vec<u8>, SealedRow)>, StoreError>;
 
+    /// Who has keys with these fingerprint prefixes.
+    async fn fingerprints(&self, prefixes: &[FingerprintPrefix]) -> Result<Vec<(FingerprintPrefix, FingerprintOwner)>, StoreError>;
+
+    /// Up to `limit` owners of fingerprints after one, in an order of the database's own: what the scrubber walks.
+    async fn fingerprint_page(
+        &self,
+        after: Option<(FingerprintPrefix, FingerprintOwner)>,
+        limit: u32,
+    ) -> Result<Vec<(FingerprintPrefix, FingerprintOwner)>, StoreError>;
+
     /// Up to `limit` audit records in order of time. Where several servers write, a record can still appear behind the cursor for
     /// as long as a call may take: who needs every record walks [`Self::audit_of_writer`].
     async fn audit_page(&self, filter: &AuditFilter, after: Option<AuditCursor>, limit: u32) -> Result<Vec<AuditRow>, StoreError>;

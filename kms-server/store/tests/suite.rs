@@ -349,6 +349,24 @@ async fn fingerprints_find_all_owners(f: Fixture) {
         .unwrap();
     owners.sort();
     assert_eq!(owners, [fingerprint_owner(1), fingerprint_owner(2)]);
+
+    // Beside the writer, and in pages: every one once, in whatever order.
+    let low = FingerprintPrefix([3; 8]);
+    let puts = (1..8).map(|number| FingerprintPut { prefix: low, owner: fingerprint_owner(number) }).collect();
+    write(&*f.store, Changes { fingerprints: puts, ..Changes::default() }).await.unwrap();
+    assert_eq!(f.store.fingerprints(&[prefix, unknown]).await.unwrap().len(), 2);
+    assert_eq!(f.store.fingerprints(&[]).await.unwrap(), []);
+    let (mut all, mut after) = (Vec::new(), None);
+    loop {
+        let page = f.store.fingerprint_page(after, 2).await.unwrap();
+        let Some(last) = page.last() else { break };
+        after = Some(*last);
+        all.extend(page);
+    }
+    let mut expected: Vec<_> = (1..8).map(|number| (low, fingerprint_owner(number))).chain((1..3).map(|number| (prefix, fingerprint_owner(number)))).collect();
+    all.sort_unstable();
+    expected.sort_unstable();
+    assert_eq!(all, expected);
 }
 
 async fn a_shipment_is_resumed_where_it_stopped(f: Fixture) {

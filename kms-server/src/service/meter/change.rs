@@ -6,7 +6,7 @@ use kms_domain::{Meter, MeterStatus, Principal, PrincipalId, PrincipalStatus, Ro
 use kms_proto::v1::{self, MetersChanged, audit_record::Event};
 use kms_store::Reads;
 
-use super::{CHUNK, Filter, MeterService, NOT_PERMITTED, Outcome, Request, Selection};
+use super::{CHUNK, Code, Filter, MeterService, NOT_PERMITTED, Outcome, Request, Selection};
 use crate::{
     audit::View,
     authz::{Action, Caller, Resource},
@@ -99,7 +99,7 @@ impl MeterService {
             for title in &titles {
                 let Some(meter) = permitted(&island, view, principal, &Action::AssignMeters, *title, &mut outcome) else { continue };
                 if !filter.matches(&meter) {
-                    outcome.problem(*title, "its sealed row is not what the filter found (I5); run `kms audit scrub`");
+                    outcome.problem(*title, Code::RowRefused, "its sealed row is not what the filter found (I5); run `kms audit scrub`");
                     continue;
                 }
                 match assigned(&meter, head_end.as_ref()) {
@@ -108,7 +108,7 @@ impl MeterService {
                         changed.push(*title);
                         view.put_meter(meter, true)?;
                     }
-                    Err(reason) => outcome.problem(*title, reason),
+                    Err(reason) => outcome.problem(*title, Code::Status, reason),
                 }
             }
             let value = head_end.as_ref().map(ToString::to_string).unwrap_or_default();
@@ -132,10 +132,10 @@ impl MeterService {
                 let meter = row.and_then(|row| self.island.committer.open_meter(*title, &row.row).ok());
                 let meter = meter.filter(|meter| permits(&self.island, &principal, &Action::AssignMeters, meter));
                 match meter.as_deref().map(|meter| assigned(meter, assignment.head_end.as_ref())) {
-                    None => outcome.problem(*title, NOT_PERMITTED),
+                    None => outcome.problem(*title, Code::NotPermitted, NOT_PERMITTED),
                     Some(Ok(None)) => outcome.unchanged += 1,
                     Some(Ok(Some(_))) => outcome.changed += 1,
-                    Some(Err(reason)) => outcome.problem(*title, reason),
+                    Some(Err(reason)) => outcome.problem(*title, Code::Status, reason),
                 }
             }
             outcome.add_to(&mut response);
@@ -247,7 +247,7 @@ pub(super) fn permitted(
     let meter = view.meter(title).ok().flatten().filter(|meter| permits(island, principal, action, meter));
     if meter.is_none() {
         view.refuse("not permitted for a meter of the request".to_owned());
-        outcome.problem(title, NOT_PERMITTED);
+        outcome.problem(title, Code::NotPermitted, NOT_PERMITTED);
     }
     meter
 }

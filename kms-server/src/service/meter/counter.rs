@@ -7,7 +7,7 @@ use kms_proto::v1;
 use kms_store::Reads;
 
 use super::{
-    CHUNK, MeterService, Outcome, Request,
+    CHUNK, Code, MeterService, Outcome, Request,
     change::{permitted, record},
 };
 use crate::{
@@ -58,7 +58,11 @@ impl MeterService {
                         let Some(mut meter) = permitted(&island, view, principal, &Action::AdoptCounters, floor.meter, &mut outcome) else { continue };
                         let profile = island.profiles.get(&meter.class.profile).and_then(|profile| profile.setup(floor.setup));
                         let Some(counter) = profile.map(|setup| setup.counter) else {
-                            outcome.problem(floor.meter, format!("its device profile `{}` has no security setup {}", meter.class.profile, floor.setup));
+                            outcome.problem(
+                                floor.meter,
+                                Code::SecuritySetup,
+                                format!("its device profile `{}` has no security setup {}", meter.class.profile, floor.setup),
+                            );
                             continue;
                         };
                         let adoption = Adoption { floor, key: counter.scope.key(floor.client_title), jump_cap: counter.jump_cap };
@@ -68,7 +72,7 @@ impl MeterService {
                                 changed.push(floor.meter);
                             }
                             Ok(false) => outcome.unchanged += 1,
-                            Err(reason) => outcome.problem(floor.meter, reason),
+                            Err((code, reason)) => outcome.problem(floor.meter, code, reason),
                         }
                     }
                     let value = floors
@@ -95,7 +99,8 @@ struct Adoption<'a> {
 
 impl Adoption<'_> {
     /// Whether anything changed. All versions or none.
-    fn apply(&self, view: &mut View<'_, '_>, meter: &mut Meter) -> Result<bool, String> {
+    fn apply(&self, view: &mut View<'_, '_>, meter: &mut Meter) -> Result<bool, (Code, String)> {
+        let fault = |error: &dyn std::fmt::Display| (Code::Counter, error.to_string());
         let mut adopted = meter.clone();
         let (mut found, mut changed) = (false, false);
         let mut domains = Vec::new();
@@ -103,16 +108,16 @@ impl Adoption<'_> {
             let Ok(slot) = adopted.slots.get_mut(self.floor.setup, key_type) else { continue };
             let live: Vec<_> = slot.versions().iter().filter(|version| version.state() != KeyState::Destroyed).map(kms_domain::KeyVersion::number).collect();
             for number in live {
-                let version = slot.version_mut(number).map_err(|error| error.to_string())?;
+                let version = slot.version_mut(number).map_err(|error| fault(&error))?;
                 found = true;
                 match version.counters() {
-                    CounterPlace::Own(_) => changed |= self.raise(version.counters_mut().map_err(|error| error.to_string())?)?,
+                    CounterPlace::Own(_) => changed |= self.raise(version.counters_mut().map_err(|error| fault(&error))?)?,
                     CounterPlace::Domain(id) => {
                         let id = *id;
                         let known = view
                             .domain(id)
-                            .map_err(|error| error.to_string())?
-                            .ok_or_else(|| format!("its counter domain {id} is missing (I5); run `kms audit scrub`"))?;
+                            .map_err(|error| fault(&error))?
+                            .ok_or_else(|| (Code::Counter, format!("its counter domain {id} is missing (I5); run `kms audit scrub`")))?;
                         let mut domain = (*known).clone();
                         if self.raise(&mut domain.counters)? {
                             changed = true;
@@ -123,10 +128,10 @@ impl Adoption<'_> {
             }
         }
         if !found {
-            return Err(format!("it has no encryption key in security setup {}", self.floor.setup));
+            return Err((Code::SecuritySetup, format!("it has no encryption key in security setup {}", self.floor.setup)));
         }
         for domain in domains {
-            view.put_domain(domain).map_err(|error| error.to_string())?;
+            view.put_domain(domain).map_err(|error| fault(&error))?;
         }
         if changed {
             *meter = adopted;
@@ -134,13 +139,14 @@ impl Adoption<'_> {
         Ok(changed)
     }
 
-    fn raise(&self, counters: &mut Counters) -> Result<bool, String> {
+    fn raise(&self, counters: &mut Counters) -> Result<bool, (Code, String)> {
+        let refuse = |error: kms_domain::CounterError| (Code::Counter, error.to_string());
         let before = counters.get(self.key).cloned();
         let floor = u64::from(self.floor.floor);
         match (before.as_ref().map(kms_domain::CounterState::ownership), &self.floor.owned_by) {
             (Some(CounterOwnership::HeadEnd(_)), None) => counters.take_over(self.key, floor),
-            (Some(CounterOwnership::Kms), _) => counters.raise_floor(self.key, floor, Some(self.jump_cap)).map_err(|error| error.to_string())?,
-            (None | Some(CounterOwnership::HeadEnd(_)), _) => counters.raise_floor(self.key, floor, None).map_err(|error| error.to_string())?,
+            (Some(CounterOwnership::Kms), _) => counters.raise_floor(self.key, floor, Some(self.jump_cap)).map_err(refuse)?,
+            (None | Some(CounterOwnership::HeadEnd(_)), _) => counters.raise_floor(self.key, floor, None).map_err(refuse)?,
         }
         if let Some(head_end) = &self.floor.owned_by
             && counters.get(self.key).map(kms_domain::CounterState::ownership) != Some(&CounterOwnership::HeadEnd(head_end.clone()))

@@ -4,13 +4,13 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use futures::{StreamExt, TryStreamExt, stream};
 use kms_domain::{
-    DeviceProfile, DeviceProfileName, FlagId, KeyOrigin, KeyProfile, KeyShape, KeyState, KeyType, Meter, MeterClass, MeterStatus, NewKeyOrigin, NewKeyVersion,
-    OwnerKind, SecuritySetupId, Slot, Slots, SystemTitle, UnixMillis, WrappedKey,
+    DeviceProfile, DeviceProfileName, FlagId, KeyOrigin, KeyShape, KeyState, Meter, MeterClass, MeterStatus, OwnerKind, Shipped, Slots, SystemTitle,
+    UnixMillis, WrappedKey,
 };
 use kms_proto::v1;
 use kms_store::Reads;
 
-use super::{MeterService, NOT_PERMITTED, Outcome, Request, change::record};
+use super::{super::recipe::Recipe, Code, MeterService, NOT_PERMITTED, Outcome, Request, change::record};
 use crate::{
     audit::Actor,
     authz::{Action, Caller, Resource},
@@ -44,15 +44,27 @@ pub struct NewMeter {
 
 impl MeterService {
     /// Registers meters whose keys this island makes: diversified or generated, as the device profile says; diversified ones become generated
-    /// where the module derives nothing. The first version of each key is active: the meter is set up with it. Keys of groups and device types,
-    /// and secrets that are no AES keys (the HSM makes none), get no slot here. The meters are in stock until they are assigned.
+    /// where the module derives nothing. The first version of each key is active: the meter is set up with it. Keys of groups and device types get no
+    /// slot here: they have commands of their own. Nor do secrets, which only a shipment brings: no module makes one inside in their encoding, and
+    /// outside none may be (I1). The meters are in stock until they are assigned.
     ///
     /// # Errors
-    /// An unknown device profile, a request id that was used for something else, or HSM or database are away.
+    /// An unknown device profile, or one whose meters cannot be without a secret; a request id that was used for something else, or HSM or database are away.
     pub async fn enrol(&self, caller: &Caller, request: Request, enrolment: Enrolment) -> Result<v1::ChangeMetersResponse, ServiceError> {
         let Some(profile) = self.island.profiles.get(&enrolment.device_profile) else {
             return Err(ServiceError::invalid("device_profile", format!("`{}` is not known here", enrolment.device_profile)));
         };
+        let keys = profile.setups.iter().flat_map(|setup| setup.keys.iter());
+        if let Some(secret) = keys.filter(|key| key.owner == OwnerKind::Meter).find(|key| key.shape == KeyShape::Secret && key.shipped == Shipped::Required) {
+            let name = profile.key_type_name(secret.key_type);
+            return Err(ServiceError::FailedPrecondition {
+                reason: format!(
+                    "meters of device profile `{}` need a {name}, and a secret is not made here: the HSM cannot, and no other place may",
+                    profile.name
+                ),
+                next_step: format!("import the meters by a shipment that carries the secret, or say `shipped = \"optional\"` for {name} in the profile"),
+            });
+        }
         let keys = Arc::new(self.recipes(profile));
         let enrolment = Arc::new(enrolment);
         let mut response = v1::ChangeMetersResponse::default();
@@ -92,6 +104,7 @@ impl MeterService {
         self.island.policy.load().require(&facts(&principal), &action, &Resource::Meters(&class))?;
         let groups = self.groups.resolve(&self.island, &Actor::caller(caller, Some(request.id), action.name()), &permit, &names, profile.suite).await?;
         let generated = self.generate(&recipes, meters.len()).await?;
+        let client_titles = self.island.client_titles().await?;
         let (island, enrolment, suite, other_flag_ids) = (self.island.clone(), enrolment.clone(), profile.suite, profile.other_flag_ids.clone());
         let reads = Reads { meters: meters.iter().map(|meter| meter.title).collect(), ..Reads::default() };
         self.chunk(caller, &action, request, index, reads, move |view, principal| {
@@ -101,19 +114,24 @@ impl MeterService {
                 let title = new.title;
                 let [first, second, third, ..] = title.octets();
                 if enrolment.manufacturer.octets() != [first, second, third] && !other_flag_ids.iter().any(|other| other.octets() == [first, second, third]) {
-                    outcome.problem(title, format!("it does not start with the FLAG id of {}", enrolment.manufacturer));
+                    outcome.problem(title, Code::Title, format!("it does not start with the FLAG id of {}", enrolment.manufacturer));
+                    continue;
+                }
+                // I4: under one key, frames of a client with the meter's title would repeat the nonces of the meter's own answers.
+                if client_titles.contains(&title) {
+                    outcome.problem(title, Code::Title, "it is a client title here, of a principal or a device profile");
                     continue;
                 }
                 let mut class = class.clone();
                 let Some(numbers) = new.groups.iter().map(|name| groups.get(name).copied()).collect::<Option<Vec<_>>>() else {
-                    outcome.problem(title, "a group of it is of another security suite, or the island has no room for more groups");
+                    outcome.problem(title, Code::Group, "a group of it is of another security suite, or the island has no room for more groups");
                     continue;
                 };
                 class.groups = numbers;
                 class.groups.sort_unstable();
                 if !island.policy.load().permits(&facts(principal), &Action::EnrolMeters, &Resource::Meters(&class)).is_permit() {
                     view.refuse("not permitted for a meter of the request".to_owned());
-                    outcome.problem(title, NOT_PERMITTED);
+                    outcome.problem(title, Code::NotPermitted, NOT_PERMITTED);
                     continue;
                 }
                 match view.meter(title) {
@@ -125,7 +143,7 @@ impl MeterService {
                         continue;
                     }
                     _ => {
-                        outcome.problem(title, "it is known already, as another meter or with keys of its vendor");
+                        outcome.problem(title, Code::KnownOtherwise, "it is known already, as another meter or with keys of its vendor");
                         continue;
                     }
                 }
@@ -144,17 +162,7 @@ impl MeterService {
     /// How each key of a profile is made.
     fn recipes(&self, profile: &DeviceProfile) -> Vec<Recipe> {
         let keys = profile.setups.iter().flat_map(|setup| setup.keys.iter().map(move |key| (setup.id, key)));
-        keys.filter_map(|(setup, key)| self.recipe(setup, key)).collect()
-    }
-
-    fn recipe(&self, setup: SecuritySetupId, key: &KeyProfile) -> Option<Recipe> {
-        let (OwnerKind::Meter, KeyShape::Aes(length)) = (key.owner, key.shape) else { return None };
-        let root = self.island.row.roots(key.key_type.class()).and_then(kms_domain::ClassRoots::current);
-        let origin = match (key.origin, root) {
-            (NewKeyOrigin::Diversified, Some(root)) => KeyOrigin::Diversified { root_version: root.version, derivation: root.derivation, length },
-            _ => KeyOrigin::Generated,
-        };
-        Some(Recipe { setup, key_type: key.key_type, length, origin })
+        keys.filter(|(_, key)| key.owner == OwnerKind::Meter).filter_map(|(setup, key)| Recipe::of(&self.island, setup, key)).collect()
     }
 
     /// The keys of `meters` meters that are made at random, each wrapped under its storage KEK inside the HSM.
@@ -162,25 +170,12 @@ impl MeterService {
         let generated: Vec<Recipe> = recipes.iter().filter(|recipe| recipe.origin == KeyOrigin::Generated).cloned().collect();
         let each = generated.len();
         let keys: Vec<WrappedKey> = stream::iter((0..meters).flat_map(|_| generated.clone()))
-            .map(|recipe| async move {
-                let stored = self.island.hsm.generate_stored(recipe.key_type, recipe.length).await?;
-                let version = u8::try_from(stored.storage_kek_version.number()).unwrap_or_default();
-                WrappedKey::new(recipe.key_type, version, stored.blob.into()).map_err(|error| ServiceError::Internal(error.to_string()))
-            })
+            .map(|recipe| async move { recipe.generate(&self.island).await?.ok_or_else(|| ServiceError::Internal("a generated key is missing".to_owned())) })
             .buffered(KEYS_AT_ONCE)
             .try_collect()
             .await?;
         Ok(if each == 0 { vec![Vec::new(); meters] } else { keys.chunks(each).map(<[WrappedKey]>::to_vec).collect() })
     }
-}
-
-/// How a key of a new meter is made.
-#[derive(Clone, Debug)]
-struct Recipe {
-    setup: SecuritySetupId,
-    key_type: KeyType,
-    length: kms_domain::KeyLength,
-    origin: KeyOrigin,
 }
 
 fn slots(recipes: &[Recipe], generated: &[WrappedKey], now: UnixMillis) -> Result<Slots, ServiceError> {
@@ -192,9 +187,7 @@ fn slots(recipes: &[Recipe], generated: &[WrappedKey], now: UnixMillis) -> Resul
             KeyOrigin::Generated => Some(generated.next().ok_or_else(|| fault(&"a generated key is missing"))?.clone()),
             _ => None,
         };
-        let mut slot = Slot::new(recipe.setup, recipe.key_type);
-        slot.add_version(NewKeyVersion { state: KeyState::Active, origin: recipe.origin, wrapped, fingerprint: None }, now).map_err(|error| fault(&error))?;
-        slots.push(slot);
+        slots.push(recipe.slot(wrapped, KeyState::Active, now)?);
     }
     Slots::new(slots).map_err(|error| fault(&error))
 }

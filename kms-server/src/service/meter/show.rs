@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use kms_domain::{CounterDomain, CounterKey, CounterOwnership, CounterPlace, Counters, KeyOrigin, KeyType, KeyVersion, Meter, SecuritySetupId, Slot};
+use kms_domain::{
+    CounterDomain, CounterKey, CounterOwnership, CounterPlace, Counters, DeviceProfile, KeyOrigin, KeyType, KeyVersion, Meter, SecuritySetupId, Slot, Slots,
+};
 use kms_proto::v1;
-
-use crate::island::Island;
 
 /// The meter in a line of a list.
 pub(super) fn summary(meter: &Meter) -> v1::MeterSummary {
@@ -20,42 +20,43 @@ pub(super) fn summary(meter: &Meter) -> v1::MeterSummary {
     }
 }
 
-/// A meter with the rows that belong to it.
-pub(super) struct Shown<'a> {
-    pub(super) island: &'a Island,
-    pub(super) meter: &'a Meter,
-    pub(super) domains: Vec<Arc<CounterDomain>>,
-    pub(super) groups: Vec<String>,
+/// The keys of a row, with the rows that belong to them.
+pub(in crate::service) struct Shown<'a> {
+    /// Names key types of its own.
+    pub(in crate::service) profile: Option<&'a DeviceProfile>,
+    /// The keys.
+    pub(in crate::service) slots: &'a Slots,
+    /// The counter domains that they name.
+    pub(in crate::service) domains: Vec<Arc<CounterDomain>>,
 }
 
 impl Shown<'_> {
-    pub(super) fn to_proto(&self, generation: u64) -> v1::Meter {
-        let mut setups: Vec<SecuritySetupId> = self.meter.slots.iter().map(Slot::setup).collect();
+    /// The meter that has these keys.
+    pub(super) fn meter(&self, meter: &Meter, groups: Vec<String>, generation: u64) -> v1::Meter {
+        v1::Meter { summary: Some(summary(meter)), security_suite: u32::from(meter.suite.number()), groups, security_setups: self.setups(), generation }
+    }
+
+    /// All security setups with their keys.
+    pub(in crate::service) fn setups(&self) -> Vec<v1::SecuritySetup> {
+        let mut setups: Vec<SecuritySetupId> = self.slots.iter().map(Slot::setup).collect();
         setups.dedup();
-        v1::Meter {
-            summary: Some(summary(self.meter)),
-            security_suite: u32::from(self.meter.suite.number()),
-            groups: self.groups.clone(),
-            security_setups: setups.into_iter().map(|setup| self.setup(setup)).collect(),
-            generation,
-        }
+        setups.into_iter().map(|setup| self.setup(setup)).collect()
     }
 
     fn setup(&self, setup: SecuritySetupId) -> v1::SecuritySetup {
         // The invocation counters of a setup are those of its unicast encryption key; of a broadcast key where there is no other.
-        let counted = [KeyType::GUEK, KeyType::GBEK].into_iter().find_map(|key_type| self.meter.slots.get(setup, key_type));
+        let counted = [KeyType::GUEK, KeyType::GBEK].into_iter().find_map(|key_type| self.slots.get(setup, key_type));
         v1::SecuritySetup {
             obis: setup.obis().to_vec().into(),
-            slots: self.meter.slots.of_setup(setup).map(|slot| self.slot(slot)).collect(),
+            slots: self.slots.of_setup(setup).map(|slot| self.slot(slot)).collect(),
             counters: counted.into_iter().flat_map(Slot::versions).flat_map(|version| self.counters(version)).collect(),
         }
     }
 
     fn slot(&self, slot: &Slot) -> v1::KeySlot {
-        let profile = self.island.profiles.get(&self.meter.class.profile);
         v1::KeySlot {
-            key_type: profile.map_or_else(|| slot.key_type().to_string(), |profile| profile.key_type_name(slot.key_type())),
-            versions: slot.versions().iter().map(version).collect(),
+            key_type: self.profile.map_or_else(|| slot.key_type().to_string(), |profile| profile.key_type_name(slot.key_type())),
+            versions: slot.versions().iter().map(shown_version).collect(),
         }
     }
 
@@ -83,7 +84,8 @@ impl Shown<'_> {
     }
 }
 
-fn version(version: &KeyVersion) -> v1::KeyVersion {
+/// A key version as the contract shows it.
+pub(in crate::service) fn shown_version(version: &KeyVersion) -> v1::KeyVersion {
     v1::KeyVersion {
         number: version.number().number(),
         state: version.state().to_string(),

@@ -39,7 +39,7 @@ impl TestIsland {
 
     async fn first_counter(&self, title: SystemTitle) -> Result<u32, ServiceError> {
         let of = CounterOf {
-            meter: title,
+            owner: kms_domain::Owner::Meter(title),
             setup: SecuritySetupId::DEFAULT,
             key_type: KeyType::GUEK,
             version: kms_domain::KeyVersionNumber::FIRST,
@@ -171,15 +171,25 @@ island_tests! {
         assert!(matches!(service.enrol(&island.head_end, request(5), enrolment("generic-suite0", vec![new(400)])).await, Err(ServiceError::PermissionDenied { .. })));
         let gateway = service.enrol(&island.officer, request(6), enrolment("gateway-suite0", vec![NewMeter { groups: Vec::new(), ..new(500) }])).await.unwrap();
         assert_eq!(counts(&gateway), (1, 0, 0));
+        // I1: a secret is not made here, so meters that need one are delivered.
+        let needs_secret = service.enrol(&island.officer, request(10), enrolment("needs-secret", vec![NewMeter { groups: Vec::new(), ..new(501) }])).await;
+        assert!(matches!(needs_secret, Err(ServiceError::FailedPrecondition { reason, .. }) if reason.contains("LLS-SECRET")));
+        let stored = island.island.meter(meter(500)).await.unwrap().unwrap();
+        assert!(stored.slots.iter().all(|slot| slot.key_type().is_aes() && slot.key_type() != KeyType::GBEK && slot.key_type() != KeyType::FIRMWARE));
         // A group's number is the same for whoever names it next, also on another server.
         let other = MeterService::new(island.another_server().await);
         other.enrol(&island.officer, request(7), enrolment("generic-suite0", vec![NewMeter { groups: vec!["yard".to_owned(), "depot".to_owned()], ..new(600) }])).await.unwrap();
         let groups = island.island.meter(meter(600)).await.unwrap().unwrap().class.groups.clone();
         assert_eq!(groups.iter().map(|group| group.0).collect::<Vec<_>>(), [1, 2]);
         assert_eq!(service.show(&island.officer, meter(600)).await.unwrap().groups, ["depot", "yard"]);
+        // I4: a client's title is no meter's; the code tells programs why.
+        let client = NewMeter { title: client_title(), groups: Vec::new(), ..new(800) };
+        let of_client = Enrolment { manufacturer: FlagId::parse("MMM").unwrap(), ..enrolment("generic-suite0", vec![client]) };
+        let refused = service.enrol(&island.officer, request(9), of_client).await.unwrap();
+        assert_eq!((counts(&refused), refused.problems[0].code()), ((0, 0, 1), v1::MeterProblemCode::Title));
         // Other suites have groups of their own.
         let mixed = service.enrol(&island.officer, request(8), enrolment("generic-suite2", vec![new(700)])).await.unwrap();
-        assert_eq!(counts(&mixed), (0, 0, 1));
+        assert_eq!((counts(&mixed), mixed.problems[0].code()), ((0, 0, 1), v1::MeterProblemCode::Group));
     }
 
     async fn a_retired_meter_is_the_end_of_an_identity(island) {

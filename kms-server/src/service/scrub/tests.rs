@@ -12,7 +12,7 @@ use crate::{
         audit_log::{AuditLog, LogQuery},
         meter::{Assignment, MeterService, Request, Selection},
     },
-    testing::{TestIsland, island_tests, meter, sample},
+    testing::{Forged, TestIsland, island_tests, meter, sample},
 };
 
 impl TestIsland {
@@ -101,7 +101,8 @@ island_tests! {
         jumped.generation += 5;
         island.forge(9, jumped).await;
         let found = named(&island.scrubbed().await);
-        assert_eq!(found, expected(&[(1, "stale"), (5, "edited"), (6, "edited"), (7, "edited"), (8, "deleted"), (9, "edited")]));
+        let found_rows = [(1, "stale"), (5, "edited"), (6, "edited"), (7, "edited"), (8, "deleted"), (8, "fingerprint-stray"), (9, "edited")];
+        assert_eq!(found, expected(&found_rows));
 
         // The use path refuses them too, and the findings are security events.
         let service = MeterService::new(island.island.clone());
@@ -110,6 +111,35 @@ island_tests! {
         }
         let events = island.island.store.audit_page(&AuditFilter { kind: Some(24), ..AuditFilter::default() }, None, 1_000).await.unwrap();
         assert!(events.len() >= 12);
+    }
+
+    async fn equal_keys_that_count_apart_are_found(island) {
+        // The list of fingerprints loses an entry; then a vendor delivers all keys of meter 1 once more, as those of meter 201.
+        let (file, signature) = island.sample(&sample("generic-suite0", 1)).await;
+        let sha256 = island.upload(&file, &signature).await;
+        island.import(sha256, Some(&island.head_end)).await;
+        island.sql(&format!("DELETE FROM fingerprint WHERE owner = {} AND key_type = 2", meter(1).as_i64()));
+        let mut again = Forged::of(&file);
+        again.device(1, |line| line.replace("\"batch\":\"B-", "\"batch\":\"D-"));
+        again.device(2, |line| line.replace(&meter(1).to_string(), &meter(201).to_string()));
+        let response = island.deliver_file(&again.file()).await;
+        assert_eq!((response.shipment.unwrap().imported, response.duplicate_keys.len()), (1, 3), "KEK, GBEK and GAK are found");
+        // I4: both would count from 1 with one GUEK.
+        assert_eq!(named(&island.scrubbed().await), expected(&[(1, "domain-not-shared")]));
+    }
+
+    async fn what_does_not_fit_the_list_of_fingerprints_is_found(island) {
+        island.deliver(&sample("generic-suite0", 4)).await;
+        assert_eq!(island.scrubbed().await.findings, []);
+        let owner = |number: u64| meter(number).as_i64();
+        // An entry that is gone: an equal key would not be found when it is imported.
+        island.sql(&format!("DELETE FROM fingerprint WHERE owner = {} AND key_type = 2", owner(2)));
+        assert_eq!(named(&island.scrubbed().await), expected(&[(2, "fingerprint-missing")]));
+        // One that points to a key of another value, and one to a meter that nobody knows.
+        island.sql(&format!("UPDATE fingerprint SET prefix = prefix + 1 WHERE owner = {} AND key_type = 2", owner(3)));
+        island.sql(&format!("UPDATE fingerprint SET owner = {} WHERE owner = {} AND key_type = 2", owner(77), owner(4)));
+        let found = [(2, "fingerprint-missing"), (3, "fingerprint-missing"), (3, "fingerprint-stray"), (4, "fingerprint-missing"), (77, "fingerprint-stray")];
+        assert_eq!(named(&island.scrubbed().await), expected(&found));
     }
 
     async fn a_row_that_nobody_recorded_and_a_deleted_principal_are_found(island) {

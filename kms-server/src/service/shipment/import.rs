@@ -89,7 +89,7 @@ impl ShipmentService {
                     ShipmentState::Importing | ShipmentState::Imported if progress.head_end != named => {
                         return Err(ServiceError::invalid(
                             "head_end",
-                            format!("an earlier call imported for `{}`; assign meters with AssignMeters afterwards", progress.head_end),
+                            format!("importShipment has begun with the head-end `{}` and goes on with it alone; assign the meters afterwards with `kms meter assign`", progress.head_end),
                         ));
                     }
                     _ => {}
@@ -242,6 +242,7 @@ impl Run {
         let names = batch.devices.iter().flat_map(|device| device.groups.iter().map(String::as_str)).collect();
         let groups = self.service.groups.resolve(&self.service.island, &actor, &permit, &names, verified.profile.suite).await?;
         let step = Step {
+            client_titles: self.service.island.client_titles().await?,
             island: self.service.island.clone(),
             caller: self.caller.clone(),
             own: self.own,

@@ -1,7 +1,7 @@
 //! One batch of a shipment in one transaction: meters, groups, fingerprints, counter domains, progress, and the record of all that (I2).
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::Arc,
 };
 
@@ -40,6 +40,8 @@ pub(super) struct Step {
     pub(super) verified: Arc<Verified>,
     /// The groups that the batch names, as far as they can be used.
     pub(super) groups: BTreeMap<String, GroupId>,
+    /// No meter may have one of these titles (I4).
+    pub(super) client_titles: HashSet<SystemTitle>,
     pub(super) batch: Arc<ReadyBatch>,
 }
 
@@ -194,6 +196,10 @@ impl Step {
                 Err(error) => Outcome::Refused(error),
             });
         }
+        // I4: under one key, frames of a client with the meter's title would repeat the nonces of the meter's own answers.
+        if self.client_titles.contains(&device.title) {
+            return Ok(Outcome::Refused(refuse("title", format!("{} is a client title here, of a principal or a device profile", device.title))));
+        }
         let mut groups = Vec::with_capacity(device.groups.len());
         for (index, name) in device.groups.iter().enumerate() {
             match self.groups.get(name) {
@@ -216,7 +222,9 @@ impl Step {
             MeterClass { vendor: header.manufacturer, profile: header.device_profile.clone(), status: MeterStatus::InStock, groups, head_end: None };
         if let Some(head_end) = &self.head_end {
             let principal = view.caller(&self.caller)?;
-            self.island.policy.load().require(&facts(&principal), &Action::AssignMeters, &Resource::Meters(&class))?;
+            if !self.island.policy.load().permits(&facts(&principal), &Action::AssignMeters, &Resource::Meters(&class)).is_permit() {
+                return Err(ServiceError::denied(format!("importShipment for `{head_end}`, since it is an assignMeters too")));
+            }
             class.status = self.status;
             class.head_end = Some(head_end.clone());
         }

@@ -1,7 +1,7 @@
 use kms_client::sample::{SampleCounter, VendorKey};
 use kms_domain::{
     CounterKey, CounterOwnership, DeviceProfile, Exposure, ExposureReason, FlagId, KeyOrigin, KeyState, KeyType, MeterStatus, OaepHash, Party, PrincipalId,
-    SecuritySetupId, SystemTitle,
+    PrincipalStatus, SecuritySetupId, SystemTitle,
 };
 use kms_proto::v1::{AuditRecord, ImportShipmentResponse, audit_record::Event};
 use kms_store::{AuditFilter, MeterFilter};
@@ -12,45 +12,10 @@ use crate::{
     audit::{Actor, CounterOf},
     error::ServiceError,
     island::Island,
-    testing::{self, ModuleKind, TestIsland, client_title, import, island_tests, meter, sample, sha256},
+    testing::{self, Forged, ModuleKind, TestIsland, client_title, import, island_tests, meter, sample, sha256, sign},
 };
 
-/// A file that the vendor changes line by line and signs again.
-struct Forged {
-    lines: Vec<Vec<u8>>,
-}
-
-impl Forged {
-    fn of(file: &[u8]) -> Self {
-        Self { lines: file.split_inclusive(|octet| *octet == b'\n').map(<[u8]>::to_vec).collect() }
-    }
-
-    fn device(&mut self, line: usize, change: impl Fn(String) -> String) -> &mut Self {
-        let text = String::from_utf8(self.lines[line - 1].clone()).unwrap();
-        self.lines[line - 1] = change(text).into_bytes();
-        self
-    }
-
-    /// With a right trailer for what the lines are now.
-    fn file(&mut self) -> Vec<u8> {
-        self.lines.pop();
-        let content = self.lines.concat();
-        let devices = content.iter().filter(|octet| **octet == b'\n').count() - 1;
-        let trailer = format!("{{\"trailer\":{{\"devices\":{devices},\"sha256\":\"{}\"}}}}\n", hex::encode(sha256(&content)));
-        [content, trailer.into_bytes()].concat()
-    }
-}
-
 impl TestIsland {
-    fn signed(&self, file: &[u8]) -> Vec<u8> {
-        sign(&self.vendor_key, file)
-    }
-
-    async fn deliver_file(&self, file: &[u8]) -> ImportShipmentResponse {
-        let sha256 = self.upload(file, &self.signed(file)).await;
-        self.import(sha256, Some(&self.head_end)).await
-    }
-
     async fn stored(&self, title: SystemTitle) -> std::sync::Arc<kms_domain::Meter> {
         self.island.meter(title).await.unwrap().unwrap()
     }
@@ -71,7 +36,7 @@ impl TestIsland {
 
 async fn lease(island: &Island, title: SystemTitle) -> Result<kms_domain::Lease, ServiceError> {
     let of = CounterOf {
-        meter: title,
+        owner: kms_domain::Owner::Meter(title),
         setup: SecuritySetupId::DEFAULT,
         key_type: KeyType::GUEK,
         version: kms_domain::KeyVersionNumber::FIRST,
@@ -82,13 +47,6 @@ async fn lease(island: &Island, title: SystemTitle) -> Result<kms_domain::Lease,
         view.lease(of, std::num::NonZeroU32::new(100).unwrap(), kms_domain::UnixMillis(i64::MAX))
     });
     committed.await.map(|committed| committed.value)
-}
-
-fn sign(key: &VendorKey, file: &[u8]) -> Vec<u8> {
-    use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
-    let der = <rustls_pki_types::PrivateKeyDer<'static> as rustls_pki_types::pem::PemObject>::from_pem_slice(key.private_pem().as_bytes()).unwrap();
-    let pair = EcdsaKeyPair::from_private_key_der(&ECDSA_P256_SHA256_ASN1_SIGNING, der.secret_der()).unwrap();
-    pair.sign(&aws_lc_rs::rand::SystemRandom::new(), file).unwrap().as_ref().to_vec()
 }
 
 fn lines(response: &ImportShipmentResponse) -> Vec<(u64, &str)> {
@@ -169,6 +127,8 @@ island_tests! {
         let cases: Vec<(&str, Signed)> = vec![
             ("the signature", (file.clone(), sign(&stranger, &file))),
             ("the signature", (text(&|text| text.replacen("\"serial\":\"1", "\"serial\":\"2", 1)), signature.clone())),
+            ("the signature", (file[..file.len() / 2].to_vec(), signature.clone())),
+            ("the signature", (file[..content_end].to_vec(), signature.clone())),
             ("trailer.sha256", signed(text(&|text| text.replacen("\"serial\":\"1", "\"serial\":\"2", 1)))),
             ("trailer.devices", signed(text(&|text| text.replace("\"devices\":5", "\"devices\":6")))),
             ("the trailer is missing", signed(file[..content_end].to_vec())),
@@ -230,6 +190,20 @@ island_tests! {
         // A repeated call tells the same.
         let again = island.import(sha256(&file), Some(&island.head_end)).await;
         assert_eq!((again.shipment, again.refused_lines), (response.shipment, response.refused_lines));
+    }
+
+    async fn a_device_with_a_client_title_is_a_refused_line(island) {
+        // I4: the title of a principal that is disabled, too: frames under it were made before.
+        let principal = island.island.principal(&island.other_head_end).await.unwrap();
+        let mut other = (*principal).clone();
+        other.client_titles = vec![meter(2)];
+        other.status = PrincipalStatus::Disabled;
+        testing::put_principal(&island.island, other).await;
+        let response = island.deliver(&sample("generic-suite0", 3)).await;
+        assert_eq!(lines(&response), [(3, "title")]);
+        assert!(response.refused_lines[0].reason.contains("client title"), "{response:?}");
+        assert_eq!(response.shipment.unwrap().imported, 2);
+        assert!(island.island.meter(meter(2)).await.unwrap().is_none());
     }
 
     async fn an_upload_goes_on_where_it_broke_off(island) {

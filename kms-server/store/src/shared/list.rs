@@ -5,8 +5,8 @@ use sqlx::{Pool, QueryBuilder, Row as _};
 
 use super::{Database, decode, keys, names::TermKind};
 use crate::{
-    Assigned, AuditAppend, AuditCursor, AuditFilter, AuditRow, AuditTail, GrantFilter, GrantRow, MeterFilter, MeterRow, RowKind, SealedRow, ServerRow,
-    StoreError,
+    Assigned, AuditAppend, AuditCursor, AuditFilter, AuditRow, AuditTail, FingerprintOwner, FingerprintPrefix, GrantFilter, GrantRow, MeterFilter, MeterRow,
+    RowKind, SealedRow, ServerRow, StoreError,
 };
 
 type Readers = Pool<Database>;
@@ -89,6 +89,37 @@ pub(super) async fn sealed_page(readers: &Readers, kind: RowKind, after: Option<
     }
     query.push(" ORDER BY id LIMIT ").push_bind(i64::from(limit));
     query.build().fetch_all(readers).await?.iter().map(|row| Ok((row.try_get(0)?, decode::sealed(row, 1)?))).collect()
+}
+
+pub(super) async fn fingerprints(readers: &Readers, prefixes: &[FingerprintPrefix]) -> Result<Vec<(FingerprintPrefix, FingerprintOwner)>, StoreError> {
+    let prefixes = keys(prefixes.iter().map(|prefix| prefix.as_i64()));
+    sqlx::query::<Database>(FINGERPRINT_ROWS).bind(prefixes).fetch_all(readers).await?.iter().map(decode::fingerprint).collect()
+}
+
+pub(super) async fn fingerprint_page(
+    readers: &Readers,
+    after: Option<(FingerprintPrefix, FingerprintOwner)>,
+    limit: u32,
+) -> Result<Vec<(FingerprintPrefix, FingerprintOwner)>, StoreError> {
+    let mut query = QueryBuilder::<Database>::new(
+        "SELECT prefix, CAST(owner_kind AS BIGINT), owner, CAST(setup AS BIGINT), CAST(key_type AS BIGINT), version FROM fingerprint",
+    );
+    if let Some((prefix, owner)) = after {
+        let [b, e] = owner.setup.octets();
+        query.push(" WHERE (prefix, owner_kind, owner, setup, key_type, version) > (").push_bind(prefix.as_i64());
+        for number in [
+            i64::from(owner.owner.kind().number()),
+            i64::from_be_bytes(owner.owner.id()),
+            i64::from(u16::from_be_bytes([b, e])),
+            i64::from(owner.key_type.number()),
+            i64::from(owner.version.number()),
+        ] {
+            query.push(", ").push_bind(number);
+        }
+        query.push(")");
+    }
+    query.push(" ORDER BY prefix, owner_kind, owner, setup, key_type, version LIMIT ").push_bind(i64::from(limit));
+    query.build().fetch_all(readers).await?.iter().map(decode::fingerprint).collect()
 }
 
 pub(super) async fn audit_page(readers: &Readers, filter: &AuditFilter, after: Option<AuditCursor>, limit: u32) -> Result<Vec<AuditRow>, StoreError> {
@@ -177,6 +208,13 @@ pub(super) async fn servers(readers: &Readers) -> Result<Vec<ServerRow>, StoreEr
 pub(super) async fn now(readers: &Readers) -> Result<UnixMillis, StoreError> {
     decode::millis(&sqlx::query::<Database>(concat!("SELECT ", now!())).fetch_one(readers).await?, 0)
 }
+
+const FINGERPRINT_ROWS: &str = concat!(
+    "SELECT f.prefix, CAST(f.owner_kind AS BIGINT), f.owner, CAST(f.setup AS BIGINT), CAST(f.key_type AS BIGINT), f.version FROM ",
+    keys!(),
+    join!(),
+    "fingerprint AS f ON f.prefix = k.value"
+);
 
 const METER_ROWS: &str = concat!("SELECT m.title, m.generation, m.seal, m.body FROM ", keys!(), join!(), "meter AS m ON m.title = k.value");
 

@@ -48,8 +48,8 @@ use sqlx::{Connection as _, Row as _};
 
 use super::{BEGIN, CONCURRENT, Connection, Database, Engine, MIGRATION_LOCK, Row, keys, lock_stripes};
 use crate::{
-    AuditAppend, AuditCursor, AuditFilter, AuditRow, AuditTail, Committed, Decision, GrantFilter, GrantRow, MeterFilter, MeterRow, PinFailure, ReadSet, Reads,
-    RowKind, SealedRow, ServerRow, ShipmentRefusal, ShipmentRow, Sizes, Store, StoreError, Timeline, UploadId,
+    AuditAppend, AuditCursor, AuditFilter, AuditRow, AuditTail, Committed, Decision, FingerprintOwner, FingerprintPrefix, GrantFilter, GrantRow, MeterFilter,
+    MeterRow, PinFailure, ReadSet, Reads, RowKind, SealedRow, ServerRow, ShipmentRefusal, ShipmentRow, Sizes, Store, StoreError, Timeline, UploadId,
     schema::{self, Migration},
 };
 
@@ -77,6 +77,18 @@ impl Store for Engine {
 
     async fn sealed_page(&self, kind: RowKind, after: Option<&[u8]>, limit: u32) -> Result<Vec<(Vec<u8>, SealedRow)>, StoreError> {
         self.within(list::sealed_page(&self.readers, kind, after, limit)).await
+    }
+
+    async fn fingerprints(&self, prefixes: &[FingerprintPrefix]) -> Result<Vec<(FingerprintPrefix, FingerprintOwner)>, StoreError> {
+        self.within(list::fingerprints(&self.readers, prefixes)).await
+    }
+
+    async fn fingerprint_page(
+        &self,
+        after: Option<(FingerprintPrefix, FingerprintOwner)>,
+        limit: u32,
+    ) -> Result<Vec<(FingerprintPrefix, FingerprintOwner)>, StoreError> {
+        self.within(list::fingerprint_page(&self.readers, after, limit)).await
     }
 
     async fn audit_page(&self, filter: &AuditFilter, after: Option<AuditCursor>, limit: u32) -> Result<Vec<AuditRow>, StoreError> {

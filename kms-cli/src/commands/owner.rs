@@ -1,0 +1,147 @@
+//! `kms group` and `kms device-type`: owners of keys that several meters hold.
+
+use kms_proto::v1 as proto;
+use serde_json::json;
+
+use super::{meter::setups_text, octets, request_id, text};
+use crate::{
+    Context, Failure,
+    arguments::{DeviceTypeCommand, DeviceTypeKeyCommand, GroupCommand, GroupKeyCommand, Limit, NewKey},
+    json,
+    output::{Rows, facts},
+    progress::waiting,
+};
+
+pub(crate) async fn group(command: GroupCommand, context: &Context) -> Result<(), Failure> {
+    match command {
+        GroupCommand::List { limit } => list_groups(&limit, context).await,
+        GroupCommand::Show { group } => {
+            let mut client = context.connect().await?.groups();
+            let group = waiting("reading the group", client.show_group(proto::ShowGroupRequest { group })).await?.into_inner();
+            let text = || {
+                let heading = [
+                    ("group", group.name.clone()),
+                    ("number", group.number.to_string()),
+                    ("security suite", group.security_suite.to_string()),
+                    ("generation", group.generation.to_string()),
+                ];
+                format!("{}{}", facts(heading), setups_text(&group.security_setups))
+            };
+            context.output.show(|| json::message("Group", &group), text);
+            Ok(())
+        }
+        GroupCommand::Key(GroupKeyCommand::Create { group, key, device_profile }) => {
+            let request = proto::CreateGroupKeyRequest {
+                request_id: request_id(),
+                group: group.clone(),
+                security_setup: octets(key.setup.obis()),
+                key_type: key.key_type.clone(),
+                device_profile: text(device_profile.as_ref()),
+                held_by_meters: key.held_by_meters,
+            };
+            let mut client = context.connect().await?.groups();
+            created(&group, &key, waiting("making the key", client.create_group_key(request)).await?.into_inner(), context);
+            Ok(())
+        }
+    }
+}
+
+pub(crate) async fn device_type(command: DeviceTypeCommand, context: &Context) -> Result<(), Failure> {
+    let mut client = context.connect().await?.device_types();
+    match command {
+        DeviceTypeCommand::List => {
+            let all = waiting("reading device types", client.list_device_types(proto::ListDeviceTypesRequest {})).await?.into_inner().device_types;
+            context.output.show(
+                || json!({"device_types": all.iter().map(|one| json::message("DeviceType", one)).collect::<Vec<_>>()}),
+                || {
+                    let mut rows = Rows::new(&["device type", "number", "manufacturer", "device profile"]).numbers(&[1]);
+                    for one in &all {
+                        rows.row([one.name.clone(), one.number.to_string(), one.manufacturer.clone(), one.device_profile.clone()]);
+                    }
+                    rows.text_or("no device types")
+                },
+            );
+        }
+        DeviceTypeCommand::Show { device_type } => {
+            let request = proto::ShowDeviceTypeRequest { device_type };
+            let device_type = waiting("reading the device type", client.show_device_type(request)).await?.into_inner();
+            context.output.show(
+                || json::message("DeviceType", &device_type),
+                || {
+                    let heading = facts(device_type_facts(&device_type));
+                    format!("{heading}{}", setups_text(&device_type.security_setups))
+                },
+            );
+        }
+        DeviceTypeCommand::Add { device_type, manufacturer, device_profile } => {
+            let request = proto::AddDeviceTypeRequest {
+                request_id: request_id(),
+                name: device_type,
+                manufacturer: manufacturer.to_string(),
+                device_profile: device_profile.to_string(),
+            };
+            let added = waiting("adding the device type", client.add_device_type(request)).await?.into_inner();
+            context.output.show(|| json::message("DeviceType", &added), || facts(device_type_facts(&added)));
+        }
+        DeviceTypeCommand::Key(DeviceTypeKeyCommand::Create { device_type, key }) => {
+            let request = proto::CreateDeviceTypeKeyRequest {
+                request_id: request_id(),
+                device_type: device_type.clone(),
+                security_setup: octets(key.setup.obis()),
+                key_type: key.key_type.clone(),
+                held_by_meters: key.held_by_meters,
+            };
+            created(&device_type, &key, waiting("making the key", client.create_device_type_key(request)).await?.into_inner(), context);
+        }
+    }
+    Ok(())
+}
+
+async fn list_groups(limit: &Limit, context: &Context) -> Result<(), Failure> {
+    let mut client = context.connect().await?.groups();
+    let (mut groups, mut page_token) = (Vec::new(), proto::ListGroupsRequest::default().page_token);
+    loop {
+        let wanted = if limit.limit == 0 { PAGE } else { PAGE.min(limit.limit - groups.len()) };
+        let request = proto::ListGroupsRequest { page_size: u32::try_from(wanted).unwrap_or(u32::MAX), page_token };
+        let page = waiting("reading groups", client.list_groups(request)).await?.into_inner();
+        groups.extend(page.groups);
+        page_token = page.next_page_token;
+        if page_token.is_empty() || (limit.limit > 0 && groups.len() >= limit.limit) {
+            break;
+        }
+    }
+    context.output.show(
+        || json!({"groups": groups.iter().map(|group| json::message("Group", group)).collect::<Vec<_>>(), "more": !page_token.is_empty()}),
+        || {
+            let mut rows = Rows::new(&["group", "number", "security suite"]).numbers(&[1, 2]);
+            for group in &groups {
+                rows.row([group.name.clone(), group.number.to_string(), group.security_suite.to_string()]);
+            }
+            let more = if page_token.is_empty() { "" } else { "\nthere are more: --limit shows them\n" };
+            format!("{}{more}", rows.text_or("no groups"))
+        },
+    );
+    Ok(())
+}
+
+fn device_type_facts(device_type: &proto::DeviceType) -> [(&'static str, String); 4] {
+    [
+        ("device type", device_type.name.clone()),
+        ("number", device_type.number.to_string()),
+        ("manufacturer", device_type.manufacturer.clone()),
+        ("device profile", device_type.device_profile.clone()),
+    ]
+}
+
+fn created(owner: &str, key: &NewKey, response: proto::CreateKeyResponse, context: &Context) {
+    context.output.show(
+        || json::message("CreateKeyResponse", &response),
+        || {
+            let version = response.version.clone().unwrap_or_default();
+            let note = if key.held_by_meters { "" } else { "Nobody gets it until the meters hold it: a rotation brings it to them.\n" };
+            format!("{} version {} of {owner}: {}, {}\n{note}", key.key_type, version.number, version.state, version.origin)
+        },
+    );
+}
+
+const PAGE: usize = 1_000;
