@@ -439,6 +439,10 @@ uuid_id! {
     RequestId, "request id"
 }
 uuid_id! {
+    /// A transfer's id: that of the request that began it.
+    TransferId, "transfer id"
+}
+uuid_id! {
     /// One run of one server process: the writer of an audit chain and the holder of counter chunks. Random, never reused.
     WriterId, "writer id"
 }

@@ -3,8 +3,8 @@
 use std::fmt;
 
 use crate::{
-    DeviceTypeId, FlagId, GroupId, KeyType, KeyVersionNumber, Owner, ParseError, PrincipalId, SecuritySetupId, SecuritySuite, Slots, SystemTitle, UnixMillis,
-    id::parse_name,
+    DeviceTypeId, FlagId, GroupId, KeyType, KeyVersionNumber, Owner, ParseError, PrincipalId, SecuritySetupId, SecuritySuite, SharedKey, Slots, SystemTitle,
+    Transfer, UnixMillis, id::parse_name,
 };
 
 /// Where a meter stands in its life.
@@ -143,6 +143,12 @@ pub struct Meter {
     pub added: UnixMillis,
     /// The keys.
     pub slots: Slots,
+    /// The last moment of the meter's own sequence: what left for it and what it showed, in order.
+    pub sequence: u32,
+    /// The transfer under way.
+    pub transfer: Option<Transfer>,
+    /// Keys of groups and device types that left for it, in order, each once.
+    pub shared: Vec<SharedKey>,
 }
 
 impl Meter {

@@ -8,6 +8,7 @@ mod message;
 mod owner;
 mod principal;
 mod slot;
+mod transfer;
 
 use crate::{ParseError, SecuritySuite, UnixMillis};
 

@@ -228,6 +228,9 @@ impl Step {
             batch: header.batch.clone(),
             added: now,
             slots: slots(device, now)?,
+            sequence: 0,
+            transfer: None,
+            shared: Vec::new(),
         };
         for key in &device.keys {
             self.join_duplicates(view, device, key, &mut meter, &mut tally.duplicates)?;
