@@ -439,6 +439,10 @@ uuid_id! {
     RequestId, "request id"
 }
 uuid_id! {
+    /// A campaign's id: that of the request that made it.
+    CampaignId, "campaign id"
+}
+uuid_id! {
     /// A transfer's id: that of the request that began it.
     TransferId, "transfer id"
 }

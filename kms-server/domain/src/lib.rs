@@ -28,8 +28,8 @@ pub use diversification::{DiversificationContext, KeyDerivation};
 pub use error::ParseError;
 pub use exposure::{Exposure, ExposureReason, Party};
 pub use id::{
-    CounterDomainId, DeviceTypeId, FlagId, GrantId, GroupId, IslandName, KeyVersionNumber, Owner, OwnerKind, PrincipalId, RequestId, Role, SecuritySetupId,
-    SystemTitle, TransferId, WriterId,
+    CampaignId, CounterDomainId, DeviceTypeId, FlagId, GrantId, GroupId, IslandName, KeyVersionNumber, Owner, OwnerKind, PrincipalId, RequestId, Role,
+    SecuritySetupId, SystemTitle, TransferId, WriterId,
 };
 pub use key::{CounterPlace, Evidence, KeyMaterial, KeyOrigin, KeyState, KeyVersion, Transport, WrappedKey};
 pub use key_type::{KeyClass, KeyLength, KeyShape, KeyType, SecuritySuite};

@@ -14,8 +14,8 @@
 //! passed.
 
 use crate::{
-    Confirmation, Evidence, ExposureReason, KeyState, KeyType, KeyVersion, KeyVersionNumber, Meter, NewKeyVersion, Owner, Party, PrincipalId, SecuritySetupId,
-    SlotError, SystemTitle, TransferId, UnixMillis,
+    CampaignId, Confirmation, Evidence, ExposureReason, KeyState, KeyType, KeyVersion, KeyVersionNumber, Meter, NewKeyVersion, Owner, Party, PrincipalId,
+    SecuritySetupId, SlotError, SystemTitle, TransferId, UnixMillis,
 };
 
 /// A transfer under way.
@@ -27,6 +27,8 @@ pub struct Transfer {
     pub setup: SecuritySetupId,
     /// The head-end that carries it out.
     pub head_end: PrincipalId,
+    /// The campaign that it belongs to.
+    pub campaign: Option<CampaignId>,
     /// The client title that the requests are sent under.
     pub client_title: SystemTitle,
     /// Who ciphers the request that delivers a key.
@@ -288,6 +290,8 @@ pub struct TransferOrder {
     pub setup: SecuritySetupId,
     /// The head-end that carries it out.
     pub head_end: PrincipalId,
+    /// The campaign that it belongs to.
+    pub campaign: Option<CampaignId>,
     /// The client title that the requests are sent under.
     pub client_title: SystemTitle,
     /// Who ciphers the delivery.
@@ -374,6 +378,7 @@ impl Meter {
             id: order.id,
             setup: order.setup,
             head_end: order.head_end,
+            campaign: order.campaign,
             client_title: order.client_title,
             form: order.form,
             keys,

@@ -106,6 +106,8 @@ pub(super) struct TransferRow {
     pub(super) answer: u32,
     #[prost(uint32, tag = "18")]
     pub(super) counter_retries: u32,
+    #[prost(bytes = "bytes", tag = "19")]
+    pub(super) campaign: Bytes,
 }
 
 #[derive(Clone, PartialEq, Message)]
