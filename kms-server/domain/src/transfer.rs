@@ -162,6 +162,8 @@ pub enum Observation {
     Answered {
         /// The action-result: 0 is success.
         result: u8,
+        /// The meter's own counter: above every one before it under the same GUEK, so that it is no answer to an earlier request.
+        meter_counter: u32,
     },
     /// The head-end, which holds the new key, says whether the meter uses it. Policy has allowed that it may say so.
     Attested {
@@ -571,12 +573,17 @@ impl Meter {
     fn answered(&mut self, observation: &Observation, challenge: [u8; CHALLENGE], findings: &mut Vec<Finding>, now: UnixMillis) -> Result<Next, TransferError> {
         let Some(transfer) = &mut self.transfer else { return Err(TransferError::NotUnderWay) };
         transfer.answer = match observation {
-            Observation::Answered { result: 0 } => Answer::Accepted,
-            Observation::Answered { result } => Answer::Refused(*result),
+            Observation::Answered { result: 0, .. } => Answer::Accepted,
+            Observation::Answered { result, .. } => Answer::Refused(*result),
             Observation::Refusal | Observation::CounterFollowed => Answer::Exception,
             _ => Answer::Silence,
         };
         let (answer, pair, setup) = (transfer.answer, transfer.pair(), transfer.setup);
+        if let (Observation::Answered { meter_counter, .. }, Some(pair)) = (observation, pair.or_else(|| self.pairs(setup, None).first().copied())) {
+            let version = self.slots.get_mut(setup, KeyType::GUEK)?.version_mut(pair.encryption)?;
+            version.transport.meter_counter = version.transport.meter_counter.max(*meter_counter);
+        }
+        let Some(transfer) = &mut self.transfer else { return Err(TransferError::NotUnderWay) };
         let Some(key) = transfer.current().copied() else { return Err(TransferError::NotUnderWay) };
         if transfer.delivered < transfer.keys.len() {
             // The second key of a compound transfer follows in the same association, if there still is one.

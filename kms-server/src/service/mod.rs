@@ -11,3 +11,4 @@ pub mod meter;
 pub mod principal;
 pub mod scrub;
 pub mod shipment;
+pub mod transfer;
