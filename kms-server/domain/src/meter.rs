@@ -3,8 +3,8 @@
 use std::fmt;
 
 use crate::{
-    DeviceTypeId, FlagId, GroupId, KeyType, KeyVersionNumber, Owner, ParseError, PrincipalId, SecuritySetupId, SecuritySuite, SharedKey, Slots, SystemTitle,
-    Transfer, UnixMillis, id::parse_name,
+    DeviceTypeId, FlagId, GroupId, KeyType, KeyVersionNumber, Owner, ParseError, PrincipalId, SecuritySetupId, SecuritySuite, SharedKey, Slot, Slots,
+    SystemTitle, Transfer, UnixMillis, id::parse_name,
 };
 
 /// Where a meter stands in its life.
@@ -155,6 +155,26 @@ impl Meter {
     /// The meter as an owner of keys.
     pub const fn owner(&self) -> Owner {
         Owner::Meter(self.title)
+    }
+
+    /// I3: releases the candidates before the active versions, slot by slot as [`crate::Slot::release_candidates`] does, but none of a security setup
+    /// in which KEK, GUEK or GAK is in doubt: a meter that went back to an earlier GUEK went back to an earlier KEK as well, and only the next
+    /// transfer shows that. None either while a transfer is under way. Returns whether any was released.
+    pub fn release_candidates(&mut self, retention: i64, now: UnixMillis) -> bool {
+        if self.transfer.as_ref().is_some_and(|transfer| transfer.not_after > now) {
+            return false;
+        }
+        let doubted: Vec<SecuritySetupId> = self
+            .slots
+            .iter()
+            .filter(|slot| [KeyType::KEK, KeyType::GUEK, KeyType::GAK].contains(&slot.key_type()) && slot.in_doubt())
+            .map(Slot::setup)
+            .collect();
+        let mut released = false;
+        for slot in self.slots.iter_mut().filter(|slot| !doubted.contains(&slot.setup())) {
+            released |= slot.release_candidates(retention, now);
+        }
+        released
     }
 
     /// Changes the status.

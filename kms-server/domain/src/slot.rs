@@ -106,10 +106,19 @@ impl Slot {
         self.candidates().filter(|version| version.transport.confirmed > 0).max_by_key(|version| version.transport.confirmed).or_else(|| self.active())
     }
 
-    /// Whether it is in doubt which version the meter holds: one left since it last showed one, or what it showed is not the active one.
+    /// Whether it is in doubt that the meter holds the active version: one left since it last showed one, or what it showed is not the active one.
     pub fn in_doubt(&self) -> bool {
-        let Some(held) = self.held() else { return self.candidates().next().is_some() };
-        held.state != KeyState::Active || self.candidates().any(|version| version.number != held.number && version.transport.left > held.transport.confirmed)
+        match self.held() {
+            Some(held) => held.state != KeyState::Active || self.unresolved(),
+            None => self.candidates().next().is_some(),
+        }
+    }
+
+    /// Whether a version left since the meter last showed which one it holds. A compromised version or one that the meter went back to is no
+    /// such doubt: it is known, and wants to be replaced.
+    pub fn unresolved(&self) -> bool {
+        let (held, shown) = self.held().map_or((None, 0), |held| (Some(held.number), held.transport.confirmed));
+        self.candidates().any(|version| Some(version.number) != held && version.transport.left > shown)
     }
 
     /// What may be granted, the active version first: never a pre-active (I3), suspended, compromised or destroyed one.
@@ -157,6 +166,17 @@ impl Slot {
             self.versions.pop();
         })?;
         Ok(number)
+    }
+
+    /// Adds a version that the meter does not hold yet.
+    ///
+    /// # Errors
+    /// It is not pre-active, or wrapped form and origin do not fit.
+    pub(crate) fn add_pre_active(&mut self, new: &NewKeyVersion, now: UnixMillis) -> Result<KeyVersionNumber, SlotError> {
+        if new.state != KeyState::PreActive {
+            return Err(SlotError::Transition { number: self.next_number(), from: KeyState::PreActive, to: new.state });
+        }
+        self.add_version(new.clone(), now)
     }
 
     /// Moves a version to another state. Destroying drops its wrapped form.
@@ -249,7 +269,8 @@ impl Slot {
     }
 
     /// I3: releases the candidates before the active version, once that has been active for `retention` milliseconds: the
-    /// retention time has passed since a later version was proven. Returns whether any was released.
+    /// retention time has passed since a later version was proven. Returns whether any was released. Of a meter, see
+    /// [`crate::Meter::release_candidates`].
     pub fn release_candidates(&mut self, retention: i64, now: UnixMillis) -> bool {
         let Some((active, since)) = self.active().map(|version| (version.number, version.since)) else { return false };
         // I3: a meter that went back to an earlier version, or may have, still needs it.

@@ -196,7 +196,7 @@ pub enum Outcome {
     Probed,
     /// Nothing was shown. Every version that left may be the one that the meter holds.
     InDoubt,
-    /// It was withdrawn, or its time ran out.
+    /// It was withdrawn, its time ran out, or its key was reported compromised before it left.
     Withdrawn,
 }
 
@@ -358,10 +358,15 @@ impl Meter {
     /// anything leaves (I3).
     ///
     /// # Errors
-    /// Another transfer is under way, the slot is in doubt, the meter lacks a key that the transfer needs, or is set aside.
+    /// Another transfer is under way, the slot is in doubt, the meter lacks a key that the transfer needs, is set aside, or has used up its
+    /// sequence. The caller drops the meter then: an earlier transfer may have ended by it.
     pub fn begin_transfer(&mut self, order: TransferOrder, now: UnixMillis) -> Result<Step, TransferError> {
         if !self.class.status.may_grant() {
             return Err(TransferError::Status { status: self.class.status.name() });
+        }
+        // I3: moments that no longer increase would put nothing in order.
+        if self.sequence > LAST_MOMENT_TO_BEGIN {
+            return Err(TransferError::SequenceUsedUp);
         }
         if let Some(other) = &self.transfer {
             if other.not_after > now {
@@ -474,7 +479,7 @@ impl Meter {
             .map(KeyVersion::number)
     }
 
-    /// The pairs of keys that the meter may hold, the likeliest first; `target` comes before all others.
+    /// The pairs of keys that the meter may hold, the likeliest first; `target` counts as the likeliest of its key type.
     pub fn pairs(&self, setup: SecuritySetupId, target: Option<(KeyType, KeyVersionNumber)>) -> Vec<KeyPair> {
         let ranked = |key_type: KeyType| {
             let Some(slot) = self.slots.get(setup, key_type) else { return Vec::new() };
@@ -509,19 +514,23 @@ impl Meter {
         let mut keys = Vec::new();
         match &order.keys {
             OrderedKeys::Probe => {}
+            // I3: it would take the place of a key of the meter, in whose slot it is no candidate.
+            OrderedKeys::Shared { key_type: key_type @ (KeyType::KEK | KeyType::GUEK | KeyType::GAK), .. } => {
+                return Err(TransferError::NotShared { key_type: *key_type });
+            }
             OrderedKeys::Own { key_type: KeyType::KEK, .. } => return Err(TransferError::KekAlone),
             OrderedKeys::Own { key_type, new } => {
                 self.refuse_in_doubt(setup, &[*key_type], order.urgent)?;
-                let version = self.slots.get_mut(setup, *key_type)?.add_version(new.clone(), now)?;
+                let version = self.slots.get_mut(setup, *key_type)?.add_pre_active(new, now)?;
                 keys.push(TransferKey { owner, key_type: *key_type, version, kek });
             }
             OrderedKeys::Compound { kek: new_kek, guek } => {
                 self.refuse_in_doubt(setup, &[KeyType::KEK, KeyType::GUEK], order.urgent)?;
                 // Nothing is added unless both can be.
                 self.slots.get_mut(setup, KeyType::GUEK)?;
-                let new = self.slots.get_mut(setup, KeyType::KEK)?.add_version(new_kek.clone(), now)?;
+                let new = self.slots.get_mut(setup, KeyType::KEK)?.add_pre_active(new_kek, now)?;
                 keys.push(TransferKey { owner, key_type: KeyType::KEK, version: new, kek });
-                let version = self.slots.get_mut(setup, KeyType::GUEK)?.add_version(guek.clone(), now)?;
+                let version = self.slots.get_mut(setup, KeyType::GUEK)?.add_pre_active(guek, now)?;
                 keys.push(TransferKey { owner, key_type: KeyType::GUEK, version, kek: new });
             }
             OrderedKeys::Shared { owner, key_type, version } => keys.push(TransferKey { owner: *owner, key_type: *key_type, version: *version, kek }),
@@ -530,7 +539,7 @@ impl Meter {
     }
 
     fn refuse_in_doubt(&self, setup: SecuritySetupId, key_types: &[KeyType], urgent: bool) -> Result<(), TransferError> {
-        match key_types.iter().find(|key_type| !urgent && self.slots.get(setup, **key_type).is_some_and(crate::Slot::in_doubt)) {
+        match key_types.iter().find(|key_type| !urgent && self.slots.get(setup, **key_type).is_some_and(crate::Slot::unresolved)) {
             Some(key_type) => Err(TransferError::InDoubt { key_type: *key_type }),
             None => Ok(()),
         }
@@ -538,15 +547,28 @@ impl Meter {
 
     /// I3: the next key becomes a candidate; its wrapped form leaves after the row is stored.
     fn deliver(&mut self, pair: Option<KeyPair>, now: UnixMillis) -> Result<Next, TransferError> {
+        let Some((setup, delivered)) = self.transfer.as_ref().map(|transfer| (transfer.setup, transfer.delivered)) else {
+            return Err(TransferError::NotUnderWay);
+        };
+        // What the association has shown may have settled which KEK the meter holds. The second key of a compound transfer leaves under the first.
+        let kek = if delivered == 0 { self.kek_for_transfer(setup) } else { None };
+        let owner = self.owner();
         let Some(transfer) = &mut self.transfer else { return Err(TransferError::NotUnderWay) };
-        let Some(key) = transfer.keys.get(transfer.delivered).copied() else { return Ok(Next::Done(Outcome::Probed)) };
+        let Some(key) = transfer.keys.get_mut(delivered) else { return Ok(Next::Done(Outcome::Probed)) };
+        if let Some(kek) = kek {
+            key.kek = kek;
+        }
+        let key = *key;
+        let slot = self.slots.get(setup, key.key_type);
+        if key.owner == owner && slot.and_then(|slot| slot.version(key.version)).is_none_or(|version| version.state() != KeyState::PreActive) {
+            return Ok(Next::Done(Outcome::Withdrawn));
+        }
         transfer.delivered += 1;
         transfer.answer = Answer::Silence;
         transfer.stage = Stage::Deliver { pair };
-        let setup = transfer.setup;
         self.sequence = self.sequence.saturating_add(1);
         let moment = self.sequence;
-        if key.owner != self.owner() {
+        if key.owner != owner {
             let shared = SharedKey { owner: key.owner, setup, key_type: key.key_type, version: key.version, kek: key.kek, acknowledged: false };
             self.shared.retain(|known| (known.owner, known.setup, known.key_type, known.version) != (shared.owner, setup, key.key_type, key.version));
             self.shared.push(shared);
@@ -572,18 +594,20 @@ impl Meter {
     /// After an answer, or none, to a delivery.
     fn answered(&mut self, observation: &Observation, challenge: [u8; CHALLENGE], findings: &mut Vec<Finding>, now: UnixMillis) -> Result<Next, TransferError> {
         let Some(transfer) = &mut self.transfer else { return Err(TransferError::NotUnderWay) };
-        transfer.answer = match observation {
-            Observation::Answered { result: 0, .. } => Answer::Accepted,
-            Observation::Answered { result, .. } => Answer::Refused(*result),
-            Observation::Refusal | Observation::CounterFollowed => Answer::Exception,
+        let (pair, setup) = (transfer.pair(), transfer.setup);
+        // No challenge binds an answer to its request: an earlier one of the meter, relayed once more, says nothing. Its own counter tells.
+        let protected = pair.or_else(|| self.pairs(setup, None).first().copied());
+        let version = protected.and_then(|pair| self.slots.get_mut(setup, KeyType::GUEK).ok()?.version_mut(pair.encryption).ok());
+        let answer = match (observation, version) {
+            (Observation::Answered { result, meter_counter }, Some(version)) if *meter_counter > version.transport.meter_counter => {
+                version.transport.meter_counter = *meter_counter;
+                if *result == 0 { Answer::Accepted } else { Answer::Refused(*result) }
+            }
+            (Observation::Refusal | Observation::CounterFollowed, _) => Answer::Exception,
             _ => Answer::Silence,
         };
-        let (answer, pair, setup) = (transfer.answer, transfer.pair(), transfer.setup);
-        if let (Observation::Answered { meter_counter, .. }, Some(pair)) = (observation, pair.or_else(|| self.pairs(setup, None).first().copied())) {
-            let version = self.slots.get_mut(setup, KeyType::GUEK)?.version_mut(pair.encryption)?;
-            version.transport.meter_counter = version.transport.meter_counter.max(*meter_counter);
-        }
         let Some(transfer) = &mut self.transfer else { return Err(TransferError::NotUnderWay) };
+        transfer.answer = answer;
         let Some(key) = transfer.current().copied() else { return Err(TransferError::NotUnderWay) };
         if transfer.delivered < transfer.keys.len() {
             // The second key of a compound transfer follows in the same association, if there still is one.
@@ -654,7 +678,8 @@ impl Meter {
         for (kek, left) in shown {
             // What the meter unwrapped shows the KEK that it held when the key had left: not later than that, for a newer KEK may have come since.
             let slot = self.slots.get_mut(setup, KeyType::KEK)?;
-            let Some(version) = slot.version(kek) else { continue };
+            // One that was released meanwhile has been replaced since.
+            let Some(version) = slot.version(kek).filter(|version| version.candidate()) else { continue };
             if version.transport().confirmed < left {
                 let confirmation = slot.confirm(kek, left, Evidence::Proven, now)?;
                 findings.push(Finding::Held { key_type: KeyType::KEK, version: kek, evidence: Evidence::Proven, confirmation });
@@ -713,7 +738,7 @@ impl Meter {
         let Some(transfer) = self.transfer.take() else { return };
         for key in transfer.keys.iter().skip(transfer.delivered).filter(|key| key.owner == Owner::Meter(self.title)) {
             if let Ok(slot) = self.slots.get_mut(transfer.setup, key.key_type) {
-                // It never left, so nobody holds it; one that was reported compromised meanwhile stays so.
+                // It never left, so nobody holds it.
                 let _ = slot.transition(key.version, KeyState::Destroyed, now);
             }
         }
@@ -749,6 +774,15 @@ pub enum TransferError {
     /// A KEK is proven by a GUEK only.
     #[error("a KEK is transferred together with the GUEK that proves it")]
     KekAlone,
+    /// A key of exchanges, or the one that wraps others, is the meter's own.
+    #[error("a {key_type} is a meter's own: bring a new version of it")]
+    NotShared {
+        /// The key type.
+        key_type: KeyType,
+    },
+    /// So many transfers were begun that no moment is left to put another in order.
+    #[error("the meter's sequence is used up: enrol it under a new system title")]
+    SequenceUsedUp,
     /// Nothing to wrap under.
     #[error("the meter has no KEK in security setup {setup}")]
     NoKek {
@@ -778,3 +812,5 @@ pub const CHALLENGE: usize = 16;
 const MOST_COUNTER_RETRIES: u32 = 3;
 /// Pairs that are tried in a round.
 const MOST_PAIRS: usize = 12;
+/// A transfer takes a moment at its beginning, and one for each delivery and each exchange that is answered: fewer than 16.
+const LAST_MOMENT_TO_BEGIN: u32 = u32::MAX - 16;

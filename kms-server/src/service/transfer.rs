@@ -728,6 +728,8 @@ fn refused(error: &TransferError) -> ServiceError {
         TransferError::NotUnderWay | TransferError::OtherStep { .. } => "look at the meter; report the present step only",
         TransferError::InDoubt { .. } => "probe the meter first, or ask for an urgent transfer, which adds a candidate",
         TransferError::KekAlone => "order the KEK: its GUEK comes with it",
+        TransferError::NotShared { .. } => "order a new version of the meter's own key",
+        TransferError::SequenceUsedUp => "replace the meter: a new system title has a sequence of its own",
         TransferError::NoKek { .. } | TransferError::NoKeys { .. } => "import or enrol the meter's keys",
         TransferError::Status { .. } => "an officer decides about its status",
         TransferError::Slot(_) => "look at the meter's slots with `kms meter show`",

@@ -81,7 +81,7 @@ pub(super) struct TransferRow {
     /// How many of them have left.
     #[prost(uint32, tag = "7")]
     pub(super) delivered: u32,
-    /// 1 associating, 2 authenticating, 3 delivering.
+    /// 1 and 2 associating (to open, to prove), 3 and 4 authenticating, 5 delivering.
     #[prost(uint32, tag = "8")]
     pub(super) stage: u32,
     #[prost(uint32, tag = "9")]
