@@ -1,7 +1,7 @@
 //! I3: no version that a meter may hold is destroyed, and none is granted before it is proven. Transfers over the air come with the rotation work; this is
 //! the rule that they will stand on.
 
-use kms_domain::{KeyDerivation, KeyLength, KeyOrigin, KeyState, KeyType, NewKeyVersion, SecuritySetupId, Slot, SlotError, UnixMillis};
+use kms_domain::{Confirmation, Evidence, KeyDerivation, KeyLength, KeyOrigin, KeyState, KeyType, KeyVersionNumber, NewKeyVersion, SecuritySetupId, Slot, SlotError, UnixMillis};
 
 const DAY: i64 = 86_400_000;
 
@@ -16,13 +16,13 @@ fn a_candidate_cannot_be_destroyed_and_a_pre_active_version_is_granted_to_nobody
     let mut slot = Slot::new(SecuritySetupId::DEFAULT, KeyType::GUEK);
     let first = slot.add_version(new(KeyState::Active), now).unwrap();
     let second = slot.add_version(new(KeyState::PreActive), now).unwrap();
-    slot.mark_candidate(second).unwrap();
+    slot.mark_left(second, 1, KeyVersionNumber::FIRST).unwrap();
     // Its wrapped form has left: errors and silence prove nothing, so neither version may go.
     assert_eq!(slot.transition(second, KeyState::Destroyed, now), Err(SlotError::CandidateDestroyed { number: second }));
     assert!(slot.transition(first, KeyState::Destroyed, now).is_err());
     assert!(slot.grantable().all(|grantable| grantable.version.number() == first));
     // Proven: the earlier version stays until retention has passed.
-    slot.prove(second, now).unwrap();
+    slot.confirm(second, 2, Evidence::Proven, now).unwrap();
     assert_eq!(slot.transition(first, KeyState::Destroyed, now), Err(SlotError::CandidateDestroyed { number: first }));
     assert!(!slot.release_candidates(DAY, now.after(DAY - 1)));
     assert_eq!(slot.transition(first, KeyState::Destroyed, now), Err(SlotError::CandidateDestroyed { number: first }));
@@ -41,6 +41,6 @@ fn a_compromised_version_never_comes_back() {
             assert!(slot.transition(first, state, now).is_err(), "{state}");
         }
     }
-    assert!(slot.prove(first, now).is_err());
+    assert_eq!(slot.confirm(first, 3, Evidence::Proven, now), Ok(Confirmation::NotActive));
     assert_eq!(slot.grantable().count(), 0);
 }

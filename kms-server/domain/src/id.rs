@@ -439,6 +439,14 @@ uuid_id! {
     RequestId, "request id"
 }
 uuid_id! {
+    /// A campaign's id: that of the request that made it.
+    CampaignId, "campaign id"
+}
+uuid_id! {
+    /// A transfer's id: that of the request that began it.
+    TransferId, "transfer id"
+}
+uuid_id! {
     /// One run of one server process: the writer of an audit chain and the holder of counter chunks. Random, never reused.
     WriterId, "writer id"
 }

@@ -164,6 +164,77 @@ pub struct KeyVersion {
     pub(crate) candidate: bool,
     pub(crate) exposures: Vec<Exposure>,
     pub(crate) counters: CounterPlace,
+    pub(crate) transport: Transport,
+}
+
+/// What is known of a version's way to the meter. The numbers are moments of the meter's own sequence ([`crate::Meter::sequence`]), from 1,
+/// because the clocks of several servers put nothing in order; 0 is never.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Transport {
+    /// When its wrapped form left last.
+    pub left: u32,
+    /// When the meter last showed that it holds it.
+    pub confirmed: u32,
+    /// How the meter showed it, the strongest that there was.
+    pub evidence: Evidence,
+    /// Under which version of the meter's KEK its wrapped form left. One version leaves under one KEK only, so that who holds it has shown the
+    /// KEK too.
+    pub kek: Option<KeyVersionNumber>,
+    /// The highest invocation counter that the meter itself used with it, in an answer that the HSM opened.
+    pub meter_counter: u32,
+}
+
+/// How sure it is that a meter holds a key version.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Evidence {
+    /// Nothing was shown.
+    #[default]
+    None,
+    /// Someone who holds the key says so.
+    Attested,
+    /// The meter accepted its transfer, authenticated under other keys; nothing was done with the key itself.
+    Acknowledged,
+    /// The meter answered a fresh challenge of the HSM under this key.
+    Proven,
+}
+
+impl Evidence {
+    /// All kinds, the weakest first.
+    pub const ALL: [Self; 4] = [Self::None, Self::Attested, Self::Acknowledged, Self::Proven];
+
+    /// The name in output and records.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Attested => "attested",
+            Self::Acknowledged => "acknowledged",
+            Self::Proven => "proven",
+        }
+    }
+
+    /// The number in rows, from 0.
+    pub const fn number(self) -> u32 {
+        match self {
+            Self::None => 0,
+            Self::Attested => 1,
+            Self::Acknowledged => 2,
+            Self::Proven => 3,
+        }
+    }
+
+    /// The evidence with this number.
+    ///
+    /// # Errors
+    /// No evidence has the number.
+    pub fn from_number(number: u32) -> Result<Self, ParseError> {
+        Self::ALL.into_iter().find(|evidence| evidence.number() == number).ok_or_else(|| ParseError::new("evidence", format!("`{number}` is not 0 to 3")))
+    }
+}
+
+impl fmt::Display for Evidence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 impl KeyVersion {
@@ -209,6 +280,11 @@ impl KeyVersion {
     /// I3: whether the meter may hold this version.
     pub const fn candidate(&self) -> bool {
         self.candidate
+    }
+
+    /// What is known of its way to the meter.
+    pub const fn transport(&self) -> Transport {
+        self.transport
     }
 
     /// Who could know it.

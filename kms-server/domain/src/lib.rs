@@ -22,6 +22,7 @@ mod secret;
 mod shipment;
 mod slot;
 mod time;
+mod transfer;
 
 pub use counter::{
     ChunkSize, CounterDomain, CounterError, CounterKey, CounterOwnership, CounterScope, CounterState, CounterUse, Counters, DealError, Lease, LiveChunk,
@@ -32,10 +33,10 @@ pub use error::ParseError;
 pub use exposure::{Exposure, ExposureReason, Party};
 pub use history::{CounterJump, DatabaseHistory, Timeline};
 pub use id::{
-    CounterDomainId, DeviceTypeId, FlagId, GrantId, GroupId, IslandName, KeyVersionNumber, Owner, OwnerKind, PrincipalId, RequestId, Role, SecuritySetupId,
-    SystemTitle, WriterId,
+    CampaignId, CounterDomainId, DeviceTypeId, FlagId, GrantId, GroupId, IslandName, KeyVersionNumber, Owner, OwnerKind, PrincipalId, RequestId, Role,
+    SecuritySetupId, SystemTitle, TransferId, WriterId,
 };
-pub use key::{CounterPlace, KeyMaterial, KeyOrigin, KeyState, KeyVersion, WrappedKey};
+pub use key::{CounterPlace, Evidence, KeyMaterial, KeyOrigin, KeyState, KeyVersion, Transport, WrappedKey};
 pub use key_type::{KeyClass, KeyLength, KeyShape, KeyType, SecuritySuite};
 pub use meter::{DeviceProfileName, DeviceType, Group, KeyVersionId, Meter, MeterClass, MeterStatus, check_batch, check_serial};
 pub use principal::{ClassRoots, DiversificationRoot, Island, IslandKind, PersonName, Principal, PrincipalCertificate, PrincipalStatus, TransportCertificate};
@@ -48,5 +49,9 @@ pub use row::RowError;
 pub use seal::{FingerprintKey, Generation, RowId, RowSeal, SealError, SealKey, SealRootKey, row_digest};
 pub use secret::EncodedSecret;
 pub use shipment::{LONGEST_SHIPMENT_LINE, OaepHash, ShipmentDevice, ShipmentHeader, ShipmentLineError, ShipmentTrailer, ShippedCounter, ShippedKey};
-pub use slot::{Grantable, NewKeyVersion, Slot, SlotError, Slots, Standing};
+pub use slot::{Confirmation, Grantable, NewKeyVersion, Slot, SlotError, Slots, Standing};
 pub use time::UnixMillis;
+pub use transfer::{
+    Answer, CHALLENGE, ExchangePurpose, Finding, KeyPair, Next, Observation, OrderedKeys, Outcome, SharedKey, Stage, Step, Transfer, TransferError,
+    TransferForm, TransferKey, TransferOrder,
+};

@@ -3,8 +3,8 @@
 use std::fmt;
 
 use crate::{
-    DeviceTypeId, FlagId, GroupId, KeyState, KeyType, KeyVersion, KeyVersionNumber, Owner, ParseError, PrincipalId, SecuritySetupId, SecuritySuite, SlotError,
-    Slots, SystemTitle, UnixMillis, id::parse_name,
+    DeviceTypeId, FlagId, GroupId, KeyState, KeyType, KeyVersion, KeyVersionNumber, Owner, ParseError, PrincipalId, SecuritySetupId, SecuritySuite, SharedKey, Slot, SlotError,
+    Slots, SystemTitle, Transfer, UnixMillis, id::parse_name,
 };
 
 /// Where a meter stands in its life.
@@ -145,12 +145,38 @@ pub struct Meter {
     pub retired: Option<UnixMillis>,
     /// The keys.
     pub slots: Slots,
+    /// The last moment of the meter's own sequence: what left for it and what it showed, in order.
+    pub sequence: u32,
+    /// The transfer under way.
+    pub transfer: Option<Transfer>,
+    /// Keys of groups and device types that left for it, in order, each once.
+    pub shared: Vec<SharedKey>,
 }
 
 impl Meter {
     /// The meter as an owner of keys.
     pub const fn owner(&self) -> Owner {
         Owner::Meter(self.title)
+    }
+
+    /// I3: releases the candidates before the active versions, slot by slot as [`crate::Slot::release_candidates`] does, but none of a security setup
+    /// in which KEK, GUEK or GAK is in doubt: a meter that went back to an earlier GUEK went back to an earlier KEK as well, and only the next
+    /// transfer shows that. None either while a transfer is under way. Returns whether any was released.
+    pub fn release_candidates(&mut self, retention: i64, now: UnixMillis) -> bool {
+        if self.transfer.as_ref().is_some_and(|transfer| transfer.not_after > now) {
+            return false;
+        }
+        let doubted: Vec<SecuritySetupId> = self
+            .slots
+            .iter()
+            .filter(|slot| [KeyType::KEK, KeyType::GUEK, KeyType::GAK].contains(&slot.key_type()) && slot.in_doubt())
+            .map(Slot::setup)
+            .collect();
+        let mut released = false;
+        for slot in self.slots.iter_mut().filter(|slot| !doubted.contains(&slot.setup())) {
+            released |= slot.release_candidates(retention, now);
+        }
+        released
     }
 
     /// Changes the status, to any but retired: [`Self::retire`] does that.

@@ -9,6 +9,7 @@ mod owner;
 mod principal;
 mod quota;
 mod slot;
+mod transfer;
 
 use crate::{ParseError, SecuritySuite, UnixMillis};
 

@@ -1,8 +1,8 @@
 //! Key slots: all versions that a key ever had, and the candidates of I3.
 
 use crate::{
-    CounterDomain, CounterDomainId, CounterJump, CounterKey, CounterPlace, Counters, DiversificationContext, KeyLength, KeyMaterial, KeyOrigin, KeyShape,
-    KeyState, KeyType, KeyVersion, KeyVersionNumber, Owner, SecuritySetupId, UnixMillis, WrappedKey,
+    CounterDomain, CounterDomainId, CounterJump, CounterKey, CounterPlace, Counters, DiversificationContext, Evidence, KeyLength, KeyMaterial, KeyOrigin,
+    KeyShape, KeyState, KeyType, KeyVersion, KeyVersionNumber, Owner, SecuritySetupId, Transport, UnixMillis, WrappedKey,
 };
 
 /// A key version to be added to a slot.
@@ -101,10 +101,24 @@ impl Slot {
         self.versions.iter().filter(|version| version.candidate)
     }
 
-    /// Whether it is in doubt which version the meter holds: a version later than the active one left, or none is active.
+    /// The version that the meter holds as far as is known: the candidate that it showed last, or else the active one.
+    pub fn held(&self) -> Option<&KeyVersion> {
+        self.candidates().filter(|version| version.transport.confirmed > 0).max_by_key(|version| version.transport.confirmed).or_else(|| self.active())
+    }
+
+    /// Whether it is in doubt that the meter holds the active version: one left since it last showed one, or what it showed is not the active one.
     pub fn in_doubt(&self) -> bool {
-        let active = self.active().map(KeyVersion::number);
-        self.candidates().any(|version| Some(version.number) > active)
+        match self.held() {
+            Some(held) => held.state != KeyState::Active || self.unresolved(),
+            None => self.candidates().next().is_some(),
+        }
+    }
+
+    /// Whether a version left since the meter last showed which one it holds. A compromised version or one that the meter went back to is no
+    /// such doubt: it is known, and wants to be replaced.
+    pub fn unresolved(&self) -> bool {
+        let (held, shown) = self.held().map_or((None, 0), |held| (Some(held.number), held.transport.confirmed));
+        self.candidates().any(|version| Some(version.number) != held && version.transport.left > shown)
     }
 
     /// What may be granted, the active version first: never a pre-active (I3), suspended, compromised or destroyed one.
@@ -146,11 +160,23 @@ impl Slot {
             candidate: new.state == KeyState::Active,
             exposures: Vec::new(),
             counters: CounterPlace::Own(Counters::default()),
+            transport: Transport::default(),
         });
         self.check().inspect_err(|_| {
             self.versions.pop();
         })?;
         Ok(number)
+    }
+
+    /// Adds a version that the meter does not hold yet.
+    ///
+    /// # Errors
+    /// It is not pre-active, or wrapped form and origin do not fit.
+    pub(crate) fn add_pre_active(&mut self, new: &NewKeyVersion, now: UnixMillis) -> Result<KeyVersionNumber, SlotError> {
+        if new.state != KeyState::PreActive {
+            return Err(SlotError::Transition { number: self.next_number(), from: KeyState::PreActive, to: new.state });
+        }
+        self.add_version(new.clone(), now)
     }
 
     /// Moves a version to another state. Destroying drops its wrapped form.
@@ -178,25 +204,54 @@ impl Slot {
         Ok(())
     }
 
-    /// I3: makes a version a candidate. The row is stored before its wrapped form leaves for the meter.
+    /// I3: makes a version a candidate. The row is stored before its wrapped form leaves for the meter, at `moment` of the meter's
+    /// sequence, under this version of the KEK.
     ///
     /// # Errors
-    /// There is no such version, or it is destroyed.
-    pub fn mark_candidate(&mut self, number: KeyVersionNumber) -> Result<(), SlotError> {
+    /// There is no such version, it is destroyed, or it left under another KEK before.
+    pub fn mark_left(&mut self, number: KeyVersionNumber, moment: u32, kek: KeyVersionNumber) -> Result<(), SlotError> {
         let version = self.version_mut(number)?;
         if version.state == KeyState::Destroyed {
             return Err(SlotError::CandidateDestroyed { number });
         }
+        if version.transport.kek.is_some_and(|known| known != kek) {
+            return Err(SlotError::OtherKek { number });
+        }
         version.candidate = true;
+        version.transport.left = moment;
+        version.transport.kek = Some(kek);
         Ok(())
     }
 
-    /// Records the proof that the meter holds a version: it becomes active, and the active one before it deactivated. Earlier
+    /// Records that the meter showed at `moment` of its sequence that it holds a version. A pre-active one above the active one becomes active.
+    /// Any other changes no state: an earlier version never becomes active again, a compromised one never at all.
+    ///
+    /// # Errors
+    /// The version never left for the meter.
+    pub fn confirm(&mut self, number: KeyVersionNumber, moment: u32, evidence: Evidence, now: UnixMillis) -> Result<Confirmation, SlotError> {
+        let active = self.active().map(KeyVersion::number);
+        let version = self.version_mut(number)?;
+        if !version.candidate {
+            return Err(SlotError::NotCandidate { number });
+        }
+        version.transport.confirmed = moment;
+        version.transport.evidence = version.transport.evidence.max(evidence);
+        match version.state {
+            KeyState::PreActive if active.is_none_or(|active| active < number) => {
+                self.prove(number, now)?;
+                Ok(Confirmation::Activated)
+            }
+            KeyState::Active => Ok(Confirmation::Active),
+            _ => Ok(Confirmation::NotActive),
+        }
+    }
+
+    /// Makes a version that the meter was shown to hold active, and the active one before it deactivated. Earlier
     /// candidates stay until [`Self::release_candidates`]: a meter may go back to one when its power fails.
     ///
     /// # Errors
     /// The version is not a candidate, or in a state that cannot become active (a compromised one never does).
-    pub fn prove(&mut self, number: KeyVersionNumber, now: UnixMillis) -> Result<(), SlotError> {
+    fn prove(&mut self, number: KeyVersionNumber, now: UnixMillis) -> Result<(), SlotError> {
         let version = self.version(number).ok_or(SlotError::NoSuchVersion { number })?;
         if !version.candidate {
             return Err(SlotError::NotCandidate { number });
@@ -214,10 +269,12 @@ impl Slot {
     }
 
     /// I3: releases the candidates before the active version, once that has been active for `retention` milliseconds: the
-    /// retention time has passed since a later version was proven. Returns whether any was released.
+    /// retention time has passed since a later version was proven. Returns whether any was released. Of a meter, see
+    /// [`crate::Meter::release_candidates`].
     pub fn release_candidates(&mut self, retention: i64, now: UnixMillis) -> bool {
         let Some((active, since)) = self.active().map(|version| (version.number, version.since)) else { return false };
-        if since.after(retention) > now {
+        // I3: a meter that went back to an earlier version, or may have, still needs it.
+        if since.after(retention) > now || self.in_doubt() {
             return false;
         }
         let mut released = false;
@@ -285,6 +342,17 @@ impl Slot {
     }
 }
 
+/// What a meter's showing of a version came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Confirmation {
+    /// It became the active version.
+    Activated,
+    /// It is the active version.
+    Active,
+    /// It is another: earlier, suspended or compromised. The meter needs a new key.
+    NotActive,
+}
+
 /// Why a slot refuses a change.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SlotError {
@@ -316,6 +384,12 @@ pub enum SlotError {
     /// A proof for a version that never left.
     #[error("key version {number} never left for the meter: nothing can prove it")]
     NotCandidate {
+        /// The version.
+        number: KeyVersionNumber,
+    },
+    /// A version would leave under a second KEK: who holds it would no longer show which KEK the meter has.
+    #[error("key version {number} left wrapped under another version of the KEK; make a new version")]
+    OtherKek {
         /// The version.
         number: KeyVersionNumber,
     },
@@ -452,13 +526,13 @@ mod tests {
         let mut slot = slot();
         let first = slot.add_version(diversified(KeyState::Active), NOW).unwrap();
         let second = slot.add_version(generated(KeyState::PreActive), NOW).unwrap();
-        assert_eq!(slot.prove(second, NOW), Err(SlotError::NotCandidate { number: second }));
-        slot.mark_candidate(second).unwrap();
+        assert_eq!(slot.confirm(second, 2, Evidence::Proven, NOW), Err(SlotError::NotCandidate { number: second }));
+        slot.mark_left(second, 1, KeyVersionNumber::FIRST).unwrap();
         assert!(slot.in_doubt());
         // I3: the pre-active version is granted to nobody.
         assert_eq!(granted(&slot), [(1, Standing::Active)]);
 
-        slot.prove(second, NOW.after(5)).unwrap();
+        assert_eq!(slot.confirm(second, 2, Evidence::Proven, NOW.after(5)), Ok(Confirmation::Activated));
         assert!(!slot.in_doubt());
         assert_eq!(granted(&slot), [(2, Standing::Active), (1, Standing::FormerCandidate)]);
         // I3: no destruction before the retention time has passed.
@@ -479,7 +553,7 @@ mod tests {
         for state in KeyState::ALL {
             assert!(slot.clone().transition(number, state, NOW).is_err(), "{state}: it is still a candidate");
         }
-        assert!(slot.prove(number, NOW).is_err());
+        assert_eq!(slot.confirm(number, 1, Evidence::Proven, NOW), Ok(Confirmation::NotActive));
         assert_eq!(slot.candidates().count(), 1);
     }
 
@@ -490,7 +564,7 @@ mod tests {
         slot.transition(number, KeyState::Destroyed, NOW).unwrap();
         assert_eq!(slot.version(number).unwrap().material(), &KeyMaterial::Destroyed);
         assert_eq!(slot.version(number).unwrap().shape(), None);
-        assert!(slot.mark_candidate(number).is_err());
+        assert!(slot.mark_left(number, 1, KeyVersionNumber::FIRST).is_err());
     }
 
     #[test]

@@ -38,6 +38,9 @@ fn meter(slots: Slots) -> Meter {
         added: NOW,
         retired: None,
         slots,
+        sequence: 0,
+        transfer: None,
+        shared: Vec::new(),
     }
 }
 
@@ -295,8 +298,8 @@ fn apply(slot: &mut Slot, change: &Change) {
             let _ = slot.add_version(NewKeyVersion { state, origin, wrapped, fingerprint: long.then_some([4; 16]) }, NOW.after(5));
         }
         Change::Transition { version, state } => drop(slot.transition(number(version), KeyState::ALL[state], NOW.after(6))),
-        Change::Candidate { version } => drop(slot.mark_candidate(number(version))),
-        Change::Prove { version } => drop(slot.prove(number(version), NOW.after(7))),
+        Change::Candidate { version } => drop(slot.mark_left(number(version), 1, KeyVersionNumber::FIRST)),
+        Change::Prove { version } => drop(slot.confirm(number(version), 2, Evidence::Proven, NOW.after(7))),
         Change::Release => drop(slot.release_candidates(1, NOW.after(9))),
         Change::Expose { version, who, later } => {
             let party = match who {

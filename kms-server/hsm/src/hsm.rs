@@ -17,6 +17,7 @@ use crate::label::{Purpose, RootVersion, TokenKey};
 use crate::pin::PinMemory;
 use crate::probe::{Capabilities, rsa_public_key_der};
 use crate::token::{Token, TokenSettings};
+use crate::transfer::TransferJob;
 use crate::worker::KeySource;
 
 /// The HSM of an island: which token holds the keys of which class. Clones share the tokens.
@@ -165,6 +166,15 @@ impl Hsm {
     pub async fn unprotect_batch(&self, frames: Vec<(FrameKeys, ProtectedFrame)>) -> Result<Vec<Result<Vec<u8>, HsmError>>, HsmError> {
         let token = self.token_of_frames(frames.iter().map(|(keys, _)| keys))?.clone();
         token.run("unprotect", move |worker| each(&frames, |(keys, frame)| worker.unprotect(keys, frame))).await
+    }
+
+    /// Wraps keys for meters; one result each: 24 or 40 octets.
+    ///
+    /// # Errors
+    /// The token of the KEKs is not that of the keys (a server of another role does this), or trouble of the HSM.
+    pub async fn wrap_for_meters(&self, jobs: Vec<TransferJob>) -> Result<Vec<Result<Vec<u8>, HsmError>>, HsmError> {
+        let token = self.token_of_all(jobs.iter().flat_map(|job| [job.kek.class(), job.key.class()]))?.clone();
+        token.run(move |worker| each(&jobs, |job| worker.wrap_for_meter(job))).await
     }
 
     /// Opens a vendor's batch key: RSA-OAEP under this version of the vendor transport key, an AES key inside.

@@ -24,6 +24,7 @@ mod queue;
 mod raw;
 mod template;
 mod token;
+mod transfer;
 mod worker;
 
 pub use ceremony::{
@@ -41,4 +42,5 @@ pub use module::{Module, TokenSelector};
 pub use pin::{Pin, PinMemory, PinSource, ProcessPinMemory};
 pub use probe::{Capabilities, CapabilityRow};
 pub use token::{Token, TokenSettings, TokenState};
+pub use transfer::TransferJob;
 pub use worker::KeySource;

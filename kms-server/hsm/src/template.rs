@@ -82,6 +82,8 @@ impl<'a> Template<'a> {
 pub(crate) enum Handling {
     /// It is wrapped for a grantee or for storage.
     Wrap,
+    /// It wraps keys for the meter (a KEK).
+    WrapOthers,
     /// It encrypts a frame.
     Encrypt,
     /// It decrypts a frame.
@@ -95,6 +97,7 @@ impl Handling {
     pub(crate) fn apply(self, template: Template<'_>) -> Template<'_> {
         match self {
             Self::Wrap => template.sensitive(true),
+            Self::WrapOthers => template.sensitive(false).flag(CKA_WRAP, true),
             Self::Encrypt => template.sensitive(false).flag(CKA_ENCRYPT, true),
             Self::Decrypt => template.sensitive(false).flag(CKA_DECRYPT, true),
             // I1: the one session object that is not sensitive, for one call. Only GAKs come here, see `Worker::readable_gak`.

@@ -49,7 +49,7 @@ impl KeySource {
         self.key_type().class()
     }
 
-    const fn key_type(&self) -> KeyType {
+    pub(crate) const fn key_type(&self) -> KeyType {
         match self {
             Self::Diversified { context, .. } => context.key_type,
             Self::Stored { key_type, .. } => *key_type,

@@ -856,6 +856,7 @@ pub(crate) const fn event_kind(event: &Event) -> u16 {
         Event::KeyCreated(_) => 26,
         Event::DeviceTypeAdded(_) => 27,
         Event::KeysDestroyed(_) => 30,
+        Event::TransfersAdvanced(_) => 31,
     }
 }
 

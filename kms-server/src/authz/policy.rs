@@ -296,6 +296,41 @@ pub enum Action {
         /// What for.
         purpose: Purpose,
     },
+    /// A new key for a meter, not its KEK.
+    TransferKey {
+        /// The key type.
+        key_type: KeyType,
+        /// Every request is ciphered in the HSM.
+        in_frames: bool,
+        /// Although it is in doubt which version the meter holds.
+        urgent: bool,
+        /// A task of a campaign.
+        campaign: bool,
+    },
+    /// A new KEK for a meter, with the GUEK that proves it.
+    TransferMasterKey {
+        /// Every request is ciphered in the HSM.
+        in_frames: bool,
+        /// Although it is in doubt which version the meter holds.
+        urgent: bool,
+        /// A task of a campaign.
+        campaign: bool,
+    },
+    /// Learning which keys a meter holds.
+    ProbeKeys {
+        /// A task of a campaign.
+        campaign: bool,
+    },
+    /// Saying that a meter uses a new key, which the caller holds, instead of having it proven.
+    AttestKey {
+        /// The key type.
+        key_type: KeyType,
+    },
+    /// Ending a transfer.
+    WithdrawTransfer {
+        /// The meter is assigned to the caller.
+        own: bool,
+    },
     /// One meter's state.
     ShowMeter,
     /// Assignment to a head-end.
@@ -402,6 +437,11 @@ impl Action {
             Self::OpenGroupSession { .. } => "openGroupSession",
             Self::ProtectFrame { .. } => "protectFrame",
             Self::UnprotectFrame { .. } => "unprotectFrame",
+            Self::TransferKey { .. } => "transferKey",
+            Self::TransferMasterKey { .. } => "transferMasterKey",
+            Self::ProbeKeys { .. } => "probeKeys",
+            Self::AttestKey { .. } => "attestKey",
+            Self::WithdrawTransfer { .. } => "withdrawTransfer",
             Self::ShowMeter => "showMeter",
             Self::AssignMeters => "assignMeters",
             Self::AdoptCounters => "adoptCounters",
@@ -461,6 +501,19 @@ impl Action {
                 pairs
             }
             Self::UnprotectFrame { purpose } => vec![("purpose", text(purpose.name()))],
+            Self::TransferKey { key_type, in_frames, urgent, campaign } => vec![
+                ("key_type", text(&key_type.to_string())),
+                ("in_frames", RestrictedExpression::new_bool(*in_frames)),
+                ("urgent", RestrictedExpression::new_bool(*urgent)),
+                ("campaign", RestrictedExpression::new_bool(*campaign)),
+            ],
+            Self::TransferMasterKey { in_frames, urgent, campaign } => vec![
+                ("in_frames", RestrictedExpression::new_bool(*in_frames)),
+                ("urgent", RestrictedExpression::new_bool(*urgent)),
+                ("campaign", RestrictedExpression::new_bool(*campaign)),
+            ],
+            Self::ProbeKeys { campaign } => vec![("campaign", RestrictedExpression::new_bool(*campaign))],
+            Self::AttestKey { key_type } => vec![("key_type", text(&key_type.to_string()))],
             Self::AddPrincipal { role } => vec![("role", text(role.name())), ("own", RestrictedExpression::new_bool(false))],
             Self::RegisterTransportKey { role } => vec![("role", text(role.name())), ("own", RestrictedExpression::new_bool(true))],
             Self::RenewPrincipal { role, own } | Self::DisablePrincipal { role, own } => {
@@ -471,7 +524,8 @@ impl Action {
             | Self::ImportShipment { own }
             | Self::ListShipments { own }
             | Self::ListGrants { own }
-            | Self::RevokeGrant { own } => vec![("own", RestrictedExpression::new_bool(*own))],
+            | Self::RevokeGrant { own }
+            | Self::WithdrawTransfer { own } => vec![("own", RestrictedExpression::new_bool(*own))],
             Self::ShowMeter
             | Self::AssignMeters
             | Self::AdoptCounters

@@ -565,7 +565,7 @@ fn read_service(apdu: &[u8]) -> Result<(Service, Vec<CosemTarget>), ServiceError
 
 /// Whether a challenge could pass for the plain form of a request: get, set, action, access, read, write, by its first octets, since meters may
 /// not look at what follows. Meters make challenges at random; fewer than one in a hundred is refused.
-fn resembles_request(challenge: &[u8]) -> bool {
+pub(super) fn resembles_request(challenge: &[u8]) -> bool {
     matches!(challenge, [0xC0, 1..=3, ..] | [0xC1, 1..=5, ..] | [0xC3, 1..=6, ..] | [0xD9 | 0xE0, ..] | [0x05 | 0x06 | 0x16, 1..=16, 2 | 4, ..])
         || ServiceRequest::parse(challenge).is_ok()
 }

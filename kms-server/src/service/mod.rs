@@ -15,3 +15,4 @@ mod recipe;
 pub mod retention;
 pub mod scrub;
 pub mod shipment;
+pub mod transfer;

@@ -29,12 +29,102 @@ pub(super) struct MeterRow {
     /// In order of setup, key type and number.
     #[prost(message, repeated, tag = "10")]
     pub(super) versions: Vec<VersionRow>,
+    /// The last moment of the meter's own sequence.
+    #[prost(uint32, tag = "11")]
+    pub(super) sequence: u32,
+    #[prost(message, optional, tag = "12")]
+    pub(super) transfer: Option<TransferRow>,
+    /// Keys of groups and device types that left for the meter, in order of owner, setup, key type and version.
+    #[prost(message, repeated, tag = "13")]
+    pub(super) shared: Vec<SharedKeyRow>,
     /// When the meter was retired, in milliseconds after `added`; only of a retired one.
     #[prost(sint64, optional, tag = "14")]
     pub(super) retired: Option<i64>,
     /// Unix milliseconds: what other moments of the row are relative to. Last and never 0, so that a cut row is refused.
     #[prost(int64, tag = "15")]
     pub(super) added: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct SharedKeyRow {
+    /// The number of the group, or of the device type.
+    #[prost(uint64, tag = "1")]
+    pub(super) group: u64,
+    #[prost(uint64, tag = "2")]
+    pub(super) device_type: u64,
+    #[prost(uint32, tag = "3")]
+    pub(super) setup: u32,
+    #[prost(uint32, tag = "4")]
+    pub(super) key_type: u32,
+    #[prost(uint32, tag = "5")]
+    pub(super) version: u32,
+    #[prost(bool, tag = "6")]
+    pub(super) acknowledged: bool,
+    /// The version of the meter's KEK that it left under.
+    #[prost(uint32, tag = "7")]
+    pub(super) kek: u32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct TransferRow {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub(super) id: Bytes,
+    #[prost(uint32, tag = "2")]
+    pub(super) setup: u32,
+    #[prost(uint32, tag = "3")]
+    pub(super) head_end: u32,
+    #[prost(fixed64, tag = "4")]
+    pub(super) client_title: u64,
+    /// 1 wrapped key, 2 frames.
+    #[prost(uint32, tag = "5")]
+    pub(super) form: u32,
+    /// In the order in which they leave.
+    #[prost(message, repeated, tag = "6")]
+    pub(super) keys: Vec<TransferKeyRow>,
+    /// How many of them have left.
+    #[prost(uint32, tag = "7")]
+    pub(super) delivered: u32,
+    /// 1 and 2 associating (to open, to prove), 3 and 4 authenticating, 5 delivering.
+    #[prost(uint32, tag = "8")]
+    pub(super) stage: u32,
+    #[prost(uint32, tag = "9")]
+    pub(super) encryption: u32,
+    #[prost(uint32, tag = "10")]
+    pub(super) authentication: u32,
+    #[prost(bytes = "bytes", tag = "11")]
+    pub(super) challenge: Bytes,
+    #[prost(bytes = "bytes", tag = "12")]
+    pub(super) meter_challenge: Bytes,
+    /// Pairs that were tried in this round.
+    #[prost(uint32, tag = "13")]
+    pub(super) tried: u32,
+    #[prost(uint32, tag = "14")]
+    pub(super) step: u32,
+    #[prost(fixed32, repeated, tag = "15")]
+    pub(super) counters: Vec<u32>,
+    #[prost(sint64, tag = "16")]
+    pub(super) not_after: i64,
+    /// What the meter answered to the last delivery.
+    #[prost(uint32, tag = "17")]
+    pub(super) answer: u32,
+    #[prost(uint32, tag = "18")]
+    pub(super) counter_retries: u32,
+    #[prost(bytes = "bytes", tag = "19")]
+    pub(super) campaign: Bytes,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct TransferKeyRow {
+    #[prost(uint64, tag = "1")]
+    pub(super) group: u64,
+    #[prost(uint64, tag = "2")]
+    pub(super) device_type: u64,
+    #[prost(uint32, tag = "3")]
+    pub(super) key_type: u32,
+    #[prost(uint32, tag = "4")]
+    pub(super) version: u32,
+    #[prost(uint32, tag = "5")]
+    pub(super) kek: u32,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -112,6 +202,19 @@ pub(super) struct VersionRow {
     /// The fingerprint that names the domain.
     #[prost(bytes = "bytes", tag = "13")]
     pub(super) domain: Bytes,
+    /// Moments of the meter's sequence; 0 for never.
+    #[prost(uint32, tag = "14")]
+    pub(super) left: u32,
+    #[prost(uint32, tag = "15")]
+    pub(super) confirmed: u32,
+    /// 0 none, 1 attested, 2 acknowledged, 3 proven.
+    #[prost(uint32, tag = "16")]
+    pub(super) evidence: u32,
+    /// The version of the KEK that it left under; 0 for none.
+    #[prost(uint32, tag = "17")]
+    pub(super) kek: u32,
+    #[prost(uint32, tag = "18")]
+    pub(super) meter_counter: u32,
 }
 
 #[derive(Clone, PartialEq, Message)]

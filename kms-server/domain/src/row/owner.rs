@@ -9,6 +9,7 @@ use super::{
     moment,
     slot::{Principals, counters_from_rows, counters_to_rows, slots_from_rows, slots_to_rows},
     suite,
+    transfer::{shared_from_rows, shared_to_rows, transfer_from_row, transfer_to_row},
 };
 use crate::{
     CounterDomain, CounterDomainId, DeviceProfileName, DeviceType, DeviceTypeId, FlagId, Group, GroupId, IslandName, Meter, MeterClass, MeterStatus,
@@ -50,6 +51,9 @@ impl Meter {
             added: moment(row.added)?,
             retired,
             slots: slots_from_rows(row.versions, row.added, &principals)?,
+            sequence: row.sequence,
+            transfer: row.transfer.map(|transfer| transfer_from_row(title, transfer, row.added, &principals)).transpose()?,
+            shared: shared_from_rows(row.shared)?,
         })
     }
 
@@ -68,6 +72,7 @@ impl Meter {
         let mut principals = Principals::default();
         let head_end = self.class.head_end.as_ref().map_or(0, |head_end| principals.reference(head_end));
         let versions = slots_to_rows(&self.slots, self.added, &mut principals);
+        let transfer = self.transfer.as_ref().map(|transfer| transfer_to_row(transfer, self.added, &mut principals));
         let [first, second, third] = self.class.vendor.octets();
         let row = MeterRow {
             vendor: u32::from_be_bytes([0, first, second, third]),
@@ -82,6 +87,9 @@ impl Meter {
             retired: self.retired.map(|retired| retired.0.wrapping_sub(self.added.0)),
             added: self.added.0,
             versions,
+            sequence: self.sequence,
+            transfer,
+            shared: shared_to_rows(&self.shared),
         };
         Ok(row.encode_to_vec())
     }

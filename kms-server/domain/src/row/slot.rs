@@ -8,9 +8,9 @@ use super::{
     octets, version,
 };
 use crate::{
-    CounterDomainId, CounterJump, CounterKey, CounterOwnership, CounterPlace, CounterState, Counters, Exposure, ExposureReason, IslandName, KeyDerivation,
+    CounterDomainId, CounterJump, CounterKey, CounterOwnership, CounterPlace, CounterState, Counters, Evidence, Exposure, ExposureReason, IslandName, KeyDerivation,
     KeyLength, KeyMaterial, KeyOrigin, KeyState, KeyType, KeyVersion, KeyVersionNumber, Party, PrincipalId, Role, SecuritySetupId, Slot, Slots, SystemTitle,
-    UnixMillis, WrappedKey, WriterId,
+    Transport, UnixMillis, WrappedKey, WriterId,
 };
 
 /// The principals that a row names by position: each is stored once.
@@ -124,6 +124,13 @@ fn version_from_row(key_type: KeyType, row: VersionRow, base: i64, principals: &
         candidate: row.candidate,
         exposures,
         counters,
+        transport: Transport {
+            left: row.left,
+            confirmed: row.confirmed,
+            evidence: Evidence::from_number(row.evidence)?,
+            kek: if row.kek == 0 { None } else { Some(KeyVersionNumber::new(row.kek)?) },
+            meter_counter: row.meter_counter,
+        },
     })
 }
 
@@ -183,6 +190,11 @@ fn version_to_row(version: &KeyVersion, base: i64, principals: &mut Principals, 
         exposures,
         counters,
         domain,
+        left: version.transport.left,
+        confirmed: version.transport.confirmed,
+        evidence: version.transport.evidence.number(),
+        kek: version.transport.kek.map_or(0, KeyVersionNumber::number),
+        meter_counter: version.transport.meter_counter,
     }
 }
 

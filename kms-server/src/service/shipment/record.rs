@@ -237,6 +237,9 @@ impl Step {
             added: now,
             retired: None,
             slots: slots(device, now)?,
+            sequence: 0,
+            transfer: None,
+            shared: Vec::new(),
         };
         for key in &device.keys {
             self.join_duplicates(view, device, key, &mut meter, &mut tally.duplicates)?;

@@ -1,0 +1,748 @@
+//! New keys for meters over the air (I3). The state machine is in the domain; here it meets the meter's octets, the HSM and the database.
+//!
+//! A step is decided in one transaction: the meter's row, the counters of the next request and the audit record (I2). What leaves is made in the
+//! HSM afterwards, from the row alone, so the same step is the same octets on every server (I4). What came back is read in the HSM before the
+//! next step is decided; the transaction checks that the row is still at the step that was read for.
+
+mod emit;
+mod read;
+
+use std::{collections::HashMap, num::NonZeroU32, sync::Arc};
+
+use aws_lc_rs::digest;
+use futures::{StreamExt, TryStreamExt, stream};
+use kms_domain::{
+    CampaignId, Confirmation, Finding, GroupId, KeyOrigin, KeyShape, KeyState, KeyType, KeyVersionNumber, Meter, NewKeyOrigin, NewKeyVersion, Next,
+    Observation, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, Transfer, TransferError, TransferForm,
+    TransferId, TransferOrder, UnixMillis, WrappedKey,
+};
+use kms_proto::v1::{HeldVersion, SecurityEvent, TransferAdvance, TransfersAdvanced, audit_record::Event};
+use kms_store::{Reads, RequestKey, RequestRow};
+
+use super::grant::{counter_key, setup_record};
+use crate::{
+    audit::{Actor, AuditLeaf, CounterOf, View},
+    authz::{Action, Caller, Resource},
+    error::ServiceError,
+    island::{Island, facts, principal_row},
+};
+
+/// What is asked for one meter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Order {
+    /// The meter.
+    pub meter: SystemTitle,
+    /// The security setup; `None` is the meter's first.
+    pub setup: Option<SecuritySetupId>,
+    /// The key; `None` is a probe.
+    pub key_type: Option<KeyType>,
+    /// The client title that the requests are sent under.
+    pub client_title: SystemTitle,
+    /// Who ciphers the delivery.
+    pub form: TransferForm,
+    /// Go on although the slot is in doubt.
+    pub urgent: bool,
+    /// How long nobody else may begin a transfer of the meter, in seconds.
+    pub lifetime_seconds: u32,
+    /// The campaign, and the fencing token of its task's lease.
+    pub task: Option<(CampaignId, u64)>,
+}
+
+/// What a head-end reports of one step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// The meter.
+    pub meter: SystemTitle,
+    /// The transfer.
+    pub id: TransferId,
+    /// The step that it answers.
+    pub step: u32,
+    /// What came.
+    pub answer: ReportedAnswer,
+}
+
+/// What came back, as the head-end tells it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReportedAnswer {
+    /// These octets.
+    Apdu(Vec<u8>),
+    /// Nothing.
+    Nothing,
+    /// No octets: the head-end, which holds the new key, says whether the meter uses it.
+    Attested(bool),
+}
+
+/// The present step of a transfer, for its head-end.
+#[derive(Debug)]
+pub struct StepAnswer {
+    /// The meter.
+    pub meter: SystemTitle,
+    /// The transfer, and the number of its step.
+    pub transfer: Option<(TransferId, u32)>,
+    /// What to do.
+    pub next: Result<NextStep, ServiceError>,
+}
+
+/// What to do next.
+#[derive(Debug)]
+pub enum NextStep {
+    /// Send something.
+    Send(Box<Sending>),
+    /// The transfer is over.
+    End {
+        /// How it ended.
+        outcome: Outcome,
+        /// What the meter showed in this step.
+        findings: Vec<Finding>,
+    },
+}
+
+/// What is to be sent to the meter.
+#[derive(Debug)]
+pub struct Sending {
+    /// Which kind of request.
+    pub kind: SendingKind,
+    /// The request; empty where the head-end makes it.
+    pub apdu: Vec<u8>,
+    /// The client's service access point.
+    pub client_sap: u16,
+    /// What is delivered.
+    pub delivery: Option<Delivery>,
+}
+
+/// Kinds of requests of a transfer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SendingKind {
+    /// An association request.
+    Associate,
+    /// The answer to the meter's challenge.
+    Authenticate,
+    /// A key.
+    Deliver,
+}
+
+/// A key that leaves for a meter.
+#[derive(Debug)]
+pub struct Delivery {
+    /// Its type.
+    pub key_type: KeyType,
+    /// Its version.
+    pub version: KeyVersionNumber,
+    /// Its RFC 3394 wrap under the meter's KEK, 24 or 40 octets.
+    pub wrapped: Vec<u8>,
+    /// The argument of `key_transfer`, A-XDR.
+    pub argument: Vec<u8>,
+}
+
+/// The use case.
+#[derive(Clone)]
+pub struct TransferService {
+    island: Arc<Island>,
+}
+
+/// A decided step of one meter.
+type Decided = (SystemTitle, Result<(Arc<Meter>, Option<(Outcome, Vec<Finding>)>), ServiceError>);
+
+impl TransferService {
+    /// Transfers of an island.
+    pub const fn new(island: Arc<Island>) -> Self {
+        Self { island }
+    }
+
+    /// Begins transfers. What concerns one meter is in its answer.
+    ///
+    /// # Errors
+    /// What concerns all: the caller, the request id, HSM or database.
+    pub async fn begin(
+        &self,
+        caller: &Caller,
+        request: RequestId,
+        digest: [u8; 32],
+        orders: Vec<Order>,
+    ) -> Result<(Vec<StepAnswer>, Option<AuditLeaf>), ServiceError> {
+        let principal = self.island.principal(caller).await?;
+        let known = self.meters(orders.iter().map(|order| order.meter)).await?;
+        // Denied before the HSM makes a key.
+        let permitted: Vec<bool> = orders
+            .iter()
+            .map(|order| known.get(&order.meter).is_some_and(|meter| permits_order(&self.island, &facts(&principal), meter, order).is_ok()))
+            .collect();
+        let prepared = self.prepare(&orders, &permitted, &known).await?;
+        let key = RequestKey { principal: caller.principal.clone(), request, chunk: 0 };
+        let groups = orders.iter().filter_map(|order| known.get(&order.meter)).flat_map(|meter| meter.class.groups.clone());
+        let mut sealed = vec![principal_row(&caller.principal)];
+        sealed.extend(groups.map(group_row));
+        let reads = Reads { meters: orders.iter().map(|order| order.meter).collect(), sealed, requests: vec![key.clone()], ..Reads::default() };
+        let (island, caller_again) = (self.island.clone(), caller.clone());
+        let committed = self
+            .island
+            .committer
+            .act(Actor::caller(caller, Some(request), "beginTransfer"), reads, move |view| {
+                let principal = view.caller(&caller_again)?;
+                let repeated = match view.request(&key)? {
+                    Some(row) if row.digest != digest => {
+                        return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request"));
+                    }
+                    row => row.is_some(),
+                };
+                let mut advances = Advances::default();
+                let mut decided: Vec<Decided> = Vec::with_capacity(orders.len());
+                for (order, prepared) in orders.iter().zip(&prepared) {
+                    let begun = if repeated { began(view, &island, &principal, order, request) } else { begin_one(view, &island, &principal, order, prepared, request, &mut advances) };
+                    decided.push((order.meter, begun.map(|meter| (meter, None))));
+                }
+                refuse_all(view, &decided);
+                if !repeated {
+                    // Recorded even if every order was refused: the request is answered.
+                    advances.record(view);
+                    if decided.iter().any(|(_, step)| step.is_ok()) {
+                        let expires = view.now().after(REPLAY_MS);
+                        view.put_request(key.clone(), RequestRow { digest, outcome: Vec::new(), expires });
+                    }
+                }
+                Ok(decided)
+            })
+            .await?;
+        Ok((self.answer(committed.value).await?, committed.leaves.first().copied()))
+    }
+
+    /// Reports what came back, and goes on. A report for an earlier step changes nothing and gets the present step.
+    ///
+    /// # Errors
+    /// What concerns all: the caller, HSM or database.
+    pub async fn proceed(&self, caller: &Caller, reports: Vec<Report>) -> Result<(Vec<StepAnswer>, Option<AuditLeaf>), ServiceError> {
+        let principal = self.island.principal(caller).await?;
+        let known = self.meters(reports.iter().map(|report| report.meter)).await?;
+        let expected: Vec<Option<Arc<Meter>>> = reports
+            .iter()
+            .map(|report| {
+                let meter = known.get(&report.meter)?;
+                let transfer = meter.transfer.as_ref().filter(|transfer| transfer.id == report.id && transfer.step == report.step)?;
+                permits_transfer(&self.island, &facts(&principal), meter, transfer).ok().map(|()| meter.clone())
+            })
+            .collect();
+        let observations = self.read(&reports, &expected).await?;
+        let challenges = self.challenges(reports.len()).await?;
+        let mut sealed = vec![principal_row(&caller.principal)];
+        sealed.extend(known.values().flat_map(|meter| meter.class.groups.iter().copied().map(group_row)));
+        let reads = Reads { meters: reports.iter().map(|report| report.meter).collect(), sealed, ..Reads::default() };
+        let (island, caller_again) = (self.island.clone(), caller.clone());
+        let committed = self
+            .island
+            .committer
+            .act(Actor::caller(caller, None, "continueTransfer"), reads, move |view| {
+                let principal = view.caller(&caller_again)?;
+                let mut advances = Advances::default();
+                let mut decided: Vec<Decided> = Vec::with_capacity(reports.len());
+                for ((report, observation), challenge) in reports.iter().zip(&observations).zip(&challenges) {
+                    decided.push((report.meter, proceed_one(view, &island, &principal, report, observation.as_ref(), *challenge, &mut advances)));
+                }
+                refuse_all(view, &decided);
+                advances.record(view);
+                Ok(decided)
+            })
+            .await?;
+        Ok((self.answer(committed.value).await?, committed.leaves.first().copied()))
+    }
+
+    /// Ends transfers. What has left stays a candidate (I3).
+    ///
+    /// # Errors
+    /// What concerns all: the caller or the database.
+    pub async fn withdraw(
+        &self,
+        caller: &Caller,
+        request: RequestId,
+        transfers: Vec<(SystemTitle, TransferId)>,
+        reason: String,
+    ) -> Result<Vec<StepAnswer>, ServiceError> {
+        let reads = Reads {
+            meters: transfers.iter().map(|(meter, _)| *meter).collect(),
+            sealed: vec![principal_row(&caller.principal)],
+            ..Reads::default()
+        };
+        let (island, caller_again) = (self.island.clone(), caller.clone());
+        let committed = self
+            .island
+            .committer
+            .act(Actor::caller(caller, Some(request), "withdrawTransfer"), reads, move |view| {
+                let principal = view.caller(&caller_again)?;
+                let mut advances = Advances { reason: reason.clone(), ..Advances::default() };
+                let mut decided: Vec<Decided> = Vec::with_capacity(transfers.len());
+                for (title, id) in &transfers {
+                    let withdrawn = own_meter(view, *title).and_then(|mut meter| {
+                        let action = Action::WithdrawTransfer { own: meter.class.head_end.as_ref() == Some(&principal.id) };
+                        let permitted = island.policy.load().permits(&facts(&principal), &action, &Resource::Meters(&meter.class));
+                        if !permitted.is_permit() {
+                            return Err(denied(*title));
+                        }
+                        let changed = Arc::make_mut(&mut meter);
+                        let transfer = changed.transfer.clone();
+                        changed.withdraw_transfer(*id, view.now()).map_err(|error| refused(&error))?;
+                        view.put_meter(changed.clone(), false)?;
+                        if let Some(transfer) = transfer {
+                            advances.push(&meter, &transfer, Outcome::Withdrawn.name(), 0, &[]);
+                        }
+                        Ok((meter, Some((Outcome::Withdrawn, Vec::new()))))
+                    });
+                    decided.push((*title, withdrawn));
+                }
+                refuse_all(view, &decided);
+                advances.record(view);
+                Ok(decided)
+            })
+            .await?;
+        self.answer(committed.value).await
+    }
+
+    /// The meters as they stand now, for what is done before the transaction.
+    async fn meters(&self, titles: impl Iterator<Item = SystemTitle>) -> Result<HashMap<SystemTitle, Arc<Meter>>, ServiceError> {
+        let titles: Vec<SystemTitle> = titles.collect();
+        let rows = self.island.store.meters(&titles).await?;
+        // A row that does not verify is as good as absent (I5); the transaction tells the officers.
+        Ok(rows.iter().filter_map(|row| Some((row.title, self.island.committer.open_meter(row.title, &row.row).ok()?))).collect())
+    }
+
+    /// Random challenges of the HSM.
+    async fn challenges(&self, count: usize) -> Result<Vec<[u8; kms_domain::CHALLENGE]>, ServiceError> {
+        let octets = self.island.hsm.random(count.saturating_mul(kms_domain::CHALLENGE)).await?;
+        Ok(octets.as_chunks().0.to_vec())
+    }
+
+    /// The new versions of each order, and its first challenge.
+    async fn prepare(&self, orders: &[Order], permitted: &[bool], known: &HashMap<SystemTitle, Arc<Meter>>) -> Result<Vec<Prepared>, ServiceError> {
+        let challenges = self.challenges(orders.len()).await?;
+        stream::iter(orders.iter().zip(permitted).zip(challenges))
+            .map(|((order, permitted), challenge)| async move {
+                let meter = known.get(&order.meter).filter(|_| *permitted);
+                let mut keys = Vec::new();
+                let wanted: &[KeyType] = match order.key_type {
+                    Some(KeyType::KEK) => &[KeyType::KEK, KeyType::GUEK],
+                    Some(ref one) => std::slice::from_ref(one),
+                    None => &[],
+                };
+                if let Some(meter) = meter {
+                    for key_type in wanted {
+                        if let Some(key) = self.new_version(meter, order.setup, *key_type).await? {
+                            keys.push(key);
+                        }
+                    }
+                }
+                Ok(Prepared { keys, challenge })
+            })
+            .buffered(KEYS_AT_ONCE)
+            .try_collect()
+            .await
+    }
+
+    /// A new version as the device profile has it made; none for keys that the meter does not own.
+    async fn new_version(&self, meter: &Meter, setup: Option<SecuritySetupId>, key_type: KeyType) -> Result<Option<NewKeyVersion>, ServiceError> {
+        let Ok(setup) = setup_of(meter, setup) else { return Ok(None) };
+        if meter.slots.get(setup, key_type).is_none() {
+            return Ok(None);
+        }
+        let profile = self.island.profiles.get(&meter.class.profile).and_then(|profile| profile.key(setup, key_type));
+        let length = match profile.map(|key| key.shape) {
+            Some(KeyShape::Aes(length)) => length,
+            _ => meter.suite.key_length(),
+        };
+        let root = self.island.row.roots(key_type.class()).and_then(kms_domain::ClassRoots::current);
+        let (origin, wrapped) = match (profile.map(|key| key.origin), root) {
+            (Some(NewKeyOrigin::Diversified), Some(root)) => {
+                (KeyOrigin::Diversified { root_version: root.version, derivation: root.derivation, length }, None)
+            }
+            _ => {
+                let stored = self.island.hsm.generate_stored(key_type, length).await?;
+                let version = u8::try_from(stored.storage_kek_version.number()).unwrap_or_default();
+                let wrapped = WrappedKey::new(key_type, version, stored.blob.into()).map_err(|error| ServiceError::Internal(error.to_string()))?;
+                (KeyOrigin::Generated, Some(wrapped))
+            }
+        };
+        Ok(Some(NewKeyVersion { state: KeyState::PreActive, origin, wrapped, fingerprint: None }))
+    }
+}
+
+/// What an order needs that the transaction cannot make.
+struct Prepared {
+    keys: Vec<NewKeyVersion>,
+    challenge: [u8; kms_domain::CHALLENGE],
+}
+
+fn begin_one(
+    view: &mut View<'_, '_>,
+    island: &Island,
+    principal: &kms_domain::Principal,
+    order: &Order,
+    prepared: &Prepared,
+    request: RequestId,
+    advances: &mut Advances,
+) -> Result<Arc<Meter>, ServiceError> {
+    if !principal.client_titles.contains(&order.client_title) {
+        return Err(ServiceError::denied(format!("beginTransfer under client title {}", order.client_title)));
+    }
+    let mut meter = own_meter(view, order.meter)?;
+    permits_order(island, &facts(principal), &meter, order)?;
+    let setup = setup_of(&meter, order.setup)?;
+    let keys = ordered_keys(view, island, &meter, setup, order, prepared)?;
+    let transfer_order = TransferOrder {
+        id: transfer_id(request, order.meter)?,
+        setup,
+        head_end: principal.id.clone(),
+        campaign: order.task.map(|(campaign, _)| campaign),
+        client_title: order.client_title,
+        form: order.form,
+        keys,
+        urgent: order.urgent,
+        not_after: view.now().after(i64::from(order.lifetime_seconds) * 1_000),
+        challenge: prepared.challenge,
+    };
+    let changed = Arc::make_mut(&mut meter);
+    changed.begin_transfer(transfer_order, view.now()).map_err(|error| refused(&error))?;
+    let meter = deal_counters(view, island, changed.clone())?;
+    if let Some(transfer) = &meter.transfer {
+        advances.push(&meter, transfer, event_name(transfer), transfer.step, &[]);
+    }
+    Ok(meter)
+}
+
+/// The present step of a transfer that the same request began before.
+fn began(view: &mut View<'_, '_>, island: &Island, principal: &kms_domain::Principal, order: &Order, request: RequestId) -> Result<Arc<Meter>, ServiceError> {
+    let meter = own_meter(view, order.meter)?;
+    let id = transfer_id(request, order.meter)?;
+    match meter.transfer.as_ref().filter(|transfer| transfer.id == id) {
+        Some(transfer) => permits_transfer(island, &facts(principal), &meter, transfer).map(|()| meter.clone()),
+        None => Err(ServiceError::Aborted {
+            reason: "the transfer that this request began is over".to_owned(),
+            next_step: "look at the meter's slots, and begin another with a new request id".to_owned(),
+        }),
+    }
+}
+
+fn proceed_one(
+    view: &mut View<'_, '_>,
+    island: &Island,
+    principal: &kms_domain::Principal,
+    report: &Report,
+    observation: Option<&read::Read>,
+    challenge: [u8; kms_domain::CHALLENGE],
+    advances: &mut Advances,
+) -> Result<(Arc<Meter>, Option<(Outcome, Vec<Finding>)>), ServiceError> {
+    let mut meter = own_meter(view, report.meter)?;
+    let Some(transfer) = meter.transfer.clone().filter(|transfer| transfer.id == report.id) else { return Err(refused(&TransferError::NotUnderWay)) };
+    permits_transfer(island, &facts(principal), &meter, &transfer)?;
+    if report.step < transfer.step {
+        return Ok((meter, None));
+    }
+    let Some(read) = observation.filter(|_| report.step == transfer.step) else {
+        return Err(refused(&TransferError::OtherStep { at: transfer.step }));
+    };
+    let mut observation = read.observation.clone();
+    if let Observation::Attested { .. } = observation {
+        let key_type = transfer.keys.last().map_or(KeyType::GUEK, |key| key.key_type);
+        island.policy.load().require(&facts(principal), &Action::AttestKey { key_type }, &Resource::Meters(&meter.class))?;
+    }
+    if let Some(last_accepted) = read.last_accepted {
+        observation = follow_counter(view, island, &mut meter, &transfer, last_accepted)?;
+    }
+    let changed = Arc::make_mut(&mut meter);
+    let Step { next, findings } = changed.observe(report.id, report.step, observation, challenge, view.now()).map_err(|error| refused(&error))?;
+    alert(view, &meter, &findings);
+    match next {
+        Next::Send => {
+            let meter = deal_counters(view, island, (*meter).clone())?;
+            if let Some(now) = &meter.transfer {
+                advances.push(&meter, now, event_name(now), now.step, &findings);
+            }
+            Ok((meter, None))
+        }
+        Next::Done(outcome) => {
+            view.put_meter((*meter).clone(), false)?;
+            advances.push(&meter, &transfer, outcome.name(), 0, &findings);
+            Ok((meter, Some((outcome, findings))))
+        }
+    }
+}
+
+/// I4: a counter that only an unauthenticated answer names is followed within the device profile's cap.
+fn follow_counter(
+    view: &mut View<'_, '_>,
+    island: &Island,
+    meter: &mut Arc<Meter>,
+    transfer: &Transfer,
+    last_accepted: u32,
+) -> Result<Observation, ServiceError> {
+    let Some(pair) = transfer.pair() else { return Ok(Observation::Refusal) };
+    let cap = island.profiles.get(&meter.class.profile).and_then(|profile| profile.setup(transfer.setup)).map_or(0, |setup| setup.counter.jump_cap);
+    let counter = counter_key(island, meter, transfer.setup, transfer.client_title)?;
+    let changed = Arc::make_mut(meter);
+    let slot = changed.slots.get_mut(transfer.setup, KeyType::GUEK).map_err(|error| ServiceError::Internal(error.to_string()))?;
+    let version = slot.version_mut(pair.encryption).map_err(|error| ServiceError::Internal(error.to_string()))?;
+    let floor = u64::from(last_accepted) + 1;
+    let raised = match version.domain() {
+        None => version.counters_mut().and_then(|counters| counters.raise_floor(counter, floor, Some(cap))),
+        Some(id) => {
+            let Some(mut domain) = view.domain(id)? else { return Ok(Observation::Refusal) };
+            let raised = Arc::make_mut(&mut domain).counters.raise_floor(counter, floor, Some(cap));
+            if raised.is_ok() {
+                view.put_domain((*domain).clone())?;
+            }
+            raised
+        }
+    };
+    let detail = match &raised {
+        Ok(()) => format!("the meter says that it accepted counter {last_accepted}; the reservation follows"),
+        Err(error) => format!("the meter says that it accepted counter {last_accepted}, and it is not believed: {error}"),
+    };
+    let kind = if raised.is_ok() { "counter-followed" } else { "counter-jump-refused" };
+    view.append(Event::SecurityEvent(SecurityEvent { kind: kind.to_owned(), detail, meter: meter.title.octets().to_vec().into() }));
+    Ok(if raised.is_ok() { Observation::CounterFollowed } else { Observation::Refusal })
+}
+
+/// Gives the present step its counters, and stores the meter. // I4: the step's octets are made from these only.
+fn deal_counters(view: &mut View<'_, '_>, island: &Island, meter: Meter) -> Result<Arc<Meter>, ServiceError> {
+    let title = meter.title;
+    let Some(transfer) = meter.transfer.clone() else { return Err(refused(&TransferError::NotUnderWay)) };
+    let wanted = match &transfer.stage {
+        Stage::Associate { .. } | Stage::Deliver { pair: Some(_) } => 1,
+        Stage::Authenticate { .. } => 2,
+        Stage::Deliver { pair: None } => 0,
+    };
+    let counter = counter_key(island, &meter, transfer.setup, transfer.client_title)?;
+    view.put_meter(meter, false)?;
+    let mut counters = Vec::new();
+    if let (Some(pair), Some(wanted)) = (transfer.pair(), NonZeroU32::new(wanted)) {
+        let of = CounterOf { meter: title, setup: transfer.setup, key_type: KeyType::GUEK, version: pair.encryption, counter };
+        let lease = view.lease(of, wanted, UnixMillis(0))?;
+        counters.extend(lease.first..=lease.last());
+    }
+    let mut meter = own_meter(view, title)?;
+    if let Some(transfer) = &mut Arc::make_mut(&mut meter).transfer {
+        transfer.counters = counters;
+    }
+    view.put_meter((*meter).clone(), false)?;
+    Ok(meter)
+}
+
+/// What officers have to see.
+fn alert(view: &mut View<'_, '_>, meter: &Meter, findings: &[Finding]) {
+    for finding in findings {
+        let (kind, detail) = match finding {
+            Finding::MeterCounterBackwards { version, known, seen } => {
+                ("meter-counter-backwards", format!("under GUEK version {version} the meter used counter {seen} after {known}"))
+            }
+            Finding::Held { key_type, version, confirmation: Confirmation::NotActive, .. } => {
+                ("earlier-key-held", format!("the meter holds {key_type} version {version}, which is not the active one: it needs a new key"))
+            }
+            _ => continue,
+        };
+        view.append(Event::SecurityEvent(SecurityEvent { kind: kind.to_owned(), detail, meter: meter.title.octets().to_vec().into() }));
+    }
+}
+
+fn ordered_keys(
+    view: &mut View<'_, '_>,
+    island: &Island,
+    meter: &Meter,
+    setup: SecuritySetupId,
+    order: &Order,
+    prepared: &Prepared,
+) -> Result<OrderedKeys, ServiceError> {
+    let changed = || ServiceError::Aborted { reason: "the meter has changed meanwhile".to_owned(), next_step: "repeat the request".to_owned() };
+    match (order.key_type, prepared.keys.as_slice()) {
+        (None, _) => Ok(OrderedKeys::Probe),
+        (Some(KeyType::KEK), [kek, guek]) => Ok(OrderedKeys::Compound { kek: kek.clone(), guek: guek.clone() }),
+        (Some(KeyType::KEK), _) => Err(changed()),
+        (Some(key_type), [new]) => Ok(OrderedKeys::Own { key_type, new: new.clone() }),
+        (Some(key_type), _) => {
+            let owned_by_group = island
+                .profiles
+                .get(&meter.class.profile)
+                .and_then(|profile| profile.key(setup, key_type))
+                .is_some_and(|key| key.owner == kms_domain::OwnerKind::Group);
+            for group in meter.class.groups.iter().copied().filter(|_| owned_by_group) {
+                // The newest version that may be brought: pre-active where one is being rolled out, else the active one.
+                let Some(found) = view.group(group)? else { continue };
+                let version = found.slots.get(setup, key_type).and_then(|slot| {
+                    let usable = |version: &&kms_domain::KeyVersion| matches!(version.state(), KeyState::PreActive | KeyState::Active);
+                    slot.versions().iter().rev().find(usable).map(kms_domain::KeyVersion::number)
+                });
+                if let Some(version) = version {
+                    return Ok(OrderedKeys::Shared { owner: Owner::Group(group), key_type, version });
+                }
+            }
+            Err(ServiceError::FailedPrecondition {
+                reason: format!("the meter has no {key_type} in security setup {setup}"),
+                next_step: "look at its slots with `kms meter show`, and at its groups".to_owned(),
+            })
+        }
+    }
+}
+
+/// I8: a transfer is permitted for the meter's class and the kind of key; the KEK has an action of its own.
+fn permits_order(island: &Island, facts: &crate::authz::PrincipalFacts, meter: &Meter, order: &Order) -> Result<(), ServiceError> {
+    permits(island, facts, meter, order.key_type, order.form, order.urgent, order.task.is_some())
+}
+
+fn permits_transfer(island: &Island, facts: &crate::authz::PrincipalFacts, meter: &Meter, transfer: &Transfer) -> Result<(), ServiceError> {
+    if transfer.head_end != facts.principal {
+        return Err(denied(meter.title));
+    }
+    let key_type = transfer.keys.first().map(|key| key.key_type);
+    permits(island, facts, meter, key_type, transfer.form, false, transfer.campaign.is_some())
+}
+
+fn permits(
+    island: &Island,
+    facts: &crate::authz::PrincipalFacts,
+    meter: &Meter,
+    key_type: Option<KeyType>,
+    form: TransferForm,
+    urgent: bool,
+    campaign: bool,
+) -> Result<(), ServiceError> {
+    let in_frames = form == TransferForm::Frames;
+    let action = match key_type {
+        None => Action::ProbeKeys { campaign },
+        Some(KeyType::KEK) => Action::TransferMasterKey { in_frames, urgent, campaign },
+        Some(key_type) => Action::TransferKey { key_type, in_frames, urgent, campaign },
+    };
+    let permitted = meter.class.status.may_grant() && island.policy.load().permits(facts, &action, &Resource::Meters(&meter.class)).is_permit();
+    if permitted { Ok(()) } else { Err(denied(meter.title)) }
+}
+
+/// The meter's row, in the transaction.
+fn own_meter(view: &mut View<'_, '_>, title: SystemTitle) -> Result<Arc<Meter>, ServiceError> {
+    view.meter(title)?.ok_or_else(|| denied(title))
+}
+
+/// Counts what was refused of single meters.
+fn refuse_all(view: &mut View<'_, '_>, decided: &[Decided]) {
+    for (_, step) in decided {
+        if let Err(error) = step {
+            view.refuse(match error {
+                ServiceError::PermissionDenied { .. } => "not permitted for a meter of the request".to_owned(),
+                other => other.to_string(),
+            });
+        }
+    }
+}
+
+/// The steps of one act, for its record (I2).
+#[derive(Default)]
+struct Advances {
+    advances: Vec<TransferAdvance>,
+    reason: String,
+}
+
+impl Advances {
+    fn push(&mut self, meter: &Meter, transfer: &Transfer, event: &str, step: u32, findings: &[Finding]) {
+        let delivered = match transfer.stage {
+            Stage::Deliver { .. } if step > 0 => transfer.current().copied(),
+            _ => None,
+        };
+        let held = findings
+            .iter()
+            .filter_map(|finding| match finding {
+                Finding::Held { key_type, version, evidence, confirmation } => Some(HeldVersion {
+                    key_type: key_type.to_string(),
+                    version: version.number(),
+                    evidence: evidence.name().to_owned(),
+                    confirmation: match confirmation {
+                        Confirmation::Activated => "activated",
+                        Confirmation::Active => "active",
+                        Confirmation::NotActive => "not-active",
+                    }
+                    .to_owned(),
+                }),
+                Finding::SharedAcknowledged { key_type, version, .. } => Some(HeldVersion {
+                    key_type: key_type.to_string(),
+                    version: version.number(),
+                    evidence: kms_domain::Evidence::Acknowledged.name().to_owned(),
+                    confirmation: "active".to_owned(),
+                }),
+                Finding::MeterCounterBackwards { .. } => None,
+            })
+            .collect();
+        self.advances.push(TransferAdvance {
+            meter: u64::from_be_bytes(meter.title.octets()),
+            transfer_id: transfer.id.octets().to_vec().into(),
+            step,
+            event: event.to_owned(),
+            security_setup: setup_record(transfer.setup),
+            key_type: delivered.map(|key| key.key_type.to_string()).unwrap_or_default(),
+            key_version: delivered.map_or(0, |key| key.version.number()),
+            kek_version: delivered.map_or(0, |key| key.kek.number()),
+            invocation_counters: if step > 0 { transfer.counters.clone() } else { Vec::new() },
+            guek_version: transfer.pair().map_or(0, |pair| pair.encryption.number()),
+            client_title: transfer.client_title.octets().to_vec().into(),
+            held,
+            answer: match transfer.answer {
+                kms_domain::Answer::Silence => "silence",
+                kms_domain::Answer::Accepted => "accepted",
+                kms_domain::Answer::Refused(_) => "refused",
+                kms_domain::Answer::Exception => "exception",
+            }
+            .to_owned(),
+            campaign_id: transfer.campaign.map(|campaign| campaign.octets().to_vec().into()).unwrap_or_default(),
+        });
+    }
+
+    fn record(self, view: &mut View<'_, '_>) {
+        if !self.advances.is_empty() {
+            view.append(Event::TransfersAdvanced(TransfersAdvanced { advances: self.advances, reason: self.reason }));
+        }
+    }
+}
+
+fn event_name(transfer: &Transfer) -> &'static str {
+    match transfer.stage {
+        Stage::Associate { .. } => "associate",
+        Stage::Authenticate { .. } => "authenticate",
+        Stage::Deliver { .. } => "deliver",
+    }
+}
+
+/// The id of the transfer that a request begins for a meter: the same each time it is asked.
+fn transfer_id(request: RequestId, meter: SystemTitle) -> Result<TransferId, ServiceError> {
+    let mut context = digest::Context::new(&digest::SHA256);
+    context.update(b"meterkms/transfer");
+    context.update(&request.octets());
+    context.update(&meter.octets());
+    let digest = context.finish();
+    TransferId::from_octets(digest.as_ref().get(..16).unwrap_or_default()).map_err(|error| ServiceError::Internal(error.to_string()))
+}
+
+fn setup_of(meter: &Meter, setup: Option<SecuritySetupId>) -> Result<SecuritySetupId, ServiceError> {
+    setup
+        .or_else(|| meter.slots.iter().next().map(kms_domain::Slot::setup))
+        .ok_or_else(|| ServiceError::FailedPrecondition { reason: "the meter has no keys".to_owned(), next_step: "import its shipment".to_owned() })
+}
+
+fn group_row(group: GroupId) -> (kms_store::RowKind, Vec<u8>) {
+    (kms_store::RowKind::Group, group.0.to_be_bytes().to_vec())
+}
+
+fn refused(error: &TransferError) -> ServiceError {
+    let next_step = match error {
+        TransferError::UnderWay { .. } => "let it end, or have it withdrawn",
+        TransferError::NotUnderWay | TransferError::OtherStep { .. } => "look at the meter; report the present step only",
+        TransferError::InDoubt { .. } => "probe the meter first, or ask for an urgent transfer, which adds a candidate",
+        TransferError::KekAlone => "order the KEK: its GUEK comes with it",
+        TransferError::NotShared { .. } => "order a new version of the meter's own key",
+        TransferError::SequenceUsedUp => "replace the meter: a new system title has a sequence of its own",
+        TransferError::NoKek { .. } | TransferError::NoKeys { .. } => "import or enrol the meter's keys",
+        TransferError::Status { .. } => "an officer decides about its status",
+        TransferError::Slot(_) => "look at the meter's slots with `kms meter show`",
+    };
+    ServiceError::FailedPrecondition { reason: error.to_string(), next_step: next_step.to_owned() }
+}
+
+/// The same answer for a meter that does not exist and one that the caller may not use.
+fn denied(meter: SystemTitle) -> ServiceError {
+    ServiceError::denied(format!("transferKey with meter {meter}"))
+}
+
+const KEYS_AT_ONCE: usize = 16;
+
+/// How long a request can be repeated.
+const REPLAY_MS: i64 = 15 * 60 * 1_000;
