@@ -642,7 +642,7 @@ pub(crate) const fn event_kind(event: &Event) -> u16 {
         Event::FramesProtected(_) => 23,
         Event::SecurityEvent(_) => 24,
         Event::CeremonyHeld(_) => 25,
-        Event::TransfersAdvanced(_) => 30,
+        Event::TransfersAdvanced(_) => 31,
     }
 }
 
