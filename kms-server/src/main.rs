@@ -152,7 +152,7 @@ impl Command {
             }
             Self::Restored { config } => {
                 let config = Config::load(&config)?;
-                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), otlp_endpoint: None }, "restored")?;
+                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() }, "restored")?;
                 let history = server::declare_restored(&config).await?;
                 println!(
                     "The island `{}` counts as restored, {} in all. Every invocation counter is raised before it is dealt from",
@@ -164,7 +164,7 @@ impl Command {
             }
             Self::Certificate { command: CertificateCommand::Renew { config, certificate, private_key } } => {
                 let config = Config::load(&config)?;
-                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), otlp_endpoint: None }, "certificate")?;
+                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() }, "certificate")?;
                 let renewed = certificate.clone().unwrap_or_else(|| config.tls.certificate.clone());
                 let issued = server::renew_certificate(&config, certificate.zip(private_key)).await?;
                 println!(

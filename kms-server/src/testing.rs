@@ -217,6 +217,33 @@ impl TestIsland {
         import(&self.island, &self.officer, file_sha256, head_end).await
     }
 
+    /// Sends and imports a sample for the head-end; its devices with their keys in plaintext too, one a line.
+    pub(crate) async fn deliver_with_devices(&self, sample: &SampleShipment) -> (v1::ImportShipmentResponse, Vec<u8>) {
+        let spki = self.island.hsm.transport_key_spki(RootVersion::FIRST).await.unwrap();
+        let (mut file, mut devices) = (Vec::new(), Vec::new());
+        let key = VendorTransportKey::from_der(&spki).unwrap();
+        let signature = sample.write(&key, &self.vendor_key, &mut file, Some(&mut devices), &mut |_| ()).unwrap();
+        let sha256 = self.upload(&file, &signature).await;
+        (self.import(sha256, Some(&self.head_end)).await, devices)
+    }
+
+    /// Counters of the head-end's client title from `floor` on are this system's.
+    pub(crate) async fn take_counters_over(&self, meter: SystemTitle, floor: u64) {
+        let reads = Reads { meters: vec![meter], ..Reads::default() };
+        self.island
+            .committer
+            .act(Actor::server("test"), reads, move |view| {
+                view.append(Event::KeysGranted(v1::KeysGranted::default()));
+                let mut row = (*view.meter(meter)?.unwrap()).clone();
+                let slot = row.slots.get_mut(kms_domain::SecuritySetupId::DEFAULT, kms_domain::KeyType::GUEK).unwrap();
+                let counters = slot.version_mut(kms_domain::KeyVersionNumber::FIRST).unwrap().counters_mut().unwrap();
+                counters.take_over(kms_domain::CounterKey::ClientTitle(client_title()), floor);
+                view.put_meter(row, false)
+            })
+            .await
+            .unwrap();
+    }
+
     /// Sends and imports a sample for the head-end.
     pub(crate) async fn deliver(&self, sample: &SampleShipment) -> v1::ImportShipmentResponse {
         let (file, signature) = self.sample(sample).await;

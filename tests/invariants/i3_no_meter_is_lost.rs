@@ -1,7 +1,10 @@
 //! I3: no version that a meter may hold is destroyed, and none is granted before it is proven. Transfers over the air come with the rotation work; this is
 //! the rule that they will stand on.
 
-use kms_domain::{Confirmation, Evidence, KeyDerivation, KeyLength, KeyOrigin, KeyState, KeyType, KeyVersionNumber, NewKeyVersion, SecuritySetupId, Slot, SlotError, UnixMillis};
+use kms_domain::{
+    Confirmation, Evidence, KeyDerivation, KeyLength, KeyOrigin, KeyState, KeyType, KeyVersionNumber, NewKeyVersion, SecuritySetupId, Slot, SlotError,
+    UnixMillis,
+};
 
 const DAY: i64 = 86_400_000;
 

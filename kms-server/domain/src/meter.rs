@@ -3,8 +3,8 @@
 use std::fmt;
 
 use crate::{
-    DeviceTypeId, FlagId, GroupId, KeyState, KeyType, KeyVersion, KeyVersionNumber, Owner, ParseError, PrincipalId, SecuritySetupId, SecuritySuite, SharedKey, Slot, SlotError,
-    Slots, SystemTitle, Transfer, UnixMillis, id::parse_name,
+    DeviceTypeId, FlagId, GroupId, KeyState, KeyType, KeyVersion, KeyVersionNumber, Owner, ParseError, PrincipalId, SecuritySetupId, SecuritySuite, SharedKey,
+    Slot, SlotError, Slots, SystemTitle, Transfer, UnixMillis, id::parse_name,
 };
 
 /// Where a meter stands in its life.
@@ -163,20 +163,19 @@ impl Meter {
     /// in which KEK, GUEK or GAK is in doubt: a meter that went back to an earlier GUEK went back to an earlier KEK as well, and only the next
     /// transfer shows that. None either while a transfer is under way. Returns whether any was released.
     pub fn release_candidates(&mut self, retention: i64, now: UnixMillis) -> bool {
-        if self.transfer.as_ref().is_some_and(|transfer| transfer.not_after > now) {
-            return false;
-        }
-        let doubted: Vec<SecuritySetupId> = self
-            .slots
-            .iter()
-            .filter(|slot| [KeyType::KEK, KeyType::GUEK, KeyType::GAK].contains(&slot.key_type()) && slot.in_doubt())
-            .map(Slot::setup)
-            .collect();
+        let held_back = self.held_back(now);
         let mut released = false;
-        for slot in self.slots.iter_mut().filter(|slot| !doubted.contains(&slot.setup())) {
+        for slot in self.slots.iter_mut().filter(|slot| !held_back.contains(&slot.setup())) {
             released |= slot.release_candidates(retention, now);
         }
         released
+    }
+
+    /// The security setups whose candidates are not released (I3).
+    pub(crate) fn held_back(&self, now: UnixMillis) -> Vec<SecuritySetupId> {
+        let under_way = self.transfer.as_ref().is_some_and(|transfer| transfer.not_after > now);
+        let doubted = |slot: &&Slot| under_way || ([KeyType::KEK, KeyType::GUEK, KeyType::GAK].contains(&slot.key_type()) && slot.in_doubt());
+        self.slots.iter().filter(doubted).map(Slot::setup).collect()
     }
 
     /// Changes the status, to any but retired: [`Self::retire`] does that.
@@ -213,6 +212,8 @@ impl Meter {
                 slot.transition(number, KeyState::Deactivated, now)?;
             }
         }
+        // A transfer that is under way ends; nobody asks for its keys any more.
+        self.close_transfer(now);
         self.class.status = MeterStatus::Retired;
         self.retired = Some(now);
         Ok(())

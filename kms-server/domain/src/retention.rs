@@ -123,7 +123,11 @@ impl Meter {
             Some(retired) if retention.passed(retired, now) => self.slots.iter_mut().filter_map(|slot| slot.expire_all(now)).collect(),
             // Until then nothing of it is touched: someone may find that the wrong meter was retired.
             Some(_) => Vec::new(),
-            None => self.slots.expire(retention, now),
+            None => {
+                let held_back = self.held_back(now);
+                let free = self.slots.iter_mut().filter(|slot| !held_back.contains(&slot.setup()));
+                free.filter_map(|slot| slot.expire(retention, now)).collect()
+            }
         }
     }
 }

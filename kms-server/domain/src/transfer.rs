@@ -734,7 +734,7 @@ impl Meter {
         }
     }
 
-    fn close_transfer(&mut self, now: UnixMillis) {
+    pub(crate) fn close_transfer(&mut self, now: UnixMillis) {
         let Some(transfer) = self.transfer.take() else { return };
         for key in transfer.keys.iter().skip(transfer.delivered).filter(|key| key.owner == Owner::Meter(self.title)) {
             if let Ok(slot) = self.slots.get_mut(transfer.setup, key.key_type) {

@@ -127,14 +127,14 @@ proptest! {
                 }
                 Step::Leave(index) => {
                     let number = chosen(&meter, index);
-                    if world.retired.is_none() && slot(&mut meter).mark_candidate(number).is_ok() {
+                    if world.retired.is_none() && slot(&mut meter).mark_left(number, 1, KeyVersionNumber::FIRST).is_ok() {
                         world.left.insert(number);
                     }
                 }
                 Step::Prove(index) => {
                     let number = chosen(&meter, index);
                     let was_active = slot(&mut meter).active().map(KeyVersion::number) == Some(number);
-                    if world.retired.is_none() && slot(&mut meter).prove(number, world.now).is_ok() && !was_active {
+                    if world.retired.is_none() && slot(&mut meter).confirm(number, 2, Evidence::Proven, world.now) == Ok(Confirmation::Activated) && !was_active {
                         world.proven.insert(number, world.now);
                     }
                 }
@@ -190,8 +190,8 @@ fn the_retention_time_is_exact() {
     let retention = Retention::from_days(90).unwrap();
     let mut meter = meter();
     let second = slot(&mut meter).add_version(new_version(KeyState::PreActive, true), START).unwrap();
-    slot(&mut meter).mark_candidate(second).unwrap();
-    slot(&mut meter).prove(second, START.after(DAY)).unwrap();
+    slot(&mut meter).mark_left(second, 1, KeyVersionNumber::FIRST).unwrap();
+    slot(&mut meter).confirm(second, 2, Evidence::Proven, START.after(DAY)).unwrap();
     assert!(meter.expire_keys(retention, START.after(91 * DAY - 1)).is_empty());
     let expired = meter.expire_keys(retention, START.after(91 * DAY));
     let first = vec![KeyVersionNumber::FIRST];

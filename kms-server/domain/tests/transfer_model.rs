@@ -346,7 +346,11 @@ impl Model for World {
             Action::SkipCounters => {
                 let transfer = meter.transfer.clone()?;
                 let version = meter.slots.get_mut(SETUP, KeyType::GUEK).unwrap().version_mut(transfer.pair()?.encryption).unwrap();
-                version.counters_mut().unwrap().reserve(CounterKey::ClientTitle(transfer.client_title), writer(2), ONE, 0).unwrap();
+                version
+                    .counters_mut()
+                    .unwrap()
+                    .reserve(CounterKey::ClientTitle(transfer.client_title), CounterUse::Frames, writer(2), ONE, 0, CounterJump::NONE)
+                    .unwrap();
                 next.skipped_counters += 1;
             }
             Action::Half => self.half(&mut next, &mut meter),
@@ -516,7 +520,7 @@ impl World {
             let version = reserved.slots.get_mut(SETUP, KeyType::GUEK).unwrap().version_mut(pair.encryption).unwrap();
             let size = if matches!(transfer.stage, Stage::Authenticate { .. }) { TWO } else { ONE };
             let key = CounterKey::ClientTitle(transfer.client_title);
-            let reservation = version.counters_mut().unwrap().reserve(key, writer(1), size, 0).unwrap();
+            let reservation = version.counters_mut().unwrap().reserve(key, CounterUse::Frames, writer(1), size, 0, CounterJump::NONE).unwrap();
             if self.rule != Rule::CountersNotStored {
                 *meter = reserved;
             }

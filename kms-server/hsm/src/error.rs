@@ -164,6 +164,7 @@ impl HsmError {
             Self::Unsupported { .. } => "unsupported".into(),
             Self::Module { .. } => "module".into(),
             Self::Ceremony { .. } => "ceremony".into(),
+            Self::NotServed { .. } => "not-served".into(),
             // A code of the vendor's own is one name, so that a module cannot make ever new ones.
             Self::Call { code: RvError::VendorDefined(_), .. } => "VendorDefined".into(),
             Self::Call { code, .. } | Self::WrappedKeyInvalid { code } => format!("{code:?}").into(),

@@ -174,7 +174,7 @@ impl Hsm {
     /// The token of the KEKs is not that of the keys (a server of another role does this), or trouble of the HSM.
     pub async fn wrap_for_meters(&self, jobs: Vec<TransferJob>) -> Result<Vec<Result<Vec<u8>, HsmError>>, HsmError> {
         let token = self.token_of_all(jobs.iter().flat_map(|job| [job.kek.class(), job.key.class()]))?.clone();
-        token.run(move |worker| each(&jobs, |job| worker.wrap_for_meter(job))).await
+        token.run("wrap-for-meter", move |worker| each(&jobs, |job| worker.wrap_for_meter(job))).await
     }
 
     /// Opens a vendor's batch key: RSA-OAEP under this version of the vendor transport key, an AES key inside.

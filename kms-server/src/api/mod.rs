@@ -11,6 +11,7 @@ pub mod principals;
 pub mod shipments;
 pub mod status;
 pub mod tls;
+pub mod transfers;
 
 use std::sync::Arc;
 
@@ -23,6 +24,7 @@ use kms_proto::v1::hsm_service_server::HsmServiceServer;
 use kms_proto::v1::meter_service_server::MeterServiceServer;
 use kms_proto::v1::principal_service_server::PrincipalServiceServer;
 use kms_proto::v1::shipment_service_server::ShipmentServiceServer;
+use kms_proto::v1::transfer_service_server::TransferServiceServer;
 use tonic::service::Routes;
 
 use crate::config::LimitsSection;
@@ -39,6 +41,7 @@ pub fn routes(island: Arc<Island>, authority: CertificateAuthority, limits: &Lim
         .add_service(GrantServiceServer::new(grants::GrantApi::new(Arc::clone(&island))).max_decoding_message_size(most))
         // 1,000 frames of 65,535 octets would be 64 MiB; frames of real meters are far below.
         .add_service(FrameServiceServer::new(frames::FrameApi::new(Arc::clone(&island))).max_decoding_message_size(most))
+        .add_service(TransferServiceServer::new(transfers::TransferApi::new(Arc::clone(&island))).max_decoding_message_size(most))
         .add_service(ShipmentServiceServer::new(shipments::ShipmentApi::new(Arc::clone(&island))).max_decoding_message_size(most))
         .add_service(MeterServiceServer::new(meters::MeterApi::new(Arc::clone(&island))).max_decoding_message_size(most))
         .add_service(GroupServiceServer::new(owners.clone()).max_decoding_message_size(most))

@@ -462,12 +462,12 @@ impl View<'_, '_> {
         self.next(of, CounterUse::Lease, count, until)
     }
 
-    /// The next counter (I4), for a frame that is protected here. It ends the live lease, if there is one: see [`Self::live_lease`].
+    /// The next `count` counters (I4), for frames that are protected here. It ends the live lease, if there is one: see [`Self::live_lease`].
     ///
     /// # Errors
     /// As [`Self::lease`].
-    pub fn frame_counter(&mut self, of: CounterOf) -> Result<u32, ServiceError> {
-        self.next(of, CounterUse::Frames, NonZeroU32::MIN, UnixMillis(0)).map(|lease| lease.first)
+    pub fn frame_counters(&mut self, of: CounterOf, count: NonZeroU32) -> Result<Lease, ServiceError> {
+        self.next(of, CounterUse::Frames, count, UnixMillis(0))
     }
 
     fn next(&mut self, of: CounterOf, counter_use: CounterUse, count: NonZeroU32, until: UnixMillis) -> Result<Lease, ServiceError> {

@@ -1130,7 +1130,7 @@ mod tests {
         let mut files: Vec<_> = SHIPPED.iter().map(|(name, text)| (PathBuf::from(name), (*text).to_owned())).collect();
         let all = "permit (principal, action == Action::\"openGroupSession\", resource == MeterGroup::\"7\");";
         files.push((PathBuf::from("site.cedar"), all.to_owned()));
-        let policy = Policy::from_files(files).unwrap();
+        let policy = Policy::from_files(files, (Quotas::FILE.into(), Quotas::SHIPPED.to_owned())).unwrap();
         let of = |principal: &PrincipalFacts, key_type, lifetime, group| {
             policy.permits(principal, &broadcast(key_type, Purpose::Configure, lifetime), &Resource::Group(group))
         };

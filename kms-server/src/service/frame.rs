@@ -3,7 +3,7 @@
 //! What is protected is read first: policy decides on service, class, object and member. Counters come from the same place as leases (I4), and the
 //! record of every protected frame is durable before it leaves (I2).
 
-use std::{sync::Arc, time::Duration};
+use std::{num::NonZeroU32, sync::Arc, time::Duration};
 
 use kms_dlms::{
     AuthenticationTag, CipheredApdu, CipheredTag, DlmsError, HlsGmac, InitiateRequest, KeySet, Nonce, Protection, SecurityControl, ServiceKind, ServiceRequest,
@@ -402,7 +402,7 @@ impl Deciding {
                     return Err(leased(frame.client_title, lease));
                 }
                 let used = self.within_quotas(view, meter.title, service, &targets)?;
-                let counter = view.frame_counter(of)?;
+                let counter = view.frame_counters(of, NonZeroU32::MIN)?.first;
                 if let Some(used) = used {
                     view.put_quota_use(used)?;
                 }

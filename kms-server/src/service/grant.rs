@@ -255,9 +255,9 @@ impl GrantService {
             }
         }
         // All or nothing for a meter: what could not be wrapped stands among the refusals, with every key of its meter.
-        let refused = |title: SystemTitle| granted.refusals.iter().any(|(meter, _)| *meter == title);
-        let given = plan.meters.iter().filter(|meter| granted.refusals.is_empty() || !refused(meter.title));
-        let (count, keys) = given.fold((0, 0), |(meters, keys), meter| (meters + 1, keys + meter.keys.len()));
+        let refused = |owner: Owner| granted.refusals.iter().any(|(refused, _)| *refused == owner);
+        let given = plan.entries.iter().filter(|entry| granted.refusals.is_empty() || !refused(entry.owner));
+        let (count, keys) = given.fold((0, 0), |(entries, keys), entry| (entries + 1, keys + entry.keys.len()));
         metrics().granted(replayed, count, keys);
         metrics().grant_refused(granted.refusals.iter().map(|(_, error)| error));
         Ok(granted)

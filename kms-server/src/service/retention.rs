@@ -239,8 +239,8 @@ mod tests {
                 let KeyMaterial::Wrapped(wrapped) = slot.active().unwrap().material().clone() else { panic!("the sample's keys are imported") };
                 let new = NewKeyVersion { state: KeyState::PreActive, origin: KeyOrigin::Generated, wrapped: Some(wrapped), fingerprint: None };
                 let version = slot.add_version(new, now).unwrap();
-                slot.mark_candidate(version).unwrap();
-                slot.prove(version, now).unwrap();
+                slot.mark_left(version, 1, kms_domain::KeyVersionNumber::FIRST).unwrap();
+                slot.confirm(version, 2, kms_domain::Evidence::Proven, now).unwrap();
                 view.append(Event::KeysGranted(kms_proto::v1::KeysGranted::default()));
                 view.put_meter((*meter).clone(), false)
             });

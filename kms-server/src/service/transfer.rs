@@ -6,6 +6,8 @@
 
 mod emit;
 mod read;
+#[cfg(test)]
+mod tests;
 
 use std::{collections::HashMap, num::NonZeroU32, sync::Arc};
 
@@ -13,8 +15,8 @@ use aws_lc_rs::digest;
 use futures::{StreamExt, TryStreamExt, stream};
 use kms_domain::{
     CampaignId, Confirmation, Finding, GroupId, KeyOrigin, KeyShape, KeyState, KeyType, KeyVersionNumber, Meter, NewKeyOrigin, NewKeyVersion, Next,
-    Observation, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, Transfer, TransferError, TransferForm,
-    TransferId, TransferOrder, UnixMillis, WrappedKey,
+    Observation, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, Transfer, TransferError, TransferForm, TransferId,
+    TransferOrder, WrappedKey,
 };
 use kms_proto::v1::{HeldVersion, SecurityEvent, TransferAdvance, TransfersAdvanced, audit_record::Event};
 use kms_store::{Reads, RequestKey, RequestRow};
@@ -141,7 +143,23 @@ pub struct TransferService {
 }
 
 /// A decided step of one meter.
-type Decided = (SystemTitle, Result<(Arc<Meter>, Option<(Outcome, Vec<Finding>)>), ServiceError>);
+type Decided = (SystemTitle, Result<DecidedStep, ServiceError>);
+
+/// The meter as it is after a step; with an end where the transfer is over.
+struct DecidedStep {
+    meter: Arc<Meter>,
+    end: Option<(Outcome, Vec<Finding>)>,
+}
+
+impl DecidedStep {
+    const fn going_on(meter: Arc<Meter>) -> Self {
+        Self { meter, end: None }
+    }
+
+    const fn over(meter: Arc<Meter>, outcome: Outcome, findings: Vec<Finding>) -> Self {
+        Self { meter, end: Some((outcome, findings)) }
+    }
+}
 
 impl TransferService {
     /// Transfers of an island.
@@ -188,8 +206,12 @@ impl TransferService {
                 let mut advances = Advances::default();
                 let mut decided: Vec<Decided> = Vec::with_capacity(orders.len());
                 for (order, prepared) in orders.iter().zip(&prepared) {
-                    let begun = if repeated { began(view, &island, &principal, order, request) } else { begin_one(view, &island, &principal, order, prepared, request, &mut advances) };
-                    decided.push((order.meter, begun.map(|meter| (meter, None))));
+                    let begun = if repeated {
+                        began(view, &island, &principal, order, request)
+                    } else {
+                        begin_one(view, &island, &principal, order, prepared, request, &mut advances)
+                    };
+                    decided.push((order.meter, begun.map(DecidedStep::going_on)));
                 }
                 refuse_all(view, &decided);
                 if !repeated {
@@ -256,11 +278,7 @@ impl TransferService {
         transfers: Vec<(SystemTitle, TransferId)>,
         reason: String,
     ) -> Result<Vec<StepAnswer>, ServiceError> {
-        let reads = Reads {
-            meters: transfers.iter().map(|(meter, _)| *meter).collect(),
-            sealed: vec![principal_row(&caller.principal)],
-            ..Reads::default()
-        };
+        let reads = Reads { meters: transfers.iter().map(|(meter, _)| *meter).collect(), sealed: vec![principal_row(&caller.principal)], ..Reads::default() };
         let (island, caller_again) = (self.island.clone(), caller.clone());
         let committed = self
             .island
@@ -283,7 +301,7 @@ impl TransferService {
                         if let Some(transfer) = transfer {
                             advances.push(&meter, &transfer, Outcome::Withdrawn.name(), 0, &[]);
                         }
-                        Ok((meter, Some((Outcome::Withdrawn, Vec::new()))))
+                        Ok(DecidedStep::over(meter, Outcome::Withdrawn, Vec::new()))
                     });
                     decided.push((*title, withdrawn));
                 }
@@ -312,27 +330,28 @@ impl TransferService {
     /// The new versions of each order, and its first challenge.
     async fn prepare(&self, orders: &[Order], permitted: &[bool], known: &HashMap<SystemTitle, Arc<Meter>>) -> Result<Vec<Prepared>, ServiceError> {
         let challenges = self.challenges(orders.len()).await?;
-        stream::iter(orders.iter().zip(permitted).zip(challenges))
-            .map(|((order, permitted), challenge)| async move {
-                let meter = known.get(&order.meter).filter(|_| *permitted);
-                let mut keys = Vec::new();
-                let wanted: &[KeyType] = match order.key_type {
-                    Some(KeyType::KEK) => &[KeyType::KEK, KeyType::GUEK],
-                    Some(ref one) => std::slice::from_ref(one),
-                    None => &[],
-                };
-                if let Some(meter) = meter {
-                    for key_type in wanted {
-                        if let Some(key) = self.new_version(meter, order.setup, *key_type).await? {
-                            keys.push(key);
-                        }
-                    }
-                }
-                Ok(Prepared { keys, challenge })
-            })
-            .buffered(KEYS_AT_ONCE)
-            .try_collect()
-            .await
+        let each: Vec<_> = orders
+            .iter()
+            .zip(permitted)
+            .zip(challenges)
+            .map(|((order, permitted), challenge)| self.prepare_one(order.clone(), known.get(&order.meter).filter(|_| *permitted).cloned(), challenge))
+            .collect();
+        stream::iter(each).buffered(KEYS_AT_ONCE).try_collect().await
+    }
+
+    async fn prepare_one(&self, order: Order, meter: Option<Arc<Meter>>, challenge: [u8; kms_domain::CHALLENGE]) -> Result<Prepared, ServiceError> {
+        let wanted = match order.key_type {
+            Some(KeyType::KEK) => vec![KeyType::KEK, KeyType::GUEK],
+            Some(one) => vec![one],
+            None => Vec::new(),
+        };
+        let mut keys = Vec::with_capacity(wanted.len());
+        if let Some(meter) = meter {
+            for key_type in wanted {
+                keys.extend(self.new_version(&meter, order.setup, key_type).await?);
+            }
+        }
+        Ok(Prepared { keys, challenge })
     }
 
     /// A new version as the device profile has it made; none for keys that the meter does not own.
@@ -348,9 +367,7 @@ impl TransferService {
         };
         let root = self.island.row.roots(key_type.class()).and_then(kms_domain::ClassRoots::current);
         let (origin, wrapped) = match (profile.map(|key| key.origin), root) {
-            (Some(NewKeyOrigin::Diversified), Some(root)) => {
-                (KeyOrigin::Diversified { root_version: root.version, derivation: root.derivation, length }, None)
-            }
+            (Some(NewKeyOrigin::Diversified), Some(root)) => (KeyOrigin::Diversified { root_version: root.version, derivation: root.derivation, length }, None),
             _ => {
                 let stored = self.island.hsm.generate_stored(key_type, length).await?;
                 let version = u8::try_from(stored.storage_kek_version.number()).unwrap_or_default();
@@ -426,12 +443,12 @@ fn proceed_one(
     observation: Option<&read::Read>,
     challenge: [u8; kms_domain::CHALLENGE],
     advances: &mut Advances,
-) -> Result<(Arc<Meter>, Option<(Outcome, Vec<Finding>)>), ServiceError> {
+) -> Result<DecidedStep, ServiceError> {
     let mut meter = own_meter(view, report.meter)?;
     let Some(transfer) = meter.transfer.clone().filter(|transfer| transfer.id == report.id) else { return Err(refused(&TransferError::NotUnderWay)) };
     permits_transfer(island, &facts(principal), &meter, &transfer)?;
     if report.step < transfer.step {
-        return Ok((meter, None));
+        return Ok(DecidedStep::going_on(meter));
     }
     let Some(read) = observation.filter(|_| report.step == transfer.step) else {
         return Err(refused(&TransferError::OtherStep { at: transfer.step }));
@@ -453,12 +470,12 @@ fn proceed_one(
             if let Some(now) = &meter.transfer {
                 advances.push(&meter, now, event_name(now), now.step, &findings);
             }
-            Ok((meter, None))
+            Ok(DecidedStep::going_on(meter))
         }
         Next::Done(outcome) => {
             view.put_meter((*meter).clone(), false)?;
             advances.push(&meter, &transfer, outcome.name(), 0, &findings);
-            Ok((meter, Some((outcome, findings))))
+            Ok(DecidedStep::over(meter, outcome, findings))
         }
     }
 }
@@ -511,8 +528,8 @@ fn deal_counters(view: &mut View<'_, '_>, island: &Island, meter: Meter) -> Resu
     view.put_meter(meter, false)?;
     let mut counters = Vec::new();
     if let (Some(pair), Some(wanted)) = (transfer.pair(), NonZeroU32::new(wanted)) {
-        let of = CounterOf { meter: title, setup: transfer.setup, key_type: KeyType::GUEK, version: pair.encryption, counter };
-        let lease = view.lease(of, wanted, UnixMillis(0))?;
+        let of = CounterOf { owner: Owner::Meter(title), setup: transfer.setup, key_type: KeyType::GUEK, version: pair.encryption, counter };
+        let lease = view.frame_counters(of, wanted)?;
         counters.extend(lease.first..=lease.last());
     }
     let mut meter = own_meter(view, title)?;

@@ -8,9 +8,9 @@ use super::{
     octets, version,
 };
 use crate::{
-    CounterDomainId, CounterJump, CounterKey, CounterOwnership, CounterPlace, CounterState, Counters, Evidence, Exposure, ExposureReason, IslandName, KeyDerivation,
-    KeyLength, KeyMaterial, KeyOrigin, KeyState, KeyType, KeyVersion, KeyVersionNumber, Party, PrincipalId, Role, SecuritySetupId, Slot, Slots, SystemTitle,
-    Transport, UnixMillis, WrappedKey, WriterId,
+    CounterDomainId, CounterJump, CounterKey, CounterOwnership, CounterPlace, CounterState, Counters, Evidence, Exposure, ExposureReason, IslandName,
+    KeyDerivation, KeyLength, KeyMaterial, KeyOrigin, KeyState, KeyType, KeyVersion, KeyVersionNumber, Party, PrincipalId, Role, SecuritySetupId, Slot, Slots,
+    SystemTitle, Transport, UnixMillis, WrappedKey, WriterId,
 };
 
 /// The principals that a row names by position: each is stored once.

@@ -34,7 +34,7 @@ async fn get(server: &Arc<Island>, caller: &Caller, supersede: bool) -> Result<u
 /// Lends counters as a session does.
 async fn lease(server: &Arc<Island>, until: UnixMillis) -> Lease {
     let of = CounterOf {
-        meter: meter(1),
+        owner: kms_domain::Owner::Meter(meter(1)),
         setup: SecuritySetupId::DEFAULT,
         key_type: KeyType::GUEK,
         version: KeyVersionNumber::FIRST,

@@ -149,7 +149,19 @@ impl MeterService {
                 }
                 let now = view.now();
                 let slots = slots(&recipes, keys, now)?;
-                let meter = Meter { title, class, serial: new.serial.clone(), suite, batch: enrolment.batch.clone(), added: now, retired: None, slots, sequence: 0, transfer: None, shared: Vec::new() };
+                let meter = Meter {
+                    title,
+                    class,
+                    serial: new.serial.clone(),
+                    suite,
+                    batch: enrolment.batch.clone(),
+                    added: now,
+                    retired: None,
+                    slots,
+                    sequence: 0,
+                    transfer: None,
+                    shared: Vec::new(),
+                };
                 view.put_meter(meter, true)?;
                 added.push(title);
             }

@@ -55,7 +55,7 @@ impl TestIsland {
             .map(|path| (path.clone(), std::fs::read_to_string(path).unwrap()))
             .collect();
         files.push((PathBuf::from("site.cedar"), policy.to_owned()));
-        self.island.policy.store(Arc::new(Policy::from_files(files).unwrap()));
+        self.island.policy.store(Arc::new(Policy::from_files(files, (crate::authz::Quotas::FILE.into(), crate::authz::Quotas::SHIPPED.to_owned())).unwrap()));
     }
 
     async fn events(&self, kind: u16) -> Vec<Event> {

@@ -13,7 +13,7 @@ use kms_domain::{Group, GroupId, KeyPair, KeyType, KeyVersionNumber, Meter, Owne
 use kms_hsm::{FrameInput, FrameKeys, FrameParameters, KeySource, ProtectedFrame, TransferJob};
 use kms_store::RowKind;
 
-use super::{Decided, Delivery, NextStep, Sending, SendingKind, StepAnswer, TransferService};
+use super::{Decided, DecidedStep, Delivery, NextStep, Sending, SendingKind, StepAnswer, TransferService};
 use crate::{error::ServiceError, island::Island, service::grant::source};
 
 impl TransferService {
@@ -25,10 +25,10 @@ impl TransferService {
         for (title, step) in decided {
             let (answer, plan) = match step {
                 Err(error) => (StepAnswer { meter: title, transfer: None, next: Err(error) }, None),
-                Ok((_, Some((outcome, findings)))) => {
+                Ok(DecidedStep { end: Some((outcome, findings)), .. }) => {
                     (StepAnswer { meter: title, transfer: None, next: Ok(NextStep::End { outcome, findings }) }, None)
                 }
-                Ok((meter, None)) => match Plan::of(&self.island, &meter, &groups) {
+                Ok(DecidedStep { meter, end: None }) => match Plan::of(&self.island, &meter, &groups) {
                     Ok(plan) => {
                         let transfer = Some((plan.transfer.id, plan.transfer.step));
                         // Replaced below by what is made.
@@ -93,7 +93,7 @@ impl TransferService {
     async fn groups(&self, decided: &[Decided]) -> Result<HashMap<GroupId, Arc<Group>>, ServiceError> {
         let mut groups = HashMap::new();
         for (_, step) in decided {
-            let Ok((meter, None)) = step else { continue };
+            let Ok(DecidedStep { meter, end: None }) = step else { continue };
             let Some(Owner::Group(id)) = meter.transfer.as_ref().and_then(Transfer::current).map(|key| key.owner) else { continue };
             if groups.contains_key(&id) {
                 continue;
@@ -237,7 +237,13 @@ pub(super) fn pair_keys(meter: &Meter, setup: SecuritySetupId, pair: KeyPair) ->
     })
 }
 
-fn version_source(owner: Owner, slots: &Slots, setup: SecuritySetupId, key_type: KeyType, version: KeyVersionNumber) -> Result<KeySource, ServiceError> {
+pub(super) fn version_source(
+    owner: Owner,
+    slots: &Slots,
+    setup: SecuritySetupId,
+    key_type: KeyType,
+    version: KeyVersionNumber,
+) -> Result<KeySource, ServiceError> {
     let found = slots.get(setup, key_type).and_then(|slot| Some((slot, slot.version(version)?)));
     let (slot, version) = found.ok_or_else(|| ServiceError::FailedPrecondition {
         reason: format!("{key_type} version {version} is gone"),

@@ -9,7 +9,10 @@ use kms_dlms::{
 use kms_domain::{KeyPair, KeyType, Meter, Observation, Stage, Transfer};
 use kms_hsm::{FrameKeys, FrameParameters, HsmError, ProtectedFrame};
 
-use super::{Report, ReportedAnswer, TransferService, emit::{INVOKE_ID, pair_keys}};
+use super::{
+    Report, ReportedAnswer, TransferService,
+    emit::{INVOKE_ID, pair_keys},
+};
 use crate::{error::ServiceError, service::frame::resembles_request};
 
 /// What was read in one report.
@@ -107,7 +110,7 @@ impl Reading {
             };
         }
         // What cannot be read is as good as nothing: it moves no state.
-        Self::try_begin(meter, transfer, octets).unwrap_or_else(|observation| Self::done(observation))
+        Self::try_begin(meter, transfer, octets).unwrap_or_else(Self::done)
     }
 
     fn try_begin(meter: &Meter, transfer: &Transfer, octets: &[u8]) -> Result<Self, Observation> {

@@ -1,0 +1,423 @@
+//! Transfers to simulated meters, through the HSM: what the server says that a meter holds is compared with the meter's memory.
+
+use kms_domain::{KeyState, KeyType, KeyVersionNumber, Outcome, RequestId, SecuritySetupId, SystemTitle, TransferForm, TransferId};
+use kms_hsm::TransferJob;
+use kms_proto::v1::{AuditRecord, audit_record::Event};
+use kms_store::AuditFilter;
+use meter_sim::{
+    Connection, KeyId, Meter, MeterConfig, Obis, SymmetricKey,
+    behaviour::{Behaviour, CounterOnNewKey, Fault, HexBytes, ScriptedFault, Trigger},
+    config::SecuritySetupConfig,
+    inspect::RepeatedNonce,
+    security::unwrap_key,
+};
+use prost::Message as _;
+
+use super::{NextStep, Order, Report, ReportedAnswer, SendingKind, StepAnswer, TransferService, emit};
+use crate::{
+    authz::{Caller, Quotas},
+    error::ServiceError,
+    testing::{ModuleKind, TestIsland, client_title, island_tests, meter, sample},
+};
+
+/// An island with simulated meters, set up with the keys that their vendor shipped.
+struct Field {
+    island: TestIsland,
+    service: TransferService,
+    meters: Vec<Meter>,
+    requests: std::cell::Cell<u32>,
+}
+
+#[derive(serde::Deserialize)]
+struct Device {
+    system_title: meter_sim::SystemTitle,
+    security_suite: meter_sim::SecuritySuite,
+    security_setups: Vec<SecuritySetupConfig>,
+}
+
+impl Field {
+    async fn new(island: TestIsland, profile: &str, count: u64) -> Self {
+        let (_, devices) = island.deliver_with_devices(&sample(profile, count)).await;
+        let meters = devices
+            .split(|octet| *octet == b'\n')
+            .filter(|line| !line.is_empty())
+            .map(|line| {
+                let device: Device = serde_json::from_slice(line).unwrap();
+                let setup = device.security_setups.into_iter().next().unwrap();
+                Meter::new(MeterConfig::ordinary(device.system_title, device.security_suite, setup)).unwrap()
+            })
+            .collect();
+        Self { service: TransferService::new(island.island.clone()), island, meters, requests: std::cell::Cell::new(0) }
+    }
+
+    fn request(&self) -> RequestId {
+        self.requests.set(self.requests.get() + 1);
+        let mut octets = [7; 16];
+        octets[..4].copy_from_slice(&self.requests.get().to_be_bytes());
+        RequestId::from_octets(&octets).unwrap()
+    }
+
+    fn title(&self, number: usize) -> SystemTitle {
+        SystemTitle::from_octets(self.meters[number].system_title().as_bytes()).unwrap()
+    }
+
+    async fn begin(&self, order: Order) -> StepAnswer {
+        let (mut steps, _) = self.service.begin(&self.island.head_end, self.request(), [1; 32], vec![order]).await.unwrap();
+        steps.remove(0)
+    }
+
+    async fn report(&self, caller: &Caller, meter: SystemTitle, id: TransferId, step: u32, answer: ReportedAnswer) -> StepAnswer {
+        let (mut steps, _) = self.service.proceed(caller, vec![Report { meter, id, step, answer }]).await.unwrap();
+        steps.remove(0)
+    }
+
+    /// Carries one transfer out as a head-end does that holds no keys.
+    async fn transfer(&self, number: usize, key_type: Option<KeyType>) -> Outcome {
+        self.carry_out(number, order(self.title(number), key_type)).await
+    }
+
+    async fn carry_out(&self, number: usize, order: Order) -> Outcome {
+        let mut connection = Connection::new(self.meters[number].clone(), 1);
+        let mut step = self.begin(order).await;
+        for _ in 0..60 {
+            match step.next.unwrap() {
+                NextStep::End { outcome, .. } => return outcome,
+                NextStep::Send(sending) => {
+                    if sending.kind == SendingKind::Associate {
+                        connection = Connection::new(self.meters[number].clone(), 1);
+                    }
+                    let (id, at) = step.transfer.unwrap();
+                    let answer = connection.deliver(&sending.apdu).await.answers.into_iter().next_back();
+                    let answer = answer.map_or(ReportedAnswer::Nothing, ReportedAnswer::Apdu);
+                    step = self.report(&self.island.head_end, step.meter, id, at, answer).await;
+                }
+            }
+        }
+        panic!("the transfer does not end");
+    }
+
+    async fn row(&self, number: usize) -> kms_domain::Meter {
+        (*self.island.island.meter(self.title(number)).await.unwrap().unwrap()).clone()
+    }
+
+    /// Which version of a key the server believes that the meter holds.
+    async fn held(&self, number: usize, key_type: KeyType) -> u32 {
+        self.row(number).await.slots.get(SecuritySetupId::DEFAULT, key_type).unwrap().held().unwrap().number().number()
+    }
+
+    /// Compares what the server believes with the meter's memory, byte for byte: the HSM wraps the key under the KEK, the meter's own KEK opens it.
+    async fn compare(&self, number: usize) {
+        let row = self.row(number).await;
+        let memory = self.meters[number].keys_for_inspection(Obis::SECURITY_SETUP).unwrap();
+        let held = |key_type| row.slots.get(SecuritySetupId::DEFAULT, key_type).unwrap().held().unwrap().number();
+        for (key_type, key) in [(KeyType::GUEK, &memory.guek), (KeyType::GAK, &memory.gak), (KeyType::KEK, &memory.kek)] {
+            assert!(self.wrapped(&row, held(KeyType::KEK), key_type, held(key_type), &memory.kek).await == *key, "{key_type} of meter {number}");
+        }
+    }
+
+    /// I3: whatever happened, what the meter holds is among the candidates.
+    async fn assert_not_lost(&self, number: usize) {
+        let row = self.row(number).await;
+        let memory = self.meters[number].keys_for_inspection(Obis::SECURITY_SETUP).unwrap();
+        let candidates = |key_type| row.slots.get(SecuritySetupId::DEFAULT, key_type).unwrap().candidates().map(|version| version.number()).collect::<Vec<_>>();
+        for (key_type, key) in [(KeyType::GUEK, &memory.guek), (KeyType::GAK, &memory.gak), (KeyType::KEK, &memory.kek)] {
+            let mut found = false;
+            for kek in candidates(KeyType::KEK) {
+                for version in candidates(key_type) {
+                    let job = self.job(&row, kek, key_type, version);
+                    let wrapped = self.island.island.hsm.wrap_for_meters(vec![job]).await.unwrap().remove(0).unwrap();
+                    found |= unwrap_key(&memory.kek, &wrapped).is_ok_and(|unwrapped| unwrapped == *key);
+                }
+            }
+            assert!(found, "{key_type} of meter {number} is lost");
+        }
+    }
+
+    async fn wrapped(
+        &self,
+        row: &kms_domain::Meter,
+        kek: KeyVersionNumber,
+        key_type: KeyType,
+        version: KeyVersionNumber,
+        meter_kek: &SymmetricKey,
+    ) -> SymmetricKey {
+        let wrapped = self.island.island.hsm.wrap_for_meters(vec![self.job(row, kek, key_type, version)]).await.unwrap().remove(0).unwrap();
+        unwrap_key(meter_kek, &wrapped).expect("the server's KEK is the meter's")
+    }
+
+    fn job(&self, row: &kms_domain::Meter, kek: KeyVersionNumber, key_type: KeyType, version: KeyVersionNumber) -> TransferJob {
+        let source = |key_type, version| emit::version_source(row.owner(), &row.slots, SecuritySetupId::DEFAULT, key_type, version).unwrap();
+        TransferJob { kek: source(KeyType::KEK, kek), key: source(key_type, version) }
+    }
+
+    async fn security_events(&self) -> Vec<String> {
+        let filter = AuditFilter { kind: Some(24), ..AuditFilter::default() };
+        let rows = self.island.island.store.audit_page(&filter, None, 1_000).await.unwrap();
+        rows.iter()
+            .filter_map(|row| match AuditRecord::decode(row.record.record.as_slice()).unwrap().event {
+                Some(Event::SecurityEvent(event)) => Some(event.kind),
+                _ => None,
+            })
+            .collect()
+    }
+
+    fn assert_no_nonce_twice(&self) {
+        assert_eq!(RepeatedNonce::find(&self.meters), []);
+    }
+}
+
+fn order(meter: SystemTitle, key_type: Option<KeyType>) -> Order {
+    Order { meter, setup: None, key_type, client_title: client_title(), form: TransferForm::Frames, urgent: false, lifetime_seconds: 3_600, task: None }
+}
+
+fn at_key_transfer(number: u64, fault: Fault) -> ScriptedFault {
+    ScriptedFault { at: Trigger::KeyTransfer(number), fault }
+}
+
+fn at_association(number: u64, fault: Fault) -> ScriptedFault {
+    ScriptedFault { at: Trigger::AssociationRequest(number), fault }
+}
+
+/// A KEK is changed by campaigns only; here a policy lets the head-end do it.
+fn permit_master_keys(island: &TestIsland) {
+    let policies = concat!(env!("CARGO_MANIFEST_DIR"), "/../policies");
+    let mut files: Vec<_> = std::fs::read_dir(policies)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "cedar"))
+        .map(|path| (path.clone(), std::fs::read_to_string(path).unwrap()))
+        .collect();
+    let more = r#"permit (principal is HeadEnd, action in [Action::"transferMasterKey", Action::"attestKey"], resource)
+        when { resource has head_end && resource.head_end == principal };"#;
+    files.push(("more.cedar".into(), more.to_owned()));
+    island.island.policy.store(std::sync::Arc::new(crate::authz::Policy::from_files(files, (Quotas::FILE.into(), Quotas::SHIPPED.to_owned())).unwrap()));
+}
+
+#[test]
+fn every_key_of_a_meter_is_rotated_and_proven() {
+    let name = concat!(module_path!(), "::every_key_of_a_meter_is_rotated_and_proven");
+    crate::testing::run(name, &[ModuleKind::HsmSim, ModuleKind::SoftHsm], |island| async move {
+        permit_master_keys(&island);
+        let field = Field::new(island, "generic-suite0", 1).await;
+        for (round, key_type) in [KeyType::GUEK, KeyType::GAK, KeyType::KEK, KeyType::GUEK].into_iter().enumerate() {
+            assert_eq!(field.transfer(0, Some(key_type)).await, Outcome::Proven, "round {round}");
+            field.compare(0).await;
+        }
+        assert_eq!(field.transfer(0, None).await, Outcome::Probed);
+        let row = field.row(0).await;
+        let guek = row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap();
+        assert_eq!(guek.active().unwrap().number().number(), 4);
+        assert!(!guek.in_doubt() && row.transfer.is_none());
+        // What left under a KEK that its vendor knows is exposed to the vendor, if it recorded the traffic.
+        assert!(
+            guek.version(KeyVersionNumber::new(2).unwrap())
+                .unwrap()
+                .exposures()
+                .iter()
+                .any(|exposure| exposure.reason == kms_domain::ExposureReason::TransferUnderExposedKek)
+        );
+        field.assert_no_nonce_twice();
+    });
+}
+
+island_tests! {
+    async fn a_suite_2_meter_gets_keys_of_32_octets(island) {
+        let field = Field::new(island, "generic-suite2", 1).await;
+        assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
+        assert_eq!(field.transfer(0, Some(KeyType::GAK)).await, Outcome::Proven);
+        field.compare(0).await;
+    }
+
+    async fn no_fault_loses_a_meter(island) {
+        permit_master_keys(&island);
+        let faults: Vec<(&str, Vec<ScriptedFault>)> = vec![
+            ("lost request", vec![at_key_transfer(1, Fault::LoseRequest)]),
+            ("lost answer", vec![at_key_transfer(1, Fault::LoseAnswer)]),
+            ("held request", vec![at_key_transfer(1, Fault::HoldRequest(2))]),
+            ("held request and answer", vec![at_key_transfer(1, Fault::HoldRequestAndAnswer(1))]),
+            ("duplicated request", vec![at_key_transfer(1, Fault::DuplicateRequest)]),
+            ("duplicated answer", vec![at_key_transfer(1, Fault::DuplicateAnswer)]),
+            ("applied but error", vec![at_key_transfer(1, Fault::AppliedButError(9))]),
+            ("refused", vec![at_key_transfer(1, Fault::RefusedWithoutApplying(250))]),
+            ("success without applying", vec![at_key_transfer(1, Fault::SuccessWithoutApplying)]),
+            ("forged answer", vec![at_key_transfer(1, Fault::WrongAnswer(HexBytes(vec![0xD8, 1, 5])))]),
+            ("forged counter", vec![at_key_transfer(1, Fault::WrongAnswer(HexBytes(vec![0xD8, 1, 6, 0xFF, 0xFF, 0xFF, 0xFF])))]),
+            ("corrupt answer", vec![at_key_transfer(1, Fault::CorruptAnswer(3))]),
+            ("connection cut", vec![at_key_transfer(1, Fault::CloseConnection)]),
+            ("power fails before the answer", vec![at_key_transfer(1, Fault::PowerCycleBeforeAnswer)]),
+            ("the proof's association is lost", vec![at_association(2, Fault::LoseRequest)]),
+            ("both associations are lost", vec![at_association(2, Fault::LoseAnswer), at_association(3, Fault::LoseAnswer)]),
+            ("lost answer twice", vec![at_key_transfer(1, Fault::LoseAnswer), at_key_transfer(2, Fault::LoseAnswer)]),
+        ];
+        let field = Field::new(island, "generic-suite0", faults.len() as u64).await;
+        for (number, (name, script)) in faults.into_iter().enumerate() {
+            for fault in script {
+                field.meters[number].add_fault(fault);
+            }
+            for key_type in [KeyType::GUEK, KeyType::GAK, KeyType::KEK] {
+                for attempt in 0.. {
+                    let outcome = field.transfer(number, Some(key_type)).await;
+                    field.assert_not_lost(number).await;
+                    if outcome == Outcome::Proven {
+                        break;
+                    }
+                    assert!(attempt < 6, "{name}: {key_type} is {}", outcome.name());
+                    // What is in doubt is probed before it is tried again.
+                    field.transfer(number, None).await;
+                    field.assert_not_lost(number).await;
+                }
+            }
+            field.compare(number).await;
+        }
+        field.assert_no_nonce_twice();
+    }
+
+    async fn a_meter_that_goes_back_to_its_former_key_is_found_and_healed(island) {
+        let field = Field::new(island, "generic-suite0", 1).await;
+        field.meters[0].set_behaviour(Behaviour { reverts_on_power_cycle: [KeyId::GlobalUnicastEncryption].into(), ..Behaviour::default() });
+        assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
+        field.meters[0].power_cycle();
+        assert_eq!(field.transfer(0, None).await, Outcome::Probed);
+        // The meter holds version 1, which does not become active again.
+        assert_eq!(field.held(0, KeyType::GUEK).await, 1);
+        let row = field.row(0).await;
+        let slot = row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap();
+        assert_eq!(slot.active().unwrap().number().number(), 2);
+        assert!(slot.in_doubt());
+        assert_eq!(slot.version(KeyVersionNumber::FIRST).unwrap().state(), KeyState::Deactivated);
+        assert!(field.security_events().await.contains(&"earlier-key-held".to_owned()));
+        field.assert_not_lost(0).await;
+        assert_eq!(field.carry_out(0, Order { urgent: true, ..order(field.title(0), Some(KeyType::GUEK)) }).await, Outcome::Proven);
+        assert_eq!(field.held(0, KeyType::GUEK).await, 3);
+        field.compare(0).await;
+        field.assert_no_nonce_twice();
+    }
+
+    async fn a_counter_that_starts_again_with_a_new_key_does_no_harm(island) {
+        let field = Field::new(island, "generic-suite0", 1).await;
+        field.meters[0].set_behaviour(Behaviour { counter_on_new_key: CounterOnNewKey::RestartAt(250), ..Behaviour::default() });
+        for _ in 0..3 {
+            assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
+            field.compare(0).await;
+        }
+        field.assert_no_nonce_twice();
+    }
+
+    async fn only_the_present_step_of_ones_own_transfer_moves_anything(island) {
+        let field = Field::new(island, "generic-suite0", 2).await;
+        let title = field.title(0);
+        let first_request = RequestId::from_octets(&[3; 16]).unwrap();
+        let begin = |digest| {
+            let orders = vec![order(title, Some(KeyType::GUEK))];
+            field.service.begin(&field.island.head_end, first_request, digest, orders)
+        };
+        let step = begin([1; 32]).await.unwrap().0.remove(0);
+        let (id, at) = step.transfer.unwrap();
+        let NextStep::Send(sent) = step.next.unwrap() else { panic!("nothing to send") };
+        // The same request: the same transfer, the same octets (I4).
+        let again = begin([1; 32]).await.unwrap().0.remove(0);
+        let NextStep::Send(sent_again) = again.next.unwrap() else { panic!("nothing to send") };
+        assert_eq!((again.transfer, &sent_again.apdu), (step.transfer, &sent.apdu));
+        assert!(matches!(begin([2; 32]).await, Err(ServiceError::InvalidArgument { .. })));
+        // A second transfer, other head-ends, other steps, other ids.
+        assert!(matches!(field.begin(order(title, Some(KeyType::GAK))).await.next, Err(ServiceError::FailedPrecondition { .. })));
+        let before = field.row(0).await;
+        let nothing = || ReportedAnswer::Nothing;
+        assert!(matches!(field.report(&field.island.other_head_end, title, id, at, nothing()).await.next, Err(ServiceError::PermissionDenied { .. })));
+        assert!(matches!(field.report(&field.island.head_end, title, id, at + 1, nothing()).await.next, Err(ServiceError::FailedPrecondition { .. })));
+        let other = TransferId::from_octets(&[9; 16]).unwrap();
+        assert!(matches!(field.report(&field.island.head_end, title, other, at, nothing()).await.next, Err(ServiceError::FailedPrecondition { .. })));
+        assert!(matches!(field.begin(order(meter(77), None)).await.next, Err(ServiceError::PermissionDenied { .. })));
+        assert_eq!(field.row(0).await, before);
+
+        // An answer of another meter, and one that is cut, prove nothing and associate with nobody.
+        let mut connection = Connection::new(field.meters[0].clone(), 1);
+        let genuine = connection.exchange(&sent.apdu).unwrap();
+        let mut cut = genuine.clone();
+        cut.truncate(genuine.len() - 1);
+        let step = field.report(&field.island.head_end, title, id, at, ReportedAnswer::Apdu(cut)).await;
+        let (_, second) = step.transfer.unwrap();
+        assert_eq!(second, at + 1);
+        // The report of the first step comes again: nothing moves.
+        let before = field.row(0).await;
+        let step = field.report(&field.island.head_end, title, id, at, ReportedAnswer::Apdu(genuine)).await;
+        assert_eq!(step.transfer, Some((id, second)));
+        assert_eq!(field.row(0).await, before);
+    }
+
+    async fn a_head_end_with_keys_of_its_own_delivers_and_the_hsm_proves(island) {
+        permit_master_keys(&island);
+        let field = Field::new(island, "generic-suite0", 2).await;
+        for (number, attests) in [(0, false), (1, true)] {
+            let memory = field.meters[number].keys_for_inspection(Obis::SECURITY_SETUP).unwrap();
+            let mut session = meter_sim::client::ClientSession::new(meter_sim::client::ClientConfig {
+                client_title: meter_sim::SystemTitle::new(client_title().octets()),
+                suite: meter_sim::SecuritySuite::default(),
+                keys: meter_sim::security::Ciphering { encryption: memory.guek.clone(), authentication: memory.gak.clone() },
+                dedicated_key: None,
+                counters: 1..=100,
+                general_ciphering: true,
+            })
+            .unwrap();
+            let mut connection = Connection::new(field.meters[number].clone(), 1);
+            let request = session.association_request().unwrap();
+            session.process_association_response(&connection.exchange(&request).unwrap()).unwrap();
+            let request = session.hls_request().unwrap();
+            session.process_hls_response(&connection.exchange(&request).unwrap()).unwrap();
+            // Counters that the head-end has used by itself are taken over before the server makes frames.
+            field.island.take_counters_over(field.title(number), 200).await;
+
+            let order = Order { form: TransferForm::WrappedKey, ..order(field.title(number), Some(KeyType::GUEK)) };
+            let step = field.begin(order).await;
+            let (id, at) = step.transfer.unwrap();
+            let NextStep::Send(sending) = step.next.unwrap() else { panic!("nothing to send") };
+            assert!(sending.apdu.is_empty());
+            let delivery = sending.delivery.unwrap();
+            let request = session.key_transfer_request(Obis::SECURITY_SETUP, &[(KeyId::GlobalUnicastEncryption, &delivery.wrapped)]).unwrap();
+            let answer = connection.exchange(&request).unwrap();
+            let mut step = field.report(&field.island.head_end, step.meter, id, at, ReportedAnswer::Apdu(answer)).await;
+            let mut connection = Connection::new(field.meters[number].clone(), 1);
+            let outcome = loop {
+                match step.next.unwrap() {
+                    NextStep::End { outcome, .. } => break outcome,
+                    NextStep::Send(sending) => {
+                        let (id, at) = step.transfer.unwrap();
+                        let answer = match attests {
+                            true => ReportedAnswer::Attested(true),
+                            false => ReportedAnswer::Apdu(connection.exchange(&sending.apdu).unwrap()),
+                        };
+                        step = field.report(&field.island.head_end, step.meter, id, at, answer).await;
+                    }
+                }
+            };
+            assert_eq!(outcome, if attests { Outcome::Attested } else { Outcome::Proven });
+            field.compare(number).await;
+        }
+        field.assert_no_nonce_twice();
+    }
+
+    async fn a_withdrawn_transfer_leaves_its_version_in_doubt(island) {
+        let field = Field::new(island, "generic-suite0", 1).await;
+        let title = field.title(0);
+        let mut connection = Connection::new(field.meters[0].clone(), 1);
+        let mut step = field.begin(order(title, Some(KeyType::GUEK))).await;
+        // Up to the delivery, whose answer never comes.
+        let id = loop {
+            let (id, at) = step.transfer.unwrap();
+            let NextStep::Send(sending) = step.next.unwrap() else { panic!("over") };
+            let answer = connection.exchange(&sending.apdu).unwrap();
+            if sending.kind == SendingKind::Deliver {
+                break id;
+            }
+            step = field.report(&field.island.head_end, title, id, at, ReportedAnswer::Apdu(answer)).await;
+        };
+        let ended = field.service.withdraw(&field.island.head_end, field.request(), vec![(title, id)], "test".to_owned()).await.unwrap().remove(0);
+        assert!(matches!(ended.next, Ok(NextStep::End { outcome: Outcome::Withdrawn, .. })));
+        assert!(field.row(0).await.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().in_doubt());
+        assert!(matches!(field.begin(order(title, Some(KeyType::GUEK))).await.next, Err(ServiceError::FailedPrecondition { .. })));
+        field.assert_not_lost(0).await;
+        assert_eq!(field.transfer(0, None).await, Outcome::Probed);
+        assert_eq!(field.held(0, KeyType::GUEK).await, 2);
+        field.compare(0).await;
+    }
+}
