@@ -179,7 +179,13 @@ impl Opening {
             self.authority.check_key(&hsm).await?;
         }
         let server = self.config.server_name.clone().unwrap_or_else(host_name);
-        let settings = CommitterSettings { island: self.config.island.clone(), server, chunk_size: ChunkSize::default(), queue: QUEUED_ACTS };
+        let settings = CommitterSettings {
+            island: self.config.island.clone(),
+            server,
+            chunk_size: ChunkSize::default(),
+            queue: QUEUED_ACTS,
+            silence: CommitterSettings::SILENCE,
+        };
         let committer = Committer::start(Arc::clone(&store), keys.seal, keys.chain, settings);
         let island = Arc::new(Island {
             row: keys.row,

@@ -1,7 +1,6 @@
 //! I4: two servers on one PostgreSQL, two head-ends, crashes in between, and a meter that refuses counters that do not increase.
 
 use kms_client::{Connection, Profile, Session};
-use kms_store::testing::PostgresCluster;
 use kms_tests::{DevServer, open, put_on_line, read_energy, title};
 use meter_sim::inspect::RepeatedNonce;
 
@@ -12,9 +11,7 @@ fn lease(session: &Session) -> (u32, u32) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_servers_two_head_ends_and_crashes_repeat_no_counter_and_meet_no_refusal() {
-    let cluster = PostgresCluster::start(&[]).unwrap();
-    let database = cluster.create_database().await.unwrap();
-    let mut first = DevServer::start_with(&["--database", &database]);
+    let mut first = DevServer::start_on_postgresql();
     let mut second = first.second("b", |text| text).await;
     let profile = first.profile("head-end");
     let meter = first.meter(9);
@@ -48,9 +45,7 @@ async fn two_servers_two_head_ends_and_crashes_repeat_no_counter_and_meet_no_ref
 
 #[tokio::test(flavor = "multi_thread")]
 async fn racing_head_ends_never_get_overlapping_leases() {
-    let cluster = PostgresCluster::start(&[]).unwrap();
-    let database = cluster.create_database().await.unwrap();
-    let first = DevServer::start_with(&["--database", &database]);
+    let first = DevServer::start_on_postgresql();
     let second = first.second("b", |text| text).await;
     let profile = first.profile("head-end");
     let connections = [first.connect("head-end").await, second.connect("head-end").await];

@@ -184,7 +184,13 @@ impl CeremonyPlan {
         let mac = async |key: SealRootKey| hsm.mac(RootVersion::FIRST, key.message(SEAL_KEY_VERSION, &self.island)).await;
         let seal = SealKey::new(SEAL_KEY_VERSION, &mac(SealRootKey::Seal).await?);
         let chain = AuditKey::new(&*mac(SealRootKey::AuditChain).await?);
-        let settings = CommitterSettings { island: self.island.clone(), server: "ceremony".to_owned(), chunk_size: ChunkSize::default(), queue: 16 };
+        let settings = CommitterSettings {
+            island: self.island.clone(),
+            server: "ceremony".to_owned(),
+            chunk_size: ChunkSize::default(),
+            queue: 16,
+            silence: CommitterSettings::SILENCE,
+        };
         let committer = Committer::start(Arc::clone(store), seal, chain, settings);
 
         let row = self.row(derivation, fingerprints);
