@@ -17,7 +17,7 @@ use super::{NextStep, Order, Report, ReportedAnswer, SendingKind, StepAnswer, Tr
 use crate::{
     authz::{Caller, Quotas},
     error::ServiceError,
-    testing::{ModuleKind, TestIsland, client_title, island_tests, meter, sample},
+    testing::{TestIsland, client_title, island_tests, meter, sample},
 };
 
 /// An island with simulated meters, set up with the keys that their vendor shipped.
@@ -193,10 +193,8 @@ fn permit_master_keys(island: &TestIsland) {
     island.island.policy.store(std::sync::Arc::new(crate::authz::Policy::from_files(files, (Quotas::FILE.into(), Quotas::SHIPPED.to_owned())).unwrap()));
 }
 
-#[test]
-fn every_key_of_a_meter_is_rotated_and_proven() {
-    let name = concat!(module_path!(), "::every_key_of_a_meter_is_rotated_and_proven");
-    crate::testing::run(name, &[ModuleKind::HsmSim, ModuleKind::SoftHsm], |island| async move {
+island_tests! {
+    async fn every_key_of_a_meter_is_rotated_and_proven(island) {
         permit_master_keys(&island);
         let field = Field::new(island, "generic-suite0", 1).await;
         for (round, key_type) in [KeyType::GUEK, KeyType::GAK, KeyType::KEK, KeyType::GUEK].into_iter().enumerate() {
@@ -217,10 +215,8 @@ fn every_key_of_a_meter_is_rotated_and_proven() {
                 .any(|exposure| exposure.reason == kms_domain::ExposureReason::TransferUnderExposedKek)
         );
         field.assert_no_nonce_twice();
-    });
-}
+    }
 
-island_tests! {
     async fn a_suite_2_meter_gets_keys_of_32_octets(island) {
         let field = Field::new(island, "generic-suite2", 1).await;
         assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
