@@ -1,5 +1,5 @@
 //! The main job over real processes: a vendor's shipment, a session, a meter that answers.
-#![expect(clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
 mod bad_input;
 mod frames;

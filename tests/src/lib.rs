@@ -110,7 +110,8 @@ impl DevServer {
         Self::start_with(&arguments)
     }
 
-    fn start_with(arguments: &[&str]) -> Self {
+    /// Starts one with these arguments besides state, port and number of meters.
+    pub fn start_with(arguments: &[&str]) -> Self {
         let state = tempfile::Builder::new().prefix("kms-dev-").tempdir().unwrap();
         let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
         let (process, printed) = Self::spawn(state.path(), &arguments);

@@ -113,7 +113,7 @@ island_tests! {
         let (file, signature) = island.sample(&sample("generic-suite0", 1)).await;
         let sha256 = island.upload(&file, &signature).await;
         island.import(sha256, Some(&island.head_end)).await;
-        island.sql(&format!("DELETE FROM fingerprint WHERE owner = {} AND key_type = 2", meter(1).as_i64()));
+        island.sql(&format!("DELETE FROM fingerprint WHERE owner = {} AND key_type = 2", meter(1).as_i64())).await;
         let mut again = Forged::of(&file);
         again.device(1, |line| line.replace("\"batch\":\"B-", "\"batch\":\"D-"));
         again.device(2, |line| line.replace(&meter(1).to_string(), &meter(201).to_string()));
@@ -128,11 +128,11 @@ island_tests! {
         assert_eq!(island.scrubbed().await.findings, []);
         let owner = |number: u64| meter(number).as_i64();
         // An entry that is gone: an equal key would not be found when it is imported.
-        island.sql(&format!("DELETE FROM fingerprint WHERE owner = {} AND key_type = 2", owner(2)));
+        island.sql(&format!("DELETE FROM fingerprint WHERE owner = {} AND key_type = 2", owner(2))).await;
         assert_eq!(named(&island.scrubbed().await), expected(&[(2, "fingerprint-missing")]));
         // One that points to a key of another value, and one to a meter that nobody knows.
-        island.sql(&format!("UPDATE fingerprint SET prefix = prefix + 1 WHERE owner = {} AND key_type = 2", owner(3)));
-        island.sql(&format!("UPDATE fingerprint SET owner = {} WHERE owner = {} AND key_type = 2", owner(77), owner(4)));
+        island.sql(&format!("UPDATE fingerprint SET prefix = prefix + 1 WHERE owner = {} AND key_type = 2", owner(3))).await;
+        island.sql(&format!("UPDATE fingerprint SET owner = {} WHERE owner = {} AND key_type = 2", owner(77), owner(4))).await;
         let found = [(2, "fingerprint-missing"), (3, "fingerprint-missing"), (3, "fingerprint-stray"), (4, "fingerprint-missing"), (77, "fingerprint-stray")];
         assert_eq!(named(&island.scrubbed().await), expected(&found));
     }

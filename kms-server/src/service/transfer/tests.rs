@@ -331,14 +331,20 @@ island_tests! {
         let genuine = connection.exchange(&sent.apdu).unwrap();
         let mut cut = genuine.clone();
         cut.truncate(genuine.len() - 1);
-        let step = field.report(&field.island.head_end, title, id, at, ReportedAnswer::Apdu(cut)).await;
+        let step = field.report(&field.island.head_end, title, id, at, ReportedAnswer::Apdu(genuine)).await;
         let (_, second) = step.transfer.unwrap();
         assert_eq!(second, at + 1);
-        // The report of the first step comes again: nothing moves.
+        // A report of the first step comes again, another one: nothing moves.
         let before = field.row(0).await;
-        let step = field.report(&field.island.head_end, title, id, at, ReportedAnswer::Apdu(genuine)).await;
+        let step = field.report(&field.island.head_end, title, id, at, ReportedAnswer::Apdu(cut.clone())).await;
         assert_eq!(step.transfer, Some((id, second)));
         assert_eq!(field.row(0).await, before);
+        // What is cut proves nothing; the meter has only one pair of keys to try, so nothing was shown, and nothing has left.
+        let step = field.report(&field.island.head_end, title, id, second, ReportedAnswer::Apdu(cut)).await;
+        assert!(matches!(step.next, Ok(NextStep::End { outcome: Outcome::InDoubt, .. })));
+        let row = field.row(0).await;
+        let slot = row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap();
+        assert!(!slot.in_doubt() && slot.active().unwrap().number().number() == 1);
     }
 
     async fn a_head_end_with_keys_of_its_own_delivers_and_the_hsm_proves(island) {
