@@ -4,6 +4,7 @@
 mod bad_input;
 mod frames;
 mod owners;
+mod rotation;
 mod sessions;
 mod telemetry;
 
