@@ -181,7 +181,7 @@ hsm_sim_only! {
     "no other module can be told to lose its token",
     async fn a_token_that_is_removed_and_put_back_recovers(bench: Bench) {
         assert_grants(&bench).await;
-        let mut state = bench.hsm.token(kms_domain::KeyClass::Kek).state();
+        let mut state = bench.hsm.token(kms_domain::KeyClass::Kek).unwrap().state();
         control(&bench, "remove-token meterkms-test id=1");
         tokio::time::timeout(Duration::from_secs(30), state.wait_for(|state| !state.is_usable())).await.unwrap().unwrap();
         let error = bench.hsm.random(8).await.unwrap_err();
