@@ -14,8 +14,8 @@ use std::{collections::HashMap, num::NonZeroU32, sync::Arc};
 use aws_lc_rs::digest;
 use futures::{StreamExt, TryStreamExt, stream};
 use kms_domain::{
-    CampaignId, Confirmation, Finding, GroupId, KeyOrigin, KeyShape, KeyState, KeyType, KeyVersionNumber, Meter, NewKeyOrigin, NewKeyVersion, Next,
-    Observation, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, Transfer, TransferError, TransferForm, TransferId,
+    CampaignId, Confirmation, CounterPlace, Finding, GroupId, KeyOrigin, KeyShape, KeyState, KeyType, KeyVersionNumber, Meter, NewKeyOrigin, NewKeyVersion,
+    Next, Observation, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, Transfer, TransferError, TransferForm, TransferId,
     TransferOrder, WrappedKey,
 };
 use kms_proto::v1::{HeldVersion, SecurityEvent, TransferAdvance, TransfersAdvanced, audit_record::Event};
@@ -397,6 +397,13 @@ fn begin_one(
     if !principal.client_titles.contains(&order.client_title) {
         return Err(ServiceError::denied(format!("beginTransfer under client title {}", order.client_title)));
     }
+    if order.task.is_some() {
+        // I8: policy gives a task of a campaign more than another order, so nobody's word for it counts.
+        return Err(ServiceError::FailedPrecondition {
+            reason: "this server leads no campaigns".to_owned(),
+            next_step: "leave `campaign_id` and `fence` empty".to_owned(),
+        });
+    }
     let mut meter = own_meter(view, order.meter)?;
     permits_order(island, &facts(principal), &meter, order)?;
     let setup = setup_of(&meter, order.setup)?;
@@ -512,12 +519,16 @@ fn follow_counter(
     };
     let kind = if raised.is_ok() { "counter-followed" } else { "counter-jump-refused" };
     view.append(Event::SecurityEvent(SecurityEvent { kind: kind.to_owned(), detail, meter: meter.title.octets().to_vec().into() }));
+    if raised.is_ok() {
+        view.put_meter((**meter).clone(), false)?;
+    }
     Ok(if raised.is_ok() { Observation::CounterFollowed } else { Observation::Refusal })
 }
 
 /// Gives the present step its counters, and stores the meter. // I4: the step's octets are made from these only.
-fn deal_counters(view: &mut View<'_, '_>, island: &Island, meter: Meter) -> Result<Arc<Meter>, ServiceError> {
-    let title = meter.title;
+///
+/// The counters come first, out of the row as it was: if there are none, nothing of the step is stored, and so nothing without its record (I2).
+fn deal_counters(view: &mut View<'_, '_>, island: &Island, mut meter: Meter) -> Result<Arc<Meter>, ServiceError> {
     let Some(transfer) = meter.transfer.clone() else { return Err(refused(&TransferError::NotUnderWay)) };
     let wanted = match &transfer.stage {
         Stage::Associate { .. } | Stage::Deliver { pair: Some(_) } => 1,
@@ -525,19 +536,26 @@ fn deal_counters(view: &mut View<'_, '_>, island: &Island, meter: Meter) -> Resu
         Stage::Deliver { pair: None } => 0,
     };
     let counter = counter_key(island, &meter, transfer.setup, transfer.client_title)?;
-    view.put_meter(meter, false)?;
     let mut counters = Vec::new();
     if let (Some(pair), Some(wanted)) = (transfer.pair(), NonZeroU32::new(wanted)) {
-        let of = CounterOf { owner: Owner::Meter(title), setup: transfer.setup, key_type: KeyType::GUEK, version: pair.encryption, counter };
+        let of = CounterOf { owner: Owner::Meter(meter.title), setup: transfer.setup, key_type: KeyType::GUEK, version: pair.encryption, counter };
         let lease = view.frame_counters(of, wanted)?;
         counters.extend(lease.first..=lease.last());
+        // What was reserved just now is in the row that the view has.
+        let fault = |error: &dyn std::fmt::Display| ServiceError::Internal(error.to_string());
+        let stored = own_meter(view, meter.title)?;
+        let reserved = stored.slots.get(transfer.setup, KeyType::GUEK).and_then(|slot| slot.version(pair.encryption));
+        let reserved = reserved.ok_or_else(|| fault(&"a key of the step is gone"))?.counters().clone();
+        let version = meter.slots.get_mut(transfer.setup, KeyType::GUEK).and_then(|slot| slot.version_mut(pair.encryption)).map_err(|error| fault(&error))?;
+        if let CounterPlace::Own(reserved) = reserved {
+            *version.counters_mut().map_err(|error| fault(&error))? = reserved;
+        }
     }
-    let mut meter = own_meter(view, title)?;
-    if let Some(transfer) = &mut Arc::make_mut(&mut meter).transfer {
+    if let Some(transfer) = &mut meter.transfer {
         transfer.counters = counters;
     }
-    view.put_meter((*meter).clone(), false)?;
-    Ok(meter)
+    view.put_meter(meter.clone(), false)?;
+    Ok(Arc::new(meter))
 }
 
 /// What officers have to see.
