@@ -248,6 +248,7 @@ impl TestIsland {
 
     /// Sends and imports a sample for the head-end; its devices with their keys in plaintext too, one a line.
     pub(crate) async fn deliver_with_devices(&self, sample: &SampleShipment) -> (v1::ImportShipmentResponse, Vec<u8>) {
+        let sample = SampleShipment { oaep_hash: self.module.oaep_hash(), ..sample.clone() };
         let spki = self.island.hsm.transport_key_spki(RootVersion::FIRST).await.unwrap();
         let (mut file, mut devices) = (Vec::new(), Vec::new());
         let key = VendorTransportKey::from_der(&spki).unwrap();
