@@ -68,7 +68,7 @@ async fn racing_head_ends_never_get_overlapping_leases() {
 /// What is put back is an older database. The counters that were lent after the backup must not be lent again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_is_put_back_lends_no_counter_again() {
-    let mut server = DevServer::start();
+    let mut server = DevServer::start_on_sqlite();
     let mut lent = lend(&server).await;
     assert!(server.interrupt());
     let backup = Backup::take(server.state());
@@ -93,7 +93,7 @@ async fn a_database_that_is_put_back_lends_no_counter_again() {
 /// Without its watermark the server cannot know; an operator tells.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operator_declares_a_restore() {
-    let mut server = DevServer::start();
+    let mut server = DevServer::start_on_sqlite();
     let mut lent = lend(&server).await;
     assert!(server.interrupt());
     let backup = Backup::take(server.state());
@@ -102,9 +102,7 @@ async fn an_operator_declares_a_restore() {
     assert!(server.interrupt());
     backup.put_back(server.state());
     std::fs::remove_file(server.state().join("island.db.watermark")).unwrap();
-    let mut command = std::process::Command::new(kms_tests::program("kms-server"));
-    command.args(["restored", "--config"]).arg(server.state().join("island/kms-server.toml")).env("HSM_SIM_DIR", server.state().join("token"));
-    let output = command.output().unwrap();
+    let output = server.command("restored").arg("--config").arg(server.state().join("island/kms-server.toml")).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(String::from_utf8_lossy(&output.stdout).contains("counts as restored, once"));
     server.restart();
@@ -117,7 +115,7 @@ async fn an_operator_declares_a_restore() {
 async fn a_new_timeline_of_postgresql_raises_the_counters() {
     let cluster = PostgresCluster::start(&[]).unwrap();
     let database = cluster.create_database().await.unwrap();
-    let mut server = DevServer::start_with(&["--database", &database]);
+    let mut server = DevServer::start_at(&database);
     let mut lent = lend(&server).await;
     let backup = cluster.back_up().unwrap();
     extend_rising(&mut lent, lend(&server).await);

@@ -8,7 +8,8 @@
 //! | `KMS_TEST_DATABASE` | `sqlite` (the default), `postgresql` |
 //!
 //! Tests that start a second server on the same island run on PostgreSQL whatever the variable says, because an SQLite database belongs to one process:
-//! they begin with [`DevServer::start_on_postgresql`]. No test here needs the faults of hsm-sim.
+//! they begin with
+//! [`DevServer::start_on_postgresql`]. Tests that put the files of a database back run on SQLite: [`DevServer::start_on_sqlite`]. No test here needs the faults of hsm-sim.
 #![expect(clippy::expect_used, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test harness: what fails here fails the test")]
 
 use std::{
@@ -99,15 +100,19 @@ impl DevServer {
         Self::start_on(TestModule::of_environment(), TestDatabase::Postgresql)
     }
 
+    /// Starts one on the module of this run and on SQLite, for tests that put the database's files back.
+    pub fn start_on_sqlite() -> Self {
+        Self::start_on(TestModule::of_environment(), TestDatabase::Sqlite)
+    }
+
     /// Starts one on this pair, with an empty database.
     pub fn start_on(module: TestModule, database: TestDatabase) -> Self {
-        let database = database.create().unwrap();
-        let mut arguments = Vec::new();
-        if module == TestModule::SoftHsm2 {
-            arguments.extend(["--module", SOFTHSM2]);
-        }
-        arguments.extend(database.iter().flat_map(|address| ["--database", address]));
-        Self::start_with(&arguments)
+        Self::start_with(&arguments(module, database.create().unwrap().as_deref()))
+    }
+
+    /// Starts one on the module of this run and on the database at this address.
+    pub fn start_at(database: &str) -> Self {
+        Self::start_with(&arguments(TestModule::of_environment(), Some(database)))
     }
 
     /// Starts one with these arguments besides state, port and number of meters.
@@ -184,9 +189,8 @@ impl DevServer {
         fs::create_dir_all(&folder).unwrap();
         let configuration = self.state.path().join(format!("island/{name}.toml"));
         fs::write(&configuration, edit(text)).unwrap();
-        let mut command = Command::new(program("kms-server"));
-        command.args(["run", "--config"]).arg(&configuration).env("HSM_SIM_DIR", self.state.path().join("token"));
-        command.env("SOFTHSM2_CONF", self.state.path().join("softhsm2.conf"));
+        let mut command = self.command("run");
+        command.arg("--config").arg(&configuration);
         let (process, _) = Process::spawn(command, "listening");
         for identity in StateDirectory::new(self.state.path()).profile_names() {
             let target = folder.join("profiles").join(&identity);
@@ -202,6 +206,13 @@ impl DevServer {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         second
+    }
+
+    /// A `kms-server` subcommand that finds the token of this island.
+    pub fn command(&self, subcommand: &str) -> Command {
+        let mut command = Command::new(program("kms-server"));
+        command.arg(subcommand).env("HSM_SIM_DIR", self.state.path().join("token")).env("SOFTHSM2_CONF", self.state.path().join("softhsm2.conf"));
+        command
     }
 
     /// The simulated meter of a device of the sample shipment.
@@ -226,6 +237,13 @@ impl DevServer {
         }
         keys
     }
+}
+
+/// What `dev` is told of module and database.
+fn arguments(module: TestModule, database: Option<&str>) -> Vec<&str> {
+    let module = (module == TestModule::SoftHsm2).then_some(["--module", SOFTHSM2]);
+    let database = database.map(|address| ["--database", address]);
+    module.into_iter().chain(database).flatten().collect()
 }
 
 /// Another server process on the island of a [`DevServer`].
