@@ -236,18 +236,18 @@ async fn a_held_request_arrives_later() {
     assert_eq!(keys(&meter).guek, key_of(0xA5));
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test]
 async fn delays_take_their_time() {
     let meter = meter();
-    for fault in [Fault::DelayRequest(3_000), Fault::DelayAnswer(4_000)] {
+    for fault in [Fault::DelayRequest(30), Fault::DelayAnswer(40)] {
         meter.add_fault(ScriptedFault { at: Trigger::Exchange(1), fault });
     }
     let mut client = Client::new(&meter, client_config(1));
     let aarq = client.session.association_request().unwrap();
-    let start = tokio::time::Instant::now();
+    let start = std::time::Instant::now();
     let delivery = client.connection.deliver(&aarq).await;
     assert_eq!(delivery.answers.len(), 1);
-    assert_eq!(start.elapsed(), Duration::from_secs(7));
+    assert!(start.elapsed() >= Duration::from_millis(70));
     assert_eq!(meter.exchanges(), 1);
 }
 
