@@ -7,7 +7,13 @@
 //!
 //! A PKCS#11 module is initialised once per process and reads its configuration then. So each test runs in a process of its own.
 
-use std::{future::Future, path::Path, process::Command, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use aws_lc_rs::{
     encoding::AsDer,
@@ -47,6 +53,13 @@ impl ModuleKind {
         }
     }
 
+    fn path(self) -> PathBuf {
+        match self {
+            Self::SoftHsm => "/usr/lib/softhsm/libsofthsm2.so".into(),
+            Self::HsmSim => std::env::current_exe().unwrap().with_file_name("libhsm_sim.so"),
+        }
+    }
+
     /// The one OAEP hash that the module's tokens take for batch keys.
     pub(crate) const fn oaep_hash(self) -> OaepHash {
         match self {
@@ -73,19 +86,23 @@ where
         });
         return;
     }
+    static TOKEN: OnceLock<tempfile::TempDir> = OnceLock::new();
+    let token = TOKEN.get_or_init(|| {
+        let folder = token_folder();
+        run_in(&folder, kind, "testing::hold_the_ceremony", None);
+        folder
+    });
+    let folder = token_folder();
+    copy(&token.path().join("tokens"), &folder.path().join("tokens"));
+    let _ = std::fs::copy(token.path().join(DERIVATION), folder.path().join(DERIVATION));
     let name = name.split_once("::").map_or(name, |(_, name)| name);
-    let folder = tempfile::tempdir().unwrap();
-    let tokens = folder.path().join("tokens");
-    std::fs::create_dir(&tokens).unwrap();
-    std::fs::write(
-        folder.path().join("softhsm2.conf"),
-        format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display()),
-    )
-    .unwrap();
-    std::fs::write(folder.path().join("hsm-sim.conf"), "directory = tokens\nargon2_memory_kib = 64\nargon2_passes = 1\n").unwrap();
-    let database = TestDatabase::of_environment().create().unwrap();
+    run_in(&folder, kind, name, TestDatabase::of_environment().create().unwrap());
+}
+
+/// Runs one test of this program in a process of its own, which finds its token in the folder.
+fn run_in(folder: &tempfile::TempDir, kind: ModuleKind, name: &str, database: Option<String>) {
     let output = Command::new(std::env::current_exe().unwrap())
-        .args([name, "--exact", "--nocapture"])
+        .args([name, "--exact", "--nocapture", "--include-ignored"])
         .env("SOFTHSM2_CONF", folder.path().join("softhsm2.conf"))
         .env("HSM_SIM_CONF", folder.path().join("hsm-sim.conf"))
         .env(DATABASE, database.unwrap_or_else(|| format!("sqlite:{}", folder.path().join("island.db").display())))
@@ -96,6 +113,54 @@ where
     assert!(output.status.success() && out.contains("1 passed"), "{name} on {kind:?}: {}\n{out}\n{err}", output.status);
     if std::env::var_os("KMS_TEST_SHOW").is_some() {
         eprintln!("{out}{err}");
+    }
+}
+
+/// A folder for tokens of either module.
+fn token_folder() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = folder.path().join("tokens");
+    std::fs::create_dir(&tokens).unwrap();
+    std::fs::write(
+        folder.path().join("softhsm2.conf"),
+        format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display()),
+    )
+    .unwrap();
+    std::fs::write(folder.path().join("hsm-sim.conf"), "directory = tokens\nargon2_memory_kib = 64\nargon2_passes = 1\n").unwrap();
+    folder
+}
+
+/// Makes the token that every test has a copy of: each test has an island of its own, and a ceremony takes longer than most tests.
+#[test]
+#[ignore = "a part of all tests on an island, which start it in a process of its own"]
+fn hold_the_ceremony() {
+    let folder = std::env::var_os(FOLDER).expect("the tests on an island start this one");
+    let module = Module::load(&ModuleKind::of_environment().path()).unwrap();
+    let (so_pin, pin) = (Pin::new(SO_PIN.to_owned()), Pin::new(PIN.to_owned()));
+    module.init_token("north", &so_pin, &pin).unwrap();
+    let selector = TokenSelector { label: "north".to_owned(), serial: None };
+    let plan = CeremonyPlan {
+        island: IslandName::parse("north").unwrap(),
+        classes: KeyClass::WITH_ROOTS.into_iter().chain([KeyClass::Ca]).collect(),
+        general: true,
+        escrow_public_key: PrivateDecryptingKey::generate(KeySize::Rsa3072).unwrap().public_key().as_der().unwrap().as_ref().to_vec(),
+        standby: Vec::new(),
+    };
+    let ceremony = create_roots(&module, &selector, &so_pin, &pin, &plan, None, |_| Ok(())).unwrap();
+    if let Some(derivation) = ceremony.derivation {
+        std::fs::write(Path::new(&folder).join(DERIVATION), derivation.name()).unwrap();
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let (entry, target) = entry.map(|entry| (entry.path(), to.join(entry.file_name()))).unwrap();
+        if entry.is_dir() {
+            copy(&entry, &target);
+        } else {
+            std::fs::copy(entry, target).unwrap();
+        }
     }
 }
 
@@ -380,30 +445,15 @@ pub(crate) fn sha256(octets: &[u8]) -> [u8; 32] {
 
 async fn token(kind: ModuleKind, folder: &Path, name: &IslandName) -> (Hsm, Option<kms_domain::KeyDerivation>) {
     use std::os::unix::fs::PermissionsExt;
-    let path = match kind {
-        ModuleKind::SoftHsm => "/usr/lib/softhsm/libsofthsm2.so".into(),
-        ModuleKind::HsmSim => std::env::current_exe().unwrap().with_file_name("libhsm_sim.so"),
-    };
-    let module = Module::load(&path).unwrap();
-    let (so_pin, pin) = (Pin::new("so-12345678".to_owned()), Pin::new("user-12345678".to_owned()));
-    module.init_token("north", &so_pin, &pin).unwrap();
-    let selector = TokenSelector { label: "north".to_owned(), serial: None };
-    let plan = CeremonyPlan {
-        island: name.clone(),
-        classes: KeyClass::WITH_ROOTS.into_iter().chain([KeyClass::Ca]).collect(),
-        general: true,
-        escrow_public_key: PrivateDecryptingKey::generate(KeySize::Rsa3072).unwrap().public_key().as_der().unwrap().as_ref().to_vec(),
-        standby: Vec::new(),
-    };
-    let ceremony = tokio::task::spawn_blocking(move || create_roots(&module, &selector, &so_pin, &pin, &plan, None, |_| Ok(()))).await.unwrap().unwrap();
     let pin_file = folder.join("pin");
-    std::fs::write(&pin_file, "user-12345678").unwrap();
+    std::fs::write(&pin_file, PIN).unwrap();
     std::fs::set_permissions(&pin_file, std::fs::Permissions::from_mode(0o600)).unwrap();
-    let mut settings = TokenSettings::new(path, "north".to_owned(), PinSource::File(pin_file));
+    let mut settings = TokenSettings::new(kind.path(), "north".to_owned(), PinSource::File(pin_file));
     settings.allow_cbc_expand = true;
     let hsm = Hsm::start(name.clone(), settings, Arc::new(ProcessPinMemory::default())).unwrap();
     hsm.usable(Duration::from_secs(60)).await.unwrap();
-    (hsm, ceremony.derivation)
+    let derivation = std::fs::read_to_string(folder.join(DERIVATION)).ok().map(|name| kms_domain::KeyDerivation::parse(&name).unwrap());
+    (hsm, derivation)
 }
 
 async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: &str, silence: Duration) -> Island {
@@ -450,4 +500,8 @@ fn profiles() -> std::path::PathBuf {
 
 /// Both are set in the process of one test alone.
 const DATABASE: &str = "KMS_SERVER_TEST_DATABASE";
+/// The name of the derivation that the token's module has; no such file where it has none.
+const DERIVATION: &str = "derivation";
+const SO_PIN: &str = "so-12345678";
+const PIN: &str = "user-12345678";
 const FOLDER: &str = "KMS_SERVER_TEST_FOLDER";

@@ -14,7 +14,7 @@ use meter_sim::axdr::Data;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn dev_does_the_main_job_finds_its_state_again_and_ends_cleanly() {
-    let mut server = DevServer::start();
+    let mut server = DevServer::start_afresh(TestModule::of_environment(), TestDatabase::of_environment());
     assert!(server.printed.contains("1.0.1.8.0.255 ="), "{}", server.printed);
     assert!(server.printed.contains("meters of a vendor imported"), "{}", server.printed);
     let before = open(&server.connect("head-end").await, &server.profile("head-end"), title(1), 10).await.unwrap();
@@ -35,7 +35,7 @@ async fn dev_does_the_main_job_finds_its_state_again_and_ends_cleanly() {
 async fn the_main_job_on_every_module_and_database() {
     for module in [TestModule::HsmSim, TestModule::SoftHsm2] {
         for database in [TestDatabase::Sqlite, TestDatabase::Postgresql] {
-            let mut server = DevServer::start_on(module, database);
+            let mut server = DevServer::start_afresh(module, database);
             assert!(server.printed.contains("1.0.1.8.0.255 ="), "{module:?}, {database:?}: {}", server.printed);
             server.restart();
             assert!(server.printed.contains("1.0.1.8.0.255 ="), "{module:?}, {database:?}, second start: {}", server.printed);

@@ -13,12 +13,13 @@
 #![expect(clippy::expect_used, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test harness: what fails here fails the test")]
 
 use std::{
+    collections::BTreeMap,
     env, fs,
     io::{BufRead as _, BufReader},
     net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::mpsc,
+    sync::{Arc, Mutex, mpsc},
     time::{Duration, Instant},
 };
 
@@ -47,7 +48,7 @@ pub const SOFTHSM2: &str = "/usr/lib/softhsm/libsofthsm2.so";
 pub const CLIENT_TITLE: &str = "4D4D4D0000000001";
 
 /// The PKCS#11 module of this run of the tests.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum TestModule {
     /// The embedded one.
     HsmSim,
@@ -105,19 +106,37 @@ impl DevServer {
         Self::start_on(TestModule::of_environment(), TestDatabase::Sqlite)
     }
 
-    /// Starts one on this pair, with an empty database.
+    /// Starts one on this pair: a copy of an island that this process made once, because a ceremony takes seconds.
     pub fn start_on(module: TestModule, database: TestDatabase) -> Self {
+        let template = Template::of(module, database);
+        let state = folder();
+        copy_folder(template.state.path(), state.path());
+        let configuration = state.path().join("island/kms-server.toml");
+        let mut text = fs::read_to_string(&configuration).unwrap().replace(path(&template.state), path(&state));
+        let copy = template.database.as_deref().map(|address| TestDatabase::copy_postgresql(address).unwrap());
+        if let (Some(address), Some(copy)) = (&template.database, &copy) {
+            text = text.replace(address, copy);
+        }
+        fs::write(&configuration, text).unwrap();
+        Self::start_in(state, &arguments(module, copy.as_deref()))
+    }
+
+    /// Starts one on this pair for the first time: with an empty database, and a ceremony of its own.
+    pub fn start_afresh(module: TestModule, database: TestDatabase) -> Self {
         Self::start_with(&arguments(module, database.create().unwrap().as_deref()))
     }
 
-    /// Starts one on the module of this run and on the database at this address.
+    /// Starts one for the first time, on the module of this run and on the empty database at this address.
     pub fn start_at(database: &str) -> Self {
         Self::start_with(&arguments(TestModule::of_environment(), Some(database)))
     }
 
-    /// Starts one with these arguments besides state, port and number of meters.
+    /// Starts one for the first time, with these arguments besides state, port and number of meters.
     pub fn start_with(arguments: &[&str]) -> Self {
-        let state = tempfile::Builder::new().prefix("kms-dev-").tempdir().unwrap();
+        Self::start_in(folder(), arguments)
+    }
+
+    fn start_in(state: tempfile::TempDir, arguments: &[&str]) -> Self {
         let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
         let (process, printed) = Self::spawn(state.path(), &arguments);
         Self { state, process, arguments, printed }
@@ -244,6 +263,26 @@ fn arguments(module: TestModule, database: Option<&str>) -> Vec<&str> {
     let module = (module == TestModule::SoftHsm2).then_some(["--module", SOFTHSM2]);
     let database = database.map(|address| ["--database", address]);
     module.into_iter().chain(database).flatten().collect()
+}
+
+/// An island whose ceremony was held, with its meters, and whose server has ended.
+struct Template {
+    state: tempfile::TempDir,
+    database: Option<String>,
+}
+
+impl Template {
+    fn of(module: TestModule, database: TestDatabase) -> Arc<Self> {
+        static TEMPLATES: Mutex<BTreeMap<(TestModule, TestDatabase), Arc<Template>>> = Mutex::new(BTreeMap::new());
+        let mut templates = TEMPLATES.lock().unwrap();
+        let make = || {
+            let database = database.create().unwrap();
+            let mut server = DevServer::start_with(&arguments(module, database.as_deref()));
+            assert!(server.interrupt(), "the server of the template does not end");
+            Arc::new(Self { state: server.state, database })
+        };
+        templates.entry((module, database)).or_insert_with(make).clone()
+    }
 }
 
 /// Another server process on the island of a [`DevServer`].
@@ -391,11 +430,25 @@ fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
+fn folder() -> tempfile::TempDir {
+    tempfile::Builder::new().prefix("kms-dev-").tempdir().unwrap()
+}
+
+fn path(folder: &tempfile::TempDir) -> &str {
+    folder.path().to_str().unwrap()
+}
+
+/// With all that is in it, and with its mode.
 fn copy_folder(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
+    fs::set_permissions(to, fs::metadata(from).unwrap().permissions()).unwrap();
     for entry in fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+        let (entry, target) = entry.map(|entry| (entry.path(), to.join(entry.file_name()))).unwrap();
+        if entry.is_dir() {
+            copy_folder(&entry, &target);
+        } else {
+            fs::copy(entry, target).unwrap();
+        }
     }
 }
 

@@ -137,6 +137,17 @@ impl PostgresCluster {
         Ok(self.address(&name))
     }
 
+    /// Makes a copy of a database that nobody has open; its address.
+    ///
+    /// # Errors
+    /// The address is not one of this cluster's databases, somebody has it open, or PostgreSQL does not answer.
+    pub async fn copy_database(&self, address: &str) -> Result<String, StoreError> {
+        let name = format!("kms{}", self.databases.fetch_add(1, Ordering::Relaxed));
+        let of = address.rsplit('/').next().unwrap_or_default();
+        self.execute("postgres", format!("CREATE DATABASE {name} TEMPLATE {of}")).await?;
+        Ok(self.address(&name))
+    }
+
     /// Runs statements as the superuser, in the database of this name.
     ///
     /// # Errors
@@ -184,7 +195,7 @@ impl Drop for PostgresCluster {
 /// On which database the tests of servers run: `KMS_TEST_DATABASE`, which is `sqlite` (the default) or `postgresql`.
 ///
 /// Tests that need two servers run on PostgreSQL whatever it says: SQLite is the database of one process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum TestDatabase {
     /// A file beside the token.
     Sqlite,
@@ -223,15 +234,30 @@ impl TestDatabase {
     /// # Errors
     /// PostgreSQL is missing or does not start.
     pub fn create_postgresql() -> io::Result<String> {
-        static CLUSTER: OnceLock<Result<PostgresCluster, String>> = OnceLock::new();
-        let cluster = CLUSTER
-            .get_or_init(|| PostgresCluster::start(&[]).map_err(|error| error.to_string()))
-            .as_ref()
-            .map_err(|reason| io::Error::other(reason.clone()))?;
-        // A thread and a runtime of its own: callers may be inside a runtime, or outside of any.
-        let create = || tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(cluster.create_database()).map_err(io::Error::other);
-        std::thread::scope(|scope| scope.spawn(create).join()).map_err(|_| io::Error::other("the thread that makes a database panicked"))?
+        let cluster = Self::cluster()?;
+        wait(cluster.create_database())
     }
+
+    /// The address of a copy of a database that [`Self::create_postgresql`] made, and that nobody has open.
+    ///
+    /// # Errors
+    /// Somebody has it open, or PostgreSQL does not answer.
+    pub fn copy_postgresql(address: &str) -> io::Result<String> {
+        let cluster = Self::cluster()?;
+        wait(cluster.copy_database(address))
+    }
+
+    fn cluster() -> io::Result<&'static PostgresCluster> {
+        static CLUSTER: OnceLock<Result<PostgresCluster, String>> = OnceLock::new();
+        let cluster = CLUSTER.get_or_init(|| PostgresCluster::start(&[]).map_err(|error| error.to_string()));
+        cluster.as_ref().map_err(|reason| io::Error::other(reason.clone()))
+    }
+}
+
+/// Waits on a thread and a runtime of its own: callers may be inside a runtime, or outside of any.
+fn wait<T: Send>(work: impl Future<Output = Result<T, StoreError>> + Send) -> io::Result<T> {
+    let wait = || tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work).map_err(io::Error::other);
+    std::thread::scope(|scope| scope.spawn(wait).join()).map_err(|_| io::Error::other("the thread that waits for PostgreSQL panicked"))?
 }
 
 /// A store to look into a database with, beside the server that has it open.

@@ -1,0 +1,237 @@
+//! The command line of `kms-server`.
+//!
+//! It is in the library, and not in the binary, because futures are compiled where they are awaited: otherwise the whole server would be compiled twice.
+
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+
+use clap::{Parser, Subcommand};
+use kms_hsm::ProcessPinMemory;
+use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{
+    authz::Policy,
+    config::{Config, TelemetrySection},
+    dev::{self, DevSettings},
+    profiles::Profiles,
+    server::{self, Server, host_name},
+    service::init::CeremonyPlan,
+    telemetry::Telemetry,
+};
+
+/// A key management server for smart meters.
+#[derive(Parser)]
+#[command(version, about)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make and serve a development island on this machine: no other step is needed. Not for real keys.
+    Dev {
+        /// The folder that keeps it.
+        #[arg(long, default_value = ".kms")]
+        state: PathBuf,
+        /// Where to listen.
+        #[arg(long, default_value = "127.0.0.1:7443")]
+        listen: SocketAddr,
+        /// A PostgreSQL database (`postgres://USER@HOST/DATABASE`) instead of SQLite in the folder. Counts at the first start only.
+        #[arg(long)]
+        database: Option<String>,
+        /// How many meters the sample shipment has. Counts at the first start only.
+        #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u64).range(1..=100_000))]
+        meters: u64,
+        /// Another PKCS#11 module than the embedded hsm-sim, for a trial; configure it in its own way. Counts at the first start only.
+        #[arg(long)]
+        module: Option<PathBuf>,
+    },
+    /// Serve an island.
+    Run {
+        /// The configuration file; docs/kms-server.toml is a commented example.
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// Hold the ceremony that makes an island: tokens, roots, escrow, certificates, database. It can be run again after an interruption.
+    Init {
+        /// The ceremony file.
+        #[arg(long)]
+        ceremony: PathBuf,
+        /// The folder that gets what the ceremony makes.
+        #[arg(long)]
+        state: PathBuf,
+    },
+    /// Declare that the database was restored from a backup, with all servers of the island stopped: every invocation counter is raised
+    /// before it is dealt from again. A server notices most restores by itself (docs/operations.md, Restore).
+    Restored {
+        /// The configuration file.
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// Certificates of servers.
+    Certificate {
+        #[command(subcommand)]
+        command: CertificateCommand,
+    },
+    /// Check configuration, policies, device profiles and HSM tokens, and print what the tokens can do. Serves nothing.
+    Check {
+        /// The configuration file.
+        #[arg(long)]
+        config: PathBuf,
+    },
+}
+
+#[derive(Subcommand)]
+enum CertificateCommand {
+    /// Renew a server's TLS certificate for the names and the key that it has. A server with a token for the CA renews its own by itself
+    /// in the last third of its life; this is for those without, and for doing it earlier.
+    Renew {
+        /// The configuration of a server that has a token for the CA. With SQLite, end the server first.
+        #[arg(long)]
+        config: PathBuf,
+        /// The certificate of another server, PEM. Default: that of the configuration.
+        #[arg(long, requires = "private_key")]
+        certificate: Option<PathBuf>,
+        /// The private key that belongs to it, PEM.
+        #[arg(long, requires = "certificate")]
+        private_key: Option<PathBuf>,
+    },
+}
+
+/// Does what the arguments of the process say, and tells on standard error why it could not.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    // I1: key material in this process shall not reach a core file, nor another process of the same user.
+    if let Err(error) = forbid_dumps() {
+        eprintln!("kms-server: cannot switch off core dumps: {error}");
+        return ExitCode::FAILURE;
+    }
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("kms-server: cannot start threads: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let outcome = runtime.block_on(arguments.command.run());
+    // A thread that hangs in an HSM module must not hold up the end.
+    runtime.shutdown_timeout(Duration::from_secs(2));
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kms-server: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+impl Command {
+    async fn run(self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        match self {
+            Self::Dev { state, listen, database, meters, module } => {
+                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() }, "dev")?;
+                Ok(dev::run(DevSettings { state, listen, database, meters, module }, stop_signal()).await?)
+            }
+            Self::Run { config } => {
+                let config = Config::load(&config)?;
+                let server_name = config.server_name.clone().unwrap_or_else(host_name);
+                let _telemetry = Telemetry::start(&config.telemetry, &server_name)?;
+                let server = Server::start(config).await?;
+                tracing::info!(address = %server.local_addr()?, "listening");
+                server.serve(stop_signal()).await?;
+                tracing::info!("stopped");
+                Ok(())
+            }
+            Self::Init { ceremony, state } => {
+                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() }, "ceremony")?;
+                let held = CeremonyPlan::read(&ceremony, &state)?.hold(&state).await?;
+                println!("{}", held.summary);
+                println!("Read the fingerprints aloud, compare them, and sign a print of `{}`.", state.join("ceremony.txt").display());
+                println!("Give every custodian a copy of `{}`.", state.join("escrow.json").display());
+                println!("Then start the server:\n\n    kms-server run --config {}", held.configuration.display());
+                Ok(())
+            }
+            Self::Restored { config } => {
+                let config = Config::load(&config)?;
+                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() }, "restored")?;
+                let history = server::declare_restored(&config).await?;
+                println!(
+                    "The island `{}` counts as restored, {} in all. Every invocation counter is raised before it is dealt from",
+                    config.island,
+                    times(history.restores)
+                );
+                println!("again: by {} since the ceremony. Now start the servers.", history.jump.counters());
+                Ok(())
+            }
+            Self::Certificate { command: CertificateCommand::Renew { config, certificate, private_key } } => {
+                let config = Config::load(&config)?;
+                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() }, "certificate")?;
+                let renewed = certificate.clone().unwrap_or_else(|| config.tls.certificate.clone());
+                let issued = server::renew_certificate(&config, certificate.zip(private_key)).await?;
+                println!(
+                    "renewed `{}`: serial number {}, valid for {} days.",
+                    renewed.display(),
+                    hex::encode(&issued.serial),
+                    config.limits.server_certificate_days
+                );
+                println!("A server that runs reads it again by itself.");
+                Ok(())
+            }
+            Self::Check { config } => check(&Config::load(&config)?).await,
+        }
+    }
+}
+
+async fn check(config: &Config) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let policy = Policy::load(config.policies.directory.as_deref())?;
+    println!("policies: well-formed and valid; SHA-256 {}", hex::encode(policy.digest()));
+    Profiles::load(config.device_profiles.directory.as_deref())?;
+    println!("device profiles: well-formed");
+    let hsm = config.hsm.start(&config.island, Arc::new(ProcessPinMemory::default()))?;
+    let mut missing = Vec::new();
+    for token in hsm.all_tokens() {
+        let usable = token.usable(Duration::from_secs(60)).await;
+        // Also of a token that lacks something essential: the table tells what.
+        if let Some(capabilities) = token.capabilities() {
+            println!("\ntoken `{}` ({}):", token.label(), capabilities.module);
+            let mut table = comfy_table::Table::new();
+            table.load_style(comfy_table::presets::ASCII_MARKDOWN).set_header(["capability", "needed for", "found", "used instead", "cost of its absence"]);
+            for row in capabilities.table() {
+                let instead = if row.found { ["yes", "", ""] } else { ["no", row.instead, row.cost] };
+                table.add_row([row.name, row.needed_for].into_iter().chain(instead));
+            }
+            println!("{table}");
+        }
+        if let Err(error) = usable {
+            missing.push(error.to_string());
+        }
+    }
+    tokio::task::spawn_blocking(move || hsm.close()).await?;
+    if missing.is_empty() {
+        println!("everything that is needed was found");
+        return Ok(());
+    }
+    Err(format!("the HSM cannot be used: {}", missing.join("; ")).into())
+}
+
+fn times(number: u32) -> String {
+    if number == 1 { "once".to_owned() } else { format!("{number} times") }
+}
+
+/// SIGINT or SIGTERM.
+async fn stop_signal() {
+    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) else {
+        tracing::error!("signals cannot be received; end the server with SIGKILL");
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+}
+
+fn forbid_dumps() -> rustix::io::Result<()> {
+    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)
+}
