@@ -5,7 +5,7 @@ use std::fmt;
 use aws_lc_rs::{digest, hmac};
 use zeroize::Zeroizing;
 
-use crate::{CounterDomainId, DeviceTypeId, GroupId, IslandName, ParseError, PrincipalId, RequestId, SystemTitle};
+use crate::{CampaignId, CounterDomainId, DeviceTypeId, GroupId, IslandName, ParseError, PrincipalId, RequestId, SystemTitle};
 
 /// What a sealed row is about: kind and id, both part of the seal, so that a row cannot be copied to another identity.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -22,6 +22,8 @@ pub enum RowId {
     CounterDomain(CounterDomainId),
     /// Kind 6: the island itself.
     Island(IslandName),
+    /// Kind 7: a campaign.
+    Campaign(CampaignId),
 }
 
 impl RowId {
@@ -34,10 +36,11 @@ impl RowId {
             Self::Principal(_) => 4,
             Self::CounterDomain(_) => 5,
             Self::Island(_) => 6,
+            Self::Campaign(_) => 7,
         }
     }
 
-    /// Calls `read` with the id's octets: 8 (meter, group, device type), 16 (counter domain), or a name in UTF-8 (at most 123).
+    /// Calls `read` with the id's octets: 8 (meter, group, device type), 16 (counter domain, campaign), or a name in UTF-8 (at most 123).
     fn with_octets<T>(&self, read: impl FnOnce(&[u8]) -> T) -> T {
         match self {
             Self::Meter(title) => read(&title.octets()),
@@ -45,6 +48,7 @@ impl RowId {
             Self::Principal(principal) => read(principal.to_string().as_bytes()),
             Self::CounterDomain(domain) => read(&domain.0),
             Self::Island(island) => read(island.as_str().as_bytes()),
+            Self::Campaign(campaign) => read(&campaign.octets()),
         }
     }
 }
@@ -58,6 +62,7 @@ impl fmt::Display for RowId {
             Self::Principal(principal) => write!(f, "principal {principal}"),
             Self::CounterDomain(domain) => write!(f, "counter domain {domain}"),
             Self::Island(island) => write!(f, "island {island}"),
+            Self::Campaign(campaign) => write!(f, "campaign {campaign}"),
         }
     }
 }
@@ -180,6 +185,20 @@ impl SealKey {
         context.update(b"meterkms/request");
         context.update(&[u8::try_from(principal.len()).unwrap_or(u8::MAX)]);
         for part in [principal.as_bytes(), &request.octets(), &chunk.to_be_bytes(), digest, outcome] {
+            context.update(part);
+        }
+        let mut seal = [0; 16];
+        for (octet, value) in seal.iter_mut().zip(context.sign().as_ref()) {
+            *octet = *value;
+        }
+        seal
+    }
+
+    /// Binds a task to the plan that was approved (I5, I6): `HMAC-SHA-256(seal key, "meterkms/task" ‖ campaign(16) ‖ meter(8) ‖ wave(4))[0..16]`. Who
+    /// writes the database cannot add a meter to a campaign.
+    pub fn seal_task(&self, campaign: CampaignId, meter: SystemTitle, wave: u32) -> [u8; 16] {
+        let mut context = hmac::Context::with_key(&self.key);
+        for part in [b"meterkms/task".as_slice(), &campaign.octets(), &meter.octets(), &wave.to_be_bytes()] {
             context.update(part);
         }
         let mut seal = [0; 16];
