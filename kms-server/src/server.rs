@@ -37,6 +37,7 @@ use crate::error::ServiceError;
 use crate::island::Island;
 use crate::pin_memory::StoredPinMemory;
 use crate::profiles::Profiles;
+use crate::service::campaign::CampaignService;
 use crate::service::certificate::CertificateAuthority;
 use crate::service::scrub::Scrubber;
 
@@ -108,7 +109,8 @@ impl Server {
         let open = async {
             let island = island.until_open(&gate).await?;
             // I5: what is not refused on use is found within this time.
-            let _scrubbing = Scrubbing(Scrubber::new(Arc::clone(&island)).in_background(scrub_period));
+            let _leading = Background(CampaignService::new(Arc::clone(&island)).in_background(LEADING_INTERVAL));
+            let _scrubbing = Background(Scrubber::new(Arc::clone(&island)).in_background(scrub_period));
             opened.send_replace(Some(Arc::clone(&island)));
             report_health(&health, &island).await
         };
@@ -134,10 +136,10 @@ impl Server {
     }
 }
 
-/// The background scrubber, which ends with the server.
-struct Scrubbing(tokio::task::JoinHandle<()>);
+/// Work in the background, which ends with the server.
+struct Background(tokio::task::JoinHandle<()>);
 
-impl Drop for Scrubbing {
+impl Drop for Background {
     fn drop(&mut self) {
         self.0.abort();
     }
@@ -355,6 +357,8 @@ pub fn host_name() -> String {
 const GRACE: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_secs(2);
 const USABLE_WITHIN: Duration = Duration::from_secs(10);
+/// How often campaigns are looked at.
+const LEADING_INTERVAL: Duration = Duration::from_secs(2);
 const HEALTH_INTERVAL: Duration = Duration::from_secs(1);
 /// Acts that may wait for the writer.
 const QUEUED_ACTS: usize = 4_096;

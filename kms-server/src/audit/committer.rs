@@ -149,6 +149,17 @@ impl Committer {
         }
     }
 
+    /// Opens a campaign's row that was read outside a transaction.
+    ///
+    /// # Errors
+    /// The row does not verify.
+    pub fn open_campaign(&self, id: kms_domain::CampaignId, row: &SealedRow) -> Result<Arc<kms_domain::Campaign>, ServiceError> {
+        match self.open(&RowId::Campaign(id), row)? {
+            Some(Value::Campaign(campaign)) => Ok(campaign),
+            _ => Err(ServiceError::Internal("a campaign's row holds something else".to_owned())),
+        }
+    }
+
     /// The seal key, for the scrubber.
     pub fn seal_key(&self) -> &SealKey {
         &self.shared.seal
@@ -473,6 +484,7 @@ impl<'b> Batch<'b> {
             fingerprints: BTreeMap::new(),
             shipments: HashMap::new(),
             refused_lines: Vec::new(),
+            tasks: HashMap::new(),
             refusals: Vec::new(),
         }
     }
@@ -570,8 +582,10 @@ fn finish(
         batch.fingerprints.into_iter().flat_map(|(prefix, owners)| owners.into_iter().map(move |owner| FingerprintPut { prefix, owner })).collect();
     changes.shipments = batch.shipments.into_values().collect();
     changes.refusals = batch.refused_lines;
+    changes.tasks = batch.tasks.into_values().collect();
 
-    let nothing = changes.audit.is_empty() && changes.requests.is_empty() && changes.shipments.is_empty() && changes.refusals.is_empty();
+    let nothing =
+        changes.audit.is_empty() && changes.requests.is_empty() && changes.shipments.is_empty() && changes.refusals.is_empty() && changes.tasks.is_empty();
     let decision = if nothing { Decision::Abandon } else { Decision::Commit(Box::new(changes)) };
     (decision, Attempt { head, outcomes, leaves, fresh_chunks: batch.fresh_chunks, written, refusals: noted })
 }
@@ -587,6 +601,7 @@ fn put_row(id: &RowId, opened: Opened, seal: &SealKey, changes: &mut Changes) ->
         Value::Group(group) => group.to_row().map_err(|error| fault(error.to_string()))?,
         Value::Domain(domain) => domain.to_row(),
         Value::Island(island) => island.to_row(),
+        Value::Campaign(campaign) => campaign.to_row(),
     };
     let digest = seal.row_digest(id, generation, &body);
     let row = SealedRow { generation: generation.number(), seal: *seal.seal(id, generation, &body).octets(), body };
@@ -643,6 +658,11 @@ pub(crate) const fn event_kind(event: &Event) -> u16 {
         Event::SecurityEvent(_) => 24,
         Event::CeremonyHeld(_) => 25,
         Event::TransfersAdvanced(_) => 31,
+        Event::CampaignCreated(_) => 40,
+        Event::CampaignApproved(_) => 41,
+        Event::CampaignChanged(_) => 42,
+        Event::WaveChanged(_) => 43,
+        Event::TasksChanged(_) => 44,
     }
 }
 
@@ -722,6 +742,8 @@ fn extend(reads: &mut Reads, more: &Reads) {
     reads.fingerprints.extend_from_slice(&more.fingerprints);
     reads.grants.extend_from_slice(&more.grants);
     reads.shipments.extend_from_slice(&more.shipments);
+    reads.tasks.extend_from_slice(&more.tasks);
+    reads.clock |= more.clock;
 }
 
 /// Tells other servers that this one is alive, and removes requests that can no longer be repeated, a few at a time so that acts do not wait.

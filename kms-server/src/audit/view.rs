@@ -7,13 +7,14 @@ use std::{
 };
 
 use kms_domain::{
-    ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterKey, CounterPlace, CounterState, Generation, Group, GroupId, IslandName, KeyType,
-    KeyVersionNumber, Lease, LiveChunk, Meter, Principal, PrincipalId, RequestId, RowId, SealKey, SecuritySetupId, SystemTitle, UnixMillis, WriterId,
+    Campaign, CampaignId, ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterKey, CounterPlace, CounterState, Generation, Group, GroupId,
+    IslandName, KeyType, KeyVersionNumber, Lease, LiveChunk, Meter, Principal, PrincipalId, RequestId, RowId, SealKey, SecuritySetupId, SystemTitle,
+    UnixMillis, WriterId,
 };
 use kms_proto::v1::{AuditRecord, audit_record::Event};
 use kms_store::{
     FingerprintOwner, FingerprintPrefix, GrantRevocation, GrantRow, Lookup, ReadSet, Reads, RequestKey, RequestRow, RowKind, SealedRow, ShipmentRefusal,
-    ShipmentRow, UploadId,
+    ShipmentRow, TaskKey, TaskRow, UploadId,
 };
 
 use super::{
@@ -80,6 +81,8 @@ pub(super) struct Batch<'a> {
     pub(super) fingerprints: BTreeMap<FingerprintPrefix, Vec<FingerprintOwner>>,
     pub(super) shipments: HashMap<UploadId, ShipmentRow>,
     pub(super) refused_lines: Vec<ShipmentRefusal>,
+    /// Tasks in the generation that is to be written.
+    pub(super) tasks: HashMap<TaskKey, TaskRow>,
     pub(super) refusals: Vec<Refusal>,
 }
 
@@ -101,6 +104,7 @@ pub(super) enum Value {
     Group(Arc<Group>),
     Domain(Arc<CounterDomain>),
     Island(Arc<kms_domain::Island>),
+    Campaign(Arc<Campaign>),
 }
 
 /// An event with the rows that its act wrote.
@@ -121,6 +125,7 @@ pub(super) struct Staged {
     fingerprints: BTreeMap<FingerprintPrefix, Vec<FingerprintOwner>>,
     shipments: Vec<ShipmentRow>,
     refused_lines: Vec<ShipmentRefusal>,
+    tasks: HashMap<TaskKey, TaskRow>,
 }
 
 /// Names the counter that a live chunk deals from.
@@ -254,6 +259,73 @@ impl View<'_, '_> {
     /// See [`Self::principal`].
     pub fn put_island(&mut self, island: kms_domain::Island) -> Result<(), ServiceError> {
         self.put(RowId::Island(island.name.clone()), Value::Island(Arc::new(island)), false)
+    }
+
+    /// A campaign.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn campaign(&mut self, id: CampaignId) -> Result<Option<Arc<Campaign>>, ServiceError> {
+        self.open(RowId::Campaign(id)).map(|value| match value {
+            Some(Value::Campaign(campaign)) => Some(campaign),
+            _ => None,
+        })
+    }
+
+    /// Writes a campaign.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn put_campaign(&mut self, campaign: Campaign) -> Result<(), ServiceError> {
+        self.put(RowId::Campaign(campaign.id), Value::Campaign(Arc::new(campaign)), false)
+    }
+
+    /// A task of a campaign. One that the plan does not have is as good as absent, and an event for the security officers (I5).
+    ///
+    /// # Errors
+    /// The row was not read yet.
+    pub fn task(&mut self, key: TaskKey) -> Result<Option<TaskRow>, ServiceError> {
+        if let Some(row) = self.staged.tasks.get(&key).or_else(|| self.base.tasks.get(&key)) {
+            return Ok(Some(row.clone()));
+        }
+        let row = match self.base.read.task(key) {
+            Lookup::Present(row) => row.clone(),
+            Lookup::Absent => return Ok(None),
+            Lookup::NotRead => {
+                self.base.missing.tasks.push(key);
+                return Err(not_read());
+            }
+        };
+        let expected = self.base.seal.seal_task(key.campaign, key.meter, row.wave);
+        if aws_lc_rs::constant_time::verify_slices_are_equal(&expected, &row.mark).is_err() {
+            let refusal = self.refusal(format!("a task of campaign {} for meter {} is none of its plan", key.campaign, key.meter), true);
+            self.base.refusals.push(refusal);
+            return Ok(None);
+        }
+        Ok(Some(row))
+    }
+
+    /// Writes a task that [`Self::task`] gave; its generation follows by itself.
+    pub fn put_task(&mut self, row: TaskRow) {
+        let generation = self.base.read.task(row.key).present().map_or(0, |read| read.generation) + 1;
+        self.staged.tasks.insert(row.key, TaskRow { generation, ..row });
+    }
+
+    /// Makes a task that the plan has, and binds it to the plan. The row's generation and mark follow by themselves.
+    pub fn plan_task(&mut self, row: TaskRow) {
+        let mark = self.base.seal.seal_task(row.key.campaign, row.key.meter, row.wave);
+        self.staged.tasks.insert(row.key, TaskRow { generation: 1, mark, ..row });
+    }
+
+    /// The database's clock, which all servers share: what leases of tasks run by.
+    ///
+    /// # Errors
+    /// It was not read yet.
+    pub fn clock(&mut self) -> Result<UnixMillis, ServiceError> {
+        self.base.read.clock().ok_or_else(|| {
+            self.base.missing.clock = true;
+            not_read()
+        })
     }
 
     /// What was answered to a request, if it was carried out.
@@ -533,6 +605,7 @@ impl View<'_, '_> {
         }
         base.shipments.extend(staged.shipments.into_iter().map(|row| (row.upload, row)));
         base.refused_lines.extend(staged.refused_lines);
+        base.tasks.extend(staged.tasks);
         Ok(())
     }
 }
@@ -593,6 +666,7 @@ pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKey, seen
         RowId::Group(group) => Group::from_row(*group, island, body).map(|group| Value::Group(Arc::new(group))),
         RowId::CounterDomain(domain) => CounterDomain::from_row(*domain, island, body).map(|domain| Value::Domain(Arc::new(domain))),
         RowId::Island(name) => kms_domain::Island::from_row(name.clone(), body).map(|island| Value::Island(Arc::new(island))),
+        RowId::Campaign(campaign) => Campaign::from_row(*campaign, body).map(|campaign| Value::Campaign(Arc::new(campaign))),
         RowId::DeviceType(_) => return Err("device types are not used by this server version".to_owned()),
     }
     .map_err(|error| error.to_string())?;
@@ -609,6 +683,7 @@ pub(super) fn sealed_name(id: &RowId) -> (RowKind, Vec<u8>) {
         RowId::Principal(principal) => (RowKind::Principal, principal.to_string().into_bytes()),
         RowId::CounterDomain(domain) => (RowKind::CounterDomain, domain.0.to_vec()),
         RowId::Island(island) => (RowKind::Island, island.as_str().as_bytes().to_vec()),
+        RowId::Campaign(campaign) => (RowKind::Campaign, campaign.octets().to_vec()),
     }
 }
 
