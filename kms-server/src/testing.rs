@@ -62,7 +62,7 @@ where
         .unwrap();
         std::fs::write(folder.path().join("hsm-sim.conf"), "directory = tokens\nargon2_memory_kib = 64\nargon2_passes = 1\n").unwrap();
         let output = Command::new(std::env::current_exe().unwrap())
-            .args([name, "--exact", "--nocapture"])
+            .args([name, "--exact", "--nocapture", "--include-ignored"])
             .env(CHILD, format!("{kind:?}"))
             .env("SOFTHSM2_CONF", folder.path().join("softhsm2.conf"))
             .env("HSM_SIM_CONF", folder.path().join("hsm-sim.conf"))

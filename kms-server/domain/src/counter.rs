@@ -574,7 +574,7 @@ mod tests {
         let mut counters = Counters::default();
         counters.leave_to(key, head_end());
         assert_eq!(counters.reserve(key, CounterUse::Lease, server(1), chunk(1), 0, NONE), Err(CounterError::OwnedByHeadEnd { head_end: head_end() }));
-        assert!(counters.reserve(CounterKey::ClientTitle(title(2)), CounterUse::Lease, server(1), chunk(1), 0).is_ok());
+        assert!(counters.reserve(CounterKey::ClientTitle(title(2)), CounterUse::Lease, server(1), chunk(1), 0, NONE).is_ok());
         counters.take_over(key, 1_200);
         assert_eq!(counters.reserve(key, CounterUse::Lease, server(1), chunk(1), 0, NONE).unwrap().first, 1_200);
     }

@@ -72,6 +72,9 @@ fn meter() -> Meter {
         added: START,
         retired: None,
         slots: Slots::new(vec![slot]).unwrap(),
+        sequence: 0,
+        transfer: None,
+        shared: Vec::new(),
     }
 }
 

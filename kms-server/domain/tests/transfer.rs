@@ -477,6 +477,7 @@ impl Story {
             suite: SecuritySuite::Suite0,
             batch: String::new(),
             added: NOW,
+            retired: None,
             slots: Slots::new(slots.to_vec()).unwrap(),
             sequence: 0,
             transfer: None,

@@ -251,6 +251,7 @@ impl Model for World {
             suite: SecuritySuite::Suite0,
             batch: String::new(),
             added: moment(0),
+            retired: None,
             slots: Slots::new(slots.to_vec()).unwrap(),
             sequence: 0,
             transfer: None,

@@ -210,6 +210,17 @@ impl Committer {
         }
     }
 
+    /// Opens a campaign's row that was read outside a transaction.
+    ///
+    /// # Errors
+    /// The row does not verify.
+    pub fn open_campaign(&self, id: kms_domain::CampaignId, row: &SealedRow) -> Result<Arc<kms_domain::Campaign>, ServiceError> {
+        match self.open(&RowId::Campaign(id), row)? {
+            Some(Value::Campaign(campaign)) => Ok(campaign),
+            _ => Err(ServiceError::Internal("a campaign's row holds something else".to_owned())),
+        }
+    }
+
     /// The seal key, for the scrubber.
     pub fn seal_key(&self) -> &SealKey {
         &self.shared.seal
@@ -676,6 +687,7 @@ impl<'b> Batch<'b> {
             fingerprints: BTreeMap::new(),
             shipments: HashMap::new(),
             refused_lines: Vec::new(),
+            tasks: HashMap::new(),
             refusals: Vec::new(),
         }
     }
@@ -779,8 +791,10 @@ fn finish(
         batch.fingerprints.into_iter().flat_map(|(prefix, owners)| owners.into_iter().map(move |owner| FingerprintPut { prefix, owner })).collect();
     changes.shipments = batch.shipments.into_values().collect();
     changes.refusals = batch.refused_lines;
+    changes.tasks = batch.tasks.into_values().collect();
 
-    let nothing = changes.audit.is_empty() && changes.requests.is_empty() && changes.shipments.is_empty() && changes.refusals.is_empty();
+    let nothing =
+        changes.audit.is_empty() && changes.requests.is_empty() && changes.shipments.is_empty() && changes.refusals.is_empty() && changes.tasks.is_empty();
     let decision = if nothing { Decision::Abandon } else { Decision::Commit(Box::new(changes)) };
     (decision, Attempt { head, outcomes, leaves, fresh_chunks: batch.fresh_chunks, written, refusals: noted, refused })
 }
@@ -798,6 +812,7 @@ fn put_row(id: &RowId, opened: Opened, seal: &SealKey, changes: &mut Changes) ->
         Value::Domain(domain) => domain.to_row(),
         Value::Island(island) => island.to_row(),
         Value::QuotaUse(used) => used.to_row(),
+        Value::Campaign(campaign) => campaign.to_row(),
     };
     let digest = seal.row_digest(id, generation, &body);
     let row = SealedRow { generation: generation.number(), seal: *seal.seal(id, generation, &body).octets(), body };
@@ -857,6 +872,11 @@ pub(crate) const fn event_kind(event: &Event) -> u16 {
         Event::DeviceTypeAdded(_) => 27,
         Event::KeysDestroyed(_) => 30,
         Event::TransfersAdvanced(_) => 31,
+        Event::CampaignCreated(_) => 40,
+        Event::CampaignApproved(_) => 41,
+        Event::CampaignChanged(_) => 42,
+        Event::WaveChanged(_) => 43,
+        Event::TasksChanged(_) => 44,
     }
 }
 

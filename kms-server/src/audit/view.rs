@@ -7,14 +7,14 @@ use std::{
 };
 
 use kms_domain::{
-    ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterJump, CounterKey, CounterPlace, CounterState, CounterUse, Counters, DeviceType,
-    DeviceTypeId, Generation, Group, GroupId, IslandName, KeyType, KeyVersionNumber, Lease, LiveChunk, Meter, Owner, Principal, PrincipalId, QuotaUse,
-    RequestId, RowId, SealKey, SecuritySetupId, SystemTitle, UnixMillis, WriterId,
+    Campaign, CampaignId, ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterJump, CounterKey, CounterPlace, CounterState, CounterUse, Counters,
+    DeviceType, DeviceTypeId, Generation, Group, GroupId, IslandName, KeyType, KeyVersionNumber, Lease, LiveChunk, Meter, Owner, Principal, PrincipalId,
+    QuotaUse, RequestId, RowId, SealKey, SecuritySetupId, SystemTitle, UnixMillis, WriterId,
 };
 use kms_proto::v1::{AuditRecord, audit_record::Event};
 use kms_store::{
     FingerprintOwner, FingerprintPrefix, GrantRevocation, GrantRow, Lookup, ReadSet, Reads, RequestKey, RequestRow, RowKind, SealedRow, ShipmentRefusal,
-    ShipmentRow, UploadId,
+    ShipmentRow, TaskKey, TaskRow, UploadId,
 };
 
 use super::{
@@ -84,6 +84,8 @@ pub(super) struct Batch<'a> {
     pub(super) fingerprints: BTreeMap<FingerprintPrefix, Vec<FingerprintOwner>>,
     pub(super) shipments: HashMap<UploadId, ShipmentRow>,
     pub(super) refused_lines: Vec<ShipmentRefusal>,
+    /// Tasks in the generation that is to be written.
+    pub(super) tasks: HashMap<TaskKey, TaskRow>,
     pub(super) refusals: Vec<Refusal>,
 }
 
@@ -107,6 +109,7 @@ pub(super) enum Value {
     Domain(Arc<CounterDomain>),
     Island(Arc<kms_domain::Island>),
     QuotaUse(Arc<QuotaUse>),
+    Campaign(Arc<Campaign>),
 }
 
 /// An event with the rows that its act wrote.
@@ -127,6 +130,7 @@ pub(super) struct Staged {
     fingerprints: BTreeMap<FingerprintPrefix, Vec<FingerprintOwner>>,
     shipments: Vec<ShipmentRow>,
     refused_lines: Vec<ShipmentRefusal>,
+    tasks: HashMap<TaskKey, TaskRow>,
 }
 
 /// Names the counter that a live chunk deals from.
@@ -342,6 +346,73 @@ impl View<'_, '_> {
     /// See [`Self::principal`].
     pub fn put_quota_use(&mut self, used: QuotaUse) -> Result<(), ServiceError> {
         self.put(RowId::QuotaUse(used.principal.clone()), Value::QuotaUse(Arc::new(used)), false)
+    }
+
+    /// A campaign.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn campaign(&mut self, id: CampaignId) -> Result<Option<Arc<Campaign>>, ServiceError> {
+        self.open(RowId::Campaign(id)).map(|value| match value {
+            Some(Value::Campaign(campaign)) => Some(campaign),
+            _ => None,
+        })
+    }
+
+    /// Writes a campaign.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn put_campaign(&mut self, campaign: Campaign) -> Result<(), ServiceError> {
+        self.put(RowId::Campaign(campaign.id), Value::Campaign(Arc::new(campaign)), false)
+    }
+
+    /// A task of a campaign. One that the plan does not have is as good as absent, and an event for the security officers (I5).
+    ///
+    /// # Errors
+    /// The row was not read yet.
+    pub fn task(&mut self, key: TaskKey) -> Result<Option<TaskRow>, ServiceError> {
+        if let Some(row) = self.staged.tasks.get(&key).or_else(|| self.base.tasks.get(&key)) {
+            return Ok(Some(row.clone()));
+        }
+        let row = match self.base.read.task(key) {
+            Lookup::Present(row) => row.clone(),
+            Lookup::Absent => return Ok(None),
+            Lookup::NotRead => {
+                self.base.missing.tasks.push(key);
+                return Err(not_read());
+            }
+        };
+        let expected = self.base.seal.seal_task(key.campaign, key.meter, row.wave);
+        if aws_lc_rs::constant_time::verify_slices_are_equal(&expected, &row.mark).is_err() {
+            let refusal = self.refusal(format!("a task of campaign {} for meter {} is none of its plan", key.campaign, key.meter), true);
+            self.base.refusals.push(refusal);
+            return Ok(None);
+        }
+        Ok(Some(row))
+    }
+
+    /// Writes a task that [`Self::task`] gave; its generation follows by itself.
+    pub fn put_task(&mut self, row: TaskRow) {
+        let generation = self.base.read.task(row.key).present().map_or(0, |read| read.generation) + 1;
+        self.staged.tasks.insert(row.key, TaskRow { generation, ..row });
+    }
+
+    /// Makes a task that the plan has, and binds it to the plan. The row's generation and mark follow by themselves.
+    pub fn plan_task(&mut self, row: TaskRow) {
+        let mark = self.base.seal.seal_task(row.key.campaign, row.key.meter, row.wave);
+        self.staged.tasks.insert(row.key, TaskRow { generation: 1, mark, ..row });
+    }
+
+    /// The database's clock, which all servers share: what leases of tasks run by.
+    ///
+    /// # Errors
+    /// It was not read yet.
+    pub fn clock(&mut self) -> Result<UnixMillis, ServiceError> {
+        self.base.read.clock().ok_or_else(|| {
+            self.base.missing.clock = true;
+            not_read()
+        })
     }
 
     /// What was answered to a request, if it was carried out.
@@ -653,6 +724,7 @@ impl View<'_, '_> {
         }
         base.shipments.extend(staged.shipments.into_iter().map(|row| (row.upload, row)));
         base.refused_lines.extend(staged.refused_lines);
+        base.tasks.extend(staged.tasks);
         Ok(())
     }
 }
@@ -715,6 +787,7 @@ pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKey, seen
         RowId::CounterDomain(domain) => CounterDomain::from_row(*domain, island, body).map(|domain| Value::Domain(Arc::new(domain))),
         RowId::Island(name) => kms_domain::Island::from_row(name.clone(), body).map(|island| Value::Island(Arc::new(island))),
         RowId::QuotaUse(principal) => QuotaUse::from_row(principal.clone(), body).map(|used| Value::QuotaUse(Arc::new(used))),
+        RowId::Campaign(campaign) => Campaign::from_row(*campaign, body).map(|campaign| Value::Campaign(Arc::new(campaign))),
         RowId::DeviceType(id) => DeviceType::from_row(*id, island, body).map(|device_type| Value::DeviceType(Arc::new(device_type))),
     }
     .map_err(|error| error.to_string())?;
@@ -734,6 +807,7 @@ pub(super) fn sealed_name(id: &RowId) -> (RowKind, Vec<u8>) {
         RowId::CounterDomain(domain) => (RowKind::CounterDomain, domain.0.to_vec()),
         RowId::Island(island) => (RowKind::Island, island.as_str().as_bytes().to_vec()),
         RowId::QuotaUse(principal) => quota_use_row(principal),
+        RowId::Campaign(campaign) => (RowKind::Campaign, campaign.octets().to_vec()),
     }
 }
 

@@ -15,13 +15,16 @@ use aws_lc_rs::digest;
 use futures::{StreamExt, TryStreamExt, stream};
 use kms_domain::{
     CampaignId, Confirmation, Finding, GroupId, KeyOrigin, KeyShape, KeyState, KeyType, KeyVersionNumber, Meter, NewKeyOrigin, NewKeyVersion, Next,
-    Observation, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, Transfer, TransferError, TransferForm, TransferId,
-    TransferOrder, WrappedKey,
+    Observation, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, TaskWork, Transfer, TransferError, TransferForm,
+    TransferId, TransferOrder, WrappedKey,
 };
 use kms_proto::v1::{HeldVersion, SecurityEvent, TransferAdvance, TransfersAdvanced, audit_record::Event};
 use kms_store::{Reads, RequestKey, RequestRow};
 
-use super::grant::{counter_key, setup_record};
+use super::{
+    campaign::{begin_task, end_task, task_reads},
+    grant::{counter_key, setup_record},
+};
 use crate::{
     audit::{Actor, AuditLeaf, CounterOf, View},
     authz::{Action, Caller, Resource},
@@ -190,7 +193,12 @@ impl TransferService {
         let groups = orders.iter().filter_map(|order| known.get(&order.meter)).flat_map(|meter| meter.class.groups.clone());
         let mut sealed = vec![principal_row(&caller.principal)];
         sealed.extend(groups.map(group_row));
-        let reads = Reads { meters: orders.iter().map(|order| order.meter).collect(), sealed, requests: vec![key.clone()], ..Reads::default() };
+        let mut reads = Reads { meters: orders.iter().map(|order| order.meter).collect(), sealed, requests: vec![key.clone()], ..Reads::default() };
+        for (order, permitted) in orders.iter().zip(&permitted) {
+            if let Some((campaign, _)) = order.task.filter(|_| *permitted) {
+                reads.extend(&task_reads(campaign, [order.meter]));
+            }
+        }
         let (island, caller_again) = (self.island.clone(), caller.clone());
         let committed = self
             .island
@@ -247,7 +255,8 @@ impl TransferService {
         let challenges = self.challenges(reports.len()).await?;
         let mut sealed = vec![principal_row(&caller.principal)];
         sealed.extend(known.values().flat_map(|meter| meter.class.groups.iter().copied().map(group_row)));
-        let reads = Reads { meters: reports.iter().map(|report| report.meter).collect(), sealed, ..Reads::default() };
+        let mut reads = Reads { meters: reports.iter().map(|report| report.meter).collect(), sealed, ..Reads::default() };
+        extend_by_tasks(&mut reads, expected.iter().flatten());
         let (island, caller_again) = (self.island.clone(), caller.clone());
         let committed = self
             .island
@@ -278,7 +287,10 @@ impl TransferService {
         transfers: Vec<(SystemTitle, TransferId)>,
         reason: String,
     ) -> Result<Vec<StepAnswer>, ServiceError> {
-        let reads = Reads { meters: transfers.iter().map(|(meter, _)| *meter).collect(), sealed: vec![principal_row(&caller.principal)], ..Reads::default() };
+        let known = self.meters(transfers.iter().map(|(meter, _)| *meter)).await?;
+        let mut reads =
+            Reads { meters: transfers.iter().map(|(meter, _)| *meter).collect(), sealed: vec![principal_row(&caller.principal)], ..Reads::default() };
+        extend_by_tasks(&mut reads, known.values());
         let (island, caller_again) = (self.island.clone(), caller.clone());
         let committed = self
             .island
@@ -300,6 +312,7 @@ impl TransferService {
                         view.put_meter(changed.clone(), false)?;
                         if let Some(transfer) = transfer {
                             advances.push(&meter, &transfer, Outcome::Withdrawn.name(), 0, &[]);
+                            tell_task(view, &transfer, meter.title, Outcome::Withdrawn, &reason)?;
                         }
                         Ok(DecidedStep::over(meter, Outcome::Withdrawn, Vec::new()))
                     });
@@ -415,6 +428,10 @@ fn begin_one(
     };
     let changed = Arc::make_mut(&mut meter);
     changed.begin_transfer(transfer_order, view.now()).map_err(|error| refused(&error))?;
+    if let Some((campaign, fence)) = order.task {
+        // The transfer is possible, and nothing of it is staged yet: it begins with its task, or not at all.
+        begin_task(view, campaign, order.meter, fence, &principal.id, setup, order.key_type.map_or(TaskWork::Probe, TaskWork::Rotate))?;
+    }
     let meter = deal_counters(view, island, changed.clone())?;
     if let Some(transfer) = &meter.transfer {
         advances.push(&meter, transfer, event_name(transfer), transfer.step, &[]);
@@ -475,7 +492,27 @@ fn proceed_one(
         Next::Done(outcome) => {
             view.put_meter((*meter).clone(), false)?;
             advances.push(&meter, &transfer, outcome.name(), 0, &findings);
+            tell_task(view, &transfer, meter.title, outcome, "")?;
             Ok(DecidedStep::over(meter, outcome, findings))
+        }
+    }
+}
+
+/// Tells the campaign's task how its transfer ended. `reason` says more than the outcome; empty where there is nothing more.
+fn tell_task(view: &mut View<'_, '_>, transfer: &Transfer, meter: SystemTitle, outcome: Outcome, reason: &str) -> Result<(), ServiceError> {
+    let Some(campaign) = transfer.campaign else { return Ok(()) };
+    match end_task(view, campaign, meter, outcome, reason) {
+        // I5: the campaign's row was refused, which is on the record. What the meter has shown stays a fact.
+        Ok(_) | Err(ServiceError::PermissionDenied { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Reads the tasks of the transfers that these meters are in, too.
+fn extend_by_tasks<'a>(reads: &mut Reads, meters: impl Iterator<Item = &'a Arc<Meter>>) {
+    for meter in meters {
+        if let Some(campaign) = meter.transfer.as_ref().and_then(|transfer| transfer.campaign) {
+            reads.extend(&task_reads(campaign, [meter.title]));
         }
     }
 }

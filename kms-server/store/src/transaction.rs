@@ -6,7 +6,7 @@ use kms_domain::{GrantId, SystemTitle, UnixMillis, WriterId};
 
 use crate::{
     AuditAppend, AuditTail, FingerprintOwner, FingerprintPrefix, GrantRow, MeterProjection, RequestKey, RequestRow, RowKind, SealedRow, ShipmentRefusal,
-    ShipmentRow, UploadId,
+    ShipmentRow, TaskKey, TaskRow, UploadId,
 };
 
 /// Rows to read in a transaction. Naming a row twice is harmless.
@@ -24,8 +24,12 @@ pub struct Reads {
     pub grants: Vec<GrantId>,
     /// Shipments in the spool.
     pub shipments: Vec<UploadId>,
+    /// Tasks of campaigns.
+    pub tasks: Vec<TaskKey>,
     /// The last audit records of these writers.
     pub audit_tails: Vec<WriterId>,
+    /// The database's clock, too.
+    pub clock: bool,
 }
 
 impl Reads {
@@ -42,7 +46,9 @@ impl Reads {
         self.fingerprints.extend_from_slice(&more.fingerprints);
         self.grants.extend_from_slice(&more.grants);
         self.shipments.extend_from_slice(&more.shipments);
+        self.tasks.extend_from_slice(&more.tasks);
         self.audit_tails.extend_from_slice(&more.audit_tails);
+        self.clock |= more.clock;
     }
 
     /// Drops what was read already and sorts the rest: rows are locked in one order everywhere.
@@ -53,6 +59,8 @@ impl Reads {
         tidy(&mut self.fingerprints, |prefix| known.fingerprints.contains_key(prefix));
         tidy(&mut self.grants, |id| known.grants.contains_key(id));
         tidy(&mut self.shipments, |upload| known.shipments.contains_key(upload));
+        tidy(&mut self.tasks, |key| known.tasks.contains_key(key));
+        self.clock &= known.clock.is_none();
         tidy(&mut self.audit_tails, |writer| known.audit_tails.contains_key(writer));
     }
 
@@ -66,6 +74,7 @@ impl Reads {
             (LockRank::ExclusiveRows, exclusive),
             (LockRank::Grants, !self.grants.is_empty()),
             (LockRank::Shipments, !self.shipments.is_empty()),
+            (LockRank::Tasks, !self.tasks.is_empty()),
         ]
         .into_iter()
         .filter_map(|(rank, locked)| locked.then_some(rank))
@@ -82,6 +91,7 @@ pub(crate) enum LockRank {
     Absences,
     Grants,
     Shipments,
+    Tasks,
 }
 
 /// One row of a [`ReadSet`].
@@ -122,7 +132,9 @@ pub struct ReadSet {
     pub(crate) fingerprints: HashMap<FingerprintPrefix, Vec<FingerprintOwner>>,
     pub(crate) grants: HashMap<GrantId, Option<GrantRow>>,
     pub(crate) shipments: HashMap<UploadId, Option<ShipmentRow>>,
+    pub(crate) tasks: HashMap<TaskKey, Option<TaskRow>>,
     pub(crate) audit_tails: HashMap<WriterId, Option<AuditTail>>,
+    pub(crate) clock: Option<UnixMillis>,
     /// The last thing that was locked.
     pub(crate) locked: Option<LockRank>,
 }
@@ -161,6 +173,16 @@ impl ReadSet {
     /// A shipment.
     pub fn shipment(&self, upload: UploadId) -> Lookup<'_, ShipmentRow> {
         Lookup::of(&self.shipments, &upload)
+    }
+
+    /// A task.
+    pub fn task(&self, key: TaskKey) -> Lookup<'_, TaskRow> {
+        Lookup::of(&self.tasks, &key)
+    }
+
+    /// The database's clock when the rows were read; none if it was not asked for.
+    pub const fn clock(&self) -> Option<UnixMillis> {
+        self.clock
     }
 
     /// The last audit record of a writer; absent if it has written none.
@@ -208,6 +230,8 @@ pub struct Changes {
     pub shipments: Vec<ShipmentRow>,
     /// Refused lines.
     pub refusals: Vec<ShipmentRefusal>,
+    /// Tasks: generation 1 makes one; others are written only over the generation before.
+    pub tasks: Vec<TaskRow>,
     /// I2: the records of all this.
     pub audit: Vec<AuditAppend>,
 }

@@ -7,11 +7,11 @@ mod common;
 use std::sync::Arc;
 
 use common::*;
-use kms_domain::{GrantId, KeyType, KeyVersionNumber, Owner, SecuritySetupId, UnixMillis};
+use kms_domain::{CampaignId, GrantId, KeyType, KeyVersionNumber, Owner, SecuritySetupId, Task, TaskState, TaskStep, TaskWork, UnixMillis};
 use kms_store::{
     Assigned, AuditFilter, AuditReference, Changes, Committed, Decision, FingerprintOwner, FingerprintPrefix, FingerprintPut, GrantFilter, GrantRevocation,
     GrantRow, Lookup, MeterFilter, MeterPut, PinFailure, Reads, RequestPut, RequestRow, RowKind, RowName, SealedPut, ShipmentRefusal, ShipmentRow,
-    ShipmentState, StoreError, UploadId,
+    ShipmentState, StoreError, TaskFilter, TaskKey, TaskRow, UploadId,
     testing::{Damage, Obstruction, damage},
 };
 
@@ -50,6 +50,9 @@ on_both!(
     a_stuck_database_answers_in_time,
     a_decision_that_never_ends_is_stopped,
     a_reopened_database_has_everything,
+    tasks_are_written_over_the_generation_before,
+    tasks_are_found_when_they_are_due,
+    plans_are_kept_in_chunks,
 );
 
 async fn what_was_written_is_read(f: Fixture) {
@@ -544,4 +547,136 @@ async fn a_reopened_database_has_everything(f: Fixture) {
     let store = kms_store::open(&f.config).await.unwrap();
     assert_eq!(store.meter_count(&MeterFilter::default()).await, Ok(99));
     assert_eq!(store.audit_tails().await.unwrap()[0].sequence, 0);
+}
+
+fn campaign(number: u8) -> CampaignId {
+    CampaignId::from_octets(&[number; 16]).unwrap()
+}
+
+fn task(campaign_number: u8, meter: u64, head_end: Option<&str>) -> TaskRow {
+    let step = TaskStep { setup: SecuritySetupId::from_octets([0, 1]), work: TaskWork::Rotate(KeyType::GUEK), from: 3 };
+    TaskRow {
+        key: TaskKey { campaign: campaign(campaign_number), meter: title(meter) },
+        generation: 1,
+        wave: 1,
+        vendor: "KAM".into(),
+        head_end: head_end.map(|name| principal(name).to_string()),
+        mark: [7; 16],
+        task: Task::new(step, UnixMillis(5)),
+    }
+}
+
+async fn tasks_are_written_over_the_generation_before(f: Fixture) {
+    let mut row = task(1, 1, Some("hes-1"));
+    let unassigned = TaskRow { task: Task { step: TaskStep { work: TaskWork::Probe, ..row.task.step }, ..row.task.clone() }, ..task(1, 2, None) };
+    write(&*f.store, Changes { tasks: vec![row.clone(), unassigned.clone()], ..Changes::default() }).await.unwrap();
+    let conflict = Err(StoreError::Conflict { row: RowName::Task(row.key) });
+    assert_eq!(write(&*f.store, Changes { tasks: vec![row.clone()], ..Changes::default() }).await, conflict);
+    row.generation = 2;
+    row.head_end = Some(principal("hes-2").to_string());
+    row.task = Task {
+        state: TaskState::Leased,
+        probe: true,
+        attempts: 2,
+        due: UnixMillis(9),
+        fence: 4,
+        leased: UnixMillis(8),
+        ended: UnixMillis(6),
+        reason: "odd \u{1F600} '\"".into(),
+        ..row.task
+    };
+    write(&*f.store, Changes { tasks: vec![row.clone()], ..Changes::default() }).await.unwrap();
+    assert_eq!(write(&*f.store, Changes { tasks: vec![row.clone()], ..Changes::default() }).await, conflict);
+    // A fencing token never goes back.
+    let older = TaskRow { generation: 3, task: Task { fence: 3, ..row.task.clone() }, ..row.clone() };
+    assert_eq!(write(&*f.store, Changes { tasks: vec![older], ..Changes::default() }).await, conflict);
+
+    let absent = TaskKey { meter: title(3), ..row.key };
+    let mut clock = None;
+    f.store
+        .transact(Reads { tasks: vec![row.key, unassigned.key, absent], clock: true, ..Reads::default() }, &mut |set| {
+            assert_eq!(set.task(row.key), Lookup::Present(&row));
+            assert_eq!(set.task(unassigned.key), Lookup::Present(&unassigned));
+            assert_eq!(set.task(absent), Lookup::Absent);
+            assert_eq!(set.task(TaskKey { campaign: campaign(9), ..absent }), Lookup::NotRead);
+            clock = set.clock();
+            Decision::Abandon
+        })
+        .await
+        .unwrap();
+    let now = f.store.now().await.unwrap();
+    assert!(clock.is_some_and(|clock| clock <= now && now.0 - clock.0 < 10_000));
+    assert_eq!(f.store.task_page(campaign(1), TaskFilter::All, None, 9).await.unwrap(), [row.clone(), unassigned.clone()]);
+    assert_eq!(f.store.task_page(campaign(1), TaskFilter::InDoubt, None, 9).await.unwrap(), [row.clone()]);
+    assert_eq!(f.store.task_page(campaign(1), TaskFilter::State(TaskState::Pending), None, 9).await.unwrap(), [unassigned]);
+    assert!(f.store.task_page(campaign(1), TaskFilter::All, Some(title(2)), 9).await.unwrap().is_empty());
+}
+
+async fn tasks_are_found_when_they_are_due(f: Fixture) {
+    let now = f.store.now().await.unwrap();
+    let with = |meter, state, due: i64, leased: i64| {
+        let row = task(1, meter, Some("hes-1"));
+        TaskRow { task: Task { state, due: UnixMillis(due), leased: UnixMillis(leased), ..row.task }, ..row }
+    };
+    let (past, future) = (now.0 - 60_000, now.0 + 60_000);
+    let ended = |meter, ended: i64| {
+        let row = with(meter, TaskState::Succeeded, i64::MAX, past - 9_000);
+        TaskRow { task: Task { ended: UnixMillis(ended), ..row.task }, ..row }
+    };
+    let failed = with(7, TaskState::Failed, i64::MAX, past - 9_000);
+    let tasks = vec![
+        with(1, TaskState::Pending, past, 0),
+        with(2, TaskState::Pending, future, 0),
+        with(3, TaskState::Leased, past - 1, past - 9_000),
+        with(4, TaskState::UnderWay, future, now.0),
+        ended(5, 61_000),
+        ended(6, 62_000),
+        TaskRow { task: Task { reason: "not-applied".into(), ..failed.task.clone() }, ..failed },
+        ended(8, 125_000),
+        task(1, 9, Some("hes-2")),
+        task(2, 1, Some("hes-1")),
+    ];
+    write(&*f.store, Changes { tasks, ..Changes::default() }).await.unwrap();
+    let hes = principal("hes-1").to_string();
+    // The lease that ran out first, then the task that has waited.
+    assert_eq!(f.store.due_tasks(campaign(1), &hes, 9).await.unwrap(), [title(3), title(1)]);
+    assert_eq!(f.store.due_tasks(campaign(1), &hes, 1).await.unwrap(), [title(3)]);
+    assert!(f.store.due_tasks(campaign(1), "nobody", 9).await.unwrap().is_empty());
+    let load = f.store.task_load(campaign(1), &hes).await.unwrap();
+    assert_eq!((load.in_flight, load.leased_in_minute), (1, 1));
+    assert_eq!(f.store.task_load(campaign(1), "nobody").await.unwrap(), kms_store::TaskLoad::default());
+    let tallies = f.store.task_tallies(campaign(1), Some(1)).await.unwrap();
+    let short: Vec<_> = tallies.iter().map(|tally| (tally.state, tally.reason.as_str(), tally.tasks)).collect();
+    let expected = [
+        (TaskState::Pending, "", 3),
+        (TaskState::Leased, "", 1),
+        (TaskState::UnderWay, "", 1),
+        (TaskState::Succeeded, "", 3),
+        (TaskState::Failed, "not-applied", 1),
+    ];
+    assert_eq!(short, expected);
+    assert!(f.store.task_tallies(campaign(1), Some(2)).await.unwrap().is_empty());
+    assert_eq!(f.store.task_timeline(campaign(1), 1, 60_000).await.unwrap(), [(UnixMillis(60_000), 2), (UnixMillis(120_000), 1)]);
+    // Of earlier waves only.
+    assert_eq!(f.store.delete_tasks(campaign(1), 1, TaskState::Succeeded, 9).await.unwrap(), 0);
+    assert_eq!(f.store.delete_tasks(campaign(1), 2, TaskState::Succeeded, 2).await.unwrap(), 2);
+    assert_eq!(f.store.delete_tasks(campaign(1), 2, TaskState::Succeeded, 2).await.unwrap(), 1);
+    assert_eq!(f.store.task_page(campaign(1), TaskFilter::All, None, 99).await.unwrap().len(), 6);
+}
+
+async fn plans_are_kept_in_chunks(f: Fixture) {
+    for (number, octets) in [(1, 1), (2, 1), (3, 2)] {
+        f.store.put_campaign_chunk(campaign(number), 0, &vec![octets; 80_000]).await.unwrap();
+    }
+    f.store.put_campaign_chunk(campaign(1), 1, &[2; 8]).await.unwrap();
+    assert!(matches!(f.store.put_campaign_chunk(campaign(1), 1, &[3; 8]).await, Err(StoreError::Conflict { .. })));
+    assert_eq!(f.store.campaign_chunk(campaign(1), 1).await.unwrap(), Some(vec![2; 8]));
+    assert_eq!(f.store.campaign_chunk(campaign(1), 2).await.unwrap(), None);
+    // One that has a row is kept.
+    let sealed = vec![SealedPut { kind: RowKind::Campaign, id: campaign(1).octets().to_vec(), row: row(1, "campaign") }];
+    write(&*f.store, Changes { sealed, ..Changes::default() }).await.unwrap();
+    assert_eq!(f.store.delete_unused_chunks(campaign(1)).await.unwrap(), 0);
+    assert_eq!(f.store.purge_unused_chunks(campaign(3)).await.unwrap(), 1);
+    assert_eq!(f.store.delete_unused_chunks(campaign(3)).await.unwrap(), 1);
+    assert_eq!(f.store.campaign_chunk(campaign(1), 0).await.unwrap(), Some(vec![1; 80_000]));
 }

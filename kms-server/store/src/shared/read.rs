@@ -22,6 +22,10 @@ pub(super) async fn into_set(connection: &mut Connection, reads: &Reads, set: &m
     fingerprints(connection, reads, set).await?;
     grants(connection, reads, set).await?;
     shipments(connection, reads, set).await?;
+    tasks(connection, reads, set).await?;
+    if reads.clock {
+        set.clock = Some(decode::millis(&sqlx::query::<Database>(CLOCK).fetch_one(&mut *connection).await?, 0)?);
+    }
     audit_tails(connection, reads, set).await
 }
 
@@ -151,6 +155,23 @@ async fn shipments(connection: &mut Connection, reads: &Reads, set: &mut ReadSet
     Ok(())
 }
 
+async fn tasks(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -> Result<(), Failure> {
+    if reads.tasks.is_empty() {
+        return Ok(());
+    }
+    set.tasks.extend(reads.tasks.iter().map(|key| (*key, None)));
+    let (json, blob) = Batch::of(&reads.tasks, |row, key| {
+        row.octets(&key.campaign.octets()).int(key.meter.as_i64());
+    })
+    .into_parameters();
+    let mut rows = sqlx::query::<Database>(TASK_ROWS).bind(json).bind(blob).fetch(connection);
+    while let Some(row) = rows.try_next().await? {
+        let task = decode::task(&row)?;
+        set.tasks.insert(task.key, Some(task));
+    }
+    Ok(())
+}
+
 async fn audit_tails(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -> Result<(), Failure> {
     for writer in &reads.audit_tails {
         let row = sqlx::query::<Database>(AUDIT_TAIL).bind(writer.octets().as_slice()).fetch_optional(&mut *connection).await?;
@@ -226,6 +247,22 @@ const GRANT_ROWS: &str =
 
 const SHIPMENT_ROWS: &str =
     concat!("SELECT ", shipment_columns!(), " FROM ", rows!(), join!(), "shipment AS p ON p.upload = ", octets!(0, 1), exclusive!("p", "p.upload"));
+
+const TASK_ROWS: &str = concat!(
+    "SELECT ",
+    task_columns!(),
+    " FROM ",
+    rows!(),
+    join!(),
+    "task AS t ON t.campaign = ",
+    octets!(0, 1),
+    " AND t.meter = ",
+    int!(2),
+    task_joins!(),
+    exclusive!("t", "t.campaign, t.meter")
+);
+
+const CLOCK: &str = concat!("SELECT ", now!());
 
 const AUDIT_TAIL: &str = concat!(
     "SELECT s.writer, a.sequence, a.chain FROM server AS s",
