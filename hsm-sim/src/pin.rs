@@ -1,4 +1,4 @@
-//! PINs: each one opens the token's master key, which encrypts the private objects.
+//! PINs: each one opens the token's master key, which encrypts the private objects and authenticates all of them.
 
 use argon2::{Algorithm, Argon2, Params, Version};
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
@@ -10,7 +10,7 @@ use crate::error::{Result, Rv};
 use crate::settings::Settings;
 use crate::store::{hex, unhex};
 
-/// The key that encrypts a token's private objects.
+/// The key that encrypts a token's private objects, and authenticates the public ones.
 #[derive(Clone)]
 pub(crate) struct MasterKey(Zeroizing<[u8; 32]>);
 
@@ -48,6 +48,16 @@ impl MasterKey {
     /// Undoes [`MasterKey::seal`]. `None`: not what was sealed with this key for this context.
     pub(crate) fn open(&self, context: &[u8], sealed: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
         open(&self.0, context, sealed)
+    }
+
+    /// What proves that who knew a PIN wrote `public` for this context: AES-256-GCM of nothing, with both as associated data (nonce ‖ tag).
+    pub(crate) fn authenticate(&self, context: &[u8], public: &[u8]) -> Result<Vec<u8>> {
+        seal(&self.0, &public_context(context, public), &[])
+    }
+
+    /// Whether `code` is what [`MasterKey::authenticate`] made of the same.
+    pub(crate) fn is_authentic(&self, context: &[u8], public: &[u8], code: &[u8; AUTHENTICATOR]) -> bool {
+        open(&self.0, &public_context(context, public), code).is_some()
     }
 }
 
@@ -88,6 +98,11 @@ impl PinRecord {
     }
 }
 
+/// Associated data that no sealed object has, so that one can never stand for the other.
+fn public_context(context: &[u8], public: &[u8]) -> Vec<u8> {
+    [b"hsm-sim public ".as_slice(), context, public].concat()
+}
+
 fn context(role: Role, epoch: [u8; 8]) -> Vec<u8> {
     let role: &[u8] = match role {
         Role::SecurityOfficer => b"hsm-sim so ",
@@ -116,3 +131,6 @@ fn open(key: &[u8; 32], context: &[u8], sealed: &[u8]) -> Option<Zeroizing<Vec<u
     data.truncate(length);
     Some(data)
 }
+
+/// Length of what authenticates a public object: nonce and tag.
+pub(crate) const AUTHENTICATOR: usize = NONCE_LEN + 16;

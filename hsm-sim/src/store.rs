@@ -213,7 +213,7 @@ impl Record {
     fn to_text(&self) -> String {
         let user = self.user.as_ref().map(|user| format!("user = {}\n", user.to_text())).unwrap_or_default();
         format!(
-            "format = 1\nepoch = {}\nserial = {}\nlabel = {}\nso = {}\n{user}so_failures = {}\nuser_failures = {}\n",
+            "format = {FORMAT}\nepoch = {}\nserial = {}\nlabel = {}\nso = {}\n{user}so_failures = {}\nuser_failures = {}\n",
             hex(&self.epoch),
             self.serial,
             hex(&self.label),
@@ -225,7 +225,7 @@ impl Record {
 
     fn parse(text: &str) -> Option<Self> {
         let field = |name: &str| text.lines().filter_map(|line| line.split_once(" = ")).find(|(key, _)| *key == name).map(|(_, value)| value);
-        if field("format")? != "1" {
+        if field("format")? != FORMAT {
             return None;
         }
         let user = match field("user") {
@@ -286,5 +286,7 @@ fn sync_folder(folder: &Path) -> Result<()> {
     Ok(File::open(folder)?.sync_all()?)
 }
 
+/// Changes when a token of an earlier version could not be read.
+const FORMAT: &str = "2";
 const TEMPORARY: &str = ".new";
 const FILE_MODE: u32 = 0o600;

@@ -9,11 +9,10 @@ use cryptoki_sys::*;
 
 use crate::attribute::Flags;
 use crate::cache::ObjectCache;
-use crate::crypto::digest::Hash;
 use crate::crypto::random;
 use crate::error::{Result, Rv, fail};
 use crate::object::{Object, ObjectId};
-use crate::pin::{MasterKey, PinRecord, Role};
+use crate::pin::{AUTHENTICATOR, MasterKey, PinRecord, Role};
 use crate::settings::Settings;
 use crate::store::{Locked, Record, Stamp, Store};
 use crate::table::Table;
@@ -65,6 +64,8 @@ struct Known {
     handle: CK_OBJECT_HANDLE,
     stamp: Stamp,
     loaded: bool,
+    /// It was checked with the master key. A public object that was loaded before any login was not.
+    authentic: bool,
 }
 
 impl Token {
@@ -199,8 +200,10 @@ impl Token {
         }
         let master = self.open_pin(&mut state, role, pin, &locked)?;
         state.master = Some(master);
-        if role == Role::User {
-            self.load(&mut state)?;
+        // Now public objects can be checked too: those that somebody changed in their files are gone.
+        if let Err(error) = self.load(&mut state) {
+            state.master = None;
+            return Err(error);
         }
         self.login.store(if role == Role::User { 1 } else { 2 }, Ordering::Release);
         Ok(())
@@ -368,7 +371,7 @@ impl Token {
         }
         for file in found {
             let known = state.known.get(&file.id).copied();
-            if known.is_some_and(|known| known.loaded && known.stamp == file.stamp) {
+            if known.is_some_and(|known| known.loaded && known.stamp == file.stamp && (known.authentic || state.master.is_none())) {
                 continue;
             }
             let handle = match known {
@@ -379,16 +382,18 @@ impl Token {
                 }),
             };
             let Some(bytes) = self.store.read_object(record.epoch, file.id)? else { continue };
-            // A damaged file is left out, and left alone: it must not make the other objects unusable.
+            // A damaged or forged file is left out, and left alone: it must not make the other objects unusable.
             let object = match open_object(&bytes, &record, file.id, state.master.as_ref()) {
                 Opened::Plain(plain) => Object::decode(&plain, handle, file.id).ok(),
                 Opened::Hidden | Opened::Damaged => None,
             };
             let loaded = object.is_some();
-            if let Some(object) = object {
-                self.objects.insert(handle, Arc::new(object));
+            match object {
+                Some(object) => self.objects.insert(handle, Arc::new(object)),
+                // What the file held before is not what it holds now.
+                None => drop(self.objects.remove(handle)),
             }
-            state.known.insert(file.id, Known { handle, stamp: file.stamp, loaded });
+            state.known.insert(file.id, Known { handle, stamp: file.stamp, loaded, authentic: state.master.is_some() });
         }
         self.empty_caches();
         Ok(())
@@ -409,14 +414,16 @@ impl Token {
     fn save(&self, state: &mut State, object: &Object, id: ObjectId, locked: &Locked) -> Result<()> {
         let record = state.record.as_ref().ok_or(Rv(CKR_TOKEN_NOT_RECOGNIZED))?;
         let plain = object.encode()?;
+        // A public object needs the login as well: only who knows a PIN can write what a later login believes.
+        let master = state.master.as_ref().ok_or(Rv(CKR_USER_NOT_LOGGED_IN))?;
+        let context = object_context(record, id);
         let bytes = if object.flags.has(Flags::PRIVATE) {
-            let master = state.master.as_ref().ok_or(Rv(CKR_USER_NOT_LOGGED_IN))?;
-            [&[SEALED], master.seal(&object_context(record, id), &plain)?.as_slice()].concat()
+            [&[SEALED], master.seal(&context, &plain)?.as_slice()].concat()
         } else {
-            [&[OPEN], Hash::Sha256.digest(&[&object_context(record, id), &plain]).as_ref(), &plain].concat()
+            [&[OPEN], master.authenticate(&context, &plain)?.as_slice(), &plain].concat()
         };
         let stamp = self.store.write_object(record.epoch, id, &bytes, locked)?;
-        state.known.insert(id, Known { handle: object.handle, stamp, loaded: true });
+        state.known.insert(id, Known { handle: object.handle, stamp, loaded: true, authentic: true });
         state.generation = Some(self.store.advance(locked)?);
         Ok(())
     }
@@ -466,8 +473,11 @@ fn open_object(bytes: &[u8], record: &Record, id: ObjectId, master: Option<&Mast
     match (bytes.split_first(), master) {
         (Some((&SEALED, sealed)), Some(master)) => master.open(&context, sealed).map_or(Opened::Damaged, Opened::Plain),
         (Some((&SEALED, _)), None) => Opened::Hidden,
-        (Some((&OPEN, rest)), _) => match rest.split_first_chunk::<32>() {
-            Some((sum, plain)) if Hash::Sha256.digest(&[&context, plain]).as_ref() == sum => Opened::Plain(zeroize::Zeroizing::new(plain.to_vec())),
+        (Some((&OPEN, rest)), master) => match rest.split_first_chunk::<AUTHENTICATOR>() {
+            // Before a login there is no key to check it with; the login makes up for it.
+            Some((code, plain)) if master.is_none_or(|master| master.is_authentic(&context, plain, code)) => {
+                Opened::Plain(zeroize::Zeroizing::new(plain.to_vec()))
+            }
             _ => Opened::Damaged,
         },
         _ => Opened::Damaged,
@@ -491,5 +501,7 @@ pub(crate) const MAX_PIN: usize = 255;
 /// Handles that a session takes at once, so that sessions do not meet at one number.
 const HANDLE_BLOCK: u64 = 1024;
 
+/// The first byte of an object file: encrypted and authenticated.
 const SEALED: u8 = 1;
-const OPEN: u8 = 0;
+/// The first byte of an object file: authenticated, and to be read before the login.
+const OPEN: u8 = 2;

@@ -259,6 +259,74 @@ fn nothing_secret_is_on_the_disk() {
     assert!(seen > 200, "the token's files were not found");
 }
 
+/// Whoever can write to the token's folder can change no attribute: private objects are encrypted as a whole, and a public object that is
+/// not what was written under a PIN is gone with the next login.
+#[test]
+fn a_changed_object_file_is_refused() {
+    let token = Token::fresh("edited");
+    let (module, session) = (token.module, token.session);
+    // One object at a time, so that its file is known.
+    let made = |label: &str, private: bool| {
+        let before = object_files("edited");
+        module.create(session, &token_key(label, &[7; 16]).bool(CKA_PRIVATE, private).bool(CKA_WRAP, false)).unwrap();
+        object_files("edited").into_iter().find(|file| !before.contains(file)).unwrap()
+    };
+    let (public, private, untouched) = (made("edited public", false), made("edited private", true), made("untouched", false));
+    let swapped = [made("swapped one", false), made("swapped other", false)];
+    let found = |label: &str| {
+        let (look, label) = (child("as_a_process", folder(), &[("ROLE", "sees"), ("TOKEN", "edited"), ("LABEL", label)]).output().unwrap(), label);
+        assert!(look.status.success(), "{label}: {}", String::from_utf8_lossy(&look.stderr));
+        let out = String::from_utf8(look.stdout).unwrap();
+        ["before", "after"].map(|when| out.contains(&format!("{when} 1\n")))
+    };
+    // A public object is seen before the login, a private one after.
+    assert_eq!((found("edited public"), found("edited private")), ([true, true], [false, true]));
+
+    // Every octet in turn would take long; a stride meets flags, values and the code that authenticates them.
+    for (file, label) in [(&public, "edited public"), (&private, "edited private")] {
+        let good = std::fs::read(file).unwrap();
+        for at in (0..good.len()).step_by(good.len() / 8) {
+            let mut forged = good.clone();
+            forged[at] ^= 1;
+            std::fs::write(file, forged).unwrap();
+            assert!(!found(label)[1], "octet {at} of {} of {label} was changed, and the object is used", good.len());
+        }
+        std::fs::write(file, &good[..good.len() - 1]).unwrap();
+        assert!(!found(label)[1], "{label} was cut");
+        std::fs::write(file, good).unwrap();
+        assert!(found(label)[1], "{label} is whole again");
+    }
+    // Another object's file under this one's name.
+    let other = std::fs::read(&swapped[1]).unwrap();
+    std::fs::write(&swapped[0], other).unwrap();
+    assert!(!found("swapped one")[1]);
+    // Before the login both files show it.
+    assert_eq!(found("swapped other"), [false, true]);
+    assert!(untouched.exists() && found("untouched") == [true, true], "the other objects are usable");
+}
+
+/// A public object too is written by who knows a PIN only: its code is made with the key that the PIN opens.
+#[test]
+fn nothing_is_written_without_a_login() {
+    let token = Token::fresh("no login");
+    let (module, session) = (token.module, token.session);
+    let object = module.create(session, &token_key("public", &[2; 16]).bool(CKA_PRIVATE, false)).unwrap();
+    module.logout(session).unwrap();
+    assert_eq!(module.create(session, &token_key("new", &[2; 16]).bool(CKA_PRIVATE, false)), Err(CKR_USER_NOT_LOGGED_IN));
+    assert_eq!(module.set(session, object, &by_label("renamed")), Err(CKR_USER_NOT_LOGGED_IN));
+    module.create(session, &Template::aes(&[2; 16]).bool(CKA_PRIVATE, false)).expect("a session object needs none");
+}
+
+/// The object files of one token: the other tests' tokens are beside it.
+fn object_files(label: &str) -> Vec<PathBuf> {
+    let named = label.bytes().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let all = files(folder());
+    let record =
+        all.iter().find(|file| file.ends_with("token") && std::fs::read_to_string(file).is_ok_and(|text| text.contains(&format!("label = {named}20"))));
+    let own = record.unwrap().parent().unwrap().to_owned();
+    all.into_iter().filter(|file| file.starts_with(&own) && file.extension().is_some_and(|extension| extension == "object")).collect()
+}
+
 fn files(folder: &Path) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
     entries.flatten().flat_map(|entry| if entry.path().is_dir() { files(&entry.path()) } else { vec![entry.path()] }).collect()
@@ -402,11 +470,18 @@ fn as_a_process() {
         module.login(session, CKU_USER, "wrong-pin").unwrap_err();
         return;
     }
-    module.login(session, CKU_USER, USER_PIN).unwrap();
     let say = |line: String| {
         let mut out = std::io::stdout().lock();
         writeln!(out, "{line}").and_then(|()| out.flush()).unwrap();
     };
+    if variable("ROLE") == "sees" {
+        let count = || module.find(session, &by_label(&variable("LABEL"))).unwrap().len();
+        let before = count();
+        module.login(session, CKU_USER, USER_PIN).unwrap();
+        say(format!("before {before}\nafter {}", count()));
+        return;
+    }
+    module.login(session, CKU_USER, USER_PIN).unwrap();
     match variable("ROLE").as_str() {
         "look" => {
             let found = module.find(session, &by_label("from the parent")).unwrap();

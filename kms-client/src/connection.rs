@@ -7,7 +7,7 @@ use kms_proto::v1::{
     audit_service_client::AuditServiceClient, campaign_service_client::CampaignServiceClient, device_type_service_client::DeviceTypeServiceClient,
     frame_service_client::FrameServiceClient, grant_service_client::GrantServiceClient, group_service_client::GroupServiceClient,
     hsm_service_client::HsmServiceClient, meter_service_client::MeterServiceClient, principal_service_client::PrincipalServiceClient,
-    shipment_service_client::ShipmentServiceClient, task_service_client::TaskServiceClient,
+    shipment_service_client::ShipmentServiceClient, task_service_client::TaskServiceClient, transfer_service_client::TransferServiceClient,
 };
 use rustls::{
     ClientConfig, RootCertStore,
@@ -99,6 +99,11 @@ impl Connection {
     /// Device types.
     pub fn device_types(&self) -> DeviceTypeServiceClient<Channel> {
         DeviceTypeServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
+    }
+
+    /// New keys for meters over the air.
+    pub fn transfers(&self) -> TransferServiceClient<Channel> {
+        TransferServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
     }
 
     /// Vendor shipments.

@@ -283,7 +283,14 @@ fn read_authority(config: &Config) -> Result<CertificateAuthority, ServerError> 
 
 fn committer_settings(config: &Config, restore: RestoreSettings) -> CommitterSettings {
     let server = config.server_name.clone().unwrap_or_else(host_name);
-    CommitterSettings { island: config.island.clone(), server, chunk_size: ChunkSize::default(), queue: QUEUED_ACTS, restore }
+    CommitterSettings {
+        island: config.island.clone(),
+        server,
+        chunk_size: ChunkSize::default(),
+        queue: QUEUED_ACTS,
+        restore,
+        silence: CommitterSettings::SILENCE,
+    }
 }
 
 /// The keys that the HSM computes from the seal root, and the island's row that they verify.

@@ -1,5 +1,9 @@
-//! An island in this process, for tests: a fresh token with the ceremony done, SQLite in a temporary folder, the shipped policies, a few
-//! principals, and a vendor with its key.
+//! An island in this process, for tests: a fresh token with the ceremony done, an empty database, the shipped policies, a few principals, and a
+//! vendor with its key.
+//!
+//! On which pair of module and database is said by two variables, as for all tests of servers: `KMS_TEST_MODULE`, `hsm-sim` (the default) or
+//! `softhsm2`, and `KMS_TEST_DATABASE`, `sqlite` (the default) or `postgresql`. None of these tests needs the faults of hsm-sim: all run on all
+//! pairs.
 //!
 //! A PKCS#11 module is initialised once per process and reads its configuration then. So each test runs in a process of its own.
 
@@ -11,12 +15,12 @@ use aws_lc_rs::{
 };
 use kms_client::sample::{SampleShipment, VendorKey, VendorTransportKey};
 use kms_domain::{
-    ChunkSize, ClassRoots, DeviceProfile, DiversificationRoot, FingerprintKey, FlagId, IslandKind, IslandName, KeyClass, Principal, PrincipalCertificate,
-    PrincipalId, PrincipalStatus, Role, SealKey, SealRootKey, SystemTitle, UnixMillis,
+    ChunkSize, ClassRoots, DeviceProfile, DiversificationRoot, FingerprintKey, FlagId, IslandKind, IslandName, KeyClass, OaepHash, Principal,
+    PrincipalCertificate, PrincipalId, PrincipalStatus, Role, SealKey, SealRootKey, SystemTitle, UnixMillis,
 };
 use kms_hsm::{CeremonyPlan, Hsm, Module, Pin, PinSource, ProcessPinMemory, RootVersion, TokenSelector, TokenSettings, create_roots};
 use kms_proto::v1::{self, CeremonyHeld, PrincipalChanged, audit_record::Event};
-use kms_store::{Reads, Store, StoreConfig};
+use kms_store::{Reads, Store, StoreConfig, testing::TestDatabase};
 
 use crate::{
     audit::{Actor, AuditKey, Committer, CommitterSettings, RestoreSettings},
@@ -33,14 +37,33 @@ pub(crate) enum ModuleKind {
     SoftHsm,
 }
 
-/// Runs a test on a new island, in a process of its own for each module. `name` is the test's full path.
-pub(crate) fn run<F, T>(name: &str, modules: &[ModuleKind], body: F)
+impl ModuleKind {
+    /// What the environment says.
+    fn of_environment() -> Self {
+        match std::env::var("KMS_TEST_MODULE").as_deref() {
+            Err(_) | Ok("hsm-sim") => Self::HsmSim,
+            Ok("softhsm2") => Self::SoftHsm,
+            Ok(other) => panic!("KMS_TEST_MODULE: `{other}` is neither `hsm-sim` nor `softhsm2`"),
+        }
+    }
+
+    /// The one OAEP hash that the module's tokens take for batch keys.
+    pub(crate) const fn oaep_hash(self) -> OaepHash {
+        match self {
+            Self::HsmSim => OaepHash::Sha256,
+            Self::SoftHsm => OaepHash::Sha1,
+        }
+    }
+}
+
+/// Runs a test on a new island, in a process of its own. `name` is the test's full path.
+pub(crate) fn run<F, T>(name: &str, body: F)
 where
     F: FnOnce(TestIsland) -> T,
     T: Future<Output = ()>,
 {
-    if let Ok(kind) = std::env::var(CHILD) {
-        let kind = if kind == "SoftHsm" { ModuleKind::SoftHsm } else { ModuleKind::HsmSim };
+    let kind = ModuleKind::of_environment();
+    if std::env::var_os(FOLDER).is_some() {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         runtime.block_on(async {
             let island = TestIsland::new(kind).await;
@@ -51,40 +74,39 @@ where
         return;
     }
     let name = name.split_once("::").map_or(name, |(_, name)| name);
-    for kind in modules {
-        let folder = tempfile::tempdir().unwrap();
-        let tokens = folder.path().join("tokens");
-        std::fs::create_dir(&tokens).unwrap();
-        std::fs::write(
-            folder.path().join("softhsm2.conf"),
-            format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display()),
-        )
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = folder.path().join("tokens");
+    std::fs::create_dir(&tokens).unwrap();
+    std::fs::write(
+        folder.path().join("softhsm2.conf"),
+        format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display()),
+    )
+    .unwrap();
+    std::fs::write(folder.path().join("hsm-sim.conf"), "directory = tokens\nargon2_memory_kib = 64\nargon2_passes = 1\n").unwrap();
+    let database = TestDatabase::of_environment().create().unwrap();
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args([name, "--exact", "--nocapture", "--include-ignored"])
+        .env("SOFTHSM2_CONF", folder.path().join("softhsm2.conf"))
+        .env("HSM_SIM_CONF", folder.path().join("hsm-sim.conf"))
+        .env(DATABASE, database.unwrap_or_else(|| format!("sqlite:{}", folder.path().join("island.db").display())))
+        .env(FOLDER, folder.path())
+        .output()
         .unwrap();
-        std::fs::write(folder.path().join("hsm-sim.conf"), "directory = tokens\nargon2_memory_kib = 64\nargon2_passes = 1\n").unwrap();
-        let output = Command::new(std::env::current_exe().unwrap())
-            .args([name, "--exact", "--nocapture", "--include-ignored"])
-            .env(CHILD, format!("{kind:?}"))
-            .env("SOFTHSM2_CONF", folder.path().join("softhsm2.conf"))
-            .env("HSM_SIM_CONF", folder.path().join("hsm-sim.conf"))
-            .env(FOLDER, folder.path())
-            .output()
-            .unwrap();
-        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        assert!(output.status.success() && out.contains("1 passed"), "{name} on {kind:?}: {}\n{out}\n{err}", output.status);
-        if std::env::var_os("KMS_TEST_SHOW").is_some() {
-            eprintln!("{out}{err}");
-        }
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && out.contains("1 passed"), "{name} on {kind:?}: {}\n{out}\n{err}", output.status);
+    if std::env::var_os("KMS_TEST_SHOW").is_some() {
+        eprintln!("{out}{err}");
     }
 }
 
-/// Tests on an island: `island_tests! { async fn name(island) { … } }`. The first module is hsm-sim; `#[softhsm]`-like variants call [`run`].
+/// Tests on an island: `island_tests! { async fn name(island) { … } }`.
 macro_rules! island_tests {
     ($($(#[$attribute:meta])* async fn $name:ident($island:ident) $body:block)*) => {
         $(
             $(#[$attribute])*
             #[test]
             fn $name() {
-                $crate::testing::run(concat!(module_path!(), "::", stringify!($name)), &[$crate::testing::ModuleKind::HsmSim], |$island| async move $body);
+                $crate::testing::run(concat!(module_path!(), "::", stringify!($name)), |$island| async move $body);
             }
         )*
     };
@@ -94,6 +116,7 @@ pub(crate) use island_tests;
 /// An island, and who is on it.
 pub(crate) struct TestIsland {
     pub(crate) island: Arc<Island>,
+    pub(crate) module: ModuleKind,
     pub(crate) officer: Caller,
     pub(crate) auditor: Caller,
     /// Has the client title [`CLIENT_TITLE`].
@@ -109,7 +132,7 @@ impl TestIsland {
         let folder = std::path::PathBuf::from(std::env::var(FOLDER).unwrap());
         let name = IslandName::parse("north").unwrap();
         let (hsm, derivation) = token(kind, &folder, &name).await;
-        let store = kms_store::open(&StoreConfig::parse(&format!("sqlite:{}", folder.join("island.db").display())).unwrap()).await.unwrap();
+        let store = kms_store::open(&database()).await.unwrap();
         let classes = KeyClass::WITH_ROOTS.map(|class| ClassRoots {
             class,
             diversification: derivation.map(|derivation| DiversificationRoot { version: 1, derivation }).into_iter().collect(),
@@ -124,7 +147,7 @@ impl TestIsland {
             history: kms_domain::DatabaseHistory::default(),
             created: Island::now(),
         };
-        let island = Arc::new(open(row, hsm, store, "one").await);
+        let island = Arc::new(open(row, hsm, store, "one", CommitterSettings::SILENCE).await);
 
         let vendor_key = VendorKey::generate().unwrap();
         let mut callers = Vec::new();
@@ -158,21 +181,27 @@ impl TestIsland {
             .await
             .unwrap();
         let [officer, auditor, head_end, other_head_end, manufacturer] = <[Caller; 5]>::try_from(callers).unwrap();
-        Self { island, officer, auditor, head_end, other_head_end, manufacturer, vendor_key }
+        Self { island, module: kind, officer, auditor, head_end, other_head_end, manufacturer, vendor_key }
     }
 
     /// Another server of the same island: a writer of its own, and nothing remembered.
     pub(crate) async fn another_server(&self) -> Arc<Island> {
-        Arc::new(open(self.island.row.clone(), self.island.hsm.clone(), self.island.store.clone(), "another").await)
+        self.another_server_after(CommitterSettings::SILENCE).await
+    }
+
+    /// The same, which takes servers for gone that were silent for as long.
+    pub(crate) async fn another_server_after(&self, silence: Duration) -> Arc<Island> {
+        Arc::new(open(self.island.row.clone(), self.island.hsm.clone(), self.island.store.clone(), "another", silence).await)
     }
 
     /// The same server after a restart: its name, a writer of its own, and nothing remembered.
     pub(crate) async fn restarted(&self) -> Island {
-        open(self.island.row.clone(), self.island.hsm.clone(), self.island.store.clone(), "one").await
+        open(self.island.row.clone(), self.island.hsm.clone(), self.island.store.clone(), "one", CommitterSettings::SILENCE).await
     }
 
-    /// A shipment's file and signature.
+    /// A shipment's file and signature, with the OAEP hash that this token takes.
     pub(crate) async fn sample(&self, sample: &SampleShipment) -> (Vec<u8>, Vec<u8>) {
+        let sample = SampleShipment { oaep_hash: self.module.oaep_hash(), ..sample.clone() };
         let spki = self.island.hsm.transport_key_spki(RootVersion::FIRST).await.unwrap();
         let mut file = Vec::new();
         let signature = sample.write(&VendorTransportKey::from_der(&spki).unwrap(), &self.vendor_key, &mut file, None, &mut |_| ()).unwrap();
@@ -300,6 +329,11 @@ pub(crate) async fn import(island: &Arc<Island>, officer: &Caller, file_sha256: 
     all
 }
 
+/// The database of this test.
+pub(crate) fn database() -> StoreConfig {
+    StoreConfig::parse(&std::env::var(DATABASE).unwrap()).unwrap()
+}
+
 /// Writes a principal.
 pub(crate) async fn put_principal(island: &Island, principal: Principal) {
     let reads = Reads { sealed: vec![principal_row(&principal.id)], ..Reads::default() };
@@ -362,7 +396,7 @@ async fn token(kind: ModuleKind, folder: &Path, name: &IslandName) -> (Hsm, Opti
     (hsm, ceremony.derivation)
 }
 
-async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: &str) -> Island {
+async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: &str, silence: Duration) -> Island {
     let key = |which: SealRootKey| {
         let (hsm, message) = (hsm.clone(), which.message(1, &row.name));
         async move { hsm.mac(RootVersion::FIRST, message).await.unwrap() }
@@ -373,6 +407,7 @@ async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: 
         chunk_size: ChunkSize::DEFAULT,
         queue: 256,
         restore: RestoreSettings::default(),
+        silence,
     };
     let committer =
         Committer::start(store.clone(), SealKey::new(1, &key(SealRootKey::Seal).await), AuditKey::new(&*key(SealRootKey::AuditChain).await), settings);
@@ -403,5 +438,6 @@ fn profiles() -> std::path::PathBuf {
     folder
 }
 
-const CHILD: &str = "KMS_SERVER_TEST_CHILD";
+/// Both are set in the process of one test alone.
+const DATABASE: &str = "KMS_SERVER_TEST_DATABASE";
 const FOLDER: &str = "KMS_SERVER_TEST_FOLDER";

@@ -1,7 +1,7 @@
 //! Malformed, oversized and unauthorised requests: named, refused, never fatal.
 
 use kms_client::{new_request_id, proto};
-use kms_tests::{DevServer, terms, title};
+use kms_tests::{CLIENT_TITLE, DevServer, terms, title};
 use tonic::Code;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -89,10 +89,58 @@ async fn a_missing_permission_never_tells_whether_a_meter_exists() {
     let without_title = |status: &tonic::Status, title: &str| status.message().replace(title, "TITLE");
     assert_eq!(without_title(&known_refused, &title(0).to_string()), without_title(&unknown_refused, "4B414DFFFFFFFFFF"));
     assert_eq!(ask(&head_end, unknown).await.code(), Code::PermissionDenied);
-    // A client title of somebody else is not the head-end's to count under.
-    let mut stolen = terms(1);
-    stolen.client_title = hex::decode("4D4D4D00000000F1").unwrap().into();
-    let request =
-        proto::OpenSessionRequest { request_id: new_request_id().octets().to_vec().into(), meter: title(0).octets().to_vec().into(), terms: Some(stolen) };
-    assert_eq!(head_end.grants().open_session(request).await.unwrap_err().code(), Code::PermissionDenied);
+}
+
+/// Counters are dealt under a client title to whom it is registered for, in every call that deals some (I4).
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_counts_under_a_client_title_that_is_not_his() {
+    let server = DevServer::start();
+    let head_end = server.connect("head-end").await;
+    let request_id = || new_request_id().octets().to_vec().into();
+    let meter = || bytes::Bytes::from(title(0).octets().to_vec());
+    let own = || bytes::Bytes::from(hex::decode(CLIENT_TITLE).unwrap());
+    // The handheld's, nobody's, and the meter's own, under which the meter itself counts.
+    for stolen in ["4D4D4D00000000F1", "4D4D4D00000000EE", &title(0).to_string()] {
+        let title = || bytes::Bytes::from(hex::decode(stolen).unwrap());
+        let wanted = || Some(proto::SessionTerms { client_title: title(), ..terms(1) });
+        let one = proto::OpenSessionRequest { request_id: request_id(), meter: meter(), terms: wanted() };
+        assert_eq!(head_end.grants().open_session(one).await.unwrap_err().code(), Code::PermissionDenied, "{stolen}");
+        let batch = proto::OpenSessionsRequest { request_id: request_id(), meters: vec![meter()], terms: wanted(), first_chunk: 0 };
+        let refused = match head_end.grants().open_sessions(batch).await {
+            Err(status) => status,
+            Ok(answers) => answers.into_inner().message().await.unwrap_err(),
+        };
+        assert_eq!(refused.code(), Code::PermissionDenied, "{stolen}");
+        let frame = proto::PlainFrame {
+            meter: meter(),
+            client_title: title(),
+            form: proto::FrameForm::Glo.into(),
+            apdu: hex::decode("C001C100030100010800FF0200").unwrap().into(),
+            ..Default::default()
+        };
+        let frames =
+            |frame| proto::ProtectRequest { request_id: request_id(), purpose: proto::Purpose::Read.into(), frames: vec![frame], supersede_lease: true };
+        let result = head_end.frames().protect(frames(frame.clone())).await.unwrap().into_inner().results.remove(0).result;
+        let Some(proto::frame_result::Result::Refusal(refusal)) = result else { panic!("{stolen}: a frame was protected") };
+        assert_eq!(refusal.code, Code::PermissionDenied as i32, "{stolen}: {}", refusal.message);
+        // It was the title that was refused: under its own the head-end may.
+        let result = head_end.frames().protect(frames(proto::PlainFrame { client_title: own(), ..frame })).await.unwrap().into_inner().results.remove(0).result;
+        assert!(matches!(result, Some(proto::frame_result::Result::Apdu(_))), "{result:?}");
+    }
+    // Nor does another principal get the title of the head-end.
+    let handheld = server.connect("handheld").await;
+    let stolen = proto::OpenSessionRequest { request_id: request_id(), meter: meter(), terms: Some(terms(1)) };
+    let refused = handheld.grants().open_session(stolen).await.unwrap_err();
+    assert!(refused.code() == Code::PermissionDenied && refused.message().contains("client title"), "{refused}");
+    let name = kms_client::PrincipalId::parse("urn:meterkms:dev:head-end:second").unwrap();
+    let request = kms_client::KeyRequest::generate(&name).unwrap();
+    let add = proto::AddPrincipalRequest {
+        request_id: request_id(),
+        principal: name.to_string(),
+        certificate_request: request.certificate_request().to_vec().into(),
+        client_titles: vec![own()],
+        ..Default::default()
+    };
+    let refused = server.connect("officer-1").await.principals().add_principal(add).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
 }

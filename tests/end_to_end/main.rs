@@ -1,14 +1,15 @@
 //! The main job over real processes: a vendor's shipment, a session, a meter that answers.
-#![expect(clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
 mod bad_input;
 mod frames;
 mod owners;
+mod rotation;
 mod sessions;
 mod telemetry;
 
-use kms_store::testing::PostgresCluster;
-use kms_tests::{DevServer, SOFTHSM2, open, put_on_line, read_energy, title};
+use kms_store::testing::TestDatabase;
+use kms_tests::{DevServer, TestModule, open, put_on_line, read_energy, title};
 use meter_sim::axdr::Data;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -29,20 +30,16 @@ async fn dev_does_the_main_job_finds_its_state_again_and_ends_cleanly() {
     assert!(first(&after) > first(&before), "I4: the lease after a restart must start higher");
 }
 
-/// The ceremony, an import, a session, a meter that answers: on both modules and both databases.
+/// The ceremony, an import, a session, a meter that answers: on every pair, whatever the environment says.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_main_job_on_every_module_and_database() {
-    assert!(std::path::Path::new(SOFTHSM2).exists(), "SoftHSM2 is missing: `apt install softhsm2`");
-    let cluster = PostgresCluster::start(&[]).unwrap();
-    for (module, postgres) in [(None, true), (Some(SOFTHSM2), false), (Some(SOFTHSM2), true)] {
-        let database = if postgres { Some(cluster.create_database().await.unwrap()) } else { None };
-        let mut arguments = Vec::new();
-        arguments.extend(module.iter().flat_map(|module| ["--module", module]));
-        arguments.extend(database.iter().flat_map(|database| ["--database", database.as_str()]));
-        let mut server = DevServer::start_with(&arguments);
-        assert!(server.printed.contains("1.0.1.8.0.255 ="), "{arguments:?}: {}", server.printed);
-        server.restart();
-        assert!(server.printed.contains("1.0.1.8.0.255 ="), "{arguments:?}, second start: {}", server.printed);
+    for module in [TestModule::HsmSim, TestModule::SoftHsm2] {
+        for database in [TestDatabase::Sqlite, TestDatabase::Postgresql] {
+            let mut server = DevServer::start_on(module, database);
+            assert!(server.printed.contains("1.0.1.8.0.255 ="), "{module:?}, {database:?}: {}", server.printed);
+            server.restart();
+            assert!(server.printed.contains("1.0.1.8.0.255 ="), "{module:?}, {database:?}, second start: {}", server.printed);
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Session grants as head-ends use them.
 
-use kms_client::{KeyType, OpenOptions, SystemTitle, new_request_id, proto};
-use kms_tests::{DevServer, open, terms, title};
+use kms_client::{KeyType, SystemTitle, new_request_id, proto};
+use kms_tests::{DevServer, TestModule, open, terms, title};
 use tonic::Code;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -13,7 +13,7 @@ async fn a_repeated_request_gets_the_same_grant_wrapped_anew() {
     let id = new_request_id();
     let ask = |counters| {
         let (connection, key) = (connection.clone(), &key);
-        async move { connection.open_session(key, id, title(5), terms(counters), &OpenOptions::new()).await }
+        async move { connection.open_session(key, id, title(5), terms(counters), &TestModule::of_environment().open_options()).await }
     };
     let first = ask(50).await.unwrap();
     let again = ask(50).await.unwrap();
@@ -41,7 +41,8 @@ async fn a_batch_comes_in_chunks_and_refuses_only_what_is_not_the_head_ends() {
     let key = server.profile("head-end").transport_key().unwrap();
     let unknown = SystemTitle::parse("4B414DFFFFFFFFFF").unwrap();
     let meters: Vec<SystemTitle> = (0..50).map(title).chain([unknown]).collect();
-    let mut batch = connection.open_sessions(&key, new_request_id(), &meters, terms(10), &OpenOptions::new());
+    let options = TestModule::of_environment().open_options();
+    let mut batch = connection.open_sessions(&key, new_request_id(), &meters, terms(10), &options);
     let (mut opened, mut refused) = (Vec::new(), Vec::new());
     while let Some(chunk) = batch.next().await.unwrap() {
         opened.extend(chunk.sessions.into_iter().flat_map(|sessions| sessions.meters).map(|meter| meter.meter));
@@ -59,7 +60,7 @@ async fn a_revoked_grant_is_not_repeated_and_a_dedicated_key_is_fresh() {
     let key = server.profile("head-end").transport_key().unwrap();
     let id = new_request_id();
     let wanted = proto::SessionTerms { dedicated_key: true, ..terms(10) };
-    let options = OpenOptions::new();
+    let options = TestModule::of_environment().open_options();
     let ask = || connection.open_session(&key, id, title(6), wanted.clone(), &options);
     let (one, two) = (ask().await.unwrap(), ask().await.unwrap());
     let dedicated = |session: &kms_client::Session| session.keys.meters[0].key(KeyType::DEDICATED).unwrap().key.expose().to_vec();

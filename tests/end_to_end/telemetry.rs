@@ -9,7 +9,6 @@ use kms_client::{
     new_request_id,
     proto::{OpenSessionRequest, Purpose, SessionTerms},
 };
-use kms_store::testing::PostgresCluster;
 use kms_tests::{CLIENT_TITLE, DevServer, title};
 use opentelemetry_proto::tonic::{
     collector::{
@@ -128,9 +127,7 @@ fn text<'a>(attributes: &'a [KeyValue], key: &str) -> Option<&'a str> {
 async fn a_collector_receives_a_grant_and_no_secret() {
     let collector = Collector::default();
     let endpoint = collector.start();
-    let cluster = PostgresCluster::start(&[]).unwrap();
-    let database = cluster.create_database().await.unwrap();
-    let first = DevServer::start_with(&["--database", &database]);
+    let first = DevServer::start_on_postgresql();
     let more = format!("[telemetry]\notlp_endpoint = \"{endpoint}\"\ntrace_ratio = 0.0\nmetrics_seconds = 1\n");
     let server = first.second("observed", |text| format!("{text}\n{more}")).await;
     let connection = server.connect("head-end").await;

@@ -3,10 +3,7 @@
 use std::time::{Duration, Instant};
 
 use kms_client::proto::{AuditRecord, ListAuditRecordsRequest, audit_record::Event};
-use kms_store::{
-    StoreConfig,
-    testing::{Obstruction, PostgresCluster},
-};
+use kms_store::{StoreConfig, testing::Obstruction};
 use kms_tests::{DevServer, open, title};
 use prost::Message as _;
 
@@ -44,13 +41,11 @@ async fn a_refusal_is_on_the_record_and_a_flood_of_them_is_not() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stuck_log_answers_an_error_and_lets_no_key_out() {
-    let cluster = PostgresCluster::start(&[]).unwrap();
-    let database = cluster.create_database().await.unwrap();
-    let server = DevServer::start_with(&["--database", &database]);
+    let server = DevServer::start();
     let (connection, profile) = (server.connect("head-end").await, server.profile("head-end"));
     open(&connection, &profile, title(0), 10).await.unwrap();
 
-    let obstruction = Obstruction::begin(&StoreConfig::parse(&database).unwrap()).await.unwrap();
+    let obstruction = Obstruction::begin(&StoreConfig::new(server.database())).await.unwrap();
     let began = Instant::now();
     let mut grants = connection.grants();
     let request = kms_client::proto::OpenSessionRequest {

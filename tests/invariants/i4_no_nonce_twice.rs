@@ -17,9 +17,7 @@ fn lease(session: &Session) -> (u32, u32) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_servers_two_head_ends_and_crashes_repeat_no_counter_and_meet_no_refusal() {
-    let cluster = PostgresCluster::start(&[]).unwrap();
-    let database = cluster.create_database().await.unwrap();
-    let mut first = DevServer::start_with(&["--database", &database]);
+    let mut first = DevServer::start_on_postgresql();
     let mut second = first.second("b", |text| text).await;
     let profile = first.profile("head-end");
     let meter = first.meter(9);
@@ -53,9 +51,7 @@ async fn two_servers_two_head_ends_and_crashes_repeat_no_counter_and_meet_no_ref
 
 #[tokio::test(flavor = "multi_thread")]
 async fn racing_head_ends_never_get_overlapping_leases() {
-    let cluster = PostgresCluster::start(&[]).unwrap();
-    let database = cluster.create_database().await.unwrap();
-    let first = DevServer::start_with(&["--database", &database]);
+    let first = DevServer::start_on_postgresql();
     let second = first.second("b", |text| text).await;
     let profile = first.profile("head-end");
     let connections = [first.connect("head-end").await, second.connect("head-end").await];

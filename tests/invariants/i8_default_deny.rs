@@ -3,15 +3,12 @@
 use std::fs;
 
 use kms_client::{new_request_id, proto};
-use kms_store::testing::PostgresCluster;
 use kms_tests::{DevServer, open, title};
 use tonic::Code;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_policies_every_call_is_refused_and_an_erroring_policy_denies() {
-    let cluster = PostgresCluster::start(&[]).unwrap();
-    let database = cluster.create_database().await.unwrap();
-    let server = DevServer::start_with(&["--database", &database]);
+    let server = DevServer::start_on_postgresql();
     let policies = server.state().join("policies");
     fs::create_dir_all(&policies).unwrap();
     let with_policies = |text: String| format!("{text}\n[policies]\ndirectory = \"{}\"\n", policies.display());

@@ -1,4 +1,14 @@
 //! What the end-to-end tests share: real server processes on loopback, clients, and simulated meters with the keys of the sample shipment.
+//!
+//! All of them run on one pair of PKCS#11 module and database, which two environment variables name:
+//!
+//! | variable | values |
+//! |---|---|
+//! | `KMS_TEST_MODULE` | `hsm-sim` (the default), `softhsm2` |
+//! | `KMS_TEST_DATABASE` | `sqlite` (the default), `postgresql` |
+//!
+//! Tests that start a second server on the same island run on PostgreSQL whatever the variable says, because an SQLite database belongs to one process:
+//! they begin with [`DevServer::start_on_postgresql`]. No test here needs the faults of hsm-sim.
 #![expect(clippy::expect_used, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test harness: what fails here fails the test")]
 
 use std::{
@@ -14,6 +24,10 @@ use std::{
 use kms_client::{
     Connection, OpenOptions, Profile, Session, SessionError, StateDirectory, SystemTitle, new_request_id,
     proto::{Purpose, SessionTerms},
+};
+use kms_store::{
+    DatabaseLocation, StoreConfig,
+    testing::{Glance, TestDatabase},
 };
 use meter_sim::{
     CLASS_REGISTER, Meter, MeterConfig, MeterDirectory, ServeOptions, SymmetricKey,
@@ -31,6 +45,40 @@ pub const SOFTHSM2: &str = "/usr/lib/softhsm/libsofthsm2.so";
 /// The client system title of the sample's head-end.
 pub const CLIENT_TITLE: &str = "4D4D4D0000000001";
 
+/// The PKCS#11 module of this run of the tests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TestModule {
+    /// The embedded one.
+    HsmSim,
+    /// SoftHSM2.
+    SoftHsm2,
+}
+
+impl TestModule {
+    /// What the environment says.
+    ///
+    /// # Panics
+    /// It says something else, or SoftHSM2 is not installed: a test that ran on another module than was asked for would prove nothing.
+    pub fn of_environment() -> Self {
+        match env::var("KMS_TEST_MODULE").as_deref() {
+            Err(_) | Ok("hsm-sim") => Self::HsmSim,
+            Ok("softhsm2") => {
+                assert!(Path::new(SOFTHSM2).exists(), "SoftHSM2 is missing: run `apt-get install softhsm2`, or `tests/run`, which does");
+                Self::SoftHsm2
+            }
+            Ok(other) => panic!("KMS_TEST_MODULE: `{other}` is neither `hsm-sim` nor `softhsm2`"),
+        }
+    }
+
+    /// How clients open sessions: SoftHSM2 has no X9.63 KDF, and what is used instead a client must ask for.
+    pub fn open_options(self) -> OpenOptions {
+        match self {
+            Self::HsmSim => OpenOptions::new(),
+            Self::SoftHsm2 => OpenOptions::new().allow_cbc_expand(),
+        }
+    }
+}
+
 /// A `kms-server dev` process with its folder.
 pub struct DevServer {
     state: tempfile::TempDir,
@@ -41,12 +89,28 @@ pub struct DevServer {
 }
 
 impl DevServer {
-    /// Starts one with SQLite, and waits until it has done the main job.
+    /// Starts one on the pair of this run, and waits until it has done the main job.
     pub fn start() -> Self {
-        Self::start_with(&[])
+        Self::start_on(TestModule::of_environment(), TestDatabase::of_environment())
     }
 
-    /// Starts one with further arguments, such as `--database`.
+    /// Starts one on the module of this run and on PostgreSQL, for tests that need a second server.
+    pub fn start_on_postgresql() -> Self {
+        Self::start_on(TestModule::of_environment(), TestDatabase::Postgresql)
+    }
+
+    /// Starts one on this pair, with an empty database.
+    pub fn start_on(module: TestModule, database: TestDatabase) -> Self {
+        let database = database.create().unwrap();
+        let mut arguments = Vec::new();
+        if module == TestModule::SoftHsm2 {
+            arguments.extend(["--module", SOFTHSM2]);
+        }
+        arguments.extend(database.iter().flat_map(|address| ["--database", address]));
+        Self::start_with(&arguments)
+    }
+
+    /// Starts one with these arguments besides state, port and number of meters.
     pub fn start_with(arguments: &[&str]) -> Self {
         let state = tempfile::Builder::new().prefix("kms-dev-").tempdir().unwrap();
         let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
@@ -62,6 +126,19 @@ impl DevServer {
         command.args(["dev", "--listen", "127.0.0.1:0", "--meters", "50", "--state"]).arg(state).args(arguments);
         command.env_remove("HSM_SIM_DIR").env("SOFTHSM2_CONF", state.join("softhsm2.conf"));
         Process::spawn(command, "Ctrl-C ends it")
+    }
+
+    /// Its database.
+    pub fn database(&self) -> DatabaseLocation {
+        match self.arguments.iter().position(|argument| argument == "--database") {
+            Some(at) => StoreConfig::parse(&self.arguments[at + 1]).unwrap().database,
+            None => DatabaseLocation::Sqlite(self.state.path().join("island.db")),
+        }
+    }
+
+    /// A look into its database as it stands now.
+    pub async fn glance(&self) -> Glance {
+        Glance::at(&self.database()).await.unwrap()
     }
 
     /// The folder.
@@ -109,6 +186,7 @@ impl DevServer {
         fs::write(&configuration, edit(text)).unwrap();
         let mut command = Command::new(program("kms-server"));
         command.args(["run", "--config"]).arg(&configuration).env("HSM_SIM_DIR", self.state.path().join("token"));
+        command.env("SOFTHSM2_CONF", self.state.path().join("softhsm2.conf"));
         let (process, _) = Process::spawn(command, "listening");
         for identity in StateDirectory::new(self.state.path()).profile_names() {
             let target = folder.join("profiles").join(&identity);
@@ -180,7 +258,7 @@ pub fn terms(counters: u32) -> SessionTerms {
 
 /// A session with one meter.
 pub async fn open(connection: &Connection, profile: &Profile, meter: SystemTitle, counters: u32) -> Result<Session, SessionError> {
-    connection.open_session(&profile.transport_key().unwrap(), new_request_id(), meter, terms(counters), &OpenOptions::new()).await
+    connection.open_session(&profile.transport_key().unwrap(), new_request_id(), meter, terms(counters), &TestModule::of_environment().open_options()).await
 }
 
 /// Puts a meter on a loopback port.

@@ -151,6 +151,13 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
         Event::DeviceTypeAdded(event) => {
             ("device type added", format!("{}, number {}, of {}, with {}", event.name, event.number, event.manufacturer, event.device_profile))
         }
+        Event::TransfersAdvanced(event) => match event.advances.as_slice() {
+            [one] => {
+                let key = if one.key_type.is_empty() { String::new() } else { format!(", {} {}", one.key_type, one.key_version) };
+                ("transfer", format!("{:016X}: {}{key}", one.meter, one.event))
+            }
+            many => ("transfers", plural(many.len() as u64, "step")),
+        },
         Event::SecurityEvent(event) => ("security event", format!("{}: {}", event.kind, event.detail)),
         Event::TransfersAdvanced(event) => match event.advances.as_slice() {
             [one] => {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use common::{Bench, Grantee, Kind, SO_PIN, USER_PIN, diversify, island, so_pin, user_pin, write_pin};
+use common::{Bench, Grantee, SO_PIN, USER_PIN, diversify, island, so_pin, user_pin, write_pin};
 use cryptoki::context::Pkcs11;
 use cryptoki::session::UserType;
 use cryptoki::slot::Slot;
@@ -90,29 +90,6 @@ each_module! {
         tokio::task::spawn_blocking(move || token.close()).await.unwrap();
     }
 
-    async fn the_last_try_of_a_pin_is_never_used(bench: Bench) {
-        // SoftHSM never locks.
-        if bench.kind == Kind::HsmSim {
-            bench.module.init_token("pins", &so_pin(), &user_pin()).unwrap();
-            let (context, slot) = behind(&bench, "pins");
-            let session = context.open_rw_session(slot).unwrap();
-            for _ in 0..20 {
-                if context.get_token_info(slot).unwrap().user_pin_final_try() {
-                    break;
-                }
-                session.login(UserType::User, Some(&"wrong-87654321".to_owned().into())).unwrap_err();
-            }
-            assert!(context.get_token_info(slot).unwrap().user_pin_final_try());
-            let file = bench.directory.join("pin-2");
-            write_pin(&file, USER_PIN);
-            let token = Token::start(settings(&bench, "pins", &file), island(), Arc::new(ProcessPinMemory::default())).unwrap();
-            let error = token.usable(Duration::from_secs(20)).await.unwrap_err();
-            assert!(error.to_string().contains("FINAL_TRY"), "{error}");
-            assert!(context.get_token_info(slot).unwrap().user_pin_final_try() && !context.get_token_info(slot).unwrap().user_pin_locked());
-            tokio::task::spawn_blocking(move || token.close()).await.unwrap();
-        }
-    }
-
     async fn a_start_without_the_token_fails_fast_and_recovers(bench: Bench) {
         let file = bench.directory.join("pin");
         let hsm = Hsm::start(island(), settings(&bench, "later", &file), Arc::new(ProcessPinMemory::default())).unwrap();
@@ -172,62 +149,82 @@ each_module! {
         tokio::task::spawn_blocking(move || hsm.close()).await.unwrap();
     }
 
-    async fn a_token_that_is_removed_and_put_back_recovers(bench: Bench) {
-        // Only hsm-sim can be told to.
-        if bench.kind == Kind::HsmSim {
-            assert_grants(&bench).await;
-            let mut state = bench.hsm.token(kms_domain::KeyClass::Kek).unwrap().state();
-            control(&bench, "remove-token meterkms-test id=1");
-            tokio::time::timeout(Duration::from_secs(30), state.wait_for(|state| !state.is_usable())).await.unwrap().unwrap();
-            let error = bench.hsm.random(8).await.unwrap_err();
-            assert!(error.kind() == ErrorKind::Transient && error.retry_after().is_some(), "{error}");
-            control(&bench, "insert-token meterkms-test id=2");
-            tokio::time::timeout(Duration::from_secs(60), state.wait_for(TokenState::is_usable)).await.unwrap().unwrap();
-            assert_grants(&bench).await;
-        }
-    }
-
-    async fn a_failing_hsm_is_never_blamed_on_the_data(bench: Bench) {
-        if bench.kind == Kind::HsmSim {
-            let stored = bench.hsm.generate_stored(KeyType::GUEK, KeyLength::Aes128).await.unwrap();
-            let source = kms_hsm::KeySource::Stored {
-                key_type: KeyType::GUEK,
-                storage_kek_version: stored.storage_kek_version,
-                shape: kms_domain::KeyShape::Aes(KeyLength::Aes128),
-                blob: stored.blob.clone(),
-            };
-            // Now and then: the job is repeated, or the unwrapping is.
-            control(&bench, "fail C_UnwrapKey every=7 CKR_DEVICE_ERROR");
-            let mut failed = 0;
-            for _ in 0..100 {
-                match bench.hsm.rewrap_stored(source.clone()).await {
-                    Ok(again) => assert_eq!(again, stored),
-                    Err(error) => {
-                        assert_eq!(error.kind(), ErrorKind::Transient, "{error}");
-                        failed += 1;
-                    }
-                }
-            }
-            assert!(failed < 10, "{failed}");
-            // Always: the error says that the HSM fails.
-            control(&bench, "fail C_UnwrapKey CKR_GENERAL_ERROR");
-            let error = loop {
-                if let Err(error) = bench.hsm.rewrap_stored(source.clone()).await {
-                    break error;
-                }
-            };
-            assert_eq!(error.kind(), ErrorKind::Transient, "{error}");
-            control(&bench, "");
-            while bench.hsm.rewrap_stored(source.clone()).await.is_err() {
-                tokio::task::yield_now().await;
-            }
-        }
-    }
-
     async fn a_panicking_manifest_does_not_stop_the_worker(bench: Bench) {
         let result = bench.hsm.envelope(Grantee::new().recipient(), Vec::new(), |_| Vec::new(), |_| panic!("a defect above")).await;
         assert!(matches!(result, Err(HsmError::Unavailable { .. })), "{result:?}");
         assert_grants(&bench).await;
+    }
+}
+
+hsm_sim_only! {
+    "SoftHSM2 never locks a PIN",
+    async fn the_last_try_of_a_pin_is_never_used(bench: Bench) {
+        bench.module.init_token("pins", &so_pin(), &user_pin()).unwrap();
+        let (context, slot) = behind(&bench, "pins");
+        let session = context.open_rw_session(slot).unwrap();
+        for _ in 0..20 {
+            if context.get_token_info(slot).unwrap().user_pin_final_try() {
+                break;
+            }
+            session.login(UserType::User, Some(&"wrong-87654321".to_owned().into())).unwrap_err();
+        }
+        assert!(context.get_token_info(slot).unwrap().user_pin_final_try());
+        let file = bench.directory.join("pin-2");
+        write_pin(&file, USER_PIN);
+        let token = Token::start(settings(&bench, "pins", &file), island(), Arc::new(ProcessPinMemory::default())).unwrap();
+        let error = token.usable(Duration::from_secs(20)).await.unwrap_err();
+        assert!(error.to_string().contains("FINAL_TRY"), "{error}");
+        assert!(context.get_token_info(slot).unwrap().user_pin_final_try() && !context.get_token_info(slot).unwrap().user_pin_locked());
+        tokio::task::spawn_blocking(move || token.close()).await.unwrap();
+    }
+
+    "no other module can be told to lose its token",
+    async fn a_token_that_is_removed_and_put_back_recovers(bench: Bench) {
+        assert_grants(&bench).await;
+        let mut state = bench.hsm.token(kms_domain::KeyClass::Kek).unwrap().state();
+        control(&bench, "remove-token meterkms-test id=1");
+        tokio::time::timeout(Duration::from_secs(30), state.wait_for(|state| !state.is_usable())).await.unwrap().unwrap();
+        let error = bench.hsm.random(8).await.unwrap_err();
+        assert!(error.kind() == ErrorKind::Transient && error.retry_after().is_some(), "{error}");
+        control(&bench, "insert-token meterkms-test id=2");
+        tokio::time::timeout(Duration::from_secs(60), state.wait_for(TokenState::is_usable)).await.unwrap().unwrap();
+        assert_grants(&bench).await;
+    }
+
+    "no other module can be told to fail",
+    async fn a_failing_hsm_is_never_blamed_on_the_data(bench: Bench) {
+        let stored = bench.hsm.generate_stored(KeyType::GUEK, KeyLength::Aes128).await.unwrap();
+        let source = kms_hsm::KeySource::Stored {
+            key_type: KeyType::GUEK,
+            storage_kek_version: stored.storage_kek_version,
+            shape: kms_domain::KeyShape::Aes(KeyLength::Aes128),
+            blob: stored.blob.clone(),
+        };
+        // Now and then: the job is repeated, or the unwrapping is.
+        control(&bench, "fail C_UnwrapKey every=7 CKR_DEVICE_ERROR");
+        let mut failed = 0;
+        for _ in 0..100 {
+            match bench.hsm.rewrap_stored(source.clone()).await {
+                Ok(again) => assert_eq!(again, stored),
+                Err(error) => {
+                    assert_eq!(error.kind(), ErrorKind::Transient, "{error}");
+                    failed += 1;
+                }
+            }
+        }
+        assert!(failed < 10, "{failed}");
+        // Always: the error says that the HSM fails.
+        control(&bench, "fail C_UnwrapKey CKR_GENERAL_ERROR");
+        let error = loop {
+            if let Err(error) = bench.hsm.rewrap_stored(source.clone()).await {
+                break error;
+            }
+        };
+        assert_eq!(error.kind(), ErrorKind::Transient, "{error}");
+        control(&bench, "");
+        while bench.hsm.rewrap_stored(source.clone()).await.is_err() {
+            tokio::task::yield_now().await;
+        }
     }
 }
 

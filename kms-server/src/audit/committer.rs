@@ -56,6 +56,13 @@ pub struct CommitterSettings {
     pub queue: usize,
     /// How a restored database is found (I4).
     pub restore: RestoreSettings,
+    /// How long another server must have been silent for this one to take it for gone, and close its chain.
+    pub silence: Duration,
+}
+
+impl CommitterSettings {
+    /// Six heartbeats.
+    pub const SILENCE: Duration = Duration::from_mins(1);
 }
 
 /// Queues acts. Cheap to clone.
@@ -632,11 +639,12 @@ impl Writer {
         let settings = &self.shared.settings;
         let store = &self.shared.store;
         let writer = WriterId::from_octets(uuid::Uuid::new_v4().as_bytes()).map_err(|error| StoreError::Corrupt { what: error.to_string() })?;
+        let silence = i64::try_from(settings.silence.as_millis()).unwrap_or(i64::MAX);
         let alive: Vec<WriterId> = store
             .servers()
             .await?
             .into_iter()
-            .filter(|server| server.silent_ms < SILENT_MS && server.name != settings.server)
+            .filter(|server| server.silent_ms < silence && server.name != settings.server)
             .map(|server| server.writer)
             .collect();
         let mut closed = Vec::new();
@@ -985,8 +993,6 @@ const PURGE_EVERY: Duration = Duration::from_secs(1);
 const PURGED_AT_ONCE: u32 = 20_000;
 /// Every how many purges the server says that it is alive.
 const HEARTBEAT_TICKS: u64 = 10;
-/// A server that was silent for longer is gone: its chain is closed by the next.
-const SILENT_MS: i64 = 60_000;
 const MOST_ACTS: usize = 256;
 const MOST_METERS: usize = 4_000;
 const MOST_ATTEMPTS: u32 = 5;

@@ -385,7 +385,15 @@ impl Deciding {
                         next_step: "ask again with a new request id".to_owned(),
                     });
                 }
-                (grant, past.issued, UnixMillis(past.event.not_after_ms))
+                let not_after = UnixMillis(past.event.not_after_ms);
+                // By the record, which is authentic: the row's own expiry is only for the purge, and an old row can be put back (I4, I5).
+                if view.now() > not_after.min(past.issued.after(REPLAY_MS)) {
+                    return Err(ServiceError::Aborted {
+                        reason: "the grant of this request has ended, or is too old to be repeated".to_owned(),
+                        next_step: "ask again with a new request id".to_owned(),
+                    });
+                }
+                (grant, past.issued, not_after)
             }
             None => {
                 let grant = GrantId::from_octets(uuid::Uuid::now_v7().as_bytes()).map_err(|_| record_fault())?;

@@ -191,6 +191,7 @@ impl CeremonyPlan {
             chunk_size: ChunkSize::default(),
             queue: 16,
             restore: RestoreSettings::default(),
+            silence: CommitterSettings::SILENCE,
         };
         let committer = Committer::start(Arc::clone(store), seal, chain, settings);
 

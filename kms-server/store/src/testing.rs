@@ -8,7 +8,10 @@ use std::{
     os::unix::fs::{MetadataExt, PermissionsExt, chown},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Output, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -16,7 +19,7 @@ use kms_domain::{SystemTitle, WriterId};
 use sqlx::{Connection as _, Executor as _, PgConnection, SqliteConnection};
 use tempfile::TempDir;
 
-use crate::{DatabaseLocation, RowKind, SealedRow, StoreConfig, StoreError};
+use crate::{DatabaseLocation, RowKind, SealedRow, Store, StoreConfig, StoreError};
 
 /// A PostgreSQL cluster of its own, with `fsync` on, on a loopback port and a socket in a temporary directory.
 ///
@@ -175,6 +178,112 @@ impl Drop for PostgresCluster {
         drop(self.lifeline.take());
         // The guard ends by itself; waiting only keeps it from being a zombie.
         let _ = self.guard.wait();
+    }
+}
+
+/// On which database the tests of servers run: `KMS_TEST_DATABASE`, which is `sqlite` (the default) or `postgresql`.
+///
+/// Tests that need two servers run on PostgreSQL whatever it says: SQLite is the database of one process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TestDatabase {
+    /// A file beside the token.
+    Sqlite,
+    /// A database of its own for each test, in one cluster for each test program.
+    Postgresql,
+}
+
+impl TestDatabase {
+    /// What the environment says.
+    ///
+    /// # Panics
+    /// It says something else: a test that ran on another database than was asked for would prove nothing.
+    pub fn of_environment() -> Self {
+        match std::env::var("KMS_TEST_DATABASE").as_deref() {
+            Err(_) | Ok("sqlite") => Self::Sqlite,
+            Ok("postgresql") => Self::Postgresql,
+            #[expect(clippy::panic, reason = "a test harness: what fails here fails the test")]
+            Ok(other) => panic!("KMS_TEST_DATABASE: `{other}` is neither `sqlite` nor `postgresql`"),
+        }
+    }
+
+    /// The address of a new, empty database; `None` for SQLite, where it is a file of the test's.
+    ///
+    /// # Errors
+    /// PostgreSQL is missing or does not start.
+    pub fn create(self) -> io::Result<Option<String>> {
+        match self {
+            Self::Sqlite => Ok(None),
+            Self::Postgresql => Self::create_postgresql().map(Some),
+        }
+    }
+
+    /// The address of a new, empty PostgreSQL database, for tests that need one whatever the environment says. The cluster is this process's, and
+    /// ends with it.
+    ///
+    /// # Errors
+    /// PostgreSQL is missing or does not start.
+    pub fn create_postgresql() -> io::Result<String> {
+        static CLUSTER: OnceLock<Result<PostgresCluster, String>> = OnceLock::new();
+        let cluster = CLUSTER
+            .get_or_init(|| PostgresCluster::start(&[]).map_err(|error| error.to_string()))
+            .as_ref()
+            .map_err(|reason| io::Error::other(reason.clone()))?;
+        // A thread and a runtime of its own: callers may be inside a runtime, or outside of any.
+        let create = || tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(cluster.create_database()).map_err(io::Error::other);
+        std::thread::scope(|scope| scope.spawn(create).join()).map_err(|_| io::Error::other("the thread that makes a database panicked"))?
+    }
+}
+
+/// A store to look into a database with, beside the server that has it open.
+pub struct Glance {
+    /// The store. With SQLite it is on a copy.
+    pub store: Arc<dyn Store>,
+    _copy: Option<TempDir>,
+}
+
+impl Glance {
+    /// Opens PostgreSQL as another client, and of SQLite, which one process has for itself, a copy as it stands now.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn at(database: &DatabaseLocation) -> Result<Self, StoreError> {
+        let DatabaseLocation::Sqlite(_) = database else {
+            return Ok(Self { store: crate::open(&StoreConfig::new(database.clone())).await?, _copy: None });
+        };
+        let folder = TempDir::with_prefix("kms-sqlite-").map_err(|error| StoreError::Invalid { what: "copy of a database", reason: error.to_string() })?;
+        let copy = folder.path().join("copy.db");
+        execute(database, &format!("VACUUM INTO '{}'", copy.display())).await?;
+        Ok(Self { store: crate::open(&StoreConfig::new(DatabaseLocation::Sqlite(copy))).await?, _copy: Some(folder) })
+    }
+}
+
+/// Runs one statement, as someone with the database's password can, beside the servers that have it open; how many rows it met.
+///
+/// # Errors
+/// The database does not answer, or refuses.
+pub async fn execute(database: &DatabaseLocation, statement: &str) -> Result<u64, StoreError> {
+    let statement = sqlx::raw_sql(sqlx::AssertSqlSafe(statement.to_owned()));
+    Ok(match database {
+        DatabaseLocation::Sqlite(path) => {
+            let mut connection = SqliteConnection::connect(&format!("sqlite:{}", path.display())).await?;
+            let met = connection.execute(statement).await?.rows_affected();
+            connection.close().await?;
+            met
+        }
+        DatabaseLocation::Postgres(address) => {
+            let mut connection = PgConnection::connect(address).await?;
+            let met = connection.execute(statement).await?.rows_affected();
+            connection.close().await?;
+            met
+        }
+    })
+}
+
+/// Octets as a literal of the database's SQL.
+pub fn octets(database: &DatabaseLocation, octets: &[u8]) -> String {
+    match database {
+        DatabaseLocation::Sqlite(_) => format!("x'{}'", hex::encode(octets)),
+        DatabaseLocation::Postgres(_) => format!("'\\x{}'::bytea", hex::encode(octets)),
     }
 }
 

@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::future::Future;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -44,6 +45,19 @@ macro_rules! each_module {
     };
 }
 
+/// Runs a test on hsm-sim alone, and says why: `hsm_sim_only! { "reason", async fn name(bench: Bench) { … } }`.
+#[macro_export]
+macro_rules! hsm_sim_only {
+    ($($reason:literal, async fn $name:ident($bench:ident: Bench) $body:block)*) => {
+        $(
+            #[test]
+            fn $name() {
+                $crate::common::run_on_hsm_sim(stringify!($name), $reason, |$bench| async move $body);
+            }
+        )*
+    };
+}
+
 /// Which module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -70,6 +84,27 @@ where
     F: FnOnce(Bench) -> T,
     T: Future<Output = ()>,
 {
+    run_on(&[Kind::SoftHsm, Kind::HsmSim], name, body);
+}
+
+pub fn run_on_hsm_sim<F, T>(name: &str, reason: &str, body: F)
+where
+    F: FnOnce(Bench) -> T,
+    T: Future<Output = ()>,
+{
+    if std::env::var_os(CHILD).is_none() {
+        // Past the test runner, which keeps what passing tests print to itself.
+        let said = format!("{name}: on hsm-sim only, not on SoftHSM2: {reason}\n");
+        std::io::stderr().write_all(said.as_bytes()).unwrap();
+    }
+    run_on(&[Kind::HsmSim], name, body);
+}
+
+fn run_on<F, T>(kinds: &[Kind], name: &str, body: F)
+where
+    F: FnOnce(Bench) -> T,
+    T: Future<Output = ()>,
+{
     if let Ok(kind) = std::env::var(CHILD) {
         let kind = if kind == "SoftHsm" { Kind::SoftHsm } else { Kind::HsmSim };
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
@@ -81,7 +116,7 @@ where
         });
         return;
     }
-    for kind in [Kind::SoftHsm, Kind::HsmSim] {
+    for kind in kinds.iter().copied() {
         if std::env::var("KMS_HSM_TEST_ONLY").is_ok_and(|only| only != format!("{kind:?}")) {
             continue;
         }

@@ -1,7 +1,7 @@
 use std::collections::BTreeSet;
 
 use kms_domain::RequestId;
-use kms_proto::v1::{ScrubFinding, ScrubResponse, audit_record::Event};
+use kms_proto::v1::{self, ScrubFinding, ScrubResponse, audit_record::Event};
 use kms_store::{AuditFilter, Changes, Committed, Decision, MeterPut, ReadSet, Reads, RowKind, SealedPut, SealedRow};
 use prost::Message as _;
 
@@ -12,7 +12,7 @@ use crate::{
         audit_log::{AuditLog, LogQuery},
         meter::{Assignment, MeterService, Request, Selection},
     },
-    testing::{Forged, TestIsland, island_tests, meter, sample},
+    testing::{Forged, TestIsland, database, island_tests, meter, sample},
 };
 
 impl TestIsland {
@@ -39,31 +39,26 @@ impl TestIsland {
     async fn forge(&self, number: u64, row: SealedRow) {
         let present = self.row(number).await;
         // The store itself only writes the next generation, so an attacker's statement is played by SQL of its own.
-        let path = std::path::PathBuf::from(std::env::var("KMS_SERVER_TEST_FOLDER").unwrap()).join("island.db");
-        sql(
-            &path,
-            &format!(
-                "UPDATE meter SET generation = {}, seal = x'{}', body = x'{}' WHERE title = {} AND generation = {}",
-                row.generation,
-                hex::encode(row.seal),
-                hex::encode(&row.body),
-                meter(number).as_i64(),
-                present.generation
-            ),
+        let statement = format!(
+            "UPDATE meter SET generation = {}, seal = {}, body = {} WHERE title = {} AND generation = {}",
+            row.generation,
+            octets(&row.seal),
+            octets(&row.body),
+            meter(number).as_i64(),
+            present.generation
         );
+        self.sql(&statement).await;
     }
 
-    fn sql(&self, statement: &str) {
-        let path = std::path::PathBuf::from(std::env::var("KMS_SERVER_TEST_FOLDER").unwrap()).join("island.db");
-        sql(&path, statement);
+    /// Runs a statement beside the server; it meets a row.
+    async fn sql(&self, statement: &str) {
+        assert!(kms_store::testing::execute(&database().database, statement).await.unwrap() > 0, "{statement}");
     }
 }
 
-/// Runs a statement by Python's SQLite, beside the server.
-fn sql(path: &std::path::Path, statement: &str) {
-    let script = "import sqlite3, sys\nc = sqlite3.connect(sys.argv[1], timeout=20)\nn = c.execute(sys.argv[2]).rowcount\nc.commit()\nassert n > 0, n\n";
-    let output = std::process::Command::new("python3").args(["-c", script, path.to_str().unwrap(), statement]).output().unwrap();
-    assert!(output.status.success(), "{statement}: {}", String::from_utf8_lossy(&output.stderr));
+/// Octets in SQL.
+fn octets(octets: &[u8]) -> String {
+    kms_store::testing::octets(&database().database, octets)
 }
 
 fn named(report: &ScrubReport) -> BTreeSet<(u32, String, String)> {
@@ -96,7 +91,7 @@ island_tests! {
         let mut edited = island.row(7).await;
         *edited.body.last_mut().unwrap() ^= 1;
         island.forge(7, edited).await;
-        island.sql(&format!("DELETE FROM meter WHERE title = {}", meter(8).as_i64()));
+        island.sql(&format!("DELETE FROM meter WHERE title = {}", meter(8).as_i64())).await;
         let mut jumped = island.row(9).await;
         jumped.generation += 5;
         island.forge(9, jumped).await;
@@ -118,7 +113,7 @@ island_tests! {
         let (file, signature) = island.sample(&sample("generic-suite0", 1)).await;
         let sha256 = island.upload(&file, &signature).await;
         island.import(sha256, Some(&island.head_end)).await;
-        island.sql(&format!("DELETE FROM fingerprint WHERE owner = {} AND key_type = 2", meter(1).as_i64()));
+        island.sql(&format!("DELETE FROM fingerprint WHERE owner = {} AND key_type = 2", meter(1).as_i64())).await;
         let mut again = Forged::of(&file);
         again.device(1, |line| line.replace("\"batch\":\"B-", "\"batch\":\"D-"));
         again.device(2, |line| line.replace(&meter(1).to_string(), &meter(201).to_string()));
@@ -133,11 +128,11 @@ island_tests! {
         assert_eq!(island.scrubbed().await.findings, []);
         let owner = |number: u64| meter(number).as_i64();
         // An entry that is gone: an equal key would not be found when it is imported.
-        island.sql(&format!("DELETE FROM fingerprint WHERE owner = {} AND key_type = 2", owner(2)));
+        island.sql(&format!("DELETE FROM fingerprint WHERE owner = {} AND key_type = 2", owner(2))).await;
         assert_eq!(named(&island.scrubbed().await), expected(&[(2, "fingerprint-missing")]));
         // One that points to a key of another value, and one to a meter that nobody knows.
-        island.sql(&format!("UPDATE fingerprint SET prefix = prefix + 1 WHERE owner = {} AND key_type = 2", owner(3)));
-        island.sql(&format!("UPDATE fingerprint SET owner = {} WHERE owner = {} AND key_type = 2", owner(77), owner(4)));
+        island.sql(&format!("UPDATE fingerprint SET prefix = prefix + 1 WHERE owner = {} AND key_type = 2", owner(3))).await;
+        island.sql(&format!("UPDATE fingerprint SET owner = {} WHERE owner = {} AND key_type = 2", owner(77), owner(4))).await;
         let found = [(2, "fingerprint-missing"), (3, "fingerprint-missing"), (3, "fingerprint-stray"), (4, "fingerprint-missing"), (77, "fingerprint-stray")];
         assert_eq!(named(&island.scrubbed().await), expected(&found));
     }
@@ -160,7 +155,7 @@ island_tests! {
         let put = SealedPut { kind: RowKind::Group, id: 9_u64.to_be_bytes().to_vec(), row: SealedRow { generation: 1, seal, body } };
         let mut decide = |_: &ReadSet| Decision::Commit(Box::new(Changes { sealed: vec![put.clone()], ..Changes::default() }));
         island.island.store.transact(Reads::default(), &mut decide).await.unwrap();
-        island.sql(&format!("DELETE FROM sealed WHERE kind = 4 AND id = x'{}'", hex::encode(island.other_head_end.principal.to_string())));
+        island.sql(&format!("DELETE FROM sealed WHERE kind = 4 AND id = {}", octets(island.other_head_end.principal.to_string().as_bytes()))).await;
         let found = named(&island.scrubbed().await);
         let other = [
             (1, title.to_string(), "unrecorded".to_owned()),
@@ -183,18 +178,18 @@ island_tests! {
         let mut changed = records[0].record.clone();
         let at = changed.len() - 3;
         changed[at] ^= 1;
-        let writer = format!("(SELECT number FROM server WHERE writer = x'{}')", hex::encode(tail.writer.octets()));
-        let put = |record: &[u8]| format!("UPDATE audit SET record = x'{}' WHERE sequence = 2 AND writer = {writer}", hex::encode(record));
-        island.sql(&put(&changed));
+        let writer = format!("(SELECT number FROM server WHERE writer = {})", octets(&tail.writer.octets()));
+        let put = |record: &[u8]| format!("UPDATE audit SET record = {} WHERE sequence = 2 AND writer = {writer}", octets(record));
+        island.sql(&put(&changed)).await;
         let of_chain = |report: &ScrubReport| report.findings.iter().filter(|finding| finding.kind == 0).map(|finding| (finding.finding.clone(), finding.detail.clone())).collect::<Vec<_>>();
         let found = of_chain(&Scrubber::new(island.island.clone()).scrub(|_| true).await.unwrap());
         assert!(matches!(&found[..], [(kind, detail)] if kind == "broken-chain" && detail.contains("record 2")), "{found:?}");
-        island.sql(&put(&records[0].record));
+        island.sql(&put(&records[0].record)).await;
         // The chain goes on with the findings above, and fits again.
         assert!(of_chain(&Scrubber::new(island.island.clone()).scrub(|_| true).await.unwrap()).is_empty());
 
         // A gap: a record is gone, and with it what it said of its rows.
-        island.sql(&format!("DELETE FROM audit WHERE sequence = 4 AND writer = {writer}"));
+        island.sql(&format!("DELETE FROM audit WHERE sequence = 4 AND writer = {writer}")).await;
         let found = of_chain(&Scrubber::new(island.island.clone()).scrub(|_| true).await.unwrap());
         assert!(matches!(&found[..], [(kind, detail)] if kind == "broken-chain" && detail.contains("missing")), "{found:?}");
     }
@@ -210,10 +205,41 @@ island_tests! {
         let request = Request { id: RequestId::from_octets(&[8; 16]).unwrap(), digest: [8; 32] };
         service.assign(&officer, request, Assignment { selection: Selection::Meters(vec![meter(1)]), head_end: None, dry_run: false }).await.unwrap();
         assert_eq!(Scrubber::new(next.clone()).scrub(|_| true).await.unwrap().findings, []);
-        island.sql(&format!("DELETE FROM audit WHERE sequence = {last} AND writer = (SELECT number FROM server WHERE writer = x'{}')", hex::encode(writer.octets())));
+        island.sql(&format!("DELETE FROM audit WHERE sequence = {last} AND writer = (SELECT number FROM server WHERE writer = {})", octets(&writer.octets()))).await;
         let report = Scrubber::new(next).scrub(|_| true).await.unwrap();
         let cut = report.findings.iter().find(|finding| finding.kind == 0).unwrap();
         assert!(cut.detail.contains("cut off") && cut.id.as_ref() == writer.octets(), "{cut:?}");
+    }
+
+    /// A server that died is not started again: another one, under another name, closes its chain when it was silent for long enough.
+    async fn a_successor_closes_the_chain_of_a_dead_server(island) {
+        island.deliver(&sample("generic-suite0", 3)).await;
+        let store = island.island.store.clone();
+        let tail = store.audit_tails().await.unwrap().remove(0);
+        let silent_ms = async || store.servers().await.unwrap().iter().find(|server| server.writer == tail.writer).unwrap().silent_ms;
+        let closed_by = async |server: std::sync::Arc<crate::island::Island>, number: u8, head_end| {
+            let selection = Selection::Meters(vec![meter(1)]);
+            let request = Request { id: RequestId::from_octets(&[number; 16]).unwrap(), digest: [number; 32] };
+            MeterService::new(server).assign(&island.officer, request, Assignment { selection, head_end, dry_run: false }).await.unwrap();
+            let opened = store.audit_page(&AuditFilter { kind: Some(16), ..AuditFilter::default() }, None, 1_000).await.unwrap();
+            let opened = opened.iter().map(|row| v1::AuditRecord::decode(row.record.record.as_slice()).unwrap().event);
+            opened.filter_map(|event| match event { Some(Event::WriterOpened(opened)) => Some(opened.closed), _ => None }).next_back().unwrap()
+        };
+        // As long as it may be alive, its chain is its own.
+        assert_eq!(closed_by(island.another_server().await, 80, None).await, []);
+        while silent_ms().await < 50 {
+            tokio::task::yield_now().await;
+        }
+        let successor = island.another_server_after(std::time::Duration::from_millis(50)).await;
+        let closed = closed_by(successor.clone(), 81, Some(island.head_end.principal.clone())).await;
+        let of_dead = closed.iter().find(|chain| chain.writer == tail.writer.octets().as_slice()).unwrap();
+        assert_eq!((of_dead.last_sequence, of_dead.chain.as_ref()), (tail.sequence, tail.chain.as_slice()));
+        assert_eq!(Scrubber::new(successor.clone()).scrub(|_| true).await.unwrap().findings, []);
+        // From now on nobody can shorten it.
+        let server = format!("(SELECT number FROM server WHERE writer = {})", octets(&tail.writer.octets()));
+        island.sql(&format!("DELETE FROM audit WHERE sequence = {} AND writer = {server}", tail.sequence)).await;
+        let report = Scrubber::new(successor).scrub(|_| true).await.unwrap();
+        assert!(report.findings.iter().any(|finding| finding.kind == 0 && finding.detail.contains("cut off")), "{:?}", report.findings);
     }
 
     async fn it_scrubs_while_others_write_and_tells_how_far_it_is(island) {

@@ -12,7 +12,7 @@ use crate::{
     audit::{Actor, CounterOf},
     error::ServiceError,
     island::Island,
-    testing::{self, Forged, ModuleKind, TestIsland, client_title, import, island_tests, meter, sample, sha256, sign},
+    testing::{self, Forged, TestIsland, client_title, database, import, island_tests, meter, sample, sha256, sign},
 };
 
 impl TestIsland {
@@ -53,57 +53,47 @@ fn lines(response: &ImportShipmentResponse) -> Vec<(u64, &str)> {
     response.refused_lines.iter().map(|refused| (refused.line, refused.field.as_str())).collect()
 }
 
-#[test]
-fn a_shipment_is_imported_and_again_nothing_changes() {
-    testing::run(
-        concat!(module_path!(), "::a_shipment_is_imported_and_again_nothing_changes"),
-        &[ModuleKind::HsmSim, ModuleKind::SoftHsm],
-        |island| async move {
-            let mut sample = sample("generic-suite0", 150);
-            // SoftHSM opens OAEP with SHA-1 only.
-            let offered = ShipmentService::new(island.island.clone()).transport_key(&island.officer).await.unwrap().oaep_hashes;
-            sample.oaep_hash = OaepHash::parse(&offered[0]).unwrap();
-            sample.groups = vec!["north".to_owned(), "a-group".to_owned()];
-            let first = island.deliver(&sample).await;
-            let shipment = first.shipment.clone().unwrap();
-            assert_eq!(
-                (shipment.state.as_str(), shipment.devices, shipment.imported, shipment.refused, shipment.duplicates),
-                ("imported", 150, 150, 0, 0),
-                "{first:?}"
-            );
-            assert!(first.refused_lines.is_empty() && first.duplicate_keys.is_empty());
-
-            let meter = island.stored(meter(7)).await;
-            assert_eq!(
-                (meter.class.status, meter.class.head_end.as_ref(), meter.class.groups.len()),
-                (MeterStatus::InService, Some(&island.head_end.principal), 2)
-            );
-            assert_eq!(meter.slots.iter().map(|slot| slot.key_type()).collect::<Vec<_>>(), [KeyType::KEK, KeyType::GUEK, KeyType::GBEK, KeyType::GAK]);
-            for slot in meter.slots.iter() {
-                let version = slot.active().unwrap();
-                assert_eq!((version.state(), version.origin(), version.candidate()), (KeyState::Active, KeyOrigin::Imported, true));
-                assert!(matches!(version.exposures(), [Exposure { party: Party::Vendor, reason: ExposureReason::Shipment, .. }]));
-            }
-            // The octets are gone, and the record of each batch names every row (I2, I5).
-            let upload = super::upload_id(&shipment.file_sha256.as_ref().try_into().unwrap(), 0);
-            assert_eq!(island.island.store.shipment_chunk(upload, 0).await.unwrap(), None);
-            let recorded: usize = island
-                .records()
-                .await
-                .iter()
-                .filter(|record| matches!(record.event, Some(Event::ShipmentImported(_))))
-                .map(|record| record.row_writes.len())
-                .sum();
-            assert_eq!(recorded, 150);
-
-            // Calling again repeats the result.
-            let sha256 = shipment.file_sha256.as_ref().try_into().unwrap();
-            assert_eq!(island.import(sha256, Some(&island.head_end)).await.shipment, Some(shipment));
-        },
-    );
-}
-
 island_tests! {
+    async fn a_shipment_is_imported_and_again_nothing_changes(island) {
+        let mut sample = sample("generic-suite0", 150);
+        sample.groups = vec!["north".to_owned(), "a-group".to_owned()];
+        let first = island.deliver(&sample).await;
+        let shipment = first.shipment.clone().unwrap();
+        assert_eq!(
+            (shipment.state.as_str(), shipment.devices, shipment.imported, shipment.refused, shipment.duplicates),
+            ("imported", 150, 150, 0, 0),
+            "{first:?}"
+        );
+        assert!(first.refused_lines.is_empty() && first.duplicate_keys.is_empty());
+
+        let meter = island.stored(meter(7)).await;
+        assert_eq!(
+            (meter.class.status, meter.class.head_end.as_ref(), meter.class.groups.len()),
+            (MeterStatus::InService, Some(&island.head_end.principal), 2)
+        );
+        assert_eq!(meter.slots.iter().map(|slot| slot.key_type()).collect::<Vec<_>>(), [KeyType::KEK, KeyType::GUEK, KeyType::GBEK, KeyType::GAK]);
+        for slot in meter.slots.iter() {
+            let version = slot.active().unwrap();
+            assert_eq!((version.state(), version.origin(), version.candidate()), (KeyState::Active, KeyOrigin::Imported, true));
+            assert!(matches!(version.exposures(), [Exposure { party: Party::Vendor, reason: ExposureReason::Shipment, .. }]));
+        }
+        // The octets are gone, and the record of each batch names every row (I2, I5).
+        let upload = super::upload_id(&shipment.file_sha256.as_ref().try_into().unwrap(), 0);
+        assert_eq!(island.island.store.shipment_chunk(upload, 0).await.unwrap(), None);
+        let recorded: usize = island
+            .records()
+            .await
+            .iter()
+            .filter(|record| matches!(record.event, Some(Event::ShipmentImported(_))))
+            .map(|record| record.row_writes.len())
+            .sum();
+        assert_eq!(recorded, 150);
+
+        // Calling again repeats the result.
+        let sha256 = shipment.file_sha256.as_ref().try_into().unwrap();
+        assert_eq!(island.import(sha256, Some(&island.head_end)).await.shipment, Some(shipment));
+    }
+
     async fn an_identical_device_in_another_file_is_unchanged(island) {
         let (file, _) = island.sample(&sample("generic-suite0", 40)).await;
         assert_eq!(island.deliver_file(&file).await.shipment.unwrap().imported, 40);
@@ -122,6 +112,7 @@ island_tests! {
         let header = |from: &str, to: &str| Forged::of(&file).device(1, |line| line.replace(from, to)).file();
         let other_transport = hex::encode_upper(sha256(&island.island.hsm.transport_key_spki(kms_hsm::RootVersion::FIRST).await.unwrap()));
         let stranger = VendorKey::generate().unwrap();
+        let other_hash = if island.module.oaep_hash() == OaepHash::Sha256 { OaepHash::Sha1 } else { OaepHash::Sha256 };
         let signed = |file: Vec<u8>| { let signature = island.signed(&file); (file, signature) };
         type Signed = (Vec<u8>, Vec<u8>);
         let cases: Vec<(&str, Signed)> = vec![
@@ -138,7 +129,7 @@ island_tests! {
             ("not the manufacturer", signed(header("\"KAM\"", "\"LAM\""))),
             ("device_profile", signed(header("generic-suite0", "unheard-of"))),
             ("transport_key", signed(header(&other_transport, &"AB".repeat(32)))),
-            ("oaep_hash", signed(header("\"SHA-256\"", "\"SHA-1\""))),
+            ("oaep_hash", signed(header(&format!("\"{}\"", island.module.oaep_hash().name()), &format!("\"{}\"", other_hash.name())))),
             ("batch_key", signed(header("\"batch_key\":\"", "\"batch_key\":\"AAAA"))),
             ("line 1: line", signed(header("\"format\"", "\"formats\""))),
             ("line 1: format", signed(header("shipment/1", "shipment/2"))),
@@ -340,6 +331,51 @@ island_tests! {
         }
     }
 
+    async fn a_counter_domain_that_somebody_deleted_is_not_begun_anew(island) {
+        let (file, _) = island.sample(&sample("generic-suite0", 3)).await;
+        let mut forged = Forged::of(&file);
+        let guek = |line: &[u8]| {
+            let text = String::from_utf8(line.to_vec()).unwrap();
+            let at = text.find("\"type\":\"GUEK\"").unwrap();
+            let begin = at + text[at..].find("\"wrapped\":\"").unwrap() + 11;
+            (begin, text[begin..begin + 48].to_owned())
+        };
+        let value = guek(&forged.lines[1]).1;
+        forged.device(3, |line| { let (begin, _) = guek(line.as_bytes()); format!("{}{value}{}", &line[..begin], &line[begin + 48..]) });
+        assert_eq!(island.deliver_file(&forged.file()).await.shipment.unwrap().duplicates, 1);
+        island.lease(meter(1)).await.unwrap();
+        let before = island.lease(meter(2)).await.unwrap();
+
+        // I4, I5: without the row nobody knows what was given out, so nothing more is.
+        let statement = format!("DELETE FROM sealed WHERE kind = {}", kms_store::RowKind::CounterDomain.number());
+        assert_eq!(kms_store::testing::execute(&database().database, &statement).await.unwrap(), 1);
+        let never_saw_it = [island.another_server().await, std::sync::Arc::new(island.restarted().await)];
+        for number in [1, 2] {
+            island.lease(meter(number)).await.unwrap_err();
+            for server in &never_saw_it {
+                let refused = lease(server, meter(number)).await.unwrap_err();
+                assert!(refused.to_string().contains("is missing (I5)"), "{refused}");
+            }
+        }
+        assert!(lease(&never_saw_it[0], meter(3)).await.is_ok(), "a meter with a key of its own goes on");
+
+        // Neither does a shipment that brings the value once more make a new one, which would begin below.
+        let third = String::from_utf8(forged.lines[1].clone()).unwrap().replace(&meter(1).to_string(), &meter(101).to_string());
+        let mut next = Forged { lines: vec![forged.lines[0].clone(), third.into_bytes(), Vec::new()] };
+        next.device(1, |line| line.replace("\"batch\":\"B-", "\"batch\":\"D-"));
+        let file = next.file();
+        let sha256 = island.upload(&file, &island.signed(&file)).await;
+        let mut run = ShipmentService::new(never_saw_it[0].clone()).import(&island.officer, &sha256, None).await.unwrap();
+        let stopped = run.next().await.unwrap().unwrap_err();
+        assert!(matches!(&stopped, ServiceError::FailedPrecondition { reason, .. } if reason.contains("whose row is missing")), "{stopped}");
+        assert_eq!(island.meters().await, 3);
+        assert!(lease(&never_saw_it[1], meter(2)).await.is_err(), "{before:?} could be given out again");
+
+        // The scrubber tells which row it is.
+        let findings = crate::service::scrub::Scrubber::new(island.island.clone()).scrub(|_| true).await.unwrap().findings;
+        assert!(findings.iter().any(|finding| finding.kind == 5 && finding.finding == "deleted"), "{findings:?}");
+    }
+
     async fn a_title_that_a_head_end_counts_gets_no_lease(island) {
         let owner = PrincipalId::parse("urn:meterkms:north:head-end:hes-2").unwrap();
         let mut owned = sample("generic-suite0", 2);
@@ -396,14 +432,13 @@ island_tests! {
         let nobody = Some(PrincipalId::parse("urn:meterkms:north:head-end:nobody").unwrap());
         assert!(matches!(service.import(&island.officer, &start.file_sha256, nobody).await, Err(ServiceError::InvalidArgument { field, .. }) if field == "head_end"));
         assert_eq!(island.import(start.file_sha256, Some(&island.other_head_end)).await.shipment.unwrap().imported, 2);
-        assert_eq!(service.transport_key(&island.officer).await.unwrap().oaep_hashes, ["SHA-256"]);
+        assert_eq!(service.transport_key(&island.officer).await.unwrap().oaep_hashes, [island.module.oaep_hash().name()]);
     }
 
     async fn suites_and_profiles_of_all_kinds(island) {
         for (number, (name, text)) in (1..).zip(DeviceProfile::SHIPPED) {
             let mut shipment = sample(name, 3);
             shipment.first_number = number * 1_000;
-            shipment.oaep_hash = OaepHash::Sha256;
             let response = island.deliver(&shipment).await;
             assert_eq!(response.shipment.as_ref().unwrap().imported, 3, "{name}: {response:?}");
             let profile = DeviceProfile::parse(text).unwrap();

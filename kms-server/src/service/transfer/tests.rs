@@ -17,7 +17,7 @@ use super::{NextStep, Order, Report, ReportedAnswer, SendingKind, StepAnswer, Tr
 use crate::{
     authz::{Caller, Quotas},
     error::ServiceError,
-    testing::{ModuleKind, TestIsland, client_title, island_tests, meter, sample},
+    testing::{TestIsland, client_title, island_tests, meter, sample},
 };
 
 /// An island with simulated meters, set up with the keys that their vendor shipped.
@@ -193,10 +193,8 @@ fn permit_master_keys(island: &TestIsland) {
     island.island.policy.store(std::sync::Arc::new(crate::authz::Policy::from_files(files, (Quotas::FILE.into(), Quotas::SHIPPED.to_owned())).unwrap()));
 }
 
-#[test]
-fn every_key_of_a_meter_is_rotated_and_proven() {
-    let name = concat!(module_path!(), "::every_key_of_a_meter_is_rotated_and_proven");
-    crate::testing::run(name, &[ModuleKind::HsmSim, ModuleKind::SoftHsm], |island| async move {
+island_tests! {
+    async fn every_key_of_a_meter_is_rotated_and_proven(island) {
         permit_master_keys(&island);
         let field = Field::new(island, "generic-suite0", 1).await;
         for (round, key_type) in [KeyType::GUEK, KeyType::GAK, KeyType::KEK, KeyType::GUEK].into_iter().enumerate() {
@@ -217,10 +215,8 @@ fn every_key_of_a_meter_is_rotated_and_proven() {
                 .any(|exposure| exposure.reason == kms_domain::ExposureReason::TransferUnderExposedKek)
         );
         field.assert_no_nonce_twice();
-    });
-}
+    }
 
-island_tests! {
     async fn a_suite_2_meter_gets_keys_of_32_octets(island) {
         let field = Field::new(island, "generic-suite2", 1).await;
         assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
@@ -335,14 +331,20 @@ island_tests! {
         let genuine = connection.exchange(&sent.apdu).unwrap();
         let mut cut = genuine.clone();
         cut.truncate(genuine.len() - 1);
-        let step = field.report(&field.island.head_end, title, id, at, ReportedAnswer::Apdu(cut)).await;
+        let step = field.report(&field.island.head_end, title, id, at, ReportedAnswer::Apdu(genuine)).await;
         let (_, second) = step.transfer.unwrap();
         assert_eq!(second, at + 1);
-        // The report of the first step comes again: nothing moves.
+        // A report of the first step comes again, another one: nothing moves.
         let before = field.row(0).await;
-        let step = field.report(&field.island.head_end, title, id, at, ReportedAnswer::Apdu(genuine)).await;
+        let step = field.report(&field.island.head_end, title, id, at, ReportedAnswer::Apdu(cut.clone())).await;
         assert_eq!(step.transfer, Some((id, second)));
         assert_eq!(field.row(0).await, before);
+        // What is cut proves nothing; the meter has only one pair of keys to try, so nothing was shown, and nothing has left.
+        let step = field.report(&field.island.head_end, title, id, second, ReportedAnswer::Apdu(cut)).await;
+        assert!(matches!(step.next, Ok(NextStep::End { outcome: Outcome::InDoubt, .. })));
+        let row = field.row(0).await;
+        let slot = row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap();
+        assert!(!slot.in_doubt() && slot.active().unwrap().number().number() == 1);
     }
 
     async fn a_head_end_with_keys_of_its_own_delivers_and_the_hsm_proves(island) {

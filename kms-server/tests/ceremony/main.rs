@@ -1,5 +1,8 @@
-//! A ceremony from its file to a server that serves: on SoftHSM a development island, on hsm-sim a production island.
+//! A ceremony from its file to a server that serves: on SoftHSM2 a development island, on hsm-sim a production island, on the database that
+//! `KMS_TEST_DATABASE` names (`sqlite`, `postgresql`). Both modules are tried, whatever `KMS_TEST_MODULE` says: the two kinds of island differ.
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests fail by panicking")]
+
+mod copies;
 
 use std::fs;
 use std::io;
@@ -18,8 +21,8 @@ use kms_proto::v1::principal_service_client::PrincipalServiceClient;
 use kms_server::config::Config;
 use kms_server::server::{Server, ServerError};
 use kms_server::service::escrow::{EscrowDocument, EscrowError};
-use kms_server::service::init::{CeremonyPlan, InitError};
-use kms_store::RowKind;
+use kms_server::service::init::{CeremonyPlan, InitError, Storage};
+use kms_store::{RowKind, testing::TestDatabase};
 use rcgen::{CertificateParams, KeyPair, PKCS_RSA_SHA256, PublicKeyData, RsaKeySize};
 use rustls::RootCertStore;
 use rustls_pki_types::pem::PemObject;
@@ -32,35 +35,32 @@ use zeroize::Zeroizing;
 
 #[test]
 fn an_island_on_softhsm() {
-    on_module("an_island_on_softhsm", "development", softhsm());
+    on_module("an_island_on_softhsm", async |folder| story(folder, "development", &softhsm()).await);
 }
 
 #[test]
 fn an_island_on_hsm_sim() {
-    // Cargo builds the cdylib of a dependency beside the test executable.
-    let module = std::env::var_os("HSM_SIM_MODULE").map_or_else(|| std::env::current_exe().unwrap().with_file_name("libhsm_sim.so"), PathBuf::from);
-    assert!(module.exists(), "`{}` is missing: build with `cargo test -p kms-server`, or set HSM_SIM_MODULE", module.display());
-    on_module("an_island_on_hsm_sim", "production", module);
+    on_module("an_island_on_hsm_sim", async |folder| story(folder, "production", &hsm_sim()).await);
 }
 
-/// Modules read their settings from the environment once: each runs in a child process.
-fn on_module(test: &str, kind: &str, module: PathBuf) {
+/// Modules read their settings from the environment once: each test runs in a child process.
+fn on_module(test: &str, body: impl AsyncFnOnce(&Path)) {
     if let Some(folder) = std::env::var_os(CHILD) {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-        return runtime.block_on(story(Path::new(&folder), kind, &module));
+        return runtime.block_on(body(Path::new(&folder)));
     }
     let folder = tempfile::tempdir().unwrap();
     let tokens = folder.path().join("tokens");
     fs::create_dir(&tokens).unwrap();
     fs::write(folder.path().join("softhsm2.conf"), format!("directories.tokendir = {}\nlog.level = ERROR\n", tokens.display())).unwrap();
     fs::write(folder.path().join("hsm-sim.conf"), "directory = tokens\nargon2_memory_kib = 64\nargon2_passes = 1\n").unwrap();
-    let output = Command::new(std::env::current_exe().unwrap())
-        .args([test, "--exact", "--nocapture"])
-        .env(CHILD, folder.path())
-        .env("SOFTHSM2_CONF", folder.path().join("softhsm2.conf"))
-        .env("HSM_SIM_CONF", folder.path().join("hsm-sim.conf"))
-        .output()
-        .unwrap();
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args([test, "--exact", "--nocapture"]).env(CHILD, folder.path());
+    command.env("SOFTHSM2_CONF", folder.path().join("softhsm2.conf")).env("HSM_SIM_CONF", folder.path().join("hsm-sim.conf"));
+    if let Some(address) = TestDatabase::of_environment().create().unwrap() {
+        command.env(POSTGRES, address);
+    }
+    let output = command.output().unwrap();
     assert!(output.status.success(), "{}\n{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
 }
 
@@ -71,11 +71,13 @@ async fn story(folder: &Path, kind: &str, module: &Path) {
     let state = folder.join("state");
 
     // A database that cannot be opened: the ceremony stops after the roots are locked, and goes on when it is run again.
-    let database = state.join("island.db");
-    fs::create_dir_all(&database).unwrap();
+    let blocked = state.join("island.db");
+    fs::create_dir_all(&blocked).unwrap();
     let plan = || CeremonyPlan::read(&file, &state).unwrap();
-    assert!(plan().hold(&state).await.is_err());
-    fs::remove_dir(&database).unwrap();
+    let mut first = plan();
+    first.storage = Storage::sqlite(blocked.clone());
+    assert!(first.hold(&state).await.is_err());
+    fs::remove_dir(&blocked).unwrap();
     let escrow_before = fs::read(state.join("escrow.json")).unwrap();
     let held = plan().hold(&state).await.unwrap();
     assert_eq!(fs::read(state.join("escrow.json")).unwrap(), escrow_before, "the escrow of the first run is kept");
@@ -263,6 +265,8 @@ impl People {
     }
 
     fn ceremony_file(&self, kind: &str, module: &Path) -> String {
+        // With SQLite, `island.db` in the state folder is what a ceremony takes without being told.
+        let storage = std::env::var(POSTGRES).map(|address| format!("[storage.postgres]\nurl = \"{address}\"\n")).unwrap_or_default();
         format!(
             r#"
 island = "north"
@@ -298,7 +302,8 @@ certificate_request = "ada.csr"
 name = "bo"
 person = "Bo Larsson"
 certificate_request = "bo.csr"
-"#,
+
+{storage}"#,
             module = module.display()
         )
     }
@@ -345,6 +350,13 @@ fn config(path: &Path) -> Config {
     config
 }
 
+fn hsm_sim() -> PathBuf {
+    // Cargo builds the cdylib of a dependency beside the test executable.
+    let module = std::env::var_os("HSM_SIM_MODULE").map_or_else(|| std::env::current_exe().unwrap().with_file_name("libhsm_sim.so"), PathBuf::from);
+    assert!(module.exists(), "`{}` is missing: build with `cargo test -p kms-server`, or set HSM_SIM_MODULE", module.display());
+    module
+}
+
 fn softhsm() -> PathBuf {
     let module = PathBuf::from("/usr/lib/softhsm/libsofthsm2.so");
     assert!(module.exists(), "SoftHSM is not installed: run `apt-get install softhsm2`");
@@ -352,3 +364,4 @@ fn softhsm() -> PathBuf {
 }
 
 const CHILD: &str = "KMS_SERVER_TEST_FOLDER";
+const POSTGRES: &str = "KMS_SERVER_TEST_POSTGRES";
