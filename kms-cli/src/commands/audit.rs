@@ -159,13 +159,6 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
             many => ("transfers", plural(many.len() as u64, "step")),
         },
         Event::SecurityEvent(event) => ("security event", format!("{}: {}", event.kind, event.detail)),
-        Event::TransfersAdvanced(event) => match event.advances.as_slice() {
-            [one] => {
-                let key = if one.key_type.is_empty() { String::new() } else { format!(", {} {}", one.key_type, one.key_version) };
-                ("transfer", format!("{:016X}: {}{key}", one.meter, one.event))
-            }
-            many => ("transfers", plural(many.len() as u64, "step")),
-        },
         Event::CampaignCreated(event) => {
             ("campaign made", format!("{} ({}): {} for {}", event.name, output::uuid(&event.campaign_id), event.action, plural(event.meters, "meter")))
         }
