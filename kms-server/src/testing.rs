@@ -248,6 +248,7 @@ impl TestIsland {
 
     /// Sends and imports a sample for the head-end; its devices with their keys in plaintext too, one a line.
     pub(crate) async fn deliver_with_devices(&self, sample: &SampleShipment) -> (v1::ImportShipmentResponse, Vec<u8>) {
+        let sample = SampleShipment { oaep_hash: self.module.oaep_hash(), ..sample.clone() };
         let spki = self.island.hsm.transport_key_spki(RootVersion::FIRST).await.unwrap();
         let (mut file, mut devices) = (Vec::new(), Vec::new());
         let key = VendorTransportKey::from_der(&spki).unwrap();
@@ -258,6 +259,16 @@ impl TestIsland {
 
     /// Counters of the head-end's client title from `floor` on are this system's.
     pub(crate) async fn take_counters_over(&self, meter: SystemTitle, floor: u64) {
+        self.change_counters(meter, move |counters| counters.take_over(kms_domain::CounterKey::ClientTitle(client_title()), floor)).await;
+    }
+
+    /// The head-end counts its client title by itself.
+    pub(crate) async fn leave_counters(&self, meter: SystemTitle) {
+        let head_end = self.head_end.principal.clone();
+        self.change_counters(meter, move |counters| counters.leave_to(kms_domain::CounterKey::ClientTitle(client_title()), head_end.clone())).await;
+    }
+
+    async fn change_counters(&self, meter: SystemTitle, change: impl Fn(&mut kms_domain::Counters) + Send + 'static) {
         let reads = Reads { meters: vec![meter], ..Reads::default() };
         self.island
             .committer
@@ -265,8 +276,7 @@ impl TestIsland {
                 view.append(Event::KeysGranted(v1::KeysGranted::default()));
                 let mut row = (*view.meter(meter)?.unwrap()).clone();
                 let slot = row.slots.get_mut(kms_domain::SecuritySetupId::DEFAULT, kms_domain::KeyType::GUEK).unwrap();
-                let counters = slot.version_mut(kms_domain::KeyVersionNumber::FIRST).unwrap().counters_mut().unwrap();
-                counters.take_over(kms_domain::CounterKey::ClientTitle(client_title()), floor);
+                change(slot.version_mut(kms_domain::KeyVersionNumber::FIRST).unwrap().counters_mut().unwrap());
                 view.put_meter(row, false)
             })
             .await

@@ -45,8 +45,8 @@ pub struct Transfer {
     pub tried: u32,
     /// The invocation counters of the step's request, in order of use. The same step is sent again with the same octets only (I4).
     pub counters: Vec<u32>,
-    /// How often the meter's counter was followed in this transfer.
-    pub counter_retries: u32,
+    /// How often an association was begun again under the same keys: the meter's counter was followed, or its challenge was unfit.
+    pub retries: u32,
     /// What the meter answered to the last delivery, as far as it could be read.
     pub answer: Answer,
     /// After this it can be given up by whoever wants to begin another.
@@ -146,6 +146,8 @@ pub enum Observation {
     Refusal,
     /// An exception response that names a counter; the reservation was moved above it, within the device profile's cap.
     CounterFollowed,
+    /// The association was accepted, and its challenge is not one to answer: it could be a request. Another association brings another challenge.
+    ChallengeUnfit,
     /// The association was accepted: the ciphered InitiateResponse opened under the pair.
     Associated {
         /// The meter's challenge, 8–64 octets.
@@ -394,7 +396,7 @@ impl Meter {
             step: 1,
             tried: 0,
             counters: Vec::new(),
-            counter_retries: 0,
+            retries: 0,
             answer: Answer::Silence,
             not_after: order.not_after,
         });
@@ -420,8 +422,8 @@ impl Meter {
                     transfer.stage = Stage::Authenticate { purpose, pair, challenge: sent, meter_challenge };
                     Next::Send
                 }
-                Observation::CounterFollowed if transfer.counter_retries < MOST_COUNTER_RETRIES => {
-                    transfer.counter_retries += 1;
+                Observation::CounterFollowed | Observation::ChallengeUnfit if transfer.retries < MOST_RETRIES => {
+                    transfer.retries += 1;
                     transfer.stage = Stage::Associate { purpose, pair, challenge };
                     Next::Send
                 }
@@ -808,8 +810,8 @@ pub enum TransferError {
 
 /// The length of a client's challenge in octets.
 pub const CHALLENGE: usize = 16;
-/// A forged counter is followed at most this often in a transfer.
-const MOST_COUNTER_RETRIES: u32 = 3;
+/// A counter, which may be forged, is followed at most this often in a transfer, unfit challenges included.
+const MOST_RETRIES: u32 = 3;
 /// Pairs that are tried in a round.
 const MOST_PAIRS: usize = 12;
 /// A transfer takes a moment at its beginning, and one for each delivery and each exchange that is answered: fewer than 16.

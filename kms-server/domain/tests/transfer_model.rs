@@ -450,7 +450,7 @@ impl World {
         };
         match &transfer.stage {
             Stage::Associate { .. } => {
-                if transfer.counter_retries == 0 && state.skipped_counters < self.skipped_counters {
+                if transfer.retries == 0 && state.skipped_counters < self.skipped_counters {
                     observations.push(Observation::CounterFollowed);
                 }
             }

@@ -14,8 +14,8 @@ use std::{collections::HashMap, num::NonZeroU32, sync::Arc};
 use aws_lc_rs::digest;
 use futures::{StreamExt, TryStreamExt, stream};
 use kms_domain::{
-    CampaignId, Confirmation, Finding, GroupId, KeyOrigin, KeyShape, KeyState, KeyType, KeyVersionNumber, Meter, NewKeyOrigin, NewKeyVersion, Next,
-    Observation, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, TaskWork, Transfer, TransferError, TransferForm,
+    CampaignId, Confirmation, CounterPlace, Finding, GroupId, KeyOrigin, KeyShape, KeyState, KeyType, KeyVersionNumber, Meter, NewKeyOrigin, NewKeyVersion,
+    Next, Observation, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, TaskWork, Transfer, TransferError, TransferForm,
     TransferId, TransferOrder, WrappedKey,
 };
 use kms_proto::v1::{HeldVersion, SecurityEvent, TransferAdvance, TransfersAdvanced, audit_record::Event};
@@ -430,6 +430,7 @@ fn begin_one(
     changed.begin_transfer(transfer_order, view.now()).map_err(|error| refused(&error))?;
     if let Some((campaign, fence)) = order.task {
         // The transfer is possible, and nothing of it is staged yet: it begins with its task, or not at all.
+        // I8: policy gives a task of a campaign more than another order, so nobody's word for it counts.
         begin_task(view, campaign, order.meter, fence, &principal.id, setup, order.key_type.map_or(TaskWork::Probe, TaskWork::Rotate))?;
     }
     let meter = deal_counters(view, island, changed.clone())?;
@@ -549,12 +550,16 @@ fn follow_counter(
     };
     let kind = if raised.is_ok() { "counter-followed" } else { "counter-jump-refused" };
     view.append(Event::SecurityEvent(SecurityEvent { kind: kind.to_owned(), detail, meter: meter.title.octets().to_vec().into() }));
+    if raised.is_ok() {
+        view.put_meter((**meter).clone(), false)?;
+    }
     Ok(if raised.is_ok() { Observation::CounterFollowed } else { Observation::Refusal })
 }
 
 /// Gives the present step its counters, and stores the meter. // I4: the step's octets are made from these only.
-fn deal_counters(view: &mut View<'_, '_>, island: &Island, meter: Meter) -> Result<Arc<Meter>, ServiceError> {
-    let title = meter.title;
+///
+/// The counters come first, out of the row as it was: if there are none, nothing of the step is stored, and so nothing without its record (I2).
+fn deal_counters(view: &mut View<'_, '_>, island: &Island, mut meter: Meter) -> Result<Arc<Meter>, ServiceError> {
     let Some(transfer) = meter.transfer.clone() else { return Err(refused(&TransferError::NotUnderWay)) };
     let wanted = match &transfer.stage {
         Stage::Associate { .. } | Stage::Deliver { pair: Some(_) } => 1,
@@ -562,19 +567,26 @@ fn deal_counters(view: &mut View<'_, '_>, island: &Island, meter: Meter) -> Resu
         Stage::Deliver { pair: None } => 0,
     };
     let counter = counter_key(island, &meter, transfer.setup, transfer.client_title)?;
-    view.put_meter(meter, false)?;
     let mut counters = Vec::new();
     if let (Some(pair), Some(wanted)) = (transfer.pair(), NonZeroU32::new(wanted)) {
-        let of = CounterOf { owner: Owner::Meter(title), setup: transfer.setup, key_type: KeyType::GUEK, version: pair.encryption, counter };
+        let of = CounterOf { owner: Owner::Meter(meter.title), setup: transfer.setup, key_type: KeyType::GUEK, version: pair.encryption, counter };
         let lease = view.frame_counters(of, wanted)?;
         counters.extend(lease.first..=lease.last());
+        // What was reserved just now is in the row that the view has.
+        let fault = |error: &dyn std::fmt::Display| ServiceError::Internal(error.to_string());
+        let stored = own_meter(view, meter.title)?;
+        let reserved = stored.slots.get(transfer.setup, KeyType::GUEK).and_then(|slot| slot.version(pair.encryption));
+        let reserved = reserved.ok_or_else(|| fault(&"a key of the step is gone"))?.counters().clone();
+        let version = meter.slots.get_mut(transfer.setup, KeyType::GUEK).and_then(|slot| slot.version_mut(pair.encryption)).map_err(|error| fault(&error))?;
+        if let CounterPlace::Own(reserved) = reserved {
+            *version.counters_mut().map_err(|error| fault(&error))? = reserved;
+        }
     }
-    let mut meter = own_meter(view, title)?;
-    if let Some(transfer) = &mut Arc::make_mut(&mut meter).transfer {
+    if let Some(transfer) = &mut meter.transfer {
         transfer.counters = counters;
     }
-    view.put_meter((*meter).clone(), false)?;
-    Ok(meter)
+    view.put_meter(meter.clone(), false)?;
+    Ok(Arc::new(meter))
 }
 
 /// What officers have to see.

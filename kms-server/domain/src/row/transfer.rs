@@ -63,7 +63,7 @@ pub(super) fn transfer_from_row(title: SystemTitle, row: TransferRow, base: i64,
         step: row.step,
         tried: row.tried,
         counters: row.counters,
-        counter_retries: row.counter_retries,
+        retries: row.counter_retries,
         answer: match row.answer {
             0 => Answer::Silence,
             1 => Answer::Accepted,
@@ -122,7 +122,7 @@ pub(super) fn transfer_to_row(transfer: &Transfer, base: UnixMillis, principals:
             Answer::Exception => 2,
             Answer::Refused(result) => REFUSED + u32::from(result),
         },
-        counter_retries: transfer.counter_retries,
+        counter_retries: transfer.retries,
     }
 }
 

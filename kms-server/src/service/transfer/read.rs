@@ -125,7 +125,7 @@ impl Reading {
                 let meter_challenge = continued.challenge.octets().to_vec();
                 if resembles_request(&meter_challenge) {
                     // I8: f(StoC) authenticates what it is given exactly as an authenticated-only APDU is.
-                    return Err(Observation::Refusal);
+                    return Err(Observation::ChallengeUnfit);
                 }
                 ciphered(meter, keys, continued.initiate_response, &[INITIATE_RESPONSE], Content::Initiate { meter_challenge })
             }

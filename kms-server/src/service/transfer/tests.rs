@@ -347,6 +347,29 @@ island_tests! {
         assert!(!slot.in_doubt() && slot.active().unwrap().number().number() == 1);
     }
 
+    async fn nobody_s_word_makes_an_order_a_task_of_a_campaign(island) {
+        let field = Field::new(island, "generic-suite0", 1).await;
+        let title = field.title(0);
+        let before = field.row(0).await;
+        // The shipped policies permit a KEK to tasks of campaigns only.
+        let refused = field.begin(order(title, Some(KeyType::KEK))).await.next;
+        assert!(matches!(refused, Err(ServiceError::PermissionDenied { .. })));
+        let task = Some((kms_domain::CampaignId::from_octets(&[5; 16]).unwrap(), 1));
+        let refused = field.begin(Order { task, ..order(title, Some(KeyType::KEK)) }).await.next;
+        assert!(matches!(refused, Err(ServiceError::FailedPrecondition { .. })));
+        assert_eq!(field.row(0).await, before);
+    }
+
+    async fn without_counters_nothing_of_a_transfer_is_stored(island) {
+        let field = Field::new(island, "generic-suite0", 1).await;
+        let title = field.title(0);
+        field.island.leave_counters(title).await;
+        let before = field.row(0).await;
+        let refused = field.begin(order(title, Some(KeyType::GUEK))).await.next;
+        assert!(matches!(refused, Err(ServiceError::FailedPrecondition { .. })));
+        assert_eq!(field.row(0).await, before);
+    }
+
     async fn a_head_end_with_keys_of_its_own_delivers_and_the_hsm_proves(island) {
         permit_master_keys(&island);
         let field = Field::new(island, "generic-suite0", 2).await;
