@@ -596,7 +596,7 @@ impl Writer {
             let mut batch = Batch::new(read, now, head.writer, &shared, chunks);
             let outcomes = decide_all(acts, &actors, &mut batch);
             if !batch.missing.is_empty() {
-                return Decision::More(batch.missing);
+                return Decision::More(Box::new(batch.missing));
             }
             let (decision, decided) = finish(batch, outcomes, head.clone(), opening.clone(), key, refusals, &actors, &shared.seal, at);
             attempt = Some(decided);

@@ -750,6 +750,8 @@ impl Batch<'_> {
             Lookup::NotRead => {
                 match id {
                     RowId::Meter(title) => self.missing.meters.push(*title),
+                    // An act that writes one has named it beforehand.
+                    RowId::Campaign(id) => self.missing.campaigns.push(*id),
                     other => self.missing.sealed.push(sealed_name(other)),
                 }
                 return Err(OpenError::NotRead);

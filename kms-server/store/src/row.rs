@@ -73,11 +73,25 @@ impl RowKind {
         }
     }
 
-    /// Whether rows of this kind are read to be written: a transaction then has them for itself. The others are read by all and hardly ever written,
-    /// so transactions of several servers may hold them together.
-    pub(crate) const fn is_exclusive(self) -> bool {
-        matches!(self, Self::CounterDomain | Self::QuotaUse | Self::Campaign)
+    /// How a transaction that reads rows of this kind holds them.
+    pub(crate) const fn lock(self) -> RowLock {
+        match self {
+            Self::CounterDomain | Self::QuotaUse => RowLock::Exclusive,
+            Self::Campaign => RowLock::Campaign,
+            _ => RowLock::Shared,
+        }
     }
+}
+
+/// How sealed rows are held by a transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RowLock {
+    /// They are read by all and hardly ever written: transactions of several servers may hold them together.
+    Shared,
+    /// They are read to be written: a transaction has them for itself.
+    Exclusive,
+    /// Either of both, as the transaction says.
+    Campaign,
 }
 
 /// What the search columns of a meter repeat from its sealed body. Good for finding, never for deciding (I5).

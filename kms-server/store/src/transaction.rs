@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 
-use kms_domain::{GrantId, SystemTitle, UnixMillis, WriterId};
+use kms_domain::{CampaignId, GrantId, SystemTitle, UnixMillis, WriterId};
 
 use crate::{
     AuditAppend, AuditTail, FingerprintOwner, FingerprintPrefix, GrantRow, MeterProjection, RequestKey, RequestRow, RowKind, SealedRow, ShipmentRefusal,
-    ShipmentRow, TaskKey, TaskRow, UploadId,
+    ShipmentRow, TaskKey, TaskRow, UploadId, row::RowLock,
 };
 
 /// Rows to read in a transaction. Naming a row twice is harmless.
@@ -16,6 +16,9 @@ pub struct Reads {
     pub meters: Vec<SystemTitle>,
     /// Other sealed rows.
     pub sealed: Vec<(RowKind, Vec<u8>)>,
+    /// Campaigns that are looked at and not written, so that transactions of several servers may hold them together. One that is written is named in
+    /// `sealed`.
+    pub campaigns: Vec<CampaignId>,
     /// Requests that may have been carried out already.
     pub requests: Vec<RequestKey>,
     /// Owners of keys that may have these fingerprints.
@@ -42,6 +45,7 @@ impl Reads {
     pub fn extend(&mut self, more: &Self) {
         self.meters.extend_from_slice(&more.meters);
         self.sealed.extend_from_slice(&more.sealed);
+        self.campaigns.extend_from_slice(&more.campaigns);
         self.requests.extend_from_slice(&more.requests);
         self.fingerprints.extend_from_slice(&more.fingerprints);
         self.grants.extend_from_slice(&more.grants);
@@ -55,6 +59,7 @@ impl Reads {
     pub(crate) fn normalise(&mut self, known: &ReadSet) {
         tidy(&mut self.meters, |title| known.meters.contains_key(title));
         tidy(&mut self.sealed, |name| known.sealed.contains_key(name));
+        tidy(&mut self.campaigns, |id| known.sealed.contains_key(&campaign_name(*id)));
         tidy(&mut self.requests, |key| known.requests.contains_key(key));
         tidy(&mut self.fingerprints, |prefix| known.fingerprints.contains_key(prefix));
         tidy(&mut self.grants, |id| known.grants.contains_key(id));
@@ -66,12 +71,13 @@ impl Reads {
 
     /// The places of what is locked here, first to last, in the one order that all transactions lock in.
     pub(crate) fn lock_ranks(&self) -> impl Iterator<Item = LockRank> {
-        let (exclusive, shared) = (self.sealed.iter().any(|(kind, _)| kind.is_exclusive()), self.sealed.iter().any(|(kind, _)| !kind.is_exclusive()));
+        let sealed = |lock| self.sealed.iter().any(|(kind, _)| kind.lock() == lock);
         [
             (LockRank::Fingerprints, !self.fingerprints.is_empty()),
             (LockRank::Meters, !self.meters.is_empty()),
-            (LockRank::SharedRows, shared),
-            (LockRank::ExclusiveRows, exclusive),
+            (LockRank::SharedRows, sealed(RowLock::Shared)),
+            (LockRank::ExclusiveRows, sealed(RowLock::Exclusive)),
+            (LockRank::Campaigns, sealed(RowLock::Campaign) || !self.campaigns.is_empty()),
             (LockRank::Grants, !self.grants.is_empty()),
             (LockRank::Shipments, !self.shipments.is_empty()),
             (LockRank::Tasks, !self.tasks.is_empty()),
@@ -88,6 +94,7 @@ pub(crate) enum LockRank {
     Meters,
     SharedRows,
     ExclusiveRows,
+    Campaigns,
     Absences,
     Grants,
     Shipments,
@@ -195,7 +202,7 @@ impl ReadSet {
 #[derive(Debug)]
 pub enum Decision {
     /// Read these too, then decide again; what was read before is kept.
-    More(Reads),
+    More(Box<Reads>),
     /// Write, in the same transaction.
     Commit(Box<Changes>),
     /// End without writing.
@@ -307,6 +314,11 @@ pub struct FingerprintPut {
     pub prefix: FingerprintPrefix,
     /// The key version.
     pub owner: FingerprintOwner,
+}
+
+/// The name of a campaign's row.
+pub(crate) fn campaign_name(id: CampaignId) -> (RowKind, Vec<u8>) {
+    (RowKind::Campaign, id.octets().to_vec())
 }
 
 fn tidy<T: Ord>(names: &mut Vec<T>, known: impl Fn(&T) -> bool) {

@@ -4,14 +4,20 @@
 
 mod common;
 
-use std::sync::Arc;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use common::*;
 use kms_domain::{CampaignId, GrantId, KeyType, KeyVersionNumber, Owner, SecuritySetupId, Task, TaskState, TaskStep, TaskWork, UnixMillis};
 use kms_store::{
-    Assigned, AuditFilter, AuditReference, Changes, Committed, Decision, FingerprintOwner, FingerprintPrefix, FingerprintPut, GrantFilter, GrantRevocation,
-    GrantRow, Lookup, MeterFilter, MeterPut, PinFailure, Reads, RequestPut, RequestRow, RowKind, RowName, SealedPut, ShipmentRefusal, ShipmentRow,
-    ShipmentState, StoreError, TaskFilter, TaskKey, TaskRow, UploadId,
+    Assigned, AuditFilter, AuditReference, Changes, Committed, DatabaseLocation, Decision, FingerprintOwner, FingerprintPrefix, FingerprintPut, GrantFilter,
+    GrantRevocation, GrantRow, Lookup, MeterFilter, MeterPut, PinFailure, Reads, RequestPut, RequestRow, RowKind, RowName, SealedPut, ShipmentRefusal,
+    ShipmentRow, ShipmentState, Store, StoreError, TaskFilter, TaskKey, TaskRow, UploadId,
     testing::{Damage, Obstruction, damage},
 };
 
@@ -53,6 +59,7 @@ on_both!(
     tasks_are_written_over_the_generation_before,
     tasks_are_found_when_they_are_due,
     plans_are_kept_in_chunks,
+    campaigns_are_looked_at_together_and_written_alone,
 );
 
 async fn what_was_written_is_read(f: Fixture) {
@@ -107,7 +114,7 @@ async fn absence_is_seen_and_more_can_be_read(f: Fixture) {
             assert!(set.meter(title(1)).present().is_some());
             assert_eq!(set.meter(title(9)), Lookup::Absent);
             match set.sealed(RowKind::Group, b"north") {
-                Lookup::NotRead => Decision::More(Reads { sealed: vec![(RowKind::Group, b"north".to_vec())], ..Reads::default() }),
+                Lookup::NotRead => Decision::More(Box::new(Reads { sealed: vec![(RowKind::Group, b"north".to_vec())], ..Reads::default() })),
                 Lookup::Absent => Decision::Commit(Box::new(Changes {
                     sealed: vec![SealedPut { kind: RowKind::Group, id: b"north".to_vec(), row: row(1, "north") }],
                     meters: vec![MeterPut::update(title(1), row(2, "moved"))],
@@ -457,7 +464,7 @@ async fn concurrent_transactions_lose_no_update(f: Fixture) {
                 store
                     .transact(Reads { meters: vec![title(first)], ..Reads::default() }, &mut |set| {
                         if set.meter(title(second)) == Lookup::NotRead {
-                            return Decision::More(Reads { meters: vec![title(second)], ..Reads::default() });
+                            return Decision::More(Box::new(Reads { meters: vec![title(second)], ..Reads::default() }));
                         }
                         let next = |number| MeterPut::update(title(number), row(set.meter(title(number)).present().unwrap().generation + 1, ""));
                         Decision::Commit(Box::new(Changes { meters: vec![next(1), next(2)], ..Changes::default() }))
@@ -532,7 +539,7 @@ async fn a_stuck_database_answers_in_time(mut f: Fixture) {
 }
 
 async fn a_decision_that_never_ends_is_stopped(f: Fixture) {
-    let endless = f.store.transact(Reads::default(), &mut |_| Decision::More(Reads::default())).await;
+    let endless = f.store.transact(Reads::default(), &mut |_| Decision::More(Box::default())).await;
     assert!(matches!(endless, Err(StoreError::Invalid { what: "decision", .. })));
     insert_meters(&*f.store, 1..2).await;
 }
@@ -679,4 +686,69 @@ async fn plans_are_kept_in_chunks(f: Fixture) {
     assert_eq!(f.store.purge_unused_chunks(campaign(3)).await.unwrap(), 1);
     assert_eq!(f.store.delete_unused_chunks(campaign(3)).await.unwrap(), 1);
     assert_eq!(f.store.campaign_chunk(campaign(1), 0).await.unwrap(), Some(vec![1; 80_000]));
+}
+
+async fn campaigns_are_looked_at_together_and_written_alone(f: Fixture) {
+    let name = |number| (RowKind::Campaign, campaign(number).octets().to_vec());
+    let put = |number, generation| SealedPut { kind: RowKind::Campaign, id: campaign(number).octets().to_vec(), row: row(generation, "campaign") };
+    insert_meters(&*f.store, 1..3).await;
+    write(&*f.store, Changes { sealed: vec![put(1, 1), put(2, 1)], ..Changes::default() }).await.unwrap();
+    let looks = || Reads { campaigns: vec![campaign(2), campaign(1)], ..Reads::default() };
+    // Two servers, where there can be two.
+    let several = matches!(f.config.database, DatabaseLocation::Postgres(_));
+    let stores = [Arc::clone(&f.store), if several { kms_store::open(&f.config).await.unwrap() } else { Arc::clone(&f.store) }];
+    if several {
+        // Each looks at both while the other one does.
+        let looking = Arc::new(AtomicU32::new(0));
+        let look = |store: &Arc<dyn Store>| {
+            let (store, looking) = (Arc::clone(store), Arc::clone(&looking));
+            tokio::spawn(async move {
+                let mut look = |set: &kms_store::ReadSet| {
+                    assert!([1, 2].into_iter().all(|number| set.sealed(RowKind::Campaign, &campaign(number).octets()).present().is_some()));
+                    looking.fetch_add(1, Ordering::SeqCst);
+                    let began = Instant::now();
+                    while looking.load(Ordering::SeqCst) < 2 {
+                        assert!(began.elapsed() < Duration::from_secs(10), "the other one has to wait");
+                        std::thread::yield_now();
+                    }
+                    Decision::Abandon
+                };
+                store.transact(looks(), &mut look).await.unwrap();
+            })
+        };
+        let (one, other) = tokio::join!(look(&stores[0]), look(&stores[1]));
+        one.unwrap();
+        other.unwrap();
+    }
+    let mut tasks = tokio::task::JoinSet::new();
+    for task in 0_u8..8 {
+        let store = Arc::clone(&stores[usize::from(task / 2 % 2)]);
+        tasks.spawn(async move {
+            for _ in 0..20 {
+                // Half of them look at campaigns and write a meter, in one order or the other; the rest write a campaign.
+                let (meter, written) = (1 + task % 2, 1 + task / 2 % 2);
+                let reads = match task < 4 {
+                    true => Reads { meters: vec![title(meter.into())], campaigns: vec![campaign(1), campaign(2)], ..Reads::default() },
+                    false => {
+                        Reads { meters: vec![title(meter.into())], sealed: vec![name(written)], campaigns: vec![campaign(3 - written)], ..Reads::default() }
+                    }
+                };
+                let mut decide = |set: &kms_store::ReadSet| {
+                    let title = title(meter.into());
+                    let meter = MeterPut::update(title, row(set.meter(title).present().unwrap().generation + 1, ""));
+                    let known = set.sealed(RowKind::Campaign, &campaign(written).octets()).present().unwrap().generation;
+                    let sealed = if task < 4 { Vec::new() } else { vec![put(written, known + 1)] };
+                    Decision::Commit(Box::new(Changes { meters: vec![meter], sealed, ..Changes::default() }))
+                };
+                store.transact(reads, &mut decide).await.unwrap();
+            }
+        });
+    }
+    while let Some(done) = tasks.join_next().await {
+        done.unwrap();
+    }
+    for number in [1, 2] {
+        assert_eq!(f.store.sealed(RowKind::Campaign, &campaign(number).octets()).await.unwrap().unwrap().generation, 41);
+        assert_eq!(f.store.meters(&[title(number.into())]).await.unwrap()[0].row.generation, 81);
+    }
 }

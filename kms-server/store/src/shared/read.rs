@@ -4,7 +4,13 @@ use futures::TryStreamExt;
 use sqlx::Row as _;
 
 use super::{CONCURRENT, Connection, Database, decode, keys, lock_stripes};
-use crate::{ReadSet, Reads, RowKind, StoreError, batch::Batch, error::Failure, transaction::LockRank};
+use crate::{
+    ReadSet, Reads, RowKind, StoreError,
+    batch::Batch,
+    error::Failure,
+    row::RowLock,
+    transaction::{LockRank, campaign_name},
+};
 
 /// Reads into the set. `reads` is sorted and names nothing that the set has.
 pub(super) async fn into_set(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -> Result<(), Failure> {
@@ -33,14 +39,16 @@ pub(super) async fn into_set(connection: &mut Connection, reads: &Reads, set: &m
 async fn absences(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -> Result<(), Failure> {
     let absent = Reads {
         meters: reads.meters.iter().filter(|title| set.meters.get(title).is_some_and(Option::is_none)).copied().collect(),
-        sealed: reads.sealed.iter().filter(|name| set.sealed.get(name).is_some_and(Option::is_none)).cloned().collect(),
+        sealed: reads.sealed.iter().filter(|name| set.sealed.get(*name).is_some_and(Option::is_none)).cloned().collect(),
+        campaigns: reads.campaigns.iter().filter(|id| set.sealed.get(&campaign_name(**id)).is_some_and(Option::is_none)).copied().collect(),
         ..Reads::default()
     };
     if absent.is_empty() {
         return Ok(());
     }
     set.locked = set.locked.max(Some(LockRank::Absences));
-    lock_insertions(connection, absent.meters.iter().copied(), absent.sealed.iter()).await?;
+    let names: Vec<_> = absent.sealed.iter().cloned().chain(absent.campaigns.iter().copied().map(campaign_name)).collect();
+    lock_insertions(connection, absent.meters.iter().copied(), names.iter()).await?;
     meters(connection, &absent, set).await?;
     sealed(connection, &absent, set).await
 }
@@ -70,9 +78,15 @@ async fn meters(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -
 }
 
 async fn sealed(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -> Result<(), Failure> {
-    set.sealed.extend(reads.sealed.iter().map(|name| (name.clone(), None)));
-    for (exclusive, statement) in [(false, SEALED_ROWS_SHARED), (true, SEALED_ROWS_EXCLUSIVE)] {
-        let wanted: Vec<_> = reads.sealed.iter().filter(|(kind, _)| kind.is_exclusive() == exclusive).collect();
+    let mut names = reads.sealed.clone();
+    // All campaigns are locked at one place and in one way, so that nobody who holds one shared waits for himself or for another who does.
+    let campaigns = if names.iter().any(|(kind, _)| kind.lock() == RowLock::Campaign) { SEALED_ROWS_EXCLUSIVE } else { SEALED_ROWS_SHARED };
+    names.extend(reads.campaigns.iter().copied().map(campaign_name));
+    names.sort_unstable();
+    names.dedup();
+    set.sealed.extend(names.iter().map(|name| (name.clone(), None)));
+    for (lock, statement) in [(RowLock::Shared, SEALED_ROWS_SHARED), (RowLock::Exclusive, SEALED_ROWS_EXCLUSIVE), (RowLock::Campaign, campaigns)] {
+        let wanted: Vec<_> = names.iter().filter(|(kind, _)| kind.lock() == lock).collect();
         if wanted.is_empty() {
             continue;
         }

@@ -42,7 +42,7 @@ async fn attempt_once(engine: &Engine, reads: &mut Reads, decide: Decide<'_>) ->
         match decide(&set) {
             Decision::More(more) => {
                 reads.extend(&more);
-                wanted = more;
+                wanted = *more;
                 wanted.normalise(&set);
                 if CONCURRENT && wanted.lock_ranks().next().is_some_and(|first| Some(first) <= set.locked) {
                     // Locking on could deadlock, which PostgreSQL notices after a second: begin again with all of it in order.
