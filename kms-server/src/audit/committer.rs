@@ -706,7 +706,7 @@ fn decide_all(acts: &mut [Box<dyn Act>], actors: &[Actor], batch: &mut Batch<'_>
     let mut outcomes = Vec::with_capacity(acts.len());
     for (number, (act, actor)) in acts.iter_mut().zip(actors).enumerate() {
         let mut view = View { base: batch, actor, staged: Staged::default() };
-        let outcome = act.decide(&mut view);
+        let outcome = view.attempt(|view| act.decide(view));
         outcomes.push(outcome.and_then(|()| view.accept(number)));
     }
     outcomes

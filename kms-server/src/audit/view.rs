@@ -18,6 +18,7 @@ use kms_store::{
 };
 
 use super::{
+    attempt::Change,
     committer::{Chunks, Held, Seen},
     owner_row::OwnerRow,
     refusals::Refusal,
@@ -123,14 +124,16 @@ pub(super) struct RecordedEvent {
 #[derive(Default)]
 pub(super) struct Staged {
     pub(super) rows: HashMap<RowId, Opened>,
-    events: Vec<Event>,
-    requests: Vec<(RequestKey, RequestRow)>,
-    grants: Vec<GrantRow>,
-    revocations: Vec<GrantRevocation>,
-    fingerprints: BTreeMap<FingerprintPrefix, Vec<FingerprintOwner>>,
-    shipments: Vec<ShipmentRow>,
-    refused_lines: Vec<ShipmentRefusal>,
-    tasks: HashMap<TaskKey, TaskRow>,
+    pub(super) events: Vec<Event>,
+    pub(super) requests: Vec<(RequestKey, RequestRow)>,
+    pub(super) grants: Vec<GrantRow>,
+    pub(super) revocations: Vec<GrantRevocation>,
+    pub(super) fingerprints: BTreeMap<FingerprintPrefix, Vec<FingerprintOwner>>,
+    pub(super) shipments: Vec<ShipmentRow>,
+    pub(super) refused_lines: Vec<ShipmentRefusal>,
+    pub(super) tasks: HashMap<TaskKey, TaskRow>,
+    /// What [`View::attempt`] undoes by.
+    pub(super) log: Vec<Change>,
 }
 
 /// Names the counter that a live chunk deals from.
@@ -395,13 +398,19 @@ impl View<'_, '_> {
     /// Writes a task that [`Self::task`] gave; its generation follows by itself.
     pub fn put_task(&mut self, row: TaskRow) {
         let generation = self.base.read.task(row.key).present().map_or(0, |read| read.generation) + 1;
-        self.staged.tasks.insert(row.key, TaskRow { generation, ..row });
+        self.stage_task(TaskRow { generation, ..row });
     }
 
     /// Makes a task that the plan has, and binds it to the plan. The row's generation and mark follow by themselves.
     pub fn plan_task(&mut self, row: TaskRow) {
         let mark = self.base.seal.seal_task(row.key.campaign, row.key.meter, row.wave);
-        self.staged.tasks.insert(row.key, TaskRow { generation: 1, mark, ..row });
+        self.stage_task(TaskRow { generation: 1, mark, ..row });
+    }
+
+    fn stage_task(&mut self, row: TaskRow) {
+        let key = row.key;
+        let before = self.staged.tasks.insert(key, row);
+        self.staged.log.push(Change::Task(key, before));
     }
 
     /// The database's clock, which all servers share: what leases of tasks run by.
@@ -483,6 +492,7 @@ impl View<'_, '_> {
     /// Remembers a new key's fingerprint.
     pub fn put_fingerprint(&mut self, prefix: FingerprintPrefix, owner: FingerprintOwner) {
         self.staged.fingerprints.entry(prefix).or_default().push(owner);
+        self.staged.log.push(Change::Fingerprint(prefix));
     }
 
     /// A shipment in the spool.
@@ -558,7 +568,8 @@ impl View<'_, '_> {
         let jump = self.base.jump;
         let row = self.owner(of.owner)?.ok_or_else(|| no_such_key(of))?;
         let continued = row.slots().get(of.setup, of.key_type).map_or(0, |slot| slot.continued_counter(of.counter, jump));
-        let at_least = self.base.chunks.bound(&name).max(continued);
+        // Above a chunk that was reserved in this transaction for what failed then, too.
+        let at_least = self.held(&name).map_or(0, |held| held.chunk.bound()).max(self.base.chunks.bound(&name)).max(continued);
         let (reservation, state) = self.change_counters(of, name, |counters| {
             let reservation = counters.reserve(of.counter, counter_use, writer, chunk, at_least, jump)?;
             Ok((reservation, counters.get(of.counter).cloned()))
@@ -639,7 +650,8 @@ impl View<'_, '_> {
             None => self.base.chunks.get_mut(&name)?,
         };
         let lease = held.chunk.deal(state?, count, jump).ok()?;
-        held.leased_until = until;
+        let before = std::mem::replace(&mut held.leased_until, until);
+        self.staged.log.push(Change::Lent(name, before));
         Some(lease)
     }
 
@@ -684,7 +696,8 @@ impl View<'_, '_> {
         let before = self.staged.rows.get(&id).or_else(|| self.base.rows.get(&id));
         let generation = before.and_then(|opened| opened.generation);
         let reprojected = reprojected || before.is_some_and(|opened| opened.changed && opened.reprojected);
-        self.staged.rows.insert(id, Opened { generation, value: Some(value), changed: true, reprojected });
+        let before = self.staged.rows.insert(id.clone(), Opened { generation, value: Some(value), changed: true, reprojected });
+        self.staged.log.push(Change::Row(id, before));
         Ok(())
     }
 
