@@ -1,14 +1,14 @@
 //! Campaigns: made, approved, led and watched by officers; their tasks are leased to head-ends.
 //!
 //! All state is in the database, so that every server can lead every campaign, and none is needed. A transfer that belongs to a campaign calls
-//! [`begin_task`] and [`end_task`] inside its own act.
+//! [`begin_task`], [`check_task`] and [`end_task`] inside its own acts.
 
 mod drive;
 mod plan;
 mod show;
 mod task;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::{
     collections::HashMap,
@@ -22,7 +22,7 @@ use kms_store::{Reads, RequestKey, RequestRow, RowKind};
 pub use self::{
     plan::{NewCampaign, days_before},
     show::{ReportQuery, Watch},
-    task::{LeaseQuery, TaskLease, begin_task, check_task, end_task, task_reads},
+    task::{LeaseQuery, TaskLease, begin_task, check_task, drop_task, end_task, holds_task, task_reads},
 };
 use crate::{
     audit::{Actor, View},

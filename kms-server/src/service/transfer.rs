@@ -7,6 +7,8 @@
 mod emit;
 mod read;
 #[cfg(test)]
+mod task_tests;
+#[cfg(test)]
 mod tests;
 
 use std::{collections::HashMap, num::NonZeroU32, sync::Arc};
@@ -14,7 +16,7 @@ use std::{collections::HashMap, num::NonZeroU32, sync::Arc};
 use aws_lc_rs::digest;
 use futures::{StreamExt, TryStreamExt, stream};
 use kms_domain::{
-    CampaignId, Confirmation, CounterPlace, Finding, GroupId, KeyOrigin, KeyShape, KeyState, KeyType, KeyVersionNumber, Meter, NewKeyOrigin, NewKeyVersion,
+    CampaignTask, Confirmation, CounterPlace, Finding, GroupId, KeyOrigin, KeyShape, KeyState, KeyType, KeyVersionNumber, Meter, NewKeyOrigin, NewKeyVersion,
     Next, Observation, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, TaskWork, Transfer, TransferError, TransferForm,
     TransferId, TransferOrder, WrappedKey,
 };
@@ -22,7 +24,7 @@ use kms_proto::v1::{HeldVersion, SecurityEvent, TransferAdvance, TransfersAdvanc
 use kms_store::{Reads, RequestKey, RequestRow};
 
 use super::{
-    campaign::{begin_task, end_task, task_reads},
+    campaign::{begin_task, check_task, end_task, holds_task, task_reads},
     grant::{counter_key, setup_record},
 };
 use crate::{
@@ -49,8 +51,8 @@ pub struct Order {
     pub urgent: bool,
     /// How long nobody else may begin a transfer of the meter, in seconds.
     pub lifetime_seconds: u32,
-    /// The campaign, and the fencing token of its task's lease.
-    pub task: Option<(CampaignId, u64)>,
+    /// The campaign's task, and its lease.
+    pub task: Option<CampaignTask>,
 }
 
 /// What a head-end reports of one step.
@@ -195,10 +197,11 @@ impl TransferService {
         sealed.extend(groups.map(group_row));
         let mut reads = Reads { meters: orders.iter().map(|order| order.meter).collect(), sealed, requests: vec![key.clone()], ..Reads::default() };
         for (order, permitted) in orders.iter().zip(&permitted) {
-            if let Some((campaign, _)) = order.task.filter(|_| *permitted) {
-                reads.extend(&task_reads(campaign, [order.meter]));
+            if let Some(task) = order.task.filter(|_| *permitted) {
+                reads.extend(&task_reads(task.campaign, [order.meter]));
             }
         }
+        extend_by_tasks(&mut reads, known.values());
         let (island, caller_again) = (self.island.clone(), caller.clone());
         let committed = self
             .island
@@ -217,7 +220,7 @@ impl TransferService {
                     let begun = if repeated {
                         began(view, &island, &principal, order, request)
                     } else {
-                        begin_one(view, &island, &principal, order, prepared, request, &mut advances)
+                        advances.attempt(view, |view, advances| begin_one(view, &island, &principal, order, prepared, request, advances))
                     };
                     decided.push((order.meter, begun.map(DecidedStep::going_on)));
                 }
@@ -256,7 +259,7 @@ impl TransferService {
         let mut sealed = vec![principal_row(&caller.principal)];
         sealed.extend(known.values().flat_map(|meter| meter.class.groups.iter().copied().map(group_row)));
         let mut reads = Reads { meters: reports.iter().map(|report| report.meter).collect(), sealed, ..Reads::default() };
-        extend_by_tasks(&mut reads, expected.iter().flatten());
+        extend_by_tasks(&mut reads, known.values());
         let (island, caller_again) = (self.island.clone(), caller.clone());
         let committed = self
             .island
@@ -266,7 +269,9 @@ impl TransferService {
                 let mut advances = Advances::default();
                 let mut decided: Vec<Decided> = Vec::with_capacity(reports.len());
                 for ((report, observation), challenge) in reports.iter().zip(&observations).zip(&challenges) {
-                    decided.push((report.meter, proceed_one(view, &island, &principal, report, observation.as_ref(), *challenge, &mut advances)));
+                    let step =
+                        advances.attempt(view, |view, advances| proceed_one(view, &island, &principal, report, observation.as_ref(), *challenge, advances));
+                    decided.push((report.meter, step));
                 }
                 refuse_all(view, &decided);
                 advances.record(view);
@@ -300,7 +305,8 @@ impl TransferService {
                 let mut advances = Advances { reason: reason.clone(), ..Advances::default() };
                 let mut decided: Vec<Decided> = Vec::with_capacity(transfers.len());
                 for (title, id) in &transfers {
-                    let withdrawn = own_meter(view, *title).and_then(|mut meter| {
+                    let withdrawn = advances.attempt(view, |view, advances| {
+                        let mut meter = own_meter(view, *title)?;
                         let action = Action::WithdrawTransfer { own: meter.class.head_end.as_ref() == Some(&principal.id) };
                         let permitted = island.policy.load().permits(&facts(&principal), &action, &Resource::Meters(&meter.class));
                         if !permitted.is_permit() {
@@ -418,7 +424,7 @@ fn begin_one(
         id: transfer_id(request, order.meter)?,
         setup,
         head_end: principal.id.clone(),
-        campaign: order.task.map(|(campaign, _)| campaign),
+        campaign: order.task,
         client_title: order.client_title,
         form: order.form,
         keys,
@@ -426,18 +432,35 @@ fn begin_one(
         not_after: view.now().after(i64::from(order.lifetime_seconds) * 1_000),
         challenge: prepared.challenge,
     };
-    let changed = Arc::make_mut(&mut meter);
-    changed.begin_transfer(transfer_order, view.now()).map_err(|error| refused(&error))?;
-    if let Some((campaign, fence)) = order.task {
-        // The transfer is possible, and nothing of it is staged yet: it begins with its task, or not at all.
+    if let Some(task) = order.task {
         // I8: policy gives a task of a campaign more than another order, so nobody's word for it counts.
-        begin_task(view, campaign, order.meter, fence, &principal.id, setup, order.key_type.map_or(TaskWork::Probe, TaskWork::Rotate))?;
+        begin_task(view, task, order.meter, &principal.id, setup, order.key_type.map_or(TaskWork::Probe, TaskWork::Rotate))?;
     }
+    let changed = Arc::make_mut(&mut meter);
+    let earlier = changed.transfer.clone();
+    if let Some(earlier) = &earlier
+        && is_lost(view, earlier, order.meter)?
+    {
+        changed.withdraw_transfer(earlier.id, view.now()).map_err(|error| refused(&error))?;
+    }
+    changed.begin_transfer(transfer_order, view.now()).map_err(|error| refused(&error))?;
     let meter = deal_counters(view, island, changed.clone())?;
+    if let Some(earlier) = earlier {
+        // It was given up: its time was over, or its lease was lost.
+        advances.push(&meter, &earlier, Outcome::Withdrawn.name(), 0, &[]);
+        if earlier.campaign != order.task {
+            tell_task(view, &earlier, meter.title, Outcome::Withdrawn, "another transfer was begun after its time")?;
+        }
+    }
     if let Some(transfer) = &meter.transfer {
-        advances.push(&meter, transfer, event_name(transfer), transfer.step, &[]);
+        advances.push(&meter, transfer, transfer.stage.name(), transfer.step, &[]);
     }
     Ok(meter)
+}
+
+/// Whether a transfer goes no further because the lease of the task that it began for was lost: nobody has to wait until its time is over.
+fn is_lost(view: &mut View<'_, '_>, transfer: &Transfer, meter: SystemTitle) -> Result<bool, ServiceError> {
+    transfer.campaign.map_or(Ok(false), |task| holds_task(view, task, meter).map(|held| !held))
 }
 
 /// The present step of a transfer that the same request began before.
@@ -445,7 +468,7 @@ fn began(view: &mut View<'_, '_>, island: &Island, principal: &kms_domain::Princ
     let meter = own_meter(view, order.meter)?;
     let id = transfer_id(request, order.meter)?;
     match meter.transfer.as_ref().filter(|transfer| transfer.id == id) {
-        Some(transfer) => permits_transfer(island, &facts(principal), &meter, transfer).map(|()| meter.clone()),
+        Some(transfer) => permits_step(view, island, principal, &meter, transfer).map(|()| meter.clone()),
         None => Err(ServiceError::Aborted {
             reason: "the transfer that this request began is over".to_owned(),
             next_step: "look at the meter's slots, and begin another with a new request id".to_owned(),
@@ -464,7 +487,7 @@ fn proceed_one(
 ) -> Result<DecidedStep, ServiceError> {
     let mut meter = own_meter(view, report.meter)?;
     let Some(transfer) = meter.transfer.clone().filter(|transfer| transfer.id == report.id) else { return Err(refused(&TransferError::NotUnderWay)) };
-    permits_transfer(island, &facts(principal), &meter, &transfer)?;
+    permits_step(view, island, principal, &meter, &transfer)?;
     if report.step < transfer.step {
         return Ok(DecidedStep::going_on(meter));
     }
@@ -486,7 +509,7 @@ fn proceed_one(
         Next::Send => {
             let meter = deal_counters(view, island, (*meter).clone())?;
             if let Some(now) = &meter.transfer {
-                advances.push(&meter, now, event_name(now), now.step, &findings);
+                advances.push(&meter, now, now.stage.name(), now.step, &findings);
             }
             Ok(DecidedStep::going_on(meter))
         }
@@ -501,8 +524,8 @@ fn proceed_one(
 
 /// Tells the campaign's task how its transfer ended. `reason` says more than the outcome; empty where there is nothing more.
 fn tell_task(view: &mut View<'_, '_>, transfer: &Transfer, meter: SystemTitle, outcome: Outcome, reason: &str) -> Result<(), ServiceError> {
-    let Some(campaign) = transfer.campaign else { return Ok(()) };
-    match end_task(view, campaign, meter, outcome, reason) {
+    let Some(task) = transfer.campaign else { return Ok(()) };
+    match end_task(view, task, meter, outcome, reason) {
         // I5: the campaign's row was refused, which is on the record. What the meter has shown stays a fact.
         Ok(_) | Err(ServiceError::PermissionDenied { .. }) => Ok(()),
         Err(error) => Err(error),
@@ -512,8 +535,8 @@ fn tell_task(view: &mut View<'_, '_>, transfer: &Transfer, meter: SystemTitle, o
 /// Reads the tasks of the transfers that these meters are in, too.
 fn extend_by_tasks<'a>(reads: &mut Reads, meters: impl Iterator<Item = &'a Arc<Meter>>) {
     for meter in meters {
-        if let Some(campaign) = meter.transfer.as_ref().and_then(|transfer| transfer.campaign) {
-            reads.extend(&task_reads(campaign, [meter.title]));
+        if let Some(task) = meter.transfer.as_ref().and_then(|transfer| transfer.campaign) {
+            reads.extend(&task_reads(task.campaign, [meter.title]));
         }
     }
 }
@@ -558,7 +581,7 @@ fn follow_counter(
 
 /// Gives the present step its counters, and stores the meter. // I4: the step's octets are made from these only.
 ///
-/// The counters come first, out of the row as it was: if there are none, nothing of the step is stored, and so nothing without its record (I2).
+/// The counters come out of the row as it was, so that the reservation is not lost when the meter is put.
 fn deal_counters(view: &mut View<'_, '_>, island: &Island, mut meter: Meter) -> Result<Arc<Meter>, ServiceError> {
     let Some(transfer) = meter.transfer.clone() else { return Err(refused(&TransferError::NotUnderWay)) };
     let wanted = match &transfer.stage {
@@ -657,6 +680,12 @@ fn permits_transfer(island: &Island, facts: &crate::authz::PrincipalFacts, meter
     permits(island, facts, meter, key_type, transfer.form, false, transfer.campaign.is_some())
 }
 
+/// [`permits_transfer`], in the transaction: who has lost the lease of a campaign's task goes no further with its transfer.
+fn permits_step(view: &mut View<'_, '_>, island: &Island, principal: &kms_domain::Principal, meter: &Meter, transfer: &Transfer) -> Result<(), ServiceError> {
+    permits_transfer(island, &facts(principal), meter, transfer)?;
+    transfer.campaign.map_or(Ok(()), |task| check_task(view, task, meter.title, &principal.id))
+}
+
 fn permits(
     island: &Island,
     facts: &crate::authz::PrincipalFacts,
@@ -701,6 +730,16 @@ struct Advances {
 }
 
 impl Advances {
+    /// Tries the step of one meter. One that fails leaves neither a change nor a word of one.
+    fn attempt<T>(&mut self, view: &mut View<'_, '_>, step: impl FnOnce(&mut View<'_, '_>, &mut Self) -> Result<T, ServiceError>) -> Result<T, ServiceError> {
+        let before = self.advances.len();
+        let outcome = view.attempt(|view| step(view, self));
+        if outcome.is_err() {
+            self.advances.truncate(before);
+        }
+        outcome
+    }
+
     fn push(&mut self, meter: &Meter, transfer: &Transfer, event: &str, step: u32, findings: &[Finding]) {
         let delivered = match transfer.stage {
             Stage::Deliver { .. } if step > 0 => transfer.current().copied(),
@@ -749,7 +788,7 @@ impl Advances {
                 kms_domain::Answer::Exception => "exception",
             }
             .to_owned(),
-            campaign_id: transfer.campaign.map(|campaign| campaign.octets().to_vec().into()).unwrap_or_default(),
+            campaign_id: transfer.campaign.map(|task| task.campaign.octets().to_vec().into()).unwrap_or_default(),
         });
     }
 
@@ -757,14 +796,6 @@ impl Advances {
         if !self.advances.is_empty() {
             view.append(Event::TransfersAdvanced(TransfersAdvanced { advances: self.advances, reason: self.reason }));
         }
-    }
-}
-
-fn event_name(transfer: &Transfer) -> &'static str {
-    match transfer.stage {
-        Stage::Associate { .. } => "associate",
-        Stage::Authenticate { .. } => "authenticate",
-        Stage::Deliver { .. } => "deliver",
     }
 }
 

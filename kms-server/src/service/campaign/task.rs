@@ -1,14 +1,15 @@
 //! Tasks in the hands of head-ends: leased, renewed, given back; and what a transfer tells of them.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc};
 
 use kms_domain::{
-    CampaignId, CampaignState, MeterStatus, Outcome, PrincipalId, SecuritySetupId, SystemTitle, TaskEnd, TaskError, TaskState, TaskWork, UnixMillis,
+    CampaignId, CampaignState, CampaignTask, MeterStatus, Outcome, PrincipalId, SecuritySetupId, SystemTitle, TaskEnd, TaskError, TaskState, TaskWork,
+    UnixMillis,
 };
 use kms_proto::v1::{self, TasksChanged, audit_record::Event};
 use kms_store::{Reads, TaskKey, TaskRow};
 
-use super::{CampaignService, campaign_row};
+use super::CampaignService;
 use crate::{
     audit::{Actor, View},
     authz::{Action, Caller, Resource},
@@ -89,7 +90,7 @@ impl CampaignService {
     async fn lease_these(&self, caller: &Caller, id: CampaignId, due: Vec<SystemTitle>, lease_ms: i64) -> Result<Vec<TaskRow>, ServiceError> {
         let keys: Vec<TaskKey> = due.iter().map(|meter| TaskKey { campaign: id, meter: *meter }).collect();
         let reads =
-            Reads { meters: due, sealed: vec![principal_row(&caller.principal), campaign_row(id)], tasks: keys.clone(), clock: true, ..Reads::default() };
+            Reads { meters: due, sealed: vec![principal_row(&caller.principal)], campaigns: vec![id], tasks: keys.clone(), clock: true, ..Reads::default() };
         let actor = Actor::caller(caller, None, Action::LeaseTasks.name());
         let (island, caller) = (self.island.clone(), caller.clone());
         let committed = self.island.committer.act(actor, reads, move |view| {
@@ -196,10 +197,14 @@ impl CampaignService {
     where
         F: Fn(&mut View<'_, '_>, &mut TaskRow, &TaskLease, &kms_domain::Campaign) -> Result<bool, ServiceError> + Send + 'static,
     {
-        let campaigns: BTreeMap<CampaignId, ()> = leases.iter().map(|lease| (lease.campaign, ())).collect();
-        let mut sealed: Vec<_> = campaigns.into_keys().map(campaign_row).collect();
-        sealed.push(principal_row(&caller.principal));
-        let reads = Reads { sealed, tasks: leases.iter().map(TaskLease::key).collect(), clock: true, ..Reads::default() };
+        let campaigns: BTreeSet<CampaignId> = leases.iter().map(|lease| lease.campaign).collect();
+        let reads = Reads {
+            sealed: vec![principal_row(&caller.principal)],
+            campaigns: campaigns.into_iter().collect(),
+            tasks: leases.iter().map(TaskLease::key).collect(),
+            clock: true,
+            ..Reads::default()
+        };
         let actor = Actor::caller(caller, None, Action::LeaseTasks.name());
         let caller = caller.clone();
         let committed = self.island.committer.act(actor, reads, move |view| {
@@ -226,23 +231,23 @@ impl CampaignService {
 }
 
 /// Lets a transfer or probe begin for a task: its lease is held by this principal with this fencing token, the campaign runs and its window is open,
-/// and the task asks for this. For the act that begins the transfer: after the transfer was found possible, before the meter is put, so that neither is
-/// staged without the other.
+/// and the task asks for this. For the act that begins the transfer, which is tried as a whole ([`View::attempt`]): so neither begins without the other.
 ///
 /// # Errors
 /// Permission denied: there is no such task of this principal. Failed precondition: the lease is lost, the campaign does not run, or the task asks
 /// for something else. Or a row was not read yet.
 pub fn begin_task(
     view: &mut View<'_, '_>,
-    campaign: CampaignId,
+    task: CampaignTask,
     meter: SystemTitle,
-    fence: u64,
     principal: &PrincipalId,
     setup: SecuritySetupId,
     work: TaskWork,
 ) -> Result<(), ServiceError> {
+    let CampaignTask { campaign, fence } = task;
     let clock = view.clock()?;
-    let (running, mut row) = own_task(view, campaign, meter, principal)?;
+    let mut row = own_task(view, task, meter, principal)?;
+    let running = view.campaign(campaign)?.ok_or_else(|| denied(campaign, meter))?;
     if !running.is_open_at(clock) {
         let reason = if running.state == CampaignState::Running { "its maintenance window is over".to_owned() } else { format!("it is {}", running.state) };
         return Err(ServiceError::FailedPrecondition {
@@ -255,26 +260,34 @@ pub fn begin_task(
     Ok(())
 }
 
-/// Whether this principal holds the lease with this fencing token: for the act that takes a report.
+/// Whether this principal still holds the lease that a transfer began under: for the act that takes a report of it, or tells its step again.
 ///
 /// # Errors
-/// As [`begin_task`].
-pub fn check_task(view: &mut View<'_, '_>, campaign: CampaignId, meter: SystemTitle, fence: u64, principal: &PrincipalId) -> Result<(), ServiceError> {
+/// Permission denied: there is no such task of this principal. Failed precondition: the lease is not held any more. Or a row was not read yet.
+pub fn check_task(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitle, principal: &PrincipalId) -> Result<(), ServiceError> {
     let clock = view.clock()?;
-    let (_, row) = own_task(view, campaign, meter, principal)?;
-    row.task.check(fence, clock).map_err(task_error)
+    let row = own_task(view, task, meter, principal)?;
+    row.task.check(task.fence, clock).map_err(task_error)
+}
+
+/// Whether anybody still holds the lease that a transfer began under.
+///
+/// # Errors
+/// A row was not read yet.
+pub fn holds_task(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitle) -> Result<bool, ServiceError> {
+    let clock = view.clock()?;
+    Ok(view.task(TaskKey { campaign: task.campaign, meter })?.is_some_and(|row| row.task.check(task.fence, clock).is_ok()))
 }
 
 /// Takes the outcome of a transfer or probe, in the act that ends it, after the meter was put. `reason` says more than the outcome's name does, for reports;
-/// empty where there is nothing more.
+/// empty where there is nothing more. The task of a lease that was lost meanwhile is not concerned: somebody else works on it.
 ///
 /// # Errors
 /// A row was not read yet, or was refused.
-pub fn end_task(view: &mut View<'_, '_>, campaign: CampaignId, meter: SystemTitle, outcome: Outcome, reason: &str) -> Result<TaskEnd, ServiceError> {
+pub fn end_task(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitle, outcome: Outcome, reason: &str) -> Result<TaskEnd, ServiceError> {
     let clock = view.clock()?;
-    let Some(known) = view.campaign(campaign)? else { return Ok(TaskEnd::Unchanged) };
-    // Tasks that have succeeded are forgotten after their wave.
-    let Some(mut row) = view.task(TaskKey { campaign, meter })? else { return Ok(TaskEnd::Unchanged) };
+    let Some(known) = view.campaign(task.campaign)? else { return Ok(TaskEnd::Unchanged) };
+    let Some(mut row) = task_under_way(view, task, meter)? else { return Ok(TaskEnd::Unchanged) };
     let Some(meter) = view.meter(meter)? else { return Ok(TaskEnd::Unchanged) };
     let end = row.task.end(&known, outcome, reason, &meter, clock);
     if end != TaskEnd::Unchanged {
@@ -283,22 +296,39 @@ pub fn end_task(view: &mut View<'_, '_>, campaign: CampaignId, meter: SystemTitl
     Ok(end)
 }
 
+/// Ends the task of a transfer that ends because its meter goes out of service, in the act that does so: what a key has left for stays in doubt.
+///
+/// # Errors
+/// A row was not read yet.
+pub fn drop_task(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitle, reason: &str) -> Result<(), ServiceError> {
+    let clock = view.clock()?;
+    if let Some(mut row) = task_under_way(view, task, meter)? {
+        row.task.skip(reason, clock);
+        view.put_task(row);
+    }
+    Ok(())
+}
+
 /// The rows that [`begin_task`], [`check_task`] and [`end_task`] read, so that a transaction reads them at once.
 pub fn task_reads(campaign: CampaignId, meters: impl IntoIterator<Item = SystemTitle>) -> Reads {
     let tasks = meters.into_iter().map(|meter| TaskKey { campaign, meter }).collect();
-    Reads { sealed: vec![campaign_row(campaign)], tasks, clock: true, ..Reads::default() }
+    Reads { campaigns: vec![campaign], tasks, clock: true, ..Reads::default() }
 }
 
-fn own_task(
-    view: &mut View<'_, '_>,
-    campaign: CampaignId,
-    meter: SystemTitle,
-    principal: &PrincipalId,
-) -> Result<(Arc<kms_domain::Campaign>, TaskRow), ServiceError> {
-    let denied = || ServiceError::denied(format!("a task of campaign {campaign} with meter {meter}"));
-    let known = view.campaign(campaign)?.ok_or_else(denied)?;
-    let row = view.task(TaskKey { campaign, meter })?.ok_or_else(denied)?;
-    if row.head_end.as_deref() == Some(principal.to_string().as_str()) { Ok((known, row)) } else { Err(denied()) }
+/// The task, if it is this principal's.
+fn own_task(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitle, principal: &PrincipalId) -> Result<TaskRow, ServiceError> {
+    let row = view.task(TaskKey { campaign: task.campaign, meter })?;
+    row.filter(|row| row.head_end.as_deref() == Some(principal.to_string().as_str())).ok_or_else(|| denied(task.campaign, meter))
+}
+
+/// The task, while what began under this lease is what it waits for.
+fn task_under_way(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitle) -> Result<Option<TaskRow>, ServiceError> {
+    let row = view.task(TaskKey { campaign: task.campaign, meter })?;
+    Ok(row.filter(|row| row.task.state == TaskState::UnderWay && row.task.fence == task.fence))
+}
+
+fn denied(campaign: CampaignId, meter: SystemTitle) -> ServiceError {
+    ServiceError::denied(format!("a task of campaign {campaign} with meter {meter}"))
 }
 
 fn task_error(error: TaskError) -> ServiceError {

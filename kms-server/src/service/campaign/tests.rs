@@ -1,8 +1,8 @@
 use std::{num::NonZeroU8, time::Duration};
 
 use kms_domain::{
-    CampaignAction, CampaignName, CampaignSelection, CampaignTerms, FlagId, KeyType, MaintenanceWindow, MaintenanceWindows, Outcome, PersonName, Principal,
-    PrincipalCertificate, PrincipalId, PrincipalStatus, Quorum, Role, SecuritySetupId, TaskWork, UnixMillis, WaveSize,
+    CampaignAction, CampaignName, CampaignSelection, CampaignTask, CampaignTerms, FlagId, KeyType, MaintenanceWindow, MaintenanceWindows, Outcome, PersonName,
+    Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, Quorum, Role, SecuritySetupId, TaskWork, UnixMillis, WaveSize,
 };
 use kms_store::{MeterFilter, TaskFilter};
 
@@ -10,7 +10,7 @@ use super::*;
 use crate::testing::{TestIsland, island_tests, meter, put_principal, sample};
 
 /// Another officer, of a person.
-async fn officer(island: &TestIsland, name: &str, person: &str, number: u8) -> Caller {
+pub(crate) async fn officer(island: &TestIsland, name: &str, person: &str, number: u8) -> Caller {
     let id = PrincipalId::new(island.island.name().clone(), Role::Officer, name).unwrap();
     let not_after = Island::now().after(86_400_000);
     let principal = Principal {
@@ -28,11 +28,11 @@ async fn officer(island: &TestIsland, name: &str, person: &str, number: u8) -> C
     Caller { principal: id, certificate_sha256: [number; 32], not_after }
 }
 
-fn request() -> Request {
+pub(crate) fn request() -> Request {
     Request { id: RequestId::from_octets(uuid::Uuid::now_v7().as_bytes()).unwrap(), digest: [1; 32] }
 }
 
-fn new(terms: CampaignTerms) -> NewCampaign {
+pub(crate) fn new(terms: CampaignTerms) -> NewCampaign {
     NewCampaign {
         name: CampaignName::parse("spring").unwrap(),
         action: CampaignAction::rotate(KeyType::GUEK).unwrap(),
@@ -43,7 +43,7 @@ fn new(terms: CampaignTerms) -> NewCampaign {
     }
 }
 
-fn terms() -> CampaignTerms {
+pub(crate) fn terms() -> CampaignTerms {
     CampaignTerms {
         quorum: Quorum::ONE,
         canary: 2,
@@ -58,15 +58,15 @@ fn terms() -> CampaignTerms {
     }
 }
 
-fn lease(most: u32) -> LeaseQuery {
+pub(crate) fn lease(most: u32) -> LeaseQuery {
     LeaseQuery { campaign: None, most, lease_ms: 60_000 }
 }
 
-fn id(campaign: &v1::Campaign) -> CampaignId {
+pub(crate) fn id(campaign: &v1::Campaign) -> CampaignId {
     CampaignId::from_octets(&campaign.campaign_id).unwrap()
 }
 
-fn approval(campaign: &v1::Campaign) -> Change {
+pub(crate) fn approval(campaign: &v1::Campaign) -> Change {
     Change::Approve { content_sha256: campaign.content_sha256.as_ref().try_into().unwrap() }
 }
 
@@ -83,12 +83,16 @@ async fn running(island: &TestIsland, terms: CampaignTerms) -> (CampaignService,
     (service, id(&draft))
 }
 
-fn lease_of(task: &v1::Task) -> TaskLease {
+pub(crate) fn lease_of(task: &v1::Task) -> TaskLease {
     TaskLease {
         campaign: CampaignId::from_octets(&task.campaign_id).unwrap(),
         meter: kms_domain::SystemTitle::from_octets(&task.meter).unwrap(),
         fence: task.fence,
     }
+}
+
+fn task(lease: TaskLease) -> CampaignTask {
+    CampaignTask { campaign: lease.campaign, fence: lease.fence }
 }
 
 /// What the transfer service does when a transfer begins.
@@ -97,7 +101,7 @@ async fn begin(island: &TestIsland, by: &Caller, lease: TaskLease, work: TaskWor
     let mut reads = task_reads(lease.campaign, [lease.meter]);
     reads.meters.push(lease.meter);
     let act = island.island.committer.act(Actor::caller(by, None, "beginTransfers"), reads, move |view| {
-        begin_task(view, lease.campaign, lease.meter, lease.fence, &principal, SecuritySetupId::DEFAULT, work)
+        begin_task(view, task(lease), lease.meter, &principal, SecuritySetupId::DEFAULT, work)
     });
     act.await.map(drop)
 }
@@ -106,11 +110,11 @@ async fn begin(island: &TestIsland, by: &Caller, lease: TaskLease, work: TaskWor
 async fn end(island: &TestIsland, lease: TaskLease, outcome: Outcome, reason: &'static str) -> kms_domain::TaskEnd {
     let mut reads = task_reads(lease.campaign, [lease.meter]);
     reads.meters.push(lease.meter);
-    let act = island.island.committer.act(Actor::server("test"), reads, move |view| end_task(view, lease.campaign, lease.meter, outcome, reason));
+    let act = island.island.committer.act(Actor::server("test"), reads, move |view| end_task(view, task(lease), lease.meter, outcome, reason));
     act.await.unwrap().value
 }
 
-fn code(outcome: Result<impl std::fmt::Debug, ServiceError>) -> i32 {
+pub(crate) fn code(outcome: Result<impl std::fmt::Debug, ServiceError>) -> i32 {
     outcome.map_or_else(|error| error.code(), |value| panic!("{value:?}"))
 }
 
