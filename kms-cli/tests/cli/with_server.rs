@@ -38,7 +38,8 @@ fn tables_and_json_show_meters() {
     assert_eq!((&json["total"], &json["meters"][0]["meter"]), (&Value::from(1), &Value::from(METER)));
 
     let shown = text(&server.kms(&["meter", "show", METER]).stdout);
-    for words in ["GUEK", "active", "diversified", "hes-1 since 2026-11-21T08:00:00Z", "4D4D4D0000000001", "this system"] {
+    let words = ["GUEK", "active", "diversified", "hes-1 since 2026-11-21T08:00:00Z", "4D4D4D0000000001", "this system"];
+    for words in words.into_iter().chain(["GUEK version 2, has left", "3: deliver", "in doubt: the meter holds GUEK version 1 or 2"]) {
         assert!(shown.contains(words), "{shown}");
     }
 }
@@ -380,10 +381,25 @@ impl meter_service_server::MeterService for Mock {
         let counter = Counter { client_title: hex::decode("4D4D4D0000000001").unwrap().into(), key_version: 1, reserved_below: 2001, ..Default::default() };
         let setup = SecuritySetup {
             obis: vec![0, 0, 43, 0, 0, 255].into(),
-            slots: vec![KeySlot { key_type: "GUEK".into(), versions: vec![version] }],
+            slots: vec![KeySlot {
+                key_type: "GUEK".into(),
+                versions: vec![version, KeyVersion { number: 2, candidate: true, ..new_version("pre-active") }],
+                in_doubt: true,
+            }],
             counters: vec![counter],
         };
-        Ok(Response::new(Meter { summary: Some(summary()), security_setups: vec![setup], generation: 3, ..Default::default() }))
+        let transfer = MeterTransfer {
+            transfer_id: vec![7; 16].into(),
+            security_setup: vec![0, 0, 43, 0, 0, 255].into(),
+            keys: vec![TransferredKey { key_type: "GUEK".into(), version: 2, left: true }],
+            head_end: "urn:meterkms:north:head-end:hes-1".into(),
+            step: 3,
+            stage: "deliver".into(),
+            not_after_ms: 1_795_248_000_000,
+            ..Default::default()
+        };
+        let meter = Meter { summary: Some(summary()), security_setups: vec![setup], generation: 3, transfer: Some(transfer), ..Default::default() };
+        Ok(Response::new(meter))
     }
 
     async fn assign_meters(&self, _: Request<AssignMetersRequest>) -> Answer<ChangeMetersResponse> {
@@ -520,7 +536,7 @@ impl group_service_server::GroupService for Mock {
     async fn show_group(&self, request: Request<ShowGroupRequest>) -> Answer<Group> {
         let setup = SecuritySetup {
             obis: vec![0, 0, 43, 0, 0, 255].into(),
-            slots: vec![KeySlot { key_type: "GBEK".into(), versions: vec![new_version("pre-active")] }],
+            slots: vec![KeySlot { key_type: "GBEK".into(), versions: vec![new_version("pre-active")], ..Default::default() }],
             ..Default::default()
         };
         Ok(Response::new(Group { number: 7, name: request.into_inner().group, security_setups: vec![setup], generation: 2, ..Default::default() }))
