@@ -1,5 +1,7 @@
 //! The command line. Every value is parsed here, before anything goes to the network.
 
+mod campaign;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum, builder::NonEmptyStringValueParser};
@@ -7,6 +9,7 @@ use kms_client::{GrantId, KeyType, PrincipalId, SecuritySetupId, SystemTitle};
 use kms_domain::{DeviceProfileName, FlagId, OaepHash};
 use kms_proto::v1::Purpose;
 
+pub(crate) use self::campaign::{ActionArguments, CampaignCommand, CreateCampaign, SelectionArguments, TermsArguments};
 use crate::output::Format;
 
 /// Lends out smart meter keys, on the record: the tool of security officers, auditors and field technicians.
@@ -53,6 +56,9 @@ pub(crate) enum Command {
     /// Head-ends, officers, auditors, handhelds and manufacturers
     #[command(subcommand)]
     Principal(PrincipalCommand),
+    /// Rotate keys of many meters: plan, approve, start, watch, report
+    #[command(subcommand)]
+    Campaign(CampaignCommand),
     /// Who holds keys
     #[command(subcommand)]
     Grant(GrantCommand),

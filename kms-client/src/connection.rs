@@ -4,10 +4,10 @@ use std::{error::Error, io, sync::Arc, time::Duration};
 
 use hyper_util::rt::TokioIo;
 use kms_proto::v1::{
-    audit_service_client::AuditServiceClient, device_type_service_client::DeviceTypeServiceClient, frame_service_client::FrameServiceClient,
-    grant_service_client::GrantServiceClient, group_service_client::GroupServiceClient, hsm_service_client::HsmServiceClient,
-    meter_service_client::MeterServiceClient, principal_service_client::PrincipalServiceClient, shipment_service_client::ShipmentServiceClient,
-    transfer_service_client::TransferServiceClient,
+    audit_service_client::AuditServiceClient, campaign_service_client::CampaignServiceClient, device_type_service_client::DeviceTypeServiceClient,
+    frame_service_client::FrameServiceClient, grant_service_client::GrantServiceClient, group_service_client::GroupServiceClient,
+    hsm_service_client::HsmServiceClient, meter_service_client::MeterServiceClient, principal_service_client::PrincipalServiceClient,
+    shipment_service_client::ShipmentServiceClient, task_service_client::TaskServiceClient, transfer_service_client::TransferServiceClient,
 };
 use rustls::{
     ClientConfig, RootCertStore,
@@ -119,6 +119,16 @@ impl Connection {
     /// The audit log.
     pub fn audit(&self) -> AuditServiceClient<Channel> {
         AuditServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
+    }
+
+    /// Campaigns.
+    pub fn campaigns(&self) -> CampaignServiceClient<Channel> {
+        CampaignServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
+    }
+
+    /// Tasks of campaigns, for head-ends.
+    pub fn tasks(&self) -> TaskServiceClient<Channel> {
+        TaskServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
     }
 
     /// HSM tokens.

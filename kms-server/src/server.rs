@@ -39,6 +39,7 @@ use crate::error::ServiceError;
 use crate::island::Island;
 use crate::pin_memory::StoredPinMemory;
 use crate::profiles::Profiles;
+use crate::service::campaign::CampaignService;
 use crate::service::certificate::{CertificateAuthority, IssuedCertificate};
 use crate::service::certificate_end::{CertificateWatch, ServerCertificate};
 use crate::service::retention::Housekeeper;
@@ -121,6 +122,7 @@ impl Server {
             // I5: what is not refused on use is found within this time.
             let _scrubbing = Background(Scrubber::new(Arc::clone(&island)).in_background(scrub_period));
             let _destroying = Background(Housekeeper::new(Arc::clone(&island), retention).in_background());
+            let _leading = Background(CampaignService::new(Arc::clone(&island)).in_background(LEADING_INTERVAL));
             let watch = CertificateWatch { island: Arc::clone(&island), authority: watched, own };
             let _watching = Background(tokio::spawn(watch.run()));
             opened.send_replace(Some(Arc::clone(&island)));
@@ -149,7 +151,7 @@ impl Server {
     }
 }
 
-/// A task in the background, which ends with the server.
+/// Work in the background, which ends with the server.
 struct Background(tokio::task::JoinHandle<()>);
 
 impl Drop for Background {
@@ -467,6 +469,8 @@ pub fn host_name() -> String {
 const GRACE: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_secs(2);
 const USABLE_WITHIN: Duration = Duration::from_secs(10);
+/// How often campaigns are looked at.
+const LEADING_INTERVAL: Duration = Duration::from_secs(2);
 const HEALTH_INTERVAL: Duration = Duration::from_secs(1);
 /// Acts that may wait for the writer.
 const QUEUED_ACTS: usize = 4_096;

@@ -216,6 +216,7 @@ def rows():
         sealed_row(5, fixed("fingerprint", 16), 2**40, fixed("body", 1000)),
         sealed_row(6, ISLAND.encode(), 6, b"island"),
         sealed_row(7, principal, 7, b"quota use"),
+        sealed_row(8, fixed("campaign", 16), 8, b"campaign"),
     ]
 
 
@@ -225,6 +226,29 @@ def fingerprint():
     wrapped = wrap(kek, key)
     mac_key = bytes.fromhex(seal_root_keys()["keys"]["fingerprint-key"]["key"])
     return {"fingerprint_kek": kek.hex(), "key": key.hex(), "wrapped": wrapped.hex(), "fingerprint": hmac_sha256(mac_key, wrapped)[:16].hex()}
+
+
+# Campaigns
+
+
+def campaign():
+    identity = fixed("campaign", 16)
+    titles = [b"KAM" + number.to_bytes(5, "big") for number in range(1, 41)]
+    chunks = [b"".join(titles[:25]), b"".join(titles[25:])]
+    link, links = hashlib.sha256(b"meterkms/plan" + identity).digest(), []
+    for chunk in chunks:
+        link = hashlib.sha256(link + chunk).digest()
+        links.append(link.hex())
+    buckets = [int.from_bytes(hmac_sha256(identity, title)[:4], "big") >> 12 for title in titles]
+    key = bytes.fromhex(seal_root_keys()["keys"]["seal-key"]["key"])
+    mark = hmac_sha256(key, b"meterkms/task" + identity + titles[0] + u32(3))[:16]
+    return {
+        "campaign": identity.hex(),
+        "chunks": [chunk.hex() for chunk in chunks],
+        "links": links,
+        "buckets": buckets,
+        "task": {"meter": titles[0].hex(), "wave": 3, "mark": mark.hex()},
+    }
 
 
 # Envelopes
@@ -476,6 +500,7 @@ def main():
         "seal_root": seal_root_keys(),
         "rows": rows(),
         "fingerprint": fingerprint(),
+        "campaign": campaign(),
         "envelopes": [envelope(1), envelope(2)],
         "audit": audit(),
         "shipment": shipment(),

@@ -159,6 +159,34 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
             many => ("transfers", plural(many.len() as u64, "step")),
         },
         Event::SecurityEvent(event) => ("security event", format!("{}: {}", event.kind, event.detail)),
+        Event::CampaignCreated(event) => {
+            ("campaign made", format!("{} ({}): {} for {}", event.name, output::uuid(&event.campaign_id), event.action, plural(event.meters, "meter")))
+        }
+        Event::CampaignApproved(event) => {
+            let rest = if event.complete { ", all approvals are there" } else { "" };
+            ("campaign approved", format!("{} by {}{rest}", output::uuid(&event.campaign_id), event.person))
+        }
+        Event::CampaignChanged(event) => {
+            let reason = if event.reason.is_empty() { String::new() } else { format!(": {}", event.reason) };
+            ("campaign changed", format!("{} {}{reason}", output::uuid(&event.campaign_id), event.change))
+        }
+        Event::WaveChanged(event) if event.change == "ended" => (
+            "wave ended",
+            format!(
+                "{} wave {}: {} succeeded, {} failed, {} in doubt, {} skipped",
+                output::uuid(&event.campaign_id),
+                event.wave,
+                number(event.succeeded),
+                number(event.failed),
+                number(event.in_doubt),
+                number(event.skipped)
+            ),
+        ),
+        Event::WaveChanged(event) => ("wave planned", format!("{} wave {}: {}", output::uuid(&event.campaign_id), event.wave, plural(event.tasks, "task"))),
+        Event::TasksChanged(event) => {
+            let reason = if event.reason.is_empty() { String::new() } else { format!(": {}", event.reason) };
+            ("tasks", format!("{} of {} {}{reason}", plural(event.meters.len() as u64, "task"), output::uuid(&event.campaign_id), event.change))
+        }
         Event::CeremonyHeld(event) => {
             ("ceremony", format!("{} made{}", plural(event.fingerprints.len() as u64, "public key"), if event.development { ", for development" } else { "" }))
         }
@@ -209,6 +237,7 @@ fn row_kind(kind: u32) -> String {
         5 => "counter domain".into(),
         6 => "island".into(),
         7 => "quota use".into(),
+        8 => "campaign".into(),
         0 => "log".into(),
         other => other.to_string(),
     }

@@ -100,8 +100,27 @@ fn meter_text(meter: &proto::Meter) -> String {
         ("batch", summary.batch),
         ("generation", meter.generation.to_string()),
     ]);
+    if let Some(transfer) = &meter.transfer {
+        result.push_str("\ntransfer under way\n\n");
+        result.push_str(&transfer_text(transfer));
+    }
     result.push_str(&setups_text(&meter.security_setups));
     result
+}
+
+fn transfer_text(transfer: &proto::MeterTransfer) -> String {
+    let keys = transfer.keys.iter().map(|key| format!("{} version {}, {}", key.key_type, key.version, if key.left { "has left" } else { "not yet sent" }));
+    let campaign = if transfer.campaign_id.is_empty() { String::new() } else { output::uuid(&transfer.campaign_id) };
+    facts([
+        ("transfer", output::uuid(&transfer.transfer_id)),
+        ("brings", if transfer.keys.is_empty() { "nothing: a probe".to_owned() } else { keys.collect::<Vec<_>>().join("; ") }),
+        ("security setup", output::obis(&transfer.security_setup)),
+        ("head-end", transfer.head_end.clone()),
+        ("client title", output::octets(&transfer.client_title)),
+        ("campaign", campaign),
+        ("step", format!("{}: {}", transfer.step, transfer.stage)),
+        ("given up after", output::time(transfer.not_after_ms)),
+    ])
 }
 
 /// Keys and counters of each security setup.
@@ -124,6 +143,10 @@ pub(crate) fn setups_text(setups: &[proto::SecuritySetup]) -> String {
             ]);
         }
         result.push_str(&keys.text_or("no keys"));
+        for slot in setup.slots.iter().filter(|slot| slot.in_doubt) {
+            let candidates: Vec<_> = slot.versions.iter().filter(|version| version.candidate).map(|version| version.number.to_string()).collect();
+            result.push_str(&format!("\nin doubt: the meter holds {} version {}; a probe shows which\n", slot.key_type, candidates.join(" or ")));
+        }
         let mut counters = Rows::new(&["client title", "key version", "reserved below", "counted by"]).numbers(&[1, 2]);
         for counter in &setup.counters {
             let owner = if counter.owned_by.is_empty() { "this system".into() } else { counter.owned_by.clone() };

@@ -1,6 +1,7 @@
 //! The commands, one file for each noun.
 
 pub(crate) mod audit;
+pub(crate) mod campaign;
 pub(crate) mod grant;
 pub(crate) mod hsm;
 pub(crate) mod meter;

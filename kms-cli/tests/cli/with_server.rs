@@ -21,6 +21,7 @@ type Answer<T> = Result<Response<T>, Status>;
 type Steps<T> = tokio_stream::Iter<std::vec::IntoIter<Result<T, Status>>>;
 
 const METER: &str = "4B414D0000000001";
+const CAMPAIGN: &str = "01939E7E7C1B70008000000000000001";
 const PRINCIPAL: &str = "urn:meterkms:dev:officer:ada";
 
 #[test]
@@ -37,7 +38,8 @@ fn tables_and_json_show_meters() {
     assert_eq!((&json["total"], &json["meters"][0]["meter"]), (&Value::from(1), &Value::from(METER)));
 
     let shown = text(&server.kms(&["meter", "show", METER]).stdout);
-    for words in ["GUEK", "active", "diversified", "hes-1 since 2026-11-21T08:00:00Z", "4D4D4D0000000001", "this system"] {
+    let words = ["GUEK", "active", "diversified", "hes-1 since 2026-11-21T08:00:00Z", "4D4D4D0000000001", "this system"];
+    for words in words.into_iter().chain(["GUEK version 2, has left", "3: deliver", "in doubt: the meter holds GUEK version 1 or 2"]) {
         assert!(shown.contains(words), "{shown}");
     }
 }
@@ -67,6 +69,62 @@ fn refusals_and_outages_have_their_exit_codes() {
     let output = server.kms(&["principal", "whoami"]);
     assert_eq!(output.status.code(), Some(4));
     assert!(text(&output.stderr).contains("nothing listens there"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_campaign_is_looked_at_before_it_is_stored_and_approved_by_its_content() {
+    let server = Server::start();
+    let create = ["campaign", "create", "spring", "--rotate", "GUEK", "--batch", "B-1", "--meter", METER, "--window", "mon-fri 22:00-05:00"];
+    let output = server.kms(&create);
+    let shown = text(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    for words in ["1 have no head-end", "2, 18", "(none)", "hes-1", METER, "nothing was stored: --commit"] {
+        assert!(shown.contains(words), "{words}: {shown}");
+    }
+    let stored = text(&server.kms(&[&create[..], &["--commit"]].concat()).stdout);
+    assert!(stored.contains("rotate GUEK") && stored.contains("another person approves it"), "{stored}");
+
+    let id = "01939e7e-7c1b-7000-8000-000000000001";
+    let content = "c5".repeat(32);
+    let listed = text(&server.kms(&["campaign", "list"]).stdout);
+    assert!(listed.contains(id) && listed.contains("1 of 2"), "{listed}");
+    assert!(text(&server.kms(&["campaign", "show", id]).stdout).contains(&content));
+    // Without a terminal nobody is asked: the content must be named.
+    assert_eq!(server.kms(&["campaign", "approve", id]).status.code(), Some(2));
+    assert_eq!(server.kms(&["campaign", "approve", id, "--yes"]).status.code(), Some(2));
+    assert!(text(&server.kms(&["campaign", "approve", id, "--content", &content]).stdout).contains("approved"));
+    assert_ne!(server.kms(&["campaign", "approve", id, "--content", &"00".repeat(32)]).status.code(), Some(0));
+    assert_eq!(server.kms(&["campaign", "start", id]).status.code(), Some(2));
+    assert!(text(&server.kms(&["campaign", "start", id, "--yes"]).stdout).contains("running"));
+    assert!(text(&server.kms(&["campaign", "pause", id, "--reason", "storm"]).stdout).contains("storm"));
+    let aborted = text(&server.kms(&["campaign", "abort", id, "--reason", "wrong", "--yes"]).stdout);
+    assert!(aborted.contains("1 meter in doubt") && aborted.contains(METER), "{aborted}");
+}
+
+#[test]
+fn a_campaign_is_watched_and_reported() {
+    let server = Server::start();
+    let id = "01939e7e-7c1b-7000-8000-000000000001";
+    let watched = text(&server.kms(&["campaign", "watch", id]).stdout);
+    for words in ["running: 0 of 20", "finished: 2 of 20", "4 a minute", "no answer: 1", "under way"] {
+        assert!(watched.contains(words), "{words}: {watched}");
+    }
+    let once = text(&server.kms(&["campaign", "watch", id, "--once"]).stdout);
+    assert!(once.contains("running: 0 of 20") && !once.contains("finished"), "{once}");
+    let lines = text(&server.kms(&["campaign", "watch", id, "--output", "json"]).stdout);
+    let last: Value = serde_json::from_str(lines.lines().last().unwrap()).unwrap();
+    assert_eq!((lines.lines().count(), &last["campaign"]["state"]), (3, &Value::from("finished")));
+
+    let report = text(&server.kms(&["campaign", "report", id]).stdout);
+    assert!(report.contains("KAM") && report.contains(METER), "{report}");
+    let output = server.kms(&["campaign", "report", id, "--html", "report.html", "--json", "report.json"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let page = std::fs::read_to_string(server.directory.path().join("report.html")).unwrap();
+    assert!(page.starts_with("<!doctype html>") && page.contains("<svg") && page.contains(METER));
+    let json: Value = serde_json::from_slice(&std::fs::read(server.directory.path().join("report.json")).unwrap()).unwrap();
+    assert_eq!(json["tasks"][0]["meter"], Value::from(METER));
+    // What is there already is not overwritten.
+    assert_eq!(server.kms(&["campaign", "report", id, "--html", "report.html"]).status.code(), Some(1));
 }
 
 #[test]
@@ -244,6 +302,7 @@ impl Server {
             .add_service(group_service_server::GroupServiceServer::new(mock.clone()))
             .add_service(device_type_service_server::DeviceTypeServiceServer::new(mock.clone()))
             .add_service(audit_service_server::AuditServiceServer::new(mock.clone()))
+            .add_service(campaign_service_server::CampaignServiceServer::new(mock.clone()))
             .add_service(grant_service_server::GrantServiceServer::new(mock));
         runtime.spawn(router.serve_with_incoming(incoming));
 
@@ -322,10 +381,25 @@ impl meter_service_server::MeterService for Mock {
         let counter = Counter { client_title: hex::decode("4D4D4D0000000001").unwrap().into(), key_version: 1, reserved_below: 2001, ..Default::default() };
         let setup = SecuritySetup {
             obis: vec![0, 0, 43, 0, 0, 255].into(),
-            slots: vec![KeySlot { key_type: "GUEK".into(), versions: vec![version] }],
+            slots: vec![KeySlot {
+                key_type: "GUEK".into(),
+                versions: vec![version, KeyVersion { number: 2, candidate: true, ..new_version("pre-active") }],
+                in_doubt: true,
+            }],
             counters: vec![counter],
         };
-        Ok(Response::new(Meter { summary: Some(summary()), security_setups: vec![setup], generation: 3, ..Default::default() }))
+        let transfer = MeterTransfer {
+            transfer_id: vec![7; 16].into(),
+            security_setup: vec![0, 0, 43, 0, 0, 255].into(),
+            keys: vec![TransferredKey { key_type: "GUEK".into(), version: 2, left: true }],
+            head_end: "urn:meterkms:north:head-end:hes-1".into(),
+            step: 3,
+            stage: "deliver".into(),
+            not_after_ms: 1_795_248_000_000,
+            ..Default::default()
+        };
+        let meter = Meter { summary: Some(summary()), security_setups: vec![setup], generation: 3, transfer: Some(transfer), ..Default::default() };
+        Ok(Response::new(meter))
     }
 
     async fn assign_meters(&self, _: Request<AssignMetersRequest>) -> Answer<ChangeMetersResponse> {
@@ -462,7 +536,7 @@ impl group_service_server::GroupService for Mock {
     async fn show_group(&self, request: Request<ShowGroupRequest>) -> Answer<Group> {
         let setup = SecuritySetup {
             obis: vec![0, 0, 43, 0, 0, 255].into(),
-            slots: vec![KeySlot { key_type: "GBEK".into(), versions: vec![new_version("pre-active")] }],
+            slots: vec![KeySlot { key_type: "GBEK".into(), versions: vec![new_version("pre-active")], ..Default::default() }],
             ..Default::default()
         };
         Ok(Response::new(Group { number: 7, name: request.into_inner().group, security_setups: vec![setup], generation: 2, ..Default::default() }))
@@ -524,6 +598,100 @@ impl audit_service_server::AuditService for Mock {
         let finding = ScrubFinding { kind: 1, id: hex::decode(METER).unwrap().into(), finding: "stale".into(), detail: "generation 3, the log has 4".into() };
         let step = ScrubResponse { records_read: 10, rows_read: 5, findings: vec![finding], finished: true };
         Ok(Response::new(tokio_stream::iter(vec![Ok(step)])))
+    }
+}
+
+fn campaign(state: &str) -> Campaign {
+    Campaign {
+        campaign_id: hex::decode(CAMPAIGN).unwrap().into(),
+        plan: Some(CampaignPlan {
+            name: "spring".into(),
+            action: CampaignAction::Rotate.into(),
+            key_type: "GUEK".into(),
+            selection: Some(CampaignSelection { batch: "B-1".into(), ..Default::default() }),
+            terms: Some(CampaignTerms { success_threshold: 95, failure_limit: Some(10), quorum: Some(1), ..Default::default() }),
+            ..Default::default()
+        }),
+        state: state.into(),
+        content_sha256: vec![0xC5; 32].into(),
+        requester_person: "Ada".into(),
+        meters: 20,
+        waves: vec![2, 18],
+        wave: 1,
+        window_open: true,
+        ..Default::default()
+    }
+}
+
+fn progress(state: &str, succeeded: u64) -> CampaignProgress {
+    let wave = WaveProgress { wave: 1, planned: 2, succeeded, pending: 2 - succeeded, ..Default::default() };
+    let reasons = vec![NamedCount { name: "no answer".into(), count: 1 }];
+    CampaignProgress { campaign: Some(campaign(state)), waves: vec![wave], per_minute: 4.0, eta_seconds: 90, reasons }
+}
+
+#[tonic::async_trait]
+impl campaign_service_server::CampaignService for Mock {
+    async fn create_campaign(&self, request: Request<CreateCampaignRequest>) -> Answer<CreateCampaignResponse> {
+        let request = request.into_inner();
+        let head_ends = vec![NamedCount { name: String::new(), count: 1 }, NamedCount { name: "hes-1".into(), count: 19 }];
+        let preview = CampaignPreview {
+            meters: 20,
+            head_ends,
+            waves: vec![2, 18],
+            not_reachable: 1,
+            sample: request.plan.unwrap().selection.unwrap().meters,
+            ..Default::default()
+        };
+        Ok(Response::new(CreateCampaignResponse { preview: Some(preview), campaign: request.commit.then(|| campaign("draft")) }))
+    }
+
+    async fn list_campaigns(&self, _: Request<ListCampaignsRequest>) -> Answer<ListCampaignsResponse> {
+        Ok(Response::new(ListCampaignsResponse { campaigns: vec![campaign("running")], ..Default::default() }))
+    }
+
+    async fn show_campaign(&self, _: Request<ShowCampaignRequest>) -> Answer<Campaign> {
+        Ok(Response::new(campaign("draft")))
+    }
+
+    async fn approve_campaign(&self, request: Request<ApproveCampaignRequest>) -> Answer<Campaign> {
+        if request.get_ref().content_sha256.as_ref() != [0xC5; 32] {
+            return Err(Status::failed_precondition("the digest is not that of the campaign's content"));
+        }
+        Ok(Response::new(campaign("approved")))
+    }
+
+    async fn start_campaign(&self, _: Request<ChangeCampaignRequest>) -> Answer<Campaign> {
+        Ok(Response::new(campaign("running")))
+    }
+
+    async fn pause_campaign(&self, request: Request<ChangeCampaignRequest>) -> Answer<Campaign> {
+        Ok(Response::new(Campaign { reason: request.into_inner().reason, ..campaign("paused") }))
+    }
+
+    async fn resume_campaign(&self, _: Request<ChangeCampaignRequest>) -> Answer<Campaign> {
+        Ok(Response::new(campaign("running")))
+    }
+
+    async fn abort_campaign(&self, _: Request<ChangeCampaignRequest>) -> Answer<Campaign> {
+        Ok(Response::new(campaign("aborted")))
+    }
+
+    type WatchCampaignStream = Steps<CampaignProgress>;
+
+    async fn watch_campaign(&self, _: Request<WatchCampaignRequest>) -> Answer<Self::WatchCampaignStream> {
+        Ok(Response::new(tokio_stream::iter(vec![Ok(progress("running", 0)), Ok(progress("running", 1)), Ok(progress("finished", 2))])))
+    }
+
+    async fn report_campaign(&self, request: Request<ReportCampaignRequest>) -> Answer<CampaignReport> {
+        let request = request.into_inner();
+        let task = |state: &str| Task { meter: hex::decode(METER).unwrap().into(), state: state.into(), reason: "no answer".into(), ..Default::default() };
+        let tasks = match (request.state.as_str(), request.in_doubt) {
+            ("failed", false) => vec![task("failed")],
+            ("", true) => vec![task("in-doubt")],
+            _ => Vec::new(),
+        };
+        let outcome = OutcomeCount { wave: 1, manufacturer: "KAM".into(), state: "failed".into(), reason: "no answer".into(), count: 1 };
+        Ok(Response::new(CampaignReport { progress: Some(progress("aborted", 1)), outcomes: vec![outcome], tasks, ..Default::default() }))
     }
 }
 

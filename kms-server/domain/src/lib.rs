@@ -3,6 +3,7 @@
 //! What a caller passes in is already parsed: a type that exists is right. Bytes enter through the `parse` functions and
 //! `from_...` functions of this crate, and through `from_row` for what the database holds.
 
+mod campaign;
 mod counter;
 mod diversification;
 mod error;
@@ -24,6 +25,11 @@ mod slot;
 mod time;
 mod transfer;
 
+pub use campaign::{
+    Approval, Campaign, CampaignAction, CampaignContent, CampaignError, CampaignName, CampaignSelection, CampaignState, CampaignTerms, MaintenanceWindow,
+    MaintenanceWindows, Plan, PlanChain, PlannedWave, Quorum, Task, TaskEnd, TaskError, TaskState, TaskStep, TaskWork, WaveCounts, WaveDecision, WavePlanner,
+    WaveResult, WaveSize, WaveTally, Weekdays,
+};
 pub use counter::{
     ChunkSize, CounterDomain, CounterError, CounterKey, CounterOwnership, CounterScope, CounterState, CounterUse, Counters, DealError, Lease, LiveChunk,
     Reservation,
@@ -52,6 +58,6 @@ pub use shipment::{LONGEST_SHIPMENT_LINE, OaepHash, ShipmentDevice, ShipmentHead
 pub use slot::{Confirmation, Grantable, NewKeyVersion, Slot, SlotError, Slots, Standing};
 pub use time::UnixMillis;
 pub use transfer::{
-    Answer, CHALLENGE, ExchangePurpose, Finding, KeyPair, Next, Observation, OrderedKeys, Outcome, SharedKey, Stage, Step, Transfer, TransferError,
-    TransferForm, TransferKey, TransferOrder,
+    Answer, CHALLENGE, CampaignTask, ExchangePurpose, Finding, KeyPair, Next, Observation, OrderedKeys, Outcome, SharedKey, Stage, Step, Transfer,
+    TransferError, TransferForm, TransferKey, TransferOrder,
 };

@@ -5,7 +5,7 @@ use std::fmt;
 use aws_lc_rs::{digest, hmac};
 use zeroize::Zeroizing;
 
-use crate::{CounterDomainId, CounterJump, DeviceTypeId, GroupId, IslandName, ParseError, PrincipalId, RequestId, SystemTitle, WriterId};
+use crate::{CampaignId, CounterDomainId, CounterJump, DeviceTypeId, GroupId, IslandName, ParseError, PrincipalId, RequestId, SystemTitle, WriterId};
 
 /// What a sealed row is about: kind and id, both part of the seal, so that a row cannot be copied to another identity.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -24,6 +24,8 @@ pub enum RowId {
     Island(IslandName),
     /// Kind 7: what a principal has used of its quotas.
     QuotaUse(PrincipalId),
+    /// Kind 8: a campaign.
+    Campaign(CampaignId),
 }
 
 impl RowId {
@@ -37,10 +39,11 @@ impl RowId {
             Self::CounterDomain(_) => 5,
             Self::Island(_) => 6,
             Self::QuotaUse(_) => 7,
+            Self::Campaign(_) => 8,
         }
     }
 
-    /// Calls `read` with the id's octets: 8 (meter, group, device type), 16 (counter domain), or a name in UTF-8 (at most 123).
+    /// Calls `read` with the id's octets: 8 (meter, group, device type), 16 (counter domain, campaign), or a name in UTF-8 (at most 123).
     fn with_octets<T>(&self, read: impl FnOnce(&[u8]) -> T) -> T {
         match self {
             Self::Meter(title) => read(&title.octets()),
@@ -48,6 +51,7 @@ impl RowId {
             Self::Principal(principal) | Self::QuotaUse(principal) => read(principal.to_string().as_bytes()),
             Self::CounterDomain(domain) => read(&domain.0),
             Self::Island(island) => read(island.as_str().as_bytes()),
+            Self::Campaign(campaign) => read(&campaign.octets()),
         }
     }
 }
@@ -62,6 +66,7 @@ impl fmt::Display for RowId {
             Self::CounterDomain(domain) => write!(f, "counter domain {domain}"),
             Self::Island(island) => write!(f, "island {island}"),
             Self::QuotaUse(principal) => write!(f, "quota use of {principal}"),
+            Self::Campaign(campaign) => write!(f, "campaign {campaign}"),
         }
     }
 }
@@ -204,6 +209,20 @@ impl SealKey {
             context.update(part);
         }
         let mut seal = [0; 32];
+        for (octet, value) in seal.iter_mut().zip(context.sign().as_ref()) {
+            *octet = *value;
+        }
+        seal
+    }
+
+    /// Binds a task to the plan that was approved (I5, I6): `HMAC-SHA-256(seal key, "meterkms/task" ‖ campaign(16) ‖ meter(8) ‖ wave(4))[0..16]`. Who
+    /// writes the database cannot add a meter to a campaign.
+    pub fn seal_task(&self, campaign: CampaignId, meter: SystemTitle, wave: u32) -> [u8; 16] {
+        let mut context = hmac::Context::with_key(&self.key);
+        for part in [b"meterkms/task".as_slice(), &campaign.octets(), &meter.octets(), &wave.to_be_bytes()] {
+            context.update(part);
+        }
+        let mut seal = [0; 16];
         for (octet, value) in seal.iter_mut().zip(context.sign().as_ref()) {
             *octet = *value;
         }

@@ -27,8 +27,8 @@ pub struct Transfer {
     pub setup: SecuritySetupId,
     /// The head-end that carries it out.
     pub head_end: PrincipalId,
-    /// The campaign that it belongs to.
-    pub campaign: Option<CampaignId>,
+    /// The campaign's task that it is carried out for.
+    pub campaign: Option<CampaignTask>,
     /// The client title that the requests are sent under.
     pub client_title: SystemTitle,
     /// Who ciphers the request that delivers a key.
@@ -51,6 +51,15 @@ pub struct Transfer {
     pub answer: Answer,
     /// After this it can be given up by whoever wants to begin another.
     pub not_after: UnixMillis,
+}
+
+/// The lease of a campaign's task that a transfer began under.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CampaignTask {
+    /// The campaign; the task is that of the transfer's meter.
+    pub campaign: CampaignId,
+    /// The fencing token of the lease. A transfer under a lease that was lost goes no further.
+    pub fence: u64,
 }
 
 /// Who ciphers the request that delivers a key. The proof is made in the HSM either way.
@@ -121,6 +130,17 @@ pub enum Stage {
         /// The keys of the association.
         pair: Option<KeyPair>,
     },
+}
+
+impl Stage {
+    /// The name in output.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Associate { .. } => "associate",
+            Self::Authenticate { .. } => "authenticate",
+            Self::Deliver { .. } => "deliver",
+        }
+    }
 }
 
 /// What the meter answered to a delivery. None of these proves anything.
@@ -294,8 +314,8 @@ pub struct TransferOrder {
     pub setup: SecuritySetupId,
     /// The head-end that carries it out.
     pub head_end: PrincipalId,
-    /// The campaign that it belongs to.
-    pub campaign: Option<CampaignId>,
+    /// The campaign's task that it is carried out for.
+    pub campaign: Option<CampaignTask>,
     /// The client title that the requests are sent under.
     pub client_title: SystemTitle,
     /// Who ciphers the delivery.

@@ -79,7 +79,8 @@ fn seals_and_digests_of_rows() {
             4 => RowId::Principal(PrincipalId::parse(&text).unwrap()),
             5 => RowId::CounterDomain(CounterDomainId(id.as_slice().try_into().unwrap())),
             6 => RowId::Island(IslandName::parse(&text).unwrap()),
-            _ => RowId::QuotaUse(PrincipalId::parse(&text).unwrap()),
+            7 => RowId::QuotaUse(PrincipalId::parse(&text).unwrap()),
+            _ => RowId::Campaign(CampaignId::from_octets(&id).unwrap()),
         };
         let generation = Generation::from_i64(vector["generation"].as_i64().unwrap()).unwrap();
         let body = octets(&vector["body"]);
@@ -118,6 +119,38 @@ fn the_body_of_a_meter_row() {
     let gak = meter.slots.get(SecuritySetupId::DEFAULT, KeyType::GAK).unwrap().active().unwrap();
     assert_eq!((gak.origin(), gak.fingerprint().is_some(), gak.candidate()), (KeyOrigin::Imported, true, true));
     assert_eq!(gak.exposures()[0].party, Party::Vendor);
+}
+
+#[test]
+fn plans_and_tasks_of_campaigns() {
+    let vectors = vectors();
+    let vector = &vectors["campaign"];
+    let campaign = CampaignId::from_octets(&octets(&vector["campaign"])).unwrap();
+    let mut link = PlanChain::new(campaign);
+    let (mut titles, mut planner) = (Vec::new(), WavePlanner::new(campaign));
+    for (chunk, expected) in vector["chunks"].as_array().unwrap().iter().zip(vector["links"].as_array().unwrap()) {
+        let chunk = octets(chunk);
+        titles.extend(chunk.chunks(8).map(|title| SystemTitle::from_octets(title).unwrap()));
+        link = link.link(&chunk);
+        assert_eq!(link.digest(), array(expected));
+    }
+    // The wave of a meter follows from its bucket.
+    titles.iter().for_each(|title| planner.add(*title));
+    let plan = Plan { meters: planner.total(), chunks: 2, digest: link.digest(), waves: planner.waves(0, &[WaveSize::Meters(1)]) };
+    let mut buckets: Vec<u64> = vector["buckets"].as_array().unwrap().iter().map(|bucket| bucket.as_u64().unwrap()).collect();
+    for (title, bucket) in titles.iter().zip(buckets.clone()) {
+        let below = buckets.iter().filter(|other| **other < bucket).count();
+        assert_eq!(plan.wave_of(campaign, *title) as usize, below + 1);
+    }
+    buckets.sort_unstable();
+    let bounds: Vec<u64> = plan.waves.iter().map(|wave| u64::from(wave.below)).collect();
+    let mut expected: Vec<u64> = buckets.iter().map(|bucket| bucket + 1).collect();
+    *expected.last_mut().unwrap() = 1 << 20;
+    assert_eq!(bounds, expected);
+
+    let seal_key = SealKey::new(1, &key(&vectors["seal_root"]["keys"]["seal-key"]["key"]));
+    let meter = SystemTitle::from_octets(&octets(&vector["task"]["meter"])).unwrap();
+    assert_eq!(seal_key.seal_task(campaign, meter, 3).as_slice(), octets(&vector["task"]["mark"]));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! gRPC: the listener, and protobuf messages to and from domain types. No decisions are made here.
 
 pub mod audit;
+pub mod campaigns;
 pub mod frames;
 pub mod grants;
 pub mod hsm;
@@ -16,6 +17,7 @@ pub mod transfers;
 use std::sync::Arc;
 
 use kms_proto::v1::audit_service_server::AuditServiceServer;
+use kms_proto::v1::campaign_service_server::CampaignServiceServer;
 use kms_proto::v1::device_type_service_server::DeviceTypeServiceServer;
 use kms_proto::v1::frame_service_server::FrameServiceServer;
 use kms_proto::v1::grant_service_server::GrantServiceServer;
@@ -24,6 +26,7 @@ use kms_proto::v1::hsm_service_server::HsmServiceServer;
 use kms_proto::v1::meter_service_server::MeterServiceServer;
 use kms_proto::v1::principal_service_server::PrincipalServiceServer;
 use kms_proto::v1::shipment_service_server::ShipmentServiceServer;
+use kms_proto::v1::task_service_server::TaskServiceServer;
 use kms_proto::v1::transfer_service_server::TransferServiceServer;
 use tonic::service::Routes;
 
@@ -37,6 +40,7 @@ pub fn routes(island: Arc<Island>, authority: CertificateAuthority, limits: &Lim
     let most = limits.transport().message_octets;
     let principals = Arc::new(Principals::new(Arc::clone(&island), authority, limits.principal_certificate_days));
     let owners = owners::OwnerApi::new(Arc::clone(&island));
+    let campaigns = campaigns::CampaignApi::new(Arc::clone(&island));
     Routes::new(PrincipalServiceServer::new(principals::PrincipalApi::new(principals)).max_decoding_message_size(most))
         .add_service(GrantServiceServer::new(grants::GrantApi::new(Arc::clone(&island))).max_decoding_message_size(most))
         // 1,000 frames of 65,535 octets would be 64 MiB; frames of real meters are far below.
@@ -46,6 +50,8 @@ pub fn routes(island: Arc<Island>, authority: CertificateAuthority, limits: &Lim
         .add_service(MeterServiceServer::new(meters::MeterApi::new(Arc::clone(&island))).max_decoding_message_size(most))
         .add_service(GroupServiceServer::new(owners.clone()).max_decoding_message_size(most))
         .add_service(DeviceTypeServiceServer::new(owners).max_decoding_message_size(most))
+        .add_service(CampaignServiceServer::new(campaigns.clone()).max_decoding_message_size(most))
+        .add_service(TaskServiceServer::new(campaigns).max_decoding_message_size(most))
         .add_service(AuditServiceServer::new(audit::AuditApi::new(Arc::clone(&island))).max_decoding_message_size(most))
         .add_service(HsmServiceServer::new(hsm::HsmApi::new(island)).max_decoding_message_size(most))
         .prepare()

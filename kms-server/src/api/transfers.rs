@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, sync::Arc};
 
-use kms_domain::{CampaignId, Finding, KeyType, RequestId, SystemTitle, TransferForm, TransferId};
+use kms_domain::{CampaignId, CampaignTask, Finding, KeyType, RequestId, SystemTitle, TransferForm, TransferId};
 use kms_proto::v1::{
     self, BeginTransfersRequest, BeginTransfersResponse, ContinueTransfersRequest, ContinueTransfersResponse, HeldKey, TransferEnd, TransferRefusal,
     TransferSend, TransferStep, WithdrawTransfersRequest, WithdrawTransfersResponse, transfer_report, transfer_send::Kind,
@@ -110,7 +110,10 @@ impl TransferApi {
         let task = match (order.campaign_id.is_empty(), order.fence) {
             (true, 0) => None,
             (true, _) => return Err(ServiceError::invalid(field("fence"), "a fencing token without a campaign")),
-            (false, fence) => Some((CampaignId::from_octets(&order.campaign_id).map_err(ServiceError::parse(field("campaign_id")))?, fence)),
+            (false, fence) => {
+                let campaign = CampaignId::from_octets(&order.campaign_id).map_err(ServiceError::parse(field("campaign_id")))?;
+                Some(CampaignTask { campaign, fence })
+            }
         };
         Ok(Order {
             meter: SystemTitle::from_octets(&order.meter).map_err(ServiceError::parse(field("meter")))?,

@@ -217,6 +217,17 @@ impl Committer {
         }
     }
 
+    /// Opens a campaign's row that was read outside a transaction.
+    ///
+    /// # Errors
+    /// The row does not verify.
+    pub fn open_campaign(&self, id: kms_domain::CampaignId, row: &SealedRow) -> Result<Arc<kms_domain::Campaign>, ServiceError> {
+        match self.open(&RowId::Campaign(id), row)? {
+            Some(Value::Campaign(campaign)) => Ok(campaign),
+            _ => Err(ServiceError::Internal("a campaign's row holds something else".to_owned())),
+        }
+    }
+
     /// The seal key, for the scrubber.
     pub fn seal_key(&self) -> &SealKey {
         &self.shared.seal
@@ -585,7 +596,7 @@ impl Writer {
             let mut batch = Batch::new(read, now, head.writer, &shared, chunks);
             let outcomes = decide_all(acts, &actors, &mut batch);
             if !batch.missing.is_empty() {
-                return Decision::More(batch.missing);
+                return Decision::More(Box::new(batch.missing));
             }
             let (decision, decided) = finish(batch, outcomes, head.clone(), opening.clone(), key, refusals, &actors, &shared.seal, at);
             attempt = Some(decided);
@@ -684,6 +695,7 @@ impl<'b> Batch<'b> {
             fingerprints: BTreeMap::new(),
             shipments: HashMap::new(),
             refused_lines: Vec::new(),
+            tasks: HashMap::new(),
             refusals: Vec::new(),
         }
     }
@@ -694,7 +706,7 @@ fn decide_all(acts: &mut [Box<dyn Act>], actors: &[Actor], batch: &mut Batch<'_>
     let mut outcomes = Vec::with_capacity(acts.len());
     for (number, (act, actor)) in acts.iter_mut().zip(actors).enumerate() {
         let mut view = View { base: batch, actor, staged: Staged::default() };
-        let outcome = act.decide(&mut view);
+        let outcome = view.attempt(|view| act.decide(view));
         outcomes.push(outcome.and_then(|()| view.accept(number)));
     }
     outcomes
@@ -787,8 +799,10 @@ fn finish(
         batch.fingerprints.into_iter().flat_map(|(prefix, owners)| owners.into_iter().map(move |owner| FingerprintPut { prefix, owner })).collect();
     changes.shipments = batch.shipments.into_values().collect();
     changes.refusals = batch.refused_lines;
+    changes.tasks = batch.tasks.into_values().collect();
 
-    let nothing = changes.audit.is_empty() && changes.requests.is_empty() && changes.shipments.is_empty() && changes.refusals.is_empty();
+    let nothing =
+        changes.audit.is_empty() && changes.requests.is_empty() && changes.shipments.is_empty() && changes.refusals.is_empty() && changes.tasks.is_empty();
     let decision = if nothing { Decision::Abandon } else { Decision::Commit(Box::new(changes)) };
     (decision, Attempt { head, outcomes, leaves, fresh_chunks: batch.fresh_chunks, written, refusals: noted, refused })
 }
@@ -806,6 +820,7 @@ fn put_row(id: &RowId, opened: Opened, seal: &SealKey, changes: &mut Changes) ->
         Value::Domain(domain) => domain.to_row(),
         Value::Island(island) => island.to_row(),
         Value::QuotaUse(used) => used.to_row(),
+        Value::Campaign(campaign) => campaign.to_row(),
     };
     let digest = seal.row_digest(id, generation, &body);
     let row = SealedRow { generation: generation.number(), seal: *seal.seal(id, generation, &body).octets(), body };
@@ -865,6 +880,11 @@ pub(crate) const fn event_kind(event: &Event) -> u16 {
         Event::DeviceTypeAdded(_) => 27,
         Event::KeysDestroyed(_) => 30,
         Event::TransfersAdvanced(_) => 31,
+        Event::CampaignCreated(_) => 40,
+        Event::CampaignApproved(_) => 41,
+        Event::CampaignChanged(_) => 42,
+        Event::WaveChanged(_) => 43,
+        Event::TasksChanged(_) => 44,
     }
 }
 

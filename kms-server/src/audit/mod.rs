@@ -1,5 +1,6 @@
 //! Every act and its record, in one transaction (I2).
 
+mod attempt;
 mod chain;
 mod committer;
 mod history;

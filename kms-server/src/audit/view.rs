@@ -7,17 +7,18 @@ use std::{
 };
 
 use kms_domain::{
-    ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterJump, CounterKey, CounterPlace, CounterState, CounterUse, Counters, DeviceType,
-    DeviceTypeId, Generation, Group, GroupId, IslandName, KeyType, KeyVersionNumber, Lease, LiveChunk, Meter, Owner, Principal, PrincipalId, QuotaUse,
-    RequestId, RowId, SealKey, SecuritySetupId, SystemTitle, UnixMillis, WriterId,
+    Campaign, CampaignId, ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterJump, CounterKey, CounterPlace, CounterState, CounterUse, Counters,
+    DeviceType, DeviceTypeId, Generation, Group, GroupId, IslandName, KeyType, KeyVersionNumber, Lease, LiveChunk, Meter, Owner, Principal, PrincipalId,
+    QuotaUse, RequestId, RowId, SealKey, SecuritySetupId, SystemTitle, UnixMillis, WriterId,
 };
 use kms_proto::v1::{AuditRecord, audit_record::Event};
 use kms_store::{
     FingerprintOwner, FingerprintPrefix, GrantRevocation, GrantRow, Lookup, ReadSet, Reads, RequestKey, RequestRow, RowKind, SealedRow, ShipmentRefusal,
-    ShipmentRow, UploadId,
+    ShipmentRow, TaskKey, TaskRow, UploadId,
 };
 
 use super::{
+    attempt::Change,
     committer::{Chunks, Held, Seen},
     owner_row::OwnerRow,
     refusals::Refusal,
@@ -84,6 +85,8 @@ pub(super) struct Batch<'a> {
     pub(super) fingerprints: BTreeMap<FingerprintPrefix, Vec<FingerprintOwner>>,
     pub(super) shipments: HashMap<UploadId, ShipmentRow>,
     pub(super) refused_lines: Vec<ShipmentRefusal>,
+    /// Tasks in the generation that is to be written.
+    pub(super) tasks: HashMap<TaskKey, TaskRow>,
     pub(super) refusals: Vec<Refusal>,
 }
 
@@ -107,6 +110,7 @@ pub(super) enum Value {
     Domain(Arc<CounterDomain>),
     Island(Arc<kms_domain::Island>),
     QuotaUse(Arc<QuotaUse>),
+    Campaign(Arc<Campaign>),
 }
 
 /// An event with the rows that its act wrote.
@@ -120,13 +124,16 @@ pub(super) struct RecordedEvent {
 #[derive(Default)]
 pub(super) struct Staged {
     pub(super) rows: HashMap<RowId, Opened>,
-    events: Vec<Event>,
-    requests: Vec<(RequestKey, RequestRow)>,
-    grants: Vec<GrantRow>,
-    revocations: Vec<GrantRevocation>,
-    fingerprints: BTreeMap<FingerprintPrefix, Vec<FingerprintOwner>>,
-    shipments: Vec<ShipmentRow>,
-    refused_lines: Vec<ShipmentRefusal>,
+    pub(super) events: Vec<Event>,
+    pub(super) requests: Vec<(RequestKey, RequestRow)>,
+    pub(super) grants: Vec<GrantRow>,
+    pub(super) revocations: Vec<GrantRevocation>,
+    pub(super) fingerprints: BTreeMap<FingerprintPrefix, Vec<FingerprintOwner>>,
+    pub(super) shipments: Vec<ShipmentRow>,
+    pub(super) refused_lines: Vec<ShipmentRefusal>,
+    pub(super) tasks: HashMap<TaskKey, TaskRow>,
+    /// What [`View::attempt`] undoes by.
+    pub(super) log: Vec<Change>,
 }
 
 /// Names the counter that a live chunk deals from.
@@ -344,6 +351,79 @@ impl View<'_, '_> {
         self.put(RowId::QuotaUse(used.principal.clone()), Value::QuotaUse(Arc::new(used)), false)
     }
 
+    /// A campaign.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn campaign(&mut self, id: CampaignId) -> Result<Option<Arc<Campaign>>, ServiceError> {
+        self.open(RowId::Campaign(id)).map(|value| match value {
+            Some(Value::Campaign(campaign)) => Some(campaign),
+            _ => None,
+        })
+    }
+
+    /// Writes a campaign.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn put_campaign(&mut self, campaign: Campaign) -> Result<(), ServiceError> {
+        self.put(RowId::Campaign(campaign.id), Value::Campaign(Arc::new(campaign)), false)
+    }
+
+    /// A task of a campaign. One that the plan does not have is as good as absent, and an event for the security officers (I5).
+    ///
+    /// # Errors
+    /// The row was not read yet.
+    pub fn task(&mut self, key: TaskKey) -> Result<Option<TaskRow>, ServiceError> {
+        if let Some(row) = self.staged.tasks.get(&key).or_else(|| self.base.tasks.get(&key)) {
+            return Ok(Some(row.clone()));
+        }
+        let row = match self.base.read.task(key) {
+            Lookup::Present(row) => row.clone(),
+            Lookup::Absent => return Ok(None),
+            Lookup::NotRead => {
+                self.base.missing.tasks.push(key);
+                return Err(not_read());
+            }
+        };
+        let expected = self.base.seal.seal_task(key.campaign, key.meter, row.wave);
+        if aws_lc_rs::constant_time::verify_slices_are_equal(&expected, &row.mark).is_err() {
+            let refusal = self.refusal(format!("a task of campaign {} for meter {} is none of its plan", key.campaign, key.meter), true);
+            self.base.refusals.push(refusal);
+            return Ok(None);
+        }
+        Ok(Some(row))
+    }
+
+    /// Writes a task that [`Self::task`] gave; its generation follows by itself.
+    pub fn put_task(&mut self, row: TaskRow) {
+        let generation = self.base.read.task(row.key).present().map_or(0, |read| read.generation) + 1;
+        self.stage_task(TaskRow { generation, ..row });
+    }
+
+    /// Makes a task that the plan has, and binds it to the plan. The row's generation and mark follow by themselves.
+    pub fn plan_task(&mut self, row: TaskRow) {
+        let mark = self.base.seal.seal_task(row.key.campaign, row.key.meter, row.wave);
+        self.stage_task(TaskRow { generation: 1, mark, ..row });
+    }
+
+    fn stage_task(&mut self, row: TaskRow) {
+        let key = row.key;
+        let before = self.staged.tasks.insert(key, row);
+        self.staged.log.push(Change::Task(key, before));
+    }
+
+    /// The database's clock, which all servers share: what leases of tasks run by.
+    ///
+    /// # Errors
+    /// It was not read yet.
+    pub fn clock(&mut self) -> Result<UnixMillis, ServiceError> {
+        self.base.read.clock().ok_or_else(|| {
+            self.base.missing.clock = true;
+            not_read()
+        })
+    }
+
     /// What was answered to a request, if it was carried out.
     ///
     /// # Errors
@@ -412,6 +492,7 @@ impl View<'_, '_> {
     /// Remembers a new key's fingerprint.
     pub fn put_fingerprint(&mut self, prefix: FingerprintPrefix, owner: FingerprintOwner) {
         self.staged.fingerprints.entry(prefix).or_default().push(owner);
+        self.staged.log.push(Change::Fingerprint(prefix));
     }
 
     /// A shipment in the spool.
@@ -487,7 +568,8 @@ impl View<'_, '_> {
         let jump = self.base.jump;
         let row = self.owner(of.owner)?.ok_or_else(|| no_such_key(of))?;
         let continued = row.slots().get(of.setup, of.key_type).map_or(0, |slot| slot.continued_counter(of.counter, jump));
-        let at_least = self.base.chunks.bound(&name).max(continued);
+        // Above a chunk that was reserved in this transaction for what failed then, too.
+        let at_least = self.held(&name).map_or(0, |held| held.chunk.bound()).max(self.base.chunks.bound(&name)).max(continued);
         let (reservation, state) = self.change_counters(of, name, |counters| {
             let reservation = counters.reserve(of.counter, counter_use, writer, chunk, at_least, jump)?;
             Ok((reservation, counters.get(of.counter).cloned()))
@@ -568,7 +650,8 @@ impl View<'_, '_> {
             None => self.base.chunks.get_mut(&name)?,
         };
         let lease = held.chunk.deal(state?, count, jump).ok()?;
-        held.leased_until = until;
+        let before = std::mem::replace(&mut held.leased_until, until);
+        self.staged.log.push(Change::Lent(name, before));
         Some(lease)
     }
 
@@ -613,7 +696,8 @@ impl View<'_, '_> {
         let before = self.staged.rows.get(&id).or_else(|| self.base.rows.get(&id));
         let generation = before.and_then(|opened| opened.generation);
         let reprojected = reprojected || before.is_some_and(|opened| opened.changed && opened.reprojected);
-        self.staged.rows.insert(id, Opened { generation, value: Some(value), changed: true, reprojected });
+        let before = self.staged.rows.insert(id.clone(), Opened { generation, value: Some(value), changed: true, reprojected });
+        self.staged.log.push(Change::Row(id, before));
         Ok(())
     }
 
@@ -653,6 +737,7 @@ impl View<'_, '_> {
         }
         base.shipments.extend(staged.shipments.into_iter().map(|row| (row.upload, row)));
         base.refused_lines.extend(staged.refused_lines);
+        base.tasks.extend(staged.tasks);
         Ok(())
     }
 }
@@ -678,6 +763,8 @@ impl Batch<'_> {
             Lookup::NotRead => {
                 match id {
                     RowId::Meter(title) => self.missing.meters.push(*title),
+                    // An act that writes one has named it beforehand.
+                    RowId::Campaign(id) => self.missing.campaigns.push(*id),
                     other => self.missing.sealed.push(sealed_name(other)),
                 }
                 return Err(OpenError::NotRead);
@@ -715,6 +802,7 @@ pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKey, seen
         RowId::CounterDomain(domain) => CounterDomain::from_row(*domain, island, body).map(|domain| Value::Domain(Arc::new(domain))),
         RowId::Island(name) => kms_domain::Island::from_row(name.clone(), body).map(|island| Value::Island(Arc::new(island))),
         RowId::QuotaUse(principal) => QuotaUse::from_row(principal.clone(), body).map(|used| Value::QuotaUse(Arc::new(used))),
+        RowId::Campaign(campaign) => Campaign::from_row(*campaign, body).map(|campaign| Value::Campaign(Arc::new(campaign))),
         RowId::DeviceType(id) => DeviceType::from_row(*id, island, body).map(|device_type| Value::DeviceType(Arc::new(device_type))),
     }
     .map_err(|error| error.to_string())?;
@@ -734,6 +822,7 @@ pub(super) fn sealed_name(id: &RowId) -> (RowKind, Vec<u8>) {
         RowId::CounterDomain(domain) => (RowKind::CounterDomain, domain.0.to_vec()),
         RowId::Island(island) => (RowKind::Island, island.as_str().as_bytes().to_vec()),
         RowId::QuotaUse(principal) => quota_use_row(principal),
+        RowId::Campaign(campaign) => (RowKind::Campaign, campaign.octets().to_vec()),
     }
 }
 

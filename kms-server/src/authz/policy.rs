@@ -427,6 +427,22 @@ pub enum Action {
     CheckHsm,
     /// All objects of the tokens.
     InventoryHsm,
+    /// A draft of a campaign, or a look at what it would touch.
+    CreateCampaign,
+    /// The approval of a campaign's content.
+    ApproveCampaign,
+    /// The beginning of an approved campaign.
+    StartCampaign,
+    /// A pause.
+    PauseCampaign,
+    /// The end of a pause.
+    ResumeCampaign,
+    /// The end of a campaign before its time.
+    AbortCampaign,
+    /// Campaigns, how far they are, and their reports.
+    ListCampaigns,
+    /// Tasks of campaigns for meters of a class.
+    LeaseTasks,
 }
 
 impl Action {
@@ -468,6 +484,14 @@ impl Action {
             Self::Scrub => "scrub",
             Self::CheckHsm => "checkHsm",
             Self::InventoryHsm => "inventoryHsm",
+            Self::CreateCampaign => "createCampaign",
+            Self::ApproveCampaign => "approveCampaign",
+            Self::StartCampaign => "startCampaign",
+            Self::PauseCampaign => "pauseCampaign",
+            Self::ResumeCampaign => "resumeCampaign",
+            Self::AbortCampaign => "abortCampaign",
+            Self::ListCampaigns => "listCampaigns",
+            Self::LeaseTasks => "leaseTasks",
         }
     }
 
@@ -539,6 +563,14 @@ impl Action {
             | Self::ListAuditRecords
             | Self::Scrub
             | Self::CheckHsm
+            | Self::CreateCampaign
+            | Self::ApproveCampaign
+            | Self::StartCampaign
+            | Self::PauseCampaign
+            | Self::ResumeCampaign
+            | Self::AbortCampaign
+            | Self::ListCampaigns
+            | Self::LeaseTasks
             | Self::InventoryHsm => Vec::new(),
         };
         pairs.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()

@@ -341,7 +341,7 @@ impl Deciding {
                     continue;
                 }
             };
-            planned.push(self.plan(view, &facts, frame, known));
+            planned.push(view.attempt(|view| self.plan(view, &facts, frame, known)));
         }
         for error in planned.iter().filter_map(|planned| planned.as_ref().err()) {
             view.refuse(error.to_string());

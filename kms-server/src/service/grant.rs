@@ -417,7 +417,7 @@ impl Deciding {
         let mut permissions = Permissions { policy: &policy, facts: facts(&principal), terms: &terms, decided: Vec::new() };
         for owner in self.owners.iter().copied() {
             let outcome = match &past {
-                None => self.grant(view, owner, &principal, not_after, &mut permissions),
+                None => view.attempt(|view| self.grant(view, owner, &principal, not_after, &mut permissions)),
                 Some(past) => match past.event.meters.iter().find(|granted| is_of(granted, owner)) {
                     Some(granted) => self.repeat(view, owner, granted, &mut permissions),
                     // It was refused then, and a replay grants nothing new.

@@ -1,6 +1,7 @@
 //! Use cases, one file each.
 
 pub mod audit_log;
+pub mod campaign;
 pub mod certificate;
 pub mod certificate_end;
 pub mod escrow;

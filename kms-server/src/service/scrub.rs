@@ -12,7 +12,9 @@ mod tests;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use kms_domain::{CounterDomainId, DeviceTypeId, Generation, GroupId, IslandName, PrincipalId, RowId, RowSeal, SealRootKey, SystemTitle, row_digest};
+use kms_domain::{
+    CampaignId, CounterDomainId, DeviceTypeId, Generation, GroupId, IslandName, PrincipalId, RowId, RowSeal, SealRootKey, SystemTitle, row_digest,
+};
 use kms_hsm::RootVersion;
 use kms_proto::v1::{RowWrite, ScrubFinding, ScrubResponse, SecurityEvent, audit_record::Event};
 use kms_store::{MeterFilter, Reads, RowKind, SealedRow};
@@ -388,6 +390,7 @@ fn row_id(kind: u8, id: &[u8], island: &IslandName) -> Option<RowId> {
         5 => id.try_into().ok().map(|octets| RowId::CounterDomain(CounterDomainId(octets))),
         6 => text().filter(|name| *name == island.as_str()).map(|_| RowId::Island(island.clone())),
         7 => PrincipalId::parse(text()?).ok().map(RowId::QuotaUse),
+        8 => CampaignId::from_octets(id).ok().map(RowId::Campaign),
         _ => None,
     }
 }

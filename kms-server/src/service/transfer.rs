@@ -7,6 +7,8 @@
 mod emit;
 mod read;
 #[cfg(test)]
+mod task_tests;
+#[cfg(test)]
 mod tests;
 
 use std::{collections::HashMap, num::NonZeroU32, sync::Arc};
@@ -14,14 +16,17 @@ use std::{collections::HashMap, num::NonZeroU32, sync::Arc};
 use aws_lc_rs::digest;
 use futures::{StreamExt, TryStreamExt, stream};
 use kms_domain::{
-    CampaignId, Confirmation, CounterPlace, Finding, GroupId, KeyOrigin, KeyShape, KeyState, KeyType, KeyVersionNumber, Meter, NewKeyOrigin, NewKeyVersion,
-    Next, Observation, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, Transfer, TransferError, TransferForm, TransferId,
-    TransferOrder, WrappedKey,
+    CampaignTask, Confirmation, CounterPlace, Finding, GroupId, KeyOrigin, KeyShape, KeyState, KeyType, KeyVersionNumber, Meter, NewKeyOrigin, NewKeyVersion,
+    Next, Observation, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, TaskWork, Transfer, TransferError, TransferForm,
+    TransferId, TransferOrder, WrappedKey,
 };
 use kms_proto::v1::{HeldVersion, SecurityEvent, TransferAdvance, TransfersAdvanced, audit_record::Event};
 use kms_store::{Reads, RequestKey, RequestRow};
 
-use super::grant::{counter_key, setup_record};
+use super::{
+    campaign::{begin_task, check_task, end_task, holds_task, task_reads},
+    grant::{counter_key, setup_record},
+};
 use crate::{
     audit::{Actor, AuditLeaf, CounterOf, View},
     authz::{Action, Caller, Resource},
@@ -46,8 +51,8 @@ pub struct Order {
     pub urgent: bool,
     /// How long nobody else may begin a transfer of the meter, in seconds.
     pub lifetime_seconds: u32,
-    /// The campaign, and the fencing token of its task's lease.
-    pub task: Option<(CampaignId, u64)>,
+    /// The campaign's task, and its lease.
+    pub task: Option<CampaignTask>,
 }
 
 /// What a head-end reports of one step.
@@ -190,7 +195,13 @@ impl TransferService {
         let groups = orders.iter().filter_map(|order| known.get(&order.meter)).flat_map(|meter| meter.class.groups.clone());
         let mut sealed = vec![principal_row(&caller.principal)];
         sealed.extend(groups.map(group_row));
-        let reads = Reads { meters: orders.iter().map(|order| order.meter).collect(), sealed, requests: vec![key.clone()], ..Reads::default() };
+        let mut reads = Reads { meters: orders.iter().map(|order| order.meter).collect(), sealed, requests: vec![key.clone()], ..Reads::default() };
+        for (order, permitted) in orders.iter().zip(&permitted) {
+            if let Some(task) = order.task.filter(|_| *permitted) {
+                reads.extend(&task_reads(task.campaign, [order.meter]));
+            }
+        }
+        extend_by_tasks(&mut reads, known.values());
         let (island, caller_again) = (self.island.clone(), caller.clone());
         let committed = self
             .island
@@ -209,7 +220,7 @@ impl TransferService {
                     let begun = if repeated {
                         began(view, &island, &principal, order, request)
                     } else {
-                        begin_one(view, &island, &principal, order, prepared, request, &mut advances)
+                        advances.attempt(view, |view, advances| begin_one(view, &island, &principal, order, prepared, request, advances))
                     };
                     decided.push((order.meter, begun.map(DecidedStep::going_on)));
                 }
@@ -247,7 +258,8 @@ impl TransferService {
         let challenges = self.challenges(reports.len()).await?;
         let mut sealed = vec![principal_row(&caller.principal)];
         sealed.extend(known.values().flat_map(|meter| meter.class.groups.iter().copied().map(group_row)));
-        let reads = Reads { meters: reports.iter().map(|report| report.meter).collect(), sealed, ..Reads::default() };
+        let mut reads = Reads { meters: reports.iter().map(|report| report.meter).collect(), sealed, ..Reads::default() };
+        extend_by_tasks(&mut reads, known.values());
         let (island, caller_again) = (self.island.clone(), caller.clone());
         let committed = self
             .island
@@ -257,7 +269,9 @@ impl TransferService {
                 let mut advances = Advances::default();
                 let mut decided: Vec<Decided> = Vec::with_capacity(reports.len());
                 for ((report, observation), challenge) in reports.iter().zip(&observations).zip(&challenges) {
-                    decided.push((report.meter, proceed_one(view, &island, &principal, report, observation.as_ref(), *challenge, &mut advances)));
+                    let step =
+                        advances.attempt(view, |view, advances| proceed_one(view, &island, &principal, report, observation.as_ref(), *challenge, advances));
+                    decided.push((report.meter, step));
                 }
                 refuse_all(view, &decided);
                 advances.record(view);
@@ -278,7 +292,10 @@ impl TransferService {
         transfers: Vec<(SystemTitle, TransferId)>,
         reason: String,
     ) -> Result<Vec<StepAnswer>, ServiceError> {
-        let reads = Reads { meters: transfers.iter().map(|(meter, _)| *meter).collect(), sealed: vec![principal_row(&caller.principal)], ..Reads::default() };
+        let known = self.meters(transfers.iter().map(|(meter, _)| *meter)).await?;
+        let mut reads =
+            Reads { meters: transfers.iter().map(|(meter, _)| *meter).collect(), sealed: vec![principal_row(&caller.principal)], ..Reads::default() };
+        extend_by_tasks(&mut reads, known.values());
         let (island, caller_again) = (self.island.clone(), caller.clone());
         let committed = self
             .island
@@ -288,7 +305,8 @@ impl TransferService {
                 let mut advances = Advances { reason: reason.clone(), ..Advances::default() };
                 let mut decided: Vec<Decided> = Vec::with_capacity(transfers.len());
                 for (title, id) in &transfers {
-                    let withdrawn = own_meter(view, *title).and_then(|mut meter| {
+                    let withdrawn = advances.attempt(view, |view, advances| {
+                        let mut meter = own_meter(view, *title)?;
                         let action = Action::WithdrawTransfer { own: meter.class.head_end.as_ref() == Some(&principal.id) };
                         let permitted = island.policy.load().permits(&facts(&principal), &action, &Resource::Meters(&meter.class));
                         if !permitted.is_permit() {
@@ -300,6 +318,7 @@ impl TransferService {
                         view.put_meter(changed.clone(), false)?;
                         if let Some(transfer) = transfer {
                             advances.push(&meter, &transfer, Outcome::Withdrawn.name(), 0, &[]);
+                            tell_task(view, &transfer, meter.title, Outcome::Withdrawn, &reason)?;
                         }
                         Ok(DecidedStep::over(meter, Outcome::Withdrawn, Vec::new()))
                     });
@@ -397,13 +416,6 @@ fn begin_one(
     if !principal.client_titles.contains(&order.client_title) {
         return Err(ServiceError::denied(format!("beginTransfer under client title {}", order.client_title)));
     }
-    if order.task.is_some() {
-        // I8: policy gives a task of a campaign more than another order, so nobody's word for it counts.
-        return Err(ServiceError::FailedPrecondition {
-            reason: "this server leads no campaigns".to_owned(),
-            next_step: "leave `campaign_id` and `fence` empty".to_owned(),
-        });
-    }
     let mut meter = own_meter(view, order.meter)?;
     permits_order(island, &facts(principal), &meter, order)?;
     let setup = setup_of(&meter, order.setup)?;
@@ -412,7 +424,7 @@ fn begin_one(
         id: transfer_id(request, order.meter)?,
         setup,
         head_end: principal.id.clone(),
-        campaign: order.task.map(|(campaign, _)| campaign),
+        campaign: order.task,
         client_title: order.client_title,
         form: order.form,
         keys,
@@ -420,13 +432,35 @@ fn begin_one(
         not_after: view.now().after(i64::from(order.lifetime_seconds) * 1_000),
         challenge: prepared.challenge,
     };
+    if let Some(task) = order.task {
+        // I8: policy gives a task of a campaign more than another order, so nobody's word for it counts.
+        begin_task(view, task, order.meter, &principal.id, setup, order.key_type.map_or(TaskWork::Probe, TaskWork::Rotate))?;
+    }
     let changed = Arc::make_mut(&mut meter);
+    let earlier = changed.transfer.clone();
+    if let Some(earlier) = &earlier
+        && is_lost(view, earlier, order.meter)?
+    {
+        changed.withdraw_transfer(earlier.id, view.now()).map_err(|error| refused(&error))?;
+    }
     changed.begin_transfer(transfer_order, view.now()).map_err(|error| refused(&error))?;
     let meter = deal_counters(view, island, changed.clone())?;
+    if let Some(earlier) = earlier {
+        // It was given up: its time was over, or its lease was lost.
+        advances.push(&meter, &earlier, Outcome::Withdrawn.name(), 0, &[]);
+        if earlier.campaign != order.task {
+            tell_task(view, &earlier, meter.title, Outcome::Withdrawn, "another transfer was begun after its time")?;
+        }
+    }
     if let Some(transfer) = &meter.transfer {
-        advances.push(&meter, transfer, event_name(transfer), transfer.step, &[]);
+        advances.push(&meter, transfer, transfer.stage.name(), transfer.step, &[]);
     }
     Ok(meter)
+}
+
+/// Whether a transfer goes no further because the lease of the task that it began for was lost: nobody has to wait until its time is over.
+fn is_lost(view: &mut View<'_, '_>, transfer: &Transfer, meter: SystemTitle) -> Result<bool, ServiceError> {
+    transfer.campaign.map_or(Ok(false), |task| holds_task(view, task, meter).map(|held| !held))
 }
 
 /// The present step of a transfer that the same request began before.
@@ -434,7 +468,7 @@ fn began(view: &mut View<'_, '_>, island: &Island, principal: &kms_domain::Princ
     let meter = own_meter(view, order.meter)?;
     let id = transfer_id(request, order.meter)?;
     match meter.transfer.as_ref().filter(|transfer| transfer.id == id) {
-        Some(transfer) => permits_transfer(island, &facts(principal), &meter, transfer).map(|()| meter.clone()),
+        Some(transfer) => permits_step(view, island, principal, &meter, transfer).map(|()| meter.clone()),
         None => Err(ServiceError::Aborted {
             reason: "the transfer that this request began is over".to_owned(),
             next_step: "look at the meter's slots, and begin another with a new request id".to_owned(),
@@ -453,7 +487,7 @@ fn proceed_one(
 ) -> Result<DecidedStep, ServiceError> {
     let mut meter = own_meter(view, report.meter)?;
     let Some(transfer) = meter.transfer.clone().filter(|transfer| transfer.id == report.id) else { return Err(refused(&TransferError::NotUnderWay)) };
-    permits_transfer(island, &facts(principal), &meter, &transfer)?;
+    permits_step(view, island, principal, &meter, &transfer)?;
     if report.step < transfer.step {
         return Ok(DecidedStep::going_on(meter));
     }
@@ -475,14 +509,34 @@ fn proceed_one(
         Next::Send => {
             let meter = deal_counters(view, island, (*meter).clone())?;
             if let Some(now) = &meter.transfer {
-                advances.push(&meter, now, event_name(now), now.step, &findings);
+                advances.push(&meter, now, now.stage.name(), now.step, &findings);
             }
             Ok(DecidedStep::going_on(meter))
         }
         Next::Done(outcome) => {
             view.put_meter((*meter).clone(), false)?;
             advances.push(&meter, &transfer, outcome.name(), 0, &findings);
+            tell_task(view, &transfer, meter.title, outcome, "")?;
             Ok(DecidedStep::over(meter, outcome, findings))
+        }
+    }
+}
+
+/// Tells the campaign's task how its transfer ended. `reason` says more than the outcome; empty where there is nothing more.
+fn tell_task(view: &mut View<'_, '_>, transfer: &Transfer, meter: SystemTitle, outcome: Outcome, reason: &str) -> Result<(), ServiceError> {
+    let Some(task) = transfer.campaign else { return Ok(()) };
+    match end_task(view, task, meter, outcome, reason) {
+        // I5: the campaign's row was refused, which is on the record. What the meter has shown stays a fact.
+        Ok(_) | Err(ServiceError::PermissionDenied { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Reads the tasks of the transfers that these meters are in, too.
+fn extend_by_tasks<'a>(reads: &mut Reads, meters: impl Iterator<Item = &'a Arc<Meter>>) {
+    for meter in meters {
+        if let Some(task) = meter.transfer.as_ref().and_then(|transfer| transfer.campaign) {
+            reads.extend(&task_reads(task.campaign, [meter.title]));
         }
     }
 }
@@ -527,7 +581,7 @@ fn follow_counter(
 
 /// Gives the present step its counters, and stores the meter. // I4: the step's octets are made from these only.
 ///
-/// The counters come first, out of the row as it was: if there are none, nothing of the step is stored, and so nothing without its record (I2).
+/// The counters come out of the row as it was, so that the reservation is not lost when the meter is put.
 fn deal_counters(view: &mut View<'_, '_>, island: &Island, mut meter: Meter) -> Result<Arc<Meter>, ServiceError> {
     let Some(transfer) = meter.transfer.clone() else { return Err(refused(&TransferError::NotUnderWay)) };
     let wanted = match &transfer.stage {
@@ -626,6 +680,12 @@ fn permits_transfer(island: &Island, facts: &crate::authz::PrincipalFacts, meter
     permits(island, facts, meter, key_type, transfer.form, false, transfer.campaign.is_some())
 }
 
+/// [`permits_transfer`], in the transaction: who has lost the lease of a campaign's task goes no further with its transfer.
+fn permits_step(view: &mut View<'_, '_>, island: &Island, principal: &kms_domain::Principal, meter: &Meter, transfer: &Transfer) -> Result<(), ServiceError> {
+    permits_transfer(island, &facts(principal), meter, transfer)?;
+    transfer.campaign.map_or(Ok(()), |task| check_task(view, task, meter.title, &principal.id))
+}
+
 fn permits(
     island: &Island,
     facts: &crate::authz::PrincipalFacts,
@@ -670,6 +730,16 @@ struct Advances {
 }
 
 impl Advances {
+    /// Tries the step of one meter. One that fails leaves neither a change nor a word of one.
+    fn attempt<T>(&mut self, view: &mut View<'_, '_>, step: impl FnOnce(&mut View<'_, '_>, &mut Self) -> Result<T, ServiceError>) -> Result<T, ServiceError> {
+        let before = self.advances.len();
+        let outcome = view.attempt(|view| step(view, self));
+        if outcome.is_err() {
+            self.advances.truncate(before);
+        }
+        outcome
+    }
+
     fn push(&mut self, meter: &Meter, transfer: &Transfer, event: &str, step: u32, findings: &[Finding]) {
         let delivered = match transfer.stage {
             Stage::Deliver { .. } if step > 0 => transfer.current().copied(),
@@ -718,7 +788,7 @@ impl Advances {
                 kms_domain::Answer::Exception => "exception",
             }
             .to_owned(),
-            campaign_id: transfer.campaign.map(|campaign| campaign.octets().to_vec().into()).unwrap_or_default(),
+            campaign_id: transfer.campaign.map(|task| task.campaign.octets().to_vec().into()).unwrap_or_default(),
         });
     }
 
@@ -726,14 +796,6 @@ impl Advances {
         if !self.advances.is_empty() {
             view.append(Event::TransfersAdvanced(TransfersAdvanced { advances: self.advances, reason: self.reason }));
         }
-    }
-}
-
-fn event_name(transfer: &Transfer) -> &'static str {
-    match transfer.stage {
-        Stage::Associate { .. } => "associate",
-        Stage::Authenticate { .. } => "authenticate",
-        Stage::Deliver { .. } => "deliver",
     }
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use kms_domain::{GrantId, RequestId, SystemTitle, WriterId};
 
-use crate::{FingerprintPrefix, RowKind, UploadId};
+use crate::{FingerprintPrefix, RowKind, TaskKey, UploadId};
 
 /// Why the store did not do what it was asked.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -89,6 +89,8 @@ pub enum RowName {
     Fingerprint(FingerprintPrefix),
     /// An upload of a shipment.
     Shipment(UploadId),
+    /// A task of a campaign.
+    Task(TaskKey),
 }
 
 impl std::fmt::Display for RowName {
@@ -105,6 +107,7 @@ impl std::fmt::Display for RowName {
             Self::Request(request, chunk) => write!(f, "request {request}, chunk {chunk}"),
             Self::Grant(grant) => write!(f, "grant {grant}"),
             Self::Fingerprint(prefix) => write!(f, "fingerprint {}", hex::encode(prefix.0)),
+            Self::Task(key) => write!(f, "task of campaign {} for meter {}", key.campaign, key.meter),
             Self::Shipment(upload) => write!(f, "shipment upload {}", hex::encode(upload.0)),
         }
     }

@@ -23,14 +23,14 @@ mod transaction;
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use kms_domain::{GrantId, PrincipalId, SystemTitle, UnixMillis, WriterId};
+use kms_domain::{CampaignId, GrantId, PrincipalId, SystemTitle, TaskState, UnixMillis, WriterId};
 
 pub use error::{RowName, StoreError};
 pub use kms_domain::Timeline;
 pub use row::{
     Assigned, AuditAppend, AuditCursor, AuditFilter, AuditReference, AuditRow, AuditTail, FingerprintOwner, FingerprintPrefix, GrantFilter, GrantRow,
     MeterFilter, MeterProjection, MeterRow, PinFailure, RequestKey, RequestRow, RowKind, SealedRow, ServerRow, ShipmentRefusal, ShipmentRow, ShipmentState,
-    Sizes, UploadId,
+    Sizes, TaskFilter, TaskKey, TaskLoad, TaskRow, TaskTally, UploadId,
 };
 pub use transaction::{Changes, Committed, Decision, FingerprintPut, GrantRevocation, Lookup, MeterPut, ReadSet, Reads, RequestPut, SealedPut};
 
@@ -119,6 +119,40 @@ pub trait Store: Send + Sync {
 
     /// Up to `limit` refused lines of a shipment after a line, in order.
     async fn shipment_refusals(&self, upload: UploadId, after_line: u64, limit: u32) -> Result<Vec<ShipmentRefusal>, StoreError>;
+
+    /// Keeps a chunk of a campaign's plan.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`] if there is one with this number.
+    async fn put_campaign_chunk(&self, campaign: CampaignId, number: u64, titles: &[u8]) -> Result<(), StoreError>;
+
+    /// A chunk of a campaign's plan.
+    async fn campaign_chunk(&self, campaign: CampaignId, number: u64) -> Result<Option<Vec<u8>>, StoreError>;
+
+    /// Removes the plan of a campaign that has no sealed row; how many chunks it were.
+    async fn delete_unused_chunks(&self, campaign: CampaignId) -> Result<u64, StoreError>;
+
+    /// Removes the plans of all campaigns before this one, by id, that have no sealed row: nobody stored them. How many chunks it were.
+    async fn purge_unused_chunks(&self, before: CampaignId) -> Result<u64, StoreError>;
+
+    /// Up to `limit` meters of a head-end whose tasks can be leased now, by the database's clock; those that have waited longest first.
+    async fn due_tasks(&self, campaign: CampaignId, head_end: &str, limit: u32) -> Result<Vec<SystemTitle>, StoreError>;
+
+    /// How much a head-end has to do in a campaign.
+    async fn task_load(&self, campaign: CampaignId, head_end: &str) -> Result<TaskLoad, StoreError>;
+
+    /// How many tasks of a campaign, or of one wave of it, stand how.
+    async fn task_tallies(&self, campaign: CampaignId, wave: Option<u32>) -> Result<Vec<TaskTally>, StoreError>;
+
+    /// Up to `limit` tasks of a campaign after a meter, in order of titles as signed integers.
+    async fn task_page(&self, campaign: CampaignId, filter: TaskFilter, after: Option<SystemTitle>, limit: u32) -> Result<Vec<TaskRow>, StoreError>;
+
+    /// How many tasks of a wave succeeded in which span of `span_ms` of Unix time, by the span's first moment, in order; spans without any
+    /// are left out.
+    async fn task_timeline(&self, campaign: CampaignId, wave: u32, span_ms: i64) -> Result<Vec<(UnixMillis, u64)>, StoreError>;
+
+    /// Removes up to `limit` tasks of the waves before `wave` that are in this state; how many it were.
+    async fn delete_tasks(&self, campaign: CampaignId, before_wave: u32, state: TaskState, limit: u32) -> Result<u64, StoreError>;
 
     /// The PIN of a token and user that failed last, if one did and it was not changed since.
     async fn pin_failure(&self, token: &str, user_type: u8) -> Result<Option<PinFailure>, StoreError>;

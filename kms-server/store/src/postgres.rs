@@ -216,6 +216,9 @@ const BEGIN: &str = "BEGIN";
 const MIGRATION_LOCK: &str = "SELECT pg_advisory_xact_lock(1296780112, -1)";
 /// Whether transactions of others run at the same time.
 const CONCURRENT: bool = true;
-const MIGRATIONS: &[Migration] = &[Migration { version: 1, name: "initial", sql: include_str!("../migrations/postgres/0001_initial.sql") }];
+const MIGRATIONS: &[Migration] = &[
+    Migration { version: 1, name: "initial", sql: include_str!("../migrations/postgres/0001_initial.sql") },
+    Migration { version: 2, name: "campaigns", sql: include_str!("../migrations/postgres/0002_campaigns.sql") },
+];
 /// ASCII `MKMP`: tells our advisory locks from other programs'.
 const ADVISORY_CLASS: i32 = 1_296_780_112;

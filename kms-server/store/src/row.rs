@@ -1,6 +1,8 @@
 //! What the tables hold: opaque sealed rows, the log, and the bookkeeping around them.
 
-use kms_domain::{GrantId, KeyType, KeyVersionNumber, Owner, PrincipalId, RequestId, SecuritySetupId, SystemTitle, UnixMillis, WriterId};
+use kms_domain::{
+    CampaignId, GrantId, KeyType, KeyVersionNumber, Owner, PrincipalId, RequestId, SecuritySetupId, SystemTitle, Task, TaskState, UnixMillis, WriterId,
+};
 
 /// A sealed row as it is stored. The store does not look into it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,13 +39,15 @@ pub enum RowKind {
     Island,
     /// What a principal has used of its quotas.
     QuotaUse,
+    /// A campaign.
+    Campaign,
 }
 
 impl RowKind {
     /// All kinds.
-    pub const ALL: [Self; 6] = [Self::Group, Self::DeviceType, Self::Principal, Self::CounterDomain, Self::Island, Self::QuotaUse];
+    pub const ALL: [Self; 7] = [Self::Group, Self::DeviceType, Self::Principal, Self::CounterDomain, Self::Island, Self::QuotaUse, Self::Campaign];
 
-    /// The kind's number in the seal's input and in the database, 2–7.
+    /// The kind's number in the seal's input and in the database, 2–8.
     pub const fn number(self) -> u8 {
         match self {
             Self::Group => 2,
@@ -52,6 +56,7 @@ impl RowKind {
             Self::CounterDomain => 5,
             Self::Island => 6,
             Self::QuotaUse => 7,
+            Self::Campaign => 8,
         }
     }
 
@@ -64,14 +69,29 @@ impl RowKind {
             Self::CounterDomain => "counter domain",
             Self::Island => "island",
             Self::QuotaUse => "quota use",
+            Self::Campaign => "campaign",
         }
     }
 
-    /// Whether rows of this kind are read to be written: a transaction then has them for itself. The others are read by all and hardly ever written,
-    /// so transactions of several servers may hold them together.
-    pub(crate) const fn is_exclusive(self) -> bool {
-        matches!(self, Self::CounterDomain | Self::QuotaUse)
+    /// How a transaction that reads rows of this kind holds them.
+    pub(crate) const fn lock(self) -> RowLock {
+        match self {
+            Self::CounterDomain | Self::QuotaUse => RowLock::Exclusive,
+            Self::Campaign => RowLock::Campaign,
+            _ => RowLock::Shared,
+        }
     }
+}
+
+/// How sealed rows are held by a transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RowLock {
+    /// They are read by all and hardly ever written: transactions of several servers may hold them together.
+    Shared,
+    /// They are read to be written: a transaction has them for itself.
+    Exclusive,
+    /// Either of both, as the transaction says.
+    Campaign,
 }
 
 /// What the search columns of a meter repeat from its sealed body. Good for finding, never for deciding (I5).
@@ -349,6 +369,70 @@ pub struct ShipmentRefusal {
     pub field: String,
     /// Why.
     pub reason: String,
+}
+
+/// Names a task: a meter of a campaign.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TaskKey {
+    /// The campaign.
+    pub campaign: CampaignId,
+    /// The meter.
+    pub meter: SystemTitle,
+}
+
+/// What a campaign has to do with a meter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TaskRow {
+    /// Its name.
+    pub key: TaskKey,
+    /// Grows by one with each write, from 1.
+    pub generation: u64,
+    /// The wave, from 1.
+    pub wave: u32,
+    /// The FLAG id of the meter's vendor.
+    pub vendor: String,
+    /// The URI of the head-end that the meter is assigned to.
+    pub head_end: Option<String>,
+    /// Binds campaign, meter and wave; opaque here.
+    pub mark: [u8; 16],
+    /// How far it is.
+    pub task: Task,
+}
+
+/// Which tasks of a campaign to list.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TaskFilter {
+    /// All.
+    #[default]
+    All,
+    /// In this state.
+    State(TaskState),
+    /// It is in doubt what the meter holds, or something is under way that could make it so.
+    InDoubt,
+}
+
+/// Tasks that are alike.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TaskTally {
+    /// The wave, from 1.
+    pub wave: u32,
+    /// The FLAG id of the vendor.
+    pub vendor: String,
+    /// Where they stand.
+    pub state: TaskState,
+    /// Why the last attempt ended badly; empty otherwise.
+    pub reason: String,
+    /// How many.
+    pub tasks: u64,
+}
+
+/// How much a head-end has to do in a campaign, by the database's clock.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TaskLoad {
+    /// Tasks whose lease it holds.
+    pub in_flight: u64,
+    /// Tasks that it leased within the last minute.
+    pub leased_in_minute: u64,
 }
 
 /// A PIN that a token refused: it is never tried again until it is changed.

@@ -263,7 +263,10 @@ const BEGIN: &str = "BEGIN IMMEDIATE";
 const MIGRATION_LOCK: &str = "SELECT 1";
 /// Whether transactions of others run at the same time.
 const CONCURRENT: bool = false;
-const MIGRATIONS: &[Migration] = &[Migration { version: 1, name: "initial", sql: include_str!("../migrations/sqlite/0001_initial.sql") }];
+const MIGRATIONS: &[Migration] = &[
+    Migration { version: 1, name: "initial", sql: include_str!("../migrations/sqlite/0001_initial.sql") },
+    Migration { version: 2, name: "campaigns", sql: include_str!("../migrations/sqlite/0002_campaigns.sql") },
+];
 const PROBE: Duration = Duration::from_secs(1);
 const CHECKPOINT_INTERVAL: Duration = Duration::from_millis(100);
 /// Copy when so many pages of 4 KiB wait: 8 MiB.

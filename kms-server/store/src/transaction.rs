@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 
-use kms_domain::{GrantId, SystemTitle, UnixMillis, WriterId};
+use kms_domain::{CampaignId, GrantId, SystemTitle, UnixMillis, WriterId};
 
 use crate::{
     AuditAppend, AuditTail, FingerprintOwner, FingerprintPrefix, GrantRow, MeterProjection, RequestKey, RequestRow, RowKind, SealedRow, ShipmentRefusal,
-    ShipmentRow, UploadId,
+    ShipmentRow, TaskKey, TaskRow, UploadId, row::RowLock,
 };
 
 /// Rows to read in a transaction. Naming a row twice is harmless.
@@ -16,6 +16,9 @@ pub struct Reads {
     pub meters: Vec<SystemTitle>,
     /// Other sealed rows.
     pub sealed: Vec<(RowKind, Vec<u8>)>,
+    /// Campaigns that are looked at and not written, so that transactions of several servers may hold them together. One that is written is named in
+    /// `sealed`.
+    pub campaigns: Vec<CampaignId>,
     /// Requests that may have been carried out already.
     pub requests: Vec<RequestKey>,
     /// Owners of keys that may have these fingerprints.
@@ -24,8 +27,12 @@ pub struct Reads {
     pub grants: Vec<GrantId>,
     /// Shipments in the spool.
     pub shipments: Vec<UploadId>,
+    /// Tasks of campaigns.
+    pub tasks: Vec<TaskKey>,
     /// The last audit records of these writers.
     pub audit_tails: Vec<WriterId>,
+    /// The database's clock, too.
+    pub clock: bool,
 }
 
 impl Reads {
@@ -38,34 +45,42 @@ impl Reads {
     pub fn extend(&mut self, more: &Self) {
         self.meters.extend_from_slice(&more.meters);
         self.sealed.extend_from_slice(&more.sealed);
+        self.campaigns.extend_from_slice(&more.campaigns);
         self.requests.extend_from_slice(&more.requests);
         self.fingerprints.extend_from_slice(&more.fingerprints);
         self.grants.extend_from_slice(&more.grants);
         self.shipments.extend_from_slice(&more.shipments);
+        self.tasks.extend_from_slice(&more.tasks);
         self.audit_tails.extend_from_slice(&more.audit_tails);
+        self.clock |= more.clock;
     }
 
     /// Drops what was read already and sorts the rest: rows are locked in one order everywhere.
     pub(crate) fn normalise(&mut self, known: &ReadSet) {
         tidy(&mut self.meters, |title| known.meters.contains_key(title));
         tidy(&mut self.sealed, |name| known.sealed.contains_key(name));
+        tidy(&mut self.campaigns, |id| known.sealed.contains_key(&campaign_name(*id)));
         tidy(&mut self.requests, |key| known.requests.contains_key(key));
         tidy(&mut self.fingerprints, |prefix| known.fingerprints.contains_key(prefix));
         tidy(&mut self.grants, |id| known.grants.contains_key(id));
         tidy(&mut self.shipments, |upload| known.shipments.contains_key(upload));
+        tidy(&mut self.tasks, |key| known.tasks.contains_key(key));
+        self.clock &= known.clock.is_none();
         tidy(&mut self.audit_tails, |writer| known.audit_tails.contains_key(writer));
     }
 
     /// The places of what is locked here, first to last, in the one order that all transactions lock in.
     pub(crate) fn lock_ranks(&self) -> impl Iterator<Item = LockRank> {
-        let (exclusive, shared) = (self.sealed.iter().any(|(kind, _)| kind.is_exclusive()), self.sealed.iter().any(|(kind, _)| !kind.is_exclusive()));
+        let sealed = |lock| self.sealed.iter().any(|(kind, _)| kind.lock() == lock);
         [
             (LockRank::Fingerprints, !self.fingerprints.is_empty()),
             (LockRank::Meters, !self.meters.is_empty()),
-            (LockRank::SharedRows, shared),
-            (LockRank::ExclusiveRows, exclusive),
+            (LockRank::SharedRows, sealed(RowLock::Shared)),
+            (LockRank::ExclusiveRows, sealed(RowLock::Exclusive)),
+            (LockRank::Campaigns, sealed(RowLock::Campaign) || !self.campaigns.is_empty()),
             (LockRank::Grants, !self.grants.is_empty()),
             (LockRank::Shipments, !self.shipments.is_empty()),
+            (LockRank::Tasks, !self.tasks.is_empty()),
         ]
         .into_iter()
         .filter_map(|(rank, locked)| locked.then_some(rank))
@@ -79,9 +94,11 @@ pub(crate) enum LockRank {
     Meters,
     SharedRows,
     ExclusiveRows,
+    Campaigns,
     Absences,
     Grants,
     Shipments,
+    Tasks,
 }
 
 /// One row of a [`ReadSet`].
@@ -122,7 +139,9 @@ pub struct ReadSet {
     pub(crate) fingerprints: HashMap<FingerprintPrefix, Vec<FingerprintOwner>>,
     pub(crate) grants: HashMap<GrantId, Option<GrantRow>>,
     pub(crate) shipments: HashMap<UploadId, Option<ShipmentRow>>,
+    pub(crate) tasks: HashMap<TaskKey, Option<TaskRow>>,
     pub(crate) audit_tails: HashMap<WriterId, Option<AuditTail>>,
+    pub(crate) clock: Option<UnixMillis>,
     /// The last thing that was locked.
     pub(crate) locked: Option<LockRank>,
 }
@@ -163,6 +182,16 @@ impl ReadSet {
         Lookup::of(&self.shipments, &upload)
     }
 
+    /// A task.
+    pub fn task(&self, key: TaskKey) -> Lookup<'_, TaskRow> {
+        Lookup::of(&self.tasks, &key)
+    }
+
+    /// The database's clock when the rows were read; none if it was not asked for.
+    pub const fn clock(&self) -> Option<UnixMillis> {
+        self.clock
+    }
+
     /// The last audit record of a writer; absent if it has written none.
     pub fn audit_tail(&self, writer: WriterId) -> Lookup<'_, AuditTail> {
         Lookup::of(&self.audit_tails, &writer)
@@ -173,7 +202,7 @@ impl ReadSet {
 #[derive(Debug)]
 pub enum Decision {
     /// Read these too, then decide again; what was read before is kept.
-    More(Reads),
+    More(Box<Reads>),
     /// Write, in the same transaction.
     Commit(Box<Changes>),
     /// End without writing.
@@ -208,6 +237,8 @@ pub struct Changes {
     pub shipments: Vec<ShipmentRow>,
     /// Refused lines.
     pub refusals: Vec<ShipmentRefusal>,
+    /// Tasks: generation 1 makes one; others are written only over the generation before.
+    pub tasks: Vec<TaskRow>,
     /// I2: the records of all this.
     pub audit: Vec<AuditAppend>,
 }
@@ -283,6 +314,11 @@ pub struct FingerprintPut {
     pub prefix: FingerprintPrefix,
     /// The key version.
     pub owner: FingerprintOwner,
+}
+
+/// The name of a campaign's row.
+pub(crate) fn campaign_name(id: CampaignId) -> (RowKind, Vec<u8>) {
+    (RowKind::Campaign, id.octets().to_vec())
 }
 
 fn tidy<T: Ord>(names: &mut Vec<T>, known: impl Fn(&T) -> bool) {

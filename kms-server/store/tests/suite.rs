@@ -4,14 +4,20 @@
 
 mod common;
 
-use std::sync::Arc;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use common::*;
-use kms_domain::{GrantId, KeyType, KeyVersionNumber, Owner, SecuritySetupId, UnixMillis};
+use kms_domain::{CampaignId, GrantId, KeyType, KeyVersionNumber, Owner, SecuritySetupId, Task, TaskState, TaskStep, TaskWork, UnixMillis};
 use kms_store::{
-    Assigned, AuditFilter, AuditReference, Changes, Committed, Decision, FingerprintOwner, FingerprintPrefix, FingerprintPut, GrantFilter, GrantRevocation,
-    GrantRow, Lookup, MeterFilter, MeterPut, PinFailure, Reads, RequestPut, RequestRow, RowKind, RowName, SealedPut, ShipmentRefusal, ShipmentRow,
-    ShipmentState, StoreError, UploadId,
+    Assigned, AuditFilter, AuditReference, Changes, Committed, DatabaseLocation, Decision, FingerprintOwner, FingerprintPrefix, FingerprintPut, GrantFilter,
+    GrantRevocation, GrantRow, Lookup, MeterFilter, MeterPut, PinFailure, Reads, RequestPut, RequestRow, RowKind, RowName, SealedPut, ShipmentRefusal,
+    ShipmentRow, ShipmentState, Store, StoreError, TaskFilter, TaskKey, TaskRow, UploadId,
     testing::{Damage, Obstruction, damage},
 };
 
@@ -50,6 +56,10 @@ on_both!(
     a_stuck_database_answers_in_time,
     a_decision_that_never_ends_is_stopped,
     a_reopened_database_has_everything,
+    tasks_are_written_over_the_generation_before,
+    tasks_are_found_when_they_are_due,
+    plans_are_kept_in_chunks,
+    campaigns_are_looked_at_together_and_written_alone,
 );
 
 async fn what_was_written_is_read(f: Fixture) {
@@ -104,7 +114,7 @@ async fn absence_is_seen_and_more_can_be_read(f: Fixture) {
             assert!(set.meter(title(1)).present().is_some());
             assert_eq!(set.meter(title(9)), Lookup::Absent);
             match set.sealed(RowKind::Group, b"north") {
-                Lookup::NotRead => Decision::More(Reads { sealed: vec![(RowKind::Group, b"north".to_vec())], ..Reads::default() }),
+                Lookup::NotRead => Decision::More(Box::new(Reads { sealed: vec![(RowKind::Group, b"north".to_vec())], ..Reads::default() })),
                 Lookup::Absent => Decision::Commit(Box::new(Changes {
                     sealed: vec![SealedPut { kind: RowKind::Group, id: b"north".to_vec(), row: row(1, "north") }],
                     meters: vec![MeterPut::update(title(1), row(2, "moved"))],
@@ -454,7 +464,7 @@ async fn concurrent_transactions_lose_no_update(f: Fixture) {
                 store
                     .transact(Reads { meters: vec![title(first)], ..Reads::default() }, &mut |set| {
                         if set.meter(title(second)) == Lookup::NotRead {
-                            return Decision::More(Reads { meters: vec![title(second)], ..Reads::default() });
+                            return Decision::More(Box::new(Reads { meters: vec![title(second)], ..Reads::default() }));
                         }
                         let next = |number| MeterPut::update(title(number), row(set.meter(title(number)).present().unwrap().generation + 1, ""));
                         Decision::Commit(Box::new(Changes { meters: vec![next(1), next(2)], ..Changes::default() }))
@@ -529,7 +539,7 @@ async fn a_stuck_database_answers_in_time(mut f: Fixture) {
 }
 
 async fn a_decision_that_never_ends_is_stopped(f: Fixture) {
-    let endless = f.store.transact(Reads::default(), &mut |_| Decision::More(Reads::default())).await;
+    let endless = f.store.transact(Reads::default(), &mut |_| Decision::More(Box::default())).await;
     assert!(matches!(endless, Err(StoreError::Invalid { what: "decision", .. })));
     insert_meters(&*f.store, 1..2).await;
 }
@@ -544,4 +554,201 @@ async fn a_reopened_database_has_everything(f: Fixture) {
     let store = kms_store::open(&f.config).await.unwrap();
     assert_eq!(store.meter_count(&MeterFilter::default()).await, Ok(99));
     assert_eq!(store.audit_tails().await.unwrap()[0].sequence, 0);
+}
+
+fn campaign(number: u8) -> CampaignId {
+    CampaignId::from_octets(&[number; 16]).unwrap()
+}
+
+fn task(campaign_number: u8, meter: u64, head_end: Option<&str>) -> TaskRow {
+    let step = TaskStep { setup: SecuritySetupId::from_octets([0, 1]), work: TaskWork::Rotate(KeyType::GUEK), from: 3 };
+    TaskRow {
+        key: TaskKey { campaign: campaign(campaign_number), meter: title(meter) },
+        generation: 1,
+        wave: 1,
+        vendor: "KAM".into(),
+        head_end: head_end.map(|name| principal(name).to_string()),
+        mark: [7; 16],
+        task: Task::new(step, UnixMillis(5)),
+    }
+}
+
+async fn tasks_are_written_over_the_generation_before(f: Fixture) {
+    let mut row = task(1, 1, Some("hes-1"));
+    let unassigned = TaskRow { task: Task { step: TaskStep { work: TaskWork::Probe, ..row.task.step }, ..row.task.clone() }, ..task(1, 2, None) };
+    write(&*f.store, Changes { tasks: vec![row.clone(), unassigned.clone()], ..Changes::default() }).await.unwrap();
+    let conflict = Err(StoreError::Conflict { row: RowName::Task(row.key) });
+    assert_eq!(write(&*f.store, Changes { tasks: vec![row.clone()], ..Changes::default() }).await, conflict);
+    row.generation = 2;
+    row.head_end = Some(principal("hes-2").to_string());
+    row.task = Task {
+        state: TaskState::Leased,
+        probe: true,
+        attempts: 2,
+        due: UnixMillis(9),
+        fence: 4,
+        leased: UnixMillis(8),
+        ended: UnixMillis(6),
+        reason: "odd \u{1F600} '\"".into(),
+        ..row.task
+    };
+    write(&*f.store, Changes { tasks: vec![row.clone()], ..Changes::default() }).await.unwrap();
+    assert_eq!(write(&*f.store, Changes { tasks: vec![row.clone()], ..Changes::default() }).await, conflict);
+    // A fencing token never goes back.
+    let older = TaskRow { generation: 3, task: Task { fence: 3, ..row.task.clone() }, ..row.clone() };
+    assert_eq!(write(&*f.store, Changes { tasks: vec![older], ..Changes::default() }).await, conflict);
+
+    let absent = TaskKey { meter: title(3), ..row.key };
+    let mut clock = None;
+    f.store
+        .transact(Reads { tasks: vec![row.key, unassigned.key, absent], clock: true, ..Reads::default() }, &mut |set| {
+            assert_eq!(set.task(row.key), Lookup::Present(&row));
+            assert_eq!(set.task(unassigned.key), Lookup::Present(&unassigned));
+            assert_eq!(set.task(absent), Lookup::Absent);
+            assert_eq!(set.task(TaskKey { campaign: campaign(9), ..absent }), Lookup::NotRead);
+            clock = set.clock();
+            Decision::Abandon
+        })
+        .await
+        .unwrap();
+    let now = f.store.now().await.unwrap();
+    assert!(clock.is_some_and(|clock| clock <= now && now.0 - clock.0 < 10_000));
+    assert_eq!(f.store.task_page(campaign(1), TaskFilter::All, None, 9).await.unwrap(), [row.clone(), unassigned.clone()]);
+    assert_eq!(f.store.task_page(campaign(1), TaskFilter::InDoubt, None, 9).await.unwrap(), [row.clone()]);
+    assert_eq!(f.store.task_page(campaign(1), TaskFilter::State(TaskState::Pending), None, 9).await.unwrap(), [unassigned]);
+    assert!(f.store.task_page(campaign(1), TaskFilter::All, Some(title(2)), 9).await.unwrap().is_empty());
+}
+
+async fn tasks_are_found_when_they_are_due(f: Fixture) {
+    let now = f.store.now().await.unwrap();
+    let with = |meter, state, due: i64, leased: i64| {
+        let row = task(1, meter, Some("hes-1"));
+        TaskRow { task: Task { state, due: UnixMillis(due), leased: UnixMillis(leased), ..row.task }, ..row }
+    };
+    let (past, future) = (now.0 - 60_000, now.0 + 60_000);
+    let ended = |meter, ended: i64| {
+        let row = with(meter, TaskState::Succeeded, i64::MAX, past - 9_000);
+        TaskRow { task: Task { ended: UnixMillis(ended), ..row.task }, ..row }
+    };
+    let failed = with(7, TaskState::Failed, i64::MAX, past - 9_000);
+    let tasks = vec![
+        with(1, TaskState::Pending, past, 0),
+        with(2, TaskState::Pending, future, 0),
+        with(3, TaskState::Leased, past - 1, past - 9_000),
+        with(4, TaskState::UnderWay, future, now.0),
+        ended(5, 61_000),
+        ended(6, 62_000),
+        TaskRow { task: Task { reason: "not-applied".into(), ..failed.task.clone() }, ..failed },
+        ended(8, 125_000),
+        task(1, 9, Some("hes-2")),
+        task(2, 1, Some("hes-1")),
+    ];
+    write(&*f.store, Changes { tasks, ..Changes::default() }).await.unwrap();
+    let hes = principal("hes-1").to_string();
+    // The lease that ran out first, then the task that has waited.
+    assert_eq!(f.store.due_tasks(campaign(1), &hes, 9).await.unwrap(), [title(3), title(1)]);
+    assert_eq!(f.store.due_tasks(campaign(1), &hes, 1).await.unwrap(), [title(3)]);
+    assert!(f.store.due_tasks(campaign(1), "nobody", 9).await.unwrap().is_empty());
+    let load = f.store.task_load(campaign(1), &hes).await.unwrap();
+    assert_eq!((load.in_flight, load.leased_in_minute), (1, 1));
+    assert_eq!(f.store.task_load(campaign(1), "nobody").await.unwrap(), kms_store::TaskLoad::default());
+    let tallies = f.store.task_tallies(campaign(1), Some(1)).await.unwrap();
+    let short: Vec<_> = tallies.iter().map(|tally| (tally.state, tally.reason.as_str(), tally.tasks)).collect();
+    let expected = [
+        (TaskState::Pending, "", 3),
+        (TaskState::Leased, "", 1),
+        (TaskState::UnderWay, "", 1),
+        (TaskState::Succeeded, "", 3),
+        (TaskState::Failed, "not-applied", 1),
+    ];
+    assert_eq!(short, expected);
+    assert!(f.store.task_tallies(campaign(1), Some(2)).await.unwrap().is_empty());
+    assert_eq!(f.store.task_timeline(campaign(1), 1, 60_000).await.unwrap(), [(UnixMillis(60_000), 2), (UnixMillis(120_000), 1)]);
+    // Of earlier waves only.
+    assert_eq!(f.store.delete_tasks(campaign(1), 1, TaskState::Succeeded, 9).await.unwrap(), 0);
+    assert_eq!(f.store.delete_tasks(campaign(1), 2, TaskState::Succeeded, 2).await.unwrap(), 2);
+    assert_eq!(f.store.delete_tasks(campaign(1), 2, TaskState::Succeeded, 2).await.unwrap(), 1);
+    assert_eq!(f.store.task_page(campaign(1), TaskFilter::All, None, 99).await.unwrap().len(), 6);
+}
+
+async fn plans_are_kept_in_chunks(f: Fixture) {
+    for (number, octets) in [(1, 1), (2, 1), (3, 2)] {
+        f.store.put_campaign_chunk(campaign(number), 0, &vec![octets; 80_000]).await.unwrap();
+    }
+    f.store.put_campaign_chunk(campaign(1), 1, &[2; 8]).await.unwrap();
+    assert!(matches!(f.store.put_campaign_chunk(campaign(1), 1, &[3; 8]).await, Err(StoreError::Conflict { .. })));
+    assert_eq!(f.store.campaign_chunk(campaign(1), 1).await.unwrap(), Some(vec![2; 8]));
+    assert_eq!(f.store.campaign_chunk(campaign(1), 2).await.unwrap(), None);
+    // One that has a row is kept.
+    let sealed = vec![SealedPut { kind: RowKind::Campaign, id: campaign(1).octets().to_vec(), row: row(1, "campaign") }];
+    write(&*f.store, Changes { sealed, ..Changes::default() }).await.unwrap();
+    assert_eq!(f.store.delete_unused_chunks(campaign(1)).await.unwrap(), 0);
+    assert_eq!(f.store.purge_unused_chunks(campaign(3)).await.unwrap(), 1);
+    assert_eq!(f.store.delete_unused_chunks(campaign(3)).await.unwrap(), 1);
+    assert_eq!(f.store.campaign_chunk(campaign(1), 0).await.unwrap(), Some(vec![1; 80_000]));
+}
+
+async fn campaigns_are_looked_at_together_and_written_alone(f: Fixture) {
+    let name = |number| (RowKind::Campaign, campaign(number).octets().to_vec());
+    let put = |number, generation| SealedPut { kind: RowKind::Campaign, id: campaign(number).octets().to_vec(), row: row(generation, "campaign") };
+    insert_meters(&*f.store, 1..3).await;
+    write(&*f.store, Changes { sealed: vec![put(1, 1), put(2, 1)], ..Changes::default() }).await.unwrap();
+    let looks = || Reads { campaigns: vec![campaign(2), campaign(1)], ..Reads::default() };
+    // Two servers, where there can be two.
+    let several = matches!(f.config.database, DatabaseLocation::Postgres(_));
+    let stores = [Arc::clone(&f.store), if several { kms_store::open(&f.config).await.unwrap() } else { Arc::clone(&f.store) }];
+    if several {
+        // Each looks at both while the other one does.
+        let looking = Arc::new(AtomicU32::new(0));
+        let look = |store: &Arc<dyn Store>| {
+            let (store, looking) = (Arc::clone(store), Arc::clone(&looking));
+            tokio::spawn(async move {
+                let mut look = |set: &kms_store::ReadSet| {
+                    assert!([1, 2].into_iter().all(|number| set.sealed(RowKind::Campaign, &campaign(number).octets()).present().is_some()));
+                    looking.fetch_add(1, Ordering::SeqCst);
+                    let began = Instant::now();
+                    while looking.load(Ordering::SeqCst) < 2 {
+                        assert!(began.elapsed() < Duration::from_secs(10), "the other one has to wait");
+                        std::thread::yield_now();
+                    }
+                    Decision::Abandon
+                };
+                store.transact(looks(), &mut look).await.unwrap();
+            })
+        };
+        let (one, other) = tokio::join!(look(&stores[0]), look(&stores[1]));
+        one.unwrap();
+        other.unwrap();
+    }
+    let mut tasks = tokio::task::JoinSet::new();
+    for task in 0_u8..8 {
+        let store = Arc::clone(&stores[usize::from(task / 2 % 2)]);
+        tasks.spawn(async move {
+            for _ in 0..20 {
+                // Half of them look at campaigns and write a meter, in one order or the other; the rest write a campaign.
+                let (meter, written) = (1 + task % 2, 1 + task / 2 % 2);
+                let reads = match task < 4 {
+                    true => Reads { meters: vec![title(meter.into())], campaigns: vec![campaign(1), campaign(2)], ..Reads::default() },
+                    false => {
+                        Reads { meters: vec![title(meter.into())], sealed: vec![name(written)], campaigns: vec![campaign(3 - written)], ..Reads::default() }
+                    }
+                };
+                let mut decide = |set: &kms_store::ReadSet| {
+                    let title = title(meter.into());
+                    let meter = MeterPut::update(title, row(set.meter(title).present().unwrap().generation + 1, ""));
+                    let known = set.sealed(RowKind::Campaign, &campaign(written).octets()).present().unwrap().generation;
+                    let sealed = if task < 4 { Vec::new() } else { vec![put(written, known + 1)] };
+                    Decision::Commit(Box::new(Changes { meters: vec![meter], sealed, ..Changes::default() }))
+                };
+                store.transact(reads, &mut decide).await.unwrap();
+            }
+        });
+    }
+    while let Some(done) = tasks.join_next().await {
+        done.unwrap();
+    }
+    for number in [1, 2] {
+        assert_eq!(f.store.sealed(RowKind::Campaign, &campaign(number).octets()).await.unwrap().unwrap().generation, 41);
+        assert_eq!(f.store.meters(&[title(number.into())]).await.unwrap()[0].row.generation, 81);
+    }
 }

@@ -111,6 +111,9 @@ pub(super) struct TransferRow {
     pub(super) counter_retries: u32,
     #[prost(bytes = "bytes", tag = "19")]
     pub(super) campaign: Bytes,
+    /// The fencing token of the task's lease.
+    #[prost(uint64, tag = "20")]
+    pub(super) fence: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]

@@ -9,8 +9,8 @@ use super::{
     slot::Principals,
 };
 use crate::{
-    Answer, CampaignId, DeviceTypeId, ExchangePurpose, GroupId, KeyPair, KeyType, KeyVersionNumber, Owner, SecuritySetupId, SharedKey, Stage, SystemTitle,
-    Transfer, TransferForm, TransferId, TransferKey, UnixMillis,
+    Answer, CampaignId, CampaignTask, DeviceTypeId, ExchangePurpose, GroupId, KeyPair, KeyType, KeyVersionNumber, Owner, SecuritySetupId, SharedKey, Stage,
+    SystemTitle, Transfer, TransferForm, TransferId, TransferKey, UnixMillis,
 };
 
 pub(super) fn transfer_from_row(title: SystemTitle, row: TransferRow, base: i64, principals: &Principals) -> Result<Transfer, RowError> {
@@ -51,7 +51,10 @@ pub(super) fn transfer_from_row(title: SystemTitle, row: TransferRow, base: i64,
         setup: setup(row.setup)?,
         head_end: principals.optional(row.head_end)?.ok_or_else(|| RowError::new("a transfer without a head-end"))?,
         client_title: SystemTitle::from_octets(&row.client_title.to_be_bytes())?,
-        campaign: if row.campaign.is_empty() { None } else { Some(CampaignId::from_octets(&row.campaign)?) },
+        campaign: match row.campaign.as_ref() {
+            [] => None,
+            id => Some(CampaignTask { campaign: CampaignId::from_octets(id)?, fence: row.fence }),
+        },
         form: match row.form {
             1 => TransferForm::WrappedKey,
             2 => TransferForm::Frames,
@@ -93,7 +96,8 @@ pub(super) fn transfer_to_row(transfer: &Transfer, base: UnixMillis, principals:
         setup: u32::from_be_bytes([0, 0, b, e]),
         head_end: principals.reference(&transfer.head_end),
         client_title: u64::from_be_bytes(transfer.client_title.octets()),
-        campaign: transfer.campaign.map(|campaign| Bytes::copy_from_slice(&campaign.octets())).unwrap_or_default(),
+        campaign: transfer.campaign.map(|task| Bytes::copy_from_slice(&task.campaign.octets())).unwrap_or_default(),
+        fence: transfer.campaign.map_or(0, |task| task.fence),
         form: match transfer.form {
             TransferForm::WrappedKey => 1,
             TransferForm::Frames => 2,

@@ -12,6 +12,7 @@ use crate::{
     authz::{Action, Caller, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
+    service::campaign::drop_task,
 };
 
 /// Whose business meters become.
@@ -168,10 +169,8 @@ impl MeterService {
                             outcome.unchanged += 1;
                             continue;
                         }
-                        let now = view.now();
-                        Arc::make_mut(&mut meter).retire(now).map_err(fault)?;
+                        retire(view, &mut meter)?;
                         changed.push(*title);
-                        view.put_meter((*meter).clone(), true)?;
                     }
                     record(view, &mut outcome, "retired", &changed, String::new(), reason.clone());
                     Ok(outcome)
@@ -217,12 +216,10 @@ impl MeterService {
                 if successor.class.head_end.is_some() && successor.class.head_end != former.class.head_end {
                     return Err(precondition(format!("{new} is assigned to another head-end")));
                 }
-                let now = view.now();
                 let changed = Arc::make_mut(&mut successor);
                 changed.class.head_end.clone_from(&former.class.head_end);
                 changed.set_status(former.class.status).map_err(ServiceError::parse("new_meter"))?;
-                Arc::make_mut(&mut former).retire(now).map_err(fault)?;
-                view.put_meter((*former).clone(), true)?;
+                retire(view, &mut former)?;
                 view.put_meter((*successor).clone(), true)?;
                 record(view, &mut outcome, "replaced", &[old, new], new.to_string(), reason.clone());
                 Ok(outcome)
@@ -271,6 +268,15 @@ fn assigned(meter: &Meter, head_end: Option<&PrincipalId>) -> Result<Option<Mete
         changed.class.status = MeterStatus::InService;
     }
     Ok(Some(changed))
+}
+
+/// Ends a meter's identity, and the task of a campaign whose transfer ends with it.
+fn retire(view: &mut View<'_, '_>, meter: &mut Arc<Meter>) -> Result<(), ServiceError> {
+    let task = meter.transfer.as_ref().and_then(|transfer| transfer.campaign);
+    let now = view.now();
+    Arc::make_mut(meter).retire(now).map_err(fault)?;
+    view.put_meter((**meter).clone(), true)?;
+    task.map_or(Ok(()), |task| drop_task(view, task, meter.title, MeterStatus::Retired.name()))
 }
 
 /// A row that was read and verified breaks what holds of slots.

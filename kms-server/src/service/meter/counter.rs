@@ -66,7 +66,7 @@ impl MeterService {
                             continue;
                         };
                         let adoption = Adoption { floor, key: counter.scope.key(floor.client_title), jump_cap: counter.jump_cap };
-                        match adoption.apply(view, Arc::make_mut(&mut meter)) {
+                        match view.attempt(|view| adoption.apply(view, Arc::make_mut(&mut meter))) {
                             Ok(true) => {
                                 view.put_meter((*meter).clone(), false)?;
                                 changed.push(floor.meter);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use kms_domain::{
     CounterDomain, CounterKey, CounterOwnership, CounterPlace, Counters, DeviceProfile, KeyOrigin, KeyType, KeyVersion, Meter, SecuritySetupId, Slot, Slots,
+    Transfer,
 };
 use kms_proto::v1;
 
@@ -33,7 +34,33 @@ pub(in crate::service) struct Shown<'a> {
 impl Shown<'_> {
     /// The meter that has these keys.
     pub(super) fn meter(&self, meter: &Meter, groups: Vec<String>, generation: u64) -> v1::Meter {
-        v1::Meter { summary: Some(summary(meter)), security_suite: u32::from(meter.suite.number()), groups, security_setups: self.setups(), generation }
+        v1::Meter {
+            summary: Some(summary(meter)),
+            security_suite: u32::from(meter.suite.number()),
+            groups,
+            security_setups: self.setups(),
+            generation,
+            transfer: meter.transfer.as_ref().map(|transfer| self.transfer(transfer)),
+        }
+    }
+
+    fn transfer(&self, transfer: &Transfer) -> v1::MeterTransfer {
+        let keys = transfer.keys.iter().enumerate().map(|(index, key)| v1::TransferredKey {
+            key_type: self.key_type(key.key_type),
+            version: key.version.number(),
+            left: index < transfer.delivered,
+        });
+        v1::MeterTransfer {
+            transfer_id: transfer.id.octets().to_vec().into(),
+            security_setup: transfer.setup.obis().to_vec().into(),
+            keys: keys.collect(),
+            head_end: transfer.head_end.to_string(),
+            client_title: transfer.client_title.octets().to_vec().into(),
+            step: transfer.step,
+            stage: transfer.stage.name().to_owned(),
+            not_after_ms: transfer.not_after.0,
+            campaign_id: transfer.campaign.map(|task| task.campaign.octets().to_vec().into()).unwrap_or_default(),
+        }
     }
 
     /// All security setups with their keys.
@@ -54,10 +81,11 @@ impl Shown<'_> {
     }
 
     fn slot(&self, slot: &Slot) -> v1::KeySlot {
-        v1::KeySlot {
-            key_type: self.profile.map_or_else(|| slot.key_type().to_string(), |profile| profile.key_type_name(slot.key_type())),
-            versions: slot.versions().iter().map(shown_version).collect(),
-        }
+        v1::KeySlot { key_type: self.key_type(slot.key_type()), versions: slot.versions().iter().map(shown_version).collect(), in_doubt: slot.in_doubt() }
+    }
+
+    fn key_type(&self, key_type: KeyType) -> String {
+        self.profile.map_or_else(|| key_type.to_string(), |profile| profile.key_type_name(key_type))
     }
 
     fn counters(&self, version: &KeyVersion) -> Vec<v1::Counter> {

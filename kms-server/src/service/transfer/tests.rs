@@ -21,10 +21,10 @@ use crate::{
 };
 
 /// An island with simulated meters, set up with the keys that their vendor shipped.
-struct Field {
-    island: TestIsland,
-    service: TransferService,
-    meters: Vec<Meter>,
+pub(super) struct Field {
+    pub(super) island: TestIsland,
+    pub(super) service: TransferService,
+    pub(super) meters: Vec<Meter>,
     requests: std::cell::Cell<u32>,
 }
 
@@ -36,7 +36,7 @@ struct Device {
 }
 
 impl Field {
-    async fn new(island: TestIsland, profile: &str, count: u64) -> Self {
+    pub(super) async fn new(island: TestIsland, profile: &str, count: u64) -> Self {
         let (_, devices) = island.deliver_with_devices(&sample(profile, count)).await;
         let meters = devices
             .split(|octet| *octet == b'\n')
@@ -50,33 +50,39 @@ impl Field {
         Self { service: TransferService::new(island.island.clone()), island, meters, requests: std::cell::Cell::new(0) }
     }
 
-    fn request(&self) -> RequestId {
+    pub(super) fn request(&self) -> RequestId {
         self.requests.set(self.requests.get() + 1);
         let mut octets = [7; 16];
         octets[..4].copy_from_slice(&self.requests.get().to_be_bytes());
         RequestId::from_octets(&octets).unwrap()
     }
 
-    fn title(&self, number: usize) -> SystemTitle {
+    /// The request that was made last.
+    pub(super) fn last_request(&self) -> RequestId {
+        self.requests.set(self.requests.get() - 1);
+        self.request()
+    }
+
+    pub(super) fn title(&self, number: usize) -> SystemTitle {
         SystemTitle::from_octets(self.meters[number].system_title().as_bytes()).unwrap()
     }
 
-    async fn begin(&self, order: Order) -> StepAnswer {
+    pub(super) async fn begin(&self, order: Order) -> StepAnswer {
         let (mut steps, _) = self.service.begin(&self.island.head_end, self.request(), [1; 32], vec![order]).await.unwrap();
         steps.remove(0)
     }
 
-    async fn report(&self, caller: &Caller, meter: SystemTitle, id: TransferId, step: u32, answer: ReportedAnswer) -> StepAnswer {
+    pub(super) async fn report(&self, caller: &Caller, meter: SystemTitle, id: TransferId, step: u32, answer: ReportedAnswer) -> StepAnswer {
         let (mut steps, _) = self.service.proceed(caller, vec![Report { meter, id, step, answer }]).await.unwrap();
         steps.remove(0)
     }
 
     /// Carries one transfer out as a head-end does that holds no keys.
-    async fn transfer(&self, number: usize, key_type: Option<KeyType>) -> Outcome {
+    pub(super) async fn transfer(&self, number: usize, key_type: Option<KeyType>) -> Outcome {
         self.carry_out(number, order(self.title(number), key_type)).await
     }
 
-    async fn carry_out(&self, number: usize, order: Order) -> Outcome {
+    pub(super) async fn carry_out(&self, number: usize, order: Order) -> Outcome {
         let mut connection = Connection::new(self.meters[number].clone(), 1);
         let mut step = self.begin(order).await;
         for _ in 0..60 {
@@ -96,17 +102,17 @@ impl Field {
         panic!("the transfer does not end");
     }
 
-    async fn row(&self, number: usize) -> kms_domain::Meter {
+    pub(super) async fn row(&self, number: usize) -> kms_domain::Meter {
         (*self.island.island.meter(self.title(number)).await.unwrap().unwrap()).clone()
     }
 
     /// Which version of a key the server believes that the meter holds.
-    async fn held(&self, number: usize, key_type: KeyType) -> u32 {
+    pub(super) async fn held(&self, number: usize, key_type: KeyType) -> u32 {
         self.row(number).await.slots.get(SecuritySetupId::DEFAULT, key_type).unwrap().held().unwrap().number().number()
     }
 
     /// Compares what the server believes with the meter's memory, byte for byte: the HSM wraps the key under the KEK, the meter's own KEK opens it.
-    async fn compare(&self, number: usize) {
+    pub(super) async fn compare(&self, number: usize) {
         let row = self.row(number).await;
         let memory = self.meters[number].keys_for_inspection(Obis::SECURITY_SETUP).unwrap();
         let held = |key_type| row.slots.get(SecuritySetupId::DEFAULT, key_type).unwrap().held().unwrap().number();
@@ -116,7 +122,7 @@ impl Field {
     }
 
     /// I3: whatever happened, what the meter holds is among the candidates.
-    async fn assert_not_lost(&self, number: usize) {
+    pub(super) async fn assert_not_lost(&self, number: usize) {
         let row = self.row(number).await;
         let memory = self.meters[number].keys_for_inspection(Obis::SECURITY_SETUP).unwrap();
         let candidates = |key_type| row.slots.get(SecuritySetupId::DEFAULT, key_type).unwrap().candidates().map(|version| version.number()).collect::<Vec<_>>();
@@ -133,7 +139,7 @@ impl Field {
         }
     }
 
-    async fn wrapped(
+    pub(super) async fn wrapped(
         &self,
         row: &kms_domain::Meter,
         kek: KeyVersionNumber,
@@ -145,12 +151,12 @@ impl Field {
         unwrap_key(meter_kek, &wrapped).expect("the server's KEK is the meter's")
     }
 
-    fn job(&self, row: &kms_domain::Meter, kek: KeyVersionNumber, key_type: KeyType, version: KeyVersionNumber) -> TransferJob {
+    pub(super) fn job(&self, row: &kms_domain::Meter, kek: KeyVersionNumber, key_type: KeyType, version: KeyVersionNumber) -> TransferJob {
         let source = |key_type, version| emit::version_source(row.owner(), &row.slots, SecuritySetupId::DEFAULT, key_type, version).unwrap();
         TransferJob { kek: source(KeyType::KEK, kek), key: source(key_type, version) }
     }
 
-    async fn security_events(&self) -> Vec<String> {
+    pub(super) async fn security_events(&self) -> Vec<String> {
         let filter = AuditFilter { kind: Some(24), ..AuditFilter::default() };
         let rows = self.island.island.store.audit_page(&filter, None, 1_000).await.unwrap();
         rows.iter()
@@ -161,20 +167,20 @@ impl Field {
             .collect()
     }
 
-    fn assert_no_nonce_twice(&self) {
+    pub(super) fn assert_no_nonce_twice(&self) {
         assert_eq!(RepeatedNonce::find(&self.meters), []);
     }
 }
 
-fn order(meter: SystemTitle, key_type: Option<KeyType>) -> Order {
+pub(super) fn order(meter: SystemTitle, key_type: Option<KeyType>) -> Order {
     Order { meter, setup: None, key_type, client_title: client_title(), form: TransferForm::Frames, urgent: false, lifetime_seconds: 3_600, task: None }
 }
 
-fn at_key_transfer(number: u64, fault: Fault) -> ScriptedFault {
+pub(super) fn at_key_transfer(number: u64, fault: Fault) -> ScriptedFault {
     ScriptedFault { at: Trigger::KeyTransfer(number), fault }
 }
 
-fn at_association(number: u64, fault: Fault) -> ScriptedFault {
+pub(super) fn at_association(number: u64, fault: Fault) -> ScriptedFault {
     ScriptedFault { at: Trigger::AssociationRequest(number), fault }
 }
 
@@ -354,9 +360,9 @@ island_tests! {
         // The shipped policies permit a KEK to tasks of campaigns only.
         let refused = field.begin(order(title, Some(KeyType::KEK))).await.next;
         assert!(matches!(refused, Err(ServiceError::PermissionDenied { .. })));
-        let task = Some((kms_domain::CampaignId::from_octets(&[5; 16]).unwrap(), 1));
+        let task = Some(kms_domain::CampaignTask { campaign: kms_domain::CampaignId::from_octets(&[5; 16]).unwrap(), fence: 1 });
         let refused = field.begin(Order { task, ..order(title, Some(KeyType::KEK)) }).await.next;
-        assert!(matches!(refused, Err(ServiceError::FailedPrecondition { .. })));
+        assert!(matches!(refused, Err(ServiceError::PermissionDenied { .. })));
         assert_eq!(field.row(0).await, before);
     }
 

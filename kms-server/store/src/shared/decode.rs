@@ -1,12 +1,15 @@
 //! From rows of the database to types. What does not fit was not written by this server.
 
-use kms_domain::{DeviceTypeId, GrantId, GroupId, KeyType, KeyVersionNumber, Owner, PrincipalId, SecuritySetupId, SystemTitle, UnixMillis, WriterId};
+use kms_domain::{
+    CampaignId, DeviceTypeId, GrantId, GroupId, KeyType, KeyVersionNumber, Owner, PrincipalId, SecuritySetupId, SystemTitle, Task, TaskState, TaskStep,
+    TaskWork, UnixMillis, WriterId,
+};
 use sqlx::Row as _;
 
 use super::Row;
 use crate::{
     AuditAppend, AuditReference, AuditTail, FingerprintOwner, FingerprintPrefix, GrantRow, MeterRow, RequestRow, SealedRow, ShipmentRow, ShipmentState,
-    StoreError, UploadId,
+    StoreError, TaskKey, TaskRow, UploadId,
 };
 
 pub(super) fn unsigned(row: &Row, index: usize) -> Result<u64, StoreError> {
@@ -105,6 +108,45 @@ pub(super) fn shipment(row: &Row) -> Result<ShipmentRow, StoreError> {
         updated: millis(row, 12)?,
         progress: row.try_get(13)?,
     })
+}
+
+/// Columns of `task_columns!`.
+pub(super) fn task(row: &Row) -> Result<TaskRow, StoreError> {
+    let wrong = |what: &str| StoreError::corrupt(format!("the {what} of a task"));
+    let small = |index, what| u32::try_from(row.try_get::<i64, _>(index)?).map_err(|_| wrong(what));
+    let setup = u16::try_from(row.try_get::<i64, _>(6)?).map_err(|_| wrong("setup"))?;
+    let work = match u8::try_from(row.try_get::<i64, _>(7)?) {
+        Ok(0) => TaskWork::Probe,
+        Ok(number) => TaskWork::Rotate(KeyType::from_number(number).map_err(|_| wrong("key type"))?),
+        Err(_) => return Err(wrong("key type")),
+    };
+    Ok(TaskRow {
+        key: TaskKey {
+            campaign: CampaignId::from_octets(row.try_get(0)?).map_err(|error| StoreError::corrupt(error.to_string()))?,
+            meter: SystemTitle::from_i64(row.try_get(1)?).map_err(|error| StoreError::corrupt(error.to_string()))?,
+        },
+        generation: unsigned(row, 2)?,
+        wave: small(3, "wave")?,
+        vendor: row.try_get(4)?,
+        head_end: row.try_get(5)?,
+        mark: array(row, 17)?,
+        task: Task {
+            step: TaskStep { setup: SecuritySetupId::from_octets(setup.to_be_bytes()), work, from: small(8, "version")? },
+            state: task_state(row, 9)?,
+            probe: row.try_get::<i64, _>(10)? != 0,
+            attempts: small(11, "number of attempts")?,
+            due: millis(row, 12)?,
+            fence: unsigned(row, 13)?,
+            leased: millis(row, 14)?,
+            ended: millis(row, 15)?,
+            reason: row.try_get(16)?,
+        },
+    })
+}
+
+pub(super) fn task_state(row: &Row, index: usize) -> Result<TaskState, StoreError> {
+    let number = u32::try_from(row.try_get::<i64, _>(index)?).unwrap_or_default();
+    TaskState::from_number(number).map_err(|error| StoreError::corrupt(error.to_string()))
 }
 
 pub(super) fn writer(row: &Row, index: usize) -> Result<WriterId, StoreError> {

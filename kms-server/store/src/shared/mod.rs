@@ -32,24 +32,43 @@ macro_rules! shipment_columns {
     };
 }
 
+/// Columns of tasks `t` with [`task_joins!`].
+macro_rules! task_columns {
+    () => {
+        concat!(
+            "t.campaign, t.meter, t.generation, t.wave, tv.text, th.text, CAST(t.setup AS BIGINT), CAST(t.key_type AS BIGINT), t.from_version, ",
+            "CAST(t.state AS BIGINT), CAST(t.probe AS BIGINT), t.attempts, t.due_ms, t.fence, t.leased_ms, t.ended_ms, t.reason, t.mark"
+        )
+    };
+}
+
+/// Joins to the names of tasks `t`; a task may have no head-end.
+macro_rules! task_joins {
+    () => {
+        concat!(join!(), "term AS tv ON tv.id = t.vendor LEFT JOIN term AS th ON th.id = t.head_end")
+    };
+}
+
 mod decode;
 mod list;
 pub(super) mod names;
 mod read;
 mod spool;
+mod task;
 mod transact;
 mod write;
 
 use std::future::Future;
 
 use async_trait::async_trait;
-use kms_domain::{GrantId, PrincipalId, SystemTitle, UnixMillis, WriterId};
+use kms_domain::{CampaignId, GrantId, PrincipalId, SystemTitle, TaskState, UnixMillis, WriterId};
 use sqlx::{Connection as _, Row as _};
 
 use super::{BEGIN, CONCURRENT, Connection, Database, Engine, MIGRATION_LOCK, Row, keys, lock_stripes};
 use crate::{
     AuditAppend, AuditCursor, AuditFilter, AuditRow, AuditTail, Committed, Decision, FingerprintOwner, FingerprintPrefix, GrantFilter, GrantRow, MeterFilter,
-    MeterRow, PinFailure, ReadSet, Reads, RowKind, SealedRow, ServerRow, ShipmentRefusal, ShipmentRow, Sizes, Store, StoreError, Timeline, UploadId,
+    MeterRow, PinFailure, ReadSet, Reads, RowKind, SealedRow, ServerRow, ShipmentRefusal, ShipmentRow, Sizes, Store, StoreError, TaskFilter, TaskLoad, TaskRow,
+    TaskTally, Timeline, UploadId,
     schema::{self, Migration},
 };
 
@@ -145,6 +164,46 @@ impl Store for Engine {
 
     async fn shipment_refusals(&self, upload: UploadId, after_line: u64, limit: u32) -> Result<Vec<ShipmentRefusal>, StoreError> {
         self.within(spool::refusals(&self.readers, upload, after_line, limit)).await
+    }
+
+    async fn put_campaign_chunk(&self, campaign: CampaignId, number: u64, titles: &[u8]) -> Result<(), StoreError> {
+        self.within(task::put_chunk(self, campaign, number, titles)).await
+    }
+
+    async fn campaign_chunk(&self, campaign: CampaignId, number: u64) -> Result<Option<Vec<u8>>, StoreError> {
+        self.within(task::chunk(&self.readers, campaign, number)).await
+    }
+
+    async fn delete_unused_chunks(&self, campaign: CampaignId) -> Result<u64, StoreError> {
+        self.within(task::delete_unused(self, campaign)).await
+    }
+
+    async fn purge_unused_chunks(&self, before: CampaignId) -> Result<u64, StoreError> {
+        self.within(task::purge_unused(self, before)).await
+    }
+
+    async fn due_tasks(&self, campaign: CampaignId, head_end: &str, limit: u32) -> Result<Vec<SystemTitle>, StoreError> {
+        self.within(task::due(&self.readers, campaign, head_end, limit)).await
+    }
+
+    async fn task_load(&self, campaign: CampaignId, head_end: &str) -> Result<TaskLoad, StoreError> {
+        self.within(task::load(&self.readers, campaign, head_end)).await
+    }
+
+    async fn task_tallies(&self, campaign: CampaignId, wave: Option<u32>) -> Result<Vec<TaskTally>, StoreError> {
+        self.within(task::tallies(&self.readers, campaign, wave)).await
+    }
+
+    async fn task_page(&self, campaign: CampaignId, filter: TaskFilter, after: Option<SystemTitle>, limit: u32) -> Result<Vec<TaskRow>, StoreError> {
+        self.within(task::page(&self.readers, campaign, filter, after, limit)).await
+    }
+
+    async fn task_timeline(&self, campaign: CampaignId, wave: u32, span_ms: i64) -> Result<Vec<(UnixMillis, u64)>, StoreError> {
+        self.within(task::timeline(&self.readers, campaign, wave, span_ms)).await
+    }
+
+    async fn delete_tasks(&self, campaign: CampaignId, before_wave: u32, state: TaskState, limit: u32) -> Result<u64, StoreError> {
+        self.within(task::delete(self, campaign, before_wave, state, limit)).await
     }
 
     async fn pin_failure(&self, token: &str, user_type: u8) -> Result<Option<PinFailure>, StoreError> {

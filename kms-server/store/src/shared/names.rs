@@ -161,7 +161,11 @@ fn terms_of(changes: &Changes) -> impl Iterator<Item = (TermKind, Cow<'_, str>)>
         .grants
         .iter()
         .flat_map(|grant| [(TermKind::Principal, Cow::from(grant.principal.to_string())), (TermKind::Purpose, Cow::from(grant.purpose.as_str()))]);
-    meters.chain(requests).chain(grants)
+    let tasks = changes.tasks.iter().flat_map(|row| {
+        let head_end = row.head_end.as_deref().map(|text| (TermKind::HeadEnd, Cow::from(text)));
+        [Some((TermKind::Vendor, Cow::from(row.vendor.as_str()))), head_end].into_iter().flatten()
+    });
+    meters.chain(requests).chain(grants).chain(tasks)
 }
 
 const INSERT_TERMS: &str =

@@ -4,7 +4,13 @@ use futures::TryStreamExt;
 use sqlx::Row as _;
 
 use super::{CONCURRENT, Connection, Database, decode, keys, lock_stripes};
-use crate::{ReadSet, Reads, RowKind, StoreError, batch::Batch, error::Failure, transaction::LockRank};
+use crate::{
+    ReadSet, Reads, RowKind, StoreError,
+    batch::Batch,
+    error::Failure,
+    row::RowLock,
+    transaction::{LockRank, campaign_name},
+};
 
 /// Reads into the set. `reads` is sorted and names nothing that the set has.
 pub(super) async fn into_set(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -> Result<(), Failure> {
@@ -22,6 +28,10 @@ pub(super) async fn into_set(connection: &mut Connection, reads: &Reads, set: &m
     fingerprints(connection, reads, set).await?;
     grants(connection, reads, set).await?;
     shipments(connection, reads, set).await?;
+    tasks(connection, reads, set).await?;
+    if reads.clock {
+        set.clock = Some(decode::millis(&sqlx::query::<Database>(CLOCK).fetch_one(&mut *connection).await?, 0)?);
+    }
     audit_tails(connection, reads, set).await
 }
 
@@ -29,14 +39,16 @@ pub(super) async fn into_set(connection: &mut Connection, reads: &Reads, set: &m
 async fn absences(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -> Result<(), Failure> {
     let absent = Reads {
         meters: reads.meters.iter().filter(|title| set.meters.get(title).is_some_and(Option::is_none)).copied().collect(),
-        sealed: reads.sealed.iter().filter(|name| set.sealed.get(name).is_some_and(Option::is_none)).cloned().collect(),
+        sealed: reads.sealed.iter().filter(|name| set.sealed.get(*name).is_some_and(Option::is_none)).cloned().collect(),
+        campaigns: reads.campaigns.iter().filter(|id| set.sealed.get(&campaign_name(**id)).is_some_and(Option::is_none)).copied().collect(),
         ..Reads::default()
     };
     if absent.is_empty() {
         return Ok(());
     }
     set.locked = set.locked.max(Some(LockRank::Absences));
-    lock_insertions(connection, absent.meters.iter().copied(), absent.sealed.iter()).await?;
+    let names: Vec<_> = absent.sealed.iter().cloned().chain(absent.campaigns.iter().copied().map(campaign_name)).collect();
+    lock_insertions(connection, absent.meters.iter().copied(), names.iter()).await?;
     meters(connection, &absent, set).await?;
     sealed(connection, &absent, set).await
 }
@@ -66,9 +78,15 @@ async fn meters(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -
 }
 
 async fn sealed(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -> Result<(), Failure> {
-    set.sealed.extend(reads.sealed.iter().map(|name| (name.clone(), None)));
-    for (exclusive, statement) in [(false, SEALED_ROWS_SHARED), (true, SEALED_ROWS_EXCLUSIVE)] {
-        let wanted: Vec<_> = reads.sealed.iter().filter(|(kind, _)| kind.is_exclusive() == exclusive).collect();
+    let mut names = reads.sealed.clone();
+    // All campaigns are locked at one place and in one way, so that nobody who holds one shared waits for himself or for another who does.
+    let campaigns = if names.iter().any(|(kind, _)| kind.lock() == RowLock::Campaign) { SEALED_ROWS_EXCLUSIVE } else { SEALED_ROWS_SHARED };
+    names.extend(reads.campaigns.iter().copied().map(campaign_name));
+    names.sort_unstable();
+    names.dedup();
+    set.sealed.extend(names.iter().map(|name| (name.clone(), None)));
+    for (lock, statement) in [(RowLock::Shared, SEALED_ROWS_SHARED), (RowLock::Exclusive, SEALED_ROWS_EXCLUSIVE), (RowLock::Campaign, campaigns)] {
+        let wanted: Vec<_> = names.iter().filter(|(kind, _)| kind.lock() == lock).collect();
         if wanted.is_empty() {
             continue;
         }
@@ -151,6 +169,23 @@ async fn shipments(connection: &mut Connection, reads: &Reads, set: &mut ReadSet
     Ok(())
 }
 
+async fn tasks(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -> Result<(), Failure> {
+    if reads.tasks.is_empty() {
+        return Ok(());
+    }
+    set.tasks.extend(reads.tasks.iter().map(|key| (*key, None)));
+    let (json, blob) = Batch::of(&reads.tasks, |row, key| {
+        row.octets(&key.campaign.octets()).int(key.meter.as_i64());
+    })
+    .into_parameters();
+    let mut rows = sqlx::query::<Database>(TASK_ROWS).bind(json).bind(blob).fetch(connection);
+    while let Some(row) = rows.try_next().await? {
+        let task = decode::task(&row)?;
+        set.tasks.insert(task.key, Some(task));
+    }
+    Ok(())
+}
+
 async fn audit_tails(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -> Result<(), Failure> {
     for writer in &reads.audit_tails {
         let row = sqlx::query::<Database>(AUDIT_TAIL).bind(writer.octets().as_slice()).fetch_optional(&mut *connection).await?;
@@ -226,6 +261,22 @@ const GRANT_ROWS: &str =
 
 const SHIPMENT_ROWS: &str =
     concat!("SELECT ", shipment_columns!(), " FROM ", rows!(), join!(), "shipment AS p ON p.upload = ", octets!(0, 1), exclusive!("p", "p.upload"));
+
+const TASK_ROWS: &str = concat!(
+    "SELECT ",
+    task_columns!(),
+    " FROM ",
+    rows!(),
+    join!(),
+    "task AS t ON t.campaign = ",
+    octets!(0, 1),
+    " AND t.meter = ",
+    int!(2),
+    task_joins!(),
+    exclusive!("t", "t.campaign, t.meter")
+);
+
+const CLOCK: &str = concat!("SELECT ", now!());
 
 const AUDIT_TAIL: &str = concat!(
     "SELECT s.writer, a.sequence, a.chain FROM server AS s",

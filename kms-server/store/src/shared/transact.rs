@@ -42,7 +42,7 @@ async fn attempt_once(engine: &Engine, reads: &mut Reads, decide: Decide<'_>) ->
         match decide(&set) {
             Decision::More(more) => {
                 reads.extend(&more);
-                wanted = more;
+                wanted = *more;
                 wanted.normalise(&set);
                 if CONCURRENT && wanted.lock_ranks().next().is_some_and(|first| Some(first) <= set.locked) {
                     // Locking on could deadlock, which PostgreSQL notices after a second: begin again with all of it in order.
@@ -99,6 +99,7 @@ async fn explain(connection: &mut Connection, table: Table, changes: &Changes, s
         Table::Grants => changes.grants.first().map(|grant| RowName::Grant(grant.id)),
         Table::Revocations => changes.revocations.first().map(|revocation| RowName::Grant(revocation.id)),
         Table::Fingerprints => changes.fingerprints.first().map(|put| RowName::Fingerprint(put.prefix)),
+        Table::Tasks => changes.tasks.first().map(|row| RowName::Task(row.key)),
         Table::Shipments => changes.shipments.first().map(|row| row.upload).or(changes.refusals.first().map(|refusal| refusal.upload)).map(RowName::Shipment),
     };
     let row = row.ok_or_else(|| StoreError::corrupt("a statement wrote fewer rows than it was given"))?;

@@ -6,6 +6,8 @@ use super::{
     names::{Names, Numbers, TermKind},
     read,
 };
+use kms_domain::TaskWork;
+
 use crate::{Changes, MeterPut, RowKind, StoreError, batch::Batch, error::Failure};
 
 /// Why the changes were not written.
@@ -27,6 +29,7 @@ pub(super) enum Table {
     Revocations,
     Fingerprints,
     Shipments,
+    Tasks,
     Audit,
 }
 
@@ -61,6 +64,7 @@ pub(super) async fn apply(connection: &mut Connection, names: &Names, changes: &
     sealed(connection, changes).await?;
     fingerprints(connection, changes).await?;
     shipments(connection, changes).await?;
+    tasks(connection, changes, &numbers).await?;
     requests(connection, changes, &numbers).await?;
     grants(connection, changes, &numbers).await?;
     audit(connection, changes, &numbers).await?;
@@ -70,7 +74,8 @@ pub(super) async fn apply(connection: &mut Connection, names: &Names, changes: &
 /// Refuses what no caller may ask for.
 fn check(changes: &Changes) -> Result<(), StoreError> {
     let generations = changes.meters.iter().map(|put| put.row.generation).chain(changes.sealed.iter().map(|put| put.row.generation));
-    if generations.chain(changes.shipments.iter().map(|row| row.generation)).any(|generation| generation == 0 || i64::try_from(generation).is_err()) {
+    let generations = generations.chain(changes.shipments.iter().map(|row| row.generation)).chain(changes.tasks.iter().map(|row| row.generation));
+    if generations.into_iter().any(|generation| generation == 0 || i64::try_from(generation).is_err()) {
         return Err(StoreError::Invalid { what: "generation", reason: "generations start at 1".into() });
     }
     if changes.meters.iter().any(|put| put.row.generation == 1 && put.projection.is_none()) {
@@ -152,6 +157,38 @@ async fn shipments(connection: &mut Connection, changes: &Changes) -> Result<(),
         row.octets(&refusal.upload.0).unsigned(refusal.line).text(&refusal.field).text(&refusal.reason);
     });
     put(connection, INSERT_REFUSALS, batch, Table::Shipments).await
+}
+
+async fn tasks(connection: &mut Connection, changes: &Changes, numbers: &Numbers) -> Result<(), Stopped> {
+    let (new, old): (Vec<_>, Vec<_>) = changes.tasks.iter().partition(|row| row.generation == 1);
+    for (puts, statement) in [(new, INSERT_TASKS), (old, UPDATE_TASKS)] {
+        let batch = Batch::of(puts, |row, put| {
+            let task = &put.task;
+            row.octets(&put.key.campaign.octets())
+                .int(put.key.meter.as_i64())
+                .unsigned(put.generation)
+                .int(i64::from(put.wave))
+                .int(numbers.term(TermKind::Vendor, &put.vendor))
+                .int(numbers.optional_term(TermKind::HeadEnd, put.head_end.as_deref()))
+                .int(i64::from(u16::from_be_bytes(task.step.setup.octets())))
+                .int(match task.step.work {
+                    TaskWork::Probe => 0,
+                    TaskWork::Rotate(key_type) => i64::from(key_type.number()),
+                })
+                .int(i64::from(task.step.from))
+                .int(i64::from(task.state.number()))
+                .int(i64::from(task.probe))
+                .int(i64::from(task.attempts))
+                .int(task.due.0)
+                .unsigned(task.fence)
+                .int(task.leased.0)
+                .int(task.ended.0)
+                .text(&task.reason)
+                .octets(&put.mark);
+        });
+        put(connection, statement, batch, Table::Tasks).await?;
+    }
+    Ok(())
 }
 
 async fn requests(connection: &mut Connection, changes: &Changes, numbers: &Numbers) -> Result<(), Stopped> {
@@ -399,6 +436,88 @@ const INSERT_REFUSALS: &str = concat!(
     " FROM ",
     rows!(),
     " WHERE true ON CONFLICT (upload, line) DO NOTHING"
+);
+
+const INSERT_TASKS: &str = concat!(
+    "INSERT INTO task (campaign, meter, generation, wave, vendor, head_end, setup, key_type, from_version, state, probe, attempts, due_ms, fence, leased_ms, ",
+    "ended_ms, reason, mark) SELECT ",
+    octets!(0, 1),
+    ", ",
+    int!(2),
+    ", ",
+    int!(3),
+    ", ",
+    int!(4),
+    ", ",
+    int!(5),
+    ", ",
+    int!(6),
+    ", ",
+    int!(7),
+    ", ",
+    int!(8),
+    ", ",
+    int!(9),
+    ", ",
+    int!(10),
+    ", ",
+    int!(11),
+    ", ",
+    int!(12),
+    ", ",
+    int!(13),
+    ", ",
+    int!(14),
+    ", ",
+    int!(15),
+    ", ",
+    int!(16),
+    ", ",
+    text!(17),
+    ", ",
+    octets!(18, 19),
+    " FROM ",
+    rows!(),
+    " WHERE true ON CONFLICT (campaign, meter) DO NOTHING"
+);
+
+/// Wave, vendor and mark stay.
+const UPDATE_TASKS: &str = concat!(
+    "UPDATE task SET generation = v.generation, head_end = v.head_end, setup = v.setup, key_type = v.key_type, from_version = v.from_version, ",
+    "state = v.state, probe = v.probe, attempts = v.attempts, due_ms = v.due_ms, fence = v.fence, leased_ms = v.leased_ms, ended_ms = v.ended_ms, ",
+    "reason = v.reason FROM (SELECT ",
+    octets!(0, 1),
+    " AS campaign, ",
+    int!(2),
+    " AS meter, ",
+    int!(3),
+    " AS generation, ",
+    int!(6),
+    " AS head_end, ",
+    int!(7),
+    " AS setup, ",
+    int!(8),
+    " AS key_type, ",
+    int!(9),
+    " AS from_version, ",
+    int!(10),
+    " AS state, ",
+    int!(11),
+    " AS probe, ",
+    int!(12),
+    " AS attempts, ",
+    int!(13),
+    " AS due_ms, ",
+    int!(14),
+    " AS fence, ",
+    int!(15),
+    " AS leased_ms, ",
+    int!(16),
+    " AS ended_ms, ",
+    text!(17),
+    " AS reason FROM ",
+    rows!(),
+    ") AS v WHERE task.campaign = v.campaign AND task.meter = v.meter AND task.generation = v.generation - 1 AND task.fence <= v.fence"
 );
 
 const INSERT_REQUESTS: &str = concat!(

@@ -1,0 +1,235 @@
+//! Campaigns: made, approved, led and watched by officers; their tasks are leased to head-ends.
+//!
+//! All state is in the database, so that every server can lead every campaign, and none is needed. A transfer that belongs to a campaign calls
+//! [`begin_task`], [`check_task`] and [`end_task`] inside its own acts.
+
+mod drive;
+mod plan;
+mod show;
+mod task;
+#[cfg(test)]
+pub(super) mod tests;
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+};
+
+use kms_domain::{Campaign, CampaignError, CampaignId, CampaignState, Principal, RequestId};
+use kms_proto::v1::{self, CampaignApproved, CampaignChanged, audit_record::Event};
+use kms_store::{Reads, RequestKey, RequestRow, RowKind};
+
+pub use self::{
+    plan::{NewCampaign, days_before},
+    show::{ReportQuery, Watch},
+    task::{LeaseQuery, TaskLease, begin_task, check_task, drop_task, end_task, holds_task, task_reads},
+};
+use crate::{
+    audit::{Actor, View},
+    authz::{Action, Caller, Resource},
+    error::ServiceError,
+    island::{Island, facts, principal_row},
+};
+
+/// The use cases of campaigns. Clones share what was verified of plans.
+#[derive(Clone)]
+pub struct CampaignService {
+    island: Arc<Island>,
+    plans: Arc<Mutex<HashMap<CampaignId, drive::Links>>>,
+}
+
+/// A request to change a campaign: what makes it the same when it comes again.
+#[derive(Clone, Copy, Debug)]
+pub struct Request {
+    /// Its id.
+    pub id: RequestId,
+    /// Digest of all that is asked.
+    pub digest: [u8; 32],
+}
+
+/// What an officer does with a campaign.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Approves the content with this digest.
+    Approve {
+        /// SHA-256 of the content that the approver has looked at.
+        content_sha256: [u8; 32],
+    },
+    /// Begins the first wave.
+    Start,
+    /// Gives out no more tasks.
+    Pause {
+        /// Why.
+        reason: String,
+    },
+    /// Goes on.
+    Resume {
+        /// Why.
+        reason: String,
+    },
+    /// Ends it for good.
+    Abort {
+        /// Why.
+        reason: String,
+    },
+}
+
+impl Change {
+    const fn action(&self) -> Action {
+        match self {
+            Self::Approve { .. } => Action::ApproveCampaign,
+            Self::Start => Action::StartCampaign,
+            Self::Pause { .. } => Action::PauseCampaign,
+            Self::Resume { .. } => Action::ResumeCampaign,
+            Self::Abort { .. } => Action::AbortCampaign,
+        }
+    }
+
+    /// Carries it out, and says what to record.
+    fn apply(&self, campaign: &mut Campaign, principal: &Principal, failures: &kms_domain::WaveCounts, view: &View<'_, '_>) -> Result<Event, ServiceError> {
+        let (id, now) = (bytes::Bytes::copy_from_slice(&campaign.id.octets()), view.now());
+        let changed = |change: &str, reason: &str| {
+            Event::CampaignChanged(CampaignChanged { campaign_id: id.clone(), change: change.to_owned(), reason: reason.to_owned() })
+        };
+        let event = match self {
+            Self::Approve { content_sha256 } => {
+                // I6: a person approves, not a certificate.
+                let person = principal.person.clone().ok_or_else(|| ServiceError::denied("approveCampaign"))?;
+                campaign.approve(principal.id.clone(), person.clone(), content_sha256, now).map_err(refused)?;
+                Event::CampaignApproved(CampaignApproved {
+                    campaign_id: id.clone(),
+                    person: person.as_str().to_owned(),
+                    content_sha256: content_sha256.to_vec().into(),
+                    complete: campaign.is_approved(),
+                })
+            }
+            Self::Start => {
+                campaign.start(now).map_err(refused)?;
+                changed("started", "")
+            }
+            Self::Pause { reason } => {
+                campaign.pause(reason.clone(), now).map_err(refused)?;
+                changed("paused", reason)
+            }
+            Self::Resume { reason } => {
+                campaign.resume(failures, now).map_err(refused)?;
+                changed("resumed", reason)
+            }
+            Self::Abort { reason } => {
+                campaign.abort(reason.clone(), now).map_err(refused)?;
+                changed("aborted", reason)
+            }
+        };
+        Ok(event)
+    }
+}
+
+impl CampaignService {
+    /// Campaigns of an island.
+    pub fn new(island: Arc<Island>) -> Self {
+        Self { island, plans: Arc::default() }
+    }
+
+    /// Changes a campaign. A request that comes again changes nothing more.
+    ///
+    /// # Errors
+    /// Not permitted, no such campaign, its state or the rules of approval (I6) forbid it, or the database is away.
+    pub async fn change(&self, caller: &Caller, request: Request, id: CampaignId, change: Change) -> Result<v1::Campaign, ServiceError> {
+        let action = change.action();
+        self.island.require(caller, &action).await?;
+        let counts = match &change {
+            Change::Resume { .. } => self.wave_counts(&*self.load(id).await?).await?,
+            _ => kms_domain::WaveCounts::default(),
+        };
+        let key = RequestKey { principal: caller.principal.clone(), request: request.id, chunk: 0 };
+        let reads = Reads { sealed: vec![principal_row(&caller.principal), campaign_row(id)], requests: vec![key.clone()], ..Reads::default() };
+        let actor = Actor::caller(caller, Some(request.id), action.name());
+        let (island, caller) = (self.island.clone(), caller.clone());
+        let committed = self
+            .island
+            .committer
+            .act(actor, reads, move |view| {
+                let principal = view.caller(&caller)?;
+                island.policy.load().require(&facts(&principal), &action, &Resource::Island)?;
+                let known = view.campaign(id)?.ok_or_else(|| missing(id))?;
+                if let Some(earlier) = view.request(&key)? {
+                    if earlier.digest != request.digest {
+                        return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request"));
+                    }
+                    return Ok(known);
+                }
+                let mut campaign = (*known).clone();
+                let event = change.apply(&mut campaign, &principal, &counts, view)?;
+                view.append(event);
+                view.put_request(key.clone(), RequestRow { digest: request.digest, outcome: Vec::new(), expires: view.now().after(REPLAY_MS) });
+                view.put_campaign(campaign.clone())?;
+                Ok(Arc::new(campaign))
+            })
+            .await?;
+        let campaign = committed.value;
+        if campaign.state == CampaignState::Running {
+            // The first tasks are there when the answer is; if not, the background makes them.
+            if let Err(error) = self.advance(id).await {
+                tracing::warn!(%error, campaign = %id, "the campaign could not be led on; it is tried again");
+            }
+        }
+        self.message(&campaign).await
+    }
+
+    /// A campaign as it stands in the database now.
+    async fn load(&self, id: CampaignId) -> Result<Arc<Campaign>, ServiceError> {
+        let row = self.island.store.sealed(RowKind::Campaign, &id.octets()).await?.ok_or_else(|| missing(id))?;
+        match self.island.committer.open_campaign(id, &row) {
+            Ok(campaign) => Ok(campaign),
+            // It may have been written between being read and being opened: only what does not verify again was tampered with.
+            Err(_) => {
+                let row = self.island.store.sealed(RowKind::Campaign, &id.octets()).await?.ok_or_else(|| missing(id))?;
+                self.island.committer.open_campaign(id, &row)
+            }
+        }
+    }
+
+    /// All campaigns, oldest first. One whose row does not verify is left out, and reported by the scrubber (I5).
+    async fn load_all(&self) -> Result<Vec<Arc<Campaign>>, ServiceError> {
+        let mut campaigns = Vec::new();
+        let mut after = None;
+        loop {
+            let page = self.island.store.sealed_page(RowKind::Campaign, after.as_deref(), PAGE).await?;
+            let Some((last, _)) = page.last() else { return Ok(campaigns) };
+            after = Some(last.clone());
+            let opened = page.iter().filter_map(|(id, row)| self.island.committer.open_campaign(CampaignId::from_octets(id).ok()?, row).ok());
+            campaigns.extend(opened);
+        }
+    }
+
+    /// How the tasks of the wave under way stand.
+    async fn wave_counts(&self, campaign: &Campaign) -> Result<kms_domain::WaveCounts, ServiceError> {
+        let mut counts = kms_domain::WaveCounts::default();
+        for tally in self.island.store.task_tallies(campaign.id, Some(campaign.wave)).await? {
+            counts.add(tally.state, tally.tasks);
+        }
+        Ok(counts)
+    }
+}
+
+/// The name of a campaign's row in the store.
+pub fn campaign_row(id: CampaignId) -> (RowKind, Vec<u8>) {
+    (RowKind::Campaign, id.octets().to_vec())
+}
+
+fn refused(error: CampaignError) -> ServiceError {
+    let next_step = match &error {
+        CampaignError::State { .. } => "look at it with `kms campaign show`",
+        CampaignError::OtherContent => "approve what you have looked at",
+        CampaignError::OwnCampaign { .. } | CampaignError::ApprovedAlready { .. } => "ask a colleague to approve it",
+    };
+    ServiceError::FailedPrecondition { reason: error.to_string(), next_step: next_step.to_owned() }
+}
+
+fn missing(id: CampaignId) -> ServiceError {
+    ServiceError::NotFound { what: format!("campaign {id}") }
+}
+
+const PAGE: u32 = 200;
+/// How long a request can be repeated.
+const REPLAY_MS: i64 = 24 * 3_600 * 1_000;

@@ -1,0 +1,369 @@
+//! Tasks in the hands of head-ends: leased, renewed, given back; and what a transfer tells of them.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use kms_domain::{
+    CampaignId, CampaignState, CampaignTask, MeterStatus, Outcome, PrincipalId, SecuritySetupId, SystemTitle, TaskEnd, TaskError, TaskState, TaskWork,
+    UnixMillis,
+};
+use kms_proto::v1::{self, TasksChanged, audit_record::Event};
+use kms_store::{Reads, TaskKey, TaskRow};
+
+use super::CampaignService;
+use crate::{
+    audit::{Actor, View},
+    authz::{Action, Caller, Resource},
+    error::ServiceError,
+    island::{facts, principal_row},
+};
+
+/// What a head-end asks for.
+#[derive(Clone, Copy, Debug)]
+pub struct LeaseQuery {
+    /// Of this campaign; `None`: of any that runs.
+    pub campaign: Option<CampaignId>,
+    /// The most tasks to hold at once.
+    pub most: u32,
+    /// How long a lease is.
+    pub lease_ms: i64,
+}
+
+/// A lease that a head-end holds, or thinks it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TaskLease {
+    /// The campaign.
+    pub campaign: CampaignId,
+    /// The meter.
+    pub meter: SystemTitle,
+    /// The fencing token.
+    pub fence: u64,
+}
+
+impl TaskLease {
+    const fn key(&self) -> TaskKey {
+        TaskKey { campaign: self.campaign, meter: self.meter }
+    }
+}
+
+impl CampaignService {
+    /// Leases tasks for the caller's own meters, as many as the terms of the campaigns and `most` leave room for.
+    ///
+    /// # Errors
+    /// The caller is nobody, or the database is away. What is not permitted for a meter is not offered.
+    pub async fn lease(&self, caller: &Caller, query: LeaseQuery) -> Result<Vec<v1::Task>, ServiceError> {
+        self.island.principal(caller).await?;
+        let mut leased = Vec::new();
+        let head_end = caller.principal.to_string();
+        let campaigns = match query.campaign {
+            Some(id) => self.load(id).await.ok().into_iter().collect(),
+            None => self.load_all().await?,
+        };
+        let now = self.island.store.now().await?;
+        let mut held = 0;
+        for campaign in campaigns.iter().filter(|campaign| campaign.state == CampaignState::Running) {
+            let load = self.island.store.task_load(campaign.id, &head_end).await?;
+            held += load.in_flight;
+            if !campaign.is_open_at(now) {
+                continue;
+            }
+            let terms = &campaign.content.terms;
+            let room = [
+                u64::from(query.most).saturating_sub(held),
+                u64::from(terms.in_flight.get()).saturating_sub(load.in_flight),
+                terms.starts_per_minute.map_or(u64::MAX, |rate| u64::from(rate.get()).saturating_sub(load.leased_in_minute)),
+            ];
+            let room = u32::try_from(room.into_iter().min().unwrap_or_default()).unwrap_or(u32::MAX).min(MOST_LEASED);
+            if room == 0 {
+                continue;
+            }
+            let due = self.island.store.due_tasks(campaign.id, &head_end, room).await?;
+            if due.is_empty() {
+                continue;
+            }
+            let tasks = self.lease_these(caller, campaign.id, due, query.lease_ms).await?;
+            held += tasks.len() as u64;
+            leased.extend(tasks.iter().map(message));
+        }
+        Ok(leased)
+    }
+
+    async fn lease_these(&self, caller: &Caller, id: CampaignId, due: Vec<SystemTitle>, lease_ms: i64) -> Result<Vec<TaskRow>, ServiceError> {
+        let keys: Vec<TaskKey> = due.iter().map(|meter| TaskKey { campaign: id, meter: *meter }).collect();
+        let reads =
+            Reads { meters: due, sealed: vec![principal_row(&caller.principal)], campaigns: vec![id], tasks: keys.clone(), clock: true, ..Reads::default() };
+        let actor = Actor::caller(caller, None, Action::LeaseTasks.name());
+        let (island, caller) = (self.island.clone(), caller.clone());
+        let committed = self.island.committer.act(actor, reads, move |view| {
+            let principal = view.caller(&caller)?;
+            let clock = view.clock()?;
+            let Some(campaign) = view.campaign(id)? else { return Ok(Vec::new()) };
+            if !campaign.is_open_at(clock) {
+                return Ok(Vec::new());
+            }
+            let (policy, facts) = (island.policy.load(), facts(&principal));
+            let mut leased = Vec::new();
+            for key in &keys {
+                // Another server may have leased it meanwhile.
+                let Some(mut row) = view.task(*key)?.filter(|row| row.task.is_due(clock)) else { continue };
+                let class = match view.meter(key.meter) {
+                    Ok(meter) => meter.map(|meter| meter.class.clone()),
+                    // I5: its row was refused, which is on the record.
+                    Err(ServiceError::PermissionDenied { .. }) => None,
+                    Err(error) => return Err(error),
+                };
+                // I5, I8: the sealed row says whose meter it is now, and policy whether he may have the task.
+                match class {
+                    Some(class) if matches!(class.status, MeterStatus::Quarantined | MeterStatus::Retired) => {
+                        row.task.skip(class.status.name(), clock);
+                    }
+                    Some(class) if class.head_end.as_ref() != Some(&caller.principal) => {
+                        row.head_end = class.head_end.as_ref().map(ToString::to_string);
+                        if row.head_end.is_none() {
+                            row.task.skip("no head-end", clock);
+                        }
+                    }
+                    Some(class) => {
+                        if !policy.permits(&facts, &Action::LeaseTasks, &Resource::Meters(&class)).is_permit() {
+                            continue;
+                        }
+                        if row.task.lease(&campaign, lease_ms, clock).map_err(task_error)? {
+                            leased.push(row.clone());
+                        }
+                    }
+                    None => continue,
+                }
+                view.put_task(row);
+            }
+            if !leased.is_empty() {
+                view.append(Event::TasksChanged(TasksChanged {
+                    campaign_id: id.octets().to_vec().into(),
+                    change: "leased".to_owned(),
+                    meters: leased.iter().map(|row| u64::from_be_bytes(row.key.meter.octets())).collect(),
+                    reason: String::new(),
+                }));
+            }
+            Ok(leased)
+        });
+        Ok(committed.await?.value)
+    }
+
+    /// Renews leases. Until when, and those that are not held any more.
+    ///
+    /// # Errors
+    /// The caller is nobody, or the database is away.
+    pub async fn heartbeat(&self, caller: &Caller, leases: Vec<TaskLease>, lease_ms: i64) -> Result<(UnixMillis, Vec<TaskLease>), ServiceError> {
+        let until = Arc::new(std::sync::Mutex::new(UnixMillis(0)));
+        let told = until.clone();
+        let lost = self
+            .with_leases(caller, leases, move |view, row, lease, campaign| {
+                let clock = view.clock()?;
+                if let Ok(mut until) = told.lock() {
+                    *until = clock.after(lease_ms);
+                }
+                // An aborted campaign lets what has begun come to its end.
+                if campaign.state == CampaignState::Aborted && row.task.state != TaskState::UnderWay {
+                    return Ok(false);
+                }
+                Ok(row.task.renew(lease.fence, lease_ms, clock).is_ok())
+            })
+            .await?;
+        let until = until.lock().map_or(UnixMillis(0), |until| *until);
+        Ok((until, lost))
+    }
+
+    /// Gives leases back: with a reason it counts as an attempt. Those that are not held any more.
+    ///
+    /// # Errors
+    /// The caller is nobody, or the database is away.
+    pub async fn release(&self, caller: &Caller, leases: Vec<TaskLease>, reason: String) -> Result<Vec<TaskLease>, ServiceError> {
+        self.with_leases(caller, leases, move |view, row, lease, campaign| {
+            let clock = view.clock()?;
+            if row.task.release(campaign, lease.fence, &reason, clock).is_err() {
+                return Ok(false);
+            }
+            view.append(Event::TasksChanged(TasksChanged {
+                campaign_id: lease.campaign.octets().to_vec().into(),
+                change: "released".to_owned(),
+                meters: vec![u64::from_be_bytes(lease.meter.octets())],
+                reason: reason.clone(),
+            }));
+            Ok(true)
+        })
+        .await
+    }
+
+    /// Changes tasks whose leases the caller holds; `change` says whether it is held. Those that are not.
+    async fn with_leases<F>(&self, caller: &Caller, leases: Vec<TaskLease>, change: F) -> Result<Vec<TaskLease>, ServiceError>
+    where
+        F: Fn(&mut View<'_, '_>, &mut TaskRow, &TaskLease, &kms_domain::Campaign) -> Result<bool, ServiceError> + Send + 'static,
+    {
+        let campaigns: BTreeSet<CampaignId> = leases.iter().map(|lease| lease.campaign).collect();
+        let reads = Reads {
+            sealed: vec![principal_row(&caller.principal)],
+            campaigns: campaigns.into_iter().collect(),
+            tasks: leases.iter().map(TaskLease::key).collect(),
+            clock: true,
+            ..Reads::default()
+        };
+        let actor = Actor::caller(caller, None, Action::LeaseTasks.name());
+        let caller = caller.clone();
+        let committed = self.island.committer.act(actor, reads, move |view| {
+            view.caller(&caller)?;
+            view.clock()?;
+            let head_end = caller.principal.to_string();
+            let mut lost = Vec::new();
+            for lease in &leases {
+                let campaign = view.campaign(lease.campaign)?;
+                let row = view.task(lease.key())?.filter(|row| row.head_end.as_deref() == Some(head_end.as_str()));
+                let held = match (campaign, row) {
+                    (Some(campaign), Some(mut row)) => change(view, &mut row, lease, &campaign)?.then_some(row),
+                    _ => None,
+                };
+                match held {
+                    Some(row) => view.put_task(row),
+                    None => lost.push(*lease),
+                }
+            }
+            Ok(lost)
+        });
+        Ok(committed.await?.value)
+    }
+}
+
+/// Lets a transfer or probe begin for a task: its lease is held by this principal with this fencing token, the campaign runs and its window is open,
+/// and the task asks for this. For the act that begins the transfer, which is tried as a whole ([`View::attempt`]): so neither begins without the other.
+///
+/// # Errors
+/// Permission denied: there is no such task of this principal. Failed precondition: the lease is lost, the campaign does not run, or the task asks
+/// for something else. Or a row was not read yet.
+pub fn begin_task(
+    view: &mut View<'_, '_>,
+    task: CampaignTask,
+    meter: SystemTitle,
+    principal: &PrincipalId,
+    setup: SecuritySetupId,
+    work: TaskWork,
+) -> Result<(), ServiceError> {
+    let CampaignTask { campaign, fence } = task;
+    let clock = view.clock()?;
+    let mut row = own_task(view, task, meter, principal)?;
+    let running = view.campaign(campaign)?.ok_or_else(|| denied(campaign, meter))?;
+    if !running.is_open_at(clock) {
+        let reason = if running.state == CampaignState::Running { "its maintenance window is over".to_owned() } else { format!("it is {}", running.state) };
+        return Err(ServiceError::FailedPrecondition {
+            reason: format!("campaign {campaign} begins no work now: {reason}"),
+            next_step: "give the lease back".to_owned(),
+        });
+    }
+    row.task.begin(fence, setup, work, clock).map_err(task_error)?;
+    view.put_task(row);
+    Ok(())
+}
+
+/// Whether this principal still holds the lease that a transfer began under: for the act that takes a report of it, or tells its step again.
+///
+/// # Errors
+/// Permission denied: there is no such task of this principal. Failed precondition: the lease is not held any more. Or a row was not read yet.
+pub fn check_task(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitle, principal: &PrincipalId) -> Result<(), ServiceError> {
+    let clock = view.clock()?;
+    let row = own_task(view, task, meter, principal)?;
+    row.task.check(task.fence, clock).map_err(task_error)
+}
+
+/// Whether anybody still holds the lease that a transfer began under.
+///
+/// # Errors
+/// A row was not read yet.
+pub fn holds_task(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitle) -> Result<bool, ServiceError> {
+    let clock = view.clock()?;
+    Ok(view.task(TaskKey { campaign: task.campaign, meter })?.is_some_and(|row| row.task.check(task.fence, clock).is_ok()))
+}
+
+/// Takes the outcome of a transfer or probe, in the act that ends it, after the meter was put. `reason` says more than the outcome's name does, for reports;
+/// empty where there is nothing more. The task of a lease that was lost meanwhile is not concerned: somebody else works on it.
+///
+/// # Errors
+/// A row was not read yet, or was refused.
+pub fn end_task(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitle, outcome: Outcome, reason: &str) -> Result<TaskEnd, ServiceError> {
+    let clock = view.clock()?;
+    let Some(known) = view.campaign(task.campaign)? else { return Ok(TaskEnd::Unchanged) };
+    let Some(mut row) = task_under_way(view, task, meter)? else { return Ok(TaskEnd::Unchanged) };
+    let Some(meter) = view.meter(meter)? else { return Ok(TaskEnd::Unchanged) };
+    let end = row.task.end(&known, outcome, reason, &meter, clock);
+    if end != TaskEnd::Unchanged {
+        view.put_task(row);
+    }
+    Ok(end)
+}
+
+/// Ends the task of a transfer that ends because its meter goes out of service, in the act that does so: what a key has left for stays in doubt.
+///
+/// # Errors
+/// A row was not read yet.
+pub fn drop_task(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitle, reason: &str) -> Result<(), ServiceError> {
+    let clock = view.clock()?;
+    if let Some(mut row) = task_under_way(view, task, meter)? {
+        row.task.skip(reason, clock);
+        view.put_task(row);
+    }
+    Ok(())
+}
+
+/// The rows that [`begin_task`], [`check_task`] and [`end_task`] read, so that a transaction reads them at once.
+pub fn task_reads(campaign: CampaignId, meters: impl IntoIterator<Item = SystemTitle>) -> Reads {
+    let tasks = meters.into_iter().map(|meter| TaskKey { campaign, meter }).collect();
+    Reads { campaigns: vec![campaign], tasks, clock: true, ..Reads::default() }
+}
+
+/// The task, if it is this principal's.
+fn own_task(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitle, principal: &PrincipalId) -> Result<TaskRow, ServiceError> {
+    let row = view.task(TaskKey { campaign: task.campaign, meter })?;
+    row.filter(|row| row.head_end.as_deref() == Some(principal.to_string().as_str())).ok_or_else(|| denied(task.campaign, meter))
+}
+
+/// The task, while what began under this lease is what it waits for.
+fn task_under_way(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitle) -> Result<Option<TaskRow>, ServiceError> {
+    let row = view.task(TaskKey { campaign: task.campaign, meter })?;
+    Ok(row.filter(|row| row.task.state == TaskState::UnderWay && row.task.fence == task.fence))
+}
+
+fn denied(campaign: CampaignId, meter: SystemTitle) -> ServiceError {
+    ServiceError::denied(format!("a task of campaign {campaign} with meter {meter}"))
+}
+
+fn task_error(error: TaskError) -> ServiceError {
+    let next_step = match error {
+        TaskError::NotHeld => "stop working on this meter, and lease tasks again",
+        TaskError::OtherWork { .. } => "do what the task asks for",
+    };
+    ServiceError::FailedPrecondition { reason: error.to_string(), next_step: next_step.to_owned() }
+}
+
+/// A task as a message.
+pub(super) fn message(row: &TaskRow) -> v1::Task {
+    let task = &row.task;
+    let leased = matches!(task.state, TaskState::Leased | TaskState::UnderWay);
+    let (work, key_type) = match task.work() {
+        TaskWork::Probe => (v1::CampaignAction::Probe, String::new()),
+        TaskWork::Rotate(key_type) => (v1::CampaignAction::Rotate, key_type.to_string()),
+    };
+    v1::Task {
+        campaign_id: row.key.campaign.octets().to_vec().into(),
+        meter: row.key.meter.octets().to_vec().into(),
+        work: work.into(),
+        key_type,
+        security_setup: task.step.setup.obis().to_vec().into(),
+        fence: task.fence,
+        lease_expires_ms: if leased { task.due.0 } else { 0 },
+        attempts: task.attempts,
+        wave: row.wave,
+        state: task.state.name().to_owned(),
+        reason: task.reason.clone(),
+        manufacturer: row.vendor.clone(),
+        head_end: row.head_end.clone().unwrap_or_default(),
+        ended_ms: task.ended.0,
+    }
+}
+
+/// Tasks of one call.
+const MOST_LEASED: u32 = 500;

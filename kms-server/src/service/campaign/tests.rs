@@ -1,0 +1,418 @@
+use std::{num::NonZeroU8, time::Duration};
+
+use kms_domain::{
+    CampaignAction, CampaignName, CampaignSelection, CampaignTask, CampaignTerms, FlagId, KeyType, MaintenanceWindow, MaintenanceWindows, Outcome, PersonName,
+    Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, Quorum, Role, SecuritySetupId, TaskWork, UnixMillis, WaveSize,
+};
+use kms_store::{MeterFilter, TaskFilter};
+
+use super::*;
+use crate::testing::{TestIsland, island_tests, meter, put_principal, sample};
+
+/// Another officer, of a person.
+pub(crate) async fn officer(island: &TestIsland, name: &str, person: &str, number: u8) -> Caller {
+    let id = PrincipalId::new(island.island.name().clone(), Role::Officer, name).unwrap();
+    let not_after = Island::now().after(86_400_000);
+    let principal = Principal {
+        id: id.clone(),
+        revision: 1,
+        status: PrincipalStatus::Enabled,
+        certificates: vec![PrincipalCertificate { serial: bytes::Bytes::from(vec![number]), sha256: [number; 32], not_after }],
+        transport: None,
+        client_titles: Vec::new(),
+        person: Some(PersonName::parse(person).unwrap()),
+        shipment_key: None,
+        added: UnixMillis(1),
+    };
+    put_principal(&island.island, principal).await;
+    Caller { principal: id, certificate_sha256: [number; 32], not_after }
+}
+
+pub(crate) fn request() -> Request {
+    Request { id: RequestId::from_octets(uuid::Uuid::now_v7().as_bytes()).unwrap(), digest: [1; 32] }
+}
+
+pub(crate) fn new(terms: CampaignTerms) -> NewCampaign {
+    NewCampaign {
+        name: CampaignName::parse("spring").unwrap(),
+        action: CampaignAction::rotate(KeyType::GUEK).unwrap(),
+        setup: None,
+        selection: CampaignSelection { vendor: Some(FlagId::parse("KAM").unwrap()), ..CampaignSelection::default() },
+        named: Vec::new(),
+        terms,
+    }
+}
+
+pub(crate) fn terms() -> CampaignTerms {
+    CampaignTerms {
+        quorum: Quorum::ONE,
+        canary: 2,
+        waves: vec![WaveSize::Percent(50)],
+        success_threshold: 50,
+        failure_limit: 3,
+        windows: MaintenanceWindows::always(),
+        starts_per_minute: None,
+        in_flight: 100.try_into().unwrap(),
+        attempts: NonZeroU8::new(2).unwrap(),
+        back_off_seconds: 1,
+    }
+}
+
+pub(crate) fn lease(most: u32) -> LeaseQuery {
+    LeaseQuery { campaign: None, most, lease_ms: 60_000 }
+}
+
+pub(crate) fn id(campaign: &v1::Campaign) -> CampaignId {
+    CampaignId::from_octets(&campaign.campaign_id).unwrap()
+}
+
+pub(crate) fn approval(campaign: &v1::Campaign) -> Change {
+    Change::Approve { content_sha256: campaign.content_sha256.as_ref().try_into().unwrap() }
+}
+
+/// A campaign that runs, over meters 1 to 20 of the first head-end.
+async fn running(island: &TestIsland, terms: CampaignTerms) -> (CampaignService, CampaignId) {
+    island.deliver(&sample("generic-suite0", 20)).await;
+    let service = CampaignService::new(island.island.clone());
+    let draft = service.create(&island.officer, request(), new(terms), true).await.unwrap().campaign.unwrap();
+    let colleague = officer(island, "bo", "Bo", 40).await;
+    service.change(&colleague, request(), id(&draft), approval(&draft)).await.unwrap();
+    let started = service.change(&island.officer, request(), id(&draft), Change::Start).await.unwrap();
+    assert_eq!((started.state.as_str(), started.wave), ("running", 1));
+    service.lead(id(&draft)).await.unwrap();
+    (service, id(&draft))
+}
+
+pub(crate) fn lease_of(task: &v1::Task) -> TaskLease {
+    TaskLease {
+        campaign: CampaignId::from_octets(&task.campaign_id).unwrap(),
+        meter: kms_domain::SystemTitle::from_octets(&task.meter).unwrap(),
+        fence: task.fence,
+    }
+}
+
+fn task(lease: TaskLease) -> CampaignTask {
+    CampaignTask { campaign: lease.campaign, fence: lease.fence }
+}
+
+/// What the transfer service does when a transfer begins.
+async fn begin(island: &TestIsland, by: &Caller, lease: TaskLease, work: TaskWork) -> Result<(), ServiceError> {
+    let principal = by.principal.clone();
+    let mut reads = task_reads(lease.campaign, [lease.meter]);
+    reads.meters.push(lease.meter);
+    let act = island.island.committer.act(Actor::caller(by, None, "beginTransfers"), reads, move |view| {
+        begin_task(view, task(lease), lease.meter, &principal, SecuritySetupId::DEFAULT, work)
+    });
+    act.await.map(drop)
+}
+
+/// What the transfer service does when one ends.
+async fn end(island: &TestIsland, lease: TaskLease, outcome: Outcome, reason: &'static str) -> kms_domain::TaskEnd {
+    let mut reads = task_reads(lease.campaign, [lease.meter]);
+    reads.meters.push(lease.meter);
+    let act = island.island.committer.act(Actor::server("test"), reads, move |view| end_task(view, task(lease), lease.meter, outcome, reason));
+    act.await.unwrap().value
+}
+
+pub(crate) fn code(outcome: Result<impl std::fmt::Debug, ServiceError>) -> i32 {
+    outcome.map_or_else(|error| error.code(), |value| panic!("{value:?}"))
+}
+
+const ROTATE: TaskWork = TaskWork::Rotate(KeyType::GUEK);
+const FAILED_PRECONDITION: i32 = 9;
+const PERMISSION_DENIED: i32 = 7;
+
+island_tests! {
+    async fn a_dry_run_shows_what_would_be_touched_and_stores_nothing(island) {
+        island.deliver(&sample("generic-suite0", 20)).await;
+        let service = CampaignService::new(island.island.clone());
+        let mut asked = new(terms());
+        asked.named = (1..=6).chain([1_000]).map(meter).collect();
+        let answer = service.create(&island.officer, request(), asked, false).await.unwrap();
+        let preview = answer.preview.unwrap();
+        assert!(answer.campaign.is_none());
+        assert_eq!((preview.meters, preview.left_out, preview.not_reachable, preview.in_doubt, preview.sample.len()), (6, 1, 0, 0, 6));
+        assert_eq!(preview.head_ends, [v1::NamedCount { name: island.head_end.principal.to_string(), count: 6 }]);
+        assert_eq!(preview.waves.iter().sum::<u64>(), 6);
+        assert!(service.list(&island.auditor, None, 9).await.unwrap().is_empty());
+        // Nothing selected, nobody permitted.
+        let mut nothing = new(terms());
+        nothing.selection.batch = Some("none".to_owned());
+        assert_eq!(code(service.create(&island.officer, request(), nothing, true).await), 3);
+        assert_eq!(code(service.create(&island.auditor, request(), new(terms()), false).await), PERMISSION_DENIED);
+        assert_eq!(code(service.create(&island.head_end, request(), new(terms()), true).await), PERMISSION_DENIED);
+        assert_eq!(code(service.list(&island.head_end, None, 9).await), PERMISSION_DENIED);
+    }
+
+    async fn only_another_person_approves_and_only_the_exact_content(island) {
+        island.deliver(&sample("generic-suite0", 20)).await;
+        let service = CampaignService::new(island.island.clone());
+        let made = request();
+        let draft = service.create(&island.officer, made, new(terms()), true).await.unwrap().campaign.unwrap();
+        // The same request again is the same campaign; another content under its id is refused.
+        assert_eq!(service.create(&island.officer, made, new(terms()), true).await.unwrap().campaign.unwrap(), draft);
+        assert_eq!(code(service.create(&island.officer, Request { digest: [2; 32], ..made }, new(terms()), true).await), 3);
+        let (colleague, alias) = (officer(&island, "bo", "Bo", 40).await, officer(&island, "ada-2", "ada", 41).await);
+        assert_eq!(code(service.change(&island.officer, request(), id(&draft), Change::Start).await), FAILED_PRECONDITION);
+        assert_eq!(code(service.change(&island.officer, request(), id(&draft), approval(&draft)).await), FAILED_PRECONDITION);
+        // Another certificate of the same person is the same person (I6).
+        assert_eq!(code(service.change(&alias, request(), id(&draft), approval(&draft)).await), FAILED_PRECONDITION);
+        assert_eq!(code(service.change(&island.auditor, request(), id(&draft), approval(&draft)).await), PERMISSION_DENIED);
+        let other = Change::Approve { content_sha256: [0; 32] };
+        assert_eq!(code(service.change(&colleague, request(), id(&draft), other).await), FAILED_PRECONDITION);
+        let approving = request();
+        let approved = service.change(&colleague, approving, id(&draft), approval(&draft)).await.unwrap();
+        assert_eq!((approved.state.as_str(), approved.approvals.len()), ("approved", 1));
+        // The same request again changes nothing more.
+        assert_eq!(service.change(&colleague, approving, id(&draft), approval(&draft)).await.unwrap().approvals.len(), 1);
+        assert_eq!(service.change(&colleague, request(), id(&draft), Change::Start).await.unwrap().state, "running");
+    }
+
+    async fn tasks_are_leased_fenced_and_offered_again(island) {
+        let (service, campaign) = running(&island, CampaignTerms { canary: 20, ..terms() }).await;
+        // Nobody gets tasks for the meters of others.
+        assert!(service.lease(&island.other_head_end, lease(100)).await.unwrap().is_empty());
+        assert!(service.lease(&island.officer, lease(100)).await.unwrap().is_empty());
+        let tasks = service.lease(&island.head_end, lease(3)).await.unwrap();
+        assert_eq!(tasks.len(), 3);
+        assert!(service.lease(&island.head_end, lease(3)).await.unwrap().is_empty(), "three are held");
+        let first = lease_of(&tasks[0]);
+        assert_eq!((tasks[0].work(), tasks[0].key_type.as_str(), tasks[0].fence), (v1::CampaignAction::Rotate, "GUEK", 1));
+        // Another fence, another principal, another work: refused.
+        assert_eq!(code(begin(&island, &island.head_end, TaskLease { fence: 2, ..first }, ROTATE).await), FAILED_PRECONDITION);
+        assert_eq!(code(begin(&island, &island.other_head_end, first, ROTATE).await), PERMISSION_DENIED);
+        assert_eq!(code(begin(&island, &island.head_end, first, TaskWork::Rotate(KeyType::GAK)).await), FAILED_PRECONDITION);
+        assert_eq!(code(begin(&island, &island.head_end, TaskLease { meter: meter(99), ..first }, ROTATE).await), PERMISSION_DENIED);
+        begin(&island, &island.head_end, first, ROTATE).await.unwrap();
+        let (_, lost) = service.heartbeat(&island.head_end, vec![first, TaskLease { fence: 7, ..lease_of(&tasks[1]) }], 60_000).await.unwrap();
+        assert_eq!(lost, [TaskLease { fence: 7, ..lease_of(&tasks[1]) }]);
+        assert_eq!(service.heartbeat(&island.other_head_end, vec![first], 60_000).await.unwrap().1, [first]);
+        // Given back without a word, it is there at once with a higher token.
+        let second = lease_of(&tasks[1]);
+        assert!(service.release(&island.head_end, vec![second], String::new()).await.unwrap().is_empty());
+        assert_eq!(service.release(&island.head_end, vec![second], String::new()).await.unwrap(), [second]);
+        let again = service.lease(&island.head_end, lease(3)).await.unwrap();
+        assert_eq!(again.iter().map(|task| task.fence).max(), Some(if again[0].meter == tasks[1].meter { 2 } else { 1 }));
+
+        // A lease that is not renewed runs out by the database's clock; another server offers it again.
+        let other = CampaignService::new(island.another_server().await);
+        let brief = LeaseQuery { campaign: Some(campaign), most: 100, lease_ms: 1 };
+        let brief: Vec<_> = service.lease(&island.head_end, brief).await.unwrap().iter().map(lease_of).collect();
+        assert!(!brief.is_empty());
+        let later = tokio::time::timeout(Duration::from_secs(20), async {
+            loop {
+                let tasks = other.lease(&island.head_end, lease(100)).await.unwrap();
+                if let Some(task) = tasks.iter().find(|task| brief.iter().any(|lease| lease.meter.octets() == task.meter.as_ref())) {
+                    return lease_of(task);
+                }
+            }
+        });
+        let later = later.await.unwrap();
+        let earlier = brief.iter().find(|lease| lease.meter == later.meter).unwrap();
+        assert!(later.fence > earlier.fence);
+        assert_eq!(code(begin(&island, &island.head_end, *earlier, ROTATE).await), FAILED_PRECONDITION);
+        begin(&island, &island.head_end, later, ROTATE).await.unwrap();
+    }
+
+    async fn waves_follow_each_other_to_the_end(island) {
+        let (service, campaign) = running(&island, terms()).await;
+        let mut watch = service.watch(&island.auditor, campaign).await.unwrap();
+        assert_eq!(watch.next().await.unwrap().unwrap().campaign.unwrap().state, "running");
+        let mut done = 0;
+        for _ in 0..100 {
+            let tasks = service.lease(&island.head_end, lease(100)).await.unwrap();
+            for task in &tasks {
+                begin(&island, &island.head_end, lease_of(task), ROTATE).await.unwrap();
+                assert_eq!(end(&island, lease_of(task), Outcome::Proven, "").await, kms_domain::TaskEnd::Ended);
+                done += 1;
+            }
+            service.lead(campaign).await.unwrap();
+            if service.show(&island.officer, campaign).await.unwrap().state == "finished" {
+                break;
+            }
+        }
+        assert_eq!(done, 20);
+        let report = service.report(&island.auditor, campaign, ReportQuery { filter: TaskFilter::All, after: None, page: 100 }).await.unwrap();
+        let progress = report.progress.unwrap();
+        assert!(progress.waves.len() >= 3 && progress.waves.iter().all(|wave| wave.succeeded == wave.planned && wave.ended_ms > 0), "{progress:?}");
+        assert_eq!(report.outcomes.iter().map(|outcome| outcome.count).sum::<u64>(), 20);
+        assert_eq!(report.timeline.last().unwrap().succeeded, 20);
+        let last = tokio::time::timeout(Duration::from_secs(20), async {
+            let mut last = None;
+            while let Some(progress) = watch.next().await {
+                last = Some(progress.unwrap());
+            }
+            last
+        });
+        assert_eq!(last.await.unwrap().unwrap().campaign.unwrap().state, "finished");
+        // The scrubber finds the campaign's row in order (I5).
+        let report = crate::service::scrub::Scrubber::new(island.island.clone()).scrub(|_| true).await.unwrap();
+        assert_eq!(report.findings, []);
+    }
+
+    async fn too_many_failures_pause_it_and_what_is_in_doubt_is_probed_first(island) {
+        let (service, campaign) = running(&island, CampaignTerms { canary: 20, failure_limit: 1, attempts: NonZeroU8::new(2).unwrap(), ..terms() }).await;
+        let state = async || service.show(&island.officer, campaign).await.unwrap();
+        let tasks = service.lease(&island.head_end, lease(3)).await.unwrap();
+        for task in &tasks {
+            begin(&island, &island.head_end, lease_of(task), ROTATE).await.unwrap();
+            end(&island, lease_of(task), Outcome::InDoubt, "no answer").await;
+        }
+        service.lead(campaign).await.unwrap();
+        assert_eq!(state().await.state, "running", "they are tried again");
+        // After the back-off the same tasks come as probes.
+        let mut probes = Vec::new();
+        let seen = tokio::time::timeout(Duration::from_secs(20), async {
+            while probes.len() < 3 {
+                let tasks = service.lease(&island.head_end, lease(100)).await.unwrap();
+                probes.extend(tasks.into_iter().filter(|task| task.work() == v1::CampaignAction::Probe));
+            }
+        });
+        seen.await.unwrap();
+        for task in &probes {
+            assert_eq!(code(begin(&island, &island.head_end, lease_of(task), ROTATE).await), FAILED_PRECONDITION);
+            begin(&island, &island.head_end, lease_of(task), TaskWork::Probe).await.unwrap();
+            end(&island, lease_of(task), Outcome::InDoubt, "no answer").await;
+        }
+        service.lead(campaign).await.unwrap();
+        let paused = state().await;
+        assert!(paused.state == "paused" && paused.reason.contains("more than the limit of 1"), "{paused:?}");
+        assert!(service.lease(&island.head_end, lease(100)).await.unwrap().is_empty());
+        // An officer accepts them and goes on; one more failure is within the limit.
+        service.change(&island.officer, request(), campaign, Change::Resume { reason: "seen".to_owned() }).await.unwrap();
+        service.lead(campaign).await.unwrap();
+        assert_eq!(state().await.state, "running");
+
+        // Abort: no more work, and the list of meters in doubt.
+        let under_way = service.report(&island.officer, campaign, ReportQuery { filter: TaskFilter::State(kms_domain::TaskState::Leased), after: None, page: 100 });
+        let leased = under_way.await.unwrap().tasks;
+        let begun = lease_of(&leased[0]);
+        begin(&island, &island.head_end, begun, ROTATE).await.unwrap();
+        service.change(&island.officer, request(), campaign, Change::Abort { reason: "wrong firmware".to_owned() }).await.unwrap();
+        assert_eq!(code(begin(&island, &island.head_end, lease_of(&leased[1]), ROTATE).await), FAILED_PRECONDITION);
+        assert!(service.lease(&island.head_end, lease(100)).await.unwrap().is_empty());
+        let in_doubt = async || {
+            let query = ReportQuery { filter: TaskFilter::InDoubt, after: None, page: 100 };
+            service.report(&island.officer, campaign, query).await.unwrap().tasks.len()
+        };
+        assert_eq!(in_doubt().await, 4);
+        // What had begun comes to its end all the same.
+        end(&island, begun, Outcome::Proven, "").await;
+        assert_eq!(in_doubt().await, 3);
+        let report = service.report(&island.officer, campaign, ReportQuery { filter: TaskFilter::All, after: None, page: 0 }).await.unwrap();
+        assert_eq!(report.progress.unwrap().reasons[0], v1::NamedCount { name: "no answer".to_owned(), count: 3 });
+        assert_eq!(code(service.change(&island.officer, request(), campaign, Change::Resume { reason: "no".to_owned() }).await), FAILED_PRECONDITION);
+    }
+
+    async fn nothing_begins_outside_the_window_and_rates_hold(island) {
+        // A window of the day after tomorrow.
+        let now = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC);
+        let day = now.weekday().wrapping_add(2).to_monday_zero_offset();
+        let days = kms_domain::Weekdays::from_number(1 << day).unwrap();
+        let windows = MaintenanceWindows::new("UTC", vec![MaintenanceWindow { days, from: 0, to: 1440 }]).unwrap();
+        let (service, campaign) = running(&island, CampaignTerms { windows, ..terms() }).await;
+        let shown = service.show(&island.officer, campaign).await.unwrap();
+        assert!(!shown.window_open && shown.next_opening_ms > Island::now().0);
+        assert!(service.lease(&island.head_end, lease(100)).await.unwrap().is_empty());
+        service.change(&island.officer, request(), campaign, Change::Abort { reason: "test".to_owned() }).await.unwrap();
+
+        let slow = CampaignTerms { canary: 20, starts_per_minute: 5.try_into().ok(), in_flight: 4.try_into().unwrap(), ..terms() };
+        let draft = service.create(&island.officer, request(), new(slow), true).await.unwrap().campaign.unwrap();
+        let colleague = officer(&island, "cy", "Cy", 42).await;
+        service.change(&colleague, request(), id(&draft), approval(&draft)).await.unwrap();
+        service.change(&island.officer, request(), id(&draft), Change::Start).await.unwrap();
+        let tasks = service.lease(&island.head_end, lease(100)).await.unwrap();
+        assert_eq!(tasks.len(), 4);
+        assert!(service.release(&island.head_end, tasks.iter().map(lease_of).collect(), "unreachable".to_owned()).await.unwrap().is_empty());
+        assert_eq!(service.lease(&island.head_end, lease(100)).await.unwrap().len(), 1);
+    }
+
+    async fn a_changed_plan_and_a_forged_task_are_refused(island) {
+        island.deliver(&sample("generic-suite0", 20)).await;
+        let service = CampaignService::new(island.island.clone());
+        let mut asked = new(terms());
+        asked.named = (1..=5).map(meter).collect();
+        let draft = service.create(&island.officer, request(), asked, true).await.unwrap().campaign.unwrap();
+        let colleague = officer(&island, "bo", "Bo", 40).await;
+        service.change(&colleague, request(), id(&draft), approval(&draft)).await.unwrap();
+        // Someone who writes the database adds a task for a meter of his choice.
+        let store = &island.island.store;
+        let step = kms_domain::TaskStep { setup: SecuritySetupId::DEFAULT, work: ROTATE, from: 1 };
+        let forged = kms_store::TaskRow {
+            key: kms_store::TaskKey { campaign: id(&draft), meter: meter(9) },
+            generation: 1,
+            wave: 1,
+            vendor: "KAM".to_owned(),
+            head_end: Some(island.head_end.principal.to_string()),
+            mark: [0; 16],
+            task: kms_domain::Task::new(step, UnixMillis(1)),
+        };
+        let changes = kms_store::Changes { tasks: vec![forged], ..kms_store::Changes::default() };
+        store.transact(Reads::default(), &mut |_| kms_store::Decision::Commit(Box::new(changes.clone()))).await.unwrap();
+        service.change(&island.officer, request(), id(&draft), Change::Start).await.unwrap();
+        service.lead(id(&draft)).await.unwrap();
+        let tasks = service.lease(&island.head_end, lease(100)).await.unwrap();
+        assert!(!tasks.is_empty() && tasks.iter().all(|task| task.meter != meter(9).octets().as_slice()));
+        let lease = TaskLease { campaign: id(&draft), meter: meter(9), fence: 0 };
+        assert_eq!(code(begin(&island, &island.head_end, lease, ROTATE).await), PERMISSION_DENIED);
+
+        // A plan that is not the approved one is not carried out.
+        let mut asked = new(terms());
+        asked.named = (11..=15).map(meter).collect();
+        let (made, asked) = (request(), Arc::new(asked));
+        let plan = service.survey(CampaignId::from_octets(&made.id.octets()).unwrap(), &asked, true).await.unwrap().plan;
+        let other = kms_domain::Plan { digest: [5; 32], ..plan };
+        let second = service.draft(&island.officer, made, CampaignId::from_octets(&made.id.octets()).unwrap(), asked, Some(other)).await.unwrap();
+        let second = service.message(&second).await.unwrap();
+        service.change(&colleague, request(), id(&second), approval(&second)).await.unwrap();
+        service.change(&island.officer, request(), id(&second), Change::Start).await.unwrap();
+        service.lead(id(&second)).await.unwrap();
+        let refused = service.show(&island.officer, id(&second)).await.unwrap();
+        assert!(refused.state == "paused" && refused.reason.contains("not the one that was approved"), "{refused:?}");
+        assert!(store.task_page(id(&second), TaskFilter::All, None, 9).await.unwrap().is_empty());
+        assert_eq!(store.meter_count(&MeterFilter::default()).await.unwrap(), 20);
+    }
+
+    // Run it alone: `cargo test --release -p kms-server -- --ignored planning_a_million`, with KMS_TEST_SHOW=1 for the figures.
+    #[ignore = "a measurement: it makes a million meters"]
+    async fn planning_a_million_slots_costs_seconds_and_flat_memory(island) {
+        island.deliver(&sample("generic-suite0", 1)).await;
+        let pattern = island.island.meter(meter(1)).await.unwrap().unwrap();
+        let (store, seal) = (&island.island.store, island.island.committer.seal_key());
+        for page in (2..=1_000_000_u64).collect::<Vec<_>>().chunks(5_000) {
+            let puts = page.iter().map(|number| {
+                let copy = kms_domain::Meter { title: meter(*number), ..(*pattern).clone() };
+                let body = copy.to_row().unwrap();
+                let generation = kms_domain::Generation::FIRST;
+                let mark = *seal.seal(&kms_domain::RowId::Meter(copy.title), generation, &body).octets();
+                let projection = kms_store::MeterProjection {
+                    vendor: "KAM".to_owned(),
+                    profile: copy.class.profile.to_string(),
+                    status: 2,
+                    head_end: copy.class.head_end.as_ref().map(ToString::to_string),
+                    batch: Some(copy.batch.clone()),
+                };
+                kms_store::MeterPut::insert(copy.title, kms_store::SealedRow { generation: 1, seal: mark, body }, projection)
+            });
+            let changes = kms_store::Changes { meters: puts.collect(), ..kms_store::Changes::default() };
+            store.transact(Reads::default(), &mut |_| kms_store::Decision::Commit(Box::new(changes.clone()))).await.unwrap();
+        }
+        let service = CampaignService::new(island.island.clone());
+        let resident = || {
+            let status = std::fs::read_to_string("/proc/self/status").unwrap();
+            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+            line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1_024
+        };
+        let before = resident();
+        let at = std::time::Instant::now();
+        let draft = service.create(&island.officer, request(), new(terms()), true).await.unwrap().campaign.unwrap();
+        println!("planned {} meters in {:.1} s, {} MiB more than the {before} MiB before", draft.meters, at.elapsed().as_secs_f64(), resident() - before);
+        assert_eq!(draft.meters, 1_000_000);
+        let colleague = officer(&island, "bo", "Bo", 40).await;
+        service.change(&colleague, request(), id(&draft), approval(&draft)).await.unwrap();
+        let at = std::time::Instant::now();
+        service.change(&island.officer, request(), id(&draft), Change::Start).await.unwrap();
+        service.lead(id(&draft)).await.unwrap();
+        println!("the first wave's tasks in {:.1} s", at.elapsed().as_secs_f64());
+    }
+}

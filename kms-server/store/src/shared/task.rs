@@ -1,0 +1,157 @@
+//! Plans and tasks of campaigns, beside the transactions that write tasks.
+
+use kms_domain::{CampaignId, SystemTitle, TaskState, UnixMillis};
+use sqlx::{Pool, QueryBuilder, Row as _};
+
+use super::{Database, Engine, decode, names::TermKind};
+use crate::{RowKind, RowName, StoreError, TaskFilter, TaskLoad, TaskRow, TaskTally};
+
+type Readers = Pool<Database>;
+
+pub(super) async fn put_chunk(engine: &Engine, campaign: CampaignId, number: u64, titles: &[u8]) -> Result<(), StoreError> {
+    let conflict = || StoreError::Conflict { row: RowName::Sealed(RowKind::Campaign, campaign.octets().to_vec()) };
+    let done = sqlx::query::<Database>("INSERT INTO campaign_chunk (campaign, number, titles) VALUES ($1, $2, $3) ON CONFLICT (campaign, number) DO NOTHING")
+        .bind(campaign.octets().to_vec())
+        .bind(i64::try_from(number).map_err(|_| conflict())?)
+        .bind(titles)
+        .execute(&mut *engine.writer().await?)
+        .await?;
+    engine.committed();
+    if done.rows_affected() == 1 { Ok(()) } else { Err(conflict()) }
+}
+
+pub(super) async fn chunk(readers: &Readers, campaign: CampaignId, number: u64) -> Result<Option<Vec<u8>>, StoreError> {
+    let row = sqlx::query::<Database>("SELECT titles FROM campaign_chunk WHERE campaign = $1 AND number = $2")
+        .bind(campaign.octets().to_vec())
+        .bind(i64::try_from(number).unwrap_or(i64::MAX))
+        .fetch_optional(readers)
+        .await?;
+    Ok(row.map(|row| row.try_get(0)).transpose()?)
+}
+
+pub(super) async fn delete_unused(engine: &Engine, campaign: CampaignId) -> Result<u64, StoreError> {
+    let query = sqlx::query::<Database>(DELETE_UNUSED).bind(campaign.octets().to_vec()).bind(i64::from(RowKind::Campaign.number()));
+    let done = query.execute(&mut *engine.writer().await?).await?;
+    engine.committed();
+    Ok(done.rows_affected())
+}
+
+pub(super) async fn purge_unused(engine: &Engine, before: CampaignId) -> Result<u64, StoreError> {
+    let query = sqlx::query::<Database>(PURGE_UNUSED).bind(before.octets().to_vec()).bind(i64::from(RowKind::Campaign.number()));
+    let done = query.execute(&mut *engine.writer().await?).await?;
+    engine.committed();
+    Ok(done.rows_affected())
+}
+
+pub(super) async fn due(readers: &Readers, campaign: CampaignId, head_end: &str, limit: u32) -> Result<Vec<SystemTitle>, StoreError> {
+    let rows = sqlx::query::<Database>(DUE)
+        .bind(campaign.octets().to_vec())
+        .bind(TermKind::HeadEnd.number())
+        .bind(head_end)
+        .bind(i64::from(limit))
+        .fetch_all(readers)
+        .await?;
+    rows.iter().map(|row| SystemTitle::from_i64(row.try_get(0)?).map_err(|error| StoreError::corrupt(error.to_string()))).collect()
+}
+
+pub(super) async fn load(readers: &Readers, campaign: CampaignId, head_end: &str) -> Result<TaskLoad, StoreError> {
+    let row = sqlx::query::<Database>(LOAD).bind(campaign.octets().to_vec()).bind(TermKind::HeadEnd.number()).bind(head_end).fetch_one(readers).await?;
+    Ok(TaskLoad { in_flight: decode::unsigned(&row, 0)?, leased_in_minute: decode::unsigned(&row, 1)? })
+}
+
+pub(super) async fn tallies(readers: &Readers, campaign: CampaignId, wave: Option<u32>) -> Result<Vec<TaskTally>, StoreError> {
+    let mut query = QueryBuilder::<Database>::new(TALLIES);
+    query.push_bind(campaign.octets().to_vec());
+    if let Some(wave) = wave {
+        query.push(" AND wave = ").push_bind(i64::from(wave));
+    }
+    query.push(TALLY_GROUPS);
+    let rows = query.build().fetch_all(readers).await?;
+    rows.iter()
+        .map(|row| {
+            Ok(TaskTally {
+                wave: u32::try_from(row.try_get::<i64, _>(0)?).map_err(|_| StoreError::corrupt("the wave of a task"))?,
+                vendor: row.try_get(1)?,
+                state: decode::task_state(row, 2)?,
+                reason: row.try_get(3)?,
+                tasks: decode::unsigned(row, 4)?,
+            })
+        })
+        .collect()
+}
+
+pub(super) async fn page(
+    readers: &Readers,
+    campaign: CampaignId,
+    filter: TaskFilter,
+    after: Option<SystemTitle>,
+    limit: u32,
+) -> Result<Vec<TaskRow>, StoreError> {
+    let mut query = QueryBuilder::<Database>::new(concat!("SELECT ", task_columns!(), " FROM task AS t", task_joins!(), " WHERE t.campaign = "));
+    query.push_bind(campaign.octets().to_vec());
+    match filter {
+        TaskFilter::All => {}
+        TaskFilter::State(state) => {
+            query.push(" AND t.state = ").push_bind(i64::from(state.number()));
+        }
+        // 3 under way, 6 in doubt; 1 and 2 wait for a probe or have it leased.
+        TaskFilter::InDoubt => {
+            query.push(" AND (t.state IN (3, 6) OR (t.state IN (1, 2) AND t.probe <> 0))");
+        }
+    }
+    if let Some(after) = after {
+        query.push(" AND t.meter > ").push_bind(after.as_i64());
+    }
+    query.push(" ORDER BY t.meter LIMIT ").push_bind(i64::from(limit));
+    query.build().fetch_all(readers).await?.iter().map(decode::task).collect()
+}
+
+pub(super) async fn timeline(readers: &Readers, campaign: CampaignId, wave: u32, span_ms: i64) -> Result<Vec<(UnixMillis, u64)>, StoreError> {
+    let span = span_ms.max(1);
+    let rows = sqlx::query::<Database>(TIMELINE).bind(campaign.octets().to_vec()).bind(i64::from(wave)).bind(span).fetch_all(readers).await?;
+    rows.iter().map(|row| Ok((UnixMillis(row.try_get::<i64, _>(0)?.saturating_mul(span)), decode::unsigned(row, 1)?))).collect()
+}
+
+pub(super) async fn delete(engine: &Engine, campaign: CampaignId, before_wave: u32, state: TaskState, limit: u32) -> Result<u64, StoreError> {
+    let done = sqlx::query::<Database>(DELETE)
+        .bind(campaign.octets().to_vec())
+        .bind(i64::from(before_wave))
+        .bind(i64::from(state.number()))
+        .bind(i64::from(limit))
+        .execute(&mut *engine.writer().await?)
+        .await?;
+    engine.committed();
+    Ok(done.rows_affected())
+}
+
+const DELETE_UNUSED: &str =
+    "DELETE FROM campaign_chunk WHERE campaign = $1 AND NOT EXISTS (SELECT 1 FROM sealed AS s WHERE s.kind = $2 AND s.id = campaign_chunk.campaign)";
+
+const PURGE_UNUSED: &str =
+    "DELETE FROM campaign_chunk WHERE campaign < $1 AND NOT EXISTS (SELECT 1 FROM sealed AS s WHERE s.kind = $2 AND s.id = campaign_chunk.campaign)";
+
+/// States 1 to 3 have not ended.
+const DUE: &str = concat!(
+    "SELECT meter FROM task WHERE campaign = $1 AND head_end = (SELECT id FROM term WHERE kind = $2 AND text = $3) AND state <= 3 AND due_ms <= ",
+    now!(),
+    " ORDER BY due_ms LIMIT $4"
+);
+
+/// States 2 and 3 are leased.
+const LOAD: &str = concat!(
+    "SELECT (SELECT count(*) FROM task WHERE campaign = $1 AND head_end = h.id AND state IN (2, 3) AND due_ms > ",
+    now!(),
+    "), (SELECT count(*) FROM task WHERE campaign = $1 AND head_end = h.id AND leased_ms > ",
+    now!(),
+    " - 60000) FROM (SELECT coalesce((SELECT id FROM term WHERE kind = $2 AND text = $3), -1) AS id) AS h"
+);
+
+const TALLIES: &str = "SELECT g.wave, v.text, CAST(g.state AS BIGINT), g.reason, g.tasks FROM \
+     (SELECT wave, state, vendor, reason, count(*) AS tasks FROM task WHERE campaign = ";
+const TALLY_GROUPS: &str = " GROUP BY wave, state, vendor, reason) AS g JOIN term AS v ON v.id = g.vendor ORDER BY g.wave, g.state, v.text, g.reason";
+
+/// State 4 is success.
+const TIMELINE: &str = "SELECT ended_ms / $3, count(*) FROM task WHERE campaign = $1 AND wave = $2 AND state = 4 GROUP BY ended_ms / $3 ORDER BY ended_ms / $3";
+
+const DELETE: &str = "DELETE FROM task WHERE campaign = $1 AND meter IN \
+     (SELECT meter FROM task WHERE campaign = $1 AND wave < $2 AND state = $3 LIMIT $4)";
