@@ -218,7 +218,7 @@ pub enum Outcome {
     Probed,
     /// Nothing was shown. Every version that left may be the one that the meter holds.
     InDoubt,
-    /// It was withdrawn, its time ran out, or its key was reported compromised before it left.
+    /// It was withdrawn, its time ran out, its key was reported compromised before it left, or the meter has left the group whose key it is.
     Withdrawn,
 }
 
@@ -583,6 +583,10 @@ impl Meter {
         let key = *key;
         let slot = self.slots.get(setup, key.key_type);
         if key.owner == owner && slot.and_then(|slot| slot.version(key.version)).is_none_or(|version| version.state() != KeyState::PreActive) {
+            return Ok(Next::Done(Outcome::Withdrawn));
+        }
+        // The meter may have left the group since the transfer began.
+        if matches!(key.owner, Owner::Group(group) if !self.class.groups.contains(&group)) {
             return Ok(Next::Done(Outcome::Withdrawn));
         }
         transfer.delivered += 1;

@@ -39,6 +39,16 @@ pub struct TaskStep {
     pub from: u32,
 }
 
+impl TaskStep {
+    /// Whether it concerns keys of the meter itself; else a key of its group.
+    pub fn is_own(&self, meter: &Meter) -> bool {
+        match self.work {
+            TaskWork::Probe => true,
+            TaskWork::Rotate(key_type) => meter.slots.get(self.setup, key_type).is_some(),
+        }
+    }
+}
+
 /// What a head-end has to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TaskWork {

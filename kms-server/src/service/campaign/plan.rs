@@ -50,6 +50,7 @@ impl CampaignService {
         new.selection.named = new.named.len() as u64;
         new.selection.check().map_err(ServiceError::parse("plan.selection"))?;
         new.terms.check().map_err(ServiceError::parse("plan.terms"))?;
+        self.pin_group_setup(&mut new).await?;
         let id = CampaignId::from_octets(&request.id.octets()).map_err(ServiceError::parse("request_id"))?;
         let new = Arc::new(new);
         let stored = self.island.store.sealed(kms_store::RowKind::Campaign, &id.octets()).await?.is_some();
@@ -71,6 +72,21 @@ impl CampaignService {
             }
         };
         Ok(v1::CreateCampaignResponse { preview: Some(preview), campaign: Some(self.message(&campaign).await?) })
+    }
+
+    /// The key of a group is rotated in one security setup: the one that is asked for, or the only one that the group has the key in.
+    async fn pin_group_setup(&self, new: &mut NewCampaign) -> Result<(), ServiceError> {
+        let (CampaignAction::Rotate(key_type), Some(id), None) = (new.action, new.selection.group, new.setup) else { return Ok(()) };
+        let Some((group, _)) = self.island.group(id).await? else { return Ok(()) };
+        let setups: Vec<SecuritySetupId> = group.slots.iter().filter(|slot| slot.key_type() == key_type).map(kms_domain::Slot::setup).collect();
+        match setups.as_slice() {
+            [] => Ok(()),
+            [setup] => {
+                new.setup = Some(*setup);
+                Ok(())
+            }
+            _ => Err(ServiceError::invalid("plan.security_setup", format!("group `{}` has a {key_type} in several security setups: name one", group.name))),
+        }
     }
 
     /// Writes the draft, or finds the one that the same request made.
@@ -295,6 +311,7 @@ fn columns(selection: &CampaignSelection) -> MeterFilter {
         status: None,
         head_end: selection.head_end.as_ref().map_or(Assigned::Any, |head_end| Assigned::To(head_end.to_string())),
         batch: selection.batch.clone().filter(|batch| !batch.is_empty()),
+        group: selection.group.map(|group| group.0),
     }
 }
 

@@ -1,5 +1,6 @@
 //! Transfers to simulated meters, through the HSM: what the server says that a meter holds is compared with the meter's memory.
 
+use kms_client::sample::SampleShipment;
 use kms_domain::{KeyState, KeyType, KeyVersionNumber, Outcome, RequestId, SecuritySetupId, SystemTitle, TransferForm, TransferId};
 use kms_hsm::TransferJob;
 use kms_proto::v1::{AuditRecord, audit_record::Event};
@@ -21,10 +22,10 @@ use crate::{
 };
 
 /// An island with simulated meters, set up with the keys that their vendor shipped.
-pub(super) struct Field {
-    pub(super) island: TestIsland,
+pub(in crate::service) struct Field {
+    pub(in crate::service) island: TestIsland,
     pub(super) service: TransferService,
-    pub(super) meters: Vec<Meter>,
+    pub(in crate::service) meters: Vec<Meter>,
     requests: std::cell::Cell<u32>,
 }
 
@@ -37,7 +38,12 @@ struct Device {
 
 impl Field {
     pub(super) async fn new(island: TestIsland, profile: &str, count: u64) -> Self {
-        let (_, devices) = island.deliver_with_devices(&sample(profile, count)).await;
+        Self::of(island, &sample(profile, count)).await
+    }
+
+    /// The meters of a shipment.
+    pub(in crate::service) async fn of(island: TestIsland, shipment: &SampleShipment) -> Self {
+        let (_, devices) = island.deliver_with_devices(shipment).await;
         let meters = devices
             .split(|octet| *octet == b'\n')
             .filter(|line| !line.is_empty())
@@ -63,11 +69,11 @@ impl Field {
         self.request()
     }
 
-    pub(super) fn title(&self, number: usize) -> SystemTitle {
+    pub(in crate::service) fn title(&self, number: usize) -> SystemTitle {
         SystemTitle::from_octets(self.meters[number].system_title().as_bytes()).unwrap()
     }
 
-    pub(super) async fn begin(&self, order: Order) -> StepAnswer {
+    pub(in crate::service) async fn begin(&self, order: Order) -> StepAnswer {
         let (mut steps, _) = self.service.begin(&self.island.head_end, self.request(), [1; 32], vec![order]).await.unwrap();
         steps.remove(0)
     }
@@ -78,11 +84,11 @@ impl Field {
     }
 
     /// Carries one transfer out as a head-end does that holds no keys.
-    pub(super) async fn transfer(&self, number: usize, key_type: Option<KeyType>) -> Outcome {
+    pub(in crate::service) async fn transfer(&self, number: usize, key_type: Option<KeyType>) -> Outcome {
         self.carry_out(number, order(self.title(number), key_type)).await
     }
 
-    pub(super) async fn carry_out(&self, number: usize, order: Order) -> Outcome {
+    pub(in crate::service) async fn carry_out(&self, number: usize, order: Order) -> Outcome {
         let mut connection = Connection::new(self.meters[number].clone(), 1);
         let mut step = self.begin(order).await;
         for _ in 0..60 {
@@ -102,7 +108,7 @@ impl Field {
         panic!("the transfer does not end");
     }
 
-    pub(super) async fn row(&self, number: usize) -> kms_domain::Meter {
+    pub(in crate::service) async fn row(&self, number: usize) -> kms_domain::Meter {
         (*self.island.island.meter(self.title(number)).await.unwrap().unwrap()).clone()
     }
 
@@ -151,12 +157,23 @@ impl Field {
         unwrap_key(meter_kek, &wrapped).expect("the server's KEK is the meter's")
     }
 
+    /// Whether the meter's memory holds this version of a group's GBEK, byte for byte: the HSM wraps it under the KEK, the meter's own KEK opens it.
+    pub(in crate::service) async fn holds_group_key(&self, number: usize, group: &kms_domain::Group, version: KeyVersionNumber) -> bool {
+        let row = self.row(number).await;
+        let memory = self.meters[number].keys_for_inspection(Obis::SECURITY_SETUP).unwrap();
+        let kek = row.slots.get(SecuritySetupId::DEFAULT, KeyType::KEK).unwrap().held().unwrap().number();
+        let key = emit::version_source(group.owner(), &group.slots, SecuritySetupId::DEFAULT, KeyType::GBEK, version).unwrap();
+        let job = TransferJob { kek: self.job(&row, kek, KeyType::KEK, kek).kek, key };
+        let wrapped = self.island.island.hsm.wrap_for_meters(vec![job]).await.unwrap().remove(0).unwrap();
+        memory.gbek.is_some_and(|gbek| unwrap_key(&memory.kek, &wrapped).is_ok_and(|unwrapped| unwrapped == gbek))
+    }
+
     pub(super) fn job(&self, row: &kms_domain::Meter, kek: KeyVersionNumber, key_type: KeyType, version: KeyVersionNumber) -> TransferJob {
         let source = |key_type, version| emit::version_source(row.owner(), &row.slots, SecuritySetupId::DEFAULT, key_type, version).unwrap();
         TransferJob { kek: source(KeyType::KEK, kek), key: source(key_type, version) }
     }
 
-    pub(super) async fn security_events(&self) -> Vec<String> {
+    pub(in crate::service) async fn security_events(&self) -> Vec<String> {
         let filter = AuditFilter { kind: Some(24), ..AuditFilter::default() };
         let rows = self.island.island.store.audit_page(&filter, None, 1_000).await.unwrap();
         rows.iter()
@@ -167,16 +184,16 @@ impl Field {
             .collect()
     }
 
-    pub(super) fn assert_no_nonce_twice(&self) {
+    pub(in crate::service) fn assert_no_nonce_twice(&self) {
         assert_eq!(RepeatedNonce::find(&self.meters), []);
     }
 }
 
-pub(super) fn order(meter: SystemTitle, key_type: Option<KeyType>) -> Order {
+pub(in crate::service) fn order(meter: SystemTitle, key_type: Option<KeyType>) -> Order {
     Order { meter, setup: None, key_type, client_title: client_title(), form: TransferForm::Frames, urgent: false, lifetime_seconds: 3_600, task: None }
 }
 
-pub(super) fn at_key_transfer(number: u64, fault: Fault) -> ScriptedFault {
+pub(in crate::service) fn at_key_transfer(number: u64, fault: Fault) -> ScriptedFault {
     ScriptedFault { at: Trigger::KeyTransfer(number), fault }
 }
 
