@@ -376,7 +376,8 @@ impl TransferService {
     /// A new version as the device profile has it made; none for keys that the meter does not own.
     async fn new_version(&self, meter: &Meter, setup: Option<SecuritySetupId>, key_type: KeyType) -> Result<Option<NewKeyVersion>, ServiceError> {
         let Ok(setup) = setup_of(meter, setup) else { return Ok(None) };
-        if meter.slots.get(setup, key_type).is_none() {
+        // Nor for those that it does not take by key_transfer.
+        if meter.slots.get(setup, key_type).is_none() || emit::key_id(&self.island, meter, setup, key_type).is_none() {
             return Ok(None);
         }
         let profile = self.island.profiles.get(&meter.class.profile).and_then(|profile| profile.key(setup, key_type));
@@ -419,6 +420,12 @@ fn begin_one(
     let mut meter = own_meter(view, order.meter)?;
     permits_order(island, &facts(principal), &meter, order)?;
     let setup = setup_of(&meter, order.setup)?;
+    if let Some(key_type) = order.key_type.filter(|key_type| emit::key_id(island, &meter, setup, *key_type).is_none()) {
+        return Err(ServiceError::FailedPrecondition {
+            reason: format!("meters of device profile `{}` do not take a {key_type} by key_transfer in security setup {setup}", meter.class.profile),
+            next_step: "give the key its vendor's `key_id` in the device profile, if key_transfer brings it; else it is changed on site".to_owned(),
+        });
+    }
     let keys = ordered_keys(view, island, &meter, setup, order, prepared)?;
     let transfer_order = TransferOrder {
         id: transfer_id(request, order.meter)?,

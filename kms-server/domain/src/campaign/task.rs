@@ -12,7 +12,7 @@ pub struct Task {
     pub step: TaskStep,
     /// Where it stands.
     pub state: TaskState,
-    /// It is in doubt what the meter holds: it is probed before anything is tried again.
+    /// It is in doubt what the meter holds: it is probed before anything is tried again, if an exchange can show it.
     pub probe: bool,
     /// Attempts of this step that ended badly.
     pub attempts: u32,
@@ -201,7 +201,10 @@ impl Task {
 
     /// What is to be done now.
     pub const fn work(&self) -> TaskWork {
-        if self.probe { TaskWork::Probe } else { self.step.work }
+        match self.step.work {
+            TaskWork::Rotate(key_type) if self.probe && key_type.is_shown_by_exchanges() => TaskWork::Probe,
+            work => work,
+        }
     }
 
     /// Whether it can be leased: it waits and its time has come, or its lease has run out.

@@ -3,8 +3,8 @@
 use std::{collections::BTreeMap, mem, sync::Arc};
 
 use kms_domain::{
-    Campaign, CampaignAction, CampaignContent, CampaignId, CampaignName, CampaignSelection, CampaignTerms, Plan, PlanChain, SecuritySetupId, SystemTitle,
-    UnixMillis, WavePlanner,
+    Campaign, CampaignAction, CampaignContent, CampaignId, CampaignName, CampaignSelection, CampaignTerms, Meter, Plan, PlanChain, SecuritySetupId,
+    SystemTitle, TaskStep, TaskWork, UnixMillis, WavePlanner,
 };
 use kms_proto::v1::{self, CampaignCreated, audit_record::Event};
 use kms_store::{Assigned, MeterFilter, MeterRow, Reads, RequestKey, RequestRow};
@@ -287,10 +287,11 @@ fn look(island: &Island, new: &NewCampaign, page: &[MeterRow]) -> Vec<Look> {
     page.iter()
         .map(|row| {
             let Ok(meter) = island.committer.open_meter(row.title, &row.row) else { return Look::Refused };
-            if !new.selection.matches(&meter, new.action, new.setup) {
+            let step = new.action.first_step(&meter, new.setup);
+            let taken = step.is_none_or(|step| is_taken(island, &meter, step));
+            if !taken || !new.selection.matches(&meter, new.action, new.setup) {
                 return Look::LeftOut;
             }
-            let step = new.action.first_step(&meter, new.setup);
             let in_doubt = step.is_some_and(|step| meter.slots.of_setup(step.setup).any(kms_domain::Slot::in_doubt));
             Look::Found(Found {
                 title: row.title,
@@ -301,6 +302,13 @@ fn look(island: &Island, new: &NewCampaign, page: &[MeterRow]) -> Vec<Look> {
             })
         })
         .collect()
+}
+
+/// Whether the meter takes the key by `key_transfer`, as its device profile says.
+fn is_taken(island: &Island, meter: &Meter, step: TaskStep) -> bool {
+    let TaskWork::Rotate(key_type) = step.work else { return true };
+    let of_profile = || island.profiles.get(&meter.class.profile)?.key(step.setup, key_type)?.key_id;
+    key_type.standard_key_id().or_else(of_profile).is_some()
 }
 
 /// The search columns that find them.

@@ -48,7 +48,9 @@ impl Field {
             .split(|octet| *octet == b'\n')
             .filter(|line| !line.is_empty())
             .map(|line| {
-                let device: Device = serde_json::from_slice(line).unwrap();
+                let mut line: serde_json::Value = serde_json::from_slice(line).unwrap();
+                simulated(&mut line["security_setups"][0]);
+                let device: Device = serde_json::from_value(line).unwrap();
                 let setup = device.security_setups.into_iter().next().unwrap();
                 Meter::new(MeterConfig::ordinary(device.system_title, device.security_suite, setup)).unwrap()
             })
@@ -189,6 +191,20 @@ impl Field {
     }
 }
 
+/// Of a gateway's keys, simulated meters have those of the standard and the one of the optical port, by its id in `key_transfer`.
+fn simulated(setup: &mut serde_json::Value) {
+    let keys = setup.as_object_mut().unwrap();
+    if let Some(optical_port) = keys.remove("optical_port") {
+        keys.insert("vendor_keys".to_owned(), serde_json::json!({ OPTICAL_PORT_ID.to_string(): optical_port }));
+    }
+    for other in ["lls_secret", "hls_secret", "m_bus_child"] {
+        keys.remove(other);
+    }
+}
+
+/// As the profile `gateway-suite0` has it.
+const OPTICAL_PORT_ID: u8 = 16;
+
 pub(in crate::service) fn order(meter: SystemTitle, key_type: Option<KeyType>) -> Order {
     Order { meter, setup: None, key_type, client_title: client_title(), form: TransferForm::Frames, urgent: false, lifetime_seconds: 3_600, task: None }
 }
@@ -245,6 +261,36 @@ island_tests! {
         assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
         assert_eq!(field.transfer(0, Some(KeyType::GAK)).await, Outcome::Proven);
         field.compare(0).await;
+    }
+
+    async fn a_vendors_key_is_brought_by_the_id_of_its_profile_and_acknowledged(island) {
+        let field = Field::new(island, "gateway-suite0", 1).await;
+        let optical_port = |row: &kms_domain::Meter| row.slots.get(SecuritySetupId::DEFAULT, KeyType::OPTICAL_PORT).unwrap().clone();
+        assert_eq!(field.transfer(0, Some(KeyType::OPTICAL_PORT)).await, Outcome::Acknowledged);
+        let memory = || field.meters[0].keys_for_inspection(Obis::SECURITY_SETUP).unwrap();
+        let holds = async |version| {
+            let row = field.row(0).await;
+            field.wrapped(&row, KeyVersionNumber::FIRST, KeyType::OPTICAL_PORT, KeyVersionNumber::new(version).unwrap(), &memory().kek).await
+                == memory().vendor_keys[&OPTICAL_PORT_ID]
+        };
+        assert!(holds(2).await);
+        let version = optical_port(&field.row(0).await).active().unwrap().clone();
+        assert_eq!((version.number().number(), version.transport().evidence), (2, kms_domain::Evidence::Acknowledged));
+        // An answer that is lost leaves it in doubt; no exchange could settle that, so the next order is no urgent one.
+        field.meters[0].add_fault(at_key_transfer(2, Fault::LoseAnswer));
+        assert_eq!(field.transfer(0, Some(KeyType::OPTICAL_PORT)).await, Outcome::InDoubt);
+        let slot = optical_port(&field.row(0).await);
+        assert!(slot.in_doubt() && slot.candidates().count() == 3 && holds(3).await, "I3");
+        assert_eq!(field.transfer(0, Some(KeyType::OPTICAL_PORT)).await, Outcome::Acknowledged);
+        assert!(holds(4).await && !optical_port(&field.row(0).await).in_doubt());
+        // What key_transfer does not bring, and what the meter does not own.
+        for key_type in [KeyType::M_BUS_CHILD, KeyType::FIRMWARE, KeyType::LLS_SECRET, KeyType::HLS_SECRET] {
+            let before = field.row(0).await;
+            let refused = field.begin(order(field.title(0), Some(key_type))).await.next;
+            assert!(matches!(&refused, Err(ServiceError::FailedPrecondition { reason, .. }) if reason.contains("key_transfer")), "{key_type}: {refused:?}");
+            assert_eq!(field.row(0).await, before);
+        }
+        field.assert_no_nonce_twice();
     }
 
     async fn no_fault_loses_a_meter(island) {
