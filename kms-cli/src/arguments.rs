@@ -112,6 +112,9 @@ pub(crate) struct OpenGroupSession {
     /// Name of the group
     #[arg(value_name = "GROUP", value_parser = group_name)]
     pub(crate) group: String,
+    /// Version of the GBEK [default: the active one]; the one before it is for members that a rotation has left behind
+    #[arg(long = "key-version", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) key_version: Option<u32>,
     #[command(flatten)]
     pub(crate) terms: Terms,
 }
@@ -239,16 +242,108 @@ pub(crate) enum GroupCommand {
         #[command(flatten)]
         limit: Limit,
     },
-    /// Show a group: keys, versions, counters, and who could know a key. Never key octets
+    /// Show a group: keys, versions, counters, who could know a key, and how its members stand. Never key octets
     #[command(after_help = "Example:\n  kms group show north")]
     Show {
         /// Name of the group
         #[arg(value_name = "GROUP", value_parser = group_name)]
         group: String,
     },
+    /// Show how far the rotation of a group's key is, and who is left behind
+    #[command(
+        after_help = "A campaign begins it: kms campaign create NAME --rotate GBEK --group GROUP. When enough members have acknowledged the new version, broadcasts\n\
+        may switch to it: kms group switch.\n\nExamples:\n  kms group rotation north\n  kms group rotation north --behind"
+    )]
+    Rotation {
+        #[command(flatten)]
+        key: GroupKeyName,
+        /// List the members that have not acknowledged the new version
+        #[arg(long)]
+        behind: bool,
+        #[command(flatten)]
+        limit: Limit,
+    },
+    /// Have broadcasts use the new version of a group's key
+    #[command(
+        after_help = "From then on the new version is lent. The former one is lent too, by --key-version, until every member has the new one: send each broadcast under\n\
+        both if members that are left behind shall hear it.\n\nExamples:\n  kms group switch north --to 2\n  kms group switch north --to 2 --early --reason \"version 1 is stolen\""
+    )]
+    Switch {
+        #[command(flatten)]
+        key: GroupKeyName,
+        /// The version that is being rolled out
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+        to: u32,
+        /// Although fewer members have it than the group's threshold says
+        #[arg(long, requires = "reason")]
+        early: bool,
+        /// Why, for the record
+        #[arg(long, value_name = "TEXT")]
+        reason: Option<String>,
+        #[command(flatten)]
+        sure: Sure,
+    },
+    /// Set how many members must have a new version before broadcasts may switch to it
+    #[command(after_help = "Example:\n  kms group set north --switch-at 98")]
+    Set {
+        /// Name of the group
+        #[arg(value_name = "GROUP", value_parser = group_name)]
+        group: String,
+        /// Percent of the members in stock and in service
+        #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(1..=100))]
+        switch_at: u32,
+    },
+    /// Put meters into a group. They get its key by a transfer
+    #[command(after_help = "Example:\n  kms group add-members north --meter 4B414D0000000001")]
+    AddMembers {
+        #[command(flatten)]
+        members: Members,
+    },
+    /// Take meters out of a group. Its keys are exposed then, and have to be rotated
+    #[command(after_help = "A meter that has left may keep the key that it holds. The ledger says so, and `kms group show` asks for a rotation.\n\n\
+        Example:\n  kms group remove-members north --meter 4B414D0000000001 --compromised --reason \"case opened\" --yes")]
+    RemoveMembers {
+        #[command(flatten)]
+        members: Members,
+        /// The meters are compromised
+        #[arg(long)]
+        compromised: bool,
+        #[command(flatten)]
+        why: Reason,
+        #[command(flatten)]
+        sure: Sure,
+    },
     /// Keys of groups
     #[command(subcommand)]
     Key(GroupKeyCommand),
+}
+
+/// A key of a group.
+#[derive(Args, Debug)]
+pub(crate) struct GroupKeyName {
+    /// Name of the group
+    #[arg(value_name = "GROUP", value_parser = group_name)]
+    pub(crate) group: String,
+    /// Key type
+    #[arg(long = "type", value_name = "TYPE", default_value = "GBEK", value_parser = KeyType::parse)]
+    pub(crate) key_type: KeyType,
+    /// Security setup, 0.b.43.0.e.255 [default: the first that the group has the key in]
+    #[arg(long, value_name = "OBIS", value_parser = SecuritySetupId::parse)]
+    pub(crate) security_setup: Option<SecuritySetupId>,
+}
+
+/// Meters and a group.
+#[derive(Args, Debug)]
+pub(crate) struct Members {
+    /// Name of the group
+    #[arg(value_name = "GROUP", value_parser = group_name)]
+    pub(crate) group: String,
+    /// A meter, 16 hex digits; may be repeated
+    #[arg(long = "meter", value_name = "METER", value_parser = system_title, required_unless_present = "meters_file")]
+    pub(crate) meters: Vec<SystemTitle>,
+    /// The meters of this file, a system title a line
+    #[arg(long, value_name = "FILE")]
+    pub(crate) meters_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]

@@ -33,11 +33,11 @@ impl Connection {
         if keys.meters.iter().any(|entry| entry.meter != meter) || !keys.groups.is_empty() {
             return Err(OpenError::manifest("it has keys of another meter than the one asked for").into());
         }
-        Ok(Session { keys, audit_leaf: answer.audit_leaf.to_vec() })
+        Ok(Session { keys, audit_leaf: answer.audit_leaf.to_vec(), rotation: None })
     }
 
-    /// Gets the keys of a group of meters, for broadcasts, and counters under the group's GBEK: what policy permits for the group itself. Repeated
-    /// under the same request id while the server is unavailable.
+    /// Gets the keys of a group of meters, for broadcasts, and counters under the group's GBEK: what policy permits for the group itself. `version` is that of
+    /// the GBEK; `None`: the active one. Repeated under the same request id while the server is unavailable.
     ///
     /// # Errors
     /// The server refused, or the answer could not be opened.
@@ -46,10 +46,16 @@ impl Connection {
         key: &TransportKey,
         request_id: RequestId,
         group: &str,
+        version: Option<u32>,
         terms: proto::SessionTerms,
         options: &OpenOptions,
     ) -> Result<Session, SessionError> {
-        let request = proto::OpenGroupSessionRequest { request_id: request_id.octets().to_vec().into(), group: group.to_owned(), terms: Some(terms) };
+        let request = proto::OpenGroupSessionRequest {
+            request_id: request_id.octets().to_vec().into(),
+            group: group.to_owned(),
+            terms: Some(terms),
+            key_version: version.unwrap_or_default(),
+        };
         let answer = RetryPolicy::default()
             .run(|| {
                 let (mut grants, request) = (self.grants(), request.clone());
@@ -61,7 +67,7 @@ impl Connection {
         if !keys.meters.is_empty() || keys.groups.iter().any(|entry| entry.name != group) {
             return Err(OpenError::manifest("it has keys of others than the group that was asked for").into());
         }
-        Ok(Session { keys, audit_leaf: answer.audit_leaf.to_vec() })
+        Ok(Session { keys, audit_leaf: answer.audit_leaf.to_vec(), rotation: answer.rotation })
     }
 
     /// Opens sessions with up to 10,000 meters, chunk by chunk. A stream that breaks is taken up again where it ended.
@@ -98,6 +104,8 @@ pub struct Session {
     pub keys: OpenedEnvelope,
     /// SHA-256 leaf hash (RFC 9162) of the audit record, 32 octets.
     pub audit_leaf: Vec<u8>,
+    /// Of a group: whether another version of its GBEK is being rolled out, and may be switched to. Without counts of members.
+    pub rotation: Option<proto::GroupRotation>,
 }
 
 /// A batch of sessions that is being received.

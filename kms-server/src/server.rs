@@ -42,6 +42,7 @@ use crate::profiles::Profiles;
 use crate::service::campaign::CampaignService;
 use crate::service::certificate::{CertificateAuthority, IssuedCertificate};
 use crate::service::certificate_end::{CertificateWatch, ServerCertificate};
+use crate::service::owner::OwnerService;
 use crate::service::retention::Housekeeper;
 use crate::service::scrub::Scrubber;
 use crate::telemetry::{Call, Repetition, metrics};
@@ -123,6 +124,7 @@ impl Server {
             let _scrubbing = Background(Scrubber::new(Arc::clone(&island)).in_background(scrub_period));
             let _destroying = Background(Housekeeper::new(Arc::clone(&island), retention).in_background());
             let _leading = Background(CampaignService::new(Arc::clone(&island)).in_background(LEADING_INTERVAL));
+            let _following = Background(OwnerService::new(Arc::clone(&island)).in_background(FOLLOWING_INTERVAL));
             let watch = CertificateWatch { island: Arc::clone(&island), authority: watched, own };
             let _watching = Background(tokio::spawn(watch.run()));
             opened.send_replace(Some(Arc::clone(&island)));
@@ -471,6 +473,8 @@ const PAUSE: Duration = Duration::from_secs(2);
 const USABLE_WITHIN: Duration = Duration::from_secs(10);
 /// How often campaigns are looked at.
 const LEADING_INTERVAL: Duration = Duration::from_secs(2);
+/// How often the rotations of groups' keys are looked at: their members are counted then.
+const FOLLOWING_INTERVAL: Duration = Duration::from_mins(1);
 const HEALTH_INTERVAL: Duration = Duration::from_secs(1);
 /// Acts that may wait for the writer.
 const QUEUED_ACTS: usize = 4_096;

@@ -30,9 +30,11 @@ async fn without_policies_every_call_is_refused_and_an_erroring_policy_denies() 
     assert_eq!(records.code(), Code::PermissionDenied);
     let groups = officer.groups().list_groups(proto::ListGroupsRequest::default()).await.unwrap_err();
     assert_eq!(groups.code(), Code::PermissionDenied);
-    let request =
-        proto::OpenGroupSessionRequest { request_id: new_request_id().octets().to_vec().into(), group: "north".to_owned(), terms: Some(kms_tests::terms(1)) };
+    let (request_id, group) = (new_request_id().octets().to_vec(), "north".to_owned());
+    let request = proto::OpenGroupSessionRequest { request_id: request_id.into(), group, terms: Some(kms_tests::terms(1)), key_version: 0 };
     assert_eq!(head_end.grants().open_group_session(request).await.unwrap_err().code(), Code::PermissionDenied);
+    let request = proto::ShowGroupRotationRequest { group: "north".to_owned(), ..Default::default() };
+    assert_eq!(head_end.groups().show_group_rotation(request).await.unwrap_err().code(), Code::PermissionDenied);
     let disabled = officer
         .principals()
         .disable_principal(proto::DisablePrincipalRequest {

@@ -140,7 +140,7 @@ pub(crate) struct CreateCampaign {
 #[command(next_help_heading = "What is done to each meter")]
 #[group(required = true, multiple = true)]
 pub(crate) struct ActionArguments {
-    /// A new version of this key: KEK (with a GUEK that proves it), GUEK, GBEK or GAK
+    /// A new version of this key: KEK (with a GUEK that proves it), GUEK, GBEK, GAK, or a vendor's that the device profile gives a `key_id`
     #[arg(long, value_name = "KEY", conflicts_with_all = ["probe", "take_over"], value_parser = rotatable)]
     pub(crate) rotate: Option<KeyType>,
     /// Only look which keys the meters hold

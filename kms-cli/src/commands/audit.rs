@@ -148,6 +148,18 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
         Event::KeyCreated(event) => {
             ("key created", format!("{} version {} of {}: {}, {}", event.key_type, event.version, event.owner_name, event.state, event.origin))
         }
+        Event::GroupKeyChanged(event) => {
+            let reason = if event.reason.is_empty() { String::new() } else { format!(": {}", event.reason) };
+            let what = match event.change.as_str() {
+                "threshold-set" => format!("{}: broadcasts may switch at {} % of the members", event.group_name, event.threshold_percent),
+                change => {
+                    let counted =
+                        if event.members == 0 { String::new() } else { format!(", {} of {} members", number(event.acknowledged), number(event.members)) };
+                    format!("{}: {} version {} {change}{counted}", event.group_name, event.key_type, event.version)
+                }
+            };
+            ("group key", format!("{what}{reason}"))
+        }
         Event::DeviceTypeAdded(event) => {
             ("device type added", format!("{}, number {}, of {}, with {}", event.name, event.number, event.manufacturer, event.device_profile))
         }

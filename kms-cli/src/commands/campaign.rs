@@ -4,12 +4,12 @@ mod page;
 mod watch;
 
 use bytes::Bytes;
-use kms_client::{Connection, SystemTitle};
+use kms_client::Connection;
 use kms_domain::CampaignId;
 use kms_proto::v1 as proto;
 use serde_json::json;
 
-use super::{confirm, octets, read, request_id, text, write};
+use super::{confirm, octets, read_titles, request_id, text, write};
 use crate::{
     Context, Failure,
     arguments::{ActionArguments, CampaignCommand, CreateCampaign, SelectionArguments, Sure, TermsArguments},
@@ -118,14 +118,7 @@ fn action_message(arguments: &ActionArguments) -> proto::CampaignPlan {
 fn selection(arguments: &SelectionArguments) -> Result<proto::CampaignSelection, Failure> {
     let mut meters: Vec<Bytes> = arguments.meters.iter().map(|meter| octets(meter.octets())).collect();
     if let Some(path) = &arguments.meters_file {
-        let content = String::from_utf8(read(path)?).map_err(|_| Failure::usage(format!("`{}` is no text", path.display())))?;
-        for (line, title) in (1..).zip(content.lines()).filter(|(_, title)| !title.trim().is_empty()) {
-            let title = SystemTitle::parse(title.trim()).map_err(|error| Failure::from(error).while_doing(&format!("`{}`, line {line}", path.display())))?;
-            meters.push(octets(title.octets()));
-        }
-        if meters.is_empty() {
-            return Err(Failure::usage(format!("`{}` names no meter", path.display())));
-        }
+        meters.extend(read_titles(path)?);
     }
     let selection = proto::CampaignSelection {
         whole_island: arguments.whole_island,

@@ -105,6 +105,14 @@ fn meter_text(meter: &proto::Meter) -> String {
         result.push_str(&transfer_text(transfer));
     }
     result.push_str(&setups_text(&meter.security_setups));
+    if !meter.shared_keys.is_empty() {
+        let mut keys = Rows::new(&["key of group", "security setup", "key", "version", "acknowledged"]).numbers(&[3]);
+        for key in &meter.shared_keys {
+            let acknowledged = output::yes(key.acknowledged);
+            keys.row([key.group.clone(), output::obis(&key.security_setup), key.key_type.clone(), key.version.to_string(), acknowledged]);
+        }
+        result.push_str(&format!("\nkeys of groups that left for the meter\n\n{}", keys.text_or("")));
+    }
     result
 }
 
@@ -235,7 +243,7 @@ async fn enrol(arguments: EnrolMeters, context: &Context) -> Result<(), Failure>
 }
 
 /// Shows what a change did; a part that was refused is exit code 5, all of it 1.
-fn report(answer: proto::ChangeMetersResponse, done: &str, context: &Context) -> Result<(), Failure> {
+pub(crate) fn report(answer: proto::ChangeMetersResponse, done: &str, context: &Context) -> Result<(), Failure> {
     context.output.show(
         || json::message("ChangeMetersResponse", &answer),
         || {

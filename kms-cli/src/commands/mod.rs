@@ -3,6 +3,7 @@
 pub(crate) mod audit;
 pub(crate) mod campaign;
 pub(crate) mod grant;
+pub(crate) mod group_rotation;
 pub(crate) mod hsm;
 pub(crate) mod meter;
 pub(crate) mod owner;
@@ -18,7 +19,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use kms_client::new_request_id;
+use kms_client::{SystemTitle, new_request_id};
 use serde::de::DeserializeOwned;
 
 use crate::{Failure, arguments::Sure};
@@ -67,6 +68,17 @@ fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, Failure> {
         lines.map(|(index, line)| serde_json::from_slice(line).map_err(|error| Failure::usage(format!("`{}`, line {}: {error}", path.display(), index + 1))));
     let parsed = parsed.collect::<Result<Vec<_>, _>>()?;
     if parsed.is_empty() { Err(Failure::usage(format!("`{}` has no lines", path.display()))) } else { Ok(parsed) }
+}
+
+/// Reads the meters of a file, a system title a line.
+fn read_titles(path: &Path) -> Result<Vec<Bytes>, Failure> {
+    let content = String::from_utf8(read(path)?).map_err(|_| Failure::usage(format!("`{}` is no text", path.display())))?;
+    let mut titles = Vec::new();
+    for (line, title) in (1..).zip(content.lines()).filter(|(_, title)| !title.trim().is_empty()) {
+        let title = SystemTitle::parse(title.trim()).map_err(|error| Failure::from(error).while_doing(&format!("`{}`, line {line}", path.display())))?;
+        titles.push(octets(title.octets()));
+    }
+    if titles.is_empty() { Err(Failure::usage(format!("`{}` names no meter", path.display()))) } else { Ok(titles) }
 }
 
 /// Creates a file that must not exist yet; with `private`, only its owner may read it.

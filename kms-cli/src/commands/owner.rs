@@ -3,7 +3,11 @@
 use kms_proto::v1 as proto;
 use serde_json::json;
 
-use super::{meter::setups_text, octets, request_id, text};
+use super::{
+    group_rotation::{self, rotation_text},
+    meter::setups_text,
+    octets, request_id, text,
+};
 use crate::{
     Context, Failure,
     arguments::{DeviceTypeCommand, DeviceTypeKeyCommand, GroupCommand, GroupKeyCommand, Limit, NewKey},
@@ -23,13 +27,20 @@ pub(crate) async fn group(command: GroupCommand, context: &Context) -> Result<()
                     ("group", group.name.clone()),
                     ("number", group.number.to_string()),
                     ("security suite", group.security_suite.to_string()),
+                    ("may switch at", format!("{} %", group.switch_threshold_percent)),
                     ("generation", group.generation.to_string()),
                 ];
-                format!("{}{}", facts(heading), setups_text(&group.security_setups))
+                let rotations: String = group.rotations.iter().map(|rotation| format!("\n{}", rotation_text(rotation))).collect();
+                format!("{}{}{rotations}", facts(heading), setups_text(&group.security_setups))
             };
             context.output.show(|| json::message("Group", &group), text);
             Ok(())
         }
+        GroupCommand::Rotation { key, behind, limit } => group_rotation::show(&key, behind, &limit, context).await,
+        GroupCommand::Switch { key, to, early, reason, sure } => group_rotation::switch(&key, to, early, reason, &sure, context).await,
+        GroupCommand::Set { group, switch_at } => group_rotation::set(group, switch_at, context).await,
+        GroupCommand::AddMembers { members } => group_rotation::add_members(&members, context).await,
+        GroupCommand::RemoveMembers { members, compromised, why, sure } => group_rotation::remove_members(&members, compromised, why, &sure, context).await,
         GroupCommand::Key(GroupKeyCommand::Create { group, key, device_profile }) => {
             let request = proto::CreateGroupKeyRequest {
                 request_id: request_id(),

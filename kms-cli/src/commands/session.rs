@@ -23,14 +23,14 @@ use crate::{
 pub(crate) async fn run(command: SessionCommand, context: &Context) -> Result<(), Failure> {
     match command {
         SessionCommand::Open(OpenSession { meter, dedicated_key, terms }) => open(Target::Meter(meter), dedicated_key, terms, context).await,
-        SessionCommand::OpenGroup(OpenGroupSession { group, terms }) => open(Target::Group(group), false, terms, context).await,
+        SessionCommand::OpenGroup(OpenGroupSession { group, key_version, terms }) => open(Target::Group(group, key_version), false, terms, context).await,
     }
 }
 
 /// Whose keys are asked for.
 enum Target {
     Meter(SystemTitle),
-    Group(String),
+    Group(String, Option<u32>),
 }
 
 async fn open(target: Target, dedicated_key: bool, arguments: Terms, context: &Context) -> Result<(), Failure> {
@@ -97,7 +97,7 @@ async fn grant(
     let granted = async {
         match target {
             Target::Meter(meter) => connection.open_session(transport_key, new_request_id(), *meter, terms, &options).await,
-            Target::Group(group) => connection.open_group_session(transport_key, new_request_id(), group, terms, &options).await,
+            Target::Group(group, version) => connection.open_group_session(transport_key, new_request_id(), group, *version, terms, &options).await,
         }
     };
     Ok(progress::waiting("waiting for the grant", granted).await?)
@@ -121,7 +121,23 @@ fn session_text(session: &Session) -> String {
         text.push('\n');
         text.push_str(&keys_text(vec![("group", group.name.clone()), ("number", group.number.to_string())], &Keys::of_group(group)));
     }
+    let rotation = session.rotation.iter().filter_map(rotation_note);
+    rotation.for_each(|note| text.push_str(&format!("\n{note}\n")));
     text
+}
+
+/// What whoever broadcasts has to know of a rotation under way.
+fn rotation_note(rotation: &kms_proto::v1::GroupRotation) -> Option<String> {
+    let (group, key, version) = (&rotation.group, &rotation.key_type, rotation.version);
+    match rotation.stage.as_str() {
+        "rolling-out" => Some(format!("{key} version {version} is being rolled out: too few members have it to switch (kms group rotation {group})")),
+        "may-switch" => Some(format!("{key} version {version} is being rolled out, and broadcasts may switch to it: kms group switch {group} --to {version}")),
+        "switched" => {
+            let former = rotation.former_version;
+            Some(format!("not every member has {key} version {version}: those that are left behind hear version {former} only (--key-version {former})"))
+        }
+        _ => None,
+    }
 }
 
 /// What was granted of one owner.
@@ -197,6 +213,7 @@ fn session_json(session: &Session) -> Value {
         "meters": meters_json(keys, &check_value),
         "groups": groups_json(keys, &check_value),
         "audit_leaf": json::octets(&session.audit_leaf),
+        "rotation": session.rotation.as_ref().map(|rotation| json::message("GroupRotation", rotation)),
     })
 }
 

@@ -50,7 +50,7 @@ fn wrong_values_are_refused_before_the_network_with_the_field_named() {
         (&["principal", "add", "urn:meterkms:dev:manufacturer:kam"], "--shipment-key"),
         (&["principal", "add", "urn:meterkms:dev:head-end:hes-2", "--certificate-request", "x"], "--out"),
         (&["campaign", "create", "x", "--batch", "B-1"], "--rotate"),
-        (&["campaign", "create", "x", "--rotate", "FIRMWARE", "--batch", "B-1"], "--rotate"),
+        (&["campaign", "create", "x", "--rotate", "LLS-SECRET", "--batch", "B-1"], "--rotate"),
         (&["campaign", "create", "x", "--rotate", "GUEK", "--probe", "--batch", "B-1"], "--probe"),
         (&["campaign", "create", "x", "--rotate", "GUEK"], "which meters"),
         (&["campaign", "create", "x", "--probe", "--whole-island", "--quorum", "0"], "--quorum"),

@@ -222,6 +222,19 @@ fn groups_and_device_types_have_keys_of_their_own() {
     assert!(shown(&["group", "list"]).contains("north"));
     let group = shown(&["group", "show", "north"]);
     assert!(group.contains("GBEK") && group.contains("pre-active"), "{group}");
+    let rotation = shown(&["group", "rotation", "north", "--behind"]);
+    for words in ["rolling out", "1,000   25 %", "[##########", "95 %", "member-left", METER, "in-service", "not begun"] {
+        assert!(rotation.contains(words), "{words}: {rotation}");
+    }
+    let json = shown(&["--output", "json", "group", "rotation", "north"]);
+    assert!(json.contains("\"acknowledged\": 1000") && json.contains("\"stage\": \"rolling-out\""), "{json}");
+    assert!(shown(&["group", "switch", "north", "--to", "2", "--early", "--reason", "stolen", "--yes"]).contains("switched: the former version"));
+    assert_eq!(server.kms(&["group", "switch", "north", "--to", "2", "--yes"]).status.code(), Some(1));
+    assert_eq!(server.kms(&["group", "switch", "north", "--to", "2", "--early", "--yes"]).status.code(), Some(2), "without a reason");
+    assert!(shown(&["group", "set", "north", "--switch-at", "98"]).contains("98 % of its members"));
+    assert!(shown(&["group", "add-members", "north", "--meter", METER]).contains("1 meter put into the group"));
+    let gone = shown(&["group", "remove-members", "north", "--meter", METER, "--compromised", "--reason", "opened", "--yes"]);
+    assert!(gone.contains("1 meter taken out of the group"), "{gone}");
     let made = shown(&["group", "key", "create", "north", "--type", "GBEK"]);
     assert!(made.contains("pre-active, generated") && made.contains("rotation"), "{made}");
     let made = shown(&["group", "key", "create", "north", "--type", "GBEK", "--setup", "0.0.43.0.0.255", "--held-by-meters"]);
@@ -548,6 +561,58 @@ impl group_service_server::GroupService for Mock {
         let state = if request.held_by_meters { "active" } else { "pre-active" };
         Ok(Response::new(CreateKeyResponse { version: Some(new_version(state)) }))
     }
+
+    async fn show_group_rotation(&self, request: Request<ShowGroupRotationRequest>) -> Answer<GroupRotation> {
+        let request = request.into_inner();
+        assert_eq!((request.group.as_str(), request.key_type.as_str()), ("north", "GBEK"));
+        Ok(Response::new(rotation("rolling-out")))
+    }
+
+    async fn list_members_behind(&self, _: Request<ListMembersBehindRequest>) -> Answer<ListMembersBehindResponse> {
+        let member = MemberBehind { meter: octets(METER), status: "in-service".into(), acknowledged_version: 1, delivered: true, ..Default::default() };
+        Ok(Response::new(ListMembersBehindResponse { members: vec![member], ..Default::default() }))
+    }
+
+    async fn switch_group_key(&self, request: Request<SwitchGroupKeyRequest>) -> Answer<GroupRotation> {
+        let request = request.into_inner();
+        match (request.version, request.early, request.reason.as_str()) {
+            (2, true, "stolen") => Ok(Response::new(rotation("switched"))),
+            _ => Err(Status::failed_precondition("fewer than 95 % of the members have acknowledged the new version")),
+        }
+    }
+
+    async fn set_switch_threshold(&self, request: Request<SetSwitchThresholdRequest>) -> Answer<Group> {
+        let request = request.into_inner();
+        Ok(Response::new(Group { number: 7, name: request.group, switch_threshold_percent: request.percent, ..Default::default() }))
+    }
+
+    async fn change_group_members(&self, request: Request<ChangeGroupMembersRequest>) -> Answer<ChangeMetersResponse> {
+        let request = request.into_inner();
+        let needs_reason = request.change() != MembershipChange::Add;
+        assert_eq!((request.meters.as_slice(), request.reason.is_empty()), ([octets(METER)].as_slice(), !needs_reason));
+        Ok(Response::new(ChangeMetersResponse { changed: 1, ..Default::default() }))
+    }
+}
+
+fn rotation(stage: &str) -> GroupRotation {
+    GroupRotation {
+        group: "north".into(),
+        security_setup: vec![0, 0, 43, 0, 0, 255].into(),
+        key_type: "GBEK".into(),
+        active_version: 1,
+        version: 2,
+        stage: stage.into(),
+        threshold_percent: 95,
+        members: 4_000,
+        acknowledged: 1_000,
+        unacknowledged: 20,
+        wanted_because: vec!["member-left".into()],
+        ..Default::default()
+    }
+}
+
+fn octets(hex: &str) -> Bytes {
+    hex::decode(hex).unwrap().into()
 }
 
 fn new_version(state: &str) -> KeyVersion {
@@ -706,7 +771,7 @@ impl grant_service_server::GrantService for Mock {
         shared.calls.push("open_session");
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as i64;
         let envelope = seal(&shared, &request, now);
-        Ok(Response::new(OpenSessionResponse { envelopes: vec![envelope], audit_leaf: vec![7; 32].into() }))
+        Ok(Response::new(OpenSessionResponse { envelopes: vec![envelope], audit_leaf: vec![7; 32].into(), rotation: None }))
     }
 
     async fn open_group_session(&self, request: Request<OpenGroupSessionRequest>) -> Answer<OpenSessionResponse> {

@@ -91,12 +91,20 @@ impl GrantService for Server {
             None => {}
         }
         // Always the keys of meter 1, whatever was asked for.
-        Ok(Response::new(proto::OpenSessionResponse { envelopes: chunk(&request.get_ref().request_id, 0).envelopes, audit_leaf: vec![7; 32].into() }))
+        Ok(Response::new(proto::OpenSessionResponse {
+            envelopes: chunk(&request.get_ref().request_id, 0).envelopes,
+            audit_leaf: vec![7; 32].into(),
+            rotation: None,
+        }))
     }
 
     async fn open_group_session(&self, request: Request<proto::OpenGroupSessionRequest>) -> Result<Response<proto::OpenSessionResponse>, Status> {
         // The keys of a meter, where a group was asked for.
-        Ok(Response::new(proto::OpenSessionResponse { envelopes: chunk(&request.get_ref().request_id, 0).envelopes, audit_leaf: vec![7; 32].into() }))
+        Ok(Response::new(proto::OpenSessionResponse {
+            envelopes: chunk(&request.get_ref().request_id, 0).envelopes,
+            audit_leaf: vec![7; 32].into(),
+            rotation: None,
+        }))
     }
 
     type OpenSessionsStream = Steps<proto::OpenSessionsResponse>;
@@ -182,6 +190,6 @@ async fn a_session_is_asked_for_again_and_must_be_with_the_meter_that_was_asked_
     assert_eq!((session.keys.request_id, session.audit_leaf.len()), (request_id, 32));
     let other = connection.open_session(&key, request_id, meter(2), proto::SessionTerms::default(), &options()).await;
     assert!(matches!(other.unwrap_err(), SessionError::Open(_)));
-    let group = connection.open_group_session(&key, request_id, "north", proto::SessionTerms::default(), &options()).await;
+    let group = connection.open_group_session(&key, request_id, "north", None, proto::SessionTerms::default(), &options()).await;
     assert!(matches!(group.unwrap_err(), SessionError::Open(_)), "keys of a meter are no answer for a group");
 }

@@ -1,6 +1,6 @@
 //! `key_transfer`, method 2 of a security setup object (class 64): brings a new key, wrapped under the meter's KEK.
 
-use kms_domain::{KeyLength, KeyType, SecuritySetupId};
+use kms_domain::{KeyLength, SecuritySetupId};
 
 use crate::DlmsError;
 
@@ -12,18 +12,12 @@ pub struct KeyTransfer {
 }
 
 impl KeyTransfer {
-    /// A new key of `key_type` in its RFC 3394 wrap under the meter's KEK: 24 octets, or 40 in suite 2.
+    /// A new key in its RFC 3394 wrap under the meter's KEK: 24 octets, or 40 for a key of 32 octets. `key_id` is 0 GUEK, 1 GBEK, 2 GAK, 3 KEK, or one
+    /// that the vendor has for a key of its own.
     ///
     /// # Errors
-    /// `key_transfer` does not carry this type, or the wrapped key has another length.
-    pub fn new(key_type: KeyType, wrapped: &[u8]) -> Result<Self, DlmsError> {
-        let key_id = match key_type {
-            KeyType::GUEK => 0,
-            KeyType::GBEK => 1,
-            KeyType::GAK => 2,
-            KeyType::KEK => 3,
-            other => return Err(DlmsError::invalid("key_transfer", format!("{other} is not one of GUEK, GBEK, GAK and KEK"))),
-        };
+    /// The wrapped key has another length.
+    pub fn new(key_id: u8, wrapped: &[u8]) -> Result<Self, DlmsError> {
         if ![KeyLength::Aes128, KeyLength::Aes256].iter().any(|length| length.wrapped_octets() == wrapped.len()) {
             return Err(DlmsError::invalid("key_transfer", format!("a wrapped key of {} octets, not 24 or 40", wrapped.len())));
         }

@@ -136,10 +136,12 @@ fn exception_responses() {
 #[test]
 fn key_transfer_takes_what_a_meter_takes() {
     for (key_type, id) in [(KeyType::GUEK, 0), (KeyType::GBEK, 1), (KeyType::GAK, 2), (KeyType::KEK, 3)] {
-        assert_eq!(KeyTransfer::new(key_type, &[7; 40]).unwrap().argument()[..8], [1, 1, 2, 2, 0x16, id, 9, 40]);
+        assert_eq!(key_type.standard_key_id(), Some(id));
+        assert_eq!(KeyTransfer::new(id, &[7; 40]).unwrap().argument()[..8], [1, 1, 2, 2, 0x16, id, 9, 40]);
     }
-    assert!(KeyTransfer::new(KeyType::FIRMWARE, &[7; 24]).is_err());
-    assert!(KeyTransfer::new(KeyType::GUEK, &[7; 16]).is_err());
+    assert_eq!((KeyType::FIRMWARE.standard_key_id(), KeyType::LLS_SECRET.is_transferable()), (None, false));
+    assert_eq!(KeyTransfer::new(200, &[7; 24]).unwrap().argument()[..8], [1, 1, 2, 2, 0x16, 200, 9, 24]);
+    assert!(KeyTransfer::new(0, &[7; 16]).is_err());
 }
 
 proptest! {

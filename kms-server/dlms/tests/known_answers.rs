@@ -11,7 +11,7 @@ use kms_dlms::{
     AuthenticationTag, CipheredApdu, CipheredTag, HlsGmac, InitiateRequest, KeySet, KeyTransfer, Nonce, Protection, SecurityControl, ServiceKind,
     ServiceRequest,
 };
-use kms_domain::{KeyType, SecuritySetupId, SecuritySuite, SystemTitle};
+use kms_domain::{SecuritySetupId, SecuritySuite, SystemTitle};
 use zeroize::Zeroizing;
 
 const EK: &str = "000102030405060708090A0B0C0D0E0F";
@@ -97,7 +97,7 @@ fn the_answers_to_hls_5_challenges() {
 fn a_whole_key_transfer() {
     let mut wrapped = [0; 24];
     aes_kw::KwAes128::new(&[0x31; 16].into()).wrap_key(&hex("A0A1A2A3A4A5A6A7A8A9AAABACADAEAF"), &mut wrapped).unwrap();
-    let transfer = KeyTransfer::new(KeyType::GUEK, &wrapped).unwrap();
+    let transfer = KeyTransfer::new(0, &wrapped).unwrap();
     let plain = transfer.action_request(SecuritySetupId::parse("0.0.43.0.2.255").unwrap(), 0xC1);
     let expected = "C301C1004000002B0002FF02010101020216000918C97E5B71207F159EDDCCB965D7DCF3FD1A14AC7F2CF25E1E";
     assert_eq!(hex::encode_upper(&plain), expected);

@@ -95,12 +95,13 @@ impl CampaignAction {
     /// The rotation of one type of key.
     ///
     /// # Errors
-    /// It is none of the keys that `key_transfer` of class 64 brings: KEK, GUEK, GBEK, GAK (DLMS UA 1000-1, 4.4.7).
+    /// It is none of the keys that `key_transfer` of class 64 could bring ([`KeyType::is_transferable`]). Which of the others than KEK, GUEK, GBEK and GAK
+    /// a meter takes is said by its device profile.
     pub fn rotate(key_type: KeyType) -> Result<Self, ParseError> {
-        if TRANSFERABLE.contains(&key_type) {
+        if key_type.is_transferable() {
             Ok(Self::Rotate(key_type))
         } else {
-            Err(ParseError::new("key type", format!("a {key_type} is not brought by key_transfer; KEK, GUEK, GBEK and GAK are")))
+            Err(ParseError::new("key type", format!("a {key_type} is not brought by key_transfer, which carries wrapped AES keys only")))
         }
     }
 
@@ -668,7 +669,6 @@ fn take_over_steps(meter: &Meter, setup: Option<SecuritySetupId>) -> impl Iterat
     })
 }
 
-const TRANSFERABLE: [KeyType; 4] = [KeyType::KEK, KeyType::GUEK, KeyType::GBEK, KeyType::GAK];
 /// A new KEK brings a new GUEK with it; then what else was imported.
 const TAKE_OVER_ORDER: [KeyType; 4] = [KeyType::KEK, KeyType::GAK, KeyType::GUEK, KeyType::GBEK];
 

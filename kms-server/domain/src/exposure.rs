@@ -51,11 +51,30 @@ pub enum ExposureReason {
     TransferUnderExposedKek,
     /// An officer reported that the party knows the key.
     Reported,
+    /// A meter that held the group's key has left the group.
+    MemberLeft,
+    /// A meter that held the group's key was retired or replaced.
+    MemberRetired,
+    /// A meter that held the group's key was reported compromised.
+    MemberCompromised,
 }
 
 impl ExposureReason {
     /// All reasons.
-    pub const ALL: [Self; 6] = [Self::Shipment, Self::PlainShipment, Self::Grant, Self::Bundle, Self::TransferUnderExposedKek, Self::Reported];
+    pub const ALL: [Self; 9] = [
+        Self::Shipment,
+        Self::PlainShipment,
+        Self::Grant,
+        Self::Bundle,
+        Self::TransferUnderExposedKek,
+        Self::Reported,
+        Self::MemberLeft,
+        Self::MemberRetired,
+        Self::MemberCompromised,
+    ];
+
+    /// The reasons for which the key of a group has to be rotated: somebody who is no member any more holds it.
+    pub const OF_MEMBERS: [Self; 3] = [Self::MemberLeft, Self::MemberRetired, Self::MemberCompromised];
 
     /// The number in rows and audit records, from 1; it never changes.
     pub const fn number(self) -> u32 {
@@ -66,6 +85,9 @@ impl ExposureReason {
             Self::Bundle => 4,
             Self::TransferUnderExposedKek => 5,
             Self::Reported => 6,
+            Self::MemberLeft => 7,
+            Self::MemberRetired => 8,
+            Self::MemberCompromised => 9,
         }
     }
 
@@ -74,7 +96,7 @@ impl ExposureReason {
     /// # Errors
     /// No reason has the number.
     pub fn from_number(number: u32) -> Result<Self, ParseError> {
-        Self::ALL.into_iter().find(|reason| reason.number() == number).ok_or_else(|| ParseError::new("exposure reason", format!("`{number}` is not 1 to 6")))
+        Self::ALL.into_iter().find(|reason| reason.number() == number).ok_or_else(|| ParseError::new("exposure reason", format!("`{number}` is not 1 to 9")))
     }
 
     /// The name in output.
@@ -86,6 +108,9 @@ impl ExposureReason {
             Self::Bundle => "bundle",
             Self::TransferUnderExposedKek => "transfer-under-exposed-kek",
             Self::Reported => "reported",
+            Self::MemberLeft => "member-left",
+            Self::MemberRetired => "member-retired",
+            Self::MemberCompromised => "member-compromised",
         }
     }
 }

@@ -79,6 +79,29 @@ impl KeyType {
         }
     }
 
+    /// The id that `key_transfer` has for the type (IEC 62056-6-2, class 64, method 2): 0 GUEK, 1 GBEK, 2 GAK, 3 KEK. Other types have one only where
+    /// a device profile says so ([`crate::KeyProfile::key_id`]).
+    pub const fn standard_key_id(self) -> Option<u8> {
+        match self {
+            Self::GUEK => Some(0),
+            Self::GBEK => Some(1),
+            Self::GAK => Some(2),
+            Self::KEK => Some(3),
+            _ => None,
+        }
+    }
+
+    /// Whether an exchange shows which version a meter holds. A meter that has got a key of another type can only acknowledge it.
+    pub const fn is_shown_by_exchanges(self) -> bool {
+        matches!(self, Self::KEK | Self::GUEK | Self::GAK)
+    }
+
+    /// Whether `key_transfer` could bring a key of this type: an AES key that lasts, wrapped under the meter's KEK. Secrets (class 15: LLS secret,
+    /// `change_HLS_secret`) travel in plaintext inside a ciphered request, and none leaves the HSM so (I1).
+    pub const fn is_transferable(self) -> bool {
+        self.is_aes() && !matches!(self, Self::DEDICATED)
+    }
+
     /// Whether keys of this type are AES keys; the others are secrets of 1–255 octets (docs/formats.md).
     pub const fn is_aes(self) -> bool {
         !matches!(self, Self::LLS_SECRET | Self::HLS_SECRET)

@@ -8,6 +8,7 @@ mod counter;
 mod diversification;
 mod error;
 mod exposure;
+mod group;
 mod history;
 mod id;
 mod key;
@@ -37,6 +38,7 @@ pub use counter::{
 pub use diversification::{DiversificationContext, KeyDerivation};
 pub use error::ParseError;
 pub use exposure::{Exposure, ExposureReason, Party};
+pub use group::{BegunRotation, Group, GroupError, GroupRotation, MemberCounts, RotationStage, SwitchThreshold};
 pub use history::{CounterJump, DatabaseHistory, Timeline};
 pub use id::{
     CampaignId, CounterDomainId, DeviceTypeId, FlagId, GrantId, GroupId, IslandName, KeyVersionNumber, Owner, OwnerKind, PrincipalId, RequestId, Role,
@@ -44,7 +46,7 @@ pub use id::{
 };
 pub use key::{CounterPlace, Evidence, KeyMaterial, KeyOrigin, KeyState, KeyVersion, Transport, WrappedKey};
 pub use key_type::{KeyClass, KeyLength, KeyShape, KeyType, SecuritySuite};
-pub use meter::{DeviceProfileName, DeviceType, Group, KeyVersionId, Meter, MeterClass, MeterStatus, check_batch, check_serial};
+pub use meter::{DeviceProfileName, DeviceType, KeyVersionId, Meter, MeterClass, MeterStatus, check_batch, check_serial};
 pub use principal::{ClassRoots, DiversificationRoot, Island, IslandKind, PersonName, Principal, PrincipalCertificate, PrincipalStatus, TransportCertificate};
 pub use profile::{
     ClientProfile, CounterProfile, DeviceProfile, KeyProfile, MultipleClients, NewKeyOrigin, OnNewKey, ProfileError, ProfileKeyType, SetupProfile, Shipped,

@@ -196,6 +196,27 @@ impl Meter {
         Ok(())
     }
 
+    /// Puts the meter into a group, or takes it out. False: nothing is changed, since it is so already. What it holds of the group's keys stays
+    /// known in [`Self::shared`].
+    pub fn set_member(&mut self, group: GroupId, member: bool) -> bool {
+        match (self.class.groups.binary_search(&group), member) {
+            (Err(at), true) => self.class.groups.insert(at, group),
+            (Ok(at), false) => drop(self.class.groups.remove(at)),
+            _ => return false,
+        }
+        true
+    }
+
+    /// The newest version of a key of a group or device type that the meter has acknowledged.
+    pub fn acknowledged(&self, owner: Owner, setup: SecuritySetupId, key_type: KeyType) -> Option<KeyVersionNumber> {
+        self.shared_of(owner, setup, key_type).filter(|key| key.acknowledged).map(|key| key.version).max()
+    }
+
+    /// What left for the meter of a key of a group or device type.
+    pub fn shared_of(&self, owner: Owner, setup: SecuritySetupId, key_type: KeyType) -> impl Iterator<Item = &SharedKey> {
+        self.shared.iter().filter(move |key| (key.owner, key.setup, key.key_type) == (owner, setup, key_type))
+    }
+
     /// Ends the meter's identity: nothing of it is active any more. Its versions stay what they were, candidates too (I3), until the retention
     /// time has passed: see [`Self::expire_keys`]. A meter that is retired already stays as it is.
     ///
@@ -217,28 +238,6 @@ impl Meter {
         self.class.status = MeterStatus::Retired;
         self.retired = Some(now);
         Ok(())
-    }
-}
-
-/// A group of meters that share broadcast keys.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Group {
-    /// The island's number for it.
-    pub id: GroupId,
-    /// Its name: 1–64 octets of a–z, 0–9 and `-`, starting with a letter.
-    pub name: String,
-    /// The security suite of its members.
-    pub suite: SecuritySuite,
-    /// When it was made.
-    pub added: UnixMillis,
-    /// Its keys.
-    pub slots: Slots,
-}
-
-impl Group {
-    /// The group as an owner of keys.
-    pub const fn owner(&self) -> Owner {
-        Owner::Group(self.id)
     }
 }
 

@@ -115,6 +115,8 @@ pub struct KeyProfile {
     pub shipped: Shipped,
     /// Who owns it.
     pub owner: OwnerKind,
+    /// The id that `key_transfer` has for it in these meters; `None`: it is not brought over the air.
+    pub key_id: Option<u8>,
 }
 
 impl KeyProfile {
@@ -251,6 +253,7 @@ struct KeyTable {
     #[serde(default)]
     owner: OwnerName,
     octets: Option<Spanned<usize>>,
+    key_id: Option<Spanned<u8>>,
 }
 
 #[derive(Clone, Copy, Default, Deserialize)]
@@ -363,6 +366,11 @@ impl SetupTable {
             if keys.iter().any(|earlier| earlier.key_type == key.key_type) {
                 return Err(file.refuse(&table.key_type, "type: the security setup has this key twice"));
             }
+            if let Some(key_id) = &table.key_id
+                && keys.iter().any(|earlier| earlier.key_id == key.key_id)
+            {
+                return Err(file.refuse(key_id, "key_id: another key of the security setup has it"));
+            }
             keys.push(key);
         }
         if keys.is_empty() {
@@ -412,7 +420,19 @@ impl KeyTable {
         if owner != OwnerKind::Meter && self.shipped != Shipped::No {
             return Err(file.refuse(&self.key_type, "shipped: a shipment carries keys of meters only, so this must be `no`"));
         }
-        Ok(KeyProfile { key_type, origin, shape, shipped: self.shipped, owner })
+        let key_id = match (&self.key_id, key_type.standard_key_id()) {
+            (None, standard) => standard,
+            (Some(id), Some(_)) => return Err(file.refuse(id, format!("key_id: that of a {key_type} is fixed by the standard"))),
+            (Some(id), None) if *id.get_ref() < 4 => return Err(file.refuse(id, "key_id: 0 to 3 are GUEK, GBEK, GAK and KEK")),
+            (Some(id), None) if !key_type.is_transferable() => {
+                return Err(file.refuse(id, "key_id: key_transfer brings AES keys; a secret would travel in plaintext inside the request (I1)"));
+            }
+            (Some(id), None) if owner == OwnerKind::DeviceType => {
+                return Err(file.refuse(id, "key_id: which device type a meter is of is not on record, so the key of one is brought to none"));
+            }
+            (Some(id), None) => Some(*id.get_ref()),
+        };
+        Ok(KeyProfile { key_type, origin, shape, shipped: self.shipped, owner, key_id })
     }
 }
 
@@ -508,6 +528,8 @@ mod tests {
         assert_eq!((secret.shape, secret.shipped), (KeyShape::Secret, Shipped::Optional));
         assert!(secret.accepts_wrapped(24) && secret.accepts_wrapped(264) && !secret.accepts_wrapped(25) && !secret.accepts_wrapped(16));
         assert_eq!(profile.key(SecuritySetupId::DEFAULT, KeyType::FIRMWARE).unwrap().owner, OwnerKind::DeviceType);
+        let key_id = |key_type| profile.key(SecuritySetupId::DEFAULT, key_type).unwrap().key_id;
+        assert_eq!([KeyType::KEK, KeyType::OPTICAL_PORT, KeyType::M_BUS_CHILD, KeyType::FIRMWARE].map(key_id), [Some(3), Some(16), None, None]);
     }
 
     #[test]
@@ -533,6 +555,19 @@ mod tests {
             ("{ type = \"GBEK\", origin = \"generated\"", "{ type = \"GBEK\", origin = \"imported\"", "diversified"),
             ("{ type = \"GBEK\", origin = \"generated\"", "{ type = \"HLS-SECRET\", origin = \"generated\"", "imported"),
             ("{ type = \"GBEK\", origin = \"generated\"", "{ type = \"HLS-SECRET\", origin = \"imported\", shipped = \"no\"", "shipped"),
+            ("{ type = \"GBEK\", origin = \"generated\"", "{ type = \"GBEK\", origin = \"generated\", key_id = 9", "fixed by the standard"),
+            ("{ type = \"GBEK\", origin = \"generated\"", "{ type = \"OPTICAL-PORT\", origin = \"generated\", key_id = 3", "0 to 3"),
+            ("{ type = \"GBEK\", origin = \"generated\"", "{ type = \"HLS-SECRET\", origin = \"imported\", key_id = 9", "I1"),
+            (
+                "{ type = \"GBEK\", origin = \"generated\"",
+                "{ type = \"FIRMWARE\", origin = \"generated\", owner = \"device-type\", shipped = \"no\", key_id = 9",
+                "device type",
+            ),
+            (
+                "{ type = \"GBEK\", origin = \"generated\"",
+                "{ type = \"OPTICAL-PORT\", origin = \"generated\", key_id = 9 }, { type = \"M-BUS-CHILD\", origin = \"generated\", key_id = 9",
+                "another key",
+            ),
             ("on_new_key = \"continue\"", "on_new_key = \"reset\"", "reset_to"),
             ("scope = \"client-title\"", "scope = \"title\"", "title"),
             ("sap = 1", "sap = 0", "sap"),

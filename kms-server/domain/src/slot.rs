@@ -268,6 +268,22 @@ impl Slot {
         self.transition(number, KeyState::Active, now)
     }
 
+    /// Makes a pre-active version of a key that no exchange proves active, and the active one before it deactivated; its number, if there was one.
+    /// Both stay candidates: some meters hold the one, some the other.
+    ///
+    /// # Errors
+    /// There is no such version, or it is not pre-active.
+    pub(crate) fn switch_to(&mut self, number: KeyVersionNumber, now: UnixMillis) -> Result<Option<KeyVersionNumber>, SlotError> {
+        let former = self.active().map(KeyVersion::number);
+        let version = self.version_mut(number)?;
+        if version.state != KeyState::PreActive {
+            return Err(SlotError::Transition { number, from: version.state, to: KeyState::Active });
+        }
+        version.candidate = true;
+        self.prove(number, now)?;
+        Ok(former)
+    }
+
     /// I3: releases the candidates before the active version, once that has been active for `retention` milliseconds: the
     /// retention time has passed since a later version was proven. Returns whether any was released. Of a meter, see
     /// [`crate::Meter::release_candidates`].

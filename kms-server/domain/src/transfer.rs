@@ -218,7 +218,7 @@ pub enum Outcome {
     Probed,
     /// Nothing was shown. Every version that left may be the one that the meter holds.
     InDoubt,
-    /// It was withdrawn, its time ran out, or its key was reported compromised before it left.
+    /// It was withdrawn, its time ran out, its key was reported compromised before it left, or the meter has left the group whose key it is.
     Withdrawn,
 }
 
@@ -560,8 +560,11 @@ impl Meter {
         Ok(keys)
     }
 
+    /// A key that no exchange shows is brought again without further ado: no probe would settle the doubt.
     fn refuse_in_doubt(&self, setup: SecuritySetupId, key_types: &[KeyType], urgent: bool) -> Result<(), TransferError> {
-        match key_types.iter().find(|key_type| !urgent && self.slots.get(setup, **key_type).is_some_and(crate::Slot::unresolved)) {
+        let refused =
+            |key_type: &&KeyType| !urgent && key_type.is_shown_by_exchanges() && self.slots.get(setup, **key_type).is_some_and(crate::Slot::unresolved);
+        match key_types.iter().find(refused) {
             Some(key_type) => Err(TransferError::InDoubt { key_type: *key_type }),
             None => Ok(()),
         }
@@ -583,6 +586,10 @@ impl Meter {
         let key = *key;
         let slot = self.slots.get(setup, key.key_type);
         if key.owner == owner && slot.and_then(|slot| slot.version(key.version)).is_none_or(|version| version.state() != KeyState::PreActive) {
+            return Ok(Next::Done(Outcome::Withdrawn));
+        }
+        // The meter may have left the group since the transfer began.
+        if matches!(key.owner, Owner::Group(group) if !self.class.groups.contains(&group)) {
             return Ok(Next::Done(Outcome::Withdrawn));
         }
         transfer.delivered += 1;
@@ -659,6 +666,8 @@ impl Meter {
                         shared.acknowledged = true;
                     }
                 }
+                // It has taken the place of those before it.
+                self.shared.retain(|shared| (shared.owner, shared.setup, shared.key_type) != (key.owner, setup, key_type) || shared.version >= key.version);
                 findings.push(Finding::SharedAcknowledged { owner: key.owner, key_type, version: key.version });
                 Ok(Next::Done(Outcome::Acknowledged))
             }

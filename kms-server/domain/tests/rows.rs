@@ -175,8 +175,18 @@ fn a_retired_meter_stays_retired() {
 #[test]
 fn groups_device_types_principals_and_the_island_come_back() {
     let slots = in_use(&[KeyType::GBEK], imported, true).slots;
-    let group = Group { id: GroupId(3), name: "north".to_owned(), suite: SecuritySuite::Suite1, added: NOW, slots: slots.clone() };
+    let mut group = Group { slots: slots.clone(), ..Group::new(GroupId(3), "north".to_owned(), SecuritySuite::Suite1, NOW) };
+    let row = group.to_row().unwrap();
+    assert_eq!(Group::from_row(group.id, &island(), row.clone().into()).unwrap(), group);
+    group.switch_at = SwitchThreshold::new(80).unwrap();
+    let slot = group.slots.iter().next().unwrap();
+    let (setup, version) = (slot.setup(), slot.versions()[0].number());
+    group.roll_out(setup, KeyType::GBEK, version, Some(CampaignId::from_octets(&[7; 16]).unwrap()), NOW.after(5));
+    group.note_members(setup, KeyType::GBEK, version, MemberCounts { members: 5, acknowledged: 4, unacknowledged: 1 }, NOW.after(9));
+    assert_eq!(group.rotation(setup, KeyType::GBEK).unwrap().reached, Some(NOW.after(9)));
     assert_eq!(Group::from_row(group.id, &island(), group.to_row().unwrap().into()).unwrap(), group);
+    group.rotations[0].version = KeyVersionNumber::new(9).unwrap();
+    assert!(Group::from_row(group.id, &island(), group.to_row().unwrap().into()).is_err(), "a version that the group does not have");
 
     let device_type = DeviceType {
         id: DeviceTypeId(4),

@@ -262,6 +262,15 @@ fn a_key_of_a_group_is_acknowledged_and_recorded() {
 }
 
 #[test]
+fn a_meter_that_has_left_the_group_gets_nothing_more_of_it() {
+    let mut story = Story::new();
+    story.begin(OrderedKeys::Shared { owner: Owner::Group(GroupId(3)), key_type: KeyType::GBEK, version: number(7) });
+    assert!(story.meter.set_member(GroupId(3), false) && !story.meter.set_member(GroupId(3), false));
+    assert_eq!(story.exchange((1, 1)), Next::Done(Outcome::Withdrawn));
+    assert_eq!(story.meter.shared, []);
+}
+
+#[test]
 fn a_probe_delivers_nothing() {
     let mut story = Story::new();
     story.form = TransferForm::WrappedKey;

@@ -3,7 +3,7 @@
 use std::{num::NonZeroU32, pin::Pin, sync::Arc};
 
 use futures::{Stream, StreamExt, stream};
-use kms_domain::{GrantId, KeyType, PrincipalId, RequestId, SecuritySetupId, SystemTitle};
+use kms_domain::{GrantId, KeyType, KeyVersionNumber, PrincipalId, RequestId, SecuritySetupId, SystemTitle};
 use kms_proto::v1::{
     ListGrantsRequest, ListGrantsResponse, MeterRefusal, OpenGroupSessionRequest, OpenSessionRequest, OpenSessionResponse, OpenSessionsRequest,
     OpenSessionsResponse, RevokeGrantRequest, RevokeGrantResponse, grant_service_server::GrantService as Rpc,
@@ -49,11 +49,11 @@ impl Rpc for GrantApi {
             targets: GrantTargets::Meters(vec![SystemTitle::from_octets(&message.meter).map_err(ServiceError::parse("meter"))?]),
             terms: Arc::new(parse_terms(message.terms, &[KeyType::GUEK, KeyType::GAK])?),
         };
-        let Granted { envelopes, refusals, leaf } = self.service.open(&caller, chunk).await?;
+        let Granted { envelopes, refusals, leaf, rotation } = self.service.open(&caller, chunk).await?;
         if let Some((_, error)) = refusals.into_iter().next() {
             return Err(error.into());
         }
-        Ok(Response::new(OpenSessionResponse { envelopes, audit_leaf: leaf.map(|leaf| leaf.0.to_vec().into()).unwrap_or_default() }))
+        Ok(Response::new(OpenSessionResponse { envelopes, audit_leaf: leaf.map(|leaf| leaf.0.to_vec().into()).unwrap_or_default(), rotation }))
     }
 
     async fn open_group_session(&self, request: Request<OpenGroupSessionRequest>) -> Result<Response<OpenSessionResponse>, Status> {
@@ -68,14 +68,20 @@ impl Rpc for GrantApi {
             request: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
             index: 0,
             digest,
-            targets: GrantTargets::Group(parse_group_name(message.group, "group")?),
+            targets: GrantTargets::Group {
+                name: parse_group_name(message.group, "group")?,
+                version: match message.key_version {
+                    0 => None,
+                    number => Some(KeyVersionNumber::new(number).map_err(ServiceError::parse("key_version"))?),
+                },
+            },
             terms: Arc::new(terms),
         };
-        let Granted { envelopes, refusals, leaf } = self.service.open(&caller, chunk).await?;
+        let Granted { envelopes, refusals, leaf, rotation } = self.service.open(&caller, chunk).await?;
         if let Some((_, error)) = refusals.into_iter().next() {
             return Err(error.into());
         }
-        Ok(Response::new(OpenSessionResponse { envelopes, audit_leaf: leaf.map(|leaf| leaf.0.to_vec().into()).unwrap_or_default() }))
+        Ok(Response::new(OpenSessionResponse { envelopes, audit_leaf: leaf.map(|leaf| leaf.0.to_vec().into()).unwrap_or_default(), rotation }))
     }
 
     type OpenSessionsStream = Pin<Box<dyn Stream<Item = Result<OpenSessionsResponse, Status>> + Send>>;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kms_domain::{DeviceProfileName, FlagId, GroupId, RequestId, SecuritySetupId};
+use kms_domain::{DeviceProfileName, FlagId, GroupId, KeyType, KeyVersionNumber, RequestId, SecuritySetupId, SwitchThreshold, SystemTitle};
 use kms_proto::v1::{self, device_type_service_server::DeviceTypeService, group_service_server::GroupService};
 use prost::Message as _;
 use tonic::{Request, Response, Status};
@@ -14,8 +14,8 @@ use crate::{
     island::Island,
     service::{
         grant::request_digest,
-        meter,
-        owner::{NewDeviceType, NewOwnerKey, OwnerService},
+        meter::{self, Membership, MeterService},
+        owner::{NamedGroupKey, NewDeviceType, NewOwnerKey, OwnerService, Switch},
     },
 };
 
@@ -24,12 +24,13 @@ use crate::{
 pub struct OwnerApi {
     island: Arc<Island>,
     service: OwnerService,
+    meters: MeterService,
 }
 
 impl OwnerApi {
     /// Of an island.
     pub fn new(island: Arc<Island>) -> Self {
-        Self { service: OwnerService::new(island.clone()), island }
+        Self { service: OwnerService::new(island.clone()), meters: MeterService::new(island.clone()), island }
     }
 
     fn caller<T>(&self, request: &Request<T>) -> Result<Caller, ServiceError> {
@@ -74,6 +75,72 @@ impl GroupService for OwnerApi {
         let new = new_key(&message.security_setup, message.key_type, message.held_by_meters)?;
         Ok(Response::new(self.service.create_group_key(&caller, request, &name, new, profile.as_ref()).await?))
     }
+
+    async fn show_group_rotation(&self, request: Request<v1::ShowGroupRotationRequest>) -> Result<Response<v1::GroupRotation>, Status> {
+        let caller = self.caller(&request)?;
+        let message = request.into_inner();
+        let key = named_key(message.group, &message.key_type, &message.security_setup)?;
+        Ok(Response::new(self.service.rotation(&caller, &key).await?))
+    }
+
+    async fn list_members_behind(&self, request: Request<v1::ListMembersBehindRequest>) -> Result<Response<v1::ListMembersBehindResponse>, Status> {
+        let caller = self.caller(&request)?;
+        let message = request.into_inner();
+        let key = named_key(message.group, &message.key_type, &message.security_setup)?;
+        let after = match message.page_token.len() {
+            0 => None,
+            _ => Some(SystemTitle::from_octets(&message.page_token).map_err(ServiceError::parse("page_token"))?),
+        };
+        let limit = if message.page_size == 0 { DEFAULT_PAGE } else { message.page_size.min(LARGEST_PAGE) };
+        let page = self.service.members_behind(&caller, &key, after, usize::try_from(limit).unwrap_or(usize::MAX)).await?;
+        let next_page_token = page.next.map(|title| title.octets().to_vec().into()).unwrap_or_default();
+        Ok(Response::new(v1::ListMembersBehindResponse { members: page.members, next_page_token }))
+    }
+
+    async fn switch_group_key(&self, request: Request<v1::SwitchGroupKeyRequest>) -> Result<Response<v1::GroupRotation>, Status> {
+        let caller = self.caller(&request)?;
+        let message = request.into_inner();
+        let id = RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?;
+        if message.reason.len() > LONGEST_REASON || (message.early && message.reason.trim().is_empty()) {
+            return Err(ServiceError::invalid("reason", format!("not 1 to {LONGEST_REASON} octets: to switch early, the record must say why")).into());
+        }
+        let switch = Switch {
+            key: named_key(message.group, &message.key_type, &message.security_setup)?,
+            version: KeyVersionNumber::new(message.version).map_err(ServiceError::parse("version"))?,
+            early: message.early,
+            reason: message.reason,
+        };
+        Ok(Response::new(self.service.switch(&caller, id, switch).await?))
+    }
+
+    async fn set_switch_threshold(&self, request: Request<v1::SetSwitchThresholdRequest>) -> Result<Response<v1::Group>, Status> {
+        let caller = self.caller(&request)?;
+        let message = request.into_inner();
+        let id = RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?;
+        let threshold = SwitchThreshold::new(message.percent).map_err(ServiceError::parse("percent"))?;
+        let name = parse_group_name(message.group, "group")?;
+        Ok(Response::new(self.service.set_switch_threshold(&caller, id, &name, threshold).await?))
+    }
+
+    async fn change_group_members(&self, request: Request<v1::ChangeGroupMembersRequest>) -> Result<Response<v1::ChangeMetersResponse>, Status> {
+        let caller = self.caller(&request)?;
+        let message = request.into_inner();
+        let without_id = v1::ChangeGroupMembersRequest { request_id: bytes::Bytes::new(), ..message.clone() };
+        let digest = request_digest(&[b"ChangeGroupMembers", &without_id.encode_to_vec()]);
+        let request = meter::Request { id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?, digest };
+        let change = Membership::from_proto(message.change)?;
+        let name = parse_group_name(message.group, "group")?;
+        if message.meters.is_empty() || message.meters.len() > MeterService::MOST_METERS {
+            return Err(ServiceError::invalid("meters", format!("{} meters instead of 1 to {}", message.meters.len(), MeterService::MOST_METERS)).into());
+        }
+        if message.reason.len() > LONGEST_REASON || (change != Membership::Add && message.reason.trim().is_empty()) {
+            return Err(ServiceError::invalid("reason", format!("not 1 to {LONGEST_REASON} octets: the record must say why meters are taken out")).into());
+        }
+        let titles = message.meters.iter().enumerate();
+        let meters = titles.map(|(number, title)| SystemTitle::from_octets(title).map_err(ServiceError::parse(format!("meters[{number}]"))));
+        let meters = meters.collect::<Result<Vec<_>, ServiceError>>()?;
+        Ok(Response::new(self.meters.change_members(&caller, request, &name, meters, change, message.reason).await?))
+    }
 }
 
 #[tonic::async_trait]
@@ -113,6 +180,14 @@ impl DeviceTypeService for OwnerApi {
     }
 }
 
+fn named_key(group: String, key_type: &str, setup: &[u8]) -> Result<NamedGroupKey, ServiceError> {
+    Ok(NamedGroupKey {
+        group: parse_group_name(group, "group")?,
+        key_type: if key_type.is_empty() { KeyType::GBEK } else { KeyType::parse(key_type).map_err(ServiceError::parse("key_type"))? },
+        setup: parse_setup("security_setup", setup)?,
+    })
+}
+
 fn new_key(setup: &[u8], key_type: String, held_by_meters: bool) -> Result<NewOwnerKey, ServiceError> {
     if !(1..=LONGEST_KEY_TYPE).contains(&key_type.len()) {
         return Err(ServiceError::invalid("key_type", format!("{} octets instead of 1 to {LONGEST_KEY_TYPE}", key_type.len())));
@@ -123,3 +198,4 @@ fn new_key(setup: &[u8], key_type: String, held_by_meters: bool) -> Result<NewOw
 const DEFAULT_PAGE: u32 = 100;
 const LARGEST_PAGE: u32 = 1_000;
 const LONGEST_KEY_TYPE: usize = 32;
+const LONGEST_REASON: usize = 256;

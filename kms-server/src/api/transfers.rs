@@ -92,9 +92,12 @@ impl TransferApi {
         let key_type = match order.key_type.as_str() {
             "" => None,
             name => match KeyType::parse(name).map_err(ServiceError::parse(field("key_type")))? {
-                // The keys that key_transfer knows (IEC 62056-6-2, class 64, method 2).
-                known @ (KeyType::GUEK | KeyType::GBEK | KeyType::GAK | KeyType::KEK) => Some(known),
-                other => return Err(ServiceError::invalid(field("key_type"), format!("key_transfer brings GUEK, GBEK, GAK or KEK, not {other}"))),
+                // Which of them a meter takes is said by its device profile (IEC 62056-6-2, class 64, method 2).
+                known if known.is_transferable() => Some(known),
+                other => {
+                    let reason = format!("key_transfer brings wrapped AES keys, no {other}: secrets and dedicated keys would leave the HSM in plaintext (I1)");
+                    return Err(ServiceError::invalid(field("key_type"), reason));
+                }
             },
         };
         let form = match v1::TransferForm::try_from(order.form) {

@@ -847,6 +847,7 @@ fn projection(meter: &Meter) -> MeterProjection {
         status: u8::try_from(meter.class.status.number()).unwrap_or_default(),
         head_end: meter.class.head_end.as_ref().map(ToString::to_string),
         batch: Some(meter.batch.clone()).filter(|batch| !batch.is_empty()),
+        groups: meter.class.groups.iter().map(|group| group.0).collect(),
     }
 }
 
@@ -877,6 +878,7 @@ pub(crate) const fn event_kind(event: &Event) -> u16 {
         Event::SecurityEvent(_) => 24,
         Event::CeremonyHeld(_) => 25,
         Event::KeyCreated(_) => 26,
+        Event::GroupKeyChanged(_) => 33,
         Event::DeviceTypeAdded(_) => 27,
         Event::KeysDestroyed(_) => 30,
         Event::TransfersAdvanced(_) => 31,

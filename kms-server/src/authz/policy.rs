@@ -281,6 +281,8 @@ pub enum Action {
         purpose: Purpose,
         /// How long the grant is wanted.
         lifetime_seconds: u32,
+        /// A version is named, which may be the one before the active one.
+        named_version: bool,
     },
     /// A frame to be protected inside the HSM; once for each object that it names.
     ProtectFrame {
@@ -356,6 +358,22 @@ pub enum Action {
         key_type: KeyType,
         /// The members hold it already, so it is active at once.
         held_by_meters: bool,
+    },
+    /// How far the rotation of a group's key is, and who is left behind.
+    ShowGroupRotation,
+    /// Broadcasts use the new version from then on.
+    SwitchGroupKey {
+        /// The key type.
+        key_type: KeyType,
+        /// Although fewer members have it than the group's threshold says.
+        early: bool,
+    },
+    /// How many members must have a new version.
+    SetSwitchThreshold,
+    /// Putting meters into a group, or taking them out.
+    ChangeGroupMembers {
+        /// Putting in.
+        add: bool,
     },
     /// All device types, and what keys they have.
     ListDeviceTypes,
@@ -467,6 +485,10 @@ impl Action {
             Self::ListMeters { .. } => "listMeters",
             Self::ListGroups => "listGroups",
             Self::CreateGroupKey { .. } => "createGroupKey",
+            Self::ShowGroupRotation => "showGroupRotation",
+            Self::SwitchGroupKey { .. } => "switchGroupKey",
+            Self::SetSwitchThreshold => "setSwitchThreshold",
+            Self::ChangeGroupMembers { .. } => "changeGroupMembers",
             Self::ListDeviceTypes => "listDeviceTypes",
             Self::AddDeviceType => "addDeviceType",
             Self::CreateDeviceTypeKey { .. } => "createDeviceTypeKey",
@@ -503,11 +525,16 @@ impl Action {
                 ("lifetime_seconds", RestrictedExpression::new_long(i64::from(*lifetime_seconds))),
                 ("dedicated_key", RestrictedExpression::new_bool(*dedicated_key)),
             ],
-            Self::OpenGroupSession { key_type, purpose, lifetime_seconds } => vec![
+            Self::OpenGroupSession { key_type, purpose, lifetime_seconds, named_version } => vec![
                 ("key_type", text(&key_type.to_string())),
                 ("purpose", text(purpose.name())),
                 ("lifetime_seconds", RestrictedExpression::new_long(i64::from(*lifetime_seconds))),
+                ("named_version", RestrictedExpression::new_bool(*named_version)),
             ],
+            Self::SwitchGroupKey { key_type, early } => {
+                vec![("key_type", text(&key_type.to_string())), ("early", RestrictedExpression::new_bool(*early))]
+            }
+            Self::ChangeGroupMembers { add } => vec![("add", RestrictedExpression::new_bool(*add))],
             Self::CreateGroupKey { key_type, held_by_meters } | Self::CreateDeviceTypeKey { key_type, held_by_meters } => {
                 vec![("key_type", text(&key_type.to_string())), ("held_by_meters", RestrictedExpression::new_bool(*held_by_meters))]
             }
@@ -557,6 +584,8 @@ impl Action {
             | Self::RetireMeters
             | Self::ReplaceMeter
             | Self::ListGroups
+            | Self::ShowGroupRotation
+            | Self::SetSwitchThreshold
             | Self::ListDeviceTypes
             | Self::AddDeviceType
             | Self::ListPrincipals
@@ -584,7 +613,7 @@ impl fmt::Display for Action {
             Self::OpenSession { key_type, purpose, lifetime_seconds, .. } => {
                 write!(f, "openSession: {key_type} for {}, {lifetime_seconds} s", purpose.name())
             }
-            Self::OpenGroupSession { key_type, purpose, lifetime_seconds } => {
+            Self::OpenGroupSession { key_type, purpose, lifetime_seconds, .. } => {
                 write!(f, "openGroupSession: {key_type} for {}, {lifetime_seconds} s", purpose.name())
             }
             Self::CreateGroupKey { key_type, .. } | Self::CreateDeviceTypeKey { key_type, .. } => write!(f, "{}: {key_type}", self.name()),
@@ -1140,7 +1169,7 @@ mod tests {
         let group = GroupFacts { number: 7, name: "north".to_owned(), suite: 0 };
         let other = GroupFacts { number: 8, ..group.clone() };
         let device_type = DeviceTypeFacts { name: "meter-1".to_owned(), manufacturer: "KAM".to_owned(), device_profile: "gateway-suite0".to_owned() };
-        let broadcast = |key_type, purpose, lifetime_seconds| Action::OpenGroupSession { key_type, purpose, lifetime_seconds };
+        let broadcast = |key_type, purpose, lifetime_seconds| Action::OpenGroupSession { key_type, purpose, lifetime_seconds, named_version: false };
         let create = Action::CreateGroupKey { key_type: KeyType::GBEK, held_by_meters: false };
         let create_firmware = Action::CreateDeviceTypeKey { key_type: KeyType::FIRMWARE, held_by_meters: true };
         let (hes, officer, auditor) = (facts(Role::HeadEnd, "hes-1"), facts(Role::Officer, "ada"), facts(Role::Auditor, "bo"));

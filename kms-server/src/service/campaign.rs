@@ -15,7 +15,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use kms_domain::{Campaign, CampaignError, CampaignId, CampaignState, Principal, RequestId};
+use kms_domain::{Campaign, CampaignAction, CampaignError, CampaignId, CampaignState, Principal, RequestId};
 use kms_proto::v1::{self, CampaignApproved, CampaignChanged, audit_record::Event};
 use kms_store::{Reads, RequestKey, RequestRow, RowKind};
 
@@ -24,6 +24,7 @@ pub use self::{
     show::{ReportQuery, Watch},
     task::{LeaseQuery, TaskLease, begin_task, check_task, drop_task, end_task, holds_task, task_reads},
 };
+use super::owner::NewGroupVersion;
 use crate::{
     audit::{Actor, View},
     authz::{Action, Caller, Resource},
@@ -141,8 +142,13 @@ impl CampaignService {
             Change::Resume { .. } => self.wave_counts(&*self.load(id).await?).await?,
             _ => kms_domain::WaveCounts::default(),
         };
+        let new_version = match &change {
+            Change::Start => self.new_group_version(&*self.load(id).await?).await?,
+            _ => None,
+        };
         let key = RequestKey { principal: caller.principal.clone(), request: request.id, chunk: 0 };
-        let reads = Reads { sealed: vec![principal_row(&caller.principal), campaign_row(id)], requests: vec![key.clone()], ..Reads::default() };
+        let mut reads = Reads { sealed: vec![principal_row(&caller.principal), campaign_row(id)], requests: vec![key.clone()], ..Reads::default() };
+        reads.sealed.extend(new_version.iter().map(|new| (RowKind::Group, new.group.0.to_be_bytes().to_vec())));
         let actor = Actor::caller(caller, Some(request.id), action.name());
         let (island, caller) = (self.island.clone(), caller.clone());
         let committed = self
@@ -161,6 +167,9 @@ impl CampaignService {
                 let mut campaign = (*known).clone();
                 let event = change.apply(&mut campaign, &principal, &counts, view)?;
                 view.append(event);
+                if let Some(new_version) = &new_version {
+                    new_version.begin(view, id)?;
+                }
                 view.put_request(key.clone(), RequestRow { digest: request.digest, outcome: Vec::new(), expires: view.now().after(REPLAY_MS) });
                 view.put_campaign(campaign.clone())?;
                 Ok(Arc::new(campaign))
@@ -174,6 +183,16 @@ impl CampaignService {
             }
         }
         self.message(&campaign).await
+    }
+
+    /// The version of the group's key that a campaign brings to all members: one for the whole campaign, made when it starts.
+    async fn new_group_version(&self, campaign: &Campaign) -> Result<Option<NewGroupVersion>, ServiceError> {
+        match (campaign.content.action, campaign.content.selection.group) {
+            (CampaignAction::Rotate(key_type), Some(group)) if campaign.state == CampaignState::Approved => {
+                NewGroupVersion::prepare(&self.island, group, campaign.content.setup, key_type).await
+            }
+            _ => Ok(None),
+        }
     }
 
     /// A campaign as it stands in the database now.

@@ -10,8 +10,8 @@ use std::{
 
 use aws_lc_rs::digest;
 use kms_domain::{
-    CounterKey, GrantId, GroupId, KeyMaterial, KeyOrigin, KeyType, KeyVersion, KeyVersionNumber, Lease, Meter, MeterClass, Owner, ParseError, Party, Principal,
-    PrincipalId, RequestId, Role, SecuritySetupId, SecuritySuite, Slot, Standing, SystemTitle, UnixMillis,
+    CounterKey, GrantId, GroupId, KeyMaterial, KeyOrigin, KeyType, KeyVersion, KeyVersionNumber, Lease, MemberCounts, Meter, MeterClass, Owner, ParseError,
+    Party, Principal, PrincipalId, RequestId, Role, SecuritySetupId, SecuritySuite, Slot, Standing, SystemTitle, UnixMillis,
 };
 use kms_hsm::{Agreement, HsmError, KeySource, Recipient, RootVersion, WrappedKey};
 use kms_proto::v1::{self, AuditRecord, GrantedMeter, KeysGranted, audit_record::Event};
@@ -19,7 +19,7 @@ use kms_store::{AuditReference, GrantFilter, GrantRevocation, GrantRow, Reads, R
 use prost::Message as _;
 use tracing::Instrument as _;
 
-use super::group::Groups;
+use super::{group::Groups, owner::rotation_message};
 use crate::{
     audit::{Actor, AuditLeaf, CounterOf, OwnerRow, View, past_record, read_record},
     authz::{Action, Caller, GroupFacts, Policy, PrincipalFacts, Purpose, Resource},
@@ -78,8 +78,13 @@ pub struct Chunk {
 pub enum GrantTargets {
     /// Those of meters.
     Meters(Vec<SystemTitle>),
-    /// Those of a group of meters, by its name.
-    Group(String),
+    /// Those of a group of meters.
+    Group {
+        /// Its name.
+        name: String,
+        /// The version of its GBEK; `None`: the active one.
+        version: Option<KeyVersionNumber>,
+    },
 }
 
 /// What a chunk was answered with.
@@ -91,6 +96,8 @@ pub struct Granted {
     pub refusals: Vec<(Owner, ServiceError)>,
     /// The leaf of the grant's audit record, if anything was granted.
     pub leaf: Option<AuditLeaf>,
+    /// How the rotation of the group's GBEK is; of a group.
+    pub rotation: Option<v1::GroupRotation>,
 }
 
 /// The use case.
@@ -117,7 +124,7 @@ impl GrantService {
     pub async fn open(&self, caller: &Caller, chunk: Chunk) -> Result<Granted, ServiceError> {
         let meters = match &chunk.targets {
             GrantTargets::Meters(meters) => meters.len(),
-            GrantTargets::Group(_) => 1,
+            GrantTargets::Group { .. } => 1,
         };
         let granted = self.decide_and_carry_out(caller, chunk).instrument(tracing::debug_span!("grant", kms.meters = meters)).await;
         if let Err(error) = &granted {
@@ -135,7 +142,7 @@ impl GrantService {
                 reads.meters.clone_from(meters);
                 (meters.iter().copied().map(Owner::Meter).collect(), "openSession")
             }
-            GrantTargets::Group(name) => {
+            GrantTargets::Group { name, .. } => {
                 // A name that no group has is refused like a group that the caller gets nothing of.
                 let id = self.groups.find(&self.island, name).await?.unwrap_or(NO_GROUP);
                 reads.sealed.push((RowKind::Group, id.0.to_be_bytes().to_vec()));
@@ -209,7 +216,8 @@ impl GrantService {
     /// Wraps the keys of a recorded grant for the grantee, and seals the manifest.
     async fn carry_out(&self, plan: Plan, leaf: Option<AuditLeaf>) -> Result<Granted, ServiceError> {
         let Plan { entries, refusals, .. } = &plan;
-        let mut granted = Granted { envelopes: Vec::new(), refusals: refusals.clone(), leaf };
+        let rotation = entries.first().and_then(|entry| entry.rotation.clone());
+        let mut granted = Granted { envelopes: Vec::new(), refusals: refusals.clone(), leaf, rotation };
         if entries.is_empty() {
             metrics().grant_refused(granted.refusals.iter().map(|(_, error)| error));
             return Ok(granted);
@@ -345,6 +353,8 @@ struct PlannedKeys {
     suite: SecuritySuite,
     keys: Vec<PlannedKey>,
     lease: Option<(SystemTitle, KeyVersionNumber, Lease)>,
+    /// Of a group.
+    rotation: Option<v1::GroupRotation>,
 }
 
 struct PlannedKey {
@@ -414,7 +424,8 @@ impl Deciding {
             leaf: past.as_ref().map(|past| past.leaf),
         };
         let policy = self.island.policy.load();
-        let mut permissions = Permissions { policy: &policy, facts: facts(&principal), terms: &terms, decided: Vec::new() };
+        let named_version = matches!(self.chunk.targets, GrantTargets::Group { version: Some(_), .. });
+        let mut permissions = Permissions { policy: &policy, facts: facts(&principal), terms: &terms, named_version, decided: Vec::new() };
         for owner in self.owners.iter().copied() {
             let outcome = match &past {
                 None => view.attempt(|view| self.grant(view, owner, &principal, not_after, &mut permissions)),
@@ -457,12 +468,7 @@ impl Deciding {
         let mut unexposed = Vec::new();
         for key_type in &terms.key_types {
             let slot = row.slots().get(setup, *key_type).ok_or_else(|| no_key(&[*key_type], Some(setup)))?;
-            // Only the active version: a pre-active one is granted to nobody (I3), and earlier candidates are for those who probe.
-            let version = slot
-                .grantable()
-                .find(|grantable| grantable.standing == Standing::Active)
-                .map(|grantable| grantable.version)
-                .ok_or_else(|| no_key(&[*key_type], Some(setup)))?;
+            let version = self.lendable(&row, slot).ok_or_else(|| self.not_lendable(*key_type, setup))?;
             let party = Party::Principal(principal.id.clone());
             if !version.exposures().iter().any(|exposure| exposure.party == party && exposure.reason == kms_domain::ExposureReason::Grant) {
                 unexposed.push((*key_type, version.number()));
@@ -496,7 +502,28 @@ impl Deciding {
             }
             view.put_owner(changed)?;
         }
-        Ok(PlannedKeys { owner, name: name_of(&row), setup, suite, keys, lease })
+        Ok(PlannedKeys { owner, name: name_of(&row), setup, suite, keys, lease, rotation: rotation_of(&row, setup) })
+    }
+
+    /// Only the active version: a pre-active one is granted to nobody (I3), and earlier candidates are for those who probe. A group's former GBEK is
+    /// for members that its rotation has left behind.
+    fn lendable<'a>(&self, row: &'a OwnerRow, slot: &'a Slot) -> Option<&'a KeyVersion> {
+        match (row, &self.chunk.targets) {
+            (OwnerRow::Group(group), GrantTargets::Group { version, .. }) => {
+                group.lent(slot.setup(), slot.key_type(), version.filter(|_| slot.key_type() == KeyType::GBEK))
+            }
+            _ => slot.grantable().find(|grantable| grantable.standing == Standing::Active).map(|grantable| grantable.version),
+        }
+    }
+
+    fn not_lendable(&self, key_type: KeyType, setup: SecuritySetupId) -> ServiceError {
+        match &self.chunk.targets {
+            GrantTargets::Group { version: Some(version), .. } if key_type == KeyType::GBEK => ServiceError::FailedPrecondition {
+                reason: format!("{key_type} version {version} is neither the active one nor one that members are left behind with"),
+                next_step: "look at the rotation with `kms group rotation`, and ask for the active version".to_owned(),
+            },
+            _ => no_key(&[key_type], Some(setup)),
+        }
     }
 
     /// The row and its security suite, if policy lets the caller have all keys that it asks for (I8).
@@ -523,7 +550,7 @@ impl Deciding {
     fn denied(&self, owner: Owner) -> ServiceError {
         match (owner, &self.chunk.targets) {
             (Owner::Meter(title), _) => denied(title),
-            (_, GrantTargets::Group(name)) => ServiceError::denied(format!("{} with group {name}", self.action)),
+            (_, GrantTargets::Group { name, .. }) => ServiceError::denied(format!("{} with group {name}", self.action)),
             _ => ServiceError::denied(self.action),
         }
     }
@@ -540,7 +567,7 @@ impl Deciding {
         let mut keys = Vec::with_capacity(terms.key_types.len() + 1);
         for (key_type, number) in terms.key_types.iter().zip(&granted.versions) {
             let slot = row.slots().get(setup, *key_type).ok_or_else(|| overtaken("the key is gone"))?;
-            let version = slot.active().filter(|version| version.number().number() == *number).ok_or_else(|| overtaken("the key was rotated"))?;
+            let version = self.lendable(&row, slot).filter(|version| version.number().number() == *number).ok_or_else(|| overtaken("the key was rotated"))?;
             keys.push(PlannedKey { key_type: *key_type, version: Some(version.number()), source: source(owner, slot, version)?, in_doubt: slot.in_doubt() });
         }
         if terms.dedicated_key {
@@ -558,7 +585,7 @@ impl Deciding {
             }
             _ => None,
         };
-        Ok(PlannedKeys { owner, name: name_of(&row), setup, suite, keys, lease })
+        Ok(PlannedKeys { owner, name: name_of(&row), setup, suite, keys, lease, rotation: rotation_of(&row, setup) })
     }
 
     /// I2: one record for the chunk; grant and request name it.
@@ -687,6 +714,8 @@ struct Permissions<'a> {
     policy: &'a Policy,
     facts: PrincipalFacts,
     terms: &'a SessionTerms,
+    /// A version of a group's key was named.
+    named_version: bool,
     decided: Vec<(MeterClass, bool)>,
 }
 
@@ -708,7 +737,7 @@ impl Permissions<'_> {
         let (purpose, lifetime_seconds) = (self.terms.purpose, self.terms.lifetime_seconds);
         !self.terms.dedicated_key
             && self.terms.key_types.iter().all(|key_type| {
-                let action = Action::OpenGroupSession { key_type: *key_type, purpose, lifetime_seconds };
+                let action = Action::OpenGroupSession { key_type: *key_type, purpose, lifetime_seconds, named_version: self.named_version };
                 self.policy.permits(&self.facts, &action, &Resource::Group(group)).is_permit()
             })
     }
@@ -754,6 +783,12 @@ fn name_of(row: &OwnerRow) -> String {
         OwnerRow::Group(group) => group.name.clone(),
         OwnerRow::Meter(_) | OwnerRow::DeviceType(_) => String::new(),
     }
+}
+
+/// How the rotation of a group's GBEK is, without counts.
+fn rotation_of(row: &OwnerRow, setup: SecuritySetupId) -> Option<v1::GroupRotation> {
+    let OwnerRow::Group(group) = row else { return None };
+    group.slots.get(setup, KeyType::GBEK).map(|slot| rotation_message(group, slot.setup(), slot.key_type(), MemberCounts::default()))
 }
 
 /// Where the HSM takes a key version from.

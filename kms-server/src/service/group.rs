@@ -11,7 +11,7 @@ use std::{
     sync::Arc,
 };
 
-use kms_domain::{Group, GroupId, SecuritySuite, Slots};
+use kms_domain::{Group, GroupId, SecuritySuite};
 use kms_proto::v1::{MetersChanged, audit_record::Event};
 use kms_store::{Reads, RowKind};
 use tokio::sync::Mutex;
@@ -128,7 +128,7 @@ impl Groups {
                     }
                     let Some(name) = missing.pop_first() else { break };
                     let added = view.now();
-                    view.put_group(Group { id: GroupId(number), name: name.clone(), suite, added, slots: Slots::default() })?;
+                    view.put_group(Group::new(GroupId(number), name.clone(), suite, added))?;
                     view.append(Event::MetersChanged(MetersChanged {
                         change: "group-added".to_owned(),
                         value: format!("{number}: {name}"),

@@ -4,13 +4,14 @@ mod change;
 mod counter;
 mod enrol;
 mod filter;
+mod groups;
 mod show;
 #[cfg(test)]
 mod tests;
 
 use std::sync::Arc;
 
-use kms_domain::{Principal, RequestId, SystemTitle};
+use kms_domain::{Owner, Principal, RequestId, SystemTitle};
 use kms_proto::v1::{self, MeterProblemCode as Code};
 use kms_store::{Reads, RequestKey, RequestRow, RowKind};
 use prost::Message;
@@ -21,6 +22,7 @@ pub use self::{
     counter::CounterFloor,
     enrol::{Enrolment, NewMeter},
     filter::{Filter, Selection},
+    groups::Membership,
 };
 use super::group::Groups;
 use crate::{
@@ -124,7 +126,22 @@ impl MeterService {
                 groups.push(self.island.committer.open_group(*group, &row)?.name.clone());
             }
         }
-        Ok(shown.meter(&meter, groups, generation))
+        let mut shared_keys = Vec::with_capacity(meter.shared.len());
+        for key in &meter.shared {
+            let group = match key.owner {
+                // It may have left the group since.
+                Owner::Group(id) => self.island.group(id).await?.map(|(group, _)| group.name.clone()).unwrap_or_default(),
+                Owner::Meter(_) | Owner::DeviceType(_) => String::new(),
+            };
+            shared_keys.push(v1::SharedKey {
+                group,
+                security_setup: key.setup.obis().to_vec().into(),
+                key_type: key.key_type.to_string(),
+                version: key.version.number(),
+                acknowledged: key.acknowledged,
+            });
+        }
+        Ok(shown.meter(&meter, groups, shared_keys, generation))
     }
 
     /// A refusal of a call that only reads, put on the record.

@@ -2,6 +2,7 @@
 //!
 //! A shipment carries keys of meters only, so these are made here. A key that the meters do not hold yet is pre-active, and granted to nobody (I3).
 
+mod rotation;
 #[cfg(test)]
 mod tests;
 
@@ -15,6 +16,8 @@ use kms_proto::v1::{self, DeviceTypeAdded, KeyCreated, audit_record::Event};
 use kms_store::{Reads, RequestKey, RequestRow, RowKind};
 use prost::Message as _;
 
+pub use self::rotation::{BehindPage, NamedGroupKey, Switch};
+pub(in crate::service) use self::rotation::{NewGroupVersion, expose_to_former_member, message as rotation_message};
 use super::{
     grant::setup_record,
     group::Groups,
@@ -88,8 +91,13 @@ impl OwnerService {
                 // It may have been written between being read and being opened.
                 Err(_) => self.island.group(id).await?.ok_or_else(|| no_such_group(&id.0.to_string()))?.0,
             };
-            let suite = u32::from(group.suite.number());
-            page.groups.push(v1::Group { number: id.0, name: group.name.clone(), security_suite: suite, ..v1::Group::default() });
+            page.groups.push(v1::Group {
+                number: id.0,
+                name: group.name.clone(),
+                security_suite: u32::from(group.suite.number()),
+                switch_threshold_percent: u32::from(group.switch_at.percent()),
+                ..v1::Group::default()
+            });
             page.next = Some(id);
         }
         if rows.len() < usize::try_from(limit).unwrap_or(usize::MAX) {
@@ -113,6 +121,8 @@ impl OwnerService {
             security_suite: u32::from(group.suite.number()),
             security_setups: Shown { profile: None, slots: &group.slots, domains: Vec::new() }.setups(),
             generation,
+            switch_threshold_percent: u32::from(group.switch_at.percent()),
+            rotations: self.rotations(&group).await?,
         })
     }
 
@@ -320,6 +330,9 @@ impl OwnerService {
             let slot = recipe.slot(wrapped.clone(), state, view.now())?;
             let version = slot.version(KeyVersionNumber::FIRST).map(shown_version);
             row.slots_mut().insert(slot).map_err(|error| ServiceError::Internal(error.to_string()))?;
+            if let (OwnerRow::Group(group), false) = (&mut row, held_by_meters) {
+                Arc::make_mut(group).roll_out(recipe.setup, recipe.key_type, KeyVersionNumber::FIRST, None, view.now());
+            }
             view.append(Event::KeyCreated(KeyCreated {
                 // Kinds of sealed rows are numbered from 1, kinds of owners from 0.
                 owner_kind: u32::from(owner.kind().number()) + 1,

@@ -1,6 +1,9 @@
 //! How a new key is made: diversified or generated, as its device profile says.
 
-use kms_domain::{KeyLength, KeyOrigin, KeyProfile, KeyShape, KeyState, KeyType, NewKeyOrigin, NewKeyVersion, SecuritySetupId, Slot, UnixMillis, WrappedKey};
+use kms_domain::{
+    KeyLength, KeyMaterial, KeyOrigin, KeyProfile, KeyShape, KeyState, KeyType, KeyVersion, NewKeyOrigin, NewKeyVersion, SecuritySetupId, SecuritySuite, Slot,
+    UnixMillis, WrappedKey,
+};
 
 use crate::{error::ServiceError, island::Island};
 
@@ -30,6 +33,22 @@ impl Recipe {
         Some(Self { setup, key_type: key.key_type, origin, length })
     }
 
+    /// The recipe of the next version of a slot: as the version before it.
+    pub(super) fn again(island: &Island, slot: &Slot, suite: SecuritySuite) -> Self {
+        let last = slot.versions().last();
+        let root = island.row.roots(slot.key_type().class()).and_then(kms_domain::ClassRoots::current);
+        let length = match last.map(|version| (version.origin(), version.material())) {
+            Some((KeyOrigin::Diversified { length, .. }, _)) => length,
+            Some((_, KeyMaterial::Wrapped(wrapped))) if let KeyShape::Aes(length) = wrapped.shape() => length,
+            _ => suite.key_length(),
+        };
+        let origin = match (last.map(KeyVersion::origin), root) {
+            (Some(KeyOrigin::Diversified { .. }), Some(root)) => KeyOrigin::Diversified { root_version: root.version, derivation: root.derivation, length },
+            _ => KeyOrigin::Generated,
+        };
+        Self { setup: slot.setup(), key_type: slot.key_type(), origin, length }
+    }
+
     /// A key made at random in the HSM and wrapped under its storage KEK there; `None` if it is diversified, and stored nowhere.
     ///
     /// # Errors
@@ -49,8 +68,12 @@ impl Recipe {
     /// `wrapped` is not what [`Self::generate`] gave.
     pub(super) fn slot(&self, wrapped: Option<WrappedKey>, state: KeyState, now: UnixMillis) -> Result<Slot, ServiceError> {
         let mut slot = Slot::new(self.setup, self.key_type);
-        slot.add_version(NewKeyVersion { state, origin: self.origin, wrapped, fingerprint: None }, now)
-            .map_err(|error| ServiceError::Internal(error.to_string()))?;
+        slot.add_version(self.version(wrapped, state), now).map_err(|error| ServiceError::Internal(error.to_string()))?;
         Ok(slot)
+    }
+
+    /// A version for a slot. `wrapped` is what [`Self::generate`] gave.
+    pub(super) const fn version(&self, wrapped: Option<WrappedKey>, state: KeyState) -> NewKeyVersion {
+        NewKeyVersion { state, origin: self.origin, wrapped, fingerprint: None }
     }
 }

@@ -19,7 +19,7 @@ use crate::{
     island::Island,
 };
 
-/// Keeps an island's house.
+/// Keeps an island's house; on the way, the list of which meters are in which groups.
 #[derive(Clone)]
 pub struct Housekeeper {
     island: Arc<Island>,
@@ -74,11 +74,16 @@ impl Housekeeper {
             after = Some(last.title);
             report.rows_read += page.len() as u64;
             // A look without the seal only chooses the rows that the act reads again and verifies (I5); a row that is none is the scrubber's find.
-            let due = page.iter().filter(|row| {
-                let meter = Meter::from_row(row.title, self.island.name(), row.row.body.clone().into());
-                meter.is_ok_and(|mut meter| !meter.expire_keys(self.retention, now).is_empty())
-            });
-            let due: Vec<SystemTitle> = due.map(|row| row.title).collect();
+            let meters: Vec<Meter> = page.iter().filter_map(|row| Meter::from_row(row.title, self.island.name(), row.row.body.clone().into()).ok()).collect();
+            let members: Vec<_> = meters.iter().flat_map(|meter| meter.class.groups.iter().map(|group| (meter.title, group.0))).collect();
+            if !members.is_empty() {
+                let missing = self.island.store.complete_group_members(&members).await?;
+                if missing > 0 {
+                    tracing::warn!(missing, "meters were missing in the list of their groups' members, and are there again");
+                }
+            }
+            let due = meters.into_iter().filter_map(|mut meter| (!meter.expire_keys(self.retention, now).is_empty()).then_some(meter.title));
+            let due: Vec<SystemTitle> = due.collect();
             if !due.is_empty() {
                 self.expire_meters(due, now, &mut report).await?;
             }

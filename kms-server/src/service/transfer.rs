@@ -9,14 +9,14 @@ mod read;
 #[cfg(test)]
 mod task_tests;
 #[cfg(test)]
-mod tests;
+pub(in crate::service) mod tests;
 
 use std::{collections::HashMap, num::NonZeroU32, sync::Arc};
 
 use aws_lc_rs::digest;
 use futures::{StreamExt, TryStreamExt, stream};
 use kms_domain::{
-    CampaignTask, Confirmation, CounterPlace, Finding, GroupId, KeyOrigin, KeyShape, KeyState, KeyType, KeyVersionNumber, Meter, NewKeyOrigin, NewKeyVersion,
+    CampaignTask, Confirmation, CounterPlace, ExposureReason, Finding, GroupId, KeyOrigin, KeyShape, KeyState, KeyType, KeyVersionNumber, Meter, NewKeyOrigin, NewKeyVersion,
     Next, Observation, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, TaskWork, Transfer, TransferError, TransferForm,
     TransferId, TransferOrder, WrappedKey,
 };
@@ -376,7 +376,8 @@ impl TransferService {
     /// A new version as the device profile has it made; none for keys that the meter does not own.
     async fn new_version(&self, meter: &Meter, setup: Option<SecuritySetupId>, key_type: KeyType) -> Result<Option<NewKeyVersion>, ServiceError> {
         let Ok(setup) = setup_of(meter, setup) else { return Ok(None) };
-        if meter.slots.get(setup, key_type).is_none() {
+        // Nor for those that it does not take by key_transfer.
+        if meter.slots.get(setup, key_type).is_none() || emit::key_id(&self.island, meter, setup, key_type).is_none() {
             return Ok(None);
         }
         let profile = self.island.profiles.get(&meter.class.profile).and_then(|profile| profile.key(setup, key_type));
@@ -419,6 +420,12 @@ fn begin_one(
     let mut meter = own_meter(view, order.meter)?;
     permits_order(island, &facts(principal), &meter, order)?;
     let setup = setup_of(&meter, order.setup)?;
+    if let Some(key_type) = order.key_type.filter(|key_type| emit::key_id(island, &meter, setup, *key_type).is_none()) {
+        return Err(ServiceError::FailedPrecondition {
+            reason: format!("meters of device profile `{}` do not take a {key_type} by key_transfer in security setup {setup}", meter.class.profile),
+            next_step: "give the key its vendor's `key_id` in the device profile, if key_transfer brings it; else it is changed on site".to_owned(),
+        });
+    }
     let keys = ordered_keys(view, island, &meter, setup, order, prepared)?;
     let transfer_order = TransferOrder {
         id: transfer_id(request, order.meter)?,
@@ -444,6 +451,7 @@ fn begin_one(
         changed.withdraw_transfer(earlier.id, view.now()).map_err(|error| refused(&error))?;
     }
     changed.begin_transfer(transfer_order, view.now()).map_err(|error| refused(&error))?;
+    expose_delivered(view, changed)?;
     let meter = deal_counters(view, island, changed.clone())?;
     if let Some(earlier) = earlier {
         // It was given up: its time was over, or its lease was lost.
@@ -507,6 +515,7 @@ fn proceed_one(
     alert(view, &meter, &findings);
     match next {
         Next::Send => {
+            expose_delivered(view, &meter)?;
             let meter = deal_counters(view, island, (*meter).clone())?;
             if let Some(now) = &meter.transfer {
                 advances.push(&meter, now, now.stage.name(), now.step, &findings);
@@ -612,6 +621,23 @@ fn deal_counters(view: &mut View<'_, '_>, island: &Island, mut meter: Meter) -> 
     Ok(Arc::new(meter))
 }
 
+/// The key of a group that leaves under an exposed KEK is exposed to whoever knows that and recorded the traffic. Its own row says so.
+fn expose_delivered(view: &mut View<'_, '_>, meter: &Meter) -> Result<(), ServiceError> {
+    let Some(transfer) = meter.transfer.as_ref().filter(|transfer| matches!(transfer.stage, Stage::Deliver { .. })) else { return Ok(()) };
+    let Some((key, Owner::Group(id))) = transfer.current().map(|key| (key, key.owner)) else { return Ok(()) };
+    let kek = meter.slots.get(transfer.setup, KeyType::KEK).and_then(|slot| slot.version(key.kek));
+    let Some(kek) = kek.filter(|kek| !kek.exposures().is_empty()) else { return Ok(()) };
+    let Some(mut group) = view.group(id)? else { return Ok(()) };
+    let now = view.now();
+    let slot = Arc::make_mut(&mut group).slots.get_mut(transfer.setup, key.key_type);
+    let version = slot.and_then(|slot| slot.version_mut(key.version)).map_err(|error| ServiceError::Internal(error.to_string()))?;
+    let mut first = false;
+    for exposure in kek.exposures() {
+        first |= version.expose(exposure.party.clone(), ExposureReason::TransferUnderExposedKek, now);
+    }
+    if first { view.put_group((*group).clone()) } else { Ok(()) }
+}
+
 /// What officers have to see.
 fn alert(view: &mut View<'_, '_>, meter: &Meter, findings: &[Finding]) {
     for finding in findings {
@@ -648,15 +674,14 @@ fn ordered_keys(
                 .get(&meter.class.profile)
                 .and_then(|profile| profile.key(setup, key_type))
                 .is_some_and(|key| key.owner == kms_domain::OwnerKind::Group);
-            for group in meter.class.groups.iter().copied().filter(|_| owned_by_group) {
-                // The newest version that may be brought: pre-active where one is being rolled out, else the active one.
+            // A campaign is about one group; another order brings the key of the first group that has one.
+            let campaign = order.task.map(|task| view.campaign(task.campaign)).transpose()?.flatten();
+            let asked = campaign.and_then(|campaign| campaign.content.selection.group);
+            for group in meter.class.groups.iter().copied().filter(|group| owned_by_group && asked.is_none_or(|asked| asked == *group)) {
                 let Some(found) = view.group(group)? else { continue };
-                let version = found.slots.get(setup, key_type).and_then(|slot| {
-                    let usable = |version: &&kms_domain::KeyVersion| matches!(version.state(), KeyState::PreActive | KeyState::Active);
-                    slot.versions().iter().rev().find(usable).map(kms_domain::KeyVersion::number)
-                });
-                if let Some(version) = version {
-                    return Ok(OrderedKeys::Shared { owner: Owner::Group(group), key_type, version });
+                // The version that is being rolled out, else the active one.
+                if let Some(version) = found.newest(setup, key_type) {
+                    return Ok(OrderedKeys::Shared { owner: Owner::Group(group), key_type, version: version.number() });
                 }
             }
             Err(ServiceError::FailedPrecondition {

@@ -49,6 +49,7 @@ impl Bench<'_> {
             status: 1,
             head_end: Some(PrincipalId::parse("urn:meterkms:north:head-end:hes")?.to_string()),
             batch: Some("KAM-2026-0041".into()),
+            groups: Vec::new(),
         };
         for first in (0..self.meters).step_by(1_000) {
             let mut changes = Changes { audit: vec![self.record(400)], ..Changes::default() };

@@ -58,6 +58,10 @@ pub trait Store: Send + Sync {
     /// Up to `limit` meters after a title, in order of titles as signed integers. With an empty filter: what the scrubber walks (I5).
     async fn meter_page(&self, filter: &MeterFilter, after: Option<SystemTitle>, limit: u32) -> Result<Vec<MeterRow>, StoreError>;
 
+    /// Adds what is missing of the search columns that say which meters are in which groups, each meter with one group's number; how many were missing.
+    /// Acts keep them by themselves: this is for what was lost, or written before there were such columns.
+    async fn complete_group_members(&self, members: &[(SystemTitle, u64)]) -> Result<u64, StoreError>;
+
     /// How many meters match. Reads an index or the whole table.
     async fn meter_count(&self, filter: &MeterFilter) -> Result<u64, StoreError>;
 

@@ -107,6 +107,8 @@ pub struct MeterProjection {
     pub head_end: Option<String>,
     /// The shipment's batch.
     pub batch: Option<String>,
+    /// The numbers of its groups, each once.
+    pub groups: Vec<u64>,
 }
 
 /// Which meters to list. Empty: all.
@@ -122,6 +124,8 @@ pub struct MeterFilter {
     pub head_end: Assigned,
     /// Of this batch.
     pub batch: Option<String>,
+    /// In the group with this number.
+    pub group: Option<u64>,
 }
 
 /// How meters are assigned.

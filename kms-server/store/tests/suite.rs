@@ -245,6 +245,13 @@ async fn meters_are_found_by_their_projections(f: Fixture) {
             projection.status = (number % 3) as u8;
             projection.head_end = (number % 5 == 0).then(|| "urn:meterkms:north:head-end:hes".into());
             projection.batch = Some(format!("batch {}", number / 50));
+            projection.groups = if number % 10 == 0 {
+                vec![3, 4]
+            } else if number % 2 == 0 {
+                vec![4]
+            } else {
+                Vec::new()
+            };
             MeterPut::insert(title(number), row(1, ""), projection)
         })
         .collect();
@@ -262,12 +269,26 @@ async fn meters_are_found_by_their_projections(f: Fixture) {
     assert_eq!(count(MeterFilter { batch: Some("batch 1".into()), vendor: Some("KAM".into()), ..Default::default() }).await, 25);
     let assigned = MeterFilter { head_end: Assigned::To("urn:meterkms:north:head-end:hes".into()), ..Default::default() };
     assert_eq!(count(assigned.clone()).await, 20);
+    let in_group = |group| MeterFilter { group: Some(group), ..Default::default() };
+    assert_eq!((count(in_group(3)).await, count(in_group(4)).await, count(in_group(5)).await), (10, 50, 0));
+    assert_eq!(count(MeterFilter { status: Some(0), ..in_group(4) }).await, 16);
+    // The pages of a group follow each other.
+    let first = f.store.meter_page(&in_group(4), None, 30).await.unwrap();
+    let second = f.store.meter_page(&in_group(4), first.last().map(|row| row.title), 30).await.unwrap();
+    assert_eq!((first.len(), second.len(), second.last().unwrap().title), (30, 20, title(100)));
     // A new generation leaves the columns, or changes them.
     let mut moved = projection();
     moved.head_end = None;
+    moved.groups = vec![5];
     let meters = vec![MeterPut::update(title(5), row(2, "")), MeterPut::update_projection(title(10), row(2, ""), moved)];
     write(&*f.store, Changes { meters, ..Changes::default() }).await.unwrap();
     assert_eq!(count(assigned).await, 19);
+    assert_eq!((count(in_group(3)).await, count(in_group(4)).await, count(in_group(5)).await), (9, 49, 1));
+    // What is missing is added, and nothing else.
+    let members = [(title(2), 4), (title(10), 5), (title(11), 5), (title(11), 6)];
+    assert_eq!(f.store.complete_group_members(&members).await.unwrap(), 2);
+    assert_eq!(f.store.complete_group_members(&members).await.unwrap(), 0);
+    assert_eq!((count(in_group(4)).await, count(in_group(5)).await, count(in_group(6)).await), (49, 2, 1));
 }
 
 async fn audit_is_walked_in_order(f: Fixture) {

@@ -83,6 +83,9 @@ pub struct SecuritySetupConfig {
     pub gbek: Option<SymmetricKey>,
     /// Master key.
     pub kek: SymmetricKey,
+    /// Keys of the vendor's, by their id in `key_transfer`: 4 to 255.
+    #[serde(default)]
+    pub vendor_keys: BTreeMap<u8, SymmetricKey>,
     /// The client titles that may associate; absent means any.
     #[serde(default)]
     pub client_titles: Option<Vec<SystemTitle>>,
@@ -110,6 +113,7 @@ impl SecuritySetupConfig {
             gak,
             gbek: None,
             kek,
+            vendor_keys: BTreeMap::new(),
             client_titles: None,
             counter_scope: CounterScope::default(),
             counter_floors: BTreeMap::new(),

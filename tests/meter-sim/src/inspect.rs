@@ -1,6 +1,6 @@
 //! What a test may ask of a meter: its keys, its counters, and every nonce that was used.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use crate::security::TAG_LENGTH;
 use crate::{Meter, Obis, SymmetricKey, SystemTitle};
@@ -16,6 +16,8 @@ pub struct InspectedKeys {
     pub gbek: Option<SymmetricKey>,
     /// Master key.
     pub kek: SymmetricKey,
+    /// Keys of the vendor's, by their id in `key_transfer`.
+    pub vendor_keys: BTreeMap<u8, SymmetricKey>,
 }
 
 /// An encryption key of a meter, without its value. A value that comes back has its old generation.

@@ -73,6 +73,9 @@ impl MeterState {
             let Some((id, wrapped)) = read_item(item) else {
                 return (keys, Some(DataAccessResult::TYPE_UNMATCHED.0));
             };
+            if matches!(id, KeyId::Vendor(number) if !setup.vendor_keys.contains_key(&number)) {
+                return (keys, Some(DataAccessResult::TYPE_UNMATCHED.0));
+            }
             let key = crate::security::unwrap_key(&kek, wrapped).ok().filter(|key| key.expose().len() == self.suite().key_length());
             let Some(key) = key else {
                 return (keys, Some(self.config.behaviour.wrong_kek_result));
@@ -106,7 +109,7 @@ fn read_item(item: &Data) -> Option<(KeyId, &[u8])> {
         return None;
     };
     match fields.as_slice() {
-        [Data::Enum(id), Data::OctetString(wrapped)] => Some((KeyId::try_from(*id).ok()?, wrapped)),
+        [Data::Enum(id), Data::OctetString(wrapped)] => Some((KeyId::from(*id), wrapped)),
         _ => None,
     }
 }

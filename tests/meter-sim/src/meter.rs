@@ -71,6 +71,7 @@ impl Meter {
             gak: setup.gak.current().key.clone(),
             gbek: setup.gbek.as_ref().map(|gbek| gbek.current().key.clone()),
             kek: setup.kek.current().key.clone(),
+            vendor_keys: setup.vendor_keys.iter().map(|(id, history)| (*id, history.current().key.clone())).collect(),
         })
     }
 
@@ -277,6 +278,7 @@ pub(crate) struct Setup {
     pub(crate) gak: KeyHistory,
     pub(crate) gbek: Option<KeyHistory>,
     pub(crate) kek: KeyHistory,
+    pub(crate) vendor_keys: BTreeMap<u8, KeyHistory>,
     pub(crate) client_titles: Option<Vec<SystemTitle>>,
     pub(crate) counter_scope: CounterScope,
     pub(crate) accept_authenticated_only: bool,
@@ -295,6 +297,7 @@ impl Setup {
             gak: KeyHistory::new(config.gak.clone()),
             gbek: config.gbek.clone().map(KeyHistory::new),
             kek: KeyHistory::new(config.kek.clone()),
+            vendor_keys: config.vendor_keys.iter().map(|(id, key)| (*id, KeyHistory::new(key.clone()))).collect(),
             client_titles: config.client_titles.clone(),
             counter_scope: config.counter_scope,
             accept_authenticated_only: config.accept_authenticated_only,
@@ -307,6 +310,7 @@ impl Setup {
             KeyId::GlobalBroadcastEncryption => self.gbek.as_mut(),
             KeyId::GlobalAuthentication => Some(&mut self.gak),
             KeyId::Master => Some(&mut self.kek),
+            KeyId::Vendor(id) => self.vendor_keys.get_mut(&id),
         }
     }
 

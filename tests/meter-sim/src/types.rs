@@ -281,6 +281,8 @@ pub enum KeyId {
     GlobalAuthentication,
     /// Master key (KEK), 3.
     Master,
+    /// A key of the vendor's, 4 to 255.
+    Vendor(u8),
 }
 
 impl KeyId {
@@ -291,20 +293,19 @@ impl KeyId {
             Self::GlobalBroadcastEncryption => 1,
             Self::GlobalAuthentication => 2,
             Self::Master => 3,
+            Self::Vendor(id) => id,
         }
     }
 }
 
-impl TryFrom<u8> for KeyId {
-    type Error = Error;
-
-    fn try_from(id: u8) -> Result<Self, Error> {
+impl From<u8> for KeyId {
+    fn from(id: u8) -> Self {
         match id {
-            0 => Ok(Self::GlobalUnicastEncryption),
-            1 => Ok(Self::GlobalBroadcastEncryption),
-            2 => Ok(Self::GlobalAuthentication),
-            3 => Ok(Self::Master),
-            _ => Err(Error::malformed("key id", "is not 0 to 3")),
+            0 => Self::GlobalUnicastEncryption,
+            1 => Self::GlobalBroadcastEncryption,
+            2 => Self::GlobalAuthentication,
+            3 => Self::Master,
+            other => Self::Vendor(other),
         }
     }
 }

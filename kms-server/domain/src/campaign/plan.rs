@@ -60,7 +60,10 @@ impl CampaignSelection {
             && self.group.is_none_or(|group| class.groups.contains(&group))
             && self.head_end.as_ref().is_none_or(|head_end| class.head_end.as_ref() == Some(head_end))
             && self.batch.as_ref().is_none_or(|batch| meter.batch == *batch)
-            && action.first_step(meter, setup).is_some_and(|step| !self.is_about_keys() || self.matches_keys(meter, step.setup, step.work))
+            && action.first_step(meter, setup).is_some_and(|step| {
+                // The key of a group is rotated for the whole group, so the group must be said.
+                (self.group.is_some() || step.is_own(meter)) && (!self.is_about_keys() || self.matches_keys(meter, step.setup, step.work))
+            })
     }
 
     const fn is_about_keys(&self) -> bool {

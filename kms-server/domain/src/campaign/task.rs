@@ -12,7 +12,7 @@ pub struct Task {
     pub step: TaskStep,
     /// Where it stands.
     pub state: TaskState,
-    /// It is in doubt what the meter holds: it is probed before anything is tried again.
+    /// It is in doubt what the meter holds: it is probed before anything is tried again, if an exchange can show it.
     pub probe: bool,
     /// Attempts of this step that ended badly.
     pub attempts: u32,
@@ -37,6 +37,16 @@ pub struct TaskStep {
     pub work: TaskWork,
     /// The number of the version that was active before; 0 for none.
     pub from: u32,
+}
+
+impl TaskStep {
+    /// Whether it concerns keys of the meter itself; else a key of its group.
+    pub fn is_own(&self, meter: &Meter) -> bool {
+        match self.work {
+            TaskWork::Probe => true,
+            TaskWork::Rotate(key_type) => meter.slots.get(self.setup, key_type).is_some(),
+        }
+    }
 }
 
 /// What a head-end has to do.
@@ -191,7 +201,10 @@ impl Task {
 
     /// What is to be done now.
     pub const fn work(&self) -> TaskWork {
-        if self.probe { TaskWork::Probe } else { self.step.work }
+        match self.step.work {
+            TaskWork::Rotate(key_type) if self.probe && key_type.is_shown_by_exchanges() => TaskWork::Probe,
+            work => work,
+        }
     }
 
     /// Whether it can be leased: it waits and its time has come, or its lease has run out.

@@ -140,8 +140,37 @@ pub(super) struct GroupRow {
     pub(super) principals: Vec<PrincipalRef>,
     #[prost(message, repeated, tag = "4")]
     pub(super) versions: Vec<VersionRow>,
+    /// Percent of the members; 0 for the default.
+    #[prost(uint32, tag = "5")]
+    pub(super) switch_at: u32,
+    /// In order of setup and key type.
+    #[prost(message, repeated, tag = "6")]
+    pub(super) rotations: Vec<GroupRotationRow>,
     #[prost(int64, tag = "15")]
     pub(super) added: i64,
+}
+
+/// Moments are relative to the row's own.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct GroupRotationRow {
+    /// `b × 256 + e`.
+    #[prost(uint32, tag = "1")]
+    pub(super) setup: u32,
+    #[prost(uint32, tag = "2")]
+    pub(super) key_type: u32,
+    #[prost(uint32, tag = "3")]
+    pub(super) version: u32,
+    /// Empty for none.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub(super) campaign: Bytes,
+    #[prost(sint64, tag = "5")]
+    pub(super) begun: i64,
+    #[prost(sint64, optional, tag = "6")]
+    pub(super) reached: Option<i64>,
+    #[prost(sint64, optional, tag = "7")]
+    pub(super) switched: Option<i64>,
+    #[prost(sint64, optional, tag = "8")]
+    pub(super) completed: Option<i64>,
 }
 
 #[derive(Clone, PartialEq, Message)]

@@ -5,15 +5,15 @@ use prost::Message;
 
 use super::{
     RowError,
-    message::{CounterDomainRow, DeviceTypeRow, GroupRow, MeterRow},
+    message::{CounterDomainRow, DeviceTypeRow, GroupRotationRow, GroupRow, MeterRow},
     moment,
     slot::{Principals, counters_from_rows, counters_to_rows, slots_from_rows, slots_to_rows},
     suite,
-    transfer::{shared_from_rows, shared_to_rows, transfer_from_row, transfer_to_row},
+    transfer::{key_type, setup, shared_from_rows, shared_to_rows, transfer_from_row, transfer_to_row},
 };
 use crate::{
-    CounterDomain, CounterDomainId, DeviceProfileName, DeviceType, DeviceTypeId, FlagId, Group, GroupId, IslandName, Meter, MeterClass, MeterStatus,
-    SystemTitle, UnixMillis,
+    CampaignId, CounterDomain, CounterDomainId, DeviceProfileName, DeviceType, DeviceTypeId, FlagId, Group, GroupId, GroupRotation, IslandName,
+    KeyVersionNumber, Meter, MeterClass, MeterStatus, SwitchThreshold, SystemTitle, UnixMillis,
     id::parse_name,
     meter::{check_batch, check_serial},
 };
@@ -105,7 +105,15 @@ impl Group {
         parse_name("group", &row.name, 64)?;
         let principals = Principals::from_rows(island, &row.principals)?;
         let slots = slots_from_rows(row.versions, row.added, &principals)?;
-        Ok(Self { id, name: row.name, suite: suite(row.suite)?, added: moment(row.added)?, slots })
+        let switch_at = if row.switch_at == 0 { SwitchThreshold::DEFAULT } else { SwitchThreshold::new(row.switch_at)? };
+        let rotations = row.rotations.into_iter().map(|rotation| rotation_from_row(rotation, row.added)).collect::<Result<Vec<_>, _>>()?;
+        if !rotations.is_sorted_by(|one, next| (one.setup, one.key_type) < (next.setup, next.key_type)) {
+            return Err(RowError::new("the rotations are not in order"));
+        }
+        if rotations.iter().any(|rotation| slots.get(rotation.setup, rotation.key_type).and_then(|slot| slot.version(rotation.version)).is_none()) {
+            return Err(RowError::new("a rotation of a version that the group does not have"));
+        }
+        Ok(Self { id, name: row.name, suite: suite(row.suite)?, added: moment(row.added)?, slots, switch_at, rotations })
     }
 
     /// The body of the group's row.
@@ -116,7 +124,15 @@ impl Group {
         parse_name("group", &self.name, 64)?;
         let mut principals = Principals::default();
         let versions = slots_to_rows(&self.slots, self.added, &mut principals);
-        let row = GroupRow { name: self.name.clone(), suite: self.suite.number().into(), principals: principals.to_rows(), added: self.added.0, versions };
+        let row = GroupRow {
+            name: self.name.clone(),
+            suite: self.suite.number().into(),
+            principals: principals.to_rows(),
+            switch_at: if self.switch_at == SwitchThreshold::DEFAULT { 0 } else { u32::from(self.switch_at.percent()) },
+            rotations: self.rotations.iter().map(|rotation| rotation_to_row(rotation, self.added)).collect(),
+            added: self.added.0,
+            versions,
+        };
         Ok(row.encode_to_vec())
     }
 }
@@ -179,6 +195,34 @@ impl CounterDomain {
         let mut principals = Principals::default();
         let counters = counters_to_rows(&self.counters, &mut principals);
         CounterDomainRow { principals: principals.to_rows(), counters, members: self.members }.encode_to_vec()
+    }
+}
+
+fn rotation_from_row(row: GroupRotationRow, base: i64) -> Result<GroupRotation, RowError> {
+    let moment = |since: i64| UnixMillis(base.wrapping_add(since));
+    Ok(GroupRotation {
+        setup: setup(row.setup)?,
+        key_type: key_type(row.key_type)?,
+        version: KeyVersionNumber::new(row.version)?,
+        campaign: if row.campaign.is_empty() { None } else { Some(CampaignId::from_octets(&row.campaign)?) },
+        begun: moment(row.begun),
+        reached: row.reached.map(moment),
+        switched: row.switched.map(moment),
+        completed: row.completed.map(moment),
+    })
+}
+
+fn rotation_to_row(rotation: &GroupRotation, base: UnixMillis) -> GroupRotationRow {
+    let since = |moment: UnixMillis| moment.0.wrapping_sub(base.0);
+    GroupRotationRow {
+        setup: u32::from(u16::from_be_bytes(rotation.setup.octets())),
+        key_type: rotation.key_type.number().into(),
+        version: rotation.version.number(),
+        campaign: rotation.campaign.map(|campaign| campaign.octets().to_vec().into()).unwrap_or_default(),
+        begun: since(rotation.begun),
+        reached: rotation.reached.map(since),
+        switched: rotation.switched.map(since),
+        completed: rotation.completed.map(since),
     }
 }
 

@@ -185,14 +185,14 @@ const fn owner_from_numbers(group: u64, device_type: u64) -> Option<Owner> {
     }
 }
 
-fn setup(number: u32) -> Result<SecuritySetupId, RowError> {
+pub(super) fn setup(number: u32) -> Result<SecuritySetupId, RowError> {
     match number.to_be_bytes() {
         [0, 0, b, e] => Ok(SecuritySetupId::from_octets([b, e])),
         _ => Err(RowError::new("a security setup has more than two octets")),
     }
 }
 
-fn key_type(number: u32) -> Result<KeyType, RowError> {
+pub(super) fn key_type(number: u32) -> Result<KeyType, RowError> {
     Ok(KeyType::from_number(u8::try_from(number).unwrap_or_default())?)
 }
 

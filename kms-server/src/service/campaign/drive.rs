@@ -7,7 +7,7 @@ use std::{
 };
 
 use kms_domain::{
-    Campaign, CampaignId, CampaignState, PlanChain, SecuritySetupId, Slot, SystemTitle, Task, TaskState, TaskStep, TaskWork, UnixMillis, WaveDecision,
+    Campaign, CampaignId, CampaignState, Group, PlanChain, SecuritySetupId, Slot, SystemTitle, Task, TaskState, TaskStep, TaskWork, UnixMillis, WaveDecision,
     WaveResult, WaveTally,
 };
 use kms_proto::v1::{CampaignChanged, SecurityEvent, WaveChanged, audit_record::Event};
@@ -107,9 +107,13 @@ impl CampaignService {
             looked += 1;
         }
         let rows = self.island.store.meters(&members).await?;
+        let group = match campaign.content.selection.group {
+            Some(group) => self.island.group(group).await?.map(|(group, _)| group),
+            None => None,
+        };
         let (island, planned, content) = (self.island.clone(), Arc::new(campaign.clone()), members);
         let now = self.island.store.now().await?;
-        let tasks = tokio::task::spawn_blocking(move || tasks(&island, &planned, &content, &rows, now));
+        let tasks = tokio::task::spawn_blocking(move || tasks(&island, &planned, group.as_deref(), &content, &rows, now));
         let tasks = tasks.await.map_err(|_| ServiceError::Internal("the tasks of a wave could not be made".to_owned()))?;
         let (id, wave, expanded) = (campaign.id, campaign.wave, campaign.expanded);
         let reads = Reads { sealed: vec![campaign_row(id)], ..Reads::default() };
@@ -257,7 +261,7 @@ fn titles_of(octets: &[u8]) -> impl Iterator<Item = SystemTitle> {
 }
 
 /// The tasks of these meters, as their sealed rows stand now.
-fn tasks(island: &Island, campaign: &Campaign, members: &[SystemTitle], rows: &[MeterRow], now: UnixMillis) -> Vec<TaskRow> {
+fn tasks(island: &Island, campaign: &Campaign, group: Option<&Group>, members: &[SystemTitle], rows: &[MeterRow], now: UnixMillis) -> Vec<TaskRow> {
     let nothing = TaskStep { setup: SecuritySetupId::DEFAULT, work: TaskWork::Probe, from: 0 };
     let task = |title: SystemTitle| {
         let row = |vendor: String, head_end, task| TaskRow {
@@ -285,6 +289,12 @@ fn tasks(island: &Island, campaign: &Campaign, members: &[SystemTitle], rows: &[
         }
         if head_end.is_none() {
             return row(vendor, None, Task::skipped(step, "no head-end", now));
+        }
+        if let (TaskWork::Rotate(key_type), Some(group), false) = (step.work, group, step.is_own(&meter))
+            && let Some(newest) = group.newest(step.setup, key_type)
+            && meter.acknowledged(group.owner(), step.setup, key_type).is_some_and(|acknowledged| acknowledged >= newest.number())
+        {
+            return row(vendor, head_end, Task::skipped(step, "it has the group's new key", now));
         }
         let in_doubt = meter.slots.of_setup(step.setup).any(Slot::in_doubt);
         row(vendor, head_end, Task { probe: in_doubt && step.work != TaskWork::Probe, ..Task::new(step, now) })

@@ -3,8 +3,8 @@
 use std::{collections::BTreeMap, mem, sync::Arc};
 
 use kms_domain::{
-    Campaign, CampaignAction, CampaignContent, CampaignId, CampaignName, CampaignSelection, CampaignTerms, Plan, PlanChain, SecuritySetupId, SystemTitle,
-    UnixMillis, WavePlanner,
+    Campaign, CampaignAction, CampaignContent, CampaignId, CampaignName, CampaignSelection, CampaignTerms, Meter, Plan, PlanChain, SecuritySetupId,
+    SystemTitle, TaskStep, TaskWork, UnixMillis, WavePlanner,
 };
 use kms_proto::v1::{self, CampaignCreated, audit_record::Event};
 use kms_store::{Assigned, MeterFilter, MeterRow, Reads, RequestKey, RequestRow};
@@ -50,6 +50,7 @@ impl CampaignService {
         new.selection.named = new.named.len() as u64;
         new.selection.check().map_err(ServiceError::parse("plan.selection"))?;
         new.terms.check().map_err(ServiceError::parse("plan.terms"))?;
+        self.pin_group_setup(&mut new).await?;
         let id = CampaignId::from_octets(&request.id.octets()).map_err(ServiceError::parse("request_id"))?;
         let new = Arc::new(new);
         let stored = self.island.store.sealed(kms_store::RowKind::Campaign, &id.octets()).await?.is_some();
@@ -71,6 +72,21 @@ impl CampaignService {
             }
         };
         Ok(v1::CreateCampaignResponse { preview: Some(preview), campaign: Some(self.message(&campaign).await?) })
+    }
+
+    /// The key of a group is rotated in one security setup: the one that is asked for, or the only one that the group has the key in.
+    async fn pin_group_setup(&self, new: &mut NewCampaign) -> Result<(), ServiceError> {
+        let (CampaignAction::Rotate(key_type), Some(id), None) = (new.action, new.selection.group, new.setup) else { return Ok(()) };
+        let Some((group, _)) = self.island.group(id).await? else { return Ok(()) };
+        let setups: Vec<SecuritySetupId> = group.slots.iter().filter(|slot| slot.key_type() == key_type).map(kms_domain::Slot::setup).collect();
+        match setups.as_slice() {
+            [] => Ok(()),
+            [setup] => {
+                new.setup = Some(*setup);
+                Ok(())
+            }
+            _ => Err(ServiceError::invalid("plan.security_setup", format!("group `{}` has a {key_type} in several security setups: name one", group.name))),
+        }
     }
 
     /// Writes the draft, or finds the one that the same request made.
@@ -271,10 +287,11 @@ fn look(island: &Island, new: &NewCampaign, page: &[MeterRow]) -> Vec<Look> {
     page.iter()
         .map(|row| {
             let Ok(meter) = island.committer.open_meter(row.title, &row.row) else { return Look::Refused };
-            if !new.selection.matches(&meter, new.action, new.setup) {
+            let step = new.action.first_step(&meter, new.setup);
+            let taken = step.is_none_or(|step| is_taken(island, &meter, step));
+            if !taken || !new.selection.matches(&meter, new.action, new.setup) {
                 return Look::LeftOut;
             }
-            let step = new.action.first_step(&meter, new.setup);
             let in_doubt = step.is_some_and(|step| meter.slots.of_setup(step.setup).any(kms_domain::Slot::in_doubt));
             Look::Found(Found {
                 title: row.title,
@@ -287,6 +304,13 @@ fn look(island: &Island, new: &NewCampaign, page: &[MeterRow]) -> Vec<Look> {
         .collect()
 }
 
+/// Whether the meter takes the key by `key_transfer`, as its device profile says.
+fn is_taken(island: &Island, meter: &Meter, step: TaskStep) -> bool {
+    let TaskWork::Rotate(key_type) = step.work else { return true };
+    let of_profile = || island.profiles.get(&meter.class.profile)?.key(step.setup, key_type)?.key_id;
+    key_type.standard_key_id().or_else(of_profile).is_some()
+}
+
 /// The search columns that find them.
 fn columns(selection: &CampaignSelection) -> MeterFilter {
     MeterFilter {
@@ -295,6 +319,7 @@ fn columns(selection: &CampaignSelection) -> MeterFilter {
         status: None,
         head_end: selection.head_end.as_ref().map_or(Assigned::Any, |head_end| Assigned::To(head_end.to_string())),
         batch: selection.batch.clone().filter(|batch| !batch.is_empty()),
+        group: selection.group.map(|group| group.0),
     }
 }
 

@@ -391,6 +391,7 @@ island_tests! {
                     status: 2,
                     head_end: copy.class.head_end.as_ref().map(ToString::to_string),
                     batch: Some(copy.batch.clone()),
+                    groups: Vec::new(),
                 };
                 kms_store::MeterPut::insert(copy.title, kms_store::SealedRow { generation: 1, seal: mark, body }, projection)
             });

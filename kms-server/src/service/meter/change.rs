@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kms_domain::{Meter, MeterStatus, Principal, PrincipalId, PrincipalStatus, Role, SlotError, SystemTitle};
+use kms_domain::{ExposureReason, Meter, MeterStatus, Principal, PrincipalId, PrincipalStatus, Role, SlotError, SystemTitle};
 use kms_proto::v1::{self, MetersChanged, audit_record::Event};
 use kms_store::Reads;
 
@@ -12,7 +12,7 @@ use crate::{
     authz::{Action, Caller, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
-    service::campaign::drop_task,
+    service::{campaign::drop_task, owner::expose_to_former_member},
 };
 
 /// Whose business meters become.
@@ -276,6 +276,7 @@ fn retire(view: &mut View<'_, '_>, meter: &mut Arc<Meter>) -> Result<(), Service
     let now = view.now();
     Arc::make_mut(meter).retire(now).map_err(fault)?;
     view.put_meter((**meter).clone(), true)?;
+    expose_to_former_member(view, meter, &meter.class.groups, ExposureReason::MemberRetired)?;
     task.map_or(Ok(()), |task| drop_task(view, task, meter.title, MeterStatus::Retired.name()))
 }
 

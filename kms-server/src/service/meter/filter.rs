@@ -49,6 +49,7 @@ impl Filter {
                 Some(Some(head_end)) => Assigned::To(head_end.to_string()),
             },
             batch: self.batch.clone(),
+            group: None,
         }
     }
 

@@ -33,13 +33,14 @@ pub(in crate::service) struct Shown<'a> {
 
 impl Shown<'_> {
     /// The meter that has these keys.
-    pub(super) fn meter(&self, meter: &Meter, groups: Vec<String>, generation: u64) -> v1::Meter {
+    pub(super) fn meter(&self, meter: &Meter, groups: Vec<String>, shared_keys: Vec<v1::SharedKey>, generation: u64) -> v1::Meter {
         v1::Meter {
             summary: Some(summary(meter)),
             security_suite: u32::from(meter.suite.number()),
             groups,
             security_setups: self.setups(),
             generation,
+            shared_keys,
             transfer: meter.transfer.as_ref().map(|transfer| self.transfer(transfer)),
         }
     }

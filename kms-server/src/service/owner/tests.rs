@@ -1,3 +1,5 @@
+mod rotation;
+
 use std::{num::NonZeroU32, path::PathBuf, sync::Arc};
 
 use aws_lc_rs::agreement::{ECDH_P256, PrivateKey};
@@ -86,7 +88,7 @@ fn chunk(number: u8, targets: GrantTargets, key_types: &[KeyType]) -> Chunk {
 }
 
 async fn open(island: &Arc<Island>, caller: &Caller, number: u8, group: &str) -> Result<Granted, ServiceError> {
-    GrantService::new(island.clone()).open(caller, chunk(number, GrantTargets::Group(group.to_owned()), &[KeyType::GBEK])).await
+    GrantService::new(island.clone()).open(caller, chunk(number, GrantTargets::Group { name: group.to_owned(), version: None }, &[KeyType::GBEK])).await
 }
 
 fn group_keys(granted: &Granted) -> v1::GroupKeys {

@@ -149,7 +149,7 @@ island_tests! {
         let mut decide = |_: &ReadSet| Decision::Commit(Box::new(Changes { meters: vec![MeterPut::update(title, row.clone())], ..Changes::default() }));
         assert_eq!(island.island.store.transact(Reads::default(), &mut decide).await.unwrap(), Committed::Written);
         // A group of his own.
-        let group = kms_domain::Group { id: kms_domain::GroupId(9), name: "mine".to_owned(), suite: stored.suite, added: stored.added, slots: kms_domain::Slots::default() };
+        let group = kms_domain::Group::new(kms_domain::GroupId(9), "mine".to_owned(), stored.suite, stored.added);
         let body = group.to_row().unwrap();
         let seal = *island.island.committer.seal_key().seal(&kms_domain::RowId::Group(group.id), kms_domain::Generation::FIRST, &body).octets();
         let put = SealedPut { kind: RowKind::Group, id: 9_u64.to_be_bytes().to_vec(), row: SealedRow { generation: 1, seal, body } };

@@ -11,7 +11,6 @@ use kms_dlms::{
 };
 use kms_domain::{Group, GroupId, KeyPair, KeyType, KeyVersionNumber, Meter, Owner, SecuritySetupId, Slots, Stage, SystemTitle, Transfer};
 use kms_hsm::{FrameInput, FrameKeys, FrameParameters, KeySource, ProtectedFrame, TransferJob};
-use kms_store::RowKind;
 
 use super::{Decided, DecidedStep, Delivery, NextStep, Sending, SendingKind, StepAnswer, TransferService};
 use crate::{error::ServiceError, island::Island, service::grant::source};
@@ -98,8 +97,8 @@ impl TransferService {
             if groups.contains_key(&id) {
                 continue;
             }
-            if let Some(row) = self.island.store.sealed(RowKind::Group, &id.0.to_be_bytes()).await? {
-                groups.insert(id, self.island.committer.open_group(id, &row)?);
+            if let Some((group, _)) = self.island.group(id).await? {
+                groups.insert(id, group);
             }
         }
         Ok(groups)
@@ -114,6 +113,8 @@ struct Plan {
     keys: Option<FrameKeys>,
     wrap: Option<TransferJob>,
     client_sap: u16,
+    /// The id that `key_transfer` has for the key that is delivered.
+    key_id: Option<u8>,
 }
 
 impl Plan {
@@ -140,7 +141,15 @@ impl Plan {
             .filter(|client| client.security_setup == transfer.setup)
             .find(|client| client.system_title.is_none_or(|title| title == transfer.client_title))
             .map_or(0, |client| client.sap);
-        Ok(Self { meter: meter.title, suite: meter.suite, transfer, keys, wrap, client_sap })
+        let key_id = transfer.current().and_then(|key| key_id(island, meter, transfer.setup, key.key_type));
+        Ok(Self { meter: meter.title, suite: meter.suite, transfer, keys, wrap, client_sap, key_id })
+    }
+
+    fn key_id(&self) -> Result<u8, ServiceError> {
+        self.key_id.ok_or_else(|| ServiceError::FailedPrecondition {
+            reason: "the device profile of the meter gives the key no `key_id`".to_owned(),
+            next_step: "use the same device profiles on every server".to_owned(),
+        })
     }
 
     const fn stage(&self) -> &Stage {
@@ -165,7 +174,7 @@ impl Plan {
 
     fn delivery(&self, wrapped: Vec<u8>) -> Result<Delivery, ServiceError> {
         let key = self.transfer.current().ok_or_else(|| ServiceError::Internal("a delivery of no key".to_owned()))?;
-        let argument = KeyTransfer::new(key.key_type, &wrapped).map_err(|error| ServiceError::Internal(error.to_string()))?.argument();
+        let argument = KeyTransfer::new(self.key_id()?, &wrapped).map_err(|error| ServiceError::Internal(error.to_string()))?.argument();
         Ok(Delivery { key_type: key.key_type, version: key.version, wrapped, argument })
     }
 
@@ -181,7 +190,7 @@ impl Plan {
                 Ok(Some(answer.reply_to_hls_authentication(INVOKE_ID)))
             }
             (Stage::Deliver { pair: Some(_) }, Some(delivery), _) => {
-                let transfer = KeyTransfer::new(delivery.key_type, &delivery.wrapped).map_err(|error| fault(&error))?;
+                let transfer = KeyTransfer::new(self.key_id()?, &delivery.wrapped).map_err(|error| fault(&error))?;
                 Ok(Some(transfer.action_request(self.transfer.setup, INVOKE_ID)))
             }
             (Stage::Deliver { pair: None }, Some(_), _) => Ok(None),
@@ -227,6 +236,12 @@ impl Plan {
     fn last_counter(&self) -> Result<u32, ServiceError> {
         self.transfer.counters.last().copied().ok_or_else(|| ServiceError::Internal(format!("a step of meter {} has no counter", self.meter)))
     }
+}
+
+/// The id that `key_transfer` has for a key of a meter: the standard's, or the one of its device profile.
+pub(super) fn key_id(island: &Island, meter: &Meter, setup: SecuritySetupId, key_type: KeyType) -> Option<u8> {
+    let of_profile = || island.profiles.get(&meter.class.profile)?.key(setup, key_type)?.key_id;
+    key_type.standard_key_id().or_else(of_profile)
 }
 
 /// The keys of an exchange. Any candidate: what the HSM makes under a version is granted to nobody.

@@ -1,5 +1,6 @@
 //! Transfers to simulated meters, through the HSM: what the server says that a meter holds is compared with the meter's memory.
 
+use kms_client::sample::SampleShipment;
 use kms_domain::{KeyState, KeyType, KeyVersionNumber, Outcome, RequestId, SecuritySetupId, SystemTitle, TransferForm, TransferId};
 use kms_hsm::TransferJob;
 use kms_proto::v1::{AuditRecord, audit_record::Event};
@@ -21,10 +22,10 @@ use crate::{
 };
 
 /// An island with simulated meters, set up with the keys that their vendor shipped.
-pub(super) struct Field {
-    pub(super) island: TestIsland,
+pub(in crate::service) struct Field {
+    pub(in crate::service) island: TestIsland,
     pub(super) service: TransferService,
-    pub(super) meters: Vec<Meter>,
+    pub(in crate::service) meters: Vec<Meter>,
     requests: std::cell::Cell<u32>,
 }
 
@@ -37,12 +38,19 @@ struct Device {
 
 impl Field {
     pub(super) async fn new(island: TestIsland, profile: &str, count: u64) -> Self {
-        let (_, devices) = island.deliver_with_devices(&sample(profile, count)).await;
+        Self::of(island, &sample(profile, count)).await
+    }
+
+    /// The meters of a shipment.
+    pub(in crate::service) async fn of(island: TestIsland, shipment: &SampleShipment) -> Self {
+        let (_, devices) = island.deliver_with_devices(shipment).await;
         let meters = devices
             .split(|octet| *octet == b'\n')
             .filter(|line| !line.is_empty())
             .map(|line| {
-                let device: Device = serde_json::from_slice(line).unwrap();
+                let mut line: serde_json::Value = serde_json::from_slice(line).unwrap();
+                simulated(&mut line["security_setups"][0]);
+                let device: Device = serde_json::from_value(line).unwrap();
                 let setup = device.security_setups.into_iter().next().unwrap();
                 Meter::new(MeterConfig::ordinary(device.system_title, device.security_suite, setup)).unwrap()
             })
@@ -63,11 +71,11 @@ impl Field {
         self.request()
     }
 
-    pub(super) fn title(&self, number: usize) -> SystemTitle {
+    pub(in crate::service) fn title(&self, number: usize) -> SystemTitle {
         SystemTitle::from_octets(self.meters[number].system_title().as_bytes()).unwrap()
     }
 
-    pub(super) async fn begin(&self, order: Order) -> StepAnswer {
+    pub(in crate::service) async fn begin(&self, order: Order) -> StepAnswer {
         let (mut steps, _) = self.service.begin(&self.island.head_end, self.request(), [1; 32], vec![order]).await.unwrap();
         steps.remove(0)
     }
@@ -78,11 +86,11 @@ impl Field {
     }
 
     /// Carries one transfer out as a head-end does that holds no keys.
-    pub(super) async fn transfer(&self, number: usize, key_type: Option<KeyType>) -> Outcome {
+    pub(in crate::service) async fn transfer(&self, number: usize, key_type: Option<KeyType>) -> Outcome {
         self.carry_out(number, order(self.title(number), key_type)).await
     }
 
-    pub(super) async fn carry_out(&self, number: usize, order: Order) -> Outcome {
+    pub(in crate::service) async fn carry_out(&self, number: usize, order: Order) -> Outcome {
         let mut connection = Connection::new(self.meters[number].clone(), 1);
         let mut step = self.begin(order).await;
         for _ in 0..60 {
@@ -102,7 +110,7 @@ impl Field {
         panic!("the transfer does not end");
     }
 
-    pub(super) async fn row(&self, number: usize) -> kms_domain::Meter {
+    pub(in crate::service) async fn row(&self, number: usize) -> kms_domain::Meter {
         (*self.island.island.meter(self.title(number)).await.unwrap().unwrap()).clone()
     }
 
@@ -151,12 +159,23 @@ impl Field {
         unwrap_key(meter_kek, &wrapped).expect("the server's KEK is the meter's")
     }
 
+    /// Whether the meter's memory holds this version of a group's GBEK, byte for byte: the HSM wraps it under the KEK, the meter's own KEK opens it.
+    pub(in crate::service) async fn holds_group_key(&self, number: usize, group: &kms_domain::Group, version: KeyVersionNumber) -> bool {
+        let row = self.row(number).await;
+        let memory = self.meters[number].keys_for_inspection(Obis::SECURITY_SETUP).unwrap();
+        let kek = row.slots.get(SecuritySetupId::DEFAULT, KeyType::KEK).unwrap().held().unwrap().number();
+        let key = emit::version_source(group.owner(), &group.slots, SecuritySetupId::DEFAULT, KeyType::GBEK, version).unwrap();
+        let job = TransferJob { kek: self.job(&row, kek, KeyType::KEK, kek).kek, key };
+        let wrapped = self.island.island.hsm.wrap_for_meters(vec![job]).await.unwrap().remove(0).unwrap();
+        memory.gbek.is_some_and(|gbek| unwrap_key(&memory.kek, &wrapped).is_ok_and(|unwrapped| unwrapped == gbek))
+    }
+
     pub(super) fn job(&self, row: &kms_domain::Meter, kek: KeyVersionNumber, key_type: KeyType, version: KeyVersionNumber) -> TransferJob {
         let source = |key_type, version| emit::version_source(row.owner(), &row.slots, SecuritySetupId::DEFAULT, key_type, version).unwrap();
         TransferJob { kek: source(KeyType::KEK, kek), key: source(key_type, version) }
     }
 
-    pub(super) async fn security_events(&self) -> Vec<String> {
+    pub(in crate::service) async fn security_events(&self) -> Vec<String> {
         let filter = AuditFilter { kind: Some(24), ..AuditFilter::default() };
         let rows = self.island.island.store.audit_page(&filter, None, 1_000).await.unwrap();
         rows.iter()
@@ -167,16 +186,30 @@ impl Field {
             .collect()
     }
 
-    pub(super) fn assert_no_nonce_twice(&self) {
+    pub(in crate::service) fn assert_no_nonce_twice(&self) {
         assert_eq!(RepeatedNonce::find(&self.meters), []);
     }
 }
 
-pub(super) fn order(meter: SystemTitle, key_type: Option<KeyType>) -> Order {
+/// Of a gateway's keys, simulated meters have those of the standard and the one of the optical port, by its id in `key_transfer`.
+fn simulated(setup: &mut serde_json::Value) {
+    let keys = setup.as_object_mut().unwrap();
+    if let Some(optical_port) = keys.remove("optical_port") {
+        keys.insert("vendor_keys".to_owned(), serde_json::json!({ OPTICAL_PORT_ID.to_string(): optical_port }));
+    }
+    for other in ["lls_secret", "hls_secret", "m_bus_child"] {
+        keys.remove(other);
+    }
+}
+
+/// As the profile `gateway-suite0` has it.
+const OPTICAL_PORT_ID: u8 = 16;
+
+pub(in crate::service) fn order(meter: SystemTitle, key_type: Option<KeyType>) -> Order {
     Order { meter, setup: None, key_type, client_title: client_title(), form: TransferForm::Frames, urgent: false, lifetime_seconds: 3_600, task: None }
 }
 
-pub(super) fn at_key_transfer(number: u64, fault: Fault) -> ScriptedFault {
+pub(in crate::service) fn at_key_transfer(number: u64, fault: Fault) -> ScriptedFault {
     ScriptedFault { at: Trigger::KeyTransfer(number), fault }
 }
 
@@ -228,6 +261,36 @@ island_tests! {
         assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
         assert_eq!(field.transfer(0, Some(KeyType::GAK)).await, Outcome::Proven);
         field.compare(0).await;
+    }
+
+    async fn a_vendors_key_is_brought_by_the_id_of_its_profile_and_acknowledged(island) {
+        let field = Field::new(island, "gateway-suite0", 1).await;
+        let optical_port = |row: &kms_domain::Meter| row.slots.get(SecuritySetupId::DEFAULT, KeyType::OPTICAL_PORT).unwrap().clone();
+        assert_eq!(field.transfer(0, Some(KeyType::OPTICAL_PORT)).await, Outcome::Acknowledged);
+        let memory = || field.meters[0].keys_for_inspection(Obis::SECURITY_SETUP).unwrap();
+        let holds = async |version| {
+            let row = field.row(0).await;
+            field.wrapped(&row, KeyVersionNumber::FIRST, KeyType::OPTICAL_PORT, KeyVersionNumber::new(version).unwrap(), &memory().kek).await
+                == memory().vendor_keys[&OPTICAL_PORT_ID]
+        };
+        assert!(holds(2).await);
+        let version = optical_port(&field.row(0).await).active().unwrap().clone();
+        assert_eq!((version.number().number(), version.transport().evidence), (2, kms_domain::Evidence::Acknowledged));
+        // An answer that is lost leaves it in doubt; no exchange could settle that, so the next order is no urgent one.
+        field.meters[0].add_fault(at_key_transfer(2, Fault::LoseAnswer));
+        assert_eq!(field.transfer(0, Some(KeyType::OPTICAL_PORT)).await, Outcome::InDoubt);
+        let slot = optical_port(&field.row(0).await);
+        assert!(slot.in_doubt() && slot.candidates().count() == 3 && holds(3).await, "I3");
+        assert_eq!(field.transfer(0, Some(KeyType::OPTICAL_PORT)).await, Outcome::Acknowledged);
+        assert!(holds(4).await && !optical_port(&field.row(0).await).in_doubt());
+        // What key_transfer does not bring, and what the meter does not own.
+        for key_type in [KeyType::M_BUS_CHILD, KeyType::FIRMWARE, KeyType::LLS_SECRET, KeyType::HLS_SECRET] {
+            let before = field.row(0).await;
+            let refused = field.begin(order(field.title(0), Some(key_type))).await.next;
+            assert!(matches!(&refused, Err(ServiceError::FailedPrecondition { reason, .. }) if reason.contains("key_transfer")), "{key_type}: {refused:?}");
+            assert_eq!(field.row(0).await, before);
+        }
+        field.assert_no_nonce_twice();
     }
 
     async fn no_fault_loses_a_meter(island) {

@@ -22,23 +22,32 @@ pub(super) async fn meters(readers: &Readers, titles: &[SystemTitle]) -> Result<
 }
 
 pub(super) async fn meter_page(readers: &Readers, filter: &MeterFilter, after: Option<SystemTitle>, limit: u32) -> Result<Vec<MeterRow>, StoreError> {
-    let mut query = QueryBuilder::<Database>::new("SELECT title, generation, seal, body FROM meter WHERE true");
+    let mut query = QueryBuilder::<Database>::new("SELECT title, generation, seal, body FROM ");
+    query.push(from(filter));
     if !narrow(readers, &mut query, filter).await? {
         return Ok(Vec::new());
     }
+    // The members of a group are walked in the order of their own table.
+    let order = if filter.group.is_some() { "g.meter" } else { "title" };
     if let Some(after) = after {
-        query.push(" AND title > ").push_bind(after.as_i64());
+        query.push(format!(" AND {order} > ")).push_bind(after.as_i64());
     }
-    query.push(" ORDER BY title LIMIT ").push_bind(i64::from(limit));
+    query.push(format!(" ORDER BY {order} LIMIT ")).push_bind(i64::from(limit));
     query.build().fetch_all(readers).await?.iter().map(decode::meter).collect()
 }
 
 pub(super) async fn meter_count(readers: &Readers, filter: &MeterFilter) -> Result<u64, StoreError> {
-    let mut query = QueryBuilder::<Database>::new("SELECT count(*) FROM meter WHERE true");
+    let mut query = QueryBuilder::<Database>::new("SELECT count(*) FROM ");
+    query.push(from(filter));
     if !narrow(readers, &mut query, filter).await? {
         return Ok(0);
     }
     decode::unsigned(&query.build().fetch_one(readers).await?, 0)
+}
+
+/// What a filter's meters are found in.
+const fn from(filter: &MeterFilter) -> &'static str {
+    if filter.group.is_some() { concat!("group_member AS g", join!(), "meter AS m ON m.title = g.meter WHERE true") } else { "meter WHERE true" }
 }
 
 /// Adds the filter's conditions; false if it names what no meter has.
@@ -62,6 +71,9 @@ async fn narrow(readers: &Readers, query: &mut QueryBuilder<Database>, filter: &
             .await?;
         let Some(number) = number else { return Ok(false) };
         query.push(condition).push_bind(number);
+    }
+    if let Some(group) = filter.group {
+        query.push(" AND g.group_number = ").push_bind(i64::try_from(group).unwrap_or(i64::MAX));
     }
     if filter.head_end == Assigned::ToNone {
         query.push(" AND head_end = 0");

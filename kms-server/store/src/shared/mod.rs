@@ -86,6 +86,10 @@ impl Store for Engine {
         self.within(list::meter_page(&self.readers, filter, after, limit)).await
     }
 
+    async fn complete_group_members(&self, members: &[(SystemTitle, u64)]) -> Result<u64, StoreError> {
+        self.within(write::complete_group_members(self, members)).await
+    }
+
     async fn meter_count(&self, filter: &MeterFilter) -> Result<u64, StoreError> {
         self.within(list::meter_count(&self.readers, filter)).await
     }

@@ -2,11 +2,11 @@
 //! that somebody else was there first.
 
 use super::{
-    CONCURRENT, Connection, Database,
+    CONCURRENT, Connection, Database, Engine, keys,
     names::{Names, Numbers, TermKind},
     read,
 };
-use kms_domain::TaskWork;
+use kms_domain::{SystemTitle, TaskWork};
 
 use crate::{Changes, MeterPut, RowKind, StoreError, batch::Batch, error::Failure};
 
@@ -101,7 +101,45 @@ async fn meters(connection: &mut Connection, changes: &Changes, numbers: &Number
     };
     put(connection, INSERT_METERS, full(new), Table::Meters).await?;
     put(connection, UPDATE_METERS, full(plain), Table::Meters).await?;
-    put(connection, UPDATE_PROJECTED_METERS, full(projected), Table::Meters).await
+    put(connection, UPDATE_PROJECTED_METERS, full(projected), Table::Meters).await?;
+    group_members(connection, changes).await
+}
+
+/// The groups of the meters whose search columns are written. Only the row's writer comes here, so nobody else writes them meanwhile.
+async fn group_members(connection: &mut Connection, changes: &Changes) -> Result<(), Stopped> {
+    let projected = changes.meters.iter().filter_map(|put| Some((put, put.projection.as_ref()?)));
+    let before = Batch::of(projected.clone().filter(|(put, _)| put.row.generation > 1), |row, (put, _)| {
+        row.int(put.title.as_i64());
+    });
+    if before.rows() > 0 {
+        sqlx::query::<Database>(DELETE_GROUP_MEMBERS).bind(before.into_parameters().0).execute(&mut *connection).await?;
+    }
+    let members = projected.flat_map(|(put, projection)| projection.groups.iter().map(move |group| (put.title, *group)));
+    let batch = Batch::of(members, |row, (title, group)| {
+        row.unsigned(group).int(title.as_i64());
+    });
+    let rows = batch.rows();
+    if rows == 0 {
+        return Ok(());
+    }
+    let done = sqlx::query::<Database>(INSERT_GROUP_MEMBERS).bind(batch.into_parameters().0).execute(connection).await?;
+    count(rows, done.rows_affected(), Table::Meters)
+}
+
+/// Adds missing members; how many. What is there is counted first, so that a look at millions takes no lock.
+pub(super) async fn complete_group_members(engine: &Engine, members: &[(SystemTitle, u64)]) -> Result<u64, StoreError> {
+    let mut titles: Vec<i64> = members.iter().map(|(title, _)| title.as_i64()).collect();
+    titles.dedup();
+    let counted: i64 = sqlx::query_scalar::<Database, i64>(COUNT_GROUP_MEMBERS).bind(keys(titles)).fetch_one(&engine.readers).await?;
+    if u64::try_from(counted).unwrap_or_default() >= members.len() as u64 {
+        return Ok(0);
+    }
+    let batch = Batch::of(members, |row, (title, group)| {
+        row.unsigned(*group).int(title.as_i64());
+    });
+    let done = sqlx::query::<Database>(COMPLETE_GROUP_MEMBERS).bind(batch.into_parameters().0).execute(&mut *engine.writer().await?).await?;
+    engine.committed();
+    Ok(done.rows_affected())
 }
 
 async fn sealed(connection: &mut Connection, changes: &Changes) -> Result<(), Stopped> {
@@ -310,6 +348,22 @@ const UPDATE_PROJECTED_METERS: &str = concat!(
     " AS batch FROM ",
     rows!(),
     ") AS v WHERE meter.title = v.title AND meter.generation = v.generation - 1"
+);
+
+const DELETE_GROUP_MEMBERS: &str = concat!("DELETE FROM group_member WHERE meter IN (SELECT ", int!(0), " FROM ", rows!(), ")");
+
+const COUNT_GROUP_MEMBERS: &str = concat!("SELECT count(*) FROM ", keys!(), join!(), "group_member AS g ON g.meter = k.value");
+
+const INSERT_GROUP_MEMBERS: &str = concat!("INSERT INTO group_member (group_number, meter) SELECT ", int!(0), ", ", int!(1), " FROM ", rows!());
+
+const COMPLETE_GROUP_MEMBERS: &str = concat!(
+    "INSERT INTO group_member (group_number, meter) SELECT ",
+    int!(0),
+    ", ",
+    int!(1),
+    " FROM ",
+    rows!(),
+    " WHERE true ON CONFLICT (group_number, meter) DO NOTHING"
 );
 
 const INSERT_SEALED: &str = concat!(

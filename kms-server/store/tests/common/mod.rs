@@ -57,7 +57,7 @@ pub(crate) fn row(generation: u64, body: &str) -> SealedRow {
 }
 
 pub(crate) fn projection() -> MeterProjection {
-    MeterProjection { vendor: "KAM".into(), profile: "generic-suite0".into(), status: 1, head_end: None, batch: None }
+    MeterProjection { vendor: "KAM".into(), profile: "generic-suite0".into(), status: 1, head_end: None, batch: None, groups: Vec::new() }
 }
 
 pub(crate) fn principal(name: &str) -> PrincipalId {
