@@ -591,6 +591,9 @@ pub(crate) struct MakeSample {
     /// Number of the first device: the end of its system title
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..1 << 40))]
     pub(crate) first: u64,
+    /// So many consecutive devices have the same keys, as some vendors deliver them
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..1 << 40))]
+    pub(crate) equal_keys: u64,
     /// Group of all devices; may be repeated
     #[arg(long = "group", value_name = "NAME")]
     pub(crate) groups: Vec<String>,

@@ -4,6 +4,7 @@
 //! - [`TransportKey`] opens what the server sends: [`TransportKey::open`] gives the keys of an envelope, after it has proved them.
 //! - [`Counters`] deals the invocation counters of a lease, each once.
 //! - [`RetryPolicy`] repeats calls as the server asks for it, under one request id.
+//! - [`Relay`] carries octets for a head-end that holds no keys: transfers of new keys, and the tasks of campaigns.
 //! - [`KeyRequest`] makes key pairs on this machine and asks for their certificates.
 //! - [`sample`] plays a meter vendor, for trials.
 //!
@@ -31,6 +32,7 @@ mod envelope;
 mod identity;
 mod manifest;
 mod profile;
+mod relay;
 mod retry;
 pub mod sample;
 mod secret_key;
@@ -48,6 +50,7 @@ pub use kms_domain::{
 pub use kms_proto::v1 as proto;
 pub use manifest::{OpenedEnvelope, OpenedGroup, OpenedKey, OpenedMeter};
 pub use profile::{NewProfile, Profile, ProfileError, StateDirectory};
+pub use relay::{MeterLine, MeterNetwork, MeterRequest, Relay, RelayEnd, RelaySettings};
 pub use retry::{RetryPolicy, new_request_id};
 pub use secret_key::SecretKey;
 pub use server_error::ServerError;

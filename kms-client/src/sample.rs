@@ -41,6 +41,8 @@ pub struct SampleShipment {
     pub counters: Vec<SampleCounter>,
     /// The hash of RSA-OAEP.
     pub oaep_hash: OaepHash,
+    /// So many consecutive devices have the same keys, as some vendors deliver them; 1 where each has its own.
+    pub equal_keys: u64,
 }
 
 /// A counter that was in use before.
@@ -68,6 +70,7 @@ impl SampleShipment {
             groups: Vec::new(),
             counters: Vec::new(),
             oaep_hash: OaepHash::Sha256,
+            equal_keys: 1,
         }
     }
 
@@ -106,7 +109,9 @@ impl SampleShipment {
         for written in 0..self.devices {
             let number = self.first_number + written;
             let title = hex::encode_upper(self.title(number));
-            keys.generate(&wrapping)?;
+            if written.is_multiple_of(self.equal_keys.max(1)) {
+                keys.generate(&wrapping)?;
+            }
             let device =
                 Device { title: &title, serial: format!("{}", FIRST_SERIAL + number), groups: &self.groups, keys: &keys.shipped, counters: &keys.counters };
             file.line_in(&mut line, &device)?;

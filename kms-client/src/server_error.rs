@@ -17,6 +17,8 @@ pub struct ServerError {
     /// Further reasons, as the server words them.
     reasons: Vec<String>,
     retry_after: Option<Duration>,
+    /// The connection broke: nobody knows whether the call was carried out.
+    connection_lost: bool,
 }
 
 impl ServerError {
@@ -40,9 +42,12 @@ impl ServerError {
         self.retry_after
     }
 
-    /// Whether the same call may succeed later: the server or its HSM or database is not there just now.
+    /// Whether the same call may succeed later: the server or its HSM or database is not there just now, or the connection to it was lost. Nobody knows
+    /// then whether the call was carried out; under the same request id nothing is done twice.
     pub fn is_unavailable(&self) -> bool {
-        matches!(self.code, Code::Unavailable | Code::DeadlineExceeded) || (self.code == Code::ResourceExhausted && self.retry_after.is_some())
+        self.connection_lost
+            || matches!(self.code, Code::Unavailable | Code::DeadlineExceeded)
+            || (self.code == Code::ResourceExhausted && self.retry_after.is_some())
     }
 
     /// Whether policy refused what was asked, or who asked.
@@ -55,8 +60,17 @@ impl From<Status> for ServerError {
     fn from(status: Status) -> Self {
         // A connection that is made again in the middle of things may be refused by then.
         if let Some(tls) = std::error::Error::source(&status).and_then(tls_error) {
-            return Self { code: Code::Unauthenticated, message: tls_reason(tls), fields: Vec::new(), reasons: Vec::new(), retry_after: None };
+            return Self {
+                code: Code::Unauthenticated,
+                message: tls_reason(tls),
+                fields: Vec::new(),
+                reasons: Vec::new(),
+                retry_after: None,
+                connection_lost: false,
+            };
         }
+        // What a server says has no source on this side; a transport that fails has one.
+        let connection_lost = status.code() != Code::Unavailable && std::error::Error::source(&status).is_some();
         // Details that do not decode are left out: the message alone still tells the cause.
         let details = status.get_error_details();
         let mut reasons = Vec::new();
@@ -87,6 +101,7 @@ impl From<Status> for ServerError {
             fields: fields.unwrap_or_default(),
             reasons,
             retry_after: details.retry_info().and_then(|info| info.retry_delay),
+            connection_lost,
         }
     }
 }
@@ -95,7 +110,7 @@ impl std::error::Error for ServerError {}
 
 impl fmt::Display for ServerError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", title(self.code), self.message)?;
+        write!(f, "{}: {}", if self.connection_lost { "connection lost" } else { title(self.code) }, self.message)?;
         for (field, description) in self.fields.iter().filter(|(field, _)| !self.message.contains(field.as_str())) {
             write!(f, "; {field}: {description}")?;
         }
@@ -104,7 +119,7 @@ impl fmt::Display for ServerError {
         }
         if let Some(delay) = self.retry_after {
             write!(f, "; try again in {:.1} s", delay.as_secs_f32())?;
-        } else if let Some(hint) = next_step(self.code) {
+        } else if let Some(hint) = next_step(if self.connection_lost { Code::Unavailable } else { self.code }) {
             write!(f, "; {hint}")?;
         }
         Ok(())

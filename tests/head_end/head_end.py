@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import hmac
 import importlib
+import logging
 import pathlib
 import struct
 import sys
@@ -20,6 +21,7 @@ import tomllib
 import uuid
 
 import grpc
+import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, keywrap, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -30,20 +32,28 @@ from dlms_cosem.io import BlockingTcpIO, TcpTransport
 from dlms_cosem.security import HighLevelSecurityGmacAuthentication
 from grpc_tools import protoc
 
+# dlms-cosem tells every APDU, the plain ones too, unless it is asked not to.
+structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+
 PROTO = pathlib.Path(__file__).resolve().parents[2] / "proto"
 
 
-def contract():
-    """Compiles the contract and returns its modules (envelope, grant)."""
+def compile_contract():
+    """Compiles the contract, so that its modules can be imported."""
     out = tempfile.mkdtemp(prefix="meterkms-proto-")
     files = [str(file.relative_to(PROTO)) for file in sorted(PROTO.glob("meterkms/v1/*.proto"))]
     if protoc.main(["protoc", f"-I{PROTO}", f"--python_out={out}", f"--grpc_python_out={out}", *files]) != 0:
         sys.exit("the proto files do not compile")
     sys.path.insert(0, out)
-    return [importlib.import_module(f"meterkms.v1.{name}") for name in ("envelope_pb2", "grant_pb2", "grant_pb2_grpc")]
 
 
-envelope_pb2, grant_pb2, grant_pb2_grpc = contract()
+def module(name):
+    """A module of the contract, such as `grant_pb2`."""
+    return importlib.import_module(f"meterkms.v1.{name}")
+
+
+compile_contract()
+envelope_pb2, grant_pb2, grant_pb2_grpc = module("envelope_pb2"), module("grant_pb2"), module("grant_pb2_grpc")
 
 
 class Profile:
@@ -97,10 +107,10 @@ def open_envelope(envelope, transport_key, certificate):
     return keys, manifest
 
 
-def open_session(profile, meter, client_title):
+def open_session(profile, meter, client_title, purpose=envelope_pb2.PURPOSE_READ):
     """Keys and counter lease for one meter."""
     grants = grant_pb2_grpc.GrantServiceStub(profile.channel())
-    terms = grant_pb2.SessionTerms(purpose=envelope_pb2.PURPOSE_READ, client_title=client_title, counters=100)
+    terms = grant_pb2.SessionTerms(purpose=purpose, client_title=client_title, counters=100)
     answer = grants.OpenSession(grant_pb2.OpenSessionRequest(request_id=uuid.uuid4().bytes, meter=meter, terms=terms), timeout=10)
     return open_envelope(answer.envelopes[0], *profile.transport())
 

@@ -12,11 +12,17 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import traceback
+import uuid
+
+from head_end import Profile, open_session, read_register
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 PROGRAMS = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", REPOSITORY / "target")) / "release"
 CLIENT_TITLE = "4D4D4D0000000001"
+METERS = 39
 
 
 class Running:
@@ -35,8 +41,15 @@ class Running:
             found = re.search(ready, line)
             if found:
                 self.ready = found
+                # What it goes on printing is read, so that it never waits for a reader.
+                self.reader = threading.Thread(target=self.read, daemon=True)
+                self.reader.start()
                 return
         raise AssertionError(f"{arguments[0]} was not ready; it printed:\n{self.printed}")
+
+    def read(self):
+        for line in self.process.stdout:
+            self.printed += line
 
     def __enter__(self):
         return self
@@ -45,14 +58,16 @@ class Running:
         self.process.send_signal(signal.SIGINT)
         try:
             self.process.wait(30)
+            self.reader.join(30)
         except subprocess.TimeoutExpired:
             self.process.kill()
 
 
-def simulated(device):
+def simulated(device, faults=()):
     """A device of the vendor's plaintext list as an ordinary meter of the simulator."""
     setup = device["security_setups"][0]
     return {
+        "faults": list(faults),
         "system_title": device["system_title"],
         "security_suite": device["security_suite"],
         "security_setups": [setup],
@@ -91,8 +106,95 @@ def test_reads_a_register_three_times():
                     assert not any(key.lower() in printed.lower() for key in keys), "a key was printed"
 
 
+# What happens to the meters, one after another, at the first or second delivery of a key, or at an association.
+FAULTS = [
+    None,
+    "lose-request",
+    "lose-answer",
+    {"delay-request": 1500},
+    {"hold-request": 2},
+    "duplicate-request",
+    "repeat-previous-answer",
+    {"corrupt-answer": 0},
+    {"applied-but-error": 9},
+    {"refused-without-applying": 250},
+    "success-without-applying",
+    "power-cycle-before-answer",
+    "close-connection",
+]
+
+
+def test_carries_out_campaigns():
+    """Every key that a vendor knows is replaced, and then one of them again, by a head-end that ciphers key_transfer itself."""
+    with tempfile.TemporaryDirectory(prefix="kms-head-end-") as folder:
+        folder = pathlib.Path(folder)
+        state, memory_file, meters_file = folder / "kms", folder / "memory.json", folder / "meters.json"
+        arguments = [PROGRAMS / "kms-server", "dev", "--state", state, "--listen", "127.0.0.1:0", "--meters", METERS]
+        with Running(arguments, r"Serving on (\S+);") as server:
+            devices = [json.loads(line) for line in (state / "vendor/devices.jsonl").read_text().splitlines()]
+            meters = {}
+            for number, device in enumerate(devices, 1):
+                fault = FAULTS[number % len(FAULTS)]
+                faults = [{"at": {"key-transfer": 1 + number % 3}, "fault": fault}] if fault else []
+                faults.append({"at": {"association-request": 1 + number % 5}, "fault": "lose-answer" if number % 2 else "power-cycle-after"})
+                meters[number] = simulated(device, faults)
+            simulation = {"listeners": [{"address": "127.0.0.1:0", "meters": meters}], "memory_file": str(memory_file)}
+            with Running([PROGRAMS / "meter-sim"], r"(127\.0\.0\.1:\d+)", json.dumps(simulation)) as simulator:
+                addresses = {meter["system_title"]: f"{simulator.ready.group(1)}/{number}" for number, meter in meters.items()}
+                meters_file.write_text(json.dumps(addresses))
+                program = [sys.executable, REPOSITORY / "tests/head_end/rotate.py", "--profile", state / "profiles/head-end", "--meters", meters_file]
+                program += ["--timeout", "0.7", "--lease-seconds", "10", "--parallel", "16"]
+                rotation = Running(program, "working")
+                try:
+                    with rotation:
+                        run_campaign(state, "take over", "--take-over", "--imported", "--manufacturer", "KAM", "--canary", "4", "--wave", "100%")
+                        # What is still in doubt is probed before it is rotated; then no meter may be left.
+                        left = run_campaign(state, "new GUEK", "--rotate", "GUEK", "--whole-island", "--canary", "0", "--wave", "100%")
+                        assert left == 0, f"{left} meters failed or are in doubt"
+                except AssertionError:
+                    print(rotation.printed)
+                    raise
+                profile, granted = Profile(state / "profiles/head-end"), {}
+                for title, address in addresses.items():
+                    keys, manifest = open_session(profile, bytes.fromhex(title), bytes.fromhex(CLIENT_TITLE))
+                    place, logical_device = address.split("/")
+                    assert read_register(place, int(logical_device), keys, manifest.meters[0].lease, "1.0.1.8.0.255") == 4711, title
+                    granted[title] = {name.lower(): key.hex().upper() for name, key in keys.items()}
+            memory = json.loads(memory_file.read_text())
+            assert memory["repeated_nonces"] == 0
+            shipped = {device["system_title"]: device["security_setups"][0] for device in devices}
+            for meter in memory["meters"]:
+                title = meter["system_title"]
+                assert granted[title] == {"guek": meter["guek"], "gak": meter["gak"]}, f"{title} holds other keys than the server grants"
+                for name in ("kek", "guek", "gak", "gbek"):
+                    assert meter[name] != shipped[title][name].upper(), f"{title} still has the {name} of its vendor"
+
+
+def run_campaign(state, name, *arguments):
+    """Two officers lead a campaign until it has ended: how many of its tasks failed or are in doubt."""
+
+    def kms(identity, *arguments):
+        program = [PROGRAMS / "kms", "--state", state, "--profile", identity, *arguments, "--output", "json"]
+        done = subprocess.run([str(argument) for argument in program], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(done.stdout)
+
+    terms = ["--attempts", "6", "--back-off", "1", "--success-threshold", "1", "--failure-limit", "1000", "--commit"]
+    campaign = kms("officer-1", "campaign", "create", name, *arguments, *terms)["campaign"]
+    number = str(uuid.UUID(campaign["campaign_id"]))
+    kms("officer-2", "campaign", "approve", number, "--content", campaign["content_sha256"], "--yes")
+    kms("officer-1", "campaign", "start", number, "--yes")
+    deadline = time.monotonic() + 120
+    while kms("auditor", "campaign", "show", number)["state"] == "running":
+        assert time.monotonic() < deadline, f"`{name}` does not end"
+        time.sleep(0.3)
+    report = kms("auditor", "campaign", "report", number)["progress"]
+    assert report["campaign"]["state"] == "finished", report["campaign"]["reason"]
+    return sum(wave["failed"] + wave["in_doubt"] for wave in report["waves"])
+
+
 def main():
-    tests = [test_reads_a_register_three_times]
+    tests = [test_reads_a_register_three_times, test_carries_out_campaigns]
     failed = 0
     for test in tests:
         try:

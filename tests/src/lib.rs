@@ -133,7 +133,15 @@ impl DevServer {
 
     /// Starts one for the first time, with these arguments besides state, port and number of meters.
     pub fn start_with(arguments: &[&str]) -> Self {
-        Self::start_in(folder(), arguments)
+        Self::start_in(folder(), &[arguments, &["--meters", "50"]].concat())
+    }
+
+    /// Starts one for the first time on this pair, with so many meters in the sample shipment.
+    pub fn start_sized(module: TestModule, database: TestDatabase, meters: u64) -> Self {
+        let (database, meters) = (database.create().unwrap(), meters.to_string());
+        let mut arguments = arguments(module, database.as_deref());
+        arguments.extend(["--meters", &meters]);
+        Self::start_in(folder(), &arguments)
     }
 
     fn start_in(state: tempfile::TempDir, arguments: &[&str]) -> Self {
@@ -147,7 +155,7 @@ impl DevServer {
         let tokens = state.join("softhsm");
         fs::create_dir_all(&tokens).unwrap();
         fs::write(state.join("softhsm2.conf"), format!("directories.tokendir = {}\nlog.level = ERROR\n", tokens.display())).unwrap();
-        command.args(["dev", "--listen", "127.0.0.1:0", "--meters", "50", "--state"]).arg(state).args(arguments);
+        command.args(["dev", "--listen", "127.0.0.1:0", "--state"]).arg(state).args(arguments);
         command.env_remove("HSM_SIM_DIR").env("SOFTHSM2_CONF", state.join("softhsm2.conf"));
         Process::spawn(command, "Ctrl-C ends it")
     }
@@ -208,15 +216,13 @@ impl DevServer {
         fs::create_dir_all(&folder).unwrap();
         let configuration = self.state.path().join(format!("island/{name}.toml"));
         fs::write(&configuration, edit(text)).unwrap();
-        let mut command = self.command("run");
-        command.arg("--config").arg(&configuration);
-        let (process, _) = Process::spawn(command, "listening");
+        let process = SecondServer::spawn(self.state.path(), &configuration);
         for identity in StateDirectory::new(self.state.path()).profile_names() {
             let target = folder.join("profiles").join(&identity);
             copy_folder(&self.state.path().join("profiles").join(&identity), &target);
             Profile::load(&target).unwrap().set_server(&address.to_string()).unwrap();
         }
-        let second = SecondServer { folder, process };
+        let second = SecondServer { state: self.state.path().to_owned(), configuration, folder, process };
         // It listens before its island is open: until then it answers UNAVAILABLE.
         let began = Instant::now();
         let connection = second.connect("officer-1").await;
@@ -229,17 +235,13 @@ impl DevServer {
 
     /// A `kms-server` subcommand that finds the token of this island.
     pub fn command(&self, subcommand: &str) -> Command {
-        let mut command = Command::new(program("kms-server"));
-        command.arg(subcommand).env("HSM_SIM_DIR", self.state.path().join("token")).env("SOFTHSM2_CONF", self.state.path().join("softhsm2.conf"));
-        command
+        server_command(subcommand, self.state.path())
     }
 
     /// The simulated meter of a device of the sample shipment.
     pub fn meter(&self, number: usize) -> Meter {
-        let text = fs::read_to_string(self.state.path().join("vendor/devices.jsonl")).unwrap();
-        let device: Device = serde_json::from_str(text.lines().nth(number).expect("the sample has fewer devices")).unwrap();
-        let setup = device.security_setups.into_iter().next().unwrap();
-        Meter::new(MeterConfig::ordinary(device.system_title, device.security_suite, setup)).unwrap()
+        let meters = meter_configs(&self.state.path().join("vendor/devices.jsonl"));
+        Meter::new(meters.into_iter().nth(number).expect("the sample has fewer devices")).unwrap()
     }
 
     /// Every key of the sample in plaintext, as its vendor knows them.
@@ -256,6 +258,13 @@ impl DevServer {
         }
         keys
     }
+}
+
+/// A `kms-server` subcommand that finds the token in the folder of an island.
+fn server_command(subcommand: &str, state: &Path) -> Command {
+    let mut command = Command::new(program("kms-server"));
+    command.arg(subcommand).env("HSM_SIM_DIR", state.join("token")).env("SOFTHSM2_CONF", state.join("softhsm2.conf"));
+    command
 }
 
 /// What `dev` is told of module and database.
@@ -285,13 +294,52 @@ impl Template {
     }
 }
 
-/// Another server process on the island of a [`DevServer`].
+/// The ordinary meters of a vendor's list of devices with their keys in plaintext, as `kms shipment make-sample` writes it.
+pub fn meter_configs(devices: &Path) -> Vec<MeterConfig> {
+    let text = fs::read_to_string(devices).unwrap();
+    text.lines()
+        .map(|line| {
+            let device: Device = serde_json::from_str(line).unwrap();
+            let setup = device.security_setups.into_iter().next().unwrap();
+            MeterConfig::ordinary(device.system_title, device.security_suite, setup)
+        })
+        .collect()
+}
+
+/// Another server process on the island of a [`DevServer`], at an address that stays when it is started again.
 pub struct SecondServer {
+    state: PathBuf,
+    configuration: PathBuf,
     folder: PathBuf,
     process: Process,
 }
 
 impl SecondServer {
+    fn spawn(state: &Path, configuration: &Path) -> Process {
+        let mut command = server_command("run", state);
+        command.arg("--config").arg(configuration);
+        Process::spawn(command, "listening").0
+    }
+
+    /// Starts it again. It listens then; its island may not be open yet.
+    pub fn restart(&mut self) {
+        self.process.kill();
+        self.process = Self::spawn(&self.state, &self.configuration);
+    }
+
+    /// Runs `kms` against it as this identity: what it printed.
+    ///
+    /// # Panics
+    /// The command failed.
+    pub fn kms(&self, identity: &str, arguments: &[&str]) -> String {
+        let mut command = Command::new(program("kms"));
+        command.arg("--state").arg(&self.folder).args(["--profile", identity]).args(arguments).stdin(Stdio::null());
+        let output = command.output().unwrap();
+        let text = |octets: &[u8]| String::from_utf8_lossy(octets).into_owned();
+        assert!(output.status.success(), "kms {arguments:?}: {}{}", text(&output.stdout), text(&output.stderr));
+        text(&output.stdout)
+    }
+
     /// A connection as this identity.
     pub async fn connect(&self, name: &str) -> Connection {
         Connection::connect(&Profile::load(self.folder.join("profiles").join(name)).unwrap()).await.unwrap()

@@ -23,6 +23,7 @@ pub(crate) async fn make(arguments: MakeSample, context: &Context) -> Result<(),
     let mut sample = SampleShipment::new(batch, arguments.manufacturer, device_profile(&arguments.device_profile)?, arguments.devices);
     sample.first_number = arguments.first;
     sample.groups = arguments.groups.clone();
+    sample.equal_keys = arguments.equal_keys;
 
     let (transport_key, offered) = match &arguments.transport_key {
         Some(path) => (

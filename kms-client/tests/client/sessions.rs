@@ -34,14 +34,14 @@ enum Fault {
 
 type Steps<T> = ready::Steps<T>;
 
-mod ready {
+pub(crate) mod ready {
     use std::{
         pin::Pin,
         task::{Context, Poll},
     };
 
     /// A stream of steps that are there already.
-    pub(super) struct Steps<T>(pub(super) std::vec::IntoIter<Result<T, tonic::Status>>);
+    pub(crate) struct Steps<T>(pub(crate) std::vec::IntoIter<Result<T, tonic::Status>>);
 
     impl<T: Unpin> tonic::codegen::tokio_stream::Stream for Steps<T> {
         type Item = Result<T, tonic::Status>;

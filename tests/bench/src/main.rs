@@ -12,6 +12,7 @@ mod module;
 mod raw;
 mod report;
 mod shipment;
+mod transfers;
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
@@ -182,6 +183,8 @@ impl Measuring<'_> {
         self.batches().await?;
         self.singles().await?;
         self.frames(&devices).await?;
+        self.campaign().await?;
+        self.transfers().await?;
         self.memory("after all measurements", "VmRSS");
         self.memory("at its highest", "VmHWM");
         Ok(())
@@ -325,6 +328,29 @@ impl Measuring<'_> {
         Ok(())
     }
 
+    /// The plan of a rotation over every meter.
+    async fn campaign(&mut self) -> Result<(), Failure> {
+        let planned = self.island.plan_campaign().await?;
+        let name = format!("planning of {} slots", shown(planned.meters as f64));
+        self.report.add(TRANSFERS, &name, "s", self.module, planned.time.as_secs_f64());
+        self.report.add(TRANSFERS, "slots planned", "slots/s", self.module, per_second(planned.meters, planned.time));
+        self.report.add(TRANSFERS, "memory at its highest while planning, above that before", "MiB", self.module, planned.memory_mib);
+        Ok(())
+    }
+
+    /// New keys for meters. Last: each meter has one transfer under way then.
+    async fn transfers(&mut self) -> Result<(), Failure> {
+        let run = self.island.prepare_transfers(self.time, self.meters).await?;
+        self.report.add(TRANSFERS, "key_transfer prepared, 1,000 a call, 2 in flight", "keys/s", self.module, run.rate());
+        self.report.processor(self.module, "key_transfer prepared", &run);
+        // The server derives by SP 800-108 where the module has it.
+        let raw = if self.raw.contains_key(raw::TRANSFER_SP800_108) { raw::TRANSFER_SP800_108 } else { raw::TRANSFER_CBC };
+        let ratio = "key_transfer prepared ÷ direct cycles of a new key for a meter";
+        self.report.add(TRANSFERS, ratio, "", self.module, run.rate() / self.raw_rate(raw));
+        self.report.goal(TRANSFERS, ratio, Some(Module::Softhsm2), Goal::AtLeast(0.7));
+        Ok(())
+    }
+
     fn latencies(&mut self, group: &'static str, name: &str, run: &Run) {
         self.report.add(group, format!("{name}: p50 of a call"), "ms", self.module, run.latency_ms(0.5));
         self.report.add(group, format!("{name}: p99 of a call"), "ms", self.module, run.latency_ms(0.99));
@@ -354,6 +380,7 @@ const IMPORT: &str = "shipment import";
 const BATCHES: &str = "session grants in batches";
 const SINGLES: &str = "single session grants";
 const FRAMES: &str = "frames in the HSM";
+const TRANSFERS: &str = "rotation";
 const MEMORY: &str = "memory of the server";
 const DATABASE: &str = "database";
 /// Meters of one batch call.

@@ -40,6 +40,10 @@ pub(crate) const STORED_WRAPPED_TWICE: &str = "unwrap + 2 × wrap + destroy, 1 t
 pub(crate) const DERIVED_CBC: &str = "derive (AES-CBC-ENCRYPT-DATA) + wrap + destroy, 1 thread";
 pub(crate) const DERIVED_SP800_108: &str = "derive (SP 800-108 counter, CMAC) + wrap + destroy, 1 thread";
 
+/// A new, diversified key for a meter whose KEK is stored.
+pub(crate) const TRANSFER_CBC: &str = "new key for a meter: unwrap KEK + derive (AES-CBC-ENCRYPT-DATA) + wrap + 2 × destroy, 1 thread";
+pub(crate) const TRANSFER_SP800_108: &str = "new key for a meter: unwrap KEK + derive (SP 800-108 counter, CMAC) + wrap + 2 × destroy, 1 thread";
+
 /// The name of the module, and its rates.
 #[derive(serde::Deserialize, serde::Serialize)]
 pub(crate) struct Raw {
@@ -82,8 +86,10 @@ impl Raw {
             take(STORED_TWO, bench.rate(2, Bench::stored)?);
             take(STORED_WRAPPED_TWICE, bench.rate(1, Bench::stored_wrapped_twice)?);
             take(DERIVED_CBC, bench.rate(1, Bench::derived_cbc)?);
+            take(TRANSFER_CBC, bench.rate(1, Bench::transfer_cbc)?);
             if has_sp800_108 {
                 take(DERIVED_SP800_108, bench.rate(1, Bench::derived_sp800_108)?);
+                take(TRANSFER_SP800_108, bench.rate(1, Bench::transfer_sp800_108)?);
             }
         }
         let octets_left = (memory_mib("self", "VmRSS") - memory) * 1_048_576.0 / cycles;
@@ -169,12 +175,39 @@ impl<'a> Bench<'a> {
     }
 
     fn derived_cbc(&self, session: &Session, transport_kek: ObjectHandle) -> cryptoki::error::Result<()> {
-        let key = session.derive_key(&Mechanism::AesCbcEncryptData(AesCbcDeriveParams::new([0; 16], &[0x5A; 16])), self.diversification_root, &derived())?;
+        let key = self.derive_cbc(session)?;
         session.wrap_key(&Mechanism::AesKeyWrap, transport_kek, key)?;
         session.destroy_object(key)
     }
 
     fn derived_sp800_108(&self, session: &Session, transport_kek: ObjectHandle) -> cryptoki::error::Result<()> {
+        let key = self.derive_sp800_108(session)?;
+        session.wrap_key(&Mechanism::AesKeyWrap, transport_kek, key)?;
+        session.destroy_object(key)
+    }
+
+    fn transfer_cbc(&self, session: &Session, _: ObjectHandle) -> cryptoki::error::Result<()> {
+        self.transfer(session, Self::derive_cbc)
+    }
+
+    fn transfer_sp800_108(&self, session: &Session, _: ObjectHandle) -> cryptoki::error::Result<()> {
+        self.transfer(session, Self::derive_sp800_108)
+    }
+
+    fn transfer(&self, session: &Session, derive: impl FnOnce(&Self, &Session) -> cryptoki::error::Result<ObjectHandle>) -> cryptoki::error::Result<()> {
+        let [class, key_type, token, sensitive, _] = UNWRAPPED;
+        let kek = session.unwrap_key(&Mechanism::AesKeyWrap, self.storage_kek, &self.wrapped, &[class, key_type, token, sensitive, Attribute::Wrap(true)])?;
+        let key = derive(self, session)?;
+        session.wrap_key(&Mechanism::AesKeyWrap, kek, key)?;
+        session.destroy_object(key)?;
+        session.destroy_object(kek)
+    }
+
+    fn derive_cbc(&self, session: &Session) -> cryptoki::error::Result<ObjectHandle> {
+        session.derive_key(&Mechanism::AesCbcEncryptData(AesCbcDeriveParams::new([0; 16], &[0x5A; 16])), self.diversification_root, &derived())
+    }
+
+    fn derive_sp800_108(&self, session: &Session) -> cryptoki::error::Result<ObjectHandle> {
         let counter = KbkdfCounterFormat::new(Endianness::Big, BITS);
         let length = KbkdfDkmLengthFormat::new(KbkdfDkmLengthMethod::SumOfKeys, Endianness::Big, BITS);
         let data = [
@@ -183,9 +216,7 @@ impl<'a> Bench<'a> {
             PrfDataParam::new(PrfDataParamType::DkmLength(&length)),
         ];
         let mechanism = Mechanism::KbkdfCounter(KbkdfParams::new(MechanismType::AES_CMAC, &data, None));
-        let key = session.derive_key(&mechanism, self.diversification_root, &derived())?;
-        session.wrap_key(&Mechanism::AesKeyWrap, transport_kek, key)?;
-        session.destroy_object(key)
+        session.derive_key(&mechanism, self.diversification_root, &derived())
     }
 }
 

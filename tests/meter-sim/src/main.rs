@@ -6,16 +6,19 @@
 //! ```
 //!
 //! The JSON has the fields of [`Simulation`]. Each listener prints `ADDRESS` on a line of its own when
-//! it is ready. Ctrl-C ends it.
+//! it is ready. Ctrl-C ends it; where the JSON names a `memory_file`, it then writes what the meters
+//! remember, for tests to compare with.
 
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::io::{Read, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use meter_sim::{Meter, MeterConfig, MeterDirectory, ServeOptions, serve};
-use serde::Deserialize;
+use meter_sim::inspect::RepeatedNonce;
+use meter_sim::{Meter, MeterConfig, MeterDirectory, Obis, ServeOptions, SymmetricKey, serve};
+use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use zeroize::Zeroizing;
 
@@ -24,6 +27,41 @@ use zeroize::Zeroizing;
 #[serde(deny_unknown_fields)]
 struct Simulation {
     listeners: Vec<ListenerConfig>,
+    /// Where the end writes [`Memory`] as JSON, keys in plaintext.
+    #[serde(default)]
+    memory_file: Option<PathBuf>,
+}
+
+/// What all meters remember at the end.
+#[derive(Serialize)]
+struct Memory {
+    meters: Vec<MeterMemory>,
+    /// How often a nonce served two different messages, in any meter.
+    repeated_nonces: usize,
+}
+
+/// The keys of a meter's first security setup, in hex.
+#[derive(Serialize)]
+struct MeterMemory {
+    system_title: String,
+    guek: String,
+    gak: String,
+    kek: String,
+    gbek: Option<String>,
+}
+
+impl MeterMemory {
+    fn of(meter: &Meter) -> Option<Self> {
+        let keys = meter.keys_for_inspection(Obis::SECURITY_SETUP)?;
+        let text = |key: &SymmetricKey| hex::encode_upper(key.expose());
+        Some(Self {
+            system_title: hex::encode_upper(meter.system_title().as_bytes()),
+            guek: text(&keys.guek),
+            gak: text(&keys.gak),
+            kek: text(&keys.kek),
+            gbek: keys.gbek.as_ref().map(text),
+        })
+    }
 }
 
 /// One TCP port: either one `meter`, or many `meters` by the wrapper's destination port.
@@ -65,21 +103,32 @@ fn run() -> Result<(), Box<dyn Error>> {
 
 async fn simulate(simulation: Simulation) -> Result<(), Box<dyn Error>> {
     let mut tasks = tokio::task::JoinSet::new();
+    let mut all = Vec::new();
     for listener in simulation.listeners {
-        let directory =
-            match (listener.meter, listener.meters) {
-                (Some(meter), meters) if meters.is_empty() => MeterDirectory::One(Meter::new(meter)?),
-                (None, meters) if !meters.is_empty() => MeterDirectory::ByDestination(Arc::new(
-                    meters.into_iter().map(|(destination, meter)| Ok((destination, Meter::new(meter)?))).collect::<Result<_, meter_sim::Error>>()?,
-                )),
-                _ => {
-                    return Err(format!("listener `{}` needs either `meter` or `meters`", listener.address).into());
-                }
-            };
+        let directory = match (listener.meter, listener.meters) {
+            (Some(meter), meters) if meters.is_empty() => {
+                let meter = Meter::new(meter)?;
+                all.push(meter.clone());
+                MeterDirectory::One(meter)
+            }
+            (None, meters) if !meters.is_empty() => {
+                let meters: BTreeMap<u16, Meter> =
+                    meters.into_iter().map(|(destination, meter)| Ok((destination, Meter::new(meter)?))).collect::<Result<_, meter_sim::Error>>()?;
+                all.extend(meters.values().cloned());
+                MeterDirectory::ByDestination(Arc::new(meters))
+            }
+            _ => {
+                return Err(format!("listener `{}` needs either `meter` or `meters`", listener.address).into());
+            }
+        };
         let socket = TcpListener::bind(&listener.address).await.map_err(|error| format!("cannot listen on `{}`: {error}", listener.address))?;
         writeln!(std::io::stdout(), "{}", socket.local_addr()?)?;
         tasks.spawn(serve(socket, directory, ServeOptions::default()));
     }
     tokio::signal::ctrl_c().await?;
+    if let Some(path) = simulation.memory_file {
+        let memory = Memory { meters: all.iter().filter_map(MeterMemory::of).collect(), repeated_nonces: RepeatedNonce::find(&all).len() };
+        std::fs::write(path, serde_json::to_vec(&memory)?)?;
+    }
     Ok(())
 }

@@ -81,8 +81,8 @@ enum Content {
     Initiate { meter_challenge: Vec<u8> },
     /// An action-response with f(CtoS) for this challenge.
     Authentication { parameters: ClientChallenge },
-    /// An action-response to `key_transfer`.
-    Delivery,
+    /// An action-response to `key_transfer`; with the invoke id of its request, where the request was made here.
+    Delivery { made_here: bool },
 }
 
 /// What f(CtoS) is checked with.
@@ -133,8 +133,8 @@ impl Reading {
                 let parameters = ClientChallenge { meter: meter.title, suite: meter.suite, challenge: challenge.to_vec() };
                 ciphered(meter, keys, octets, &[ACTION_RESPONSE], Content::Authentication { parameters })
             }
-            Stage::Deliver { .. } => {
-                let reading = ciphered(meter, keys, octets, &[ACTION_RESPONSE], Content::Delivery)?;
+            Stage::Deliver { pair: own } => {
+                let reading = ciphered(meter, keys, octets, &[ACTION_RESPONSE], Content::Delivery { made_here: own.is_some() })?;
                 // An answer from before the request was sent is no answer to it: the meter's own counter tells.
                 match &reading {
                     Self::Frame { counter, .. } if *counter <= known_counter(meter, transfer, pair) => Err(Observation::Nothing),
@@ -166,8 +166,8 @@ impl Reading {
                 Ok(_) => Observation::Associated { meter_challenge: meter_challenge.clone(), meter_counter: *counter },
                 Err(_) => Observation::Refusal,
             },
-            Content::Delivery => match ActionResponse::parse(&plain) {
-                Ok(response) if response.invoke_id_and_priority & INVOKE_ID_BITS == INVOKE_ID & INVOKE_ID_BITS => {
+            Content::Delivery { made_here } => match ActionResponse::parse(&plain) {
+                Ok(response) if !made_here || response.invoke_id_and_priority & INVOKE_ID_BITS == INVOKE_ID & INVOKE_ID_BITS => {
                     Observation::Answered { result: response.result.0, meter_counter: *counter }
                 }
                 _ => Observation::Nothing,
