@@ -248,7 +248,7 @@ impl Island {
         let mut compared = 0;
         while let Some(chunk) = batch.next().await.unwrap() {
             assert!(chunk.refusals.is_empty(), "{:?}", chunk.refusals);
-            let session = Session { keys: chunk.sessions.unwrap(), audit_leaf: Vec::new() };
+            let session = Session { keys: chunk.sessions.unwrap(), audit_leaf: Vec::new(), rotation: None };
             for granted in &session.keys.meters {
                 let meter = &self.fleet.meters[&granted.meter];
                 let memory = meter.keys_for_inspection(Obis::SECURITY_SETUP).unwrap();
