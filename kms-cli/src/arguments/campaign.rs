@@ -238,7 +238,7 @@ fn rotatable(name: &str) -> Result<KeyType, ParseError> {
     CampaignAction::rotate(key_type).map(|_| key_type)
 }
 
-fn quorum(text: &str) -> Result<Quorum, String> {
+pub(super) fn quorum(text: &str) -> Result<Quorum, String> {
     Quorum::new(text.parse().map_err(|_| "not a number".to_owned())?).map_err(|error| error.reason().to_owned())
 }
 
@@ -257,6 +257,6 @@ fn exposure(name: &str) -> Result<ExposureReason, String> {
     })
 }
 
-fn digest(text: &str) -> Result<[u8; 32], String> {
+pub(super) fn digest(text: &str) -> Result<[u8; 32], String> {
     hex::decode(text).ok().and_then(|octets| octets.try_into().ok()).ok_or_else(|| "not 64 hex digits".to_owned())
 }

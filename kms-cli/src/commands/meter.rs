@@ -20,6 +20,22 @@ pub(crate) async fn run(command: MeterCommand, context: &Context) -> Result<(), 
         MeterCommand::Show { meter } => show(meter, context).await,
         MeterCommand::Assign(arguments) => assign(arguments, context).await,
         MeterCommand::Adopt(arguments) => adopt(arguments, context).await,
+        MeterCommand::RaiseCounter(arguments) => {
+            let request = proto::ProposeCounterRaiseRequest {
+                request_id: request_id(),
+                meter: octets(arguments.meter.octets()),
+                security_setup: arguments.security_setup.map(|setup| octets(setup.obis())).unwrap_or_default(),
+                key_type: arguments.key_type.to_string(),
+                key_version: arguments.key_version.unwrap_or_default(),
+                client_title: octets(arguments.client_title.octets()),
+                to: arguments.to,
+                reason: arguments.why.reason,
+                quorum: Some(arguments.quorum.number().into()),
+            };
+            let mut client = context.connect().await?.meters();
+            super::proposal::show_made(&waiting("proposing", client.propose_counter_raise(request)).await?.into_inner(), context);
+            Ok(())
+        }
         MeterCommand::Enrol(arguments) => enrol(arguments, context).await,
         MeterCommand::Retire { meters, why, sure } => {
             confirm(&format!("{} will be retired, for good: no grants from now on", plural(meters.len() as u64, "meter")), &sure)?;

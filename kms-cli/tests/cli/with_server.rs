@@ -415,6 +415,10 @@ impl meter_service_server::MeterService for Mock {
         nothing()
     }
 
+    async fn propose_counter_raise(&self, _: Request<ProposeCounterRaiseRequest>) -> Answer<Proposal> {
+        nothing()
+    }
+
     async fn enrol_meters(&self, _: Request<EnrolMetersRequest>) -> Answer<ChangeMetersResponse> {
         nothing()
     }

@@ -9,7 +9,7 @@ use std::{
 use kms_domain::{
     Campaign, CampaignId, ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterJump, CounterKey, CounterPlace, CounterState, CounterUse, Counters,
     DeviceType, DeviceTypeId, Generation, Group, GroupId, IslandName, KeyType, KeyVersionNumber, Lease, LiveChunk, Meter, Owner, Principal, PrincipalId,
-    QuotaUse, RequestId, RowId, SealKey, SecuritySetupId, SystemTitle, UnixMillis, WriterId,
+    Proposal, ProposalId, QuotaUse, RequestId, RowId, SealKey, SecuritySetupId, SystemTitle, UnixMillis, WriterId,
 };
 use kms_proto::v1::{AuditRecord, audit_record::Event};
 use kms_store::{
@@ -111,6 +111,7 @@ pub(super) enum Value {
     Island(Arc<kms_domain::Island>),
     QuotaUse(Arc<QuotaUse>),
     Campaign(Arc<Campaign>),
+    Proposal(Arc<Proposal>),
 }
 
 /// An event with the rows that its act wrote.
@@ -368,6 +369,25 @@ impl View<'_, '_> {
     /// See [`Self::principal`].
     pub fn put_campaign(&mut self, campaign: Campaign) -> Result<(), ServiceError> {
         self.put(RowId::Campaign(campaign.id), Value::Campaign(Arc::new(campaign)), false)
+    }
+
+    /// A proposal.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn proposal(&mut self, id: ProposalId) -> Result<Option<Arc<Proposal>>, ServiceError> {
+        self.open(RowId::Proposal(id)).map(|value| match value {
+            Some(Value::Proposal(proposal)) => Some(proposal),
+            _ => None,
+        })
+    }
+
+    /// Writes a proposal.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn put_proposal(&mut self, proposal: Proposal) -> Result<(), ServiceError> {
+        self.put(RowId::Proposal(proposal.id), Value::Proposal(Arc::new(proposal)), false)
     }
 
     /// A task of a campaign. One that the plan does not have is as good as absent, and an event for the security officers (I5).
@@ -803,6 +823,7 @@ pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKey, seen
         RowId::Island(name) => kms_domain::Island::from_row(name.clone(), body).map(|island| Value::Island(Arc::new(island))),
         RowId::QuotaUse(principal) => QuotaUse::from_row(principal.clone(), body).map(|used| Value::QuotaUse(Arc::new(used))),
         RowId::Campaign(campaign) => Campaign::from_row(*campaign, body).map(|campaign| Value::Campaign(Arc::new(campaign))),
+        RowId::Proposal(proposal) => Proposal::from_row(*proposal, body).map(|proposal| Value::Proposal(Arc::new(proposal))),
         RowId::DeviceType(id) => DeviceType::from_row(*id, island, body).map(|device_type| Value::DeviceType(Arc::new(device_type))),
     }
     .map_err(|error| error.to_string())?;
@@ -823,6 +844,7 @@ pub(super) fn sealed_name(id: &RowId) -> (RowKind, Vec<u8>) {
         RowId::Island(island) => (RowKind::Island, island.as_str().as_bytes().to_vec()),
         RowId::QuotaUse(principal) => quota_use_row(principal),
         RowId::Campaign(campaign) => (RowKind::Campaign, campaign.octets().to_vec()),
+        RowId::Proposal(proposal) => (RowKind::Proposal, proposal.octets().to_vec()),
     }
 }
 

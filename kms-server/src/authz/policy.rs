@@ -337,6 +337,8 @@ pub enum Action {
     AssignMeters,
     /// Taking counters over.
     AdoptCounters,
+    /// A counter that is raised further than the device profile's cap: proposed, and carried out.
+    RaiseCounter,
     /// Registering meters; the class is the one that they will have.
     EnrolMeters,
     /// The end of identities.
@@ -441,6 +443,14 @@ pub enum Action {
     AbortCampaign,
     /// Campaigns, how far they are, and their reports.
     ListCampaigns,
+    /// Proposals, their approvals and what became of them.
+    ListProposals,
+    /// The approval of a proposal's content.
+    ApproveProposal,
+    /// The end of a proposal, unused.
+    WithdrawProposal,
+    /// The act that was approved. What it does has an action of its own.
+    CarryOutProposal,
     /// Tasks of campaigns for meters of a class.
     LeaseTasks,
 }
@@ -461,6 +471,7 @@ impl Action {
             Self::ShowMeter => "showMeter",
             Self::AssignMeters => "assignMeters",
             Self::AdoptCounters => "adoptCounters",
+            Self::RaiseCounter => "raiseCounter",
             Self::EnrolMeters => "enrolMeters",
             Self::RetireMeters => "retireMeters",
             Self::ReplaceMeter => "replaceMeter",
@@ -491,6 +502,10 @@ impl Action {
             Self::ResumeCampaign => "resumeCampaign",
             Self::AbortCampaign => "abortCampaign",
             Self::ListCampaigns => "listCampaigns",
+            Self::ListProposals => "listProposals",
+            Self::ApproveProposal => "approveProposal",
+            Self::WithdrawProposal => "withdrawProposal",
+            Self::CarryOutProposal => "carryOutProposal",
             Self::LeaseTasks => "leaseTasks",
         }
     }
@@ -553,6 +568,7 @@ impl Action {
             Self::ShowMeter
             | Self::AssignMeters
             | Self::AdoptCounters
+            | Self::RaiseCounter
             | Self::EnrolMeters
             | Self::RetireMeters
             | Self::ReplaceMeter
@@ -570,6 +586,10 @@ impl Action {
             | Self::ResumeCampaign
             | Self::AbortCampaign
             | Self::ListCampaigns
+            | Self::ListProposals
+            | Self::ApproveProposal
+            | Self::WithdrawProposal
+            | Self::CarryOutProposal
             | Self::LeaseTasks
             | Self::InventoryHsm => Vec::new(),
         };

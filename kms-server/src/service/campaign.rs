@@ -220,8 +220,7 @@ pub fn campaign_row(id: CampaignId) -> (RowKind, Vec<u8>) {
 fn refused(error: CampaignError) -> ServiceError {
     let next_step = match &error {
         CampaignError::State { .. } => "look at it with `kms campaign show`",
-        CampaignError::OtherContent => "approve what you have looked at",
-        CampaignError::OwnCampaign { .. } | CampaignError::ApprovedAlready { .. } => "ask a colleague to approve it",
+        CampaignError::Approval(error) => error.next_step(),
     };
     ServiceError::FailedPrecondition { reason: error.to_string(), next_step: next_step.to_owned() }
 }

@@ -4,6 +4,7 @@ mod change;
 mod counter;
 mod enrol;
 mod filter;
+mod raise;
 mod show;
 #[cfg(test)]
 mod tests;
@@ -15,12 +16,16 @@ use kms_proto::v1::{self, MeterProblemCode as Code};
 use kms_store::{Reads, RequestKey, RequestRow, RowKind};
 use prost::Message;
 
-pub(super) use self::show::{Shown, shown_version};
 pub use self::{
     change::Assignment,
     counter::CounterFloor,
     enrol::{Enrolment, NewMeter},
     filter::{Filter, Selection},
+    raise::CounterRaise,
+};
+pub(super) use self::{
+    raise::raise_counter,
+    show::{Shown, shown_version},
 };
 use super::group::Groups;
 use crate::{
