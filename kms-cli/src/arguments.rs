@@ -209,6 +209,13 @@ pub(crate) enum MeterCommand {
         (kms proposal approve),\nthen somebody carries it out (kms proposal carry-out).\n\n\
         Example:\n  kms meter raise-counter 4B414D0000000001 --client-title 4D4D4D0000000001 --to 3000000001 --reason \"read at the meter, ticket 4714\"")]
     RaiseCounter(RaiseCounter),
+    /// Mark a key version as compromised: it is never granted again
+    #[command(
+        after_help = "If it is the active version, nothing of the key is granted until a new one is proven: rotate it. What left wrapped under a KEK is \
+        exposed with it.\n\n\
+        Example:\n  kms meter compromise 4B414D0000000001 --key-type GUEK --key-version 1 --reason \"found in a log, ticket 4715\" --yes"
+    )]
+    Compromise(CompromiseKey),
     /// Register meters whose keys are made here
     #[command(
         after_help = "Examples:\n  kms meter enrol 4B414D00000F0001 --serial 10001001 --manufacturer KAM --device-profile generic-suite0 --batch lab\n  \
@@ -395,6 +402,29 @@ pub(crate) struct RaiseCounter {
     pub(crate) quorum: Quorum,
     #[command(flatten)]
     pub(crate) why: Reason,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct CompromiseKey {
+    /// System title, 16 hex digits
+    #[arg(value_name = "METER", value_parser = system_title)]
+    pub(crate) meter: SystemTitle,
+    /// Which key
+    #[arg(long, value_name = "TYPE", value_parser = KeyType::parse)]
+    pub(crate) key_type: KeyType,
+    /// Which version of it
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) key_version: u32,
+    /// Security setup, 0.b.43.0.e.255 [default: the first that has the key]
+    #[arg(long, value_name = "OBIS", value_parser = SecuritySetupId::parse)]
+    pub(crate) security_setup: Option<SecuritySetupId>,
+    /// Who knows it: vendor, anyone, or a principal URI
+    #[arg(long, value_name = "WHO", default_value = "anyone", value_parser = self::campaign::party)]
+    pub(crate) known_to: String,
+    #[command(flatten)]
+    pub(crate) why: Reason,
+    #[command(flatten)]
+    pub(crate) sure: Sure,
 }
 
 #[derive(Args, Debug)]

@@ -3,6 +3,7 @@
 //! What a caller passes in is already parsed: a type that exists is right. Bytes enter through the `parse` functions and
 //! `from_...` functions of this crate, and through `from_row` for what the database holds.
 
+mod acceptance;
 mod approval;
 mod campaign;
 mod counter;
@@ -27,6 +28,7 @@ mod slot;
 mod time;
 mod transfer;
 
+pub use acceptance::{KeyAcceptance, Remedy, Verdict};
 pub use approval::{Approval, ApprovalError, ApprovalTerms, Approvals, Quorum};
 pub use campaign::{
     Campaign, CampaignAction, CampaignContent, CampaignError, CampaignName, CampaignSelection, CampaignState, CampaignTerms, MaintenanceWindow,

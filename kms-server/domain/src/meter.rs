@@ -3,8 +3,8 @@
 use std::fmt;
 
 use crate::{
-    DeviceTypeId, FlagId, GroupId, KeyState, KeyType, KeyVersion, KeyVersionNumber, Owner, ParseError, PrincipalId, SecuritySetupId, SecuritySuite, SharedKey,
-    Slot, SlotError, Slots, SystemTitle, Transfer, UnixMillis, id::parse_name,
+    DeviceTypeId, ExposureReason, FlagId, GroupId, KeyState, KeyType, KeyVersion, KeyVersionNumber, Owner, ParseError, Party, PrincipalId, SecuritySetupId,
+    SecuritySuite, SharedKey, Slot, SlotError, Slots, SystemTitle, Transfer, UnixMillis, id::parse_name,
 };
 
 /// Where a meter stands in its life.
@@ -193,6 +193,38 @@ impl Meter {
             return Err(ParseError::new("meter status", format!("a {} meter cannot become {status}: enrol it under a new system title", self.class.status)));
         }
         self.class.status = status;
+        Ok(())
+    }
+
+    /// Marks a version as compromised, known to `party`: it is never granted again, nor active. The meter may still hold it, so it stays a
+    /// candidate (I3). What left wrapped under a KEK is exposed with the KEK, and so is what left under that.
+    ///
+    /// # Errors
+    /// There is no such version, or it is compromised or destroyed already.
+    pub fn report_compromise(
+        &mut self,
+        setup: SecuritySetupId,
+        key_type: KeyType,
+        number: KeyVersionNumber,
+        party: &Party,
+        now: UnixMillis,
+    ) -> Result<(), SlotError> {
+        let slot = self.slots.get_mut(setup, key_type)?;
+        slot.transition(number, KeyState::Compromised, now)?;
+        slot.version_mut(number)?.expose(party.clone(), ExposureReason::Reported, now);
+        let mut known = if key_type == KeyType::KEK { vec![number] } else { Vec::new() };
+        while let Some(kek) = known.pop() {
+            for slot in self.slots.iter_mut().filter(|slot| slot.setup() == setup) {
+                let under: Vec<KeyVersionNumber> =
+                    slot.versions().iter().filter(|version| version.transport().kek == Some(kek)).map(KeyVersion::number).collect();
+                for number in under {
+                    // Only what is new goes on, so that this ends.
+                    if slot.version_mut(number)?.expose(party.clone(), ExposureReason::TransferUnderExposedKek, now) && slot.key_type() == KeyType::KEK {
+                        known.push(number);
+                    }
+                }
+            }
+        }
         Ok(())
     }
 

@@ -339,6 +339,8 @@ pub enum Action {
     AdoptCounters,
     /// A counter that is raised further than the device profile's cap: proposed, and carried out.
     RaiseCounter,
+    /// A version of a key that is compromised.
+    ReportCompromise,
     /// Registering meters; the class is the one that they will have.
     EnrolMeters,
     /// The end of identities.
@@ -472,6 +474,7 @@ impl Action {
             Self::AssignMeters => "assignMeters",
             Self::AdoptCounters => "adoptCounters",
             Self::RaiseCounter => "raiseCounter",
+            Self::ReportCompromise => "reportCompromise",
             Self::EnrolMeters => "enrolMeters",
             Self::RetireMeters => "retireMeters",
             Self::ReplaceMeter => "replaceMeter",
@@ -569,6 +572,7 @@ impl Action {
             | Self::AssignMeters
             | Self::AdoptCounters
             | Self::RaiseCounter
+            | Self::ReportCompromise
             | Self::EnrolMeters
             | Self::RetireMeters
             | Self::ReplaceMeter

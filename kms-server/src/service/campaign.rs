@@ -3,6 +3,7 @@
 //! All state is in the database, so that every server can lead every campaign, and none is needed. A transfer that belongs to a campaign calls
 //! [`begin_task`], [`check_task`] and [`end_task`] inside its own acts.
 
+mod accept;
 mod drive;
 mod plan;
 mod show;
@@ -20,6 +21,7 @@ use kms_proto::v1::{self, CampaignApproved, CampaignChanged, audit_record::Event
 use kms_store::{Reads, RequestKey, RequestRow, RowKind};
 
 pub use self::{
+    accept::PlanPlace,
     plan::{NewCampaign, days_before},
     show::{ReportQuery, Watch},
     task::{LeaseQuery, TaskLease, begin_task, check_task, drop_task, end_task, holds_task, task_reads},

@@ -1,6 +1,7 @@
 //! Meters: who they are, whose they are, and the life of a meter's identity.
 
 mod change;
+mod compromise;
 mod counter;
 mod enrol;
 mod filter;
@@ -18,6 +19,7 @@ use prost::Message;
 
 pub use self::{
     change::Assignment,
+    compromise::Compromise,
     counter::CounterFloor,
     enrol::{Enrolment, NewMeter},
     filter::{Filter, Selection},

@@ -191,6 +191,7 @@ fn a_row_is_read_as_it_was_written() {
         exposed_to: Some(crate::Party::Principal(officer("x"))),
         exposed_by: Some(crate::ExposureReason::Grant),
         imported: true,
+        counter_used: Some(80),
         named: 3,
     };
     campaign.content.setup = Some(SecuritySetupId::from_octets([0, 0]));

@@ -120,6 +120,9 @@ struct SelectionRow {
     imported: bool,
     #[prost(uint64, tag = "12")]
     named: u64,
+    /// Percent; 0: no such condition.
+    #[prost(uint32, tag = "13")]
+    counter_used: u32,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -303,6 +306,7 @@ fn selection_to_row(selection: &CampaignSelection) -> SelectionRow {
         exposed_by: selection.exposed_by.map_or(0, ExposureReason::number),
         imported: selection.imported,
         named: selection.named,
+        counter_used: selection.counter_used.unwrap_or_default().into(),
     }
 }
 
@@ -326,6 +330,11 @@ fn selection_from_row(row: SelectionRow) -> Result<CampaignSelection, RowError> 
         exposed_by: if row.exposed_by == 0 { None } else { Some(ExposureReason::from_number(row.exposed_by)?) },
         imported: row.imported,
         named: row.named,
+        counter_used: match u8::try_from(row.counter_used) {
+            Ok(0) => None,
+            Ok(percent) if percent <= 100 => Some(percent),
+            _ => return Err(RowError::new("a part of counters above 100 percent")),
+        },
     })
 }
 
