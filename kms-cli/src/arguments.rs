@@ -1,15 +1,19 @@
 //! The command line. Every value is parsed here, before anything goes to the network.
 
 mod campaign;
+mod proposal;
 
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum, builder::NonEmptyStringValueParser};
 use kms_client::{GrantId, KeyType, PrincipalId, SecuritySetupId, SystemTitle};
-use kms_domain::{DeviceProfileName, FlagId, OaepHash};
+use kms_domain::{DeviceProfileName, FlagId, OaepHash, Quorum};
 use kms_proto::v1::Purpose;
 
-pub(crate) use self::campaign::{ActionArguments, CampaignCommand, CreateCampaign, SelectionArguments, TermsArguments};
+pub(crate) use self::{
+    campaign::{ActionArguments, CampaignCommand, CreateCampaign, SelectionArguments, TermsArguments},
+    proposal::ProposalCommand,
+};
 use crate::output::Format;
 
 /// Lends out smart meter keys, on the record: the tool of security officers, auditors and field technicians.
@@ -59,6 +63,9 @@ pub(crate) enum Command {
     /// Rotate keys of many meters: plan, approve, start, watch, report
     #[command(subcommand)]
     Campaign(CampaignCommand),
+    /// Dangerous actions that wait for the approval of another person
+    #[command(subcommand)]
+    Proposal(ProposalCommand),
     /// Who holds keys
     #[command(subcommand)]
     Grant(GrantCommand),
@@ -200,6 +207,18 @@ pub(crate) enum MeterCommand {
         and optionally \"security_setup\":\"0.0.43.0.0.255\", \"owned_by\":\"urn:meterkms:dev:head-end:hes-1\"."
     )]
     Adopt(AdoptCounters),
+    /// Propose to move an invocation counter further than the device profile allows, where a meter is truly ahead
+    #[command(after_help = "Read the counter at the meter first: what is skipped is lost, and a counter is never lowered. Another person approves it \
+        (kms proposal approve),\nthen somebody carries it out (kms proposal carry-out).\n\n\
+        Example:\n  kms meter raise-counter 4B414D0000000001 --client-title 4D4D4D0000000001 --to 3000000001 --reason \"read at the meter, ticket 4714\"")]
+    RaiseCounter(RaiseCounter),
+    /// Mark a key version as compromised: it is never granted again
+    #[command(
+        after_help = "If it is the active version, nothing of the key is granted until a new one is proven: rotate it. What left wrapped under a KEK is \
+        exposed with it.\n\n\
+        Example:\n  kms meter compromise 4B414D0000000001 --key-type GUEK --key-version 1 --reason \"found in a log, ticket 4715\" --yes"
+    )]
+    Compromise(CompromiseKey),
     /// Register meters whose keys are made here
     #[command(
         after_help = "Examples:\n  kms meter enrol 4B414D00000F0001 --serial 10001001 --manufacturer KAM --device-profile generic-suite0 --batch lab\n  \
@@ -451,6 +470,56 @@ pub(crate) struct Limit {
     /// Show at most so many; 0 is all
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub(crate) limit: usize,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct RaiseCounter {
+    /// System title, 16 hex digits
+    #[arg(value_name = "METER", value_parser = system_title)]
+    pub(crate) meter: SystemTitle,
+    /// Client system title whose counter it is, 16 hex digits
+    #[arg(long, value_name = "HEX", value_parser = system_title)]
+    pub(crate) client_title: SystemTitle,
+    /// The lowest counter that may be used afterwards: one above the last that the meter accepted
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+    pub(crate) to: u32,
+    /// The encryption key: GUEK, or GBEK
+    #[arg(long, value_name = "TYPE", default_value = "GUEK", value_parser = KeyType::parse)]
+    pub(crate) key_type: KeyType,
+    /// Version of the key [default: the one that the meter holds, as far as is known]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) key_version: Option<u32>,
+    /// Security setup, 0.b.43.0.e.255 [default: the first that has the key]
+    #[arg(long, value_name = "OBIS", value_parser = SecuritySetupId::parse)]
+    pub(crate) security_setup: Option<SecuritySetupId>,
+    /// How many other people must approve, 1 to 9
+    #[arg(long, value_name = "N", default_value = "1", value_parser = self::campaign::quorum)]
+    pub(crate) quorum: Quorum,
+    #[command(flatten)]
+    pub(crate) why: Reason,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct CompromiseKey {
+    /// System title, 16 hex digits
+    #[arg(value_name = "METER", value_parser = system_title)]
+    pub(crate) meter: SystemTitle,
+    /// Which key
+    #[arg(long, value_name = "TYPE", value_parser = KeyType::parse)]
+    pub(crate) key_type: KeyType,
+    /// Which version of it
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) key_version: u32,
+    /// Security setup, 0.b.43.0.e.255 [default: the first that has the key]
+    #[arg(long, value_name = "OBIS", value_parser = SecuritySetupId::parse)]
+    pub(crate) security_setup: Option<SecuritySetupId>,
+    /// Who knows it: vendor, anyone, or a principal URI
+    #[arg(long, value_name = "WHO", default_value = "anyone", value_parser = self::campaign::party)]
+    pub(crate) known_to: String,
+    #[command(flatten)]
+    pub(crate) why: Reason,
+    #[command(flatten)]
+    pub(crate) sure: Sure,
 }
 
 #[derive(Args, Debug)]

@@ -7,7 +7,8 @@ use kms_proto::v1::{
     audit_service_client::AuditServiceClient, campaign_service_client::CampaignServiceClient, device_type_service_client::DeviceTypeServiceClient,
     frame_service_client::FrameServiceClient, grant_service_client::GrantServiceClient, group_service_client::GroupServiceClient,
     hsm_service_client::HsmServiceClient, meter_service_client::MeterServiceClient, principal_service_client::PrincipalServiceClient,
-    shipment_service_client::ShipmentServiceClient, task_service_client::TaskServiceClient, transfer_service_client::TransferServiceClient,
+    proposal_service_client::ProposalServiceClient, shipment_service_client::ShipmentServiceClient, task_service_client::TaskServiceClient,
+    transfer_service_client::TransferServiceClient,
 };
 use rustls::{
     ClientConfig, RootCertStore,
@@ -124,6 +125,11 @@ impl Connection {
     /// Campaigns.
     pub fn campaigns(&self) -> CampaignServiceClient<Channel> {
         CampaignServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
+    }
+
+    /// Dangerous actions that wait for the approval of other people.
+    pub fn proposals(&self) -> ProposalServiceClient<Channel> {
+        ProposalServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
     }
 
     /// Tasks of campaigns, for head-ends.

@@ -249,6 +249,25 @@ impl TestIsland {
         Self { island, module: kind, officer, auditor, head_end, other_head_end, manufacturer, vendor_key }
     }
 
+    /// Another officer, of another person.
+    pub(crate) async fn colleague(&self) -> Caller {
+        let id = PrincipalId::new(self.island.name().clone(), Role::Officer, "bo").unwrap();
+        let not_after = Island::now().after(86_400_000);
+        let principal = Principal {
+            id: id.clone(),
+            revision: 1,
+            status: PrincipalStatus::Enabled,
+            certificates: vec![PrincipalCertificate { serial: bytes::Bytes::from(vec![40]), sha256: [40; 32], not_after }],
+            transport: None,
+            client_titles: Vec::new(),
+            person: Some(kms_domain::PersonName::parse("Bo").unwrap()),
+            shipment_key: None,
+            added: UnixMillis(1),
+        };
+        put_principal(&self.island, principal).await;
+        Caller { principal: id, certificate_sha256: [40; 32], not_after }
+    }
+
     /// Another server of the same island: a writer of its own, and nothing remembered.
     pub(crate) async fn another_server(&self) -> Arc<Island> {
         self.another_server_after(CommitterSettings::SILENCE).await
@@ -424,8 +443,9 @@ pub(crate) async fn put_principal(island: &Island, principal: Principal) {
 
 /// A sample of a shipped device profile, of manufacturer KAM.
 pub(crate) fn sample(profile: &str, devices: u64) -> SampleShipment {
-    let (_, text) = DeviceProfile::SHIPPED.iter().find(|(name, _)| *name == profile).unwrap();
-    SampleShipment::new(format!("B-{profile}-{devices}"), FlagId::parse("KAM").unwrap(), DeviceProfile::parse(text).unwrap(), devices)
+    let shipped = DeviceProfile::SHIPPED.iter().find(|(name, _)| *name == profile).map(|(_, text)| (*text).to_owned());
+    let text = shipped.unwrap_or_else(|| std::fs::read_to_string(profiles().join(format!("{profile}.toml"))).unwrap());
+    SampleShipment::new(format!("B-{profile}-{devices}"), FlagId::parse("KAM").unwrap(), DeviceProfile::parse(&text).unwrap(), devices)
 }
 
 /// A meter of the samples.
@@ -483,8 +503,8 @@ async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: 
     }
 }
 
-/// A folder with device profiles besides the shipped ones: `needs-secret`, whose meters cannot be without an LLS secret, and
-/// `diversified-broadcast`, whose groups have a diversified GBEK.
+/// A folder with device profiles besides the shipped ones: `needs-secret`, whose meters cannot be without an LLS secret, `diversified-broadcast`,
+/// whose groups have a diversified GBEK, and `counter-resets`, whose meters start again at 250 with each new key.
 fn profiles() -> std::path::PathBuf {
     let folder = std::path::PathBuf::from(std::env::var(FOLDER).unwrap()).join("profiles");
     std::fs::create_dir_all(&folder).unwrap();
@@ -492,7 +512,8 @@ fn profiles() -> std::path::PathBuf {
     let secret = shipped("gateway-suite0").replace("\"LLS-SECRET\", origin = \"imported\", shipped = \"optional\"", "\"LLS-SECRET\", origin = \"imported\"");
     let broadcast =
         shipped("generic-suite0").replace("\"GBEK\", origin = \"generated\"", "\"GBEK\", origin = \"diversified\", owner = \"group\", shipped = \"no\"");
-    for (name, text) in [("needs-secret", secret), ("diversified-broadcast", broadcast)] {
+    let resets = shipped("generic-suite0").replace("on_new_key = \"continue\"", "on_new_key = \"reset\"\nreset_to = 250");
+    for (name, text) in [("needs-secret", secret), ("diversified-broadcast", broadcast), ("counter-resets", resets)] {
         std::fs::write(folder.join(format!("{name}.toml")), text.replace("NAME", name)).unwrap();
     }
     folder

@@ -330,13 +330,13 @@ fn vary(config: &mut MeterConfig, number: usize, random: &mut Random) {
             .iter()
             .copied()
             .collect(),
-        gmac_counter: if number % 2 == 0 { GmacCounter::MustDiffer } else { GmacCounter::MayEqualApdu },
+        gmac_counter: if number.is_multiple_of(2) { GmacCounter::MustDiffer } else { GmacCounter::MayEqualApdu },
         challenge_length: [8, 16, 33, 64][random.below(4) as usize],
         ..Behaviour::default()
     };
     for setup in &mut config.security_setups {
-        setup.counter_scope = if number % 5 == 0 { CounterScope::PerSecuritySetup } else { CounterScope::PerClientTitle };
-        if number % 7 == 0 {
+        setup.counter_scope = if number.is_multiple_of(5) { CounterScope::PerSecuritySetup } else { CounterScope::PerClientTitle };
+        if number.is_multiple_of(7) {
             // Another head-end has talked to it before, and nobody told the server.
             let title = meter_sim::SystemTitle::new(hex::decode(CLIENT_TITLE).unwrap().try_into().unwrap());
             setup.counter_floors.insert(title, 5_000);

@@ -1,4 +1,4 @@
-//! Each invariant of docs/architecture.md, broken on purpose: the system must refuse. I7 comes with the work that brings it.
+//! Each invariant of docs/architecture.md, broken on purpose: the system must refuse. I7 is kept by running one process an island.
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 mod i1_keys_stay_inside;
@@ -6,5 +6,6 @@ mod i2_no_key_without_a_record;
 mod i3_no_meter_is_lost;
 mod i4_no_nonce_twice;
 mod i5_binding;
+mod i6_proposals;
 mod i6_two_people;
 mod i8_default_deny;

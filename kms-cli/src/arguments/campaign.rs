@@ -108,6 +108,9 @@ pub(crate) enum CampaignCommand {
         /// List tasks in this state: pending, leased, under-way, failed, in-doubt, skipped [default: failed, then in-doubt]
         #[arg(long, value_name = "STATE", value_parser = TaskState::parse)]
         tasks: Option<TaskState>,
+        /// Report by batch which keys nobody else could know, and what heals the others [default: of take-overs only]
+        #[arg(long)]
+        acceptance: bool,
         #[command(flatten)]
         limit: Limit,
     },
@@ -184,6 +187,9 @@ pub(crate) struct SelectionArguments {
     /// Whose key was imported
     #[arg(long)]
     pub(crate) imported: bool,
+    /// Whose key has used at least so many percent of an invocation counter: at 80 a key asks for its rotation
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub(crate) counter_used: Option<u32>,
     /// Only this meter, 16 hex digits; may be repeated
     #[arg(long = "meter", value_name = "METER", value_parser = system_title)]
     pub(crate) meters: Vec<SystemTitle>,
@@ -238,7 +244,7 @@ fn rotatable(name: &str) -> Result<KeyType, ParseError> {
     CampaignAction::rotate(key_type).map(|_| key_type)
 }
 
-fn quorum(text: &str) -> Result<Quorum, String> {
+pub(super) fn quorum(text: &str) -> Result<Quorum, String> {
     Quorum::new(text.parse().map_err(|_| "not a number".to_owned())?).map_err(|error| error.reason().to_owned())
 }
 
@@ -246,7 +252,7 @@ fn time_zone(name: &str) -> Result<String, ParseError> {
     MaintenanceWindows::new(name, Vec::new()).map(|windows| windows.zone().to_owned())
 }
 
-fn party(text: &str) -> Result<String, ParseError> {
+pub(super) fn party(text: &str) -> Result<String, ParseError> {
     if matches!(text, "vendor" | "anyone") { Ok(text.to_owned()) } else { PrincipalId::parse(text).map(|principal| principal.to_string()) }
 }
 
@@ -257,6 +263,6 @@ fn exposure(name: &str) -> Result<ExposureReason, String> {
     })
 }
 
-fn digest(text: &str) -> Result<[u8; 32], String> {
+pub(super) fn digest(text: &str) -> Result<[u8; 32], String> {
     hex::decode(text).ok().and_then(|octets| octets.try_into().ok()).ok_or_else(|| "not 64 hex digits".to_owned())
 }

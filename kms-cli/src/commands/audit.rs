@@ -171,6 +171,28 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
             many => ("transfers", plural(many.len() as u64, "step")),
         },
         Event::SecurityEvent(event) => ("security event", format!("{}: {}", event.kind, event.detail)),
+        Event::ProposalMade(event) => ("proposal made", format!("{}: {} ({})", output::uuid(&event.proposal_id), event.action, event.reason)),
+        Event::ProposalApproved(event) => {
+            let rest = if event.complete { ", all approvals are there" } else { "" };
+            ("proposal approved", format!("{} by {}{rest}", output::uuid(&event.proposal_id), event.person))
+        }
+        Event::ProposalEnded(event) => {
+            let reason = if event.reason.is_empty() { String::new() } else { format!(" ({})", event.reason) };
+            ("proposal ended", format!("{} {}{reason}: {}", output::uuid(&event.proposal_id), event.change, event.action))
+        }
+        Event::CounterRaised(event) => (
+            "counter raised",
+            format!(
+                "{:016X}: {} under {} {}, from {} to {}, proposal {}",
+                event.meter,
+                output::octets(&event.client_title),
+                event.key_type,
+                event.key_version,
+                number(event.from),
+                number(event.to),
+                output::uuid(&event.proposal_id)
+            ),
+        ),
         Event::CampaignCreated(event) => {
             ("campaign made", format!("{} ({}): {} for {}", event.name, output::uuid(&event.campaign_id), event.action, plural(event.meters, "meter")))
         }
@@ -250,6 +272,7 @@ fn row_kind(kind: u32) -> String {
         6 => "island".into(),
         7 => "quota use".into(),
         8 => "campaign".into(),
+        12 => "proposal".into(),
         0 => "log".into(),
         other => other.to_string(),
     }

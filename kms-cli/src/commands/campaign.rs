@@ -1,5 +1,6 @@
 //! `kms campaign`.
 
+mod acceptance;
 mod page;
 mod watch;
 
@@ -9,6 +10,7 @@ use kms_domain::CampaignId;
 use kms_proto::v1 as proto;
 use serde_json::json;
 
+use self::acceptance::Acceptance;
 use super::{confirm, octets, read_titles, request_id, text, write};
 use crate::{
     Context, Failure,
@@ -53,18 +55,25 @@ pub(crate) async fn run(command: CampaignCommand, context: &Context) -> Result<(
         }
         CampaignCommand::Abort { campaign, why, sure } => abort(campaign.campaign, why.reason, &sure, context).await,
         CampaignCommand::Watch { campaign, once } => watch::run(campaign.campaign, once, context).await,
-        CampaignCommand::Report { campaign, html, json, tasks, limit } => {
+        CampaignCommand::Report { campaign, html, json, tasks, acceptance, limit } => {
             let connection = context.connect().await?;
             let states = tasks.map_or_else(|| vec!["failed", "in-doubt"], |state| vec![state.name()]);
             let report = report(&connection, campaign.campaign, &states, false, limit.limit).await?;
+            // A take-over is accepted by what it came to.
+            let acceptance =
+                if acceptance || is_take_over(&report) { Some(Acceptance::read(&connection, campaign.campaign, limit.limit).await?) } else { None };
             if let Some(path) = &html {
-                write(path, false, page::html(&report).as_bytes())?;
+                write(path, false, page::html(&report, acceptance.as_ref()).as_bytes())?;
             }
+            let as_json = || report_json(&report, acceptance.as_ref());
             if let Some(path) = &json {
-                write(path, false, format!("{:#}\n", json::message("CampaignReport", &report)).as_bytes())?;
+                write(path, false, format!("{:#}\n", as_json()).as_bytes())?;
             }
             if html.is_none() && json.is_none() {
-                context.output.show(|| json::message("CampaignReport", &report), || report_text(&report));
+                context.output.show(as_json, || {
+                    let accepted = acceptance.as_ref().map(|acceptance| format!("\n{}", acceptance.text())).unwrap_or_default();
+                    format!("{}{accepted}", report_text(&report))
+                });
             } else {
                 for path in [html, json].into_iter().flatten() {
                     eprintln!("written: {}", path.display());
@@ -131,6 +140,7 @@ fn selection(arguments: &SelectionArguments) -> Result<proto::CampaignSelection,
         exposed_to: text(arguments.exposed_to.as_ref()),
         exposed_by: text(arguments.exposed_by.as_ref()),
         imported: arguments.imported,
+        counter_used_percent: arguments.counter_used.unwrap_or_default(),
         meters,
     };
     if selection == proto::CampaignSelection::default() {
@@ -348,6 +358,7 @@ fn selection_text(campaign: &proto::Campaign) -> String {
         given("key exposed to", &selection.exposed_to),
         given("key exposed by", &selection.exposed_by),
         selection.imported.then(|| "imported key".to_owned()),
+        (selection.counter_used_percent > 0).then(|| format!("{} % of a counter used", selection.counter_used_percent)),
     ];
     parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
@@ -379,6 +390,19 @@ fn report_text(report: &proto::CampaignReport) -> String {
         result.push_str("\nthere are more: --limit 0 shows all\n");
     }
     result
+}
+
+fn report_json(report: &proto::CampaignReport, acceptance: Option<&Acceptance>) -> serde_json::Value {
+    let mut report = json::message("CampaignReport", report);
+    if let (Some(fields), Some(acceptance)) = (report.as_object_mut(), acceptance) {
+        fields.insert("acceptance".to_owned(), acceptance.json());
+    }
+    report
+}
+
+fn is_take_over(report: &proto::CampaignReport) -> bool {
+    let plan = report.progress.as_ref().and_then(|progress| progress.campaign.as_ref()).and_then(|campaign| campaign.plan.as_ref());
+    plan.is_some_and(|plan| plan.action() == proto::CampaignAction::TakeOver)
 }
 
 fn tasks_text(tasks: &[proto::Task]) -> String {

@@ -20,6 +20,39 @@ pub(crate) async fn run(command: MeterCommand, context: &Context) -> Result<(), 
         MeterCommand::Show { meter } => show(meter, context).await,
         MeterCommand::Assign(arguments) => assign(arguments, context).await,
         MeterCommand::Adopt(arguments) => adopt(arguments, context).await,
+        MeterCommand::RaiseCounter(arguments) => {
+            let request = proto::ProposeCounterRaiseRequest {
+                request_id: request_id(),
+                meter: octets(arguments.meter.octets()),
+                security_setup: arguments.security_setup.map(|setup| octets(setup.obis())).unwrap_or_default(),
+                key_type: arguments.key_type.to_string(),
+                key_version: arguments.key_version.unwrap_or_default(),
+                client_title: octets(arguments.client_title.octets()),
+                to: arguments.to,
+                reason: arguments.why.reason,
+                quorum: Some(arguments.quorum.number().into()),
+            };
+            let mut client = context.connect().await?.meters();
+            super::proposal::show_made(&waiting("proposing", client.propose_counter_raise(request)).await?.into_inner(), context);
+            Ok(())
+        }
+        MeterCommand::Compromise(arguments) => {
+            let what = format!("{} version {} of {} is never granted again", arguments.key_type, arguments.key_version, arguments.meter);
+            confirm(&what, &arguments.sure)?;
+            let request = proto::ReportCompromiseRequest {
+                request_id: request_id(),
+                meter: octets(arguments.meter.octets()),
+                security_setup: arguments.security_setup.map(|setup| octets(setup.obis())).unwrap_or_default(),
+                key_type: arguments.key_type.to_string(),
+                key_version: arguments.key_version,
+                known_to: arguments.known_to,
+                reason: arguments.why.reason,
+            };
+            let mut client = context.connect().await?.meters();
+            let meter = waiting("reporting", client.report_compromise(request)).await?.into_inner();
+            context.output.show(|| json::message("Meter", &meter), || meter_text(&meter));
+            Ok(())
+        }
         MeterCommand::Enrol(arguments) => enrol(arguments, context).await,
         MeterCommand::Retire { meters, why, sure } => {
             confirm(&format!("{} will be retired, for good: no grants from now on", plural(meters.len() as u64, "meter")), &sure)?;
@@ -58,7 +91,7 @@ async fn list(filter: &MeterFilter, limit: &Limit, context: &Context) -> Result<
     context.output.show(
         || json!({"total": total, "meters": meters.iter().map(|meter| json::message("MeterSummary", meter)).collect::<Vec<_>>()}),
         || {
-            let mut rows = Rows::new(&["meter", "manufacturer", "serial", "device profile", "status", "head-end", "batch"]);
+            let mut rows = Rows::new(&["meter", "manufacturer", "serial", "device profile", "status", "head-end", "batch", "asks for"]);
             for meter in &meters {
                 rows.row([
                     output::octets(&meter.meter),
@@ -68,6 +101,7 @@ async fn list(filter: &MeterFilter, limit: &Limit, context: &Context) -> Result<
                     meter.status.clone(),
                     meter.head_end.clone(),
                     meter.batch.clone(),
+                    if meter.rotation_due { "rotation".to_owned() } else { String::new() },
                 ]);
             }
             let more = if (meters.len() as u64) < total { " (--limit shows more)" } else { "" };
@@ -155,10 +189,12 @@ pub(crate) fn setups_text(setups: &[proto::SecuritySetup]) -> String {
             let candidates: Vec<_> = slot.versions.iter().filter(|version| version.candidate).map(|version| version.number.to_string()).collect();
             result.push_str(&format!("\nin doubt: the meter holds {} version {}; a probe shows which\n", slot.key_type, candidates.join(" or ")));
         }
-        let mut counters = Rows::new(&["client title", "key version", "reserved below", "counted by"]).numbers(&[1, 2]);
+        let mut counters = Rows::new(&["client title", "key version", "reserved below", "counted by", "asks for"]).numbers(&[1, 2]);
         for counter in &setup.counters {
             let owner = if counter.owned_by.is_empty() { "this system".into() } else { counter.owned_by.clone() };
-            counters.row([output::octets(&counter.client_title), counter.key_version.to_string(), counter.reserved_below.to_string(), owner]);
+            let percent = (u128::from(counter.reserved_below) * 100) >> 32;
+            let asks = if counter.rotation_due { format!("rotation: {percent} % are used") } else { String::new() };
+            counters.row([output::octets(&counter.client_title), counter.key_version.to_string(), counter.reserved_below.to_string(), owner, asks]);
         }
         result.push('\n');
         result.push_str(&counters.text_or("no counters yet"));

@@ -8,6 +8,7 @@ pub(crate) mod hsm;
 pub(crate) mod meter;
 pub(crate) mod owner;
 pub(crate) mod principal;
+pub(crate) mod proposal;
 pub(crate) mod sample;
 pub(crate) mod session;
 pub(crate) mod shipment;

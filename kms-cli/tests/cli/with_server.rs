@@ -123,6 +123,14 @@ fn a_campaign_is_watched_and_reported() {
     assert!(page.starts_with("<!doctype html>") && page.contains("<svg") && page.contains(METER));
     let json: Value = serde_json::from_slice(&std::fs::read(server.directory.path().join("report.json")).unwrap()).unwrap();
     assert_eq!(json["tasks"][0]["meter"], Value::from(METER));
+    // What a take-over came to, by batch.
+    let accepted = text(&server.kms(&["campaign", "report", id, "--acceptance"]).stdout);
+    for words in ["1 of 2 meters have only keys", "B-1", "1 by a local visit", "not healed against recorded traffic", "vendor"] {
+        assert!(accepted.contains(words), "{words}: {accepted}");
+    }
+    let accepted = server.kms(&["--output", "json", "campaign", "report", id, "--acceptance"]);
+    let accepted: Value = serde_json::from_slice(&accepted.stdout).unwrap();
+    assert_eq!((&accepted["acceptance"]["healed"], &accepted["acceptance"]["batches"][0]["keys"]["not_healed"]), (&Value::from(1), &Value::from(1)));
     // What is there already is not overwritten.
     assert_eq!(server.kms(&["campaign", "report", id, "--html", "report.html"]).status.code(), Some(1));
 }
@@ -425,6 +433,14 @@ impl meter_service_server::MeterService for Mock {
     }
 
     async fn adopt_counters(&self, _: Request<AdoptCountersRequest>) -> Answer<ChangeMetersResponse> {
+        nothing()
+    }
+
+    async fn report_compromise(&self, _: Request<ReportCompromiseRequest>) -> Answer<Meter> {
+        nothing()
+    }
+
+    async fn propose_counter_raise(&self, _: Request<ProposeCounterRaiseRequest>) -> Answer<Proposal> {
         nothing()
     }
 
@@ -745,6 +761,24 @@ impl campaign_service_server::CampaignService for Mock {
 
     async fn watch_campaign(&self, _: Request<WatchCampaignRequest>) -> Answer<Self::WatchCampaignStream> {
         Ok(Response::new(tokio_stream::iter(vec![Ok(progress("running", 0)), Ok(progress("running", 1)), Ok(progress("finished", 2))])))
+    }
+
+    async fn report_acceptance(&self, _: Request<ReportAcceptanceRequest>) -> Answer<AcceptanceReport> {
+        let key = |key_type: &str, verdict: &str, remedy: &str| KeyAcceptance {
+            key_type: key_type.into(),
+            version: 2,
+            evidence: "proven".into(),
+            verdict: verdict.into(),
+            known_to: if remedy.is_empty() { Vec::new() } else { vec!["vendor".into()] },
+            remedy: remedy.into(),
+            ..Default::default()
+        };
+        let meter = |keys| MeterAcceptance { meter: hex::decode(METER).unwrap().into(), batch: "B-1".into(), keys, ..Default::default() };
+        let meters = vec![
+            meter(vec![key("KEK", "healed", ""), key("GUEK", "healed", "")]),
+            meter(vec![key("KEK", "not-healed", "local-visit"), key("GUEK", "not-healed", "local-visit")]),
+        ];
+        Ok(Response::new(AcceptanceReport { meters, ..Default::default() }))
     }
 
     async fn report_campaign(&self, request: Request<ReportCampaignRequest>) -> Answer<CampaignReport> {

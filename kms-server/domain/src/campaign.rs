@@ -8,7 +8,10 @@ mod plan;
 mod task;
 mod window;
 
-use std::{fmt, num::NonZeroU8, num::NonZeroU32};
+use std::{
+    fmt,
+    num::{NonZeroU8, NonZeroU32},
+};
 
 use aws_lc_rs::digest::{SHA256, digest};
 
@@ -17,7 +20,10 @@ pub use self::{
     task::{Task, TaskEnd, TaskError, TaskState, TaskStep, TaskWork},
     window::{MaintenanceWindow, MaintenanceWindows, Weekdays},
 };
-use crate::{CampaignId, KeyType, KeyVersion, Meter, ParseError, PersonName, PrincipalId, SecuritySetupId, UnixMillis};
+use crate::{
+    Approval, ApprovalError, ApprovalTerms, Approvals, CampaignId, KeyType, KeyVersion, Meter, ParseError, PersonName, PrincipalId, Quorum, SecuritySetupId,
+    UnixMillis,
+};
 
 /// A campaign: what was approved, by whom, and how far it is. One sealed row (I5).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,7 +33,7 @@ pub struct Campaign {
     /// What is approved. Never changes.
     pub content: CampaignContent,
     /// Who approved it, in order.
-    pub approvals: Vec<Approval>,
+    pub approvals: Approvals,
     /// Where it stands in its life.
     pub state: CampaignState,
     /// Why it is in that state: what paused or aborted it. Empty otherwise.
@@ -191,40 +197,6 @@ impl CampaignTerms {
         let doubled = if attempts > 17 { 86_400 } else { (self.back_off_seconds as i64) << attempts.saturating_sub(1) };
         (if doubled > 86_400 { 86_400 } else { doubled }) * 1_000
     }
-}
-
-/// I6: how many people must approve, 1–9. A quorum of 0 does not exist.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Quorum(NonZeroU8);
-
-impl Quorum {
-    /// One person beside the requester.
-    pub const ONE: Self = Self(NonZeroU8::MIN);
-
-    /// The quorum of a number.
-    ///
-    /// # Errors
-    /// The number is not 1 to 9.
-    pub fn new(number: u32) -> Result<Self, ParseError> {
-        let quorum = u8::try_from(number).ok().filter(|number| *number <= 9).and_then(NonZeroU8::new);
-        quorum.map(Self).ok_or_else(|| ParseError::new("quorum", format!("`{number}` is not 1 to 9")))
-    }
-
-    /// The number.
-    pub const fn number(self) -> u8 {
-        self.0.get()
-    }
-}
-
-/// An approval of the content with a certain digest.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Approval {
-    /// The officer.
-    pub principal: PrincipalId,
-    /// I6: the person. Each counts once, whatever the number of certificates.
-    pub person: PersonName,
-    /// When.
-    pub time: UnixMillis,
 }
 
 /// A campaign's name: 1–64 octets of UTF-8 without control characters.
@@ -430,7 +402,7 @@ impl Campaign {
         Ok(Self {
             id,
             content,
-            approvals: Vec::new(),
+            approvals: Approvals::default(),
             state: CampaignState::Draft,
             reason: String::new(),
             since,
@@ -455,21 +427,13 @@ impl Campaign {
     ///
     /// # Errors
     /// It is not waiting for approvals, has another content, or the person has made or approved it.
-    // I6: distinct people, none of them the requester, over the exact content.
     pub fn approve(&mut self, principal: PrincipalId, person: PersonName, content_digest: &[u8; 32], now: UnixMillis) -> Result<(), CampaignError> {
         if self.state != CampaignState::Draft {
             return Err(self.wrong_state("approved"));
         }
-        if self.content_digest() != *content_digest {
-            return Err(CampaignError::OtherContent);
-        }
-        if person == self.content.requester_person {
-            return Err(CampaignError::OwnCampaign { person });
-        }
-        if self.approvals.iter().any(|approval| approval.person == person) {
-            return Err(CampaignError::ApprovedAlready { person });
-        }
-        self.approvals.push(Approval { principal, person, time: now });
+        let mut approvals = self.approvals.clone();
+        approvals.add(&self.approval_terms(), Approval { principal, person, time: now }, content_digest)?;
+        self.approvals = approvals;
         if self.is_approved() {
             self.enter(CampaignState::Approved, String::new(), now);
         }
@@ -478,10 +442,17 @@ impl Campaign {
 
     /// I6: whether enough people have approved it. Counted anew wherever work is given out, not only when the last of them did.
     pub fn is_approved(&self) -> bool {
-        let counted = self.approvals.iter().enumerate().filter(|(at, approval)| {
-            approval.person != self.content.requester_person && !self.approvals.iter().take(*at).any(|earlier| earlier.person == approval.person)
-        });
-        counted.count() >= usize::from(self.content.terms.quorum.number())
+        self.approvals.suffice(&self.approval_terms())
+    }
+
+    fn approval_terms(&self) -> ApprovalTerms<'_> {
+        ApprovalTerms {
+            content_sha256: self.content_digest(),
+            requester: &self.content.requester,
+            requester_person: &self.content.requester_person,
+            quorum: self.content.terms.quorum,
+            expires: None,
+        }
     }
 
     /// Begins the first wave.
@@ -607,7 +578,7 @@ impl Campaign {
     }
 
     fn wrong_state(&self, wanted: &'static str) -> CampaignError {
-        CampaignError::State { state: self.state, wanted, missing: u64::from(self.content.terms.quorum.number()).saturating_sub(self.approvals.len() as u64) }
+        CampaignError::State { state: self.state, wanted, missing: self.approvals.missing(&self.approval_terms()) }
     }
 }
 
@@ -622,26 +593,14 @@ pub enum CampaignError {
         /// What was asked for.
         wanted: &'static str,
         /// Approvals that are missing.
-        missing: u64,
+        missing: usize,
     },
-    /// The digest is not that of the content.
-    #[error("the digest is not that of the campaign's content: look at it again with `kms campaign show`")]
-    OtherContent,
-    /// I6: nobody approves what he asked for.
-    #[error("`{}` made this campaign, and another person must approve it", person.as_str())]
-    OwnCampaign {
-        /// The person.
-        person: PersonName,
-    },
-    /// I6: each person counts once.
-    #[error("`{}` has approved this campaign already, and another person must do so", person.as_str())]
-    ApprovedAlready {
-        /// The person.
-        person: PersonName,
-    },
+    /// The approval does not count.
+    #[error(transparent)]
+    Approval(#[from] ApprovalError),
 }
 
-fn hint(state: CampaignState, missing: u64) -> String {
+fn hint(state: CampaignState, missing: usize) -> String {
     match (state, missing) {
         (CampaignState::Draft, 1) => ": one approval is missing".to_owned(),
         (CampaignState::Draft, missing) if missing > 1 => format!(": {missing} approvals are missing"),

@@ -443,6 +443,10 @@ uuid_id! {
     CampaignId, "campaign id"
 }
 uuid_id! {
+    /// A proposal's id: that of the request that made it.
+    ProposalId, "proposal id"
+}
+uuid_id! {
     /// A transfer's id: that of the request that began it.
     TransferId, "transfer id"
 }

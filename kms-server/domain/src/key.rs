@@ -5,8 +5,8 @@ use std::fmt;
 use bytes::Bytes;
 
 use crate::{
-    CounterDomainId, CounterError, Counters, Exposure, ExposureReason, KeyDerivation, KeyLength, KeyShape, KeyType, KeyVersionNumber, ParseError, Party,
-    UnixMillis,
+    CounterDomainId, CounterError, CounterState, Counters, Exposure, ExposureReason, KeyDerivation, KeyLength, KeyShape, KeyType, KeyVersionNumber, ParseError,
+    Party, UnixMillis,
 };
 
 /// The state of a key version (NIST SP 800-57 part 1 revision 5, 7).
@@ -305,6 +305,14 @@ impl KeyVersion {
         match &mut self.counters {
             CounterPlace::Own(counters) => Ok(counters),
             CounterPlace::Domain(domain) => Err(CounterError::InDomain { domain: *domain }),
+        }
+    }
+
+    /// Whether 80 % of one of its counters are used. Of counters in a domain, ask the domain.
+    pub fn rotation_due(&self) -> bool {
+        match &self.counters {
+            CounterPlace::Own(counters) => counters.states().iter().any(CounterState::rotation_due),
+            CounterPlace::Domain(_) => false,
         }
     }
 

@@ -3,6 +3,8 @@
 //! What a caller passes in is already parsed: a type that exists is right. Bytes enter through the `parse` functions and
 //! `from_...` functions of this crate, and through `from_row` for what the database holds.
 
+mod acceptance;
+mod approval;
 mod campaign;
 mod counter;
 mod diversification;
@@ -16,6 +18,7 @@ mod key_type;
 mod meter;
 mod principal;
 mod profile;
+mod proposal;
 mod quota;
 mod retention;
 mod row;
@@ -26,9 +29,11 @@ mod slot;
 mod time;
 mod transfer;
 
+pub use acceptance::{KeyAcceptance, Remedy, Verdict};
+pub use approval::{Approval, ApprovalError, ApprovalTerms, Approvals, Quorum};
 pub use campaign::{
-    Approval, Campaign, CampaignAction, CampaignContent, CampaignError, CampaignName, CampaignSelection, CampaignState, CampaignTerms, MaintenanceWindow,
-    MaintenanceWindows, Plan, PlanChain, PlannedWave, Quorum, Task, TaskEnd, TaskError, TaskState, TaskStep, TaskWork, WaveCounts, WaveDecision, WavePlanner,
+    Campaign, CampaignAction, CampaignContent, CampaignError, CampaignName, CampaignSelection, CampaignState, CampaignTerms, MaintenanceWindow,
+    MaintenanceWindows, Plan, PlanChain, PlannedWave, Task, TaskEnd, TaskError, TaskState, TaskStep, TaskWork, WaveCounts, WaveDecision, WavePlanner,
     WaveResult, WaveSize, WaveTally, Weekdays,
 };
 pub use counter::{
@@ -41,8 +46,8 @@ pub use exposure::{Exposure, ExposureReason, Party};
 pub use group::{BegunRotation, Group, GroupError, GroupRotation, MemberCounts, RotationStage, SwitchThreshold};
 pub use history::{CounterJump, DatabaseHistory, Timeline};
 pub use id::{
-    CampaignId, CounterDomainId, DeviceTypeId, FlagId, GrantId, GroupId, IslandName, KeyVersionNumber, Owner, OwnerKind, PrincipalId, RequestId, Role,
-    SecuritySetupId, SystemTitle, TransferId, WriterId,
+    CampaignId, CounterDomainId, DeviceTypeId, FlagId, GrantId, GroupId, IslandName, KeyVersionNumber, Owner, OwnerKind, PrincipalId, ProposalId, RequestId,
+    Role, SecuritySetupId, SystemTitle, TransferId, WriterId,
 };
 pub use key::{CounterPlace, Evidence, KeyMaterial, KeyOrigin, KeyState, KeyVersion, Transport, WrappedKey};
 pub use key_type::{KeyClass, KeyLength, KeyShape, KeyType, SecuritySuite};
@@ -51,6 +56,7 @@ pub use principal::{ClassRoots, DiversificationRoot, Island, IslandKind, PersonN
 pub use profile::{
     ClientProfile, CounterProfile, DeviceProfile, KeyProfile, MultipleClients, NewKeyOrigin, OnNewKey, ProfileError, ProfileKeyType, SetupProfile, Shipped,
 };
+pub use proposal::{DestroyRoot, Proposal, ProposalContent, ProposalEnd, ProposalError, ProposalState, ProposedAction, RaiseCounter, RootKind};
 pub use quota::{QuotaExceeded, QuotaHour, QuotaLimit, QuotaName, QuotaUse};
 pub use retention::{ExpiredKeys, Retention};
 pub use row::RowError;

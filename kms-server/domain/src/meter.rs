@@ -3,8 +3,8 @@
 use std::fmt;
 
 use crate::{
-    DeviceTypeId, FlagId, GroupId, KeyState, KeyType, KeyVersion, KeyVersionNumber, Owner, ParseError, PrincipalId, SecuritySetupId, SecuritySuite, SharedKey,
-    Slot, SlotError, Slots, SystemTitle, Transfer, UnixMillis, id::parse_name,
+    DeviceTypeId, ExposureReason, FlagId, GroupId, KeyState, KeyType, KeyVersion, KeyVersionNumber, Owner, ParseError, Party, PrincipalId, SecuritySetupId,
+    SecuritySuite, SharedKey, Slot, SlotError, Slots, SystemTitle, Transfer, UnixMillis, id::parse_name,
 };
 
 /// Where a meter stands in its life.
@@ -215,6 +215,38 @@ impl Meter {
     /// What left for the meter of a key of a group or device type.
     pub fn shared_of(&self, owner: Owner, setup: SecuritySetupId, key_type: KeyType) -> impl Iterator<Item = &SharedKey> {
         self.shared.iter().filter(move |key| (key.owner, key.setup, key.key_type) == (owner, setup, key_type))
+    }
+
+    /// Marks a version as compromised, known to `party`: it is never granted again, nor active. The meter may still hold it, so it stays a
+    /// candidate (I3). What left wrapped under a KEK is exposed with the KEK, and so is what left under that.
+    ///
+    /// # Errors
+    /// There is no such version, or it is compromised or destroyed already.
+    pub fn report_compromise(
+        &mut self,
+        setup: SecuritySetupId,
+        key_type: KeyType,
+        number: KeyVersionNumber,
+        party: &Party,
+        now: UnixMillis,
+    ) -> Result<(), SlotError> {
+        let slot = self.slots.get_mut(setup, key_type)?;
+        slot.transition(number, KeyState::Compromised, now)?;
+        slot.version_mut(number)?.expose(party.clone(), ExposureReason::Reported, now);
+        let mut known = if key_type == KeyType::KEK { vec![number] } else { Vec::new() };
+        while let Some(kek) = known.pop() {
+            for slot in self.slots.iter_mut().filter(|slot| slot.setup() == setup) {
+                let under: Vec<KeyVersionNumber> =
+                    slot.versions().iter().filter(|version| version.transport().kek == Some(kek)).map(KeyVersion::number).collect();
+                for number in under {
+                    // Only what is new goes on, so that this ends.
+                    if slot.version_mut(number)?.expose(party.clone(), ExposureReason::TransferUnderExposedKek, now) && slot.key_type() == KeyType::KEK {
+                        known.push(number);
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Ends the meter's identity: nothing of it is active any more. Its versions stay what they were, candidates too (I3), until the retention

@@ -4,10 +4,12 @@
 //! are the rule cost nothing: an active version is 0, a version number is stored less one, moments are stored relative to
 //! the row's own, principals once per row. Reading refuses whatever breaks an invariant; the seal was verified before.
 
+mod approval;
 mod campaign;
 mod message;
 mod owner;
 mod principal;
+mod proposal;
 mod quota;
 mod slot;
 mod transfer;

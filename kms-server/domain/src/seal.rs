@@ -5,7 +5,9 @@ use std::fmt;
 use aws_lc_rs::{digest, hmac};
 use zeroize::Zeroizing;
 
-use crate::{CampaignId, CounterDomainId, CounterJump, DeviceTypeId, GroupId, IslandName, ParseError, PrincipalId, RequestId, SystemTitle, WriterId};
+use crate::{
+    CampaignId, CounterDomainId, CounterJump, DeviceTypeId, GroupId, IslandName, ParseError, PrincipalId, ProposalId, RequestId, SystemTitle, WriterId,
+};
 
 /// What a sealed row is about: kind and id, both part of the seal, so that a row cannot be copied to another identity.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -26,6 +28,8 @@ pub enum RowId {
     QuotaUse(PrincipalId),
     /// Kind 8: a campaign.
     Campaign(CampaignId),
+    /// Kind 12: a proposal.
+    Proposal(ProposalId),
 }
 
 impl RowId {
@@ -40,10 +44,11 @@ impl RowId {
             Self::Island(_) => 6,
             Self::QuotaUse(_) => 7,
             Self::Campaign(_) => 8,
+            Self::Proposal(_) => 12,
         }
     }
 
-    /// Calls `read` with the id's octets: 8 (meter, group, device type), 16 (counter domain, campaign), or a name in UTF-8 (at most 123).
+    /// Calls `read` with the id's octets: 8 (meter, group, device type), 16 (counter domain, campaign, proposal), or a name in UTF-8 (at most 123).
     fn with_octets<T>(&self, read: impl FnOnce(&[u8]) -> T) -> T {
         match self {
             Self::Meter(title) => read(&title.octets()),
@@ -52,6 +57,7 @@ impl RowId {
             Self::CounterDomain(domain) => read(&domain.0),
             Self::Island(island) => read(island.as_str().as_bytes()),
             Self::Campaign(campaign) => read(&campaign.octets()),
+            Self::Proposal(proposal) => read(&proposal.octets()),
         }
     }
 }
@@ -67,6 +73,7 @@ impl fmt::Display for RowId {
             Self::Island(island) => write!(f, "island {island}"),
             Self::QuotaUse(principal) => write!(f, "quota use of {principal}"),
             Self::Campaign(campaign) => write!(f, "campaign {campaign}"),
+            Self::Proposal(proposal) => write!(f, "proposal {proposal}"),
         }
     }
 }

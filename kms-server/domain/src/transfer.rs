@@ -696,7 +696,8 @@ impl Meter {
             let version = slot.version_mut(number)?;
             if key_type == KeyType::GUEK {
                 let known = version.transport.meter_counter;
-                if meter_counter < known {
+                // A counter that comes again is as bad as one that goes back: two answers under one nonce.
+                if known > 0 && meter_counter <= known {
                     findings.push(Finding::MeterCounterBackwards { version: number, known, seen: meter_counter });
                 }
                 version.transport.meter_counter = known.max(meter_counter);

@@ -13,9 +13,10 @@ use kms_domain::{
     MaintenanceWindows, ParseError, Party, PrincipalId, Quorum, RequestId, SystemTitle, TaskState, WaveSize,
 };
 use kms_proto::v1::{
-    ApproveCampaignRequest, Campaign, CampaignPlan, CampaignProgress, CampaignReport, ChangeCampaignRequest, CreateCampaignRequest, CreateCampaignResponse,
-    HeartbeatTasksRequest, HeartbeatTasksResponse, LeaseTasksRequest, LeaseTasksResponse, ListCampaignsRequest, ListCampaignsResponse, ReleaseTasksRequest,
-    ReleaseTasksResponse, ReportCampaignRequest, ShowCampaignRequest, TaskLease as TaskLeaseMessage, WatchCampaignRequest,
+    AcceptanceReport, ApproveCampaignRequest, Campaign, CampaignPlan, CampaignProgress, CampaignReport, ChangeCampaignRequest, CreateCampaignRequest,
+    CreateCampaignResponse, HeartbeatTasksRequest, HeartbeatTasksResponse, LeaseTasksRequest, LeaseTasksResponse, ListCampaignsRequest, ListCampaignsResponse,
+    ReleaseTasksRequest, ReleaseTasksResponse, ReportAcceptanceRequest, ReportCampaignRequest, ShowCampaignRequest, TaskLease as TaskLeaseMessage,
+    WatchCampaignRequest,
     campaign_service_server::CampaignService as CampaignRpc,
     task_service_server::TaskService as TaskRpc,
     {self as v1},
@@ -31,7 +32,7 @@ use crate::{
     error::ServiceError,
     island::Island,
     service::{
-        campaign::{self, CampaignService, Change, LeaseQuery, NewCampaign, ReportQuery, TaskLease, days_before},
+        campaign::{self, CampaignService, Change, LeaseQuery, NewCampaign, PlanPlace, ReportQuery, TaskLease, days_before},
         grant::request_digest,
     },
 };
@@ -138,6 +139,21 @@ impl CampaignRpc for CampaignApi {
         let caller = self.caller(&request)?;
         let watch = self.service.watch(&caller, campaign_id(&request.into_inner().campaign_id)?).await?;
         Ok(Response::new(Box::pin(ReceiverStream::new(watch.into_receiver()).map(|progress| progress.map_err(Status::from)))))
+    }
+
+    async fn report_acceptance(&self, request: Request<ReportAcceptanceRequest>) -> Result<Response<AcceptanceReport>, Status> {
+        let caller = self.caller(&request)?;
+        let message = request.into_inner();
+        let from = match message.page_token.as_ref().split_first_chunk::<8>() {
+            None if message.page_token.is_empty() => PlanPlace::default(),
+            Some((chunk, meter)) if meter.len() == 4 => {
+                PlanPlace { chunk: u64::from_be_bytes(*chunk), meter: meter.iter().fold(0, |sum, octet| (sum << 8) | usize::from(*octet)) }
+            }
+            _ => return Err(ServiceError::invalid("page_token", "it is not one of an answer").into()),
+        };
+        let (meters, next) = self.service.acceptance(&caller, campaign_id(&message.campaign_id)?, from, page_size(message.page_size)).await?;
+        let token = |place: PlanPlace| [place.chunk.to_be_bytes().as_slice(), &u32::try_from(place.meter).unwrap_or(u32::MAX).to_be_bytes()].concat();
+        Ok(Response::new(AcceptanceReport { meters, next_page_token: next.map(token).unwrap_or_default().into() }))
     }
 
     async fn report_campaign(&self, request: Request<ReportCampaignRequest>) -> Result<Response<CampaignReport>, Status> {
@@ -282,6 +298,15 @@ fn parse_selection(selection: &v1::CampaignSelection) -> Result<CampaignSelectio
         exposed_to: given("exposed_to", &selection.exposed_to, party)?,
         exposed_by: given("exposed_by", &selection.exposed_by, reason)?,
         imported: selection.imported,
+        counter_used: match selection.counter_used_percent {
+            0 => None,
+            percent => Some(
+                u8::try_from(percent)
+                    .ok()
+                    .filter(|percent| *percent <= 100)
+                    .ok_or_else(|| ServiceError::invalid("plan.selection.counter_used_percent", format!("`{percent}` is not 1 to 100")))?,
+            ),
+        },
         named: 0,
     })
 }

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use kms_domain::{DeviceProfileName, FlagId, MeterStatus, PrincipalId, RequestId, SecuritySetupId, SystemTitle, check_batch, check_serial};
+use kms_domain::{
+    DeviceProfileName, FlagId, KeyType, KeyVersionNumber, MeterStatus, Party, PrincipalId, Quorum, RequestId, SecuritySetupId, SystemTitle, check_batch,
+    check_serial,
+};
 use kms_proto::v1::{self, meter_service_server::MeterService as Rpc};
 use prost::Message as _;
 use tonic::{Response, Status};
@@ -13,7 +16,7 @@ use crate::{
     island::Island,
     service::{
         grant::request_digest,
-        meter::{Assignment, CounterFloor, Enrolment, Filter, MeterService, NewMeter, Request, Selection},
+        meter::{Assignment, Compromise, CounterFloor, CounterRaise, Enrolment, Filter, MeterService, NewMeter, Request, Selection},
     },
 };
 
@@ -83,6 +86,57 @@ impl Rpc for MeterApi {
         bounded(message.floors.len(), "floors")?;
         let floors = message.floors.iter().enumerate().map(|(index, floor)| parse_floor(floor, index)).collect::<Result<_, _>>()?;
         Ok(Response::new(self.service.adopt(&caller, request, floors).await?))
+    }
+
+    async fn propose_counter_raise(&self, request: tonic::Request<v1::ProposeCounterRaiseRequest>) -> Result<Response<v1::Proposal>, Status> {
+        let caller = self.caller(&request)?;
+        let message = request.into_inner();
+        let same = v1::ProposeCounterRaiseRequest { request_id: bytes::Bytes::new(), ..message.clone() };
+        let digest = request_digest(&[b"ProposeCounterRaise", &same.encode_to_vec()]);
+        let request = Request { id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?, digest };
+        let key_type = match message.key_type.as_str() {
+            "" => KeyType::GUEK,
+            name => KeyType::parse(name).map_err(ServiceError::parse("key_type"))?,
+        };
+        if ![KeyType::GUEK, KeyType::GBEK].contains(&key_type) {
+            return Err(ServiceError::invalid("key_type", format!("a {key_type} has no invocation counter; GUEK and GBEK have")).into());
+        }
+        let version = Some(message.key_version).filter(|version| *version > 0).map(KeyVersionNumber::new).transpose();
+        let raise = CounterRaise {
+            meter: SystemTitle::from_octets(&message.meter).map_err(ServiceError::parse("meter"))?,
+            setup: super::grants::parse_setup("security_setup", &message.security_setup)?,
+            key_type,
+            version: version.map_err(ServiceError::parse("key_version"))?,
+            client_title: SystemTitle::from_octets(&message.client_title).map_err(ServiceError::parse("client_title"))?,
+            to: message.to,
+            reason: parse_reason(message.reason)?,
+            quorum: message.quorum.map_or(Ok(Quorum::ONE), Quorum::new).map_err(ServiceError::parse("quorum"))?,
+        };
+        Ok(Response::new(self.service.propose_raise(&caller, request, raise).await?))
+    }
+
+    async fn report_compromise(&self, request: tonic::Request<v1::ReportCompromiseRequest>) -> Result<Response<v1::Meter>, Status> {
+        let caller = self.caller(&request)?;
+        let message = request.into_inner();
+        let digest =
+            request_digest(&[b"ReportCompromise", &v1::ReportCompromiseRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec()]);
+        let request = Request { id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?, digest };
+        if message.reason.trim().is_empty() {
+            return Err(ServiceError::invalid("reason", "it is empty: the record must say why").into());
+        }
+        let compromise = Compromise {
+            meter: SystemTitle::from_octets(&message.meter).map_err(ServiceError::parse("meter"))?,
+            setup: super::grants::parse_setup("security_setup", &message.security_setup)?,
+            key_type: KeyType::parse(&message.key_type).map_err(ServiceError::parse("key_type"))?,
+            version: KeyVersionNumber::new(message.key_version).map_err(ServiceError::parse("key_version"))?,
+            known_to: match message.known_to.as_str() {
+                "" | "anyone" => Party::Anyone,
+                "vendor" => Party::Vendor,
+                uri => PrincipalId::parse(uri).map(Party::Principal).map_err(ServiceError::parse("known_to"))?,
+            },
+            reason: parse_reason(message.reason)?,
+        };
+        Ok(Response::new(self.service.report_compromise(&caller, request, compromise).await?))
     }
 
     async fn enrol_meters(&self, request: tonic::Request<v1::EnrolMetersRequest>) -> Result<Response<v1::ChangeMetersResponse>, Status> {

@@ -30,6 +30,7 @@ impl View<'_, '_> {
         Savepoint {
             log: staged.log.len(),
             events: staged.events.len(),
+            alerts: staged.alerts.len(),
             requests: staged.requests.len(),
             grants: staged.grants.len(),
             revocations: staged.revocations.len(),
@@ -59,6 +60,7 @@ impl View<'_, '_> {
             }
         }
         staged.events.truncate(before.events);
+        staged.alerts.truncate(before.alerts);
         staged.requests.truncate(before.requests);
         staged.grants.truncate(before.grants);
         staged.revocations.truncate(before.revocations);
@@ -83,6 +85,7 @@ pub(super) enum Change {
 struct Savepoint {
     log: usize,
     events: usize,
+    alerts: usize,
     requests: usize,
     grants: usize,
     revocations: usize,
@@ -115,6 +118,7 @@ mod tests {
             key_type: KeyType::GUEK,
             version: KeyVersionNumber::FIRST,
             counter: CounterKey::ClientTitle(client_title()),
+            on_new_key: kms_domain::OnNewKey::Continue,
         }
     }
 

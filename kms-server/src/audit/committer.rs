@@ -228,6 +228,17 @@ impl Committer {
         }
     }
 
+    /// Opens a proposal's row that was read outside a transaction.
+    ///
+    /// # Errors
+    /// The row does not verify.
+    pub fn open_proposal(&self, id: kms_domain::ProposalId, row: &SealedRow) -> Result<Arc<kms_domain::Proposal>, ServiceError> {
+        match self.open(&RowId::Proposal(id), row)? {
+            Some(Value::Proposal(proposal)) => Ok(proposal),
+            _ => Err(ServiceError::Internal("a proposal's row holds something else".to_owned())),
+        }
+    }
+
     /// The seal key, for the scrubber.
     pub fn seal_key(&self) -> &SealKey {
         &self.shared.seal
@@ -821,6 +832,7 @@ fn put_row(id: &RowId, opened: Opened, seal: &SealKey, changes: &mut Changes) ->
         Value::Island(island) => island.to_row(),
         Value::QuotaUse(used) => used.to_row(),
         Value::Campaign(campaign) => campaign.to_row(),
+        Value::Proposal(proposal) => proposal.to_row(),
     };
     let digest = seal.row_digest(id, generation, &body);
     let row = SealedRow { generation: generation.number(), seal: *seal.seal(id, generation, &body).octets(), body };
@@ -882,6 +894,10 @@ pub(crate) const fn event_kind(event: &Event) -> u16 {
         Event::DeviceTypeAdded(_) => 27,
         Event::KeysDestroyed(_) => 30,
         Event::TransfersAdvanced(_) => 31,
+        Event::ProposalMade(_) => 35,
+        Event::ProposalApproved(_) => 36,
+        Event::ProposalEnded(_) => 37,
+        Event::CounterRaised(_) => 38,
         Event::CampaignCreated(_) => 40,
         Event::CampaignApproved(_) => 41,
         Event::CampaignChanged(_) => 42,

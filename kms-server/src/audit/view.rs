@@ -8,10 +8,10 @@ use std::{
 
 use kms_domain::{
     Campaign, CampaignId, ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterJump, CounterKey, CounterPlace, CounterState, CounterUse, Counters,
-    DeviceType, DeviceTypeId, Generation, Group, GroupId, IslandName, KeyType, KeyVersionNumber, Lease, LiveChunk, Meter, Owner, Principal, PrincipalId,
-    QuotaUse, RequestId, RowId, SealKey, SecuritySetupId, SystemTitle, UnixMillis, WriterId,
+    DeviceType, DeviceTypeId, Generation, Group, GroupId, IslandName, KeyType, KeyVersionNumber, Lease, LiveChunk, Meter, OnNewKey, Owner, Principal,
+    PrincipalId, Proposal, ProposalId, QuotaUse, RequestId, RowId, SealKey, SecuritySetupId, SystemTitle, UnixMillis, WriterId,
 };
-use kms_proto::v1::{AuditRecord, audit_record::Event};
+use kms_proto::v1::{AuditRecord, SecurityEvent, audit_record::Event};
 use kms_store::{
     FingerprintOwner, FingerprintPrefix, GrantRevocation, GrantRow, Lookup, ReadSet, Reads, RequestKey, RequestRow, RowKind, SealedRow, ShipmentRefusal,
     ShipmentRow, TaskKey, TaskRow, UploadId,
@@ -111,6 +111,7 @@ pub(super) enum Value {
     Island(Arc<kms_domain::Island>),
     QuotaUse(Arc<QuotaUse>),
     Campaign(Arc<Campaign>),
+    Proposal(Arc<Proposal>),
 }
 
 /// An event with the rows that its act wrote.
@@ -125,6 +126,8 @@ pub(super) struct RecordedEvent {
 pub(super) struct Staged {
     pub(super) rows: HashMap<RowId, Opened>,
     pub(super) events: Vec<Event>,
+    /// What is recorded behind the others: the first event of an act is what grants and requests refer to.
+    pub(super) alerts: Vec<Event>,
     pub(super) requests: Vec<(RequestKey, RequestRow)>,
     pub(super) grants: Vec<GrantRow>,
     pub(super) revocations: Vec<GrantRevocation>,
@@ -158,6 +161,8 @@ pub struct CounterOf {
     pub version: KeyVersionNumber,
     /// Whose counter: the client title's, or the setup's (device profile).
     pub counter: CounterKey,
+    /// What the meter's counter does when its key changes (device profile).
+    pub on_new_key: OnNewKey,
 }
 
 /// A counter lease that its grantee may still use.
@@ -370,6 +375,25 @@ impl View<'_, '_> {
         self.put(RowId::Campaign(campaign.id), Value::Campaign(Arc::new(campaign)), false)
     }
 
+    /// A proposal.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn proposal(&mut self, id: ProposalId) -> Result<Option<Arc<Proposal>>, ServiceError> {
+        self.open(RowId::Proposal(id)).map(|value| match value {
+            Some(Value::Proposal(proposal)) => Some(proposal),
+            _ => None,
+        })
+    }
+
+    /// Writes a proposal.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn put_proposal(&mut self, proposal: Proposal) -> Result<(), ServiceError> {
+        self.put(RowId::Proposal(proposal.id), Value::Proposal(Arc::new(proposal)), false)
+    }
+
     /// A task of a campaign. One that the plan does not have is as good as absent, and an event for the security officers (I5).
     ///
     /// # Errors
@@ -564,16 +588,24 @@ impl View<'_, '_> {
             return Ok(lease);
         }
         let (writer, chunk) = (self.base.writer, self.base.chunk_size.max(ChunkSize::new(count)));
-        // I4: above every earlier version too, for meters that go on counting when their key changes.
         let jump = self.base.jump;
         let row = self.owner(of.owner)?.ok_or_else(|| no_such_key(of))?;
-        let continued = row.slots().get(of.setup, of.key_type).map_or(0, |slot| slot.continued_counter(of.counter, jump));
+        let first = match of.on_new_key {
+            // I4: above every earlier version too, because the meter goes on counting when its key changes.
+            OnNewKey::Continue => row.slots().get(of.setup, of.key_type).map_or(0, |slot| slot.continued_counter(of.counter, jump)),
+            // Another key value has other nonces.
+            OnNewKey::Reset(first) => u64::from(first),
+        };
         // Above a chunk that was reserved in this transaction for what failed then, too.
-        let at_least = self.held(&name).map_or(0, |held| held.chunk.bound()).max(self.base.chunks.bound(&name)).max(continued);
+        let at_least = self.held(&name).map_or(0, |held| held.chunk.bound()).max(self.base.chunks.bound(&name)).max(first);
+        let known_as_due = state.as_ref().is_some_and(|state| state.rotation_due() && state.holder().is_some());
         let (reservation, state) = self.change_counters(of, name, |counters| {
             let reservation = counters.reserve(of.counter, counter_use, writer, chunk, at_least, jump)?;
             Ok((reservation, counters.get(of.counter).cloned()))
         })?;
+        if reservation.rotation_due && !known_as_due {
+            self.staged.alerts.push(Event::SecurityEvent(rotation_due(of, reservation.bound)));
+        }
         self.base.fresh_chunks.insert(name, Held { chunk: LiveChunk::new(reservation), leased_until: UnixMillis(0) });
         self.deal(name, state.as_ref(), count, until).ok_or_else(|| counter_error(CounterError::Exhausted { key: of.counter }))
     }
@@ -718,7 +750,7 @@ impl View<'_, '_> {
         }
         base.rows.extend(staged.rows);
         let first_event = base.events.len();
-        for (number, event) in staged.events.into_iter().enumerate() {
+        for (number, event) in staged.events.into_iter().chain(staged.alerts).enumerate() {
             let record = AuditRecord {
                 principal: actor.principal.as_ref().map(ToString::to_string).unwrap_or_default(),
                 certificate_sha256: actor.certificate_sha256.map(|digest| digest.to_vec().into()).unwrap_or_default(),
@@ -803,6 +835,7 @@ pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKey, seen
         RowId::Island(name) => kms_domain::Island::from_row(name.clone(), body).map(|island| Value::Island(Arc::new(island))),
         RowId::QuotaUse(principal) => QuotaUse::from_row(principal.clone(), body).map(|used| Value::QuotaUse(Arc::new(used))),
         RowId::Campaign(campaign) => Campaign::from_row(*campaign, body).map(|campaign| Value::Campaign(Arc::new(campaign))),
+        RowId::Proposal(proposal) => Proposal::from_row(*proposal, body).map(|proposal| Value::Proposal(Arc::new(proposal))),
         RowId::DeviceType(id) => DeviceType::from_row(*id, island, body).map(|device_type| Value::DeviceType(Arc::new(device_type))),
     }
     .map_err(|error| error.to_string())?;
@@ -823,12 +856,31 @@ pub(super) fn sealed_name(id: &RowId) -> (RowKind, Vec<u8>) {
         RowId::Island(island) => (RowKind::Island, island.as_str().as_bytes().to_vec()),
         RowId::QuotaUse(principal) => quota_use_row(principal),
         RowId::Campaign(campaign) => (RowKind::Campaign, campaign.octets().to_vec()),
+        RowId::Proposal(proposal) => (RowKind::Proposal, proposal.octets().to_vec()),
     }
 }
 
 /// Says "read this too": it never reaches a caller, because the transaction reads what is missing and decides again.
 fn not_read() -> ServiceError {
     ServiceError::Internal("a row was used before it was read".to_owned())
+}
+
+/// A slot asks for its rotation, once: when it comes to 80 % of its counters.
+fn rotation_due(of: CounterOf, bound: u64) -> SecurityEvent {
+    let percent = bound * 100 / CounterState::END;
+    let (owner, meter) = match of.owner {
+        Owner::Meter(title) => (format!("meter {title}"), title.octets().to_vec()),
+        Owner::Group(group) => (format!("group {}", group.0), Vec::new()),
+        Owner::DeviceType(device_type) => (format!("device type {}", device_type.0), Vec::new()),
+    };
+    SecurityEvent {
+        kind: "counter-rotation-due".to_owned(),
+        detail: format!(
+            "{percent} % of the invocation counters of {} are used under {} version {} of {owner}, security setup {}: rotate the key",
+            of.counter, of.key_type, of.version, of.setup
+        ),
+        meter: meter.into(),
+    }
 }
 
 fn no_such_key(of: CounterOf) -> ServiceError {

@@ -339,6 +339,10 @@ pub enum Action {
     AssignMeters,
     /// Taking counters over.
     AdoptCounters,
+    /// A counter that is raised further than the device profile's cap: proposed, and carried out.
+    RaiseCounter,
+    /// A version of a key that is compromised.
+    ReportCompromise,
     /// Registering meters; the class is the one that they will have.
     EnrolMeters,
     /// The end of identities.
@@ -459,6 +463,14 @@ pub enum Action {
     AbortCampaign,
     /// Campaigns, how far they are, and their reports.
     ListCampaigns,
+    /// Proposals, their approvals and what became of them.
+    ListProposals,
+    /// The approval of a proposal's content.
+    ApproveProposal,
+    /// The end of a proposal, unused.
+    WithdrawProposal,
+    /// The act that was approved. What it does has an action of its own.
+    CarryOutProposal,
     /// Tasks of campaigns for meters of a class.
     LeaseTasks,
 }
@@ -479,6 +491,8 @@ impl Action {
             Self::ShowMeter => "showMeter",
             Self::AssignMeters => "assignMeters",
             Self::AdoptCounters => "adoptCounters",
+            Self::RaiseCounter => "raiseCounter",
+            Self::ReportCompromise => "reportCompromise",
             Self::EnrolMeters => "enrolMeters",
             Self::RetireMeters => "retireMeters",
             Self::ReplaceMeter => "replaceMeter",
@@ -513,6 +527,10 @@ impl Action {
             Self::ResumeCampaign => "resumeCampaign",
             Self::AbortCampaign => "abortCampaign",
             Self::ListCampaigns => "listCampaigns",
+            Self::ListProposals => "listProposals",
+            Self::ApproveProposal => "approveProposal",
+            Self::WithdrawProposal => "withdrawProposal",
+            Self::CarryOutProposal => "carryOutProposal",
             Self::LeaseTasks => "leaseTasks",
         }
     }
@@ -580,6 +598,8 @@ impl Action {
             Self::ShowMeter
             | Self::AssignMeters
             | Self::AdoptCounters
+            | Self::RaiseCounter
+            | Self::ReportCompromise
             | Self::EnrolMeters
             | Self::RetireMeters
             | Self::ReplaceMeter
@@ -599,6 +619,10 @@ impl Action {
             | Self::ResumeCampaign
             | Self::AbortCampaign
             | Self::ListCampaigns
+            | Self::ListProposals
+            | Self::ApproveProposal
+            | Self::WithdrawProposal
+            | Self::CarryOutProposal
             | Self::LeaseTasks
             | Self::InventoryHsm => Vec::new(),
         };

@@ -3,6 +3,7 @@
 //! All state is in the database, so that every server can lead every campaign, and none is needed. A transfer that belongs to a campaign calls
 //! [`begin_task`], [`check_task`] and [`end_task`] inside its own acts.
 
+mod accept;
 mod drive;
 mod plan;
 mod show;
@@ -20,6 +21,7 @@ use kms_proto::v1::{self, CampaignApproved, CampaignChanged, audit_record::Event
 use kms_store::{Reads, RequestKey, RequestRow, RowKind};
 
 pub use self::{
+    accept::PlanPlace,
     plan::{NewCampaign, days_before},
     show::{ReportQuery, Watch},
     task::{LeaseQuery, TaskLease, begin_task, check_task, drop_task, end_task, holds_task, task_reads},
@@ -239,8 +241,7 @@ pub fn campaign_row(id: CampaignId) -> (RowKind, Vec<u8>) {
 fn refused(error: CampaignError) -> ServiceError {
     let next_step = match &error {
         CampaignError::State { .. } => "look at it with `kms campaign show`",
-        CampaignError::OtherContent => "approve what you have looked at",
-        CampaignError::OwnCampaign { .. } | CampaignError::ApprovedAlready { .. } => "ask a colleague to approve it",
+        CampaignError::Approval(error) => error.next_step(),
     };
     ServiceError::FailedPrecondition { reason: error.to_string(), next_step: next_step.to_owned() }
 }

@@ -3,7 +3,12 @@
 //! What is protected is read first: policy decides on service, class, object and member. Counters come from the same place as leases (I4), and the
 //! record of every protected frame is durable before it leaves (I2).
 
-use std::{num::NonZeroU32, sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    num::NonZeroU32,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use kms_dlms::{
     AuthenticationTag, CipheredApdu, CipheredTag, DlmsError, HlsGmac, InitiateRequest, KeySet, Nonce, Protection, SecurityControl, ServiceKind, ServiceRequest,
@@ -14,7 +19,7 @@ use kms_proto::v1::{self, AuditRecord, FramesProtected, audit_record::Event};
 use kms_store::{AuditReference, Reads, RequestKey, RequestRow};
 use tracing::Instrument as _;
 
-use super::grant::{counter_key, recorded_setup, setup_record, source};
+use super::grant::{counter_key, on_new_key, recorded_setup, setup_record, source};
 use crate::{
     audit::{Actor, AuditLeaf, CounterOf, LiveLease, View, past_record, read_record},
     authz::{Action, Caller, CosemTarget, FrameService as Service, PrincipalFacts, Purpose, Quota, Resource},
@@ -90,12 +95,14 @@ pub struct FrameOutcome {
 #[derive(Clone)]
 pub struct FrameService {
     island: Arc<Island>,
+    /// Meters whose counter went backwards, as far as this server has said so.
+    alerted: Arc<Mutex<HashSet<(SystemTitle, SecuritySetupId, KeyVersionNumber)>>>,
 }
 
 impl FrameService {
     /// Frames of an island.
-    pub const fn new(island: Arc<Island>) -> Self {
-        Self { island }
+    pub fn new(island: Arc<Island>) -> Self {
+        Self { island, alerted: Arc::default() }
     }
 
     /// Protects frames in order. A repeated request gets the same octets again.
@@ -171,12 +178,47 @@ impl FrameService {
     /// What concerns all: the caller, HSM or database.
     pub async fn unprotect(&self, caller: &Caller, purpose: Purpose, frames: Vec<ReceivedFrame>) -> Result<Vec<FrameOutcome>, ServiceError> {
         let span = tracing::debug_span!("frames", kms.frames = frames.len());
-        let opened = self.open_all(caller, purpose, frames).instrument(span).await?;
+        let (opened, backwards) = self.open_all(caller, purpose, frames).instrument(span).await?;
+        self.alert(caller, backwards).await?;
         metrics().frames(FrameDirection::Unprotect, opened.iter().map(|outcome| &outcome.octets));
         Ok(opened)
     }
 
-    async fn open_all(&self, caller: &Caller, purpose: Purpose, frames: Vec<ReceivedFrame>) -> Result<Vec<FrameOutcome>, ServiceError> {
+    /// Puts counters on the record that went backwards, once for each key while this server runs.
+    async fn alert(&self, caller: &Caller, backwards: Vec<Backwards>) -> Result<(), ServiceError> {
+        let mut fresh = backwards;
+        {
+            let alerted = self.alerted.lock().unwrap_or_else(PoisonError::into_inner);
+            fresh.retain(|found| !alerted.contains(&found.key()));
+        }
+        if fresh.is_empty() {
+            return Ok(());
+        }
+        let told: Vec<_> = fresh.iter().map(Backwards::key).collect();
+        let act = self.island.committer.act(Actor::caller(caller, None, "unprotectFrame"), Reads::default(), move |view| {
+            for found in &fresh {
+                view.append(Event::SecurityEvent(v1::SecurityEvent {
+                    kind: "meter-counter-backwards".to_owned(),
+                    detail: format!(
+                        "under GUEK version {} the meter used counter {} after {}, and its key was not changed in between: it may repeat nonces",
+                        found.version, found.seen, found.known
+                    ),
+                    meter: found.meter.octets().to_vec().into(),
+                }));
+            }
+            Ok(())
+        });
+        act.await?;
+        // Only what is on the record is not said again.
+        let mut alerted = self.alerted.lock().unwrap_or_else(PoisonError::into_inner);
+        if alerted.len() > MOST_ALERTED {
+            alerted.clear();
+        }
+        alerted.extend(told);
+        Ok(())
+    }
+
+    async fn open_all(&self, caller: &Caller, purpose: Purpose, frames: Vec<ReceivedFrame>) -> Result<(Vec<FrameOutcome>, Vec<Backwards>), ServiceError> {
         let principal = self.island.principal(caller).await?;
         let facts = facts(&principal);
         let mut titles: Vec<SystemTitle> = frames.iter().map(|frame| frame.meter).collect();
@@ -195,13 +237,17 @@ impl FrameService {
         let jobs: Vec<(FrameKeys, ProtectedFrame)> =
             opened.iter().filter_map(|received| received.as_ref().ok()).map(|received| (received.keys.clone(), received.frame.clone())).collect();
         let mut plain = self.island.hsm.unprotect_batch(jobs).instrument(tracing::debug_span!("hsm.unprotect")).await?.into_iter();
-        Ok(opened
+        let mut backwards = Vec::new();
+        let outcomes = opened
             .into_iter()
             .map(|received| match received {
                 Err(error) => FrameOutcome { octets: Err(error), counter: 0 },
                 Ok(received) => {
                     let octets = match plain.next() {
-                        Some(Ok(_)) if received.is_challenge => Ok(Vec::new()),
+                        Some(Ok(_)) if received.is_challenge => {
+                            backwards.extend(received.backwards);
+                            Ok(Vec::new())
+                        }
                         Some(Ok(octets)) => Ok(octets),
                         Some(Err(error @ HsmError::TagInvalid)) => {
                             metrics().hsm_error(&error);
@@ -216,7 +262,8 @@ impl FrameService {
                     FrameOutcome { octets, counter: received.counter }
                 }
             })
-            .collect())
+            .collect();
+        Ok((outcomes, backwards))
     }
 
     /// Whether a frame is one that quotas count, so that the row of its principal's use is read with the others.
@@ -257,13 +304,26 @@ impl FrameService {
                 }
                 let parameters = FrameParameters::new(ciphered.control.octet(), *Nonce::new(meter.title, ciphered.counter).octets())?;
                 let received = ProtectedFrame { parameters, text: ciphered.content.to_vec(), tag: ciphered.authentication_tag.0 };
-                Ok(Received { keys: keys.keys, frame: received, counter: ciphered.counter, is_challenge: false })
+                Ok(Received { keys: keys.keys, frame: received, counter: ciphered.counter, is_challenge: false, backwards: None })
             }
             ReceivedContent::HlsResponse { response, challenge } => {
                 let gmac = HlsGmac::parse(&response).map_err(|error| ServiceError::invalid("frames.hls_response", error.to_string()))?;
                 let parameters = FrameParameters::new(HlsGmac::control(gmac.suite).octet(), *Nonce::new(meter.title, gmac.counter).octets())?;
                 let received = ProtectedFrame { parameters, text: challenge, tag: gmac.tag.0 };
-                Ok(Received { keys: keys.keys, frame: received, counter: gmac.counter, is_challenge: true })
+                // The answer to a challenge is fresh; any other frame may be opened long after it was sent.
+                let known = meter
+                    .slots
+                    .get(setup, KeyType::GUEK)
+                    .and_then(|slot| slot.version(keys.encryption_version))
+                    .map_or(0, |version| version.transport().meter_counter);
+                let found = Backwards { meter: meter.title, setup, version: keys.encryption_version, known, seen: gmac.counter };
+                Ok(Received {
+                    keys: keys.keys,
+                    frame: received,
+                    counter: gmac.counter,
+                    is_challenge: true,
+                    backwards: Some(found).filter(|_| gmac.counter < known),
+                })
             }
         }
     }
@@ -274,6 +334,24 @@ struct Received {
     frame: ProtectedFrame,
     counter: u32,
     is_challenge: bool,
+    /// What is to be said if the frame is genuine.
+    backwards: Option<Backwards>,
+}
+
+/// A meter's own counter that is below one that it used before under the same key.
+#[derive(Clone, Copy)]
+struct Backwards {
+    meter: SystemTitle,
+    setup: SecuritySetupId,
+    version: KeyVersionNumber,
+    known: u32,
+    seen: u32,
+}
+
+impl Backwards {
+    const fn key(&self) -> (SystemTitle, SecuritySetupId, KeyVersionNumber) {
+        (self.meter, self.setup, self.version)
+    }
 }
 
 #[derive(Clone)]
@@ -386,6 +464,7 @@ impl Deciding {
             key_type: KeyType::GUEK,
             version: keys.encryption_version,
             counter: counter_key(&self.island, &meter, setup, frame.client_title)?,
+            on_new_key: on_new_key(&self.island, &meter, setup),
         };
         let form = CipheredForm::of(frame, &meter)?;
         let counter = match past {
@@ -609,6 +688,8 @@ fn denied(action: &str, meter: SystemTitle) -> ServiceError {
 
 /// How long a request can be repeated.
 const REPLAY_MS: i64 = 15 * 60 * 1_000;
+/// Keys that are remembered as told of.
+const MOST_ALERTED: usize = 10_000;
 
 #[cfg(test)]
 mod tests;

@@ -10,8 +10,8 @@ use std::{
 
 use aws_lc_rs::digest;
 use kms_domain::{
-    CounterKey, GrantId, GroupId, KeyMaterial, KeyOrigin, KeyType, KeyVersion, KeyVersionNumber, Lease, MemberCounts, Meter, MeterClass, Owner, ParseError,
-    Party, Principal, PrincipalId, RequestId, Role, SecuritySetupId, SecuritySuite, Slot, Standing, SystemTitle, UnixMillis,
+    CounterKey, GrantId, GroupId, KeyMaterial, KeyOrigin, KeyType, KeyVersion, KeyVersionNumber, Lease, MemberCounts, Meter, MeterClass, OnNewKey, Owner,
+    ParseError, Party, Principal, PrincipalId, RequestId, Role, SecuritySetupId, SecuritySuite, Slot, Standing, SystemTitle, UnixMillis,
 };
 use kms_hsm::{Agreement, HsmError, KeySource, Recipient, RootVersion, WrappedKey};
 use kms_proto::v1::{self, AuditRecord, GrantedMeter, KeysGranted, audit_record::Event};
@@ -483,7 +483,8 @@ impl Deciding {
             keys.iter().find(|key| matches!(key.key_type, KeyType::GUEK | KeyType::GBEK)).and_then(|key| Some((key.key_type, key.version?))),
         ) {
             (Some(client), Some((key_type, version))) => {
-                let of = CounterOf { owner, setup, key_type, version, counter: self.counter_key(&row, setup, client)? };
+                let of =
+                    CounterOf { owner, setup, key_type, version, counter: self.counter_key(&row, setup, client)?, on_new_key: self.on_new_key(&row, setup) };
                 Some((client, version, view.lease(of, terms.counters, not_after)?))
             }
             _ => None,
@@ -546,6 +547,13 @@ impl Deciding {
         }
     }
 
+    fn on_new_key(&self, row: &OwnerRow, setup: SecuritySetupId) -> OnNewKey {
+        match row {
+            OwnerRow::Meter(meter) => on_new_key(&self.island, meter, setup),
+            OwnerRow::Group(_) | OwnerRow::DeviceType(_) => OnNewKey::Continue,
+        }
+    }
+
     /// The same answer for what does not exist and what the caller may not have.
     fn denied(&self, owner: Owner) -> ServiceError {
         match (owner, &self.chunk.targets) {
@@ -577,7 +585,8 @@ impl Deciding {
         let lease = match (terms.client_title, encryption) {
             (Some(client), Some((key_type, version))) if granted.lease_count > 0 => {
                 let lease = Lease { first: granted.lease_first, count: granted.lease_count };
-                let of = CounterOf { owner, setup, key_type, version, counter: self.counter_key(&row, setup, client)? };
+                let of =
+                    CounterOf { owner, setup, key_type, version, counter: self.counter_key(&row, setup, client)?, on_new_key: self.on_new_key(&row, setup) };
                 if !view.is_live(of, lease)? {
                     return Err(overtaken("a newer lease was dealt, or the server restarted,"));
                 }
@@ -835,6 +844,11 @@ pub fn counter_key(island: &Island, meter: &Meter, setup: SecuritySetupId, clien
         next_step: "add its file to the folder of device profiles on every server".to_owned(),
     })?;
     Ok(profile.counter.scope.key(client))
+}
+
+/// What the meter's counters do when its encryption key changes (device profile). Going on suits all meters.
+pub fn on_new_key(island: &Island, meter: &Meter, setup: SecuritySetupId) -> OnNewKey {
+    island.profiles.get(&meter.class.profile).and_then(|profile| profile.setup(setup)).map_or(OnNewKey::Continue, |profile| profile.counter.on_new_key)
 }
 
 fn dedicated(suite: SecuritySuite) -> PlannedKey {

@@ -1,10 +1,12 @@
 //! Meters: who they are, whose they are, and the life of a meter's identity.
 
 mod change;
+mod compromise;
 mod counter;
 mod enrol;
 mod filter;
 mod groups;
+mod raise;
 mod show;
 #[cfg(test)]
 mod tests;
@@ -16,13 +18,18 @@ use kms_proto::v1::{self, MeterProblemCode as Code};
 use kms_store::{Reads, RequestKey, RequestRow, RowKind};
 use prost::Message;
 
-pub(super) use self::show::{Shown, shown_version};
 pub use self::{
     change::Assignment,
+    compromise::Compromise,
     counter::CounterFloor,
     enrol::{Enrolment, NewMeter},
     filter::{Filter, Selection},
     groups::Membership,
+    raise::CounterRaise,
+};
+pub(super) use self::{
+    raise::raise_counter,
+    show::{Shown, shown_version},
 };
 use super::group::Groups;
 use crate::{

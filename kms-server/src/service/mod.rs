@@ -12,6 +12,7 @@ pub mod init;
 pub mod meter;
 pub mod owner;
 pub mod principal;
+pub mod proposal;
 mod recipe;
 pub mod retention;
 pub mod scrub;

@@ -13,7 +13,7 @@ mod tests;
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use kms_domain::{
-    CampaignId, CounterDomainId, DeviceTypeId, Generation, GroupId, IslandName, PrincipalId, RowId, RowSeal, SealRootKey, SystemTitle, row_digest,
+    CampaignId, CounterDomainId, DeviceTypeId, Generation, GroupId, IslandName, PrincipalId, ProposalId, RowId, RowSeal, SealRootKey, SystemTitle, row_digest,
 };
 use kms_hsm::RootVersion;
 use kms_proto::v1::{RowWrite, ScrubFinding, ScrubResponse, SecurityEvent, audit_record::Event};
@@ -391,6 +391,7 @@ fn row_id(kind: u8, id: &[u8], island: &IslandName) -> Option<RowId> {
         6 => text().filter(|name| *name == island.as_str()).map(|_| RowId::Island(island.clone())),
         7 => PrincipalId::parse(text()?).ok().map(RowId::QuotaUse),
         8 => CampaignId::from_octets(id).ok().map(RowId::Campaign),
+        12 => ProposalId::from_octets(id).ok().map(RowId::Proposal),
         _ => None,
     }
 }

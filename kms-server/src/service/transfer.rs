@@ -25,7 +25,7 @@ use kms_store::{Reads, RequestKey, RequestRow};
 
 use super::{
     campaign::{begin_task, check_task, end_task, holds_task, task_reads},
-    grant::{counter_key, setup_record},
+    grant::{counter_key, on_new_key, setup_record},
 };
 use crate::{
     audit::{Actor, AuditLeaf, CounterOf, View},
@@ -601,7 +601,14 @@ fn deal_counters(view: &mut View<'_, '_>, island: &Island, mut meter: Meter) -> 
     let counter = counter_key(island, &meter, transfer.setup, transfer.client_title)?;
     let mut counters = Vec::new();
     if let (Some(pair), Some(wanted)) = (transfer.pair(), NonZeroU32::new(wanted)) {
-        let of = CounterOf { owner: Owner::Meter(meter.title), setup: transfer.setup, key_type: KeyType::GUEK, version: pair.encryption, counter };
+        let of = CounterOf {
+            owner: Owner::Meter(meter.title),
+            setup: transfer.setup,
+            key_type: KeyType::GUEK,
+            version: pair.encryption,
+            counter,
+            on_new_key: on_new_key(island, &meter, transfer.setup),
+        };
         let lease = view.frame_counters(of, wanted)?;
         counters.extend(lease.first..=lease.last());
         // What was reserved just now is in the row that the view has.
@@ -642,9 +649,12 @@ fn expose_delivered(view: &mut View<'_, '_>, meter: &Meter) -> Result<(), Servic
 fn alert(view: &mut View<'_, '_>, meter: &Meter, findings: &[Finding]) {
     for finding in findings {
         let (kind, detail) = match finding {
-            Finding::MeterCounterBackwards { version, known, seen } => {
-                ("meter-counter-backwards", format!("under GUEK version {version} the meter used counter {seen} after {known}"))
-            }
+            Finding::MeterCounterBackwards { version, known, seen } => (
+                "meter-counter-backwards",
+                format!(
+                    "under GUEK version {version} the meter used counter {seen} after {known}, and its key was not changed in between: it may repeat nonces"
+                ),
+            ),
             Finding::Held { key_type, version, confirmation: Confirmation::NotActive, .. } => {
                 ("earlier-key-held", format!("the meter holds {key_type} version {version}, which is not the active one: it needs a new key"))
             }

@@ -41,13 +41,16 @@ pub enum RowKind {
     QuotaUse,
     /// A campaign.
     Campaign,
+    /// A proposal.
+    Proposal,
 }
 
 impl RowKind {
     /// All kinds.
-    pub const ALL: [Self; 7] = [Self::Group, Self::DeviceType, Self::Principal, Self::CounterDomain, Self::Island, Self::QuotaUse, Self::Campaign];
+    pub const ALL: [Self; 8] =
+        [Self::Group, Self::DeviceType, Self::Principal, Self::CounterDomain, Self::Island, Self::QuotaUse, Self::Campaign, Self::Proposal];
 
-    /// The kind's number in the seal's input and in the database, 2–8.
+    /// The kind's number in the seal's input and in the database.
     pub const fn number(self) -> u8 {
         match self {
             Self::Group => 2,
@@ -57,6 +60,7 @@ impl RowKind {
             Self::Island => 6,
             Self::QuotaUse => 7,
             Self::Campaign => 8,
+            Self::Proposal => 12,
         }
     }
 
@@ -70,13 +74,14 @@ impl RowKind {
             Self::Island => "island",
             Self::QuotaUse => "quota use",
             Self::Campaign => "campaign",
+            Self::Proposal => "proposal",
         }
     }
 
     /// How a transaction that reads rows of this kind holds them.
     pub(crate) const fn lock(self) -> RowLock {
         match self {
-            Self::CounterDomain | Self::QuotaUse => RowLock::Exclusive,
+            Self::CounterDomain | Self::QuotaUse | Self::Proposal => RowLock::Exclusive,
             Self::Campaign => RowLock::Campaign,
             _ => RowLock::Shared,
         }

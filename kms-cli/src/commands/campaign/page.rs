@@ -4,11 +4,11 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use kms_proto::v1 as proto;
 
-use super::{action, selection_text, watch::ended};
+use super::{acceptance::Acceptance, action, selection_text, watch::ended};
 use crate::output::{self, number, plural};
 
 /// The page. Everything from outside is escaped.
-pub(super) fn html(report: &proto::CampaignReport) -> String {
+pub(super) fn html(report: &proto::CampaignReport, acceptance: Option<&Acceptance>) -> String {
     let progress = report.progress.clone().unwrap_or_default();
     let campaign = progress.campaign.clone().unwrap_or_default();
     let plan = campaign.plan.clone().unwrap_or_default();
@@ -59,6 +59,9 @@ pub(super) fn html(report: &proto::CampaignReport) -> String {
     section(&mut page, "Outcome by manufacturer", &bars(&by_manufacturer(report), &SERIES));
     let reasons: Vec<Bar> = progress.reasons.iter().map(|reason| Bar { name: reason.name.clone(), parts: vec![reason.count] }).collect();
     section(&mut page, "Failures by reason", &bars(&reasons, &[("meters", "#b3261e")]));
+    if let Some(acceptance) = acceptance {
+        section(&mut page, "Acceptance", &accepted(acceptance));
+    }
     if !report.tasks.is_empty() {
         let mut rows = String::from("<table>\n<tr><th>Meter</th><th>Manufacturer</th><th>State</th><th>Attempts</th><th>Head-end</th><th>Reason</th></tr>\n");
         for task in &report.tasks {
@@ -80,6 +83,44 @@ pub(super) fn html(report: &proto::CampaignReport) -> String {
     }
     page.push_str("</body>\n</html>\n");
     page
+}
+
+/// Which keys are the utility's alone, by batch, and what heals the others.
+fn accepted(acceptance: &Acceptance) -> String {
+    let mut part = format!("<p><strong>{}</strong></p>\n<p>{EXPLANATION}</p>\n", escape(&acceptance.sentence()));
+    let mut by_type: BTreeMap<&str, Vec<u64>> = BTreeMap::new();
+    for (key_type, keys) in acceptance.batches.values().flatten() {
+        let parts = by_type.entry(key_type).or_insert_with(|| vec![0; VERDICTS.len()]);
+        parts.iter_mut().zip(keys.counts).for_each(|(part, count)| *part += count);
+    }
+    let chart: Vec<Bar> = by_type.into_iter().map(|(name, parts)| Bar { name: name.to_owned(), parts }).collect();
+    part.push_str(&bars(&chart, &VERDICTS));
+    part.push_str(
+        "<table>\n<tr><th>Batch</th><th>Key</th><th>Healed</th><th>Not healed</th><th>Not replaced</th><th>In doubt</th><th>What heals it</th></tr>\n",
+    );
+    for (batch, types) in &acceptance.batches {
+        for (key_type, keys) in types {
+            let [healed, not_healed, not_replaced, in_doubt] = keys.counts.map(number);
+            let cells = [batch, key_type, &healed, &not_healed, &not_replaced, &in_doubt, &keys.remedies_text()];
+            let _ = writeln!(part, "<tr>{}</tr>", cells.iter().map(|cell| format!("<td>{}</td>", escape(cell))).collect::<String>());
+        }
+    }
+    part.push_str("</table>\n");
+    if !acceptance.open.is_empty() {
+        part.push_str("<h3>Keys that are not healed</h3>\n<table>\n<tr>");
+        for heading in ["Meter", "Batch", "Key", "Version", "Shown", "Verdict", "Known to", "What heals it"] {
+            let _ = write!(part, "<th>{heading}</th>");
+        }
+        part.push_str("</tr>\n");
+        for row in acceptance.open_rows() {
+            let _ = writeln!(part, "<tr>{}</tr>", row.iter().map(|cell| format!("<td>{}</td>", escape(cell))).collect::<String>());
+        }
+        part.push_str("</table>\n");
+        if acceptance.more {
+            part.push_str("<p>There are more: the JSON report with --limit 0 has all.</p>\n");
+        }
+    }
+    part
 }
 
 fn section(page: &mut String, heading: &str, content: &str) {
@@ -204,6 +245,10 @@ fn escape(text: &str) -> String {
 }
 
 const SERIES: [(&str, &str); 5] = [("succeeded", "#1b6e3c"), ("failed", "#b3261e"), ("in doubt", "#e0a100"), ("skipped", "#8a8a8a"), ("to do", "#d5dde6")];
+const VERDICTS: [(&str, &str); 4] = [("healed", "#1b6e3c"), ("not healed", "#e0a100"), ("not replaced", "#b3261e"), ("in doubt", "#8a8a8a")];
+const EXPLANATION: &str = "A key is healed when nobody outside the HSM could know it but those it was granted to. A new key that travelled wrapped under a \
+master key which its vendor knows is not healed against recorded traffic: the vendor could read it, if it recorded what was sent. The vendor's old keys are \
+out of use all the same. Key agreement (security suites 1 and 2) or a visit to the meter heals that; then the other keys are rotated once more.";
 const WIDTH: usize = 860;
 const LEFT: usize = 190;
 const ROW: usize = 24;
@@ -215,7 +260,7 @@ td{overflow-wrap:anywhere}svg{width:100%;font:12px system-ui,sans-serif}.figures
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::acceptance::Keys, *};
 
     #[test]
     fn the_page_has_the_figures_and_runs_nothing_from_outside() {
@@ -242,8 +287,25 @@ mod tests {
             tasks: vec![proto::Task { reason: hostile.into(), ..Default::default() }],
             ..Default::default()
         };
-        let page = html(&report);
-        for words in ["7 (70.0 %)", "Progress over time", "polyline", "Outcome by wave", "wave 1", "Failures by reason", "&lt;script&gt;"] {
+        let mut acceptance = Acceptance { meters: 2, healed: 1, ..Acceptance::default() };
+        let keys = Keys { counts: [1, 1, 0, 0], remedies: [("local-visit".to_owned(), 1)].into() };
+        acceptance.batches.insert(hostile.into(), [("KEK".to_owned(), keys)].into());
+        let key =
+            proto::KeyAcceptance { key_type: "KEK".into(), version: 2, verdict: "not-healed".into(), known_to: vec![hostile.into()], ..Default::default() };
+        acceptance.open.push(proto::MeterAcceptance { batch: hostile.into(), keys: vec![key], ..Default::default() });
+        let page = html(&report, Some(&acceptance));
+        for words in [
+            "7 (70.0 %)",
+            "Progress over time",
+            "polyline",
+            "Outcome by wave",
+            "wave 1",
+            "Failures by reason",
+            "&lt;script&gt;",
+            "1 of 2 meters have only keys",
+            "1 by a local visit",
+            "not healed against recorded traffic",
+        ] {
             assert!(page.contains(words), "{words}\n{page}");
         }
         for words in ["<script", "onload='x'", "http://", "https://", "src=", "href="] {
@@ -251,6 +313,6 @@ mod tests {
         }
         assert_eq!(page.matches("<svg").count(), page.matches("</svg>").count());
         // A campaign that has not begun.
-        assert!(html(&proto::CampaignReport::default()).contains("Nothing yet."));
+        assert!(html(&proto::CampaignReport::default(), None).contains("Nothing yet."));
     }
 }

@@ -7,8 +7,8 @@
 use aws_lc_rs::{digest, hmac};
 
 use crate::{
-    CampaignAction, CampaignId, DeviceProfileName, ExposureReason, FlagId, GroupId, KeyOrigin, KeyVersion, Meter, ParseError, Party, PrincipalId,
-    SecuritySetupId, SystemTitle, TaskWork, UnixMillis,
+    CampaignAction, CampaignId, CounterDomainId, CounterPlace, CounterState, DeviceProfileName, ExposureReason, FlagId, GroupId, KeyOrigin, KeyVersion, Meter,
+    ParseError, Party, PrincipalId, SecuritySetupId, SystemTitle, TaskWork, UnixMillis,
 };
 
 /// Which meters a campaign is about: all conditions together. Meters that are quarantined or retired are never selected.
@@ -35,6 +35,8 @@ pub struct CampaignSelection {
     pub exposed_by: Option<ExposureReason>,
     /// The active version was imported.
     pub imported: bool,
+    /// At least so many percent of a counter of the active version are used, 1–100.
+    pub counter_used: Option<u8>,
     /// How many meters were named; 0 for a selection by conditions alone. The plan has the titles.
     pub named: u64,
 }
@@ -47,6 +49,9 @@ impl CampaignSelection {
     pub fn check(&self) -> Result<(), ParseError> {
         if *self == Self::default() {
             return Err(ParseError::new("selection", "it has no condition; say `whole_island` if every meter is meant"));
+        }
+        if self.counter_used.is_some_and(|percent| !(1..=100).contains(&percent)) {
+            return Err(ParseError::new("selection", "the part of the counters that is used is not 1 to 100 percent"));
         }
         Ok(())
     }
@@ -66,17 +71,30 @@ impl CampaignSelection {
             })
     }
 
+    /// Whether the condition on counters holds, for a meter that meets the others. `domains` gives the highest bound of a counter domain.
+    pub fn matches_counters(
+        &self,
+        meter: &Meter,
+        action: CampaignAction,
+        setup: Option<SecuritySetupId>,
+        domains: impl Fn(CounterDomainId) -> Option<u64>,
+    ) -> bool {
+        let (Some(percent), Some(step)) = (self.counter_used, action.first_step(meter, setup)) else { return self.counter_used.is_none() };
+        let used = |version: &KeyVersion| match version.counters() {
+            CounterPlace::Own(counters) => counters.highest_bound(),
+            CounterPlace::Domain(domain) => domains(*domain).unwrap_or_default(),
+        };
+        slots_of(meter, step.setup, step.work)
+            .filter_map(crate::Slot::active)
+            .any(|version| u128::from(used(version)) * 100 >= u128::from(CounterState::END) * u128::from(percent))
+    }
+
     const fn is_about_keys(&self) -> bool {
         self.active_before.is_some() || self.exposed_to.is_some() || self.exposed_by.is_some() || self.imported
     }
 
     fn matches_keys(&self, meter: &Meter, setup: SecuritySetupId, work: TaskWork) -> bool {
-        let one = match work {
-            TaskWork::Rotate(key_type) => Some(key_type),
-            TaskWork::Probe => None,
-        };
-        let slots = meter.slots.of_setup(setup).filter(|slot| one.is_none_or(|key_type| slot.key_type() == key_type));
-        slots.filter_map(crate::Slot::active).any(|version| self.matches_version(version))
+        slots_of(meter, setup, work).filter_map(crate::Slot::active).any(|version| self.matches_version(version))
     }
 
     fn matches_version(&self, version: &KeyVersion) -> bool {
@@ -86,6 +104,15 @@ impl CampaignSelection {
             });
         exposed && self.active_before.is_none_or(|before| version.since() < before) && (!self.imported || version.origin() == KeyOrigin::Imported)
     }
+}
+
+/// The slots that the work is about: one, or all of a probe.
+fn slots_of(meter: &Meter, setup: SecuritySetupId, work: TaskWork) -> impl Iterator<Item = &crate::Slot> {
+    let one = match work {
+        TaskWork::Rotate(key_type) => Some(key_type),
+        TaskWork::Probe => None,
+    };
+    meter.slots.of_setup(setup).filter(move |slot| one.is_none_or(|key_type| slot.key_type() == key_type))
 }
 
 /// How many meters a wave has.

@@ -5,8 +5,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    DeviceProfileName, FlagId, IslandName, KeyDerivation, KeyLength, KeyOrigin, MeterClass, MeterStatus, NewKeyVersion, Outcome, Role, SecuritySuite, Slot,
-    Slots, SystemTitle, WrappedKey,
+    ApprovalError, DeviceProfileName, FlagId, IslandName, KeyDerivation, KeyLength, KeyOrigin, MeterClass, MeterStatus, NewKeyVersion, Outcome, Role,
+    SecuritySuite, Slot, Slots, SystemTitle, WrappedKey,
 };
 
 const NOW: UnixMillis = UnixMillis(1_795_248_000_000);
@@ -143,11 +143,11 @@ fn approval_needs_another_person_and_the_exact_content() {
     let mut campaign = campaign(CampaignAction::Probe);
     campaign.content.terms.quorum = Quorum::new(2).unwrap();
     let digest = campaign.content_digest();
-    assert_eq!(campaign.approve(officer("bo"), person("Bo"), &[0; 32], NOW), Err(CampaignError::OtherContent));
+    assert_eq!(campaign.approve(officer("bo"), person("Bo"), &[0; 32], NOW), Err(ApprovalError::OtherContent.into()));
     // Another certificate of the same person is the same person.
-    assert_eq!(campaign.approve(officer("ada-2"), person("Ada"), &digest, NOW), Err(CampaignError::OwnCampaign { person: person("Ada") }));
+    assert_eq!(campaign.approve(officer("ada-2"), person("Ada"), &digest, NOW), Err(ApprovalError::OwnRequest { person: person("Ada") }.into()));
     campaign.approve(officer("bo"), person("Bo"), &digest, NOW).unwrap();
-    assert_eq!(campaign.approve(officer("bo-2"), person("Bo"), &digest, NOW), Err(CampaignError::ApprovedAlready { person: person("Bo") }));
+    assert_eq!(campaign.approve(officer("bo-2"), person("Bo"), &digest, NOW), Err(ApprovalError::ApprovedAlready { person: person("Bo") }.into()));
     assert!(campaign.start(NOW).unwrap_err().to_string().contains("one approval is missing"));
     campaign.approve(officer("cy"), person("Cy"), &digest, NOW).unwrap();
     assert_eq!(campaign.state, CampaignState::Approved);
@@ -191,6 +191,7 @@ fn a_row_is_read_as_it_was_written() {
         exposed_to: Some(crate::Party::Principal(officer("x"))),
         exposed_by: Some(crate::ExposureReason::Grant),
         imported: true,
+        counter_used: Some(80),
         named: 3,
     };
     campaign.content.setup = Some(SecuritySetupId::from_octets([0, 0]));

@@ -5,9 +5,9 @@ use std::num::{NonZeroU8, NonZeroU32};
 use bytes::Bytes;
 use prost::Message;
 
-use super::{RowError, moment, octets};
+use super::{RowError, approval::ApprovalRow, moment, octets};
 use crate::{
-    Approval, Campaign, CampaignAction, CampaignContent, CampaignId, CampaignName, CampaignSelection, CampaignState, CampaignTerms, DeviceProfileName,
+    Approvals, Campaign, CampaignAction, CampaignContent, CampaignId, CampaignName, CampaignSelection, CampaignState, CampaignTerms, DeviceProfileName,
     ExposureReason, FlagId, GroupId, KeyType, MaintenanceWindow, MaintenanceWindows, Party, PersonName, Plan, PlannedWave, PrincipalId, Quorum,
     SecuritySetupId, TaskState, UnixMillis, WaveResult, WaveSize, WaveTally, Weekdays,
 };
@@ -38,16 +38,6 @@ struct CampaignRow {
     /// 0: not started.
     #[prost(int64, tag = "11")]
     started: i64,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct ApprovalRow {
-    #[prost(string, tag = "1")]
-    principal: String,
-    #[prost(string, tag = "2")]
-    person: String,
-    #[prost(int64, tag = "3")]
-    time: i64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -130,6 +120,9 @@ struct SelectionRow {
     imported: bool,
     #[prost(uint64, tag = "12")]
     named: u64,
+    /// Percent; 0: no such condition.
+    #[prost(uint32, tag = "13")]
+    counter_used: u32,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -196,15 +189,10 @@ impl Campaign {
     /// The body is no campaign row, or breaks an invariant.
     pub fn from_row(id: CampaignId, body: Bytes) -> Result<Self, RowError> {
         let row = CampaignRow::decode(body)?;
-        let approvals = row
-            .approvals
-            .into_iter()
-            .map(|row| Ok(Approval { principal: PrincipalId::parse(&row.principal)?, person: PersonName::parse(&row.person)?, time: moment(row.time)? }))
-            .collect::<Result<_, RowError>>()?;
         Ok(Self {
             id,
             content: content_from_row(ContentRow::decode(row.content)?)?,
-            approvals,
+            approvals: Approvals::from_rows(row.approvals)?,
             state: CampaignState::from_number(row.state)?,
             reason: row.reason,
             since: moment(row.since)?,
@@ -221,11 +209,7 @@ impl Campaign {
     pub fn to_row(&self) -> Vec<u8> {
         let row = CampaignRow {
             content: self.content.to_octets().into(),
-            approvals: self
-                .approvals
-                .iter()
-                .map(|approval| ApprovalRow { principal: approval.principal.to_string(), person: approval.person.as_str().to_owned(), time: approval.time.0 })
-                .collect(),
+            approvals: self.approvals.to_rows(),
             state: self.state.number(),
             reason: self.reason.clone(),
             since: self.since.0,
@@ -322,6 +306,7 @@ fn selection_to_row(selection: &CampaignSelection) -> SelectionRow {
         exposed_by: selection.exposed_by.map_or(0, ExposureReason::number),
         imported: selection.imported,
         named: selection.named,
+        counter_used: selection.counter_used.unwrap_or_default().into(),
     }
 }
 
@@ -345,6 +330,11 @@ fn selection_from_row(row: SelectionRow) -> Result<CampaignSelection, RowError> 
         exposed_by: if row.exposed_by == 0 { None } else { Some(ExposureReason::from_number(row.exposed_by)?) },
         imported: row.imported,
         named: row.named,
+        counter_used: match u8::try_from(row.counter_used) {
+            Ok(0) => None,
+            Ok(percent) if percent <= 100 => Some(percent),
+            _ => return Err(RowError::new("a part of counters above 100 percent")),
+        },
     })
 }
 

@@ -140,7 +140,7 @@ impl CampaignService {
     }
 
     /// The chain of the plan, verified from its first chunk to the digest that was approved; `None` if it does not fit, and then the campaign is paused.
-    async fn verified(&self, campaign: &Campaign) -> Result<Option<Links>, ServiceError> {
+    pub(super) async fn verified(&self, campaign: &Campaign) -> Result<Option<Links>, ServiceError> {
         if let Some(links) = self.plans.lock().unwrap_or_else(PoisonError::into_inner).get(&campaign.id) {
             return Ok(Some(links.clone()));
         }
@@ -256,7 +256,7 @@ impl CampaignService {
     }
 }
 
-fn titles_of(octets: &[u8]) -> impl Iterator<Item = SystemTitle> {
+pub(super) fn titles_of(octets: &[u8]) -> impl Iterator<Item = SystemTitle> {
     octets.chunks_exact(8).filter_map(|title| SystemTitle::from_octets(title).ok())
 }
 

@@ -1,13 +1,17 @@
 //! From a selection to a plan: one pass over the meters, in memory that does not grow with them.
 
-use std::{collections::BTreeMap, mem, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    mem,
+    sync::Arc,
+};
 
 use kms_domain::{
-    Campaign, CampaignAction, CampaignContent, CampaignId, CampaignName, CampaignSelection, CampaignTerms, Meter, Plan, PlanChain, SecuritySetupId,
-    SystemTitle, TaskStep, TaskWork, UnixMillis, WavePlanner,
+    Campaign, CampaignAction, CampaignContent, CampaignId, CampaignName, CampaignSelection, CampaignTerms, CounterDomainId, Meter, Plan, PlanChain,
+    SecuritySetupId, SystemTitle, TaskStep, TaskWork, UnixMillis, WavePlanner,
 };
 use kms_proto::v1::{self, CampaignCreated, audit_record::Event};
-use kms_store::{Assigned, MeterFilter, MeterRow, Reads, RequestKey, RequestRow};
+use kms_store::{Assigned, MeterFilter, MeterRow, Reads, RequestKey, RequestRow, RowKind};
 
 use super::{CampaignService, REPLAY_MS, Request, campaign_row};
 use crate::{
@@ -53,7 +57,7 @@ impl CampaignService {
         self.pin_group_setup(&mut new).await?;
         let id = CampaignId::from_octets(&request.id.octets()).map_err(ServiceError::parse("request_id"))?;
         let new = Arc::new(new);
-        let stored = self.island.store.sealed(kms_store::RowKind::Campaign, &id.octets()).await?.is_some();
+        let stored = self.island.store.sealed(RowKind::Campaign, &id.octets()).await?.is_some();
         let survey = if stored { None } else { Some(self.survey(id, &new, commit).await?) };
         let Some(survey) = survey.filter(|_| commit || !stored) else {
             // The same request again: the campaign is there.
@@ -145,13 +149,14 @@ impl CampaignService {
             // What an earlier attempt left behind.
             self.island.store.delete_unused_chunks(id).await?;
         }
+        let domains = Arc::new(self.domain_bounds(&new.selection).await?);
         let mut survey = Survey::new(id);
         let mut waiting = Vec::new();
         let mut source = Source { service: self, filter: columns(&new.selection), new, after: None, place: 0, unknown: 0 };
         let mut page = source.next().await?;
         while !page.is_empty() {
-            let (island, asked) = (self.island.clone(), new.clone());
-            let looking = tokio::task::spawn_blocking(move || look(&island, &asked, &page));
+            let (island, asked, bounds) = (self.island.clone(), new.clone(), domains.clone());
+            let looking = tokio::task::spawn_blocking(move || look(&island, &asked, &bounds, &page));
             let (looked, next) = tokio::join!(looking, source.next());
             for found in looked.map_err(|_| ServiceError::Internal("a page of meters could not be looked at".to_owned()))? {
                 match found {
@@ -175,6 +180,23 @@ impl CampaignService {
         survey.preview.left_out += source.unknown;
         survey.finish(&new.terms);
         Ok(survey)
+    }
+
+    /// How far the counters of each domain are used, where the selection asks for it: duplicate keys are few.
+    async fn domain_bounds(&self, selection: &CampaignSelection) -> Result<HashMap<CounterDomainId, u64>, ServiceError> {
+        let (mut bounds, mut after) = (HashMap::new(), None);
+        while selection.counter_used.is_some() {
+            let page = self.island.store.sealed_page(RowKind::CounterDomain, after.as_deref(), PAGE).await?;
+            let Some((last, _)) = page.last() else { break };
+            after = Some(last.clone());
+            for (id, row) in &page {
+                let Ok(id) = id.as_slice().try_into().map(CounterDomainId) else { continue };
+                if let Ok(domain) = self.island.committer.open_domain(id, row) {
+                    bounds.insert(id, domain.counters.highest_bound());
+                }
+            }
+        }
+        Ok(bounds)
     }
 
     async fn keep(&self, survey: &mut Survey, id: CampaignId, titles: Vec<u8>, keep: bool) -> Result<(), ServiceError> {
@@ -283,13 +305,14 @@ struct Found {
 }
 
 /// I5: the search columns found them, the sealed rows decide.
-fn look(island: &Island, new: &NewCampaign, page: &[MeterRow]) -> Vec<Look> {
+fn look(island: &Island, new: &NewCampaign, domains: &HashMap<CounterDomainId, u64>, page: &[MeterRow]) -> Vec<Look> {
     page.iter()
         .map(|row| {
             let Ok(meter) = island.committer.open_meter(row.title, &row.row) else { return Look::Refused };
             let step = new.action.first_step(&meter, new.setup);
             let taken = step.is_none_or(|step| is_taken(island, &meter, step));
-            if !taken || !new.selection.matches(&meter, new.action, new.setup) {
+            let counted = || new.selection.matches_counters(&meter, new.action, new.setup, |domain| domains.get(&domain).copied());
+            if !taken || !new.selection.matches(&meter, new.action, new.setup) || !counted() {
                 return Look::LeftOut;
             }
             let in_doubt = step.is_some_and(|step| meter.slots.of_setup(step.setup).any(kms_domain::Slot::in_doubt));

@@ -220,6 +220,7 @@ impl CampaignService {
             exposed_to: text(content.selection.exposed_to.as_ref().map(ToString::to_string)),
             exposed_by: text(content.selection.exposed_by.map(|reason| reason.to_string())),
             imported: content.selection.imported,
+            counter_used_percent: content.selection.counter_used.unwrap_or_default().into(),
             meters: Vec::new(),
         };
         let terms = v1::CampaignTerms {

@@ -144,6 +144,45 @@ island_tests! {
         assert_eq!(code(service.list(&island.head_end, None, 9).await), PERMISSION_DENIED);
     }
 
+    async fn meters_are_found_by_how_far_their_counters_are_used(island) {
+        island.deliver(&sample("generic-suite0", 20)).await;
+        island.take_counters_over(meter(3), kms_domain::CounterState::END / 100 * 85).await;
+        island.take_counters_over(meter(4), kms_domain::CounterState::END / 100 * 61).await;
+        let service = CampaignService::new(island.island.clone());
+        for (percent, expected) in [(80, 1), (60, 2), (90, 0)] {
+            let mut asked = new(terms());
+            asked.selection.counter_used = Some(percent);
+            let found = service.create(&island.officer, request(), asked, false).await.map(|answer| answer.preview.unwrap().meters);
+            assert_eq!(found.unwrap_or_default(), expected, "{percent}");
+        }
+        let mut asked = new(terms());
+        asked.selection.counter_used = Some(101);
+        assert_eq!(code(service.create(&island.officer, request(), asked, false).await), 3);
+    }
+
+    async fn a_take_over_is_accepted_by_what_it_came_to(island) {
+        island.deliver(&sample("generic-suite0", 20)).await;
+        let service = CampaignService::new(island.island.clone());
+        let asked = NewCampaign { action: CampaignAction::TakeOver, ..new(terms()) };
+        let draft = service.create(&island.officer, request(), asked, true).await.unwrap().campaign.unwrap();
+        let (mut meters, mut from) = (Vec::new(), Some(PlanPlace::default()));
+        while let Some(place) = from {
+            let (page, next) = service.acceptance(&island.auditor, id(&draft), place, 7).await.unwrap();
+            assert!(page.len() <= 7);
+            meters.extend(page);
+            from = next;
+        }
+        assert_eq!(meters.len(), 20);
+        for meter in &meters {
+            assert!(meter.problem.is_empty() && !meter.batch.is_empty() && meter.manufacturer == "KAM", "{meter:?}");
+            let ours = |key: &&v1::KeyAcceptance| ["KEK", "GUEK", "GAK"].contains(&key.key_type.as_str());
+            assert_eq!(meter.keys.iter().filter(ours).count(), 3);
+            assert!(meter.keys.iter().filter(ours).all(|key| key.verdict == "not-replaced" && key.remedy == "rotation" && key.known_to == ["vendor"]), "{meter:?}");
+        }
+        assert_eq!(code(service.acceptance(&island.head_end, id(&draft), PlanPlace::default(), 7).await), PERMISSION_DENIED);
+        assert_eq!(service.acceptance(&island.auditor, id(&draft), PlanPlace { chunk: 9, meter: 3 }, 7).await.unwrap(), (Vec::new(), None));
+    }
+
     async fn only_another_person_approves_and_only_the_exact_content(island) {
         island.deliver(&sample("generic-suite0", 20)).await;
         let service = CampaignService::new(island.island.clone());

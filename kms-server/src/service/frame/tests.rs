@@ -39,6 +39,7 @@ async fn lease(server: &Arc<Island>, until: UnixMillis) -> Lease {
         key_type: KeyType::GUEK,
         version: KeyVersionNumber::FIRST,
         counter: CounterKey::ClientTitle(client_title()),
+        on_new_key: kms_domain::OnNewKey::Continue,
     };
     let committed = server.committer.act(Actor::server("test"), Reads::default(), move |view| {
         view.append(Event::KeysGranted(v1::KeysGranted::default()));
@@ -225,6 +226,43 @@ island_tests! {
         // A lease from a chunk that another server reserved for frames.
         lease(one, UnixMillis(1)).await;
         assert!(refused(get(&another, &island.head_end, false).await).contains("supersede_lease"));
+    }
+
+    async fn a_key_that_has_used_its_counters_asks_for_its_rotation_once(island) {
+        island.deliver(&sample("generic-suite0", 3)).await;
+        let due = kms_domain::CounterState::ROTATION_DUE;
+        island.take_counters_over(meter(1), due - 1).await;
+        let another = island.another_server().await;
+        for server in [&island.island, &island.island, &another] {
+            assert!(u64::from(get(server, &island.head_end, false).await.unwrap()) + 1 >= due);
+        }
+        let filter = kms_store::AuditFilter { kind: Some(24), ..kms_store::AuditFilter::default() };
+        let rows = island.island.store.audit_page(&filter, None, 100).await.unwrap();
+        let events = rows.iter().filter_map(|row| match <AuditRecord as prost::Message>::decode(row.record.record.as_slice()).unwrap().event {
+            Some(Event::SecurityEvent(event)) => Some(event),
+            _ => None,
+        });
+        let events: Vec<_> = events.collect();
+        assert_eq!(events.iter().map(|event| event.kind.as_str()).collect::<Vec<_>>(), ["counter-rotation-due"]);
+        assert!(events[0].meter == meter(1).octets().as_slice() && events[0].detail.contains("80 %"), "{}", events[0].detail);
+        // Officers see it, and find it.
+        let meters = crate::service::meter::MeterService::new(island.island.clone());
+        let shown = meters.show(&island.officer, meter(1)).await.unwrap();
+        assert!(shown.summary.unwrap().rotation_due && shown.security_setups[0].counters[0].rotation_due);
+        assert!(!meters.show(&island.officer, meter(2)).await.unwrap().summary.unwrap().rotation_due);
+        // Near the end: the last counter is used, and then none.
+        island.take_counters_over(meter(2), kms_domain::CounterState::END - 1).await;
+        let last = || async {
+            let frames = vec![plain(2, GET)];
+            let (mut outcomes, _) = FrameService::new(island.island.clone())
+                .protect(&island.head_end, request(), [1; 32], Purpose::Read, frames, false)
+                .await
+                .unwrap();
+            let outcome = outcomes.remove(0);
+            outcome.octets.map(|_| outcome.counter)
+        };
+        assert_eq!(last().await, Ok(u32::MAX));
+        assert!(refused(last().await).contains("used up"));
     }
 
     async fn a_lease_is_known_after_a_restart(island) {

@@ -18,6 +18,7 @@ pub(super) fn summary(meter: &Meter) -> v1::MeterSummary {
         status: meter.class.status.to_string(),
         head_end: meter.class.head_end.as_ref().map(ToString::to_string).unwrap_or_default(),
         batch: meter.batch.clone(),
+        rotation_due: meter.slots.iter().filter_map(Slot::held).any(KeyVersion::rotation_due),
     }
 }
 
@@ -108,6 +109,7 @@ impl Shown<'_> {
                     CounterOwnership::Kms => String::new(),
                     CounterOwnership::HeadEnd(head_end) => head_end.to_string(),
                 },
+                rotation_due: state.rotation_due(),
             })
             .collect()
     }

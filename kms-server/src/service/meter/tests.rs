@@ -44,6 +44,7 @@ impl TestIsland {
             key_type: KeyType::GUEK,
             version: kms_domain::KeyVersionNumber::FIRST,
             counter: CounterKey::ClientTitle(client_title()),
+            on_new_key: kms_domain::OnNewKey::Continue,
         };
         let committed = self.island.committer.act(Actor::server("test"), kms_store::Reads::default(), move |view| {
             view.append(Event::KeysGranted(v1::KeysGranted::default()));

@@ -41,6 +41,7 @@ async fn lease(island: &Island, title: SystemTitle) -> Result<kms_domain::Lease,
         key_type: KeyType::GUEK,
         version: kms_domain::KeyVersionNumber::FIRST,
         counter: CounterKey::ClientTitle(client_title()),
+        on_new_key: kms_domain::OnNewKey::Continue,
     };
     let committed = island.committer.act(Actor::server("test"), kms_store::Reads::default(), move |view| {
         view.append(Event::KeysGranted(kms_proto::v1::KeysGranted::default()));

@@ -16,8 +16,13 @@ use prost::Message as _;
 
 use super::{NextStep, Order, Report, ReportedAnswer, SendingKind, StepAnswer, TransferService, emit};
 use crate::{
-    authz::{Caller, Quotas},
+    authz::{Caller, Purpose, Quotas},
     error::ServiceError,
+    service::{
+        frame::{FrameService, PlainContent, PlainFrame, ReceivedContent, ReceivedFrame},
+        meter::{Compromise, CounterRaise, MeterService},
+        proposal::{Change, ProposalService},
+    },
     testing::{TestIsland, client_title, island_tests, meter, sample},
 };
 
@@ -26,6 +31,7 @@ pub(in crate::service) struct Field {
     pub(in crate::service) island: TestIsland,
     pub(super) service: TransferService,
     pub(in crate::service) meters: Vec<Meter>,
+    configs: Vec<MeterConfig>,
     requests: std::cell::Cell<u32>,
 }
 
@@ -43,19 +49,30 @@ impl Field {
 
     /// The meters of a shipment.
     pub(in crate::service) async fn of(island: TestIsland, shipment: &SampleShipment) -> Self {
+        Self::edited(island, shipment, |_| ()).await
+    }
+
+    /// The same, with setups that differ from what the vendor shipped.
+    async fn with(island: TestIsland, profile: &str, count: u64, edit: impl Fn(&mut SecuritySetupConfig)) -> Self {
+        Self::edited(island, &sample(profile, count), edit).await
+    }
+
+    async fn edited(island: TestIsland, shipment: &SampleShipment, edit: impl Fn(&mut SecuritySetupConfig)) -> Self {
         let (_, devices) = island.deliver_with_devices(shipment).await;
-        let meters = devices
+        let configs: Vec<MeterConfig> = devices
             .split(|octet| *octet == b'\n')
             .filter(|line| !line.is_empty())
             .map(|line| {
                 let mut line: serde_json::Value = serde_json::from_slice(line).unwrap();
                 simulated(&mut line["security_setups"][0]);
                 let device: Device = serde_json::from_value(line).unwrap();
-                let setup = device.security_setups.into_iter().next().unwrap();
-                Meter::new(MeterConfig::ordinary(device.system_title, device.security_suite, setup)).unwrap()
+                let mut setup = device.security_setups.into_iter().next().unwrap();
+                edit(&mut setup);
+                MeterConfig::ordinary(device.system_title, device.security_suite, setup)
             })
             .collect();
-        Self { service: TransferService::new(island.island.clone()), island, meters, requests: std::cell::Cell::new(0) }
+        let meters = configs.iter().map(|config| Meter::new(config.clone()).unwrap()).collect();
+        Self { service: TransferService::new(island.island.clone()), island, meters, configs, requests: std::cell::Cell::new(0) }
     }
 
     pub(super) fn request(&self) -> RequestId {
@@ -184,6 +201,20 @@ impl Field {
                 _ => None,
             })
             .collect()
+    }
+
+    /// A GET protected in the HSM for the head-end.
+    async fn frame(&self, number: usize) -> Result<Vec<u8>, ServiceError> {
+        let frame = PlainFrame {
+            meter: self.title(number),
+            setup: None,
+            client_title: client_title(),
+            protection: kms_dlms::Protection::AuthenticatedEncrypted,
+            content: PlainContent::Apdu { apdu: hex::decode("C001C100030100010800FF0200").unwrap(), general: false },
+        };
+        let service = FrameService::new(self.island.island.clone());
+        let (mut outcomes, _) = service.protect(&self.island.head_end, self.request(), [5; 32], Purpose::Read, vec![frame], true).await?;
+        outcomes.remove(0).octets
     }
 
     pub(in crate::service) fn assert_no_nonce_twice(&self) {
@@ -354,6 +385,209 @@ island_tests! {
         field.assert_not_lost(0).await;
         assert_eq!(field.carry_out(0, Order { urgent: true, ..order(field.title(0), Some(KeyType::GUEK)) }).await, Outcome::Proven);
         assert_eq!(field.held(0, KeyType::GUEK).await, 3);
+        field.compare(0).await;
+        field.assert_no_nonce_twice();
+    }
+
+    async fn a_meter_that_is_truly_ahead_is_followed_when_two_people_say_so(island) {
+        let ahead = |setup: &mut SecuritySetupConfig| {
+            setup.counter_floors.insert(meter_sim::SystemTitle::new(client_title().octets()), 3_000_000_000);
+        };
+        let field = Field::with(island, "generic-suite0", 1, ahead).await;
+        assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::InDoubt);
+        assert!(field.security_events().await.contains(&"counter-jump-refused".to_owned()));
+        assert!(!field.row(0).await.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().in_doubt(), "nothing has left");
+        // What the officers have read at the meter.
+        let meters = MeterService::new(field.island.island.clone());
+        let raise = CounterRaise {
+            meter: field.title(0),
+            setup: None,
+            key_type: KeyType::GUEK,
+            version: None,
+            client_title: client_title(),
+            to: 3_000_000_001,
+            reason: "read at the meter".to_owned(),
+            quorum: kms_domain::Quorum::ONE,
+        };
+        let request = || (field.request(), [3; 32]);
+        let (id, digest) = request();
+        let proposal = meters.propose_raise(&field.island.officer, crate::service::meter::Request { id, digest }, raise).await.unwrap();
+        let proposals = ProposalService::new(field.island.island.clone());
+        let proposed = kms_domain::ProposalId::from_octets(&proposal.proposal_id).unwrap();
+        let colleague = field.island.colleague().await;
+        let change = |by: &Caller, change: Change| {
+            let ((id, digest), by, proposals) = (request(), by.clone(), proposals.clone());
+            async move { proposals.change(&by, crate::service::proposal::Request { id, digest }, proposed, change).await }
+        };
+        assert!(change(&field.island.officer, Change::CarryOut).await.is_err());
+        change(&colleague, Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() }).await.unwrap();
+        change(&colleague, Change::CarryOut).await.unwrap();
+        assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
+        field.compare(0).await;
+        field.assert_no_nonce_twice();
+    }
+
+    async fn a_second_urgent_rotation_in_doubt_makes_three_candidates(island) {
+        let field = Field::new(island, "generic-suite0", 1).await;
+        let candidates = |row: &kms_domain::Meter| row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().candidates().count();
+        // The first new key arrives and nothing comes back any more; then the second is lost on its way.
+        field.meters[0].add_fault(at_key_transfer(1, Fault::LoseAnswer));
+        field.meters[0].add_fault(at_association(2, Fault::LoseRequest));
+        field.meters[0].add_fault(at_association(3, Fault::LoseRequest));
+        assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::InDoubt);
+        assert_eq!(candidates(&field.row(0).await), 2);
+        assert!(matches!(field.begin(order(field.title(0), Some(KeyType::GUEK))).await.next, Err(ServiceError::FailedPrecondition { .. })));
+        field.assert_not_lost(0).await;
+        // Only the opening of the second transfer gets through, and then nothing.
+        field.meters[0].add_fault(at_key_transfer(2, Fault::LoseRequest));
+        for number in 6..20 {
+            field.meters[0].add_fault(at_association(number, Fault::LoseRequest));
+        }
+        let urgent = Order { urgent: true, ..order(field.title(0), Some(KeyType::GUEK)) };
+        assert_eq!(field.carry_out(0, urgent).await, Outcome::InDoubt);
+        let row = field.row(0).await;
+        assert_eq!(candidates(&row), 3);
+        field.assert_not_lost(0).await;
+        field.assert_no_nonce_twice();
+    }
+
+    async fn a_compromised_version_is_granted_to_nobody_and_the_meter_is_not_lost(island) {
+        let field = Field::new(island, "generic-suite0", 1).await;
+        let title = field.title(0);
+        let meters = MeterService::new(field.island.island.clone());
+        let compromise = |version: u32| Compromise {
+            meter: title,
+            setup: None,
+            key_type: KeyType::GUEK,
+            version: KeyVersionNumber::new(version).unwrap(),
+            known_to: kms_domain::Party::Anyone,
+            reason: "found in a log".to_owned(),
+        };
+        let report = |by: &Caller, version: u32| {
+            let (meters, by, found) = (meters.clone(), by.clone(), compromise(version));
+            let request = crate::service::meter::Request { id: field.request(), digest: [4; 32] };
+            async move { meters.report_compromise(&by, request, found).await }
+        };
+        assert!(matches!(report(&field.island.head_end, 1).await, Err(ServiceError::PermissionDenied { .. })));
+        let shown = report(&field.island.officer, 1).await.unwrap();
+        assert!(shown.security_setups[0].slots.iter().any(|slot| slot.key_type == "GUEK" && slot.versions[0].state == "compromised"));
+        assert!(matches!(report(&field.island.officer, 1).await, Err(ServiceError::FailedPrecondition { .. })));
+        assert!(matches!(report(&field.island.officer, 9).await, Err(ServiceError::FailedPrecondition { .. })));
+        // No frame under it, and nothing to grant, while a transfer still opens with it.
+        assert!(field.frame(0).await.is_err());
+        assert_eq!(field.row(0).await.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().grantable().count(), 0);
+        assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
+        let row = field.row(0).await;
+        let slot = row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap();
+        let granted: Vec<u32> = slot.grantable().map(|grantable| grantable.version.number().number()).collect();
+        assert_eq!(granted, [2], "the compromised candidate is not offered beside the new one");
+        assert_eq!(slot.candidates().count(), 2);
+        assert!(field.frame(0).await.is_ok());
+        // In doubt between a new version and the compromised one.
+        field.meters[0].set_behaviour(Behaviour { reverts_on_power_cycle: [KeyId::GlobalUnicastEncryption].into(), ..Behaviour::default() });
+        assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
+        report(&field.island.officer, 2).await.unwrap();
+        field.meters[0].power_cycle();
+        assert_eq!(field.transfer(0, None).await, Outcome::Probed);
+        assert_eq!(field.held(0, KeyType::GUEK).await, 2);
+        let row = field.row(0).await;
+        let slot = row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap();
+        assert!(slot.grantable().all(|grantable| grantable.version.number().number() == 3), "never granted again, even in doubt");
+        field.assert_not_lost(0).await;
+        field.assert_no_nonce_twice();
+    }
+
+    async fn a_compromised_kek_exposes_what_left_under_it(island) {
+        permit_master_keys(&island);
+        let field = Field::new(island, "generic-suite0", 1).await;
+        for key_type in [KeyType::KEK, KeyType::GAK] {
+            assert_eq!(field.transfer(0, Some(key_type)).await, Outcome::Proven);
+        }
+        let mut row = field.row(0).await;
+        row.report_compromise(SecuritySetupId::DEFAULT, KeyType::KEK, KeyVersionNumber::FIRST, &kms_domain::Party::Anyone, kms_domain::UnixMillis(9)).unwrap();
+        // KEK 2 left under KEK 1, GUEK 2 and GAK 2 under KEK 2.
+        for key_type in [KeyType::KEK, KeyType::GUEK, KeyType::GAK] {
+            let slot = row.slots.get(SecuritySetupId::DEFAULT, key_type).unwrap();
+            let second = slot.version(KeyVersionNumber::new(2).unwrap()).unwrap();
+            assert!(second.exposures().iter().any(|exposure| exposure.party == kms_domain::Party::Anyone), "{key_type}");
+            assert_eq!(second.state(), KeyState::Active);
+        }
+    }
+
+    async fn a_take_over_says_what_it_did_not_heal(island) {
+        use kms_domain::{Remedy, Verdict};
+        permit_master_keys(&island);
+        let field = Field::new(island, "generic-suite0", 1).await;
+        let accepted = |row: &kms_domain::Meter| {
+            let mut keys = row.acceptance(None);
+            keys.retain(|key| [KeyType::KEK, KeyType::GUEK, KeyType::GAK].contains(&key.key_type));
+            assert_eq!(keys.len(), 3);
+            keys
+        };
+        let before = accepted(&field.row(0).await);
+        assert!(before.iter().all(|key| (key.verdict, key.remedy) == (Verdict::NotReplaced, Some(Remedy::Rotation))), "{before:?}");
+        // In the order of a take-over: the KEK with its GUEK, then the GAK. All of it under a KEK that the vendor knows.
+        for key_type in [KeyType::KEK, KeyType::GAK] {
+            assert_eq!(field.transfer(0, Some(key_type)).await, Outcome::Proven);
+        }
+        let mut row = field.row(0).await;
+        for key in &accepted(&row) {
+            assert_eq!((key.verdict, key.remedy), (Verdict::NotHealed, Some(Remedy::LocalVisit)), "{key:?}");
+            assert_eq!(key.known_to, [kms_domain::Party::Vendor], "{key:?}");
+            assert_eq!((key.version.unwrap().number(), key.evidence), (2, kms_domain::Evidence::Proven), "{key:?}");
+        }
+        row.suite = kms_domain::SecuritySuite::Suite1;
+        let kek = |row: &kms_domain::Meter| row.acceptance(None).into_iter().find(|key| key.key_type == KeyType::KEK).unwrap();
+        assert_eq!(kek(&row).remedy, Some(Remedy::KeyAgreement));
+        // Another rotation over the air heals nothing: it travels under a KEK that could be known.
+        assert_eq!(field.transfer(0, Some(KeyType::KEK)).await, Outcome::Proven);
+        assert_eq!(kek(&field.row(0).await).verdict, Verdict::NotHealed);
+    }
+
+    async fn a_meter_whose_counter_starts_again_under_the_same_key_is_a_security_event(island) {
+        let mut field = Field::new(island, "generic-suite0", 1).await;
+        assert_eq!(field.transfer(0, None).await, Outcome::Probed);
+        assert!(field.security_events().await.is_empty());
+        // Its memory of counters is lost, its keys are not.
+        field.meters[0] = Meter::new(field.configs[0].clone()).unwrap();
+        assert_eq!(field.transfer(0, None).await, Outcome::Probed);
+        assert_eq!(field.security_events().await, ["meter-counter-backwards"]);
+        // The same in a frame that answers a challenge: said once, and opened all the same.
+        let row = field.row(0).await;
+        let known = row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().active().unwrap().transport().meter_counter;
+        assert!(known > 0);
+        let pair = row.pairs(SecuritySetupId::DEFAULT, None)[0];
+        let keys = emit::pair_keys(&row, SecuritySetupId::DEFAULT, pair).unwrap();
+        let nonce = kms_dlms::Nonce::new(row.title, known - 1);
+        let parameters = kms_hsm::FrameParameters::new(kms_dlms::HlsGmac::control(row.suite).octet(), *nonce.octets()).unwrap();
+        let input = kms_hsm::FrameInput { parameters, plaintext: vec![7; 16] };
+        let made = field.island.island.hsm.protect_batch(vec![(keys, input)]).await.unwrap().remove(0).unwrap();
+        let response = kms_dlms::HlsGmac { suite: row.suite, counter: known - 1, tag: kms_dlms::AuthenticationTag(made.tag) }.octets().to_vec();
+        let service = FrameService::new(field.island.island.clone());
+        for _ in 0..2 {
+            let frame =
+                ReceivedFrame { meter: row.title, setup: None, content: ReceivedContent::HlsResponse { response: response.clone(), challenge: vec![7; 16] } };
+            let outcomes = service.unprotect(&field.island.head_end, Purpose::Read, vec![frame]).await.unwrap();
+            assert!(outcomes[0].octets.is_ok(), "{:?}", outcomes[0].octets);
+        }
+        assert_eq!(field.security_events().await.len(), 2);
+    }
+
+    async fn a_profile_that_resets_counters_starts_new_keys_low(island) {
+        let field = Field::new(island, "counter-resets", 1).await;
+        field.meters[0].set_behaviour(Behaviour { counter_on_new_key: CounterOnNewKey::RestartAt(250), ..Behaviour::default() });
+        field.island.take_counters_over(field.title(0), 3_500_000_000).await;
+        assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
+        let row = field.row(0).await;
+        let bound = |number| {
+            let version = row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().version(KeyVersionNumber::new(number).unwrap()).unwrap();
+            let kms_domain::CounterPlace::Own(counters) = version.counters() else { panic!("in a domain") };
+            (counters.highest_bound(), version.rotation_due())
+        };
+        assert!(bound(1).0 > 3_500_000_000 && bound(1).1);
+        assert!(bound(2).0 < 1_000_000 && !bound(2).1, "{:?}", bound(2));
+        // The old key asked for its rotation, once.
+        assert_eq!(field.security_events().await, ["counter-rotation-due"]);
         field.compare(0).await;
         field.assert_no_nonce_twice();
     }

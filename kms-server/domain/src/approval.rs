@@ -1,0 +1,157 @@
+//! Approvals (I6): distinct people, none of them the requester, over the exact content, until a moment.
+
+use std::num::NonZeroU8;
+
+use crate::{ParseError, PersonName, PrincipalId, UnixMillis};
+
+/// The approvals that were given to one content, in order. What they are counted against is an [`ApprovalTerms`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Approvals(Vec<Approval>);
+
+impl Approvals {
+    /// Those of a sealed row.
+    pub(crate) const fn from_row(approvals: Vec<Approval>) -> Self {
+        Self(approvals)
+    }
+
+    /// Each approval, the oldest first.
+    pub fn iter(&self) -> impl Iterator<Item = &Approval> {
+        self.0.iter()
+    }
+
+    /// How many there are.
+    pub const fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are none.
+    pub const fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Adds an approval of the content with this digest.
+    ///
+    /// # Errors
+    /// It is too late, the content is another, or the person has asked for it or approved it already.
+    // I6: distinct people, none of them the requester, over the exact content.
+    pub fn add(&mut self, terms: &ApprovalTerms<'_>, approval: Approval, content_sha256: &[u8; 32]) -> Result<(), ApprovalError> {
+        if terms.expires.is_some_and(|expires| expires <= approval.time) {
+            return Err(ApprovalError::Expired);
+        }
+        if terms.content_sha256 != *content_sha256 {
+            return Err(ApprovalError::OtherContent);
+        }
+        if terms.is_requester(&approval) {
+            return Err(ApprovalError::OwnRequest { person: approval.person });
+        }
+        if self.0.iter().any(|known| known.person == approval.person) {
+            return Err(ApprovalError::ApprovedAlready { person: approval.person });
+        }
+        self.0.push(approval);
+        Ok(())
+    }
+
+    /// I6: whether enough people have approved. Counted anew wherever it is acted upon, not only when the last of them did.
+    pub fn suffice(&self, terms: &ApprovalTerms<'_>) -> bool {
+        self.missing(terms) == 0
+    }
+
+    /// How many people are missing.
+    pub fn missing(&self, terms: &ApprovalTerms<'_>) -> usize {
+        let counted = self.0.iter().enumerate().filter(|(at, approval)| {
+            let again = self.0.iter().take(*at).any(|earlier| earlier.person == approval.person);
+            !again && !terms.is_requester(approval)
+        });
+        usize::from(terms.quorum.number()).saturating_sub(counted.count())
+    }
+}
+
+/// What approvals are asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct ApprovalTerms<'a> {
+    /// SHA-256 of the content's octets: what is approved.
+    pub content_sha256: [u8; 32],
+    /// Who asked for it.
+    pub requester: &'a PrincipalId,
+    /// The person behind him.
+    pub requester_person: &'a PersonName,
+    /// How many people must approve.
+    pub quorum: Quorum,
+    /// No approval counts that is given then or later; `None`: there is no such moment.
+    pub expires: Option<UnixMillis>,
+}
+
+impl ApprovalTerms<'_> {
+    /// I6: the same person with another certificate or under another principal is still the requester.
+    fn is_requester(&self, approval: &Approval) -> bool {
+        approval.person == *self.requester_person || approval.principal == *self.requester
+    }
+}
+
+/// An approval of the content with a certain digest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Approval {
+    /// The officer.
+    pub principal: PrincipalId,
+    /// I6: the person. Each counts once, whatever the number of certificates.
+    pub person: PersonName,
+    /// When.
+    pub time: UnixMillis,
+}
+
+/// I6: how many people must approve, 1–9. A quorum of 0 does not exist.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Quorum(NonZeroU8);
+
+impl Quorum {
+    /// One person beside the requester.
+    pub const ONE: Self = Self(NonZeroU8::MIN);
+
+    /// The quorum of a number.
+    ///
+    /// # Errors
+    /// The number is not 1 to 9.
+    pub fn new(number: u32) -> Result<Self, ParseError> {
+        let quorum = u8::try_from(number).ok().filter(|number| *number <= 9).and_then(NonZeroU8::new);
+        quorum.map(Self).ok_or_else(|| ParseError::new("quorum", format!("`{number}` is not 1 to 9")))
+    }
+
+    /// The number.
+    pub const fn number(self) -> u8 {
+        self.0.get()
+    }
+}
+
+/// Why an approval does not count.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ApprovalError {
+    /// Its time is over.
+    #[error("the time to approve it is over")]
+    Expired,
+    /// The digest is not that of the content.
+    #[error("the digest is not that of the content: look at it again")]
+    OtherContent,
+    /// I6: nobody approves what he asked for.
+    #[error("`{}` asked for this, and another person must approve it", person.as_str())]
+    OwnRequest {
+        /// The person.
+        person: PersonName,
+    },
+    /// I6: each person counts once.
+    #[error("`{}` has approved this already, and another person must do so", person.as_str())]
+    ApprovedAlready {
+        /// The person.
+        person: PersonName,
+    },
+}
+
+impl ApprovalError {
+    /// What whoever wanted to approve can do.
+    pub const fn next_step(&self) -> &'static str {
+        match self {
+            Self::Expired => "ask for it anew",
+            Self::OtherContent => "approve what you have looked at",
+            Self::OwnRequest { .. } | Self::ApprovedAlready { .. } => "ask a colleague to approve it",
+        }
+    }
+}

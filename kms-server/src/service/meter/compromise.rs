@@ -1,0 +1,79 @@
+//! Keys that somebody knows who should not: marked, so that they are never granted again.
+
+use std::sync::Arc;
+
+use kms_domain::{KeyType, KeyVersionNumber, Meter, Party, SecuritySetupId, SystemTitle};
+use kms_proto::v1::{self, MetersChanged, audit_record::Event};
+use kms_store::{Reads, RequestKey, RequestRow};
+
+use super::{MeterService, REPLAY_MS, Request};
+use crate::{
+    audit::Actor,
+    authz::{Action, Caller, Resource},
+    error::ServiceError,
+    island::{facts, principal_row},
+};
+
+/// A version that is compromised.
+#[derive(Clone, Debug)]
+pub struct Compromise {
+    /// Of which meter.
+    pub meter: SystemTitle,
+    /// Of which security setup; `None`: the meter's first that has the key.
+    pub setup: Option<SecuritySetupId>,
+    /// Of which key.
+    pub key_type: KeyType,
+    /// Which version.
+    pub version: KeyVersionNumber,
+    /// Who knows it.
+    pub known_to: Party,
+    /// Why.
+    pub reason: String,
+}
+
+impl MeterService {
+    /// Marks a version of a key as compromised, and says how the meter stands then. If it was the active one, nothing of the key is granted until a
+    /// new version is proven: a transfer brings it, since the HSM still makes exchanges under every candidate.
+    ///
+    /// # Errors
+    /// Not permitted, which is also said of an unknown meter; there is no such version, or it is compromised or destroyed already; or the
+    /// database is away.
+    pub async fn report_compromise(&self, caller: &Caller, request: Request, report: Compromise) -> Result<v1::Meter, ServiceError> {
+        let key = RequestKey { principal: caller.principal.clone(), request: request.id, chunk: 0 };
+        let reads = Reads { meters: vec![report.meter], sealed: vec![principal_row(&caller.principal)], requests: vec![key.clone()], ..Reads::default() };
+        let actor = Actor::caller(caller, Some(request.id), Action::ReportCompromise.name());
+        let (island, caller_again, title) = (self.island.clone(), caller.clone(), report.meter);
+        let act = self.island.committer.act(actor, reads, move |view| {
+            let principal = view.caller(&caller_again)?;
+            let permits =
+                |meter: &Meter| island.policy.load().permits(&facts(&principal), &Action::ReportCompromise, &Resource::Meters(&meter.class)).is_permit();
+            let mut meter = view
+                .meter(report.meter)?
+                .filter(|meter| permits(meter))
+                .ok_or_else(|| ServiceError::denied(format!("reportCompromise with meter {}", report.meter)))?;
+            if let Some(earlier) = view.request(&key)? {
+                if earlier.digest != request.digest {
+                    return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request"));
+                }
+                return Ok(());
+            }
+            let refuse = |reason: String| ServiceError::FailedPrecondition { reason, next_step: "look at the meter with `kms meter show`".to_owned() };
+            let found = meter.slots.iter().find(|slot| slot.key_type() == report.key_type && report.setup.is_none_or(|setup| slot.setup() == setup));
+            let setup = found.map(kms_domain::Slot::setup).ok_or_else(|| refuse(format!("the meter has no {} of its own", report.key_type)))?;
+            Arc::make_mut(&mut meter)
+                .report_compromise(setup, report.key_type, report.version, &report.known_to, view.now())
+                .map_err(|error| refuse(error.to_string()))?;
+            view.append(Event::MetersChanged(MetersChanged {
+                change: "key-compromised".to_owned(),
+                meters: vec![report.meter.octets().to_vec().into()],
+                value: format!("{} version {} in security setup {setup}, known to {}", report.key_type, report.version, report.known_to),
+                reason: report.reason.clone(),
+            }));
+            view.put_meter((*meter).clone(), false)?;
+            view.put_request(key.clone(), RequestRow { digest: request.digest, outcome: Vec::new(), expires: view.now().after(REPLAY_MS) });
+            Ok(())
+        });
+        act.await?;
+        self.show(caller, title).await
+    }
+}
