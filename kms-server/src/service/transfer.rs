@@ -16,9 +16,9 @@ use std::{collections::HashMap, num::NonZeroU32, sync::Arc};
 use aws_lc_rs::digest;
 use futures::{StreamExt, TryStreamExt, stream};
 use kms_domain::{
-    CampaignTask, Confirmation, CounterPlace, ExposureReason, Finding, GroupId, KeyOrigin, KeyShape, KeyState, KeyType, KeyVersionNumber, Meter, NewKeyOrigin, NewKeyVersion,
-    Next, Observation, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, TaskWork, Transfer, TransferError, TransferForm,
-    TransferId, TransferOrder, WrappedKey,
+    CampaignTask, Confirmation, CounterPlace, ExposureReason, Finding, GroupId, KeyOrigin, KeyShape, KeyState, KeyType, KeyVersionNumber, Meter, NewKeyOrigin,
+    NewKeyVersion, Next, Observation, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, TaskWork, Transfer, TransferError,
+    TransferForm, TransferId, TransferOrder, WrappedKey,
 };
 use kms_proto::v1::{HeldVersion, SecurityEvent, TransferAdvance, TransfersAdvanced, audit_record::Event};
 use kms_store::{Reads, RequestKey, RequestRow};

@@ -266,7 +266,7 @@ const CONCURRENT: bool = false;
 const MIGRATIONS: &[Migration] = &[
     Migration { version: 1, name: "initial", sql: include_str!("../migrations/sqlite/0001_initial.sql") },
     Migration { version: 2, name: "campaigns", sql: include_str!("../migrations/sqlite/0002_campaigns.sql") },
-    Migration { version: 4, name: "group members", sql: include_str!("../migrations/sqlite/0004_group_members.sql") },
+    Migration { version: 3, name: "group members", sql: include_str!("../migrations/sqlite/0003_group_members.sql") },
 ];
 const PROBE: Duration = Duration::from_secs(1);
 const CHECKPOINT_INTERVAL: Duration = Duration::from_millis(100);

@@ -3,8 +3,8 @@
 use std::num::NonZeroU8;
 
 use kms_domain::{
-    CampaignAction, CampaignId, CampaignName, CampaignSelection, CampaignTask, CampaignTerms, KeyState, KeyVersionNumber, MaintenanceWindows, Outcome, PersonName,
-    PrincipalCertificate, PrincipalId, PrincipalStatus, Quorum, Role, SwitchThreshold, SystemTitle, UnixMillis, WaveSize,
+    CampaignAction, CampaignId, CampaignName, CampaignSelection, CampaignTask, CampaignTerms, KeyState, KeyVersionNumber, MaintenanceWindows, Outcome,
+    PersonName, PrincipalCertificate, PrincipalId, PrincipalStatus, Quorum, Role, SwitchThreshold, SystemTitle, UnixMillis, WaveSize,
 };
 use meter_sim::behaviour::Fault;
 
@@ -125,7 +125,10 @@ async fn tasks(island: &TestIsland, campaign: CampaignId) -> Vec<Order> {
     let query = LeaseQuery { campaign: Some(campaign), most: 100, lease_ms: 60_000 };
     let mut tasks = service.lease(&island.head_end, query).await.unwrap();
     tasks.sort_by_key(|task| task.meter.clone());
-    let order_of = |task: &v1::Task| Order { task: Some(CampaignTask { campaign, fence: task.fence }), ..order(SystemTitle::from_octets(&task.meter).unwrap(), Some(KeyType::GBEK)) };
+    let order_of = |task: &v1::Task| Order {
+        task: Some(CampaignTask { campaign, fence: task.fence }),
+        ..order(SystemTitle::from_octets(&task.meter).unwrap(), Some(KeyType::GBEK))
+    };
     tasks.iter().map(order_of).collect()
 }
 
