@@ -49,7 +49,7 @@ async fn campaigns_over_a_bad_network_and_killed_servers_lose_no_meter() {
     // Keys of our own for what the vendor knows: KEK and GUEK (compound), GAK, GBEK. Then half of the meters get a new GUEK, and the others a new GAK.
     let all: Vec<SystemTitle> = island.fleet.meters.keys().copied().collect();
     let (one_half, other_half) = all.split_at(all.len() / 2);
-    island.lead(&[&["take over", "--take-over", "--imported", "--manufacturer", "KAM", "--canary", "10", "--wave", "40%"]]).await;
+    island.lead(&[&["take over", "--take-over", "--imported", "--manufacturer", "KAM", "--canary", "10", "--wave", "100%"]]).await;
     println!("{:>5.1} s: taken over, {} kills", began.elapsed().as_secs_f64(), island.kills());
     let (one_file, other_file) = (island.meters_file("one", one_half), island.meters_file("other", other_half));
     let guek = ["new GUEK", "--rotate", "GUEK", "--meters-file", &one_file, "--canary", "5", "--wave", "100%"];
@@ -176,7 +176,7 @@ impl Island {
             let servers = self.servers.lock().await;
             // An officer's command is repeated by an officer: here a server that was just started opens its island first.
             self.answering().await;
-            let terms = ["--success-threshold", "1", "--failure-limit", "1000", "--attempts", "6", "--back-off", "1", "--commit", "--output", "json"];
+            let terms = ["--success-threshold", "1", "--failure-limit", "1000", "--attempts", "3", "--back-off", "1", "--commit", "--output", "json"];
             let server = &servers[0];
             let made: Value = serde_json::from_str(&server.kms("officer-1", &[&["campaign", "create"], *arguments, &terms[..]].concat())).unwrap();
             let id = made["campaign"]["campaign_id"].as_str().unwrap();
@@ -462,4 +462,4 @@ impl Scale {
 const KILL_EVERY: u64 = 160;
 /// How long the head-end waits for a meter.
 const PATIENCE: Duration = Duration::from_millis(60);
-const CAMPAIGN_WITHIN: Duration = Duration::from_secs(120);
+const CAMPAIGN_WITHIN: Duration = Duration::from_secs(180);

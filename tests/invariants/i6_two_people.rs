@@ -105,7 +105,7 @@ async fn people_approve_and_not_certificates() {
 
     let campaign = scene.draft(2).await;
     let content = campaign.content_sha256.to_vec();
-    let (ada_again, bo_again) = (scene.officer("ada-2", "Ada Officer").await, scene.officer("bo-2", "bo officer").await);
+    let (ada_again, bo_again) = (scene.officer("ada-2", "Ada Officer").await, scene.officer("bo-2", "Bo Officer").await);
     // The requester does not approve, whatever he is called.
     refused(approve(&scene.ada, &campaign, &content).await);
     refused(approve(&ada_again, &campaign, &content).await);
