@@ -191,7 +191,7 @@ impl Island {
                 // Of a few meters all can fail: it pauses by itself then, and an officer who has looked at the reasons lets it go on.
                 let servers = self.servers.lock().await;
                 self.answering().await;
-                servers[0].kms("officer-1", &["campaign", "resume", &uuid(&id), "--yes"]);
+                servers[0].kms("officer-1", &["campaign", "resume", &uuid(&id), "--reason", "the meters are probed next", "--yes"]);
                 drop(servers);
                 ended = self.ended(&id).await;
             }
