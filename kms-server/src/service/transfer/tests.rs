@@ -192,12 +192,13 @@ impl Field {
         TransferJob { kek: source(KeyType::KEK, kek), key: source(key_type, version) }
     }
 
+    /// Those about meters.
     pub(in crate::service) async fn security_events(&self) -> Vec<String> {
         let filter = AuditFilter { kind: Some(24), ..AuditFilter::default() };
         let rows = self.island.island.store.audit_page(&filter, None, 1_000).await.unwrap();
         rows.iter()
             .filter_map(|row| match AuditRecord::decode(row.record.record.as_slice()).unwrap().event {
-                Some(Event::SecurityEvent(event)) => Some(event.kind),
+                Some(Event::SecurityEvent(event)) if !event.meter.is_empty() => Some(event.kind),
                 _ => None,
             })
             .collect()
