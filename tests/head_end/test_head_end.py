@@ -136,7 +136,7 @@ def test_carries_out_campaigns():
             for number, device in enumerate(devices, 1):
                 fault = FAULTS[number % len(FAULTS)]
                 faults = [{"at": {"key-transfer": 1 + number % 3}, "fault": fault}] if fault else []
-                faults.append({"at": {"association-request": 1 + number % 5}, "fault": "lose-answer" if number % 2 else "power-cycle-after"})
+                faults.append({"at": {"association-request": 1 + number % 2}, "fault": "lose-answer" if number % 2 else "power-cycle-after"})
                 meters[number] = simulated(device, faults)
             simulation = {"listeners": [{"address": "127.0.0.1:0", "meters": meters}], "memory_file": str(memory_file)}
             with Running([PROGRAMS / "meter-sim"], r"(127\.0\.0\.1:\d+)", json.dumps(simulation)) as simulator:
