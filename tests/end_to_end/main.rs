@@ -2,7 +2,6 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
 mod bad_input;
-mod campaign;
 mod frames;
 mod owners;
 mod rotation;
