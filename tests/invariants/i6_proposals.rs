@@ -1,14 +1,12 @@
 //! I6: a proposal is carried out only if distinct people, none of them the requester, have approved its exact content. Broken on purpose: by the requester,
 //! by his second certificate, by edited and older rows, and by a quorum of nobody.
 
-use std::process::Command;
-
 use kms_client::{Connection, new_request_id, proto};
 use kms_store::{
     RowKind, SealedRow,
     testing::{Damage, damage},
 };
-use kms_tests::{CLIENT_TITLE, DevServer, program, title};
+use kms_tests::{CLIENT_TITLE, DevServer, title};
 use tonic::{Code, Status};
 
 struct Scene {
@@ -22,16 +20,6 @@ impl Scene {
         let server = DevServer::start();
         let (ada, bo) = (server.connect("officer-1").await, server.connect("officer-2").await);
         Self { server, ada, bo }
-    }
-
-    /// Another principal with a certificate of its own.
-    async fn officer(&self, name: &str, person: &str) -> Connection {
-        let mut command = Command::new(program("kms"));
-        command.arg("--state").arg(self.server.state()).args(["--profile", "officer-1", "principal", "add"]);
-        command.args([&format!("urn:meterkms:dev:officer:{name}"), "--person", person]);
-        let output = command.output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        self.server.connect(name).await
     }
 
     async fn propose(&self, quorum: Option<u32>) -> Result<proto::Proposal, Status> {
@@ -79,15 +67,15 @@ async fn one_person_alone_carries_nothing_out_whatever_he_holds() {
     let scene = Scene::new().await;
     assert_eq!(code(scene.propose(Some(0)).await), Code::InvalidArgument, "a quorum of nobody does not parse");
     let proposal = scene.propose(Some(2)).await.unwrap();
-    let ada_again = scene.officer("ada-2", "Ada Officer").await;
-    let bo_again = scene.officer("bo-2", "Bo Officer").await;
+    let ada_again = scene.server.add_officer("ada-2", "Ada Officer").await;
+    let bo_again = scene.server.add_officer("bo-2", "Bo Officer").await;
     for requester in [&scene.ada, &ada_again] {
         assert_eq!(code(approve(requester, &proposal).await), Code::FailedPrecondition);
     }
     assert_eq!(approve(&scene.bo, &proposal).await.unwrap().state, "waiting");
     assert_eq!(code(approve(&bo_again, &proposal).await), Code::FailedPrecondition, "a second certificate is no second person");
     assert_eq!(code(carry_out(&scene.ada, &proposal).await), Code::FailedPrecondition);
-    let cy = scene.officer("cy", "Cy Officer").await;
+    let cy = scene.server.add_officer("cy", "Cy Officer").await;
     assert_eq!(approve(&cy, &proposal).await.unwrap().state, "approved");
     assert_eq!(carry_out(&scene.ada, &proposal).await.unwrap().state, "carried-out");
     assert_eq!(code(carry_out(&scene.bo, &proposal).await), Code::FailedPrecondition, "once");

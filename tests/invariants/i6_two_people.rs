@@ -1,6 +1,6 @@
 //! I6: a campaign is carried out only if distinct people, none of them the requester, have approved exactly what is carried out.
 
-use kms_client::{Connection, KeyRequest, NewProfile, PrincipalId, Profile, new_request_id, proto};
+use kms_client::{Connection, new_request_id, proto};
 use kms_store::{
     RowKind,
     testing::{Damage, damage, execute, octets},
@@ -20,30 +20,6 @@ impl Scene {
         let server = DevServer::start();
         let (ada, bo) = (server.connect("officer-1").await, server.connect("officer-2").await);
         Self { server, ada, bo }
-    }
-
-    /// Another certificate, under another name, of a person.
-    async fn officer(&self, name: &str, person: &str) -> Connection {
-        let principal = PrincipalId::parse(&format!("urn:meterkms:dev:officer:{name}")).unwrap();
-        let request = KeyRequest::generate(&principal).unwrap();
-        let add = proto::AddPrincipalRequest {
-            request_id: request_id(),
-            principal: principal.to_string(),
-            certificate_request: request.certificate_request().to_vec().into(),
-            person: person.to_owned(),
-            ..Default::default()
-        };
-        let issued = self.ada.principals().add_principal(add).await.unwrap().into_inner();
-        let known = self.server.profile("officer-1");
-        let new = NewProfile {
-            server: known.server(),
-            server_name: known.server_name_text(),
-            principal: &principal,
-            ca_pem: &known.ca_pem().unwrap(),
-            certificate_pem: &KeyRequest::chain_pem(&issued),
-            key_pem: request.key_pem(),
-        };
-        Connection::connect(&Profile::create(self.server.state().join(name), &new).unwrap()).await.unwrap()
     }
 
     async fn draft(&self, quorum: u32) -> proto::Campaign {
@@ -105,7 +81,7 @@ async fn people_approve_and_not_certificates() {
 
     let campaign = scene.draft(2).await;
     let content = campaign.content_sha256.to_vec();
-    let (ada_again, bo_again) = (scene.officer("ada-2", "Ada Officer").await, scene.officer("bo-2", "Bo Officer").await);
+    let (ada_again, bo_again) = (scene.server.add_officer("ada-2", "Ada Officer").await, scene.server.add_officer("bo-2", "Bo Officer").await);
     // The requester does not approve, whatever he is called.
     refused(approve(&scene.ada, &campaign, &content).await);
     refused(approve(&ada_again, &campaign, &content).await);
@@ -116,7 +92,7 @@ async fn people_approve_and_not_certificates() {
     refused(approve(&bo_again, &campaign, &content).await);
     refused(scene.start(&campaign).await);
     assert_eq!(scene.leased().await, 0);
-    let cy = scene.officer("cy", "Cy Officer").await;
+    let cy = scene.server.add_officer("cy", "Cy Officer").await;
     assert_eq!(approve(&cy, &campaign, &content).await.unwrap().state, "approved");
     assert_eq!(scene.start(&campaign).await.unwrap().state, "running");
 }

@@ -204,6 +204,15 @@ impl DevServer {
         Connection::connect(&self.profile(name)).await.unwrap()
     }
 
+    /// Adds an officer, with a certificate of his own, and connects as him. Two of them may be the same person.
+    pub async fn add_officer(&self, name: &str, person: &str) -> Connection {
+        let mut command = Command::new(program("kms"));
+        command.arg("--state").arg(self.state()).args(["--profile", "officer-1", "principal", "add"]);
+        let output = command.args([&format!("urn:meterkms:dev:officer:{name}"), "--person", person]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        self.connect(name).await
+    }
+
     /// Starts a second server on the same island: same token, same database, another process. `edit` may change its configuration.
     pub async fn second(&self, name: &str, edit: impl FnOnce(String) -> String) -> SecondServer {
         let address = free_address();

@@ -16,7 +16,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use kms_domain::{Campaign, CampaignAction, CampaignError, CampaignId, CampaignState, Principal, RequestId};
+use kms_domain::{Campaign, CampaignAction, CampaignError, CampaignId, CampaignState, Principal};
 use kms_proto::v1::{self, CampaignApproved, CampaignChanged, audit_record::Event};
 use kms_store::{Reads, RequestKey, RequestRow, RowKind};
 
@@ -26,6 +26,7 @@ pub use self::{
     show::{ReportQuery, Watch},
     task::{LeaseQuery, TaskLease, begin_task, check_task, drop_task, end_task, holds_task, task_reads},
 };
+pub use super::Request;
 use super::owner::NewGroupVersion;
 use crate::{
     audit::{Actor, View},
@@ -39,15 +40,6 @@ use crate::{
 pub struct CampaignService {
     island: Arc<Island>,
     plans: Arc<Mutex<HashMap<CampaignId, drive::Links>>>,
-}
-
-/// A request to change a campaign: what makes it the same when it comes again.
-#[derive(Clone, Copy, Debug)]
-pub struct Request {
-    /// Its id.
-    pub id: RequestId,
-    /// Digest of all that is asked.
-    pub digest: [u8; 32],
 }
 
 /// What an officer does with a campaign.

@@ -13,7 +13,7 @@ mod tests;
 
 use std::sync::Arc;
 
-use kms_domain::{Owner, Principal, RequestId, SystemTitle};
+use kms_domain::{Owner, Principal, SystemTitle};
 use kms_proto::v1::{self, MeterProblemCode as Code};
 use kms_store::{Reads, RequestKey, RequestRow, RowKind};
 use prost::Message;
@@ -31,6 +31,7 @@ pub(super) use self::{
     raise::raise_counter,
     show::{Shown, shown_version},
 };
+pub use super::Request;
 use super::group::Groups;
 use crate::{
     audit::{Actor, View},
@@ -44,15 +45,6 @@ use crate::{
 pub struct MeterService {
     island: Arc<Island>,
     groups: Arc<Groups>,
-}
-
-/// A request to change meters: what makes it the same when it comes again.
-#[derive(Clone, Copy, Debug)]
-pub struct Request {
-    /// Its id.
-    pub id: RequestId,
-    /// Digest of all that is asked.
-    pub digest: [u8; 32],
 }
 
 /// A page of meters.

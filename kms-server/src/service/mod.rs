@@ -18,3 +18,14 @@ pub mod retention;
 pub mod scrub;
 pub mod shipment;
 pub mod transfer;
+
+use kms_domain::RequestId;
+
+/// A request to change something: what makes it the same when it comes again.
+#[derive(Clone, Copy, Debug)]
+pub struct Request {
+    /// Its id.
+    pub id: RequestId,
+    /// Digest of all that is asked.
+    pub digest: [u8; 32],
+}

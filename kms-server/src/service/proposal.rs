@@ -14,6 +14,7 @@ use kms_domain::{
 use kms_proto::v1::{self, ProposalApproved, ProposalEnded, ProposalMade, audit_record::Event};
 use kms_store::{Reads, RequestKey, RequestRow, RowKind};
 
+pub use super::Request;
 use super::meter::raise_counter;
 use crate::{
     audit::{Actor, View},
@@ -26,15 +27,6 @@ use crate::{
 #[derive(Clone)]
 pub struct ProposalService {
     island: Arc<Island>,
-}
-
-/// A request to change a proposal: what makes it the same when it comes again.
-#[derive(Clone, Copy, Debug)]
-pub struct Request {
-    /// Its id.
-    pub id: RequestId,
-    /// Digest of all that is asked.
-    pub digest: [u8; 32],
 }
 
 /// What an officer does with a proposal.

@@ -2,7 +2,7 @@ use std::{num::NonZeroU8, time::Duration};
 
 use kms_domain::{
     CampaignAction, CampaignName, CampaignSelection, CampaignTask, CampaignTerms, FlagId, KeyType, MaintenanceWindow, MaintenanceWindows, Outcome, PersonName,
-    Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, Quorum, Role, SecuritySetupId, TaskWork, UnixMillis, WaveSize,
+    Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, Quorum, RequestId, Role, SecuritySetupId, TaskWork, UnixMillis, WaveSize,
 };
 use kms_store::{MeterFilter, TaskFilter};
 
