@@ -360,7 +360,13 @@ impl TestIsland {
                 view.append(Event::KeysGranted(v1::KeysGranted::default()));
                 let mut row = (*view.meter(meter)?.unwrap()).clone();
                 let slot = row.slots.get_mut(kms_domain::SecuritySetupId::DEFAULT, kms_domain::KeyType::GUEK).unwrap();
-                change(slot.version_mut(kms_domain::KeyVersionNumber::FIRST).unwrap().counters_mut().unwrap());
+                let version = slot.version_mut(kms_domain::KeyVersionNumber::FIRST).unwrap();
+                if let Some(id) = version.domain() {
+                    let mut domain = (*view.domain(id)?.unwrap()).clone();
+                    change(&mut domain.counters);
+                    return view.put_domain(domain);
+                }
+                change(version.counters_mut().unwrap());
                 view.put_meter(row, false)
             })
             .await

@@ -8,8 +8,8 @@ use std::{
 
 use kms_domain::{
     Campaign, CampaignId, ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterJump, CounterKey, CounterPlace, CounterState, CounterUse, Counters,
-    DeviceType, DeviceTypeId, Generation, Group, GroupId, IslandName, KeyType, KeyVersionNumber, Lease, LiveChunk, Meter, OnNewKey, Owner, Principal,
-    PrincipalId, Proposal, ProposalId, QuotaUse, RequestId, RowId, SealKey, SecuritySetupId, SystemTitle, UnixMillis, WriterId,
+    DeviceType, DeviceTypeId, Generation, Group, GroupId, IslandName, KeyType, KeyVersion, KeyVersionNumber, Lease, LiveChunk, Meter, OnNewKey, Owner,
+    Principal, PrincipalId, Proposal, ProposalId, QuotaUse, RequestId, RowId, SealKey, SecuritySetupId, SystemTitle, UnixMillis, WriterId,
 };
 use kms_proto::v1::{AuditRecord, SecurityEvent, audit_record::Event};
 use kms_store::{
@@ -589,10 +589,9 @@ impl View<'_, '_> {
         }
         let (writer, chunk) = (self.base.writer, self.base.chunk_size.max(ChunkSize::new(count)));
         let jump = self.base.jump;
-        let row = self.owner(of.owner)?.ok_or_else(|| no_such_key(of))?;
         let first = match of.on_new_key {
-            // I4: above every earlier version too, because the meter goes on counting when its key changes.
-            OnNewKey::Continue => row.slots().get(of.setup, of.key_type).map_or(0, |slot| slot.continued_counter(of.counter, jump)),
+            // I4: above every other version too, because the meter goes on counting when its key changes.
+            OnNewKey::Continue => self.dealt_below(of)?,
             // Another key value has other nonces.
             OnNewKey::Reset(first) => u64::from(first),
         };
@@ -608,6 +607,22 @@ impl View<'_, '_> {
         }
         self.base.fresh_chunks.insert(name, Held { chunk: LiveChunk::new(reservation), leased_until: UnixMillis(0) });
         self.deal(name, state.as_ref(), count, until).ok_or_else(|| counter_error(CounterError::Exhausted { key: of.counter }))
+    }
+
+    /// A counter that this system has dealt no counter from on, under whichever version of the slot: those in a counter domain are counted there.
+    ///
+    /// # Errors
+    /// A row was not read yet, or the owner is missing.
+    pub fn dealt_below(&mut self, of: CounterOf) -> Result<u64, ServiceError> {
+        let jump = self.base.jump;
+        let row = self.owner(of.owner)?.ok_or_else(|| no_such_key(of))?;
+        let Some(slot) = row.slots().get(of.setup, of.key_type) else { return Ok(0) };
+        let mut bound = slot.continued_counter(of.counter, jump);
+        for id in slot.versions().iter().filter_map(KeyVersion::domain) {
+            let domain = self.domain(id)?.ok_or_else(|| missing_domain(id))?;
+            bound = bound.max(domain.counters.get(of.counter).map_or(0, |state| state.bound_after(jump)));
+        }
+        Ok(bound)
     }
 
     /// Changes the row that keeps a counter: the meter's, or its domain's.

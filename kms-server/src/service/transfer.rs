@@ -16,9 +16,9 @@ use std::{collections::HashMap, num::NonZeroU32, sync::Arc};
 use aws_lc_rs::digest;
 use futures::{StreamExt, TryStreamExt, stream};
 use kms_domain::{
-    CampaignTask, Confirmation, CounterPlace, ExposureReason, Finding, GroupId, KeyOrigin, KeyShape, KeyState, KeyType, KeyVersionNumber, Meter, NewKeyOrigin,
-    NewKeyVersion, Next, Observation, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, TaskWork, Transfer, TransferError,
-    TransferForm, TransferId, TransferOrder, WrappedKey,
+    CampaignTask, Confirmation, CounterPlace, ExposureReason, Finding, GroupId, KeyOrigin, KeyPair, KeyShape, KeyState, KeyType, KeyVersionNumber, Meter,
+    NewKeyOrigin, NewKeyVersion, Next, Observation, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, TaskWork, Transfer,
+    TransferError, TransferForm, TransferId, TransferOrder, WrappedKey,
 };
 use kms_proto::v1::{HeldVersion, SecurityEvent, TransferAdvance, TransfersAdvanced, audit_record::Event};
 use kms_store::{Reads, RequestKey, RequestRow};
@@ -550,7 +550,8 @@ fn extend_by_tasks<'a>(reads: &mut Reads, meters: impl Iterator<Item = &'a Arc<M
     }
 }
 
-/// I4: a counter that only an unauthenticated answer names is followed within the device profile's cap.
+/// I4: a counter that only an unauthenticated answer names is followed within the device profile's cap, or as far as this system itself has counted under
+/// another version: there a meter was before its key changed, and nothing is used up by it.
 fn follow_counter(
     view: &mut View<'_, '_>,
     island: &Island,
@@ -560,16 +561,17 @@ fn follow_counter(
 ) -> Result<Observation, ServiceError> {
     let Some(pair) = transfer.pair() else { return Ok(Observation::Refusal) };
     let cap = island.profiles.get(&meter.class.profile).and_then(|profile| profile.setup(transfer.setup)).map_or(0, |setup| setup.counter.jump_cap);
-    let counter = counter_key(island, meter, transfer.setup, transfer.client_title)?;
+    let of = step_counter(island, meter, transfer, pair)?;
+    let floor = u64::from(last_accepted) + 1;
+    let cap = if floor <= view.dealt_below(of)? { None } else { Some(cap) };
     let changed = Arc::make_mut(meter);
     let slot = changed.slots.get_mut(transfer.setup, KeyType::GUEK).map_err(|error| ServiceError::Internal(error.to_string()))?;
     let version = slot.version_mut(pair.encryption).map_err(|error| ServiceError::Internal(error.to_string()))?;
-    let floor = u64::from(last_accepted) + 1;
     let raised = match version.domain() {
-        None => version.counters_mut().and_then(|counters| counters.raise_floor(counter, floor, Some(cap))),
+        None => version.counters_mut().and_then(|counters| counters.raise_floor(of.counter, floor, cap)),
         Some(id) => {
             let Some(mut domain) = view.domain(id)? else { return Ok(Observation::Refusal) };
-            let raised = Arc::make_mut(&mut domain).counters.raise_floor(counter, floor, Some(cap));
+            let raised = Arc::make_mut(&mut domain).counters.raise_floor(of.counter, floor, cap);
             if raised.is_ok() {
                 view.put_domain((*domain).clone())?;
             }
@@ -598,17 +600,9 @@ fn deal_counters(view: &mut View<'_, '_>, island: &Island, mut meter: Meter) -> 
         Stage::Authenticate { .. } => 2,
         Stage::Deliver { pair: None } => 0,
     };
-    let counter = counter_key(island, &meter, transfer.setup, transfer.client_title)?;
     let mut counters = Vec::new();
     if let (Some(pair), Some(wanted)) = (transfer.pair(), NonZeroU32::new(wanted)) {
-        let of = CounterOf {
-            owner: Owner::Meter(meter.title),
-            setup: transfer.setup,
-            key_type: KeyType::GUEK,
-            version: pair.encryption,
-            counter,
-            on_new_key: on_new_key(island, &meter, transfer.setup),
-        };
+        let of = step_counter(island, &meter, &transfer, pair)?;
         let lease = view.frame_counters(of, wanted)?;
         counters.extend(lease.first..=lease.last());
         // What was reserved just now is in the row that the view has.
@@ -626,6 +620,18 @@ fn deal_counters(view: &mut View<'_, '_>, island: &Island, mut meter: Meter) -> 
     }
     view.put_meter(meter.clone(), false)?;
     Ok(Arc::new(meter))
+}
+
+/// The counter that the requests of a step are numbered by.
+fn step_counter(island: &Island, meter: &Meter, transfer: &Transfer, pair: KeyPair) -> Result<CounterOf, ServiceError> {
+    Ok(CounterOf {
+        owner: Owner::Meter(meter.title),
+        setup: transfer.setup,
+        key_type: KeyType::GUEK,
+        version: pair.encryption,
+        counter: counter_key(island, meter, transfer.setup, transfer.client_title)?,
+        on_new_key: on_new_key(island, meter, transfer.setup),
+    })
 }
 
 /// The key of a group that leaves under an exposed KEK is exposed to whoever knows that and recorded the traffic. Its own row says so.

@@ -593,6 +593,27 @@ island_tests! {
         field.assert_no_nonce_twice();
     }
 
+    async fn a_meter_that_goes_on_counting_against_its_profile_is_followed(island) {
+        let field = Field::new(island, "counter-resets", 1).await;
+        field.island.take_counters_over(field.title(0), 3_000_000_000).await;
+        // It refuses the low counters of its new key. The jump is longer than the cap, and no further than this system has counted itself.
+        assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
+        assert_eq!(field.security_events().await, ["counter-followed"]);
+        field.compare(0).await;
+        field.assert_no_nonce_twice();
+    }
+
+    async fn a_new_key_counts_above_those_of_a_domain(island) {
+        let field = Field::of(island, &SampleShipment { equal_keys: 2, ..sample("generic-suite0", 2) }).await;
+        field.island.take_counters_over(field.title(0), 3_000_000_000).await;
+        for number in [0, 1] {
+            assert_eq!(field.transfer(number, Some(KeyType::GUEK)).await, Outcome::Proven);
+            field.compare(number).await;
+        }
+        assert!(!field.security_events().await.contains(&"counter-followed".to_owned()), "no meter refused a counter");
+        field.assert_no_nonce_twice();
+    }
+
     async fn a_counter_that_starts_again_with_a_new_key_does_no_harm(island) {
         let field = Field::new(island, "generic-suite0", 1).await;
         field.meters[0].set_behaviour(Behaviour { counter_on_new_key: CounterOnNewKey::RestartAt(250), ..Behaviour::default() });
