@@ -112,7 +112,8 @@ impl Meter {
         let over_the_air = matches!(key_type, KeyType::KEK | KeyType::GUEK | KeyType::GAK | KeyType::GBEK);
         let remedy = match verdict {
             Verdict::Healed => None,
-            Verdict::InDoubt => Some(Remedy::Probe),
+            // An exchange shows a GUEK and a GAK; what it cannot show is decided by another version.
+            Verdict::InDoubt => Some(if self.is_decided_by_probe(slot) { Remedy::Probe } else { Remedy::Rotation }),
             Verdict::NotReplaced if !over_the_air => Some(Remedy::LocalVisit),
             Verdict::NotReplaced => Some(Remedy::Rotation),
             // As soon as the KEK is nobody else's, a rotation heals what travels under it.
@@ -132,6 +133,16 @@ impl Meter {
             known_to,
             remedy,
         }
+    }
+
+    /// Whether a probe may show which version the meter holds: of a KEK, by a GUEK that left under it.
+    fn is_decided_by_probe(&self, slot: &Slot) -> bool {
+        let shows = match slot.key_type() {
+            KeyType::GUEK | KeyType::GAK => Some(slot),
+            KeyType::KEK => self.slots.get(slot.setup(), KeyType::GUEK),
+            _ => None,
+        };
+        shows.is_some_and(Slot::unresolved)
     }
 
     /// Whether what leaves under the meter's KEK is readable to nobody.

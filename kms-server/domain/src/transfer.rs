@@ -13,6 +13,8 @@
 //! acknowledged, not proven. Whatever happens, every version that left stays a candidate until a later one is proven and the retention time has
 //! passed.
 
+use std::collections::BTreeMap;
+
 use crate::{
     CampaignId, Confirmation, Evidence, ExposureReason, KeyState, KeyType, KeyVersion, KeyVersionNumber, Meter, NewKeyVersion, Owner, Party, PrincipalId,
     SecuritySetupId, SlotError, SystemTitle, TransferId, UnixMillis,
@@ -480,25 +482,36 @@ impl Meter {
         Ok(())
     }
 
-    /// The KEK to wrap the next key under. One that is in doubt: the candidate under which the fewest keys have left in vain since it was
-    /// shown; so a transfer that follows a failed one tries the other.
+    /// The KEK to wrap the next key under: the candidate that the meter most likely holds. Each key that left under a KEK since that was shown, and was not
+    /// shown itself, halves the odds of that KEK; a new KEK starts with what is left to the one that it left under. So the turn of every candidate comes,
+    /// however many there are.
     pub fn kek_for_transfer(&self, setup: SecuritySetupId) -> Option<KeyVersionNumber> {
         let slot = self.slots.get(setup, KeyType::KEK)?;
-        let held = slot.held().map(KeyVersion::number);
-        let in_vain = |kek: &KeyVersion| {
-            let under = |version: &&KeyVersion| {
-                version.transport().kek == Some(kek.number())
-                    && version.transport().evidence == Evidence::None
-                    && version.transport().left > kek.transport().confirmed
-            };
-            let own = self.slots.of_setup(setup).flat_map(|slot| slot.versions()).filter(under).count();
-            let shared = self.shared.iter().filter(|shared| shared.setup == setup && shared.kek == kek.number() && !shared.acknowledged).count();
-            own + shared
-        };
-        slot.candidates()
-            .filter(|kek| kek.state() != KeyState::Destroyed)
-            .min_by_key(|kek| (in_vain(kek), Some(kek.number()) != held, std::cmp::Reverse(kek.number())))
-            .map(KeyVersion::number)
+        let (held, shown) = slot.held().map_or((None, 0), |held| (Some(held.number()), held.transport().confirmed));
+        let candidates = slot.candidates().filter(|kek| kek.state() != KeyState::Destroyed);
+        // Another one has been shown since it left: the meter has it only if it went back.
+        let superseded = |kek: &KeyVersion| Some(kek.number()) != held && kek.transport().left <= shown;
+        let mut odds: BTreeMap<_, KekOdds> = candidates.map(|kek| (kek.number(), KekOdds { halvings: u32::from(superseded(kek)), in_vain: 0 })).collect();
+        for shared in self.shared.iter().filter(|shared| shared.setup == setup && !shared.acknowledged) {
+            odds.entry(shared.kek).and_modify(KekOdds::halve);
+        }
+        let mut in_vain: Vec<_> = self.slots.of_setup(setup).flat_map(|slot| slot.versions().iter().map(|version| (slot.key_type(), version))).collect();
+        in_vain.retain(|(_, version)| {
+            let transport = version.transport();
+            let under = transport.kek.and_then(|kek| slot.version(kek));
+            transport.evidence == Evidence::None && under.is_some_and(|kek| transport.left > kek.transport().confirmed)
+        });
+        in_vain.sort_by_key(|(_, version)| version.transport().left);
+        for (key_type, version) in in_vain {
+            let Some(kek) = version.transport().kek.and_then(|kek| odds.get_mut(&kek)) else { continue };
+            kek.halve();
+            let inherited = kek.halvings;
+            if key_type == KeyType::KEK {
+                odds.entry(version.number()).and_modify(|own| own.halvings = own.halvings.max(inherited));
+            }
+        }
+        // Where two are alike, the one that was tried less often, then the newer one.
+        odds.into_iter().min_by_key(|(number, odds)| (*odds, std::cmp::Reverse(*number))).map(|(number, _)| number)
     }
 
     /// The pairs of keys that the meter may hold, the likeliest first; `target` counts as the likeliest of its key type.
@@ -547,7 +560,8 @@ impl Meter {
                 keys.push(TransferKey { owner, key_type: *key_type, version, kek });
             }
             OrderedKeys::Compound { kek: new_kek, guek } => {
-                self.refuse_in_doubt(setup, &[KeyType::KEK, KeyType::GUEK], order.urgent)?;
+                // A probe shows no KEK: only another transfer does.
+                self.refuse_in_doubt(setup, &[KeyType::GUEK], order.urgent)?;
                 // Nothing is added unless both can be.
                 self.slots.get_mut(setup, KeyType::GUEK)?;
                 let new = self.slots.get_mut(setup, KeyType::KEK)?.add_pre_active(new_kek, now)?;
@@ -774,6 +788,22 @@ impl Meter {
                 let _ = slot.transition(key.version, KeyState::Destroyed, now);
             }
         }
+    }
+}
+
+/// How likely it is that a meter holds a KEK, by what has left under it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct KekOdds {
+    /// The odds are halved so often.
+    halvings: u32,
+    /// Keys that left under it in vain.
+    in_vain: u32,
+}
+
+impl KekOdds {
+    const fn halve(&mut self) {
+        self.halvings = self.halvings.saturating_add(1);
+        self.in_vain = self.in_vain.saturating_add(1);
     }
 }
 

@@ -195,7 +195,9 @@ impl Task {
     /// Ends the task: it is not to be done, or not any more. A meter that may hold another key by now stays in doubt.
     pub fn skip(&mut self, reason: &str, now: UnixMillis) {
         self.reason = reason.to_owned();
-        let in_doubt = self.state == TaskState::UnderWay || (self.probe && self.attempts > 0);
+        // After a probe it is still in doubt which KEK the meter holds: no exchange shows it.
+        let hidden = self.step.work == TaskWork::Rotate(KeyType::KEK);
+        let in_doubt = self.state == TaskState::UnderWay || ((self.probe || hidden) && self.attempts > 0);
         self.finish(if in_doubt { TaskState::InDoubt } else { TaskState::Skipped }, now);
     }
 
@@ -288,19 +290,18 @@ impl Task {
         if self.state.is_final() && !(self.state == TaskState::InDoubt && reached) {
             return TaskEnd::Unchanged;
         }
-        let in_doubt = self.is_in_doubt(meter);
         let why = if reason.is_empty() { outcome.name() } else { reason };
         match outcome {
             Outcome::Proven | Outcome::Acknowledged | Outcome::Attested => self.succeed(campaign, meter, now),
             Outcome::Probed if self.step.work == TaskWork::Probe || reached => self.succeed(campaign, meter, now),
-            // The meter holds what it held: now the transfer can be tried.
-            Outcome::Probed if !in_doubt => {
+            // What an exchange can show is known now, be it an earlier key: the transfer can be tried.
+            Outcome::Probed => {
                 self.probe = false;
                 self.wait(now);
                 TaskEnd::GoesOn
             }
-            Outcome::Probed | Outcome::InDoubt => self.fail(campaign, why, true, now),
-            Outcome::NotApplied | Outcome::Withdrawn => self.fail(campaign, why, in_doubt, now),
+            Outcome::InDoubt => self.fail(campaign, why, true, now),
+            Outcome::NotApplied | Outcome::Withdrawn => self.fail(campaign, why, self.is_unresolved(meter), now),
         }
     }
 
@@ -315,10 +316,10 @@ impl Task {
         }
     }
 
-    fn is_in_doubt(&self, meter: &Meter) -> bool {
+    fn is_unresolved(&self, meter: &Meter) -> bool {
         match self.step.work {
             TaskWork::Probe => false,
-            TaskWork::Rotate(key_type) => meter.slots.get(self.step.setup, key_type).is_some_and(crate::Slot::in_doubt),
+            TaskWork::Rotate(key_type) => meter.slots.get(self.step.setup, key_type).is_some_and(crate::Slot::unresolved),
         }
     }
 

@@ -65,7 +65,11 @@ fn campaign(action: CampaignAction) -> Campaign {
 }
 
 fn running() -> Campaign {
-    let mut campaign = campaign(CampaignAction::Rotate(KeyType::GUEK));
+    running_with(CampaignAction::Rotate(KeyType::GUEK))
+}
+
+fn running_with(action: CampaignAction) -> Campaign {
+    let mut campaign = campaign(action);
     let digest = campaign.content_digest();
     campaign.approve(officer("bo"), person("Bo"), &digest, NOW).unwrap();
     campaign.start(NOW).unwrap();
@@ -123,19 +127,18 @@ fn meter(key_types: &[KeyType]) -> Meter {
 /// The slot gets a new active version of our own.
 fn rotate(meter: &mut Meter, key_type: KeyType) {
     let slot = meter.slots.get_mut(SecuritySetupId::DEFAULT, key_type).unwrap();
-    let number = slot
-        .add_version(
-            NewKeyVersion {
-                state: crate::KeyState::PreActive,
-                origin: KeyOrigin::Diversified { root_version: 1, derivation: KeyDerivation::Sp800108Cmac, length: KeyLength::Aes128 },
-                wrapped: None,
-                fingerprint: None,
-            },
-            NOW,
-        )
-        .unwrap();
+    let number = slot.add_version(pre_active(), NOW).unwrap();
     slot.mark_left(number, 1, crate::KeyVersionNumber::FIRST).unwrap();
     slot.confirm(number, 2, crate::Evidence::Proven, NOW).unwrap();
+}
+
+fn pre_active() -> NewKeyVersion {
+    NewKeyVersion {
+        state: crate::KeyState::PreActive,
+        origin: KeyOrigin::Diversified { root_version: 1, derivation: KeyDerivation::Sp800108Cmac, length: KeyLength::Aes128 },
+        wrapped: None,
+        fingerprint: None,
+    }
 }
 
 #[test]
@@ -306,6 +309,35 @@ fn what_is_in_doubt_is_probed_before_it_is_tried_again() {
     assert_eq!(task.end(&campaign, Outcome::Probed, "", &meter, later), TaskEnd::Ended);
     assert_eq!(task.state, TaskState::Succeeded);
     assert_eq!(task.end(&campaign, Outcome::InDoubt, "", &meter, later), TaskEnd::Unchanged);
+}
+
+#[test]
+fn what_no_probe_decides_is_tried_again_after_one() {
+    // A probe shows a GUEK and a GAK. It shows an earlier one as well as the active one, and it shows no KEK.
+    let mut went_back = meter(&[KeyType::GUEK]);
+    rotate(&mut went_back, KeyType::GUEK);
+    went_back.slots.get_mut(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().confirm(crate::KeyVersionNumber::FIRST, 3, crate::Evidence::Proven, NOW).unwrap();
+    let mut kek_left = meter(&[KeyType::KEK, KeyType::GUEK]);
+    let kek = kek_left.slots.get_mut(SecuritySetupId::DEFAULT, KeyType::KEK).unwrap();
+    let number = kek.add_version(pre_active(), NOW).unwrap();
+    kek.mark_left(number, 1, crate::KeyVersionNumber::FIRST).unwrap();
+    for (meter, key_type, last) in [(went_back, KeyType::GUEK, TaskState::Failed), (kek_left, KeyType::KEK, TaskState::InDoubt)] {
+        let campaign = running_with(CampaignAction::Rotate(key_type));
+        assert!(meter.slots.get(SecuritySetupId::DEFAULT, key_type).unwrap().in_doubt());
+        let mut task = Task { probe: true, ..Task::new(campaign.content.action.first_step(&meter, None).unwrap(), NOW) };
+        for attempt in 1..=3 {
+            if task.work() == TaskWork::Probe {
+                task.lease(&campaign, 1_000, task.due).unwrap();
+                task.begin(task.fence, SecuritySetupId::DEFAULT, TaskWork::Probe, task.leased).unwrap();
+                assert_eq!(task.end(&campaign, Outcome::Probed, "", &meter, task.leased), TaskEnd::GoesOn);
+            }
+            task.lease(&campaign, 1_000, task.due).unwrap();
+            assert_eq!((task.work(), task.attempts), (TaskWork::Rotate(key_type), attempt - 1));
+            task.begin(task.fence, SecuritySetupId::DEFAULT, task.work(), task.leased).unwrap();
+            task.end(&campaign, Outcome::NotApplied, "", &meter, task.leased);
+        }
+        assert_eq!(task.state, last);
+    }
 }
 
 #[test]

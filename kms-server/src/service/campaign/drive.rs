@@ -296,8 +296,8 @@ fn tasks(island: &Island, campaign: &Campaign, group: Option<&Group>, members: &
         {
             return row(vendor, head_end, Task::skipped(step, "it has the group's new key", now));
         }
-        let in_doubt = meter.slots.of_setup(step.setup).any(Slot::in_doubt);
-        row(vendor, head_end, Task { probe: in_doubt && step.work != TaskWork::Probe, ..Task::new(step, now) })
+        let unresolved = meter.slots.of_setup(step.setup).any(Slot::unresolved);
+        row(vendor, head_end, Task { probe: unresolved && step.work != TaskWork::Probe, ..Task::new(step, now) })
     };
     members.iter().copied().map(task).collect()
 }
