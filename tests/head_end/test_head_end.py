@@ -22,7 +22,9 @@ from head_end import Profile, open_session, read_register
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 PROGRAMS = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", REPOSITORY / "target")) / "release"
 CLIENT_TITLE = "4D4D4D0000000001"
-METERS = 39
+METERS = 184
+# Meters of which two each have the same keys, as some vendors deliver them.
+EQUAL_KEYS = 16
 
 
 class Running:
@@ -63,7 +65,7 @@ class Running:
             self.process.kill()
 
 
-def simulated(device, faults=()):
+def simulated(device, faults=(), behaviour=None):
     """A device of the vendor's plaintext list as an ordinary meter of the simulator."""
     setup = device["security_setups"][0]
     return {
@@ -74,7 +76,7 @@ def simulated(device, faults=()):
         "associations": [{"client_sap": 1, "mechanism": "high-gmac", "security_setup": setup["logical_name"]}],
         "objects": [{"class": "register", "logical_name": "1.0.1.8.0.255", "value": {"double-long-unsigned": 4711}, "scaler": 0, "unit": 30}],
         # A meter that takes no invocation counter twice, not even for its GMAC and the APDU around it.
-        "behaviour": {"gmac_counter": "must-differ"},
+        "behaviour": {"gmac_counter": "must-differ", **(behaviour or {})},
     }
 
 
@@ -106,48 +108,72 @@ def test_reads_a_register_three_times():
                     assert not any(key.lower() in printed.lower() for key in keys), "a key was printed"
 
 
-# What happens to the meters, one after another, at the first or second delivery of a key, or at an association.
+# What happens to the meters, one after another, at one of the first deliveries of a key.
 FAULTS = [
     None,
     "lose-request",
     "lose-answer",
-    {"delay-request": 1500},
+    {"delay-request": 900},
+    {"delay-answer": 900},
     {"hold-request": 2},
+    {"hold-request-and-answer": 1},
     "duplicate-request",
+    "duplicate-answer",
     "repeat-previous-answer",
     {"corrupt-answer": 0},
+    {"wrong-answer": "C701C10000"},
     {"applied-but-error": 9},
     {"refused-without-applying": 250},
     "success-without-applying",
+    "power-cycle-before",
     "power-cycle-before-answer",
+    "power-cycle-after",
     "close-connection",
 ]
 
 
-def test_carries_out_campaigns():
-    """Every GAK is replaced, and then every GUEK, by a head-end that ciphers key_transfer itself."""
+def faulty(number, device):
+    """A meter that goes wrong in its own way, and then once more at an association."""
+    fault = FAULTS[number % len(FAULTS)]
+    faults = [{"at": {"key-transfer": 1 + number % 4}, "fault": fault}] if fault else []
+    faults.append({"at": {"association-request": 1 + number % 5}, "fault": "lose-answer" if number % 2 else "power-cycle-after"})
+    if number % 8 == 0:
+        faults.append({"at": {"exchange": 5 + number % 11}, "fault": {"wrong-answer": "D80106FFFFFFFF"}})
+    behaviour = {
+        "counter_on_new_key": ["keep-counting", {"restart-at": 0}, {"restart-at": 250}][number % 3],
+        "reverts_on_power_cycle": ["global-unicast-encryption"] if number % 7 == 0 else [],
+    }
+    return simulated(device, faults, behaviour)
+
+
+def test_takes_meters_over():
+    """Every key that the vendor knows is replaced, and each GUEK once more under the new KEK, by a head-end that ciphers key_transfer itself."""
     with tempfile.TemporaryDirectory(prefix="kms-head-end-") as folder:
         folder = pathlib.Path(folder)
         state, memory_file, meters_file = folder / "kms", folder / "memory.json", folder / "meters.json"
         arguments = [PROGRAMS / "kms-server", "dev", "--state", state, "--listen", "127.0.0.1:0", "--meters", METERS]
-        with Running(arguments, r"Serving on (\S+);") as server:
-            devices = [json.loads(line) for line in (state / "vendor/devices.jsonl").read_text().splitlines()]
-            meters = {}
-            for number, device in enumerate(devices, 1):
-                fault = FAULTS[number % len(FAULTS)]
-                faults = [{"at": {"key-transfer": 1 + number % 3}, "fault": fault}] if fault else []
-                faults.append({"at": {"association-request": 1 + number % 2}, "fault": "lose-answer" if number % 2 else "power-cycle-after"})
-                meters[number] = simulated(device, faults)
+        with Running(arguments, r"Serving on (\S+);"):
+            equal = folder / "equal.jsonl"
+            sample = ["--devices", EQUAL_KEYS, "--first", METERS + 1, "--equal-keys", 2, "--vendor-key", state / "vendor/signing.key", "--out", equal]
+            kms(state, "officer-1", "shipment", "make-sample", *sample)
+            assign = ["--manufacturer", "urn:meterkms:dev:manufacturer:kam", "--head-end", "urn:meterkms:dev:head-end:head-end"]
+            kms(state, "officer-1", "shipment", "import", equal, *assign)
+            lists = [state / "vendor/devices.jsonl", folder / "equal.jsonl.devices.jsonl"]
+            devices = [json.loads(line) for path in lists for line in path.read_text().splitlines()]
+            meters = {number: faulty(number, device) for number, device in enumerate(devices, 1)}
             simulation = {"listeners": [{"address": "127.0.0.1:0", "meters": meters}], "memory_file": str(memory_file)}
             with Running([PROGRAMS / "meter-sim"], r"(127\.0\.0\.1:\d+)", json.dumps(simulation)) as simulator:
                 addresses = {meter["system_title"]: f"{simulator.ready.group(1)}/{number}" for number, meter in meters.items()}
                 meters_file.write_text(json.dumps(addresses))
                 program = [sys.executable, REPOSITORY / "tests/head_end/rotate.py", "--profile", state / "profiles/head-end", "--meters", meters_file]
-                program += ["--timeout", "0.7", "--lease-seconds", "10", "--parallel", "16"]
+                program += ["--timeout", "0.7", "--lease-seconds", "10", "--parallel", "32"]
                 rotation = Running(program, "working")
                 try:
                     with rotation:
-                        run_campaign(state, "new GAK", "--rotate", "GAK", "--whole-island", "--canary", "4", "--wave", "100%")
+                        take_over = ["--take-over", "--imported", "--manufacturer", "KAM"]
+                        # Meters that were left behind are taken over by another campaign.
+                        while left := run_campaign(state, "take over", *take_over, "--canary", "4", "--wave", "100%"):
+                            print(f"{left} meters are not taken over yet")
                         # What is still in doubt is probed before it is rotated; then no meter may be left.
                         left = run_campaign(state, "new GUEK", "--rotate", "GUEK", "--whole-island", "--canary", "0", "--wave", "100%")
                         assert left == 0, f"{left} meters failed or are in doubt"
@@ -162,39 +188,44 @@ def test_carries_out_campaigns():
                     granted[title] = {name.lower(): key.hex().upper() for name, key in keys.items()}
             memory = json.loads(memory_file.read_text())
             assert memory["repeated_nonces"] == 0
+            assert len(memory["meters"]) == METERS + EQUAL_KEYS
             shipped = {device["system_title"]: device["security_setups"][0] for device in devices}
+            liars = {meter["system_title"] for meter in meters.values() if any(fault["fault"] == "success-without-applying" for fault in meter["faults"])}
             for meter in memory["meters"]:
                 title = meter["system_title"]
                 assert granted[title] == {"guek": meter["guek"], "gak": meter["gak"]}, f"{title} holds other keys than the server grants"
-                for name in ("guek", "gak"):
-                    assert meter[name] != shipped[title][name].upper(), f"{title} still has the {name} of its vendor"
+                for name in ("kek", "guek", "gak", "gbek"):
+                    # No exchange shows a GBEK: a meter that says that it took one, and did not, is found by the first broadcast.
+                    if name != "gbek" or title not in liars:
+                        assert meter[name] != shipped[title][name].upper(), f"{title} still has the {name} of its vendor"
+
+
+def kms(state, identity, *arguments):
+    """The command-line client, and what it answers."""
+    program = [PROGRAMS / "kms", "--state", state, "--profile", identity, *arguments, "--output", "json"]
+    done = subprocess.run([str(argument) for argument in program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout) if done.stdout.strip() else None
 
 
 def run_campaign(state, name, *arguments):
     """Two officers lead a campaign until it has ended: how many of its tasks failed or are in doubt."""
-
-    def kms(identity, *arguments):
-        program = [PROGRAMS / "kms", "--state", state, "--profile", identity, *arguments, "--output", "json"]
-        done = subprocess.run([str(argument) for argument in program], capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return json.loads(done.stdout)
-
     terms = ["--attempts", "6", "--back-off", "1", "--success-threshold", "1", "--failure-limit", "1000", "--commit"]
-    campaign = kms("officer-1", "campaign", "create", name, *arguments, *terms)["campaign"]
+    campaign = kms(state, "officer-1", "campaign", "create", name, *arguments, *terms)["campaign"]
     number = str(uuid.UUID(campaign["campaign_id"]))
-    kms("officer-2", "campaign", "approve", number, "--content", campaign["content_sha256"], "--yes")
-    kms("officer-1", "campaign", "start", number, "--yes")
+    kms(state, "officer-2", "campaign", "approve", number, "--content", campaign["content_sha256"], "--yes")
+    kms(state, "officer-1", "campaign", "start", number, "--yes")
     deadline = time.monotonic() + 120
-    while kms("auditor", "campaign", "show", number)["state"] == "running":
+    while kms(state, "auditor", "campaign", "show", number)["state"] == "running":
         assert time.monotonic() < deadline, f"`{name}` does not end"
         time.sleep(0.3)
-    report = kms("auditor", "campaign", "report", number)["progress"]
+    report = kms(state, "auditor", "campaign", "report", number)["progress"]
     assert report["campaign"]["state"] == "finished", report["campaign"]["reason"]
     return sum(wave["failed"] + wave["in_doubt"] for wave in report["waves"])
 
 
 def main():
-    tests = [test_reads_a_register_three_times, test_carries_out_campaigns]
+    tests = [test_reads_a_register_three_times, test_takes_meters_over]
     failed = 0
     for test in tests:
         try:
