@@ -44,7 +44,7 @@ impl Approvals {
         if terms.is_requester(&approval) {
             return Err(ApprovalError::OwnRequest { person: approval.person });
         }
-        if self.0.iter().any(|known| known.person == approval.person) {
+        if self.0.iter().any(|known| known.person.is_same(&approval.person)) {
             return Err(ApprovalError::ApprovedAlready { person: approval.person });
         }
         self.0.push(approval);
@@ -59,7 +59,7 @@ impl Approvals {
     /// How many people are missing.
     pub fn missing(&self, terms: &ApprovalTerms<'_>) -> usize {
         let counted = self.0.iter().enumerate().filter(|(at, approval)| {
-            let again = self.0.iter().take(*at).any(|earlier| earlier.person == approval.person);
+            let again = self.0.iter().take(*at).any(|earlier| earlier.person.is_same(&approval.person));
             !again && !terms.is_requester(approval)
         });
         usize::from(terms.quorum.number()).saturating_sub(counted.count())
@@ -84,7 +84,7 @@ pub struct ApprovalTerms<'a> {
 impl ApprovalTerms<'_> {
     /// I6: the same person with another certificate or under another principal is still the requester.
     fn is_requester(&self, approval: &Approval) -> bool {
-        approval.person == *self.requester_person || approval.principal == *self.requester
+        approval.person.is_same(self.requester_person) || approval.principal == *self.requester
     }
 }
 

@@ -106,6 +106,12 @@ impl PersonName {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// Whether both name the same person: capitals and the length of spaces make no other one (I6).
+    pub fn is_same(&self, other: &Self) -> bool {
+        let words = |name: &Self| name.0.split_whitespace().map(str::to_lowercase).collect::<Vec<_>>();
+        words(self) == words(other)
+    }
 }
 
 /// What an island is and which roots it has.

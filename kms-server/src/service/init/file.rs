@@ -124,11 +124,9 @@ impl CeremonyPlan {
         }
         let principals = file.officers.iter().map(|officer| officer.read(&island, folder)).collect::<Result<Vec<_>, _>>()?;
         for (at, officer) in principals.iter().enumerate() {
-            let twice = principals
-                .iter()
-                .take(at)
-                .any(|earlier| earlier.id == officer.id || earlier.person == officer.person || earlier.certification == officer.certification);
-            if twice {
+            let same_person = |earlier: &FirstPrincipal| earlier.person.iter().zip(&officer.person).any(|(one, other)| one.is_same(other));
+            let same = |earlier: &FirstPrincipal| earlier.id == officer.id || same_person(earlier) || earlier.certification == officer.certification;
+            if principals.iter().take(at).any(same) {
                 return Err(format!("[[officer]] `{}`: name, person or key is used twice; officers are distinct people", officer.id.name()));
             }
         }
