@@ -24,7 +24,7 @@ pub use self::{
     accept::PlanPlace,
     plan::{NewCampaign, days_before},
     show::{ReportQuery, Watch},
-    task::{LeaseQuery, TaskLease, begin_task, check_task, drop_task, end_task, holds_task, task_reads},
+    task::{LeaseQuery, TaskLease, begin_task, check_task, drop_task, end_task, holds_task, pass_on_task, task_reads},
 };
 pub use super::Request;
 use super::owner::NewGroupVersion;
@@ -202,17 +202,8 @@ impl CampaignService {
         }
     }
 
-    /// All campaigns, oldest first. One whose row does not verify is left out, and reported by the scrubber (I5).
     async fn load_all(&self) -> Result<Vec<Arc<Campaign>>, ServiceError> {
-        let mut campaigns = Vec::new();
-        let mut after = None;
-        loop {
-            let page = self.island.store.sealed_page(RowKind::Campaign, after.as_deref(), PAGE).await?;
-            let Some((last, _)) = page.last() else { return Ok(campaigns) };
-            after = Some(last.clone());
-            let opened = page.iter().filter_map(|(id, row)| self.island.committer.open_campaign(CampaignId::from_octets(id).ok()?, row).ok());
-            campaigns.extend(opened);
-        }
+        all(&self.island).await
     }
 
     /// How the tasks of the wave under way stand.
@@ -223,6 +214,28 @@ impl CampaignService {
         }
         Ok(counts)
     }
+}
+
+/// All campaigns, oldest first. One whose row does not verify is left out, and reported by the scrubber (I5).
+async fn all(island: &Island) -> Result<Vec<Arc<Campaign>>, ServiceError> {
+    let mut campaigns = Vec::new();
+    let mut after = None;
+    loop {
+        let page = island.store.sealed_page(RowKind::Campaign, after.as_deref(), PAGE).await?;
+        let Some((last, _)) = page.last() else { return Ok(campaigns) };
+        after = Some(last.clone());
+        let opened = page.iter().filter_map(|(id, row)| island.committer.open_campaign(CampaignId::from_octets(id).ok()?, row).ok());
+        campaigns.extend(opened);
+    }
+}
+
+/// The campaigns whose tasks are not all over.
+///
+/// # Errors
+/// The database is away.
+pub async fn unfinished(island: &Island) -> Result<Vec<CampaignId>, ServiceError> {
+    let begun = |campaign: &Arc<Campaign>| matches!(campaign.state, CampaignState::Running | CampaignState::Paused);
+    Ok(all(island).await?.iter().filter(|campaign| begun(campaign)).map(|campaign| campaign.id).collect())
 }
 
 /// The name of a campaign's row in the store.

@@ -269,6 +269,14 @@ impl Task {
         Ok(())
     }
 
+    /// Ends the lease, because the meter has become another head-end's. What has begun may have left a key there, so the meter is probed.
+    pub const fn pass_on(&mut self, now: UnixMillis) {
+        if self.state.is_leased() {
+            self.probe |= matches!(self.state, TaskState::UnderWay);
+            self.wait(now);
+        }
+    }
+
     /// Begins a transfer or probe. A probe may be begun at any time: it harms nothing.
     ///
     /// # Errors

@@ -309,6 +309,24 @@ pub fn drop_task(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitle
     Ok(())
 }
 
+/// Passes a task on to the head-end that its meter was assigned to, in the act that does so; without one it is not to be done any more.
+///
+/// # Errors
+/// A row was not read yet.
+pub fn pass_on_task(view: &mut View<'_, '_>, campaign: CampaignId, meter: SystemTitle, head_end: Option<&PrincipalId>) -> Result<(), ServiceError> {
+    let clock = view.clock()?;
+    if let Some(mut row) = view.task(TaskKey { campaign, meter })?.filter(|row| !row.task.state.is_final()) {
+        row.head_end = head_end.map(ToString::to_string);
+        if head_end.is_some() {
+            row.task.pass_on(clock);
+        } else {
+            row.task.skip("no head-end", clock);
+        }
+        view.put_task(row);
+    }
+    Ok(())
+}
+
 /// The rows that [`begin_task`], [`check_task`] and [`end_task`] read, so that a transaction reads them at once.
 pub fn task_reads(campaign: CampaignId, meters: impl IntoIterator<Item = SystemTitle>) -> Reads {
     let tasks = meters.into_iter().map(|meter| TaskKey { campaign, meter }).collect();

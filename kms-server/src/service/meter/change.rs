@@ -12,7 +12,10 @@ use crate::{
     authz::{Action, Caller, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
-    service::{campaign::drop_task, owner::expose_to_former_member},
+    service::{
+        campaign::{drop_task, pass_on_task, task_reads, unfinished},
+        owner::expose_to_former_member,
+    },
 };
 
 /// Whose business meters become.
@@ -83,7 +86,11 @@ impl MeterService {
         more: bool,
         assignment: &Assignment,
     ) -> Result<Outcome, ServiceError> {
-        let reads = Reads { meters: titles.clone(), sealed: assignment.head_end.as_ref().map(principal_row).into_iter().collect(), ..Reads::default() };
+        let mut reads = Reads { meters: titles.clone(), sealed: assignment.head_end.as_ref().map(principal_row).into_iter().collect(), ..Reads::default() };
+        let campaigns = unfinished(&self.island).await?;
+        for campaign in &campaigns {
+            reads.extend(&task_reads(*campaign, titles.iter().copied()));
+        }
         let (island, head_end) = (self.island.clone(), assignment.head_end.clone());
         let filter = match &assignment.selection {
             Selection::Filter(filter) => filter.clone(),
@@ -108,6 +115,9 @@ impl MeterService {
                     Ok(Some(meter)) => {
                         changed.push(*title);
                         view.put_meter(meter, true)?;
+                        for campaign in &campaigns {
+                            pass_on_task(view, *campaign, *title, head_end.as_ref())?;
+                        }
                     }
                     Err(reason) => outcome.problem(*title, Code::Status, reason),
                 }

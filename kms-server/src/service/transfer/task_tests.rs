@@ -214,8 +214,27 @@ island_tests! {
             Assignment { selection: Selection::Meters(vec![title]), head_end: Some(island.other_head_end.principal.clone()), dry_run: false };
         assert_eq!(MeterService::new(island.island.clone()).assign(&island.officer, request, assignment).await.unwrap().changed, 1);
         for caller in [&island.head_end, &island.other_head_end] {
-            assert_eq!(led.refused(caller, Led::order(task)).await.code(), PERMISSION_DENIED);
+            assert!([PERMISSION_DENIED, FAILED_PRECONDITION].contains(&led.refused(caller, Led::order(task)).await.code()));
         }
+        // It is offered to the new one, under a lease of his own.
+        let offered = led.service.lease(&island.other_head_end, lease(10)).await.unwrap();
+        assert_eq!(offered.iter().map(|task| lease_of(task).meter).collect::<Vec<_>>(), [title]);
+        assert!(offered[0].fence > task.fence);
+    }
+
+    async fn a_meter_that_changes_hands_during_its_transfer_is_probed_by_its_new_head_end(island) {
+        let led = Led::rotating(island, 1, KeyType::GUEK).await;
+        let (island, title) = (&led.field.island, led.field.title(0));
+        let task = led.tasks(1).await.remove(0);
+        let (steps, _) = led.field.service.begin(&island.head_end, led.field.request(), [1; 32], vec![Led::order(&task)]).await.unwrap();
+        assert!(steps[0].next.is_ok());
+        let request = MeterRequest { id: led.field.request(), digest: [9; 32] };
+        let assignment =
+            Assignment { selection: Selection::Meters(vec![title]), head_end: Some(island.other_head_end.principal.clone()), dry_run: false };
+        assert_eq!(MeterService::new(island.island.clone()).assign(&island.officer, request, assignment).await.unwrap().changed, 1);
+        let offered = led.service.lease(&island.other_head_end, lease(10)).await.unwrap();
+        assert_eq!(offered.iter().map(v1::Task::work).collect::<Vec<_>>(), [v1::CampaignAction::Probe]);
+        assert!(led.service.lease(&island.head_end, lease(10)).await.unwrap().is_empty());
     }
 
     async fn a_task_begins_with_its_transfer_or_not_at_all(island) {
