@@ -19,7 +19,7 @@ use kms_client::{
     },
 };
 use kms_store::DatabaseLocation;
-use kms_tests::{CLIENT_TITLE, DevServer, SecondServer, TestModule, meter_configs, put_on_line, read_energy, terms};
+use kms_tests::{CLIENT_TITLE, DevServer, SecondServer, TestModule, meter_configs, put_on_line, read_energy, terms, uuid};
 use meter_sim::{
     Connection as MeterConnection, KeyId, Meter, MeterConfig, Obis,
     axdr::Data,
@@ -460,11 +460,6 @@ impl Random {
     fn one_of<'a, T>(&mut self, all: &'a [T]) -> &'a T {
         &all[usize::try_from(self.below(all.len() as u64)).unwrap()]
     }
-}
-
-/// The id of a campaign as `kms` takes it.
-fn uuid(id: &str) -> String {
-    format!("{}-{}-{}-{}-{}", &id[..8], &id[8..12], &id[12..16], &id[16..20], &id[20..]).to_lowercase()
 }
 
 /// At a `key_transfer`.

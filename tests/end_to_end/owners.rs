@@ -1,23 +1,13 @@
 //! Keys of groups and device types through `kms`, and what a changed shipment is answered with.
 
-use std::{
-    fs,
-    path::Path,
-    process::{Command, Output},
-};
+use std::{fs, path::Path};
 
-use kms_tests::{DevServer, TestModule, program};
+use kms_tests::{DevServer, TestModule, kms, policies_with};
 
 const OFFICER: &str = "officer-1";
 const HEAD_END: &str = "head-end";
 const PERMIT: &str = "permit (principal is HeadEnd, action == Action::\"openGroupSession\", resource == MeterGroup::\"1\") \
                       when { context.key_type == \"GBEK\" && context.lifetime_seconds <= 3600 };\n";
-
-fn kms(state: &Path, profile: &str, arguments: &[&str]) -> Output {
-    let mut command = Command::new(program("kms"));
-    command.arg("--state").arg(state).args(["--profile", profile]).args(arguments).env_remove("KMS_PROFILE").env_remove("KMS_STATE");
-    command.output().unwrap()
-}
 
 fn done(state: &Path, profile: &str, arguments: &[&str]) -> String {
     let output = kms(state, profile, arguments);
@@ -67,17 +57,9 @@ async fn a_broadcast_key_is_made_and_lent_where_a_policy_says_so() {
     }
 
     // Another server of the island, with a policy for this group.
-    let policies = state.join("policies");
-    fs::create_dir(&policies).unwrap();
-    for entry in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../policies")).unwrap() {
-        let path = entry.unwrap().path();
-        if path.extension().is_some_and(|extension| extension == "cedar") {
-            fs::copy(&path, policies.join(path.file_name().unwrap())).unwrap();
-        }
-    }
-    fs::write(policies.join("site.cedar"), PERMIT).unwrap();
+    let policies = policies_with(&state, PERMIT);
     server.kill();
-    let second = server.second("second", |text| format!("{text}\n[policies]\ndirectory = \"{}\"\n", policies.display())).await;
+    let second = server.second("second", |text| format!("{text}\n[policies]\ndirectory = \"{policies}\"\n")).await;
     let folder = state.join("second");
     let granted = done(&folder, HEAD_END, &open);
     for words in ["north", "GBEK", "1 to 1000, each once, with GBEK version 1"] {

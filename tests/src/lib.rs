@@ -18,7 +18,7 @@ use std::{
     io::{BufRead as _, BufReader},
     net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, Output, Stdio},
     sync::{Arc, Mutex, mpsc},
     time::{Duration, Instant},
 };
@@ -341,9 +341,7 @@ impl SecondServer {
     /// # Panics
     /// The command failed.
     pub fn kms(&self, identity: &str, arguments: &[&str]) -> String {
-        let mut command = Command::new(program("kms"));
-        command.arg("--state").arg(&self.folder).args(["--profile", identity]).args(arguments).stdin(Stdio::null());
-        let output = command.output().unwrap();
+        let output = kms(&self.folder, identity, arguments);
         let text = |octets: &[u8]| String::from_utf8_lossy(octets).into_owned();
         assert!(output.status.success(), "kms {arguments:?}: {}{}", text(&output.stdout), text(&output.stderr));
         text(&output.stdout)
@@ -403,6 +401,32 @@ pub async fn read_energy(address: SocketAddr, session: &Session, meter: SystemTi
     let value = connection.get(&mut client, energy).await?;
     connection.release(&mut client).await?;
     Ok(value)
+}
+
+/// What `kms` comes to as this identity of a state folder.
+pub fn kms(state: &Path, identity: &str, arguments: &[&str]) -> Output {
+    let mut command = Command::new(program("kms"));
+    command.arg("--state").arg(state).args(["--profile", identity]).args(arguments).stdin(Stdio::null());
+    command.env_remove("KMS_PROFILE").env_remove("KMS_STATE").output().unwrap()
+}
+
+/// An id of JSON output, 32 hex digits, as `kms` takes it.
+pub fn uuid(id: &str) -> String {
+    format!("{}-{}-{}-{}-{}", &id[..8], &id[8..12], &id[12..16], &id[16..20], &id[20..]).to_lowercase()
+}
+
+/// The shipped policies and one more: a folder of the state folder.
+pub fn policies_with(state: &Path, policy: &str) -> String {
+    let policies = state.join("policies");
+    fs::create_dir(&policies).unwrap();
+    for entry in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../policies")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "cedar") {
+            fs::copy(&path, policies.join(path.file_name().unwrap())).unwrap();
+        }
+    }
+    fs::write(policies.join("site.cedar"), policy).unwrap();
+    policies.display().to_string()
 }
 
 /// A program of this workspace, in the folder above that of the test program.

@@ -146,7 +146,7 @@ pub(crate) fn rotation_text(rotation: &proto::GroupRotation) -> String {
         ("key", format!("{} in security setup {}", rotation.key_type, output::obis(&rotation.security_setup))),
         ("broadcasts use", version(rotation.active_version)),
         ("members have or get", version(rotation.version)),
-        ("stage", stage_text(&rotation.stage).to_owned()),
+        ("stage", stage_text(rotation).to_owned()),
         ("still lent", version(rotation.former_version)),
         ("members", if rolled_out { share(rotation.members) } else { number(rotation.members) }),
         ("acknowledged", only(format!("{}  {}", share(rotation.acknowledged), bar(rotation)))),
@@ -162,8 +162,11 @@ pub(crate) fn rotation_text(rotation: &proto::GroupRotation) -> String {
     ])
 }
 
-fn stage_text(stage: &str) -> &str {
-    match stage {
+fn stage_text(rotation: &proto::GroupRotation) -> &'static str {
+    // Servers take note of the count once a minute; a switch counts by itself.
+    let enough = u128::from(rotation.acknowledged) * 100 >= u128::from(rotation.members) * u128::from(rotation.threshold_percent);
+    match rotation.stage.as_str() {
+        "rolling-out" if enough && rotation.members > 0 => "may switch: enough members have it",
         "rolling-out" => "rolling out: too few members have it to switch",
         "may-switch" => "may switch: enough members have it",
         "switched" => "switched: the former version is for members that are left behind",
