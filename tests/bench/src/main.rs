@@ -341,7 +341,7 @@ impl Measuring<'_> {
     /// New keys for meters. Last: each meter has one transfer under way then.
     async fn transfers(&mut self) -> Result<(), Failure> {
         let run = self.island.prepare_transfers(self.time, self.meters).await?;
-        self.report.add(TRANSFERS, "key_transfer prepared, 1,000 a call, 2 in flight", "keys/s", self.module, run.rate());
+        self.report.add(TRANSFERS, "key_transfer prepared, 1,000 a call, 4 in flight", "keys/s", self.module, run.rate());
         self.report.processor(self.module, "key_transfer prepared", &run);
         // The server derives by SP 800-108 where the module has it.
         let raw = if self.raw.contains_key(raw::TRANSFER_SP800_108) { raw::TRANSFER_SP800_108 } else { raw::TRANSFER_CBC };

@@ -84,4 +84,4 @@ impl Island {
 /// Orders of one call.
 const MOST_ORDERS: u64 = 1_000;
 /// Calls in flight.
-const CALLS: usize = 2;
+const CALLS: usize = 4;
