@@ -315,8 +315,9 @@ pub fn drop_task(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitle
 /// A row was not read yet.
 pub fn pass_on_task(view: &mut View<'_, '_>, campaign: CampaignId, meter: SystemTitle, head_end: Option<&PrincipalId>) -> Result<(), ServiceError> {
     let clock = view.clock()?;
-    if let Some(mut row) = view.task(TaskKey { campaign, meter })?.filter(|row| !row.task.state.is_final()) {
-        row.head_end = head_end.map(ToString::to_string);
+    let assigned = head_end.map(ToString::to_string);
+    if let Some(mut row) = view.task(TaskKey { campaign, meter })?.filter(|row| !row.task.state.is_final() && row.head_end != assigned) {
+        row.head_end = assigned;
         if head_end.is_some() {
             row.task.pass_on(clock);
         } else {
