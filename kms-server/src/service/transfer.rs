@@ -17,8 +17,8 @@ use aws_lc_rs::digest;
 use futures::{StreamExt, TryStreamExt, stream};
 use kms_domain::{
     CampaignTask, Confirmation, CounterPlace, ExposureReason, Finding, GroupId, KeyOrigin, KeyPair, KeyShape, KeyState, KeyType, KeyVersionNumber, Meter,
-    NewKeyOrigin, NewKeyVersion, Next, Observation, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, TaskWork, Transfer,
-    TransferError, TransferForm, TransferId, TransferOrder, WrappedKey,
+    NewKeyOrigin, NewKeyVersion, Next, Observation, OnNewKey, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, TaskWork,
+    Transfer, TransferError, TransferForm, TransferId, TransferOrder, WrappedKey,
 };
 use kms_proto::v1::{HeldVersion, SecurityEvent, TransferAdvance, TransfersAdvanced, audit_record::Event};
 use kms_store::{Reads, RequestKey, RequestRow};
@@ -550,8 +550,8 @@ fn extend_by_tasks<'a>(reads: &mut Reads, meters: impl Iterator<Item = &'a Arc<M
     }
 }
 
-/// I4: a counter that only an unauthenticated answer names is followed within the device profile's cap, or as far as this system itself has counted under
-/// another version: there a meter was before its key changed, and nothing is used up by it.
+/// I4: a counter that only an unauthenticated answer names is followed within the device profile's cap. Where counters go on when a key changes, also as far as
+/// this system itself has counted under another version: the next reservation begins there anyway, so a forged answer uses up nothing more.
 fn follow_counter(
     view: &mut View<'_, '_>,
     island: &Island,
@@ -563,7 +563,7 @@ fn follow_counter(
     let cap = island.profiles.get(&meter.class.profile).and_then(|profile| profile.setup(transfer.setup)).map_or(0, |setup| setup.counter.jump_cap);
     let of = step_counter(island, meter, transfer, pair)?;
     let floor = u64::from(last_accepted) + 1;
-    let cap = if floor <= view.dealt_below(of)? { None } else { Some(cap) };
+    let cap = if of.on_new_key == OnNewKey::Continue && floor <= view.dealt_below(of)? { None } else { Some(cap) };
     let changed = Arc::make_mut(meter);
     let slot = changed.slots.get_mut(transfer.setup, KeyType::GUEK).map_err(|error| ServiceError::Internal(error.to_string()))?;
     let version = slot.version_mut(pair.encryption).map_err(|error| ServiceError::Internal(error.to_string()))?;
