@@ -21,6 +21,7 @@ mod profile;
 mod proposal;
 mod quota;
 mod retention;
+mod root;
 mod row;
 mod seal;
 mod secret;
@@ -59,6 +60,9 @@ pub use profile::{
 pub use proposal::{DestroyRoot, Proposal, ProposalContent, ProposalEnd, ProposalError, ProposalState, ProposedAction, RaiseCounter, RootKind};
 pub use quota::{QuotaExceeded, QuotaHour, QuotaLimit, QuotaName, QuotaUse};
 pub use retention::{ExpiredKeys, Retention};
+pub use root::{
+    PassPage, RootEntry, RootError, RootId, RootLedger, RootPurpose, RootRotation, RootRotationState, RootStanding, RowPlace,
+};
 pub use row::RowError;
 pub use seal::{FingerprintKey, Generation, RowId, RowSeal, SealError, SealKey, SealRootKey, row_digest};
 pub use secret::EncodedSecret;

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use crate::{DatabaseHistory, IslandName, KeyClass, KeyDerivation, ParseError, PrincipalId, Role, SystemTitle, UnixMillis};
+use crate::{DatabaseHistory, IslandName, KeyClass, KeyDerivation, ParseError, PrincipalId, Role, RootLedger, SystemTitle, UnixMillis};
 
 /// A head-end, officer, auditor, handheld or manufacturer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -123,12 +123,14 @@ pub struct Island {
     pub kind: IslandKind,
     /// The roots of each class in [`KeyClass::WITH_ROOTS`] that was made, each class once.
     pub classes: Vec<ClassRoots>,
-    /// The version of the seal root, from 1.
+    /// The version of the seal root that rows are sealed under, from 1.
     pub seal_key_version: u8,
     /// SHA-256 of the escrow public key's SubjectPublicKeyInfo; `None` if the roots were never escrowed.
     pub escrow_fingerprint: Option<[u8; 32]>,
     /// What is known of the database's history (I4).
     pub history: DatabaseHistory,
+    /// Versions of roots that were made after the ceremony, and which are in use.
+    pub ledger: RootLedger,
     /// When the ceremony made it.
     pub created: UnixMillis,
 }
@@ -154,7 +156,7 @@ pub enum IslandKind {
 pub struct ClassRoots {
     /// The class.
     pub class: KeyClass,
-    /// The diversification roots, oldest first; empty where the module derives nothing.
+    /// The diversification roots that keys were ever derived from, oldest first; empty where the module derives nothing.
     pub diversification: Vec<DiversificationRoot>,
     /// The version of the storage KEK that wraps new keys, from 1.
     pub storage_kek_version: u8,

@@ -11,6 +11,7 @@ mod owner;
 mod principal;
 mod proposal;
 mod quota;
+mod root;
 mod slot;
 mod transfer;
 

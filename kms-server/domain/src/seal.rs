@@ -6,7 +6,8 @@ use aws_lc_rs::{digest, hmac};
 use zeroize::Zeroizing;
 
 use crate::{
-    CampaignId, CounterDomainId, CounterJump, DeviceTypeId, GroupId, IslandName, ParseError, PrincipalId, ProposalId, RequestId, SystemTitle, WriterId,
+    CampaignId, CounterDomainId, CounterJump, DeviceTypeId, GroupId, IslandName, ParseError, PrincipalId, ProposalId, RequestId, RootId, SystemTitle,
+    WriterId,
 };
 
 /// What a sealed row is about: kind and id, both part of the seal, so that a row cannot be copied to another identity.
@@ -30,6 +31,8 @@ pub enum RowId {
     Campaign(CampaignId),
     /// Kind 12: a proposal.
     Proposal(ProposalId),
+    /// Kind 9: the rotation to a version of a root.
+    RootRotation(RootId),
 }
 
 impl RowId {
@@ -45,10 +48,12 @@ impl RowId {
             Self::QuotaUse(_) => 7,
             Self::Campaign(_) => 8,
             Self::Proposal(_) => 12,
+            Self::RootRotation(_) => 9,
         }
     }
 
-    /// Calls `read` with the id's octets: 8 (meter, group, device type), 16 (counter domain, campaign, proposal), or a name in UTF-8 (at most 123).
+    /// Calls `read` with the id's octets: 8 (meter, group, device type), 16 (counter domain, campaign, proposal), 2 (root rotation), or a name in
+    /// UTF-8 (at most 123).
     fn with_octets<T>(&self, read: impl FnOnce(&[u8]) -> T) -> T {
         match self {
             Self::Meter(title) => read(&title.octets()),
@@ -58,6 +63,7 @@ impl RowId {
             Self::Island(island) => read(island.as_str().as_bytes()),
             Self::Campaign(campaign) => read(&campaign.octets()),
             Self::Proposal(proposal) => read(&proposal.octets()),
+            Self::RootRotation(root) => read(&root.octets()),
         }
     }
 }
@@ -74,6 +80,7 @@ impl fmt::Display for RowId {
             Self::QuotaUse(principal) => write!(f, "quota use of {principal}"),
             Self::Campaign(campaign) => write!(f, "campaign {campaign}"),
             Self::Proposal(proposal) => write!(f, "proposal {proposal}"),
+            Self::RootRotation(root) => write!(f, "root rotation {root}"),
         }
     }
 }

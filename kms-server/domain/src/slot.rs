@@ -301,6 +301,24 @@ impl Slot {
         released
     }
 
+    /// Puts the wrap of a version under another storage KEK into the place of `old`. The key stays what it is, with its fingerprint, counters and
+    /// exposures. False: the version holds `old` no more, and nothing was changed.
+    ///
+    /// # Errors
+    /// There is no such version, or `new` cannot hold the same key.
+    pub fn rewrap(&mut self, number: KeyVersionNumber, old: &WrappedKey, new: WrappedKey) -> Result<bool, SlotError> {
+        let version = self.version_mut(number)?;
+        match &version.material {
+            KeyMaterial::Wrapped(held) if held == old => {}
+            _ => return Ok(false),
+        }
+        if old.shape() != new.shape() || old.blob().len() != new.blob().len() {
+            return Err(SlotError::Material { number });
+        }
+        version.material = KeyMaterial::Wrapped(new);
+        Ok(true)
+    }
+
     /// Where a new version's counter starts if the meter goes on counting when its key changes: above all earlier versions.
     /// Pass it as `at_least` to [`Counters::reserve`]. Versions in a domain do not count here: ask the domain. `jump` is the island's.
     pub fn continued_counter(&self, key: CounterKey, jump: CounterJump) -> u64 {
@@ -558,6 +576,21 @@ mod tests {
         slot.transition(first, KeyState::Destroyed, NOW).unwrap();
         assert_eq!(granted(&slot), [(2, Standing::Active)]);
         assert_eq!(slot.next_number().number(), 3);
+    }
+
+    #[test]
+    fn a_wrap_is_replaced_only_by_one_of_the_same_key_that_it_was_made_from() {
+        let mut slot = slot();
+        let number = slot.add_version(generated(KeyState::Active), NOW).unwrap();
+        let wrap = |kek, octet: u8, octets: usize| WrappedKey::new(KeyType::GUEK, kek, Bytes::from(vec![octet; octets])).unwrap();
+        let (old, new) = (wrap(1, 9, 24), wrap(2, 7, 24));
+        assert_eq!(slot.rewrap(number, &old, wrap(2, 7, 40)), Err(SlotError::Material { number }));
+        assert_eq!(slot.rewrap(number, &old, new.clone()), Ok(true));
+        assert_eq!(slot.version(number).unwrap().material(), &KeyMaterial::Wrapped(new.clone()));
+        // A server that was slower finds that there is nothing to do.
+        assert_eq!(slot.rewrap(number, &old, wrap(2, 8, 24)), Ok(false));
+        slot.transition(number, KeyState::Compromised, NOW).unwrap();
+        assert_eq!(slot.rewrap(number, &new, wrap(3, 8, 24)), Ok(true), "whatever its state, it may be needed");
     }
 
     #[test]

@@ -244,6 +244,7 @@ fn groups_device_types_principals_and_the_island_come_back() {
         seal_key_version: 1,
         escrow_fingerprint: Some([6; 32]),
         history: DatabaseHistory { timeline: Some(Timeline { cluster: -7, number: 2 }), restores: 1, jump: CounterJump::new(1 << 24) },
+        ledger: RootLedger::default(),
         created: NOW,
     };
     assert_eq!(Island::from_row(island.name.clone(), island.to_row().into()).unwrap(), island);

@@ -166,6 +166,90 @@ pub fn create_roots(
     })
 }
 
+/// A version of a root that is made after the ceremony.
+#[derive(Clone, Debug)]
+pub struct NewRoot {
+    /// The island.
+    pub island: IslandName,
+    /// Purpose and version. A symmetric root, or [`Purpose::VendorTransport`].
+    pub key: TokenKey,
+    /// The escrow key of the ceremony, DER: it must be the one that the token holds.
+    pub escrow_public_key: Vec<u8>,
+    /// The standby tokens of the ceremony that get a copy, by their numbers, from 0.
+    pub standby: Vec<u8>,
+}
+
+/// What came of a new version of a root.
+#[derive(Clone, Debug)]
+pub struct NewRootResult {
+    /// Its fingerprint.
+    pub fingerprint: KeyFingerprint,
+    /// How a diversification root derives.
+    pub derivation: Option<KeyDerivation>,
+    /// As it was given to be stored; none for a key pair, which never leaves.
+    pub package: Option<EscrowPackage>,
+}
+
+/// Makes another version of a root: a symmetric one is wrapped for the escrow key and for standby tokens, stored by `persist`, and then locked, as in
+/// [`create_roots`]; a key pair is made and never leaves. Run again after an interruption with the package that was stored then, it goes on.
+/// Blocking; not while the token is in use in this process.
+///
+/// No security officer is needed: the keys that roots may leave under are in the token since the ceremony, and none is added here.
+///
+/// # Errors
+/// [`HsmError::Ceremony`] names what is in the way and what to do; other errors are the token's.
+pub fn create_root_version(
+    module: &Module,
+    token: &TokenSelector,
+    user_pin: &Pin,
+    new: &NewRoot,
+    previous: Option<&EscrowPackage>,
+    persist: impl FnOnce(&EscrowPackage) -> Result<(), String>,
+) -> Result<NewRootResult, HsmError> {
+    let escrow = RsaPublicKey::parse(&new.escrow_public_key)?;
+    let slot = find_slot(module, token)?;
+    let (capabilities, oaep_hash) = capabilities(module, slot, user_pin)?;
+    logged_in(module, slot, CKU_USER, user_pin, |session| {
+        if new.key.purpose == Purpose::VendorTransport {
+            let public = rsa_pair(session, &new.island, new.key)?;
+            let value = digest(&SHA256, &rsa_public_key_der(session, public)?.unwrap_or_default()).as_ref().to_vec();
+            let fingerprint = KeyFingerprint { label: new.key.label(&new.island), kind: "SHA-256", value };
+            return Ok(NewRootResult { fingerprint, derivation: None, package: None });
+        }
+        let class = match new.key.purpose {
+            Purpose::Diversification(class) | Purpose::StorageKek(class) => Some(class),
+            Purpose::Seal => None,
+            other => return Err(HsmError::invalid("root", format!("`{other}` has no versions"))),
+        };
+        let mut recipients = vec![(TokenKey::first(Purpose::Escrow), escrow)];
+        for number in &new.standby {
+            let key = TokenKey::first(Purpose::StandbyRecipient(*number));
+            let object = find_one(session, &key.label(&new.island), CKO_PUBLIC_KEY)?;
+            recipients.push((key, RsaPublicKey::parse(&rsa_public_key_der(session, object)?.unwrap_or_default())?));
+        }
+        let trusted = known_recipients(session, &new.island, &recipients)?;
+        let classes: Vec<KeyClass> = class.into_iter().collect();
+        let standby = new.standby.iter().map(|_| StandbyToken { public_key: Vec::new(), classes: classes.clone() }).collect();
+        let plan = CeremonyPlan { island: new.island.clone(), classes, general: false, escrow_public_key: new.escrow_public_key.clone(), standby };
+        let ceremony = Ceremony { session, plan: &plan, capabilities: &capabilities, oaep_hash, trusted: trusted && capabilities.wrap_with_trusted };
+        let root = ceremony.root(new.key, previous)?;
+        let mut wrapped = recipients
+            .iter()
+            .enumerate()
+            .map(|(index, (key, recipient))| ceremony.wrap_all(*key, recipient, std::slice::from_ref(&root), previous, index))
+            .collect::<Result<Vec<_>, _>>()?;
+        let package = EscrowPackage { island: new.island.clone(), escrow: wrapped.remove(0), standby: wrapped };
+        persist(&package).map_err(|reason| HsmError::Ceremony {
+            reason: format!("the escrow package could not be stored ({reason}); the new root is not locked"),
+            next_step: "make room for the package and run the command again".to_owned(),
+        })?;
+        ceremony.lock(&root)?;
+        let fingerprint = KeyFingerprint { label: new.key.label(&new.island), kind: "check value", value: root.check_value };
+        let derivation = capabilities.key_derivation().filter(|_| matches!(new.key.purpose, Purpose::Diversification(_)));
+        Ok(NewRootResult { fingerprint, derivation, package: Some(package) })
+    })
+}
+
 /// Makes the key pair under which a standby token receives roots: DER of its SubjectPublicKeyInfo, for the plan of the ceremony.
 /// Run again, it gives the same key. Blocking; not while the token is in use in this process.
 ///
@@ -434,6 +518,23 @@ fn install_recipients(session: &Session, island: &IslandName, recipients: &[(Tok
             }
             Err(error) => return Err(error),
         }
+    }
+    Ok(all_trusted)
+}
+
+/// Checks that the token holds these keys, which the security officer put there in the ceremony. Whether all are trusted.
+fn known_recipients(session: &Session, island: &IslandName, recipients: &[(TokenKey, RsaPublicKey)]) -> Result<bool, HsmError> {
+    let mut all_trusted = true;
+    for (key, public) in recipients {
+        let label = key.label(island);
+        let object = find_one(session, &label, CKO_PUBLIC_KEY)?;
+        if !session.attribute(object, CKA_MODULUS)?.unwrap_or_default().ends_with(&public.modulus) {
+            return Err(HsmError::Ceremony {
+                reason: format!("the key `{label}` in the token is not that of the escrow file"),
+                next_step: "give the newest escrow file of this island's ceremony".to_owned(),
+            });
+        }
+        all_trusted &= session.flag(object, CKA_TRUSTED)? == Some(true);
     }
     Ok(all_trusted)
 }

@@ -1,7 +1,7 @@
 //! The verbs that the services need. Each call of a verb is one item in the queue of one token.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use cryptoki_sys::CKM_ECDSA;
@@ -11,7 +11,7 @@ use zeroize::Zeroizing;
 use crate::envelope::{Agreement, Envelope, Recipient, WrappedKey, public_point};
 use crate::error::HsmError;
 use crate::frame::{FrameInput, FrameKeys, ProtectedFrame, each};
-use crate::import::{BatchKey, ImportJob, ImportRefusal, StoredKey};
+use crate::import::{BatchKey, ImportJob, ImportRefusal, StorageKekVersions, StoredKey};
 use crate::inventory::{InventoryObject, inventory};
 use crate::label::{Purpose, RootVersion, TokenKey};
 use crate::pin::PinMemory;
@@ -27,7 +27,7 @@ pub struct Hsm {
     tokens: HashMap<KeyClass, Token>,
     /// The token of keys that belong to no class: seal root, fingerprint KEK, audit signing key, vendor transport key.
     general: Token,
-    storage_kek_version: RootVersion,
+    storage_keks: Arc<RwLock<StorageKekVersions>>,
 }
 
 impl Hsm {
@@ -44,14 +44,16 @@ impl Hsm {
     /// Tokens that are started already: `general` for the keys of no class, `tokens` for the others. A class without a token is not
     /// served: what needs it answers [`HsmError::NotServed`].
     pub fn of_tokens(island: IslandName, general: Token, tokens: HashMap<KeyClass, Token>) -> Self {
-        Self { island, tokens, general, storage_kek_version: RootVersion::FIRST }
+        Self { island, tokens, general, storage_keks: Arc::new(RwLock::new(StorageKekVersions::FIRST)) }
     }
 
-    /// Stores new and imported keys under this version of the storage KEKs, instead of the first.
-    #[must_use]
-    pub fn with_storage_kek_version(mut self, version: RootVersion) -> Self {
-        self.storage_kek_version = version;
-        self
+    /// Stores new and imported keys of a class under this version of its storage KEK from now on, instead of the first. Counts for all clones.
+    pub fn use_storage_kek(&self, class: KeyClass, version: RootVersion) {
+        self.storage_keks.write().unwrap_or_else(PoisonError::into_inner).set(class, version);
+    }
+
+    fn storage_keks(&self) -> StorageKekVersions {
+        *self.storage_keks.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The island.
@@ -193,8 +195,8 @@ impl Hsm {
     /// # Errors
     /// Trouble of the HSM: the whole batch can be tried again.
     pub async fn import_keys(&self, batch: BatchKey, jobs: Vec<ImportJob>) -> Result<Vec<Result<StoredKey, ImportRefusal>>, HsmError> {
-        let version = self.storage_kek_version;
-        self.importing_token()?.run("import", move |worker| worker.import_keys(&batch, &jobs, version)).await
+        let versions = self.storage_keks();
+        self.importing_token()?.run("import", move |worker| worker.import_keys(&batch, &jobs, versions)).await
     }
 
     /// Makes a random AES key and stores it under the storage KEK of its type's class.
@@ -202,7 +204,7 @@ impl Hsm {
     /// # Errors
     /// Missing roots, or trouble of the HSM.
     pub async fn generate_stored(&self, key_type: KeyType, length: KeyLength) -> Result<StoredKey, HsmError> {
-        let version = self.storage_kek_version;
+        let version = self.storage_keks().of(key_type.class());
         self.token(key_type.class())?.clone().run("generate", move |worker| worker.generate_stored(key_type, length, version)).await
     }
 
@@ -211,8 +213,46 @@ impl Hsm {
     /// # Errors
     /// A refused blob, missing roots, or trouble of the HSM.
     pub async fn rewrap_stored(&self, source: KeySource) -> Result<StoredKey, HsmError> {
-        let version = self.storage_kek_version;
+        let version = self.storage_keks().of(source.class());
         self.token(source.class())?.clone().run("rewrap", move |worker| worker.rewrap(&source, version)).await
+    }
+
+    /// Wraps keys anew under this version of their class's storage KEK; one result each. Every new wrap is opened again inside the HSM, and what
+    /// comes out is compared, before it is given.
+    ///
+    /// # Errors
+    /// Keys of two tokens, or trouble of the HSM: the whole batch can be tried again.
+    pub async fn rewrap_batch(&self, sources: Vec<KeySource>, version: RootVersion) -> Result<Vec<Result<StoredKey, HsmError>>, HsmError> {
+        let token = self.token_of_all(sources.iter().map(KeySource::class))?.clone();
+        token.run("rewrap", move |worker| each(&sources, |source| worker.rewrap(source, version))).await
+    }
+
+    /// Whether the token that serves it holds this key: the secret key, or the private key of a pair.
+    ///
+    /// # Errors
+    /// [`HsmError::NotServed`], two keys of one name, or trouble of the HSM.
+    pub async fn has_key(&self, key: TokenKey) -> Result<bool, HsmError> {
+        let token = self.token_of_key(key)?.clone();
+        token
+            .run("find", move |worker| match worker.token_key(key) {
+                Ok(_) => Ok(true),
+                Err(HsmError::KeyMissing { .. }) => Ok(false),
+                Err(error) => Err(error),
+            })
+            .await
+    }
+
+    /// Destroys a root in every token of this server that holds it: all objects of its name. How many there were. It cannot be undone, and that
+    /// nothing needs the root is for the caller to know.
+    ///
+    /// # Errors
+    /// Trouble of the HSM.
+    pub async fn destroy_root(&self, key: TokenKey) -> Result<usize, HsmError> {
+        let mut destroyed = 0;
+        for token in self.all_tokens() {
+            destroyed += token.run("destroy-root", move |worker| worker.destroy_token_key(key)).await?;
+        }
+        Ok(destroyed)
     }
 
     /// The vendor transport key of this version: DER of its SubjectPublicKeyInfo (RSA, RFC 3279).
@@ -314,6 +354,15 @@ impl Hsm {
             Purpose::Ca => self.token(KeyClass::Ca),
             Purpose::AuditSign => Ok(&self.general),
             other => Err(HsmError::invalid("signing key", format!("`{other}` is not a signing key"))),
+        }
+    }
+
+    fn token_of_key(&self, key: TokenKey) -> Result<&Token, HsmError> {
+        match key.purpose {
+            Purpose::Diversification(class) | Purpose::StorageKek(class) => self.token(class),
+            Purpose::Ca => self.token(KeyClass::Ca),
+            Purpose::VendorTransport => self.importing_token(),
+            _ => Ok(&self.general),
         }
     }
 

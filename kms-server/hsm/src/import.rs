@@ -58,6 +58,29 @@ pub struct StoredKey {
     pub fingerprint_wrap: Vec<u8>,
 }
 
+/// The versions of the storage KEKs that new keys are wrapped under.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct StorageKekVersions([RootVersion; KeyClass::WITH_ROOTS.len()]);
+
+impl StorageKekVersions {
+    /// The first of each class.
+    pub(crate) const FIRST: Self = Self([RootVersion::FIRST; KeyClass::WITH_ROOTS.len()]);
+
+    /// The version of a class.
+    pub(crate) fn of(self, class: KeyClass) -> RootVersion {
+        KeyClass::WITH_ROOTS.into_iter().zip(self.0).find(|(known, _)| *known == class).map_or(RootVersion::FIRST, |(_, version)| version)
+    }
+
+    /// Sets the version of a class.
+    pub(crate) fn set(&mut self, class: KeyClass, version: RootVersion) {
+        for (known, place) in KeyClass::WITH_ROOTS.into_iter().zip(&mut self.0) {
+            if known == class {
+                *place = version;
+            }
+        }
+    }
+}
+
 /// Why one key of a shipment is refused.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ImportRefusal {
@@ -78,7 +101,7 @@ impl Worker {
         &self,
         batch: &BatchKey,
         jobs: &[ImportJob],
-        storage_kek_version: RootVersion,
+        storage_keks: StorageKekVersions,
     ) -> Result<Vec<Result<StoredKey, ImportRefusal>>, HsmError> {
         let batch_key = self.batch_key(batch)?;
         let mut results = Vec::with_capacity(jobs.len());
@@ -92,7 +115,7 @@ impl Worker {
             };
             let result = self
                 .unwrap_key(batch_key, job.shape, &job.wrapped, Handling::Wrap)
-                .and_then(|key| self.store(key.object(), octets, job.key_type.class(), storage_kek_version));
+                .and_then(|key| self.store(key.object(), octets, job.key_type.class(), storage_keks.of(job.key_type.class())));
             results.push(match result {
                 Ok(stored) => Ok(stored),
                 Err(error) if concerns_all(&error) => return Err(error),
@@ -112,7 +135,21 @@ impl Worker {
     /// The key of `source` wrapped anew under another version of its class's storage KEK.
     pub(crate) fn rewrap(&self, source: &KeySource, storage_kek_version: RootVersion) -> Result<StoredKey, HsmError> {
         let (key, octets) = self.key(source, Handling::Wrap)?;
-        self.store(key.object(), octets, source.class(), storage_kek_version)
+        let stored = self.store(key.object(), octets, source.class(), storage_kek_version)?;
+        drop(key);
+        // The old wrap will be forgotten, so the new one is opened before it is believed (I3): what comes out must be the same key.
+        let shape = match source {
+            KeySource::Diversified { context, .. } => KeyShape::Aes(context.length),
+            KeySource::Stored { shape, .. } => *shape,
+            KeySource::Fresh(length) => KeyShape::Aes(*length),
+        };
+        let kek = self.token_key(TokenKey { purpose: Purpose::StorageKek(source.class()), version: storage_kek_version })?;
+        let opened = self.unwrap_key(kek, shape, &stored.blob, Handling::Wrap)?;
+        let fingerprint_kek = self.token_key(TokenKey::first(Purpose::FingerprintKek))?;
+        if self.wrap(fingerprint_kek, opened.object(), octets)? != stored.fingerprint_wrap {
+            return Err(HsmError::invalid("storage KEK", "a key that was wrapped under it did not come out as the same key; do not use it"));
+        }
+        Ok(stored)
     }
 
     fn store(&self, key: crate::raw::Object, octets: usize, class: KeyClass, storage_kek_version: RootVersion) -> Result<StoredKey, HsmError> {

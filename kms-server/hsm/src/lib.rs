@@ -28,8 +28,8 @@ mod transfer;
 mod worker;
 
 pub use ceremony::{
-    CeremonyPlan, CeremonyResult, EscrowPackage, KeyFingerprint, StandbyToken, WrappedRoot, WrappedRoots, create_roots, create_standby_transport,
-    install_wrapped_roots,
+    CeremonyPlan, CeremonyResult, EscrowPackage, KeyFingerprint, NewRoot, NewRootResult, StandbyToken, WrappedRoot, WrappedRoots, create_root_version,
+    create_roots, create_standby_transport, install_wrapped_roots,
 };
 pub use envelope::{Agreement, AgreementLimits, Envelope, EnvelopeAlgorithm, Recipient, WrappedKey};
 pub use error::{ErrorKind, HsmError};

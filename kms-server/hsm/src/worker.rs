@@ -199,6 +199,17 @@ impl Worker {
         Ok(object)
     }
 
+    /// Destroys all token objects of a key's name, and forgets their handles.
+    pub(crate) fn destroy_token_key(&self, key: TokenKey) -> Result<usize, HsmError> {
+        let label = key.label(&self.island);
+        let objects = self.session.find(Template::empty().flag(CKA_TOKEN, true).octets(CKA_LABEL, label.as_bytes()).as_slice())?;
+        for object in &objects {
+            self.session.destroy(*object)?;
+        }
+        self.token_keys.borrow_mut().retain(|(known, _), _| *known != key);
+        Ok(objects.len())
+    }
+
     fn diversify(&self, root: Object, derivation: KeyDerivation, context: &DiversificationContext, handling: Handling) -> Result<Temporary<'_>, HsmError> {
         let octets = context.length.octets() as CK_ULONG;
         let template = handling.apply(Template::session_key(KeyShape::Aes(context.length)).number(CKA_VALUE_LEN, &octets));

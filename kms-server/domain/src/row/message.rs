@@ -354,8 +354,77 @@ pub(super) struct IslandRow {
     /// 0: not known.
     #[prost(uint32, tag = "8")]
     pub(super) timeline: u32,
+    /// Versions of roots made after the ceremony, and those destroyed.
+    #[prost(message, repeated, tag = "9")]
+    pub(super) made_roots: Vec<MadeRootRow>,
+    /// 0: 1.
+    #[prost(uint32, tag = "10")]
+    pub(super) oldest_seal_key_version: u32,
+    /// 0: 1.
+    #[prost(uint32, tag = "11")]
+    pub(super) vendor_transport_version: u32,
+    /// 0: 1.
+    #[prost(uint32, tag = "12")]
+    pub(super) oldest_vendor_transport_version: u32,
     #[prost(int64, tag = "15")]
     pub(super) created: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct MadeRootRow {
+    /// Purpose and version, an octet each.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub(super) id: Bytes,
+    /// 0 none, 1 SP 800-108, 2 AES-CBC.
+    #[prost(uint32, tag = "2")]
+    pub(super) derivation: u32,
+    #[prost(int64, tag = "3")]
+    pub(super) made: i64,
+    #[prost(bytes = "vec", tag = "4")]
+    pub(super) fingerprint: Vec<u8>,
+    /// 0: not destroyed.
+    #[prost(int64, tag = "5")]
+    pub(super) destroyed: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct RootRotationRow {
+    /// 1 running, 2 paused, 3 finished.
+    #[prost(uint32, tag = "1")]
+    pub(super) state: u32,
+    #[prost(int64, tag = "2")]
+    pub(super) since: i64,
+    #[prost(string, tag = "3")]
+    pub(super) reason: String,
+    #[prost(string, tag = "4")]
+    pub(super) requested_by: String,
+    #[prost(uint32, tag = "5")]
+    pub(super) rows_per_second: u32,
+    #[prost(uint64, tag = "6")]
+    pub(super) rows: u64,
+    #[prost(uint32, tag = "7")]
+    pub(super) round: u32,
+    #[prost(uint32, tag = "8")]
+    pub(super) stage: u32,
+    #[prost(bytes = "vec", tag = "9")]
+    pub(super) after: Vec<u8>,
+    #[prost(uint64, tag = "10")]
+    pub(super) looked: u64,
+    #[prost(uint64, tag = "11")]
+    pub(super) changed: u64,
+    #[prost(uint64, tag = "12")]
+    pub(super) refused: u64,
+    #[prost(uint64, tag = "13")]
+    pub(super) all_changed: u64,
+    #[prost(uint64, tag = "14")]
+    pub(super) keys: u64,
+    /// Empty: nobody.
+    #[prost(bytes = "bytes", tag = "16")]
+    pub(super) leader: Bytes,
+    #[prost(int64, tag = "17")]
+    pub(super) lead_until: i64,
+    #[prost(int64, tag = "18")]
+    pub(super) began: i64,
 }
 
 #[derive(Clone, PartialEq, Message)]

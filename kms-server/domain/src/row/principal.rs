@@ -6,13 +6,14 @@ use prost::Message;
 use super::{
     RowError,
     message::{CertificateRow, ClassRow, IslandRow, PrincipalRow, RootRow, TransportRow},
+    root::{made_roots, made_roots_rows},
     moment, octets,
     slot::derivation_number,
     version,
 };
 use crate::{
     ClassRoots, CounterJump, DatabaseHistory, DiversificationRoot, Island, IslandKind, IslandName, KeyClass, KeyDerivation, PersonName, Principal,
-    PrincipalCertificate, PrincipalId, PrincipalStatus, SystemTitle, Timeline, TransportCertificate, UnixMillis,
+    PrincipalCertificate, PrincipalId, PrincipalStatus, RootLedger, SystemTitle, Timeline, TransportCertificate, UnixMillis,
 };
 
 impl Principal {
@@ -104,15 +105,14 @@ impl Island {
         let escrow_fingerprint = if row.escrow_fingerprint.is_empty() { None } else { Some(octets("escrow fingerprint", &row.escrow_fingerprint)?) };
         let timeline = (row.timeline != 0).then_some(Timeline { cluster: row.cluster, number: row.timeline });
         let history = DatabaseHistory { timeline, restores: row.restores, jump: CounterJump::new(row.jump) };
-        Ok(Self {
-            name,
-            kind,
-            classes,
-            seal_key_version: version("seal key", row.seal_key_version)?,
-            escrow_fingerprint,
-            history,
-            created: moment(row.created)?,
-        })
+        let seal_key_version = version("seal key", row.seal_key_version)?;
+        let ledger = RootLedger {
+            entries: made_roots(row.made_roots)?,
+            oldest_seal_key_version: version("oldest seal key", row.oldest_seal_key_version.max(1))?,
+            vendor_transport_version: version("vendor transport key", row.vendor_transport_version.max(1))?,
+            oldest_vendor_transport_version: version("oldest vendor transport key", row.oldest_vendor_transport_version.max(1))?,
+        };
+        Ok(Self { name, kind, classes, seal_key_version, escrow_fingerprint, history, ledger, created: moment(row.created)? })
     }
 
     /// The body of the island's row.
@@ -134,6 +134,10 @@ impl Island {
             jump: self.history.jump.counters(),
             cluster: self.history.timeline.map_or(0, |timeline| timeline.cluster),
             timeline: self.history.timeline.map_or(0, |timeline| timeline.number),
+            made_roots: made_roots_rows(&self.ledger.entries),
+            oldest_seal_key_version: unless_first(self.ledger.oldest_seal_key_version),
+            vendor_transport_version: unless_first(self.ledger.vendor_transport_version),
+            oldest_vendor_transport_version: unless_first(self.ledger.oldest_vendor_transport_version),
             created: self.created.0,
         }
         .encode_to_vec()
@@ -177,6 +181,11 @@ impl TryFrom<ClassRow> for ClassRoots {
         }
         Ok(Self { class, diversification, storage_kek_version: version("storage KEK", row.storage_kek_version)? })
     }
+}
+
+/// The first version is the rule, and costs nothing.
+const fn unless_first(version: u8) -> u32 {
+    if version == 1 { 0 } else { version as u32 }
 }
 
 const fn class_number(class: KeyClass) -> u32 {
