@@ -2,6 +2,7 @@
 
 mod campaign;
 mod proposal;
+mod roots;
 
 use std::path::PathBuf;
 
@@ -13,6 +14,7 @@ use kms_proto::v1::Purpose;
 pub(crate) use self::{
     campaign::{ActionArguments, CampaignCommand, CreateCampaign, SelectionArguments, TermsArguments},
     proposal::ProposalCommand,
+    roots::RootsCommand,
 };
 use crate::output::Format;
 
@@ -66,6 +68,9 @@ pub(crate) enum Command {
     /// Dangerous actions that wait for the approval of another person
     #[command(subcommand)]
     Proposal(ProposalCommand),
+    /// The island's own roots: versions, what uses them, rotation
+    #[command(subcommand)]
+    Roots(RootsCommand),
     /// Who holds keys
     #[command(subcommand)]
     Grant(GrantCommand),

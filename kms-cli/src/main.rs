@@ -88,6 +88,7 @@ async fn run(command: Command, context: Context) -> Result<(), Failure> {
         Command::Principal(command) => commands::principal::run(command, &context).await,
         Command::Campaign(command) => commands::campaign::run(command, &context).await,
         Command::Proposal(command) => commands::proposal::run(command, &context).await,
+        Command::Roots(command) => commands::roots::run(command, &context).await,
         Command::Grant(command) => commands::grant::run(command, &context).await,
         Command::Audit(command) => commands::audit::run(command, &context).await,
         Command::Hsm(command) => commands::hsm::run(command, &context).await,

@@ -7,8 +7,8 @@ use kms_proto::v1::{
     audit_service_client::AuditServiceClient, campaign_service_client::CampaignServiceClient, device_type_service_client::DeviceTypeServiceClient,
     frame_service_client::FrameServiceClient, grant_service_client::GrantServiceClient, group_service_client::GroupServiceClient,
     hsm_service_client::HsmServiceClient, meter_service_client::MeterServiceClient, principal_service_client::PrincipalServiceClient,
-    proposal_service_client::ProposalServiceClient, shipment_service_client::ShipmentServiceClient, task_service_client::TaskServiceClient,
-    transfer_service_client::TransferServiceClient,
+    proposal_service_client::ProposalServiceClient, root_service_client::RootServiceClient, shipment_service_client::ShipmentServiceClient,
+    task_service_client::TaskServiceClient, transfer_service_client::TransferServiceClient,
 };
 use rustls::{
     ClientConfig, RootCertStore,
@@ -135,6 +135,11 @@ impl Connection {
     /// Tasks of campaigns, for head-ends.
     pub fn tasks(&self) -> TaskServiceClient<Channel> {
         TaskServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
+    }
+
+    /// The island's roots.
+    pub fn roots(&self) -> RootServiceClient<Channel> {
+        RootServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
     }
 
     /// HSM tokens.

@@ -5,6 +5,7 @@
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use clap::{Parser, Subcommand};
+use kms_domain::RootPurpose;
 use kms_hsm::ProcessPinMemory;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
@@ -15,7 +16,7 @@ use crate::{
     dev::{self, DevSettings},
     profiles::Profiles,
     server::{self, Server, host_name},
-    service::init::CeremonyPlan,
+    service::{init::CeremonyPlan, root::make::NewRootSettings},
     telemetry::Telemetry,
 };
 
@@ -69,6 +70,11 @@ enum Command {
         #[arg(long)]
         config: PathBuf,
     },
+    /// Versions of the island's roots (docs/roots.md).
+    Roots {
+        #[command(subcommand)]
+        command: RootsCommand,
+    },
     /// Certificates of servers.
     Certificate {
         #[command(subcommand)]
@@ -96,6 +102,35 @@ enum CertificateCommand {
         /// The private key that belongs to it, PEM.
         #[arg(long, requires = "certificate")]
         private_key: Option<PathBuf>,
+    },
+}
+
+#[derive(Subcommand)]
+enum RootsCommand {
+    /// Make another version of a root in the token, escrow it for the custodians of the ceremony, and note it. Nothing uses it before an officer
+    /// says `kms roots rotate`. It can be run again after an interruption.
+    New {
+        /// The configuration of the server that has the ceremony's token. With SQLite, end the server first.
+        #[arg(long)]
+        config: PathBuf,
+        /// Which root: CLASS/diversification, CLASS/storage-kek (classes: kek, session, authentication), seal, or vendor-transport.
+        #[arg(value_parser = RootPurpose::parse)]
+        root: RootPurpose,
+        /// The newest escrow file of the island. The new root is added to it; give every custodian a copy of it afterwards.
+        #[arg(long)]
+        escrow: PathBuf,
+        /// The number of a `[[copy]]` of the ceremony file, from 1, whose token gets a copy of the root. For each such token that serves the class.
+        #[arg(long = "copy", value_parser = clap::value_parser!(u8).range(1..))]
+        copies: Vec<u8>,
+    },
+    /// Install copies of roots in the token of a server: on every server with a token of its own, before the root is rotated to.
+    Install {
+        /// The configuration of that server. With SoftHSM and some HSMs, end the server first.
+        #[arg(long)]
+        config: PathBuf,
+        /// The file that `kms-server roots new --copy` wrote. Destroy it afterwards.
+        #[arg(long)]
+        copies: PathBuf,
     },
 }
 
@@ -162,6 +197,26 @@ impl Command {
                     times(history.restores)
                 );
                 println!("again: by {} since the ceremony. Now start the servers.", history.jump.counters());
+                Ok(())
+            }
+            Self::Roots { command: RootsCommand::New { config, root, escrow, copies } } => {
+                let config = Config::load(&config)?;
+                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() }, "roots")?;
+                let made = server::make_root(&config, NewRootSettings { purpose: root, escrow, copies }).await?;
+                println!("made `{}`: {} {}", made.fingerprint.label, made.fingerprint.kind, hex::encode(&made.fingerprint.value));
+                if let Some(escrow) = &made.escrow {
+                    println!("It was added to `{}`: give every custodian a copy, and replace the earlier ones.", escrow.display());
+                }
+                for copy in &made.copies {
+                    println!("Install `{}` on its server with `kms-server roots install`, and destroy the file.", copy.display());
+                }
+                println!("Then an officer says `kms roots rotate {root}`.");
+                Ok(())
+            }
+            Self::Roots { command: RootsCommand::Install { config, copies } } => {
+                for installed in server::install_roots(&Config::load(&config)?, &copies).await? {
+                    println!("installed `{}`: {} {}", installed.label, installed.kind, hex::encode(&installed.value));
+                }
                 Ok(())
             }
             Self::Certificate { command: CertificateCommand::Renew { config, certificate, private_key } } => {

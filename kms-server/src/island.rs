@@ -20,8 +20,8 @@ use crate::{
 
 /// One island, as its use cases see it.
 pub struct Island {
-    /// Its own row, as the ceremony wrote it and the server verified it at start.
-    pub row: kms_domain::Island,
+    /// Its own row, as it was verified last: see [`Self::row`].
+    pub row: ArcSwap<kms_domain::Island>,
     /// Its tokens.
     pub hsm: Hsm,
     /// Its database.
@@ -39,7 +39,12 @@ pub struct Island {
 impl Island {
     /// The island's name.
     pub const fn name(&self) -> &IslandName {
-        &self.row.name
+        self.hsm.island()
+    }
+
+    /// Its own row, no older than a few seconds: for which roots are in use.
+    pub fn row(&self) -> Arc<kms_domain::Island> {
+        self.row.load_full()
     }
 
     /// Now.

@@ -15,8 +15,8 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use kms_domain::{ChunkSize, DatabaseHistory, FingerprintKey, Generation, IslandKind, IslandName, KeyClass, RowId, RowSeal, SealError, SealKey, SealRootKey};
-use kms_hsm::{ErrorKind, Hsm, HsmError, RootVersion};
+use kms_domain::{ChunkSize, DatabaseHistory, FingerprintKey, Generation, IslandKind, IslandName, KeyClass, RowId, RowSeal, SealError, SealKeys, SealRootKey};
+use kms_hsm::{ErrorKind, Hsm, HsmError, KeyFingerprint, RootVersion};
 use kms_store::{RowKind, Store, StoreError};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
@@ -44,6 +44,8 @@ use crate::service::certificate::{CertificateAuthority, IssuedCertificate};
 use crate::service::certificate_end::{CertificateWatch, ServerCertificate};
 use crate::service::owner::OwnerService;
 use crate::service::retention::Housekeeper;
+use crate::service::root::make::{self, MadeRoot, MakeRootError, NewRootSettings};
+use crate::service::root::{CHAIN_KEY_VERSION, RootService, seal_key, seal_keys};
 use crate::service::scrub::Scrubber;
 use crate::telemetry::{Call, Repetition, metrics};
 
@@ -125,6 +127,7 @@ impl Server {
             let _destroying = Background(Housekeeper::new(Arc::clone(&island), retention).in_background());
             let _leading = Background(CampaignService::new(Arc::clone(&island)).in_background(LEADING_INTERVAL));
             let _following = Background(OwnerService::new(Arc::clone(&island)).in_background(FOLLOWING_INTERVAL));
+            let _rotating = Background(RootService::new(Arc::clone(&island)).in_background(LEADING_INTERVAL));
             let watch = CertificateWatch { island: Arc::clone(&island), authority: watched, own };
             let _watching = Background(tokio::spawn(watch.run()));
             opened.send_replace(Some(Arc::clone(&island)));
@@ -189,7 +192,7 @@ impl Opening {
         let memory = Arc::new(StoredPinMemory::new(Arc::clone(&store)));
         let hsm = self.config.hsm.start(&self.config.island, memory)?;
         let keys = loop {
-            match SealKeys::open(&store, &hsm, &self.config.island).await {
+            match IslandKeys::open(&store, &hsm, &self.config.island).await {
                 Ok(keys) => break keys,
                 Err(error) if error.may_pass() => {
                     if failures.is_news(&error.to_string()) {
@@ -217,7 +220,7 @@ impl Opening {
         // I4: not before the counters of a restored database are raised.
         committer.settled().await;
         let island = Arc::new(Island {
-            row: keys.row,
+            row: ArcSwap::from_pointee(keys.row),
             hsm,
             store,
             policy: ArcSwap::from_pointee(self.policy),
@@ -225,6 +228,8 @@ impl Opening {
             committer,
             fingerprint_key: keys.fingerprint,
         });
+        // New keys are stored under the storage KEKs that the row names.
+        RootService::new(Arc::clone(&island)).apply(&island.row()).await?;
         let routes = api::routes(Arc::clone(&island), self.authority, &self.config.limits);
         drop(gate.island.set(routes));
         tracing::info!(island = %island.name(), "the island is open");
@@ -256,6 +261,37 @@ pub async fn renew_certificate(config: &Config, files: Option<(PathBuf, PathBuf)
     .await
 }
 
+/// Makes another version of a root, and notes it in the island's row. Servers in other processes may run, and learn of it by themselves.
+///
+/// # Errors
+/// As [`declare_restored`], and as [`NewRootSettings::make`].
+pub async fn make_root(config: &Config, settings: NewRootSettings) -> Result<MadeRoot, ServerError> {
+    let store = kms_store::open(&config.storage.store()?).await?;
+    let hsm = config.hsm.start(&config.island, Arc::new(StoredPinMemory::new(Arc::clone(&store))))?;
+    let made = async {
+        let keys = IslandKeys::open(&store, &hsm, &config.island).await;
+        // The token is used by what follows alone: it logs in anew.
+        drop(tokio::task::spawn_blocking(move || hsm.close()).await);
+        let keys = keys?;
+        let committer = Committer::start(Arc::clone(&store), keys.seal, keys.chain, committer_settings(config, config.restore()));
+        tokio::time::timeout(USABLE_WITHIN, committer.settled()).await.map_err(|_| ServerError::NotSettled)?;
+        let made = settings.make(config, &committer).await;
+        committer.remember().await;
+        Ok(made?)
+    };
+    let made = made.await;
+    store.close().await;
+    made
+}
+
+/// Installs copies of roots in the token of this configuration that they are for.
+///
+/// # Errors
+/// As [`make::install`].
+pub async fn install_roots(config: &Config, copies: &std::path::Path) -> Result<Vec<KeyFingerprint>, ServerError> {
+    Ok(make::install(config, copies).await?)
+}
+
 /// Opens database and tokens for one act of an operator.
 async fn without_serving<T>(
     config: &Config,
@@ -265,7 +301,7 @@ async fn without_serving<T>(
     let store = kms_store::open(&config.storage.store()?).await?;
     let hsm = config.hsm.start(&config.island, Arc::new(StoredPinMemory::new(Arc::clone(&store))))?;
     let worked = async {
-        let keys = SealKeys::open(&store, &hsm, &config.island).await?;
+        let keys = IslandKeys::open(&store, &hsm, &config.island).await?;
         let committer = Committer::start(Arc::clone(&store), keys.seal, keys.chain, committer_settings(config, restore));
         tokio::time::timeout(USABLE_WITHIN, committer.settled()).await.map_err(|_| ServerError::NotSettled)?;
         let outcome = work(&hsm, &committer).await;
@@ -296,28 +332,30 @@ fn committer_settings(config: &Config, restore: RestoreSettings) -> CommitterSet
 }
 
 /// The keys that the HSM computes from the seal root, and the island's row that they verify.
-struct SealKeys {
+struct IslandKeys {
     row: kms_domain::Island,
-    seal: SealKey,
+    seal: SealKeys,
     chain: AuditKey,
     fingerprint: FingerprintKey,
 }
 
-impl SealKeys {
+impl IslandKeys {
     async fn open(store: &Arc<dyn Store>, hsm: &Hsm, island: &IslandName) -> Result<Self, ServerError> {
         let stored = store.sealed(RowKind::Island, island.as_str().as_bytes()).await?.ok_or_else(|| ServerError::NoIsland { island: island.clone() })?;
         hsm.usable(USABLE_WITHIN).await?;
         let damaged = |reason: String| ServerError::Row { island: island.clone(), reason };
         let mark = RowSeal::from_octets(&stored.seal).map_err(|error| damaged(error.to_string()))?;
-        let version = mark.key_version();
-        let root = RootVersion::new(u32::from(version)).map_err(|error| damaged(error.to_string()))?;
-        let mac = async |key: SealRootKey| hsm.mac(root, key.message(version, island)).await;
-        let seal = SealKey::new(version, &mac(SealRootKey::Seal).await?);
+        let seal = seal_key(hsm, mark.key_version()).await?;
         // I5: the island's own row too.
         let generation =
             i64::try_from(stored.generation).ok().and_then(|number| Generation::from_i64(number).ok()).ok_or_else(|| damaged("generation".to_owned()))?;
         seal.verify(&RowId::Island(island.clone()), generation, &stored.body, &mark).map_err(|error: SealError| damaged(error.to_string()))?;
         let row = kms_domain::Island::from_row(island.clone(), stored.body.into()).map_err(|error| damaged(error.to_string()))?;
+        if mark.key_version() < row.ledger.oldest_seal_key_version {
+            return Err(damaged(format!("its seal is of version {}, which was retired", mark.key_version())));
+        }
+        let seal = seal_keys(hsm, &row, seal.into()).await?;
+        let mac = async |key: SealRootKey| hsm.mac(RootVersion::FIRST, key.message(CHAIN_KEY_VERSION, island)).await;
         Ok(Self {
             row,
             seal,
@@ -445,6 +483,9 @@ pub enum ServerError {
     /// The database could not be compared with what is known of its history.
     #[error("the database's history could not be compared or written; the lines above tell why")]
     NotSettled,
+    /// A new version of a root.
+    #[error(transparent)]
+    MakeRoot(#[from] MakeRootError),
     /// gRPC.
     #[error("gRPC: {0}")]
     Transport(String),
@@ -456,6 +497,7 @@ impl ServerError {
         match self {
             Self::Store(StoreError::Unavailable { .. } | StoreError::Contention { .. }) => true,
             Self::Hsm(error) => matches!(error.kind(), ErrorKind::Transient | ErrorKind::OperatorFixable),
+            Self::Service(error) => matches!(error, ServiceError::Unavailable { .. }),
             _ => false,
         }
     }

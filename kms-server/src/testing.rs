@@ -94,7 +94,9 @@ where
     });
     let folder = token_folder();
     copy(&token.path().join("tokens"), &folder.path().join("tokens"));
-    let _ = std::fs::copy(token.path().join(DERIVATION), folder.path().join(DERIVATION));
+    for file in [DERIVATION, ESCROW_KEY] {
+        let _ = std::fs::copy(token.path().join(file), folder.path().join(file));
+    }
     let name = name.split_once("::").map_or(name, |(_, name)| name);
     run_in(&folder, kind, name, TestDatabase::of_environment().create().unwrap());
 }
@@ -146,6 +148,7 @@ fn hold_the_ceremony() {
         escrow_public_key: PrivateDecryptingKey::generate(KeySize::Rsa3072).unwrap().public_key().as_der().unwrap().as_ref().to_vec(),
         standby: Vec::new(),
     };
+    std::fs::write(Path::new(&folder).join(ESCROW_KEY), &plan.escrow_public_key).unwrap();
     let ceremony = create_roots(&module, &selector, &so_pin, &pin, &plan, None, |_| Ok(())).unwrap();
     if let Some(derivation) = ceremony.derivation {
         std::fs::write(Path::new(&folder).join(DERIVATION), derivation.name()).unwrap();
@@ -210,6 +213,7 @@ impl TestIsland {
             seal_key_version: 1,
             escrow_fingerprint: None,
             history: kms_domain::DatabaseHistory::default(),
+            ledger: kms_domain::RootLedger::default(),
             created: Island::now(),
         };
         let island = Arc::new(open(row, hsm, store, "one", CommitterSettings::SILENCE).await);
@@ -235,7 +239,7 @@ impl TestIsland {
             };
             put_principal(&island, principal).await;
         }
-        let row = island.row.clone();
+        let row = (*island.row()).clone();
         let sealed = vec![(kms_store::RowKind::Island, row.name.as_str().as_bytes().to_vec())];
         island
             .committer
@@ -247,6 +251,43 @@ impl TestIsland {
             .unwrap();
         let [officer, auditor, head_end, other_head_end, manufacturer] = <[Caller; 5]>::try_from(callers).unwrap();
         Self { island, module: kind, officer, auditor, head_end, other_head_end, manufacturer, vendor_key }
+    }
+
+    /// Makes another version of a root while no server runs, notes it in the island's row, and starts the server anew. Not for tests that go on with
+    /// an earlier server: its tokens are closed.
+    pub(crate) async fn add_root(&mut self, purpose: kms_domain::RootPurpose) -> kms_domain::RootId {
+        let id = self.island.row().next_root(purpose).unwrap();
+        let folder = PathBuf::from(std::env::var(FOLDER).unwrap());
+        let (hsm, name) = (self.island.hsm.clone(), self.island.name().clone());
+        let escrow_public_key = std::fs::read(folder.join(ESCROW_KEY)).unwrap();
+        let module = Module::load(&self.module.path()).unwrap();
+        let key = crate::service::root::token_key(id).unwrap();
+        let made = tokio::task::spawn_blocking(move || {
+            hsm.close();
+            let new = kms_hsm::NewRoot { island: name, key, escrow_public_key, standby: Vec::new() };
+            let selector = TokenSelector { label: "north".to_owned(), serial: None };
+            kms_hsm::create_root_version(&module, &selector, &Pin::new(PIN.to_owned()), &new, None, |_| Ok(())).unwrap()
+        });
+        let made = made.await.unwrap();
+        let hsm = start_hsm(self.module, &folder, self.island.name()).await;
+        let island = open((*self.island.row()).clone(), hsm, self.island.store.clone(), "one", CommitterSettings::SILENCE).await;
+        let entry = kms_domain::RootEntry { id, derivation: made.derivation, made: Island::now(), fingerprint: made.fingerprint.value, destroyed: None };
+        let (sealed, name) = (vec![(kms_store::RowKind::Island, island.name().as_str().as_bytes().to_vec())], island.name().clone());
+        let act = island.committer.act(Actor::server("test"), Reads { sealed, ..Reads::default() }, move |view| {
+            let mut row = (*view.island(&name)?.unwrap()).clone();
+            row.add_root(entry.clone()).unwrap();
+            view.append(Event::RootVersionMade(v1::RootVersionMade::default()));
+            view.put_island(row)
+        });
+        act.await.unwrap();
+        self.island = Arc::new(island);
+        crate::service::root::RootService::new(self.island.clone()).refresh().await.unwrap();
+        id
+    }
+
+    /// Ends the tokens of a server that [`Self::add_root`] started.
+    pub(crate) async fn end(self) {
+        tokio::task::spawn_blocking(move || self.island.hsm.close()).await.unwrap();
     }
 
     /// Another officer, of another person.
@@ -275,12 +316,12 @@ impl TestIsland {
 
     /// The same, which takes servers for gone that were silent for as long.
     pub(crate) async fn another_server_after(&self, silence: Duration) -> Arc<Island> {
-        Arc::new(open(self.island.row.clone(), self.island.hsm.clone(), self.island.store.clone(), "another", silence).await)
+        Arc::new(open((*self.island.row()).clone(), self.island.hsm.clone(), self.island.store.clone(), "another", silence).await)
     }
 
     /// The same server after a restart: its name, a writer of its own, and nothing remembered.
     pub(crate) async fn restarted(&self) -> Island {
-        open(self.island.row.clone(), self.island.hsm.clone(), self.island.store.clone(), "one", CommitterSettings::SILENCE).await
+        open((*self.island.row()).clone(), self.island.hsm.clone(), self.island.store.clone(), "one", CommitterSettings::SILENCE).await
     }
 
     /// A shipment's file and signature, with the OAEP hash that this token takes.
@@ -474,12 +515,16 @@ async fn token(kind: ModuleKind, folder: &Path, name: &IslandName) -> (Hsm, Opti
     let pin_file = folder.join("pin");
     std::fs::write(&pin_file, PIN).unwrap();
     std::fs::set_permissions(&pin_file, std::fs::Permissions::from_mode(0o600)).unwrap();
-    let mut settings = TokenSettings::new(kind.path(), "north".to_owned(), PinSource::File(pin_file));
+    let derivation = std::fs::read_to_string(folder.join(DERIVATION)).ok().map(|name| kms_domain::KeyDerivation::parse(&name).unwrap());
+    (start_hsm(kind, folder, name).await, derivation)
+}
+
+async fn start_hsm(kind: ModuleKind, folder: &Path, name: &IslandName) -> Hsm {
+    let mut settings = TokenSettings::new(kind.path(), "north".to_owned(), PinSource::File(folder.join("pin")));
     settings.allow_cbc_expand = true;
     let hsm = Hsm::start(name.clone(), settings, Arc::new(ProcessPinMemory::default())).unwrap();
     hsm.usable(Duration::from_secs(60)).await.unwrap();
-    let derivation = std::fs::read_to_string(folder.join(DERIVATION)).ok().map(|name| kms_domain::KeyDerivation::parse(&name).unwrap());
-    (hsm, derivation)
+    hsm
 }
 
 async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: &str, silence: Duration) -> Island {
@@ -499,7 +544,7 @@ async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: 
         Committer::start(store.clone(), SealKey::new(1, &key(SealRootKey::Seal).await), AuditKey::new(&*key(SealRootKey::AuditChain).await), settings);
     let fingerprint_key = FingerprintKey::new(&key(SealRootKey::Fingerprint).await);
     Island {
-        row,
+        row: arc_swap::ArcSwap::from_pointee(row),
         hsm,
         store,
         policy: arc_swap::ArcSwap::from_pointee(Policy::load(None).unwrap()),
@@ -529,6 +574,8 @@ fn profiles() -> std::path::PathBuf {
 const DATABASE: &str = "KMS_SERVER_TEST_DATABASE";
 /// The name of the derivation that the token's module has; no such file where it has none.
 const DERIVATION: &str = "derivation";
+/// The escrow key of the ceremony, DER of its SubjectPublicKeyInfo.
+const ESCROW_KEY: &str = "escrow-key.der";
 const SO_PIN: &str = "so-12345678";
 const PIN: &str = "user-12345678";
 const FOLDER: &str = "KMS_SERVER_TEST_FOLDER";

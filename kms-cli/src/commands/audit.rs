@@ -221,6 +221,25 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
             let reason = if event.reason.is_empty() { String::new() } else { format!(": {}", event.reason) };
             ("tasks", format!("{} of {} {}{reason}", plural(event.meters.len() as u64, "task"), output::uuid(&event.campaign_id), event.change))
         }
+        Event::RootVersionBegun(event) => ("root about to be made", format!("{}/{}", event.root, event.version)),
+        Event::RootVersionMade(event) => ("root made", format!("{}/{}, fingerprint {}", event.root, event.version, output::octets(&event.fingerprint))),
+        Event::RootRotationChanged(event) => {
+            let reason = if event.reason.is_empty() { String::new() } else { format!(": {}", event.reason) };
+            ("root rotation", format!("{}/{} {}{reason}", event.root, event.version, event.change))
+        }
+        Event::RootRowsAdvanced(event) => (
+            "root rotation",
+            format!(
+                "{}/{} round {}: {} written, {} wrapped anew, {} left",
+                event.root,
+                event.version,
+                event.round,
+                plural(event.changed, "row"),
+                plural(event.keys, "key"),
+                number(event.refused)
+            ),
+        ),
+        Event::RootDestroyed(event) => ("root destruction", format!("{}/{} {}", event.root, event.version, event.change)),
         Event::CeremonyHeld(event) => {
             ("ceremony", format!("{} made{}", plural(event.fingerprints.len() as u64, "public key"), if event.development { ", for development" } else { "" }))
         }
@@ -272,6 +291,7 @@ fn row_kind(kind: u32) -> String {
         6 => "island".into(),
         7 => "quota use".into(),
         8 => "campaign".into(),
+        9 => "root rotation".into(),
         12 => "proposal".into(),
         0 => "log".into(),
         other => other.to_string(),

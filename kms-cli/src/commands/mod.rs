@@ -9,6 +9,7 @@ pub(crate) mod meter;
 pub(crate) mod owner;
 pub(crate) mod principal;
 pub(crate) mod proposal;
+pub(crate) mod roots;
 pub(crate) mod sample;
 pub(crate) mod session;
 pub(crate) mod shipment;

@@ -60,11 +60,9 @@ pub use profile::{
 pub use proposal::{DestroyRoot, Proposal, ProposalContent, ProposalEnd, ProposalError, ProposalState, ProposedAction, RaiseCounter, RootKind};
 pub use quota::{QuotaExceeded, QuotaHour, QuotaLimit, QuotaName, QuotaUse};
 pub use retention::{ExpiredKeys, Retention};
-pub use root::{
-    PassPage, RootEntry, RootError, RootId, RootLedger, RootPurpose, RootRotation, RootRotationState, RootStanding, RowPlace,
-};
+pub use root::{PassPage, RootEntry, RootError, RootId, RootLedger, RootPurpose, RootRotation, RootRotationState, RootStanding, RowPlace};
 pub use row::RowError;
-pub use seal::{FingerprintKey, Generation, RowId, RowSeal, SealError, SealKey, SealRootKey, row_digest};
+pub use seal::{FingerprintKey, Generation, RowId, RowSeal, SealError, SealKey, SealKeys, SealRootKey, row_digest};
 pub use secret::EncodedSecret;
 pub use shipment::{LONGEST_SHIPMENT_LINE, OaepHash, ShipmentDevice, ShipmentHeader, ShipmentLineError, ShipmentTrailer, ShippedCounter, ShippedKey};
 pub use slot::{Confirmation, Grantable, NewKeyVersion, Slot, SlotError, Slots, Standing};

@@ -233,6 +233,12 @@ pub enum RootError {
         /// How long it must be.
         settling: i64,
     },
+    /// It was destroyed before.
+    #[error("the root `{id}` is destroyed already")]
+    Destroyed {
+        /// Which version.
+        id: RootId,
+    },
     /// It is in use.
     #[error("the root `{id}` is {}: it is needed", standing.name())]
     Needed {
@@ -365,6 +371,9 @@ impl Island {
     /// It does not exist, or is made, current or accepted still.
     pub fn destroy_root(&mut self, id: RootId, now: UnixMillis) -> Result<(), RootError> {
         let standing = self.root_standing(id).ok_or(RootError::NoSuchVersion { id })?;
+        if standing == RootStanding::Destroyed {
+            return Err(RootError::Destroyed { id });
+        }
         let replaced = matches!(id.purpose, RootPurpose::Diversification(_) | RootPurpose::StorageKek(_));
         if !(standing == RootStanding::Retired || (standing == RootStanding::Replaced && replaced)) {
             return Err(RootError::Needed { id, standing });
@@ -562,13 +571,18 @@ impl RootRotation {
         Ok(())
     }
 
-    /// Goes on where it stopped, at this rate.
+    /// Goes on where it stopped, at this rate; one that has finished looks at all rows once more.
     ///
     /// # Errors
-    /// It is not paused.
+    /// It runs.
     pub fn resume(&mut self, rows_per_second: Option<u32>, now: UnixMillis) -> Result<(), RootRotationState> {
-        if self.state != RootRotationState::Paused {
-            return Err(self.state);
+        match self.state {
+            RootRotationState::Running => return Err(self.state),
+            RootRotationState::Paused => {}
+            RootRotationState::Finished => {
+                self.round += 1;
+                (self.looked, self.changed, self.refused) = (0, 0, 0);
+            }
         }
         self.rows_per_second = rows_per_second.unwrap_or(self.rows_per_second);
         self.move_to(RootRotationState::Running, String::new(), now);
@@ -694,6 +708,10 @@ mod tests {
         assert!(rotation.advance(&PassPage { looked: 10, ..PassPage::default() }, writer(2), 1_000, NOW));
         assert_eq!((rotation.state, rotation.round, rotation.looked), (RootRotationState::Finished, 2, 10));
         assert!(!rotation.advance(&PassPage { looked: 10, ..PassPage::default() }, writer(2), 1_000, NOW));
+        // Something was found afterwards that uses an earlier version: all rows are looked at once more.
+        rotation.resume(None, NOW).unwrap();
+        assert_eq!((rotation.state, rotation.round, rotation.looked), (RootRotationState::Running, 3, 0));
+        assert_eq!(rotation.resume(None, NOW), Err(RootRotationState::Running));
     }
 
     #[test]

@@ -1,13 +1,13 @@
 //! The seal that binds a row to its identity (I5), and the keys that are derived from the seal root (docs/formats.md).
 
 use std::fmt;
+use std::sync::Arc;
 
 use aws_lc_rs::{digest, hmac};
 use zeroize::Zeroizing;
 
 use crate::{
-    CampaignId, CounterDomainId, CounterJump, DeviceTypeId, GroupId, IslandName, ParseError, PrincipalId, ProposalId, RequestId, RootId, SystemTitle,
-    WriterId,
+    CampaignId, CounterDomainId, CounterJump, DeviceTypeId, GroupId, IslandName, ParseError, PrincipalId, ProposalId, RequestId, RootId, SystemTitle, WriterId,
 };
 
 /// What a sealed row is about: kind and id, both part of the seal, so that a row cannot be copied to another identity.
@@ -249,6 +249,89 @@ impl SealKey {
     }
 }
 
+/// The seal keys of an island in a server's memory: the one that seals, and those of other versions whose seals are accepted. Cheap to clone.
+#[derive(Clone)]
+pub struct SealKeys {
+    keys: Vec<Arc<SealKey>>,
+    current: Arc<SealKey>,
+    oldest: u8,
+}
+
+impl From<SealKey> for SealKeys {
+    fn from(key: SealKey) -> Self {
+        let current = Arc::new(key);
+        Self { oldest: current.version, keys: vec![Arc::clone(&current)], current }
+    }
+}
+
+impl SealKeys {
+    /// With one more key, whose seals are accepted from now on if its version is not below the oldest.
+    #[must_use]
+    pub fn with(mut self, key: SealKey) -> Self {
+        if !self.has(key.version) {
+            self.keys.push(Arc::new(key));
+        }
+        self
+    }
+
+    /// Seals with the key of version `current` from now on, and accepts no rows with seals of versions below `oldest`. Without a key of the
+    /// version nothing is changed.
+    #[must_use]
+    pub fn using(mut self, current: u8, oldest: u8) -> Self {
+        if let Some(key) = self.key(current) {
+            self.current = Arc::clone(key);
+            self.oldest = oldest;
+        }
+        self
+    }
+
+    /// Whether there is a key of this version.
+    pub fn has(&self, version: u8) -> bool {
+        self.key(version).is_some()
+    }
+
+    /// The key that seals.
+    pub const fn current(&self) -> &Arc<SealKey> {
+        &self.current
+    }
+
+    /// The oldest version whose seals of rows are accepted.
+    pub const fn oldest(&self) -> u8 {
+        self.oldest
+    }
+
+    /// Checks a row by the key that it names, see [`SealKey::verify`].
+    ///
+    /// # Errors
+    /// The key is not known or not accepted any more, or the seal does not fit.
+    pub fn verify(&self, id: &RowId, generation: Generation, body: &[u8], seal: &RowSeal) -> Result<(), SealError> {
+        match self.key(seal.key_version()).filter(|key| key.version >= self.oldest) {
+            Some(key) => key.verify(id, generation, body, seal),
+            None => Err(SealError::KeyVersion { id: id.clone(), expected: self.current.version, found: seal.key_version() }),
+        }
+    }
+
+    /// Whether an accepted key makes this seal, which does not name its key. `make` seals the same content with a key.
+    pub fn accept<const OCTETS: usize>(&self, seal: &[u8], make: impl Fn(&SealKey) -> [u8; OCTETS]) -> bool {
+        self.made_by(seal, self.oldest, make)
+    }
+
+    /// As [`Self::accept`], by any key of the island that is still known: for what servers keep outside the database.
+    pub fn recognise<const OCTETS: usize>(&self, seal: &[u8], make: impl Fn(&SealKey) -> [u8; OCTETS]) -> bool {
+        self.made_by(seal, 0, make)
+    }
+
+    fn made_by<const OCTETS: usize>(&self, seal: &[u8], oldest: u8, make: impl Fn(&SealKey) -> [u8; OCTETS]) -> bool {
+        let fits = |key: &SealKey| aws_lc_rs::constant_time::verify_slices_are_equal(&make(key), seal).is_ok();
+        // The current key is the rule; no other is tried then.
+        fits(&self.current) || self.keys.iter().any(|key| key.version >= oldest && key.version != self.current.version && fits(key))
+    }
+
+    fn key(&self, version: u8) -> Option<&Arc<SealKey>> {
+        self.keys.iter().find(|key| key.version == version)
+    }
+}
+
 /// The digest of a row that was sealed with this seal key version: `SHA-256(input)[0..16]`.
 pub fn row_digest(seal_key_version: u8, id: &RowId, generation: Generation, body: &[u8]) -> [u8; 16] {
     let mut context = digest::Context::new(&digest::SHA256);
@@ -371,6 +454,36 @@ mod tests {
         }
         assert!(matches!(key(2).verify(&meter, Generation::FIRST, b"body", &read), Err(SealError::KeyVersion { .. })));
         assert!(RowSeal::from_octets(&[2; 18]).is_err() && RowSeal::from_octets(&[1; 17]).is_err());
+    }
+
+    #[test]
+    fn seals_of_earlier_versions_are_accepted_until_they_are_retired() {
+        let key = |version: u8| SealKey::new(version, &Zeroizing::new([version; 32]));
+        let meter = RowId::Meter(SystemTitle::parse("4D4D4D0000BC614E").unwrap());
+        let (old, new) = (key(1).seal(&meter, Generation::FIRST, b"body"), key(2).seal(&meter, Generation::FIRST, b"body"));
+        let keys = SealKeys::from(key(1));
+        let verify = |keys: &SealKeys, seal| keys.verify(&meter, Generation::FIRST, b"body", seal);
+        assert!(matches!(verify(&keys, &new), Err(SealError::KeyVersion { .. })));
+        // Known before it is used: another server may be faster.
+        let keys = keys.with(key(2));
+        assert_eq!((verify(&keys, &old), verify(&keys, &new), keys.current().version()), (Ok(()), Ok(()), 1));
+        let keys = keys.using(2, 1);
+        assert_eq!((verify(&keys, &old), verify(&keys, &new), keys.current().version()), (Ok(()), Ok(()), 2));
+        // A seal of one version says nothing under the number of another.
+        let mut forged = *old.octets();
+        forged[1] = 2;
+        let forged = RowSeal::from_octets(&forged).unwrap();
+        assert!(matches!(verify(&keys, &forged), Err(SealError::Mismatch { .. })));
+        let keys = keys.using(2, 2);
+        assert!(matches!(verify(&keys, &old), Err(SealError::KeyVersion { expected: 2, found: 1, .. })));
+        assert_eq!(verify(&keys, &new), Ok(()));
+        assert_eq!(keys.clone().using(7, 7).current().version(), 2);
+
+        let (campaign, title) = (CampaignId::from_octets(&[7; 16]).unwrap(), SystemTitle::parse("4D4D4D0000BC614E").unwrap());
+        let mark = |key: &SealKey| key.seal_task(campaign, title, 1);
+        let before = mark(&key(1));
+        assert!(!keys.accept(&before, mark) && keys.recognise(&before, mark) && keys.accept(&mark(&key(2)), mark));
+        assert!(keys.clone().using(2, 1).accept(&before, mark) && !keys.recognise(&mark(&key(3)), mark));
     }
 
     #[test]

@@ -9,10 +9,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{Bench, Escrow, Grantee, diversify, island, plan, so_pin, user_pin};
-use kms_domain::{KeyClass, KeyLength, KeyType};
+use kms_domain::{KeyClass, KeyLength, KeyShape, KeyType};
 use kms_hsm::{
-    CeremonyPlan, CeremonyResult, EscrowPackage, Hsm, HsmError, PinSource, ProcessPinMemory, Purpose, StandbyToken, TokenKey, TokenSelector, TokenSettings,
-    create_roots, create_standby_transport, install_wrapped_roots,
+    CeremonyPlan, CeremonyResult, EscrowPackage, Hsm, HsmError, KeySource, NewRoot, PinSource, ProcessPinMemory, Purpose, RootVersion, StandbyToken, StoredKey,
+    TokenKey, TokenSelector, TokenSettings, create_root_version, create_roots, create_standby_transport, install_wrapped_roots,
 };
 
 each_module! {
@@ -104,6 +104,58 @@ each_module! {
         assert_eq!(again.package, first.package);
     }
 
+    async fn another_version_of_a_root_is_escrowed_once_and_locked(bench: Bench) {
+        let escrow = token(&bench, "later");
+        let plan = plan(&escrow);
+        let ceremony = run(&bench, "later", &plan, None, |_| Ok(())).unwrap();
+        for purpose in [Purpose::StorageKek(KeyClass::Session), Purpose::Diversification(KeyClass::Kek), Purpose::Seal] {
+            let key = TokenKey { purpose, version: RootVersion::new(2).unwrap() };
+            let new = NewRoot { island: island(), key, escrow_public_key: plan.escrow_public_key.clone(), standby: Vec::new() };
+            let make = |new: &NewRoot, previous: Option<&EscrowPackage>, stored: Result<(), String>| {
+                create_root_version(&bench.module, &selector("later"), &user_pin(), new, previous, |_| stored)
+            };
+            // Interrupted before the package is stored: the same root goes on. After it was locked: only with the package.
+            assert!(make(&new, None, Err("the disk is full".to_owned())).unwrap_err().to_string().contains("not locked"));
+            let made = make(&new, None, Ok(())).unwrap();
+            let package = made.package.unwrap();
+            assert!(make(&new, None, Ok(())).unwrap_err().to_string().contains("never be escrowed"));
+            assert_eq!(make(&new, Some(&package), Ok(())).unwrap().package.unwrap(), package);
+            assert_eq!(made.derivation.is_some(), matches!(purpose, Purpose::Diversification(_)));
+            let (first, second) = (escrow.open(&ceremony.package.escrow), escrow.open(&package.escrow));
+            assert_eq!(second.len(), 1);
+            assert_ne!(first[&TokenKey::first(purpose)], second[&key]);
+            // A root leaves for the ceremony's custodians and for nobody else.
+            let foreign = NewRoot { escrow_public_key: crate::plan(&Escrow::new()).escrow_public_key, ..new };
+            assert!(make(&foreign, Some(&package), Ok(())).unwrap_err().to_string().contains("escrow file"));
+        }
+        let new = TokenKey { purpose: Purpose::VendorTransport, version: RootVersion::new(2).unwrap() };
+        let new = NewRoot { island: island(), key: new, escrow_public_key: plan.escrow_public_key, standby: Vec::new() };
+        let pair = create_root_version(&bench.module, &selector("later"), &user_pin(), &new, None, |_| Err("a key pair never leaves".to_owned())).unwrap();
+        assert!(pair.package.is_none() && pair.fingerprint.value.len() == 32);
+
+        let mut settings = TokenSettings::new(bench.module.path().to_owned(), "later".to_owned(), PinSource::File(bench.directory.join("pin")));
+        settings.allow_cbc_expand = true;
+        let hsm = Hsm::start(island(), settings, Arc::new(ProcessPinMemory::default())).unwrap();
+        let capabilities = hsm.usable(Duration::from_secs(30)).await.unwrap();
+        let objects = hsm.inventory().await.unwrap().remove(0).1;
+        assert!(objects.iter().any(|object| object.label == "meterkms/north/seal/2"));
+        for object in &objects {
+            assert_eq!(object.findings(&island(), &capabilities), Vec::<String>::new(), "{object:?}");
+        }
+        // A key goes from one storage KEK to the other and stays what it is; what is destroyed is gone.
+        let (storage, second) = (Purpose::StorageKek(KeyClass::Session), RootVersion::new(2).unwrap());
+        let stored = hsm.generate_stored(KeyType::GUEK, KeyLength::Aes128).await.unwrap();
+        let moved = hsm.rewrap_batch(vec![stored_source(KeyType::GUEK, &stored)], second).await.unwrap().remove(0).unwrap();
+        assert_eq!((moved.fingerprint_wrap.clone(), moved.storage_kek_version), (stored.fingerprint_wrap.clone(), second));
+        assert_ne!(moved.blob, stored.blob);
+        assert_eq!(hsm.destroy_root(TokenKey::first(storage)).await.unwrap(), 1);
+        assert!(!hsm.has_key(TokenKey::first(storage)).await.unwrap());
+        assert!(hsm.rewrap_batch(vec![stored_source(KeyType::GUEK, &stored)], second).await.unwrap().remove(0).is_err());
+        let again = hsm.rewrap_batch(vec![stored_source(KeyType::GUEK, &moved)], second).await.unwrap().remove(0).unwrap();
+        assert_eq!(again.fingerprint_wrap, stored.fingerprint_wrap);
+        tokio::task::spawn_blocking(move || hsm.close()).await.unwrap();
+    }
+
     async fn a_weak_escrow_key_is_refused(bench: Bench) {
         token(&bench, "weak");
         let mut plan = plan(&bench.escrow);
@@ -137,6 +189,10 @@ each_module! {
 fn token(bench: &Bench, label: &str) -> Escrow {
     bench.module.init_token(label, &so_pin(), &user_pin()).unwrap();
     Escrow::new()
+}
+
+fn stored_source(key_type: KeyType, stored: &StoredKey) -> KeySource {
+    KeySource::Stored { key_type, storage_kek_version: stored.storage_kek_version, shape: KeyShape::Aes(KeyLength::Aes128), blob: stored.blob.clone() }
 }
 
 fn selector(label: &str) -> TokenSelector {

@@ -239,7 +239,7 @@ impl TaskRpc for CampaignApi {
     }
 }
 
-fn request(id: &[u8], name: &[u8], same: &impl prost::Message) -> Result<campaign::Request, ServiceError> {
+pub(super) fn request(id: &[u8], name: &[u8], same: &impl prost::Message) -> Result<campaign::Request, ServiceError> {
     let id = RequestId::from_octets(id).map_err(ServiceError::parse("request_id"))?;
     Ok(campaign::Request { id, digest: request_digest(&[name, &same.encode_to_vec()]) })
 }
@@ -360,7 +360,7 @@ fn campaign_id(octets: &[u8]) -> Result<CampaignId, ServiceError> {
     CampaignId::from_octets(octets).map_err(ServiceError::parse("campaign_id"))
 }
 
-fn reason(text: &str) -> Result<String, ServiceError> {
+pub(super) fn reason(text: &str) -> Result<String, ServiceError> {
     if text.trim().is_empty() || text.len() > 256 {
         return Err(ServiceError::invalid("reason", "not 1 to 256 octets: the record must say why"));
     }

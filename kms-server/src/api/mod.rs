@@ -10,6 +10,7 @@ pub mod meters;
 pub mod owners;
 pub mod principals;
 pub mod proposals;
+pub mod roots;
 pub mod shipments;
 pub mod status;
 pub mod tls;
@@ -27,6 +28,7 @@ use kms_proto::v1::hsm_service_server::HsmServiceServer;
 use kms_proto::v1::meter_service_server::MeterServiceServer;
 use kms_proto::v1::principal_service_server::PrincipalServiceServer;
 use kms_proto::v1::proposal_service_server::ProposalServiceServer;
+use kms_proto::v1::root_service_server::RootServiceServer;
 use kms_proto::v1::shipment_service_server::ShipmentServiceServer;
 use kms_proto::v1::task_service_server::TaskServiceServer;
 use kms_proto::v1::transfer_service_server::TransferServiceServer;
@@ -55,6 +57,7 @@ pub fn routes(island: Arc<Island>, authority: CertificateAuthority, limits: &Lim
         .add_service(CampaignServiceServer::new(campaigns.clone()).max_decoding_message_size(most))
         .add_service(TaskServiceServer::new(campaigns).max_decoding_message_size(most))
         .add_service(ProposalServiceServer::new(proposals::ProposalApi::new(Arc::clone(&island))).max_decoding_message_size(most))
+        .add_service(RootServiceServer::new(roots::RootApi::new(Arc::clone(&island))).max_decoding_message_size(most))
         .add_service(AuditServiceServer::new(audit::AuditApi::new(Arc::clone(&island))).max_decoding_message_size(most))
         .add_service(HsmServiceServer::new(hsm::HsmApi::new(island)).max_decoding_message_size(most))
         .prepare()

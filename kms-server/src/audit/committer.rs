@@ -12,7 +12,10 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use kms_domain::{ChunkSize, CounterJump, DatabaseHistory, Generation, IslandName, LiveChunk, Meter, RowId, SealKey, SystemTitle, UnixMillis, WriterId};
+use arc_swap::ArcSwap;
+use kms_domain::{
+    ChunkSize, CounterJump, DatabaseHistory, Generation, IslandName, LiveChunk, Meter, RowId, SealKey, SealKeys, SystemTitle, UnixMillis, WriterId,
+};
 use kms_proto::v1::{AuditRecord, ClosedChain, RowWrite, WriterOpened, audit_record::Event};
 use kms_store::{
     AuditAppend, AuditReference, Changes, Committed as StoreCommitted, Decision, FingerprintPut, MeterProjection, MeterPut, ReadSet, Reads, RequestPut,
@@ -73,7 +76,7 @@ pub struct Committer {
 }
 
 struct Shared {
-    seal: SealKey,
+    seal: ArcSwap<SealKeys>,
     seen: Seen,
     settings: CommitterSettings,
     store: Arc<dyn Store>,
@@ -92,10 +95,10 @@ struct Shared {
 
 impl Committer {
     /// Starts the writer and its first chain.
-    pub fn start(store: Arc<dyn Store>, seal: SealKey, chain: AuditKey, settings: CommitterSettings) -> Self {
+    pub fn start(store: Arc<dyn Store>, seal: impl Into<SealKeys>, chain: AuditKey, settings: CommitterSettings) -> Self {
         let (queue, waiting) = mpsc::channel(settings.queue);
         let shared = Arc::new(Shared {
-            seal,
+            seal: ArcSwap::from_pointee(seal.into()),
             seen: Seen::default(),
             settings,
             store,
@@ -239,13 +242,50 @@ impl Committer {
         }
     }
 
-    /// The seal key, for the scrubber.
-    pub fn seal_key(&self) -> &SealKey {
-        &self.shared.seal
+    /// Opens the island's own row that was read outside a transaction.
+    ///
+    /// # Errors
+    /// The row does not verify.
+    pub fn open_island(&self, row: &SealedRow) -> Result<Arc<kms_domain::Island>, ServiceError> {
+        match self.open(&RowId::Island(self.shared.settings.island.clone()), row)? {
+            Some(Value::Island(island)) => Ok(island),
+            _ => Err(ServiceError::Internal("the island's row holds something else".to_owned())),
+        }
+    }
+
+    /// Opens the row of a rotation of a root that was read outside a transaction.
+    ///
+    /// # Errors
+    /// The row does not verify.
+    pub fn open_root_rotation(&self, to: kms_domain::RootId, row: &SealedRow) -> Result<Arc<kms_domain::RootRotation>, ServiceError> {
+        match self.open(&RowId::RootRotation(to), row)? {
+            Some(Value::RootRotation(rotation)) => Ok(rotation),
+            _ => Err(ServiceError::Internal("a rotation's row holds something else".to_owned())),
+        }
+    }
+
+    /// The key that seals rows now.
+    pub fn seal_key(&self) -> Arc<SealKey> {
+        Arc::clone(self.shared.seal.load().current())
+    }
+
+    /// All seal keys.
+    pub fn seal_keys(&self) -> Arc<SealKeys> {
+        self.shared.seal.load_full()
+    }
+
+    /// Uses these seal keys from the next transaction on.
+    pub fn use_seal_keys(&self, keys: SealKeys) {
+        self.shared.seal.store(Arc::new(keys));
+    }
+
+    /// Under which name this run of the server writes the log; none before its first record.
+    pub fn writer(&self) -> Option<WriterId> {
+        self.shared.writer.lock().ok().and_then(|writer| *writer)
     }
 
     fn open(&self, id: &RowId, row: &SealedRow) -> Result<Option<Value>, ServiceError> {
-        open_row(id, Some(row), &self.shared.seal, &self.shared.seen, &self.shared.settings.island).map(|opened| opened.value).map_err(|reason| {
+        open_row(id, Some(row), &self.shared.seal.load(), &self.shared.seen, &self.shared.settings.island).map(|opened| opened.value).map_err(|reason| {
             tracing::error!(row = %id, reason, "a sealed row was refused");
             ServiceError::FailedPrecondition {
                 reason: format!("a sealed row was refused (I5): {reason}"),
@@ -269,7 +309,7 @@ impl Shared {
         let mut remembered = self.remembered.lock().await;
         let Some(mark) = self.watermark().filter(|mark| *remembered != Some(*mark)) else { return };
         let shared = Arc::clone(self);
-        match tokio::task::spawn_blocking(move || mark.write(&path, &shared.settings.island, &shared.seal)).await {
+        match tokio::task::spawn_blocking(move || mark.write(&path, &shared.settings.island, shared.seal.load().current())).await {
             Ok(Ok(())) => *remembered = Some(mark),
             Ok(Err(error)) => {
                 tracing::error!(%error, "the watermark file cannot be written: a database that is put back to an older state would not be noticed (I4)");
@@ -536,13 +576,15 @@ impl Writer {
         let id = RowId::Island(settings.island.clone());
         let (kind, name) = sealed_name(&id);
         let row = store.sealed(kind, &name).await?;
-        let opened = open_row(&id, row.as_ref(), &shared.seal, &shared.seen, &settings.island)
+        let opened = open_row(&id, row.as_ref(), &shared.seal.load(), &shared.seen, &settings.island)
             .map_err(|reason| ServiceError::unavailable(format!("{reason}; if the database was restored, restart the server")))?;
         let Some(Value::Island(island)) = opened.value else { return Ok(false) };
         let timeline = store.timeline().await?;
         self.watermark = match (shared.watermark(), &settings.restore.watermark) {
             (Some(mark), _) => Some(mark),
-            (None, Some(path)) if self.watermark.is_none() => Watermark::read(path, &settings.island, &shared.seal).map_err(ServiceError::unavailable)?,
+            (None, Some(path)) if self.watermark.is_none() => {
+                Watermark::read(path, &settings.island, &shared.seal.load()).map_err(ServiceError::unavailable)?
+            }
             _ => self.watermark,
         };
         let mut reasons = Vec::new();
@@ -600,16 +642,17 @@ impl Writer {
         }
         let actors: Vec<Actor> = acts.iter().map(|act| act.actor()).collect();
         let shared = self.shared.clone();
+        let seal = shared.seal.load_full();
         let at = Instant::now();
         let mut attempt = None;
         let (chunks, refusals, key) = (&mut self.chunks, &self.refusals, &self.key);
         let mut decide = |read: &ReadSet| {
-            let mut batch = Batch::new(read, now, head.writer, &shared, chunks);
+            let mut batch = Batch::new(read, now, head.writer, &shared, &seal, chunks);
             let outcomes = decide_all(acts, &actors, &mut batch);
             if !batch.missing.is_empty() {
                 return Decision::More(Box::new(batch.missing));
             }
-            let (decision, decided) = finish(batch, outcomes, head.clone(), opening.clone(), key, refusals, &actors, &shared.seal, at);
+            let (decision, decided) = finish(batch, outcomes, head.clone(), opening.clone(), key, refusals, &actors, &seal, at);
             attempt = Some(decided);
             decision
         };
@@ -684,12 +727,12 @@ impl Writer {
 }
 
 impl<'b> Batch<'b> {
-    fn new(read: &'b ReadSet, now: UnixMillis, writer: WriterId, shared: &'b Shared, chunks: &'b mut Chunks) -> Self {
+    fn new(read: &'b ReadSet, now: UnixMillis, writer: WriterId, shared: &'b Shared, seal: &'b SealKeys, chunks: &'b mut Chunks) -> Self {
         Self {
             read,
             now,
             island: &shared.settings.island,
-            seal: &shared.seal,
+            seal,
             writer,
             chunk_size: shared.settings.chunk_size,
             jump: shared.history.borrow().map_or(CounterJump::NONE, |history| history.jump),
@@ -733,7 +776,7 @@ fn finish(
     key: &AuditKey,
     refusals: &Refusals,
     actors: &[Actor],
-    seal: &SealKey,
+    seal: &SealKeys,
     at: Instant,
 ) -> (Decision, Attempt) {
     let now = batch.now;
@@ -741,7 +784,7 @@ fn finish(
     let mut written = Vec::new();
     let mut row_writes: HashMap<RowId, RowWrite> = HashMap::new();
     for (id, opened) in batch.rows.into_iter().filter(|(_, opened)| opened.changed) {
-        match put_row(&id, opened, seal, &mut changes) {
+        match put_row(&id, opened, seal.current(), &mut changes) {
             Ok(row_write) => {
                 written.push((id.clone(), row_write.generation));
                 row_writes.insert(id, row_write);
@@ -801,7 +844,7 @@ fn finish(
         if let (true, Some(reference)) = (row.outcome.is_empty(), batch.request_events.get(&key).and_then(|event| references.get(*event))) {
             row.outcome = encode_reference(*reference);
         }
-        let seal = seal.seal_request(&key.principal, key.request, key.chunk, &row.digest, &row.outcome);
+        let seal = seal.current().seal_request(&key.principal, key.request, key.chunk, &row.digest, &row.outcome);
         row.outcome.splice(..0, seal);
         changes.requests.push(RequestPut { key, row });
     }
@@ -833,6 +876,7 @@ fn put_row(id: &RowId, opened: Opened, seal: &SealKey, changes: &mut Changes) ->
         Value::QuotaUse(used) => used.to_row(),
         Value::Campaign(campaign) => campaign.to_row(),
         Value::Proposal(proposal) => proposal.to_row(),
+        Value::RootRotation(rotation) => rotation.to_row(),
     };
     let digest = seal.row_digest(id, generation, &body);
     let row = SealedRow { generation: generation.number(), seal: *seal.seal(id, generation, &body).octets(), body };
@@ -903,6 +947,11 @@ pub(crate) const fn event_kind(event: &Event) -> u16 {
         Event::CampaignChanged(_) => 42,
         Event::WaveChanged(_) => 43,
         Event::TasksChanged(_) => 44,
+        Event::RootVersionBegun(_) => 45,
+        Event::RootVersionMade(_) => 46,
+        Event::RootRotationChanged(_) => 47,
+        Event::RootRowsAdvanced(_) => 48,
+        Event::RootDestroyed(_) => 49,
     }
 }
 

@@ -13,4 +13,5 @@ pub(crate) use committer::event_kind;
 pub use committer::{Committed, Committer, CommitterSettings, past_record, read_record};
 pub use history::RestoreSettings;
 pub use owner_row::OwnerRow;
+pub(crate) use view::sealed_name;
 pub use view::{Actor, CounterOf, LiveLease, View};

@@ -9,7 +9,8 @@ use std::{
 use kms_domain::{
     Campaign, CampaignId, ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterJump, CounterKey, CounterPlace, CounterState, CounterUse, Counters,
     DeviceType, DeviceTypeId, Generation, Group, GroupId, IslandName, KeyType, KeyVersion, KeyVersionNumber, Lease, LiveChunk, Meter, OnNewKey, Owner,
-    Principal, PrincipalId, Proposal, ProposalId, QuotaUse, RequestId, RowId, SealKey, SecuritySetupId, SystemTitle, UnixMillis, WriterId,
+    Principal, PrincipalId, Proposal, ProposalId, QuotaUse, RequestId, RootId, RootRotation, RowId, SealKeys, SecuritySetupId, SystemTitle, UnixMillis,
+    WriterId,
 };
 use kms_proto::v1::{AuditRecord, SecurityEvent, audit_record::Event};
 use kms_store::{
@@ -64,7 +65,7 @@ pub(super) struct Batch<'a> {
     pub(super) read: &'a ReadSet,
     pub(super) now: UnixMillis,
     pub(super) island: &'a IslandName,
-    pub(super) seal: &'a SealKey,
+    pub(super) seal: &'a SealKeys,
     pub(super) writer: WriterId,
     pub(super) chunk_size: ChunkSize,
     /// By how much restores raised all counters.
@@ -112,6 +113,7 @@ pub(super) enum Value {
     QuotaUse(Arc<QuotaUse>),
     Campaign(Arc<Campaign>),
     Proposal(Arc<Proposal>),
+    RootRotation(Arc<RootRotation>),
 }
 
 /// An event with the rows that its act wrote.
@@ -386,12 +388,41 @@ impl View<'_, '_> {
         })
     }
 
+    /// The rotation to a version of a root.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn root_rotation(&mut self, to: RootId) -> Result<Option<Arc<RootRotation>>, ServiceError> {
+        self.open(RowId::RootRotation(to)).map(|value| match value {
+            Some(Value::RootRotation(rotation)) => Some(rotation),
+            _ => None,
+        })
+    }
+
     /// Writes a proposal.
     ///
     /// # Errors
     /// See [`Self::principal`].
     pub fn put_proposal(&mut self, proposal: Proposal) -> Result<(), ServiceError> {
         self.put(RowId::Proposal(proposal.id), Value::Proposal(Arc::new(proposal)), false)
+    }
+
+    /// Writes a rotation.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn put_root_rotation(&mut self, rotation: RootRotation) -> Result<(), ServiceError> {
+        self.put(RowId::RootRotation(rotation.to), Value::RootRotation(Arc::new(rotation)), false)
+    }
+
+    /// Writes a row as it is, so that it gets the seal of the current seal key. False: there is no such row.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn seal_again(&mut self, id: RowId) -> Result<bool, ServiceError> {
+        let Some(value) = self.open(id.clone())? else { return Ok(false) };
+        self.put(id, value, false)?;
+        Ok(true)
     }
 
     /// A task of a campaign. One that the plan does not have is as good as absent, and an event for the security officers (I5).
@@ -410,8 +441,7 @@ impl View<'_, '_> {
                 return Err(not_read());
             }
         };
-        let expected = self.base.seal.seal_task(key.campaign, key.meter, row.wave);
-        if aws_lc_rs::constant_time::verify_slices_are_equal(&expected, &row.mark).is_err() {
+        if !self.base.seal.accept(&row.mark, |seal| seal.seal_task(key.campaign, key.meter, row.wave)) {
             let refusal = self.refusal(format!("a task of campaign {} for meter {} is none of its plan", key.campaign, key.meter), true);
             self.base.refusals.push(refusal);
             return Ok(None);
@@ -422,12 +452,14 @@ impl View<'_, '_> {
     /// Writes a task that [`Self::task`] gave; its generation follows by itself.
     pub fn put_task(&mut self, row: TaskRow) {
         let generation = self.base.read.task(row.key).present().map_or(0, |read| read.generation) + 1;
-        self.stage_task(TaskRow { generation, ..row });
+        // It was verified when it was read; written again, it carries the mark of the current seal key.
+        let mark = self.base.seal.current().seal_task(row.key.campaign, row.key.meter, row.wave);
+        self.stage_task(TaskRow { generation, mark, ..row });
     }
 
     /// Makes a task that the plan has, and binds it to the plan. The row's generation and mark follow by themselves.
     pub fn plan_task(&mut self, row: TaskRow) {
-        let mark = self.base.seal.seal_task(row.key.campaign, row.key.meter, row.wave);
+        let mark = self.base.seal.current().seal_task(row.key.campaign, row.key.meter, row.wave);
         self.stage_task(TaskRow { generation: 1, mark, ..row });
     }
 
@@ -725,8 +757,7 @@ impl View<'_, '_> {
     /// again under another request, past I2 and I4.
     fn open_request(&mut self, key: &RequestKey, row: &RequestRow) -> Result<RequestRow, ServiceError> {
         let opened = row.outcome.split_first_chunk::<16>().filter(|(seal, outcome)| {
-            let expected = self.base.seal.seal_request(&key.principal, key.request, key.chunk, &row.digest, outcome);
-            aws_lc_rs::constant_time::verify_slices_are_equal(&expected, seal.as_slice()).is_ok()
+            self.base.seal.accept(seal.as_slice(), |seal| seal.seal_request(&key.principal, key.request, key.chunk, &row.digest, outcome))
         });
         match opened {
             Some((_, outcome)) => Ok(RequestRow { outcome: outcome.to_vec(), ..row.clone() }),
@@ -823,7 +854,7 @@ impl Batch<'_> {
 }
 
 /// Opens a row that was read, inside or outside a transaction.
-pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKey, seen: &Seen, island: &IslandName) -> Result<Opened, String> {
+pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKeys, seen: &Seen, island: &IslandName) -> Result<Opened, String> {
     let known = seen.generation(id);
     let Some(row) = row else {
         // I5: a row that this server has seen does not vanish.
@@ -851,6 +882,7 @@ pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKey, seen
         RowId::QuotaUse(principal) => QuotaUse::from_row(principal.clone(), body).map(|used| Value::QuotaUse(Arc::new(used))),
         RowId::Campaign(campaign) => Campaign::from_row(*campaign, body).map(|campaign| Value::Campaign(Arc::new(campaign))),
         RowId::Proposal(proposal) => Proposal::from_row(*proposal, body).map(|proposal| Value::Proposal(Arc::new(proposal))),
+        RowId::RootRotation(to) => RootRotation::from_row(*to, body).map(|rotation| Value::RootRotation(Arc::new(rotation))),
         RowId::DeviceType(id) => DeviceType::from_row(*id, island, body).map(|device_type| Value::DeviceType(Arc::new(device_type))),
     }
     .map_err(|error| error.to_string())?;
@@ -861,7 +893,7 @@ pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKey, seen
 }
 
 /// The name of a sealed row other than a meter's in the store.
-pub(super) fn sealed_name(id: &RowId) -> (RowKind, Vec<u8>) {
+pub(crate) fn sealed_name(id: &RowId) -> (RowKind, Vec<u8>) {
     match id {
         RowId::Meter(title) => (RowKind::Island, title.octets().to_vec()),
         RowId::Group(group) => (RowKind::Group, group.0.to_be_bytes().to_vec()),
@@ -872,6 +904,7 @@ pub(super) fn sealed_name(id: &RowId) -> (RowKind, Vec<u8>) {
         RowId::QuotaUse(principal) => quota_use_row(principal),
         RowId::Campaign(campaign) => (RowKind::Campaign, campaign.octets().to_vec()),
         RowId::Proposal(proposal) => (RowKind::Proposal, proposal.octets().to_vec()),
+        RowId::RootRotation(to) => (RowKind::RootRotation, to.octets().to_vec()),
     }
 }
 

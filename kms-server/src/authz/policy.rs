@@ -471,6 +471,12 @@ pub enum Action {
     WithdrawProposal,
     /// The act that was approved. What it does has an action of its own.
     CarryOutProposal,
+    /// Roots: their versions, what uses them, and how far their rotation is.
+    ListRoots,
+    /// The rotation of a root to a version that was made.
+    RotateRoot,
+    /// The proposal to destroy a version of a root, and, once others have approved it, the destruction.
+    DestroyRoot,
     /// Tasks of campaigns for meters of a class.
     LeaseTasks,
 }
@@ -531,6 +537,9 @@ impl Action {
             Self::ApproveProposal => "approveProposal",
             Self::WithdrawProposal => "withdrawProposal",
             Self::CarryOutProposal => "carryOutProposal",
+            Self::ListRoots => "listRoots",
+            Self::RotateRoot => "rotateRoot",
+            Self::DestroyRoot => "destroyRoot",
             Self::LeaseTasks => "leaseTasks",
         }
     }
@@ -623,6 +632,9 @@ impl Action {
             | Self::ApproveProposal
             | Self::WithdrawProposal
             | Self::CarryOutProposal
+            | Self::ListRoots
+            | Self::RotateRoot
+            | Self::DestroyRoot
             | Self::LeaseTasks
             | Self::InventoryHsm => Vec::new(),
         };

@@ -195,6 +195,34 @@ impl EscrowDocument {
         self
     }
 
+    /// The same with one more version of a root, wrapped for the same escrow key; the others stay as they are.
+    ///
+    /// # Errors
+    /// The wrap is for another escrow key, or the file's roots are wrapped with another hash.
+    pub fn with_another_root(mut self, island: &IslandName, wrapped: &WrappedRoots) -> Result<Self, EscrowError> {
+        if wrapped.recipient_sha256 != sha256(&self.escrow_key.0) {
+            return Err(EscrowError::Document("the root was wrapped for another escrow key".to_owned()));
+        }
+        if wrapped.oaep_hash.name() != self.oaep_hash {
+            return Err(EscrowError::Document(format!(
+                "its roots are wrapped with OAEP and {}, the new one with {}",
+                self.oaep_hash,
+                wrapped.oaep_hash.name()
+            )));
+        }
+        for root in &wrapped.roots {
+            let label = root.key.label(island);
+            self.roots.retain(|known| known.label != label);
+            self.roots.push(EscrowedRoot { label, check_value: Hex(root.check_value.clone()), wrapped: Hex(root.wrapped.clone()) });
+        }
+        Ok(self)
+    }
+
+    /// Whether it is a file of this format and of this island.
+    pub fn is_of(&self, island: &IslandName) -> bool {
+        self.format == FORMAT && self.island == island.as_str()
+    }
+
     /// The roots, as the HSM room knows them; none before they are in the file.
     ///
     /// # Errors

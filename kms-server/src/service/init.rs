@@ -241,6 +241,7 @@ impl CeremonyPlan {
             seal_key_version: SEAL_KEY_VERSION,
             escrow_fingerprint: escrow,
             history: DatabaseHistory::default(),
+            ledger: kms_domain::RootLedger::default(),
             created: Island::now(),
         }
     }
@@ -427,10 +428,11 @@ impl State {
 }
 
 /// Copies of roots for one token, as stored: JSON of labels and wraps.
-struct StoredCopy;
+pub(crate) struct StoredCopy;
 
 impl StoredCopy {
-    fn of(island: &IslandName, copies: &WrappedRoots) -> String {
+    /// The file's text.
+    pub(crate) fn of(island: &IslandName, copies: &WrappedRoots) -> String {
         let roots: Vec<_> = copies
             .roots
             .iter()
@@ -440,7 +442,8 @@ impl StoredCopy {
         format!("{copy:#}\n")
     }
 
-    fn parse(island: &IslandName, text: &[u8]) -> Option<WrappedRoots> {
+    /// What a file holds; none if it is no such file of the island.
+    pub(crate) fn parse(island: &IslandName, text: &[u8]) -> Option<WrappedRoots> {
         let copy: serde_json::Value = serde_json::from_slice(text).ok()?;
         let octets = |value: &serde_json::Value, name: &str| hex::decode(value.get(name)?.as_str()?).ok();
         let roots = copy.get("roots")?.as_array()?.iter().map(|root| {

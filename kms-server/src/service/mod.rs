@@ -15,6 +15,7 @@ pub mod principal;
 pub mod proposal;
 mod recipe;
 pub mod retention;
+pub mod root;
 pub mod scrub;
 pub mod shipment;
 pub mod transfer;

@@ -82,7 +82,7 @@ impl Change {
                 ProposedAction::RaiseCounter(raise) => raise_counter(view, island, principal, &raise, id),
                 ProposedAction::DestroyRoot(_) => Err(ServiceError::FailedPrecondition {
                     reason: "the destruction of a root is more than a change of rows, and is not carried out by this call".to_owned(),
-                    next_step: "carry it out with the command for roots".to_owned(),
+                    next_step: format!("carry it out with `kms roots destroy {id}`"),
                 }),
             },
         }

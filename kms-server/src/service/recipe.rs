@@ -25,7 +25,7 @@ impl Recipe {
     pub(super) fn of(island: &Island, setup: SecuritySetupId, key: &KeyProfile) -> Option<Self> {
         // I1: the HSM makes no secret in the encoding of docs/formats.md, and this server's memory is no place to make one.
         let KeyShape::Aes(length) = key.shape else { return None };
-        let root = island.row.roots(key.key_type.class()).and_then(kms_domain::ClassRoots::current);
+        let root = island.row().roots(key.key_type.class()).and_then(kms_domain::ClassRoots::current);
         let origin = match (key.origin, root) {
             (NewKeyOrigin::Diversified, Some(root)) => KeyOrigin::Diversified { root_version: root.version, derivation: root.derivation, length },
             _ => KeyOrigin::Generated,
@@ -36,7 +36,7 @@ impl Recipe {
     /// The recipe of the next version of a slot: as the version before it.
     pub(super) fn again(island: &Island, slot: &Slot, suite: SecuritySuite) -> Self {
         let last = slot.versions().last();
-        let root = island.row.roots(slot.key_type().class()).and_then(kms_domain::ClassRoots::current);
+        let root = island.row().roots(slot.key_type().class()).and_then(kms_domain::ClassRoots::current);
         let length = match last.map(|version| (version.origin(), version.material())) {
             Some((KeyOrigin::Diversified { length, .. }, _)) => length,
             Some((_, KeyMaterial::Wrapped(wrapped))) if let KeyShape::Aes(length) = wrapped.shape() => length,

@@ -13,7 +13,8 @@ mod tests;
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use kms_domain::{
-    CampaignId, CounterDomainId, DeviceTypeId, Generation, GroupId, IslandName, PrincipalId, ProposalId, RowId, RowSeal, SealRootKey, SystemTitle, row_digest,
+    CampaignId, CounterDomainId, DeviceTypeId, Generation, GroupId, IslandName, PrincipalId, ProposalId, RootId, RowId, RowSeal, SealRootKey, SystemTitle,
+    row_digest,
 };
 use kms_hsm::RootVersion;
 use kms_proto::v1::{RowWrite, ScrubFinding, ScrubResponse, SecurityEvent, audit_record::Event};
@@ -26,6 +27,7 @@ use crate::{
     authz::{Action, Caller},
     error::ServiceError,
     island::Island,
+    service::root,
 };
 
 /// The scrubber of an island.
@@ -176,9 +178,8 @@ impl Scrubber {
     }
 
     async fn chain_key(&self) -> Result<AuditKey, ServiceError> {
-        let version = self.island.row.seal_key_version;
-        let root = RootVersion::new(u32::from(version)).map_err(|error| ServiceError::Internal(error.to_string()))?;
-        let octets = self.island.hsm.mac(root, SealRootKey::AuditChain.message(version, self.island.name())).await?;
+        let message = SealRootKey::AuditChain.message(root::CHAIN_KEY_VERSION, self.island.name());
+        let octets = self.island.hsm.mac(RootVersion::FIRST, message).await?;
         Ok(AuditKey::new(&octets))
     }
 
@@ -362,7 +363,7 @@ impl Scan<'_> {
             .and_then(|number| Generation::from_i64(number).ok())
             .ok_or_else(|| "its generation is out of range".to_owned())?;
         let seal = RowSeal::from_octets(&row.seal).map_err(|error| error.to_string())?;
-        self.island.committer.seal_key().verify(&id, generation, &row.body, &seal).map_err(|error| error.to_string())?;
+        self.island.committer.seal_keys().verify(&id, generation, &row.body, &seal).map_err(|error| error.to_string())?;
         Ok(row_digest(seal.key_version(), &id, generation, &row.body))
     }
 }
@@ -379,7 +380,7 @@ fn note(partition: Partition, recorded: &mut HashMap<Name, Recorded>, write: &Ro
     }
 }
 
-fn row_id(kind: u8, id: &[u8], island: &IslandName) -> Option<RowId> {
+pub(crate) fn row_id(kind: u8, id: &[u8], island: &IslandName) -> Option<RowId> {
     let text = || std::str::from_utf8(id).ok();
     let number = || id.try_into().ok().map(u64::from_be_bytes);
     match kind {
@@ -392,6 +393,7 @@ fn row_id(kind: u8, id: &[u8], island: &IslandName) -> Option<RowId> {
         7 => PrincipalId::parse(text()?).ok().map(RowId::QuotaUse),
         8 => CampaignId::from_octets(id).ok().map(RowId::Campaign),
         12 => ProposalId::from_octets(id).ok().map(RowId::Proposal),
+        9 => RootId::from_octets(id).ok().map(RowId::RootRotation),
         _ => None,
     }
 }

@@ -85,7 +85,7 @@ impl ShipmentService {
     /// Not permitted, or the HSM is away.
     pub async fn transport_key(&self, caller: &Caller) -> Result<v1::VendorTransportKey, ServiceError> {
         self.sees_all(caller).await?;
-        let spki = self.island.hsm.transport_key_spki(verify::TRANSPORT_KEY).await?;
+        let spki = self.island.hsm.transport_key_spki(verify::offered_transport_version(&self.island)?).await?;
         let hashes = oaep_hashes(&self.island).await?;
         Ok(v1::VendorTransportKey { spki: spki.into(), oaep_hashes: hashes.iter().map(|hash| hash.name().to_owned()).collect() })
     }

@@ -385,7 +385,7 @@ impl TransferService {
             Some(KeyShape::Aes(length)) => length,
             _ => meter.suite.key_length(),
         };
-        let root = self.island.row.roots(key_type.class()).and_then(kms_domain::ClassRoots::current);
+        let root = self.island.row().roots(key_type.class()).and_then(kms_domain::ClassRoots::current);
         let (origin, wrapped) = match (profile.map(|key| key.origin), root) {
             (Some(NewKeyOrigin::Diversified), Some(root)) => (KeyOrigin::Diversified { root_version: root.version, derivation: root.derivation, length }, None),
             _ => {

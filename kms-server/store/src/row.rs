@@ -41,14 +41,16 @@ pub enum RowKind {
     QuotaUse,
     /// A campaign.
     Campaign,
+    /// The rotation to a version of a root.
+    RootRotation,
     /// A proposal.
     Proposal,
 }
 
 impl RowKind {
     /// All kinds.
-    pub const ALL: [Self; 8] =
-        [Self::Group, Self::DeviceType, Self::Principal, Self::CounterDomain, Self::Island, Self::QuotaUse, Self::Campaign, Self::Proposal];
+    pub const ALL: [Self; 9] =
+        [Self::Group, Self::DeviceType, Self::Principal, Self::CounterDomain, Self::Island, Self::QuotaUse, Self::Campaign, Self::RootRotation, Self::Proposal];
 
     /// The kind's number in the seal's input and in the database.
     pub const fn number(self) -> u8 {
@@ -60,6 +62,7 @@ impl RowKind {
             Self::Island => 6,
             Self::QuotaUse => 7,
             Self::Campaign => 8,
+            Self::RootRotation => 9,
             Self::Proposal => 12,
         }
     }
@@ -74,6 +77,7 @@ impl RowKind {
             Self::Island => "island",
             Self::QuotaUse => "quota use",
             Self::Campaign => "campaign",
+            Self::RootRotation => "root rotation",
             Self::Proposal => "proposal",
         }
     }
@@ -81,7 +85,7 @@ impl RowKind {
     /// How a transaction that reads rows of this kind holds them.
     pub(crate) const fn lock(self) -> RowLock {
         match self {
-            Self::CounterDomain | Self::QuotaUse | Self::Proposal => RowLock::Exclusive,
+            Self::CounterDomain | Self::QuotaUse | Self::RootRotation | Self::Proposal => RowLock::Exclusive,
             Self::Campaign => RowLock::Campaign,
             _ => RowLock::Shared,
         }

@@ -8,8 +8,10 @@ use std::time::Duration;
 
 use kms_client::proto::{self, InventoryHsmRequest, Purpose, SessionTerms};
 use kms_client::{Connection, KeyRequest, KeyType, NewProfile, OpenOptions, PrincipalId, Profile, Session, SystemTitle, new_request_id};
-use kms_server::server::Server;
+use kms_domain::RootPurpose;
+use kms_server::server::{self, Server};
 use kms_server::service::init::CeremonyPlan;
+use kms_server::service::root::make::NewRootSettings;
 use tonic::Code;
 
 use super::{People, config, hsm_sim, on_module, softhsm};
@@ -59,6 +61,14 @@ async fn story(folder: &Path, kind: &str, module: &Path) {
     );
     let configuration = folder.join("grant-server.toml");
     fs::write(&configuration, format!("{common}{token}")).unwrap();
+    // Another storage KEK, made while no server runs: a copy for the token of the grant server, and for no other.
+    let new = NewRootSettings { purpose: RootPurpose::parse("session/storage-kek").unwrap(), escrow: state.join("escrow.json"), copies: vec![1] };
+    let made = server::make_root(&config(&held.configuration), new).await.unwrap();
+    assert_eq!(made.copies.len(), 1);
+    let copies = &made.copies[0];
+    assert!(server::install_roots(&config(&held.configuration), copies).await.is_err(), "the authority's token is not the one that it is for");
+    let installed = server::install_roots(&config(&configuration), copies).await.unwrap();
+    assert_eq!(installed.iter().map(|print| print.label.as_str()).collect::<Vec<_>>(), ["meterkms/north/session/storage-kek/2"]);
     let grants = Running::start(config(&configuration)).await;
     for moved in [&hes, &ada] {
         moved.set_server(&grants.address.to_string()).unwrap();
@@ -87,6 +97,7 @@ async fn story(folder: &Path, kind: &str, module: &Path) {
     let refused = officer.principals().add_principal(add).await.unwrap_err();
     assert!(matches!(refused.code(), Code::FailedPrecondition | Code::Unavailable), "{refused}");
     let objects = officer.hsm().inventory_hsm(InventoryHsmRequest {}).await.unwrap().into_inner().objects;
+    assert!(objects.iter().any(|object| object.label == "meterkms/north/session/storage-kek/2"));
     for object in &objects {
         assert_eq!(object.objection, "", "{}", object.label);
         assert!(!object.label.contains("/kek/") && !object.label.contains("/ca/"), "{}", object.label);

@@ -15,13 +15,14 @@ use std::time::Duration;
 use aws_lc_rs::hmac;
 use aws_lc_rs::rsa::{OAEP_SHA256_MGF1SHA256, OaepPrivateDecryptingKey, PrivateDecryptingKey};
 use hyper_util::rt::TokioIo;
-use kms_domain::{Generation, IslandName, RowId, RowSeal, SealKey, SealRootKey};
+use kms_domain::{Generation, IslandName, RootPurpose, RowId, RowSeal, SealKey, SealRootKey};
 use kms_proto::v1;
 use kms_proto::v1::principal_service_client::PrincipalServiceClient;
 use kms_server::config::Config;
-use kms_server::server::{Server, ServerError};
+use kms_server::server::{self, Server, ServerError};
 use kms_server::service::escrow::{EscrowDocument, EscrowError};
 use kms_server::service::init::{CeremonyPlan, InitError, Storage};
+use kms_server::service::root::make::NewRootSettings;
 use kms_store::{RowKind, testing::TestDatabase};
 use rcgen::{CertificateParams, KeyPair, PKCS_RSA_SHA256, PublicKeyData, RsaKeySize};
 use rustls::RootCertStore;
@@ -85,6 +86,7 @@ async fn story(folder: &Path, kind: &str, module: &Path) {
     assert!(matches!(plan().hold(&state).await, Err(InitError::Exists { .. })), "a ceremony is held once");
 
     escrow_restores_the_seal_root(&people, &state).await;
+    another_root(&people, &state).await;
     if kind == "development" {
         let mut config = config(&held.configuration);
         config.allow_development_island = false;
@@ -119,6 +121,35 @@ async fn escrow_restores_the_seal_root(people: &People, state: &Path) {
     let row = store.sealed(RowKind::Island, b"north").await.unwrap().unwrap();
     seal.verify(&RowId::Island(island), Generation::FIRST, &row.body, &RowSeal::from_octets(&row.seal).unwrap()).unwrap();
     store.close().await;
+}
+
+/// Another version of a root: noted and recorded, and in the custodians' hands; only the ceremony's own escrow file is taken.
+async fn another_root(people: &People, state: &Path) {
+    let path = state.join("escrow.json");
+    let before = fs::read_to_string(&path).unwrap();
+    let config = config(&state.join("kms-server.toml"));
+    let purpose = RootPurpose::parse("kek/storage-kek").unwrap();
+    let settings = |escrow: PathBuf| NewRootSettings { purpose, escrow, copies: Vec::new() };
+    let document: serde_json::Value = serde_json::from_str(&before).unwrap();
+    let key = document["escrow_key"].as_str().unwrap();
+    let other = format!("{}{}", &key[..key.len() - 12], if &key[key.len() - 12..] == "ffffffffffff" { "eeeeeeeeeeee" } else { "ffffffffffff" });
+    fs::write(state.join("other.json"), before.replace(key, &other)).unwrap();
+    let refused = server::make_root(&config, settings(state.join("other.json"))).await.unwrap_err();
+    assert!(refused.to_string().contains("not the escrow file"), "{refused}");
+    assert_eq!(fs::read_to_string(&path).unwrap(), before);
+
+    let made = server::make_root(&config, settings(path.clone())).await.unwrap();
+    assert_eq!((made.id.version, made.fingerprint.label.as_str()), (2, "meterkms/north/kek/storage-kek/2"));
+    // One that was made and is not in use stands in the way of another.
+    assert!(server::make_root(&config, settings(path.clone())).await.unwrap_err().to_string().contains("made"));
+    let document: EscrowDocument = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let earlier: EscrowDocument = serde_json::from_str(&before).unwrap();
+    assert_eq!(document.labels().count(), earlier.labels().count() + 1);
+    let shares: Vec<_> = document.shares().map(|(name, encrypted)| people.decrypt_share(name, encrypted)).collect();
+    let opened = document.open(&shares[..2]).unwrap();
+    let (first, second) =
+        (document.root(&opened, "meterkms/north/kek/storage-kek/1").unwrap(), document.root(&opened, "meterkms/north/kek/storage-kek/2").unwrap());
+    assert!(first != second && second.len() == 32);
 }
 
 async fn principals(people: &People, state: &Path, address: SocketAddr) {

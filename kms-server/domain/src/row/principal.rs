@@ -6,8 +6,8 @@ use prost::Message;
 use super::{
     RowError,
     message::{CertificateRow, ClassRow, IslandRow, PrincipalRow, RootRow, TransportRow},
-    root::{made_roots, made_roots_rows},
     moment, octets,
+    root::{made_roots, made_roots_rows},
     slot::derivation_number,
     version,
 };

@@ -89,23 +89,43 @@ fn names(manufacturer: &Principal, header: &ShipmentHeader) -> bool {
 }
 
 async fn open_batch_key(island: &Island, header: &ShipmentHeader) -> Result<BatchKey, Rejection> {
-    let spki = island.hsm.transport_key_spki(TRANSPORT_KEY).await?;
-    if digest(&SHA256, &spki).as_ref() != header.transport_key {
+    let Some(version) = transport_version(island, &header.transport_key).await? else {
         return Err(refuse("line 1: transport_key: it is not this island's vendor transport key; `kms shipment transport-key` shows that"));
-    }
+    };
     let offered = super::oaep_hashes(island).await?;
     let hash = header.oaep_hash;
     if !offered.contains(&hash) {
         let names: Vec<&str> = offered.iter().map(|hash| hash.name()).collect();
         return Err(refuse(format!("line 1: oaep_hash: {} is not accepted here; use {}", header.oaep_hash.name(), names.join(" or "))));
     }
-    match island.hsm.open_batch_key(TRANSPORT_KEY, hash, header.batch_key.clone()).await {
+    match island.hsm.open_batch_key(version, hash, header.batch_key.clone()).await {
         Ok(batch_key) => Ok(batch_key),
         Err(HsmError::WrappedKeyInvalid { .. }) => {
             Err(refuse("line 1: batch_key: it cannot be opened with the vendor transport key: damaged, or no 32-octet AES key inside"))
         }
         Err(error) => Err(error.into()),
     }
+}
+
+/// The accepted version of the vendor transport key that has this digest, the newest first.
+async fn transport_version(island: &Island, wanted: &[u8]) -> Result<Option<RootVersion>, ServiceError> {
+    let row = island.row();
+    for version in (row.ledger.oldest_vendor_transport_version..=row.ledger.vendor_transport_version).rev() {
+        let version = root_version(version)?;
+        if digest(&SHA256, &island.hsm.transport_key_spki(version).await?).as_ref() == wanted {
+            return Ok(Some(version));
+        }
+    }
+    Ok(None)
+}
+
+/// The version of the vendor transport key that vendors are given.
+pub(super) fn offered_transport_version(island: &Island) -> Result<RootVersion, ServiceError> {
+    root_version(island.row().ledger.vendor_transport_version)
+}
+
+fn root_version(version: u8) -> Result<RootVersion, ServiceError> {
+    RootVersion::new(u32::from(version)).map_err(|error| ServiceError::Internal(error.to_string()))
 }
 
 /// A manufacturer's public key.
@@ -244,6 +264,3 @@ fn refuse(reason: impl Into<String>) -> Rejection {
 fn of_line(line: u64, error: &ShipmentLineError) -> Rejection {
     refuse(format!("line {line}: {error}"))
 }
-
-/// Batch keys are encrypted to the first version of the vendor transport key: an island has one.
-pub(super) const TRANSPORT_KEY: RootVersion = RootVersion::FIRST;

@@ -1,0 +1,241 @@
+//! The destruction of a version of a root: an officer proposes it, another person approves exactly that (I6), and it is carried out if nothing refers to
+//! the root and no backup that may still be restored does.
+//!
+//! The decision is a record and a word in the island's row; after that every server destroys the root in its own tokens. It cannot be undone.
+
+use std::sync::Arc;
+
+use kms_domain::{
+    DestroyRoot, Island as IslandRow, ProposalId, ProposedAction, Quorum, RootError, RootId, RootKind, RootPurpose, RootRotationState, RootStanding, UnixMillis,
+};
+use kms_proto::v1::{self, RootDestroyed, audit_record::Event};
+use kms_store::{Reads, RequestKey, RequestRow, RowKind};
+
+use super::{CHAIN_KEY_VERSION, REPLAY_MS, RootService, no_island, refused, rotation_row, token_key};
+use crate::{
+    audit::Actor,
+    authz::{Action, Caller, Resource},
+    error::ServiceError,
+    island::{facts, principal_row},
+    service::{
+        campaign::Request,
+        proposal::{self, NewProposal, proposal_id, proposal_row},
+    },
+};
+
+/// What is proposed.
+#[derive(Clone, Debug)]
+pub struct Destruction {
+    /// Which version.
+    pub id: RootId,
+    /// The moment of the oldest backup of the database that may still be restored.
+    pub oldest_backup: UnixMillis,
+    /// Why, 1–256 octets.
+    pub reason: String,
+    /// How many other people must approve.
+    pub quorum: Quorum,
+}
+
+impl RootService {
+    /// Proposes to destroy a version. Nothing is destroyed by this.
+    ///
+    /// # Errors
+    /// Not permitted; something refers to the root, or a backup may; or the database is away.
+    pub async fn propose_destruction(&self, caller: &Caller, request: Request, destruction: Destruction) -> Result<v1::Proposal, ServiceError> {
+        self.island.require(caller, &Action::DestroyRoot).await?;
+        let Destruction { id, oldest_backup, reason, quorum } = destruction;
+        self.is_unused(id, oldest_backup).await?;
+        let root = destroy_root(id, oldest_backup)?;
+        let key = RequestKey { principal: caller.principal.clone(), request: request.id, chunk: 0 };
+        let made = proposal_id(request.id)?;
+        let reads = Reads { sealed: vec![principal_row(&caller.principal), proposal_row(made)], requests: vec![key.clone()], ..Reads::default() };
+        let (island, asking) = (self.island.clone(), caller.clone());
+        let act = self.island.committer.act(Actor::caller(caller, Some(request.id), Action::DestroyRoot.name()), reads, move |view| {
+            let principal = view.caller(&asking)?;
+            island.policy.load().require(&facts(&principal), &Action::DestroyRoot, &Resource::Island)?;
+            let now = view.now();
+            if let Some(earlier) = view.request(&key)? {
+                return match view.proposal(made)?.filter(|_| earlier.digest == request.digest) {
+                    Some(known) => Ok(proposal::message(&known, now)),
+                    None => Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request")),
+                };
+            }
+            let new = NewProposal { action: ProposedAction::DestroyRoot(root), reason: reason.clone(), quorum };
+            let proposed = proposal::propose(view, &principal, request.id, new)?;
+            view.put_request(key.clone(), RequestRow { digest: request.digest, outcome: Vec::new(), expires: now.after(REPLAY_MS) });
+            Ok(proposal::message(&proposed, now))
+        });
+        Ok(act.await?.value)
+    }
+
+    /// Carries an approved destruction out: decided and recorded first (I2), then in the tokens of this server; other servers follow by themselves.
+    ///
+    /// # Errors
+    /// Not permitted; not approved by enough people (I6); something refers to the root, or a backup may; or HSM or database are away.
+    pub async fn destroy(&self, caller: &Caller, request: Request, approved: ProposalId) -> Result<v1::ShowRootsResponse, ServiceError> {
+        self.island.require(caller, &Action::DestroyRoot).await?;
+        self.refresh().await?;
+        let missing = || ServiceError::NotFound { what: format!("proposal {approved}") };
+        let stored = self.island.store.sealed(RowKind::Proposal, &approved.octets()).await?.ok_or_else(missing)?;
+        let ProposedAction::DestroyRoot(root) = self.island.committer.open_proposal(approved, &stored)?.content.action.clone() else { return Err(missing()) };
+        let id = root_id(&root)?;
+        let key = RequestKey { principal: caller.principal.clone(), request: request.id, chunk: 0 };
+        let again = self.island.row().root_standing(id) == Some(RootStanding::Destroyed);
+        if !again {
+            self.is_unused(id, root.oldest_backup).await?;
+        }
+        let current = RootId { purpose: id.purpose, version: self.island.row().current_root(id.purpose).unwrap_or_default() };
+        let reads = Reads {
+            sealed: vec![principal_row(&caller.principal), proposal_row(approved), self.island_row(), rotation_row(current)],
+            requests: vec![key.clone()],
+            clock: true,
+            ..Reads::default()
+        };
+        let (island, asking) = (self.island.clone(), caller.clone());
+        let act = self.island.committer.act(Actor::caller(caller, Some(request.id), Action::DestroyRoot.name()), reads, move |view| {
+            let principal = view.caller(&asking)?;
+            island.policy.load().require(&facts(&principal), &Action::DestroyRoot, &Resource::Island)?;
+            if let Some(earlier) = view.request(&key)? {
+                if earlier.digest != request.digest {
+                    return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request"));
+                }
+                return Ok(());
+            }
+            // I6: exactly what was approved, once.
+            let ProposedAction::DestroyRoot(root) = proposal::carry_out(view, &principal, approved)? else { return Err(ServiceError::denied("destroyRoot")) };
+            let id = root_id(&root)?;
+            let now = view.clock()?;
+            let mut row = (*view.island(island.name())?.ok_or_else(no_island)?).clone();
+            if id.purpose.has_pass() {
+                let finished = view.root_rotation(current)?.filter(|rotation| rotation.state == RootRotationState::Finished);
+                let finished = finished.filter(|_| row.current_root(id.purpose) == Some(current.version)).ok_or_else(|| unfinished(id.purpose))?;
+                not_in_backups(id, finished.since, root.oldest_backup)?;
+            }
+            row.destroy_root(id, now).map_err(refused)?;
+            view.append(Event::RootDestroyed(RootDestroyed {
+                root: id.purpose.to_string(),
+                version: id.version.into(),
+                change: "decided".to_owned(),
+                proposal_id: approved.octets().to_vec().into(),
+                oldest_backup_ms: root.oldest_backup.0,
+                objects: 0,
+            }));
+            view.put_island(row)?;
+            view.put_request(key.clone(), RequestRow { digest: request.digest, outcome: Vec::new(), expires: view.now().after(REPLAY_MS) });
+            Ok(())
+        });
+        act.await?;
+        let row = self.refresh().await?;
+        self.destroy_decided(&row).await?;
+        self.show(caller).await
+    }
+
+    /// Destroys in this server's tokens what was decided to be destroyed, and records what was there.
+    ///
+    /// # Errors
+    /// HSM or database are away: it is tried again.
+    pub async fn destroy_decided(&self, row: &Arc<IslandRow>) -> Result<(), ServiceError> {
+        let decided = row.ledger.entries.iter().filter(|entry| entry.destroyed.is_some()).map(|entry| entry.id);
+        for id in decided {
+            let objects = self.island.hsm.destroy_root(token_key(id)?).await?;
+            if objects == 0 {
+                continue;
+            }
+            tracing::warn!(root = %id, objects, "a root was destroyed in this server's tokens");
+            let event = RootDestroyed {
+                root: id.purpose.to_string(),
+                version: id.version.into(),
+                change: "done".to_owned(),
+                objects: u32::try_from(objects).unwrap_or(u32::MAX),
+                ..RootDestroyed::default()
+            };
+            let act = self.island.committer.act(Actor::server("destroy-root"), Reads::default(), move |view| {
+                view.append(Event::RootDestroyed(event.clone()));
+                Ok(())
+            });
+            act.await?;
+        }
+        Ok(())
+    }
+
+    /// Whether nothing needs the version: no key, no row, no record, and no backup that may still be restored.
+    async fn is_unused(&self, id: RootId, oldest_backup: UnixMillis) -> Result<(), ServiceError> {
+        let row = self.refresh().await?;
+        let now = self.island.store.now().await?;
+        if id == (RootId { purpose: RootPurpose::Seal, version: CHAIN_KEY_VERSION }) {
+            return Err(ServiceError::FailedPrecondition {
+                reason: format!("the root `{id}` is needed for ever: audit chains and fingerprints of keys are computed with it"),
+                next_step: "leave it; rows are not sealed with it any more".to_owned(),
+            });
+        }
+        (*row).clone().destroy_root(id, now).map_err(refused)?;
+        if oldest_backup > now {
+            return Err(ServiceError::invalid("oldest_backup_ms", "it lies in the future"));
+        }
+        let counts = self.count(|_| true).await?;
+        if counts.unreadable > 0 {
+            return Err(ServiceError::FailedPrecondition {
+                reason: format!("{} rows cannot be read, so nobody can tell what they use", counts.unreadable),
+                next_step: "run `kms audit scrub`".to_owned(),
+            });
+        }
+        if counts.of(id) > 0 {
+            let what = if id.purpose == RootPurpose::Seal { "rows" } else { "key versions" };
+            return Err(ServiceError::FailedPrecondition {
+                reason: format!("{} {what} use the root `{id}` still", counts.of(id)),
+                next_step: "`kms roots show --count` tells of all roots; rotate what uses it".to_owned(),
+            });
+        }
+        let current = RootId { purpose: id.purpose, version: row.current_root(id.purpose).ok_or(RootError::NoSuchVersion { id }).map_err(refused)? };
+        let unused_since = match id.purpose {
+            RootPurpose::StorageKek(_) | RootPurpose::Seal => {
+                let finished = self.load(current).await?.filter(|rotation| rotation.state == RootRotationState::Finished);
+                finished.ok_or_else(|| unfinished(id.purpose))?.since
+            }
+            RootPurpose::Diversification(_) => counts.last_use(id).unwrap_or(row.created),
+            RootPurpose::VendorTransport => row.created,
+        };
+        let replaced = row.root_entry(current).map_or(row.created, |entry| entry.made);
+        not_in_backups(id, unused_since.max(replaced), oldest_backup)
+    }
+}
+
+/// A backup from before `unused_since` has keys or rows that need the root: restored, they would be lost.
+fn not_in_backups(id: RootId, unused_since: UnixMillis, oldest_backup: UnixMillis) -> Result<(), ServiceError> {
+    if oldest_backup > unused_since {
+        return Ok(());
+    }
+    Err(ServiceError::FailedPrecondition {
+        reason: format!(
+            "backups from before {} (Unix milliseconds) use the root `{id}`, and the oldest that may be restored is from {}",
+            unused_since.0, oldest_backup.0
+        ),
+        next_step: "wait until older backups are destroyed".to_owned(),
+    })
+}
+
+fn unfinished(purpose: RootPurpose) -> ServiceError {
+    ServiceError::FailedPrecondition {
+        reason: format!("the pass of the root `{purpose}` has not ended"),
+        next_step: "watch it with `kms roots watch`".to_owned(),
+    }
+}
+
+fn destroy_root(id: RootId, oldest_backup: UnixMillis) -> Result<DestroyRoot, ServiceError> {
+    let kind = match id.purpose {
+        RootPurpose::Diversification(_) => RootKind::Diversification,
+        RootPurpose::StorageKek(_) => RootKind::StorageKek,
+        RootPurpose::Seal => RootKind::Seal,
+        RootPurpose::VendorTransport => RootKind::VendorTransport,
+    };
+    DestroyRoot::new(kind, id.purpose.class(), id.version, oldest_backup).map_err(ServiceError::parse("root"))
+}
+
+fn root_id(root: &DestroyRoot) -> Result<RootId, ServiceError> {
+    let found = RootPurpose::ALL.into_iter().map(|purpose| RootId { purpose, version: root.version });
+    let same = |id: &RootId| destroy_root(*id, root.oldest_backup).is_ok_and(|known| known == *root);
+    found.into_iter().find(same).ok_or_else(|| ServiceError::FailedPrecondition {
+        reason: format!("a root of the kind {} is not destroyed here", root.kind.name()),
+        next_step: "withdraw the proposal".to_owned(),
+    })
+}

@@ -1,0 +1,378 @@
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use kms_client::sample::SampleShipment;
+use kms_domain::{FlagId, KeyMaterial, KeyOrigin, KeyType, RequestId, RowId, RowSeal, SecuritySetupId, SystemTitle, UnixMillis};
+use kms_proto::v1::AuditRecord;
+use kms_store::{AuditFilter, SealedRow};
+use prost::Message as _;
+
+use super::*;
+use crate::{
+    service::{
+        grant,
+        meter::{Enrolment, MeterService, NewMeter},
+        scrub::Scrubber,
+    },
+    testing::{TestIsland, database, island_tests, meter, sample},
+};
+
+const AT_ONCE: RootTiming = RootTiming { settling: Duration::ZERO, seal_overlap: Duration::ZERO, lead: Duration::ZERO };
+const STORAGE: RootPurpose = RootPurpose::StorageKek(KeyClass::Session);
+const DIVERSIFICATION: RootPurpose = RootPurpose::Diversification(KeyClass::Session);
+
+fn request() -> Request {
+    Request { id: RequestId::from_octets(uuid::Uuid::now_v7().as_bytes()).unwrap(), digest: [1; 32] }
+}
+
+fn rotate() -> Change {
+    Change::Rotate { rows_per_second: 1_000_000 }
+}
+
+fn service(island: &Arc<Island>) -> RootService {
+    RootService::new(island.clone()).with_timing(AT_ONCE)
+}
+
+impl TestIsland {
+    fn roots(&self) -> RootService {
+        service(&self.island)
+    }
+
+    /// Every key of a class: meter, type, version, KEK version, and the fingerprint of the value that the HSM finds under the wrap.
+    async fn stored_keys(&self, class: KeyClass, meters: u64) -> Vec<(u64, KeyType, u8, [u8; 16])> {
+        let mut found = Vec::new();
+        for number in 1..=meters {
+            let meter = self.island.meter(meter(number)).await.unwrap().unwrap();
+            for slot in meter.slots.iter().filter(|slot| slot.key_type().class() == class) {
+                for version in slot.versions() {
+                    let KeyMaterial::Wrapped(wrap) = version.material() else { continue };
+                    let source = grant::source(meter.owner(), slot, version).unwrap();
+                    let opened =
+                        self.island.hsm.rewrap_batch(vec![source], root_version(wrap.storage_kek_version()).unwrap()).await.unwrap().remove(0).unwrap();
+                    let value = self.island.fingerprint_key.fingerprint(&opened.fingerprint_wrap);
+                    assert_eq!(version.fingerprint(), Some(value), "{number} {}", slot.key_type());
+                    found.push((number, slot.key_type(), wrap.storage_kek_version(), value));
+                }
+            }
+        }
+        found
+    }
+
+    /// I1: nothing in the tokens is readable, extractable or usable beyond its purpose.
+    async fn nothing_is_readable(&self) {
+        let capabilities = self.island.hsm.usable(Duration::from_secs(10)).await.unwrap();
+        for (_, objects) in self.island.hsm.inventory().await.unwrap() {
+            for object in objects {
+                assert_eq!(object.findings(self.island.name(), &capabilities), Vec::<String>::new(), "{}", object.label);
+            }
+        }
+    }
+
+    async fn state(&self, purpose: RootPurpose) -> v1::RootRotation {
+        let shown = self.roots().show(&self.auditor).await.unwrap();
+        shown.roots.into_iter().rev().find(|root| root.root == purpose.to_string() && root.rotation.is_some()).unwrap().rotation.unwrap()
+    }
+
+    async fn records_of(&self, kind: u16) -> Vec<AuditRecord> {
+        let rows = self.island.store.audit_page(&AuditFilter { kind: Some(kind), ..AuditFilter::default() }, None, 1_000).await.unwrap();
+        rows.iter().map(|row| AuditRecord::decode(row.record.record.as_slice()).unwrap()).collect()
+    }
+
+    async fn put_back(&self, number: u64, row: &SealedRow) {
+        let octets = |octets: &[u8]| kms_store::testing::octets(&database().database, octets);
+        let statement = format!(
+            "UPDATE meter SET generation = {}, seal = {}, body = {} WHERE title = {}",
+            row.generation,
+            octets(&row.seal),
+            octets(&row.body),
+            meter(number).as_i64()
+        );
+        assert_eq!(kms_store::testing::execute(&database().database, &statement).await.unwrap(), 1);
+    }
+
+    async fn row_of(&self, number: u64) -> SealedRow {
+        self.island.store.meters(&[meter(number)]).await.unwrap().remove(0).row
+    }
+}
+
+fn next_step(outcome: Result<impl std::fmt::Debug, ServiceError>) -> String {
+    match outcome.unwrap_err() {
+        ServiceError::FailedPrecondition { next_step, .. } => next_step,
+        other => panic!("{other}"),
+    }
+}
+
+island_tests! {
+    async fn stored_keys_move_to_the_new_storage_kek_and_stay_what_they_are(island) {
+        let mut island = island;
+        island.deliver(&sample("generic-suite0", 300)).await;
+        assert!(next_step(island.roots().change(&island.officer, request(), STORAGE, rotate()).await).contains("roots new"));
+        let before = island.stored_keys(KeyClass::Session, 300).await;
+        let id = island.add_root(STORAGE).await;
+        assert_eq!(island.island.row().root_standing(id), Some(RootStanding::Made));
+        let roots = island.roots();
+        assert!(matches!(roots.change(&island.auditor, request(), STORAGE, rotate()).await, Err(ServiceError::PermissionDenied { .. })));
+        let settling = roots.clone().with_timing(RootTiming { settling: Duration::from_secs(3_600), ..AT_ONCE });
+        assert!(next_step(settling.change(&island.officer, request(), STORAGE, rotate()).await).contains("wait"));
+        let same = request();
+        roots.change(&island.officer, same, STORAGE, rotate()).await.unwrap();
+        roots.change(&island.officer, same, STORAGE, rotate()).await.unwrap();
+
+        // I1: while keys move, another session of the token sees no object whose value could be read.
+        let (done, hsm) = (Arc::new(AtomicBool::new(false)), island.island.hsm.clone());
+        let looked = tokio::spawn({
+            let done = done.clone();
+            async move {
+                let mut times = 0;
+                while !done.load(Ordering::Relaxed) || times == 0 {
+                    let objects = hsm.inventory().await.unwrap();
+                    assert!(objects.iter().flat_map(|(_, objects)| objects).all(|object| !object.is_secret() || !object.value_readable));
+                    times += 1;
+                }
+            }
+        });
+        let mut pages = 0;
+        while roots.page(id).await.unwrap().is_some() {
+            island.nothing_is_readable().await;
+            pages += 1;
+        }
+        done.store(true, Ordering::Relaxed);
+        looked.await.unwrap();
+        assert!(pages >= 3, "two pages of meters, and a round that finds nothing");
+
+        let state = island.state(STORAGE).await;
+        assert_eq!((state.state.as_str(), state.round, state.all_changed, state.refused), ("finished", 2, 300, 0));
+        let after = island.stored_keys(KeyClass::Session, 300).await;
+        assert_eq!(state.keys, after.len() as u64);
+        assert!(before.iter().all(|key| key.2 == 1) && after.iter().all(|key| key.2 == 2));
+        let values = |keys: &[(u64, KeyType, u8, [u8; 16])]| keys.iter().map(|key| (key.0, key.1, key.3)).collect::<Vec<_>>();
+        assert_eq!(values(&before), values(&after), "every key is the same, by its fingerprint");
+        assert!(island.stored_keys(KeyClass::Kek, 3).await.iter().all(|key| key.2 == 1), "another class has its own KEK");
+        // I2: a record a page, with the rows.
+        let records = island.records_of(48).await;
+        assert_eq!(records.iter().map(|record| record.row_writes.iter().filter(|row| row.kind == 1).count()).sum::<usize>(), 300);
+        let counts = roots.count(|_| true).await.unwrap();
+        assert_eq!((counts.of(RootId { purpose: STORAGE, version: 1 }), counts.of(id), counts.unreadable), (0, after.len() as u64, 0));
+        // What comes from now on is under the new one, on every server.
+        let other = TestIsland { island: island.another_server().await, ..island };
+        other.roots().refresh().await.unwrap();
+        other.deliver(&SampleShipment { first_number: 1_001, ..sample("generic-suite1", 2) }).await;
+        assert_eq!(other.roots().count(|_| true).await.unwrap().of(RootId { purpose: STORAGE, version: 1 }), 0);
+        assert_eq!(Scrubber::new(other.island.clone()).scrub(|_| true).await.unwrap().findings, []);
+        other.end().await;
+    }
+
+    async fn a_pass_survives_a_crash_anywhere_and_two_servers_do_not_disturb_each_other(island) {
+        let mut island = island;
+        island.deliver(&sample("generic-suite0", 300)).await;
+        let before = island.stored_keys(KeyClass::Session, 300).await;
+        let id = island.add_root(STORAGE).await;
+        let (first, second) = (island.roots(), service(&island.another_server().await));
+        second.refresh().await.unwrap();
+        first.change(&island.officer, request(), STORAGE, rotate()).await.unwrap();
+        // A server that has wrapped keys anew and dies before it writes: nothing of it is left.
+        let rotation = first.load(id).await.unwrap().unwrap();
+        let scan = first.scan(&rotation).await.unwrap();
+        let wraps = first.wrap_anew(&scan.due, KeyClass::Session, 2).await.unwrap();
+        assert_eq!(island.stored_keys(KeyClass::Session, 300).await, before);
+        assert_eq!(second.page(id).await.unwrap(), Some(256));
+        // A server that was paused in the same place comes too late, and writes nothing.
+        assert!(!first.write(id, scan, pass::Work::Rewrap(wraps)).await.unwrap());
+        assert_eq!(island.state(STORAGE).await.looked, 256);
+        // One that was not heard of for a while is left the pass; then another goes on from where it was.
+        let slow = second.clone().with_timing(RootTiming { lead: Duration::from_secs(60), ..AT_ONCE });
+        assert_eq!(slow.page(id).await.unwrap(), Some(44));
+        assert_eq!(first.page(id).await.unwrap(), None);
+        while slow.page(id).await.unwrap().is_some() {}
+        assert_eq!(island.state(STORAGE).await.state, "finished");
+        let after = island.stored_keys(KeyClass::Session, 300).await;
+        assert_eq!(before.iter().map(|key| (key.0, key.3)).collect::<Vec<_>>(), after.iter().map(|key| (key.0, key.3)).collect::<Vec<_>>());
+        assert_eq!(island.state(STORAGE).await.all_changed, 300, "each row was written once");
+        island.end().await;
+    }
+
+    async fn a_row_that_does_not_verify_is_left_and_pauses_the_pass(island) {
+        let mut island = island;
+        island.deliver(&sample("generic-suite0", 5)).await;
+        let id = island.add_root(STORAGE).await;
+        island.roots().change(&island.officer, request(), STORAGE, rotate()).await.unwrap();
+        let good = island.row_of(3).await;
+        let mut edited = good.clone();
+        *edited.body.last_mut().unwrap() ^= 1;
+        island.put_back(3, &edited).await;
+        let roots = island.roots();
+        while roots.page(id).await.unwrap().is_some() {}
+        let state = island.state(STORAGE).await;
+        assert_eq!((state.state.as_str(), state.reason.as_str(), state.all_changed), ("paused", "1 row had to be left", 4));
+        island.put_back(3, &good).await;
+        roots.change(&island.officer, request(), STORAGE, Change::Resume { rows_per_second: None }).await.unwrap();
+        while roots.page(id).await.unwrap().is_some() {}
+        let state = island.state(STORAGE).await;
+        assert_eq!((state.state.as_str(), state.all_changed), ("finished", 5));
+        island.end().await;
+    }
+
+    async fn rows_get_the_seal_of_the_new_version_and_the_old_one_is_refused_afterwards(island) {
+        let mut island = island;
+        island.deliver(&sample("generic-suite0", 30)).await;
+        let id = island.add_root(RootPurpose::Seal).await;
+        let old = island.row_of(1).await;
+        let late = service(&island.another_server().await);
+        let roots = island.roots();
+        roots.change(&island.officer, request(), RootPurpose::Seal, rotate()).await.unwrap();
+        assert_eq!(island.island.committer.seal_key().version(), 2);
+        while roots.page(id).await.unwrap().is_some() {}
+        assert_eq!(island.state(RootPurpose::Seal).await.state, "finished");
+        let counts = roots.count(|_| true).await.unwrap();
+        assert_eq!((counts.of(RootId { purpose: RootPurpose::Seal, version: 1 }), counts.of(id)), (0, counts.rows));
+        assert_eq!(RowSeal::from_octets(&island.row_of(1).await.seal).unwrap().key_version(), 2);
+        // A server that has not looked yet refuses what it cannot check, and goes on as soon as it has looked.
+        assert!(late.island.meter(meter(1)).await.is_err());
+        late.refresh().await.unwrap();
+        assert!(late.island.meter(meter(1)).await.unwrap().is_some());
+
+        // I5: after the old key was retired, a row with its seal is refused everywhere, even in its newest generation.
+        let newest = late.island.meter(meter(2)).await.unwrap().unwrap();
+        let row = island.row_of(2).await;
+        let generation = kms_domain::Generation::from_i64(i64::try_from(row.generation).unwrap() + 1).unwrap();
+        let body = newest.to_row().unwrap();
+        let key = seal_key(&island.island.hsm, 1).await.unwrap();
+        let seal = *key.seal(&RowId::Meter(meter(2)), generation, &body).octets();
+        let forged = SealedRow { generation: generation.number(), seal, body };
+        island.put_back(2, &forged).await;
+        assert!(late.island.meter(meter(2)).await.is_ok(), "still accepted");
+        roots.lead_for(Duration::ZERO).await.unwrap();
+        late.refresh().await.unwrap();
+        assert_eq!(island.island.row().root_standing(RootId { purpose: RootPurpose::Seal, version: 1 }), Some(RootStanding::Retired));
+        assert!(late.island.meter(meter(2)).await.is_err() && island.island.meter(meter(2)).await.is_err());
+        island.put_back(2, &row).await;
+        // The log and the fingerprints are checked with keys of the first seal root, which stays.
+        let fresh = island.another_server().await;
+        service(&fresh).refresh().await.unwrap();
+        assert_eq!(Scrubber::new(fresh.clone()).scrub(|_| true).await.unwrap().findings, []);
+        assert!(fresh.meter(meter(1)).await.unwrap().is_some());
+        assert_ne!(old.seal, island.row_of(1).await.seal);
+        island.end().await;
+    }
+
+    async fn new_keys_are_derived_from_the_newest_diversification_root(island) {
+        let mut island = island;
+        let new = |number: u64| NewMeter { title: meter(number), serial: number.to_string(), groups: Vec::new() };
+        let enrolment = |meters| Enrolment {
+            manufacturer: FlagId::parse("KAM").unwrap(),
+            device_profile: kms_domain::DeviceProfileName::parse("generic-suite0").unwrap(),
+            batch: "lab".to_owned(),
+            meters,
+        };
+        let request_of = |number: u8| crate::service::meter::Request { id: RequestId::from_octets(&[number; 16]).unwrap(), digest: [number; 32] };
+        let meters = MeterService::new(island.island.clone());
+        meters.enrol(&island.officer, request_of(1), enrolment(vec![new(1)])).await.unwrap();
+        let origin = async |island: &TestIsland, title: SystemTitle| {
+            let meter = island.island.meter(title).await.unwrap().unwrap();
+            meter.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().active().unwrap().origin()
+        };
+        let KeyOrigin::Diversified { root_version: 1, .. } = origin(&island, meter(1)).await else { panic!("the profile's GUEK is diversified") };
+        let id = island.add_root(DIVERSIFICATION).await;
+        let meters = MeterService::new(island.island.clone());
+        meters.enrol(&island.officer, request_of(2), enrolment(vec![new(2)])).await.unwrap();
+        assert!(matches!(origin(&island, meter(2)).await, KeyOrigin::Diversified { root_version: 1, .. }), "made is not current");
+        island.roots().change(&island.officer, request(), DIVERSIFICATION, rotate()).await.unwrap();
+        meters.enrol(&island.officer, request_of(3), enrolment(vec![new(3)])).await.unwrap();
+        assert!(matches!(origin(&island, meter(3)).await, KeyOrigin::Diversified { root_version: 2, .. }));
+        // The old keys are what they were: still derived from the old root, and counted.
+        let counts = island.roots().count(|_| true).await.unwrap();
+        let first = RootId { purpose: DIVERSIFICATION, version: 1 };
+        assert!(counts.of(first) >= 2 && counts.of(id) >= 1, "{counts:?}");
+        assert!(matches!(origin(&island, meter(1)).await, KeyOrigin::Diversified { root_version: 1, .. }));
+        island.end().await;
+    }
+
+    async fn vendors_are_given_the_new_transport_key_and_the_old_one_serves_until_it_is_retired(island) {
+        let mut island = island;
+        let old = island.sample(&sample("generic-suite0", 2)).await;
+        let late = island.sample(&sample("generic-suite0", 3)).await;
+        let id = island.add_root(RootPurpose::VendorTransport).await;
+        let shipments = crate::service::shipment::ShipmentService::new(island.island.clone());
+        let before = shipments.transport_key(&island.officer).await.unwrap().spki;
+        island.roots().change(&island.officer, request(), RootPurpose::VendorTransport, rotate()).await.unwrap();
+        let now = shipments.transport_key(&island.officer).await.unwrap().spki;
+        assert_ne!(before, now);
+        assert_eq!(now, island.island.hsm.transport_key_spki(root_version(id.version).unwrap()).await.unwrap());
+        // What a vendor has packed before is still read.
+        let sha256 = island.upload(&old.0, &old.1).await;
+        assert_eq!(island.import(sha256, Some(&island.head_end)).await.shipment.unwrap().imported, 2);
+        island.roots().change(&island.officer, request(), RootPurpose::VendorTransport, Change::Retire).await.unwrap();
+        let sha256 = island.upload(&late.0, &late.1).await;
+        let refused = shipments.import(&island.officer, &sha256, Some(island.head_end.principal.clone())).await.unwrap().next().await.unwrap();
+        let refused = refused.map_or_else(|error| error.to_string(), |answer| answer.shipment.unwrap().refusal);
+        assert!(refused.contains("transport_key"), "{refused}");
+        island.end().await;
+    }
+
+    async fn an_old_root_is_destroyed_by_two_people_when_nothing_refers_to_it(island) {
+        let mut island = island;
+        island.deliver(&sample("generic-suite0", 20)).await;
+        let id = island.add_root(STORAGE).await;
+        let first = RootId { purpose: STORAGE, version: 1 };
+        let roots = island.roots();
+        let propose = |id, oldest_backup| {
+            let destruction = Destruction { id, oldest_backup, reason: "yearly rotation".to_owned(), quorum: kms_domain::Quorum::ONE };
+            roots.propose_destruction(&island.officer, request(), destruction)
+        };
+        let reason = |outcome: Result<v1::Proposal, ServiceError>| outcome.unwrap_err().to_string();
+        // Too early, in every way: current; in use; a backup that is older; made and not in use.
+        assert!(reason(propose(first, Island::now()).await).contains("needed"));
+        assert!(reason(propose(id, Island::now()).await).contains("needed"));
+        roots.change(&island.officer, request(), STORAGE, rotate()).await.unwrap();
+        assert!(reason(propose(first, Island::now()).await).contains("key versions use the root"));
+        while roots.page(id).await.unwrap().is_some() {}
+        let ended = UnixMillis(island.state(STORAGE).await.since_ms);
+        assert!(reason(propose(first, ended).await).contains("backups"));
+        assert!(reason(propose(first, Island::now().after(3_600_000)).await).contains("future"));
+        assert!(reason(propose(id, Island::now()).await).contains("needed"), "the current one");
+        assert!(reason(propose(RootId { purpose: RootPurpose::Seal, version: 1 }, Island::now()).await).contains("audit chains"));
+        while Island::now() <= ended {}
+        let proposal = propose(first, ended.after(1)).await.unwrap();
+        let approved = kms_domain::ProposalId::from_octets(&proposal.proposal_id).unwrap();
+
+        // I6: the requester alone destroys nothing, and approves nothing of his own.
+        assert!(roots.destroy(&island.officer, request(), approved).await.is_err());
+        let proposals = crate::service::proposal::ProposalService::new(island.island.clone());
+        let approval = crate::service::proposal::Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };
+        let by = |number: u8| crate::service::proposal::Request { id: RequestId::from_octets(&[number; 16]).unwrap(), digest: [number; 32] };
+        assert!(proposals.change(&island.officer, by(1), approved, approval.clone()).await.is_err());
+        let colleague = island.colleague().await;
+        proposals.change(&colleague, by(2), approved, approval).await.unwrap();
+        let key = token_key(first).unwrap();
+        assert!(island.island.hsm.has_key(key).await.unwrap(), "approved is not carried out");
+        // A shipment that was imported by a server which had not heard of the new KEK: references are counted again when it is carried out.
+        island.island.hsm.use_storage_kek(KeyClass::Session, RootVersion::FIRST);
+        island.deliver(&SampleShipment { first_number: 101, ..sample("generic-suite0", 1) }).await;
+        island.island.hsm.use_storage_kek(KeyClass::Session, root_version(2).unwrap());
+        let refused = async |approved| roots.destroy(&island.officer, request(), approved).await.unwrap_err().to_string();
+        assert!(refused(approved).await.contains("key versions use the root"));
+        // The pass looks at all rows once more. What was approved says of backups that they are younger than the first pass only.
+        roots.change(&island.officer, request(), STORAGE, Change::Resume { rows_per_second: None }).await.unwrap();
+        while roots.page(id).await.unwrap().is_some() {}
+        assert_eq!(island.state(STORAGE).await.all_changed, 21);
+        assert!(refused(approved).await.contains("backups"));
+        let ended = UnixMillis(island.state(STORAGE).await.since_ms);
+        while Island::now() <= ended {}
+        let proposal = propose(first, ended.after(1)).await.unwrap();
+        let approved = kms_domain::ProposalId::from_octets(&proposal.proposal_id).unwrap();
+        let approval = crate::service::proposal::Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };
+        proposals.change(&colleague, by(3), approved, approval).await.unwrap();
+
+        let same = request();
+        roots.destroy(&island.officer, same, approved).await.unwrap();
+        roots.destroy(&island.officer, same, approved).await.unwrap();
+        assert!(!island.island.hsm.has_key(key).await.unwrap());
+        assert_eq!(island.island.row().root_standing(first), Some(RootStanding::Destroyed));
+        let events: Vec<_> = island.records_of(49).await.into_iter().map(|record| match record.event { Some(Event::RootDestroyed(event)) => event.change, _ => String::new() }).collect();
+        assert_eq!(events, ["decided", "done"], "I2: the decision is on the record before the token is changed");
+        let left = island.stored_keys(KeyClass::Session, 20).await;
+        assert!(!left.is_empty() && left.iter().all(|key| key.2 == 2), "every key is there still");
+        island.nothing_is_readable().await;
+        assert!(reason(propose(first, Island::now()).await).contains("destroyed"));
+        island.end().await;
+    }
+}
