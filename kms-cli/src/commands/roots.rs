@@ -44,7 +44,10 @@ pub(crate) async fn run(command: RootsCommand, context: &Context) -> Result<(), 
             confirm(&format!("new keys and seals use the newest version of `{}`", root.root), &sure)?;
             let request =
                 proto::RotateRootRequest { request_id: request_id(), root: root.root.to_string(), rows_per_second: rows_per_second.unwrap_or_default() };
-            client.rotate_root(request).await?
+            let answer = client.rotate_root(request).await?.into_inner();
+            let watch = if root.root.has_pass() { format!("\nsee how far it is: kms roots watch {}\n", root.root) } else { String::new() };
+            context.output.show(|| json::message("ShowRootsResponse", &answer), || format!("{}{watch}", roots_text(&answer)));
+            return Ok(());
         }
         RootsCommand::Pause { root, reason } => {
             client.pause_root_rotation(proto::PauseRootRotationRequest { request_id: request_id(), root: root.root.to_string(), reason: reason.reason }).await?
@@ -74,7 +77,7 @@ fn roots_text(answer: &proto::ShowRootsResponse) -> String {
             root.standing.clone(),
             output::time(root.made_ms),
             fingerprint.get(..FINGERPRINT).unwrap_or(&fingerprint).to_owned(),
-            root.in_token.map_or("not told".into(), output::yes),
+            root.in_token.map_or("not told", |held| if held { "yes" } else { "no" }).to_owned(),
             root.rotation.as_ref().map(line).unwrap_or_default(),
         ]);
     }

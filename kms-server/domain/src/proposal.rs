@@ -72,8 +72,9 @@ impl fmt::Display for ProposedAction {
                 raise.client_title, raise.key_type, raise.version, raise.meter, raise.setup, raise.to
             ),
             Self::DestroyRoot(root) => {
-                write!(f, "destroy version {} of the {}", root.version, root.kind.name())?;
-                root.class.map_or(Ok(()), |class| write!(f, " of class {class}"))
+                f.write_str("destroy the root `")?;
+                root.class.map_or(Ok(()), |class| write!(f, "{class}/"))?;
+                write!(f, "{}/{}`", root.kind.name(), root.version)
             }
         }
     }

@@ -215,8 +215,8 @@ pub enum RootError {
         /// Which version.
         id: RootId,
     },
-    /// An earlier version is current, or this one is.
-    #[error("the root `{id}` is {}, and cannot become current", standing.name())]
+    /// It is current, or was.
+    #[error("the root `{id}` is {}: there is no newer version to rotate to", standing.name())]
     NotMade {
         /// Which version.
         id: RootId,
@@ -239,8 +239,8 @@ pub enum RootError {
         /// Which version.
         id: RootId,
     },
-    /// It is in use.
-    #[error("the root `{id}` is {}: it is needed", standing.name())]
+    /// It is in use, or will be.
+    #[error("the root `{id}` is needed: it is {}", standing.name())]
     Needed {
         /// Which version.
         id: RootId,

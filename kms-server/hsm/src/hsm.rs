@@ -233,13 +233,7 @@ impl Hsm {
     /// [`HsmError::NotServed`], two keys of one name, or trouble of the HSM.
     pub async fn has_key(&self, key: TokenKey) -> Result<bool, HsmError> {
         let token = self.token_of_key(key)?.clone();
-        token
-            .run("find", move |worker| match worker.token_key(key) {
-                Ok(_) => Ok(true),
-                Err(HsmError::KeyMissing { .. }) => Ok(false),
-                Err(error) => Err(error),
-            })
-            .await
+        token.run("find", move |worker| worker.holds(key)).await
     }
 
     /// Destroys a root in every token of this server that holds it: all objects of its name. How many there were. It cannot be undone, and that

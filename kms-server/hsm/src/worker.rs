@@ -87,8 +87,17 @@ impl Worker {
 
     /// The secret or private key of this name, found by its label once per session.
     pub(crate) fn token_key(&self, key: TokenKey) -> Result<Object, HsmError> {
-        let class = if key.purpose.is_root() { CKO_SECRET_KEY } else { CKO_PRIVATE_KEY };
-        self.token_object(key, class)
+        self.token_object(key, secret_class(key))
+    }
+
+    /// Whether the token holds the secret or private key of this name now: a handle that was found before says nothing, since another session may have
+    /// destroyed the key.
+    pub(crate) fn holds(&self, key: TokenKey) -> Result<bool, HsmError> {
+        match find_one(&self.session, &key.label(&self.island), secret_class(key)) {
+            Ok(_) => Ok(true),
+            Err(HsmError::KeyMissing { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// The public key of this name.
@@ -252,6 +261,11 @@ impl Worker {
         drop(Temporary::new(&self.session, again));
         Ok(())
     }
+}
+
+/// The class of the object of this name that must be kept secret.
+const fn secret_class(key: TokenKey) -> CK_OBJECT_CLASS {
+    if key.purpose.is_root() { CKO_SECRET_KEY } else { CKO_PRIVATE_KEY }
 }
 
 /// The one token object of this label and class.

@@ -11,7 +11,10 @@ mod refresh;
 #[cfg(test)]
 mod tests;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use kms_domain::{KeyClass, RootError, RootId, RootPurpose, RootRotation, RootRotationState, RootStanding};
 use kms_hsm::{HsmError, Purpose, RootVersion, TokenKey};
@@ -26,7 +29,8 @@ use crate::{
     authz::{Action, Caller, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
-    service::campaign::Request,
+    service::Request,
+    telemetry::Repetition,
 };
 
 /// The use cases of roots.
@@ -39,7 +43,8 @@ pub struct RootService {
 /// How long things take until every server has noticed them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RootTiming {
-    /// How long a version must have been noted before it may become current. Servers look every 2 s.
+    /// How long a version must have been noted before it may become current, and how long its destruction must have been decided before tokens are
+    /// changed. Servers look every 2 s.
     pub settling: Duration,
     /// How long the old seal key is accepted after the last row has got a seal of the new one: requests that were answered before can be repeated for
     /// so long.
@@ -49,6 +54,8 @@ pub struct RootTiming {
 }
 
 impl RootTiming {
+    /// Where no other server can be: nobody has to be waited for.
+    const ALONE: Self = Self { settling: Duration::ZERO, lead: Duration::ZERO, ..Self::DEFAULT };
     /// 20 seconds, 24 hours, 30 seconds.
     pub const DEFAULT: Self = Self { settling: Duration::from_secs(20), seal_overlap: Duration::from_hours(24), lead: Duration::from_secs(30) };
 }
@@ -77,8 +84,9 @@ pub enum Change {
 
 impl RootService {
     /// Roots of an island.
-    pub const fn new(island: Arc<Island>) -> Self {
-        Self { island, timing: RootTiming::DEFAULT }
+    pub fn new(island: Arc<Island>) -> Self {
+        let timing = if island.store.is_shared() { RootTiming::DEFAULT } else { RootTiming::ALONE };
+        Self { island, timing }
     }
 
     /// With other times.
@@ -87,29 +95,48 @@ impl RootService {
         Self { timing, ..self }
     }
 
-    /// Looks every `period` which roots are in use, and goes on with passes, until it is dropped or aborted.
+    /// Looks every `period` which roots are in use, and goes on with passes and destructions, until it is dropped or aborted.
     pub fn in_background(self, period: Duration) -> tokio::task::JoinHandle<()> {
         tokio::spawn(async move {
-            let mut failures = crate::telemetry::Repetition::default();
-            // What was decided before this server was started is done too.
-            let mut done = None;
-            loop {
-                tokio::time::sleep(period).await;
-                let looked = async {
-                    let row = self.refresh().await?;
-                    if done.as_ref() != Some(&row.ledger) {
-                        self.destroy_decided(&row).await?;
-                        done = Some(row.ledger.clone());
-                    }
-                    self.lead_for(period).await
-                };
-                if let Err(error) = looked.await
-                    && failures.is_news(&error.to_string())
-                {
-                    tracing::error!(%error, "the island's roots could not be looked after; it is tried again");
-                }
-            }
+            // Other servers count on it that this one has looked: a slow pass must not hold that up.
+            tokio::join!(self.look(period), self.lead(period));
         })
+    }
+
+    async fn look(&self, period: Duration) {
+        let mut failures = Repetition::default();
+        loop {
+            tokio::time::sleep(period).await;
+            if let Err(error) = self.refresh().await
+                && failures.is_news(&error.to_string())
+            {
+                tracing::error!(%error, "the island's roots could not be looked after; it is tried again");
+            }
+        }
+    }
+
+    async fn lead(&self, period: Duration) {
+        let mut failures = Repetition::default();
+        // What was decided before this server was started is done too.
+        let (mut done, mut due) = (None, Instant::now());
+        loop {
+            tokio::time::sleep(period).await;
+            let worked = async {
+                let row = self.island.row();
+                if done.as_ref() != Some(&row.ledger) && due <= Instant::now() {
+                    match self.destroy_decided(&row).await? {
+                        None => done = Some(row.ledger.clone()),
+                        Some(wait) => due = Instant::now() + wait,
+                    }
+                }
+                self.lead_for(period).await
+            };
+            if let Err(error) = worked.await
+                && failures.is_news(&error.to_string())
+            {
+                tracing::error!(%error, "the rotation of the island's roots stands still; it is tried again");
+            }
+        }
     }
 
     /// All versions of all roots, and how far rotations are.
@@ -139,11 +166,8 @@ impl RootService {
                     destroyed_ms: entry.and_then(|entry| entry.destroyed).map_or(0, |time| time.0),
                     fingerprint: entry.map(|entry| entry.fingerprint.clone()).unwrap_or_default().into(),
                     key_derivation: derivation.unwrap_or_default().to_owned(),
-                    in_token: match self.island.hsm.has_key(token_key(id)?).await {
-                        Ok(held) => Some(held),
-                        // This server has no token for the class, or it is away.
-                        Err(_) => None,
-                    },
+                    // None: this server has no token for the class, or it is away.
+                    in_token: self.island.hsm.has_key(token_key(id)?).await.ok(),
                     rotation: self.load(id).await?.map(|rotation| message(&rotation)),
                 });
             }
@@ -159,14 +183,18 @@ impl RootService {
     pub async fn change(&self, caller: &Caller, request: Request, purpose: RootPurpose, change: Change) -> Result<v1::ShowRootsResponse, ServiceError> {
         self.island.require(caller, &Action::RotateRoot).await?;
         let known = self.refresh().await?;
-        let newest = known.root_versions(purpose).into_iter().max().ok_or_else(|| refused(RootError::NoSuchRoot { purpose }))?;
-        if matches!(change, Change::Rotate { .. }) {
+        let no_root = || refused(RootError::NoSuchRoot { purpose });
+        let to = if matches!(change, Change::Rotate { .. }) {
+            let newest = known.root_versions(purpose).into_iter().max().ok_or_else(no_root)?;
             self.is_in_token(newest).await?;
-        }
+            newest
+        } else {
+            RootId { purpose, version: known.current_root(purpose).ok_or_else(no_root)? }
+        };
         let rows = if purpose.has_pass() { self.island.store.meter_count(&MeterFilter::default()).await? } else { 0 };
         let key = RequestKey { principal: caller.principal.clone(), request: request.id, chunk: 0 };
         let reads = Reads {
-            sealed: vec![principal_row(&caller.principal), self.island_row(), rotation_row(newest)],
+            sealed: vec![principal_row(&caller.principal), self.island_row(), rotation_row(to)],
             requests: vec![key.clone()],
             clock: true,
             ..Reads::default()
@@ -184,13 +212,13 @@ impl RootService {
             }
             let now = view.clock()?;
             let mut row = (*view.island(island.name())?.ok_or_else(no_island)?).clone();
-            let mut event = RootRotationChanged { root: purpose.to_string(), version: newest.version.into(), ..RootRotationChanged::default() };
+            let mut event = RootRotationChanged { root: purpose.to_string(), version: to.version.into(), ..RootRotationChanged::default() };
             match &change {
                 Change::Rotate { rows_per_second } => {
-                    let from = row.activate_root(newest, settling, now).map_err(refused)?;
+                    let from = row.activate_root(to, settling, now).map_err(refused)?;
                     event = RootRotationChanged { change: "begun".to_owned(), from: from.into(), rows_per_second: *rows_per_second, ..event };
                     if purpose.has_pass() {
-                        view.put_root_rotation(RootRotation::new(newest, principal.id.clone(), *rows_per_second, rows, now))?;
+                        view.put_root_rotation(RootRotation::new(to, principal.id.clone(), *rows_per_second, rows, now))?;
                     }
                     view.put_island(row)?;
                 }
@@ -203,13 +231,13 @@ impl RootService {
                     view.put_island(row)?;
                 }
                 Change::Pause { reason } => {
-                    let mut rotation = (*view.root_rotation(newest)?.ok_or_else(|| no_rotation(purpose))?).clone();
+                    let mut rotation = (*view.root_rotation(to)?.ok_or_else(|| no_rotation(purpose))?).clone();
                     rotation.pause(reason.clone(), now).map_err(|state| is_in(purpose, state))?;
                     event = RootRotationChanged { change: "paused".to_owned(), reason: reason.clone(), ..event };
                     view.put_root_rotation(rotation)?;
                 }
                 Change::Resume { rows_per_second } => {
-                    let mut rotation = (*view.root_rotation(newest)?.ok_or_else(|| no_rotation(purpose))?).clone();
+                    let mut rotation = (*view.root_rotation(to)?.ok_or_else(|| no_rotation(purpose))?).clone();
                     rotation.resume(*rows_per_second, now).map_err(|state| is_in(purpose, state))?;
                     event = RootRotationChanged { change: "resumed".to_owned(), rows_per_second: rotation.rows_per_second, ..event };
                     view.put_root_rotation(rotation)?;
@@ -343,16 +371,21 @@ fn message(rotation: &RootRotation) -> v1::RootRotation {
 fn refused(error: RootError) -> ServiceError {
     let next_step = match &error {
         RootError::NoSuchRoot { .. } => "`kms roots show` lists the roots",
-        RootError::NoSuchVersion { .. } | RootError::NotMade { .. } => "make a new version with `kms-server roots new` first",
+        RootError::NotMade { standing: RootStanding::Current, .. } | RootError::NoSuchVersion { .. } => "make a new version with `kms-server roots new` first",
         RootError::NotSettled { .. } => "wait, and try again",
-        RootError::Needed { standing: RootStanding::Made, .. } => "rotate to it with `kms roots rotate`",
+        RootError::Needed { standing: RootStanding::Made, .. } => "rotate to it with `kms roots rotate` first",
         _ => "look at it with `kms roots show`",
     };
     ServiceError::FailedPrecondition { reason: error.to_string(), next_step: next_step.to_owned() }
 }
 
 fn no_rotation(purpose: RootPurpose) -> ServiceError {
-    ServiceError::NotFound { what: format!("a pass of the root `{purpose}`") }
+    let (reason, next_step) = if purpose.has_pass() {
+        (format!("the root `{purpose}` was never rotated, so there is no pass"), format!("begin one with `kms roots rotate {purpose}`"))
+    } else {
+        (format!("no pass belongs to the root `{purpose}`: nothing is wrapped or sealed with it"), "look at it with `kms roots show --count`".to_owned())
+    };
+    ServiceError::FailedPrecondition { reason, next_step }
 }
 
 fn is_in(purpose: RootPurpose, state: RootRotationState) -> ServiceError {

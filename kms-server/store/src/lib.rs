@@ -40,6 +40,9 @@ pub use transaction::{Changes, Committed, Decision, FingerprintPut, GrantRevocat
 /// log makes the server not ready, it does not hang callers).
 #[async_trait]
 pub trait Store: Send + Sync {
+    /// Whether several servers may use the database at once. An SQLite database belongs to one process.
+    fn is_shared(&self) -> bool;
+
     /// Reads rows and writes what `decide` answers, in one transaction: what was read, absence included, is unchanged when it is
     /// written. When this returns [`Committed::Written`], the changes are on disk (I2, I3, I4).
     ///

@@ -155,10 +155,37 @@ pub(super) fn needed_for(id: RootId, standing: Option<RootStanding>) -> &'static
         (RootPurpose::Seal, _) if id.version == CHAIN_KEY_VERSION => "audit chains and fingerprints of keys",
         (_, Some(RootStanding::Made)) => "the next rotation",
         (RootPurpose::VendorTransport, Some(RootStanding::Current | RootStanding::Replaced)) => "shipments",
-        (_, Some(RootStanding::Current)) => "new keys and seals",
+        (RootPurpose::Seal, Some(RootStanding::Current)) => "new rows",
+        (_, Some(RootStanding::Current)) => "new keys",
         (RootPurpose::Seal, Some(RootStanding::Replaced)) => "requests that can still be repeated",
         _ => "",
     }
 }
 
 const PAGE: u32 = 1_000;
+
+#[cfg(test)]
+mod tests {
+    use kms_domain::{KeyClass, KeyDerivation, KeyLength, KeyState, KeyType, NewKeyVersion, SecuritySetupId, Slot};
+
+    use super::*;
+
+    #[test]
+    fn a_derived_key_uses_its_root_until_it_is_destroyed_and_backups_have_it_until_then() {
+        let root = RootId { purpose: RootPurpose::Diversification(KeyClass::Session), version: 1 };
+        let origin = KeyOrigin::Diversified { root_version: 1, derivation: KeyDerivation::Sp800108Cmac, length: KeyLength::Aes128 };
+        let mut slot = Slot::new(SecuritySetupId::DEFAULT, KeyType::GUEK);
+        let new = NewKeyVersion { state: KeyState::PreActive, origin, wrapped: None, fingerprint: None };
+        let number = slot.add_version(new, UnixMillis(1_000)).unwrap();
+        let counted = |slot: &Slot| {
+            let mut slots = Slots::default();
+            slots.insert(slot.clone()).unwrap();
+            let mut counts = RootReferences::default();
+            counts.add_slots(&slots);
+            (counts.of(root), counts.last_use(root))
+        };
+        assert_eq!(counted(&slot), (1, None));
+        slot.transition(number, KeyState::Destroyed, UnixMillis(5_000)).unwrap();
+        assert_eq!(counted(&slot), (0, Some(UnixMillis(5_000))));
+    }
+}

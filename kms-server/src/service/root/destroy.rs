@@ -1,9 +1,10 @@
 //! The destruction of a version of a root: an officer proposes it, another person approves exactly that (I6), and it is carried out if nothing refers to
 //! the root and no backup that may still be restored does.
 //!
-//! The decision is a record and a word in the island's row; after that every server destroys the root in its own tokens. It cannot be undone.
+//! The decision is a record and a word in the island's row. When every server has heard of it, each counts once more what uses the root, and destroys it in
+//! its own tokens. It cannot be undone.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use kms_domain::{
     DestroyRoot, Island as IslandRow, ProposalId, ProposedAction, Quorum, RootError, RootId, RootKind, RootPurpose, RootRotationState, RootStanding, UnixMillis,
@@ -11,14 +12,14 @@ use kms_domain::{
 use kms_proto::v1::{self, RootDestroyed, audit_record::Event};
 use kms_store::{Reads, RequestKey, RequestRow, RowKind};
 
-use super::{CHAIN_KEY_VERSION, REPLAY_MS, RootService, no_island, refused, rotation_row, token_key};
+use super::{CHAIN_KEY_VERSION, REPLAY_MS, RootService, millis, no_island, refused, rotation_row, token_key};
 use crate::{
     audit::Actor,
     authz::{Action, Caller, Resource},
     error::ServiceError,
     island::{facts, principal_row},
     service::{
-        campaign::Request,
+        Request,
         proposal::{self, NewProposal, proposal_id, proposal_row},
     },
 };
@@ -68,7 +69,7 @@ impl RootService {
         Ok(act.await?.value)
     }
 
-    /// Carries an approved destruction out: decided and recorded first (I2), then in the tokens of this server; other servers follow by themselves.
+    /// Carries an approved destruction out: decided and recorded first (I2), then, once every server has heard of it, by each server in its tokens.
     ///
     /// # Errors
     /// Not permitted; not approved by enough people (I6); something refers to the root, or a backup may; or HSM or database are away.
@@ -130,32 +131,53 @@ impl RootService {
         self.show(caller).await
     }
 
-    /// Destroys in this server's tokens what was decided to be destroyed, and records what was there.
+    /// Destroys in this server's tokens what was decided to be destroyed, and records what was there. How long to wait before it is called again; none:
+    /// nothing is left to do.
     ///
     /// # Errors
     /// HSM or database are away: it is tried again.
-    pub async fn destroy_decided(&self, row: &Arc<IslandRow>) -> Result<(), ServiceError> {
-        let decided = row.ledger.entries.iter().filter(|entry| entry.destroyed.is_some()).map(|entry| entry.id);
-        for id in decided {
-            let objects = self.island.hsm.destroy_root(token_key(id)?).await?;
-            if objects == 0 {
+    pub async fn destroy_decided(&self, row: &Arc<IslandRow>) -> Result<Option<Duration>, ServiceError> {
+        let mut wait = None;
+        for (id, decided) in row.ledger.entries.iter().filter_map(|entry| Some((entry.id, entry.destroyed?))) {
+            let label = token_key(id)?.label(self.island.name());
+            let held = self.island.hsm.inventory().await?;
+            if held.iter().flat_map(|(_, objects)| objects).all(|object| object.label != label) {
                 continue;
             }
-            tracing::warn!(root = %id, objects, "a root was destroyed in this server's tokens");
-            let event = RootDestroyed {
-                root: id.purpose.to_string(),
-                version: id.version.into(),
-                change: "done".to_owned(),
-                objects: u32::try_from(objects).unwrap_or(u32::MAX),
-                ..RootDestroyed::default()
-            };
-            let act = self.island.committer.act(Actor::server("destroy-root"), Reads::default(), move |view| {
-                view.append(Event::RootDestroyed(event.clone()));
-                Ok(())
-            });
-            act.await?;
+            let since = self.island.store.now().await?.0.saturating_sub(decided.0);
+            let left = millis(self.timing.settling).saturating_sub(since);
+            let left = Duration::from_millis(u64::try_from(left).unwrap_or_default());
+            // I3: a server that had not heard of the decision may have stored a key under the root since it was counted. All have heard of it now, so
+            // this count stays true.
+            let counts = if left.is_zero() { Some(self.count(|_| true).await?) } else { None };
+            match counts {
+                None => wait = wait.max(Some(left)),
+                Some(counts) if counts.of(id) > 0 || counts.unreadable > 0 => {
+                    tracing::error!(root = %id, uses = counts.of(id), unreadable = counts.unreadable,
+                        "a root whose destruction was decided is in use again, and stays in the tokens; go on with its pass by `kms roots resume`, or run `kms audit scrub`");
+                    wait = wait.max(Some(IN_USE_AGAIN));
+                }
+                Some(_) => self.destroy_in_tokens(id).await?,
+            }
         }
-        Ok(())
+        Ok(wait)
+    }
+
+    async fn destroy_in_tokens(&self, id: RootId) -> Result<(), ServiceError> {
+        let objects = self.island.hsm.destroy_root(token_key(id)?).await?;
+        tracing::warn!(root = %id, objects, "a root was destroyed in this server's tokens");
+        let event = RootDestroyed {
+            root: id.purpose.to_string(),
+            version: id.version.into(),
+            change: "done".to_owned(),
+            objects: u32::try_from(objects).unwrap_or(u32::MAX),
+            ..RootDestroyed::default()
+        };
+        let act = self.island.committer.act(Actor::server("destroy-root"), Reads::default(), move |view| {
+            view.append(Event::RootDestroyed(event.clone()));
+            Ok(())
+        });
+        act.await.map(drop)
     }
 
     /// Whether nothing needs the version: no key, no row, no record, and no backup that may still be restored.
@@ -165,7 +187,7 @@ impl RootService {
         if id == (RootId { purpose: RootPurpose::Seal, version: CHAIN_KEY_VERSION }) {
             return Err(ServiceError::FailedPrecondition {
                 reason: format!("the root `{id}` is needed for ever: audit chains and fingerprints of keys are computed with it"),
-                next_step: "leave it; rows are not sealed with it any more".to_owned(),
+                next_step: "leave it in the tokens; after a rotation, rows are not sealed with it any more".to_owned(),
             });
         }
         (*row).clone().destroy_root(id, now).map_err(refused)?;
@@ -207,11 +229,16 @@ fn not_in_backups(id: RootId, unused_since: UnixMillis, oldest_backup: UnixMilli
     }
     Err(ServiceError::FailedPrecondition {
         reason: format!(
-            "backups from before {} (Unix milliseconds) use the root `{id}`, and the oldest that may be restored is from {}",
-            unused_since.0, oldest_backup.0
+            "backups from before {} use the root `{id}`, and the oldest that may be restored is from {}",
+            moment(unused_since),
+            moment(oldest_backup)
         ),
-        next_step: "wait until older backups are destroyed".to_owned(),
+        next_step: "destroy older backups, or wait until none of them is kept, and state the oldest that is left".to_owned(),
     })
+}
+
+fn moment(time: UnixMillis) -> String {
+    jiff::Timestamp::from_millisecond(time.0).map_or_else(|_| format!("{} ms after 1970", time.0), |time| time.to_string())
 }
 
 fn unfinished(purpose: RootPurpose) -> ServiceError {
@@ -239,3 +266,6 @@ fn root_id(root: &DestroyRoot) -> Result<RootId, ServiceError> {
         next_step: "withdraw the proposal".to_owned(),
     })
 }
+
+/// How long a root that was found in use again is left alone: to count reads all rows.
+const IN_USE_AGAIN: Duration = Duration::from_mins(10);

@@ -110,7 +110,7 @@ impl NewRootSettings {
     }
 
     fn escrow(&self, name: &IslandName) -> Result<EscrowDocument, MakeRootError> {
-        let text = std::fs::read(&self.escrow).map_err(|error| file(&self.escrow, error))?;
+        let text = std::fs::read(&self.escrow).map_err(|error| file(&self.escrow, format!("{error}; name the island's newest escrow file")))?;
         let document: EscrowDocument = serde_json::from_slice(&text).map_err(|error| file(&self.escrow, error))?;
         if !document.is_of(name) {
             return Err(MakeRootError::OtherEscrow { path: self.escrow.clone() });

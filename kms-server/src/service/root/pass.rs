@@ -72,10 +72,11 @@ impl RootService {
     pub(super) async fn scan(&self, rotation: &RootRotation) -> Result<Scan, ServiceError> {
         let mut page = PassPage { from: rotation.place.clone(), next: Some(rotation.place.clone()), ..PassPage::default() };
         let mut due = Vec::new();
+        let most_looked = u64::from(rotation.rows_per_second).clamp(u64::from(PAGE), MOST_LOOKED);
         let kinds: &[RowKind] = if rotation.to.purpose == RootPurpose::Seal { &RowKind::ALL } else { &[RowKind::Group, RowKind::DeviceType] };
         while let Some(place) = page.next.clone()
             && due.is_empty()
-            && page.looked < MOST_LOOKED
+            && page.looked < most_looked
         {
             let stage = place.stage as usize;
             let rows: Vec<(RowId, SealedRow)> = match stage.checked_sub(1) {
@@ -251,6 +252,12 @@ impl RootService {
         if !finished.is_some_and(|rotation| due(&rotation, Island::now())) || self.has_old_tasks().await? {
             return Ok(());
         }
+        // A server that was late may have written a row since: refused seals must not lock meters out.
+        let counts = self.count(|_| true).await?;
+        let late: u64 = counts.references.iter().filter(|(id, _)| id.purpose == RootPurpose::Seal && id.version < to.version).map(|(_, rows)| rows).sum();
+        if late > 0 || counts.unreadable > 0 {
+            return self.another_round(to, late + counts.unreadable).await;
+        }
         let (kind, name) = self.island_row();
         let (reads, island) = (Reads { sealed: vec![(kind, name), rotation_row(to)], ..Reads::default() }, self.island.clone());
         let act = self.island.committer.act(Actor::server("retire-seal-key"), reads, move |view| {
@@ -270,6 +277,28 @@ impl RootService {
         });
         act.await?;
         self.refresh().await.map(drop)
+    }
+
+    /// Looks at all rows once more.
+    async fn another_round(&self, to: RootId, rows: u64) -> Result<(), ServiceError> {
+        let reads = Reads { sealed: vec![rotation_row(to)], clock: true, ..Reads::default() };
+        let act = self.island.committer.act(Actor::server("rotate-root"), reads, move |view| {
+            let Some(known) = view.root_rotation(to)? else { return Ok(()) };
+            let mut rotation = (*known).clone();
+            if rotation.state != RootRotationState::Finished || rotation.resume(None, view.clock()?).is_err() {
+                return Ok(());
+            }
+            view.append(Event::RootRotationChanged(RootRotationChanged {
+                root: to.purpose.to_string(),
+                version: to.version.into(),
+                change: "resumed".to_owned(),
+                rows_per_second: rotation.rows_per_second,
+                reason: format!("rows with earlier seals: {rows}"),
+                ..RootRotationChanged::default()
+            }));
+            view.put_root_rotation(rotation)
+        });
+        act.await.map(drop)
     }
 
     async fn has_old_tasks(&self) -> Result<bool, ServiceError> {

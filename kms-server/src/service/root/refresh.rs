@@ -54,10 +54,13 @@ impl RootService {
             let id = RootId { purpose: RootPurpose::StorageKek(class), version: roots.storage_kek_version };
             let known = island.row().roots(class).map(|known| known.storage_kek_version);
             // A key that this server cannot open again must not be stored: the version before is used until the operator has put the copy in.
-            if known != Some(id.version) {
-                self.is_in_token(id).await?;
+            let held = if known == Some(id.version) { Ok(()) } else { self.is_in_token(id).await };
+            let before = known.map(|version| RootId { version, ..id });
+            // I3: nor under one whose destruction was decided: nothing is stored then.
+            if held.is_ok() || before.and_then(|before| row.root_standing(before)) == Some(RootStanding::Destroyed) {
+                island.hsm.use_storage_kek(class, root_version(id.version)?);
             }
-            island.hsm.use_storage_kek(class, root_version(id.version)?);
+            held?;
         }
         island.row.store(Arc::clone(row));
         Ok(())

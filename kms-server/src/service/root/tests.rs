@@ -240,9 +240,17 @@ island_tests! {
         let forged = SealedRow { generation: generation.number(), seal, body };
         island.put_back(2, &forged).await;
         assert!(late.island.meter(meter(2)).await.is_ok(), "still accepted");
+        // The old key is not retired while a row has its seal: it would be lost. Another round of the pass begins.
+        roots.lead_for(Duration::ZERO).await.unwrap();
+        let first = RootId { purpose: RootPurpose::Seal, version: 1 };
+        assert_eq!(island.island.row().root_standing(first), Some(RootStanding::Replaced));
+        assert_eq!((island.state(RootPurpose::Seal).await.state.as_str(), island.state(RootPurpose::Seal).await.looked), ("running", 0));
+        island.put_back(2, &row).await;
+        while roots.page(id).await.unwrap().is_some() {}
         roots.lead_for(Duration::ZERO).await.unwrap();
         late.refresh().await.unwrap();
-        assert_eq!(island.island.row().root_standing(RootId { purpose: RootPurpose::Seal, version: 1 }), Some(RootStanding::Retired));
+        island.put_back(2, &forged).await;
+        assert_eq!(island.island.row().root_standing(first), Some(RootStanding::Retired));
         assert!(late.island.meter(meter(2)).await.is_err() && island.island.meter(meter(2)).await.is_err());
         island.put_back(2, &row).await;
         // The log and the fingerprints are checked with keys of the first seal root, which stays.
@@ -263,7 +271,7 @@ island_tests! {
             batch: "lab".to_owned(),
             meters,
         };
-        let request_of = |number: u8| crate::service::meter::Request { id: RequestId::from_octets(&[number; 16]).unwrap(), digest: [number; 32] };
+        let request_of = |number: u8| Request { id: RequestId::from_octets(&[number; 16]).unwrap(), digest: [number; 32] };
         let meters = MeterService::new(island.island.clone());
         meters.enrol(&island.officer, request_of(1), enrolment(vec![new(1)])).await.unwrap();
         let origin = async |island: &TestIsland, title: SystemTitle| {
@@ -282,6 +290,10 @@ island_tests! {
         let counts = island.roots().count(|_| true).await.unwrap();
         let first = RootId { purpose: DIVERSIFICATION, version: 1 };
         assert!(counts.of(first) >= 2 && counts.of(id) >= 1, "{counts:?}");
+        // I3: while a meter may hold a key of the old root, it is not destroyed.
+        let destruction = Destruction { id: first, oldest_backup: Island::now(), reason: "leaked".to_owned(), quorum: kms_domain::Quorum::ONE };
+        let refused = island.roots().propose_destruction(&island.officer, request(), destruction).await.unwrap_err().to_string();
+        assert!(refused.contains("key versions use the root"), "{refused}");
         assert!(matches!(origin(&island, meter(1)).await, KeyOrigin::Diversified { root_version: 1, .. }));
         island.end().await;
     }
@@ -338,7 +350,7 @@ island_tests! {
         assert!(roots.destroy(&island.officer, request(), approved).await.is_err());
         let proposals = crate::service::proposal::ProposalService::new(island.island.clone());
         let approval = crate::service::proposal::Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };
-        let by = |number: u8| crate::service::proposal::Request { id: RequestId::from_octets(&[number; 16]).unwrap(), digest: [number; 32] };
+        let by = |number: u8| Request { id: RequestId::from_octets(&[number; 16]).unwrap(), digest: [number; 32] };
         assert!(proposals.change(&island.officer, by(1), approved, approval.clone()).await.is_err());
         let colleague = island.colleague().await;
         proposals.change(&colleague, by(2), approved, approval).await.unwrap();
@@ -362,11 +374,23 @@ island_tests! {
         let approval = crate::service::proposal::Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };
         proposals.change(&colleague, by(3), approved, approval).await.unwrap();
 
+        // I3: decided, and not done before every server has heard of it. What a late one has stored under the root by then keeps the root in the token.
         let same = request();
-        roots.destroy(&island.officer, same, approved).await.unwrap();
-        roots.destroy(&island.officer, same, approved).await.unwrap();
-        assert!(!island.island.hsm.has_key(key).await.unwrap());
+        let settling = roots.clone().with_timing(RootTiming { settling: Duration::from_secs(3_600), ..AT_ONCE });
+        settling.destroy(&island.officer, same, approved).await.unwrap();
         assert_eq!(island.island.row().root_standing(first), Some(RootStanding::Destroyed));
+        island.island.hsm.use_storage_kek(KeyClass::Session, RootVersion::FIRST);
+        island.deliver(&SampleShipment { first_number: 201, ..sample("generic-suite0", 2) }).await;
+        island.island.hsm.use_storage_kek(KeyClass::Session, root_version(2).unwrap());
+        roots.destroy(&island.officer, same, approved).await.unwrap();
+        assert!(island.island.hsm.has_key(key).await.unwrap());
+        roots.change(&island.officer, request(), STORAGE, Change::Resume { rows_per_second: None }).await.unwrap();
+        while roots.page(id).await.unwrap().is_some() {}
+        assert!(settling.destroy_decided(&island.island.row()).await.unwrap().is_some());
+        assert!(island.island.hsm.has_key(key).await.unwrap());
+        assert_eq!(roots.destroy_decided(&island.island.row()).await.unwrap(), None);
+        assert!(!island.island.hsm.has_key(key).await.unwrap());
+        assert_eq!(roots.destroy_decided(&island.island.row()).await.unwrap(), None);
         let events: Vec<_> = island.records_of(49).await.into_iter().map(|record| match record.event { Some(Event::RootDestroyed(event)) => event.change, _ => String::new() }).collect();
         assert_eq!(events, ["decided", "done"], "I2: the decision is on the record before the token is changed");
         let left = island.stored_keys(KeyClass::Session, 20).await;

@@ -74,6 +74,10 @@ use crate::{
 
 #[async_trait]
 impl Store for Engine {
+    fn is_shared(&self) -> bool {
+        CONCURRENT
+    }
+
     async fn transact(&self, reads: Reads, decide: &mut (dyn for<'a> FnMut(&'a ReadSet) -> Decision + Send)) -> Result<Committed, StoreError> {
         self.within(transact::transact(self, reads, decide)).await
     }
