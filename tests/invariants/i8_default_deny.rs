@@ -30,6 +30,10 @@ async fn without_policies_every_call_is_refused_and_an_erroring_policy_denies() 
     assert_eq!(records.code(), Code::PermissionDenied);
     let groups = officer.groups().list_groups(proto::ListGroupsRequest::default()).await.unwrap_err();
     assert_eq!(groups.code(), Code::PermissionDenied);
+    let roots = officer.roots().show_roots(proto::ShowRootsRequest {}).await.unwrap_err();
+    assert_eq!(roots.code(), Code::PermissionDenied);
+    let rotate = proto::RotateRootRequest { request_id: new_request_id().octets().to_vec().into(), root: "seal".to_owned(), rows_per_second: 0 };
+    assert_eq!(officer.roots().rotate_root(rotate).await.unwrap_err().code(), Code::PermissionDenied);
     let (request_id, group) = (new_request_id().octets().to_vec(), "north".to_owned());
     let request = proto::OpenGroupSessionRequest { request_id: request_id.into(), group, terms: Some(kms_tests::terms(1)), key_version: 0 };
     assert_eq!(head_end.grants().open_group_session(request).await.unwrap_err().code(), Code::PermissionDenied);
