@@ -38,7 +38,10 @@ pub(crate) async fn run(command: RootsCommand, context: &Context) -> Result<(), 
             let known = proposals.show_proposal(proto::ShowProposalRequest { proposal_id: octets(proposal.octets()) }).await?.into_inner();
             confirm(&format!("{}, in all tokens and for ever", known.description), &sure)?;
             let request = proto::DestroyRootRequest { request_id: request_id(), proposal_id: octets(proposal.octets()) };
-            progress::waiting("counting what uses it", client.destroy_root(request)).await?
+            let answer = progress::waiting("counting what uses it", client.destroy_root(request)).await?.into_inner();
+            let text = || format!("{}\nevery server destroys it in its own token within a minute, and records that: kms audit list\n", roots_text(&answer));
+            context.output.show(|| json::message("ShowRootsResponse", &answer), text);
+            return Ok(());
         }
         RootsCommand::Rotate { root, rows_per_second, sure } => {
             confirm(&format!("new keys and seals use the newest version of `{}`", root.root), &sure)?;
