@@ -47,6 +47,11 @@ impl Island {
         self.row.load_full()
     }
 
+    /// The name of its row in the store. Acts that store keys read it (I3), and are faster when they name it beforehand.
+    pub fn row_name(&self) -> (RowKind, Vec<u8>) {
+        (RowKind::Island, self.name().as_str().as_bytes().to_vec())
+    }
+
     /// Now.
     pub fn now() -> UnixMillis {
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

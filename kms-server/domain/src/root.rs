@@ -6,7 +6,10 @@
 
 use std::fmt;
 
-use crate::{ClassRoots, DiversificationRoot, Island, KeyClass, KeyDerivation, ParseError, PrincipalId, UnixMillis, WriterId};
+use crate::{
+    ClassRoots, DiversificationRoot, Island, KeyClass, KeyDerivation, KeyMaterial, KeyOrigin, KeyType, KeyVersion, ParseError, PrincipalId, UnixMillis,
+    WriterId,
+};
 
 /// What a root is for: the roots that have versions of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -116,6 +119,19 @@ impl RootId {
         match octets {
             [purpose, version @ 1..=255] => Ok(Self { purpose: RootPurpose::from_number(u32::from(*purpose))?, version: *version }),
             _ => Err(ParseError::new("root version", format!("`{octets:02x?}` is no purpose with a version"))),
+        }
+    }
+
+    /// The root that a key needs: the storage KEK that it is wrapped under, or the diversification root that it is derived from. None for a version
+    /// that is destroyed.
+    pub fn needed_by(key_type: KeyType, version: &KeyVersion) -> Option<Self> {
+        let class = key_type.class();
+        match (version.material(), version.origin()) {
+            (KeyMaterial::Wrapped(wrap), _) => Some(Self { purpose: RootPurpose::StorageKek(class), version: wrap.storage_kek_version() }),
+            (KeyMaterial::Derived, KeyOrigin::Diversified { root_version, .. }) => {
+                Some(Self { purpose: RootPurpose::Diversification(class), version: root_version })
+            }
+            _ => None,
         }
     }
 }
@@ -296,6 +312,11 @@ impl Island {
             version if version < oldest => RootStanding::Retired,
             _ => RootStanding::Replaced,
         })
+    }
+
+    /// Whether a key may be stored that needs this version: it was made, and its destruction was not decided (I3).
+    pub fn may_store_under(&self, id: RootId) -> bool {
+        !matches!(self.root_standing(id), None | Some(RootStanding::Destroyed))
     }
 
     /// The version that is to be made next. One that was made and is not current yet stands in the way of another.

@@ -9,7 +9,7 @@ use std::{
 use kms_domain::{
     Campaign, CampaignId, ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterJump, CounterKey, CounterPlace, CounterState, CounterUse, Counters,
     DeviceType, DeviceTypeId, Generation, Group, GroupId, IslandName, KeyType, KeyVersion, KeyVersionNumber, Lease, LiveChunk, Meter, OnNewKey, Owner,
-    Principal, PrincipalId, Proposal, ProposalId, QuotaUse, RequestId, RootId, RootRotation, RowId, SealKeys, SecuritySetupId, SystemTitle, UnixMillis,
+    Principal, PrincipalId, Proposal, ProposalId, QuotaUse, RequestId, RootId, RootRotation, RowId, SealKeys, SecuritySetupId, Slots, SystemTitle, UnixMillis,
     WriterId,
 };
 use kms_proto::v1::{AuditRecord, SecurityEvent, audit_record::Event};
@@ -114,6 +114,18 @@ pub(super) enum Value {
     Campaign(Arc<Campaign>),
     Proposal(Arc<Proposal>),
     RootRotation(Arc<RootRotation>),
+}
+
+impl Value {
+    /// The keys in the row, if it is one of an owner of keys.
+    fn slots(&self) -> Option<&Slots> {
+        match self {
+            Self::Meter(meter) => Some(&meter.slots),
+            Self::Group(group) => Some(&group.slots),
+            Self::DeviceType(device_type) => Some(&device_type.slots),
+            _ => None,
+        }
+    }
 }
 
 /// An event with the rows that its act wrote.
@@ -770,12 +782,37 @@ impl View<'_, '_> {
     }
 
     fn put(&mut self, id: RowId, value: Value, reprojected: bool) -> Result<(), ServiceError> {
-        self.open(id.clone())?;
+        let known = self.open(id.clone())?;
+        self.may_store(known.as_ref().and_then(Value::slots), value.slots())?;
         let before = self.staged.rows.get(&id).or_else(|| self.base.rows.get(&id));
         let generation = before.and_then(|opened| opened.generation);
         let reprojected = reprojected || before.is_some_and(|opened| opened.changed && opened.reprojected);
         let before = self.staged.rows.insert(id.clone(), Opened { generation, value: Some(value), changed: true, reprojected });
         self.staged.log.push(Change::Row(id, before));
+        Ok(())
+    }
+
+    /// I3: no key is stored that needs a root whose destruction was decided, however long ago the HSM made it. The island's row is read in the same
+    /// transaction, so that the decision comes before or after all of it. What a row has of such keys already stays.
+    fn may_store(&mut self, known: Option<&Slots>, new: Option<&Slots>) -> Result<(), ServiceError> {
+        for slot in new.into_iter().flat_map(Slots::iter) {
+            let before = known.and_then(|known| known.get(slot.setup(), slot.key_type()));
+            for version in slot.versions() {
+                let Some(root) = RootId::needed_by(slot.key_type(), version) else { continue };
+                let stored = before.and_then(|before| before.version(version.number())).and_then(|before| RootId::needed_by(slot.key_type(), before));
+                if stored == Some(root) {
+                    continue;
+                }
+                let name = self.base.island;
+                // Before the ceremony has ended there are neither a row of the island nor meters.
+                if self.island(name)?.is_some_and(|island| !island.may_store_under(root)) {
+                    return Err(ServiceError::Aborted {
+                        reason: format!("the root `{root}` was destroyed or is not known: a key that was made under it is not stored"),
+                        next_step: "try again: the key is made under the current root".to_owned(),
+                    });
+                }
+            }
+        }
         Ok(())
     }
 

@@ -321,7 +321,7 @@ impl RootService {
     }
 
     fn island_row(&self) -> (RowKind, Vec<u8>) {
-        (RowKind::Island, self.island.name().as_str().as_bytes().to_vec())
+        self.island.row_name()
     }
 }
 

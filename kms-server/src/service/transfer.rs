@@ -193,7 +193,7 @@ impl TransferService {
         let prepared = self.prepare(&orders, &permitted, &known).await?;
         let key = RequestKey { principal: caller.principal.clone(), request, chunk: 0 };
         let groups = orders.iter().filter_map(|order| known.get(&order.meter)).flat_map(|meter| meter.class.groups.clone());
-        let mut sealed = vec![principal_row(&caller.principal)];
+        let mut sealed = vec![principal_row(&caller.principal), self.island.row_name()];
         sealed.extend(groups.map(group_row));
         let mut reads = Reads { meters: orders.iter().map(|order| order.meter).collect(), sealed, requests: vec![key.clone()], ..Reads::default() };
         for (order, permitted) in orders.iter().zip(&permitted) {

@@ -38,18 +38,17 @@ impl RootReferences {
         self.last_uses.get(&id).copied()
     }
 
-    fn add(&mut self, purpose: RootPurpose, version: u8) {
-        *self.references.entry(RootId { purpose, version }).or_default() += 1;
+    fn add(&mut self, root: RootId) {
+        *self.references.entry(root).or_default() += 1;
     }
 
     fn add_slots(&mut self, slots: &Slots) {
         for slot in slots.iter() {
             let class = slot.key_type().class();
             for version in slot.versions() {
-                match (version.material(), version.origin()) {
-                    (KeyMaterial::Wrapped(wrap), _) => self.add(RootPurpose::StorageKek(class), wrap.storage_kek_version()),
-                    (KeyMaterial::Derived, KeyOrigin::Diversified { root_version, .. }) => self.add(RootPurpose::Diversification(class), root_version),
-                    (KeyMaterial::Destroyed, KeyOrigin::Diversified { root_version, .. }) => {
+                match (RootId::needed_by(slot.key_type(), version), version.material(), version.origin()) {
+                    (Some(root), ..) => self.add(root),
+                    (None, KeyMaterial::Destroyed, KeyOrigin::Diversified { root_version, .. }) => {
                         let id = RootId { purpose: RootPurpose::Diversification(class), version: root_version };
                         let last = self.last_uses.entry(id).or_insert(version.since());
                         *last = version.since().max(*last);
@@ -141,7 +140,7 @@ impl RootReferences {
         self.rows += 1;
         match (RowSeal::from_octets(&row.seal), slots(bytes::Bytes::copy_from_slice(&row.body))) {
             (Ok(seal), Some(slots)) => {
-                self.add(RootPurpose::Seal, seal.key_version());
+                self.add(RootId { purpose: RootPurpose::Seal, version: seal.key_version() });
                 self.add_slots(&slots);
             }
             _ => self.unreadable += 1,

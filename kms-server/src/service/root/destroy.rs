@@ -147,8 +147,8 @@ impl RootService {
             let since = self.island.store.now().await?.0.saturating_sub(decided.0);
             let left = millis(self.timing.settling).saturating_sub(since);
             let left = Duration::from_millis(u64::try_from(left).unwrap_or_default());
-            // I3: a server that had not heard of the decision may have stored a key under the root since it was counted. All have heard of it now, so
-            // this count stays true.
+            // I3: a key may have been stored under the root since it was counted, but not since it was decided: the acts that store keys read the
+            // decision in their transaction. So this count stays true.
             let counts = if left.is_zero() { Some(self.count(|_| true).await?) } else { None };
             match counts {
                 None => wait = wait.max(Some(left)),

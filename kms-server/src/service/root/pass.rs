@@ -182,6 +182,9 @@ impl RootService {
         let Scan { page, due } = scan;
         let due: Vec<RowId> = due.into_iter().map(|(id, _)| id).collect();
         let mut reads = Reads { sealed: vec![rotation_row(to)], clock: true, ..Reads::default() };
+        if matches!(work, Work::Rewrap(_)) {
+            reads.sealed.push(self.island_row());
+        }
         for id in &due {
             match id {
                 RowId::Meter(title) => reads.meters.push(*title),

@@ -78,20 +78,41 @@ impl TestIsland {
     }
 
     async fn put_back(&self, number: u64, row: &SealedRow) {
-        let octets = |octets: &[u8]| kms_store::testing::octets(&database().database, octets);
-        let statement = format!(
-            "UPDATE meter SET generation = {}, seal = {}, body = {} WHERE title = {}",
-            row.generation,
-            octets(&row.seal),
-            octets(&row.body),
-            meter(number).as_i64()
-        );
-        assert_eq!(kms_store::testing::execute(&database().database, &statement).await.unwrap(), 1);
+        self.put_where(&format!("meter SET {} WHERE title = {}", columns(row), meter(number).as_i64())).await;
+    }
+
+    async fn put_island_back(&self, row: &SealedRow) {
+        self.put_where(&format!("sealed SET {} WHERE kind = {}", columns(row), RowKind::Island.number())).await;
+    }
+
+    async fn put_where(&self, update: &str) {
+        assert_eq!(kms_store::testing::execute(&database().database, &format!("UPDATE {update}")).await.unwrap(), 1);
+    }
+
+    async fn island_row(&self) -> SealedRow {
+        let (kind, name) = self.island.row_name();
+        self.island.store.sealed(kind, &name).await.unwrap().unwrap()
+    }
+
+    /// Why an import of a shipment stops.
+    async fn import_refused(&self, island: &Arc<Island>, file_sha256: [u8; 32]) -> String {
+        let shipments = crate::service::shipment::ShipmentService::new(island.clone());
+        let mut import = shipments.import(&self.officer, &file_sha256, Some(self.head_end.principal.clone())).await.unwrap();
+        loop {
+            if let Err(error) = import.next().await.unwrap() {
+                return error.to_string();
+            }
+        }
     }
 
     async fn row_of(&self, number: u64) -> SealedRow {
         self.island.store.meters(&[meter(number)]).await.unwrap().remove(0).row
     }
+}
+
+fn columns(row: &SealedRow) -> String {
+    let octets = |octets: &[u8]| kms_store::testing::octets(&database().database, octets);
+    format!("generation = {}, seal = {}, body = {}", row.generation, octets(&row.seal), octets(&row.body))
 }
 
 fn next_step(outcome: Result<impl std::fmt::Debug, ServiceError>) -> String {
@@ -323,6 +344,7 @@ island_tests! {
     async fn an_old_root_is_destroyed_by_two_people_when_nothing_refers_to_it(island) {
         let mut island = island;
         island.deliver(&sample("generic-suite0", 20)).await;
+        let before_the_pass = island.row_of(1).await;
         let id = island.add_root(STORAGE).await;
         let first = RootId { purpose: STORAGE, version: 1 };
         let roots = island.roots();
@@ -374,18 +396,28 @@ island_tests! {
         let approval = crate::service::proposal::Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };
         proposals.change(&colleague, by(3), approved, approval).await.unwrap();
 
-        // I3: decided, and not done before every server has heard of it. What a late one has stored under the root by then keeps the root in the token.
-        let same = request();
+        // I3: decided, and not done before every server has heard of it.
+        let (same, late) = (request(), island.another_server().await);
         let settling = roots.clone().with_timing(RootTiming { settling: Duration::from_secs(3_600), ..AT_ONCE });
         settling.destroy(&island.officer, same, approved).await.unwrap();
         assert_eq!(island.island.row().root_standing(first), Some(RootStanding::Destroyed));
+        // What the HSM has wrapped under it before is not stored any more, not even by a server that has not heard of it: its batch is wrapped again.
+        let (file, signature) = island.sample(&SampleShipment { first_number: 201, ..sample("generic-suite0", 2) }).await;
+        let sha256 = island.upload(&file, &signature).await;
         island.island.hsm.use_storage_kek(KeyClass::Session, RootVersion::FIRST);
-        island.deliver(&SampleShipment { first_number: 201, ..sample("generic-suite0", 2) }).await;
+        for server in [&late, &island.island] {
+            let refused = island.import_refused(server, sha256).await;
+            assert!(refused.contains("`session/storage-kek/1` was destroyed") && refused.contains("try again"), "{refused}");
+        }
         island.island.hsm.use_storage_kek(KeyClass::Session, root_version(2).unwrap());
+        assert_eq!(island.import(sha256, Some(&island.head_end)).await.shipment.unwrap().imported, 2);
+        assert_eq!(roots.count(|_| true).await.unwrap().of(first), 0);
+        // A row that somebody put back from before keeps the root in the token.
+        let newest = island.row_of(1).await;
+        island.put_back(1, &before_the_pass).await;
         roots.destroy(&island.officer, same, approved).await.unwrap();
         assert!(island.island.hsm.has_key(key).await.unwrap());
-        roots.change(&island.officer, request(), STORAGE, Change::Resume { rows_per_second: None }).await.unwrap();
-        while roots.page(id).await.unwrap().is_some() {}
+        island.put_back(1, &newest).await;
         assert!(settling.destroy_decided(&island.island.row()).await.unwrap().is_some());
         assert!(island.island.hsm.has_key(key).await.unwrap());
         assert_eq!(roots.destroy_decided(&island.island.row()).await.unwrap(), None);

@@ -62,7 +62,7 @@ enum Outcome {
 impl Step {
     /// All that the decision usually looks at; duplicates make it read more.
     pub(super) fn reads(&self) -> Reads {
-        let mut sealed = vec![principal_row(&self.caller.principal), principal_row(&self.manufacturer)];
+        let mut sealed = vec![self.island.row_name(), principal_row(&self.caller.principal), principal_row(&self.manufacturer)];
         sealed.extend(self.head_end.as_ref().map(principal_row));
         let keys = || self.batch.devices.iter().flat_map(|device| &device.keys);
         Reads {
