@@ -120,8 +120,15 @@ enum RootsCommand {
         #[arg(long)]
         escrow: PathBuf,
         /// The number of a `[[copy]]` of the ceremony file, from 1, whose token gets a copy of the root. For each such token that serves the class.
-        #[arg(long = "copy", value_parser = clap::value_parser!(u8).range(1..))]
+        #[arg(long = "copy", value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
         copies: Vec<u8>,
+        /// The number of a `[[copy]]` whose token gets no copy: it does not serve the class. Of each `[[copy]]` one or the other is said, because no copy
+        /// can be made later. Not for `vendor-transport`, which is never copied.
+        #[arg(long = "no-copy", value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
+        no_copies: Vec<u8>,
+        /// The label of a root that the escrow file lacks, and that no escrow file has any more. It can be rotated, and not be restored.
+        #[arg(long, value_name = "LABEL")]
+        lost: Vec<String>,
     },
     /// Install copies of roots in the token of a server: on every server with a token of its own, before the root is rotated to.
     Install {
@@ -199,10 +206,10 @@ impl Command {
                 println!("again: by {} since the ceremony. Now start the servers.", history.jump.counters());
                 Ok(())
             }
-            Self::Roots { command: RootsCommand::New { config, root, escrow, copies } } => {
+            Self::Roots { command: RootsCommand::New { config, root, escrow, copies, no_copies, lost } } => {
                 let config = Config::load(&config)?;
                 let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() }, "roots")?;
-                let made = server::make_root(&config, NewRootSettings { purpose: root, escrow, copies }).await?;
+                let made = server::make_root(&config, NewRootSettings { purpose: root, escrow, copies, no_copies, lost }).await?;
                 println!("made `{}`: {} {}", made.fingerprint.label, made.fingerprint.kind, hex::encode(&made.fingerprint.value));
                 if let Some(escrow) = &made.escrow {
                     println!("It was added to `{}`: give every custodian a copy, and replace the earlier ones.", escrow.display());

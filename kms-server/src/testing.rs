@@ -264,7 +264,7 @@ impl TestIsland {
         let key = crate::service::root::token_key(id).unwrap();
         let made = tokio::task::spawn_blocking(move || {
             hsm.close();
-            let new = kms_hsm::NewRoot { island: name, key, escrow_public_key, standby: Vec::new() };
+            let new = kms_hsm::NewRoot { island: name, key, escrow_public_key, standby: Vec::new(), without: Vec::new() };
             let selector = TokenSelector { label: "north".to_owned(), serial: None };
             kms_hsm::create_root_version(&module, &selector, &Pin::new(PIN.to_owned()), &new, None, |_| Ok(())).unwrap()
         });

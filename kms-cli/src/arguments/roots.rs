@@ -64,7 +64,7 @@ pub(crate) enum RootsCommand {
         #[command(flatten)]
         sure: Sure,
     },
-    /// Propose to destroy a version that nothing uses any more
+    /// Propose to destroy a version that nothing uses any more, or to give up one that was only made
     #[command(after_help = "Another person approves it (kms proposal approve), then somebody carries it out (kms roots destroy). A backup from before its\n\
         last use could not be read any more: so say how old the oldest is that you may still restore.\n\n\
         Example:\n  kms roots propose-destruction session/storage-kek --version 1 --oldest-backup 2026-11-01T00:00:00Z --reason \"yearly rotation\"")]

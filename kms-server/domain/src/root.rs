@@ -386,17 +386,18 @@ impl Island {
         Ok(())
     }
 
-    /// Decides that a version is destroyed. That nothing refers to it, and that people approved it (I6), is for the caller to know.
+    /// Decides that a version is destroyed. That nothing refers to it, and that people approved it (I6), is for the caller to know. One that was made
+    /// and never used is given up by this, and another can be made in its place.
     ///
     /// # Errors
-    /// It does not exist, or is made, current or accepted still.
+    /// It does not exist, or is current or accepted still.
     pub fn destroy_root(&mut self, id: RootId, now: UnixMillis) -> Result<(), RootError> {
         let standing = self.root_standing(id).ok_or(RootError::NoSuchVersion { id })?;
         if standing == RootStanding::Destroyed {
             return Err(RootError::Destroyed { id });
         }
         let replaced = matches!(id.purpose, RootPurpose::Diversification(_) | RootPurpose::StorageKek(_));
-        if !(standing == RootStanding::Retired || (standing == RootStanding::Replaced && replaced)) {
+        if !(matches!(standing, RootStanding::Made | RootStanding::Retired) || (standing == RootStanding::Replaced && replaced)) {
             return Err(RootError::Needed { id, standing });
         }
         match self.ledger.entries.iter_mut().find(|entry| entry.id == id) {
@@ -701,6 +702,24 @@ mod tests {
         island.classes.iter_mut().for_each(|roots| roots.diversification.clear());
         let purpose = RootPurpose::Diversification(KeyClass::Kek);
         assert_eq!(island.next_root(purpose), Err(RootError::NoSuchRoot { purpose }));
+    }
+
+    #[test]
+    fn a_version_that_was_never_used_is_given_up_and_the_next_takes_its_place() {
+        for purpose in RootPurpose::ALL {
+            let mut island = island();
+            let (second, third) = (RootId { purpose, version: 2 }, RootId { purpose, version: 3 });
+            assert!(!island.may_store_under(second));
+            island.add_root(entry(purpose, 2)).unwrap();
+            assert!(island.may_store_under(second));
+            island.destroy_root(second, NOW).unwrap();
+            assert_eq!((island.root_standing(second), island.current_root(purpose)), (Some(RootStanding::Destroyed), Some(1)));
+            assert!(!island.may_store_under(second) && island.may_store_under(RootId { purpose, version: 1 }));
+            assert!(island.activate_root(second, 0, NOW).is_err());
+            island.add_root(entry(purpose, 3)).unwrap();
+            assert_eq!(island.activate_root(third, 0, NOW), Ok(1));
+            assert!(matches!(island.destroy_root(third, NOW), Err(RootError::Needed { .. })), "{purpose}: the current one");
+        }
     }
 
     fn writer(number: u8) -> WriterId {

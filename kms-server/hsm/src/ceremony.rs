@@ -177,6 +177,30 @@ pub struct NewRoot {
     pub escrow_public_key: Vec<u8>,
     /// The standby tokens of the ceremony that get a copy, by their numbers, from 0.
     pub standby: Vec<u8>,
+    /// Those that get none. Each must be in one list: the root leaves once, so a copy that was forgotten can never be made.
+    pub without: Vec<u8>,
+}
+
+impl NewRoot {
+    /// Whether it is said of every standby token that the ceremony knew if it gets a copy.
+    fn names_all_standby_tokens(&self, session: &Session) -> Result<(), HsmError> {
+        for number in 0..u8::MAX {
+            match find_one(session, &TokenKey::first(Purpose::StandbyRecipient(number)).label(&self.island), CKO_PUBLIC_KEY) {
+                // The ceremony numbers them without gaps.
+                Err(HsmError::KeyMissing { .. }) => break,
+                Err(error) => return Err(error),
+                Ok(_) if self.standby.contains(&number) || self.without.contains(&number) => {}
+                Ok(_) => {
+                    let name = number + 1;
+                    return Err(HsmError::Ceremony {
+                        reason: format!("it is not said whether the standby token of `[[copy]]` {name} of the ceremony file gets a copy"),
+                        next_step: format!("add `--copy {name}`, or `--no-copy {name}` if it does not serve the class; no copy can be made later"),
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// What came of a new version of a root.
@@ -221,6 +245,7 @@ pub fn create_root_version(
             Purpose::Seal => None,
             other => return Err(HsmError::invalid("root", format!("`{other}` has no versions"))),
         };
+        new.names_all_standby_tokens(session)?;
         let mut recipients = vec![(TokenKey::first(Purpose::Escrow), escrow)];
         for number in &new.standby {
             let key = TokenKey::first(Purpose::StandbyRecipient(*number));

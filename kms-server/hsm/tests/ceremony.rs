@@ -102,6 +102,14 @@ each_module! {
         assert_eq!(purposes, [Purpose::Diversification(KeyClass::Session), Purpose::StorageKek(KeyClass::Session), Purpose::Seal, Purpose::FingerprintKek]);
         let again = run(&bench, "all", &plan, Some(&first.package), |_| Ok(())).unwrap();
         assert_eq!(again.package, first.package);
+        // A later version leaves once too, so it is said of each standby token whether it gets a copy.
+        let key = TokenKey { purpose: Purpose::StorageKek(KeyClass::Session), version: RootVersion::new(2).unwrap() };
+        let forgotten = NewRoot { island: island(), key, escrow_public_key: plan.escrow_public_key.clone(), standby: Vec::new(), without: Vec::new() };
+        let make = |new: &NewRoot| create_root_version(&bench.module, &selector("all"), &user_pin(), new, None, |_| Ok(()));
+        assert!(make(&forgotten).unwrap_err().to_string().contains("`--copy 1`"));
+        assert_eq!(make(&NewRoot { without: vec![0], ..forgotten.clone() }).unwrap().package.unwrap().standby, []);
+        let third = TokenKey { version: RootVersion::new(3).unwrap(), ..key };
+        assert_eq!(make(&NewRoot { key: third, standby: vec![0], ..forgotten }).unwrap().package.unwrap().standby.len(), 1);
     }
 
     async fn another_version_of_a_root_is_escrowed_once_and_locked(bench: Bench) {
@@ -110,7 +118,7 @@ each_module! {
         let ceremony = run(&bench, "later", &plan, None, |_| Ok(())).unwrap();
         for purpose in [Purpose::StorageKek(KeyClass::Session), Purpose::Diversification(KeyClass::Kek), Purpose::Seal] {
             let key = TokenKey { purpose, version: RootVersion::new(2).unwrap() };
-            let new = NewRoot { island: island(), key, escrow_public_key: plan.escrow_public_key.clone(), standby: Vec::new() };
+            let new = NewRoot { island: island(), key, escrow_public_key: plan.escrow_public_key.clone(), standby: Vec::new(), without: Vec::new() };
             let make = |new: &NewRoot, previous: Option<&EscrowPackage>, stored: Result<(), String>| {
                 create_root_version(&bench.module, &selector("later"), &user_pin(), new, previous, |_| stored)
             };
@@ -129,7 +137,7 @@ each_module! {
             assert!(make(&foreign, Some(&package), Ok(())).unwrap_err().to_string().contains("escrow file"));
         }
         let new = TokenKey { purpose: Purpose::VendorTransport, version: RootVersion::new(2).unwrap() };
-        let new = NewRoot { island: island(), key: new, escrow_public_key: plan.escrow_public_key, standby: Vec::new() };
+        let new = NewRoot { island: island(), key: new, escrow_public_key: plan.escrow_public_key, standby: Vec::new(), without: Vec::new() };
         let pair = create_root_version(&bench.module, &selector("later"), &user_pin(), &new, None, |_| Err("a key pair never leaves".to_owned())).unwrap();
         assert!(pair.package.is_none() && pair.fingerprint.value.len() == 32);
 

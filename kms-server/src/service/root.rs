@@ -185,7 +185,8 @@ impl RootService {
         let known = self.refresh().await?;
         let no_root = || refused(RootError::NoSuchRoot { purpose });
         let to = if matches!(change, Change::Rotate { .. }) {
-            let newest = known.root_versions(purpose).into_iter().max().ok_or_else(no_root)?;
+            // One that was given up is none to rotate to.
+            let newest = known.root_versions(purpose).into_iter().filter(|id| known.may_store_under(*id)).max().ok_or_else(no_root)?;
             self.is_in_token(newest).await?;
             newest
         } else {
@@ -373,7 +374,9 @@ fn refused(error: RootError) -> ServiceError {
         RootError::NoSuchRoot { .. } => "`kms roots show` lists the roots",
         RootError::NotMade { standing: RootStanding::Current, .. } | RootError::NoSuchVersion { .. } => "make a new version with `kms-server roots new` first",
         RootError::NotSettled { .. } => "wait, and try again",
-        RootError::Needed { standing: RootStanding::Made, .. } => "rotate to it with `kms roots rotate` first",
+        RootError::Needed { standing: RootStanding::Made, .. } => {
+            "rotate to it with `kms roots rotate` first, or give it up with `kms roots propose-destruction`"
+        }
         _ => "look at it with `kms roots show`",
     };
     ServiceError::FailedPrecondition { reason: error.to_string(), next_step: next_step.to_owned() }

@@ -62,7 +62,13 @@ async fn story(folder: &Path, kind: &str, module: &Path) {
     let configuration = folder.join("grant-server.toml");
     fs::write(&configuration, format!("{common}{token}")).unwrap();
     // Another storage KEK, made while no server runs: a copy for the token of the grant server, and for no other.
-    let new = NewRootSettings { purpose: RootPurpose::parse("session/storage-kek").unwrap(), escrow: state.join("escrow.json"), copies: vec![1] };
+    let new = NewRootSettings {
+        purpose: RootPurpose::parse("session/storage-kek").unwrap(),
+        escrow: state.join("escrow.json"),
+        copies: vec![1],
+        no_copies: Vec::new(),
+        lost: Vec::new(),
+    };
     let made = server::make_root(&config(&held.configuration), new).await.unwrap();
     assert_eq!(made.copies.len(), 1);
     let copies = &made.copies[0];

@@ -129,7 +129,7 @@ async fn another_root(people: &People, state: &Path) {
     let before = fs::read_to_string(&path).unwrap();
     let config = config(&state.join("kms-server.toml"));
     let purpose = RootPurpose::parse("kek/storage-kek").unwrap();
-    let settings = |escrow: PathBuf| NewRootSettings { purpose, escrow, copies: Vec::new() };
+    let settings = |escrow: PathBuf| NewRootSettings { purpose, escrow, copies: Vec::new(), no_copies: Vec::new(), lost: Vec::new() };
     let document: serde_json::Value = serde_json::from_str(&before).unwrap();
     let key = document["escrow_key"].as_str().unwrap();
     let other = format!("{}{}", &key[..key.len() - 12], if &key[key.len() - 12..] == "ffffffffffff" { "eeeeeeeeeeee" } else { "ffffffffffff" });

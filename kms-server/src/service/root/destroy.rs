@@ -107,7 +107,8 @@ impl RootService {
             let id = root_id(&root)?;
             let now = view.clock()?;
             let mut row = (*view.island(island.name())?.ok_or_else(no_island)?).clone();
-            if id.purpose.has_pass() {
+            // One that was made and never used has no pass behind it, and no backup needs it.
+            if id.purpose.has_pass() && row.root_standing(id) != Some(RootStanding::Made) {
                 let finished = view.root_rotation(current)?.filter(|rotation| rotation.state == RootRotationState::Finished);
                 let finished = finished.filter(|_| row.current_root(id.purpose) == Some(current.version)).ok_or_else(|| unfinished(id.purpose))?;
                 not_in_backups(id, finished.since, root.oldest_backup)?;
@@ -207,6 +208,9 @@ impl RootService {
                 reason: format!("{} {what} use the root `{id}` still", counts.of(id)),
                 next_step: "`kms roots show --count` tells of all roots; rotate what uses it".to_owned(),
             });
+        }
+        if row.root_standing(id) == Some(RootStanding::Made) {
+            return Ok(());
         }
         let current = RootId { purpose: id.purpose, version: row.current_root(id.purpose).ok_or(RootError::NoSuchVersion { id }).map_err(refused)? };
         let unused_since = match id.purpose {

@@ -7,7 +7,9 @@
 use std::path::{Path, PathBuf};
 
 use kms_domain::{IslandName, KeyClass, RootEntry, RootId, RootPurpose};
-use kms_hsm::{EscrowPackage, HsmError, KeyFingerprint, Module, NewRoot, NewRootResult, Pin, WrappedRoots, create_root_version, install_wrapped_roots};
+use kms_hsm::{
+    EscrowPackage, HsmError, KeyFingerprint, Module, NewRoot, NewRootResult, Pin, Purpose, TokenKey, WrappedRoots, create_root_version, install_wrapped_roots,
+};
 use kms_proto::v1::{RootVersionBegun, RootVersionMade, audit_record::Event};
 use kms_store::{Reads, RowKind};
 
@@ -33,6 +35,10 @@ pub struct NewRootSettings {
     pub escrow: PathBuf,
     /// The numbers of the ceremony's `[[copy]]`, from 1, whose tokens get a copy.
     pub copies: Vec<u8>,
+    /// Those whose tokens get none. Of a symmetric root, each is in one list.
+    pub no_copies: Vec<u8>,
+    /// Labels of roots that the escrow file lacks, and that no file has any more.
+    pub lost: Vec<String>,
 }
 
 /// What was made.
@@ -64,6 +70,18 @@ pub enum MakeRootError {
     OtherEscrow {
         /// The file.
         path: PathBuf,
+    },
+    /// Another file has roots that this one lacks.
+    #[error(
+        "the escrow file `{}` lacks {}: name the newest one, which has all roots that are in use; of a root that no file has any more, say so with `--lost`",
+        path.display(),
+        missing.join(", ")
+    )]
+    EarlierEscrow {
+        /// The file.
+        path: PathBuf,
+        /// CKA_LABEL of each root that it lacks.
+        missing: Vec<String>,
     },
     /// This server does not serve the class.
     #[error("this configuration names no token for keys of the class `{class}`; use that of the server with the ceremony's token")]
@@ -101,7 +119,7 @@ impl NewRootSettings {
         };
         let document = self.escrow(name)?;
         let escrow_sha256 = sha256(document.escrow_key());
-        let id = self.begin(name, committer, escrow_sha256).await?;
+        let id = self.begin(name, committer, &document).await?;
         let made = self.in_token(name, token, document, id).await?;
         self.note(name, committer, id, &made, escrow_sha256).await?;
         let copies = if made.package.is_some() { self.copies.iter().map(|number| self.copy_path(*number, id)).collect() } else { Vec::new() };
@@ -118,14 +136,21 @@ impl NewRootSettings {
         Ok(document)
     }
 
-    /// I2: the intent, before the token is changed. The escrow file must be the one that the ceremony recorded (I5).
-    async fn begin(&self, name: &IslandName, committer: &Committer, escrow_sha256: [u8; 32]) -> Result<RootId, MakeRootError> {
+    /// I2: the intent, before the token is changed. The escrow file must be the one that the ceremony recorded (I5), with all roots since: two files
+    /// with a part of them each would restore no token.
+    async fn begin(&self, name: &IslandName, committer: &Committer, document: &EscrowDocument) -> Result<RootId, MakeRootError> {
         let (purpose, island, copies) = (self.purpose, name.clone(), self.copies.clone());
         let path = self.escrow.clone();
+        let escrow_sha256 = sha256(document.escrow_key());
+        let present: Vec<String> = document.labels().map(str::to_owned).chain(self.lost.iter().cloned()).collect();
         let act = committer.act(Actor::server("make-root"), island_reads(name), move |view| {
             let row = view.island(&island)?.ok_or_else(no_island)?;
             if row.escrow_fingerprint != Some(escrow_sha256) {
-                return Ok(None);
+                return Ok(Err(MakeRootError::OtherEscrow { path: path.clone() }));
+            }
+            let missing: Vec<String> = escrowed(&row)?.into_iter().filter(|label| !present.contains(label)).collect();
+            if !missing.is_empty() {
+                return Ok(Err(MakeRootError::EarlierEscrow { path: path.clone(), missing }));
             }
             let id = row.next_root(purpose).map_err(refused)?;
             view.append(Event::RootVersionBegun(RootVersionBegun {
@@ -134,9 +159,9 @@ impl NewRootSettings {
                 escrow_key_sha256: escrow_sha256.to_vec().into(),
                 copies: copies.iter().map(|number| u32::from(*number)).collect(),
             }));
-            Ok(Some(id))
+            Ok(Ok(id))
         });
-        act.await?.value.ok_or(MakeRootError::OtherEscrow { path })
+        act.await?.value
     }
 
     async fn in_token(&self, name: &IslandName, token: &TokenSection, document: EscrowDocument, id: RootId) -> Result<NewRootResult, MakeRootError> {
@@ -149,11 +174,12 @@ impl NewRootSettings {
             escrow_public_key: document.escrow_key().to_vec(),
             // The numbers of the ceremony file start at 1.
             standby: self.copies.iter().map(|number| number.saturating_sub(1)).collect(),
+            without: self.no_copies.iter().map(|number| number.saturating_sub(1)).collect(),
         };
         let previous = self.previous(name, &document, id)?;
         let (settings, island) = (self.clone(), name.clone());
         let made = tokio::task::spawn_blocking(move || {
-            let persist = |package: &EscrowPackage| settings.persist(&island, document, package, id).map_err(|error| error.to_string());
+            let persist = |package: &EscrowPackage| settings.persist(&island, &document, package, id).map_err(|error| error.to_string());
             create_root_version(&module, &selector, &pin, &new, previous.as_ref(), persist)
         });
         Ok(made.await.map_err(|_| MakeRootError::Interrupted)??)
@@ -176,13 +202,23 @@ impl NewRootSettings {
     }
 
     /// Copies first: what the escrow file names, an interrupted run has stored whole.
-    fn persist(&self, name: &IslandName, document: EscrowDocument, package: &EscrowPackage, id: RootId) -> Result<(), MakeRootError> {
+    fn persist(&self, name: &IslandName, begun: &EscrowDocument, package: &EscrowPackage, id: RootId) -> Result<(), MakeRootError> {
         for (number, copy) in self.copies.iter().zip(&package.standby) {
             let path = self.copy_path(*number, id);
             files::replace(&path, StoredCopy::of(name, copy).as_bytes(), SECRET).map_err(|error| file(&path, error))?;
         }
+        // Another command may have added a root to the file since it was read. One at a time from here on.
+        let folder = self.escrow.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder = std::fs::File::open(folder).and_then(|folder| folder.lock().map(|()| folder)).map_err(|error| file(&self.escrow, error))?;
+        let document = self.escrow(name)?;
+        let missing: Vec<String> = begun.labels().filter(|label| !document.labels().any(|known| known == *label)).map(str::to_owned).collect();
+        if !missing.is_empty() {
+            return Err(MakeRootError::EarlierEscrow { path: self.escrow.clone(), missing });
+        }
         let document = document.with_another_root(name, &package.escrow)?;
-        files::replace(&self.escrow, document.to_json().as_bytes(), SECRET).map_err(|error| file(&self.escrow, error))
+        let replaced = files::replace(&self.escrow, document.to_json().as_bytes(), SECRET).map_err(|error| file(&self.escrow, error));
+        drop(folder);
+        replaced
     }
 
     /// The island's row names the version from now on.
@@ -238,6 +274,17 @@ pub async fn install(config: &Config, copies: &Path) -> Result<Vec<KeyFingerprin
         Err(refused)
     });
     installed.await.map_err(|_| MakeRootError::Interrupted)?
+}
+
+/// The labels of all roots that the escrow must have: those of the ceremony and of later versions, as long as they are not destroyed.
+fn escrowed(row: &kms_domain::Island) -> Result<Vec<String>, ServiceError> {
+    let mut labels = vec![TokenKey::first(Purpose::FingerprintKek).label(&row.name)];
+    for id in RootPurpose::ALL.into_iter().filter(|purpose| *purpose != RootPurpose::VendorTransport).flat_map(|purpose| row.root_versions(purpose)) {
+        if row.may_store_under(id) {
+            labels.push(token_key(id)?.label(&row.name));
+        }
+    }
+    Ok(labels)
 }
 
 fn island_reads(name: &IslandName) -> Reads {
