@@ -16,6 +16,7 @@ use crate::{
     authz::{Action, Caller, Policy, PrincipalFacts, Resource},
     error::ServiceError,
     profiles::Profiles,
+    telemetry::Repetition,
 };
 
 /// One island, as its use cases see it.
@@ -34,6 +35,8 @@ pub struct Island {
     pub committer: Committer,
     /// The key of key fingerprints.
     pub fingerprint_key: FingerprintKey,
+    /// Held while the row is read anew and its roots are put to use; knows what of them was complained about last.
+    pub refreshing: tokio::sync::Mutex<Repetition>,
 }
 
 impl Island {

@@ -45,7 +45,7 @@ use crate::service::certificate_end::{CertificateWatch, ServerCertificate};
 use crate::service::owner::OwnerService;
 use crate::service::retention::Housekeeper;
 use crate::service::root::make::{self, MadeRoot, MakeRootError, NewRootSettings};
-use crate::service::root::{CHAIN_KEY_VERSION, RootService, seal_key, seal_keys};
+use crate::service::root::{CHAIN_KEY_VERSION, RootService, all_seal_keys, learn_seal_keys, seal_key, seal_keys};
 use crate::service::scrub::Scrubber;
 use crate::telemetry::{Call, Repetition, metrics};
 
@@ -191,8 +191,9 @@ impl Opening {
         };
         let memory = Arc::new(StoredPinMemory::new(Arc::clone(&store)));
         let hsm = self.config.hsm.start(&self.config.island, memory)?;
+        let restore = self.config.restore();
         let keys = loop {
-            match IslandKeys::open(&store, &hsm, &self.config.island).await {
+            match IslandKeys::open(&store, &hsm, &self.config.island, &restore).await {
                 Ok(keys) => break keys,
                 Err(error) if error.may_pass() => {
                     if failures.is_news(&error.to_string()) {
@@ -212,13 +213,17 @@ impl Opening {
         if hsm.serves(KeyClass::Ca) {
             self.authority.check_key(&hsm).await?;
         }
-        let restore = self.config.restore();
         if restore.watermark.is_none() {
-            tracing::warn!("no `watermark` is configured: a database that is put back without a new timeline is not noticed (I4)");
+            tracing::warn!(
+                "no `watermark` is configured: a database that is put back without a new timeline is not noticed (I4), nor a row of the island under a retired seal key (I5)"
+            );
         }
         let committer = Committer::start(Arc::clone(&store), keys.seal, keys.chain, committer_settings(&self.config, restore));
-        // I4: not before the counters of a restored database are raised.
-        committer.settled().await;
+        // I4: not before the counters of a restored database are raised. Other servers may rotate the seal root meanwhile.
+        tokio::select! {
+            _ = committer.settled() => {}
+            never = keep_learning(&store, &hsm, &committer) => match never {},
+        }
         let island = Arc::new(Island {
             row: ArcSwap::from_pointee(keys.row),
             hsm,
@@ -227,9 +232,12 @@ impl Opening {
             profiles: self.profiles,
             committer,
             fingerprint_key: keys.fingerprint,
+            refreshing: tokio::sync::Mutex::default(),
         });
-        // New keys are stored under the storage KEKs that the row names.
-        RootService::new(Arc::clone(&island)).apply(&island.row()).await?;
+        // New keys are stored under the storage KEKs that the row names. What this server's tokens lack keeps it from nothing else.
+        if let Err(error) = RootService::new(Arc::clone(&island)).refresh().await {
+            tracing::error!(%error, "the island's roots could not be looked after; it is tried again");
+        }
         let routes = api::routes(Arc::clone(&island), self.authority, &self.config.limits);
         drop(gate.island.set(routes));
         tracing::info!(island = %island.name(), "the island is open");
@@ -269,11 +277,12 @@ pub async fn make_root(config: &Config, settings: NewRootSettings) -> Result<Mad
     let store = kms_store::open(&config.storage.store()?).await?;
     let hsm = config.hsm.start(&config.island, Arc::new(StoredPinMemory::new(Arc::clone(&store))))?;
     let made = async {
-        let keys = IslandKeys::open(&store, &hsm, &config.island).await;
+        let restore = config.restore();
+        let keys = IslandKeys::open(&store, &hsm, &config.island, &restore).await;
         // The token is used by what follows alone: it logs in anew.
         drop(tokio::task::spawn_blocking(move || hsm.close()).await);
         let keys = keys?;
-        let committer = Committer::start(Arc::clone(&store), keys.seal, keys.chain, committer_settings(config, config.restore()));
+        let committer = Committer::start(Arc::clone(&store), keys.seal, keys.chain, committer_settings(config, restore));
         tokio::time::timeout(USABLE_WITHIN, committer.settled()).await.map_err(|_| ServerError::NotSettled)?;
         let made = settings.make(config, &committer).await;
         committer.remember().await;
@@ -301,7 +310,7 @@ async fn without_serving<T>(
     let store = kms_store::open(&config.storage.store()?).await?;
     let hsm = config.hsm.start(&config.island, Arc::new(StoredPinMemory::new(Arc::clone(&store))))?;
     let worked = async {
-        let keys = IslandKeys::open(&store, &hsm, &config.island).await?;
+        let keys = IslandKeys::open(&store, &hsm, &config.island, &restore).await?;
         let committer = Committer::start(Arc::clone(&store), keys.seal, keys.chain, committer_settings(config, restore));
         tokio::time::timeout(USABLE_WITHIN, committer.settled()).await.map_err(|_| ServerError::NotSettled)?;
         let outcome = work(&hsm, &committer).await;
@@ -331,16 +340,29 @@ fn committer_settings(config: &Config, restore: RestoreSettings) -> CommitterSet
     }
 }
 
+/// Looks every 2 s which seal keys the island's row names, while the database's history is compared.
+async fn keep_learning(store: &Arc<dyn Store>, hsm: &Hsm, committer: &Committer) -> Infallible {
+    let mut failures = Repetition::default();
+    loop {
+        tokio::time::sleep(PAUSE).await;
+        if let Err(error) = learn_seal_keys(&**store, hsm, committer).await
+            && failures.is_news(&error.to_string())
+        {
+            tracing::error!(%error, "the island's row cannot be read yet; it is tried again every 2 s");
+        }
+    }
+}
+
 /// The keys that the HSM computes from the seal root, and the island's row that they verify.
-struct IslandKeys {
+pub(crate) struct IslandKeys {
     row: kms_domain::Island,
-    seal: SealKeys,
-    chain: AuditKey,
+    pub(crate) seal: SealKeys,
+    pub(crate) chain: AuditKey,
     fingerprint: FingerprintKey,
 }
 
 impl IslandKeys {
-    async fn open(store: &Arc<dyn Store>, hsm: &Hsm, island: &IslandName) -> Result<Self, ServerError> {
+    pub(crate) async fn open(store: &Arc<dyn Store>, hsm: &Hsm, island: &IslandName, restore: &RestoreSettings) -> Result<Self, ServerError> {
         let stored = store.sealed(RowKind::Island, island.as_str().as_bytes()).await?.ok_or_else(|| ServerError::NoIsland { island: island.clone() })?;
         hsm.usable(USABLE_WITHIN).await?;
         let damaged = |reason: String| ServerError::Row { island: island.clone(), reason };
@@ -354,7 +376,20 @@ impl IslandKeys {
         if mark.key_version() < row.ledger.oldest_seal_key_version {
             return Err(damaged(format!("its seal is of version {}, which was retired", mark.key_version())));
         }
-        let seal = seal_keys(hsm, &row, seal.into()).await?;
+        let (seal, missing) = seal_keys(hsm, &row, seal.into()).await;
+        if let Some(missing) = missing {
+            tracing::warn!(roots = missing, "the token lacks roots that rows may be sealed under; such rows are refused");
+        }
+        let seal = all_seal_keys(hsm, seal?).await?;
+        // I5: a seal key that was retired stays so, although the row alone would say otherwise: who learned it could have written the row.
+        let oldest = restore.oldest_seal_key(island, &seal);
+        if mark.key_version() < oldest {
+            return Err(damaged(format!(
+                "its seal is of version {}, and this server remembers that versions before {oldest} were retired; if you have put an older database back, run `kms-server restored`",
+                mark.key_version()
+            )));
+        }
+        let seal = seal.not_below(oldest);
         let mac = async |key: SealRootKey| hsm.mac(RootVersion::FIRST, key.message(CHAIN_KEY_VERSION, island)).await;
         Ok(Self {
             row,

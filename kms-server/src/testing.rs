@@ -551,6 +551,7 @@ async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: 
         profiles: Profiles::load(Some(&profiles())).unwrap(),
         committer,
         fingerprint_key,
+        refreshing: tokio::sync::Mutex::default(),
     }
 }
 

@@ -213,14 +213,18 @@ impl SealKey {
     }
 
     /// Seals a server's watermark file: `HMAC-SHA-256(seal key, "meterkms/watermark" ‖ len(island)(1) ‖ island ‖ writer(16) ‖ sequence(8) ‖
-    /// jump(8))`, 32 octets.
-    pub fn seal_watermark(&self, island: &IslandName, writer: WriterId, sequence: u64, jump: CounterJump) -> [u8; 32] {
+    /// jump(8) ‖ oldest)`, 32 octets. `oldest` is the oldest seal key version that is accepted in rows, 1 octet; nothing for version 1, as before there
+    /// were others.
+    pub fn seal_watermark(&self, island: &IslandName, writer: WriterId, sequence: u64, jump: CounterJump, oldest: u8) -> [u8; 32] {
         let name = island.as_str().as_bytes();
         let mut context = hmac::Context::with_key(&self.key);
         context.update(b"meterkms/watermark");
         context.update(&[u8::try_from(name.len()).unwrap_or(u8::MAX)]);
         for part in [name, &writer.octets(), &sequence.to_be_bytes(), &jump.counters().to_be_bytes()] {
             context.update(part);
+        }
+        if oldest > 1 {
+            context.update(&[oldest]);
         }
         let mut seal = [0; 32];
         for (octet, value) in seal.iter_mut().zip(context.sign().as_ref()) {
@@ -260,7 +264,7 @@ pub struct SealKeys {
 impl From<SealKey> for SealKeys {
     fn from(key: SealKey) -> Self {
         let current = Arc::new(key);
-        Self { oldest: current.version, keys: vec![Arc::clone(&current)], current }
+        Self { oldest: 1, keys: vec![Arc::clone(&current)], current }
     }
 }
 
@@ -280,9 +284,15 @@ impl SealKeys {
     pub fn using(mut self, current: u8, oldest: u8) -> Self {
         if let Some(key) = self.key(current) {
             self.current = Arc::clone(key);
-            self.oldest = oldest;
+            return self.not_below(oldest);
         }
         self
+    }
+
+    /// Accepts no rows with seals of versions below `oldest` any more. What was refused once stays so (I5): a lower number changes nothing.
+    #[must_use]
+    pub fn not_below(self, oldest: u8) -> Self {
+        Self { oldest: self.oldest.max(oldest), ..self }
     }
 
     /// Whether there is a key of this version.
@@ -478,12 +488,15 @@ mod tests {
         assert!(matches!(verify(&keys, &old), Err(SealError::KeyVersion { expected: 2, found: 1, .. })));
         assert_eq!(verify(&keys, &new), Ok(()));
         assert_eq!(keys.clone().using(7, 7).current().version(), 2);
+        // I5: what was retired stays so, whatever an older row of the island says.
+        assert!(matches!(verify(&keys.clone().using(2, 1), &old), Err(SealError::KeyVersion { .. })));
+        assert!(verify(&SealKeys::from(key(1)).with(key(2)).not_below(2).using(1, 1), &old).is_err());
 
         let (campaign, title) = (CampaignId::from_octets(&[7; 16]).unwrap(), SystemTitle::parse("4D4D4D0000BC614E").unwrap());
         let mark = |key: &SealKey| key.seal_task(campaign, title, 1);
         let before = mark(&key(1));
         assert!(!keys.accept(&before, mark) && keys.recognise(&before, mark) && keys.accept(&mark(&key(2)), mark));
-        assert!(keys.clone().using(2, 1).accept(&before, mark) && !keys.recognise(&mark(&key(3)), mark));
+        assert!(SealKeys::from(key(1)).with(key(2)).using(2, 1).accept(&before, mark) && !keys.recognise(&mark(&key(3)), mark));
     }
 
     #[test]

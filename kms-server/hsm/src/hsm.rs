@@ -52,6 +52,11 @@ impl Hsm {
         self.storage_keks.write().unwrap_or_else(PoisonError::into_inner).set(class, version);
     }
 
+    /// The version of a class's storage KEK that new and imported keys are stored under.
+    pub fn storage_kek(&self, class: KeyClass) -> RootVersion {
+        self.storage_keks().of(class)
+    }
+
     fn storage_keks(&self) -> StorageKekVersions {
         *self.storage_keks.read().unwrap_or_else(PoisonError::into_inner)
     }

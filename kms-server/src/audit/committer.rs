@@ -300,7 +300,7 @@ impl Shared {
     fn watermark(&self) -> Option<Watermark> {
         let history = (*self.history.borrow())?;
         let (writer, sequence) = self.last_record.lock().ok().and_then(|last| *last)?;
-        Some(Watermark { writer, sequence, jump: history.jump })
+        Some(Watermark { writer, sequence, jump: history.jump, oldest_seal_key: self.seal.load().oldest() })
     }
 
     /// Writes the watermark file, unless it says the same already. Only what is durable in the database is written, and by one task at a time.

@@ -43,12 +43,26 @@ impl Default for RestoreSettings {
     }
 }
 
-/// What a server remembers outside the database: its last record, and the highest jump.
+impl RestoreSettings {
+    /// The oldest seal key version that this server remembers as accepted in rows (I5): a row of the island that is sealed below it is refused at
+    /// start, whatever it says of itself. 1: it remembers nothing, or an operator says that the database was restored. A file that does not read keeps
+    /// the committer from settling, and so the server from serving.
+    pub fn oldest_seal_key(&self, island: &IslandName, seal: &SealKeys) -> u8 {
+        match &self.watermark {
+            Some(path) if !self.declared => Watermark::read(path, island, seal).ok().flatten().map_or(1, |mark| mark.oldest_seal_key),
+            _ => 1,
+        }
+    }
+}
+
+/// What a server remembers outside the database: its last record, the highest jump, and which seal keys are retired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Watermark {
     pub(super) writer: WriterId,
     pub(super) sequence: u64,
     pub(super) jump: CounterJump,
+    /// The oldest seal key version that is accepted in rows.
+    pub(super) oldest_seal_key: u8,
 }
 
 impl Watermark {
@@ -71,7 +85,8 @@ impl Watermark {
         };
         let file: WatermarkFile = toml::from_str(&text).map_err(|_| refuse())?;
         let writer = hex::decode(&file.writer).ok().and_then(|octets| WriterId::from_octets(&octets).ok()).ok_or_else(refuse)?;
-        let mark = Self { writer, sequence: file.sequence, jump: CounterJump::new(file.jump) };
+        let oldest_seal_key = file.oldest_seal_key.unwrap_or(1).max(1);
+        let mark = Self { writer, sequence: file.sequence, jump: CounterJump::new(file.jump), oldest_seal_key };
         let stored = hex::decode(&file.seal).map_err(|_| refuse())?;
         if !seal.recognise(&stored, |seal| mark.seal(island, seal)) {
             return Err(refuse());
@@ -85,6 +100,7 @@ impl Watermark {
             writer: hex::encode(self.writer.octets()),
             sequence: self.sequence,
             jump: self.jump.counters(),
+            oldest_seal_key: (self.oldest_seal_key > 1).then_some(self.oldest_seal_key),
             seal: hex::encode(self.seal(island, seal)),
         };
         let text = toml::to_string(&file).map_err(io::Error::other)?;
@@ -92,7 +108,7 @@ impl Watermark {
     }
 
     fn seal(&self, island: &IslandName, seal: &SealKey) -> [u8; 32] {
-        seal.seal_watermark(island, self.writer, self.sequence, self.jump)
+        seal.seal_watermark(island, self.writer, self.sequence, self.jump, self.oldest_seal_key)
     }
 }
 
@@ -102,6 +118,9 @@ struct WatermarkFile {
     writer: String,
     sequence: u64,
     jump: u64,
+    /// None: 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    oldest_seal_key: Option<u8>,
     seal: String,
 }
 
@@ -213,9 +232,22 @@ mod tests {
         let seal = SealKey::new(1, &Zeroizing::new([5; 32]));
         let keys = SealKeys::from(SealKey::new(1, &Zeroizing::new([5; 32])));
         assert_eq!(Watermark::read(&path, &island, &keys), Ok(None));
-        let mark = Watermark { writer: WriterId::from_octets(&[9; 16]).unwrap(), sequence: 41, jump: CounterJump::new(1 << 24) };
+        let mark = Watermark { writer: WriterId::from_octets(&[9; 16]).unwrap(), sequence: 41, jump: CounterJump::new(1 << 24), oldest_seal_key: 1 };
         mark.write(&path, &island, &seal).unwrap();
         assert_eq!(Watermark::read(&path, &island, &keys), Ok(Some(mark)));
+        assert!(!std::fs::read_to_string(&path).unwrap().contains("oldest"), "as files of before");
+        // I5: which seal keys are retired is remembered under the new one, and not lowered by hand.
+        let next = SealKey::new(2, &Zeroizing::new([6; 32]));
+        let both = keys.clone().with(SealKey::new(2, &Zeroizing::new([6; 32])));
+        let retired = Watermark { oldest_seal_key: 2, ..mark };
+        retired.write(&path, &island, &next).unwrap();
+        let restore = RestoreSettings { watermark: Some(path.clone()), ..RestoreSettings::default() };
+        assert_eq!((Watermark::read(&path, &island, &both), restore.oldest_seal_key(&island, &both)), (Ok(Some(retired)), 2));
+        assert_eq!(RestoreSettings { declared: true, ..restore.clone() }.oldest_seal_key(&island, &both), 1);
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, text.replace("oldest_seal_key = 2", "oldest_seal_key = 1")).unwrap();
+        assert!(Watermark::read(&path, &island, &both).is_err());
+        mark.write(&path, &island, &seal).unwrap();
         assert!(Watermark::read(&path, &other, &keys).unwrap_err().contains("`south`"));
         let text = std::fs::read_to_string(&path).unwrap();
         std::fs::write(&path, text.replace("sequence = 41", "sequence = 40")).unwrap();

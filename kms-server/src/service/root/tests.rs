@@ -274,8 +274,47 @@ island_tests! {
         assert_eq!(island.island.row().root_standing(first), Some(RootStanding::Retired));
         assert!(late.island.meter(meter(2)).await.is_err() && island.island.meter(meter(2)).await.is_err());
         island.put_back(2, &row).await;
+
+        // I5: nor does the island's own row come back under it, for a server that starts anew and remembers. It would say that nothing was retired.
+        let folder = tempfile::tempdir().unwrap();
+        let restore = crate::audit::RestoreSettings { watermark: Some(folder.path().join("watermark")), ..Default::default() };
+        let (store, hsm, name) = (&island.island.store, &island.island.hsm, island.island.name());
+        let open = async |restore: crate::audit::RestoreSettings| crate::server::IslandKeys::open(store, hsm, name, &restore).await;
+        let keys = open(restore.clone()).await.unwrap();
+        let settings = crate::audit::CommitterSettings {
+            island: name.clone(),
+            server: "three".to_owned(),
+            chunk_size: kms_domain::ChunkSize::DEFAULT,
+            queue: 16,
+            restore: restore.clone(),
+            silence: crate::audit::CommitterSettings::SILENCE,
+        };
+        let three = crate::audit::Committer::start(store.clone(), keys.seal, keys.chain, settings);
+        three.settled().await;
+        let noted = three.act(Actor::server("test"), Reads::default(), |view| {
+            view.append(Event::RootVersionMade(v1::RootVersionMade::default()));
+            Ok(())
+        });
+        noted.await.unwrap();
+        three.remember().await;
+        let true_row = island.island_row().await;
+        let forged = kms_domain::Island { seal_key_version: 1, ledger: kms_domain::RootLedger::default(), ..(*island.island.row()).clone() };
+        let generation = kms_domain::Generation::from_i64(i64::try_from(true_row.generation).unwrap() + 1).unwrap();
+        let seal = *seal_key(hsm, 1).await.unwrap().seal(&RowId::Island(name.clone()), generation, &forged.to_row()).octets();
+        island.put_island_back(&SealedRow { generation: generation.number(), seal, body: forged.to_row() }).await;
+        let refused = open(restore.clone()).await.err().unwrap().to_string();
+        assert!(refused.contains("were retired") && refused.contains("kms-server restored"), "{refused}");
+        // The limit: who remembers nothing believes it; and an operator can say that an older database was put back.
+        assert!(open(crate::audit::RestoreSettings::default()).await.is_ok());
+        assert!(open(crate::audit::RestoreSettings { declared: true, ..restore.clone() }).await.is_ok());
+        island.put_island_back(&true_row).await;
+        assert!(open(restore).await.is_ok());
         // The log and the fingerprints are checked with keys of the first seal root, which stays.
         let fresh = island.another_server().await;
+        // It began with the key of before, and is not stuck with it.
+        learn_seal_keys(&*fresh.store, &fresh.hsm, &fresh.committer).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(60), fresh.committer.settled()).await.unwrap();
+        assert_eq!(fresh.committer.seal_key().version(), 2);
         service(&fresh).refresh().await.unwrap();
         assert_eq!(Scrubber::new(fresh.clone()).scrub(|_| true).await.unwrap().findings, []);
         assert!(fresh.meter(meter(1)).await.unwrap().is_some());
