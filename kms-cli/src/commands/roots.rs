@@ -39,7 +39,7 @@ pub(crate) async fn run(command: RootsCommand, context: &Context) -> Result<(), 
             confirm(&format!("{}, in all tokens and for ever", known.description), &sure)?;
             let request = proto::DestroyRootRequest { request_id: request_id(), proposal_id: octets(proposal.octets()) };
             let answer = progress::waiting("counting what uses it", client.destroy_root(request)).await?.into_inner();
-            let text = || format!("{}\nevery server destroys it in its own token within a minute, and records that: kms audit list\n", roots_text(&answer));
+            let text = || format!("{}\nevery server destroys it in its own tokens when all have heard of it (20 s) and it has counted again, and records that: kms audit list; `kms roots show` says of one server whether its token has it still\n", roots_text(&answer));
             context.output.show(|| json::message("ShowRootsResponse", &answer), text);
             return Ok(());
         }

@@ -476,7 +476,7 @@ pub struct RootRotation {
     pub state: RootRotationState,
     /// Since when.
     pub since: UnixMillis,
-    /// Why it is paused.
+    /// Why it is paused; of one that has finished, why the old seal key is accepted still.
     pub reason: String,
     /// Who began it.
     pub requested_by: PrincipalId,

@@ -12,11 +12,11 @@ mod refresh;
 mod tests;
 
 use std::{
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
-use kms_domain::{KeyClass, RootError, RootId, RootPurpose, RootRotation, RootRotationState, RootStanding};
+use kms_domain::{KeyClass, RootError, RootId, RootPurpose, RootRotation, RootRotationState, RootStanding, UnixMillis};
 use kms_hsm::{HsmError, Purpose, RootVersion, TokenKey};
 use kms_proto::v1::{self, RootRotationChanged, audit_record::Event};
 use kms_store::{MeterFilter, Reads, RequestKey, RequestRow, RowKind};
@@ -38,6 +38,8 @@ use crate::{
 pub struct RootService {
     island: Arc<Island>,
     timing: RootTiming,
+    /// The end of the pass after which the old seal key could not be retired yet, and when that was looked at.
+    not_retired: Arc<Mutex<Option<(UnixMillis, Instant)>>>,
 }
 
 /// How long things take until every server has noticed them.
@@ -51,13 +53,16 @@ pub struct RootTiming {
     pub seal_overlap: Duration,
     /// How long other servers leave a pass to the one that did the last page.
     pub lead: Duration,
+    /// How long until it is looked again whether the old seal key can be retired: all rows are read for that.
+    pub look_again: Duration,
 }
 
 impl RootTiming {
     /// Where no other server can be: nobody has to be waited for.
     const ALONE: Self = Self { settling: Duration::ZERO, lead: Duration::ZERO, ..Self::DEFAULT };
-    /// 20 seconds, 24 hours, 30 seconds.
-    pub const DEFAULT: Self = Self { settling: Duration::from_secs(20), seal_overlap: Duration::from_hours(24), lead: Duration::from_secs(30) };
+    /// 20 seconds, 24 hours, 30 seconds, 10 minutes.
+    pub const DEFAULT: Self =
+        Self { settling: Duration::from_secs(20), seal_overlap: Duration::from_hours(24), lead: Duration::from_secs(30), look_again: Duration::from_mins(10) };
 }
 
 /// What an officer does with a root.
@@ -86,7 +91,7 @@ impl RootService {
     /// Roots of an island.
     pub fn new(island: Arc<Island>) -> Self {
         let timing = if island.store.is_shared() { RootTiming::DEFAULT } else { RootTiming::ALONE };
-        Self { island, timing }
+        Self { island, timing, not_retired: Arc::default() }
     }
 
     /// With other times.
@@ -124,6 +129,8 @@ impl RootService {
             let worked = async {
                 let row = self.island.row();
                 if done.as_ref() != Some(&row.ledger) && due <= Instant::now() {
+                    // Not at once again after an error: what is tried is on the record each time.
+                    due = Instant::now() + TRY_AGAIN;
                     match self.destroy_decided(&row).await? {
                         None => done = Some(row.ledger.clone()),
                         Some(wait) => due = Instant::now() + wait,
@@ -420,6 +427,8 @@ const fn is_missing(error: &HsmError) -> bool {
     matches!(error, HsmError::KeyMissing { .. })
 }
 
+/// How long a destruction that failed is left alone.
+const TRY_AGAIN: Duration = Duration::from_mins(1);
 /// How often a watched rotation is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How long a request can be repeated.

@@ -164,13 +164,19 @@ impl RootService {
         Ok(wait)
     }
 
+    /// I2: on the record before the tokens are changed, and when they are: after a crash in between, nothing is left that could be recorded then.
     async fn destroy_in_tokens(&self, id: RootId) -> Result<(), ServiceError> {
+        self.record(id, "begun", 0).await?;
         let objects = self.island.hsm.destroy_root(token_key(id)?).await?;
         tracing::warn!(root = %id, objects, "a root was destroyed in this server's tokens");
+        self.record(id, "done", objects).await
+    }
+
+    async fn record(&self, id: RootId, change: &str, objects: usize) -> Result<(), ServiceError> {
         let event = RootDestroyed {
             root: id.purpose.to_string(),
             version: id.version.into(),
-            change: "done".to_owned(),
+            change: change.to_owned(),
             objects: u32::try_from(objects).unwrap_or(u32::MAX),
             ..RootDestroyed::default()
         };

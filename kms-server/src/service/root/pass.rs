@@ -79,11 +79,11 @@ impl RootService {
             && page.looked < most_looked
         {
             let stage = place.stage as usize;
-            let rows: Vec<(RowId, SealedRow)> = match stage.checked_sub(1) {
+            let rows: Vec<(Vec<u8>, Option<RowId>, SealedRow)> = match stage.checked_sub(1) {
                 None => {
                     let after = if place.after.is_empty() { None } else { SystemTitle::from_octets(&place.after).ok() };
                     let rows = self.island.store.meter_page(&MeterFilter::default(), after, PAGE).await?;
-                    rows.into_iter().map(|row| (RowId::Meter(row.title), row.row)).collect()
+                    rows.into_iter().map(|row| (row.title.octets().to_vec(), Some(RowId::Meter(row.title)), row.row)).collect()
                 }
                 Some(kind) => {
                     let Some(kind) = kinds.get(kind).copied() else {
@@ -93,19 +93,28 @@ impl RootService {
                     let after = (!place.after.is_empty()).then_some(place.after.as_slice());
                     let rows = self.island.store.sealed_page(kind, after, PAGE).await?;
                     let named = rows.into_iter().map(|(id, row)| {
-                        let name = row_id(kind.number(), &id, self.island.name())
-                            .ok_or_else(|| ServiceError::Internal(format!("a row of kind {kind:?} has no such name")))?;
-                        Ok((name, row))
+                        let name = row_id(kind.number(), &id, self.island.name());
+                        (id, name, row)
                     });
-                    named.collect::<Result<_, ServiceError>>()?
+                    named.collect()
                 }
             };
             page.next = Some(match rows.last() {
-                Some((last, _)) => RowPlace { stage: place.stage, after: name_octets(last) },
+                Some((last, ..)) => RowPlace { stage: place.stage, after: last.clone() },
                 None => RowPlace { stage: place.stage + 1, after: Vec::new() },
             });
             page.looked += rows.len() as u64;
-            due.extend(rows.into_iter().filter(|(id, row)| self.is_due(rotation.to, id, row)));
+            for (octets, id, row) in rows {
+                match id {
+                    Some(id) if self.is_due(rotation.to, &id, &row) => due.push((id, row)),
+                    Some(_) => {}
+                    None => {
+                        // I5: nobody who keeps to the rules wrote it. It must not hold up the others.
+                        tracing::error!(name = %hex::encode(octets), "a row whose name none of its kind has was left alone; run `kms audit scrub`");
+                        page.refused += 1;
+                    }
+                }
+            }
         }
         Ok(Scan { page, due })
     }
@@ -243,17 +252,24 @@ impl RootService {
     }
 
     /// Accepts the old seal key no more, some time after the last row has got a seal of the new one, and once no task of a campaign under way
-    /// carries a mark of the old one.
+    /// carries a mark of the old one. All rows are read for that: one server does it, and not more often than every few minutes.
     async fn retire_seal_key(&self) -> Result<(), ServiceError> {
         let row = self.island.row();
         if row.ledger.oldest_seal_key_version >= row.seal_key_version {
             return Ok(());
         }
         let to = RootId { purpose: RootPurpose::Seal, version: row.seal_key_version };
-        let finished = self.load(to).await?.filter(|rotation| rotation.state == RootRotationState::Finished);
-        let due = |rotation: &RootRotation, now| rotation.since.after(millis(self.timing.seal_overlap)) <= now;
-        if !finished.is_some_and(|rotation| due(&rotation, Island::now())) || self.has_old_tasks().await? {
+        let Some(rotation) = self.load(to).await?.filter(|rotation| rotation.state == RootRotationState::Finished) else { return Ok(()) };
+        let looked = self.not_retired.lock().ok().and_then(|looked| *looked);
+        let just_looked = looked.is_some_and(|(since, at)| since == rotation.since && at.elapsed() < self.timing.look_again);
+        if rotation.since.after(millis(self.timing.seal_overlap)) > Island::now() || just_looked || !self.is_first().await? {
             return Ok(());
+        }
+        if let Ok(mut looked) = self.not_retired.lock() {
+            *looked = Some((rotation.since, Instant::now()));
+        }
+        if self.has_old_tasks().await? {
+            return self.tell_why_not(to, "the old seal key is accepted still: tasks of a campaign under way carry its marks".to_owned()).await;
         }
         // A server that was late may have written a row since: refused seals must not lock meters out.
         let counts = self.count(|_| true).await?;
@@ -276,10 +292,40 @@ impl RootService {
                 change: "retired".to_owned(),
                 ..RootRotationChanged::default()
             }));
+            if let Some(rotation) = view.root_rotation(to)?.filter(|rotation| !rotation.reason.is_empty()) {
+                view.put_root_rotation(RootRotation { reason: String::new(), ..(*rotation).clone() })?;
+            }
             view.put_island(row)
         });
         act.await?;
         self.refresh().await.map(drop)
+    }
+
+    /// Of the servers that were heard of lately, the one with the lowest writer id does what one of them has to do.
+    async fn is_first(&self) -> Result<bool, ServiceError> {
+        let own = self.island.committer.writer();
+        let lately = millis(self.timing.lead);
+        let servers = self.island.store.servers().await?;
+        Ok(!servers.iter().any(|server| Some(server.writer) != own && server.silent_ms < lately && own.is_none_or(|own| server.writer < own)))
+    }
+
+    /// Notes in the rotation's row why the old seal key is not retired yet, where it says something else.
+    async fn tell_why_not(&self, to: RootId, reason: String) -> Result<(), ServiceError> {
+        let reads = Reads { sealed: vec![rotation_row(to)], ..Reads::default() };
+        let act = self.island.committer.act(Actor::server("retire-seal-key"), reads, move |view| {
+            let Some(known) = view.root_rotation(to)?.filter(|known| known.state == RootRotationState::Finished && known.reason != reason) else {
+                return Ok(());
+            };
+            view.append(Event::RootRotationChanged(RootRotationChanged {
+                root: to.purpose.to_string(),
+                version: to.version.into(),
+                change: "not retired".to_owned(),
+                reason: reason.clone(),
+                ..RootRotationChanged::default()
+            }));
+            view.put_root_rotation(RootRotation { reason: reason.clone(), ..(*known).clone() })
+        });
+        act.await.map(drop)
     }
 
     /// Looks at all rows once more.
@@ -375,14 +421,6 @@ fn old_wraps(owner: Owner, slots: &Slots, class: KeyClass, version: u8) -> Vec<O
         _ => None,
     });
     old.collect()
-}
-
-/// The id of a row in the store.
-fn name_octets(id: &RowId) -> Vec<u8> {
-    match id {
-        RowId::Meter(title) => title.octets().to_vec(),
-        other => sealed_name(other).1,
-    }
 }
 
 fn owner_name(owner: Owner) -> String {

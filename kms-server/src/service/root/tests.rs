@@ -16,7 +16,7 @@ use crate::{
     testing::{TestIsland, database, island_tests, meter, sample},
 };
 
-const AT_ONCE: RootTiming = RootTiming { settling: Duration::ZERO, seal_overlap: Duration::ZERO, lead: Duration::ZERO };
+const AT_ONCE: RootTiming = RootTiming { settling: Duration::ZERO, seal_overlap: Duration::ZERO, lead: Duration::ZERO, look_again: Duration::ZERO };
 const STORAGE: RootPurpose = RootPurpose::StorageKek(KeyClass::Session);
 const DIVERSIFICATION: RootPurpose = RootPurpose::Diversification(KeyClass::Session);
 
@@ -232,6 +232,76 @@ island_tests! {
         island.end().await;
     }
 
+    async fn a_row_with_a_name_that_none_has_does_not_hold_up_the_others(island) {
+        let mut island = island;
+        island.deliver(&sample("generic-suite0", 5)).await;
+        let id = island.add_root(RootPurpose::Seal).await;
+        let octets = |octets: &[u8]| kms_store::testing::octets(&database().database, octets);
+        let row = format!("{}, {}, 1, {}, {}", RowKind::Group.number(), octets(&[1, 2, 3]), octets(&[1; 18]), octets(&[0]));
+        let insert = format!("INSERT INTO sealed (kind, id, generation, seal, body) VALUES ({row})");
+        kms_store::testing::execute(&database().database, &insert).await.unwrap();
+        let roots = island.roots();
+        roots.change(&island.officer, request(), RootPurpose::Seal, rotate()).await.unwrap();
+        while roots.page(id).await.unwrap().is_some() {}
+        let state = island.state(RootPurpose::Seal).await;
+        assert_eq!((state.state.as_str(), state.reason.as_str()), ("paused", "1 row had to be left"));
+        let counts = roots.count(|_| true).await.unwrap();
+        assert_eq!((counts.of(RootId { purpose: RootPurpose::Seal, version: 1 }), counts.unreadable), (0, 1), "all others have the new seal");
+        island.end().await;
+    }
+
+    async fn a_token_that_lacks_a_storage_kek_keeps_the_one_before_and_learns_all_else(island) {
+        let mut island = island;
+        let id = island.add_root(STORAGE).await;
+        // As on a server whose token was not given its copy.
+        island.island.hsm.destroy_root(token_key(id).unwrap()).await.unwrap();
+        let other = island.add_root(RootPurpose::StorageKek(KeyClass::Authentication)).await;
+        let name = island.island.name().clone();
+        let reads = Reads { sealed: vec![island.island.row_name()], ..Reads::default() };
+        let act = island.island.committer.act(Actor::server("test"), reads, move |view| {
+            let mut row = (*view.island(&name)?.unwrap()).clone();
+            row.activate_root(id, 0, Island::now()).unwrap();
+            row.activate_root(other, 0, Island::now()).unwrap();
+            view.append(Event::RootRotationChanged(RootRotationChanged::default()));
+            view.put_island(row)
+        });
+        act.await.unwrap();
+        for _ in 0..2 {
+            let refused = island.roots().refresh().await.unwrap_err().to_string();
+            assert!(refused.contains("does not hold the root `session/storage-kek/2`"), "{refused}");
+        }
+        let used = |class| island.island.hsm.storage_kek(class).number();
+        assert_eq!((used(KeyClass::Session), used(KeyClass::Authentication)), (1, 2));
+        assert_eq!(island.island.row().current_root(STORAGE), Some(2), "the row is the newest all the same");
+        let shown = island.roots().show(&island.auditor).await.unwrap().roots;
+        assert!(shown.iter().any(|root| root.root == STORAGE.to_string() && root.version == 2 && root.in_token == Some(false)));
+        // I3: the one before is used as long as its destruction was not decided.
+        island.deliver(&sample("generic-suite0", 1)).await;
+        assert!(island.stored_keys(KeyClass::Session, 1).await.iter().all(|key| key.2 == 1));
+        island.end().await;
+    }
+
+    async fn a_version_that_was_only_made_is_given_up_by_two_people(island) {
+        let mut island = island;
+        let id = island.add_root(STORAGE).await;
+        let roots = island.roots();
+        let destruction = Destruction { id, oldest_backup: Island::now(), reason: "a copy was forgotten".to_owned(), quorum: kms_domain::Quorum::ONE };
+        let proposal = roots.propose_destruction(&island.officer, request(), destruction).await.unwrap();
+        let approved = kms_domain::ProposalId::from_octets(&proposal.proposal_id).unwrap();
+        let approval = crate::service::proposal::Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };
+        let colleague = island.colleague().await;
+        crate::service::proposal::ProposalService::new(island.island.clone()).change(&colleague, request(), approved, approval).await.unwrap();
+        roots.destroy(&island.officer, request(), approved).await.unwrap();
+        assert!(!island.island.hsm.has_key(token_key(id).unwrap()).await.unwrap());
+        assert!(next_step(roots.change(&island.officer, request(), STORAGE, rotate()).await).contains("roots new"));
+        // The next one takes its place.
+        let third = island.add_root(STORAGE).await;
+        assert_eq!(third.version, 3);
+        island.roots().change(&island.officer, request(), STORAGE, rotate()).await.unwrap();
+        assert_eq!(island.island.row().current_root(STORAGE), Some(3));
+        island.end().await;
+    }
+
     async fn rows_get_the_seal_of_the_new_version_and_the_old_one_is_refused_afterwards(island) {
         let mut island = island;
         island.deliver(&sample("generic-suite0", 30)).await;
@@ -319,6 +389,40 @@ island_tests! {
         assert_eq!(Scrubber::new(fresh.clone()).scrub(|_| true).await.unwrap().findings, []);
         assert!(fresh.meter(meter(1)).await.unwrap().is_some());
         assert_ne!(old.seal, island.row_of(1).await.seal);
+        island.end().await;
+    }
+
+    async fn tasks_of_a_campaign_under_way_hold_up_the_retirement_and_the_rotation_says_so(island) {
+        use crate::service::campaign::{CampaignService, Change as CampaignChange, tests as campaigns};
+        let mut island = island;
+        island.deliver(&sample("generic-suite0", 5)).await;
+        let service = CampaignService::new(island.island.clone());
+        let draft = service.create(&island.officer, request(), campaigns::new(campaigns::terms()), true).await.unwrap().campaign.unwrap();
+        let campaign = campaigns::id(&draft);
+        let colleague = island.colleague().await;
+        service.change(&colleague, request(), campaign, campaigns::approval(&draft)).await.unwrap();
+        service.change(&island.officer, request(), campaign, CampaignChange::Start).await.unwrap();
+        service.lead(campaign).await.unwrap();
+        let id = island.add_root(RootPurpose::Seal).await;
+        let roots = island.roots();
+        roots.change(&island.officer, request(), RootPurpose::Seal, rotate()).await.unwrap();
+        while roots.page(id).await.unwrap().is_some() {}
+        for _ in 0..2 {
+            roots.lead_for(Duration::ZERO).await.unwrap();
+            let state = island.state(RootPurpose::Seal).await;
+            assert!(state.state == "finished" && state.reason.contains("tasks of a campaign"), "{state:?}");
+        }
+        let not_retired = |record: &AuditRecord| matches!(&record.event, Some(Event::RootRotationChanged(event)) if event.change == "not retired");
+        assert_eq!(island.records_of(47).await.iter().filter(|record| not_retired(record)).count(), 1, "on the record when it is news");
+        // Within ten minutes nobody reads all rows again.
+        let service = CampaignService::new(island.island.clone());
+        service.change(&island.officer, request(), campaign, CampaignChange::Abort { reason: "test".to_owned() }).await.unwrap();
+        let first = RootId { purpose: RootPurpose::Seal, version: 1 };
+        roots.clone().with_timing(RootTiming { look_again: Duration::from_secs(600), ..AT_ONCE }).lead_for(Duration::ZERO).await.unwrap();
+        assert_eq!(island.island.row().root_standing(first), Some(RootStanding::Replaced));
+        roots.lead_for(Duration::ZERO).await.unwrap();
+        assert_eq!(island.island.row().root_standing(first), Some(RootStanding::Retired));
+        assert_eq!(island.state(RootPurpose::Seal).await.reason, "");
         island.end().await;
     }
 
@@ -462,7 +566,7 @@ island_tests! {
         assert!(!island.island.hsm.has_key(key).await.unwrap());
         assert_eq!(roots.destroy_decided(&island.island.row()).await.unwrap(), None);
         let events: Vec<_> = island.records_of(49).await.into_iter().map(|record| match record.event { Some(Event::RootDestroyed(event)) => event.change, _ => String::new() }).collect();
-        assert_eq!(events, ["decided", "done"], "I2: the decision is on the record before the token is changed");
+        assert_eq!(events, ["decided", "begun", "done"], "I2: on the record before the token is changed");
         let left = island.stored_keys(KeyClass::Session, 20).await;
         assert!(!left.is_empty() && left.iter().all(|key| key.2 == 2), "every key is there still");
         island.nothing_is_readable().await;
