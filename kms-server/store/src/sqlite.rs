@@ -92,8 +92,8 @@ pub(crate) struct Engine {
     checkpointer: JoinHandle<()>,
     path: PathBuf,
     closed: AtomicBool,
-    /// Held for as long as the database is open; the system lets go of it when the process ends, however it ends.
-    _lock: File,
+    /// Held until the database is closed; the system lets go of it when the process ends, however it ends.
+    lock: std::sync::Mutex<Option<File>>,
 }
 
 impl Engine {
@@ -134,7 +134,7 @@ impl Engine {
             written,
             path,
             closed: AtomicBool::new(false),
-            _lock: lock,
+            lock: std::sync::Mutex::new(Some(lock)),
         })
     }
 
@@ -181,6 +181,13 @@ impl Engine {
         self.closed.store(true, Ordering::Release);
         self.checkpointer.abort();
         self.readers.close().await;
+        // The last transaction has ended, and no other begins: whoever still has this database open does nothing with it, and others may open it.
+        // Where the disk is stuck nobody can know that, and the lock stays until the process ends.
+        if let Ok(_writer) = timeout(self.call_timeout, self.writer.lock()).await
+            && let Ok(mut lock) = self.lock.lock()
+        {
+            lock.take();
+        }
     }
 }
 

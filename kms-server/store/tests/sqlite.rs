@@ -22,8 +22,12 @@ async fn a_second_server_is_refused_by_whatever_path_it_comes() {
     std::os::unix::fs::symlink(directory.join("kms.db"), &link).unwrap();
     let linked = StoreConfig::parse(&format!("sqlite:{}", link.display())).unwrap();
     assert!(matches!(kms_store::open(&linked).await.map(drop), Err(StoreError::InUse { .. })));
-    drop(f.store);
-    kms_store::open(&linked).await.unwrap();
+    // Whoever still holds a database that was closed does not keep others out, and writes nothing.
+    f.store.close().await;
+    let other = kms_store::open(&linked).await.unwrap();
+    assert!(f.store.sizes().await.is_err() && write(&*f.store, Changes { audit: vec![record(f.writer, 0)], ..Changes::default() }).await.is_err());
+    assert!(matches!(kms_store::open(&f.config).await.map(drop), Err(StoreError::InUse { .. })));
+    other.sizes().await.unwrap();
 }
 
 #[tokio::test]
