@@ -514,7 +514,8 @@ impl Meter {
         odds.into_iter().min_by_key(|(number, odds)| (*odds, std::cmp::Reverse(*number))).map(|(number, _)| number)
     }
 
-    /// The pairs of keys that the meter may hold, the likeliest first; `target` counts as the likeliest of its key type.
+    /// The pairs of keys that are tried in a round, the likeliest first; `target` counts as the likeliest of its key type. Where the meter may hold one
+    /// of more than a round has, the likeliest are tried in each one, and the others in turn: one probe after another finds every meter.
     pub fn pairs(&self, setup: SecuritySetupId, target: Option<(KeyType, KeyVersionNumber)>) -> Vec<KeyPair> {
         let ranked = |key_type: KeyType| {
             let Some(slot) = self.slots.get(setup, key_type) else { return Vec::new() };
@@ -531,7 +532,15 @@ impl Meter {
             }
         }
         pairs.sort_by_key(|(rank, _)| *rank);
-        pairs.into_iter().map(|(_, pair)| pair).take(MOST_PAIRS).collect()
+        let mut pairs: Vec<KeyPair> = pairs.into_iter().map(|(_, pair)| pair).collect();
+        if pairs.len() > PAIRS_OF_A_ROUND {
+            let others = pairs.split_off(LIKELIEST_PAIRS);
+            let at_once = PAIRS_OF_A_ROUND - LIKELIEST_PAIRS;
+            // The sequence stays within a round, and grows by one from probe to probe.
+            let turn = usize::try_from(self.sequence).unwrap_or_default() % others.len().div_ceil(at_once);
+            pairs.extend(others.into_iter().skip(turn * at_once).take(at_once));
+        }
+        pairs
     }
 
     fn transfer_mut(&mut self, id: TransferId) -> Result<&mut Transfer, TransferError> {
@@ -872,7 +881,9 @@ pub enum TransferError {
 pub const CHALLENGE: usize = 16;
 /// A counter, which may be forged, is followed at most this often in a transfer, unfit challenges included.
 const MOST_RETRIES: u32 = 3;
-/// Pairs that are tried in a round.
-const MOST_PAIRS: usize = 12;
+/// Pairs that are tried in a round at most.
+const PAIRS_OF_A_ROUND: usize = 12;
+/// Those of them that are tried in every round.
+const LIKELIEST_PAIRS: usize = 8;
 /// A transfer takes a moment at its beginning, and one for each delivery and each exchange that is answered: fewer than 16.
 const LAST_MOMENT_TO_BEGIN: u32 = u32::MAX - 16;

@@ -94,6 +94,41 @@ fn pairs_come_in_the_order_of_their_likelihood_and_end() {
     assert_eq!(story.meter.pairs(SETUP, None).len(), 4);
 }
 
+/// I3: a candidate whose turn never came would be as good as lost.
+#[test]
+fn a_meter_that_holds_an_unlikely_pair_is_found_by_one_of_the_next_probes() {
+    let mut doubtful = Story::new();
+    doubtful.form = TransferForm::WrappedKey;
+    for key_type in [KeyType::GUEK, KeyType::GAK].repeat(5) {
+        doubtful.begin_urgent(own(key_type));
+        while doubtful.meter.transfer.is_some() {
+            doubtful.see(Observation::Nothing);
+        }
+    }
+    let candidates = doubtful.candidates(KeyType::GUEK);
+    assert_eq!((candidates.len(), doubtful.candidates(KeyType::GAK).len()), (6, 6));
+    for held in candidates.iter().flat_map(|guek| candidates.iter().map(move |gak| (*guek, *gak))) {
+        let mut story = doubtful.clone();
+        let mut probes = 0;
+        while probes < 8 && story.slot(KeyType::GUEK).in_doubt() {
+            probes += 1;
+            story.begin(OrderedKeys::Probe);
+            let mut exchanges = 0;
+            while story.meter.transfer.is_some() {
+                exchanges += 1;
+                let pair = story.stage_pair();
+                if pair == (KeyPair { encryption: number(held.0), authentication: number(held.1) }) {
+                    assert_eq!(story.exchange(held), Next::Done(Outcome::Probed));
+                } else {
+                    story.see(Observation::Nothing);
+                }
+            }
+            assert!(exchanges <= 12, "a round is bounded");
+        }
+        assert_eq!((story.active(KeyType::GUEK), story.active(KeyType::GAK)), (Some(held.0), Some(held.1)), "{held:?}");
+    }
+}
+
 #[test]
 fn a_counter_is_followed_with_the_same_keys_and_not_for_ever() {
     let mut story = Story::new();
@@ -506,6 +541,7 @@ fn what_cannot_begin_is_refused() {
 }
 
 /// A meter and what happens to it. After each step the row is written and read again.
+#[derive(Clone)]
 struct Story {
     meter: Meter,
     form: TransferForm,
