@@ -32,7 +32,7 @@ use tracing::Instrument as _;
 use crate::api;
 use crate::api::listener::Listener;
 use crate::api::tls::{ServerTls, TlsError};
-use crate::audit::{AuditKey, Committer, CommitterSettings, RestoreSettings};
+use crate::audit::{AuditKeys, Committer, CommitterSettings, RestoreSettings};
 use crate::authz::{Policy, PolicyError};
 use crate::config::{Config, ConfigError};
 use crate::error::ServiceError;
@@ -45,7 +45,7 @@ use crate::service::certificate_end::{CertificateWatch, ServerCertificate};
 use crate::service::owner::OwnerService;
 use crate::service::retention::Housekeeper;
 use crate::service::root::make::{self, MadeRoot, MakeRootError, NewRootSettings};
-use crate::service::root::{CHAIN_KEY_VERSION, RootService, all_seal_keys, learn_seal_keys, seal_key, seal_keys};
+use crate::service::root::{FINGERPRINT_KEY_VERSION, RootService, all_seal_keys, audit_keys, learn_seal_keys, seal_key, seal_keys};
 use crate::service::scrub::Scrubber;
 use crate::telemetry::{Call, Repetition, metrics};
 
@@ -218,7 +218,7 @@ impl Opening {
                 "no `watermark` is configured: a database that is put back without a new timeline is not noticed (I4), nor a row of the island under a retired seal key (I5)"
             );
         }
-        let committer = Committer::start(Arc::clone(&store), keys.seal, keys.chain, committer_settings(&self.config, restore));
+        let committer = Committer::start(Arc::clone(&store), keys.seal, keys.audit, committer_settings(&self.config, restore));
         // I4: not before the counters of a restored database are raised. Other servers may rotate the seal root meanwhile.
         tokio::select! {
             _ = committer.settled() => {}
@@ -282,7 +282,7 @@ pub async fn make_root(config: &Config, settings: NewRootSettings) -> Result<Mad
         // The token is used by what follows alone: it logs in anew.
         drop(tokio::task::spawn_blocking(move || hsm.close()).await);
         let keys = keys?;
-        let committer = Committer::start(Arc::clone(&store), keys.seal, keys.chain, committer_settings(config, restore));
+        let committer = Committer::start(Arc::clone(&store), keys.seal, keys.audit, committer_settings(config, restore));
         tokio::time::timeout(USABLE_WITHIN, committer.settled()).await.map_err(|_| ServerError::NotSettled)?;
         let made = settings.make(config, &committer).await;
         committer.remember().await;
@@ -311,7 +311,7 @@ async fn without_serving<T>(
     let hsm = config.hsm.start(&config.island, Arc::new(StoredPinMemory::new(Arc::clone(&store))))?;
     let worked = async {
         let keys = IslandKeys::open(&store, &hsm, &config.island, &restore).await?;
-        let committer = Committer::start(Arc::clone(&store), keys.seal, keys.chain, committer_settings(config, restore));
+        let committer = Committer::start(Arc::clone(&store), keys.seal, keys.audit, committer_settings(config, restore));
         tokio::time::timeout(USABLE_WITHIN, committer.settled()).await.map_err(|_| ServerError::NotSettled)?;
         let outcome = work(&hsm, &committer).await;
         committer.remember().await;
@@ -357,7 +357,7 @@ async fn keep_learning(store: &Arc<dyn Store>, hsm: &Hsm, committer: &Committer)
 pub(crate) struct IslandKeys {
     row: kms_domain::Island,
     pub(crate) seal: SealKeys,
-    pub(crate) chain: AuditKey,
+    pub(crate) audit: AuditKeys,
     fingerprint: FingerprintKey,
 }
 
@@ -390,13 +390,9 @@ impl IslandKeys {
             )));
         }
         let seal = seal.not_below(oldest);
-        let mac = async |key: SealRootKey| hsm.mac(RootVersion::FIRST, key.message(CHAIN_KEY_VERSION, island)).await;
-        Ok(Self {
-            row,
-            seal,
-            chain: AuditKey::new(&*mac(SealRootKey::AuditChain).await?),
-            fingerprint: FingerprintKey::new(&mac(SealRootKey::Fingerprint).await?),
-        })
+        let audit = audit_keys(hsm, seal.current().version()).await?;
+        let fingerprint = hsm.mac(RootVersion::FIRST, SealRootKey::Fingerprint.message(FINGERPRINT_KEY_VERSION, island)).await?;
+        Ok(Self { row, seal, audit, fingerprint: FingerprintKey::new(&fingerprint) })
     }
 }
 

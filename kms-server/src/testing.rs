@@ -541,7 +541,7 @@ async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: 
         silence,
     };
     let committer =
-        Committer::start(store.clone(), SealKey::new(1, &key(SealRootKey::Seal).await), AuditKey::new(&*key(SealRootKey::AuditChain).await), settings);
+        Committer::start(store.clone(), SealKey::new(1, &key(SealRootKey::Seal).await), AuditKey::new(1, &*key(SealRootKey::AuditChain).await), settings);
     let fingerprint_key = FingerprintKey::new(&key(SealRootKey::Fingerprint).await);
     Island {
         row: arc_swap::ArcSwap::from_pointee(row),

@@ -239,6 +239,9 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
                 number(event.refused)
             ),
         ),
+        Event::AuditKeyChanged(event) => {
+            ("audit key", format!("goes on with version {}, {} closed", event.version, plural(event.closed.len() as u64, "chain")))
+        }
         Event::RootDestroyed(event) => ("root destruction", format!("{}/{} {}", event.root, event.version, event.change)),
         Event::CeremonyHeld(event) => {
             ("ceremony", format!("{} made{}", plural(event.fingerprints.len() as u64, "public key"), if event.development { ", for development" } else { "" }))

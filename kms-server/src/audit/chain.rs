@@ -1,24 +1,32 @@
 //! The hash chain of one writer's records (docs/formats.md, *Audit records*).
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 use aws_lc_rs::{digest, hmac};
 use kms_domain::{UnixMillis, WriterId};
-use kms_proto::v1::AuditRecord;
+use kms_proto::v1::{AuditRecord, audit_record::Event};
 use prost::Message;
 
 /// The key of the audit chain: whoever can write the database cannot forge a record without it.
-pub struct AuditKey(hmac::Key);
+pub struct AuditKey {
+    version: u8,
+    key: hmac::Key,
+}
 
 impl AuditKey {
-    /// The key of these 32 octets, which the HSM computed from the seal root.
-    pub fn new(octets: &[u8; 32]) -> Self {
-        Self(hmac::Key::new(hmac::HMAC_SHA256, octets))
+    /// The key of these 32 octets, which the HSM computed from this version of the seal root.
+    pub fn new(version: u8, octets: &[u8; 32]) -> Self {
+        Self { version, key: hmac::Key::new(hmac::HMAC_SHA256, octets) }
+    }
+
+    /// The version of the seal root that it was computed from.
+    pub const fn version(&self) -> u8 {
+        self.version
     }
 
     /// `chain(n)` of `chain(n-1)` and `leaf(n)`.
     pub fn next(&self, previous: &[u8; 32], leaf: &AuditLeaf) -> [u8; 32] {
-        let mut context = hmac::Context::with_key(&self.0);
+        let mut context = hmac::Context::with_key(&self.key);
         context.update(previous);
         context.update(&leaf.0);
         let mut value = [0; 32];
@@ -29,7 +37,58 @@ impl AuditKey {
 
 impl fmt::Debug for AuditKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("AuditKey")
+        write!(f, "AuditKey(version {})", self.version)
+    }
+}
+
+/// The audit keys of an island in a server's memory: the one that links new records, and those of other versions, which earlier records are checked
+/// with. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct AuditKeys {
+    keys: Vec<Arc<AuditKey>>,
+    current: Arc<AuditKey>,
+}
+
+impl From<AuditKey> for AuditKeys {
+    fn from(key: AuditKey) -> Self {
+        let current = Arc::new(key);
+        Self { keys: vec![Arc::clone(&current)], current }
+    }
+}
+
+impl AuditKeys {
+    /// With one more key.
+    #[must_use]
+    pub fn with(mut self, key: AuditKey) -> Self {
+        if self.get(key.version).is_none() {
+            self.keys.push(Arc::new(key));
+        }
+        self
+    }
+
+    /// Begins chains with the key of this version from now on. Without a key of the version nothing is changed.
+    #[must_use]
+    pub fn using(mut self, version: u8) -> Self {
+        if let Some(key) = self.get(version) {
+            self.current = Arc::clone(key);
+        }
+        self
+    }
+
+    /// The key that chains are begun with.
+    pub const fn current(&self) -> &Arc<AuditKey> {
+        &self.current
+    }
+
+    /// The key of a version.
+    pub fn get(&self, version: u8) -> Option<&Arc<AuditKey>> {
+        self.keys.iter().find(|key| key.version == version)
+    }
+
+    /// Whether a key of version `oldest` or later makes `link` of the chain value before it and a record.
+    pub fn links_since(&self, oldest: u8, previous: &[u8; 32], record: &[u8], link: &[u8; 32]) -> bool {
+        let leaf = AuditLeaf::of(record);
+        self.keys.iter().any(|key| key.version >= oldest && key.next(previous, &leaf) == *link)
     }
 }
 
@@ -49,10 +108,11 @@ impl AuditLeaf {
     }
 }
 
-/// Where a writer's chain stands: the next record's number and the last chain value.
+/// Where a writer's chain stands: the next record's number, the last chain value, and the key of the next link.
 #[derive(Clone, Debug)]
 pub(super) struct ChainHead {
     pub(super) writer: WriterId,
+    key: Arc<AuditKey>,
     next_sequence: u64,
     chain: [u8; 32],
 }
@@ -66,8 +126,13 @@ pub(super) struct Linked {
 }
 
 impl ChainHead {
-    pub(super) fn new(writer: WriterId) -> Self {
-        Self { writer, next_sequence: 0, chain: [0; 32] }
+    pub(super) fn new(writer: WriterId, key: Arc<AuditKey>) -> Self {
+        Self { writer, key, next_sequence: 0, chain: [0; 32] }
+    }
+
+    /// The version of the key of the next link.
+    pub(super) fn key_version(&self) -> u8 {
+        self.key.version
     }
 
     /// The number of the last record; `None` before the first.
@@ -75,14 +140,21 @@ impl ChainHead {
         self.next_sequence.checked_sub(1)
     }
 
-    /// Numbers, encodes and chains a record.
-    pub(super) fn link(&mut self, key: &AuditKey, mut record: AuditRecord, now: UnixMillis) -> Linked {
+    /// Numbers, encodes and chains a record. One that says that the audit key changes is the last under the key before.
+    pub(super) fn link(&mut self, keys: &AuditKeys, mut record: AuditRecord, now: UnixMillis) -> Linked {
+        let changed = match &record.event {
+            Some(Event::AuditKeyChanged(changed)) => u8::try_from(changed.version).ok().and_then(|version| keys.get(version)),
+            _ => None,
+        };
         record.writer = self.writer.octets().to_vec().into();
         record.sequence = self.next_sequence;
         record.time_ms = now.0;
         let record = record.encode_to_vec();
         let leaf = AuditLeaf::of(&record);
-        self.chain = key.next(&self.chain, &leaf);
+        self.chain = self.key.next(&self.chain, &leaf);
+        if let Some(key) = changed {
+            self.key = Arc::clone(key);
+        }
         let linked = Linked { sequence: self.next_sequence, record, leaf, chain: self.chain };
         self.next_sequence += 1;
         linked

@@ -4,7 +4,7 @@
 //! the rows (the store's transaction), so what an act decides on is what it changes (I4, I5).
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::{
         Arc, Mutex, RwLock, Weak,
         atomic::{AtomicBool, Ordering},
@@ -16,17 +16,17 @@ use arc_swap::ArcSwap;
 use kms_domain::{
     ChunkSize, CounterJump, DatabaseHistory, Generation, IslandName, LiveChunk, Meter, RowId, SealKey, SealKeys, SystemTitle, UnixMillis, WriterId,
 };
-use kms_proto::v1::{AuditRecord, ClosedChain, RowWrite, WriterOpened, audit_record::Event};
+use kms_proto::v1::{AuditKeyChanged, AuditRecord, ClosedChain, RowWrite, WriterOpened, audit_record::Event};
 use kms_store::{
-    AuditAppend, AuditReference, Changes, Committed as StoreCommitted, Decision, FingerprintPut, MeterProjection, MeterPut, ReadSet, Reads, RequestPut,
-    RowName, SealedPut, SealedRow, Store, StoreError,
+    AuditAppend, AuditFilter, AuditReference, AuditTail, Changes, Committed as StoreCommitted, Decision, FingerprintPut, MeterProjection, MeterPut, ReadSet,
+    Reads, RequestPut, RowName, SealedPut, SealedRow, Store, StoreError,
 };
 use prost::Message as _;
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::Instrument as _;
 
 use super::{
-    AuditKey, AuditLeaf,
+    AuditKeys, AuditLeaf,
     chain::ChainHead,
     history::{Comparison, RestoreSettings, Watermark},
     refusals::{Refusal, Refusals},
@@ -77,14 +77,15 @@ pub struct Committer {
 
 struct Shared {
     seal: ArcSwap<SealKeys>,
+    audit_keys: ArcSwap<AuditKeys>,
     seen: Seen,
     settings: CommitterSettings,
     store: Arc<dyn Store>,
     ready: AtomicBool,
     /// Under which name the chain at hand is written.
     writer: Mutex<Option<WriterId>>,
-    /// The last record that is durable, and its writer.
-    last_record: Mutex<Option<(WriterId, u64)>>,
+    /// The last record that is durable.
+    last_record: Mutex<Option<LastRecord>>,
     /// The database's history as it was compared last; none before the first time.
     history: watch::Sender<Option<DatabaseHistory>>,
     /// The database may be another one than it was: compare before the next act.
@@ -93,12 +94,22 @@ struct Shared {
     remembered: tokio::sync::Mutex<Option<Watermark>>,
 }
 
+/// The last record of this run of the server that is durable.
+#[derive(Clone, Copy)]
+struct LastRecord {
+    writer: WriterId,
+    sequence: u64,
+    /// The version of the audit key that the next one is linked with.
+    next_key: u8,
+}
+
 impl Committer {
     /// Starts the writer and its first chain.
-    pub fn start(store: Arc<dyn Store>, seal: impl Into<SealKeys>, chain: AuditKey, settings: CommitterSettings) -> Self {
+    pub fn start(store: Arc<dyn Store>, seal: impl Into<SealKeys>, audit_keys: impl Into<AuditKeys>, settings: CommitterSettings) -> Self {
         let (queue, waiting) = mpsc::channel(settings.queue);
         let shared = Arc::new(Shared {
             seal: ArcSwap::from_pointee(seal.into()),
+            audit_keys: ArcSwap::from_pointee(audit_keys.into()),
             seen: Seen::default(),
             settings,
             store,
@@ -110,7 +121,7 @@ impl Committer {
             remembered: tokio::sync::Mutex::new(None),
         });
         tokio::spawn(keep_house(Arc::downgrade(&shared)));
-        tokio::spawn(Writer::new(shared.clone(), chain).run(waiting));
+        tokio::spawn(Writer::new(shared.clone()).run(waiting));
         Self { queue, shared }
     }
 
@@ -279,6 +290,52 @@ impl Committer {
         self.shared.seal.store(Arc::new(keys));
     }
 
+    /// All audit keys.
+    pub fn audit_keys(&self) -> Arc<AuditKeys> {
+        self.shared.audit_keys.load_full()
+    }
+
+    /// Uses these audit keys: a chain that begins from now on begins with the current one of them, and the chain at hand goes over to it. That is on
+    /// the record, in the chain itself.
+    ///
+    /// # Errors
+    /// The record could not be written. The chain goes on as it was.
+    pub async fn use_audit_keys(&self, keys: AuditKeys) -> Result<(), ServiceError> {
+        let version = keys.current().version();
+        self.shared.audit_keys.store(Arc::new(keys));
+        match self.last_record() {
+            Some(last) if last.next_key != version => self.go_on_with_audit_key(version).await,
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the chain at hand, if there is one, goes on with this version of the audit key.
+    pub fn is_linked_with(&self, version: u8) -> bool {
+        self.last_record().is_none_or(|last| last.next_key == version)
+    }
+
+    /// Closes the chains of writers that are gone, on the record: to be called before the audit key that they ended with is believed no more.
+    ///
+    /// # Errors
+    /// The record could not be written.
+    pub async fn close_chains(&self) -> Result<(), ServiceError> {
+        let version = self.last_record().map_or_else(|| self.audit_keys().current().version(), |last| last.next_key);
+        self.go_on_with_audit_key(version).await
+    }
+
+    async fn go_on_with_audit_key(&self, version: u8) -> Result<(), ServiceError> {
+        let closed = self.shared.unclosed(self.writer()).await?;
+        let act = self.act(Actor::server("audit-key"), Reads::default(), move |view| {
+            view.append(Event::AuditKeyChanged(AuditKeyChanged { version: version.into(), closed: closed.clone() }));
+            Ok(())
+        });
+        act.await.map(drop)
+    }
+
+    fn last_record(&self) -> Option<LastRecord> {
+        self.shared.last_record.lock().ok().and_then(|last| *last)
+    }
+
     /// Under which name this run of the server writes the log; none before its first record.
     pub fn writer(&self) -> Option<WriterId> {
         self.shared.writer.lock().ok().and_then(|writer| *writer)
@@ -296,10 +353,71 @@ impl Committer {
 }
 
 impl Shared {
+    /// Begins the chain of a new writer: its first record closes the chains of writers that are gone (docs/formats.md).
+    async fn open_chain(&self, keys: &AuditKeys) -> Result<(ChainHead, AuditRecord), StoreError> {
+        let writer = WriterId::from_octets(uuid::Uuid::new_v4().as_bytes()).map_err(|error| StoreError::Corrupt { what: error.to_string() })?;
+        let closed = self.unclosed(None).await?;
+        self.store.register_server(writer, &self.settings.server).await?;
+        if let Ok(mut current) = self.writer.lock() {
+            *current = Some(writer);
+        }
+        let head = ChainHead::new(writer, Arc::clone(keys.current()));
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        let event = WriterOpened { server: self.settings.server.clone(), version, closed, audit_key_version: head.key_version().into() };
+        Ok((head, AuditRecord { event: Some(Event::WriterOpened(event)), ..Default::default() }))
+    }
+
+    /// The ends of chains, but for the own one, whose writers are gone and which no record closes.
+    async fn unclosed(&self, own: Option<WriterId>) -> Result<Vec<ClosedChain>, StoreError> {
+        let silence = i64::try_from(self.settings.silence.as_millis()).unwrap_or(i64::MAX);
+        let servers = self.store.servers().await?.into_iter();
+        let alive = servers.filter(|server| server.silent_ms < silence && server.name != self.settings.server).map(|server| server.writer);
+        let here: HashSet<WriterId> = alive.chain(own).collect();
+        let tails = self.store.audit_tails().await?;
+        // One that was taken for gone may have gone on: it is closed again where it ends now.
+        let mut known = HashSet::new();
+        for tail in &tails {
+            let first = self.store.audit_of_writer(tail.writer, 0, 1).await?;
+            known.extend(first.iter().flat_map(|first| closed_in(&first.record)));
+        }
+        let changes = AuditFilter { kind: Some(AUDIT_KEY_CHANGED), ..AuditFilter::default() };
+        let mut after = None;
+        loop {
+            let page = self.store.audit_page(&changes, after, CHANGES_AT_ONCE).await?;
+            let Some(last) = page.last() else { break };
+            after = Some(last.cursor);
+            known.extend(page.iter().flat_map(|row| closed_in(&row.record.record)));
+        }
+        let mut closed = Vec::new();
+        for tail in tails.into_iter().filter(|tail| !here.contains(&tail.writer) && !known.contains(&(tail.writer, tail.sequence))) {
+            if self.is_believed(&tail).await? {
+                closed.push(ClosedChain { writer: tail.writer.octets().to_vec().into(), last_sequence: tail.sequence, chain: tail.chain.to_vec().into() });
+            } else {
+                tracing::error!(writer = %tail.writer, "the end of a chain was not linked with an audit key that is still believed, so it is not closed; run `kms audit scrub`");
+            }
+        }
+        Ok(closed)
+    }
+
+    /// I5: nobody vouches for the end of a chain that who learned a retired key could have made.
+    async fn is_believed(&self, tail: &AuditTail) -> Result<bool, StoreError> {
+        let oldest = self.seal.load().oldest();
+        if oldest <= 1 {
+            return Ok(true);
+        }
+        let end = self.store.audit_of_writer(tail.writer, tail.sequence.saturating_sub(1), 2).await?;
+        let (previous, last) = match end.as_slice() {
+            [only] if tail.sequence == 0 => ([0; 32], only),
+            [before, last, ..] => (before.chain, last),
+            _ => return Ok(false),
+        };
+        Ok(self.audit_keys.load().links_since(oldest, &previous, &last.record, &last.chain))
+    }
+
     /// The last durable record and the jump, if there is anything to remember yet.
     fn watermark(&self) -> Option<Watermark> {
         let history = (*self.history.borrow())?;
-        let (writer, sequence) = self.last_record.lock().ok().and_then(|last| *last)?;
+        let LastRecord { writer, sequence, .. } = self.last_record.lock().ok().and_then(|last| *last)?;
         Some(Watermark { writer, sequence, jump: history.jump, oldest_seal_key: self.seal.load().oldest() })
     }
 
@@ -433,7 +551,6 @@ where
 /// The state of the writing task.
 struct Writer {
     shared: Arc<Shared>,
-    key: AuditKey,
     /// `None`: the next transaction opens a chain of a new writer.
     head: Option<ChainHead>,
     chunks: Chunks,
@@ -459,10 +576,10 @@ struct Attempt {
 }
 
 impl Writer {
-    fn new(shared: Arc<Shared>, key: AuditKey) -> Self {
+    fn new(shared: Arc<Shared>) -> Self {
         let declared = shared.settings.restore.declared;
         let (chunks, refusals, failures) = (Chunks::default(), Refusals::default(), Repetition::default());
-        Self { shared, key, head: None, chunks, refusals, watermark: None, declared, failures }
+        Self { shared, head: None, chunks, refusals, watermark: None, declared, failures }
     }
 
     async fn run(mut self, mut waiting: mpsc::Receiver<Box<dyn Act>>) {
@@ -629,10 +746,12 @@ impl Writer {
 
     async fn attempt(&mut self, acts: &mut [Box<dyn Act>]) -> Result<(Vec<Result<(), ServiceError>>, Vec<Vec<AuditLeaf>>), StoreError> {
         let now = now();
+        let shared = self.shared.clone();
+        let keys = shared.audit_keys.load_full();
         let (head, opening) = match &self.head {
             Some(head) => (head.clone(), None),
             None => {
-                let (head, record) = self.open_chain().await?;
+                let (head, record) = shared.open_chain(&keys).await?;
                 (head, Some(record))
             }
         };
@@ -641,18 +760,17 @@ impl Writer {
             reads.extend(act.reads());
         }
         let actors: Vec<Actor> = acts.iter().map(|act| act.actor()).collect();
-        let shared = self.shared.clone();
         let seal = shared.seal.load_full();
         let at = Instant::now();
         let mut attempt = None;
-        let (chunks, refusals, key) = (&mut self.chunks, &self.refusals, &self.key);
+        let (chunks, refusals) = (&mut self.chunks, &self.refusals);
         let mut decide = |read: &ReadSet| {
             let mut batch = Batch::new(read, now, head.writer, &shared, &seal, chunks);
             let outcomes = decide_all(acts, &actors, &mut batch);
             if !batch.missing.is_empty() {
                 return Decision::More(Box::new(batch.missing));
             }
-            let (decision, decided) = finish(batch, outcomes, head.clone(), opening.clone(), key, refusals, &actors, &seal, at);
+            let (decision, decided) = finish(batch, outcomes, head.clone(), opening.clone(), &keys, refusals, &actors, &seal, at);
             attempt = Some(decided);
             decision
         };
@@ -665,7 +783,7 @@ impl Writer {
         if committed == StoreCommitted::Written {
             let opened = self.head.is_none();
             if let (Ok(mut last), Some(sequence)) = (shared.last_record.lock(), head.last_sequence()) {
-                *last = Some((head.writer, sequence));
+                *last = Some(LastRecord { writer: head.writer, sequence, next_key: head.key_version() });
             }
             self.head = Some(head);
             if opened {
@@ -686,43 +804,6 @@ impl Writer {
             self.refusals = refusals;
         }
         Ok((outcomes, leaves))
-    }
-
-    /// Begins the chain of a new writer: its first record closes the chains of writers that are gone (docs/formats.md).
-    async fn open_chain(&self) -> Result<(ChainHead, AuditRecord), StoreError> {
-        let settings = &self.shared.settings;
-        let store = &self.shared.store;
-        let writer = WriterId::from_octets(uuid::Uuid::new_v4().as_bytes()).map_err(|error| StoreError::Corrupt { what: error.to_string() })?;
-        let silence = i64::try_from(settings.silence.as_millis()).unwrap_or(i64::MAX);
-        let alive: Vec<WriterId> = store
-            .servers()
-            .await?
-            .into_iter()
-            .filter(|server| server.silent_ms < silence && server.name != settings.server)
-            .map(|server| server.writer)
-            .collect();
-        let mut closed = Vec::new();
-        let tails = store.audit_tails().await?;
-        let mut known_closed = Vec::new();
-        for tail in &tails {
-            let first = store.audit_of_writer(tail.writer, 0, 1).await?;
-            let record = first.first().and_then(|first| AuditRecord::decode(first.record.as_slice()).ok());
-            if let Some(AuditRecord { event: Some(Event::WriterOpened(opened)), .. }) = record {
-                known_closed.extend(opened.closed.into_iter().map(|chain| chain.writer));
-            }
-        }
-        for tail in tails {
-            let name: bytes::Bytes = tail.writer.octets().to_vec().into();
-            if !alive.contains(&tail.writer) && !known_closed.contains(&name) {
-                closed.push(ClosedChain { writer: name, last_sequence: tail.sequence, chain: tail.chain.to_vec().into() });
-            }
-        }
-        store.register_server(writer, &settings.server).await?;
-        if let Ok(mut current) = self.shared.writer.lock() {
-            *current = Some(writer);
-        }
-        let event = WriterOpened { server: settings.server.clone(), version: env!("CARGO_PKG_VERSION").to_owned(), closed };
-        Ok((ChainHead::new(writer), AuditRecord { event: Some(Event::WriterOpened(event)), ..Default::default() }))
     }
 }
 
@@ -773,7 +854,7 @@ fn finish(
     mut outcomes: Vec<Result<(), ServiceError>>,
     mut head: ChainHead,
     opening: Option<AuditRecord>,
-    key: &AuditKey,
+    keys: &AuditKeys,
     refusals: &Refusals,
     actors: &[Actor],
     seal: &SealKeys,
@@ -817,12 +898,12 @@ fn finish(
     let mut leaves = vec![Vec::new(); outcomes.len()];
     let mut references = Vec::with_capacity(batch.events.len());
     if let Some(opening) = opening {
-        changes.audit.push(append(&mut head, key, opening, now).1);
+        changes.audit.push(append(&mut head, keys, opening, now).1);
     }
     for event in batch.events {
         let mut record = event.record;
         record.row_writes = event.written.iter().filter_map(|id| row_writes.get(id).cloned()).collect();
-        let (leaf, appended) = append(&mut head, key, record, now);
+        let (leaf, appended) = append(&mut head, keys, record, now);
         references.push((AuditReference { writer: appended.writer, sequence: appended.sequence }, leaf));
         if let Some(of_act) = leaves.get_mut(event.act) {
             of_act.push(leaf);
@@ -830,7 +911,7 @@ fn finish(
         changes.audit.push(appended);
     }
     for record in due {
-        changes.audit.push(append(&mut head, key, record, now).1);
+        changes.audit.push(append(&mut head, keys, record, now).1);
     }
 
     for (mut grant, event) in batch.grants {
@@ -914,9 +995,19 @@ fn id_octets(id: &RowId) -> Vec<u8> {
     }
 }
 
-fn append(head: &mut ChainHead, key: &AuditKey, record: AuditRecord, now: UnixMillis) -> (AuditLeaf, AuditAppend) {
+/// The chains that a record closes: the writer, and the number of its last record.
+fn closed_in(record: &[u8]) -> Vec<(WriterId, u64)> {
+    let closed = match AuditRecord::decode(record).ok().and_then(|record| record.event) {
+        Some(Event::WriterOpened(opened)) => opened.closed,
+        Some(Event::AuditKeyChanged(changed)) => changed.closed,
+        _ => Vec::new(),
+    };
+    closed.into_iter().filter_map(|chain| Some((WriterId::from_octets(&chain.writer).ok()?, chain.last_sequence))).collect()
+}
+
+fn append(head: &mut ChainHead, keys: &AuditKeys, record: AuditRecord, now: UnixMillis) -> (AuditLeaf, AuditAppend) {
     let kind = record.event.as_ref().map_or(0, event_kind);
-    let linked = head.link(key, record, now);
+    let linked = head.link(keys, record, now);
     (linked.leaf, AuditAppend { writer: head.writer, sequence: linked.sequence, time: now, kind, record: linked.record, chain: linked.chain })
 }
 
@@ -952,6 +1043,7 @@ pub(crate) const fn event_kind(event: &Event) -> u16 {
         Event::RootRotationChanged(_) => 47,
         Event::RootRowsAdvanced(_) => 48,
         Event::RootDestroyed(_) => 49,
+        Event::AuditKeyChanged(_) => AUDIT_KEY_CHANGED,
     }
 }
 
@@ -1053,6 +1145,9 @@ fn now() -> UnixMillis {
     UnixMillis(i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX))
 }
 
+/// The kind of the record that changes a chain's key.
+const AUDIT_KEY_CHANGED: u16 = 50;
+const CHANGES_AT_ONCE: u32 = 256;
 /// How often the writer looks whether counted refusals are due.
 const IDLE: Duration = Duration::from_secs(5);
 const PURGE_EVERY: Duration = Duration::from_secs(1);

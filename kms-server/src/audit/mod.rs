@@ -8,7 +8,7 @@ mod owner_row;
 mod refusals;
 mod view;
 
-pub use chain::{AuditKey, AuditLeaf};
+pub use chain::{AuditKey, AuditKeys, AuditLeaf};
 pub(crate) use committer::event_kind;
 pub use committer::{Committed, Committer, CommitterSettings, past_record, read_record};
 pub use history::RestoreSettings;

@@ -184,7 +184,7 @@ impl CeremonyPlan {
         }
         let mac = async |key: SealRootKey| hsm.mac(RootVersion::FIRST, key.message(SEAL_KEY_VERSION, &self.island)).await;
         let seal = SealKey::new(SEAL_KEY_VERSION, &mac(SealRootKey::Seal).await?);
-        let chain = AuditKey::new(&*mac(SealRootKey::AuditChain).await?);
+        let chain = AuditKey::new(SEAL_KEY_VERSION, &*mac(SealRootKey::AuditChain).await?);
         let settings = CommitterSettings {
             island: self.island.clone(),
             server: "ceremony".to_owned(),

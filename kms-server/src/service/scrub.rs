@@ -13,17 +13,15 @@ mod tests;
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use kms_domain::{
-    CampaignId, CounterDomainId, DeviceTypeId, Generation, GroupId, IslandName, PrincipalId, ProposalId, RootId, RowId, RowSeal, SealRootKey, SystemTitle,
-    row_digest,
+    CampaignId, CounterDomainId, DeviceTypeId, Generation, GroupId, IslandName, PrincipalId, ProposalId, RootId, RowId, RowSeal, SystemTitle, row_digest,
 };
-use kms_hsm::RootVersion;
 use kms_proto::v1::{RowWrite, ScrubFinding, ScrubResponse, SecurityEvent, audit_record::Event};
 use kms_store::{MeterFilter, Reads, RowKind, SealedRow};
 use tokio::sync::mpsc;
 
 use self::{chains::Chains, fingerprints::Fingerprints};
 use crate::{
-    audit::{Actor, AuditKey},
+    audit::Actor,
     authz::{Action, Caller},
     error::ServiceError,
     island::Island,
@@ -106,7 +104,7 @@ impl Scrubber {
     /// # Errors
     /// HSM or database are away.
     pub async fn scrub(&self, mut progress: impl FnMut(ScrubResponse) -> bool + Send) -> Result<ScrubReport, ServiceError> {
-        let key = self.chain_key().await?;
+        let keys = root::audit_keys(&self.island.hsm, self.island.row().seal_key_version).await?;
         let passes = self.passes().await?;
         let mut report = ScrubReport::default();
         'passes: for pass in 0..passes {
@@ -114,7 +112,7 @@ impl Scrubber {
                 island: &self.island,
                 partition: Partition { pass, passes },
                 recorded: HashMap::new(),
-                chains: Chains::new(&self.island, &key, pass == 0),
+                chains: Chains::new(&self.island, &keys, pass == 0),
                 suspects: Vec::new(),
             };
             loop {
@@ -175,12 +173,6 @@ impl Scrubber {
             Ok(())
         });
         committed.await.map(drop)
-    }
-
-    async fn chain_key(&self) -> Result<AuditKey, ServiceError> {
-        let message = SealRootKey::AuditChain.message(root::CHAIN_KEY_VERSION, self.island.name());
-        let octets = self.island.hsm.mac(RootVersion::FIRST, message).await?;
-        Ok(AuditKey::new(&octets))
     }
 
     async fn passes(&self) -> Result<u64, ServiceError> {

@@ -65,10 +65,13 @@ async fn story(folder: &Path, kind: &str, module: &Path) {
     let new = NewRootSettings {
         purpose: RootPurpose::parse("session/storage-kek").unwrap(),
         escrow: state.join("escrow.json"),
-        copies: vec![1],
+        copies: Vec::new(),
         no_copies: Vec::new(),
         lost: Vec::new(),
     };
+    let forgotten = server::make_root(&config(&held.configuration), new.clone()).await.unwrap_err().to_string();
+    assert!(forgotten.contains("`--copy 1`"), "{forgotten}");
+    let new = NewRootSettings { copies: vec![1], ..new };
     let made = server::make_root(&config(&held.configuration), new).await.unwrap();
     assert_eq!(made.copies.len(), 1);
     let copies = &made.copies[0];

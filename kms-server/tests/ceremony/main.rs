@@ -150,6 +150,18 @@ async fn another_root(people: &People, state: &Path) {
     let (first, second) =
         (document.root(&opened, "meterkms/north/kek/storage-kek/1").unwrap(), document.root(&opened, "meterkms/north/kek/storage-kek/2").unwrap());
     assert!(first != second && second.len() == 32);
+
+    // An earlier escrow file lacks the root that was made since: two files with a part of the roots each would restore no token. It is taken for a
+    // root that nobody has any more only where somebody says so.
+    let earlier_path = state.join("earlier.json");
+    fs::write(&earlier_path, &before).unwrap();
+    let other = RootPurpose::parse("authentication/storage-kek").unwrap();
+    let settings = |lost: Vec<String>| NewRootSettings { purpose: other, escrow: earlier_path.clone(), copies: Vec::new(), no_copies: Vec::new(), lost };
+    let refused = server::make_root(&config, settings(Vec::new())).await.unwrap_err().to_string();
+    assert!(refused.contains("lacks meterkms/north/kek/storage-kek/2") && refused.contains("--lost"), "{refused}");
+    assert_eq!(fs::read_to_string(&earlier_path).unwrap(), before);
+    let made = server::make_root(&config, settings(vec!["meterkms/north/kek/storage-kek/2".to_owned()])).await.unwrap();
+    assert_eq!(made.fingerprint.label, "meterkms/north/authentication/storage-kek/2");
 }
 
 async fn principals(people: &People, state: &Path, address: SocketAddr) {

@@ -7,7 +7,7 @@ use kms_proto::v1;
 use kms_store::{MeterFilter, RowKind, SealedRow};
 use tokio::sync::mpsc;
 
-use super::{CHAIN_KEY_VERSION, RootService};
+use super::{FINGERPRINT_KEY_VERSION, RootService};
 use crate::{
     authz::{Action, Caller},
     error::ServiceError,
@@ -151,12 +151,13 @@ impl RootReferences {
 /// What a version is needed for besides what is counted.
 pub(super) fn needed_for(id: RootId, standing: Option<RootStanding>) -> &'static str {
     match (id.purpose, standing) {
-        (RootPurpose::Seal, _) if id.version == CHAIN_KEY_VERSION => "audit chains and fingerprints of keys",
         (_, Some(RootStanding::Made)) => "the next rotation",
+        (RootPurpose::Seal, Some(_)) if id.version == FINGERPRINT_KEY_VERSION => "the audit log and fingerprints of keys",
         (RootPurpose::VendorTransport, Some(RootStanding::Current | RootStanding::Replaced)) => "shipments",
-        (RootPurpose::Seal, Some(RootStanding::Current)) => "new rows",
+        (RootPurpose::Seal, Some(RootStanding::Current)) => "new rows and records",
         (_, Some(RootStanding::Current)) => "new keys",
-        (RootPurpose::Seal, Some(RootStanding::Replaced)) => "requests that can still be repeated",
+        (RootPurpose::Seal, Some(RootStanding::Replaced)) => "the audit log and requests that can still be repeated",
+        (RootPurpose::Seal, Some(RootStanding::Retired)) => "the audit log",
         _ => "",
     }
 }

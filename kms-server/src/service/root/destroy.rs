@@ -12,7 +12,7 @@ use kms_domain::{
 use kms_proto::v1::{self, RootDestroyed, audit_record::Event};
 use kms_store::{Reads, RequestKey, RequestRow, RowKind};
 
-use super::{CHAIN_KEY_VERSION, REPLAY_MS, RootService, millis, no_island, refused, rotation_row, token_key};
+use super::{REPLAY_MS, RootService, millis, no_island, refused, rotation_row, token_key};
 use crate::{
     audit::Actor,
     authz::{Action, Caller, Resource},
@@ -191,10 +191,11 @@ impl RootService {
     async fn is_unused(&self, id: RootId, oldest_backup: UnixMillis) -> Result<(), ServiceError> {
         let row = self.refresh().await?;
         let now = self.island.store.now().await?;
-        if id == (RootId { purpose: RootPurpose::Seal, version: CHAIN_KEY_VERSION }) {
+        // I2: records stay, and whoever checks them needs the key that linked them.
+        if id.purpose == RootPurpose::Seal && row.root_standing(id).is_some_and(|standing| standing != RootStanding::Made) {
             return Err(ServiceError::FailedPrecondition {
-                reason: format!("the root `{id}` is needed for ever: audit chains and fingerprints of keys are computed with it"),
-                next_step: "leave it in the tokens; after a rotation, rows are not sealed with it any more".to_owned(),
+                reason: format!("the root `{id}` is needed as long as the audit log is: records that were linked under it are checked with it"),
+                next_step: "leave it in the tokens; once it is retired, nothing that is sealed or linked under it is believed any more".to_owned(),
             });
         }
         (*row).clone().destroy_root(id, now).map_err(refused)?;

@@ -7,11 +7,13 @@ use kms_hsm::{Hsm, Purpose, TokenKey};
 use kms_store::{RowKind, Store};
 
 use super::{RootService, is_missing, no_island, root_version, token_key};
-use crate::{audit::Committer, error::ServiceError};
+use crate::{
+    audit::{AuditKey, AuditKeys, Committer},
+    error::ServiceError,
+};
 
-/// The version of the seal root that the keys of the audit chain and of fingerprints are computed from. It stays: old records and the fingerprints of
-/// all keys are checked with them.
-pub const CHAIN_KEY_VERSION: u8 = 1;
+/// The version of the seal root that the key of fingerprints is computed from. It stays: the fingerprints of all keys are checked with it.
+pub const FINGERPRINT_KEY_VERSION: u8 = 1;
 
 /// Has the HSM compute the seal key of a version.
 ///
@@ -20,6 +22,29 @@ pub const CHAIN_KEY_VERSION: u8 = 1;
 pub async fn seal_key(hsm: &Hsm, version: u8) -> Result<SealKey, ServiceError> {
     let message = SealRootKey::Seal.message(version, hsm.island());
     Ok(SealKey::new(version, &hsm.mac(root_version(version)?, message).await?))
+}
+
+/// Has the HSM compute the audit key of a version.
+///
+/// # Errors
+/// The root is missing, or trouble of the HSM.
+pub(super) async fn audit_key(hsm: &Hsm, version: u8) -> Result<AuditKey, ServiceError> {
+    let message = SealRootKey::AuditChain.message(version, hsm.island());
+    Ok(AuditKey::new(version, &*hsm.mac(root_version(version)?, message).await?))
+}
+
+/// The audit keys of all versions of the seal root in the tokens; chains begin with `current`.
+///
+/// # Errors
+/// The root of this version is missing, or trouble of the HSM.
+pub async fn audit_keys(hsm: &Hsm, current: u8) -> Result<AuditKeys, ServiceError> {
+    let mut keys = AuditKeys::from(audit_key(hsm, current).await?);
+    for version in seal_roots(hsm).await? {
+        if keys.get(version).is_none() && hsm.has_key(token_key(RootId { purpose: RootPurpose::Seal, version })?).await? {
+            keys = keys.with(audit_key(hsm, version).await?);
+        }
+    }
+    Ok(keys)
 }
 
 impl RootService {
@@ -50,7 +75,21 @@ impl RootService {
         let storage = self.use_storage_keks(&row).await;
         // I3: what is stored from now on is judged by the newest row, whatever the tokens lack.
         island.row.store(Arc::clone(&row));
-        seal.and(storage).map(|()| row)
+        let audit = self.use_audit_key(row.seal_key_version).await;
+        seal.and(storage).and(audit).map(|()| row)
+    }
+
+    /// Links records with the audit key of this version of the seal root from now on.
+    async fn use_audit_key(&self, version: u8) -> Result<(), ServiceError> {
+        let committer = &self.island.committer;
+        let mut keys = (*committer.audit_keys()).clone();
+        if keys.current().version() == version && committer.is_linked_with(version) {
+            return Ok(());
+        }
+        if keys.get(version).is_none() {
+            keys = keys.with(audit_key(&self.island.hsm, version).await?);
+        }
+        committer.use_audit_keys(keys.using(version)).await
     }
 
     /// Wraps new keys under the storage KEKs that the row names, class by class: one that cannot be used does not hold up the others.
@@ -143,9 +182,7 @@ pub async fn seal_keys(hsm: &Hsm, row: &IslandRow, mut keys: SealKeys) -> (Resul
 /// # Errors
 /// Trouble of the HSM.
 pub async fn all_seal_keys(hsm: &Hsm, mut keys: SealKeys) -> Result<SealKeys, ServiceError> {
-    for object in hsm.inventory().await?.into_iter().flat_map(|(_, objects)| objects) {
-        let Some(TokenKey { purpose: Purpose::Seal, version }) = TokenKey::of_label(&object.label, hsm.island()) else { continue };
-        let Ok(version) = u8::try_from(version.number()) else { continue };
+    for version in seal_roots(hsm).await? {
         if !keys.has(version)
             && let Some(key) = held_seal_key(hsm, RootId { purpose: RootPurpose::Seal, version }).await?
         {
@@ -153,6 +190,16 @@ pub async fn all_seal_keys(hsm: &Hsm, mut keys: SealKeys) -> Result<SealKeys, Se
         }
     }
     Ok(keys)
+}
+
+/// The versions of the seal root whose labels are in the tokens.
+async fn seal_roots(hsm: &Hsm) -> Result<Vec<u8>, ServiceError> {
+    let objects = hsm.inventory().await?.into_iter().flat_map(|(_, objects)| objects);
+    let versions = objects.filter_map(|object| match TokenKey::of_label(&object.label, hsm.island()) {
+        Some(TokenKey { purpose: Purpose::Seal, version }) => u8::try_from(version.number()).ok(),
+        _ => None,
+    });
+    Ok(versions.collect())
 }
 
 async fn held_seal_key(hsm: &Hsm, id: RootId) -> Result<Option<SealKey>, ServiceError> {

@@ -1,13 +1,14 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kms_client::sample::SampleShipment;
-use kms_domain::{FlagId, KeyMaterial, KeyOrigin, KeyType, RequestId, RowId, RowSeal, SecuritySetupId, SystemTitle, UnixMillis};
+use kms_domain::{FlagId, KeyMaterial, KeyOrigin, KeyType, RequestId, RowId, RowSeal, SecuritySetupId, SystemTitle, UnixMillis, WriterId};
 use kms_proto::v1::AuditRecord;
-use kms_store::{AuditFilter, SealedRow};
+use kms_store::{AuditAppend, AuditFilter, Changes, Decision, ReadSet, SealedRow};
 use prost::Message as _;
 
 use super::*;
 use crate::{
+    audit::{AuditKey, AuditLeaf},
     service::{
         grant,
         meter::{Enrolment, MeterService, NewMeter},
@@ -30,6 +31,30 @@ fn rotate() -> Change {
 
 fn service(island: &Arc<Island>) -> RootService {
     RootService::new(island.clone()).with_timing(AT_ONCE)
+}
+
+/// Writes a record.
+async fn note(island: &Island) {
+    let act = island.committer.act(Actor::server("test"), Reads::default(), |view| {
+        view.append(Event::RootVersionMade(v1::RootVersionMade::default()));
+        Ok(())
+    });
+    act.await.unwrap();
+}
+
+/// Puts a chain of one record into the database, past the server: its writer's id.
+async fn forge_chain(island: &Island, key: &AuditKey, claimed: u32, number: u8) -> Vec<u8> {
+    let writer = WriterId::from_octets(&[number; 16]).unwrap();
+    let opened = v1::WriterOpened { server: "forged".to_owned(), audit_key_version: claimed, ..v1::WriterOpened::default() };
+    let time = UnixMillis(Island::now().0 - 86_400_000);
+    let record = AuditRecord { writer: writer.octets().to_vec().into(), time_ms: time.0, event: Some(Event::WriterOpened(opened)), ..AuditRecord::default() };
+    let record = record.encode_to_vec();
+    let chain = key.next(&[0; 32], &AuditLeaf::of(&record));
+    let forged = AuditAppend { writer, sequence: 0, time, kind: 16, record, chain };
+    island.store.register_server(writer, "forged").await.unwrap();
+    let mut write = |_: &ReadSet| Decision::Commit(Box::new(Changes { audit: vec![forged.clone()], ..Changes::default() }));
+    island.store.transact(Reads::default(), &mut write).await.unwrap();
+    writer.octets().to_vec()
 }
 
 impl TestIsland {
@@ -359,7 +384,7 @@ island_tests! {
             restore: restore.clone(),
             silence: crate::audit::CommitterSettings::SILENCE,
         };
-        let three = crate::audit::Committer::start(store.clone(), keys.seal, keys.chain, settings);
+        let three = crate::audit::Committer::start(store.clone(), keys.seal, keys.audit, settings);
         three.settled().await;
         let noted = three.act(Actor::server("test"), Reads::default(), |view| {
             view.append(Event::RootVersionMade(v1::RootVersionMade::default()));
@@ -379,7 +404,7 @@ island_tests! {
         assert!(open(crate::audit::RestoreSettings { declared: true, ..restore.clone() }).await.is_ok());
         island.put_island_back(&true_row).await;
         assert!(open(restore).await.is_ok());
-        // The log and the fingerprints are checked with keys of the first seal root, which stays.
+        // The earlier records and the fingerprints are checked with keys of the first seal root, which stays.
         let fresh = island.another_server().await;
         // It began with the key of before, and is not stuck with it.
         learn_seal_keys(&*fresh.store, &fresh.hsm, &fresh.committer).await.unwrap();
@@ -389,6 +414,53 @@ island_tests! {
         assert_eq!(Scrubber::new(fresh.clone()).scrub(|_| true).await.unwrap().findings, []);
         assert!(fresh.meter(meter(1)).await.unwrap().is_some());
         assert_ne!(old.seal, island.row_of(1).await.seal);
+        island.end().await;
+    }
+
+    async fn the_log_goes_on_under_the_new_audit_key_and_what_the_old_one_links_is_believed_no_more(island) {
+        let mut island = island;
+        let id = island.add_root(RootPurpose::Seal).await;
+        // One that is gone before the rotation, and one that takes all others for gone.
+        let gone = island.another_server().await;
+        note(&gone).await;
+        let leader = island.another_server_after(Duration::ZERO).await;
+        note(&leader).await;
+        let roots = service(&leader);
+        roots.change(&island.officer, request(), RootPurpose::Seal, rotate()).await.unwrap();
+        island.roots().refresh().await.unwrap();
+        assert!(leader.committer.is_linked_with(2) && island.island.committer.is_linked_with(2) && gone.committer.is_linked_with(1));
+        while roots.page(id).await.unwrap().is_some() {}
+        // It wrote once more after the others had changed.
+        learn_seal_keys(&*gone.store, &gone.hsm, &gone.committer).await.unwrap();
+        note(&gone).await;
+        roots.lead_for(Duration::ZERO).await.unwrap();
+        assert_eq!(leader.committer.seal_keys().oldest(), 2);
+        // Each server's chain tells where the key changes, and the end of the one that is gone was closed while it was believed.
+        let changes: Vec<_> = island.records_of(50).await.into_iter().filter_map(|record| match record.event {
+            Some(Event::AuditKeyChanged(event)) => Some((record.writer, event.version)),
+            _ => None,
+        }).collect();
+        let writers: std::collections::HashSet<_> = changes.iter().map(|(writer, _)| writer.clone()).collect();
+        assert!(changes.len() == 3 && writers.len() == 2 && changes.iter().all(|(_, version)| *version == 2), "{changes:?}");
+        assert_eq!(Scrubber::new(leader.clone()).scrub(|_| true).await.unwrap().findings, []);
+
+        // I5: who learned the old key and writes the database begins a chain of his own, as if it were from before.
+        let stolen = super::refresh::audit_key(&leader.hsm, 1).await.unwrap();
+        let writer = forge_chain(&leader, &stolen, 1, 9).await;
+        let found = Scrubber::new(leader.clone()).scrub(|_| true).await.unwrap().findings;
+        let of_it = |findings: &[v1::ScrubFinding]| findings.len() == 1 && findings[0].id == writer && findings[0].detail.contains("retired");
+        assert!(of_it(&found), "{found:?}");
+        // A server that starts afterwards closes no such chain, so the finding stays.
+        let late = island.another_server_after(Duration::ZERO).await;
+        learn_seal_keys(&*late.store, &late.hsm, &late.committer).await.unwrap();
+        service(&late).refresh().await.unwrap();
+        note(&late).await;
+        let found = Scrubber::new(late.clone()).scrub(|_| true).await.unwrap().findings;
+        assert!(of_it(&found), "{found:?}");
+        // Nor does a link of the old key pass for one of the new.
+        let writer = forge_chain(&leader, &stolen, 2, 10).await;
+        let found = Scrubber::new(late.clone()).scrub(|_| true).await.unwrap().findings;
+        assert!(found.iter().any(|finding| finding.id == writer && finding.detail.contains("chain value")), "{found:?}");
         island.end().await;
     }
 
@@ -505,7 +577,7 @@ island_tests! {
         assert!(reason(propose(first, ended).await).contains("backups"));
         assert!(reason(propose(first, Island::now().after(3_600_000)).await).contains("future"));
         assert!(reason(propose(id, Island::now()).await).contains("needed"), "the current one");
-        assert!(reason(propose(RootId { purpose: RootPurpose::Seal, version: 1 }, Island::now()).await).contains("audit chains"));
+        assert!(reason(propose(RootId { purpose: RootPurpose::Seal, version: 1 }, Island::now()).await).contains("audit log"));
         while Island::now() <= ended {}
         let proposal = propose(first, ended.after(1)).await.unwrap();
         let approved = kms_domain::ProposalId::from_octets(&proposal.proposal_id).unwrap();
