@@ -390,7 +390,7 @@ impl IslandKeys {
             )));
         }
         let seal = seal.not_below(oldest);
-        let audit = audit_keys(hsm, seal.current().version()).await?;
+        let audit = audit_keys(hsm, seal.current().version(), seal.oldest()).await?;
         let fingerprint = hsm.mac(RootVersion::FIRST, SealRootKey::Fingerprint.message(FINGERPRINT_KEY_VERSION, island)).await?;
         Ok(Self { row, seal, audit, fingerprint: FingerprintKey::new(&fingerprint) })
     }

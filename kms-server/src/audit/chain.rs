@@ -85,10 +85,10 @@ impl AuditKeys {
         self.keys.iter().find(|key| key.version == version)
     }
 
-    /// Whether a key of version `oldest` or later makes `link` of the chain value before it and a record.
-    pub fn links_since(&self, oldest: u8, previous: &[u8; 32], record: &[u8], link: &[u8; 32]) -> bool {
+    /// The version of the key that makes `link` of the chain value before it and a record; none: no key that is known does.
+    pub fn version_of(&self, previous: &[u8; 32], record: &[u8], link: &[u8; 32]) -> Option<u8> {
         let leaf = AuditLeaf::of(record);
-        self.keys.iter().any(|key| key.version >= oldest && key.next(previous, &leaf) == *link)
+        self.keys.iter().find(|key| key.next(previous, &leaf) == *link).map(|key| key.version)
     }
 }
 
@@ -140,21 +140,24 @@ impl ChainHead {
         self.next_sequence.checked_sub(1)
     }
 
-    /// Numbers, encodes and chains a record. One that says that the audit key changes is the last under the key before.
+    /// Numbers, encodes and chains a record. After one that says that the audit key changes, the chain goes on with that key.
     pub(super) fn link(&mut self, keys: &AuditKeys, mut record: AuditRecord, now: UnixMillis) -> Linked {
-        let changed = match &record.event {
-            Some(Event::AuditKeyChanged(changed)) => u8::try_from(changed.version).ok().and_then(|version| keys.get(version)),
-            _ => None,
-        };
+        let mut next = Arc::clone(&self.key);
+        if let Some(Event::AuditKeyChanged(changed)) = &mut record.event {
+            // A chain never goes back: a later version may have become current since the record was asked for.
+            let asked = u8::try_from(changed.version).ok().and_then(|version| keys.get(version));
+            if let Some(key) = asked.filter(|key| key.version > next.version) {
+                next = Arc::clone(key);
+            }
+            changed.version = next.version.into();
+        }
         record.writer = self.writer.octets().to_vec().into();
         record.sequence = self.next_sequence;
         record.time_ms = now.0;
         let record = record.encode_to_vec();
         let leaf = AuditLeaf::of(&record);
         self.chain = self.key.next(&self.chain, &leaf);
-        if let Some(key) = changed {
-            self.key = Arc::clone(key);
-        }
+        self.key = next;
         let linked = Linked { sequence: self.next_sequence, record, leaf, chain: self.chain };
         self.next_sequence += 1;
         linked

@@ -18,8 +18,8 @@ use kms_domain::{
 };
 use kms_proto::v1::{AuditKeyChanged, AuditRecord, ClosedChain, RowWrite, WriterOpened, audit_record::Event};
 use kms_store::{
-    AuditAppend, AuditFilter, AuditReference, AuditTail, Changes, Committed as StoreCommitted, Decision, FingerprintPut, MeterProjection, MeterPut, ReadSet,
-    Reads, RequestPut, RowName, SealedPut, SealedRow, Store, StoreError,
+    AuditAppend, AuditReference, AuditTail, Changes, Committed as StoreCommitted, Decision, FingerprintPut, MeterProjection, MeterPut, ReadSet, Reads,
+    RequestPut, RowName, SealedPut, SealedRow, Store, StoreError,
 };
 use prost::Message as _;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -296,17 +296,18 @@ impl Committer {
     }
 
     /// Uses these audit keys: a chain that begins from now on begins with the current one of them, and the chain at hand goes over to it. That is on
-    /// the record, in the chain itself.
+    /// the record, in the chain itself: in the last record that the key before links, and the first that the new one does.
     ///
     /// # Errors
-    /// The record could not be written. The chain goes on as it was.
+    /// The records could not be written. The chain goes on as it was.
     pub async fn use_audit_keys(&self, keys: AuditKeys) -> Result<(), ServiceError> {
         let version = keys.current().version();
         self.shared.audit_keys.store(Arc::new(keys));
-        match self.last_record() {
-            Some(last) if last.next_key != version => self.go_on_with_audit_key(version).await,
-            _ => Ok(()),
+        if self.is_linked_with(version) {
+            return Ok(());
         }
+        let changed = AuditKeyChanged { version: version.into(), closed: Vec::new() };
+        self.append_all(vec![changed.clone(), changed]).await
     }
 
     /// Whether the chain at hand, if there is one, goes on with this version of the audit key.
@@ -314,19 +315,27 @@ impl Committer {
         self.last_record().is_none_or(|last| last.next_key == version)
     }
 
-    /// Closes the chains of writers that are gone, on the record: to be called before the audit key that they ended with is believed no more.
+    /// Closes, on the record, the chains of all other writers that end with an audit key of a version below `oldest`, and are believed still: to be
+    /// called before that key is retired. A server that is alive goes on, and is believed by what it links afterwards.
     ///
     /// # Errors
-    /// The record could not be written.
-    pub async fn close_chains(&self) -> Result<(), ServiceError> {
-        let version = self.last_record().map_or_else(|| self.audit_keys().current().version(), |last| last.next_key);
-        self.go_on_with_audit_key(version).await
+    /// The database is away, or the record could not be written.
+    pub async fn close_chains_below(&self, oldest: u8) -> Result<(), ServiceError> {
+        let (own, believed) = (self.writer(), self.shared.seal.load().oldest());
+        let mut closed = Vec::new();
+        // Whatever records say that they closed: who writes the database could have put them there.
+        for tail in self.shared.store.audit_tails().await?.into_iter().filter(|tail| Some(tail.writer) != own) {
+            if self.shared.end_version(&tail).await?.is_some_and(|version| version >= believed && version < oldest) {
+                closed.push(closed_chain(&tail));
+            }
+        }
+        let version = self.audit_keys().current().version().into();
+        self.append_all(closed.chunks(CLOSED_AT_ONCE).map(|closed| AuditKeyChanged { version, closed: closed.to_vec() }).collect()).await
     }
 
-    async fn go_on_with_audit_key(&self, version: u8) -> Result<(), ServiceError> {
-        let closed = self.shared.unclosed(self.writer()).await?;
+    async fn append_all(&self, changes: Vec<AuditKeyChanged>) -> Result<(), ServiceError> {
         let act = self.act(Actor::server("audit-key"), Reads::default(), move |view| {
-            view.append(Event::AuditKeyChanged(AuditKeyChanged { version: version.into(), closed: closed.clone() }));
+            changes.iter().for_each(|changed| view.append(Event::AuditKeyChanged(changed.clone())));
             Ok(())
         });
         act.await.map(drop)
@@ -356,7 +365,7 @@ impl Shared {
     /// Begins the chain of a new writer: its first record closes the chains of writers that are gone (docs/formats.md).
     async fn open_chain(&self, keys: &AuditKeys) -> Result<(ChainHead, AuditRecord), StoreError> {
         let writer = WriterId::from_octets(uuid::Uuid::new_v4().as_bytes()).map_err(|error| StoreError::Corrupt { what: error.to_string() })?;
-        let closed = self.unclosed(None).await?;
+        let closed = self.unclosed().await?;
         self.store.register_server(writer, &self.settings.server).await?;
         if let Ok(mut current) = self.writer.lock() {
             *current = Some(writer);
@@ -367,12 +376,12 @@ impl Shared {
         Ok((head, AuditRecord { event: Some(Event::WriterOpened(event)), ..Default::default() }))
     }
 
-    /// The ends of chains, but for the own one, whose writers are gone and which no record closes.
-    async fn unclosed(&self, own: Option<WriterId>) -> Result<Vec<ClosedChain>, StoreError> {
+    /// The ends of chains whose writers are gone, and which no later chain closes in its first record.
+    async fn unclosed(&self) -> Result<Vec<ClosedChain>, StoreError> {
         let silence = i64::try_from(self.settings.silence.as_millis()).unwrap_or(i64::MAX);
         let servers = self.store.servers().await?.into_iter();
-        let alive = servers.filter(|server| server.silent_ms < silence && server.name != self.settings.server).map(|server| server.writer);
-        let here: HashSet<WriterId> = alive.chain(own).collect();
+        let alive: HashSet<WriterId> =
+            servers.filter(|server| server.silent_ms < silence && server.name != self.settings.server).map(|server| server.writer).collect();
         let tails = self.store.audit_tails().await?;
         // One that was taken for gone may have gone on: it is closed again where it ends now.
         let mut known = HashSet::new();
@@ -380,38 +389,26 @@ impl Shared {
             let first = self.store.audit_of_writer(tail.writer, 0, 1).await?;
             known.extend(first.iter().flat_map(|first| closed_in(&first.record)));
         }
-        let changes = AuditFilter { kind: Some(AUDIT_KEY_CHANGED), ..AuditFilter::default() };
-        let mut after = None;
-        loop {
-            let page = self.store.audit_page(&changes, after, CHANGES_AT_ONCE).await?;
-            let Some(last) = page.last() else { break };
-            after = Some(last.cursor);
-            known.extend(page.iter().flat_map(|row| closed_in(&row.record.record)));
-        }
+        let oldest = self.seal.load().oldest();
         let mut closed = Vec::new();
-        for tail in tails.into_iter().filter(|tail| !here.contains(&tail.writer) && !known.contains(&(tail.writer, tail.sequence))) {
-            if self.is_believed(&tail).await? {
-                closed.push(ClosedChain { writer: tail.writer.octets().to_vec().into(), last_sequence: tail.sequence, chain: tail.chain.to_vec().into() });
-            } else {
-                tracing::error!(writer = %tail.writer, "the end of a chain was not linked with an audit key that is still believed, so it is not closed; run `kms audit scrub`");
+        for tail in tails.iter().filter(|tail| !alive.contains(&tail.writer) && !known.contains(&(tail.writer, tail.sequence))) {
+            // I5: nobody vouches for an end that who learned a retired key could have made. Those that were there before were closed at its retirement.
+            if oldest <= 1 || self.end_version(tail).await?.is_some_and(|version| version >= oldest) {
+                closed.push(closed_chain(tail));
             }
         }
         Ok(closed)
     }
 
-    /// I5: nobody vouches for the end of a chain that who learned a retired key could have made.
-    async fn is_believed(&self, tail: &AuditTail) -> Result<bool, StoreError> {
-        let oldest = self.seal.load().oldest();
-        if oldest <= 1 {
-            return Ok(true);
-        }
+    /// The version of the audit key that links the last record of a chain; none: none that is known here.
+    async fn end_version(&self, tail: &AuditTail) -> Result<Option<u8>, StoreError> {
         let end = self.store.audit_of_writer(tail.writer, tail.sequence.saturating_sub(1), 2).await?;
         let (previous, last) = match end.as_slice() {
             [only] if tail.sequence == 0 => ([0; 32], only),
             [before, last, ..] => (before.chain, last),
-            _ => return Ok(false),
+            _ => return Ok(None),
         };
-        Ok(self.audit_keys.load().links_since(oldest, &previous, &last.record, &last.chain))
+        Ok(self.audit_keys.load().version_of(&previous, &last.record, &last.chain))
     }
 
     /// The last durable record and the jump, if there is anything to remember yet.
@@ -995,14 +992,14 @@ fn id_octets(id: &RowId) -> Vec<u8> {
     }
 }
 
-/// The chains that a record closes: the writer, and the number of its last record.
+fn closed_chain(tail: &AuditTail) -> ClosedChain {
+    ClosedChain { writer: tail.writer.octets().to_vec().into(), last_sequence: tail.sequence, chain: tail.chain.to_vec().into() }
+}
+
+/// The chains that the first record of another closes: the writer, and the number of its last record.
 fn closed_in(record: &[u8]) -> Vec<(WriterId, u64)> {
-    let closed = match AuditRecord::decode(record).ok().and_then(|record| record.event) {
-        Some(Event::WriterOpened(opened)) => opened.closed,
-        Some(Event::AuditKeyChanged(changed)) => changed.closed,
-        _ => Vec::new(),
-    };
-    closed.into_iter().filter_map(|chain| Some((WriterId::from_octets(&chain.writer).ok()?, chain.last_sequence))).collect()
+    let Some(Event::WriterOpened(opened)) = AuditRecord::decode(record).ok().and_then(|record| record.event) else { return Vec::new() };
+    opened.closed.into_iter().filter_map(|chain| Some((WriterId::from_octets(&chain.writer).ok()?, chain.last_sequence))).collect()
 }
 
 fn append(head: &mut ChainHead, keys: &AuditKeys, record: AuditRecord, now: UnixMillis) -> (AuditLeaf, AuditAppend) {
@@ -1043,7 +1040,7 @@ pub(crate) const fn event_kind(event: &Event) -> u16 {
         Event::RootRotationChanged(_) => 47,
         Event::RootRowsAdvanced(_) => 48,
         Event::RootDestroyed(_) => 49,
-        Event::AuditKeyChanged(_) => AUDIT_KEY_CHANGED,
+        Event::AuditKeyChanged(_) => 50,
     }
 }
 
@@ -1145,9 +1142,8 @@ fn now() -> UnixMillis {
     UnixMillis(i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX))
 }
 
-/// The kind of the record that changes a chain's key.
-const AUDIT_KEY_CHANGED: u16 = 50;
-const CHANGES_AT_ONCE: u32 = 256;
+/// Chains that one record closes.
+const CLOSED_AT_ONCE: usize = 1_000;
 /// How often the writer looks whether counted refusals are due.
 const IDLE: Duration = Duration::from_secs(5);
 const PURGE_EVERY: Duration = Duration::from_secs(1);

@@ -23,7 +23,7 @@ use kms_store::{MeterFilter, Reads, RequestKey, RequestRow, RowKind};
 use tokio::sync::mpsc;
 
 pub use self::destroy::Destruction;
-pub use self::refresh::{FINGERPRINT_KEY_VERSION, all_seal_keys, audit_keys, learn_seal_keys, seal_key, seal_keys};
+pub use self::refresh::{FINGERPRINT_KEY_VERSION, all_seal_keys, audit_keys, held_audit_key, learn_seal_keys, seal_key, seal_keys};
 use crate::{
     audit::Actor,
     authz::{Action, Caller, Resource},

@@ -25,7 +25,6 @@ use crate::{
     authz::{Action, Caller},
     error::ServiceError,
     island::Island,
-    service::root,
 };
 
 /// The scrubber of an island.
@@ -104,7 +103,6 @@ impl Scrubber {
     /// # Errors
     /// HSM or database are away.
     pub async fn scrub(&self, mut progress: impl FnMut(ScrubResponse) -> bool + Send) -> Result<ScrubReport, ServiceError> {
-        let keys = root::audit_keys(&self.island.hsm, self.island.row().seal_key_version).await?;
         let passes = self.passes().await?;
         let mut report = ScrubReport::default();
         'passes: for pass in 0..passes {
@@ -112,7 +110,7 @@ impl Scrubber {
                 island: &self.island,
                 partition: Partition { pass, passes },
                 recorded: HashMap::new(),
-                chains: Chains::new(&self.island, &keys, pass == 0),
+                chains: Chains::new(&self.island, pass == 0),
                 suspects: Vec::new(),
             };
             loop {

@@ -181,9 +181,10 @@ impl Engine {
         self.closed.store(true, Ordering::Release);
         self.checkpointer.abort();
         self.readers.close().await;
-        // The last transaction has ended, and no other begins: whoever still has this database open does nothing with it, and others may open it.
-        // Where the disk is stuck nobody can know that, and the lock stays until the process ends.
-        if let Ok(_writer) = timeout(self.call_timeout, self.writer.lock()).await
+        // When the writer answers, the last transaction has ended, and no other begins: whoever still has this database open does nothing with it, and
+        // others may open it. Where the disk is stuck nobody can know that, and the lock stays until the process ends.
+        let idle = async { self.writer.lock().await.ping().await.is_ok() };
+        if timeout(self.call_timeout, idle).await == Ok(true)
             && let Ok(mut lock) = self.lock.lock()
         {
             lock.take();

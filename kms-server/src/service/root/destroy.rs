@@ -221,12 +221,12 @@ impl RootService {
         }
         let current = RootId { purpose: id.purpose, version: row.current_root(id.purpose).ok_or(RootError::NoSuchVersion { id }).map_err(refused)? };
         let unused_since = match id.purpose {
-            RootPurpose::StorageKek(_) | RootPurpose::Seal => {
+            RootPurpose::StorageKek(_) => {
                 let finished = self.load(current).await?.filter(|rotation| rotation.state == RootRotationState::Finished);
                 finished.ok_or_else(|| unfinished(id.purpose))?.since
             }
             RootPurpose::Diversification(_) => counts.last_use(id).unwrap_or(row.created),
-            RootPurpose::VendorTransport => row.created,
+            RootPurpose::VendorTransport | RootPurpose::Seal => row.created,
         };
         let replaced = row.root_entry(current).map_or(row.created, |entry| entry.made);
         not_in_backups(id, unused_since.max(replaced), oldest_backup)

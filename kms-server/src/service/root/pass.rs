@@ -277,8 +277,8 @@ impl RootService {
         if late > 0 || counts.unreadable > 0 {
             return self.another_round(to, late + counts.unreadable).await;
         }
-        // Afterwards nobody vouches for ends of chains that the old audit key has linked.
-        self.island.committer.close_chains().await?;
+        // I2: records of before stay believed, since one under the new audit key closes them. Afterwards nobody does that.
+        self.island.committer.close_chains_below(to.version).await?;
         let (kind, name) = self.island_row();
         let (reads, island) = (Reads { sealed: vec![(kind, name), rotation_row(to)], ..Reads::default() }, self.island.clone());
         let act = self.island.committer.act(Actor::server("retire-seal-key"), reads, move |view| {

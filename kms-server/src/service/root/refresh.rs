@@ -33,15 +33,23 @@ pub(super) async fn audit_key(hsm: &Hsm, version: u8) -> Result<AuditKey, Servic
     Ok(AuditKey::new(version, &*hsm.mac(root_version(version)?, message).await?))
 }
 
-/// The audit keys of all versions of the seal root in the tokens; chains begin with `current`.
+/// The audit key of a version; none: the tokens lack the root.
 ///
 /// # Errors
-/// The root of this version is missing, or trouble of the HSM.
-pub async fn audit_keys(hsm: &Hsm, current: u8) -> Result<AuditKeys, ServiceError> {
+/// Trouble of the HSM.
+pub async fn held_audit_key(hsm: &Hsm, version: u8) -> Result<Option<AuditKey>, ServiceError> {
+    if holds_seal_root(hsm, version).await? { audit_key(hsm, version).await.map(Some) } else { Ok(None) }
+}
+
+/// The audit keys that are believed still, as far as the tokens hold their roots; chains begin with `current`.
+///
+/// # Errors
+/// The root of that version is missing, or trouble of the HSM.
+pub async fn audit_keys(hsm: &Hsm, current: u8, oldest: u8) -> Result<AuditKeys, ServiceError> {
     let mut keys = AuditKeys::from(audit_key(hsm, current).await?);
-    for version in seal_roots(hsm).await? {
-        if keys.get(version).is_none() && hsm.has_key(token_key(RootId { purpose: RootPurpose::Seal, version })?).await? {
-            keys = keys.with(audit_key(hsm, version).await?);
+    for version in oldest..current {
+        if let Some(key) = held_audit_key(hsm, version).await? {
+            keys = keys.with(key);
         }
     }
     Ok(keys)
@@ -182,7 +190,9 @@ pub async fn seal_keys(hsm: &Hsm, row: &IslandRow, mut keys: SealKeys) -> (Resul
 /// # Errors
 /// Trouble of the HSM.
 pub async fn all_seal_keys(hsm: &Hsm, mut keys: SealKeys) -> Result<SealKeys, ServiceError> {
-    for version in seal_roots(hsm).await? {
+    for object in hsm.inventory().await?.into_iter().flat_map(|(_, objects)| objects) {
+        let Some(TokenKey { purpose: Purpose::Seal, version }) = TokenKey::of_label(&object.label, hsm.island()) else { continue };
+        let Ok(version) = u8::try_from(version.number()) else { continue };
         if !keys.has(version)
             && let Some(key) = held_seal_key(hsm, RootId { purpose: RootPurpose::Seal, version }).await?
         {
@@ -192,21 +202,13 @@ pub async fn all_seal_keys(hsm: &Hsm, mut keys: SealKeys) -> Result<SealKeys, Se
     Ok(keys)
 }
 
-/// The versions of the seal root whose labels are in the tokens.
-async fn seal_roots(hsm: &Hsm) -> Result<Vec<u8>, ServiceError> {
-    let objects = hsm.inventory().await?.into_iter().flat_map(|(_, objects)| objects);
-    let versions = objects.filter_map(|object| match TokenKey::of_label(&object.label, hsm.island()) {
-        Some(TokenKey { purpose: Purpose::Seal, version }) => u8::try_from(version.number()).ok(),
-        _ => None,
-    });
-    Ok(versions.collect())
+async fn held_seal_key(hsm: &Hsm, id: RootId) -> Result<Option<SealKey>, ServiceError> {
+    if holds_seal_root(hsm, id.version).await? { seal_key(hsm, id.version).await.map(Some) } else { Ok(None) }
 }
 
-async fn held_seal_key(hsm: &Hsm, id: RootId) -> Result<Option<SealKey>, ServiceError> {
-    match hsm.has_key(token_key(id)?).await {
-        Ok(true) => seal_key(hsm, id.version).await.map(Some),
-        Ok(false) => Ok(None),
-        Err(error) if is_missing(&error) => Ok(None),
-        Err(error) => Err(error.into()),
+async fn holds_seal_root(hsm: &Hsm, version: u8) -> Result<bool, ServiceError> {
+    match hsm.has_key(token_key(RootId { purpose: RootPurpose::Seal, version })?).await {
+        Err(error) if is_missing(&error) => Ok(false),
+        other => Ok(other?),
     }
 }

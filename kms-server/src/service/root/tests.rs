@@ -3,7 +3,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use kms_client::sample::SampleShipment;
 use kms_domain::{FlagId, KeyMaterial, KeyOrigin, KeyType, RequestId, RowId, RowSeal, SecuritySetupId, SystemTitle, UnixMillis, WriterId};
 use kms_proto::v1::AuditRecord;
-use kms_store::{AuditAppend, AuditFilter, Changes, Decision, ReadSet, SealedRow};
+use kms_store::{AuditAppend, AuditFilter, AuditTail, Changes, Decision, ReadSet, SealedRow};
 use prost::Message as _;
 
 use super::*;
@@ -42,19 +42,40 @@ async fn note(island: &Island) {
     act.await.unwrap();
 }
 
-/// Puts a chain of one record into the database, past the server: its writer's id.
-async fn forge_chain(island: &Island, key: &AuditKey, claimed: u32, number: u8) -> Vec<u8> {
-    let writer = WriterId::from_octets(&[number; 16]).unwrap();
-    let opened = v1::WriterOpened { server: "forged".to_owned(), audit_key_version: claimed, ..v1::WriterOpened::default() };
+/// Puts records into the database, past the server, which this key links: to the chain of `writer`, from the record after `tail` on.
+async fn forge_records(island: &Island, key: &AuditKey, writer: WriterId, tail: Option<&AuditTail>, events: Vec<Event>) {
     let time = UnixMillis(Island::now().0 - 86_400_000);
-    let record = AuditRecord { writer: writer.octets().to_vec().into(), time_ms: time.0, event: Some(Event::WriterOpened(opened)), ..AuditRecord::default() };
-    let record = record.encode_to_vec();
-    let chain = key.next(&[0; 32], &AuditLeaf::of(&record));
-    let forged = AuditAppend { writer, sequence: 0, time, kind: 16, record, chain };
-    island.store.register_server(writer, "forged").await.unwrap();
-    let mut write = |_: &ReadSet| Decision::Commit(Box::new(Changes { audit: vec![forged.clone()], ..Changes::default() }));
+    let (mut sequence, mut chain) = tail.map_or((0, [0; 32]), |tail| (tail.sequence + 1, tail.chain));
+    let mut forged = Vec::new();
+    for event in events {
+        let kind = crate::audit::event_kind(&event);
+        let record = AuditRecord { writer: writer.octets().to_vec().into(), sequence, time_ms: time.0, event: Some(event), ..AuditRecord::default() };
+        let record = record.encode_to_vec();
+        chain = key.next(&chain, &AuditLeaf::of(&record));
+        forged.push(AuditAppend { writer, sequence, time, kind, record, chain });
+        sequence += 1;
+    }
+    if tail.is_none() {
+        island.store.register_server(writer, "forged").await.unwrap();
+    }
+    let mut write = |_: &ReadSet| Decision::Commit(Box::new(Changes { audit: forged.clone(), ..Changes::default() }));
     island.store.transact(Reads::default(), &mut write).await.unwrap();
-    writer.octets().to_vec()
+}
+
+fn begins(version: u32, closed: Vec<v1::ClosedChain>) -> Event {
+    Event::WriterOpened(v1::WriterOpened { server: "forged".to_owned(), audit_key_version: version, closed, ..v1::WriterOpened::default() })
+}
+
+fn goes_on_with(version: u32) -> Event {
+    Event::AuditKeyChanged(v1::AuditKeyChanged { version, closed: Vec::new() })
+}
+
+async fn tail_of(island: &Island, writer: WriterId) -> AuditTail {
+    island.store.audit_tails().await.unwrap().into_iter().find(|tail| tail.writer == writer).unwrap()
+}
+
+async fn findings(island: &Arc<Island>) -> Vec<v1::ScrubFinding> {
+    Scrubber::new(island.clone()).scrub(|_| true).await.unwrap().findings
 }
 
 impl TestIsland {
@@ -419,48 +440,66 @@ island_tests! {
 
     async fn the_log_goes_on_under_the_new_audit_key_and_what_the_old_one_links_is_believed_no_more(island) {
         let mut island = island;
+        let gone = island.island.committer.writer().unwrap();
         let id = island.add_root(RootPurpose::Seal).await;
-        // One that is gone before the rotation, and one that takes all others for gone.
-        let gone = island.another_server().await;
-        note(&gone).await;
-        let leader = island.another_server_after(Duration::ZERO).await;
+        // One that hears of nothing, and is there all the time.
+        let deaf = island.another_server().await;
+        note(&deaf).await;
+        let leader = island.another_server().await;
         note(&leader).await;
         let roots = service(&leader);
         roots.change(&island.officer, request(), RootPurpose::Seal, rotate()).await.unwrap();
         island.roots().refresh().await.unwrap();
-        assert!(leader.committer.is_linked_with(2) && island.island.committer.is_linked_with(2) && gone.committer.is_linked_with(1));
+        assert!(leader.committer.is_linked_with(2) && island.island.committer.is_linked_with(2) && deaf.committer.is_linked_with(1));
         while roots.page(id).await.unwrap().is_some() {}
-        // It wrote once more after the others had changed.
-        learn_seal_keys(&*gone.store, &gone.hsm, &gone.committer).await.unwrap();
-        note(&gone).await;
         roots.lead_for(Duration::ZERO).await.unwrap();
         assert_eq!(leader.committer.seal_keys().oldest(), 2);
-        // Each server's chain tells where the key changes, and the end of the one that is gone was closed while it was believed.
-        let changes: Vec<_> = island.records_of(50).await.into_iter().filter_map(|record| match record.event {
-            Some(Event::AuditKeyChanged(event)) => Some((record.writer, event.version)),
-            _ => None,
-        }).collect();
-        let writers: std::collections::HashSet<_> = changes.iter().map(|(writer, _)| writer.clone()).collect();
-        assert!(changes.len() == 3 && writers.len() == 2 && changes.iter().all(|(_, version)| *version == 2), "{changes:?}");
-        assert_eq!(Scrubber::new(leader.clone()).scrub(|_| true).await.unwrap().findings, []);
+        // Each chain tells where the key changes, in the last record under the old one and the first under the new; and one closes those of the others.
+        let changes = island.records_of(50).await;
+        let closing = |record: &AuditRecord| matches!(&record.event, Some(Event::AuditKeyChanged(event)) if !event.closed.is_empty());
+        assert_eq!((changes.len(), changes.iter().filter(|record| closing(record)).count()), (5, 1), "{changes:?}");
+        assert_eq!(findings(&leader).await, []);
+        // What the deaf one adds under the old key is doubted, and not what it links when it has heard of the new one.
+        learn_seal_keys(&*deaf.store, &deaf.hsm, &deaf.committer).await.unwrap();
+        note(&deaf).await;
+        let doubted = findings(&leader).await;
+        assert!(doubted.len() == 1 && doubted[0].detail.contains("retired"), "{doubted:?}");
+        service(&deaf).refresh().await.unwrap();
+        assert_eq!(findings(&leader).await, []);
 
-        // I5: who learned the old key and writes the database begins a chain of his own, as if it were from before.
-        let stolen = super::refresh::audit_key(&leader.hsm, 1).await.unwrap();
-        let writer = forge_chain(&leader, &stolen, 1, 9).await;
-        let found = Scrubber::new(leader.clone()).scrub(|_| true).await.unwrap().findings;
-        let of_it = |findings: &[v1::ScrubFinding]| findings.len() == 1 && findings[0].id == writer && findings[0].detail.contains("retired");
-        assert!(of_it(&found), "{found:?}");
-        // A server that starts afterwards closes no such chain, so the finding stays.
+        // I5: who learned the old key and writes the database begins a chain as if it were from before.
+        let stolen = held_audit_key(&leader.hsm, 1).await.unwrap().unwrap();
+        let forger = |number: u8| WriterId::from_octets(&[number; 16]).unwrap();
+        forge_records(&leader, &stolen, forger(9), None, vec![begins(0, Vec::new())]).await;
+        // Another says that it goes on with the new one, and closes the first, and one that is alive besides.
+        let alive = tail_of(&leader, island.island.committer.writer().unwrap()).await;
+        let ends = [tail_of(&leader, forger(9)).await, alive.clone()];
+        let closed: Vec<_> = ends.iter().map(|tail| v1::ClosedChain {
+            writer: tail.writer.octets().to_vec().into(),
+            last_sequence: tail.sequence,
+            chain: tail.chain.to_vec().into(),
+        }).collect();
+        forge_records(&leader, &stolen, forger(10), None, vec![begins(1, closed), goes_on_with(2)]).await;
+        // And the chain of a server that is gone, which was closed, goes on.
+        forge_records(&leader, &stolen, gone, Some(&tail_of(&leader, gone).await), vec![goes_on_with(2)]).await;
+        let found = |findings: Vec<v1::ScrubFinding>| {
+            let mut found: Vec<_> = findings.into_iter().filter(|finding| finding.detail.contains("retired")).map(|finding| finding.id.to_vec()).collect();
+            found.sort();
+            found
+        };
+        let mut expected = [forger(9), forger(10), gone].map(|writer| writer.octets().to_vec());
+        expected.sort();
+        assert_eq!(found(findings(&leader).await), expected.to_vec());
+        // A server that starts afterwards closes none of them, so the findings stay.
         let late = island.another_server_after(Duration::ZERO).await;
         learn_seal_keys(&*late.store, &late.hsm, &late.committer).await.unwrap();
         service(&late).refresh().await.unwrap();
         note(&late).await;
-        let found = Scrubber::new(late.clone()).scrub(|_| true).await.unwrap().findings;
-        assert!(of_it(&found), "{found:?}");
+        assert_eq!(found(findings(&late).await), expected.to_vec());
         // Nor does a link of the old key pass for one of the new.
-        let writer = forge_chain(&leader, &stolen, 2, 10).await;
-        let found = Scrubber::new(late.clone()).scrub(|_| true).await.unwrap().findings;
-        assert!(found.iter().any(|finding| finding.id == writer && finding.detail.contains("chain value")), "{found:?}");
+        forge_records(&leader, &stolen, forger(11), None, vec![begins(2, Vec::new())]).await;
+        let found = findings(&late).await;
+        assert!(found.iter().any(|finding| finding.id == forger(11).octets().as_slice() && finding.detail.contains("chain value")), "{found:?}");
         island.end().await;
     }
 

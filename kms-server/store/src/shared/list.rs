@@ -162,12 +162,9 @@ pub(super) async fn audit_page(readers: &Readers, filter: &AuditFilter, after: O
 }
 
 pub(super) async fn audit_of_writer(readers: &Readers, writer: WriterId, from_sequence: u64, limit: u32) -> Result<Vec<AuditAppend>, StoreError> {
-    let rows = sqlx::query::<Database>(AUDIT_OF_WRITER)
-        .bind(writer.octets().as_slice())
-        .bind(i64::try_from(from_sequence).unwrap_or(i64::MAX))
-        .bind(i64::from(limit))
-        .fetch_all(readers)
-        .await?;
+    // After the last number that a row can have there is nothing.
+    let Ok(from_sequence) = i64::try_from(from_sequence) else { return Ok(Vec::new()) };
+    let rows = sqlx::query::<Database>(AUDIT_OF_WRITER).bind(writer.octets().as_slice()).bind(from_sequence).bind(i64::from(limit)).fetch_all(readers).await?;
     rows.iter().map(|row| Ok(decode::audit(row)?.1)).collect()
 }
 
