@@ -19,6 +19,7 @@ pub mod root;
 pub mod scrub;
 pub mod shipment;
 pub mod transfer;
+mod watch;
 
 use kms_domain::RequestId;
 

@@ -29,7 +29,10 @@ use crate::{
     authz::{Action, Caller, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
-    service::Request,
+    service::{
+        Request,
+        watch::{self, Watched},
+    },
     telemetry::Repetition,
 };
 
@@ -273,41 +276,8 @@ impl RootService {
         let current = self.newest_row().await.current_root(purpose).ok_or_else(|| refused(RootError::NoSuchRoot { purpose }))?;
         let to = RootId { purpose, version: current };
         let first = self.load(to).await?.ok_or_else(|| no_rotation(purpose))?;
-        let (answers, receiver) = mpsc::channel(1);
-        let (service, caller) = (self.clone(), caller.clone());
-        tokio::spawn(async move {
-            let mut told = message(&first);
-            let mut next = Ok(told.clone());
-            loop {
-                let ended = next.as_ref().map_or(true, |rotation: &v1::RootRotation| rotation.state == RootRotationState::Finished.name());
-                if answers.send(next).await.is_err() || ended {
-                    return;
-                }
-                next = loop {
-                    tokio::select! {
-                        () = answers.closed() => return,
-                        () = tokio::time::sleep(LOOK_EVERY) => {}
-                    }
-                    // Revocation acts in open streams too.
-                    if caller.not_after <= Island::now() {
-                        break Err(ServiceError::Unauthenticated { reason: "the client certificate has expired".to_owned() });
-                    }
-                    let looked = async {
-                        service.island.require(&caller, &Action::ListRoots).await?;
-                        service.load(to).await?.ok_or_else(|| no_rotation(purpose))
-                    };
-                    match looked.await {
-                        Ok(rotation) if message(&rotation) == told => {}
-                        Ok(rotation) => {
-                            told = message(&rotation);
-                            break Ok(told.clone());
-                        }
-                        Err(error) => break Err(error),
-                    }
-                };
-            }
-        });
-        Ok(receiver)
+        let watched = WatchedRotation { service: self.clone(), caller: caller.clone(), to };
+        Ok(watch::watch(caller, watched, message(&first), LOOK_EVERY))
     }
 
     /// The rotation to a version as it stands in the database now.
@@ -334,6 +304,30 @@ impl RootService {
 
     fn island_row(&self) -> (RowKind, Vec<u8>) {
         self.island.row_name()
+    }
+}
+
+/// A rotation that somebody watches.
+struct WatchedRotation {
+    service: RootService,
+    caller: Caller,
+    to: RootId,
+}
+
+impl Watched for WatchedRotation {
+    type Standing = v1::RootRotation;
+
+    async fn look(&mut self) -> Result<v1::RootRotation, ServiceError> {
+        self.service.island.require(&self.caller, &Action::ListRoots).await?;
+        self.service.load(self.to).await?.map(|rotation| message(&rotation)).ok_or_else(|| no_rotation(self.to.purpose))
+    }
+
+    fn is_alike(known: &v1::RootRotation, now: &v1::RootRotation) -> bool {
+        known == now
+    }
+
+    fn has_ended(rotation: &v1::RootRotation) -> bool {
+        rotation.state == RootRotationState::Finished.name()
     }
 }
 

@@ -12,6 +12,7 @@ use crate::{
     authz::{Action, Caller},
     error::ServiceError,
     island::Island,
+    service::watch::{self, Watched},
 };
 
 /// Which tasks a report lists.
@@ -75,44 +76,8 @@ impl CampaignService {
         self.island.require(caller, &Action::ListCampaigns).await?;
         let mut rate = Rate::default();
         let first = self.progress(&*self.load(id).await?, &mut rate).await?;
-        let (answers, receiver) = mpsc::channel(1);
-        let (service, caller) = (self.clone(), caller.clone());
-        tokio::spawn(async move {
-            let mut last = first.clone();
-            let mut next = Ok(first);
-            loop {
-                let ended = match &next {
-                    Ok(progress) => progress.campaign.as_ref().is_none_or(|campaign| is_over(&campaign.state)),
-                    Err(_) => true,
-                };
-                if answers.send(next).await.is_err() || ended {
-                    return;
-                }
-                next = loop {
-                    tokio::select! {
-                        () = answers.closed() => return,
-                        () = tokio::time::sleep(LOOK_EVERY) => {}
-                    }
-                    // Revocation acts in open streams too.
-                    if caller.not_after <= Island::now() {
-                        break Err(ServiceError::Unauthenticated { reason: "the client certificate has expired".to_owned() });
-                    }
-                    let looked = async {
-                        service.island.require(&caller, &Action::ListCampaigns).await?;
-                        service.progress(&*service.load(id).await?, &mut rate).await
-                    };
-                    match looked.await {
-                        Ok(progress) if progress.waves == last.waves && progress.campaign == last.campaign && progress.reasons == last.reasons => {}
-                        Ok(progress) => {
-                            last = progress.clone();
-                            break Ok(progress);
-                        }
-                        Err(error) => break Err(error),
-                    }
-                };
-            }
-        });
-        Ok(Watch(receiver))
+        let watched = WatchedCampaign { service: self.clone(), caller: caller.clone(), id, rate };
+        Ok(Watch(watch::watch(caller, watched, first, LOOK_EVERY)))
     }
 
     /// All figures of a campaign, and a page of its tasks.
@@ -303,6 +268,31 @@ impl CampaignService {
                 }
             }
         }
+    }
+}
+
+/// A campaign that somebody watches.
+struct WatchedCampaign {
+    service: CampaignService,
+    caller: Caller,
+    id: CampaignId,
+    rate: Rate,
+}
+
+impl Watched for WatchedCampaign {
+    type Standing = v1::CampaignProgress;
+
+    async fn look(&mut self) -> Result<v1::CampaignProgress, ServiceError> {
+        self.service.island.require(&self.caller, &Action::ListCampaigns).await?;
+        self.service.progress(&*self.service.load(self.id).await?, &mut self.rate).await
+    }
+
+    fn is_alike(known: &v1::CampaignProgress, now: &v1::CampaignProgress) -> bool {
+        now.waves == known.waves && now.campaign == known.campaign && now.reasons == known.reasons
+    }
+
+    fn has_ended(progress: &v1::CampaignProgress) -> bool {
+        progress.campaign.as_ref().is_none_or(|campaign| is_over(&campaign.state))
     }
 }
 
