@@ -55,7 +55,7 @@ pub enum ExposureReason {
     MemberLeft,
     /// A meter that held the group's key was retired or replaced.
     MemberRetired,
-    /// A meter that held the group's key was reported compromised.
+    /// A meter that held the group's key was reported compromised, or the KEK under which it got it.
     MemberCompromised,
 }
 
@@ -73,7 +73,7 @@ impl ExposureReason {
         Self::MemberCompromised,
     ];
 
-    /// The reasons for which the key of a group has to be rotated: somebody who is no member any more holds it.
+    /// The reasons for which the key of a group has to be rotated: somebody who is no member holds it.
     pub const OF_MEMBERS: [Self; 3] = [Self::MemberLeft, Self::MemberRetired, Self::MemberCompromised];
 
     /// The number in rows and audit records, from 1; it never changes.

@@ -178,7 +178,7 @@ impl Group {
         slot.grantable().map(|grantable| grantable.version).find(|version| overlap && version.number() == named)
     }
 
-    /// Why a key has to be rotated: who is no member any more holds the version that members are to have. Each reason once.
+    /// Why a key has to be rotated: who is no member, or no member any more, holds the version that members are to have. Each reason once.
     pub fn rotation_wanted(&self, setup: SecuritySetupId, key_type: KeyType) -> Vec<ExposureReason> {
         self.newest(setup, key_type).map(known_to_former_members).unwrap_or_default()
     }
@@ -267,6 +267,20 @@ impl Group {
         let former = self.slots.get_mut(setup, key_type)?.switch_to(version, now)?;
         rotation.switched = Some(now);
         Ok(former)
+    }
+
+    /// The KEK of a member is compromised, under which these keys left for it: they are known to `party` if it recorded the traffic. Returns the versions
+    /// that were not known to it for this reason before.
+    pub fn expose_to_who_knows_a_kek(&mut self, delivered: &[SharedKey], party: &Party, now: UnixMillis) -> Vec<(SecuritySetupId, KeyType, KeyVersionNumber)> {
+        let owner = self.owner();
+        let mut exposed = Vec::new();
+        for key in delivered.iter().filter(|key| key.owner == owner) {
+            let version = self.slots.get_mut(key.setup, key.key_type).and_then(|slot| slot.version_mut(key.version));
+            if version.is_ok_and(|version| version.expose(party.clone(), ExposureReason::MemberCompromised, now)) {
+                exposed.push((key.setup, key.key_type, key.version));
+            }
+        }
+        exposed
     }
 
     /// A member has gone, and what it holds is known to whoever has it. Writes that into the ledger of every version that is in use or may still be lent,

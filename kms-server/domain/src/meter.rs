@@ -218,7 +218,8 @@ impl Meter {
     }
 
     /// Marks a version as compromised, known to `party`: it is never granted again, nor active. The meter may still hold it, so it stays a
-    /// candidate (I3). What left wrapped under a KEK is exposed with the KEK, and so is what left under that.
+    /// candidate (I3). What left wrapped under a KEK is exposed with the KEK, and so is what left under that. Returns the keys of groups and device
+    /// types among it, whose own rows have to say so; of those that the meter has replaced since, nothing is known here.
     ///
     /// # Errors
     /// There is no such version, or it is compromised or destroyed already.
@@ -229,12 +230,14 @@ impl Meter {
         number: KeyVersionNumber,
         party: &Party,
         now: UnixMillis,
-    ) -> Result<(), SlotError> {
+    ) -> Result<Vec<SharedKey>, SlotError> {
         let slot = self.slots.get_mut(setup, key_type)?;
         slot.transition(number, KeyState::Compromised, now)?;
         slot.version_mut(number)?.expose(party.clone(), ExposureReason::Reported, now);
         let mut known = if key_type == KeyType::KEK { vec![number] } else { Vec::new() };
+        let mut shared = Vec::new();
         while let Some(kek) = known.pop() {
+            shared.extend(self.shared.iter().filter(|key| key.setup == setup && key.kek == kek).copied());
             for slot in self.slots.iter_mut().filter(|slot| slot.setup() == setup) {
                 let under: Vec<KeyVersionNumber> =
                     slot.versions().iter().filter(|version| version.transport().kek == Some(kek)).map(KeyVersion::number).collect();
@@ -246,7 +249,7 @@ impl Meter {
                 }
             }
         }
-        Ok(())
+        Ok(shared)
     }
 
     /// Ends the meter's identity: nothing of it is active any more. Its versions stay what they were, candidates too (I3), until the retention

@@ -17,7 +17,7 @@ use kms_store::{Reads, RequestKey, RequestRow, RowKind};
 use prost::Message as _;
 
 pub use self::rotation::{BehindPage, NamedGroupKey, Switch};
-pub(in crate::service) use self::rotation::{NewGroupVersion, expose_to_former_member, message as rotation_message};
+pub(in crate::service) use self::rotation::{NewGroupVersion, expose_to_former_member, expose_to_who_knows_a_kek, message as rotation_message};
 use super::{
     grant::setup_record,
     group::Groups,

@@ -12,6 +12,7 @@ use crate::{
     authz::{Action, Caller, Resource},
     error::ServiceError,
     island::{facts, principal_row},
+    service::owner::expose_to_who_knows_a_kek,
 };
 
 /// A version that is compromised.
@@ -60,7 +61,7 @@ impl MeterService {
             let refuse = |reason: String| ServiceError::FailedPrecondition { reason, next_step: "look at the meter with `kms meter show`".to_owned() };
             let found = meter.slots.iter().find(|slot| slot.key_type() == report.key_type && report.setup.is_none_or(|setup| slot.setup() == setup));
             let setup = found.map(kms_domain::Slot::setup).ok_or_else(|| refuse(format!("the meter has no {} of its own", report.key_type)))?;
-            Arc::make_mut(&mut meter)
+            let shared = Arc::make_mut(&mut meter)
                 .report_compromise(setup, report.key_type, report.version, &report.known_to, view.now())
                 .map_err(|error| refuse(error.to_string()))?;
             view.append(Event::MetersChanged(MetersChanged {
@@ -70,6 +71,7 @@ impl MeterService {
                 reason: report.reason.clone(),
             }));
             view.put_meter((*meter).clone(), false)?;
+            expose_to_who_knows_a_kek(view, &meter, &shared, &report.known_to)?;
             view.put_request(key.clone(), RequestRow { digest: request.digest, outcome: Vec::new(), expires: view.now().after(REPLAY_MS) });
             Ok(())
         });

@@ -3,8 +3,8 @@
 use std::num::NonZeroU8;
 
 use kms_domain::{
-    CampaignAction, CampaignId, CampaignName, CampaignSelection, CampaignTask, CampaignTerms, KeyState, KeyVersionNumber, MaintenanceWindows, Outcome,
-    PersonName, PrincipalCertificate, PrincipalId, PrincipalStatus, Quorum, Role, SwitchThreshold, SystemTitle, UnixMillis, WaveSize,
+    CampaignAction, CampaignId, CampaignName, CampaignSelection, CampaignTask, CampaignTerms, ExposureReason, KeyState, KeyVersionNumber, MaintenanceWindows,
+    Outcome, Party, PersonName, PrincipalCertificate, PrincipalId, PrincipalStatus, Quorum, Role, SwitchThreshold, SystemTitle, UnixMillis, WaveSize,
 };
 use meter_sim::behaviour::Fault;
 
@@ -12,7 +12,7 @@ use super::*;
 use crate::{
     service::{
         campaign::{self, CampaignService, Change, LeaseQuery, NewCampaign},
-        meter::Membership,
+        meter::{Compromise, Membership},
         owner::{NamedGroupKey, Switch},
         transfer::{
             Order,
@@ -203,6 +203,38 @@ island_tests! {
         let changes = |events: Vec<Event>| events.into_iter().filter_map(|event| if let Event::GroupKeyChanged(event) = event { Some(event.change) } else { None }).collect::<Vec<_>>();
         let told = ["threshold-reached", "switched", "complete", "begun", "threshold-set", "threshold-reached", "switched", "complete"];
         assert_eq!(changes(island.events(33).await), told);
+        assert_eq!(Scrubber::new(island.island.clone()).scrub(|_| true).await.unwrap().findings, []);
+    }
+
+    async fn a_compromised_kek_exposes_the_groups_key_that_left_under_it(island) {
+        let field = members(island, 3).await;
+        let (island, service) = (&field.island, field.island.owners());
+        let meters = MeterService::new(island.island.clone());
+        service.create_group_key(&island.officer, request(2), "north", new("GBEK", true), None).await.unwrap();
+        let wanted = async || service.rotation(&island.auditor, &key()).await.unwrap().wanted_because;
+        let compromised = async |number, member, key_type| {
+            let version = KeyVersionNumber::FIRST;
+            let found = Compromise { meter: field.title(member), setup: None, key_type, version, known_to: Party::Anyone, reason: "test".to_owned() };
+            meters.report_compromise(&island.officer, request(number), found).await.unwrap()
+        };
+        let campaign = campaign(island).await;
+        for (member, order) in tasks(island, campaign).await.into_iter().enumerate().take(2) {
+            assert_eq!(field.carry_out(member, order).await, Outcome::Acknowledged);
+        }
+        // Under the third member's KEK nothing left, and a GUEK opens no key.
+        compromised(3, 2, KeyType::KEK).await;
+        compromised(4, 0, KeyType::GUEK).await;
+        assert!(wanted().await.is_empty());
+        compromised(5, 1, KeyType::KEK).await;
+        assert_eq!(wanted().await, ["member-compromised"]);
+        let version = KeyVersionNumber::new(2).unwrap();
+        let group = row(island).await;
+        let exposures = |number| {
+            let version = group.slots.get(SETUP, KeyType::GBEK).unwrap().version(number).unwrap();
+            version.exposures().iter().filter(|exposure| exposure.reason == ExposureReason::MemberCompromised).count()
+        };
+        assert_eq!((exposures(KeyVersionNumber::FIRST), exposures(version)), (0, 1), "what left under it, and nothing else");
+        assert_eq!(field.security_events().await.iter().filter(|kind| *kind == "group-key-exposed").count(), 1);
         assert_eq!(Scrubber::new(island.island.clone()).scrub(|_| true).await.unwrap().findings, []);
     }
 
