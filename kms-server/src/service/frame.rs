@@ -13,13 +13,18 @@ use std::{
 use kms_dlms::{
     AuthenticationTag, CipheredApdu, CipheredTag, DlmsError, HlsGmac, InitiateRequest, KeySet, Nonce, Protection, SecurityControl, ServiceKind, ServiceRequest,
 };
-use kms_domain::{KeyType, KeyVersionNumber, Meter, QuotaExceeded, QuotaHour, QuotaUse, RequestId, SecuritySetupId, Slot, Standing, SystemTitle, UnixMillis};
+use kms_domain::{
+    KeyState, KeyType, KeyVersionNumber, Meter, QuotaExceeded, QuotaHour, QuotaUse, RequestId, SecuritySetupId, Slot, Standing, SystemTitle, UnixMillis,
+};
 use kms_hsm::{FrameInput, FrameKeys, FrameParameters, HsmError, ProtectedFrame};
 use kms_proto::v1::{self, AuditRecord, FramesProtected, audit_record::Event};
 use kms_store::{AuditReference, Reads, RequestKey, RequestRow};
 use tracing::Instrument as _;
 
-use super::grant::{counter_key, on_new_key, recorded_setup, setup_record, source};
+use super::{
+    grant::{counter_key, on_new_key, recorded_setup, setup_record, source},
+    transfer::{EARLIER_KEY_HELD, earlier_key_held, pair_keys},
+};
 use crate::{
     audit::{Actor, AuditLeaf, CounterOf, LiveLease, View, past_record, read_record},
     authz::{Action, Caller, CosemTarget, FrameService as Service, PrincipalFacts, Purpose, Quota, Resource},
@@ -96,7 +101,7 @@ pub struct FrameOutcome {
 pub struct FrameService {
     island: Arc<Island>,
     /// Meters whose counter went backwards, as far as this server has said so.
-    alerted: Arc<Mutex<HashSet<(SystemTitle, SecuritySetupId, KeyVersionNumber)>>>,
+    alerted: Arc<Mutex<HashSet<AlertKey>>>,
 }
 
 impl FrameService {
@@ -178,15 +183,15 @@ impl FrameService {
     /// What concerns all: the caller, HSM or database.
     pub async fn unprotect(&self, caller: &Caller, purpose: Purpose, frames: Vec<ReceivedFrame>) -> Result<Vec<FrameOutcome>, ServiceError> {
         let span = tracing::debug_span!("frames", kms.frames = frames.len());
-        let (opened, backwards) = self.open_all(caller, purpose, frames).instrument(span).await?;
-        self.alert(caller, backwards).await?;
+        let (opened, alerts) = self.open_all(caller, purpose, frames).instrument(span).await?;
+        self.alert(caller, alerts).await?;
         metrics().frames(FrameDirection::Unprotect, opened.iter().map(|outcome| &outcome.octets));
         Ok(opened)
     }
 
-    /// Puts counters on the record that went backwards, once for each key while this server runs.
-    async fn alert(&self, caller: &Caller, backwards: Vec<Backwards>) -> Result<(), ServiceError> {
-        let mut fresh = backwards;
+    /// Puts on the record what officers have to see, once for each key while this server runs.
+    async fn alert(&self, caller: &Caller, alerts: Vec<Alert>) -> Result<(), ServiceError> {
+        let mut fresh = alerts;
         {
             let alerted = self.alerted.lock().unwrap_or_else(PoisonError::into_inner);
             fresh.retain(|found| !alerted.contains(&found.key()));
@@ -194,15 +199,12 @@ impl FrameService {
         if fresh.is_empty() {
             return Ok(());
         }
-        let told: Vec<_> = fresh.iter().map(Backwards::key).collect();
+        let told: Vec<_> = fresh.iter().map(Alert::key).collect();
         let act = self.island.committer.act(Actor::caller(caller, None, "unprotectFrame"), Reads::default(), move |view| {
             for found in &fresh {
                 view.append(Event::SecurityEvent(v1::SecurityEvent {
-                    kind: "meter-counter-backwards".to_owned(),
-                    detail: format!(
-                        "under GUEK version {} the meter used counter {} after {}, and its key was not changed in between: it may repeat nonces",
-                        found.version, found.seen, found.known
-                    ),
+                    kind: found.kind().to_owned(),
+                    detail: found.detail(),
                     meter: found.meter.octets().to_vec().into(),
                 }));
             }
@@ -218,7 +220,7 @@ impl FrameService {
         Ok(())
     }
 
-    async fn open_all(&self, caller: &Caller, purpose: Purpose, frames: Vec<ReceivedFrame>) -> Result<(Vec<FrameOutcome>, Vec<Backwards>), ServiceError> {
+    async fn open_all(&self, caller: &Caller, purpose: Purpose, frames: Vec<ReceivedFrame>) -> Result<(Vec<FrameOutcome>, Vec<Alert>), ServiceError> {
         let principal = self.island.principal(caller).await?;
         let facts = facts(&principal);
         let mut titles: Vec<SystemTitle> = frames.iter().map(|frame| frame.meter).collect();
@@ -237,20 +239,22 @@ impl FrameService {
         let jobs: Vec<(FrameKeys, ProtectedFrame)> =
             opened.iter().filter_map(|received| received.as_ref().ok()).map(|received| (received.keys.clone(), received.frame.clone())).collect();
         let mut plain = self.island.hsm.unprotect_batch(jobs).instrument(tracing::debug_span!("hsm.unprotect")).await?.into_iter();
-        let mut backwards = Vec::new();
-        let outcomes = opened
+        let (mut alerts, mut doubtful) = (Vec::new(), Vec::new());
+        let mut outcomes: Vec<FrameOutcome> = opened
             .into_iter()
-            .map(|received| match received {
+            .enumerate()
+            .map(|(at, received)| match received {
                 Err(error) => FrameOutcome { octets: Err(error), counter: 0 },
                 Ok(received) => {
                     let octets = match plain.next() {
                         Some(Ok(_)) if received.is_challenge => {
-                            backwards.extend(received.backwards);
+                            alerts.extend(received.backwards);
                             Ok(Vec::new())
                         }
                         Some(Ok(octets)) => Ok(octets),
                         Some(Err(error @ HsmError::TagInvalid)) => {
                             metrics().hsm_error(&error);
+                            doubtful.extend(received.others.into_iter().map(|other| (at, other, received.frame.clone())));
                             Err(ServiceError::FailedPrecondition {
                                 reason: "the frame's authentication tag does not verify".to_owned(),
                                 next_step: "check that the frame is the meter's and unchanged; the meter may hold another key".to_owned(),
@@ -263,7 +267,30 @@ impl FrameService {
                 }
             })
             .collect();
-        Ok((outcomes, backwards))
+        for (at, other) in self.held_instead(doubtful).await? {
+            if let Some(outcome) = outcomes.get_mut(at) {
+                outcome.octets = Err(other.refusal());
+            }
+            alerts.extend(other.earlier);
+        }
+        Ok((outcomes, alerts))
+    }
+
+    /// Which pair of keys a meter's answer to a challenge is of, where it is not of the active one. Nothing else is made of it (I3): what the meter holds
+    /// is for a probe to show, whose challenge the HSM makes.
+    async fn held_instead(&self, doubtful: Vec<(usize, OtherPair, ProtectedFrame)>) -> Result<Vec<(usize, OtherPair)>, ServiceError> {
+        if doubtful.is_empty() {
+            return Ok(Vec::new());
+        }
+        let jobs = doubtful.iter().map(|(_, other, frame)| (other.keys.clone(), frame.clone())).collect();
+        let opened = self.island.hsm.unprotect_batch(jobs).instrument(tracing::debug_span!("hsm.unprotect")).await?;
+        let mut found: Vec<(usize, OtherPair)> = Vec::new();
+        for ((at, other, _), opened) in doubtful.into_iter().zip(opened) {
+            if opened.is_ok() && found.last().is_none_or(|(known, _)| *known != at) {
+                found.push((at, other));
+            }
+        }
+        Ok(found)
     }
 
     /// Whether a frame is one that quotas count, so that the row of its principal's use is read with the others.
@@ -304,7 +331,7 @@ impl FrameService {
                 }
                 let parameters = FrameParameters::new(ciphered.control.octet(), *Nonce::new(meter.title, ciphered.counter).octets())?;
                 let received = ProtectedFrame { parameters, text: ciphered.content.to_vec(), tag: ciphered.authentication_tag.0 };
-                Ok(Received { keys: keys.keys, frame: received, counter: ciphered.counter, is_challenge: false, backwards: None })
+                Ok(Received { keys: keys.keys, frame: received, counter: ciphered.counter, is_challenge: false, backwards: None, others: Vec::new() })
             }
             ReceivedContent::HlsResponse { response, challenge } => {
                 let gmac = HlsGmac::parse(&response).map_err(|error| ServiceError::invalid("frames.hls_response", error.to_string()))?;
@@ -316,13 +343,16 @@ impl FrameService {
                     .get(setup, KeyType::GUEK)
                     .and_then(|slot| slot.version(keys.encryption_version))
                     .map_or(0, |version| version.transport().meter_counter);
-                let found = Backwards { meter: meter.title, setup, version: keys.encryption_version, known, seen: gmac.counter };
+                let shown = Shown::Backwards { version: keys.encryption_version, known, seen: gmac.counter };
+                let found = Alert { meter: meter.title, setup, shown };
+                let others = OtherPair::of(meter, setup, &keys);
                 Ok(Received {
                     keys: keys.keys,
                     frame: received,
                     counter: gmac.counter,
                     is_challenge: true,
                     backwards: Some(found).filter(|_| gmac.counter < known),
+                    others,
                 })
             }
         }
@@ -335,22 +365,90 @@ struct Received {
     counter: u32,
     is_challenge: bool,
     /// What is to be said if the frame is genuine.
-    backwards: Option<Backwards>,
+    backwards: Option<Alert>,
+    /// What the meter may hold besides the active keys, the likeliest first. Only an answer to a challenge is tried with it: any other frame could have
+    /// been recorded when these keys were the active ones.
+    others: Vec<OtherPair>,
 }
 
-/// A meter's own counter that is below one that it used before under the same key.
+/// What officers have to see of a meter's answer to a challenge.
 #[derive(Clone, Copy)]
-struct Backwards {
+struct Alert {
     meter: SystemTitle,
     setup: SecuritySetupId,
-    version: KeyVersionNumber,
-    known: u32,
-    seen: u32,
+    shown: Shown,
 }
 
-impl Backwards {
-    const fn key(&self) -> (SystemTitle, SecuritySetupId, KeyVersionNumber) {
-        (self.meter, self.setup, self.version)
+#[derive(Clone, Copy)]
+enum Shown {
+    /// A counter of the meter's own below one that it used before under the same key.
+    Backwards { version: KeyVersionNumber, known: u32, seen: u32 },
+    /// A version that is not the active one any more.
+    EarlierKey { key_type: KeyType, version: KeyVersionNumber },
+}
+
+/// What is said once: of which meter, which event, of which key.
+type AlertKey = (SystemTitle, SecuritySetupId, &'static str, KeyType, KeyVersionNumber);
+
+impl Alert {
+    const fn kind(&self) -> &'static str {
+        match self.shown {
+            Shown::Backwards { .. } => "meter-counter-backwards",
+            Shown::EarlierKey { .. } => EARLIER_KEY_HELD,
+        }
+    }
+
+    fn detail(&self) -> String {
+        match self.shown {
+            Shown::Backwards { version, known, seen } => {
+                format!(
+                    "under GUEK version {version} the meter used counter {seen} after {known}, and its key was not changed in between: it may repeat nonces"
+                )
+            }
+            Shown::EarlierKey { key_type, version } => earlier_key_held(key_type, version),
+        }
+    }
+
+    const fn key(&self) -> AlertKey {
+        let (key_type, version) = match self.shown {
+            Shown::Backwards { version, .. } => (KeyType::GUEK, version),
+            Shown::EarlierKey { key_type, version } => (key_type, version),
+        };
+        (self.meter, self.setup, self.kind(), key_type, version)
+    }
+}
+
+/// A pair of keys that a meter may hold, and that is not the active one.
+struct OtherPair {
+    keys: FrameKeys,
+    /// Which of the two was active before. None: a transfer left it open whether the meter has a new one.
+    earlier: Vec<Alert>,
+}
+
+impl OtherPair {
+    fn of(meter: &Meter, setup: SecuritySetupId, active: &SetupKeys) -> Vec<Self> {
+        let pairs = meter.pairs(setup, None).into_iter();
+        let others = pairs.filter(|pair| (pair.encryption, pair.authentication) != (active.encryption_version, active.authentication_version));
+        let earlier = |key_type: KeyType, number: KeyVersionNumber| {
+            let version = meter.slots.get(setup, key_type)?.version(number)?;
+            let was_active = !matches!(version.state(), KeyState::Active | KeyState::PreActive);
+            was_active.then_some(Alert { meter: meter.title, setup, shown: Shown::EarlierKey { key_type, version: number } })
+        };
+        let others = others.filter_map(|pair| {
+            let earlier = [earlier(KeyType::GUEK, pair.encryption), earlier(KeyType::GAK, pair.authentication)].into_iter().flatten().collect();
+            Some(Self { keys: pair_keys(meter, setup, pair).ok()?, earlier })
+        });
+        others.take(MOST_OTHER_PAIRS).collect()
+    }
+
+    fn refusal(&self) -> ServiceError {
+        let held: Vec<String> = self.earlier.iter().map(Alert::detail).collect();
+        let reason = if held.is_empty() {
+            "the answer is not of the active keys: a transfer left it open which ones the meter holds".to_owned()
+        } else {
+            format!("the answer is not of the active keys: {}", held.join("; "))
+        };
+        ServiceError::FailedPrecondition { reason, next_step: "begin a probe: a transfer without a key type".to_owned() }
     }
 }
 
@@ -599,6 +697,7 @@ impl CipheredForm {
 struct SetupKeys {
     keys: FrameKeys,
     encryption_version: KeyVersionNumber,
+    authentication_version: KeyVersionNumber,
 }
 
 fn frame_keys(meter: &Meter, setup: SecuritySetupId) -> Result<SetupKeys, ServiceError> {
@@ -614,7 +713,7 @@ fn frame_keys(meter: &Meter, setup: SecuritySetupId) -> Result<SetupKeys, Servic
     let (slot, encryption) = active(KeyType::GUEK).ok_or_else(|| missing(KeyType::GUEK))?;
     let (gak_slot, authentication) = active(KeyType::GAK).ok_or_else(|| missing(KeyType::GAK))?;
     let keys = FrameKeys { encryption: source(meter.owner(), slot, encryption)?, authentication: source(meter.owner(), gak_slot, authentication)? };
-    Ok(SetupKeys { keys, encryption_version: encryption.number() })
+    Ok(SetupKeys { keys, encryption_version: encryption.number(), authentication_version: authentication.number() })
 }
 
 fn setup_of(meter: &Meter, setup: Option<SecuritySetupId>) -> Result<SecuritySetupId, ServiceError> {
@@ -690,6 +789,8 @@ fn denied(action: &str, meter: SystemTitle) -> ServiceError {
 const REPLAY_MS: i64 = 15 * 60 * 1_000;
 /// Keys that are remembered as told of.
 const MOST_ALERTED: usize = 10_000;
+/// Pairs of keys that an answer to a challenge is tried with, besides the active one.
+const MOST_OTHER_PAIRS: usize = 4;
 
 #[cfg(test)]
 mod tests;

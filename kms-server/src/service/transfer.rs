@@ -23,6 +23,7 @@ use kms_domain::{
 use kms_proto::v1::{HeldVersion, SecurityEvent, TransferAdvance, TransfersAdvanced, audit_record::Event};
 use kms_store::{Reads, RequestKey, RequestRow};
 
+pub(in crate::service) use self::emit::pair_keys;
 use super::{
     campaign::{begin_task, check_task, end_task, holds_task, task_reads},
     grant::{counter_key, on_new_key, setup_record},
@@ -651,6 +652,14 @@ fn expose_delivered(view: &mut View<'_, '_>, meter: &Meter) -> Result<(), Servic
     if first { view.put_group((*group).clone()) } else { Ok(()) }
 }
 
+/// What the record says of a meter that went back to an earlier key.
+pub(in crate::service) fn earlier_key_held(key_type: KeyType, version: KeyVersionNumber) -> String {
+    format!("the meter holds {key_type} version {version}, which is not the active one: it needs a new key")
+}
+
+/// The event of a meter that went back to an earlier key.
+pub(in crate::service) const EARLIER_KEY_HELD: &str = "earlier-key-held";
+
 /// What officers have to see.
 fn alert(view: &mut View<'_, '_>, meter: &Meter, findings: &[Finding]) {
     for finding in findings {
@@ -661,9 +670,7 @@ fn alert(view: &mut View<'_, '_>, meter: &Meter, findings: &[Finding]) {
                     "under GUEK version {version} the meter used counter {seen} after {known}, and its key was not changed in between: it may repeat nonces"
                 ),
             ),
-            Finding::Held { key_type, version, confirmation: Confirmation::NotActive, .. } => {
-                ("earlier-key-held", format!("the meter holds {key_type} version {version}, which is not the active one: it needs a new key"))
-            }
+            Finding::Held { key_type, version, confirmation: Confirmation::NotActive, .. } => (EARLIER_KEY_HELD, earlier_key_held(*key_type, *version)),
             _ => continue,
         };
         view.append(Event::SecurityEvent(SecurityEvent { kind: kind.to_owned(), detail, meter: meter.title.octets().to_vec().into() }));

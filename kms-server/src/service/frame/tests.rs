@@ -1,10 +1,12 @@
 use std::num::NonZeroU32;
 
-use kms_domain::{CounterKey, KeyType, KeyVersionNumber, Lease, RequestId, SecuritySetupId, UnixMillis};
+use kms_domain::{CounterKey, KeyPair, KeyType, KeyVersionNumber, Lease, Outcome, RequestId, SecuritySetupId, UnixMillis};
 use kms_proto::v1::{self, audit_record::Event};
 use kms_store::Reads;
+use meter_sim::behaviour::{Fault, ScriptedFault, Trigger};
 
 use super::*;
+use crate::service::transfer::tests::Field;
 use crate::testing::{TestIsland, client_title, island_tests, meter, sample};
 
 /// GET of a register.
@@ -29,6 +31,17 @@ async fn get(server: &Arc<Island>, caller: &Caller, supersede: bool) -> Result<u
     let (mut outcomes, _) = FrameService::new(server.clone()).protect(caller, request(), [1; 32], Purpose::Read, vec![plain(1, GET)], supersede).await.unwrap();
     let outcome = outcomes.remove(0);
     outcome.octets.map(|_| outcome.counter)
+}
+
+/// A meter's answer to the challenge of 16 octets 07, made with a pair of its candidates.
+async fn answer(field: &Field, pair: (u32, u32), counter: u32) -> ReceivedFrame {
+    let row = field.row(0).await;
+    let number = |number| KeyVersionNumber::new(number).unwrap();
+    let keys = pair_keys(&row, SecuritySetupId::DEFAULT, KeyPair { encryption: number(pair.0), authentication: number(pair.1) }).unwrap();
+    let parameters = FrameParameters::new(HlsGmac::control(row.suite).octet(), *Nonce::new(row.title, counter).octets()).unwrap();
+    let made = field.island.island.hsm.protect_batch(vec![(keys, FrameInput { parameters, plaintext: vec![7; 16] })]).await.unwrap().remove(0).unwrap();
+    let response = HlsGmac { suite: row.suite, counter, tag: AuthenticationTag(made.tag) }.octets().to_vec();
+    ReceivedFrame { meter: row.title, setup: None, content: ReceivedContent::HlsResponse { response, challenge: vec![7; 16] } }
 }
 
 /// Lends counters as a session does.
@@ -264,6 +277,40 @@ island_tests! {
         };
         assert_eq!(last().await, Ok(u32::MAX));
         assert!(refused(last().await).contains("used up"));
+    }
+
+    async fn an_answer_under_an_earlier_key_is_refused_and_told(island) {
+        let field = Field::of(island, &sample("generic-suite0", 1)).await;
+        assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
+        let service = FrameService::new(field.island.island.clone());
+        let refusal = async |frame| match service.unprotect(&field.island.head_end, Purpose::Read, vec![frame]).await.unwrap().remove(0).octets {
+            Err(ServiceError::FailedPrecondition { reason, next_step }) => (reason, next_step),
+            other => panic!("{other:?}"),
+        };
+        for _ in 0..2 {
+            let (reason, next_step) = refusal(answer(&field, (1, 1), 900).await).await;
+            assert!(reason.contains("the meter holds GUEK version 1") && next_step.contains("probe"), "{reason}; {next_step}");
+        }
+        assert_eq!(field.security_events().await, [EARLIER_KEY_HELD], "said once");
+        // I3: nothing has become of it.
+        let row = field.row(0).await;
+        let slot = row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap();
+        assert_eq!((slot.active().unwrap().number().number(), slot.in_doubt()), (2, false));
+        // One that no candidate made tells nothing.
+        let mut foreign = answer(&field, (1, 1), 901).await;
+        if let ReceivedContent::HlsResponse { challenge, .. } = &mut foreign.content {
+            challenge[0] = 8;
+        }
+        assert!(refusal(foreign).await.0.contains("does not verify"));
+        // A new key that was never active is in doubt, which is no event: a probe decides.
+        for association in 4..=16 {
+            field.meters[0].add_fault(ScriptedFault { at: Trigger::AssociationRequest(association), fault: Fault::LoseRequest });
+        }
+        assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::InDoubt);
+        let (reason, next_step) = refusal(answer(&field, (3, 1), 902).await).await;
+        assert!(reason.contains("left it open") && next_step.contains("probe"), "{reason}; {next_step}");
+        assert_eq!(field.security_events().await.len(), 1);
+        assert_eq!(field.row(0).await.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().active().unwrap().number().number(), 2);
     }
 
     async fn a_lease_is_known_after_a_restart(island) {

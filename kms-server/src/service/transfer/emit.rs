@@ -245,7 +245,7 @@ pub(super) fn key_id(island: &Island, meter: &Meter, setup: SecuritySetupId, key
 }
 
 /// The keys of an exchange. Any candidate: what the HSM makes under a version is granted to nobody.
-pub(super) fn pair_keys(meter: &Meter, setup: SecuritySetupId, pair: KeyPair) -> Result<FrameKeys, ServiceError> {
+pub(in crate::service) fn pair_keys(meter: &Meter, setup: SecuritySetupId, pair: KeyPair) -> Result<FrameKeys, ServiceError> {
     Ok(FrameKeys {
         encryption: version_source(meter.owner(), &meter.slots, setup, KeyType::GUEK, pair.encryption)?,
         authentication: version_source(meter.owner(), &meter.slots, setup, KeyType::GAK, pair.authentication)?,
