@@ -79,12 +79,14 @@ impl Remedy {
 }
 
 impl Meter {
-    /// How each key of the meter stands, in order of security setup and key type; keys that the meter never had are left out.
-    pub fn acceptance(&self, setup: Option<SecuritySetupId>) -> Vec<KeyAcceptance> {
-        self.slots.iter().filter(|slot| setup.is_none_or(|setup| slot.setup() == setup) && slot.held().is_some()).map(|slot| self.accept(slot)).collect()
+    /// How each key of the meter stands, in order of security setup and key type; keys that the meter never had are left out. `taken_over_the_air`
+    /// tells whether the meter takes a key by `key_transfer`, which its device profile says.
+    pub fn acceptance(&self, setup: Option<SecuritySetupId>, taken_over_the_air: impl Fn(SecuritySetupId, KeyType) -> bool) -> Vec<KeyAcceptance> {
+        let slots = self.slots.iter().filter(|slot| setup.is_none_or(|setup| slot.setup() == setup) && slot.held().is_some());
+        slots.map(|slot| self.accept(slot, taken_over_the_air(slot.setup(), slot.key_type()))).collect()
     }
 
-    fn accept(&self, slot: &Slot) -> KeyAcceptance {
+    fn accept(&self, slot: &Slot, taken_over_the_air: bool) -> KeyAcceptance {
         let key_type = slot.key_type();
         let held = slot.held();
         let mut known_to: Vec<Party> = Vec::new();
@@ -109,12 +111,11 @@ impl Meter {
             (false, true) if !active || !known_to.is_empty() => Verdict::NotHealed,
             (false, true) => Verdict::Healed,
         };
-        let over_the_air = matches!(key_type, KeyType::KEK | KeyType::GUEK | KeyType::GAK | KeyType::GBEK);
         let remedy = match verdict {
             Verdict::Healed => None,
             // An exchange shows a GUEK and a GAK; what it cannot show is decided by another version.
             Verdict::InDoubt => Some(if self.is_decided_by_probe(slot) { Remedy::Probe } else { Remedy::Rotation }),
-            Verdict::NotReplaced if !over_the_air => Some(Remedy::LocalVisit),
+            Verdict::NotReplaced if !taken_over_the_air => Some(Remedy::LocalVisit),
             Verdict::NotReplaced => Some(Remedy::Rotation),
             // As soon as the KEK is nobody else's, a rotation heals what travels under it.
             Verdict::NotHealed if key_type != KeyType::KEK && self.has_secret_kek(slot.setup()) => Some(Remedy::Rotation),

@@ -173,7 +173,8 @@ fn a_kek_whose_guek_was_lost_is_found_by_the_next_transfer() {
         assert_eq!(story.exchange((1, 1)), Next::Done(Outcome::NotApplied));
         assert_eq!(story.active(KeyType::KEK), Some(1));
         assert!(story.slot(KeyType::KEK).in_doubt());
-        let accepted = story.meter.acceptance(None).into_iter().find(|key| key.key_type == KeyType::KEK).unwrap();
+        let accepted =
+            story.meter.acceptance(None, |_, key_type| key_type.standard_key_id().is_some()).into_iter().find(|key| key.key_type == KeyType::KEK).unwrap();
         assert_eq!((accepted.verdict, accepted.remedy), (Verdict::InDoubt, Some(Remedy::Rotation)));
         // Each KEK gets its turn.
         let held = if kek_applied { 2 } else { 1 };

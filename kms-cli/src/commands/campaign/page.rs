@@ -248,7 +248,8 @@ const SERIES: [(&str, &str); 5] = [("succeeded", "#1b6e3c"), ("failed", "#b3261e
 const VERDICTS: [(&str, &str); 4] = [("healed", "#1b6e3c"), ("not healed", "#e0a100"), ("not replaced", "#b3261e"), ("in doubt", "#8a8a8a")];
 const EXPLANATION: &str = "A key is healed when nobody outside the HSM could know it but those it was granted to. A new key that travelled wrapped under a \
 master key which its vendor knows is not healed against recorded traffic: the vendor could read it, if it recorded what was sent. The vendor's old keys are \
-out of use all the same. Key agreement (security suites 1 and 2) or a visit to the meter heals that; then the other keys are rotated once more.";
+out of use all the same. A visit to the meter heals that, and so would key agreement (security suites 1 and 2), which this system does not offer yet; then the \
+other keys are rotated once more.";
 const WIDTH: usize = 860;
 const LEFT: usize = 190;
 const ROW: usize = 24;

@@ -1,12 +1,13 @@
 //! The acceptance report of a campaign: for each meter of the plan, which keys are the utility's alone, and what heals the others.
 
-use kms_domain::{CampaignId, KeyAcceptance, Meter, Party, PlanChain, Remedy, SystemTitle};
+use kms_domain::{CampaignId, KeyAcceptance, Meter, Party, PlanChain, Remedy, SecuritySetupId, SystemTitle};
 use kms_proto::v1;
 
-use super::{CampaignService, drive::titles_of};
+use super::{CampaignService, drive::titles_of, plan::takes_over_the_air};
 use crate::{
     authz::{Action, Caller},
     error::ServiceError,
+    island::Island,
 };
 
 /// A place in a plan: where a page of the report begins.
@@ -65,7 +66,7 @@ impl CampaignService {
             found.insert(row.title, meter);
         }
         let message = |title: SystemTitle| match found.get(&title) {
-            Some(Some(meter)) => message(meter, campaign.content.setup),
+            Some(Some(meter)) => message(&self.island, meter, campaign.content.setup),
             Some(None) => problem(title, "its sealed row is refused (I5): run `kms audit scrub`"),
             None => problem(title, "it is unknown"),
         };
@@ -73,13 +74,14 @@ impl CampaignService {
     }
 }
 
-fn message(meter: &Meter, setup: Option<kms_domain::SecuritySetupId>) -> v1::MeterAcceptance {
+fn message(island: &Island, meter: &Meter, setup: Option<SecuritySetupId>) -> v1::MeterAcceptance {
+    let keys = meter.acceptance(setup, |setup, key_type| takes_over_the_air(island, meter, setup, key_type));
     v1::MeterAcceptance {
         meter: meter.title.octets().to_vec().into(),
         manufacturer: meter.class.vendor.to_string(),
         batch: meter.batch.clone(),
         security_suite: meter.suite.number().into(),
-        keys: meter.acceptance(setup).iter().map(key_message).collect(),
+        keys: keys.iter().map(key_message).collect(),
         problem: String::new(),
     }
 }

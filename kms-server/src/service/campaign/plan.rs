@@ -7,7 +7,7 @@ use std::{
 };
 
 use kms_domain::{
-    Campaign, CampaignAction, CampaignContent, CampaignId, CampaignName, CampaignSelection, CampaignTerms, CounterDomainId, Meter, Plan, PlanChain,
+    Campaign, CampaignAction, CampaignContent, CampaignId, CampaignName, CampaignSelection, CampaignTerms, CounterDomainId, KeyType, Meter, Plan, PlanChain,
     SecuritySetupId, SystemTitle, TaskStep, TaskWork, UnixMillis, WavePlanner,
 };
 use kms_proto::v1::{self, CampaignCreated, audit_record::Event};
@@ -327,10 +327,14 @@ fn look(island: &Island, new: &NewCampaign, domains: &HashMap<CounterDomainId, u
         .collect()
 }
 
-/// Whether the meter takes the key by `key_transfer`, as its device profile says.
 fn is_taken(island: &Island, meter: &Meter, step: TaskStep) -> bool {
     let TaskWork::Rotate(key_type) = step.work else { return true };
-    let of_profile = || island.profiles.get(&meter.class.profile)?.key(step.setup, key_type)?.key_id;
+    takes_over_the_air(island, meter, step.setup, key_type)
+}
+
+/// Whether the meter takes the key by `key_transfer`, as its device profile says.
+pub(super) fn takes_over_the_air(island: &Island, meter: &Meter, setup: SecuritySetupId, key_type: KeyType) -> bool {
+    let of_profile = || island.profiles.get(&meter.class.profile)?.key(setup, key_type)?.key_id;
     key_type.standard_key_id().or_else(of_profile).is_some()
 }
 
