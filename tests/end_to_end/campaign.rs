@@ -14,12 +14,12 @@ use std::{
 use kms_client::{
     Connection, KeyType, MeterLine, MeterNetwork, MeterRequest, Relay, RelayEnd, RelaySettings, RetryPolicy, Session, SystemTitle, new_request_id,
     proto::{
-        BeginTransfersRequest, Campaign, ReportAcceptanceRequest, ReportCampaignRequest, ShowCampaignRequest, Task, TransferForm, TransferOrder, WhoAmIRequest,
-        transfer_step::Next,
+        BeginTransfersRequest, Campaign, MeterAcceptance, ReportAcceptanceRequest, ReportCampaignRequest, SessionTerms, ShowCampaignRequest, Task,
+        TransferForm, TransferOrder, WhoAmIRequest, transfer_step::Next,
     },
 };
 use kms_store::DatabaseLocation;
-use kms_tests::{CLIENT_TITLE, DevServer, SecondServer, TestModule, meter_configs, put_on_line, read_energy, terms, uuid};
+use kms_tests::{CLIENT_TITLE, DevServer, SecondServer, TestModule, meter_configs, policies_with, put_on_line, read_energy, terms, uuid};
 use meter_sim::{
     Connection as MeterConnection, KeyId, Meter, MeterConfig, Obis,
     axdr::Data,
@@ -89,6 +89,7 @@ async fn campaigns_over_a_bad_network_and_killed_servers_lose_no_meter() {
     drop(stop);
     working.await.unwrap();
     island.compare().await;
+    island.compare_gbeks().await;
     island.compare_keks().await;
     assert!(island.kills() >= scale.kills, "{} kills", island.kills());
     let meters: Vec<Meter> = island.fleet.meters.values().cloned().collect();
@@ -117,8 +118,10 @@ impl Island {
         server.kill();
         let names: &[&str] = if matches!(server.database(), DatabaseLocation::Sqlite(_)) { &["north"] } else { &["north", "south"] };
         let mut servers = Vec::new();
+        // As shipped, nobody is lent a GBEK (I8).
+        let policies = policies_with(server.state(), PERMIT_GBEK);
         for name in names {
-            servers.push(server.second(name, |text| text).await);
+            servers.push(server.second(name, |text| format!("{text}\n[policies]\ndirectory = \"{policies}\"\n")).await);
         }
         let shipment = server.state().join("equal.jsonl").display().to_string();
         let vendor_key = server.state().join("vendor/signing.key").display().to_string();
@@ -264,15 +267,20 @@ impl Island {
         path.display().to_string()
     }
 
-    /// Adds the meters of the first campaign of which a KEK, GUEK or GAK is in doubt or not replaced, as its acceptance report has it.
-    async fn not_accepted(&self, behind: &mut BTreeMap<String, BTreeSet<SystemTitle>>) {
+    /// How the keys of the first campaign's meters stand: its acceptance report.
+    async fn acceptance(&self) -> Vec<MeterAcceptance> {
         self.answering().await;
         let campaign = hex::decode(&self.led.lock().unwrap()[0]).unwrap();
         let request = ReportAcceptanceRequest { campaign_id: campaign.into(), page_size: 1_000, ..ReportAcceptanceRequest::default() };
         let meters = self.officer[0].campaigns().report_acceptance(request).await.unwrap().into_inner().meters;
         assert_eq!(meters.len(), self.fleet.meters.len());
-        for meter in meters {
-            assert_eq!(meter.problem, "");
+        assert!(meters.iter().all(|meter| meter.problem.is_empty()), "{meters:?}");
+        meters
+    }
+
+    /// Adds the meters of the first campaign of which a KEK, GUEK or GAK is in doubt or not replaced, as its acceptance report has it.
+    async fn not_accepted(&self, behind: &mut BTreeMap<String, BTreeSet<SystemTitle>>) {
+        for meter in self.acceptance().await {
             for key in meter.keys.iter().filter(|key| ["KEK", "GUEK", "GAK"].contains(&key.key_type.as_str())) {
                 match (key.verdict.as_str(), key.remedy.as_str()) {
                     // It came under the vendor's KEK, and in suite 0 only somebody at the meter can heal that.
@@ -304,6 +312,38 @@ impl Island {
             let memory = self.fleet.meters[title].keys_for_inspection(Obis::SECURITY_SETUP).unwrap();
             unwrap_key(&memory.kek, &send.wrapped_key).unwrap_or_else(|error| panic!("KEK of {title}: {error}"));
         }
+    }
+
+    /// Where the record says that a meter has accepted its GBEK, the one that the server grants is that in the meter's memory, octet by octet. No exchange
+    /// shows a GBEK, so a meter that says that it took one, and did not, is left out.
+    async fn compare_gbeks(&self) {
+        let mut accepted = BTreeMap::new();
+        for meter in self.acceptance().await {
+            let title = SystemTitle::from_octets(&meter.meter).unwrap();
+            let gbek = meter.keys.iter().find(|key| key.key_type == "GBEK").unwrap();
+            let is_accepted = gbek.verdict != "in-doubt" && matches!(gbek.evidence.as_str(), "acknowledged" | "proven");
+            if is_accepted && !self.fleet.liars.contains(&title) {
+                accepted.insert(title, gbek.version);
+            }
+        }
+        assert!(accepted.len() > self.fleet.meters.len() / 2, "only {} meters have accepted their GBEK", accepted.len());
+        let (profile, options) = (self.server.profile("head-end"), TestModule::of_environment().open_options());
+        let (key, titles) = (profile.transport_key().unwrap(), accepted.keys().copied().collect::<Vec<_>>());
+        // Without counters: nothing is sent under it.
+        let terms = SessionTerms { key_types: vec!["GBEK".to_owned()], client_title: Default::default(), ..terms(0) };
+        let mut batch = self.head_end[0].open_sessions(&key, new_request_id(), &titles, terms, &options);
+        let mut compared = 0;
+        while let Some(chunk) = batch.next().await.unwrap() {
+            assert!(chunk.refusals.is_empty(), "{:?}", chunk.refusals);
+            for granted in &chunk.sessions.unwrap().meters {
+                let memory = self.fleet.meters[&granted.meter].keys_for_inspection(Obis::SECURITY_SETUP).unwrap();
+                let gbek = granted.key(KeyType::GBEK).unwrap();
+                assert_eq!(gbek.version.map(|version| version.number()), Some(accepted[&granted.meter]), "GBEK of {}", granted.meter);
+                assert!(!gbek.in_doubt && memory.gbek.is_some_and(|held| held.expose() == gbek.key.expose()), "GBEK of {}", granted.meter);
+                compared += 1;
+            }
+        }
+        assert_eq!(compared, titles.len());
     }
 
     /// The keys that the server grants are those in the meters' memories, octet by octet, and the meters answer to them.
@@ -368,21 +408,26 @@ struct Fleet {
     meters: BTreeMap<SystemTitle, Meter>,
     /// Not reached at the first attempt.
     absent: Mutex<HashSet<SystemTitle>>,
+    /// Say at one delivery that they took the key, and did not.
+    liars: HashSet<SystemTitle>,
     exchanges: watch::Sender<u64>,
 }
 
 impl Fleet {
     fn new(configs: impl Iterator<Item = MeterConfig>, random: &mut Random) -> Self {
-        let (mut meters, mut absent) = (BTreeMap::new(), HashSet::new());
+        let (mut meters, mut absent, mut liars) = (BTreeMap::new(), HashSet::new(), HashSet::new());
         for (number, mut config) in (0..).zip(configs) {
             let title = SystemTitle::from_octets(config.system_title.as_bytes()).unwrap();
             vary(&mut config, number, random);
             if random.below(20) == 0 {
                 absent.insert(title);
             }
+            if config.faults.iter().any(|scripted| scripted.fault == Fault::SuccessWithoutApplying) {
+                liars.insert(title);
+            }
             meters.insert(title, Meter::new(config).unwrap());
         }
-        Self { meters, absent: Mutex::new(absent), exchanges: watch::Sender::new(0) }
+        Self { meters, absent: Mutex::new(absent), liars, exchanges: watch::Sender::new(0) }
     }
 }
 
@@ -528,6 +573,10 @@ impl Scale {
     }
 }
 
+/// Lets the head-end see the GBEKs of its meters, to compare them.
+const PERMIT_GBEK: &str = "permit (principal is HeadEnd, action == Action::\"openSession\", resource) \
+                           when { resource has head_end && resource.head_end == principal && \
+                           context.key_type == \"GBEK\" && context.lifetime_seconds <= 3600 };\n";
 /// After how many exchanges with meters a server is killed, at most: about 25 are needed for each meter.
 const KILL_EVERY: u64 = 125;
 /// How long the head-end waits for a meter.

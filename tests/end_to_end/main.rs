@@ -8,6 +8,7 @@ mod group;
 mod owners;
 mod rotation;
 mod sessions;
+mod tasks;
 mod telemetry;
 
 use kms_store::testing::TestDatabase;

@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use kms_client::proto::{AuditRecord, ListAuditRecordsRequest, audit_record::Event};
+use kms_client::proto::{AuditRecord, BeginTransfersRequest, ListAuditRecordsRequest, TransferForm, TransferOrder, audit_record::Event, transfer_step::Next};
 use kms_store::{StoreConfig, testing::Obstruction};
-use kms_tests::{DevServer, open, title};
+use kms_tests::{CLIENT_TITLE, DevServer, open, title};
+use meter_sim::{Obis, security::unwrap_key};
 use prost::Message as _;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -66,6 +67,49 @@ async fn a_stuck_log_answers_an_error_and_lets_no_key_out() {
     }
     let answered = answer.unwrap().into_inner().audit_leaf.to_vec();
     assert!(all_records(&server).await.iter().any(|record| leaf(&record.encode_to_vec()) == answered));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stuck_log_lets_no_wrapped_key_out() {
+    let server = DevServer::start();
+    let mut transfers = server.connect("head-end").await.transfers();
+    let request = |number| BeginTransfersRequest {
+        request_id: kms_client::new_request_id().octets().to_vec().into(),
+        orders: vec![TransferOrder {
+            meter: title(number).octets().to_vec().into(),
+            key_type: "GUEK".to_owned(),
+            client_title: hex::decode(CLIENT_TITLE).unwrap().into(),
+            form: TransferForm::WrappedKey.into(),
+            ..TransferOrder::default()
+        }],
+    };
+    let before = transfers.begin_transfers(request(0)).await.unwrap().into_inner();
+    assert!(matches!(&before.steps[0].next, Some(Next::Send(send)) if !send.wrapped_key.is_empty()), "{before:?}");
+
+    let obstruction = Obstruction::begin(&StoreConfig::new(server.database())).await.unwrap();
+    let began = Instant::now();
+    let request = request(1);
+    let status = transfers.begin_transfers(request.clone()).await.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::Unavailable, "{status}");
+    assert!(began.elapsed() < Duration::from_secs(30), "the caller was kept for {:?}", began.elapsed());
+    obstruction.end().await.unwrap();
+
+    // The same request is answered as soon as the log can be written. The key opens under the meter's KEK, and its leaving is on the record, once.
+    let mut answer = transfers.begin_transfers(request.clone()).await;
+    while let Err(status) = answer {
+        assert!(began.elapsed() < Duration::from_secs(90), "{status}");
+        answer = transfers.begin_transfers(request.clone()).await;
+    }
+    let step = answer.unwrap().into_inner().steps.remove(0);
+    let Some(Next::Send(send)) = step.next else { panic!("{:?}", step.next) };
+    unwrap_key(&server.meter(1).keys_for_inspection(Obis::SECURITY_SETUP).unwrap().kek, &send.wrapped_key).unwrap();
+    let leavings = all_records(&server).await.into_iter().filter_map(|record| match record.event {
+        Some(Event::TransfersAdvanced(event)) => Some(event.advances),
+        _ => None,
+    });
+    let leavings: Vec<_> = leavings.flatten().filter(|advance| advance.transfer_id == step.transfer_id && advance.key_version > 0).collect();
+    assert_eq!(leavings.len(), 1, "{leavings:?}");
+    assert_eq!((leavings[0].key_type.as_str(), leavings[0].key_version), ("GUEK", send.key_version));
 }
 
 async fn all_records(server: &DevServer) -> Vec<AuditRecord> {

@@ -106,7 +106,7 @@ fn a_campaign_is_watched_and_reported() {
     let server = Server::start();
     let id = "01939e7e-7c1b-7000-8000-000000000001";
     let watched = text(&server.kms(&["campaign", "watch", id]).stdout);
-    for words in ["running: 0 of 20", "finished: 2 of 20", "4 a minute", "no answer: 1", "under way"] {
+    for words in ["running: 0 of 20", "finished: 2 of 20", "4 a minute", "2 minutes left", "no answer: 1", "under way"] {
         assert!(watched.contains(words), "{words}: {watched}");
     }
     let once = text(&server.kms(&["campaign", "watch", id, "--once"]).stdout);

@@ -153,12 +153,11 @@ impl CampaignService {
         let now = Island::now();
         let per_minute = if campaign.state == CampaignState::Running { rate.of(now, succeeded, campaign.started) } else { 0.0 };
         let left = campaign.content.plan.meters.saturating_sub(done);
-        let eta_seconds = if per_minute > 0.0 && left > 0 { (left as f64 / per_minute * 60.0).ceil() as u64 } else { 0 };
         Ok(v1::CampaignProgress {
             campaign: Some(self.message(campaign).await?),
             waves,
             per_minute,
-            eta_seconds,
+            eta_seconds: eta_seconds(left, per_minute),
             reasons: reasons(&campaign.results, &tallies),
         })
     }
@@ -315,6 +314,11 @@ impl Rate {
     }
 }
 
+/// How long so many meters take at this rate; 0 where nothing can be said.
+fn eta_seconds(left: u64, per_minute: f64) -> u64 {
+    if per_minute > 0.0 && left > 0 { (left as f64 / per_minute * 60.0).ceil() as u64 } else { 0 }
+}
+
 fn is_over(state: &str) -> bool {
     [CampaignState::Aborted, CampaignState::Finished].iter().any(|over| over.name() == state)
 }
@@ -364,3 +368,43 @@ fn reasons(results: &[WaveResult], tallies: &[TaskTally]) -> Vec<v1::NamedCount>
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 const DAY_MS: i64 = 24 * 3_600 * 1_000;
 const MOST_REASONS: usize = 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const START: i64 = 1_800_000_000_000;
+
+    /// What one watcher is told who looks so many milliseconds after the start, when so many have succeeded.
+    fn rates(looks: &[(i64, u64)]) -> Vec<f64> {
+        let mut rate = Rate::default();
+        looks.iter().map(|(after, succeeded)| rate.of(UnixMillis(START + after), *succeeded, Some(UnixMillis(START)))).collect()
+    }
+
+    // The times are such that no division leaves a remainder in binary.
+    #[test]
+    fn the_rate_is_that_of_the_last_minute_watched_and_before_that_since_the_start() {
+        // The first look, and one that comes too soon after it to say more.
+        assert_eq!(rates(&[(30_000, 20), (37_500, 30)]), [40.0, 48.0]);
+        // Fifteen since the first look; then thirty in a minute, whatever was before it.
+        assert_eq!(rates(&[(30_000, 20), (45_000, 35), (105_000, 65)]), [40.0, 60.0, 30.0]);
+    }
+
+    #[test]
+    fn nothing_done_is_no_rate_and_no_time_of_arrival() {
+        assert_eq!(rates(&[(0, 0), (30_000, 0), (45_000, 0)]), [0.0; 3]);
+        // It went well once, and nothing has succeeded for a minute.
+        assert_eq!(rates(&[(30_000, 20), (90_000, 20)]), [40.0, 0.0]);
+        // It has not started.
+        assert_eq!(Rate::default().of(UnixMillis(START), 0, None), 0.0);
+        assert_eq!(eta_seconds(80, 0.0), 0);
+    }
+
+    #[test]
+    fn the_time_of_arrival_is_what_is_left_at_the_rate() {
+        assert_eq!(eta_seconds(80, 40.0), 120);
+        assert_eq!(eta_seconds(1, 40.0), 2, "a second and a half, rounded up");
+        assert_eq!(eta_seconds(1_000_000, 500.0), 120_000);
+        assert_eq!(eta_seconds(0, 40.0), 0);
+    }
+}

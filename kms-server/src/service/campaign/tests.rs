@@ -255,6 +255,17 @@ island_tests! {
 
     async fn waves_follow_each_other_to_the_end(island) {
         let (service, campaign) = running(&island, terms()).await;
+        // Tasks exist for the wave under way only: as many as it has meters, and none of a later wave. Those of earlier ones have succeeded and are forgotten.
+        let wave_under_way = async || {
+            let shown = service.show(&island.officer, campaign).await.unwrap();
+            let tasks = island.island.store.task_page(campaign, TaskFilter::All, None, 100).await.unwrap();
+            let planned = shown.waves[usize::try_from(shown.wave).unwrap() - 1];
+            assert!(shown.state == "finished" || tasks.iter().all(|task| task.wave == shown.wave), "{shown:?}: {tasks:?}");
+            assert!(shown.state == "finished" || tasks.len() as u64 == planned, "{planned} meters in {shown:?}: {tasks:?}");
+            shown
+        };
+        let mut waves = vec![wave_under_way().await.wave];
+        assert_eq!(waves, [1]);
         let mut watch = service.watch(&island.auditor, campaign).await.unwrap();
         assert_eq!(watch.next().await.unwrap().unwrap().campaign.unwrap().state, "running");
         let mut done = 0;
@@ -266,14 +277,18 @@ island_tests! {
                 done += 1;
             }
             service.lead(campaign).await.unwrap();
-            if service.show(&island.officer, campaign).await.unwrap().state == "finished" {
+            let shown = wave_under_way().await;
+            if shown.state == "finished" {
                 break;
             }
+            waves.push(shown.wave);
         }
         assert_eq!(done, 20);
+        waves.dedup();
         let report = service.report(&island.auditor, campaign, ReportQuery { filter: TaskFilter::All, after: None, page: 100 }).await.unwrap();
         let progress = report.progress.unwrap();
         assert!(progress.waves.len() >= 3 && progress.waves.iter().all(|wave| wave.succeeded == wave.planned && wave.ended_ms > 0), "{progress:?}");
+        assert!(waves.iter().eq(progress.waves.iter().map(|wave| &wave.wave)), "not every wave was looked at: {waves:?}");
         assert_eq!(report.outcomes.iter().map(|outcome| outcome.count).sum::<u64>(), 20);
         assert_eq!(report.timeline.last().unwrap().succeeded, 20);
         let last = tokio::time::timeout(Duration::from_secs(20), async {

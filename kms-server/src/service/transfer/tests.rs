@@ -1,12 +1,16 @@
 //! Transfers to simulated meters, through the HSM: what the server says that a meter holds is compared with the meter's memory.
 
 use kms_client::sample::SampleShipment;
-use kms_domain::{KeyState, KeyType, KeyVersionNumber, Outcome, RequestId, SecuritySetupId, SystemTitle, TransferForm, TransferId};
+use kms_domain::{
+    Answer, DeviceProfile, KeyState, KeyType, KeyVersion, KeyVersionNumber, Outcome, OwnerKind, RequestId, SecuritySetupId, SecuritySuite, SystemTitle,
+    TransferForm, TransferId,
+};
 use kms_hsm::TransferJob;
 use kms_proto::v1::{AuditRecord, audit_record::Event};
 use kms_store::AuditFilter;
 use meter_sim::{
     Connection, KeyId, Meter, MeterConfig, Obis, SymmetricKey,
+    acse::AssociationResponse,
     behaviour::{Behaviour, CounterOnNewKey, Fault, HexBytes, ScriptedFault, Trigger},
     config::SecuritySetupConfig,
     inspect::RepeatedNonce,
@@ -146,6 +150,15 @@ impl Field {
         }
     }
 
+    /// The same of a GBEK of the meter's own, which no exchange shows.
+    async fn compare_broadcast_key(&self, number: usize) {
+        let row = self.row(number).await;
+        let memory = self.meters[number].keys_for_inspection(Obis::SECURITY_SETUP).unwrap();
+        let held = |key_type| row.slots.get(SecuritySetupId::DEFAULT, key_type).unwrap().held().unwrap().number();
+        let key = self.wrapped(&row, held(KeyType::KEK), KeyType::GBEK, held(KeyType::GBEK), &memory.kek).await;
+        assert!(memory.gbek.is_some_and(|gbek| gbek == key), "GBEK of meter {number}");
+    }
+
     /// I3: whatever happened, what the meter holds is among the candidates.
     pub(super) async fn assert_not_lost(&self, number: usize) {
         let row = self.row(number).await;
@@ -204,6 +217,110 @@ impl Field {
             .collect()
     }
 
+    /// What a meter answers at each place of a transfer that goes well.
+    async fn answers(&self, number: usize, key_type: KeyType) -> Vec<Vec<u8>> {
+        let (mut answers, mut delivered) = (vec![Vec::new(); PLACES], false);
+        let mut connection = Connection::new(self.meters[number].clone(), 1);
+        let mut step = self.begin(order(self.title(number), Some(key_type))).await;
+        for _ in 0..60 {
+            match step.next.unwrap() {
+                NextStep::End { outcome, .. } => {
+                    assert!(outcome.is_success(), "{key_type} of meter {number}: {}", outcome.name());
+                    return answers;
+                }
+                NextStep::Send(sending) => {
+                    if sending.kind == SendingKind::Associate {
+                        connection = Connection::new(self.meters[number].clone(), 1);
+                    }
+                    let (id, at) = step.transfer.unwrap();
+                    let answer = connection.exchange(&sending.apdu).unwrap();
+                    answers[place(sending.kind, delivered)].clone_from(&answer);
+                    delivered |= sending.kind == SendingKind::Deliver;
+                    step = self.report(&self.island.head_end, step.meter, id, at, ReportedAnswer::Apdu(answer)).await;
+                }
+            }
+        }
+        panic!("the transfer does not end");
+    }
+
+    /// Carries out a transfer in which an answer of the next meter is reported at one place: it moves no state. Afterwards the meter itself answers. How it
+    /// ended.
+    async fn deceived(&self, number: usize, key_type: KeyType, at: usize, foreign: Foreign) -> Outcome {
+        let case = format!("{key_type}, place {at}, {foreign:?}");
+        let own_exchange = if foreign == Foreign::OwnExchange { self.answers(number + 1, key_type).await } else { Vec::new() };
+        // Requests are replayed to a double of the next meter: where both meters have the same keys, it takes the key that was made for the first one.
+        let mut config = self.configs[number + 1].clone();
+        let alike = config.security_setups[0].guek == self.configs[number].security_setups[0].guek;
+        // Its own counter is far ahead: none of its answers is left aside only because it is an old one.
+        config.security_setups[0].server_counter = 1_000;
+        let double = Meter::new(config).unwrap();
+        let doubles_keys = || double.keys_for_inspection(Obis::SECURITY_SETUP).unwrap();
+        let shipped = doubles_keys();
+        let client = meter_sim::SystemTitle::new(client_title().octets());
+        let (mut line, mut doubles_line) = (Connection::new(self.meters[number].clone(), 1), Connection::new(double.clone(), 1));
+        let (mut delivered, mut told) = (false, false);
+        let mut step = self.begin(order(self.title(number), Some(key_type))).await;
+        for _ in 0..60 {
+            let sending = match step.next.unwrap() {
+                NextStep::End { outcome, .. } => {
+                    assert!(told, "{case}: it was not come to");
+                    return outcome;
+                }
+                NextStep::Send(sending) => sending,
+            };
+            match sending.kind {
+                SendingKind::Associate => {
+                    line = Connection::new(self.meters[number].clone(), 1);
+                    doubles_line = Connection::new(double.clone(), 1);
+                }
+                // The double's own authentication has failed: what was answered is the first meter's challenge.
+                SendingKind::Deliver => doubles_line = Connection::pre_established(double.clone(), 1, client).unwrap(),
+                SendingKind::Authenticate => {}
+            }
+            let (id, present) = step.transfer.unwrap();
+            let place = place(sending.kind, delivered);
+            delivered |= sending.kind == SendingKind::Deliver;
+            let mut answer = line.exchange(&sending.apdu).unwrap();
+            let doubles_answer = doubles_line.exchange(&sending.apdu).unwrap();
+            if told || place != at {
+                // Nothing protects the challenge in an AARE: the double's takes the place of the meter's own, and the server answers it.
+                if !told
+                    && place + 1 == at
+                    && (sending.kind, foreign) == (SendingKind::Associate, Foreign::Replayed)
+                    && let Ok(theirs) = AssociationResponse::parse(&doubles_answer)
+                {
+                    let response = AssociationResponse::parse(&answer).unwrap();
+                    answer = AssociationResponse { authentication_value: theirs.authentication_value, ..response }.encode();
+                }
+                step = self.report(&self.island.head_end, step.meter, id, present, ReportedAnswer::Apdu(answer)).await;
+                continue;
+            }
+            told = true;
+            let reported = match foreign {
+                Foreign::OwnExchange => own_exchange[at].clone(),
+                Foreign::Replayed => doubles_answer,
+                Foreign::Renamed => match AssociationResponse::parse(&doubles_answer) {
+                    Ok(theirs) => AssociationResponse { server_title: Some(self.meters[number].system_title()), ..theirs }.encode(),
+                    Err(_) => doubles_answer,
+                },
+            };
+            if alike && foreign != Foreign::OwnExchange {
+                // The double has understood and done what it was asked: only its title tells.
+                assert_ne!(reported[0], EXCEPTION_RESPONSE, "{case}");
+                assert!(sending.kind == SendingKind::Associate || doubles_line.is_associated(), "{case}");
+                assert!(sending.kind != SendingKind::Deliver || doubles_keys() != shipped, "{case}");
+            }
+            let before = shown(&self.row(number).await);
+            step = self.report(&self.island.head_end, step.meter, id, present, ReportedAnswer::Apdu(reported)).await;
+            let after = self.row(number).await;
+            assert_eq!(shown(&after), before, "{case}");
+            let counted = after.transfer.is_some_and(|transfer| matches!(transfer.answer, Answer::Accepted | Answer::Refused(_)));
+            assert!(at != DELIVER || !counted, "{case}");
+            assert!(matches!(&step.next, Ok(NextStep::Send(_) | NextStep::End { outcome: Outcome::InDoubt, .. })), "{case}: {:?}", step.next);
+        }
+        panic!("the transfer does not end");
+    }
+
     /// A GET protected in the HSM for the head-end.
     async fn frame(&self, number: usize) -> Result<Vec<u8>, ServiceError> {
         let frame = PlainFrame {
@@ -221,6 +338,78 @@ impl Field {
     pub(in crate::service) fn assert_no_nonce_twice(&self) {
         assert_eq!(RepeatedNonce::find(&self.meters), []);
     }
+}
+
+/// How an answer of another meter comes to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Foreign {
+    /// The other meter gave it at the same place of a transfer of its own.
+    OwnExchange,
+    /// It was sent the very request that was made for the first one.
+    Replayed,
+    /// The same, and the title that stands in it in plaintext is replaced by that of the first one.
+    Renamed,
+}
+
+/// Where a request stands in a transfer of one key: association and authentication, the delivery, and the same two again for the proof.
+const fn place(kind: SendingKind, delivered: bool) -> usize {
+    match (kind, delivered) {
+        (SendingKind::Associate, false) => 0,
+        (SendingKind::Authenticate, false) => 1,
+        (SendingKind::Deliver, _) => DELIVER,
+        (SendingKind::Associate, true) => 3,
+        (SendingKind::Authenticate, true) => 4,
+    }
+}
+
+const DELIVER: usize = 2;
+const PLACES: usize = 5;
+const EXCEPTION_RESPONSE: u8 = 0xD8;
+
+/// What the server takes for known of a meter's keys: held, active, granted, and all that it may hold, each with its evidence and the meter's own counter.
+fn shown(row: &kms_domain::Meter) -> Vec<String> {
+    let version = |version: &KeyVersion| (version.number(), version.state(), version.transport());
+    let slots = row.slots.iter().map(|slot| {
+        let granted: Vec<_> = slot.grantable().map(|grantable| grantable.version.number()).collect();
+        let candidates: Vec<_> = slot.candidates().map(version).collect();
+        let (held, active) = (slot.held().map(version), slot.active().map(version));
+        format!("{} {}: held {held:?}, active {active:?}, granted {granted:?}, candidates {candidates:?}", slot.setup(), slot.key_type())
+    });
+    slots.collect()
+}
+
+/// In each way, and at each place of a transfer: another meter's answer counts for nothing, and the meter's own ones prove it in the end. A pair of meters for
+/// each.
+async fn report_answers_of_another_meter(island: TestIsland, equal_keys: u64) {
+    let mut cases = vec![(KeyType::GUEK, 0, Foreign::Renamed), (KeyType::GUEK, 3, Foreign::Renamed)];
+    for foreign in [Foreign::OwnExchange, Foreign::Replayed] {
+        cases.extend((0..PLACES).map(|at| (KeyType::GUEK, at, foreign)));
+        // Here the answer alone decides.
+        cases.push((KeyType::GBEK, DELIVER, foreign));
+    }
+    let meters = 2 * u64::try_from(cases.len()).unwrap();
+    let field = Field::of(island, &SampleShipment { equal_keys, ..sample("generic-suite0", meters) }).await;
+    for (pair, (key_type, at, foreign)) in cases.into_iter().enumerate() {
+        let (number, case) = (2 * pair, format!("{key_type}, place {at}, {foreign:?}"));
+        let (ended, next, last) = match (key_type, at) {
+            // Nothing has left, and there is no other pair of keys to try: another transfer.
+            (KeyType::GUEK, 0 | 1) => (Outcome::InDoubt, Some(KeyType::GUEK), Outcome::Proven),
+            // The proof follows, and the answer is not needed.
+            (KeyType::GUEK, DELIVER) => (Outcome::Proven, None, Outcome::Probed),
+            // The meter does not answer under the earlier pair, which is tried next: a probe finds what it holds.
+            (KeyType::GUEK, _) => (Outcome::InDoubt, None, Outcome::Probed),
+            _ => (Outcome::InDoubt, Some(key_type), Outcome::Acknowledged),
+        };
+        assert_eq!(field.deceived(number, key_type, at, foreign).await, ended, "{case}");
+        field.assert_not_lost(number).await;
+        assert_eq!(field.transfer(number, next).await, last, "{case}");
+        assert!(field.held(number, key_type).await > 1, "{case}");
+        for number in [number, number + 1] {
+            field.compare(number).await;
+            field.compare_broadcast_key(number).await;
+        }
+    }
+    field.assert_no_nonce_twice();
 }
 
 /// Of a gateway's keys, simulated meters have those of the standard and the one of the optical port, by its id in `key_transfer`.
@@ -288,11 +477,37 @@ island_tests! {
         field.assert_no_nonce_twice();
     }
 
-    async fn a_suite_2_meter_gets_keys_of_32_octets(island) {
-        let field = Field::new(island, "generic-suite2", 1).await;
-        assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
-        assert_eq!(field.transfer(0, Some(KeyType::GAK)).await, Outcome::Proven);
-        field.compare(0).await;
+    async fn every_key_of_a_meter_of_suite_1_or_2_is_rotated_and_proven(island) {
+        permit_master_keys(&island);
+        let (mut island, mut requests, mut suites) = (island, 0, Vec::new());
+        for (first_number, (name, text)) in (1..).zip(DeviceProfile::SHIPPED) {
+            let profile = DeviceProfile::parse(text).unwrap();
+            if profile.suite == SecuritySuite::Suite0 {
+                continue;
+            }
+            let field = Field::of(island, &SampleShipment { first_number, ..sample(name, 1) }).await;
+            // No request id serves twice on one island.
+            field.requests.set(requests);
+            // The last GUEK leaves under a KEK that came over the air.
+            for key_type in [KeyType::GUEK, KeyType::GAK, KeyType::KEK, KeyType::GUEK] {
+                assert_eq!(field.transfer(0, Some(key_type)).await, Outcome::Proven, "{key_type} of {name}");
+                field.compare(0).await;
+            }
+            // That of a group is brought by the group's rotations.
+            if profile.key(SecuritySetupId::DEFAULT, KeyType::GBEK).is_some_and(|key| key.owner == OwnerKind::Meter) {
+                assert_eq!(field.transfer(0, Some(KeyType::GBEK)).await, Outcome::Acknowledged, "GBEK of {name}");
+                assert_eq!(field.held(0, KeyType::GBEK).await, 2, "GBEK of {name}");
+                field.compare_broadcast_key(0).await;
+            }
+            let memory = field.meters[0].keys_for_inspection(Obis::SECURITY_SETUP).unwrap();
+            let octets = if profile.suite == SecuritySuite::Suite2 { 32 } else { 16 };
+            assert!([&memory.guek, &memory.gak, &memory.kek].into_iter().chain(&memory.gbek).all(|key| key.expose().len() == octets), "{name}");
+            field.assert_no_nonce_twice();
+            suites.push(profile.suite);
+            requests = field.requests.get();
+            island = field.island;
+        }
+        assert!(suites.contains(&SecuritySuite::Suite1) && suites.contains(&SecuritySuite::Suite2), "{suites:?}");
     }
 
     async fn a_vendors_key_is_brought_by_the_id_of_its_profile_and_acknowledged(island) {
@@ -520,7 +735,7 @@ island_tests! {
         permit_master_keys(&island);
         let field = Field::new(island, "generic-suite0", 1).await;
         let accepted = |row: &kms_domain::Meter| {
-            let mut keys = row.acceptance(None);
+            let mut keys = row.acceptance(None, |_, key_type| key_type.standard_key_id().is_some());
             keys.retain(|key| [KeyType::KEK, KeyType::GUEK, KeyType::GAK].contains(&key.key_type));
             assert_eq!(keys.len(), 3);
             keys
@@ -538,7 +753,7 @@ island_tests! {
             assert_eq!((key.version.unwrap().number(), key.evidence), (2, kms_domain::Evidence::Proven), "{key:?}");
         }
         row.suite = kms_domain::SecuritySuite::Suite1;
-        let kek = |row: &kms_domain::Meter| row.acceptance(None).into_iter().find(|key| key.key_type == KeyType::KEK).unwrap();
+        let kek = |row: &kms_domain::Meter| row.acceptance(None, |_, key_type| key_type.standard_key_id().is_some()).into_iter().find(|key| key.key_type == KeyType::KEK).unwrap();
         assert_eq!(kek(&row).remedy, Some(Remedy::KeyAgreement));
         // Another rotation over the air heals nothing: it travels under a KEK that could be known.
         assert_eq!(field.transfer(0, Some(KeyType::KEK)).await, Outcome::Proven);
@@ -629,7 +844,7 @@ island_tests! {
     }
 
     async fn only_the_present_step_of_ones_own_transfer_moves_anything(island) {
-        let field = Field::new(island, "generic-suite0", 2).await;
+        let field = Field::new(island, "generic-suite0", 1).await;
         let title = field.title(0);
         let first_request = RequestId::from_octets(&[3; 16]).unwrap();
         let begin = |digest| {
@@ -655,7 +870,7 @@ island_tests! {
         assert!(matches!(field.begin(order(meter(77), None)).await.next, Err(ServiceError::PermissionDenied { .. })));
         assert_eq!(field.row(0).await, before);
 
-        // An answer of another meter, and one that is cut, prove nothing and associate with nobody.
+        // An answer that is cut proves nothing and associates with nobody.
         let mut connection = Connection::new(field.meters[0].clone(), 1);
         let genuine = connection.exchange(&sent.apdu).unwrap();
         let mut cut = genuine.clone();
@@ -674,6 +889,16 @@ island_tests! {
         let row = field.row(0).await;
         let slot = row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap();
         assert!(!slot.in_doubt() && slot.active().unwrap().number().number() == 1);
+    }
+
+    // I3: what is not the meter's own answer proves nothing.
+    async fn a_foreign_meters_answer_never_moves_a_state(island) {
+        report_answers_of_another_meter(island, 1).await;
+    }
+
+    // The system title in the nonce is all that tells the two meters apart.
+    async fn a_foreign_meters_answer_never_moves_a_state_even_if_both_have_the_same_keys(island) {
+        report_answers_of_another_meter(island, 2).await;
     }
 
     async fn nobody_s_word_makes_an_order_a_task_of_a_campaign(island) {
@@ -747,6 +972,38 @@ island_tests! {
             assert_eq!(outcome, if attests { Outcome::Attested } else { Outcome::Proven });
             field.compare(number).await;
         }
+        field.assert_no_nonce_twice();
+    }
+
+    async fn an_attestation_is_refused_by_the_shipped_policies(island) {
+        let field = Field::new(island, "generic-suite0", 1).await;
+        let title = field.title(0);
+        let step = field.begin(Order { form: TransferForm::WrappedKey, ..order(title, Some(KeyType::GUEK)) }).await;
+        let (id, at) = step.transfer.unwrap();
+        // The key never gets to the meter, and its head-end says that the meter uses it.
+        let mut step = field.report(&field.island.head_end, title, id, at, ReportedAnswer::Nothing).await;
+        let (id, at) = step.transfer.unwrap();
+        let before = field.row(0).await;
+        for holds in [true, false] {
+            let refused = field.report(&field.island.head_end, title, id, at, ReportedAnswer::Attested(holds)).await.next;
+            assert!(matches!(refused, Err(ServiceError::PermissionDenied { .. })), "I8: {refused:?}");
+            assert_eq!(field.row(0).await, before);
+        }
+        // The transfer goes on, and the meter itself shows what it holds.
+        let mut connection = Connection::new(field.meters[0].clone(), 1);
+        let outcome = loop {
+            match step.next.unwrap() {
+                NextStep::End { outcome, .. } => break outcome,
+                NextStep::Send(sending) => {
+                    let (id, at) = step.transfer.unwrap();
+                    let answer = connection.exchange(&sending.apdu).unwrap();
+                    step = field.report(&field.island.head_end, title, id, at, ReportedAnswer::Apdu(answer)).await;
+                }
+            }
+        };
+        assert_eq!(outcome, Outcome::NotApplied);
+        assert_eq!(field.held(0, KeyType::GUEK).await, 1);
+        field.compare(0).await;
         field.assert_no_nonce_twice();
     }
 
