@@ -1,12 +1,14 @@
 use std::num::NonZeroU32;
 
-use kms_domain::{CounterKey, KeyPair, KeyType, KeyVersionNumber, Lease, Outcome, RequestId, SecuritySetupId, UnixMillis};
+use kms_domain::{CounterKey, KeyPair, KeyType, KeyVersionNumber, Lease, Outcome, RequestId, SecuritySetupId, TransferForm, UnixMillis};
 use kms_proto::v1::{self, audit_record::Event};
 use kms_store::Reads;
-use meter_sim::behaviour::{Fault, ScriptedFault, Trigger};
 
 use super::*;
-use crate::service::transfer::tests::Field;
+use crate::service::transfer::{
+    Order,
+    tests::{Field, order},
+};
 use crate::testing::{TestIsland, client_title, island_tests, meter, sample};
 
 /// GET of a register.
@@ -303,10 +305,8 @@ island_tests! {
         }
         assert!(refusal(foreign).await.0.contains("does not verify"));
         // A new key that was never active is in doubt, which is no event: a probe decides.
-        for association in 4..=16 {
-            field.meters[0].add_fault(ScriptedFault { at: Trigger::AssociationRequest(association), fault: Fault::LoseRequest });
-        }
-        assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::InDoubt);
+        let left = field.begin(Order { form: TransferForm::WrappedKey, ..order(field.title(0), Some(KeyType::GUEK)) }).await;
+        assert!(left.next.is_ok(), "{left:?}");
         let (reason, next_step) = refusal(answer(&field, (3, 1), 902).await).await;
         assert!(reason.contains("left it open") && next_step.contains("probe"), "{reason}; {next_step}");
         assert_eq!(field.security_events().await.len(), 1);
