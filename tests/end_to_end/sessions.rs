@@ -54,7 +54,7 @@ async fn a_batch_comes_in_chunks_and_refuses_only_what_is_not_the_head_ends() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_revoked_grant_is_not_repeated_and_a_dedicated_key_is_fresh() {
+async fn a_revoked_grant_is_not_repeated_and_a_dedicated_key_is_made_once() {
     let server = DevServer::start();
     let connection = server.connect("head-end").await;
     let key = server.profile("head-end").transport_key().unwrap();
@@ -62,7 +62,10 @@ async fn a_revoked_grant_is_not_repeated_and_a_dedicated_key_is_fresh() {
     let wanted = proto::SessionTerms { dedicated_key: true, ..terms(10) };
     let options = TestModule::of_environment().open_options();
     let ask = || connection.open_session(&key, id, title(6), wanted.clone(), &options);
-    let (one, two) = (ask().await.unwrap(), ask().await.unwrap());
+    let one = ask().await.unwrap();
+    // I4: the same lease with another dedicated key would be another InitiateRequest under the same counter.
+    assert!(ask().await.unwrap_err().to_string().contains("not made twice"));
+    let two = connection.open_session(&key, new_request_id(), title(7), wanted.clone(), &options).await.unwrap();
     let dedicated = |session: &kms_client::Session| session.keys.meters[0].key(KeyType::DEDICATED).unwrap().key.expose().to_vec();
     assert_ne!(dedicated(&one), dedicated(&two));
 

@@ -169,10 +169,15 @@ async fn a_forged_request_row_carries_no_old_grant_out_again() {
     forge(format!("UPDATE request SET digest = (SELECT digest FROM request WHERE request = {}) WHERE request = {}", of(granted), of(other))).await;
     refused(ask(other, terms(20)).await, "the digest of another request");
 
-    // A row that is kept alive past its time: the record of the grant says when that was.
+    // A row that is kept alive past its time.
+    let kept = new_request_id();
+    ask(kept, terms(22)).await.unwrap();
+    forge(format!("UPDATE request SET expires_ms = expires_ms + 1000000000 WHERE request = {}", of(kept))).await;
+    refused(ask(kept, terms(22)).await, "a longer time");
+
+    // A grant is repeated no longer than it lasts.
     let (short, brief) = (new_request_id(), proto::SessionTerms { lifetime_seconds: 1, ..terms(20) });
     ask(short, brief.clone()).await.unwrap();
-    forge(format!("UPDATE request SET expires_ms = expires_ms + 1000000000 WHERE request = {}", of(short))).await;
     let began = std::time::Instant::now();
     let ended = loop {
         match ask(short, brief.clone()).await {

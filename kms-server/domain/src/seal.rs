@@ -7,7 +7,8 @@ use aws_lc_rs::{digest, hmac};
 use zeroize::Zeroizing;
 
 use crate::{
-    CampaignId, CounterDomainId, CounterJump, DeviceTypeId, GroupId, IslandName, ParseError, PrincipalId, ProposalId, RequestId, RootId, SystemTitle, WriterId,
+    CampaignId, CounterDomainId, CounterJump, DeviceTypeId, GroupId, IslandName, ParseError, PrincipalId, ProposalId, RequestId, RootId, SystemTitle, UnixMillis,
+    WriterId,
 };
 
 /// What a sealed row is about: kind and id, both part of the seal, so that a row cannot be copied to another identity.
@@ -195,14 +196,39 @@ impl SealKey {
         aws_lc_rs::constant_time::verify_slices_are_equal(expected.mac(), seal.mac()).map_err(|_| SealError::Mismatch { id: id.clone() })
     }
 
-    /// Binds what was answered to a request to who asked what (I4, I5): `HMAC-SHA-256(seal key, "meterkms/request" ‖ len(principal)(1) ‖
-    /// principal ‖ request(16) ‖ chunk(4) ‖ digest(32) ‖ outcome)[0..16]`.
-    pub fn seal_request(&self, principal: &PrincipalId, request: RequestId, chunk: u32, digest: &[u8; 32], outcome: &[u8]) -> [u8; 16] {
+    /// Binds what was answered to a request to who asked what, and until when it can be repeated (I4, I5): `HMAC-SHA-256(seal key,
+    /// "meterkms/answered-request" ‖ len(principal)(1) ‖ principal ‖ request(16) ‖ chunk(4) ‖ digest(32) ‖ expires(8) ‖ outcome)[0..16]`.
+    pub fn seal_request(
+        &self,
+        principal: &PrincipalId,
+        request: RequestId,
+        chunk: u32,
+        digest: &[u8; 32],
+        expires: UnixMillis,
+        outcome: &[u8],
+    ) -> [u8; 16] {
+        let (principal, expires) = (principal.to_string(), expires.0.to_be_bytes());
+        let length = [u8::try_from(principal.len()).unwrap_or(u8::MAX)];
+        let label = b"meterkms/answered-request";
+        self.short_seal(&[label, &length, principal.as_bytes(), &request.octets(), &chunk.to_be_bytes(), digest, &expires, outcome])
+    }
+
+    /// As [`Self::seal_request`], of versions that did not seal the time: `HMAC-SHA-256(seal key, "meterkms/request" ‖ len(principal)(1) ‖
+    /// principal ‖ request(16) ‖ chunk(4) ‖ digest(32) ‖ outcome)[0..16]`. Such a row is known, and never repeated.
+    pub fn seal_untimed_request(&self, principal: &PrincipalId, request: RequestId, chunk: u32, digest: &[u8; 32], outcome: &[u8]) -> [u8; 16] {
         let principal = principal.to_string();
+        let length = [u8::try_from(principal.len()).unwrap_or(u8::MAX)];
+        self.short_seal(&[b"meterkms/request", &length, principal.as_bytes(), &request.octets(), &chunk.to_be_bytes(), digest, outcome])
+    }
+
+    /// Marks what was protected under a counter (I4): `HMAC-SHA-256(seal key, "meterkms/content" ‖ content)[0..16]`. It tells nothing to who reads it.
+    pub fn mark_content(&self, content: &[u8]) -> [u8; 16] {
+        self.short_seal(&[b"meterkms/content", content])
+    }
+
+    fn short_seal(&self, parts: &[&[u8]]) -> [u8; 16] {
         let mut context = hmac::Context::with_key(&self.key);
-        context.update(b"meterkms/request");
-        context.update(&[u8::try_from(principal.len()).unwrap_or(u8::MAX)]);
-        for part in [principal.as_bytes(), &request.octets(), &chunk.to_be_bytes(), digest, outcome] {
+        for part in parts {
             context.update(part);
         }
         let mut seal = [0; 16];

@@ -47,6 +47,9 @@ pub struct Transfer {
     pub tried: u32,
     /// The invocation counters of the step's request, in order of use. The same step is sent again with the same octets only (I4).
     pub counters: Vec<u32>,
+    /// A digest of what the step's octets are made of besides this row: what the program and the meter's device profile say. None: the step has no counters,
+    /// or a version of the server that did not note it made them.
+    pub pinned: Option<[u8; 16]>,
     /// How often an association was begun again under the same keys: the meter's counter was followed, or its challenge was unfit.
     pub retries: u32,
     /// What the meter answered to the last delivery, as far as it could be read.
@@ -418,6 +421,7 @@ impl Meter {
             step: 1,
             tried: 0,
             counters: Vec::new(),
+            pinned: None,
             retries: 0,
             answer: Answer::Silence,
             not_after: order.not_after,
@@ -465,6 +469,7 @@ impl Meter {
                 if let Some(transfer) = &mut self.transfer {
                     transfer.step = transfer.step.saturating_add(1);
                     transfer.counters.clear();
+                    transfer.pinned = None;
                 }
             }
             Next::Done(_) => self.close_transfer(now),

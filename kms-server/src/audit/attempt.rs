@@ -142,7 +142,7 @@ mod tests {
         rename(view, number, "spoiled")?;
         view.append(event("spoiled"));
         view.lease(counter_of(number), COUNT, LATER)?;
-        view.put_request(request.clone(), RequestRow { digest: [1; 32], outcome: vec![1], expires: LATER });
+        view.put_request(request.clone(), RequestRow { digest: [1; 32], outcome: vec![1], expires: LATER }, false);
         view.put_grant(GrantRow {
             id: GrantId::from_octets(&[8; 16]).unwrap(),
             principal: request.principal.clone(),

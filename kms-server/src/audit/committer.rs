@@ -30,6 +30,7 @@ use super::{
     chain::ChainHead,
     history::{Comparison, RestoreSettings, Watermark},
     refusals::{Refusal, Refusals},
+    replay::RecordName,
     view::{Actor, Batch, ChunkName, Opened, Staged, Value, View, open_row, sealed_name},
 };
 use crate::{
@@ -920,9 +921,10 @@ fn finish(
     for (key, mut row) in batch.requests {
         // An outcome that is empty stands for the record itself.
         if let (true, Some(reference)) = (row.outcome.is_empty(), batch.request_events.get(&key).and_then(|event| references.get(*event))) {
-            row.outcome = encode_reference(*reference);
+            let (reference, leaf) = *reference;
+            row.outcome = RecordName { reference, leaf }.encode();
         }
-        let seal = seal.current().seal_request(&key.principal, key.request, key.chunk, &row.digest, &row.outcome);
+        let seal = seal.current().seal_request(&key.principal, key.request, key.chunk, &row.digest, row.expires, &row.outcome);
         row.outcome.splice(..0, seal);
         changes.requests.push(RequestPut { key, row });
     }
@@ -1064,41 +1066,6 @@ fn refusal_of(error: &ServiceError, actor: &Actor) -> Option<Refusal> {
     }
 }
 
-/// An outcome that names the record with the details: `writer(16) ‖ sequence(8) ‖ leaf(32)`.
-fn encode_reference((reference, leaf): (AuditReference, AuditLeaf)) -> Vec<u8> {
-    [reference.writer.octets().as_slice(), &reference.sequence.to_be_bytes(), &leaf.0].concat()
-}
-
-/// The record that an outcome names, and its leaf.
-fn decode_reference(outcome: &[u8]) -> Option<(AuditReference, AuditLeaf)> {
-    let (writer, rest) = outcome.split_first_chunk::<16>()?;
-    let (sequence, leaf) = rest.split_first_chunk::<8>()?;
-    let reference = AuditReference { writer: WriterId::from_octets(writer).ok()?, sequence: u64::from_be_bytes(*sequence) };
-    Some((reference, AuditLeaf(leaf.try_into().ok()?)))
-}
-
-/// The record that a request's outcome names: an act that was carried out before.
-///
-/// # Errors
-/// The request is being carried out at this moment, or the outcome names no record.
-pub fn past_record(outcome: &[u8]) -> Result<(AuditReference, AuditLeaf), ServiceError> {
-    if outcome.is_empty() {
-        return Err(ServiceError::Aborted { reason: "this request is being carried out at this moment".to_owned(), next_step: "repeat it".to_owned() });
-    }
-    decode_reference(outcome).ok_or_else(|| ServiceError::Internal("the outcome of a past request does not read".to_owned()))
-}
-
-/// Reads the record of an act that was carried out before, as it was when the act was committed (I2, I5).
-///
-/// # Errors
-/// It is gone or was changed, or the database is away.
-pub async fn read_record(store: &dyn Store, (reference, leaf): (AuditReference, AuditLeaf)) -> Result<AuditRecord, ServiceError> {
-    let gone = || ServiceError::Internal("the audit record of a past request is missing or was changed (I2): run `kms audit scrub`".to_owned());
-    let rows = store.audit_of_writer(reference.writer, reference.sequence, 1).await?;
-    let row = rows.first().filter(|row| row.sequence == reference.sequence && AuditLeaf::of(&row.record) == leaf).ok_or_else(gone)?;
-    AuditRecord::decode(row.record.as_slice()).map_err(|_| gone())
-}
-
 /// As many waiting acts as one transaction takes.
 fn take_batch(acts: &mut Vec<Box<dyn Act>>) -> Vec<Box<dyn Act>> {
     let mut meters = 0;
@@ -1139,7 +1106,10 @@ async fn keep_house(shared: Weak<Shared>) {
 
 fn now() -> UnixMillis {
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    UnixMillis(i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX))
+    let now = UnixMillis(i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX));
+    #[cfg(test)]
+    let now = now.after(crate::testing::AHEAD_MS.load(Ordering::Relaxed));
+    now
 }
 
 /// Chains that one record closes.

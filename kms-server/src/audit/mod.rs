@@ -6,12 +6,14 @@ mod committer;
 mod history;
 mod owner_row;
 mod refusals;
+mod replay;
 mod view;
 
 pub use chain::{AuditKey, AuditKeys, AuditLeaf};
 pub(crate) use committer::event_kind;
-pub use committer::{Committed, Committer, CommitterSettings, past_record, read_record};
+pub use committer::{Committed, Committer, CommitterSettings};
 pub use history::RestoreSettings;
 pub use owner_row::OwnerRow;
+pub use replay::{Answered, Asked, Asking, PastRecord, RecordName, Replay, Window, overtaken, refused_before, used_for_another};
 pub(crate) use view::sealed_name;
 pub use view::{Actor, CounterOf, LiveLease, View};

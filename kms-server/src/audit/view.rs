@@ -23,6 +23,7 @@ use super::{
     committer::{Chunks, Held, Seen},
     owner_row::OwnerRow,
     refusals::Refusal,
+    replay::Remembered,
 };
 use crate::{authz::Caller, error::ServiceError, island::quota_use_row};
 
@@ -142,7 +143,7 @@ pub(super) struct Staged {
     pub(super) events: Vec<Event>,
     /// What is recorded behind the others: the first event of an act is what grants and requests refer to.
     pub(super) alerts: Vec<Event>,
-    pub(super) requests: Vec<(RequestKey, RequestRow)>,
+    pub(super) requests: Vec<StagedRequest>,
     pub(super) grants: Vec<GrantRow>,
     pub(super) revocations: Vec<GrantRevocation>,
     pub(super) fingerprints: BTreeMap<FingerprintPrefix, Vec<FingerprintOwner>>,
@@ -151,6 +152,14 @@ pub(super) struct Staged {
     pub(super) tasks: HashMap<TaskKey, TaskRow>,
     /// What [`View::attempt`] undoes by.
     pub(super) log: Vec<Change>,
+}
+
+/// What was answered to a request.
+pub(super) struct StagedRequest {
+    pub(super) key: RequestKey,
+    pub(super) row: RequestRow,
+    /// The outcome is the act's first record.
+    pub(super) by_record: bool,
 }
 
 /// Names the counter that a live chunk deals from.
@@ -492,13 +501,13 @@ impl View<'_, '_> {
         })
     }
 
-    /// What was answered to a request, if it was carried out.
+    /// What was answered to a request, if it was carried out: see [`Self::asked`].
     ///
     /// # Errors
     /// The row was not read yet.
-    pub fn request(&mut self, key: &RequestKey) -> Result<Option<RequestRow>, ServiceError> {
+    pub(super) fn request(&mut self, key: &RequestKey) -> Result<Option<Remembered>, ServiceError> {
         if let Some(row) = self.base.requests.get(key) {
-            return Ok(Some(row.clone()));
+            return Ok(Some(Remembered { digest: row.digest, outcome: row.outcome.clone(), expires: Some(row.expires) }));
         }
         match self.base.read.request(key) {
             Lookup::Present(row) => self.open_request(key, row).map(Some),
@@ -510,9 +519,9 @@ impl View<'_, '_> {
         }
     }
 
-    /// Remembers what was answered to a request. An empty outcome is replaced by a reference to the act's first record.
-    pub fn put_request(&mut self, key: RequestKey, row: RequestRow) {
-        self.staged.requests.push((key, row));
+    /// Remembers what was answered to a request. `by_record`: the outcome is replaced by the name of the act's first record.
+    pub(super) fn put_request(&mut self, key: RequestKey, row: RequestRow, by_record: bool) {
+        self.staged.requests.push(StagedRequest { key, row, by_record });
     }
 
     /// A grant's row.
@@ -767,12 +776,16 @@ impl View<'_, '_> {
 
     /// A request's row as this island wrote it, without its seal (I5): else whoever writes the database could have an old grant carried out
     /// again under another request, past I2 and I4.
-    fn open_request(&mut self, key: &RequestKey, row: &RequestRow) -> Result<RequestRow, ServiceError> {
-        let opened = row.outcome.split_first_chunk::<16>().filter(|(seal, outcome)| {
-            self.base.seal.accept(seal.as_slice(), |seal| seal.seal_request(&key.principal, key.request, key.chunk, &row.digest, outcome))
+    fn open_request(&mut self, key: &RequestKey, row: &RequestRow) -> Result<Remembered, ServiceError> {
+        let RequestRow { digest, outcome, expires } = row;
+        let opened = outcome.split_first_chunk::<16>().and_then(|(seal, outcome)| {
+            let (principal, request, chunk) = (&key.principal, key.request, key.chunk);
+            let timed = self.base.seal.accept(seal.as_slice(), |seal| seal.seal_request(principal, request, chunk, digest, *expires, outcome));
+            let known = timed || self.base.seal.accept(seal.as_slice(), |seal| seal.seal_untimed_request(principal, request, chunk, digest, outcome));
+            known.then(|| Remembered { digest: *digest, outcome: outcome.to_vec(), expires: timed.then_some(*expires) })
         });
         match opened {
-            Some((_, outcome)) => Ok(RequestRow { outcome: outcome.to_vec(), ..row.clone() }),
+            Some(remembered) => Ok(remembered),
             None => {
                 let refusal = self.refusal(format!("the row of request {} does not verify", key.request), true);
                 self.base.refusals.push(refusal);
@@ -831,6 +844,10 @@ impl View<'_, '_> {
             // I2: nothing is written without a record.
             return Err(ServiceError::Internal(format!("the act `{}` changes rows and records nothing (I2)", actor.action)));
         }
+        if staged.events.is_empty() && staged.requests.iter().any(|request| request.by_record) {
+            // I2: a request is answered by a record that there is.
+            return Err(ServiceError::Internal(format!("the act `{}` answers a request by a record and makes none (I2)", actor.action)));
+        }
         base.rows.extend(staged.rows);
         let first_event = base.events.len();
         for (number, event) in staged.events.into_iter().chain(staged.alerts).enumerate() {
@@ -843,8 +860,8 @@ impl View<'_, '_> {
             };
             base.events.push(RecordedEvent { record, written: if number == 0 { std::mem::take(&mut written) } else { Vec::new() }, act });
         }
-        base.request_events.extend(staged.requests.iter().map(|(key, _)| (key.clone(), first_event)));
-        base.requests.extend(staged.requests);
+        base.request_events.extend(staged.requests.iter().filter(|request| request.by_record).map(|request| (request.key.clone(), first_event)));
+        base.requests.extend(staged.requests.into_iter().map(|request| (request.key, request.row)));
         base.grants.extend(staged.grants.into_iter().map(|grant| (grant, first_event)));
         base.revocations.extend(staged.revocations);
         for (prefix, mut owners) in staged.fingerprints {

@@ -18,7 +18,7 @@ use std::{
 
 use kms_domain::{Campaign, CampaignAction, CampaignError, CampaignId, CampaignState, Principal};
 use kms_proto::v1::{self, CampaignApproved, CampaignChanged, audit_record::Event};
-use kms_store::{Reads, RequestKey, RequestRow, RowKind};
+use kms_store::{Reads, RowKind};
 
 pub use self::{
     accept::PlanPlace,
@@ -29,7 +29,7 @@ pub use self::{
 pub use super::Request;
 use super::owner::NewGroupVersion;
 use crate::{
-    audit::{Actor, View},
+    audit::{Actor, Asked, Asking, View, Window},
     authz::{Action, Caller, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
@@ -140,8 +140,8 @@ impl CampaignService {
             Change::Start => self.new_group_version(&*self.load(id).await?).await?,
             _ => None,
         };
-        let key = RequestKey { principal: caller.principal.clone(), request: request.id, chunk: 0 };
-        let mut reads = Reads { sealed: vec![principal_row(&caller.principal), campaign_row(id)], requests: vec![key.clone()], ..Reads::default() };
+        let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
+        let mut reads = Reads { sealed: vec![principal_row(&caller.principal), campaign_row(id)], requests: asking.reads(), ..Reads::default() };
         reads.sealed.extend(new_version.iter().map(|new| (RowKind::Group, new.group.0.to_be_bytes().to_vec())));
         let actor = Actor::caller(caller, Some(request.id), action.name());
         let (island, caller) = (self.island.clone(), caller.clone());
@@ -152,10 +152,7 @@ impl CampaignService {
                 let principal = view.caller(&caller)?;
                 island.policy.load().require(&facts(&principal), &action, &Resource::Island)?;
                 let known = view.campaign(id)?.ok_or_else(|| missing(id))?;
-                if let Some(earlier) = view.request(&key)? {
-                    if earlier.digest != request.digest {
-                        return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request"));
-                    }
+                if let Asked::Before(_) = view.asked(&asking)? {
                     return Ok(known);
                 }
                 let mut campaign = (*known).clone();
@@ -164,7 +161,7 @@ impl CampaignService {
                 if let Some(new_version) = &new_version {
                     new_version.begin(view, id)?;
                 }
-                view.put_request(key.clone(), RequestRow { digest: request.digest, outcome: Vec::new(), expires: view.now().after(REPLAY_MS) });
+                view.answered(&asking);
                 view.put_campaign(campaign.clone())?;
                 Ok(Arc::new(campaign))
             })
@@ -256,5 +253,3 @@ fn missing(id: CampaignId) -> ServiceError {
 }
 
 const PAGE: u32 = 200;
-/// How long a request can be repeated.
-const REPLAY_MS: i64 = 24 * 3_600 * 1_000;

@@ -4,7 +4,7 @@
 //! record of every protected frame is durable before it leaves (I2).
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     num::NonZeroU32,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -17,16 +17,16 @@ use kms_domain::{
     KeyState, KeyType, KeyVersionNumber, Meter, QuotaExceeded, QuotaHour, QuotaUse, RequestId, SecuritySetupId, Slot, Standing, SystemTitle, UnixMillis,
 };
 use kms_hsm::{FrameInput, FrameKeys, FrameParameters, HsmError, ProtectedFrame};
-use kms_proto::v1::{self, AuditRecord, FramesProtected, audit_record::Event};
-use kms_store::{AuditReference, Reads, RequestKey, RequestRow};
+use kms_proto::v1::{self, FramesProtected, audit_record::Event};
+use kms_store::Reads;
 use tracing::Instrument as _;
 
 use super::{
-    grant::{counter_key, on_new_key, recorded_setup, setup_record, source},
+    grant::{counter_key, on_new_key, setup_record, source},
     transfer::{EARLIER_KEY_HELD, earlier_key_held, pair_keys},
 };
 use crate::{
-    audit::{Actor, AuditLeaf, CounterOf, LiveLease, View, past_record, read_record},
+    audit::{Actor, Asking, AuditLeaf, CounterOf, LiveLease, PastRecord, RecordName, Replay, View, Window, overtaken, refused_before},
     authz::{Action, Caller, CosemTarget, FrameService as Service, PrincipalFacts, Purpose, Quota, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row, quota_use_row},
@@ -110,7 +110,8 @@ impl FrameService {
         Self { island, alerted: Arc::default() }
     }
 
-    /// Protects frames in order. A repeated request gets the same octets again.
+    /// Protects frames in order. A repeated request gets the same octets again, or a refusal: for each frame that was refused before, and for each that would
+    /// be other octets now. A request of which every frame was refused is not remembered: nothing left for it, so it is decided on anew.
     ///
     /// # Errors
     /// What concerns all: the caller, the request id, HSM or database. What concerns one frame is in its outcome.
@@ -138,23 +139,23 @@ impl FrameService {
         frames: Vec<PlainFrame>,
         supersede_lease: bool,
     ) -> Result<(Vec<FrameOutcome>, Option<AuditLeaf>), ServiceError> {
-        let key = RequestKey { principal: caller.principal.clone(), request, chunk: 0 };
+        let asking = Asking::new(caller, request, digest, Window::Keys);
         let mut sealed = vec![principal_row(&caller.principal)];
         if frames.iter().any(|frame| self.counts(frame)) {
             sealed.push(quota_use_row(&caller.principal));
         }
-        let reads = Reads { meters: frames.iter().map(|frame| frame.meter).collect(), sealed, requests: vec![key.clone()], ..Reads::default() };
+        let reads = Reads { meters: frames.iter().map(|frame| frame.meter).collect(), sealed, requests: asking.reads(), ..Reads::default() };
         let deciding =
-            Deciding { island: self.island.clone(), caller: caller.clone(), key, digest, purpose, frames: frames.into(), supersede_lease, past: None };
+            Deciding { island: self.island.clone(), caller: caller.clone(), asking, purpose, frames: frames.into(), supersede_lease, past: None };
         let actor = || Actor::caller(caller, Some(request), "protectFrame");
         let mut first = deciding.clone();
         let mut committed = self.island.committer.act(actor(), reads.clone(), move |view| first.decide(view)).await?;
-        if let Decided::Replay(reference) = committed.value {
-            let past = Some(Arc::new(self.record(reference).await?));
+        if let Decided::Replay(record) = committed.value {
+            let past = Some(Arc::new(record.read(self.island.store.as_ref()).await?));
             let mut again = Deciding { past, ..deciding };
             committed = self.island.committer.act(actor(), reads, move |view| again.decide(view)).await?;
         }
-        let Decided::Frames(planned) = committed.value else {
+        let Decided::Frames(planned, replayed) = committed.value else {
             return Err(ServiceError::Internal("replayed frames were not decided".to_owned()));
         };
         let jobs: Vec<(FrameKeys, FrameInput)> =
@@ -174,7 +175,7 @@ impl FrameService {
                 }
             })
             .collect();
-        Ok((outcomes, committed.leaves.first().copied()))
+        Ok((outcomes, committed.leaves.first().copied().or(replayed)))
     }
 
     /// Opens frames that came from meters.
@@ -226,7 +227,7 @@ impl FrameService {
         let mut titles: Vec<SystemTitle> = frames.iter().map(|frame| frame.meter).collect();
         titles.sort_unstable();
         titles.dedup();
-        let mut meters = std::collections::HashMap::new();
+        let mut meters = HashMap::new();
         for row in self.island.store.meters(&titles).await? {
             match self.island.committer.open_meter(row.title, &row.row) {
                 Ok(meter) => meters.insert(row.title, meter),
@@ -298,13 +299,6 @@ impl FrameService {
         let PlainContent::Apdu { apdu, .. } = &frame.content else { return false };
         let policy = self.island.policy.load();
         read_service(apdu).is_ok_and(|(service, targets)| targets.iter().any(|target| policy.quotas().of(service, *target).next().is_some()))
-    }
-
-    async fn record(&self, past: (AuditReference, AuditLeaf)) -> Result<Vec<v1::ProtectedFrame>, ServiceError> {
-        match read_record(self.island.store.as_ref(), past).await? {
-            AuditRecord { event: Some(Event::FramesProtected(event)), .. } => Ok(event.frames),
-            _ => Err(ServiceError::Internal("the record of past frames does not read".to_owned())),
-        }
     }
 
     fn receive(&self, facts: &PrincipalFacts, purpose: Purpose, meter: Option<&Meter>, frame: ReceivedFrame) -> Result<Received, ServiceError> {
@@ -456,17 +450,40 @@ impl OtherPair {
 struct Deciding {
     island: Arc<Island>,
     caller: Caller,
-    key: RequestKey,
-    digest: [u8; 32],
+    asking: Asking,
     purpose: Purpose,
     frames: Arc<[PlainFrame]>,
     supersede_lease: bool,
-    past: Option<Arc<Vec<v1::ProtectedFrame>>>,
+    past: Option<Arc<PastRecord>>,
 }
 
 enum Decided {
-    Frames(Vec<Result<PlannedFrame, ServiceError>>),
-    Replay((AuditReference, AuditLeaf)),
+    /// To be protected; with the leaf of the record, if they were before.
+    Frames(Vec<Result<PlannedFrame, ServiceError>>, Option<AuditLeaf>),
+    /// Protected before; the record has the details.
+    Replay(RecordName),
+}
+
+/// A frame of a request.
+#[derive(Clone, Copy)]
+struct FrameOf<'a> {
+    frame: &'a PlainFrame,
+    /// Its place in the request, from 1.
+    place: u32,
+    facts: &'a PrincipalFacts,
+}
+
+/// The recorded frames of a request, by their places in it.
+fn by_place(past: &PastRecord, purpose: Purpose) -> Result<HashMap<u32, &v1::ProtectedFrame>, ServiceError> {
+    let Some(Event::FramesProtected(event)) = &past.record.event else {
+        return Err(ServiceError::Internal("the record of past frames does not read".to_owned()));
+    };
+    let frames: HashMap<u32, &v1::ProtectedFrame> = event.frames.iter().map(|frame| (frame.place, frame)).collect();
+    // Of a version that did not note places: what it protected cannot be told from what it refused.
+    if event.purpose != i32::from(purpose.to_proto()) || frames.contains_key(&0) || frames.len() != event.frames.len() {
+        return Err(overtaken("the server was upgraded"));
+    }
+    Ok(frames)
 }
 
 /// A frame whose counter is recorded, to be protected.
@@ -481,64 +498,53 @@ struct PlannedFrame {
     targets: Vec<CosemTarget>,
     client_title: SystemTitle,
     setup: SecuritySetupId,
-    key_version: KeyVersionNumber,
+    encryption_version: KeyVersionNumber,
+    authentication_version: KeyVersionNumber,
 }
 
 impl Deciding {
     fn decide(&mut self, view: &mut View<'_, '_>) -> Result<Decided, ServiceError> {
         let principal = view.caller(&self.caller)?;
-        match (view.request(&self.key)?, &self.past) {
-            (Some(row), _) if row.digest != self.digest => {
-                return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request"));
-            }
-            (Some(row), None) => return past_record(&row.outcome).map(Decided::Replay),
-            _ => {}
-        }
+        let past = match view.replay(&self.asking, self.past.as_deref())? {
+            Replay::First => None,
+            Replay::Read(record) => return Ok(Decided::Replay(record)),
+            Replay::Again(past) => Some(past),
+        };
+        let recorded = past.map(|past| by_place(past, self.purpose)).transpose()?;
         let facts = facts(&principal);
-        let mut past = self.past.as_ref().map(|frames| frames.iter());
         let mut planned = Vec::with_capacity(self.frames.len());
-        for frame in self.frames.clone().iter() {
-            if !principal.client_titles.contains(&frame.client_title) {
-                planned.push(Err(ServiceError::denied(format!("protectFrame under client title {}", frame.client_title))));
-                continue;
-            }
-            let known = past.as_ref().and_then(|frames| frames.clone().next()).filter(|known| known.meter == u64::from_be_bytes(frame.meter.octets()));
-            let known = match (&self.past, known) {
-                (None, _) => None,
-                (Some(_), Some(known)) => {
-                    if let Some(frames) = &mut past {
-                        frames.next();
-                    }
-                    Some(known.clone())
+        for (place, frame) in (1_u32..).zip(self.frames.iter()) {
+            let frame = FrameOf { frame, place, facts: &facts };
+            planned.push(if !principal.client_titles.contains(&frame.frame.client_title) {
+                Err(ServiceError::denied(format!("protectFrame under client title {}", frame.frame.client_title)))
+            } else {
+                match &recorded {
+                    None => view.attempt(|view| self.plan(view, &frame, None)),
+                    Some(recorded) => match recorded.get(&place) {
+                        Some(known) => view.attempt(|view| self.plan(view, &frame, Some(known))),
+                        // I2, I8: it was refused then, and a replay protects nothing new.
+                        None => Err(refused_before()),
+                    },
                 }
-                // It was refused then, and a replay protects nothing new.
-                (Some(_), None) => {
-                    planned.push(Err(denied("protectFrame", frame.meter)));
-                    continue;
-                }
-            };
-            planned.push(view.attempt(|view| self.plan(view, &facts, frame, known)));
+            });
         }
         for error in planned.iter().filter_map(|planned| planned.as_ref().err()) {
             view.refuse(error.to_string());
         }
-        let frames: Vec<v1::ProtectedFrame> = planned.iter().filter_map(|planned| planned.as_ref().ok()).map(PlannedFrame::recorded).collect();
-        if self.past.is_none() && !frames.is_empty() {
-            view.append(Event::FramesProtected(FramesProtected { purpose: self.purpose.to_proto().into(), frames }));
-            let expires = view.now().after(REPLAY_MS);
-            view.put_request(self.key.clone(), RequestRow { digest: self.digest, outcome: Vec::new(), expires });
+        if past.is_none() {
+            let made = (1_u32..).zip(&planned).filter_map(|(place, planned)| Some(planned.as_ref().ok()?.recorded(place, view)));
+            let frames: Vec<v1::ProtectedFrame> = made.collect();
+            if !frames.is_empty() {
+                view.append(Event::FramesProtected(FramesProtected { purpose: self.purpose.to_proto().into(), frames }));
+                view.answered(&self.asking);
+            }
         }
-        Ok(Decided::Frames(planned))
+        Ok(Decided::Frames(planned, past.map(PastRecord::leaf)))
     }
 
     /// Decides on one frame. `past` is its record, if it was protected before.
-    fn plan(
-        &self,
-        view: &mut View<'_, '_>,
-        facts: &PrincipalFacts,
-        frame: &PlainFrame,
-        past: Option<v1::ProtectedFrame>,
-    ) -> Result<PlannedFrame, ServiceError> {
+    fn plan(&self, view: &mut View<'_, '_>, of: &FrameOf<'_>, past: Option<&v1::ProtectedFrame>) -> Result<PlannedFrame, ServiceError> {
+        let FrameOf { frame, place, facts } = *of;
         let (service, targets) = match &frame.content {
             PlainContent::Challenge(challenge) => {
                 if resembles_request(challenge) {
@@ -554,7 +560,7 @@ impl Deciding {
         };
         let meter = view.meter(frame.meter)?.ok_or_else(|| denied("protectFrame", frame.meter))?;
         self.require(facts, &meter, service, &targets)?;
-        let setup = past.as_ref().map_or_else(|| setup_of(&meter, frame.setup), |past| Ok(recorded_setup(past.security_setup)))?;
+        let setup = setup_of(&meter, frame.setup)?;
         let keys = frame_keys(&meter, setup)?;
         let of = CounterOf {
             owner: meter.owner(),
@@ -566,13 +572,6 @@ impl Deciding {
         };
         let form = CipheredForm::of(frame, &meter)?;
         let counter = match past {
-            // I4: the same counter goes out again only with the same octets under the same key.
-            Some(past) if past.key_version != keys.encryption_version.number() => {
-                return Err(ServiceError::Aborted {
-                    reason: "the key was rotated since this request was answered".to_owned(),
-                    next_step: "ask again with a new request id".to_owned(),
-                });
-            }
             Some(past) => past.invocation_counter,
             None => {
                 if let Some(lease) = view.live_lease(of)?.filter(|_| !self.supersede_lease) {
@@ -588,7 +587,7 @@ impl Deciding {
         };
         let parameters = FrameParameters::new(form.control.octet(), *Nonce::new(frame.client_title, counter).octets())?;
         let input = FrameInput { parameters, plaintext: form.plaintext };
-        Ok(PlannedFrame {
+        let planned = PlannedFrame {
             meter: meter.title,
             keys: keys.keys,
             input,
@@ -599,8 +598,12 @@ impl Deciding {
             targets,
             client_title: frame.client_title,
             setup,
-            key_version: keys.encryption_version,
-        })
+            encryption_version: keys.encryption_version,
+            authentication_version: keys.authentication_version,
+        };
+        // I4: a counter goes out again with the same octets only.
+        past.map_or(Ok(()), |past| planned.repeats(past, place, view))?;
+        Ok(planned)
     }
 
     /// What the principal has used of its quotas with this frame, to be stored with the frame's record; `None` where no quota counts it.
@@ -649,7 +652,29 @@ impl PlannedFrame {
         }
     }
 
-    fn recorded(&self) -> v1::ProtectedFrame {
+    /// Whether its octets are those of the record: every part of them is compared.
+    fn repeats(&self, past: &v1::ProtectedFrame, place: u32, view: &View<'_, '_>) -> Result<(), ServiceError> {
+        // The mark may be of an earlier seal key.
+        let now = v1::ProtectedFrame { content_mark: past.content_mark.clone(), ..self.recorded(place, view) };
+        if (now.key_version, now.authentication_key_version) != (past.key_version, past.authentication_key_version) {
+            return Err(overtaken("the key was rotated"));
+        }
+        if now == *past && view.is_marked(&past.content_mark, &self.content()) { Ok(()) } else { Err(overtaken("the meter has changed")) }
+    }
+
+    /// Everything that goes into the octets.
+    fn content(&self) -> Vec<u8> {
+        let (tag, title) = self.tag.map_or((0, None), |(tag, title)| (tag.octet(), title));
+        let mut content = vec![self.control.octet(), tag];
+        content.extend(title.map_or([0; 8], SystemTitle::octets));
+        content.extend(self.client_title.octets());
+        content.extend(self.counter.to_be_bytes());
+        content.extend(&self.input.plaintext);
+        content
+    }
+
+    /// Its record, with its place in the request.
+    fn recorded(&self, place: u32, view: &View<'_, '_>) -> v1::ProtectedFrame {
         v1::ProtectedFrame {
             meter: u64::from_be_bytes(self.meter.octets()),
             client_title: self.client_title.octets().to_vec().into(),
@@ -661,7 +686,10 @@ impl PlannedFrame {
                 .collect(),
             service: self.service.name().to_owned(),
             security_setup: setup_record(self.setup),
-            key_version: self.key_version.number(),
+            key_version: self.encryption_version.number(),
+            authentication_key_version: self.authentication_version.number(),
+            place,
+            content_mark: view.mark_content(&self.content()).to_vec().into(),
         }
     }
 }
@@ -785,8 +813,6 @@ fn denied(action: &str, meter: SystemTitle) -> ServiceError {
     ServiceError::denied(format!("{action} with meter {meter}"))
 }
 
-/// How long a request can be repeated.
-const REPLAY_MS: i64 = 15 * 60 * 1_000;
 /// Keys that are remembered as told of.
 const MOST_ALERTED: usize = 10_000;
 /// Pairs of keys that an answer to a challenge is tried with, besides the active one.

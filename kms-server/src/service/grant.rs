@@ -14,14 +14,14 @@ use kms_domain::{
     ParseError, Party, Principal, PrincipalId, RequestId, Role, SecuritySetupId, SecuritySuite, Slot, Standing, SystemTitle, UnixMillis,
 };
 use kms_hsm::{Agreement, HsmError, KeySource, Recipient, RootVersion, WrappedKey};
-use kms_proto::v1::{self, AuditRecord, GrantedMeter, KeysGranted, audit_record::Event};
-use kms_store::{AuditReference, GrantFilter, GrantRevocation, GrantRow, Reads, RequestKey, RequestRow, RowKind};
+use kms_proto::v1::{self, GrantedMeter, KeysGranted, audit_record::Event};
+use kms_store::{AuditReference, GrantFilter, GrantRevocation, GrantRow, Reads, RowKind};
 use prost::Message as _;
 use tracing::Instrument as _;
 
 use super::{group::Groups, owner::rotation_message};
 use crate::{
-    audit::{Actor, AuditLeaf, CounterOf, OwnerRow, View, past_record, read_record},
+    audit::{Actor, Asking, AuditLeaf, CounterOf, OwnerRow, PastRecord, RecordName, Replay, View, Window, overtaken, refused_before},
     authz::{Action, Caller, GroupFacts, Policy, PrincipalFacts, Purpose, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
@@ -135,8 +135,8 @@ impl GrantService {
     }
 
     async fn decide_and_carry_out(&self, caller: &Caller, chunk: Chunk) -> Result<Granted, ServiceError> {
-        let key = RequestKey { principal: caller.principal.clone(), request: chunk.request, chunk: chunk.index };
-        let mut reads = Reads { sealed: vec![principal_row(&caller.principal)], requests: vec![key.clone()], ..Reads::default() };
+        let asking = Asking::new(caller, chunk.request, chunk.digest, Window::Keys).chunk(chunk.index);
+        let mut reads = Reads { sealed: vec![principal_row(&caller.principal)], requests: asking.reads(), ..Reads::default() };
         let (owners, action): (Vec<Owner>, _) = match &chunk.targets {
             GrantTargets::Meters(meters) => {
                 reads.meters.clone_from(meters);
@@ -153,12 +153,12 @@ impl GrantService {
         let actor = || Actor::caller(caller, Some(chunk.request), action);
 
         let mut decision =
-            Deciding { island: self.island.clone(), caller: caller.clone(), chunk: chunk.clone(), owners: owners.into(), action, key, past: None };
+            Deciding { island: self.island.clone(), caller: caller.clone(), chunk: chunk.clone(), owners: owners.into(), action, asking, past: None };
         let mut decide = decision.clone();
         let mut committed = self.island.committer.act(actor(), reads.clone(), move |view| decide.decide(view)).await?;
-        if let Decided::Replay(reference) = committed.value {
+        if let Decided::Replay(record) = committed.value {
             // The grant of this request is in its audit record; the rows are looked at once more beside it.
-            decision.past = Some(Arc::new(self.record(reference).await?));
+            decision.past = Some(Arc::new(record.read(self.island.store.as_ref()).await?));
             committed = self.island.committer.act(actor(), reads, move |view| decision.decide(view)).await?;
         }
         match committed.value {
@@ -204,13 +204,6 @@ impl GrantService {
             Ok(grant_message(&row))
         };
         Ok(self.island.committer.act(Actor::caller(caller, Some(request), "revokeGrant"), reads, decide).await?.value)
-    }
-
-    async fn record(&self, past: (AuditReference, AuditLeaf)) -> Result<PastGrant, ServiceError> {
-        match read_record(self.island.store.as_ref(), past).await? {
-            AuditRecord { event: Some(Event::KeysGranted(event)), time_ms, .. } => Ok(PastGrant { event, issued: UnixMillis(time_ms), leaf: past.1 }),
-            _ => Err(record_fault()),
-        }
     }
 
     /// Wraps the keys of a recorded grant for the grantee, and seals the manifest.
@@ -303,10 +296,36 @@ fn transport_digest(plan: &Plan) -> bytes::Bytes {
 }
 
 /// A grant of the past, from its audit record.
-struct PastGrant {
-    event: KeysGranted,
+struct PastGrant<'p> {
+    event: &'p KeysGranted,
     issued: UnixMillis,
     leaf: AuditLeaf,
+}
+
+impl<'p> PastGrant<'p> {
+    /// The grant in a record, if it is on the terms that are asked for now.
+    fn of(past: &'p PastRecord, chunk: &Chunk) -> Result<Self, ServiceError> {
+        let Some(Event::KeysGranted(event)) = &past.record.event else { return Err(record_fault()) };
+        let asked = KeysGranted {
+            grant_id: event.grant_id.clone(),
+            not_after_ms: past.record.time_ms + i64::from(chunk.terms.lifetime_seconds) * 1_000,
+            meters: event.meters.clone(),
+            ..terms_record(&chunk.terms, chunk.index)
+        };
+        // Of a version that did not note places: an entry cannot be told from another one of the same owner.
+        if *event != asked || event.meters.iter().any(|granted| granted.place == 0) {
+            return Err(overtaken("the server was upgraded"));
+        }
+        Ok(Self { event, issued: UnixMillis(past.record.time_ms), leaf: past.leaf() })
+    }
+
+    /// What an owner got that was asked for at this place, from 1; `None`: it was refused.
+    fn entry(&self, place: u32, owner: Owner) -> Result<Option<&'p GrantedMeter>, ServiceError> {
+        match self.event.meters.iter().find(|granted| granted.place == place) {
+            Some(granted) if !is_of(granted, owner) => Err(record_fault()),
+            found => Ok(found),
+        }
+    }
 }
 
 /// The decision of a chunk, which the transaction may call several times.
@@ -317,15 +336,15 @@ struct Deciding {
     chunk: Arc<Chunk>,
     owners: Arc<[Owner]>,
     action: &'static str,
-    key: RequestKey,
-    past: Option<Arc<PastGrant>>,
+    asking: Asking,
+    past: Option<Arc<PastRecord>>,
 }
 
 enum Decided {
     /// To be carried out.
     Grant(Box<Plan>),
     /// Carried out before; the record has the details.
-    Replay((AuditReference, AuditLeaf)),
+    Replay(RecordName),
 }
 
 /// A recorded grant, to be carried out.
@@ -347,6 +366,8 @@ struct Plan {
 
 struct PlannedKeys {
     owner: Owner,
+    /// Its place among what the chunk asks for, from 1.
+    place: u32,
     /// A group's; empty for a meter.
     name: String,
     setup: SecuritySetupId,
@@ -378,13 +399,10 @@ impl Deciding {
         {
             return Err(ServiceError::denied(format!("{} under client title {title}", self.action)));
         }
-        let past = match (view.request(&self.key)?, self.past.clone()) {
-            (None, _) => None,
-            (Some(row), _) if row.digest != self.chunk.digest => {
-                return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request"));
-            }
-            (Some(row), None) => return past_record(&row.outcome).map(Decided::Replay),
-            (Some(_), Some(past)) => Some(past),
+        let past = match view.replay(&self.asking, self.past.as_deref())? {
+            Replay::First => None,
+            Replay::Read(record) => return Ok(Decided::Replay(record)),
+            Replay::Again(past) => Some(PastGrant::of(past, &self.chunk)?),
         };
         let (grant, issued, not_after) = match &past {
             Some(past) => {
@@ -396,10 +414,14 @@ impl Deciding {
                     });
                 }
                 let not_after = UnixMillis(past.event.not_after_ms);
-                // By the record, which is authentic: the row's own expiry is only for the purge, and an old row can be put back (I4, I5).
-                if view.now() > not_after.min(past.issued.after(REPLAY_MS)) {
+                if view.now() > not_after {
+                    return Err(overtaken("the grant has ended"));
+                }
+                if terms.dedicated_key {
+                    // I4: a dedicated key is made for one answer and kept nowhere. Another one under the same lease would protect its InitiateRequest
+                    // with a counter that the one before may have used.
                     return Err(ServiceError::Aborted {
-                        reason: "the grant of this request has ended, or is too old to be repeated".to_owned(),
+                        reason: "this request was answered with a dedicated key, which is not made twice".to_owned(),
                         next_step: "ask again with a new request id".to_owned(),
                     });
                 }
@@ -426,13 +448,13 @@ impl Deciding {
         let policy = self.island.policy.load();
         let named_version = matches!(self.chunk.targets, GrantTargets::Group { version: Some(_), .. });
         let mut permissions = Permissions { policy: &policy, facts: facts(&principal), terms: &terms, named_version, decided: Vec::new() };
-        for owner in self.owners.iter().copied() {
+        for (place, owner) in (1_u32..).zip(self.owners.iter().copied()) {
             let outcome = match &past {
-                None => view.attempt(|view| self.grant(view, owner, &principal, not_after, &mut permissions)),
-                Some(past) => match past.event.meters.iter().find(|granted| is_of(granted, owner)) {
+                None => view.attempt(|view| self.grant(view, owner, place, &principal, not_after, &mut permissions)),
+                Some(past) => match past.entry(place, owner)? {
                     Some(granted) => self.repeat(view, owner, granted, &mut permissions),
-                    // It was refused then, and a replay grants nothing new.
-                    None => Err(self.denied(owner)),
+                    // I2, I8: it was refused then, and a replay grants nothing new.
+                    None => Err(refused_before()),
                 },
             };
             match outcome {
@@ -457,6 +479,7 @@ impl Deciding {
         &self,
         view: &mut View<'_, '_>,
         owner: Owner,
+        place: u32,
         principal: &Principal,
         not_after: UnixMillis,
         permissions: &mut Permissions<'_>,
@@ -503,7 +526,7 @@ impl Deciding {
             }
             view.put_owner(changed)?;
         }
-        Ok(PlannedKeys { owner, name: name_of(&row), setup, suite, keys, lease, rotation: rotation_of(&row, setup) })
+        Ok(PlannedKeys { owner, place, name: name_of(&row), setup, suite, keys, lease, rotation: rotation_of(&row, setup) })
     }
 
     /// Only the active version: a pre-active one is granted to nobody (I3), and earlier candidates are for those who probe. A group's former GBEK is
@@ -566,24 +589,21 @@ impl Deciding {
     /// The same again, as recorded: permitted still, the versions still grantable, the lease still the newest.
     fn repeat(&self, view: &mut View<'_, '_>, owner: Owner, granted: &GrantedMeter, permissions: &mut Permissions<'_>) -> Result<PlannedKeys, ServiceError> {
         let terms = &self.chunk.terms;
-        let overtaken = |what: &str| ServiceError::Aborted {
-            reason: format!("{what} since this request was answered"),
-            next_step: "ask again with a new request id".to_owned(),
-        };
         let (row, suite) = self.permitted(view, owner, permissions)?;
         let setup = recorded_setup(granted.security_setup);
+        if terms.key_types.len() != granted.versions.len() || terms.setup.is_some_and(|asked| asked != setup) {
+            return Err(record_fault());
+        }
         let mut keys = Vec::with_capacity(terms.key_types.len() + 1);
         for (key_type, number) in terms.key_types.iter().zip(&granted.versions) {
             let slot = row.slots().get(setup, *key_type).ok_or_else(|| overtaken("the key is gone"))?;
             let version = self.lendable(&row, slot).filter(|version| version.number().number() == *number).ok_or_else(|| overtaken("the key was rotated"))?;
             keys.push(PlannedKey { key_type: *key_type, version: Some(version.number()), source: source(owner, slot, version)?, in_doubt: slot.in_doubt() });
         }
-        if terms.dedicated_key {
-            keys.push(dedicated(suite));
-        }
         let encryption = keys.iter().find(|key| matches!(key.key_type, KeyType::GUEK | KeyType::GBEK)).and_then(|key| Some((key.key_type, key.version?)));
         let lease = match (terms.client_title, encryption) {
-            (Some(client), Some((key_type, version))) if granted.lease_count > 0 => {
+            (Some(_), Some(_)) if granted.lease_count != terms.counters.get() => return Err(record_fault()),
+            (Some(client), Some((key_type, version))) => {
                 let lease = Lease { first: granted.lease_first, count: granted.lease_count };
                 let of =
                     CounterOf { owner, setup, key_type, version, counter: self.counter_key(&row, setup, client)?, on_new_key: self.on_new_key(&row, setup) };
@@ -594,7 +614,7 @@ impl Deciding {
             }
             _ => None,
         };
-        Ok(PlannedKeys { owner, name: name_of(&row), setup, suite, keys, lease, rotation: rotation_of(&row, setup) })
+        Ok(PlannedKeys { owner, place: granted.place, name: name_of(&row), setup, suite, keys, lease, rotation: rotation_of(&row, setup) })
     }
 
     /// I2: one record for the chunk; grant and request name it.
@@ -602,14 +622,9 @@ impl Deciding {
         let terms = &plan.terms;
         view.append(Event::KeysGranted(KeysGranted {
             grant_id: plan.grant.octets().to_vec().into(),
-            purpose: terms.purpose.to_proto().into(),
             not_after_ms: plan.not_after.0,
-            security_setup: terms.setup.map(|setup| setup.obis().to_vec().into()).unwrap_or_default(),
-            key_types: terms.key_types.iter().map(ToString::to_string).collect(),
-            client_title: terms.client_title.map(|title| title.octets().to_vec().into()).unwrap_or_default(),
-            dedicated_key: terms.dedicated_key,
             meters: plan.entries.iter().map(PlannedKeys::recorded).collect(),
-            chunk_index: plan.index,
+            ..terms_record(terms, plan.index)
         }));
         view.put_grant(GrantRow {
             id: plan.grant,
@@ -621,8 +636,7 @@ impl Deciding {
             meters: u32::try_from(plan.entries.len()).unwrap_or(u32::MAX),
             revoked: None,
         });
-        let expires = view.now().after(REPLAY_MS);
-        view.put_request(self.key.clone(), RequestRow { digest: self.chunk.digest, outcome: Vec::new(), expires });
+        view.answered(&self.asking);
     }
 }
 
@@ -714,6 +728,7 @@ impl PlannedKeys {
             lease_first: self.lease.map_or(0, |(_, _, lease)| lease.first),
             lease_count: self.lease.map_or(0, |(_, _, lease)| lease.count),
             security_setup: setup_record(self.setup),
+            place: self.place,
         }
     }
 }
@@ -776,6 +791,19 @@ pub fn request_digest(parts: &[&[u8]]) -> [u8; 32] {
     let mut value = [0; 32];
     value.copy_from_slice(context.finish().as_ref());
     value
+}
+
+/// What the record of a grant says of its terms.
+fn terms_record(terms: &SessionTerms, chunk: u32) -> KeysGranted {
+    KeysGranted {
+        purpose: terms.purpose.to_proto().into(),
+        security_setup: terms.setup.map(|setup| setup.obis().to_vec().into()).unwrap_or_default(),
+        key_types: terms.key_types.iter().map(ToString::to_string).collect(),
+        client_title: terms.client_title.map(|title| title.octets().to_vec().into()).unwrap_or_default(),
+        dedicated_key: terms.dedicated_key,
+        chunk_index: chunk,
+        ..KeysGranted::default()
+    }
 }
 
 /// Whether an entry of a grant's record is of this owner.
@@ -883,5 +911,3 @@ fn reason_of(error: &ServiceError) -> String {
 
 /// Numbers of groups begin with 1.
 const NO_GROUP: GroupId = GroupId(0);
-/// How long a request can be repeated.
-const REPLAY_MS: i64 = 15 * 60 * 1_000;

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use kms_domain::{Owner, Principal, SystemTitle};
 use kms_proto::v1::{self, MeterProblemCode as Code};
-use kms_store::{Reads, RequestKey, RequestRow, RowKind};
+use kms_store::{Reads, RowKind};
 use prost::Message;
 
 pub use self::{
@@ -34,7 +34,7 @@ pub(super) use self::{
 pub use super::Request;
 use super::group::Groups;
 use crate::{
-    audit::{Actor, View},
+    audit::{Actor, Asked, Asking, View, Window},
     authz::{Action, Caller, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
@@ -155,9 +155,10 @@ impl MeterService {
     where
         F: FnMut(&mut View<'_, '_>, &Principal) -> Result<Outcome, ServiceError> + Send + 'static,
     {
-        let key = RequestKey { principal: caller.principal.clone(), request: request.id, chunk: index };
-        let mut reads = Reads { requests: vec![key.clone()], ..reads };
+        let asking = Asking::new(caller, request.id, request.digest, Window::Administration).chunk(index);
+        let mut reads = Reads { requests: asking.reads(), ..reads };
         reads.sealed.push(principal_row(&caller.principal));
+        let (island, action, meters) = (self.island.clone(), action.clone(), reads.meters.clone());
         let actor = Actor::caller(caller, Some(request.id), action.name());
         let caller = caller.clone();
         let committed = self
@@ -165,15 +166,12 @@ impl MeterService {
             .committer
             .act(actor, reads, move |view| {
                 let principal = view.caller(&caller)?;
-                if let Some(earlier) = view.request(&key)? {
-                    if earlier.digest != request.digest {
-                        return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request"));
-                    }
-                    return Outcome::decode(earlier.outcome.as_slice()).map_err(|_| ServiceError::Internal("a remembered answer does not decode".to_owned()));
+                if let Asked::Before(answered) = view.asked(&asking)? {
+                    let outcome: Outcome = answered.message()?;
+                    return outcome.is_shown_to(&principal, view, &island, &action, &meters).map(|()| outcome);
                 }
                 let outcome = change(view, &principal)?;
-                let expires = view.now().after(REPLAY_MS);
-                view.put_request(key.clone(), RequestRow { digest: request.digest, outcome: outcome.encode_to_vec(), expires });
+                view.answered_with(&asking, &outcome);
                 Ok(outcome)
             })
             .await?;
@@ -203,6 +201,30 @@ impl Outcome {
         self.problems.push(v1::MeterProblem { meter: meter.octets().to_vec().into(), reason: reason.into(), code: code.into() });
     }
 
+    /// I8: whoever has lost the right to do it with one of these meters is not told again what came of it.
+    fn is_shown_to(
+        &self,
+        principal: &Principal,
+        view: &mut View<'_, '_>,
+        island: &Island,
+        action: &Action,
+        meters: &[SystemTitle],
+    ) -> Result<(), ServiceError> {
+        let (policy, facts) = (island.policy.load(), facts(principal));
+        for title in meters.iter().filter(|title| self.problems.iter().all(|problem| problem.meter != title.octets().as_slice())) {
+            let Some(meter) = view.meter(*title)? else { continue };
+            let permitted = match action {
+                // What is decided on is the group.
+                Action::ChangeGroupMembers { .. } => true,
+                action => policy.permits(&facts, action, &Resource::Meters(&meter.class)).is_permit(),
+            };
+            if !permitted {
+                return Err(ServiceError::denied(action.name()));
+            }
+        }
+        Ok(())
+    }
+
     fn add_to(self, response: &mut v1::ChangeMetersResponse) {
         response.changed += self.changed;
         response.unchanged += self.unchanged;
@@ -213,8 +235,6 @@ impl Outcome {
 
 /// What is said of a meter that does not exist and of one that the caller may not change.
 const NOT_PERMITTED: &str = "it is unknown, or this is not permitted with it";
-/// How long a request can be repeated.
-const REPLAY_MS: i64 = 24 * 3_600 * 1_000;
 /// Meters of one transaction.
 const CHUNK: usize = 500;
 /// Problems that an answer names at most.

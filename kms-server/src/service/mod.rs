@@ -14,6 +14,8 @@ pub mod owner;
 pub mod principal;
 pub mod proposal;
 mod recipe;
+#[cfg(test)]
+mod replay_tests;
 pub mod retention;
 pub mod root;
 pub mod scrub;

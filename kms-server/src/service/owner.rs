@@ -13,8 +13,7 @@ use kms_domain::{
     Principal, RequestId, SecuritySetupId, Slots,
 };
 use kms_proto::v1::{self, DeviceTypeAdded, KeyCreated, audit_record::Event};
-use kms_store::{Reads, RequestKey, RequestRow, RowKind};
-use prost::Message as _;
+use kms_store::{Reads, RowKind};
 
 pub use self::rotation::{BehindPage, NamedGroupKey, Switch};
 pub(in crate::service) use self::rotation::{NewGroupVersion, expose_to_former_member, expose_to_who_knows_a_kek, message as rotation_message};
@@ -25,7 +24,7 @@ use super::{
     recipe::Recipe,
 };
 use crate::{
-    audit::{Actor, OwnerRow, View},
+    audit::{Actor, Asked, Asking, OwnerRow, View, Window},
     authz::{Action, Caller, DeviceTypeFacts, GroupFacts, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
@@ -299,25 +298,21 @@ impl OwnerService {
         held_by_meters: bool,
     ) -> Result<v1::CreateKeyResponse, ServiceError> {
         let wrapped = recipe.generate(&self.island).await?;
-        let key = RequestKey { principal: caller.principal.clone(), request: request.id, chunk: 0 };
+        let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
         let row = match owner {
             Owner::DeviceType(id) => (RowKind::DeviceType, id.0.to_be_bytes().to_vec()),
             Owner::Group(id) => (RowKind::Group, id.0.to_be_bytes().to_vec()),
             Owner::Meter(_) => return Err(ServiceError::Internal("keys of meters come with the meter".to_owned())),
         };
-        let reads = Reads { sealed: vec![principal_row(&caller.principal), row], requests: vec![key.clone()], ..Reads::default() };
+        let reads = Reads { sealed: vec![principal_row(&caller.principal), row], requests: asking.reads(), ..Reads::default() };
         let actor = Actor::caller(caller, Some(request.id), action.name());
         let (island, by) = (self.island.clone(), caller.clone());
         let decide = move |view: &mut View<'_, '_>| {
             let principal = view.caller(&by)?;
             let mut row = view.owner(owner)?.ok_or_else(|| ServiceError::denied(action.to_string()))?;
             let name = require(&island, &principal, &action, &row)?;
-            if let Some(earlier) = view.request(&key)? {
-                if earlier.digest != request.digest {
-                    return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request"));
-                }
-                return v1::CreateKeyResponse::decode(earlier.outcome.as_slice())
-                    .map_err(|_| ServiceError::Internal("a remembered answer does not decode".to_owned()));
+            if let Asked::Before(answered) = view.asked(&asking)? {
+                return answered.message();
             }
             if let Some(slot) = row.slots().get(recipe.setup, recipe.key_type) {
                 return Err(ServiceError::FailedPrecondition {
@@ -346,8 +341,7 @@ impl OwnerService {
             }));
             view.put_owner(row)?;
             let response = v1::CreateKeyResponse { version };
-            let expires = view.now().after(REPLAY_MS);
-            view.put_request(key.clone(), RequestRow { digest: request.digest, outcome: response.encode_to_vec(), expires });
+            view.answered_with(&asking, &response);
             Ok(response)
         };
         Ok(self.island.committer.act(actor, reads, decide).await?.value)
@@ -407,5 +401,3 @@ fn not_made_here(key_type: KeyType) -> ServiceError {
 
 const PAGE: u32 = 256;
 const MOST_DEVICE_TYPES: u64 = 1_000;
-/// How long a request can be repeated.
-const REPLAY_MS: i64 = 24 * 3_600 * 1_000;

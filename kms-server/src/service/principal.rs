@@ -9,11 +9,10 @@ use aws_lc_rs::digest::{Context, SHA256};
 use bytes::Bytes;
 use kms_domain::{ParseError, PersonName, Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, RequestId, Role, SystemTitle, UnixMillis};
 use kms_proto::v1::{self, PrincipalChanged, audit_record::Event};
-use kms_store::{Reads, RequestKey, RequestRow, RowKind};
-use prost::Message;
+use kms_store::{Reads, RowKind};
 
 use super::certificate::{CertificateAuthority, CertificationRequest, IssuedCertificate, Validity};
-use crate::audit::{Actor, View};
+use crate::audit::{Actor, Asked, Asking, View, Window};
 use crate::authz::{Action, Caller, Resource};
 use crate::error::ServiceError;
 use crate::island::{Island, facts, principal_row};
@@ -235,8 +234,8 @@ impl Principals {
             + Send
             + 'static,
     {
-        let key = RequestKey { principal: caller.principal.clone(), request, chunk: 0 };
-        let reads = Reads { sealed: vec![principal_row(&caller.principal), principal_row(&id)], requests: vec![key.clone()], ..Reads::default() };
+        let asking = Asking::new(caller, request, digest, Window::Administration);
+        let reads = Reads { sealed: vec![principal_row(&caller.principal), principal_row(&id)], requests: asking.reads(), ..Reads::default() };
         let actor = Actor::caller(caller, Some(request), action.name());
         let (island, caller) = (Arc::clone(&self.island), caller.clone());
         let committed = self
@@ -246,12 +245,8 @@ impl Principals {
                 // Again, in the transaction that writes: what was permitted a moment ago may not be any more.
                 let principal = view.caller(&caller)?;
                 island.policy.load().require(&facts(&principal), &action, &Resource::Island)?;
-                if let Some(earlier) = view.request(&key)? {
-                    if earlier.digest != digest {
-                        return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one"));
-                    }
-                    return v1::PrincipalCertificate::decode(earlier.outcome.as_slice())
-                        .map_err(|_| ServiceError::Internal("a remembered answer does not decode".to_owned()));
+                if let Asked::Before(answered) = view.asked(&asking)? {
+                    return answered.message();
                 }
                 let existing = view.principal(&id)?;
                 let (principal, record, issued, chain) = change(view, existing)?;
@@ -262,8 +257,7 @@ impl Principals {
                 };
                 view.put_principal(principal)?;
                 view.append(Event::PrincipalChanged(record));
-                let expires = view.now().after(REPLAY_MILLISECONDS);
-                view.put_request(key.clone(), RequestRow { digest, outcome: answer.encode_to_vec(), expires });
+                view.answered_with(&asking, &answer);
                 Ok(answer)
             })
             .await?;
@@ -395,8 +389,6 @@ fn request_digest(verb: &str, parts: &[&[u8]]) -> [u8; 32] {
     digest
 }
 
-/// How long the answer to a request is remembered: a day.
-const REPLAY_MILLISECONDS: i64 = 24 * 3_600_000;
 /// Certificates of one principal at a time.
 const MOST_CERTIFICATES: usize = 8;
 const PAGE: u32 = 500;

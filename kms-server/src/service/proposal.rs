@@ -12,12 +12,12 @@ use kms_domain::{
     Approval, Principal, Proposal, ProposalContent, ProposalError, ProposalId, ProposedAction, Quorum, RequestId, RootKind, SystemTitle, UnixMillis,
 };
 use kms_proto::v1::{self, ProposalApproved, ProposalEnded, ProposalMade, audit_record::Event};
-use kms_store::{Reads, RequestKey, RequestRow, RowKind};
+use kms_store::{Reads, RowKind};
 
 pub use super::Request;
 use super::meter::raise_counter;
 use crate::{
-    audit::{Actor, View},
+    audit::{Actor, Asked, Asking, View, Window, used_for_another},
     authz::{Action, Caller, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
@@ -131,8 +131,8 @@ impl ProposalService {
     pub async fn change(&self, caller: &Caller, request: Request, id: ProposalId, change: Change) -> Result<v1::Proposal, ServiceError> {
         let action = change.action();
         self.island.require(caller, &action).await?;
-        let key = RequestKey { principal: caller.principal.clone(), request: request.id, chunk: 0 };
-        let mut reads = Reads { sealed: vec![principal_row(&caller.principal), proposal_row(id)], requests: vec![key.clone()], ..Reads::default() };
+        let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
+        let mut reads = Reads { sealed: vec![principal_row(&caller.principal), proposal_row(id)], requests: asking.reads(), ..Reads::default() };
         reads.meters.extend(concerns(&self.load(id).await?.content.action));
         let actor = Actor::caller(caller, Some(request.id), action.name());
         let (island, caller) = (self.island.clone(), caller.clone());
@@ -142,16 +142,9 @@ impl ProposalService {
             .act(actor, reads, move |view| {
                 let principal = view.caller(&caller)?;
                 island.policy.load().require(&facts(&principal), &action, &Resource::Island)?;
-                match view.request(&key)? {
-                    Some(earlier) if earlier.digest != request.digest => {
-                        return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request"));
-                    }
-                    Some(_) => {}
-                    None => {
-                        change.apply(view, &island, &principal, id)?;
-                        let expires = view.now().after(REPLAY_MS);
-                        view.put_request(key.clone(), RequestRow { digest: request.digest, outcome: Vec::new(), expires });
-                    }
+                if let Asked::First = view.asked(&asking)? {
+                    change.apply(view, &island, &principal, id)?;
+                    view.answered(&asking);
                 }
                 let proposal = view.proposal(id)?.ok_or_else(|| missing(id))?;
                 Ok(message(&proposal, view.now()))
@@ -186,7 +179,7 @@ pub struct NewProposal {
 pub fn propose(view: &mut View<'_, '_>, principal: &Principal, request: RequestId, new: NewProposal) -> Result<Proposal, ServiceError> {
     let id = proposal_id(request)?;
     if view.proposal(id)?.is_some() {
-        return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request"));
+        return Err(used_for_another());
     }
     // I6: a person proposes, not a certificate.
     let requester_person = principal.person.clone().ok_or_else(|| ServiceError::denied("a proposal by somebody who is no person"))?;
@@ -310,5 +303,3 @@ fn missing(id: ProposalId) -> ServiceError {
 }
 
 const PAGE: u32 = 200;
-/// How long a request can be repeated.
-const REPLAY_MS: i64 = 24 * 3_600 * 1_000;

@@ -19,13 +19,13 @@ use std::{
 use kms_domain::{KeyClass, RootError, RootId, RootPurpose, RootRotation, RootRotationState, RootStanding, UnixMillis};
 use kms_hsm::{HsmError, Purpose, RootVersion, TokenKey};
 use kms_proto::v1::{self, RootRotationChanged, audit_record::Event};
-use kms_store::{MeterFilter, Reads, RequestKey, RequestRow, RowKind};
+use kms_store::{MeterFilter, Reads, RowKind};
 use tokio::sync::mpsc;
 
 pub use self::destroy::Destruction;
 pub use self::refresh::{FINGERPRINT_KEY_VERSION, all_seal_keys, audit_keys, held_audit_key, learn_seal_keys, seal_key, seal_keys};
 use crate::{
-    audit::Actor,
+    audit::{Actor, Asked, Asking, Window},
     authz::{Action, Caller, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
@@ -203,22 +203,19 @@ impl RootService {
             RootId { purpose, version: known.current_root(purpose).ok_or_else(no_root)? }
         };
         let rows = if purpose.has_pass() { self.island.store.meter_count(&MeterFilter::default()).await? } else { 0 };
-        let key = RequestKey { principal: caller.principal.clone(), request: request.id, chunk: 0 };
+        let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
         let reads = Reads {
             sealed: vec![principal_row(&caller.principal), self.island_row(), rotation_row(to)],
-            requests: vec![key.clone()],
+            requests: asking.reads(),
             clock: true,
             ..Reads::default()
         };
         let actor = Actor::caller(caller, Some(request.id), Action::RotateRoot.name());
-        let (island, asking, settling) = (self.island.clone(), caller.clone(), millis(self.timing.settling));
+        let (island, by, settling) = (self.island.clone(), caller.clone(), millis(self.timing.settling));
         let act = self.island.committer.act(actor, reads, move |view| {
-            let principal = view.caller(&asking)?;
+            let principal = view.caller(&by)?;
             island.policy.load().require(&facts(&principal), &Action::RotateRoot, &Resource::Island)?;
-            if let Some(earlier) = view.request(&key)? {
-                if earlier.digest != request.digest {
-                    return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request"));
-                }
+            if let Asked::Before(_) = view.asked(&asking)? {
                 return Ok(());
             }
             let now = view.clock()?;
@@ -255,7 +252,7 @@ impl RootService {
                 }
             }
             view.append(Event::RootRotationChanged(event));
-            view.put_request(key.clone(), RequestRow { digest: request.digest, outcome: Vec::new(), expires: view.now().after(REPLAY_MS) });
+            view.answered(&asking);
             Ok(())
         });
         act.await?;
@@ -425,5 +422,3 @@ const fn is_missing(error: &HsmError) -> bool {
 const TRY_AGAIN: Duration = Duration::from_mins(1);
 /// How often a watched rotation is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
-/// How long a request can be repeated.
-const REPLAY_MS: i64 = 24 * 3_600 * 1_000;

@@ -21,7 +21,7 @@ use kms_domain::{
     Transfer, TransferError, TransferForm, TransferId, TransferOrder, WrappedKey,
 };
 use kms_proto::v1::{HeldVersion, SecurityEvent, TransferAdvance, TransfersAdvanced, audit_record::Event};
-use kms_store::{Reads, RequestKey, RequestRow};
+use kms_store::Reads;
 
 pub(in crate::service) use self::emit::pair_keys;
 use super::{
@@ -29,7 +29,7 @@ use super::{
     grant::{counter_key, on_new_key, setup_record},
 };
 use crate::{
-    audit::{Actor, AuditLeaf, CounterOf, View},
+    audit::{Actor, Asked, Asking, AuditLeaf, CounterOf, View, Window},
     authz::{Action, Caller, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
@@ -192,11 +192,11 @@ impl TransferService {
             .map(|order| known.get(&order.meter).is_some_and(|meter| permits_order(&self.island, &facts(&principal), meter, order).is_ok()))
             .collect();
         let prepared = self.prepare(&orders, &permitted, &known).await?;
-        let key = RequestKey { principal: caller.principal.clone(), request, chunk: 0 };
+        let asking = Asking::new(caller, request, digest, Window::Keys);
         let groups = orders.iter().filter_map(|order| known.get(&order.meter)).flat_map(|meter| meter.class.groups.clone());
         let mut sealed = vec![principal_row(&caller.principal), self.island.row_name()];
         sealed.extend(groups.map(group_row));
-        let mut reads = Reads { meters: orders.iter().map(|order| order.meter).collect(), sealed, requests: vec![key.clone()], ..Reads::default() };
+        let mut reads = Reads { meters: orders.iter().map(|order| order.meter).collect(), sealed, requests: asking.reads(), ..Reads::default() };
         for (order, permitted) in orders.iter().zip(&permitted) {
             if let Some(task) = order.task.filter(|_| *permitted) {
                 reads.extend(&task_reads(task.campaign, [order.meter]));
@@ -209,12 +209,7 @@ impl TransferService {
             .committer
             .act(Actor::caller(caller, Some(request), "beginTransfer"), reads, move |view| {
                 let principal = view.caller(&caller_again)?;
-                let repeated = match view.request(&key)? {
-                    Some(row) if row.digest != digest => {
-                        return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request"));
-                    }
-                    row => row.is_some(),
-                };
+                let repeated = matches!(view.asked(&asking)?, Asked::Before(_));
                 let mut advances = Advances::default();
                 let mut decided: Vec<Decided> = Vec::with_capacity(orders.len());
                 for (order, prepared) in orders.iter().zip(&prepared) {
@@ -230,8 +225,7 @@ impl TransferService {
                     // Recorded even if every order was refused: the request is answered.
                     advances.record(view);
                     if decided.iter().any(|(_, step)| step.is_ok()) {
-                        let expires = view.now().after(REPLAY_MS);
-                        view.put_request(key.clone(), RequestRow { digest, outcome: Vec::new(), expires });
+                        view.answered(&asking);
                     }
                 }
                 Ok(decided)
@@ -478,8 +472,9 @@ fn began(view: &mut View<'_, '_>, island: &Island, principal: &kms_domain::Princ
     let id = transfer_id(request, order.meter)?;
     match meter.transfer.as_ref().filter(|transfer| transfer.id == id) {
         Some(transfer) => permits_step(view, island, principal, &meter, transfer).map(|()| meter.clone()),
+        // Or it was refused then, and a replay begins nothing new.
         None => Err(ServiceError::Aborted {
-            reason: "the transfer that this request began is over".to_owned(),
+            reason: "the transfer that this request began is over, or none was begun".to_owned(),
             next_step: "look at the meter's slots, and begin another with a new request id".to_owned(),
         }),
     }
@@ -616,8 +611,10 @@ fn deal_counters(view: &mut View<'_, '_>, island: &Island, mut meter: Meter) -> 
             *version.counters_mut().map_err(|error| fault(&error))? = reserved;
         }
     }
+    let pinned = (!counters.is_empty()).then(|| emit::pinned(island, &meter)).transpose()?;
     if let Some(transfer) = &mut meter.transfer {
         transfer.counters = counters;
+        transfer.pinned = pinned;
     }
     view.put_meter(meter.clone(), false)?;
     Ok(Arc::new(meter))
@@ -888,6 +885,3 @@ fn denied(meter: SystemTitle) -> ServiceError {
 }
 
 const KEYS_AT_ONCE: usize = 16;
-
-/// How long a request can be repeated.
-const REPLAY_MS: i64 = 15 * 60 * 1_000;

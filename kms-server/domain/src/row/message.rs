@@ -114,6 +114,9 @@ pub(super) struct TransferRow {
     /// The fencing token of the task's lease.
     #[prost(uint64, tag = "20")]
     pub(super) fence: u64,
+    /// What the step's octets are made of besides the row: 16 octets, or none.
+    #[prost(bytes = "bytes", tag = "21")]
+    pub(super) pinned: Bytes,
 }
 
 #[derive(Clone, PartialEq, Message)]

@@ -66,6 +66,10 @@ pub(super) fn transfer_from_row(title: SystemTitle, row: TransferRow, base: i64,
         step: row.step,
         tried: row.tried,
         counters: row.counters,
+        pinned: match row.pinned.as_ref() {
+            [] => None,
+            pinned => Some(octets("pinned", pinned)?),
+        },
         retries: row.counter_retries,
         answer: match row.answer {
             0 => Answer::Silence,
@@ -119,6 +123,7 @@ pub(super) fn transfer_to_row(transfer: &Transfer, base: UnixMillis, principals:
         tried: transfer.tried,
         step: transfer.step,
         counters: transfer.counters.clone(),
+        pinned: transfer.pinned.map(|pinned| Bytes::copy_from_slice(&pinned)).unwrap_or_default(),
         not_after: transfer.not_after.0.wrapping_sub(base.0),
         answer: match transfer.answer {
             Answer::Silence => 0,

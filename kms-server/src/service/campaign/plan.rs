@@ -11,11 +11,11 @@ use kms_domain::{
     SecuritySetupId, SystemTitle, TaskStep, TaskWork, UnixMillis, WavePlanner,
 };
 use kms_proto::v1::{self, CampaignCreated, audit_record::Event};
-use kms_store::{Assigned, MeterFilter, MeterRow, Reads, RequestKey, RequestRow, RowKind};
+use kms_store::{Assigned, MeterFilter, MeterRow, Reads, RowKind};
 
-use super::{CampaignService, REPLAY_MS, Request, campaign_row};
+use super::{CampaignService, Request, campaign_row};
 use crate::{
-    audit::Actor,
+    audit::{Actor, Asked, Asking, Window, used_for_another},
     authz::{Action, Caller, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
@@ -102,17 +102,17 @@ impl CampaignService {
         new: Arc<NewCampaign>,
         plan: Option<Plan>,
     ) -> Result<Arc<Campaign>, ServiceError> {
-        let key = RequestKey { principal: caller.principal.clone(), request: request.id, chunk: 0 };
-        let reads = Reads { sealed: vec![principal_row(&caller.principal), campaign_row(id)], requests: vec![key.clone()], ..Reads::default() };
+        let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
+        let reads = Reads { sealed: vec![principal_row(&caller.principal), campaign_row(id)], requests: asking.reads(), ..Reads::default() };
         let actor = Actor::caller(caller, Some(request.id), Action::CreateCampaign.name());
         let (island, caller) = (self.island.clone(), caller.clone());
         let committed = self.island.committer.act(actor, reads, move |view| {
             let principal = view.caller(&caller)?;
             island.policy.load().require(&facts(&principal), &Action::CreateCampaign, &Resource::Island)?;
             let known = view.campaign(id)?;
-            match (view.request(&key)?, known, plan.clone()) {
-                (Some(earlier), Some(known), _) if earlier.digest == request.digest => Ok(known),
-                (None, None, Some(plan)) => {
+            match (view.asked(&asking)?, known, plan.clone()) {
+                (Asked::Before(_), Some(known), _) => Ok(known),
+                (Asked::First, None, Some(plan)) => {
                     let person = principal.person.clone().ok_or_else(|| ServiceError::denied(Action::CreateCampaign.name()))?;
                     let content = CampaignContent {
                         name: new.name.clone(),
@@ -133,11 +133,11 @@ impl CampaignService {
                         meters: campaign.content.plan.meters,
                         content_sha256: campaign.content_digest().to_vec().into(),
                     }));
-                    view.put_request(key.clone(), RequestRow { digest: request.digest, outcome: Vec::new(), expires: view.now().after(REPLAY_MS) });
+                    view.answered(&asking);
                     view.put_campaign(campaign.clone())?;
                     Ok(Arc::new(campaign))
                 }
-                _ => Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request")),
+                _ => Err(used_for_another()),
             }
         });
         Ok(committed.await?.value)

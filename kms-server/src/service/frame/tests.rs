@@ -1,7 +1,7 @@
 use std::num::NonZeroU32;
 
 use kms_domain::{CounterKey, KeyPair, KeyType, KeyVersionNumber, Lease, Outcome, RequestId, SecuritySetupId, TransferForm, UnixMillis};
-use kms_proto::v1::{self, audit_record::Event};
+use kms_proto::v1::{self, AuditRecord, audit_record::Event};
 use kms_store::Reads;
 
 use super::*;

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use kms_domain::{KeyType, KeyVersionNumber, Meter, Party, SecuritySetupId, SystemTitle};
 use kms_proto::v1::{self, MetersChanged, audit_record::Event};
-use kms_store::{Reads, RequestKey, RequestRow};
+use kms_store::Reads;
 
-use super::{MeterService, REPLAY_MS, Request};
+use super::{MeterService, Request};
 use crate::{
-    audit::Actor,
+    audit::{Actor, Asked, Asking, Window},
     authz::{Action, Caller, Resource},
     error::ServiceError,
     island::{facts, principal_row},
@@ -40,8 +40,8 @@ impl MeterService {
     /// Not permitted, which is also said of an unknown meter; there is no such version, or it is compromised or destroyed already; or the
     /// database is away.
     pub async fn report_compromise(&self, caller: &Caller, request: Request, report: Compromise) -> Result<v1::Meter, ServiceError> {
-        let key = RequestKey { principal: caller.principal.clone(), request: request.id, chunk: 0 };
-        let reads = Reads { meters: vec![report.meter], sealed: vec![principal_row(&caller.principal)], requests: vec![key.clone()], ..Reads::default() };
+        let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
+        let reads = Reads { meters: vec![report.meter], sealed: vec![principal_row(&caller.principal)], requests: asking.reads(), ..Reads::default() };
         let actor = Actor::caller(caller, Some(request.id), Action::ReportCompromise.name());
         let (island, caller_again, title) = (self.island.clone(), caller.clone(), report.meter);
         let act = self.island.committer.act(actor, reads, move |view| {
@@ -52,10 +52,7 @@ impl MeterService {
                 .meter(report.meter)?
                 .filter(|meter| permits(meter))
                 .ok_or_else(|| ServiceError::denied(format!("reportCompromise with meter {}", report.meter)))?;
-            if let Some(earlier) = view.request(&key)? {
-                if earlier.digest != request.digest {
-                    return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request"));
-                }
+            if let Asked::Before(_) = view.asked(&asking)? {
                 return Ok(());
             }
             let refuse = |reason: String| ServiceError::FailedPrecondition { reason, next_step: "look at the meter with `kms meter show`".to_owned() };
@@ -72,7 +69,7 @@ impl MeterService {
             }));
             view.put_meter((*meter).clone(), false)?;
             expose_to_who_knows_a_kek(view, &meter, &shared, &report.known_to)?;
-            view.put_request(key.clone(), RequestRow { digest: request.digest, outcome: Vec::new(), expires: view.now().after(REPLAY_MS) });
+            view.answered(&asking);
             Ok(())
         });
         act.await?;

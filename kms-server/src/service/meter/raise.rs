@@ -7,11 +7,11 @@ use kms_domain::{
     RaiseCounter, SecuritySetupId, SystemTitle,
 };
 use kms_proto::v1::{self, CounterRaised, audit_record::Event};
-use kms_store::{Reads, RequestKey, RequestRow};
+use kms_store::Reads;
 
-use super::{MeterService, REPLAY_MS, Request};
+use super::{MeterService, Request};
 use crate::{
-    audit::{Actor, View},
+    audit::{Actor, Asked, Asking, View, Window},
     authz::{Action, Caller, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
@@ -49,12 +49,12 @@ impl MeterService {
     /// # Errors
     /// Not permitted, which is also said of an unknown meter; the counter is a head-end's or as high already; or the database is away.
     pub async fn propose_raise(&self, caller: &Caller, request: Request, new: CounterRaise) -> Result<v1::Proposal, ServiceError> {
-        let key = RequestKey { principal: caller.principal.clone(), request: request.id, chunk: 0 };
+        let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
         let id = proposal_id(request.id)?;
         let reads = Reads {
             meters: vec![new.meter],
             sealed: vec![principal_row(&caller.principal), proposal_row(id)],
-            requests: vec![key.clone()],
+            requests: asking.reads(),
             ..Reads::default()
         };
         let actor = Actor::caller(caller, Some(request.id), Action::RaiseCounter.name());
@@ -65,10 +65,7 @@ impl MeterService {
             .act(actor, reads, move |view| {
                 let principal = view.caller(&caller)?;
                 let meter = permitted(view, &island, &principal, new.meter)?;
-                if let Some(earlier) = view.request(&key)? {
-                    if earlier.digest != request.digest {
-                        return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request"));
-                    }
+                if let Asked::Before(_) = view.asked(&asking)? {
                     let known = view.proposal(id)?.ok_or_else(|| ServiceError::Internal("the proposal of a past request is gone".to_owned()))?;
                     return Ok(proposal::message(&known, view.now()));
                 }
@@ -80,7 +77,7 @@ impl MeterService {
                     request.id,
                     NewProposal { action: ProposedAction::RaiseCounter(raise), reason: new.reason.clone(), quorum: new.quorum },
                 )?;
-                view.put_request(key.clone(), RequestRow { digest: request.digest, outcome: Vec::new(), expires: view.now().after(REPLAY_MS) });
+                view.answered(&asking);
                 Ok(proposal::message(&proposal, view.now()))
             })
             .await?;

@@ -17,11 +17,14 @@ use kms_store::{MeterFilter, Reads, RowKind};
 
 use super::{OwnerService, no_such_group, number_of};
 use crate::{
-    audit::{Actor, View},
+    audit::{Actor, Asked, Asking, View, Window},
     authz::{Action, Caller, GroupFacts, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
-    service::{grant::setup_record, recipe::Recipe},
+    service::{
+        grant::{request_digest, setup_record},
+        recipe::Recipe,
+    },
 };
 
 /// A key of a group, as a caller names it.
@@ -155,13 +158,21 @@ impl OwnerService {
     pub async fn set_switch_threshold(&self, caller: &Caller, request: RequestId, name: &str, threshold: SwitchThreshold) -> Result<v1::Group, ServiceError> {
         let action = Action::SetSwitchThreshold;
         let id = self.permitted_group(caller, name, &action).await?.id;
-        let reads = Reads { sealed: vec![principal_row(&caller.principal), group_row(id)], ..Reads::default() };
+        let digest = request_digest(&[action.name().as_bytes(), name.as_bytes(), &[threshold.percent()]]);
+        let asking = Asking::new(caller, request, digest, Window::Administration);
+        let sealed = vec![principal_row(&caller.principal), group_row(id)];
+        let reads = Reads { sealed, requests: asking.reads(), ..Reads::default() };
         let (island, by) = (self.island.clone(), caller.clone());
         let actor = Actor::caller(caller, Some(request), action.name());
         let committed = self.island.committer.act(actor, reads, move |view| {
             let principal = view.caller(&by)?;
             let mut group = view.group(id)?.ok_or_else(|| ServiceError::denied(action.to_string()))?;
             island.policy.load().require(&facts(&principal), &action, &Resource::Group(&GroupFacts::from(&*group)))?;
+            // Repeated late, it would undo what was set since.
+            if let Asked::Before(_) = view.asked(&asking)? {
+                return Ok(());
+            }
+            view.answered_with(&asking, &());
             if group.switch_at == threshold {
                 return Ok(());
             }

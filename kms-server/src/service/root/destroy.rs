@@ -10,11 +10,11 @@ use kms_domain::{
     DestroyRoot, Island as IslandRow, ProposalId, ProposedAction, Quorum, RootError, RootId, RootKind, RootPurpose, RootRotationState, RootStanding, UnixMillis,
 };
 use kms_proto::v1::{self, RootDestroyed, audit_record::Event};
-use kms_store::{Reads, RequestKey, RequestRow, RowKind};
+use kms_store::{Reads, RowKind};
 
-use super::{REPLAY_MS, RootService, millis, no_island, refused, rotation_row, token_key};
+use super::{RootService, millis, no_island, refused, rotation_row, token_key};
 use crate::{
-    audit::Actor,
+    audit::{Actor, Asked, Asking, Window},
     authz::{Action, Caller, Resource},
     error::ServiceError,
     island::{facts, principal_row},
@@ -47,23 +47,21 @@ impl RootService {
         let Destruction { id, oldest_backup, reason, quorum } = destruction;
         self.is_unused(id, oldest_backup).await?;
         let root = destroy_root(id, oldest_backup)?;
-        let key = RequestKey { principal: caller.principal.clone(), request: request.id, chunk: 0 };
+        let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
         let made = proposal_id(request.id)?;
-        let reads = Reads { sealed: vec![principal_row(&caller.principal), proposal_row(made)], requests: vec![key.clone()], ..Reads::default() };
-        let (island, asking) = (self.island.clone(), caller.clone());
+        let reads = Reads { sealed: vec![principal_row(&caller.principal), proposal_row(made)], requests: asking.reads(), ..Reads::default() };
+        let (island, by) = (self.island.clone(), caller.clone());
         let act = self.island.committer.act(Actor::caller(caller, Some(request.id), Action::DestroyRoot.name()), reads, move |view| {
-            let principal = view.caller(&asking)?;
+            let principal = view.caller(&by)?;
             island.policy.load().require(&facts(&principal), &Action::DestroyRoot, &Resource::Island)?;
             let now = view.now();
-            if let Some(earlier) = view.request(&key)? {
-                return match view.proposal(made)?.filter(|_| earlier.digest == request.digest) {
-                    Some(known) => Ok(proposal::message(&known, now)),
-                    None => Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request")),
-                };
+            if let Asked::Before(_) = view.asked(&asking)? {
+                let known = view.proposal(made)?.ok_or_else(|| ServiceError::Internal("the proposal of a past request is gone".to_owned()))?;
+                return Ok(proposal::message(&known, now));
             }
             let new = NewProposal { action: ProposedAction::DestroyRoot(root), reason: reason.clone(), quorum };
             let proposed = proposal::propose(view, &principal, request.id, new)?;
-            view.put_request(key.clone(), RequestRow { digest: request.digest, outcome: Vec::new(), expires: now.after(REPLAY_MS) });
+            view.answered(&asking);
             Ok(proposal::message(&proposed, now))
         });
         Ok(act.await?.value)
@@ -80,7 +78,7 @@ impl RootService {
         let stored = self.island.store.sealed(RowKind::Proposal, &approved.octets()).await?.ok_or_else(missing)?;
         let ProposedAction::DestroyRoot(root) = self.island.committer.open_proposal(approved, &stored)?.content.action.clone() else { return Err(missing()) };
         let id = root_id(&root)?;
-        let key = RequestKey { principal: caller.principal.clone(), request: request.id, chunk: 0 };
+        let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
         let again = self.island.row().root_standing(id) == Some(RootStanding::Destroyed);
         if !again {
             self.is_unused(id, root.oldest_backup).await?;
@@ -88,18 +86,15 @@ impl RootService {
         let current = RootId { purpose: id.purpose, version: self.island.row().current_root(id.purpose).unwrap_or_default() };
         let reads = Reads {
             sealed: vec![principal_row(&caller.principal), proposal_row(approved), self.island_row(), rotation_row(current)],
-            requests: vec![key.clone()],
+            requests: asking.reads(),
             clock: true,
             ..Reads::default()
         };
-        let (island, asking) = (self.island.clone(), caller.clone());
+        let (island, by) = (self.island.clone(), caller.clone());
         let act = self.island.committer.act(Actor::caller(caller, Some(request.id), Action::DestroyRoot.name()), reads, move |view| {
-            let principal = view.caller(&asking)?;
+            let principal = view.caller(&by)?;
             island.policy.load().require(&facts(&principal), &Action::DestroyRoot, &Resource::Island)?;
-            if let Some(earlier) = view.request(&key)? {
-                if earlier.digest != request.digest {
-                    return Err(ServiceError::invalid("request_id", "it was used for another request; make a new one for each request"));
-                }
+            if let Asked::Before(_) = view.asked(&asking)? {
                 return Ok(());
             }
             // I6: exactly what was approved, once.
@@ -123,7 +118,7 @@ impl RootService {
                 objects: 0,
             }));
             view.put_island(row)?;
-            view.put_request(key.clone(), RequestRow { digest: request.digest, outcome: Vec::new(), expires: view.now().after(REPLAY_MS) });
+            view.answered(&asking);
             Ok(())
         });
         act.await?;

@@ -1,10 +1,12 @@
 //! What leaves: the octets of a step, made in the HSM from the meter's row alone.
 //!
 //! The same row gives the same octets, because RFC 3394 and AES-GCM under a given nonce are deterministic: a step that is asked for again is no
-//! second use of its counters (I4).
+//! second use of its counters (I4). What the octets are made of besides the row is pinned in it with the counters: where that has changed since, on
+//! this server or from one version of the program to the next, the step is not made again.
 
 use std::{collections::HashMap, sync::Arc};
 
+use aws_lc_rs::digest;
 use kms_dlms::{
     AssociationRequest, AuthenticationTag, Challenge, CipheredApdu, CipheredTag, DlmsError, HlsGmac, InitiateRequest, KeySet, KeyTransfer, Nonce, Protection,
     SecurityControl,
@@ -120,6 +122,13 @@ struct Plan {
 impl Plan {
     fn of(island: &Island, meter: &Meter, groups: &HashMap<GroupId, Arc<Group>>) -> Result<Self, ServiceError> {
         let transfer = meter.transfer.clone().ok_or_else(|| ServiceError::Internal("a step of no transfer".to_owned()))?;
+        // I4: other octets under the same counters are no repetition.
+        if !transfer.counters.is_empty() && transfer.pinned != Some(pinned(island, meter)?) {
+            return Err(ServiceError::Aborted {
+                reason: "the device profile or the server has changed since this step was sent, so it is not made again".to_owned(),
+                next_step: "report `nothing` for it: the next step has counters of its own".to_owned(),
+            });
+        }
         let keys = transfer.pair().map(|pair| pair_keys(meter, transfer.setup, pair)).transpose()?;
         let wrap = match (&transfer.stage, transfer.current()) {
             (Stage::Deliver { .. }, Some(key)) => {
@@ -236,6 +245,20 @@ impl Plan {
     fn last_counter(&self) -> Result<u32, ServiceError> {
         self.transfer.counters.last().copied().ok_or_else(|| ServiceError::Internal(format!("a step of meter {} has no counter", self.meter)))
     }
+}
+
+/// What a step's octets are made of that its transfer does not name: `SHA-256("meterkms/step" ‖ suite ‖ key id ‖ invoke id ‖ conformance ‖ longest
+/// APDU)[0..16]`; the key id is 0 and 0, or 1 and its number.
+pub(super) fn pinned(island: &Island, meter: &Meter) -> Result<[u8; 16], ServiceError> {
+    let brought = meter.transfer.as_ref().and_then(|transfer| transfer.current().map(|key| (transfer.setup, key.key_type)));
+    let key_id = brought.and_then(|(setup, key_type)| key_id(island, meter, setup, key_type));
+    let mut context = digest::Context::new(&digest::SHA256);
+    context.update(b"meterkms/step");
+    context.update(&[meter.suite.number(), u8::from(key_id.is_some()), key_id.unwrap_or_default(), INVOKE_ID]);
+    context.update(&CONFORMANCE);
+    context.update(&LONGEST_APDU.to_be_bytes());
+    let digest = context.finish();
+    digest.as_ref().first_chunk().copied().ok_or_else(|| ServiceError::Internal("a digest is too short".to_owned()))
 }
 
 /// The id that `key_transfer` has for a key of a meter: the standard's, or the one of its device profile.
