@@ -13,7 +13,7 @@ mod tests;
 
 use std::sync::Arc;
 
-use kms_domain::{Owner, Principal, SystemTitle};
+use kms_domain::{GroupId, Owner, Principal, SystemTitle};
 use kms_proto::v1::{self, MeterProblemCode as Code};
 use kms_store::{Reads, RowKind};
 use prost::Message;
@@ -35,7 +35,7 @@ pub use super::Request;
 use super::group::Groups;
 use crate::{
     audit::{Actor, Asked, Asking, View, Window},
-    authz::{Action, Caller, Resource},
+    authz::{Action, Caller, GroupFacts, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
 };
@@ -151,15 +151,34 @@ impl MeterService {
     }
 
     /// Carries out one chunk of a request, or gives the answer that it got before. `change` sees the rows of `meters` and `sealed`.
-    async fn chunk<F>(&self, caller: &Caller, action: &Action, request: Request, index: u32, reads: Reads, mut change: F) -> Result<Outcome, ServiceError>
+    async fn chunk<F>(&self, caller: &Caller, action: &Action, request: Request, index: u32, reads: Reads, change: F) -> Result<Outcome, ServiceError>
+    where
+        F: FnMut(&mut View<'_, '_>, &Principal) -> Result<Outcome, ServiceError> + Send + 'static,
+    {
+        let about = About::Meters(reads.meters.clone());
+        self.chunk_about(about, caller, action, request, index, reads, change).await
+    }
+
+    /// The same, of which policy decides by `about` on a repetition.
+    #[expect(clippy::too_many_arguments, reason = "one call, which only splits the request into chunks")]
+    async fn chunk_about<F>(
+        &self,
+        about: About,
+        caller: &Caller,
+        action: &Action,
+        request: Request,
+        index: u32,
+        reads: Reads,
+        mut change: F,
+    ) -> Result<Outcome, ServiceError>
     where
         F: FnMut(&mut View<'_, '_>, &Principal) -> Result<Outcome, ServiceError> + Send + 'static,
     {
         let asking = Asking::new(caller, request.id, request.digest, Window::Administration).chunk(index);
         let mut reads = Reads { requests: asking.reads(), ..reads };
         reads.sealed.push(principal_row(&caller.principal));
-        let (island, action, meters) = (self.island.clone(), action.clone(), reads.meters.clone());
         let actor = Actor::caller(caller, Some(request.id), action.name());
+        let (island, action) = (self.island.clone(), action.clone());
         let caller = caller.clone();
         let committed = self
             .island
@@ -168,7 +187,7 @@ impl MeterService {
                 let principal = view.caller(&caller)?;
                 if let Asked::Before(answered) = view.asked(&asking)? {
                     let outcome: Outcome = answered.message()?;
-                    return outcome.is_shown_to(&principal, view, &island, &action, &meters).map(|()| outcome);
+                    return about.shows(&outcome, view, &island, &principal, &action).map(|()| outcome);
                 }
                 let outcome = change(view, &principal)?;
                 view.answered_with(&asking, &outcome);
@@ -176,6 +195,35 @@ impl MeterService {
             })
             .await?;
         Ok(committed.value)
+    }
+}
+
+/// What policy decides on, of a chunk.
+enum About {
+    Meters(Vec<SystemTitle>),
+    Group(GroupId),
+}
+
+impl About {
+    /// I8: whoever has lost the right to it is not told again what came of it. Meters that the answer refuses are left out: of those it tells nothing.
+    fn shows(&self, outcome: &Outcome, view: &mut View<'_, '_>, island: &Island, principal: &Principal, action: &Action) -> Result<(), ServiceError> {
+        let (policy, facts) = (island.policy.load(), facts(principal));
+        let permitted = match self {
+            Self::Group(id) => match view.group(*id)? {
+                Some(group) => policy.permits(&facts, action, &Resource::Group(&GroupFacts::from(&*group))).is_permit(),
+                None => false,
+            },
+            Self::Meters(titles) => {
+                let mut permitted = true;
+                for title in titles.iter().filter(|title| outcome.problems.iter().all(|problem| problem.meter != title.octets().as_slice())) {
+                    if let Some(meter) = view.meter(*title)? {
+                        permitted &= policy.permits(&facts, action, &Resource::Meters(&meter.class)).is_permit();
+                    }
+                }
+                permitted
+            }
+        };
+        if permitted { Ok(()) } else { Err(ServiceError::denied(action.name())) }
     }
 }
 
@@ -199,30 +247,6 @@ struct Outcome {
 impl Outcome {
     fn problem(&mut self, meter: SystemTitle, code: Code, reason: impl Into<String>) {
         self.problems.push(v1::MeterProblem { meter: meter.octets().to_vec().into(), reason: reason.into(), code: code.into() });
-    }
-
-    /// I8: whoever has lost the right to do it with one of these meters is not told again what came of it.
-    fn is_shown_to(
-        &self,
-        principal: &Principal,
-        view: &mut View<'_, '_>,
-        island: &Island,
-        action: &Action,
-        meters: &[SystemTitle],
-    ) -> Result<(), ServiceError> {
-        let (policy, facts) = (island.policy.load(), facts(principal));
-        for title in meters.iter().filter(|title| self.problems.iter().all(|problem| problem.meter != title.octets().as_slice())) {
-            let Some(meter) = view.meter(*title)? else { continue };
-            let permitted = match action {
-                // What is decided on is the group.
-                Action::ChangeGroupMembers { .. } => true,
-                action => policy.permits(&facts, action, &Resource::Meters(&meter.class)).is_permit(),
-            };
-            if !permitted {
-                return Err(ServiceError::denied(action.name()));
-            }
-        }
-        Ok(())
     }
 
     fn add_to(self, response: &mut v1::ChangeMetersResponse) {

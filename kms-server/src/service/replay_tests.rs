@@ -11,8 +11,8 @@ use std::{
 use aws_lc_rs::agreement::{ECDH_P256, PrivateKey};
 use kms_dlms::Protection;
 use kms_domain::{
-    DeviceProfileName, Evidence, FlagId, KeyLength, KeyOrigin, KeyState, KeyType, KeyVersionNumber, NewKeyVersion, Outcome, Party, ProposalId,
-    Quorum, RequestId, SecuritySetupId, SwitchThreshold, SystemTitle, TransferForm, TransferId, TransportCertificate, WrappedKey,
+    DeviceProfileName, Evidence, FlagId, KeyLength, KeyOrigin, KeyState, KeyType, KeyVersionNumber, NewKeyVersion, Outcome, Party, PrincipalId, ProposalId,
+    Quorum, RequestId, Role, SecuritySetupId, SwitchThreshold, SystemTitle, TransferForm, TransferId, TransportCertificate, WrappedKey,
 };
 use kms_proto::v1::{self, AuditRecord, Manifest, MetersChanged, audit_record::Event};
 use kms_store::{Changes, Decision, Reads, RequestKey, RequestPut, RequestRow};
@@ -27,10 +27,12 @@ use crate::{
     service::{
         Request,
         campaign::{self, CampaignService},
+        certificate::{self, CA_KEY, CertificateAuthority, Validity},
         frame::{FrameOutcome, FrameService, PlainContent, PlainFrame},
         grant::{Chunk, GrantService, GrantTargets, SessionTerms},
         meter::{Assignment, Compromise, CounterFloor, CounterRaise, Enrolment, Membership, MeterService, NewMeter, Selection},
         owner::{NewOwnerKey, OwnerService},
+        principal::{NewPrincipal, Principals},
         proposal::{Change, ProposalService},
         transfer::{NextStep, Order, Report, ReportedAnswer, SendingKind, StepAnswer, TransferService, tests::Field},
     },
@@ -560,6 +562,36 @@ macro_rules! call {
     }};
 }
 
+/// Principals are added and disabled: the certificate is the one of the first answer.
+async fn principals(island: &TestIsland) -> Vec<Call> {
+    let hsm = &island.island.hsm;
+    let point = hsm.public_key(CA_KEY).await.unwrap();
+    let root = CertificateAuthority::root(island.island.name(), point, Validity::days(Island::now(), 3_000)).unwrap().sign(hsm).await.unwrap();
+    let (authority, officer) = (CertificateAuthority::from_der(&root.der).unwrap(), island.officer.clone());
+    let id = PrincipalId::new(island.island.name().clone(), Role::HeadEnd, "new").unwrap();
+    let service = move |server: Arc<Island>| Principals::new(server, authority.clone(), 90);
+    let certification = certificate::tests::request(&rcgen::KeyPair::generate().unwrap());
+    let (added, by, adding) = (id.clone(), officer.clone(), service.clone());
+    let add: Box<dyn Fn(Arc<Island>, Request) -> Answer> = Box::new(move |server, request| {
+        let new = NewPrincipal {
+            request: request.id,
+            id: added.clone(),
+            certification: Some(certification.clone()),
+            person: None,
+            // The digest is over what is asked.
+            client_titles: if request.digest == [9; 32] { vec![second_title()] } else { Vec::new() },
+            shipment_key: None,
+        };
+        let (service, by) = (adding(server), by.clone());
+        Box::pin(async move { Ok(service.add(&by, new).await?.encode_to_vec()) })
+    });
+    let disable: Box<dyn Fn(Arc<Island>, Request) -> Answer> = Box::new(move |server, request| {
+        let (service, by, id, reason) = (service(server), officer.clone(), id.clone(), hex::encode(request.digest));
+        Box::pin(async move { Ok(service.disable(&by, request.id, id, reason).await?.encode_to_vec()) })
+    });
+    vec![("add a principal", add), ("disable a principal", disable)]
+}
+
 fn administration(island: &TestIsland, colleague: &Caller) -> Vec<Call> {
     let head_end = island.head_end.principal.clone();
     let (manufacturer, profile) = (FlagId::parse("KAM").unwrap(), DeviceProfileName::parse("two-setups-suite1").unwrap());
@@ -617,7 +649,9 @@ fn administration(island: &TestIsland, colleague: &Caller) -> Vec<Call> {
             service.change(&by, request, ProposalId::from_octets(&proposals.remove(0).proposal_id).unwrap(), Change::CarryOut).await
         }),
         call!("create a campaign", CampaignService, island.officer, |service, by, request| async move {
-            service.create(&by, request, campaign::tests::new(campaign::tests::terms()), true).await
+            // The preview is of the first answer alone.
+            let created = service.create(&by, request, campaign::tests::new(campaign::tests::terms()), true).await;
+            created.map(|answer| answer.campaign.unwrap())
         }),
         call!("approve a campaign", CampaignService, colleague, |service, by, request| async move {
             let draft = service.list(&by, None, 9).await?.remove(0);
@@ -765,6 +799,43 @@ island_tests! {
         assert!(aborted(&protect(&server, &caller, request, &[plain(1, GET)], false).await.unwrap_err()).contains("upgraded"));
     }
 
+    /// Keys of a group: the same version and lease again, or a refusal.
+    async fn a_groups_keys_are_repeated_or_refused(island) {
+        let server = island.island.clone();
+        with_transport_key(&server, &island.head_end).await;
+        let mut calls = administration(&island, &island.colleague().await).into_iter();
+        for (name, ask) in calls.by_ref().take(2) {
+            ask(server.clone(), request()).await.unwrap_or_else(|error| panic!("{name}: {error}"));
+        }
+        let permit = "permit (principal, action == Action::\"openGroupSession\", resource == MeterGroup::\"1\");";
+        server.policy.store(policies(200, permit));
+        let terms = SessionTerms {
+            purpose: Purpose::Configure,
+            setup: None,
+            key_types: vec![KeyType::GBEK],
+            client_title: Some(client_title()),
+            counters: NonZeroU32::new(100).unwrap(),
+            dedicated_key: false,
+            lifetime_seconds: 900,
+        };
+        let terms = Arc::new(terms);
+        let open = async |request| {
+            let targets = GrantTargets::Group { name: "north".to_owned(), version: None };
+            let chunk = Chunk { request, index: 0, digest: [4; 32], targets, terms: terms.clone() };
+            let granted = GrantService::new(server.clone()).open(&island.head_end, chunk).await?;
+            let mut keys = Manifest::decode(granted.envelopes[0].manifest.clone()).unwrap().groups.remove(0);
+            keys.keys.iter_mut().for_each(|key| key.wrapped = bytes::Bytes::new());
+            Ok::<_, ServiceError>((granted.leaf, keys))
+        };
+        let request = id();
+        let first = open(request).await.unwrap();
+        assert_eq!(open(request).await.unwrap(), first);
+        open(id()).await.unwrap();
+        assert!(aborted(&open(request).await.unwrap_err()).contains("newer lease"));
+        server.policy.store(policies(200, ""));
+        assert!(matches!(open(request).await, Err(ServiceError::PermissionDenied { .. })));
+    }
+
     async fn a_dedicated_key_is_not_made_twice(island) {
         let field = Field::of(island, &sample("generic-suite0", 2)).await;
         with_transport_key(&field.island.island, &field.island.head_end).await;
@@ -812,7 +883,7 @@ island_tests! {
         let servers = [island.island.clone(), island.another_server().await, Arc::new(island.restarted().await)];
         let (ordinary, forbidden) = (policies(200, ""), policies(200, "forbid (principal, action, resource);"));
         let mut watcher = Watcher::default();
-        for (name, ask) in administration(&island, &colleague) {
+        for (name, ask) in administration(&island, &colleague).into_iter().chain(principals(&island).await) {
             let request = request();
             let first = ask(servers[0].clone(), request).await.unwrap_or_else(|error| panic!("{name}: {error}"));
             watcher.records(&servers[0]).await;

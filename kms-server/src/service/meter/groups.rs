@@ -4,7 +4,7 @@ use kms_domain::{ExposureReason, MeterStatus, SystemTitle};
 use kms_proto::v1::{self, MembershipChange};
 use kms_store::{Reads, RowKind};
 
-use super::{CHUNK, Code, MeterService, NOT_PERMITTED, Outcome, Request, change::record};
+use super::{About, CHUNK, Code, MeterService, NOT_PERMITTED, Outcome, Request, change::record};
 use crate::{
     authz::{Action, Caller, GroupFacts, Resource},
     error::ServiceError,
@@ -73,7 +73,7 @@ impl MeterService {
             let (island, reason, asked) = (self.island.clone(), reason.clone(), action.clone());
             let reads = Reads { meters: titles.clone(), sealed: vec![(RowKind::Group, id.0.to_be_bytes().to_vec())], ..Reads::default() };
             let outcome = self
-                .chunk(caller, &action, request, index, reads, move |view, principal| {
+                .chunk_about(About::Group(id), caller, &action, request, index, reads, move |view, principal| {
                     let group = view.group(id)?.ok_or_else(|| ServiceError::denied(asked.to_string()))?;
                     island.policy.load().require(&facts(principal), &asked, &Resource::Group(&GroupFacts::from(&*group)))?;
                     let mut outcome = Outcome::default();
