@@ -700,10 +700,36 @@ pub(crate) enum PrincipalCommand {
     #[command(visible_alias = "ls")]
     List,
     /// Certify a new TLS key: your own, which is made here, or another's request
-    #[command(
-        after_help = "Examples:\n  kms principal renew\n  kms principal renew urn:meterkms:dev:head-end:hes-3 --certificate-request hes-3.csr.pem --out hes-3.pem"
-    )]
+    #[command(after_help = "The key of another officer or auditor is certified by a proposal that two others stand behind (propose-key).\n\n\
+        Examples:\n  kms principal renew\n  kms principal renew urn:meterkms:dev:head-end:hes-3 --certificate-request hes-3.csr.pem --out hes-3.pem\n  \
+        kms principal renew urn:meterkms:dev:officer:ada --certificate-request ada.csr.pem --out ada.pem --proposal 01939e7e-7c1b-7000-8000-000000000001")]
     Renew(RenewPrincipal),
+    /// Propose that the key of another officer or auditor is certified, or confirmed if one officer alone has certified it
+    #[command(
+        name = "propose-key",
+        after_help = "Another officer approves it (kms proposal approve); neither of you is the person whose key it is. Ask the person for the SHA-256 of the key by a\n\
+        way that nobody else has: openssl req -in ada.csr.pem -pubkey -noout | openssl pkey -pubin -outform DER | sha256sum\n\n\
+        Examples:\n  kms principal propose-key urn:meterkms:dev:officer:ada --certificate-request ada.csr.pem --reason \"certificate lost, ticket 4714\"\n  \
+        kms principal propose-key urn:meterkms:dev:officer:cy --key 9f2c…64 hex digits… --reason \"met in person\""
+    )]
+    ProposeKey(ProposeKey),
+    /// End one certificate, at once: your own that was issued after the one in use, or, as an officer, another's
+    #[command(
+        name = "end-certificate",
+        after_help = "Example:\n  kms principal end-certificate urn:meterkms:dev:head-end:hes-3 4f0c…hex digits… --reason \"not mine, ticket 4715\" --yes"
+    )]
+    EndCertificate {
+        /// Principal URI
+        #[arg(value_name = "URN", value_parser = PrincipalId::parse)]
+        principal: PrincipalId,
+        /// Serial number of the certificate, hex digits, from `kms principal whoami` or `kms principal list --output json`
+        #[arg(value_name = "SERIAL", value_parser = serial)]
+        serial: Serial,
+        #[command(flatten)]
+        why: Reason,
+        #[command(flatten)]
+        sure: Sure,
+    },
     /// Shut a principal out, at once
     #[command(after_help = "Example:\n  kms principal disable urn:meterkms:dev:handheld:h-17 --reason \"lost, ticket 4713\" --yes")]
     Disable {
@@ -757,6 +783,36 @@ pub(crate) struct RenewPrincipal {
     /// Where the certificate goes (PEM, with its issuers)
     #[arg(long, value_name = "FILE", requires = "certificate_request")]
     pub(crate) out: Option<PathBuf>,
+    /// The approved proposal that permits it, for another officer or auditor
+    #[arg(long, value_name = "PROPOSAL", requires = "principal", value_parser = kms_domain::ProposalId::parse)]
+    pub(crate) proposal: Option<kms_domain::ProposalId>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ProposeKey {
+    /// Principal URI of an officer or auditor
+    #[arg(value_name = "URN", value_parser = PrincipalId::parse)]
+    pub(crate) principal: PrincipalId,
+    /// The request (PKCS#10, PEM) whose key it is
+    #[arg(long, value_name = "FILE", conflicts_with = "key", required_unless_present = "key")]
+    pub(crate) certificate_request: Option<PathBuf>,
+    /// SHA-256 of the public key (SubjectPublicKeyInfo, DER), 64 hex digits
+    #[arg(long, value_name = "HEX", value_parser = campaign::digest)]
+    pub(crate) key: Option<[u8; 32]>,
+    /// How many people must approve, beside you
+    #[arg(long, value_name = "PEOPLE", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=9))]
+    pub(crate) quorum: u32,
+    #[command(flatten)]
+    pub(crate) why: Reason,
+}
+
+/// The serial number of a certificate, 1–20 octets.
+#[derive(Clone, Debug)]
+pub(crate) struct Serial(pub(crate) Vec<u8>);
+
+fn serial(text: &str) -> Result<Serial, String> {
+    let octets = hex::decode(text).map_err(|_| "not hex digits".to_owned())?;
+    if (1..=20).contains(&octets.len()) { Ok(Serial(octets)) } else { Err("not 1 to 20 octets".to_owned()) }
 }
 
 #[derive(Debug, Subcommand)]

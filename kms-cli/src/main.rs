@@ -74,6 +74,10 @@ impl Context {
 
     async fn connect(&self) -> Result<Connection, Failure> {
         let profile = self.profile()?;
+        // Who sees it here is in time: one that has ended comes back by other people only.
+        if let Some(warning) = profile.certificate_not_after_ms().and_then(|end| output::ends_soon(end, jiff::Timestamp::now().as_millisecond())) {
+            eprintln!("warning: your certificate {warning}: kms principal renew");
+        }
         Ok(progress::waiting(&format!("connecting to {}", profile.server()), Connection::connect(&profile)).await?)
     }
 }

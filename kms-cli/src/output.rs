@@ -171,6 +171,12 @@ pub(crate) fn end(milliseconds: i64) -> String {
     end_as_of(milliseconds, jiff::Timestamp::now().as_millisecond())
 }
 
+/// What to say of something that ends within 30 days, or has ended; `None`: nothing.
+pub(crate) fn ends_soon(milliseconds: i64, now: i64) -> Option<String> {
+    let text = end_as_of(milliseconds, now);
+    text.split_once(", ").map(|(_, soon)| soon.to_owned())
+}
+
 fn end_as_of(milliseconds: i64, now: i64) -> String {
     let text = time(milliseconds);
     match (milliseconds - now).div_euclid(86_400_000) {
@@ -249,5 +255,7 @@ mod tests {
         assert!(end_as_of(now + DAY, now).ends_with(", ends in 1 day"));
         assert!(end_as_of(now + 29 * DAY, now).ends_with(", ends in 29 days"));
         assert_eq!(end_as_of(now + 30 * DAY, now), time(now + 30 * DAY));
+        assert_eq!(ends_soon(now + 29 * DAY, now).as_deref(), Some("ends in 29 days"));
+        assert_eq!((ends_soon(now - 1, now).as_deref(), ends_soon(now + 30 * DAY, now)), (Some("has ended"), None));
     }
 }

@@ -3,6 +3,7 @@
 use kms_domain::PrincipalId;
 use kms_proto::v1 as proto;
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, PKCS_ECDSA_P256_SHA256, SanType};
+use x509_parser::{certification_request::X509CertificationRequest, prelude::FromDer as _};
 use zeroize::Zeroizing;
 
 /// A new EC P-256 key pair and its certificate request (PKCS#10): for TLS, or as a transport key. The private key never leaves this machine.
@@ -29,6 +30,14 @@ impl KeyRequest {
     /// The certificate request, PKCS#10 DER: its signature proves possession of the key.
     pub fn certificate_request(&self) -> &[u8] {
         &self.certificate_request
+    }
+
+    /// SHA-256 of the public key (SubjectPublicKeyInfo, DER) of a certificate request (PKCS#10, DER), 32 octets; `None`: it is no such request. The
+    /// request's signature is not verified.
+    pub fn key_sha256(certificate_request: &[u8]) -> Option<[u8; 32]> {
+        let (_, request) = X509CertificationRequest::from_der(certificate_request).ok()?;
+        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, request.certification_request_info.subject_pki.raw);
+        digest.as_ref().try_into().ok()
     }
 
     /// The private key, PKCS#8 PEM.
@@ -71,8 +80,6 @@ fn certificate_pem(der: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use x509_parser::{certification_request::X509CertificationRequest, prelude::FromDer as _};
-
     use super::*;
 
     #[test]

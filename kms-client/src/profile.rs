@@ -164,6 +164,14 @@ impl Profile {
         TransportKey::from_pem(&key, &certificate).map_err(|error| ProfileError::TransportKey { directory: self.directory.clone(), error })
     }
 
+    /// When the profile's TLS certificate ends, in milliseconds since 1970; `None`: there is no certificate that can be read.
+    pub fn certificate_not_after_ms(&self) -> Option<i64> {
+        use x509_parser::prelude::FromDer as _;
+        let chain = self.certificate_chain().ok()?;
+        let (_, certificate) = x509_parser::certificate::X509Certificate::from_der(chain.first()?).ok()?;
+        Some(certificate.validity().not_after.timestamp().saturating_mul(1000))
+    }
+
     pub(crate) fn ca_certificates(&self) -> Result<Vec<CertificateDer<'static>>, ProfileError> {
         self.certificates(&self.settings.ca)
     }

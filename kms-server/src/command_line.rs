@@ -16,7 +16,7 @@ use crate::{
     dev::{self, DevSettings},
     profiles::Profiles,
     server::{self, Server, host_name},
-    service::{init::CeremonyPlan, root::make::NewRootSettings},
+    service::{init::CeremonyPlan, officers::Recertification, root::make::NewRootSettings},
     telemetry::Telemetry,
 };
 
@@ -75,6 +75,11 @@ enum Command {
         #[command(subcommand)]
         command: RootsCommand,
     },
+    /// Officers whom no other officers can help.
+    Officers {
+        #[command(subcommand)]
+        command: OfficersCommand,
+    },
     /// Certificates of servers.
     Certificate {
         #[command(subcommand)]
@@ -85,6 +90,32 @@ enum Command {
         /// The configuration file.
         #[arg(long)]
         config: PathBuf,
+    },
+}
+
+#[derive(Subcommand)]
+enum OfficersCommand {
+    /// Certify the new key of an officer whose certificate has ended or is lost, with a quorum of the escrow's custodians. For an island where two other
+    /// officers, who could do it by a proposal, are not there. The officer's other certificates end. It is on the record (docs/operations.md).
+    Recertify {
+        /// Principal URI of the officer: urn:meterkms:ISLAND:officer:NAME
+        #[arg(value_name = "URN", value_parser = kms_domain::PrincipalId::parse)]
+        officer: kms_domain::PrincipalId,
+        /// The configuration of a server that has a token for the CA. With SQLite, end the server first.
+        #[arg(long)]
+        config: PathBuf,
+        /// The request for the new key (PKCS#10, PEM), which the officer has made.
+        #[arg(long, value_name = "FILE")]
+        certificate_request: PathBuf,
+        /// An escrow file of the island.
+        #[arg(long, value_name = "FILE")]
+        escrow: PathBuf,
+        /// A share that its custodian has decrypted. As many as the escrow needs. Destroy these files afterwards.
+        #[arg(long = "share", value_name = "FILE", required = true)]
+        shares: Vec<PathBuf>,
+        /// Where the certificate goes, PEM.
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
     },
 }
 
@@ -224,6 +255,19 @@ impl Command {
                 for installed in server::install_roots(&Config::load(&config)?, &copies).await? {
                     println!("installed `{}`: {} {}", installed.label, installed.kind, hex::encode(&installed.value));
                 }
+                Ok(())
+            }
+            Self::Officers { command: OfficersCommand::Recertify { officer, config, certificate_request, escrow, shares, out } } => {
+                let config = Config::load(&config)?;
+                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() }, "officers")?;
+                let days = config.limits.principal_certificate_days;
+                let recertification = Recertification { officer: officer.clone(), certificate_request, escrow, shares, days };
+                let issued = server::recertify_officer(&config, recertification).await?;
+                crate::files::replace(&out, issued.pem().as_bytes(), 0o644).map_err(|error| {
+                    format!("the key is certified, but `{}` cannot be written: {error}; run the command again with another --out", out.display())
+                })?;
+                println!("certified the new key of `{officer}`: serial number {}, valid for {days} days.", hex::encode(&issued.serial));
+                println!("It is in `{}`. The officer's other certificates have ended. Destroy the files with the shares.", out.display());
                 Ok(())
             }
             Self::Certificate { command: CertificateCommand::Renew { config, certificate, private_key } } => {

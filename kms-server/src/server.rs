@@ -42,6 +42,7 @@ use crate::profiles::Profiles;
 use crate::service::campaign::CampaignService;
 use crate::service::certificate::{CertificateAuthority, IssuedCertificate};
 use crate::service::certificate_end::{CertificateWatch, ServerCertificate};
+use crate::service::officers::Recertification;
 use crate::service::owner::OwnerService;
 use crate::service::retention::Housekeeper;
 use crate::service::root::make::{self, MadeRoot, MakeRootError, NewRootSettings};
@@ -251,7 +252,7 @@ impl Opening {
 /// Database or tokens do not answer, or do not belong together; with SQLite, a server runs.
 pub async fn declare_restored(config: &Config) -> Result<DatabaseHistory, ServerError> {
     let restore = RestoreSettings { declared: true, ..config.restore() };
-    without_serving(config, restore, async |_, committer| Ok(committer.settled().await)).await
+    without_serving(config, restore, async |_, committer, _| Ok(committer.settled().await)).await
 }
 
 /// Renews the TLS certificate of the configuration's server, or that in these two files: certificate and private key.
@@ -262,9 +263,22 @@ pub async fn renew_certificate(config: &Config, files: Option<(PathBuf, PathBuf)
     let authority = read_authority(config)?;
     let (certificate, private_key) = files.unwrap_or_else(|| (config.tls.certificate.clone(), config.tls.private_key.clone()));
     let own = ServerCertificate { certificate, private_key, days: config.limits.server_certificate_days };
-    without_serving(config, config.restore(), async move |hsm, committer| {
+    without_serving(config, config.restore(), async move |hsm, committer, _| {
         authority.check_key(hsm).await?;
         Ok(own.renew(&authority, hsm, committer).await?)
+    })
+    .await
+}
+
+/// Certifies an officer's new key with a quorum of the escrow's custodians. Servers in other processes may run, except with SQLite.
+///
+/// # Errors
+/// As [`declare_restored`], and as [`Recertification::run`].
+pub async fn recertify_officer(config: &Config, recertification: Recertification) -> Result<IssuedCertificate, ServerError> {
+    let authority = read_authority(config)?;
+    without_serving(config, config.restore(), async move |hsm, committer, store| {
+        authority.check_key(hsm).await?;
+        Ok(recertification.run(&authority, hsm, committer, store, Island::now()).await?)
     })
     .await
 }
@@ -305,7 +319,7 @@ pub async fn install_roots(config: &Config, copies: &std::path::Path) -> Result<
 async fn without_serving<T>(
     config: &Config,
     restore: RestoreSettings,
-    work: impl AsyncFnOnce(&Hsm, &Committer) -> Result<T, ServerError>,
+    work: impl AsyncFnOnce(&Hsm, &Committer, &Arc<dyn Store>) -> Result<T, ServerError>,
 ) -> Result<T, ServerError> {
     let store = kms_store::open(&config.storage.store()?).await?;
     let hsm = config.hsm.start(&config.island, Arc::new(StoredPinMemory::new(Arc::clone(&store))))?;
@@ -313,7 +327,7 @@ async fn without_serving<T>(
         let keys = IslandKeys::open(&store, &hsm, &config.island, &restore).await?;
         let committer = Committer::start(Arc::clone(&store), keys.seal, keys.audit, committer_settings(config, restore));
         tokio::time::timeout(USABLE_WITHIN, committer.settled()).await.map_err(|_| ServerError::NotSettled)?;
-        let outcome = work(&hsm, &committer).await;
+        let outcome = work(&hsm, &committer, &store).await;
         committer.remember().await;
         outcome
     };

@@ -217,6 +217,7 @@ impl TestIsland {
             escrow_fingerprint: None,
             history: kms_domain::DatabaseHistory::default(),
             ledger: kms_domain::RootLedger::default(),
+            principals_added: 0,
             created: Island::now(),
         };
         let island = Arc::new(open(row, hsm, store, "one", CommitterSettings::SILENCE).await);
@@ -233,7 +234,7 @@ impl TestIsland {
                 id,
                 revision: 1,
                 status: PrincipalStatus::Enabled,
-                certificates: vec![PrincipalCertificate { serial: bytes::Bytes::from(vec![number]), sha256: [number; 32], not_after }],
+                certificates: vec![PrincipalCertificate::unrecorded(bytes::Bytes::from(vec![number]), [number; 32], not_after)],
                 transport: None,
                 client_titles: if principal_name == "hes-1" { vec![client_title()] } else { Vec::new() },
                 person: matches!(role, Role::Officer | Role::Auditor).then(|| kms_domain::PersonName::parse(principal_name).unwrap()),
@@ -301,7 +302,7 @@ impl TestIsland {
             id: id.clone(),
             revision: 1,
             status: PrincipalStatus::Enabled,
-            certificates: vec![PrincipalCertificate { serial: bytes::Bytes::from(vec![40]), sha256: [40; 32], not_after }],
+            certificates: vec![PrincipalCertificate::unrecorded(bytes::Bytes::from(vec![40]), [40; 32], not_after)],
             transport: None,
             client_titles: Vec::new(),
             person: Some(kms_domain::PersonName::parse("Bo").unwrap()),

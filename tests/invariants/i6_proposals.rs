@@ -75,7 +75,7 @@ async fn one_person_alone_carries_nothing_out_whatever_he_holds() {
     assert_eq!(approve(&scene.bo, &proposal).await.unwrap().state, "waiting");
     assert_eq!(code(approve(&bo_again, &proposal).await), Code::FailedPrecondition, "a second certificate is no second person");
     assert_eq!(code(carry_out(&scene.ada, &proposal).await), Code::FailedPrecondition);
-    let cy = scene.server.add_officer("cy", "Cy Officer").await;
+    let cy = scene.server.add_confirmed_officer("cy", "Cy Officer").await;
     assert_eq!(approve(&cy, &proposal).await.unwrap().state, "approved");
     assert_eq!(carry_out(&scene.ada, &proposal).await.unwrap().state, "carried-out");
     assert_eq!(code(carry_out(&scene.bo, &proposal).await), Code::FailedPrecondition, "once");

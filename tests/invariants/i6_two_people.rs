@@ -92,9 +92,21 @@ async fn people_approve_and_not_certificates() {
     refused(approve(&bo_again, &campaign, &content).await);
     refused(scene.start(&campaign).await);
     assert_eq!(scene.leased().await, 0);
-    let cy = scene.server.add_officer("cy", "Cy Officer").await;
+    let cy = scene.server.add_confirmed_officer("cy", "Cy Officer").await;
     assert_eq!(approve(&cy, &campaign, &content).await.unwrap().state, "approved");
     assert_eq!(scene.start(&campaign).await.unwrap().state, "running");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_officer_whom_one_officer_invents_neither_asks_nor_approves() {
+    let scene = Scene::new().await;
+    let eve = scene.server.add_officer("eve", "Eve Officer").await;
+    let campaign = scene.draft(1).await;
+    assert_eq!(approve(&eve, &campaign, &campaign.content_sha256).await.unwrap_err().code(), Code::FailedPrecondition);
+    let again = proto::CreateCampaignRequest { request_id: request_id(), plan: campaign.plan.clone(), commit: true };
+    assert_eq!(eve.campaigns().create_campaign(again).await.unwrap_err().code(), Code::FailedPrecondition);
+    assert_eq!(scene.show(&campaign).await.unwrap().state, "draft");
+    assert_eq!(approve(&scene.bo, &campaign, &campaign.content_sha256).await.unwrap().state, "approved");
 }
 
 #[tokio::test(flavor = "multi_thread")]

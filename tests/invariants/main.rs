@@ -7,6 +7,7 @@ mod i3_no_meter_is_lost;
 mod i3_roots;
 mod i4_no_nonce_twice;
 mod i5_binding;
+mod i6_one_key;
 mod i6_proposals;
 mod i6_two_people;
 mod i8_default_deny;

@@ -24,7 +24,7 @@ use std::{
 };
 
 use kms_client::{
-    Connection, OpenOptions, Profile, Session, SessionError, StateDirectory, SystemTitle, new_request_id,
+    Connection, OpenOptions, Profile, Session, SessionError, StateDirectory, SystemTitle, new_request_id, proto,
     proto::{Purpose, SessionTerms},
 };
 use kms_store::{
@@ -204,13 +204,35 @@ impl DevServer {
         Connection::connect(&self.profile(name)).await.unwrap()
     }
 
-    /// Adds an officer, with a certificate of his own, and connects as him. Two of them may be the same person.
+    /// Adds an officer with a certificate of its own, and connects as this officer. Two of them may be the same person. One officer alone has added this
+    /// one, who counts nowhere before two others confirm it: see [`Self::add_confirmed_officer`].
     pub async fn add_officer(&self, name: &str, person: &str) -> Connection {
         let mut command = Command::new(program("kms"));
         command.arg("--state").arg(self.state()).args(["--profile", "officer-1", "principal", "add"]);
         let output = command.args([&format!("urn:meterkms:dev:officer:{name}"), "--person", person]).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         self.connect(name).await
+    }
+
+    /// As [`Self::add_officer`]; then officer-1 proposes to confirm the key, officer-2 approves, and officer-1 carries it out.
+    pub async fn add_confirmed_officer(&self, name: &str, person: &str) -> Connection {
+        let added = self.add_officer(name, person).await;
+        let request_id = || new_request_id().octets().to_vec().into();
+        let known = added.principals().who_am_i(proto::WhoAmIRequest {}).await.unwrap().into_inner();
+        let propose = proto::ProposePrincipalKeyRequest {
+            request_id: request_id(),
+            principal: known.principal,
+            key_sha256: known.certificates[0].key_sha256.clone(),
+            reason: "met in person".to_owned(),
+            quorum: None,
+        };
+        let (one, two) = (self.connect("officer-1").await, self.connect("officer-2").await);
+        let proposal = one.principals().propose_principal_key(propose).await.unwrap().into_inner();
+        let (proposal_id, content_sha256) = (proposal.proposal_id, proposal.content_sha256);
+        let approve = proto::ApproveProposalRequest { request_id: request_id(), proposal_id: proposal_id.clone(), content_sha256 };
+        two.proposals().approve_proposal(approve).await.unwrap();
+        one.proposals().carry_out_proposal(proto::CarryOutProposalRequest { request_id: request_id(), proposal_id }).await.unwrap();
+        added
     }
 
     /// Starts a second server on the same island: same token, same database, another process. `edit` may change its configuration.

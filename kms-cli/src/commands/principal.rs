@@ -7,10 +7,10 @@ use kms_proto::v1 as proto;
 use rustls_pki_types::{SubjectPublicKeyInfoDer, pem::PemObject};
 use serde_json::json;
 
-use super::{confirm, octets, read, request_id, write};
+use super::{confirm, octets, proposal::show_made, read, request_id, write};
 use crate::{
     Context, Failure,
-    arguments::{AddPrincipal, PrincipalCommand, RenewPrincipal},
+    arguments::{AddPrincipal, PrincipalCommand, ProposeKey, RenewPrincipal},
     json, output,
     output::{Rows, facts},
     progress::waiting,
@@ -21,6 +21,16 @@ pub(crate) async fn run(command: PrincipalCommand, context: &Context) -> Result<
         PrincipalCommand::Add(arguments) => add(arguments, context).await,
         PrincipalCommand::List => list(context).await,
         PrincipalCommand::Renew(arguments) => renew(arguments, context).await,
+        PrincipalCommand::ProposeKey(arguments) => propose_key(arguments, context).await,
+        PrincipalCommand::EndCertificate { principal, serial, why, sure } => {
+            confirm(&format!("the certificate {} of {principal} ends at once", hex::encode(&serial.0)), &sure)?;
+            let mut client = context.connect().await?.principals();
+            let request =
+                proto::EndCertificateRequest { request_id: request_id(), principal: principal.to_string(), serial: octets(serial.0), reason: why.reason };
+            let answer = waiting("ending the certificate", client.end_certificate(request)).await?.into_inner();
+            show(&answer, context);
+            Ok(())
+        }
         PrincipalCommand::Disable { principal, why, sure } => {
             confirm(&format!("{principal} will be shut out at once"), &sure)?;
             let mut client = context.connect().await?.principals();
@@ -32,6 +42,9 @@ pub(crate) async fn run(command: PrincipalCommand, context: &Context) -> Result<
         PrincipalCommand::Whoami => {
             let answer = who_am_i(context).await?;
             show(&answer, context);
+            for warning in warnings(&answer) {
+                eprintln!("warning: {warning}");
+            }
             Ok(())
         }
         PrincipalCommand::RegisterTransportKey => register_transport_key(context).await,
@@ -90,6 +103,7 @@ async fn renew(arguments: RenewPrincipal, context: &Context) -> Result<(), Failu
             request_id: request_id(),
             principal: principal.to_string(),
             certificate_request: octets(certificate_request(file)?),
+            proposal_id: arguments.proposal.map(|proposal| octets(proposal.octets())).unwrap_or_default(),
         };
         let mut client = context.connect().await?.principals();
         let issued = waiting("certifying", client.renew_principal(request)).await?.into_inner();
@@ -100,12 +114,35 @@ async fn renew(arguments: RenewPrincipal, context: &Context) -> Result<(), Failu
     let profile = context.profile()?;
     let principal = own_principal(context).await?;
     let made = KeyRequest::generate(&principal)?;
-    let request =
-        proto::RenewPrincipalRequest { request_id: request_id(), principal: principal.to_string(), certificate_request: octets(made.certificate_request()) };
+    let request = proto::RenewPrincipalRequest {
+        request_id: request_id(),
+        principal: principal.to_string(),
+        certificate_request: octets(made.certificate_request()),
+        ..proto::RenewPrincipalRequest::default()
+    };
     let mut client = context.connect().await?.principals();
     let issued = waiting("certifying", client.renew_principal(request)).await?.into_inner();
     profile.renew(made.key_pem(), &KeyRequest::chain_pem(&issued))?;
     show_issued(&issued, &profile.directory().display().to_string(), context);
+    Ok(())
+}
+
+async fn propose_key(arguments: ProposeKey, context: &Context) -> Result<(), Failure> {
+    let key_sha256 = match (&arguments.key, &arguments.certificate_request) {
+        (Some(key), _) => *key,
+        (None, Some(file)) => KeyRequest::key_sha256(&certificate_request(file)?)
+            .ok_or_else(|| Failure::usage(format!("--certificate-request: `{}` is not a PKCS#10 request in PEM", file.display())))?,
+        (None, None) => return Err(Failure::usage("--certificate-request or --key is needed")),
+    };
+    let request = proto::ProposePrincipalKeyRequest {
+        request_id: request_id(),
+        principal: arguments.principal.to_string(),
+        key_sha256: octets(key_sha256),
+        reason: arguments.why.reason,
+        quorum: Some(arguments.quorum),
+    };
+    let mut client = context.connect().await?.principals();
+    show_made(&waiting("proposing", client.propose_principal_key(request)).await?.into_inner(), context);
     Ok(())
 }
 
@@ -188,8 +225,43 @@ fn principal_facts(principal: &proto::Principal) -> Vec<(&'static str, String)> 
         ("person", principal.person.clone()),
         ("client titles", titles(principal)),
         ("certificate until", output::time(principal.certificate_not_after_ms)),
+        ("certificates", principal.certificates.iter().map(certificate_text).collect::<Vec<_>>().join("\n")),
         ("transport key", transport_key.to_owned()),
     ]
+}
+
+fn certificate_text(certificate: &proto::RegisteredCertificate) -> String {
+    let by = if certificate.issued_by.is_empty() { String::new() } else { format!(" by {}", certificate.issued_by) };
+    let in_use = if certificate.in_use { ", in use" } else { "" };
+    format!("{} until {}: {}{by}{in_use}", hex::encode(&certificate.serial), output::time(certificate.not_after_ms), certificate.enrolment)
+}
+
+/// What the owner of a key should know: certificates that somebody else made, or that are newer than the one in use.
+fn warnings(principal: &proto::Principal) -> Vec<String> {
+    let mut warnings = Vec::new();
+    let in_use = principal.certificates.iter().position(|certificate| certificate.in_use);
+    for (at, certificate) in principal.certificates.iter().enumerate() {
+        let serial = hex::encode(&certificate.serial);
+        let end = format!("kms principal end-certificate {} {serial} --reason TEXT", principal.principal);
+        if in_use.is_some_and(|in_use| at > in_use) {
+            let by = if certificate.issued_by.is_empty() { "with your key" } else { &certificate.issued_by };
+            warnings.push(format!("the certificate {serial} was made after the one in use, by {by}: if it is not yours, somebody else is you: {end}"));
+        } else if !certificate.issued_by.is_empty() {
+            warnings.push(format!("the certificate {serial} was made for you by {}", certificate.issued_by));
+        }
+        if !certificate.counts && certificate.in_use && is_person(principal) {
+            warnings.push(format!(
+                "one officer alone certified your key, so you neither propose nor approve; two others confirm it: kms principal propose-key {} --key {}",
+                principal.principal,
+                hex::encode(&certificate.key_sha256)
+            ));
+        }
+    }
+    warnings
+}
+
+fn is_person(principal: &proto::Principal) -> bool {
+    PrincipalId::parse(&principal.principal).is_ok_and(|id| matches!(id.role(), Role::Officer | Role::Auditor))
 }
 
 /// Head-ends and handhelds get keys, and need a transport key for it.

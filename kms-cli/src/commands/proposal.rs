@@ -123,6 +123,11 @@ fn proposal_text(proposal: &proto::Proposal) -> String {
             ("version", root.version.to_string()),
             ("oldest backup", output::time(root.oldest_backup_ms)),
         ]),
+        Some(proto::proposal::Action::RecertifyPrincipal(recertify)) => lines.extend([
+            ("principal", recertify.principal.clone()),
+            ("person", recertify.person.clone()),
+            ("key SHA-256", hex::encode(&recertify.key_sha256)),
+        ]),
         None => lines.push(("action", "one that a newer client may know: do not approve it".to_owned())),
     }
     let approvals: Vec<String> = proposal.approvals.iter().map(|approval| format!("{} at {}", approval.person, output::time(approval.time_ms))).collect();

@@ -492,6 +492,14 @@ impl principal_service_server::PrincipalService for Mock {
         Ok(Response::new(issued))
     }
 
+    async fn propose_principal_key(&self, _: Request<ProposePrincipalKeyRequest>) -> Answer<Proposal> {
+        nothing()
+    }
+
+    async fn end_certificate(&self, _: Request<EndCertificateRequest>) -> Answer<Principal> {
+        nothing()
+    }
+
     async fn disable_principal(&self, _: Request<DisablePrincipalRequest>) -> Answer<Principal> {
         nothing()
     }

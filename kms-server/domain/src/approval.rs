@@ -44,6 +44,9 @@ impl Approvals {
         if terms.is_requester(&approval) {
             return Err(ApprovalError::OwnRequest { person: approval.person });
         }
+        if terms.is_beneficiary(&approval) {
+            return Err(ApprovalError::Beneficiary { person: approval.person });
+        }
         if self.0.iter().any(|known| known.person.is_same(&approval.person)) {
             return Err(ApprovalError::ApprovedAlready { person: approval.person });
         }
@@ -60,7 +63,7 @@ impl Approvals {
     pub fn missing(&self, terms: &ApprovalTerms<'_>) -> usize {
         let counted = self.0.iter().enumerate().filter(|(at, approval)| {
             let again = self.0.iter().take(*at).any(|earlier| earlier.person.is_same(&approval.person));
-            !again && !terms.is_requester(approval)
+            !again && !terms.is_requester(approval) && !terms.is_beneficiary(approval)
         });
         usize::from(terms.quorum.number()).saturating_sub(counted.count())
     }
@@ -73,8 +76,10 @@ pub struct ApprovalTerms<'a> {
     pub content_sha256: [u8; 32],
     /// Who asked for it.
     pub requester: &'a PrincipalId,
-    /// The person behind him.
+    /// The person behind the requester.
     pub requester_person: &'a PersonName,
+    /// The principal and the person that it is about, who do not approve it; `None`: it is about nobody.
+    pub beneficiary: Option<(&'a PrincipalId, &'a PersonName)>,
     /// How many people must approve.
     pub quorum: Quorum,
     /// No approval counts that is given then or later; `None`: there is no such moment.
@@ -85,6 +90,11 @@ impl ApprovalTerms<'_> {
     /// I6: the same person with another certificate or under another principal is still the requester.
     fn is_requester(&self, approval: &Approval) -> bool {
         approval.person.is_same(self.requester_person) || approval.principal == *self.requester
+    }
+
+    /// I6: nobody approves what is about themselves.
+    fn is_beneficiary(&self, approval: &Approval) -> bool {
+        self.beneficiary.is_some_and(|(principal, person)| approval.person.is_same(person) || approval.principal == *principal)
     }
 }
 
@@ -137,6 +147,12 @@ pub enum ApprovalError {
         /// The person.
         person: PersonName,
     },
+    /// I6: nobody approves what is about themselves.
+    #[error("this is about `{}`, and other people must approve it", person.as_str())]
+    Beneficiary {
+        /// The person.
+        person: PersonName,
+    },
     /// I6: each person counts once.
     #[error("`{}` has approved this already, and another person must do so", person.as_str())]
     ApprovedAlready {
@@ -151,7 +167,7 @@ impl ApprovalError {
         match self {
             Self::Expired => "ask for it anew",
             Self::OtherContent => "approve what you have looked at",
-            Self::OwnRequest { .. } | Self::ApprovedAlready { .. } => "ask a colleague to approve it",
+            Self::OwnRequest { .. } | Self::Beneficiary { .. } | Self::ApprovedAlready { .. } => "ask a colleague to approve it",
         }
     }
 }

@@ -450,6 +450,7 @@ impl Campaign {
             content_sha256: self.content_digest(),
             requester: &self.content.requester,
             requester_person: &self.content.requester_person,
+            beneficiary: None,
             quorum: self.content.terms.quorum,
             expires: None,
         }

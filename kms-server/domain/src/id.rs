@@ -311,6 +311,11 @@ impl Role {
         }
     }
 
+    /// Whether a principal of this role stands for a person (I6).
+    pub const fn is_personal(self) -> bool {
+        matches!(self, Self::Officer | Self::Auditor)
+    }
+
     /// The role of this name.
     ///
     /// # Errors

@@ -53,11 +53,15 @@ pub use id::{
 pub use key::{CounterPlace, Evidence, KeyMaterial, KeyOrigin, KeyState, KeyVersion, Transport, WrappedKey};
 pub use key_type::{KeyClass, KeyLength, KeyShape, KeyType, SecuritySuite};
 pub use meter::{DeviceProfileName, DeviceType, KeyVersionId, Meter, MeterClass, MeterStatus, check_batch, check_serial};
-pub use principal::{ClassRoots, DiversificationRoot, Island, IslandKind, PersonName, Principal, PrincipalCertificate, PrincipalStatus, TransportCertificate};
+pub use principal::{
+    ClassRoots, DiversificationRoot, Enrolment, Island, IslandKind, PersonName, Principal, PrincipalCertificate, PrincipalStatus, TransportCertificate,
+};
 pub use profile::{
     ClientProfile, CounterProfile, DeviceProfile, KeyProfile, MultipleClients, NewKeyOrigin, OnNewKey, ProfileError, ProfileKeyType, SetupProfile, Shipped,
 };
-pub use proposal::{DestroyRoot, Proposal, ProposalContent, ProposalEnd, ProposalError, ProposalState, ProposedAction, RaiseCounter, RootKind};
+pub use proposal::{
+    DestroyRoot, Proposal, ProposalContent, ProposalEnd, ProposalError, ProposalState, ProposedAction, RaiseCounter, RecertifyPrincipal, RootKind,
+};
 pub use quota::{QuotaExceeded, QuotaHour, QuotaLimit, QuotaName, QuotaUse};
 pub use retention::{ExpiredKeys, Retention};
 pub use root::{PassPage, RootEntry, RootError, RootId, RootLedger, RootPurpose, RootRotation, RootRotationState, RootStanding, RowPlace};

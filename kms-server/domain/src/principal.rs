@@ -33,7 +33,7 @@ impl Principal {
     /// # Errors
     /// An officer or auditor without a person (I6), or a client title, certificate or serial twice.
     pub fn check(&self) -> Result<(), ParseError> {
-        if matches!(self.id.role(), Role::Officer | Role::Auditor) && self.person.is_none() {
+        if self.is_personal() && self.person.is_none() {
             return Err(ParseError::new("person", format!("`{}` is a {} and needs the name of its person", self.id, self.id.role())));
         }
         if self.shipment_key.is_some() && self.id.role() != Role::Manufacturer {
@@ -46,6 +46,26 @@ impl Principal {
             return Err(ParseError::new("certificate", format!("`{}` names one twice", self.id)));
         }
         Ok(())
+    }
+
+    /// Whether the principal stands for a person: an officer or an auditor. I6: nobody certifies such a principal's key alone but its person.
+    pub const fn is_personal(&self) -> bool {
+        self.id.role().is_personal()
+    }
+
+    /// The registered certificate with this SHA-256.
+    pub fn certificate(&self, certificate_sha256: &[u8; 32]) -> Option<&PrincipalCertificate> {
+        self.certificates.iter().find(|known| known.sha256 == *certificate_sha256)
+    }
+
+    /// The certificates that have not ended, in the order in which they were issued.
+    pub fn live_certificates(&self, now: UnixMillis) -> impl Iterator<Item = &PrincipalCertificate> {
+        self.certificates.iter().filter(move |certificate| now < certificate.not_after)
+    }
+
+    /// Whether somebody can act as this principal: it is enabled and one of its certificates has not ended.
+    pub fn can_act(&self, now: UnixMillis) -> bool {
+        self.status == PrincipalStatus::Enabled && self.live_certificates(now).next().is_some()
     }
 
     /// Whether this certificate speaks for the principal now: its digest is registered, it is not expired, and the principal is
@@ -73,6 +93,78 @@ pub struct PrincipalCertificate {
     pub sha256: [u8; 32],
     /// The end of its validity.
     pub not_after: UnixMillis,
+    /// SHA-256 of the SubjectPublicKeyInfo (DER) that it certifies; `None`: a version before this was recorded issued it.
+    pub key_sha256: Option<[u8; 32]>,
+    /// I6: who stood behind its issue.
+    pub enrolment: Enrolment,
+    /// The other principal whose call issued it; `None`: nobody but the principal itself, or nobody is recorded.
+    pub issued_by: Option<PrincipalId>,
+}
+
+impl PrincipalCertificate {
+    /// A certificate as versions registered it that did not record its key and its enrolment.
+    pub const fn unrecorded(serial: Bytes, sha256: [u8; 32], not_after: UnixMillis) -> Self {
+        Self { serial, sha256, not_after, key_sha256: None, enrolment: Enrolment::Unrecorded, issued_by: None }
+    }
+}
+
+/// I6: who stood behind the issue of a certificate. Where several people are needed, a person counts by a certificate that the ceremony, two other people,
+/// the custodians, or the person by such a certificate enrolled. What one other principal certified alone could be a second face of that principal.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Enrolment {
+    /// It was issued before enrolments were recorded. It counts, so that an island can be upgraded.
+    #[default]
+    Unrecorded,
+    /// The ceremony.
+    Ceremony,
+    /// The principal's own renewal, by a certificate that counts.
+    OwnRenewal,
+    /// A proposal that two people made and approved, neither of them the principal's own person.
+    Proposal,
+    /// A quorum of the escrow's custodians, on the token's machine.
+    Custodians,
+    /// One other principal alone, or a renewal by such a certificate.
+    OnePerson,
+}
+
+impl Enrolment {
+    /// All enrolments.
+    pub const ALL: [Self; 6] = [Self::Unrecorded, Self::Ceremony, Self::OwnRenewal, Self::Proposal, Self::Custodians, Self::OnePerson];
+
+    /// Whether the person behind the certificate counts where several people are needed (I6).
+    pub const fn counts(self) -> bool {
+        !matches!(self, Self::OnePerson)
+    }
+
+    /// The enrolment of a certificate that a principal gets for itself by a certificate of this enrolment.
+    #[must_use]
+    pub const fn renewed(self) -> Self {
+        if self.counts() { Self::OwnRenewal } else { Self::OnePerson }
+    }
+
+    /// The number in rows, from 0.
+    pub const fn number(self) -> u32 {
+        match self {
+            Self::Unrecorded => 0,
+            Self::Ceremony => 1,
+            Self::OwnRenewal => 2,
+            Self::Proposal => 3,
+            Self::Custodians => 4,
+            Self::OnePerson => 5,
+        }
+    }
+
+    /// The name in output: `unrecorded`, `ceremony`, `own-renewal`, `proposal`, `custodians`, `one-person`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Unrecorded => "unrecorded",
+            Self::Ceremony => "ceremony",
+            Self::OwnRenewal => "own-renewal",
+            Self::Proposal => "proposal",
+            Self::Custodians => "custodians",
+            Self::OnePerson => "one-person",
+        }
+    }
 }
 
 /// A registered transport key: EC P-256, keyAgreement.
@@ -131,6 +223,8 @@ pub struct Island {
     pub history: DatabaseHistory,
     /// Versions of roots that were made after the ceremony, and which are in use.
     pub ledger: RootLedger,
+    /// How many principals were added after the ceremony. An act that has read as many principals as there were at this number has read all.
+    pub principals_added: u64,
     /// When the ceremony made it.
     pub created: UnixMillis,
 }

@@ -51,14 +51,25 @@ pub enum ProposedAction {
     RaiseCounter(RaiseCounter),
     /// Destroys a version of a root in the tokens, for good.
     DestroyRoot(DestroyRoot),
+    /// Certifies a key of an officer or auditor, whose other certificates end.
+    RecertifyPrincipal(RecertifyPrincipal),
 }
 
 impl ProposedAction {
-    /// The name in output and records: `raise-counter`, `destroy-root`.
+    /// The name in output and records: `raise-counter`, `destroy-root`, `recertify-principal`.
     pub const fn name(&self) -> &'static str {
         match self {
             Self::RaiseCounter(_) => "raise-counter",
             Self::DestroyRoot(_) => "destroy-root",
+            Self::RecertifyPrincipal(_) => "recertify-principal",
+        }
+    }
+
+    /// The principal and the person that it is about, if it is about one.
+    pub const fn beneficiary(&self) -> Option<(&PrincipalId, &PersonName)> {
+        match self {
+            Self::RaiseCounter(_) | Self::DestroyRoot(_) => None,
+            Self::RecertifyPrincipal(recertify) => Some((&recertify.principal, &recertify.person)),
         }
     }
 }
@@ -75,6 +86,9 @@ impl fmt::Display for ProposedAction {
                 f.write_str("destroy the root `")?;
                 root.class.map_or(Ok(()), |class| write!(f, "{class}/"))?;
                 write!(f, "{}/{}`", root.kind.name(), root.version)
+            }
+            Self::RecertifyPrincipal(RecertifyPrincipal { principal, person, key_sha256 }) => {
+                write!(f, "certify the public key with SHA-256 {} for `{principal}` of person `{}`", hex::encode(key_sha256), person.as_str())
             }
         }
     }
@@ -95,6 +109,17 @@ pub struct RaiseCounter {
     pub client_title: SystemTitle,
     /// The lowest counter that may be used afterwards.
     pub to: u32,
+}
+
+/// The way back for an officer or auditor whose certificate has ended or is lost, and the confirmation of one whom one officer alone has added (I6).
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct RecertifyPrincipal {
+    /// Whose key it is.
+    pub principal: PrincipalId,
+    /// The person behind the principal, who neither proposes nor approves it.
+    pub person: PersonName,
+    /// SHA-256 of the SubjectPublicKeyInfo (DER) that is certified, 32 octets.
+    pub key_sha256: [u8; 32],
 }
 
 /// A version of a root that nothing refers to any more.
@@ -266,6 +291,12 @@ impl Proposal {
         if self.content.expires <= self.content.created {
             return Err(ParseError::new("expiry", "it is not after the proposal's beginning"));
         }
+        // I6: two people stand behind it, the requester and an approver, and the beneficiary is neither.
+        if let Some((principal, person)) = self.content.action.beneficiary()
+            && (*principal == self.content.requester || person.is_same(&self.content.requester_person))
+        {
+            return Err(ParseError::new("principal", format!("this is about `{}`, and another person must propose it", person.as_str())));
+        }
         Ok(())
     }
 
@@ -333,6 +364,7 @@ impl Proposal {
             content_sha256: self.content_digest(),
             requester: &self.content.requester,
             requester_person: &self.content.requester_person,
+            beneficiary: self.content.action.beneficiary(),
             quorum: self.content.quorum,
             expires: Some(self.content.expires),
         }
@@ -447,6 +479,27 @@ mod tests {
     }
 
     #[test]
+    fn who_is_certified_anew_neither_asks_for_it_nor_approves_it() {
+        let recertify = |principal: &str, person: &str| {
+            let mut content = proposal(1).content;
+            let person = PersonName::parse(person).unwrap();
+            content.action = ProposedAction::RecertifyPrincipal(RecertifyPrincipal { principal: officer(principal), person, key_sha256: [1; 32] });
+            Proposal::new(ProposalId::from_octets(&[8; 16]).unwrap(), content)
+        };
+        // Ada asks: neither for herself, nor for another principal of hers.
+        assert!(recertify("ada", "Ada").is_err() && recertify("ada-2", "ada").is_err() && recertify("ada", "Eve").is_err());
+        let mut proposal = recertify("cy", "Cy").unwrap();
+        let digest = proposal.content_digest();
+        for (principal, person) in [("cy", "Cy"), ("cy-2", "cy"), ("cy", "Eve")] {
+            let refusal = proposal.approve(approval(principal, person, NOW), &digest);
+            assert!(matches!(refusal, Err(ProposalError::Approval(ApprovalError::Beneficiary { .. }))), "{refusal:?}");
+        }
+        assert!(matches!(proposal.carry_out(officer("ada"), NOW), Err(ProposalError::State { missing: 1, .. })));
+        proposal.approve(approval("bo", "Bo", NOW), &digest).unwrap();
+        assert!(matches!(proposal.carry_out(officer("ada"), NOW), Ok(ProposedAction::RecertifyPrincipal(_))));
+    }
+
+    #[test]
     fn a_quorum_of_nobody_does_not_parse() {
         assert!(Quorum::new(0).is_err() && Quorum::new(10).is_err());
     }
@@ -459,7 +512,19 @@ mod tests {
         let destroy = |class, version| ProposedAction::DestroyRoot(DestroyRoot::new(RootKind::StorageKek, Some(class), version, NOW).unwrap());
         let mut digests = vec![raise.content_digest()];
         let mut proposals = vec![raise];
-        for action in [destroy(KeyClass::Session, 1), destroy(KeyClass::Session, 2), destroy(KeyClass::Kek, 1)] {
+        let recertify = |name: &str, person: &str, key| {
+            let person = PersonName::parse(person).unwrap();
+            ProposedAction::RecertifyPrincipal(RecertifyPrincipal { principal: officer(name), person, key_sha256: [key; 32] })
+        };
+        for action in [
+            destroy(KeyClass::Session, 1),
+            destroy(KeyClass::Session, 2),
+            destroy(KeyClass::Kek, 1),
+            recertify("cy", "Cy", 1),
+            recertify("cy", "Cy", 2),
+            recertify("di", "Cy", 1),
+            recertify("cy", "Di", 1),
+        ] {
             let mut other = proposal(1);
             other.content.action = action;
             proposals.push(other);

@@ -640,6 +640,7 @@ mod tests {
             escrow_fingerprint: None,
             history: DatabaseHistory::default(),
             ledger: RootLedger::default(),
+            principals_added: 0,
             created: NOW,
         }
     }

@@ -198,7 +198,12 @@ fn groups_device_types_principals_and_the_island_come_back() {
     };
     assert_eq!(DeviceType::from_row(device_type.id, &island(), device_type.to_row().unwrap().into()).unwrap(), device_type);
 
-    let certificate = PrincipalCertificate { serial: Bytes::from_static(&[1; 20]), sha256: [2; 32], not_after: NOW };
+    let certificate = PrincipalCertificate {
+        key_sha256: Some([4; 32]),
+        enrolment: Enrolment::OnePerson,
+        issued_by: Some(PrincipalId::new(island(), Role::Officer, "bo").unwrap()),
+        ..PrincipalCertificate::unrecorded(Bytes::from_static(&[1; 20]), [2; 32], NOW)
+    };
     let mut point = [5; 65];
     point[0] = 4;
     let officer = Principal {
@@ -245,6 +250,7 @@ fn groups_device_types_principals_and_the_island_come_back() {
         escrow_fingerprint: Some([6; 32]),
         history: DatabaseHistory { timeline: Some(Timeline { cluster: -7, number: 2 }), restores: 1, jump: CounterJump::new(1 << 24) },
         ledger: RootLedger::default(),
+        principals_added: 3,
         created: NOW,
     };
     assert_eq!(Island::from_row(island.name.clone(), island.to_row().into()).unwrap(), island);

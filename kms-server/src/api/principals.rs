@@ -2,15 +2,18 @@
 
 use std::sync::Arc;
 
-use kms_domain::{PersonName, PrincipalId, RequestId, Role, SystemTitle};
+use kms_domain::{PersonName, PrincipalId, ProposalId, Quorum, RequestId, Role, SystemTitle};
 use kms_proto::v1;
 use kms_proto::v1::principal_service_server::PrincipalService;
+use prost::Message as _;
 use tonic::{Request, Response, Status};
 
 use crate::authz::Caller;
 use crate::error::ServiceError;
 use crate::island::Island;
 use crate::service::certificate::CertificationRequest;
+use crate::service::grant::request_digest;
+use crate::service::principal::key::ProposedKey;
 use crate::service::principal::{NewPrincipal, Principals, parse_shipment_key};
 
 /// The service of one island.
@@ -43,7 +46,42 @@ impl PrincipalService for PrincipalApi {
         let id = RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?;
         let principal = PrincipalId::parse(&message.principal).map_err(ServiceError::parse("principal"))?;
         let certification = CertificationRequest::parse(&message.certificate_request).map_err(ServiceError::parse("certificate_request"))?;
-        Ok(Response::new(self.principals.renew(&caller, id, principal, &certification).await?))
+        let proposal = match message.proposal_id.is_empty() {
+            true => None,
+            false => Some(ProposalId::from_octets(&message.proposal_id).map_err(ServiceError::parse("proposal_id"))?),
+        };
+        Ok(Response::new(self.principals.renew(&caller, id, principal, &certification, proposal).await?))
+    }
+
+    async fn propose_principal_key(&self, request: Request<v1::ProposePrincipalKeyRequest>) -> Result<Response<v1::Proposal>, Status> {
+        let caller = self.caller(&request)?;
+        let message = request.into_inner();
+        let same = v1::ProposePrincipalKeyRequest { request_id: bytes::Bytes::new(), ..message.clone() };
+        let request = crate::service::Request {
+            id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
+            digest: request_digest(&[b"ProposePrincipalKey", &same.encode_to_vec()]),
+        };
+        let key_sha256 = <[u8; 32]>::try_from(message.key_sha256.as_ref())
+            .map_err(|_| ServiceError::invalid("key_sha256", format!("{} octets instead of 32", message.key_sha256.len())))?;
+        let key = ProposedKey {
+            id: PrincipalId::parse(&message.principal).map_err(ServiceError::parse("principal"))?,
+            key_sha256,
+            reason: reason(message.reason)?,
+            quorum: message.quorum.map_or(Ok(Quorum::ONE), Quorum::new).map_err(ServiceError::parse("quorum"))?,
+        };
+        Ok(Response::new(self.principals.propose_key(&caller, request, key).await?))
+    }
+
+    async fn end_certificate(&self, request: Request<v1::EndCertificateRequest>) -> Result<Response<v1::Principal>, Status> {
+        let caller = self.caller(&request)?;
+        let message = request.into_inner();
+        let id = RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?;
+        let principal = PrincipalId::parse(&message.principal).map_err(ServiceError::parse("principal"))?;
+        if !(1..=20).contains(&message.serial.len()) {
+            return Err(ServiceError::invalid("serial", format!("{} octets; a serial number has 1 to 20", message.serial.len())).into());
+        }
+        let reason = reason(message.reason)?;
+        Ok(Response::new(self.principals.end_certificate(&caller, id, principal, message.serial.to_vec(), reason).await?))
     }
 
     async fn register_transport_key(&self, request: Request<v1::RegisterTransportKeyRequest>) -> Result<Response<v1::PrincipalCertificate>, Status> {

@@ -203,6 +203,11 @@ impl View<'_, '_> {
         self.base.now
     }
 
+    /// SHA-256 of the certificate that the act is asked for with; `None`: the server itself acts.
+    pub const fn acting_certificate(&self) -> Option<[u8; 32]> {
+        self.actor.certificate_sha256
+    }
+
     /// The run of the server that writes the transaction's records.
     pub const fn writer(&self) -> WriterId {
         self.base.writer
@@ -603,6 +608,17 @@ impl View<'_, '_> {
     /// Records an event (I2). The rows that the act writes are named in its first record.
     pub fn append(&mut self, event: Event) {
         self.staged.events.push(event);
+    }
+
+    /// Records an event behind the others of the act: one for the security officers.
+    pub fn alert(&mut self, event: SecurityEvent) {
+        self.staged.alerts.push(Event::SecurityEvent(event));
+    }
+
+    /// Records an event for the security officers although the act is refused. One that comes again is counted, as refusals are.
+    pub fn alert_refused(&mut self, kind: &str, detail: String) {
+        let principal = self.actor.principal.as_ref().map(ToString::to_string).unwrap_or_default();
+        self.base.refusals.push(Refusal { principal, action: kind.to_owned(), reason: detail, security_event: true });
     }
 
     /// Counts a refusal of a part of the act; a refusal of the whole act is counted by itself.

@@ -417,6 +417,20 @@ pub enum Action {
         /// It is the caller.
         own: bool,
     },
+    /// Certifying a key of an officer or auditor by a proposal of other people: the proposal and its execution.
+    RecertifyPrincipal {
+        /// The role of the principal.
+        role: Role,
+        /// It is the caller.
+        own: bool,
+    },
+    /// Ending one TLS certificate of a principal.
+    EndCertificate {
+        /// The role of the principal.
+        role: Role,
+        /// It is the caller.
+        own: bool,
+    },
     /// Certifying the caller's own transport key.
     RegisterTransportKey {
         /// The caller's role.
@@ -517,6 +531,8 @@ impl Action {
             Self::ListShipments { .. } => "listShipments",
             Self::AddPrincipal { .. } => "addPrincipal",
             Self::RenewPrincipal { .. } => "renewPrincipal",
+            Self::RecertifyPrincipal { .. } => "recertifyPrincipal",
+            Self::EndCertificate { .. } => "endCertificate",
             Self::RegisterTransportKey { .. } => "registerTransportKey",
             Self::DisablePrincipal { .. } => "disablePrincipal",
             Self::ListPrincipals => "listPrincipals",
@@ -594,7 +610,10 @@ impl Action {
             Self::AttestKey { key_type } => vec![("key_type", text(&key_type.to_string()))],
             Self::AddPrincipal { role } => vec![("role", text(role.name())), ("own", RestrictedExpression::new_bool(false))],
             Self::RegisterTransportKey { role } => vec![("role", text(role.name())), ("own", RestrictedExpression::new_bool(true))],
-            Self::RenewPrincipal { role, own } | Self::DisablePrincipal { role, own } => {
+            Self::RenewPrincipal { role, own }
+            | Self::RecertifyPrincipal { role, own }
+            | Self::EndCertificate { role, own }
+            | Self::DisablePrincipal { role, own } => {
                 vec![("role", text(role.name())), ("own", RestrictedExpression::new_bool(*own))]
             }
             Self::ListMeters { own }
@@ -1130,6 +1149,16 @@ mod tests {
             (&handheld, Action::RegisterTransportKey { role: Role::Handheld }, Permit),
             (&handheld, Action::ListMeters { own: true }, Deny),
             (&officer, Action::AddPrincipal { role: Role::Officer }, Permit),
+            // I6: a person's key is renewed by the person.
+            (&officer, Action::RenewPrincipal { role: Role::Officer, own: true }, Permit),
+            (&officer, Action::RenewPrincipal { role: Role::Officer, own: false }, Deny),
+            (&officer, Action::RenewPrincipal { role: Role::Auditor, own: false }, Deny),
+            (&officer, Action::RenewPrincipal { role: Role::HeadEnd, own: false }, Permit),
+            (&officer, Action::RecertifyPrincipal { role: Role::Officer, own: false }, Permit),
+            (&auditor, Action::RecertifyPrincipal { role: Role::Officer, own: false }, Deny),
+            (&officer, Action::EndCertificate { role: Role::HeadEnd, own: false }, Permit),
+            (&hes, Action::EndCertificate { role: Role::HeadEnd, own: true }, Permit),
+            (&hes, Action::EndCertificate { role: Role::HeadEnd, own: false }, Deny),
             (&officer, Action::DisablePrincipal { role: Role::HeadEnd, own: false }, Permit),
             (&officer, Action::InventoryHsm, Permit),
             (&auditor, Action::Scrub, Permit),

@@ -106,7 +106,7 @@ mod tests {
             id: caller.principal.clone(),
             revision: 3,
             status: PrincipalStatus::Enabled,
-            certificates: vec![PrincipalCertificate { serial: Bytes::from_static(&[1]), sha256: [7; 32], not_after: UnixMillis(1_000) }],
+            certificates: vec![PrincipalCertificate::unrecorded(Bytes::from_static(&[1]), [7; 32], UnixMillis(1_000))],
             transport: None,
             client_titles: Vec::new(),
             person: None,

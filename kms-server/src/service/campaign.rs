@@ -27,7 +27,7 @@ pub use self::{
     task::{LeaseQuery, TaskLease, begin_task, check_task, drop_task, end_task, holds_task, pass_on_task, task_reads},
 };
 pub use super::Request;
-use super::owner::NewGroupVersion;
+use super::{owner::NewGroupVersion, principal::people::counted_person};
 use crate::{
     audit::{Actor, Asked, Asking, View, Window},
     authz::{Action, Caller, Resource},
@@ -89,7 +89,7 @@ impl Change {
         let event = match self {
             Self::Approve { content_sha256 } => {
                 // I6: a person approves, not a certificate.
-                let person = principal.person.clone().ok_or_else(|| ServiceError::denied("approveCampaign"))?;
+                let person = counted_person(view, principal, "approveCampaign")?;
                 campaign.approve(principal.id.clone(), person.clone(), content_sha256, now).map_err(refused)?;
                 Event::CampaignApproved(CampaignApproved {
                     campaign_id: id.clone(),

@@ -13,7 +13,7 @@ use std::sync::PoisonError;
 use aws_lc_rs::digest::{SHA256, digest};
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED, UnparsedPublicKey};
 use bytes::Bytes;
-use kms_domain::{IslandName, ParseError, PrincipalCertificate, PrincipalId, TransportCertificate, UnixMillis};
+use kms_domain::{Enrolment, IslandName, ParseError, PrincipalCertificate, PrincipalId, TransportCertificate, UnixMillis};
 use kms_hsm::{Hsm, Purpose, TokenKey};
 use rcgen::{
     BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyUsagePurpose,
@@ -187,6 +187,12 @@ impl CertificationRequest {
             return Err(refuse("its key is none of EC P-256, EC P-384, RSA with 3072 to 4096 bits, Ed25519"));
         }
         request.verify_signature().map_err(|_| refuse("its signature is not by its own key: possession is not proven"))?;
+        // I6: one key has one name, its SHA-256. An encoding that can be chosen would give it several.
+        let canonical = SubjectPublicKeyInfo::from_der(info.raw).map_err(|_| refuse("its key cannot be read"))?;
+        let compressed = matches!(info.parsed(), Ok(PublicKey::EC(point)) if point.data().first() != Some(&4));
+        if canonical.subject_public_key_info() != info.raw || compressed {
+            return Err(refuse("its key is not encoded in the usual way: uncompressed points, DER as RFC 5480, RFC 4055 and RFC 8410 say"));
+        }
         Ok(Self { spki: info.raw.to_vec(), p256_point: p256_point(info) })
     }
 
@@ -314,13 +320,22 @@ pub struct IssuedCertificate {
     pub serial: Bytes,
     /// The end of its validity.
     pub not_after: UnixMillis,
+    /// SHA-256 of the SubjectPublicKeyInfo (DER) that it certifies, 32 octets.
+    pub key_sha256: [u8; 32],
     p256_point: Option<[u8; 65]>,
 }
 
 impl IssuedCertificate {
     /// What a principal's row lists of its TLS certificate.
-    pub fn for_principal(&self) -> PrincipalCertificate {
-        PrincipalCertificate { serial: self.serial.clone(), sha256: self.sha256, not_after: self.not_after }
+    pub fn for_principal(&self, enrolment: Enrolment, issued_by: Option<PrincipalId>) -> PrincipalCertificate {
+        PrincipalCertificate {
+            serial: self.serial.clone(),
+            sha256: self.sha256,
+            not_after: self.not_after,
+            key_sha256: Some(self.key_sha256),
+            enrolment,
+            issued_by,
+        }
     }
 
     /// What a principal's row keeps of its transport certificate; none for a key that is not on P-256.
@@ -339,6 +354,7 @@ impl IssuedCertificate {
             sha256: sha256(&der),
             serial: Bytes::from(certificate.serial.to_bytes_be()),
             not_after: UnixMillis(certificate.validity().not_after.timestamp().saturating_mul(1000)),
+            key_sha256: sha256(certificate.public_key().raw),
             p256_point: p256_point(certificate.public_key()),
             der: CertificateDer::from(Vec::new()),
         };

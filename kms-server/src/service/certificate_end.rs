@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use kms_domain::{PrincipalId, PrincipalStatus, UnixMillis};
+use kms_domain::{PrincipalId, PrincipalStatus, Role, UnixMillis};
 use kms_hsm::Hsm;
 use kms_proto::v1::{PrincipalChanged, audit_record::Event};
 use kms_store::{Reads, RowKind};
@@ -129,12 +129,17 @@ impl CertificateWatch {
         }
     }
 
-    /// One line for each enabled principal whose newest certificate, or whose transport key's, ends within 30 days.
+    /// One line for each enabled principal whose newest certificate, or whose transport key's, ends within 30 days, and one more if that leaves no
+    /// officer: nobody could renew an officer's certificate any more but the custodians.
     async fn warn_of_principals(&self) -> Result<(), ServiceError> {
         let mut after: Option<Vec<u8>> = None;
+        let mut officers = OfficersLeft::default();
         loop {
             let page = self.island.store.sealed_page(RowKind::Principal, after.as_deref(), PAGE).await?;
-            let Some((last, _)) = page.last() else { return Ok(()) };
+            let Some((last, _)) = page.last() else {
+                officers.warn(Island::now());
+                return Ok(());
+            };
             after = Some(last.clone());
             for (name, row) in page {
                 let Some(id) = std::str::from_utf8(&name).ok().and_then(|name| PrincipalId::parse(name).ok()) else { continue };
@@ -145,6 +150,7 @@ impl CertificateWatch {
                 }
                 let transport = principal.transport.as_ref().and_then(|transport| end_of(&transport.certificate));
                 let newest = principal.certificates.iter().map(|certificate| certificate.not_after).max();
+                officers.note(&id, newest);
                 for (what, end) in [("TLS certificate", newest), ("transport certificate", transport)] {
                     let Some(days) = end.map(|end| days_left(end, Island::now())).filter(|days| *days < WARNING_DAYS) else { continue };
                     if days < 0 {
@@ -154,6 +160,37 @@ impl CertificateWatch {
                     }
                 }
             }
+        }
+    }
+}
+
+/// The enabled officer whose certificate ends last.
+#[derive(Default)]
+struct OfficersLeft(Option<(PrincipalId, UnixMillis)>);
+
+impl OfficersLeft {
+    fn note(&mut self, id: &PrincipalId, newest: Option<UnixMillis>) {
+        let end = newest.unwrap_or(UnixMillis(0));
+        if id.role() == Role::Officer && self.0.as_ref().is_none_or(|(_, known)| *known < end) {
+            self.0 = Some((id.clone(), end));
+        }
+    }
+
+    /// What is wrong, if something is: the last officer, and what to do.
+    fn warning(&self, now: UnixMillis) -> Option<(&PrincipalId, i64, String)> {
+        let (id, end) = self.0.as_ref().filter(|(_, end)| days_left(*end, now) < OFFICERS_WARNING_DAYS)?;
+        let days = days_left(*end, now);
+        let next_step = if now < *end {
+            "every officer runs `kms principal renew` now".to_owned()
+        } else {
+            format!("no officer can call any more; on the token's machine, with the custodians: kms-server officers recertify {id}")
+        };
+        Some((id, days, next_step))
+    }
+
+    fn warn(&self, now: UnixMillis) {
+        if let Some((id, days, next_step)) = self.warning(now) {
+            tracing::error!(officer = %id, days, next_step, "the last certificate of an officer ends");
         }
     }
 }
@@ -218,6 +255,8 @@ fn file_error(path: &Path, reason: &str) -> ServiceError {
 const PUBLIC: u32 = 0o644;
 const A_DAY: Duration = Duration::from_hours(24);
 const WARNING_DAYS: i64 = 30;
+/// When the certificates of all officers end, the custodians must come together: that is said earlier, and louder.
+const OFFICERS_WARNING_DAYS: i64 = 60;
 /// A new root reaches every device slowly.
 const ROOT_WARNING_DAYS: i64 = 730;
 const PAGE: u32 = 256;
@@ -236,6 +275,23 @@ mod tests {
         assert!(!current.is_due(UnixMillis(60 * DAY)));
         assert!(current.is_due(UnixMillis(60 * DAY + 1)));
         assert!(current.is_due(UnixMillis(100 * DAY)), "one that has ended is due too");
+    }
+
+    #[test]
+    fn the_end_of_the_last_officer_is_told_in_time_with_the_way_out() {
+        let officer = |name: &str| PrincipalId::parse(&format!("urn:meterkms:north:officer:{name}")).unwrap();
+        let mut left = OfficersLeft::default();
+        assert_eq!(left.warning(UnixMillis(0)), None);
+        left.note(&PrincipalId::parse("urn:meterkms:north:head-end:hes-1").unwrap(), Some(UnixMillis(900 * DAY)));
+        left.note(&officer("ada"), Some(UnixMillis(370 * DAY)));
+        left.note(&officer("bo"), Some(UnixMillis(100 * DAY)));
+        left.note(&officer("cy"), None);
+        assert_eq!(left.warning(UnixMillis(300 * DAY)), None, "one officer left is enough");
+        let (id, days, next_step) = left.warning(UnixMillis(350 * DAY)).unwrap();
+        assert_eq!((id, days), (&officer("ada"), 20));
+        assert!(next_step.contains("kms principal renew"), "{next_step}");
+        let (_, days, next_step) = left.warning(UnixMillis(370 * DAY)).unwrap();
+        assert!(days == 0 && next_step.contains("kms-server officers recertify urn:meterkms:north:officer:ada"), "{next_step}");
     }
 
     island_tests! {

@@ -297,6 +297,28 @@ impl EscrowDocument {
         Ok(OpenedEscrow { key: OaepPrivateDecryptingKey::new(pair).map_err(failed("the private key"))? })
     }
 
+    /// I6: proves that a quorum of custodians stands behind an act: their shares open the private half of the very escrow key that the island knows. No root
+    /// is opened. I1: the private half is in zeroizing memory, from this function's begin to its end.
+    ///
+    /// # Errors
+    /// The file is of another island or another escrow key, or as [`Self::open`].
+    pub fn prove(&self, island: &IslandName, escrow_fingerprint: &[u8; 32], shares: &[Zeroizing<Vec<u8>>]) -> Result<(), EscrowError> {
+        if !self.is_of(island) || sha256(&self.escrow_key.0) != *escrow_fingerprint {
+            return Err(EscrowError::Document(format!("it is not the escrow of the island `{island}`")));
+        }
+        let opened = self.open(shares)?;
+        // Who forges a file can put the island's public key into it, beside a private key of their own.
+        let mut challenge = Zeroizing::new([0; 32]);
+        aws_lc_rs::rand::fill(challenge.as_mut_slice()).map_err(failed("random octets"))?;
+        let public = PublicEncryptingKey::from_der(&self.escrow_key.0).map_err(|_| EscrowError::Document("the escrow key is no RSA key".to_owned()))?;
+        let public = OaepPublicEncryptingKey::new(public).map_err(failed("the escrow key"))?;
+        let mut encrypted = vec![0; public.ciphertext_size()];
+        public.encrypt(&OAEP_SHA256_MGF1SHA256, challenge.as_slice(), &mut encrypted, None).map_err(failed("encrypting a challenge"))?;
+        let mut answer = Zeroizing::new(vec![0; opened.key.min_output_size()]);
+        let answered = opened.key.decrypt(&OAEP_SHA256_MGF1SHA256, &encrypted, &mut answer, None).is_ok_and(|answer| *answer == *challenge.as_slice());
+        if answered { Ok(()) } else { Err(EscrowError::Document("its private key does not belong to the island's escrow key".to_owned())) }
+    }
+
     /// A root's octets, in zeroizing memory, for the restore of a token.
     ///
     /// # Errors
@@ -516,6 +538,23 @@ mod tests {
         for too_few in [vec![], vec![shares[0].clone()], vec![shares[0].clone(), shares[0].clone()]] {
             assert!(matches!(document.open(&too_few), Err(EscrowError::Shares(_))));
         }
+        // What proves that custodians take part: enough shares, of this island's escrow key.
+        let fingerprint = sha256(document.escrow_key());
+        document.prove(&island, &fingerprint, &shares[1..]).unwrap();
+        assert!(matches!(document.prove(&island, &fingerprint, &shares[..1]), Err(EscrowError::Shares(_))));
+        assert!(matches!(document.prove(&island, &[1; 32], &shares), Err(EscrowError::Document(_))));
+        assert!(document.prove(&IslandName::parse("south").unwrap(), &fingerprint, &shares).is_err());
+        // A file whose shares the forger has, with the island's public key: the private key is another.
+        let forger = EscrowKey::make(&island, Quorum::new(2, 3).unwrap(), &custodians).unwrap();
+        let key = Zeroizing::new([7; 32]);
+        let pair = PrivateDecryptingKey::generate(KeySize::Rsa3072).unwrap();
+        let pkcs8: Pkcs8V1Der<'_> = pair.as_der().unwrap();
+        let private_key = SealedPrivateKey::seal(&key, &island, document.escrow_key(), Zeroizing::new(pkcs8.as_ref().to_vec())).unwrap();
+        let rng = getrandom::rand_core::UnwrapErr(getrandom::SysRng);
+        let forged_shares: Vec<_> = Gf256::split_bytes(2, 3, key.as_slice(), rng).unwrap().into_iter().map(Zeroizing::new).collect();
+        let forged = EscrowDocument { escrow_key: document.escrow_key.clone(), private_key, ..forger.document(&island) };
+        assert!(forged.open(&forged_shares).is_ok());
+        assert!(matches!(forged.prove(&island, &fingerprint, &forged_shares), Err(EscrowError::Document(_))));
         // A lowered number in the file helps nobody: the mathematics asks for two.
         let lowered: EscrowDocument = serde_json::from_str(&text.replace("\"needed\": 2", "\"needed\": 1")).unwrap();
         assert!(matches!(lowered.open(&[shares[0].clone()]), Err(EscrowError::Shares(_))));

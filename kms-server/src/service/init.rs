@@ -14,8 +14,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kms_domain::{
-    ChunkSize, ClassRoots, DatabaseHistory, DiversificationRoot, Island as IslandRow, IslandKind, IslandName, KeyClass, KeyDerivation, OaepHash, Principal,
-    PrincipalStatus, SealKey, SealRootKey,
+    ChunkSize, ClassRoots, DatabaseHistory, DiversificationRoot, Enrolment, Island as IslandRow, IslandKind, IslandName, KeyClass, KeyDerivation, OaepHash,
+    Principal, PrincipalStatus, SealKey, SealRootKey,
 };
 use kms_hsm::{
     EscrowPackage, Hsm, HsmError, KeyFingerprint, Module, Pin, PinSource, ProcessPinMemory, RootVersion, StandbyToken, TokenKey, TokenSelector, TokenSettings,
@@ -242,6 +242,7 @@ impl CeremonyPlan {
             escrow_fingerprint: escrow,
             history: DatabaseHistory::default(),
             ledger: kms_domain::RootLedger::default(),
+            principals_added: 0,
             created: Island::now(),
         }
     }
@@ -329,7 +330,7 @@ impl FirstPrincipal {
             id: self.id.clone(),
             revision: 1,
             status: PrincipalStatus::Enabled,
-            certificates: vec![issued.for_principal()],
+            certificates: vec![issued.for_principal(Enrolment::Ceremony, None)],
             transport: None,
             client_titles: self.client_titles.clone(),
             person: self.person.clone(),

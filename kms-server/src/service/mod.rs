@@ -10,6 +10,7 @@ pub mod grant;
 mod group;
 pub mod init;
 pub mod meter;
+pub mod officers;
 pub mod owner;
 pub mod principal;
 pub mod proposal;

@@ -2,15 +2,29 @@
 //!
 //! Certificates are signed before the act that registers them, and leave only after it is durable: a certificate that no sealed
 //! row lists is accepted nowhere (I5).
+//!
+//! I6: nobody certifies the key of an officer or auditor alone but the person itself. What another principal alone has certified does not count where
+//! several people are needed ([`people`]), until two others confirm it ([`key`]).
+
+mod end;
+pub(super) mod everyone;
+pub mod key;
+pub mod people;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 
 use aws_lc_rs::digest::{Context, SHA256};
 use bytes::Bytes;
-use kms_domain::{ParseError, PersonName, Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, RequestId, Role, SystemTitle, UnixMillis};
-use kms_proto::v1::{self, PrincipalChanged, audit_record::Event};
+use kms_domain::{
+    Enrolment, ParseError, PersonName, Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, ProposalId, RequestId, Role, SystemTitle, UnixMillis,
+};
+use kms_proto::v1::{self, PrincipalChanged, SecurityEvent, audit_record::Event};
 use kms_store::{Reads, RowKind};
 
+use self::everyone::{Everyone, parse_name, refuse_shared_key, refuse_shared_titles};
+use super::Request;
 use super::certificate::{CertificateAuthority, CertificationRequest, IssuedCertificate, Validity};
 use crate::audit::{Actor, Asked, Asking, View, Window};
 use crate::authz::{Action, Caller, Resource};
@@ -24,6 +38,9 @@ pub struct Principals {
     /// For how many days certificates are issued.
     certificate_days: u16,
 }
+
+/// What a change comes to: the new row, the record, the certificate that was issued, and its chain.
+type Changed = Result<(Principal, PrincipalChanged, Option<IssuedCertificate>, Vec<Bytes>), ServiceError>;
 
 /// A principal to be registered.
 #[derive(Clone, Debug)]
@@ -53,17 +70,17 @@ impl Principals {
         &self.island
     }
 
-    /// Registers a principal and certifies its TLS key.
+    /// Registers a principal and certifies its TLS key. An officer or auditor whom one officer adds so does not count where several people are needed,
+    /// until two others confirm the key (I6).
     ///
     /// # Errors
-    /// Not permitted; the principal exists; a client title is another's or a meter's; or trouble of HSM or database.
+    /// Not permitted; the principal exists; a client title is another's or a meter's; the key is another principal's; or trouble of HSM or database.
     pub async fn add(&self, caller: &Caller, new: NewPrincipal) -> Result<v1::PrincipalCertificate, ServiceError> {
         let action = Action::AddPrincipal { role: new.id.role() };
         self.island.require(caller, &action).await?;
         if new.id.island() != self.island.name() {
             return Err(ServiceError::invalid("principal", format!("`{}` is not of the island `{}`", new.id, self.island.name())));
         }
-        self.refuse_shared_titles(&new).await?;
         let issued = match &new.certification {
             Some(request) => Some(self.authority.principal(&new.id, request, self.validity())?.sign(&self.island.hsm).await?),
             None => None,
@@ -80,7 +97,8 @@ impl Principals {
         );
         let chain = self.chain();
         let (id, request) = (new.id.clone(), new.request);
-        self.act(caller, request, action, digest, id, move |view, existing| {
+        let officer = caller.principal.clone();
+        self.act_among_all(caller, Request { id: request, digest }, action, id, Reads::default(), move |view, existing, everyone| {
             if existing.is_some() {
                 return Err(ServiceError::FailedPrecondition {
                     reason: format!("`{}` exists", new.id),
@@ -96,11 +114,16 @@ impl Principals {
                     });
                 }
             }
+            let rows = everyone.rows(view)?;
+            refuse_shared_titles(&rows, &new.id, &new.client_titles)?;
+            if let Some(issued) = &issued {
+                refuse_shared_key(&rows, &new.id, &issued.key_sha256)?;
+            }
             let principal = Principal {
                 id: new.id.clone(),
                 revision: 1,
                 status: PrincipalStatus::Enabled,
-                certificates: issued.iter().map(IssuedCertificate::for_principal).collect(),
+                certificates: issued.iter().map(|issued| issued.for_principal(Enrolment::OnePerson, Some(officer.clone()))).collect(),
                 transport: None,
                 client_titles: new.client_titles.clone(),
                 person: new.person.clone(),
@@ -108,40 +131,75 @@ impl Principals {
                 added: view.now(),
             };
             principal.check().map_err(ServiceError::parse("principal"))?;
+            everyone.count_one_more(view)?;
+            if principal.is_personal() {
+                let detail = format!("`{officer}` alone added `{}`, who does not count where several people are needed until two others confirm it", new.id);
+                view.alert(security_event("person-added-by-one", detail));
+            }
             let record = changed(&principal.id, "added", issued.as_ref(), "");
             Ok((principal, record, issued.clone(), chain.clone()))
         })
         .await
     }
 
-    /// Certifies a new TLS key. Earlier certificates stay valid until they end, so that a principal can change over.
+    /// Certifies a new TLS key. Earlier certificates stay valid until they end, so that a principal can change over; there are never more than
+    /// two that have not ended, and none is dropped for a new one. The key of an officer or auditor is renewed by the person, or by the `proposal` that
+    /// permits it ([`key`]).
     ///
     /// # Errors
-    /// Not permitted, no such principal, a disabled one, or trouble of HSM or database.
+    /// Not permitted, no such principal, a disabled one, too many certificates, the key of another principal, or trouble of HSM or database.
     pub async fn renew(
         &self,
         caller: &Caller,
         request: RequestId,
         id: PrincipalId,
         certification: &CertificationRequest,
+        proposal: Option<ProposalId>,
     ) -> Result<v1::PrincipalCertificate, ServiceError> {
-        let action = Action::RenewPrincipal { role: id.role(), own: id == caller.principal };
+        if let Some(approved) = proposal {
+            return self.recertify(caller, request, id, certification, approved).await;
+        }
+        let own = id == caller.principal;
+        // The answer tells an officer the way; what holds is checked again in the act.
+        if caller.principal.role().is_personal() {
+            self.island.principal(caller).await?;
+            refuse_for_another_person(&id, own)?;
+        }
+        let action = Action::RenewPrincipal { role: id.role(), own };
         self.island.require(caller, &action).await?;
-        let issued = self.authority.principal(&id, certification, self.validity())?.sign(&self.island.hsm).await?;
+        // No signature for what will be refused. A request that comes again gets its answer in the act.
+        let issued =
+            if self.has_room(&id).await? { Some(self.authority.principal(&id, certification, self.validity())?.sign(&self.island.hsm).await?) } else { None };
         let digest = request_digest("renew", &[id.to_string().as_bytes(), &certification.spki_sha256()]);
         let chain = self.chain();
-        self.act(caller, request, action, digest, id.clone(), move |view, existing| {
+        let asking = caller.clone();
+        self.act_among_all(caller, Request { id: request, digest }, action, id.clone(), Reads::default(), move |view, existing, everyone| {
+            // I6: whatever policies say.
+            refuse_for_another_person(&id, own)?;
             let mut principal = enabled(&id, existing)?;
             let now = view.now();
+            let enrolment = match principal.certificate(&asking.certificate_sha256) {
+                Some(certificate) if own => certificate.enrolment.renewed(),
+                _ => Enrolment::OnePerson,
+            };
             principal.certificates.retain(|certificate| now < certificate.not_after);
-            // The newest few: a row does not grow with a client that renews in a loop.
-            let excess = (principal.certificates.len() + 1).saturating_sub(MOST_CERTIFICATES);
-            principal.certificates.sort_by_key(|certificate| certificate.not_after);
-            principal.certificates.drain(..excess);
-            principal.certificates.push(issued.for_principal());
+            if let Err(refusal) = refuse_too_many(&principal, now) {
+                view.alert_refused("renewal-beyond-bound", refusal.to_string());
+                return Err(refusal);
+            }
+            let issued = issued.clone().ok_or_else(|| ServiceError::Aborted {
+                reason: "a certificate of the principal ended at the same moment".to_owned(),
+                next_step: "ask again".to_owned(),
+            })?;
+            refuse_shared_key(&everyone.rows(view)?, &id, &issued.key_sha256)?;
+            principal.certificates.push(issued.for_principal(enrolment, Some(asking.principal.clone()).filter(|_| !own)));
             principal.revision += 1;
+            if !own {
+                let detail = format!("`{}` made the certificate {} for `{id}`", asking.principal, hex::encode(&issued.serial));
+                view.alert(security_event("certificate-made-by-another", detail));
+            }
             let record = changed(&id, "renewed", Some(&issued), "");
-            Ok((principal, record, Some(issued.clone()), chain.clone()))
+            Ok((principal, record, Some(issued), chain.clone()))
         })
         .await
     }
@@ -162,7 +220,7 @@ impl Principals {
         let issued = self.authority.transport(&id, certification, self.validity())?.sign(&self.island.hsm).await?;
         let digest = request_digest("transport", &[&certification.spki_sha256()]);
         let chain = self.chain();
-        self.act(caller, request, action, digest, id.clone(), move |_, existing| {
+        self.act(caller, Request { id: request, digest }, action, id.clone(), Reads::default(), move |_, existing| {
             let mut principal = enabled(&id, existing)?;
             principal.transport = Some(issued.for_transport().ok_or_else(|| ServiceError::Internal("a transport certificate without a P-256 key".to_owned()))?);
             principal.revision += 1;
@@ -179,18 +237,13 @@ impl Principals {
     pub async fn disable(&self, caller: &Caller, request: RequestId, id: PrincipalId, reason: String) -> Result<v1::Principal, ServiceError> {
         let action = Action::DisablePrincipal { role: id.role(), own: id == caller.principal };
         self.island.require(caller, &action).await?;
-        if id.role() == Role::Officer
-            && !self.all().await?.iter().any(|other| other.id.role() == Role::Officer && other.id != id && other.status == PrincipalStatus::Enabled)
-        {
-            return Err(ServiceError::FailedPrecondition {
-                reason: format!("`{id}` is the last enabled officer, and nobody could administer the island afterwards"),
-                next_step: "add another officer first".to_owned(),
-            });
-        }
         let digest = request_digest("disable", &[id.to_string().as_bytes(), reason.as_bytes()]);
         let answer = self
-            .act(caller, request, action, digest, id.clone(), move |_, existing| {
+            .act_among_all(caller, Request { id: request, digest }, action, id.clone(), Reads::default(), move |view, existing, everyone| {
                 let mut principal = existing.as_deref().cloned().ok_or_else(|| unknown(&id))?;
+                if principal.status == PrincipalStatus::Enabled {
+                    everyone.refuse_last_officer(view, &id)?;
+                }
                 if principal.status == PrincipalStatus::Enabled {
                     principal.status = PrincipalStatus::Disabled;
                     principal.revision += 1;
@@ -216,26 +269,58 @@ impl Principals {
     /// # Errors
     /// Nobody that it accepts, or trouble of the database.
     pub async fn who_am_i(&self, caller: &Caller) -> Result<v1::Principal, ServiceError> {
-        Ok(to_proto(&*self.island.principal(caller).await?))
+        let row = self.island.principal(caller).await?;
+        let mut principal = to_proto(&row);
+        for (shown, certificate) in principal.certificates.iter_mut().zip(&row.certificates) {
+            shown.in_use = certificate.sha256 == caller.certificate_sha256;
+        }
+        Ok(principal)
+    }
+
+    /// As [`Self::act`], for a change that must fit all principals together.
+    async fn act_among_all<F>(
+        &self,
+        caller: &Caller,
+        request: Request,
+        action: Action,
+        id: PrincipalId,
+        more: Reads,
+        change: F,
+    ) -> Result<v1::PrincipalCertificate, ServiceError>
+    where
+        F: FnMut(&mut View<'_, '_>, Option<Arc<Principal>>, &Everyone) -> Changed + Clone + Send + 'static,
+    {
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let everyone = Everyone::of(&*self.island.store, &self.island.committer, self.island.name()).await?;
+            let (mut reads, mut change) = (everyone.reads(), change.clone());
+            reads.extend(&more);
+            let action = action.clone();
+            match self.act(caller, request, action, id.clone(), reads, move |view, existing| change(view, existing, &everyone)).await {
+                Err(error) if Everyone::is_stale(&error) && attempts < MOST_ATTEMPTS => {}
+                outcome => return outcome,
+            }
+        }
     }
 
     /// Reads the caller's and the principal's rows, decides, writes the principal, the record and the answer.
     async fn act<F>(
         &self,
         caller: &Caller,
-        request: RequestId,
+        request: Request,
         action: Action,
-        digest: [u8; 32],
         id: PrincipalId,
+        more: Reads,
         mut change: F,
     ) -> Result<v1::PrincipalCertificate, ServiceError>
     where
-        F: FnMut(&mut View<'_, '_>, Option<Arc<Principal>>) -> Result<(Principal, PrincipalChanged, Option<IssuedCertificate>, Vec<Bytes>), ServiceError>
-            + Send
-            + 'static,
+        F: FnMut(&mut View<'_, '_>, Option<Arc<Principal>>) -> Changed + Send + 'static,
     {
+        let Request { id: request, digest } = request;
         let asking = Asking::new(caller, request, digest, Window::Administration);
-        let reads = Reads { sealed: vec![principal_row(&caller.principal), principal_row(&id)], requests: asking.reads(), ..Reads::default() };
+        let mut reads = Reads { sealed: vec![principal_row(&caller.principal), principal_row(&id)], requests: asking.reads(), ..Reads::default() };
+        reads.extend(&more);
         let actor = Actor::caller(caller, Some(request), action.name());
         let (island, caller) = (Arc::clone(&self.island), caller.clone());
         let committed = self
@@ -264,37 +349,24 @@ impl Principals {
         Ok(committed.value)
     }
 
-    /// No two principals use one client title: leases of one would supersede those of the other. Looked up outside the transaction: two
-    /// that are added at the same moment could still share one, which costs sessions and no nonce (I4 counts per title).
-    async fn refuse_shared_titles(&self, new: &NewPrincipal) -> Result<(), ServiceError> {
-        if new.client_titles.is_empty() {
-            return Ok(());
-        }
-        for other in self.all().await? {
-            if other.id != new.id
-                && other.status == PrincipalStatus::Enabled
-                && let Some(title) = new.client_titles.iter().find(|title| other.client_titles.contains(title))
-            {
-                return Err(ServiceError::FailedPrecondition {
-                    reason: format!("the client title {title} belongs to `{}`", other.id),
-                    next_step: "give each principal a title of its own".to_owned(),
-                });
-            }
-        }
-        Ok(())
+    /// Whether the principal may have one more certificate, as its row stands beside the writer.
+    async fn has_room(&self, id: &PrincipalId) -> Result<bool, ServiceError> {
+        let (kind, name) = principal_row(id);
+        let Some(row) = self.island.store.sealed(kind, &name).await? else { return Ok(true) };
+        let now = Island::now();
+        // Whatever does not verify is refused in the act.
+        Ok(self.island.committer.open_principal(id, &row).map_or(true, |principal| principal.live_certificates(now).count() < MOST_CERTIFICATES))
     }
 
     async fn all(&self) -> Result<Vec<Arc<Principal>>, ServiceError> {
         let mut principals = Vec::new();
         let mut after: Option<Vec<u8>> = None;
         loop {
-            let page = self.island.store.sealed_page(RowKind::Principal, after.as_deref(), PAGE).await?;
+            let page = self.island.store.sealed_page(RowKind::Principal, after.as_deref(), MOST_AT_ONCE).await?;
             let Some((last, _)) = page.last() else { return Ok(principals) };
             after = Some(last.clone());
             for (id, row) in &page {
-                let id = std::str::from_utf8(id).ok().and_then(|id| PrincipalId::parse(id).ok());
-                let id = id.ok_or_else(|| ServiceError::Internal("a principal's row with an id that is no principal (I5)".to_owned()))?;
-                principals.push(self.island.committer.open_principal(&id, row)?);
+                principals.push(self.island.committer.open_principal(&parse_name(id)?, row)?);
             }
         }
     }
@@ -327,6 +399,19 @@ pub fn to_proto(principal: &Principal) -> v1::Principal {
             .0,
         has_transport_key: principal.transport.is_some(),
         revision: u64::from(principal.revision),
+        certificates: principal.certificates.iter().map(registered).collect(),
+    }
+}
+
+fn registered(certificate: &PrincipalCertificate) -> v1::RegisteredCertificate {
+    v1::RegisteredCertificate {
+        serial: certificate.serial.clone(),
+        not_after_ms: certificate.not_after.0,
+        key_sha256: certificate.key_sha256.map(|digest| Bytes::copy_from_slice(&digest)).unwrap_or_default(),
+        enrolment: certificate.enrolment.name().to_owned(),
+        issued_by: certificate.issued_by.as_ref().map(ToString::to_string).unwrap_or_default(),
+        counts: certificate.enrolment.counts(),
+        in_use: false,
     }
 }
 
@@ -362,6 +447,47 @@ fn changed(id: &PrincipalId, change: &str, issued: Option<&IssuedCertificate>, r
     }
 }
 
+fn security_event(kind: &str, detail: String) -> SecurityEvent {
+    SecurityEvent { kind: kind.to_owned(), detail, meter: Bytes::new() }
+}
+
+/// I6: whoever certifies a key of their own for another person is two people from then on.
+fn refuse_for_another_person(id: &PrincipalId, own: bool) -> Result<(), ServiceError> {
+    if own || !id.role().is_personal() {
+        return Ok(());
+    }
+    Err(ServiceError::FailedPrecondition {
+        reason: format!("nobody certifies a key for another person alone (I6), and `{id}` is a person's"),
+        next_step: format!(
+            "the person runs `kms principal renew`; if the certificate has ended or is lost, two other officers act: one with `kms principal propose-key {id}`, \
+             another approves; where there are not two, the custodians do, on the token's machine: `kms-server officers recertify {id}`"
+        ),
+    })
+}
+
+/// A thief of a key, who renews, does not push out the owner's certificate: one more is refused, and none is dropped.
+fn refuse_too_many(principal: &Principal, now: UnixMillis) -> Result<(), ServiceError> {
+    if principal.certificates.len() < MOST_CERTIFICATES {
+        return Ok(());
+    }
+    let serials: Vec<String> = principal.certificates.iter().map(|certificate| hex::encode(&certificate.serial)).collect();
+    let first = principal.certificates.iter().map(|certificate| certificate.not_after).min().unwrap_or(now);
+    Err(ServiceError::FailedPrecondition {
+        reason: format!(
+            "`{}` has {} certificates that have not ended ({}), and the bound is {MOST_CERTIFICATES}: the one in use and its successor",
+            principal.id,
+            serials.len(),
+            serials.join(", ")
+        ),
+        next_step: format!(
+            "end one that is not in use with `kms principal end-certificate {} SERIAL`; if you made only one of them, somebody else has the key: tell the \
+             security officers; otherwise wait: the first ends in {} days",
+            principal.id,
+            first.0.saturating_sub(now.0).div_euclid(86_400_000) + 1
+        ),
+    })
+}
+
 fn enabled(id: &PrincipalId, existing: Option<Arc<Principal>>) -> Result<Principal, ServiceError> {
     let principal = existing.as_deref().cloned().ok_or_else(|| unknown(id))?;
     match principal.status {
@@ -389,6 +515,8 @@ fn request_digest(verb: &str, parts: &[&[u8]]) -> [u8; 32] {
     digest
 }
 
-/// Certificates of one principal at a time.
-const MOST_CERTIFICATES: usize = 8;
-const PAGE: u32 = 500;
+/// Certificates of one principal at a time that have not ended: the one in use, and its successor.
+const MOST_CERTIFICATES: usize = 2;
+/// How often an act begins again because a principal was added meanwhile.
+const MOST_ATTEMPTS: usize = 8;
+const MOST_AT_ONCE: u32 = 500;

@@ -15,7 +15,10 @@ use kms_proto::v1::{self, ProposalApproved, ProposalEnded, ProposalMade, audit_r
 use kms_store::{Reads, RowKind};
 
 pub use super::Request;
-use super::meter::raise_counter;
+use super::{
+    meter::raise_counter,
+    principal::{key::confirm, people::counted_person},
+};
 use crate::{
     audit::{Actor, Asked, Asking, View, Window, used_for_another},
     authz::{Action, Caller, Resource},
@@ -62,7 +65,7 @@ impl Change {
         match self {
             Self::Approve { content_sha256 } => {
                 // I6: a person approves, not a certificate.
-                let person = principal.person.clone().ok_or_else(|| ServiceError::denied("approveProposal"))?;
+                let person = counted_person(view, principal, "approveProposal")?;
                 let approval = Approval { principal: principal.id.clone(), person: person.clone(), time: now };
                 proposal.approve(approval, content_sha256).map_err(refused)?;
                 view.append(Event::ProposalApproved(ProposalApproved {
@@ -80,6 +83,7 @@ impl Change {
             }
             Self::CarryOut => match carry_out(view, principal, id)? {
                 ProposedAction::RaiseCounter(raise) => raise_counter(view, island, principal, &raise, id),
+                ProposedAction::RecertifyPrincipal(recertify) => confirm(view, island, principal, &recertify, id),
                 ProposedAction::DestroyRoot(_) => Err(ServiceError::FailedPrecondition {
                     reason: "the destruction of a root is more than a change of rows, and is not carried out by this call".to_owned(),
                     next_step: format!("carry it out with `kms roots destroy {id}`"),
@@ -182,7 +186,7 @@ pub fn propose(view: &mut View<'_, '_>, principal: &Principal, request: RequestI
         return Err(used_for_another());
     }
     // I6: a person proposes, not a certificate.
-    let requester_person = principal.person.clone().ok_or_else(|| ServiceError::denied("a proposal by somebody who is no person"))?;
+    let requester_person = counted_person(view, principal, "a proposal by somebody who is no person")?;
     let created = view.now();
     let content = ProposalContent {
         action: new.action,
@@ -249,6 +253,11 @@ pub fn message(proposal: &Proposal, now: UnixMillis) -> v1::Proposal {
             version: root.version.into(),
             oldest_backup_ms: root.oldest_backup.0,
         }),
+        ProposedAction::RecertifyPrincipal(recertify) => v1::proposal::Action::RecertifyPrincipal(v1::RecertifyPrincipal {
+            principal: recertify.principal.to_string(),
+            person: recertify.person.as_str().to_owned(),
+            key_sha256: recertify.key_sha256.to_vec().into(),
+        }),
     };
     let approvals = proposal.approvals.iter().map(|approval| v1::ProposalApproval {
         principal: approval.principal.to_string(),
@@ -277,7 +286,7 @@ pub fn message(proposal: &Proposal, now: UnixMillis) -> v1::Proposal {
 const fn concerns(action: &ProposedAction) -> Option<SystemTitle> {
     match action {
         ProposedAction::RaiseCounter(raise) => Some(raise.meter),
-        ProposedAction::DestroyRoot(_) => None,
+        ProposedAction::DestroyRoot(_) | ProposedAction::RecertifyPrincipal(_) => None,
     }
 }
 

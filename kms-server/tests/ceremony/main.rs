@@ -15,13 +15,14 @@ use std::time::Duration;
 use aws_lc_rs::hmac;
 use aws_lc_rs::rsa::{OAEP_SHA256_MGF1SHA256, OaepPrivateDecryptingKey, PrivateDecryptingKey};
 use hyper_util::rt::TokioIo;
-use kms_domain::{Generation, IslandName, RootPurpose, RowId, RowSeal, SealKey, SealRootKey};
-use kms_proto::v1;
+use kms_domain::{Generation, IslandName, PrincipalId, RootPurpose, RowId, RowSeal, SealKey, SealRootKey};
 use kms_proto::v1::principal_service_client::PrincipalServiceClient;
+use kms_proto::v1::{self, audit_record::Event, audit_service_client::AuditServiceClient};
 use kms_server::config::Config;
 use kms_server::server::{self, Server, ServerError};
 use kms_server::service::escrow::{EscrowDocument, EscrowError};
 use kms_server::service::init::{CeremonyPlan, InitError, Storage};
+use kms_server::service::officers::Recertification;
 use kms_server::service::root::make::NewRootSettings;
 use kms_store::{RowKind, testing::TestDatabase};
 use rcgen::{CertificateParams, KeyPair, PKCS_RSA_SHA256, PublicKeyData, RsaKeySize};
@@ -102,6 +103,66 @@ async fn story(folder: &Path, kind: &str, module: &Path) {
 
     principals(&people, &state, address).await;
     strangers(&people, &state, address).await;
+    stop.send(()).unwrap();
+    tokio::time::timeout(Duration::from_secs(30), serving).await.unwrap().unwrap().unwrap();
+    custodians_bring_the_last_officer_back(folder, &people, &state).await;
+}
+
+/// The certificate of the last officer has ended, or is lost, and no other officer is left: the custodians stand behind a new key. The ones who are too few,
+/// the custodians of another escrow, and the wrong officer are refused, and nothing changes.
+async fn custodians_bring_the_last_officer_back(folder: &Path, people: &People, state: &Path) {
+    let mut config = config(&state.join("kms-server.toml"));
+    config.limits.principal_certificate_days = 1;
+    let document: EscrowDocument = serde_json::from_slice(&fs::read(state.join("escrow.json")).unwrap()).unwrap();
+    let shares: Vec<PathBuf> = document
+        .shares()
+        .map(|(name, encrypted)| {
+            let path = folder.join(format!("{name}.share"));
+            fs::write(&path, people.decrypt_share(name, encrypted)).unwrap();
+            path
+        })
+        .collect();
+    let new_key = KeyPair::generate().unwrap();
+    let request = folder.join("ada-2.csr");
+    fs::write(&request, CertificateParams::default().serialize_request(&new_key).unwrap().pem().unwrap()).unwrap();
+    let recertification = |officer: &str, escrow: &str, shares: &[PathBuf]| Recertification {
+        officer: PrincipalId::parse(officer).unwrap(),
+        certificate_request: request.clone(),
+        escrow: state.join(escrow),
+        shares: shares.to_vec(),
+        days: config.limits.principal_certificate_days,
+    };
+    let (ada, bo, head_end) = ("urn:meterkms:north:officer:ada", "urn:meterkms:north:officer:bo", "urn:meterkms:north:head-end:hes-1");
+    for (wrong, reason) in [
+        (recertification(ada, "escrow.json", &shares[..1]), "shares"),
+        (recertification(ada, "escrow.json", &[shares[0].clone(), shares[0].clone()]), "shares"),
+        (recertification(ada, "other.json", &shares[..2]), "not the escrow of the island"),
+        (recertification(ada, "kms-server.toml", &shares[..2]), "no escrow file"),
+        (recertification(bo, "escrow.json", &shares[..2]), "no enabled officer"),
+        (recertification(head_end, "escrow.json", &shares[..2]), "no officer"),
+    ] {
+        let refusal = server::recertify_officer(&config, wrong).await.unwrap_err().to_string();
+        assert!(refusal.contains(reason), "{refusal}");
+    }
+    let issued = server::recertify_officer(&config, recertification(ada, "escrow.json", &shares[1..])).await.unwrap();
+
+    let server = Server::start(config).await.unwrap();
+    let address = server.local_addr().unwrap();
+    let mut opened = server.opened();
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let serving = tokio::spawn(server.serve(async move { drop(stopped.await) }));
+    tokio::time::timeout(Duration::from_secs(60), opened.wait_for(Option::is_some)).await.unwrap().unwrap();
+    let root = fs::read(state.join("root.pem")).unwrap();
+    let before = Identity { key: people.ada.clone_key(), chain: pem_chain(&fs::read(state.join("principals/officer-ada.pem")).unwrap()) };
+    assert!(call(connect(address, &root, Some(&before)).await).await.is_none(), "the certificate before has ended");
+    let after = Identity { key: new_key.clone_key(), chain: vec![issued.der.to_vec()] };
+    let me = call(connect(address, &root, Some(&after)).await).await.unwrap();
+    assert!(matches!(&me.certificates[..], [one] if one.enrolment == "custodians" && one.counts && one.in_use), "{me:?}");
+    let mut audit = AuditServiceClient::new(connect(address, &root, Some(&after)).await.unwrap());
+    let list = v1::ListAuditRecordsRequest { page_size: 100, newest_first: true, ..Default::default() };
+    let records = audit.list_audit_records(list).await.unwrap().into_inner().records;
+    let told = |record: &v1::AuditRecord| matches!(&record.event, Some(Event::SecurityEvent(event)) if event.kind == "principal-recertified");
+    assert_eq!(records.iter().filter(|record| told(record)).count(), 1);
     stop.send(()).unwrap();
     tokio::time::timeout(Duration::from_secs(30), serving).await.unwrap().unwrap().unwrap();
 }
@@ -208,8 +269,12 @@ async fn principals(people: &People, state: &Path, address: SocketAddr) {
     assert!(call(connect(address, &root, Some(&wrong)).await).await.is_none());
     // A renewed certificate serves beside the earlier one.
     let renewed_key = KeyPair::generate().unwrap();
-    let renew =
-        v1::RenewPrincipalRequest { request_id: id(5), principal: "urn:meterkms:north:head-end:hes-1".to_owned(), certificate_request: csr(&renewed_key) };
+    let renew = v1::RenewPrincipalRequest {
+        request_id: id(5),
+        principal: "urn:meterkms:north:head-end:hes-1".to_owned(),
+        certificate_request: csr(&renewed_key),
+        ..Default::default()
+    };
     let renewed = head_end.renew_principal(renew).await.unwrap().into_inner();
     let renewed = Identity { key: key_der(&renewed_key), chain: vec![renewed.certificate.to_vec()] };
     assert!(call(connect(address, &root, Some(&renewed)).await).await.is_some());

@@ -325,6 +325,15 @@ pub(super) struct CertificateRow {
     pub(super) sha256: Bytes,
     #[prost(int64, tag = "3")]
     pub(super) not_after: i64,
+    /// Empty: not recorded.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub(super) key_sha256: Bytes,
+    /// The number of an enrolment.
+    #[prost(uint32, tag = "5")]
+    pub(super) enrolment: u32,
+    /// A URI; empty: no other principal.
+    #[prost(string, tag = "6")]
+    pub(super) issued_by: String,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -369,6 +378,8 @@ pub(super) struct IslandRow {
     /// 0: 1.
     #[prost(uint32, tag = "12")]
     pub(super) oldest_vendor_transport_version: u32,
+    #[prost(uint64, tag = "13")]
+    pub(super) principals_added: u64,
     #[prost(int64, tag = "15")]
     pub(super) created: i64,
 }

@@ -12,7 +12,7 @@ use super::{
     version,
 };
 use crate::{
-    ClassRoots, CounterJump, DatabaseHistory, DiversificationRoot, Island, IslandKind, IslandName, KeyClass, KeyDerivation, PersonName, Principal,
+    ClassRoots, CounterJump, DatabaseHistory, DiversificationRoot, Enrolment, Island, IslandKind, IslandName, KeyClass, KeyDerivation, PersonName, Principal,
     PrincipalCertificate, PrincipalId, PrincipalStatus, RootLedger, SystemTitle, Timeline, TransportCertificate, UnixMillis,
 };
 
@@ -35,10 +35,14 @@ impl Principal {
                 if !(1..=20).contains(&row.serial.len()) {
                     return Err(RowError::new("a certificate serial number has not 1 to 20 octets"));
                 }
+                let enrolment = Enrolment::ALL.into_iter().find(|enrolment| enrolment.number() == row.enrolment);
                 Ok(PrincipalCertificate {
                     serial: row.serial,
                     sha256: octets("SHA-256 of the certificate", &row.sha256)?,
                     not_after: UnixMillis(row.not_after),
+                    key_sha256: if row.key_sha256.is_empty() { None } else { Some(octets("SHA-256 of a certificate's key", &row.key_sha256)?) },
+                    enrolment: enrolment.ok_or_else(|| RowError::new(format!("enrolment {} is unknown", row.enrolment)))?,
+                    issued_by: if row.issued_by.is_empty() { None } else { Some(PrincipalId::parse(&row.issued_by)?) },
                 })
             })
             .collect::<Result<_, _>>()?;
@@ -70,6 +74,9 @@ impl Principal {
                     serial: certificate.serial.clone(),
                     sha256: Bytes::copy_from_slice(&certificate.sha256),
                     not_after: certificate.not_after.0,
+                    key_sha256: certificate.key_sha256.map(|digest| Bytes::copy_from_slice(&digest)).unwrap_or_default(),
+                    enrolment: certificate.enrolment.number(),
+                    issued_by: certificate.issued_by.as_ref().map(ToString::to_string).unwrap_or_default(),
                 })
                 .collect(),
             transport: self.transport.as_ref().map(|transport| TransportRow {
@@ -112,7 +119,8 @@ impl Island {
             vendor_transport_version: version("vendor transport key", row.vendor_transport_version.max(1))?,
             oldest_vendor_transport_version: version("oldest vendor transport key", row.oldest_vendor_transport_version.max(1))?,
         };
-        Ok(Self { name, kind, classes, seal_key_version, escrow_fingerprint, history, ledger, created: moment(row.created)? })
+        let (principals_added, created) = (row.principals_added, moment(row.created)?);
+        Ok(Self { name, kind, classes, seal_key_version, escrow_fingerprint, history, ledger, principals_added, created })
     }
 
     /// The body of the island's row.
@@ -138,6 +146,7 @@ impl Island {
             oldest_seal_key_version: unless_first(self.ledger.oldest_seal_key_version),
             vendor_transport_version: unless_first(self.ledger.vendor_transport_version),
             oldest_vendor_transport_version: unless_first(self.ledger.oldest_vendor_transport_version),
+            principals_added: self.principals_added,
             created: self.created.0,
         }
         .encode_to_vec()

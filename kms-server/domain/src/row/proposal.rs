@@ -3,10 +3,10 @@
 use bytes::Bytes;
 use prost::{Message, Oneof};
 
-use super::{RowError, approval::ApprovalRow, moment, version};
+use super::{RowError, approval::ApprovalRow, moment, octets, version};
 use crate::{
     Approvals, DestroyRoot, KeyClass, KeyType, KeyVersionNumber, PersonName, PrincipalId, Proposal, ProposalContent, ProposalEnd, ProposalId, ProposedAction,
-    Quorum, RaiseCounter, RootKind, SecuritySetupId, SystemTitle,
+    Quorum, RaiseCounter, RecertifyPrincipal, RootKind, SecuritySetupId, SystemTitle,
 };
 
 #[derive(Clone, PartialEq, Message)]
@@ -44,7 +44,7 @@ struct ContentRow {
     created: i64,
     #[prost(int64, tag = "6")]
     expires: i64,
-    #[prost(oneof = "ActionRow", tags = "16, 17")]
+    #[prost(oneof = "ActionRow", tags = "16, 17, 18")]
     action: Option<ActionRow>,
 }
 
@@ -54,6 +54,18 @@ enum ActionRow {
     RaiseCounter(RaiseCounterRow),
     #[prost(message, tag = "17")]
     DestroyRoot(DestroyRootRow),
+    #[prost(message, tag = "18")]
+    RecertifyPrincipal(RecertifyPrincipalRow),
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct RecertifyPrincipalRow {
+    #[prost(string, tag = "1")]
+    principal: String,
+    #[prost(string, tag = "2")]
+    person: String,
+    #[prost(bytes = "bytes", tag = "3")]
+    key_sha256: Bytes,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -132,6 +144,11 @@ impl ProposalContent {
                 version: root.version.into(),
                 oldest_backup: root.oldest_backup.0,
             }),
+            ProposedAction::RecertifyPrincipal(recertify) => ActionRow::RecertifyPrincipal(RecertifyPrincipalRow {
+                principal: recertify.principal.to_string(),
+                person: recertify.person.as_str().to_owned(),
+                key_sha256: Bytes::copy_from_slice(&recertify.key_sha256),
+            }),
         };
         let row = ContentRow {
             reason: self.reason.clone(),
@@ -167,6 +184,11 @@ fn content_from_row(row: ContentRow) -> Result<ProposalContent, RowError> {
             let root = DestroyRoot::new(RootKind::from_number(row.kind)?, class, version("root", row.version)?, moment(row.oldest_backup)?)?;
             ProposedAction::DestroyRoot(root)
         }
+        Some(ActionRow::RecertifyPrincipal(row)) => ProposedAction::RecertifyPrincipal(RecertifyPrincipal {
+            principal: PrincipalId::parse(&row.principal)?,
+            person: PersonName::parse(&row.person)?,
+            key_sha256: octets("SHA-256 of a key", &row.key_sha256)?,
+        }),
         None => return Err(RowError::new("a proposal of nothing, or of something that a newer version of the server knows")),
     };
     Ok(ProposalContent {

@@ -19,6 +19,7 @@ use crate::{
     authz::{Action, Caller, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
+    service::principal::people::counted_person,
 };
 
 /// What an officer asks for.
@@ -113,7 +114,7 @@ impl CampaignService {
             match (view.asked(&asking)?, known, plan.clone()) {
                 (Asked::Before(_), Some(known), _) => Ok(known),
                 (Asked::First, None, Some(plan)) => {
-                    let person = principal.person.clone().ok_or_else(|| ServiceError::denied(Action::CreateCampaign.name()))?;
+                    let person = counted_person(view, &principal, Action::CreateCampaign.name())?;
                     let content = CampaignContent {
                         name: new.name.clone(),
                         action: new.action,

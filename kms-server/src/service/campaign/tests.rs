@@ -17,7 +17,7 @@ pub(crate) async fn officer(island: &TestIsland, name: &str, person: &str, numbe
         id: id.clone(),
         revision: 1,
         status: PrincipalStatus::Enabled,
-        certificates: vec![PrincipalCertificate { serial: bytes::Bytes::from(vec![number]), sha256: [number; 32], not_after }],
+        certificates: vec![PrincipalCertificate::unrecorded(bytes::Bytes::from(vec![number]), [number; 32], not_after)],
         transport: None,
         client_titles: Vec::new(),
         person: Some(PersonName::parse(person).unwrap()),

@@ -68,7 +68,7 @@ async fn colleague(island: &TestIsland) -> Caller {
         id: principal.clone(),
         revision: 1,
         status: PrincipalStatus::Enabled,
-        certificates: vec![PrincipalCertificate { serial: bytes::Bytes::from(vec![40]), sha256: [40; 32], not_after }],
+        certificates: vec![PrincipalCertificate::unrecorded(bytes::Bytes::from(vec![40]), [40; 32], not_after)],
         transport: None,
         client_titles: Vec::new(),
         person: Some(PersonName::parse("Bo").unwrap()),
