@@ -35,9 +35,12 @@ enum Command {
         /// The folder that keeps it.
         #[arg(long, default_value = ".kms")]
         state: PathBuf,
-        /// Where to listen.
+        /// Where to listen: on this machine alone, unless `--expose` is said.
         #[arg(long, default_value = "127.0.0.1:7443")]
         listen: SocketAddr,
+        /// Let `--listen` name an address that other machines reach. All secrets of a development island lie in one folder.
+        #[arg(long)]
+        expose: bool,
         /// A PostgreSQL database (`postgres://USER@HOST/DATABASE`) instead of SQLite in the folder. Counts at the first start only.
         #[arg(long)]
         database: Option<String>,
@@ -202,7 +205,14 @@ pub fn main() -> ExitCode {
 impl Command {
     async fn run(self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         match self {
-            Self::Dev { state, listen, database, meters, module } => {
+            Self::Dev { state, listen, expose, database, meters, module } => {
+                if !(listen.ip().is_loopback() || expose) {
+                    let port = listen.port();
+                    return Err(format!(
+                        "`--listen {listen}` could be reached from other machines, and a development island is not for that: use 127.0.0.1:{port}, or say `--expose`"
+                    )
+                    .into());
+                }
                 let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() }, "dev")?;
                 Ok(dev::run(DevSettings { state, listen, database, meters, module }, stop_signal()).await?)
             }
@@ -210,6 +220,13 @@ impl Command {
                 let config = Config::load(&config)?;
                 let server_name = config.server_name.clone().unwrap_or_else(host_name);
                 let _telemetry = Telemetry::start(&config.telemetry, &server_name)?;
+                if config.allow_development_island {
+                    // As an error, so that no setting of the log hides it.
+                    tracing::error!(
+                        island = %config.island,
+                        "the configuration allows a development island (`allow_development_island`): NOT FOR REAL KEYS; its secrets and people are in one folder"
+                    );
+                }
                 let server = Server::start(config).await?;
                 tracing::info!(address = %server.local_addr()?, "listening");
                 server.serve(stop_signal()).await?;

@@ -190,7 +190,7 @@ impl Opening {
             }
             tokio::time::sleep(PAUSE).await;
         };
-        let memory = Arc::new(StoredPinMemory::new(Arc::clone(&store)));
+        let memory = pin_memory(&self.config, &store)?;
         let hsm = self.config.hsm.start(&self.config.island, memory)?;
         let restore = self.config.restore();
         let keys = loop {
@@ -289,7 +289,7 @@ pub async fn recertify_officer(config: &Config, recertification: Recertification
 /// As [`declare_restored`], and as [`NewRootSettings::make`].
 pub async fn make_root(config: &Config, settings: NewRootSettings) -> Result<MadeRoot, ServerError> {
     let store = kms_store::open(&config.storage.store()?).await?;
-    let hsm = config.hsm.start(&config.island, Arc::new(StoredPinMemory::new(Arc::clone(&store))))?;
+    let hsm = config.hsm.start(&config.island, pin_memory(config, &store)?)?;
     let made = async {
         let restore = config.restore();
         let keys = IslandKeys::open(&store, &hsm, &config.island, &restore).await;
@@ -322,7 +322,7 @@ async fn without_serving<T>(
     work: impl AsyncFnOnce(&Hsm, &Committer, &Arc<dyn Store>) -> Result<T, ServerError>,
 ) -> Result<T, ServerError> {
     let store = kms_store::open(&config.storage.store()?).await?;
-    let hsm = config.hsm.start(&config.island, Arc::new(StoredPinMemory::new(Arc::clone(&store))))?;
+    let hsm = config.hsm.start(&config.island, pin_memory(config, &store)?)?;
     let worked = async {
         let keys = IslandKeys::open(&store, &hsm, &config.island, &restore).await?;
         let committer = Committer::start(Arc::clone(&store), keys.seal, keys.audit, committer_settings(config, restore));
@@ -335,6 +335,16 @@ async fn without_serving<T>(
     store.close().await;
     drop(tokio::task::spawn_blocking(move || hsm.close()).await);
     outcome
+}
+
+/// The memory of PINs that tokens refused, under a key of this server's.
+fn pin_memory(config: &Config, store: &Arc<dyn Store>) -> Result<Arc<StoredPinMemory>, ServerError> {
+    let path = &config.tls.private_key;
+    let memory = StoredPinMemory::new(Arc::clone(store), path).map_err(|error| ServiceError::FailedPrecondition {
+        reason: format!("`{}`: {error}", path.display()),
+        next_step: "correct `tls.private_key`, or the file".to_owned(),
+    })?;
+    Ok(Arc::new(memory))
 }
 
 fn read_authority(config: &Config) -> Result<CertificateAuthority, ServerError> {
