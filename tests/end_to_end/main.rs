@@ -10,6 +10,7 @@ mod rotation;
 mod sessions;
 mod tasks;
 mod telemetry;
+mod trial;
 
 use kms_store::testing::TestDatabase;
 use kms_tests::{DevServer, TestModule, open, put_on_line, read_energy, title};

@@ -23,6 +23,10 @@ impl Scene {
     }
 
     async fn draft(&self, quorum: u32) -> proto::Campaign {
+        self.draft_by(&self.ada, quorum).await.unwrap()
+    }
+
+    async fn draft_by(&self, officer: &Connection, quorum: u32) -> Result<proto::Campaign, Status> {
         let plan = proto::CampaignPlan {
             name: "spring".to_owned(),
             action: proto::CampaignAction::Rotate.into(),
@@ -32,7 +36,7 @@ impl Scene {
             ..Default::default()
         };
         let create = proto::CreateCampaignRequest { request_id: request_id(), plan: Some(plan), commit: true };
-        self.ada.campaigns().create_campaign(create).await.unwrap().into_inner().campaign.unwrap()
+        officer.campaigns().create_campaign(create).await.map(|answer| answer.into_inner().campaign.unwrap())
     }
 
     async fn start(&self, campaign: &proto::Campaign) -> Result<proto::Campaign, Status> {
@@ -103,8 +107,7 @@ async fn an_officer_whom_one_officer_invents_neither_asks_nor_approves() {
     let eve = scene.server.add_officer("eve", "Eve Officer").await;
     let campaign = scene.draft(1).await;
     assert_eq!(approve(&eve, &campaign, &campaign.content_sha256).await.unwrap_err().code(), Code::FailedPrecondition);
-    let again = proto::CreateCampaignRequest { request_id: request_id(), plan: campaign.plan.clone(), commit: true };
-    assert_eq!(eve.campaigns().create_campaign(again).await.unwrap_err().code(), Code::FailedPrecondition);
+    assert_eq!(scene.draft_by(&eve, 1).await.unwrap_err().code(), Code::FailedPrecondition);
     assert_eq!(scene.show(&campaign).await.unwrap().state, "draft");
     assert_eq!(approve(&scene.bo, &campaign, &campaign.content_sha256).await.unwrap().state, "approved");
 }

@@ -456,11 +456,15 @@ fn refuse_for_another_person(id: &PrincipalId, own: bool) -> Result<(), ServiceE
     if own || !id.role().is_personal() {
         return Ok(());
     }
+    let custodians = match id.role() {
+        Role::Officer => format!("; where there are not two, the custodians do, on the token's machine: `kms-server officers recertify {id}`"),
+        _ => String::new(),
+    };
     Err(ServiceError::FailedPrecondition {
         reason: format!("nobody certifies a key for another person alone (I6), and `{id}` is a person's"),
         next_step: format!(
-            "the person runs `kms principal renew`; if the certificate has ended or is lost, two other officers act: one with `kms principal propose-key {id}`, \
-             another approves; where there are not two, the custodians do, on the token's machine: `kms-server officers recertify {id}`"
+            "the person runs `kms principal renew`; if the certificate has ended or is lost, two other officers act: one with \
+             `kms principal propose-key {id}`, another approves{custodians}"
         ),
     })
 }
@@ -480,8 +484,8 @@ fn refuse_too_many(principal: &Principal, now: UnixMillis) -> Result<(), Service
             serials.join(", ")
         ),
         next_step: format!(
-            "end one that is not in use with `kms principal end-certificate {} SERIAL`; if you made only one of them, somebody else has the key: tell the \
-             security officers; otherwise wait: the first ends in {} days",
+            "one that was issued after the one in use is ended by `kms principal end-certificate {} SERIAL`, an earlier one so by an officer; if you do \
+             not know one of them, somebody else has the key: tell the officers; otherwise wait: the first ends in {} days",
             principal.id,
             first.0.saturating_sub(now.0).div_euclid(86_400_000) + 1
         ),

@@ -245,7 +245,10 @@ async fn principals(people: &People, state: &Path, address: SocketAddr) {
     let added = officer.add_principal(request.clone()).await.unwrap().into_inner();
     assert_eq!(officer.add_principal(request.clone()).await.unwrap().into_inner(), added);
     let other = v1::AddPrincipalRequest { principal: "urn:meterkms:north:head-end:hes-2".to_owned(), ..request.clone() };
-    assert_eq!(officer.add_principal(other.clone()).await.unwrap_err().code(), Code::FailedPrecondition, "the client title is taken");
+    let taken = v1::AddPrincipalRequest { request_id: id(9), certificate_request: csr(&KeyPair::generate().unwrap()), ..other.clone() };
+    assert_eq!(officer.add_principal(taken).await.unwrap_err().code(), Code::FailedPrecondition, "the client title is taken");
+    let taken = v1::AddPrincipalRequest { request_id: id(10), client_titles: Vec::new(), ..other.clone() };
+    assert_eq!(officer.add_principal(taken).await.unwrap_err().code(), Code::FailedPrecondition, "the key is taken");
     let other = v1::AddPrincipalRequest { client_titles: Vec::new(), ..other };
     assert_eq!(officer.add_principal(other).await.unwrap_err().code(), Code::InvalidArgument, "the request id is used");
     let again = v1::AddPrincipalRequest { request_id: id(2), ..request };
