@@ -7,11 +7,11 @@ use kms_domain::{
     Enrolment, Principal, PrincipalId, PrincipalStatus, ProposalId, ProposedAction, Quorum, RecertifyPrincipal,
 };
 use kms_proto::v1::{self, audit_record::Event};
-use kms_store::{Reads, RequestKey, RequestRow};
+use kms_store::Reads;
 
-use super::{Principals, REPLAY_MILLISECONDS, changed, enabled, everyone::refuse_shared_key, security_event, unknown};
+use super::{Principals, changed, enabled, everyone::refuse_shared_key, security_event, unknown};
 use crate::{
-    audit::{Actor, View},
+    audit::{Actor, Asked, Asking, View, Window},
     authz::{Action, Caller, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
@@ -56,24 +56,20 @@ impl Principals {
             ));
         }
         self.enough_officers(caller, &new.id).await?;
-        let key = RequestKey { principal: caller.principal.clone(), request: request.id, chunk: 0 };
+        let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
         let made = proposal_id(request.id)?;
         let sealed = vec![principal_row(&caller.principal), principal_row(&new.id), proposal_row(made)];
-        let reads = Reads { sealed, requests: vec![key.clone()], ..Reads::default() };
-        let (island, asking) = (Arc::clone(&self.island), caller.clone());
+        let reads = Reads { sealed, requests: asking.reads(), ..Reads::default() };
+        let (island, by) = (Arc::clone(&self.island), caller.clone());
         let act =
             self.island.committer.act(Actor::caller(caller, Some(request.id), action.name()), reads, move |view| {
-                let principal = view.caller(&asking)?;
+                let principal = view.caller(&by)?;
                 island.policy.load().require(&facts(&principal), &action, &Resource::Island)?;
                 let now = view.now();
-                if let Some(earlier) = view.request(&key)? {
-                    return match view.proposal(made)?.filter(|_| earlier.digest == request.digest) {
-                        Some(known) => Ok(proposal::message(&known, now)),
-                        None => Err(ServiceError::invalid(
-                            "request_id",
-                            "it was used for another request; make a new one for each request",
-                        )),
-                    };
+                if let Asked::Before(_) = view.asked(&asking)? {
+                    let known = view.proposal(made)?;
+                    let known = known.ok_or_else(|| ServiceError::Internal("the proposal of a past request is gone".to_owned()))?;
+                    return Ok(proposal::message(&known, now));
                 }
                 let beneficiary = view.principal(&new.id)?;
                 let beneficiary = enabled(&new.id, beneficiary)?;
@@ -89,8 +85,7 @@ impl Principals {
                     request.id,
                     NewProposal { action, reason: new.reason.clone(), quorum: new.quorum },
                 )?;
-                let expires = now.after(REPLAY_MILLISECONDS);
-                view.put_request(key.clone(), RequestRow { digest: request.digest, outcome: Vec::new(), expires });
+                view.answered(&asking);
                 Ok(proposal::message(&proposed, now))
             });
         Ok(act.await?.value)
