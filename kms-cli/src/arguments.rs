@@ -713,7 +713,7 @@ pub(crate) enum PrincipalCommand {
         kms principal propose-key urn:meterkms:dev:officer:cy --key 9f2c…64 hex digits… --reason \"met in person\""
     )]
     ProposeKey(ProposeKey),
-    /// End one certificate, at once: your own that was issued after the one in use, or, as an officer, another's
+    /// End one certificate of another principal, at once
     #[command(
         name = "end-certificate",
         after_help = "Example:\n  kms principal end-certificate urn:meterkms:dev:head-end:hes-3 4f0c…hex digits… --reason \"not mine, ticket 4715\" --yes"
@@ -722,7 +722,7 @@ pub(crate) enum PrincipalCommand {
         /// Principal URI
         #[arg(value_name = "URN", value_parser = PrincipalId::parse)]
         principal: PrincipalId,
-        /// Serial number of the certificate, hex digits, from `kms principal whoami` or `kms principal list --output json`
+        /// Serial number of the certificate, hex digits, from the principal's `kms principal whoami`, or `kms principal list --output json`
         #[arg(value_name = "SERIAL", value_parser = serial)]
         serial: Serial,
         #[command(flatten)]

@@ -219,15 +219,16 @@ fn principal_facts(principal: &proto::Principal) -> Vec<(&'static str, String)> 
         (false, true) => "none yet",
         (false, false) => "",
     };
-    vec![
+    let mut facts = vec![
         ("principal", principal.principal.clone()),
         ("status", principal.status.clone()),
         ("person", principal.person.clone()),
         ("client titles", titles(principal)),
         ("certificate until", output::time(principal.certificate_not_after_ms)),
-        ("certificates", principal.certificates.iter().map(certificate_text).collect::<Vec<_>>().join("\n")),
         ("transport key", transport_key.to_owned()),
-    ]
+    ];
+    facts.extend(principal.certificates.iter().map(|certificate| ("certificate", certificate_text(certificate))));
+    facts
 }
 
 fn certificate_text(certificate: &proto::RegisteredCertificate) -> String {
@@ -242,10 +243,16 @@ fn warnings(principal: &proto::Principal) -> Vec<String> {
     let in_use = principal.certificates.iter().position(|certificate| certificate.in_use);
     for (at, certificate) in principal.certificates.iter().enumerate() {
         let serial = hex::encode(&certificate.serial);
-        let end = format!("kms principal end-certificate {} {serial} --reason TEXT", principal.principal);
         if in_use.is_some_and(|in_use| at > in_use) {
-            let by = if certificate.issued_by.is_empty() { "with your key" } else { &certificate.issued_by };
-            warnings.push(format!("the certificate {serial} was made after the one in use, by {by}: if it is not yours, somebody else is you: {end}"));
+            let by = match certificate.issued_by.as_str() {
+                "" => "with a key of yours".to_owned(),
+                other => format!("by {other}"),
+            };
+            warnings.push(format!(
+                "the certificate {serial} was made after the one in use, {by}: if you do not know it, tell an officer at once, \
+                 who runs: kms principal end-certificate {} {serial} --reason TEXT",
+                principal.principal
+            ));
         } else if !certificate.issued_by.is_empty() {
             warnings.push(format!("the certificate {serial} was made for you by {}", certificate.issued_by));
         }

@@ -1157,7 +1157,6 @@ mod tests {
             (&officer, Action::RecertifyPrincipal { role: Role::Officer, own: false }, Permit),
             (&auditor, Action::RecertifyPrincipal { role: Role::Officer, own: false }, Deny),
             (&officer, Action::EndCertificate { role: Role::HeadEnd, own: false }, Permit),
-            (&hes, Action::EndCertificate { role: Role::HeadEnd, own: true }, Permit),
             (&hes, Action::EndCertificate { role: Role::HeadEnd, own: false }, Deny),
             (&officer, Action::DisablePrincipal { role: Role::HeadEnd, own: false }, Permit),
             (&officer, Action::InventoryHsm, Permit),

@@ -484,8 +484,8 @@ fn refuse_too_many(principal: &Principal, now: UnixMillis) -> Result<(), Service
             serials.join(", ")
         ),
         next_step: format!(
-            "one that was issued after the one in use is ended by `kms principal end-certificate {} SERIAL`, an earlier one so by an officer; if you do \
-             not know one of them, somebody else has the key: tell the officers; otherwise wait: the first ends in {} days",
+            "an officer ends one that is not in use with `kms principal end-certificate {} SERIAL`; if you do not know one of them, somebody else has the \
+             key: tell the officers at once; otherwise wait: the first ends in {} days",
             principal.id,
             first.0.saturating_sub(now.0).div_euclid(86_400_000) + 1
         ),

@@ -1,6 +1,6 @@
 //! The end of one certificate, at once.
 
-use kms_domain::{Principal, PrincipalId, RequestId};
+use kms_domain::{PrincipalId, RequestId};
 use kms_proto::v1;
 use kms_store::Reads;
 
@@ -12,14 +12,14 @@ use crate::{
 };
 
 impl Principals {
-    /// Ends one TLS certificate of a principal, from the next call on.
+    /// Ends one TLS certificate of another principal, from the next call on.
     ///
-    /// A principal ends its own certificates that were issued after the one that it calls with. The others are ended by an officer: a thief of its key,
-    /// who has renewed, would otherwise shut the owner out.
+    /// Nobody ends their own: who has stolen the key of one certificate could end the owner's other one with it, and would
+    /// be the only one left.
     ///
     /// # Errors
-    /// Not permitted; no such principal or certificate; an own one that was issued before; the last certificate of the last officer; or the database is
-    /// away.
+    /// Not permitted; no such principal or certificate; the caller's own; the last certificate of the last officer; or
+    /// the database is away.
     pub async fn end_certificate(
         &self,
         caller: &Caller,
@@ -30,9 +30,11 @@ impl Principals {
     ) -> Result<v1::Principal, ServiceError> {
         let own = id == caller.principal;
         let action = Action::EndCertificate { role: id.role(), own };
+        self.island.principal(caller).await?;
+        // The answer tells the way; what holds is checked again in the act.
+        refuse_own(&id, own)?;
         self.island.require(caller, &action).await?;
         let digest = request_digest("end-certificate", &[id.to_string().as_bytes(), &serial, reason.as_bytes()]);
-        let asking = caller.certificate_sha256;
         let answer = self
             .act_among_all(
                 caller,
@@ -41,14 +43,10 @@ impl Principals {
                 id.clone(),
                 Reads::default(),
                 move |view, existing, everyone| {
+                    refuse_own(&id, own)?;
                     let mut principal = enabled(&id, existing)?;
-                    let place = |ends: &dyn Fn(&kms_domain::PrincipalCertificate) -> bool| {
-                        principal.certificates.iter().position(ends)
-                    };
-                    let at = place(&|one| one.serial == serial).ok_or_else(|| no_certificate(&id, &serial))?;
-                    if own && place(&|one| one.sha256 == asking).is_none_or(|in_use| at <= in_use) {
-                        return Err(not_before(&principal));
-                    }
+                    let at = principal.certificates.iter().position(|one| one.serial == serial);
+                    let at = at.ok_or_else(|| no_certificate(&id, &serial))?;
                     principal.certificates.remove(at);
                     principal.revision += 1;
                     if principal.live_certificates(view.now()).next().is_none() {
@@ -72,12 +70,12 @@ fn no_certificate(id: &PrincipalId, serial: &[u8]) -> ServiceError {
     ServiceError::NotFound { what: format!("a certificate of `{id}` with the serial number {}", hex::encode(serial)) }
 }
 
-fn not_before(principal: &Principal) -> ServiceError {
-    ServiceError::FailedPrecondition {
-        reason: format!(
-            "`{}` ends its own certificates only if they were issued after the one of this call: a thief of the key would otherwise shut the owner out",
-            principal.id
-        ),
-        next_step: "ask an officer, another one if you are one, to end it".to_owned(),
+fn refuse_own(id: &PrincipalId, own: bool) -> Result<(), ServiceError> {
+    if !own {
+        return Ok(());
     }
+    Err(ServiceError::FailedPrecondition {
+        reason: format!("`{id}` ends no certificate of its own: a thief of the key would shut the owner out"),
+        next_step: "ask an officer, another one if you are one, to end it".to_owned(),
+    })
 }

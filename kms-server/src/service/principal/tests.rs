@@ -324,16 +324,24 @@ island_tests! {
         let shown = scene.principals().who_am_i(&owner).await.unwrap().certificates;
         assert!(matches!(&shown[..], [one, two] if one.in_use && !two.in_use && two.enrolment == "own-renewal"), "{shown:?}");
 
-        // The thief does not end the owner's, nor does anybody by the certificate in use; the owner ends the thief's.
-        let end = async |by: &Caller, serial: &bytes::Bytes| scene.principals().end_certificate(by, request_id(), id.clone(), serial.to_vec(), String::new()).await;
+        // Neither ends the other's, nor the own one: an officer does.
+        let end = async |by: &Caller, serial: &bytes::Bytes| {
+            scene.principals().end_certificate(by, request_id(), id.clone(), serial.to_vec(), String::new()).await
+        };
         let serials: Vec<bytes::Bytes> = shown.iter().map(|one| one.serial.clone()).collect();
-        assert_eq!(code(end(&thief, &serials[0]).await), FAILED_PRECONDITION);
-        assert_eq!(code(end(&owner, &serials[0]).await), FAILED_PRECONDITION);
+        for by in [&thief, &owner] {
+            for serial in &serials {
+                assert_eq!(code(end(by, serial).await), FAILED_PRECONDITION);
+            }
+        }
         assert_eq!(code(end(&scene.t.other_head_end, &serials[1]).await), PERMISSION_DENIED);
-        assert_eq!(code(end(&owner, &vec![9].into()).await), NOT_FOUND);
-        end(&owner, &serials[1]).await.unwrap();
+        assert_eq!(code(end(&scene.ada, &vec![9].into()).await), NOT_FOUND);
+        assert_eq!(scene.row(&id).await.certificates.len(), 2);
+        end(&scene.ada, &serials[1]).await.unwrap();
         assert_eq!(code(scene.principals().who_am_i(&thief).await), UNAUTHENTICATED);
-        // An officer ends any, and makes a new one, which the owner is told of.
+        scene.principals().who_am_i(&owner).await.unwrap();
+        assert_eq!(scene.events("renewal-beyond-bound").await.len(), 2, "once for each who asked");
+        // An officer makes a new one, which the owner is told of.
         end(&scene.ada, &serials[0]).await.unwrap();
         assert_eq!(code(scene.principals().who_am_i(&owner).await), UNAUTHENTICATED);
         let owner = scene.renew(&scene.ada, &id, &key()).await.unwrap();
@@ -355,9 +363,11 @@ island_tests! {
         assert!(first.is_ok() != second.is_ok(), "{first:?} {second:?}");
         let (remaining, refusal) = if first.is_ok() { (&scene.bo, second) } else { (&scene.ada, first) };
         assert!(text(refusal).contains("the last enabled officer"));
-        // Its last certificate stays, too.
+        // Its last certificate stays, too, whatever policies say.
+        scene.permit_everything();
         let serial = scene.row(&remaining.principal).await.certificates[0].serial.to_vec();
-        assert_eq!(code(one.end_certificate(remaining, request_id(), id(remaining), serial, String::new()).await), FAILED_PRECONDITION);
+        let end = one.end_certificate(&scene.t.head_end, request_id(), id(remaining), serial, String::new());
+        assert!(text(end.await).contains("the last enabled officer"));
         assert_eq!(code(one.disable(remaining, request_id(), id(remaining), String::new()).await), FAILED_PRECONDITION);
     }
 
