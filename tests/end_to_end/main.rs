@@ -4,6 +4,7 @@
 mod bad_input;
 mod campaign;
 mod frames;
+mod full_disk;
 mod group;
 mod owners;
 mod rotation;

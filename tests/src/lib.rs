@@ -151,7 +151,9 @@ impl DevServer {
     }
 
     fn spawn(state: &Path, arguments: &[String]) -> (Process, String) {
-        let mut command = Command::new(program("kms-server"));
+        let mut command = Command::new("sh");
+        // A file that may not grow is an error and not a signal: see `limit_files`.
+        command.args(["-c", "trap '' XFSZ; exec \"$@\"", "sh"]).arg(program("kms-server"));
         let tokens = state.join("softhsm");
         fs::create_dir_all(&tokens).unwrap();
         fs::write(state.join("softhsm2.conf"), format!("directories.tokendir = {}\nlog.level = ERROR\n", tokens.display())).unwrap();
@@ -176,6 +178,12 @@ impl DevServer {
     /// The folder.
     pub fn state(&self) -> &Path {
         self.state.path()
+    }
+
+    /// From now on no file of the process may be written from this length on (RLIMIT_FSIZE): as if its disk were full. `unlimited`: as before.
+    pub fn limit_files(&self, octets: &str) {
+        let status = Command::new("prlimit").args(["--pid", &self.process.0.id().to_string(), &format!("--fsize={octets}:")]).status();
+        assert!(status.is_ok_and(|status| status.success()), "prlimit (util-linux) failed");
     }
 
     /// Ends the process as kill -9 does.

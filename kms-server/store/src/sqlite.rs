@@ -5,6 +5,7 @@
 
 use std::{
     fs::{File, OpenOptions, Permissions, TryLockError},
+    io::Write as _,
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{
@@ -82,6 +83,8 @@ type Keys = String;
 /// A SQLite database, opened by this process alone.
 pub(crate) struct Engine {
     writer: Arc<Mutex<SqliteConnection>>,
+    /// How the writer connects, for a new one.
+    options: SqliteConnectOptions,
     readers: SqlitePool,
     names: Names,
     call_timeout: Duration,
@@ -121,12 +124,13 @@ impl Engine {
             .acquire_timeout(config.call_timeout)
             .max_lifetime(None)
             .test_before_acquire(false)
-            .connect_lazy_with(options.read_only(true));
+            .connect_lazy_with(options.clone().read_only(true));
         let writer = Arc::new(Mutex::new(writer));
         let written = Arc::new(AtomicBool::new(true));
         Ok(Self {
             checkpointer: tokio::spawn(checkpoint(helper, Arc::clone(&writer), Arc::clone(&written))),
             writer,
+            options,
             readers,
             names: Names::default(),
             call_timeout: config.call_timeout,
@@ -150,7 +154,25 @@ impl Engine {
                 _ => return Err(StoreError::timed_out(PROBE)),
             }
         }
+        // Nobody else holds the writer, so no transaction is open, unless its rollback still waits in the connection's queue.
+        if writer.is_in_transaction() {
+            writer.ping().await?;
+        }
+        if writer.is_in_transaction() {
+            self.replace(&mut writer).await?;
+        }
         Ok(writer)
+    }
+
+    /// A new connection in place of one that counts a transaction which is over: SQLite itself rolls back when the disk is full or fails
+    /// (<https://sqlite.org/lang_transaction.html#response_to_errors_within_a_transaction>), the driver's own rollback then finds nothing to roll back,
+    /// and no transaction can begin on it any more.
+    async fn replace(&self, writer: &mut SqliteConnection) -> Result<(), StoreError> {
+        let fresh = self.options.connect().await?;
+        tracing::warn!("the database rolled a transaction back by itself; its connection was replaced");
+        // The thread of the old one ends by itself; it is not waited for, since its disk may be stuck.
+        drop(std::mem::replace(writer, fresh));
+        Ok(())
     }
 
     fn timed_out(&self) {
@@ -161,8 +183,22 @@ impl Engine {
         self.written.store(true, Ordering::Release);
     }
 
+    /// Whether the disk has room for a transaction: a small write succeeds on a full one, in pages that the log has already.
     async fn settings(&self) -> Result<(), StoreError> {
-        Ok(())
+        let mut path = self.path.clone().into_os_string();
+        path.push(".room");
+        let probe = tokio::task::spawn_blocking(move || {
+            let written = File::create(&path).and_then(|mut file| file.write_all(&vec![0; ROOM]).and_then(|()| file.sync_all()));
+            written.and(std::fs::remove_file(&path))
+        });
+        match probe.await {
+            Ok(Err(error)) => Err(StoreError::Unavailable {
+                cause: format!("{} MiB beside the database cannot be written ({})", ROOM >> 20, error.kind()),
+                next_step: "make room on its disk",
+            }),
+            // The runtime is ending, or there is room.
+            Err(_) | Ok(Ok(())) => Ok(()),
+        }
     }
 
     async fn history(&self) -> Result<Option<Timeline>, StoreError> {
@@ -277,6 +313,8 @@ const MIGRATIONS: &[Migration] = &[
     Migration { version: 3, name: "group members", sql: include_str!("../migrations/sqlite/0003_group_members.sql") },
 ];
 const PROBE: Duration = Duration::from_secs(1);
+/// What must fit on the disk before it counts as free again: more than most transactions write.
+const ROOM: usize = 4 << 20;
 const CHECKPOINT_INTERVAL: Duration = Duration::from_millis(100);
 /// Copy when so many pages of 4 KiB wait: 8 MiB.
 const COPY_PAGES: i64 = 2048;

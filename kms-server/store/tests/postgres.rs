@@ -205,6 +205,30 @@ async fn settings_that_lose_commits_are_refused() {
     }
 }
 
+/// PostgreSQL says so with SQLSTATE 53100; a trigger says it here.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_was_full_and_is_free_again_is_written_to() {
+    let f = Fixture::postgres().await;
+    let raise = "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no space' USING ERRCODE = '53100'; END $$";
+    kms_store::testing::execute(&f.config.database, raise).await.unwrap();
+    // The trigger of a statement fails it at once; a deferred one fails the COMMIT.
+    for (round, trigger) in (0_u64..).zip(["TRIGGER full_disk BEFORE INSERT", "CONSTRAINT TRIGGER full_disk AFTER INSERT"]) {
+        let deferred = if round == 0 { "" } else { "DEFERRABLE INITIALLY DEFERRED" };
+        let create = format!("CREATE {trigger} ON audit {deferred} FOR EACH ROW EXECUTE FUNCTION full_disk()");
+        kms_store::testing::execute(&f.config.database, &create).await.unwrap();
+        let append = |sequence| {
+            let (store, changes) = (Arc::clone(&f.store), Changes { audit: vec![record(f.writer, sequence)], ..Changes::default() });
+            async move { write(&*store, changes).await }
+        };
+        // Each connection of the pool meets it.
+        for refused in futures::future::join_all((0..40).map(|_| append(round))).await {
+            assert!(matches!(&refused, Err(StoreError::Unavailable { cause, .. }) if cause.contains("53100")), "{refused:?}");
+        }
+        kms_store::testing::execute(&f.config.database, "DROP TRIGGER full_disk ON audit").await.unwrap();
+        append(round).await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn plaintext_over_a_network_is_refused() {
     for address in ["postgres://kms@db.example/kms", "postgres://kms@192.0.2.1/kms?sslmode=require"] {

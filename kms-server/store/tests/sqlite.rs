@@ -11,7 +11,8 @@ use std::{
 };
 
 use common::*;
-use kms_store::{Changes, StoreConfig, StoreError};
+use kms_domain::UnixMillis;
+use kms_store::{AuditAppend, Changes, ShipmentRow, ShipmentState, StoreConfig, StoreError, UploadId};
 
 #[tokio::test]
 async fn a_second_server_is_refused_by_whatever_path_it_comes() {
@@ -105,4 +106,75 @@ async fn child_that_commits_until_it_is_killed() {
     }
 }
 
+/// A disk that is full, as far as one process sees it: no file may grow. SQLite rolls a transaction back by itself then.
+#[tokio::test]
+async fn a_disk_that_was_full_and_is_free_again_is_written_to() {
+    let directory = tempfile::TempDir::new().unwrap();
+    let output = Command::new("sh")
+        // Without this a process that reaches its limit gets a signal.
+        .args(["-c", "trap '' XFSZ; exec \"$@\"", "sh"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "child_whose_disk_is_full_for_a_while", "--nocapture"])
+        .env(CHILD_FULL_DISK, directory.path().join("kms.db"))
+        .output()
+        .unwrap();
+    let out = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && out.contains("written again"), "{out}{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Not a test by itself: the process of the test above.
+#[tokio::test]
+async fn child_whose_disk_is_full_for_a_while() {
+    let Some(path) = std::env::var_os(CHILD_FULL_DISK) else { return };
+    let limit = |octets: &str| {
+        let status = Command::new("prlimit").args(["--pid", &std::process::id().to_string(), &format!("--fsize={octets}:")]).status();
+        assert!(status.unwrap().success());
+    };
+    let store = kms_store::open(&StoreConfig::parse(&format!("sqlite:{}", path.display())).unwrap()).await.unwrap();
+    let writer = writer_id();
+    store.register_server(writer, "child").await.unwrap();
+    let large = |sequence| AuditAppend { record: vec![7; 256 * 1024], ..record(writer, sequence) };
+    let append = async |sequence| write(&*store, Changes { audit: vec![large(sequence)], ..Changes::default() }).await;
+    append(0).await.unwrap();
+    let upload = UploadId([1; 16]);
+    write(&*store, Changes { shipments: vec![shipment(upload)], audit: vec![record(writer, 1)], ..Changes::default() }).await.unwrap();
+    for (round, attempts) in (0_u64..).zip([1, 5]) {
+        limit("16384");
+        for _ in 0..attempts {
+            let refused = append(2 + round).await;
+            assert!(matches!(&refused, Err(StoreError::Unavailable { cause, .. }) if cause.contains("disk")), "{refused:?}");
+            let refused = store.append_shipment_chunk(upload, round * 65_536, vec![7; 65_536], UnixMillis(1)).await;
+            assert!(matches!(&refused, Err(StoreError::Unavailable { cause, .. }) if cause.contains("disk")), "{refused:?}");
+            assert!(store.check().await.is_err(), "there is no room");
+        }
+        limit("unlimited");
+        store.check().await.unwrap();
+        append(2 + round).await.unwrap();
+        store.append_shipment_chunk(upload, round * 65_536, vec![7; 65_536], UnixMillis(1)).await.unwrap();
+    }
+    let records = store.audit_of_writer(writer, 0, 10).await.unwrap();
+    assert_eq!(records.iter().map(|record| record.sequence).collect::<Vec<_>>(), [0, 1, 2, 3]);
+    println!("written again");
+}
+
+fn shipment(upload: UploadId) -> ShipmentRow {
+    ShipmentRow {
+        upload,
+        generation: 1,
+        sha256: [8; 32],
+        size: 1 << 20,
+        batch: String::new(),
+        principal: principal("vendor"),
+        state: ShipmentState::Receiving,
+        received: 0,
+        next_line: 0,
+        imported: 0,
+        refused: 0,
+        created: UnixMillis(1),
+        updated: UnixMillis(1),
+        progress: vec![],
+    }
+}
+
 const CHILD_DATABASE: &str = "KMS_STORE_TEST_DATABASE";
+const CHILD_FULL_DISK: &str = "KMS_STORE_TEST_FULL_DISK";
