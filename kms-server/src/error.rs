@@ -130,6 +130,9 @@ impl From<HsmError> for ServiceError {
     fn from(error: HsmError) -> Self {
         metrics().hsm_error(&error);
         match error.kind() {
+            ErrorKind::Transient if matches!(error, HsmError::TooManyOfOne { .. }) => {
+                Self::ResourceExhausted { reason: error.to_string(), retry_after: error.retry_after().unwrap_or(RETRY_AFTER) }
+            }
             ErrorKind::Transient => Self::Unavailable { reason: error.to_string(), retry_after: error.retry_after().unwrap_or(RETRY_AFTER) },
             ErrorKind::OperatorFixable => {
                 tracing::error!(%error, "the HSM needs an operator");

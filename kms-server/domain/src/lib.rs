@@ -29,6 +29,7 @@ mod shipment;
 mod slot;
 mod time;
 mod transfer;
+mod turns;
 
 pub use acceptance::{KeyAcceptance, Remedy, Verdict};
 pub use approval::{Approval, ApprovalError, ApprovalTerms, Approvals, Quorum};
@@ -75,3 +76,4 @@ pub use transfer::{
     Answer, CHALLENGE, CampaignTask, ExchangePurpose, Finding, KeyPair, Next, Observation, OrderedKeys, Outcome, SharedKey, Stage, Step, Transfer,
     TransferError, TransferForm, TransferKey, TransferOrder,
 };
+pub use turns::{Turns, Waiting};

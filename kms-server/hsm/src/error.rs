@@ -31,6 +31,16 @@ pub enum HsmError {
         /// When to try again.
         retry_after: Duration,
     },
+    /// One payer has as many jobs in the token's queue as it may.
+    #[error("{limit} jobs of one principal wait already for HSM token `{token}` (bound `hsm_jobs_waiting_per_principal`); try again in {} ms", retry_after.as_millis())]
+    TooManyOfOne {
+        /// Label of the token.
+        token: String,
+        /// Jobs that one payer may have there.
+        limit: usize,
+        /// When to try again.
+        retry_after: Duration,
+    },
     /// The server has no token for keys of this class: another server of the island does this work.
     #[error("this server does not serve keys of the class `{class}`: no token is configured for it")]
     NotServed {
@@ -131,7 +141,7 @@ impl HsmError {
     /// What can be done about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Unavailable { .. } | Self::Overloaded { .. } => ErrorKind::Transient,
+            Self::Unavailable { .. } | Self::Overloaded { .. } | Self::TooManyOfOne { .. } => ErrorKind::Transient,
             Self::Unusable { .. } | Self::KeyMissing { .. } | Self::KeyAmbiguous { .. } | Self::Module { .. } | Self::Ceremony { .. } => {
                 ErrorKind::OperatorFixable
             }
@@ -145,7 +155,7 @@ impl HsmError {
     /// When trying again can help, after this time.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::Unavailable { retry_after, .. } | Self::Overloaded { retry_after, .. } => Some(*retry_after),
+            Self::Unavailable { retry_after, .. } | Self::Overloaded { retry_after, .. } | Self::TooManyOfOne { retry_after, .. } => Some(*retry_after),
             _ if self.kind() == ErrorKind::Transient => Some(Duration::from_secs(1)),
             _ => None,
         }
@@ -156,6 +166,7 @@ impl HsmError {
         match self {
             Self::Unavailable { .. } => "unavailable".into(),
             Self::Overloaded { .. } => "overloaded".into(),
+            Self::TooManyOfOne { .. } => "too-many-of-one".into(),
             Self::Unusable { .. } => "unusable".into(),
             Self::KeyMissing { .. } => "key-missing".into(),
             Self::KeyAmbiguous { .. } => "key-ambiguous".into(),

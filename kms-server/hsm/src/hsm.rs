@@ -1,4 +1,4 @@
-//! The verbs that the services need. Each call of a verb is one item in the queue of one token.
+//! The verbs that the services need. Each call of a verb is an item in the queue of one token, or one for each part of a batch.
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -16,15 +16,18 @@ use crate::inventory::{InventoryObject, inventory};
 use crate::label::{Purpose, RootVersion, TokenKey};
 use crate::pin::PinMemory;
 use crate::probe::{Capabilities, rsa_public_key_der};
-use crate::token::{Token, TokenSettings};
+use crate::queue::Payer;
+use crate::token::{Pending, Token, TokenSettings};
 use crate::transfer::TransferJob;
-use crate::worker::KeySource;
+use crate::worker::{KeySource, Worker};
 
 /// The HSM of an island: which token holds the keys of which class. Clones share the tokens.
 #[derive(Clone)]
 pub struct Hsm {
     island: IslandName,
-    tokens: HashMap<KeyClass, Token>,
+    tokens: Arc<HashMap<KeyClass, Token>>,
+    /// Whose lane of the queues the verbs of this handle wait in.
+    payer: Payer,
     /// The token of keys that belong to no class: seal root, fingerprint KEK, audit signing key, vendor transport key.
     general: Token,
     storage_keks: Arc<RwLock<StorageKekVersions>>,
@@ -44,7 +47,14 @@ impl Hsm {
     /// Tokens that are started already: `general` for the keys of no class, `tokens` for the others. A class without a token is not
     /// served: what needs it answers [`HsmError::NotServed`].
     pub fn of_tokens(island: IslandName, general: Token, tokens: HashMap<KeyClass, Token>) -> Self {
-        Self { island, tokens, general, storage_keks: Arc::new(RwLock::new(StorageKekVersions::FIRST)) }
+        Self { island, tokens: Arc::new(tokens), payer: None, general, storage_keks: Arc::new(RwLock::new(StorageKekVersions::FIRST)) }
+    }
+
+    /// The same tokens, used for somebody: jobs of each name are served in turn by what they cost, so that one with many or large jobs waits for
+    /// itself. A handle without a name is the server's own.
+    #[must_use]
+    pub fn paid_by(&self, name: &str) -> Self {
+        Self { payer: Some(name.into()), ..self.clone() }
     }
 
     /// Stores new and imported keys of a class under this version of its storage KEK from now on, instead of the first. Counts for all clones.
@@ -137,8 +147,9 @@ impl Hsm {
         H: FnMut(&Agreement) -> Vec<u8> + Send + 'static,
         M: FnMut(&[Result<WrappedKey, HsmError>]) -> Vec<u8> + Send + 'static,
     {
-        let token = self.token_of_all(keys.iter().map(KeySource::class))?.clone();
-        token.run("envelope", move |worker| worker.envelope(&recipient, &keys, &mut header, &mut manifest)).await
+        let (token, cost) = (self.token_of_all(keys.iter().map(KeySource::class))?, keys.len());
+        let job = move |worker: &Worker| worker.envelope(&recipient, &keys, &mut header, &mut manifest);
+        token.submit(&self.payer, cost, "envelope", job)?.outcome().await
     }
 
     /// Protects a DLMS frame. The caller answers for the nonce being new (I4).
@@ -155,7 +166,7 @@ impl Hsm {
     /// Keys of two tokens, or trouble of the HSM.
     pub async fn protect_batch(&self, frames: Vec<(FrameKeys, FrameInput)>) -> Result<Vec<Result<ProtectedFrame, HsmError>>, HsmError> {
         let token = self.token_of_frames(frames.iter().map(|(keys, _)| keys))?.clone();
-        token.run("protect", move |worker| each(&frames, |(keys, frame)| worker.protect(keys, frame))).await
+        self.in_parts(&token, "protect", frames, |worker, (keys, frame)| worker.protect(keys, frame)).await
     }
 
     /// Checks and opens a DLMS frame: its plaintext.
@@ -172,7 +183,7 @@ impl Hsm {
     /// Keys of two tokens, or trouble of the HSM.
     pub async fn unprotect_batch(&self, frames: Vec<(FrameKeys, ProtectedFrame)>) -> Result<Vec<Result<Vec<u8>, HsmError>>, HsmError> {
         let token = self.token_of_frames(frames.iter().map(|(keys, _)| keys))?.clone();
-        token.run("unprotect", move |worker| each(&frames, |(keys, frame)| worker.unprotect(keys, frame))).await
+        self.in_parts(&token, "unprotect", frames, |worker, (keys, frame)| worker.unprotect(keys, frame)).await
     }
 
     /// Wraps keys for meters; one result each: 24 or 40 octets.
@@ -181,7 +192,7 @@ impl Hsm {
     /// The token of the KEKs is not that of the keys (a server of another role does this), or trouble of the HSM.
     pub async fn wrap_for_meters(&self, jobs: Vec<TransferJob>) -> Result<Vec<Result<Vec<u8>, HsmError>>, HsmError> {
         let token = self.token_of_all(jobs.iter().flat_map(|job| [job.kek.class(), job.key.class()]))?.clone();
-        token.run("wrap-for-meter", move |worker| each(&jobs, |job| worker.wrap_for_meter(job))).await
+        self.in_parts(&token, "wrap-for-meter", jobs, |worker, job| worker.wrap_for_meter(job)).await
     }
 
     /// Opens a vendor's batch key: RSA-OAEP under this version of the vendor transport key, an AES key inside.
@@ -191,7 +202,7 @@ impl Hsm {
     pub async fn open_batch_key(&self, transport_version: RootVersion, hash: OaepHash, ciphertext: Vec<u8>) -> Result<BatchKey, HsmError> {
         let batch = BatchKey::new(transport_version, hash, ciphertext);
         let opened = batch.clone();
-        self.importing_token()?.run("open-batch-key", move |worker| worker.batch_key(&opened).map(drop)).await?;
+        self.one(self.importing_token()?, OF_RSA, "open-batch-key", move |worker| worker.batch_key(&opened).map(drop)).await?;
         Ok(batch)
     }
 
@@ -201,7 +212,12 @@ impl Hsm {
     /// Trouble of the HSM: the whole batch can be tried again.
     pub async fn import_keys(&self, batch: BatchKey, jobs: Vec<ImportJob>) -> Result<Vec<Result<StoredKey, ImportRefusal>>, HsmError> {
         let versions = self.storage_keks();
-        self.importing_token()?.run("import", move |worker| worker.import_keys(&batch, &jobs, versions)).await
+        let token = self.importing_token()?;
+        let submit = |jobs: Vec<ImportJob>| {
+            let batch = batch.clone();
+            token.submit(&self.payer, jobs.len(), "import", move |worker| worker.import_keys(&batch, &jobs, versions))
+        };
+        joined(parts(jobs).into_iter().map(submit).collect::<Result<_, _>>()?).await
     }
 
     /// Makes a random AES key and stores it under the storage KEK of its type's class.
@@ -210,7 +226,7 @@ impl Hsm {
     /// Missing roots, or trouble of the HSM.
     pub async fn generate_stored(&self, key_type: KeyType, length: KeyLength) -> Result<StoredKey, HsmError> {
         let version = self.storage_keks().of(key_type.class());
-        self.token(key_type.class())?.clone().run("generate", move |worker| worker.generate_stored(key_type, length, version)).await
+        self.one(self.token(key_type.class())?, 1, "generate", move |worker| worker.generate_stored(key_type, length, version)).await
     }
 
     /// Wraps a key anew under the present storage KEK of its class: when the KEK is rotated, or a diversified key becomes a stored one.
@@ -219,7 +235,7 @@ impl Hsm {
     /// A refused blob, missing roots, or trouble of the HSM.
     pub async fn rewrap_stored(&self, source: KeySource) -> Result<StoredKey, HsmError> {
         let version = self.storage_keks().of(source.class());
-        self.token(source.class())?.clone().run("rewrap", move |worker| worker.rewrap(&source, version)).await
+        self.one(self.token(source.class())?, 1, "rewrap", move |worker| worker.rewrap(&source, version)).await
     }
 
     /// Wraps keys anew under this version of their class's storage KEK; one result each. Every new wrap is opened again inside the HSM, and what
@@ -229,7 +245,7 @@ impl Hsm {
     /// Keys of two tokens, or trouble of the HSM: the whole batch can be tried again.
     pub async fn rewrap_batch(&self, sources: Vec<KeySource>, version: RootVersion) -> Result<Vec<Result<StoredKey, HsmError>>, HsmError> {
         let token = self.token_of_all(sources.iter().map(KeySource::class))?.clone();
-        token.run("rewrap", move |worker| each(&sources, |source| worker.rewrap(source, version))).await
+        self.in_parts(&token, "rewrap", sources, move |worker, source| worker.rewrap(source, version)).await
     }
 
     /// Whether the token that serves it holds this key: the secret key, or the private key of a pair.
@@ -237,8 +253,7 @@ impl Hsm {
     /// # Errors
     /// [`HsmError::NotServed`], two keys of one name, or trouble of the HSM.
     pub async fn has_key(&self, key: TokenKey) -> Result<bool, HsmError> {
-        let token = self.token_of_key(key)?.clone();
-        token.run("find", move |worker| worker.holds(key)).await
+        self.one(self.token_of_key(key)?, 1, "find", move |worker| worker.holds(key)).await
     }
 
     /// Destroys a root in every token of this server that holds it: all objects of its name. How many there were. It cannot be undone, and that
@@ -260,12 +275,11 @@ impl Hsm {
     /// The key is missing, or trouble of the HSM.
     pub async fn transport_key_spki(&self, version: RootVersion) -> Result<Vec<u8>, HsmError> {
         let key = TokenKey { purpose: Purpose::VendorTransport, version };
-        self.importing_token()?
-            .run("public-key", move |worker| {
-                let object = worker.public_key(key)?;
-                rsa_public_key_der(&worker.session, object)?.ok_or_else(|| HsmError::invalid("vendor transport key", "the token's public key has no modulus"))
-            })
-            .await
+        let read = move |worker: &Worker| {
+            let object = worker.public_key(key)?;
+            rsa_public_key_der(&worker.session, object)?.ok_or_else(|| HsmError::invalid("vendor transport key", "the token's public key has no modulus"))
+        };
+        self.one(self.importing_token()?, 1, "public-key", read).await
     }
 
     /// Signs a SHA-256 digest by ECDSA P-256 with [`Purpose::AuditSign`] or [`Purpose::Ca`]: `r ‖ s`, 64 octets.
@@ -273,17 +287,15 @@ impl Hsm {
     /// # Errors
     /// The key is missing or of another kind, or trouble of the HSM.
     pub async fn sign_ecdsa(&self, key: TokenKey, digest: [u8; 32]) -> Result<[u8; 64], HsmError> {
-        self.signing_token(key)?
-            .clone()
-            .run("sign", move |worker| {
-                let object = worker.token_key(key)?;
-                let mut signature = [0; 64];
-                match worker.session.sign(CKM_ECDSA, object, &digest, &mut signature)? {
-                    64 => Ok(signature),
-                    _ => Err(HsmError::invalid("signing key", "its signatures are not 64 octets long, so it is no P-256 key")),
-                }
-            })
-            .await
+        let sign = move |worker: &Worker| {
+            let object = worker.token_key(key)?;
+            let mut signature = [0; 64];
+            match worker.session.sign(CKM_ECDSA, object, &digest, &mut signature)? {
+                64 => Ok(signature),
+                _ => Err(HsmError::invalid("signing key", "its signatures are not 64 octets long, so it is no P-256 key")),
+            }
+        };
+        self.one(self.signing_token(key)?, 1, "sign", sign).await
     }
 
     /// The public key of [`Purpose::AuditSign`] or [`Purpose::Ca`]: `04 ‖ x ‖ y`, P-256.
@@ -291,13 +303,11 @@ impl Hsm {
     /// # Errors
     /// The key is missing or of another kind, or trouble of the HSM.
     pub async fn public_key(&self, key: TokenKey) -> Result<[u8; 65], HsmError> {
-        self.signing_token(key)?
-            .clone()
-            .run("public-key", move |worker| {
-                let object = worker.public_key(key)?;
-                public_point(&worker.session, object)
-            })
-            .await
+        let read = move |worker: &Worker| {
+            let object = worker.public_key(key)?;
+            public_point(&worker.session, object)
+        };
+        self.one(self.signing_token(key)?, 1, "public-key", read).await
     }
 
     /// HMAC-SHA-256 under this version of the seal root: the keys of docs/formats.md, *Keys derived from the seal root*.
@@ -305,14 +315,13 @@ impl Hsm {
     /// # Errors
     /// The root is missing, or trouble of the HSM.
     pub async fn mac(&self, version: RootVersion, message: Vec<u8>) -> Result<Zeroizing<[u8; 32]>, HsmError> {
-        self.general
-            .run("mac", move |worker| {
-                let root = worker.token_key(TokenKey { purpose: Purpose::Seal, version })?;
-                let mut mac = Zeroizing::new([0; 32]);
-                worker.mac_into(root, &message, &mut mac)?;
-                Ok(mac)
-            })
-            .await
+        let compute = move |worker: &Worker| {
+            let root = worker.token_key(TokenKey { purpose: Purpose::Seal, version })?;
+            let mut mac = Zeroizing::new([0; 32]);
+            worker.mac_into(root, &message, &mut mac)?;
+            Ok(mac)
+        };
+        self.one(&self.general, 1, "mac", compute).await
     }
 
     /// Random octets of the general token.
@@ -320,13 +329,12 @@ impl Hsm {
     /// # Errors
     /// Trouble of the HSM.
     pub async fn random(&self, octets: usize) -> Result<Zeroizing<Vec<u8>>, HsmError> {
-        self.general
-            .run("random", move |worker| {
-                let mut buffer = Zeroizing::new(vec![0; octets]);
-                worker.session.random(&mut buffer)?;
-                Ok(buffer)
-            })
-            .await
+        let read = move |worker: &Worker| {
+            let mut buffer = Zeroizing::new(vec![0; octets]);
+            worker.session.random(&mut buffer)?;
+            Ok(buffer)
+        };
+        self.one(&self.general, 1, "random", read).await
     }
 
     /// Every object that the tokens show, by token label.
@@ -340,6 +348,32 @@ impl Hsm {
             all.push((token.label().to_owned(), objects));
         }
         Ok(all)
+    }
+
+    /// One job of this handle's payer.
+    async fn one<R: Send + 'static>(
+        &self,
+        token: &Token,
+        cost: usize,
+        job: &'static str,
+        work: impl FnMut(&Worker) -> Result<R, HsmError> + Send + 'static,
+    ) -> Result<R, HsmError> {
+        token.submit(&self.payer, cost, job, work)?.outcome().await
+    }
+
+    /// A batch, in jobs that keep no worker for long; the results in the order of what was given.
+    async fn in_parts<T: Send + 'static, R: Send + 'static>(
+        &self,
+        token: &Token,
+        job: &'static str,
+        batch: Vec<T>,
+        one: impl Fn(&Worker, &T) -> Result<R, HsmError> + Clone + Send + 'static,
+    ) -> Result<Vec<Result<R, HsmError>>, HsmError> {
+        let submit = |part: Vec<T>| {
+            let one = one.clone();
+            token.submit(&self.payer, part.len(), job, move |worker| each(&part, |input| one(worker, input)))
+        };
+        joined(parts(batch).into_iter().map(submit).collect::<Result<_, _>>()?).await
     }
 
     /// The general token, where it is also that of the KEKs. An import wraps under the storage KEKs of several classes, so it runs where
@@ -382,6 +416,49 @@ impl Hsm {
     }
 }
 
+/// Divides a batch.
+fn parts<T>(mut batch: Vec<T>) -> Vec<Vec<T>> {
+    let mut parts = Vec::with_capacity(batch.len().div_ceil(PART));
+    while batch.len() > PART {
+        let rest = batch.split_off(PART);
+        parts.push(std::mem::replace(&mut batch, rest));
+    }
+    if !batch.is_empty() {
+        parts.push(batch);
+    }
+    parts
+}
+
+/// The results of all parts, in order. The first error of a whole part is that of the batch; what of it still waits is given up.
+async fn joined<R>(pending: Vec<Pending<Vec<R>>>) -> Result<Vec<R>, HsmError> {
+    let mut results = Vec::with_capacity(pending.len() * PART);
+    for part in pending {
+        results.append(&mut part.outcome().await?);
+    }
+    Ok(results)
+}
+
 fn first<T>(results: Vec<Result<T, HsmError>>) -> Result<T, HsmError> {
     results.into_iter().next().unwrap_or_else(|| Err(HsmError::invalid("batch", "a batch of one had no result")))
+}
+
+/// Keys, frames or lines of a batch that are one job: a worker is busy with that many, at most, before others have their turn. With 1 ms for each
+/// call of an HSM that is about 0.2 s; with a module in memory a few milliseconds.
+pub const PART: usize = 64;
+/// What an RSA operation costs, in keys.
+const OF_RSA: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_is_divided_in_order() {
+        for length in [0, 1, PART - 1, PART, PART + 1, 10 * PART, 10 * PART + 1] {
+            let divided = parts((0..length).collect());
+            assert_eq!(divided.len(), length.div_ceil(PART));
+            assert!(divided.iter().all(|part| (1..=PART).contains(&part.len())));
+            assert_eq!(divided.concat(), (0..length).collect::<Vec<_>>());
+        }
+    }
 }

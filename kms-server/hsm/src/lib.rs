@@ -34,7 +34,7 @@ pub use ceremony::{
 pub use envelope::{Agreement, AgreementLimits, Envelope, EnvelopeAlgorithm, Recipient, WrappedKey};
 pub use error::{ErrorKind, HsmError};
 pub use frame::{FrameInput, FrameKeys, FrameParameters, FrameProtection, ProtectedFrame};
-pub use hsm::Hsm;
+pub use hsm::{Hsm, PART};
 pub use import::{BatchKey, ImportJob, ImportRefusal, StoredKey};
 pub use inventory::InventoryObject;
 pub use label::{Purpose, RootVersion, TokenKey};

@@ -23,7 +23,7 @@ use crate::metrics::Metrics;
 use crate::module::{Module, TokenSelector};
 use crate::pin::{Pin, PinMemory, PinSource};
 use crate::probe::Capabilities;
-use crate::queue::{Queue, Received};
+use crate::queue::{Full, Payer, Queue, QueueLimits, Received};
 use crate::raw::Session;
 use crate::worker::{Worker, find_one};
 
@@ -38,8 +38,10 @@ pub struct TokenSettings {
     pub pin: PinSource,
     /// Worker threads; without a number, what was measured to be best for the module.
     pub workers: Option<usize>,
-    /// Jobs that may wait; a job above is refused as overloaded. A batch is one job.
+    /// Jobs that may wait; a job above is refused as overloaded. A batch is a job for each [`PART`](crate::PART) of it.
     pub queue: usize,
+    /// Jobs of one payer that may wait ([`Hsm::paid_by`](crate::Hsm::paid_by)), so that none fills the queue alone.
+    pub queue_of_one: usize,
     /// How long agreements are reused.
     pub agreements: AgreementLimits,
     /// Whether `ecdh-p256-cbc-expand` may be used where the module has no X9.63 KDF. Not for production.
@@ -54,7 +56,8 @@ impl TokenSettings {
             selector: TokenSelector { label, serial: None },
             pin,
             workers: None,
-            queue: 1024,
+            queue: 4096,
+            queue_of_one: 1024,
             agreements: AgreementLimits::default(),
             allow_cbc_expand: false,
         }
@@ -102,7 +105,7 @@ impl Token {
     /// The operating system gives no thread.
     pub fn start(settings: TokenSettings, island: IslandName, memory: Arc<dyn PinMemory>) -> Result<Self, HsmError> {
         let (state, _) = watch::channel(TokenState::Probing);
-        let queue = Queue::new(settings.queue);
+        let queue = Queue::new(QueueLimits { all: settings.queue, of_one: settings.queue_of_one });
         let metrics = Metrics::of(&settings.selector.label);
         let shared = Arc::new(Shared {
             settings,
@@ -178,13 +181,25 @@ impl Token {
         }
     }
 
-    /// Runs `work` on a worker, measured under the name `job`. It runs a second time if the session was lost under it, so it must have no effect
-    /// outside the HSM before it succeeds.
+    /// Runs `work` for the server itself on a worker, measured under the name `job`. It runs a second time if the session was lost under it, so it
+    /// must have no effect outside the HSM before it succeeds.
     pub(crate) async fn run<R: Send + 'static>(
         &self,
         job: &'static str,
         work: impl FnMut(&Worker) -> Result<R, HsmError> + Send + 'static,
     ) -> Result<R, HsmError> {
+        self.submit(&None, 1, job, work)?.outcome().await
+    }
+
+    /// Puts `work` into the queue, as [`Self::run`] does, in its payer's lane: it waits for its turn by what it costs, in keys. Dropping what is
+    /// given back takes the job out of turn when it comes to it.
+    pub(crate) fn submit<R: Send + 'static>(
+        &self,
+        payer: &Payer,
+        cost: usize,
+        job: &'static str,
+        work: impl FnMut(&Worker) -> Result<R, HsmError> + Send + 'static,
+    ) -> Result<Pending<R>, HsmError> {
         let shared = &self.0.shared;
         if !shared.state.borrow().is_usable() {
             return Err(shared.not_usable());
@@ -192,11 +207,28 @@ impl Token {
         let (reply, answer) = oneshot::channel();
         let task = Box::new(TaskOf { job, work, reply: Some(reply) });
         shared.metrics.queued();
-        shared.queue.push(task as Box<dyn Task>).map_err(|_| {
+        shared.queue.push(payer, u64::try_from(cost).unwrap_or(u64::MAX), task as Box<dyn Task>).map_err(|full| {
             shared.metrics.taken();
-            HsmError::Overloaded { token: shared.settings.selector.label.clone(), limit: shared.queue.limit(), retry_after: Duration::from_millis(200) }
+            let (token, retry_after) = (shared.settings.selector.label.clone(), Duration::from_millis(200));
+            match full {
+                Full::All(limit) => HsmError::Overloaded { token, limit, retry_after },
+                Full::OfOne(limit) => HsmError::TooManyOfOne { token, limit, retry_after },
+            }
         })?;
-        answer.await.unwrap_or_else(|_| Err(shared.unavailable("the worker gave up the job")))
+        Ok(Pending { answer, shared: Arc::clone(shared) })
+    }
+}
+
+/// A job that waits or runs.
+pub(crate) struct Pending<R> {
+    answer: oneshot::Receiver<Result<R, HsmError>>,
+    shared: Arc<Shared>,
+}
+
+impl<R> Pending<R> {
+    /// What it came to.
+    pub(crate) async fn outcome(self) -> Result<R, HsmError> {
+        self.answer.await.unwrap_or_else(|_| Err(self.shared.unavailable("the worker gave up the job")))
     }
 }
 

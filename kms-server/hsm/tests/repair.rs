@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::future::Future as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -13,7 +14,7 @@ use cryptoki::context::Pkcs11;
 use cryptoki::session::UserType;
 use cryptoki::slot::Slot;
 use kms_domain::{KeyLength, KeyType};
-use kms_hsm::{ErrorKind, Hsm, HsmError, Pin, PinMemory, PinSource, ProcessPinMemory, Purpose, Token, TokenKey, TokenSettings, TokenState};
+use kms_hsm::{ErrorKind, Hsm, HsmError, KeySource, Pin, PinMemory, PinSource, ProcessPinMemory, Purpose, Token, TokenKey, TokenSettings, TokenState};
 
 each_module! {
     async fn lost_sessions_are_opened_again(bench: Bench) {
@@ -146,6 +147,71 @@ each_module! {
         release.send(()).unwrap();
         holding.await.unwrap().unwrap();
         waiting.await.unwrap().ok();
+        tokio::task::spawn_blocking(move || hsm.close()).await.unwrap();
+    }
+
+    async fn one_that_floods_waits_for_itself(bench: Bench) {
+        let mut one_worker = settings(&bench, "meterkms-test", &bench.directory.join("pin"));
+        (one_worker.workers, one_worker.queue_of_one) = (Some(1), 20);
+        let hsm = Hsm::start(island(), one_worker, Arc::new(ProcessPinMemory::default())).unwrap();
+        hsm.usable(Duration::from_secs(30)).await.unwrap();
+        // A manifest that waits holds the one worker, while others queue; manifests note the order in which they are served.
+        let (release, released) = std::sync::mpsc::channel::<()>();
+        let (started, has_started) = tokio::sync::oneshot::channel();
+        let mut started = Some(started);
+        let served: Arc<std::sync::Mutex<Vec<&'static str>>> = Arc::default();
+        let (busy, recipient) = (hsm.clone(), Grantee::new().recipient());
+        let holding = tokio::spawn(async move {
+            let manifest = move |_: &[_]| {
+                started.take().map(|started| started.send(()));
+                released.recv().unwrap();
+                Vec::new()
+            };
+            busy.envelope(recipient, Vec::new(), |_| Vec::new(), manifest).await
+        });
+        has_started.await.unwrap();
+        let flood = hsm.paid_by("flood");
+        let queued = |hsm: &Hsm, name: &'static str, keys: usize| {
+            let (hsm, served, recipient) = (hsm.clone(), Arc::clone(&served), Grantee::new().recipient());
+            let (told, is_queued) = tokio::sync::oneshot::channel();
+            let call = tokio::spawn(async move {
+                let manifest = move |_: &[_]| {
+                    served.lock().unwrap().push(name);
+                    Vec::new()
+                };
+                let mut call = Box::pin(hsm.envelope(recipient, vec![KeySource::Fresh(KeyLength::Aes128); keys], |_| Vec::new(), manifest));
+                let first = std::future::poll_fn(|context| std::task::Poll::Ready(call.as_mut().poll(context))).await;
+                told.send(()).unwrap();
+                match first {
+                    std::task::Poll::Ready(outcome) => outcome,
+                    std::task::Poll::Pending => call.await,
+                }
+            });
+            (call, is_queued)
+        };
+        let mut calls = Vec::new();
+        for _ in 0..20 {
+            let (call, is_queued) = queued(&flood, "flood", 40);
+            is_queued.await.unwrap();
+            calls.push(call);
+        }
+        let (call, is_queued) = queued(&flood, "refused", 1);
+        is_queued.await.unwrap();
+        let refused = call.await.unwrap().unwrap_err();
+        assert!(matches!(refused, HsmError::TooManyOfOne { limit: 20, .. }) && refused.to_string().contains("hsm_jobs_waiting_per_principal"), "{refused}");
+        for name in ["neighbour", "server"] {
+            let (call, is_queued) = queued(&if name == "server" { hsm.clone() } else { hsm.paid_by(name) }, name, 1);
+            is_queued.await.unwrap();
+            calls.push(call);
+        }
+        release.send(()).unwrap();
+        holding.await.unwrap().unwrap();
+        for call in calls {
+            call.await.unwrap().unwrap();
+        }
+        let served = served.lock().unwrap().clone();
+        assert_eq!(served[..3], ["neighbour", "server", "flood"], "who came last with little is first");
+        assert_eq!(served.len(), 22);
         tokio::task::spawn_blocking(move || hsm.close()).await.unwrap();
     }
 
