@@ -16,7 +16,7 @@ use zeroize::Zeroizing;
 
 use crate::api::listener::TransportLimits;
 use crate::api::tls::TlsFiles;
-use crate::audit::RestoreSettings;
+use crate::audit::{CommitterBounds, RestoreSettings};
 
 /// The configuration of one server of one island.
 #[derive(Debug, Deserialize)]
@@ -248,7 +248,7 @@ pub struct TokenSection {
     pub pin: SecretSource,
     /// Worker threads. Default: what was measured to be best for the module.
     pub workers: Option<usize>,
-    /// Jobs that may wait. Default: 1024.
+    /// Jobs that may wait, of all principals. Default: 4096; one principal may have 1024 of them.
     pub queue: Option<usize>,
 }
 
@@ -440,6 +440,8 @@ pub struct LimitsSection {
     pub handshake_seconds: u64,
     /// Calls at a time on one connection.
     pub streams_per_connection: u32,
+    /// MiB of audit records that one principal may add to the log in an hour. Default: 4096, which is one head-end with 25 million meters.
+    pub log_mib_per_principal_and_hour: u32,
     /// Days for which principals' certificates are issued.
     pub principal_certificate_days: u16,
     /// Days for which server certificates are issued.
@@ -454,6 +456,7 @@ impl Default for LimitsSection {
             handshakes: transport.handshakes,
             handshake_seconds: transport.handshake_timeout.as_secs(),
             streams_per_connection: transport.streams_per_connection,
+            log_mib_per_principal_and_hour: 4_096,
             principal_certificate_days: 365,
             server_certificate_days: 365,
         }
@@ -472,12 +475,18 @@ impl LimitsSection {
         }
     }
 
+    /// The bounds of the committer.
+    pub fn committer(&self) -> CommitterBounds {
+        CommitterBounds { log_octets_per_principal_and_hour: u64::from(self.log_mib_per_principal_and_hour) << 20, ..CommitterBounds::default() }
+    }
+
     fn check(&self) -> Result<(), String> {
         let named = [
             ("connections", self.connections == 0),
             ("handshakes", self.handshakes == 0),
             ("handshake_seconds", self.handshake_seconds == 0),
             ("streams_per_connection", self.streams_per_connection == 0),
+            ("log_mib_per_principal_and_hour", self.log_mib_per_principal_and_hour == 0),
             ("principal_certificate_days", self.principal_certificate_days == 0),
             ("server_certificate_days", self.server_certificate_days == 0),
         ];

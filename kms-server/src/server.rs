@@ -358,7 +358,7 @@ fn committer_settings(config: &Config, restore: RestoreSettings) -> CommitterSet
         island: config.island.clone(),
         server,
         chunk_size: ChunkSize::default(),
-        queue: QUEUED_ACTS,
+        bounds: config.limits.committer(),
         restore,
         silence: CommitterSettings::SILENCE,
     }
@@ -573,5 +573,3 @@ const LEADING_INTERVAL: Duration = Duration::from_secs(2);
 /// How often the rotations of groups' keys are looked at: their members are counted then.
 const FOLLOWING_INTERVAL: Duration = Duration::from_mins(1);
 const HEALTH_INTERVAL: Duration = Duration::from_secs(1);
-/// Acts that may wait for the writer.
-const QUEUED_ACTS: usize = 4_096;

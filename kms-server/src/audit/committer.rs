@@ -1,4 +1,4 @@
-//! The one writer of an island in this process: acts are queued, decided in order, and committed together, each with its record (I2).
+//! The one writer of an island in this process: acts are queued, decided in turn, and committed together, each with its record (I2).
 //!
 //! One transaction serves many acts, because the disk's answer costs more than an act. Between read and commit nothing else changes
 //! the rows (the store's transaction), so what an act decides on is what it changes (I4, I5).
@@ -14,7 +14,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use kms_domain::{
-    ChunkSize, CounterJump, DatabaseHistory, Generation, IslandName, LiveChunk, Meter, RowId, SealKey, SealKeys, SystemTitle, UnixMillis, WriterId,
+    ChunkSize, CounterJump, DatabaseHistory, Generation, IslandName, LiveChunk, Meter, PrincipalId, RowId, SealKey, SealKeys, SystemTitle, UnixMillis, WriterId,
 };
 use kms_proto::v1::{AuditKeyChanged, AuditRecord, ClosedChain, RowWrite, WriterOpened, audit_record::Event};
 use kms_store::{
@@ -22,13 +22,16 @@ use kms_store::{
     RequestPut, RowName, SealedPut, SealedRow, Store, StoreError,
 };
 use prost::Message as _;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 use tracing::Instrument as _;
 
 use super::{
-    AuditKeys, AuditLeaf,
+    AuditKeys, AuditLeaf, CommitterBounds,
+    bounds::WORK_OF_AN_ACT,
     chain::ChainHead,
+    growth::{Grown, Growth},
     history::{Comparison, RestoreSettings, Watermark},
+    queue::{Receiver, Sender, queue},
     refusals::{Refusal, Refusals},
     replay::RecordName,
     view::{Actor, Batch, ChunkName, Opened, Staged, Value, View, open_row, sealed_name},
@@ -56,8 +59,8 @@ pub struct CommitterSettings {
     pub server: String,
     /// How many counters are reserved at once.
     pub chunk_size: ChunkSize,
-    /// How many acts may wait. When more come, they are turned away at once (I2: callers do not hang).
-    pub queue: usize,
+    /// How many acts may wait, and how much they may write.
+    pub bounds: CommitterBounds,
     /// How a restored database is found (I4).
     pub restore: RestoreSettings,
     /// How long another server must have been silent for this one to take it for gone, and close its chain.
@@ -72,7 +75,7 @@ impl CommitterSettings {
 /// Queues acts. Cheap to clone.
 #[derive(Clone)]
 pub struct Committer {
-    queue: mpsc::Sender<Box<dyn Act>>,
+    queue: Arc<Sender>,
     shared: Arc<Shared>,
 }
 
@@ -107,7 +110,7 @@ struct LastRecord {
 impl Committer {
     /// Starts the writer and its first chain.
     pub fn start(store: Arc<dyn Store>, seal: impl Into<SealKeys>, audit_keys: impl Into<AuditKeys>, settings: CommitterSettings) -> Self {
-        let (queue, waiting) = mpsc::channel(settings.queue);
+        let (queue, waiting) = queue(settings.bounds);
         let shared = Arc::new(Shared {
             seal: ArcSwap::from_pointee(seal.into()),
             audit_keys: ArcSwap::from_pointee(audit_keys.into()),
@@ -123,7 +126,7 @@ impl Committer {
         });
         tokio::spawn(keep_house(Arc::downgrade(&shared)));
         tokio::spawn(Writer::new(shared.clone()).run(waiting));
-        Self { queue, shared }
+        Self { queue: Arc::new(queue), shared }
     }
 
     /// Reads `reads`, lets `decide` look and change, and commits what it changed together with its records. When this returns, all of it
@@ -133,7 +136,8 @@ impl Committer {
     /// what the last call did counts.
     ///
     /// # Errors
-    /// What `decide` returned (nothing is written then, but the refusal is recorded), or [`ServiceError::Unavailable`].
+    /// What `decide` returned (nothing is written then, but the refusal is recorded); [`ServiceError::ResourceExhausted`] where the actor has met a
+    /// bound of [`CommitterBounds`]; or [`ServiceError::Unavailable`].
     pub async fn act<T, F>(&self, actor: Actor, reads: Reads, decide: F) -> Result<Committed<T>, ServiceError>
     where
         T: Send + 'static,
@@ -141,14 +145,7 @@ impl Committer {
     {
         let (reply, answer) = oneshot::channel();
         let act = Box::new(TypedAct { actor, reads, decide, value: None, reply: Some(reply) });
-        metrics().act_queued();
-        self.queue.try_send(act).map_err(|_| {
-            metrics().acts_taken(1);
-            ServiceError::ResourceExhausted {
-                reason: "the server has as many acts waiting as it takes; the database may be slow".to_owned(),
-                retry_after: Duration::from_millis(500),
-            }
-        })?;
+        self.queue.push(act)?;
         answer.instrument(tracing::debug_span!("commit")).await.map_err(|_| ServiceError::unavailable("the server is stopping"))?
     }
 
@@ -499,11 +496,20 @@ impl Chunks {
 }
 
 /// An act in the queue, whatever its result's type.
-trait Act: Send {
+pub(super) trait Act: Send {
     fn actor(&self) -> Actor;
+    /// In whose lane it waits; none is the server's own.
+    fn payer(&self) -> Option<PrincipalId>;
     fn reads(&self) -> &Reads;
     fn decide(&mut self, view: &mut View<'_, '_>) -> Result<(), ServiceError>;
     fn finish(self: Box<Self>, outcome: Result<Vec<AuditLeaf>, ServiceError>);
+
+    /// How much of the writer's time it takes, in rows of meters. A fingerprint is looked up and not opened.
+    fn cost(&self) -> u64 {
+        let reads = self.reads();
+        let rows = reads.meters.len() + reads.tasks.len() + reads.sealed.len() + reads.fingerprints.len() / 4;
+        u64::try_from(rows).unwrap_or(u64::MAX).saturating_add(WORK_OF_AN_ACT)
+    }
 }
 
 struct TypedAct<T, F> {
@@ -521,6 +527,10 @@ where
 {
     fn actor(&self) -> Actor {
         self.actor.clone()
+    }
+
+    fn payer(&self) -> Option<PrincipalId> {
+        self.actor.principal.clone()
     }
 
     fn reads(&self) -> &Reads {
@@ -553,6 +563,7 @@ struct Writer {
     head: Option<ChainHead>,
     chunks: Chunks,
     refusals: Refusals,
+    growth: Growth,
     /// What this server remembers outside the database; read from its file at the first comparison.
     watermark: Option<Watermark>,
     /// An operator's word that the database was restored, until it is carried out.
@@ -571,32 +582,30 @@ struct Attempt {
     refusals: Option<Refusals>,
     /// How many refusals were counted, and how many security events.
     refused: (u64, u64),
+    grown: Grown,
 }
 
 impl Writer {
     fn new(shared: Arc<Shared>) -> Self {
         let declared = shared.settings.restore.declared;
         let (chunks, refusals, failures) = (Chunks::default(), Refusals::default(), Repetition::default());
-        Self { shared, head: None, chunks, refusals, watermark: None, declared, failures }
+        Self { shared, head: None, chunks, refusals, growth: Growth::default(), watermark: None, declared, failures }
     }
 
-    async fn run(mut self, mut waiting: mpsc::Receiver<Box<dyn Act>>) {
-        let mut acts = Vec::new();
+    async fn run(mut self, waiting: Receiver) {
         let mut idle = tokio::time::interval(IDLE);
         loop {
             tokio::select! {
-                received = waiting.recv_many(&mut acts, MOST_ACTS) => {
-                    if received == 0 {
+                more = waiting.ready() => {
+                    if !more {
                         return;
                     }
-                    metrics().acts_taken(received);
                 }
                 _ = idle.tick() => drop(self.compare().await),
             }
-            while !acts.is_empty() || self.refusals.any_due(Instant::now()) {
-                let taken = take_batch(&mut acts);
-                let committed = self.commit(taken).await;
-                if acts.is_empty() && !committed {
+            while !waiting.is_empty() || self.refusals.any_due(Instant::now()) {
+                let committed = self.commit(waiting.take()).await;
+                if waiting.is_empty() && !committed {
                     // Refusals that could not be written are kept, and tried with the next acts or tick.
                     break;
                 }
@@ -761,19 +770,20 @@ impl Writer {
         let seal = shared.seal.load_full();
         let at = Instant::now();
         let mut attempt = None;
-        let (chunks, refusals) = (&mut self.chunks, &self.refusals);
+        let (chunks, refusals, growth) = (&mut self.chunks, &self.refusals, &self.growth);
+        let bound = shared.settings.bounds.log_octets_per_principal_and_hour;
         let mut decide = |read: &ReadSet| {
             let mut batch = Batch::new(read, now, head.writer, &shared, &seal, chunks);
-            let outcomes = decide_all(acts, &actors, &mut batch);
+            let outcomes = decide_all(acts, &actors, &mut batch, |actor| growth.permit(actor, bound, at));
             if !batch.missing.is_empty() {
                 return Decision::More(Box::new(batch.missing));
             }
-            let (decision, decided) = finish(batch, outcomes, head.clone(), opening.clone(), &keys, refusals, &actors, &seal, at);
+            let (decision, decided) = finish(batch, outcomes, head.clone(), opening.clone(), &keys, refusals, (growth, bound), &actors, &seal, at);
             attempt = Some(decided);
             decision
         };
         let committed = shared.store.transact(reads, &mut decide).await?;
-        let Some(Attempt { head, outcomes, leaves, fresh_chunks, written, refusals, refused }) = attempt else {
+        let Some(Attempt { head, outcomes, leaves, fresh_chunks, written, refusals, refused, grown }) = attempt else {
             return Err(StoreError::Corrupt { what: "a transaction ended without a decision".to_owned() });
         };
         let (refused, security_events) = refused;
@@ -792,6 +802,7 @@ impl Writer {
                 self.shared.seen.note(id, *generation);
             }
             metrics().chunks_reserved(fresh_chunks.len());
+            self.growth.written(grown, at);
             // I4: dealt from only now that the reservation is durable; what was dealt within the transaction goes out with it.
             self.chunks.0.extend(fresh_chunks);
             if let Some(mut refusals) = refusals {
@@ -834,10 +845,19 @@ impl<'b> Batch<'b> {
     }
 }
 
-/// Lets each act decide on what the acts before it left.
-fn decide_all(acts: &mut [Box<dyn Act>], actors: &[Actor], batch: &mut Batch<'_>) -> Vec<Result<(), ServiceError>> {
+/// Lets each act that is permitted to write decide on what the acts before it left.
+fn decide_all(
+    acts: &mut [Box<dyn Act>],
+    actors: &[Actor],
+    batch: &mut Batch<'_>,
+    permit: impl Fn(&Actor) -> Result<(), ServiceError>,
+) -> Vec<Result<(), ServiceError>> {
     let mut outcomes = Vec::with_capacity(acts.len());
     for (number, (act, actor)) in acts.iter_mut().zip(actors).enumerate() {
+        if let Err(refusal) = permit(actor) {
+            outcomes.push(Err(refusal));
+            continue;
+        }
         let mut view = View { base: batch, actor, staged: Staged::default() };
         let outcome = view.attempt(|view| act.decide(view));
         outcomes.push(outcome.and_then(|()| view.accept(number)));
@@ -854,6 +874,7 @@ fn finish(
     opening: Option<AuditRecord>,
     keys: &AuditKeys,
     refusals: &Refusals,
+    (growth, bound): (&Growth, u64),
     actors: &[Actor],
     seal: &SealKeys,
     at: Instant,
@@ -874,7 +895,16 @@ fn finish(
                 let leaves = vec![Vec::new(); outcomes.len()];
                 return (
                     Decision::Abandon,
-                    Attempt { head, outcomes, leaves, fresh_chunks: HashMap::new(), written: Vec::new(), refusals: None, refused: (0, 0) },
+                    Attempt {
+                        head,
+                        outcomes,
+                        leaves,
+                        fresh_chunks: HashMap::new(),
+                        written: Vec::new(),
+                        refusals: None,
+                        refused: (0, 0),
+                        grown: Grown::default(),
+                    },
                 );
             }
         }
@@ -898,6 +928,7 @@ fn finish(
     if let Some(opening) = opening {
         changes.audit.push(append(&mut head, keys, opening, now).1);
     }
+    let mut grown = Grown::default();
     for event in batch.events {
         let mut record = event.record;
         record.row_writes = event.written.iter().filter_map(|id| row_writes.get(id).cloned()).collect();
@@ -906,9 +937,12 @@ fn finish(
         if let Some(of_act) = leaves.get_mut(event.act) {
             of_act.push(leaf);
         }
+        if let Some(principal) = actors.get(event.act).and_then(|actor| actor.principal.as_ref()) {
+            grown.add(principal, &appended.record);
+        }
         changes.audit.push(appended);
     }
-    for record in due {
+    for record in due.into_iter().chain(growth.alarms(&mut grown, bound, at)) {
         changes.audit.push(append(&mut head, keys, record, now).1);
     }
 
@@ -938,7 +972,7 @@ fn finish(
     let nothing =
         changes.audit.is_empty() && changes.requests.is_empty() && changes.shipments.is_empty() && changes.refusals.is_empty() && changes.tasks.is_empty();
     let decision = if nothing { Decision::Abandon } else { Decision::Commit(Box::new(changes)) };
-    (decision, Attempt { head, outcomes, leaves, fresh_chunks: batch.fresh_chunks, written, refusals: noted, refused })
+    (decision, Attempt { head, outcomes, leaves, fresh_chunks: batch.fresh_chunks, written, refusals: noted, refused, grown })
 }
 
 /// Seals a changed row in its next generation, and says what the audit record tells of it.
@@ -1066,20 +1100,6 @@ fn refusal_of(error: &ServiceError, actor: &Actor) -> Option<Refusal> {
     }
 }
 
-/// As many waiting acts as one transaction takes.
-fn take_batch(acts: &mut Vec<Box<dyn Act>>) -> Vec<Box<dyn Act>> {
-    let mut meters = 0;
-    let count = acts
-        .iter()
-        .take_while(|act| {
-            meters += act.reads().meters.len();
-            meters <= MOST_METERS
-        })
-        .count();
-    let count = count.max(usize::from(!acts.is_empty()));
-    acts.drain(..count).collect()
-}
-
 /// Tells other servers that this one is alive, and removes requests that can no longer be repeated, a few at a time so that acts do not wait.
 async fn keep_house(shared: Weak<Shared>) {
     let mut ticks = tokio::time::interval(PURGE_EVERY);
@@ -1121,6 +1141,4 @@ const PURGE_EVERY: Duration = Duration::from_secs(1);
 const PURGED_AT_ONCE: u32 = 20_000;
 /// Every how many purges the server says that it is alive.
 const HEARTBEAT_TICKS: u64 = 10;
-const MOST_ACTS: usize = 256;
-const MOST_METERS: usize = 4_000;
 const MOST_ATTEMPTS: u32 = 5;

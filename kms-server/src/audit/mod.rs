@@ -1,14 +1,18 @@
 //! Every act and its record, in one transaction (I2).
 
 mod attempt;
+mod bounds;
 mod chain;
 mod committer;
+mod growth;
 mod history;
 mod owner_row;
+mod queue;
 mod refusals;
 mod replay;
 mod view;
 
+pub use bounds::CommitterBounds;
 pub use chain::{AuditKey, AuditKeys, AuditLeaf};
 pub(crate) use committer::event_kind;
 pub use committer::{Committed, Committer, CommitterSettings};

@@ -401,7 +401,7 @@ island_tests! {
             island: name.clone(),
             server: "three".to_owned(),
             chunk_size: kms_domain::ChunkSize::DEFAULT,
-            queue: 16,
+            bounds: crate::audit::CommitterBounds::default(),
             restore: restore.clone(),
             silence: crate::audit::CommitterSettings::SILENCE,
         };

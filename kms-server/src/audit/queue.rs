@@ -1,0 +1,155 @@
+//! Acts that wait for the writer: those of each principal in a lane of their own, served in turn by what they cost, small before large.
+//!
+//! The acts of one principal stay in their order: a replay comes after what it repeats, and leases follow each other as they were asked for. One that
+//! floods waits for itself: another one's act waits for the transaction that is under way, and comes into the next.
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use kms_domain::{PrincipalId, Turns};
+use tokio::sync::Notify;
+
+use super::{
+    bounds::{CommitterBounds, MOST_ACTS, MOST_WORK, MOST_WORK_OF_ONE, RETRY_AFTER, SMALL},
+    committer::Act,
+};
+use crate::{error::ServiceError, telemetry::metrics};
+
+/// Whose lane; none is the server's own.
+type Payer = Option<PrincipalId>;
+
+struct Shared {
+    state: Mutex<State>,
+    changed: Notify,
+    bounds: CommitterBounds,
+}
+
+struct State {
+    turns: Turns<Payer, Box<dyn Act>>,
+    closed: bool,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The end that acts go into. The queue ends when it is dropped.
+pub(super) struct Sender(Arc<Shared>);
+
+/// The writer's end. When it is dropped, what waits is given up.
+pub(super) struct Receiver(Arc<Shared>);
+
+/// A queue.
+pub(super) fn queue(bounds: CommitterBounds) -> (Sender, Receiver) {
+    let shared = Arc::new(Shared { state: Mutex::new(State { turns: Turns::new(), closed: false }), changed: Notify::new(), bounds });
+    (Sender(Arc::clone(&shared)), Receiver(shared))
+}
+
+impl Sender {
+    /// Puts an act behind those of its principal.
+    ///
+    /// # Errors
+    /// A bound is met, which the refusal names; or the server is stopping.
+    pub(super) fn push(&self, act: Box<dyn Act>) -> Result<(), ServiceError> {
+        let (payer, cost, bounds) = (act.payer(), act.cost(), &self.0.bounds);
+        let mut state = self.0.state();
+        if state.closed {
+            return Err(ServiceError::unavailable("the server is stopping"));
+        }
+        if let Some(principal) = &payer {
+            let refuse = |reason: String| Err(ServiceError::ResourceExhausted { reason, retry_after: RETRY_AFTER });
+            if state.turns.len() >= bounds.acts_waiting {
+                return refuse(format!(
+                    "the server has as many acts waiting as it takes, {} (bound `acts_waiting`); the database may be slow",
+                    bounds.acts_waiting
+                ));
+            }
+            let waiting = state.turns.waiting(&payer);
+            if waiting.items >= bounds.acts_waiting_per_principal {
+                return refuse(format!("{principal} has {} acts waiting (bound `acts_waiting_per_principal`); send fewer calls at a time", waiting.items));
+            }
+            if waiting.items > 0 && waiting.work.saturating_add(cost) > bounds.meters_in_flight_per_principal {
+                return refuse(format!(
+                    "{principal} has acts waiting that name {} rows, and may have {} (bound `meters_in_flight_per_principal`); send fewer or smaller calls at a time",
+                    waiting.work, bounds.meters_in_flight_per_principal
+                ));
+            }
+        }
+        state.turns.push(payer, cost, act);
+        drop(state);
+        metrics().act_queued();
+        self.0.changed.notify_one();
+        Ok(())
+    }
+}
+
+impl Drop for Sender {
+    fn drop(&mut self) {
+        self.0.state().closed = true;
+        self.0.changed.notify_one();
+    }
+}
+
+impl Receiver {
+    /// Waits until an act waits: true; or the queue has ended: false.
+    pub(super) async fn ready(&self) -> bool {
+        loop {
+            {
+                let state = self.0.state();
+                if !state.turns.is_empty() {
+                    return true;
+                }
+                if state.closed {
+                    return false;
+                }
+            }
+            self.0.changed.notified().await;
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.state().turns.is_empty()
+    }
+
+    /// What one transaction takes of the acts that wait.
+    pub(super) fn take(&self) -> Vec<Box<dyn Act>> {
+        let mut state = self.0.state();
+        let mut taken: Vec<Box<dyn Act>> = Vec::new();
+        let mut of_one: HashMap<Payer, u64> = HashMap::new();
+        let (mut all, mut largest) = (0, u64::MAX);
+        while taken.len() < MOST_ACTS {
+            let fits = |payer: &Payer, cost: u64| {
+                let work = of_one.get(payer).copied().unwrap_or_default();
+                taken.is_empty() || (cost <= largest && all + cost <= MOST_WORK && work + cost <= MOST_WORK_OF_ONE)
+            };
+            let Some((payer, cost, act)) = state.turns.pop_where(fits) else { break };
+            if taken.is_empty() && cost <= SMALL {
+                largest = SMALL;
+            }
+            all += cost;
+            *of_one.entry(payer).or_default() += cost;
+            taken.push(act);
+        }
+        drop(state);
+        metrics().acts_taken(taken.len());
+        taken
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        state.closed = true;
+        // Dropping an act answers it.
+        let given_up: Vec<_> = state.turns.drain().collect();
+        drop(state);
+        metrics().acts_taken(given_up.len());
+    }
+}
