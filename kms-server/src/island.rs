@@ -16,6 +16,7 @@ use crate::{
     authz::{Action, Caller, Policy, PrincipalFacts, Resource},
     error::ServiceError,
     profiles::Profiles,
+    service::scrub::Flight,
     telemetry::Repetition,
 };
 
@@ -35,6 +36,8 @@ pub struct Island {
     pub committer: Committer,
     /// The key of key fingerprints.
     pub fingerprint_key: FingerprintKey,
+    /// The scrub that runs: one at a time.
+    pub scrubs: Flight,
     /// Held while the row is read anew and its roots are put to use; knows what of them was complained about last.
     pub refreshing: tokio::sync::Mutex<Repetition>,
 }
@@ -43,6 +46,11 @@ impl Island {
     /// The island's name.
     pub const fn name(&self) -> &IslandName {
         self.hsm.island()
+    }
+
+    /// Its tokens, for what is done for a caller: it waits for its turn among the callers.
+    pub fn hsm_for(&self, caller: &Caller) -> Hsm {
+        self.hsm.paid_by(&caller.principal.to_string())
     }
 
     /// Its own row, no older than a few seconds: for which roots are in use.

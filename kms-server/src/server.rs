@@ -47,7 +47,7 @@ use crate::service::owner::OwnerService;
 use crate::service::retention::Housekeeper;
 use crate::service::root::make::{self, MadeRoot, MakeRootError, NewRootSettings};
 use crate::service::root::{FINGERPRINT_KEY_VERSION, RootService, all_seal_keys, audit_keys, learn_seal_keys, seal_key, seal_keys};
-use crate::service::scrub::Scrubber;
+use crate::service::scrub::{Flight, Scrubber};
 use crate::telemetry::{Call, Repetition, metrics};
 
 /// A server that is bound to its port and opens its island.
@@ -233,6 +233,7 @@ impl Opening {
             profiles: self.profiles,
             committer,
             fingerprint_key: keys.fingerprint,
+            scrubs: Flight::default(),
             refreshing: tokio::sync::Mutex::default(),
         });
         // New keys are stored under the storage KEKs that the row names. What this server's tokens lack keeps it from nothing else.

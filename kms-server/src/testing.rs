@@ -555,6 +555,7 @@ async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: 
         profiles: Profiles::load(Some(&profiles())).unwrap(),
         committer,
         fingerprint_key,
+        scrubs: Default::default(),
         refreshing: tokio::sync::Mutex::default(),
     }
 }

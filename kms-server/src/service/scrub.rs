@@ -7,6 +7,7 @@
 
 mod chains;
 mod fingerprints;
+mod flight;
 #[cfg(test)]
 mod tests;
 
@@ -17,9 +18,14 @@ use kms_domain::{
 };
 use kms_proto::v1::{RowWrite, ScrubFinding, ScrubResponse, SecurityEvent, audit_record::Event};
 use kms_store::{MeterFilter, Reads, RowKind, SealedRow};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
-use self::{chains::Chains, fingerprints::Fingerprints};
+pub use self::flight::Flight;
+use self::{
+    chains::Chains,
+    fingerprints::Fingerprints,
+    flight::{Joined, Progress},
+};
 use crate::{
     audit::Actor,
     authz::{Action, Caller},
@@ -60,25 +66,42 @@ impl Scrubber {
         Self { rows_at_once: rows.max(1), ..self }
     }
 
-    /// Scrubs for a caller, and tells how far it is.
+    /// Scrubs for a caller, and tells how far it is. Where a scrub runs already the caller gets its answer: it may have read some rows before the call.
     ///
     /// # Errors
-    /// Not permitted, or the database is away.
+    /// Not permitted; the caller watches as many scrubs as it may; or the database is away.
     pub async fn scrub_for(&self, caller: &Caller) -> Result<mpsc::Receiver<Result<ScrubResponse, ServiceError>>, ServiceError> {
         self.island.require(caller, &Action::Scrub).await?;
+        let place = self.island.scrubs.place(&caller.principal)?;
+        let mut watched = self.watch();
         let (answers, receiver) = mpsc::channel(4);
-        let scrubber = self.clone();
         tokio::spawn(async move {
-            let told = answers.clone();
-            let outcome = scrubber.scrub(move |progress| told.try_send(Ok(progress)).is_ok() || !told.is_closed()).await;
-            let last = outcome.map(|report| ScrubResponse {
-                records_read: report.records_read,
-                rows_read: report.rows_read,
-                findings: report.findings,
-                finished: true,
-            });
-            // A caller that has gone away has no use for it; the findings are on the record.
-            let _ = answers.send(last).await;
+            let _place = place;
+            loop {
+                let Progress { so_far, outcome } = watched.borrow_and_update().clone();
+                let last = match outcome {
+                    Some(outcome) => outcome.map(|report| ScrubResponse {
+                        records_read: report.records_read,
+                        rows_read: report.rows_read,
+                        findings: report.findings,
+                        finished: true,
+                    }),
+                    None => {
+                        // A caller that reads slowly misses some of it.
+                        let _ = answers.try_send(Ok(so_far));
+                        tokio::select! {
+                            changed = watched.changed() => match changed {
+                                Ok(()) => continue,
+                                Err(_) => Err(ServiceError::unavailable("the scrub was ended")),
+                            },
+                            // A caller that has gone away has no use for it; the findings are on the record.
+                            () = answers.closed() => return,
+                        }
+                    }
+                };
+                let _ = answers.send(last).await;
+                return;
+            }
         });
         Ok(receiver)
     }
@@ -89,12 +112,32 @@ impl Scrubber {
         tokio::spawn(async move {
             loop {
                 tokio::time::sleep(period).await;
-                match self.scrub(|_| true).await {
-                    Ok(report) => tracing::info!(records = report.records_read, rows = report.rows_read, findings = report.findings.len(), "scrubbed"),
-                    Err(error) => tracing::error!(%error, "the scrubber could not finish"),
+                let mut watched = self.watch();
+                let outcome = watched.wait_for(|progress| progress.outcome.is_some()).await.ok().and_then(|progress| progress.outcome.clone());
+                match outcome {
+                    Some(Ok(report)) => {
+                        tracing::info!(records = report.records_read, rows = report.rows_read, findings = report.findings.len(), "scrubbed");
+                    }
+                    Some(Err(error)) => tracing::error!(%error, "the scrubber could not finish"),
+                    None => tracing::error!("the scrubber was ended"),
                 }
             }
         })
+    }
+
+    /// The scrub that runs, or one that begins now. It ends early when nobody watches it any more.
+    fn watch(&self) -> watch::Receiver<Progress> {
+        match self.island.scrubs.join() {
+            Joined::Running(watched) => watched,
+            Joined::Begun(runner, watched) => {
+                let scrubber = self.clone();
+                tokio::spawn(async move {
+                    let outcome = scrubber.scrub(|so_far| runner.tell(so_far)).await;
+                    runner.end(outcome);
+                });
+                watched
+            }
+        }
     }
 
     /// Reads everything once, and records what it finds. `progress` is called every now and then; when it says no, the scrubber stops early with

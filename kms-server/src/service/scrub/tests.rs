@@ -5,7 +5,7 @@ use kms_proto::v1::{self, ScrubFinding, ScrubResponse, audit_record::Event};
 use kms_store::{AuditFilter, Changes, Committed, Decision, MeterPut, ReadSet, Reads, RowKind, SealedPut, SealedRow};
 use prost::Message as _;
 
-use super::{ScrubReport, Scrubber};
+use super::{ScrubReport, Scrubber, flight::Joined};
 use crate::{
     error::ServiceError,
     service::{
@@ -263,6 +263,43 @@ island_tests! {
         let last = all.last().unwrap();
         assert!(last.finished && last.findings.is_empty(), "{last:?}");
         assert!(last.rows_read >= 606 && last.records_read > 0);
+    }
+
+    async fn a_scrub_that_runs_serves_all_who_ask(island) {
+        let scrubber = Scrubber::new(island.island.clone());
+        let Joined::Begun(runner, own) = island.island.scrubs.join() else { panic!("another scrub runs") };
+        let so_far = ScrubResponse { records_read: 7, rows_read: 5, ..ScrubResponse::default() };
+        assert!(runner.tell(so_far.clone()));
+        let mut callers = Vec::new();
+        for _ in 0..4 {
+            callers.push(scrubber.scrub_for(&island.auditor).await.unwrap());
+        }
+        match scrubber.scrub_for(&island.auditor).await {
+            Err(ServiceError::ResourceExhausted { reason, .. }) => assert!(reason.contains("`scrubs`") && reason.contains("7 records and 5 rows"), "{reason}"),
+            other => panic!("{other:?}"),
+        }
+        for caller in &mut callers {
+            assert_eq!(caller.recv().await.unwrap().unwrap(), so_far);
+        }
+        // Who began it may go: others still watch.
+        drop(own);
+        assert!(runner.tell(so_far.clone()));
+        runner.end(Ok(ScrubReport { records_read: 9, rows_read: 6, findings: Vec::new() }));
+        for mut caller in callers {
+            let mut last = None;
+            while let Some(answer) = caller.recv().await {
+                last = Some(answer.unwrap());
+            }
+            assert_eq!(last, Some(ScrubResponse { records_read: 9, rows_read: 6, findings: Vec::new(), finished: true }));
+        }
+        // The next one begins anew, and ends when nobody watches it.
+        let Joined::Begun(runner, own) = island.island.scrubs.join() else { panic!("the scrub has ended") };
+        let Joined::Running(other) = island.island.scrubs.join() else { panic!("it runs") };
+        drop(own);
+        assert!(runner.tell(so_far.clone()));
+        drop(other);
+        assert!(!runner.tell(so_far));
+        assert!(matches!(island.island.scrubs.join(), Joined::Begun(..)));
     }
 
     async fn the_log_is_listed_by_who_and_what_in_both_orders(island) {
