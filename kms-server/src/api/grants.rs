@@ -103,13 +103,15 @@ impl Rpc for GrantApi {
         if first_chunk >= chunk_count {
             return Err(ServiceError::invalid("first_chunk", format!("`{first_chunk}` is not below the number of chunks, {chunk_count}")).into());
         }
+        let batch = Arc::new(self.service.begin_batch(&caller, meters.len())?);
         let service = self.service.clone();
         let island = self.island.clone();
         // A few chunks are under way at once: one is committed while another is wrapped. A caller that reads slowly slows this down.
         let answers = stream::iter(chunks.into_iter().skip(usize::try_from(first_chunk).unwrap_or(usize::MAX)))
             .map(move |chunk| {
-                let (service, caller, island) = (service.clone(), caller.clone(), island.clone());
+                let (service, caller, island, batch) = (service.clone(), caller.clone(), island.clone(), batch.clone());
                 async move {
+                    let _turn = batch.turn().await;
                     // Revocation acts in open streams too: an expired certificate ends them, and each chunk reads the principal anew.
                     if caller.not_after <= Island::now() {
                         return Err(Status::from(ServiceError::Unauthenticated {

@@ -160,7 +160,7 @@ impl FrameService {
         };
         let jobs: Vec<(FrameKeys, FrameInput)> =
             planned.iter().filter_map(|planned| planned.as_ref().ok()).map(|plan| (plan.keys.clone(), plan.input.clone())).collect();
-        let mut protected = self.island.hsm.protect_batch(jobs).instrument(tracing::debug_span!("hsm.protect")).await?.into_iter();
+        let mut protected = self.island.hsm_for(caller).protect_batch(jobs).instrument(tracing::debug_span!("hsm.protect")).await?.into_iter();
         let outcomes = planned
             .into_iter()
             .map(|planned| match planned {
@@ -239,7 +239,7 @@ impl FrameService {
             frames.into_iter().map(|frame| self.receive(&facts, purpose, meters.get(&frame.meter).map(AsRef::as_ref), frame)).collect();
         let jobs: Vec<(FrameKeys, ProtectedFrame)> =
             opened.iter().filter_map(|received| received.as_ref().ok()).map(|received| (received.keys.clone(), received.frame.clone())).collect();
-        let mut plain = self.island.hsm.unprotect_batch(jobs).instrument(tracing::debug_span!("hsm.unprotect")).await?.into_iter();
+        let mut plain = self.island.hsm_for(caller).unprotect_batch(jobs).instrument(tracing::debug_span!("hsm.unprotect")).await?.into_iter();
         let (mut alerts, mut doubtful) = (Vec::new(), Vec::new());
         let mut outcomes: Vec<FrameOutcome> = opened
             .into_iter()
@@ -268,7 +268,7 @@ impl FrameService {
                 }
             })
             .collect();
-        for (at, other) in self.held_instead(doubtful).await? {
+        for (at, other) in self.held_instead(caller, doubtful).await? {
             if let Some(outcome) = outcomes.get_mut(at) {
                 outcome.octets = Err(other.refusal());
             }
@@ -279,12 +279,12 @@ impl FrameService {
 
     /// Which pair of keys a meter's answer to a challenge is of, where it is not of the active one. Nothing else is made of it (I3): what the meter holds
     /// is for a probe to show, whose challenge the HSM makes.
-    async fn held_instead(&self, doubtful: Vec<(usize, OtherPair, ProtectedFrame)>) -> Result<Vec<(usize, OtherPair)>, ServiceError> {
+    async fn held_instead(&self, caller: &Caller, doubtful: Vec<(usize, OtherPair, ProtectedFrame)>) -> Result<Vec<(usize, OtherPair)>, ServiceError> {
         if doubtful.is_empty() {
             return Ok(Vec::new());
         }
         let jobs = doubtful.iter().map(|(_, other, frame)| (other.keys.clone(), frame.clone())).collect();
-        let opened = self.island.hsm.unprotect_batch(jobs).instrument(tracing::debug_span!("hsm.unprotect")).await?;
+        let opened = self.island.hsm_for(caller).unprotect_batch(jobs).instrument(tracing::debug_span!("hsm.unprotect")).await?;
         let mut found: Vec<(usize, OtherPair)> = Vec::new();
         for ((at, other, _), opened) in doubtful.into_iter().zip(opened) {
             if opened.is_ok() && found.last().is_none_or(|(known, _)| *known != at) {

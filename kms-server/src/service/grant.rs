@@ -3,12 +3,15 @@
 //! A grant is decided and recorded in one transaction (I2, I4), then carried out: the keys are wrapped for the grantee in the HSM. If that
 //! fails, the record stands, and the same request carries the same grant out later.
 
+mod batch;
+
 use std::{
     num::NonZeroU32,
     sync::{Arc, Mutex},
 };
 
 use aws_lc_rs::digest;
+use futures::future;
 use kms_domain::{
     CounterKey, GrantId, GroupId, KeyMaterial, KeyOrigin, KeyType, KeyVersion, KeyVersionNumber, Lease, MemberCounts, Meter, MeterClass, OnNewKey, Owner,
     ParseError, Party, Principal, PrincipalId, RequestId, Role, SecuritySetupId, SecuritySuite, Slot, Standing, SystemTitle, UnixMillis,
@@ -19,6 +22,8 @@ use kms_store::{AuditReference, GrantFilter, GrantRevocation, GrantRow, Reads, R
 use prost::Message as _;
 use tracing::Instrument as _;
 
+pub use self::batch::Batch;
+use self::batch::Batches;
 use super::{group::Groups, owner::rotation_message};
 use crate::{
     audit::{Actor, Asking, AuditLeaf, CounterOf, OwnerRow, PastRecord, RecordName, Replay, View, Window, overtaken, refused_before},
@@ -90,7 +95,7 @@ pub enum GrantTargets {
 /// What a chunk was answered with.
 #[derive(Debug)]
 pub struct Granted {
-    /// One envelope for each token that keys came from.
+    /// One envelope or more for each token that keys came from.
     pub envelopes: Vec<v1::Envelope>,
     /// Meters that got nothing, or the group.
     pub refusals: Vec<(Owner, ServiceError)>,
@@ -105,6 +110,7 @@ pub struct Granted {
 pub struct GrantService {
     island: Arc<Island>,
     groups: Arc<Groups>,
+    batches: Batches,
 }
 
 impl GrantService {
@@ -113,7 +119,15 @@ impl GrantService {
 
     /// Grants of an island.
     pub fn new(island: Arc<Island>) -> Self {
-        Self { island, groups: Arc::default() }
+        Self { island, groups: Arc::default(), batches: Batches::default() }
+    }
+
+    /// Begins a batch of so many meters: its chunks take turns with those of the caller's other batches.
+    ///
+    /// # Errors
+    /// The caller's unanswered batches name too many meters already.
+    pub fn begin_batch(&self, caller: &Caller, meters: usize) -> Result<Batch, ServiceError> {
+        self.batches.begin(&caller.principal, meters)
     }
 
     /// Grants what is asked for the meters of a chunk, or repeats the grant that this request got before.
@@ -164,7 +178,7 @@ impl GrantService {
         match committed.value {
             Decided::Grant(plan) => {
                 let leaf = committed.leaves.first().copied().or(plan.leaf);
-                self.carry_out(*plan, leaf).await
+                self.carry_out(caller, *plan, leaf).await
             }
             Decided::Replay(_) => Err(ServiceError::Internal("a replayed grant was not decided".to_owned())),
         }
@@ -207,7 +221,7 @@ impl GrantService {
     }
 
     /// Wraps the keys of a recorded grant for the grantee, and seals the manifest.
-    async fn carry_out(&self, plan: Plan, leaf: Option<AuditLeaf>) -> Result<Granted, ServiceError> {
+    async fn carry_out(&self, caller: &Caller, plan: Plan, leaf: Option<AuditLeaf>) -> Result<Granted, ServiceError> {
         let Plan { entries, refusals, .. } = &plan;
         let rotation = entries.first().and_then(|entry| entry.rotation.clone());
         let mut granted = Granted { envelopes: Vec::new(), refusals: refusals.clone(), leaf, rotation };
@@ -223,9 +237,12 @@ impl GrantService {
         let sources: Vec<KeySource> = entries.iter().flat_map(|entry| entry.keys.iter().map(|key| key.source.clone())).collect();
         let places: Vec<(usize, usize)> =
             entries.iter().enumerate().flat_map(|(entry, planned)| (0..planned.keys.len()).map(move |key| (entry, key))).collect();
-        let groups = self.island.hsm.split_by_token(&sources)?;
+        let hsm = self.island.hsm_for(caller);
+        let groups = hsm.split_by_token(&sources)?;
         let plan = Arc::new(plan);
-        for group in groups {
+        // An envelope for each token, and for each part of a chunk: no worker of the token is busy with one caller's chunk for long.
+        let mut envelopes = Vec::new();
+        for group in groups.iter().flat_map(|group| parts(group, &places)) {
             let keys: Vec<KeySource> = group.iter().filter_map(|index| sources.get(*index).cloned()).collect();
             let places: Vec<(usize, usize)> = group.iter().filter_map(|index| places.get(*index).copied()).collect();
             let (island, digest) = (self.island.name().to_string(), transport_digest(&plan));
@@ -249,7 +266,10 @@ impl GrantService {
                 manifest.encode_to_vec()
             };
             let span = tracing::debug_span!("hsm.envelope", kms.keys = keys.len());
-            let envelope = self.island.hsm.envelope(recipient.clone(), keys, header, manifest).instrument(span).await?;
+            let (hsm, recipient) = (hsm.clone(), recipient.clone());
+            envelopes.push(async move { hsm.envelope(recipient, keys, header, manifest).instrument(span).await.map(|envelope| (envelope, failed)) });
+        }
+        for (envelope, failed) in future::try_join_all(envelopes).await? {
             granted.envelopes.push(v1::Envelope { header: envelope.header.into(), manifest: envelope.manifest.into(), seal: envelope.seal.to_vec().into() });
             if let Ok(mut failures) = failed.lock() {
                 granted.refusals.append(&mut failures);
@@ -263,6 +283,19 @@ impl GrantService {
         metrics().grant_refused(granted.refusals.iter().map(|(_, error)| error));
         Ok(granted)
     }
+}
+
+/// Divides the keys of one token, at the borders of meters: `group` are indices of `places`.
+fn parts(group: &[usize], places: &[(usize, usize)]) -> Vec<Vec<usize>> {
+    let entry = |index: &usize| places.get(*index).map(|(entry, _)| *entry);
+    let mut parts: Vec<Vec<usize>> = Vec::new();
+    for of_meter in group.chunk_by(|one, next| entry(one) == entry(next)) {
+        match parts.last_mut().filter(|part| part.len() + of_meter.len() <= PART) {
+            Some(part) => part.extend_from_slice(of_meter),
+            None => parts.push(of_meter.to_vec()),
+        }
+    }
+    parts
 }
 
 /// Which grants to list.
@@ -909,5 +942,7 @@ fn reason_of(error: &ServiceError) -> String {
     }
 }
 
+/// Keys of one envelope: as many as a worker of a token makes in a few milliseconds, or in 0.4 s with 1 ms for each call of an HSM.
+const PART: usize = 128;
 /// Numbers of groups begin with 1.
 const NO_GROUP: GroupId = GroupId(0);

@@ -297,7 +297,7 @@ impl OwnerService {
         recipe: Recipe,
         held_by_meters: bool,
     ) -> Result<v1::CreateKeyResponse, ServiceError> {
-        let wrapped = recipe.generate(&self.island).await?;
+        let wrapped = recipe.generate(&self.island.hsm_for(caller)).await?;
         let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
         let row = match owner {
             Owner::DeviceType(id) => (RowKind::DeviceType, id.0.to_be_bytes().to_vec()),

@@ -82,7 +82,7 @@ impl Principals {
             return Err(ServiceError::invalid("principal", format!("`{}` is not of the island `{}`", new.id, self.island.name())));
         }
         let issued = match &new.certification {
-            Some(request) => Some(self.authority.principal(&new.id, request, self.validity())?.sign(&self.island.hsm).await?),
+            Some(request) => Some(self.authority.principal(&new.id, request, self.validity())?.sign(&self.island.hsm_for(caller)).await?),
             None => None,
         };
         let digest = request_digest(
@@ -168,8 +168,11 @@ impl Principals {
         let action = Action::RenewPrincipal { role: id.role(), own };
         self.island.require(caller, &action).await?;
         // No signature for what will be refused. A request that comes again gets its answer in the act.
-        let issued =
-            if self.has_room(&id).await? { Some(self.authority.principal(&id, certification, self.validity())?.sign(&self.island.hsm).await?) } else { None };
+        let issued = if self.has_room(&id).await? {
+            Some(self.authority.principal(&id, certification, self.validity())?.sign(&self.island.hsm_for(caller)).await?)
+        } else {
+            None
+        };
         let digest = request_digest("renew", &[id.to_string().as_bytes(), &certification.spki_sha256()]);
         let chain = self.chain();
         let asking = caller.clone();
@@ -217,7 +220,7 @@ impl Principals {
         let id = caller.principal.clone();
         let action = Action::RegisterTransportKey { role: id.role() };
         self.island.require(caller, &action).await?;
-        let issued = self.authority.transport(&id, certification, self.validity())?.sign(&self.island.hsm).await?;
+        let issued = self.authority.transport(&id, certification, self.validity())?.sign(&self.island.hsm_for(caller)).await?;
         let digest = request_digest("transport", &[&certification.spki_sha256()]);
         let chain = self.chain();
         self.act(caller, Request { id: request, digest }, action, id.clone(), Reads::default(), move |_, existing| {

@@ -4,6 +4,7 @@ use kms_domain::{
     KeyLength, KeyMaterial, KeyOrigin, KeyProfile, KeyShape, KeyState, KeyType, KeyVersion, NewKeyOrigin, NewKeyVersion, SecuritySetupId, SecuritySuite, Slot,
     UnixMillis, WrappedKey,
 };
+use kms_hsm::Hsm;
 
 use crate::{error::ServiceError, island::Island};
 
@@ -53,11 +54,11 @@ impl Recipe {
     ///
     /// # Errors
     /// Trouble of the HSM.
-    pub(super) async fn generate(&self, island: &Island) -> Result<Option<WrappedKey>, ServiceError> {
+    pub(super) async fn generate(&self, hsm: &Hsm) -> Result<Option<WrappedKey>, ServiceError> {
         if self.origin != KeyOrigin::Generated {
             return Ok(None);
         }
-        let stored = island.hsm.generate_stored(self.key_type, self.length).await?;
+        let stored = hsm.generate_stored(self.key_type, self.length).await?;
         let version = u8::try_from(stored.storage_kek_version.number()).unwrap_or_default();
         WrappedKey::new(self.key_type, version, stored.blob.into()).map(Some).map_err(|error| ServiceError::Internal(error.to_string()))
     }

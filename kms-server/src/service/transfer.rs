@@ -20,6 +20,7 @@ use kms_domain::{
     NewKeyOrigin, NewKeyVersion, Next, Observation, OnNewKey, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, TaskWork,
     Transfer, TransferError, TransferForm, TransferId, TransferOrder, WrappedKey,
 };
+use kms_hsm::Hsm;
 use kms_proto::v1::{HeldVersion, SecurityEvent, TransferAdvance, TransfersAdvanced, audit_record::Event};
 use kms_store::Reads;
 
@@ -146,6 +147,8 @@ pub struct Delivery {
 #[derive(Clone)]
 pub struct TransferService {
     island: Arc<Island>,
+    /// For the server itself, or for a caller.
+    hsm: Hsm,
 }
 
 /// A decided step of one meter.
@@ -169,8 +172,13 @@ impl DecidedStep {
 
 impl TransferService {
     /// Transfers of an island.
-    pub const fn new(island: Arc<Island>) -> Self {
-        Self { island }
+    pub fn new(island: Arc<Island>) -> Self {
+        Self { hsm: island.hsm.clone(), island }
+    }
+
+    /// The same, whose work in the HSM is the caller's.
+    fn paid_by(&self, caller: &Caller) -> Self {
+        Self { hsm: self.island.hsm_for(caller), island: self.island.clone() }
     }
 
     /// Begins transfers. What concerns one meter is in its answer.
@@ -191,7 +199,8 @@ impl TransferService {
             .iter()
             .map(|order| known.get(&order.meter).is_some_and(|meter| permits_order(&self.island, &facts(&principal), meter, order).is_ok()))
             .collect();
-        let prepared = self.prepare(&orders, &permitted, &known).await?;
+        let paid = self.paid_by(caller);
+        let prepared = paid.prepare(&orders, &permitted, &known).await?;
         let asking = Asking::new(caller, request, digest, Window::Keys);
         let groups = orders.iter().filter_map(|order| known.get(&order.meter)).flat_map(|meter| meter.class.groups.clone());
         let mut sealed = vec![principal_row(&caller.principal), self.island.row_name()];
@@ -231,7 +240,7 @@ impl TransferService {
                 Ok(decided)
             })
             .await?;
-        Ok((self.answer(committed.value).await?, committed.leaves.first().copied()))
+        Ok((paid.answer(committed.value).await?, committed.leaves.first().copied()))
     }
 
     /// Reports what came back, and goes on. A report for an earlier step changes nothing and gets the present step.
@@ -249,8 +258,9 @@ impl TransferService {
                 permits_transfer(&self.island, &facts(&principal), meter, transfer).ok().map(|()| meter.clone())
             })
             .collect();
-        let observations = self.read(&reports, &expected).await?;
-        let challenges = self.challenges(reports.len()).await?;
+        let paid = self.paid_by(caller);
+        let observations = paid.read(&reports, &expected).await?;
+        let challenges = paid.challenges(reports.len()).await?;
         let mut sealed = vec![principal_row(&caller.principal)];
         sealed.extend(known.values().flat_map(|meter| meter.class.groups.iter().copied().map(group_row)));
         let mut reads = Reads { meters: reports.iter().map(|report| report.meter).collect(), sealed, ..Reads::default() };
@@ -273,7 +283,7 @@ impl TransferService {
                 Ok(decided)
             })
             .await?;
-        Ok((self.answer(committed.value).await?, committed.leaves.first().copied()))
+        Ok((paid.answer(committed.value).await?, committed.leaves.first().copied()))
     }
 
     /// Ends transfers. What has left stays a candidate (I3).
@@ -324,7 +334,7 @@ impl TransferService {
                 Ok(decided)
             })
             .await?;
-        self.answer(committed.value).await
+        self.paid_by(caller).answer(committed.value).await
     }
 
     /// The meters as they stand now, for what is done before the transaction.
@@ -337,7 +347,7 @@ impl TransferService {
 
     /// Random challenges of the HSM.
     async fn challenges(&self, count: usize) -> Result<Vec<[u8; kms_domain::CHALLENGE]>, ServiceError> {
-        let octets = self.island.hsm.random(count.saturating_mul(kms_domain::CHALLENGE)).await?;
+        let octets = self.hsm.random(count.saturating_mul(kms_domain::CHALLENGE)).await?;
         Ok(octets.as_chunks().0.to_vec())
     }
 
@@ -384,7 +394,7 @@ impl TransferService {
         let (origin, wrapped) = match (profile.map(|key| key.origin), root) {
             (Some(NewKeyOrigin::Diversified), Some(root)) => (KeyOrigin::Diversified { root_version: root.version, derivation: root.derivation, length }, None),
             _ => {
-                let stored = self.island.hsm.generate_stored(key_type, length).await?;
+                let stored = self.hsm.generate_stored(key_type, length).await?;
                 let version = u8::try_from(stored.storage_kek_version.number()).unwrap_or_default();
                 let wrapped = WrappedKey::new(key_type, version, stored.blob.into()).map_err(|error| ServiceError::Internal(error.to_string()))?;
                 (KeyOrigin::Generated, Some(wrapped))

@@ -103,7 +103,7 @@ impl MeterService {
         let principal = self.island.principal(caller).await?;
         self.island.policy.load().require(&facts(&principal), &action, &Resource::Meters(&class))?;
         let groups = self.groups.resolve(&self.island, &Actor::caller(caller, Some(request.id), action.name()), &permit, &names, profile.suite).await?;
-        let generated = self.generate(&recipes, meters.len()).await?;
+        let generated = self.generate(caller, &recipes, meters.len()).await?;
         let client_titles = self.island.client_titles().await?;
         let (island, enrolment, suite, other_flag_ids) = (self.island.clone(), enrolment.clone(), profile.suite, profile.other_flag_ids.clone());
         let reads = Reads { meters: meters.iter().map(|meter| meter.title).collect(), ..Reads::default() };
@@ -178,11 +178,12 @@ impl MeterService {
     }
 
     /// The keys of `meters` meters that are made at random, each wrapped under its storage KEK inside the HSM.
-    async fn generate(&self, recipes: &[Recipe], meters: usize) -> Result<Vec<Vec<WrappedKey>>, ServiceError> {
+    async fn generate(&self, caller: &Caller, recipes: &[Recipe], meters: usize) -> Result<Vec<Vec<WrappedKey>>, ServiceError> {
+        let hsm = &self.island.hsm_for(caller);
         let generated: Vec<Recipe> = recipes.iter().filter(|recipe| recipe.origin == KeyOrigin::Generated).cloned().collect();
         let each = generated.len();
         let keys: Vec<WrappedKey> = stream::iter((0..meters).flat_map(|_| generated.clone()))
-            .map(|recipe| async move { recipe.generate(&self.island).await?.ok_or_else(|| ServiceError::Internal("a generated key is missing".to_owned())) })
+            .map(|recipe| async move { recipe.generate(hsm).await?.ok_or_else(|| ServiceError::Internal("a generated key is missing".to_owned())) })
             .buffered(KEYS_AT_ONCE)
             .try_collect()
             .await?;

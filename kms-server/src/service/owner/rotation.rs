@@ -322,7 +322,7 @@ impl NewGroupVersion {
         let mut slots = group.slots.iter().filter(|slot| slot.key_type() == key_type);
         let Some(slot) = slots.find(|slot| setup.is_none_or(|setup| slot.setup() == setup)) else { return Ok(None) };
         let recipe = Recipe::again(island, slot, group.suite);
-        let new = recipe.version(recipe.generate(island).await?, KeyState::PreActive);
+        let new = recipe.version(recipe.generate(&island.hsm).await?, KeyState::PreActive);
         Ok(Some(Self { group: id, setup: slot.setup(), key_type, new }))
     }
 

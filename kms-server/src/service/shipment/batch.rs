@@ -243,7 +243,7 @@ async fn patiently(
     let mut attempts = 0;
     loop {
         attempts += 1;
-        match island.hsm.import_keys(verified.batch_key.clone(), jobs.clone()).await {
+        match island.hsm.paid_by(IMPORTS).import_keys(verified.batch_key.clone(), jobs.clone()).await {
             Err(error) if error.kind() == ErrorKind::Transient && attempts < ATTEMPTS => {
                 tokio::time::sleep(error.retry_after().unwrap_or(RETRY_AFTER)).await;
             }
@@ -252,6 +252,8 @@ async fn patiently(
     }
 }
 
+/// The lane of all imports in the queues of the tokens.
+pub(super) const IMPORTS: &str = "imports";
 const SMALLEST: usize = 64;
 const LARGEST: usize = 1_000;
 const QUICK: Duration = Duration::from_millis(80);

@@ -11,6 +11,7 @@ use kms_hsm::{BatchKey, HsmError, RootVersion};
 use kms_store::ShipmentRow;
 use x509_parser::{prelude::FromDer, x509::SubjectPublicKeyInfo};
 
+use super::batch::IMPORTS;
 use super::spool::{Line, Lines, WindowDigest, Windows, digest_of};
 use crate::{error::ServiceError, island::Island};
 
@@ -98,7 +99,7 @@ async fn open_batch_key(island: &Island, header: &ShipmentHeader) -> Result<Batc
         let names: Vec<&str> = offered.iter().map(|hash| hash.name()).collect();
         return Err(refuse(format!("line 1: oaep_hash: {} is not accepted here; use {}", header.oaep_hash.name(), names.join(" or "))));
     }
-    match island.hsm.open_batch_key(version, hash, header.batch_key.clone()).await {
+    match island.hsm.paid_by(IMPORTS).open_batch_key(version, hash, header.batch_key.clone()).await {
         Ok(batch_key) => Ok(batch_key),
         Err(HsmError::WrappedKeyInvalid { .. }) => {
             Err(refuse("line 1: batch_key: it cannot be opened with the vendor transport key: damaged, or no 32-octet AES key inside"))

@@ -52,9 +52,9 @@ impl TransferService {
     /// Three rounds, each one item in the HSM's queue: keys wrapped for meters, answers to challenges, frames.
     async fn make(&self, plans: Vec<&Plan>) -> Result<Vec<Result<Sending, ServiceError>>, ServiceError> {
         let jobs = plans.iter().filter_map(|plan| plan.wrap.clone()).collect();
-        let mut wrapped = self.island.hsm.wrap_for_meters(jobs).await?.into_iter();
+        let mut wrapped = self.hsm.wrap_for_meters(jobs).await?.into_iter();
         let challenges: Vec<(FrameKeys, FrameInput)> = plans.iter().filter_map(|plan| plan.challenge_input().transpose()).collect::<Result<_, _>>()?;
-        let mut answered = self.island.hsm.protect_batch(challenges).await?.into_iter();
+        let mut answered = self.hsm.protect_batch(challenges).await?.into_iter();
         let mut deliveries = Vec::with_capacity(plans.len());
         let mut frames: Vec<(FrameKeys, FrameInput)> = Vec::new();
         for plan in &plans {
@@ -75,7 +75,7 @@ impl TransferService {
             });
             deliveries.push(ready);
         }
-        let mut protected = self.island.hsm.protect_batch(frames).await?.into_iter();
+        let mut protected = self.hsm.protect_batch(frames).await?.into_iter();
         Ok(plans
             .iter()
             .zip(deliveries)

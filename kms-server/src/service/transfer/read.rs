@@ -41,14 +41,14 @@ impl TransferService {
             })
             .collect();
         let jobs = first.iter().flatten().filter_map(Reading::job).collect();
-        let mut opened = self.island.hsm.unprotect_batch(jobs).await?.into_iter();
+        let mut opened = self.hsm.unprotect_batch(jobs).await?.into_iter();
         for reading in first.iter_mut().flatten() {
             if reading.job().is_some() {
                 *reading = reading.opened(next(&mut opened)?)?;
             }
         }
         let jobs = first.iter().flatten().filter_map(Reading::challenge_job).collect();
-        let mut verified = self.island.hsm.unprotect_batch(jobs).await?.into_iter();
+        let mut verified = self.hsm.unprotect_batch(jobs).await?.into_iter();
         first
             .into_iter()
             .map(|reading| match reading {
