@@ -13,13 +13,14 @@ use kms_client::{
 
 use crate::{
     Failure,
-    island::{Island, request_id, title},
+    island::{HeadEnd, Island, request_id, title},
     measure::{Random, Run},
 };
 
 /// The head-end's requests. Each measurement has one of its own.
 pub(crate) struct Grants<'a> {
     island: &'a Island,
+    head_end: &'a HeadEnd,
     turn: Cell<u64>,
     sample: RefCell<Vec<Sample>>,
 }
@@ -33,7 +34,12 @@ struct Sample {
 
 impl<'a> Grants<'a> {
     pub(crate) const fn new(island: &'a Island) -> Self {
-        Self { island, turn: Cell::new(0), sample: RefCell::new(Vec::new()) }
+        Self::of(island, &island.head_end)
+    }
+
+    /// Of another head-end than the island's first.
+    pub(crate) const fn of(island: &'a Island, head_end: &'a HeadEnd) -> Self {
+        Self { island, head_end, turn: Cell::new(0), sample: RefCell::new(Vec::new()) }
     }
 
     /// Single calls, so many in flight.
@@ -65,7 +71,7 @@ impl<'a> Grants<'a> {
         let turn = self.turn.replace(self.turn.get() + 1);
         let request = request_id();
         let message = OpenSessionRequest { request_id: request.clone(), meter: title(number).to_vec().into(), terms: Some(self.terms()) };
-        let answer = self.island.head_end.connection(turn)?.grants().open_session(message).await?.into_inner();
+        let answer = self.head_end.connection(turn)?.grants().open_session(message).await?.into_inner();
         if answer.envelopes.is_empty() {
             return Err("a grant without an envelope".into());
         }
@@ -76,7 +82,7 @@ impl<'a> Grants<'a> {
     }
 
     /// The keys that came.
-    async fn batch(&self, meters: Vec<u64>) -> Result<u64, Failure> {
+    pub(crate) async fn batch(&self, meters: Vec<u64>) -> Result<u64, Failure> {
         let turn = self.turn.replace(self.turn.get() + 1);
         let request = request_id();
         let message = OpenSessionsRequest {
@@ -85,7 +91,7 @@ impl<'a> Grants<'a> {
             terms: Some(self.terms()),
             first_chunk: 0,
         };
-        let mut chunks = self.island.head_end.connection(turn)?.grants().open_sessions(message).await?.into_inner();
+        let mut chunks = self.head_end.connection(turn)?.grants().open_sessions(message).await?.into_inner();
         let (mut received, mut count) = (0, 0);
         let mut kept = None;
         while let Some(chunk) = chunks.message().await? {
@@ -108,12 +114,12 @@ impl<'a> Grants<'a> {
     }
 
     fn terms(&self) -> SessionTerms {
-        SessionTerms { purpose: Purpose::Read.into(), client_title: self.island.head_end.client_title.octets().to_vec().into(), ..SessionTerms::default() }
+        SessionTerms { purpose: Purpose::Read.into(), client_title: self.head_end.client_title.octets().to_vec().into(), ..SessionTerms::default() }
     }
 
     /// Opens what was kept: each envelope is genuine, answers its request, and has two keys and counters of each meter, in order.
     fn verify_sample(&self) -> Result<(), Failure> {
-        let head_end = &self.island.head_end;
+        let head_end = self.head_end;
         for sample in self.sample.take() {
             let options = head_end.options.clone().answering(RequestId::from_octets(&sample.request)?);
             let opened = head_end.key.open_all(&sample.envelopes, &options)?;

@@ -21,13 +21,15 @@ use kms_client::{
 };
 use sqlx::{Connection as _, Row as _, sqlite::SqliteConnectOptions};
 
-use crate::{Failure, measure::Load, module::Module};
+use crate::{Failure, fairness::FLOOD_CONNECTIONS, measure::Load, module::Module};
 
 /// A running server with its island, and the identities that the measuring needs.
 pub(crate) struct Island {
     pub(crate) directory: PathBuf,
     pub(crate) officer: Connection,
     pub(crate) head_end: HeadEnd,
+    /// Another one, with meters of its own, that floods the server.
+    pub(crate) flooder: HeadEnd,
     pub(crate) vendor: VendorKey,
     pub(crate) load: Load,
     server: Child,
@@ -100,9 +102,10 @@ impl Island {
         let vendor = VendorKey::generate()?;
         add(&officer, AddPrincipalRequest { principal: MANUFACTURER.to_owned(), shipment_key: vendor.public_der()?.into(), ..AddPrincipalRequest::default() })
             .await?;
-        let head_end = HeadEnd::register(&officer, profile, module).await?;
+        let head_end = HeadEnd::register(&officer, &profile, module, HEAD_END, CLIENT_TITLE, CONNECTIONS).await?;
+        let flooder = HeadEnd::register(&officer, &profile, module, FLOODER, FLOODER_TITLE, FLOOD_CONNECTIONS).await?;
         let load = Load { server: server.id() };
-        Ok(Self { directory, officer, head_end, vendor, load, server })
+        Ok(Self { directory, officer, head_end, flooder, vendor, load, server })
     }
 
     /// The size of the database as its last commit left it.
@@ -130,24 +133,27 @@ impl HeadEnd {
         officer: &Connection,
         profile: impl Fn(&str, &PrincipalId, &str, &str) -> Result<Profile, kms_client::ProfileError>,
         module: Module,
+        name: &str,
+        client_title: &str,
+        connection_count: usize,
     ) -> Result<Self, Failure> {
-        let id = PrincipalId::parse(HEAD_END)?;
-        let client_title = SystemTitle::parse(CLIENT_TITLE)?;
+        let id = PrincipalId::parse(name)?;
+        let client_title = SystemTitle::parse(client_title)?;
         let request = KeyRequest::generate(&id)?;
         let certificate_request = request.certificate_request().to_vec().into();
         let issued = add(
             officer,
             AddPrincipalRequest {
-                principal: HEAD_END.to_owned(),
+                principal: name.to_owned(),
                 certificate_request,
                 client_titles: vec![client_title.octets().to_vec().into()],
                 ..AddPrincipalRequest::default()
             },
         )
         .await?;
-        let profile = profile("head-end", &id, &KeyRequest::chain_pem(&issued), request.key_pem())?;
-        let mut connections = Vec::with_capacity(CONNECTIONS);
-        for _ in 0..CONNECTIONS {
+        let profile = profile(id.name(), &id, &KeyRequest::chain_pem(&issued), request.key_pem())?;
+        let mut connections = Vec::with_capacity(connection_count);
+        for _ in 0..connection_count {
             connections.push(Connection::connect(&profile).await?);
         }
         let transport = KeyRequest::generate(&id)?;
@@ -239,8 +245,10 @@ fn free_address() -> std::io::Result<SocketAddr> {
 pub(crate) const FLAG_ID: &str = "KAM";
 pub(crate) const MANUFACTURER: &str = "urn:meterkms:bench:manufacturer:kam";
 pub(crate) const HEAD_END: &str = "urn:meterkms:bench:head-end:hes";
+pub(crate) const FLOODER: &str = "urn:meterkms:bench:head-end:flooder";
 const OFFICER: &str = "urn:meterkms:bench:officer:officer-1";
 const CLIENT_TITLE: &str = "4D4D4D0000000001";
+const FLOODER_TITLE: &str = "4D4D4D0000000002";
 const CUSTODIANS: [&str; 2] = ["custodian-1", "custodian-2"];
 const CONNECTIONS: usize = 2;
 const OPEN_WITHIN: Duration = Duration::from_secs(60);

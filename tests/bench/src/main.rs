@@ -4,6 +4,7 @@
 //! generator on the same machine that speaks gRPC with mTLS. Goals are printed beside the figures; missing one is no error.
 
 mod conditions;
+mod fairness;
 mod frames;
 mod grants;
 mod island;
@@ -20,9 +21,10 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 use self::{
     conditions::Conditions,
+    fairness::{FLOOD_CALLS, FLOOD_METERS, Fairness, NEIGHBOUR_PACE},
     frames::Frames,
     grants::Grants,
-    island::Island,
+    island::{FLOODER, Island},
     measure::{Random, Run, memory_mib, per_second},
     module::Module,
     raw::{Rates, Raw},
@@ -182,6 +184,7 @@ impl Measuring<'_> {
         self.first_touch().await?;
         self.batches().await?;
         self.singles().await?;
+        self.fairness().await?;
         self.frames(&devices).await?;
         self.campaign().await?;
         self.transfers().await?;
@@ -313,6 +316,25 @@ impl Measuring<'_> {
         Ok(())
     }
 
+    /// What another head-end sees while one floods.
+    async fn fairness(&mut self) -> Result<(), Failure> {
+        let first = self.meters + KNOWN_METERS + 1;
+        self.island.import_for(FLOODER, first, FLOOD_METERS, None).await?;
+        let Fairness { quiet, flooded, flood_rate } = Fairness::measure(self.island, self.time, self.meters, first).await?;
+        let name = format!("{NEIGHBOUR_PACE} a second");
+        self.latencies(FAIRNESS, &format!("{name}, quiet"), &quiet);
+        let flood = format!("{name}, beside {FLOOD_CALLS} batches of {} meters", shown(FLOOD_METERS as f64));
+        self.latencies(FAIRNESS, &flood, &flooded);
+        for (which, share, most) in [("p50", 0.5, 5.0), ("p99", 0.99, 10.0)] {
+            let ratio = format!("{which} beside the flood ÷ {which} in the quiet");
+            self.report.add(FAIRNESS, &ratio, "", self.module, flooded.latency_ms(share) / quiet.latency_ms(share));
+            self.report.goal(FAIRNESS, &ratio, None, Goal::Below(most));
+        }
+        self.report.add(FAIRNESS, "what the flood gets meanwhile", "keys/s", self.module, flood_rate);
+        self.report.processor(self.module, "single grants beside a flood", &flooded);
+        Ok(())
+    }
+
     async fn frames(&mut self, devices: &[u8]) -> Result<(), Failure> {
         let frames = Frames::prepare(self.island, self.meters, self.meters + 1, devices).await?;
         for (lanes, size) in [(IN_FLIGHT, 1), (2, 100), (2, 1_000)] {
@@ -379,6 +401,7 @@ const RAW: &str = "PKCS#11 cycles against the module itself";
 const IMPORT: &str = "shipment import";
 const BATCHES: &str = "session grants in batches";
 const SINGLES: &str = "single session grants";
+const FAIRNESS: &str = "single session grants of one head-end while another floods";
 const FRAMES: &str = "frames in the HSM";
 const TRANSFERS: &str = "rotation";
 const MEMORY: &str = "memory of the server";

@@ -31,6 +31,11 @@ impl Island {
     /// Makes a shipment of so many meters from this number on and imports it, assigned to the head-end. With `devices`, the keys are written there in
     /// plaintext.
     pub(crate) async fn import(&self, first: u64, meters: u64, devices: Option<&mut dyn Write>) -> Result<Imported, Failure> {
+        self.import_for(HEAD_END, first, meters, devices).await
+    }
+
+    /// The same, assigned to this head-end.
+    pub(crate) async fn import_for(&self, head_end: &str, first: u64, meters: u64, devices: Option<&mut dyn Write>) -> Result<Imported, Failure> {
         let mut shipments = self.officer.shipments();
         let transport = shipments.get_vendor_transport_key(GetVendorTransportKeyRequest {}).await?.into_inner();
         let (_, profile) = DeviceProfile::SHIPPED.iter().find(|(name, _)| *name == PROFILE).ok_or("the device profile is missing")?;
@@ -64,7 +69,7 @@ impl Island {
             Some((UploadShipmentRequest { start, offset, octets: octets.into() }, (file, None, next)))
         });
         shipments.upload_shipment(messages).await?;
-        let mut answers = shipments.import_shipment(ImportShipmentRequest { file_sha256, head_end: HEAD_END.to_owned() }).await?.into_inner();
+        let mut answers = shipments.import_shipment(ImportShipmentRequest { file_sha256, head_end: head_end.to_owned() }).await?.into_inner();
         let mut last = Shipment::default();
         while let Some(answer) = answers.message().await? {
             last = answer.shipment.unwrap_or(last);
