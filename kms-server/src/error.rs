@@ -24,12 +24,16 @@ pub enum ServiceError {
     Unauthenticated {
         /// Why, without telling what exists.
         reason: String,
+        /// Whether the audit log's writer has counted it already: see [`Self::recorded`].
+        recorded: bool,
     },
     /// No policy permits it (I8), or what it concerns is not the caller's. Names what was asked, never whether it exists.
     #[error("`{asked}` is not permitted")]
     PermissionDenied {
         /// What was asked.
         asked: String,
+        /// Whether the audit log's writer has counted it already: see [`Self::recorded`].
+        recorded: bool,
     },
     /// Something that the caller may see does not exist.
     #[error("{what} does not exist")]
@@ -88,7 +92,23 @@ impl ServiceError {
 
     /// A [`Self::PermissionDenied`].
     pub fn denied(asked: impl Into<String>) -> Self {
-        Self::PermissionDenied { asked: asked.into() }
+        Self::PermissionDenied { asked: asked.into(), recorded: false }
+    }
+
+    /// A [`Self::Unauthenticated`].
+    pub fn unauthenticated(reason: impl Into<String>) -> Self {
+        Self::Unauthenticated { reason: reason.into(), recorded: false }
+    }
+
+    /// The same, where it is a refusal of policy or of a certificate that the audit log's writer has counted: it is not counted again when it leaves
+    /// the server.
+    #[must_use]
+    pub fn recorded(self) -> Self {
+        match self {
+            Self::PermissionDenied { asked, .. } => Self::PermissionDenied { asked, recorded: true },
+            Self::Unauthenticated { reason, .. } => Self::Unauthenticated { reason, recorded: true },
+            other => other,
+        }
     }
 
     /// An [`Self::Unavailable`] with the usual hint.

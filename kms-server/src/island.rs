@@ -1,10 +1,6 @@
 //! What the use cases of one island share: its tokens, database, policies, profiles and writer (I7: one of these an island).
 
-use std::{
-    collections::HashSet,
-    sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::{collections::HashSet, sync::Arc};
 
 use arc_swap::ArcSwap;
 use kms_domain::{FingerprintKey, Group, GroupId, IslandName, PrincipalId, SystemTitle, UnixMillis};
@@ -14,6 +10,7 @@ use kms_store::{RowKind, Store};
 use crate::{
     audit::Committer,
     authz::{Action, Caller, Policy, PrincipalFacts, Resource},
+    clock,
     error::ServiceError,
     profiles::Profiles,
     service::scrub::Flight,
@@ -65,8 +62,7 @@ impl Island {
 
     /// Now.
     pub fn now() -> UnixMillis {
-        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        UnixMillis(i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX))
+        clock::now()
     }
 
     /// The caller's principal as it stands in the database now, for calls that only read (I5, I8).
@@ -74,8 +70,7 @@ impl Island {
     /// # Errors
     /// It is disabled, unknown, or the certificate is not one of its own; the row was tampered with; the database is away.
     pub async fn principal(&self, caller: &Caller) -> Result<Arc<kms_domain::Principal>, ServiceError> {
-        let refuse =
-            || ServiceError::Unauthenticated { reason: "the certificate is not one of an enabled principal of this island; ask a security officer".to_owned() };
+        let refuse = || ServiceError::unauthenticated("the certificate is not one of an enabled principal of this island; ask a security officer");
         let name = caller.principal.to_string();
         let row = self.store.sealed(RowKind::Principal, name.as_bytes()).await?.ok_or_else(refuse)?;
         let principal = match self.committer.open_principal(&caller.principal, &row) {

@@ -6,6 +6,7 @@
 pub mod api;
 pub mod audit;
 pub mod authz;
+mod clock;
 pub mod command_line;
 pub mod config;
 pub mod dev;

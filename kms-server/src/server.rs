@@ -241,7 +241,7 @@ impl Opening {
             tracing::error!(%error, "the island's roots could not be looked after; it is tried again");
         }
         let routes = api::routes(Arc::clone(&island), self.authority, &self.config.limits);
-        drop(gate.island.set(routes));
+        drop(gate.island.set((routes, island.committer.clone())));
         tracing::info!(island = %island.name(), "the island is open");
         Ok(island)
     }
@@ -442,7 +442,8 @@ async fn report_health(health: &HealthReporter, island: &Island) -> Result<Infal
 #[derive(Clone)]
 struct Gate {
     always: Routes,
-    island: Arc<OnceLock<Routes>>,
+    /// The services, and the writer of the audit log: what they refuse is on the record (I2).
+    island: Arc<OnceLock<(Routes, Committer)>>,
 }
 
 impl Service<http::Request<Body>> for Gate {
@@ -459,8 +460,8 @@ impl Service<http::Request<Body>> for Gate {
             return Box::pin(self.always.call(request));
         }
         match self.island.get() {
-            Some(routes) => {
-                let call = Call::begin(&request);
+            Some((routes, committer)) => {
+                let call = Call::begin(&request).watched(api::refusals::watch(committer, &request));
                 let answer = routes.clone().call(request).instrument(call.span());
                 Box::pin(async move { Ok(call.answered(answer.await?)) })
             }

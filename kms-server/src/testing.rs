@@ -181,9 +181,6 @@ macro_rules! island_tests {
 }
 pub(crate) use island_tests;
 
-/// By how much the clock of all writers of this process is ahead.
-pub(crate) static AHEAD_MS: std::sync::atomic::AtomicI64 = std::sync::atomic::AtomicI64::new(0);
-
 /// An island, and who is on it.
 pub(crate) struct TestIsland {
     pub(crate) island: Arc<Island>,

@@ -3,6 +3,7 @@
 
 mod i1_keys_stay_inside;
 mod i2_no_key_without_a_record;
+mod i2_refusals;
 mod i3_no_meter_is_lost;
 mod i3_roots;
 mod i4_no_nonce_twice;

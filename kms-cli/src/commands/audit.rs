@@ -170,6 +170,20 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
             }
             many => ("transfers", plural(many.len() as u64, "step")),
         },
+        Event::ClockJumped(event) => (
+            "security event",
+            format!(
+                "clock-jumped: the clock says {}, and should say {} by {}",
+                output::time(event.observed_ms),
+                output::time(event.expected_ms),
+                match event.compared_with.as_str() {
+                    "process" => "the time that has passed",
+                    "log" => "the newest record of the log",
+                    "database" => "the database's clock",
+                    other => other,
+                }
+            ),
+        ),
         Event::SecurityEvent(event) => ("security event", format!("{}: {}", event.kind, event.detail)),
         Event::ProposalMade(event) => ("proposal made", format!("{}: {} ({})", output::uuid(&event.proposal_id), event.action, event.reason)),
         Event::ProposalApproved(event) => {

@@ -14,7 +14,7 @@ use crate::{
     error::ServiceError,
     island::Island,
     service::{
-        audit_log::{AuditLog, LogQuery},
+        audit_log::{AuditLog, LogPlace, LogQuery},
         scrub::Scrubber,
     },
 };
@@ -42,7 +42,7 @@ impl Rpc for AuditApi {
     async fn list_audit_records(&self, request: Request<ListAuditRecordsRequest>) -> Result<Response<ListAuditRecordsResponse>, Status> {
         let caller = self.caller(&request)?;
         let page = self.log.list(&caller, &parse_query(&request.into_inner())?).await?;
-        let next_page_token = page.next.map(|cursor| [cursor.time.0.to_be_bytes(), cursor.id.to_be_bytes()].concat().into()).unwrap_or_default();
+        let next_page_token = page.next.map(|place| [place.behind.0.to_be_bytes(), place.last.0.to_be_bytes()].concat().into()).unwrap_or_default();
         Ok(Response::new(ListAuditRecordsResponse { records: page.records, next_page_token }))
     }
 
@@ -70,9 +70,9 @@ fn parse_query(message: &ListAuditRecordsRequest) -> Result<LogQuery, ServiceErr
         to: time(message.to_ms),
         after: match message.page_token.split_first_chunk::<8>() {
             None if message.page_token.is_empty() => None,
-            Some((time, id)) => {
-                let id = id.try_into().map_err(|_| ServiceError::invalid("page_token", "it is none of this method"))?;
-                Some(AuditCursor { time: UnixMillis(i64::from_be_bytes(*time)), id: i64::from_be_bytes(id) })
+            Some((behind, last)) => {
+                let last = last.try_into().map_err(|_| ServiceError::invalid("page_token", "it is none of this method"))?;
+                Some(LogPlace { behind: AuditCursor(i64::from_be_bytes(*behind)), last: AuditCursor(i64::from_be_bytes(last)) })
             }
             None => return Err(ServiceError::invalid("page_token", "it is none of this method")),
         },
@@ -107,6 +107,6 @@ mod tests {
         }
         let page_token = [7_i64.to_be_bytes(), 9_i64.to_be_bytes()].concat().into();
         let query = parse_query(&ListAuditRecordsRequest { page_token, page_size: 5_000, ..Default::default() }).unwrap();
-        assert_eq!((query.after, query.limit), (Some(AuditCursor { time: UnixMillis(7), id: 9 }), LARGEST_PAGE));
+        assert_eq!((query.after, query.limit), (Some(LogPlace { behind: AuditCursor(7), last: AuditCursor(9) }), LARGEST_PAGE));
     }
 }

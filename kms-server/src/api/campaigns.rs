@@ -212,7 +212,7 @@ impl TaskRpc for CampaignApi {
                 let Ok(room) = answers.reserve().await else { return };
                 drop(room);
                 next = if caller.not_after <= Island::now() {
-                    Err(ServiceError::Unauthenticated { reason: "the client certificate has expired".to_owned() }.into())
+                    Err(ServiceError::unauthenticated("the client certificate has expired").into())
                 } else {
                     service.lease(&caller, query).await.map(|tasks| LeaseTasksResponse { tasks }).map_err(Status::from)
                 };

@@ -114,9 +114,8 @@ impl Rpc for GrantApi {
                     let _turn = batch.turn().await;
                     // Revocation acts in open streams too: an expired certificate ends them, and each chunk reads the principal anew.
                     if caller.not_after <= Island::now() {
-                        return Err(Status::from(ServiceError::Unauthenticated {
-                            reason: format!("the client certificate has expired; renew it at island {}", island.name()),
-                        }));
+                        let reason = format!("the client certificate has expired; renew it at island {}", island.name());
+                        return Err(Status::from(ServiceError::unauthenticated(reason)));
                     }
                     let index = chunk.index;
                     let granted = service.open(&caller, chunk).await?;

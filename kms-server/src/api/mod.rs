@@ -10,6 +10,7 @@ pub mod meters;
 pub mod owners;
 pub mod principals;
 pub mod proposals;
+pub mod refusals;
 pub mod roots;
 pub mod shipments;
 pub mod status;

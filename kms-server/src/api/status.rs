@@ -11,7 +11,7 @@
 //! | `ResourceExhausted`, `Unavailable` | the same | `RetryInfo`, `ErrorInfo` |
 //! | `Internal` | INTERNAL | none: the text stays in the server's log |
 
-use tonic::{Code, Status};
+use tonic::{Code, Status, metadata::MetadataValue};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::error::ServiceError;
@@ -20,6 +20,7 @@ impl From<ServiceError> for Status {
     fn from(error: ServiceError) -> Self {
         let message = error.to_string();
         let code = Code::from(error.code());
+        let recorded = matches!(error, ServiceError::PermissionDenied { recorded: true, .. } | ServiceError::Unauthenticated { recorded: true, .. });
         let info = |reason: &str, metadata: Vec<(&str, String)>| {
             let metadata = metadata.into_iter().map(|(name, value)| (name.to_owned(), value)).collect::<std::collections::HashMap<_, _>>();
             ErrorDetails::with_error_info(reason, DOMAIN, metadata)
@@ -27,7 +28,7 @@ impl From<ServiceError> for Status {
         let details = match error {
             ServiceError::InvalidArgument { field, reason } => ErrorDetails::with_bad_request_violation(field, reason),
             ServiceError::Unauthenticated { .. } => info("UNAUTHENTICATED", Vec::new()),
-            ServiceError::PermissionDenied { asked } => info("NOT_PERMITTED", vec![("asked", asked)]),
+            ServiceError::PermissionDenied { asked, .. } => info("NOT_PERMITTED", vec![("asked", asked)]),
             ServiceError::NotFound { .. } => info("NOT_FOUND", Vec::new()),
             ServiceError::FailedPrecondition { reason, next_step } => {
                 let mut details = info("PRECONDITION", vec![("next_step", next_step.clone())]);
@@ -50,9 +51,16 @@ impl From<ServiceError> for Status {
                 return Self::internal("internal error; the server's log tells more");
             }
         };
-        Self::with_error_details(code, message, details)
+        let mut status = Self::with_error_details(code, message, details);
+        if recorded {
+            status.metadata_mut().insert(RECORDED, MetadataValue::from_static("1"));
+        }
+        status
     }
 }
+
+/// Marks, between a service and [`super::refusals`], a refusal that is counted already. It does not leave the server.
+pub(super) const RECORDED: &str = "meterkms-recorded";
 
 /// The domain of every `google.rpc.ErrorInfo`.
 const DOMAIN: &str = "meterkms";

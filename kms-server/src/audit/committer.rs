@@ -9,7 +9,7 @@ use std::{
         Arc, Mutex, RwLock, Weak,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
@@ -18,8 +18,8 @@ use kms_domain::{
 };
 use kms_proto::v1::{AuditKeyChanged, AuditRecord, ClosedChain, RowWrite, WriterOpened, audit_record::Event};
 use kms_store::{
-    AuditAppend, AuditReference, AuditTail, Changes, Committed as StoreCommitted, Decision, FingerprintPut, MeterProjection, MeterPut, ReadSet, Reads,
-    RequestPut, RowName, SealedPut, SealedRow, Store, StoreError,
+    AuditAppend, AuditFilter, AuditReference, AuditTail, Changes, Committed as StoreCommitted, Decision, FingerprintPut, MeterProjection, MeterPut, ReadSet,
+    Reads, RequestPut, RowName, SealedPut, SealedRow, Store, StoreError,
 };
 use prost::Message as _;
 use tokio::sync::{oneshot, watch};
@@ -29,14 +29,16 @@ use super::{
     AuditKeys, AuditLeaf, CommitterBounds,
     bounds::WORK_OF_AN_ACT,
     chain::ChainHead,
+    clock::ClockWatch,
     growth::{Grown, Growth},
     history::{Comparison, RestoreSettings, Watermark},
     queue::{Receiver, Sender, queue},
-    refusals::{Refusal, Refusals},
+    refusals::{Outside, Refusal, Refusals},
     replay::RecordName,
     view::{Actor, Batch, ChunkName, Opened, Staged, Value, View, open_row, sealed_name},
 };
 use crate::{
+    clock::now,
     error::ServiceError,
     telemetry::{Repetition, metrics},
 };
@@ -96,6 +98,8 @@ struct Shared {
     compare: AtomicBool,
     /// What the watermark file holds.
     remembered: tokio::sync::Mutex<Option<Watermark>>,
+    /// Refusals of calls that came to no act.
+    outside: Outside,
 }
 
 /// The last record of this run of the server that is durable.
@@ -123,6 +127,7 @@ impl Committer {
             history: watch::Sender::new(None),
             compare: AtomicBool::new(true),
             remembered: tokio::sync::Mutex::new(None),
+            outside: Outside::default(),
         });
         tokio::spawn(keep_house(Arc::downgrade(&shared)));
         tokio::spawn(Writer::new(shared.clone()).run(waiting));
@@ -146,7 +151,17 @@ impl Committer {
         let (reply, answer) = oneshot::channel();
         let act = Box::new(TypedAct { actor, reads, decide, value: None, reply: Some(reply) });
         self.queue.push(act)?;
-        answer.instrument(tracing::debug_span!("commit")).await.map_err(|_| ServiceError::unavailable("the server is stopping"))?
+        let outcome = answer.instrument(tracing::debug_span!("commit")).await.map_err(|_| ServiceError::unavailable("the server is stopping"))?;
+        // What an act refuses is counted with its transaction.
+        outcome.map_err(ServiceError::recorded)
+    }
+
+    /// Counts a refusal that is no part of an act: a call that was refused before it came to one, or that only reads. It is written like the others,
+    /// the first of a kind at once, and kept while the database is away (I2). Neither waits nor fails.
+    pub fn refused(&self, principal: Option<&PrincipalId>, action: &str, reason: String) {
+        let principal = principal.map(ToString::to_string).unwrap_or_default();
+        metrics().refused(1, 0);
+        self.shared.outside.note(Refusal { principal, action: action.to_owned(), reason, security_event: false }, now());
     }
 
     /// Whether the last transaction went through: what readiness reports.
@@ -398,6 +413,14 @@ impl Shared {
         Ok(closed)
     }
 
+    /// The newest sign of life of a server of the island: the time of the last record, or of a heartbeat. None: there was no server before.
+    async fn last_sign(&self) -> Result<Option<(UnixMillis, UnixMillis)>, StoreError> {
+        let newest = self.store.audit_page(&AuditFilter { newest_first: true, ..AuditFilter::default() }, None, 1).await?;
+        let Some(last) = newest.first().map(|row| row.record.time) else { return Ok(None) };
+        let heard = self.store.servers().await?.into_iter().map(|server| server.heartbeat).max().unwrap_or(last);
+        Ok(Some((last, last.max(heard))))
+    }
+
     /// The version of the audit key that links the last record of a chain; none: none that is known here.
     async fn end_version(&self, tail: &AuditTail) -> Result<Option<u8>, StoreError> {
         let end = self.store.audit_of_writer(tail.writer, tail.sequence.saturating_sub(1), 2).await?;
@@ -569,6 +592,7 @@ struct Writer {
     /// An operator's word that the database was restored, until it is carried out.
     declared: bool,
     failures: Repetition,
+    clock: ClockWatch,
 }
 
 /// What one attempt decided, to be kept if it commits.
@@ -589,7 +613,8 @@ impl Writer {
     fn new(shared: Arc<Shared>) -> Self {
         let declared = shared.settings.restore.declared;
         let (chunks, refusals, failures) = (Chunks::default(), Refusals::default(), Repetition::default());
-        Self { shared, head: None, chunks, refusals, growth: Growth::default(), watermark: None, declared, failures }
+        let (growth, clock) = (Growth::default(), ClockWatch::new(now(), Instant::now()));
+        Self { shared, head: None, chunks, refusals, growth, watermark: None, declared, failures, clock }
     }
 
     async fn run(mut self, waiting: Receiver) {
@@ -602,8 +627,11 @@ impl Writer {
                     }
                 }
                 _ = idle.tick() => drop(self.compare().await),
+                () = self.shared.outside.news() => {}
             }
-            while !waiting.is_empty() || self.refusals.any_due(Instant::now()) {
+            self.refusals.absorb(self.shared.outside.take());
+            self.clock.look(now(), Instant::now());
+            while !waiting.is_empty() || self.refusals.any_due(Instant::now()) || self.clock.has_news() {
                 let committed = self.commit(waiting.take()).await;
                 if waiting.is_empty() && !committed {
                     // Refusals that could not be written are kept, and tried with the next acts or tick.
@@ -704,6 +732,7 @@ impl Writer {
             .map_err(|reason| ServiceError::unavailable(format!("{reason}; if the database was restored, restart the server")))?;
         let Some(Value::Island(island)) = opened.value else { return Ok(false) };
         let timeline = store.timeline().await?;
+        self.clock.compare_with_database(now(), store.now().await?);
         self.watermark = match (shared.watermark(), &settings.restore.watermark) {
             (Some(mark), _) => Some(mark),
             (None, Some(path)) if self.watermark.is_none() => {
@@ -752,16 +781,19 @@ impl Writer {
     }
 
     async fn attempt(&mut self, acts: &mut [Box<dyn Act>]) -> Result<(Vec<Result<(), ServiceError>>, Vec<Vec<AuditLeaf>>), StoreError> {
-        let now = now();
+        let now = self.clock.look(now(), Instant::now());
         let shared = self.shared.clone();
         let keys = shared.audit_keys.load_full();
-        let (head, opening) = match &self.head {
-            Some(head) => (head.clone(), None),
+        let (head, mut opening) = match &self.head {
+            Some(head) => (head.clone(), Vec::new()),
             None => {
+                self.clock.compare_with_log(now, || shared.last_sign()).await?;
                 let (head, record) = shared.open_chain(&keys).await?;
-                (head, Some(record))
+                (head, vec![record])
             }
         };
+        // Before all others: the times of those are by the clock as it is now.
+        opening.extend(self.clock.news());
         let mut reads = Reads::default();
         for act in acts.iter() {
             reads.extend(act.reads());
@@ -794,6 +826,7 @@ impl Writer {
                 *last = Some(LastRecord { writer: head.writer, sequence, next_key: head.key_version() });
             }
             self.head = Some(head);
+            self.clock.written(now);
             if opened {
                 // A chain that is never heard of again must not be missed.
                 shared.remember().await;
@@ -871,7 +904,7 @@ fn finish(
     batch: Batch<'_>,
     mut outcomes: Vec<Result<(), ServiceError>>,
     mut head: ChainHead,
-    opening: Option<AuditRecord>,
+    opening: Vec<AuditRecord>,
     keys: &AuditKeys,
     refusals: &Refusals,
     (growth, bound): (&Growth, u64),
@@ -925,7 +958,7 @@ fn finish(
 
     let mut leaves = vec![Vec::new(); outcomes.len()];
     let mut references = Vec::with_capacity(batch.events.len());
-    if let Some(opening) = opening {
+    for opening in opening {
         changes.audit.push(append(&mut head, keys, opening, now).1);
     }
     let mut grown = Grown::default();
@@ -1044,6 +1077,9 @@ fn append(head: &mut ChainHead, keys: &AuditKeys, record: AuditRecord, now: Unix
     (linked.leaf, AuditAppend { writer: head.writer, sequence: linked.sequence, time: now, kind, record: linked.record, chain: linked.chain })
 }
 
+/// The number of [`Event::ClockJumped`].
+pub(crate) const CLOCK_JUMPED: u16 = 66;
+
 /// The field number of the event in the record.
 pub(crate) const fn event_kind(event: &Event) -> u16 {
     match event {
@@ -1077,6 +1113,7 @@ pub(crate) const fn event_kind(event: &Event) -> u16 {
         Event::RootRowsAdvanced(_) => 48,
         Event::RootDestroyed(_) => 49,
         Event::AuditKeyChanged(_) => 50,
+        Event::ClockJumped(_) => CLOCK_JUMPED,
     }
 }
 
@@ -1091,7 +1128,7 @@ fn refusal_of(error: &ServiceError, actor: &Actor) -> Option<Refusal> {
             action: actor.action.to_owned(),
             // Without the meter: one client that asks for many unknown meters is one line in the log, not thousands.
             reason: match error {
-                ServiceError::PermissionDenied { asked } => format!("`{}` is not permitted", asked.split(" with ").next().unwrap_or_default()),
+                ServiceError::PermissionDenied { asked, .. } => format!("`{}` is not permitted", asked.split(" with ").next().unwrap_or_default()),
                 other => other.to_string(),
             },
             security_event: false,
@@ -1122,14 +1159,6 @@ async fn keep_house(shared: Weak<Shared>) {
             tracing::warn!(%error, "no heartbeat could be written");
         }
     }
-}
-
-fn now() -> UnixMillis {
-    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let now = UnixMillis(i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX));
-    #[cfg(test)]
-    let now = now.after(crate::testing::AHEAD_MS.load(Ordering::Relaxed));
-    now
 }
 
 /// Chains that one record closes.

@@ -3,6 +3,7 @@
 mod attempt;
 mod bounds;
 mod chain;
+mod clock;
 mod committer;
 mod growth;
 mod history;
@@ -14,7 +15,7 @@ mod view;
 
 pub use bounds::CommitterBounds;
 pub use chain::{AuditKey, AuditKeys, AuditLeaf};
-pub(crate) use committer::event_kind;
+pub(crate) use committer::{CLOCK_JUMPED, event_kind};
 pub use committer::{Committed, Committer, CommitterSettings};
 pub use history::RestoreSettings;
 pub use owner_row::OwnerRow;

@@ -3,11 +3,14 @@
 
 use std::{
     collections::HashMap,
+    mem,
+    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use kms_domain::UnixMillis;
 use kms_proto::v1::{AuditRecord, Refused, SecurityEvent, audit_record::Event};
+use tokio::sync::Notify;
 
 /// What was refused, to whom and why.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -34,25 +37,43 @@ struct Counted {
 
 impl Refusals {
     pub(super) fn note(&mut self, refusal: Refusal, now: UnixMillis) {
-        // Past the bounds, what differs in detail is counted together: for each principal by itself, so that none hides what others do.
-        let kin = |known: &&Refusal| known.principal == refusal.principal && known.security_event == refusal.security_event;
-        let most = if refusal.security_event { MOST_EVENTS } else { MOST_KINDS_OF_ONE };
-        let refusal = if self.known.contains_key(&refusal) || (self.known.len() < MOST_KINDS && self.known.keys().filter(kin).count() < most) {
-            refusal
-        } else {
-            let principal = if self.known.len() < MOST_KINDS { refusal.principal } else { String::new() };
-            Refusal {
-                principal,
-                action: "any".to_owned(),
-                reason: "more kinds of refusal than are counted apart".to_owned(),
-                security_event: refusal.security_event,
-            }
-        };
-        let counted = self.known.entry(refusal).or_insert(Counted { unwritten: 0, first: now, written: None });
-        if counted.unwritten == 0 {
-            counted.first = now;
+        self.count(refusal, 1, now);
+    }
+
+    /// Counts what others counted.
+    pub(super) fn absorb(&mut self, others: Self) {
+        for (refusal, counted) in others.known {
+            self.count(refusal, counted.unwritten, counted.first);
         }
-        counted.unwritten += 1;
+    }
+
+    fn count(&mut self, refusal: Refusal, times: u64, first: UnixMillis) {
+        let refusal = if self.known.contains_key(&refusal) { refusal } else { self.kind_of(refusal) };
+        let counted = self.known.entry(refusal).or_insert(Counted { unwritten: 0, first, written: None });
+        if counted.unwritten == 0 {
+            counted.first = first;
+        }
+        counted.unwritten = counted.unwritten.saturating_add(times);
+    }
+
+    /// The kind under which a refusal is counted. Past the bounds, what differs in detail is counted together: for each principal by itself, so that none
+    /// hides what others do, and for each action by itself, so that many reasons of one do not hide another.
+    fn kind_of(&self, refusal: Refusal) -> Refusal {
+        let Refusal { principal, action, security_event, .. } = &refusal;
+        let (mut of_one, mut of_action) = (0, 0);
+        for known in self.known.keys().filter(|known| known.principal == *principal && known.security_event == *security_event) {
+            of_one += 1;
+            of_action += usize::from(known.action == *action);
+        }
+        let (full, most) = (self.known.len() >= MOST_KINDS, if *security_event { MOST_EVENTS } else { MOST_KINDS_OF_ONE });
+        if full || of_one >= most {
+            let principal = if full { String::new() } else { refusal.principal };
+            return Refusal { principal, action: "any".to_owned(), reason: "more kinds of refusal than are counted apart".to_owned(), ..refusal };
+        }
+        if !security_event && of_action >= MOST_REASONS {
+            return Refusal { reason: "more reasons than are counted apart".to_owned(), ..refusal };
+        }
+        refusal
     }
 
     /// The records that are due: kinds never written, and kinds last written more than the period ago.
@@ -63,8 +84,10 @@ impl Refusals {
     /// To be called when the records of [`Self::due`] are durable.
     pub(super) fn written(&mut self, at: Instant) {
         self.known.retain(|_, counted| counted.unwritten > 0 || counted.written.is_some_and(|written| at.duration_since(written) < PERIOD));
-        for counted in self.known.values_mut() {
+        for (refusal, counted) in &mut self.known {
             if counted.is_due(at) {
+                let Refusal { principal, action, reason, .. } = refusal;
+                tracing::info!(principal, action, reason, count = counted.unwritten, "refused");
                 counted.unwritten = 0;
                 counted.written = Some(at);
             }
@@ -73,6 +96,29 @@ impl Refusals {
 
     pub(super) fn any_due(&self, at: Instant) -> bool {
         self.known.values().any(|counted| counted.is_due(at))
+    }
+}
+
+/// Refusals of calls that came to no act, until the writer takes them. As bounded as what it keeps itself.
+#[derive(Default)]
+pub(super) struct Outside {
+    refusals: Mutex<Refusals>,
+    news: Notify,
+}
+
+impl Outside {
+    pub(super) fn note(&self, refusal: Refusal, now: UnixMillis) {
+        self.refusals.lock().unwrap_or_else(PoisonError::into_inner).note(refusal, now);
+        self.news.notify_one();
+    }
+
+    /// Returns when there are some.
+    pub(super) async fn news(&self) {
+        self.news.notified().await;
+    }
+
+    pub(super) fn take(&self) -> Refusals {
+        mem::take(&mut *self.refusals.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -96,7 +142,9 @@ impl Refusal {
 const PERIOD: Duration = Duration::from_secs(60);
 /// Kinds of all principals together, and of one.
 const MOST_KINDS: usize = 4_096;
-const MOST_KINDS_OF_ONE: usize = 32;
+const MOST_KINDS_OF_ONE: usize = 256;
+/// Reasons of one principal's action that are told apart: an action has few, unless they name what the caller chose.
+const MOST_REASONS: usize = 4;
 /// Security events of one principal that are told apart: each names its row.
 const MOST_EVENTS: usize = 512;
 
@@ -124,11 +172,47 @@ mod tests {
     }
 
     #[test]
+    fn what_was_counted_elsewhere_is_counted_once_and_together() {
+        let (start, outside, mut refusals) = (Instant::now(), Outside::default(), Refusals::default());
+        refusals.note(refusal("a"), UnixMillis(5));
+        refusals.written(start);
+        for at in 6..9 {
+            outside.note(refusal("a"), UnixMillis(at));
+        }
+        outside.note(refusal("b"), UnixMillis(9));
+        refusals.absorb(outside.take());
+        refusals.absorb(outside.take());
+        assert!(matches!(&refusals.due(start)[..], [AuditRecord { event: Some(Event::Refused(Refused { count: 1, first_ms: 9, .. })), .. }]));
+        refusals.written(start);
+        assert!(matches!(&refusals.due(start + PERIOD)[..], [AuditRecord { event: Some(Event::Refused(Refused { count: 3, first_ms: 6, .. })), .. }]));
+    }
+
+    #[test]
     fn ever_new_reasons_do_not_use_up_the_memory() {
         let mut refusals = Refusals::default();
         for number in 0..10_000 {
             refusals.note(refusal(&number.to_string()), UnixMillis(1));
         }
         assert!(refusals.known.len() <= MOST_KINDS_OF_ONE + 1);
+    }
+
+    #[test]
+    fn many_reasons_of_one_action_hide_no_other() {
+        let mut refusals = Refusals::default();
+        for number in 0..10_000 {
+            refusals.note(Refusal { reason: number.to_string(), ..refusal("protectFrame") }, UnixMillis(1));
+        }
+        refusals.note(refusal("addPrincipal"), UnixMillis(2));
+        let due = refusals.due(Instant::now());
+        assert_eq!(due.len(), MOST_REASONS + 2);
+        let counted: u64 = due
+            .iter()
+            .map(|record| match &record.event {
+                Some(Event::Refused(refused)) => refused.count,
+                _ => 0,
+            })
+            .sum();
+        assert_eq!(counted, 10_001);
+        assert!(due.iter().any(|record| matches!(&record.event, Some(Event::Refused(refused)) if refused.action == "addPrincipal" && refused.count == 1)));
     }
 }

@@ -221,9 +221,7 @@ impl View<'_, '_> {
         let now = self.now();
         match self.principal(&caller.principal)? {
             Some(principal) if principal.accepts(&caller.certificate_sha256, now) => Ok(principal),
-            _ => Err(ServiceError::Unauthenticated {
-                reason: "the certificate is not one of an enabled principal of this island; ask a security officer".to_owned(),
-            }),
+            _ => Err(ServiceError::unauthenticated("the certificate is not one of an enabled principal of this island; ask a security officer")),
         }
     }
 

@@ -32,7 +32,7 @@ impl Caller {
     /// # Errors
     /// As [`Self::of`].
     pub fn from_extensions(extensions: &tonic::Extensions, island: &IslandName, now: UnixMillis) -> Result<Self, ServiceError> {
-        let refuse = |reason: &str| Err(ServiceError::Unauthenticated { reason: reason.to_owned() });
+        let refuse = |reason: &str| Err(ServiceError::unauthenticated(reason));
         let Some(peer) = extensions.get::<Peer>() else {
             return refuse("the connection has no client certificate");
         };
@@ -58,7 +58,7 @@ impl Caller {
             Some(row) if row.id == self.principal && row.accepts(&self.certificate_sha256, now) => {
                 Ok(PrincipalFacts { principal: self.principal.clone(), revision: u64::from(row.revision) })
             }
-            _ => Err(ServiceError::Unauthenticated { reason: "the client certificate is not one that this island accepts".to_owned() }),
+            _ => Err(ServiceError::unauthenticated("the client certificate is not one that this island accepts")),
         }
     }
 }

@@ -25,8 +25,8 @@ pub struct LogQuery {
     pub from: Option<UnixMillis>,
     /// Before then.
     pub to: Option<UnixMillis>,
-    /// Behind this place, in the order that is asked for.
-    pub after: Option<AuditCursor>,
+    /// Goes on from this place of an earlier page of the same query.
+    pub after: Option<LogPlace>,
     /// At most so many records.
     pub limit: usize,
     /// The newest first.
@@ -39,7 +39,30 @@ pub struct LogPage {
     /// The records.
     pub records: Vec<AuditRecord>,
     /// Where the next page goes on; `None` behind the last.
-    pub next: Option<AuditCursor>,
+    pub next: Option<LogPlace>,
+}
+
+/// How far a query has come, and where it ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogPlace {
+    /// It goes on behind this record, in the order that is asked for.
+    pub behind: AuditCursor,
+    /// The last record that it may come to.
+    pub last: AuditCursor,
+}
+
+impl LogPlace {
+    const fn whole(newest_first: bool) -> Self {
+        Self::between(newest_first, i64::MIN, i64::MAX)
+    }
+
+    /// From the first to the last of these records, or back.
+    const fn between(newest_first: bool, first: i64, last: i64) -> Self {
+        match newest_first {
+            true => Self { behind: AuditCursor(last.saturating_add(1)), last: AuditCursor(first) },
+            false => Self { behind: AuditCursor(first.saturating_sub(1)), last: AuditCursor(last) },
+        }
+    }
 }
 
 /// Reads the log of an island.
@@ -54,14 +77,15 @@ impl AuditLog {
         Self { island }
     }
 
-    /// A page of records, in the order of their times. Whether the log is whole is for the scrubber to say.
+    /// A page of records in the order of the log, whatever the clock said when they were written: each server's come as they are chained. The times of a
+    /// query select by the records' times. Whether the log is whole is for the scrubber to say.
     ///
     /// # Errors
     /// Not permitted, a record that does not decode, or the database is away.
     pub async fn list(&self, caller: &Caller, query: &LogQuery) -> Result<LogPage, ServiceError> {
         self.island.require(caller, &Action::ListAuditRecords).await?;
-        let mut reader = Reader { island: &self.island, query, cursor: query.after, window_ms: FIRST_WINDOW_MS, end: false };
         let mut page = LogPage::default();
+        let Some(mut reader) = Reader::new(&self.island, query).await? else { return Ok(page) };
         let (mut read, mut octets) = (0, 0);
         while !reader.end && read < MOST_READ {
             for row in reader.next().await? {
@@ -76,7 +100,7 @@ impl AuditLog {
                     }
                     page.records.push(record);
                 }
-                page.next = Some(row.cursor);
+                page.next = Some(LogPlace { behind: row.cursor, ..reader.place });
             }
         }
         if reader.end {
@@ -88,7 +112,10 @@ impl AuditLog {
 
 impl LogQuery {
     fn matches(&self, record: &AuditRecord) -> bool {
-        self.principal.as_ref().is_none_or(|principal| record.principal == principal.to_string()) && self.meter.is_none_or(|meter| names(record, meter))
+        self.from.is_none_or(|from| record.time_ms >= from.0)
+            && self.to.is_none_or(|to| record.time_ms < to.0)
+            && self.principal.as_ref().is_none_or(|principal| record.principal == principal.to_string())
+            && self.meter.is_none_or(|meter| names(record, meter))
     }
 }
 
@@ -108,71 +135,46 @@ fn names(record: &AuditRecord, meter: SystemTitle) -> bool {
     in_event || record.row_writes.iter().any(|write| write.kind == METER && is(&write.id))
 }
 
-/// Reads in either order. The database lists in order of time; backwards, the log is read in windows of time that grow where little
-/// happened and shrink where much did.
+/// Reads the log in its own order, or against it, between two places.
 struct Reader<'a> {
     island: &'a Island,
-    query: &'a LogQuery,
-    cursor: Option<AuditCursor>,
-    window_ms: i64,
+    newest_first: bool,
+    place: LogPlace,
     end: bool,
 }
 
-impl Reader<'_> {
-    async fn next(&mut self) -> Result<Vec<AuditRow>, ServiceError> {
-        if self.query.newest_first { self.backwards().await } else { self.forwards().await }
-    }
-
-    async fn forwards(&mut self) -> Result<Vec<AuditRow>, ServiceError> {
-        let filter = AuditFilter { from: self.query.from, before: self.query.to, ..AuditFilter::default() };
-        let rows = self.island.store.audit_page(&filter, self.cursor, PAGE).await?;
-        self.end = rows.len() < usize::try_from(PAGE).unwrap_or_default();
-        self.cursor = rows.last().map(|row| row.cursor).or(self.cursor);
-        Ok(rows)
-    }
-
-    async fn backwards(&mut self) -> Result<Vec<AuditRow>, ServiceError> {
-        // Behind the newest record that there can be.
-        let newest = self.query.to.unwrap_or_else(|| Island::now().after(CLOCKS_APART_MS));
-        let behind = |cursor: AuditCursor| if cursor.id == BEFORE_ALL { cursor.time } else { cursor.time.after(1) };
-        let before = self.cursor.map_or(newest, |cursor| newest.min(behind(cursor)));
-        let oldest = match self.query.from {
-            Some(from) => from,
-            None => self.island.store.audit_page(&AuditFilter::default(), None, 1).await?.first().map_or(before, |row| row.cursor.time),
+impl<'a> Reader<'a> {
+    /// Reads what a query asks for; none: there is nothing.
+    async fn new(island: &'a Island, query: &LogQuery) -> Result<Option<Self>, ServiceError> {
+        let place = match query.after {
+            Some(place) => place,
+            None if query.from.is_none() && query.to.is_none() => LogPlace::whole(query.newest_first),
+            None => match island.store.audit_range(query.from, query.to).await? {
+                // What is written from now on belongs to it, where its end is open.
+                Some((AuditCursor(first), _)) if query.to.is_none() => LogPlace::between(query.newest_first, first, i64::MAX),
+                Some((_, AuditCursor(last))) if query.from.is_none() => LogPlace::between(query.newest_first, i64::MIN, last),
+                Some((AuditCursor(first), AuditCursor(last))) => LogPlace::between(query.newest_first, first, last),
+                None => return Ok(None),
+            },
         };
-        let from = before.after(-self.window_ms).max(oldest);
-        let filter = AuditFilter { from: Some(from), before: Some(before), ..AuditFilter::default() };
-        let mut rows = Vec::new();
-        let mut after = None;
-        loop {
-            let page = self.island.store.audit_page(&filter, after, PAGE).await?;
-            let full = page.len() == usize::try_from(PAGE).unwrap_or_default();
-            after = page.last().map(|row| row.cursor);
-            rows.extend(page);
-            if !full {
-                break;
-            }
-            if rows.len() >= MOST_IN_WINDOW && self.window_ms > 1 {
-                self.window_ms = (self.window_ms / 8).max(1);
-                return Ok(Vec::new());
-            }
+        Ok(Some(Self { island, newest_first: query.newest_first, place, end: false }))
+    }
+
+    async fn next(&mut self) -> Result<Vec<AuditRow>, ServiceError> {
+        let filter = AuditFilter { newest_first: self.newest_first, ..AuditFilter::default() };
+        let mut rows = self.island.store.audit_page(&filter, Some(self.place.behind), PAGE).await?;
+        self.end = rows.len() < usize::try_from(PAGE).unwrap_or_default();
+        let last = self.place.last;
+        let within = |row: &AuditRow| if self.newest_first { row.cursor >= last } else { row.cursor <= last };
+        if let Some(at) = rows.iter().position(|row| !within(row)) {
+            rows.truncate(at);
+            self.end = true;
         }
-        if let Some(cursor) = self.cursor {
-            rows.retain(|row| row.cursor < cursor);
-        }
-        rows.reverse();
-        self.end = from <= oldest;
-        // The place before all that was read; an empty window moves it too.
-        self.cursor = Some(AuditCursor { time: from, id: BEFORE_ALL });
-        if rows.len() < MOST_IN_WINDOW / 8 {
-            self.window_ms = self.window_ms.saturating_mul(8);
-        }
+        self.place.behind = rows.last().map_or(self.place.behind, |row| row.cursor);
         Ok(rows)
     }
 }
 
-/// No record has this number: a cursor with it stands before all records of its time.
-const BEFORE_ALL: i64 = i64::MIN;
 /// The kind of meters' rows.
 const METER: u32 = 1;
 const PAGE: u32 = 200;
@@ -180,7 +182,112 @@ const PAGE: u32 = 200;
 const MOST_READ: usize = 20_000;
 /// Octets of one answer, about.
 const MOST_OCTETS: usize = 2 << 20;
-const FIRST_WINDOW_MS: i64 = 60_000;
-const MOST_IN_WINDOW: usize = 1_000;
-/// How far the clocks of servers may differ.
-const CLOCKS_APART_MS: i64 = 300_000;
+
+#[cfg(test)]
+mod tests {
+    use kms_proto::v1::{ClockJumped, MetersChanged};
+    use kms_store::Reads;
+
+    use super::*;
+    use crate::{
+        audit::Actor,
+        clock,
+        testing::{TestIsland, island_tests, meter, sample},
+    };
+
+    const DAY: i64 = 86_400_000;
+
+    /// A record of a change of a meter by a server.
+    async fn change(island: &Island, number: u64) {
+        let event = MetersChanged { meters: vec![meter(number).octets().to_vec().into()], change: "test".to_owned(), ..MetersChanged::default() };
+        let act = island.committer.act(Actor::server("test"), Reads::default(), move |view| {
+            view.append(Event::MetersChanged(event.clone()));
+            Ok(())
+        });
+        act.await.unwrap();
+    }
+
+    /// All records that the auditor is shown for a query, page by page.
+    async fn walk(island: &TestIsland, mut query: LogQuery) -> Vec<AuditRecord> {
+        let log = AuditLog::new(island.island.clone());
+        let mut all = Vec::new();
+        loop {
+            let page = log.list(&island.auditor, &query).await.unwrap();
+            all.extend(page.records);
+            query.after = page.next;
+            if page.next.is_none() {
+                return all;
+            }
+        }
+    }
+
+    fn jumps(records: &[AuditRecord]) -> Vec<(String, i64)> {
+        let jumps = records.iter().filter_map(|record| match &record.event {
+            Some(Event::ClockJumped(ClockJumped { compared_with, expected_ms, observed_ms })) => {
+                // To the minute: the test takes its time.
+                Some((compared_with.clone(), (observed_ms - expected_ms + DAY / 2).div_euclid(DAY)))
+            }
+            _ => None,
+        });
+        jumps.collect()
+    }
+
+    island_tests! {
+        async fn the_log_has_an_order_of_its_own_and_jumps_are_on_the_record(island) {
+            island.deliver(&sample("generic-suite0", 5)).await;
+            clock::testing::set_ahead(DAY);
+            change(&island.island, 1).await;
+            clock::testing::set_ahead(0);
+            change(&island.island, 2).await;
+
+            // All of it, the records of a time that has not come too, as it was written.
+            let all = walk(&island, LogQuery { limit: 3, ..LogQuery::default() }).await;
+            let writer = island.island.committer.writer().unwrap();
+            let of_chain: Vec<_> = all.iter().filter(|record| record.writer == writer.octets().as_slice()).map(|record| record.sequence).collect();
+            assert_eq!(of_chain, (0..of_chain.len() as u64).collect::<Vec<_>>());
+            let mut back = walk(&island, LogQuery { limit: 4, newest_first: true, ..LogQuery::default() }).await;
+            assert!(matches!(back.first().unwrap().event, Some(Event::MetersChanged(_))), "the last that was done is the newest");
+            back.reverse();
+            assert_eq!(all, back);
+            assert!(all.iter().any(|record| record.time_ms > Island::now().0), "what was written while the clock was ahead is shown");
+
+            // Both jumps, each before what was done then.
+            let mut by_process = jumps(&all);
+            // Where the database's clock was compared in the meantime, it says the same.
+            by_process.retain(|(compared_with, _)| compared_with == "process");
+            assert_eq!(by_process, [("process".to_owned(), 1), ("process".to_owned(), -1)]);
+            let mut told = 0;
+            for pair in all.windows(2) {
+                if pair[1].time_ms < pair[0].time_ms {
+                    assert!(matches!(pair[1].event, Some(Event::ClockJumped(_))), "a chain goes backwards behind a record of it only");
+                    told += 1;
+                }
+            }
+            assert_eq!(told, 1);
+
+            // Times select by what the records say.
+            let later = walk(&island, LogQuery { limit: 3, from: Some(Island::now().after(DAY / 2)), ..LogQuery::default() }).await;
+            let expected: Vec<_> = all.iter().filter(|record| record.time_ms > Island::now().after(DAY / 2).0).cloned().collect();
+            assert_eq!(later, expected);
+            assert!(later.iter().any(|record| matches!(record.event, Some(Event::MetersChanged(_)))));
+            let query = LogQuery { limit: 3, to: Some(Island::now().after(DAY / 2)), newest_first: true, ..LogQuery::default() };
+            assert_eq!(walk(&island, query).await.len() + later.len(), walk(&island, LogQuery { limit: 100, ..LogQuery::default() }).await.len());
+            let nothing = LogQuery { limit: 3, from: Some(Island::now().after(5 * DAY)), ..LogQuery::default() };
+            assert_eq!(walk(&island, nothing).await, []);
+            let of_meter = walk(&island, LogQuery { limit: 3, meter: Some(meter(1)), ..LogQuery::default() }).await;
+            assert_eq!(of_meter.len(), 2, "its import and its change");
+        }
+
+        async fn a_server_whose_clock_is_behind_the_log_says_so_when_it_starts(island) {
+            island.deliver(&sample("generic-suite0", 1)).await;
+            clock::testing::set_ahead(-3 * DAY);
+            let late = island.another_server().await;
+            change(&late, 1).await;
+            let all = walk(&island, LogQuery { limit: 100, ..LogQuery::default() }).await;
+            let writer = late.committer.writer().unwrap();
+            let told: Vec<_> = all.into_iter().filter(|record| record.writer == writer.octets().as_slice()).collect();
+            // The database's clock says the same, where it is compared.
+            assert!(jumps(&told).contains(&("log".to_owned(), -3)), "{told:?}");
+        }
+    }
+}

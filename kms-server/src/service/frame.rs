@@ -186,6 +186,10 @@ impl FrameService {
         let span = tracing::debug_span!("frames", kms.frames = frames.len());
         let (opened, alerts) = self.open_all(caller, purpose, frames).instrument(span).await?;
         self.alert(caller, alerts).await?;
+        // No act refuses these (I2).
+        for _ in opened.iter().filter(|outcome| matches!(outcome.octets, Err(ServiceError::PermissionDenied { .. }))) {
+            self.island.committer.refused(Some(&caller.principal), "unprotectFrame", "`unprotectFrame` is not permitted".to_owned());
+        }
         metrics().frames(FrameDirection::Unprotect, opened.iter().map(|outcome| &outcome.octets));
         Ok(opened)
     }

@@ -36,7 +36,7 @@ use crate::{
         proposal::{Change, ProposalService},
         transfer::{NextStep, Order, Report, ReportedAnswer, SendingKind, StepAnswer, TransferService, tests::Field},
     },
-    testing::{AHEAD_MS, TestIsland, client_title, island_tests, meter, put_principal, sample},
+    testing::{TestIsland, client_title, island_tests, meter, put_principal, sample},
 };
 
 const GET: &str = "C001C100030100010800FF0200";
@@ -327,7 +327,7 @@ impl World {
             10 => drop(MeterService::new(server.clone()).retire(&officer, request(), vec![meter(1)], String::new()).await.unwrap()),
             11 => {
                 let purged = self.below(2) == 0;
-                AHEAD_MS.fetch_add(if purged { QUARTER_MS + 60_000 } else { QUARTER_MS - 60_000 }, Ordering::Relaxed);
+                crate::clock::testing::advance(if purged { QUARTER_MS + 60_000 } else { QUARTER_MS - 60_000 });
                 self.aged = true;
             }
             _ => self.restart().await,

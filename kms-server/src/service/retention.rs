@@ -10,11 +10,12 @@
 use std::{sync::Arc, time::Duration};
 
 use kms_domain::{ExpiredKeys, Group, GroupId, KeyVersionNumber, Meter, Owner, Retention, SystemTitle, UnixMillis};
-use kms_proto::v1::{DestroyedKeys, KeysDestroyed, audit_record::Event};
-use kms_store::{MeterFilter, Reads, RowKind};
+use kms_proto::v1::{AuditRecord, DestroyedKeys, KeysDestroyed, audit_record::Event};
+use kms_store::{AuditFilter, MeterFilter, Reads, RowKind};
+use prost::Message as _;
 
 use crate::{
-    audit::{Actor, View},
+    audit::{Actor, CLOCK_JUMPED, View},
     error::ServiceError,
     island::Island,
 };
@@ -37,6 +38,8 @@ pub struct HousekeepingReport {
     pub released: u64,
     /// Key versions that were destroyed.
     pub destroyed: u64,
+    /// Nothing was done, since the clock was set ahead not long ago.
+    pub clock_in_doubt: bool,
 }
 
 impl Housekeeper {
@@ -50,8 +53,11 @@ impl Housekeeper {
         tokio::spawn(async move {
             tokio::time::sleep(FIRST).await;
             loop {
-                match self.keep_house(Island::now()).await {
-                    Ok(HousekeepingReport { rows_read, rows_changed, released, destroyed }) => {
+                match self.keep_house(self.time().await).await {
+                    Ok(HousekeepingReport { clock_in_doubt: true, .. }) => {
+                        tracing::warn!("a clock was set ahead within the last days: no key is destroyed until it is a week ago, or the clock is right again");
+                    }
+                    Ok(HousekeepingReport { rows_read, rows_changed, released, destroyed, clock_in_doubt: false }) => {
                         tracing::info!(rows_read, rows_changed, released, destroyed, "keys whose retention time has passed are destroyed");
                     }
                     Err(error) => tracing::error!(%error, "destroying old keys could not finish; it goes on tomorrow"),
@@ -61,12 +67,38 @@ impl Housekeeper {
         })
     }
 
+    /// The time that keys are judged by: this server's clock or the database's, whichever is behind.
+    async fn time(&self) -> UnixMillis {
+        let own = Island::now();
+        self.island.store.now().await.map_or(own, |database| database.min(own))
+    }
+
+    /// Whether clocks were set ahead by more than a day, all in all, within the week before `now`, as the log tells: then it is not sure that a retention
+    /// time has passed, and what is destroyed is lost (I3). Officers have that week to set the clock right.
+    async fn is_clock_in_doubt(&self, now: UnixMillis) -> Result<bool, ServiceError> {
+        // The writer looks at the clock before each act: a jump of a moment ago is in the log then.
+        self.island.committer.act(Actor::server("destroy-keys"), Reads::default(), |_| Ok(())).await?;
+        let filter = AuditFilter { kind: Some(CLOCK_JUMPED), newest_first: true, ..AuditFilter::default() };
+        let rows = self.island.store.audit_page(&filter, None, JUMPS_READ).await?;
+        let jumps = rows.iter().filter_map(|row| match AuditRecord::decode(row.record.record.as_slice()).ok()?.event? {
+            Event::ClockJumped(jump) => Some(jump),
+            _ => None,
+        });
+        // A jump to a time that has not come was of another server, or was undone.
+        let recent = jumps.filter(|jump| (now.after(-DOUBTED_MS).0..=now.after(DAY_MS).0).contains(&jump.observed_ms));
+        let ahead = recent.map(|jump| jump.observed_ms.saturating_sub(jump.expected_ms).max(0)).fold(0, i64::saturating_add);
+        Ok(ahead > DAY_MS)
+    }
+
     /// Looks at all meters and groups once, and destroys what is due at `now`. Every page that changes is one act with one record (I2).
     ///
     /// # Errors
     /// The database is away, or the server is busy. What was done until then is done and recorded.
     pub async fn keep_house(&self, now: UnixMillis) -> Result<HousekeepingReport, ServiceError> {
-        let mut report = HousekeepingReport::default();
+        let mut report = HousekeepingReport { clock_in_doubt: self.is_clock_in_doubt(now).await?, ..HousekeepingReport::default() };
+        if report.clock_in_doubt {
+            return Ok(report);
+        }
         let mut after = None;
         loop {
             let page = self.island.store.meter_page(&MeterFilter::default(), after, PAGE).await?;
@@ -204,16 +236,19 @@ const PAGE: u32 = 256;
 /// The start of a server has other work.
 const FIRST: Duration = Duration::from_mins(10);
 const PERIOD: Duration = Duration::from_hours(24);
+const DAY_MS: i64 = 86_400_000;
+/// How long a clock that was set ahead is doubted.
+const DOUBTED_MS: i64 = 7 * DAY_MS;
+/// More jumps than that were hardly looked for by a clock that goes right.
+const JUMPS_READ: u32 = 1_000;
 
 #[cfg(test)]
 mod tests {
     use kms_domain::{KeyMaterial, KeyOrigin, KeyState, KeyType, NewKeyVersion, RequestId, SecuritySetupId};
-    use kms_proto::v1::AuditRecord;
-    use kms_store::AuditFilter;
-    use prost::Message as _;
 
     use super::*;
     use crate::{
+        clock,
         service::{
             meter::{MeterService, Request},
             scrub::Scrubber,
@@ -283,7 +318,7 @@ mod tests {
 
             let later = now.after(91 * DAY);
             let report = island.housekeeper().keep_house(later).await.unwrap();
-            assert_eq!(report, HousekeepingReport { rows_read: 300, rows_changed: 2, released: 5, destroyed: 5 });
+            assert_eq!(report, HousekeepingReport { rows_read: 300, rows_changed: 2, released: 5, destroyed: 5, clock_in_doubt: false });
             for key_type in [KeyType::KEK, KeyType::GUEK, KeyType::GBEK, KeyType::GAK] {
                 assert_eq!(island.states(7, key_type).await, [(Destroyed, false)], "{key_type}");
             }
@@ -311,6 +346,26 @@ mod tests {
             let shown = MeterService::new(island.island.clone()).show(&island.officer, meter(7)).await.unwrap();
             let versions: Vec<_> = shown.security_setups.iter().flat_map(|setup| &setup.slots).flat_map(|slot| &slot.versions).collect();
             assert!(versions.len() == 4 && versions.iter().all(|version| version.state == "destroyed" && !version.candidate));
+        }
+
+        async fn a_clock_that_was_set_ahead_destroys_nothing(island) {
+            use KeyState::{Active, Deactivated, Destroyed};
+            island.deliver(&sample("generic-suite0", 3)).await;
+            island.rotate(2).await;
+            let (housekeeper, kept) = (island.housekeeper(), [(Deactivated, true), (Active, true)]);
+            // I3: a year that has not passed. The clock goes on from there for some days, and jumps again.
+            for ahead in [365, 370, 372] {
+                clock::testing::set_ahead(ahead * DAY);
+                let report = housekeeper.keep_house(Island::now()).await.unwrap();
+                assert_eq!(report, HousekeepingReport { clock_in_doubt: true, ..HousekeepingReport::default() }, "{ahead}");
+                assert_eq!(island.states(2, KeyType::GUEK).await, kept);
+            }
+            // Set right, it is not doubted; and when the time has passed, the keys go.
+            clock::testing::set_ahead(0);
+            let report = housekeeper.keep_house(Island::now()).await.unwrap();
+            assert_eq!((report.clock_in_doubt, report.destroyed), (false, 0));
+            assert_eq!(housekeeper.keep_house(Island::now().after(91 * DAY)).await.unwrap().destroyed, 1);
+            assert_eq!(island.states(2, KeyType::GUEK).await, [(Destroyed, false), (Active, true)]);
         }
 
         async fn two_servers_at_once_destroy_once(island) {

@@ -39,7 +39,7 @@ pub(super) fn watch<W: Watched>(caller: &Caller, mut watched: W, first: W::Stand
                     () = tokio::time::sleep(every) => {}
                 }
                 if not_after <= Island::now() {
-                    break Err(ServiceError::Unauthenticated { reason: "the client certificate has expired".to_owned() });
+                    break Err(ServiceError::unauthenticated("the client certificate has expired"));
                 }
                 match watched.look().await {
                     Ok(standing) if W::is_alike(&last, &standing) => {}

@@ -29,7 +29,11 @@ pub(crate) struct Call {
     began: Instant,
     span: Span,
     ended: bool,
+    watch: Option<Watch>,
 }
+
+/// Sees the headers or trailers that carry an answer's status, and may change them.
+type Watch = Box<dyn FnOnce(&mut http::HeaderMap) + Send>;
 
 impl Call {
     /// Begins with the request's headers.
@@ -48,7 +52,13 @@ impl Call {
             // Where there is no valid context, this begins a trace of its own.
             drop(span.set_parent(TraceContextPropagator::new().extract(&Headers(request.headers()))));
         }
-        Self { method, began: Instant::now(), span, ended: false }
+        Self { method, began: Instant::now(), span, ended: false, watch: None }
+    }
+
+    /// Has `watch` see the answer's status on its way out.
+    pub(crate) fn watched(mut self, watch: impl FnOnce(&mut http::HeaderMap) + Send + 'static) -> Self {
+        self.watch = Some(Box::new(watch));
+        self
     }
 
     /// The span that the call's work is done in.
@@ -57,12 +67,19 @@ impl Call {
     }
 
     /// Goes on with the answer: its status is in the headers if it failed at once, else behind its body.
-    pub(crate) fn answered(mut self, response: http::Response<Body>) -> http::Response<Body> {
+    pub(crate) fn answered(mut self, mut response: http::Response<Body>) -> http::Response<Body> {
         if let Some(status) = Status::from_header_map(response.headers()) {
             self.end(i32::from(status.code()));
+            self.show(response.headers_mut());
             return response;
         }
         response.map(|body| Body::new(Observed { body, call: self }))
+    }
+
+    fn show(&mut self, headers: &mut http::HeaderMap) {
+        if let Some(watch) = self.watch.take() {
+            watch(headers);
+        }
     }
 
     fn end(&mut self, code: i32) {
@@ -97,11 +114,12 @@ impl http_body::Body for Observed {
 
     fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
         let Self { body, call } = self.get_mut();
-        let polled = call.span.in_scope(|| Pin::new(body).poll_frame(context));
-        match &polled {
+        let mut polled = call.span.in_scope(|| Pin::new(body).poll_frame(context));
+        match &mut polled {
             Poll::Ready(Some(Ok(frame))) => {
-                if let Some(trailers) = frame.trailers_ref() {
+                if let Some(trailers) = frame.trailers_mut() {
                     call.end(Status::from_header_map(trailers).map_or(UNKNOWN, |status| i32::from(status.code())));
+                    call.show(trailers);
                 }
             }
             Poll::Ready(Some(Err(status))) => call.end(i32::from(status.code())),

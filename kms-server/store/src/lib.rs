@@ -84,9 +84,14 @@ pub trait Store: Send + Sync {
         limit: u32,
     ) -> Result<Vec<(FingerprintPrefix, FingerprintOwner)>, StoreError>;
 
-    /// Up to `limit` audit records in order of time. Where several servers write, a record can still appear behind the cursor for
-    /// as long as a call may take: who needs every record walks [`Self::audit_of_writer`].
+    /// Up to `limit` audit records in the log's own order, or against it, behind `after`. Each server's records come as they are chained. Where several
+    /// servers write, a record can still appear behind the cursor for as long as a call may take: who needs every record walks
+    /// [`Self::audit_of_writer`].
     async fn audit_page(&self, filter: &AuditFilter, after: Option<AuditCursor>, limit: u32) -> Result<Vec<AuditRow>, StoreError>;
+
+    /// The first and the last place in the log of records whose time is at or after `from` and before `before`; none: there is no such record. Between
+    /// them there may be records of other times, where a clock jumped.
+    async fn audit_range(&self, from: Option<UnixMillis>, before: Option<UnixMillis>) -> Result<Option<(AuditCursor, AuditCursor)>, StoreError>;
 
     /// Up to `limit` records of one writer from a sequence on, without gaps unless rows were deleted.
     async fn audit_of_writer(&self, writer: WriterId, from_sequence: u64, limit: u32) -> Result<Vec<AuditAppend>, StoreError>;

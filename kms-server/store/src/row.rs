@@ -175,26 +175,22 @@ pub struct AuditRow {
     pub record: AuditAppend,
 }
 
-/// A place in the log in order of time.
+/// A place in the log in the log's own order, whatever the clocks of servers said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct AuditCursor {
-    /// The record's time.
-    pub time: UnixMillis,
-    /// The record's number in this database.
-    pub id: i64,
-}
+pub struct AuditCursor(
+    /// The record's number in this database: records are numbered as they are written.
+    pub i64,
+);
 
 /// Which records of the log to list.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AuditFilter {
-    /// From this time on, inclusive.
-    pub from: Option<UnixMillis>,
-    /// Before this time.
-    pub before: Option<UnixMillis>,
     /// Of this kind.
     pub kind: Option<u16>,
     /// Of this writer.
     pub writer: Option<WriterId>,
+    /// The newest first.
+    pub newest_first: bool,
 }
 
 /// The last record of a writer.

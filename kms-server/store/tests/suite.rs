@@ -311,9 +311,23 @@ async fn audit_is_walked_in_order(f: Fixture) {
     let count = async |filter: AuditFilter| f.store.audit_page(&filter, None, 1_000).await.unwrap().len();
     assert_eq!(count(AuditFilter { kind: Some(8), ..Default::default() }).await, 50);
     assert_eq!(count(AuditFilter { writer: Some(second), ..Default::default() }).await, 50);
-    assert_eq!(count(AuditFilter { from: Some(UnixMillis(1_010)), before: Some(UnixMillis(1_015)), ..Default::default() }).await, 10);
+    let mut back = f.store.audit_page(&AuditFilter { newest_first: true, ..Default::default() }, None, 1_000).await.unwrap();
+    back.reverse();
+    let forth = f.store.audit_page(&AuditFilter::default(), None, 1_000).await.unwrap();
+    assert_eq!(back, forth);
+    let newest = f.store.audit_page(&AuditFilter { newest_first: true, ..Default::default() }, Some(forth[1].cursor), 1_000).await.unwrap();
+    assert_eq!(newest, forth[..1]);
+    let range = f.store.audit_range(Some(UnixMillis(1_010)), Some(UnixMillis(1_015))).await.unwrap();
+    assert_eq!(range, Some((forth[20].cursor, forth[29].cursor)));
+    assert_eq!(f.store.audit_range(None, None).await.unwrap(), Some((forth[0].cursor, forth[99].cursor)));
+    assert_eq!(f.store.audit_range(Some(UnixMillis(9_000)), None).await.unwrap(), None);
+    // A record of an earlier time comes where it was written.
+    let late = AuditAppend { time: UnixMillis(1), ..record(f.writer, 50) };
+    write(&*f.store, Changes { audit: vec![late.clone()], ..Changes::default() }).await.unwrap();
+    let last = f.store.audit_page(&AuditFilter::default(), Some(forth[99].cursor), 10).await.unwrap();
+    assert_eq!(last.iter().map(|row| &row.record).collect::<Vec<_>>(), [&late]);
     let tail = f.store.audit_of_writer(f.writer, 47, 10).await.unwrap();
-    assert_eq!(tail, (47..50).map(|sequence| record(f.writer, sequence)).collect::<Vec<_>>());
+    assert_eq!(tail, (47..50).map(|sequence| record(f.writer, sequence)).chain([late]).collect::<Vec<_>>());
 }
 
 async fn grants_are_listed_and_revoked_once(f: Fixture) {

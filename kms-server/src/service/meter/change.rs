@@ -143,7 +143,15 @@ impl MeterService {
                 let meter = row.and_then(|row| self.island.committer.open_meter(*title, &row.row).ok());
                 let meter = meter.filter(|meter| permits(&self.island, &principal, &Action::AssignMeters, meter));
                 match meter.as_deref().map(|meter| assigned(meter, assignment.head_end.as_ref())) {
-                    None => outcome.problem(*title, Code::NotPermitted, NOT_PERMITTED),
+                    None => {
+                        // No act follows that would count it.
+                        self.island.committer.refused(
+                            Some(&caller.principal),
+                            Action::AssignMeters.name(),
+                            "not permitted for a meter of the request".to_owned(),
+                        );
+                        outcome.problem(*title, Code::NotPermitted, NOT_PERMITTED);
+                    }
                     Some(Ok(None)) => outcome.unchanged += 1,
                     Some(Ok(Some(_))) => outcome.changed += 1,
                     Some(Err(reason)) => outcome.problem(*title, Code::Status, reason),

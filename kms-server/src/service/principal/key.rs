@@ -106,7 +106,7 @@ impl Principals {
         let action = Action::RecertifyPrincipal { role: id.role(), own: id == caller.principal };
         self.island.require(caller, &action).await?;
         self.island.require(caller, &Action::CarryOutProposal).await?;
-        let issued = self.authority.principal(&id, certification, self.validity())?.sign(&self.island.hsm).await?;
+        let issued = self.authority.principal(&id, certification, self.validity())?.sign(&self.island.hsm_for(caller)).await?;
         let digest = super::request_digest(
             "recertify",
             &[id.to_string().as_bytes(), &certification.spki_sha256(), &approved.octets()],

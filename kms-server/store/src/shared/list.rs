@@ -136,14 +136,9 @@ pub(super) async fn fingerprint_page(
 
 pub(super) async fn audit_page(readers: &Readers, filter: &AuditFilter, after: Option<AuditCursor>, limit: u32) -> Result<Vec<AuditRow>, StoreError> {
     let mut query = QueryBuilder::<Database>::new(concat!("SELECT ", audit_columns!(), " FROM audit AS a JOIN server AS s ON s.number = a.writer WHERE true"));
-    if let Some(after) = after {
-        query.push(" AND (a.time_ms, a.id) > (").push_bind(after.time.0).push(", ").push_bind(after.id).push(")");
-    }
-    if let Some(from) = filter.from {
-        query.push(" AND a.time_ms >= ").push_bind(from.0);
-    }
-    if let Some(before) = filter.before {
-        query.push(" AND a.time_ms < ").push_bind(before.0);
+    let (behind, order) = if filter.newest_first { (" AND a.id < ", " ORDER BY a.id DESC LIMIT ") } else { (" AND a.id > ", " ORDER BY a.id LIMIT ") };
+    if let Some(AuditCursor(after)) = after {
+        query.push(behind).push_bind(after);
     }
     if let Some(kind) = filter.kind {
         query.push(" AND a.kind = ").push_bind(i64::from(kind));
@@ -151,14 +146,32 @@ pub(super) async fn audit_page(readers: &Readers, filter: &AuditFilter, after: O
     if let Some(writer) = filter.writer {
         query.push(" AND s.writer = ").push_bind(writer.octets().to_vec());
     }
-    query.push(" ORDER BY a.time_ms, a.id LIMIT ").push_bind(i64::from(limit));
+    query.push(order).push_bind(i64::from(limit));
     let rows = query.build().fetch_all(readers).await?;
     rows.iter()
         .map(|row| {
             let (id, record) = decode::audit(row)?;
-            Ok(AuditRow { cursor: AuditCursor { time: record.time, id }, record })
+            Ok(AuditRow { cursor: AuditCursor(id), record })
         })
         .collect()
+}
+
+pub(super) async fn audit_range(
+    readers: &Readers,
+    from: Option<UnixMillis>,
+    before: Option<UnixMillis>,
+) -> Result<Option<(AuditCursor, AuditCursor)>, StoreError> {
+    // An expression, so that no planner walks the table by number and tests each record's time: the index of times answers this by itself.
+    let mut query = QueryBuilder::<Database>::new("SELECT min(id + 0), max(id + 0) FROM audit WHERE true");
+    if let Some(from) = from {
+        query.push(" AND time_ms >= ").push_bind(from.0);
+    }
+    if let Some(before) = before {
+        query.push(" AND time_ms < ").push_bind(before.0);
+    }
+    let row = query.build().fetch_one(readers).await?;
+    let (first, last): (Option<i64>, Option<i64>) = (row.try_get(0)?, row.try_get(1)?);
+    Ok(first.zip(last).map(|(first, last)| (AuditCursor(first), AuditCursor(last))))
 }
 
 pub(super) async fn audit_of_writer(readers: &Readers, writer: WriterId, from_sequence: u64, limit: u32) -> Result<Vec<AuditAppend>, StoreError> {

@@ -122,6 +122,10 @@ impl Store for Engine {
         self.within(list::audit_page(&self.readers, filter, after, limit)).await
     }
 
+    async fn audit_range(&self, from: Option<UnixMillis>, before: Option<UnixMillis>) -> Result<Option<(AuditCursor, AuditCursor)>, StoreError> {
+        self.within(list::audit_range(&self.readers, from, before)).await
+    }
+
     async fn audit_of_writer(&self, writer: WriterId, from_sequence: u64, limit: u32) -> Result<Vec<AuditAppend>, StoreError> {
         self.within(list::audit_of_writer(&self.readers, writer, from_sequence, limit)).await
     }
