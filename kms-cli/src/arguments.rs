@@ -612,7 +612,8 @@ pub(crate) struct EnrolMeters {
 pub(crate) enum ShipmentCommand {
     /// Import a vendor's shipment
     #[command(after_help = "Nothing is imported from a file whose signature, digest or count is wrong. Lines that are refused are reported, the others are\n\
-        imported (exit code 5). The same command again takes up where it stopped, and imports nothing twice.\n\nExample:\n  \
+        imported (exit code 5). Keys that another meter has too are imported and listed (exit code 5 as well). The same command again takes up\n\
+        where it stopped, and imports nothing twice.\n\nExample:\n  \
         kms shipment import KAM-2026-0041.jsonl --manufacturer urn:meterkms:dev:manufacturer:kam --report refused.jsonl")]
     Import(ImportShipment),
     /// List shipments
@@ -921,7 +922,7 @@ Exit codes:
   2  wrong command line or bad request
   3  refused by policy
   4  server, HSM or database not available: try again
-  5  partly done: the output tells what was refused
+  5  partly done, or with something to be looked at: the output tells what was refused, or which keys several meters share
 
 Examples:
   kms principal whoami

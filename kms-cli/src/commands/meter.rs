@@ -101,7 +101,11 @@ async fn list(filter: &MeterFilter, limit: &Limit, context: &Context) -> Result<
                     meter.status.clone(),
                     meter.head_end.clone(),
                     meter.batch.clone(),
-                    if meter.rotation_due { "rotation".to_owned() } else { String::new() },
+                    match (meter.compromised, meter.rotation_due) {
+                        (true, _) => "rotation: a key is compromised".to_owned(),
+                        (false, true) => "rotation".to_owned(),
+                        (false, false) => String::new(),
+                    },
                 ]);
             }
             let more = if (meters.len() as u64) < total { " (--limit shows more)" } else { "" };
@@ -188,6 +192,12 @@ pub(crate) fn setups_text(setups: &[proto::SecuritySetup]) -> String {
         for slot in setup.slots.iter().filter(|slot| slot.in_doubt) {
             let candidates: Vec<_> = slot.versions.iter().filter(|version| version.candidate).map(|version| version.number.to_string()).collect();
             result.push_str(&format!("\nin doubt: the meter holds {} version {}; a probe shows which\n", slot.key_type, candidates.join(" or ")));
+        }
+        for slot in setup.slots.iter().filter(|slot| slot.compromised) {
+            result.push_str(&format!(
+                "\ncompromised, rotation needed: nothing of the {} is granted until a new version is proven (`kms campaign create NAME --rotate {} --exposed-by reported`)\n",
+                slot.key_type, slot.key_type
+            ));
         }
         let mut counters = Rows::new(&["client title", "key version", "reserved below", "counted by", "asks for"]).numbers(&[1, 2]);
         for counter in &setup.counters {

@@ -50,17 +50,20 @@ async fn import(arguments: ImportShipment, context: &Context) -> Result<(), Fail
     };
     file.upload(&connection, &start).await?;
 
-    let mut shown = Vec::new();
+    let (mut shown, mut shown_duplicates) = (Vec::new(), Vec::new());
     let mut told = Told::default();
     let shipment = import_uploaded(&connection, &file, &arguments, &mut |step| {
         // A call that goes on after a broken one tells again what that one told.
         let refused_lines: Vec<_> = step.refused_lines.iter().filter(|line| told.refused.insert(line.line)).collect();
-        let duplicate_keys = step.duplicate_keys.iter().filter(|key| told.duplicates.insert((key.line, key.key_type.clone())));
+        let duplicate_keys: Vec<_> =
+            step.duplicate_keys.iter().filter(|key| told.duplicates.insert((key.line, key.security_setup.clone(), key.key_type.clone()))).collect();
+        let room = LINES_SHOWN.saturating_sub(shown_duplicates.len());
+        shown_duplicates.extend(duplicate_keys.iter().take(room).map(|key| (*key).clone()));
         let room = LINES_SHOWN.saturating_sub(shown.len());
         shown.extend(refused_lines.iter().take(room).map(|line| (*line).clone()));
         if let Some((path, report)) = &mut report {
             let refused = refused_lines.iter().map(|line| json!({"refused_line": json::message("RefusedLine", *line)}));
-            let duplicates = duplicate_keys.map(|key| json!({"duplicate_key": json::message("DuplicateKey", key)}));
+            let duplicates = duplicate_keys.iter().map(|key| json!({"duplicate_key": json::message("DuplicateKey", *key)}));
             for line in refused.chain(duplicates) {
                 writeln!(report, "{line}").map_err(|error| Failure::failed(format!("cannot write `{}`: {error}", path.display())))?;
             }
@@ -72,7 +75,11 @@ async fn import(arguments: ImportShipment, context: &Context) -> Result<(), Fail
         report.flush().map_err(|error| Failure::failed(format!("cannot write `{}`: {error}", path.display())))?;
     }
     context.output.show(
-        || json!({"shipment": json::message("Shipment", &shipment), "refused_lines": shown.iter().map(|line| json::message("RefusedLine", line)).collect::<Vec<_>>()}),
+        || {
+            let refused: Vec<_> = shown.iter().map(|line| json::message("RefusedLine", line)).collect();
+            let duplicates: Vec<_> = shown_duplicates.iter().map(|key| json::message("DuplicateKey", key)).collect();
+            json!({"shipment": json::message("Shipment", &shipment), "refused_lines": refused, "duplicate_keys": duplicates})
+        },
         || {
             let mut text = shipment_text(&shipment);
             if !shown.is_empty() {
@@ -87,22 +94,48 @@ async fn import(arguments: ImportShipment, context: &Context) -> Result<(), Fail
                     text.push_str(if arguments.report.is_some() { ", all in the report file\n" } else { "; --report FILE writes them all\n" });
                 }
             }
+            if !shown_duplicates.is_empty() {
+                text.push_str("\nkeys that another meter has too: the vendor's mistake, and whoever knows one of them knows all\n");
+                text.push_str(&duplicates_text(&shown_duplicates));
+                let more = shipment.duplicates.saturating_sub(shown_duplicates.len() as u64);
+                if more > 0 {
+                    text.push_str(&format!("and {} more", number(more)));
+                    text.push_str(if arguments.report.is_some() { ", in the report file\n" } else { "; --report FILE writes them all\n" });
+                }
+            }
             text
         },
     );
     match shipment.state.as_str() {
-        "imported" if shipment.refused == 0 => Ok(()),
-        "imported" => Err(Failure::partly(format!("{} refused, the others are imported", plural(shipment.refused, "line")))),
+        "imported" if shipment.refused == 0 && shipment.duplicates == 0 => Ok(()),
+        "imported" if shipment.refused == 0 => Err(Failure::partly(format!("all is imported, and {} of another meter's", duplicates_of(&shipment)))
+            .with_hint("ask the vendor for new keys, or rotate them: `kms campaign create NAME --rotate GUEK --batch BATCH`")),
+        "imported" => {
+            let duplicates = if shipment.duplicates == 0 { String::new() } else { format!("; {} of another meter's", duplicates_of(&shipment)) };
+            Err(Failure::partly(format!("{} refused, the others are imported{duplicates}", plural(shipment.refused, "line"))))
+        }
         "refused" => Err(Failure::failed(format!("the shipment was refused as a whole, nothing was imported: {}", shipment.refusal))),
         state => Err(Failure::failed(format!("the import ended in state `{state}`: the same command again takes it up"))),
     }
 }
 
-/// What the server has told of the import: refused lines, and duplicate keys by line and key type.
+fn duplicates_of(shipment: &proto::Shipment) -> String {
+    format!("{} the value", if shipment.duplicates == 1 { "1 key has".to_owned() } else { format!("{} keys have", number(shipment.duplicates)) })
+}
+
+fn duplicates_text(duplicates: &[proto::DuplicateKey]) -> String {
+    let mut rows = Rows::new(&["line", "meter", "setup", "key", "as meter"]).numbers(&[0]);
+    for key in duplicates {
+        rows.row([key.line.to_string(), output::octets(&key.meter), output::obis(&key.security_setup), key.key_type.clone(), output::octets(&key.other_meter)]);
+    }
+    rows.text_or("")
+}
+
+/// What the server has told of the import: refused lines, and duplicate keys by line, security setup and key type.
 #[derive(Default)]
 struct Told {
     refused: HashSet<u64>,
-    duplicates: HashSet<(u64, String)>,
+    duplicates: HashSet<(u64, bytes::Bytes, String)>,
 }
 
 /// A shipment on this machine.

@@ -198,13 +198,18 @@ fn a_shipment_is_uploaded_imported_and_its_refused_lines_are_reported() {
     assert_eq!(output.status.code(), Some(5), "{}", text(&output.stderr));
     assert!(server.shared.lock().unwrap().uploaded == content);
     let shown = text(&output.stdout);
-    for words in ["keys[0].wrapped", "refused lines", "and 10 more, all in the report file", "999"] {
+    let of_keys = ["keys that another meter has too", "4B414D0000000032", "0.0.43.0.0.255", "4B414D0000000007"];
+    for words in ["keys[0].wrapped", "refused lines", "and 10 more, all in the report file", "999"].into_iter().chain(of_keys) {
         assert!(shown.contains(words), "{shown}");
     }
+    assert!(text(&output.stderr).contains("1 key has the value of another meter's"), "{}", text(&output.stderr));
     let report = std::fs::read_to_string(server.directory.path().join("report.jsonl")).unwrap();
     assert_eq!(report.lines().count(), 31);
     let first: Value = serde_json::from_str(report.lines().next().unwrap()).unwrap();
     assert_eq!(first["refused_line"]["line"], 2);
+    let output = server.kms(&["--output", "json", "shipment", "import", "B-1.jsonl", "--manufacturer", "urn:meterkms:dev:manufacturer:kam"]);
+    let answer: Value = serde_json::from_str(&text(&output.stdout)).unwrap();
+    assert_eq!((&answer["duplicate_keys"][0]["line"], &answer["duplicate_keys"][0]["key_type"]), (&Value::from(50), &Value::from("GUEK")), "{answer}");
 }
 
 #[test]
@@ -533,10 +538,23 @@ impl shipment_service_server::ShipmentService for Mock {
     type ImportShipmentStream = Steps<ImportShipmentResponse>;
 
     async fn import_shipment(&self, _: Request<ImportShipmentRequest>) -> Answer<Self::ImportShipmentStream> {
-        let shipment =
-            |imported, refused, state: &str| Shipment { devices: 1029, imported, refused, state: state.into(), batch: "B-1".into(), ..Default::default() };
+        let shipment = |imported, refused, state: &str| Shipment {
+            devices: 1029,
+            imported,
+            refused,
+            duplicates: 1,
+            state: state.into(),
+            batch: "B-1".into(),
+            ..Default::default()
+        };
         let line = |line| RefusedLine { line, field: "keys[0].wrapped".into(), reason: "does not open under the batch key".into() };
-        let duplicate = DuplicateKey { line: 50, key_type: "GUEK".into(), ..Default::default() };
+        let duplicate = DuplicateKey {
+            line: 50,
+            meter: vec![0x4B, 0x41, 0x4D, 0, 0, 0, 0, 0x32].into(),
+            key_type: "GUEK".into(),
+            other_meter: vec![0x4B, 0x41, 0x4D, 0, 0, 0, 0, 0x07].into(),
+            security_setup: vec![0, 0, 43, 0, 0, 255].into(),
+        };
         let steps = [
             ImportShipmentResponse {
                 shipment: Some(shipment(500, 15, "importing")),

@@ -4,7 +4,9 @@
 //! the vendor, if it recorded the traffic. Rotation over the air takes that KEK out of use; it does not undo what was recorded. What a principal was
 //! granted is no lack: it is meant to know it.
 
-use crate::{Evidence, ExposureReason, KeyOrigin, KeyState, KeyType, KeyVersion, KeyVersionNumber, Meter, Party, SecuritySetupId, SecuritySuite, Slot};
+use crate::{
+    Evidence, ExposureReason, KeyOrigin, KeyState, KeyType, KeyVersion, KeyVersionNumber, Meter, Party, SecuritySetupId, SecuritySuite, SharedExposures, Slot,
+};
 
 /// How one key of a meter stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,16 +84,26 @@ impl Meter {
     /// How each key of the meter stands, in order of security setup and key type; keys that the meter never had are left out. `taken_over_the_air`
     /// tells whether the meter takes a key by `key_transfer`, which its device profile says.
     pub fn acceptance(&self, setup: Option<SecuritySetupId>, taken_over_the_air: impl Fn(SecuritySetupId, KeyType) -> bool) -> Vec<KeyAcceptance> {
-        let slots = self.slots.iter().filter(|slot| setup.is_none_or(|setup| slot.setup() == setup) && slot.held().is_some());
-        slots.map(|slot| self.accept(slot, taken_over_the_air(slot.setup(), slot.key_type()))).collect()
+        self.acceptance_knowing(setup, &SharedExposures::new(), taken_over_the_air)
     }
 
-    fn accept(&self, slot: &Slot, taken_over_the_air: bool) -> KeyAcceptance {
+    /// As [`Self::acceptance`], with what is known of key values that several slots share.
+    pub fn acceptance_knowing(
+        &self,
+        setup: Option<SecuritySetupId>,
+        shared: &SharedExposures,
+        taken_over_the_air: impl Fn(SecuritySetupId, KeyType) -> bool,
+    ) -> Vec<KeyAcceptance> {
+        let slots = self.slots.iter().filter(|slot| setup.is_none_or(|setup| slot.setup() == setup) && slot.held().is_some());
+        slots.map(|slot| self.accept(slot, shared, taken_over_the_air(slot.setup(), slot.key_type()))).collect()
+    }
+
+    fn accept(&self, slot: &Slot, shared: &SharedExposures, taken_over_the_air: bool) -> KeyAcceptance {
         let key_type = slot.key_type();
         let held = slot.held();
         let mut known_to: Vec<Party> = Vec::new();
         let mut count = |version: &KeyVersion| {
-            for exposure in version.exposures().iter().filter(|exposure| !is_meant(exposure.reason)) {
+            for exposure in self.slots.exposures_of(slot.setup(), version, shared).iter().filter(|exposure| !is_meant(exposure.reason)) {
                 if !known_to.contains(&exposure.party) {
                     known_to.push(exposure.party.clone());
                 }
@@ -118,7 +130,7 @@ impl Meter {
             Verdict::NotReplaced if !taken_over_the_air => Some(Remedy::LocalVisit),
             Verdict::NotReplaced => Some(Remedy::Rotation),
             // As soon as the KEK is nobody else's, a rotation heals what travels under it.
-            Verdict::NotHealed if key_type != KeyType::KEK && self.has_secret_kek(slot.setup()) => Some(Remedy::Rotation),
+            Verdict::NotHealed if key_type != KeyType::KEK && self.has_secret_kek(slot.setup(), shared) => Some(Remedy::Rotation),
             Verdict::NotHealed if self.suite != SecuritySuite::Suite0 => Some(Remedy::KeyAgreement),
             Verdict::NotHealed => Some(Remedy::LocalVisit),
         };
@@ -147,9 +159,9 @@ impl Meter {
     }
 
     /// Whether what leaves under the meter's KEK is readable to nobody.
-    fn has_secret_kek(&self, setup: SecuritySetupId) -> bool {
+    fn has_secret_kek(&self, setup: SecuritySetupId, shared: &SharedExposures) -> bool {
         let kek = self.slots.get(setup, KeyType::KEK).filter(|slot| !slot.in_doubt()).and_then(Slot::held);
-        kek.is_some_and(|kek| kek.exposures().iter().all(|exposure| is_meant(exposure.reason)))
+        kek.is_some_and(|kek| self.slots.exposures_of(setup, kek, shared).iter().all(|exposure| is_meant(exposure.reason)))
     }
 }
 

@@ -624,7 +624,7 @@ fn take_over_steps(meter: &Meter, setup: Option<SecuritySetupId>) -> impl Iterat
     setups.dedup();
     setups.into_iter().flat_map(|setup| TAKE_OVER_ORDER.into_iter().map(move |key_type| (setup, key_type))).filter_map(|(setup, key_type)| {
         let slot = meter.slots.get(setup, key_type)?;
-        let imported = slot.active().map(KeyVersion::origin) == Some(crate::KeyOrigin::Imported);
+        let imported = slot.active().or_else(|| slot.held()).map(KeyVersion::origin) == Some(crate::KeyOrigin::Imported);
         imported.then(|| TaskStep { setup, work: TaskWork::Rotate(key_type), from: active_number(slot) })
     })
 }

@@ -10,7 +10,7 @@
 
 use std::{fmt, num::NonZeroU32};
 
-use crate::{CounterDomainId, CounterJump, PrincipalId, SystemTitle, WriterId};
+use crate::{CounterDomainId, CounterJump, Exposure, PrincipalId, SystemTitle, WriterId, exposure::learn};
 
 /// What a meter counts: one sequence per client system title, or one for all clients of the security setup. A device profile says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -319,12 +319,14 @@ pub struct CounterDomain {
     pub counters: Counters,
     /// How many slots joined so far. Informational: it never decides.
     pub members: u64,
+    /// Who could know the value, by whichever slot: what each slot's key version has, at least.
+    pub exposures: Vec<Exposure>,
 }
 
 impl CounterDomain {
     /// A domain without members.
     pub fn new(id: CounterDomainId) -> Self {
-        Self { id, counters: Counters::default(), members: 0 }
+        Self { id, counters: Counters::default(), members: 0, exposures: Vec::new() }
     }
 
     /// Lets a slot join: the domain's counters end up above those of the slot. In the same transaction the slot's key version
@@ -332,6 +334,11 @@ impl CounterDomain {
     pub fn join(&mut self, counters: &Counters) {
         self.counters.absorb(counters);
         self.members = self.members.saturating_add(1);
+    }
+
+    /// Notes who could know the value. Returns whether anything of it is new: the row is written only then.
+    pub fn learn(&mut self, exposures: &[Exposure]) -> bool {
+        learn(&mut self.exposures, exposures)
     }
 }
 

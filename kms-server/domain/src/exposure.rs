@@ -1,8 +1,8 @@
 //! The ledger of exposures: who outside the HSM could come to know a key version, since when, and why.
 
-use std::fmt;
+use std::{collections::HashMap, fmt};
 
-use crate::{ParseError, PrincipalId, UnixMillis};
+use crate::{CounterDomainId, ParseError, PrincipalId, UnixMillis};
 
 /// One way by which someone outside the HSM can know a key version.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -13,6 +13,23 @@ pub struct Exposure {
     pub since: UnixMillis,
     /// How.
     pub reason: ExposureReason,
+}
+
+/// Who could know the key values that several slots share, by their counter domains: whoever knows the key of one slot knows that of all.
+pub type SharedExposures = HashMap<CounterDomainId, Vec<Exposure>>;
+
+/// Adds to `known` what it does not have: each way of each party once, since the first time. Returns whether anything was new.
+pub(crate) fn learn(known: &mut Vec<Exposure>, more: &[Exposure]) -> bool {
+    let mut learned = false;
+    for exposure in more {
+        match known.iter_mut().find(|one| one.party == exposure.party && one.reason == exposure.reason) {
+            Some(one) if one.since <= exposure.since => continue,
+            Some(one) => one.since = exposure.since,
+            None => known.push(exposure.clone()),
+        }
+        learned = true;
+    }
+    learned
 }
 
 /// Someone who may know a key.

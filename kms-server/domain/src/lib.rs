@@ -44,7 +44,7 @@ pub use counter::{
 };
 pub use diversification::{DiversificationContext, KeyDerivation};
 pub use error::ParseError;
-pub use exposure::{Exposure, ExposureReason, Party};
+pub use exposure::{Exposure, ExposureReason, Party, SharedExposures};
 pub use group::{BegunRotation, Group, GroupError, GroupRotation, MemberCounts, RotationStage, SwitchThreshold};
 pub use history::{CounterJump, DatabaseHistory, Timeline};
 pub use id::{

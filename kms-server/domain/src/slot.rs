@@ -1,8 +1,11 @@
 //! Key slots: all versions that a key ever had, and the candidates of I3.
 
+use std::borrow::Cow;
+
 use crate::{
-    CounterDomain, CounterDomainId, CounterJump, CounterKey, CounterPlace, Counters, DiversificationContext, Evidence, KeyLength, KeyMaterial, KeyOrigin,
-    KeyShape, KeyState, KeyType, KeyVersion, KeyVersionNumber, Owner, SecuritySetupId, Transport, UnixMillis, WrappedKey,
+    CounterDomain, CounterDomainId, CounterJump, CounterKey, CounterPlace, Counters, DiversificationContext, Evidence, Exposure, ExposureReason, KeyLength,
+    KeyMaterial, KeyOrigin, KeyShape, KeyState, KeyType, KeyVersion, KeyVersionNumber, Owner, SecuritySetupId, SharedExposures, Transport, UnixMillis,
+    WrappedKey, exposure::learn,
 };
 
 /// A key version to be added to a slot.
@@ -101,15 +104,24 @@ impl Slot {
         self.versions.iter().filter(|version| version.candidate)
     }
 
-    /// The version that the meter holds as far as is known: the candidate that it showed last, or else the active one.
+    /// The version that the meter holds as far as is known: the candidate that it showed last, or else the active one, or the one that was active until
+    /// it was reported as compromised.
     pub fn held(&self) -> Option<&KeyVersion> {
-        self.candidates().filter(|version| version.transport.confirmed > 0).max_by_key(|version| version.transport.confirmed).or_else(|| self.active())
+        let shown = self.candidates().filter(|version| version.transport.confirmed > 0).max_by_key(|version| version.transport.confirmed);
+        let reported = || self.candidates().filter(|version| version.state == KeyState::Compromised && version.transport.left == 0).last();
+        shown.or_else(|| self.active()).or_else(reported)
     }
 
-    /// Whether it is in doubt that the meter holds the active version: one left since it last showed one, or what it showed is not the active one.
+    /// Whether the meter holds, as far as is known, a compromised version: it needs a new one.
+    pub fn compromised(&self) -> bool {
+        self.held().is_some_and(|held| held.state == KeyState::Compromised)
+    }
+
+    /// Whether it is in doubt that the meter holds the active version: one left since it last showed one, or what it showed is not the active one. That
+    /// a version was reported as compromised changes nothing of what the meter holds.
     pub fn in_doubt(&self) -> bool {
         match self.held() {
-            Some(held) => held.state != KeyState::Active || self.unresolved(),
+            Some(held) => self.unresolved() || !(held.state == KeyState::Active || held.state == KeyState::Compromised && self.active().is_none()),
             None => self.candidates().next().is_some(),
         }
     }
@@ -242,6 +254,8 @@ impl Slot {
                 Ok(Confirmation::Activated)
             }
             KeyState::Active => Ok(Confirmation::Active),
+            // Nothing took its place yet: it is what the meter is to hold until then.
+            KeyState::Compromised if active.is_none_or(|active| active < number) => Ok(Confirmation::Compromised),
             _ => Ok(Confirmation::NotActive),
         }
     }
@@ -344,6 +358,7 @@ impl Slot {
             CounterPlace::Domain(id) => return Err(SlotError::OtherDomain { number, domain: *id }),
             CounterPlace::Own(counters) => domain.join(counters),
         }
+        domain.learn(&version.exposures);
         version.counters = CounterPlace::Domain(domain.id);
         Ok(())
     }
@@ -383,7 +398,9 @@ pub enum Confirmation {
     Activated,
     /// It is the active version.
     Active,
-    /// It is another: earlier, suspended or compromised. The meter needs a new key.
+    /// It was active until it was reported as compromised, and no later one has taken its place: the meter needs a new key, as is known.
+    Compromised,
+    /// It is another: an earlier one, or suspended. The meter needs a new key.
     NotActive,
 }
 
@@ -513,6 +530,33 @@ impl Slots {
         self.0.iter_mut().find(|slot| slot.setup == setup && slot.key_type == key_type).ok_or(SlotError::NoSuchSlot { setup, key_type })
     }
 
+    /// Who outside the HSM could know a version of one of these slots: what the version itself says, what is known of the same value in other slots, and
+    /// who could open what it travelled under because of such.
+    pub fn exposures_of<'a>(&self, setup: SecuritySetupId, version: &'a KeyVersion, shared: &SharedExposures) -> Cow<'a, [Exposure]> {
+        let mut exposures = Cow::Borrowed(version.exposures());
+        let mut add = |more: &[Exposure]| {
+            let mut all = exposures.to_vec();
+            if learn(&mut all, more) {
+                exposures = Cow::Owned(all);
+            }
+        };
+        if let Some(more) = version.domain().and_then(|domain| shared.get(&domain)) {
+            add(more);
+        }
+        let keks = self.get(setup, KeyType::KEK).filter(|_| !shared.is_empty());
+        let mut under = version.transport.kek;
+        // A KEK leaves under an earlier one, so that this ends.
+        while let Some(kek) = under.and_then(|number| keks?.version(number)) {
+            if let Some(known) = kek.domain().and_then(|domain| shared.get(&domain)) {
+                let travelled: Vec<Exposure> =
+                    known.iter().map(|exposure| Exposure { reason: ExposureReason::TransferUnderExposedKek, ..exposure.clone() }).collect();
+                add(&travelled);
+            }
+            under = kek.transport.kek.filter(|earlier| *earlier < kek.number);
+        }
+        exposures
+    }
+
     /// Adds a slot.
     ///
     /// # Errors
@@ -533,7 +577,7 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::{CounterError, CounterOwnership, ExposureReason, KeyDerivation, Party};
+    use crate::{CounterError, CounterOwnership, KeyDerivation, Party};
 
     const NOW: UnixMillis = UnixMillis(1_000_000);
 
@@ -602,8 +646,62 @@ mod tests {
         for state in KeyState::ALL {
             assert!(slot.clone().transition(number, state, NOW).is_err(), "{state}: it is still a candidate");
         }
-        assert_eq!(slot.confirm(number, 1, Evidence::Proven, NOW), Ok(Confirmation::NotActive));
+        // The meter holds what it held: nothing of that is in doubt.
+        assert!(slot.compromised() && !slot.in_doubt() && slot.held().is_some_and(|held| held.number() == number));
+        assert_eq!(slot.confirm(number, 1, Evidence::Proven, NOW), Ok(Confirmation::Compromised));
         assert_eq!(slot.candidates().count(), 1);
+        assert!(slot.compromised() && !slot.in_doubt());
+
+        // Another version is on its way, and is shown.
+        let second = slot.add_version(generated(KeyState::PreActive), NOW).unwrap();
+        slot.mark_left(second, 2, KeyVersionNumber::FIRST).unwrap();
+        assert!(slot.in_doubt() && slot.unresolved());
+        assert_eq!(slot.confirm(second, 3, Evidence::Proven, NOW), Ok(Confirmation::Activated));
+        assert!(!slot.in_doubt() && !slot.compromised());
+        // The meter goes back to the compromised one: that is news.
+        assert_eq!(slot.confirm(number, 4, Evidence::Proven, NOW), Ok(Confirmation::NotActive));
+        assert!(slot.in_doubt() && slot.compromised());
+    }
+
+    #[test]
+    fn who_knows_one_slot_of_a_value_knows_all() {
+        let party = || Party::Principal(crate::PrincipalId::parse("urn:meterkms:north:head-end:hes-2").unwrap());
+        let (mut one, mut other) = (slot(), slot());
+        for slot in [&mut one, &mut other] {
+            slot.add_version(generated(KeyState::Active), NOW).unwrap();
+        }
+        one.version_mut(KeyVersionNumber::FIRST).unwrap().expose(party(), ExposureReason::Grant, NOW.after(5));
+        let mut domain = CounterDomain::new(CounterDomainId([1; 16]));
+        one.join_domain(KeyVersionNumber::FIRST, &mut domain).unwrap();
+        other.join_domain(KeyVersionNumber::FIRST, &mut domain).unwrap();
+        let known = [Exposure { party: party(), since: NOW.after(5), reason: ExposureReason::Grant }];
+        assert_eq!(domain.exposures, known);
+        assert!(!domain.learn(&known));
+        let earlier = [Exposure { since: NOW, ..known[0].clone() }];
+        assert!(domain.learn(&earlier) && domain.exposures == earlier);
+
+        let shared = SharedExposures::from([(domain.id, domain.exposures)]);
+        let slots = Slots::new(vec![other]).unwrap();
+        let version = slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().active().unwrap();
+        assert!(version.exposures().is_empty());
+        assert_eq!(*slots.exposures_of(SecuritySetupId::DEFAULT, version, &shared), earlier);
+        assert!(slots.exposures_of(SecuritySetupId::DEFAULT, version, &SharedExposures::new()).is_empty());
+    }
+
+    #[test]
+    fn who_knows_a_kek_by_another_slot_knows_what_left_under_it() {
+        let mut kek = Slot::new(SecuritySetupId::DEFAULT, KeyType::KEK);
+        kek.add_version(diversified(KeyState::Active), NOW).unwrap();
+        let mut domain = CounterDomain::new(CounterDomainId([1; 16]));
+        kek.join_domain(KeyVersionNumber::FIRST, &mut domain).unwrap();
+        let mut guek = slot();
+        let number = guek.add_version(generated(KeyState::PreActive), NOW).unwrap();
+        guek.mark_left(number, 1, KeyVersionNumber::FIRST).unwrap();
+        let slots = Slots::new(vec![kek, guek]).unwrap();
+        let shared = SharedExposures::from([(domain.id, vec![Exposure { party: Party::Anyone, since: NOW, reason: ExposureReason::Reported }])]);
+        let version = slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().version(number).unwrap();
+        let known = slots.exposures_of(SecuritySetupId::DEFAULT, version, &shared);
+        assert_eq!(*known, [Exposure { party: Party::Anyone, since: NOW, reason: ExposureReason::TransferUnderExposedKek }]);
     }
 
     #[test]

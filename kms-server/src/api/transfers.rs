@@ -188,7 +188,7 @@ fn held(finding: &Finding) -> Option<HeldKey> {
             key_type: key_type.to_string(),
             version: version.number(),
             evidence: evidence.name().to_owned(),
-            active: *confirmation != kms_domain::Confirmation::NotActive,
+            active: matches!(confirmation, kms_domain::Confirmation::Activated | kms_domain::Confirmation::Active),
         }),
         Finding::SharedAcknowledged { key_type, version, .. } => Some(HeldKey {
             key_type: key_type.to_string(),

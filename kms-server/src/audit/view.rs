@@ -8,9 +8,9 @@ use std::{
 
 use kms_domain::{
     Campaign, CampaignId, ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterJump, CounterKey, CounterPlace, CounterState, CounterUse, Counters,
-    DeviceType, DeviceTypeId, Generation, Group, GroupId, IslandName, KeyType, KeyVersion, KeyVersionNumber, Lease, LiveChunk, Meter, OnNewKey, Owner,
-    Principal, PrincipalId, Proposal, ProposalId, QuotaUse, RequestId, RootId, RootRotation, RowId, SealKeys, SecuritySetupId, Slots, SystemTitle, UnixMillis,
-    WriterId,
+    DeviceType, DeviceTypeId, Exposure, Generation, Group, GroupId, IslandName, KeyType, KeyVersion, KeyVersionNumber, Lease, LiveChunk, Meter, OnNewKey,
+    Owner, Principal, PrincipalId, Proposal, ProposalId, QuotaUse, RequestId, RootId, RootRotation, RowId, SealKeys, SecuritySetupId, Slots, SystemTitle,
+    UnixMillis, WriterId,
 };
 use kms_proto::v1::{AuditRecord, SecurityEvent, audit_record::Event};
 use kms_store::{
@@ -811,12 +811,61 @@ impl View<'_, '_> {
     fn put(&mut self, id: RowId, value: Value, reprojected: bool) -> Result<(), ServiceError> {
         let known = self.open(id.clone())?;
         self.may_store(known.as_ref().and_then(Value::slots), value.slots())?;
+        self.share_exposures(known.as_ref().and_then(Value::slots), value.slots())?;
+        let value = match (value, known) {
+            // Whoever has a copy of before forgets nothing that became known since.
+            (Value::Domain(mut domain), Some(Value::Domain(known))) => {
+                Arc::make_mut(&mut domain).learn(&known.exposures);
+                Value::Domain(domain)
+            }
+            (value, _) => value,
+        };
         let before = self.staged.rows.get(&id).or_else(|| self.base.rows.get(&id));
         let generation = before.and_then(|opened| opened.generation);
         let reprojected = reprojected || before.is_some_and(|opened| opened.changed && opened.reprojected);
         let before = self.staged.rows.insert(id.clone(), Opened { generation, value: Some(value), changed: true, reprojected });
         self.staged.log.push(Change::Row(id, before));
         Ok(())
+    }
+
+    /// Who comes to know the key of a slot knows it in every slot that has the same value: the value's counter domain says so, in the same transaction.
+    /// Here, so that no use case can forget it.
+    fn share_exposures(&mut self, known: Option<&Slots>, new: Option<&Slots>) -> Result<(), ServiceError> {
+        for slot in new.into_iter().flat_map(Slots::iter) {
+            let before = known.and_then(|known| known.get(slot.setup(), slot.key_type()));
+            for version in slot.versions() {
+                let Some(id) = version.domain() else { continue };
+                let same = before.and_then(|before| before.version(version.number())).is_some_and(|before| before.exposures() == version.exposures());
+                if !same && !version.exposures().is_empty() {
+                    self.learn(id, version.exposures())?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes in a domain's row, if there is one, who could know its value.
+    fn learn(&mut self, id: CounterDomainId, exposures: &[Exposure]) -> Result<bool, ServiceError> {
+        let Some(mut domain) = self.domain(id)? else { return Ok(false) };
+        let news = Arc::make_mut(&mut domain).learn(exposures);
+        if news {
+            self.put(RowId::CounterDomain(id), Value::Domain(domain), false)?;
+        }
+        Ok(news)
+    }
+
+    /// Notes in the rows of counter domains who could know the keys of a meter, as an island of an earlier version has not done. Whether that was news.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn share_exposures_of(&mut self, meter: &Meter) -> Result<bool, ServiceError> {
+        let mut news = false;
+        for version in meter.slots.iter().flat_map(kms_domain::Slot::versions) {
+            if let Some(id) = version.domain() {
+                news |= self.learn(id, version.exposures())?;
+            }
+        }
+        Ok(news)
     }
 
     /// I3: no key is stored that needs a root whose destruction was decided, however long ago the HSM made it. The island's row is read in the same

@@ -9,8 +9,8 @@
 
 use std::{sync::Arc, time::Duration};
 
-use kms_domain::{ExpiredKeys, Group, GroupId, KeyVersionNumber, Meter, Owner, Retention, SystemTitle, UnixMillis};
-use kms_proto::v1::{AuditRecord, DestroyedKeys, KeysDestroyed, audit_record::Event};
+use kms_domain::{CounterDomainId, ExpiredKeys, Group, GroupId, KeyVersionNumber, Meter, Owner, Retention, SharedExposures, Slot, SystemTitle, UnixMillis};
+use kms_proto::v1::{AuditRecord, DestroyedKeys, KeysDestroyed, MetersChanged, audit_record::Event};
 use kms_store::{AuditFilter, MeterFilter, Reads, RowKind};
 use prost::Message as _;
 
@@ -51,6 +51,11 @@ impl Housekeeper {
     /// Keeps house soon after the start and then every day, until the task is dropped or aborted.
     pub fn in_background(self) -> tokio::task::JoinHandle<()> {
         tokio::spawn(async move {
+            match self.share_exposures().await {
+                Ok(0) => {}
+                Ok(meters) => tracing::info!(meters, "who could know their keys is noted for all meters that have the same keys"),
+                Err(error) => tracing::error!(%error, "who could know keys that several meters share is not noted everywhere: the next start tries again"),
+            }
             tokio::time::sleep(FIRST).await;
             loop {
                 match self.keep_house(self.time().await).await {
@@ -65,6 +70,57 @@ impl Housekeeper {
                 tokio::time::sleep(PERIOD).await;
             }
         })
+    }
+
+    /// Has the rows of counter domains say who could know their values, as far as the rows of the meters say more: an island of an earlier version kept
+    /// that in each meter's row alone. How many meters said more. Where no key has the value of another, nothing is read.
+    ///
+    /// # Errors
+    /// The database is away, or the server is busy.
+    pub async fn share_exposures(&self) -> Result<u64, ServiceError> {
+        let (mut known, mut after) = (SharedExposures::new(), None);
+        loop {
+            let page = self.island.store.sealed_page(RowKind::CounterDomain, after.as_deref(), PAGE).await?;
+            let Some((last, _)) = page.last() else { break };
+            after = Some(last.clone());
+            let opened = page.iter().filter_map(|(id, row)| self.island.committer.open_domain(id.as_slice().try_into().map(CounterDomainId).ok()?, row).ok());
+            known.extend(opened.map(|domain| (domain.id, domain.exposures.clone())));
+        }
+        let (mut told, mut after) = (0, None);
+        while !known.is_empty() {
+            let page = self.island.store.meter_page(&MeterFilter::default(), after, PAGE).await?;
+            let Some(last) = page.last() else { break };
+            after = Some(last.title);
+            let meters = page.iter().filter_map(|row| Meter::from_row(row.title, self.island.name(), row.row.body.clone().into()).ok());
+            let says_more = |meter: &Meter| {
+                let mut versions = meter.slots.iter().flat_map(Slot::versions).filter_map(|version| Some((version, known.get(&version.domain()?)?)));
+                versions.any(|(version, known)| {
+                    version.exposures().iter().any(|exposure| !known.iter().any(|one| (&one.party, one.reason) == (&exposure.party, exposure.reason)))
+                })
+            };
+            let due: Vec<SystemTitle> = meters.filter(says_more).map(|meter| meter.title).collect();
+            if due.is_empty() {
+                continue;
+            }
+            told += due.len() as u64;
+            let reads = Reads { meters: due.clone(), ..Reads::default() };
+            let act = self.island.committer.act(Actor::server("share-exposures"), reads, move |view| {
+                let mut meters = Vec::new();
+                for title in &due {
+                    if let Some(meter) = view.meter(*title)?
+                        && view.share_exposures_of(&meter)?
+                    {
+                        meters.push(title.octets().to_vec().into());
+                    }
+                }
+                if !meters.is_empty() {
+                    view.append(Event::MetersChanged(MetersChanged { change: "exposures-shared".to_owned(), meters, ..MetersChanged::default() }));
+                }
+                Ok(())
+            });
+            act.await?;
+        }
+        Ok(told)
     }
 
     /// The time that keys are judged by: this server's clock or the database's, whichever is behind.

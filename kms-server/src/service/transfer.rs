@@ -810,6 +810,7 @@ impl Advances {
                     confirmation: match confirmation {
                         Confirmation::Activated => "activated",
                         Confirmation::Active => "active",
+                        Confirmation::Compromised => "compromised",
                         Confirmation::NotActive => "not-active",
                     }
                     .to_owned(),

@@ -8,7 +8,7 @@ use aws_lc_rs::{digest, hmac};
 
 use crate::{
     CampaignAction, CampaignId, CounterDomainId, CounterPlace, CounterState, DeviceProfileName, ExposureReason, FlagId, GroupId, KeyOrigin, KeyVersion, Meter,
-    ParseError, Party, PrincipalId, SecuritySetupId, SystemTitle, TaskWork, UnixMillis,
+    ParseError, Party, PrincipalId, SecuritySetupId, SharedExposures, SystemTitle, TaskWork, UnixMillis,
 };
 
 /// Which meters a campaign is about: all conditions together. Meters that are quarantined or retired are never selected.
@@ -29,9 +29,9 @@ pub struct CampaignSelection {
     pub batch: Option<String>,
     /// The active version has been active since before this moment.
     pub active_before: Option<UnixMillis>,
-    /// This party could know the active version.
+    /// This party could know the version that the meter holds, active or compromised.
     pub exposed_to: Option<Party>,
-    /// The active version was exposed in this way.
+    /// The version that the meter holds was exposed in this way.
     pub exposed_by: Option<ExposureReason>,
     /// The active version was imported.
     pub imported: bool,
@@ -58,6 +58,11 @@ impl CampaignSelection {
 
     /// I5: whether a meter is selected, by its sealed row. `setup` and `action` say which keys the conditions on keys are about.
     pub fn matches(&self, meter: &Meter, action: CampaignAction, setup: Option<SecuritySetupId>) -> bool {
+        self.matches_knowing(meter, action, setup, &SharedExposures::new())
+    }
+
+    /// As [`Self::matches`], with what is known of key values that several slots share.
+    pub fn matches_knowing(&self, meter: &Meter, action: CampaignAction, setup: Option<SecuritySetupId>, shared: &SharedExposures) -> bool {
         let class = &meter.class;
         class.status.may_grant()
             && self.vendor.is_none_or(|vendor| class.vendor == vendor)
@@ -67,7 +72,7 @@ impl CampaignSelection {
             && self.batch.as_ref().is_none_or(|batch| meter.batch == *batch)
             && action.first_step(meter, setup).is_some_and(|step| {
                 // The key of a group is rotated for the whole group, so the group must be said.
-                (self.group.is_some() || step.is_own(meter)) && (!self.is_about_keys() || self.matches_keys(meter, step.setup, step.work))
+                (self.group.is_some() || step.is_own(meter)) && (!self.is_about_keys() || self.matches_keys(meter, step.setup, step.work, shared))
             })
     }
 
@@ -85,7 +90,7 @@ impl CampaignSelection {
             CounterPlace::Domain(domain) => domains(*domain).unwrap_or_default(),
         };
         slots_of(meter, step.setup, step.work)
-            .filter_map(crate::Slot::active)
+            .filter_map(current)
             .any(|version| u128::from(used(version)) * 100 >= u128::from(CounterState::END) * u128::from(percent))
     }
 
@@ -93,17 +98,22 @@ impl CampaignSelection {
         self.active_before.is_some() || self.exposed_to.is_some() || self.exposed_by.is_some() || self.imported
     }
 
-    fn matches_keys(&self, meter: &Meter, setup: SecuritySetupId, work: TaskWork) -> bool {
-        slots_of(meter, setup, work).filter_map(crate::Slot::active).any(|version| self.matches_version(version))
+    fn matches_keys(&self, meter: &Meter, setup: SecuritySetupId, work: TaskWork, shared: &SharedExposures) -> bool {
+        slots_of(meter, setup, work).filter_map(current).any(|version| self.matches_version(meter, setup, version, shared))
     }
 
-    fn matches_version(&self, version: &KeyVersion) -> bool {
+    fn matches_version(&self, meter: &Meter, setup: SecuritySetupId, version: &KeyVersion, shared: &SharedExposures) -> bool {
         let exposed = self.exposed_to.is_none() && self.exposed_by.is_none()
-            || version.exposures().iter().any(|exposure| {
+            || meter.slots.exposures_of(setup, version, shared).iter().any(|exposure| {
                 self.exposed_to.as_ref().is_none_or(|party| exposure.party == *party) && self.exposed_by.is_none_or(|reason| exposure.reason == reason)
             });
         exposed && self.active_before.is_none_or(|before| version.since() < before) && (!self.imported || version.origin() == KeyOrigin::Imported)
     }
+}
+
+/// The version that a campaign replaces: the active one, or a compromised one that the meter holds still.
+fn current(slot: &crate::Slot) -> Option<&KeyVersion> {
+    slot.held().filter(|_| slot.compromised()).or_else(|| slot.active())
 }
 
 /// The slots that the work is about: one, or all of a probe.

@@ -290,6 +290,9 @@ pub(super) struct CounterDomainRow {
     pub(super) principals: Vec<PrincipalRef>,
     #[prost(message, repeated, tag = "2")]
     pub(super) counters: Vec<CounterRow>,
+    /// Who could know the value; times since 1970.
+    #[prost(message, repeated, tag = "3")]
+    pub(super) exposures: Vec<ExposureRow>,
     /// At least 1.
     #[prost(uint64, tag = "15")]
     pub(super) members: u64,

@@ -7,7 +7,7 @@ use super::{
     RowError,
     message::{CounterDomainRow, DeviceTypeRow, GroupRotationRow, GroupRow, MeterRow},
     moment,
-    slot::{Principals, counters_from_rows, counters_to_rows, slots_from_rows, slots_to_rows},
+    slot::{Principals, counters_from_rows, counters_to_rows, exposures_from_rows, exposures_to_rows, slots_from_rows, slots_to_rows},
     suite,
     transfer::{key_type, setup, shared_from_rows, shared_to_rows, transfer_from_row, transfer_to_row},
 };
@@ -187,14 +187,16 @@ impl CounterDomain {
         if row.members == 0 {
             return Err(RowError::new("the counter domain has no members, or the row is cut"));
         }
-        Ok(Self { id, counters: counters_from_rows(row.counters, &principals)?, members: row.members })
+        let exposures = exposures_from_rows(row.exposures, 0, &principals)?;
+        Ok(Self { id, counters: counters_from_rows(row.counters, &principals)?, members: row.members, exposures })
     }
 
     /// The body of the counter domain's row. A domain without members has none: it is stored when the first joined.
     pub fn to_row(&self) -> Vec<u8> {
         let mut principals = Principals::default();
         let counters = counters_to_rows(&self.counters, &mut principals);
-        CounterDomainRow { principals: principals.to_rows(), counters, members: self.members }.encode_to_vec()
+        let exposures = exposures_to_rows(&self.exposures, 0, &mut principals);
+        CounterDomainRow { principals: principals.to_rows(), counters, exposures, members: self.members }.encode_to_vec()
     }
 }
 

@@ -99,21 +99,7 @@ fn version_from_row(key_type: KeyType, row: VersionRow, base: i64, principals: &
     } else {
         return Err(RowError::new("a key version has counters and a counter domain"));
     };
-    let exposures = row
-        .exposures
-        .into_iter()
-        .map(|row| {
-            Ok(Exposure {
-                party: match row.party {
-                    0 => Party::Vendor,
-                    1 => Party::Anyone,
-                    position => Party::Principal(principals.get(position - 1)?.clone()),
-                },
-                since: UnixMillis(base.wrapping_add(row.since)),
-                reason: ExposureReason::from_number(row.reason)?,
-            })
-        })
-        .collect::<Result<_, RowError>>()?;
+    let exposures = exposures_from_rows(row.exposures, base, principals)?;
     Ok(KeyVersion {
         number: KeyVersionNumber::new(row.earlier_numbers.wrapping_add(1))?,
         state,
@@ -163,19 +149,7 @@ fn version_to_row(version: &KeyVersion, base: i64, principals: &mut Principals, 
         CounterPlace::Own(counters) => (counters_to_rows(counters, principals), Bytes::new()),
         CounterPlace::Domain(domain) => (Vec::new(), Bytes::copy_from_slice(&domain.0)),
     };
-    let exposures = version
-        .exposures
-        .iter()
-        .map(|exposure| ExposureRow {
-            party: match &exposure.party {
-                Party::Vendor => 0,
-                Party::Anyone => 1,
-                Party::Principal(principal) => principals.reference(principal) + 1,
-            },
-            since: exposure.since.0.wrapping_sub(base),
-            reason: exposure.reason.number(),
-        })
-        .collect();
+    let exposures = exposures_to_rows(&version.exposures, base, principals);
     VersionRow {
         setup,
         key_type,
@@ -196,6 +170,34 @@ fn version_to_row(version: &KeyVersion, base: i64, principals: &mut Principals, 
         kek: version.transport.kek.map_or(0, KeyVersionNumber::number),
         meter_counter: version.transport.meter_counter,
     }
+}
+
+pub(super) fn exposures_from_rows(rows: Vec<ExposureRow>, base: i64, principals: &Principals) -> Result<Vec<Exposure>, RowError> {
+    let exposures = rows.into_iter().map(|row| {
+        Ok(Exposure {
+            party: match row.party {
+                0 => Party::Vendor,
+                1 => Party::Anyone,
+                position => Party::Principal(principals.get(position - 1)?.clone()),
+            },
+            since: UnixMillis(base.wrapping_add(row.since)),
+            reason: ExposureReason::from_number(row.reason)?,
+        })
+    });
+    exposures.collect()
+}
+
+pub(super) fn exposures_to_rows(exposures: &[Exposure], base: i64, principals: &mut Principals) -> Vec<ExposureRow> {
+    let rows = exposures.iter().map(|exposure| ExposureRow {
+        party: match &exposure.party {
+            Party::Vendor => 0,
+            Party::Anyone => 1,
+            Party::Principal(principal) => principals.reference(principal) + 1,
+        },
+        since: exposure.since.0.wrapping_sub(base),
+        reason: exposure.reason.number(),
+    });
+    rows.collect()
 }
 
 pub(super) fn counters_from_rows(rows: Vec<CounterRow>, principals: &Principals) -> Result<Counters, RowError> {

@@ -1,7 +1,10 @@
 //! The acceptance report of a campaign: for each meter of the plan, which keys are the utility's alone, and what heals the others.
 
-use kms_domain::{CampaignId, KeyAcceptance, Meter, Party, PlanChain, Remedy, SecuritySetupId, SystemTitle};
+use kms_domain::{
+    CampaignId, CounterDomainId, KeyAcceptance, KeyVersion, Meter, Party, PlanChain, Remedy, SecuritySetupId, SharedExposures, Slot, SystemTitle,
+};
 use kms_proto::v1;
+use kms_store::RowKind;
 
 use super::{CampaignService, drive::titles_of, plan::takes_over_the_air};
 use crate::{
@@ -65,17 +68,31 @@ impl CampaignService {
             };
             found.insert(row.title, meter);
         }
+        let shared = self.shared_exposures(found.values().flatten().map(AsRef::as_ref)).await?;
         let message = |title: SystemTitle| match found.get(&title) {
-            Some(Some(meter)) => message(&self.island, meter, campaign.content.setup),
+            Some(Some(meter)) => message(&self.island, meter, campaign.content.setup, &shared),
             Some(None) => problem(title, "its sealed row is refused (I5): run `kms audit scrub`"),
             None => problem(title, "it is unknown"),
         };
         Ok((titles.into_iter().map(message).collect(), next))
     }
+
+    /// Who could know the key values of these meters that other slots have too. Duplicate keys are few.
+    async fn shared_exposures(&self, meters: impl Iterator<Item = &Meter>) -> Result<SharedExposures, ServiceError> {
+        let versions = meters.flat_map(|meter| meter.slots.iter()).flat_map(Slot::versions);
+        let ids: std::collections::HashSet<CounterDomainId> = versions.filter_map(KeyVersion::domain).collect();
+        let mut shared = SharedExposures::with_capacity(ids.len());
+        for id in ids {
+            if let Some(row) = self.island.store.sealed(RowKind::CounterDomain, &id.0).await? {
+                shared.insert(id, self.island.committer.open_domain(id, &row)?.exposures.clone());
+            }
+        }
+        Ok(shared)
+    }
 }
 
-fn message(island: &Island, meter: &Meter, setup: Option<SecuritySetupId>) -> v1::MeterAcceptance {
-    let keys = meter.acceptance(setup, |setup, key_type| takes_over_the_air(island, meter, setup, key_type));
+fn message(island: &Island, meter: &Meter, setup: Option<SecuritySetupId>, shared: &SharedExposures) -> v1::MeterAcceptance {
+    let keys = meter.acceptance_knowing(setup, shared, |setup, key_type| takes_over_the_air(island, meter, setup, key_type));
     v1::MeterAcceptance {
         meter: meter.title.octets().to_vec().into(),
         manufacturer: meter.class.vendor.to_string(),

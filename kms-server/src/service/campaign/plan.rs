@@ -8,7 +8,7 @@ use std::{
 
 use kms_domain::{
     Campaign, CampaignAction, CampaignContent, CampaignId, CampaignName, CampaignSelection, CampaignTerms, CounterDomainId, KeyType, Meter, Plan, PlanChain,
-    SecuritySetupId, SystemTitle, TaskStep, TaskWork, UnixMillis, WavePlanner,
+    SecuritySetupId, SharedExposures, SystemTitle, TaskStep, TaskWork, UnixMillis, WavePlanner,
 };
 use kms_proto::v1::{self, CampaignCreated, audit_record::Event};
 use kms_store::{Assigned, MeterFilter, MeterRow, Reads, RowKind};
@@ -150,7 +150,7 @@ impl CampaignService {
             // What an earlier attempt left behind.
             self.island.store.delete_unused_chunks(id).await?;
         }
-        let domains = Arc::new(self.domain_bounds(&new.selection).await?);
+        let domains = Arc::new(self.domains(&new.selection).await?);
         let mut survey = Survey::new(id);
         let mut waiting = Vec::new();
         let mut source = Source { service: self, filter: columns(&new.selection), new, after: None, place: 0, unknown: 0 };
@@ -183,21 +183,22 @@ impl CampaignService {
         Ok(survey)
     }
 
-    /// How far the counters of each domain are used, where the selection asks for it: duplicate keys are few.
-    async fn domain_bounds(&self, selection: &CampaignSelection) -> Result<HashMap<CounterDomainId, u64>, ServiceError> {
-        let (mut bounds, mut after) = (HashMap::new(), None);
-        while selection.counter_used.is_some() {
+    /// What is known of each key value that several slots share, where the selection asks for it: duplicate keys are few.
+    async fn domains(&self, selection: &CampaignSelection) -> Result<Domains, ServiceError> {
+        let (mut domains, mut after) = (Domains::default(), None);
+        while selection.counter_used.is_some() || selection.exposed_to.is_some() || selection.exposed_by.is_some() {
             let page = self.island.store.sealed_page(RowKind::CounterDomain, after.as_deref(), PAGE).await?;
             let Some((last, _)) = page.last() else { break };
             after = Some(last.clone());
             for (id, row) in &page {
                 let Ok(id) = id.as_slice().try_into().map(CounterDomainId) else { continue };
                 if let Ok(domain) = self.island.committer.open_domain(id, row) {
-                    bounds.insert(id, domain.counters.highest_bound());
+                    domains.bounds.insert(id, domain.counters.highest_bound());
+                    domains.exposures.insert(id, domain.exposures.clone());
                 }
             }
         }
-        Ok(bounds)
+        Ok(domains)
     }
 
     async fn keep(&self, survey: &mut Survey, id: CampaignId, titles: Vec<u8>, keep: bool) -> Result<(), ServiceError> {
@@ -208,6 +209,13 @@ impl CampaignService {
         survey.chain = survey.chain.link(&titles);
         Ok(())
     }
+}
+
+/// Key values that several slots share: how far their counters are used, and who could know them.
+#[derive(Default)]
+struct Domains {
+    bounds: HashMap<CounterDomainId, u64>,
+    exposures: SharedExposures,
 }
 
 /// Where pages of meters come from: those that were named, or all that the search columns find.
@@ -306,14 +314,14 @@ struct Found {
 }
 
 /// I5: the search columns found them, the sealed rows decide.
-fn look(island: &Island, new: &NewCampaign, domains: &HashMap<CounterDomainId, u64>, page: &[MeterRow]) -> Vec<Look> {
+fn look(island: &Island, new: &NewCampaign, domains: &Domains, page: &[MeterRow]) -> Vec<Look> {
     page.iter()
         .map(|row| {
             let Ok(meter) = island.committer.open_meter(row.title, &row.row) else { return Look::Refused };
             let step = new.action.first_step(&meter, new.setup);
             let taken = step.is_none_or(|step| is_taken(island, &meter, step));
-            let counted = || new.selection.matches_counters(&meter, new.action, new.setup, |domain| domains.get(&domain).copied());
-            if !taken || !new.selection.matches(&meter, new.action, new.setup) || !counted() {
+            let counted = || new.selection.matches_counters(&meter, new.action, new.setup, |domain| domains.bounds.get(&domain).copied());
+            if !taken || !new.selection.matches_knowing(&meter, new.action, new.setup, &domains.exposures) || !counted() {
                 return Look::LeftOut;
             }
             let in_doubt = step.is_some_and(|step| meter.slots.of_setup(step.setup).any(kms_domain::Slot::in_doubt));

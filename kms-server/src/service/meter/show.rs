@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use kms_domain::{
-    CounterDomain, CounterKey, CounterOwnership, CounterPlace, Counters, DeviceProfile, KeyOrigin, KeyType, KeyVersion, Meter, SecuritySetupId, Slot, Slots,
-    Transfer,
+    CounterDomain, CounterKey, CounterOwnership, CounterPlace, Counters, DeviceProfile, Exposure, KeyOrigin, KeyType, KeyVersion, Meter, SecuritySetupId,
+    SharedExposures, Slot, Slots, Transfer,
 };
 use kms_proto::v1;
 
@@ -19,6 +19,7 @@ pub(super) fn summary(meter: &Meter) -> v1::MeterSummary {
         head_end: meter.class.head_end.as_ref().map(ToString::to_string).unwrap_or_default(),
         batch: meter.batch.clone(),
         rotation_due: meter.slots.iter().filter_map(Slot::held).any(KeyVersion::rotation_due),
+        compromised: meter.slots.iter().any(Slot::compromised),
     }
 }
 
@@ -83,7 +84,17 @@ impl Shown<'_> {
     }
 
     fn slot(&self, slot: &Slot) -> v1::KeySlot {
-        v1::KeySlot { key_type: self.key_type(slot.key_type()), versions: slot.versions().iter().map(shown_version).collect(), in_doubt: slot.in_doubt() }
+        let shared: SharedExposures = self.domains.iter().map(|domain| (domain.id, domain.exposures.clone())).collect();
+        let version = |version: &KeyVersion| {
+            let exposures = self.slots.exposures_of(slot.setup(), version, &shared);
+            v1::KeyVersion { exposures: exposures.iter().map(shown_exposure).collect(), ..shown_version(version) }
+        };
+        v1::KeySlot {
+            key_type: self.key_type(slot.key_type()),
+            versions: slot.versions().iter().map(version).collect(),
+            in_doubt: slot.in_doubt(),
+            compromised: slot.compromised(),
+        }
     }
 
     fn key_type(&self, key_type: KeyType) -> String {
@@ -128,10 +139,10 @@ pub(in crate::service) fn shown_version(version: &KeyVersion) -> v1::KeyVersion 
         .to_owned(),
         candidate: version.candidate(),
         duplicate: version.domain().is_some(),
-        exposures: version
-            .exposures()
-            .iter()
-            .map(|exposure| v1::Exposure { party: exposure.party.to_string(), since_ms: exposure.since.0, reason: exposure.reason.to_string() })
-            .collect(),
+        exposures: version.exposures().iter().map(shown_exposure).collect(),
     }
+}
+
+fn shown_exposure(exposure: &Exposure) -> v1::Exposure {
+    v1::Exposure { party: exposure.party.to_string(), since_ms: exposure.since.0, reason: exposure.reason.to_string() }
 }

@@ -311,6 +311,7 @@ impl Step {
             meter: meter.title.octets().to_vec().into(),
             key_type: self.verified.profile.key_type_name(key.key_type),
             other_meter: title.octets().to_vec().into(),
+            security_setup: key.setup.obis().to_vec().into(),
         });
         Ok(())
     }

@@ -12,6 +12,7 @@ use crate::{
     audit::{Actor, CounterOf},
     error::ServiceError,
     island::Island,
+    service::{campaign::CampaignService, meter::MeterService, retention::Housekeeper},
     testing::{self, Forged, TestIsland, client_title, database, import, island_tests, meter, sample, sha256, sign},
 };
 
@@ -330,6 +331,84 @@ island_tests! {
                 seen.push((dealt.first, dealt.last()));
             }
         }
+    }
+
+    async fn who_knows_the_key_of_one_meter_knows_that_of_all_that_have_it(island) {
+        let (file, _) = island.sample(&sample("generic-suite0", 6)).await;
+        let mut forged = Forged::of(&file);
+        let guek = |line: &[u8]| {
+            let text = String::from_utf8(line.to_vec()).unwrap();
+            let at = text.find("\"type\":\"GUEK\"").unwrap();
+            let begin = at + text[at..].find("\"wrapped\":\"").unwrap() + 11;
+            (begin, text[begin..begin + 48].to_owned())
+        };
+        let value = guek(&forged.lines[1]).1;
+        // Meters 1 to 5 have one value, and meter 6 another.
+        for line in 3..=6 {
+            forged.device(line, |line| { let (begin, _) = guek(line.as_bytes()); format!("{}{value}{}", &line[..begin], &line[begin + 48..]) });
+        }
+        let response = island.deliver_file(&forged.file()).await;
+        let setup = SecuritySetupId::DEFAULT;
+        let duplicates: Vec<_> = response.duplicate_keys.iter().map(|one| (one.meter.to_vec(), one.security_setup.to_vec(), one.key_type.as_str())).collect();
+        let expected: Vec<_> = (2..=5).map(|number| (meter(number).octets().to_vec(), setup.obis().to_vec(), "GUEK")).collect();
+        assert_eq!(duplicates, expected);
+
+        // One of them is granted to a head-end, and another one reported.
+        let (known_to, other) = (Party::Principal(island.other_head_end.principal.clone()), Party::Anyone);
+        let expose = async |number: u64, party: Party, reason: ExposureReason| {
+            let reads = kms_store::Reads { meters: vec![meter(number)], ..kms_store::Reads::default() };
+            let act = island.island.committer.act(Actor::server("test"), reads, move |view| {
+                view.append(Event::KeysGranted(kms_proto::v1::KeysGranted::default()));
+                let mut row = (*view.meter(meter(number))?.unwrap()).clone();
+                let version = row.slots.get_mut(setup, KeyType::GUEK).unwrap().version_mut(kms_domain::KeyVersionNumber::FIRST).unwrap();
+                assert!(version.expose(party.clone(), reason, view.now()));
+                view.put_meter(row, false)
+            });
+            act.await.unwrap();
+        };
+        expose(2, known_to.clone(), ExposureReason::Grant).await;
+        expose(6, other.clone(), ExposureReason::Reported).await;
+        let shown = async |number: u64| {
+            let meter = MeterService::new(island.island.clone()).show(&island.officer, meter(number)).await.unwrap();
+            let slot = meter.security_setups[0].slots.iter().find(|slot| slot.key_type == "GUEK").unwrap().clone();
+            slot.versions[0].exposures.iter().map(|exposure| exposure.party.clone()).collect::<Vec<_>>()
+        };
+        let selected = async |exposed_to: &Party| {
+            let mut asked = crate::service::campaign::tests::new(crate::service::campaign::tests::terms());
+            asked.selection = kms_domain::CampaignSelection { exposed_to: Some(exposed_to.clone()), ..Default::default() };
+            let service = CampaignService::new(island.island.clone());
+            let answer = service.create(&island.officer, crate::service::campaign::tests::request(), asked, false).await;
+            answer.map_or(0, |answer| answer.preview.unwrap().meters)
+        };
+        let check = async || {
+            for number in 1..=5 {
+                assert!(shown(number).await.contains(&known_to.to_string()), "{number}");
+            }
+            assert!(!shown(6).await.contains(&known_to.to_string()));
+            assert_eq!((selected(&known_to).await, selected(&other).await), (5, 1));
+        };
+        check().await;
+
+        // An island of an earlier version: who could know it stands in the row of meter 2 alone.
+        let store = &island.island.store;
+        let (id, row) = store.sealed_page(kms_store::RowKind::CounterDomain, None, 10).await.unwrap().remove(0);
+        let id = kms_domain::CounterDomainId(id.as_slice().try_into().unwrap());
+        let mut domain = (*island.island.committer.open_domain(id, &row).unwrap()).clone();
+        domain.exposures.clear();
+        let generation = kms_domain::Generation::from_i64(i64::try_from(row.generation).unwrap() + 1).unwrap();
+        let body = domain.to_row();
+        let seal = *island.island.committer.seal_key().seal(&kms_domain::RowId::CounterDomain(id), generation, &body).octets();
+        let octets = |octets: &[u8]| kms_store::testing::octets(&database().database, octets);
+        let statement = format!(
+            "UPDATE sealed SET generation = {}, seal = {}, body = {} WHERE kind = {}",
+            generation.number(), octets(&seal), octets(&body), kms_store::RowKind::CounterDomain.number()
+        );
+        assert_eq!(kms_store::testing::execute(&database().database, &statement).await.unwrap(), 1);
+        assert_eq!(selected(&known_to).await, 1, "the test's own step back");
+        let housekeeper = Housekeeper::new(island.island.clone(), kms_domain::Retention::DEFAULT);
+        assert!(housekeeper.share_exposures().await.unwrap() >= 1);
+        check().await;
+        assert_eq!(housekeeper.share_exposures().await.unwrap(), 0);
     }
 
     async fn a_counter_domain_that_somebody_deleted_is_not_begun_anew(island) {

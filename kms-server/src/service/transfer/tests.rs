@@ -23,6 +23,7 @@ use crate::{
     authz::{Caller, Purpose, Quotas},
     error::ServiceError,
     service::{
+        campaign::{CampaignService, NewCampaign},
         frame::{FrameService, PlainContent, PlainFrame, ReceivedContent, ReceivedFrame},
         meter::{Compromise, CounterRaise, MeterService},
         proposal::{Change, ProposalService},
@@ -712,6 +713,73 @@ island_tests! {
         let slot = row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap();
         assert!(slot.grantable().all(|grantable| grantable.version.number().number() == 3), "never granted again, even in doubt");
         field.assert_not_lost(0).await;
+        field.assert_no_nonce_twice();
+    }
+
+    async fn a_compromised_version_is_what_a_campaign_is_for_and_to_replace_it_is_no_news(island) {
+        let field = Field::new(island, "generic-suite0", 3).await;
+        let meters = MeterService::new(field.island.island.clone());
+        let campaigns = CampaignService::new(field.island.island.clone());
+        let report = async |number: usize, version: u32| {
+            let found = Compromise {
+                meter: field.title(number),
+                setup: None,
+                key_type: KeyType::GUEK,
+                version: KeyVersionNumber::new(version).unwrap(),
+                known_to: kms_domain::Party::Anyone,
+                reason: "found in a log".to_owned(),
+            };
+            let request = crate::service::meter::Request { id: field.request(), digest: [4; 32] };
+            meters.report_compromise(&field.island.officer, request, found).await.unwrap()
+        };
+        let selected = async || {
+            let new = NewCampaign {
+                name: kms_domain::CampaignName::parse("reported").unwrap(),
+                action: kms_domain::CampaignAction::rotate(KeyType::GUEK).unwrap(),
+                setup: None,
+                selection: kms_domain::CampaignSelection { exposed_by: Some(kms_domain::ExposureReason::Reported), ..Default::default() },
+                named: Vec::new(),
+                terms: kms_domain::CampaignTerms {
+                    quorum: kms_domain::Quorum::ONE,
+                    canary: 0,
+                    waves: vec![kms_domain::WaveSize::Percent(100)],
+                    success_threshold: 50,
+                    failure_limit: 3,
+                    windows: kms_domain::MaintenanceWindows::always(),
+                    starts_per_minute: None,
+                    in_flight: 100.try_into().unwrap(),
+                    attempts: 2.try_into().unwrap(),
+                    back_off_seconds: 1,
+                },
+            };
+            let request = crate::service::campaign::Request { id: field.request(), digest: [1; 32] };
+            let found = campaigns.create(&field.island.officer, request, new, false).await;
+            found.map_or(Vec::new(), |answer| answer.preview.unwrap().sample)
+        };
+        let title = |number: usize| bytes::Bytes::from(field.title(number).octets().to_vec());
+        assert_eq!(selected().await, Vec::<bytes::Bytes>::new());
+
+        // One whose GUEK was proven, and one whose GUEK was never used.
+        assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
+        for (number, version) in [(0, 2), (1, 1)] {
+            let shown = report(number, version).await;
+            assert!(shown.summary.unwrap().compromised);
+            let slot = shown.security_setups[0].slots.iter().find(|slot| slot.key_type == "GUEK").unwrap();
+            // Of what the meter holds nothing is in doubt for that.
+            assert!(slot.compromised && !slot.in_doubt, "{slot:?}");
+        }
+        assert_eq!(selected().await, [title(0), title(1)]);
+        let accepted = field.row(1).await.acceptance(None, |_, _| true);
+        assert!(accepted.iter().any(|key| key.key_type == KeyType::GUEK && key.verdict == kms_domain::Verdict::NotReplaced), "{accepted:?}");
+
+        for number in [0, 1] {
+            assert_eq!(field.transfer(number, Some(KeyType::GUEK)).await, Outcome::Proven);
+            field.compare(number).await;
+        }
+        let events = field.security_events().await;
+        assert!(!events.contains(&"earlier-key-held".to_owned()), "{events:?}");
+        assert_eq!(selected().await, Vec::<bytes::Bytes>::new(), "what is replaced is done");
+        assert!(!meters.show(&field.island.officer, field.title(0)).await.unwrap().summary.unwrap().compromised);
         field.assert_no_nonce_twice();
     }
 
