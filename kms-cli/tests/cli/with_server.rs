@@ -30,7 +30,7 @@ fn tables_and_json_show_meters() {
     let output = server.kms(&["meter", "list"]);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let table = text(&output.stdout);
-    for words in ["meter", "head-end", METER, "generic-suite0", "1 of 1 meter"] {
+    for words in ["meter", "head-end", METER, "generic-suite0", "1 of 1 meter", "rotation: a key is compromised"] {
         assert!(table.contains(words), "{table}");
     }
     assert!(!table.contains('\u{1b}'), "colours without a terminal");
@@ -39,7 +39,8 @@ fn tables_and_json_show_meters() {
 
     let shown = text(&server.kms(&["meter", "show", METER]).stdout);
     let words = ["GUEK", "active", "diversified", "hes-1 since 2026-11-21T08:00:00Z", "4D4D4D0000000001", "this system"];
-    for words in words.into_iter().chain(["GUEK version 2, has left", "3: deliver", "in doubt: the meter holds GUEK version 1 or 2"]) {
+    let states = ["GUEK version 2, has left", "3: deliver", "in doubt: the meter holds GUEK version 1 or 2", "compromised, rotation needed"];
+    for words in words.into_iter().chain(states) {
         assert!(shown.contains(words), "{shown}");
     }
 }
@@ -411,6 +412,7 @@ impl meter_service_server::MeterService for Mock {
                 key_type: "GUEK".into(),
                 versions: vec![version, KeyVersion { number: 2, candidate: true, ..new_version("pre-active") }],
                 in_doubt: true,
+                compromised: true,
             }],
             counters: vec![counter],
         };
@@ -470,6 +472,7 @@ fn summary() -> MeterSummary {
         serial: "10000001".into(),
         device_profile: "generic-suite0".into(),
         status: "in-service".into(),
+        compromised: true,
         ..Default::default()
     }
 }

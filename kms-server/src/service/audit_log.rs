@@ -278,6 +278,38 @@ mod tests {
             assert_eq!(of_meter.len(), 2, "its import and its change");
         }
 
+        async fn refusals_outside_of_acts_are_written_and_those_of_acts_are_not_counted_again(island) {
+            let (asked, principal) = (Action::ListAuditRecords, island.head_end.principal.clone());
+            let outside = island.island.require(&island.head_end, &asked).await.unwrap_err();
+            assert!(matches!(outside, ServiceError::PermissionDenied { recorded: false, .. }), "the place where it leaves counts it");
+            let actor = Actor::caller(&island.head_end, None, "addPrincipal");
+            let act = island.island.committer.act(actor, Reads::default(), |_| Err::<(), _>(ServiceError::denied("addPrincipal")));
+            let inside = act.await.map(|committed| committed.value).unwrap_err();
+            assert!(matches!(inside, ServiceError::PermissionDenied { recorded: true, .. }));
+
+            for _ in 0..1_000 {
+                island.island.committer.refused(Some(&principal), asked.name(), outside.to_string());
+            }
+            let refused = async || {
+                let of_kind = AuditFilter { kind: Some(18), ..AuditFilter::default() };
+                let rows = island.island.store.audit_page(&of_kind, None, 1_000).await.unwrap();
+                let events = rows.iter().filter_map(|row| match AuditRecord::decode(row.record.record.as_slice()).unwrap() {
+                    AuditRecord { principal: by, event: Some(Event::Refused(event)), .. } if by == principal.to_string() => Some(event),
+                    _ => None,
+                });
+                events.collect::<Vec<_>>()
+            };
+            // By itself, although nobody acts.
+            let mut all = refused().await;
+            while !all.iter().any(|event| event.action == asked.name()) {
+                tokio::task::yield_now().await;
+                all = refused().await;
+            }
+            assert_eq!(all.iter().map(|event| event.action.as_str()).collect::<Vec<_>>(), ["addPrincipal", asked.name()], "{all:?}");
+            assert_eq!(all[0].count, 1);
+            assert!((1..=1_000).contains(&all[1].count) && all[1].reason.contains("not permitted"), "{all:?}");
+        }
+
         async fn a_server_whose_clock_is_behind_the_log_says_so_when_it_starts(island) {
             island.deliver(&sample("generic-suite0", 1)).await;
             clock::testing::set_ahead(-3 * DAY);

@@ -322,7 +322,8 @@ async fn audit_is_walked_in_order(f: Fixture) {
     assert_eq!(f.store.audit_range(None, None).await.unwrap(), Some((forth[0].cursor, forth[99].cursor)));
     assert_eq!(f.store.audit_range(Some(UnixMillis(9_000)), None).await.unwrap(), None);
     // A record of an earlier time comes where it was written.
-    let late = AuditAppend { time: UnixMillis(1), ..record(f.writer, 50) };
+    let mut late = record(f.writer, 50);
+    late.time = UnixMillis(1);
     write(&*f.store, Changes { audit: vec![late.clone()], ..Changes::default() }).await.unwrap();
     let last = f.store.audit_page(&AuditFilter::default(), Some(forth[99].cursor), 10).await.unwrap();
     assert_eq!(last.iter().map(|row| &row.record).collect::<Vec<_>>(), [&late]);

@@ -222,8 +222,13 @@ impl MeterService {
                 let mut outcome = Outcome::default();
                 let action = Action::ReplaceMeter;
                 let refused = |title| ServiceError::denied(format!("replaceMeter with meter {title}"));
-                let mut former = permitted(&island, view, principal, &action, old, &mut outcome).ok_or_else(|| refused(old))?;
-                let mut successor = permitted(&island, view, principal, &action, new, &mut outcome).ok_or_else(|| refused(new))?;
+                // The act is refused as a whole, which is counted by itself.
+                let find = |view: &mut View<'_, '_>, title| {
+                    let meter = view.meter(title).ok().flatten().filter(|meter| permits(&island, principal, &action, meter));
+                    meter.ok_or_else(|| refused(title))
+                };
+                let mut former = find(view, old)?;
+                let mut successor = find(view, new)?;
                 let precondition = |reason: String| ServiceError::FailedPrecondition { reason, next_step: "look at both with `kms meter show`".to_owned() };
                 if former.class.status == MeterStatus::Retired {
                     return Err(precondition(format!("{old} is retired already")));
