@@ -25,6 +25,7 @@ pub(crate) mod testing {
     pub(crate) fn set_ahead(millis: i64) {
         AHEAD_MS.store(millis, Ordering::SeqCst);
     }
+
     /// Sets the clock so much further ahead.
     pub(crate) fn advance(millis: i64) {
         AHEAD_MS.fetch_add(millis, Ordering::SeqCst);

@@ -70,7 +70,7 @@ async fn call_all(caller: &Connection) -> Vec<(&'static str, &'static str, Resul
     call!(
         "RenewPrincipal",
         "renewPrincipal",
-        principals.renew_principal(proto::RenewPrincipalRequest { request_id: id(), principal: HEAD_END.to_owned(), certificate_request: csr(HEAD_END) })
+        principals.renew_principal(proto::RenewPrincipalRequest { request_id: id(), principal: HEAD_END.to_owned(), certificate_request: csr(HEAD_END), ..Default::default() })
     );
     call!(
         "RegisterTransportKey",

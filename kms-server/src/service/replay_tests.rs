@@ -5,7 +5,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     num::NonZeroU32,
     path::PathBuf,
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
 };
 
 use aws_lc_rs::agreement::{ECDH_P256, PrivateKey};
