@@ -7,6 +7,7 @@ use std::{
 };
 
 use kms_client::{Connection, new_request_id, proto};
+use kms_store::{StoreConfig, testing::Obstruction};
 use kms_tests::{DevServer, terms, title};
 use proto::audit_record::Event;
 use tonic::{Code, Status};
@@ -470,6 +471,23 @@ async fn refused_dangerous_acts_and_disabled_principals_are_on_the_record() {
     assert_eq!(refusal.code(), Code::Unauthenticated);
     let all = until_refused(&officer, &BTreeSet::from(["listMeters"])).await;
     assert!(all.iter().any(|(action, reason, _)| action == "listMeters" && reason.contains("enabled principal")), "{all:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_refused_while_the_log_cannot_be_written_is_written_later() {
+    let server = DevServer::start();
+    let (officer, head_end) = (server.connect("officer-1").await, server.connect("head-end").await);
+    let obstruction = Obstruction::begin(&StoreConfig::new(server.database())).await.unwrap();
+    // A refusal waits for nobody.
+    let refusal = head_end.audit().list_audit_records(proto::ListAuditRecordsRequest::default()).await.unwrap_err();
+    assert_eq!(refusal.code(), Code::PermissionDenied);
+    // The writer has tried by then, and could not.
+    let request = proto::OpenSessionRequest { request_id: id(), meter: title(0).octets().to_vec().into(), terms: Some(terms(1)) };
+    assert_eq!(head_end.grants().open_session(request).await.unwrap_err().code(), Code::Unavailable);
+    obstruction.end().await.unwrap();
+    let all = until_refused(&officer, &BTreeSet::from(["listAuditRecords"])).await;
+    let counted: u64 = all.iter().filter(|(action, _, _)| action == "listAuditRecords").map(|(_, _, count)| count).sum();
+    assert_eq!(counted, 1, "{all:?}");
 }
 
 /// Methods that answer for each item: a refusal stands in the answer.
