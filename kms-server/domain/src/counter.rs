@@ -7,6 +7,9 @@
 //! After a restored backup the rows say too little. The island's [`CounterJump`] then grows by more than can have been dealt since the
 //! backup, and each counter takes the jump before its next reservation; a counter without a state takes it whole, since its state
 //! may be what was lost, and since a key that is made again can have a value that was used before.
+//!
+//! A floor that lies inside the reserved chunk stands in the row. The holder reads the row in the transaction of each lease, so it goes
+//! on above the floor at once, and no counter is skipped that the floor does not forbid.
 
 use std::{fmt, num::NonZeroU32};
 
@@ -76,6 +79,7 @@ pub struct CounterState {
     ownership: CounterOwnership,
     jumped: CounterJump,
     lent: bool,
+    floor: u64,
 }
 
 impl CounterState {
@@ -96,13 +100,24 @@ impl CounterState {
         if bound > Self::END {
             return Err(CounterError::OutOfRange { bound });
         }
-        Ok(Self { key, bound, holder, ownership, jumped: CounterJump::NONE, lent })
+        Ok(Self { key, bound, holder, ownership, jumped: CounterJump::NONE, lent, floor: 0 })
     }
 
     /// The same, with so much of the island's jump in its bound.
     #[must_use]
     pub fn with_jumped(self, jumped: CounterJump) -> Self {
         Self { jumped, ..self }
+    }
+
+    /// The same, with a floor inside its chunk ([`Self::floor`]).
+    ///
+    /// # Errors
+    /// The floor is not below the bound, or nobody holds the chunk: the bound alone is the floor then.
+    pub fn with_floor(self, floor: u64) -> Result<Self, CounterError> {
+        if floor != 0 && (floor >= self.bound || self.holder.is_none()) {
+            return Err(CounterError::FloorOutOfChunk { floor, bound: self.bound });
+        }
+        Ok(Self { floor, ..self })
     }
 
     /// Whose counter it is.
@@ -139,6 +154,23 @@ impl CounterState {
     /// higher one would refuse them. Only the holder knows until when; for every other server a lease may be live.
     pub const fn lent(&self) -> bool {
         self.lent
+    }
+
+    /// The lowest counter that the holder may still deal from the chunk that ends at the bound; 0 if it may deal what is left of it. Always
+    /// below the bound, and 0 without a holder: the next reservation starts at the bound then.
+    pub const fn floor(&self) -> u64 {
+        self.floor
+    }
+
+    /// A counter below which nothing is dealt any more, as far as the row tells: it does not know how much of its chunk the holder has dealt.
+    pub fn dealt_from(&self) -> u64 {
+        if self.holder.is_some() { self.floor.max(u64::from(Self::FIRST)) } else { self.bound }
+    }
+
+    /// Nobody deals from the chunk any more: the next counter comes from a new reservation, at or above the bound.
+    const fn end_chunk(&mut self) {
+        self.holder = None;
+        self.floor = 0;
     }
 
     /// Whether 80 % of the counters are used: the key asks for its rotation.
@@ -184,9 +216,7 @@ impl Counters {
     }
 
     /// Reserves the next `chunk` counters for `holder`, all at or above `at_least`; fewer at the end of the counter space. `jump` is the
-    /// island's: what the counter lacks of it is taken first.
-    ///
-    /// Reserves the next `chunk` counters for `holder`, all at or above `at_least`; fewer at the end of the counter space. A chunk for frames
+    /// island's: what the counter lacks of it is taken first. A chunk for frames
     /// ends the leases of the chunk before it ([`CounterState::lent`]): the caller has made sure that they may end.
     ///
     /// The caller stores the changed row before it deals from the reservation. // I4: durable first, then handed out.
@@ -206,11 +236,12 @@ impl Counters {
         if let CounterOwnership::HeadEnd(head_end) = &state.ownership {
             return Err(CounterError::OwnedByHeadEnd { head_end: head_end.clone() });
         }
-        // I4: a reservation starts at the bound of all earlier ones, whoever held them, those that a restore lost included.
+        // I4: a reservation starts at the bound of all earlier ones, whoever held them, those that a restore lost included. Every floor is below it.
         let first = state.bound_after(jump).max(at_least);
         let first_counter = u32::try_from(first).map_err(|_| CounterError::Exhausted { key })?;
         state.bound = (first + u64::from(chunk.get())).min(CounterState::END);
         state.holder = Some(holder);
+        state.floor = 0;
         state.jumped = state.jumped.max(jump);
         state.lent = counter_use == CounterUse::Lease;
         Ok(Reservation { key: state.key, first: first_counter, bound: state.bound, holder, rotation_due: state.rotation_due() })
@@ -221,15 +252,20 @@ impl Counters {
         self.state_mut(key).lent = true;
     }
 
-    /// Makes `floor` the lowest counter that may still be used; a lower floor than the present one changes nothing.
-    /// `jump_cap` bounds how far a floor from an unauthenticated source may move the counter (a spoofed FFFFFFFF would use up the key).
+    /// Makes `floor` the lowest counter that may still be used, inside a chunk that is being dealt from too; a lower floor than the present one
+    /// changes nothing.
+    /// `jump_cap` bounds how far a floor from an unauthenticated source may move the bound (a spoofed FFFFFFFF would use up the key).
     ///
     /// # Errors
     /// The jump is longer than the cap.
     pub fn raise_floor(&mut self, key: CounterKey, floor: u64, jump_cap: Option<u32>) -> Result<(), CounterError> {
         let floor = floor.min(CounterState::END);
         let state = self.state_mut(key);
-        if floor <= state.bound {
+        if floor < state.bound {
+            // I4: the holder reads the row before it deals, and skips what is below. Without a holder nothing below the bound is dealt.
+            if state.holder.is_some() {
+                state.floor = state.floor.max(floor);
+            }
             return Ok(());
         }
         if let Some(cap) = jump_cap
@@ -238,8 +274,8 @@ impl Counters {
             return Err(CounterError::JumpTooFar { from: state.bound, to: floor, cap });
         }
         state.bound = floor;
-        // I4: a chunk reserved before ends below the floor, and its holder must not go on dealing from it.
-        state.holder = None;
+        // I4: a chunk reserved before ends at or below the floor, and its holder must not go on dealing from it.
+        state.end_chunk();
         Ok(())
     }
 
@@ -247,7 +283,7 @@ impl Counters {
     pub fn leave_to(&mut self, key: CounterKey, head_end: PrincipalId) {
         let state = self.state_mut(key);
         state.ownership = CounterOwnership::HeadEnd(head_end);
-        state.holder = None;
+        state.end_chunk();
     }
 
     /// Takes a counter over from its head-end, which has stopped using it; `floor` is the lowest counter that it never used.
@@ -255,7 +291,7 @@ impl Counters {
         let state = self.state_mut(key);
         state.ownership = CounterOwnership::Kms;
         state.bound = state.bound.max(floor.min(CounterState::END));
-        state.holder = None;
+        state.end_chunk();
         state.lent = false;
     }
 
@@ -274,6 +310,7 @@ impl Counters {
                     ownership: CounterOwnership::Kms,
                     jumped: CounterJump::NONE,
                     lent: false,
+                    floor: 0,
                 });
                 self.0.sort_by_key(|state| state.key);
                 self.0.iter().position(|state| state.key == key).unwrap_or_default()
@@ -290,7 +327,7 @@ impl Counters {
         // The least of them: a jump that is taken twice skips counters, one that is left out repeats them.
         let jumped = self.0.iter().map(|state| state.jumped).min().unwrap_or_default();
         let ownership = self.0.drain(..).map(|state| state.ownership).find(|ownership| *ownership != CounterOwnership::Kms).unwrap_or(CounterOwnership::Kms);
-        self.0.push(CounterState { key: CounterKey::Setup, bound, holder: None, ownership, jumped, lent });
+        self.0.push(CounterState { key: CounterKey::Setup, bound, holder: None, ownership, jumped, lent, floor: 0 });
     }
 
     /// Takes in the counters of another slot with the same key value: every bound at least as high as the other's.
@@ -300,7 +337,8 @@ impl Counters {
             let state = self.state_mut(theirs.key);
             state.bound = state.bound.max(theirs.bound);
             state.jumped = if known { state.jumped.min(theirs.jumped) } else { theirs.jumped };
-            state.holder = None;
+            // Above every floor of both, which are below their bounds.
+            state.end_chunk();
             state.lent |= theirs.lent;
             if state.ownership == CounterOwnership::Kms {
                 // What a head-end counts by itself is unknown here, so one such member stops the leases of all.
@@ -417,7 +455,7 @@ impl LiveChunk {
         Self { holder: stored.holder, next: u64::from(stored.first), bound: stored.bound }
     }
 
-    /// Deals the next `count` counters.
+    /// Deals the next `count` counters at or above the row's floor.
     ///
     /// `row` is the counter as read in the transaction that records the grant, and that transaction must fail if the row
     /// changed meanwhile. // I4: else a server that lost the chunk could deal a lower lease after a higher one.
@@ -430,11 +468,13 @@ impl LiveChunk {
         if jump.beyond(row.jumped) > 0 || row.holder != Some(self.holder) || row.bound != self.bound || row.ownership != CounterOwnership::Kms {
             return Err(DealError::Superseded);
         }
-        let end = self.next + u64::from(count.get());
+        // I4: a floor binds the holder too, whoever raised it and on whichever server.
+        let start = self.next.max(row.floor);
+        let end = start + u64::from(count.get());
         if end > self.bound {
             return Err(DealError::Spent);
         }
-        let first = u32::try_from(self.next).map_err(|_| DealError::Spent)?;
+        let first = u32::try_from(start).map_err(|_| DealError::Spent)?;
         self.next = end;
         Ok(Lease { first, count: count.get() })
     }
@@ -499,6 +539,14 @@ pub enum CounterError {
         /// The bound.
         bound: u64,
     },
+    /// A floor that is not inside a chunk.
+    #[error("a counter floor of {floor} is not inside a reserved chunk that ends at {bound}")]
+    FloorOutOfChunk {
+        /// The floor.
+        floor: u64,
+        /// The bound.
+        bound: u64,
+    },
     /// Two counters for one client title.
     #[error("two invocation counters cover one client title")]
     Overlapping,
@@ -556,6 +604,57 @@ mod tests {
         let lease = LiveChunk::new(last).deal(counters.get(key).unwrap(), count(10), NONE).unwrap();
         assert_eq!(lease.last(), u32::MAX);
         assert_eq!(counters.reserve(key, CounterUse::Lease, server(1), chunk(1), 0, NONE), Err(CounterError::Exhausted { key }));
+    }
+
+    #[test]
+    fn a_floor_inside_the_chunk_binds_its_holder_and_wastes_nothing() {
+        let key = CounterKey::ClientTitle(title(1));
+        let mut counters = Counters::default();
+        let mut held = LiveChunk::new(counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap());
+        let mut deal = |counters: &Counters, leased| held.deal(counters.get(key).unwrap(), count(leased), NONE).map(|lease| lease.first);
+        assert_eq!(deal(&counters, 10), Ok(1));
+        // A meter repeats a low counter, again and again.
+        for floor in [5, 11, 3, 11] {
+            counters.raise_floor(key, floor, Some(0)).unwrap();
+        }
+        assert_eq!(deal(&counters, 10), Ok(11));
+        counters.raise_floor(key, 51, Some(0)).unwrap();
+        assert_eq!(deal(&counters, 10), Ok(51));
+        assert_eq!(deal(&counters, 10), Ok(61));
+        // The last counter of the chunk, and the first above it.
+        counters.raise_floor(key, 100, Some(0)).unwrap();
+        assert_eq!(deal(&counters, 2), Err(DealError::Spent));
+        assert_eq!(deal(&counters, 1), Ok(100));
+        counters.raise_floor(key, 101, Some(0)).unwrap();
+        assert_eq!(deal(&counters, 1), Err(DealError::Superseded));
+        assert_eq!(counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap().first, 101);
+        assert_eq!(counters.get(key).unwrap().floor(), 0);
+    }
+
+    #[test]
+    fn a_floor_inside_a_chunk_holds_in_a_domain_for_all_titles_and_after_a_take_over() {
+        let key = CounterKey::ClientTitle(title(1));
+        let mut counters = Counters::default();
+        counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap();
+        counters.raise_floor(key, 60, None).unwrap();
+        assert_eq!(counters.get(key).unwrap().floor(), 60);
+        let next = |counters: &Counters| {
+            let mut counters = counters.clone();
+            let first = counters.reserve(key, CounterUse::Lease, server(2), chunk(10), 0, NONE).unwrap().first;
+            (first, counters.get(key).unwrap().floor())
+        };
+        assert_eq!(next(&counters), (101, 0), "another server reserves above the chunk");
+        let mut domain = CounterDomain::new(CounterDomainId([7; 16]));
+        domain.join(&counters);
+        assert_eq!(next(&domain.counters), (101, 0));
+        let mut all = counters.clone();
+        all.raise_floor(CounterKey::Setup, 70, None).unwrap();
+        assert_eq!(next(&all), (101, 0));
+        counters.leave_to(key, head_end());
+        counters.take_over(key, 80);
+        assert_eq!(next(&counters), (101, 0));
+        counters.raise_floor(key, 90, None).unwrap();
+        assert_eq!(counters.get(key).unwrap().floor(), 0, "without a holder the bound is the floor");
     }
 
     #[test]

@@ -704,14 +704,16 @@ impl View<'_, '_> {
         })
     }
 
-    /// Whether a lease is the newest that this server dealt from its counter, and nobody has reserved above it since.
+    /// Whether a lease is the newest that this server dealt from its counter, and nobody has reserved above it or raised a floor above its
+    /// first counter since.
     ///
     /// # Errors
     /// See [`Self::principal`].
     pub fn is_live(&mut self, of: CounterOf, lease: Lease) -> Result<bool, ServiceError> {
         let (name, state) = self.counter(of)?;
         let (Some(state), Some(Held { chunk, .. })) = (state, self.held(&name)) else { return Ok(false) };
-        Ok(state.holder() == Some(self.base.writer) && state.bound() == chunk.bound() && chunk.bound() - chunk.remaining() == u64::from(lease.last()) + 1)
+        let newest = chunk.bound() - chunk.remaining() == u64::from(lease.last()) + 1;
+        Ok(state.holder() == Some(self.base.writer) && state.bound() == chunk.bound() && newest && u64::from(lease.first) >= state.floor())
     }
 
     /// Where a key version's counter is kept, and what the row says of it.

@@ -208,7 +208,7 @@ pub(super) fn counters_from_rows(rows: Vec<CounterRow>, principals: &Principals)
             };
             let holder = if row.holder.is_empty() { None } else { Some(WriterId::from_octets(&row.holder)?) };
             let ownership = principals.optional(row.owned_by)?.map_or(CounterOwnership::Kms, CounterOwnership::HeadEnd);
-            Ok(CounterState::new(key, row.bound, holder, ownership, row.lent)?.with_jumped(CounterJump::new(row.jumped)))
+            Ok(CounterState::new(key, row.bound, holder, ownership, row.lent)?.with_jumped(CounterJump::new(row.jumped)).with_floor(row.floor)?)
         })
         .collect::<Result<_, RowError>>()?;
     Ok(Counters::from_states(states)?)
@@ -231,6 +231,7 @@ pub(super) fn counters_to_rows(counters: &Counters, principals: &mut Principals)
             },
             jumped: state.jumped().counters(),
             lent: state.lent(),
+            floor: state.floor(),
         })
         .collect()
 }

@@ -428,6 +428,47 @@ fn simulated(setup: &mut serde_json::Value) {
 /// As the profile `gateway-suite0` has it.
 const OPTICAL_PORT_ID: u8 = 16;
 
+/// Meters that are ahead of the server's counter, inside its chunk, at its edge and above it, are reached by the request after their answer: on the
+/// server that holds the chunk, on another one, and after a restart. Of `equal_keys` meters at a time the keys are equal.
+async fn reach_meters_ahead(island: TestIsland, equal_keys: u64) {
+    const AHEAD: [u32; 4] = [1, 5_000, 65_536, 70_000];
+    let number = std::cell::Cell::new(0);
+    let ahead = |setup: &mut SecuritySetupConfig| {
+        let at = number.replace(number.get() + 1);
+        setup.counter_floors.insert(meter_sim::SystemTitle::new(client_title().octets()), AHEAD[at / 3 % AHEAD.len()] + 1);
+    };
+    let shipment = SampleShipment { equal_keys, ..sample("generic-suite0", 3 * AHEAD.len() as u64) };
+    let mut field = Field::edited(island, &shipment, ahead).await;
+    let services = [
+        field.service.clone(),
+        TransferService::new(field.island.another_server().await),
+        TransferService::new(std::sync::Arc::new(field.island.restarted().await)),
+    ];
+    for number in 0..field.meters.len() {
+        let step = field.begin(order(field.title(number), None)).await;
+        let (id, at) = step.transfer.unwrap();
+        let NextStep::Send(sending) = step.next.unwrap() else { panic!("nothing to send") };
+        let [sent] = field.row(number).await.transfer.unwrap().counters[..] else { panic!("one counter") };
+        let mut connection = Connection::new(field.meters[number].clone(), 1);
+        let answer = connection.exchange(&sending.apdu).unwrap();
+        let said = u32::from_be_bytes(answer[answer.len() - 4..].try_into().unwrap());
+        field.service = services[number % services.len()].clone();
+        let step = field.report(&field.island.head_end, step.meter, id, at, ReportedAnswer::Apdu(answer)).await;
+        if sent > AHEAD[number / 3] + 1 {
+            continue;
+        }
+        let followed = field.row(number).await.transfer.unwrap().counters;
+        assert!(followed[0] > said, "counter {sent}, then {followed:?}, and the meter has accepted {said}");
+        let NextStep::Send(sending) = step.next.unwrap() else { panic!("nothing to send") };
+        let answer = Connection::new(field.meters[number].clone(), 1).exchange(&sending.apdu).unwrap();
+        assert_eq!(answer[0], 0x61, "the meter takes the next request: {}", hex::encode(&answer));
+        field.service = services[0].clone();
+    }
+    let events = field.security_events().await;
+    assert!(events.iter().all(|event| event == "counter-followed"), "{events:?}");
+    field.assert_no_nonce_twice();
+}
+
 pub(in crate::service) fn order(meter: SystemTitle, key_type: Option<KeyType>) -> Order {
     Order { meter, setup: None, key_type, client_title: client_title(), form: TransferForm::Frames, urgent: false, lifetime_seconds: 3_600, task: None }
 }
@@ -605,6 +646,14 @@ island_tests! {
         assert_eq!(field.held(0, KeyType::GUEK).await, 3);
         field.compare(0).await;
         field.assert_no_nonce_twice();
+    }
+
+    async fn a_meter_that_is_ahead_is_reached_in_the_next_step(island) {
+        reach_meters_ahead(island, 1).await;
+    }
+
+    async fn meters_of_a_counter_domain_that_are_ahead_are_reached_in_the_next_step(island) {
+        reach_meters_ahead(island, 2).await;
     }
 
     async fn a_meter_that_is_truly_ahead_is_followed_when_two_people_say_so(island) {
