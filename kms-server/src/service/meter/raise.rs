@@ -158,10 +158,7 @@ impl Raise {
         let (usable, bound) = state.map_or((first, first), |state| (state.dealt_from(), state.bound()));
         // I4: never lower. Inside the chunk that a server deals from, a floor has it go on above.
         if to <= usable {
-            return refuse(
-                format!("counters below {usable} are not used any more, so that nothing is raised to {to}"),
-                "look at it with `kms meter show`",
-            );
+            return refuse(format!("counters below {usable} are not used any more, so that nothing is raised to {to}"), "look at it with `kms meter show`");
         }
         let from = if to > bound { bound } else { usable };
         Ok(Self { key, from })
