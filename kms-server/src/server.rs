@@ -334,6 +334,7 @@ fn committer_settings(config: &Config, restore: RestoreSettings) -> CommitterSet
         island: config.island.clone(),
         server,
         chunk_size: ChunkSize::default(),
+        counter_cap: config.counters_per_hour.0,
         queue: QUEUED_ACTS,
         restore,
         silence: CommitterSettings::SILENCE,

@@ -551,6 +551,7 @@ async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: 
         island: row.name.clone(),
         server: server.to_owned(),
         chunk_size: ChunkSize::DEFAULT,
+        counter_cap: kms_domain::CounterCap::DEFAULT,
         queue: 256,
         restore: RestoreSettings::default(),
         silence,

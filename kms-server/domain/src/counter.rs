@@ -10,10 +10,13 @@
 //!
 //! A floor that lies inside the reserved chunk stands in the row. The holder reads the row in the transaction of each lease, so it goes
 //! on above the floor at once, and no counter is skipped that the floor does not forbid.
+//!
+//! Nobody uses up a key in passing: sessions and frames may reserve [`CounterCap`] counters of a counter in an hour, and the last
+//! [`CounterState::RESERVE`] counters are there for the system's own transfers alone, which bring the next key.
 
 use std::{fmt, num::NonZeroU32};
 
-use crate::{CounterDomainId, CounterJump, PrincipalId, SystemTitle, WriterId};
+use crate::{CounterDomainId, CounterJump, ParseError, PrincipalId, QuotaHour, SystemTitle, UnixMillis, WriterId};
 
 /// What a meter counts: one sequence per client system title, or one for all clients of the security setup. A device profile says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -68,6 +71,62 @@ pub enum CounterUse {
     Lease,
     /// Frames that this system protects: they are used up when they are dealt.
     Frames,
+    /// The system's own transfers and probes: frames, and the only use that the last [`CounterState::RESERVE`] counters have.
+    Transfer,
+}
+
+/// How many counters sessions and frames may reserve of one counter in one hour of UTC. Transfers are counted and never refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CounterCap(NonZeroU32);
+
+impl CounterCap {
+    /// 4,000,000 counters: what a meter can be sent in an hour is far below, and 2³² of them take 44 days. Fifty changes of the server that
+    /// deals (65,536 counters each) fit in.
+    pub const DEFAULT: Self = match NonZeroU32::new(4_000_000) {
+        Some(counters) => Self(counters),
+        None => Self(NonZeroU32::MIN),
+    };
+
+    /// The lowest that can be set: the longest lease, [`Self::LEAST`], must fit in.
+    pub const LEAST: u32 = 1_000_000;
+
+    /// A cap of so many counters an hour.
+    ///
+    /// # Errors
+    /// They are fewer than [`Self::LEAST`].
+    pub fn new(counters: u32) -> Result<Self, ParseError> {
+        let refuse = || ParseError::new("counters_per_hour", format!("`{counters}` is not {} to {} counters", Self::LEAST, u32::MAX));
+        NonZeroU32::new(counters).filter(|cap| cap.get() >= Self::LEAST).map(Self).ok_or_else(refuse)
+    }
+
+    /// The number of counters.
+    pub const fn get(self) -> u32 {
+        self.0.get()
+    }
+}
+
+impl Default for CounterCap {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
+}
+
+/// What a counter has reserved in one hour of UTC, and which hour that is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct HourlyUse {
+    /// The hour.
+    pub hour: QuotaHour,
+    /// Counters; 0 if nothing was reserved yet.
+    pub counters: u64,
+}
+
+impl HourlyUse {
+    /// The use in the hour that `now` is in. Where another server's clock was ahead by up to an hour, its hour goes on, so that no cap is free
+    /// twice; an hour further ahead was a clock that was wrong.
+    fn at(self, now: UnixMillis) -> Self {
+        let hour = QuotaHour::of(now);
+        if self.hour == hour || self.hour.number() == hour.number().saturating_add(1) { self } else { Self { hour, counters: 0 } }
+    }
 }
 
 /// One invocation counter, as the sealed row keeps it.
@@ -80,6 +139,7 @@ pub struct CounterState {
     jumped: CounterJump,
     lent: bool,
     floor: u64,
+    hourly: HourlyUse,
 }
 
 impl CounterState {
@@ -88,6 +148,15 @@ impl CounterState {
 
     /// The exclusive end of all counters: the DLMS invocation counter has 32 bits.
     pub const END: u64 = 1 << 32;
+
+    /// The last 2²⁴ counters: only transfers and probes use them. A rotation takes about ten, so that they last, whatever else happened.
+    pub const RESERVE: u64 = 1 << 24;
+
+    /// The exclusive end of the counters of leases and frames.
+    pub const SESSIONS_END: u64 = Self::END - Self::RESERVE;
+
+    /// Half of all counters: long before a key is due.
+    pub const HALF: u64 = Self::END / 2;
 
     /// The bound from which a new key is due: 80 % of all counters.
     pub const ROTATION_DUE: u64 = Self::END / 5 * 4;
@@ -100,7 +169,7 @@ impl CounterState {
         if bound > Self::END {
             return Err(CounterError::OutOfRange { bound });
         }
-        Ok(Self { key, bound, holder, ownership, jumped: CounterJump::NONE, lent, floor: 0 })
+        Ok(Self { key, bound, holder, ownership, jumped: CounterJump::NONE, lent, floor: 0, hourly: HourlyUse::default() })
     }
 
     /// The same, with so much of the island's jump in its bound.
@@ -118,6 +187,17 @@ impl CounterState {
             return Err(CounterError::FloorOutOfChunk { floor, bound: self.bound });
         }
         Ok(Self { floor, ..self })
+    }
+
+    /// The same, with what was reserved in an hour.
+    #[must_use]
+    pub fn with_hourly(self, hourly: HourlyUse) -> Self {
+        Self { hourly, ..self }
+    }
+
+    /// What was reserved in the hour of the last reservation.
+    pub const fn hourly(&self) -> HourlyUse {
+        self.hourly
     }
 
     /// Whose counter it is.
@@ -222,7 +302,7 @@ impl Counters {
     /// The caller stores the changed row before it deals from the reservation. // I4: durable first, then handed out.
     ///
     /// # Errors
-    /// The counters belong to a head-end, or none are left.
+    /// The counters belong to a head-end, or none are left for this use.
     pub fn reserve(
         &mut self,
         key: CounterKey,
@@ -237,14 +317,40 @@ impl Counters {
             return Err(CounterError::OwnedByHeadEnd { head_end: head_end.clone() });
         }
         // I4: a reservation starts at the bound of all earlier ones, whoever held them, those that a restore lost included. Every floor is below it.
-        let first = state.bound_after(jump).max(at_least);
+        let mut first = state.bound_after(jump).max(at_least);
+        let mut chunk = u64::from(chunk.get());
+        let mut end = CounterState::SESSIONS_END;
+        if counter_use == CounterUse::Transfer && first + TRANSFER_CHUNK > end {
+            // Chunks are small there: each change of the server that deals throws one away.
+            (first, chunk, end) = (first.max(end), TRANSFER_CHUNK, CounterState::END);
+        }
+        if first >= end {
+            return Err(CounterError::Exhausted { key });
+        }
         let first_counter = u32::try_from(first).map_err(|_| CounterError::Exhausted { key })?;
-        state.bound = (first + u64::from(chunk.get())).min(CounterState::END);
+        state.bound = (first + chunk).min(end);
         state.holder = Some(holder);
         state.floor = 0;
         state.jumped = state.jumped.max(jump);
         state.lent = counter_use == CounterUse::Lease;
         Ok(Reservation { key: state.key, first: first_counter, bound: state.bound, holder, rotation_due: state.rotation_due() })
+    }
+
+    /// Counts a reservation into the hour of `now`, in the row that it is stored with. True if half of the cap was reached by it: something
+    /// asks for more counters than a meter can use.
+    ///
+    /// # Errors
+    /// Not a transfer, and the cap is met: nothing of the reservation may be stored.
+    pub fn count_into_hour(&mut self, reserved: Reservation, counter_use: CounterUse, cap: CounterCap, now: UnixMillis) -> Result<bool, CounterError> {
+        let state = self.state_mut(reserved.key);
+        let before = state.hourly.at(now);
+        let counters = before.counters.saturating_add(reserved.bound.saturating_sub(u64::from(reserved.first)));
+        let cap_counters = u64::from(cap.get());
+        if counter_use != CounterUse::Transfer && counters > cap_counters {
+            return Err(CounterError::CapMet { key: reserved.key, cap, free: before.hour.end() });
+        }
+        state.hourly = HourlyUse { counters, ..before };
+        Ok(before.counters < cap_counters / 2 && counters >= cap_counters / 2)
     }
 
     /// Notes that a lease is dealt from a chunk that was reserved for frames. The caller stores the changed row with the grant.
@@ -311,6 +417,7 @@ impl Counters {
                     jumped: CounterJump::NONE,
                     lent: false,
                     floor: 0,
+                    hourly: HourlyUse::default(),
                 });
                 self.0.sort_by_key(|state| state.key);
                 self.0.iter().position(|state| state.key == key).unwrap_or_default()
@@ -324,10 +431,11 @@ impl Counters {
     fn collapse(&mut self) {
         let lent = self.0.iter().any(|state| state.lent);
         let bound = self.highest_bound().max(u64::from(CounterState::FIRST));
+        let hourly = self.0.iter().map(|state| state.hourly).max_by_key(|hourly| (hourly.hour, hourly.counters)).unwrap_or_default();
         // The least of them: a jump that is taken twice skips counters, one that is left out repeats them.
         let jumped = self.0.iter().map(|state| state.jumped).min().unwrap_or_default();
         let ownership = self.0.drain(..).map(|state| state.ownership).find(|ownership| *ownership != CounterOwnership::Kms).unwrap_or(CounterOwnership::Kms);
-        self.0.push(CounterState { key: CounterKey::Setup, bound, holder: None, ownership, jumped, lent, floor: 0 });
+        self.0.push(CounterState { key: CounterKey::Setup, bound, holder: None, ownership, jumped, lent, floor: 0, hourly });
     }
 
     /// Takes in the counters of another slot with the same key value: every bound at least as high as the other's.
@@ -340,6 +448,9 @@ impl Counters {
             // Above every floor of both, which are below their bounds.
             state.end_chunk();
             state.lent |= theirs.lent;
+            if (theirs.hourly.hour, theirs.hourly.counters) > (state.hourly.hour, state.hourly.counters) {
+                state.hourly = theirs.hourly;
+            }
             if state.ownership == CounterOwnership::Kms {
                 // What a head-end counts by itself is unknown here, so one such member stops the leases of all.
                 state.ownership.clone_from(&theirs.ownership);
@@ -422,6 +533,9 @@ pub struct Reservation {
     pub rotation_due: bool,
 }
 
+/// The least that is reserved for transfers, and the most in the counters that are theirs alone.
+const TRANSFER_CHUNK: u64 = 256;
+
 /// Counters `first .. first + count` that a grantee may use, each once, upwards. The newest lease ends all older ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Lease {
@@ -450,6 +564,11 @@ pub struct LiveChunk {
 }
 
 impl LiveChunk {
+    /// Whether it has counters for this use: those at the end of the counter space are for transfers alone.
+    pub const fn serves(&self, counter_use: CounterUse) -> bool {
+        self.bound <= CounterState::SESSIONS_END || matches!(counter_use, CounterUse::Transfer)
+    }
+
     /// The chunk of a reservation whose row is durable.
     pub fn new(stored: Reservation) -> Self {
         Self { holder: stored.holder, next: u64::from(stored.first), bound: stored.bound }
@@ -505,11 +624,21 @@ pub enum DealError {
 /// Why a counter cannot do what was asked.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CounterError {
-    /// All 2³² counters are reserved.
-    #[error("the invocation counter of {key} is used up: the key must be rotated")]
+    /// All counters are reserved that this use may have: [`CounterState::SESSIONS_END`], for transfers [`CounterState::END`].
+    #[error("the invocation counter of {key} is used up, but for what a rotation needs: the key must be rotated")]
     Exhausted {
         /// Which counter.
         key: CounterKey,
+    },
+    /// Sessions and frames have reserved all that they may in this hour.
+    #[error("sessions and frames have reserved the {} invocation counters of {key} that they may in an hour (counters_per_hour)", .cap.get())]
+    CapMet {
+        /// Which counter.
+        key: CounterKey,
+        /// The cap.
+        cap: CounterCap,
+        /// When it is free again.
+        free: UnixMillis,
     },
     /// A head-end hands out these counters itself.
     #[error("the invocation counter is still owned by `{head_end}`: take it over with a floor first")]
@@ -598,12 +727,88 @@ mod tests {
         counters.raise_floor(key, CounterState::ROTATION_DUE - 200, None).unwrap();
         assert!(!counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap().rotation_due);
         assert!(counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap().rotation_due);
-        counters.raise_floor(key, CounterState::END - 10, None).unwrap();
+        counters.raise_floor(key, CounterState::SESSIONS_END - 10, None).unwrap();
         let last = counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap();
-        assert_eq!(last.bound, CounterState::END);
+        assert_eq!(last.bound, CounterState::SESSIONS_END);
         let lease = LiveChunk::new(last).deal(counters.get(key).unwrap(), count(10), NONE).unwrap();
-        assert_eq!(lease.last(), u32::MAX);
-        assert_eq!(counters.reserve(key, CounterUse::Lease, server(1), chunk(1), 0, NONE), Err(CounterError::Exhausted { key }));
+        assert_eq!(u64::from(lease.last()), CounterState::SESSIONS_END - 1);
+        for counter_use in [CounterUse::Lease, CounterUse::Frames] {
+            assert_eq!(counters.reserve(key, counter_use, server(1), chunk(1), 0, NONE), Err(CounterError::Exhausted { key }));
+        }
+    }
+
+    #[test]
+    fn the_last_counters_are_for_transfers_alone() {
+        let key = CounterKey::Setup;
+        let next = |from: u64, counter_use| {
+            let mut counters = Counters::default();
+            counters.raise_floor(key, from, None).unwrap();
+            counters.reserve(key, counter_use, server(1), chunk(65_536), 0, NONE).map(|reserved| (u64::from(reserved.first), reserved.bound))
+        };
+        let end = CounterState::SESSIONS_END;
+        for counter_use in [CounterUse::Lease, CounterUse::Frames] {
+            assert_eq!(next(end - 1, counter_use), Ok((end - 1, end)));
+            assert_eq!(next(end, counter_use), Err(CounterError::Exhausted { key }));
+        }
+        // A transfer's chunk never straddles the edge, and is small above it.
+        assert_eq!(next(end - 256, CounterUse::Transfer), Ok((end - 256, end)));
+        for from in [end - 255, end - 1, end] {
+            assert_eq!(next(from, CounterUse::Transfer), Ok((end, end + 256)));
+        }
+        assert_eq!(next(CounterState::END - 1, CounterUse::Transfer), Ok((CounterState::END - 1, CounterState::END)));
+        assert_eq!(next(CounterState::END, CounterUse::Transfer), Err(CounterError::Exhausted { key }));
+        // Who holds a transfer's chunk there deals nothing else from it.
+        let mut counters = Counters::default();
+        counters.raise_floor(key, end, None).unwrap();
+        let held = LiveChunk::new(counters.reserve(key, CounterUse::Transfer, server(1), chunk(1), 0, NONE).unwrap());
+        let uses = [CounterUse::Transfer, CounterUse::Frames, CounterUse::Lease];
+        assert_eq!(uses.map(|counter_use| held.serves(counter_use)), [true, false, false]);
+        let mut counters = Counters::default();
+        let held = LiveChunk::new(counters.reserve(key, CounterUse::Transfer, server(1), chunk(1), 0, NONE).unwrap());
+        assert!(uses.iter().all(|counter_use| held.serves(*counter_use)));
+    }
+
+    #[test]
+    fn an_hour_has_its_counters_and_the_next_one_again() {
+        const HOUR: i64 = 3_600_000;
+        let key = CounterKey::ClientTitle(title(1));
+        let cap = CounterCap::new(1_000_000).unwrap();
+        let mut counters = Counters::default();
+        let mut reserve = |size: u32, counter_use, now: i64| -> Result<bool, CounterError> {
+            // As the caller does: what is refused is not stored.
+            let mut changed = counters.clone();
+            let reserved = changed.reserve(key, counter_use, server(1), chunk(size), 0, NONE).unwrap();
+            let half = changed.count_into_hour(reserved, counter_use, cap, UnixMillis(now))?;
+            counters = changed;
+            Ok(half)
+        };
+        let met: Result<bool, CounterError> = Err(CounterError::CapMet { key, cap, free: UnixMillis(5 * HOUR) });
+        assert_eq!(reserve(499_999, CounterUse::Lease, 4 * HOUR), Ok(false));
+        assert_eq!(reserve(1, CounterUse::Frames, 4 * HOUR + 1), Ok(true), "half of it, once");
+        assert_eq!(reserve(500_001, CounterUse::Lease, 4 * HOUR + 2), met.clone());
+        assert_eq!(reserve(500_000, CounterUse::Lease, 4 * HOUR + 3), Ok(false));
+        assert_eq!(reserve(1, CounterUse::Frames, 5 * HOUR - 1), met.clone());
+        // A transfer goes on. A clock that is behind by less than an hour opens nothing.
+        assert_eq!(reserve(1, CounterUse::Transfer, 5 * HOUR - 1), Ok(false));
+        assert_eq!(reserve(1, CounterUse::Lease, 3 * HOUR), met);
+        assert_eq!(reserve(1_000_000, CounterUse::Lease, 5 * HOUR), Ok(true));
+        // An hour far ahead was a wrong clock, and locks nobody out.
+        assert_eq!(reserve(1_000_000, CounterUse::Lease, 50 * HOUR), Ok(true));
+        assert_eq!(reserve(1_000_000, CounterUse::Lease, 6 * HOUR), Ok(true));
+        assert!(CounterCap::new(999_999).is_err() && CounterCap::new(u32::MAX).is_ok());
+    }
+
+    #[test]
+    fn the_counters_of_an_hour_are_not_forgotten_when_counters_join() {
+        let key = CounterKey::ClientTitle(title(1));
+        let mut counters = Counters::default();
+        let reserved = counters.reserve(key, CounterUse::Lease, server(1), chunk(900), 0, NONE).unwrap();
+        counters.count_into_hour(reserved, CounterUse::Lease, CounterCap::DEFAULT, UnixMillis(7)).unwrap();
+        let mut domain = CounterDomain::new(CounterDomainId([7; 16]));
+        domain.join(&counters);
+        assert_eq!(domain.counters.get(key).unwrap().hourly().counters, 900);
+        counters.raise_floor(CounterKey::Setup, 5, None).unwrap();
+        assert_eq!(counters.get(key).unwrap().hourly().counters, 900);
     }
 
     #[test]

@@ -38,8 +38,8 @@ pub use campaign::{
     WaveResult, WaveSize, WaveTally, Weekdays,
 };
 pub use counter::{
-    ChunkSize, CounterDomain, CounterError, CounterKey, CounterOwnership, CounterScope, CounterState, CounterUse, Counters, DealError, Lease, LiveChunk,
-    Reservation,
+    ChunkSize, CounterCap, CounterDomain, CounterError, CounterKey, CounterOwnership, CounterScope, CounterState, CounterUse, Counters, DealError, HourlyUse,
+    Lease, LiveChunk, Reservation,
 };
 pub use diversification::{DiversificationContext, KeyDerivation};
 pub use error::ParseError;

@@ -189,7 +189,7 @@ impl World {
                     let restores = self.database.restores + 1;
                     self.database = Database { restores, ..backup };
                     // More than can have been counted since: what the committer of a server finds out when it starts on an older database.
-                    self.jump = self.jump.raised_by(counted.unwrap_or(0));
+                    self.jump = self.jump.raised_by(u32::try_from(counted.unwrap_or(0)).unwrap());
                 }
             }
             Step::ImportDuplicate { floor } if self.database.meters.len() == 1 => self.import_duplicate(floor),

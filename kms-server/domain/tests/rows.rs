@@ -327,7 +327,9 @@ fn apply(slot: &mut Slot, change: &Change) {
         Change::Reserve { version, key: which } => counters(slot, version, &|counters| {
             let chunk = ChunkSize::new(NonZeroU32::new(1 << 30).unwrap());
             let counter_use = if version % 2 == 0 { CounterUse::Lease } else { CounterUse::Frames };
-            let _ = counters.reserve(key(which), counter_use, WriterId::from_octets(&[8; 16]).unwrap(), chunk, 0, CounterJump::NONE);
+            if let Ok(reserved) = counters.reserve(key(which), counter_use, WriterId::from_octets(&[8; 16]).unwrap(), chunk, 0, CounterJump::NONE) {
+                let _ = counters.count_into_hour(reserved, counter_use, CounterCap::new(u32::MAX).unwrap(), NOW);
+            }
         }),
         Change::Floor { version, key: which, floor } => counters(slot, version, &|counters| counters.raise_floor(key(which), floor, None).unwrap()),
         Change::LeaveTo { version, key: which } => counters(slot, version, &|counters| counters.leave_to(key(which), principal("old-hes"))),

@@ -428,6 +428,43 @@ fn simulated(setup: &mut serde_json::Value) {
 /// As the profile `gateway-suite0` has it.
 const OPTICAL_PORT_ID: u8 = 16;
 
+/// The watcher of all tests sees what it is there for: this one repeats a nonce.
+#[test]
+#[ignore = "breaks I4 on purpose, for the test below"]
+fn repeats_a_nonce() {
+    crate::testing::run(concat!(module_path!(), "::repeats_a_nonce"), |island| async move {
+        let field = Field::new(island, "generic-suite0", 1).await;
+        let row = field.row(0).await;
+        let keys = emit::pair_keys(&row, SecuritySetupId::DEFAULT, row.pairs(SecuritySetupId::DEFAULT, None)[0]).unwrap();
+        let nonce = kms_dlms::Nonce::new(client_title(), 9);
+        for content in [1, 2] {
+            let parameters = kms_hsm::FrameParameters::new(kms_dlms::HlsGmac::control(row.suite).octet(), *nonce.octets()).unwrap();
+            let input = kms_hsm::FrameInput { parameters, plaintext: vec![content; 16] };
+            field.island.island.hsm.protect_batch(vec![(keys.clone(), input)]).await.unwrap().remove(0).unwrap();
+        }
+    });
+}
+
+/// SoftHSM2 notes nothing; what the record says of counters is looked at on both modules.
+#[test]
+fn a_test_that_repeats_a_nonce_fails() {
+    let failed = std::panic::catch_unwind(repeats_a_nonce).err().map(|panic| panic.downcast_ref::<String>().cloned().unwrap_or_default());
+    let seen = failed.as_ref().is_some_and(|failed| failed.contains("a nonce was repeated (I4)"));
+    assert_eq!(seen, crate::testing::notes_nonces(), "{failed:?}");
+}
+
+/// The counter of the head-end's title under the key that the vendor shipped.
+fn first_guek(meter: SystemTitle) -> crate::audit::CounterOf {
+    crate::audit::CounterOf {
+        owner: kms_domain::Owner::Meter(meter),
+        setup: SecuritySetupId::DEFAULT,
+        key_type: KeyType::GUEK,
+        version: KeyVersionNumber::FIRST,
+        counter: kms_domain::CounterKey::ClientTitle(client_title()),
+        on_new_key: kms_domain::OnNewKey::Continue,
+    }
+}
+
 /// Meters that are ahead of the server's counter, inside its chunk, at its edge and above it, are reached by the request after their answer: on the
 /// server that holds the chunk, on another one, and after a restart. Of `equal_keys` meters at a time the keys are equal.
 async fn reach_meters_ahead(island: TestIsland, equal_keys: u64) {
@@ -645,6 +682,51 @@ island_tests! {
         assert_eq!(field.carry_out(0, Order { urgent: true, ..order(field.title(0), Some(KeyType::GUEK)) }).await, Outcome::Proven);
         assert_eq!(field.held(0, KeyType::GUEK).await, 3);
         field.compare(0).await;
+        field.assert_no_nonce_twice();
+    }
+
+    // I4: whoever takes counters as fast as it can uses up an hour's, and keeps the next key from no meter.
+    async fn an_hour_s_counters_that_are_used_up_stop_no_transfer(island) {
+        let field = Field::new(island, "generic-suite0", 2).await;
+        let million = std::num::NonZeroU32::new(1_000_000).unwrap();
+        let lease = |number: usize, count| {
+            let of = first_guek(field.title(number));
+            let act = field.island.island.committer.act(crate::audit::Actor::server("test"), kms_store::Reads::default(), move |view| {
+                view.append(Event::KeysGranted(kms_proto::v1::KeysGranted::default()));
+                view.lease(of, count, kms_domain::UnixMillis(0))
+            });
+            async move { act.await.map(|committed| committed.value) }
+        };
+        // An hour may end meanwhile.
+        let mut refused = None;
+        for _ in 0..9 {
+            if let Err(error) = lease(0, million).await {
+                refused = Some(error);
+                break;
+            }
+        }
+        let Some(ServiceError::ResourceExhausted { reason, retry_after }) = refused else { panic!("{refused:?}") };
+        assert!(reason.contains("counters_per_hour") && reason.contains("4000000"), "{reason}");
+        assert!(retry_after <= std::time::Duration::from_hours(1));
+        assert!(field.security_events().await.contains(&"counter-use-high".to_owned()), "long before");
+        // What is reserved already is used; another meter's counters are its own.
+        assert!(lease(1, million).await.is_ok());
+        assert_eq!(field.transfer(0, None).await, Outcome::Probed);
+        assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
+        field.compare(0).await;
+        field.assert_no_nonce_twice();
+    }
+
+    async fn the_last_counters_of_a_key_bring_the_next_one(island) {
+        let field = Field::new(island, "counter-resets", 1).await;
+        field.meters[0].set_behaviour(Behaviour { counter_on_new_key: CounterOnNewKey::RestartAt(250), ..Behaviour::default() });
+        field.island.take_counters_over(field.title(0), kms_domain::CounterState::SESSIONS_END).await;
+        let refused = field.frame(0).await;
+        assert!(matches!(refused, Err(ServiceError::FailedPrecondition { .. })), "{refused:?}");
+        assert_eq!(field.transfer(0, None).await, Outcome::Probed);
+        assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
+        field.compare(0).await;
+        assert!(field.frame(0).await.is_ok(), "under the new key");
         field.assert_no_nonce_twice();
     }
 
