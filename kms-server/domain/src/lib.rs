@@ -54,9 +54,7 @@ pub use key::{CounterPlace, Evidence, KeyMaterial, KeyOrigin, KeyState, KeyVersi
 pub use key_type::{KeyClass, KeyLength, KeyShape, KeyType, SecuritySuite};
 pub use meter::{DeviceProfileName, DeviceType, KeyVersionId, Meter, MeterClass, MeterStatus, check_batch, check_serial};
 pub use principal::{ClassRoots, DiversificationRoot, Island, IslandKind, PersonName, Principal, PrincipalCertificate, PrincipalStatus, TransportCertificate};
-pub use profile::{
-    ClientProfile, CounterProfile, DeviceProfile, KeyProfile, MultipleClients, NewKeyOrigin, OnNewKey, ProfileError, ProfileKeyType, SetupProfile, Shipped,
-};
+pub use profile::{ClientProfile, CounterProfile, DeviceProfile, KeyProfile, NewKeyOrigin, OnNewKey, ProfileError, ProfileKeyType, SetupProfile, Shipped};
 pub use proposal::{DestroyRoot, Proposal, ProposalContent, ProposalEnd, ProposalError, ProposalState, ProposedAction, RaiseCounter, RootKind};
 pub use quota::{QuotaExceeded, QuotaHour, QuotaLimit, QuotaName, QuotaUse};
 pub use retention::{ExpiredKeys, Retention};
