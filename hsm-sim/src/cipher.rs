@@ -278,7 +278,7 @@ impl Mode {
             }
             (CKM_AES_GCM, Parameters::Gcm { iv, aad, tag_bits }) => {
                 let schedule = aes()?;
-                let gcm = Gcm::new(&schedule.cipher, schedule.hash(), iv, aad)?;
+                let gcm = if encrypt { Gcm::to_encrypt(schedule, iv, aad)? } else { Gcm::new(&schedule.cipher, schedule.hash(), iv, aad)? };
                 Ok(Self::Gcm { gcm: Box::new(gcm), tag: tag_length(*tag_bits)?, held: Buffer::default() })
             }
             (CKM_AES_KEY_WRAP | CKM_AES_KEY_WRAP_KWP, Parameters::None) => aes().map(|_| Self::KeyWrap { padded: mechanism.kind == CKM_AES_KEY_WRAP_KWP }),

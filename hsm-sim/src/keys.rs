@@ -603,7 +603,7 @@ fn wrap_bytes(mechanism: &Mechanism<'_>, wrapping: &Object, key: &[u8], room: Ro
             if let Some(answer) = settle(length + tag) {
                 return Ok(answer);
             }
-            let mut gcm = Gcm::new(&schedule.cipher, schedule.hash(), iv, aad)?;
+            let mut gcm = Gcm::to_encrypt(schedule, iv, aad)?;
             let mut out = Buffer::copy_of(key);
             gcm.encrypt(&mut out)?;
             out.extend(gcm.tag().get(..tag).unwrap_or_default());

@@ -6,7 +6,8 @@
 //!
 //! Modules, from the outside in: `abi` (the C functions, all `unsafe` code), `module` (slots and sessions), `operations`,
 //! `keys`, `cipher`, `signature` and `message` (what sessions do), `token` and `store` (tokens in memory and on disk),
-//! `object`, `attribute` and `template` (what objects are), `crypto` (the algorithms), `control` (failures on demand).
+//! `object`, `attribute` and `template` (what objects are), `crypto` (the algorithms), `control` (failures on demand),
+//! `nonces` (a watcher, for tests).
 
 #![deny(unsafe_code)]
 
@@ -24,6 +25,7 @@ mod keys;
 mod mechanism;
 mod message;
 mod module;
+mod nonces;
 mod object;
 mod operations;
 mod pin;
@@ -34,3 +36,5 @@ mod store;
 mod table;
 mod template;
 mod token;
+
+pub use nonces::{Notes, RepeatedNonce};

@@ -129,7 +129,7 @@ impl MessageOperation {
 
     fn start(&self, iv: &[u8], aad: &[u8]) -> Result<Gcm> {
         let schedule = self.key.aes(CKR_KEY_TYPE_INCONSISTENT)?;
-        Gcm::new(&schedule.cipher, schedule.hash(), iv, aad)
+        if self.encrypt { Gcm::to_encrypt(schedule, iv, aad) } else { Gcm::new(&schedule.cipher, schedule.hash(), iv, aad) }
     }
 
     /// The IV of the next message: the caller's, or one whose last bits the token makes.

@@ -8,6 +8,7 @@ use cryptoki_sys::*;
 use crate::control::Control;
 use crate::error::{Result, Rv, fail};
 use crate::function::Function;
+use crate::nonces;
 use crate::pin::Role;
 use crate::session::{Operations, Session};
 use crate::settings::Settings;
@@ -29,10 +30,12 @@ impl Module {
     /// The module as the environment configures it. The reason of a failure goes to standard error: the standard has no
     /// other place for it.
     pub(crate) fn new() -> Result<Self> {
-        let settings = Settings::from_environment().map_err(|reason| {
+        let refuse = |reason: String| {
             eprintln!("hsm-sim: {reason}");
             Rv(CKR_GENERAL_ERROR)
-        })?;
+        };
+        let settings = Settings::from_environment().map_err(refuse)?;
+        nonces::begin(settings.nonce_watch.as_deref()).map_err(refuse)?;
         let settings = Arc::new(settings);
         let next_object = Arc::new(AtomicU64::new(1));
         let tokens = (0..settings.slots).map(|slot| {

@@ -14,6 +14,7 @@ use crate::crypto::ec::{Curve, EcPrivate, EcPublic};
 use crate::crypto::gcm;
 use crate::crypto::rsa::{RsaPrivate, RsaPublic};
 use crate::error::{Result, Rv, fail};
+use crate::nonces;
 use crate::template::{Item, Nested, Value};
 
 /// Names a token object on disk.
@@ -75,6 +76,8 @@ pub(crate) struct Schedule {
     /// The block cipher.
     pub(crate) cipher: AesKey,
     hash: OnceLock<GHash>,
+    /// The key's name for the nonce watcher, if there is one.
+    pub(crate) name: Option<[u8; 16]>,
 }
 
 impl Secret {
@@ -92,7 +95,7 @@ impl Secret {
         if let Some(schedule) = self.schedule.get() {
             return Ok(schedule);
         }
-        let schedule = Schedule { cipher: AesKey::new(&self.bytes)?, hash: OnceLock::new() };
+        let schedule = Schedule { cipher: AesKey::new(&self.bytes)?, hash: OnceLock::new(), name: nonces::key_name(&self.bytes) };
         Ok(self.schedule.get_or_init(|| Box::new(schedule)))
     }
 }

@@ -11,6 +11,8 @@ pub(crate) struct Settings {
     pub(crate) slots: u32,
     /// The control file of the failing HSM.
     pub(crate) control: Option<PathBuf>,
+    /// Where nonces are noted, for tests.
+    pub(crate) nonce_watch: Option<PathBuf>,
     /// Wrong PINs in a row that lock the PIN.
     pub(crate) attempts: u32,
     /// Argon2id: memory in KiB.
@@ -23,10 +25,13 @@ impl Settings {
     /// Reads the configuration that the environment names. An error says which line is wrong.
     pub(crate) fn from_environment() -> Result<Self, String> {
         let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-        let mut settings = Self { directory: PathBuf::new(), slots: 8, control: None, attempts: 10, memory: 19 * 1024, passes: 2 };
+        let mut settings = Self { directory: PathBuf::new(), slots: 8, control: None, nonce_watch: None, attempts: 10, memory: 19 * 1024, passes: 2 };
         if let Some(path) = variable("HSM_SIM_CONF").map(PathBuf::from) {
             let text = std::fs::read_to_string(&path).map_err(|error| format!("cannot read `{}`: {error}", path.display()))?;
             settings.read(&text, path.parent().unwrap_or(Path::new(".")))?;
+        }
+        if let Some(folder) = variable("HSM_SIM_NONCE_WATCH") {
+            settings.nonce_watch = Some(folder.into());
         }
         if settings.directory.as_os_str().is_empty() {
             let data = || variable("XDG_DATA_HOME").map(PathBuf::from);
@@ -56,6 +61,7 @@ impl Settings {
             match key.trim() {
                 "directory" => self.directory = folder.join(value),
                 "control" => self.control = Some(folder.join(value)),
+                "nonce_watch" => self.nonce_watch = Some(folder.join(value)),
                 "slots" => self.slots = within(1, 1024)?,
                 "pin_attempts" => self.attempts = within(1, 1000)?,
                 "argon2_memory_kib" => self.memory = within(8, 4 * 1024 * 1024)?,
@@ -72,15 +78,16 @@ mod tests {
     use super::*;
 
     fn read(text: &str) -> Result<Settings, String> {
-        let mut settings = Settings { directory: PathBuf::new(), slots: 8, control: None, attempts: 10, memory: 19 * 1024, passes: 2 };
+        let mut settings = Settings { directory: PathBuf::new(), slots: 8, control: None, nonce_watch: None, attempts: 10, memory: 19 * 1024, passes: 2 };
         settings.read(text, Path::new("/etc/hsm")).map(|()| settings)
     }
 
     #[test]
     fn lines_are_read_and_wrong_ones_named() {
-        let settings = read("# comment\ndirectory = tokens\nslots=3\ncontrol = \"/run/control\"\npin_attempts = 5\n").unwrap();
+        let settings = read("# comment\ndirectory = tokens\nslots=3\ncontrol = \"/run/control\"\nnonce_watch = n\npin_attempts = 5\n").unwrap();
         assert_eq!(settings.directory, Path::new("/etc/hsm/tokens"));
         assert_eq!(settings.control.as_deref(), Some(Path::new("/run/control")));
+        assert_eq!(settings.nonce_watch.as_deref(), Some(Path::new("/etc/hsm/n")));
         assert_eq!((settings.slots, settings.attempts), (3, 5));
         assert_eq!(read("slots = 0").unwrap_err(), "line 1: `0` is no number from 1 to 1024");
         assert_eq!(read("\nslot = 1").unwrap_err(), "line 2: unknown key `slot`");

@@ -209,7 +209,7 @@ impl Kind {
             CKM_AES_GMAC => {
                 let Parameters::Bytes(iv) = mechanism.parameters else { return fail(CKR_MECHANISM_PARAM_INVALID) };
                 let schedule = key.aes(CKR_KEY_TYPE_INCONSISTENT)?;
-                let state = Gcm::new(&schedule.cipher, schedule.hash(), iv, &[])?;
+                let state = if sign { Gcm::to_encrypt(schedule, iv, &[])? } else { Gcm::new(&schedule.cipher, schedule.hash(), iv, &[])? };
                 Ok(Self::Gmac { state: Box::new(state) })
             }
             CKM_ECDSA | CKM_ECDSA_SHA1 | CKM_ECDSA_SHA224 | CKM_ECDSA_SHA256 | CKM_ECDSA_SHA384 | CKM_ECDSA_SHA512 => {

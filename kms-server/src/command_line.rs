@@ -309,8 +309,12 @@ impl Command {
 async fn check(config: &Config) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let policy = Policy::load(config.policies.directory.as_deref())?;
     println!("policies: well-formed and valid; SHA-256 {}", hex::encode(policy.digest()));
-    Profiles::load(config.device_profiles.directory.as_deref())?;
+    let profiles = Profiles::load(config.device_profiles.directory.as_deref())?;
     println!("device profiles: well-formed");
+    for profile in profiles.all() {
+        let clients: Vec<String> = profile.clients.iter().map(|client| format!("{} (SAP {})", client.name, client.sap)).collect();
+        println!("  {}: {}; clients: {}", profile.name, profile.description, clients.join(", "));
+    }
     let hsm = config.hsm.start(&config.island, Arc::new(ProcessPinMemory::default()))?;
     let mut missing = Vec::new();
     for token in hsm.all_tokens() {

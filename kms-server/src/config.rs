@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use kms_domain::{IslandName, KeyClass, Retention};
+use kms_domain::{CounterCap, IslandName, KeyClass, Retention};
 use kms_hsm::{Hsm, HsmError, PinMemory, PinSource, Token, TokenSelector, TokenSettings};
 use kms_store::{DatabaseLocation, StoreConfig};
 use serde::{Deserialize, Deserializer, de};
@@ -42,6 +42,10 @@ pub struct Config {
     /// By how much a restored database raises every invocation counter (I4), 1 to 2³¹. Default: 2²⁴ = 16,777,216.
     #[serde(default)]
     pub counter_jump: CounterJumpSetting,
+    /// How many invocation counters sessions and frames may reserve in an hour under one version of a key for one client title (I4), at least
+    /// 1,000,000. Default: 4,000,000. Transfers and probes are not bounded by it.
+    #[serde(default)]
+    pub counters_per_hour: CountersPerHour,
     /// Where this server remembers up to where it has seen the log, so that an older database is noticed. Default: with SQLite the
     /// database's path with `.watermark`; with PostgreSQL none.
     pub watermark: Option<PathBuf>,
@@ -128,6 +132,19 @@ impl TryFrom<u32> for CounterJumpSetting {
     fn try_from(counters: u32) -> Result<Self, String> {
         let refuse = || format!("`{counters}` is not 1 to 2147483648 counters");
         NonZeroU32::new(counters).filter(|jump| jump.get() <= 1 << 31).map(Self).ok_or_else(refuse)
+    }
+}
+
+/// Counters of an hour, 1,000,000 to 2³² - 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "u32")]
+pub struct CountersPerHour(pub CounterCap);
+
+impl TryFrom<u32> for CountersPerHour {
+    type Error = String;
+
+    fn try_from(counters: u32) -> Result<Self, String> {
+        CounterCap::new(counters).map(Self).map_err(|error| error.reason().to_owned())
     }
 }
 
@@ -674,6 +691,7 @@ pin = { file = "pin" }
             (LEAST.replace("island = \"north\"", "island = \"North\""), "island"),
             (LEAST.replace("sqlite = \"island.db\"", ""), "storage"),
             (format!("counter_jump = 0\n{LEAST}"), "counter_jump"),
+            (format!("counters_per_hour = 999999\n{LEAST}"), "counters_per_hour"),
             (format!("counter_jump = 2147483649\n{LEAST}"), "counter_jump"),
             (LEAST.replace("pin = { file = \"pin\" }", "pin = \"1234\""), "pin"),
             (LEAST.replace("pin = { file = \"pin\" }", "pin = { file = \"a\", env = \"B\" }"), "pin"),

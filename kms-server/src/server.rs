@@ -359,6 +359,7 @@ fn committer_settings(config: &Config, restore: RestoreSettings) -> CommitterSet
         island: config.island.clone(),
         server,
         chunk_size: ChunkSize::default(),
+        counter_cap: config.counters_per_hour.0,
         bounds: config.limits.committer(),
         restore,
         silence: CommitterSettings::SILENCE,

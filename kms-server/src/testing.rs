@@ -7,6 +7,8 @@
 //!
 //! A PKCS#11 module is initialised once per process and reads its configuration then. So each test runs in a process of its own.
 
+mod counters;
+
 use std::{
     future::Future,
     path::{Path, PathBuf},
@@ -69,6 +71,11 @@ impl ModuleKind {
     }
 }
 
+/// Whether the module of these tests notes nonces.
+pub(crate) fn notes_nonces() -> bool {
+    ModuleKind::of_environment() == ModuleKind::HsmSim
+}
+
 /// Runs a test on a new island, in a process of its own. `name` is the test's full path.
 pub(crate) fn run<F, T>(name: &str, body: F)
 where
@@ -80,8 +87,9 @@ where
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         runtime.block_on(async {
             let island = TestIsland::new(kind).await;
-            let hsm = island.island.hsm.clone();
+            let (hsm, store) = (island.island.hsm.clone(), island.island.store.clone());
             body(island).await;
+            assert_eq!(counters::repeated_counters(&*store).await, None);
             tokio::task::spawn_blocking(move || hsm.close()).await.unwrap();
         });
         return;
@@ -107,6 +115,7 @@ fn run_in(folder: &tempfile::TempDir, kind: ModuleKind, name: &str, database: Op
         .args([name, "--exact", "--nocapture", "--include-ignored"])
         .env("SOFTHSM2_CONF", folder.path().join("softhsm2.conf"))
         .env("HSM_SIM_CONF", folder.path().join("hsm-sim.conf"))
+        .env("HSM_SIM_NONCE_WATCH", folder.path().join(NONCES))
         .env(DATABASE, database.unwrap_or_else(|| format!("sqlite:{}", folder.path().join("island.db").display())))
         .env(FOLDER, folder.path())
         .output()
@@ -116,6 +125,12 @@ fn run_in(folder: &tempfile::TempDir, kind: ModuleKind, name: &str, database: Op
     if std::env::var_os("KMS_TEST_SHOW").is_some() {
         eprintln!("{out}{err}");
     }
+    // I4, whatever the test is about: hsm-sim knows key values, and has noted what was protected under which nonce.
+    let mut notes = hsm_sim::Notes::read(&folder.path().join(NONCES)).unwrap();
+    // What a meter protects is computed here to be verified. Some tests have a meter repeat its own nonces.
+    notes.repeated.retain(|nonce| !nonce.iv.starts_with(METERS));
+    assert!(kind != ModuleKind::HsmSim || folder.path().join(NONCES).exists(), "{name}: the nonce watcher was off");
+    assert!(notes.repeated.is_empty(), "{name}: a nonce was repeated (I4): {:#?}", notes.repeated);
 }
 
 /// A folder for tokens of either module.
@@ -537,6 +552,7 @@ async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: 
         island: row.name.clone(),
         server: server.to_owned(),
         chunk_size: ChunkSize::DEFAULT,
+        counter_cap: kms_domain::CounterCap::DEFAULT,
         bounds: CommitterBounds::default(),
         restore: RestoreSettings::default(),
         silence,
@@ -572,6 +588,11 @@ fn profiles() -> std::path::PathBuf {
     }
     folder
 }
+
+/// Where hsm-sim notes the nonces of a test. Tests have copies of one token, so each has notes of its own.
+const NONCES: &str = "nonces";
+/// How system titles of the samples' meters begin: `KAM`, in hexadecimal.
+const METERS: &str = "4b414d";
 
 /// Both are set in the process of one test alone.
 const DATABASE: &str = "KMS_SERVER_TEST_DATABASE";

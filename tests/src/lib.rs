@@ -83,6 +83,9 @@ impl TestModule {
 
 /// A `kms-server dev` process with its folder.
 pub struct DevServer {
+    // Dropped first: it looks into the folder.
+    #[expect(dead_code, reason = "it works when it is dropped")]
+    nonces: NonceWatch,
     state: tempfile::TempDir,
     process: Process,
     arguments: Vec<String>,
@@ -147,7 +150,8 @@ impl DevServer {
     fn start_in(state: tempfile::TempDir, arguments: &[&str]) -> Self {
         let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
         let (process, printed) = Self::spawn(state.path(), &arguments);
-        Self { state, process, arguments, printed }
+        let nonces = NonceWatch { folder: state.path().join(NONCES), noted: !arguments.iter().any(|argument| argument == "--module") };
+        Self { nonces, state, process, arguments, printed }
     }
 
     fn spawn(state: &Path, arguments: &[String]) -> (Process, String) {
@@ -158,7 +162,7 @@ impl DevServer {
         fs::create_dir_all(&tokens).unwrap();
         fs::write(state.join("softhsm2.conf"), format!("directories.tokendir = {}\nlog.level = ERROR\n", tokens.display())).unwrap();
         command.args(["dev", "--listen", "127.0.0.1:0", "--state"]).arg(state).args(arguments);
-        command.env_remove("HSM_SIM_DIR").env("SOFTHSM2_CONF", state.join("softhsm2.conf"));
+        command.env_remove("HSM_SIM_DIR").env("SOFTHSM2_CONF", state.join("softhsm2.conf")).env(NONCE_WATCH, state.join(NONCES));
         Process::spawn(command, "Ctrl-C ends it")
     }
 
@@ -299,10 +303,32 @@ impl DevServer {
     }
 }
 
+/// I4, whatever a test is about: hsm-sim knows key values, and notes what was protected under which nonce in all processes of an island, before and
+/// after they were killed. Looked at when the test is over. SoftHSM2 notes nothing.
+struct NonceWatch {
+    folder: PathBuf,
+    /// Whether the module is the embedded one.
+    noted: bool,
+}
+
+impl Drop for NonceWatch {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
+        let mut notes = hsm_sim::Notes::read(&self.folder).unwrap();
+        // What a meter protects is computed by the server to be verified: whether it repeats nonces is the meter's.
+        notes.repeated.retain(|nonce| !nonce.iv.starts_with(METERS));
+        assert!(notes.repeated.is_empty(), "a nonce was repeated (I4): {:#?}", notes.repeated);
+        assert!(!self.noted || self.folder.exists(), "the nonce watcher was off");
+    }
+}
+
 /// A `kms-server` subcommand that finds the token in the folder of an island.
 fn server_command(subcommand: &str, state: &Path) -> Command {
     let mut command = Command::new(program("kms-server"));
     command.arg(subcommand).env("HSM_SIM_DIR", state.join("token")).env("SOFTHSM2_CONF", state.join("softhsm2.conf"));
+    command.env(NONCE_WATCH, state.join(NONCES));
     command
 }
 
@@ -562,6 +588,12 @@ fn copy_folder(from: &Path, to: &Path) {
         }
     }
 }
+
+/// Where hsm-sim notes the nonces of an island.
+const NONCES: &str = "nonces";
+/// How system titles of the samples' meters begin: `KAM`, in hexadecimal.
+const METERS: &str = "4b414d";
+const NONCE_WATCH: &str = "HSM_SIM_NONCE_WATCH";
 
 const START_WITHIN: Duration = Duration::from_secs(120);
 const STOP_WITHIN: Duration = Duration::from_secs(30);

@@ -9,6 +9,8 @@ use ghash::universal_hash::UniversalHash;
 
 use crate::crypto::aes::{AesKey, BLOCK, KeyStream};
 use crate::error::{Result, Rv, fail};
+use crate::nonces::Note;
+use crate::object::Schedule;
 
 /// The GHASH key of an AES key, ready to use.
 pub(crate) fn hash_key(key: &AesKey) -> GHash {
@@ -24,9 +26,18 @@ pub(crate) struct Gcm {
     mask: [u8; BLOCK],
     aad_length: u64,
     data_length: u64,
+    note: Option<Box<Note>>,
 }
 
 impl Gcm {
+    /// Starts a message that is encrypted, or authenticated: one that is watched for.
+    pub(crate) fn to_encrypt(key: &Schedule, iv: &[u8], aad: &[u8]) -> Result<Self> {
+        let mut gcm = Self::new(&key.cipher, key.hash(), iv, &[])?;
+        gcm.note = Note::of(key.name, iv);
+        gcm.authenticate(aad)?;
+        Ok(gcm)
+    }
+
     /// Starts a message. `hash` is [`hash_key`] of `key`; `iv` has any length but zero.
     pub(crate) fn new(key: &AesKey, hash: &GHash, iv: &[u8], aad: &[u8]) -> Result<Self> {
         let mut counter = [0; BLOCK];
@@ -49,7 +60,7 @@ impl Gcm {
         if !stream.apply(&mut mask) {
             return fail(CKR_DATA_LEN_RANGE);
         }
-        let mut gcm = Self { stream, hash: Absorber::new(hash), mask, aad_length: 0, data_length: 0 };
+        let mut gcm = Self { stream, hash: Absorber::new(hash), mask, aad_length: 0, data_length: 0, note: None };
         gcm.authenticate(aad)?;
         Ok(gcm)
     }
@@ -58,12 +69,18 @@ impl Gcm {
     pub(crate) fn authenticate(&mut self, aad: &[u8]) -> Result<()> {
         self.aad_length = self.aad_length.checked_add(bits(aad.len())?).ok_or(Rv(CKR_DATA_LEN_RANGE))?;
         self.hash.update(aad);
+        if let Some(note) = &mut self.note {
+            note.authenticate(aad);
+        }
         Ok(())
     }
 
     /// Encrypts the next part in place.
     pub(crate) fn encrypt(&mut self, data: &mut [u8]) -> Result<()> {
         self.count(data.len())?;
+        if let Some(note) = &mut self.note {
+            note.encrypt(data);
+        }
         if !self.stream.apply(data) {
             return fail(CKR_DATA_LEN_RANGE);
         }
@@ -80,6 +97,9 @@ impl Gcm {
 
     /// The full tag; shorter ones are its first bytes.
     pub(crate) fn tag(&self) -> [u8; BLOCK] {
+        if let Some(note) = &self.note {
+            note.give_out();
+        }
         let mut tag = self.hash.clone().finish(self.aad_length, self.data_length);
         for (byte, mask) in tag.iter_mut().zip(self.mask) {
             *byte ^= mask;

@@ -436,6 +436,11 @@ pub(crate) fn softhsm2() -> &'static Module {
     })
 }
 
+/// Has hsm-sim note the nonces of this process in a folder of that name beside its tokens. To be called before anything else.
+pub(crate) fn watch_nonces(name: &str) {
+    set_environment("HSM_SIM_NONCE_WATCH", &folder().join(name));
+}
+
 fn set_environment(name: &str, value: &Path) {
     // SAFETY: called once for each name, before a module reads its environment; nothing else in these tests writes it.
     unsafe { std::env::set_var(name, value) };

@@ -7,10 +7,18 @@
 //! After a restored backup the rows say too little. The island's [`CounterJump`] then grows by more than can have been dealt since the
 //! backup, and each counter takes the jump before its next reservation; a counter without a state takes it whole, since its state
 //! may be what was lost, and since a key that is made again can have a value that was used before.
+//!
+//! A floor that lies inside the reserved chunk stands in the row. The holder reads the row in the transaction of each lease, so it goes
+//! on above the floor at once, and no counter is skipped that the floor does not forbid.
+//!
+//! Nobody uses up a key in passing: sessions and frames may reserve [`CounterCap`] counters of a counter in an hour, and the last
+//! [`CounterState::RESERVE`] counters are there for the system's own transfers alone, which bring the next key.
 
 use std::{fmt, num::NonZeroU32};
 
-use crate::{CounterDomainId, CounterJump, Exposure, PrincipalId, SystemTitle, WriterId, exposure::learn};
+use crate::{
+    CounterDomainId, CounterJump, Exposure, ParseError, PrincipalId, QuotaHour, SystemTitle, UnixMillis, WriterId, exposure::learn,
+};
 
 /// What a meter counts: one sequence per client system title, or one for all clients of the security setup. A device profile says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -65,6 +73,62 @@ pub enum CounterUse {
     Lease,
     /// Frames that this system protects: they are used up when they are dealt.
     Frames,
+    /// The system's own transfers and probes: frames, and the only use that the last [`CounterState::RESERVE`] counters have.
+    Transfer,
+}
+
+/// How many counters sessions and frames may reserve of one counter in one hour of UTC. Transfers are counted and never refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CounterCap(NonZeroU32);
+
+impl CounterCap {
+    /// 4,000,000 counters: what a meter can be sent in an hour is far below, and 2³² of them take 44 days. Fifty changes of the server that
+    /// deals (65,536 counters each) fit in.
+    pub const DEFAULT: Self = match NonZeroU32::new(4_000_000) {
+        Some(counters) => Self(counters),
+        None => Self(NonZeroU32::MIN),
+    };
+
+    /// The lowest that can be set: the longest lease, [`Self::LEAST`], must fit in.
+    pub const LEAST: u32 = 1_000_000;
+
+    /// A cap of so many counters an hour.
+    ///
+    /// # Errors
+    /// They are fewer than [`Self::LEAST`].
+    pub fn new(counters: u32) -> Result<Self, ParseError> {
+        let refuse = || ParseError::new("counters_per_hour", format!("`{counters}` is not {} to {} counters", Self::LEAST, u32::MAX));
+        NonZeroU32::new(counters).filter(|cap| cap.get() >= Self::LEAST).map(Self).ok_or_else(refuse)
+    }
+
+    /// The number of counters.
+    pub const fn get(self) -> u32 {
+        self.0.get()
+    }
+}
+
+impl Default for CounterCap {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
+}
+
+/// What a counter has reserved in one hour of UTC, and which hour that is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct HourlyUse {
+    /// The hour.
+    pub hour: QuotaHour,
+    /// Counters; 0 if nothing was reserved yet.
+    pub counters: u64,
+}
+
+impl HourlyUse {
+    /// The use in the hour that `now` is in. Where another server's clock was ahead by up to an hour, its hour goes on, so that no cap is free
+    /// twice; an hour further ahead was a clock that was wrong.
+    fn at(self, now: UnixMillis) -> Self {
+        let hour = QuotaHour::of(now);
+        if self.hour == hour || self.hour.number() == hour.number().saturating_add(1) { self } else { Self { hour, counters: 0 } }
+    }
 }
 
 /// One invocation counter, as the sealed row keeps it.
@@ -76,6 +140,8 @@ pub struct CounterState {
     ownership: CounterOwnership,
     jumped: CounterJump,
     lent: bool,
+    floor: u64,
+    hourly: HourlyUse,
 }
 
 impl CounterState {
@@ -84,6 +150,15 @@ impl CounterState {
 
     /// The exclusive end of all counters: the DLMS invocation counter has 32 bits.
     pub const END: u64 = 1 << 32;
+
+    /// The last 2²⁴ counters: only transfers and probes use them. A rotation takes about ten, so that they last, whatever else happened.
+    pub const RESERVE: u64 = 1 << 24;
+
+    /// The exclusive end of the counters of leases and frames.
+    pub const SESSIONS_END: u64 = Self::END - Self::RESERVE;
+
+    /// Half of all counters: long before a key is due.
+    pub const HALF: u64 = Self::END / 2;
 
     /// The bound from which a new key is due: 80 % of all counters.
     pub const ROTATION_DUE: u64 = Self::END / 5 * 4;
@@ -96,13 +171,35 @@ impl CounterState {
         if bound > Self::END {
             return Err(CounterError::OutOfRange { bound });
         }
-        Ok(Self { key, bound, holder, ownership, jumped: CounterJump::NONE, lent })
+        Ok(Self { key, bound, holder, ownership, jumped: CounterJump::NONE, lent, floor: 0, hourly: HourlyUse::default() })
     }
 
     /// The same, with so much of the island's jump in its bound.
     #[must_use]
     pub fn with_jumped(self, jumped: CounterJump) -> Self {
         Self { jumped, ..self }
+    }
+
+    /// The same, with a floor inside its chunk ([`Self::floor`]).
+    ///
+    /// # Errors
+    /// The floor is not below the bound, or nobody holds the chunk: the bound alone is the floor then.
+    pub fn with_floor(self, floor: u64) -> Result<Self, CounterError> {
+        if floor != 0 && (floor >= self.bound || self.holder.is_none()) {
+            return Err(CounterError::FloorOutOfChunk { floor, bound: self.bound });
+        }
+        Ok(Self { floor, ..self })
+    }
+
+    /// The same, with what was reserved in an hour.
+    #[must_use]
+    pub fn with_hourly(self, hourly: HourlyUse) -> Self {
+        Self { hourly, ..self }
+    }
+
+    /// What was reserved in the hour of the last reservation.
+    pub const fn hourly(&self) -> HourlyUse {
+        self.hourly
     }
 
     /// Whose counter it is.
@@ -139,6 +236,23 @@ impl CounterState {
     /// higher one would refuse them. Only the holder knows until when; for every other server a lease may be live.
     pub const fn lent(&self) -> bool {
         self.lent
+    }
+
+    /// The lowest counter that the holder may still deal from the chunk that ends at the bound; 0 if it may deal what is left of it. Always
+    /// below the bound, and 0 without a holder: the next reservation starts at the bound then.
+    pub const fn floor(&self) -> u64 {
+        self.floor
+    }
+
+    /// A counter below which nothing is dealt any more, as far as the row tells: it does not know how much of its chunk the holder has dealt.
+    pub fn dealt_from(&self) -> u64 {
+        if self.holder.is_some() { self.floor.max(u64::from(Self::FIRST)) } else { self.bound }
+    }
+
+    /// Nobody deals from the chunk any more: the next counter comes from a new reservation, at or above the bound.
+    const fn end_chunk(&mut self) {
+        self.holder = None;
+        self.floor = 0;
     }
 
     /// Whether 80 % of the counters are used: the key asks for its rotation.
@@ -184,15 +298,13 @@ impl Counters {
     }
 
     /// Reserves the next `chunk` counters for `holder`, all at or above `at_least`; fewer at the end of the counter space. `jump` is the
-    /// island's: what the counter lacks of it is taken first.
-    ///
-    /// Reserves the next `chunk` counters for `holder`, all at or above `at_least`; fewer at the end of the counter space. A chunk for frames
+    /// island's: what the counter lacks of it is taken first. A chunk for frames
     /// ends the leases of the chunk before it ([`CounterState::lent`]): the caller has made sure that they may end.
     ///
     /// The caller stores the changed row before it deals from the reservation. // I4: durable first, then handed out.
     ///
     /// # Errors
-    /// The counters belong to a head-end, or none are left.
+    /// The counters belong to a head-end, or none are left for this use.
     pub fn reserve(
         &mut self,
         key: CounterKey,
@@ -206,14 +318,41 @@ impl Counters {
         if let CounterOwnership::HeadEnd(head_end) = &state.ownership {
             return Err(CounterError::OwnedByHeadEnd { head_end: head_end.clone() });
         }
-        // I4: a reservation starts at the bound of all earlier ones, whoever held them, those that a restore lost included.
-        let first = state.bound_after(jump).max(at_least);
+        // I4: a reservation starts at the bound of all earlier ones, whoever held them, those that a restore lost included. Every floor is below it.
+        let mut first = state.bound_after(jump).max(at_least);
+        let mut chunk = u64::from(chunk.get());
+        let mut end = CounterState::SESSIONS_END;
+        if counter_use == CounterUse::Transfer && first + TRANSFER_CHUNK > end {
+            // Chunks are small there: each change of the server that deals throws one away.
+            (first, chunk, end) = (first.max(end), TRANSFER_CHUNK, CounterState::END);
+        }
+        if first >= end {
+            return Err(CounterError::Exhausted { key });
+        }
         let first_counter = u32::try_from(first).map_err(|_| CounterError::Exhausted { key })?;
-        state.bound = (first + u64::from(chunk.get())).min(CounterState::END);
+        state.bound = (first + chunk).min(end);
         state.holder = Some(holder);
+        state.floor = 0;
         state.jumped = state.jumped.max(jump);
         state.lent = counter_use == CounterUse::Lease;
         Ok(Reservation { key: state.key, first: first_counter, bound: state.bound, holder, rotation_due: state.rotation_due() })
+    }
+
+    /// Counts a reservation into the hour of `now`, in the row that it is stored with. True if half of the cap was reached by it: something
+    /// asks for more counters than a meter can use.
+    ///
+    /// # Errors
+    /// Not a transfer, and the cap is met: nothing of the reservation may be stored.
+    pub fn count_into_hour(&mut self, reserved: Reservation, counter_use: CounterUse, cap: CounterCap, now: UnixMillis) -> Result<bool, CounterError> {
+        let state = self.state_mut(reserved.key);
+        let before = state.hourly.at(now);
+        let counters = before.counters.saturating_add(reserved.bound.saturating_sub(u64::from(reserved.first)));
+        let cap_counters = u64::from(cap.get());
+        if counter_use != CounterUse::Transfer && counters > cap_counters {
+            return Err(CounterError::CapMet { key: reserved.key, cap, free: before.hour.end() });
+        }
+        state.hourly = HourlyUse { counters, ..before };
+        Ok(before.counters < cap_counters / 2 && counters >= cap_counters / 2)
     }
 
     /// Notes that a lease is dealt from a chunk that was reserved for frames. The caller stores the changed row with the grant.
@@ -221,15 +360,20 @@ impl Counters {
         self.state_mut(key).lent = true;
     }
 
-    /// Makes `floor` the lowest counter that may still be used; a lower floor than the present one changes nothing.
-    /// `jump_cap` bounds how far a floor from an unauthenticated source may move the counter (a spoofed FFFFFFFF would use up the key).
+    /// Makes `floor` the lowest counter that may still be used, inside a chunk that is being dealt from too; a lower floor than the present one
+    /// changes nothing.
+    /// `jump_cap` bounds how far a floor from an unauthenticated source may move the bound (a spoofed FFFFFFFF would use up the key).
     ///
     /// # Errors
     /// The jump is longer than the cap.
     pub fn raise_floor(&mut self, key: CounterKey, floor: u64, jump_cap: Option<u32>) -> Result<(), CounterError> {
         let floor = floor.min(CounterState::END);
         let state = self.state_mut(key);
-        if floor <= state.bound {
+        if floor < state.bound {
+            // I4: the holder reads the row before it deals, and skips what is below. Without a holder nothing below the bound is dealt.
+            if state.holder.is_some() {
+                state.floor = state.floor.max(floor);
+            }
             return Ok(());
         }
         if let Some(cap) = jump_cap
@@ -238,8 +382,8 @@ impl Counters {
             return Err(CounterError::JumpTooFar { from: state.bound, to: floor, cap });
         }
         state.bound = floor;
-        // I4: a chunk reserved before ends below the floor, and its holder must not go on dealing from it.
-        state.holder = None;
+        // I4: a chunk reserved before ends at or below the floor, and its holder must not go on dealing from it.
+        state.end_chunk();
         Ok(())
     }
 
@@ -247,7 +391,7 @@ impl Counters {
     pub fn leave_to(&mut self, key: CounterKey, head_end: PrincipalId) {
         let state = self.state_mut(key);
         state.ownership = CounterOwnership::HeadEnd(head_end);
-        state.holder = None;
+        state.end_chunk();
     }
 
     /// Takes a counter over from its head-end, which has stopped using it; `floor` is the lowest counter that it never used.
@@ -255,7 +399,7 @@ impl Counters {
         let state = self.state_mut(key);
         state.ownership = CounterOwnership::Kms;
         state.bound = state.bound.max(floor.min(CounterState::END));
-        state.holder = None;
+        state.end_chunk();
         state.lent = false;
     }
 
@@ -274,6 +418,8 @@ impl Counters {
                     ownership: CounterOwnership::Kms,
                     jumped: CounterJump::NONE,
                     lent: false,
+                    floor: 0,
+                    hourly: HourlyUse::default(),
                 });
                 self.0.sort_by_key(|state| state.key);
                 self.0.iter().position(|state| state.key == key).unwrap_or_default()
@@ -287,10 +433,11 @@ impl Counters {
     fn collapse(&mut self) {
         let lent = self.0.iter().any(|state| state.lent);
         let bound = self.highest_bound().max(u64::from(CounterState::FIRST));
+        let hourly = self.0.iter().map(|state| state.hourly).max_by_key(|hourly| (hourly.hour, hourly.counters)).unwrap_or_default();
         // The least of them: a jump that is taken twice skips counters, one that is left out repeats them.
         let jumped = self.0.iter().map(|state| state.jumped).min().unwrap_or_default();
         let ownership = self.0.drain(..).map(|state| state.ownership).find(|ownership| *ownership != CounterOwnership::Kms).unwrap_or(CounterOwnership::Kms);
-        self.0.push(CounterState { key: CounterKey::Setup, bound, holder: None, ownership, jumped, lent });
+        self.0.push(CounterState { key: CounterKey::Setup, bound, holder: None, ownership, jumped, lent, floor: 0, hourly });
     }
 
     /// Takes in the counters of another slot with the same key value: every bound at least as high as the other's.
@@ -300,8 +447,12 @@ impl Counters {
             let state = self.state_mut(theirs.key);
             state.bound = state.bound.max(theirs.bound);
             state.jumped = if known { state.jumped.min(theirs.jumped) } else { theirs.jumped };
-            state.holder = None;
+            // Above every floor of both, which are below their bounds.
+            state.end_chunk();
             state.lent |= theirs.lent;
+            if (theirs.hourly.hour, theirs.hourly.counters) > (state.hourly.hour, state.hourly.counters) {
+                state.hourly = theirs.hourly;
+            }
             if state.ownership == CounterOwnership::Kms {
                 // What a head-end counts by itself is unknown here, so one such member stops the leases of all.
                 state.ownership.clone_from(&theirs.ownership);
@@ -391,6 +542,9 @@ pub struct Reservation {
     pub rotation_due: bool,
 }
 
+/// The least that is reserved for transfers, and the most in the counters that are theirs alone.
+const TRANSFER_CHUNK: u64 = 256;
+
 /// Counters `first .. first + count` that a grantee may use, each once, upwards. The newest lease ends all older ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Lease {
@@ -419,12 +573,17 @@ pub struct LiveChunk {
 }
 
 impl LiveChunk {
+    /// Whether it has counters for this use: those at the end of the counter space are for transfers alone.
+    pub const fn serves(&self, counter_use: CounterUse) -> bool {
+        self.bound <= CounterState::SESSIONS_END || matches!(counter_use, CounterUse::Transfer)
+    }
+
     /// The chunk of a reservation whose row is durable.
     pub fn new(stored: Reservation) -> Self {
         Self { holder: stored.holder, next: u64::from(stored.first), bound: stored.bound }
     }
 
-    /// Deals the next `count` counters.
+    /// Deals the next `count` counters at or above the row's floor.
     ///
     /// `row` is the counter as read in the transaction that records the grant, and that transaction must fail if the row
     /// changed meanwhile. // I4: else a server that lost the chunk could deal a lower lease after a higher one.
@@ -437,11 +596,13 @@ impl LiveChunk {
         if jump.beyond(row.jumped) > 0 || row.holder != Some(self.holder) || row.bound != self.bound || row.ownership != CounterOwnership::Kms {
             return Err(DealError::Superseded);
         }
-        let end = self.next + u64::from(count.get());
+        // I4: a floor binds the holder too, whoever raised it and on whichever server.
+        let start = self.next.max(row.floor);
+        let end = start + u64::from(count.get());
         if end > self.bound {
             return Err(DealError::Spent);
         }
-        let first = u32::try_from(self.next).map_err(|_| DealError::Spent)?;
+        let first = u32::try_from(start).map_err(|_| DealError::Spent)?;
         self.next = end;
         Ok(Lease { first, count: count.get() })
     }
@@ -472,11 +633,21 @@ pub enum DealError {
 /// Why a counter cannot do what was asked.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CounterError {
-    /// All 2³² counters are reserved.
-    #[error("the invocation counter of {key} is used up: the key must be rotated")]
+    /// All counters are reserved that this use may have: [`CounterState::SESSIONS_END`], for transfers [`CounterState::END`].
+    #[error("the invocation counter of {key} is used up, but for what a rotation needs: the key must be rotated")]
     Exhausted {
         /// Which counter.
         key: CounterKey,
+    },
+    /// Sessions and frames have reserved all that they may in this hour.
+    #[error("sessions and frames have reserved the {} invocation counters of {key} that they may in an hour (counters_per_hour)", .cap.get())]
+    CapMet {
+        /// Which counter.
+        key: CounterKey,
+        /// The cap.
+        cap: CounterCap,
+        /// When it is free again.
+        free: UnixMillis,
     },
     /// A head-end hands out these counters itself.
     #[error("the invocation counter is still owned by `{head_end}`: take it over with a floor first")]
@@ -503,6 +674,14 @@ pub enum CounterError {
     /// A bound above 2³².
     #[error("a counter bound of {bound} is above 2^32")]
     OutOfRange {
+        /// The bound.
+        bound: u64,
+    },
+    /// A floor that is not inside a chunk.
+    #[error("a counter floor of {floor} is not inside a reserved chunk that ends at {bound}")]
+    FloorOutOfChunk {
+        /// The floor.
+        floor: u64,
         /// The bound.
         bound: u64,
     },
@@ -557,12 +736,139 @@ mod tests {
         counters.raise_floor(key, CounterState::ROTATION_DUE - 200, None).unwrap();
         assert!(!counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap().rotation_due);
         assert!(counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap().rotation_due);
-        counters.raise_floor(key, CounterState::END - 10, None).unwrap();
+        counters.raise_floor(key, CounterState::SESSIONS_END - 10, None).unwrap();
         let last = counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap();
-        assert_eq!(last.bound, CounterState::END);
+        assert_eq!(last.bound, CounterState::SESSIONS_END);
         let lease = LiveChunk::new(last).deal(counters.get(key).unwrap(), count(10), NONE).unwrap();
-        assert_eq!(lease.last(), u32::MAX);
-        assert_eq!(counters.reserve(key, CounterUse::Lease, server(1), chunk(1), 0, NONE), Err(CounterError::Exhausted { key }));
+        assert_eq!(u64::from(lease.last()), CounterState::SESSIONS_END - 1);
+        for counter_use in [CounterUse::Lease, CounterUse::Frames] {
+            assert_eq!(counters.reserve(key, counter_use, server(1), chunk(1), 0, NONE), Err(CounterError::Exhausted { key }));
+        }
+    }
+
+    #[test]
+    fn the_last_counters_are_for_transfers_alone() {
+        let key = CounterKey::Setup;
+        let next = |from: u64, counter_use| {
+            let mut counters = Counters::default();
+            counters.raise_floor(key, from, None).unwrap();
+            counters.reserve(key, counter_use, server(1), chunk(65_536), 0, NONE).map(|reserved| (u64::from(reserved.first), reserved.bound))
+        };
+        let end = CounterState::SESSIONS_END;
+        for counter_use in [CounterUse::Lease, CounterUse::Frames] {
+            assert_eq!(next(end - 1, counter_use), Ok((end - 1, end)));
+            assert_eq!(next(end, counter_use), Err(CounterError::Exhausted { key }));
+        }
+        // A transfer's chunk never straddles the edge, and is small above it.
+        assert_eq!(next(end - 256, CounterUse::Transfer), Ok((end - 256, end)));
+        for from in [end - 255, end - 1, end] {
+            assert_eq!(next(from, CounterUse::Transfer), Ok((end, end + 256)));
+        }
+        assert_eq!(next(CounterState::END - 1, CounterUse::Transfer), Ok((CounterState::END - 1, CounterState::END)));
+        assert_eq!(next(CounterState::END, CounterUse::Transfer), Err(CounterError::Exhausted { key }));
+        // Who holds a transfer's chunk there deals nothing else from it.
+        let mut counters = Counters::default();
+        counters.raise_floor(key, end, None).unwrap();
+        let held = LiveChunk::new(counters.reserve(key, CounterUse::Transfer, server(1), chunk(1), 0, NONE).unwrap());
+        let uses = [CounterUse::Transfer, CounterUse::Frames, CounterUse::Lease];
+        assert_eq!(uses.map(|counter_use| held.serves(counter_use)), [true, false, false]);
+        let mut counters = Counters::default();
+        let held = LiveChunk::new(counters.reserve(key, CounterUse::Transfer, server(1), chunk(1), 0, NONE).unwrap());
+        assert!(uses.iter().all(|counter_use| held.serves(*counter_use)));
+    }
+
+    #[test]
+    fn an_hour_has_its_counters_and_the_next_one_again() {
+        const HOUR: i64 = 3_600_000;
+        let key = CounterKey::ClientTitle(title(1));
+        let cap = CounterCap::new(1_000_000).unwrap();
+        let mut counters = Counters::default();
+        let mut reserve = |size: u32, counter_use, now: i64| -> Result<bool, CounterError> {
+            // As the caller does: what is refused is not stored.
+            let mut changed = counters.clone();
+            let reserved = changed.reserve(key, counter_use, server(1), chunk(size), 0, NONE).unwrap();
+            let half = changed.count_into_hour(reserved, counter_use, cap, UnixMillis(now))?;
+            counters = changed;
+            Ok(half)
+        };
+        let met: Result<bool, CounterError> = Err(CounterError::CapMet { key, cap, free: UnixMillis(5 * HOUR) });
+        assert_eq!(reserve(499_999, CounterUse::Lease, 4 * HOUR), Ok(false));
+        assert_eq!(reserve(1, CounterUse::Frames, 4 * HOUR + 1), Ok(true), "half of it, once");
+        assert_eq!(reserve(500_001, CounterUse::Lease, 4 * HOUR + 2), met.clone());
+        assert_eq!(reserve(500_000, CounterUse::Lease, 4 * HOUR + 3), Ok(false));
+        assert_eq!(reserve(1, CounterUse::Frames, 5 * HOUR - 1), met.clone());
+        // A transfer goes on. A clock that is behind by less than an hour opens nothing.
+        assert_eq!(reserve(1, CounterUse::Transfer, 5 * HOUR - 1), Ok(false));
+        assert_eq!(reserve(1, CounterUse::Lease, 3 * HOUR), met);
+        assert_eq!(reserve(1_000_000, CounterUse::Lease, 5 * HOUR), Ok(true));
+        // An hour far ahead was a wrong clock, and locks nobody out.
+        assert_eq!(reserve(1_000_000, CounterUse::Lease, 50 * HOUR), Ok(true));
+        assert_eq!(reserve(1_000_000, CounterUse::Lease, 6 * HOUR), Ok(true));
+        assert!(CounterCap::new(999_999).is_err() && CounterCap::new(u32::MAX).is_ok());
+    }
+
+    #[test]
+    fn the_counters_of_an_hour_are_not_forgotten_when_counters_join() {
+        let key = CounterKey::ClientTitle(title(1));
+        let mut counters = Counters::default();
+        let reserved = counters.reserve(key, CounterUse::Lease, server(1), chunk(900), 0, NONE).unwrap();
+        counters.count_into_hour(reserved, CounterUse::Lease, CounterCap::DEFAULT, UnixMillis(7)).unwrap();
+        let mut domain = CounterDomain::new(CounterDomainId([7; 16]));
+        domain.join(&counters);
+        assert_eq!(domain.counters.get(key).unwrap().hourly().counters, 900);
+        counters.raise_floor(CounterKey::Setup, 5, None).unwrap();
+        assert_eq!(counters.get(key).unwrap().hourly().counters, 900);
+    }
+
+    #[test]
+    fn a_floor_inside_the_chunk_binds_its_holder_and_wastes_nothing() {
+        let key = CounterKey::ClientTitle(title(1));
+        let mut counters = Counters::default();
+        let mut held = LiveChunk::new(counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap());
+        let mut deal = |counters: &Counters, leased| held.deal(counters.get(key).unwrap(), count(leased), NONE).map(|lease| lease.first);
+        assert_eq!(deal(&counters, 10), Ok(1));
+        // A meter repeats a low counter, again and again.
+        for floor in [5, 11, 3, 11] {
+            counters.raise_floor(key, floor, Some(0)).unwrap();
+        }
+        assert_eq!(deal(&counters, 10), Ok(11));
+        counters.raise_floor(key, 51, Some(0)).unwrap();
+        assert_eq!(deal(&counters, 10), Ok(51));
+        assert_eq!(deal(&counters, 10), Ok(61));
+        // The last counter of the chunk, and the first above it.
+        counters.raise_floor(key, 100, Some(0)).unwrap();
+        assert_eq!(deal(&counters, 2), Err(DealError::Spent));
+        assert_eq!(deal(&counters, 1), Ok(100));
+        counters.raise_floor(key, 101, Some(0)).unwrap();
+        assert_eq!(deal(&counters, 1), Err(DealError::Superseded));
+        assert_eq!(counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap().first, 101);
+        assert_eq!(counters.get(key).unwrap().floor(), 0);
+    }
+
+    #[test]
+    fn a_floor_inside_a_chunk_holds_in_a_domain_for_all_titles_and_after_a_take_over() {
+        let key = CounterKey::ClientTitle(title(1));
+        let mut counters = Counters::default();
+        counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap();
+        counters.raise_floor(key, 60, None).unwrap();
+        assert_eq!(counters.get(key).unwrap().floor(), 60);
+        let next = |counters: &Counters| {
+            let mut counters = counters.clone();
+            let first = counters.reserve(key, CounterUse::Lease, server(2), chunk(10), 0, NONE).unwrap().first;
+            (first, counters.get(key).unwrap().floor())
+        };
+        assert_eq!(next(&counters), (101, 0), "another server reserves above the chunk");
+        let mut domain = CounterDomain::new(CounterDomainId([7; 16]));
+        domain.join(&counters);
+        assert_eq!(next(&domain.counters), (101, 0));
+        let mut all = counters.clone();
+        all.raise_floor(CounterKey::Setup, 70, None).unwrap();
+        assert_eq!(next(&all), (101, 0));
+        counters.leave_to(key, head_end());
+        counters.take_over(key, 80);
+        assert_eq!(next(&counters), (101, 0));
+        counters.raise_floor(key, 90, None).unwrap();
+        assert_eq!(counters.get(key).unwrap().floor(), 0, "without a holder the bound is the floor");
     }
 
     #[test]

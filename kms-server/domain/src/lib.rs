@@ -39,8 +39,8 @@ pub use campaign::{
     WaveResult, WaveSize, WaveTally, Weekdays,
 };
 pub use counter::{
-    ChunkSize, CounterDomain, CounterError, CounterKey, CounterOwnership, CounterScope, CounterState, CounterUse, Counters, DealError, Lease, LiveChunk,
-    Reservation,
+    ChunkSize, CounterCap, CounterDomain, CounterError, CounterKey, CounterOwnership, CounterScope, CounterState, CounterUse, Counters, DealError, HourlyUse,
+    Lease, LiveChunk, Reservation,
 };
 pub use diversification::{DiversificationContext, KeyDerivation};
 pub use error::ParseError;
@@ -58,7 +58,7 @@ pub use principal::{
     ClassRoots, DiversificationRoot, Enrolment, Island, IslandKind, PersonName, Principal, PrincipalCertificate, PrincipalStatus, TransportCertificate,
 };
 pub use profile::{
-    ClientProfile, CounterProfile, DeviceProfile, KeyProfile, MultipleClients, NewKeyOrigin, OnNewKey, ProfileError, ProfileKeyType, SetupProfile, Shipped,
+    ClientProfile, CounterProfile, DeviceProfile, KeyProfile, NewKeyOrigin, OnNewKey, ProfileError, ProfileKeyType, SetupProfile, Shipped,
 };
 pub use proposal::{
     DestroyRoot, Proposal, ProposalContent, ProposalEnd, ProposalError, ProposalState, ProposedAction, RaiseCounter, RecertifyPrincipal, RootKind,

@@ -21,8 +21,6 @@ pub struct DeviceProfile {
     pub description: String,
     /// The security suite that its meters are delivered with.
     pub suite: SecuritySuite,
-    /// What happens when a second client wants a session.
-    pub multiple_clients: MultipleClients,
     /// FLAG ids that system titles may start with, besides the vendor's.
     pub other_flag_ids: Vec<FlagId>,
     /// The security setups, at least one, each once.
@@ -77,25 +75,11 @@ impl DeviceProfile {
     }
 }
 
-/// What happens when a second client wants a session with a meter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum MultipleClients {
-    /// It needs a client system title of its own.
-    OwnTitle,
-    /// It may use a title of another when that one's lease has ended.
-    ExclusiveWindow,
-    /// It is refused.
-    Refuse,
-}
-
 /// A security setup of a kind of meter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SetupProfile {
     /// The security setup.
     pub id: SecuritySetupId,
-    /// The version of class 64, 0 or 1.
-    pub class_version: u8,
     /// Its keys, each type once.
     pub keys: Vec<KeyProfile>,
     /// How its meters count.
@@ -215,7 +199,6 @@ struct ProfileFile {
     name: Spanned<String>,
     description: Spanned<String>,
     suite: Spanned<u8>,
-    multiple_clients: MultipleClients,
     #[serde(default)]
     other_flag_ids: Vec<Spanned<String>>,
     #[serde(default)]
@@ -317,7 +300,6 @@ impl ProfileFile {
             name: file.at(&self.name, DeviceProfileName::parse(self.name.get_ref()))?,
             description: self.description.into_inner(),
             suite,
-            multiple_clients: self.multiple_clients,
             other_flag_ids: self.other_flag_ids.iter().map(|id| file.at(id, FlagId::parse(id.get_ref()))).collect::<Result<_, _>>()?,
             setups,
             clients,
@@ -360,6 +342,9 @@ impl SetupTable {
         if *self.class_version.get_ref() > 1 {
             return Err(file.refuse(&self.class_version, "class_version: class 64 has versions 0 and 1"));
         }
+        if *self.class_version.get_ref() == 0 && suite != SecuritySuite::Suite0 {
+            return Err(file.refuse(&self.class_version, "class_version: version 0 of class 64 has security suite 0 only"));
+        }
         let mut keys: Vec<KeyProfile> = Vec::with_capacity(self.keys.len());
         for table in &self.keys {
             let key = table.read(file, suite, key_types)?;
@@ -376,12 +361,7 @@ impl SetupTable {
         if keys.is_empty() {
             return Err(file.refuse(&self.obis, "keys: a security setup without keys"));
         }
-        Ok(SetupProfile {
-            id: file.at(&self.obis, SecuritySetupId::parse(self.obis.get_ref()))?,
-            class_version: *self.class_version.get_ref(),
-            keys,
-            counter: self.counter.read(file)?,
-        })
+        Ok(SetupProfile { id: file.at(&self.obis, SecuritySetupId::parse(self.obis.get_ref()))?, keys, counter: self.counter.read(file)? })
     }
 }
 
@@ -519,7 +499,6 @@ mod tests {
         let profile = DeviceProfile::parse(shipped("gateway-suite0")).unwrap();
         let setup = profile.setup(SecuritySetupId::DEFAULT).unwrap();
         assert_eq!(setup.counter, CounterProfile { scope: CounterScope::Setup, on_new_key: OnNewKey::Reset(250), jump_cap: 50_000 });
-        assert_eq!(profile.multiple_clients, MultipleClients::Refuse);
         let own = profile.parse_key_type("SERVICE-CODE").unwrap();
         assert_eq!((own.number(), own.class()), (56, KeyClass::Authentication));
         assert_eq!(profile.key_type_name(own), "SERVICE-CODE");
@@ -540,12 +519,20 @@ mod tests {
     }
 
     #[test]
+    fn a_suite_needs_the_class_version_that_has_it() {
+        for name in ["generic-suite1", "generic-suite2", "two-setups-suite1"] {
+            let error = DeviceProfile::parse(&shipped(name).replacen("class_version = 1", "class_version = 0", 1)).unwrap_err();
+            assert!(error.reason.contains("suite 0 only"), "{error}");
+        }
+        assert!(DeviceProfile::parse(&shipped("generic-suite0").replacen("class_version = 0", "class_version = 1", 1)).is_ok());
+    }
+
+    #[test]
     fn a_wrong_file_is_refused_with_its_line() {
         let right = shipped("generic-suite0");
         let line = |needle: &str| right.lines().position(|line| line.contains(needle)).unwrap() + 1;
         for (from, to, reason) in [
             ("suite = 0", "suite = 3", "suite"),
-            ("multiple_clients = \"own-title\"", "multiple_clients = \"two\"", "two"),
             ("class_version = 0", "class_version = 2", "class_version"),
             ("class_version = 0", "class_versoin = 0", "class_versoin"),
             ("{ type = \"GUEK\"", "{ type = \"GEK\"", "key type"),

@@ -79,7 +79,7 @@ impl QuotaLimit {
 }
 
 /// One hour of UTC: hours since 1970-01-01T00:00Z. Quotas are free again when the next one begins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct QuotaHour(u32);
 
 impl QuotaHour {

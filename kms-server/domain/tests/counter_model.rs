@@ -1,5 +1,6 @@
-//! I4 under interleaving: servers that race, crash and come back, floors that rise, and a second meter that turns out to have
-//! the same key value. Whatever the order, no (key value, client title, counter) is leased twice, and a newer lease is higher.
+//! I4 under interleaving: servers that race, crash and come back, floors that rise inside, at the edge of and above the chunk that a server
+//! deals from, head-ends that count for a while, a backup that is restored, and a second meter that turns out to have the same key value.
+//! Whatever the order, no (key value, client title, counter) is dealt twice, a newer lease is higher, and nothing is dealt below a floor.
 
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
@@ -8,7 +9,7 @@ use std::{collections::HashMap, num::NonZeroU32};
 use bytes::Bytes;
 use kms_domain::{
     ChunkSize, CounterDomain, CounterDomainId, CounterJump, CounterKey, CounterScope, CounterUse, Counters, KeyDerivation, KeyLength, KeyOrigin, KeyState,
-    KeyType, KeyVersionNumber, Lease, LiveChunk, NewKeyVersion, SecuritySetupId, Slot, SystemTitle, UnixMillis, WriterId,
+    KeyType, KeyVersionNumber, Lease, LiveChunk, NewKeyVersion, PrincipalId, SecuritySetupId, Slot, SystemTitle, UnixMillis, WriterId,
 };
 use proptest::prelude::*;
 
@@ -18,11 +19,19 @@ enum Step {
     /// A server begins a grant: it reads the rows.
     Read { server: usize, meter: usize, title: usize },
     /// It goes on: deals from its chunk or reserves another one, and commits if no row that it read has changed.
-    Commit { server: usize, count: u32 },
+    Commit { server: usize, count: u32, frames: bool },
     /// A server dies and starts again, as another writer with empty memory.
     Crash { server: usize },
-    /// An operator or a meter raises a floor.
-    RaiseFloor { meter: usize, title: usize, above: u64 },
+    /// An operator or a meter raises a floor: this far below the bound, or above it by less than 200, with the cap of an answer or without.
+    RaiseFloor { meter: usize, title: usize, below: u64, above: u64, cap: Option<u32> },
+    /// A head-end counts by itself from now on.
+    LeaveTo { meter: usize, title: usize },
+    /// The counter is adopted from it, or from nobody, with a floor.
+    TakeOver { meter: usize, title: usize, below: u64, above: u64 },
+    /// A copy of the database is made.
+    Backup,
+    /// It is restored, and the island's jump says so.
+    Restore,
     /// The second meter is imported with the same key value.
     ImportDuplicate { floor: u64 },
 }
@@ -30,12 +39,22 @@ enum Step {
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         6 => (0..3usize, 0..2usize, 0..2usize).prop_map(|(server, meter, title)| Step::Read { server, meter, title }),
-        8 => (0..3usize, 1..20u32).prop_map(|(server, count)| Step::Commit { server, count }),
+        8 => (0..3usize, 1..20u32, any::<bool>()).prop_map(|(server, count, frames)| Step::Commit { server, count, frames }),
         1 => (0..3usize).prop_map(|server| Step::Crash { server }),
-        1 => (0..2usize, 0..2usize, 0..200u64).prop_map(|(meter, title, above)| Step::RaiseFloor { meter, title, above }),
+        3 => (0..2usize, 0..2usize, floor(), prop_oneof![Just(None), Just(Some(0)), Just(Some(100))])
+            .prop_map(|(meter, title, (below, above), cap)| Step::RaiseFloor { meter, title, below, above, cap }),
+        1 => (0..2usize, 0..2usize).prop_map(|(meter, title)| Step::LeaveTo { meter, title }),
+        1 => (0..2usize, 0..2usize, floor()).prop_map(|(meter, title, (below, above))| Step::TakeOver { meter, title, below, above }),
+        1 => Just(Step::Backup),
+        1 => Just(Step::Restore),
         1 => (0..500u64).prop_map(|floor| Step::ImportDuplicate { floor }),
     ];
     prop::collection::vec(step, 0..120)
+}
+
+/// How far a floor is below and above the bound: mostly inside the chunk of 50, and often at its edge.
+fn floor() -> impl Strategy<Value = (u64, u64)> {
+    prop_oneof![4 => (0..70u64).prop_map(|below| (below, 0)), 2 => (0..2u64).prop_map(|below| (below, 0)), 2 => (0..200u64).prop_map(|above| (0, above))]
 }
 
 /// A row and its generation.
@@ -48,6 +67,8 @@ struct Row<T> {
 /// What is durable.
 #[derive(Clone)]
 struct Database {
+    /// How often it was restored: what was read before is none of it.
+    restores: u64,
     meters: Vec<Row<Slot>>,
     domain: Option<Row<CounterDomain>>,
 }
@@ -76,8 +97,11 @@ impl Database {
         }
     }
 
-    fn generations(&self, meter: usize) -> (u64, u64) {
-        (self.meters[meter].generation, self.domain.as_ref().map_or(0, |row| row.generation))
+    fn generations(&self, meter: usize) -> (u64, u64, u64) {
+        if meter >= self.meters.len() {
+            return (self.restores, 0, 0);
+        }
+        (self.restores, self.meters[meter].generation, self.domain.as_ref().map_or(0, |row| row.generation))
     }
 }
 
@@ -93,14 +117,30 @@ struct World {
     servers: Vec<Server>,
     writers: u8,
     scopes: [CounterScope; 2],
+    backup: Option<Database>,
+    jump: CounterJump,
+    /// The highest floor of each client title: what is dealt from now on is at or above it.
+    floors: HashMap<SystemTitle, u64>,
+    /// What was dealt below a floor.
+    below_floor: Vec<(SystemTitle, Lease, u64)>,
     /// All leases of the one key value, by client title.
     leases: HashMap<SystemTitle, Vec<Lease>>,
 }
 
 impl World {
     fn new(scopes: [CounterScope; 2]) -> Self {
-        let database = Database { meters: vec![Row { generation: 1, value: slot() }], domain: None };
-        let mut world = Self { database, servers: Vec::new(), writers: 0, scopes, leases: HashMap::new() };
+        let database = Database { restores: 0, meters: vec![Row { generation: 1, value: slot() }], domain: None };
+        let mut world = Self {
+            database,
+            servers: Vec::new(),
+            writers: 0,
+            scopes,
+            backup: None,
+            jump: CounterJump::NONE,
+            floors: HashMap::new(),
+            below_floor: Vec::new(),
+            leases: HashMap::new(),
+        };
         for _ in 0..3 {
             let server = world.start();
             world.servers.push(server);
@@ -118,24 +158,74 @@ impl World {
             Step::Read { server, meter, title } if meter < self.database.meters.len() => {
                 self.servers[server].reading = Some((self.database.clone(), meter, client(title)));
             }
-            Step::Commit { server, count } => self.commit(server, NonZeroU32::new(count).unwrap()),
+            Step::Commit { server, count, frames } => {
+                self.commit(server, NonZeroU32::new(count).unwrap(), if frames { CounterUse::Frames } else { CounterUse::Lease });
+            }
             Step::Crash { server } => {
                 let fresh = self.start();
                 self.servers[server] = fresh;
             }
-            Step::RaiseFloor { meter, title, above } if meter < self.database.meters.len() => {
+            Step::RaiseFloor { meter, title, below, above, cap } if meter < self.database.meters.len() => {
+                let (key, floor) = self.floor(meter, title, below, above);
+                let mut raised = false;
+                self.database.change_counters(meter, |counters| raised = counters.raise_floor(key, floor, cap).is_ok());
+                if raised {
+                    self.note_floor(key, floor);
+                }
+            }
+            Step::LeaveTo { meter, title } if meter < self.database.meters.len() => {
                 let key = self.scopes[meter].key(client(title));
-                let floor = self.database.counters(meter).map_or(0, Counters::highest_bound) + above;
-                self.database.change_counters(meter, |counters| counters.raise_floor(key, floor, None).unwrap());
+                self.database.change_counters(meter, |counters| counters.leave_to(key, head_end()));
+            }
+            Step::TakeOver { meter, title, below, above } if meter < self.database.meters.len() => {
+                let (key, floor) = self.floor(meter, title, below, above);
+                self.database.change_counters(meter, |counters| counters.take_over(key, floor));
+                self.note_floor(key, floor);
+            }
+            Step::Backup => self.backup = Some(self.database.clone()),
+            Step::Restore => {
+                if let Some(backup) = self.backup.clone() {
+                    let counted = (0..self.database.meters.len()).filter_map(|meter| self.database.counters(meter)).map(Counters::highest_bound).max();
+                    let restores = self.database.restores + 1;
+                    self.database = Database { restores, ..backup };
+                    // More than can have been counted since: what the committer of a server finds out when it starts on an older database.
+                    self.jump = self.jump.raised_by(u32::try_from(counted.unwrap_or(0)).unwrap());
+                }
             }
             Step::ImportDuplicate { floor } if self.database.meters.len() == 1 => self.import_duplicate(floor),
             _ => {}
         }
     }
 
+    /// A counter of a meter, and a floor relative to its bound.
+    fn floor(&self, meter: usize, title: usize, below: u64, above: u64) -> (CounterKey, u64) {
+        let key = self.scopes[meter].key(client(title));
+        let bound = self.database.counters(meter).map_or(0, Counters::highest_bound);
+        (key, (bound + above).saturating_sub(below))
+    }
+
+    fn note_floor(&mut self, key: CounterKey, floor: u64) {
+        for title in [client(0), client(1)] {
+            if key == CounterKey::Setup || key == CounterKey::ClientTitle(title) {
+                let known = self.floors.entry(title).or_default();
+                *known = floor.max(*known);
+            }
+        }
+    }
+
+    fn dealt(&mut self, title: SystemTitle, lease: Lease) {
+        let floor = self.floors.get(&title).copied().unwrap_or_default();
+        if u64::from(lease.first) < floor {
+            self.below_floor.push((title, lease, floor));
+        }
+        self.leases.entry(title).or_default().push(lease);
+    }
+
     /// The second half of a grant, as a server does it: one transaction that fails if a row that was read has changed.
-    fn commit(&mut self, server: usize, count: NonZeroU32) {
-        let server = &mut self.servers[server];
+    fn commit(&mut self, server: usize, count: NonZeroU32, counter_use: CounterUse) {
+        let jump = self.jump;
+        let server_number = server;
+        let server = &mut self.servers[server_number];
         let Some((read, meter, title)) = server.reading.take() else { return };
         let key = self.scopes[meter].key(title);
         let unchanged = read.generations(meter) == self.database.generations(meter);
@@ -143,26 +233,28 @@ impl World {
         let chunk = server.chunks.get_mut(&(meter, key));
         let at_least = chunk.as_ref().map_or(0, |chunk| chunk.bound());
         if let (Some(chunk), Some(state)) = (chunk, &state)
-            && let Ok(lease) = chunk.deal(state, count, CounterJump::NONE)
+            && let Ok(lease) = chunk.deal(state, count, jump)
         {
             if unchanged {
-                self.leases.entry(title).or_default().push(lease);
+                self.dealt(title, lease);
             }
             return;
         }
         if !unchanged {
             return;
         }
-        let mut reservation = None;
+        let mut reserved = None;
         let writer = server.writer;
         let chunk_size = ChunkSize::new(NonZeroU32::new(50).unwrap());
         self.database.change_counters(meter, |counters| {
-            reservation = Some(counters.reserve(key, CounterUse::Lease, writer, chunk_size, at_least, CounterJump::NONE).unwrap())
+            reserved = Some(counters.reserve(key, counter_use, writer, chunk_size, at_least, jump));
         });
-        let mut chunk = LiveChunk::new(reservation.unwrap());
-        let lease = chunk.deal(self.database.counters(meter).unwrap().get(key).unwrap(), count, CounterJump::NONE).unwrap();
-        server.chunks.insert((meter, key), chunk);
-        self.leases.entry(title).or_default().push(lease);
+        // Nothing while a head-end counts.
+        let Ok(reservation) = reserved.unwrap() else { return };
+        let mut chunk = LiveChunk::new(reservation);
+        let lease = chunk.deal(self.database.counters(meter).unwrap().get(key).unwrap(), count, jump).unwrap();
+        self.servers[server_number].chunks.insert((meter, key), chunk);
+        self.dealt(title, lease);
     }
 
     /// One transaction: the new meter, the domain, and the first meter that joins it.
@@ -170,13 +262,15 @@ impl World {
         let mut domain = CounterDomain::new(CounterDomainId([9; 16]));
         let mut second = slot();
         let counters = second.version_mut(KeyVersionNumber::FIRST).unwrap().counters_mut().unwrap();
-        counters.raise_floor(self.scopes[1].key(client(0)), floor, None).unwrap();
+        let key = self.scopes[1].key(client(0));
+        counters.raise_floor(key, floor, None).unwrap();
         for slot in [&mut self.database.meters[0].value, &mut second] {
             slot.join_domain(KeyVersionNumber::FIRST, &mut domain).unwrap();
         }
         self.database.meters[0].generation += 1;
         self.database.meters.push(Row { generation: 1, value: second });
         self.database.domain = Some(Row { generation: 1, value: domain });
+        self.note_floor(key, floor);
     }
 }
 
@@ -187,6 +281,10 @@ fn slot() -> Slot {
     slot
 }
 
+fn head_end() -> PrincipalId {
+    PrincipalId::new(kms_domain::IslandName::parse("dev").unwrap(), kms_domain::Role::HeadEnd, "hes").unwrap()
+}
+
 fn client(number: usize) -> SystemTitle {
     SystemTitle::from_octets(&[0x4D, 0x4D, 0x4D, 0, 0, 0, 0, u8::try_from(number).unwrap() + 1]).unwrap()
 }
@@ -195,7 +293,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2_000))]
 
     #[test]
-    fn no_counter_twice_and_newer_leases_are_higher(
+    fn no_counter_twice_none_below_a_floor_and_newer_leases_are_higher(
         steps in steps(),
         first in prop_oneof![Just(CounterScope::ClientTitle), Just(CounterScope::Setup)],
         second in prop_oneof![Just(CounterScope::ClientTitle), Just(CounterScope::Setup)],
@@ -204,6 +302,7 @@ proptest! {
         for step in &steps {
             world.step(step);
         }
+        prop_assert!(world.below_floor.is_empty(), "below a floor: {:?}", world.below_floor);
         for (title, leases) in &world.leases {
             for pair in leases.windows(2) {
                 prop_assert!(pair[0].last() < pair[1].first, "{title}: {:?} then {:?}", pair[0], pair[1]);
@@ -216,7 +315,7 @@ proptest! {
 #[test]
 fn the_model_reaches_what_it_is_about() {
     let mut world = World::new([CounterScope::ClientTitle; 2]);
-    let grant = |server, meter| [Step::Read { server, meter, title: 0 }, Step::Commit { server, count: 10 }];
+    let grant = |server, meter| [Step::Read { server, meter, title: 0 }, Step::Commit { server, count: 10, frames: false }];
     let steps = [grant(0, 0), grant(0, 0), grant(1, 0), grant(0, 0)].concat();
     for step in steps.iter().chain([&Step::ImportDuplicate { floor: 400 }]).chain(&grant(0, 1)).chain(&grant(1, 0)) {
         world.step(step);
@@ -228,4 +327,26 @@ fn the_model_reaches_what_it_is_about() {
     let island = kms_domain::IslandName::parse("dev").unwrap();
     let read = CounterDomain::from_row(CounterDomainId([9; 16]), &island, Bytes::from(row)).unwrap();
     assert_eq!(read.counters.highest_bound(), 500);
+}
+
+/// Floors inside the chunk, at its edge and above it, for the server that deals from it and for another one that has read the row.
+#[test]
+fn a_floor_binds_every_server_at_once() {
+    let raise = |below, above| Step::RaiseFloor { meter: 0, title: 0, below, above, cap: Some(100) };
+    let grant = |server| [Step::Read { server, meter: 0, title: 0 }, Step::Commit { server, count: 10, frames: true }];
+    for (floor, expected) in [(raise(30, 0), 21), (raise(10, 0), 41), (raise(9, 0), 51), (raise(0, 0), 51), (raise(0, 1), 52), (raise(0, 70), 121)] {
+        let mut world = World::new([CounterScope::ClientTitle; 2]);
+        for step in grant(0).iter().chain([&Step::Read { server: 1, meter: 0, title: 0 }, &floor, &Step::Commit { server: 1, count: 10, frames: true }]) {
+            world.step(step);
+        }
+        assert_eq!(world.leases[&client(0)].len(), 1, "another server's row was old");
+        for step in &grant(0) {
+            world.step(step);
+        }
+        assert_eq!(world.leases[&client(0)][1].first, expected, "{floor:?}");
+        for step in &grant(1) {
+            world.step(step);
+        }
+        assert!(world.leases[&client(0)][2].first > expected && world.below_floor.is_empty());
+    }
 }

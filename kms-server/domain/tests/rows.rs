@@ -269,6 +269,7 @@ enum Change {
     Release,
     Expose { version: u32, who: u8, later: i64 },
     Reserve { version: u32, key: u8 },
+    Floor { version: u32, key: u8, floor: u64 },
     LeaveTo { version: u32, key: u8 },
     Join { version: u32 },
 }
@@ -283,6 +284,7 @@ fn change() -> impl Strategy<Value = Change> {
         Just(Change::Release),
         (version.clone(), 0..5u8, -1_000_000_000_000..i64::MAX).prop_map(|(version, who, later)| Change::Expose { version, who, later }),
         (version.clone(), 0..3u8).prop_map(|(version, key)| Change::Reserve { version, key }),
+        (version.clone(), 0..3u8, 0..1u64 << 33).prop_map(|(version, key, floor)| Change::Floor { version, key, floor }),
         (version.clone(), 0..3u8).prop_map(|(version, key)| Change::LeaveTo { version, key }),
         version.prop_map(|version| Change::Join { version }),
     ]
@@ -331,8 +333,11 @@ fn apply(slot: &mut Slot, change: &Change) {
         Change::Reserve { version, key: which } => counters(slot, version, &|counters| {
             let chunk = ChunkSize::new(NonZeroU32::new(1 << 30).unwrap());
             let counter_use = if version % 2 == 0 { CounterUse::Lease } else { CounterUse::Frames };
-            let _ = counters.reserve(key(which), counter_use, WriterId::from_octets(&[8; 16]).unwrap(), chunk, 0, CounterJump::NONE);
+            if let Ok(reserved) = counters.reserve(key(which), counter_use, WriterId::from_octets(&[8; 16]).unwrap(), chunk, 0, CounterJump::NONE) {
+                let _ = counters.count_into_hour(reserved, counter_use, CounterCap::new(u32::MAX).unwrap(), NOW);
+            }
         }),
+        Change::Floor { version, key: which, floor } => counters(slot, version, &|counters| counters.raise_floor(key(which), floor, None).unwrap()),
         Change::LeaveTo { version, key: which } => counters(slot, version, &|counters| counters.leave_to(key(which), principal("old-hes"))),
         Change::Join { version } => drop(slot.join_domain(number(version), &mut CounterDomain::new(CounterDomainId([9; 16])))),
     }

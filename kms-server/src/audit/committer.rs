@@ -61,6 +61,8 @@ pub struct CommitterSettings {
     pub server: String,
     /// How many counters are reserved at once.
     pub chunk_size: ChunkSize,
+    /// How many counters sessions and frames may reserve of one counter in an hour.
+    pub counter_cap: kms_domain::CounterCap,
     /// How many acts may wait, and how much they may write.
     pub bounds: CommitterBounds,
     /// How a restored database is found (I4).
@@ -858,6 +860,7 @@ impl<'b> Batch<'b> {
             seal,
             writer,
             chunk_size: shared.settings.chunk_size,
+            counter_cap: shared.settings.counter_cap,
             jump: shared.history.borrow().map_or(CounterJump::NONE, |history| history.jump),
             seen: &shared.seen,
             chunks,

@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     num::NonZeroU32,
     sync::Arc,
+    time::Duration,
 };
 
 use kms_domain::{
@@ -69,6 +70,7 @@ pub(super) struct Batch<'a> {
     pub(super) seal: &'a SealKeys,
     pub(super) writer: WriterId,
     pub(super) chunk_size: ChunkSize,
+    pub(super) counter_cap: kms_domain::CounterCap,
     /// By how much restores raised all counters.
     pub(super) jump: CounterJump,
     pub(super) seen: &'a Seen,
@@ -642,9 +644,18 @@ impl View<'_, '_> {
         self.next(of, CounterUse::Frames, count, UnixMillis(0))
     }
 
+    /// The next `count` counters for requests of a transfer or a probe: as [`Self::frame_counters`], without the bounds that sessions and frames
+    /// have, so that whoever used up a key cannot keep the next one from its meter.
+    ///
+    /// # Errors
+    /// As [`Self::lease`].
+    pub fn transfer_counters(&mut self, of: CounterOf, count: NonZeroU32) -> Result<Lease, ServiceError> {
+        self.next(of, CounterUse::Transfer, count, UnixMillis(0))
+    }
+
     fn next(&mut self, of: CounterOf, counter_use: CounterUse, count: NonZeroU32, until: UnixMillis) -> Result<Lease, ServiceError> {
         let (name, state) = self.counter(of)?;
-        if let Some(lease) = self.deal(name, state.as_ref(), count, until) {
+        if let Some(lease) = self.deal(name, counter_use, state.as_ref(), count, until) {
             if counter_use == CounterUse::Lease && state.is_some_and(|state| !state.lent()) {
                 // Other servers, and this one after a restart, know of the lease by the row alone.
                 self.change_counters(of, name, |counters| {
@@ -664,16 +675,26 @@ impl View<'_, '_> {
         };
         // Above a chunk that was reserved in this transaction for what failed then, too.
         let at_least = self.held(&name).map_or(0, |held| held.chunk.bound()).max(self.base.chunks.bound(&name)).max(first);
-        let known_as_due = state.as_ref().is_some_and(|state| state.rotation_due() && state.holder().is_some());
-        let (reservation, state) = self.change_counters(of, name, |counters| {
+        let known = state.as_ref().filter(|state| state.holder().is_some()).map_or(0, CounterState::bound);
+        let (now, cap) = (self.now(), self.base.counter_cap);
+        let (reservation, many, state) = self.change_counters(of, name, |counters| {
             let reservation = counters.reserve(of.counter, counter_use, writer, chunk, at_least, jump)?;
-            Ok((reservation, counters.get(of.counter).cloned()))
+            let many = counters.count_into_hour(reservation, counter_use, cap, now)?;
+            Ok((reservation, many, counters.get(of.counter).cloned()))
         })?;
-        if reservation.rotation_due && !known_as_due {
-            self.staged.alerts.push(Event::SecurityEvent(rotation_due(of, reservation.bound)));
+        // Each once for a counter, when it gets there; of two thresholds that are passed at once the later one.
+        let passes = |threshold| known < threshold && reservation.bound >= threshold;
+        if passes(CounterState::ROTATION_DUE) {
+            self.staged.alerts.push(Event::SecurityEvent(counter_event(of, "counter-rotation-due", &used(of, reservation.bound))));
+        } else if passes(CounterState::HALF) {
+            self.staged.alerts.push(Event::SecurityEvent(counter_event(of, "counter-half-used", &used(of, reservation.bound))));
+        }
+        if many {
+            let detail = format!("half of the {} invocation counters of {} that sessions and frames may have in an hour are reserved", cap.get(), of.counter);
+            self.staged.alerts.push(Event::SecurityEvent(counter_event(of, "counter-use-high", &detail)));
         }
         self.base.fresh_chunks.insert(name, Held { chunk: LiveChunk::new(reservation), leased_until: UnixMillis(0) });
-        self.deal(name, state.as_ref(), count, until).ok_or_else(|| counter_error(CounterError::Exhausted { key: of.counter }))
+        self.deal(name, counter_use, state.as_ref(), count, until).ok_or_else(|| counter_error(CounterError::Exhausted { key: of.counter }, now))
     }
 
     /// A counter that this system has dealt no counter from on, under whichever version of the slot: those in a counter domain are counted there.
@@ -694,18 +715,19 @@ impl View<'_, '_> {
 
     /// Changes the row that keeps a counter: the meter's, or its domain's.
     fn change_counters<T>(&mut self, of: CounterOf, name: ChunkName, change: impl FnOnce(&mut Counters) -> Result<T, CounterError>) -> Result<T, ServiceError> {
+        let now = self.now();
         match name {
             ChunkName::Version { .. } => {
                 let mut row = self.owner(of.owner)?.ok_or_else(|| no_such_key(of))?;
                 let slot = row.slots_mut().get_mut(of.setup, of.key_type);
                 let version = slot.and_then(|slot| slot.version_mut(of.version)).map_err(|_| no_such_key(of))?;
-                let changed = version.counters_mut().and_then(change).map_err(counter_error)?;
+                let changed = version.counters_mut().and_then(change).map_err(|error| counter_error(error, now))?;
                 self.put_owner(row)?;
                 Ok(changed)
             }
             ChunkName::Domain { domain: id, .. } => {
                 let mut domain = self.domain(id)?.ok_or_else(|| missing_domain(id))?;
-                let changed = change(&mut Arc::make_mut(&mut domain).counters).map_err(counter_error)?;
+                let changed = change(&mut Arc::make_mut(&mut domain).counters).map_err(|error| counter_error(error, now))?;
                 self.put(RowId::CounterDomain(id), Value::Domain(domain), false)?;
                 Ok(changed)
             }
@@ -727,14 +749,16 @@ impl View<'_, '_> {
         })
     }
 
-    /// Whether a lease is the newest that this server dealt from its counter, and nobody has reserved above it since.
+    /// Whether a lease is the newest that this server dealt from its counter, and nobody has reserved above it or raised a floor above its
+    /// first counter since.
     ///
     /// # Errors
     /// See [`Self::principal`].
     pub fn is_live(&mut self, of: CounterOf, lease: Lease) -> Result<bool, ServiceError> {
         let (name, state) = self.counter(of)?;
         let (Some(state), Some(Held { chunk, .. })) = (state, self.held(&name)) else { return Ok(false) };
-        Ok(state.holder() == Some(self.base.writer) && state.bound() == chunk.bound() && chunk.bound() - chunk.remaining() == u64::from(lease.last()) + 1)
+        let newest = chunk.bound() - chunk.remaining() == u64::from(lease.last()) + 1;
+        Ok(state.holder() == Some(self.base.writer) && state.bound() == chunk.bound() && newest && u64::from(lease.first) >= state.floor())
     }
 
     /// Where a key version's counter is kept, and what the row says of it.
@@ -757,12 +781,15 @@ impl View<'_, '_> {
         self.base.fresh_chunks.get(name).or_else(|| self.base.chunks.get(name))
     }
 
-    fn deal(&mut self, name: ChunkName, state: Option<&CounterState>, count: NonZeroU32, until: UnixMillis) -> Option<Lease> {
+    fn deal(&mut self, name: ChunkName, counter_use: CounterUse, state: Option<&CounterState>, count: NonZeroU32, until: UnixMillis) -> Option<Lease> {
         let jump = self.base.jump;
         let held = match self.base.fresh_chunks.get_mut(&name) {
             Some(held) => held,
             None => self.base.chunks.get_mut(&name)?,
         };
+        if !held.chunk.serves(counter_use) {
+            return None;
+        }
         let lease = held.chunk.deal(state?, count, jump).ok()?;
         let before = std::mem::replace(&mut held.leased_until, until);
         self.staged.log.push(Change::Lent(name, before));
@@ -1030,20 +1057,22 @@ fn not_read() -> ServiceError {
     ServiceError::Internal("a row was used before it was read".to_owned())
 }
 
-/// A slot asks for its rotation, once: when it comes to 80 % of its counters.
-fn rotation_due(of: CounterOf, bound: u64) -> SecurityEvent {
+/// How much of a counter is used.
+fn used(of: CounterOf, bound: u64) -> String {
     let percent = bound * 100 / CounterState::END;
+    format!("{percent} % of the invocation counters of {} are used: rotate the key", of.counter)
+}
+
+/// What officers are told of a counter.
+fn counter_event(of: CounterOf, kind: &str, detail: &str) -> SecurityEvent {
     let (owner, meter) = match of.owner {
         Owner::Meter(title) => (format!("meter {title}"), title.octets().to_vec()),
         Owner::Group(group) => (format!("group {}", group.0), Vec::new()),
         Owner::DeviceType(device_type) => (format!("device type {}", device_type.0), Vec::new()),
     };
     SecurityEvent {
-        kind: "counter-rotation-due".to_owned(),
-        detail: format!(
-            "{percent} % of the invocation counters of {} are used under {} version {} of {owner}, security setup {}: rotate the key",
-            of.counter, of.key_type, of.version, of.setup
-        ),
+        kind: kind.to_owned(),
+        detail: format!("{} version {} of {owner}, security setup {}: {detail}", of.key_type, of.version, of.setup),
         meter: meter.into(),
     }
 }
@@ -1059,8 +1088,13 @@ fn missing_domain(id: CounterDomainId) -> ServiceError {
     ServiceError::Internal(format!("the row of counter domain {id} is missing (I5)"))
 }
 
-fn counter_error(error: CounterError) -> ServiceError {
+fn counter_error(error: CounterError, now: UnixMillis) -> ServiceError {
     let next_step = match error {
+        CounterError::CapMet { free, .. } => {
+            let wait = u64::try_from(free.0.saturating_sub(now.0)).unwrap_or_default();
+            let moment = jiff::Timestamp::from_millisecond(free.0).map(|moment| moment.to_string()).unwrap_or_default();
+            return ServiceError::ResourceExhausted { reason: format!("{error}; it frees at {moment}"), retry_after: Duration::from_millis(wait) };
+        }
         CounterError::OwnedByHeadEnd { .. } => "adopt the counter with its floor, or use another client title",
         CounterError::Exhausted { .. } => "rotate the key",
         _ => "look at the meter's counters",

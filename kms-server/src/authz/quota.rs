@@ -265,6 +265,54 @@ mod tests {
     }
 
     #[test]
+    fn every_field_of_the_file_changes_what_is_counted() {
+        const BASE: &str = "[[quota]]\nname = \"clock\"\nclass_id = 8\nservices = [\"set\"]\nmembers = [2]\n\
+            limit = [{ role = \"head-end\", commands = 5, meters = 3 }]\n\
+            [[quota]]\nname = \"all\"\ncriticality = \"supply-control\"\nlimit = [{ principal = \"urn:meterkms:north:head-end:hes-1\", commands = 9 }]";
+        // What is counted, and for whom how much.
+        let seen = |text: &str| {
+            let quotas = with(text).unwrap();
+            let mut seen = Vec::new();
+            for (class_id, member) in [(8, 2), (8, 3), (9, 2), (70, 1), (64, 2)] {
+                for service in [FrameService::Set, FrameService::Action] {
+                    for quota in quotas
+                        .of(service, CosemTarget { class_id, obis: [0, 0, 96, 3, 10, 255], member })
+                        .filter(|quota| ["clock", "watch", "all"].contains(&quota.name.as_str()))
+                    {
+                        for holder in [principal(Role::HeadEnd, "hes-1"), principal(Role::HeadEnd, "hes-2"), principal(Role::Handheld, "hh-1")] {
+                            seen.push((class_id, member, service.name(), quota.name.to_string(), quota.limit(&holder)));
+                        }
+                    }
+                }
+            }
+            seen
+        };
+        let mut changed = std::collections::BTreeSet::new();
+        for (field, from, to) in [
+            ("name", "clock", "watch"),
+            ("class_id", "class_id = 8", "class_id = 9"),
+            ("services", "[\"set\"]", "[\"action\"]"),
+            ("members", "[2]", "[3]"),
+            ("criticality", "supply-control", "security-setup"),
+            ("role", "role = \"head-end\"", "role = \"handheld\""),
+            ("principal", "hes-1", "hes-2"),
+            ("commands", "commands = 5", "commands = 6"),
+            ("meters", "meters = 3", "meters = 4"),
+            ("limit", "limit = [{ role = \"head-end\", commands = 5, meters = 3 }]", ""),
+        ] {
+            assert_ne!(seen(BASE), seen(&BASE.replacen(from, to, 1)), "{field}");
+            changed.insert(field);
+        }
+        // The parser names the fields that it takes when it refuses another one.
+        let accepted = |text: &str| {
+            let reason = with(text).unwrap_err().reason;
+            reason.split('`').skip(1).step_by(2).map(ToOwned::to_owned).filter(|field| field != "unknown").collect::<Vec<String>>()
+        };
+        let taken = [accepted("[[quota]]\nunknown = 1\nname = \"a\""), accepted("[[quota]]\nname = \"a\"\nlimit = [{ unknown = 1 }]")].concat();
+        assert_eq!(taken.iter().map(String::as_str).collect::<std::collections::BTreeSet<_>>(), changed);
+    }
+
+    #[test]
     fn mistakes_are_told_with_their_line() {
         let lines = Quotas::SHIPPED.lines().count() + 1;
         for (more, reason) in [

@@ -189,6 +189,7 @@ impl CeremonyPlan {
             island: self.island.clone(),
             server: "ceremony".to_owned(),
             chunk_size: ChunkSize::default(),
+            counter_cap: kms_domain::CounterCap::DEFAULT,
             bounds: CommitterBounds::default(),
             restore: RestoreSettings::default(),
             silence: CommitterSettings::SILENCE,

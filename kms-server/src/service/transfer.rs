@@ -609,7 +609,7 @@ fn deal_counters(view: &mut View<'_, '_>, island: &Island, mut meter: Meter) -> 
     let mut counters = Vec::new();
     if let (Some(pair), Some(wanted)) = (transfer.pair(), NonZeroU32::new(wanted)) {
         let of = step_counter(island, &meter, &transfer, pair)?;
-        let lease = view.frame_counters(of, wanted)?;
+        let lease = view.transfer_counters(of, wanted)?;
         counters.extend(lease.first..=lease.last());
         // What was reserved just now is in the row that the view has.
         let fault = |error: &dyn std::fmt::Display| ServiceError::Internal(error.to_string());

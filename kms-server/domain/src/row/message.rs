@@ -282,6 +282,14 @@ pub(super) struct CounterRow {
     /// Leases were dealt from the chunk that ends at the bound.
     #[prost(bool, tag = "6")]
     pub(super) lent: bool,
+    /// The lowest counter that the holder may still deal; 0: what is left of its chunk.
+    #[prost(uint64, tag = "7")]
+    pub(super) floor: u64,
+    /// The hour of UTC of the last reservation, and the counters that were reserved in it.
+    #[prost(uint32, tag = "8")]
+    pub(super) hour: u32,
+    #[prost(uint64, tag = "9")]
+    pub(super) reserved: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]

@@ -8,9 +8,9 @@ use super::{
     octets, version,
 };
 use crate::{
-    CounterDomainId, CounterJump, CounterKey, CounterOwnership, CounterPlace, CounterState, Counters, Evidence, Exposure, ExposureReason, IslandName,
-    KeyDerivation, KeyLength, KeyMaterial, KeyOrigin, KeyState, KeyType, KeyVersion, KeyVersionNumber, Party, PrincipalId, Role, SecuritySetupId, Slot, Slots,
-    SystemTitle, Transport, UnixMillis, WrappedKey, WriterId,
+    CounterDomainId, CounterJump, CounterKey, CounterOwnership, CounterPlace, CounterState, Counters, Evidence, Exposure, ExposureReason, HourlyUse,
+    IslandName, KeyDerivation, KeyLength, KeyMaterial, KeyOrigin, KeyState, KeyType, KeyVersion, KeyVersionNumber, Party, PrincipalId, QuotaHour, Role,
+    SecuritySetupId, Slot, Slots, SystemTitle, Transport, UnixMillis, WrappedKey, WriterId,
 };
 
 /// The principals that a row names by position: each is stored once.
@@ -210,7 +210,9 @@ pub(super) fn counters_from_rows(rows: Vec<CounterRow>, principals: &Principals)
             };
             let holder = if row.holder.is_empty() { None } else { Some(WriterId::from_octets(&row.holder)?) };
             let ownership = principals.optional(row.owned_by)?.map_or(CounterOwnership::Kms, CounterOwnership::HeadEnd);
-            Ok(CounterState::new(key, row.bound, holder, ownership, row.lent)?.with_jumped(CounterJump::new(row.jumped)))
+            let state = CounterState::new(key, row.bound, holder, ownership, row.lent)?.with_jumped(CounterJump::new(row.jumped));
+            let hourly = HourlyUse { hour: QuotaHour::from_number(row.hour), counters: row.reserved };
+            Ok(state.with_floor(row.floor)?.with_hourly(hourly))
         })
         .collect::<Result<_, RowError>>()?;
     Ok(Counters::from_states(states)?)
@@ -233,6 +235,9 @@ pub(super) fn counters_to_rows(counters: &Counters, principals: &mut Principals)
             },
             jumped: state.jumped().counters(),
             lent: state.lent(),
+            floor: state.floor(),
+            hour: state.hourly().hour.number(),
+            reserved: state.hourly().counters,
         })
         .collect()
 }

@@ -128,7 +128,7 @@ pub(in crate::service) fn raise_counter(
 /// A raise that fits the meter as it is.
 struct Raise {
     key: CounterKey,
-    /// The lowest counter that may be used now.
+    /// What the row says of the lowest counter that may be used now: see [`v1::CounterRaised`].
     from: u64,
 }
 
@@ -150,14 +150,14 @@ impl Raise {
         if let Some(CounterOwnership::HeadEnd(head_end)) = state.as_ref().map(CounterState::ownership) {
             return refuse(format!("the counter is left to `{head_end}`"), "take it over with its floor: kms meter adopt");
         }
-        let from = state.map_or(u64::from(CounterState::FIRST), |state| state.bound());
-        // I4: never lower.
-        if u64::from(raise.to) <= from {
-            return refuse(
-                format!("counters below {from} are used or reserved already, so that nothing is raised to {}", raise.to),
-                "look at it with `kms meter show`",
-            );
+        let to = u64::from(raise.to);
+        let first = u64::from(CounterState::FIRST);
+        let (usable, bound) = state.map_or((first, first), |state| (state.dealt_from(), state.bound()));
+        // I4: never lower. Inside the chunk that a server deals from, a floor has it go on above.
+        if to <= usable {
+            return refuse(format!("counters below {usable} are not used any more, so that nothing is raised to {to}"), "look at it with `kms meter show`");
         }
+        let from = if to > bound { bound } else { usable };
         Ok(Self { key, from })
     }
 }

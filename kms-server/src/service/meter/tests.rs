@@ -54,6 +54,32 @@ impl TestIsland {
     }
 }
 
+fn guek_counter(title: SystemTitle) -> CounterOf {
+    CounterOf {
+        owner: kms_domain::Owner::Meter(title),
+        setup: SecuritySetupId::DEFAULT,
+        key_type: KeyType::GUEK,
+        version: kms_domain::KeyVersionNumber::FIRST,
+        counter: CounterKey::ClientTitle(client_title()),
+        on_new_key: kms_domain::OnNewKey::Continue,
+    }
+}
+
+/// The next counters of a server: a session's lease, or those of frames.
+async fn next_counters(server: &crate::island::Island, title: SystemTitle, counters: u32, frames: bool) -> kms_domain::Lease {
+    let count = std::num::NonZeroU32::new(counters).unwrap();
+    let act = server.committer.act(Actor::server("test"), kms_store::Reads::default(), move |view| {
+        view.append(Event::KeysGranted(v1::KeysGranted::default()));
+        if frames { view.frame_counters(guek_counter(title), count) } else { view.lease(guek_counter(title), count, kms_domain::UnixMillis(i64::MAX)) }
+    });
+    act.await.unwrap().value
+}
+
+async fn is_live(server: &crate::island::Island, title: SystemTitle, lease: kms_domain::Lease) -> bool {
+    let act = server.committer.act(Actor::server("test"), kms_store::Reads::default(), move |view| view.is_live(guek_counter(title), lease));
+    act.await.unwrap().value
+}
+
 island_tests! {
     async fn a_head_end_sees_its_own_meters_and_no_others(island) {
         island.deliver(&sample("generic-suite0", 30)).await;
@@ -146,10 +172,62 @@ island_tests! {
         assert_eq!(island.first_counter(meter(2)).await.unwrap(), 4_000_000);
         // What this system counts jumps no further than the cap of the profile, and never back.
         assert_eq!(counts(&service.adopt(&island.officer, request(3), vec![floor(2, 4_300_000, None)]).await.unwrap()), (0, 0, 1));
-        assert_eq!(counts(&service.adopt(&island.officer, request(4), vec![floor(2, 10, None)]).await.unwrap()), (0, 1, 0));
+        // The row does not tell how much of its chunk the server has used: a floor is noted there, and what lies above goes on.
+        assert_eq!(counts(&service.adopt(&island.officer, request(4), vec![floor(2, 10, None)]).await.unwrap()), (1, 0, 0));
+        assert_eq!(island.first_counter(meter(2)).await.unwrap(), 4_000_001);
         assert_eq!(counts(&service.adopt(&island.officer, request(5), vec![floor(2, 4_100_000, None)]).await.unwrap()), (1, 0, 0));
         assert_eq!(island.first_counter(meter(2)).await.unwrap(), 4_100_000);
         assert_eq!(counts(&service.adopt(&island.head_end, request(6), vec![floor(1, 1, None)]).await.unwrap()), (0, 0, 1));
+    }
+
+    // I4: a chunk that is being dealt from is no way past a floor.
+    async fn an_adopted_floor_binds_the_server_that_holds_the_chunk_and_every_other(island) {
+        island.deliver(&sample("generic-suite0", 2)).await;
+        // Meters 3 and 4 have equal keys: their counters are in a domain.
+        let mut twins = kms_client::sample::SampleShipment { equal_keys: 2, ..sample("generic-suite0", 2) };
+        (twins.first_number, twins.batch) = (3, "twins".to_owned());
+        island.deliver(&twins).await;
+        let (here, there) = (island.island.clone(), island.another_server().await);
+        let mut numbers = 10..;
+        let mut adopt = |server: &std::sync::Arc<crate::island::Island>, title, floor| {
+            let (service, caller, number) = (MeterService::new(server.clone()), island.officer.clone(), numbers.next().unwrap());
+            async move {
+                let floor = CounterFloor { meter: title, setup: SecuritySetupId::DEFAULT, client_title: client_title(), floor, owned_by: None };
+                let adopted = service.adopt(&caller, request(number), vec![floor]).await.unwrap();
+                assert!(adopted.problems.is_empty(), "{adopted:?}");
+            }
+        };
+        for (meter_number, floors_at) in [(1, &here), (2, &there), (3, &there)] {
+            let title = meter(meter_number);
+            let chunk_end = 65_537;
+            let lease = next_counters(&here, title, 1_000, false).await;
+            assert_eq!((lease.first, lease.count), (1, 1_000));
+            assert!(is_live(&here, title, lease).await);
+            adopt(floors_at, title, lease.first + 1).await;
+            assert!(!is_live(&here, title, lease).await, "its first counter is below the floor: it is not handed out again");
+            adopt(floors_at, title, 5_004).await;
+            assert_eq!(next_counters(&here, title, 1_000, false).await.first, 5_004);
+            // A low floor wastes nothing.
+            adopt(floors_at, title, 7).await;
+            assert_eq!(next_counters(&here, title, 1, true).await.first, 6_004);
+            // So near to the end of the chunk that a session's counters need another one; and the end itself.
+            adopt(floors_at, title, chunk_end - 10).await;
+            assert_eq!(next_counters(&here, title, 1, true).await.first, chunk_end - 10);
+            assert_eq!(next_counters(&here, title, 1_000, false).await.first, chunk_end);
+            adopt(floors_at, title, chunk_end + 65_536).await;
+            assert_eq!(next_counters(&here, title, 1, false).await.first, chunk_end + 65_536);
+            adopt(floors_at, title, chunk_end + 2 * 65_536 + 30_000).await;
+            assert_eq!(next_counters(&here, title, 1, false).await.first, chunk_end + 2 * 65_536 + 30_000);
+            // A floor in the chunk of this server, and another one goes on; and a restarted one.
+            let floor = chunk_end + 2 * 65_536 + 35_000;
+            adopt(floors_at, title, floor).await;
+            assert!(next_counters(&there, title, 1, true).await.first >= floor);
+            adopt(floors_at, title, floor + 90_000).await;
+            assert!(next_counters(&island.restarted().await, title, 1, true).await.first >= floor + 90_000);
+            if meter_number == 3 {
+                assert!(next_counters(&here, meter(4), 1, true).await.first > floor + 90_000, "its twin counts with it");
+            }
+        }
     }
 
     async fn meters_are_enrolled_with_keys_of_the_island(island) {

@@ -115,6 +115,47 @@ island_tests! {
         assert!(!events.iter().any(|event| matches!(event, Event::SecurityEvent(SecurityEvent { kind, .. }) if kind == "sealed-row-refused")));
     }
 
+    // I4: what two people have decided holds for the server that deals from the chunk, too.
+    async fn a_counter_is_raised_inside_the_chunk_that_a_server_deals_from(island) {
+        island.deliver(&sample("generic-suite0", 1)).await;
+        let service = ProposalService::new(island.island.clone());
+        let colleague = officer(&island, "bo", "Bo", 40).await;
+        let next = || async {
+            let of = crate::audit::CounterOf {
+                owner: kms_domain::Owner::Meter(meter(1)),
+                setup: SecuritySetupId::DEFAULT,
+                key_type: KeyType::GUEK,
+                version: KeyVersionNumber::FIRST,
+                counter: CounterKey::ClientTitle(client_title()),
+                on_new_key: kms_domain::OnNewKey::Continue,
+            };
+            let act = island.island.committer.act(crate::audit::Actor::server("test"), kms_store::Reads::default(), move |view| {
+                view.append(Event::KeysGranted(v1::KeysGranted::default()));
+                view.frame_counters(of, std::num::NonZeroU32::MIN)
+            });
+            act.await.unwrap().value.first
+        };
+        assert_eq!(next().await, 1);
+        for (to, from) in [(50_000, 1), (60_000, 50_000), (65_537, 65_537), (80_000, 65_538)] {
+            let made = propose(&island, &island.officer, raise(1, to)).await;
+            if to == 65_537 {
+                // The end of the chunk is where it would go on anyway, but not before the chunk is used up.
+                assert_eq!(made.as_ref().map(|made| made.state.clone()).unwrap(), "waiting");
+            }
+            let made = made.unwrap();
+            service.change(&colleague, request(), id(&made), approval(&made)).await.unwrap();
+            service.change(&colleague, request(), id(&made), Change::CarryOut).await.unwrap();
+            let raised = events(&island).await.into_iter().filter_map(|event| match event {
+                Event::CounterRaised(raised) => Some((raised.from, raised.to)),
+                _ => None,
+            });
+            let from = if to == 80_000 { 1 } else { from.min(60_000) };
+            assert!(raised.collect::<Vec<_>>().contains(&(from, u64::from(to))), "{to}");
+            assert_eq!(next().await, to);
+        }
+        assert_eq!(code(propose(&island, &island.officer, raise(1, 70_000)).await), FAILED_PRECONDITION);
+    }
+
     async fn what_no_longer_fits_is_not_carried_out(island) {
         island.deliver(&sample("generic-suite0", 3)).await;
         let service = ProposalService::new(island.island.clone());

@@ -6,8 +6,8 @@ use std::{
 };
 
 use kms_domain::{
-    CounterDomain, CounterDomainId, ExposureReason, GroupId, KeyOrigin, KeyState, KeyType, Meter, MeterClass, MeterStatus, NewKeyVersion, Owner, Party,
-    PrincipalId, PrincipalStatus, ShipmentLineError, Slot, Slots, SystemTitle, UnixMillis,
+    CounterDomain, CounterDomainId, CounterOwnership, CounterPlace, CounterState, ExposureReason, GroupId, KeyOrigin, KeyState, KeyType, Meter, MeterClass,
+    MeterStatus, NewKeyVersion, Owner, Party, PrincipalId, PrincipalStatus, ShipmentLineError, Slot, Slots, SystemTitle, UnixMillis,
 };
 use kms_proto::v1::{DuplicateKey, RefusedLine, SecurityEvent, ShipmentImported, audit_record::Event};
 use kms_store::{FingerprintOwner, FingerprintPrefix, Reads, ShipmentRefusal, ShipmentState, UploadId};
@@ -192,7 +192,7 @@ impl Step {
                     }));
                     Outcome::Refused(refuse("title", format!("{} is retired; a refurbished meter needs a new system title", device.title)))
                 }
-                Ok(()) => Outcome::Unchanged,
+                Ok(()) => self.floor_above(view, &known, device)?.map_or(Outcome::Unchanged, Outcome::Refused),
                 Err(error) => Outcome::Refused(error),
             });
         }
@@ -270,6 +270,34 @@ impl Step {
             }
         }
         Ok(())
+    }
+
+    /// I4: a known meter's counters are this system's to count, so a shipment moves none of them. A floor above all that is reserved is not passed
+    /// over in silence, because the next counter would be below it.
+    fn floor_above(&self, view: &mut View<'_, '_>, known: &Meter, device: &ReadyDevice) -> Result<Option<ShipmentLineError>, ServiceError> {
+        for (index, counter) in device.counters.iter().enumerate().filter(|(_, counter)| counter.owned_by.is_none()) {
+            for key in device.keys.iter().filter(|key| key.setup == counter.setup && matches!(key.key_type, KeyType::GUEK | KeyType::GBEK)) {
+                let slot = known.slots.get(key.setup, key.key_type);
+                let version = slot.and_then(|slot| slot.versions().iter().find(|version| version.fingerprint() == Some(key.fingerprint)));
+                let Some(version) = version.filter(|version| version.state() != KeyState::Destroyed) else { continue };
+                let state = match version.counters() {
+                    CounterPlace::Own(counters) => counters.get(counter.key).cloned(),
+                    CounterPlace::Domain(id) => view.domain(*id)?.and_then(|domain| domain.counters.get(counter.key).cloned()),
+                };
+                if state.as_ref().is_some_and(|state| *state.ownership() != CounterOwnership::Kms) {
+                    continue;
+                }
+                let bound = state.map_or_else(|| CounterState::FIRST.into(), |state| state.bound());
+                if u64::from(counter.floor) > bound {
+                    let reason = format!(
+                        "{} is known already, and its counters below {} are not used up: take the floor over with `kms meter adopt`",
+                        device.title, counter.floor
+                    );
+                    return Ok(Some(refuse(&format!("counters[{index}].floor"), reason)));
+                }
+            }
+        }
+        Ok(None)
     }
 
     /// I4: a key whose value another slot has counts with it, from one counter domain. The list of owners holds the first slot with a value

@@ -471,8 +471,22 @@ island_tests! {
         let mut floors = sample("generic-suite0", 1);
         floors.first_number = 50;
         floors.counters = vec![SampleCounter { security_setup: SecuritySetupId::DEFAULT, client_title: client_title(), floor: 777, owned_by: None }];
-        island.deliver(&floors).await;
+        let (file, _) = island.sample(&floors).await;
+        island.deliver_file(&Forged::of(&file).file()).await;
         assert_eq!(island.lease(meter(50)).await.unwrap().first, 777);
+
+        // In another shipment the meter is known. A floor above all that is reserved is not passed over in silence, and moves nothing.
+        let again = |batch: &str, floor: &str| {
+            let mut next = Forged::of(&file);
+            next.device(1, |line| line.replace("\"batch\":\"B-", &format!("\"batch\":\"{batch}-")));
+            next.device(2, |line| line.replace(":777", floor));
+            next.file()
+        };
+        let known = island.deliver_file(&again("D", ":777")).await;
+        assert_eq!((known.shipment.unwrap().unchanged, known.refused_lines.len()), (1, 0));
+        let higher = island.deliver_file(&again("E", ":900000")).await;
+        assert_eq!(lines(&higher), [(2, "counters[0].floor")]);
+        assert!(island.lease(meter(50)).await.unwrap().first < 900_000);
 
         // A head-end of another island owns nothing here.
         let mut foreign = sample("generic-suite0", 1);

@@ -429,6 +429,84 @@ fn simulated(setup: &mut serde_json::Value) {
 /// As the profile `gateway-suite0` has it.
 const OPTICAL_PORT_ID: u8 = 16;
 
+/// The watcher of all tests sees what it is there for: this one repeats a nonce.
+#[test]
+#[ignore = "breaks I4 on purpose, for the test below"]
+fn repeats_a_nonce() {
+    crate::testing::run(concat!(module_path!(), "::repeats_a_nonce"), |island| async move {
+        let field = Field::new(island, "generic-suite0", 1).await;
+        let row = field.row(0).await;
+        let keys = emit::pair_keys(&row, SecuritySetupId::DEFAULT, row.pairs(SecuritySetupId::DEFAULT, None)[0]).unwrap();
+        let nonce = kms_dlms::Nonce::new(client_title(), 9);
+        for content in [1, 2] {
+            let parameters = kms_hsm::FrameParameters::new(kms_dlms::HlsGmac::control(row.suite).octet(), *nonce.octets()).unwrap();
+            let input = kms_hsm::FrameInput { parameters, plaintext: vec![content; 16] };
+            field.island.island.hsm.protect_batch(vec![(keys.clone(), input)]).await.unwrap().remove(0).unwrap();
+        }
+    });
+}
+
+/// SoftHSM2 notes nothing; what the record says of counters is looked at on both modules.
+#[test]
+fn a_test_that_repeats_a_nonce_fails() {
+    let failed = std::panic::catch_unwind(repeats_a_nonce).err().map(|panic| panic.downcast_ref::<String>().cloned().unwrap_or_default());
+    let seen = failed.as_ref().is_some_and(|failed| failed.contains("a nonce was repeated (I4)"));
+    assert_eq!(seen, crate::testing::notes_nonces(), "{failed:?}");
+}
+
+/// The counter of the head-end's title under the key that the vendor shipped.
+fn first_guek(meter: SystemTitle) -> crate::audit::CounterOf {
+    crate::audit::CounterOf {
+        owner: kms_domain::Owner::Meter(meter),
+        setup: SecuritySetupId::DEFAULT,
+        key_type: KeyType::GUEK,
+        version: KeyVersionNumber::FIRST,
+        counter: kms_domain::CounterKey::ClientTitle(client_title()),
+        on_new_key: kms_domain::OnNewKey::Continue,
+    }
+}
+
+/// Meters that are ahead of the server's counter, inside its chunk, at its edge and above it, are reached by the request after their answer: on the
+/// server that holds the chunk, on another one, and after a restart. Of `equal_keys` meters at a time the keys are equal.
+async fn reach_meters_ahead(island: TestIsland, equal_keys: u64) {
+    const AHEAD: [u32; 4] = [1, 5_000, 65_536, 70_000];
+    let number = std::cell::Cell::new(0);
+    let ahead = |setup: &mut SecuritySetupConfig| {
+        let at = number.replace(number.get() + 1);
+        setup.counter_floors.insert(meter_sim::SystemTitle::new(client_title().octets()), AHEAD[at / 3 % AHEAD.len()] + 1);
+    };
+    let shipment = SampleShipment { equal_keys, ..sample("generic-suite0", 3 * AHEAD.len() as u64) };
+    let mut field = Field::edited(island, &shipment, ahead).await;
+    let services = [
+        field.service.clone(),
+        TransferService::new(field.island.another_server().await),
+        TransferService::new(std::sync::Arc::new(field.island.restarted().await)),
+    ];
+    for number in 0..field.meters.len() {
+        let step = field.begin(order(field.title(number), None)).await;
+        let (id, at) = step.transfer.unwrap();
+        let NextStep::Send(sending) = step.next.unwrap() else { panic!("nothing to send") };
+        let [sent] = field.row(number).await.transfer.unwrap().counters[..] else { panic!("one counter") };
+        let mut connection = Connection::new(field.meters[number].clone(), 1);
+        let answer = connection.exchange(&sending.apdu).unwrap();
+        let said = u32::from_be_bytes(answer[answer.len() - 4..].try_into().unwrap());
+        field.service = services[number % services.len()].clone();
+        let step = field.report(&field.island.head_end, step.meter, id, at, ReportedAnswer::Apdu(answer)).await;
+        if sent > AHEAD[number / 3] + 1 {
+            continue;
+        }
+        let followed = field.row(number).await.transfer.unwrap().counters;
+        assert!(followed[0] > said, "counter {sent}, then {followed:?}, and the meter has accepted {said}");
+        let NextStep::Send(sending) = step.next.unwrap() else { panic!("nothing to send") };
+        let answer = Connection::new(field.meters[number].clone(), 1).exchange(&sending.apdu).unwrap();
+        assert_eq!(answer[0], 0x61, "the meter takes the next request: {}", hex::encode(&answer));
+        field.service = services[0].clone();
+    }
+    let events = field.security_events().await;
+    assert!(events.iter().all(|event| event == "counter-followed"), "{events:?}");
+    field.assert_no_nonce_twice();
+}
+
 pub(in crate::service) fn order(meter: SystemTitle, key_type: Option<KeyType>) -> Order {
     Order { meter, setup: None, key_type, client_title: client_title(), form: TransferForm::Frames, urgent: false, lifetime_seconds: 3_600, task: None }
 }
@@ -606,6 +684,59 @@ island_tests! {
         assert_eq!(field.held(0, KeyType::GUEK).await, 3);
         field.compare(0).await;
         field.assert_no_nonce_twice();
+    }
+
+    // I4: whoever takes counters as fast as it can uses up an hour's, and keeps the next key from no meter.
+    async fn an_hour_s_counters_that_are_used_up_stop_no_transfer(island) {
+        let field = Field::new(island, "generic-suite0", 2).await;
+        let million = std::num::NonZeroU32::new(1_000_000).unwrap();
+        let lease = |number: usize, count| {
+            let of = first_guek(field.title(number));
+            let act = field.island.island.committer.act(crate::audit::Actor::server("test"), kms_store::Reads::default(), move |view| {
+                view.append(Event::KeysGranted(kms_proto::v1::KeysGranted::default()));
+                view.lease(of, count, kms_domain::UnixMillis(0))
+            });
+            async move { act.await.map(|committed| committed.value) }
+        };
+        // An hour may end meanwhile.
+        let mut refused = None;
+        for _ in 0..9 {
+            if let Err(error) = lease(0, million).await {
+                refused = Some(error);
+                break;
+            }
+        }
+        let Some(ServiceError::ResourceExhausted { reason, retry_after }) = refused else { panic!("{refused:?}") };
+        assert!(reason.contains("counters_per_hour") && reason.contains("4000000"), "{reason}");
+        assert!(retry_after <= std::time::Duration::from_hours(1));
+        assert!(field.security_events().await.contains(&"counter-use-high".to_owned()), "long before");
+        // What is reserved already is used; another meter's counters are its own.
+        assert!(lease(1, million).await.is_ok());
+        assert_eq!(field.transfer(0, None).await, Outcome::Probed);
+        assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
+        field.compare(0).await;
+        field.assert_no_nonce_twice();
+    }
+
+    async fn the_last_counters_of_a_key_bring_the_next_one(island) {
+        let field = Field::new(island, "counter-resets", 1).await;
+        field.meters[0].set_behaviour(Behaviour { counter_on_new_key: CounterOnNewKey::RestartAt(250), ..Behaviour::default() });
+        field.island.take_counters_over(field.title(0), kms_domain::CounterState::SESSIONS_END).await;
+        let refused = field.frame(0).await;
+        assert!(matches!(refused, Err(ServiceError::FailedPrecondition { .. })), "{refused:?}");
+        assert_eq!(field.transfer(0, None).await, Outcome::Probed);
+        assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
+        field.compare(0).await;
+        assert!(field.frame(0).await.is_ok(), "under the new key");
+        field.assert_no_nonce_twice();
+    }
+
+    async fn a_meter_that_is_ahead_is_reached_in_the_next_step(island) {
+        reach_meters_ahead(island, 1).await;
+    }
+
+    async fn meters_of_a_counter_domain_that_are_ahead_are_reached_in_the_next_step(island) {
+        reach_meters_ahead(island, 2).await;
     }
 
     async fn a_meter_that_is_truly_ahead_is_followed_when_two_people_say_so(island) {
