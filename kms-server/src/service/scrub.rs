@@ -1,12 +1,13 @@
 //! The scrubber (I5): reads the whole log and every sealed row, and finds what does not fit. A row that is older than its last record, a row that
 //! is gone, one that nobody recorded, one that was edited; a chain with a gap, a changed record, or an end that was cut off; imported keys that the
-//! list of fingerprints does not know, and equal ones that count apart (I4).
+//! list of fingerprints does not know, and equal ones that count apart (I4); tasks of campaigns that were edited, or do what was not approved (I6).
 //!
 //! What it cannot see: the newest records of a chain that is still being written are only guarded by those that follow, so an end that was cut
 //! off a living server's chain shows with that server's next record.
 
 mod chains;
 mod fingerprints;
+mod tasks;
 #[cfg(test)]
 mod tests;
 
@@ -19,7 +20,7 @@ use kms_proto::v1::{RowWrite, ScrubFinding, ScrubResponse, SecurityEvent, audit_
 use kms_store::{MeterFilter, Reads, RowKind, SealedRow};
 use tokio::sync::mpsc;
 
-use self::{chains::Chains, fingerprints::Fingerprints};
+use self::{chains::Chains, fingerprints::Fingerprints, tasks::Tasks};
 use crate::{
     audit::Actor,
     authz::{Action, Caller},
@@ -143,6 +144,9 @@ impl Scrubber {
         let mut fingerprints = Fingerprints::new(&self.island);
         while fingerprints.step().await? && progress(report.progress()) {}
         report.findings.append(&mut fingerprints.finish());
+        let mut tasks = Tasks::new(&self.island);
+        while tasks.step().await? && progress(report.progress()) {}
+        report.findings.append(&mut tasks.finish());
         self.record(&report.findings).await?;
         Ok(report)
     }
