@@ -114,6 +114,9 @@ pub(super) struct TransferRow {
     /// The fencing token of the task's lease.
     #[prost(uint64, tag = "20")]
     pub(super) fence: u64,
+    /// Challenges in a row that were not to be answered.
+    #[prost(uint32, tag = "21")]
+    pub(super) unfit: u32,
 }
 
 #[derive(Clone, PartialEq, Message)]
