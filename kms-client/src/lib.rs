@@ -53,6 +53,6 @@ pub use profile::{NewProfile, Profile, ProfileError, StateDirectory};
 pub use relay::{MeterLine, MeterNetwork, MeterRequest, Relay, RelayEnd, RelaySettings};
 pub use retry::{RetryPolicy, new_request_id};
 pub use secret_key::SecretKey;
-pub use server_error::ServerError;
+pub use server_error::{ASSOCIATE_AGAIN, ServerError};
 pub use session::{Session, SessionBatch, SessionChunk, SessionError};
 pub use transport_key::{TransportKey, TransportKeyError};

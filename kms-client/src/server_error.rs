@@ -7,6 +7,10 @@ use tonic_types::StatusExt as _;
 
 use crate::connection::{tls_error, tls_reason};
 
+/// The reason of a frame's refusal ([`crate::proto::FrameRefusal`]) and of a status ([`ServerError::reason`]) that says: the meter's challenge could be a
+/// request, so it is not answered. Open another association and use its challenge; one in 26 is of this kind. Nothing is wrong with program, keys or meter.
+pub const ASSOCIATE_AGAIN: &str = "ASSOCIATE_AGAIN";
+
 /// A refusal or failure that the server reported: google.rpc.Status with its details.
 #[derive(Clone, Debug)]
 pub struct ServerError {
@@ -17,6 +21,8 @@ pub struct ServerError {
     /// Further reasons, as the server words them.
     reasons: Vec<String>,
     retry_after: Option<Duration>,
+    /// `ErrorInfo.reason`; empty where there is none.
+    reason: String,
     /// The connection broke: nobody knows whether the call was carried out.
     connection_lost: bool,
 }
@@ -35,6 +41,11 @@ impl ServerError {
     /// The request's fields that are wrong, each with what is wrong.
     pub fn fields(&self) -> &[(String, String)] {
         &self.fields
+    }
+
+    /// The reason for programs, such as [`ASSOCIATE_AGAIN`]: `ErrorInfo.reason`; empty where the server names none.
+    pub fn reason(&self) -> &str {
+        &self.reason
     }
 
     /// How long the server asks to wait before the next attempt.
@@ -66,6 +77,7 @@ impl From<Status> for ServerError {
                 fields: Vec::new(),
                 reasons: Vec::new(),
                 retry_after: None,
+                reason: String::new(),
                 connection_lost: false,
             };
         }
@@ -100,6 +112,7 @@ impl From<Status> for ServerError {
             message: if status.message().is_empty() { status.code().description().to_lowercase() } else { status.message().to_owned() },
             fields: fields.unwrap_or_default(),
             reasons,
+            reason: details.error_info().map(|info| info.reason.clone()).unwrap_or_default(),
             retry_after: details.retry_info().and_then(|info| info.retry_delay),
             connection_lost,
         }
@@ -171,6 +184,14 @@ mod tests {
         let error = ServerError::from(Status::with_error_details(Code::Unavailable, "token `north` is being repaired", details));
         assert_eq!(error.to_string(), "unavailable: token `north` is being repaired; try again in 1.5 s");
         assert!(error.is_unavailable() && !error.is_refused());
+    }
+
+    #[test]
+    fn the_reason_for_programs_is_kept() {
+        let details = ErrorDetails::with_error_info(ASSOCIATE_AGAIN, "meterkms", std::collections::HashMap::<String, String>::new());
+        let error = ServerError::from(Status::with_error_details(Code::Aborted, "it could be a request", details));
+        assert_eq!(error.reason(), ASSOCIATE_AGAIN);
+        assert_eq!(ServerError::from(Status::new(Code::Aborted, "")).reason(), "");
     }
 
     #[test]

@@ -57,6 +57,12 @@ pub enum ServiceError {
         /// What the caller can do.
         next_step: String,
     },
+    /// The challenge of a meter could be a request: it is not answered, and another association brings another one.
+    #[error("{field}: it could be a request to a meter; begin the association again for another challenge")]
+    AssociateAgain {
+        /// The path of the field in the request.
+        field: String,
+    },
     /// The server is full.
     #[error("{reason}")]
     ResourceExhausted {
@@ -124,10 +130,26 @@ impl ServiceError {
             Self::PermissionDenied { .. } => 7,
             Self::ResourceExhausted { .. } => 8,
             Self::FailedPrecondition { .. } => 9,
-            Self::Aborted { .. } => 10,
+            Self::Aborted { .. } | Self::AssociateAgain { .. } => 10,
             Self::Internal(_) => 13,
             Self::Unavailable { .. } => 14,
             Self::Unauthenticated { .. } => 16,
+        }
+    }
+
+    /// The reason for programs: `ErrorInfo.reason` of a status, and `FrameRefusal.reason`. It stays as it is.
+    pub const fn reason(&self) -> &'static str {
+        match self {
+            Self::InvalidArgument { .. } => "INVALID",
+            Self::NotFound { .. } => "NOT_FOUND",
+            Self::PermissionDenied { .. } => "NOT_PERMITTED",
+            Self::ResourceExhausted { .. } => "EXHAUSTED",
+            Self::FailedPrecondition { .. } => "PRECONDITION",
+            Self::Aborted { .. } => "OVERTAKEN",
+            Self::AssociateAgain { .. } => "ASSOCIATE_AGAIN",
+            Self::Internal(_) => "INTERNAL",
+            Self::Unavailable { .. } => "UNAVAILABLE",
+            Self::Unauthenticated { .. } => "UNAUTHENTICATED",
         }
     }
 }

@@ -442,6 +442,7 @@ fn vary(config: &mut MeterConfig, number: usize, random: &mut Random) {
         1 => ScriptedFault { at: Trigger::Exchange(1 + random.below(30)), fault: random.one_of(ANY_FAULTS).clone() },
         _ => ScriptedFault { at: Trigger::Exchange(1 + random.below(30)), fault: Fault::WrongAnswer(HexBytes(hex::decode(forged).unwrap())) },
     });
+    config.challenges.seed = random.below(u64::MAX);
     config.behaviour = Behaviour {
         wrong_kek_result: [9, 250, 3][number % 3],
         counter_on_new_key: [CounterOnNewKey::KeepCounting, CounterOnNewKey::RestartAt(0), CounterOnNewKey::RestartAt(250)][random.below(3) as usize],
@@ -522,8 +523,8 @@ const DELIVERY_FAULTS: &[Option<Fault>] = &[
     None,
     Some(Fault::LoseRequest),
     Some(Fault::LoseAnswer),
-    Some(Fault::DelayRequest(120)),
-    Some(Fault::DelayAnswer(120)),
+    Some(Fault::DelayRequest(500)),
+    Some(Fault::DelayAnswer(500)),
     Some(Fault::HoldRequest(2)),
     Some(Fault::HoldRequestAndAnswer(1)),
     Some(Fault::DuplicateRequest),
@@ -542,7 +543,7 @@ const DELIVERY_FAULTS: &[Option<Fault>] = &[
 const ANY_FAULTS: &[Fault] = &[
     Fault::LoseRequest,
     Fault::LoseAnswer,
-    Fault::DelayRequest(120),
+    Fault::DelayRequest(500),
     Fault::HoldRequest(3),
     Fault::DuplicateRequest,
     Fault::RepeatPreviousAnswer,
@@ -580,5 +581,5 @@ const PERMIT_GBEK: &str = "permit (principal is HeadEnd, action == Action::\"ope
 /// After how many exchanges with meters a server is killed, at most: about 25 are needed for each meter.
 const KILL_EVERY: u64 = 125;
 /// How long the head-end waits for a meter.
-const PATIENCE: Duration = Duration::from_millis(60);
-const CAMPAIGN_WITHIN: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_millis(250);
+const CAMPAIGN_WITHIN: Duration = Duration::from_secs(900);

@@ -1,8 +1,8 @@
 //! Frames protected and opened inside the HSM: a head-end without keys reads a meter.
 
 use kms_client::{
-    Connection, new_request_id,
-    proto::{CipheredFrame, FrameForm, PlainFrame, ProtectRequest, Purpose, UnprotectRequest, frame_result::Result as Outcome},
+    ASSOCIATE_AGAIN, Connection, new_request_id,
+    proto::{CipheredFrame, FrameForm, FrameRefusal, PlainFrame, ProtectRequest, Purpose, UnprotectRequest, frame_result::Result as Outcome},
 };
 use kms_tests::{CLIENT_TITLE, DevServer, open, title};
 use meter_sim::Connection as MeterConnection;
@@ -90,9 +90,24 @@ async fn a_request_is_not_taken_for_a_challenge() {
             ProtectRequest { request_id: new_request_id().octets().to_vec().into(), purpose: Purpose::Read.into(), frames: vec![frame], supersede_lease: true };
         async move { frames.protect(request).await.unwrap().into_inner().results.remove(0).result.unwrap() }
     };
+    let key = "A5".repeat(16);
+    let initiate = |beginning: &str, end: &str| format!("01{beginning}10{key}{end}");
+    let dedicated_keys = [
+        initiate("01", "0000065F1F0400007E1F04B0"),
+        initiate("01", "0000065F0400007E1F04B0"),
+        initiate("FF", "0000065F1F0400007E1F04B0"),
+        initiate("01", "01FF00065F1F0400007E1F04B0"),
+        initiate("01", "0000075F1F0400007E1F04B0"),
+        initiate("01", "0000065F1F0400007E1F04B000"),
+    ];
+    for request in dedicated_keys {
+        let refused = answer(hex::decode(&request).unwrap()).await;
+        assert!(matches!(&refused, Outcome::Refusal(refusal) if refusal.reason == ASSOCIATE_AGAIN), "{request}: {refused:?}");
+    }
     for request in ["C301C10046000060030AFF01010F00", "C301C10046000060030AFF01010F0000000000", "C101C10008000001 0000FF0200 0600000000"] {
         let refused = answer(hex::decode(request.replace(' ', "")).unwrap()).await;
-        assert!(matches!(&refused, Outcome::Refusal(refusal) if refusal.message.contains("hls_challenge")), "{request}: {refused:?}");
+        let again = |refusal: &FrameRefusal| refusal.reason == ASSOCIATE_AGAIN && refusal.code == tonic::Code::Aborted as i32;
+        assert!(matches!(&refused, Outcome::Refusal(refusal) if again(refusal)), "{request}: {refused:?}");
     }
     let answered = answer(b"a-fresh-challenge".to_vec()).await;
     assert!(matches!(&answered, Outcome::Apdu(gmac) if gmac.len() == 17 && gmac[0] == 0x10), "{answered:?}");

@@ -121,6 +121,8 @@ async fn every_meter_talks_after_rotation_over_a_bad_network_and_killed_servers(
         if let Some(fault) = fault {
             meter.add_fault(ScriptedFault { at: Trigger::KeyTransfer(1), fault });
         }
+        // Challenges that could be requests, at an opening and at a proof: they cost an association, and no attempt.
+        meter.choose_challenges([vec![meter_sim::REQUESTS[usize::try_from(number).unwrap() % meter_sim::REQUESTS.len()]], vec![b'A'], vec![0x01, 0x01]]);
         // Each meter meets a kill -9 before another call of its first transfer.
         relay.kill_in = Some(u32::try_from(number % 6).unwrap());
         for key_type in ["GUEK", "GAK"] {

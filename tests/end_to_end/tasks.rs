@@ -112,4 +112,4 @@ fn request_id() -> bytes::Bytes {
 }
 
 /// Servers lead campaigns on every 2 seconds, and streams look every second.
-const COMES_WITHIN: Duration = Duration::from_secs(60);
+const COMES_WITHIN: Duration = Duration::from_secs(300);

@@ -22,6 +22,8 @@ from head_end import Profile, open_session, read_register
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 PROGRAMS = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", REPOSITORY / "target")) / "release"
 CLIENT_TITLE = "4D4D4D0000000001"
+# Challenges of the simulated meters come from it.
+SEED = int(os.environ.get("METER_SIM_SEED", "1"))
 METERS = 184
 # Meters of which two each have the same keys, as some vendors deliver them.
 EQUAL_KEYS = 16
@@ -65,11 +67,16 @@ class Running:
             self.process.kill()
 
 
-def simulated(device, faults=(), behaviour=None):
-    """A device of the vendor's plaintext list as an ordinary meter of the simulator."""
+# The first octets of requests: a challenge that begins so is not answered in the HSM, and another association follows.
+REQUESTS = ["01", "05", "06", "10", "16", "C0", "C1", "C3", "D9", "E0"]
+
+
+def simulated(device, faults=(), behaviour=None, challenges=()):
+    """A device of the vendor's plaintext list as an ordinary meter of the simulator. Its first challenges begin with the given octets, in hex."""
     setup = device["security_setups"][0]
     return {
         "faults": list(faults),
+        "challenges": {"seed": SEED, "chosen": list(challenges)},
         "system_title": device["system_title"],
         "security_suite": device["security_suite"],
         "security_setups": [setup],
@@ -113,8 +120,8 @@ FAULTS = [
     None,
     "lose-request",
     "lose-answer",
-    {"delay-request": 900},
-    {"delay-answer": 900},
+    {"delay-request": 2600},
+    {"delay-answer": 2600},
     {"hold-request": 2},
     {"hold-request-and-answer": 1},
     "duplicate-request",
@@ -143,7 +150,9 @@ def faulty(number, device):
         "counter_on_new_key": ["keep-counting", {"restart-at": 0}, {"restart-at": 250}][number % 3],
         "reverts_on_power_cycle": ["global-unicast-encryption"] if number % 7 == 0 else [],
     }
-    return simulated(device, faults, behaviour)
+    # "41" is an ordinary challenge.
+    challenges = [REQUESTS[number % len(REQUESTS)], "41", REQUESTS[number // 7 % len(REQUESTS)]] if number % 3 == 0 else []
+    return simulated(device, faults, behaviour, challenges)
 
 
 def test_takes_meters_over():
@@ -166,7 +175,7 @@ def test_takes_meters_over():
                 addresses = {meter["system_title"]: f"{simulator.ready.group(1)}/{number}" for number, meter in meters.items()}
                 meters_file.write_text(json.dumps(addresses))
                 program = [sys.executable, REPOSITORY / "tests/head_end/rotate.py", "--profile", state / "profiles/head-end", "--meters", meters_file]
-                program += ["--timeout", "0.7", "--lease-seconds", "10", "--parallel", "32"]
+                program += ["--timeout", "2", "--lease-seconds", "10", "--parallel", "32"]
                 rotation = Running(program, "working")
                 try:
                     with rotation:
@@ -215,7 +224,8 @@ def run_campaign(state, name, *arguments):
     number = str(uuid.UUID(campaign["campaign_id"]))
     kms(state, "officer-2", "campaign", "approve", number, "--content", campaign["content_sha256"], "--yes")
     kms(state, "officer-1", "campaign", "start", number, "--yes")
-    deadline = time.monotonic() + 120
+    # Far more than it takes on a busy machine: it is there so that a campaign that never ends is told.
+    deadline = time.monotonic() + 900
     while kms(state, "auditor", "campaign", "show", number)["state"] == "running":
         assert time.monotonic() < deadline, f"`{name}` does not end"
         time.sleep(0.3)
@@ -225,6 +235,7 @@ def run_campaign(state, name, *arguments):
 
 
 def main():
+    print(f"METER_SIM_SEED={SEED}", flush=True)
     tests = [test_reads_a_register_three_times, test_takes_meters_over]
     failed = 0
     for test in tests:

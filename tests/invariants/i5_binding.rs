@@ -182,11 +182,11 @@ async fn a_forged_request_row_carries_no_old_grant_out_again() {
     let ended = loop {
         match ask(short, brief.clone()).await {
             Err(error) if error.to_string().contains("has ended") => break true,
-            _ if began.elapsed().as_secs() > 30 => break false,
+            _ if began.elapsed().as_secs() > 300 => break false,
             _ => tokio::time::sleep(std::time::Duration::from_millis(50)).await,
         }
     };
-    assert!(ended, "a grant of one second was repeated for 30");
+    assert!(ended, "a grant of one second was repeated for 300");
 
     // The officers are told of the forgeries.
     let newest = ListAuditRecordsRequest { page_size: 500, newest_first: true, ..Default::default() };

@@ -249,7 +249,7 @@ impl DevServer {
 
     /// Starts a second server on the same island: same token, same database, another process. `edit` may change its configuration.
     pub async fn second(&self, name: &str, edit: impl FnOnce(String) -> String) -> SecondServer {
-        let address = free_address();
+        let (address, port) = lasting_address();
         let text = fs::read_to_string(self.state.path().join("island/kms-server.toml")).unwrap();
         let text: String = text
             .lines()
@@ -265,7 +265,7 @@ impl DevServer {
             copy_folder(&self.state.path().join("profiles").join(&identity), &target);
             Profile::load(&target).unwrap().set_server(&address.to_string()).unwrap();
         }
-        let second = SecondServer { state: self.state.path().to_owned(), configuration, folder, process };
+        let second = SecondServer { state: self.state.path().to_owned(), configuration, folder, process, _port: port };
         // It listens before its island is open: until then it answers UNAVAILABLE.
         let began = Instant::now();
         let connection = second.connect("officer-1").await;
@@ -281,8 +281,9 @@ impl DevServer {
         server_command(subcommand, self.state.path())
     }
 
-    /// The simulated meter of a device of the sample shipment.
+    /// The simulated meter of a device of the sample shipment. Its challenges come from `METER_SIM_SEED`.
     pub fn meter(&self, number: usize) -> Meter {
+        println!("METER_SIM_SEED={}", meter_sim::challenge_seed());
         let meters = meter_configs(&self.state.path().join("vendor/devices.jsonl"));
         Meter::new(meters.into_iter().nth(number).expect("the sample has fewer devices")).unwrap()
     }
@@ -377,6 +378,7 @@ pub struct SecondServer {
     configuration: PathBuf,
     folder: PathBuf,
     process: Process,
+    _port: fs::File,
 }
 
 impl SecondServer {
@@ -563,8 +565,19 @@ impl Drop for Process {
     }
 }
 
-fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+/// An address that stays this test's own between the starts of a server: its port is none that the system gives out by itself, and a file that is
+/// locked as long as it is held keeps other tests from it.
+fn lasting_address() -> (SocketAddr, fs::File) {
+    let folder = std::env::temp_dir().join("kms-test-ports");
+    fs::create_dir_all(&folder).unwrap();
+    for port in LASTING_PORTS {
+        let lock = fs::File::create(folder.join(port.to_string())).unwrap();
+        let address = SocketAddr::from(([127, 0, 0, 1], port));
+        if lock.try_lock().is_ok() && TcpListener::bind(address).is_ok() {
+            return (address, lock);
+        }
+    }
+    panic!("no port is free");
 }
 
 fn folder() -> tempfile::TempDir {
@@ -595,5 +608,8 @@ const NONCES: &str = "nonces";
 const METERS: &str = "4b414d";
 const NONCE_WATCH: &str = "HSM_SIM_NONCE_WATCH";
 
-const START_WITHIN: Duration = Duration::from_secs(120);
-const STOP_WITHIN: Duration = Duration::from_secs(30);
+/// Below those that Linux gives out by itself (from 32,768).
+const LASTING_PORTS: std::ops::Range<u16> = 21_000..31_000;
+// Far more than it takes on a busy machine: they are there so that what never happens is told.
+const START_WITHIN: Duration = Duration::from_secs(300);
+const STOP_WITHIN: Duration = Duration::from_secs(120);

@@ -241,13 +241,18 @@ def campaign():
         links.append(link.hex())
     buckets = [int.from_bytes(hmac_sha256(identity, title)[:4], "big") >> 12 for title in titles]
     key = bytes.fromhex(seal_root_keys()["keys"]["seal-key"]["key"])
-    mark = hmac_sha256(key, b"meterkms/task" + identity + titles[0] + u32(3))[:16]
+    former_mark = hmac_sha256(key, b"meterkms/task" + identity + titles[0] + u32(3))[:16]
+    head_end = "urn:meterkms:north:head-end:hes-1"
+    # Generation 5, wave 3, setup 1.2, a KEK (1) after version 4, leased (2), to be probed, 1 attempt, due, fence 7, leased, not ended.
+    row = (5).to_bytes(8, "big") + u32(3) + bytes([1, 2]) + bytes([1]) + u32(4) + bytes([2, 1]) + u32(1)
+    row += b"".join(number.to_bytes(8, "big") for number in [1795165200000, 7, 1795165100000, 0]) + head_end.encode()
+    mark = hmac_sha256(key, b"meterkms/task-row" + identity + titles[0] + row)[:16]
     return {
         "campaign": identity.hex(),
         "chunks": [chunk.hex() for chunk in chunks],
         "links": links,
         "buckets": buckets,
-        "task": {"meter": titles[0].hex(), "wave": 3, "mark": mark.hex()},
+        "task": {"meter": titles[0].hex(), "wave": 3, "head_end": head_end, "mark": mark.hex(), "former_mark": former_mark.hex()},
     }
 
 

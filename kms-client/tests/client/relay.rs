@@ -136,9 +136,9 @@ impl MeterLine for Line {
         let octet = request.apdu[0];
         self.requests.lock().unwrap().push(request);
         if let Some(after) = self.after.take() {
+            // The second heartbeat leaves when the answer to the first has been read.
             after.notified().await;
-            // The server's answer to the heartbeat arrives.
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            after.notified().await;
         }
         (octet != 2).then(|| vec![octet, octet])
     }

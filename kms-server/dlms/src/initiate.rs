@@ -47,7 +47,7 @@ impl InitiateRequest {
     /// # Errors
     /// The octets are none, are cut or go on, or name another DLMS version than 6.
     pub fn parse(octets: &[u8]) -> Result<Self, DlmsError> {
-        let mut reader = Reader::new(octets);
+        let mut reader = Reader::strict(octets);
         if reader.octet(WHAT)? != TAG {
             return Err(DlmsError::invalid(WHAT, "the tag is not 01"));
         }

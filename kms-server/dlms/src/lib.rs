@@ -12,6 +12,7 @@
 //! Octets from outside are read with bounds everywhere: at most [`LONGEST_APDU`], nesting of data at most 16 levels.
 
 mod association;
+mod carrier;
 mod data;
 mod error;
 mod exception;
@@ -29,6 +30,7 @@ pub use association::{
     ApplicationContext, AssociationInformation, AssociationRequest, AssociationResponse, AssociationResult, AuthenticationMechanism, Challenge, HlsChallenge,
     ReleaseRequest, SourceDiagnostic,
 };
+pub use carrier::KeyCarrier;
 pub use data::Data;
 pub use error::DlmsError;
 pub use exception::{ExceptionResponse, ServiceError};
@@ -37,5 +39,5 @@ pub use initiate::InitiateRequest;
 pub use initiate_response::{ConfirmedServiceError, InitiateResponse};
 pub use key_transfer::KeyTransfer;
 pub use security::{AuthenticationTag, HlsGmac, KeySet, Nonce, Protection, SecurityControl};
-pub use service::{ServiceKind, ServiceRequest, Target};
+pub use service::{ServiceKind, ServiceRequest, Target, resembles_request};
 pub use service_response::{ActionResponse, ActionResult, DataAccessResult, GetResponse};

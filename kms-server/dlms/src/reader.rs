@@ -4,11 +4,21 @@ use crate::DlmsError;
 
 /// What is left of an APDU.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Reader<'a>(&'a [u8]);
+pub(crate) struct Reader<'a> {
+    rest: &'a [u8],
+    /// Whether a length must be in its shortest form.
+    shortest_lengths: bool,
+}
 
 impl<'a> Reader<'a> {
     pub(crate) const fn new(octets: &'a [u8]) -> Self {
-        Self(octets)
+        Self { rest: octets, shortest_lengths: false }
+    }
+
+    /// A reader that refuses a length in a longer form than it needs. A request is decided on by what it says, so
+    /// there must be one way only to read it: parsers of meters differ in what they make of a longer form.
+    pub(crate) const fn strict(octets: &'a [u8]) -> Self {
+        Self { rest: octets, shortest_lengths: true }
     }
 
     pub(crate) fn octet(&mut self, what: &'static str) -> Result<u8, DlmsError> {
@@ -17,26 +27,30 @@ impl<'a> Reader<'a> {
     }
 
     pub(crate) fn array<const LENGTH: usize>(&mut self, what: &'static str) -> Result<[u8; LENGTH], DlmsError> {
-        let (array, rest) = self.0.split_first_chunk().ok_or(DlmsError::Short { what })?;
-        self.0 = rest;
+        let (array, rest) = self.rest.split_first_chunk().ok_or(DlmsError::Short { what })?;
+        self.rest = rest;
         Ok(*array)
     }
 
     pub(crate) fn take(&mut self, length: usize, what: &'static str) -> Result<&'a [u8], DlmsError> {
-        let (taken, rest) = self.0.split_at_checked(length).ok_or(DlmsError::Short { what })?;
-        self.0 = rest;
+        let (taken, rest) = self.rest.split_at_checked(length).ok_or(DlmsError::Short { what })?;
+        self.rest = rest;
         Ok(taken)
     }
 
     /// A length in A-XDR, and a definite one in BER: one octet below 128, else the number of octets that follow with it. At most
     /// two are read: no APDU here is longer.
     pub(crate) fn length(&mut self, what: &'static str) -> Result<usize, DlmsError> {
-        match self.octet(what)? {
-            short @ 0..=0x7F => Ok(short.into()),
-            0x81 => Ok(self.octet(what)?.into()),
-            0x82 => Ok(u16::from_be_bytes(self.array(what)?).into()),
-            _ => Err(DlmsError::invalid(what, "the length is longer than 65,535")),
+        let (length, shortest_for): (usize, _) = match self.octet(what)? {
+            short @ 0..=0x7F => (short.into(), 0),
+            0x81 => (self.octet(what)?.into(), 0x80),
+            0x82 => (u16::from_be_bytes(self.array(what)?).into(), 0x100),
+            _ => return Err(DlmsError::invalid(what, "the length is longer than 65,535")),
+        };
+        if self.shortest_lengths && length < shortest_for {
+            return Err(DlmsError::invalid(what, format!("length {length} is not in its shortest form")));
         }
+        Ok(length)
     }
 
     /// A BER element of definite length: its tag, of one octet, and its content.
@@ -46,7 +60,7 @@ impl<'a> Reader<'a> {
             return Err(DlmsError::invalid(what, format!("a tag of more than one octet ({tag:02X} ..)")));
         }
         let length = self.length(what)?;
-        Ok((tag, Self(self.take(length, what)?)))
+        Ok((tag, Self { rest: self.take(length, what)?, ..*self }))
     }
 
     /// The content of the one BER element that is left, which must have this tag.
@@ -69,15 +83,15 @@ impl<'a> Reader<'a> {
     }
 
     pub(crate) const fn is_empty(self) -> bool {
-        self.0.is_empty()
+        self.rest.is_empty()
     }
 
     pub(crate) const fn rest(self) -> &'a [u8] {
-        self.0
+        self.rest
     }
 
     pub(crate) const fn end(self, what: &'static str) -> Result<(), DlmsError> {
-        match self.0.len() {
+        match self.rest.len() {
             0 => Ok(()),
             count => Err(DlmsError::Trailing { what, count }),
         }

@@ -56,22 +56,30 @@ pub struct ServiceRequest {
     pub targets: Vec<Target>,
     /// Whether it only continues an earlier request: the next block, which names nothing itself.
     pub continuation: bool,
+    /// Whether its first block carries the values, which cannot be read before the others have come.
+    pub in_blocks: bool,
+    /// Whether it is an InitiateRequest that brings a dedicated key.
+    pub dedicated_key: bool,
 }
 
 impl ServiceRequest {
     /// Reads a plain APDU: get-, set- and action-request in all their forms, and InitiateRequest.
     ///
+    /// There is one reading only of what is accepted: each length is in its shortest form, each presence octet is 00 or
+    /// 01, and nothing follows. So what is decided on is what the meter carries out.
+    ///
     /// # Errors
-    /// Another APDU, one that is cut or goes on after its end, more than 256 targets, or data that cannot be read.
+    /// Another APDU, one that is cut or goes on after its end, a length that is not in its shortest form, more than 256
+    /// targets, or data that cannot be read.
     pub fn parse(apdu: &[u8]) -> Result<Self, DlmsError> {
         if apdu.len() > LONGEST_APDU {
             return Err(DlmsError::invalid(WHAT, format!("{} octets, more than {LONGEST_APDU}", apdu.len())));
         }
-        let mut reader = Reader::new(apdu);
+        let mut reader = Reader::strict(apdu);
         let request = match reader.octet(WHAT)? {
             0x01 => {
-                InitiateRequest::parse(apdu)?;
-                return Ok(Self { kind: ServiceKind::Initiate, targets: Vec::new(), continuation: false });
+                let dedicated_key = InitiateRequest::parse(apdu)?.dedicated_key.is_some();
+                return Ok(Self { dedicated_key, ..named(ServiceKind::Initiate, Vec::new()) });
             }
             0xC0 => get(&mut reader)?,
             0xC1 => set(&mut reader)?,
@@ -81,6 +89,26 @@ impl ServiceRequest {
         reader.end(WHAT)?;
         Ok(request)
     }
+}
+
+/// Whether these octets, a challenge that a meter has sent, could be a request to a meter in the clear.
+///
+/// An answer f(StoC) to a challenge and the tag of an APDU that is authenticated only are the same computation
+/// (IEC 62056-5-3, HLS mechanism 5, and security control 10): who chooses the challenge gets a tag for these octets.
+/// So each service that a meter acts upon is told by its first octet alone. A meter chooses the service by it, and what
+/// the meter makes of the rest, such as a lenient encoding, or octets that follow, is known to its firmware only. Ten of
+/// 256 first octets are refused, which is one random challenge in 26.
+pub const fn resembles_request(challenge: &[u8]) -> bool {
+    matches!(
+        challenge,
+        [
+            // InitiateRequest; read, write and unconfirmed write by short names; confirmation of a push
+            0x01 | 0x05 | 0x06 | 0x16 | 0x10
+            // get, set, action; access; general block transfer, which carries any of them
+            | 0xC0 | 0xC1 | 0xC3 | 0xD9 | 0xE0,
+            ..
+        ]
+    )
 }
 
 // IEC 62056-5-3, 8: Get-Request, Set-Request and Action-Request, choice by choice.
@@ -112,7 +140,7 @@ fn set(reader: &mut Reader<'_>) -> Result<ServiceRequest, DlmsError> {
         2 => {
             let targets = vec![attribute(reader)?];
             block(reader)?;
-            targets
+            return Ok(in_blocks(ServiceKind::Set, targets));
         }
         // with-datablock
         3 => {
@@ -129,7 +157,7 @@ fn set(reader: &mut Reader<'_>) -> Result<ServiceRequest, DlmsError> {
         5 => {
             let targets = list(reader, attribute)?;
             block(reader)?;
-            targets
+            return Ok(in_blocks(ServiceKind::Set, targets));
         }
         other => return Err(unknown("set-request", other)),
     };
@@ -161,13 +189,13 @@ fn action(reader: &mut Reader<'_>) -> Result<ServiceRequest, DlmsError> {
         4 => {
             let targets = vec![target(reader)?];
             block(reader)?;
-            targets
+            return Ok(in_blocks(ServiceKind::Action, targets));
         }
         // with-list-and-first-pblock
         5 => {
             let targets = list(reader, target)?;
             block(reader)?;
-            targets
+            return Ok(in_blocks(ServiceKind::Action, targets));
         }
         // with-pblock
         6 => {
@@ -180,11 +208,15 @@ fn action(reader: &mut Reader<'_>) -> Result<ServiceRequest, DlmsError> {
 }
 
 const fn named(kind: ServiceKind, targets: Vec<Target>) -> ServiceRequest {
-    ServiceRequest { kind, targets, continuation: false }
+    ServiceRequest { kind, targets, continuation: false, in_blocks: false, dedicated_key: false }
 }
 
-const fn continuation(kind: ServiceKind) -> ServiceRequest {
-    ServiceRequest { kind, targets: Vec::new(), continuation: true }
+fn in_blocks(kind: ServiceKind, targets: Vec<Target>) -> ServiceRequest {
+    ServiceRequest { in_blocks: true, ..named(kind, targets) }
+}
+
+fn continuation(kind: ServiceKind) -> ServiceRequest {
+    ServiceRequest { continuation: true, ..named(kind, Vec::new()) }
 }
 
 /// The choice, and after it the invoke-id-and-priority.

@@ -71,6 +71,110 @@ fn what_cannot_be_read_is_refused() {
     assert!(ServiceRequest::parse(&vec![0xC0; LONGEST_APDU + 1]).is_err());
 }
 
+/// What is decided on is what the meter carries out: there is one way only to read what is accepted.
+#[test]
+fn a_second_encoding_of_a_request_is_refused() {
+    let initiate = "00 00 00 06 5F 1F 04 00 00 7E 1F 04 B0";
+    let with_key = format!("01 10 {} 00 00 06 5F 1F 04 00 00 7E 1F 04 B0", "A5".repeat(16));
+    let plain = ServiceRequest::parse(&hex(&format!("01 {initiate}"))).unwrap();
+    assert_eq!((plain.kind, plain.dedicated_key), (ServiceKind::Initiate, false));
+    assert!(ServiceRequest::parse(&hex(&format!("01 {with_key}"))).unwrap().dedicated_key);
+    for refused in [
+        // The tag of the conformance block in one octet, another presence octet, another version, an octet that follows.
+        format!("01 {}", with_key.replace("5F 1F", "5F")),
+        format!("01 FF {}", &with_key[3..]),
+        format!("01 {}", with_key.replace("00 00 06 5F", "FF 00 06 5F")),
+        format!("01 {}", with_key.replace("06 5F", "07 5F")),
+        format!("01 {with_key} 00"),
+        format!("01 {}", with_key.replacen("01 10", "01 81 10", 1)),
+        format!("01 {initiate} 00"),
+        // Lengths that are not in their shortest form, of lists, values and blocks.
+        "C0 03 C1 81 01 0008 0000010000FF 02 00".to_owned(),
+        "C1 01 C1 0008 0000010000FF 02 00 09 81 02 0102".to_owned(),
+        "C1 01 C1 0008 0000010000FF 02 00 01 82 0001 00".to_owned(),
+        "C1 04 C1 01 0008 0000010000FF 02 00 82 0001 00".to_owned(),
+        "C3 04 C1 0046 0000600300FF 01 01 00000001 81 01 00".to_owned(),
+    ] {
+        assert!(ServiceRequest::parse(&hex(&refused)).is_err(), "{refused}");
+    }
+}
+
+/// The plain form of each service that a meter acts upon, in encodings that a strict parser does not take.
+#[test]
+fn a_challenge_that_begins_as_a_request_is_told_from_others() {
+    let key = "A5".repeat(16);
+    for request in [
+        format!("01 01 10 {key} 00 00 06 5F 1F 04 00 00 7E 1F 04 B0"),
+        format!("01 01 10 {key} 00 00 06 5F 04 00 00 7E 1F 04 B0"),
+        format!("01 FF 10 {key} 00 00 06 5F 1F 04 00 00 7E 1F 04 B0"),
+        format!("01 01 10 {key} 01 FF 00 06 5F 1F 04 00 00 7E 1F 04 B0"),
+        format!("01 01 10 {key} 00 00 07 5F 1F 04 00 00 7E 1F 04 B0"),
+        format!("01 01 10 {key} 00 00 06 5F 1F 04 00 00 7E 1F 04 B0 00"),
+        "05 81 01 02 0FA0".to_owned(),
+        "06 01 05 0FA0 01 0F01".to_owned(),
+        "10 00000001 00".to_owned(),
+        "16 11 02 0FA0 01 0F01".to_owned(),
+        "C0 81 C1 0008 0000010000FF 02 00".to_owned(),
+        "C1 01 C1 0008 0000010000FF 02 00 00 00".to_owned(),
+        "C3 01 C1 0046 0000600300FF 01 01 0F 00 00 00".to_owned(),
+        "D9 40000001 00 01".to_owned(),
+        "E0 80 0001 0000 0D".to_owned(),
+    ] {
+        assert!(resembles_request(&hex(&request)), "{request}");
+    }
+    let refused = (0..=u8::MAX).filter(|first| resembles_request(&[*first; 16])).count();
+    assert_eq!(refused, 10, "one challenge in 26 costs another association");
+    assert!(!resembles_request(b"a-fresh-challenge") && !resembles_request(&[]));
+}
+
+#[test]
+fn requests_that_carry_keys_are_known() {
+    let carried = |apdu: &str| {
+        let octets = hex(apdu);
+        ServiceRequest::parse(&octets).unwrap_or_else(|error| panic!("{apdu}: {error}")).carries_key(&octets)
+    };
+    let argument = "01 01 02 02 16 00 09 01 AA";
+    for transfer in [
+        format!("C3 01 C1 0040 00002B0000FF 02 01 {argument}"),
+        "C3 01 C1 0040 00002B0000FF 02 00".to_owned(),
+        format!("C3 03 C1 02 0046 0000600300FF 01 0040 00002B0000FF 02 02 0F 00 {argument}"),
+        "C3 04 C1 0040 00002B0000FF 02 01 00000001 01 01".to_owned(),
+    ] {
+        assert_eq!(carried(&transfer), Some(KeyCarrier::KeyTransfer), "{transfer}");
+    }
+    let script = |class: &str| format!("C1 01 C1 0009 00000A0064FF 02 00 01 01 02 02 12 0001 01 01 02 05 16 02 {class} 09 06 00002B0000FF 0F 02 {argument}");
+    for other in [
+        format!("C3 03 C1 02 0040 00002B0000FF 02 0040 00002B0000FF 03 02 {argument} {argument}"),
+        "C3 01 C1 0040 00002B0000FF 03 00".to_owned(),
+        "C3 01 C1 0040 00002B0000FF 06 00".to_owned(),
+        "C3 01 C1 000F 0000280000FF 02 00".to_owned(),
+        "C1 01 C1 000F 0000280000FF 07 00 00".to_owned(),
+        "C1 01 C1 000F 0000280000FF 00 00 00".to_owned(),
+        "C3 01 C1 000C 0000280000FF 06 00".to_owned(),
+        "C3 01 C1 0048 0001180000FF 07 00".to_owned(),
+        "C3 01 C1 0048 0001180000FF 08 00".to_owned(),
+        "C3 01 C1 001E 00002B0200FF 02 00".to_owned(),
+        "C1 01 C1 001E 00002B0200FF 04 00 00".to_owned(),
+        script("12 0040"),
+        script("10 0040"),
+        script("06 00000040"),
+        script("12 000F"),
+        script("12 0048"),
+    ] {
+        assert!(matches!(carried(&other), Some(KeyCarrier::Other(_))), "{other}");
+    }
+    for harmless in [
+        "C0 01 C1 0040 00002B0000FF 02 00".to_owned(),
+        "C3 01 C1 0040 00002B0000FF 01 01 16 03".to_owned(),
+        "C3 01 C1 000F 0000280000FF 01 01 09 01 10".to_owned(),
+        "C1 01 C1 0008 0000010000FF 02 00 12 0040".to_owned(),
+        "C3 01 C1 0046 0000600300FF 01 01 0F 00".to_owned(),
+        script("12 0046"),
+    ] {
+        assert_eq!(carried(&harmless), None, "{harmless}");
+    }
+}
+
 #[test]
 fn every_object_of_a_list_is_named() {
     let targets = |apdu: &str| ServiceRequest::parse(&hex(apdu)).unwrap().targets;

@@ -141,6 +141,40 @@ impl CampaignAction {
     }
 }
 
+impl CampaignAction {
+    /// Whether a campaign of this action, limited to `setup` where it names one, ever does this.
+    fn plans(self, setup: Option<SecuritySetupId>, step: &TaskStep) -> bool {
+        let work = match (self, step.work) {
+            (Self::Rotate(approved), TaskWork::Rotate(key_type)) => approved == key_type,
+            (Self::TakeOver, TaskWork::Rotate(key_type)) => TAKE_OVER_ORDER.contains(&key_type),
+            (Self::Probe, TaskWork::Probe) => true,
+            _ => false,
+        };
+        work && setup.is_none_or(|setup| setup == step.setup)
+    }
+}
+
+impl Campaign {
+    /// I6: whether what was approved has this step in it. The row of a task says which step is at hand; this says that it may be.
+    pub fn plans(&self, step: &TaskStep) -> bool {
+        self.content.action.plans(self.content.setup, step)
+    }
+
+    /// The same of a task whose mark does not bind its step ([`crate::SealKey::seal_former_task`]): the one step of the meter that the approved content
+    /// leads to. Of a take-over, which has several, a key that came from somebody else: that is what was approved, in whatever order.
+    pub fn plans_for(&self, meter: &Meter, step: &TaskStep) -> bool {
+        let expected = match self.content.action {
+            CampaignAction::TakeOver => {
+                let TaskWork::Rotate(key_type) = step.work else { return false };
+                let versions = meter.slots.get(step.setup, key_type).map(crate::Slot::versions).unwrap_or_default();
+                versions.iter().any(|version| version.number().number() == step.from && version.origin() == crate::KeyOrigin::Imported)
+            }
+            action => action.first_step(meter, self.content.setup).is_some_and(|first| (first.setup, first.work) == (step.setup, step.work)),
+        };
+        expected && self.plans(step)
+    }
+}
+
 impl fmt::Display for CampaignAction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

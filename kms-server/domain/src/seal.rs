@@ -7,8 +7,8 @@ use aws_lc_rs::{digest, hmac};
 use zeroize::Zeroizing;
 
 use crate::{
-    CampaignId, CounterDomainId, CounterJump, DeviceTypeId, GroupId, IslandName, ParseError, PrincipalId, ProposalId, RequestId, RootId, SystemTitle, UnixMillis,
-    WriterId,
+    CampaignId, CounterDomainId, CounterJump, DeviceTypeId, GroupId, IslandName, ParseError, PrincipalId, ProposalId, RequestId, RootId, SystemTitle, Task,
+    TaskWork, UnixMillis, WriterId,
 };
 
 /// What a sealed row is about: kind and id, both part of the seal, so that a row cannot be copied to another identity.
@@ -259,24 +259,56 @@ impl SealKey {
         seal
     }
 
-    /// Binds a task to the plan that was approved (I5, I6): `HMAC-SHA-256(seal key, "meterkms/task" ‖ campaign(16) ‖ meter(8) ‖ wave(4))[0..16]`. Who
-    /// writes the database cannot add a meter to a campaign.
-    pub fn seal_task(&self, campaign: CampaignId, meter: SystemTitle, wave: u32) -> [u8; 16] {
+    /// Binds a task's row (I5, I6), with all that decides what a head-end may do and when: `HMAC-SHA-256(seal key, "meterkms/task-row" ‖ campaign(16) ‖
+    /// meter(8) ‖ generation(8) ‖ wave(4) ‖ setup(2) ‖ key type(1) ‖ version before(4) ‖ state(1) ‖ probe(1) ‖ attempts(4) ‖ due(8) ‖ fence(8) ‖ leased(8)
+    /// ‖ ended(8) ‖ head-end)[0..16]`. The key type of a probe is 0. Vendor and reason, which are for reports, are not bound.
+    pub fn seal_task(&self, campaign: CampaignId, meter: SystemTitle, wave: u32, generation: u64, head_end: &str, task: &Task) -> [u8; 16] {
+        let key_type = match task.step.work {
+            TaskWork::Probe => 0,
+            TaskWork::Rotate(key_type) => key_type.number(),
+        };
+        let state = u8::try_from(task.state.number()).unwrap_or(u8::MAX);
+        let mut context = hmac::Context::with_key(&self.key);
+        for part in [
+            b"meterkms/task-row".as_slice(),
+            &campaign.octets(),
+            &meter.octets(),
+            &generation.to_be_bytes(),
+            &wave.to_be_bytes(),
+            &task.step.setup.octets(),
+            &[key_type],
+            &task.step.from.to_be_bytes(),
+            &[state, u8::from(task.probe)],
+            &task.attempts.to_be_bytes(),
+            &task.due.0.to_be_bytes(),
+            &task.fence.to_be_bytes(),
+            &task.leased.0.to_be_bytes(),
+            &task.ended.0.to_be_bytes(),
+            head_end.as_bytes(),
+        ] {
+            context.update(part);
+        }
+        first_octets(context.sign().as_ref())
+    }
+
+    /// How earlier servers bound a task: `HMAC-SHA-256(seal key, "meterkms/task" ‖ campaign(16) ‖ meter(8) ‖ wave(4))[0..16]`. What the task is to do is
+    /// not in it: see [`crate::Campaign::plans_for`].
+    pub fn seal_former_task(&self, campaign: CampaignId, meter: SystemTitle, wave: u32) -> [u8; 16] {
         let mut context = hmac::Context::with_key(&self.key);
         for part in [b"meterkms/task".as_slice(), &campaign.octets(), &meter.octets(), &wave.to_be_bytes()] {
             context.update(part);
         }
-        let mut seal = [0; 16];
-        for (octet, value) in seal.iter_mut().zip(context.sign().as_ref()) {
-            *octet = *value;
-        }
-        seal
+        first_octets(context.sign().as_ref())
     }
 
     /// The digest of a row that audit records carry. It needs no secret; the version is part of the sealed input.
     pub fn row_digest(&self, id: &RowId, generation: Generation, body: &[u8]) -> [u8; 16] {
         row_digest(self.version, id, generation, body)
     }
+}
+
+fn first_octets(mac: &[u8]) -> [u8; 16] {
+    mac.first_chunk().copied().unwrap_or_default()
 }
 
 /// The seal keys of an island in a server's memory: the one that seals, and those of other versions whose seals are accepted. Cheap to clone.
@@ -519,7 +551,7 @@ mod tests {
         assert!(verify(&SealKeys::from(key(1)).with(key(2)).not_below(2).using(1, 1), &old).is_err());
 
         let (campaign, title) = (CampaignId::from_octets(&[7; 16]).unwrap(), SystemTitle::parse("4D4D4D0000BC614E").unwrap());
-        let mark = |key: &SealKey| key.seal_task(campaign, title, 1);
+        let mark = |key: &SealKey| key.seal_former_task(campaign, title, 1);
         let before = mark(&key(1));
         assert!(!keys.accept(&before, mark) && keys.recognise(&before, mark) && keys.accept(&mark(&key(2)), mark));
         assert!(SealKeys::from(key(1)).with(key(2)).using(2, 1).accept(&before, mark) && !keys.recognise(&mark(&key(3)), mark));

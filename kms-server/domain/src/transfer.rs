@@ -50,8 +50,10 @@ pub struct Transfer {
     /// A digest of what the step's octets are made of besides this row: what the program and the meter's device profile say. None: the step has no counters,
     /// or a version of the server that did not note it made them.
     pub pinned: Option<[u8; 16]>,
-    /// How often an association was begun again under the same keys: the meter's counter was followed, or its challenge was unfit.
+    /// How often an association was begun again under the same keys because the meter's counter was followed.
     pub retries: u32,
+    /// Associations in a row that brought a challenge which is not one to answer: see [`Observation::ChallengeUnfit`].
+    pub unfit: u32,
     /// What the meter answered to the last delivery, as far as it could be read.
     pub answer: Answer,
     /// After this it can be given up by whoever wants to begin another.
@@ -171,7 +173,9 @@ pub enum Observation {
     Refusal,
     /// An exception response that names a counter; the reservation was moved above it, within the device profile's cap.
     CounterFollowed,
-    /// The association was accepted, and its challenge is not one to answer: it could be a request. Another association brings another challenge.
+    /// The association was accepted, and its challenge is not one to answer: it could be a request. Nothing is learnt
+    /// by it, neither of the keys nor of the meter: another association under the same keys brings another challenge. It
+    /// counts as no attempt, up to [`MOST_UNFIT`] in a row.
     ChallengeUnfit,
     /// The association was accepted: the ciphered InitiateResponse opened under the pair.
     Associated {
@@ -423,6 +427,7 @@ impl Meter {
             counters: Vec::new(),
             pinned: None,
             retries: 0,
+            unfit: 0,
             answer: Answer::Silence,
             not_after: order.not_after,
         });
@@ -445,11 +450,18 @@ impl Meter {
         let next = match transfer.stage.clone() {
             Stage::Associate { purpose, pair, challenge: sent } => match observation {
                 Observation::Associated { meter_challenge, .. } => {
+                    transfer.unfit = 0;
                     transfer.stage = Stage::Authenticate { purpose, pair, challenge: sent, meter_challenge };
                     Next::Send
                 }
-                Observation::CounterFollowed | Observation::ChallengeUnfit if transfer.retries < MOST_RETRIES => {
+                Observation::CounterFollowed if transfer.retries < MOST_RETRIES => {
                     transfer.retries += 1;
+                    transfer.stage = Stage::Associate { purpose, pair, challenge };
+                    Next::Send
+                }
+                // Associate again. No pair and no attempt is used up, and no doubt moves.
+                Observation::ChallengeUnfit if transfer.unfit < MOST_UNFIT => {
+                    transfer.unfit += 1;
                     transfer.stage = Stage::Associate { purpose, pair, challenge };
                     Next::Send
                 }
@@ -520,7 +532,8 @@ impl Meter {
     }
 
     /// The pairs of keys that are tried in a round, the likeliest first; `target` counts as the likeliest of its key type. Where the meter may hold one
-    /// of more than a round has, the likeliest are tried in each one, and the others in turn: one probe after another finds every meter.
+    /// of more than a round has, the likeliest are tried in each one, and the others in turn: one probe after another finds every meter. At most
+    /// twelve, however many candidates there are.
     pub fn pairs(&self, setup: SecuritySetupId, target: Option<(KeyType, KeyVersionNumber)>) -> Vec<KeyPair> {
         let ranked = |key_type: KeyType| {
             let Some(slot) = self.slots.get(setup, key_type) else { return Vec::new() };
@@ -530,22 +543,17 @@ impl Meter {
             numbers
         };
         let (encryption, authentication) = (ranked(KeyType::GUEK), ranked(KeyType::GAK));
-        let mut pairs: Vec<(usize, KeyPair)> = Vec::new();
-        for (at, encryption) in encryption.iter().enumerate() {
-            for (other, authentication) in authentication.iter().enumerate() {
-                pairs.push((at + other, KeyPair { encryption: *encryption, authentication: *authentication }));
-            }
-        }
-        pairs.sort_by_key(|(rank, _)| *rank);
-        let mut pairs: Vec<KeyPair> = pairs.into_iter().map(|(_, pair)| pair).collect();
-        if pairs.len() > PAIRS_OF_A_ROUND {
-            let others = pairs.split_off(LIKELIEST_PAIRS);
-            let at_once = PAIRS_OF_A_ROUND - LIKELIEST_PAIRS;
-            // The sequence stays within a round, and grows by one from probe to probe.
-            let turn = usize::try_from(self.sequence).unwrap_or_default() % others.len().div_ceil(at_once);
-            pairs.extend(others.into_iter().skip(turn * at_once).take(at_once));
-        }
-        pairs
+        let all = encryption.len().saturating_mul(authentication.len());
+        let others = if all > PAIRS_OF_A_ROUND { all - LIKELIEST_PAIRS } else { 0 };
+        let at_once = PAIRS_OF_A_ROUND - LIKELIEST_PAIRS;
+        // The sequence stays within a round, and grows by one from probe to probe.
+        let turn = usize::try_from(self.sequence).unwrap_or_default() % others.div_ceil(at_once).max(1);
+        let places = (0..LIKELIEST_PAIRS).chain((LIKELIEST_PAIRS..all).skip(turn.saturating_mul(at_once)).take(at_once));
+        let pair = |place| {
+            let (encrypts, authenticates) = place_by_rank(place, encryption.len(), authentication.len())?;
+            Some(KeyPair { encryption: *encryption.get(encrypts)?, authentication: *authentication.get(authenticates)? })
+        };
+        places.map_while(pair).collect()
     }
 
     fn transfer_mut(&mut self, id: TransferId) -> Result<&mut Transfer, TransferError> {
@@ -570,12 +578,15 @@ impl Meter {
             OrderedKeys::Own { key_type: KeyType::KEK, .. } => return Err(TransferError::KekAlone),
             OrderedKeys::Own { key_type, new } => {
                 self.refuse_in_doubt(setup, &[*key_type], order.urgent)?;
+                self.refuse_too_many(setup, *key_type)?;
                 let version = self.slots.get_mut(setup, *key_type)?.add_pre_active(new, now)?;
                 keys.push(TransferKey { owner, key_type: *key_type, version, kek });
             }
             OrderedKeys::Compound { kek: new_kek, guek } => {
                 // A probe shows no KEK: only another transfer does.
                 self.refuse_in_doubt(setup, &[KeyType::GUEK], order.urgent)?;
+                self.refuse_too_many(setup, KeyType::GUEK)?;
+                self.refuse_too_many(setup, KeyType::KEK)?;
                 // Nothing is added unless both can be.
                 self.slots.get_mut(setup, KeyType::GUEK)?;
                 let new = self.slots.get_mut(setup, KeyType::KEK)?.add_pre_active(new_kek, now)?;
@@ -595,6 +606,19 @@ impl Meter {
         match key_types.iter().find(refused) {
             Some(key_type) => Err(TransferError::InDoubt { key_type: *key_type }),
             None => Ok(()),
+        }
+    }
+
+    /// I3: no candidate is dropped to make room for another, so the new one is refused. Not where a probe has shown what the meter holds since the last one
+    /// left: then it is known which key opens the meter, however many it could have. Keys that no exchange shows open nothing, and are not counted.
+    fn refuse_too_many(&self, setup: SecuritySetupId, key_type: KeyType) -> Result<(), TransferError> {
+        if !key_type.is_shown_by_exchanges() {
+            return Ok(());
+        }
+        let most = if key_type == KeyType::KEK { MOST_KEK_CANDIDATES } else { MOST_CANDIDATES };
+        match self.slots.get(setup, key_type) {
+            Some(slot) if slot.unresolved() && slot.candidates().count() >= most => Err(TransferError::TooManyCandidates { key_type, most }),
+            _ => Ok(()),
         }
     }
 
@@ -805,6 +829,23 @@ impl Meter {
     }
 }
 
+/// The place of a pair in two ranked lists, by its place among all pairs: the smallest sum of both ranks first, and of
+/// these the one that is first in the first list. It steps over whole diagonals, so it costs no more than the lists are long.
+const fn place_by_rank(place: usize, first: usize, second: usize) -> Option<(usize, usize)> {
+    let (mut left, mut sum) = (place, 0);
+    while sum + 1 < first + second {
+        let from = (sum + 1).saturating_sub(second);
+        let to = if sum < first { sum + 1 } else { first };
+        if let Some(beyond) = left.checked_sub(to - from) {
+            left = beyond;
+        } else {
+            return Some((from + left, sum - from - left));
+        }
+        sum += 1;
+    }
+    None
+}
+
 /// How likely it is that a meter holds a KEK, by what has left under it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct KekOdds {
@@ -847,6 +888,14 @@ pub enum TransferError {
         /// The key type.
         key_type: KeyType,
     },
+    /// An urgent transfer, or one of a KEK, would add one more version that the meter may hold.
+    #[error("the meter may hold any of {most} versions of its {key_type}, or of more: no further one is added")]
+    TooManyCandidates {
+        /// The key type.
+        key_type: KeyType,
+        /// The bound.
+        most: usize,
+    },
     /// A KEK is proven by a GUEK only.
     #[error("a KEK is transferred together with the GUEK that proves it")]
     KekAlone,
@@ -884,8 +933,22 @@ pub enum TransferError {
 
 /// The length of a client's challenge in octets.
 pub const CHALLENGE: usize = 16;
-/// A counter, which may be forged, is followed at most this often in a transfer, unfit challenges included.
+/// A counter, which may be forged, is followed at most this often in a transfer.
 const MOST_RETRIES: u32 = 3;
+/// So many challenges in a row that are not to be answered are asked for anew; the next one counts as no answer.
+///
+/// One random challenge in 26 is of this kind, so an honest meter sends nine in a row once in 5 * 10^12 associations. A
+/// meter that always sends them, or whoever forges its associations, would else have a transfer ask for ever, and each
+/// association uses up a counter. The count begins again only with a challenge that can be answered, not with the next
+/// pair of keys: such a meter costs these associations once, and one for each pair.
+pub const MOST_UNFIT: u32 = 8;
+/// While it is in doubt which one of so many versions of a key a meter holds, no further one is brought to it.
+///
+/// A round tries twelve pairs of GUEK and GAK, so a probe finds the meter at once among eight candidates of one of them. Rows that have more keep them.
+pub const MOST_CANDIDATES: usize = 8;
+/// The same of KEKs. They make no pairs, a probe does not show them, and the turn of each comes by transfers alone, so there are more. A GUEK that is
+/// proven shows the KEK that it left under.
+pub const MOST_KEK_CANDIDATES: usize = 64;
 /// Pairs that are tried in a round at most.
 const PAIRS_OF_A_ROUND: usize = 12;
 /// Those of them that are tried in every round.

@@ -130,6 +130,95 @@ fn a_meter_that_holds_an_unlikely_pair_is_found_by_one_of_the_next_probes() {
 }
 
 #[test]
+fn a_slot_in_doubt_takes_so_many_candidates_and_no_more() {
+    for key_type in [KeyType::GUEK, KeyType::GAK] {
+        let mut story = Story::new();
+        for _ in 1..MOST_CANDIDATES {
+            story.begin_urgent(own(key_type));
+            story.opened((1, 1));
+            while story.see(Observation::Nothing) == Next::Send {}
+        }
+        assert_eq!(story.candidates(key_type).len(), MOST_CANDIDATES);
+        // I3: none is dropped for it.
+        let before = story.meter.clone();
+        assert_eq!(story.try_begin(own(key_type), true), Err(TransferError::TooManyCandidates { key_type, most: MOST_CANDIDATES }));
+        assert_eq!(story.meter, before);
+        // The way out: a probe shows what it holds, and another version can be brought.
+        story.begin(OrderedKeys::Probe);
+        assert_eq!(story.exchange((1, 1)), Next::Done(Outcome::Probed));
+        let next = u32::try_from(MOST_CANDIDATES).unwrap() + 1;
+        story.rotate(own(key_type), (1, 1), if key_type == KeyType::GUEK { (next, 1) } else { (1, next) });
+    }
+}
+
+#[test]
+fn a_kek_in_doubt_takes_so_many_candidates_until_a_guek_shows_which_one_it_is() {
+    let mut story = Story::new();
+    for _ in 1..MOST_KEK_CANDIDATES {
+        story.begin(compound());
+        story.opened((1, 1));
+        // The KEK left; the association is gone, and the GUEK never leaves.
+        while story.see(Observation::Nothing) == Next::Send {}
+    }
+    assert_eq!(story.candidates(KeyType::KEK).len(), MOST_KEK_CANDIDATES);
+    assert_eq!(story.try_begin(compound(), true), Err(TransferError::TooManyCandidates { key_type: KeyType::KEK, most: MOST_KEK_CANDIDATES }));
+    // The meter holds the first KEK. GUEKs go out under each in turn, until one arrives.
+    let mut transfers = 0;
+    while story.slot(KeyType::KEK).held().unwrap().number() != number(1) || story.slot(KeyType::KEK).unresolved() {
+        transfers += 1;
+        assert!(transfers < 150, "the turn of each KEK comes");
+        story.begin(own(KeyType::GUEK));
+        let held = story.slot(KeyType::GUEK).held().unwrap().number().number();
+        story.opened((held, 1));
+        let key = *story.meter.transfer.as_ref().unwrap().current().unwrap();
+        story.see(Observation::Nothing);
+        let now = if key.kek == number(1) { key.version.number() } else { held };
+        while story.stage_pair().encryption != number(now) {
+            story.see(Observation::Nothing);
+        }
+        story.exchange((now, 1));
+    }
+    story.begin(compound());
+}
+
+/// Rows from before the bound keep what they have: few pairs are made of them, and all pairs in turn.
+#[test]
+fn few_pairs_are_made_of_many_candidates() {
+    for (gueks, gaks) in [(1, 1), (2, 3), (12, 1), (1, 13), (5, 4), (40, 30), (900, 2)] {
+        let mut story = Story::new();
+        for (key_type, count) in [(KeyType::GUEK, gueks), (KeyType::GAK, gaks)] {
+            let slot = story.meter.slots.get_mut(SETUP, key_type).unwrap();
+            for moment in 1..count {
+                let version = slot.add_version(diversified(KeyState::PreActive), NOW).unwrap();
+                slot.mark_left(version, moment, number(1)).unwrap();
+            }
+        }
+        // All pairs in order of their likelihood: the held version first, then the newest.
+        let ranked = |count: u32| [1].into_iter().chain((2..=count).rev()).collect::<Vec<_>>();
+        let mut all = Vec::new();
+        for (at, guek) in ranked(gueks).into_iter().enumerate() {
+            all.extend(ranked(gaks).into_iter().enumerate().map(|(other, gak)| (at + other, (guek, gak))));
+        }
+        all.sort_by_key(|(rank, _)| *rank);
+        let all: Vec<(u32, u32)> = all.into_iter().map(|(_, pair)| pair).collect();
+        let turns = all.len().saturating_sub(8).div_ceil(4).max(1);
+        let turns = if all.len() > 12 { turns } else { 1 };
+        let mut tried = std::collections::BTreeSet::new();
+        for turn in 0..turns {
+            story.meter.sequence = u32::try_from(turn).unwrap();
+            let pairs = story.meter.pairs(SETUP, None);
+            let pairs: Vec<_> = pairs.iter().map(|pair| (pair.encryption.number(), pair.authentication.number())).collect();
+            assert!(pairs.len() <= 12);
+            let likeliest = if all.len() > 12 { 8 } else { all.len() };
+            assert_eq!(pairs[..likeliest], all[..likeliest]);
+            assert_eq!(pairs[likeliest..], all[likeliest..][turn * 4..all.len().min(likeliest + turn * 4 + 4) - likeliest]);
+            tried.extend(pairs);
+        }
+        assert_eq!(tried.len(), all.len(), "the turn of every pair comes");
+    }
+}
+
+#[test]
 fn a_counter_is_followed_with_the_same_keys_and_not_for_ever() {
     let mut story = Story::new();
     story.begin(own(KeyType::GUEK));
@@ -143,6 +232,62 @@ fn a_counter_is_followed_with_the_same_keys_and_not_for_ever() {
     assert_eq!(story.see(Observation::CounterFollowed), Next::Done(Outcome::InDoubt));
     // Nothing has left.
     assert_eq!(story.version(KeyType::GUEK, 2).state(), KeyState::Destroyed);
+}
+
+#[test]
+fn a_challenge_that_is_not_to_be_answered_costs_another_association_only() {
+    let mut story = Story::new();
+    story.begin(own(KeyType::GUEK));
+    for pair in [(1, 1), (2, 1)] {
+        for _ in 0..MOST_UNFIT {
+            let before = story.meter.clone();
+            story.expect(pair);
+            assert_eq!(story.see(Observation::ChallengeUnfit), Next::Send);
+            let (Stage::Associate { challenge, .. }, Some(Stage::Associate { challenge: earlier, .. })) =
+                (story.stage(), before.transfer.as_ref().map(|transfer| transfer.stage.clone()))
+            else {
+                panic!()
+            };
+            assert_ne!(challenge, earlier, "the octets change, so the challenge does");
+            assert_unmoved(&before, &story.meter);
+        }
+        story.exchange(pair);
+        if pair == (1, 1) {
+            story.see(Observation::Nothing);
+        }
+    }
+    assert_eq!(story.active(KeyType::GUEK), Some(2));
+}
+
+#[test]
+fn a_meter_that_sends_no_other_challenge_counts_as_silent() {
+    let mut story = Story::new();
+    story.begin(own(KeyType::GUEK));
+    story.opened((1, 1));
+    story.see(Observation::Nothing);
+    let slots = story.meter.slots.clone();
+    for _ in 0..MOST_UNFIT {
+        assert_eq!(story.see(Observation::ChallengeUnfit), Next::Send);
+    }
+    // The count begins again with a challenge that can be answered only.
+    story.expect((2, 1));
+    assert_eq!(story.see(Observation::ChallengeUnfit), Next::Send);
+    story.expect((1, 1));
+    assert_eq!(story.see(Observation::ChallengeUnfit), Next::Done(Outcome::InDoubt));
+    assert_eq!(story.meter.slots, slots);
+    // Nor does it stay in the way.
+    story.begin(OrderedKeys::Probe);
+    assert_eq!(story.see(Observation::ChallengeUnfit), Next::Send);
+    assert_eq!(story.exchange((1, 1)), Next::Done(Outcome::Probed));
+}
+
+/// All but what tells one association from the next.
+fn assert_unmoved(before: &Meter, after: &Meter) {
+    let (mut before, mut after) = (before.clone(), after.clone());
+    let (earlier, transfer) = (before.transfer.as_mut().unwrap(), after.transfer.as_mut().unwrap());
+    assert_eq!((transfer.step, transfer.unfit), (earlier.step + 1, earlier.unfit + 1));
+    (transfer.step, transfer.unfit, transfer.stage) = (earlier.step, earlier.unfit, earlier.stage.clone());
+    assert_eq!(after, before);
 }
 
 #[test]

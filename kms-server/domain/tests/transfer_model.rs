@@ -29,6 +29,7 @@
 //! | `a_kek_by_a_head_end_that_ciphers` | KEK with GUEK, GUEK | 1 | 0 | 229,090 | 30 |
 //! | `two_head_ends` | GUEK, GAK | 0 | 0 | 114,946 | 32 |
 //! | `two_gbeks_and_the_retention_time` | GBEK, GBEK | 0 | 2 | 3,427 | 17 |
+//! | `a_guek_and_challenges_that_are_not_to_be_answered` | GUEK, probe | 0 | 0 | 44,939 | 24 |
 //!
 //! The remaining tests break one rule of the server each, and the checker must find what is lost by it.
 
@@ -67,6 +68,8 @@ struct World {
     compromises: u8,
     /// Counters that a forged exception makes the server skip, or a crash.
     skipped_counters: u8,
+    /// Associations of the meter, true or forged, that bring a challenge which is not to be answered.
+    unfit_challenges: u8,
     /// Halves of the retention time that pass.
     halves: u8,
 }
@@ -176,6 +179,7 @@ struct State {
     reverts: u8,
     compromises: u8,
     skipped_counters: u8,
+    unfit_challenges: u8,
     /// The meter went back to earlier keys, and has not shown it yet.
     unnoticed: bool,
     /// The versions that the meter ever held, by key.
@@ -226,6 +230,7 @@ enum Fault {
     NonceRepeated,
     FalseOutcome(Outcome),
     StepRefused(String),
+    ChallengeCounted,
 }
 
 impl Model for World {
@@ -267,6 +272,7 @@ impl Model for World {
             reverts: 0,
             compromises: 0,
             skipped_counters: 0,
+            unfit_challenges: 0,
             unnoticed: false,
             ever_held: [(); 4].map(|()| BTreeSet::from([1])),
             held_since_challenge: BTreeSet::new(),
@@ -390,6 +396,7 @@ impl Model for World {
             }),
             Property::<Self>::always(OUTCOME, |_, state| !matches!(state.fault, Some(Fault::FalseOutcome(_)))),
             Property::<Self>::always(REFUSED, |_, state| !matches!(state.fault, Some(Fault::StepRefused(_)))),
+            Property::<Self>::always(UNFIT, |_, state| state.fault != Some(Fault::ChallengeCounted)),
             Property::<Self>::always(HEALS, Self::heals),
             Property::<Self>::sometimes("a transfer is proven", |_, state| state.outcome.is_some_and(Outcome::is_success)),
             Property::<Self>::sometimes("a transfer ends in doubt", |_, state| state.outcome == Some(Outcome::InDoubt)),
@@ -453,6 +460,9 @@ impl World {
                 if transfer.retries == 0 && state.skipped_counters < self.skipped_counters {
                     observations.push(Observation::CounterFollowed);
                 }
+                if state.unfit_challenges < self.unfit_challenges {
+                    observations.push(Observation::ChallengeUnfit);
+                }
             }
             Stage::Authenticate { .. } => {}
             Stage::Deliver { pair } => {
@@ -502,10 +512,16 @@ impl World {
             return next.end(Outcome::Proven, &transfer);
         }
         let proven = matches!(observation, Observation::Authenticated { .. });
+        let unfit = observation == Observation::ChallengeUnfit;
+        next.unfit_challenges += u8::from(unfit);
+        let before = unfit.then(|| meter.clone());
         match meter.observe(transfer.id, transfer.step, observation, challenge(next.begun, transfer.step), now) {
             Ok(Step { next: Next::Send, .. }) => self.send(next, meter),
             Ok(Step { next: Next::Done(outcome), .. }) => next.end(outcome, &transfer),
             Err(error) => next.fault = Some(Fault::StepRefused(error.to_string())),
+        }
+        if before.is_some_and(|before| !only_associates_again(&before, &transfer, meter)) {
+            next.fault = Some(Fault::ChallengeCounted);
         }
         let held = (next.device.keys[1], next.device.keys[2]);
         if proven && transfer.pair().is_some_and(|pair| (pair.encryption.number(), pair.authentication.number()) == held) {
@@ -746,6 +762,20 @@ impl Device {
     }
 }
 
+/// Whether a challenge that is not to be answered has changed nothing but the association, its counters and their number.
+fn only_associates_again(before: &Meter, transfer: &Transfer, after: &Meter) -> bool {
+    let Some(now) = &after.transfer else { return false };
+    let (Stage::Associate { purpose, pair, .. }, Stage::Associate { purpose: earlier_purpose, pair: earlier_pair, .. }) = (&now.stage, &transfer.stage) else {
+        return false;
+    };
+    let shown = |meter: &Meter| {
+        meter.slots.iter().flat_map(Slot::versions).map(|version| (version.state(), version.candidate(), version.transport())).collect::<Vec<_>>()
+    };
+    (purpose, pair) == (earlier_purpose, earlier_pair)
+        && (now.tried, now.retries, now.delivered, now.answer) == (transfer.tried, transfer.retries, transfer.delivered, transfer.answer)
+        && (after.sequence, shown(after)) == (before.sequence, shown(before))
+}
+
 /// The request of a transfer's present step, made of nothing but the row.
 fn request(transfer: &Transfer, sent: u8) -> Request {
     Request {
@@ -828,6 +858,7 @@ const NONCE: &str = "I4: no counter is used twice";
 const SAME_OCTETS: &str = "I4: what is sent again is the same";
 const OUTCOME: &str = "an outcome is what the meter did";
 const REFUSED: &str = "no step is refused";
+const UNFIT: &str = "a challenge that is not to be answered costs an association and nothing else";
 const HEALS: &str = "an honest network brings a new key to the meter";
 
 #[test]
@@ -881,6 +912,11 @@ fn two_gbeks_and_the_retention_time() {
 }
 
 #[test]
+fn a_guek_and_challenges_that_are_not_to_be_answered() {
+    World { transfers: vec![vec![GUEK], vec![Order::Probe]], unfit_challenges: 2, ..WORLD }.check("a_guek_and_challenges_that_are_not_to_be_answered");
+}
+
+#[test]
 fn acceptance_as_proof_would_lose_the_meter() {
     World { rule: Rule::AcceptanceIsProof, transfers: vec![vec![GUEK]], form: TransferForm::WrappedKey, halves: 2, ..WORLD }.check_violates(CANDIDATES);
 }
@@ -917,5 +953,6 @@ const WORLD: World = World {
     applies_and_errs: false,
     compromises: 0,
     skipped_counters: 0,
+    unfit_challenges: 0,
     halves: 0,
 };

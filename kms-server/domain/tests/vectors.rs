@@ -150,7 +150,18 @@ fn plans_and_tasks_of_campaigns() {
 
     let seal_key = SealKey::new(1, &key(&vectors["seal_root"]["keys"]["seal-key"]["key"]));
     let meter = SystemTitle::from_octets(&octets(&vector["task"]["meter"])).unwrap();
-    assert_eq!(seal_key.seal_task(campaign, meter, 3).as_slice(), octets(&vector["task"]["mark"]));
+    let step = TaskStep { setup: SecuritySetupId::from_octets([1, 2]), work: TaskWork::Rotate(KeyType::KEK), from: 4 };
+    let task = Task {
+        state: TaskState::Leased,
+        probe: true,
+        attempts: 1,
+        fence: 7,
+        leased: UnixMillis(1_795_165_100_000),
+        ..Task::new(step, UnixMillis(1_795_165_200_000))
+    };
+    let head_end = vector["task"]["head_end"].as_str().unwrap();
+    assert_eq!(seal_key.seal_task(campaign, meter, 3, 5, head_end, &task).as_slice(), octets(&vector["task"]["mark"]));
+    assert_eq!(seal_key.seal_former_task(campaign, meter, 3).as_slice(), octets(&vector["task"]["former_mark"]));
 }
 
 #[test]

@@ -113,7 +113,7 @@ fn parse_ciphered(number: usize, frame: CipheredFrame) -> Result<frame::Received
 fn result(outcome: FrameOutcome) -> FrameResult {
     let result = match outcome.octets {
         Ok(octets) => Outcome::Apdu(octets.into()),
-        Err(error) => Outcome::Refusal(FrameRefusal { code: error.code(), message: error.to_string() }),
+        Err(error) => Outcome::Refusal(FrameRefusal { code: error.code(), message: error.to_string(), reason: error.reason().to_owned() }),
     };
     FrameResult { result: Some(result), invocation_counter: outcome.counter }
 }

@@ -8,6 +8,7 @@
 //! | `NotFound` | NOT_FOUND | `ErrorInfo` |
 //! | `FailedPrecondition` | FAILED_PRECONDITION | `PreconditionFailure`, `ErrorInfo` with metadata `next_step` |
 //! | `Aborted` | ABORTED | `ErrorInfo` with metadata `next_step` |
+//! | `AssociateAgain` | ABORTED | `ErrorInfo` with reason `ASSOCIATE_AGAIN`, metadata `field` |
 //! | `ResourceExhausted`, `Unavailable` | the same | `RetryInfo`, `ErrorInfo` |
 //! | `Internal` | INTERNAL | none: the text stays in the server's log |
 
@@ -36,6 +37,7 @@ impl From<ServiceError> for Status {
                 details
             }
             ServiceError::Aborted { next_step, .. } => info("OVERTAKEN", vec![("next_step", next_step)]),
+            ServiceError::AssociateAgain { field } => info("ASSOCIATE_AGAIN", vec![("field", field)]),
             ServiceError::ResourceExhausted { retry_after, .. } => {
                 let mut details = info("EXHAUSTED", Vec::new());
                 details.set_retry_info(Some(retry_after));

@@ -451,7 +451,8 @@ impl View<'_, '_> {
         Ok(true)
     }
 
-    /// A task of a campaign. One that the plan does not have is as good as absent, and an event for the security officers (I5).
+    /// A task of a campaign. One that was edited, or that the approved plan does not have, is as good as absent, and an event for the security officers
+    /// (I5, I6).
     ///
     /// # Errors
     /// The row was not read yet.
@@ -467,7 +468,7 @@ impl View<'_, '_> {
                 return Err(not_read());
             }
         };
-        if !self.base.seal.accept(&row.mark, |seal| seal.seal_task(key.campaign, key.meter, row.wave)) {
+        if !self.task_fits(&row)? {
             let refusal = self.refusal(format!("a task of campaign {} for meter {} is none of its plan", key.campaign, key.meter), true);
             self.base.refusals.push(refusal);
             return Ok(None);
@@ -475,18 +476,39 @@ impl View<'_, '_> {
         Ok(Some(row))
     }
 
-    /// Writes a task that [`Self::task`] gave; its generation follows by itself.
+    /// Whether a task is what was written of it, and does what was approved.
+    fn task_fits(&mut self, row: &TaskRow) -> Result<bool, ServiceError> {
+        let sealed = self.base.seal.accept(&row.mark, |seal| row.mark_by(seal));
+        if !sealed && !self.base.seal.accept(&row.mark, |seal| row.former_mark_by(seal)) {
+            return Ok(false);
+        }
+        // Nobody does anything for it any more.
+        if row.task.state.is_final() {
+            return Ok(true);
+        }
+        // I5: a row that is refused is on the record already.
+        let Some(campaign) = unless_refused(self.campaign(row.key.campaign))? else { return Ok(false) };
+        if sealed {
+            return Ok(campaign.plans(&row.task.step));
+        }
+        // From before marks bound the step: it is derived from the plan. The next write of the row binds it.
+        Ok(unless_refused(self.meter(row.key.meter))?.is_some_and(|meter| campaign.plans_for(&meter, &row.task.step)))
+    }
+
+    /// Writes a task that [`Self::task`] gave; its generation and mark follow by themselves.
     pub fn put_task(&mut self, row: TaskRow) {
         let generation = self.base.read.task(row.key).present().map_or(0, |read| read.generation) + 1;
-        // It was verified when it was read; written again, it carries the mark of the current seal key.
-        let mark = self.base.seal.current().seal_task(row.key.campaign, row.key.meter, row.wave);
-        self.stage_task(TaskRow { generation, mark, ..row });
+        self.seal_and_stage(TaskRow { generation, ..row });
     }
 
     /// Makes a task that the plan has, and binds it to the plan. The row's generation and mark follow by themselves.
     pub fn plan_task(&mut self, row: TaskRow) {
-        let mark = self.base.seal.current().seal_task(row.key.campaign, row.key.meter, row.wave);
-        self.stage_task(TaskRow { generation: 1, mark, ..row });
+        self.seal_and_stage(TaskRow { generation: 1, ..row });
+    }
+
+    fn seal_and_stage(&mut self, row: TaskRow) {
+        let mark = row.mark_by(self.base.seal.current());
+        self.stage_task(TaskRow { mark, ..row });
     }
 
     fn stage_task(&mut self, row: TaskRow) {
@@ -1055,6 +1077,14 @@ pub(crate) fn sealed_name(id: &RowId) -> (RowKind, Vec<u8>) {
 /// Says "read this too": it never reaches a caller, because the transaction reads what is missing and decides again.
 fn not_read() -> ServiceError {
     ServiceError::Internal("a row was used before it was read".to_owned())
+}
+
+/// I5: a row that was refused is on the record already, and as good as absent here.
+fn unless_refused<T>(found: Result<Option<T>, ServiceError>) -> Result<Option<T>, ServiceError> {
+    match found {
+        Err(ServiceError::PermissionDenied { .. }) => Ok(None),
+        found => found,
+    }
 }
 
 /// How much of a counter is used.

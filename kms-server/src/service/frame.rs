@@ -3,6 +3,8 @@
 //! What is protected is read first: policy decides on service, class, object and member. Counters come from the same place as leases (I4), and the
 //! record of every protected frame is durable before it leaves (I2).
 
+mod carried;
+
 use std::{
     collections::{HashMap, HashSet},
     num::NonZeroU32,
@@ -11,7 +13,8 @@ use std::{
 };
 
 use kms_dlms::{
-    AuthenticationTag, CipheredApdu, CipheredTag, DlmsError, HlsGmac, InitiateRequest, KeySet, Nonce, Protection, SecurityControl, ServiceKind, ServiceRequest,
+    AuthenticationTag, CipheredApdu, CipheredTag, DlmsError, HlsGmac, KeySet, Nonce, Protection, SecurityControl, ServiceKind, ServiceRequest,
+    resembles_request,
 };
 use kms_domain::{
     KeyState, KeyType, KeyVersionNumber, Meter, QuotaExceeded, QuotaHour, QuotaUse, RequestId, SecuritySetupId, Slot, Standing, SystemTitle, UnixMillis,
@@ -145,8 +148,17 @@ impl FrameService {
             sealed.push(quota_use_row(&caller.principal));
         }
         let reads = Reads { meters: frames.iter().map(|frame| frame.meter).collect(), sealed, requests: asking.reads(), ..Reads::default() };
-        let deciding =
-            Deciding { island: self.island.clone(), caller: caller.clone(), asking, purpose, frames: frames.into(), supersede_lease, past: None };
+        let under_way = carried::under_way(&self.island, &frames).await?;
+        let deciding = Deciding {
+            island: self.island.clone(),
+            caller: caller.clone(),
+            asking,
+            purpose,
+            frames: frames.into(),
+            supersede_lease,
+            under_way,
+            past: None,
+        };
         let actor = || Actor::caller(caller, Some(request), "protectFrame");
         let mut first = deciding.clone();
         let mut committed = self.island.committer.act(actor(), reads.clone(), move |view| first.decide(view)).await?;
@@ -239,8 +251,9 @@ impl FrameService {
                 Err(_) => self.island.meter(row.title).await.ok().flatten().and_then(|meter| meters.insert(row.title, meter)),
             };
         }
+        let mut others = OtherPairs::default();
         let opened: Vec<Result<Received, ServiceError>> =
-            frames.into_iter().map(|frame| self.receive(&facts, purpose, meters.get(&frame.meter).map(AsRef::as_ref), frame)).collect();
+            frames.into_iter().map(|frame| self.receive(&facts, purpose, meters.get(&frame.meter).map(AsRef::as_ref), frame, &mut others)).collect();
         let jobs: Vec<(FrameKeys, ProtectedFrame)> =
             opened.iter().filter_map(|received| received.as_ref().ok()).map(|received| (received.keys.clone(), received.frame.clone())).collect();
         let mut plain = self.island.hsm_for(caller).unprotect_batch(jobs).instrument(tracing::debug_span!("hsm.unprotect")).await?.into_iter();
@@ -259,7 +272,7 @@ impl FrameService {
                         Some(Ok(octets)) => Ok(octets),
                         Some(Err(error @ HsmError::TagInvalid)) => {
                             metrics().hsm_error(&error);
-                            doubtful.extend(received.others.into_iter().map(|other| (at, other, received.frame.clone())));
+                            doubtful.extend(received.others.iter().map(|other| (at, other.clone(), received.frame.clone())));
                             Err(ServiceError::FailedPrecondition {
                                 reason: "the frame's authentication tag does not verify".to_owned(),
                                 next_step: "check that the frame is the meter's and unchanged; the meter may hold another key".to_owned(),
@@ -305,7 +318,14 @@ impl FrameService {
         read_service(apdu).is_ok_and(|(service, targets)| targets.iter().any(|target| policy.quotas().of(service, *target).next().is_some()))
     }
 
-    fn receive(&self, facts: &PrincipalFacts, purpose: Purpose, meter: Option<&Meter>, frame: ReceivedFrame) -> Result<Received, ServiceError> {
+    fn receive(
+        &self,
+        facts: &PrincipalFacts,
+        purpose: Purpose,
+        meter: Option<&Meter>,
+        frame: ReceivedFrame,
+        others: &mut OtherPairs,
+    ) -> Result<Received, ServiceError> {
         let meter = meter.ok_or_else(|| denied("unprotectFrame", frame.meter))?;
         let action = Action::UnprotectFrame { purpose };
         if !meter.class.status.may_grant() || !self.island.policy.load().permits(facts, &action, &Resource::Meters(&meter.class)).is_permit() {
@@ -329,7 +349,7 @@ impl FrameService {
                 }
                 let parameters = FrameParameters::new(ciphered.control.octet(), *Nonce::new(meter.title, ciphered.counter).octets())?;
                 let received = ProtectedFrame { parameters, text: ciphered.content.to_vec(), tag: ciphered.authentication_tag.0 };
-                Ok(Received { keys: keys.keys, frame: received, counter: ciphered.counter, is_challenge: false, backwards: None, others: Vec::new() })
+                Ok(Received { keys: keys.keys, frame: received, counter: ciphered.counter, is_challenge: false, backwards: None, others: Arc::default() })
             }
             ReceivedContent::HlsResponse { response, challenge } => {
                 let gmac = HlsGmac::parse(&response).map_err(|error| ServiceError::invalid("frames.hls_response", error.to_string()))?;
@@ -343,7 +363,7 @@ impl FrameService {
                     .map_or(0, |version| version.transport().meter_counter);
                 let shown = Shown::Backwards { version: keys.encryption_version, known, seen: gmac.counter };
                 let found = Alert { meter: meter.title, setup, shown };
-                let others = OtherPair::of(meter, setup, &keys);
+                let others = others.entry((meter.title, setup)).or_insert_with(|| OtherPair::of(meter, setup, &keys)).clone();
                 Ok(Received {
                     keys: keys.keys,
                     frame: received,
@@ -366,7 +386,7 @@ struct Received {
     backwards: Option<Alert>,
     /// What the meter may hold besides the active keys, the likeliest first. Only an answer to a challenge is tried with it: any other frame could have
     /// been recorded when these keys were the active ones.
-    others: Vec<OtherPair>,
+    others: Arc<[OtherPair]>,
 }
 
 /// What officers have to see of a meter's answer to a challenge.
@@ -416,7 +436,11 @@ impl Alert {
     }
 }
 
+/// Of the meters of one call, each made once.
+type OtherPairs = HashMap<(SystemTitle, SecuritySetupId), Arc<[OtherPair]>>;
+
 /// A pair of keys that a meter may hold, and that is not the active one.
+#[derive(Clone)]
 struct OtherPair {
     keys: FrameKeys,
     /// Which of the two was active before. None: a transfer left it open whether the meter has a new one.
@@ -424,7 +448,7 @@ struct OtherPair {
 }
 
 impl OtherPair {
-    fn of(meter: &Meter, setup: SecuritySetupId, active: &SetupKeys) -> Vec<Self> {
+    fn of(meter: &Meter, setup: SecuritySetupId, active: &SetupKeys) -> Arc<[Self]> {
         let pairs = meter.pairs(setup, None).into_iter();
         let others = pairs.filter(|pair| (pair.encryption, pair.authentication) != (active.encryption_version, active.authentication_version));
         let earlier = |key_type: KeyType, number: KeyVersionNumber| {
@@ -458,6 +482,7 @@ struct Deciding {
     purpose: Purpose,
     frames: Arc<[PlainFrame]>,
     supersede_lease: bool,
+    under_way: carried::UnderWay,
     past: Option<Arc<PastRecord>>,
 }
 
@@ -553,10 +578,7 @@ impl Deciding {
             PlainContent::Challenge(challenge) => {
                 if resembles_request(challenge) {
                     // I8: f(StoC) authenticates what it is given exactly as an authenticated-only APDU is: policy would be passed by.
-                    return Err(ServiceError::invalid(
-                        "frames.hls_challenge",
-                        "it could be a request to a meter; begin the association again for another challenge",
-                    ));
+                    return Err(ServiceError::AssociateAgain { field: "frames.hls_challenge".to_owned() });
                 }
                 (Service::HlsChallenge, Vec::new())
             }
@@ -564,6 +586,9 @@ impl Deciding {
         };
         let meter = view.meter(frame.meter)?.ok_or_else(|| denied("protectFrame", frame.meter))?;
         self.require(facts, &meter, service, &targets)?;
+        if let PlainContent::Apdu { apdu, .. } = &frame.content {
+            carried::check(apdu, &meter, &self.caller.principal, &self.under_way)?;
+        }
         let setup = setup_of(&meter, frame.setup)?;
         let keys = frame_keys(&meter, setup)?;
         let of = CounterOf {
@@ -756,7 +781,7 @@ fn setup_of(meter: &Meter, setup: Option<SecuritySetupId>) -> Result<SecuritySet
 
 fn read_service(apdu: &[u8]) -> Result<(Service, Vec<CosemTarget>), ServiceError> {
     let request = ServiceRequest::parse(apdu).map_err(|error| ServiceError::invalid("frames.apdu", error.to_string()))?;
-    if request.kind == ServiceKind::Initiate && InitiateRequest::parse(apdu).is_ok_and(|initiate| initiate.dedicated_key.is_some()) {
+    if request.dedicated_key {
         // With a dedicated key of its own choice, a head-end could protect everything that follows by itself, past every policy.
         return Err(ServiceError::invalid("frames.apdu", "an InitiateRequest may not bring a dedicated key: frames under it would pass policy by"));
     }
@@ -771,13 +796,6 @@ fn read_service(apdu: &[u8]) -> Result<(Service, Vec<CosemTarget>), ServiceError
         ServiceKind::Initiate => Service::Initiate,
     };
     Ok((service, request.targets.iter().map(|target| CosemTarget { class_id: target.class_id, obis: target.obis, member: target.member }).collect()))
-}
-
-/// Whether a challenge could pass for the plain form of a request: get, set, action, access, read, write, by its first octets, since meters may
-/// not look at what follows. Meters make challenges at random; fewer than one in a hundred is refused.
-pub(super) fn resembles_request(challenge: &[u8]) -> bool {
-    matches!(challenge, [0xC0, 1..=3, ..] | [0xC1, 1..=5, ..] | [0xC3, 1..=6, ..] | [0xD9 | 0xE0, ..] | [0x05 | 0x06 | 0x16, 1..=16, 2 | 4, ..])
-        || ServiceRequest::parse(challenge).is_ok()
 }
 
 /// The counters that a frame would use are above those of a lease, and the meter would refuse its session from then on.

@@ -1,6 +1,6 @@
 //! The scrubber (I5): reads the whole log and every sealed row, and finds what does not fit. A row that is older than its last record, a row that
 //! is gone, one that nobody recorded, one that was edited; a chain with a gap, a changed record, or an end that was cut off; imported keys that the
-//! list of fingerprints does not know, and equal ones that count apart (I4).
+//! list of fingerprints does not know, and equal ones that count apart (I4); tasks of campaigns that were edited, or do what was not approved (I6).
 //!
 //! What it cannot see: the newest records of a chain that is still being written are only guarded by those that follow, so an end that was cut
 //! off a living server's chain shows with that server's next record.
@@ -8,6 +8,7 @@
 mod chains;
 mod fingerprints;
 mod flight;
+mod tasks;
 #[cfg(test)]
 mod tests;
 
@@ -25,6 +26,7 @@ use self::{
     chains::Chains,
     fingerprints::Fingerprints,
     flight::{Joined, Progress},
+    tasks::Tasks,
 };
 use crate::{
     audit::Actor,
@@ -186,6 +188,9 @@ impl Scrubber {
         let mut fingerprints = Fingerprints::new(&self.island);
         while fingerprints.step().await? && progress(report.progress()) {}
         report.findings.append(&mut fingerprints.finish());
+        let mut tasks = Tasks::new(&self.island);
+        while tasks.step().await? && progress(report.progress()) {}
+        report.findings.append(&mut tasks.finish());
         self.record(&report.findings).await?;
         Ok(report)
     }

@@ -143,6 +143,16 @@ pub struct Delivery {
     pub argument: Vec<u8>,
 }
 
+/// The `key_transfer` that a head-end ciphers by itself in a step.
+#[derive(Debug)]
+pub(in crate::service) struct Brought {
+    /// The transfer, and its step.
+    pub(in crate::service) transfer: TransferId,
+    pub(in crate::service) step: u32,
+    /// The plain action-request, with an invoke id of the server's.
+    pub(in crate::service) request: Vec<u8>,
+}
+
 /// The use case.
 #[derive(Clone)]
 pub struct TransferService {
@@ -524,7 +534,8 @@ fn proceed_one(
             expose_delivered(view, &meter)?;
             let meter = deal_counters(view, island, (*meter).clone())?;
             if let Some(now) = &meter.transfer {
-                advances.push(&meter, now, now.stage.name(), now.step, &findings);
+                let event = if now.unfit > transfer.unfit { ASSOCIATE_AGAIN } else { now.stage.name() };
+                advances.push(&meter, now, event, now.step, &findings);
             }
             Ok(DecidedStep::going_on(meter))
         }
@@ -879,7 +890,11 @@ fn refused(error: &TransferError) -> ServiceError {
     let next_step = match error {
         TransferError::UnderWay { .. } => "let it end, or have it withdrawn",
         TransferError::NotUnderWay | TransferError::OtherStep { .. } => "look at the meter; report the present step only",
-        TransferError::InDoubt { .. } => "probe the meter first, or ask for an urgent transfer, which adds a candidate",
+        TransferError::InDoubt { .. } => "probe the meter first; or, where a policy permits it, order an urgent transfer, which adds a candidate",
+        TransferError::TooManyCandidates { key_type: KeyType::KEK, .. } => {
+            "rotate the GUEK until a transfer is proven, which shows the KEK that it left under; then order the KEK"
+        }
+        TransferError::TooManyCandidates { .. } => "probe the meter: when it has shown what it holds, another version can be brought",
         TransferError::KekAlone => "order the KEK: its GUEK comes with it",
         TransferError::NotShared { .. } => "order a new version of the meter's own key",
         TransferError::SequenceUsedUp => "replace the meter: a new system title has a sequence of its own",
@@ -896,3 +911,5 @@ fn denied(meter: SystemTitle) -> ServiceError {
 }
 
 const KEYS_AT_ONCE: usize = 16;
+/// In records: the step before brought a challenge that could be a request. The counters of its association are spent (I4).
+const ASSOCIATE_AGAIN: &str = "associate-again";

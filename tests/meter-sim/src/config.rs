@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 
 use crate::axdr::Data;
-use crate::behaviour::{Behaviour, ScriptedFault};
+use crate::behaviour::{Behaviour, HexBytes, ScriptedFault};
 use crate::{Obis, Secret, SecuritySuite, SymmetricKey, SystemTitle};
 
 /// A whole meter.
@@ -31,6 +31,9 @@ pub struct MeterConfig {
     /// The longest APDU that the meter takes, in bytes.
     #[serde(default = "default_pdu_size")]
     pub max_receive_pdu_size: u16,
+    /// How the challenges of HLS 5 are chosen.
+    #[serde(default)]
+    pub challenges: ChallengeSource,
     /// How the meter deviates from the expected.
     #[serde(default)]
     pub behaviour: Behaviour,
@@ -58,11 +61,39 @@ impl MeterConfig {
                 ObjectConfig::DisconnectControl { logical_name: Obis::DISCONNECT_CONTROL, connected: true },
             ],
             max_receive_pdu_size: default_pdu_size(),
+            challenges: ChallengeSource::default(),
             behaviour: Behaviour::default(),
             faults: Vec::new(),
         }
     }
 }
+
+/// Where the challenges StoC come from: a seed, the meter's title, and how many there were before. So a run can be
+/// repeated. For simulation only: challenges that can be foreseen prove nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ChallengeSource {
+    /// The seed; by default that of [`challenge_seed`].
+    pub seed: u64,
+    /// Whether no challenge begins as a request does. By default one in 26 does, as with real meters, and a key
+    /// management system asks for another association then. Set it where a test counts associations.
+    pub answerable: bool,
+    /// How the first challenges begin, one after another; the rest of each comes from the seed.
+    pub chosen: Vec<HexBytes>,
+}
+
+impl Default for ChallengeSource {
+    fn default() -> Self {
+        Self { seed: challenge_seed(), answerable: false, chosen: Vec::new() }
+    }
+}
+
+/// The seed of challenges: that in the environment variable `METER_SIM_SEED`, or 1. Print it where a test fails.
+pub fn challenge_seed() -> u64 {
+    std::env::var(SEED).ok().and_then(|seed| seed.parse().ok()).unwrap_or(1)
+}
+
+const SEED: &str = "METER_SIM_SEED";
 
 /// One security setup object (class 64) and what belongs to it.
 #[derive(Clone, Debug, Deserialize)]

@@ -220,8 +220,8 @@ impl Connection {
             Some(_) => return Err(Refused::malformed()),
             None => None,
         };
-        let mut meter_challenge = vec![0; usize::from(state.config.behaviour.challenge_length).clamp(*CHALLENGE_LENGTHS.start(), *CHALLENGE_LENGTHS.end())];
-        getrandom::fill(&mut meter_challenge).map_err(|_| Refused::other())?;
+        let length = usize::from(state.config.behaviour.challenge_length).clamp(*CHALLENGE_LENGTHS.start(), *CHALLENGE_LENGTHS.end());
+        let meter_challenge = state.next_challenge(length);
         let answer = state
             .send_global(setup, &received, answer_control(&content), &initiate_response(state, &initiate).encode(), NoncePurpose::Initiate)
             .map_err(|_| Refused::not_possible())?;

@@ -34,10 +34,10 @@ pub mod security;
 pub mod wrapper;
 pub mod xdlms;
 
-pub use config::MeterConfig;
+pub use config::{ChallengeSource, MeterConfig, challenge_seed};
 pub use connection::Connection;
 pub use error::Error;
-pub use meter::Meter;
+pub use meter::{Meter, REQUESTS};
 pub use network::Delivery;
 pub use objects::{CLASS_ASSOCIATION, CLASS_CLOCK, CLASS_DATA, CLASS_DISCONNECT_CONTROL, CLASS_REGISTER, CLASS_SECURITY_SETUP};
 pub use server::{MeterDirectory, ServeOptions, serve};

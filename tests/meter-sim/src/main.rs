@@ -6,7 +6,7 @@
 //! ```
 //!
 //! The JSON has the fields of [`Simulation`]. Each listener prints `ADDRESS` on a line of its own when
-//! it is ready. Ctrl-C ends it; where the JSON names a `memory_file`, it then writes what the meters
+//! it is ready, and the seed of challenges (`METER_SIM_SEED`) on standard error. Ctrl-C ends it; where the JSON names a `memory_file`, it then writes what the meters
 //! remember, for tests to compare with.
 
 use std::collections::BTreeMap;
@@ -98,6 +98,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     };
     let simulation: Simulation = serde_json::from_str(&text)?;
     drop(text);
+    eprintln!("meter-sim: the seed of challenges is METER_SIM_SEED={}", meter_sim::challenge_seed());
     tokio::runtime::Runtime::new()?.block_on(simulate(simulation))
 }
 

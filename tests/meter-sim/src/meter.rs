@@ -49,6 +49,17 @@ impl Meter {
         self.lock().config.faults.clear();
     }
 
+    /// The next challenges begin with these octets, one challenge each; the rest of it comes from the seed as before.
+    pub fn choose_challenges(&self, beginnings: impl IntoIterator<Item = Vec<u8>>) {
+        self.lock().chosen_challenges.extend(beginnings);
+    }
+
+    /// The number of associations that clients asked for so far, lost requests included: what
+    /// [`Trigger::AssociationRequest`] counts.
+    pub fn association_requests(&self) -> u64 {
+        self.lock().association_requests
+    }
+
     /// The number of requests that clients sent so far, lost ones included: what
     /// [`Trigger::Exchange`] counts.
     pub fn exchanges(&self) -> u64 {
@@ -134,6 +145,9 @@ pub(crate) struct MeterState {
     pub(crate) transfer_fault: Option<Fault>,
     key_transfers: u64,
     association_requests: u64,
+    /// How many challenges there were.
+    challenges: u64,
+    chosen_challenges: VecDeque<Vec<u8>>,
     nonces: Vec<NonceUse>,
     seen_nonces: HashSet<NonceUse>,
     refusals: VecDeque<Refusal>,
@@ -173,6 +187,7 @@ impl MeterState {
         let objects = Objects::new(std::mem::take(&mut config.objects));
         // From here on the keys live in the setups only.
         config.security_setups.clear();
+        let chosen_challenges = std::mem::take(&mut config.challenges.chosen).into_iter().map(|beginning| beginning.0).collect();
         Ok(Self {
             config,
             objects,
@@ -184,6 +199,8 @@ impl MeterState {
             transfer_fault: None,
             key_transfers: 0,
             association_requests: 0,
+            challenges: 0,
+            chosen_challenges,
             nonces: Vec::new(),
             seen_nonces: HashSet::new(),
             refusals: VecDeque::new(),
@@ -213,6 +230,27 @@ impl MeterState {
                 if let Some(history) = setup.history_mut(*id) {
                     history.revert(keeps_counting);
                 }
+            }
+        }
+    }
+
+    /// The next challenge, of this many bytes.
+    pub(crate) fn next_challenge(&mut self, length: usize) -> Vec<u8> {
+        let (seed, answerable) = (self.config.challenges.seed, self.config.challenges.answerable);
+        let title = u64::from_be_bytes(*self.config.system_title.as_bytes());
+        loop {
+            self.challenges += 1;
+            let mut random = SplitMix64(seed ^ SplitMix64(title).next() ^ SplitMix64(self.challenges).next());
+            let mut challenge: Vec<u8> = (0..length.div_ceil(8)).flat_map(|_| random.next().to_be_bytes()).take(length).collect();
+            match self.chosen_challenges.pop_front() {
+                Some(beginning) => {
+                    for (octet, chosen) in challenge.iter_mut().zip(beginning) {
+                        *octet = chosen;
+                    }
+                    return challenge;
+                }
+                None if answerable && challenge.first().is_some_and(|first| REQUESTS.contains(first)) => {}
+                None => return challenge,
             }
         }
     }
@@ -266,6 +304,23 @@ impl MeterState {
         })
     }
 }
+
+/// Pseudo-random numbers from a seed.
+struct SplitMix64(u64);
+
+impl SplitMix64 {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        mixed ^ (mixed >> 31)
+    }
+}
+
+/// The first bytes of the services that a meter acts upon (IEC 62056-5-3, the choices of xDLMS-APDU): a challenge that
+/// begins so is not answered by a careful client.
+pub const REQUESTS: [u8; 10] = [0x01, 0x05, 0x06, 0x10, 0x16, 0xC0, 0xC1, 0xC3, 0xD9, 0xE0];
 
 /// What a request is, for the fault script.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -14,8 +14,8 @@ use meter_sim::inspect::{Refusal, RepeatedNonce};
 use meter_sim::security::{Ciphering, SecurityControl};
 use meter_sim::xdlms::{AttributeDescriptor, DataAccessResult, ExceptionResponse, InitiateRequest, MethodDescriptor, ServiceRequest, ServiceResponse};
 use meter_sim::{
-    CLASS_ASSOCIATION, CLASS_CLOCK, CLASS_DATA, CLASS_DISCONNECT_CONTROL, CLASS_SECURITY_SETUP, Connection, Error, Meter, MeterConfig, Obis, Secret,
-    SecuritySuite, SymmetricKey, SystemTitle,
+    CLASS_ASSOCIATION, CLASS_CLOCK, CLASS_DATA, CLASS_DISCONNECT_CONTROL, CLASS_SECURITY_SETUP, ChallengeSource, Connection, Error, Meter, MeterConfig,
+    Obis, REQUESTS, Secret, SecuritySuite, SymmetricKey, SystemTitle,
 };
 
 const SUITE: SecuritySuite = SecuritySuite::Suite0;
@@ -107,6 +107,33 @@ fn a_wrong_hls_answer_ends_the_association() {
     assert_eq!(client.session.process_hls_response(&answer), Err(Error::Action(DataAccessResult::OTHER_REASON.0)));
     let get = protected(CLIENT_TITLE, 42, &get_request(ENERGY).encode());
     assert_eq!(client.exchange(&get), bytes("D80101"));
+}
+
+/// The challenges of a meter's next associations.
+fn challenges(meter: &Meter, count: u32) -> Vec<Vec<u8>> {
+    let one = |number| {
+        let mut client = Client::new(meter, client_config(1 + number));
+        let aarq = client.session.association_request().unwrap();
+        AssociationResponse::parse(&client.exchange(&aarq)).unwrap().authentication_value.unwrap()
+    };
+    (0..count).map(one).collect()
+}
+
+#[test]
+fn challenges_come_from_the_seed_or_are_chosen() {
+    let with = |seed, answerable| Meter::new(MeterConfig { challenges: ChallengeSource { seed, answerable, chosen: Vec::new() }, ..config() }).unwrap();
+    let first = challenges(&with(7, false), 2_000);
+    assert_eq!(challenges(&with(7, false), 2_000), first);
+    assert_ne!(challenges(&with(8, false), 20), first[..20]);
+    let is_request = |challenge: &Vec<u8>| REQUESTS.contains(&challenge[0]);
+    // Now and then one begins as a request does, unless none shall.
+    assert!((20..200).contains(&first.iter().filter(|challenge| is_request(challenge)).count()));
+    assert!(!challenges(&with(7, true), 2_000).iter().any(is_request));
+    let meter = with(7, true);
+    meter.choose_challenges([vec![0xC3, 1], vec![1]]);
+    let chosen = challenges(&meter, 3);
+    assert!(chosen[0].starts_with(&[0xC3, 1]) && chosen[1][0] == 1 && !is_request(&chosen[2]), "{chosen:?}");
+    assert!(chosen.iter().all(|challenge| challenge.len() == 16));
 }
 
 #[test]

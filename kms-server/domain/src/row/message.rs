@@ -117,6 +117,9 @@ pub(super) struct TransferRow {
     /// What the step's octets are made of besides the row: 16 octets, or none.
     #[prost(bytes = "bytes", tag = "21")]
     pub(super) pinned: Bytes,
+    /// Challenges in a row that were not to be answered.
+    #[prost(uint32, tag = "22")]
+    pub(super) unfit: u32,
 }
 
 #[derive(Clone, PartialEq, Message)]

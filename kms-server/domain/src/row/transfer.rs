@@ -71,6 +71,7 @@ pub(super) fn transfer_from_row(title: SystemTitle, row: TransferRow, base: i64,
             pinned => Some(octets("pinned", pinned)?),
         },
         retries: row.counter_retries,
+        unfit: row.unfit,
         answer: match row.answer {
             0 => Answer::Silence,
             1 => Answer::Accepted,
@@ -132,6 +133,7 @@ pub(super) fn transfer_to_row(transfer: &Transfer, base: UnixMillis, principals:
             Answer::Refused(result) => REFUSED + u32::from(result),
         },
         counter_retries: transfer.retries,
+        unfit: transfer.unfit,
     }
 }
 

@@ -427,6 +427,52 @@ island_tests! {
         assert_eq!(store.meter_count(&MeterFilter::default()).await.unwrap(), 20);
     }
 
+    /// I5, I6: who writes the database changes neither what is rotated, nor where, nor whose task it is.
+    async fn what_a_task_may_do_is_what_was_approved(island) {
+        let (service, campaign) = running(&island, CampaignTerms { canary: 20, ..terms() }).await;
+        let (store, key) = (&island.island.store, island.island.committer.seal_key());
+        let database = crate::testing::database().database.clone();
+        let sql = async |set: &str, number: u64| {
+            let statement = format!("UPDATE task SET {set} WHERE meter = {}", meter(number).as_i64());
+            assert_eq!(kms_store::testing::execute(&database, &statement).await.unwrap(), 1, "{statement}");
+        };
+        // The mark that an earlier server gave to these rows, which does not bind what is to be done: accepted for what follows from the plan.
+        for number in [5, 6, 7, 8] {
+            let mark = kms_store::testing::octets(&database, &key.seal_former_task(campaign, meter(number), 1));
+            sql(&format!("mark = {mark}"), number).await;
+        }
+        let edits = ["key_type = 1", "setup = 258", "from_version = 0", "key_type = 0"];
+        for (number, edit) in (1..).zip(edits) {
+            sql(edit, number).await;
+        }
+        sql("key_type = 1", 5).await;
+        sql("setup = 258", 6).await;
+        sql("key_type = 0", 7).await;
+        for (number, edit) in (9..).zip(["fence = 7", "attempts = 0, due_ms = due_ms - 1", "probe = 1 - probe", "wave = 2", "leased_ms = 1"]) {
+            sql(edit, number).await;
+        }
+        let leased: Vec<Vec<u8>> = service.lease(&island.head_end, lease(100)).await.unwrap().iter().map(|task| task.meter.to_vec()).collect();
+        let sound: Vec<Vec<u8>> = [8].into_iter().chain(14..=20).map(|number| meter(number).octets().to_vec()).collect();
+        let mut sorted = leased.clone();
+        sorted.sort_unstable();
+        assert_eq!(sorted, sound);
+        // The write has bound the row of the earlier server.
+        let row = store.task_page(campaign, TaskFilter::All, None, 100).await.unwrap().into_iter().find(|row| row.key.meter == meter(8)).unwrap();
+        assert!(row.mark == row.mark_by(&key) && row.mark != row.former_mark_by(&key));
+        // A lease that is held does not let another key be begun.
+        sql("key_type = 1", 14).await;
+        let held = TaskLease { campaign, meter: meter(14), fence: 1 };
+        assert_eq!(code(begin(&island, &island.head_end, held, TaskWork::Rotate(KeyType::KEK)).await), PERMISSION_DENIED);
+        // The scrubber finds each of them, and no sound one.
+        let report = crate::service::scrub::Scrubber::new(island.island.clone()).scrub(|_| true).await.unwrap();
+        let found: Vec<&str> = report.findings.iter().filter(|finding| finding.id == campaign.octets().as_slice()).map(|finding| finding.detail.as_str()).collect();
+        for number in (1..=7).chain(9..=14) {
+            let title = meter(number).to_string();
+            assert_eq!(found.iter().filter(|detail| detail.contains(&title)).count(), 1, "{title}: {found:?}");
+        }
+        assert_eq!(found.len(), 13, "{found:?}");
+    }
+
     // Run it alone: `cargo test --release -p kms-server -- --ignored planning_a_million`, with KMS_TEST_SHOW=1 for the figures.
     #[ignore = "a measurement: it makes a million meters"]
     async fn planning_a_million_slots_costs_seconds_and_flat_memory(island) {

@@ -6,7 +6,7 @@ use kms_store::Reads;
 
 use super::*;
 use crate::service::transfer::{
-    Order,
+    NextStep, Order, ReportedAnswer,
     tests::{Field, order},
 };
 use crate::testing::{TestIsland, client_title, island_tests, meter, sample};
@@ -77,12 +77,15 @@ fn refused(outcome: Result<u32, ServiceError>) -> String {
 
 /// remote_disconnect of the disconnect control.
 const DISCONNECT: &str = "C301C10046000060030AFF01010F00";
-/// key_transfer of the security setup.
-const KEY_TRANSFER: &str = "C301C1004000002B0000FF02010100";
+/// security_activate of the security setup.
+const ACTIVATE: &str = "C301C1004000002B0000FF01011603";
+
+/// Set of a script table.
+const SET_SCRIPTS: &str = "c101c10009";
 
 /// What became of commands to meters, one request each.
 async fn command(server: &Arc<Island>, caller: &Caller, apdu: &str, meters: &[u64]) -> Vec<Result<(), ServiceError>> {
-    let purpose = if apdu == DISCONNECT { Purpose::Control } else { Purpose::Configure };
+    let purpose = if apdu == DISCONNECT || apdu.starts_with(SET_SCRIPTS) { Purpose::Control } else { Purpose::Configure };
     let frames = meters.iter().map(|number| plain(*number, apdu)).collect();
     let (outcomes, _) = FrameService::new(server.clone()).protect(caller, request(), [1; 32], purpose, frames, false).await.unwrap();
     outcomes.into_iter().map(|outcome| outcome.octets.map(drop)).collect()
@@ -105,6 +108,14 @@ fn limit(server: &Island, limits: &str) {
     server.policy.store(Arc::new(crate::authz::Policy::load(Some(folder.path())).unwrap()));
 }
 
+/// Quotas are free again when the next hour begins. A test that counts waits until that does not happen meanwhile.
+async fn away_from_the_end_of_an_hour() {
+    let left = || QuotaHour::of(Island::now()).end().0 - Island::now().0;
+    while left() < 2 * 60_000 {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
 fn exhausted(outcome: &Result<(), ServiceError>) -> &str {
     match outcome {
         Err(ServiceError::ResourceExhausted { reason, .. }) => reason,
@@ -114,6 +125,7 @@ fn exhausted(outcome: &Result<(), ServiceError>) -> &str {
 
 island_tests! {
     async fn a_quota_holds_for_all_servers_and_after_a_restart(island) {
+        away_from_the_end_of_an_hour().await;
         island.deliver(&sample("generic-suite0", 5)).await;
         let another = island.another_server().await;
         let two = r#"{ role = "head-end", commands = 2 }"#;
@@ -148,6 +160,7 @@ island_tests! {
     }
 
     async fn a_quota_is_of_one_principal_and_counts_meters(island) {
+        away_from_the_end_of_an_hour().await;
         island.deliver(&sample("generic-suite0", 5)).await;
         let limits = r#"{ principal = "urn:meterkms:north:head-end:hes-1", commands = 9, meters = 2 }"#;
         limit(&island.island, limits);
@@ -155,7 +168,7 @@ island_tests! {
         assert!([0, 1, 2, 4].iter().all(|at| outcomes[*at].is_ok()), "{outcomes:?}");
         assert!(exhausted(&outcomes[3]).contains("commands to 2 meters an hour"));
         // I8: a quota without a limit for the role gives nothing.
-        let reason = command(&island.island, &island.head_end, KEY_TRANSFER, &[1]).await;
+        let reason = command(&island.island, &island.head_end, ACTIVATE, &[1]).await;
         assert!(exhausted(&reason[0]).contains("quota `security` gives this principal no commands"));
 
         // Another head-end, with a title and meters of its own, has its own count.
@@ -181,6 +194,7 @@ island_tests! {
     }
 
     async fn a_repeated_request_is_counted_once(island) {
+        away_from_the_end_of_an_hour().await;
         island.deliver(&sample("generic-suite0", 1)).await;
         limit(&island.island, r#"{ role = "head-end", commands = 2 }"#);
         let id = request();
@@ -193,6 +207,66 @@ island_tests! {
         assert!(octets.iter().all(|repeated| *repeated == octets[0]));
         assert_eq!(command(&island.island, &island.head_end, DISCONNECT, &[1]).await, [Ok(())]);
         exhausted(&command(&island.island, &island.head_end, DISCONNECT, &[1]).await[0]);
+    }
+
+    /// A head-end that has recorded the wrap of a key that it knows does not bring it back.
+    async fn a_frame_carries_the_key_of_a_transfer_under_way_and_no_other(island) {
+        let field = Field::of(island, &sample("generic-suite0", 2)).await;
+        let deliver = async || {
+            let step = field.begin(Order { form: TransferForm::WrappedKey, ..order(field.title(0), Some(KeyType::GUEK)) }).await;
+            match step.next.unwrap() {
+                NextStep::Send(sending) => (step.transfer.unwrap(), sending.delivery.unwrap().argument),
+                NextStep::End { .. } => panic!("it is over"),
+            }
+        };
+        // With an invoke id of the head-end's own.
+        let request = |argument: &[u8]| [hex::decode("C301C2004000002B0000FF0201").unwrap(), argument.to_vec()].concat();
+        let ((id, step), argument) = deliver().await;
+        let sound = request(&argument);
+        command(&field.island.island, &field.island.head_end, &hex::encode(&sound), &[1]).await.remove(0).unwrap();
+        let mut others: Vec<Vec<u8>> = (0..argument.len()).map(|at| {
+            let mut changed = argument.clone();
+            changed[at] ^= 1;
+            request(&changed)
+        }).collect();
+        let descriptor = "004000002B0000FF02";
+        let wrapped = hex::encode(&argument);
+        for carrier in [
+            // In a list, alone and twice; in a block; to another security setup.
+            format!("C303C101{descriptor}01{wrapped}"),
+            format!("C303C102{descriptor}{descriptor}02{wrapped}{wrapped}"),
+            format!("C304C1{descriptor}0100000001{:02X}{wrapped}", argument.len()),
+            format!("C305C101{descriptor}0100000001{:02X}01{wrapped}", argument.len() + 1),
+            format!("C301C1004000002B0001FF0201{wrapped}"),
+            // key_agreement, import_certificate, change_HLS_secret, an LLS secret, an M-Bus device, data protection, a script.
+            "C301C1004000002B0000FF03010100".to_owned(),
+            "C301C1004000002B0000FF060109020000".to_owned(),
+            "C301C1000F0000280000FF020109020000".to_owned(),
+            "C101C1000F0000280000FF070009020000".to_owned(),
+            "C104C102000800000100 00FF0200000F0000280000FF07000200 09020000".replace(' ', ""),
+            "C301C100480001180000FF070109020000".to_owned(),
+            "C301C1001E00002B0200FF030100".to_owned(),
+            format!("C101C1000900000A0064FF0200010102021200010101020516021200400906000 02B0000FF0F02{wrapped}").replace(' ', ""),
+        ] {
+            others.push(hex::decode(carrier).unwrap());
+        }
+        for other in &others {
+            let refused = command(&field.island.island, &field.island.head_end, &hex::encode(other), &[1]).await.remove(0);
+            assert!(matches!(refused, Err(ServiceError::FailedPrecondition { .. } | ServiceError::InvalidArgument { .. })), "{}: {refused:?}", hex::encode(other));
+        }
+        let refused = async |number: u64| {
+            let refused = command(&field.island.island, &field.island.head_end, &hex::encode(&sound), &[number]).await.remove(0);
+            matches!(refused, Err(ServiceError::FailedPrecondition { reason, .. }) if reason.contains("transfer under way"))
+        };
+        assert!(refused(2).await, "another meter");
+        // The step is over, and then the transfer; the key is recorded, and another transfer of the same key brings another one.
+        field.report(&field.island.head_end, field.title(0), id, step, ReportedAnswer::Nothing).await;
+        assert!(refused(1).await);
+        field.service.withdraw(&field.island.head_end, field.request(), vec![(field.title(0), id)], String::new()).await.unwrap();
+        assert_eq!(field.transfer(0, None).await, Outcome::Probed);
+        let (_, next) = deliver().await;
+        assert!(next != argument && refused(1).await);
+        command(&field.island.island, &field.island.head_end, &hex::encode(request(&next)), &[1]).await.remove(0).unwrap();
     }
 
     async fn frames_alone_are_never_refused_for_a_lease(island) {

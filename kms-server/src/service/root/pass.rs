@@ -370,7 +370,7 @@ impl RootService {
                     let tasks = store.task_page(id, TaskFilter::All, meter, TASKS).await?;
                     let Some(last) = tasks.last() else { break };
                     meter = Some(last.key.meter);
-                    if tasks.iter().any(|task| key.seal_task(id, task.key.meter, task.wave) != task.mark) {
+                    if tasks.iter().any(|task| ![task.mark_by(&key), task.former_mark_by(&key)].contains(&task.mark)) {
                         return Ok(true);
                     }
                 }

@@ -14,7 +14,7 @@ use kms_dlms::{
 use kms_domain::{Group, GroupId, KeyPair, KeyType, KeyVersionNumber, Meter, Owner, SecuritySetupId, Slots, Stage, SystemTitle, Transfer};
 use kms_hsm::{FrameInput, FrameKeys, FrameParameters, KeySource, ProtectedFrame, TransferJob};
 
-use super::{Decided, DecidedStep, Delivery, NextStep, Sending, SendingKind, StepAnswer, TransferService};
+use super::{Brought, Decided, DecidedStep, Delivery, NextStep, Sending, SendingKind, StepAnswer, TransferService};
 use crate::{error::ServiceError, island::Island, service::grant::source};
 
 impl TransferService {
@@ -47,6 +47,25 @@ impl TransferService {
             answer.next = sending.map(|sending| NextStep::Send(Box::new(sending)));
         }
         Ok(answers)
+    }
+
+    /// The `key_transfer` requests that head-ends cipher by themselves in the present steps of these meters' transfers.
+    ///
+    /// # Errors
+    /// HSM or database. A meter whose key cannot be wrapped is left out.
+    pub(in crate::service) async fn brought(&self, meters: impl Iterator<Item = SystemTitle>) -> Result<HashMap<SystemTitle, Brought>, ServiceError> {
+        let ciphered_outside = |meter: &Arc<Meter>| meter.transfer.as_ref().is_some_and(|transfer| transfer.stage == Stage::Deliver { pair: None });
+        let meters = self.meters(meters).await?.into_values().filter(ciphered_outside);
+        let decided: Vec<Decided> = meters.map(|meter| (meter.title, Ok(DecidedStep::going_on(meter)))).collect();
+        let groups = self.groups(&decided).await?;
+        let steps = decided.iter().filter_map(|(_, step)| step.as_ref().ok());
+        let plans: Vec<Plan> = steps.filter_map(|step| Plan::of(&self.island, &step.meter, &groups).ok()).filter(|plan| plan.wrap.is_some()).collect();
+        let wrapped = self.island.hsm.wrap_for_meters(plans.iter().filter_map(|plan| plan.wrap.clone()).collect()).await?;
+        let brought = plans.iter().zip(wrapped).filter_map(|(plan, wrapped)| {
+            let request = KeyTransfer::new(plan.key_id?, &wrapped.ok()?).ok()?.action_request(plan.transfer.setup, INVOKE_ID);
+            Some((plan.meter, Brought { transfer: plan.transfer.id, step: plan.transfer.step, request }))
+        });
+        Ok(brought.collect())
     }
 
     /// Three rounds, each one item in the HSM's queue: keys wrapped for meters, answers to challenges, frames.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use kms_dlms::{
     ActionResponse, ActionResult, AssociationResponse, Challenge, CipheredApdu, CipheredTag, ExceptionResponse, HlsGmac, InitiateResponse, KeySet, Nonce,
-    ServiceError as DlmsServiceError,
+    ServiceError as DlmsServiceError, resembles_request,
 };
 use kms_domain::{KeyPair, KeyType, Meter, Observation, Stage, Transfer};
 use kms_hsm::{FrameKeys, FrameParameters, HsmError, ProtectedFrame};
@@ -13,7 +13,7 @@ use super::{
     Report, ReportedAnswer, TransferService,
     emit::{INVOKE_ID, pair_keys},
 };
-use crate::{error::ServiceError, service::frame::resembles_request};
+use crate::error::ServiceError;
 
 /// What was read in one report.
 #[derive(Clone, Debug)]
@@ -114,8 +114,7 @@ impl Reading {
     }
 
     fn try_begin(meter: &Meter, transfer: &Transfer, octets: &[u8]) -> Result<Self, Observation> {
-        let pairs = meter.pairs(transfer.setup, None);
-        let pair = transfer.pair().or_else(|| pairs.first().copied()).ok_or(Observation::Nothing)?;
+        let pair = transfer.pair().or_else(|| meter.pairs(transfer.setup, None).first().copied()).ok_or(Observation::Nothing)?;
         let keys = pair_keys(meter, transfer.setup, pair).map_err(|_| Observation::Nothing)?;
         match &transfer.stage {
             Stage::Associate { challenge, .. } => {

@@ -62,7 +62,7 @@ impl Led {
 
     async fn tasks_of(service: &CampaignService, head_end: &Caller, count: usize) -> Vec<v1::Task> {
         let mut tasks = Vec::new();
-        let leased = tokio::time::timeout(Duration::from_secs(30), async {
+        let leased = tokio::time::timeout(Duration::from_secs(300), async {
             while tasks.len() < count {
                 tasks.extend(service.lease(head_end, lease(100)).await.unwrap());
             }

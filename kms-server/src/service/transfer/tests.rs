@@ -34,7 +34,7 @@ use crate::{
 /// An island with simulated meters, set up with the keys that their vendor shipped.
 pub(in crate::service) struct Field {
     pub(in crate::service) island: TestIsland,
-    pub(super) service: TransferService,
+    pub(in crate::service) service: TransferService,
     pub(in crate::service) meters: Vec<Meter>,
     configs: Vec<MeterConfig>,
     requests: std::cell::Cell<u32>,
@@ -73,14 +73,17 @@ impl Field {
                 let device: Device = serde_json::from_value(line).unwrap();
                 let mut setup = device.security_setups.into_iter().next().unwrap();
                 edit(&mut setup);
-                MeterConfig::ordinary(device.system_title, device.security_suite, setup)
+                let mut config = MeterConfig::ordinary(device.system_title, device.security_suite, setup);
+                // Tests count associations. What a challenge brings that could be a request, they choose by themselves.
+                config.challenges.answerable = true;
+                config
             })
             .collect();
         let meters = configs.iter().map(|config| Meter::new(config.clone()).unwrap()).collect();
         Self { service: TransferService::new(island.island.clone()), island, meters, configs, requests: std::cell::Cell::new(0) }
     }
 
-    pub(super) fn request(&self) -> RequestId {
+    pub(in crate::service) fn request(&self) -> RequestId {
         self.requests.set(self.requests.get() + 1);
         let mut octets = [7; 16];
         octets[..4].copy_from_slice(&self.requests.get().to_be_bytes());
@@ -102,7 +105,7 @@ impl Field {
         steps.remove(0)
     }
 
-    pub(super) async fn report(&self, caller: &Caller, meter: SystemTitle, id: TransferId, step: u32, answer: ReportedAnswer) -> StepAnswer {
+    pub(in crate::service) async fn report(&self, caller: &Caller, meter: SystemTitle, id: TransferId, step: u32, answer: ReportedAnswer) -> StepAnswer {
         let (mut steps, _) = self.service.proceed(caller, vec![Report { meter, id, step, answer }]).await.unwrap();
         steps.remove(0)
     }
@@ -206,6 +209,18 @@ impl Field {
         TransferJob { kek: source(KeyType::KEK, kek), key: source(key_type, version) }
     }
 
+    /// What the record says of steps and outcomes.
+    async fn transfer_events(&self) -> Vec<String> {
+        let filter = AuditFilter { kind: Some(31), ..AuditFilter::default() };
+        let rows = self.island.island.store.audit_page(&filter, None, 1_000).await.unwrap();
+        let records = rows.iter().map(|row| AuditRecord::decode(row.record.record.as_slice()).unwrap().event);
+        let advances = records.flat_map(|event| match event {
+            Some(Event::TransfersAdvanced(event)) => event.advances,
+            _ => Vec::new(),
+        });
+        advances.map(|advance| advance.event).collect()
+    }
+
     /// Those about meters.
     pub(in crate::service) async fn security_events(&self) -> Vec<String> {
         let filter = AuditFilter { kind: Some(24), ..AuditFilter::default() };
@@ -254,6 +269,7 @@ impl Field {
         let alike = config.security_setups[0].guek == self.configs[number].security_setups[0].guek;
         // Its own counter is far ahead: none of its answers is left aside only because it is an old one.
         config.security_setups[0].server_counter = 1_000;
+        config.challenges.seed = !config.challenges.seed;
         let double = Meter::new(config).unwrap();
         let doubles_keys = || double.keys_for_inspection(Obis::SECURITY_SETUP).unwrap();
         let shipped = doubles_keys();
@@ -314,9 +330,7 @@ impl Field {
             step = self.report(&self.island.head_end, step.meter, id, present, ReportedAnswer::Apdu(reported)).await;
             let after = self.row(number).await;
             assert_eq!(shown(&after), shown(&before), "{case}");
-            // A challenge that could be a request is refused whoever made it, and asked for anew: one in a hundred is.
-            let retries = |row: &kms_domain::Meter| row.transfer.as_ref().map_or(0, |transfer| transfer.retries);
-            told = sending.kind != SendingKind::Associate || retries(&after) <= retries(&before);
+            told = true;
             let counted = after.transfer.is_some_and(|transfer| matches!(transfer.answer, Answer::Accepted | Answer::Refused(_)));
             assert!(at != DELIVER || !counted, "{case}");
             assert!(matches!(&step.next, Ok(NextStep::Send(_) | NextStep::End { outcome: Outcome::InDoubt, .. })), "{case}: {:?}", step.next);
@@ -521,6 +535,16 @@ pub(super) fn at_association(number: u64, fault: Fault) -> ScriptedFault {
 
 /// A KEK is changed by campaigns only; here a policy lets the head-end do it.
 fn permit_master_keys(island: &TestIsland) {
+    permit(island, r#"action in [Action::"transferMasterKey", Action::"attestKey"]"#);
+}
+
+/// Whoever a meter is assigned to may order what no shipped policy permits.
+fn permit_urgent(island: &TestIsland) {
+    permit(island, r#"action == Action::"transferKey""#);
+}
+
+/// The shipped policies, and one more for head-ends and their meters.
+fn permit(island: &TestIsland, action: &str) {
     let policies = concat!(env!("CARGO_MANIFEST_DIR"), "/../policies");
     let mut files: Vec<_> = std::fs::read_dir(policies)
         .unwrap()
@@ -528,9 +552,8 @@ fn permit_master_keys(island: &TestIsland) {
         .filter(|path| path.extension().is_some_and(|extension| extension == "cedar"))
         .map(|path| (path.clone(), std::fs::read_to_string(path).unwrap()))
         .collect();
-    let more = r#"permit (principal is HeadEnd, action in [Action::"transferMasterKey", Action::"attestKey"], resource)
-        when { resource has head_end && resource.head_end == principal };"#;
-    files.push(("more.cedar".into(), more.to_owned()));
+    let more = format!("permit (principal is HeadEnd, {action}, resource) when {{ resource has head_end && resource.head_end == principal }};");
+    files.push(("more.cedar".into(), more));
     island.island.policy.store(std::sync::Arc::new(crate::authz::Policy::from_files(files, (Quotas::FILE.into(), Quotas::SHIPPED.to_owned())).unwrap()));
 }
 
@@ -680,7 +703,7 @@ island_tests! {
         assert_eq!(slot.version(KeyVersionNumber::FIRST).unwrap().state(), KeyState::Deactivated);
         assert!(field.security_events().await.contains(&"earlier-key-held".to_owned()));
         field.assert_not_lost(0).await;
-        assert_eq!(field.carry_out(0, Order { urgent: true, ..order(field.title(0), Some(KeyType::GUEK)) }).await, Outcome::Proven);
+        assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven, "it is known what it holds: nothing urgent");
         assert_eq!(field.held(0, KeyType::GUEK).await, 3);
         field.compare(0).await;
         field.assert_no_nonce_twice();
@@ -777,7 +800,35 @@ island_tests! {
         field.assert_no_nonce_twice();
     }
 
+    async fn urgent_transfers_are_for_policy_to_permit_and_bounded(island) {
+        let field = Field::new(island, "generic-suite0", 1).await;
+        let candidates = |row: &kms_domain::Meter| row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().candidates().count();
+        let urgent = || Order { urgent: true, form: TransferForm::WrappedKey, lifetime_seconds: 1, ..order(field.title(0), Some(KeyType::GUEK)) };
+        assert!(matches!(field.begin(urgent()).await.next, Err(ServiceError::PermissionDenied { .. })));
+        permit_urgent(&field.island);
+        // Each leaves at once, and nothing comes back.
+        for made in 2..=kms_domain::MOST_CANDIDATES {
+            let step = field.begin(urgent()).await;
+            let (id, _) = step.transfer.unwrap();
+            assert!(matches!(step.next, Ok(NextStep::Send(_))), "{:?}", step.next);
+            field.service.withdraw(&field.island.head_end, field.request(), vec![(field.title(0), id)], String::new()).await.unwrap();
+            assert_eq!(candidates(&field.row(0).await), made);
+        }
+        let before = field.row(0).await;
+        match field.begin(urgent()).await.next {
+            Err(ServiceError::FailedPrecondition { reason, next_step }) => assert!(reason.contains('8') && next_step.contains("probe"), "{reason}; {next_step}"),
+            other => panic!("{other:?}"),
+        }
+        // I3: none was dropped for it, and the way out is a probe.
+        assert_eq!(field.row(0).await, before);
+        assert_eq!(field.transfer(0, None).await, Outcome::Probed);
+        assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
+        field.assert_not_lost(0).await;
+        field.assert_no_nonce_twice();
+    }
+
     async fn a_second_urgent_rotation_in_doubt_makes_three_candidates(island) {
+        permit_urgent(&island);
         let field = Field::new(island, "generic-suite0", 1).await;
         let candidates = |row: &kms_domain::Meter| row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().candidates().count();
         // The first new key arrives and nothing comes back any more; then the second is lost on its way.
@@ -799,6 +850,40 @@ island_tests! {
         assert_eq!(candidates(&row), 3);
         field.assert_not_lost(0).await;
         field.assert_no_nonce_twice();
+    }
+
+    /// A challenge that could be a request is no answer of other keys: it costs another association, and nothing else.
+    async fn a_challenge_that_could_be_a_request_is_asked_for_anew(island) {
+        let field = Field::new(island, "generic-suite0", meter_sim::REQUESTS.len() as u64).await;
+        for (number, first) in meter_sim::REQUESTS.into_iter().enumerate() {
+            let meter = &field.meters[number];
+            let (refused, answerable) = (|| vec![first, 1, 1], || vec![b'A']);
+            // At the opening and at the proof.
+            meter.choose_challenges([refused(), answerable(), refused(), refused(), answerable()]);
+            assert_eq!(field.transfer(number, Some(KeyType::GUEK)).await, Outcome::Proven, "{first:02X}");
+            assert_eq!((meter.association_requests(), field.held(number, KeyType::GUEK).await), (5, 2), "{first:02X}");
+            // At every association that a transfer bears.
+            let most = usize::try_from(kms_domain::MOST_UNFIT).unwrap();
+            meter.choose_challenges(std::iter::repeat_with(refused).take(most).chain([answerable()]));
+            meter.choose_challenges(std::iter::repeat_with(refused).take(most));
+            assert_eq!(field.transfer(number, Some(KeyType::GAK)).await, Outcome::Proven, "{first:02X}");
+            assert_eq!(meter.association_requests(), 5 + 2 * (u64::from(kms_domain::MOST_UNFIT) + 1), "{first:02X}");
+            field.compare(number).await;
+            // A meter that sends nothing else counts as silent in the end, and what is known of its keys stays.
+            let before = field.row(number).await;
+            // Under its own keys only it sends any.
+            meter.choose_challenges(std::iter::repeat_with(refused).take(most + 1));
+            assert_eq!(field.transfer(number, None).await, Outcome::InDoubt, "{first:02X}");
+            assert_eq!(shown(&field.row(number).await), shown(&before), "{first:02X}");
+            assert_eq!(field.transfer(number, None).await, Outcome::Probed, "{first:02X}");
+        }
+        // I4: the counters of associations that led nowhere are spent.
+        field.assert_no_nonce_twice();
+        // The probe has tried the former keys, too, whose counters the meter has gone on with.
+        assert!(field.security_events().await.iter().all(|event| event == "counter-followed"));
+        let events = field.transfer_events().await;
+        let again = events.iter().filter(|event| *event == "associate-again").count();
+        assert_eq!(again, meter_sim::REQUESTS.len() * (3 + 3 * usize::try_from(kms_domain::MOST_UNFIT).unwrap()));
     }
 
     async fn a_compromised_version_is_granted_to_nobody_and_the_meter_is_not_lost(island) {

@@ -535,11 +535,11 @@ const INSERT_TASKS: &str = concat!(
     " WHERE true ON CONFLICT (campaign, meter) DO NOTHING"
 );
 
-/// Wave, vendor and mark stay.
+/// Wave and vendor stay.
 const UPDATE_TASKS: &str = concat!(
     "UPDATE task SET generation = v.generation, head_end = v.head_end, setup = v.setup, key_type = v.key_type, from_version = v.from_version, ",
     "state = v.state, probe = v.probe, attempts = v.attempts, due_ms = v.due_ms, fence = v.fence, leased_ms = v.leased_ms, ended_ms = v.ended_ms, ",
-    "reason = v.reason FROM (SELECT ",
+    "reason = v.reason, mark = v.mark FROM (SELECT ",
     octets!(0, 1),
     " AS campaign, ",
     int!(2),
@@ -569,7 +569,9 @@ const UPDATE_TASKS: &str = concat!(
     int!(16),
     " AS ended_ms, ",
     text!(17),
-    " AS reason FROM ",
+    " AS reason, ",
+    octets!(18, 19),
+    " AS mark FROM ",
     rows!(),
     ") AS v WHERE task.campaign = v.campaign AND task.meter = v.meter AND task.generation = v.generation - 1 AND task.fence <= v.fence"
 );
