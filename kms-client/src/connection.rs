@@ -77,6 +77,11 @@ impl Connection {
         Self { channel }
     }
 
+    /// The channel, for calls that no client here makes.
+    pub fn channel(&self) -> Channel {
+        self.channel.clone()
+    }
+
     /// Session grants.
     pub fn grants(&self) -> GrantServiceClient<Channel> {
         GrantServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashSet,
+    path::PathBuf,
     sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -14,6 +15,7 @@ use kms_store::{RowKind, Store};
 use crate::{
     audit::Committer,
     authz::{Action, Caller, Policy, PrincipalFacts, Resource},
+    bounds::Limits,
     error::ServiceError,
     profiles::Profiles,
     telemetry::Repetition,
@@ -33,6 +35,10 @@ pub struct Island {
     pub profiles: Profiles,
     /// Its one writer in this process.
     pub committer: Committer,
+    /// The bounds of this server.
+    pub limits: Arc<Limits>,
+    /// Where the embedded database keeps its file, beside the log; none where the database is elsewhere.
+    pub disk: Option<PathBuf>,
     /// The key of key fingerprints.
     pub fingerprint_key: FingerprintKey,
     /// Held while the row is read anew and its roots are put to use; knows what of them was complained about last.

@@ -6,8 +6,10 @@
 pub mod api;
 pub mod audit;
 pub mod authz;
+pub mod bounds;
 pub mod command_line;
 pub mod config;
+mod descriptors;
 pub mod dev;
 pub mod error;
 mod files;

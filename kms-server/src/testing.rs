@@ -550,6 +550,8 @@ async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: 
         policy: arc_swap::ArcSwap::from_pointee(Policy::load(None).unwrap()),
         profiles: Profiles::load(Some(&profiles())).unwrap(),
         committer,
+        limits: Arc::default(),
+        disk: None,
         fingerprint_key,
         refreshing: tokio::sync::Mutex::default(),
     }

@@ -8,7 +8,7 @@
 //! | `NotFound` | NOT_FOUND | `ErrorInfo` |
 //! | `FailedPrecondition` | FAILED_PRECONDITION | `PreconditionFailure`, `ErrorInfo` with metadata `next_step` |
 //! | `Aborted` | ABORTED | `ErrorInfo` with metadata `next_step` |
-//! | `ResourceExhausted`, `Unavailable` | the same | `RetryInfo`, `ErrorInfo` |
+//! | `ResourceExhausted`, `Unavailable` | the same | `RetryInfo` where time helps, `ErrorInfo` |
 //! | `Internal` | INTERNAL | none: the text stays in the server's log |
 
 use tonic::{Code, Status};
@@ -37,7 +37,10 @@ impl From<ServiceError> for Status {
             ServiceError::Aborted { next_step, .. } => info("OVERTAKEN", vec![("next_step", next_step)]),
             ServiceError::ResourceExhausted { retry_after, .. } => {
                 let mut details = info("EXHAUSTED", Vec::new());
-                details.set_retry_info(Some(retry_after));
+                // Zero: time does not help.
+                if !retry_after.is_zero() {
+                    details.set_retry_info(Some(retry_after));
+                }
                 details
             }
             ServiceError::Unavailable { retry_after, .. } => {
