@@ -146,8 +146,14 @@ bounds! {
         "Requests that are not answered yet: so a connection holds this and its HTTP/2 window of 512 KiB, however many calls it begins";
     RequestOctetsPerPrincipal request_octets_per_principal = 16 << 20, 4 << 20 => 1 << 30, "octets", Principal,
         "The same over all connections of a principal: more connections are not more memory";
+    AnswerStreamsPerPrincipal answer_streams_per_principal = 64, 1 => 65_536, "calls", Principal,
+        "Calls that are answered by a stream: each holds up to three parts of its answer, 1.5 MiB, for a caller that reads slowly or not at all";
     RequestOctets request_octets = 256 << 20, 16 << 20 => 16 << 30, "octets", Server,
         "The same over all principals: many of them together do not fill the memory either";
+    ActsWaitingPerPrincipal acts_waiting_per_principal = 1_024, 16 => 65_536, "acts", Principal,
+        "Acts that wait for the writer: a head-end with 256 calls on each of four connections has that many";
+    MetersInFlightPerPrincipal meters_in_flight_per_principal = 50_000, 10_000 => 1_000_000, "meters", Principal,
+        "Meters that the waiting acts name: five calls of the largest size. Who floods waits for their own calls";
     UploadsPerPrincipal uploads_per_principal = 16, 1 => 1_024, "files", Principal,
         "Shipments that are uploaded and not imported yet, on all servers: counted in the transaction that adds one";
     SpoolOctetsPerPrincipal spool_octets_per_principal = 4 << 30, 1 << 20 => 1 << 40, "octets", Principal,

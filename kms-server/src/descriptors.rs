@@ -44,14 +44,13 @@ fn shares(limits: &Limits, allowed: u64, in_use: u64) -> Result<Limits, String> 
     }
     let handshakes = limits.handshakes.min(available / 4);
     let connections = limits.connections.min(available - handshakes);
-    // One principal or address has no greater part of fewer places.
-    let part = |of: u64, whole: u64, now: u64| (of.saturating_mul(now) / whole.max(1)).clamp(1, now);
+    // Fewer places are still those of several principals and addresses.
     Ok(Limits {
         handshakes,
         connections,
-        connections_per_principal: part(limits.connections_per_principal, limits.connections, connections),
-        connections_per_address: part(limits.connections_per_address, limits.connections, connections),
-        handshakes_per_address: part(limits.handshakes_per_address, limits.handshakes, handshakes),
+        connections_per_principal: limits.connections_per_principal.min((connections / 8).max(1)),
+        connections_per_address: limits.connections_per_address.min(connections / 2),
+        handshakes_per_address: limits.handshakes_per_address.min((handshakes / 4).max(1)),
         ..limits.clone()
     })
 }
@@ -71,8 +70,8 @@ mod tests {
         assert_eq!(shares(&limits, 1 << 20, 50).unwrap(), limits);
         let few = shares(&limits, 1_024, 50).unwrap();
         assert_eq!(few.handshakes + few.connections + 50 + limits.descriptors_reserve, 1_024);
-        assert!(few.connections_per_principal < limits.connections_per_principal && few.connections_per_principal * 8 < few.connections, "{few:?}");
-        assert!(few.handshakes_per_address * 2 < few.handshakes, "{few:?}");
+        assert!(few.connections_per_principal * 8 <= few.connections && few.connections_per_address * 2 <= few.connections, "{few:?}");
+        assert!(few.handshakes_per_address * 4 <= few.handshakes, "{few:?}");
         let least = shares(&limits, 50 + limits.descriptors_reserve + FEWEST, 50).unwrap();
         assert!(least.handshakes >= 4 && least.connections_per_principal >= 1, "{least:?}");
         let refusal = shares(&limits, 50 + limits.descriptors_reserve + FEWEST - 1, 50).unwrap_err();

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kms_domain::PrincipalId;
 use tokio::sync::oneshot;
 
-use super::intake::Held;
+use super::intake::PrincipalUse;
 use crate::bounds::{Bound, Limits};
 
 /// The places of a listener.
@@ -39,7 +39,7 @@ struct Waiting {
 #[derive(Default)]
 struct Share {
     connections: u64,
-    held: Arc<Held>,
+    usage: Arc<PrincipalUse>,
 }
 
 /// An IPv4 address, or the /64 of an IPv6 address: what one subscriber has.
@@ -158,11 +158,11 @@ impl HandshakePlace {
         }
     }
 
-    /// A place for the connection of a principal, and the count of octets that its connections share.
+    /// A place for the connection of a principal, and what is counted over all its connections.
     ///
     /// # Errors
     /// The bound that is met.
-    pub(super) fn connection(&self, principal: &PrincipalId) -> Result<(ConnectionPlace, Arc<Held>), Bound> {
+    pub(super) fn connection(&self, principal: &PrincipalId) -> Result<(ConnectionPlace, Arc<PrincipalUse>), Bound> {
         let limits = &self.doorway.limits;
         let mut places = self.doorway.places();
         let bound = if places.principals.get(principal).is_some_and(|share| share.connections >= limits.connections_per_principal) {
@@ -180,8 +180,8 @@ impl HandshakePlace {
         *places.addresses.entry(self.network).or_default() += 1;
         let share = places.principals.entry(principal.clone()).or_default();
         share.connections += 1;
-        let held = Arc::clone(&share.held);
-        Ok((ConnectionPlace { doorway: Arc::clone(&self.doorway), network: self.network, principal: principal.clone() }, held))
+        let usage = Arc::clone(&share.usage);
+        Ok((ConnectionPlace { doorway: Arc::clone(&self.doorway), network: self.network, principal: principal.clone() }, usage))
     }
 }
 

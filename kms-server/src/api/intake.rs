@@ -31,37 +31,44 @@ use crate::bounds::{Bound, Limits};
 use crate::error::ServiceError;
 use crate::island::{Island, principal_row};
 
-/// Octets of requests that are not answered yet, of one connection, principal or server.
+/// What one connection, principal or server holds: octets of requests that are not answered yet, or calls.
 #[derive(Debug, Default)]
 pub(crate) struct Held(AtomicU64);
 
 impl Held {
-    fn take(&self, octets: u64, most: u64) -> bool {
-        let before = self.0.fetch_add(octets, Ordering::Relaxed);
-        let fits = before.saturating_add(octets) <= most;
+    fn take(&self, number: u64, most: u64) -> bool {
+        let before = self.0.fetch_add(number, Ordering::Relaxed);
+        let fits = before.saturating_add(number) <= most;
         if !fits {
-            self.0.fetch_sub(octets, Ordering::Relaxed);
+            self.0.fetch_sub(number, Ordering::Relaxed);
         }
         fits
     }
 
-    fn give_back(&self, octets: u64) {
-        self.0.fetch_sub(octets, Ordering::Relaxed);
+    fn give_back(&self, number: u64) {
+        self.0.fetch_sub(number, Ordering::Relaxed);
     }
+}
+
+/// What is counted over all connections of a principal.
+#[derive(Debug, Default)]
+pub(crate) struct PrincipalUse {
+    octets: Held,
+    answer_streams: Held,
 }
 
 /// What is counted of a connection, and the way to end it.
 #[derive(Debug, Default)]
 pub struct ConnectionUse {
     held: Held,
-    principal: Arc<Held>,
+    principal: Arc<PrincipalUse>,
     cut: AtomicBool,
     waker: AtomicWaker,
 }
 
 impl ConnectionUse {
     /// Of a connection of a principal, whose connections share `principal`.
-    pub(super) fn new(principal: Arc<Held>) -> Self {
+    pub(super) fn new(principal: Arc<PrincipalUse>) -> Self {
         Self { principal, ..Self::default() }
     }
 
@@ -89,7 +96,7 @@ struct Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         self.connection.held.give_back(self.octets);
-        self.connection.principal.give_back(self.octets);
+        self.connection.principal.octets.give_back(self.octets);
         self.server.give_back(self.octets);
     }
 }
@@ -118,8 +125,15 @@ impl Intake {
     /// Receives the request, has the service answer it, and ends the connection of a caller that is nobody any more. Without an island, the
     /// caller is not looked at: for health and reflection.
     pub(crate) async fn serve(self, request: http::Request<Body>, island: Option<Arc<Island>>, mut routes: Routes) -> http::Response<Body> {
-        let connection = request.extensions().get::<Peer>().map(|peer| Arc::clone(&peer.usage)).unwrap_or_default();
-        let answer = match self.receive(request, island.as_deref(), &connection).await {
+        let peer = request.extensions().get::<Peer>();
+        let certificate = peer.map(|peer| peer.certificate.sha256);
+        let connection = peer.map(|peer| Arc::clone(&peer.usage)).unwrap_or_default();
+        let streams = methods::of(request.uri().path()).is_some_and(|method| method.answers_stream);
+        let mut place = None;
+        let answer = match self.receive(request, island.as_deref(), &connection).await.and_then(|received| {
+            place = streams.then(|| self.answer_stream(&connection)).transpose()?;
+            Ok(received)
+        }) {
             Ok((request, reserved)) => {
                 let answer: Result<_, Infallible> = routes.call(request).await;
                 drop(reserved);
@@ -131,9 +145,27 @@ impl Intake {
             Err(refusal) => refusal.into_http(),
         };
         if answer.headers().get("grpc-status").is_some_and(|status| status == UNAUTHENTICATED) {
+            // Also where the use case found it out: the next connection is not to be believed either.
+            if let Some(certificate) = certificate {
+                let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+                if known.get(&certificate).is_some_and(|known| known.accepted) {
+                    known.remove(&certificate);
+                }
+            }
             connection.cut();
         }
-        answer
+        match place {
+            Some(place) => answer.map(|body| Body::new(Answer { body, _place: place })),
+            None => answer,
+        }
+    }
+
+    fn answer_stream(&self, connection: &ConnectionUse) -> Result<AnswerPlace, Status> {
+        let principal = Arc::clone(&connection.principal);
+        if !principal.answer_streams.take(1, self.limits.answer_streams_per_principal) {
+            return Err(self.met(Bound::AnswerStreamsPerPrincipal, "too many calls are being answered", COME_BACK));
+        }
+        Ok(AnswerPlace(principal))
     }
 
     async fn receive(
@@ -151,8 +183,10 @@ impl Intake {
             return Ok((http::Request::from_parts(parts, Body::empty()), None));
         };
         let headers = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len() + HEADER_COST).sum::<usize>() + parts.uri.path().len();
-        let reserved = self.reserve(connection, wide(headers))?;
+        let mut reserved = self.reserve(connection, wide(headers))?;
         if method.streaming {
+            // What its service collects between messages: of an upload, a piece of 1 MiB.
+            reserved.join(self.reserve(connection, self.limits.of(method.message) / 2)?);
             let messages = Messages::new(self.clone(), Arc::clone(connection), method, body);
             return Ok((http::Request::from_parts(parts, Body::new(messages)), Some(reserved)));
         }
@@ -214,13 +248,13 @@ impl Intake {
         if !connection.held.take(octets, self.limits.request_octets_per_connection) {
             return Err(refuse(Bound::RequestOctetsPerConnection));
         }
-        if !connection.principal.take(octets, self.limits.request_octets_per_principal) {
+        if !connection.principal.octets.take(octets, self.limits.request_octets_per_principal) {
             connection.held.give_back(octets);
             return Err(refuse(Bound::RequestOctetsPerPrincipal));
         }
         if !self.server.take(octets, self.limits.request_octets) {
             connection.held.give_back(octets);
-            connection.principal.give_back(octets);
+            connection.principal.octets.give_back(octets);
             return Err(refuse(Bound::RequestOctets));
         }
         Ok(Reservation { connection: Arc::clone(connection), server: Arc::clone(&self.server), octets })
@@ -287,6 +321,38 @@ impl Message<'_> {
 impl Reservation {
     fn join(&mut self, mut other: Self) {
         self.octets = self.octets.saturating_add(std::mem::take(&mut other.octets));
+    }
+}
+
+/// A place among the calls that are answered by a stream.
+struct AnswerPlace(Arc<PrincipalUse>);
+
+impl Drop for AnswerPlace {
+    fn drop(&mut self) {
+        self.0.answer_streams.give_back(1);
+    }
+}
+
+/// An answer that holds its place until it has ended.
+struct Answer {
+    body: Body,
+    _place: AnswerPlace,
+}
+
+impl http_body::Body for Answer {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 
@@ -419,3 +485,118 @@ const COME_BACK: Duration = Duration::from_secs(1);
 const KNOWN_FOR: Duration = Duration::from_secs(1);
 /// Certificates that are remembered.
 const MOST_KNOWN: usize = 4_096;
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use super::*;
+
+    /// Frames, then the end; or, without one, nothing more.
+    struct Frames {
+        octets: VecDeque<Vec<u8>>,
+        ends: bool,
+    }
+
+    impl http_body::Body for Frames {
+        type Data = Bytes;
+        type Error = Status;
+
+        fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+            match self.octets.pop_front() {
+                Some(octets) => Poll::Ready(Some(Ok(Frame::data(octets.into())))),
+                None if self.ends => Poll::Ready(None),
+                None => Poll::Pending,
+            }
+        }
+    }
+
+    fn frames(octets: &[&[u8]], ends: bool) -> Body {
+        Body::new(Frames { octets: octets.iter().map(|octets| octets.to_vec()).collect(), ends })
+    }
+
+    fn message(announced: u32, sent: usize) -> Vec<u8> {
+        let mut octets = vec![0];
+        octets.extend(announced.to_be_bytes());
+        octets.resize(PREFIX + sent, 7);
+        octets
+    }
+
+    fn request(path: &str, body: Body) -> http::Request<Body> {
+        http::Request::post(format!("https://kms/{path}")).body(body).unwrap()
+    }
+
+    async fn octets(mut body: Body) -> Result<Vec<u8>, Status> {
+        let mut octets = Vec::new();
+        while let Some(frame) = std::future::poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
+            octets.extend(frame?.into_data().unwrap_or_default());
+        }
+        Ok(octets)
+    }
+
+    const OPEN: &str = "meterkms.v1.GrantService/OpenSession";
+    const UPLOAD: &str = "meterkms.v1.ShipmentService/UploadShipment";
+
+    #[tokio::test]
+    async fn a_message_comes_whole_however_it_is_cut_and_counts_until_it_is_answered() {
+        let (intake, connection) = (Intake::new(Arc::default()), Arc::new(ConnectionUse::default()));
+        let whole = message(300, 300);
+        for cut in [1, 4, 5, 6, 304] {
+            let (first, second) = whole.split_at(cut);
+            let (taken, reserved) = intake.receive(request(OPEN, frames(&[first, &[], second], true)), None, &connection).await.unwrap();
+            assert_eq!(octets(taken.into_body()).await.unwrap(), whole, "cut at {cut}");
+            let held = intake.server.0.load(Ordering::Relaxed);
+            assert!((305..400).contains(&held), "{held}");
+            drop(reserved);
+            assert_eq!(intake.server.0.load(Ordering::Relaxed), 0);
+        }
+        for (body, expected) in [
+            (frames(&[&message(16_385, 0)], false), "`message_octets`"),
+            (frames(&[&message(3, 4)], false), "octets follow"),
+            (frames(&[&[1, 0, 0, 0, 1, 7]], true), "compressed"),
+        ] {
+            let refused = intake.receive(request(OPEN, body), None, &connection).await.err().unwrap();
+            assert!(refused.message().contains(expected), "{refused}");
+        }
+        assert_eq!(intake.server.0.load(Ordering::Relaxed), 0, "a refusal gives everything back");
+    }
+
+    #[tokio::test]
+    async fn each_message_of_a_stream_has_its_bound_and_counts_alone() {
+        let (intake, connection) = (Intake::new(Arc::default()), Arc::new(ConnectionUse::default()));
+        let pieces: Vec<Vec<u8>> = (0..20).map(|_| message(1 << 20, 1 << 20)).collect();
+        let all = pieces.concat();
+        let body = Body::new(Frames { octets: all.chunks(300_001).map(<[u8]>::to_vec).collect(), ends: true });
+        let (taken, reserved) = intake.receive(request(UPLOAD, body), None, &connection).await.unwrap();
+        // 20 MiB in all, and 4 MiB for the connection.
+        assert_eq!(octets(taken.into_body()).await.unwrap(), all);
+        drop(reserved);
+        assert_eq!(intake.server.0.load(Ordering::Relaxed), 0);
+        let (taken, _) = intake.receive(request(UPLOAD, frames(&[&message(3, 3), &message(3 << 20, 1)], true)), None, &connection).await.unwrap();
+        let refused = octets(taken.into_body()).await.unwrap_err();
+        assert!(refused.code() == tonic::Code::ResourceExhausted && refused.message().contains("`large_message_octets`"), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn requests_that_are_not_answered_have_a_bound_for_each_connection_and_principal() {
+        let limits = Limits { request_octets_per_connection: 1_000, request_octets_per_principal: 1_500, ..Limits::default() };
+        let (intake, principal) = (Intake::new(Arc::new(limits)), Arc::new(PrincipalUse::default()));
+        let connections = [(); 2].map(|()| Arc::new(ConnectionUse::new(Arc::clone(&principal))));
+        let ask = async |connection: &Arc<ConnectionUse>, length: u32| {
+            let whole = message(length, usize::try_from(length).unwrap());
+            intake.receive(request(OPEN, frames(&[&whole], true)), None, connection).await.map(|(_, reserved)| reserved)
+        };
+        let first = ask(&connections[0], 800).await.unwrap();
+        let refused = ask(&connections[0], 800).await.unwrap_err();
+        assert!(refused.message().contains("`request_octets_per_connection`"), "{refused}");
+        let refused = ask(&connections[1], 800).await.unwrap_err();
+        assert!(refused.message().contains("`request_octets_per_principal`"), "{refused}");
+        drop(first);
+        ask(&connections[1], 800).await.unwrap();
+        let streams: Vec<AnswerPlace> = (0..64).map(|number| intake.answer_stream(&connections[number % 2]).unwrap()).collect();
+        let refused = intake.answer_stream(&connections[0]).err().unwrap();
+        assert!(refused.message().contains("`answer_streams_per_principal` is 64"), "{refused}");
+        drop(streams);
+        intake.answer_stream(&connections[0]).unwrap();
+    }
+}

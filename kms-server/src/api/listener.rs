@@ -149,8 +149,8 @@ impl Hello {
             let certificate = certificate.ok_or_else(|| TlsError::PeerCertificate { reason: "there is none".to_owned() })?;
             let certificate = Arc::new(PeerCertificate::parse(certificate)?);
             match place.connection(&certificate.principal) {
-                Ok((place, held)) => {
-                    let usage = Arc::new(ConnectionUse::new(held));
+                Ok((place, principal)) => {
+                    let usage = Arc::new(ConnectionUse::new(principal));
                     Ok(TlsConnection { stream, peer: Peer { certificate, remote: self.remote, usage }, closing: None, _place: place })
                 }
                 Err(bound) => {

@@ -14,6 +14,8 @@ pub(crate) struct Method {
     pub(crate) message: Bound,
     /// Whether the client sends a stream of messages.
     pub(crate) streaming: bool,
+    /// Whether the answer is a stream of messages.
+    pub(crate) answers_stream: bool,
 }
 
 /// The method of a path; none where this server has none such.
@@ -30,7 +32,7 @@ static METHODS: LazyLock<HashMap<String, Method>> = LazyLock::new(|| {
                 for method in &service.method {
                     let path = format!("/{}.{}/{}", file.package(), service.name(), method.name());
                     let message = bound_of(service.name(), method.name());
-                    methods.insert(path, Method { message, streaming: method.client_streaming() });
+                    methods.insert(path, Method { message, streaming: method.client_streaming(), answers_stream: method.server_streaming() });
                 }
             }
         }
@@ -69,7 +71,8 @@ mod tests {
         assert_eq!(streams.len(), 2, "{streams:?}");
         assert!(of("/meterkms.v1.ShipmentService/UploadShipment").unwrap().streaming);
         assert!(of("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo").unwrap().streaming);
-        assert_eq!(of("/grpc.health.v1.Health/Check").unwrap(), Method { message: Bound::MessageOctets, streaming: false });
+        assert_eq!(of("/grpc.health.v1.Health/Check").unwrap(), Method { message: Bound::MessageOctets, streaming: false, answers_stream: false });
+        assert!(of("/meterkms.v1.GrantService/OpenSessions").unwrap().answers_stream);
         assert_eq!(of("/meterkms.v1.GrantService/NoSuchMethod"), None);
         assert!(METHODS.len() > 60);
     }
