@@ -142,7 +142,7 @@ bounds! {
         "A program needs one for each of its processes; one certificate does not take all. Further ones end with GOAWAY and this name";
     StreamsPerConnection streams_per_connection = 256, 1 => 4_096, "calls", Connection,
         "Calls at a time (SETTINGS_MAX_CONCURRENT_STREAMS): further ones wait at the client";
-    RequestOctetsPerConnection request_octets_per_connection = 4 << 20, 4 << 20 => 256 << 20, "octets", Connection,
+    RequestOctetsPerConnection request_octets_per_connection = 8 << 20, 4 << 20 => 256 << 20, "octets", Connection,
         "Requests that are not answered yet: so a connection holds this and its HTTP/2 window of 512 KiB, however many calls it begins";
     RequestOctetsPerPrincipal request_octets_per_principal = 16 << 20, 4 << 20 => 1 << 30, "octets", Principal,
         "The same over all connections of a principal: more connections are not more memory";
@@ -292,7 +292,7 @@ mod tests {
             ("request_seconds = 0", "request_seconds: `0` is not 1 to 300 seconds"),
             ("request_secs = 5", "request_secs"),
             ("request_seconds = -1", "request_seconds"),
-            ("request_octets_per_principal = 4194304\nrequest_octets_per_connection = 8388608", "request_octets_per_principal: it is less than"),
+            ("request_octets_per_principal = 4194304", "request_octets_per_principal: it is less than"),
         ] {
             let refusal = parsed(text).unwrap_err();
             assert!(refusal.contains(expected), "{text}: {refusal}");

@@ -65,11 +65,11 @@ async fn two_connections_with_250_unfinished_requests_each_hold_little_memory() 
             tokio::spawn(async move { answered.send(unfinished(channel, PROTECT, 1_900_000, 1_000_000).await) });
         }
     }
-    // Two such messages are within 4 MiB: they are waited for, and the others are refused.
-    for _ in 0..2 * 248 {
+    // Four such messages are within 8 MiB: they are waited for, and the others are refused.
+    for _ in 0..2 * 246 {
         let status = soon(answers.recv()).await.unwrap().unwrap();
         assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
-        assert!(status.message().contains("`request_octets_per_connection` is 4194304 octets for each connection"), "{status}");
+        assert!(status.message().contains("`request_octets_per_connection` is 8388608 octets for each connection"), "{status}");
     }
     let held = server.resident_octets().saturating_sub(before);
     eprintln!("500 unfinished requests on two connections hold {} KiB", held >> 10);

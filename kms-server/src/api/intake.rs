@@ -568,7 +568,7 @@ mod tests {
         let all = pieces.concat();
         let body = Body::new(Frames { octets: all.chunks(300_001).map(<[u8]>::to_vec).collect(), ends: true });
         let (taken, reserved) = intake.receive(request(UPLOAD, body), None, &connection).await.unwrap();
-        // 20 MiB in all, and 4 MiB for the connection.
+        // 20 MiB in all, and 8 MiB for the connection.
         assert_eq!(octets(taken.into_body()).await.unwrap(), all);
         drop(reserved);
         assert_eq!(intake.server.0.load(Ordering::Relaxed), 0);

@@ -96,7 +96,7 @@ impl Listener {
                     Ok(accepted) => accepted,
                     Err(error) => {
                         // Out of file descriptors, or a client that left: neither ends the server.
-                        tracing::warn!(%error, "cannot accept a connection");
+                        refused.say(|unsaid| tracing::warn!(%error, unsaid, "cannot accept a connection"));
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                         continue;
                     }
