@@ -61,10 +61,14 @@ impl Connection {
                 let mut stream = BufReader::new(connector.connect(name, stream).await?);
                 // In TLS 1.3 a server refuses the client's certificate after the handshake. Its first frame (RFC 9113, 3.4) tells that it did not;
                 // a server that waits for ours first is not waited for.
-                if let Ok(first) = tokio::time::timeout(FIRST_FRAME_TIMEOUT, stream.fill_buf()).await
-                    && first?.is_empty()
-                {
-                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the server closed the connection at once: is it shutting down?"));
+                if let Ok(first) = tokio::time::timeout(FIRST_FRAME_TIMEOUT, stream.fill_buf()).await {
+                    let first = first?;
+                    if first.is_empty() {
+                        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the server closed the connection at once: is it shutting down?"));
+                    }
+                    if let Some(reason) = farewell(first) {
+                        return Err(io::Error::other(format!("the server does not take the connection: {reason}")));
+                    }
                 }
                 Ok::<_, io::Error>(TokioIo::new(stream))
             }
@@ -75,6 +79,11 @@ impl Connection {
     /// A connection over a channel that the caller has made.
     pub const fn over(channel: Channel) -> Self {
         Self { channel }
+    }
+
+    /// The channel, for calls that no client here makes.
+    pub fn channel(&self) -> Channel {
+        self.channel.clone()
     }
 
     /// Session grants.
@@ -146,6 +155,18 @@ impl Connection {
     pub fn hsm(&self) -> HsmServiceClient<Channel> {
         HsmServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
     }
+}
+
+/// What a server says that ends the connection with its first octets: the text of a GOAWAY frame (RFC 9113, 6.8).
+fn farewell(mut octets: &[u8]) -> Option<String> {
+    while let Some(([a, b, c, kind, ..], rest)) = octets.split_first_chunk::<9>() {
+        let (frame, next) = rest.split_at_checked(usize::try_from(u32::from_be_bytes([0, *a, *b, *c])).ok()?)?;
+        if *kind == GOAWAY {
+            return Some(String::from_utf8_lossy(frame.get(8..)?).into_owned());
+        }
+        octets = next;
+    }
+    None
 }
 
 /// Why there is no connection.
@@ -249,6 +270,8 @@ fn tls_config(profile: &Profile) -> Result<ClientConfig, ConnectError> {
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const FIRST_FRAME_TIMEOUT: Duration = Duration::from_secs(1);
+/// The type of a frame that ends the connection.
+const GOAWAY: u8 = 7;
 const KEEP_ALIVE: Duration = Duration::from_secs(30);
 /// 4 MiB: a batch of 10,000 meters is not throttled by the default of 64 KiB.
 const WINDOW: u32 = 4 << 20;

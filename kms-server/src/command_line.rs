@@ -292,12 +292,7 @@ impl Command {
                 let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() }, "certificate")?;
                 let renewed = certificate.clone().unwrap_or_else(|| config.tls.certificate.clone());
                 let issued = server::renew_certificate(&config, certificate.zip(private_key)).await?;
-                println!(
-                    "renewed `{}`: serial number {}, valid for {} days.",
-                    renewed.display(),
-                    hex::encode(&issued.serial),
-                    config.limits.server_certificate_days
-                );
+                println!("renewed `{}`: serial number {}, valid for {} days.", renewed.display(), hex::encode(&issued.serial), config.limits.server_days());
                 println!("A server that runs reads it again by itself.");
                 Ok(())
             }

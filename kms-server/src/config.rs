@@ -14,9 +14,9 @@ use kms_store::{DatabaseLocation, StoreConfig};
 use serde::{Deserialize, Deserializer, de};
 use zeroize::Zeroizing;
 
-use crate::api::listener::TransportLimits;
 use crate::api::tls::TlsFiles;
-use crate::audit::{CommitterBounds, RestoreSettings};
+use crate::audit::RestoreSettings;
+use crate::bounds::Limits;
 
 /// The configuration of one server of one island.
 #[derive(Debug, Deserialize)]
@@ -66,7 +66,7 @@ pub struct Config {
     pub telemetry: TelemetrySection,
     /// Bounds.
     #[serde(default)]
-    pub limits: LimitsSection,
+    pub limits: Limits,
 }
 
 /// Hours between two scrubs, 1 to 168.
@@ -180,6 +180,12 @@ pub enum StorageSection {
 }
 
 impl StorageSection {
+    /// The folder of the embedded database: a full disk there stops the log.
+    pub fn disk(&self) -> Option<PathBuf> {
+        let Self::Sqlite(path) = self else { return None };
+        Some(path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned())
+    }
+
     /// How the store opens it.
     ///
     /// # Errors
@@ -442,75 +448,6 @@ impl TryFrom<u16> for MetricsSeconds {
 
     fn try_from(seconds: u16) -> Result<Self, String> {
         if (1..=3_600).contains(&seconds) { Ok(Self(seconds)) } else { Err(format!("`{seconds}` is not 1 to 3,600 seconds")) }
-    }
-}
-
-/// `[limits]`.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct LimitsSection {
-    /// Connections at a time.
-    pub connections: usize,
-    /// TLS handshakes at a time.
-    pub handshakes: usize,
-    /// Seconds that a handshake may take.
-    pub handshake_seconds: u64,
-    /// Calls at a time on one connection.
-    pub streams_per_connection: u32,
-    /// MiB of audit records that one principal may add to the log in an hour. Default: 4096, which is one head-end with 25 million meters.
-    pub log_mib_per_principal_and_hour: u32,
-    /// Days for which principals' certificates are issued.
-    pub principal_certificate_days: u16,
-    /// Days for which server certificates are issued.
-    pub server_certificate_days: u16,
-}
-
-impl Default for LimitsSection {
-    fn default() -> Self {
-        let transport = TransportLimits::default();
-        Self {
-            connections: transport.connections,
-            handshakes: transport.handshakes,
-            handshake_seconds: transport.handshake_timeout.as_secs(),
-            streams_per_connection: transport.streams_per_connection,
-            log_mib_per_principal_and_hour: 4_096,
-            principal_certificate_days: 365,
-            server_certificate_days: 365,
-        }
-    }
-}
-
-impl LimitsSection {
-    /// The bounds of the listener.
-    pub fn transport(&self) -> TransportLimits {
-        TransportLimits {
-            connections: self.connections,
-            handshakes: self.handshakes,
-            handshake_timeout: Duration::from_secs(self.handshake_seconds),
-            streams_per_connection: self.streams_per_connection,
-            ..TransportLimits::default()
-        }
-    }
-
-    /// The bounds of the committer.
-    pub fn committer(&self) -> CommitterBounds {
-        CommitterBounds { log_octets_per_principal_and_hour: u64::from(self.log_mib_per_principal_and_hour) << 20, ..CommitterBounds::default() }
-    }
-
-    fn check(&self) -> Result<(), String> {
-        let named = [
-            ("connections", self.connections == 0),
-            ("handshakes", self.handshakes == 0),
-            ("handshake_seconds", self.handshake_seconds == 0),
-            ("streams_per_connection", self.streams_per_connection == 0),
-            ("log_mib_per_principal_and_hour", self.log_mib_per_principal_and_hour == 0),
-            ("principal_certificate_days", self.principal_certificate_days == 0),
-            ("server_certificate_days", self.server_certificate_days == 0),
-        ];
-        match named.into_iter().find(|(_, zero)| *zero) {
-            Some((name, _)) => Err(format!("[limits] {name}: 0 would shut everyone out")),
-            None => Ok(()),
-        }
     }
 }
 

@@ -66,9 +66,9 @@ pub enum ServiceError {
     /// The server is full.
     #[error("{reason}")]
     ResourceExhausted {
-        /// Of what.
+        /// Of what: which bound was met.
         reason: String,
-        /// When to try again.
+        /// When to try again; zero where time does not help.
         retry_after: Duration,
     },
     /// HSM or database trouble.

@@ -1,6 +1,6 @@
 //! What the use cases of one island share: its tokens, database, policies, profiles and writer (I7: one of these an island).
 
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashSet, path::PathBuf, sync::Arc};
 
 use arc_swap::ArcSwap;
 use kms_domain::{FingerprintKey, Group, GroupId, IslandName, PrincipalId, SystemTitle, UnixMillis};
@@ -10,6 +10,7 @@ use kms_store::{RowKind, Store};
 use crate::{
     audit::Committer,
     authz::{Action, Caller, Policy, PrincipalFacts, Resource},
+    bounds::Limits,
     clock,
     error::ServiceError,
     profiles::Profiles,
@@ -31,6 +32,10 @@ pub struct Island {
     pub profiles: Profiles,
     /// Its one writer in this process.
     pub committer: Committer,
+    /// The bounds of this server.
+    pub limits: Arc<Limits>,
+    /// Where the embedded database keeps its file, beside the log; none where the database is elsewhere.
+    pub disk: Option<PathBuf>,
     /// The key of key fingerprints.
     pub fingerprint_key: FingerprintKey,
     /// The scrub that runs: one at a time.

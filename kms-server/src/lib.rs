@@ -6,9 +6,11 @@
 pub mod api;
 pub mod audit;
 pub mod authz;
+pub mod bounds;
 mod clock;
 pub mod command_line;
 pub mod config;
+mod descriptors;
 pub mod dev;
 pub mod error;
 mod files;

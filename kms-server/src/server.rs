@@ -30,11 +30,13 @@ use tower::Service;
 use tracing::Instrument as _;
 
 use crate::api;
-use crate::api::listener::Listener;
+use crate::api::intake::Intake;
+use crate::api::listener::{Listener, TransportLimits};
 use crate::api::tls::{ServerTls, TlsError};
 use crate::audit::{AuditKeys, Committer, CommitterSettings, RestoreSettings};
 use crate::authz::{Policy, PolicyError};
 use crate::config::{Config, ConfigError};
+use crate::descriptors;
 use crate::error::ServiceError;
 use crate::island::Island;
 use crate::pin_memory::StoredPinMemory;
@@ -48,6 +50,7 @@ use crate::service::retention::Housekeeper;
 use crate::service::root::make::{self, MadeRoot, MakeRootError, NewRootSettings};
 use crate::service::root::{FINGERPRINT_KEY_VERSION, RootService, all_seal_keys, audit_keys, learn_seal_keys, seal_key, seal_keys};
 use crate::service::scrub::{Flight, Scrubber};
+use crate::service::shipment::ShipmentService;
 use crate::telemetry::{Call, Repetition, metrics};
 
 /// A server that is bound to its port and opens its island.
@@ -67,12 +70,13 @@ impl Server {
     ///
     /// # Errors
     /// What cannot be read or used, with its place.
-    pub async fn start(config: Config) -> Result<Self, ServerError> {
+    pub async fn start(mut config: Config) -> Result<Self, ServerError> {
+        config.limits = descriptors::fit(&config.limits).map_err(ServerError::Descriptors)?;
         let policy = Policy::load(config.policies.directory.as_deref())?;
         let profiles = Profiles::load(config.device_profiles.directory.as_deref()).map_err(ServerError::Profiles)?;
         let authority = read_authority(&config)?;
         let tls = Arc::new(ServerTls::load(config.tls.clone().into())?);
-        let listener = Listener::bind(config.listen, Arc::clone(&tls), config.limits.transport())
+        let listener = Listener::bind(config.listen, Arc::clone(&tls), &config.limits)
             .await
             .map_err(|error| ServerError::Bind { address: config.listen, reason: error.to_string() })?;
         tracing::info!(policies = %hex::encode(policy.digest()), "policies loaded");
@@ -103,18 +107,16 @@ impl Server {
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
             .build_v1()
             .map_err(|error| ServerError::Transport(error.to_string()))?;
-        let gate = Gate { always: Routes::new(health_service).add_service(reflection).prepare(), island: Arc::new(OnceLock::new()) };
+        let intake = Intake::new(Arc::new(self.config.limits.clone()));
+        let gate = Gate { always: Routes::new(health_service).add_service(reflection).prepare(), island: Arc::new(OnceLock::new()), intake };
         health.set_service_status("", ServingStatus::NotServing).await;
 
-        let limits = self.config.limits.transport();
+        let limits = TransportLimits::of(&self.config.limits);
         let Self { config, listener, tls, authority, policy, profiles, opened } = self;
         let scrub_period = config.scrub_hours.period();
         let retention = config.retention.days;
-        let own = ServerCertificate {
-            certificate: config.tls.certificate.clone(),
-            private_key: config.tls.private_key.clone(),
-            days: config.limits.server_certificate_days,
-        };
+        let own =
+            ServerCertificate { certificate: config.tls.certificate.clone(), private_key: config.tls.private_key.clone(), days: config.limits.server_days() };
         let watched = authority.clone();
         let (stop, stopping) = watch::channel(false);
         let stopped = async move |mut stopping: watch::Receiver<bool>| drop(stopping.wait_for(|stop| *stop).await);
@@ -128,6 +130,7 @@ impl Server {
             let _destroying = Background(Housekeeper::new(Arc::clone(&island), retention).in_background());
             let _leading = Background(CampaignService::new(Arc::clone(&island)).in_background(LEADING_INTERVAL));
             let _following = Background(OwnerService::new(Arc::clone(&island)).in_background(FOLLOWING_INTERVAL));
+            let _dropping = Background(ShipmentService::new(Arc::clone(&island)).in_background());
             let _rotating = Background(RootService::new(Arc::clone(&island)).in_background(LEADING_INTERVAL));
             let watch = CertificateWatch { island: Arc::clone(&island), authority: watched, own };
             let _watching = Background(tokio::spawn(watch.run()));
@@ -232,6 +235,8 @@ impl Opening {
             policy: ArcSwap::from_pointee(self.policy),
             profiles: self.profiles,
             committer,
+            limits: Arc::new(self.config.limits.clone()),
+            disk: self.config.storage.disk(),
             fingerprint_key: keys.fingerprint,
             scrubs: Flight::default(),
             refreshing: tokio::sync::Mutex::default(),
@@ -241,7 +246,7 @@ impl Opening {
             tracing::error!(%error, "the island's roots could not be looked after; it is tried again");
         }
         let routes = api::routes(Arc::clone(&island), self.authority, &self.config.limits);
-        drop(gate.island.set((routes, island.committer.clone())));
+        drop(gate.island.set((routes, Arc::clone(&island))));
         tracing::info!(island = %island.name(), "the island is open");
         Ok(island)
     }
@@ -263,7 +268,7 @@ pub async fn declare_restored(config: &Config) -> Result<DatabaseHistory, Server
 pub async fn renew_certificate(config: &Config, files: Option<(PathBuf, PathBuf)>) -> Result<IssuedCertificate, ServerError> {
     let authority = read_authority(config)?;
     let (certificate, private_key) = files.unwrap_or_else(|| (config.tls.certificate.clone(), config.tls.private_key.clone()));
-    let own = ServerCertificate { certificate, private_key, days: config.limits.server_certificate_days };
+    let own = ServerCertificate { certificate, private_key, days: config.limits.server_days() };
     without_serving(config, config.restore(), async move |hsm, committer, _| {
         authority.check_key(hsm).await?;
         Ok(own.renew(&authority, hsm, committer).await?)
@@ -443,8 +448,9 @@ async fn report_health(health: &HealthReporter, island: &Island) -> Result<Infal
 #[derive(Clone)]
 struct Gate {
     always: Routes,
-    /// The services, and the writer of the audit log: what they refuse is on the record (I2).
-    island: Arc<OnceLock<(Routes, Committer)>>,
+    /// The services and the island. What they refuse is on the record (I2).
+    island: Arc<OnceLock<(Routes, Arc<Island>)>>,
+    intake: Intake,
 }
 
 impl Service<http::Request<Body>> for Gate {
@@ -458,13 +464,14 @@ impl Service<http::Request<Body>> for Gate {
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         if request.uri().path().starts_with("/grpc.") {
-            return Box::pin(self.always.call(request));
+            let (intake, routes) = (self.intake.clone(), self.always.clone());
+            return Box::pin(async move { Ok(intake.serve(request, None, routes).await) });
         }
         match self.island.get() {
-            Some((routes, committer)) => {
-                let call = Call::begin(&request).watched(api::refusals::watch(committer, &request));
-                let answer = routes.clone().call(request).instrument(call.span());
-                Box::pin(async move { Ok(call.answered(answer.await?)) })
+            Some((routes, island)) => {
+                let call = Call::begin(&request).watched(api::refusals::watch(&island.committer, &request));
+                let answer = self.intake.clone().serve(request, Some(Arc::clone(island)), routes.clone()).instrument(call.span());
+                Box::pin(async move { Ok(call.answered(answer.await)) })
             }
             None => {
                 let call = Call::begin(&request);
@@ -501,6 +508,9 @@ pub enum ServerError {
         /// Why.
         reason: String,
     },
+    /// Too few files may be open.
+    #[error("{0}")]
+    Descriptors(String),
     /// The database.
     #[error(transparent)]
     Store(#[from] StoreError),

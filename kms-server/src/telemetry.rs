@@ -7,6 +7,7 @@ mod metrics;
 mod rpc;
 
 use std::io::IsTerminal;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use opentelemetry::trace::TracerProvider as _;
@@ -97,6 +98,29 @@ impl Repetition {
     }
 }
 
+/// Keeps lines that strangers cause from filling the log: one in a while is written, with how many were not.
+#[derive(Debug, Default)]
+pub struct Seldom {
+    state: Mutex<(Option<Instant>, u64)>,
+}
+
+impl Seldom {
+    /// Has the line written, with the number of those that were not since the last one; or counts it.
+    pub fn say(&self, line: impl FnOnce(u64)) {
+        let unsaid = {
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            let (last, unsaid) = *state;
+            if last.is_some_and(|last| last.elapsed() < SELDOM) {
+                state.1 = unsaid.saturating_add(1);
+                return;
+            }
+            *state = (Some(Instant::now()), 0);
+            unsaid
+        };
+        line(unsaid);
+    }
+}
+
 /// Why telemetry cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum TelemetryError {
@@ -122,6 +146,8 @@ pub enum TelemetryError {
 }
 
 const DEFAULT_FILTER: &str = "info";
+/// How often a line that strangers cause is written.
+const SELDOM: Duration = Duration::from_millis(200);
 const REMINDER: Duration = Duration::from_mins(10);
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
 mod bad_input;
+mod bounds;
 mod campaign;
 mod frames;
 mod full_disk;

@@ -155,9 +155,14 @@ impl DevServer {
     }
 
     fn spawn(state: &Path, arguments: &[String]) -> (Process, String) {
+        Self::spawn_by(state, arguments, None)
+    }
+
+    fn spawn_by(state: &Path, arguments: &[String], open_files: Option<u32>) -> (Process, String) {
+        let limit = open_files.map_or_else(String::new, |files| format!("ulimit -n {files}; "));
         let mut command = Command::new("sh");
         // A file that may not grow is an error and not a signal: see `limit_files`.
-        command.args(["-c", "trap '' XFSZ; exec \"$@\"", "sh"]).arg(program("kms-server"));
+        command.args(["-c", &format!("trap '' XFSZ; {limit}exec \"$@\""), "sh"]).arg(program("kms-server"));
         let tokens = state.join("softhsm");
         fs::create_dir_all(&tokens).unwrap();
         fs::write(state.join("softhsm2.conf"), format!("directories.tokendir = {}\nlog.level = ERROR\n", tokens.display())).unwrap();
@@ -214,6 +219,37 @@ impl DevServer {
     /// A connection as this identity.
     pub async fn connect(&self, name: &str) -> Connection {
         Connection::connect(&self.profile(name)).await.unwrap()
+    }
+
+    /// Its address.
+    pub fn address(&self) -> String {
+        self.profile("officer-1").server().to_owned()
+    }
+
+    /// The memory that the process holds, in octets (VmRSS).
+    pub fn resident_octets(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.process.0.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches("kB").trim().parse::<u64>().unwrap() << 10
+    }
+
+    /// Starts it again with these lines under `[limits]` of its configuration.
+    pub fn restart_with_limits(&mut self, limits: &str) {
+        self.set_limits(limits);
+        self.restart();
+    }
+
+    fn set_limits(&self, limits: &str) {
+        let configuration = self.state.path().join("island/kms-server.toml");
+        let text = fs::read_to_string(&configuration).unwrap();
+        assert!(!text.contains("[limits]"), "{text}");
+        fs::write(&configuration, format!("{text}\n[limits]\n{limits}\n")).unwrap();
+    }
+
+    /// Starts it again with so many files that it may have open.
+    pub fn restart_with_open_files(&mut self, files: u32) {
+        self.process.kill();
+        (self.process, self.printed) = Self::spawn_by(self.state.path(), &self.arguments, Some(files));
     }
 
     /// Adds an officer with a certificate of its own, and connects as this officer. Two of them may be the same person. One officer alone has added this

@@ -2,11 +2,14 @@
 
 pub mod audit;
 pub mod campaigns;
+mod doorway;
 pub mod frames;
 pub mod grants;
 pub mod hsm;
+pub(crate) mod intake;
 pub mod listener;
 pub mod meters;
+mod methods;
 pub mod owners;
 pub mod principals;
 pub mod proposals;
@@ -35,20 +38,20 @@ use kms_proto::v1::task_service_server::TaskServiceServer;
 use kms_proto::v1::transfer_service_server::TransferServiceServer;
 use tonic::service::Routes;
 
-use crate::config::LimitsSection;
+use crate::bounds::{Bound, Limits};
 use crate::island::Island;
 use crate::service::certificate::CertificateAuthority;
 use crate::service::principal::Principals;
 
 /// All services of an island.
-pub fn routes(island: Arc<Island>, authority: CertificateAuthority, limits: &LimitsSection) -> Routes {
-    let most = limits.transport().message_octets;
-    let principals = Arc::new(Principals::new(Arc::clone(&island), authority, limits.principal_certificate_days));
+pub fn routes(island: Arc<Island>, authority: CertificateAuthority, limits: &Limits) -> Routes {
+    // What a message may have is compared in `intake`, by method; this is the backstop.
+    let most = limits.number(Bound::LargeMessageOctets);
+    let principals = Arc::new(Principals::new(Arc::clone(&island), authority, limits.principal_days()));
     let owners = owners::OwnerApi::new(Arc::clone(&island));
     let campaigns = campaigns::CampaignApi::new(Arc::clone(&island));
     Routes::new(PrincipalServiceServer::new(principals::PrincipalApi::new(principals)).max_decoding_message_size(most))
         .add_service(GrantServiceServer::new(grants::GrantApi::new(Arc::clone(&island))).max_decoding_message_size(most))
-        // 1,000 frames of 65,535 octets would be 64 MiB; frames of real meters are far below.
         .add_service(FrameServiceServer::new(frames::FrameApi::new(Arc::clone(&island))).max_decoding_message_size(most))
         .add_service(TransferServiceServer::new(transfers::TransferApi::new(Arc::clone(&island))).max_decoding_message_size(most))
         .add_service(ShipmentServiceServer::new(shipments::ShipmentApi::new(Arc::clone(&island))).max_decoding_message_size(most))

@@ -45,6 +45,10 @@ impl Rpc for ShipmentApi {
         let mut upload = self.service.upload(&caller, start).await?;
         upload.append(first.offset, &first.octets).await?;
         loop {
+            if upload.is_refused() {
+                // What is still sent has nowhere to go.
+                return Ok(Response::new(upload.finish().await?));
+            }
             match messages.message().await {
                 Ok(None) => return Ok(Response::new(upload.finish().await?)),
                 Ok(Some(UploadShipmentRequest { start: Some(_), .. })) => {

@@ -9,7 +9,7 @@
 //! | `FailedPrecondition` | FAILED_PRECONDITION | `PreconditionFailure`, `ErrorInfo` with metadata `next_step` |
 //! | `Aborted` | ABORTED | `ErrorInfo` with metadata `next_step` |
 //! | `AssociateAgain` | ABORTED | `ErrorInfo` with reason `ASSOCIATE_AGAIN`, metadata `field` |
-//! | `ResourceExhausted`, `Unavailable` | the same | `RetryInfo`, `ErrorInfo` |
+//! | `ResourceExhausted`, `Unavailable` | the same | `RetryInfo` where time helps, `ErrorInfo` |
 //! | `Internal` | INTERNAL | none: the text stays in the server's log |
 
 use tonic::{Code, Status, metadata::MetadataValue};
@@ -40,7 +40,10 @@ impl From<ServiceError> for Status {
             ServiceError::AssociateAgain { field } => info("ASSOCIATE_AGAIN", vec![("field", field)]),
             ServiceError::ResourceExhausted { retry_after, .. } => {
                 let mut details = info("EXHAUSTED", Vec::new());
-                details.set_retry_info(Some(retry_after));
+                // Zero: time does not help.
+                if !retry_after.is_zero() {
+                    details.set_retry_info(Some(retry_after));
+                }
                 details
             }
             ServiceError::Unavailable { retry_after, .. } => {

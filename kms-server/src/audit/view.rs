@@ -16,7 +16,7 @@ use kms_domain::{
 use kms_proto::v1::{AuditRecord, SecurityEvent, audit_record::Event};
 use kms_store::{
     FingerprintOwner, FingerprintPrefix, GrantRevocation, GrantRow, Lookup, ReadSet, Reads, RequestKey, RequestRow, RowKind, SealedRow, ShipmentRefusal,
-    ShipmentRow, TaskKey, TaskRow, UploadId,
+    ShipmentRow, ShipmentState, SpooledFile, TaskKey, TaskRow, UploadId,
 };
 
 use super::{
@@ -615,6 +615,26 @@ impl View<'_, '_> {
                 Err(not_read())
             }
         }
+    }
+
+    /// Every file in the spool as it will be when the transaction commits. Who has read them adds the next one alone, on all servers.
+    ///
+    /// # Errors
+    /// They were not read yet.
+    pub fn spool(&mut self) -> Result<Vec<SpooledFile>, ServiceError> {
+        let Some(stored) = self.base.read.spool() else {
+            self.base.missing.spool = true;
+            return Err(not_read());
+        };
+        let mut files: HashMap<UploadId, SpooledFile> = stored.iter().map(|file| (file.upload, file.clone())).collect();
+        for row in self.base.shipments.values().chain(&self.staged.shipments) {
+            if matches!(row.state, ShipmentState::Imported | ShipmentState::Refused) {
+                files.remove(&row.upload);
+            } else {
+                files.insert(row.upload, SpooledFile { upload: row.upload, principal: row.principal.clone(), size: row.size, received: row.received });
+            }
+        }
+        Ok(files.into_values().collect())
     }
 
     /// Writes a shipment's progress; its generation is one above what was read.

@@ -32,8 +32,16 @@ impl Caller {
     /// # Errors
     /// As [`Self::of`].
     pub fn from_extensions(extensions: &tonic::Extensions, island: &IslandName, now: UnixMillis) -> Result<Self, ServiceError> {
+        Self::from_peer(extensions.get::<Peer>(), island, now)
+    }
+
+    /// As [`Self::of`], of the other end of the connection; none where there is no certificate.
+    ///
+    /// # Errors
+    /// As [`Self::of`].
+    pub fn from_peer(peer: Option<&Peer>, island: &IslandName, now: UnixMillis) -> Result<Self, ServiceError> {
         let refuse = |reason: &str| Err(ServiceError::unauthenticated(reason));
-        let Some(peer) = extensions.get::<Peer>() else {
+        let Some(peer) = peer else {
             return refuse("the connection has no client certificate");
         };
         let certificate = &peer.certificate;
@@ -83,6 +91,7 @@ mod tests {
                 not_after: UnixMillis(1_000),
             }),
             remote: "127.0.0.1:1".parse().unwrap(),
+            usage: Arc::default(),
         });
         extensions
     }

@@ -14,7 +14,7 @@ use opentelemetry::{
     metrics::{Counter, Gauge, Histogram, UpDownCounter},
 };
 
-use crate::error::ServiceError;
+use crate::{bounds::Bound, error::ServiceError};
 
 /// All instruments. Without a meter provider nothing is kept.
 pub struct Metrics {
@@ -28,6 +28,7 @@ pub struct Metrics {
     commit_acts: Histogram<u64>,
     acts_waiting: UpDownCounter<i64>,
     refusals: Counter<u64>,
+    bounds_met: Counter<u64>,
     counter_chunks: Counter<u64>,
     ready: Gauge<u64>,
 }
@@ -71,6 +72,7 @@ impl Metrics {
                 .build(),
             acts_waiting: meter.i64_up_down_counter("kms.commit.queue.length").with_unit("{act}").with_description("Acts that wait for the writer").build(),
             refusals: counter("kms.refusals", "{refusal}", "Acts and parts of acts that were refused, as the audit log counts them"),
+            bounds_met: counter("kms.bounds.met", "{refusal}", "Times that a bound of the server was met, by its name in the configuration"),
             counter_chunks: counter("kms.counter.chunks", "{chunk}", "Chunks of invocation counters that were reserved"),
             ready: meter.u64_gauge("kms.ready").with_unit("1").with_description("1 while tokens and database can be used, else 0").build(),
         }
@@ -151,6 +153,11 @@ impl Metrics {
                 self.refusals.add(count, &[KeyValue::new("kms.security_event", security_event)]);
             }
         }
+    }
+
+    /// A bound was met.
+    pub(crate) fn bound_met(&self, bound: Bound) {
+        self.bounds_met.add(1, &[KeyValue::new("kms.bound", bound.name())]);
     }
 
     /// Chunks of counters were reserved.

@@ -30,7 +30,7 @@ pub use kms_domain::Timeline;
 pub use row::{
     Assigned, AuditAppend, AuditCursor, AuditFilter, AuditReference, AuditRow, AuditTail, FingerprintOwner, FingerprintPrefix, GrantFilter, GrantRow,
     MeterFilter, MeterProjection, MeterRow, PinFailure, RequestKey, RequestRow, RowKind, SealedRow, ServerRow, ShipmentRefusal, ShipmentRow, ShipmentState,
-    Sizes, TaskFilter, TaskKey, TaskLoad, TaskRow, TaskTally, UploadId,
+    Sizes, SpooledFile, TaskFilter, TaskKey, TaskLoad, TaskRow, TaskTally, UploadId,
 };
 pub use transaction::{Changes, Committed, Decision, FingerprintPut, GrantRevocation, Lookup, MeterPut, ReadSet, Reads, RequestPut, SealedPut};
 

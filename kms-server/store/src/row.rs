@@ -367,6 +367,19 @@ pub struct ShipmentRow {
     pub progress: Vec<u8>,
 }
 
+/// A file whose octets are, or will be, in the spool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SpooledFile {
+    /// The upload.
+    pub upload: UploadId,
+    /// Who uploads it.
+    pub principal: PrincipalId,
+    /// Its length in octets, as the sender announced it.
+    pub size: u64,
+    /// Octets that have arrived.
+    pub received: u64,
+}
+
 /// A line of a shipment that was not imported.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ShipmentRefusal {

@@ -6,7 +6,7 @@ use kms_domain::{CampaignId, GrantId, SystemTitle, UnixMillis, WriterId};
 
 use crate::{
     AuditAppend, AuditTail, FingerprintOwner, FingerprintPrefix, GrantRow, MeterProjection, RequestKey, RequestRow, RowKind, SealedRow, ShipmentRefusal,
-    ShipmentRow, TaskKey, TaskRow, UploadId, row::RowLock,
+    ShipmentRow, SpooledFile, TaskKey, TaskRow, UploadId, row::RowLock,
 };
 
 /// Rows to read in a transaction. Naming a row twice is harmless.
@@ -27,6 +27,8 @@ pub struct Reads {
     pub grants: Vec<GrantId>,
     /// Shipments in the spool.
     pub shipments: Vec<UploadId>,
+    /// Every file in the spool: uploads, and what is not imported yet. Who reads them adds the next one alone.
+    pub spool: bool,
     /// Tasks of campaigns.
     pub tasks: Vec<TaskKey>,
     /// The last audit records of these writers.
@@ -53,6 +55,7 @@ impl Reads {
         self.tasks.extend_from_slice(&more.tasks);
         self.audit_tails.extend_from_slice(&more.audit_tails);
         self.clock |= more.clock;
+        self.spool |= more.spool;
     }
 
     /// Drops what was read already and sorts the rest: rows are locked in one order everywhere.
@@ -66,6 +69,7 @@ impl Reads {
         tidy(&mut self.shipments, |upload| known.shipments.contains_key(upload));
         tidy(&mut self.tasks, |key| known.tasks.contains_key(key));
         self.clock &= known.clock.is_none();
+        self.spool &= known.spool.is_none();
         tidy(&mut self.audit_tails, |writer| known.audit_tails.contains_key(writer));
     }
 
@@ -73,6 +77,7 @@ impl Reads {
     pub(crate) fn lock_ranks(&self) -> impl Iterator<Item = LockRank> {
         let sealed = |lock| self.sealed.iter().any(|(kind, _)| kind.lock() == lock);
         [
+            (LockRank::Spool, self.spool),
             (LockRank::Fingerprints, !self.fingerprints.is_empty()),
             (LockRank::Meters, !self.meters.is_empty()),
             (LockRank::SharedRows, sealed(RowLock::Shared)),
@@ -90,6 +95,7 @@ impl Reads {
 /// The order in which transactions lock: two that keep to it never wait for each other in a circle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum LockRank {
+    Spool,
     Fingerprints,
     Meters,
     SharedRows,
@@ -142,6 +148,7 @@ pub struct ReadSet {
     pub(crate) tasks: HashMap<TaskKey, Option<TaskRow>>,
     pub(crate) audit_tails: HashMap<WriterId, Option<AuditTail>>,
     pub(crate) clock: Option<UnixMillis>,
+    pub(crate) spool: Option<Vec<SpooledFile>>,
     /// The last thing that was locked.
     pub(crate) locked: Option<LockRank>,
 }
@@ -180,6 +187,11 @@ impl ReadSet {
     /// A shipment.
     pub fn shipment(&self, upload: UploadId) -> Lookup<'_, ShipmentRow> {
         Lookup::of(&self.shipments, &upload)
+    }
+
+    /// The files in the spool; none if they were not asked for.
+    pub fn spool(&self) -> Option<&[SpooledFile]> {
+        self.spool.as_deref()
     }
 
     /// A task.

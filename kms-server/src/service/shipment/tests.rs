@@ -7,7 +7,7 @@ use kms_proto::v1::{AuditRecord, ImportShipmentResponse, audit_record::Event};
 use kms_store::{AuditFilter, MeterFilter};
 use prost::Message as _;
 
-use super::ShipmentService;
+use super::{ShipmentService, UploadStart};
 use crate::{
     audit::{Actor, CounterOf},
     error::ServiceError,
@@ -126,7 +126,7 @@ island_tests! {
             ("trailer.devices", signed(text(&|text| text.replace("\"devices\":5", "\"devices\":6")))),
             ("the trailer is missing", signed(file[..content_end].to_vec())),
             ("the trailer is missing", signed(file[..content_end / 2].to_vec())),
-            ("the trailer is missing", signed(b"\n".to_vec())),
+            ("line 1: line", signed(b"\n".to_vec())),
             ("lines after the trailer", signed([file.as_slice(), b"{}\n"].concat())),
             ("not the manufacturer", signed(header("\"KAM\"", "\"LAM\""))),
             ("device_profile", signed(header("generic-suite0", "unheard-of"))),
@@ -509,8 +509,9 @@ island_tests! {
         assert!(matches!(service.upload(&island.manufacturer, unknown).await, Err(ServiceError::PermissionDenied { .. })));
 
         // A signature can be put right, and another length starts anew, as long as nothing was imported.
-        let mut upload = service.upload(&island.officer, super::UploadStart { file_length: 500, signature: vec![0x30; 70].into(), ..start.clone() }).await.unwrap();
-        upload.append(0, &file[..500]).await.unwrap();
+        let shorter = super::UploadStart { file_length: start.file_length - 1, signature: vec![0x30; 70].into(), ..start.clone() };
+        let mut upload = service.upload(&island.officer, shorter).await.unwrap();
+        upload.append(0, &file[..file.len() - 1]).await.unwrap();
         assert_eq!(upload.finish().await.unwrap().state, "uploaded");
         assert!(matches!(service.upload(&island.manufacturer, start.clone()).await, Err(ServiceError::PermissionDenied { .. })));
         assert_eq!(service.upload(&island.officer, super::UploadStart { signature: vec![0x30; 70].into(), ..start.clone() }).await.unwrap().position(), 0);
@@ -527,6 +528,72 @@ island_tests! {
         assert!(matches!(service.import(&island.officer, &start.file_sha256, nobody).await, Err(ServiceError::InvalidArgument { field, .. }) if field == "head_end"));
         assert_eq!(island.import(start.file_sha256, Some(&island.other_head_end)).await.shipment.unwrap().imported, 2);
         assert_eq!(service.transport_key(&island.officer).await.unwrap().oaep_hashes, [island.module.oaep_hash().name()]);
+    }
+
+    /// A11: 31 of 40 passed a bound of 16 that was looked at outside of the act.
+    async fn parallel_uploads_never_pass_the_bounds_of_the_spool(island) {
+        let services = [ShipmentService::new(island.island.clone()), ShipmentService::new(island.another_server().await)];
+        let start = |number: u8, file_length: u64| UploadStart {
+            file_sha256: [number; 32],
+            file_length,
+            signature: vec![0x30; 70].into(),
+            manufacturer: island.manufacturer.principal.clone(),
+        };
+        let begun = (0..40).map(|number| services[usize::from(number) % 2].upload(&island.manufacturer, start(number, 1_000)));
+        let begun = futures::future::join_all(begun).await;
+        assert_eq!(begun.iter().filter(|upload| upload.is_ok()).count(), 16);
+        for refused in begun.into_iter().filter_map(Result::err) {
+            assert!(matches!(&refused, ServiceError::ResourceExhausted { reason, .. } if reason.contains("`uploads_per_principal` is 16")), "{refused:?}");
+        }
+        // Octets are counted as they are announced, for each principal.
+        let mut officer = Vec::new();
+        for number in 100..103 {
+            officer.push(services[0].upload(&island.officer, start(number, 3 << 29)).await);
+        }
+        let refused = officer.pop().unwrap().err();
+        assert!(matches!(&refused, Some(ServiceError::ResourceExhausted { reason, .. }) if reason.contains("`spool_octets_per_principal`")), "{refused:?}");
+        assert!(officer.iter().all(Result::is_ok));
+    }
+
+    /// A11: what cannot be a shipment to this island is refused by its first line.
+    async fn a_foreign_file_is_refused_before_it_is_in_the_spool(island) {
+        let (file, signature) = island.sample(&sample("generic-suite0", 3)).await;
+        let foreign = Forged::of(&file).device(1, |line| line.replace("\"KAM\"", "\"LAM\"")).file();
+        let service = ShipmentService::new(island.island.clone());
+        for (octets, expected) in [(foreign, "not the manufacturer"), (vec![b'x'; 20_000], "line 1")] {
+            let start = UploadStart { file_length: 1 << 30, ..island.start(&octets, &signature) };
+            let mut upload = service.upload(&island.manufacturer, start.clone()).await.unwrap();
+            upload.append(0, &octets[..100]).await.unwrap();
+            assert!(!upload.is_refused());
+            upload.append(100, &octets[100..]).await.unwrap();
+            assert!(upload.is_refused());
+            let shipment = upload.finish().await.unwrap();
+            assert!(shipment.state == "refused" && shipment.refusal.contains(expected), "{shipment:?}");
+            let stored = island.island.store.shipment_chunk(super::upload_id(&start.file_sha256, 0), 0).await.unwrap();
+            assert_eq!(stored, None);
+        }
+    }
+
+    /// A11.
+    async fn what_senders_leave_is_dropped(island) {
+        let (file, signature) = island.sample(&sample("generic-suite0", 3_000)).await;
+        let service = ShipmentService::new(island.island.clone());
+        let start = island.start(&file, &signature);
+        let mut upload = service.upload(&island.manufacturer, start.clone()).await.unwrap();
+        for piece in file[..1_200_000].chunks(600_000) {
+            upload.append(upload.position(), piece).await.unwrap();
+        }
+        let id = super::upload_id(&start.file_sha256, 0);
+        let there = async || island.island.store.shipment_chunk(id, 0).await.unwrap().is_some();
+        service.drop_forgotten(Island::now().after(23 * 3_600_000)).await.unwrap();
+        assert!(there().await);
+        service.drop_forgotten(Island::now().after(25 * 3_600_000)).await.unwrap();
+        assert!(!there().await);
+        let shipment = service.get(&island.manufacturer, &start.file_sha256).await.unwrap();
+        assert!(shipment.state == "refused" && shipment.refusal.contains("not complete in time"), "{shipment:?}");
+        // The same file goes through when it is sent again.
+        island.upload(&file, &signature).await;
+        assert_eq!(island.import(start.file_sha256, None).await.shipment.unwrap().imported, 3_000);
     }
 
     async fn suites_and_profiles_of_all_kinds(island) {

@@ -1,20 +1,25 @@
 //! A file on its way into the spool.
 
-use kms_domain::PrincipalId;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kms_domain::{LONGEST_SHIPMENT_LINE, Principal, PrincipalId, PrincipalStatus, UnixMillis};
 use kms_proto::v1;
-use kms_store::{Reads, ShipmentRow, ShipmentState, StoreError, UploadId};
+use kms_store::{Reads, ShipmentRow, ShipmentState, SpooledFile, StoreError, UploadId};
 use prost::Message as _;
 
 use super::{
     ShipmentService, no_shipment_key, overtaken,
     progress::{Progress, next_upload_id, to_proto, upload_id},
-    verify::FIRST_DEVICE_LINE,
+    verify::{FIRST_DEVICE_LINE, Rejection, preview},
 };
 use crate::{
     audit::Actor,
     authz::{Action, Caller, Resource},
+    bounds::Bound,
     error::ServiceError,
     island::{Island, facts, principal_row},
+    telemetry::Repetition,
 };
 
 /// What a sender announces.
@@ -36,7 +41,10 @@ pub struct Upload {
     caller: Caller,
     action: Action,
     row: ShipmentRow,
+    manufacturer: Arc<Principal>,
     collected: Vec<u8>,
+    /// Whether the first line was looked at: before that, nothing is stored.
+    previewed: bool,
 }
 
 impl ShipmentService {
@@ -56,10 +64,7 @@ impl ShipmentService {
             return Err(ServiceError::invalid("start.signature", "it is no DER ECDSA signature"));
         }
         let upload = match self.latest(&start.file_sha256).await? {
-            None => {
-                self.bound_unfinished(caller).await?;
-                upload_id(&start.file_sha256, 0)
-            }
+            None => upload_id(&start.file_sha256, 0),
             Some(row) if row.state == ShipmentState::Refused => next_upload_id(&row)?,
             Some(row) if row.size != start.file_length && matches!(row.state, ShipmentState::Receiving | ShipmentState::Received) => {
                 Self::may_replace(&row, caller, may_replace)?;
@@ -67,13 +72,22 @@ impl ShipmentService {
             }
             Some(row) => row.upload,
         };
-        let row = self.begin(caller, &action, upload, &start, may_replace).await?;
-        Ok(Upload { service: self.clone(), caller: caller.clone(), action, row, collected: Vec::new() })
+        let (row, manufacturer) = self.begin(caller, &action, upload, &start, may_replace).await?;
+        let previewed = row.received > 0 || row.state != ShipmentState::Receiving;
+        Ok(Upload { service: self.clone(), caller: caller.clone(), action, row, manufacturer, collected: Vec::new(), previewed })
     }
 
     /// Registers the upload, or goes on with it. Another signature replaces the one before, as long as nothing was imported.
-    async fn begin(&self, caller: &Caller, action: &Action, upload: UploadId, start: &UploadStart, may_replace: bool) -> Result<ShipmentRow, ServiceError> {
-        let reads = Reads { sealed: vec![principal_row(&caller.principal), principal_row(&start.manufacturer)], shipments: vec![upload], ..Reads::default() };
+    async fn begin(
+        &self,
+        caller: &Caller,
+        action: &Action,
+        upload: UploadId,
+        start: &UploadStart,
+        may_replace: bool,
+    ) -> Result<(ShipmentRow, Arc<Principal>), ServiceError> {
+        let sealed = vec![principal_row(&caller.principal), principal_row(&start.manufacturer)];
+        let reads = Reads { sealed, shipments: vec![upload], spool: true, ..Reads::default() };
         let (service, caller_again, action_again, start) = (self.clone(), caller.clone(), action.clone(), start.clone());
         let actor = Actor::caller(caller, None, action.name());
         let committed = self
@@ -82,13 +96,12 @@ impl ShipmentService {
             .act(actor, reads, move |view| {
                 let principal = view.caller(&caller_again)?;
                 service.island.policy.load().require(&facts(&principal), &action_again, &Resource::Island)?;
-                let manufacturer = view.principal(&start.manufacturer)?;
-                if !manufacturer.is_some_and(|manufacturer| manufacturer.shipment_key.is_some() && manufacturer.status == kms_domain::PrincipalStatus::Enabled)
-                {
-                    return Err(no_shipment_key(&start.manufacturer));
-                }
+                let signs = |known: &Arc<Principal>| known.shipment_key.is_some() && known.status == PrincipalStatus::Enabled;
+                let manufacturer = view.principal(&start.manufacturer)?.filter(signs);
+                let manufacturer = manufacturer.ok_or_else(|| no_shipment_key(&start.manufacturer))?;
                 let now = view.now();
                 let Some(mut row) = view.shipment(upload)? else {
+                    service.bound_spool(&caller_again, start.file_length, &view.spool()?)?;
                     let row = ShipmentRow {
                         upload,
                         generation: 1,
@@ -107,17 +120,17 @@ impl ShipmentService {
                             .encode_to_vec(),
                     };
                     view.put_shipment(row.clone());
-                    return Ok(row);
+                    return Ok((row, manufacturer));
                 };
                 if row.sha256 != start.file_sha256 || row.size != start.file_length {
                     return Err(overtaken());
                 }
                 if !matches!(row.state, ShipmentState::Receiving | ShipmentState::Received) {
-                    return Ok(row);
+                    return Ok((row, manufacturer));
                 }
                 let mut progress = Progress::of(&row)?;
                 if progress.manufacturer == start.manufacturer.to_string() && progress.signature == start.signature {
-                    return Ok(row);
+                    return Ok((row, manufacturer));
                 }
                 Self::may_replace(&row, &caller_again, may_replace)?;
                 progress.manufacturer = start.manufacturer.to_string();
@@ -126,7 +139,7 @@ impl ShipmentService {
                 row.generation += 1;
                 row.updated = now;
                 view.put_shipment(row.clone());
-                Ok(row)
+                Ok((row, manufacturer))
             })
             .await?;
         Ok(committed.value)
@@ -139,30 +152,97 @@ impl ShipmentService {
         Err(ServiceError::denied("uploadShipment of a file that another principal began to send"))
     }
 
-    /// No sender fills the database with files that it never finishes; those that it left are dropped first.
-    async fn bound_unfinished(&self, caller: &Caller) -> Result<(), ServiceError> {
-        let mut unfinished = 0;
+    /// Whether a file of this length has room in the spool. Called in the act that adds it, with all files that are there.
+    fn bound_spool(&self, caller: &Caller, length: u64, spool: &[SpooledFile]) -> Result<(), ServiceError> {
+        let limits = &self.island.limits;
+        let octets = |own: bool| {
+            let counted = spool.iter().filter(|file| !own || file.principal == caller.principal);
+            counted.fold(length, |sum, file| sum.saturating_add(file.size))
+        };
+        let own = spool.iter().filter(|file| file.principal == caller.principal).count();
+        if own >= limits.number(Bound::UploadsPerPrincipal) {
+            let what = format!("{own} shipments of `{}` are in the spool and not imported; import them, or finish their upload", caller.principal);
+            return Err(self.met(Bound::UploadsPerPrincipal, &what, Duration::ZERO));
+        }
+        if octets(true) > limits.spool_octets_per_principal {
+            let what = format!("with this file, the shipments of `{}` that are not imported have {} octets", caller.principal, octets(true));
+            return Err(self.met(Bound::SpoolOctetsPerPrincipal, &what, Duration::ZERO));
+        }
+        if octets(false) > limits.spool_octets {
+            let what = format!("with this file, the shipments that are not imported have {} octets", octets(false));
+            return Err(self.met(Bound::SpoolOctets, &what, SPOOL_RETRY));
+        }
+        let to_come = spool.iter().fold(length, |sum, file| sum.saturating_add(file.size.saturating_sub(file.received)));
+        self.bound_disk(to_come)
+    }
+
+    /// I2: whether the disk of the embedded database has room for these octets beside the reserve for the log.
+    fn bound_disk(&self, octets: u64) -> Result<(), ServiceError> {
+        let Some(folder) = &self.island.disk else { return Ok(()) };
+        // What cannot be measured is no reason to refuse: the database says when it is full.
+        let Ok(disk) = rustix::fs::statvfs(folder.as_path()) else { return Ok(()) };
+        let (free, whole) = (disk.f_bavail.saturating_mul(disk.f_frsize), disk.f_blocks.saturating_mul(disk.f_frsize));
+        if octets.saturating_add(self.island.limits.disk_reserve_octets.min(whole / 10)) > free {
+            let what = format!("{octets} octets of shipments would leave too little of the disk of the database free, which has {free}");
+            return Err(self.met(Bound::DiskReserveOctets, &what, SPOOL_RETRY));
+        }
+        Ok(())
+    }
+
+    fn met(&self, bound: Bound, what: &str, retry_after: Duration) -> ServiceError {
+        bound.met(&self.island.limits, what, retry_after)
+    }
+
+    /// How long an upload may take, in ms.
+    fn upload_ms(&self) -> i64 {
+        i64::try_from(self.island.limits.upload_hours.saturating_mul(3_600_000)).unwrap_or(i64::MAX)
+    }
+
+    /// Drops what senders left, every few minutes.
+    pub fn in_background(self) -> tokio::task::JoinHandle<()> {
+        tokio::spawn(async move {
+            let mut failures = Repetition::default();
+            loop {
+                if let Err(error) = self.drop_forgotten(Island::now()).await
+                    && failures.is_news(&error.to_string())
+                {
+                    tracing::warn!(%error, "shipments that were left in the spool cannot be dropped; it is tried again");
+                }
+                tokio::time::sleep(DROP_EVERY).await;
+            }
+        })
+    }
+
+    /// Drops uploads that were not complete in time, files that nobody imported, and octets that a server left when it ended.
+    ///
+    /// # Errors
+    /// The database is away.
+    pub(super) async fn drop_forgotten(&self, now: UnixMillis) -> Result<(), ServiceError> {
         let mut after = None;
-        let forgotten = Island::now().after(-FORGOTTEN_MS);
         loop {
             let page = self.island.store.shipment_page(after, PAGE).await?;
-            let Some(last) = page.last() else { break };
+            let Some(last) = page.last() else { return Ok(()) };
             after = Some(last.upload);
-            for row in page.iter().filter(|row| row.principal == caller.principal && matches!(row.state, ShipmentState::Receiving | ShipmentState::Received)) {
-                if row.updated < forgotten {
-                    self.refuse(Actor::server("dropShipment"), row, "it was not touched for a week").await?;
-                } else {
-                    unfinished += 1;
+            for row in page {
+                let forgotten = match row.state {
+                    ShipmentState::Receiving if row.created.after(self.upload_ms()) < now => "it was not complete in time",
+                    ShipmentState::Received if row.updated.after(FORGOTTEN_MS) < now => "nobody imported it for a week",
+                    ShipmentState::Imported | ShipmentState::Refused => {
+                        // A server that ended behind the last line, or the refusal, left the octets.
+                        if self.island.store.shipment_chunk(row.upload, 0).await?.is_some() {
+                            self.delete_chunks(row.upload).await?;
+                        }
+                        continue;
+                    }
+                    _ => continue,
+                };
+                match self.refuse(Actor::server(DROP), &row, forgotten).await {
+                    // Somebody went on with it.
+                    Ok(_) | Err(ServiceError::Aborted { .. }) => {}
+                    Err(error) => return Err(error),
                 }
             }
         }
-        if unfinished >= MOST_UNFINISHED {
-            return Err(ServiceError::FailedPrecondition {
-                reason: format!("{unfinished} shipments of `{}` are in the spool and not imported", caller.principal),
-                next_step: "import them, or finish their upload, first".to_owned(),
-            });
-        }
-        Ok(())
     }
 }
 
@@ -183,7 +263,7 @@ impl Upload {
         if octets.len() > Self::LONGEST_PIECE {
             return Err(ServiceError::invalid("octets", format!("{} octets; at most {}", octets.len(), Self::LONGEST_PIECE)));
         }
-        if octets.is_empty() {
+        if octets.is_empty() || self.is_refused() {
             return Ok(());
         }
         if offset != self.position() {
@@ -196,17 +276,62 @@ impl Upload {
             return Err(ServiceError::invalid("octets", format!("the file would be longer than the announced {} octets", self.row.size)));
         }
         self.collected.extend_from_slice(octets);
+        self.preview().await?;
+        if self.is_refused() {
+            return Ok(());
+        }
         if self.collected.len() >= Self::LONGEST_PIECE { self.store().await } else { Ok(()) }
     }
 
-    /// Stores what was collected: at the end, and when a stream breaks.
+    /// Whether the file was refused by its first line, so that nothing more of it is taken.
+    pub fn is_refused(&self) -> bool {
+        self.row.state == ShipmentState::Refused
+    }
+
+    async fn preview(&mut self) -> Result<(), ServiceError> {
+        self.preview_line(false).await
+    }
+
+    /// Looks at the first line as soon as it is there. A file that cannot be a shipment to this island is refused, on the record, before anything
+    /// of it is in the spool.
+    async fn preview_line(&mut self, ended: bool) -> Result<(), ServiceError> {
+        if self.previewed || self.is_refused() {
+            return Ok(());
+        }
+        let end = self.collected.iter().take(LONGEST_SHIPMENT_LINE + 1).position(|octet| *octet == b'\n');
+        let length = match end {
+            Some(end) => end,
+            None if ended || self.collected.len() > LONGEST_SHIPMENT_LINE => self.collected.len().min(LONGEST_SHIPMENT_LINE + 1),
+            None => return Ok(()),
+        };
+        if self.collected.is_empty() {
+            return Ok(());
+        }
+        match preview(&self.service.island, &self.manufacturer, self.collected.get(..length).unwrap_or_default()).await {
+            Ok(()) => self.previewed = true,
+            Err(Rejection::Trouble(error)) => return Err(error),
+            Err(Rejection::File(reason)) => {
+                self.collected = Vec::new();
+                self.row = self.service.refuse(Actor::caller(&self.caller, None, self.action.name()), &self.row, &reason).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Stores what was collected: at the end, and when a stream breaks. Of a file whose first line is not there yet nothing is.
     ///
     /// # Errors
     /// As [`Self::append`].
     pub async fn store(&mut self) -> Result<(), ServiceError> {
-        if self.collected.is_empty() {
+        if self.collected.is_empty() || self.is_refused() || !self.previewed {
             return Ok(());
         }
+        if self.row.created.after(self.service.upload_ms()) < Island::now() {
+            let reason = format!("it was not complete within {} hours", self.service.island.limits.upload_hours);
+            self.row = self.service.refuse(Actor::server(DROP), &self.row, &reason).await?;
+            return Err(self.service.met(Bound::UploadHours, "the upload has taken too long and was dropped", Duration::ZERO));
+        }
+        self.service.bound_disk(self.collected.len() as u64)?;
         // Revocation acts in open streams too.
         self.service.island.require(&self.caller, &self.action).await?;
         let octets = std::mem::take(&mut self.collected);
@@ -226,6 +351,7 @@ impl Upload {
     /// # Errors
     /// As [`Self::append`].
     pub async fn finish(mut self) -> Result<v1::Shipment, ServiceError> {
+        self.preview_line(true).await?;
         self.store().await?;
         if self.row.state != ShipmentState::Receiving || self.row.received < self.row.size {
             return to_proto(&self.row);
@@ -257,7 +383,11 @@ impl Upload {
 const LONGEST_FILE: u64 = 32 << 30;
 /// DER of two P-384 integers has 104 octets at most.
 const MOST_SIGNATURE: usize = 104;
-const MOST_UNFINISHED: usize = 16;
-/// An upload that nobody touched for a week is forgotten.
+/// A complete file that nobody touched for a week is forgotten.
 const FORGOTTEN_MS: i64 = 7 * 24 * 3_600 * 1_000;
 const PAGE: u32 = 256;
+/// The action's name in the log.
+const DROP: &str = "dropShipment";
+const DROP_EVERY: Duration = Duration::from_mins(10);
+/// When a file may have room: when others are imported.
+const SPOOL_RETRY: Duration = Duration::from_mins(10);

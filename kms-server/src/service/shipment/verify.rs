@@ -6,7 +6,7 @@ use aws_lc_rs::{
     digest::{Context, Digest, SHA256, SHA384, digest},
     signature::{ECDSA_P256_SHA256_ASN1, ECDSA_P384_SHA384_ASN1, UnparsedPublicKey, VerificationAlgorithm},
 };
-use kms_domain::{DeviceProfile, Principal, ShipmentHeader, ShipmentLineError, ShipmentTrailer};
+use kms_domain::{DeviceProfile, OaepHash, Principal, ShipmentHeader, ShipmentLineError, ShipmentTrailer};
 use kms_hsm::{BatchKey, HsmError, RootVersion};
 use kms_store::ShipmentRow;
 use x509_parser::{prelude::FromDer, x509::SubjectPublicKeyInfo};
@@ -58,10 +58,7 @@ pub(super) async fn verify(island: &Island, row: &ShipmentRow, signature: &[u8],
     }
     key.verify(scanned.sha384.as_ref().unwrap_or(&scanned.sha256), signature)?;
     let content = scanned.content?;
-    let header = ShipmentHeader::parse(&content.header).map_err(|error| of_line(1, &error))?;
-    if !names(manufacturer, &header) {
-        return Err(refuse(format!("line 1: manufacturer: {} is not the manufacturer `{}` that signed", header.manufacturer, manufacturer.id)));
-    }
+    let header = check_header(manufacturer, &content.header)?;
     let trailer = ShipmentTrailer::parse(&content.trailer).map_err(|error| of_line(content.trailer_line, &error))?;
     if trailer.sha256 != *content.before_trailer.as_ref() {
         return Err(refuse(format!("line {}: trailer.sha256 is not that of the lines before it", content.trailer_line)));
@@ -70,13 +67,34 @@ pub(super) async fn verify(island: &Island, row: &ShipmentRow, signature: &[u8],
     if trailer.devices != devices {
         return Err(refuse(format!("line {}: trailer.devices is {} and the file has {devices} device lines", content.trailer_line, trailer.devices)));
     }
-    let profile = island
-        .profiles
-        .get(&header.device_profile)
-        .cloned()
-        .ok_or_else(|| refuse(format!("line 1: device_profile: `{}` is not known here", header.device_profile)))?;
+    let profile = profile(island, &header)?;
     let batch_key = open_batch_key(island, &header).await?;
     Ok(Verified { header, profile, batch_key, devices, next_begin: content.next_begin, windows: scanned.windows })
+}
+
+/// Looks at the first line alone, before the rest has arrived: whether it can be a shipment of this manufacturer to this island. What this says is
+/// proven only when the whole file is. A server whose token is away, or does not hold the transport key, cannot tell whose key it is: the import can.
+pub(super) async fn preview(island: &Island, manufacturer: &Principal, line: &[u8]) -> Result<(), Rejection> {
+    let header = check_header(manufacturer, line)?;
+    profile(island, &header)?;
+    match transport_version(island, &header.transport_key).await {
+        Ok(None) => Err(foreign_transport_key()),
+        Ok(Some(_)) => super::oaep_hashes(island).await.map_or(Ok(()), |offered| check_hash(&header, &offered)),
+        Err(_) => Ok(()),
+    }
+}
+
+fn check_header(manufacturer: &Principal, line: &[u8]) -> Result<ShipmentHeader, Rejection> {
+    let header = ShipmentHeader::parse(line).map_err(|error| of_line(1, &error))?;
+    if !names(manufacturer, &header) {
+        return Err(refuse(format!("line 1: manufacturer: {} is not the manufacturer `{}` that signed", header.manufacturer, manufacturer.id)));
+    }
+    Ok(header)
+}
+
+fn profile(island: &Island, header: &ShipmentHeader) -> Result<DeviceProfile, Rejection> {
+    let known = island.profiles.get(&header.device_profile).cloned();
+    known.ok_or_else(|| refuse(format!("line 1: device_profile: `{}` is not known here", header.device_profile)))
 }
 
 /// The line of the first device.
@@ -91,14 +109,11 @@ fn names(manufacturer: &Principal, header: &ShipmentHeader) -> bool {
 
 async fn open_batch_key(island: &Island, header: &ShipmentHeader) -> Result<BatchKey, Rejection> {
     let Some(version) = transport_version(island, &header.transport_key).await? else {
-        return Err(refuse("line 1: transport_key: it is not this island's vendor transport key; `kms shipment transport-key` shows that"));
+        return Err(foreign_transport_key());
     };
     let offered = super::oaep_hashes(island).await?;
     let hash = header.oaep_hash;
-    if !offered.contains(&hash) {
-        let names: Vec<&str> = offered.iter().map(|hash| hash.name()).collect();
-        return Err(refuse(format!("line 1: oaep_hash: {} is not accepted here; use {}", header.oaep_hash.name(), names.join(" or "))));
-    }
+    check_hash(header, &offered)?;
     match island.hsm.paid_by(IMPORTS).open_batch_key(version, hash, header.batch_key.clone()).await {
         Ok(batch_key) => Ok(batch_key),
         Err(HsmError::WrappedKeyInvalid { .. }) => {
@@ -106,6 +121,18 @@ async fn open_batch_key(island: &Island, header: &ShipmentHeader) -> Result<Batc
         }
         Err(error) => Err(error.into()),
     }
+}
+
+fn foreign_transport_key() -> Rejection {
+    refuse("line 1: transport_key: it is not this island's vendor transport key; `kms shipment transport-key` shows that")
+}
+
+fn check_hash(header: &ShipmentHeader, offered: &[OaepHash]) -> Result<(), Rejection> {
+    if offered.contains(&header.oaep_hash) {
+        return Ok(());
+    }
+    let names: Vec<&str> = offered.iter().map(|hash| hash.name()).collect();
+    Err(refuse(format!("line 1: oaep_hash: {} is not accepted here; use {}", header.oaep_hash.name(), names.join(" or "))))
 }
 
 /// The accepted version of the vendor transport key that has this digest, the newest first.

@@ -9,7 +9,7 @@ use sqlx::Row as _;
 use super::Row;
 use crate::{
     AuditAppend, AuditReference, AuditTail, FingerprintOwner, FingerprintPrefix, GrantRow, MeterRow, RequestRow, SealedRow, ShipmentRow, ShipmentState,
-    StoreError, TaskKey, TaskRow, UploadId,
+    SpooledFile, StoreError, TaskKey, TaskRow, UploadId,
 };
 
 pub(super) fn unsigned(row: &Row, index: usize) -> Result<u64, StoreError> {
@@ -108,6 +108,11 @@ pub(super) fn shipment(row: &Row) -> Result<ShipmentRow, StoreError> {
         updated: millis(row, 12)?,
         progress: row.try_get(13)?,
     })
+}
+
+/// Columns: upload, principal, size, received.
+pub(super) fn spooled(row: &Row) -> Result<SpooledFile, StoreError> {
+    Ok(SpooledFile { upload: UploadId(array(row, 0)?), principal: principal(row.try_get(1)?)?, size: unsigned(row, 2)?, received: unsigned(row, 3)? })
 }
 
 /// Columns of `task_columns!`.

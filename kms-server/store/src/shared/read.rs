@@ -15,6 +15,10 @@ use crate::{
 /// Reads into the set. `reads` is sorted and names nothing that the set has.
 pub(super) async fn into_set(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -> Result<(), Failure> {
     set.locked = set.locked.max(reads.lock_ranks().last());
+    if CONCURRENT && reads.spool {
+        // Two servers that take a file into the spool count each other's.
+        lock_stripes(connection, &[SPOOL]).await?;
+    }
     if CONCURRENT {
         // I4: two servers that import the same key value at the same time must see each other.
         lock_stripes(connection, &stripes(reads.fingerprints.iter().map(|prefix| FINGERPRINTS + stripe(&prefix.0)))).await?;
@@ -29,6 +33,9 @@ pub(super) async fn into_set(connection: &mut Connection, reads: &Reads, set: &m
     grants(connection, reads, set).await?;
     shipments(connection, reads, set).await?;
     tasks(connection, reads, set).await?;
+    if reads.spool {
+        set.spool = Some(sqlx::query::<Database>(SPOOLED_FILES).fetch_all(&mut *connection).await?.iter().map(decode::spooled).collect::<Result<_, _>>()?);
+    }
     if reads.clock {
         set.clock = Some(decode::millis(&sqlx::query::<Database>(CLOCK).fetch_one(&mut *connection).await?, 0)?);
     }
@@ -213,6 +220,7 @@ const STRIPES: u32 = 64;
 const METERS: i32 = 0;
 const SEALED: i32 = 64;
 const FINGERPRINTS: i32 = 128;
+const SPOOL: i32 = 192;
 
 const METER_ROWS: &str =
     concat!("SELECT m.title, m.generation, m.seal, m.body FROM ", keys!(), join!(), "meter AS m ON m.title = k.value", exclusive!("m", "m.title"));
@@ -261,6 +269,9 @@ const GRANT_ROWS: &str =
 
 const SHIPMENT_ROWS: &str =
     concat!("SELECT ", shipment_columns!(), " FROM ", rows!(), join!(), "shipment AS p ON p.upload = ", octets!(0, 1), exclusive!("p", "p.upload"));
+
+/// States 1 to 3 are `Receiving`, `Received` and `Importing`: of others nothing is kept.
+const SPOOLED_FILES: &str = "SELECT upload, principal, size, received FROM shipment WHERE state IN (1, 2, 3)";
 
 const TASK_ROWS: &str = concat!(
     "SELECT ",

@@ -1,0 +1,80 @@
+//! File descriptors: the limit is raised as far as the bounds need it, and connections get what is left beside a reserve for database,
+//! watermark, log and HSM. So accepting never takes the descriptor that a record needs (I2).
+//!
+//! It is raised no further than that: some PKCS#11 modules wait with `select`, which has no place for descriptors from 1,024 on. They open theirs at the
+//! start, when low ones are free.
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::bounds::Limits;
+
+/// Raises the limit of open files where it must be, and makes connections fewer where it cannot.
+///
+/// # Errors
+/// So few files may be open that nobody could be served; the text says how many are needed.
+pub(crate) fn fit(limits: &Limits) -> Result<Limits, String> {
+    let in_use = std::fs::read_dir("/proc/self/fd").map_or(ASSUMED, |open| u64::try_from(open.count()).unwrap_or(ASSUMED));
+    let wanted = in_use + limits.descriptors_reserve + limits.handshakes + limits.connections;
+    let allowed = getrlimit(Resource::Nofile);
+    let mut current = allowed.current.unwrap_or(u64::MAX);
+    if current < wanted {
+        let raised = wanted.min(allowed.maximum.unwrap_or(u64::MAX));
+        match setrlimit(Resource::Nofile, Rlimit { current: Some(raised), maximum: allowed.maximum }) {
+            Ok(()) => current = raised,
+            Err(error) => tracing::warn!(%error, current, raised, "the limit of open files cannot be raised"),
+        }
+    }
+    let fitting = shares(limits, current, in_use)?;
+    if fitting != *limits {
+        let (connections, handshakes) = (fitting.connections, fitting.handshakes);
+        tracing::warn!(open_files = current, needed = wanted, connections, handshakes, "the limit of open files allows fewer connections than [limits] does");
+    }
+    Ok(fitting)
+}
+
+/// What connections get of so many descriptors.
+fn shares(limits: &Limits, allowed: u64, in_use: u64) -> Result<Limits, String> {
+    let available = allowed.saturating_sub(in_use.saturating_add(limits.descriptors_reserve));
+    if available >= limits.handshakes.saturating_add(limits.connections) {
+        return Ok(limits.clone());
+    }
+    if available < FEWEST {
+        let needed = in_use + limits.descriptors_reserve + FEWEST;
+        return Err(format!("{allowed} files may be open, and at least {needed} are needed: raise the limit (`ulimit -n`, systemd: LimitNOFILE)"));
+    }
+    let handshakes = limits.handshakes.min(available / 4);
+    let connections = limits.connections.min(available - handshakes);
+    // Fewer places are still those of several principals and addresses.
+    Ok(Limits {
+        handshakes,
+        connections,
+        connections_per_principal: limits.connections_per_principal.min((connections / 8).max(1)),
+        connections_per_address: limits.connections_per_address.min(connections / 2),
+        handshakes_per_address: limits.handshakes_per_address.min((handshakes / 4).max(1)),
+        ..limits.clone()
+    })
+}
+
+/// Descriptors for connections below which a server does not start.
+const FEWEST: u64 = 16;
+/// Open files where the operating system does not tell.
+const ASSUMED: u64 = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_get_what_is_left_beside_the_reserve() {
+        let limits = Limits::default();
+        assert_eq!(shares(&limits, 1 << 20, 50).unwrap(), limits);
+        let few = shares(&limits, 1_024, 50).unwrap();
+        assert_eq!(few.handshakes + few.connections + 50 + limits.descriptors_reserve, 1_024);
+        assert!(few.connections_per_principal * 8 <= few.connections && few.connections_per_address * 2 <= few.connections, "{few:?}");
+        assert!(few.handshakes_per_address * 4 <= few.handshakes, "{few:?}");
+        let least = shares(&limits, 50 + limits.descriptors_reserve + FEWEST, 50).unwrap();
+        assert!(least.handshakes >= 4 && least.connections_per_principal >= 1, "{least:?}");
+        let refusal = shares(&limits, 50 + limits.descriptors_reserve + FEWEST - 1, 50).unwrap_err();
+        assert!(refusal.contains("LimitNOFILE"), "{refusal}");
+    }
+}
