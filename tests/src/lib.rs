@@ -86,6 +86,8 @@ pub struct DevServer {
     state: tempfile::TempDir,
     process: Process,
     arguments: Vec<String>,
+    /// File descriptors that the operating system gives it; `None`: as many as this process.
+    descriptors: Option<u32>,
     /// What it printed until it was ready.
     pub printed: String,
 }
@@ -108,6 +110,11 @@ impl DevServer {
 
     /// Starts one on this pair: a copy of an island that this process made once, because a ceremony takes seconds.
     pub fn start_on(module: TestModule, database: TestDatabase) -> Self {
+        Self::start_limited(module, database, None)
+    }
+
+    /// Starts one as [`Self::start_on`] does, that gets no more than so many file descriptors.
+    pub fn start_limited(module: TestModule, database: TestDatabase, descriptors: Option<u32>) -> Self {
         let template = Template::of(module, database);
         let state = folder();
         copy_folder(template.state.path(), state.path());
@@ -118,7 +125,7 @@ impl DevServer {
             text = text.replace(address, copy);
         }
         fs::write(&configuration, text).unwrap();
-        Self::start_in(state, &arguments(module, copy.as_deref()))
+        Self::start_in(state, &arguments(module, copy.as_deref()), descriptors)
     }
 
     /// Starts one on this pair for the first time: with an empty database, and a ceremony of its own.
@@ -133,7 +140,7 @@ impl DevServer {
 
     /// Starts one for the first time, with these arguments besides state, port and number of meters.
     pub fn start_with(arguments: &[&str]) -> Self {
-        Self::start_in(folder(), &[arguments, &["--meters", "50"]].concat())
+        Self::start_in(folder(), &[arguments, &["--meters", "50"]].concat(), None)
     }
 
     /// Starts one for the first time on this pair, with so many meters in the sample shipment.
@@ -141,17 +148,24 @@ impl DevServer {
         let (database, meters) = (database.create().unwrap(), meters.to_string());
         let mut arguments = arguments(module, database.as_deref());
         arguments.extend(["--meters", &meters]);
-        Self::start_in(folder(), &arguments)
+        Self::start_in(folder(), &arguments, None)
     }
 
-    fn start_in(state: tempfile::TempDir, arguments: &[&str]) -> Self {
+    fn start_in(state: tempfile::TempDir, arguments: &[&str], descriptors: Option<u32>) -> Self {
         let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
-        let (process, printed) = Self::spawn(state.path(), &arguments);
-        Self { state, process, arguments, printed }
+        let (process, printed) = Self::spawn(state.path(), &arguments, descriptors);
+        Self { state, process, arguments, descriptors, printed }
     }
 
-    fn spawn(state: &Path, arguments: &[String]) -> (Process, String) {
-        let mut command = Command::new(program("kms-server"));
+    fn spawn(state: &Path, arguments: &[String], descriptors: Option<u32>) -> (Process, String) {
+        let mut command = match descriptors {
+            None => Command::new(program("kms-server")),
+            Some(descriptors) => {
+                let mut shell = Command::new("sh");
+                shell.args(["-c", &format!("ulimit -n {descriptors}; exec \"$0\" \"$@\"")]).arg(program("kms-server"));
+                shell
+            }
+        };
         let tokens = state.join("softhsm");
         fs::create_dir_all(&tokens).unwrap();
         fs::write(state.join("softhsm2.conf"), format!("directories.tokendir = {}\nlog.level = ERROR\n", tokens.display())).unwrap();
@@ -178,6 +192,11 @@ impl DevServer {
         self.state.path()
     }
 
+    /// The number of its process.
+    pub fn pid(&self) -> u32 {
+        self.process.0.id()
+    }
+
     /// Ends the process as kill -9 does.
     pub fn kill(&mut self) {
         self.process.kill();
@@ -191,7 +210,7 @@ impl DevServer {
     /// Starts it again on its folder.
     pub fn restart(&mut self) {
         self.process.kill();
-        (self.process, self.printed) = Self::spawn(self.state.path(), &self.arguments);
+        (self.process, self.printed) = Self::spawn(self.state.path(), &self.arguments, self.descriptors);
     }
 
     /// An identity of the folder.
