@@ -71,7 +71,7 @@ pub(crate) async fn few_descriptors() -> Vec<Verdict> {
         if watermark(&server) != before {
             break Ok(began.elapsed());
         }
-        if began.elapsed() > WITHIN {
+        if began.elapsed() > WRITTEN_WITHIN {
             break Err("not written".to_owned());
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -119,3 +119,5 @@ const ADDRESSES: usize = 100;
 /// Where a server does not even accept, its kernel does.
 const OPENS_WITHIN: Duration = Duration::from_secs(5);
 const WITHIN: Duration = Duration::from_secs(20);
+/// A server looks every ten seconds whether there is something to remember.
+const WRITTEN_WITHIN: Duration = Duration::from_secs(40);

@@ -58,7 +58,7 @@ pub(crate) async fn of_frames() -> Vec<Verdict> {
     let mut random = Random::of_environment("a1_replays_of_frames");
     let mut server = DevServer::start();
     let other = Neighbour::settle(&server, "other", "4D4D4D0000000077", 40).await;
-    let (mut connection, officer) = (server.connect("head-end").await, server.connect("officer-1").await);
+    let (mut connection, mut officer) = (server.connect("head-end").await, server.connect("officer-1").await);
 
     let mut after_refusal = Replays::default();
     // The quota of an hour, and one more: what is over it is refused, and the get behind it is protected.
@@ -96,7 +96,7 @@ pub(crate) async fn of_frames() -> Vec<Verdict> {
         mixes.again(&connection).await;
         if round == ROUNDS / 2 {
             server.restart();
-            connection = server.connect("head-end").await;
+            (connection, officer) = (server.connect("head-end").await, server.connect("officer-1").await);
             mixes.again(&connection).await;
         }
     }
