@@ -79,16 +79,16 @@ pub(crate) async fn of_frames() -> Vec<Verdict> {
         match random.below(4) {
             0 => {
                 // A live lease stands in the way of frames that were protected before it.
-                let _ = lease(&connection, &server, random.below(8) as u64, 5).await;
+                let _ = lease(&connection, &server, random.below(METERS) as u64, 5).await;
             }
             1 => {
-                let number = random.below(8) as u64;
+                let number = random.below(METERS) as u64;
                 assign(&officer, &[number], &urn("head-end", "other")).await;
                 mixes.again(&connection).await;
                 assign(&officer, &[number], &urn("head-end", "head-end")).await;
             }
             2 => {
-                let gets = vec![frame(random.below(8) as u64, GET_ENERGY)];
+                let gets = vec![frame(random.below(METERS) as u64, GET_ENERGY)];
                 connection.frames().protect(protect(Purpose::Read, gets)).await.unwrap();
             }
             _ => {}
@@ -113,13 +113,13 @@ pub(crate) async fn of_frames() -> Vec<Verdict> {
     ]
 }
 
-/// One to six frames to few meters: permitted, refused by policy, over a quota, to an unknown meter, under a foreign
+/// One to eight frames to three meters: permitted, refused by policy, over a quota, to an unknown meter, under a foreign
 /// title, malformed, and challenges.
 fn mix(random: &mut Random) -> ProtectRequest {
-    let purpose = [Purpose::Read, Purpose::Configure, Purpose::Control][random.below(3)];
+    let purpose = [Purpose::Read, Purpose::Configure, Purpose::Control, Purpose::Control][random.below(4)];
     let supersede_lease = random.below(2) == 0;
-    let frames = (0..=random.below(6)).map(|_| {
-        let number = random.below(8) as u64;
+    let frames = (0..=random.below(8)).map(|_| {
+        let number = random.below(METERS) as u64;
         match random.below(8) {
             0 | 1 => frame(number, GET_ENERGY),
             2 => frame(number, &format!("C001C10003010001{:02X}00FF0200", random.below(256))),
@@ -155,4 +155,6 @@ pub(crate) async fn after_a_new_gak() -> Vec<Verdict> {
     verdicts
 }
 
-const ROUNDS: usize = 12;
+const ROUNDS: usize = 20;
+/// Few, so that a refused frame often stands before a protected one of the same meter.
+const METERS: usize = 3;
