@@ -7,8 +7,7 @@ use std::{
 
 use attacker::{Attacker, HeldConnection};
 use kms_client::proto::DisablePrincipalRequest;
-use kms_store::testing::TestDatabase;
-use kms_tests::{DevServer, TestModule};
+use kms_tests::DevServer;
 use tokio::task::JoinSet;
 
 use crate::{
@@ -49,7 +48,8 @@ pub(crate) async fn of_one_principal() -> Vec<Verdict> {
 
 /// With 256 descriptors: a neighbour is served on its connection and on a new one, and the watermark is written.
 pub(crate) async fn few_descriptors() -> Vec<Verdict> {
-    let server = DevServer::start_limited(TestModule::of_environment(), TestDatabase::of_environment(), Some(DESCRIPTORS));
+    let mut server = DevServer::start();
+    server.restart_with_open_files(DESCRIPTORS);
     let neighbour = Neighbour::settle(&server, "other", "4D4D4D0000000077", 40).await;
     let flooder = Neighbour::settle(&server, "flooder", "4D4D4D0000000078", 41).await;
     let attacker = Attacker::of(&flooder.profile).unwrap();

@@ -86,8 +86,6 @@ pub struct DevServer {
     state: tempfile::TempDir,
     process: Process,
     arguments: Vec<String>,
-    /// File descriptors that the operating system gives it; `None`: as many as this process.
-    descriptors: Option<u32>,
     /// What it printed until it was ready.
     pub printed: String,
 }
@@ -110,11 +108,6 @@ impl DevServer {
 
     /// Starts one on this pair: a copy of an island that this process made once, because a ceremony takes seconds.
     pub fn start_on(module: TestModule, database: TestDatabase) -> Self {
-        Self::start_limited(module, database, None)
-    }
-
-    /// Starts one as [`Self::start_on`] does, that gets no more than so many file descriptors.
-    pub fn start_limited(module: TestModule, database: TestDatabase, descriptors: Option<u32>) -> Self {
         let template = Template::of(module, database);
         let state = folder();
         copy_folder(template.state.path(), state.path());
@@ -125,7 +118,7 @@ impl DevServer {
             text = text.replace(address, copy);
         }
         fs::write(&configuration, text).unwrap();
-        Self::start_in(state, &arguments(module, copy.as_deref()), descriptors)
+        Self::start_in(state, &arguments(module, copy.as_deref()))
     }
 
     /// Starts one on this pair for the first time: with an empty database, and a ceremony of its own.
@@ -140,7 +133,7 @@ impl DevServer {
 
     /// Starts one for the first time, with these arguments besides state, port and number of meters.
     pub fn start_with(arguments: &[&str]) -> Self {
-        Self::start_in(folder(), &[arguments, &["--meters", "50"]].concat(), None)
+        Self::start_in(folder(), &[arguments, &["--meters", "50"]].concat())
     }
 
     /// Starts one for the first time on this pair, with so many meters in the sample shipment.
@@ -148,21 +141,25 @@ impl DevServer {
         let (database, meters) = (database.create().unwrap(), meters.to_string());
         let mut arguments = arguments(module, database.as_deref());
         arguments.extend(["--meters", &meters]);
-        Self::start_in(folder(), &arguments, None)
+        Self::start_in(folder(), &arguments)
     }
 
-    fn start_in(state: tempfile::TempDir, arguments: &[&str], descriptors: Option<u32>) -> Self {
+    fn start_in(state: tempfile::TempDir, arguments: &[&str]) -> Self {
         let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
-        let (process, printed) = Self::spawn(state.path(), &arguments, descriptors);
-        Self { state, process, arguments, descriptors, printed }
+        let (process, printed) = Self::spawn(state.path(), &arguments);
+        Self { state, process, arguments, printed }
     }
 
-    fn spawn(state: &Path, arguments: &[String], descriptors: Option<u32>) -> (Process, String) {
-        let mut command = match descriptors {
+    fn spawn(state: &Path, arguments: &[String]) -> (Process, String) {
+        Self::spawn_by(state, arguments, None)
+    }
+
+    fn spawn_by(state: &Path, arguments: &[String], open_files: Option<u32>) -> (Process, String) {
+        let mut command = match open_files {
             None => Command::new(program("kms-server")),
-            Some(descriptors) => {
+            Some(files) => {
                 let mut shell = Command::new("sh");
-                shell.args(["-c", &format!("ulimit -n {descriptors}; exec \"$0\" \"$@\"")]).arg(program("kms-server"));
+                shell.arg("-c").arg(format!("ulimit -n {files}; exec \"$0\" \"$@\"")).arg(program("kms-server"));
                 shell
             }
         };
@@ -192,11 +189,6 @@ impl DevServer {
         self.state.path()
     }
 
-    /// The number of its process.
-    pub fn pid(&self) -> u32 {
-        self.process.0.id()
-    }
-
     /// Ends the process as kill -9 does.
     pub fn kill(&mut self) {
         self.process.kill();
@@ -210,7 +202,7 @@ impl DevServer {
     /// Starts it again on its folder.
     pub fn restart(&mut self) {
         self.process.kill();
-        (self.process, self.printed) = Self::spawn(self.state.path(), &self.arguments, self.descriptors);
+        (self.process, self.printed) = Self::spawn(self.state.path(), &self.arguments);
     }
 
     /// An identity of the folder.
@@ -221,6 +213,37 @@ impl DevServer {
     /// A connection as this identity.
     pub async fn connect(&self, name: &str) -> Connection {
         Connection::connect(&self.profile(name)).await.unwrap()
+    }
+
+    /// Its address.
+    pub fn address(&self) -> String {
+        self.profile("officer-1").server().to_owned()
+    }
+
+    /// The memory that the process holds, in octets (VmRSS).
+    pub fn resident_octets(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.process.0.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches("kB").trim().parse::<u64>().unwrap() << 10
+    }
+
+    /// Starts it again with these lines under `[limits]` of its configuration.
+    pub fn restart_with_limits(&mut self, limits: &str) {
+        self.set_limits(limits);
+        self.restart();
+    }
+
+    fn set_limits(&self, limits: &str) {
+        let configuration = self.state.path().join("island/kms-server.toml");
+        let text = fs::read_to_string(&configuration).unwrap();
+        assert!(!text.contains("[limits]"), "{text}");
+        fs::write(&configuration, format!("{text}\n[limits]\n{limits}\n")).unwrap();
+    }
+
+    /// Starts it again with so many files that it may have open.
+    pub fn restart_with_open_files(&mut self, files: u32) {
+        self.process.kill();
+        (self.process, self.printed) = Self::spawn_by(self.state.path(), &self.arguments, Some(files));
     }
 
     /// Adds an officer, with a certificate of his own, and connects as him. Two of them may be the same person.
@@ -270,6 +293,11 @@ impl DevServer {
     pub fn meter(&self, number: usize) -> Meter {
         let meters = meter_configs(&self.state.path().join("vendor/devices.jsonl"));
         Meter::new(meters.into_iter().nth(number).expect("the sample has fewer devices")).unwrap()
+    }
+
+    /// The number of its process.
+    pub fn pid(&self) -> u32 {
+        self.process.0.id()
     }
 
     /// Every key of the sample in plaintext, as its vendor knows them.
