@@ -29,7 +29,11 @@ pub(crate) async fn edited_tasks() -> Vec<Verdict> {
         action: CampaignAction::Rotate.into(),
         key_type: "GUEK".to_owned(),
         selection: Some(CampaignSelection { meters: (0..METERS).map(meter).collect(), ..CampaignSelection::default() }),
-        terms: Some(CampaignTerms { quorum: Some(1), canary: Some(u32::try_from(METERS).unwrap()), ..CampaignTerms::default() }),
+        terms: Some(CampaignTerms {
+            quorum: Some(1),
+            canary: Some(u32::try_from(METERS).unwrap()),
+            ..CampaignTerms::default()
+        }),
         ..CampaignPlan::default()
     };
     let create = CreateCampaignRequest { request_id: request_id(), plan: Some(plan), commit: true };

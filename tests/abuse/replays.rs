@@ -44,7 +44,12 @@ impl Replays {
 
     fn verdict(self, row: &'static str, attack: &str) -> Verdict {
         assert!(self.replays > 0, "nothing was replayed");
-        Verdict::new(row, attack, self.changed == 0, Figure::count(self.changed, format!("of {} replays changed content", self.replays)))
+        Verdict::new(
+            row,
+            attack,
+            self.changed == 0,
+            Figure::count(self.changed, format!("of {} replays changed content", self.replays)),
+        )
     }
 }
 
@@ -127,11 +132,24 @@ fn mix(random: &mut Random) -> ProtectRequest {
             // A clock is set.
             4 => frame(number, "C101C100080000010000FF0300100000"),
             5 => PlainFrame { meter: hex::decode("4B414DFFFFFFFFFF").unwrap().into(), ..frame(number, GET_ENERGY) },
-            6 => PlainFrame { client_title: hex::decode("4D4D4D0000000099").unwrap().into(), ..frame(number, GET_ENERGY) },
-            _ => PlainFrame { apdu: bytes::Bytes::new(), hls_challenge: random.octets(16).into(), ..frame(number, GET_ENERGY) },
+            6 => PlainFrame {
+                client_title: hex::decode("4D4D4D0000000099").unwrap().into(),
+                ..frame(number, GET_ENERGY)
+            },
+            _ => PlainFrame {
+                apdu: bytes::Bytes::new(),
+                hls_challenge: random.octets(16).into(),
+                ..frame(number, GET_ENERGY)
+            },
         }
     });
-    ProtectRequest { supersede_lease, ..protect(purpose, frames.collect()) }
+    let mut frames: Vec<PlainFrame> = frames.collect();
+    if random.below(2) == 0 {
+        // Refused over the quota, and protected, of one meter: what was matched wrongly.
+        let number = random.below(METERS) as u64;
+        frames.splice(..0, [frame(number, DISCONNECT), frame(number, GET_ENERGY)]);
+    }
+    ProtectRequest { supersede_lease, ..protect(purpose, frames) }
 }
 
 /// A request from before a new GAK, and from before a new GUEK, comes again after it.

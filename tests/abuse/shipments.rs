@@ -32,7 +32,8 @@ pub(crate) async fn uploads() -> Vec<Verdict> {
     refusals.sort();
     refusals.dedup();
     let reasons = refusals.first().map(|refusal| format!("; refused: {refusal}")).unwrap_or_default();
-    let parallel = Verdict::new("A11", "parallel uploads", begun.len() <= BOUND, figure).with(format!("{} unfinished{reasons}", begun.len()));
+    let parallel = Verdict::new("A11", "parallel uploads", begun.len() <= BOUND, figure)
+        .with(format!("{} unfinished{reasons}", begun.len()));
 
     // On with those that were begun: octets that no manufacturer signed.
     let mut refused = String::new();
@@ -71,7 +72,12 @@ async fn upload(connection: &Connection, number: usize, offset: u64, pieces: u64
         let offset = offset + piece * PIECE as u64;
         messages.push(UploadShipmentRequest { start: None, offset, octets: vec![b'x'; PIECE].into() });
     }
-    connection.shipments().upload_shipment(iter(messages)).await.map(drop).map_err(|status| format!("{:?}: {}", status.code(), status.message()))
+    connection
+        .shipments()
+        .upload_shipment(iter(messages))
+        .await
+        .map(drop)
+        .map_err(|status| format!("{:?}: {}", status.code(), status.message()))
 }
 
 async fn spool(officer: &Connection) -> Vec<Shipment> {

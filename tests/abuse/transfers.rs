@@ -40,7 +40,8 @@ async fn in_a_row(server: &DevServer, number: u64, attack: &str) -> Verdict {
                 Left::Before(step) => {
                     accepted += 1;
                     let transfers = vec![WithdrawnTransfer { meter: step.meter, transfer_id: step.transfer_id }];
-                    let withdraw = WithdrawTransfersRequest { request_id: request_id(), transfers, reason: "a test".to_owned() };
+                    let withdraw =
+                        WithdrawTransfersRequest { request_id: request_id(), transfers, reason: "a test".to_owned() };
                     head_end.transfers().withdraw_transfers(withdraw).await.unwrap();
                 }
             },
