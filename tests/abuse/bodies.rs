@@ -41,7 +41,8 @@ pub(crate) async fn unfinished_requests() -> Vec<Verdict> {
     let (p50, p99) = percentiles(&answered);
     let figure = Figure::of(held, format!("MiB held for 2 connections × {REQUESTS} unfinished requests"));
     let detail = format!(
-        "{} octets taken, {} requests cut, {} open; a neighbour's new connection and grant: {quiet:.1} ms, then {p50:.1} ms, p99 {p99:.1} ms",
+        "{} octets taken, {} requests cut, {} open; \
+         a neighbour's new connection and grant: {quiet:.1} ms, then {p50:.1} ms, p99 {p99:.1} ms",
         hoard.octets_sent(),
         hoard.cut(),
         hoard.open()

@@ -12,8 +12,8 @@ use crate::{
     verdict::{Figure, Verdict},
 };
 
-/// An `InitiateRequest` that brings a dedicated key of the caller's choice, in all forms that meters were seen to read: as a
-/// challenge, for f(StoC) authenticates it, and as an APDU.
+/// An `InitiateRequest` that brings a dedicated key of the caller's choice, in all forms that
+/// meters were seen to read: as a challenge, for f(StoC) authenticates it, and as an APDU.
 pub(crate) async fn initiate_requests() -> Vec<Verdict> {
     let mut random = Random::of_environment("a10_initiate_requests");
     let server = DevServer::start();

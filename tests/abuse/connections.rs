@@ -15,7 +15,8 @@ use crate::{
     verdict::{Figure, Verdict},
 };
 
-/// A principal opens connections from many addresses until it is refused, enabled and disabled: a neighbour gets in.
+/// A principal opens connections from many addresses until it is refused, enabled and disabled: a
+/// neighbour gets in.
 pub(crate) async fn of_one_principal() -> Vec<Verdict> {
     let server = DevServer::start();
     let neighbour = Neighbour::settle(&server, "other", "4D4D4D0000000077", 40).await;
@@ -57,7 +58,8 @@ pub(crate) async fn of_one_principal() -> Vec<Verdict> {
     verdicts
 }
 
-/// With 256 descriptors: a neighbour is served on its connection and on a new one, and the watermark is written.
+/// With 256 descriptors: a neighbour is served on its connection and on a new one, and the
+/// watermark is written.
 pub(crate) async fn few_descriptors() -> Vec<Verdict> {
     let mut server = DevServer::start();
     server.restart_with_open_files(DESCRIPTORS);
@@ -97,7 +99,8 @@ pub(crate) async fn few_descriptors() -> Vec<Verdict> {
     vec![verdict.with(format!("{open} of {MOST} connections open; {}", seen.join("; ")))]
 }
 
-/// Opens connections from many addresses, until a whole round is refused: those that the server accepted.
+/// Opens connections from many addresses, until a whole round is refused: those that the server
+/// accepted.
 pub(crate) async fn hold(attacker: &Attacker, most: usize) -> Vec<HeldConnection> {
     let mut held = Vec::new();
     for round in 0..most.div_ceil(AT_ONCE) {

@@ -39,7 +39,7 @@ pub(crate) async fn floors() -> Vec<Verdict> {
         adopt(&officer, number, floor).await;
         let mut seen = vec![lease(&head_end, &server, number, 10).await.unwrap().0];
         seen.push(protected(&head_end, number).await);
-        // Once more, for a floor below what was dealt lowers nothing.
+        // Once more, for a floor below issued counters lowers nothing.
         adopt(&officer, number, floor - 100).await;
         seen.push(lease(&head_end, &server, number, 10).await.unwrap().0);
         tried += seen.len();
@@ -51,7 +51,7 @@ pub(crate) async fn floors() -> Vec<Verdict> {
     vec![verdict("a floor inside, at the edge of and above the chunk", tried, &below)]
 }
 
-/// The same with a second server on the island: whichever holds the chunk deals above the floor.
+/// The same with a second server on the island: the holder of the chunk, either one, goes on above the floor.
 pub(crate) async fn floors_on_two_servers() -> Vec<Verdict> {
     let first = DevServer::start_on_postgresql();
     let second = first.second("second", |text| text).await;
@@ -87,7 +87,8 @@ fn verdict(attack: &str, tried: usize, below: &[String]) -> Verdict {
     .with(below.join(", "))
 }
 
-/// A meter that is ahead of the server says so in a plain exception, and is reached in the next step of the transfer.
+/// A meter that is ahead of the server says so in a plain exception, and is reached in the next
+/// step of the transfer.
 pub(crate) async fn meters_that_are_ahead() -> Vec<Verdict> {
     let server = DevServer::start();
     let head_end = server.connect("head-end").await;
@@ -124,7 +125,8 @@ pub(crate) async fn meters_that_are_ahead() -> Vec<Verdict> {
     vec![Verdict::new("A3", "meters whose counter is ahead", missed.is_empty(), figure).with(missed.join(", "))]
 }
 
-/// The largest sessions in a loop, and all that is left near the end of a key's counters: a rotation still works.
+/// The largest sessions in a loop, and all that is left near the end of a key's counters: a
+/// rotation still works.
 pub(crate) async fn used_up() -> Vec<Verdict> {
     let server = DevServer::start();
     let head_end = server.connect("head-end").await;

@@ -31,7 +31,8 @@ struct Flood {
     stop: AtomicBool,
 }
 
-/// Turns are counted, not times: how many meters the flood was served between a neighbour's question and its answer.
+/// Turns are counted, not times: how many meters the flood was served between a neighbour's
+/// question and its answer.
 pub(crate) async fn batches() -> Vec<Verdict> {
     let server = DevServer::start_sized(TestModule::of_environment(), TestDatabase::of_environment(), METERS);
     let neighbour = Neighbour::settle(&server, "other", "4D4D4D0000000077", 0).await;
@@ -133,6 +134,6 @@ const QUIET_ASKS: usize = 100;
 const FLOODED_ASKS: usize = 100;
 const FLOODED_WITHIN: Duration = Duration::from_secs(20);
 const FLOOD_FOR: Duration = Duration::from_secs(10);
-/// A turn of the flood is a chunk of at most 500 meters. Eight of them leave room for those that were under way, and for
-/// answers that wait to be read.
+/// A turn of the flood is a chunk of at most 500 meters. Eight of them leave room for those that
+/// were under way, and for answers that wait to be read.
 const MOST_BETWEEN: usize = 4_000;

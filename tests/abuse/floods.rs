@@ -18,9 +18,10 @@ use crate::{
     verdict::{Figure, Verdict},
 };
 
-/// Connections on which nothing is said, not even a handshake. A neighbour does not wait until their time is up: what waited
-/// beside it when it came still waits when it is served. A machine that stands still meanwhile would look the same, so
-/// there are three rounds, of which one must be so.
+/// Connections on which nothing is said, not even a handshake. A neighbour does not wait until
+/// their time is up: what waited beside it when it came still waits when it is served. A machine
+/// that stands still meanwhile would look the same, so there are three rounds, of which one must be
+/// so.
 pub(crate) async fn idle_connections() -> Vec<Verdict> {
     let server = DevServer::start();
     let neighbour = Neighbour::settle(&server, "other", "4D4D4D0000000077", 40).await;
@@ -131,7 +132,8 @@ pub(crate) async fn scrubs() -> Vec<Verdict> {
     let (p50, p99) = percentiles(&times);
     let ratio = all.as_secs_f64() / one.as_secs_f64();
     let detail = format!(
-        "{done} of {SCRUBS} ended well; {:.1} ms of the processor for one; a neighbour's grant meanwhile: {p50:.1} ms, p99 {p99:.1} ms",
+        "{done} of {SCRUBS} ended well; {:.1} ms of the processor for one; \
+         a neighbour's grant meanwhile: {p50:.1} ms, p99 {p99:.1} ms",
         one.as_secs_f64() * 1_000.0
     );
     let figure = Figure::of(ratio, format!("× the processor time of one scrub for {SCRUBS} at once"));

@@ -1,14 +1,16 @@
-//! What somebody with a valid certificate tries, and what the others notice of it: each attack is played over loopback
-//! against a real server, and printed as *held* or *not held* with its figure. One that is not held fails the run.
+//! What somebody with a valid certificate tries, and what the others notice of it: each attack is
+//! played over loopback against a real server, and printed as *held* or *not held* with its figure.
+//! One that is not held fails the run.
 //!
-//! Attacks are played one after another, so that no figure is disturbed by another attack. Each is bounded in count and
-//! time. A verdict never depends on a time that was measured: times are figures only.
+//! Attacks are played one after another, so that no figure is disturbed by another attack. Each is
+//! bounded in count and time. A verdict never depends on a time that was measured: times are
+//! figures only.
 //!
 //!     cargo test --release --workspace --test abuse               all
 //!     cargo test --release --workspace --test abuse -- a1_ a10_   only those with these words in their name
 //!
-//! `KMS_TEST_MODULE` and `KMS_TEST_DATABASE` choose module and database as for the other tests; `KMS_TEST_SEED` repeats
-//! a random mix.
+//! `KMS_TEST_MODULE` and `KMS_TEST_DATABASE` choose module and database as for the other tests;
+//! `KMS_TEST_SEED` repeats a random mix.
 #![expect(clippy::indexing_slicing, clippy::unwrap_used, reason = "tests")]
 
 mod bodies;
@@ -92,7 +94,8 @@ fn main() -> ExitCode {
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// As the test runner of the standard library chooses: words of which one must be in the name, and `--skip` words.
+/// As the test runner of the standard library chooses: words of which one must be in the name, and
+/// `--skip` words.
 fn is_chosen(name: &str, arguments: &[String]) -> bool {
     let (mut words, mut found) = (false, false);
     let mut arguments = arguments.iter();

@@ -15,8 +15,8 @@ use crate::{
     verdict::{Figure, Verdict},
 };
 
-/// An officer certifies a key of his own for another officer, and for an officer that he makes up, and approves with both
-/// what he asked for himself.
+/// An officer certifies an own key for another officer, and for an officer that does not exist, and
+/// approves with both what the first certificate asked for.
 pub(crate) async fn one_officer_is_two() -> Vec<Verdict> {
     let server = DevServer::start();
     let (ada, bo) = (server.connect("officer-1").await, server.connect("officer-2").await);

@@ -81,8 +81,8 @@ pub(crate) async fn transfer(connection: &Connection, device: &Meter, order: Tra
     }
 }
 
-/// A transfer that is tried again after a probe, where the meter's challenge was one that is not answered: the outcome
-/// of the last.
+/// A transfer that is tried again after a probe, where the meter's challenge was one that is not
+/// answered: the outcome of the last.
 pub(crate) async fn transfer_at_last(connection: &Connection, device: &Meter, number: u64, key_type: &str) -> String {
     let mut outcome = String::new();
     for _ in 0..TRIES {

@@ -57,8 +57,9 @@ fn protected(answer: &ProtectResponse) -> usize {
     answer.results.iter().filter(|result| matches!(result.result, Some(Outcome::Apdu(_)))).count()
 }
 
-/// A disconnect over the quota and a get; two gets of one meter; then any mix of what is permitted and refused, while quotas,
-/// leases and assignments change, on a second server where there is one, and after a restart.
+/// A disconnect over the quota and a get; two gets of one meter; then any mix of what is permitted
+/// and refused, while quotas, leases and assignments change, on a second server where there is one,
+/// and after a restart.
 pub(crate) async fn of_frames() -> Vec<Verdict> {
     let mut random = Random::of_environment("a1_replays_of_frames");
     let mut server = DevServer::start();
@@ -118,8 +119,8 @@ pub(crate) async fn of_frames() -> Vec<Verdict> {
     ]
 }
 
-/// One to eight frames to three meters: permitted, refused by policy, over a quota, to an unknown meter, under a foreign
-/// title, malformed, and challenges.
+/// One to eight frames to three meters: permitted, refused by policy, over a quota, to an unknown
+/// meter, under a foreign title, malformed, and challenges.
 fn mix(random: &mut Random) -> ProtectRequest {
     let purpose = [Purpose::Read, Purpose::Configure, Purpose::Control, Purpose::Control][random.below(4)];
     let supersede_lease = random.below(2) == 0;

@@ -32,7 +32,8 @@ pub(crate) fn urn(role: &str, name: &str) -> String {
     format!("urn:meterkms:dev:{role}:{name}")
 }
 
-/// Registers a principal with a key that is made here, and keeps its profile in the folder of the island.
+/// Registers a principal with a key that is made here, and keeps its profile in the folder of the
+/// island.
 pub(crate) async fn add(
     server: &DevServer,
     officer: &Connection,
@@ -75,7 +76,8 @@ pub(crate) struct Neighbour {
 }
 
 impl Neighbour {
-    /// Registers it under this name and client title (8 octets in hex), and assigns this meter of the sample to it.
+    /// Registers it under this name and client title (8 octets in hex), and assigns this meter of
+    /// the sample to it.
     pub(crate) async fn settle(server: &DevServer, name: &str, client_title: &str, number: u64) -> Self {
         let officer = server.connect("officer-1").await;
         let client_title = Bytes::from(hex::decode(client_title).unwrap());
@@ -136,7 +138,8 @@ pub(crate) async fn assign(officer: &Connection, numbers: &[u64], head_end: &str
     assert_eq!(changed.problems, [], "assigning {numbers:?} to `{head_end}`");
 }
 
-/// The counters of a new session of the sample's head-end with a meter of the sample: first and last.
+/// The counters of a new session of the sample's head-end with a meter of the sample: first and
+/// last.
 pub(crate) async fn lease(
     connection: &Connection,
     server: &DevServer,
@@ -177,7 +180,8 @@ pub(crate) const DISCONNECT: &str = "C301C10046000060030AFF01010F00";
 pub(crate) struct Nonces(HashMap<(Bytes, Bytes, u32), Bytes>);
 
 impl Nonces {
-    /// Takes note of an answer: how many of its frames have a counter that left with other octets before.
+    /// Takes note of an answer: how many of its frames have a counter that left with other octets
+    /// before.
     pub(crate) fn see(&mut self, request: &proto::ProtectRequest, answer: &proto::ProtectResponse) -> usize {
         assert_eq!(request.frames.len(), answer.results.len());
         let mut changed = 0;

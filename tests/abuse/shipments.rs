@@ -13,88 +13,90 @@ use crate::{
     verdict::{Figure, Verdict},
 };
 
-/// 40 uploads at the same moment, each announced with 32 GiB, of octets that nobody signed; then more octets for each.
+/// 40 uploads at the same moment, of small and of the largest files; then octets that no
+/// manufacturer signed.
 pub(crate) async fn uploads() -> Vec<Verdict> {
     let server = DevServer::start();
     let neighbour = Neighbour::settle(&server, "other", "4D4D4D0000000077", 40).await;
+    let refusals = begin_all(&server, "officer-1", SMALL, 1).await;
     let officer = server.connect("officer-1").await;
+    let begun = spool(&officer, SMALL).await;
+    let figure = Figure::count(begun.len(), format!("of {UPLOADS} uploads at once begun (bound: {BOUND})"));
+    let parallel = Verdict::new("A11", "parallel uploads", begun.len() <= BOUND, figure).with(refusals);
+
+    // Octets for those that were begun, less than announced.
+    for shipment in &begun {
+        let octets = vec![UploadShipmentRequest { start: None, offset: 0, octets: vec![b'x'; PIECE].into() }];
+        // It may be refused by an error, or in the answer.
+        let _ = upload(&officer, &shipment.file_sha256, SMALL, octets).await;
+    }
+    let octets: u64 = spool(&officer, SMALL).await.iter().map(|shipment| shipment.received).sum();
+    let tried = begun.len() * PIECE;
+    let unit = format!("MiB in the spool that nobody signed, of {} MiB sent", tried >> 20);
+    let held = (octets < tried as u64 || begun.is_empty()) && neighbour.ask().await.is_ok();
+    let unsigned = Verdict::new(
+        "A11",
+        "octets that nobody signed",
+        held,
+        Figure::count(usize::try_from(octets >> 20).unwrap(), unit),
+    );
+
+    let refusals = begin_all(&server, "officer-2", LARGEST, 101).await;
+    let announced: u64 = spool(&officer, LARGEST).await.iter().map(|shipment| shipment.file_length).sum();
+    let unit = format!("GiB announced by one principal, in {UPLOADS} uploads of {} GiB", LARGEST >> 30);
+    let figure = Figure::count(usize::try_from(announced >> 30).unwrap(), unit);
+    let large = Verdict::new("A11", "uploads of the largest files", announced <= MOST_ANNOUNCED, figure).with(refusals);
+    vec![parallel, unsigned, large]
+}
+
+/// Begins all uploads at once, each over a connection of its own, and leaves them: why one was
+/// refused.
+async fn begin_all(server: &DevServer, officer: &str, length: u64, first: u8) -> String {
     let mut uploading = JoinSet::new();
     for number in 0..UPLOADS {
-        let connection = server.connect("officer-1").await;
-        uploading.spawn(async move { upload(&connection, number, 0, PIECES).await });
+        let connection = server.connect(officer).await;
+        uploading.spawn(async move { upload(&connection, &[first + number; 32], length, Vec::new()).await });
     }
     let mut refusals = Vec::new();
     while let Some(uploaded) = uploading.join_next().await {
         refusals.extend(uploaded.unwrap().err());
     }
-    let begun = spool(&officer).await;
-    let figure = Figure::count(begun.len(), format!("of {UPLOADS} uploads at once begun (bound: {BOUND})"));
     refusals.sort();
-    refusals.dedup();
-    let reasons = refusals.first().map(|refusal| format!("; refused: {refusal}")).unwrap_or_default();
-    let parallel = Verdict::new("A11", "parallel uploads", begun.len() <= BOUND, figure)
-        .with(format!("{} unfinished{reasons}", begun.len()));
-
-    // On with those that were begun: octets that no manufacturer signed.
-    let mut refused = String::new();
-    'all: for round in 1..=ROUNDS {
-        for number in 0..UPLOADS {
-            let Some(shipment) = begun.iter().find(|shipment| shipment.file_sha256 == sha256(number)) else { continue };
-            let at = shipment.received + (round - 1) * PIECES * PIECE as u64;
-            if let Err(error) = upload(&officer, number, at, PIECES).await {
-                refused = error;
-                if spool(&officer).await.iter().all(|shipment| shipment.file_sha256 != sha256(number)) {
-                    continue;
-                }
-                break 'all;
-            }
-        }
-    }
-    let octets: u64 = spool(&officer).await.iter().map(|shipment| shipment.received).sum();
-    let grant = neighbour.ask().await;
-    let tried = (ROUNDS + 1) * begun.len() as u64 * PIECES * PIECE as u64;
-    let unit = format!("MiB in the spool that nobody signed, of {} MiB tried", tried >> 20);
-    let figure = Figure::count(usize::try_from(octets >> 20).unwrap(), unit);
-    let held = (octets < tried || begun.is_empty()) && grant.is_ok();
-    vec![parallel, Verdict::new("A11", "octets that nobody signed", held, figure).with(refused)]
+    refusals.pop().map(|refusal| format!("refused: {refusal}")).unwrap_or_default()
 }
 
-/// Sends pieces of an upload that is announced with the longest length, and leaves it.
-async fn upload(connection: &Connection, number: usize, offset: u64, pieces: u64) -> Result<(), String> {
+/// Announces a file, sends pieces of it, and leaves it.
+async fn upload(
+    connection: &Connection,
+    sha256: &[u8],
+    length: u64,
+    pieces: Vec<UploadShipmentRequest>,
+) -> Result<(), String> {
     let start = UploadShipmentStart {
-        file_sha256: sha256(number).into(),
-        file_length: LONGEST,
+        file_sha256: sha256.to_vec().into(),
+        file_length: length,
         signature: vec![0x30; 70].into(),
         manufacturer: urn("manufacturer", "kam"),
     };
-    let mut messages = vec![UploadShipmentRequest { start: Some(start), ..UploadShipmentRequest::default() }];
-    for piece in 0..pieces {
-        let offset = offset + piece * PIECE as u64;
-        messages.push(UploadShipmentRequest { start: None, offset, octets: vec![b'x'; PIECE].into() });
-    }
-    connection
-        .shipments()
-        .upload_shipment(iter(messages))
-        .await
-        .map(drop)
-        .map_err(|status| format!("{:?}: {}", status.code(), status.message()))
+    let first = UploadShipmentRequest { start: Some(start), ..UploadShipmentRequest::default() };
+    let messages: Vec<_> = std::iter::once(first).chain(pieces).collect();
+    let answer = connection.shipments().upload_shipment(iter(messages)).await;
+    answer.map(drop).map_err(|status| format!("{:?}: {}", status.code(), status.message()))
 }
 
-async fn spool(officer: &Connection) -> Vec<Shipment> {
+/// Unfinished uploads of files of this length.
+async fn spool(officer: &Connection, length: u64) -> Vec<Shipment> {
     let listed = officer.shipments().list_shipments(ListShipmentsRequest {}).await.unwrap().into_inner();
-    listed.shipments.into_iter().filter(|shipment| shipment.state == "uploading").collect()
+    let unfinished = |shipment: &Shipment| shipment.state == "uploading" && shipment.file_length == length;
+    listed.shipments.into_iter().filter(unfinished).collect()
 }
 
-fn sha256(number: usize) -> Vec<u8> {
-    vec![u8::try_from(number + 1).unwrap(); 32]
-}
-
-const UPLOADS: usize = 40;
+const UPLOADS: u8 = 40;
 /// Unfinished uploads of one principal.
 const BOUND: usize = 16;
-/// What can be announced.
-const LONGEST: u64 = 32 << 30;
+/// The longest file that can be announced to a server without a bound of the spool.
+const LARGEST: u64 = 32 << 30;
+const SMALL: u64 = 4 << 20;
 const PIECE: usize = 1 << 20;
-/// In one call.
-const PIECES: u64 = 1;
-const ROUNDS: u64 = 6;
+/// A disk of a server takes this.
+const MOST_ANNOUNCED: u64 = 64 << 30;

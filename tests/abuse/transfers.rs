@@ -11,8 +11,8 @@ use crate::{
     verdict::{Figure, Verdict},
 };
 
-/// Under the shipped policies, and under one that permits urgent transfers: there is a bound, a way out of it, and a neighbour
-/// that does not wait.
+/// Under the shipped policies, and under one that permits urgent transfers: there is a bound, a way
+/// out of it, and a neighbour that does not wait.
 pub(crate) async fn urgent() -> Vec<Verdict> {
     let mut server = DevServer::start();
     let shipped = in_a_row(&server, 20, "urgent transfers, shipped policies").await;

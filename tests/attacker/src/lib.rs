@@ -1,7 +1,9 @@
-//! What no client library does, with the real certificate of a principal: connections that are only held, from any
-//! loopback address, and requests whose body never ends. The tests of abuse and the bench share it.
+//! What no client library does, with the real certificate of a principal: connections that are only
+//! held, from any loopback address, and requests whose body never ends. The tests of abuse and the
+//! bench share it.
 //!
-//! Sizes are octets. Nothing here gives up by itself: whoever drops a connection or a [`Hoard`] ends it.
+//! Sizes are octets. Nothing here gives up by itself: whoever drops a connection or a [`Hoard`]
+//! ends it.
 
 use std::{
     convert::Infallible,
@@ -87,8 +89,8 @@ impl Attacker {
         self.connector.connect(self.name.clone(), stream).await
     }
 
-    /// A connection that the server has accepted: after the handshake, and after its first frame of HTTP/2 (RFC 9113,
-    /// 3.4). Nothing is asked on it.
+    /// A connection that the server has accepted: after the handshake, and after its first frame of
+    /// HTTP/2 (RFC 9113, 3.4). Nothing is asked on it.
     ///
     /// # Errors
     /// The server refuses: it closes before or after the handshake.
@@ -145,8 +147,8 @@ pub enum Cut {
     Broken,
 }
 
-/// Begins a request that is never finished: a message of so many octets without its last one. Returns when the server
-/// answers nevertheless.
+/// Begins a request that is never finished: a message of so many octets without its last one.
+/// Returns when the server answers nevertheless.
 pub async fn unfinished(channel: Channel, method: &str, octets: usize, sent: Arc<AtomicUsize>) -> Cut {
     let request = http::Request::post(format!("{ORIGIN}{method}"))
         .header(http::header::CONTENT_TYPE, "application/grpc")
@@ -162,8 +164,8 @@ pub async fn unfinished(channel: Channel, method: &str, octets: usize, sent: Arc
     }
 }
 
-/// Unfinished requests on several connections, each as large as the server lets it be: one that is refused is begun
-/// anew with a smaller size. Dropped, it ends.
+/// Unfinished requests on several connections, each as large as the server lets it be: one that is
+/// refused is begun anew with a smaller size. Dropped, it ends.
 pub struct Hoard {
     sent: Arc<AtomicUsize>,
     cut: Arc<AtomicUsize>,
@@ -173,7 +175,8 @@ pub struct Hoard {
 }
 
 impl Hoard {
-    /// So many requests on each of these connections, spread over methods whose requests may be large.
+    /// So many requests on each of these connections, spread over methods whose requests may be
+    /// large.
     pub fn begin(connections: &[Channel], requests: usize) -> Self {
         let [sent, cut, given_up] = std::array::from_fn(|_| Arc::new(AtomicUsize::new(0)));
         let mut slots = JoinSet::new();
@@ -208,8 +211,8 @@ impl Hoard {
         self.requests - self.given_up.load(Ordering::Relaxed)
     }
 
-    /// Waits until the server takes no more: nothing moved for a second, everything was cut, `enough` says so, or the
-    /// time is up. `enough` is asked ten times a second.
+    /// Waits until the server takes no more: nothing moved for a second, everything was cut,
+    /// `enough` says so, or the time is up. `enough` is asked ten times a second.
     pub async fn settle(&self, most: Duration, mut enough: impl FnMut() -> bool) {
         let began = tokio::time::Instant::now();
         let (mut last, mut same) = ((0, 0), 0);
@@ -260,7 +263,8 @@ impl http_body::Body for Unfinished {
     }
 }
 
-/// Calls whose requests may be large. Whether the caller may make them is for the server to find out.
+/// Calls whose requests may be large. Whether the caller may make them is for the server to find
+/// out.
 const METHODS: [&str; 8] = [
     "/meterkms.v1.FrameService/Protect",
     "/meterkms.v1.FrameService/Unprotect",

@@ -10,8 +10,9 @@ use kms_client::StateDirectory;
 
 use crate::{Failure, island::Island, measure::memory_mib};
 
-/// Memory at its highest while the head-end holds [`REQUESTS`] unfinished requests on each of two connections, above that
-/// before, in MiB. The island must be fresh: memory that was used and is free again would hide what is held.
+/// Memory at its highest while the head-end holds [`REQUESTS`] unfinished requests on each of two
+/// connections, above that before, in MiB. The island must be fresh: memory that was used and is
+/// free again would hide what is held.
 pub(crate) async fn hold(island: &Island) -> Result<f64, Failure> {
     let attacker = Attacker::of(&StateDirectory::new(&island.directory).profile("head-end")?)?;
     let connections = [attacker.channel(LOOPBACK).await?, attacker.channel(LOOPBACK).await?];
