@@ -1,5 +1,6 @@
 //! A4, A13: one person is one person, and a thief of a key does not lock its owner out.
 
+use bytes::Bytes;
 use kms_client::{
     Connection, KeyRequest, PrincipalId, new_request_id,
     proto::{
@@ -26,7 +27,7 @@ pub(crate) async fn one_officer_is_two() -> Vec<Verdict> {
     let other = PrincipalId::parse(&urn("officer", "officer-2")).unwrap();
     let key = KeyRequest::generate(&other).unwrap();
     let certificate_request = key.certificate_request().to_vec().into();
-    let renew = RenewPrincipalRequest { request_id: request_id(), principal: other.to_string(), certificate_request };
+    let renew = renewal(&other, certificate_request);
     match ada.principals().renew_principal(renew).await {
         Err(status) => seen.push(format!("renewing another officer: {:?}", status.code())),
         Ok(issued) => {
@@ -86,6 +87,16 @@ pub(crate) async fn one_officer_is_two() -> Vec<Verdict> {
     vec![verdict.with(seen.into_iter().chain(counted).collect::<Vec<_>>().join("; "))]
 }
 
+/// A renewal that nobody else stands behind.
+fn renewal(principal: &PrincipalId, certificate_request: Bytes) -> RenewPrincipalRequest {
+    RenewPrincipalRequest {
+        request_id: request_id(),
+        principal: principal.to_string(),
+        certificate_request,
+        ..RenewPrincipalRequest::default()
+    }
+}
+
 async fn draft(officer: &Connection) -> Campaign {
     let selection = CampaignSelection {
         meters: (0..3).map(|number| title(number).octets().to_vec().into()).collect(),
@@ -124,7 +135,7 @@ pub(crate) async fn stolen_key() -> Vec<Verdict> {
     for round in 0..RENEWALS {
         let key = KeyRequest::generate(&id).unwrap();
         let certificate_request = key.certificate_request().to_vec().into();
-        let renew = RenewPrincipalRequest { request_id: request_id(), principal: id.to_string(), certificate_request };
+        let renew = renewal(&id, certificate_request);
         match thief.principals().renew_principal(renew).await {
             Ok(issued) => {
                 renewed += 1;
