@@ -240,7 +240,6 @@ impl Limits {
             acts_waiting_per_principal: self.number(Bound::ActsWaitingPerPrincipal),
             meters_in_flight_per_principal: self.meters_in_flight_per_principal,
             log_octets_per_principal_and_hour: self.log_mib_per_principal_and_hour << 20,
-            ..CommitterBounds::default()
         }
     }
 

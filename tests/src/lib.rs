@@ -324,6 +324,11 @@ impl DevServer {
         Meter::new(meters.into_iter().nth(number).expect("the sample has fewer devices")).unwrap()
     }
 
+    /// The number of its process.
+    pub fn pid(&self) -> u32 {
+        self.process.0.id()
+    }
+
     /// Every key of the sample in plaintext, as its vendor knows them.
     pub fn plaintext_keys(&self) -> Vec<Vec<u8>> {
         let text = fs::read_to_string(self.state.path().join("vendor/devices.jsonl")).unwrap();

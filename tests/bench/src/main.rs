@@ -14,6 +14,7 @@ mod raw;
 mod report;
 mod shipment;
 mod transfers;
+mod unfinished;
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
@@ -133,6 +134,7 @@ impl Arguments {
             Measuring { island: &island, report: &mut report, module, meters: self.meters_of(module), time, raw: &raw.rates }.all().await?;
             drop(island);
             std::fs::remove_dir_all(&folder)?;
+            report_unfinished(&mut report, module, &folder).await?;
         }
         Ok(match self.output {
             Output::Table => report.to_text(),
@@ -146,6 +148,17 @@ impl Arguments {
             Module::Softhsm2 => self.softhsm_meters,
         }
     }
+}
+
+/// On an island of its own, which holds nothing else.
+async fn report_unfinished(report: &mut Report, module: Module, folder: &std::path::Path) -> Result<(), Failure> {
+    std::fs::create_dir(folder)?;
+    let held = unfinished::hold(&Island::make(module, folder).await?).await?;
+    std::fs::remove_dir_all(folder)?;
+    let name = format!("2 connections × {} unfinished requests, above that before", unfinished::REQUESTS);
+    report.add(MEMORY, &name, "MiB", module, held);
+    report.goal(MEMORY, &name, None, Goal::Below(32.0));
+    Ok(())
 }
 
 fn report_raw(report: &mut Report, module: Module, Raw { rates, octets_left, .. }: &Raw) {
