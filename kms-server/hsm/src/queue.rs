@@ -1,7 +1,8 @@
 //! The bounded queue that feeds a token's worker threads: items of several payers, served in turn.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::collections::HashMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use kms_domain::Turns;
 
@@ -13,6 +14,7 @@ pub(crate) struct Queue<T> {
     state: Mutex<State<T>>,
     changed: Condvar,
     limits: QueueLimits,
+    not_alone: Duration,
 }
 
 /// How long a queue may become.
@@ -27,15 +29,45 @@ pub(crate) struct QueueLimits {
 struct State<T> {
     turns: Turns<Payer, T>,
     closed: bool,
+    receivers: usize,
+    /// Items of each payer that receivers work on.
+    taken: HashMap<Payer, usize>,
+    /// Who sent the last item, the server itself apart; and when it was another one than the time before.
+    last: Payer,
+    changed: Option<Instant>,
 }
 
 /// What a receiver got.
-pub(crate) enum Received<T> {
-    Item(T),
+pub(crate) enum Received<'q, T> {
+    /// An item, whose work is over when the turn is dropped.
+    Item(T, Turn<'q, T>),
     /// Nothing came for the time given.
     Idle,
     /// The queue is closed and empty.
     Closed,
+}
+
+/// The turn of a payer.
+pub(crate) struct Turn<'q, T> {
+    queue: &'q Queue<T>,
+    payer: Payer,
+}
+
+impl<T> Drop for Turn<'_, T> {
+    fn drop(&mut self) {
+        let mut state = self.queue.state();
+        if let Some(taken) = state.taken.get_mut(&self.payer) {
+            *taken -= 1;
+            if *taken == 0 {
+                state.taken.remove(&self.payer);
+            }
+        }
+        let others = !state.turns.is_empty();
+        drop(state);
+        if others {
+            self.queue.changed.notify_one();
+        }
+    }
 }
 
 /// Why an item was not taken.
@@ -50,17 +82,31 @@ pub(crate) enum Full {
 impl<T> Queue<T> {
     pub(crate) fn new(limits: QueueLimits) -> Self {
         let limits = QueueLimits { all: limits.all.max(1), of_one: limits.of_one.max(1) };
-        Self { state: Mutex::new(State { turns: Turns::new(), closed: false }), changed: Condvar::new(), limits }
+        let state = State { turns: Turns::new(), closed: false, receivers: 1, taken: HashMap::new(), last: None, changed: None };
+        Self { state: Mutex::new(state), changed: Condvar::new(), limits, not_alone: NOT_ALONE }
+    }
+
+    /// So many receivers take items.
+    pub(crate) fn set_receivers(&self, receivers: usize) {
+        self.state().receivers = receivers;
+    }
+
+    fn state(&self) -> MutexGuard<'_, State<T>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Adds an item of this cost, or says why not.
     pub(crate) fn push(&self, payer: &Payer, cost: u64, item: T) -> Result<(), Full> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state();
         if state.closed || state.turns.len() >= self.limits.all {
             return Err(Full::All(self.limits.all));
         }
         if payer.is_some() && state.turns.waiting(payer).items >= self.limits.of_one {
             return Err(Full::OfOne(self.limits.of_one));
+        }
+        if payer.is_some() && *payer != state.last {
+            state.changed = state.last.is_some().then(Instant::now);
+            state.last.clone_from(payer);
         }
         state.turns.push(payer.clone(), cost, item);
         drop(state);
@@ -69,29 +115,46 @@ impl<T> Queue<T> {
     }
 
     /// The item whose turn it is, waiting for one at most `idle`.
-    pub(crate) fn pop(&self, idle: Duration) -> Received<T> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(crate) fn pop(&self, idle: Duration) -> Received<'_, T> {
+        let mut state = self.state();
+        let mut timed_out = false;
         loop {
-            if let Some((_, _, item)) = state.turns.pop() {
-                return Received::Item(item);
+            if let Some((payer, item)) = state.next(self.not_alone) {
+                *state.taken.entry(payer.clone()).or_default() += 1;
+                return Received::Item(item, Turn { queue: self, payer });
             }
-            if state.closed {
+            if state.closed && state.turns.is_empty() {
                 return Received::Closed;
+            }
+            if timed_out {
+                return Received::Idle;
             }
             let (next, waited) = self.changed.wait_timeout(state, idle).unwrap_or_else(PoisonError::into_inner);
             state = next;
-            if waited.timed_out() && state.turns.is_empty() && !state.closed {
-                return Received::Idle;
-            }
+            timed_out = waited.timed_out();
         }
     }
 
     /// Takes no more items; receivers get what is left.
     pub(crate) fn close(&self) {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).closed = true;
+        self.state().closed = true;
         self.changed.notify_all();
     }
 }
+
+impl<T> State<T> {
+    /// The item whose turn it is. While several payers send items, none has all receivers: one of them is free for the others, who would wait
+    /// for a part of a batch otherwise.
+    fn next(&mut self, not_alone: Duration) -> Option<(Payer, T)> {
+        let alone = self.receivers < 2 || self.changed.is_none_or(|changed| changed.elapsed() > not_alone);
+        let (taken, receivers) = (&self.taken, self.receivers);
+        let fits = |payer: &Payer, _| alone || taken.get(payer).copied().unwrap_or_default() < receivers - 1;
+        self.turns.pop_where(fits).map(|(payer, _, item)| (payer, item))
+    }
+}
+
+/// For how long a payer counts as not alone after another one's item.
+const NOT_ALONE: Duration = Duration::from_secs(2);
 
 #[cfg(test)]
 mod tests {
@@ -101,12 +164,12 @@ mod tests {
     fn a_full_queue_takes_nothing_more() {
         let queue = Queue::new(QueueLimits { all: 2, of_one: 2 });
         assert_eq!((queue.push(&None, 1, 1), queue.push(&None, 1, 2), queue.push(&None, 1, 3)), (Ok(()), Ok(()), Err(Full::All(2))));
-        assert!(matches!(queue.pop(Duration::ZERO), Received::Item(1)));
+        assert!(matches!(queue.pop(Duration::ZERO), Received::Item(1, _)));
         assert_eq!(queue.push(&None, 1, 3), Ok(()));
         queue.close();
         assert_eq!(queue.push(&None, 1, 4), Err(Full::All(2)));
-        assert!(matches!(queue.pop(Duration::ZERO), Received::Item(2)));
-        assert!(matches!(queue.pop(Duration::ZERO), Received::Item(3)));
+        assert!(matches!(queue.pop(Duration::ZERO), Received::Item(2, _)));
+        assert!(matches!(queue.pop(Duration::ZERO), Received::Item(3, _)));
         assert!(matches!(queue.pop(Duration::ZERO), Received::Closed));
     }
 
@@ -115,7 +178,27 @@ mod tests {
         let (queue, flood, neighbour) = (Queue::new(QueueLimits { all: 4, of_one: 2 }), Some("flood".into()), Some("neighbour".into()));
         assert_eq!((queue.push(&flood, 500, 1), queue.push(&flood, 500, 2), queue.push(&flood, 1, 3)), (Ok(()), Ok(()), Err(Full::OfOne(2))));
         assert_eq!(queue.push(&neighbour, 1, 4), Ok(()));
-        assert!(matches!(queue.pop(Duration::ZERO), Received::Item(4)));
-        assert!(matches!(queue.pop(Duration::ZERO), Received::Item(1)));
+        assert!(matches!(queue.pop(Duration::ZERO), Received::Item(4, _)));
+        assert!(matches!(queue.pop(Duration::ZERO), Received::Item(1, _)));
+    }
+
+    #[test]
+    fn a_receiver_is_free_for_others() {
+        let (mut queue, flood, neighbour) = (Queue::new(QueueLimits { all: 9, of_one: 9 }), Some("flood".into()), Some("neighbour".into()));
+        queue.not_alone = Duration::MAX;
+        queue.set_receivers(2);
+        (1..4).for_each(|item| queue.push(&flood, 500, item).unwrap());
+        // One that is alone has all.
+        let (Received::Item(1, first), Received::Item(2, second)) = (queue.pop(Duration::ZERO), queue.pop(Duration::ZERO)) else { panic!("not alone") };
+        drop(first);
+        queue.push(&neighbour, 1, 4).unwrap();
+        let Received::Item(4, small) = queue.pop(Duration::ZERO) else { panic!("the neighbour waits") };
+        drop(small);
+        // One is at work still.
+        assert!(matches!(queue.pop(Duration::ZERO), Received::Idle));
+        drop(second);
+        assert!(matches!(queue.pop(Duration::ZERO), Received::Item(3, _)));
+        queue.close();
+        assert!(matches!(queue.pop(Duration::ZERO), Received::Closed));
     }
 }

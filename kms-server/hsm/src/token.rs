@@ -280,6 +280,7 @@ impl Shared {
             if usable && workers.is_empty() {
                 let count =
                     self.settings.workers.or_else(|| inner.connection.as_ref().map(|connection| connection.capabilities.best_workers)).unwrap_or(1).max(1);
+                self.queue.set_receivers(count);
                 for number in 0..count {
                     let shared = Arc::clone(&self);
                     match spawn(&format!("hsm-worker-{number}"), move || shared.work()) {
@@ -303,7 +304,7 @@ impl Shared {
             }
         }
         // Without workers nobody takes what waits; dropping it answers it.
-        while let Received::Item(task) = self.queue.pop(Duration::ZERO) {
+        while let Received::Item(task, _) = self.queue.pop(Duration::ZERO) {
             self.metrics.taken();
             task.fail(self.unavailable("the HSM token is being closed"));
         }
@@ -316,10 +317,10 @@ impl Shared {
     fn work(self: Arc<Self>) {
         let mut session: Option<(u64, Worker)> = None;
         loop {
-            let mut task = match self.queue.pop(TIDY_EVERY) {
-                Received::Item(task) => {
+            let (mut task, _turn) = match self.queue.pop(TIDY_EVERY) {
+                Received::Item(task, turn) => {
                     self.metrics.taken();
-                    task
+                    (task, turn)
                 }
                 Received::Idle => {
                     if let Some((_, worker)) = &session {

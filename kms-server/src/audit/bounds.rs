@@ -29,10 +29,13 @@ impl Default for CommitterBounds {
 pub(super) const RETRY_AFTER: Duration = Duration::from_millis(500);
 /// Acts of one transaction.
 pub(super) const MOST_ACTS: usize = 256;
-/// Work of one transaction, in rows, and of one principal in it: another one's act waits for about 15 ms of it. What is larger is a transaction of
-/// its own.
+/// Work of one transaction, in rows. What is larger is a transaction of its own.
 pub(super) const MOST_WORK: u64 = 4_096;
-pub(super) const MOST_WORK_OF_ONE: u64 = 1_024;
+/// Work of one principal in a transaction while others send acts too, who wait for it: a chunk of a batch, which takes a few milliseconds. One that is
+/// alone has all of a transaction.
+pub(super) const MOST_WORK_OF_ONE: u64 = 512;
+/// For how long a principal counts as not alone after another one's act.
+pub(super) const NOT_ALONE: Duration = Duration::from_secs(2);
 /// What an act costs besides its rows: its principal, its request, its record. A single grant takes the writer five times as long as a meter of a
 /// batch.
 pub(super) const WORK_OF_AN_ACT: u64 = 4;

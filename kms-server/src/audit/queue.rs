@@ -9,13 +9,14 @@ mod tests;
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
 };
 
 use kms_domain::{PrincipalId, Turns};
 use tokio::sync::Notify;
 
 use super::{
-    bounds::{CommitterBounds, MOST_ACTS, MOST_WORK, MOST_WORK_OF_ONE, RETRY_AFTER, SMALL},
+    bounds::{CommitterBounds, MOST_ACTS, MOST_WORK, MOST_WORK_OF_ONE, NOT_ALONE, RETRY_AFTER, SMALL},
     committer::Act,
 };
 use crate::{error::ServiceError, telemetry::metrics};
@@ -32,6 +33,10 @@ struct Shared {
 struct State {
     turns: Turns<Payer, Box<dyn Act>>,
     closed: bool,
+    /// Who sent the last act, the server itself apart.
+    last: Payer,
+    /// When it was another one than the time before.
+    changed: Option<Instant>,
 }
 
 impl Shared {
@@ -48,7 +53,8 @@ pub(super) struct Receiver(Arc<Shared>);
 
 /// A queue.
 pub(super) fn queue(bounds: CommitterBounds) -> (Sender, Receiver) {
-    let shared = Arc::new(Shared { state: Mutex::new(State { turns: Turns::new(), closed: false }), changed: Notify::new(), bounds });
+    let shared =
+        Arc::new(Shared { state: Mutex::new(State { turns: Turns::new(), closed: false, last: None, changed: None }), changed: Notify::new(), bounds });
     (Sender(Arc::clone(&shared)), Receiver(shared))
 }
 
@@ -81,6 +87,10 @@ impl Sender {
                     waiting.work, bounds.meters_in_flight_per_principal
                 ));
             }
+        }
+        if payer.is_some() && payer != state.last {
+            state.changed = state.last.is_some().then(Instant::now);
+            state.last.clone_from(&payer);
         }
         state.turns.push(payer, cost, act);
         drop(state);
@@ -124,10 +134,12 @@ impl Receiver {
         let mut taken: Vec<Box<dyn Act>> = Vec::new();
         let mut of_one: HashMap<Payer, u64> = HashMap::new();
         let (mut all, mut largest) = (0, u64::MAX);
+        let alone = state.changed.is_none_or(|changed| changed.elapsed() > NOT_ALONE);
+        let most_of_one = if alone { MOST_WORK } else { MOST_WORK_OF_ONE };
         while taken.len() < MOST_ACTS {
             let fits = |payer: &Payer, cost: u64| {
                 let work = of_one.get(payer).copied().unwrap_or_default();
-                taken.is_empty() || (cost <= largest && all + cost <= MOST_WORK && work + cost <= MOST_WORK_OF_ONE)
+                taken.is_empty() || (cost <= largest && all + cost <= MOST_WORK && work + cost <= most_of_one)
             };
             let Some((payer, cost, act)) = state.turns.pop_where(fits) else { break };
             if taken.is_empty() && cost <= SMALL {

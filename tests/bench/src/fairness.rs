@@ -1,6 +1,6 @@
 //! What one head-end sees while another one floods the server with batches.
 
-use std::{cell::Cell, time::Duration};
+use std::time::Duration;
 
 use futures::future;
 
@@ -24,27 +24,27 @@ impl Fairness {
     pub(crate) async fn measure(island: &Island, time: Duration, meters: u64, first: u64) -> Result<Self, Failure> {
         let quiet = Grants::new(island).paced(NEIGHBOUR_PACE, time, meters).await?;
         let flood = Grants::of(island, &island.flooder);
-        let (served, running) = (Cell::new(0), Cell::new(true));
         let lane = || async {
-            while running.get() {
-                match flood.batch((first..first + FLOOD_METERS).collect()).await {
-                    Ok(keys) => served.set(served.get() + keys),
-                    // It may be refused; what a client that floods does then is to ask again.
-                    Err(_) => tokio::time::sleep(AGAIN).await,
+            while flood.keys.get() < u64::MAX {
+                // It may be refused; what a client that floods does then is to ask again.
+                if flood.batch((first..first + FLOOD_METERS).collect()).await.is_err() {
+                    tokio::time::sleep(AGAIN).await;
                 }
             }
         };
         let lanes = future::join_all((0..FLOOD_CALLS).map(|_| lane()));
+        let served = || flood.keys.get();
         let measured = async {
             // Not before the flood has filled every queue.
             tokio::time::sleep(RISE).await;
-            let before = served.get();
+            let before = served();
             let run = Grants::new(island).paced(NEIGHBOUR_PACE, time, meters).await;
-            (run, served.get() - before)
+            (run, served() - before)
         };
         // The flood is broken off, as a client breaks off that is killed.
         let (flooded, served) = tokio::select! {
             measured = measured => measured,
+            // It never ends by itself.
             _ = lanes => return Err("the flood ended".into()),
         };
         let flooded = flooded?;

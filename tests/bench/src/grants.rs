@@ -22,6 +22,8 @@ pub(crate) struct Grants<'a> {
     island: &'a Island,
     head_end: &'a HeadEnd,
     turn: Cell<u64>,
+    /// Keys that came so far, of batches that are not finished too.
+    pub(crate) keys: Cell<u64>,
     sample: RefCell<Vec<Sample>>,
 }
 
@@ -39,7 +41,7 @@ impl<'a> Grants<'a> {
 
     /// Of another head-end than the island's first.
     pub(crate) const fn of(island: &'a Island, head_end: &'a HeadEnd) -> Self {
-        Self { island, head_end, turn: Cell::new(0), sample: RefCell::new(Vec::new()) }
+        Self { island, head_end, turn: Cell::new(0), keys: Cell::new(0), sample: RefCell::new(Vec::new()) }
     }
 
     /// Single calls, so many in flight.
@@ -102,6 +104,8 @@ impl<'a> Grants<'a> {
                 return Err("a chunk without an envelope".into());
             }
             (received, count) = (received + 1, chunk.chunk_count);
+            // Chunks are equally large, but for the last one.
+            self.keys.set(self.keys.get() + KEYS * meters.len() as u64 / u64::from(count.max(1)));
             kept.get_or_insert(chunk.envelopes);
         }
         if received != count || count == 0 {
