@@ -277,7 +277,7 @@ impl Command {
             Self::Officers { command: OfficersCommand::Recertify { officer, config, certificate_request, escrow, shares, out } } => {
                 let config = Config::load(&config)?;
                 let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() }, "officers")?;
-                let days = config.limits.principal_certificate_days;
+                let days = config.limits.principal_days();
                 let recertification = Recertification { officer: officer.clone(), certificate_request, escrow, shares, days };
                 let issued = server::recertify_officer(&config, recertification).await?;
                 crate::files::replace(&out, issued.pem().as_bytes(), 0o644).map_err(|error| {

@@ -466,7 +466,7 @@ impl http_body::Body for Messages {
 }
 
 fn nobody() -> ServiceError {
-    ServiceError::Unauthenticated { reason: "the certificate is not one of an enabled principal of this island; ask a security officer".to_owned() }
+    ServiceError::unauthenticated("the certificate is not one of an enabled principal of this island; ask a security officer")
 }
 
 fn wide(number: usize) -> u64 {
