@@ -130,7 +130,7 @@ async fn custodians_bring_the_last_officer_back(folder: &Path, people: &People, 
         certificate_request: request.clone(),
         escrow: state.join(escrow),
         shares: shares.to_vec(),
-        days: config.limits.principal_certificate_days,
+        days: config.limits.principal_days(),
     };
     let (ada, bo, head_end) = ("urn:meterkms:north:officer:ada", "urn:meterkms:north:officer:bo", "urn:meterkms:north:head-end:hes-1");
     for (wrong, reason) in [

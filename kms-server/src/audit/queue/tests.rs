@@ -84,6 +84,7 @@ fn committer(island: &TestIsland, bounds: CommitterBounds) -> Committer {
         island: island.island.name().clone(),
         server: "bounded".to_owned(),
         chunk_size: ChunkSize::DEFAULT,
+        counter_cap: kms_domain::CounterCap::DEFAULT,
         bounds,
         restore: RestoreSettings::default(),
         silence: CommitterSettings::SILENCE,

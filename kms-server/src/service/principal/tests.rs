@@ -153,7 +153,7 @@ impl Scene {
 
     async fn events(&self, kind: &str) -> Vec<SecurityEvent> {
         let rows = self.t.island.store.audit_page(&kms_store::AuditFilter::default(), None, 500).await.unwrap();
-        let events = rows.iter().filter_map(|row| AuditRecord::decode(row.record.record.as_slice()).unwrap().event);
+        let events = rows.iter().filter_map(|row| <AuditRecord as prost::Message>::decode(row.record.record.as_slice()).unwrap().event);
         events
             .filter_map(|event| if let Event::SecurityEvent(event) = event { Some(event) } else { None })
             .filter(|event| event.kind == kind)
