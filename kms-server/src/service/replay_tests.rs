@@ -532,7 +532,7 @@ impl World {
 type Granted = BTreeMap<Vec<u8>, (Vec<u8>, i64, v1::MeterKeys)>;
 
 fn order(meter: SystemTitle, key_type: Option<KeyType>) -> Order {
-    Order { meter, setup: None, key_type, client_title: client_title(), form: TransferForm::Frames, urgent: true, lifetime_seconds: 3_600, task: None }
+    Order { meter, setup: None, key_type, client_title: client_title(), form: TransferForm::Frames, urgent: false, lifetime_seconds: 3_600, task: None }
 }
 
 async fn with_transport_key(server: &Arc<Island>, caller: &Caller) {
