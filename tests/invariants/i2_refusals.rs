@@ -12,6 +12,7 @@ use kms_tests::{DevServer, terms, title};
 use proto::audit_record::Event;
 use tonic::{Code, Status};
 
+const OFFICER: &str = "urn:meterkms:dev:officer:officer-2";
 const HEAD_END: &str = "urn:meterkms:dev:head-end:head-end";
 
 /// Calls of which no policy decides, and why.
@@ -71,7 +72,33 @@ async fn call_all(caller: &Connection) -> Vec<(&'static str, &'static str, Resul
     call!(
         "RenewPrincipal",
         "renewPrincipal",
-        principals.renew_principal(proto::RenewPrincipalRequest { request_id: id(), principal: HEAD_END.to_owned(), certificate_request: csr(HEAD_END), ..Default::default() })
+        principals.renew_principal(proto::RenewPrincipalRequest {
+            request_id: id(),
+            principal: HEAD_END.to_owned(),
+            certificate_request: csr(HEAD_END),
+            ..Default::default()
+        })
+    );
+    call!(
+        "ProposePrincipalKey",
+        "proposePrincipalKey",
+        principals.propose_principal_key(proto::ProposePrincipalKeyRequest {
+            request_id: id(),
+            principal: OFFICER.to_owned(),
+            key_sha256: vec![7; 32].into(),
+            reason: "lost".to_owned(),
+            quorum: None,
+        })
+    );
+    call!(
+        "EndCertificate",
+        "endCertificate",
+        principals.end_certificate(proto::EndCertificateRequest {
+            request_id: id(),
+            principal: OFFICER.to_owned(),
+            serial: vec![7; 16].into(),
+            reason: "lost".to_owned(),
+        })
     );
     call!(
         "RegisterTransportKey",

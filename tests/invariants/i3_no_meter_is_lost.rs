@@ -44,6 +44,6 @@ fn a_compromised_version_never_comes_back() {
             assert!(slot.transition(first, state, now).is_err(), "{state}");
         }
     }
-    assert_eq!(slot.confirm(first, 3, Evidence::Proven, now), Ok(Confirmation::NotActive));
+    assert_eq!(slot.confirm(first, 3, Evidence::Proven, now), Ok(Confirmation::Compromised));
     assert_eq!(slot.grantable().count(), 0);
 }
