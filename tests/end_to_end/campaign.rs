@@ -130,7 +130,8 @@ impl Island {
             ["shipment", "make-sample", "--devices", &devices, "--first", &first, "--equal-keys", "2", "--vendor-key", &vendor_key, "--out", &shipment];
         servers[0].kms("officer-1", &sample);
         let assign = ["--manufacturer", "urn:meterkms:dev:manufacturer:kam", "--head-end", "urn:meterkms:dev:head-end:head-end"];
-        servers[0].kms("officer-1", &[&["shipment", "import", &shipment], &assign[..]].concat());
+        // All is imported, and equal keys are told.
+        servers[0].kms_ends("officer-1", &[&["shipment", "import", &shipment], &assign[..]].concat(), 5);
         let own = meter_configs(&server.state().join("vendor/devices.jsonl"));
         let equal = meter_configs(&server.state().join("equal.jsonl.devices.jsonl"));
         let fleet = Arc::new(Fleet::new(own.into_iter().chain(equal), random));

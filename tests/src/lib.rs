@@ -440,9 +440,14 @@ impl SecondServer {
     /// # Panics
     /// The command failed.
     pub fn kms(&self, identity: &str, arguments: &[&str]) -> String {
+        self.kms_ends(identity, arguments, 0)
+    }
+
+    /// The same, where the command must end with this exit code.
+    pub fn kms_ends(&self, identity: &str, arguments: &[&str], code: i32) -> String {
         let output = kms(&self.folder, identity, arguments);
         let text = |octets: &[u8]| String::from_utf8_lossy(octets).into_owned();
-        assert!(output.status.success(), "kms {arguments:?}: {}{}", text(&output.stdout), text(&output.stderr));
+        assert!(output.status.code() == Some(code), "kms {arguments:?}: {}{}", text(&output.stdout), text(&output.stderr));
         text(&output.stdout)
     }
 
