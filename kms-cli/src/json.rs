@@ -121,7 +121,9 @@ mod tests {
         let record = message("AuditRecord", &record);
         assert_eq!(
             record["keys_granted"]["meters"][0],
-            json!({"meter": "4B414D0000000001", "versions": [1, 2], "lease_first": 0, "lease_count": 0, "security_setup": 0, "group": 0})
+            json!({
+                "meter": "4B414D0000000001", "versions": [1, 2], "lease_first": 0, "lease_count": 0, "security_setup": 0, "group": 0, "place": 0,
+            })
         );
         assert_eq!(record["keys_granted"]["purpose"], "UNSPECIFIED");
         assert!(record.get("refused").is_none());
