@@ -6,9 +6,9 @@
 use std::fmt;
 use std::time::Duration;
 
+use kms_domain::CounterCap;
 use serde::Deserialize;
 
-use crate::audit::CommitterBounds;
 use crate::error::ServiceError;
 use crate::telemetry::metrics;
 
@@ -29,6 +29,10 @@ pub enum Scope {
     Island,
     /// One shipment file.
     File,
+    /// One HSM token, on one server.
+    Token,
+    /// One invocation counter: a client title under one version of a key.
+    Counter,
 }
 
 impl fmt::Display for Scope {
@@ -41,6 +45,8 @@ impl fmt::Display for Scope {
             Self::Server => "server",
             Self::Island => "island",
             Self::File => "file",
+            Self::Token => "token",
+            Self::Counter => "counter",
         })
     }
 }
@@ -157,8 +163,20 @@ bounds! {
         "Acts that wait for the writer: a head-end with 256 calls on each of four connections has that many";
     MetersInFlightPerPrincipal meters_in_flight_per_principal = 50_000, 10_000 => 1_000_000, "meters", Principal,
         "Meters that the waiting acts name: five calls of the largest size. Who floods waits for their own calls";
-    LogMibPerPrincipalAndHour log_mib_per_principal_and_hour = 4_096, 1 => 1_048_576, "MiB", Principal,
-        "Records that the acts of one principal add to the log in an hour on one server: one head-end with 25 million meters. A quarter more for transfers, revocations and what officers do";
+    LogOctetsPerPrincipalAndHour log_octets_per_principal_and_hour = 4 << 30, 1 << 20 => 1 << 40, "octets", Principal,
+        "Records that the acts of one principal add to the log in an hour on one server: one head-end with 25 million meters, every 15 minutes a session with each, writes half of it. A quarter more for transfers, revocations and what officers do";
+    BatchMetersPerPrincipal batch_meters_per_principal = 1_000_000, 10_000 => 1_000_000_000, "meters", Principal,
+        "Meters in the batches that are not answered yet: 100 calls of the largest size. Two keep the server busy";
+    BatchChunksPerPrincipal batch_chunks_per_principal = 6, 1 => 256, "chunks", Principal,
+        "Chunks of batches, 500 meters each, that are decided and wrapped at a time: two calls keep all of them busy. Further ones wait";
+    HsmJobs hsm_jobs = 4_096, 1 => 1_000_000, "jobs", Token,
+        "Jobs that wait for an HSM token: callers are refused at once instead of waiting for an HSM that is slow. A batch is a job for each 64 meters";
+    HsmJobsPerPrincipal hsm_jobs_per_principal = 1_024, 1 => 1_000_000, "jobs", Principal,
+        "Jobs of one principal that wait for one token: a quarter of the queue";
+    CountersPerHour counters_per_hour = 4_000_000, 1_000_000 => 4_294_967_295, "counters", Counter,
+        "Invocation counters that sessions and frames reserve in an hour of UTC: 2³² of them take 44 days, whoever asks. Transfers and probes are not bounded by it";
+    ScrubsPerPrincipal scrubs_per_principal = 4, 1 => 64, "calls", Principal,
+        "Calls that watch a scrub: one runs for all. One is enough; a second replaces one whose connection broke";
     UploadsPerPrincipal uploads_per_principal = 16, 1 => 1_024, "files", Principal,
         "Shipments that are uploaded and not imported yet, on all servers: counted in the transaction that adds one";
     SpoolOctetsPerPrincipal spool_octets_per_principal = 4 << 30, 1 << 20 => 1 << 40, "octets", Principal,
@@ -233,14 +251,10 @@ impl Limits {
         usize::try_from(self.of(bound)).unwrap_or(usize::MAX)
     }
 
-    /// The bounds of the writer.
-    pub fn committer(&self) -> CommitterBounds {
-        CommitterBounds {
-            acts_waiting: self.number(Bound::ActsWaiting),
-            acts_waiting_per_principal: self.number(Bound::ActsWaitingPerPrincipal),
-            meters_in_flight_per_principal: self.meters_in_flight_per_principal,
-            log_octets_per_principal_and_hour: self.log_mib_per_principal_and_hour << 20,
-        }
+    /// How many counters sessions and frames may reserve of one invocation counter in an hour (I4).
+    pub fn counter_cap(&self) -> CounterCap {
+        // What is out of range was refused with the configuration.
+        u32::try_from(self.counters_per_hour).ok().and_then(|counters| CounterCap::new(counters).ok()).unwrap_or_default()
     }
 
     /// Days for which principals' certificates are issued.

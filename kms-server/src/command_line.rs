@@ -310,7 +310,7 @@ async fn check(config: &Config) -> Result<(), Box<dyn std::error::Error + Send +
         let clients: Vec<String> = profile.clients.iter().map(|client| format!("{} (SAP {})", client.name, client.sap)).collect();
         println!("  {}: {}; clients: {}", profile.name, profile.description, clients.join(", "));
     }
-    let hsm = config.hsm.start(&config.island, Arc::new(ProcessPinMemory::default()))?;
+    let hsm = config.hsm.start(&config.island, &config.limits, Arc::new(ProcessPinMemory::default()))?;
     let mut missing = Vec::new();
     for token in hsm.all_tokens() {
         let usable = token.usable(Duration::from_secs(60)).await;

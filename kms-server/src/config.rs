@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use kms_domain::{CounterCap, IslandName, KeyClass, Retention};
+use kms_domain::{IslandName, KeyClass, Retention};
 use kms_hsm::{Hsm, HsmError, PinMemory, PinSource, Token, TokenSelector, TokenSettings};
 use kms_store::{DatabaseLocation, StoreConfig};
 use serde::{Deserialize, Deserializer, de};
@@ -16,7 +16,7 @@ use zeroize::Zeroizing;
 
 use crate::api::tls::TlsFiles;
 use crate::audit::RestoreSettings;
-use crate::bounds::Limits;
+use crate::bounds::{Bound, Limits};
 
 /// The configuration of one server of one island.
 #[derive(Debug, Deserialize)]
@@ -42,10 +42,6 @@ pub struct Config {
     /// By how much a restored database raises every invocation counter (I4), 1 to 2³¹. Default: 2²⁴ = 16,777,216.
     #[serde(default)]
     pub counter_jump: CounterJumpSetting,
-    /// How many invocation counters sessions and frames may reserve in an hour under one version of a key for one client title (I4), at least
-    /// 1,000,000. Default: 4,000,000. Transfers and probes are not bounded by it.
-    #[serde(default)]
-    pub counters_per_hour: CountersPerHour,
     /// Where this server remembers up to where it has seen the log, so that an older database is noticed. Default: with SQLite the
     /// database's path with `.watermark`; with PostgreSQL none.
     pub watermark: Option<PathBuf>,
@@ -132,19 +128,6 @@ impl TryFrom<u32> for CounterJumpSetting {
     fn try_from(counters: u32) -> Result<Self, String> {
         let refuse = || format!("`{counters}` is not 1 to 2147483648 counters");
         NonZeroU32::new(counters).filter(|jump| jump.get() <= 1 << 31).map(Self).ok_or_else(refuse)
-    }
-}
-
-/// Counters of an hour, 1,000,000 to 2³² - 1.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "u32")]
-pub struct CountersPerHour(pub CounterCap);
-
-impl TryFrom<u32> for CountersPerHour {
-    type Error = String;
-
-    fn try_from(counters: u32) -> Result<Self, String> {
-        CounterCap::new(counters).map(Self).map_err(|error| error.reason().to_owned())
     }
 }
 
@@ -271,22 +254,26 @@ pub struct TokenSection {
     pub pin: SecretSource,
     /// Worker threads. Default: what was measured to be best for the module.
     pub workers: Option<usize>,
-    /// Jobs that may wait, of all principals. Default: 4096; one principal may have 1024 of them.
-    pub queue: Option<usize>,
 }
 
 impl TokenSection {
+    /// Which token of the module it is.
+    pub fn selector(&self) -> TokenSelector {
+        TokenSelector { label: self.label.clone(), serial: self.serial.clone() }
+    }
+
     /// How the HSM room uses the token.
-    pub fn settings(&self, allow_cbc_expand: bool) -> TokenSettings {
+    pub fn settings(&self, limits: &Limits, allow_cbc_expand: bool) -> TokenSettings {
         let pin = match &self.pin {
             SecretSource::File(path) => PinSource::File(path.clone()),
             SecretSource::Env(name) => PinSource::Environment(name.clone()),
         };
         let defaults = TokenSettings::new(self.module.clone(), self.label.clone(), pin);
         TokenSettings {
-            selector: TokenSelector { label: self.label.clone(), serial: self.serial.clone() },
+            selector: self.selector(),
             workers: self.workers,
-            queue: self.queue.unwrap_or(defaults.queue),
+            queue: limits.number(Bound::HsmJobs),
+            queue_of_one: limits.number(Bound::HsmJobsPerPrincipal),
             allow_cbc_expand,
             ..defaults
         }
@@ -328,11 +315,11 @@ impl HsmSection {
     ///
     /// # Errors
     /// The operating system gives no thread.
-    pub fn start(&self, island: &IslandName, memory: Arc<dyn PinMemory>) -> Result<Hsm, HsmError> {
+    pub fn start(&self, island: &IslandName, limits: &Limits, memory: Arc<dyn PinMemory>) -> Result<Hsm, HsmError> {
         let mut started = HashMap::new();
         let mut general = None;
         for section in &self.tokens {
-            let token = Token::start(section.settings(self.allow_cbc_expand), island.clone(), Arc::clone(&memory))?;
+            let token = Token::start(section.settings(limits, self.allow_cbc_expand), island.clone(), Arc::clone(&memory))?;
             general.get_or_insert_with(|| token.clone());
             started.insert(section.name.as_str(), token);
         }
@@ -352,9 +339,6 @@ impl HsmSection {
             }
             if token.workers == Some(0) {
                 return Err(format!("[[hsm.token]] `{}`: workers is 0; leave it out for the best number", token.name));
-            }
-            if token.queue == Some(0) {
-                return Err(format!("[[hsm.token]] `{}`: queue is 0, so every job would be refused", token.name));
             }
         }
         match &self.classes {
@@ -628,7 +612,7 @@ pin = { file = "pin" }
             (LEAST.replace("island = \"north\"", "island = \"North\""), "island"),
             (LEAST.replace("sqlite = \"island.db\"", ""), "storage"),
             (format!("counter_jump = 0\n{LEAST}"), "counter_jump"),
-            (format!("counters_per_hour = 999999\n{LEAST}"), "counters_per_hour"),
+            (format!("{LEAST}[limits]\ncounters_per_hour = 999999\n"), "counters_per_hour"),
             (format!("counter_jump = 2147483649\n{LEAST}"), "counter_jump"),
             (LEAST.replace("pin = { file = \"pin\" }", "pin = \"1234\""), "pin"),
             (LEAST.replace("pin = { file = \"pin\" }", "pin = { file = \"a\", env = \"B\" }"), "pin"),

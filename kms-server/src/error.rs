@@ -6,6 +6,7 @@ use kms_domain::ParseError;
 use kms_hsm::{ErrorKind, HsmError};
 use kms_store::StoreError;
 
+use crate::bounds::Bound;
 use crate::telemetry::metrics;
 
 /// Why a use case did not do what was asked. Messages are for people, lower case, and never carry a secret.
@@ -171,6 +172,11 @@ impl From<StoreError> for ServiceError {
 impl From<HsmError> for ServiceError {
     fn from(error: HsmError) -> Self {
         metrics().hsm_error(&error);
+        match error {
+            HsmError::TooManyOfOne { .. } => Bound::HsmJobsPerPrincipal.count(),
+            HsmError::Overloaded { .. } => Bound::HsmJobs.count(),
+            _ => (),
+        }
         match error.kind() {
             ErrorKind::Transient if matches!(error, HsmError::TooManyOfOne { .. }) => {
                 Self::ResourceExhausted { reason: error.to_string(), retry_after: error.retry_after().unwrap_or(RETRY_AFTER) }

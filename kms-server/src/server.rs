@@ -194,7 +194,7 @@ impl Opening {
             tokio::time::sleep(PAUSE).await;
         };
         let memory = pin_memory(&self.config, &store)?;
-        let hsm = self.config.hsm.start(&self.config.island, memory)?;
+        let hsm = self.config.hsm.start(&self.config.island, &self.config.limits, memory)?;
         let restore = self.config.restore();
         let keys = loop {
             match IslandKeys::open(&store, &hsm, &self.config.island, &restore).await {
@@ -295,7 +295,7 @@ pub async fn recertify_officer(config: &Config, recertification: Recertification
 /// As [`declare_restored`], and as [`NewRootSettings::make`].
 pub async fn make_root(config: &Config, settings: NewRootSettings) -> Result<MadeRoot, ServerError> {
     let store = kms_store::open(&config.storage.store()?).await?;
-    let hsm = config.hsm.start(&config.island, pin_memory(config, &store)?)?;
+    let hsm = config.hsm.start(&config.island, &config.limits, pin_memory(config, &store)?)?;
     let made = async {
         let restore = config.restore();
         let keys = IslandKeys::open(&store, &hsm, &config.island, &restore).await;
@@ -328,7 +328,7 @@ async fn without_serving<T>(
     work: impl AsyncFnOnce(&Hsm, &Committer, &Arc<dyn Store>) -> Result<T, ServerError>,
 ) -> Result<T, ServerError> {
     let store = kms_store::open(&config.storage.store()?).await?;
-    let hsm = config.hsm.start(&config.island, pin_memory(config, &store)?)?;
+    let hsm = config.hsm.start(&config.island, &config.limits, pin_memory(config, &store)?)?;
     let worked = async {
         let keys = IslandKeys::open(&store, &hsm, &config.island, &restore).await?;
         let committer = Committer::start(Arc::clone(&store), keys.seal, keys.audit, committer_settings(config, restore));
@@ -364,8 +364,7 @@ fn committer_settings(config: &Config, restore: RestoreSettings) -> CommitterSet
         island: config.island.clone(),
         server,
         chunk_size: ChunkSize::default(),
-        counter_cap: config.counters_per_hour.0,
-        bounds: config.limits.committer(),
+        limits: Arc::new(config.limits.clone()),
         restore,
         silence: CommitterSettings::SILENCE,
     }

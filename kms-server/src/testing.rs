@@ -31,7 +31,7 @@ use kms_proto::v1::{self, CeremonyHeld, PrincipalChanged, audit_record::Event};
 use kms_store::{Reads, Store, StoreConfig, testing::TestDatabase};
 
 use crate::{
-    audit::{Actor, AuditKey, Committer, CommitterBounds, CommitterSettings, RestoreSettings},
+    audit::{Actor, AuditKey, Committer, CommitterSettings, RestoreSettings},
     authz::{Caller, Policy},
     island::{Island, principal_row},
     profiles::Profiles,
@@ -553,8 +553,7 @@ async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: 
         island: row.name.clone(),
         server: server.to_owned(),
         chunk_size: ChunkSize::DEFAULT,
-        counter_cap: kms_domain::CounterCap::DEFAULT,
-        bounds: CommitterBounds::default(),
+        limits: Arc::default(),
         restore: RestoreSettings::default(),
         silence,
     };

@@ -22,7 +22,7 @@ pub enum HsmError {
         retry_after: Duration,
     },
     /// The queue of the token is full.
-    #[error("HSM token `{token}` is overloaded: {limit} jobs wait already; try again in {} ms", retry_after.as_millis())]
+    #[error("HSM token `{token}` is overloaded: {limit} jobs wait already (bound `hsm_jobs`); try again in {} ms", retry_after.as_millis())]
     Overloaded {
         /// Label of the token.
         token: String,
@@ -32,7 +32,7 @@ pub enum HsmError {
         retry_after: Duration,
     },
     /// One payer has as many jobs in the token's queue as it may.
-    #[error("{limit} jobs of one principal wait already for HSM token `{token}` (bound `hsm_jobs_waiting_per_principal`); try again in {} ms", retry_after.as_millis())]
+    #[error("{limit} jobs of one principal wait already for HSM token `{token}` (bound `hsm_jobs_per_principal`); try again in {} ms", retry_after.as_millis())]
     TooManyOfOne {
         /// Label of the token.
         token: String,

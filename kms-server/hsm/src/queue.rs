@@ -32,6 +32,8 @@ struct State<T> {
     receivers: usize,
     /// Items of each payer that receivers work on.
     taken: HashMap<Payer, usize>,
+    /// Receivers that wait although items are there, which would take the last free place from others.
+    held_back: usize,
     /// Who sent the last item, the server itself apart; and when it was another one than the time before.
     last: Payer,
     changed: Option<Instant>,
@@ -62,9 +64,9 @@ impl<T> Drop for Turn<'_, T> {
                 state.taken.remove(&self.payer);
             }
         }
-        let others = !state.turns.is_empty();
+        let held_back = state.held_back > 0;
         drop(state);
-        if others {
+        if held_back {
             self.queue.changed.notify_one();
         }
     }
@@ -82,7 +84,7 @@ pub(crate) enum Full {
 impl<T> Queue<T> {
     pub(crate) fn new(limits: QueueLimits) -> Self {
         let limits = QueueLimits { all: limits.all.max(1), of_one: limits.of_one.max(1) };
-        let state = State { turns: Turns::new(), closed: false, receivers: 1, taken: HashMap::new(), last: None, changed: None };
+        let state = State { turns: Turns::new(), closed: false, receivers: 1, taken: HashMap::new(), held_back: 0, last: None, changed: None };
         Self { state: Mutex::new(state), changed: Condvar::new(), limits, not_alone: NOT_ALONE }
     }
 
@@ -129,8 +131,11 @@ impl<T> Queue<T> {
             if timed_out {
                 return Received::Idle;
             }
+            let held_back = usize::from(!state.turns.is_empty());
+            state.held_back += held_back;
             let (next, waited) = self.changed.wait_timeout(state, idle).unwrap_or_else(PoisonError::into_inner);
             state = next;
+            state.held_back -= held_back;
             timed_out = waited.timed_out();
         }
     }

@@ -26,7 +26,7 @@ use tokio::sync::{oneshot, watch};
 use tracing::Instrument as _;
 
 use super::{
-    AuditKeys, AuditLeaf, CommitterBounds,
+    AuditKeys, AuditLeaf,
     bounds::WORK_OF_AN_ACT,
     chain::ChainHead,
     clock::ClockWatch,
@@ -38,6 +38,7 @@ use super::{
     view::{Actor, Batch, ChunkName, Opened, Staged, Value, View, open_row, sealed_name},
 };
 use crate::{
+    bounds::Limits,
     clock::now,
     error::ServiceError,
     telemetry::{Repetition, metrics},
@@ -61,10 +62,8 @@ pub struct CommitterSettings {
     pub server: String,
     /// How many counters are reserved at once.
     pub chunk_size: ChunkSize,
-    /// How many counters sessions and frames may reserve of one counter in an hour.
-    pub counter_cap: kms_domain::CounterCap,
-    /// How many acts may wait, and how much they may write.
-    pub bounds: CommitterBounds,
+    /// How many acts may wait, how much they may write, and how many counters they may reserve.
+    pub limits: Arc<Limits>,
     /// How a restored database is found (I4).
     pub restore: RestoreSettings,
     /// How long another server must have been silent for this one to take it for gone, and close its chain.
@@ -116,7 +115,7 @@ struct LastRecord {
 impl Committer {
     /// Starts the writer and its first chain.
     pub fn start(store: Arc<dyn Store>, seal: impl Into<SealKeys>, audit_keys: impl Into<AuditKeys>, settings: CommitterSettings) -> Self {
-        let (queue, waiting) = queue(settings.bounds);
+        let (queue, waiting) = queue(Arc::clone(&settings.limits));
         let shared = Arc::new(Shared {
             seal: ArcSwap::from_pointee(seal.into()),
             audit_keys: ArcSwap::from_pointee(audit_keys.into()),
@@ -144,7 +143,7 @@ impl Committer {
     ///
     /// # Errors
     /// What `decide` returned (nothing is written then, but the refusal is recorded); [`ServiceError::ResourceExhausted`] where the actor has met a
-    /// bound of [`CommitterBounds`]; or [`ServiceError::Unavailable`].
+    /// bound of [`Limits`]; or [`ServiceError::Unavailable`].
     pub async fn act<T, F>(&self, actor: Actor, reads: Reads, decide: F) -> Result<Committed<T>, ServiceError>
     where
         T: Send + 'static,
@@ -805,10 +804,10 @@ impl Writer {
         let at = Instant::now();
         let mut attempt = None;
         let (chunks, refusals, growth) = (&mut self.chunks, &self.refusals, &self.growth);
-        let bound = shared.settings.bounds.log_octets_per_principal_and_hour;
+        let bound = shared.settings.limits.log_octets_per_principal_and_hour;
         let mut decide = |read: &ReadSet| {
             let mut batch = Batch::new(read, now, head.writer, &shared, &seal, chunks);
-            let outcomes = decide_all(acts, &actors, &mut batch, |actor| growth.permit(actor, bound, at));
+            let outcomes = decide_all(acts, &actors, &mut batch, |actor| growth.permit(actor, &shared.settings.limits, at));
             if !batch.missing.is_empty() {
                 return Decision::More(Box::new(batch.missing));
             }
@@ -860,7 +859,7 @@ impl<'b> Batch<'b> {
             seal,
             writer,
             chunk_size: shared.settings.chunk_size,
-            counter_cap: shared.settings.counter_cap,
+            counter_cap: shared.settings.limits.counter_cap(),
             jump: shared.history.borrow().map_or(CounterJump::NONE, |history| history.jump),
             seen: &shared.seen,
             chunks,

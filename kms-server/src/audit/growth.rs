@@ -11,7 +11,10 @@ use kms_domain::PrincipalId;
 use kms_proto::v1::{AuditRecord, SecurityEvent, audit_record::Event};
 
 use super::view::Actor;
-use crate::error::ServiceError;
+use crate::{
+    bounds::{Bound, Limits},
+    error::ServiceError,
+};
 
 /// Octets of records that the acts of each principal added within its hour, which begins with its first record.
 #[derive(Default)]
@@ -59,20 +62,18 @@ impl Growth {
     ///
     /// # Errors
     /// The principal has added what it may within an hour.
-    pub(super) fn permit(&self, actor: &Actor, bound: u64, at: Instant) -> Result<(), ServiceError> {
+    pub(super) fn permit(&self, actor: &Actor, limits: &Limits, at: Instant) -> Result<(), ServiceError> {
         let Some((principal, hour)) = actor.principal.as_ref().and_then(|principal| Some((principal, self.hour(principal, at)?))) else { return Ok(()) };
+        let bound = limits.log_octets_per_principal_and_hour;
         let limit = if BULK.contains(&actor.action) { bound } else { bound.saturating_add(bound / 4) };
         if hour.octets < limit {
             return Ok(());
         }
-        Err(ServiceError::ResourceExhausted {
-            reason: format!(
-                "the acts of {principal} have added {} octets to the audit log within an hour, and may add {bound} (bound `log_octets_per_principal_and_hour`); \
-                 a reserve is kept for transfers, revocations and what officers do",
-                hour.octets
-            ),
-            retry_after: HOUR.saturating_sub(at.duration_since(hour.began)),
-        })
+        let what = format!(
+            "the acts of {principal} have added {} octets to the audit log within an hour; a reserve is kept for transfers, revocations and what officers do",
+            hour.octets
+        );
+        Err(Bound::LogOctetsPerPrincipalAndHour.met(limits, &what, HOUR.saturating_sub(at.duration_since(hour.began))))
     }
 
     /// The alarms that what a transaction adds gives rise to.
@@ -140,17 +141,18 @@ mod tests {
     fn an_hour_has_its_bound_its_alarms_and_its_end() {
         let principal = PrincipalId::parse("urn:meterkms:dev:head-end:north").unwrap();
         let actor = |action| Actor { principal: Some(principal.clone()), certificate_sha256: None, request: None, action };
+        let limits = Limits { log_octets_per_principal_and_hour: 1_000, ..Limits::default() };
         let (mut growth, begin) = (Growth::default(), Instant::now());
         let mut alarms = Vec::new();
         for _ in 0..10 {
             let mut grown = Grown::default();
             grown.add(&principal, &[0; 100]);
             alarms.extend(growth.alarms(&mut grown, 1_000, begin));
-            assert_eq!(growth.permit(&actor("openSession"), 1_000, begin), Ok(()));
+            assert_eq!(growth.permit(&actor("openSession"), &limits, begin), Ok(()));
             growth.written(grown, begin);
         }
         assert_eq!(alarms.len(), 2, "{alarms:?}");
-        let refused = growth.permit(&actor("openSession"), 1_000, begin + HOUR / 2);
+        let refused = growth.permit(&actor("openSession"), &limits, begin + HOUR / 2);
         match refused {
             Err(ServiceError::ResourceExhausted { reason, retry_after }) => {
                 assert!(reason.contains("log_octets_per_principal_and_hour"), "{reason}");
@@ -159,14 +161,14 @@ mod tests {
             other => panic!("{other:?}"),
         }
         // The reserve, and its end.
-        assert_eq!(growth.permit(&actor("continueTransfer"), 1_000, begin), Ok(()));
+        assert_eq!(growth.permit(&actor("continueTransfer"), &limits, begin), Ok(()));
         let mut grown = Grown::default();
         grown.add(&principal, &[0; 250]);
         assert!(growth.alarms(&mut grown, 1_000, begin).is_empty());
         growth.written(grown, begin);
-        assert!(growth.permit(&actor("continueTransfer"), 1_000, begin).is_err());
+        assert!(growth.permit(&actor("continueTransfer"), &limits, begin).is_err());
         // Others, the server itself, and the next hour.
-        assert_eq!(growth.permit(&Actor::server("scrub"), 1_000, begin), Ok(()));
-        assert_eq!(growth.permit(&actor("openSession"), 1_000, begin + HOUR), Ok(()));
+        assert_eq!(growth.permit(&Actor::server("scrub"), &limits, begin), Ok(()));
+        assert_eq!(growth.permit(&actor("openSession"), &limits, begin + HOUR), Ok(()));
     }
 }

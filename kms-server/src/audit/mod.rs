@@ -13,7 +13,6 @@ mod refusals;
 mod replay;
 mod view;
 
-pub use bounds::CommitterBounds;
 pub use chain::{AuditKey, AuditKeys, AuditLeaf};
 pub(crate) use committer::{CLOCK_JUMPED, event_kind};
 pub use committer::{Committed, Committer, CommitterSettings};

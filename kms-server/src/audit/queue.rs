@@ -16,10 +16,14 @@ use kms_domain::{PrincipalId, Turns};
 use tokio::sync::Notify;
 
 use super::{
-    bounds::{CommitterBounds, MOST_ACTS, MOST_WORK, MOST_WORK_OF_ONE, NOT_ALONE, RETRY_AFTER, SMALL},
+    bounds::{MOST_ACTS, MOST_WORK, MOST_WORK_OF_ONE, NOT_ALONE, RETRY_AFTER, SMALL},
     committer::Act,
 };
-use crate::{error::ServiceError, telemetry::metrics};
+use crate::{
+    bounds::{Bound, Limits},
+    error::ServiceError,
+    telemetry::metrics,
+};
 
 /// Whose lane; none is the server's own.
 type Payer = Option<PrincipalId>;
@@ -27,7 +31,7 @@ type Payer = Option<PrincipalId>;
 struct Shared {
     state: Mutex<State>,
     changed: Notify,
-    bounds: CommitterBounds,
+    limits: Arc<Limits>,
 }
 
 struct State {
@@ -52,9 +56,9 @@ pub(super) struct Sender(Arc<Shared>);
 pub(super) struct Receiver(Arc<Shared>);
 
 /// A queue.
-pub(super) fn queue(bounds: CommitterBounds) -> (Sender, Receiver) {
+pub(super) fn queue(limits: Arc<Limits>) -> (Sender, Receiver) {
     let shared =
-        Arc::new(Shared { state: Mutex::new(State { turns: Turns::new(), closed: false, last: None, changed: None }), changed: Notify::new(), bounds });
+        Arc::new(Shared { state: Mutex::new(State { turns: Turns::new(), closed: false, last: None, changed: None }), changed: Notify::new(), limits });
     (Sender(Arc::clone(&shared)), Receiver(shared))
 }
 
@@ -64,28 +68,23 @@ impl Sender {
     /// # Errors
     /// A bound is met, which the refusal names; or the server is stopping.
     pub(super) fn push(&self, act: Box<dyn Act>) -> Result<(), ServiceError> {
-        let (payer, cost, bounds) = (act.payer(), act.cost(), &self.0.bounds);
+        let (payer, cost, limits) = (act.payer(), act.cost(), &*self.0.limits);
         let mut state = self.0.state();
         if state.closed {
             return Err(ServiceError::unavailable("the server is stopping"));
         }
         if let Some(principal) = &payer {
-            let refuse = |reason: String| Err(ServiceError::ResourceExhausted { reason, retry_after: RETRY_AFTER });
-            if state.turns.len() >= bounds.acts_waiting {
-                return refuse(format!(
-                    "the server has as many acts waiting as it takes, {} (bound `acts_waiting`); the database may be slow",
-                    bounds.acts_waiting
-                ));
+            let refuse = |bound: Bound, what: &str| Err(bound.met(limits, what, RETRY_AFTER));
+            if state.turns.len() >= limits.number(Bound::ActsWaiting) {
+                return refuse(Bound::ActsWaiting, "the server has as many acts waiting as it takes; the database may be slow");
             }
             let waiting = state.turns.waiting(&payer);
-            if waiting.items >= bounds.acts_waiting_per_principal {
-                return refuse(format!("{principal} has {} acts waiting (bound `acts_waiting_per_principal`); send fewer calls at a time", waiting.items));
+            if waiting.items >= limits.number(Bound::ActsWaitingPerPrincipal) {
+                return refuse(Bound::ActsWaitingPerPrincipal, &format!("{principal} sends more calls than the writer takes; send fewer at a time"));
             }
-            if waiting.items > 0 && waiting.work.saturating_add(cost) > bounds.meters_in_flight_per_principal {
-                return refuse(format!(
-                    "{principal} has acts waiting that name {} rows, and may have {} (bound `meters_in_flight_per_principal`); send fewer or smaller calls at a time",
-                    waiting.work, bounds.meters_in_flight_per_principal
-                ));
+            if waiting.items > 0 && waiting.work.saturating_add(cost) > limits.meters_in_flight_per_principal {
+                let what = format!("{principal} has acts waiting that name {} meters, keys and tasks; send fewer or smaller calls at a time", waiting.work);
+                return refuse(Bound::MetersInFlightPerPrincipal, &what);
             }
         }
         if payer.is_some() && payer != state.last {

@@ -26,7 +26,7 @@ use super::{
     refusals::Refusal,
     replay::Remembered,
 };
-use crate::{authz::Caller, error::ServiceError, island::quota_use_row};
+use crate::{authz::Caller, bounds::Bound, error::ServiceError, island::quota_use_row};
 
 /// Who acts: what each audit record of the act names.
 #[derive(Clone, Debug)]
@@ -1141,6 +1141,7 @@ fn missing_domain(id: CounterDomainId) -> ServiceError {
 fn counter_error(error: CounterError, now: UnixMillis) -> ServiceError {
     let next_step = match error {
         CounterError::CapMet { free, .. } => {
+            Bound::CountersPerHour.count();
             let wait = u64::try_from(free.0.saturating_sub(now.0)).unwrap_or_default();
             let moment = jiff::Timestamp::from_millisecond(free.0).map(|moment| moment.to_string()).unwrap_or_default();
             return ServiceError::ResourceExhausted { reason: format!("{error}; it frees at {moment}"), retry_after: Duration::from_millis(wait) };

@@ -127,7 +127,7 @@ impl GrantService {
     /// # Errors
     /// The caller's unanswered batches name too many meters already.
     pub fn begin_batch(&self, caller: &Caller, meters: usize) -> Result<Batch, ServiceError> {
-        self.batches.begin(&caller.principal, meters)
+        self.batches.begin(&caller.principal, meters, &self.island.limits)
     }
 
     /// Grants what is asked for the meters of a chunk, or repeats the grant that this request got before.

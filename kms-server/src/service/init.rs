@@ -29,7 +29,7 @@ use zeroize::Zeroizing;
 
 use super::certificate::{CA_KEY, CertificateAuthority, CertificationRequest, IssuedCertificate, Validity};
 use super::escrow::{EscrowDocument, EscrowError, EscrowKey};
-use crate::audit::{Actor, AuditKey, Committer, CommitterBounds, CommitterSettings, RestoreSettings};
+use crate::audit::{Actor, AuditKey, Committer, CommitterSettings, RestoreSettings};
 use crate::config::{ConfigError, SecretSource};
 use crate::error::ServiceError;
 use crate::files;
@@ -189,8 +189,7 @@ impl CeremonyPlan {
             island: self.island.clone(),
             server: "ceremony".to_owned(),
             chunk_size: ChunkSize::default(),
-            counter_cap: kms_domain::CounterCap::DEFAULT,
-            bounds: CommitterBounds::default(),
+            limits: Arc::default(),
             restore: RestoreSettings::default(),
             silence: CommitterSettings::SILENCE,
         };

@@ -74,7 +74,7 @@ impl Scrubber {
     /// Not permitted; the caller watches as many scrubs as it may; or the database is away.
     pub async fn scrub_for(&self, caller: &Caller) -> Result<mpsc::Receiver<Result<ScrubResponse, ServiceError>>, ServiceError> {
         self.island.require(caller, &Action::Scrub).await?;
-        let place = self.island.scrubs.place(&caller.principal)?;
+        let place = self.island.scrubs.place(&caller.principal, &self.island.limits)?;
         let mut watched = self.watch();
         let (answers, receiver) = mpsc::channel(4);
         tokio::spawn(async move {

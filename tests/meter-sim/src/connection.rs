@@ -121,8 +121,9 @@ impl Connection {
     }
 
     fn associate(&mut self, state: &mut MeterState, apdu: &[u8]) -> Result<Vec<u8>, Refused> {
-        self.association = None;
+        // What is no AARQ ends no association: anyone can send it.
         let request = AssociationRequest::parse(apdu).map_err(|_| Refused::malformed())?;
+        self.association = None;
         match self.check_association(state, &request)? {
             Ok(accepted) => {
                 let answer = accepted.response.encode();

@@ -11,7 +11,8 @@ use kms_store::{AuditFilter, Reads};
 use prost::Message as _;
 
 use crate::{
-    audit::{Actor, Committed, Committer, CommitterBounds, CommitterSettings, RestoreSettings},
+    audit::{Actor, Committed, Committer, CommitterSettings, RestoreSettings},
+    bounds::Limits,
     error::ServiceError,
     testing::{TestIsland, island_tests, meter},
 };
@@ -79,13 +80,12 @@ fn head_end(island: &TestIsland, name: &str) -> PrincipalId {
 }
 
 /// A committer of its own on the island's database.
-fn committer(island: &TestIsland, bounds: CommitterBounds) -> Committer {
+fn committer(island: &TestIsland, limits: Limits) -> Committer {
     let settings = CommitterSettings {
         island: island.island.name().clone(),
         server: "bounded".to_owned(),
         chunk_size: ChunkSize::DEFAULT,
-        counter_cap: kms_domain::CounterCap::DEFAULT,
-        bounds,
+        limits: Arc::new(limits),
         restore: RestoreSettings::default(),
         silence: CommitterSettings::SILENCE,
     };
@@ -127,8 +127,8 @@ island_tests! {
     }
 
     async fn one_principal_leaves_room_for_others(island) {
-        let bounds = CommitterBounds { acts_waiting: 8, acts_waiting_per_principal: 4, meters_in_flight_per_principal: 1_000, ..CommitterBounds::default() };
-        let held = Held::of(&committer(&island, bounds)).await;
+        let limits = Limits { acts_waiting: 8, acts_waiting_per_principal: 4, meters_in_flight_per_principal: 1_000, ..Limits::default() };
+        let held = Held::of(&committer(&island, limits)).await;
         let (flood, large, neighbour) = (head_end(&island, "flood"), head_end(&island, "large"), head_end(&island, "neighbour"));
         let mut acts = Vec::new();
         let refusal = async |principal, meters| match held.queue(principal, 99, meters).await.map(drop) {
@@ -150,8 +150,8 @@ island_tests! {
     }
 
     async fn the_log_grows_within_a_bound_for_each_principal(island) {
-        let bounds = CommitterBounds { log_octets_per_principal_and_hour: 8_000, ..CommitterBounds::default() };
-        let committer = committer(&island, bounds);
+        let limits = Limits { log_octets_per_principal_and_hour: 8_000, ..Limits::default() };
+        let committer = committer(&island, limits);
         let write = async |name: &str, action: &'static str| {
             let actor = Actor { principal: Some(head_end(&island, name)), certificate_sha256: None, request: None, action };
             let act = committer.act(actor, Reads::default(), |view| {

@@ -9,7 +9,10 @@ use std::{
 use kms_domain::PrincipalId;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::error::ServiceError;
+use crate::{
+    bounds::{Bound, Limits},
+    error::ServiceError,
+};
 
 /// The batches under way of all principals.
 #[derive(Clone, Debug, Default)]
@@ -37,19 +40,14 @@ impl Batches {
     ///
     /// # Errors
     /// The principal's unanswered calls name too many already. A single call is always taken.
-    pub(super) fn begin(&self, principal: &PrincipalId, meters: usize) -> Result<Batch, ServiceError> {
+    pub(super) fn begin(&self, principal: &PrincipalId, meters: usize, limits: &Limits) -> Result<Batch, ServiceError> {
         let mut lanes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let known = lanes.get(principal).map_or(0, |lane| lane.meters);
-        if known > 0 && known.saturating_add(meters) > BATCH_METERS_PER_PRINCIPAL {
-            return Err(ServiceError::ResourceExhausted {
-                reason: format!(
-                    "the unfinished batches of {principal} name {known} meters, and may name {BATCH_METERS_PER_PRINCIPAL} (bound \
-                     `batch_meters_per_principal`); wait for their answers"
-                ),
-                retry_after: RETRY_AFTER,
-            });
+        if known > 0 && known.saturating_add(meters) > limits.number(Bound::BatchMetersPerPrincipal) {
+            let what = format!("the unfinished batches of {principal} name {known} meters; wait for their answers");
+            return Err(Bound::BatchMetersPerPrincipal.met(limits, &what, RETRY_AFTER));
         }
-        let lane = lanes.entry(principal.clone()).or_insert_with(|| Lane { meters: 0, calls: 0, chunks: Arc::new(Semaphore::new(CHUNKS_PER_PRINCIPAL)) });
+        let lane = lanes.entry(principal.clone()).or_insert_with(|| Lane { meters: 0, calls: 0, chunks: Arc::new(Semaphore::new(limits.number(Bound::BatchChunksPerPrincipal))) });
         lane.meters += meters;
         lane.calls += 1;
         Ok(Batch { batches: self.clone(), principal: principal.clone(), meters, chunks: lane.chunks.clone() })
@@ -77,11 +75,7 @@ impl Drop for Batch {
     }
 }
 
-/// `batch_meters_per_principal`: meters in the unanswered batches of one principal: 100 calls of the largest size. Two keep the server busy.
-const BATCH_METERS_PER_PRINCIPAL: usize = 1_000_000;
-/// `batch_chunks_per_principal`: chunks of one principal that are decided and wrapped at a time. Two calls keep all of them busy, and more would only
-/// wait elsewhere.
-const CHUNKS_PER_PRINCIPAL: usize = 6;
+/// When a caller whose batches name too many meters may come back.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
@@ -90,23 +84,23 @@ mod tests {
 
     #[tokio::test]
     async fn a_principal_has_its_bounds_and_no_share_in_those_of_others() {
-        let batches = Batches::default();
+        let (batches, limits) = (Batches::default(), Limits::default());
         let [flood, neighbour] = ["north", "south"].map(|name| PrincipalId::parse(&format!("urn:meterkms:dev:head-end:{name}")).unwrap());
-        let mut calls: Vec<Batch> = (0..100).map(|_| batches.begin(&flood, 10_000).unwrap()).collect();
-        let refused = batches.begin(&flood, 1).unwrap_err();
+        let mut calls: Vec<Batch> = (0..100).map(|_| batches.begin(&flood, 10_000, &limits).unwrap()).collect();
+        let refused = batches.begin(&flood, 1, &limits).unwrap_err();
         assert!(matches!(&refused, ServiceError::ResourceExhausted { reason, .. } if reason.contains("batch_meters_per_principal")), "{refused}");
         let mut turns = Vec::new();
-        for call in calls.iter().take(CHUNKS_PER_PRINCIPAL) {
+        for call in calls.iter().take(limits.number(Bound::BatchChunksPerPrincipal)) {
             turns.push(call.turn().await.unwrap());
         }
         let mut next = Box::pin(calls[9].turn());
         assert!(futures::poll!(next.as_mut()).is_pending(), "it waits for itself");
-        assert!(batches.begin(&neighbour, 10_000).unwrap().turn().await.is_some());
+        assert!(batches.begin(&neighbour, 10_000, &limits).unwrap().turn().await.is_some());
         turns.pop();
         assert!(futures::poll!(next.as_mut()).is_ready());
         drop(next);
         calls.pop();
-        drop(batches.begin(&flood, 10_000).unwrap());
+        drop(batches.begin(&flood, 10_000, &limits).unwrap());
         drop((calls, turns));
         assert!(batches.0.lock().unwrap().is_empty());
     }

@@ -166,7 +166,7 @@ impl NewRootSettings {
 
     async fn in_token(&self, name: &IslandName, token: &TokenSection, document: EscrowDocument, id: RootId) -> Result<NewRootResult, MakeRootError> {
         let module = Module::load(&token.module)?;
-        let selector = token.settings(false).selector;
+        let selector = token.selector();
         let pin = Pin::new(token.pin.read("the PIN")?.to_string());
         let new = NewRoot {
             island: name.clone(),
@@ -260,7 +260,7 @@ pub async fn install(config: &Config, copies: &Path) -> Result<Vec<KeyFingerprin
     let (island, path) = (config.island.clone(), copies.to_owned());
     let mut tokens = Vec::new();
     for token in &config.hsm.tokens {
-        tokens.push((Module::load(&token.module)?, token.settings(false).selector, Pin::new(token.pin.read("the PIN")?.to_string())));
+        tokens.push((Module::load(&token.module)?, token.selector(), Pin::new(token.pin.read("the PIN")?.to_string())));
     }
     let installed = tokio::task::spawn_blocking(move || {
         let mut refused = file(&path, "the configuration names no token");

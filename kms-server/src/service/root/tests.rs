@@ -401,8 +401,7 @@ island_tests! {
             island: name.clone(),
             server: "three".to_owned(),
             chunk_size: kms_domain::ChunkSize::DEFAULT,
-            counter_cap: kms_domain::CounterCap::DEFAULT,
-            bounds: crate::audit::CommitterBounds::default(),
+            limits: Arc::default(),
             restore: restore.clone(),
             silence: crate::audit::CommitterSettings::SILENCE,
         };

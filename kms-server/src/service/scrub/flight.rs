@@ -11,7 +11,10 @@ use kms_proto::v1::ScrubResponse;
 use tokio::sync::watch;
 
 use super::ScrubReport;
-use crate::error::ServiceError;
+use crate::{
+    bounds::{Bound, Limits},
+    error::ServiceError,
+};
 
 /// The scrub that runs in this server, if one does.
 #[derive(Clone, Default)]
@@ -72,18 +75,16 @@ impl Flight {
     ///
     /// # Errors
     /// The principal has as many as it may: with how far the scrub is.
-    pub(super) fn place(&self, principal: &PrincipalId) -> Result<Place, ServiceError> {
+    pub(super) fn place(&self, principal: &PrincipalId, limits: &Limits) -> Result<Place, ServiceError> {
         let mut state = self.state();
         let watching = state.watching.get(principal).copied().unwrap_or_default();
-        if watching >= SCRUBS {
+        if watching >= limits.number(Bound::ScrubsPerPrincipal) {
             let so_far = state.running.as_ref().map(|(_, watched)| watched.borrow().so_far.clone()).unwrap_or_default();
-            return Err(ServiceError::ResourceExhausted {
-                reason: format!(
-                    "{principal} watches {watching} scrubs already (bound `scrubs`); one runs for all, and has read {} records and {} rows",
-                    so_far.records_read, so_far.rows_read
-                ),
-                retry_after: RETRY_AFTER,
-            });
+            let what = format!(
+                "{principal} watches {watching} scrubs already; one runs for all, and has read {} records and {} rows",
+                so_far.records_read, so_far.rows_read
+            );
+            return Err(Bound::ScrubsPerPrincipal.met(limits, &what, RETRY_AFTER));
         }
         state.watching.insert(principal.clone(), watching + 1);
         Ok(Place { flight: self.clone(), principal: principal.clone() })
@@ -140,6 +141,5 @@ impl Drop for Place {
     }
 }
 
-/// `scrubs`: calls of one principal that may watch a scrub at a time. One is enough; a second replaces one whose connection broke.
-const SCRUBS: usize = 4;
+/// When a caller that watches as many scrubs as it may can come back.
 const RETRY_AFTER: Duration = Duration::from_secs(10);
