@@ -198,7 +198,7 @@ each_module! {
         let (call, is_queued) = queued(&flood, "refused", 1);
         is_queued.await.unwrap();
         let refused = call.await.unwrap().unwrap_err();
-        assert!(matches!(refused, HsmError::TooManyOfOne { limit: 20, .. }) && refused.to_string().contains("hsm_jobs_waiting_per_principal"), "{refused}");
+        assert!(matches!(refused, HsmError::TooManyOfOne { limit: 20, .. }) && refused.to_string().contains("hsm_jobs_per_principal"), "{refused}");
         for name in ["neighbour", "server"] {
             let (call, is_queued) = queued(&if name == "server" { hsm.clone() } else { hsm.paid_by(name) }, name, 1);
             is_queued.await.unwrap();

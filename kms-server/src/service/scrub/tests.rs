@@ -275,7 +275,7 @@ island_tests! {
             callers.push(scrubber.scrub_for(&island.auditor).await.unwrap());
         }
         match scrubber.scrub_for(&island.auditor).await {
-            Err(ServiceError::ResourceExhausted { reason, .. }) => assert!(reason.contains("`scrubs`") && reason.contains("7 records and 5 rows"), "{reason}"),
+            Err(ServiceError::ResourceExhausted { reason, .. }) => assert!(reason.contains("`scrubs_per_principal`") && reason.contains("7 records and 5 rows"), "{reason}"),
             other => panic!("{other:?}"),
         }
         for caller in &mut callers {
