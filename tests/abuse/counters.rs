@@ -5,8 +5,8 @@ use std::time::Duration;
 use kms_client::{
     Connection, KeyType,
     proto::{
-        AdoptCountersRequest, ApproveProposalRequest, CarryOutProposalRequest, Counter, CounterFloor,
-        ProposeCounterRaiseRequest, Purpose, ShowMeterRequest, frame_result::Result as Outcome,
+        AdoptCountersRequest, ApproveProposalRequest, CarryOutProposalRequest, Counter, CounterFloor, ProposeCounterRaiseRequest, Purpose, ShowMeterRequest,
+        frame_result::Result as Outcome,
     },
 };
 use kms_tests::{CLIENT_TITLE, DevServer, open, put_on_line, title};
@@ -43,9 +43,7 @@ pub(crate) async fn floors() -> Vec<Verdict> {
         adopt(&officer, number, floor - 100).await;
         seen.push(lease(&head_end, &server, number, 10).await.unwrap().0);
         tried += seen.len();
-        below.extend(
-            seen.iter().filter(|counter| **counter < floor).map(|counter| format!("{place}: {counter} below {floor}")),
-        );
+        below.extend(seen.iter().filter(|counter| **counter < floor).map(|counter| format!("{place}: {counter} below {floor}")));
         assert!(seen.windows(2).all(|pair| pair[0] < pair[1]), "{place}: counters do not rise: {seen:?}");
     }
     vec![verdict("a floor inside, at the edge of and above the chunk", tried, &below)]
@@ -78,13 +76,7 @@ pub(crate) async fn floors_on_two_servers() -> Vec<Verdict> {
 
 fn verdict(attack: &str, tried: usize, below: &[String]) -> Verdict {
     assert!(tried > 0);
-    Verdict::new(
-        "A3",
-        attack,
-        below.is_empty(),
-        Figure::count(below.len(), format!("of {tried} next counters below the floor")),
-    )
-    .with(below.join(", "))
+    Verdict::new("A3", attack, below.is_empty(), Figure::count(below.len(), format!("of {tried} next counters below the floor"))).with(below.join(", "))
 }
 
 /// A meter that is ahead of the server says so in a plain exception, and is reached in the next
@@ -140,13 +132,8 @@ pub(crate) async fn used_up() -> Vec<Verdict> {
     }
     let outcome = relay::transfer_at_last(&head_end, &server.meter(20), 20, "GUEK").await;
     let figure = Figure::count(taken, format!("sessions of 1,000,000 counters in a row, of {MOST_SESSIONS} tried"));
-    let looped = Verdict::new(
-        "A12",
-        "sessions of 1,000,000 counters in a loop",
-        refusal.is_some() && outcome == "proven",
-        figure,
-    )
-    .with(format!("then a rotation: {outcome}; {}", refusal.unwrap_or_else(|| "none was refused".to_owned())));
+    let looped = Verdict::new("A12", "sessions of 1,000,000 counters in a loop", refusal.is_some() && outcome == "proven", figure)
+        .with(format!("then a rotation: {outcome}; {}", refusal.unwrap_or_else(|| "none was refused".to_owned())));
 
     // Two officers move another meter's counter to where little is left, as if it had come so far in years.
     raise(&server, 21, NEAR_THE_END).await;
@@ -158,20 +145,13 @@ pub(crate) async fn used_up() -> Vec<Verdict> {
     }
     let outcome = relay::transfer_at_last(&head_end, &server.meter(21), 21, "GUEK").await;
     let figure = Figure::count(sessions, "sessions until not a single counter was left to them");
-    let ended = Verdict::new("A12", "a rotation after the last counter of sessions", outcome == "proven", figure)
-        .with(format!("the rotation: {outcome}"));
+    let ended = Verdict::new("A12", "a rotation after the last counter of sessions", outcome == "proven", figure).with(format!("the rotation: {outcome}"));
     vec![looped, ended]
 }
 
 /// Adopts a counter, or is refused.
 async fn adopt(officer: &Connection, number: u64, floor: u32) {
-    let floor = CounterFloor {
-        meter: meter(number),
-        security_setup: SETUP.to_vec().into(),
-        client_title: client_title(),
-        floor,
-        owned_by: String::new(),
-    };
+    let floor = CounterFloor { meter: meter(number), security_setup: SETUP.to_vec().into(), client_title: client_title(), floor, owned_by: String::new() };
     let request = AdoptCountersRequest { request_id: request_id(), floors: vec![floor] };
     let adopted = officer.meters().adopt_counters(request).await.unwrap().into_inner();
     assert_eq!(adopted.problems, [], "meter {number}");

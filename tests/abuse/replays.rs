@@ -44,12 +44,7 @@ impl Replays {
 
     fn verdict(self, row: &'static str, attack: &str) -> Verdict {
         assert!(self.replays > 0, "nothing was replayed");
-        Verdict::new(
-            row,
-            attack,
-            self.changed == 0,
-            Figure::count(self.changed, format!("of {} replays changed content", self.replays)),
-        )
+        Verdict::new(row, attack, self.changed == 0, Figure::count(self.changed, format!("of {} replays changed content", self.replays)))
     }
 }
 
@@ -133,15 +128,8 @@ fn mix(random: &mut Random) -> ProtectRequest {
             // A clock is set.
             4 => frame(number, "C101C100080000010000FF0300100000"),
             5 => PlainFrame { meter: hex::decode("4B414DFFFFFFFFFF").unwrap().into(), ..frame(number, GET_ENERGY) },
-            6 => PlainFrame {
-                client_title: hex::decode("4D4D4D0000000099").unwrap().into(),
-                ..frame(number, GET_ENERGY)
-            },
-            _ => PlainFrame {
-                apdu: bytes::Bytes::new(),
-                hls_challenge: random.octets(16).into(),
-                ..frame(number, GET_ENERGY)
-            },
+            6 => PlainFrame { client_title: hex::decode("4D4D4D0000000099").unwrap().into(), ..frame(number, GET_ENERGY) },
+            _ => PlainFrame { apdu: bytes::Bytes::new(), hls_challenge: random.octets(16).into(), ..frame(number, GET_ENERGY) },
         }
     });
     let mut frames: Vec<PlainFrame> = frames.collect();

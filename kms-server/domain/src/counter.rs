@@ -16,9 +16,7 @@
 
 use std::{fmt, num::NonZeroU32};
 
-use crate::{
-    CounterDomainId, CounterJump, Exposure, ParseError, PrincipalId, QuotaHour, SystemTitle, UnixMillis, WriterId, exposure::learn,
-};
+use crate::{CounterDomainId, CounterJump, Exposure, ParseError, PrincipalId, QuotaHour, SystemTitle, UnixMillis, WriterId, exposure::learn};
 
 /// What a meter counts: one sequence per client system title, or one for all clients of the security setup. A device profile says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

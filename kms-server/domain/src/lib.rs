@@ -57,9 +57,7 @@ pub use meter::{DeviceProfileName, DeviceType, KeyVersionId, Meter, MeterClass, 
 pub use principal::{
     ClassRoots, DiversificationRoot, Enrolment, Island, IslandKind, PersonName, Principal, PrincipalCertificate, PrincipalStatus, TransportCertificate,
 };
-pub use profile::{
-    ClientProfile, CounterProfile, DeviceProfile, KeyProfile, NewKeyOrigin, OnNewKey, ProfileError, ProfileKeyType, SetupProfile, Shipped,
-};
+pub use profile::{ClientProfile, CounterProfile, DeviceProfile, KeyProfile, NewKeyOrigin, OnNewKey, ProfileError, ProfileKeyType, SetupProfile, Shipped};
 pub use proposal::{
     DestroyRoot, Proposal, ProposalContent, ProposalEnd, ProposalError, ProposalState, ProposedAction, RaiseCounter, RecertifyPrincipal, RootKind,
 };

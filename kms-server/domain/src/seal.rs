@@ -198,15 +198,7 @@ impl SealKey {
 
     /// Binds what was answered to a request to who asked what, and until when it can be repeated (I4, I5): `HMAC-SHA-256(seal key,
     /// "meterkms/answered-request" ‖ len(principal)(1) ‖ principal ‖ request(16) ‖ chunk(4) ‖ digest(32) ‖ expires(8) ‖ outcome)[0..16]`.
-    pub fn seal_request(
-        &self,
-        principal: &PrincipalId,
-        request: RequestId,
-        chunk: u32,
-        digest: &[u8; 32],
-        expires: UnixMillis,
-        outcome: &[u8],
-    ) -> [u8; 16] {
+    pub fn seal_request(&self, principal: &PrincipalId, request: RequestId, chunk: u32, digest: &[u8; 32], expires: UnixMillis, outcome: &[u8]) -> [u8; 16] {
         let (principal, expires) = (principal.to_string(), expires.0.to_be_bytes());
         let length = [u8::try_from(principal.len()).unwrap_or(u8::MAX)];
         let label = b"meterkms/answered-request";

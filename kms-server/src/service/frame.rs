@@ -149,16 +149,8 @@ impl FrameService {
         }
         let reads = Reads { meters: frames.iter().map(|frame| frame.meter).collect(), sealed, requests: asking.reads(), ..Reads::default() };
         let under_way = carried::under_way(&self.island, &frames).await?;
-        let deciding = Deciding {
-            island: self.island.clone(),
-            caller: caller.clone(),
-            asking,
-            purpose,
-            frames: frames.into(),
-            supersede_lease,
-            under_way,
-            past: None,
-        };
+        let deciding =
+            Deciding { island: self.island.clone(), caller: caller.clone(), asking, purpose, frames: frames.into(), supersede_lease, under_way, past: None };
         let actor = || Actor::caller(caller, Some(request), "protectFrame");
         let mut first = deciding.clone();
         let mut committed = self.island.committer.act(actor(), reads.clone(), move |view| first.decide(view)).await?;

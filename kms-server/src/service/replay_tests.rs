@@ -481,7 +481,8 @@ impl World {
             assert!(again.iter().all(|step| step.next.is_err() || began.contains(&step.meter)), "a repetition began a transfer");
         }
         // One is led on, each report twice and at two servers.
-        let Some(StepAnswer { meter: title, transfer: Some((id, mut at)), next: Ok(NextStep::Send(mut sending)) }) = first.into_iter().find(|step| step.next.is_ok())
+        let Some(StepAnswer { meter: title, transfer: Some((id, mut at)), next: Ok(NextStep::Send(mut sending)) }) =
+            first.into_iter().find(|step| step.next.is_ok())
         else {
             return;
         };
@@ -598,8 +599,7 @@ fn administration(island: &TestIsland, colleague: &Caller) -> Vec<Call> {
     let new = move |number| NewMeter { title: meter(number), serial: format!("S{number}"), groups: vec!["north".to_owned()] };
     vec![
         call!("enrol", MeterService, island.officer, |service, by, request| {
-            let enrolment =
-                Enrolment { manufacturer, device_profile: profile.clone(), batch: String::new(), meters: vec![new(50), new(51), new(52)] };
+            let enrolment = Enrolment { manufacturer, device_profile: profile.clone(), batch: String::new(), meters: vec![new(50), new(51), new(52)] };
             async move { service.enrol(&by, request, enrolment).await }
         }),
         call!("create group key", OwnerService, island.officer, |service, by, request| async move {
@@ -617,7 +617,8 @@ fn administration(island: &TestIsland, colleague: &Caller) -> Vec<Call> {
             async move { service.assign(&by, request, assignment).await }
         }),
         call!("adopt", MeterService, island.officer, |service, by, request| async move {
-            let floor = |number| CounterFloor { meter: meter(number), setup: SecuritySetupId::DEFAULT, client_title: client_title(), floor: 5_000, owned_by: None };
+            let floor =
+                |number| CounterFloor { meter: meter(number), setup: SecuritySetupId::DEFAULT, client_title: client_title(), floor: 5_000, owned_by: None };
             service.adopt(&by, request, vec![floor(2), floor(99)]).await
         }),
         call!("report compromise", MeterService, island.officer, |service, by, request| async move {
@@ -927,8 +928,7 @@ impl World {
     async fn of(field: Field, seed: u64) -> Self {
         let servers = vec![field.island.island.clone(), field.island.another_server().await, Arc::new(field.island.restarted().await)];
         let others = vec![policies(1, ""), policies(3, ""), policies(200, FORBID_FRAMES), policies(200, FORBID_KEYS)];
-        let mut world =
-            Self { field, servers, ordinary: policies(200, ""), others, seed, watcher: Watcher::default(), aged: false };
+        let mut world = Self { field, servers, ordinary: policies(200, ""), others, seed, watcher: Watcher::default(), aged: false };
         world.watcher.records(&world.servers[0]).await;
         world
     }

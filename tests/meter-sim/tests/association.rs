@@ -14,8 +14,8 @@ use meter_sim::inspect::{Refusal, RepeatedNonce};
 use meter_sim::security::{Ciphering, SecurityControl};
 use meter_sim::xdlms::{AttributeDescriptor, DataAccessResult, ExceptionResponse, InitiateRequest, MethodDescriptor, ServiceRequest, ServiceResponse};
 use meter_sim::{
-    CLASS_ASSOCIATION, CLASS_CLOCK, CLASS_DATA, CLASS_DISCONNECT_CONTROL, CLASS_SECURITY_SETUP, ChallengeSource, Connection, Error, Meter, MeterConfig,
-    Obis, REQUESTS, Secret, SecuritySuite, SymmetricKey, SystemTitle,
+    CLASS_ASSOCIATION, CLASS_CLOCK, CLASS_DATA, CLASS_DISCONNECT_CONTROL, CLASS_SECURITY_SETUP, ChallengeSource, Connection, Error, Meter, MeterConfig, Obis,
+    REQUESTS, Secret, SecuritySuite, SymmetricKey, SystemTitle,
 };
 
 const SUITE: SecuritySuite = SecuritySuite::Suite0;

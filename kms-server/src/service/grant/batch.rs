@@ -47,7 +47,11 @@ impl Batches {
             let what = format!("the unfinished batches of {principal} name {known} meters; wait for their answers");
             return Err(Bound::BatchMetersPerPrincipal.met(limits, &what, RETRY_AFTER));
         }
-        let lane = lanes.entry(principal.clone()).or_insert_with(|| Lane { meters: 0, calls: 0, chunks: Arc::new(Semaphore::new(limits.number(Bound::BatchChunksPerPrincipal))) });
+        let lane = lanes.entry(principal.clone()).or_insert_with(|| Lane {
+            meters: 0,
+            calls: 0,
+            chunks: Arc::new(Semaphore::new(limits.number(Bound::BatchChunksPerPrincipal))),
+        });
         lane.meters += meters;
         lane.calls += 1;
         Ok(Batch { batches: self.clone(), principal: principal.clone(), meters, chunks: lane.chunks.clone() })

@@ -51,12 +51,8 @@ impl MeterService {
     pub async fn propose_raise(&self, caller: &Caller, request: Request, new: CounterRaise) -> Result<v1::Proposal, ServiceError> {
         let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
         let id = proposal_id(request.id)?;
-        let reads = Reads {
-            meters: vec![new.meter],
-            sealed: vec![principal_row(&caller.principal), proposal_row(id)],
-            requests: asking.reads(),
-            ..Reads::default()
-        };
+        let reads =
+            Reads { meters: vec![new.meter], sealed: vec![principal_row(&caller.principal), proposal_row(id)], requests: asking.reads(), ..Reads::default() };
         let actor = Actor::caller(caller, Some(request.id), Action::RaiseCounter.name());
         let (island, caller) = (self.island.clone(), caller.clone());
         let committed = self

@@ -36,31 +36,24 @@ impl Principals {
         self.island.require(caller, &action).await?;
         let digest = request_digest("end-certificate", &[id.to_string().as_bytes(), &serial, reason.as_bytes()]);
         let answer = self
-            .act_among_all(
-                caller,
-                Request { id: request, digest },
-                action,
-                id.clone(),
-                Reads::default(),
-                move |view, existing, everyone| {
-                    refuse_own(&id, own)?;
-                    let mut principal = enabled(&id, existing)?;
-                    let at = principal.certificates.iter().position(|one| one.serial == serial);
-                    let at = at.ok_or_else(|| no_certificate(&id, &serial))?;
-                    principal.certificates.remove(at);
-                    principal.revision += 1;
-                    if principal.live_certificates(view.now()).next().is_none() {
-                        everyone.refuse_last_officer(view, &id)?;
-                    }
-                    let record = v1::PrincipalChanged {
-                        principal: id.to_string(),
-                        change: "certificate-ended".to_owned(),
-                        certificate_serial: hex::encode(&serial),
-                        reason: reason.clone(),
-                    };
-                    Ok((principal, record, None, Vec::new()))
-                },
-            )
+            .act_among_all(caller, Request { id: request, digest }, action, id.clone(), Reads::default(), move |view, existing, everyone| {
+                refuse_own(&id, own)?;
+                let mut principal = enabled(&id, existing)?;
+                let at = principal.certificates.iter().position(|one| one.serial == serial);
+                let at = at.ok_or_else(|| no_certificate(&id, &serial))?;
+                principal.certificates.remove(at);
+                principal.revision += 1;
+                if principal.live_certificates(view.now()).next().is_none() {
+                    everyone.refuse_last_officer(view, &id)?;
+                }
+                let record = v1::PrincipalChanged {
+                    principal: id.to_string(),
+                    change: "certificate-ended".to_owned(),
+                    certificate_serial: hex::encode(&serial),
+                    reason: reason.clone(),
+                };
+                Ok((principal, record, None, Vec::new()))
+            })
             .await?;
         answer.principal.ok_or_else(|| ServiceError::Internal("an answer without its principal".to_owned()))
     }

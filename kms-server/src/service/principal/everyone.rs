@@ -23,11 +23,7 @@ pub(in crate::service) struct Everyone {
 
 impl Everyone {
     /// Reads the names, beside the writer.
-    pub(in crate::service) async fn of(
-        store: &dyn Store,
-        committer: &Committer,
-        island: &IslandName,
-    ) -> Result<Self, ServiceError> {
+    pub(in crate::service) async fn of(store: &dyn Store, committer: &Committer, island: &IslandName) -> Result<Self, ServiceError> {
         // The count first: one that is added meanwhile makes the names too many, and not too few.
         let row = store.sealed(RowKind::Island, island.as_str().as_bytes()).await?.ok_or_else(no_island)?;
         let added = committer.open_island(&row)?.principals_added;
@@ -74,11 +70,7 @@ impl Everyone {
 
     /// Somebody must be able to administer the island without this principal: another officer, enabled, with a certificate that has not ended. An officer
     /// whose row does not verify is none.
-    pub(in crate::service) fn refuse_last_officer(
-        &self,
-        view: &mut View<'_, '_>,
-        id: &PrincipalId,
-    ) -> Result<(), ServiceError> {
+    pub(in crate::service) fn refuse_last_officer(&self, view: &mut View<'_, '_>, id: &PrincipalId) -> Result<(), ServiceError> {
         if id.role() != Role::Officer {
             return Ok(());
         }
@@ -91,9 +83,7 @@ impl Everyone {
             }
         }
         Err(ServiceError::FailedPrecondition {
-            reason: format!(
-                "`{id}` is the last enabled officer with a certificate that has not ended, and nobody could administer the island afterwards"
-            ),
+            reason: format!("`{id}` is the last enabled officer with a certificate that has not ended, and nobody could administer the island afterwards"),
             next_step: "add another officer first".to_owned(),
         })
     }
@@ -105,14 +95,8 @@ impl Everyone {
 }
 
 /// I6: one key stands for one principal. Two principals with one key would be one person who counts twice.
-pub(in crate::service) fn refuse_shared_key(
-    rows: &[Arc<Principal>],
-    id: &PrincipalId,
-    key_sha256: &[u8; 32],
-) -> Result<(), ServiceError> {
-    let has_key = |principal: &Principal| {
-        principal.certificates.iter().any(|certificate| certificate.key_sha256.as_ref() == Some(key_sha256))
-    };
+pub(in crate::service) fn refuse_shared_key(rows: &[Arc<Principal>], id: &PrincipalId, key_sha256: &[u8; 32]) -> Result<(), ServiceError> {
+    let has_key = |principal: &Principal| principal.certificates.iter().any(|certificate| certificate.key_sha256.as_ref() == Some(key_sha256));
     match rows.iter().find(|other| other.id != *id && has_key(other)) {
         None => Ok(()),
         Some(other) => Err(ServiceError::FailedPrecondition {
@@ -123,11 +107,7 @@ pub(in crate::service) fn refuse_shared_key(
 }
 
 /// No two enabled principals use one client title: leases of one would supersede those of the other.
-pub(in crate::service) fn refuse_shared_titles(
-    rows: &[Arc<Principal>],
-    id: &PrincipalId,
-    titles: &[SystemTitle],
-) -> Result<(), ServiceError> {
+pub(in crate::service) fn refuse_shared_titles(rows: &[Arc<Principal>], id: &PrincipalId, titles: &[SystemTitle]) -> Result<(), ServiceError> {
     let others = rows.iter().filter(|other| other.id != *id && other.status == PrincipalStatus::Enabled);
     for other in others {
         if let Some(title) = titles.iter().find(|title| other.client_titles.contains(title)) {
@@ -146,10 +126,7 @@ pub(in crate::service) fn parse_name(name: &[u8]) -> Result<PrincipalId, Service
 }
 
 fn stale() -> ServiceError {
-    ServiceError::Aborted {
-        reason: "another principal was added at the same moment".to_owned(),
-        next_step: "ask again".to_owned(),
-    }
+    ServiceError::Aborted { reason: "another principal was added at the same moment".to_owned(), next_step: "ask again".to_owned() }
 }
 
 fn no_island() -> ServiceError {

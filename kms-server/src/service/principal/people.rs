@@ -18,14 +18,7 @@ pub fn counted_person(view: &View<'_, '_>, principal: &Principal, action: &str) 
         return Ok(person);
     }
     Err(ServiceError::FailedPrecondition {
-        reason: format!(
-            "one officer alone certified the key of `{}`, so `{}` does not count as a person yet (I6)",
-            principal.id,
-            person.as_str()
-        ),
-        next_step: format!(
-            "two other officers confirm the key: one with `kms principal propose-key {}`, another approves the proposal",
-            principal.id
-        ),
+        reason: format!("one officer alone certified the key of `{}`, so `{}` does not count as a person yet (I6)", principal.id, person.as_str()),
+        next_step: format!("two other officers confirm the key: one with `kms principal propose-key {}`, another approves the proposal", principal.id),
     })
 }

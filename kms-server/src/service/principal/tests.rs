@@ -30,11 +30,7 @@ struct Scene {
 
 async fn authority(hsm: &Hsm, island: &IslandName) -> CertificateAuthority {
     let point = hsm.public_key(CA_KEY).await.unwrap();
-    let root = CertificateAuthority::root(island, point, Validity::days(Island::now(), 3_000))
-        .unwrap()
-        .sign(hsm)
-        .await
-        .unwrap();
+    let root = CertificateAuthority::root(island, point, Validity::days(Island::now(), 3_000)).unwrap().sign(hsm).await.unwrap();
     CertificateAuthority::from_der(&root.der).unwrap()
 }
 
@@ -58,13 +54,7 @@ impl Scene {
     }
 
     /// `by` adds an officer with this key.
-    async fn add_officer(
-        &self,
-        by: &Caller,
-        name: &str,
-        person: &str,
-        key: &rcgen::KeyPair,
-    ) -> Result<Caller, ServiceError> {
+    async fn add_officer(&self, by: &Caller, name: &str, person: &str, key: &rcgen::KeyPair) -> Result<Caller, ServiceError> {
         let new = NewPrincipal {
             request: request_id(),
             id: self.id(Role::Officer, name),
@@ -77,12 +67,7 @@ impl Scene {
         Ok(caller(&self.id(Role::Officer, name), &issued))
     }
 
-    async fn add_head_end(
-        &self,
-        on: &Arc<Island>,
-        name: &str,
-        titles: &[SystemTitle],
-    ) -> Result<v1::PrincipalCertificate, ServiceError> {
+    async fn add_head_end(&self, on: &Arc<Island>, name: &str, titles: &[SystemTitle]) -> Result<v1::PrincipalCertificate, ServiceError> {
         let new = NewPrincipal {
             request: request_id(),
             id: self.id(Role::HeadEnd, name),
@@ -117,18 +102,8 @@ impl Scene {
         id
     }
 
-    async fn propose_key(
-        &self,
-        by: &Caller,
-        id: &PrincipalId,
-        key: &rcgen::KeyPair,
-    ) -> Result<v1::Proposal, ServiceError> {
-        let new = ProposedKey {
-            id: id.clone(),
-            key_sha256: certification(key).spki_sha256(),
-            reason: "ticket 4714".to_owned(),
-            quorum: Quorum::ONE,
-        };
+    async fn propose_key(&self, by: &Caller, id: &PrincipalId, key: &rcgen::KeyPair) -> Result<v1::Proposal, ServiceError> {
+        let new = ProposedKey { id: id.clone(), key_sha256: certification(key).spki_sha256(), reason: "ticket 4714".to_owned(), quorum: Quorum::ONE };
         self.principals().propose_key(by, request(), new).await
     }
 
@@ -137,12 +112,7 @@ impl Scene {
     }
 
     async fn approve(&self, by: &Caller, proposal: &v1::Proposal) -> Result<v1::Proposal, ServiceError> {
-        self.change(
-            by,
-            proposal,
-            Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() },
-        )
-        .await
+        self.change(by, proposal, Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() }).await
     }
 
     async fn row(&self, id: &PrincipalId) -> Arc<Principal> {
@@ -154,10 +124,7 @@ impl Scene {
     async fn events(&self, kind: &str) -> Vec<SecurityEvent> {
         let rows = self.t.island.store.audit_page(&kms_store::AuditFilter::default(), None, 500).await.unwrap();
         let events = rows.iter().filter_map(|row| <AuditRecord as prost::Message>::decode(row.record.record.as_slice()).unwrap().event);
-        events
-            .filter_map(|event| if let Event::SecurityEvent(event) = event { Some(event) } else { None })
-            .filter(|event| event.kind == kind)
-            .collect()
+        events.filter_map(|event| if let Event::SecurityEvent(event) = event { Some(event) } else { None }).filter(|event| event.kind == kind).collect()
     }
 
     /// A policy of somebody who permits everything.
@@ -177,11 +144,7 @@ fn certification(key: &rcgen::KeyPair) -> CertificationRequest {
 }
 
 fn caller(id: &PrincipalId, issued: &v1::PrincipalCertificate) -> Caller {
-    Caller {
-        principal: id.clone(),
-        certificate_sha256: sha256(&issued.certificate),
-        not_after: Island::now().after(DAY),
-    }
+    Caller { principal: id.clone(), certificate_sha256: sha256(&issued.certificate), not_after: Island::now().after(DAY) }
 }
 
 fn request_id() -> RequestId {
