@@ -148,7 +148,7 @@ impl FrameService {
             sealed.push(quota_use_row(&caller.principal));
         }
         let reads = Reads { meters: frames.iter().map(|frame| frame.meter).collect(), sealed, requests: asking.reads(), ..Reads::default() };
-        let under_way = carried::under_way(&self.island, &frames).await?;
+        let under_way = carried::under_way(&self.island, caller, &frames).await?;
         let deciding =
             Deciding { island: self.island.clone(), caller: caller.clone(), asking, purpose, frames: frames.into(), supersede_lease, under_way, past: None };
         let actor = || Actor::caller(caller, Some(request), "protectFrame");

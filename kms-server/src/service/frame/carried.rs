@@ -10,6 +10,7 @@ use kms_domain::{Meter, PrincipalId, SystemTitle};
 
 use super::{PlainContent, PlainFrame};
 use crate::{
+    authz::Caller,
     error::ServiceError,
     island::Island,
     service::transfer::{Brought, TransferService},
@@ -19,13 +20,13 @@ use crate::{
 pub(super) type UnderWay = Arc<HashMap<SystemTitle, Brought>>;
 
 /// Makes anew what is under way to the meters for which a frame carries a key. Wraps by RFC 3394 are the same each time.
-pub(super) async fn under_way(island: &Arc<Island>, frames: &[PlainFrame]) -> Result<UnderWay, ServiceError> {
+pub(super) async fn under_way(island: &Arc<Island>, caller: &Caller, frames: &[PlainFrame]) -> Result<UnderWay, ServiceError> {
     let carries = |frame: &&PlainFrame| matches!(&frame.content, PlainContent::Apdu { apdu, .. } if carrier(apdu).is_some());
     let titles: Vec<SystemTitle> = frames.iter().filter(carries).map(|frame| frame.meter).collect();
     if titles.is_empty() {
         return Ok(UnderWay::default());
     }
-    TransferService::new(island.clone()).brought(titles.into_iter()).await.map(Arc::new)
+    TransferService::new(island.clone()).brought(caller, titles.into_iter()).await.map(Arc::new)
 }
 
 /// Refuses a frame that carries a key or a secret, unless it is the very `key_transfer` of the caller's transfer, with any invoke id.

@@ -6,10 +6,10 @@ use std::{
 };
 
 use kms_domain::{
-    CounterDomain, CounterDomainId, CounterOwnership, CounterPlace, CounterState, ExposureReason, GroupId, KeyOrigin, KeyState, KeyType, Meter, MeterClass,
+    CounterDomain, CounterDomainId, CounterOwnership, CounterState, ExposureReason, GroupId, KeyOrigin, KeyState, KeyType, KeyVersion, Meter, MeterClass,
     MeterStatus, NewKeyVersion, Owner, Party, PrincipalId, PrincipalStatus, ShipmentLineError, Slot, Slots, SystemTitle, UnixMillis,
 };
-use kms_proto::v1::{DuplicateKey, RefusedLine, SecurityEvent, ShipmentImported, audit_record::Event};
+use kms_proto::v1::{DuplicateKey, MetersChanged, RefusedLine, SecurityEvent, ShipmentImported, audit_record::Event};
 use kms_store::{FingerprintOwner, FingerprintPrefix, Reads, ShipmentRefusal, ShipmentState, UploadId};
 use prost::Message as _;
 
@@ -50,6 +50,8 @@ pub(super) struct Step {
 struct Tally {
     duplicates: Vec<DuplicateKey>,
     alerts: Vec<Event>,
+    /// Known meters whose counters go on higher.
+    raised: Vec<SystemTitle>,
 }
 
 /// What became of a device.
@@ -94,7 +96,7 @@ impl Step {
             }
         }
         refused.sort_unstable_by_key(|(line, _)| *line);
-        let Tally { duplicates, alerts } = tally;
+        let Tally { duplicates, alerts, raised } = tally;
 
         view.append(Event::ShipmentImported(ShipmentImported {
             file_sha256: row.sha256.to_vec().into(),
@@ -108,6 +110,14 @@ impl Step {
             refusal: String::new(),
         }));
         alerts.into_iter().for_each(|alert| view.append(alert));
+        if !raised.is_empty() {
+            view.append(Event::MetersChanged(MetersChanged {
+                change: "floor-raised".to_owned(),
+                meters: raised.iter().map(|title| title.octets().to_vec().into()).collect(),
+                value: format!("shipment `{}`", header.batch),
+                reason: String::new(),
+            }));
+        }
         let mut progress = Progress::of(&row)?;
         progress.unchanged += unchanged;
         progress.duplicates += duplicates.len() as u64;
@@ -192,7 +202,7 @@ impl Step {
                     }));
                     Outcome::Refused(refuse("title", format!("{} is retired; a refurbished meter needs a new system title", device.title)))
                 }
-                Ok(()) => self.floor_above(view, &known, device)?.map_or(Outcome::Unchanged, Outcome::Refused),
+                Ok(()) => self.take_floors(view, &known, device, tally)?,
                 Err(error) => Outcome::Refused(error),
             });
         }
@@ -272,32 +282,60 @@ impl Step {
         Ok(())
     }
 
-    /// I4: a known meter's counters are this system's to count, so a shipment moves none of them. A floor above all that is reserved is not passed
-    /// over in silence, because the next counter would be below it.
-    fn floor_above(&self, view: &mut View<'_, '_>, known: &Meter, device: &ReadyDevice) -> Result<Option<ShipmentLineError>, ServiceError> {
+    /// I4: the next counter of a known meter is at or above a floor that a shipment brings. Inside a chunk that a server allocates from, the floor is
+    /// raised. Above all that is reserved, the line is refused: it would use up counters, and an officer takes such a floor over.
+    fn take_floors(&self, view: &mut View<'_, '_>, known: &Meter, device: &ReadyDevice, tally: &mut Tally) -> Result<Outcome, ServiceError> {
+        let fault = |error: &dyn std::fmt::Display| ServiceError::Internal(error.to_string());
+        let mut meter = known.clone();
+        let mut domains: Vec<CounterDomain> = Vec::new();
         for (index, counter) in device.counters.iter().enumerate().filter(|(_, counter)| counter.owned_by.is_none()) {
+            let floor = u64::from(counter.floor);
             for key in device.keys.iter().filter(|key| key.setup == counter.setup && matches!(key.key_type, KeyType::GUEK | KeyType::GBEK)) {
-                let slot = known.slots.get(key.setup, key.key_type);
-                let version = slot.and_then(|slot| slot.versions().iter().find(|version| version.fingerprint() == Some(key.fingerprint)));
-                let Some(version) = version.filter(|version| version.state() != KeyState::Destroyed) else { continue };
-                let state = match version.counters() {
-                    CounterPlace::Own(counters) => counters.get(counter.key).cloned(),
-                    CounterPlace::Domain(id) => view.domain(*id)?.and_then(|domain| domain.counters.get(counter.key).cloned()),
+                let Ok(slot) = meter.slots.get_mut(key.setup, key.key_type) else { continue };
+                let same = |version: &&KeyVersion| version.fingerprint() == Some(key.fingerprint) && version.state() != KeyState::Destroyed;
+                let Some(number) = slot.versions().iter().find(same).map(KeyVersion::number) else { continue };
+                let version = slot.version_mut(number).map_err(|error| fault(&error))?;
+                let counters = match version.domain() {
+                    None => version.counters_mut().map_err(|error| fault(&error))?,
+                    Some(id) => {
+                        if !domains.iter().any(|domain| domain.id == id) {
+                            domains.extend(view.domain(id)?.map(|domain| (*domain).clone()));
+                        }
+                        let Some(domain) = domains.iter_mut().find(|domain| domain.id == id) else { return Err(lost_domain(id, device.title)) };
+                        &mut domain.counters
+                    }
                 };
-                if state.as_ref().is_some_and(|state| *state.ownership() != CounterOwnership::Kms) {
+                let state = counters.get(counter.key);
+                if state.is_some_and(|state| *state.ownership() != CounterOwnership::Kms) {
                     continue;
                 }
-                let bound = state.map_or_else(|| CounterState::FIRST.into(), |state| state.bound());
-                if u64::from(counter.floor) > bound {
+                if floor > state.map_or_else(|| CounterState::FIRST.into(), CounterState::bound) {
                     let reason = format!(
                         "{} is known already, and its counters below {} are not used up: take the floor over with `kms meter adopt`",
                         device.title, counter.floor
                     );
-                    return Ok(Some(refuse(&format!("counters[{index}].floor"), reason)));
+                    return Ok(Outcome::Refused(refuse(&format!("counters[{index}].floor"), reason)));
+                }
+                if state.is_some() {
+                    counters.raise_floor(counter.key, floor, None).map_err(|error| fault(&error))?;
                 }
             }
         }
-        Ok(None)
+        let mut raised = false;
+        if meter.slots != known.slots {
+            raised = true;
+            view.put_meter(meter, false)?;
+        }
+        for domain in domains {
+            if view.domain(domain.id)?.is_none_or(|stored| stored.counters != domain.counters) {
+                raised = true;
+                view.put_domain(domain)?;
+            }
+        }
+        if raised {
+            tally.raised.push(device.title);
+        }
+        Ok(Outcome::Unchanged)
     }
 
     /// I4: a key whose value another slot has counts with it, from one counter domain. The list of owners holds the first slot with a value

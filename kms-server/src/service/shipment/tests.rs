@@ -36,10 +36,14 @@ impl TestIsland {
 }
 
 async fn lease(island: &Island, title: SystemTitle) -> Result<kms_domain::Lease, ServiceError> {
+    lease_of(island, title, KeyType::GUEK).await
+}
+
+async fn lease_of(island: &Island, title: SystemTitle, key_type: KeyType) -> Result<kms_domain::Lease, ServiceError> {
     let of = CounterOf {
         owner: kms_domain::Owner::Meter(title),
         setup: SecuritySetupId::DEFAULT,
-        key_type: KeyType::GUEK,
+        key_type,
         version: kms_domain::KeyVersionNumber::FIRST,
         counter: CounterKey::ClientTitle(client_title()),
         on_new_key: kms_domain::OnNewKey::Continue,
@@ -484,6 +488,16 @@ island_tests! {
         };
         let known = island.deliver_file(&again("D", ":777")).await;
         assert_eq!((known.shipment.unwrap().unchanged, known.refused_lines.len()), (1, 0));
+        // One inside the chunks that this server allocates from is kept, under each key of the line.
+        lease_of(&island.island, meter(50), KeyType::GBEK).await.unwrap();
+        let inside = island.deliver_file(&again("F", ":5004")).await;
+        assert_eq!((inside.shipment.unwrap().unchanged, inside.refused_lines.len()), (1, 0));
+        assert_eq!(island.lease(meter(50)).await.unwrap().first, 5_004);
+        assert_eq!(lease_of(&island.island, meter(50), KeyType::GBEK).await.unwrap().first, 5_004);
+        let once_more = island.deliver_file(&again("G", ":5004")).await;
+        assert_eq!((once_more.shipment.unwrap().unchanged, once_more.refused_lines.len()), (1, 0));
+        let raised = |record: &AuditRecord| matches!(&record.event, Some(Event::MetersChanged(change)) if change.change == "floor-raised" && change.value.contains("`F-"));
+        assert_eq!(island.records().await.iter().filter(|record| raised(record)).count(), 1);
         let higher = island.deliver_file(&again("E", ":900000")).await;
         assert_eq!(lines(&higher), [(2, "counters[0].floor")]);
         assert!(island.lease(meter(50)).await.unwrap().first < 900_000);

@@ -15,7 +15,7 @@ use kms_domain::{Group, GroupId, KeyPair, KeyType, KeyVersionNumber, Meter, Owne
 use kms_hsm::{FrameInput, FrameKeys, FrameParameters, KeySource, ProtectedFrame, TransferJob};
 
 use super::{Brought, Decided, DecidedStep, Delivery, NextStep, Sending, SendingKind, StepAnswer, TransferService};
-use crate::{error::ServiceError, island::Island, service::grant::source};
+use crate::{authz::Caller, error::ServiceError, island::Island, service::grant::source};
 
 impl TransferService {
     /// The answers to decided steps: what is to be sent is made now.
@@ -49,18 +49,26 @@ impl TransferService {
         Ok(answers)
     }
 
-    /// The `key_transfer` requests that head-ends cipher by themselves in the present steps of these meters' transfers.
+    /// The `key_transfer` requests that the caller ciphers in the present steps of its transfers to these meters. The HSM wraps in the caller's turn, and
+    /// nothing for a transfer of another head-end.
     ///
     /// # Errors
     /// HSM or database. A meter whose key cannot be wrapped is left out.
-    pub(in crate::service) async fn brought(&self, meters: impl Iterator<Item = SystemTitle>) -> Result<HashMap<SystemTitle, Brought>, ServiceError> {
-        let ciphered_outside = |meter: &Arc<Meter>| meter.transfer.as_ref().is_some_and(|transfer| transfer.stage == Stage::Deliver { pair: None });
+    pub(in crate::service) async fn brought(
+        &self,
+        caller: &Caller,
+        meters: impl Iterator<Item = SystemTitle>,
+    ) -> Result<HashMap<SystemTitle, Brought>, ServiceError> {
+        let ciphered_outside = |meter: &Arc<Meter>| {
+            let by_the_caller = |transfer: &Transfer| transfer.head_end == caller.principal && transfer.stage == Stage::Deliver { pair: None };
+            meter.transfer.as_ref().is_some_and(by_the_caller)
+        };
         let meters = self.meters(meters).await?.into_values().filter(ciphered_outside);
         let decided: Vec<Decided> = meters.map(|meter| (meter.title, Ok(DecidedStep::going_on(meter)))).collect();
         let groups = self.groups(&decided).await?;
         let steps = decided.iter().filter_map(|(_, step)| step.as_ref().ok());
         let plans: Vec<Plan> = steps.filter_map(|step| Plan::of(&self.island, &step.meter, &groups).ok()).filter(|plan| plan.wrap.is_some()).collect();
-        let wrapped = self.island.hsm.wrap_for_meters(plans.iter().filter_map(|plan| plan.wrap.clone()).collect()).await?;
+        let wrapped = self.island.hsm_for(caller).wrap_for_meters(plans.iter().filter_map(|plan| plan.wrap.clone()).collect()).await?;
         let brought = plans.iter().zip(wrapped).filter_map(|(plan, wrapped)| {
             let request = KeyTransfer::new(plan.key_id?, &wrapped.ok()?).ok()?.action_request(plan.transfer.setup, INVOKE_ID);
             Some((plan.meter, Brought { transfer: plan.transfer.id, step: plan.transfer.step, request }))
