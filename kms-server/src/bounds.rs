@@ -145,6 +145,8 @@ bounds! {
         "From a connection to its first octet: TLS begins with the client";
     HandshakeSeconds handshake_seconds = 10, 1 => 60, "seconds", Connection,
         "From the first octet to the end of the handshake";
+    FirstCallSeconds first_call_seconds = 60, 5 => 3_600, "seconds", Connection,
+        "From the handshake to the first call: a connection that a network has lost, or that never calls, holds a place for nothing. Where places are short, it gives its place up before";
     ConnectionsPerPrincipal connections_per_principal = 64, 1 => 65_536, "connections", Principal,
         "A program needs one for each of its processes; one certificate does not take all. Further ones end with GOAWAY and this name";
     StreamsPerConnection streams_per_connection = 256, 1 => 4_096, "calls", Connection,

@@ -1,11 +1,13 @@
 //! What one caller, with a certificate or without, can make the server hold.
 
 use std::{
+    net::{IpAddr, Ipv4Addr},
     pin::Pin,
     task::{Context, Poll},
     time::Duration,
 };
 
+use attacker::{Attacker, HeldConnection};
 use bytes::Bytes;
 use http_body::Frame;
 use kms_client::{ConnectError, Connection, proto};
@@ -148,6 +150,31 @@ async fn one_principal_does_not_take_all_connections() {
     // A place that is given up is free again.
     open.clear();
     soon(async { while ask(Connection::connect(&handheld).await).await.is_err() {} }).await;
+}
+
+/// A8: connections on which nobody calls held all places, also those of principals that were disabled, and for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_without_a_call_hold_up_nobody_and_end() {
+    let mut server = DevServer::start();
+    server.restart_with_limits("connections = 4\nfirst_call_seconds = 5");
+    let local = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    let attacker = Attacker::of(&server.profile("handheld")).unwrap();
+    let mut held = Vec::new();
+    for _ in 0..4 {
+        held.push(attacker.hold(local).await.unwrap());
+    }
+    // All places are taken, and far within the time of those that hold them somebody who calls comes in.
+    let caller = server.connect("officer-1").await;
+    caller.principals().who_am_i(proto::WhoAmIRequest {}).await.unwrap();
+    let mut looking = tokio::time::interval(Duration::from_millis(20));
+    soon(async {
+        while held.iter().any(HeldConnection::is_open) {
+            looking.tick().await;
+        }
+    })
+    .await;
+    // The one with a call goes on.
+    caller.principals().who_am_i(proto::WhoAmIRequest {}).await.unwrap();
 }
 
 /// A17: idle connections held all places for as long as a handshake may take.

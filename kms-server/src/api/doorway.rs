@@ -1,7 +1,8 @@
 //! Who may come in: places for handshakes and connections, for each address, each principal, and the server as a whole.
 //!
-//! Places for handshakes go to those who speak: where they are short, the connection that has been silent longest gives its place up. So idle
-//! connections of strangers hold up nobody's handshake.
+//! Places for handshakes go to those who speak: where they are short, the connection that has been silent longest gives its place up; where all speak, the
+//! oldest of the address that has the most. Places for connections go to those who call: where they are short, the oldest gives its place up that no
+//! principal known to the island has called on. So connections of strangers, and of principals who were disabled, hold up nobody.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -10,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kms_domain::PrincipalId;
 use tokio::sync::oneshot;
 
-use super::intake::PrincipalUse;
+use super::intake::{ConnectionUse, PrincipalUse};
 use crate::bounds::{Bound, Limits};
 
 /// The places of a listener.
@@ -23,8 +24,9 @@ pub(super) struct Doorway {
 struct Places {
     /// Handshakes under way, in the order in which they began.
     handshakes: BTreeMap<u64, Waiting>,
+    /// Connections, in the order in which they began.
+    connections: BTreeMap<u64, Open>,
     next: u64,
-    connections: u64,
     /// Handshakes and connections of an address.
     addresses: HashMap<Network, u64>,
     principals: HashMap<PrincipalId, Share>,
@@ -34,6 +36,12 @@ struct Waiting {
     network: Network,
     silent: bool,
     evict: oneshot::Sender<Bound>,
+}
+
+struct Open {
+    network: Network,
+    principal: PrincipalId,
+    usage: Arc<ConnectionUse>,
 }
 
 #[derive(Default)]
@@ -82,8 +90,9 @@ impl Doorway {
             Err(bound)
         };
         if places.addresses.get(&network).copied().unwrap_or_default() >= self.limits.connections_per_address {
-            // One of its own silent handshakes counts there too.
-            if !places.evict(Bound::ConnectionsPerAddress, Some(network)) {
+            // Its own silent handshakes and connections without a call count there too.
+            let of_it = |open: &Open| open.network == network;
+            if !places.evict(Bound::ConnectionsPerAddress, Some(network)) && !places.evict_uncalled(Bound::ConnectionsPerAddress, of_it) {
                 return refuse(Bound::ConnectionsPerAddress);
             }
         }
@@ -91,11 +100,13 @@ impl Doorway {
         if wide(own) >= self.limits.handshakes_per_address && !places.evict(Bound::HandshakesPerAddress, Some(network)) {
             return refuse(Bound::HandshakesPerAddress);
         }
-        if wide(places.handshakes.len()) >= self.limits.handshakes && !places.evict(Bound::Handshakes, None) {
+        if wide(places.handshakes.len()) >= self.limits.handshakes
+            && !places.evict(Bound::Handshakes, None)
+            && !places.evict_of_the_most(Bound::Handshakes, own)
+        {
             return refuse(Bound::Handshakes);
         }
-        let number = places.next;
-        places.next += 1;
+        let number = places.number();
         let (evict, evicted) = oneshot::channel();
         places.handshakes.insert(number, Waiting { network, silent: true, evict });
         *places.addresses.entry(network).or_default() += 1;
@@ -109,6 +120,43 @@ impl Places {
         let silent = |waiting: &Waiting| waiting.silent && of.is_none_or(|network| network == waiting.network);
         let Some(number) = self.handshakes.iter().find(|(_, waiting)| silent(waiting)).map(|(number, _)| *number) else { return false };
         self.leave(number).is_some_and(|waiting| waiting.evict.send(bound).is_ok())
+    }
+
+    /// Takes the place of the oldest handshake of the network that has the most of them; false if none has more than `own`.
+    fn evict_of_the_most(&mut self, bound: Bound, own: usize) -> bool {
+        let mut of: HashMap<Network, usize> = HashMap::new();
+        for waiting in self.handshakes.values() {
+            *of.entry(waiting.network).or_default() += 1;
+        }
+        let Some((most, _)) = of.into_iter().max_by_key(|(_, count)| *count).filter(|(_, count)| *count > own) else { return false };
+        let oldest = self.handshakes.iter().find(|(_, waiting)| waiting.network == most).map(|(number, _)| *number);
+        oldest.and_then(|number| self.leave(number)).is_some_and(|waiting| waiting.evict.send(bound).is_ok())
+    }
+
+    /// Takes the place of the oldest of these connections that no known principal has called on; false if there is none.
+    fn evict_uncalled(&mut self, bound: Bound, of: impl Fn(&Open) -> bool) -> bool {
+        let number = self.connections.iter().find(|(_, open)| !open.usage.is_known() && of(open)).map(|(number, _)| *number);
+        let Some(open) = number.and_then(|number| self.leave_connection(number)) else { return false };
+        bound.count();
+        open.usage.cut();
+        true
+    }
+
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    fn leave_connection(&mut self, number: u64) -> Option<Open> {
+        let open = self.connections.remove(&number)?;
+        self.leave_address(open.network);
+        if let Some(share) = self.principals.get_mut(&open.principal) {
+            share.connections = share.connections.saturating_sub(1);
+            if share.connections == 0 {
+                self.principals.remove(&open.principal);
+            }
+        }
+        Some(open)
     }
 
     fn leave(&mut self, number: u64) -> Option<Waiting> {
@@ -158,30 +206,31 @@ impl HandshakePlace {
         }
     }
 
-    /// A place for the connection of a principal, and what is counted over all its connections.
+    /// A place for the connection of a principal, and what is counted of it.
     ///
     /// # Errors
-    /// The bound that is met.
-    pub(super) fn connection(&self, principal: &PrincipalId) -> Result<(ConnectionPlace, Arc<PrincipalUse>), Bound> {
+    /// The bound that is met: all places are taken by connections on which principals have called.
+    pub(super) fn connection(&self, principal: &PrincipalId) -> Result<(ConnectionPlace, Arc<ConnectionUse>), Bound> {
         let limits = &self.doorway.limits;
         let mut places = self.doorway.places();
-        let bound = if places.principals.get(principal).is_some_and(|share| share.connections >= limits.connections_per_principal) {
-            Some(Bound::ConnectionsPerPrincipal)
-        } else if places.connections >= limits.connections {
-            Some(Bound::Connections)
-        } else {
-            None
-        };
-        if let Some(bound) = bound {
+        let refuse = |bound: Bound| {
             bound.count();
-            return Err(bound);
+            Err(bound)
+        };
+        let own = places.principals.get(principal).map_or(0, |share| share.connections);
+        if own >= limits.connections_per_principal && !places.evict_uncalled(Bound::ConnectionsPerPrincipal, |open| open.principal == *principal) {
+            return refuse(Bound::ConnectionsPerPrincipal);
         }
-        places.connections += 1;
+        if wide(places.connections.len()) >= limits.connections && !places.evict_uncalled(Bound::Connections, |_| true) {
+            return refuse(Bound::Connections);
+        }
         *places.addresses.entry(self.network).or_default() += 1;
         let share = places.principals.entry(principal.clone()).or_default();
         share.connections += 1;
-        let usage = Arc::clone(&share.usage);
-        Ok((ConnectionPlace { doorway: Arc::clone(&self.doorway), network: self.network, principal: principal.clone() }, usage))
+        let usage = Arc::new(ConnectionUse::new(Arc::clone(&share.usage)));
+        let number = places.number();
+        places.connections.insert(number, Open { network: self.network, principal: principal.clone(), usage: Arc::clone(&usage) });
+        Ok((ConnectionPlace { doorway: Arc::clone(&self.doorway), number }, usage))
     }
 }
 
@@ -191,24 +240,15 @@ impl Drop for HandshakePlace {
     }
 }
 
-/// A place for a connection, until it is dropped.
+/// A place for a connection, until it is dropped or somebody else needs it.
 pub(super) struct ConnectionPlace {
     doorway: Arc<Doorway>,
-    network: Network,
-    principal: PrincipalId,
+    number: u64,
 }
 
 impl Drop for ConnectionPlace {
     fn drop(&mut self) {
-        let mut places = self.doorway.places();
-        places.connections = places.connections.saturating_sub(1);
-        places.leave_address(self.network);
-        if let Some(share) = places.principals.get_mut(&self.principal) {
-            share.connections = share.connections.saturating_sub(1);
-            if share.connections == 0 {
-                places.principals.remove(&self.principal);
-            }
-        }
+        drop(self.doorway.places().leave_connection(self.number));
     }
 }
 
@@ -262,21 +302,63 @@ mod tests {
         let doorway = doorway();
         let (one, other) = (principal("hes-1"), principal("hes-2"));
         let shake = || doorway.handshake(address(1)).unwrap();
+        let call = |principal: &PrincipalId| {
+            shake().connection(principal).map(|(place, usage)| {
+                usage.note_known();
+                place
+            })
+        };
         let mut open = Vec::new();
         for _ in 0..2 {
-            open.push(shake().connection(&one).unwrap().0);
+            open.push(call(&one).unwrap());
         }
-        assert_eq!(shake().connection(&one).err(), Some(Bound::ConnectionsPerPrincipal));
-        open.push(shake().connection(&other).unwrap().0);
+        assert_eq!(call(&one).err(), Some(Bound::ConnectionsPerPrincipal));
+        open.push(call(&other).unwrap());
         for name in ["hes-3", "hes-4"] {
-            open.push(shake().connection(&principal(name)).unwrap().0);
+            open.push(call(&principal(name)).unwrap());
         }
-        assert_eq!(shake().connection(&principal("hes-5")).err(), Some(Bound::Connections));
+        assert_eq!(call(&principal("hes-5")).err(), Some(Bound::Connections));
         open.remove(0);
-        let again = shake().connection(&one).unwrap();
+        let again = call(&one).unwrap();
         drop((again, open));
         let places = doorway.places();
-        assert_eq!((places.connections, places.addresses.len(), places.principals.len(), places.handshakes.len()), (0, 0, 0, 0));
+        assert_eq!((places.connections.len(), places.addresses.len(), places.principals.len(), places.handshakes.len()), (0, 0, 0, 0));
+    }
+
+    #[tokio::test]
+    async fn who_never_calls_gives_the_place_up() {
+        let doorway = doorway();
+        let ended = |usage: &Arc<ConnectionUse>| usage.is_cut(&std::task::Context::from_waker(std::task::Waker::noop()));
+        let open = |name: &str, last| doorway.handshake(address(last)).unwrap().connection(&principal(name)).unwrap();
+        let (_first, idle) = open("hes-1", 1);
+        let (_second, calling) = open("hes-1", 1);
+        calling.note_known();
+        let (_third, another) = open("hes-1", 1);
+        assert!(ended(&idle) && !ended(&calling) && !ended(&another), "the principal's own connection without a call");
+        let mut held = Vec::new();
+        for name in ["hes-2", "hes-3", "hes-4"] {
+            held.push(open(name, 2));
+        }
+        // The server is full: the oldest of all that have not called.
+        let (_place, newcomer) = open("hes-5", 3);
+        assert!(ended(&another) && !ended(&calling) && !ended(&newcomer));
+        assert_eq!(doorway.places().connections.len(), 5);
+    }
+
+    #[tokio::test]
+    async fn an_address_that_has_the_most_handshakes_gives_one_up() {
+        let doorway = doorway();
+        let mut many: Vec<HandshakePlace> = (0..4).map(|_| doorway.handshake(address(1)).unwrap()).collect();
+        let few: Vec<HandshakePlace> = (0..2).map(|_| doorway.handshake(address(2)).unwrap()).collect();
+        many.iter().chain(&few).for_each(HandshakePlace::spoke);
+        let oldest = many[0].evicted();
+        let place = doorway.handshake(address(3)).unwrap();
+        assert_eq!(oldest.await, Bound::Handshakes);
+        place.spoke();
+        let second = doorway.handshake(address(3)).unwrap();
+        second.spoke();
+        // Two of each now: who has as many as anybody takes none.
+        assert_eq!(doorway.handshake(address(3)).err(), Some(Bound::Handshakes));
     }
 
     #[test]

@@ -62,6 +62,10 @@ pub(crate) struct PrincipalUse {
 pub struct ConnectionUse {
     held: Held,
     principal: Arc<PrincipalUse>,
+    /// A call came in, of whatever kind.
+    called: AtomicBool,
+    /// A call of a principal that the island knows came in.
+    known: AtomicBool,
     cut: AtomicBool,
     waker: AtomicWaker,
 }
@@ -76,6 +80,21 @@ impl ConnectionUse {
     pub(crate) fn cut(&self) {
         self.cut.store(true, Ordering::Release);
         self.waker.wake();
+    }
+
+    /// Whether a call came in.
+    pub(super) fn has_called(&self) -> bool {
+        self.called.load(Ordering::Relaxed)
+    }
+
+    /// Whether a call of a principal that the island knows came in: such a connection gives its place up for nobody.
+    pub(super) fn is_known(&self) -> bool {
+        self.known.load(Ordering::Relaxed)
+    }
+
+    /// Notes a call of a principal that the island knows.
+    pub(super) fn note_known(&self) {
+        self.known.store(true, Ordering::Relaxed);
     }
 
     /// Whether the connection is to end; if not, the task is woken when it is.
@@ -128,6 +147,7 @@ impl Intake {
         let peer = request.extensions().get::<Peer>();
         let certificate = peer.map(|peer| peer.certificate.sha256);
         let connection = peer.map(|peer| Arc::clone(&peer.usage)).unwrap_or_default();
+        connection.called.store(true, Ordering::Relaxed);
         let streams = methods::of(request.uri().path()).is_some_and(|method| method.answers_stream);
         let mut place = None;
         let answer = match self.receive(request, island.as_deref(), &connection).await.and_then(|received| {
@@ -176,6 +196,7 @@ impl Intake {
     ) -> Result<(http::Request<Body>, Option<Reservation>), Status> {
         if let Some(island) = island {
             self.check_caller(island, request.extensions()).await?;
+            connection.note_known();
         }
         let (parts, body) = request.into_parts();
         let Some(method) = methods::of(parts.uri.path()) else {

@@ -149,9 +149,9 @@ impl Hello {
             let certificate = certificate.ok_or_else(|| TlsError::PeerCertificate { reason: "there is none".to_owned() })?;
             let certificate = Arc::new(PeerCertificate::parse(certificate)?);
             match place.connection(&certificate.principal) {
-                Ok((place, principal)) => {
-                    let usage = Arc::new(ConnectionUse::new(principal));
-                    Ok(TlsConnection { stream, peer: Peer { certificate, remote: self.remote, usage }, closing: None, _place: place })
+                Ok((place, usage)) => {
+                    let first_call = Some(Box::pin(tokio::time::sleep(in_time(Bound::FirstCallSeconds))));
+                    Ok(TlsConnection { stream, peer: Peer { certificate, remote: self.remote, usage }, first_call, closing: None, _place: place })
                 }
                 Err(bound) => {
                     // The client learns why; it has a second to take it.
@@ -196,6 +196,8 @@ pub struct Peer {
 pub struct TlsConnection {
     stream: TlsStream<TcpStream>,
     peer: Peer,
+    /// Runs until the first call: HTTP/2 sends no pings before its preface has come.
+    first_call: Option<Pin<Box<Sleep>>>,
     /// Runs when the connection is to end.
     closing: Option<Pin<Box<Sleep>>>,
     /// Held as long as the connection is open.
@@ -212,6 +214,17 @@ impl Connected for TlsConnection {
 
 impl AsyncRead for TlsConnection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if let Some(mut first_call) = self.first_call.take()
+            && !self.peer.usage.has_called()
+        {
+            match first_call.as_mut().poll(cx) {
+                Poll::Pending => self.first_call = Some(first_call),
+                Poll::Ready(()) => {
+                    Bound::FirstCallSeconds.count();
+                    self.peer.usage.cut();
+                }
+            }
+        }
         if self.peer.usage.is_cut(cx) {
             // Nothing more is read; what was answered has a moment to leave, then this looks like the client's end.
             return self.closing.get_or_insert_with(|| Box::pin(tokio::time::sleep(FAREWELL))).as_mut().poll(cx).map(Ok);

@@ -66,7 +66,7 @@ impl Growth {
         let Some((principal, hour)) = actor.principal.as_ref().and_then(|principal| Some((principal, self.hour(principal, at)?))) else { return Ok(()) };
         let bound = limits.log_octets_per_principal_and_hour;
         let limit = if BULK.contains(&actor.action) { bound } else { bound.saturating_add(bound / 4) };
-        if hour.octets < limit {
+        if hour.octets < limit || ALWAYS.contains(&actor.action) {
             return Ok(());
         }
         let what = format!(
@@ -133,6 +133,9 @@ const HOUR: Duration = Duration::from_hours(1);
 /// finish its transfers, and revocations go through.
 const BULK: [&str; 4] = ["openSession", "openGroupSession", "protectFrame", "unprotectFrame"];
 
+/// What ends a thief's access: never refused, and there are not many principals and certificates to end.
+const ALWAYS: [&str; 2] = ["disablePrincipal", "endCertificate"];
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -167,7 +170,8 @@ mod tests {
         assert!(growth.alarms(&mut grown, 1_000, begin).is_empty());
         growth.written(grown, begin);
         assert!(growth.permit(&actor("continueTransfer"), &limits, begin).is_err());
-        // Others, the server itself, and the next hour.
+        // Others, the server itself, the end of a thief's access, and the next hour.
+        assert_eq!(growth.permit(&actor("disablePrincipal"), &limits, begin), Ok(()));
         assert_eq!(growth.permit(&Actor::server("scrub"), &limits, begin), Ok(()));
         assert_eq!(growth.permit(&actor("openSession"), &limits, begin + HOUR), Ok(()));
     }

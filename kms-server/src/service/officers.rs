@@ -99,7 +99,7 @@ impl Recertification {
         let row = committer.open_island(&row.ok_or_else(|| ServiceError::Internal("the island has no row (I5)".to_owned()))?)?;
         let fingerprint = row.escrow_fingerprint.ok_or_else(|| ServiceError::FailedPrecondition {
             reason: format!("the roots of the island `{name}` were never escrowed, so that it has no custodians"),
-            next_step: "two other officers certify the key by a proposal: kms principal propose-key".to_owned(),
+            next_step: "while two other officers have certificates, they certify the key by a proposal: `kms principal propose-key`".to_owned(),
         })?;
         let document: EscrowDocument =
             serde_json::from_slice(&self.read(&self.escrow)?).map_err(|_| refuse(format!("`{}` is no escrow file", self.escrow.display())))?;

@@ -23,7 +23,7 @@ use kms_domain::{
 use kms_proto::v1::{self, PrincipalChanged, SecurityEvent, audit_record::Event};
 use kms_store::{Reads, RowKind};
 
-use self::everyone::{Everyone, parse_name, refuse_shared_key, refuse_shared_titles};
+use self::everyone::{Everyone, parse_name, refuse_shared_key, refuse_shared_titles, unverified};
 use super::Request;
 use super::certificate::{CertificateAuthority, CertificationRequest, IssuedCertificate, Validity};
 use crate::audit::{Actor, Asked, Asking, View, Window};
@@ -160,12 +160,12 @@ impl Principals {
             return self.recertify(caller, request, id, certification, approved).await;
         }
         let own = id == caller.principal;
+        let action = Action::RenewPrincipal { role: id.role(), own };
         // The answer tells an officer the way; what holds is checked again in the act.
         if caller.principal.role().is_personal() {
             self.island.principal(caller).await?;
-            refuse_for_another_person(&id, own)?;
+            refuse_for_another_person(&id, own).map_err(|refusal| self.on_record(caller, &action, refusal))?;
         }
-        let action = Action::RenewPrincipal { role: id.role(), own };
         self.island.require(caller, &action).await?;
         // No signature for what will be refused. A request that comes again gets its answer in the act.
         let issued = if self.has_room(&id).await? {
@@ -264,7 +264,7 @@ impl Principals {
     /// Not permitted, a row that does not verify, or trouble of the database.
     pub async fn list(&self, caller: &Caller) -> Result<Vec<v1::Principal>, ServiceError> {
         self.island.require(caller, &Action::ListPrincipals).await?;
-        Ok(self.all().await?.iter().map(|principal| to_proto(principal)).collect())
+        self.all().await?.into_iter().map(|principal| Ok(to_proto(&*principal?))).collect()
     }
 
     /// Who the server takes the caller for.
@@ -352,6 +352,14 @@ impl Principals {
         Ok(committed.value)
     }
 
+    /// Puts on the record what is refused before an act, of those who try to be two people or to shut somebody out (I2).
+    fn on_record(&self, caller: &Caller, action: &Action, refusal: ServiceError) -> ServiceError {
+        if matches!(refusal, ServiceError::FailedPrecondition { .. }) {
+            self.island.committer.refused(Some(&caller.principal), action.name(), refusal.to_string());
+        }
+        refusal
+    }
+
     /// Whether the principal may have one more certificate, as its row stands beside the writer.
     async fn has_room(&self, id: &PrincipalId) -> Result<bool, ServiceError> {
         let (kind, name) = principal_row(id);
@@ -361,7 +369,8 @@ impl Principals {
         Ok(self.island.committer.open_principal(id, &row).map_or(true, |principal| principal.live_certificates(now).count() < MOST_CERTIFICATES))
     }
 
-    async fn all(&self) -> Result<Vec<Arc<Principal>>, ServiceError> {
+    /// Every principal, or why its row is not believed.
+    async fn all(&self) -> Result<Vec<Result<Arc<Principal>, ServiceError>>, ServiceError> {
         let mut principals = Vec::new();
         let mut after: Option<Vec<u8>> = None;
         loop {
@@ -369,7 +378,8 @@ impl Principals {
             let Some((last, _)) = page.last() else { return Ok(principals) };
             after = Some(last.clone());
             for (id, row) in &page {
-                principals.push(self.island.committer.open_principal(&parse_name(id)?, row)?);
+                let id = parse_name(id)?;
+                principals.push(self.island.committer.open_principal(&id, row).map_err(|_| unverified(&id)));
             }
         }
     }

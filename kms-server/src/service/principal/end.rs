@@ -32,7 +32,7 @@ impl Principals {
         let action = Action::EndCertificate { role: id.role(), own };
         self.island.principal(caller).await?;
         // The answer tells the way; what holds is checked again in the act.
-        refuse_own(&id, own)?;
+        refuse_own(&id, own).map_err(|refusal| self.on_record(caller, &action, refusal))?;
         self.island.require(caller, &action).await?;
         let digest = request_digest("end-certificate", &[id.to_string().as_bytes(), &serial, reason.as_bytes()]);
         let answer = self

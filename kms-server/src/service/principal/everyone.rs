@@ -49,14 +49,18 @@ impl Everyone {
     /// All of them as they stand in the transaction.
     ///
     /// # Errors
-    /// Aborted, with [`Self::is_stale`]: one was added since the names were read. Otherwise as [`View::principal`].
+    /// Aborted, with [`Self::is_stale`]: one was added since the names were read. A row that does not verify, which the refusal names: its key could be
+    /// the one that is certified (I6).
     pub(in crate::service) fn rows(&self, view: &mut View<'_, '_>) -> Result<Vec<Arc<Principal>>, ServiceError> {
         if view.island(&self.island)?.ok_or_else(no_island)?.principals_added != self.added {
             return Err(stale());
         }
         let mut rows = Vec::with_capacity(self.ids.len());
         for id in &self.ids {
-            rows.extend(view.principal(id)?);
+            rows.extend(view.principal(id).map_err(|error| match error {
+                ServiceError::PermissionDenied { .. } => unverified(id),
+                other => other,
+            })?);
         }
         Ok(rows)
     }
@@ -127,6 +131,13 @@ pub(in crate::service) fn parse_name(name: &[u8]) -> Result<PrincipalId, Service
 
 fn stale() -> ServiceError {
     ServiceError::Aborted { reason: "another principal was added at the same moment".to_owned(), next_step: "ask again".to_owned() }
+}
+
+pub(super) fn unverified(id: &PrincipalId) -> ServiceError {
+    ServiceError::FailedPrecondition {
+        reason: format!("the row of `{id}` does not verify (I5), so nobody can tell whether its key or client title is the same"),
+        next_step: "restore that row from a copy of the database, then ask again; `kms audit scrub` lists all such rows".to_owned(),
+    }
 }
 
 fn no_island() -> ServiceError {

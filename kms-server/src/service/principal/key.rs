@@ -45,7 +45,7 @@ impl Principals {
         if !new.id.role().is_personal() {
             return Err(ServiceError::invalid("principal", format!("`{}` is no person: an officer renews its certificate", new.id)));
         }
-        self.enough_officers(caller, &new.id).await?;
+        self.enough_officers(caller, &new.id).await.map_err(|refusal| self.on_record(caller, &action, refusal))?;
         let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
         let made = proposal_id(request.id)?;
         let sealed = vec![principal_row(&caller.principal), principal_row(&new.id), proposal_row(made)];
@@ -116,7 +116,7 @@ impl Principals {
     /// I6: two people who are not the beneficiary must stand behind the key, the caller and another officer. Looked at beside the writer, for the way
     /// out alone: what counts is who approves.
     async fn enough_officers(&self, caller: &Caller, beneficiary: &PrincipalId) -> Result<(), ServiceError> {
-        let all = self.all().await?;
+        let all: Vec<_> = self.all().await?.into_iter().flatten().collect();
         let person = |id: &PrincipalId| all.iter().find(|one| one.id == *id).and_then(|one| one.person.clone());
         let (own, theirs) = (person(&caller.principal), person(beneficiary));
         let now = Island::now();

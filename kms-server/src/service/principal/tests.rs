@@ -127,6 +127,22 @@ impl Scene {
         events.filter_map(|event| if let Event::SecurityEvent(event) = event { Some(event) } else { None }).filter(|event| event.kind == kind).collect()
     }
 
+    /// Waits until a refusal of this action is on the record: one outside of an act is written with the next transaction.
+    async fn recorded_refusal(&self, action: &str) -> String {
+        let refusal = async {
+            loop {
+                let rows = self.t.island.store.audit_page(&kms_store::AuditFilter::default(), None, 500).await.unwrap();
+                let events = rows.iter().filter_map(|row| <AuditRecord as prost::Message>::decode(row.record.record.as_slice()).unwrap().event);
+                let refused = events.filter_map(|event| if let Event::Refused(refused) = event { Some(refused) } else { None });
+                if let Some(refused) = refused.into_iter().find(|refused| refused.action == action) {
+                    return refused.reason;
+                }
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(60), refusal).await.unwrap_or_else(|_| panic!("no refusal of {action} is on the record"))
+    }
+
     /// A policy of somebody who permits everything.
     fn permit_everything(&self) {
         let folder = tempfile::tempdir().unwrap();
@@ -297,6 +313,7 @@ island_tests! {
                 assert_eq!(code(end(by, serial).await), FAILED_PRECONDITION);
             }
         }
+        assert!(scene.recorded_refusal("endCertificate").await.contains("would shut the owner out"));
         assert_eq!(code(end(&scene.t.other_head_end, &serials[1]).await), PERMISSION_DENIED);
         assert_eq!(code(end(&scene.ada, &vec![9].into()).await), NOT_FOUND);
         assert_eq!(scene.row(&id).await.certificates.len(), 2);
@@ -311,6 +328,24 @@ island_tests! {
         assert_eq!(scene.events("certificate-made-by-another").await.len(), 1);
         let shown = scene.principals().who_am_i(&owner).await.unwrap().certificates;
         assert!(matches!(&shown[..], [one] if one.issued_by.ends_with("officer:ada") && one.enrolment == "one-person"), "{shown:?}");
+    }
+
+    async fn a_row_that_does_not_verify_is_named(t) {
+        let scene = Scene::new(t).await;
+        let (store, id) = (&scene.t.island.store, scene.t.other_head_end.principal.clone());
+        let (kind, name) = principal_row(&id);
+        let mut row = store.sealed(kind, &name).await.unwrap().unwrap();
+        (row.generation, row.seal[2]) = (row.generation + 1, row.seal[2] ^ 1);
+        let sealed = vec![kms_store::SealedPut { kind, id: name, row }];
+        let changes = kms_store::Changes { sealed, ..kms_store::Changes::default() };
+        let mut put = |_: &kms_store::ReadSet| kms_store::Decision::Commit(Box::new(changes.clone()));
+        store.transact(Reads::default(), &mut put).await.unwrap();
+        // I6: whether it has the same key cannot be told, so nobody gets one; and the refusal says why.
+        let head_end = scene.t.head_end.clone();
+        for refusal in [text(scene.renew(&head_end, &head_end.principal, &key()).await), text(scene.principals().list(&scene.ada).await)] {
+            assert!(refusal.contains(&format!("the row of `{id}` does not verify")), "{refusal}");
+        }
+        assert_eq!(scene.row(&head_end.principal).await.certificates.len(), 1);
     }
 
     async fn an_officer_who_can_act_always_remains(t) {
