@@ -11,8 +11,9 @@
 //! A floor that lies inside the reserved chunk stands in the row. The holder reads the row in the transaction of each lease, so it goes
 //! on above the floor at once, and no counter is skipped that the floor does not forbid.
 //!
-//! Nobody uses up a key in passing: sessions and frames may reserve [`CounterCap`] counters of a counter in an hour, and the last
-//! [`CounterState::RESERVE`] counters are there for the system's own transfers alone, which bring the next key.
+//! Nobody uses up a key in passing: sessions and frames may reserve [`CounterCap`] counters of a counter in an hour, what a meter's
+//! unauthenticated word skips included, and the last [`CounterState::RESERVE`] counters are there for the system's own transfers alone, which
+//! bring the next key. A transfer reserves what it uses and no more ([`ChunkSize::serving`]), so no lease is dealt from what is not counted.
 
 use std::{fmt, num::NonZeroU32};
 
@@ -75,7 +76,8 @@ pub enum CounterUse {
     Transfer,
 }
 
-/// How many counters sessions and frames may reserve of one counter in one hour of UTC. Transfers are counted and never refused.
+/// How many counters sessions and frames may reserve of one counter in one hour of UTC, and a meter's unauthenticated word may skip. Transfers
+/// are counted and never refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CounterCap(NonZeroU32);
 
@@ -189,13 +191,13 @@ impl CounterState {
         Ok(Self { floor, ..self })
     }
 
-    /// The same, with what was reserved in an hour.
+    /// The same, with what was taken in an hour.
     #[must_use]
     pub fn with_hourly(self, hourly: HourlyUse) -> Self {
         Self { hourly, ..self }
     }
 
-    /// What was reserved in the hour of the last reservation.
+    /// What was taken in the hour that was last counted.
     pub const fn hourly(&self) -> HourlyUse {
         self.hourly
     }
@@ -318,16 +320,16 @@ impl Counters {
         }
         // I4: a reservation starts at the bound of all earlier ones, whoever held them, those that a restore lost included. Every floor is below it.
         let mut first = state.bound_after(jump).max(at_least);
-        let mut chunk = u64::from(chunk.get());
+        let chunk = u64::from(chunk.get());
         let mut end = CounterState::SESSIONS_END;
-        if counter_use == CounterUse::Transfer && first + TRANSFER_CHUNK > end {
-            // Chunks are small there: each change of the server that deals throws one away.
-            (first, chunk, end) = (first.max(end), TRANSFER_CHUNK, CounterState::END);
+        if counter_use == CounterUse::Transfer && first + chunk > end {
+            // A chunk never straddles the edge.
+            (first, end) = (first.max(end), CounterState::END);
         }
         if first >= end {
-            return Err(CounterError::Exhausted { key });
+            return Err(CounterError::exhausted(key, counter_use));
         }
-        let first_counter = u32::try_from(first).map_err(|_| CounterError::Exhausted { key })?;
+        let first_counter = u32::try_from(first).map_err(|_| CounterError::exhausted(key, counter_use))?;
         state.bound = (first + chunk).min(end);
         state.holder = Some(holder);
         state.floor = 0;
@@ -342,15 +344,21 @@ impl Counters {
     /// # Errors
     /// Not a transfer, and the cap is met: nothing of the reservation may be stored.
     pub fn count_into_hour(&mut self, reserved: Reservation, counter_use: CounterUse, cap: CounterCap, now: UnixMillis) -> Result<bool, CounterError> {
-        let state = self.state_mut(reserved.key);
+        let taken = reserved.bound.saturating_sub(u64::from(reserved.first));
+        self.count(reserved.key, taken, Some(cap).filter(|_| counter_use != CounterUse::Transfer), cap, now)
+    }
+
+    /// Counts what is taken of a counter into the hour of `now`, unless that exceeds `most`. True if half of `cap` was reached by it.
+    fn count(&mut self, key: CounterKey, taken: u64, most: Option<CounterCap>, cap: CounterCap, now: UnixMillis) -> Result<bool, CounterError> {
+        let state = self.state_mut(key);
         let before = state.hourly.at(now);
-        let counters = before.counters.saturating_add(reserved.bound.saturating_sub(u64::from(reserved.first)));
-        let cap_counters = u64::from(cap.get());
-        if counter_use != CounterUse::Transfer && counters > cap_counters {
-            return Err(CounterError::CapMet { key: reserved.key, cap, free: before.hour.end() });
+        let counters = before.counters.saturating_add(taken);
+        if let Some(cap) = most.filter(|most| counters > u64::from(most.get())) {
+            return Err(CounterError::CapMet { key: state.key, cap, free: before.hour.end() });
         }
         state.hourly = HourlyUse { counters, ..before };
-        Ok(before.counters < cap_counters / 2 && counters >= cap_counters / 2)
+        let half = u64::from(cap.get()) / 2;
+        Ok(before.counters < half && counters >= half)
     }
 
     /// Notes that a lease is dealt from a chunk that was reserved for frames. The caller stores the changed row with the grant.
@@ -383,6 +391,25 @@ impl Counters {
         // I4: a chunk reserved before ends at or below the floor, and its holder must not go on dealing from it.
         state.end_chunk();
         Ok(())
+    }
+
+    /// Follows a meter that says without proof that `floor` is the lowest counter that it takes: as [`Self::raise_floor`], and whoever forges such
+    /// answers skips no more of the counters in all than sessions may reserve in the hour of `now`, and none of the [`CounterState::RESERVE`]: they
+    /// bring the key that heals it. True if half of the hour's cap was reached by it.
+    ///
+    /// # Errors
+    /// The floor is in the reserve, the jump is longer than `jump_cap`, or the hour's cap is met. Nothing has changed then.
+    pub fn follow(&mut self, key: CounterKey, floor: u64, jump_cap: u32, cap: CounterCap, now: UnixMillis) -> Result<bool, CounterError> {
+        let mut followed = self.clone();
+        let bound = followed.state_mut(key).bound;
+        if floor > bound.max(CounterState::SESSIONS_END) {
+            return Err(CounterError::FloorInReserve { floor });
+        }
+        followed.raise_floor(key, floor, Some(jump_cap))?;
+        // What lies below the bound was counted when it was reserved.
+        let many = if floor > bound { followed.count(key, floor - bound, Some(cap), cap, now)? } else { false };
+        *self = followed;
+        Ok(many)
     }
 
     /// Leaves a counter to a head-end that counts by itself.
@@ -513,6 +540,16 @@ impl ChunkSize {
         Self(counters)
     }
 
+    /// What is reserved where `count` counters are wanted. A transfer writes the meter's row in each step anyway, so it reserves what it uses: the
+    /// rest would be counters that no hour's cap has seen, and each change of the server that deals would throw it away.
+    #[must_use]
+    pub fn serving(self, counter_use: CounterUse, count: NonZeroU32) -> Self {
+        match counter_use {
+            CounterUse::Lease | CounterUse::Frames => self.max(Self(count)),
+            CounterUse::Transfer => Self(count),
+        }
+    }
+
     /// The number of counters.
     pub const fn get(self) -> u32 {
         self.0.get()
@@ -539,9 +576,6 @@ pub struct Reservation {
     /// Whether 80 % of the key's counters are used: it asks for its rotation.
     pub rotation_due: bool,
 }
-
-/// The least that is reserved for transfers, and the most in the counters that are theirs alone.
-const TRANSFER_CHUNK: u64 = 256;
 
 /// Counters `first .. first + count` that a grantee may use, each once, upwards. The newest lease ends all older ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -631,14 +665,23 @@ pub enum DealError {
 /// Why a counter cannot do what was asked.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CounterError {
-    /// All counters are reserved that this use may have: [`CounterState::SESSIONS_END`], for transfers [`CounterState::END`].
-    #[error("the invocation counter of {key} is used up, but for what a rotation needs: the key must be rotated")]
+    /// All counters up to [`CounterState::SESSIONS_END`] are used: leases and frames have none left.
+    #[error("the invocation counter of {key} has none left for sessions and frames: the last {} are for transfers of keys", CounterState::RESERVE)]
+    SessionsExhausted {
+        /// Which counter.
+        key: CounterKey,
+    },
+    /// All counters up to [`CounterState::END`] are used: a transfer has none left either.
+    #[error("the invocation counter of {key} is used up: no request with this key and client title reaches the meter any more")]
     Exhausted {
         /// Which counter.
         key: CounterKey,
     },
-    /// Sessions and frames have reserved all that they may in this hour.
-    #[error("sessions and frames have reserved the {} invocation counters of {key} that they may in an hour (counters_per_hour)", .cap.get())]
+    /// What may be taken of a counter in this hour was taken.
+    #[error(
+        "the {} invocation counters of {key} that sessions and frames may reserve in an hour, and a meter's word may skip, are taken (counters_per_hour)",
+        .cap.get()
+    )]
     CapMet {
         /// Which counter.
         key: CounterKey,
@@ -663,6 +706,12 @@ pub enum CounterError {
         /// The longest jump allowed.
         cap: u32,
     },
+    /// A floor that nobody has proven would take counters away from transfers.
+    #[error("a floor of {floor} is above {}: the counters from there on bring the next key", CounterState::SESSIONS_END)]
+    FloorInReserve {
+        /// The floor.
+        floor: u64,
+    },
     /// The slot's counters are kept in a domain.
     #[error("the invocation counters are in counter domain {domain}")]
     InDomain {
@@ -686,6 +735,16 @@ pub enum CounterError {
     /// Two counters for one client title.
     #[error("two invocation counters cover one client title")]
     Overlapping,
+}
+
+impl CounterError {
+    /// No counter is left for this use.
+    pub const fn exhausted(key: CounterKey, counter_use: CounterUse) -> Self {
+        match counter_use {
+            CounterUse::Lease | CounterUse::Frames => Self::SessionsExhausted { key },
+            CounterUse::Transfer => Self::Exhausted { key },
+        }
+    }
 }
 
 #[cfg(test)]
@@ -740,7 +799,7 @@ mod tests {
         let lease = LiveChunk::new(last).deal(counters.get(key).unwrap(), count(10), NONE).unwrap();
         assert_eq!(u64::from(lease.last()), CounterState::SESSIONS_END - 1);
         for counter_use in [CounterUse::Lease, CounterUse::Frames] {
-            assert_eq!(counters.reserve(key, counter_use, server(1), chunk(1), 0, NONE), Err(CounterError::Exhausted { key }));
+            assert_eq!(counters.reserve(key, counter_use, server(1), chunk(1), 0, NONE), Err(CounterError::SessionsExhausted { key }));
         }
     }
 
@@ -750,17 +809,17 @@ mod tests {
         let next = |from: u64, counter_use| {
             let mut counters = Counters::default();
             counters.raise_floor(key, from, None).unwrap();
-            counters.reserve(key, counter_use, server(1), chunk(65_536), 0, NONE).map(|reserved| (u64::from(reserved.first), reserved.bound))
+            let chunk = ChunkSize::DEFAULT.serving(counter_use, count(2));
+            counters.reserve(key, counter_use, server(1), chunk, 0, NONE).map(|reserved| (u64::from(reserved.first), reserved.bound))
         };
         let end = CounterState::SESSIONS_END;
         for counter_use in [CounterUse::Lease, CounterUse::Frames] {
             assert_eq!(next(end - 1, counter_use), Ok((end - 1, end)));
-            assert_eq!(next(end, counter_use), Err(CounterError::Exhausted { key }));
+            assert_eq!(next(end, counter_use), Err(CounterError::SessionsExhausted { key }));
         }
-        // A transfer's chunk never straddles the edge, and is small above it.
-        assert_eq!(next(end - 256, CounterUse::Transfer), Ok((end - 256, end)));
-        for from in [end - 255, end - 1, end] {
-            assert_eq!(next(from, CounterUse::Transfer), Ok((end, end + 256)));
+        // A transfer reserves what it uses, and never across the edge.
+        for (from, first) in [(1, 1), (end - 2, end - 2), (end - 1, end), (end, end), (end + 7, end + 7)] {
+            assert_eq!(next(from, CounterUse::Transfer), Ok((first, first + 2)));
         }
         assert_eq!(next(CounterState::END - 1, CounterUse::Transfer), Ok((CounterState::END - 1, CounterState::END)));
         assert_eq!(next(CounterState::END, CounterUse::Transfer), Err(CounterError::Exhausted { key }));
@@ -803,6 +862,60 @@ mod tests {
         assert_eq!(reserve(1_000_000, CounterUse::Lease, 50 * HOUR), Ok(true));
         assert_eq!(reserve(1_000_000, CounterUse::Lease, 6 * HOUR), Ok(true));
         assert!(CounterCap::new(999_999).is_err() && CounterCap::new(u32::MAX).is_ok());
+    }
+
+    // A12: `D8 01 06` with a counter is anyone's to forge, as often as a head-end that may probe likes.
+    #[test]
+    fn a_meter_s_word_takes_no_more_than_the_hour_has_and_nothing_of_the_reserve() {
+        const HOUR: i64 = 3_600_000;
+        const JUMP: u32 = 100_000;
+        let key = CounterKey::ClientTitle(title(1));
+        let cap = CounterCap::new(1_000_000).unwrap();
+        let mut counters = Counters::default();
+        let mut halves = 0;
+        let mut forge = |counters: &mut Counters, now: i64| {
+            let bound = counters.get(key).map_or(1, CounterState::bound);
+            let half = counters.follow(key, bound + u64::from(JUMP), JUMP, cap, UnixMillis(now))?;
+            halves += u32::from(half);
+            Ok::<_, CounterError>(())
+        };
+        let met = |hour| Err(CounterError::CapMet { key, cap, free: UnixMillis(hour * HOUR) });
+        for answer in 0..20 {
+            assert_eq!(forge(&mut counters, 4 * HOUR + answer), if answer < 10 { Ok(()) } else { met(5) });
+        }
+        assert_eq!(counters.highest_bound(), 1_000_001);
+        // Sessions and answers have one hour; a transfer goes on, and so does who repeats a counter that was dealt.
+        let reserved = counters.clone().reserve(key, CounterUse::Lease, server(1), chunk(1), 0, NONE).unwrap();
+        assert!(counters.clone().count_into_hour(reserved, CounterUse::Lease, cap, UnixMillis(4 * HOUR)).is_err());
+        assert!(counters.count_into_hour(reserved, CounterUse::Transfer, cap, UnixMillis(4 * HOUR)).is_ok());
+        let before = counters.clone();
+        assert_eq!(counters.follow(key, 1_000_001, JUMP, cap, UnixMillis(4 * HOUR)), Ok(false));
+        assert_eq!(
+            counters.follow(key, 1_100_002, JUMP, cap, UnixMillis(5 * HOUR)),
+            Err(CounterError::JumpTooFar { from: 1_000_001, to: 1_100_002, cap: JUMP })
+        );
+        assert_eq!(counters, before, "what is refused changes nothing");
+        assert_eq!(forge(&mut counters, 5 * HOUR), Ok(()));
+        assert_eq!(halves, 1);
+
+        // The reserve is for transfers, whatever a meter says; two people may raise the counter there.
+        let end = CounterState::SESSIONS_END;
+        counters.raise_floor(key, end - 5, None).unwrap();
+        for floor in [end + 1, end + 2, CounterState::END - 1, CounterState::END] {
+            assert_eq!(counters.follow(key, floor, u32::MAX, cap, UnixMillis(6 * HOUR)), Err(CounterError::FloorInReserve { floor }));
+        }
+        assert_eq!(counters.follow(key, end, JUMP, cap, UnixMillis(6 * HOUR)), Ok(false));
+        for step in 0..100 {
+            let two = ChunkSize::DEFAULT.serving(CounterUse::Transfer, count(2));
+            let reserved = counters.reserve(key, CounterUse::Transfer, server(step % 2 + 1), two, 0, NONE).unwrap();
+            assert_eq!(u64::from(reserved.first), end + u64::from(step) * 2, "an answer takes nothing away");
+            assert_eq!(
+                counters.follow(key, reserved.bound + 1, JUMP, cap, UnixMillis(6 * HOUR)),
+                Err(CounterError::FloorInReserve { floor: reserved.bound + 1 })
+            );
+            assert_eq!(counters.follow(key, reserved.bound, JUMP, cap, UnixMillis(6 * HOUR)), Ok(false), "the last counter that was sent");
+        }
+        assert_eq!(counters.raise_floor(key, end + 5_000, None), Ok(()));
     }
 
     #[test]

@@ -375,6 +375,12 @@ impl Transfer {
         self.delivered.checked_sub(1).and_then(|at| self.keys.get(at))
     }
 
+    /// Whether the present step is tried again above a counter that an unauthenticated answer names: an association, three times in a transfer.
+    /// Elsewhere such an answer only says that the request was refused.
+    pub const fn follows_counter(&self) -> bool {
+        matches!(self.stage, Stage::Associate { .. }) && self.retries < MOST_RETRIES
+    }
+
     /// The pair that protects the present step; `None` where the head-end ciphers by itself.
     pub const fn pair(&self) -> Option<KeyPair> {
         match &self.stage {
@@ -454,7 +460,7 @@ impl Meter {
                     transfer.stage = Stage::Authenticate { purpose, pair, challenge: sent, meter_challenge };
                     Next::Send
                 }
-                Observation::CounterFollowed if transfer.retries < MOST_RETRIES => {
+                Observation::CounterFollowed if transfer.follows_counter() => {
                     transfer.retries += 1;
                     transfer.stage = Stage::Associate { purpose, pair, challenge };
                     Next::Send

@@ -1,6 +1,7 @@
 //! I4 under interleaving: servers that race, crash and come back, floors that rise inside, at the edge of and above the chunk that a server
 //! deals from, head-ends that count for a while, a backup that is restored, and a second meter that turns out to have the same key value.
-//! Whatever the order, no (key value, client title, counter) is dealt twice, a newer lease is higher, and nothing is dealt below a floor.
+//! Whatever the order, no (key value, client title, counter) is dealt twice, a newer lease is higher, and nothing is dealt below a floor. Nor do
+//! sessions and frames, together with what a meter's word skips, ever take more counters than an hour has, whatever transfers reserve meanwhile.
 
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
@@ -8,8 +9,8 @@ use std::{collections::HashMap, num::NonZeroU32};
 
 use bytes::Bytes;
 use kms_domain::{
-    ChunkSize, CounterDomain, CounterDomainId, CounterJump, CounterKey, CounterScope, CounterUse, Counters, KeyDerivation, KeyLength, KeyOrigin, KeyState,
-    KeyType, KeyVersionNumber, Lease, LiveChunk, NewKeyVersion, PrincipalId, SecuritySetupId, Slot, SystemTitle, UnixMillis, WriterId,
+    ChunkSize, CounterCap, CounterDomain, CounterDomainId, CounterJump, CounterKey, CounterScope, CounterUse, Counters, KeyDerivation, KeyLength, KeyOrigin,
+    KeyState, KeyType, KeyVersionNumber, Lease, LiveChunk, NewKeyVersion, PrincipalId, SecuritySetupId, Slot, SystemTitle, UnixMillis, WriterId,
 };
 use proptest::prelude::*;
 
@@ -18,16 +19,19 @@ use proptest::prelude::*;
 enum Step {
     /// A server begins a grant: it reads the rows.
     Read { server: usize, meter: usize, title: usize },
-    /// It goes on: deals from its chunk or reserves another one, and commits if no row that it read has changed.
-    Commit { server: usize, count: u32, frames: bool },
+    /// It goes on: deals from its chunk or reserves another one, and commits if no row that it read has changed. `count` is in units of the world's
+    /// scale; a transfer takes one or two counters.
+    Commit { server: usize, count: u32, counter_use: CounterUse },
     /// A server dies and starts again, as another writer with empty memory.
     Crash { server: usize },
-    /// An operator or a meter raises a floor: this far below the bound, or above it by less than 200, with the cap of an answer or without.
+    /// An operator raises a floor, or a meter's answer within a cap: this far below the bound, or above it by less than 200, in units of the scale.
     RaiseFloor { meter: usize, title: usize, below: u64, above: u64, cap: Option<u32> },
     /// A head-end counts by itself from now on.
     LeaveTo { meter: usize, title: usize },
     /// The counter is adopted from it, or from nobody, with a floor.
     TakeOver { meter: usize, title: usize, below: u64, above: u64 },
+    /// An hour goes by.
+    Hour,
     /// A copy of the database is made.
     Backup,
     /// It is restored, and the island's jump says so.
@@ -39,9 +43,11 @@ enum Step {
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         6 => (0..3usize, 0..2usize, 0..2usize).prop_map(|(server, meter, title)| Step::Read { server, meter, title }),
-        8 => (0..3usize, 1..20u32, any::<bool>()).prop_map(|(server, count, frames)| Step::Commit { server, count, frames }),
+        8 => (0..3usize, 1..20u32, prop_oneof![Just(CounterUse::Lease), Just(CounterUse::Frames), Just(CounterUse::Transfer)])
+            .prop_map(|(server, count, counter_use)| Step::Commit { server, count, counter_use }),
+        1 => Just(Step::Hour),
         1 => (0..3usize).prop_map(|server| Step::Crash { server }),
-        3 => (0..2usize, 0..2usize, floor(), prop_oneof![Just(None), Just(Some(0)), Just(Some(100))])
+        3 => (0..2usize, 0..2usize, floor(), prop_oneof![Just(None), Just(Some(0)), Just(Some(100)), Just(Some(6_000_000))])
             .prop_map(|(meter, title, (below, above), cap)| Step::RaiseFloor { meter, title, below, above, cap }),
         1 => (0..2usize, 0..2usize).prop_map(|(meter, title)| Step::LeaveTo { meter, title }),
         1 => (0..2usize, 0..2usize, floor()).prop_map(|(meter, title, (below, above))| Step::TakeOver { meter, title, below, above }),
@@ -108,11 +114,20 @@ impl Database {
 /// A server's memory.
 struct Server {
     writer: WriterId,
-    chunks: HashMap<(usize, CounterKey), LiveChunk>,
+    /// With the place of the counter, and the hour that the chunk was reserved in.
+    chunks: HashMap<(usize, CounterKey), (LiveChunk, Hour)>,
     reading: Option<(Database, usize, SystemTitle)>,
 }
 
+/// A counter (whether it is in the domain, or else whose; which one) in one hour.
+type Hour = (Option<usize>, CounterKey, i64);
+
 struct World {
+    /// How many counters a unit of the steps is: with 1 no hour has too few, with [`MANY`] three chunks are more than one has.
+    scale: u32,
+    hour: i64,
+    /// What sessions and frames used of chunks that were reserved in an hour, and a meter's word skipped in it.
+    taken: HashMap<Hour, u64>,
     database: Database,
     servers: Vec<Server>,
     writers: u8,
@@ -128,9 +143,12 @@ struct World {
 }
 
 impl World {
-    fn new(scopes: [CounterScope; 2]) -> Self {
+    fn new(scopes: [CounterScope; 2], scale: u32) -> Self {
         let database = Database { restores: 0, meters: vec![Row { generation: 1, value: slot() }], domain: None };
         let mut world = Self {
+            scale,
+            hour: 400_000,
+            taken: HashMap::new(),
             database,
             servers: Vec::new(),
             writers: 0,
@@ -158,19 +176,33 @@ impl World {
             Step::Read { server, meter, title } if meter < self.database.meters.len() => {
                 self.servers[server].reading = Some((self.database.clone(), meter, client(title)));
             }
-            Step::Commit { server, count, frames } => {
-                self.commit(server, NonZeroU32::new(count).unwrap(), if frames { CounterUse::Frames } else { CounterUse::Lease });
+            Step::Commit { server, count, counter_use } => {
+                let count = if counter_use == CounterUse::Transfer { 1 + count % 2 } else { count * self.scale };
+                self.commit(server, NonZeroU32::new(count).unwrap(), counter_use);
             }
+            Step::Hour => self.hour += 1,
             Step::Crash { server } => {
                 let fresh = self.start();
                 self.servers[server] = fresh;
             }
             Step::RaiseFloor { meter, title, below, above, cap } if meter < self.database.meters.len() => {
                 let (key, floor) = self.floor(meter, title, below, above);
-                let mut raised = false;
-                self.database.change_counters(meter, |counters| raised = counters.raise_floor(key, floor, cap).is_ok());
+                let (mut raised, mut skipped, now) = (false, 0, self.now());
+                self.database.change_counters(meter, |counters| match cap {
+                    None => raised = counters.raise_floor(key, floor, None).is_ok(),
+                    Some(cap) => {
+                        let bound = |counters: &Counters| counters.get(key).map_or(1, kms_domain::CounterState::bound);
+                        // What a first counter of all titles joins is above the bounds of all.
+                        let before = if key == CounterKey::Setup { counters.highest_bound().max(1) } else { bound(counters) };
+                        raised = counters.follow(key, floor, cap, CAP, now).is_ok();
+                        skipped = if raised { bound(counters) - before } else { 0 };
+                    }
+                });
                 if raised {
                     self.note_floor(key, floor);
+                }
+                if skipped > 0 {
+                    *self.taken.entry(self.this_hour(meter, key)).or_default() += skipped;
                 }
             }
             Step::LeaveTo { meter, title } if meter < self.database.meters.len() => {
@@ -187,9 +219,11 @@ impl World {
                 if let Some(backup) = self.backup.clone() {
                     let counted = (0..self.database.meters.len()).filter_map(|meter| self.database.counters(meter)).map(Counters::highest_bound).max();
                     let restores = self.database.restores + 1;
+                    // What the hour had taken is lost with the rows.
+                    self.hour += 2;
                     self.database = Database { restores, ..backup };
                     // More than can have been counted since: what the committer of a server finds out when it starts on an older database.
-                    self.jump = self.jump.raised_by(u32::try_from(counted.unwrap_or(0)).unwrap());
+                    self.jump = self.jump.raised_by(u32::try_from(counted.unwrap_or(0)).unwrap_or(u32::MAX));
                 }
             }
             Step::ImportDuplicate { floor } if self.database.meters.len() == 1 => self.import_duplicate(floor),
@@ -201,7 +235,18 @@ impl World {
     fn floor(&self, meter: usize, title: usize, below: u64, above: u64) -> (CounterKey, u64) {
         let key = self.scopes[meter].key(client(title));
         let bound = self.database.counters(meter).map_or(0, Counters::highest_bound);
-        (key, (bound + above).saturating_sub(below))
+        let scale = u64::from(self.scale);
+        (key, (bound + above * scale).saturating_sub(below * scale))
+    }
+
+    fn now(&self) -> UnixMillis {
+        UnixMillis(self.hour * 3_600_000)
+    }
+
+    fn this_hour(&self, meter: usize, key: CounterKey) -> Hour {
+        let own = matches!(self.database.meters[meter].value.versions()[0].counters(), kms_domain::CounterPlace::Own(_));
+        let counter = self.database.counters(meter).and_then(|counters| counters.get(key)).map_or(key, kms_domain::CounterState::key);
+        (own.then_some(meter), counter, self.hour)
     }
 
     fn note_floor(&mut self, key: CounterKey, floor: u64) {
@@ -213,7 +258,11 @@ impl World {
         }
     }
 
-    fn dealt(&mut self, title: SystemTitle, lease: Lease) {
+    /// `hour` is that of the chunk's reservation, where the cap counts it.
+    fn dealt(&mut self, title: SystemTitle, lease: Lease, counter_use: CounterUse, hour: Hour) {
+        if counter_use != CounterUse::Transfer {
+            *self.taken.entry(hour).or_default() += u64::from(lease.count);
+        }
         let floor = self.floors.get(&title).copied().unwrap_or_default();
         if u64::from(lease.first) < floor {
             self.below_floor.push((title, lease, floor));
@@ -231,12 +280,14 @@ impl World {
         let unchanged = read.generations(meter) == self.database.generations(meter);
         let state = read.counters(meter).and_then(|counters| counters.get(key)).cloned();
         let chunk = server.chunks.get_mut(&(meter, key));
-        let at_least = chunk.as_ref().map_or(0, |chunk| chunk.bound());
-        if let (Some(chunk), Some(state)) = (chunk, &state)
+        let at_least = chunk.as_ref().map_or(0, |(chunk, _)| chunk.bound());
+        if let (Some((chunk, hour)), Some(state)) = (chunk, &state)
+            && chunk.serves(counter_use)
             && let Ok(lease) = chunk.deal(state, count, jump)
         {
+            let hour = *hour;
             if unchanged {
-                self.dealt(title, lease);
+                self.dealt(title, lease, counter_use, hour);
             }
             return;
         }
@@ -245,16 +296,31 @@ impl World {
         }
         let mut reserved = None;
         let writer = server.writer;
-        let chunk_size = ChunkSize::new(NonZeroU32::new(50).unwrap());
+        let chunk_size = ChunkSize::new(NonZeroU32::new(50 * self.scale).unwrap()).serving(counter_use, count);
+        let now = UnixMillis(self.hour * 3_600_000);
         self.database.change_counters(meter, |counters| {
-            reserved = Some(counters.reserve(key, counter_use, writer, chunk_size, at_least, jump));
+            let mut changed = counters.clone();
+            let reservation = changed.reserve(key, counter_use, writer, chunk_size, at_least, jump);
+            let counted = reservation.and_then(|reservation| changed.count_into_hour(reservation, counter_use, CAP, now).map(|_| reservation));
+            if counted.is_ok() {
+                *counters = changed;
+            }
+            reserved = Some(counted);
         });
-        // Nothing while a head-end counts.
+        // Nothing while a head-end counts, or when the hour has no more.
         let Ok(reservation) = reserved.unwrap() else { return };
+        let hour = self.this_hour(meter, key);
         let mut chunk = LiveChunk::new(reservation);
-        let lease = chunk.deal(self.database.counters(meter).unwrap().get(key).unwrap(), count, jump).unwrap();
-        self.servers[server_number].chunks.insert((meter, key), chunk);
-        self.dealt(title, lease);
+        // Fewer than were asked for, at the end of the counter space.
+        let lease = chunk.deal(self.database.counters(meter).unwrap().get(key).unwrap(), count, jump);
+        self.servers[server_number].chunks.insert((meter, key), (chunk, hour));
+        if let Ok(lease) = lease {
+            self.dealt(title, lease, counter_use, hour);
+        }
+    }
+
+    fn most_taken(&self) -> u64 {
+        self.taken.values().copied().max().unwrap_or(0)
     }
 
     /// One transaction: the new meter, the domain, and the first meter that joins it.
@@ -273,6 +339,11 @@ impl World {
         self.note_floor(key, floor);
     }
 }
+
+/// An hour's counters.
+const CAP: CounterCap = CounterCap::DEFAULT;
+/// A chunk of 50 units is 1,500,000 counters then.
+const MANY: u32 = 30_000;
 
 fn slot() -> Slot {
     let mut slot = Slot::new(SecuritySetupId::DEFAULT, KeyType::GUEK);
@@ -297,11 +368,13 @@ proptest! {
         steps in steps(),
         first in prop_oneof![Just(CounterScope::ClientTitle), Just(CounterScope::Setup)],
         second in prop_oneof![Just(CounterScope::ClientTitle), Just(CounterScope::Setup)],
+        scale in prop_oneof![Just(1), Just(MANY)],
     ) {
-        let mut world = World::new([first, second]);
+        let mut world = World::new([first, second], scale);
         for step in &steps {
             world.step(step);
         }
+        prop_assert!(world.most_taken() <= u64::from(CAP.get()), "taken in an hour: {:?}", world.taken);
         prop_assert!(world.below_floor.is_empty(), "below a floor: {:?}", world.below_floor);
         for (title, leases) in &world.leases {
             for pair in leases.windows(2) {
@@ -311,11 +384,39 @@ proptest! {
     }
 }
 
+/// Whoever has transfers take counters between its sessions, on one server or on two in turn, gets no more than an hour has; nor does who forges
+/// the answers of a meter.
+#[test]
+fn transfers_and_answers_open_no_way_past_the_hour() {
+    let commit = |server, count, counter_use| [Step::Read { server, meter: 0, title: 0 }, Step::Commit { server, count, counter_use }];
+    let answer = || vec![Step::RaiseFloor { meter: 0, title: 0, below: 0, above: 5, cap: Some(150_000) }];
+    for servers in [[0, 0], [0, 1]] {
+        for forged in [false, true] {
+            let mut world = World::new([CounterScope::ClientTitle; 2], MANY);
+            for turn in 0..60 {
+                let server = servers[turn % 2];
+                let mut steps = commit(server, 1, CounterUse::Transfer).to_vec();
+                // What a chunk of 50 units has beside the transfer's counters, as nearly as units go.
+                steps.extend([commit(server, 19, CounterUse::Lease), commit(server, 19, CounterUse::Frames), commit(server, 11, CounterUse::Lease)].concat());
+                steps.extend(if forged { answer() } else { Vec::new() });
+                steps.iter().for_each(|step| world.step(step));
+            }
+            let most = world.most_taken();
+            assert!((500_000..=u64::from(CAP.get())).contains(&most), "{most} counters in an hour, servers {servers:?}, forged {forged}");
+            // The key has them for the next hours.
+            assert!(world.database.counters(0).unwrap().highest_bound() < 2 * u64::from(CAP.get()));
+            let transfers = world.leases[&client(0)].len();
+            commit(0, 1, CounterUse::Transfer).iter().for_each(|step| world.step(step));
+            assert_eq!(world.leases[&client(0)].len(), transfers + 1, "a transfer is never refused");
+        }
+    }
+}
+
 /// The model must be able to fail: it deals leases, hands chunks over and lets a meter join.
 #[test]
 fn the_model_reaches_what_it_is_about() {
-    let mut world = World::new([CounterScope::ClientTitle; 2]);
-    let grant = |server, meter| [Step::Read { server, meter, title: 0 }, Step::Commit { server, count: 10, frames: false }];
+    let mut world = World::new([CounterScope::ClientTitle; 2], 1);
+    let grant = |server, meter| [Step::Read { server, meter, title: 0 }, Step::Commit { server, count: 10, counter_use: CounterUse::Lease }];
     let steps = [grant(0, 0), grant(0, 0), grant(1, 0), grant(0, 0)].concat();
     for step in steps.iter().chain([&Step::ImportDuplicate { floor: 400 }]).chain(&grant(0, 1)).chain(&grant(1, 0)) {
         world.step(step);
@@ -333,10 +434,11 @@ fn the_model_reaches_what_it_is_about() {
 #[test]
 fn a_floor_binds_every_server_at_once() {
     let raise = |below, above| Step::RaiseFloor { meter: 0, title: 0, below, above, cap: Some(100) };
-    let grant = |server| [Step::Read { server, meter: 0, title: 0 }, Step::Commit { server, count: 10, frames: true }];
+    let grant = |server| [Step::Read { server, meter: 0, title: 0 }, Step::Commit { server, count: 10, counter_use: CounterUse::Frames }];
     for (floor, expected) in [(raise(30, 0), 21), (raise(10, 0), 41), (raise(9, 0), 51), (raise(0, 0), 51), (raise(0, 1), 52), (raise(0, 70), 121)] {
-        let mut world = World::new([CounterScope::ClientTitle; 2]);
-        for step in grant(0).iter().chain([&Step::Read { server: 1, meter: 0, title: 0 }, &floor, &Step::Commit { server: 1, count: 10, frames: true }]) {
+        let mut world = World::new([CounterScope::ClientTitle; 2], 1);
+        let [read, commit] = grant(1);
+        for step in grant(0).iter().chain([&read, &floor, &commit]) {
             world.step(step);
         }
         assert_eq!(world.leases[&client(0)].len(), 1, "another server's row was old");

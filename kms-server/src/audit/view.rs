@@ -707,7 +707,7 @@ impl View<'_, '_> {
             }
             return Ok(lease);
         }
-        let (writer, chunk) = (self.base.writer, self.base.chunk_size.max(ChunkSize::new(count)));
+        let (writer, chunk) = (self.base.writer, self.base.chunk_size.serving(counter_use, count));
         let jump = self.base.jump;
         let first = match of.on_new_key {
             // I4: above every other version too, because the meter goes on counting when its key changes.
@@ -732,11 +732,36 @@ impl View<'_, '_> {
             self.staged.alerts.push(Event::SecurityEvent(counter_event(of, "counter-half-used", &used(of, reservation.bound))));
         }
         if many {
-            let detail = format!("half of the {} invocation counters of {} that sessions and frames may have in an hour are reserved", cap.get(), of.counter);
-            self.staged.alerts.push(Event::SecurityEvent(counter_event(of, "counter-use-high", &detail)));
+            self.alert_use_high(of);
         }
         self.base.fresh_chunks.insert(name, Held { chunk: LiveChunk::new(reservation), leased_until: UnixMillis(0) });
-        self.deal(name, counter_use, state.as_ref(), count, until).ok_or_else(|| counter_error(CounterError::Exhausted { key: of.counter }, now))
+        self.deal(name, counter_use, state.as_ref(), count, until).ok_or_else(|| counter_error(CounterError::exhausted(of.counter, counter_use), of, now))
+    }
+
+    /// Half of what an hour has of a counter is taken.
+    fn alert_use_high(&mut self, of: CounterOf) {
+        let cap = self.base.counter_cap.get();
+        let detail = format!("half of the {cap} invocation counters of {} that sessions and frames may have in an hour are reserved or skipped", of.counter);
+        self.staged.alerts.push(Event::SecurityEvent(counter_event(of, "counter-use-high", &detail)));
+    }
+
+    /// I4: follows an unauthenticated answer that names a counter, within `jump_cap`, the hour's cap and [`CounterState::SESSIONS_END`]. Where
+    /// counters go on when a key changes, also as far as this system itself has counted under another version: the next reservation begins there
+    /// anyway, so a forged answer uses up nothing more. The inner error says why the answer is not believed; nothing has changed then.
+    ///
+    /// # Errors
+    /// As [`Self::lease`].
+    pub fn follow_counter(&mut self, of: CounterOf, floor: u64, jump_cap: u32) -> Result<Result<(), CounterError>, ServiceError> {
+        let own = of.on_new_key == OnNewKey::Continue && floor <= self.dealt_below(of)?;
+        let (now, cap) = (self.now(), self.base.counter_cap);
+        let (name, _) = self.counter(of)?;
+        let followed = self.try_change_counters(of, name, |counters| {
+            if own { counters.raise_floor(of.counter, floor, None).map(|()| false) } else { counters.follow(of.counter, floor, jump_cap, cap, now) }
+        })?;
+        if matches!(followed, Ok(true)) {
+            self.alert_use_high(of);
+        }
+        Ok(followed.map(|_| ()))
     }
 
     /// A counter that this system has dealt no counter from on, under whichever version of the slot: those in a counter domain are counted there.
@@ -758,19 +783,33 @@ impl View<'_, '_> {
     /// Changes the row that keeps a counter: the meter's, or its domain's.
     fn change_counters<T>(&mut self, of: CounterOf, name: ChunkName, change: impl FnOnce(&mut Counters) -> Result<T, CounterError>) -> Result<T, ServiceError> {
         let now = self.now();
+        self.try_change_counters(of, name, change)?.map_err(|error| counter_error(error, of, now))
+    }
+
+    /// The same, with what the counters refuse as the inner error. No row is written then.
+    fn try_change_counters<T>(
+        &mut self,
+        of: CounterOf,
+        name: ChunkName,
+        change: impl FnOnce(&mut Counters) -> Result<T, CounterError>,
+    ) -> Result<Result<T, CounterError>, ServiceError> {
         match name {
             ChunkName::Version { .. } => {
                 let mut row = self.owner(of.owner)?.ok_or_else(|| no_such_key(of))?;
                 let slot = row.slots_mut().get_mut(of.setup, of.key_type);
                 let version = slot.and_then(|slot| slot.version_mut(of.version)).map_err(|_| no_such_key(of))?;
-                let changed = version.counters_mut().and_then(change).map_err(|error| counter_error(error, now))?;
-                self.put_owner(row)?;
+                let changed = version.counters_mut().and_then(change);
+                if changed.is_ok() {
+                    self.put_owner(row)?;
+                }
                 Ok(changed)
             }
             ChunkName::Domain { domain: id, .. } => {
                 let mut domain = self.domain(id)?.ok_or_else(|| missing_domain(id))?;
-                let changed = change(&mut Arc::make_mut(&mut domain).counters).map_err(|error| counter_error(error, now))?;
-                self.put(RowId::CounterDomain(id), Value::Domain(domain), false)?;
+                let changed = change(&mut Arc::make_mut(&mut domain).counters);
+                if changed.is_ok() {
+                    self.put(RowId::CounterDomain(id), Value::Domain(domain), false)?;
+                }
                 Ok(changed)
             }
         }
@@ -1107,10 +1146,14 @@ fn unless_refused<T>(found: Result<Option<T>, ServiceError>) -> Result<Option<T>
     }
 }
 
-/// How much of a counter is used.
+/// How much of a counter is used, and what gives new ones.
 fn used(of: CounterOf, bound: u64) -> String {
     let percent = bound * 100 / CounterState::END;
-    format!("{percent} % of the invocation counters of {} are used: rotate the key", of.counter)
+    let remedy = match of.on_new_key {
+        OnNewKey::Reset(_) => "rotate the key",
+        OnNewKey::Continue => "a new key goes on above them (on_new_key = \"continue\"), so find out who uses them",
+    };
+    format!("{percent} % of the invocation counters of {} are used: {remedy}", of.counter)
 }
 
 /// What officers are told of a counter.
@@ -1138,7 +1181,7 @@ fn missing_domain(id: CounterDomainId) -> ServiceError {
     ServiceError::Internal(format!("the row of counter domain {id} is missing (I5)"))
 }
 
-fn counter_error(error: CounterError, now: UnixMillis) -> ServiceError {
+fn counter_error(error: CounterError, of: CounterOf, now: UnixMillis) -> ServiceError {
     let next_step = match error {
         CounterError::CapMet { free, .. } => {
             Bound::CountersPerHour.count();
@@ -1147,7 +1190,21 @@ fn counter_error(error: CounterError, now: UnixMillis) -> ServiceError {
             return ServiceError::ResourceExhausted { reason: format!("{error}; it frees at {moment}"), retry_after: Duration::from_millis(wait) };
         }
         CounterError::OwnedByHeadEnd { .. } => "adopt the counter with its floor, or use another client title",
-        CounterError::Exhausted { .. } => "rotate the key",
+        CounterError::SessionsExhausted { .. } => match (of.on_new_key, of.counter) {
+            (OnNewKey::Reset(_), _) => "rotate the key: the next one starts low",
+            (OnNewKey::Continue, CounterKey::ClientTitle(_)) => {
+                "use another client title, which has counters of its own. A rotation alone gives none back, because the device profile says \
+                 `on_new_key = \"continue\"`; if the meters start again with a new key, let it say `reset`, and rotate the key"
+            }
+            (OnNewKey::Continue, CounterKey::Setup) => {
+                "if the meters start again with a new key, let their device profile say `on_new_key = \"reset\"`, and rotate the key; else replace \
+                 the meter. A rotation alone gives no counters back"
+            }
+        },
+        CounterError::Exhausted { .. } => match of.counter {
+            CounterKey::ClientTitle(_) => "order the transfer under another client title, which has counters of its own; else change the key on site",
+            CounterKey::Setup => "no rotation reaches the meter over the air: visit it and change the key on site, or replace it",
+        },
         _ => "look at the meter's counters",
     };
     ServiceError::FailedPrecondition { reason: error.to_string(), next_step: next_step.to_owned() }

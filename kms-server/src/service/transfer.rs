@@ -17,8 +17,8 @@ use aws_lc_rs::digest;
 use futures::{StreamExt, TryStreamExt, stream};
 use kms_domain::{
     CampaignTask, Confirmation, CounterPlace, ExposureReason, Finding, GroupId, KeyOrigin, KeyPair, KeyShape, KeyState, KeyType, KeyVersionNumber, Meter,
-    NewKeyOrigin, NewKeyVersion, Next, Observation, OnNewKey, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, TaskWork,
-    Transfer, TransferError, TransferForm, TransferId, TransferOrder, WrappedKey,
+    NewKeyOrigin, NewKeyVersion, Next, Observation, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, TaskWork, Transfer,
+    TransferError, TransferForm, TransferId, TransferOrder, WrappedKey,
 };
 use kms_hsm::Hsm;
 use kms_proto::v1::{HeldVersion, SecurityEvent, TransferAdvance, TransfersAdvanced, audit_record::Event};
@@ -523,7 +523,7 @@ fn proceed_one(
         let key_type = transfer.keys.last().map_or(KeyType::GUEK, |key| key.key_type);
         island.policy.load().require(&facts(principal), &Action::AttestKey { key_type }, &Resource::Meters(&meter.class))?;
     }
-    if let Some(last_accepted) = read.last_accepted {
+    if let Some(last_accepted) = read.last_accepted.filter(|_| transfer.follows_counter()) {
         observation = follow_counter(view, island, &mut meter, &transfer, last_accepted)?;
     }
     let changed = Arc::make_mut(&mut meter);
@@ -567,8 +567,7 @@ fn extend_by_tasks<'a>(reads: &mut Reads, meters: impl Iterator<Item = &'a Arc<M
     }
 }
 
-/// I4: a counter that only an unauthenticated answer names is followed within the device profile's cap. Where counters go on when a key changes, also as far as
-/// this system itself has counted under another version: the next reservation begins there anyway, so a forged answer uses up nothing more.
+/// I4: a counter that only an unauthenticated answer names is followed within bounds: [`View::follow_counter`].
 fn follow_counter(
     view: &mut View<'_, '_>,
     island: &Island,
@@ -577,34 +576,21 @@ fn follow_counter(
     last_accepted: u32,
 ) -> Result<Observation, ServiceError> {
     let Some(pair) = transfer.pair() else { return Ok(Observation::Refusal) };
-    let cap = island.profiles.get(&meter.class.profile).and_then(|profile| profile.setup(transfer.setup)).map_or(0, |setup| setup.counter.jump_cap);
+    let jump_cap = island.profiles.get(&meter.class.profile).and_then(|profile| profile.setup(transfer.setup)).map_or(0, |setup| setup.counter.jump_cap);
     let of = step_counter(island, meter, transfer, pair)?;
-    let floor = u64::from(last_accepted) + 1;
-    let cap = if of.on_new_key == OnNewKey::Continue && floor <= view.dealt_below(of)? { None } else { Some(cap) };
-    let changed = Arc::make_mut(meter);
-    let slot = changed.slots.get_mut(transfer.setup, KeyType::GUEK).map_err(|error| ServiceError::Internal(error.to_string()))?;
-    let version = slot.version_mut(pair.encryption).map_err(|error| ServiceError::Internal(error.to_string()))?;
-    let raised = match version.domain() {
-        None => version.counters_mut().and_then(|counters| counters.raise_floor(of.counter, floor, cap)),
-        Some(id) => {
-            let Some(mut domain) = view.domain(id)? else { return Ok(Observation::Refusal) };
-            let raised = Arc::make_mut(&mut domain).counters.raise_floor(of.counter, floor, cap);
-            if raised.is_ok() {
-                view.put_domain((*domain).clone())?;
-            }
-            raised
+    let followed = view.follow_counter(of, u64::from(last_accepted) + 1, jump_cap)?;
+    let (kind, detail, observation) = match followed {
+        Ok(()) => {
+            ("counter-followed", format!("the meter says that it accepted counter {last_accepted}; the reservation follows"), Observation::CounterFollowed)
+        }
+        Err(error) => {
+            ("counter-jump-refused", format!("the meter says that it accepted counter {last_accepted}, and it is not believed: {error}"), Observation::Refusal)
         }
     };
-    let detail = match &raised {
-        Ok(()) => format!("the meter says that it accepted counter {last_accepted}; the reservation follows"),
-        Err(error) => format!("the meter says that it accepted counter {last_accepted}, and it is not believed: {error}"),
-    };
-    let kind = if raised.is_ok() { "counter-followed" } else { "counter-jump-refused" };
     view.append(Event::SecurityEvent(SecurityEvent { kind: kind.to_owned(), detail, meter: meter.title.octets().to_vec().into() }));
-    if raised.is_ok() {
-        view.put_meter((**meter).clone(), false)?;
-    }
-    Ok(if raised.is_ok() { Observation::CounterFollowed } else { Observation::Refusal })
+    // With the floor, where the meter's own row has it.
+    *meter = own_meter(view, meter.title)?;
+    Ok(observation)
 }
 
 /// Gives the present step its counters, and stores the meter. // I4: the step's octets are made from these only.

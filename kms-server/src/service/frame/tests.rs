@@ -352,7 +352,7 @@ island_tests! {
             outcome.octets.map(|_| outcome.counter)
         };
         assert_eq!(last().await, Ok(u32::try_from(kms_domain::CounterState::SESSIONS_END - 1).unwrap()));
-        assert!(refused(last().await).contains("used up"));
+        assert!(refused(last().await).contains("none left for sessions and frames"));
     }
 
     async fn an_answer_under_an_earlier_key_is_refused_and_told(island) {

@@ -480,6 +480,29 @@ fn first_guek(meter: SystemTitle) -> crate::audit::CounterOf {
     }
 }
 
+/// The bound of the counter under the first GUEK.
+async fn own_bound(field: &Field, number: usize) -> u64 {
+    let row = field.row(number).await;
+    let version = row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().version(KeyVersionNumber::FIRST).unwrap();
+    let kms_domain::CounterPlace::Own(counters) = version.counters() else { panic!("in a domain") };
+    counters.highest_bound()
+}
+
+/// A probe whose requests reach no meter: each is answered by a counter that is as far ahead as the profile lets a meter be. The bound after the
+/// order and after each answer.
+async fn forge_answers(field: &Field, number: usize) -> Vec<u64> {
+    let mut step = field.begin(order(field.title(number), None)).await;
+    let mut bounds = Vec::new();
+    loop {
+        let bound = own_bound(field, number).await;
+        bounds.push(bound);
+        let (Some((id, at)), NextStep::Send(_)) = (step.transfer, step.next.unwrap()) else { return bounds };
+        let said = u32::try_from(bound - 1 + 100_000).unwrap();
+        let answer = [&[0xD8, 1, 6][..], &said.to_be_bytes()].concat();
+        step = field.report(&field.island.head_end, step.meter, id, at, ReportedAnswer::Apdu(answer)).await;
+    }
+}
+
 /// Meters that are ahead of the server's counter, inside its chunk, at its edge and above it, are reached by the request after their answer: on the
 /// server that holds the chunk, on another one, and after a restart. Of `equal_keys` meters at a time the keys are equal.
 async fn reach_meters_ahead(island: TestIsland, equal_keys: u64) {
@@ -738,6 +761,79 @@ island_tests! {
         assert_eq!(field.transfer(0, None).await, Outcome::Probed);
         assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
         field.compare(0).await;
+        field.assert_no_nonce_twice();
+    }
+
+    // A12: an unauthenticated exception that names a counter can be forged as often as a head-end may probe.
+    async fn a_forged_counter_uses_up_neither_the_key_nor_more_than_an_hour_has(island) {
+        let field = Field::new(island, "generic-suite0", 1).await;
+        let mut refused = false;
+        // An hour may end meanwhile: 4,000,000 counters are three jumps of 100,000 in each of 14 probes.
+        for _ in 0..30 {
+            let bounds = forge_answers(&field, 0).await;
+            assert!(bounds.len() <= 5, "{bounds:?}");
+            if let [.., last_followed, in_vain] = bounds[..] {
+                assert_eq!(last_followed, in_vain, "the answer after the last retry raises nothing");
+            }
+            refused = field.security_events().await.contains(&"counter-jump-refused".to_owned());
+            if refused {
+                break;
+            }
+        }
+        assert!(refused, "never, up to {}", own_bound(&field, 0).await);
+        assert!(own_bound(&field, 0).await < 8_100_000);
+        assert_eq!(field.transfer(0, None).await, Outcome::Probed);
+        assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
+        field.compare(0).await;
+        field.assert_no_nonce_twice();
+    }
+
+    async fn neither_forged_counters_nor_two_servers_use_up_what_transfers_have(island) {
+        let end = kms_domain::CounterState::SESSIONS_END;
+        let mut field = Field::new(island, "generic-suite0", 1).await;
+        field.island.take_counters_over(field.title(0), end).await;
+        for _ in 0..5 {
+            assert_eq!(forge_answers(&field, 0).await.len(), 2, "not followed at all");
+        }
+        assert!(own_bound(&field, 0).await <= end + 5, "one association each");
+        let services = [field.service.clone(), TransferService::new(field.island.another_server().await)];
+        for turn in 0..10 {
+            field.service = services[turn % 2].clone();
+            let step = field.begin(order(field.title(0), None)).await;
+            let (id, _) = step.transfer.unwrap();
+            field.service.withdraw(&field.island.head_end, field.request(), vec![(step.meter, id)], "again".to_owned()).await.unwrap();
+        }
+        field.service = services[0].clone();
+        assert!(own_bound(&field, 0).await <= end + 15, "a change of the server throws nothing away");
+        assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
+        field.compare(0).await;
+        // The meter goes on counting, so the new key gives sessions nothing back, and the refusal says what does.
+        let Err(ServiceError::FailedPrecondition { reason, next_step }) = field.frame(0).await else { panic!("a frame in the reserve") };
+        assert!(reason.contains("none left for sessions and frames") && next_step.contains("another client title"), "{reason}; {next_step}");
+        field.assert_no_nonce_twice();
+    }
+
+    async fn transfers_between_sessions_open_no_way_past_the_hour(island) {
+        let field = Field::new(island, "generic-suite0", 1).await;
+        let most = std::num::NonZeroU32::new(65_535).unwrap();
+        let mut refused = None;
+        // What a chunk has beside one counter of a transfer: 61 of them are an hour's, and an hour may end meanwhile.
+        for _ in 0..125 {
+            let step = field.begin(order(field.title(0), None)).await;
+            let (id, _) = step.transfer.unwrap();
+            field.service.withdraw(&field.island.head_end, field.request(), vec![(step.meter, id)], "again".to_owned()).await.unwrap();
+            let of = first_guek(field.title(0));
+            let act = field.island.island.committer.act(crate::audit::Actor::server("test"), kms_store::Reads::default(), move |view| {
+                view.append(Event::KeysGranted(kms_proto::v1::KeysGranted::default()));
+                view.lease(of, most, kms_domain::UnixMillis(0))
+            });
+            if let Err(error) = act.await {
+                refused = Some(error);
+                break;
+            }
+        }
+        assert!(matches!(refused, Some(ServiceError::ResourceExhausted { .. })), "{refused:?}, up to {}", own_bound(&field, 0).await);
+        assert_eq!(field.transfer(0, None).await, Outcome::Probed);
         field.assert_no_nonce_twice();
     }
 
