@@ -5,8 +5,8 @@ use std::time::Duration;
 use kms_client::{
     Connection, KeyType,
     proto::{
-        AdoptCountersRequest, ApproveProposalRequest, CarryOutProposalRequest, Counter, CounterFloor, ProposeCounterRaiseRequest, Purpose, ShowMeterRequest,
-        frame_result::Result as Outcome,
+        AdoptCountersRequest, ApproveProposalRequest, CarryOutProposalRequest, ContinueTransfersRequest, Counter, CounterFloor, ProposeCounterRaiseRequest,
+        Purpose, ShowMeterRequest, TransferReport, frame_result::Result as Outcome, transfer_report::Answer, transfer_step::Next,
     },
 };
 use kms_tests::{CLIENT_TITLE, DevServer, open, put_on_line, title};
@@ -149,6 +149,42 @@ pub(crate) async fn used_up() -> Vec<Verdict> {
     vec![looped, ended]
 }
 
+/// A head-end that may probe forges what the meter answers: counters as far ahead as the profile
+/// lets a meter be, with a whole key before it and with what is kept for transfers. A rotation
+/// still works.
+pub(crate) async fn forged() -> Vec<Verdict> {
+    let server = DevServer::start();
+    let (officer, head_end) = (server.connect("officer-1").await, server.connect("head-end").await);
+    raise(&server, 23, SESSIONS_END).await;
+    let mut verdicts = Vec::new();
+    for (number, place, most) in [(22, "of a new key", SKIPPED), (23, "in the reserve", u64::from(JUMP))] {
+        // So that there is a counter to be shown; in the reserve it is refused.
+        let _ = lease(&head_end, &server, number, 1).await;
+        let start = counter(&officer, number).await.reserved_below;
+        for _ in 0..FORGED_PROBES {
+            forge(&officer, &head_end, number).await;
+        }
+        let skipped = counter(&officer, number).await.reserved_below.saturating_sub(start);
+        let outcome = relay::transfer_at_last(&head_end, &server.meter(usize::try_from(number).unwrap()), number, "GUEK").await;
+        let figure = Figure::count(usize::try_from(skipped).unwrap(), format!("counters used up by {FORGED_PROBES} probes with forged answers"));
+        let attack = format!("forged answers that name a counter {place}");
+        verdicts.push(Verdict::new("A12", &attack, skipped <= most && outcome == "proven", figure).with(format!("then a rotation: {outcome}")));
+    }
+    verdicts
+}
+
+/// A probe that reaches no meter: `D8 01 06` and a counter answer each of its requests.
+async fn forge(officer: &Connection, head_end: &Connection, number: u64) {
+    let mut step = relay::begin(head_end, relay::order(number, "")).await.unwrap();
+    while matches!(step.next, Some(Next::Send(_))) {
+        let ahead = u32::try_from(counter(officer, number).await.reserved_below - 1 + u64::from(JUMP)).unwrap_or(u32::MAX);
+        let answer = [&[0xD8, 1, 6][..], &ahead.to_be_bytes()].concat();
+        let report = TransferReport { meter: step.meter, transfer_id: step.transfer_id, step: step.step, answer: Some(Answer::Apdu(answer.into())) };
+        let reports = ContinueTransfersRequest { reports: vec![report] };
+        step = head_end.transfers().continue_transfers(reports).await.unwrap().into_inner().steps.remove(0);
+    }
+}
+
 /// Adopts a counter, or is refused.
 async fn adopt(officer: &Connection, number: u64, floor: u32) {
     let floor = CounterFloor { meter: meter(number), security_setup: SETUP.to_vec().into(), client_title: client_title(), floor, owned_by: String::new() };
@@ -199,3 +235,11 @@ const LARGEST: u32 = 1_000_000;
 const MOST_SESSIONS: usize = 300;
 /// 2,967,296 below the end.
 const NEAR_THE_END: u32 = 4_292_000_000;
+/// The last 2^24 counters are for transfers.
+const SESSIONS_END: u32 = u32::MAX - 0xFF_FFFF;
+/// The shipped profiles' `jump_cap`.
+const JUMP: u32 = 100_000;
+/// Enough to take 8,000,000 counters by three jumps each, or a third of the reserve.
+const FORGED_PROBES: usize = 60;
+/// What an hour has, twice because one may end meanwhile, and what the probes' own requests use.
+const SKIPPED: u64 = 8_001_000;

@@ -57,6 +57,7 @@ const ATTACKS: &[Attack] = &[
     ("a10_initiate_requests", || Box::pin(challenges::initiate_requests())),
     ("a11_uploads", || Box::pin(shipments::uploads())),
     ("a12_counters_used_up", || Box::pin(counters::used_up())),
+    ("a12_forged_counters", || Box::pin(counters::forged())),
     ("a13_stolen_key", || Box::pin(people::stolen_key())),
     ("a15_recorded_key", || Box::pin(challenges::recorded_key())),
     ("floods_idle_connections", || Box::pin(floods::idle_connections())),
