@@ -888,6 +888,7 @@ fn group_row(group: GroupId) -> (kms_store::RowKind, Vec<u8>) {
 
 fn refused(error: &TransferError) -> ServiceError {
     let next_step = match error {
+        TransferError::SlotFull { wait, .. } => return ServiceError::ResourceExhausted { reason: error.to_string(), retry_after: *wait },
         TransferError::UnderWay { .. } => "let it end, or have it withdrawn",
         TransferError::NotUnderWay | TransferError::OtherStep { .. } => "look at the meter; report the present step only",
         TransferError::InDoubt { .. } => "probe the meter first; or, where a policy permits it, order an urgent transfer, which adds a candidate",
