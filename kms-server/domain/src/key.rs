@@ -282,6 +282,15 @@ impl KeyVersion {
         self.candidate
     }
 
+    /// Whether it is destroyed and nothing is known of it but its number: it never left, and nobody counted with it, imported it or knows it.
+    pub(crate) fn is_blank(&self) -> bool {
+        self.state == KeyState::Destroyed
+            && self.transport == Transport::default()
+            && self.exposures.is_empty()
+            && self.fingerprint.is_none()
+            && self.counters == CounterPlace::Own(Counters::default())
+    }
+
     /// What is known of its way to the meter.
     pub const fn transport(&self) -> Transport {
         self.transport

@@ -71,7 +71,7 @@ pub use shipment::{LONGEST_SHIPMENT_LINE, OaepHash, ShipmentDevice, ShipmentHead
 pub use slot::{Confirmation, Grantable, NewKeyVersion, Slot, SlotError, Slots, Standing};
 pub use time::UnixMillis;
 pub use transfer::{
-    Answer, CHALLENGE, CampaignTask, ExchangePurpose, Finding, KeyPair, MOST_CANDIDATES, MOST_KEK_CANDIDATES, MOST_UNFIT, Next, Observation, OrderedKeys,
-    Outcome, SharedKey, Stage, Step, Transfer, TransferError, TransferForm, TransferKey, TransferOrder,
+    Answer, CHALLENGE, CampaignTask, ExchangePurpose, Finding, KeyPair, MOST_CANDIDATES, MOST_KEK_CANDIDATES, MOST_UNFIT, MOST_VERSIONS, Next, Observation,
+    OrderedKeys, Outcome, SharedKey, Stage, Step, Transfer, TransferError, TransferForm, TransferKey, TransferOrder,
 };
 pub use turns::{Turns, Waiting};

@@ -1,6 +1,6 @@
 //! Owners of keys: meters, groups of meters and device types.
 
-use std::fmt;
+use std::{collections::BTreeSet, fmt};
 
 use crate::{
     DeviceTypeId, ExposureReason, FlagId, GroupId, KeyState, KeyType, KeyVersion, KeyVersionNumber, Owner, ParseError, Party, PrincipalId, SecuritySetupId,
@@ -250,6 +250,20 @@ impl Meter {
             }
         }
         Ok(shared)
+    }
+
+    /// The keys of groups and device types that left for the meter under a version of its KEK, or under a KEK that left under that: known to whoever knows
+    /// this version and recorded the traffic.
+    pub fn shared_under(&self, setup: SecuritySetupId, kek: KeyVersionNumber) -> Vec<SharedKey> {
+        let keks = self.slots.get(setup, KeyType::KEK).map(Slot::versions).unwrap_or_default();
+        let mut known = BTreeSet::from([kek]);
+        // A KEK leaves under an earlier one.
+        for version in keks {
+            if version.transport().kek.is_some_and(|under| known.contains(&under)) {
+                known.insert(version.number());
+            }
+        }
+        self.shared.iter().filter(|key| key.setup == setup && known.contains(&key.kek)).copied().collect()
     }
 
     /// Ends the meter's identity: nothing of it is active any more. Its versions stay what they were, candidates too (I3), until the retention

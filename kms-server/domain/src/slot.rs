@@ -83,7 +83,8 @@ impl Slot {
 
     /// The version with this number.
     pub fn version(&self, number: KeyVersionNumber) -> Option<&KeyVersion> {
-        self.versions.iter().find(|version| version.number == number)
+        // Numbers increase. Whoever stores a meter looks at all of its versions.
+        self.versions.binary_search_by_key(&number, KeyVersion::number).ok().and_then(|at| self.versions.get(at))
     }
 
     /// The version with this number, to change its counters and exposures.
@@ -91,7 +92,8 @@ impl Slot {
     /// # Errors
     /// There is none.
     pub fn version_mut(&mut self, number: KeyVersionNumber) -> Result<&mut KeyVersion, SlotError> {
-        self.versions.iter_mut().find(|version| version.number == number).ok_or(SlotError::NoSuchVersion { number })
+        let at = self.versions.binary_search_by_key(&number, KeyVersion::number).ok();
+        at.and_then(|at| self.versions.get_mut(at)).ok_or(SlotError::NoSuchVersion { number })
     }
 
     /// The active version.
@@ -213,6 +215,23 @@ impl Slot {
         }
         version.state = to;
         version.since = now;
+        Ok(())
+    }
+
+    /// Destroys a version that never left for the meter. Of such ones in a row only the newest is kept, so that orders that are withdrawn again and again
+    /// leave one version and not many: it keeps the number, which never names another key.
+    ///
+    /// # Errors
+    /// There is no such version, or the meter may hold it (I3).
+    pub(crate) fn discard(&mut self, number: KeyVersionNumber, now: UnixMillis) -> Result<(), SlotError> {
+        self.transition(number, KeyState::Destroyed, now)?;
+        while let [.., earlier, last] = self.versions.as_slice()
+            && earlier.is_blank()
+            && last.is_blank()
+        {
+            let at = self.versions.len().saturating_sub(2);
+            self.versions.remove(at);
+        }
         Ok(())
     }
 

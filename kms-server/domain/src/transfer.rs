@@ -13,7 +13,7 @@
 //! acknowledged, not proven. Whatever happens, every version that left stays a candidate until a later one is proven and the retention time has
 //! passed.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use crate::{
     CampaignId, Confirmation, Evidence, ExposureReason, KeyState, KeyType, KeyVersion, KeyVersionNumber, Meter, NewKeyVersion, Owner, Party, PrincipalId,
@@ -585,6 +585,7 @@ impl Meter {
             OrderedKeys::Own { key_type, new } => {
                 self.refuse_in_doubt(setup, &[*key_type], order.urgent)?;
                 self.refuse_too_many(setup, *key_type)?;
+                self.refuse_full(setup, *key_type, now)?;
                 let version = self.slots.get_mut(setup, *key_type)?.add_pre_active(new, now)?;
                 keys.push(TransferKey { owner, key_type: *key_type, version, kek });
             }
@@ -593,6 +594,8 @@ impl Meter {
                 self.refuse_in_doubt(setup, &[KeyType::GUEK], order.urgent)?;
                 self.refuse_too_many(setup, KeyType::GUEK)?;
                 self.refuse_too_many(setup, KeyType::KEK)?;
+                self.refuse_full(setup, KeyType::GUEK, now)?;
+                self.refuse_full(setup, KeyType::KEK, now)?;
                 // Nothing is added unless both can be.
                 self.slots.get_mut(setup, KeyType::GUEK)?;
                 let new = self.slots.get_mut(setup, KeyType::KEK)?.add_pre_active(new_kek, now)?;
@@ -624,6 +627,22 @@ impl Meter {
         let most = if key_type == KeyType::KEK { MOST_KEK_CANDIDATES } else { MOST_CANDIDATES };
         match self.slots.get(setup, key_type) {
             Some(slot) if slot.unresolved() && slot.candidates().count() >= most => Err(TransferError::TooManyCandidates { key_type, most }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Bounds what whoever plays a meter can have stored, in doubt or not: each version is decoded, sealed and written again with every act. None of the
+    /// versions can go before its time (I3), and a meter that can get no further key is as good as lost, so a full slot takes one more each day. It
+    /// takes one at once where the newest is reported as compromised, which only officers do.
+    fn refuse_full(&self, setup: SecuritySetupId, key_type: KeyType, now: UnixMillis) -> Result<(), TransferError> {
+        let Some(slot) = self.slots.get(setup, key_type) else { return Ok(()) };
+        let kept = || slot.versions().iter().filter(|version| version.state() != KeyState::Destroyed);
+        let newest = kept().next_back().filter(|version| version.state() != KeyState::Compromised);
+        let wait_ms = newest.map_or(0, |version| version.since().after(DAY_MS).0.saturating_sub(now.0).min(DAY_MS));
+        match u64::try_from(wait_ms) {
+            Ok(wait_ms @ 1..) if kept().count() >= MOST_VERSIONS => {
+                Err(TransferError::SlotFull { key_type, most: MOST_VERSIONS, wait: Duration::from_millis(wait_ms) })
+            }
             _ => Ok(()),
         }
     }
@@ -829,7 +848,7 @@ impl Meter {
         for key in transfer.keys.iter().skip(transfer.delivered).filter(|key| key.owner == Owner::Meter(self.title)) {
             if let Ok(slot) = self.slots.get_mut(transfer.setup, key.key_type) {
                 // It never left, so nobody holds it.
-                let _ = slot.transition(key.version, KeyState::Destroyed, now);
+                let _ = slot.discard(key.version, now);
             }
         }
     }
@@ -902,6 +921,19 @@ pub enum TransferError {
         /// The bound.
         most: usize,
     },
+    /// The slot has as many versions that are not destroyed as a day's orders bring.
+    #[error(
+        "{most} versions of the meter's {key_type}, or more, are not destroyed yet: a further one is brought once a day. Those before a version that is \
+         proven go when the retention time has passed"
+    )]
+    SlotFull {
+        /// The key type.
+        key_type: KeyType,
+        /// The bound.
+        most: usize,
+        /// How long until a further one is brought.
+        wait: Duration,
+    },
     /// A KEK is proven by a GUEK only.
     #[error("a KEK is transferred together with the GUEK that proves it")]
     KekAlone,
@@ -955,6 +987,12 @@ pub const MOST_CANDIDATES: usize = 8;
 /// The same of KEKs. They make no pairs, a probe does not show them, and the turn of each comes by transfers alone, so there are more. A GUEK that is
 /// proven shows the KEK that it left under.
 pub const MOST_KEK_CANDIDATES: usize = 64;
+/// Versions of a key of a meter that are not destroyed, of all key types, whether it is known which one the meter holds or not. More are brought one a day.
+///
+/// Twice the candidates of a KEK, so that a GUEK can leave under each of these in turn and show which one the meter holds. Who rotates a key each day keeps
+/// fewer: after the default retention time of 90 days they are destroyed.
+pub const MOST_VERSIONS: usize = 128;
+const DAY_MS: i64 = 86_400_000;
 /// Pairs that are tried in a round at most.
 const PAIRS_OF_A_ROUND: usize = 12;
 /// Those of them that are tried in every round.

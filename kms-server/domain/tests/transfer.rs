@@ -181,6 +181,116 @@ fn a_kek_in_doubt_takes_so_many_candidates_until_a_guek_shows_which_one_it_is() 
     story.begin(compound());
 }
 
+/// A head-end that plays its own meter: it reports nothing, lets the new pair fail and answers under the former one. Nothing of it is in doubt.
+#[test]
+fn a_slot_takes_so_many_versions_in_doubt_or_not_and_then_one_a_day() {
+    const DAY: i64 = 86_400_000;
+    let full = |key_type, wait_ms| Err(TransferError::SlotFull { key_type, most: MOST_VERSIONS, wait: std::time::Duration::from_millis(wait_ms) });
+    for key_type in [KeyType::GUEK, KeyType::GAK, KeyType::GBEK] {
+        let mut story = Story::new();
+        story.form = TransferForm::WrappedKey;
+        let played = |story: &mut Story| {
+            story.begin(own(key_type));
+            story.see(Observation::Nothing);
+            while story.meter.transfer.is_some() {
+                let former = story.stage_pair() == KeyPair { encryption: number(1), authentication: number(1) };
+                let next = if former { story.exchange((1, 1)) } else { story.see(Observation::Refusal) };
+                assert!(!former || next == Next::Done(Outcome::NotApplied));
+            }
+        };
+        for _ in 1..MOST_VERSIONS {
+            played(&mut story);
+            assert!(key_type == KeyType::GBEK || !story.slot(key_type).unresolved());
+        }
+        let before = story.meter.clone();
+        assert_eq!(story.candidates(key_type).len(), MOST_VERSIONS);
+        for urgent in [false, true] {
+            assert_eq!(story.try_begin(own(key_type), urgent), full(key_type, 86_400_000));
+        }
+        story.now = NOW.after(DAY - 1);
+        assert_eq!(story.try_begin(own(key_type), false), full(key_type, 1));
+        assert_eq!(story.meter, before, "I3: none is dropped for it");
+        // The meter is not out of reach: time helps, and so does a report of an officer.
+        story.now = NOW.after(DAY);
+        played(&mut story);
+        assert_eq!(story.try_begin(own(key_type), false), full(key_type, 86_400_000));
+        let newest = story.slot(key_type).versions().last().unwrap().number();
+        story.meter.report_compromise(SETUP, key_type, newest, &Party::Anyone, story.now).unwrap();
+        story.form = TransferForm::Frames;
+        let next = newest.number() + 1;
+        if key_type == KeyType::GBEK {
+            story.begin(own(key_type));
+            story.opened((1, 1));
+            assert_eq!(story.accepted(), Next::Done(Outcome::Acknowledged));
+        } else {
+            story.rotate(own(key_type), (1, 1), if key_type == KeyType::GUEK { (next, 1) } else { (1, next) });
+        }
+        assert_eq!(story.active(key_type), Some(next));
+        assert_eq!(story.try_begin(own(key_type), false), full(key_type, 86_400_000));
+        // What is proven lets go of those before it, and the slot has room again.
+        story.now = story.now.after(Retention::DEFAULT.milliseconds());
+        assert!(!story.meter.expire_keys(Retention::DEFAULT, story.now).is_empty());
+        for _ in 0..3 {
+            let id = story.begin(own(key_type));
+            story.meter.withdraw_transfer(id, story.now).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_master_key_takes_its_place_among_the_versions_of_a_full_slot() {
+    for key_type in [KeyType::GUEK, KeyType::KEK] {
+        let mut story = Story::new();
+        let slot = story.meter.slots.get_mut(SETUP, key_type).unwrap();
+        for _ in 1..MOST_VERSIONS {
+            slot.add_version(diversified(KeyState::PreActive), NOW).unwrap();
+        }
+        let before = story.meter.clone();
+        assert!(matches!(story.try_begin(compound(), true), Err(TransferError::SlotFull { key_type: full, .. }) if full == key_type));
+        assert_eq!(story.meter, before);
+        // What is destroyed takes no place.
+        story.meter.slots.get_mut(SETUP, key_type).unwrap().transition(number(9), KeyState::Destroyed, NOW).unwrap();
+        story.begin(compound());
+    }
+}
+
+#[test]
+fn orders_that_are_withdrawn_again_and_again_leave_one_version() {
+    let mut story = Story::new();
+    let withdrawn = |story: &mut Story, keys| {
+        let id = story.begin(keys);
+        story.meter.withdraw_transfer(id, NOW).unwrap();
+        story.store();
+    };
+    let numbers = |story: &Story, key_type| story.slot(key_type).versions().iter().map(|version| version.number().number()).collect::<Vec<_>>();
+    for _ in 0..10 {
+        withdrawn(&mut story, compound());
+    }
+    for key_type in [KeyType::KEK, KeyType::GUEK] {
+        assert_eq!(numbers(&story, key_type), [1, 11]);
+        assert_eq!(story.version(key_type, 11).state(), KeyState::Destroyed);
+        assert!(story.slot(key_type).version(number(10)).is_none());
+    }
+    // A number never names two keys.
+    story.rotate(own(KeyType::GUEK), (1, 1), (12, 1));
+    for _ in 0..3 {
+        withdrawn(&mut story, own(KeyType::GUEK));
+    }
+    assert_eq!(numbers(&story, KeyType::GUEK), [1, 11, 12, 15]);
+    // One that somebody knows, or counted with, stays on the books.
+    let id = story.begin(own(KeyType::GUEK));
+    story.meter.report_compromise(SETUP, KeyType::GUEK, number(16), &Party::Vendor, NOW).unwrap();
+    story.meter.withdraw_transfer(id, NOW).unwrap();
+    let id = story.begin(own(KeyType::GUEK));
+    let counted = story.meter.slots.get_mut(SETUP, KeyType::GUEK).unwrap().version_mut(number(17)).unwrap();
+    counted.counters_mut().unwrap().raise_floor(CounterKey::Setup, 700, None).unwrap();
+    story.meter.withdraw_transfer(id, NOW).unwrap();
+    for _ in 0..3 {
+        withdrawn(&mut story, own(KeyType::GUEK));
+    }
+    assert_eq!(numbers(&story, KeyType::GUEK), [1, 11, 12, 15, 16, 17, 20]);
+}
+
 /// Rows from before the bound keep what they have: few pairs are made of them, and all pairs in turn.
 #[test]
 fn few_pairs_are_made_of_many_candidates() {

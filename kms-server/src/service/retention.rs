@@ -9,7 +9,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use kms_domain::{CounterDomainId, ExpiredKeys, Group, GroupId, KeyVersionNumber, Meter, Owner, Retention, SharedExposures, Slot, SystemTitle, UnixMillis};
+use kms_domain::{
+    CounterDomainId, ExpiredKeys, ExposureReason, Group, GroupId, KeyType, KeyVersionNumber, Meter, Owner, Retention, SharedExposures, SharedKey, Slot,
+    SystemTitle, UnixMillis,
+};
 use kms_proto::v1::{AuditRecord, DestroyedKeys, KeysDestroyed, MetersChanged, audit_record::Event};
 use kms_store::{AuditFilter, MeterFilter, Reads, RowKind};
 use prost::Message as _;
@@ -18,6 +21,7 @@ use crate::{
     audit::{Actor, CLOCK_JUMPED, View},
     error::ServiceError,
     island::Island,
+    service::owner::expose_to_who_knows_a_kek,
 };
 
 /// Keeps an island's house; on the way, the list of which meters are in which groups.
@@ -78,14 +82,7 @@ impl Housekeeper {
     /// # Errors
     /// The database is away, or the server is busy.
     pub async fn share_exposures(&self) -> Result<u64, ServiceError> {
-        let (mut known, mut after) = (SharedExposures::new(), None);
-        loop {
-            let page = self.island.store.sealed_page(RowKind::CounterDomain, after.as_deref(), PAGE).await?;
-            let Some((last, _)) = page.last() else { break };
-            after = Some(last.clone());
-            let opened = page.iter().filter_map(|(id, row)| self.island.committer.open_domain(id.as_slice().try_into().map(CounterDomainId).ok()?, row).ok());
-            known.extend(opened.map(|domain| (domain.id, domain.exposures.clone())));
-        }
+        let known = shared_values(&self.island).await?;
         let (mut told, mut after) = (0, None);
         while !known.is_empty() {
             let page = self.island.store.meter_page(&MeterFilter::default(), after, PAGE).await?;
@@ -155,6 +152,7 @@ impl Housekeeper {
         if report.clock_in_doubt {
             return Ok(report);
         }
+        expose_groups_under_equal_keks(&self.island).await?;
         let mut after = None;
         loop {
             let page = self.island.store.meter_page(&MeterFilter::default(), after, PAGE).await?;
@@ -249,6 +247,69 @@ impl Housekeeper {
         report.destroyed += done.keys.iter().map(|keys| keys.versions.len() as u64).sum::<u64>();
         Ok(())
     }
+}
+
+/// Who could know the values that several slots have, as the rows of counter domains say.
+async fn shared_values(island: &Island) -> Result<SharedExposures, ServiceError> {
+    let (mut known, mut after) = (SharedExposures::new(), None);
+    loop {
+        let page = island.store.sealed_page(RowKind::CounterDomain, after.as_deref(), PAGE).await?;
+        let Some((last, _)) = page.last() else { return Ok(known) };
+        after = Some(last.clone());
+        let opened = page.iter().filter_map(|(id, row)| island.committer.open_domain(id.as_slice().try_into().map(CounterDomainId).ok()?, row).ok());
+        known.extend(opened.map(|domain| (domain.id, domain.exposures.clone())));
+    }
+}
+
+/// Who knows a key value knows what left under it for every meter that has it as its KEK, whichever meter it was reported of: the keys of groups among that
+/// are exposed, and their own rows say so. What is the meters' own is seen by the counter domain of the value. Where no value that several slots have was
+/// reported, no meter is read; which slots have one, no list says.
+///
+/// # Errors
+/// The database is away, or the server is busy. What was noted until then is noted and recorded.
+pub(in crate::service) async fn expose_groups_under_equal_keks(island: &Arc<Island>) -> Result<(), ServiceError> {
+    let mut reported = shared_values(island).await?;
+    reported.retain(|_, exposures| exposures.iter().any(|exposure| exposure.reason == ExposureReason::Reported));
+    let mut after = None;
+    while !reported.is_empty() {
+        let page = island.store.meter_page(&MeterFilter::default(), after, PAGE).await?;
+        let Some(last) = page.last() else { break };
+        after = Some(last.title);
+        // A look without the seal only chooses the rows that the act reads again and verifies (I5).
+        let meters = page.iter().filter_map(|row| Meter::from_row(row.title, island.name(), row.row.body.clone().into()).ok());
+        let concerned = |meter: &Meter| keks_of_domains(meter).into_iter().any(|(id, delivered)| reported.contains_key(&id) && !delivered.is_empty());
+        let due: Vec<SystemTitle> = meters.filter(concerned).map(|meter| meter.title).collect();
+        if due.is_empty() {
+            continue;
+        }
+        let reads = Reads { meters: due.clone(), ..Reads::default() };
+        let act = island.committer.act(Actor::server("share-exposures"), reads, move |view| {
+            for title in &due {
+                let meter = match view.meter(*title) {
+                    Ok(Some(meter)) => meter,
+                    // I5: its row was refused, which is on the record.
+                    Ok(None) | Err(ServiceError::PermissionDenied { .. }) => continue,
+                    Err(error) => return Err(error),
+                };
+                for (id, delivered) in keks_of_domains(&meter) {
+                    let exposures = view.domain(id)?.map(|domain| domain.exposures.clone()).unwrap_or_default();
+                    for exposure in exposures.iter().filter(|exposure| exposure.reason == ExposureReason::Reported) {
+                        expose_to_who_knows_a_kek(view, &meter, &delivered, &exposure.party)?;
+                    }
+                }
+            }
+            Ok(())
+        });
+        act.await?;
+    }
+    Ok(())
+}
+
+/// The counter domains of a meter's KEKs, with the keys of groups that left under each.
+fn keks_of_domains(meter: &Meter) -> Vec<(CounterDomainId, Vec<SharedKey>)> {
+    let keks = meter.slots.iter().filter(|slot| slot.key_type() == KeyType::KEK);
+    let versions = keks.flat_map(|slot| slot.versions().iter().map(|version| (slot.setup(), version)));
+    versions.filter_map(|(setup, version)| Some((version.domain()?, meter.shared_under(setup, version.number())))).collect()
 }
 
 /// What one act has done.

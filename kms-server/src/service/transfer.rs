@@ -16,9 +16,9 @@ use std::{collections::HashMap, num::NonZeroU32, sync::Arc};
 use aws_lc_rs::digest;
 use futures::{StreamExt, TryStreamExt, stream};
 use kms_domain::{
-    CampaignTask, Confirmation, CounterPlace, ExposureReason, Finding, GroupId, KeyOrigin, KeyPair, KeyShape, KeyState, KeyType, KeyVersionNumber, Meter,
-    NewKeyOrigin, NewKeyVersion, Next, Observation, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, Stage, Step, SystemTitle, TaskWork, Transfer,
-    TransferError, TransferForm, TransferId, TransferOrder, WrappedKey,
+    CampaignTask, Confirmation, CounterPlace, ExposureReason, Finding, GroupId, KeyOrigin, KeyPair, KeyShape, KeyState, KeyType, KeyVersion, KeyVersionNumber,
+    Meter, NewKeyOrigin, NewKeyVersion, Next, Observation, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, SharedExposures, Stage, Step, SystemTitle,
+    TaskWork, Transfer, TransferError, TransferForm, TransferId, TransferOrder, WrappedKey,
 };
 use kms_hsm::Hsm;
 use kms_proto::v1::{HeldVersion, SecurityEvent, TransferAdvance, TransfersAdvanced, audit_record::Event};
@@ -28,6 +28,7 @@ pub(in crate::service) use self::emit::pair_keys;
 use super::{
     campaign::{begin_task, check_task, end_task, holds_task, task_reads},
     grant::{counter_key, on_new_key, setup_record},
+    owner::expose_to_who_knows_a_kek,
 };
 use crate::{
     audit::{Actor, Asked, Asking, AuditLeaf, CounterOf, View, Window},
@@ -639,21 +640,39 @@ fn step_counter(island: &Island, meter: &Meter, transfer: &Transfer, pair: KeyPa
     })
 }
 
-/// The key of a group that leaves under an exposed KEK is exposed to whoever knows that and recorded the traffic. Its own row says so.
+/// The key of a group that leaves under an exposed KEK is exposed to whoever knows that and recorded the traffic, be it by another meter that has the same
+/// KEK. Its own row says so; and that the key has to be rotated, where an officer has reported that somebody knows the KEK.
 fn expose_delivered(view: &mut View<'_, '_>, meter: &Meter) -> Result<(), ServiceError> {
     let Some(transfer) = meter.transfer.as_ref().filter(|transfer| matches!(transfer.stage, Stage::Deliver { .. })) else { return Ok(()) };
     let Some((key, Owner::Group(id))) = transfer.current().map(|key| (key, key.owner)) else { return Ok(()) };
-    let kek = meter.slots.get(transfer.setup, KeyType::KEK).and_then(|slot| slot.version(key.kek));
-    let Some(kek) = kek.filter(|kek| !kek.exposures().is_empty()) else { return Ok(()) };
+    let keks = meter.slots.get(transfer.setup, KeyType::KEK);
+    let Some((keks, kek)) = keks.and_then(|keks| Some((keks, keks.version(key.kek)?))) else { return Ok(()) };
+    let mut shared = SharedExposures::new();
+    for id in keks.versions().iter().filter_map(KeyVersion::domain) {
+        if let Some(domain) = view.domain(id)? {
+            shared.insert(id, domain.exposures.clone());
+        }
+    }
+    let exposures = meter.slots.exposures_of(transfer.setup, kek, &shared);
+    if exposures.is_empty() {
+        return Ok(());
+    }
     let Some(mut group) = view.group(id)? else { return Ok(()) };
     let now = view.now();
     let slot = Arc::make_mut(&mut group).slots.get_mut(transfer.setup, key.key_type);
     let version = slot.and_then(|slot| slot.version_mut(key.version)).map_err(|error| ServiceError::Internal(error.to_string()))?;
     let mut first = false;
-    for exposure in kek.exposures() {
+    for exposure in exposures.iter() {
         first |= version.expose(exposure.party.clone(), ExposureReason::TransferUnderExposedKek, now);
     }
-    if first { view.put_group((*group).clone()) } else { Ok(()) }
+    if first {
+        view.put_group((*group).clone())?;
+    }
+    for exposure in exposures.iter().filter(|exposure| exposure.reason == ExposureReason::Reported) {
+        let delivered = meter.shared_of(key.owner, transfer.setup, key.key_type).filter(|shared| shared.version == key.version);
+        expose_to_who_knows_a_kek(view, meter, &delivered.copied().collect::<Vec<_>>(), &exposure.party)?;
+    }
+    Ok(())
 }
 
 /// What the record says of a meter that went back to an earlier key.
@@ -874,6 +893,7 @@ fn group_row(group: GroupId) -> (kms_store::RowKind, Vec<u8>) {
 
 fn refused(error: &TransferError) -> ServiceError {
     let next_step = match error {
+        TransferError::SlotFull { wait, .. } => return ServiceError::ResourceExhausted { reason: error.to_string(), retry_after: *wait },
         TransferError::UnderWay { .. } => "let it end, or have it withdrawn",
         TransferError::NotUnderWay | TransferError::OtherStep { .. } => "look at the meter; report the present step only",
         TransferError::InDoubt { .. } => "probe the meter first; or, where a policy permits it, order an urgent transfer, which adds a candidate",

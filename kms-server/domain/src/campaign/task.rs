@@ -313,8 +313,9 @@ impl Task {
         }
     }
 
-    /// The key is rotated: a later version than before is active, and it is not in doubt.
-    fn is_reached(&self, meter: &Meter) -> bool {
+    /// Whether the meter's row says that the key is rotated: a later version than before is active, and it is not in doubt. That counts, whatever the task's
+    /// own row says, which may be an older one that somebody put back (I5). Keys of groups are not looked at: one version is brought again.
+    pub fn is_reached(&self, meter: &Meter) -> bool {
         match self.step.work {
             TaskWork::Probe => false,
             TaskWork::Rotate(key_type) => meter

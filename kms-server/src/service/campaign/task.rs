@@ -105,28 +105,31 @@ impl CampaignService {
             for key in &keys {
                 // Another server may have leased it meanwhile.
                 let Some(mut row) = view.task(*key)?.filter(|row| row.task.is_due(clock)) else { continue };
-                let class = match view.meter(key.meter) {
-                    Ok(meter) => meter.map(|meter| meter.class.clone()),
+                let meter = match view.meter(key.meter) {
+                    Ok(meter) => meter,
                     // I5: its row was refused, which is on the record.
                     Err(ServiceError::PermissionDenied { .. }) => None,
                     Err(error) => return Err(error),
                 };
                 // I5, I8: the sealed row says whose meter it is now, and policy whether he may have the task.
-                match class {
-                    Some(class) if matches!(class.status, MeterStatus::Quarantined | MeterStatus::Retired) => {
-                        row.task.skip(class.status.name(), clock);
+                match meter {
+                    Some(meter) if matches!(meter.class.status, MeterStatus::Quarantined | MeterStatus::Retired) => {
+                        row.task.skip(meter.class.status.name(), clock);
                     }
-                    Some(class) if class.head_end.as_ref() != Some(&caller.principal) => {
-                        row.head_end = class.head_end.as_ref().map(ToString::to_string);
+                    Some(meter) if meter.class.head_end.as_ref() != Some(&caller.principal) => {
+                        row.head_end = meter.class.head_end.as_ref().map(ToString::to_string);
                         if row.head_end.is_none() {
                             row.task.skip("no head-end", clock);
                         }
                     }
-                    Some(class) => {
-                        if !policy.permits(&facts, &Action::LeaseTasks, &Resource::Meters(&class)).is_permit() {
+                    Some(meter) => {
+                        if !policy.permits(&facts, &Action::LeaseTasks, &Resource::Meters(&meter.class)).is_permit() {
                             continue;
                         }
-                        if row.task.lease(&campaign, lease_ms, clock).map_err(task_error)? {
+                        // I5: what the meter's row shows as done is not done again: the key was rotated otherwise, or the task's row is an older one.
+                        if row.task.is_reached(&meter) {
+                            row.task.end(&campaign, Outcome::Probed, "", &meter, clock);
+                        } else if row.task.lease(&campaign, lease_ms, clock).map_err(task_error)? {
                             leased.push(row.clone());
                         }
                     }
@@ -234,8 +237,8 @@ impl CampaignService {
 /// and the task asks for this. For the act that begins the transfer, which is tried as a whole ([`View::attempt`]): so neither begins without the other.
 ///
 /// # Errors
-/// Permission denied: there is no such task of this principal. Failed precondition: the lease is lost, the campaign does not run, or the task asks
-/// for something else. Or a row was not read yet.
+/// Permission denied: there is no such task of this principal. Failed precondition: the lease is lost, the campaign does not run, the task asks for
+/// something else, or it is done as the meter's row shows. Or a row was not read yet.
 pub fn begin_task(
     view: &mut View<'_, '_>,
     task: CampaignTask,
@@ -253,6 +256,13 @@ pub fn begin_task(
         return Err(ServiceError::FailedPrecondition {
             reason: format!("campaign {campaign} begins no work now: {reason}"),
             next_step: "give the lease back".to_owned(),
+        });
+    }
+    // I5: the task's row may be an older one. What was approved once is done once.
+    if work != TaskWork::Probe && view.meter(meter)?.is_some_and(|meter| row.task.is_reached(&meter)) {
+        return Err(ServiceError::FailedPrecondition {
+            reason: format!("meter {meter} has a later version than the task of campaign {campaign} is to replace: it is done"),
+            next_step: "begin a probe for the task, which ends it, or give the lease back".to_owned(),
         });
     }
     row.task.begin(fence, setup, work, clock).map_err(task_error)?;

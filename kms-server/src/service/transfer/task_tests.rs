@@ -296,6 +296,47 @@ island_tests! {
         led.field.compare(0).await;
     }
 
+    /// I5: who writes the database puts the row of a task back as it was before it was done, with the mark of then. A key is rotated once for one approval.
+    async fn the_older_row_of_a_task_has_nothing_done_again(island) {
+        let led = Led::rotating(island, 1, KeyType::KEK).await;
+        let (head_end, title) = (led.field.island.head_end.clone(), led.field.title(0));
+        let row = async || {
+            let rows = led.field.island.island.store.task_page(led.campaign, TaskFilter::All, None, 9).await.unwrap();
+            rows.into_iter().find(|row| row.key.meter == title).unwrap()
+        };
+        let put_back = async |row: kms_store::TaskRow| {
+            let database = crate::testing::database().database.clone();
+            // So that the store takes it for the next one.
+            let before = match row.generation {
+                1 => format!("DELETE FROM task WHERE meter = {}", title.as_i64()),
+                generation => format!("UPDATE task SET generation = {}, fence = 0 WHERE meter = {}", generation - 1, title.as_i64()),
+            };
+            assert_eq!(kms_store::testing::execute(&database, &before).await.unwrap(), 1);
+            let changes = kms_store::Changes { tasks: vec![row], ..kms_store::Changes::default() };
+            let store = &led.field.island.island.store;
+            store.transact(kms_store::Reads::default(), &mut |_| kms_store::Decision::Commit(Box::new(changes.clone()))).await.unwrap();
+        };
+        let open = row().await;
+        let task = led.tasks(1).await.remove(0);
+        assert!(led.service.heartbeat(&head_end, vec![lease_of(&task)], 600_000).await.unwrap().1.is_empty());
+        let leased = row().await;
+        assert_eq!(led.carry_out(&task).await, Outcome::Proven);
+        let done = led.field.row(0).await;
+        // It is leased to nobody.
+        put_back(open.clone()).await;
+        assert!(led.service.lease(&head_end, lease(100)).await.unwrap().is_empty());
+        assert_eq!(led.state_of(title).await.0, "succeeded");
+        assert_eq!(led.field.row(0).await, done);
+        // A lease of then begins nothing but a probe, which ends it.
+        put_back(leased).await;
+        assert_eq!(led.refused(&head_end, Led::order(&task)).await.code(), FAILED_PRECONDITION);
+        let probe = Order { key_type: None, ..Led::order(&task) };
+        assert_eq!(led.field.carry_out(0, probe).await, Outcome::Probed);
+        assert_eq!(led.state_of(title).await.0, "succeeded");
+        assert_eq!((led.field.held(0, KeyType::KEK).await, led.field.held(0, KeyType::GUEK).await), (2, 2));
+        led.field.assert_no_nonce_twice();
+    }
+
     async fn an_abort_leaves_every_slot_in_a_known_state(island) {
         let led = Led::rotating(island, 4, KeyType::GUEK).await;
         let island = &led.field.island;

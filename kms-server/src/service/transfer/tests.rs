@@ -923,6 +923,59 @@ island_tests! {
         field.assert_no_nonce_twice();
     }
 
+    // Whoever plays its own meter has nothing in doubt, and needs no permission for urgent transfers.
+    async fn versions_of_a_slot_are_bounded_in_doubt_or_not(island) {
+        let field = Field::new(island, "generic-suite0", 1).await;
+        let guek = |row: &kms_domain::Meter| row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().clone();
+        // Begun and withdrawn: one version stays, whatever the number of calls.
+        let mut kept = Vec::new();
+        for _ in 0..4 {
+            let (id, _) = field.begin(order(field.title(0), Some(KeyType::GUEK))).await.transfer.unwrap();
+            field.service.withdraw(&field.island.head_end, field.request(), vec![(field.title(0), id)], String::new()).await.unwrap();
+            kept.push(guek(&field.row(0).await).versions().len());
+        }
+        assert_eq!(kept, [2; 4]);
+        // As it is after many transfers that the meter seems not to have applied.
+        let (title, made) = (field.title(0), kms_domain::MOST_VERSIONS - 1);
+        let reads = kms_store::Reads { meters: vec![title], ..kms_store::Reads::default() };
+        let act = field.island.island.committer.act(crate::audit::Actor::server("test"), reads, move |view| {
+            let mut meter = (*view.meter(title)?.unwrap()).clone();
+            let now = view.now();
+            let slot = meter.slots.get_mut(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap();
+            for _ in 0..made {
+                let origin = kms_domain::KeyOrigin::Diversified {
+                    root_version: 1,
+                    derivation: kms_domain::KeyDerivation::Sp800108Cmac,
+                    length: kms_domain::KeyLength::Aes128,
+                };
+                let new = kms_domain::NewKeyVersion { state: KeyState::PreActive, origin, wrapped: None, fingerprint: None };
+                let number = slot.add_version(new, now).unwrap();
+                slot.mark_left(number, 1, KeyVersionNumber::FIRST).unwrap();
+                slot.confirm(KeyVersionNumber::FIRST, 1, kms_domain::Evidence::Proven, now).unwrap();
+            }
+            view.put_meter(meter, false)?;
+            view.append(Event::KeysGranted(kms_proto::v1::KeysGranted::default()));
+            Ok(())
+        });
+        act.await.unwrap();
+        let before = field.row(0).await;
+        assert!(!guek(&before).unresolved() && guek(&before).candidates().count() == kms_domain::MOST_VERSIONS);
+        for form in [TransferForm::Frames, TransferForm::WrappedKey] {
+            match field.begin(Order { form, ..order(title, Some(KeyType::GUEK)) }).await.next {
+                Err(ServiceError::ResourceExhausted { reason, retry_after }) => {
+                    assert!(reason.contains("128") && reason.contains("once a day"), "{reason}");
+                    assert!(!retry_after.is_zero() && retry_after <= std::time::Duration::from_hours(24));
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(field.row(0).await, before);
+        // Other keys of the meter have room, and what it holds can be asked.
+        assert_eq!(field.transfer(0, None).await, Outcome::Probed);
+        assert_eq!(field.transfer(0, Some(KeyType::GAK)).await, Outcome::Proven);
+        field.assert_no_nonce_twice();
+    }
+
     async fn a_second_urgent_rotation_in_doubt_makes_three_candidates(island) {
         permit_urgent(&island);
         let field = Field::new(island, "generic-suite0", 1).await;

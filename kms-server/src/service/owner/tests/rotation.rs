@@ -2,6 +2,7 @@
 
 use std::num::NonZeroU8;
 
+use kms_client::sample::SampleShipment;
 use kms_domain::{
     CampaignAction, CampaignId, CampaignName, CampaignSelection, CampaignTask, CampaignTerms, ExposureReason, KeyState, KeyVersionNumber, MaintenanceWindows,
     Outcome, Party, PersonName, PrincipalCertificate, PrincipalId, PrincipalStatus, Quorum, Role, SwitchThreshold, SystemTitle, UnixMillis, WaveSize,
@@ -35,6 +36,22 @@ async fn members(island: TestIsland, count: u64) -> Field {
     field.island.with_transport_key(&field.island.head_end).await;
     field.island.permit(PERMIT_ROTATION);
     field
+}
+
+/// Two meters with equal keys. Only the second one is in the group `north`.
+async fn twins(island: TestIsland) -> Field {
+    let shipment = SampleShipment { equal_keys: 2, groups: vec!["north".to_owned()], ..sample("two-setups-suite1", 2) };
+    let field = Field::of(island, &shipment).await;
+    let meters = MeterService::new(field.island.island.clone());
+    let left = meters.change_members(&field.island.officer, request(1), "north", vec![field.title(0)], Membership::Remove, "test".to_owned()).await;
+    assert_eq!(left.unwrap().changed, 1);
+    field
+}
+
+/// The first version of a key of a meter is known to anyone.
+async fn report(island: &TestIsland, number: u8, meter: SystemTitle, key_type: KeyType) {
+    let found = Compromise { meter, setup: None, key_type, version: KeyVersionNumber::FIRST, known_to: Party::Anyone, reason: "test".to_owned() };
+    MeterService::new(island.island.clone()).report_compromise(&island.officer, request(number), found).await.unwrap();
 }
 
 fn key() -> NamedGroupKey {
@@ -234,6 +251,48 @@ island_tests! {
             version.exposures().iter().filter(|exposure| exposure.reason == ExposureReason::MemberCompromised).count()
         };
         assert_eq!((exposures(KeyVersionNumber::FIRST), exposures(version)), (0, 1), "what left under it, and nothing else");
+        assert_eq!(field.security_events().await.iter().filter(|kind| *kind == "group-key-exposed").count(), 1);
+        assert_eq!(Scrubber::new(island.island.clone()).scrub(|_| true).await.unwrap().findings, []);
+    }
+
+    /// Meter 1 and a meter that is in no group have equal keys: who knows the KEK by the one knows what leaves under it for the other.
+    async fn a_kek_that_is_reported_of_another_meter_exposes_the_groups_key_that_leaves_under_it(island) {
+        let field = twins(island).await;
+        let (island, service) = (&field.island, field.island.owners());
+        service.create_group_key(&island.officer, request(2), "north", new("GBEK", true), None).await.unwrap();
+        let wanted = async || service.rotation(&island.auditor, &key()).await.unwrap().wanted_because;
+        report(island, 3, field.title(0), KeyType::KEK).await;
+        assert!(wanted().await.is_empty(), "nothing left under it yet");
+        let campaign = campaign(island).await;
+        for order in tasks(island, campaign).await {
+            assert_eq!(field.carry_out(1, order).await, Outcome::Acknowledged);
+        }
+        assert_eq!(wanted().await, ["member-compromised"]);
+        let group = row(island).await;
+        let reasons = |number: KeyVersionNumber| {
+            let version = group.slots.get(SETUP, KeyType::GBEK).unwrap().version(number).unwrap();
+            version.exposures().iter().filter(|exposure| exposure.party == Party::Anyone).map(|exposure| exposure.reason).collect::<Vec<_>>()
+        };
+        assert_eq!(reasons(KeyVersionNumber::new(2).unwrap()), [ExposureReason::TransferUnderExposedKek, ExposureReason::MemberCompromised]);
+        assert_eq!(reasons(KeyVersionNumber::FIRST), [], "what did not leave under it");
+        assert_eq!(field.security_events().await.iter().filter(|kind| *kind == "group-key-exposed").count(), 1);
+        assert_eq!(Scrubber::new(island.island.clone()).scrub(|_| true).await.unwrap().findings, []);
+    }
+
+    /// The other order.
+    async fn a_kek_that_is_reported_of_another_meter_exposes_the_groups_key_that_left_under_it(island) {
+        let field = twins(island).await;
+        let (island, service) = (&field.island, field.island.owners());
+        service.create_group_key(&island.officer, request(2), "north", new("GBEK", true), None).await.unwrap();
+        let wanted = async || service.rotation(&island.auditor, &key()).await.unwrap().wanted_because;
+        let campaign = campaign(island).await;
+        for order in tasks(island, campaign).await {
+            assert_eq!(field.carry_out(1, order).await, Outcome::Acknowledged);
+        }
+        report(island, 3, field.title(0), KeyType::GUEK).await;
+        assert!(wanted().await.is_empty(), "a GUEK opens no key");
+        report(island, 4, field.title(0), KeyType::KEK).await;
+        assert_eq!(wanted().await, ["member-compromised"]);
         assert_eq!(field.security_events().await.iter().filter(|kind| *kind == "group-key-exposed").count(), 1);
         assert_eq!(Scrubber::new(island.island.clone()).scrub(|_| true).await.unwrap().findings, []);
     }
