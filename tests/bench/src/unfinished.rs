@@ -6,15 +6,20 @@ use std::{
 };
 
 use attacker::{Attacker, Hoard};
-use kms_client::StateDirectory;
+use kms_client::{PrincipalId, StateDirectory};
 
-use crate::{Failure, island::Island, measure::memory_mib};
+use crate::{
+    Failure,
+    island::{HEAD_END, Island},
+    measure::memory_mib,
+};
 
 /// Memory at its highest while the head-end holds [`REQUESTS`] unfinished requests on each of two
 /// connections, above that before, in MiB. The island must be fresh: memory that was used and is
 /// free again would hide what is held.
 pub(crate) async fn hold(island: &Island) -> Result<f64, Failure> {
-    let attacker = Attacker::of(&StateDirectory::new(&island.directory).profile("head-end")?)?;
+    let head_end = PrincipalId::parse(HEAD_END)?;
+    let attacker = Attacker::of(&StateDirectory::new(&island.directory).profile(head_end.name())?)?;
     let connections = [attacker.channel(LOOPBACK).await?, attacker.channel(LOOPBACK).await?];
     let server = island.load.server.to_string();
     let before = memory_mib(&server, "VmRSS");
