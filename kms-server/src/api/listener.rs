@@ -226,6 +226,10 @@ impl AsyncRead for TlsConnection {
             }
         }
         if self.peer.usage.is_cut(cx) {
+            if !self.peer.usage.has_called() {
+                // Nothing was answered on it, and somebody else has its place.
+                return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+            }
             // Nothing more is read; what was answered has a moment to leave, then this looks like the client's end.
             return self.closing.get_or_insert_with(|| Box::pin(tokio::time::sleep(FAREWELL))).as_mut().poll(cx).map(Ok);
         }

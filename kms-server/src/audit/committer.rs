@@ -101,6 +101,8 @@ struct Shared {
     remembered: tokio::sync::Mutex<Option<Watermark>>,
     /// Refusals of calls that came to no act.
     outside: Outside,
+    /// The writer has ended.
+    ended: watch::Sender<bool>,
 }
 
 /// The last record of this run of the server that is durable.
@@ -129,9 +131,14 @@ impl Committer {
             compare: AtomicBool::new(true),
             remembered: tokio::sync::Mutex::new(None),
             outside: Outside::default(),
+            ended: watch::Sender::new(false),
         });
         tokio::spawn(keep_house(Arc::downgrade(&shared)));
-        tokio::spawn(Writer::new(shared.clone()).run(waiting));
+        let writing = Arc::clone(&shared);
+        tokio::spawn(async move {
+            Writer::new(Arc::clone(&writing)).run(waiting).await;
+            writing.ended.send_replace(true);
+        });
         Self { queue: Arc::new(queue), shared }
     }
 
@@ -188,6 +195,14 @@ impl Committer {
     /// Remembers in the watermark file up to where the log was written: to be called when the server stops.
     pub async fn remember(&self) {
         self.shared.remember().await;
+    }
+
+    /// Ends the writer, and waits until it no longer uses the database. It ends with the last clone: call it on that one.
+    pub async fn stopped(self) {
+        let Self { queue, shared } = self;
+        drop(queue);
+        // The sender lives in what is waited with, so that this does not fail.
+        drop(shared.ended.subscribe().wait_for(|ended| *ended).await);
     }
 
     /// Opens a meter's row that was read outside a transaction, for showing it (I5: verified all the same).

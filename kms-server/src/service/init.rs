@@ -222,6 +222,8 @@ impl CeremonyPlan {
                 Ok(())
             })
             .await?;
+        // Its writer is done with the database before that is closed.
+        committer.stopped().await;
         Ok(())
     }
 
