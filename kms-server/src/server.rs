@@ -151,7 +151,7 @@ impl Server {
         }
         let island = opened.borrow().clone();
         if let Some(island) = island {
-            island.committer.remember().await;
+            island.committer.stop().await;
             island.store.close().await;
             let hsm = island.hsm.clone();
             drop(tokio::task::spawn_blocking(move || hsm.close()).await);
@@ -305,7 +305,7 @@ pub async fn make_root(config: &Config, settings: NewRootSettings) -> Result<Mad
         let committer = Committer::start(Arc::clone(&store), keys.seal, keys.audit, committer_settings(config, restore));
         tokio::time::timeout(USABLE_WITHIN, committer.settled()).await.map_err(|_| ServerError::NotSettled)?;
         let made = settings.make(config, &committer).await;
-        committer.remember().await;
+        committer.stop().await;
         Ok(made?)
     };
     let made = made.await;
@@ -334,7 +334,7 @@ async fn without_serving<T>(
         let committer = Committer::start(Arc::clone(&store), keys.seal, keys.audit, committer_settings(config, restore));
         tokio::time::timeout(USABLE_WITHIN, committer.settled()).await.map_err(|_| ServerError::NotSettled)?;
         let outcome = work(&hsm, &committer, &store).await;
-        committer.remember().await;
+        committer.stop().await;
         outcome
     };
     let outcome = worked.await;

@@ -101,8 +101,8 @@ struct Shared {
     remembered: tokio::sync::Mutex<Option<Watermark>>,
     /// Refusals of calls that came to no act.
     outside: Outside,
-    /// The writer has ended.
-    ended: watch::Sender<bool>,
+    /// The server stops: its database is closed at any moment.
+    stopping: AtomicBool,
 }
 
 /// The last record of this run of the server that is durable.
@@ -131,14 +131,10 @@ impl Committer {
             compare: AtomicBool::new(true),
             remembered: tokio::sync::Mutex::new(None),
             outside: Outside::default(),
-            ended: watch::Sender::new(false),
+            stopping: AtomicBool::new(false),
         });
         tokio::spawn(keep_house(Arc::downgrade(&shared)));
-        let writing = Arc::clone(&shared);
-        tokio::spawn(async move {
-            Writer::new(Arc::clone(&writing)).run(waiting).await;
-            writing.ended.send_replace(true);
-        });
+        tokio::spawn(Writer::new(shared.clone()).run(waiting));
         Self { queue: Arc::new(queue), shared }
     }
 
@@ -192,17 +188,15 @@ impl Committer {
         }
     }
 
-    /// Remembers in the watermark file up to where the log was written: to be called when the server stops.
+    /// Remembers in the watermark file up to where the log was written.
     pub async fn remember(&self) {
         self.shared.remember().await;
     }
 
-    /// Ends the writer, and waits until it no longer uses the database. It ends with the last clone: call it on that one.
-    pub async fn stopped(self) {
-        let Self { queue, shared } = self;
-        drop(queue);
-        // The sender lives in what is waited with, so that this does not fail.
-        drop(shared.ended.subscribe().wait_for(|ended| *ended).await);
+    /// Remembers it for the last time: to be called before the database is closed.
+    pub async fn stop(&self) {
+        self.shared.stopping.store(true, Ordering::Relaxed);
+        self.shared.remember().await;
     }
 
     /// Opens a meter's row that was read outside a transaction, for showing it (I5: verified all the same).
@@ -725,7 +719,8 @@ impl Writer {
                 Ok(())
             }
             Err(error) => {
-                if self.failures.is_news(&error.to_string()) {
+                // A database that this server closes is no news.
+                if !self.shared.stopping.load(Ordering::Relaxed) && self.failures.is_news(&error.to_string()) {
                     tracing::error!(%error, "the database's history cannot be compared, so no counter is dealt (I4); it is tried again");
                 }
                 self.shared.ready.store(false, Ordering::Relaxed);

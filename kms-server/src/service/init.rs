@@ -222,8 +222,7 @@ impl CeremonyPlan {
                 Ok(())
             })
             .await?;
-        // Its writer is done with the database before that is closed.
-        committer.stopped().await;
+        committer.stop().await;
         Ok(())
     }
 
