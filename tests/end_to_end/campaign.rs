@@ -363,9 +363,14 @@ impl Island {
             for granted in &session.keys.meters {
                 let meter = &self.fleet.meters[&granted.meter];
                 let memory = meter.keys_for_inspection(Obis::SECURITY_SETUP).unwrap();
-                let has = |key_type, octets: &[u8]| granted.key(key_type).is_some_and(|key| key.key.expose() == octets && !key.in_doubt);
-                assert!(has(KeyType::GUEK, memory.guek.expose()), "GUEK of {}", granted.meter);
-                assert!(has(KeyType::GAK, memory.gak.expose()), "GAK of {}", granted.meter);
+                for (key_type, octets) in [(KeyType::GUEK, memory.guek.expose()), (KeyType::GAK, memory.gak.expose())] {
+                    let key = granted.key(key_type).unwrap();
+                    let same = key.key.expose() == octets;
+                    if !same || key.in_doubt {
+                        let shown = self.servers.lock().await[0].kms("officer-1", &["meter", "show", &granted.meter.to_string()]);
+                        panic!("{key_type} of {}: version {:?}, in doubt: {}, the meter's own: {same}\n{shown}", granted.meter, key.version, key.in_doubt);
+                    }
+                }
                 let address = put_on_line(meter).await;
                 assert_eq!(read_energy(address, &session, granted.meter).await.unwrap(), Data::DoubleLongUnsigned(123_456));
                 compared += 1;
