@@ -336,7 +336,7 @@ struct PastGrant<'p> {
 }
 
 impl<'p> PastGrant<'p> {
-    /// The grant in a record, if it is on the terms that are asked for now.
+    /// The grant in a record, if its terms are those of this request.
     fn of(past: &'p PastRecord, chunk: &Chunk) -> Result<Self, ServiceError> {
         let Some(Event::KeysGranted(event)) = &past.record.event else { return Err(record_fault()) };
         let asked = KeysGranted {
