@@ -1,9 +1,15 @@
-//! Measures the module through the cryptoki crate: the cycle of unwrap, wrap and destroy, and single operations.
+//! Measures the module through the cryptoki crate: the cycle of unwrap, wrap and destroy, and
+//! single operations.
 //!
-//! `cargo run --release -p hsm-sim --example cycle [threads] [seconds] [module]`: `module` is a path to another module for
-//! comparison (its first initialised token, with the user PIN in `PIN`).
+//! `cargo run --release -p hsm-sim --example cycle [threads] [seconds] [module]`: `module` is a
+//! path to another module for comparison (its first initialised token, with the user PIN in `PIN`).
 
-#![expect(clippy::expect_used, clippy::indexing_slicing, clippy::panic, reason = "a measuring program may end where something is wrong")]
+#![expect(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a measuring program may end where something is wrong"
+)]
 
 use std::path::PathBuf;
 use std::sync::{Arc, Barrier, OnceLock};
@@ -31,9 +37,14 @@ fn main() {
         None => {
             // The module reads the environment: it is set by starting this program again.
             let this = std::env::current_exe().expect("the path of this program");
-            let module = this.parent().and_then(|folder| folder.parent()).expect("a target folder").join("libhsm_sim.so");
+            let module =
+                this.parent().and_then(|folder| folder.parent()).expect("a target folder").join("libhsm_sim.so");
             if std::env::var_os("HSM_SIM_DIR").is_none() {
-                let status = std::process::Command::new(&this).args(&arguments[1..]).env("HSM_SIM_DIR", folder.path()).status().expect("this program again");
+                let status = std::process::Command::new(&this)
+                    .args(&arguments[1..])
+                    .env("HSM_SIM_DIR", folder.path())
+                    .status()
+                    .expect("this program again");
                 std::process::exit(status.code().unwrap_or(1));
             }
             (open(module), Some(0))
@@ -64,7 +75,10 @@ fn main() {
     ];
     for (name, operation) in operations {
         let rate = measure(&pkcs11, slot, threads, Duration::from_secs_f64(seconds), operation);
-        println!("{name:34} {:>10.0}/s on {threads} thread(s), {:>10.0} per second of processor time", rate.wall, rate.processor);
+        println!(
+            "{name:34} {:>10.0}/s on {threads} thread(s), {:>10.0} per second of processor time",
+            rate.wall, rate.processor
+        );
     }
 }
 
@@ -74,8 +88,9 @@ fn open(path: PathBuf) -> Pkcs11 {
     pkcs11
 }
 
-/// Operations of all threads together: in a second, and in a second of each thread's processor time. On a machine that is
-/// busy with other work, the second number is the one that means something.
+/// Operations of all threads together: in a second, and in a second of each thread's processor
+/// time. On a machine that is busy with other work, the second number is the one that means
+/// something.
 struct Rate {
     wall: f64,
     processor: f64,
@@ -128,7 +143,8 @@ fn cycle(session: &Session) -> Box<dyn FnMut(&Session)> {
 fn shared_cycle(session: &Session) -> Box<dyn FnMut(&Session)> {
     static KEYS: OnceLock<(ObjectHandle, ObjectHandle)> = OnceLock::new();
     let (storage, transport) = *KEYS.get_or_init(|| {
-        let usage = [Attribute::Token(true), Attribute::Wrap(true), Attribute::Unwrap(true), Attribute::ValueLen(32.into())];
+        let usage =
+            [Attribute::Token(true), Attribute::Wrap(true), Attribute::Unwrap(true), Attribute::ValueLen(32.into())];
         let make = || session.generate_key(&Mechanism::AesKeyGen, &usage).expect("an AES key");
         (make(), make())
     });
@@ -189,7 +205,12 @@ fn ecdh(session: &Session) -> Box<dyn FnMut(&Session)> {
     let (public, _) = key_pair(session);
     let attributes = session.get_attributes(public, &[AttributeType::EcPoint]).expect("the point");
     let Some(Attribute::EcPoint(point)) = attributes.into_iter().next() else { panic!("no point") };
-    let template = [Attribute::Class(ObjectClass::SECRET_KEY), Attribute::KeyType(KeyType::AES), Attribute::ValueLen(32.into()), Attribute::Token(false)];
+    let template = [
+        Attribute::Class(ObjectClass::SECRET_KEY),
+        Attribute::KeyType(KeyType::AES),
+        Attribute::ValueLen(32.into()),
+        Attribute::Token(false),
+    ];
     Box::new(move |session| {
         let parameters = Ecdh1DeriveParams::new(EcKdf::null(), &point);
         let key = session.derive_key(&Mechanism::Ecdh1Derive(parameters), private, &template).expect("ECDH");

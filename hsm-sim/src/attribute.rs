@@ -1,4 +1,5 @@
-//! Attributes: one table says of each who may set it, when, and which object classes have it (PKCS#11 section 4).
+//! Attributes: one table says of each who may set it, when, and which object classes have it
+//! (PKCS#11 section 4).
 
 use cryptoki_sys::*;
 
@@ -11,7 +12,8 @@ pub(crate) struct Rule {
     pub(crate) shape: Shape,
     /// The classes that have it: a set of [`Classes`] bits.
     pub(crate) classes: u8,
-    /// Who may set it when an object is made: a set of [`MAY_CREATE`], [`MAY_GENERATE`], [`MAY_UNWRAP`].
+    /// Who may set it when an object is made: a set of [`MAY_CREATE`], [`MAY_GENERATE`],
+    /// [`MAY_UNWRAP`].
     pub(crate) at_birth: u8,
     /// What may happen to it afterwards.
     pub(crate) later: Later,
@@ -190,8 +192,15 @@ static RULES: [Rule; 61] = [
     row(CKA_EXPONENT_1, Shape::Bytes, Classes::PRIVATE, MAY_CREATE, Later::Never),
     row(CKA_EXPONENT_2, Shape::Bytes, Classes::PRIVATE, MAY_CREATE, Later::Never),
     row(CKA_COEFFICIENT, Shape::Bytes, Classes::PRIVATE, MAY_CREATE, Later::Never),
-    row(CKA_PUBLIC_KEY_INFO, Shape::Bytes, Classes::CERTIFICATE | Classes::PUBLIC | Classes::PRIVATE, ANY, Later::Never),
-    // At unwrapping and deriving it states the length that is expected: the standard wants it for derivation.
+    row(
+        CKA_PUBLIC_KEY_INFO,
+        Shape::Bytes,
+        Classes::CERTIFICATE | Classes::PUBLIC | Classes::PRIVATE,
+        ANY,
+        Later::Never,
+    ),
+    // At unwrapping and deriving it states the length that is expected: the standard wants it for
+    // derivation.
     row(CKA_VALUE_LEN, Shape::Number, Classes::SECRET, MAY_GENERATE | MAY_UNWRAP, Later::Never),
     flag(CKA_EXTRACTABLE, Flags::EXTRACTABLE, Classes::HIDDEN, ANY, Later::OnlyFalse),
     flag(CKA_LOCAL, Flags::LOCAL, Classes::KEYS, NONE, Later::Never),

@@ -5,7 +5,8 @@ use core::ops::{Deref, DerefMut};
 use smallvec::SmallVec;
 use zeroize::Zeroize;
 
-/// Bytes that are overwritten before their memory is given back. Up to 64 bytes live without a heap allocation.
+/// Bytes that are overwritten before their memory is given back. Up to 64 bytes live without a heap
+/// allocation.
 #[derive(Default, Clone)]
 pub(crate) struct Buffer(SmallVec<[u8; INLINE]>);
 
@@ -20,7 +21,8 @@ impl Buffer {
         Self(SmallVec::from_elem(0, length))
     }
 
-    /// Appends a copy of `bytes`. When the bytes must move to a larger place, the old place is overwritten.
+    /// Appends a copy of `bytes`. When the bytes must move to a larger place, the old place is
+    /// overwritten.
     pub(crate) fn extend(&mut self, bytes: &[u8]) {
         if self.0.len() + bytes.len() > self.0.capacity() {
             let mut larger = SmallVec::with_capacity((self.0.len() + bytes.len()).max(2 * self.0.len()));
@@ -65,7 +67,8 @@ impl Drop for Buffer {
     }
 }
 
-/// How much room the caller offers for the answer (PKCS#11 section 5.2): none is a question for the length.
+/// How much room the caller offers for the answer (PKCS#11 section 5.2): none is a question for the
+/// length.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Room {
     /// The caller gave no buffer.
@@ -75,8 +78,8 @@ pub(crate) enum Room {
 }
 
 impl Room {
-    /// Answers now when the caller only asks for the length, or when `needed` bytes do not fit. `needed` is what the
-    /// caller is told. `None`: go on and do the work.
+    /// Answers now when the caller only asks for the length, or when `needed` bytes do not fit.
+    /// `needed` is what the caller is told. `None`: go on and do the work.
     pub(crate) fn settle(self, needed: usize) -> Option<Output> {
         match self {
             Self::Query => Some(Output::Length(needed)),

@@ -1,8 +1,9 @@
 //! Token objects that a session uses again and again, such as the KEK of all its unwraps.
 //!
-//! All sessions use the same few token objects. Looked up in the token's table, each use would write the lock and the reference count that
-//! all threads share, and threads would wait for each other's cache lines. So a session keeps copies of its own (the key material itself is
-//! shared, and never written). The token empties all caches when a token object changes or goes.
+//! All sessions use the same few token objects. Looked up in the token's table, each use would
+//! write the lock and the reference count that all threads share, and threads would wait for each
+//! other's cache lines. So a session keeps copies of its own (the key material itself is shared,
+//! and never written). The token empties all caches when a token object changes or goes.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -19,8 +20,8 @@ pub(crate) struct ObjectCache(Mutex<Vec<Arc<Object>>>);
 impl ObjectCache {
     /// The object with this handle, from here or from the table.
     pub(crate) fn get(&self, handle: CK_OBJECT_HANDLE, table: &Table<Object>) -> Option<Arc<Object>> {
-        // Held while the table is looked at: an object that is removed meanwhile is either not found there, or thrown out by the emptying that
-        // follows its removal.
+        // Held while the table is looked at: an object that is removed meanwhile is either not
+        // found there, or thrown out by the emptying that follows its removal.
         let mut known = self.lock();
         if let Some(object) = known.iter().find(|object| object.handle == handle) {
             return Some(Arc::clone(object));

@@ -122,11 +122,14 @@ impl CipherOperation {
         }
         let length = match &self.mode {
             Mode::Ecb { pending } => whole_blocks(pending.len() + data.len()),
-            Mode::Cbc { pending, padded: true, .. } if !self.encrypt => whole_blocks((pending.len() + data.len()).saturating_sub(1)),
+            Mode::Cbc { pending, padded: true, .. } if !self.encrypt => {
+                whole_blocks((pending.len() + data.len()).saturating_sub(1))
+            }
             Mode::Cbc { pending, .. } => whole_blocks(pending.len() + data.len()),
             Mode::Counter { .. } => data.len(),
             Mode::Gcm { .. } if self.encrypt => data.len(),
-            // Callers that make a buffer of the length that they were told, and pass none when it is 0, would only ask again.
+            // Callers that make a buffer of the length that they were told, and pass none when it
+            // is 0, would only ask again.
             Mode::Gcm { held, .. } if matches!(room, Room::Query) => held.len() + data.len(),
             Mode::Gcm { .. } => 0,
             Mode::KeyWrap { .. } | Mode::Rsa { .. } => return fail(CKR_FUNCTION_NOT_SUPPORTED),
@@ -278,10 +281,16 @@ impl Mode {
             }
             (CKM_AES_GCM, Parameters::Gcm { iv, aad, tag_bits }) => {
                 let schedule = aes()?;
-                let gcm = if encrypt { Gcm::to_encrypt(schedule, iv, aad)? } else { Gcm::new(&schedule.cipher, schedule.hash(), iv, aad)? };
+                let gcm = if encrypt {
+                    Gcm::to_encrypt(schedule, iv, aad)?
+                } else {
+                    Gcm::new(&schedule.cipher, schedule.hash(), iv, aad)?
+                };
                 Ok(Self::Gcm { gcm: Box::new(gcm), tag: tag_length(*tag_bits)?, held: Buffer::default() })
             }
-            (CKM_AES_KEY_WRAP | CKM_AES_KEY_WRAP_KWP, Parameters::None) => aes().map(|_| Self::KeyWrap { padded: mechanism.kind == CKM_AES_KEY_WRAP_KWP }),
+            (CKM_AES_KEY_WRAP | CKM_AES_KEY_WRAP_KWP, Parameters::None) => {
+                aes().map(|_| Self::KeyWrap { padded: mechanism.kind == CKM_AES_KEY_WRAP_KWP })
+            }
             (CKM_RSA_PKCS | CKM_RSA_PKCS_OAEP, parameters) => {
                 let fits = match &*key.material {
                     Material::RsaPublic(_) => encrypt,
@@ -293,9 +302,11 @@ impl Mode {
                 }
                 Ok(Self::Rsa { padding: Padding::for_encryption(mechanism.kind, parameters)? })
             }
-            (CKM_AES_ECB | CKM_AES_CBC | CKM_AES_CBC_PAD | CKM_AES_CTR | CKM_AES_GCM | CKM_AES_KEY_WRAP | CKM_AES_KEY_WRAP_KWP, _) => {
-                fail(CKR_MECHANISM_PARAM_INVALID)
-            }
+            (
+                CKM_AES_ECB | CKM_AES_CBC | CKM_AES_CBC_PAD | CKM_AES_CTR | CKM_AES_GCM | CKM_AES_KEY_WRAP
+                | CKM_AES_KEY_WRAP_KWP,
+                _,
+            ) => fail(CKR_MECHANISM_PARAM_INVALID),
             _ => fail(CKR_MECHANISM_INVALID),
         }
     }
@@ -327,7 +338,8 @@ pub(crate) fn unpad(data: &mut Buffer) -> Result<()> {
     let invalid = Rv(CKR_ENCRYPTED_DATA_INVALID);
     let count = usize::from(*data.last().ok_or(invalid)?);
     let start = data.len().checked_sub(count).filter(|_| (1..=BLOCK).contains(&count)).ok_or(invalid)?;
-    let wrong = data.get(start..).unwrap_or_default().iter().fold(0, |wrong, byte| wrong | (usize::from(*byte) ^ count));
+    let wrong =
+        data.get(start..).unwrap_or_default().iter().fold(0, |wrong, byte| wrong | (usize::from(*byte) ^ count));
     if wrong != 0 {
         return Err(invalid);
     }

@@ -1,7 +1,9 @@
-//! The failing HSM: a file that tells the module, while it runs, to be slow, to fail and to lose things.
+//! The failing HSM: a file that tells the module, while it runs, to be slow, to fail and to lose
+//! things.
 //!
-//! The README describes the format. Rules (`latency`, `fail`, `session-limit`) hold as long as they are in the file. Commands
-//! (`drop-sessions`, …) are carried out once: each has an `id`, and what was in the file at the start counts as done.
+//! The README describes the format. Rules (`latency`, `fail`, `session-limit`) hold as long as they
+//! are in the file. Commands (`drop-sessions`, …) are carried out once: each has an `id`, and what
+//! was in the file at the start counts as done.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -93,7 +95,13 @@ enum Line {
 
 impl Control {
     pub(crate) fn new(path: PathBuf) -> Self {
-        Self { path, start: Instant::now(), next_look: AtomicU64::new(0), rules: ArcSwap::default(), seen: Mutex::default() }
+        Self {
+            path,
+            start: Instant::now(),
+            next_look: AtomicU64::new(0),
+            rules: ArcSwap::default(),
+            seen: Mutex::default(),
+        }
     }
 
     /// What happens before a function does its work: it may take longer, or fail.
@@ -116,7 +124,9 @@ impl Control {
     pub(crate) fn poll(&self, module: &Module) {
         let now = u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let due = self.next_look.load(Ordering::Relaxed);
-        if now < due || self.next_look.compare_exchange(due, now + LOOK_EVERY, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+        if now < due
+            || self.next_look.compare_exchange(due, now + LOOK_EVERY, Ordering::AcqRel, Ordering::Relaxed).is_err()
+        {
             return;
         }
         let commands = self.read();
@@ -164,7 +174,9 @@ impl Control {
                         commands.push(command);
                     }
                 }
-                Err(reason) => eprintln!("hsm-sim: `{}` line {}: {reason}; the line is ignored", self.path.display(), number + 1),
+                Err(reason) => {
+                    eprintln!("hsm-sim: `{}` line {}: {reason}; the line is ignored", self.path.display(), number + 1)
+                }
             }
         }
         self.rules.store(Arc::new(rules));
@@ -179,7 +191,8 @@ impl Latency {
             Self::Uniform { low, high } => low + high.saturating_sub(low).mul_f64(uniform()),
             Self::LogNormal { median, sigma } => {
                 // Box-Muller: two uniform numbers make a normal one.
-                let normal = (-2.0 * uniform().max(f64::MIN_POSITIVE).ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos();
+                let normal =
+                    (-2.0 * uniform().max(f64::MIN_POSITIVE).ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos();
                 median.mul_f64((sigma * normal).exp().min(1000.0))
             }
         }
@@ -189,13 +202,21 @@ impl Latency {
     fn parse(words: &[&str]) -> std::result::Result<Self, String> {
         match words {
             ["lognormal", median, sigma] => {
-                let sigma = sigma.parse().ok().filter(|sigma| (0.0..=10.0).contains(sigma)).ok_or(format!("`{sigma}` is no sigma from 0 to 10"))?;
+                let sigma = sigma
+                    .parse()
+                    .ok()
+                    .filter(|sigma| (0.0..=10.0).contains(sigma))
+                    .ok_or(format!("`{sigma}` is no sigma from 0 to 10"))?;
                 Ok(Self::LogNormal { median: duration(median)?, sigma })
             }
             [range] => match range.split_once("..") {
                 Some((low, high)) => {
                     let (low, high) = (duration(low)?, duration(high)?);
-                    if low > high { Err(format!("`{range}` ends before it begins")) } else { Ok(Self::Uniform { low, high }) }
+                    if low > high {
+                        Err(format!("`{range}` ends before it begins"))
+                    } else {
+                        Ok(Self::Uniform { low, high })
+                    }
                 }
                 None => duration(range).map(|time| Self::Uniform { low: time, high: time }),
             },
@@ -262,9 +283,14 @@ impl Line {
                 let (scope, code, when) = (scope(name)?, code_of(code)?, When::parse(conditions)?);
                 Ok(Some(Self::Failure(Failure { line: text.to_owned(), scope, code, when, calls: AtomicU64::new(0) })))
             }
-            ["session-limit", limit] => limit.parse().map(|limit| Some(Self::SessionLimit(limit))).map_err(|_| format!("`{limit}` is no number")),
+            ["session-limit", limit] => limit
+                .parse()
+                .map(|limit| Some(Self::SessionLimit(limit)))
+                .map_err(|_| format!("`{limit}` is no number")),
             [name @ ("drop-sessions" | "remove-token" | "insert-token" | "wipe-token"), target @ .., id] => {
-                let id = id.strip_prefix("id=").ok_or("a command ends with `id=` and a value that no earlier one had".to_owned())?;
+                let id = id
+                    .strip_prefix("id=")
+                    .ok_or("a command ends with `id=` and a value that no earlier one had".to_owned())?;
                 let target = target.join(" ");
                 let command = match (*name, target.is_empty()) {
                     ("drop-sessions", true) => Command::DropSessions,
@@ -282,7 +308,8 @@ impl Line {
 }
 
 impl When {
-    /// Any of `nth=`, `count=`; or `every=`; or `probability=`; `id=` only makes a line differ from an earlier one.
+    /// Any of `nth=`, `count=`; or `every=`; or `probability=`; `id=` only makes a line differ from
+    /// an earlier one.
     fn parse(conditions: &[&str]) -> std::result::Result<Self, String> {
         let mut given = HashMap::new();
         for condition in conditions {
@@ -292,9 +319,15 @@ impl When {
         given.remove("id");
         let mut number = |key: &str| match given.remove(key) {
             None => Ok(None),
-            Some(value) => value.parse().ok().filter(|number| *number > 0).map(Some).ok_or(format!("`{key}={value}` is no positive number")),
+            Some(value) => value
+                .parse()
+                .ok()
+                .filter(|number| *number > 0)
+                .map(Some)
+                .ok_or(format!("`{key}={value}` is no positive number")),
         };
-        let (nth, count, every): (Option<u64>, Option<u64>, Option<u64>) = (number("nth")?, number("count")?, number("every")?);
+        let (nth, count, every): (Option<u64>, Option<u64>, Option<u64>) =
+            (number("nth")?, number("count")?, number("every")?);
         let probability = given.remove("probability");
         if let Some(key) = given.keys().next() {
             return Err(format!("`{key}` is no condition"));
@@ -328,7 +361,9 @@ fn duration(text: &str) -> std::result::Result<Duration, String> {
     let units = [("us", 1e-6), ("ms", 1e-3), ("s", 1.0)];
     let number = units.iter().find_map(|(unit, factor)| Some(text.strip_suffix(unit)?.parse::<f64>().ok()? * factor));
     let number = number.filter(|seconds| (0.0..=3600.0).contains(seconds));
-    number.map(Duration::from_secs_f64).ok_or(format!("`{text}` is no time: write it as `5ms`, `200us` or `1.5s`, up to an hour"))
+    number
+        .map(Duration::from_secs_f64)
+        .ok_or(format!("`{text}` is no time: write it as `5ms`, `200us` or `1.5s`, up to an hour"))
 }
 
 fn code_of(name: &str) -> std::result::Result<CK_RV, String> {
@@ -459,7 +494,9 @@ mod tests {
 
     #[test]
     fn latencies_stay_in_their_range() {
-        let Ok(Some(Line::Latency(None, latency))) = Line::parse("latency * 1ms..3ms # slow") else { panic!("a latency") };
+        let Ok(Some(Line::Latency(None, latency))) = Line::parse("latency * 1ms..3ms # slow") else {
+            panic!("a latency")
+        };
         for _ in 0..100 {
             assert!((Duration::from_millis(1)..=Duration::from_millis(3)).contains(&latency.sample()));
         }

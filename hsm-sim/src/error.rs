@@ -1,4 +1,5 @@
-//! Return codes. The whole module speaks in the standard's `CKR_` values: there is no other error type to translate from.
+//! Return codes. The whole module speaks in the standard's `CKR_` values: there is no other error
+//! type to translate from.
 
 use cryptoki_sys::{CK_RV, CKR_DEVICE_ERROR, CKR_DEVICE_MEMORY};
 

@@ -113,7 +113,8 @@ impl Session {
         self.check_new(&draft)?;
         let mut value = Buffer::zeros(length);
         random(&mut value)?;
-        let object = self.build(&draft, key_type, Material::Secret(Secret::new(value)), &Birth::Generated(mechanism.kind))?;
+        let object =
+            self.build(&draft, key_type, Material::Secret(Secret::new(value)), &Birth::Generated(mechanism.kind))?;
         self.add(object)
     }
 
@@ -157,7 +158,8 @@ impl Session {
             public_key.store(CKA_EC_PARAMS, parameters);
             private_key.store(CKA_EC_PARAMS, parameters);
         }
-        // The private key first: should the second write fail, nothing is lost that only the pair would give.
+        // The private key first: should the second write fail, nothing is lost that only the pair
+        // would give.
         let private_handle = self.add(private_key)?;
         match self.add(public_key) {
             Ok(public_handle) => Ok((public_handle, private_handle)),
@@ -171,7 +173,13 @@ impl Session {
     }
 
     /// C_WrapKey.
-    pub(crate) fn wrap_key(&self, mechanism: &Mechanism<'_>, wrapping: CK_OBJECT_HANDLE, key: CK_OBJECT_HANDLE, room: Room) -> Result<Output> {
+    pub(crate) fn wrap_key(
+        &self,
+        mechanism: &Mechanism<'_>,
+        wrapping: CK_OBJECT_HANDLE,
+        key: CK_OBJECT_HANDLE,
+        room: Room,
+    ) -> Result<Output> {
         let wrapping = self.object(wrapping, CKR_WRAPPING_KEY_HANDLE_INVALID)?;
         let mut key = self.object(key, CKR_KEY_HANDLE_INVALID)?;
         if key.id.is_some() {
@@ -233,7 +241,8 @@ impl Session {
             CKO_SECRET_KEY => {
                 if let Some(length) = draft.number(CKA_VALUE_LEN)? {
                     let length = usize::try_from(length).map_err(|_| Rv(CKR_ATTRIBUTE_VALUE_INVALID))?;
-                    // ECB and CBC fill up with zeros: only there can the key be shorter than what was wrapped.
+                    // ECB and CBC fill up with zeros: only there can the key be shorter than what
+                    // was wrapped.
                     let padded = matches!(mechanism.kind, CKM_AES_ECB | CKM_AES_CBC) && length < value.len();
                     if length != value.len() && !padded {
                         return fail(CKR_TEMPLATE_INCONSISTENT);
@@ -261,7 +270,12 @@ impl Session {
     }
 
     /// C_DeriveKey. More than one key comes from SP800_108_COUNTER_KDF with additional keys.
-    pub(crate) fn derive_key(&self, mechanism: &Mechanism<'_>, base: CK_OBJECT_HANDLE, template: &[Item<'_>]) -> Result<Vec<CK_OBJECT_HANDLE>> {
+    pub(crate) fn derive_key(
+        &self,
+        mechanism: &Mechanism<'_>,
+        base: CK_OBJECT_HANDLE,
+        template: &[Item<'_>],
+    ) -> Result<Vec<CK_OBJECT_HANDLE>> {
         let base = self.object(base, CKR_KEY_HANDLE_INVALID)?;
         if !base.flags.has(Flags::DERIVE) {
             return fail(CKR_KEY_FUNCTION_NOT_PERMITTED);
@@ -282,18 +296,25 @@ impl Session {
         for template in &merged {
             // HKDF_DATA makes a data object, whose length the template still has to say.
             let length_item = template.iter().find(|item| item.kind == CKA_VALUE_LEN && implied == CKO_DATA);
-            let without: Template<'_> = template.iter().filter(|item| length_item.is_none() || item.kind != CKA_VALUE_LEN).cloned().collect();
+            let without: Template<'_> =
+                template.iter().filter(|item| length_item.is_none() || item.kind != CKA_VALUE_LEN).cloned().collect();
             let draft = Draft::new(&without, Some(implied), MAY_UNWRAP)?;
             let length = match length_item {
                 Some(item) => Some(crate::template::number(item.plain()?)?),
                 None => draft.number(CKA_VALUE_LEN)?,
             };
             let length = length.map(usize::try_from).transpose().map_err(|_| Rv(CKR_ATTRIBUTE_VALUE_INVALID))?;
-            let key_type = if implied == CKO_DATA { NO_KEY_TYPE } else { draft.number(CKA_KEY_TYPE)?.unwrap_or(CKK_GENERIC_SECRET) };
+            let key_type = if implied == CKO_DATA {
+                NO_KEY_TYPE
+            } else {
+                draft.number(CKA_KEY_TYPE)?.unwrap_or(CKK_GENERIC_SECRET)
+            };
             if implied == CKO_SECRET_KEY && !is_secret(key_type) {
                 return fail(CKR_TEMPLATE_INCONSISTENT);
             }
-            if length.is_some_and(|length| length > MAX_SECRET || (implied == CKO_SECRET_KEY && !length_fits(key_type, length))) {
+            if length.is_some_and(|length| {
+                length > MAX_SECRET || (implied == CKO_SECRET_KEY && !length_fits(key_type, length))
+            }) {
                 return fail(CKR_ATTRIBUTE_VALUE_INVALID);
             }
             self.check_new(&draft)?;
@@ -332,7 +353,12 @@ impl Session {
         Ok(handles)
     }
 
-    fn derive_values(&self, mechanism: &Mechanism<'_>, base: &Object, lengths: &[(CK_KEY_TYPE, Option<usize>)]) -> Result<Vec<Buffer>> {
+    fn derive_values(
+        &self,
+        mechanism: &Mechanism<'_>,
+        base: &Object,
+        lengths: &[(CK_KEY_TYPE, Option<usize>)],
+    ) -> Result<Vec<Buffer>> {
         let wrong = CKR_KEY_TYPE_INCONSISTENT;
         let (_, length) = *lengths.first().ok_or(Rv(CKR_TEMPLATE_INCOMPLETE))?;
         // The encrypted data, of which the first bytes are the key.
@@ -432,7 +458,10 @@ impl Session {
                     return fail(CKR_ATTRIBUTE_VALUE_INVALID);
                 }
                 let secret = Secret::new(Buffer::copy_of(value));
-                if draft.bytes(CKA_CHECK_VALUE).is_some_and(|given| !given.is_empty() && given != check_value(key_type, &secret)) {
+                if draft
+                    .bytes(CKA_CHECK_VALUE)
+                    .is_some_and(|given| !given.is_empty() && given != check_value(key_type, &secret))
+                {
                     return fail(CKR_ATTRIBUTE_VALUE_INVALID);
                 }
                 Material::Secret(secret)
@@ -445,7 +474,9 @@ impl Session {
                 let curve = Curve::from_parameters(draft.required(CKA_EC_PARAMS)?)?;
                 Material::EcPublic(Box::new(EcPublic::new(curve, draft.required(CKA_EC_POINT)?)?))
             }
-            (CKO_PRIVATE_KEY, CKK_RSA) => Material::RsaPrivate(Box::new(RsaPrivate::from_components(|kind| draft.bytes(kind))?)),
+            (CKO_PRIVATE_KEY, CKK_RSA) => {
+                Material::RsaPrivate(Box::new(RsaPrivate::from_components(|kind| draft.bytes(kind))?))
+            }
             (CKO_PUBLIC_KEY, CKK_RSA) => {
                 let modulus = draft.required(CKA_MODULUS)?;
                 Material::RsaPublic(Box::new(RsaPublic::new(modulus, draft.required(CKA_PUBLIC_EXPONENT)?)?))
@@ -478,7 +509,9 @@ impl Session {
             let (always, never) = match birth {
                 Birth::Foreign => (false, false),
                 Birth::Generated(_) => (sensitive, locked_in),
-                Birth::Derived(base) => (base.has(Flags::ALWAYS_SENSITIVE) && sensitive, base.has(Flags::NEVER_EXTRACTABLE) && locked_in),
+                Birth::Derived(base) => {
+                    (base.has(Flags::ALWAYS_SENSITIVE) && sensitive, base.has(Flags::NEVER_EXTRACTABLE) && locked_in)
+                }
             };
             flags = flags.set(Flags::ALWAYS_SENSITIVE, always).set(Flags::NEVER_EXTRACTABLE, never);
         }
@@ -495,8 +528,9 @@ impl Session {
             .iter()
             .filter(|(kind, _)| match *kind {
                 // Kept with the key itself, or as a field of the object.
-                CKA_CLASS | CKA_KEY_TYPE | CKA_VALUE_LEN | CKA_MODULUS | CKA_MODULUS_BITS | CKA_PUBLIC_EXPONENT | CKA_PRIVATE_EXPONENT | CKA_PRIME_1
-                | CKA_PRIME_2 | CKA_EXPONENT_1 | CKA_EXPONENT_2 | CKA_COEFFICIENT => false,
+                CKA_CLASS | CKA_KEY_TYPE | CKA_VALUE_LEN | CKA_MODULUS | CKA_MODULUS_BITS | CKA_PUBLIC_EXPONENT
+                | CKA_PRIVATE_EXPONENT | CKA_PRIME_1 | CKA_PRIME_2 | CKA_EXPONENT_1 | CKA_EXPONENT_2
+                | CKA_COEFFICIENT => false,
                 CKA_VALUE => !is_key,
                 CKA_EC_POINT => draft.class == CKO_PRIVATE_KEY,
                 _ => true,
@@ -525,7 +559,11 @@ impl Session {
             match (rule.shape, &item.value) {
                 (Shape::Flag(bit), _) => {
                     let value = truth(item.plain()?)?;
-                    if bit == Flags::TRUSTED && value && !old.flags.has(bit) && self.token.login_state() != Login::SecurityOfficer {
+                    if bit == Flags::TRUSTED
+                        && value
+                        && !old.flags.has(bit)
+                        && self.token.login_state() != Login::SecurityOfficer
+                    {
                         return fail(CKR_ATTRIBUTE_READ_ONLY);
                     }
                     new.flags = new.flags.set(bit, value);
@@ -538,7 +576,8 @@ impl Session {
     }
 }
 
-/// The template together with what `CKA_UNWRAP_TEMPLATE` or `CKA_DERIVE_TEMPLATE` of the other key wants. They must agree.
+/// The template together with what `CKA_UNWRAP_TEMPLATE` or `CKA_DERIVE_TEMPLATE` of the other key
+/// wants. They must agree.
 fn merge<'a>(template: &[Item<'a>], nested: &'a Nested) -> Result<Template<'a>> {
     let mut merged: Template<'a> = template.iter().cloned().collect();
     for (kind, wanted) in nested {
@@ -673,7 +712,9 @@ fn unwrap_bytes(mechanism: &Mechanism<'_>, unwrapping: &Object, wrapped: &[u8]) 
             range(length == private.modulus().len())?;
             private.decrypt(&padding, wrapped, CKR_WRAPPED_KEY_INVALID)
         }
-        (CKM_AES_KEY_WRAP | CKM_AES_KEY_WRAP_KWP | CKM_AES_ECB | CKM_AES_CBC | CKM_AES_CBC_PAD | CKM_AES_GCM, _) => fail(CKR_MECHANISM_PARAM_INVALID),
+        (CKM_AES_KEY_WRAP | CKM_AES_KEY_WRAP_KWP | CKM_AES_ECB | CKM_AES_CBC | CKM_AES_CBC_PAD | CKM_AES_GCM, _) => {
+            fail(CKR_MECHANISM_PARAM_INVALID)
+        }
         _ => fail(CKR_MECHANISM_INVALID),
     }
 }
@@ -727,7 +768,16 @@ fn check_blocks(data: &[u8]) -> Result<()> {
 
 /// Key types of secret keys that may have any length.
 fn is_generic(key_type: CK_KEY_TYPE) -> bool {
-    matches!(key_type, CKK_GENERIC_SECRET | CKK_HKDF | CKK_SHA_1_HMAC | CKK_SHA224_HMAC | CKK_SHA256_HMAC | CKK_SHA384_HMAC | CKK_SHA512_HMAC)
+    matches!(
+        key_type,
+        CKK_GENERIC_SECRET
+            | CKK_HKDF
+            | CKK_SHA_1_HMAC
+            | CKK_SHA224_HMAC
+            | CKK_SHA256_HMAC
+            | CKK_SHA384_HMAC
+            | CKK_SHA512_HMAC
+    )
 }
 
 fn is_secret(key_type: CK_KEY_TYPE) -> bool {
@@ -744,7 +794,8 @@ fn private_by_default(class: CK_OBJECT_CLASS) -> bool {
 }
 
 /// Flags that are set unless the template says otherwise. The classes that lack one never show it.
-const DEFAULTS: Flags = Flags::MODIFIABLE.with(Flags::COPYABLE).with(Flags::DESTROYABLE).with(Flags::SENSITIVE).with(USAGES);
+const DEFAULTS: Flags =
+    Flags::MODIFIABLE.with(Flags::COPYABLE).with(Flags::DESTROYABLE).with(Flags::SENSITIVE).with(USAGES);
 
 /// What a key can be used for. Derivation is not among the defaults.
 const USAGES: Flags = Flags::ENCRYPT

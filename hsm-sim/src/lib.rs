@@ -1,13 +1,15 @@
-//! A PKCS#11 module: the embedded default HSM of the key management system, and the one that fails on demand.
+//! A PKCS#11 module: the embedded default HSM of the key management system, and the one that fails
+//! on demand.
 //!
-//! It offers the function lists 2.40 and 3.0 of the standard (`C_GetFunctionList`, `C_GetInterface`). The README says how it
-//! is configured, what it can do, and what it does not protect against: it is software, and a process that can read its
-//! memory can read its keys.
+//! It offers the function lists 2.40 and 3.0 of the standard (`C_GetFunctionList`,
+//! `C_GetInterface`). The README says how it is configured, what it can do, and what it does not
+//! protect against: it is software, and a process that can read its memory can read its keys.
 //!
-//! Modules, from the outside in: `abi` (the C functions, all `unsafe` code), `module` (slots and sessions), `operations`,
-//! `keys`, `cipher`, `signature` and `message` (what sessions do), `token` and `store` (tokens in memory and on disk),
-//! `object`, `attribute` and `template` (what objects are), `crypto` (the algorithms), `control` (failures on demand),
-//! `nonces` (a watcher, for tests).
+//! Modules, from the outside in: `abi` (the C functions, all `unsafe` code), `module` (slots and
+//! sessions), `operations`, `keys`, `cipher`, `signature` and `message` (what sessions do), `token`
+//! and `store` (tokens in memory and on disk), `object`, `attribute` and `template` (what objects
+//! are), `crypto` (the algorithms), `control` (failures on demand), `nonces` (a watcher, for
+//! tests).
 
 #![deny(unsafe_code)]
 

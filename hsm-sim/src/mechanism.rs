@@ -20,8 +20,8 @@ pub(crate) enum Parameters<'a> {
     None,
     /// The initialization vector of CBC.
     Iv([u8; 16]),
-    /// Bytes whose meaning depends on the mechanism: an alternative initial value of key wrapping, the data that
-    /// AES_ECB_ENCRYPT_DATA encrypts, or an IV of GMAC.
+    /// Bytes whose meaning depends on the mechanism: an alternative initial value of key wrapping,
+    /// the data that AES_ECB_ENCRYPT_DATA encrypts, or an IV of GMAC.
     Bytes(&'a [u8]),
     /// The counter block of AES_CTR and the width of its counter in bits.
     Counter { bits: u64, block: [u8; 16] },
@@ -53,9 +53,14 @@ pub(crate) enum Salt<'a> {
     Key(CK_OBJECT_HANDLE),
 }
 
-/// What the token says about a mechanism: the range of key sizes in the unit of the standard, and `CKF_` flags.
+/// What the token says about a mechanism: the range of key sizes in the unit of the standard, and
+/// `CKF_` flags.
 pub(crate) fn info(kind: CK_MECHANISM_TYPE) -> Option<CK_MECHANISM_INFO> {
-    TABLE.iter().find(|row| row.0 == kind).map(|row| CK_MECHANISM_INFO { ulMinKeySize: row.1, ulMaxKeySize: row.2, flags: row.3 })
+    TABLE.iter().find(|row| row.0 == kind).map(|row| CK_MECHANISM_INFO {
+        ulMinKeySize: row.1,
+        ulMaxKeySize: row.2,
+        flags: row.3,
+    })
 }
 
 /// All mechanisms of the token.

@@ -1,4 +1,5 @@
-//! Message-based encryption (PKCS#11 3.0, section 5.9 and 5.11): one key, many AES-GCM messages, each with its own IV.
+//! Message-based encryption (PKCS#11 3.0, section 5.9 and 5.11): one key, many AES-GCM messages,
+//! each with its own IV.
 
 use std::sync::Arc;
 
@@ -12,7 +13,8 @@ use crate::crypto::random;
 use crate::error::{Result, Rv, fail};
 use crate::object::Object;
 
-/// A message operation that was begun: the key stays until C_MessageEncryptFinal or C_MessageDecryptFinal.
+/// A message operation that was begun: the key stays until C_MessageEncryptFinal or
+/// C_MessageDecryptFinal.
 pub(crate) struct MessageOperation {
     key: Arc<Object>,
     encrypt: bool,
@@ -54,7 +56,13 @@ impl MessageOperation {
     }
 
     /// Encrypts one message. The second value is the IV that was used, the third the tag.
-    pub(crate) fn encrypt(&mut self, parameters: &MessageParameters<'_>, aad: &[u8], data: &[u8], room: Room) -> Result<(Output, Buffer, Buffer)> {
+    pub(crate) fn encrypt(
+        &mut self,
+        parameters: &MessageParameters<'_>,
+        aad: &[u8],
+        data: &[u8],
+        room: Room,
+    ) -> Result<(Output, Buffer, Buffer)> {
         self.check_idle()?;
         let length = tag_length(parameters.tag_bits)?;
         if let Some(answer) = room.settle(data.len()) {
@@ -68,7 +76,13 @@ impl MessageOperation {
     }
 
     /// Decrypts one message.
-    pub(crate) fn decrypt(&mut self, parameters: &MessageParameters<'_>, aad: &[u8], data: &[u8], room: Room) -> Result<Output> {
+    pub(crate) fn decrypt(
+        &mut self,
+        parameters: &MessageParameters<'_>,
+        aad: &[u8],
+        data: &[u8],
+        room: Room,
+    ) -> Result<Output> {
         self.check_idle()?;
         if let Some(answer) = room.settle(data.len()) {
             return Ok(answer);
@@ -90,7 +104,13 @@ impl MessageOperation {
     }
 
     /// The next part of a message to be encrypted. The tag comes with the last one.
-    pub(crate) fn encrypt_next(&mut self, parameters: &MessageParameters<'_>, data: &[u8], last: bool, room: Room) -> Result<(Output, Option<Buffer>)> {
+    pub(crate) fn encrypt_next(
+        &mut self,
+        parameters: &MessageParameters<'_>,
+        data: &[u8],
+        last: bool,
+        room: Room,
+    ) -> Result<(Output, Option<Buffer>)> {
         let length = tag_length(parameters.tag_bits)?;
         let open = self.open.as_mut().ok_or(Rv(CKR_OPERATION_NOT_INITIALIZED))?;
         if let Some(answer) = room.settle(data.len()) {
@@ -105,8 +125,15 @@ impl MessageOperation {
         Ok((Output::Data(out), tag))
     }
 
-    /// The next part of a message to be decrypted. Nothing comes out before the last part, when the tag is checked.
-    pub(crate) fn decrypt_next(&mut self, parameters: &MessageParameters<'_>, data: &[u8], last: bool, room: Room) -> Result<Output> {
+    /// The next part of a message to be decrypted. Nothing comes out before the last part, when the
+    /// tag is checked.
+    pub(crate) fn decrypt_next(
+        &mut self,
+        parameters: &MessageParameters<'_>,
+        data: &[u8],
+        last: bool,
+        room: Room,
+    ) -> Result<Output> {
         let open = self.open.as_mut().ok_or(Rv(CKR_OPERATION_NOT_INITIALIZED))?;
         // As with decryption in parts: who is told 0 may pass no buffer, and would only ask again.
         let length = if last || matches!(room, Room::Query) { open.held.len() + data.len() } else { 0 };
@@ -129,7 +156,11 @@ impl MessageOperation {
 
     fn start(&self, iv: &[u8], aad: &[u8]) -> Result<Gcm> {
         let schedule = self.key.aes(CKR_KEY_TYPE_INCONSISTENT)?;
-        if self.encrypt { Gcm::to_encrypt(schedule, iv, aad) } else { Gcm::new(&schedule.cipher, schedule.hash(), iv, aad) }
+        if self.encrypt {
+            Gcm::to_encrypt(schedule, iv, aad)
+        } else {
+            Gcm::new(&schedule.cipher, schedule.hash(), iv, aad)
+        }
     }
 
     /// The IV of the next message: the caller's, or one whose last bits the token makes.
@@ -175,5 +206,9 @@ impl MessageOperation {
 
 fn check_tag(gcm: &Gcm, parameters: &MessageParameters<'_>) -> Result<()> {
     let length = tag_length(parameters.tag_bits)?;
-    if bool::from(gcm.tag().get(..length).unwrap_or_default().ct_eq(parameters.tag)) { Ok(()) } else { fail(CKR_AEAD_DECRYPT_FAILED) }
+    if bool::from(gcm.tag().get(..length).unwrap_or_default().ct_eq(parameters.tag)) {
+        Ok(())
+    } else {
+        fail(CKR_AEAD_DECRYPT_FAILED)
+    }
 }

@@ -22,13 +22,14 @@ pub(crate) struct Module {
     sessions: Table<Session>,
     next_session: AtomicU64,
     control: Option<Control>,
-    // Opening, closing, login and logout come one after the other: each looks at what the others do.
+    // Opening, closing, login and logout come one after the other: each looks at what the others
+    // do.
     order: Mutex<()>,
 }
 
 impl Module {
-    /// The module as the environment configures it. The reason of a failure goes to standard error: the standard has no
-    /// other place for it.
+    /// The module as the environment configures it. The reason of a failure goes to standard error:
+    /// the standard has no other place for it.
     pub(crate) fn new() -> Result<Self> {
         let refuse = |reason: String| {
             eprintln!("hsm-sim: {reason}");
@@ -116,7 +117,12 @@ impl Module {
             return fail(CKR_TOKEN_NOT_RECOGNIZED);
         }
         let _order = self.order();
-        if self.control.as_ref().and_then(Control::session_limit).is_some_and(|limit| token.sessions.load(Ordering::Acquire) >= limit) {
+        if self
+            .control
+            .as_ref()
+            .and_then(Control::session_limit)
+            .is_some_and(|limit| token.sessions.load(Ordering::Acquire) >= limit)
+        {
             return fail(CKR_SESSION_COUNT);
         }
         let read_write = flags & CKF_RW_SESSION != 0;
@@ -150,7 +156,9 @@ impl Module {
     /// Ends the sessions of one token, or all.
     pub(crate) fn drop_sessions(&self, token: Option<&Arc<Token>>) {
         let _order = self.order();
-        for (_, session) in self.sessions.remove_if(|session| token.is_none_or(|token| Arc::ptr_eq(token, &session.token))) {
+        for (_, session) in
+            self.sessions.remove_if(|session| token.is_none_or(|token| Arc::ptr_eq(token, &session.token)))
+        {
             Self::end(&session);
         }
     }
@@ -178,7 +186,8 @@ impl Module {
         session.token.log_in(role, pin)
     }
 
-    /// C_Logout: ends the operations of all sessions with the token and destroys their private objects.
+    /// C_Logout: ends the operations of all sessions with the token and destroys their private
+    /// objects.
     pub(crate) fn log_out(&self, handle: CK_SESSION_HANDLE) -> Result<()> {
         let session = self.session(handle)?;
         let _order = self.order();

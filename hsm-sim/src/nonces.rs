@@ -1,7 +1,9 @@
-//! The nonce watcher: notes which nonce protected what under which key, in all processes that share a folder. For tests.
+//! The nonce watcher: notes which nonce protected what under which key, in all processes that share
+//! a folder. For tests.
 //!
-//! One nonce under two contents breaks AES-GCM (SP 800-38D, section 8). A system that counts nonces outside the token shows only here, where key
-//! values are known, that it never repeats one. The README says how it is switched on and what a note looks like.
+//! One nonce under two contents breaks AES-GCM (SP 800-38D, section 8). A system that counts nonces
+//! outside the token shows only here, where key values are known, that it never repeats one. The
+//! README says how it is switched on and what a note looks like.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -15,7 +17,8 @@ use aws_lc_rs::digest::{Context, SHA256, digest};
 
 use crate::crypto::random;
 
-/// Octets of the SHA-256 digests that are kept: enough to tell keys and contents apart, and half the memory.
+/// Octets of the SHA-256 digests that are kept: enough to tell keys and contents apart, and half
+/// the memory.
 const KEPT: usize = 16;
 
 type Digest = [u8; KEPT];
@@ -47,20 +50,27 @@ pub(crate) fn begin(folder: Option<&Path>) -> Result<(), String> {
     Ok(())
 }
 
-/// The name of a key in notes; `None` while nothing is watched. The key of the published examples, 00 01 02 and so on, is nobody's secret, and is
-/// tried with one nonce by known-answer tests: it is not watched.
+/// The name of a key in notes; `None` while nothing is watched. The key of the published examples,
+/// 00 01 02 and so on, is nobody's secret, and is tried with one nonce by known-answer tests: it is
+/// not watched.
 pub(crate) fn key_name(value: &[u8]) -> Option<[u8; KEPT]> {
-    WATCH.get()?.as_ref().filter(|_| value.iter().zip(0..).any(|(octet, example)| *octet != example)).map(|_| kept(digest(&SHA256, value).as_ref()))
+    WATCH
+        .get()?
+        .as_ref()
+        .filter(|_| value.iter().zip(0..).any(|(octet, example)| *octet != example))
+        .map(|_| kept(digest(&SHA256, value).as_ref()))
 }
 
 impl Watch {
     fn open(folder: &Path) -> Result<Self, String> {
-        let refuse = |error: &dyn std::fmt::Display| format!("the folder of the nonce watcher, `{}`: {error}", folder.display());
+        let refuse =
+            |error: &dyn std::fmt::Display| format!("the folder of the nonce watcher, `{}`: {error}", folder.display());
         std::fs::create_dir_all(folder).map_err(|error| refuse(&error))?;
         let mut salt = [0; 8];
         random(&mut salt).map_err(|_| refuse(&"no random number"))?;
         let name = format!("{NOTES}{}-{}", std::process::id(), hex(&salt));
-        let mut notes = OpenOptions::new().append(true).create_new(true).open(folder.join(name)).map_err(|error| refuse(&error))?;
+        let mut notes =
+            OpenOptions::new().append(true).create_new(true).open(folder.join(name)).map_err(|error| refuse(&error))?;
         let arguments: Vec<String> = std::env::args_os().map(|argument| format!("{argument:?}")).collect();
         writeln!(notes, "# {}", arguments.join(" ")).map_err(|error| refuse(&error))?;
         Ok(Self { folder: folder.to_owned(), notes, seen: Mutex::default() })
@@ -103,7 +113,12 @@ impl Note {
     /// `key` is the name of the key; `None`: nothing is watched.
     pub(crate) fn of(key: Option<[u8; KEPT]>, iv: &[u8]) -> Option<Box<Self>> {
         let place = Place { key: key?, iv: iv.to_vec() };
-        Some(Box::new(Self { place, aad: Context::new(&SHA256), data: Context::new(&SHA256), given_out: AtomicBool::new(false) }))
+        Some(Box::new(Self {
+            place,
+            aad: Context::new(&SHA256),
+            data: Context::new(&SHA256),
+            given_out: AtomicBool::new(false),
+        }))
     }
 
     /// More associated data.
@@ -180,7 +195,8 @@ impl Notes {
                     line.clone_into(&mut process);
                     continue;
                 }
-                let Some((place, content)) = line.rsplit_once(' ').filter(|(_, content)| content.len() == 2 * KEPT) else {
+                let Some((place, content)) = line.rsplit_once(' ').filter(|(_, content)| content.len() == 2 * KEPT)
+                else {
                     // The last line of a process that was killed while it wrote.
                     if !text.ends_with('\n') && text.ends_with(line) {
                         continue;
@@ -240,7 +256,9 @@ mod tests {
         assert!(!Notes::read(&path).unwrap().repeated.is_empty());
         // Seen only by who looks at both.
         let other = folder.path().join("other");
-        for (content, process) in [[3; KEPT], [4; KEPT]].into_iter().zip([Watch::open(&other).unwrap(), Watch::open(&other).unwrap()]) {
+        for (content, process) in
+            [[3; KEPT], [4; KEPT]].into_iter().zip([Watch::open(&other).unwrap(), Watch::open(&other).unwrap()])
+        {
             process.note(place(2), content);
         }
         assert!(!other.join(VIOLATIONS).exists());

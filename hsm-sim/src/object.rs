@@ -20,8 +20,8 @@ use crate::template::{Item, Nested, Value};
 /// Names a token object on disk.
 pub(crate) type ObjectId = [u8; 16];
 
-/// An object. It never changes: C_SetAttributeValue puts a new one in its place, and operations that already run keep the
-/// old one.
+/// An object. It never changes: C_SetAttributeValue puts a new one in its place, and operations
+/// that already run keep the old one.
 #[derive(Clone)]
 pub(crate) struct Object {
     /// What callers know it by.
@@ -95,7 +95,8 @@ impl Secret {
         if let Some(schedule) = self.schedule.get() {
             return Ok(schedule);
         }
-        let schedule = Schedule { cipher: AesKey::new(&self.bytes)?, hash: OnceLock::new(), name: nonces::key_name(&self.bytes) };
+        let schedule =
+            Schedule { cipher: AesKey::new(&self.bytes)?, hash: OnceLock::new(), name: nonces::key_name(&self.bytes) };
         Ok(self.schedule.get_or_init(|| Box::new(schedule)))
     }
 }
@@ -154,7 +155,8 @@ impl Object {
         self.values.iter().find(|(given, _)| *given == kind).map(|(_, value)| &**value)
     }
 
-    /// Whether the object has all attributes of `template` with these values. Hidden values match nothing.
+    /// Whether the object has all attributes of `template` with these values. Hidden values match
+    /// nothing.
     pub(crate) fn matches(&self, template: &[Item<'_>]) -> bool {
         template.iter().all(|item| match (self.read(item.kind), &item.value) {
             (Read::Bytes(value), Value::Bytes(wanted)) => *value == **wanted,
@@ -230,7 +232,9 @@ impl Object {
             }
             (Material::EcPrivate(key), CKA_VALUE) => Some(reveal(key.scalar())),
             (Material::EcPrivate(key), CKA_EC_PARAMS) => Some(Read::Bytes(Cow::Borrowed(key.curve.parameters()))),
-            (Material::EcPublic(key), CKA_EC_POINT) => Some(Read::Bytes(Cow::Owned(crate::crypto::ec::encoded_point(key.point())))),
+            (Material::EcPublic(key), CKA_EC_POINT) => {
+                Some(Read::Bytes(Cow::Owned(crate::crypto::ec::encoded_point(key.point()))))
+            }
             (Material::RsaPrivate(key), _) => {
                 if let Some(bytes) = key.public_component(kind) {
                     return Some(Read::Bytes(Cow::Borrowed(bytes)));
@@ -251,8 +255,8 @@ impl Object {
         match (kind, shape) {
             // Parts of a key that this key does not have.
             (
-                CKA_MODULUS | CKA_MODULUS_BITS | CKA_PUBLIC_EXPONENT | CKA_PRIVATE_EXPONENT | CKA_PRIME_1 | CKA_PRIME_2 | CKA_EXPONENT_1 | CKA_EXPONENT_2
-                | CKA_COEFFICIENT | CKA_EC_PARAMS | CKA_EC_POINT,
+                CKA_MODULUS | CKA_MODULUS_BITS | CKA_PUBLIC_EXPONENT | CKA_PRIVATE_EXPONENT | CKA_PRIME_1 | CKA_PRIME_2
+                | CKA_EXPONENT_1 | CKA_EXPONENT_2 | CKA_COEFFICIENT | CKA_EC_PARAMS | CKA_EC_POINT,
                 _,
             ) => Read::Unknown,
             (CKA_VALUE, _) if self.class == CKO_PRIVATE_KEY => Read::Unknown,
@@ -263,7 +267,8 @@ impl Object {
     }
 }
 
-/// The first three bytes of an encrypted zero block for AES, of the SHA-1 of the value for other keys (PKCS#11 2.40, 4.8).
+/// The first three bytes of an encrypted zero block for AES, of the SHA-1 of the value for other
+/// keys (PKCS#11 2.40, 4.8).
 pub(crate) fn check_value(key_type: CK_KEY_TYPE, secret: &Secret) -> Vec<u8> {
     let mut value = match (key_type, secret.schedule()) {
         (CKK_AES, Ok(schedule)) => {
@@ -321,7 +326,18 @@ impl Object {
         }
         let [tag] = reader.take()?;
         let material = Material::decode(tag, reader.bytes()?, &values)?;
-        Ok(Self { handle, class, key_type, flags, generated_by, values, templates, material: Arc::new(material), session: 0, id: Some(id) })
+        Ok(Self {
+            handle,
+            class,
+            key_type,
+            flags,
+            generated_by,
+            values,
+            templates,
+            material: Arc::new(material),
+            session: 0,
+            id: Some(id),
+        })
     }
 }
 
@@ -428,7 +444,10 @@ mod tests {
         };
         let bytes = object.encode().unwrap();
         let again = Object::decode(&bytes, 8, [5; 16]).unwrap();
-        assert_eq!((again.handle, again.id, again.flags, again.generated_by), (8, Some([5; 16]), object.flags, CKM_AES_KEY_GEN));
+        assert_eq!(
+            (again.handle, again.id, again.flags, again.generated_by),
+            (8, Some([5; 16]), object.flags, CKM_AES_KEY_GEN)
+        );
         assert_eq!((again.values, again.templates), (object.values, object.templates));
         assert!(matches!(&*again.material, Material::Secret(secret) if secret.bytes() == [3; 16]));
         for length in 0..bytes.len() {

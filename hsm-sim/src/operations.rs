@@ -155,7 +155,12 @@ impl Session {
     }
 
     /// C_MessageEncryptInit and C_MessageDecryptInit.
-    pub(crate) fn message_init(&self, mechanism: CK_MECHANISM_TYPE, key: CK_OBJECT_HANDLE, encrypt: bool) -> Result<()> {
+    pub(crate) fn message_init(
+        &self,
+        mechanism: CK_MECHANISM_TYPE,
+        key: CK_OBJECT_HANDLE,
+        encrypt: bool,
+    ) -> Result<()> {
         let mut operations = self.operations();
         let slot = operations.message(encrypt);
         if slot.is_some() {
@@ -184,7 +189,8 @@ impl Session {
             return fail(CKR_OPERATION_ACTIVE);
         }
         let found = self.token.objects.collect(|object| object.matches(template));
-        let visible: Vec<_> = found.into_iter().filter(|(_, object)| self.sees(object)).map(|(handle, _)| handle).collect();
+        let visible: Vec<_> =
+            found.into_iter().filter(|(_, object)| self.sees(object)).map(|(handle, _)| handle).collect();
         operations.find = Some(visible.into_iter());
         Ok(())
     }

@@ -1,4 +1,5 @@
-//! PINs: each one opens the token's master key, which encrypts the private objects and authenticates all of them.
+//! PINs: each one opens the token's master key, which encrypts the private objects and
+//! authenticates all of them.
 
 use argon2::{Algorithm, Argon2, Params, Version};
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
@@ -50,7 +51,8 @@ impl MasterKey {
         open(&self.0, context, sealed)
     }
 
-    /// What proves that who knew a PIN wrote `public` for this context: AES-256-GCM of nothing, with both as associated data (nonce ‖ tag).
+    /// What proves that who knew a PIN wrote `public` for this context: AES-256-GCM of nothing,
+    /// with both as associated data (nonce ‖ tag).
     pub(crate) fn authenticate(&self, context: &[u8], public: &[u8]) -> Result<Vec<u8>> {
         seal(&self.0, &public_context(context, public), &[])
     }
@@ -93,7 +95,9 @@ impl PinRecord {
     fn stretch(&self, pin: &[u8]) -> Result<Zeroizing<[u8; 32]>> {
         let params = Params::new(self.memory, self.passes, 1, Some(32)).map_err(|_| Rv(CKR_DEVICE_ERROR))?;
         let mut key = Zeroizing::new([0; 32]);
-        Argon2::new(Algorithm::Argon2id, Version::V0x13, params).hash_password_into(pin, &self.salt, &mut *key).map_err(|_| Rv(CKR_DEVICE_ERROR))?;
+        Argon2::new(Algorithm::Argon2id, Version::V0x13, params)
+            .hash_password_into(pin, &self.salt, &mut *key)
+            .map_err(|_| Rv(CKR_DEVICE_ERROR))?;
         Ok(key)
     }
 }
@@ -120,14 +124,19 @@ fn seal(key: &[u8; 32], context: &[u8], plaintext: &[u8]) -> Result<Vec<u8>> {
     random(&mut nonce)?;
     let cipher = cipher(key).ok_or(Rv(CKR_FUNCTION_FAILED))?;
     let mut data = Zeroizing::new(plaintext.to_vec());
-    let tag = cipher.seal_in_place_separate_tag(Nonce::assume_unique_for_key(nonce), Aad::from(context), &mut data).map_err(|_| Rv(CKR_FUNCTION_FAILED))?;
+    let tag = cipher
+        .seal_in_place_separate_tag(Nonce::assume_unique_for_key(nonce), Aad::from(context), &mut data)
+        .map_err(|_| Rv(CKR_FUNCTION_FAILED))?;
     Ok([&nonce, data.as_slice(), tag.as_ref()].concat())
 }
 
 fn open(key: &[u8; 32], context: &[u8], sealed: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
     let (nonce, sealed) = sealed.split_first_chunk::<NONCE_LEN>()?;
     let mut data = Zeroizing::new(sealed.to_vec());
-    let length = cipher(key)?.open_in_place(Nonce::assume_unique_for_key(*nonce), Aad::from(context), &mut data).ok().map(|plaintext| plaintext.len())?;
+    let length = cipher(key)?
+        .open_in_place(Nonce::assume_unique_for_key(*nonce), Aad::from(context), &mut data)
+        .ok()
+        .map(|plaintext| plaintext.len())?;
     data.truncate(length);
     Some(data)
 }

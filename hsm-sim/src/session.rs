@@ -18,7 +18,8 @@ use crate::token::{Login, Token};
 
 /// A session.
 ///
-/// On cache lines of its own: sessions are opened one after the other by one thread, and used by many.
+/// On cache lines of its own: sessions are opened one after the other by one thread, and used by
+/// many.
 #[repr(align(128))]
 pub(crate) struct Session {
     /// What the caller knows it by.
@@ -64,7 +65,15 @@ impl Session {
     pub(crate) fn new(handle: CK_SESSION_HANDLE, token: Arc<Token>, read_write: bool) -> Self {
         let cache = Arc::default();
         token.watch(&cache);
-        Self { handle, token, read_write, operations: Mutex::default(), objects: Mutex::default(), cache, closed: AtomicBool::new(false) }
+        Self {
+            handle,
+            token,
+            read_write,
+            operations: Mutex::default(),
+            objects: Mutex::default(),
+            cache,
+            closed: AtomicBool::new(false),
+        }
     }
 
     /// The operations. The lock is the session's own: other sessions never wait for it.

@@ -25,9 +25,18 @@ impl Settings {
     /// Reads the configuration that the environment names. An error says which line is wrong.
     pub(crate) fn from_environment() -> Result<Self, String> {
         let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-        let mut settings = Self { directory: PathBuf::new(), slots: 8, control: None, nonce_watch: None, attempts: 10, memory: 19 * 1024, passes: 2 };
+        let mut settings = Self {
+            directory: PathBuf::new(),
+            slots: 8,
+            control: None,
+            nonce_watch: None,
+            attempts: 10,
+            memory: 19 * 1024,
+            passes: 2,
+        };
         if let Some(path) = variable("HSM_SIM_CONF").map(PathBuf::from) {
-            let text = std::fs::read_to_string(&path).map_err(|error| format!("cannot read `{}`: {error}", path.display()))?;
+            let text =
+                std::fs::read_to_string(&path).map_err(|error| format!("cannot read `{}`: {error}", path.display()))?;
             settings.read(&text, path.parent().unwrap_or(Path::new(".")))?;
         }
         if let Some(folder) = variable("HSM_SIM_NONCE_WATCH") {
@@ -38,7 +47,9 @@ impl Settings {
             let home = || variable("HOME").map(|home| PathBuf::from(home).join(".local/share"));
             settings.directory = match variable("HSM_SIM_DIR") {
                 Some(directory) => PathBuf::from(directory),
-                None => data().or_else(home).ok_or("none of HSM_SIM_CONF, HSM_SIM_DIR and HOME is set")?.join("hsm-sim"),
+                None => {
+                    data().or_else(home).ok_or("none of HSM_SIM_CONF, HSM_SIM_DIR and HOME is set")?.join("hsm-sim")
+                }
             };
         }
         Ok(settings)
@@ -56,7 +67,11 @@ impl Settings {
             let value = value.trim();
             let value = value.strip_prefix('"').and_then(|inner| inner.strip_suffix('"')).unwrap_or(value);
             let within = |low: u32, high: u32| {
-                value.parse().ok().filter(|number| (low..=high).contains(number)).ok_or(format!("line {place}: `{value}` is no number from {low} to {high}"))
+                value
+                    .parse()
+                    .ok()
+                    .filter(|number| (low..=high).contains(number))
+                    .ok_or(format!("line {place}: `{value}` is no number from {low} to {high}"))
             };
             match key.trim() {
                 "directory" => self.directory = folder.join(value),
@@ -78,13 +93,24 @@ mod tests {
     use super::*;
 
     fn read(text: &str) -> Result<Settings, String> {
-        let mut settings = Settings { directory: PathBuf::new(), slots: 8, control: None, nonce_watch: None, attempts: 10, memory: 19 * 1024, passes: 2 };
+        let mut settings = Settings {
+            directory: PathBuf::new(),
+            slots: 8,
+            control: None,
+            nonce_watch: None,
+            attempts: 10,
+            memory: 19 * 1024,
+            passes: 2,
+        };
         settings.read(text, Path::new("/etc/hsm")).map(|()| settings)
     }
 
     #[test]
     fn lines_are_read_and_wrong_ones_named() {
-        let settings = read("# comment\ndirectory = tokens\nslots=3\ncontrol = \"/run/control\"\nnonce_watch = n\npin_attempts = 5\n").unwrap();
+        let settings = read(
+            "# comment\ndirectory = tokens\nslots=3\ncontrol = \"/run/control\"\nnonce_watch = n\npin_attempts = 5\n",
+        )
+        .unwrap();
         assert_eq!(settings.directory, Path::new("/etc/hsm/tokens"));
         assert_eq!(settings.control.as_deref(), Some(Path::new("/run/control")));
         assert_eq!(settings.nonce_watch.as_deref(), Some(Path::new("/etc/hsm/n")));

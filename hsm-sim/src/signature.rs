@@ -73,7 +73,9 @@ impl SignatureOperation {
             Kind::Cmac { state, .. } => state.update(data),
             Kind::Hmac { context, .. } => context.update(data),
             Kind::Gmac { state } => state.authenticate(data)?,
-            Kind::Ecdsa { input: Input::Digest(context) } | Kind::Rsa { input: Input::Digest(context), .. } => context.update(data),
+            Kind::Ecdsa { input: Input::Digest(context) } | Kind::Rsa { input: Input::Digest(context), .. } => {
+                context.update(data)
+            }
             // PKCS#11 2.40, tables 1 and 23: single-part operations only.
             Kind::Ecdsa { .. } | Kind::Rsa { .. } => return fail(CKR_FUNCTION_NOT_SUPPORTED),
         }
@@ -209,7 +211,11 @@ impl Kind {
             CKM_AES_GMAC => {
                 let Parameters::Bytes(iv) = mechanism.parameters else { return fail(CKR_MECHANISM_PARAM_INVALID) };
                 let schedule = key.aes(CKR_KEY_TYPE_INCONSISTENT)?;
-                let state = if sign { Gcm::to_encrypt(schedule, iv, &[])? } else { Gcm::new(&schedule.cipher, schedule.hash(), iv, &[])? };
+                let state = if sign {
+                    Gcm::to_encrypt(schedule, iv, &[])?
+                } else {
+                    Gcm::new(&schedule.cipher, schedule.hash(), iv, &[])?
+                };
                 Ok(Self::Gmac { state: Box::new(state) })
             }
             CKM_ECDSA | CKM_ECDSA_SHA1 | CKM_ECDSA_SHA224 | CKM_ECDSA_SHA256 | CKM_ECDSA_SHA384 | CKM_ECDSA_SHA512 => {
@@ -262,7 +268,10 @@ fn hmac_of(kind: CK_MECHANISM_TYPE) -> Option<(Hash, bool)> {
 fn mac_length(parameters: &Parameters<'_>, general: bool, full: usize) -> Result<usize> {
     match (parameters, general) {
         (Parameters::None, false) => Ok(full),
-        (Parameters::Length(length), true) => usize::try_from(*length).ok().filter(|length| (1..=full).contains(length)).ok_or(Rv(CKR_MECHANISM_PARAM_INVALID)),
+        (Parameters::Length(length), true) => usize::try_from(*length)
+            .ok()
+            .filter(|length| (1..=full).contains(length))
+            .ok_or(Rv(CKR_MECHANISM_PARAM_INVALID)),
         _ => fail(CKR_MECHANISM_PARAM_INVALID),
     }
 }

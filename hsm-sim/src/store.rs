@@ -1,8 +1,10 @@
-//! A token on disk: one folder with the token's record, one file per token object, a lock and a change counter.
+//! A token on disk: one folder with the token's record, one file per token object, a lock and a
+//! change counter.
 //!
-//! Every file is written under another name, synced, and renamed into its place: whenever the process dies, each file is the
-//! old one or the new one. Object files live in a folder named after the token's epoch, which C_InitToken changes: renaming
-//! the record is the moment at which all old objects are gone.
+//! Every file is written under another name, synced, and renamed into its place: whenever the
+//! process dies, each file is the old one or the new one. Object files live in a folder named after
+//! the token's epoch, which C_InitToken changes: renaming the record is the moment at which all old
+//! objects are gone.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
@@ -65,13 +67,19 @@ impl Store {
     /// Waits until no other process writes.
     pub(crate) fn lock(&self) -> Result<Locked> {
         create_folder(&self.folder)?;
-        let file = OpenOptions::new().create(true).truncate(false).write(true).mode(FILE_MODE).open(self.folder.join("lock"))?;
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(FILE_MODE)
+            .open(self.folder.join("lock"))?;
         // The lock goes with the file: when it is closed, or the process dies.
         file.lock().map_err(|_| Rv(CKR_CANT_LOCK))?;
         Ok(Locked { _file: file })
     }
 
-    /// A number that changes with everything that any process writes. `None`: nothing was ever written.
+    /// A number that changes with everything that any process writes. `None`: nothing was ever
+    /// written.
     pub(crate) fn generation(&self) -> Option<u64> {
         let bytes = fs::read(self.folder.join("generation")).ok()?;
         bytes.as_slice().try_into().map(u64::from_le_bytes).ok()
@@ -81,7 +89,12 @@ impl Store {
     pub(crate) fn advance(&self, _locked: &Locked) -> Result<u64> {
         let next = self.generation().unwrap_or(0).wrapping_add(1);
         // In place and without sync: only processes that live now compare it.
-        let mut file = OpenOptions::new().create(true).truncate(false).write(true).mode(FILE_MODE).open(self.folder.join("generation"))?;
+        let mut file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(FILE_MODE)
+            .open(self.folder.join("generation"))?;
         file.write_all(&next.to_le_bytes())?;
         Ok(next)
     }
@@ -224,7 +237,9 @@ impl Record {
     }
 
     fn parse(text: &str) -> Option<Self> {
-        let field = |name: &str| text.lines().filter_map(|line| line.split_once(" = ")).find(|(key, _)| *key == name).map(|(_, value)| value);
+        let field = |name: &str| {
+            text.lines().filter_map(|line| line.split_once(" = ")).find(|(key, _)| *key == name).map(|(_, value)| value)
+        };
         if field("format")? != FORMAT {
             return None;
         }

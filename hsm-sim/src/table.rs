@@ -1,7 +1,7 @@
 //! Handles: numbers that name sessions and objects, spread over shards so that threads rarely meet.
 //!
-//! Handles are given out in blocks, and all of a block are in one shard: a session that takes its objects' handles from a block of its
-//! own works on cache lines that no other thread writes.
+//! Handles are given out in blocks, and all of a block are in one shard: a session that takes its
+//! objects' handles from a block of its own works on cache lines that no other thread writes.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -37,7 +37,8 @@ impl<T> Table<T> {
         }
     }
 
-    /// Replaces the value of `handle` if it is still `expected`. False: someone else was faster, or it is gone.
+    /// Replaces the value of `handle` if it is still `expected`. False: someone else was faster, or
+    /// it is gone.
     pub(crate) fn replace(&self, handle: u64, expected: &Arc<T>, value: Arc<T>) -> bool {
         let Some(mut shard) = self.write(handle) else { return false };
         match shard.get_mut(&handle) {
@@ -58,7 +59,9 @@ impl<T> Table<T> {
         let mut found = Vec::new();
         for shard in &self.shards {
             let shard = shard.0.read().unwrap_or_else(PoisonError::into_inner);
-            found.extend(shard.iter().filter(|(_, value)| keep(value)).map(|(handle, value)| (*handle, Arc::clone(value))));
+            found.extend(
+                shard.iter().filter(|(_, value)| keep(value)).map(|(handle, value)| (*handle, Arc::clone(value))),
+            );
         }
         found.sort_unstable_by_key(|(handle, _)| *handle);
         found
@@ -87,7 +90,8 @@ impl<T> Table<T> {
     }
 }
 
-/// Handles are given out by this module, so that no one can choose colliding ones: one multiplication spreads them.
+/// Handles are given out by this module, so that no one can choose colliding ones: one
+/// multiplication spreads them.
 #[derive(Default)]
 struct HandleHasher(u64);
 

@@ -45,8 +45,9 @@ impl<'a> Item<'a> {
     }
 }
 
-/// A template for a new object, checked against the table: every attribute is known, fits the class, may be set by this
-/// call, has a value of its shape, and comes once (or says the same again).
+/// A template for a new object, checked against the table: every attribute is known, fits the
+/// class, may be set by this call, has a value of its shape, and comes once (or says the same
+/// again).
 pub(crate) struct Draft<'a> {
     /// The class of the object.
     pub(crate) class: CK_OBJECT_CLASS,
@@ -61,7 +62,8 @@ pub(crate) struct Draft<'a> {
 }
 
 impl<'a> Draft<'a> {
-    /// Checks `template`. `implied` is the class when the call itself fixes it; `origin` is one of the `MAY_` bits.
+    /// Checks `template`. `implied` is the class when the call itself fixes it; `origin` is one of
+    /// the `MAY_` bits.
     pub(crate) fn new(template: &[Item<'a>], implied: Option<CK_OBJECT_CLASS>, origin: u8) -> Result<Self> {
         let class = match template.iter().find(|item| item.kind == CKA_CLASS) {
             Some(item) => number(item.plain()?)?,
@@ -71,10 +73,19 @@ impl<'a> Draft<'a> {
             return fail(CKR_TEMPLATE_INCONSISTENT);
         }
         let bit = Classes::bit(class).ok_or(Rv(CKR_ATTRIBUTE_VALUE_INVALID))?;
-        let mut draft = Self { class, flags: Flags::default(), given: Flags::default(), values: SmallVec::new(), templates: Vec::new() };
+        let mut draft = Self {
+            class,
+            flags: Flags::default(),
+            given: Flags::default(),
+            values: SmallVec::new(),
+            templates: Vec::new(),
+        };
         for item in template {
-            // The token alone makes unique identifiers: for a new object there is no such attribute.
-            let rule = attribute::rule(item.kind).filter(|rule| rule.kind != CKA_UNIQUE_ID).ok_or(Rv(CKR_ATTRIBUTE_TYPE_INVALID))?;
+            // The token alone makes unique identifiers: for a new object there is no such
+            // attribute.
+            let rule = attribute::rule(item.kind)
+                .filter(|rule| rule.kind != CKA_UNIQUE_ID)
+                .ok_or(Rv(CKR_ATTRIBUTE_TYPE_INVALID))?;
             if rule.classes & bit == 0 {
                 return fail(if origin == MAY_CREATE { CKR_ATTRIBUTE_TYPE_INVALID } else { CKR_TEMPLATE_INCONSISTENT });
             }
@@ -96,11 +107,13 @@ impl<'a> Draft<'a> {
                 self.flags = self.flags.set(bit, value);
                 self.given = self.given.with(bit);
             }
-            (Shape::Template, Value::Template(nested)) => match self.templates.iter().find(|(kind, _)| *kind == item.kind) {
-                Some((_, given)) if given == nested => {}
-                Some(_) => return fail(CKR_TEMPLATE_INCONSISTENT),
-                None => self.templates.push((item.kind, nested.clone())),
-            },
+            (Shape::Template, Value::Template(nested)) => {
+                match self.templates.iter().find(|(kind, _)| *kind == item.kind) {
+                    Some((_, given)) if given == nested => {}
+                    Some(_) => return fail(CKR_TEMPLATE_INCONSISTENT),
+                    None => self.templates.push((item.kind, nested.clone())),
+                }
+            }
             (Shape::Template, Value::Bytes([])) => self.templates.push((item.kind, Vec::new())),
             (Shape::Template, Value::Bytes(_)) | (_, Value::Template(_)) => return fail(CKR_ATTRIBUTE_VALUE_INVALID),
             (shape, Value::Bytes(bytes)) => {
@@ -137,7 +150,12 @@ impl<'a> Draft<'a> {
 }
 
 /// One change that C_SetAttributeValue or C_CopyObject asks for, checked against the table.
-pub(crate) fn check_change(item: &Item<'_>, class: CK_OBJECT_CLASS, flags: Flags, copying: bool) -> Result<&'static Rule> {
+pub(crate) fn check_change(
+    item: &Item<'_>,
+    class: CK_OBJECT_CLASS,
+    flags: Flags,
+    copying: bool,
+) -> Result<&'static Rule> {
     let rule = attribute::rule(item.kind).ok_or(Rv(CKR_ATTRIBUTE_TYPE_INVALID))?;
     if rule.classes & Classes::bit(class).unwrap_or(0) == 0 {
         return fail(CKR_ATTRIBUTE_TYPE_INVALID);

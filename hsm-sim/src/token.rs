@@ -64,7 +64,8 @@ struct Known {
     handle: CK_OBJECT_HANDLE,
     stamp: Stamp,
     loaded: bool,
-    /// It was checked with the master key. A public object that was loaded before any login was not.
+    /// It was checked with the master key. A public object that was loaded before any login was
+    /// not.
     authentic: bool,
 }
 
@@ -200,7 +201,8 @@ impl Token {
         }
         let master = self.open_pin(&mut state, role, pin, &locked)?;
         state.master = Some(master);
-        // Now public objects can be checked too: those that somebody changed in their files are gone.
+        // Now public objects can be checked too: those that somebody changed in their files are
+        // gone.
         if let Err(error) = self.load(&mut state) {
             state.master = None;
             return Err(error);
@@ -263,7 +265,8 @@ impl Token {
         self.save_record(&mut state, record, &locked)
     }
 
-    /// Puts a new object into the token, under the handle that it has. A token object is on disk when this returns.
+    /// Puts a new object into the token, under the handle that it has. A token object is on disk
+    /// when this returns.
     pub(crate) fn add(&self, mut object: Object) -> Result<()> {
         let handle = object.handle;
         if object.flags.has(Flags::TOKEN) {
@@ -280,7 +283,8 @@ impl Token {
         Ok(())
     }
 
-    /// Replaces `old` by what `change` makes of it. Fails when someone else changed or removed it first.
+    /// Replaces `old` by what `change` makes of it. Fails when someone else changed or removed it
+    /// first.
     pub(crate) fn change(&self, old: &Arc<Object>, new: Object) -> Result<()> {
         let Some(id) = old.id else {
             let replaced = self.objects.replace(old.handle, old, Arc::new(new));
@@ -303,7 +307,9 @@ impl Token {
         if let Some(id) = object.id {
             let locked = self.store.lock()?;
             let mut state = self.refreshed_under(&locked)?;
-            let Some(epoch) = state.record.as_ref().map(|record| record.epoch) else { return fail(CKR_OBJECT_HANDLE_INVALID) };
+            let Some(epoch) = state.record.as_ref().map(|record| record.epoch) else {
+                return fail(CKR_OBJECT_HANDLE_INVALID);
+            };
             self.store.remove_object(epoch, id, &locked)?;
             state.generation = Some(self.store.advance(&locked)?);
             state.known.remove(&id);
@@ -329,7 +335,8 @@ impl Token {
         Ok(state)
     }
 
-    /// The same while the folder is locked. The folder's lock comes first, always: else two threads could wait for each other.
+    /// The same while the folder is locked. The folder's lock comes first, always: else two threads
+    /// could wait for each other.
     fn refreshed_under(&self, _locked: &Locked) -> Result<MutexGuard<'_, State>> {
         self.refreshed()
     }
@@ -363,7 +370,12 @@ impl Token {
         let Some(record) = state.record.clone() else { return Ok(()) };
         let found = self.store.objects(record.epoch)?;
         let mut handles = 0..0;
-        let gone: Vec<ObjectId> = state.known.keys().filter(|id| found.binary_search_by_key(*id, |found| found.id).is_err()).copied().collect();
+        let gone: Vec<ObjectId> = state
+            .known
+            .keys()
+            .filter(|id| found.binary_search_by_key(*id, |found| found.id).is_err())
+            .copied()
+            .collect();
         for id in gone {
             if let Some(known) = state.known.remove(&id) {
                 self.objects.remove(known.handle);
@@ -371,7 +383,9 @@ impl Token {
         }
         for file in found {
             let known = state.known.get(&file.id).copied();
-            if known.is_some_and(|known| known.loaded && known.stamp == file.stamp && (known.authentic || state.master.is_none())) {
+            if known.is_some_and(|known| {
+                known.loaded && known.stamp == file.stamp && (known.authentic || state.master.is_none())
+            }) {
                 continue;
             }
             let handle = match known {
@@ -382,7 +396,8 @@ impl Token {
                 }),
             };
             let Some(bytes) = self.store.read_object(record.epoch, file.id)? else { continue };
-            // A damaged or forged file is left out, and left alone: it must not make the other objects unusable.
+            // A damaged or forged file is left out, and left alone: it must not make the other
+            // objects unusable.
             let object = match open_object(&bytes, &record, file.id, state.master.as_ref()) {
                 Opened::Plain(plain) => Object::decode(&plain, handle, file.id).ok(),
                 Opened::Hidden | Opened::Damaged => None,
@@ -399,8 +414,8 @@ impl Token {
         Ok(())
     }
 
-    /// Called after every change of a token object in the table, before the function that changed it returns: from then on all sessions see it, and
-    /// no copy of a destroyed key is left.
+    /// Called after every change of a token object in the table, before the function that changed
+    /// it returns: from then on all sessions see it, and no copy of a destroyed key is left.
     fn empty_caches(&self) {
         for cache in self.lock_caches().iter().filter_map(Weak::upgrade) {
             cache.clear();
@@ -414,7 +429,8 @@ impl Token {
     fn save(&self, state: &mut State, object: &Object, id: ObjectId, locked: &Locked) -> Result<()> {
         let record = state.record.as_ref().ok_or(Rv(CKR_TOKEN_NOT_RECOGNIZED))?;
         let plain = object.encode()?;
-        // A public object needs the login as well: only who knows a PIN can write what a later login believes.
+        // A public object needs the login as well: only who knows a PIN can write what a later
+        // login believes.
         let master = state.master.as_ref().ok_or(Rv(CKR_USER_NOT_LOGGED_IN))?;
         let context = object_context(record, id);
         let bytes = if object.flags.has(Flags::PRIVATE) {
@@ -435,7 +451,8 @@ impl Token {
         Ok(())
     }
 
-    /// Opens the master key. The failure is on disk before the PIN is tried: pulling the plug gives no free attempt.
+    /// Opens the master key. The failure is on disk before the PIN is tried: pulling the plug gives
+    /// no free attempt.
     fn open_pin(&self, state: &mut State, role: Role, pin: &[u8], locked: &Locked) -> Result<MasterKey> {
         let Some(mut record) = state.record.clone() else { return fail(CKR_TOKEN_NOT_RECOGNIZED) };
         let (stored, failures) = match role {

@@ -1,7 +1,12 @@
-//! The C interface: lengths and buffers, pointers that are null or unaligned, garbage, initialisation, fork. Nothing that a
-//! caller says may crash the module, except pointers that lie.
+//! The C interface: lengths and buffers, pointers that are null or unaligned, garbage,
+//! initialisation, fork. Nothing that a caller says may crash the module, except pointers that lie.
 #![expect(unsafe_code, reason = "calls into a C interface, some of them wrong on purpose")]
-#![expect(clippy::indexing_slicing, clippy::panic, clippy::unwrap_used, reason = "test helpers: a failure is to stop the test")]
+#![expect(
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "test helpers: a failure is to stop the test"
+)]
 
 #[macro_use]
 mod common;
@@ -19,8 +24,9 @@ use proptest::prelude::*;
 
 const HUGE: CK_ULONG = CK_ULONG::MAX;
 
-/// The two-call convention (PKCS#11 2.40 section 5.2): a null buffer asks for the length; a small one gives BUFFER_TOO_SMALL
-/// and the length; neither ends the operation or does it. `ends`: the last call ends an operation.
+/// The two-call convention (PKCS#11 2.40 section 5.2): a null buffer asks for the length; a small
+/// one gives BUFFER_TOO_SMALL and the length; neither ends the operation or does it. `ends`: the
+/// last call ends an operation.
 fn two_calls(what: &str, ends: bool, function: impl Fn(*mut u8, *mut CK_ULONG) -> Result<()>) {
     let mut length = HUGE;
     function(null_mut(), &raw mut length).unwrap_or_else(|code| panic!("{what}, length query: {}", name(code)));
@@ -32,11 +38,16 @@ fn two_calls(what: &str, ends: bool, function: impl Fn(*mut u8, *mut CK_ULONG) -
     assert!(given > 0 && given <= length, "{what}: the length with BUFFER_TOO_SMALL is {given}, asked it was {length}");
     assert!(buffer.iter().all(|byte| *byte == 0xEE), "{what}: wrote into a buffer that is too small");
     given = length;
-    function(buffer.as_mut_ptr(), &raw mut given).unwrap_or_else(|code| panic!("{what}, after BUFFER_TOO_SMALL: {}", name(code)));
+    function(buffer.as_mut_ptr(), &raw mut given)
+        .unwrap_or_else(|code| panic!("{what}, after BUFFER_TOO_SMALL: {}", name(code)));
     assert!(given <= length, "{what}: wrote {given} bytes and said {length}");
     assert!(buffer[usize::try_from(given).unwrap()..].iter().all(|byte| *byte == 0xEE), "{what}: wrote past its end");
     if ends {
-        assert_eq!(function(null_mut(), &raw mut given), Err(CKR_OPERATION_NOT_INITIALIZED), "{what}: the operation is active after its end");
+        assert_eq!(
+            function(null_mut(), &raw mut given),
+            Err(CKR_OPERATION_NOT_INITIALIZED),
+            "{what}: the operation is active after its end"
+        );
     }
 }
 
@@ -46,7 +57,10 @@ fn lengths_are_asked_first() {
     let (module, session) = (token.module, token.session);
     let key = token.aes(&[1; 16], Template::new());
     let ec = Template::new().bytes(CKA_EC_PARAMS, P256).bool(CKA_VERIFY, true);
-    let private = module.generate_key_pair(session, &Mechanism::plain(CKM_EC_KEY_PAIR_GEN), &ec, &Template::new().bool(CKA_SIGN, true)).unwrap().1;
+    let private = module
+        .generate_key_pair(session, &Mechanism::plain(CKM_EC_KEY_PAIR_GEN), &ec, &Template::new().bool(CKA_SIGN, true))
+        .unwrap()
+        .1;
     let data = [7_u8; 48];
     let pointer = data.as_ptr().cast_mut();
     for kind in ["ecb", "cbc", "cbc-pad", "gcm", "ctr"] {
@@ -118,8 +132,8 @@ fn lists_are_asked_first() {
     assert_eq!(module.open(9_999_999, 0), Err(CKR_SLOT_ID_INVALID));
 }
 
-/// Each function with every pointer null and every length huge: an answer, not a crash, and never CKR_OK where something was
-/// to be written.
+/// Each function with every pointer null and every length huge: an answer, not a crash, and never
+/// CKR_OK where something was to be written.
 #[test]
 fn null_pointers_are_refused() {
     let token = Token::fresh("null");
@@ -156,7 +170,10 @@ fn null_pointers_are_refused() {
         ("C_SignRecoverInit", call!(module, C_SignRecoverInit, session, null_mut(), HUGE)),
         ("C_GenerateKey", call!(module, C_GenerateKey, session, null_mut(), null_mut(), 0, handle)),
         ("C_GenerateKey", call!(module, C_GenerateKey, session, ecb, null_mut(), 5, null_mut())),
-        ("C_GenerateKeyPair", call!(module, C_GenerateKeyPair, session, null_mut(), null_mut(), 9, null_mut(), 9, null_mut(), null_mut())),
+        (
+            "C_GenerateKeyPair",
+            call!(module, C_GenerateKeyPair, session, null_mut(), null_mut(), 9, null_mut(), 9, null_mut(), null_mut()),
+        ),
         ("C_WrapKey", call!(module, C_WrapKey, session, null_mut(), key, key, null_mut(), null_mut())),
         ("C_WrapKey", call!(module, C_WrapKey, session, ecb, key, key, null_mut(), null_mut())),
         ("C_UnwrapKey", call!(module, C_UnwrapKey, session, ecb, key, null_mut(), 16, null_mut(), 0, handle)),
@@ -168,7 +185,8 @@ fn null_pointers_are_refused() {
     for (function, result) in refused {
         assert!(result.is_err(), "{function} with null pointers said CKR_OK");
     }
-    // Without a mechanism an operation is cancelled (PKCS#11 3.0 section 5.8.1): none is active then.
+    // Without a mechanism an operation is cancelled (PKCS#11 3.0 section 5.8.1): none is active
+    // then.
     call!(module, C_EncryptInit, session, ecb, key).unwrap();
     let _ = call!(module, C_EncryptInit, session, null_mut(), HUGE);
     assert_eq!(common::finish_encryption(module, session, &[0; 16]), Err(CKR_OPERATION_NOT_INITIALIZED));
@@ -200,7 +218,11 @@ fn null_pointers_are_refused() {
     call!(module, C_FindObjectsInit, session, null_mut(), 0).unwrap();
     assert!(call!(module, C_FindObjects, session, null_mut(), 5, null_mut()).is_err());
     let _ = call!(module, C_FindObjectsFinal, session);
-    assert_eq!(module.encrypt(session, &Mechanism::plain(CKM_AES_ECB), key, &[0; 16]).unwrap().len(), 16, "the session is usable");
+    assert_eq!(
+        module.encrypt(session, &Mechanism::plain(CKM_AES_ECB), key, &[0; 16]).unwrap().len(),
+        16,
+        "the session is usable"
+    );
 }
 
 /// Null with length 0 is an empty input, and a template of nothing is fine.
@@ -211,13 +233,16 @@ fn null_with_length_zero_is_empty() {
     let key = token.aes(&hex16(), Template::new());
     let mut cmac = Mechanism::plain(CKM_AES_CMAC).raw();
     call!(module, C_SignInit, session, &raw mut cmac, key).unwrap();
-    let mac = common::into_buffer(16, |output, length| call!(module, C_Sign, session, null_mut(), 0, output, length)).unwrap();
+    let mac = common::into_buffer(16, |output, length| call!(module, C_Sign, session, null_mut(), 0, output, length))
+        .unwrap();
     // RFC 4493 section 4, example 1.
     assert_eq!(mac[..4], [0xBB, 0x1D, 0x69, 0x29]);
     let gcm = Mechanism::gcm(&[0; 12], &[], 128);
     let mut raw = gcm.raw();
     call!(module, C_EncryptInit, session, &raw mut raw, key).unwrap();
-    let tag = common::into_buffer(16, |output, length| call!(module, C_Encrypt, session, null_mut(), 0, output, length)).unwrap();
+    let tag =
+        common::into_buffer(16, |output, length| call!(module, C_Encrypt, session, null_mut(), 0, output, length))
+            .unwrap();
     assert_eq!(tag.len(), 16);
     call!(module, C_FindObjectsInit, session, null_mut(), 0).unwrap();
     call!(module, C_FindObjectsFinal, session).unwrap();
@@ -246,7 +271,9 @@ fn unaligned_structures_are_read() {
         }
         offsets.push(values.len());
         // SAFETY: the template's values are valid for their lengths.
-        values.extend(unsafe { std::slice::from_raw_parts(attribute.pValue.cast::<u8>(), usize::try_from(attribute.ulValueLen).unwrap()) });
+        values.extend(unsafe {
+            std::slice::from_raw_parts(attribute.pValue.cast::<u8>(), usize::try_from(attribute.ulValueLen).unwrap())
+        });
     }
     let mut space = vec![0_u64; attributes.len() * size_of::<CK_ATTRIBUTE>() / 8 + 2];
     // SAFETY: within `space`, which is larger by 16 bytes.
@@ -263,13 +290,24 @@ fn unaligned_structures_are_read() {
     assert_eq!(token.value(key), [1; 16]);
     let expected = module.encrypt(session, &Mechanism::gcm(&[3; 12], b"aad", 128), key, b"data").unwrap();
     let (mut iv, mut aad) = ([3_u8; 12], *b"aad");
-    let parameters = CK_GCM_PARAMS { pIv: iv.as_mut_ptr(), ulIvLen: 12, ulIvBits: 96, pAAD: aad.as_mut_ptr(), ulAADLen: 3, ulTagBits: 128 };
+    let parameters = CK_GCM_PARAMS {
+        pIv: iv.as_mut_ptr(),
+        ulIvLen: 12,
+        ulIvBits: 96,
+        pAAD: aad.as_mut_ptr(),
+        ulAADLen: 3,
+        ulTagBits: 128,
+    };
     let mut space = [0_u64; size_of::<CK_GCM_PARAMS>() / 8 + 1];
     // SAFETY: one byte into `space`, which is larger by eight.
     let odd = unsafe { space.as_mut_ptr().cast::<u8>().add(1) };
     // SAFETY: as above; the write is said to be unaligned.
     unsafe { odd.cast::<CK_GCM_PARAMS>().write_unaligned(parameters) };
-    let mut mechanism = CK_MECHANISM { mechanism: CKM_AES_GCM, pParameter: odd.cast(), ulParameterLen: size_of::<CK_GCM_PARAMS>() as CK_ULONG };
+    let mut mechanism = CK_MECHANISM {
+        mechanism: CKM_AES_GCM,
+        pParameter: odd.cast(),
+        ulParameterLen: size_of::<CK_GCM_PARAMS>() as CK_ULONG,
+    };
     call!(module, C_EncryptInit, session, &raw mut mechanism, key).unwrap();
     assert_eq!(common::finish_encryption(module, session, b"data").unwrap(), expected);
 }
@@ -283,12 +321,22 @@ fn hostile_parameters_are_refused() {
     let ec = module.create(session, &Template::ec_private(P256, &[1; 32])).unwrap();
     let gcm = |parameters: CK_GCM_PARAMS| {
         let mut parameters = parameters;
-        let mut mechanism =
-            CK_MECHANISM { mechanism: CKM_AES_GCM, pParameter: (&raw mut parameters).cast(), ulParameterLen: size_of::<CK_GCM_PARAMS>() as CK_ULONG };
+        let mut mechanism = CK_MECHANISM {
+            mechanism: CKM_AES_GCM,
+            pParameter: (&raw mut parameters).cast(),
+            ulParameterLen: size_of::<CK_GCM_PARAMS>() as CK_ULONG,
+        };
         call!(module, C_EncryptInit, session, &raw mut mechanism, key)
     };
     let mut iv = [0_u8; 12];
-    let good = CK_GCM_PARAMS { pIv: iv.as_mut_ptr(), ulIvLen: 12, ulIvBits: 96, pAAD: null_mut(), ulAADLen: 0, ulTagBits: 128 };
+    let good = CK_GCM_PARAMS {
+        pIv: iv.as_mut_ptr(),
+        ulIvLen: 12,
+        ulIvBits: 96,
+        pAAD: null_mut(),
+        ulAADLen: 0,
+        ulTagBits: 128,
+    };
     for bad in [
         CK_GCM_PARAMS { pIv: null_mut(), ..good },
         CK_GCM_PARAMS { pAAD: null_mut(), ulAADLen: 16, ..good },
@@ -325,12 +373,18 @@ fn hostile_parameters_are_refused() {
             let fits = length == size && [CKM_AES_CBC].contains(&kind);
             let encrypted = module.encrypt(session, &mechanism, base, &[0; 16]);
             assert_eq!(encrypted.is_ok(), fits, "{kind:#x} with {length} bytes");
-            assert!(module.derive(session, &mechanism, base, &Template::new_aes(16)).is_err(), "{kind:#x} with {length} bytes");
+            assert!(
+                module.derive(session, &mechanism, base, &Template::new_aes(16)).is_err(),
+                "{kind:#x} with {length} bytes"
+            );
             // Nothing behind a length.
             let mut lying = CK_MECHANISM { mechanism: kind, pParameter: null_mut(), ulParameterLen: size as CK_ULONG };
             assert!(call!(module, C_EncryptInit, session, &raw mut lying, base).is_err());
             let (mut template, mut object) = (new_key.attributes(), 0);
-            assert!(call!(module, C_DeriveKey, session, &raw mut lying, base, template.as_mut_ptr(), 3, &raw mut object).is_err());
+            assert!(
+                call!(module, C_DeriveKey, session, &raw mut lying, base, template.as_mut_ptr(), 3, &raw mut object)
+                    .is_err()
+            );
         }
     }
     // KDF fields: many, at nowhere.
@@ -348,7 +402,10 @@ fn hostile_parameters_are_refused() {
             ulParameterLen: size_of::<CK_SP800_108_KDF_PARAMS>() as CK_ULONG,
         };
         let (mut template, mut object) = (new_key.attributes(), 0);
-        assert!(call!(module, C_DeriveKey, session, &raw mut mechanism, key, template.as_mut_ptr(), 3, &raw mut object).is_err());
+        assert!(
+            call!(module, C_DeriveKey, session, &raw mut mechanism, key, template.as_mut_ptr(), 3, &raw mut object)
+                .is_err()
+        );
     }
     // Public points: none, cut, off the curve, infinity.
     for public in [&[][..], &[0], &[4], &[4; 64], &[4; 65], &[0; 65], &[4; 1000]] {
@@ -364,17 +421,34 @@ fn hostile_parameters_are_refused() {
     }
     // Wrapped keys of every length.
     for length in (0..50).chain([1000, 100_000]) {
-        let result = module.unwrap(session, &Mechanism::plain(CKM_AES_KEY_WRAP), key, &vec![5; length], &Template::secret(CKK_AES));
+        let result = module.unwrap(
+            session,
+            &Mechanism::plain(CKM_AES_KEY_WRAP),
+            key,
+            &vec![5; length],
+            &Template::secret(CKK_AES),
+        );
         assert!(result.is_err(), "{length} bytes of nothing were unwrapped");
-        assert!(module.unwrap(session, &Mechanism::plain(CKM_AES_KEY_WRAP_KWP), key, &vec![5; length], &Template::secret(CKK_AES)).is_err());
+        assert!(
+            module
+                .unwrap(
+                    session,
+                    &Mechanism::plain(CKM_AES_KEY_WRAP_KWP),
+                    key,
+                    &vec![5; length],
+                    &Template::secret(CKK_AES)
+                )
+                .is_err()
+        );
     }
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Garbage as parameters and templates: an answer, whatever it is, and the session works afterwards. Sizes at which a
-    /// parameter would be read as a structure of pointers are left out: garbage pointers are the caller's crime.
+    /// Garbage as parameters and templates: an answer, whatever it is, and the session works
+    /// afterwards. Sizes at which a parameter would be read as a structure of pointers are left
+    /// out: garbage pointers are the caller's crime.
     #[test]
     fn garbage_is_answered(
         pick in any::<prop::sample::Index>(),
@@ -451,7 +525,8 @@ fn the_function_lists_are_whole() {
     call!(module, C_GetInfo, &raw mut info).unwrap();
     assert!(info.cryptokiVersion.major == 3 || info.cryptokiVersion.minor == 40);
     assert_eq!(info.flags, 0);
-    // Every pointer of both lists is there (PKCS#11 2.40 section 3.6: a function that is not supported has a stub).
+    // Every pointer of both lists is there (PKCS#11 2.40 section 3.6: a function that is not
+    // supported has a stub).
     let pointers = |start: *const u8, size: usize| {
         let count = (size - size_of::<usize>()) / size_of::<usize>();
         // SAFETY: the lists are a version, padded to a pointer, and then function pointers only.
@@ -483,7 +558,10 @@ fn the_function_lists_are_whole() {
     // SAFETY: a count query, then as many places.
     unsafe {
         common::check(list(null_mut(), &raw mut count)).unwrap();
-        let mut interfaces = vec![CK_INTERFACE { pInterfaceName: null_mut(), pFunctionList: null_mut(), flags: 0 }; usize::try_from(count).unwrap()];
+        let mut interfaces = vec![
+            CK_INTERFACE { pInterfaceName: null_mut(), pFunctionList: null_mut(), flags: 0 };
+            usize::try_from(count).unwrap()
+        ];
         let mut small = 0;
         assert_eq!(common::check(list(interfaces.as_mut_ptr(), &raw mut small)), Err(CKR_BUFFER_TOO_SMALL));
         common::check(list(interfaces.as_mut_ptr(), &raw mut count)).unwrap();
@@ -498,12 +576,17 @@ fn the_parallel_functions_say_no() {
     assert_eq!(call!(token.module, C_GetFunctionStatus, token.session), Err(CKR_FUNCTION_NOT_PARALLEL));
     assert_eq!(call!(token.module, C_CancelFunction, token.session), Err(CKR_FUNCTION_NOT_PARALLEL));
     let mut session = 0;
-    assert_eq!(call!(token.module, C_OpenSession, token.slot, 0, null_mut(), None, &raw mut session), Err(CKR_SESSION_PARALLEL_NOT_SUPPORTED));
+    assert_eq!(
+        call!(token.module, C_OpenSession, token.slot, 0, null_mut(), None, &raw mut session),
+        Err(CKR_SESSION_PARALLEL_NOT_SUPPORTED)
+    );
 }
 
 #[test]
 fn initialisation_in_a_process_of_its_own() {
-    assert!(child("as_a_process", folder(), &[("ROLE", "initialise")]).stdout(Stdio::null()).status().unwrap().success());
+    assert!(
+        child("as_a_process", folder(), &[("ROLE", "initialise")]).stdout(Stdio::null()).status().unwrap().success()
+    );
 }
 
 #[test]
@@ -549,7 +632,11 @@ fn initialise(module: &Module) {
     let mut bad = arguments(None, 0, (&raw mut place).cast());
     assert_eq!(call!(module, C_Initialize, (&raw mut bad).cast()), Err(CKR_ARGUMENTS_BAD), "pReserved is set");
     let mut bad = arguments(Some(create), 0, null_mut());
-    assert_eq!(call!(module, C_Initialize, (&raw mut bad).cast()), Err(CKR_ARGUMENTS_BAD), "some of the mutex functions");
+    assert_eq!(
+        call!(module, C_Initialize, (&raw mut bad).cast()),
+        Err(CKR_ARGUMENTS_BAD),
+        "some of the mutex functions"
+    );
 
     // Of many threads at once exactly one initialises.
     for _ in 0..20 {
@@ -571,7 +658,11 @@ fn initialise(module: &Module) {
         slots(&mut count).unwrap();
         let slot = module.slots(false)[0];
         let session = module.open(slot, 0);
-        assert_eq!(call!(module, C_Finalize, (&raw mut place).cast()), Err(CKR_ARGUMENTS_BAD), "the reserved pointer is set");
+        assert_eq!(
+            call!(module, C_Finalize, (&raw mut place).cast()),
+            Err(CKR_ARGUMENTS_BAD),
+            "the reserved pointer is set"
+        );
         call!(module, C_Finalize, null_mut()).unwrap();
         assert_eq!(slots(&mut count), Err(CKR_CRYPTOKI_NOT_INITIALIZED));
         if let Ok(session) = session {
@@ -600,7 +691,10 @@ fn fork_and_call(module: &Module) {
         let open = module.open(slot, 0);
         let again = module.initialize();
         let works = call!(module, C_GetSlotList, CK_FALSE, null_mut(), &raw mut count);
-        let right = inherited == Err(CKR_CRYPTOKI_NOT_INITIALIZED) && open == Err(CKR_CRYPTOKI_NOT_INITIALIZED) && again == Ok(()) && works == Ok(());
+        let right = inherited == Err(CKR_CRYPTOKI_NOT_INITIALIZED)
+            && open == Err(CKR_CRYPTOKI_NOT_INITIALIZED)
+            && again == Ok(())
+            && works == Ok(());
         // SAFETY: leaves without running anything of the parent's.
         unsafe { _exit(i32::from(!right)) };
     }

@@ -1,4 +1,5 @@
-//! Every rule that attributes make: what can be read, what can be changed and in which direction, what a key may be used for.
+//! Every rule that attributes make: what can be read, what can be changed and in which direction,
+//! what a key may be used for.
 
 mod common;
 
@@ -14,7 +15,8 @@ fn kw() -> Mechanism {
     Mechanism::plain(CKM_AES_KEY_WRAP)
 }
 
-const SECRET_PARTS: [CK_ATTRIBUTE_TYPE; 7] = [CKA_VALUE, CKA_PRIVATE_EXPONENT, CKA_PRIME_1, CKA_PRIME_2, CKA_EXPONENT_1, CKA_EXPONENT_2, CKA_COEFFICIENT];
+const SECRET_PARTS: [CK_ATTRIBUTE_TYPE; 7] =
+    [CKA_VALUE, CKA_PRIVATE_EXPONENT, CKA_PRIME_1, CKA_PRIME_2, CKA_EXPONENT_1, CKA_EXPONENT_2, CKA_COEFFICIENT];
 
 #[test]
 fn no_sensitive_value_is_readable() {
@@ -28,7 +30,9 @@ fn no_sensitive_value_is_readable() {
         let keys = [
             token.aes(&[0xC3; 32], lock.clone()),
             token.generic(&[0xC3; 40], lock.clone()),
-            module.generate_key(session, &Mechanism::plain(CKM_AES_KEY_GEN), &Template::new_aes(32).with(lock.clone())).unwrap(),
+            module
+                .generate_key(session, &Mechanism::plain(CKM_AES_KEY_GEN), &Template::new_aes(32).with(lock.clone()))
+                .unwrap(),
             module.create(session, &Template::ec_private(P256, &[0xC3; 32]).with(lock.clone())).unwrap(),
             module.generate_key_pair(session, &Mechanism::plain(CKM_EC_KEY_PAIR_GEN), &ec, &lock).unwrap().1,
             module.generate_key_pair(session, &Mechanism::plain(CKM_RSA_PKCS_KEY_PAIR_GEN), &rsa, &lock).unwrap().1,
@@ -44,13 +48,20 @@ fn no_sensitive_value_is_readable() {
                 assert_eq!(code, CKR_ATTRIBUTE_SENSITIVE, "key {number}, attribute {part:#x}: {}", name(code));
             }
             // No other attribute has the value in it either.
-            for kind in (0..0x700).chain([CKA_WRAP_TEMPLATE, CKA_UNWRAP_TEMPLATE, CKA_DERIVE_TEMPLATE, CKA_ALLOWED_MECHANISMS]) {
+            for kind in
+                (0..0x700).chain([CKA_WRAP_TEMPLATE, CKA_UNWRAP_TEMPLATE, CKA_DERIVE_TEMPLATE, CKA_ALLOWED_MECHANISMS])
+            {
                 if let Ok(value) = module.get(session, key, kind) {
-                    assert!(!value.windows(8).any(|window| window == [0xC3; 8]), "key {number} tells its value in attribute {kind:#x}");
+                    assert!(
+                        !value.windows(8).any(|window| window == [0xC3; 8]),
+                        "key {number} tells its value in attribute {kind:#x}"
+                    );
                 }
             }
             // A find by value tells nothing either.
-            assert!(!module.find(session, &Template::new().bytes(CKA_VALUE, [0xC3; 32])).unwrap_or_default().contains(&key));
+            assert!(
+                !module.find(session, &Template::new().bytes(CKA_VALUE, [0xC3; 32])).unwrap_or_default().contains(&key)
+            );
             module.destroy(session, key).unwrap();
         }
     }
@@ -61,7 +72,8 @@ fn no_sensitive_value_is_readable() {
 fn a_template_is_filled_before_the_error() {
     let token = Token::fresh("filled");
     let (module, session) = (token.module, token.session);
-    let key = token.aes(&[1; 16], Template::new().bool(CKA_SENSITIVE, true).bytes(CKA_LABEL, "a label").bytes(CKA_ID, [9]));
+    let key =
+        token.aes(&[1; 16], Template::new().bool(CKA_SENSITIVE, true).bytes(CKA_LABEL, "a label").bytes(CKA_ID, [9]));
     let mut label = [0_u8; 7];
     let mut id = [0_u8; 1];
     let mut value = [0_u8; 16];
@@ -73,7 +85,10 @@ fn a_template_is_filled_before_the_error() {
     ];
     let code = common::get_attributes(module, session, key, &mut template).unwrap_err();
     assert!([CKR_ATTRIBUTE_SENSITIVE, CKR_ATTRIBUTE_TYPE_INVALID].contains(&code), "{}", name(code));
-    assert_eq!(template.map(|attribute| attribute.ulValueLen), [CK_UNAVAILABLE_INFORMATION, 7, CK_UNAVAILABLE_INFORMATION, 1]);
+    assert_eq!(
+        template.map(|attribute| attribute.ulValueLen),
+        [CK_UNAVAILABLE_INFORMATION, 7, CK_UNAVAILABLE_INFORMATION, 1]
+    );
     assert_eq!((&label, id, value), (b"a label", [9], [0; 16]));
 
     let mut template = [
@@ -94,11 +109,21 @@ fn one_way_attributes_go_one_way() {
     for (kind, locked) in rules {
         for on_token in [false, true] {
             let key = token.aes(&[1; 16], Template::new().bool(kind, !locked).bool(CKA_TOKEN, on_token));
-            module.set(session, key, &Template::new().bool(kind, locked)).unwrap_or_else(|code| panic!("locking {kind:#x}: {}", name(code)));
+            module
+                .set(session, key, &Template::new().bool(kind, locked))
+                .unwrap_or_else(|code| panic!("locking {kind:#x}: {}", name(code)));
             assert_eq!(module.get_bool(session, key, kind).unwrap(), locked);
-            assert_eq!(module.set(session, key, &Template::new().bool(kind, !locked)), Err(CKR_ATTRIBUTE_READ_ONLY), "{kind:#x}");
+            assert_eq!(
+                module.set(session, key, &Template::new().bool(kind, !locked)),
+                Err(CKR_ATTRIBUTE_READ_ONLY),
+                "{kind:#x}"
+            );
             let code = module.copy(session, key, &Template::new().bool(kind, !locked)).unwrap_err();
-            assert!([CKR_ATTRIBUTE_READ_ONLY, CKR_TEMPLATE_INCONSISTENT].contains(&code), "a copy unlocked {kind:#x}: {}", name(code));
+            assert!(
+                [CKR_ATTRIBUTE_READ_ONLY, CKR_TEMPLATE_INCONSISTENT].contains(&code),
+                "a copy unlocked {kind:#x}: {}",
+                name(code)
+            );
             let copy = module.copy(session, key, &Template::new()).unwrap();
             assert_eq!(module.get_bool(session, copy, kind).unwrap(), locked);
             module.destroy(session, key).unwrap();
@@ -106,7 +131,8 @@ fn one_way_attributes_go_one_way() {
     }
     // A copy may be stricter.
     let key = token.aes(&[1; 16], Template::new());
-    let copy = module.copy(session, key, &Template::new().bool(CKA_SENSITIVE, true).bool(CKA_EXTRACTABLE, false)).unwrap();
+    let copy =
+        module.copy(session, key, &Template::new().bool(CKA_SENSITIVE, true).bool(CKA_EXTRACTABLE, false)).unwrap();
     assert_eq!(module.get(session, copy, CKA_VALUE), Err(CKR_ATTRIBUTE_SENSITIVE));
     assert_eq!(module.get(session, key, CKA_VALUE).unwrap(), [1; 16]);
 }
@@ -142,10 +168,13 @@ fn what_is_settled_at_creation_stays() {
     for kind in [CKA_LOCAL, CKA_ALWAYS_SENSITIVE, CKA_NEVER_EXTRACTABLE] {
         let code = module.create(session, &Template::aes(&[1; 16]).bool(kind, true)).unwrap_err();
         assert!([CKR_ATTRIBUTE_READ_ONLY, CKR_TEMPLATE_INCONSISTENT].contains(&code), "{kind:#x}: {}", name(code));
-        let code = module.generate_key(session, &Mechanism::plain(CKM_AES_KEY_GEN), &Template::new_aes(16).bool(kind, true)).unwrap_err();
+        let code = module
+            .generate_key(session, &Mechanism::plain(CKM_AES_KEY_GEN), &Template::new_aes(16).bool(kind, true))
+            .unwrap_err();
         assert!([CKR_ATTRIBUTE_READ_ONLY, CKR_TEMPLATE_INCONSISTENT].contains(&code), "{kind:#x}: {}", name(code));
     }
-    let code = module.create(session, &Template::aes(&[1; 16]).ulong(CKA_KEY_GEN_MECHANISM, CKM_AES_KEY_GEN)).unwrap_err();
+    let code =
+        module.create(session, &Template::aes(&[1; 16]).ulong(CKA_KEY_GEN_MECHANISM, CKM_AES_KEY_GEN)).unwrap_err();
     assert!([CKR_ATTRIBUTE_READ_ONLY, CKR_TEMPLATE_INCONSISTENT].contains(&code), "{}", name(code));
 
     // And what a change refuses it refuses whole.
@@ -158,7 +187,10 @@ fn what_is_settled_at_creation_stays() {
 fn history_is_recorded() {
     let token = Token::fresh("history");
     let (module, session) = (token.module, token.session);
-    let history = |key: Object| [CKA_LOCAL, CKA_ALWAYS_SENSITIVE, CKA_NEVER_EXTRACTABLE].map(|kind| module.get_bool(session, key, kind).unwrap());
+    let history = |key: Object| {
+        [CKA_LOCAL, CKA_ALWAYS_SENSITIVE, CKA_NEVER_EXTRACTABLE]
+            .map(|kind| module.get_bool(session, key, kind).unwrap())
+    };
     let locked = Template::new_aes(32).bool(CKA_SENSITIVE, true).bool(CKA_EXTRACTABLE, false);
     let generated = module.generate_key(session, &Mechanism::plain(CKM_AES_KEY_GEN), &locked).unwrap();
     assert_eq!(history(generated), [true, true, true]);
@@ -175,17 +207,28 @@ fn history_is_recorded() {
         let key = token.aes(&[2; 16], Template::new());
         module.wrap(session, &kw(), created, key).unwrap()
     };
-    let unwrapped =
-        module.unwrap(session, &kw(), created, &wrapped, &Template::secret(CKK_AES).bool(CKA_SENSITIVE, true).bool(CKA_EXTRACTABLE, false)).unwrap();
+    let unwrapped = module
+        .unwrap(
+            session,
+            &kw(),
+            created,
+            &wrapped,
+            &Template::secret(CKK_AES).bool(CKA_SENSITIVE, true).bool(CKA_EXTRACTABLE, false),
+        )
+        .unwrap();
     assert_eq!(history(unwrapped), [false, false, false]);
-    // A derived key inherits the history of its base (PKCS#11 2.40 section 2.10 on the derivations).
-    for (base, expected) in [(generated, [false, true, true]), (ceremony, [false, true, false]), (created, [false, false, false])] {
+    // A derived key inherits the history of its base (PKCS#11 2.40 section 2.10 on the
+    // derivations).
+    for (base, expected) in
+        [(generated, [false, true, true]), (ceremony, [false, true, false]), (created, [false, false, false])]
+    {
         let derived = module.derive(session, &Mechanism::ecb_data(&[0; 32]), base, &locked).unwrap();
         assert_eq!(history(derived), expected);
     }
     let ec = Template::new().bytes(CKA_EC_PARAMS, P256);
     let lock = Template::new().bool(CKA_SENSITIVE, true).bool(CKA_EXTRACTABLE, false);
-    let (public, private) = module.generate_key_pair(session, &Mechanism::plain(CKM_EC_KEY_PAIR_GEN), &ec, &lock).unwrap();
+    let (public, private) =
+        module.generate_key_pair(session, &Mechanism::plain(CKM_EC_KEY_PAIR_GEN), &ec, &lock).unwrap();
     assert_eq!(history(private), [true, true, true]);
     assert!(module.get_bool(session, public, CKA_LOCAL).unwrap());
 }
@@ -195,7 +238,8 @@ fn a_copy_keeps_its_history() {
     let token = Token::fresh("copies");
     let (module, session) = (token.module, token.session);
     let open = module.generate_key(session, &Mechanism::plain(CKM_AES_KEY_GEN), &Template::new_aes(16)).unwrap();
-    let copy = module.copy(session, open, &Template::new().bool(CKA_SENSITIVE, true).bool(CKA_EXTRACTABLE, false)).unwrap();
+    let copy =
+        module.copy(session, open, &Template::new().bool(CKA_SENSITIVE, true).bool(CKA_EXTRACTABLE, false)).unwrap();
     assert!(!module.get_bool(session, copy, CKA_ALWAYS_SENSITIVE).unwrap());
     assert!(!module.get_bool(session, copy, CKA_NEVER_EXTRACTABLE).unwrap());
     let fixed = token.aes(&[1; 16], Template::new().bool(CKA_COPYABLE, false));
@@ -231,7 +275,9 @@ fn each_use_needs_its_attribute() {
         }),
         (CKA_WRAP, &|key| module.wrap(session, &kw(), key, plain).map(drop)),
         (CKA_UNWRAP, &|key| module.unwrap(session, &kw(), key, &wrapped, &Template::secret(CKK_AES)).map(drop)),
-        (CKA_DERIVE, &|key| module.derive(session, &Mechanism::ecb_data(&[0; 16]), key, &Template::new_aes(16)).map(drop)),
+        (CKA_DERIVE, &|key| {
+            module.derive(session, &Mechanism::ecb_data(&[0; 16]), key, &Template::new_aes(16)).map(drop)
+        }),
     ];
     for (kind, use_it) in uses {
         // Everything but this use is allowed; then nothing but this use.
@@ -253,7 +299,9 @@ fn unextractable_keys_stay() {
     let kek = token.aes(&[1; 32], Template::new());
     for sensitive in [false, true] {
         let locked = token.aes(&[2; 16], Template::new().bool(CKA_SENSITIVE, sensitive).bool(CKA_EXTRACTABLE, false));
-        for mechanism in [kw(), Mechanism::plain(CKM_AES_KEY_WRAP_KWP), Mechanism::with_bytes(CKM_AES_CBC_PAD, &[0; 16])] {
+        for mechanism in
+            [kw(), Mechanism::plain(CKM_AES_KEY_WRAP_KWP), Mechanism::with_bytes(CKM_AES_CBC_PAD, &[0; 16])]
+        {
             assert_eq!(module.wrap(session, &mechanism, kek, locked), Err(CKR_KEY_UNEXTRACTABLE));
         }
         assert_eq!(module.get(session, locked, CKA_VALUE), Err(CKR_ATTRIBUTE_SENSITIVE));
@@ -271,13 +319,15 @@ fn wrap_with_trusted_needs_a_trusted_key_and_only_the_officer_trusts() {
     let session = module.open_rw(slot).unwrap();
     module.login(session, CKU_SO, common::SO_PIN).unwrap();
     let rsa = Template::new().ulong(CKA_MODULUS_BITS, 2048).bytes(CKA_PUBLIC_EXPONENT, [1, 0, 1]).bool(CKA_WRAP, true);
-    // The officer makes public objects only, so the pair's private half is of another token in real life.
+    // The officer makes public objects only, so the pair's private half is of another token in real
+    // life.
     let public = {
         let template = rsa.clone().bool(CKA_TOKEN, true).bool(CKA_PRIVATE, false);
         let private = Template::new().bool(CKA_PRIVATE, false).bool(CKA_TOKEN, false);
         module.generate_key_pair(session, &Mechanism::plain(CKM_RSA_PKCS_KEY_PAIR_GEN), &template, &private).unwrap().0
     };
-    let (n, e) = (module.get(session, public, CKA_MODULUS).unwrap(), module.get(session, public, CKA_PUBLIC_EXPONENT).unwrap());
+    let (n, e) =
+        (module.get(session, public, CKA_MODULUS).unwrap(), module.get(session, public, CKA_PUBLIC_EXPONENT).unwrap());
     let escrow = Template::new()
         .ulong(CKA_CLASS, CKO_PUBLIC_KEY)
         .ulong(CKA_KEY_TYPE, CKK_RSA)
@@ -286,7 +336,9 @@ fn wrap_with_trusted_needs_a_trusted_key_and_only_the_officer_trusts() {
         .bool(CKA_WRAP, true)
         .bytes(CKA_MODULUS, n)
         .bytes(CKA_PUBLIC_EXPONENT, e);
-    module.create(session, &escrow.clone().bool(CKA_TRUSTED, true).bytes(CKA_LABEL, "escrow")).expect("the officer may create a trusted key");
+    module
+        .create(session, &escrow.clone().bool(CKA_TRUSTED, true).bytes(CKA_LABEL, "escrow"))
+        .expect("the officer may create a trusted key");
     module.logout(session).unwrap();
 
     module.login(session, CKU_USER, common::USER_PIN).unwrap();
@@ -306,11 +358,18 @@ fn wrap_with_trusted_needs_a_trusted_key_and_only_the_officer_trusts() {
         module.create(session, &escrow.clone().bool(CKA_TRUSTED, true)).unwrap_err(),
         module.set(session, untrusted, &Template::new().bool(CKA_TRUSTED, true)).unwrap_err(),
         module.copy(session, untrusted, &Template::new().bool(CKA_TRUSTED, true)).unwrap_err(),
-        module.generate_key(session, &Mechanism::plain(CKM_AES_KEY_GEN), &Template::new_aes(32).bool(CKA_TRUSTED, true)).unwrap_err(),
+        module
+            .generate_key(session, &Mechanism::plain(CKM_AES_KEY_GEN), &Template::new_aes(32).bool(CKA_TRUSTED, true))
+            .unwrap_err(),
     ] {
-        assert!([CKR_ATTRIBUTE_READ_ONLY, CKR_TEMPLATE_INCONSISTENT, CKR_USER_NOT_LOGGED_IN].contains(&code), "{}", name(code));
+        assert!(
+            [CKR_ATTRIBUTE_READ_ONLY, CKR_TEMPLATE_INCONSISTENT, CKR_USER_NOT_LOGGED_IN].contains(&code),
+            "{}",
+            name(code)
+        );
     }
-    // And what the officer trusts the user cannot turn into another key: setting it to what it is, or a copy, is harmless.
+    // And what the officer trusts the user cannot turn into another key: setting it to what it is,
+    // or a copy, is harmless.
     assert!(module.set(session, trusted, &Template::new().bytes(CKA_MODULUS, [1; 256])).is_err());
 }
 
@@ -322,7 +381,10 @@ fn wrap_templates_choose_what_is_wrapped() {
     let kek = token.aes(&[1; 32], Template::new().nested(CKA_WRAP_TEMPLATE, wanted));
     let matching = token.aes(&[2; 16], Template::new().bytes(CKA_LABEL, "meter"));
     module.wrap(session, &kw(), kek, matching).unwrap();
-    for other in [token.aes(&[2; 16], Template::new().bytes(CKA_LABEL, "root")), token.generic(&[2; 16], Template::new().bytes(CKA_LABEL, "meter"))] {
+    for other in [
+        token.aes(&[2; 16], Template::new().bytes(CKA_LABEL, "root")),
+        token.generic(&[2; 16], Template::new().bytes(CKA_LABEL, "meter")),
+    ] {
         let code = module.wrap(session, &kw(), kek, other).unwrap_err();
         assert!([CKR_KEY_NOT_WRAPPABLE, CKR_KEY_HANDLE_INVALID].contains(&code), "{}", name(code));
     }
@@ -337,18 +399,29 @@ fn unwrap_templates_bind_what_is_unwrapped() {
     let key = token.aes(&[2; 16], Template::new());
     let wrapped = module.wrap(session, &kw(), kek, key).unwrap();
     // What the caller leaves open is filled in.
-    let open = Template::new().ulong(CKA_CLASS, CKO_SECRET_KEY).ulong(CKA_KEY_TYPE, CKK_AES).bool(CKA_TOKEN, false).bool(CKA_EXTRACTABLE, true);
+    let open = Template::new()
+        .ulong(CKA_CLASS, CKO_SECRET_KEY)
+        .ulong(CKA_KEY_TYPE, CKK_AES)
+        .bool(CKA_TOKEN, false)
+        .bool(CKA_EXTRACTABLE, true);
     let unwrapped = module.unwrap(session, &kw(), kek, &wrapped, &open).unwrap();
     assert_eq!(module.get(session, unwrapped, CKA_VALUE), Err(CKR_ATTRIBUTE_SENSITIVE));
     assert!(!module.get_bool(session, unwrapped, CKA_WRAP).unwrap());
     // What the caller says otherwise is refused.
-    for against in [Template::new().bool(CKA_SENSITIVE, false), Template::new().bool(CKA_WRAP, true), Template::new().bool(CKA_DERIVE, true)] {
+    for against in [
+        Template::new().bool(CKA_SENSITIVE, false),
+        Template::new().bool(CKA_WRAP, true),
+        Template::new().bool(CKA_DERIVE, true),
+    ] {
         let code = module.unwrap(session, &kw(), kek, &wrapped, &open.clone().with(against)).unwrap_err();
         assert_eq!(code, CKR_TEMPLATE_INCONSISTENT, "{}", name(code));
     }
     // What the caller says alike is fine, and the template can be read back.
     module.unwrap(session, &kw(), kek, &wrapped, &open.bool(CKA_SENSITIVE, true)).unwrap();
-    assert_eq!(module.get(session, kek, CKA_UNWRAP_TEMPLATE).map(|value| value.len()), Ok(3 * size_of::<CK_ATTRIBUTE>()));
+    assert_eq!(
+        module.get(session, kek, CKA_UNWRAP_TEMPLATE).map(|value| value.len()),
+        Ok(3 * size_of::<CK_ATTRIBUTE>())
+    );
 }
 
 #[test]
@@ -358,7 +431,11 @@ fn derive_templates_bind_what_is_derived() {
     let forced = Template::new().bool(CKA_SENSITIVE, true).bool(CKA_EXTRACTABLE, true).bool(CKA_WRAP, false);
     let root = token.aes(&[1; 32], Template::new().nested(CKA_DERIVE_TEMPLATE, forced));
     let mechanism = Mechanism::cbc_data([0; 16], &[3; 32]);
-    let open = Template::new().ulong(CKA_CLASS, CKO_SECRET_KEY).ulong(CKA_KEY_TYPE, CKK_AES).ulong(CKA_VALUE_LEN, 16).bool(CKA_TOKEN, false);
+    let open = Template::new()
+        .ulong(CKA_CLASS, CKO_SECRET_KEY)
+        .ulong(CKA_KEY_TYPE, CKK_AES)
+        .ulong(CKA_VALUE_LEN, 16)
+        .bool(CKA_TOKEN, false);
     let derived = module.derive(session, &mechanism, root, &open).unwrap();
     assert_eq!(module.get(session, derived, CKA_VALUE), Err(CKR_ATTRIBUTE_SENSITIVE));
     assert!(module.get_bool(session, derived, CKA_EXTRACTABLE).unwrap());
@@ -366,16 +443,25 @@ fn derive_templates_bind_what_is_derived() {
     assert_eq!(code, CKR_TEMPLATE_INCONSISTENT, "{}", name(code));
 }
 
-/// A sensitive base gives no readable key by a mechanism that could give the base away; that is the caller's to forbid by a
-/// derive template. What must hold always: the base itself stays unreadable.
+/// A sensitive base gives no readable key by a mechanism that could give the base away; that is the
+/// caller's to forbid by a derive template. What must hold always: the base itself stays
+/// unreadable.
 #[test]
 fn a_locked_root_still_derives() {
     let token = Token::fresh("locked-root");
     let (module, session) = (token.module, token.session);
-    let template = Template::new_aes(32).bool(CKA_SENSITIVE, true).bool(CKA_EXTRACTABLE, false).bool(CKA_ENCRYPT, false);
+    let template =
+        Template::new_aes(32).bool(CKA_SENSITIVE, true).bool(CKA_EXTRACTABLE, false).bool(CKA_ENCRYPT, false);
     let root = module.generate_key(session, &Mechanism::plain(CKM_AES_KEY_GEN), &template).unwrap();
     let kek = token.aes(&[1; 32], Template::new());
-    let derived = module.derive(session, &Mechanism::cbc_data([0; 16], &[3; 16]), root, &Template::new_aes(16).bool(CKA_SENSITIVE, true)).unwrap();
+    let derived = module
+        .derive(
+            session,
+            &Mechanism::cbc_data([0; 16], &[3; 16]),
+            root,
+            &Template::new_aes(16).bool(CKA_SENSITIVE, true),
+        )
+        .unwrap();
     module.wrap(session, &kw(), kek, derived).expect("derived keys are extractable if they are said to be");
     assert_eq!(module.wrap(session, &kw(), kek, root), Err(CKR_KEY_UNEXTRACTABLE));
 }
@@ -393,9 +479,18 @@ fn allowed_mechanisms_allow_no_others() {
     assert_eq!(module.encrypt(session, &ecb(), key, &[0; 16]), Err(CKR_MECHANISM_INVALID));
     assert_eq!(module.decrypt(session, &ecb(), key, &[0; 16]), Err(CKR_MECHANISM_INVALID));
     assert_eq!(module.encrypt(session, &Mechanism::gcm(&[0; 12], &[], 128), key, &[0; 16]), Err(CKR_MECHANISM_INVALID));
-    assert_eq!(module.wrap(session, &Mechanism::with_bytes(CKM_AES_CBC_PAD, &[0; 16]), key, other), Err(CKR_MECHANISM_INVALID));
-    assert_eq!(module.derive(session, &Mechanism::ecb_data(&[0; 16]), key, &Template::new_aes(16)), Err(CKR_MECHANISM_INVALID));
-    assert_eq!(module.sign(session, &Mechanism::with_ulong(CKM_AES_CMAC_GENERAL, 8), key, b"message"), Err(CKR_MECHANISM_INVALID));
+    assert_eq!(
+        module.wrap(session, &Mechanism::with_bytes(CKM_AES_CBC_PAD, &[0; 16]), key, other),
+        Err(CKR_MECHANISM_INVALID)
+    );
+    assert_eq!(
+        module.derive(session, &Mechanism::ecb_data(&[0; 16]), key, &Template::new_aes(16)),
+        Err(CKR_MECHANISM_INVALID)
+    );
+    assert_eq!(
+        module.sign(session, &Mechanism::with_ulong(CKM_AES_CMAC_GENERAL, 8), key, b"message"),
+        Err(CKR_MECHANISM_INVALID)
+    );
     let copy = module.copy(session, key, &Template::new()).unwrap();
     assert_eq!(module.encrypt(session, &ecb(), copy, &[0; 16]), Err(CKR_MECHANISM_INVALID), "a copy forgot the list");
     let read = module.get(session, key, CKA_ALLOWED_MECHANISMS).unwrap();
@@ -410,16 +505,48 @@ fn templates_must_make_sense() {
         ("no class", Template::aes(&[1; 16]).without(CKA_CLASS), vec![CKR_TEMPLATE_INCOMPLETE]),
         ("no key type", Template::aes(&[1; 16]).without(CKA_KEY_TYPE), vec![CKR_TEMPLATE_INCOMPLETE]),
         ("no value", Template::secret(CKK_AES), vec![CKR_TEMPLATE_INCOMPLETE]),
-        ("an AES key of 15 bytes", Template::aes(&[1; 15]), vec![CKR_ATTRIBUTE_VALUE_INVALID, CKR_KEY_SIZE_RANGE, CKR_TEMPLATE_INCONSISTENT]),
-        ("an empty secret", Template::generic(&[]), vec![CKR_ATTRIBUTE_VALUE_INVALID, CKR_KEY_SIZE_RANGE, CKR_TEMPLATE_INCONSISTENT]),
-        ("a boolean of two bytes", Template::aes(&[1; 16]).bytes(CKA_ENCRYPT, [1, 0]), vec![CKR_ATTRIBUTE_VALUE_INVALID]),
+        (
+            "an AES key of 15 bytes",
+            Template::aes(&[1; 15]),
+            vec![CKR_ATTRIBUTE_VALUE_INVALID, CKR_KEY_SIZE_RANGE, CKR_TEMPLATE_INCONSISTENT],
+        ),
+        (
+            "an empty secret",
+            Template::generic(&[]),
+            vec![CKR_ATTRIBUTE_VALUE_INVALID, CKR_KEY_SIZE_RANGE, CKR_TEMPLATE_INCONSISTENT],
+        ),
+        (
+            "a boolean of two bytes",
+            Template::aes(&[1; 16]).bytes(CKA_ENCRYPT, [1, 0]),
+            vec![CKR_ATTRIBUTE_VALUE_INVALID],
+        ),
         ("a class of one byte", Template::aes(&[1; 16]).bytes(CKA_CLASS, [4]), vec![CKR_ATTRIBUTE_VALUE_INVALID]),
-        ("a modulus in an AES key", Template::aes(&[1; 16]).bytes(CKA_MODULUS, [1; 256]), vec![CKR_ATTRIBUTE_TYPE_INVALID, CKR_TEMPLATE_INCONSISTENT]),
+        (
+            "a modulus in an AES key",
+            Template::aes(&[1; 16]).bytes(CKA_MODULUS, [1; 256]),
+            vec![CKR_ATTRIBUTE_TYPE_INVALID, CKR_TEMPLATE_INCONSISTENT],
+        ),
         ("an unknown attribute", Template::aes(&[1; 16]).bytes(0x7777_7777, [1]), vec![CKR_ATTRIBUTE_TYPE_INVALID]),
-        ("an attribute twice, differently", Template::aes(&[1; 16]).and(Template::new().bool(CKA_DERIVE, false)), vec![CKR_TEMPLATE_INCONSISTENT]),
-        ("an unknown class", Template::aes(&[1; 16]).ulong(CKA_CLASS, 999), vec![CKR_ATTRIBUTE_VALUE_INVALID, CKR_TEMPLATE_INCONSISTENT]),
-        ("an unknown key type", Template::aes(&[1; 16]).ulong(CKA_KEY_TYPE, 999), vec![CKR_ATTRIBUTE_VALUE_INVALID, CKR_TEMPLATE_INCONSISTENT]),
-        ("a check value that is wrong", Template::aes(&[1; 16]).bytes(CKA_CHECK_VALUE, [9, 9, 9]), vec![CKR_ATTRIBUTE_VALUE_INVALID]),
+        (
+            "an attribute twice, differently",
+            Template::aes(&[1; 16]).and(Template::new().bool(CKA_DERIVE, false)),
+            vec![CKR_TEMPLATE_INCONSISTENT],
+        ),
+        (
+            "an unknown class",
+            Template::aes(&[1; 16]).ulong(CKA_CLASS, 999),
+            vec![CKR_ATTRIBUTE_VALUE_INVALID, CKR_TEMPLATE_INCONSISTENT],
+        ),
+        (
+            "an unknown key type",
+            Template::aes(&[1; 16]).ulong(CKA_KEY_TYPE, 999),
+            vec![CKR_ATTRIBUTE_VALUE_INVALID, CKR_TEMPLATE_INCONSISTENT],
+        ),
+        (
+            "a check value that is wrong",
+            Template::aes(&[1; 16]).bytes(CKA_CHECK_VALUE, [9, 9, 9]),
+            vec![CKR_ATTRIBUTE_VALUE_INVALID],
+        ),
         (
             "a point off its curve",
             Template::ec_public(P256, &[[4; 1].as_slice(), &[1; 64]].concat()),
@@ -444,13 +571,21 @@ fn templates_must_make_sense() {
         let made = module.generate_key(session, &Mechanism::plain(CKM_AES_KEY_GEN), &Template::new_aes(length));
         assert_eq!(made.is_ok(), ok, "a key of {length} bytes");
     }
-    let code = module.generate_key(session, &Mechanism::plain(CKM_AES_KEY_GEN), &Template::secret(CKK_AES)).unwrap_err();
+    let code =
+        module.generate_key(session, &Mechanism::plain(CKM_AES_KEY_GEN), &Template::secret(CKK_AES)).unwrap_err();
     assert_eq!(code, CKR_TEMPLATE_INCOMPLETE, "{}", name(code));
-    let code = module.generate_key(session, &Mechanism::plain(CKM_AES_KEY_GEN), &Template::new_aes(16).ulong(CKA_KEY_TYPE, CKK_GENERIC_SECRET)).unwrap_err();
+    let code = module
+        .generate_key(
+            session,
+            &Mechanism::plain(CKM_AES_KEY_GEN),
+            &Template::new_aes(16).ulong(CKA_KEY_TYPE, CKK_GENERIC_SECRET),
+        )
+        .unwrap_err();
     assert_eq!(code, CKR_TEMPLATE_INCONSISTENT, "{}", name(code));
 }
 
-/// The check value of an AES key: the first three bytes of its encryption of zeros (PKCS#11 2.40 section 2.10.2).
+/// The check value of an AES key: the first three bytes of its encryption of zeros (PKCS#11 2.40
+/// section 2.10.2).
 #[test]
 fn check_values() {
     let token = Token::fresh("check-value");
@@ -466,7 +601,15 @@ fn finding_matches_all_of_the_template() {
     let token = Token::fresh("find");
     let (module, session) = (token.module, token.session);
     let keys: Vec<Object> = (0..120_u8)
-        .map(|i| token.aes(&[i; 16], Template::new().bytes(CKA_ID, [i]).bytes(CKA_LABEL, if i % 2 == 0 { "even" } else { "odd" }).bool(CKA_TOKEN, i % 3 == 0)))
+        .map(|i| {
+            token.aes(
+                &[i; 16],
+                Template::new()
+                    .bytes(CKA_ID, [i])
+                    .bytes(CKA_LABEL, if i % 2 == 0 { "even" } else { "odd" })
+                    .bool(CKA_TOKEN, i % 3 == 0),
+            )
+        })
         .collect();
     let count = |template: Template| module.find(session, &template).unwrap().len();
     assert_eq!(count(Template::new()), 120);

@@ -1,5 +1,6 @@
-//! The same random sequences of calls on hsm-sim and on SoftHSM2: results and return codes must be the same, or be in the table
-//! of explained differences. The sequences are the same in every run; HSM_SIM_DIFFERENTIAL_SEED (a number) makes others.
+//! The same random sequences of calls on hsm-sim and on SoftHSM2: results and return codes must be
+//! the same, or be in the table of explained differences. The sequences are the same in every run;
+//! HSM_SIM_DIFFERENTIAL_SEED (a number) makes others.
 #![expect(clippy::indexing_slicing, clippy::unwrap_used, reason = "test helpers: a failure is to stop the test")]
 
 mod common;
@@ -17,35 +18,96 @@ use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
 const SEQUENCES: usize = 400;
 
-/// Where the two differ, and why that is right. A row that no sequence meets fails the test as well.
+/// Where the two differ, and why that is right. A row that no sequence meets fails the test as
+/// well.
 ///
-/// The call (with its mechanism or attribute where that matters; one `*` stands for anything), what SoftHSM2 2.6.1 says, what
-/// hsm-sim says, the reason.
+/// The call (with its mechanism or attribute where that matters; one `*` stands for anything), what
+/// SoftHSM2 2.6.1 says, what hsm-sim says, the reason.
 const EXPLAINED: &[(&str, &str, &str, &str)] = &[
-    ("*", "CKR_OBJECT_HANDLE_INVALID", "CKR_KEY_HANDLE_INVALID", "the standard has a code for handles of keys; SoftHSM2 uses the one for objects"),
-    ("*", "CKR_KEY_FUNCTION_NOT_PERMITTED", "CKR_KEY_TYPE_INCONSISTENT", "two things are wrong at once, and the standard gives no order"),
-    ("*", "CKR_KEY_FUNCTION_NOT_PERMITTED", "CKR_MECHANISM_INVALID", "two things are wrong at once, and the standard gives no order"),
-    ("*", "CKR_KEY_FUNCTION_NOT_PERMITTED", "CKR_MECHANISM_PARAM_INVALID", "two things are wrong at once, and the standard gives no order"),
-    ("*", "CKR_KEY_TYPE_INCONSISTENT", "CKR_MECHANISM_PARAM_INVALID", "two things are wrong at once, and the standard gives no order"),
-    ("*", "CKR_OBJECT_HANDLE_INVALID", "CKR_MECHANISM_PARAM_INVALID", "two things are wrong at once, and the standard gives no order"),
-    ("*", "CKR_KEY_TYPE_INCONSISTENT", "CKR_ATTRIBUTE_VALUE_INVALID", "two things are wrong at once, and the standard gives no order"),
-    ("*", "CKR_MECHANISM_PARAM_INVALID", "CKR_ATTRIBUTE_VALUE_INVALID", "two things are wrong at once, and the standard gives no order"),
-    ("*", "CKR_KEY_UNEXTRACTABLE", "CKR_KEY_NOT_WRAPPABLE", "two things are wrong at once, and the standard gives no order"),
-    ("C_DeriveKey a digest mechanism", "CKR_MECHANISM_INVALID", "CKR_ATTRIBUTE_VALUE_INVALID", "two things are wrong at once, and the standard gives no order"),
+    (
+        "*",
+        "CKR_OBJECT_HANDLE_INVALID",
+        "CKR_KEY_HANDLE_INVALID",
+        "the standard has a code for handles of keys; SoftHSM2 uses the one for objects",
+    ),
+    (
+        "*",
+        "CKR_KEY_FUNCTION_NOT_PERMITTED",
+        "CKR_KEY_TYPE_INCONSISTENT",
+        "two things are wrong at once, and the standard gives no order",
+    ),
+    (
+        "*",
+        "CKR_KEY_FUNCTION_NOT_PERMITTED",
+        "CKR_MECHANISM_INVALID",
+        "two things are wrong at once, and the standard gives no order",
+    ),
+    (
+        "*",
+        "CKR_KEY_FUNCTION_NOT_PERMITTED",
+        "CKR_MECHANISM_PARAM_INVALID",
+        "two things are wrong at once, and the standard gives no order",
+    ),
+    (
+        "*",
+        "CKR_KEY_TYPE_INCONSISTENT",
+        "CKR_MECHANISM_PARAM_INVALID",
+        "two things are wrong at once, and the standard gives no order",
+    ),
+    (
+        "*",
+        "CKR_OBJECT_HANDLE_INVALID",
+        "CKR_MECHANISM_PARAM_INVALID",
+        "two things are wrong at once, and the standard gives no order",
+    ),
+    (
+        "*",
+        "CKR_KEY_TYPE_INCONSISTENT",
+        "CKR_ATTRIBUTE_VALUE_INVALID",
+        "two things are wrong at once, and the standard gives no order",
+    ),
+    (
+        "*",
+        "CKR_MECHANISM_PARAM_INVALID",
+        "CKR_ATTRIBUTE_VALUE_INVALID",
+        "two things are wrong at once, and the standard gives no order",
+    ),
+    (
+        "*",
+        "CKR_KEY_UNEXTRACTABLE",
+        "CKR_KEY_NOT_WRAPPABLE",
+        "two things are wrong at once, and the standard gives no order",
+    ),
+    (
+        "C_DeriveKey a digest mechanism",
+        "CKR_MECHANISM_INVALID",
+        "CKR_ATTRIBUTE_VALUE_INVALID",
+        "two things are wrong at once, and the standard gives no order",
+    ),
     (
         "C_DeriveKey a digest mechanism",
         "CKR_MECHANISM_INVALID",
         "CKR_KEY_FUNCTION_NOT_PERMITTED",
         "two things are wrong at once, and the standard gives no order",
     ),
-    ("C_DeriveKey a digest mechanism", "CKR_MECHANISM_INVALID", "CKR_KEY_HANDLE_INVALID", "two things are wrong at once, and the standard gives no order"),
+    (
+        "C_DeriveKey a digest mechanism",
+        "CKR_MECHANISM_INVALID",
+        "CKR_KEY_HANDLE_INVALID",
+        "two things are wrong at once, and the standard gives no order",
+    ),
     (
         "C_UnwrapKey a digest mechanism*",
         "CKR_MECHANISM_INVALID",
         "CKR_KEY_FUNCTION_NOT_PERMITTED",
         "two things are wrong at once, and the standard gives no order",
     ),
-    ("C_UnwrapKey a digest mechanism*", "CKR_MECHANISM_INVALID", "CKR_TEMPLATE_INCOMPLETE", "two things are wrong at once, and the standard gives no order"),
+    (
+        "C_UnwrapKey a digest mechanism*",
+        "CKR_MECHANISM_INVALID",
+        "CKR_TEMPLATE_INCOMPLETE",
+        "two things are wrong at once, and the standard gives no order",
+    ),
     (
         "C_UnwrapKey a digest mechanism*",
         "CKR_MECHANISM_INVALID",
@@ -58,40 +120,110 @@ const EXPLAINED: &[(&str, &str, &str, &str)] = &[
         "CKR_KEY_FUNCTION_NOT_PERMITTED",
         "two things are wrong at once, and the standard gives no order",
     ),
-    ("C_WrapKey a digest mechanism", "CKR_MECHANISM_INVALID", "CKR_KEY_HANDLE_INVALID", "two things are wrong at once, and the standard gives no order"),
-    ("C_WrapKey a digest mechanism", "CKR_MECHANISM_INVALID", "CKR_KEY_NOT_WRAPPABLE", "two things are wrong at once, and the standard gives no order"),
-    ("C_WrapKey a digest mechanism", "CKR_MECHANISM_INVALID", "CKR_KEY_UNEXTRACTABLE", "two things are wrong at once, and the standard gives no order"),
+    (
+        "C_WrapKey a digest mechanism",
+        "CKR_MECHANISM_INVALID",
+        "CKR_KEY_HANDLE_INVALID",
+        "two things are wrong at once, and the standard gives no order",
+    ),
+    (
+        "C_WrapKey a digest mechanism",
+        "CKR_MECHANISM_INVALID",
+        "CKR_KEY_NOT_WRAPPABLE",
+        "two things are wrong at once, and the standard gives no order",
+    ),
+    (
+        "C_WrapKey a digest mechanism",
+        "CKR_MECHANISM_INVALID",
+        "CKR_KEY_UNEXTRACTABLE",
+        "two things are wrong at once, and the standard gives no order",
+    ),
     (
         "C_WrapKey a digest mechanism",
         "CKR_MECHANISM_INVALID",
         "CKR_WRAPPING_KEY_HANDLE_INVALID",
         "two things are wrong at once, and the standard gives no order",
     ),
-    ("C_WrapKey AES_KEY_WRAP", "CKR_KEY_FUNCTION_NOT_PERMITTED", "CKR_KEY_HANDLE_INVALID", "two things are wrong at once, and the standard gives no order"),
+    (
+        "C_WrapKey AES_KEY_WRAP",
+        "CKR_KEY_FUNCTION_NOT_PERMITTED",
+        "CKR_KEY_HANDLE_INVALID",
+        "two things are wrong at once, and the standard gives no order",
+    ),
     (
         "C_WrapKey AES_KEY_WRAP",
         "CKR_WRAPPING_KEY_TYPE_INCONSISTENT",
         "CKR_KEY_FUNCTION_NOT_PERMITTED",
         "two things are wrong at once, and the standard gives no order",
     ),
-    ("C_WrapKey AES_KEY_WRAP", "CKR_WRAPPING_KEY_TYPE_INCONSISTENT", "CKR_KEY_HANDLE_INVALID", "two things are wrong at once, and the standard gives no order"),
-    ("C_WrapKey AES_KEY_WRAP", "CKR_WRAPPING_KEY_TYPE_INCONSISTENT", "CKR_KEY_NOT_WRAPPABLE", "two things are wrong at once, and the standard gives no order"),
-    ("C_WrapKey AES_KEY_WRAP", "CKR_WRAPPING_KEY_TYPE_INCONSISTENT", "CKR_KEY_UNEXTRACTABLE", "two things are wrong at once, and the standard gives no order"),
+    (
+        "C_WrapKey AES_KEY_WRAP",
+        "CKR_WRAPPING_KEY_TYPE_INCONSISTENT",
+        "CKR_KEY_HANDLE_INVALID",
+        "two things are wrong at once, and the standard gives no order",
+    ),
+    (
+        "C_WrapKey AES_KEY_WRAP",
+        "CKR_WRAPPING_KEY_TYPE_INCONSISTENT",
+        "CKR_KEY_NOT_WRAPPABLE",
+        "two things are wrong at once, and the standard gives no order",
+    ),
+    (
+        "C_WrapKey AES_KEY_WRAP",
+        "CKR_WRAPPING_KEY_TYPE_INCONSISTENT",
+        "CKR_KEY_UNEXTRACTABLE",
+        "two things are wrong at once, and the standard gives no order",
+    ),
     (
         "C_UnwrapKey AES_KEY_WRAP*",
         "CKR_ATTRIBUTE_VALUE_INVALID",
         "CKR_TEMPLATE_INCOMPLETE",
         "a data object is not to be unwrapped, and it has no key type: both are wrong",
     ),
-    ("C_UnwrapKey AES_KEY_WRAP*", "CKR_GENERAL_ERROR", "CKR_WRAPPED_KEY_INVALID", "the standard has a code for a wrapped key that fails its check"),
+    (
+        "C_UnwrapKey AES_KEY_WRAP*",
+        "CKR_GENERAL_ERROR",
+        "CKR_WRAPPED_KEY_INVALID",
+        "the standard has a code for a wrapped key that fails its check",
+    ),
     ("C_Decrypt AES_GCM", "CKR_GENERAL_ERROR", "CKR_ENCRYPTED_DATA_INVALID", "the standard has a code for a wrong tag"),
-    ("C_Decrypt AES_GCM", "CKR_GENERAL_ERROR", "CKR_ENCRYPTED_DATA_LEN_RANGE", "the standard has a code for data shorter than a tag"),
-    ("C_Decrypt AES_CBC_PAD", "CKR_GENERAL_ERROR", "CKR_ENCRYPTED_DATA_LEN_RANGE", "the standard has a code for data that is no whole number of blocks"),
-    ("C_*AES_CBC with a short IV", "CKR_MECHANISM_INVALID", "CKR_MECHANISM_PARAM_INVALID", "it is the parameter that is wrong"),
-    ("C_Sign ECDSA", "CKR_GENERAL_ERROR", "CKR_KEY_TYPE_INCONSISTENT", "SoftHSM2 takes an AES key for ECDSA and fails later"),
-    ("C_Verify ECDSA", "CKR_SIGNATURE_LEN_RANGE", "CKR_KEY_TYPE_INCONSISTENT", "SoftHSM2 takes an AES key for ECDSA and fails later"),
+    (
+        "C_Decrypt AES_GCM",
+        "CKR_GENERAL_ERROR",
+        "CKR_ENCRYPTED_DATA_LEN_RANGE",
+        "the standard has a code for data shorter than a tag",
+    ),
+    (
+        "C_Decrypt AES_CBC_PAD",
+        "CKR_GENERAL_ERROR",
+        "CKR_ENCRYPTED_DATA_LEN_RANGE",
+        "the standard has a code for data that is no whole number of blocks",
+    ),
+    (
+        "C_*AES_CBC with a short IV",
+        "CKR_MECHANISM_INVALID",
+        "CKR_MECHANISM_PARAM_INVALID",
+        "it is the parameter that is wrong",
+    ),
+    (
+        "C_Sign ECDSA",
+        "CKR_GENERAL_ERROR",
+        "CKR_KEY_TYPE_INCONSISTENT",
+        "SoftHSM2 takes an AES key for ECDSA and fails later",
+    ),
+    (
+        "C_Verify ECDSA",
+        "CKR_SIGNATURE_LEN_RANGE",
+        "CKR_KEY_TYPE_INCONSISTENT",
+        "SoftHSM2 takes an AES key for ECDSA and fails later",
+    ),
     ("C_Sign SHA*_HMAC", "CKR_KEY_SIZE_RANGE", "CKR_OK", "SoftHSM2 wants keys as long as the hash; RFC 2104 does not"),
-    ("C_Verify SHA*_HMAC", "CKR_KEY_SIZE_RANGE", "CKR_SIGNATURE_LEN_RANGE", "SoftHSM2 wants keys as long as the hash; RFC 2104 does not"),
+    (
+        "C_Verify SHA*_HMAC",
+        "CKR_KEY_SIZE_RANGE",
+        "CKR_SIGNATURE_LEN_RANGE",
+        "SoftHSM2 wants keys as long as the hash; RFC 2104 does not",
+    ),
     ("C_CreateObject Aes, flaw None", "CKR_OK", "CKR_ATTRIBUTE_VALUE_INVALID", "SoftHSM2 takes AES keys of any length"),
     (
         "C_CopyObject Extractable(false)",
@@ -99,9 +231,24 @@ const EXPLAINED: &[(&str, &str, &str, &str)] = &[
         "CKR_OK",
         "SoftHSM2 refuses to set a one-way attribute to what it is; nothing changes by it",
     ),
-    ("C_CopyObject Sensitive(true)", "CKR_ATTRIBUTE_READ_ONLY", "CKR_OK", "SoftHSM2 refuses to set a one-way attribute to what it is; nothing changes by it"),
-    ("C_CopyObject WrapWithTrusted(*", "CKR_ATTRIBUTE_READ_ONLY", "CKR_OK", "SoftHSM2 takes it at creation only; the standard lets it be set to true, once"),
-    ("C_CopyObject Value", "CKR_ATTRIBUTE_READ_ONLY", "CKR_OK", "the value of a data object may be changed (PKCS#11 2.40 section 4.5)"),
+    (
+        "C_CopyObject Sensitive(true)",
+        "CKR_ATTRIBUTE_READ_ONLY",
+        "CKR_OK",
+        "SoftHSM2 refuses to set a one-way attribute to what it is; nothing changes by it",
+    ),
+    (
+        "C_CopyObject WrapWithTrusted(*",
+        "CKR_ATTRIBUTE_READ_ONLY",
+        "CKR_OK",
+        "SoftHSM2 takes it at creation only; the standard lets it be set to true, once",
+    ),
+    (
+        "C_CopyObject Value",
+        "CKR_ATTRIBUTE_READ_ONLY",
+        "CKR_OK",
+        "the value of a data object may be changed (PKCS#11 2.40 section 4.5)",
+    ),
     (
         "C_SetAttributeValue Extractable(false)",
         "CKR_ATTRIBUTE_READ_ONLY",
@@ -120,10 +267,16 @@ const EXPLAINED: &[(&str, &str, &str, &str)] = &[
         "CKR_OK",
         "SoftHSM2 takes it at creation only; the standard lets it be set to true, once",
     ),
-    ("C_SetAttributeValue Value", "CKR_ATTRIBUTE_READ_ONLY", "CKR_OK", "the value of a data object may be changed (PKCS#11 2.40 section 4.5)"),
+    (
+        "C_SetAttributeValue Value",
+        "CKR_ATTRIBUTE_READ_ONLY",
+        "CKR_OK",
+        "the value of a data object may be changed (PKCS#11 2.40 section 4.5)",
+    ),
 ];
 
-/// One step. Objects are named by a number, taken modulo how many there are; most sequences hit live ones.
+/// One step. Objects are named by a number, taken modulo how many there are; most sequences hit
+/// live ones.
 #[derive(Clone, Debug)]
 enum Step {
     Create { kind: Kind, length: usize, uses: u16, flaw: Flaw },
@@ -177,7 +330,8 @@ enum Change {
     Token,
 }
 
-const USES: [CK_ATTRIBUTE_TYPE; 9] = [CKA_ENCRYPT, CKA_DECRYPT, CKA_SIGN, CKA_VERIFY, CKA_WRAP, CKA_UNWRAP, CKA_DERIVE, CKA_SENSITIVE, CKA_EXTRACTABLE];
+const USES: [CK_ATTRIBUTE_TYPE; 9] =
+    [CKA_ENCRYPT, CKA_DECRYPT, CKA_SIGN, CKA_VERIFY, CKA_WRAP, CKA_UNWRAP, CKA_DERIVE, CKA_SENSITIVE, CKA_EXTRACTABLE];
 const ATTRIBUTES: [(CK_ATTRIBUTE_TYPE, &str); 14] = [
     (CKA_CLASS, "CLASS"),
     (CKA_KEY_TYPE, "KEY_TYPE"),
@@ -323,9 +477,9 @@ impl Side {
         let (module, session) = (self.module, self.session);
         let data: Vec<u8> = (0..200).collect();
         Some(match *step {
-            Step::Create { kind, length, uses, flaw } => {
-                module.create(session, &flawed(template(kind, uses).bytes(CKA_VALUE, &data[..length]), flaw)).map(Outcome::Object)
-            }
+            Step::Create { kind, length, uses, flaw } => module
+                .create(session, &flawed(template(kind, uses).bytes(CKA_VALUE, &data[..length]), flaw))
+                .map(Outcome::Object),
             Step::Generate { length, uses } => {
                 let template = template(Kind::Aes, uses).ulong(CKA_VALUE_LEN, length as CK_ULONG);
                 module.generate_key(session, &Mechanism::plain(CKM_AES_KEY_GEN), &template).map(Outcome::Object)
@@ -333,13 +487,27 @@ impl Side {
             Step::GeneratePair { curve } => {
                 let public = Template::new().bool(CKA_TOKEN, false).bool(CKA_VERIFY, true);
                 let public = if curve { public.bytes(CKA_EC_PARAMS, P256) } else { public };
-                let private = Template::new().bool(CKA_TOKEN, false).bool(CKA_SIGN, true).bool(CKA_SENSITIVE, true).bool(CKA_EXTRACTABLE, false);
-                module.generate_key_pair(session, &Mechanism::plain(CKM_EC_KEY_PAIR_GEN), &public, &private).map(|(_, private)| Outcome::Object(private))
+                let private = Template::new()
+                    .bool(CKA_TOKEN, false)
+                    .bool(CKA_SIGN, true)
+                    .bool(CKA_SENSITIVE, true)
+                    .bool(CKA_EXTRACTABLE, false);
+                module
+                    .generate_key_pair(session, &Mechanism::plain(CKM_EC_KEY_PAIR_GEN), &public, &private)
+                    .map(|(_, private)| Outcome::Object(private))
             }
-            Step::Copy { object, change } => module.copy(session, self.object(object)?, &changes(change)).map(Outcome::Object),
-            Step::Set { object, change } => module.set(session, self.object(object)?, &changes(change)).map(|()| Outcome::Done),
-            Step::Get { object, attribute } => module.get(session, self.object(object)?, ATTRIBUTES[attribute % ATTRIBUTES.len()].0).map(Outcome::Bytes),
-            Step::Find { label } => module.find(session, &Template::new().bytes(CKA_LABEL, [label])).map(|found| Outcome::Bytes(vec![found.len() as u8])),
+            Step::Copy { object, change } => {
+                module.copy(session, self.object(object)?, &changes(change)).map(Outcome::Object)
+            }
+            Step::Set { object, change } => {
+                module.set(session, self.object(object)?, &changes(change)).map(|()| Outcome::Done)
+            }
+            Step::Get { object, attribute } => module
+                .get(session, self.object(object)?, ATTRIBUTES[attribute % ATTRIBUTES.len()].0)
+                .map(Outcome::Bytes),
+            Step::Find { label } => module
+                .find(session, &Template::new().bytes(CKA_LABEL, [label]))
+                .map(|found| Outcome::Bytes(vec![found.len() as u8])),
             Step::Encrypt { object, cipher: number, length, parts } => {
                 let (object, mechanism) = (self.object(object)?, cipher(number).0);
                 let parts: &[usize] = if parts { &[7, 16] } else { &[] };
@@ -353,19 +521,27 @@ impl Side {
             Step::Decrypt { object, cipher: number, length } => {
                 module.decrypt(session, &cipher(number).0, self.object(object)?, &data[..length]).map(Outcome::Bytes)
             }
-            Step::Sign { object, mac: number, length } => module.sign(session, &mac(number).0, self.object(object)?, &data[..length]).map(Outcome::Bytes),
-            Step::Verify { object, mac: number, length } => {
-                module.verify(session, &mac(number).0, self.object(object)?, &data[..16], &data[..length]).map(|()| Outcome::Done)
+            Step::Sign { object, mac: number, length } => {
+                module.sign(session, &mac(number).0, self.object(object)?, &data[..length]).map(Outcome::Bytes)
             }
-            Step::Digest { hash, length } => module.digest(session, &Mechanism::plain(HASHES[hash % HASHES.len()].0), &data[..length]).map(Outcome::Bytes),
-            Step::Wrap { kek, key, wrap: number } => module.wrap(session, &wrap(number).0, self.object(kek)?, self.object(key)?).map(Outcome::Blob),
+            Step::Verify { object, mac: number, length } => module
+                .verify(session, &mac(number).0, self.object(object)?, &data[..16], &data[..length])
+                .map(|()| Outcome::Done),
+            Step::Digest { hash, length } => module
+                .digest(session, &Mechanism::plain(HASHES[hash % HASHES.len()].0), &data[..length])
+                .map(Outcome::Bytes),
+            Step::Wrap { kek, key, wrap: number } => {
+                module.wrap(session, &wrap(number).0, self.object(kek)?, self.object(key)?).map(Outcome::Blob)
+            }
             Step::Unwrap { kek, blob, wrap: number, tamper, kind, uses } => {
                 if self.blobs.is_empty() {
                     return None;
                 }
                 let mut blob = self.blobs[blob % self.blobs.len()].clone();
                 blob[3] ^= u8::from(tamper);
-                module.unwrap(session, &wrap(number).0, self.object(kek)?, &blob, &template(kind, uses)).map(Outcome::Object)
+                module
+                    .unwrap(session, &wrap(number).0, self.object(kek)?, &blob, &template(kind, uses))
+                    .map(Outcome::Object)
             }
             Step::Derive { object, kdf: number, length, uses } => {
                 let template = template(Kind::Aes, uses).ulong(CKA_VALUE_LEN, length as CK_ULONG);
@@ -390,7 +566,9 @@ fn template(kind: Kind, uses: u16) -> Template {
         Kind::Generic => Template::new().ulong(CKA_CLASS, CKO_SECRET_KEY).ulong(CKA_KEY_TYPE, CKK_GENERIC_SECRET),
         Kind::Data => return Template::new().ulong(CKA_CLASS, CKO_DATA).bool(CKA_TOKEN, false),
     };
-    USES.iter().enumerate().fold(class.bool(CKA_TOKEN, false), |template, (bit, kind)| template.bool(*kind, uses >> bit & 1 == 1))
+    USES.iter()
+        .enumerate()
+        .fold(class.bool(CKA_TOKEN, false), |template, (bit, kind)| template.bool(*kind, uses >> bit & 1 == 1))
 }
 
 fn flawed(template: Template, flaw: Flaw) -> Template {
@@ -426,18 +604,24 @@ fn call_name(step: &Step) -> String {
     match *step {
         Step::Create { kind, flaw, .. } => format!("C_CreateObject {kind:?}, flaw {flaw:?}"),
         Step::Generate { .. } => "C_GenerateKey".into(),
-        Step::GeneratePair { curve } => format!("C_GenerateKeyPair {}", if curve { "P-256" } else { "without a curve" }),
+        Step::GeneratePair { curve } => {
+            format!("C_GenerateKeyPair {}", if curve { "P-256" } else { "without a curve" })
+        }
         Step::Copy { change, .. } => format!("C_CopyObject {}", change_name(change)),
         Step::Set { change, .. } => format!("C_SetAttributeValue {}", change_name(change)),
         Step::Get { attribute, .. } => format!("C_GetAttributeValue {}", ATTRIBUTES[attribute % ATTRIBUTES.len()].1),
         Step::Find { .. } => "C_FindObjects".into(),
-        Step::Encrypt { cipher: number, parts, .. } => format!("C_Encrypt{} {}", if parts { "Update" } else { "" }, cipher(number).1),
+        Step::Encrypt { cipher: number, parts, .. } => {
+            format!("C_Encrypt{} {}", if parts { "Update" } else { "" }, cipher(number).1)
+        }
         Step::Decrypt { cipher: number, .. } => format!("C_Decrypt {}", cipher(number).1),
         Step::Sign { mac: number, .. } => format!("C_Sign {}", mac(number).1),
         Step::Verify { mac: number, .. } => format!("C_Verify {}", mac(number).1),
         Step::Digest { hash, .. } => format!("C_Digest {}", HASHES[hash % HASHES.len()].1),
         Step::Wrap { wrap: number, .. } => format!("C_WrapKey {}", wrap(number).1),
-        Step::Unwrap { wrap: number, tamper, kind, .. } => format!("C_UnwrapKey {}{} as {kind:?}", wrap(number).1, if tamper { " tampered" } else { "" }),
+        Step::Unwrap { wrap: number, tamper, kind, .. } => {
+            format!("C_UnwrapKey {}{} as {kind:?}", wrap(number).1, if tamper { " tampered" } else { "" })
+        }
         Step::Derive { kdf: number, .. } => format!("C_DeriveKey {}", kdf(number).1),
         Step::Destroy { .. } => "C_DestroyObject".into(),
         Step::Stale { call } => format!("stale handle {call}"),
@@ -471,7 +655,8 @@ fn both_modules_answer_alike() {
     for _ in 0..SEQUENCES {
         theirs.clear();
         ours.clear();
-        // Which objects have the same value on both sides: random keys do not, nor does what they encrypt.
+        // Which objects have the same value on both sides: random keys do not, nor does what they
+        // encrypt.
         let mut known: Vec<bool> = Vec::new();
         let mut blobs_known: Vec<bool> = Vec::new();
         let mut past = String::new();
@@ -498,11 +683,18 @@ fn both_modules_answer_alike() {
             };
             match (their, our) {
                 (Ok(Outcome::Object(their)), Ok(Outcome::Object(our))) => {
-                    let values = [(&theirs, their), (&ours, our)].map(|(side, object)| side.module.get(side.session, object, CKA_VALUE));
+                    let values = [(&theirs, their), (&ours, our)]
+                        .map(|(side, object)| side.module.get(side.session, object, CKA_VALUE));
                     if comparable && values[0] != values[1] {
                         differ(
-                            format!("CKR_OK, value {}", values[0].as_ref().map_or_else(|code| name(*code), |_| "readable".into())),
-                            format!("CKR_OK, value {}", values[1].as_ref().map_or_else(|code| name(*code), |_| "readable".into())),
+                            format!(
+                                "CKR_OK, value {}",
+                                values[0].as_ref().map_or_else(|code| name(*code), |_| "readable".into())
+                            ),
+                            format!(
+                                "CKR_OK, value {}",
+                                values[1].as_ref().map_or_else(|code| name(*code), |_| "readable".into())
+                            ),
                         );
                     }
                     theirs.objects.push(their);
@@ -556,7 +748,10 @@ fn both_modules_answer_alike() {
             }
         }
     }
-    assert!(report.is_empty(), "differences that no one explained (HSM_SIM_DIFFERENTIAL_PAST=1 shows how each first came about):\n{report}");
+    assert!(
+        report.is_empty(),
+        "differences that no one explained (HSM_SIM_DIFFERENTIAL_PAST=1 shows how each first came about):\n{report}"
+    );
     assert!(compared > SEQUENCES * 10, "only {compared} calls were compared");
     if seed == 0 {
         for row in EXPLAINED {

@@ -1,4 +1,5 @@
-//! The HSM that fails on demand: the control file, written while the module runs. Its format is in hsm-sim's README.
+//! The HSM that fails on demand: the control file, written while the module runs. Its format is in
+//! hsm-sim's README.
 #![expect(unsafe_code, reason = "calls into a C interface")]
 #![expect(clippy::unwrap_used, reason = "test helpers: a failure is to stop the test")]
 
@@ -26,12 +27,17 @@ impl ControlFile {
         control
     }
 
-    /// Replaces the content at once, and waits until the module has read it: a last rule makes C_GetInfo tell.
+    /// Replaces the content at once, and waits until the module has read it: a last rule makes
+    /// C_GetInfo tell.
     fn write(&self, rules: &str) {
         static VERSION: Mutex<usize> = Mutex::new(0);
         let mut version = VERSION.lock().unwrap();
         *version += 1;
-        let (code, marker) = if version.is_multiple_of(2) { ("CKR_DEVICE_MEMORY", CKR_DEVICE_MEMORY) } else { ("CKR_HOST_MEMORY", CKR_HOST_MEMORY) };
+        let (code, marker) = if version.is_multiple_of(2) {
+            ("CKR_DEVICE_MEMORY", CKR_DEVICE_MEMORY)
+        } else {
+            ("CKR_HOST_MEMORY", CKR_HOST_MEMORY)
+        };
         let (file, part) = (folder().join("control"), folder().join("control.part"));
         std::fs::write(&part, format!("{rules}\nfail C_GetInfo {code}\n")).unwrap();
         std::fs::rename(part, file).unwrap();
@@ -164,7 +170,11 @@ fn sessions_are_dropped() {
     module.login(session, CKU_USER, USER_PIN).unwrap();
     let found = module.find(session, &Template::new().bytes(CKA_LABEL, "root")).unwrap();
     module.encrypt(session, &ecb(), found[0], &[0; 16]).unwrap();
-    assert_eq!(module.get(session, volatile, CKA_LABEL), Err(CKR_OBJECT_HANDLE_INVALID), "session objects went with their session");
+    assert_eq!(
+        module.get(session, volatile, CKA_LABEL),
+        Err(CKR_OBJECT_HANDLE_INVALID),
+        "session objects went with their session"
+    );
     control.write("drop-sessions id=first");
     module.session_state(session).expect("an id that was done is not done again");
     control.write("drop-sessions id=second");

@@ -1,6 +1,12 @@
-//! Published known answers for every mechanism. Each file in `vectors/` names its source; those written here name theirs.
+//! Published known answers for every mechanism. Each file in `vectors/` names its source; those
+//! written here name theirs.
 #![expect(unsafe_code, reason = "calls into a C interface")]
-#![expect(clippy::indexing_slicing, clippy::panic, clippy::unwrap_used, reason = "test helpers: a failure is to stop the test")]
+#![expect(
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "test helpers: a failure is to stop the test"
+)]
 
 #[macro_use]
 mod common;
@@ -12,7 +18,8 @@ use common::vectors::{Vector, hex, parse};
 use common::{Mechanism, Template, Token, name};
 use cryptoki_sys::*;
 
-/// The AES key of SP 800-38A for each size, its plaintext, and what ECB, CBC and CTR make of it (appendix F.1, F.2, F.5).
+/// The AES key of SP 800-38A for each size, its plaintext, and what ECB, CBC and CTR make of it
+/// (appendix F.1, F.2, F.5).
 const SP800_38A: [[&str; 4]; 3] = [
     [
         "2b7e151628aed2a6abf7158809cf4f3c",
@@ -65,7 +72,8 @@ fn aes_ecb_cbc_and_ctr() {
     }
 }
 
-/// CBC with PKCS#7 padding: the blocks before the padding are those of SP 800-38A; RFC 3602 section 4 has no padded ones.
+/// CBC with PKCS#7 padding: the blocks before the padding are those of SP 800-38A; RFC 3602 section
+/// 4 has no padded ones.
 #[test]
 fn aes_cbc_pad_is_cbc_of_the_padded_text() {
     let token = Token::fresh("padded");
@@ -103,21 +111,33 @@ fn aes_gcm() {
             let plaintext = vector.hex("plaintext");
             assert_eq!(module.encrypt(session, &mechanism, key, &plaintext).unwrap(), sealed, "line {}", vector.line);
             assert_eq!(module.decrypt(session, &mechanism, key, &sealed).unwrap(), plaintext, "line {}", vector.line);
-            assert_eq!(module.encrypt_in_parts(session, &mechanism, key, &plaintext, &[5]).unwrap(), sealed, "line {}", vector.line);
-            assert_eq!(module.decrypt_in_parts(session, &mechanism, key, &sealed, &[5]).unwrap(), plaintext, "line {}", vector.line);
+            assert_eq!(
+                module.encrypt_in_parts(session, &mechanism, key, &plaintext, &[5]).unwrap(),
+                sealed,
+                "line {}",
+                vector.line
+            );
+            assert_eq!(
+                module.decrypt_in_parts(session, &mechanism, key, &sealed, &[5]).unwrap(),
+                plaintext,
+                "line {}",
+                vector.line
+            );
         }
         module.destroy(session, key).unwrap();
     }
 }
 
-/// The same vectors through C_EncryptMessage and C_DecryptMessage (PKCS#11 3.0 section 5.9.2 and 5.11.2).
+/// The same vectors through C_EncryptMessage and C_DecryptMessage (PKCS#11 3.0 section 5.9.2 and
+/// 5.11.2).
 #[test]
 fn aes_gcm_by_messages() {
     let token = Token::fresh("messages");
     let (module, session) = (token.module, token.session);
     for vector in parse(include_str!("vectors/aes_gcm.txt")) {
         let key = token.aes(&vector.hex("key"), Template::new());
-        let (mut iv, mut aad, mut ciphertext, expected_tag) = (vector.hex("iv"), vector.hex("aad"), vector.hex("ciphertext"), vector.hex("tag"));
+        let (mut iv, mut aad, mut ciphertext, expected_tag) =
+            (vector.hex("iv"), vector.hex("aad"), vector.hex("ciphertext"), vector.hex("tag"));
         let mut tag = vec![0_u8; expected_tag.len()];
         let mut parameters = CK_GCM_MESSAGE_PARAMS {
             pIv: iv.as_mut_ptr(),
@@ -172,7 +192,11 @@ fn aes_gcm_by_messages() {
             )
         });
         if vector.must_fail() {
-            assert!(matches!(opened, Err(CKR_ENCRYPTED_DATA_INVALID | CKR_AEAD_DECRYPT_FAILED)), "line {}", vector.line);
+            assert!(
+                matches!(opened, Err(CKR_ENCRYPTED_DATA_INVALID | CKR_AEAD_DECRYPT_FAILED)),
+                "line {}",
+                vector.line
+            );
         } else {
             assert_eq!(opened.unwrap(), vector.hex("plaintext"), "line {}", vector.line);
         }
@@ -181,7 +205,8 @@ fn aes_gcm_by_messages() {
     }
 }
 
-/// GMAC is GCM without plaintext (SP 800-38D section 3): its vectors are those of GCM that have none.
+/// GMAC is GCM without plaintext (SP 800-38D section 3): its vectors are those of GCM that have
+/// none.
 #[test]
 fn aes_gmac() {
     let token = Token::fresh("gmac");
@@ -211,8 +236,8 @@ fn aes_key_wrap_with_padding() {
     wrapping("kwp", CKM_AES_KEY_WRAP_KWP, include_str!("vectors/aes_key_wrap_padded.txt"));
 }
 
-/// Wraps and unwraps each vector's data as a generic secret, and as an AES key where it has the length of one; and, because
-/// both mechanisms encrypt too, as data.
+/// Wraps and unwraps each vector's data as a generic secret, and as an AES key where it has the
+/// length of one; and, because both mechanisms encrypt too, as data.
 fn wrapping(label: &str, kind: CK_MECHANISM_TYPE, vectors: &str) {
     let token = Token::fresh(label);
     let (module, session, mechanism) = (token.module, token.session, Mechanism::plain(kind));
@@ -221,7 +246,8 @@ fn wrapping(label: &str, kind: CK_MECHANISM_TYPE, vectors: &str) {
         let kek = token.aes(&vector.hex("kek"), Template::new());
         let wrapped = vector.hex("wrapped");
         if vector.must_fail() {
-            let code = module.unwrap(session, &mechanism, kek, &wrapped, &Template::secret(CKK_GENERIC_SECRET)).unwrap_err();
+            let code =
+                module.unwrap(session, &mechanism, kek, &wrapped, &Template::secret(CKK_GENERIC_SECRET)).unwrap_err();
             assert_eq!(code, CKR_WRAPPED_KEY_INVALID, "line {line}: {}", name(code));
             continue;
         }
@@ -257,7 +283,10 @@ fn aes_key_wrap_of_rfc_3394() {
     for (kek, length, wrapped) in cases {
         let kek = token.aes(&sequence[..kek], Template::new());
         let key = token.aes(&data[..length], Template::new());
-        assert_eq!(token.module.wrap(token.session, &Mechanism::plain(CKM_AES_KEY_WRAP), kek, key).unwrap(), hex(wrapped));
+        assert_eq!(
+            token.module.wrap(token.session, &Mechanism::plain(CKM_AES_KEY_WRAP), kek, key).unwrap(),
+            hex(wrapped)
+        );
     }
 }
 
@@ -280,7 +309,8 @@ fn hmac() {
     }
 }
 
-/// A MAC whole, in parts, shortened by the general mechanism, verified, and refused when one bit differs.
+/// A MAC whole, in parts, shortened by the general mechanism, verified, and refused when one bit
+/// differs.
 fn mac(token: &Token, vector: &Vector, key: common::Object, kind: CK_MECHANISM_TYPE, general: CK_MECHANISM_TYPE) {
     let (module, session) = (token.module, token.session);
     let (message, expected, line) = (vector.hex("message"), vector.hex("mac"), vector.line);
@@ -297,7 +327,11 @@ fn mac(token: &Token, vector: &Vector, key: common::Object, kind: CK_MECHANISM_T
     let mut wrong = made.clone();
     wrong[0] ^= 1;
     assert_eq!(module.verify(session, &mechanism, key, &message, &wrong), Err(CKR_SIGNATURE_INVALID), "line {line}");
-    assert_eq!(module.verify(session, &mechanism, key, &message, &made[1..]), Err(CKR_SIGNATURE_LEN_RANGE), "line {line}");
+    assert_eq!(
+        module.verify(session, &mechanism, key, &message, &made[1..]),
+        Err(CKR_SIGNATURE_LEN_RANGE),
+        "line {line}"
+    );
 }
 
 /// (digest, HMAC, HMAC general)
@@ -327,7 +361,8 @@ fn digests() {
             let mut byte = *byte;
             call!(module, C_DigestUpdate, session, &raw mut byte, 1).unwrap();
         }
-        let digest = common::into_buffer(64, |output, length| call!(module, C_DigestFinal, session, output, length)).unwrap();
+        let digest =
+            common::into_buffer(64, |output, length| call!(module, C_DigestFinal, session, output, length)).unwrap();
         assert_eq!(digest, vector.hex("digest"), "line {}", vector.line);
     }
 }
@@ -337,7 +372,9 @@ fn sp800_108_counter() {
     let token = Token::fresh("kbkdf");
     for vector in parse(include_str!("vectors/sp800_108_counter.txt")) {
         let (prf, base) = match vector.text("prf") {
-            "CMAC_AES128" | "CMAC_AES192" | "CMAC_AES256" => (CKM_AES_CMAC, token.aes(&vector.hex("key"), Template::new())),
+            "CMAC_AES128" | "CMAC_AES192" | "CMAC_AES256" => {
+                (CKM_AES_CMAC, token.aes(&vector.hex("key"), Template::new()))
+            }
             hmac => {
                 let name = hmac.replace("HMAC_SHA", "SHA-");
                 (hash(&name).1, token.generic(&vector.hex("key"), Template::new()))
@@ -361,21 +398,36 @@ fn hkdf() {
         let salt = (!salt.is_empty()).then_some(salt.as_slice());
         let (info, output, prk) = (vector.hex("info"), vector.hex("output"), vector.hex("prk"));
         let both = Mechanism::hkdf(true, true, hash, salt, &info);
-        assert_eq!(token.value(module.derive(session, &both, base, &Template::new_generic(output.len())).unwrap()), output, "line {}", vector.line);
+        assert_eq!(
+            token.value(module.derive(session, &both, base, &Template::new_generic(output.len())).unwrap()),
+            output,
+            "line {}",
+            vector.line
+        );
         // The two steps one after the other.
-        let extracted = module.derive(session, &Mechanism::hkdf(true, false, hash, salt, &[]), base, &Template::new_generic(prk.len())).unwrap();
+        let extracted = module
+            .derive(session, &Mechanism::hkdf(true, false, hash, salt, &[]), base, &Template::new_generic(prk.len()))
+            .unwrap();
         assert_eq!(token.value(extracted), prk, "line {}", vector.line);
         let expand = Mechanism::hkdf(false, true, hash, None, &info);
-        assert_eq!(token.value(module.derive(session, &expand, extracted, &Template::new_generic(output.len())).unwrap()), output, "line {}", vector.line);
+        assert_eq!(
+            token.value(module.derive(session, &expand, extracted, &Template::new_generic(output.len())).unwrap()),
+            output,
+            "line {}",
+            vector.line
+        );
         // As a data object.
-        let data = Template::new().ulong(CKA_CLASS, CKO_DATA).ulong(CKA_VALUE_LEN, output.len() as CK_ULONG).bool(CKA_TOKEN, false);
+        let data = Template::new()
+            .ulong(CKA_CLASS, CKO_DATA)
+            .ulong(CKA_VALUE_LEN, output.len() as CK_ULONG)
+            .bool(CKA_TOKEN, false);
         let data = module.derive(session, &both.with_kind(CKM_HKDF_DATA), base, &data).unwrap();
         assert_eq!(token.value(data), output, "line {}", vector.line);
     }
 }
 
-/// AES_ECB_ENCRYPT_DATA and AES_CBC_ENCRYPT_DATA: the derived key is the encryption of the data, so the vectors are those of
-/// SP 800-38A; a shorter key is its first bytes.
+/// AES_ECB_ENCRYPT_DATA and AES_CBC_ENCRYPT_DATA: the derived key is the encryption of the data, so
+/// the vectors are those of SP 800-38A; a shorter key is its first bytes.
 #[test]
 fn derivation_by_encryption() {
     let token = Token::fresh("encrypt-data");
@@ -383,9 +435,10 @@ fn derivation_by_encryption() {
     let plaintext = hex(PLAINTEXT);
     for [key, ecb, cbc, _] in SP800_38A {
         let base = token.aes(&hex(key), Template::new());
-        for (mechanism, ciphertext) in
-            [(Mechanism::ecb_data(&plaintext[..32]), hex(ecb)), (Mechanism::cbc_data(block("000102030405060708090a0b0c0d0e0f"), &plaintext[..32]), hex(cbc))]
-        {
+        for (mechanism, ciphertext) in [
+            (Mechanism::ecb_data(&plaintext[..32]), hex(ecb)),
+            (Mechanism::cbc_data(block("000102030405060708090a0b0c0d0e0f"), &plaintext[..32]), hex(cbc)),
+        ] {
             for length in [16, 24, 32] {
                 let key = module.derive(session, &mechanism, base, &Template::new_aes(length)).unwrap();
                 assert_eq!(token.value(key), ciphertext[..length]);
@@ -405,35 +458,54 @@ fn ecdh() {
         let private = module.create(session, &Template::ec_private(parameters, &vector.hex("d"))).unwrap();
         let (z, info) = (vector.hex("z"), vector.hex("shared_info"));
         let point = [vec![4], vector.hex("x"), vector.hex("y")].concat();
-        // The public point raw and as a DER OCTET STRING: PKCS#11 2.40 says that a token takes both.
+        // The public point raw and as a DER OCTET STRING: PKCS#11 2.40 says that a token takes
+        // both.
         for public in [point.clone(), common::template::octet_string(&point)] {
             let plain = Mechanism::ecdh(CKD_NULL, &public, &[]);
-            assert_eq!(token.value(module.derive(session, &plain, private, &Template::new_generic(z.len())).unwrap()), z, "line {}", vector.line);
-            for (kdf, field) in [(CKD_SHA1_KDF, "x963_sha1_48"), (CKD_SHA256_KDF, "x963_sha256_48"), (CKD_SHA384_KDF, "x963_sha384_48")] {
+            assert_eq!(
+                token.value(module.derive(session, &plain, private, &Template::new_generic(z.len())).unwrap()),
+                z,
+                "line {}",
+                vector.line
+            );
+            for (kdf, field) in
+                [(CKD_SHA1_KDF, "x963_sha1_48"), (CKD_SHA256_KDF, "x963_sha256_48"), (CKD_SHA384_KDF, "x963_sha384_48")]
+            {
                 let mechanism = Mechanism::ecdh(kdf, &public, &info);
                 let derived = module.derive(session, &mechanism, private, &Template::new_generic(48));
                 match derived {
                     Ok(key) => assert_eq!(token.value(key), vector.hex(field), "line {} {field}", vector.line),
                     // SHA-256 is needed, the others are not.
-                    Err(code) => assert!(kdf != CKD_SHA256_KDF && code == CKR_MECHANISM_PARAM_INVALID, "line {} {field}: {}", vector.line, name(code)),
+                    Err(code) => assert!(
+                        kdf != CKD_SHA256_KDF && code == CKR_MECHANISM_PARAM_INVALID,
+                        "line {} {field}: {}",
+                        vector.line,
+                        name(code)
+                    ),
                 }
             }
         }
     }
 }
 
-/// The single-step KDF of SP 800-56A (`H(counter ‖ Z ‖ info)`), with the key agreement of DLMS suite 1: the private key and
-/// the other public key of the Green Book's example, its two AlgorithmIDs.
+/// The single-step KDF of SP 800-56A (`H(counter ‖ Z ‖ info)`), with the key agreement of DLMS
+/// suite 1: the private key and the other public key of the Green Book's example, its two
+/// AlgorithmIDs.
 #[test]
 fn ecdh_with_the_sp800_56a_kdf() {
     let token = Token::fresh("dlms-agreement");
     let (module, session) = (token.module, token.session);
     let d = hex("34a8c23a34dbb519d09b245754c85a6cfe05d14a063efa5aa41545aa8241efae");
-    let public = hex("042914d60e10ab705f62ed6cc349d7cb99b9ab3f3978e59278c7af595b3af987941372dab6d5af1fa867e134167e6f23de664a6693e05f43414611058d1b48f894");
+    let public = hex(
+        "042914d60e10ab705f62ed6cc349d7cb99b9ab3f3978e59278c7af595b3af987941372dab6d5af1fa867e134167e6f23de664a6693e05f43414611058d1b48f894",
+    );
     let private = module.create(session, &Template::ec_private(P256, &d)).unwrap();
-    let z = module.derive(session, &Mechanism::ecdh(CKD_NULL, &public, &[]), private, &Template::new_generic(32)).unwrap();
+    let z =
+        module.derive(session, &Mechanism::ecdh(CKD_NULL, &public, &[]), private, &Template::new_generic(32)).unwrap();
     assert_eq!(token.value(z), hex("c1cf8fe7891aef3617d7190795e61fe6c24efc3cca2e08469bad1a225ce6ea08"));
-    for (algorithm, key) in [("60857406080300", "e025ca6f9ee8d2b40f993739d44cfbc0"), ("60857405080300", "c5f4512846ede51cfb8ccf59f08a694e")] {
+    for (algorithm, key) in
+        [("60857406080300", "e025ca6f9ee8d2b40f993739d44cfbc0"), ("60857405080300", "c5f4512846ede51cfb8ccf59f08a694e")]
+    {
         let info = [hex(algorithm), hex("4d4d4d0000bc614e"), hex("4d4d4d0000000001")].concat();
         let mechanism = Mechanism::ecdh(CKD_SHA256_KDF_SP800, &public, &info);
         let derived = module.derive(session, &mechanism, private, &Template::new_aes(16)).unwrap();
@@ -471,7 +543,12 @@ fn ecdsa_verification() {
         let message = vector.hex("message");
         let expected = if vector.must_fail() { Err(CKR_SIGNATURE_INVALID) } else { Ok(()) };
         let digest = module.digest(session, &Mechanism::plain(hash(vector.text("hash")).0), &message).unwrap();
-        assert_eq!(module.verify(session, &Mechanism::plain(CKM_ECDSA), public, &digest, &signature), expected, "line {}", vector.line);
+        assert_eq!(
+            module.verify(session, &Mechanism::plain(CKM_ECDSA), public, &digest, &signature),
+            expected,
+            "line {}",
+            vector.line
+        );
         let mechanism = Mechanism::plain(hashed[vector.text("hash")]);
         assert_eq!(module.verify(session, &mechanism, public, &message, &signature), expected, "line {}", vector.line);
     }
@@ -484,19 +561,22 @@ fn ecdsa_signatures_are_accepted_elsewhere() {
     let token = Token::fresh("ecdsa-sign");
     let (module, session) = (token.module, token.session);
     let message = b"a meter reading";
-    for (parameters, digest, hashed, algorithm) in
-        [(P256, CKM_SHA256, CKM_ECDSA_SHA256, &ECDSA_P256_SHA256_FIXED), (P384, CKM_SHA384, CKM_ECDSA_SHA384, &ECDSA_P384_SHA384_FIXED)]
-    {
+    for (parameters, digest, hashed, algorithm) in [
+        (P256, CKM_SHA256, CKM_ECDSA_SHA256, &ECDSA_P256_SHA256_FIXED),
+        (P384, CKM_SHA384, CKM_ECDSA_SHA384, &ECDSA_P384_SHA384_FIXED),
+    ] {
         let public = Template::new().bytes(CKA_EC_PARAMS, parameters).bool(CKA_VERIFY, true);
         let private = Template::new().bool(CKA_SIGN, true);
-        let (public, private) = module.generate_key_pair(session, &Mechanism::plain(CKM_EC_KEY_PAIR_GEN), &public, &private).unwrap();
+        let (public, private) =
+            module.generate_key_pair(session, &Mechanism::plain(CKM_EC_KEY_PAIR_GEN), &public, &private).unwrap();
         let point = module.get(session, public, CKA_EC_POINT).unwrap();
         // DER OCTET STRING: two bytes of header for these lengths.
         let key = UnparsedPublicKey::new(algorithm, &point[2..]);
         let digest = module.digest(session, &Mechanism::plain(digest), message).unwrap();
         key.verify(message, &module.sign(session, &Mechanism::plain(CKM_ECDSA), private, &digest).unwrap()).unwrap();
         key.verify(message, &module.sign(session, &Mechanism::plain(hashed), private, message).unwrap()).unwrap();
-        key.verify(message, &module.sign_in_parts(session, &Mechanism::plain(hashed), private, message, &[3]).unwrap()).unwrap();
+        key.verify(message, &module.sign_in_parts(session, &Mechanism::plain(hashed), private, message, &[3]).unwrap())
+            .unwrap();
     }
 }
 
@@ -512,12 +592,22 @@ fn rsa_oaep() {
             _ => Mechanism::oaep(CKM_SHA256, CKG_MGF1_SHA256, &[]),
         };
         let message = vector.hex("message");
-        assert_eq!(module.decrypt(session, &mechanism, private, &vector.hex("ciphertext")).unwrap(), message, "line {}", vector.line);
+        assert_eq!(
+            module.decrypt(session, &mechanism, private, &vector.hex("ciphertext")).unwrap(),
+            message,
+            "line {}",
+            vector.line
+        );
         let again = module.encrypt(session, &mechanism, public, &message).unwrap();
         assert_eq!(module.decrypt(session, &mechanism, private, &again).unwrap(), message, "line {}", vector.line);
         let mut wrong = vector.hex("ciphertext");
         wrong[7] ^= 1;
-        assert_eq!(module.decrypt(session, &mechanism, private, &wrong), Err(CKR_ENCRYPTED_DATA_INVALID), "line {}", vector.line);
+        assert_eq!(
+            module.decrypt(session, &mechanism, private, &wrong),
+            Err(CKR_ENCRYPTED_DATA_INVALID),
+            "line {}",
+            vector.line
+        );
     }
 }
 

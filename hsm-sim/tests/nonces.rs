@@ -1,4 +1,5 @@
-//! The nonce watcher, through the PKCS#11 interface: what is encrypted twice under one nonce is found.
+//! The nonce watcher, through the PKCS#11 interface: what is encrypted twice under one nonce is
+//! found.
 
 mod common;
 
@@ -12,7 +13,9 @@ fn a_nonce_that_protects_two_contents_is_found_whatever_object_it_was_used_with(
     let (module, session) = (token.module, token.session);
     let key = |value: u8| module.create(session, &Template::aes(&[value; 16])).unwrap();
     let [first, twin, other] = [key(1), key(1), key(2)];
-    let encrypt = |key, iv: u8, aad: &[u8], data: &[u8]| module.encrypt(session, &Mechanism::gcm(&[iv; 12], aad, 96), key, data).unwrap();
+    let encrypt = |key, iv: u8, aad: &[u8], data: &[u8]| {
+        module.encrypt(session, &Mechanism::gcm(&[iv; 12], aad, 96), key, data).unwrap()
+    };
     let notes = || Notes::read(&folder().join("nonces")).unwrap();
 
     let sealed = encrypt(first, 1, b"aad", b"one");
@@ -23,8 +26,13 @@ fn a_nonce_that_protects_two_contents_is_found_whatever_object_it_was_used_with(
     assert!(module.decrypt(session, &Mechanism::gcm(&[1; 12], b"other aad", 96), first, &sealed).is_err());
     assert_eq!(notes(), Notes { nonces: 3, repeated: Vec::new() });
 
-    // Other plaintext, other associated data, and the boundary between them: each is another content.
-    for (number, (aad, data)) in [(b"aad".as_slice(), b"two".as_slice()), (b"other", b"one"), (b"aado", b"ne"), (b"", b"")].into_iter().enumerate() {
+    // Other plaintext, other associated data, and the boundary between them: each is another
+    // content.
+    for (number, (aad, data)) in
+        [(b"aad".as_slice(), b"two".as_slice()), (b"other", b"one"), (b"aado", b"ne"), (b"", b"")]
+            .into_iter()
+            .enumerate()
+    {
         encrypt(twin, 10, b"aad", b"one");
         encrypt(first, 10, aad, data);
         assert!(notes().repeated.len() > number, "{:?}", notes());

@@ -1,4 +1,5 @@
-//! Sessions: thousands of them, what dies with them, what one can do at a time, and many threads at once.
+//! Sessions: thousands of them, what dies with them, what one can do at a time, and many threads at
+//! once.
 #![expect(unsafe_code, reason = "calls into a C interface")]
 
 #[macro_use]
@@ -20,8 +21,13 @@ fn thousands_of_sessions() {
     let (module, slot) = (token.module, token.slot);
     let key = token.aes(&[1; 16], Template::new());
     let expected = module.encrypt(token.session, &ecb(), key, &[7; 16]).unwrap();
-    let sessions: Vec<_> = (0..10_000).map(|i| module.open(slot, if i % 2 == 0 { CKF_RW_SESSION } else { 0 }).unwrap()).collect();
-    assert_eq!(sessions.iter().collect::<std::collections::HashSet<_>>().len(), sessions.len(), "a handle was given twice");
+    let sessions: Vec<_> =
+        (0..10_000).map(|i| module.open(slot, if i % 2 == 0 { CKF_RW_SESSION } else { 0 }).unwrap()).collect();
+    assert_eq!(
+        sessions.iter().collect::<std::collections::HashSet<_>>().len(),
+        sessions.len(),
+        "a handle was given twice"
+    );
     for session in &sessions {
         begin_encryption(module, *session, &ecb(), key).unwrap();
     }
@@ -29,7 +35,11 @@ fn thousands_of_sessions() {
         assert_eq!(finish_encryption(module, *session, &[7; 16]).unwrap(), expected);
     }
     let info = module.token_info(slot).unwrap();
-    assert!(info.ulSessionCount == CK_UNAVAILABLE_INFORMATION || info.ulSessionCount == 10_001, "{}", info.ulSessionCount);
+    assert!(
+        info.ulSessionCount == CK_UNAVAILABLE_INFORMATION || info.ulSessionCount == 10_001,
+        "{}",
+        info.ulSessionCount
+    );
     for session in &sessions {
         module.close(*session).unwrap();
     }
@@ -55,20 +65,25 @@ fn session_objects_die_with_their_session() {
         module.unwrap(anchor, &Mechanism::plain(CKM_AES_KEY_WRAP), object, &wrapped, &Template::secret(CKK_AES)),
         Err(CKR_UNWRAPPING_KEY_HANDLE_INVALID)
     );
-    assert_eq!(module.wrap(anchor, &Mechanism::plain(CKM_AES_KEY_WRAP), object, lasting), Err(CKR_WRAPPING_KEY_HANDLE_INVALID));
+    assert_eq!(
+        module.wrap(anchor, &Mechanism::plain(CKM_AES_KEY_WRAP), object, lasting),
+        Err(CKR_WRAPPING_KEY_HANDLE_INVALID)
+    );
     assert_eq!(module.find(anchor, &Template::new()).unwrap().len(), 2);
     assert_eq!(token.value(copy), [1; 16], "a copy belongs to the session that made it");
     assert_eq!(token.value(lasting), [2; 16]);
 }
 
-/// Sessions keep copies of the token objects that they use: a change or a removal by another session is seen by the next call all the same.
+/// Sessions keep copies of the token objects that they use: a change or a removal by another
+/// session is seen by the next call all the same.
 #[test]
 fn what_another_session_changes_is_seen_at_once() {
     let token = Token::fresh("shared keys");
     let (module, slot, anchor) = (token.module, token.slot, token.session);
     let sessions: Vec<_> = (0..20).map(|_| module.open(slot, 0).unwrap()).collect();
     let wrap = Mechanism::plain(CKM_AES_KEY_WRAP);
-    let keys: Vec<_> = (0..12).map(|i| token.aes(&[i; 16], Template::new().bool(CKA_TOKEN, true).bool(CKA_WRAP, true))).collect();
+    let keys: Vec<_> =
+        (0..12).map(|i| token.aes(&[i; 16], Template::new().bool(CKA_TOKEN, true).bool(CKA_WRAP, true))).collect();
     // More keys than a session keeps, in two rounds.
     for key in keys.iter().chain(&keys) {
         for session in &sessions {
@@ -83,7 +98,8 @@ fn what_another_session_changes_is_seen_at_once() {
         assert_eq!(module.wrap(*session, &wrap, destroyed, keys[0]), Err(CKR_WRAPPING_KEY_HANDLE_INVALID));
         module.wrap(*session, &wrap, keys[9], keys[0]).unwrap();
     }
-    // A key that goes while others use it: each call finds it whole or not at all, and none finds it afterwards.
+    // A key that goes while others use it: each call finds it whole or not at all, and none finds
+    // it afterwards.
     let gone = AtomicBool::new(false);
     let barrier = Barrier::new(sessions.len() + 1);
     std::thread::scope(|scope| {
@@ -145,7 +161,8 @@ fn one_operation_of_a_kind() {
     begin_encryption(module, session, &ecb(), key).unwrap();
     assert_eq!(finish_encryption(module, session, &[0; 15]), Err(CKR_DATA_LEN_RANGE));
     assert_eq!(finish_encryption(module, session, &[0; 16]), Err(CKR_OPERATION_NOT_INITIALIZED));
-    // A null mechanism cancels (PKCS#11 3.0 section 5.8.1); either that or it is refused, but the operation ends by then.
+    // A null mechanism cancels (PKCS#11 3.0 section 5.8.1); either that or it is refused, but the
+    // operation ends by then.
     assert_eq!(module.decrypt(session, &ecb(), key, &[0; 15]), Err(CKR_ENCRYPTED_DATA_LEN_RANGE));
 
     call!(module, C_FindObjectsInit, session, std::ptr::null_mut(), 0).unwrap();
@@ -153,7 +170,10 @@ fn one_operation_of_a_kind() {
     call!(module, C_FindObjectsFinal, session).unwrap();
     assert_eq!(call!(module, C_FindObjectsFinal, session), Err(CKR_OPERATION_NOT_INITIALIZED));
     let (mut found, mut count) = (0, 0);
-    assert_eq!(call!(module, C_FindObjects, session, &raw mut found, 1, &raw mut count), Err(CKR_OPERATION_NOT_INITIALIZED));
+    assert_eq!(
+        call!(module, C_FindObjects, session, &raw mut found, 1, &raw mut count),
+        Err(CKR_OPERATION_NOT_INITIALIZED)
+    );
 
     // C_SessionCancel (3.0) ends what is active and nothing else.
     begin_encryption(module, session, &ecb(), key).unwrap();
@@ -177,7 +197,8 @@ fn an_operation_outlives_its_key() {
     assert_eq!(begin_encryption(module, session, &ecb(), key), Err(CKR_KEY_HANDLE_INVALID));
 }
 
-/// The server's cycle on many threads, each with a session, over shared keys; every result is checked.
+/// The server's cycle on many threads, each with a session, over shared keys; every result is
+/// checked.
 #[test]
 fn threads_do_the_cycle() {
     let token = Token::fresh("cycle");
@@ -207,7 +228,8 @@ fn threads_do_the_cycle() {
     assert_eq!(module.find(token.session, &Template::new()).unwrap().len(), 2, "keys were left behind");
 }
 
-/// One session used by many threads: calls may fail (it is one operation at a time), but nothing crashes, hangs or mixes.
+/// One session used by many threads: calls may fail (it is one operation at a time), but nothing
+/// crashes, hangs or mixes.
 #[test]
 fn threads_share_a_session() {
     let token = Token::fresh("one session");
@@ -246,17 +268,21 @@ fn threads_come_and_go() {
                     let mut rounds = 0_u32;
                     while !stop.load(Ordering::Relaxed) || rounds < 50 {
                         let session = module.open_rw(slot).unwrap();
-                        // The login may be gone, because another thread logged out: then public objects only.
+                        // The login may be gone, because another thread logged out: then public
+                        // objects only.
                         let template = Template::aes(&[thread; 16]).bool(CKA_PRIVATE, false).bytes(CKA_ID, [thread]);
                         let key = module.create(session, &template).unwrap();
-                        // A logout may end what is active in other sessions (PKCS#11 2.40 section 5.6, C_Logout).
+                        // A logout may end what is active in other sessions (PKCS#11 2.40 section
+                        // 5.6, C_Logout).
                         let ended = |code: &CK_RV| assert_eq!(*code, CKR_OPERATION_NOT_INITIALIZED, "{}", name(*code));
                         if let Ok(block) = module.encrypt(session, &ecb(), key, &[rounds as u8; 16]).inspect_err(ended)
                             && let Ok(plain) = module.decrypt(session, &ecb(), key, &block).inspect_err(ended)
                         {
                             assert_eq!(plain, [rounds as u8; 16]);
                         }
-                        if let Ok(found) = module.find(session, &Template::new().bytes(CKA_ID, [thread])).inspect_err(ended) {
+                        if let Ok(found) =
+                            module.find(session, &Template::new().bytes(CKA_ID, [thread])).inspect_err(ended)
+                        {
                             assert!(found.contains(&key));
                         }
                         module.close(session).unwrap();
@@ -269,7 +295,9 @@ fn threads_come_and_go() {
             let _ = module.logout(token.session);
             let code = module.login(token.session, CKU_USER, USER_PIN);
             assert!(code.is_ok(), "{code:?}");
-            let private = module.create(token.session, &Template::aes(&[9; 16]).bool(CKA_PRIVATE, true).bool(CKA_TOKEN, true)).unwrap();
+            let private = module
+                .create(token.session, &Template::aes(&[9; 16]).bool(CKA_PRIVATE, true).bool(CKA_TOKEN, true))
+                .unwrap();
             module.destroy(token.session, private).unwrap();
         }
         stop.store(true, Ordering::Relaxed);

@@ -1,4 +1,5 @@
-//! The token: PINs and lock-out, login that all sessions share, private objects, what stays when a process ends or dies.
+//! The token: PINs and lock-out, login that all sessions share, private objects, what stays when a
+//! process ends or dies.
 #![expect(clippy::indexing_slicing, clippy::unwrap_used, reason = "test helpers: a failure is to stop the test")]
 
 mod common;
@@ -9,7 +10,9 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use common::{Mechanism, Module, PIN_ATTEMPTS, SO_PIN, Session, Template, Token, USER_PIN, child, folder, hsm_sim, name};
+use common::{
+    Mechanism, Module, PIN_ATTEMPTS, SO_PIN, Session, Template, Token, USER_PIN, child, folder, hsm_sim, name,
+};
 use cryptoki_sys::*;
 
 fn token_key(label: &str, value: &[u8]) -> Template {
@@ -57,9 +60,17 @@ fn wrong_user_pins_lock_it_and_the_officer_unlocks() {
     let session = module.open_rw(slot).unwrap();
     for attempt in 1..=PIN_ATTEMPTS {
         let code = module.login(session, CKU_USER, "wrong-pin").unwrap_err();
-        assert!(code == CKR_PIN_INCORRECT || (attempt == PIN_ATTEMPTS && code == CKR_PIN_LOCKED), "attempt {attempt}: {}", name(code));
+        assert!(
+            code == CKR_PIN_INCORRECT || (attempt == PIN_ATTEMPTS && code == CKR_PIN_LOCKED),
+            "attempt {attempt}: {}",
+            name(code)
+        );
         assert_ne!(flags(module, slot) & (CKF_USER_PIN_COUNT_LOW | CKF_USER_PIN_LOCKED), 0, "after attempt {attempt}");
-        assert_eq!(flags(module, slot) & CKF_USER_PIN_FINAL_TRY != 0, attempt == PIN_ATTEMPTS - 1, "after attempt {attempt}");
+        assert_eq!(
+            flags(module, slot) & CKF_USER_PIN_FINAL_TRY != 0,
+            attempt == PIN_ATTEMPTS - 1,
+            "after attempt {attempt}"
+        );
     }
     assert_ne!(flags(module, slot) & CKF_USER_PIN_LOCKED, 0);
     assert_eq!(module.login(session, CKU_USER, USER_PIN), Err(CKR_PIN_LOCKED), "the right PIN opened a locked token");
@@ -86,14 +97,19 @@ fn a_right_pin_resets_the_count() {
     }
 }
 
-/// Wrong PINs are counted per token, not per process: otherwise a loop of processes would try them all.
+/// Wrong PINs are counted per token, not per process: otherwise a loop of processes would try them
+/// all.
 #[test]
 fn wrong_pins_of_other_processes_count() {
     let module = hsm_sim();
     let slot = Token::initialised(module, "lock-out of processes");
     for _ in 0..PIN_ATTEMPTS {
         assert!(
-            child("as_a_process", folder(), &[("ROLE", "wrong-pin"), ("TOKEN", "lock-out of processes")]).stdout(Stdio::null()).status().unwrap().success()
+            child("as_a_process", folder(), &[("ROLE", "wrong-pin"), ("TOKEN", "lock-out of processes")])
+                .stdout(Stdio::null())
+                .status()
+                .unwrap()
+                .success()
         );
     }
     let session = module.open_rw(slot).unwrap();
@@ -152,7 +168,8 @@ fn pins_are_changed_by_who_knows_them() {
 fn login_is_of_the_token_not_of_the_session() {
     let module = hsm_sim();
     let slot = Token::initialised(module, "login");
-    let (first, second, read_only) = (module.open_rw(slot).unwrap(), module.open_rw(slot).unwrap(), module.open(slot, 0).unwrap());
+    let (first, second, read_only) =
+        (module.open_rw(slot).unwrap(), module.open_rw(slot).unwrap(), module.open(slot, 0).unwrap());
     let states = || [first, second, read_only].map(|session| module.session_state(session).unwrap());
     assert_eq!(states(), [CKS_RW_PUBLIC_SESSION, CKS_RW_PUBLIC_SESSION, CKS_RO_PUBLIC_SESSION]);
     assert_eq!(module.login(first, CKU_SO, SO_PIN), Err(CKR_SESSION_READ_ONLY_EXISTS));
@@ -194,8 +211,11 @@ fn private_objects_need_the_login() {
     let (module, session) = (token.module, token.session);
     let private = module.create(session, &token_key("private", &[1; 16]).bool(CKA_PRIVATE, true)).unwrap();
     module.create(session, &token_key("public", &[2; 16]).bool(CKA_PRIVATE, false)).unwrap();
-    let private_session = module.create(session, &Template::aes(&[3; 16]).bool(CKA_PRIVATE, true).bytes(CKA_LABEL, "session")).unwrap();
-    module.create(session, &Template::aes(&[4; 16]).bool(CKA_PRIVATE, false).bytes(CKA_LABEL, "public session")).unwrap();
+    let private_session =
+        module.create(session, &Template::aes(&[3; 16]).bool(CKA_PRIVATE, true).bytes(CKA_LABEL, "session")).unwrap();
+    module
+        .create(session, &Template::aes(&[4; 16]).bool(CKA_PRIVATE, false).bytes(CKA_LABEL, "public session"))
+        .unwrap();
     module.logout(session).unwrap();
 
     assert_eq!(module.find(session, &by_label("private")).unwrap(), []);
@@ -205,7 +225,14 @@ fn private_objects_need_the_login() {
     let code = module.encrypt(session, &Mechanism::plain(CKM_AES_ECB), private, &[0; 16]).unwrap_err();
     assert!([CKR_KEY_HANDLE_INVALID, CKR_USER_NOT_LOGGED_IN].contains(&code), "{}", name(code));
     assert_eq!(module.create(session, &Template::aes(&[1; 16]).bool(CKA_PRIVATE, true)), Err(CKR_USER_NOT_LOGGED_IN));
-    assert_eq!(module.generate_key(session, &Mechanism::plain(CKM_AES_KEY_GEN), &Template::new_aes(16).bool(CKA_PRIVATE, true)), Err(CKR_USER_NOT_LOGGED_IN));
+    assert_eq!(
+        module.generate_key(
+            session,
+            &Mechanism::plain(CKM_AES_KEY_GEN),
+            &Template::new_aes(16).bool(CKA_PRIVATE, true)
+        ),
+        Err(CKR_USER_NOT_LOGGED_IN)
+    );
 
     module.login(session, CKU_USER, USER_PIN).unwrap();
     assert_eq!(module.find(session, &by_label("private")).unwrap().len(), 1);
@@ -236,7 +263,9 @@ fn read_only_sessions_write_no_token_objects() {
     assert_eq!(module.destroy(session, object), Err(CKR_SESSION_READ_ONLY));
     assert_eq!(module.copy(session, object, &Template::new()), Err(CKR_SESSION_READ_ONLY));
     module.create(session, &Template::aes(&[2; 16])).expect("session objects may be created");
-    module.copy(session, object, &Template::new().bool(CKA_TOKEN, false)).expect("a copy that is a session object, too");
+    module
+        .copy(session, object, &Template::new().bool(CKA_TOKEN, false))
+        .expect("a copy that is a session object, too");
 }
 
 #[test]
@@ -244,23 +273,35 @@ fn nothing_secret_is_on_the_disk() {
     let token = Token::fresh("at rest");
     let (module, session) = (token.module, token.session);
     let secret = *b"\xA5fourteen bytes\x5A";
-    module.create(session, &token_key("at rest", &secret).bool(CKA_PRIVATE, true).bytes(CKA_ID, b"identifier at rest")).unwrap();
-    let generated =
-        module.generate_key(session, &Mechanism::plain(CKM_AES_KEY_GEN), &Template::new_aes(32).bool(CKA_TOKEN, true).bool(CKA_PRIVATE, true)).unwrap();
+    module
+        .create(session, &token_key("at rest", &secret).bool(CKA_PRIVATE, true).bytes(CKA_ID, b"identifier at rest"))
+        .unwrap();
+    let generated = module
+        .generate_key(
+            session,
+            &Mechanism::plain(CKM_AES_KEY_GEN),
+            &Template::new_aes(32).bool(CKA_TOKEN, true).bool(CKA_PRIVATE, true),
+        )
+        .unwrap();
     let generated = token.value(generated);
     let mut seen = 0;
     for file in files(folder()) {
         let content = std::fs::read(&file).unwrap_or_default();
         seen += content.len();
         for needle in [&secret[..], &generated, SO_PIN.as_bytes(), USER_PIN.as_bytes(), b"identifier at rest"] {
-            assert!(!content.windows(needle.len()).any(|window| window == needle), "`{}` holds a secret", file.display());
+            assert!(
+                !content.windows(needle.len()).any(|window| window == needle),
+                "`{}` holds a secret",
+                file.display()
+            );
         }
     }
     assert!(seen > 200, "the token's files were not found");
 }
 
-/// Whoever can write to the token's folder can change no attribute: private objects are encrypted as a whole, and a public object that is
-/// not what was written under a PIN is gone with the next login.
+/// Whoever can write to the token's folder can change no attribute: private objects are encrypted
+/// as a whole, and a public object that is not what was written under a PIN is gone with the next
+/// login.
 #[test]
 fn a_changed_object_file_is_refused() {
     let token = Token::fresh("edited");
@@ -271,10 +312,16 @@ fn a_changed_object_file_is_refused() {
         module.create(session, &token_key(label, &[7; 16]).bool(CKA_PRIVATE, private).bool(CKA_WRAP, false)).unwrap();
         object_files("edited").into_iter().find(|file| !before.contains(file)).unwrap()
     };
-    let (public, private, untouched) = (made("edited public", false), made("edited private", true), made("untouched", false));
+    let (public, private, untouched) =
+        (made("edited public", false), made("edited private", true), made("untouched", false));
     let swapped = [made("swapped one", false), made("swapped other", false)];
     let found = |label: &str| {
-        let (look, label) = (child("as_a_process", folder(), &[("ROLE", "sees"), ("TOKEN", "edited"), ("LABEL", label)]).output().unwrap(), label);
+        let (look, label) = (
+            child("as_a_process", folder(), &[("ROLE", "sees"), ("TOKEN", "edited"), ("LABEL", label)])
+                .output()
+                .unwrap(),
+            label,
+        );
         assert!(look.status.success(), "{label}: {}", String::from_utf8_lossy(&look.stderr));
         let out = String::from_utf8(look.stdout).unwrap();
         ["before", "after"].map(|when| out.contains(&format!("{when} 1\n")))
@@ -282,7 +329,8 @@ fn a_changed_object_file_is_refused() {
     // A public object is seen before the login, a private one after.
     assert_eq!((found("edited public"), found("edited private")), ([true, true], [false, true]));
 
-    // Every octet in turn would take long; a stride meets flags, values and the code that authenticates them.
+    // Every octet in turn would take long; a stride meets flags, values and the code that
+    // authenticates them.
     for (file, label) in [(&public, "edited public"), (&private, "edited private")] {
         let good = std::fs::read(file).unwrap();
         for at in (0..good.len()).step_by(good.len() / 8) {
@@ -305,14 +353,18 @@ fn a_changed_object_file_is_refused() {
     assert!(untouched.exists() && found("untouched") == [true, true], "the other objects are usable");
 }
 
-/// A public object too is written by who knows a PIN only: its code is made with the key that the PIN opens.
+/// A public object too is written by who knows a PIN only: its code is made with the key that the
+/// PIN opens.
 #[test]
 fn nothing_is_written_without_a_login() {
     let token = Token::fresh("no login");
     let (module, session) = (token.module, token.session);
     let object = module.create(session, &token_key("public", &[2; 16]).bool(CKA_PRIVATE, false)).unwrap();
     module.logout(session).unwrap();
-    assert_eq!(module.create(session, &token_key("new", &[2; 16]).bool(CKA_PRIVATE, false)), Err(CKR_USER_NOT_LOGGED_IN));
+    assert_eq!(
+        module.create(session, &token_key("new", &[2; 16]).bool(CKA_PRIVATE, false)),
+        Err(CKR_USER_NOT_LOGGED_IN)
+    );
     assert_eq!(module.set(session, object, &by_label("renamed")), Err(CKR_USER_NOT_LOGGED_IN));
     module.create(session, &Template::aes(&[2; 16]).bool(CKA_PRIVATE, false)).expect("a session object needs none");
 }
@@ -321,15 +373,22 @@ fn nothing_is_written_without_a_login() {
 fn object_files(label: &str) -> Vec<PathBuf> {
     let named = label.bytes().map(|byte| format!("{byte:02x}")).collect::<String>();
     let all = files(folder());
-    let record =
-        all.iter().find(|file| file.ends_with("token") && std::fs::read_to_string(file).is_ok_and(|text| text.contains(&format!("label = {named}20"))));
+    let record = all.iter().find(|file| {
+        file.ends_with("token")
+            && std::fs::read_to_string(file).is_ok_and(|text| text.contains(&format!("label = {named}20")))
+    });
     let own = record.unwrap().parent().unwrap().to_owned();
-    all.into_iter().filter(|file| file.starts_with(&own) && file.extension().is_some_and(|extension| extension == "object")).collect()
+    all.into_iter()
+        .filter(|file| file.starts_with(&own) && file.extension().is_some_and(|extension| extension == "object"))
+        .collect()
 }
 
 fn files(folder: &Path) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
-    entries.flatten().flat_map(|entry| if entry.path().is_dir() { files(&entry.path()) } else { vec![entry.path()] }).collect()
+    entries
+        .flatten()
+        .flat_map(|entry| if entry.path().is_dir() { files(&entry.path()) } else { vec![entry.path()] })
+        .collect()
 }
 
 /// Objects outlive their process, with all attributes, and processes see each other's changes.
@@ -339,7 +398,13 @@ fn objects_are_shared_with_other_processes() {
     let (module, session) = (token.module, token.session);
     module.create(session, &token_key("from the parent", &[9; 24]).bytes(CKA_ID, [1, 2, 3])).unwrap();
     let doomed = module.create(session, &token_key("doomed", &[8; 16])).unwrap();
-    assert!(child("as_a_process", folder(), &[("ROLE", "look"), ("TOKEN", "shared")]).stdout(Stdio::null()).status().unwrap().success());
+    assert!(
+        child("as_a_process", folder(), &[("ROLE", "look"), ("TOKEN", "shared")])
+            .stdout(Stdio::null())
+            .status()
+            .unwrap()
+            .success()
+    );
     let made = module.find(session, &by_label("from the child")).unwrap();
     assert_eq!(made.len(), 1);
     assert_eq!(token.value(made[0]), [6; 32]);
@@ -354,10 +419,14 @@ fn two_processes_write_at_once() {
     let (module, session) = (token.module, token.session);
     let mut children: Vec<_> = ["a", "b"]
         .map(|prefix| {
-            child("as_a_process", folder(), &[("ROLE", "write"), ("TOKEN", "crowded"), ("PREFIX", prefix), ("COUNT", "60")])
-                .stdout(Stdio::null())
-                .spawn()
-                .unwrap()
+            child(
+                "as_a_process",
+                folder(),
+                &[("ROLE", "write"), ("TOKEN", "crowded"), ("PREFIX", prefix), ("COUNT", "60")],
+            )
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap()
         })
         .into();
     for i in 0..60 {
@@ -373,8 +442,8 @@ fn two_processes_write_at_once() {
     }
 }
 
-/// kill -9 at random moments of creating, changing and destroying: everything acknowledged is there and whole, nothing
-/// half-made is.
+/// kill -9 at random moments of creating, changing and destroying: everything acknowledged is there
+/// and whole, nothing half-made is.
 #[test]
 fn kill_loses_nothing() {
     let token = Token::fresh("killed");
@@ -384,7 +453,10 @@ fn kill_loses_nothing() {
     for round in 0..ROUNDS {
         let prefix = format!("r{round}-");
         let mut writer =
-            child("as_a_process", folder(), &[("ROLE", "churn"), ("TOKEN", "killed"), ("PREFIX", &prefix)]).stdout(Stdio::piped()).spawn().unwrap();
+            child("as_a_process", folder(), &[("ROLE", "churn"), ("TOKEN", "killed"), ("PREFIX", &prefix)])
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
         let mut lines = BufReader::new(writer.stdout.take().unwrap()).lines();
         let random = module.random(session, 4).unwrap();
         let mut apply = |line: &str| -> bool {
@@ -425,14 +497,24 @@ fn kill_loses_nothing() {
 
 const ROUNDS: usize = 40;
 
-/// `acknowledged`: what the writers said of each label, its state or that it is destroyed. Each writer may have taken one more
-/// step than it said, which may be seen late; that step is added, and its writer to `unspoken`.
-fn check_churn(module: &Module, session: Session, acknowledged: &mut BTreeMap<String, Option<u8>>, unspoken: &mut BTreeSet<String>) {
+/// `acknowledged`: what the writers said of each label, its state or that it is destroyed. Each
+/// writer may have taken one more step than it said, which may be seen late; that step is added,
+/// and its writer to `unspoken`.
+fn check_churn(
+    module: &Module,
+    session: Session,
+    acknowledged: &mut BTreeMap<String, Option<u8>>,
+    unspoken: &mut BTreeSet<String>,
+) {
     let mut there = BTreeMap::new();
     for object in module.find(session, &Template::new()).unwrap() {
         let label = String::from_utf8(module.get(session, object, CKA_LABEL).unwrap()).unwrap();
         let (own, number) = label.rsplit_once('-').unwrap();
-        assert_eq!(module.get(session, object, CKA_VALUE).unwrap(), pattern(&format!("{own}-"), number.parse().unwrap()), "`{label}` is not whole");
+        assert_eq!(
+            module.get(session, object, CKA_VALUE).unwrap(),
+            pattern(&format!("{own}-"), number.parse().unwrap()),
+            "`{label}` is not whole"
+        );
         let id = module.get(session, object, CKA_ID).unwrap();
         assert!(id == vec![0; 300] || id == vec![1; 300], "`{label}` is half changed");
         assert!(there.insert(label, id[0]).is_none(), "one object twice");
@@ -495,13 +577,20 @@ fn as_a_process() {
         }
         "write" => {
             for i in 0..variable("COUNT").parse().unwrap() {
-                module.create(session, &token_key(&format!("{}{i}", variable("PREFIX")), &pattern(&variable("PREFIX"), i))).unwrap();
+                module
+                    .create(
+                        session,
+                        &token_key(&format!("{}{i}", variable("PREFIX")), &pattern(&variable("PREFIX"), i)),
+                    )
+                    .unwrap();
             }
         }
         "churn" => {
             for i in 0..100_000_usize {
                 let name = format!("{}{i}", variable("PREFIX"));
-                let object = module.create(session, &token_key(&name, &pattern(&variable("PREFIX"), i)).bytes(CKA_ID, [0; 300])).unwrap();
+                let object = module
+                    .create(session, &token_key(&name, &pattern(&variable("PREFIX"), i)).bytes(CKA_ID, [0; 300]))
+                    .unwrap();
                 say(format!("made {name}"));
                 if i % 2 == 0 {
                     module.set(session, object, &Template::new().bytes(CKA_ID, [1; 300])).unwrap();

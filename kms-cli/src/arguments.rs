@@ -18,7 +18,8 @@ pub(crate) use self::{
 };
 use crate::output::Format;
 
-/// Lends out smart meter keys, on the record: the tool of security officers, auditors and field technicians.
+/// Lends out smart meter keys, on the record: the tool of security officers, auditors and field
+/// technicians.
 #[derive(Debug, Parser)]
 #[command(name = "kms", version, after_help = AFTER_HELP, max_term_width = 120)]
 pub(crate) struct Arguments {
@@ -124,7 +125,8 @@ pub(crate) struct OpenGroupSession {
     /// Name of the group
     #[arg(value_name = "GROUP", value_parser = group_name)]
     pub(crate) group: String,
-    /// Version of the GBEK [default: the active one]; the one before it is for members that a rotation has left behind
+    /// Version of the GBEK [default: the active one]; the one before it is for members that a
+    /// rotation has left behind
     #[arg(long = "key-version", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) key_version: Option<u32>,
     #[command(flatten)]
@@ -185,7 +187,10 @@ impl From<PurposeName> for Purpose {
 #[derive(Debug, Subcommand)]
 pub(crate) enum MeterCommand {
     /// List meters
-    #[command(visible_alias = "ls", after_help = "Example:\n  kms meter list --manufacturer KAM --status in-service --limit 20")]
+    #[command(
+        visible_alias = "ls",
+        after_help = "Example:\n  kms meter list --manufacturer KAM --status in-service --limit 20"
+    )]
     List {
         #[command(flatten)]
         filter: MeterFilter,
@@ -200,10 +205,12 @@ pub(crate) enum MeterCommand {
         meter: SystemTitle,
     },
     /// Make meters the business of a head-end, or of none
-    #[command(after_help = "With a filter instead of a list it only counts the meters, until you add --yes.\n\nExamples:\n  \
+    #[command(
+        after_help = "With a filter instead of a list it only counts the meters, until you add --yes.\n\nExamples:\n  \
         kms meter assign 4B414D0000000001 4B414D0000000002 --head-end urn:meterkms:dev:head-end:hes-1\n  \
         kms meter assign --batch KAM-2026-0041 --head-end urn:meterkms:dev:head-end:hes-1 --yes\n  \
-        kms meter assign 4B414D0000000001 --to-nobody")]
+        kms meter assign 4B414D0000000001 --to-nobody"
+    )]
     Assign(AssignMeters),
     /// Take invocation counters over, or leave a client title with the head-end that counts today
     #[command(
@@ -212,10 +219,13 @@ pub(crate) enum MeterCommand {
         and optionally \"security_setup\":\"0.0.43.0.0.255\", \"owned_by\":\"urn:meterkms:dev:head-end:hes-1\"."
     )]
     Adopt(AdoptCounters),
-    /// Propose to move an invocation counter further than the device profile allows, where a meter is truly ahead
-    #[command(after_help = "Read the counter at the meter first: what is skipped is lost, and a counter is never lowered. Another person approves it \
+    /// Propose to move an invocation counter further than the device profile allows, where a meter
+    /// is truly ahead
+    #[command(
+        after_help = "Read the counter at the meter first: what is skipped is lost, and a counter is never lowered. Another person approves it \
         (kms proposal approve),\nthen somebody carries it out (kms proposal carry-out).\n\n\
-        Example:\n  kms meter raise-counter 4B414D0000000001 --client-title 4D4D4D0000000001 --to 3000000001 --reason \"read at the meter, ticket 4714\"")]
+        Example:\n  kms meter raise-counter 4B414D0000000001 --client-title 4D4D4D0000000001 --to 3000000001 --reason \"read at the meter, ticket 4714\""
+    )]
     RaiseCounter(RaiseCounter),
     /// Mark a key version as compromised: it is never granted again
     #[command(
@@ -243,7 +253,9 @@ pub(crate) enum MeterCommand {
         sure: Sure,
     },
     /// Retire a meter in favour of another at the same place
-    #[command(after_help = "Example:\n  kms meter replace 4B414D0000000001 4B414D0000000002 --reason \"lightning, ticket 4712\" --yes")]
+    #[command(
+        after_help = "Example:\n  kms meter replace 4B414D0000000001 4B414D0000000002 --reason \"lightning, ticket 4712\" --yes"
+    )]
     Replace {
         /// System title of the meter that goes
         #[arg(value_name = "OLD", value_parser = system_title)]
@@ -266,7 +278,8 @@ pub(crate) enum GroupCommand {
         #[command(flatten)]
         limit: Limit,
     },
-    /// Show a group: keys, versions, counters, who could know a key, and how its members stand. Never key octets
+    /// Show a group: keys, versions, counters, who could know a key, and how its members stand.
+    /// Never key octets
     #[command(after_help = "Example:\n  kms group show north")]
     Show {
         /// Name of the group
@@ -324,8 +337,10 @@ pub(crate) enum GroupCommand {
         members: Members,
     },
     /// Take meters out of a group. Its keys are exposed then, and have to be rotated
-    #[command(after_help = "A meter that has left may keep the key that it holds. The ledger says so, and `kms group show` asks for a rotation.\n\n\
-        Example:\n  kms group remove-members north --meter 4B414D0000000001 --compromised --reason \"case opened\" --yes")]
+    #[command(
+        after_help = "A meter that has left may keep the key that it holds. The ledger says so, and `kms group show` asks for a rotation.\n\n\
+        Example:\n  kms group remove-members north --meter 4B414D0000000001 --compromised --reason \"case opened\" --yes"
+    )]
     RemoveMembers {
         #[command(flatten)]
         members: Members,
@@ -384,7 +399,8 @@ pub(crate) enum GroupKeyCommand {
         group: String,
         #[command(flatten)]
         key: NewKey,
-        /// Device profile that says how the key is made [default: all that give groups this key, which must agree]
+        /// Device profile that says how the key is made [default: all that give groups this key,
+        /// which must agree]
         #[arg(long, value_name = "NAME", value_parser = DeviceProfileName::parse)]
         device_profile: Option<DeviceProfileName>,
     },
@@ -403,7 +419,9 @@ pub(crate) enum DeviceTypeCommand {
         device_type: String,
     },
     /// Add a device type
-    #[command(after_help = "Example:\n  kms device-type add kam-gateway-3 --manufacturer KAM --device-profile gateway-suite0")]
+    #[command(
+        after_help = "Example:\n  kms device-type add kam-gateway-3 --manufacturer KAM --device-profile gateway-suite0"
+    )]
     Add {
         /// Its name: 1 to 64 of a-z, 0-9 and `-`
         #[arg(value_name = "NAME", value_parser = group_name)]
@@ -575,7 +593,8 @@ pub(crate) struct AdoptCounters {
     /// Security setup, 0.b.43.0.e.255
     #[arg(long, value_name = "OBIS", default_value = "0.0.43.0.0.255", value_parser = SecuritySetupId::parse)]
     pub(crate) security_setup: SecuritySetupId,
-    /// The head-end that keeps counting (principal URI) [default: nobody, this system counts from now on]
+    /// The head-end that keeps counting (principal URI) [default: nobody, this system counts from
+    /// now on]
     #[arg(long, value_name = "URN", value_parser = PrincipalId::parse)]
     pub(crate) owned_by: Option<PrincipalId>,
     /// Many at once: JSON Lines
@@ -611,23 +630,28 @@ pub(crate) struct EnrolMeters {
 #[derive(Debug, Subcommand)]
 pub(crate) enum ShipmentCommand {
     /// Import a vendor's shipment
-    #[command(after_help = "Nothing is imported from a file whose signature, digest or count is wrong. Lines that are refused are reported, the others are\n\
+    #[command(
+        after_help = "Nothing is imported from a file whose signature, digest or count is wrong. Lines that are refused are reported, the others are\n\
         imported (exit code 5). Keys that another meter has too are imported and listed (exit code 5 as well). The same command again takes up\n\
         where it stopped, and imports nothing twice.\n\nExample:\n  \
-        kms shipment import KAM-2026-0041.jsonl --manufacturer urn:meterkms:dev:manufacturer:kam --report refused.jsonl")]
+        kms shipment import KAM-2026-0041.jsonl --manufacturer urn:meterkms:dev:manufacturer:kam --report refused.jsonl"
+    )]
     Import(ImportShipment),
     /// List shipments
     #[command(visible_alias = "ls")]
     List,
     /// Show a shipment
     Show {
-        /// SHA-256 of the file, as many of its hex digits as make it the only one (at least 8), or the file itself
+        /// SHA-256 of the file, as many of its hex digits as make it the only one (at least 8), or
+        /// the file itself
         #[arg(value_name = "SHA256|FILE")]
         shipment: String,
     },
     /// Play the vendor: make a shipment with new keys, for trials
-    #[command(after_help = "The devices file has the keys in plaintext, for meter simulators. Never use these keys for real meters.\n\nExample:\n  \
-        kms shipment make-sample --devices 1000 --manufacturer KAM --batch KAM-2026-0041 --out KAM-2026-0041.jsonl")]
+    #[command(
+        after_help = "The devices file has the keys in plaintext, for meter simulators. Never use these keys for real meters.\n\nExample:\n  \
+        kms shipment make-sample --devices 1000 --manufacturer KAM --batch KAM-2026-0041 --out KAM-2026-0041.jsonl"
+    )]
     MakeSample(MakeSample),
 }
 
@@ -675,7 +699,8 @@ pub(crate) struct MakeSample {
     /// The island's vendor transport key, PEM [default: asked from the server]
     #[arg(long, value_name = "FILE")]
     pub(crate) transport_key: Option<PathBuf>,
-    /// Hash of RSA-OAEP: sha256, or sha1 for HSM modules that have nothing else [default: what the server prefers, sha256]
+    /// Hash of RSA-OAEP: sha256, or sha1 for HSM modules that have nothing else [default: what the
+    /// server prefers, sha256]
     #[arg(long, value_name = "HASH", value_parser = oaep_hash)]
     pub(crate) oaep_hash: Option<OaepHash>,
     /// The vendor's signing key, PEM; made where it is not there [default: OUT.vendor-key.pem]
@@ -692,20 +717,25 @@ pub(crate) struct MakeSample {
 #[derive(Debug, Subcommand)]
 pub(crate) enum PrincipalCommand {
     /// Register a principal and certify its TLS key, which is made here
-    #[command(after_help = "Examples:\n  kms principal add urn:meterkms:dev:head-end:hes-2 --client-title 4D4D4D0000000002\n  \
+    #[command(
+        after_help = "Examples:\n  kms principal add urn:meterkms:dev:head-end:hes-2 --client-title 4D4D4D0000000002\n  \
         kms principal add urn:meterkms:dev:officer:ada --person \"Ada Example\"\n  \
         kms principal add urn:meterkms:dev:manufacturer:kam --shipment-key KAM.vendor-key.pub.pem\n  \
-        kms principal add urn:meterkms:dev:head-end:hes-3 --certificate-request hes-3.csr.pem --out hes-3.pem")]
+        kms principal add urn:meterkms:dev:head-end:hes-3 --certificate-request hes-3.csr.pem --out hes-3.pem"
+    )]
     Add(AddPrincipal),
     /// List principals
     #[command(visible_alias = "ls")]
     List,
     /// Certify a new TLS key: your own, which is made here, or another's request
-    #[command(after_help = "The key of another officer or auditor is certified by a proposal that two others stand behind (propose-key).\n\n\
+    #[command(
+        after_help = "The key of another officer or auditor is certified by a proposal that two others stand behind (propose-key).\n\n\
         Examples:\n  kms principal renew\n  kms principal renew urn:meterkms:dev:head-end:hes-3 --certificate-request hes-3.csr.pem --out hes-3.pem\n  \
-        kms principal renew urn:meterkms:dev:officer:ada --certificate-request ada.csr.pem --out ada.pem --proposal 01939e7e-7c1b-7000-8000-000000000001")]
+        kms principal renew urn:meterkms:dev:officer:ada --certificate-request ada.csr.pem --out ada.pem --proposal 01939e7e-7c1b-7000-8000-000000000001"
+    )]
     Renew(RenewPrincipal),
-    /// Propose that the key of another officer or auditor is certified, or confirmed if one officer alone has certified it
+    /// Propose that the key of another officer or auditor is certified, or confirmed if one officer
+    /// alone has certified it
     #[command(
         name = "propose-key",
         after_help = "Another officer approves it (kms proposal approve); neither of you is the person whose key it is. Ask the person for the SHA-256 of the key by a\n\
@@ -723,7 +753,8 @@ pub(crate) enum PrincipalCommand {
         /// Principal URI
         #[arg(value_name = "URN", value_parser = PrincipalId::parse)]
         principal: PrincipalId,
-        /// Serial number of the certificate, hex digits, from the principal's `kms principal whoami`, or `kms principal list --output json`
+        /// Serial number of the certificate, hex digits, from the principal's `kms principal
+        /// whoami`, or `kms principal list --output json`
         #[arg(value_name = "SERIAL", value_parser = serial)]
         serial: Serial,
         #[command(flatten)]
@@ -732,7 +763,9 @@ pub(crate) enum PrincipalCommand {
         sure: Sure,
     },
     /// Shut a principal out, at once
-    #[command(after_help = "Example:\n  kms principal disable urn:meterkms:dev:handheld:h-17 --reason \"lost, ticket 4713\" --yes")]
+    #[command(
+        after_help = "Example:\n  kms principal disable urn:meterkms:dev:handheld:h-17 --reason \"lost, ticket 4713\" --yes"
+    )]
     Disable {
         /// Principal URI
         #[arg(value_name = "URN", value_parser = PrincipalId::parse)]
@@ -744,7 +777,8 @@ pub(crate) enum PrincipalCommand {
     },
     /// Show who the server takes you for
     Whoami,
-    /// Make a transport key, which envelopes are opened with, and register it. The private key stays here
+    /// Make a transport key, which envelopes are opened with, and register it. The private key
+    /// stays here
     RegisterTransportKey,
 }
 
@@ -819,7 +853,10 @@ fn serial(text: &str) -> Result<Serial, String> {
 #[derive(Debug, Subcommand)]
 pub(crate) enum GrantCommand {
     /// List grants, newest first
-    #[command(visible_alias = "ls", after_help = "Example:\n  kms grant list --live --principal urn:meterkms:dev:head-end:hes-1")]
+    #[command(
+        visible_alias = "ls",
+        after_help = "Example:\n  kms grant list --live --principal urn:meterkms:dev:head-end:hes-1"
+    )]
     List {
         /// Only of this principal (URI)
         #[arg(long, value_name = "URN", value_parser = PrincipalId::parse)]
@@ -845,7 +882,10 @@ pub(crate) enum GrantCommand {
 #[derive(Debug, Subcommand)]
 pub(crate) enum AuditCommand {
     /// List audit records, newest first
-    #[command(visible_alias = "ls", after_help = "Example:\n  kms audit list --meter 4B414D0000000001 --from 2026-11-01T00:00:00Z")]
+    #[command(
+        visible_alias = "ls",
+        after_help = "Example:\n  kms audit list --meter 4B414D0000000001 --from 2026-11-01T00:00:00Z"
+    )]
     List(ListAudit),
     /// Read the whole log and every sealed row, and report what does not fit
     #[command(after_help = "Exit code 1 where something was found.")]
@@ -875,7 +915,8 @@ pub(crate) struct ListAudit {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum HsmCommand {
-    /// What the HSM modules can do: needed, found, what is used instead, what is missing and what that costs
+    /// What the HSM modules can do: needed, found, what is used instead, what is missing and what
+    /// that costs
     #[command(after_help = "Exit code 1 where a token is not usable.")]
     Check,
     /// Every object of every token with its attributes, and what is wrong with it
@@ -894,12 +935,17 @@ fn group_name(name: &str) -> Result<String, String> {
     let well_formed = (1..=64).contains(&name.len())
         && name.starts_with(|first: char| first.is_ascii_lowercase())
         && name.bytes().all(|octet| octet.is_ascii_lowercase() || octet.is_ascii_digit() || octet == b'-');
-    if well_formed { Ok(name.to_owned()) } else { Err("not 1 to 64 of a-z, 0-9 and `-`, starting with a letter".to_owned()) }
+    if well_formed {
+        Ok(name.to_owned())
+    } else {
+        Err("not 1 to 64 of a-z, 0-9 and `-`, starting with a letter".to_owned())
+    }
 }
 
 fn profile_name(name: &str) -> Result<String, String> {
-    let well_formed =
-        !name.is_empty() && !name.starts_with('.') && name.bytes().all(|octet| octet.is_ascii_alphanumeric() || matches!(octet, b'-' | b'_' | b'.'));
+    let well_formed = !name.is_empty()
+        && !name.starts_with('.')
+        && name.bytes().all(|octet| octet.is_ascii_alphanumeric() || matches!(octet, b'-' | b'_' | b'.'));
     if well_formed { Ok(name.to_owned()) } else { Err("not a name of letters, digits, `-`, `_` and `.`".to_owned()) }
 }
 

@@ -2,10 +2,13 @@
 
 use std::{fmt, process::ExitCode};
 
-use kms_client::{ConnectError, IdentityError, OpenError, ParseError, ProfileError, ServerError, SessionError, sample::SampleError};
+use kms_client::{
+    ConnectError, IdentityError, OpenError, ParseError, ProfileError, ServerError, SessionError, sample::SampleError,
+};
 use tonic::{Code, Status};
 
-/// A failed command. Cause and next step go to standard error, a line each; the kind becomes the exit code.
+/// A failed command. Cause and next step go to standard error, a line each; the kind becomes the
+/// exit code.
 #[derive(Debug)]
 pub(crate) struct Failure {
     kind: Kind,
@@ -74,7 +77,8 @@ impl From<ServerError> for Failure {
         };
         // The server's sentences hold cause and next step; the details repeat them for programs.
         let mut text = format!("{}: {}", title(error.code()), error.message());
-        for (field, description) in error.fields().iter().filter(|(field, _)| !error.message().contains(field.as_str())) {
+        for (field, description) in error.fields().iter().filter(|(field, _)| !error.message().contains(field.as_str()))
+        {
             text.push_str(&format!("; {field}: {description}"));
         }
         let hint = match error.retry_after() {

@@ -1,17 +1,22 @@
 //! Messages of the contract as JSON.
 //!
-//! Names are those of the proto files; octets are upper-case hex; a time in milliseconds (`NAME_ms`) becomes `NAME` in RFC 3339, or null where
-//! it is 0; an enum value is its name without the enum's prefix. Every field is there, also where it is empty.
+//! Names are those of the proto files; octets are upper-case hex; a time in milliseconds
+//! (`NAME_ms`) becomes `NAME` in RFC 3339, or null where it is 0; an enum value is its name without
+//! the enum's prefix. Every field is there, also where it is empty.
 
 use kms_proto::FILE_DESCRIPTOR_SET;
 use prost::Message;
-use prost_reflect::{DescriptorPool, DynamicMessage, FieldDescriptor, Kind, MapKey, ReflectMessage as _, Value as Field};
+use prost_reflect::{
+    DescriptorPool, DynamicMessage, FieldDescriptor, Kind, MapKey, ReflectMessage as _, Value as Field,
+};
 use serde_json::{Map, Value, json};
 
 /// The JSON of a message, named as in the package `meterkms.v1`.
 pub(crate) fn message(name: &str, message: &impl Message) -> Value {
     // Both fail only if the descriptors are not those that the messages were compiled from.
-    let descriptor = DescriptorPool::decode(FILE_DESCRIPTOR_SET).ok().and_then(|pool| pool.get_message_by_name(&format!("meterkms.v1.{name}")));
+    let descriptor = DescriptorPool::decode(FILE_DESCRIPTOR_SET)
+        .ok()
+        .and_then(|pool| pool.get_message_by_name(&format!("meterkms.v1.{name}")));
     descriptor
         .and_then(|descriptor| DynamicMessage::decode(descriptor, message.encode_to_vec().as_slice()).ok())
         .map_or(Value::Null, |dynamic| object(&dynamic))
@@ -82,8 +87,11 @@ fn value(field_value: &Field, field: &FieldDescriptor) -> Value {
 fn enum_name(number: i32, field: &FieldDescriptor) -> Value {
     let Kind::Enum(descriptor) = field.kind() else { return json!(number) };
     let Some(value) = descriptor.get_value(number) else { return json!(number) };
-    let prefix: String =
-        descriptor.name().chars().flat_map(|letter| letter.is_ascii_uppercase().then_some('_').into_iter().chain([letter.to_ascii_uppercase()])).collect();
+    let prefix: String = descriptor
+        .name()
+        .chars()
+        .flat_map(|letter| letter.is_ascii_uppercase().then_some('_').into_iter().chain([letter.to_ascii_uppercase()]))
+        .collect();
     let prefix = format!("{}_", prefix.trim_start_matches('_'));
     json!(value.name().strip_prefix(&prefix).unwrap_or(value.name()))
 }
@@ -113,7 +121,11 @@ mod tests {
         );
         let record = proto::AuditRecord {
             event: Some(proto::audit_record::Event::KeysGranted(proto::KeysGranted {
-                meters: vec![proto::GrantedMeter { meter: 0x4B41_4D00_0000_0001, versions: vec![1, 2], ..Default::default() }],
+                meters: vec![proto::GrantedMeter {
+                    meter: 0x4B41_4D00_0000_0001,
+                    versions: vec![1, 2],
+                    ..Default::default()
+                }],
                 ..Default::default()
             })),
             ..Default::default()

@@ -1,4 +1,5 @@
-//! `kms`: the tool of security officers, auditors and field technicians. Everything goes through the server's gRPC interface.
+//! `kms`: the tool of security officers, auditors and field technicians. Everything goes through
+//! the server's gRPC interface.
 
 mod arguments;
 mod commands;
@@ -57,9 +58,14 @@ impl Context {
         let Some(name) = self.global.profile.clone().or_else(|| state.default_profile()) else {
             let names = state.profile_names();
             return Err(Failure::usage(if names.is_empty() {
-                format!("no profile in `{folder}`: start a server with `kms-server dev`, get a profile from an officer, or name the folder with --state")
+                format!(
+                    "no profile in `{folder}`: start a server with `kms-server dev`, get a profile from an officer, or name the folder with --state"
+                )
             } else {
-                format!("which profile? Give --profile NAME, or write a name into `{folder}/default-profile`; there are: {}", names.join(", "))
+                format!(
+                    "which profile? Give --profile NAME, or write a name into `{folder}/default-profile`; there are: {}",
+                    names.join(", ")
+                )
             }));
         };
         state.profile(&name).map_err(|error| {
@@ -75,7 +81,10 @@ impl Context {
     async fn connect(&self) -> Result<Connection, Failure> {
         let profile = self.profile()?;
         // Who sees it here is in time: one that has ended comes back by other people only.
-        if let Some(warning) = profile.certificate_not_after_ms().and_then(|end| output::ends_soon(end, jiff::Timestamp::now().as_millisecond())) {
+        if let Some(warning) = profile
+            .certificate_not_after_ms()
+            .and_then(|end| output::ends_soon(end, jiff::Timestamp::now().as_millisecond()))
+        {
             eprintln!("warning: your certificate {warning}: kms principal renew");
         }
         Ok(progress::waiting(&format!("connecting to {}", profile.server()), Connection::connect(&profile)).await?)

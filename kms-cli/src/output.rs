@@ -11,7 +11,8 @@ use serde_json::Value;
 pub(crate) enum Format {
     /// Aligned columns.
     Table,
-    /// One JSON value: field names as in the proto files, octets as upper-case hex, times in RFC 3339.
+    /// One JSON value: field names as in the proto files, octets as upper-case hex, times in RFC
+    /// 3339.
     Json,
 }
 
@@ -37,7 +38,8 @@ impl Output {
     }
 }
 
-/// Rows under headings. Only columns of sentences are broken into lines: a title, name, digest or time stays whole, so that it can be copied.
+/// Rows under headings. Only columns of sentences are broken into lines: a title, name, digest or
+/// time stays whole, so that it can be copied.
 pub(crate) struct Rows {
     headings: Vec<String>,
     numbers: Vec<usize>,
@@ -47,7 +49,12 @@ pub(crate) struct Rows {
 
 impl Rows {
     pub(crate) fn new(headings: &[&str]) -> Self {
-        Self { headings: headings.iter().map(|heading| (*heading).to_owned()).collect(), numbers: Vec::new(), sentences: Vec::new(), rows: Vec::new() }
+        Self {
+            headings: headings.iter().map(|heading| (*heading).to_owned()).collect(),
+            numbers: Vec::new(),
+            sentences: Vec::new(),
+            rows: Vec::new(),
+        }
     }
 
     /// Aligns columns (from 0) to the right.
@@ -56,7 +63,8 @@ impl Rows {
         self
     }
 
-    /// Columns (from 0) that hold sentences: broken into lines where the terminal is narrow, left out where they are empty in all rows.
+    /// Columns (from 0) that hold sentences: broken into lines where the terminal is narrow, left
+    /// out where they are empty in all rows.
     pub(crate) fn sentences(mut self, columns: &[usize]) -> Self {
         self.sentences = columns.to_vec();
         self
@@ -71,17 +79,20 @@ impl Rows {
         if self.rows.is_empty() {
             return format!("{otherwise}\n");
         }
-        let (sentences, whole): (Vec<usize>, Vec<usize>) =
-            (0..self.headings.len()).filter(|column| !self.is_left_out(*column)).partition(|column| self.sentences.contains(column));
+        let (sentences, whole): (Vec<usize>, Vec<usize>) = (0..self.headings.len())
+            .filter(|column| !self.is_left_out(*column))
+            .partition(|column| self.sentences.contains(column));
         let mut columns = [whole.as_slice(), &sentences].concat();
         columns.sort_unstable();
         let mut table = self.table(&columns);
         let Some(terminal) = table.width().map(usize::from) else { return format!("{}\n", table.trim_fmt()) };
         let widths = table.column_max_content_widths();
         let (long, short): (Vec<usize>, Vec<usize>) = (0..columns.len()).partition(|at| {
-            columns.get(*at).is_some_and(|column| sentences.contains(column)) && widths.get(*at).is_some_and(|width| usize::from(*width) > NARROWEST_SENTENCE)
+            columns.get(*at).is_some_and(|column| sentences.contains(column))
+                && widths.get(*at).is_some_and(|width| usize::from(*width) > NARROWEST_SENTENCE)
         });
-        let taken = short.iter().filter_map(|at| widths.get(*at)).map(|width| usize::from(*width)).sum::<usize>() + GAP * columns.len();
+        let taken = short.iter().filter_map(|at| widths.get(*at)).map(|width| usize::from(*width)).sum::<usize>()
+            + GAP * columns.len();
         if !long.is_empty() && terminal < taken + NARROWEST_SENTENCE * long.len() {
             return self.below_each_other(&whole, &sentences, terminal);
         }
@@ -104,7 +115,11 @@ impl Rows {
             result.push_str(line);
             result.push('\n');
             for column in sentences {
-                let (Some(heading), Some(cell)) = (self.headings.get(*column), row.get(*column).filter(|cell| !cell.is_empty())) else { continue };
+                let (Some(heading), Some(cell)) =
+                    (self.headings.get(*column), row.get(*column).filter(|cell| !cell.is_empty()))
+                else {
+                    continue;
+                };
                 for part in cell.lines() {
                     result.push_str(&indented(&format!("{heading}: {part}"), terminal));
                 }
@@ -119,11 +134,14 @@ impl Rows {
         table.load_style(style).set_content_arrangement(ContentArrangement::Dynamic);
         let emphasis = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
         let headings = columns.iter().filter_map(|column| self.headings.get(*column));
-        table.set_header(headings.map(|heading| if emphasis { Cell::new(heading).add_attribute(Attribute::Bold) } else { Cell::new(heading) }));
+        table.set_header(headings.map(|heading| {
+            if emphasis { Cell::new(heading).add_attribute(Attribute::Bold) } else { Cell::new(heading) }
+        }));
         for row in &self.rows {
             table.add_row(columns.iter().filter_map(|column| row.get(*column)));
         }
-        // Columns start where lines start, and stand two apart: one of padding, one of the separator.
+        // Columns start where lines start, and stand two apart: one of padding, one of the
+        // separator.
         for (column, number) in table.column_iter_mut().zip(columns) {
             column.set_padding((0, 1));
             if self.numbers.contains(number) {
@@ -196,7 +214,8 @@ fn written(milliseconds: i64, digits: usize) -> String {
     if milliseconds == 0 {
         return String::new();
     }
-    jiff::Timestamp::from_millisecond(milliseconds).map_or_else(|_| format!("{milliseconds} ms"), |time| format!("{time:.digits$}"))
+    jiff::Timestamp::from_millisecond(milliseconds)
+        .map_or_else(|_| format!("{milliseconds} ms"), |time| format!("{time:.digits$}"))
 }
 
 /// A number with its thousands apart.

@@ -40,8 +40,13 @@ fn bar(what: &str, total: u64, template: &str) -> ProgressBar {
     let rate = |state: &ProgressState, text: &mut dyn fmt::Write| {
         let _ = write!(text, "{} a second", HumanCount(state.per_sec() as u64));
     };
-    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()).with_key("rate", rate).progress_chars("##-");
-    let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr()).with_style(style).with_message(what.to_owned());
+    let style = ProgressStyle::with_template(template)
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+        .with_key("rate", rate)
+        .progress_chars("##-");
+    let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr())
+        .with_style(style)
+        .with_message(what.to_owned());
     // The rate and the time left change although nothing arrives.
     bar.enable_steady_tick(Duration::from_millis(250));
     bar

@@ -4,10 +4,12 @@ use std::{error::Error, io, sync::Arc, time::Duration};
 
 use hyper_util::rt::TokioIo;
 use kms_proto::v1::{
-    audit_service_client::AuditServiceClient, campaign_service_client::CampaignServiceClient, device_type_service_client::DeviceTypeServiceClient,
-    frame_service_client::FrameServiceClient, grant_service_client::GrantServiceClient, group_service_client::GroupServiceClient,
-    hsm_service_client::HsmServiceClient, meter_service_client::MeterServiceClient, principal_service_client::PrincipalServiceClient,
-    proposal_service_client::ProposalServiceClient, root_service_client::RootServiceClient, shipment_service_client::ShipmentServiceClient,
+    audit_service_client::AuditServiceClient, campaign_service_client::CampaignServiceClient,
+    device_type_service_client::DeviceTypeServiceClient, frame_service_client::FrameServiceClient,
+    grant_service_client::GrantServiceClient, group_service_client::GroupServiceClient,
+    hsm_service_client::HsmServiceClient, meter_service_client::MeterServiceClient,
+    principal_service_client::PrincipalServiceClient, proposal_service_client::ProposalServiceClient,
+    root_service_client::RootServiceClient, shipment_service_client::ShipmentServiceClient,
     task_service_client::TaskServiceClient, transfer_service_client::TransferServiceClient,
 };
 use rustls::{
@@ -24,8 +26,9 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::{Profile, ProfileError};
 
-/// A channel to the server of a [`Profile`]: TLS 1.3 only, with a certificate on both sides, key exchange X25519MLKEM768 where the server has it. Cheap to
-/// clone; clones share the connection, which is made again when it was lost.
+/// A channel to the server of a [`Profile`]: TLS 1.3 only, with a certificate on both sides, key
+/// exchange X25519MLKEM768 where the server has it. Cheap to clone; clones share the connection,
+/// which is made again when it was lost.
 #[derive(Clone, Debug)]
 pub struct Connection {
     channel: Channel,
@@ -35,7 +38,8 @@ impl Connection {
     /// Connects.
     ///
     /// # Errors
-    /// The profile is not usable, nothing listens there, or one side does not accept the other's certificate.
+    /// The profile is not usable, nothing listens there, or one side does not accept the other's
+    /// certificate.
     pub async fn connect(profile: &Profile) -> Result<Self, ConnectError> {
         let server = profile.server().to_owned();
         let refuse = |error: tonic::transport::Error| ConnectError::of(&server, &error);
@@ -59,12 +63,16 @@ impl Connection {
                 let stream = TcpStream::connect(address).await?;
                 stream.set_nodelay(true)?;
                 let mut stream = BufReader::new(connector.connect(name, stream).await?);
-                // In TLS 1.3 a server refuses the client's certificate after the handshake. Its first frame (RFC 9113, 3.4) tells that it did not;
-                // a server that waits for ours first is not waited for.
+                // In TLS 1.3 a server refuses the client's certificate after the handshake. Its
+                // first frame (RFC 9113, 3.4) tells that it did not; a server that waits for ours
+                // first is not waited for.
                 if let Ok(first) = tokio::time::timeout(FIRST_FRAME_TIMEOUT, stream.fill_buf()).await {
                     let first = first?;
                     if first.is_empty() {
-                        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the server closed the connection at once: is it shutting down?"));
+                        return Err(io::Error::new(
+                            io::ErrorKind::UnexpectedEof,
+                            "the server closed the connection at once: is it shutting down?",
+                        ));
                     }
                     if let Some(reason) = farewell(first) {
                         return Err(io::Error::other(format!("the server does not take the connection: {reason}")));
@@ -157,7 +165,8 @@ impl Connection {
     }
 }
 
-/// What a server says that ends the connection with its first octets: the text of a GOAWAY frame (RFC 9113, 6.8).
+/// What a server says that ends the connection with its first octets: the text of a GOAWAY frame
+/// (RFC 9113, 6.8).
 fn farewell(mut octets: &[u8]) -> Option<String> {
     while let Some(([a, b, c, kind, ..], rest)) = octets.split_first_chunk::<9>() {
         let (frame, next) = rest.split_at_checked(usize::try_from(u32::from_be_bytes([0, *a, *b, *c])).ok()?)?;
@@ -211,8 +220,13 @@ impl ConnectError {
         while let Some(deeper) = cause.source() {
             cause = deeper;
         }
-        let refused = cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
-        let reason = if refused { "nothing listens there: is the server running, and is `server` in profile.toml right?".into() } else { cause.to_string() };
+        let refused =
+            cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+        let reason = if refused {
+            "nothing listens there: is the server running, and is `server` in profile.toml right?".into()
+        } else {
+            cause.to_string()
+        };
         Self::Unreachable { server, reason }
     }
 }
@@ -222,7 +236,8 @@ pub(crate) fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rust
     let mut cause = Some(error);
     while let Some(error) = cause {
         // An I/O error does not show the error inside it as its source.
-        let inside = error.downcast_ref::<io::Error>().and_then(|error| error.get_ref()).and_then(|inner| inner.downcast_ref());
+        let inside =
+            error.downcast_ref::<io::Error>().and_then(|error| error.get_ref()).and_then(|inner| inner.downcast_ref());
         if let Some(tls) = error.downcast_ref().or(inside) {
             return Some(tls);
         }
@@ -235,7 +250,9 @@ pub(crate) fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rust
 pub(crate) fn tls_reason(error: &rustls::Error) -> String {
     match error {
         rustls::Error::AlertReceived(alert) => {
-            format!("the server did not accept this profile's certificate (alert {alert:?}): it may be expired or disabled; ask an officer")
+            format!(
+                "the server did not accept this profile's certificate (alert {alert:?}): it may be expired or disabled; ask an officer"
+            )
         }
         rustls::Error::InvalidCertificate(reason) => {
             format!(
@@ -247,7 +264,10 @@ pub(crate) fn tls_reason(error: &rustls::Error) -> String {
 }
 
 fn tls_config(profile: &Profile) -> Result<ClientConfig, ConnectError> {
-    let refuse = |error: rustls::Error| ConnectError::Identity { directory: profile.directory().display().to_string(), reason: error.to_string() };
+    let refuse = |error: rustls::Error| ConnectError::Identity {
+        directory: profile.directory().display().to_string(),
+        reason: error.to_string(),
+    };
     let mut roots = RootCertStore::empty();
     for certificate in profile.ca_certificates()? {
         roots.add(certificate).map_err(refuse)?;

@@ -7,10 +7,12 @@ use std::{
 
 use kms_domain::{KeyVersionNumber, SystemTitle, UnixMillis};
 
-/// The invocation counters that this grantee may use with one key version under one client title: each is dealt once (I4).
+/// The invocation counters that this grantee may use with one key version under one client title:
+/// each is dealt once (I4).
 ///
-/// Not `Clone`, and safe to share between threads: two tasks that talk to the same meter deal from the same object. A process that ends
-/// loses the counters that it has not dealt; it asks for a new session, whose lease starts higher.
+/// Not `Clone`, and safe to share between threads: two tasks that talk to the same meter deal from
+/// the same object. A process that ends loses the counters that it has not dealt; it asks for a new
+/// session, whose lease starts higher.
 #[derive(Debug)]
 pub struct Counters {
     client_title: SystemTitle,
@@ -23,9 +25,21 @@ pub struct Counters {
 
 impl Counters {
     /// The lease of `count` counters from `first` on; the last one must be a 32-bit number.
-    pub(crate) fn new(client_title: SystemTitle, key_version: KeyVersionNumber, first: u32, count: u32, not_after: UnixMillis) -> Option<Self> {
+    pub(crate) fn new(
+        client_title: SystemTitle,
+        key_version: KeyVersionNumber,
+        first: u32,
+        count: u32,
+        not_after: UnixMillis,
+    ) -> Option<Self> {
         let end = u64::from(first) + u64::from(count);
-        (count > 0 && end <= u64::from(u32::MAX) + 1).then(|| Self { client_title, key_version, not_after, next: AtomicU64::new(first.into()), end })
+        (count > 0 && end <= u64::from(u32::MAX) + 1).then(|| Self {
+            client_title,
+            key_version,
+            not_after,
+            next: AtomicU64::new(first.into()),
+            end,
+        })
     }
 
     /// The next counter, which nobody gets again.
@@ -45,7 +59,8 @@ impl Counters {
             return Err(CountersEnded::Expired);
         }
         // I4: one atomic step, so that two threads never get the same counter.
-        let dealt = self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| (next < self.end).then_some(next + 1));
+        let dealt =
+            self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| (next < self.end).then_some(next + 1));
         dealt.ok().and_then(|counter| u32::try_from(counter).ok()).ok_or(CountersEnded::UsedUp)
     }
 
@@ -80,7 +95,9 @@ impl Counters {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CountersEnded {
     /// All are dealt.
-    #[error("all invocation counters of the lease are used: open a new session, and ask for more counters if this happens often")]
+    #[error(
+        "all invocation counters of the lease are used: open a new session, and ask for more counters if this happens often"
+    )]
     UsedUp,
     /// The grant has expired.
     #[error("the grant of these invocation counters has expired: open a new session")]
@@ -100,7 +117,13 @@ mod tests {
     use super::*;
 
     fn counters(first: u32, count: u32) -> Option<Counters> {
-        Counters::new(SystemTitle::parse("4D4D4D0000000001").unwrap(), KeyVersionNumber::FIRST, first, count, UnixMillis(1_000))
+        Counters::new(
+            SystemTitle::parse("4D4D4D0000000001").unwrap(),
+            KeyVersionNumber::FIRST,
+            first,
+            count,
+            UnixMillis(1_000),
+        )
     }
 
     #[test]
@@ -119,7 +142,9 @@ mod tests {
     fn threads_share_a_lease_without_repeating() {
         let lease = counters(100, 40_000).unwrap();
         let dealt = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| std::iter::from_fn(|| lease.deal_at(UnixMillis(0)).ok()).collect::<Vec<_>>())).collect();
+            let threads: Vec<_> = (0..4)
+                .map(|_| scope.spawn(|| std::iter::from_fn(|| lease.deal_at(UnixMillis(0)).ok()).collect::<Vec<_>>()))
+                .collect();
             threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
         });
         assert_eq!(dealt.len(), 40_000);

@@ -1,4 +1,5 @@
-//! Opening envelopes (docs/formats.md, Envelopes): nothing in one is believed before its seal is verified.
+//! Opening envelopes (docs/formats.md, Envelopes): nothing in one is believed before its seal is
+//! verified.
 
 use aes_kw::{KeyInit as _, KwAes256};
 use aws_lc_rs::{
@@ -18,20 +19,27 @@ impl TransportKey {
     /// Opens an envelope that was made for this key.
     ///
     /// # Errors
-    /// The envelope is for another key, principal or request, has expired, uses an algorithm that `options` do not allow, is not what
-    /// docs/formats.md says, or was changed on its way.
+    /// The envelope is for another key, principal or request, has expired, uses an algorithm that
+    /// `options` do not allow, is not what docs/formats.md says, or was changed on its way.
     pub fn open(&self, envelope: &proto::Envelope, options: &OpenOptions) -> Result<OpenedEnvelope, OpenError> {
         let header = EnvelopeHeader::parse(&envelope.header)?;
         if header.algorithm == EnvelopeAlgorithm::EcdhP256CbcExpand && !options.allow_cbc_expand {
             return Err(OpenError::AlgorithmRefused);
         }
         if header.transport_certificate_sha256 != self.certificate_sha256() {
-            return Err(OpenError::OtherTransportKey { named: hex::encode(header.transport_certificate_sha256), own: hex::encode(self.certificate_sha256()) });
+            return Err(OpenError::OtherTransportKey {
+                named: hex::encode(header.transport_certificate_sha256),
+                own: hex::encode(self.certificate_sha256()),
+            });
         }
         if header.island != *self.principal().island() {
             return Err(OpenError::Header {
                 field: "island",
-                reason: format!("`{}`, but the transport certificate is of `{}`", header.island, self.principal().island()),
+                reason: format!(
+                    "`{}`, but the transport certificate is of `{}`",
+                    header.island,
+                    self.principal().island()
+                ),
             });
         }
         let now = options.now();
@@ -43,7 +51,8 @@ impl TransportKey {
         OpenedEnvelope::parse(&header, &envelope.manifest, &agreement, self.principal(), options)
     }
 
-    /// Opens all envelopes of one answer, and joins what they say of the same meter: keys of several HSM tokens come in an envelope each.
+    /// Opens all envelopes of one answer, and joins what they say of the same meter: keys of
+    /// several HSM tokens come in an envelope each.
     ///
     /// # Errors
     /// As [`Self::open`]; or there is no envelope, or they are not of one grant.
@@ -57,7 +66,8 @@ impl TransportKey {
     }
 }
 
-/// What an envelope must fulfil besides being genuine. The default: made for any request, algorithm 1, opened now.
+/// What an envelope must fulfil besides being genuine. The default: made for any request, algorithm
+/// 1, opened now.
 #[derive(Clone, Debug, Default)]
 pub struct OpenOptions {
     at: Option<UnixMillis>,
@@ -122,7 +132,8 @@ impl EnvelopeHeader {
         if octets.len() > LONGEST_HEADER {
             return Err(refuse("header", "longer than 1,024 octets"));
         }
-        let header = proto::EnvelopeHeader::decode(octets).map_err(|_| refuse("header", "not an encoded EnvelopeHeader"))?;
+        let header =
+            proto::EnvelopeHeader::decode(octets).map_err(|_| refuse("header", "not an encoded EnvelopeHeader"))?;
         let algorithm = match header.algorithm() {
             EnvelopeAlgorithm::Unspecified => return Err(refuse("algorithm", "unknown: a newer client may know it")),
             known => known,
@@ -139,7 +150,11 @@ impl EnvelopeHeader {
                 .as_ref()
                 .try_into()
                 .map_err(|_| refuse("transport_certificate_sha256", "not 32 octets"))?,
-            not_after: if header.not_after_ms > 0 { UnixMillis(header.not_after_ms) } else { return Err(refuse("not_after_ms", "not a time after 1970")) },
+            not_after: if header.not_after_ms > 0 {
+                UnixMillis(header.not_after_ms)
+            } else {
+                return Err(refuse("not_after_ms", "not a time after 1970"));
+            },
         })
     }
 
@@ -155,7 +170,9 @@ impl EnvelopeHeader {
             block.update(shared_info.as_ref());
             key.copy_from_slice(block.finish().as_ref());
         } else {
-            let cipher = cipher::PaddedBlockEncryptingKey::cbc_pkcs7(cipher::UnboundCipherKey::new(&cipher::AES_256, z).ok()?).ok()?;
+            let cipher =
+                cipher::PaddedBlockEncryptingKey::cbc_pkcs7(cipher::UnboundCipherKey::new(&cipher::AES_256, z).ok()?)
+                    .ok()?;
             // Room for the block of padding, which the library always adds and nobody needs.
             let mut blocks = Vec::with_capacity(48);
             blocks.extend_from_slice(shared_info.as_ref());
@@ -199,7 +216,10 @@ impl Agreement {
             Ok((derive(KeyUse::TransportKek)?, derive(KeyUse::SealKey)?))
         });
         let (transport_kek, seal_key) = agreed.ok()?;
-        Some(Self { transport_kek: KwAes256::new_from_slice(transport_kek.as_slice()).ok()?, seal_key: hmac::Key::new(hmac::HMAC_SHA256, seal_key.as_slice()) })
+        Some(Self {
+            transport_kek: KwAes256::new_from_slice(transport_kek.as_slice()).ok()?,
+            seal_key: hmac::Key::new(hmac::HMAC_SHA256, seal_key.as_slice()),
+        })
     }
 
     /// Verifies the seal, in constant time.
@@ -210,10 +230,12 @@ impl Agreement {
         seal.update(&length);
         seal.update(&envelope.header);
         seal.update(&envelope.manifest);
-        aws_lc_rs::constant_time::verify_slices_are_equal(seal.sign().as_ref(), &envelope.seal).map_err(|_| OpenError::Seal)
+        aws_lc_rs::constant_time::verify_slices_are_equal(seal.sign().as_ref(), &envelope.seal)
+            .map_err(|_| OpenError::Seal)
     }
 
-    /// Unwraps a key of at most 256 octets (RFC 3394). Nothing where the wrap is not genuine or has an impossible length.
+    /// Unwraps a key of at most 256 octets (RFC 3394). Nothing where the wrap is not genuine or has
+    /// an impossible length.
     pub(crate) fn unwrap(&self, wrapped: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
         let length = wrapped.len().checked_sub(8).filter(|length| (16..=256).contains(length))?;
         let mut key = Zeroizing::new(vec![0; length]);
@@ -246,7 +268,9 @@ pub enum OpenError {
     )]
     AlgorithmRefused,
     /// For another of the grantee's keys, or another grantee.
-    #[error("the envelope is for the transport certificate with SHA-256 `{named}`, this one has `{own}`: use the newest transport key")]
+    #[error(
+        "the envelope is for the transport certificate with SHA-256 `{named}`, this one has `{own}`: use the newest transport key"
+    )]
     OtherTransportKey {
         /// Whom the header names, hex.
         named: String,
@@ -265,7 +289,9 @@ pub enum OpenError {
     #[error("envelope header, ephemeral_public: not a point of P-256")]
     Agreement,
     /// The seal does not fit.
-    #[error("the envelope's seal does not fit: header or manifest was changed on its way, or it was made for another key; nothing of it was used")]
+    #[error(
+        "the envelope's seal does not fit: header or manifest was changed on its way, or it was made for another key; nothing of it was used"
+    )]
     Seal,
     /// The manifest is genuine, and still not what it should be.
     #[error("envelope manifest: {reason}")]
@@ -320,7 +346,8 @@ mod tests {
 
     #[test]
     fn the_vectors_of_the_formats_open() {
-        let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/vectors/vectors.json")).unwrap();
+        let text =
+            std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/vectors/vectors.json")).unwrap();
         let vectors: serde_json::Value = serde_json::from_str(&text).unwrap();
         let vectors = vectors["envelopes"].as_array().unwrap();
         assert_eq!(vectors.len(), 2);

@@ -6,7 +6,8 @@ use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, PKCS_ECDSA_P2
 use x509_parser::{certification_request::X509CertificationRequest, prelude::FromDer as _};
 use zeroize::Zeroizing;
 
-/// A new EC P-256 key pair and its certificate request (PKCS#10): for TLS, or as a transport key. The private key never leaves this machine.
+/// A new EC P-256 key pair and its certificate request (PKCS#10): for TLS, or as a transport key.
+/// The private key never leaves this machine.
 pub struct KeyRequest {
     key_pem: Zeroizing<String>,
     certificate_request: Vec<u8>,
@@ -32,11 +33,12 @@ impl KeyRequest {
         &self.certificate_request
     }
 
-    /// SHA-256 of the public key (SubjectPublicKeyInfo, DER) of a certificate request (PKCS#10, DER), 32 octets; `None`: it is no such request. The
-    /// request's signature is not verified.
+    /// SHA-256 of the public key (SubjectPublicKeyInfo, DER) of a certificate request (PKCS#10,
+    /// DER), 32 octets; `None`: it is no such request. The request's signature is not verified.
     pub fn key_sha256(certificate_request: &[u8]) -> Option<[u8; 32]> {
         let (_, request) = X509CertificationRequest::from_der(certificate_request).ok()?;
-        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, request.certification_request_info.subject_pki.raw);
+        let digest =
+            aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, request.certification_request_info.subject_pki.raw);
         digest.as_ref().try_into().ok()
     }
 

@@ -1,10 +1,13 @@
 //! The client library of the key management system: what a head-end, a handheld or a tool links.
 //!
-//! - [`Profile`] is an identity on disk, [`Connection`] a channel that is authenticated both ways with it.
-//! - [`TransportKey`] opens what the server sends: [`TransportKey::open`] gives the keys of an envelope, after it has proved them.
+//! - [`Profile`] is an identity on disk, [`Connection`] a channel that is authenticated both ways
+//!   with it.
+//! - [`TransportKey`] opens what the server sends: [`TransportKey::open`] gives the keys of an
+//!   envelope, after it has proved them.
 //! - [`Counters`] deals the invocation counters of a lease, each once.
 //! - [`RetryPolicy`] repeats calls as the server asks for it, under one request id.
-//! - [`Relay`] carries octets for a head-end that holds no keys: transfers of new keys, and the tasks of campaigns.
+//! - [`Relay`] carries octets for a head-end that holds no keys: transfers of new keys, and the
+//!   tasks of campaigns.
 //! - [`KeyRequest`] makes key pairs on this machine and asks for their certificates.
 //! - [`sample`] plays a meter vendor, for trials.
 //!
@@ -45,7 +48,8 @@ pub use counters::{Counters, CountersEnded};
 pub use envelope::{EnvelopeHeader, OpenError, OpenOptions};
 pub use identity::{IdentityError, KeyRequest};
 pub use kms_domain::{
-    GrantId, IslandName, KeyType, KeyVersionNumber, ParseError, PrincipalId, RequestId, Role, SecuritySetupId, SecuritySuite, SystemTitle, UnixMillis,
+    GrantId, IslandName, KeyType, KeyVersionNumber, ParseError, PrincipalId, RequestId, Role, SecuritySetupId,
+    SecuritySuite, SystemTitle, UnixMillis,
 };
 pub use kms_proto::v1 as proto;
 pub use manifest::{OpenedEnvelope, OpenedGroup, OpenedKey, OpenedMeter};

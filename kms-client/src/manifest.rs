@@ -2,13 +2,17 @@
 
 use std::collections::HashSet;
 
-use kms_domain::{EncodedSecret, GrantId, KeyType, KeyVersionNumber, PrincipalId, RequestId, SecuritySetupId, SecuritySuite, SystemTitle, UnixMillis};
+use kms_domain::{
+    EncodedSecret, GrantId, KeyType, KeyVersionNumber, PrincipalId, RequestId, SecuritySetupId, SecuritySuite,
+    SystemTitle, UnixMillis,
+};
 use kms_proto::v1::{self as proto, Purpose};
 use prost::Message as _;
 
 use crate::{Counters, EnvelopeHeader, OpenError, OpenOptions, SecretKey, envelope::Agreement};
 
-/// An envelope that was opened: its seal, principal and expiry are verified, and every key is unwrapped.
+/// An envelope that was opened: its seal, principal and expiry are verified, and every key is
+/// unwrapped.
 #[derive(Debug)]
 pub struct OpenedEnvelope {
     /// Whom the keys are for: the transport key's principal.
@@ -83,7 +87,13 @@ impl OpenedEnvelope {
     }
 
     /// Parses and unwraps a manifest whose seal was verified.
-    pub(crate) fn parse(header: &EnvelopeHeader, manifest: &[u8], agreement: &Agreement, own: &PrincipalId, options: &OpenOptions) -> Result<Self, OpenError> {
+    pub(crate) fn parse(
+        header: &EnvelopeHeader,
+        manifest: &[u8],
+        agreement: &Agreement,
+        own: &PrincipalId,
+        options: &OpenOptions,
+    ) -> Result<Self, OpenError> {
         let manifest = proto::Manifest::decode(manifest).map_err(|_| OpenError::manifest("not an encoded Manifest"))?;
         let principal = PrincipalId::parse(&manifest.principal)?;
         if principal != *own {
@@ -95,7 +105,9 @@ impl OpenedEnvelope {
             return Err(OpenError::OtherRequest { named: request_id, grant_id });
         }
         let purpose = match manifest.purpose() {
-            Purpose::Unspecified => return Err(OpenError::manifest(format!("purpose `{}` is unknown", manifest.purpose))),
+            Purpose::Unspecified => {
+                return Err(OpenError::manifest(format!("purpose `{}` is unknown", manifest.purpose)));
+            }
             known => known,
         };
         let issued = UnixMillis(manifest.issued_ms);
@@ -107,9 +119,16 @@ impl OpenedEnvelope {
         if now >= not_after {
             return Err(OpenError::Expired { not_after, now });
         }
-        let groups = manifest.groups.iter().map(|keys| OpenedGroup::parse(keys, agreement, not_after)).collect::<Result<Vec<_>, _>>()?;
+        let groups = manifest
+            .groups
+            .iter()
+            .map(|keys| OpenedGroup::parse(keys, agreement, not_after))
+            .collect::<Result<Vec<_>, _>>()?;
         let twice = |(at, group): (usize, &OpenedGroup)| {
-            groups.iter().take(at).any(|earlier| (earlier.number, earlier.security_setup) == (group.number, group.security_setup))
+            groups
+                .iter()
+                .take(at)
+                .any(|earlier| (earlier.number, earlier.security_setup) == (group.number, group.security_setup))
         };
         if groups.iter().enumerate().any(twice) {
             return Err(OpenError::manifest("a group stands in it twice"));
@@ -118,30 +137,53 @@ impl OpenedEnvelope {
         let meters = manifest.meters.iter().map(|keys| {
             let meter = OpenedMeter::parse(keys, agreement, not_after)?;
             if !known.insert((meter.meter, meter.security_setup)) {
-                return Err(OpenError::manifest(format!("meter {} setup {} stands in it twice", meter.meter, meter.security_setup)));
+                return Err(OpenError::manifest(format!(
+                    "meter {} setup {} stands in it twice",
+                    meter.meter, meter.security_setup
+                )));
             }
             Ok(meter)
         });
         let meters = meters.collect::<Result<_, _>>()?;
-        Ok(Self { principal, grant_id, request_id, chunk_index: manifest.chunk_index, purpose, issued, not_after, meters, groups })
+        Ok(Self {
+            principal,
+            grant_id,
+            request_id,
+            chunk_index: manifest.chunk_index,
+            purpose,
+            issued,
+            not_after,
+            meters,
+            groups,
+        })
     }
 
     /// Adds what another envelope of the same answer holds.
     pub(crate) fn join(&mut self, other: Self) -> Result<(), OpenError> {
-        let same =
-            self.grant_id == other.grant_id && self.request_id == other.request_id && self.chunk_index == other.chunk_index && self.purpose == other.purpose;
+        let same = self.grant_id == other.grant_id
+            && self.request_id == other.request_id
+            && self.chunk_index == other.chunk_index
+            && self.purpose == other.purpose;
         if !same {
             return Err(OpenError::manifest("the envelopes of one answer belong to different grants"));
         }
         self.not_after = self.not_after.min(other.not_after);
         for entry in other.meters {
-            match self.meters.iter_mut().find(|own| own.meter == entry.meter && own.security_setup == entry.security_setup) {
+            match self
+                .meters
+                .iter_mut()
+                .find(|own| own.meter == entry.meter && own.security_setup == entry.security_setup)
+            {
                 Some(own) => own.join(entry)?,
                 None => self.meters.push(entry),
             }
         }
         for entry in other.groups {
-            match self.groups.iter_mut().find(|own| own.number == entry.number && own.security_setup == entry.security_setup) {
+            match self
+                .groups
+                .iter_mut()
+                .find(|own| own.number == entry.number && own.security_setup == entry.security_setup)
+            {
                 Some(own) => own.join(entry)?,
                 None => self.groups.push(entry),
             }
@@ -151,7 +193,8 @@ impl OpenedEnvelope {
 }
 
 impl OpenedMeter {
-    /// The key of a type that the meter holds as far as anyone knows: the one that is not in doubt, or else the newest.
+    /// The key of a type that the meter holds as far as anyone knows: the one that is not in doubt,
+    /// or else the newest.
     pub fn key(&self, key_type: KeyType) -> Option<&OpenedKey> {
         self.keys_of(key_type).max_by_key(|key| (!key.in_doubt, key.version))
     }
@@ -169,7 +212,8 @@ impl OpenedMeter {
             _ => return Err(refuse("security_setup is not the 6 octets 0.b.43.0.e.255")),
         };
         let security_suite = SecuritySuite::from_number(u8::try_from(entry.security_suite).unwrap_or(u8::MAX))?;
-        let mut result = Self { meter, security_setup, security_suite, keys: Vec::with_capacity(entry.keys.len()), counters: None };
+        let mut result =
+            Self { meter, security_setup, security_suite, keys: Vec::with_capacity(entry.keys.len()), counters: None };
         for granted in &entry.keys {
             let key = OpenedKey::parse(granted, &format!("meter {meter}"), security_suite, agreement)?;
             result.add(key)?;
@@ -177,8 +221,11 @@ impl OpenedMeter {
         if let Some(lease) = &entry.lease {
             let client_title = SystemTitle::from_octets(&lease.client_title)?;
             let key_version = KeyVersionNumber::new(lease.key_version)?;
-            // The counters are of the encryption key; where it came too, it must be the one that they are for.
-            if result.keys_of(KeyType::GUEK).next().is_some() && !result.keys_of(KeyType::GUEK).any(|key| key.version == Some(key_version)) {
+            // The counters are of the encryption key; where it came too, it must be the one that
+            // they are for.
+            if result.keys_of(KeyType::GUEK).next().is_some()
+                && !result.keys_of(KeyType::GUEK).any(|key| key.version == Some(key_version))
+            {
                 return Err(refuse("the counter lease is for a version of the GUEK that is not in the envelope"));
             }
             result.counters = Some(
@@ -191,7 +238,10 @@ impl OpenedMeter {
 
     fn add(&mut self, key: OpenedKey) -> Result<(), OpenError> {
         if self.keys_of(key.key_type).any(|known| known.version == key.version) {
-            return Err(OpenError::manifest(format!("meter {}: the same version of {} stands in it twice", self.meter, key.key_type)));
+            return Err(OpenError::manifest(format!(
+                "meter {}: the same version of {} stands in it twice",
+                self.meter, key.key_type
+            )));
         }
         self.keys.push(key);
         Ok(())
@@ -199,7 +249,10 @@ impl OpenedMeter {
 
     fn join(&mut self, other: Self) -> Result<(), OpenError> {
         if other.security_suite != self.security_suite || (self.counters.is_some() && other.counters.is_some()) {
-            return Err(OpenError::manifest(format!("meter {}: the envelopes of one answer contradict each other", self.meter)));
+            return Err(OpenError::manifest(format!(
+                "meter {}: the envelopes of one answer contradict each other",
+                self.meter
+            )));
         }
         self.counters = self.counters.take().or(other.counters);
         other.keys.into_iter().try_for_each(|key| self.add(key))
@@ -227,16 +280,25 @@ impl OpenedGroup {
             _ => return Err(refuse("security_setup is not the 6 octets 0.b.43.0.e.255")),
         };
         let security_suite = SecuritySuite::from_number(u8::try_from(entry.security_suite).unwrap_or(u8::MAX))?;
-        let mut result =
-            Self { number: entry.group, name: entry.name.clone(), security_setup, security_suite, keys: Vec::with_capacity(entry.keys.len()), counters: None };
+        let mut result = Self {
+            number: entry.group,
+            name: entry.name.clone(),
+            security_setup,
+            security_suite,
+            keys: Vec::with_capacity(entry.keys.len()),
+            counters: None,
+        };
         for granted in &entry.keys {
             result.add(OpenedKey::parse(granted, &owner, security_suite, agreement)?)?;
         }
         if let Some(lease) = &entry.lease {
             let client_title = SystemTitle::from_octets(&lease.client_title)?;
             let key_version = KeyVersionNumber::new(lease.key_version)?;
-            // The counters are of the broadcast key; where it came too, it must be the one that they are for.
-            if result.key(KeyType::GBEK).is_some() && !result.keys.iter().any(|key| key.key_type == KeyType::GBEK && key.version == Some(key_version)) {
+            // The counters are of the broadcast key; where it came too, it must be the one that
+            // they are for.
+            if result.key(KeyType::GBEK).is_some()
+                && !result.keys.iter().any(|key| key.key_type == KeyType::GBEK && key.version == Some(key_version))
+            {
                 return Err(refuse("the counter lease is for a version of the GBEK that is not in the envelope"));
             }
             result.counters = Some(
@@ -248,16 +310,27 @@ impl OpenedGroup {
     }
 
     fn add(&mut self, key: OpenedKey) -> Result<(), OpenError> {
-        if key.version.is_none() || self.keys.iter().any(|known| known.key_type == key.key_type && known.version == key.version) {
-            return Err(OpenError::manifest(format!("group {}: {} without a version, or the same version twice", self.number, key.key_type)));
+        if key.version.is_none()
+            || self.keys.iter().any(|known| known.key_type == key.key_type && known.version == key.version)
+        {
+            return Err(OpenError::manifest(format!(
+                "group {}: {} without a version, or the same version twice",
+                self.number, key.key_type
+            )));
         }
         self.keys.push(key);
         Ok(())
     }
 
     fn join(&mut self, other: Self) -> Result<(), OpenError> {
-        if other.security_suite != self.security_suite || other.name != self.name || (self.counters.is_some() && other.counters.is_some()) {
-            return Err(OpenError::manifest(format!("group {}: the envelopes of one answer contradict each other", self.number)));
+        if other.security_suite != self.security_suite
+            || other.name != self.name
+            || (self.counters.is_some() && other.counters.is_some())
+        {
+            return Err(OpenError::manifest(format!(
+                "group {}: the envelopes of one answer contradict each other",
+                self.number
+            )));
         }
         self.counters = self.counters.take().or(other.counters);
         other.keys.into_iter().try_for_each(|key| self.add(key))
@@ -265,18 +338,30 @@ impl OpenedGroup {
 }
 
 impl OpenedKey {
-    fn parse(granted: &proto::GrantedKey, owner: &str, suite: SecuritySuite, agreement: &Agreement) -> Result<Self, OpenError> {
+    fn parse(
+        granted: &proto::GrantedKey,
+        owner: &str,
+        suite: SecuritySuite,
+        agreement: &Agreement,
+    ) -> Result<Self, OpenError> {
         let key_type = KeyType::parse(&granted.key_type)?;
         let version = match (key_type, granted.version) {
             (KeyType::DEDICATED, 0) => None,
-            (KeyType::DEDICATED, _) => return Err(OpenError::manifest(format!("{owner}: a dedicated key has no version"))),
+            (KeyType::DEDICATED, _) => {
+                return Err(OpenError::manifest(format!("{owner}: a dedicated key has no version")));
+            }
             (_, number) => Some(KeyVersionNumber::new(number)?),
         };
         let refuse = || OpenError::Unwrap { owner: owner.to_owned(), key_type };
         let key = agreement.unwrap(&granted.wrapped).ok_or_else(refuse)?;
         let key = if key_type.is_aes() {
-            // Keys that the suite's cipher uses have its length; those of other devices (M-Bus, firmware) may have the other one.
-            let fits = if SUITE_KEYS.contains(&key_type) { key.len() == suite.key_length().octets() } else { matches!(key.len(), 16 | 32) };
+            // Keys that the suite's cipher uses have its length; those of other devices (M-Bus,
+            // firmware) may have the other one.
+            let fits = if SUITE_KEYS.contains(&key_type) {
+                key.len() == suite.key_length().octets()
+            } else {
+                matches!(key.len(), 16 | 32)
+            };
             if !fits {
                 return Err(refuse());
             }

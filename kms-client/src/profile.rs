@@ -12,8 +12,9 @@ use zeroize::Zeroizing;
 
 use crate::{PrincipalId, TransportKey, TransportKeyError};
 
-/// A directory with what one principal needs to talk to one server: `profile.toml`, which names the server and the files beside it, the
-/// island's CA certificate, the principal's TLS certificate and key, and, where registered, its transport key and certificate.
+/// A directory with what one principal needs to talk to one server: `profile.toml`, which names the
+/// server and the files beside it, the island's CA certificate, the principal's TLS certificate and
+/// key, and, where registered, its transport key and certificate.
 ///
 /// Private keys are PEM files that only their owner may read (mode 0600); others are refused.
 #[derive(Clone, Debug)]
@@ -54,14 +55,19 @@ impl Profile {
         let directory = directory.into();
         let path = directory.join(SETTINGS_FILE);
         let text = fs::read_to_string(&path).map_err(|error| ProfileError::read(&path, error))?;
-        let settings = toml::from_str::<Settings>(&text).map_err(|error| ProfileError::Content { path: path.clone(), reason: error.message().to_owned() })?;
+        let settings = toml::from_str::<Settings>(&text)
+            .map_err(|error| ProfileError::Content { path: path.clone(), reason: error.message().to_owned() })?;
         if settings.server.rsplit_once(':').is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err()) {
-            return Err(ProfileError::Content { path, reason: format!("server: `{}` is not host:port", settings.server) });
+            return Err(ProfileError::Content {
+                path,
+                reason: format!("server: `{}` is not host:port", settings.server),
+            });
         }
         Ok(Self { directory, settings })
     }
 
-    /// Writes a new profile directory (mode 0700, private keys 0600). What was there under the same names is replaced.
+    /// Writes a new profile directory (mode 0700, private keys 0600). What was there under the same
+    /// names is replaced.
     ///
     /// # Errors
     /// A file cannot be written.
@@ -161,10 +167,12 @@ impl Profile {
         let key = self.read_private(&self.settings.transport_key)?;
         let path = self.directory.join(&self.settings.transport_certificate);
         let certificate = fs::read(&path).map_err(|error| ProfileError::read(&path, error))?;
-        TransportKey::from_pem(&key, &certificate).map_err(|error| ProfileError::TransportKey { directory: self.directory.clone(), error })
+        TransportKey::from_pem(&key, &certificate)
+            .map_err(|error| ProfileError::TransportKey { directory: self.directory.clone(), error })
     }
 
-    /// When the profile's TLS certificate ends, in milliseconds since 1970; `None`: there is no certificate that can be read.
+    /// When the profile's TLS certificate ends, in milliseconds since 1970; `None`: there is no
+    /// certificate that can be read.
     pub fn certificate_not_after_ms(&self) -> Option<i64> {
         use x509_parser::prelude::FromDer as _;
         let chain = self.certificate_chain().ok()?;
@@ -182,8 +190,10 @@ impl Profile {
 
     pub(crate) fn private_key(&self) -> Result<PrivateKeyDer<'static>, ProfileError> {
         let pem = self.read_private(&self.settings.key)?;
-        PrivateKeyDer::from_pem_slice(&pem)
-            .map_err(|_| ProfileError::Content { path: self.directory.join(&self.settings.key), reason: "not a private key in PEM".into() })
+        PrivateKeyDer::from_pem_slice(&pem).map_err(|_| ProfileError::Content {
+            path: self.directory.join(&self.settings.key),
+            reason: "not a private key in PEM".into(),
+        })
     }
 
     fn certificates(&self, name: &Path) -> Result<Vec<CertificateDer<'static>>, ProfileError> {
@@ -211,7 +221,8 @@ impl Profile {
 
     fn write_settings(&self, settings: &Settings) -> Result<(), ProfileError> {
         let path = Path::new(SETTINGS_FILE);
-        let text = toml::to_string(settings).map_err(|error| ProfileError::Content { path: self.directory.join(path), reason: error.to_string() })?;
+        let text = toml::to_string(settings)
+            .map_err(|error| ProfileError::Content { path: self.directory.join(path), reason: error.to_string() })?;
         self.write(path, text.as_bytes())
     }
 
@@ -221,7 +232,8 @@ impl Profile {
     }
 }
 
-/// The folder that tools keep profiles in, `.kms` unless told otherwise: `profiles/NAME/` for each, and `default-profile` with the name of the one to use.
+/// The folder that tools keep profiles in, `.kms` unless told otherwise: `profiles/NAME/` for each,
+/// and `default-profile` with the name of the one to use.
 #[derive(Clone, Debug)]
 pub struct StateDirectory(PathBuf);
 
@@ -247,8 +259,10 @@ impl StateDirectory {
     /// The names of the profiles that are there, sorted.
     pub fn profile_names(&self) -> Vec<String> {
         let entries = fs::read_dir(self.0.join("profiles")).into_iter().flatten().flatten();
-        let mut names: Vec<_> =
-            entries.filter(|entry| entry.path().join(SETTINGS_FILE).exists()).filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        let mut names: Vec<_> = entries
+            .filter(|entry| entry.path().join(SETTINGS_FILE).exists())
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect();
         names.sort();
         names
     }
@@ -417,7 +431,14 @@ mod tests {
     use super::*;
 
     fn new_profile<'a>(principal: &'a PrincipalId) -> NewProfile<'a> {
-        NewProfile { server: "127.0.0.1:7460", server_name: "localhost", principal, ca_pem: "ca", certificate_pem: "leaf", key_pem: "key" }
+        NewProfile {
+            server: "127.0.0.1:7460",
+            server_name: "localhost",
+            principal,
+            ca_pem: "ca",
+            certificate_pem: "leaf",
+            key_pem: "key",
+        }
     }
 
     #[test]
@@ -439,10 +460,16 @@ mod tests {
         let principal = PrincipalId::parse("urn:meterkms:north:officer:ada").unwrap();
         Profile::create(directory.path(), &new_profile(&principal)).unwrap();
         let profile = Profile::load(directory.path()).unwrap();
-        assert_eq!((profile.server(), profile.server_name_text(), profile.has_transport_key()), ("127.0.0.1:7460", "localhost", false));
+        assert_eq!(
+            (profile.server(), profile.server_name_text(), profile.has_transport_key()),
+            ("127.0.0.1:7460", "localhost", false)
+        );
         assert!(profile.transport_key().unwrap_err().to_string().contains("register-transport-key"));
-        for (text, named) in [("server = 'x'\nserver_name = 'y'", "server"), ("server_name = 'y'", "server"), ("server='a:1'\nserver_name='y'\nport=3", "port")]
-        {
+        for (text, named) in [
+            ("server = 'x'\nserver_name = 'y'", "server"),
+            ("server_name = 'y'", "server"),
+            ("server='a:1'\nserver_name='y'\nport=3", "port"),
+        ] {
             fs::write(directory.path().join(SETTINGS_FILE), text).unwrap();
             let error = Profile::load(directory.path()).unwrap_err().to_string();
             assert!(error.contains(named), "{error}");

@@ -1,6 +1,8 @@
-//! A head-end that holds no keys: it carries the octets of transfers between the server and meters, and works off the tasks of campaigns.
+//! A head-end that holds no keys: it carries the octets of transfers between the server and meters,
+//! and works off the tasks of campaigns.
 //!
-//! What it must do is in docs/rotation.md, *What a head-end implements*. Everything is ciphered in the HSM, so this program learns no key.
+//! What it must do is in docs/rotation.md, *What a head-end implements*. Everything is ciphered in
+//! the HSM, so this program learns no key.
 
 use std::{
     collections::HashMap,
@@ -25,8 +27,9 @@ use crate::{Connection, RetryPolicy, ServerError, new_request_id};
 
 /// One line to one meter: the transport, with the wrapper or framing that it needs.
 pub trait MeterLine: Send {
-    /// Sends a request and waits for the answer as long as the network may take. The answer as it came, without the transport's wrapper; `None`
-    /// where nothing came or the request could not be sent.
+    /// Sends a request and waits for the answer as long as the network may take. The answer as it
+    /// came, without the transport's wrapper; `None` where nothing came or the request could not be
+    /// sent.
     fn exchange(&mut self, request: MeterRequest) -> impl Future<Output = Option<Vec<u8>>> + Send;
 }
 
@@ -42,7 +45,8 @@ pub trait MeterNetwork: Send + Sync + 'static {
 /// A request for a meter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MeterRequest {
-    /// It opens an association, so it needs a new connection, or one whose association was released.
+    /// It opens an association, so it needs a new connection, or one whose association was
+    /// released.
     pub opens_association: bool,
     /// The client's service access point; 0 where the device profile names none.
     pub client_sap: u16,
@@ -53,16 +57,18 @@ pub struct MeterRequest {
 /// How a transfer or probe ended for its head-end.
 #[derive(Clone, Debug)]
 pub enum RelayEnd {
-    /// It is over. The outcome is one of `proven`, `acknowledged`, `attested`, `not-applied`, `probed`, `in-doubt`, `withdrawn`.
+    /// It is over. The outcome is one of `proven`, `acknowledged`, `attested`, `not-applied`,
+    /// `probed`, `in-doubt`, `withdrawn`.
     Ended(proto::TransferEnd),
-    /// The order or a report was refused: google.rpc.Code and the server's sentence. A report whose first answer was lost is refused, too, when the
-    /// transfer had ended by it.
+    /// The order or a report was refused: google.rpc.Code and the server's sentence. A report whose
+    /// first answer was lost is refused, too, when the transfer had ended by it.
     Refused(proto::TransferRefusal),
     /// The task's lease is lost: somebody else may work on the meter.
     LeaseLost,
     /// There is no line to the meter. Nothing was begun.
     Unreachable,
-    /// The server could not be asked any more. What has begun stays as it is until its time is over.
+    /// The server could not be asked any more. What has begun stays as it is until its time is
+    /// over.
     Failed(ServerError),
 }
 
@@ -71,7 +77,8 @@ pub enum RelayEnd {
 pub struct RelaySettings {
     /// Meters that are worked on at once, 1–1,000.
     pub concurrency: u32,
-    /// For how many seconds tasks are leased, 1–3,600: how long a meter waits if this program ends. Leases are renewed three times as often.
+    /// For how many seconds tasks are leased, 1–3,600: how long a meter waits if this program ends.
+    /// Leases are renewed three times as often.
     pub lease_seconds: u32,
     /// How long to wait where there is no task.
     pub idle: Duration,
@@ -88,7 +95,11 @@ impl Default for RelaySettings {
             lease_seconds: 120,
             idle: Duration::from_secs(5),
             call_timeout: Duration::from_secs(30),
-            retry: RetryPolicy { attempts: 60, first_delay: Duration::from_millis(100), longest_delay: Duration::from_secs(5) },
+            retry: RetryPolicy {
+                attempts: 60,
+                first_delay: Duration::from_millis(100),
+                longest_delay: Duration::from_secs(5),
+            },
         }
     }
 }
@@ -104,29 +115,44 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// A head-end that speaks to meters under `client_title`, over connections to one or more servers of the island: `first`, and `others` for when it is
-    /// away. The title must be one of those registered for the head-end, and serve nothing else while a transfer of the meter is under way.
-    pub fn new(first: Connection, others: impl IntoIterator<Item = Connection>, client_title: SystemTitle, settings: RelaySettings) -> Self {
+    /// A head-end that speaks to meters under `client_title`, over connections to one or more
+    /// servers of the island: `first`, and `others` for when it is away. The title must be one of
+    /// those registered for the head-end, and serve nothing else while a transfer of the meter is
+    /// under way.
+    pub fn new(
+        first: Connection,
+        others: impl IntoIterator<Item = Connection>,
+        client_title: SystemTitle,
+        settings: RelaySettings,
+    ) -> Self {
         let servers = [first].into_iter().chain(others).collect();
         Self { servers, at: Arc::default(), client_title, settings }
     }
 
-    /// Carries a transfer of a new `key_type` to its end, or, without one, a probe. An `urgent` one goes on although it is in doubt which version the
-    /// meter holds.
+    /// Carries a transfer of a new `key_type` to its end, or, without one, a probe. An `urgent` one
+    /// goes on although it is in doubt which version the meter holds.
     ///
     /// # Errors
     /// The server refused the whole call, or could not be asked.
-    pub async fn transfer(&self, meter: SystemTitle, key_type: Option<KeyType>, urgent: bool, line: &mut impl MeterLine) -> Result<RelayEnd, ServerError> {
+    pub async fn transfer(
+        &self,
+        meter: SystemTitle,
+        key_type: Option<KeyType>,
+        urgent: bool,
+        line: &mut impl MeterLine,
+    ) -> Result<RelayEnd, ServerError> {
         let key_type = key_type.map(|key_type| key_type.to_string()).unwrap_or_default();
         let order = proto::TransferOrder { meter: octets(meter), key_type, urgent, ..proto::TransferOrder::default() };
         self.carry(order, line, &AtomicBool::new(false)).await
     }
 
-    /// Works off tasks of campaigns until `stop` ends; then it leases no more, and those under way come to their end. `finished` is told how each went.
-    /// Leases are renewed; a meter that cannot be reached is given back as `unreachable`, which counts as an attempt of its task.
+    /// Works off tasks of campaigns until `stop` ends; then it leases no more, and those under way
+    /// come to their end. `finished` is told how each went. Leases are renewed; a meter that cannot
+    /// be reached is given back as `unreachable`, which counts as an attempt of its task.
     ///
     /// # Errors
-    /// The server refuses to lease tasks, or could not be asked any more. Work that has begun comes to its end before.
+    /// The server refuses to lease tasks, or could not be asked any more. Work that has begun comes
+    /// to its end before.
     pub async fn work<N: MeterNetwork>(
         &self,
         network: Arc<N>,
@@ -171,11 +197,19 @@ impl Relay {
     }
 
     /// Works on one task, after an earlier lease of the same meter has been let go.
-    async fn task<N: MeterNetwork>(self, task: proto::Task, meter: SystemTitle, held: Held, network: Arc<N>) -> (proto::Task, RelayEnd) {
+    async fn task<N: MeterNetwork>(
+        self,
+        task: proto::Task,
+        meter: SystemTitle,
+        held: Held,
+        network: Arc<N>,
+    ) -> (proto::Task, RelayEnd) {
         let _turn = held.turn.lock().await;
         let end = match network.line(meter).await {
             None => RelayEnd::Unreachable,
-            Some(mut line) => self.carry(self.order(&task), &mut line, &held.lost).await.unwrap_or_else(RelayEnd::Failed),
+            Some(mut line) => {
+                self.carry(self.order(&task), &mut line, &held.lost).await.unwrap_or_else(RelayEnd::Failed)
+            }
         };
         match &end {
             RelayEnd::Unreachable => self.release(&task, "unreachable").await,
@@ -193,16 +227,27 @@ impl Relay {
             key_type: task.key_type.clone(),
             campaign_id: task.campaign_id.clone(),
             fence: task.fence,
-            // If this program ends, whoever leases the task next need not wait longer than for the lease.
+            // If this program ends, whoever leases the task next need not wait longer than for the
+            // lease.
             lifetime_seconds: self.settings.lease_seconds,
             ..proto::TransferOrder::default()
         }
     }
 
-    async fn carry(&self, order: proto::TransferOrder, line: &mut impl MeterLine, lost: &AtomicBool) -> Result<RelayEnd, ServerError> {
-        let order = proto::TransferOrder { client_title: octets(self.client_title), form: proto::TransferForm::Frames.into(), ..order };
+    async fn carry(
+        &self,
+        order: proto::TransferOrder,
+        line: &mut impl MeterLine,
+        lost: &AtomicBool,
+    ) -> Result<RelayEnd, ServerError> {
+        let order = proto::TransferOrder {
+            client_title: octets(self.client_title),
+            form: proto::TransferForm::Frames.into(),
+            ..order
+        };
         // One request id for all attempts: nothing is begun twice.
-        let request = proto::BeginTransfersRequest { request_id: new_request_id().octets().to_vec().into(), orders: vec![order] };
+        let request =
+            proto::BeginTransfersRequest { request_id: new_request_id().octets().to_vec().into(), orders: vec![order] };
         let begin = |server: Connection| {
             let request = request.clone();
             async move { server.transfers().begin_transfers(request).await }
@@ -225,7 +270,12 @@ impl Relay {
                 apdu: send.apdu,
             };
             let answer = line.exchange(request).await.map_or(Answer::Nothing(true), |apdu| Answer::Apdu(apdu.into()));
-            let report = proto::TransferReport { meter: step.meter, transfer_id: step.transfer_id, step: step.step, answer: Some(answer) };
+            let report = proto::TransferReport {
+                meter: step.meter,
+                transfer_id: step.transfer_id,
+                step: step.step,
+                answer: Some(answer),
+            };
             let request = proto::ContinueTransfersRequest { reports: vec![report] };
             let proceed = |server: Connection| {
                 let request = request.clone();
@@ -236,19 +286,24 @@ impl Relay {
     }
 
     async fn lease(&self) -> Result<Vec<proto::Task>, ServerError> {
-        let request =
-            proto::LeaseTasksRequest { most: self.settings.concurrency, lease_seconds: self.settings.lease_seconds, ..proto::LeaseTasksRequest::default() };
+        let request = proto::LeaseTasksRequest {
+            most: self.settings.concurrency,
+            lease_seconds: self.settings.lease_seconds,
+            ..proto::LeaseTasksRequest::default()
+        };
         let lease = |server: Connection| {
             let request = request.clone();
             async move {
-                let mut answers: Streaming<proto::LeaseTasksResponse> = server.tasks().lease_tasks(request).await?.into_inner();
+                let mut answers: Streaming<proto::LeaseTasksResponse> =
+                    server.tasks().lease_tasks(request).await?.into_inner();
                 Ok(Response::new(answers.message().await?.unwrap_or_default()))
             }
         };
         Ok(self.call(lease).await?.tasks)
     }
 
-    /// Renews all leases, and marks those that are lost. If the server is away, they may run out: the next heartbeat tells.
+    /// Renews all leases, and marks those that are lost. If the server is away, they may run out:
+    /// the next heartbeat tells.
     async fn heartbeat(&self, held: &HashMap<SystemTitle, Held>) {
         let leases = held.values().map(|held| lease_of(&held.task)).collect();
         let request = proto::HeartbeatTasksRequest { leases, lease_seconds: self.settings.lease_seconds };
@@ -275,7 +330,8 @@ impl Relay {
         drop(self.call(release).await);
     }
 
-    /// Makes a call until a server answers it. A server that is away is followed by the next one, at once where there is another.
+    /// Makes a call until a server answers it. A server that is away is followed by the next one,
+    /// at once where there is another.
     async fn call<T, Call>(&self, call: impl Fn(Connection) -> Call) -> Result<T, ServerError>
     where
         Call: Future<Output = Result<Response<T>, Status>>,
@@ -316,7 +372,8 @@ impl Held {
         Self { task, lost: Arc::default(), turn: Arc::default() }
     }
 
-    /// A newer lease of the same meter: what is done under the older one stops, and then its turn comes.
+    /// A newer lease of the same meter: what is done under the older one stops, and then its turn
+    /// comes.
     fn take_over(&mut self, task: proto::Task) {
         if !self.is_for(&lease_of(&task)) {
             self.lost.store(true, Ordering::Relaxed);

@@ -7,8 +7,9 @@ use tonic::Status;
 
 use crate::ServerError;
 
-/// When a call is repeated: only where the server was unavailable, and after the time that it asked for (google.rpc.RetryInfo). The
-/// caller sends the same request id each time, so that nothing happens twice.
+/// When a call is repeated: only where the server was unavailable, and after the time that it asked
+/// for (google.rpc.RetryInfo). The caller sends the same request id each time, so that nothing
+/// happens twice.
 #[derive(Clone, Debug)]
 pub struct RetryPolicy {
     /// How often the call is made at most, from 1.
@@ -52,7 +53,8 @@ impl RetryPolicy {
         match error.retry_after() {
             Some(asked) if asked > self.longest_delay => None,
             Some(asked) => Some(asked),
-            // Between half and the whole, so that callers that failed together do not come back together.
+            // Between half and the whole, so that callers that failed together do not come back
+            // together.
             None => Some(doubled.mul_f64(0.5 + 0.5 * random_fraction())),
         }
     }
@@ -98,7 +100,8 @@ mod tests {
     #[tokio::test]
     async fn calls_are_repeated_only_while_the_server_is_unavailable() {
         let calls = Cell::new(0);
-        let policy = RetryPolicy { attempts: 3, first_delay: Duration::from_millis(1), longest_delay: Duration::from_millis(2) };
+        let policy =
+            RetryPolicy { attempts: 3, first_delay: Duration::from_millis(1), longest_delay: Duration::from_millis(2) };
         let result = policy
             .run(|| {
                 calls.set(calls.get() + 1);

@@ -1,6 +1,8 @@
-//! Plays a meter vendor, for trials: shipments in the format of docs/formats.md with keys that are made here.
+//! Plays a meter vendor, for trials: shipments in the format of docs/formats.md with keys that are
+//! made here.
 //!
-//! The keys exist in plaintext in this process, and in the devices file where one is written: never use them for real meters.
+//! The keys exist in plaintext in this process, and in the devices file where one is written: never
+//! use them for real meters.
 
 use std::{
     io::{self, Write},
@@ -41,7 +43,8 @@ pub struct SampleShipment {
     pub counters: Vec<SampleCounter>,
     /// The hash of RSA-OAEP.
     pub oaep_hash: OaepHash,
-    /// So many consecutive devices have the same keys, as some vendors deliver them; 1 where each has its own.
+    /// So many consecutive devices have the same keys, as some vendors deliver them; 1 where each
+    /// has its own.
     pub equal_keys: u64,
 }
 
@@ -59,7 +62,8 @@ pub struct SampleCounter {
 }
 
 impl SampleShipment {
-    /// A batch of meters with the keys that the device profile expects, numbered from 1, in no group, with counters that were never used.
+    /// A batch of meters with the keys that the device profile expects, numbered from 1, in no
+    /// group, with counters that were never used.
     pub fn new(batch: impl Into<String>, manufacturer: FlagId, device_profile: DeviceProfile, devices: u64) -> Self {
         Self {
             batch: batch.into(),
@@ -74,10 +78,12 @@ impl SampleShipment {
         }
     }
 
-    /// Writes the shipment and gives its signature (DER, ECDSA with SHA-256 over the whole file). With `devices`, writes there the same
-    /// devices with their keys in plaintext: JSON Lines, one device a line, `{"system_title", "security_suite", "security_setups":
-    /// [{"logical_name", "kek", "guek", …}]}`, keys in hex. Memory does not grow with the number of devices. `progress` is called with the
-    /// number of devices written, every [`PROGRESS_STEP`] and at the end.
+    /// Writes the shipment and gives its signature (DER, ECDSA with SHA-256 over the whole file).
+    /// With `devices`, writes there the same devices with their keys in plaintext: JSON Lines, one
+    /// device a line, `{"system_title", "security_suite", "security_setups": [{"logical_name",
+    /// "kek", "guek", …}]}`, keys in hex. Memory does not grow with the number of devices.
+    /// `progress` is called with the number of devices written, every [`PROGRESS_STEP`] and at the
+    /// end.
     ///
     /// # Errors
     /// A name or number does not fit the format, a writer failed, or the cryptographic library did.
@@ -112,8 +118,13 @@ impl SampleShipment {
             if written.is_multiple_of(self.equal_keys.max(1)) {
                 keys.generate(&wrapping)?;
             }
-            let device =
-                Device { title: &title, serial: format!("{}", FIRST_SERIAL + number), groups: &self.groups, keys: &keys.shipped, counters: &keys.counters };
+            let device = Device {
+                title: &title,
+                serial: format!("{}", FIRST_SERIAL + number),
+                groups: &self.groups,
+                keys: &keys.shipped,
+                counters: &keys.counters,
+            };
             file.line_in(&mut line, &device)?;
             if let Some(devices) = devices.as_deref_mut() {
                 keys.write_plain(&title, devices)?;
@@ -142,12 +153,21 @@ impl SampleShipment {
     }
 
     fn check(&self) -> Result<(), SampleError> {
-        let well_named = |name: &str| (1..=64).contains(&name.len()) && name.bytes().all(|octet| octet.is_ascii_graphic() && !matches!(octet, b'"' | b'\\'));
+        let well_named = |name: &str| {
+            (1..=64).contains(&name.len())
+                && name.bytes().all(|octet| octet.is_ascii_graphic() && !matches!(octet, b'"' | b'\\'))
+        };
         if !well_named(&self.batch) {
-            return Err(ParseError::new("batch", "not 1 to 64 printable ASCII characters without blanks and quotes").into());
+            return Err(
+                ParseError::new("batch", "not 1 to 64 printable ASCII characters without blanks and quotes").into()
+            );
         }
         if self.devices == 0 || self.first_number == 0 || self.first_number.saturating_add(self.devices) > 1 << 40 {
-            return Err(ParseError::new("devices", "the numbers of the devices must lie between 1 and 2^40 - 1, and there must be one at least").into());
+            return Err(ParseError::new(
+                "devices",
+                "the numbers of the devices must lie between 1 and 2^40 - 1, and there must be one at least",
+            )
+            .into());
         }
         Ok(())
     }
@@ -215,7 +235,8 @@ impl VendorKey {
     /// Not a P-256 private key in PEM.
     pub fn from_pem(private_key: &[u8]) -> Result<Self, SampleError> {
         let der = PrivateKeyDer::from_pem_slice(private_key).map_err(|_| SampleError::VendorKey)?;
-        let pair = EcdsaKeyPair::from_private_key_der(&ECDSA_P256_SHA256_ASN1_SIGNING, der.secret_der()).map_err(|_| SampleError::VendorKey)?;
+        let pair = EcdsaKeyPair::from_private_key_der(&ECDSA_P256_SHA256_ASN1_SIGNING, der.secret_der())
+            .map_err(|_| SampleError::VendorKey)?;
         let pkcs8 = Zeroizing::new(pair.to_pkcs8v1()?.as_ref().to_vec());
         Ok(Self { pair, pkcs8 })
     }
@@ -302,7 +323,8 @@ impl DeviceKeys {
         let profile = &sample.device_profile;
         let (mut slots, mut shipped, mut end) = (Vec::new(), Vec::new(), 0);
         for (setup, key) in profile.setups.iter().flat_map(|setup| setup.keys.iter().map(|key| (setup.id, key))) {
-            // A key of a group would have to be the same in all its devices: this vendor leaves it out where it may.
+            // A key of a group would have to be the same in all its devices: this vendor leaves it
+            // out where it may.
             if key.shipped == Shipped::No || (key.shipped == Shipped::Optional && key.owner != OwnerKind::Meter) {
                 continue;
             }
@@ -311,7 +333,12 @@ impl DeviceKeys {
                 KeyShape::Aes(length) => (false, length.octets()),
                 KeyShape::Secret => (true, SECRET_LENGTH),
             };
-            slots.push(KeyPlace { setup, plain_name: name.to_lowercase().replace('-', "_"), is_secret, octets: end..end + length });
+            slots.push(KeyPlace {
+                setup,
+                plain_name: name.to_lowercase().replace('-', "_"),
+                is_secret,
+                octets: end..end + length,
+            });
             shipped.push(ShippedKey { setup: setup.to_string(), key_type: name, wrapped: String::new() });
             end += length;
         }
@@ -321,7 +348,13 @@ impl DeviceKeys {
             floor: counter.floor,
             owned_by: counter.owned_by.as_ref().map(PrincipalId::to_string),
         });
-        Self { suite: profile.suite.number(), random: Zeroizing::new(vec![0; end]), slots, shipped, counters: counters.collect() }
+        Self {
+            suite: profile.suite.number(),
+            random: Zeroizing::new(vec![0; end]),
+            slots,
+            shipped,
+            counters: counters.collect(),
+        }
     }
 
     fn generate(&mut self, wrapping: &KwAes256) -> Result<(), SampleError> {
@@ -329,8 +362,11 @@ impl DeviceKeys {
         for (slot, shipped) in self.slots.iter().zip(&mut self.shipped) {
             let key = self.random.get(slot.octets.clone()).unwrap_or_default();
             let mut buffer = [0; LONGEST_WRAPPED];
-            let wrapped =
-                if slot.is_secret { wrapping.wrap_key(EncodedSecret::encode(key)?.octets(), &mut buffer) } else { wrapping.wrap_key(key, &mut buffer) };
+            let wrapped = if slot.is_secret {
+                wrapping.wrap_key(EncodedSecret::encode(key)?.octets(), &mut buffer)
+            } else {
+                wrapping.wrap_key(key, &mut buffer)
+            };
             shipped.wrapped.clear();
             push_hex(&mut shipped.wrapped, wrapped.map_err(|_| SampleError::Cryptography)?);
         }
@@ -486,8 +522,15 @@ mod tests {
     fn a_shipment_can_be_opened_as_the_format_says() {
         let (private, public) = transport_key();
         let vendor_key = VendorKey::from_pem(VendorKey::generate().unwrap().private_pem().as_bytes()).unwrap();
-        for (oaep_hash, (_, profile)) in [OaepHash::Sha256, OaepHash::Sha1].into_iter().cycle().zip(DeviceProfile::SHIPPED) {
-            let mut sample = SampleShipment::new("KAM-2026-0041", FlagId::parse("KAM").unwrap(), DeviceProfile::parse(profile).unwrap(), 1_500);
+        for (oaep_hash, (_, profile)) in
+            [OaepHash::Sha256, OaepHash::Sha1].into_iter().cycle().zip(DeviceProfile::SHIPPED)
+        {
+            let mut sample = SampleShipment::new(
+                "KAM-2026-0041",
+                FlagId::parse("KAM").unwrap(),
+                DeviceProfile::parse(profile).unwrap(),
+                1_500,
+            );
             sample.oaep_hash = oaep_hash;
             sample.counters.push(SampleCounter {
                 security_setup: SecuritySetupId::DEFAULT,
@@ -496,11 +539,18 @@ mod tests {
                 owned_by: None,
             });
             let (mut file, mut plain, mut steps) = (Vec::new(), Vec::new(), Vec::new());
-            let signature = sample.write(&public, &vendor_key, &mut file, Some(&mut plain), &mut |written| steps.push(written)).unwrap();
+            let signature = sample
+                .write(&public, &vendor_key, &mut file, Some(&mut plain), &mut |written| steps.push(written))
+                .unwrap();
             assert_eq!(steps, [1_000, 1_500]);
-            UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, vendor_key.public_der().unwrap()).verify(&file, &signature).unwrap();
+            UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, vendor_key.public_der().unwrap())
+                .verify(&file, &signature)
+                .unwrap();
 
-            let lines: Vec<Value> = file.split_inclusive(|octet| *octet == b'\n').map(|line| serde_json::from_slice(line).unwrap()).collect();
+            let lines: Vec<Value> = file
+                .split_inclusive(|octet| *octet == b'\n')
+                .map(|line| serde_json::from_slice(line).unwrap())
+                .collect();
             assert_eq!(lines.len(), 1_502);
             let content: Vec<&[u8]> = file.split(|octet| *octet == b'\n').collect();
             let parsed = ShipmentHeader::parse(content[0]).unwrap();
@@ -512,10 +562,17 @@ mod tests {
             assert_eq!(header["transport_key"], hex::encode_upper(public.fingerprint()));
             let encrypted = BASE64_STANDARD.decode(header["batch_key"].as_str().unwrap()).unwrap();
             let mut buffer = vec![0; 256];
-            let opened = OaepPrivateDecryptingKey::new(private.clone()).unwrap().decrypt(oaep(oaep_hash), &encrypted, &mut buffer, None).unwrap().to_vec();
+            let opened = OaepPrivateDecryptingKey::new(private.clone())
+                .unwrap()
+                .decrypt(oaep(oaep_hash), &encrypted, &mut buffer, None)
+                .unwrap()
+                .to_vec();
             let batch_key = KwAes256::new_from_slice(&opened).unwrap();
 
-            let plain: Vec<Value> = plain.split_inclusive(|octet| *octet == b'\n').map(|line| serde_json::from_slice(line).unwrap()).collect();
+            let plain: Vec<Value> = plain
+                .split_inclusive(|octet| *octet == b'\n')
+                .map(|line| serde_json::from_slice(line).unwrap())
+                .collect();
             assert_eq!(lines[1]["title"], "4B414D0000000001");
             assert_eq!(lines[1500]["title"], "4B414D00000005DC");
             assert_eq!(lines[1]["counters"][0]["floor"], 1200);
@@ -526,9 +583,18 @@ mod tests {
                     let mut buffer = [0; 64];
                     let opened = batch_key.unwrap_key(&wrapped, &mut buffer).unwrap();
                     let name = key["type"].as_str().unwrap().to_lowercase().replace('-', "_");
-                    let setup = plain["security_setups"].as_array().unwrap().iter().find(|setup| setup["logical_name"] == key["setup"]).unwrap();
+                    let setup = plain["security_setups"]
+                        .as_array()
+                        .unwrap()
+                        .iter()
+                        .find(|setup| setup["logical_name"] == key["setup"])
+                        .unwrap();
                     let expected = hex::decode(setup[&name].as_str().unwrap()).unwrap();
-                    let opened = if name.ends_with("secret") { opened[1..=opened[0] as usize].to_vec() } else { opened.to_vec() };
+                    let opened = if name.ends_with("secret") {
+                        opened[1..=opened[0] as usize].to_vec()
+                    } else {
+                        opened.to_vec()
+                    };
                     assert_eq!(opened, expected);
                 }
             }
@@ -542,13 +608,21 @@ mod tests {
     fn what_does_not_fit_the_format_is_refused() {
         let (_, public) = transport_key();
         let vendor_key = VendorKey::generate().unwrap();
-        let good = SampleShipment::new("B-1", FlagId::parse("KAM").unwrap(), DeviceProfile::parse(DeviceProfile::SHIPPED[0].1).unwrap(), 1);
+        let good = SampleShipment::new(
+            "B-1",
+            FlagId::parse("KAM").unwrap(),
+            DeviceProfile::parse(DeviceProfile::SHIPPED[0].1).unwrap(),
+            1,
+        );
         let mut refused = vec![good.clone(), good.clone(), good.clone()];
         refused[0].batch = "a\"b".into();
         refused[1].devices = 0;
         refused[2].first_number = 1 << 40;
         for sample in refused {
-            assert!(matches!(sample.write(&public, &vendor_key, &mut Vec::new(), None, &mut |_| ()), Err(SampleError::Parse(_))));
+            assert!(matches!(
+                sample.write(&public, &vendor_key, &mut Vec::new(), None, &mut |_| ()),
+                Err(SampleError::Parse(_))
+            ));
         }
         assert!(VendorTransportKey::from_der(b"no key").is_err() && VendorKey::from_pem(b"no key").is_err());
     }

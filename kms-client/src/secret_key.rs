@@ -5,7 +5,8 @@ use std::fmt;
 use aws_lc_rs::{cmac, constant_time};
 use zeroize::Zeroizing;
 
-/// A key or secret in plaintext: 16 or 32 octets of an AES key, or 1–255 of a secret. Wiped when dropped.
+/// A key or secret in plaintext: 16 or 32 octets of an AES key, or 1–255 of a secret. Wiped when
+/// dropped.
 ///
 /// The content is never printed. Comparing takes the same time wherever two keys differ.
 pub struct SecretKey(Zeroizing<Box<[u8]>>);
@@ -21,10 +22,12 @@ impl SecretKey {
         &self.0
     }
 
-    /// The key check value of an AES key, 5 octets: AES-CMAC of one block of zeros, leftmost octets (ANSI X9.24-1:2017, Annex A). It
-    /// lets two people see that they hold the same key. Nothing for a secret: a password could be guessed from it.
+    /// The key check value of an AES key, 5 octets: AES-CMAC of one block of zeros, leftmost octets
+    /// (ANSI X9.24-1:2017, Annex A). It lets two people see that they hold the same key. Nothing
+    /// for a secret: a password could be guessed from it.
     ///
-    /// The older check value, AES of a block of zeros, would give away part of the GCM hash key of a GUEK.
+    /// The older check value, AES of a block of zeros, would give away part of the GCM hash key of
+    /// a GUEK.
     pub fn check_value(&self) -> Option<[u8; 5]> {
         let algorithm = match self.0.len() {
             16 => cmac::AES_128,
@@ -58,12 +61,17 @@ mod tests {
     fn nothing_of_a_key_is_printed_and_equality_is_by_content() {
         let key = SecretKey::copy_of(&[0xAB; 16]);
         assert_eq!(format!("{key:?}"), "SecretKey(16 octets)");
-        assert!(key == SecretKey::copy_of(&[0xAB; 16]) && key != SecretKey::copy_of(&[0xAC; 16]) && key != SecretKey::copy_of(&[0xAB; 32]));
+        assert!(
+            key == SecretKey::copy_of(&[0xAB; 16])
+                && key != SecretKey::copy_of(&[0xAC; 16])
+                && key != SecretKey::copy_of(&[0xAB; 32])
+        );
     }
 
     #[test]
     fn the_check_value_is_the_cmac_of_a_zero_block() {
-        // Computed with OpenSSL: openssl mac -cipher AES-128-CBC -macopt hexkey:… CMAC over 16 zero octets.
+        // Computed with OpenSSL: openssl mac -cipher AES-128-CBC -macopt hexkey:… CMAC over 16 zero
+        // octets.
         let key = SecretKey::copy_of(&hex::decode("2b7e151628aed2a6abf7158809cf4f3c").unwrap());
         assert_eq!(key.check_value().map(hex::encode).as_deref(), Some(CHECK_VALUE));
         assert_eq!(SecretKey::copy_of(b"password").check_value(), None);

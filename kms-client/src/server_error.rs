@@ -7,8 +7,10 @@ use tonic_types::StatusExt as _;
 
 use crate::connection::{tls_error, tls_reason};
 
-/// The reason of a frame's refusal ([`crate::proto::FrameRefusal`]) and of a status ([`ServerError::reason`]) that says: the meter's challenge could be a
-/// request, so it is not answered. Open another association and use its challenge; one in 26 is of this kind. Nothing is wrong with program, keys or meter.
+/// The reason of a frame's refusal ([`crate::proto::FrameRefusal`]) and of a status
+/// ([`ServerError::reason`]) that says: the meter's challenge could be a request, so it is not
+/// answered. Open another association and use its challenge; one in 26 is of this kind. Nothing is
+/// wrong with program, keys or meter.
 pub const ASSOCIATE_AGAIN: &str = "ASSOCIATE_AGAIN";
 
 /// A refusal or failure that the server reported: google.rpc.Status with its details.
@@ -43,7 +45,8 @@ impl ServerError {
         &self.fields
     }
 
-    /// The reason for programs, such as [`ASSOCIATE_AGAIN`]: `ErrorInfo.reason`; empty where the server names none.
+    /// The reason for programs, such as [`ASSOCIATE_AGAIN`]: `ErrorInfo.reason`; empty where the
+    /// server names none.
     pub fn reason(&self) -> &str {
         &self.reason
     }
@@ -53,8 +56,9 @@ impl ServerError {
         self.retry_after
     }
 
-    /// Whether the same call may succeed later: the server or its HSM or database is not there just now, or the connection to it was lost. Nobody knows
-    /// then whether the call was carried out; under the same request id nothing is done twice.
+    /// Whether the same call may succeed later: the server or its HSM or database is not there just
+    /// now, or the connection to it was lost. Nobody knows then whether the call was carried out;
+    /// under the same request id nothing is done twice.
     pub fn is_unavailable(&self) -> bool {
         self.connection_lost
             || matches!(self.code, Code::Unavailable | Code::DeadlineExceeded)
@@ -87,10 +91,14 @@ impl From<Status> for ServerError {
         let details = status.get_error_details();
         let mut reasons = Vec::new();
         if let Some(failure) = details.precondition_failure() {
-            reasons.extend(failure.violations.iter().map(|violation| format!("{}: {}", violation.subject, violation.description)));
+            reasons.extend(
+                failure.violations.iter().map(|violation| format!("{}: {}", violation.subject, violation.description)),
+            );
         }
         if let Some(failure) = details.quota_failure() {
-            reasons.extend(failure.violations.iter().map(|violation| format!("{}: {}", violation.subject, violation.description)));
+            reasons.extend(
+                failure.violations.iter().map(|violation| format!("{}: {}", violation.subject, violation.description)),
+            );
         }
         if let Some(info) = details.error_info() {
             reasons.push(info.reason.clone());
@@ -100,16 +108,25 @@ impl From<Status> for ServerError {
             reasons.push(message.message.clone());
         }
         if let Some(help) = details.help() {
-            reasons.extend(
-                help.links.iter().map(|link| if link.url.is_empty() { link.description.clone() } else { format!("{} ({})", link.description, link.url) }),
-            );
+            reasons.extend(help.links.iter().map(|link| {
+                if link.url.is_empty() {
+                    link.description.clone()
+                } else {
+                    format!("{} ({})", link.description, link.url)
+                }
+            }));
         }
         reasons.retain(|reason| !reason.is_empty() && !status.message().contains(reason.as_str()));
-        let fields =
-            details.bad_request().map(|request| request.field_violations.iter().map(|field| (field.field.clone(), field.description.clone())).collect());
+        let fields = details.bad_request().map(|request| {
+            request.field_violations.iter().map(|field| (field.field.clone(), field.description.clone())).collect()
+        });
         Self {
             code: status.code(),
-            message: if status.message().is_empty() { status.code().description().to_lowercase() } else { status.message().to_owned() },
+            message: if status.message().is_empty() {
+                status.code().description().to_lowercase()
+            } else {
+                status.message().to_owned()
+            },
             fields: fields.unwrap_or_default(),
             reasons,
             reason: details.error_info().map(|info| info.reason.clone()).unwrap_or_default(),
@@ -160,7 +177,9 @@ const fn title(code: Code) -> &'static str {
 
 const fn next_step(code: Code) -> Option<&'static str> {
     match code {
-        Code::PermissionDenied => Some("`kms principal whoami` shows who you are; an officer can change the policy or the assignment"),
+        Code::PermissionDenied => {
+            Some("`kms principal whoami` shows who you are; an officer can change the policy or the assignment")
+        }
         Code::Unauthenticated => Some("the certificate may be disabled or expired: ask an officer"),
         Code::Unavailable | Code::DeadlineExceeded => Some("try again; the same request id does nothing twice"),
         Code::Aborted => Some("ask again with a new request id"),
@@ -178,17 +197,26 @@ mod tests {
     #[test]
     fn details_become_text() {
         let details = ErrorDetails::with_bad_request(vec![FieldViolation::new("terms.counters", "at most 1,000,000")]);
-        let error = ServerError::from(Status::with_error_details(Code::InvalidArgument, "the request is malformed", details));
+        let error =
+            ServerError::from(Status::with_error_details(Code::InvalidArgument, "the request is malformed", details));
         assert_eq!(error.to_string(), "bad request: the request is malformed; terms.counters: at most 1,000,000");
         let details = ErrorDetails::with_retry_info(Some(Duration::from_millis(1500)));
-        let error = ServerError::from(Status::with_error_details(Code::Unavailable, "token `north` is being repaired", details));
+        let error = ServerError::from(Status::with_error_details(
+            Code::Unavailable,
+            "token `north` is being repaired",
+            details,
+        ));
         assert_eq!(error.to_string(), "unavailable: token `north` is being repaired; try again in 1.5 s");
         assert!(error.is_unavailable() && !error.is_refused());
     }
 
     #[test]
     fn the_reason_for_programs_is_kept() {
-        let details = ErrorDetails::with_error_info(ASSOCIATE_AGAIN, "meterkms", std::collections::HashMap::<String, String>::new());
+        let details = ErrorDetails::with_error_info(
+            ASSOCIATE_AGAIN,
+            "meterkms",
+            std::collections::HashMap::<String, String>::new(),
+        );
         let error = ServerError::from(Status::with_error_details(Code::Aborted, "it could be a request", details));
         assert_eq!(error.reason(), ASSOCIATE_AGAIN);
         assert_eq!(ServerError::from(Status::new(Code::Aborted, "")).reason(), "");

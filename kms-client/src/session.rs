@@ -7,8 +7,8 @@ use tonic::{Status, Streaming};
 use crate::{Connection, OpenError, OpenOptions, OpenedEnvelope, RetryPolicy, ServerError, TransportKey};
 
 impl Connection {
-    /// Opens a session with one meter: asks for keys and counters and opens the answer. Repeated under the same request id while the
-    /// server is unavailable.
+    /// Opens a session with one meter: asks for keys and counters and opens the answer. Repeated
+    /// under the same request id while the server is unavailable.
     ///
     /// # Errors
     /// The server refused, or the answer could not be opened.
@@ -20,7 +20,11 @@ impl Connection {
         terms: proto::SessionTerms,
         options: &OpenOptions,
     ) -> Result<Session, SessionError> {
-        let request = proto::OpenSessionRequest { request_id: request_id.octets().to_vec().into(), meter: meter.octets().to_vec().into(), terms: Some(terms) };
+        let request = proto::OpenSessionRequest {
+            request_id: request_id.octets().to_vec().into(),
+            meter: meter.octets().to_vec().into(),
+            terms: Some(terms),
+        };
         let answer = RetryPolicy::default()
             .run(|| {
                 let (mut grants, request) = (self.grants(), request.clone());
@@ -36,8 +40,9 @@ impl Connection {
         Ok(Session { keys, audit_leaf: answer.audit_leaf.to_vec(), rotation: None })
     }
 
-    /// Gets the keys of a group of meters, for broadcasts, and counters under the group's GBEK: what policy permits for the group itself. `version` is that of
-    /// the GBEK; `None`: the active one. Repeated under the same request id while the server is unavailable.
+    /// Gets the keys of a group of meters, for broadcasts, and counters under the group's GBEK:
+    /// what policy permits for the group itself. `version` is that of the GBEK; `None`: the active
+    /// one. Repeated under the same request id while the server is unavailable.
     ///
     /// # Errors
     /// The server refused, or the answer could not be opened.
@@ -70,7 +75,8 @@ impl Connection {
         Ok(Session { keys, audit_leaf: answer.audit_leaf.to_vec(), rotation: answer.rotation })
     }
 
-    /// Opens sessions with up to 10,000 meters, chunk by chunk. A stream that breaks is taken up again where it ended.
+    /// Opens sessions with up to 10,000 meters, chunk by chunk. A stream that breaks is taken up
+    /// again where it ended.
     pub fn open_sessions<'a>(
         &self,
         key: &'a TransportKey,
@@ -104,7 +110,8 @@ pub struct Session {
     pub keys: OpenedEnvelope,
     /// SHA-256 leaf hash (RFC 9162) of the audit record, 32 octets.
     pub audit_leaf: Vec<u8>,
-    /// Of a group: whether another version of its GBEK is being rolled out, and may be switched to. Without counts of members.
+    /// Of a group: whether another version of its GBEK is being rolled out, and may be switched to.
+    /// Without counts of members.
     pub rotation: Option<proto::GroupRotation>,
 }
 
@@ -140,7 +147,8 @@ impl SessionBatch<'_> {
     /// The next chunk; `None` after the last.
     ///
     /// # Errors
-    /// The server refused, the stream broke for good, or a chunk could not be opened. Calling again takes up at the same chunk.
+    /// The server refused, the stream broke for good, or a chunk could not be opened. Calling again
+    /// takes up at the same chunk.
     pub async fn next(&mut self) -> Result<Option<SessionChunk>, SessionError> {
         loop {
             if self.chunk_count.is_some_and(|count| self.request.first_chunk >= count) {
@@ -152,7 +160,9 @@ impl SessionBatch<'_> {
                     return self.open(chunk).map(Some);
                 }
                 // A stream that ends too early is a broken one.
-                Ok(None) => self.wait(Status::unavailable("the stream of chunks ended before its last chunk").into()).await?,
+                Ok(None) => {
+                    self.wait(Status::unavailable("the stream of chunks ended before its last chunk").into()).await?
+                }
                 Err(status) => self.wait(status.into()).await?,
             }
         }
@@ -177,7 +187,8 @@ impl SessionBatch<'_> {
             self.stream = None;
             return Err(SessionError::ChunkOrder { expected: self.request.first_chunk, received: chunk.chunk_index });
         }
-        let sessions = if chunk.envelopes.is_empty() { None } else { Some(self.key.open_all(&chunk.envelopes, &self.options)?) };
+        let sessions =
+            if chunk.envelopes.is_empty() { None } else { Some(self.key.open_all(&chunk.envelopes, &self.options)?) };
         if sessions.as_ref().is_some_and(|sessions| sessions.chunk_index != chunk.chunk_index) {
             return Err(OpenError::manifest("its chunk_index is not that of the answer").into());
         }
@@ -217,7 +228,9 @@ pub enum SessionError {
     #[error(transparent)]
     Open(#[from] OpenError),
     /// Chunks came in another order than asked.
-    #[error("the server sent chunk {received} where {expected} was next: resume with the same request id, and report this as a fault of the server")]
+    #[error(
+        "the server sent chunk {received} where {expected} was next: resume with the same request id, and report this as a fault of the server"
+    )]
     ChunkOrder {
         /// The chunk that was next.
         expected: u32,

@@ -13,9 +13,11 @@ use x509_parser::{extensions::GeneralName, prelude::FromDer as _};
 
 use crate::envelope::{Agreement, EnvelopeHeader};
 
-/// A grantee's transport key: EC P-256, with the certificate that the island gave it (use: keyAgreement).
+/// A grantee's transport key: EC P-256, with the certificate that the island gave it (use:
+/// keyAgreement).
 ///
-/// The private key is kept by the cryptographic library, which wipes it; it is never printed. Opening envelopes needs a shared reference only.
+/// The private key is kept by the cryptographic library, which wipes it; it is never printed.
+/// Opening envelopes needs a shared reference only.
 pub struct TransportKey {
     pub(crate) private: agreement::PrivateKey,
     public: [u8; 65],
@@ -26,7 +28,8 @@ pub struct TransportKey {
 }
 
 impl TransportKey {
-    /// The transport key of a PEM private key (PKCS#8 or SEC 1) and its PEM certificate; where several certificates follow, the first.
+    /// The transport key of a PEM private key (PKCS#8 or SEC 1) and its PEM certificate; where
+    /// several certificates follow, the first.
     ///
     /// # Errors
     /// Either is not PEM, or as [`Self::from_der`].
@@ -41,15 +44,24 @@ impl TransportKey {
     /// # Errors
     /// The key is not on P-256, the certificate is for another key, or it names no principal.
     pub fn from_der(private_key: &[u8], certificate: &[u8]) -> Result<Self, TransportKeyError> {
-        let private = agreement::PrivateKey::from_private_key_der(&agreement::ECDH_P256, private_key).map_err(|_| TransportKeyError::PrivateKey)?;
+        let private = agreement::PrivateKey::from_private_key_der(&agreement::ECDH_P256, private_key)
+            .map_err(|_| TransportKeyError::PrivateKey)?;
         let public = private.compute_public_key().map_err(|_| TransportKeyError::PrivateKey)?;
         let public: [u8; 65] = public.as_ref().try_into().map_err(|_| TransportKeyError::PrivateKey)?;
-        let (_, parsed) = x509_parser::certificate::X509Certificate::from_der(certificate).map_err(|_| TransportKeyError::Certificate)?;
+        let (_, parsed) = x509_parser::certificate::X509Certificate::from_der(certificate)
+            .map_err(|_| TransportKeyError::Certificate)?;
         if parsed.public_key().subject_public_key.data.as_ref() != public.as_slice() {
             return Err(TransportKeyError::CertificateOfAnotherKey);
         }
-        let names = parsed.subject_alternative_name().map_err(|_| TransportKeyError::Certificate)?.ok_or(TransportKeyError::NoPrincipal)?;
-        let uri = names.value.general_names.iter().find_map(|name| if let GeneralName::URI(uri) = name { Some(*uri) } else { None });
+        let names = parsed
+            .subject_alternative_name()
+            .map_err(|_| TransportKeyError::Certificate)?
+            .ok_or(TransportKeyError::NoPrincipal)?;
+        let uri = names
+            .value
+            .general_names
+            .iter()
+            .find_map(|name| if let GeneralName::URI(uri) = name { Some(*uri) } else { None });
         let principal = PrincipalId::parse(uri.ok_or(TransportKeyError::NoPrincipal)?)?;
         let certificate_sha256 = sha256(certificate);
         Ok(Self { private, public, certificate_sha256, principal, agreements: Mutex::default() })
@@ -78,7 +90,8 @@ impl TransportKey {
         &self.public
     }
 
-    /// The agreement of a header: a new one, or one of the last [`AGREEMENTS_KEPT`]. `octets` are the header as received.
+    /// The agreement of a header: a new one, or one of the last [`AGREEMENTS_KEPT`]. `octets` are
+    /// the header as received.
     pub(crate) fn agreement(&self, header: &EnvelopeHeader, octets: &[u8]) -> Option<Arc<Agreement>> {
         {
             let mut agreements = self.agreements.lock().unwrap_or_else(PoisonError::into_inner);
@@ -110,13 +123,17 @@ impl fmt::Debug for TransportKey {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TransportKeyError {
     /// Not a private key on P-256.
-    #[error("transport key: not an EC P-256 private key in PKCS#8; make one with `kms principal register-transport-key`")]
+    #[error(
+        "transport key: not an EC P-256 private key in PKCS#8; make one with `kms principal register-transport-key`"
+    )]
     PrivateKey,
     /// Not a certificate.
     #[error("transport certificate: not an X.509 certificate")]
     Certificate,
     /// The certificate holds another public key.
-    #[error("transport certificate: it certifies another key than the transport key beside it; a renewal may have replaced one file only")]
+    #[error(
+        "transport certificate: it certifies another key than the transport key beside it; a renewal may have replaced one file only"
+    )]
     CertificateOfAnotherKey,
     /// No URI names the principal.
     #[error("transport certificate: no subjectAltName URI of the form urn:meterkms:ISLAND:ROLE:NAME")]

@@ -1,7 +1,8 @@
 //! Every bound of the server in one place: its name, default, range, unit, scope and reason.
 //!
-//! The table below is the `[limits]` section of the configuration, the value that the code reads, the name that refusals and the metric
-//! `kms.bounds.met` carry, and the table of docs/security.md, which a test compares. A new bound is one entry of [`bounds!`] and one row there.
+//! The table below is the `[limits]` section of the configuration, the value that the code reads,
+//! the name that refusals and the metric `kms.bounds.met` carry, and the table of docs/security.md,
+//! which a test compares. A new bound is one entry of [`bounds!`] and one row there.
 
 use std::fmt;
 use std::time::Duration;
@@ -206,12 +207,16 @@ impl Bound {
         metrics().bound_met(self);
     }
 
-    /// Counts that the bound was met, and makes the refusal: RESOURCE_EXHAUSTED, with the bound's name and value in its text.
-    /// `retry_after` is when to come back; zero where time does not help.
+    /// Counts that the bound was met, and makes the refusal: RESOURCE_EXHAUSTED, with the bound's
+    /// name and value in its text. `retry_after` is when to come back; zero where time does not
+    /// help.
     pub fn met(self, limits: &Limits, what: &str, retry_after: Duration) -> ServiceError {
         self.count();
         let Row { name, unit, scope, .. } = self.row();
-        ServiceError::ResourceExhausted { reason: format!("{what}: the bound `{name}` is {} {unit} for each {scope}", limits.of(self)), retry_after }
+        ServiceError::ResourceExhausted {
+            reason: format!("{what}: the bound `{name}` is {} {unit} for each {scope}", limits.of(self)),
+            retry_after,
+        }
     }
 }
 
@@ -225,13 +230,27 @@ impl Limits {
             let Row { name, least, most, unit, .. } = bound.row();
             let value = self.of(*bound);
             if !(least..=most).contains(&value) {
-                return Err(format!("[limits] {name}: `{value}` is not {} to {} {unit}", grouped(least), grouped(most)));
+                return Err(format!(
+                    "[limits] {name}: `{value}` is not {} to {} {unit}",
+                    grouped(least),
+                    grouped(most)
+                ));
             }
         }
         // What cannot fit would be refused for ever.
-        let largest = [self.message_octets, self.certificate_message_octets, self.batch_message_octets, self.large_message_octets].into_iter().max();
+        let largest = [
+            self.message_octets,
+            self.certificate_message_octets,
+            self.batch_message_octets,
+            self.large_message_octets,
+        ]
+        .into_iter()
+        .max();
         for (less, more) in [
-            (("message octets with headers", largest.unwrap_or_default().saturating_add(self.header_octets)), Bound::RequestOctetsPerConnection),
+            (
+                ("message octets with headers", largest.unwrap_or_default().saturating_add(self.header_octets)),
+                Bound::RequestOctetsPerConnection,
+            ),
             (("request_octets_per_connection", self.request_octets_per_connection), Bound::RequestOctetsPerPrincipal),
             (("request_octets_per_principal", self.request_octets_per_principal), Bound::RequestOctets),
             (("spool_octets_per_principal", self.spool_octets_per_principal), Bound::SpoolOctets),
@@ -256,7 +275,10 @@ impl Limits {
     /// How many counters sessions and frames may reserve of one invocation counter in an hour (I4).
     pub fn counter_cap(&self) -> CounterCap {
         // What is out of range was refused with the configuration.
-        u32::try_from(self.counters_per_hour).ok().and_then(|counters| CounterCap::new(counters).ok()).unwrap_or_default()
+        u32::try_from(self.counters_per_hour)
+            .ok()
+            .and_then(|counters| CounterCap::new(counters).ok())
+            .unwrap_or_default()
     }
 
     /// Days for which principals' certificates are issued.
@@ -300,7 +322,11 @@ mod tests {
     #[test]
     fn the_documentation_has_this_table() {
         let documentation = include_str!("../../docs/security.md");
-        assert!(documentation.contains(&table()), "docs/security.md, Bounds, does not have the table of the code:\n\n{}", table());
+        assert!(
+            documentation.contains(&table()),
+            "docs/security.md, Bounds, does not have the table of the code:\n\n{}",
+            table()
+        );
     }
 
     #[test]
@@ -317,7 +343,11 @@ mod tests {
 
     #[test]
     fn the_configuration_is_checked() {
-        let parsed = |text: &str| toml::from_str::<Limits>(text).map_err(|error| error.to_string()).and_then(|limits| limits.check().map(|()| limits));
+        let parsed = |text: &str| {
+            toml::from_str::<Limits>(text)
+                .map_err(|error| error.to_string())
+                .and_then(|limits| limits.check().map(|()| limits))
+        };
         assert_eq!(parsed("request_seconds = 20").unwrap().request_seconds, 20);
         for (text, expected) in [
             ("request_seconds = 0", "request_seconds: `0` is not 1 to 300 seconds"),
@@ -332,7 +362,11 @@ mod tests {
 
     #[test]
     fn a_refusal_names_the_bound() {
-        let refusal = Bound::RequestSeconds.met(&Limits::default(), "the request took too long", Duration::from_secs(1));
-        assert_eq!(refusal.to_string(), "the request took too long: the bound `request_seconds` is 10 seconds for each call");
+        let refusal =
+            Bound::RequestSeconds.met(&Limits::default(), "the request took too long", Duration::from_secs(1));
+        assert_eq!(
+            refusal.to_string(),
+            "the request took too long: the bound `request_seconds` is 10 seconds for each call"
+        );
     }
 }

@@ -1,11 +1,13 @@
-//! The wall clock of this process: the one place that asks the operating system for the time of day.
+//! The wall clock of this process: the one place that asks the operating system for the time of
+//! day.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kms_domain::UnixMillis;
 
-/// Now, by the wall clock. Somebody may set it: what must not depend on that uses [`std::time::Instant`], or the database's clock, and the writer of the
-/// audit log watches over it.
+/// Now, by the wall clock. Somebody may set it: what must not depend on that uses
+/// [`std::time::Instant`], or the database's clock, and the writer of the audit log watches over
+/// it.
 pub(crate) fn now() -> UnixMillis {
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let millis = i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX);

@@ -1,6 +1,7 @@
 //! The command line of `kms-server`.
 //!
-//! It is in the library, and not in the binary, because futures are compiled where they are awaited: otherwise the whole server would be compiled twice.
+//! It is in the library, and not in the binary, because futures are compiled where they are
+//! awaited: otherwise the whole server would be compiled twice.
 
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
@@ -30,7 +31,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Make and serve a development island on this machine: no other step is needed. Not for real keys.
+    /// Make and serve a development island on this machine: no other step is needed. Not for real
+    /// keys.
     Dev {
         /// The folder that keeps it.
         #[arg(long, default_value = ".kms")]
@@ -38,16 +40,19 @@ enum Command {
         /// Where to listen: on this machine alone, unless `--expose` is said.
         #[arg(long, default_value = "127.0.0.1:7443")]
         listen: SocketAddr,
-        /// Let `--listen` name an address that other machines reach. All secrets of a development island lie in one folder.
+        /// Let `--listen` name an address that other machines reach. All secrets of a development
+        /// island lie in one folder.
         #[arg(long)]
         expose: bool,
-        /// A PostgreSQL database (`postgres://USER@HOST/DATABASE`) instead of SQLite in the folder. Counts at the first start only.
+        /// A PostgreSQL database (`postgres://USER@HOST/DATABASE`) instead of SQLite in the folder.
+        /// Counts at the first start only.
         #[arg(long)]
         database: Option<String>,
         /// How many meters the sample shipment has. Counts at the first start only.
         #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u64).range(1..=100_000))]
         meters: u64,
-        /// Another PKCS#11 module than the embedded hsm-sim, for a trial; configure it in its own way. Counts at the first start only.
+        /// Another PKCS#11 module than the embedded hsm-sim, for a trial; configure it in its own
+        /// way. Counts at the first start only.
         #[arg(long)]
         module: Option<PathBuf>,
     },
@@ -57,7 +62,8 @@ enum Command {
         #[arg(long)]
         config: PathBuf,
     },
-    /// Hold the ceremony that makes an island: tokens, roots, escrow, certificates, database. It can be run again after an interruption.
+    /// Hold the ceremony that makes an island: tokens, roots, escrow, certificates, database. It
+    /// can be run again after an interruption.
     Init {
         /// The ceremony file.
         #[arg(long)]
@@ -66,8 +72,9 @@ enum Command {
         #[arg(long)]
         state: PathBuf,
     },
-    /// Declare that the database was restored from a backup, with all servers of the island stopped: every invocation counter is raised
-    /// before it is dealt from again. A server notices most restores by itself (docs/operations.md, Restore).
+    /// Declare that the database was restored from a backup, with all servers of the island
+    /// stopped: every invocation counter is raised before it is dealt from again. A server notices
+    /// most restores by itself (docs/operations.md, Restore).
     Restored {
         /// The configuration file.
         #[arg(long)]
@@ -88,7 +95,8 @@ enum Command {
         #[command(subcommand)]
         command: CertificateCommand,
     },
-    /// Check configuration, policies, device profiles and HSM tokens, and print what the tokens can do. Serves nothing.
+    /// Check configuration, policies, device profiles and HSM tokens, and print what the tokens can
+    /// do. Serves nothing.
     Check {
         /// The configuration file.
         #[arg(long)]
@@ -98,13 +106,16 @@ enum Command {
 
 #[derive(Subcommand)]
 enum OfficersCommand {
-    /// Certify the new key of an officer whose certificate has ended or is lost, with a quorum of the escrow's custodians. For an island where two other
-    /// officers, who could do it by a proposal, are not there. The officer's other certificates end. It is on the record (docs/operations.md).
+    /// Certify the new key of an officer whose certificate has ended or is lost, with a quorum of
+    /// the escrow's custodians. For an island where two other officers, who could do it by a
+    /// proposal, are not there. The officer's other certificates end. It is on the record
+    /// (docs/operations.md).
     Recertify {
         /// Principal URI of the officer: urn:meterkms:ISLAND:officer:NAME
         #[arg(value_name = "URN", value_parser = kms_domain::PrincipalId::parse)]
         officer: kms_domain::PrincipalId,
-        /// The configuration of a server that has a token for the CA. With SQLite, end the server first.
+        /// The configuration of a server that has a token for the CA. With SQLite, end the server
+        /// first.
         #[arg(long)]
         config: PathBuf,
         /// The request for the new key (PKCS#10, PEM), which the officer has made.
@@ -113,7 +124,8 @@ enum OfficersCommand {
         /// An escrow file of the island.
         #[arg(long, value_name = "FILE")]
         escrow: PathBuf,
-        /// A share that its custodian has decrypted. As many as the escrow needs. Destroy these files afterwards.
+        /// A share that its custodian has decrypted. As many as the escrow needs. Destroy these
+        /// files afterwards.
         #[arg(long = "share", value_name = "FILE", required = true)]
         shares: Vec<PathBuf>,
         /// Where the certificate goes, PEM.
@@ -124,10 +136,12 @@ enum OfficersCommand {
 
 #[derive(Subcommand)]
 enum CertificateCommand {
-    /// Renew a server's TLS certificate for the names and the key that it has. A server with a token for the CA renews its own by itself
-    /// in the last third of its life; this is for those without, and for doing it earlier.
+    /// Renew a server's TLS certificate for the names and the key that it has. A server with a
+    /// token for the CA renews its own by itself in the last third of its life; this is for those
+    /// without, and for doing it earlier.
     Renew {
-        /// The configuration of a server that has a token for the CA. With SQLite, end the server first.
+        /// The configuration of a server that has a token for the CA. With SQLite, end the server
+        /// first.
         #[arg(long)]
         config: PathBuf,
         /// The certificate of another server, PEM. Default: that of the configuration.
@@ -141,30 +155,38 @@ enum CertificateCommand {
 
 #[derive(Subcommand)]
 enum RootsCommand {
-    /// Make another version of a root in the token, escrow it for the custodians of the ceremony, and note it. Nothing uses it before an officer
-    /// says `kms roots rotate`. It can be run again after an interruption.
+    /// Make another version of a root in the token, escrow it for the custodians of the ceremony,
+    /// and note it. Nothing uses it before an officer says `kms roots rotate`. It can be run again
+    /// after an interruption.
     New {
-        /// The configuration of the server that has the ceremony's token. With SQLite, end the server first.
+        /// The configuration of the server that has the ceremony's token. With SQLite, end the
+        /// server first.
         #[arg(long)]
         config: PathBuf,
-        /// Which root: CLASS/diversification, CLASS/storage-kek (classes: kek, session, authentication), seal, or vendor-transport.
+        /// Which root: CLASS/diversification, CLASS/storage-kek (classes: kek, session,
+        /// authentication), seal, or vendor-transport.
         #[arg(value_parser = RootPurpose::parse)]
         root: RootPurpose,
-        /// The newest escrow file of the island. The new root is added to it; give every custodian a copy of it afterwards.
+        /// The newest escrow file of the island. The new root is added to it; give every custodian
+        /// a copy of it afterwards.
         #[arg(long)]
         escrow: PathBuf,
-        /// The number of a `[[copy]]` of the ceremony file, from 1, whose token gets a copy of the root. For each such token that serves the class.
+        /// The number of a `[[copy]]` of the ceremony file, from 1, whose token gets a copy of the
+        /// root. For each such token that serves the class.
         #[arg(long = "copy", value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
         copies: Vec<u8>,
-        /// The number of a `[[copy]]` whose token gets no copy: it does not serve the class. Of each `[[copy]]` one or the other is said, because no copy
-        /// can be made later. Not for `vendor-transport`, which is never copied.
+        /// The number of a `[[copy]]` whose token gets no copy: it does not serve the class. Of
+        /// each `[[copy]]` one or the other is said, because no copy can be made later. Not for
+        /// `vendor-transport`, which is never copied.
         #[arg(long = "no-copy", value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
         no_copies: Vec<u8>,
-        /// The label of a root that the escrow file lacks, and that no escrow file has any more. It can be rotated, and not be restored.
+        /// The label of a root that the escrow file lacks, and that no escrow file has any more. It
+        /// can be rotated, and not be restored.
         #[arg(long, value_name = "LABEL")]
         lost: Vec<String>,
     },
-    /// Install copies of roots in the token of a server: on every server with a token of its own, before the root is rotated to.
+    /// Install copies of roots in the token of a server: on every server with a token of its own,
+    /// before the root is rotated to.
     Install {
         /// The configuration of that server. With SoftHSM and some HSMs, end the server first.
         #[arg(long)]
@@ -178,7 +200,8 @@ enum RootsCommand {
 /// Does what the arguments of the process say, and tells on standard error why it could not.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    // I1: key material in this process shall not reach a core file, nor another process of the same user.
+    // I1: key material in this process shall not reach a core file, nor another process of the same
+    // user.
     if let Err(error) = forbid_dumps() {
         eprintln!("kms-server: cannot switch off core dumps: {error}");
         return ExitCode::FAILURE;
@@ -213,7 +236,10 @@ impl Command {
                     )
                     .into());
                 }
-                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() }, "dev")?;
+                let _telemetry = Telemetry::start(
+                    &TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() },
+                    "dev",
+                )?;
                 Ok(dev::run(DevSettings { state, listen, database, meters, module }, stop_signal()).await?)
             }
             Self::Run { config } => {
@@ -234,17 +260,26 @@ impl Command {
                 Ok(())
             }
             Self::Init { ceremony, state } => {
-                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() }, "ceremony")?;
+                let _telemetry = Telemetry::start(
+                    &TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() },
+                    "ceremony",
+                )?;
                 let held = CeremonyPlan::read(&ceremony, &state)?.hold(&state).await?;
                 println!("{}", held.summary);
-                println!("Read the fingerprints aloud, compare them, and sign a print of `{}`.", state.join("ceremony.txt").display());
+                println!(
+                    "Read the fingerprints aloud, compare them, and sign a print of `{}`.",
+                    state.join("ceremony.txt").display()
+                );
                 println!("Give every custodian a copy of `{}`.", state.join("escrow.json").display());
                 println!("Then start the server:\n\n    kms-server run --config {}", held.configuration.display());
                 Ok(())
             }
             Self::Restored { config } => {
                 let config = Config::load(&config)?;
-                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() }, "restored")?;
+                let _telemetry = Telemetry::start(
+                    &TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() },
+                    "restored",
+                )?;
                 let history = server::declare_restored(&config).await?;
                 println!(
                     "The island `{}` counts as restored, {} in all. Every invocation counter is raised before it is dealt from",
@@ -256,14 +291,30 @@ impl Command {
             }
             Self::Roots { command: RootsCommand::New { config, root, escrow, copies, no_copies, lost } } => {
                 let config = Config::load(&config)?;
-                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() }, "roots")?;
-                let made = server::make_root(&config, NewRootSettings { purpose: root, escrow, copies, no_copies, lost }).await?;
-                println!("made `{}`: {} {}", made.fingerprint.label, made.fingerprint.kind, hex::encode(&made.fingerprint.value));
+                let _telemetry = Telemetry::start(
+                    &TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() },
+                    "roots",
+                )?;
+                let made =
+                    server::make_root(&config, NewRootSettings { purpose: root, escrow, copies, no_copies, lost })
+                        .await?;
+                println!(
+                    "made `{}`: {} {}",
+                    made.fingerprint.label,
+                    made.fingerprint.kind,
+                    hex::encode(&made.fingerprint.value)
+                );
                 if let Some(escrow) = &made.escrow {
-                    println!("It was added to `{}`: give every custodian a copy, and replace the earlier ones.", escrow.display());
+                    println!(
+                        "It was added to `{}`: give every custodian a copy, and replace the earlier ones.",
+                        escrow.display()
+                    );
                 }
                 for copy in &made.copies {
-                    println!("Install `{}` on its server with `kms-server roots install`, and destroy the file.", copy.display());
+                    println!(
+                        "Install `{}` on its server with `kms-server roots install`, and destroy the file.",
+                        copy.display()
+                    );
                 }
                 println!("Then an officer says `kms roots rotate {root}`.");
                 Ok(())
@@ -274,25 +325,45 @@ impl Command {
                 }
                 Ok(())
             }
-            Self::Officers { command: OfficersCommand::Recertify { officer, config, certificate_request, escrow, shares, out } } => {
+            Self::Officers {
+                command: OfficersCommand::Recertify { officer, config, certificate_request, escrow, shares, out },
+            } => {
                 let config = Config::load(&config)?;
-                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() }, "officers")?;
+                let _telemetry = Telemetry::start(
+                    &TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() },
+                    "officers",
+                )?;
                 let days = config.limits.principal_days();
-                let recertification = Recertification { officer: officer.clone(), certificate_request, escrow, shares, days };
+                let recertification =
+                    Recertification { officer: officer.clone(), certificate_request, escrow, shares, days };
                 let issued = server::recertify_officer(&config, recertification).await?;
                 crate::files::replace(&out, issued.pem().as_bytes(), 0o644).map_err(|error| {
                     format!("the key is certified, but `{}` cannot be written: {error}; run the command again with another --out", out.display())
                 })?;
-                println!("certified the new key of `{officer}`: serial number {}, valid for {days} days.", hex::encode(&issued.serial));
-                println!("It is in `{}`. The officer's other certificates have ended. Destroy the files with the shares.", out.display());
+                println!(
+                    "certified the new key of `{officer}`: serial number {}, valid for {days} days.",
+                    hex::encode(&issued.serial)
+                );
+                println!(
+                    "It is in `{}`. The officer's other certificates have ended. Destroy the files with the shares.",
+                    out.display()
+                );
                 Ok(())
             }
             Self::Certificate { command: CertificateCommand::Renew { config, certificate, private_key } } => {
                 let config = Config::load(&config)?;
-                let _telemetry = Telemetry::start(&TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() }, "certificate")?;
+                let _telemetry = Telemetry::start(
+                    &TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() },
+                    "certificate",
+                )?;
                 let renewed = certificate.clone().unwrap_or_else(|| config.tls.certificate.clone());
                 let issued = server::renew_certificate(&config, certificate.zip(private_key)).await?;
-                println!("renewed `{}`: serial number {}, valid for {} days.", renewed.display(), hex::encode(&issued.serial), config.limits.server_days());
+                println!(
+                    "renewed `{}`: serial number {}, valid for {} days.",
+                    renewed.display(),
+                    hex::encode(&issued.serial),
+                    config.limits.server_days()
+                );
                 println!("A server that runs reads it again by itself.");
                 Ok(())
             }
@@ -307,7 +378,8 @@ async fn check(config: &Config) -> Result<(), Box<dyn std::error::Error + Send +
     let profiles = Profiles::load(config.device_profiles.directory.as_deref())?;
     println!("device profiles: well-formed");
     for profile in profiles.all() {
-        let clients: Vec<String> = profile.clients.iter().map(|client| format!("{} (SAP {})", client.name, client.sap)).collect();
+        let clients: Vec<String> =
+            profile.clients.iter().map(|client| format!("{} (SAP {})", client.name, client.sap)).collect();
         println!("  {}: {}; clients: {}", profile.name, profile.description, clients.join(", "));
     }
     let hsm = config.hsm.start(&config.island, &config.limits, Arc::new(ProcessPinMemory::default()))?;
@@ -318,7 +390,13 @@ async fn check(config: &Config) -> Result<(), Box<dyn std::error::Error + Send +
         if let Some(capabilities) = token.capabilities() {
             println!("\ntoken `{}` ({}):", token.label(), capabilities.module);
             let mut table = comfy_table::Table::new();
-            table.load_style(comfy_table::presets::ASCII_MARKDOWN).set_header(["capability", "needed for", "found", "used instead", "cost of its absence"]);
+            table.load_style(comfy_table::presets::ASCII_MARKDOWN).set_header([
+                "capability",
+                "needed for",
+                "found",
+                "used instead",
+                "cost of its absence",
+            ]);
             for row in capabilities.table() {
                 let instead = if row.found { ["yes", "", ""] } else { ["no", row.instead, row.cost] };
                 table.add_row([row.name, row.needed_for].into_iter().chain(instead));
@@ -343,7 +421,8 @@ fn times(number: u32) -> String {
 
 /// SIGINT or SIGTERM.
 async fn stop_signal() {
-    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) else {
+    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
         tracing::error!("signals cannot be received; end the server with SIGKILL");
         return std::future::pending().await;
     };

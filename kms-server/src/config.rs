@@ -1,5 +1,6 @@
-//! The configuration file of `kms-server run`: strict TOML. What is not known is refused, so that a slip of the pen is not a
-//! setting that silently does nothing. `docs/kms-server.toml` is a commented example.
+//! The configuration file of `kms-server run`: strict TOML. What is not known is refused, so that a
+//! slip of the pen is not a setting that silently does nothing. `docs/kms-server.toml` is a
+//! commented example.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -30,20 +31,23 @@ pub struct Config {
     /// Address and port of the gRPC listener. Default: `127.0.0.1:7443`.
     #[serde(default = "default_listen")]
     pub listen: SocketAddr,
-    /// Accept an island that was made for development. Default: false; a production server refuses one.
+    /// Accept an island that was made for development. Default: false; a production server refuses
+    /// one.
     #[serde(default)]
     pub allow_development_island: bool,
-    /// Every how many hours the log and all sealed rows are read and compared (I5), 1 to 168. Default: 24.
+    /// Every how many hours the log and all sealed rows are read and compared (I5), 1 to 168.
+    /// Default: 24.
     #[serde(default = "default_scrub_hours")]
     pub scrub_hours: ScrubHours,
     /// When keys are destroyed.
     #[serde(default)]
     pub retention: RetentionSection,
-    /// By how much a restored database raises every invocation counter (I4), 1 to 2³¹. Default: 2²⁴ = 16,777,216.
+    /// By how much a restored database raises every invocation counter (I4), 1 to 2³¹. Default: 2²⁴
+    /// = 16,777,216.
     #[serde(default)]
     pub counter_jump: CounterJumpSetting,
-    /// Where this server remembers up to where it has seen the log, so that an older database is noticed. Default: with SQLite the
-    /// database's path with `.watermark`; with PostgreSQL none.
+    /// Where this server remembers up to where it has seen the log, so that an older database is
+    /// noticed. Default: with SQLite the database's path with `.watermark`; with PostgreSQL none.
     pub watermark: Option<PathBuf>,
     /// Certificates of the listener.
     pub tls: TlsSection,
@@ -148,7 +152,12 @@ pub struct TlsSection {
 
 impl From<TlsSection> for TlsFiles {
     fn from(section: TlsSection) -> Self {
-        Self { certificate: section.certificate, private_key: section.private_key, client_ca: section.client_ca, client_crls: section.client_crls }
+        Self {
+            certificate: section.certificate,
+            private_key: section.private_key,
+            client_ca: section.client_ca,
+            client_crls: section.client_crls,
+        }
     }
 }
 
@@ -196,8 +205,8 @@ pub struct PostgresSection {
     /// Connections at most. Default: 8.
     #[serde(default = "default_connections")]
     pub connections: u32,
-    /// `application_name`s of asynchronous standbys that are never failed over to. Default: none; a standby that is neither
-    /// synchronous nor listed here is refused.
+    /// `application_name`s of asynchronous standbys that are never failed over to. Default: none; a
+    /// standby that is neither synchronous nor listed here is refused.
     #[serde(default)]
     pub read_replicas: Vec<String>,
 }
@@ -230,10 +239,12 @@ pub struct HsmSection {
     /// `[[hsm.token]]`, one for each token that this server may log in to.
     #[serde(rename = "token")]
     pub tokens: Vec<TokenSection>,
-    /// `[hsm.classes]`: which token holds which key class. May be left out where there is one token.
+    /// `[hsm.classes]`: which token holds which key class. May be left out where there is one
+    /// token.
     #[serde(default)]
     pub classes: Option<ClassesSection>,
-    /// Permit the envelope algorithm `ecdh-p256-cbc-expand` for a module that offers only CKD_NULL. Default: false; not for production.
+    /// Permit the envelope algorithm `ecdh-p256-cbc-expand` for a module that offers only CKD_NULL.
+    /// Default: false; not for production.
     #[serde(default)]
     pub allow_cbc_expand: bool,
 }
@@ -250,7 +261,8 @@ pub struct TokenSection {
     pub label: String,
     /// The token's serial number, where several tokens have one label.
     pub serial: Option<String>,
-    /// `pin = { file = "PATH" }` or `pin = { env = "NAME" }`. Never in this file or on the command line.
+    /// `pin = { file = "PATH" }` or `pin = { env = "NAME" }`. Never in this file or on the command
+    /// line.
     pub pin: SecretSource,
     /// Worker threads. Default: what was measured to be best for the module.
     pub workers: Option<usize>,
@@ -280,8 +292,8 @@ impl TokenSection {
     }
 }
 
-/// `[hsm.classes]`: the name of a token for each class. A class that is left out is not served: a server for grants names no
-/// token for `kek` and `ca`, and cannot even log in there.
+/// `[hsm.classes]`: the name of a token for each class. A class that is left out is not served: a
+/// server for grants names no token for `kek` and `ca`, and cannot even log in there.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ClassesSection {
@@ -311,7 +323,8 @@ impl HsmSection {
         self.tokens.iter().find(|token| token.name == *name)
     }
 
-    /// Starts to use the tokens. Returns at once: a dead HSM does not hold up the start. The first token in the file is the general one: it has the seal root.
+    /// Starts to use the tokens. Returns at once: a dead HSM does not hold up the start. The first
+    /// token in the file is the general one: it has the seal root.
     ///
     /// # Errors
     /// The operating system gives no thread.
@@ -319,13 +332,18 @@ impl HsmSection {
         let mut started = HashMap::new();
         let mut general = None;
         for section in &self.tokens {
-            let token = Token::start(section.settings(limits, self.allow_cbc_expand), island.clone(), Arc::clone(&memory))?;
+            let token =
+                Token::start(section.settings(limits, self.allow_cbc_expand), island.clone(), Arc::clone(&memory))?;
             general.get_or_insert_with(|| token.clone());
             started.insert(section.name.as_str(), token);
         }
-        let general = general.ok_or_else(|| HsmError::InvalidInput { what: "hsm.token", reason: "no token is configured".to_owned() })?;
+        let general = general
+            .ok_or_else(|| HsmError::InvalidInput { what: "hsm.token", reason: "no token is configured".to_owned() })?;
         let classes = [KeyClass::Kek, KeyClass::Session, KeyClass::Authentication, KeyClass::Ca];
-        let tokens = classes.into_iter().filter_map(|class| Some((class, started.get(self.token_of(class)?.name.as_str())?.clone()))).collect();
+        let tokens = classes
+            .into_iter()
+            .filter_map(|class| Some((class, started.get(self.token_of(class)?.name.as_str())?.clone())))
+            .collect();
         Ok(Hsm::of_tokens(island.clone(), general, tokens))
     }
 
@@ -342,15 +360,23 @@ impl HsmSection {
             }
         }
         match &self.classes {
-            None if self.tokens.len() > 1 => Err("[hsm.classes]: with several tokens, say which class is where".to_owned()),
+            None if self.tokens.len() > 1 => {
+                Err("[hsm.classes]: with several tokens, say which class is where".to_owned())
+            }
             None => Ok(()),
             Some(classes) => {
-                let named = [("kek", &classes.kek), ("session", &classes.session), ("authentication", &classes.authentication), ("ca", &classes.ca)];
-                match named
-                    .into_iter()
-                    .find_map(|(class, name)| Some((class, name.as_ref().filter(|name| !self.tokens.iter().any(|token| token.name == **name))?)))
-                {
-                    Some((class, name)) => Err(format!("[hsm.classes] {class}: there is no [[hsm.token]] with the name `{name}`")),
+                let named = [
+                    ("kek", &classes.kek),
+                    ("session", &classes.session),
+                    ("authentication", &classes.authentication),
+                    ("ca", &classes.ca),
+                ];
+                match named.into_iter().find_map(|(class, name)| {
+                    Some((class, name.as_ref().filter(|name| !self.tokens.iter().any(|token| token.name == **name))?))
+                }) {
+                    Some((class, name)) => {
+                        Err(format!("[hsm.classes] {class}: there is no [[hsm.token]] with the name `{name}`"))
+                    }
                     None => Ok(()),
                 }
             }
@@ -370,12 +396,14 @@ pub struct DirectorySection {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TelemetrySection {
-    /// Which log lines are written to stderr, in the form of `tracing`'s filters. Default: `info`. The environment variable
-    /// `KMS_LOG` overrides it.
+    /// Which log lines are written to stderr, in the form of `tracing`'s filters. Default: `info`.
+    /// The environment variable `KMS_LOG` overrides it.
     pub log: Option<String>,
-    /// An OTLP (gRPC) endpoint for traces and metrics, such as `http://127.0.0.1:4317`. Default: none are sent.
+    /// An OTLP (gRPC) endpoint for traces and metrics, such as `http://127.0.0.1:4317`. Default:
+    /// none are sent.
     pub otlp_endpoint: Option<String>,
-    /// Which part of the calls is traced, 0 to 1. Default: 0.01. A call that comes with a sampled `traceparent` is traced always.
+    /// Which part of the calls is traced, 0 to 1. Default: 0.01. A call that comes with a sampled
+    /// `traceparent` is traced always.
     #[serde(default)]
     pub trace_ratio: TraceRatio,
     /// Every how many seconds metrics are sent, 1 to 3,600. Default: 60.
@@ -431,7 +459,11 @@ impl TryFrom<u16> for MetricsSeconds {
     type Error = String;
 
     fn try_from(seconds: u16) -> Result<Self, String> {
-        if (1..=3_600).contains(&seconds) { Ok(Self(seconds)) } else { Err(format!("`{seconds}` is not 1 to 3,600 seconds")) }
+        if (1..=3_600).contains(&seconds) {
+            Ok(Self(seconds))
+        } else {
+            Err(format!("`{seconds}` is not 1 to 3,600 seconds"))
+        }
     }
 }
 
@@ -464,13 +496,21 @@ impl SecretSource {
             Self::File(path) => {
                 use std::os::unix::fs::PermissionsExt;
                 let shown = path.display();
-                let mode = std::fs::metadata(path).map_err(|error| refuse(format!("`{shown}`: {error}")))?.permissions().mode() & 0o777;
+                let mode = std::fs::metadata(path)
+                    .map_err(|error| refuse(format!("`{shown}`: {error}")))?
+                    .permissions()
+                    .mode()
+                    & 0o777;
                 if mode & 0o077 != 0 {
-                    return Err(refuse(format!("`{shown}` can be read by others (mode {mode:o}); run `chmod 600` on it and change the secret")));
+                    return Err(refuse(format!(
+                        "`{shown}` can be read by others (mode {mode:o}); run `chmod 600` on it and change the secret"
+                    )));
                 }
                 Zeroizing::new(std::fs::read_to_string(path).map_err(|error| refuse(format!("`{shown}`: {error}")))?)
             }
-            Self::Env(name) => Zeroizing::new(std::env::var(name).map_err(|_| refuse(format!("the environment variable `{name}` is not set")))?),
+            Self::Env(name) => Zeroizing::new(
+                std::env::var(name).map_err(|_| refuse(format!("the environment variable `{name}` is not set")))?,
+            ),
         };
         let kept = text.trim_end_matches(['\r', '\n']).len();
         text.truncate(kept);
@@ -485,10 +525,11 @@ impl Config {
     /// Reads and checks a configuration file.
     ///
     /// # Errors
-    /// The file cannot be read, is not TOML, has unknown or missing settings (with line and column), or settings that
-    /// contradict each other.
+    /// The file cannot be read, is not TOML, has unknown or missing settings (with line and
+    /// column), or settings that contradict each other.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|error| ConfigError::Read { path: path.to_owned(), reason: error.to_string() })?;
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| ConfigError::Read { path: path.to_owned(), reason: error.to_string() })?;
         Self::parse(&text).map_err(|reason| ConfigError::Invalid { path: path.to_owned(), reason })
     }
 
@@ -502,7 +543,11 @@ impl Config {
             }
             StorageSection::Postgres(_) => None,
         };
-        RestoreSettings { counter_jump: self.counter_jump.counters(), watermark: self.watermark.clone().or_else(beside_database), declared: false }
+        RestoreSettings {
+            counter_jump: self.counter_jump.counters(),
+            watermark: self.watermark.clone().or_else(beside_database),
+            declared: false,
+        }
     }
 
     fn parse(text: &str) -> Result<Self, String> {
@@ -510,9 +555,15 @@ impl Config {
         config.hsm.check()?;
         config.limits.check()?;
         if let StorageSection::Postgres(postgres) = &config.storage {
-            let after_scheme = postgres.url.strip_prefix("postgres://").or_else(|| postgres.url.strip_prefix("postgresql://"));
-            let after_scheme = after_scheme.ok_or("[storage.postgres] url: not of the form postgres://USER@HOST/DATABASE")?;
-            let user = after_scheme.split('/').next().and_then(|authority| authority.rsplit_once('@')).map_or("", |(user, _)| user);
+            let after_scheme =
+                postgres.url.strip_prefix("postgres://").or_else(|| postgres.url.strip_prefix("postgresql://"));
+            let after_scheme =
+                after_scheme.ok_or("[storage.postgres] url: not of the form postgres://USER@HOST/DATABASE")?;
+            let user = after_scheme
+                .split('/')
+                .next()
+                .and_then(|authority| authority.rsplit_once('@'))
+                .map_or("", |(user, _)| user);
             if user.contains(':') || after_scheme.contains("password=") {
                 return Err("[storage.postgres] url: it holds a password; set `password = { file = \"…\" }` instead, and change the password".to_owned());
             }
@@ -624,7 +675,10 @@ pin = { file = "pin" }
             (format!("{LEAST}[telemetry]\notlp = \"x\"\n"), "otlp"),
             (format!("{LEAST}[telemetry]\ntrace_ratio = 1.5\n"), "not 0 to 1"),
             (format!("{LEAST}[telemetry]\nmetrics_seconds = 0\n"), "not 1 to 3,600"),
-            (LEAST.replace("sqlite = \"island.db\"", "[storage.postgres]\nurl = \"postgres://kms:secret@db/kms\""), "holds a password"),
+            (
+                LEAST.replace("sqlite = \"island.db\"", "[storage.postgres]\nurl = \"postgres://kms:secret@db/kms\""),
+                "holds a password",
+            ),
             (LEAST.replace("sqlite = \"island.db\"", "[storage.postgres]\nurl = \"mysql://kms@db/kms\""), "url"),
         ];
         for (text, expected) in cases {
@@ -638,14 +692,17 @@ pin = { file = "pin" }
     fn the_watermark_is_beside_a_sqlite_database_unless_it_is_elsewhere() {
         let restore = Config::parse(LEAST).unwrap().restore();
         assert_eq!((restore.watermark, restore.counter_jump.get()), (Some("island.db.watermark".into()), 1 << 24));
-        let elsewhere = Config::parse(&format!("watermark = \"/other/disk\"\ncounter_jump = 5\n{LEAST}")).unwrap().restore();
+        let elsewhere =
+            Config::parse(&format!("watermark = \"/other/disk\"\ncounter_jump = 5\n{LEAST}")).unwrap().restore();
         assert_eq!((elsewhere.watermark, elsewhere.counter_jump.get()), (Some("/other/disk".into()), 5));
     }
 
     #[test]
     fn classes_may_live_in_tokens_of_their_own() {
         let token = "[[hsm.token]]\nname = \"second\"\nmodule = \"m\"\nlabel = \"l\"\npin = { env = \"PIN\" }\n";
-        let config = Config::parse(&format!("{LEAST}{token}[hsm.classes]\nsession = \"second\"\nauthentication = \"second\"\n")).unwrap();
+        let config =
+            Config::parse(&format!("{LEAST}{token}[hsm.classes]\nsession = \"second\"\nauthentication = \"second\"\n"))
+                .unwrap();
         assert_eq!(config.hsm.token_of(KeyClass::Session).unwrap().name, "second");
         assert!(config.hsm.token_of(KeyClass::Kek).is_none(), "a class without a token is not served");
     }
@@ -660,7 +717,12 @@ pin = { file = "pin" }
         assert!(source.read("the password").unwrap_err().to_string().contains("chmod 600"));
         std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(0o600)).unwrap();
         assert_eq!(source.read("the password").unwrap().as_str(), "p@ss wörd");
-        let postgres = PostgresSection { url: "postgres://kms@db/kms".to_owned(), password: Some(source), connections: 8, read_replicas: Vec::new() };
+        let postgres = PostgresSection {
+            url: "postgres://kms@db/kms".to_owned(),
+            password: Some(source),
+            connections: 8,
+            read_replicas: Vec::new(),
+        };
         assert_eq!(postgres.url_with_password().unwrap().as_str(), "postgres://kms@db/kms?password=p%40ss%20w%C3%B6rd");
     }
 }

@@ -1,8 +1,9 @@
-//! File descriptors: the limit is raised as far as the bounds need it, and connections get what is left beside a reserve for database,
-//! watermark, log and HSM. So accepting never takes the descriptor that a record needs (I2).
+//! File descriptors: the limit is raised as far as the bounds need it, and connections get what is
+//! left beside a reserve for database, watermark, log and HSM. So accepting never takes the
+//! descriptor that a record needs (I2).
 //!
-//! It is raised no further than that: some PKCS#11 modules wait with `select`, which has no place for descriptors from 1,024 on. They open theirs at the
-//! start, when low ones are free.
+//! It is raised no further than that: some PKCS#11 modules wait with `select`, which has no place
+//! for descriptors from 1,024 on. They open theirs at the start, when low ones are free.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -13,7 +14,8 @@ use crate::bounds::Limits;
 /// # Errors
 /// So few files may be open that nobody could be served; the text says how many are needed.
 pub(crate) fn fit(limits: &Limits) -> Result<Limits, String> {
-    let in_use = std::fs::read_dir("/proc/self/fd").map_or(ASSUMED, |open| u64::try_from(open.count()).unwrap_or(ASSUMED));
+    let in_use =
+        std::fs::read_dir("/proc/self/fd").map_or(ASSUMED, |open| u64::try_from(open.count()).unwrap_or(ASSUMED));
     let wanted = in_use + limits.descriptors_reserve + limits.handshakes + limits.connections;
     let allowed = getrlimit(Resource::Nofile);
     let mut current = allowed.current.unwrap_or(u64::MAX);
@@ -27,7 +29,13 @@ pub(crate) fn fit(limits: &Limits) -> Result<Limits, String> {
     let fitting = shares(limits, current, in_use)?;
     if fitting != *limits {
         let (connections, handshakes) = (fitting.connections, fitting.handshakes);
-        tracing::warn!(open_files = current, needed = wanted, connections, handshakes, "the limit of open files allows fewer connections than [limits] does");
+        tracing::warn!(
+            open_files = current,
+            needed = wanted,
+            connections,
+            handshakes,
+            "the limit of open files allows fewer connections than [limits] does"
+        );
     }
     Ok(fitting)
 }
@@ -40,7 +48,9 @@ fn shares(limits: &Limits, allowed: u64, in_use: u64) -> Result<Limits, String> 
     }
     if available < FEWEST {
         let needed = in_use + limits.descriptors_reserve + FEWEST;
-        return Err(format!("{allowed} files may be open, and at least {needed} are needed: raise the limit (`ulimit -n`, systemd: LimitNOFILE)"));
+        return Err(format!(
+            "{allowed} files may be open, and at least {needed} are needed: raise the limit (`ulimit -n`, systemd: LimitNOFILE)"
+        ));
     }
     let handshakes = limits.handshakes.min(available / 4);
     let connections = limits.connections.min(available - handshakes);
@@ -70,7 +80,10 @@ mod tests {
         assert_eq!(shares(&limits, 1 << 20, 50).unwrap(), limits);
         let few = shares(&limits, 1_024, 50).unwrap();
         assert_eq!(few.handshakes + few.connections + 50 + limits.descriptors_reserve, 1_024);
-        assert!(few.connections_per_principal * 8 <= few.connections && few.connections_per_address * 2 <= few.connections, "{few:?}");
+        assert!(
+            few.connections_per_principal * 8 <= few.connections && few.connections_per_address * 2 <= few.connections,
+            "{few:?}"
+        );
         assert!(few.handshakes_per_address * 4 <= few.handshakes, "{few:?}");
         let least = shares(&limits, 50 + limits.descriptors_reserve + FEWEST, 50).unwrap();
         assert!(least.handshakes >= 4 && least.connections_per_principal >= 1, "{least:?}");

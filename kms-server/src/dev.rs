@@ -1,7 +1,10 @@
-//! `kms-server dev`: a whole development island on one machine, with no other step, and the main job once through its own public interface.
+//! `kms-server dev`: a whole development island on one machine, with no other step, and the main
+//! job once through its own public interface.
 //!
-//! The ceremony, the import and the session below are the same code and the same RPCs that production uses. Only the people are played by this
-//! program: it keeps the identities of officers, head-end and vendor in one folder, which is why such an island is marked and refused elsewhere.
+//! The ceremony, the import and the session below are the same code and the same RPCs that
+//! production uses. Only the people are played by this program: it keeps the identities of
+//! officers, head-end and vendor in one folder, which is why such an island is marked and refused
+//! elsewhere.
 
 mod show;
 
@@ -22,8 +25,8 @@ use aws_lc_rs::{
 use kms_client::{
     Connection, KeyRequest, NewProfile, OpenOptions, Profile, StateDirectory, new_request_id,
     proto::{
-        AddPrincipalRequest, GetVendorTransportKeyRequest, ImportShipmentRequest, RegisterTransportKeyRequest, Shipment, UploadShipmentRequest,
-        UploadShipmentStart,
+        AddPrincipalRequest, GetVendorTransportKeyRequest, ImportShipmentRequest, RegisterTransportKeyRequest,
+        Shipment, UploadShipmentRequest, UploadShipmentStart,
     },
     sample::{SampleShipment, VendorKey, VendorTransportKey},
 };
@@ -52,7 +55,8 @@ pub struct DevSettings {
     pub state: PathBuf,
     /// Where it listens.
     pub listen: SocketAddr,
-    /// The database, as a `postgres://` address, where it is not SQLite in the folder. Only at the first start.
+    /// The database, as a `postgres://` address, where it is not SQLite in the folder. Only at the
+    /// first start.
     pub database: Option<String>,
     /// Meters of the sample shipment. Only at the first start.
     pub meters: u64,
@@ -60,7 +64,8 @@ pub struct DevSettings {
     pub module: Option<PathBuf>,
 }
 
-/// Makes the island if it is not there yet, serves it, does the main job once, and serves until `stop` ends.
+/// Makes the island if it is not there yet, serves it, does the main job once, and serves until
+/// `stop` ends.
 ///
 /// # Errors
 /// What is in the way, in words.
@@ -96,7 +101,9 @@ pub async fn run(settings: DevSettings, stop: impl Future<Output = ()> + Send + 
     if !matches!(tokio::time::timeout(OPEN_WITHIN, opened.wait_for(Option::is_some)).await, Ok(Ok(_))) {
         let _ = end.send(());
         serving.await??;
-        return Err(format!("the island did not open within {} s; the log above tells why", OPEN_WITHIN.as_secs()).into());
+        return Err(
+            format!("the island did not open within {} s; the log above tells why", OPEN_WITHIN.as_secs()).into()
+        );
     }
     done("server", &format!("serving on {address}, mTLS 1.3 only"), began);
 
@@ -126,7 +133,11 @@ impl State {
     fn open(settings: DevSettings) -> Result<Self, Failure> {
         use std::os::unix::fs::DirBuilderExt as _;
         let path = &settings.state;
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| format!("cannot make the folder `{}`: {error}", path.display()))?;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(path)
+            .map_err(|error| format!("cannot make the folder `{}`: {error}", path.display()))?;
         Ok(Self { root: path.canonicalize()?, settings })
     }
 
@@ -134,13 +145,15 @@ impl State {
         self.root.join("island/kms-server.toml")
     }
 
-    /// Starts this program anew with the module's directory in its environment, which is where the module looks.
+    /// Starts this program anew with the module's directory in its environment, which is where the
+    /// module looks.
     fn enter_token_directory(&self) -> Result<(), Failure> {
         let directory = self.root.join("token");
         if env::var_os(TOKEN_DIRECTORY).is_some_and(|set| Path::new(&set) == directory) {
             return Ok(());
         }
-        let error = Command::new(env::current_exe()?).args(env::args_os().skip(1)).env(TOKEN_DIRECTORY, &directory).exec();
+        let error =
+            Command::new(env::current_exe()?).args(env::args_os().skip(1)).env(TOKEN_DIRECTORY, &directory).exec();
         Err(format!("cannot start again with {TOKEN_DIRECTORY} set: {error}").into())
     }
 
@@ -198,7 +211,10 @@ impl State {
 
     fn storage(&self) -> Result<Storage, Failure> {
         let Some(address) = &self.settings.database else { return Ok(Storage::sqlite(self.root.join("island.db"))) };
-        Ok(Storage { store: StoreConfig::parse(address)?, section: format!("[storage.postgres]\nurl = {}\n", toml::Value::String(address.clone())) })
+        Ok(Storage {
+            store: StoreConfig::parse(address)?,
+            section: format!("[storage.postgres]\nurl = {}\n", toml::Value::String(address.clone())),
+        })
     }
 
     /// Three custodians, whose keys would be on three people's cards elsewhere.
@@ -210,9 +226,11 @@ impl State {
             let private = folder.join(format!("{name}.key"));
             let public = folder.join(format!("{name}.der"));
             if !public.exists() {
-                let key = PrivateDecryptingKey::generate(KeySize::Rsa3072).map_err(|_| "cannot make a custodian's key")?;
+                let key =
+                    PrivateDecryptingKey::generate(KeySize::Rsa3072).map_err(|_| "cannot make a custodian's key")?;
                 let pkcs8: Pkcs8V1Der<'_> = key.as_der().map_err(|_| "cannot encode a custodian's key")?;
-                let spki: PublicKeyX509Der<'_> = key.public_key().as_der().map_err(|_| "cannot encode a custodian's key")?;
+                let spki: PublicKeyX509Der<'_> =
+                    key.public_key().as_der().map_err(|_| "cannot encode a custodian's key")?;
                 write_private(&private, pem("PRIVATE KEY", pkcs8.as_ref()).as_bytes())?;
                 fs::write(&public, spki.as_ref())?;
             }
@@ -221,7 +239,8 @@ impl State {
         Ok(custodians)
     }
 
-    /// What people do after a ceremony, by RPC: register keys, import a shipment. Then the main job.
+    /// What people do after a ceremony, by RPC: register keys, import a shipment. Then the main
+    /// job.
     async fn populate_and_show(&self, address: SocketAddr, embedded: bool) -> Result<(), Failure> {
         let states = StateDirectory::new(&self.root);
         for name in states.profile_names() {
@@ -237,15 +256,18 @@ impl State {
         }
         let officer = Connection::connect(&states.profile(OFFICER)?).await?;
         self.import_sample(&officer).await?;
-        // A module without the X9.63 KDF takes the algorithm that is not for production; that is this user's wish here.
+        // A module without the X9.63 KDF takes the algorithm that is not for production; that is
+        // this user's wish here.
         let options = if embedded { OpenOptions::new() } else { OpenOptions::new().allow_cbc_expand() };
-        show::main_job(&head_end, &self.root.join("vendor/devices.jsonl"), SystemTitle::parse(CLIENT_TITLE)?, &options).await
+        show::main_job(&head_end, &self.root.join("vendor/devices.jsonl"), SystemTitle::parse(CLIENT_TITLE)?, &options)
+            .await
     }
 
     async fn import_sample(&self, officer: &Connection) -> Result<(), Failure> {
         let vendor = self.root.join("vendor");
         fs::create_dir_all(&vendor)?;
-        let (file, signature, devices) = (vendor.join("shipment.jsonl"), vendor.join("shipment.jsonl.sig"), vendor.join("devices.jsonl"));
+        let (file, signature, devices) =
+            (vendor.join("shipment.jsonl"), vendor.join("shipment.jsonl.sig"), vendor.join("devices.jsonl"));
         let manufacturer = PrincipalId::new(IslandName::parse(ISLAND)?, Role::Manufacturer, "kam")?;
         if !signature.exists() {
             let key = VendorKey::generate()?;
@@ -264,11 +286,20 @@ impl State {
                 .map_err(refused("fetching the vendor transport key"))?
                 .into_inner();
             let profiles = Profiles::load(None)?;
-            let profile = profiles.get(&kms_domain::DeviceProfileName::parse(PROFILE)?).ok_or("the device profile of the sample is missing")?.clone();
+            let profile = profiles
+                .get(&kms_domain::DeviceProfileName::parse(PROFILE)?)
+                .ok_or("the device profile of the sample is missing")?
+                .clone();
             let mut sample = SampleShipment::new("KAM-2026-0001", FlagId::parse("KAM")?, profile, self.settings.meters);
             sample.oaep_hash = OaepHash::parse(transport.oaep_hashes.first().ok_or("the HSM opens no batch keys")?)?;
             let mut plain = private_file(&devices)?;
-            let signed = sample.write(&VendorTransportKey::from_der(&transport.spki)?, &key, &mut fs::File::create(&file)?, Some(&mut plain), &mut |_| {})?;
+            let signed = sample.write(
+                &VendorTransportKey::from_der(&transport.spki)?,
+                &key,
+                &mut fs::File::create(&file)?,
+                Some(&mut plain),
+                &mut |_| {},
+            )?;
             // Last: its presence says that the vendor has done his part.
             fs::write(&signature, signed)?;
         }
@@ -283,16 +314,34 @@ impl State {
         };
         let mut messages = vec![UploadShipmentRequest { start: Some(start), ..UploadShipmentRequest::default() }];
         for (number, chunk) in octets.chunks(UPLOAD_CHUNK).enumerate() {
-            messages.push(UploadShipmentRequest { start: None, offset: u64::try_from(number * UPLOAD_CHUNK)?, octets: chunk.to_vec().into() });
+            messages.push(UploadShipmentRequest {
+                start: None,
+                offset: u64::try_from(number * UPLOAD_CHUNK)?,
+                octets: chunk.to_vec().into(),
+            });
         }
-        let known = officer.shipments().list_shipments(kms_client::proto::ListShipmentsRequest {}).await.map_err(refused("listing shipments"))?.into_inner();
-        if known.shipments.iter().any(|shipment| shipment.file_sha256 == digest.as_slice() && shipment.state == "imported") {
+        let known = officer
+            .shipments()
+            .list_shipments(kms_client::proto::ListShipmentsRequest {})
+            .await
+            .map_err(refused("listing shipments"))?
+            .into_inner();
+        if known
+            .shipments
+            .iter()
+            .any(|shipment| shipment.file_sha256 == digest.as_slice() && shipment.state == "imported")
+        {
             return Ok(());
         }
-        officer.shipments().upload_shipment(futures::stream::iter(messages)).await.map_err(refused("sending the shipment"))?;
+        officer
+            .shipments()
+            .upload_shipment(futures::stream::iter(messages))
+            .await
+            .map_err(refused("sending the shipment"))?;
         let head_end = PrincipalId::new(IslandName::parse(ISLAND)?, Role::HeadEnd, HEAD_END)?;
         let request = ImportShipmentRequest { file_sha256: digest.to_vec().into(), head_end: head_end.to_string() };
-        let mut answers = officer.shipments().import_shipment(request).await.map_err(refused("importing the shipment"))?.into_inner();
+        let mut answers =
+            officer.shipments().import_shipment(request).await.map_err(refused("importing the shipment"))?.into_inner();
         let mut last = Shipment::default();
         while let Some(answer) = answers.message().await.map_err(refused("importing the shipment"))? {
             last = answer.shipment.unwrap_or(last);
@@ -300,12 +349,17 @@ impl State {
         if last.state != "imported" {
             return Err(format!("the sample shipment was not imported: {}", last.refusal).into());
         }
-        done("shipment", &format!("{} meters of a vendor imported, {} lines refused", last.imported + last.unchanged, last.refused), began);
+        done(
+            "shipment",
+            &format!("{} meters of a vendor imported, {} lines refused", last.imported + last.unchanged, last.refused),
+            began,
+        );
         Ok(())
     }
 
     fn tell_what_next(&self, address: SocketAddr) {
-        let state = if self.root.ends_with(".kms") { String::new() } else { format!(" --state {}", self.root.display()) };
+        let state =
+            if self.root.ends_with(".kms") { String::new() } else { format!(" --state {}", self.root.display()) };
         println!(
             "
 Try next, in another terminal:
@@ -327,13 +381,24 @@ async fn register_transport_key(profile: &Profile) -> Result<(), Failure> {
         return Ok(());
     }
     let connection = Connection::connect(profile).await?;
-    let principal = connection.principals().who_am_i(kms_client::proto::WhoAmIRequest {}).await.map_err(refused("asking who it is"))?.into_inner().principal;
+    let principal = connection
+        .principals()
+        .who_am_i(kms_client::proto::WhoAmIRequest {})
+        .await
+        .map_err(refused("asking who it is"))?
+        .into_inner()
+        .principal;
     let request = KeyRequest::generate(&PrincipalId::parse(&principal)?)?;
     let message = RegisterTransportKeyRequest {
         request_id: new_request_id().octets().to_vec().into(),
         certificate_request: request.certificate_request().to_vec().into(),
     };
-    let issued = connection.principals().register_transport_key(message).await.map_err(refused("registering a transport key"))?.into_inner();
+    let issued = connection
+        .principals()
+        .register_transport_key(message)
+        .await
+        .map_err(refused("registering a transport key"))?
+        .into_inner();
     profile.set_transport_key(request.key_pem(), &KeyRequest::certificate_pem(&issued))?;
     Ok(())
 }
@@ -352,10 +417,17 @@ fn module() -> Result<PathBuf, Failure> {
     let program = env::current_exe()?;
     let folder = program.parent().ok_or("this program has no folder")?;
     let places = [folder.join(MODULE), folder.join("deps").join(MODULE), folder.join("..").join(MODULE)];
-    // The newest: `cargo test` builds the module below `deps` only, and leaves an older one beside the program.
+    // The newest: `cargo test` builds the module below `deps` only, and leaves an older one beside
+    // the program.
     let built = |place: &PathBuf| Some((place.metadata().ok()?.modified().ok()?, place.canonicalize().ok()?));
     let found = places.iter().filter_map(built).max_by_key(|(modified, _)| *modified).map(|(_, place)| place);
-    found.ok_or_else(|| format!("`{MODULE}` is not beside this program in `{}`; build it with `cargo build --release -p hsm-sim`", folder.display()).into())
+    found.ok_or_else(|| {
+        format!(
+            "`{MODULE}` is not beside this program in `{}`; build it with `cargo build --release -p hsm-sim`",
+            folder.display()
+        )
+        .into()
+    })
 }
 
 fn refused(doing: &'static str) -> impl FnOnce(tonic::Status) -> Failure {
@@ -370,7 +442,8 @@ fn done(what: &str, detail: &str, since: Instant) {
 fn pem(label: &str, der: &[u8]) -> String {
     use base64::Engine as _;
     let text = base64::engine::general_purpose::STANDARD.encode(der);
-    let lines: Vec<&str> = (0..text.len()).step_by(64).filter_map(|at| text.get(at..(at + 64).min(text.len()))).collect();
+    let lines: Vec<&str> =
+        (0..text.len()).step_by(64).filter_map(|at| text.get(at..(at + 64).min(text.len()))).collect();
     format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", lines.join("\n"))
 }
 

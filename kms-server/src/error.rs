@@ -9,7 +9,8 @@ use kms_store::StoreError;
 use crate::bounds::Bound;
 use crate::telemetry::metrics;
 
-/// Why a use case did not do what was asked. Messages are for people, lower case, and never carry a secret.
+/// Why a use case did not do what was asked. Messages are for people, lower case, and never carry a
+/// secret.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ServiceError {
     /// A field of the request is not what it should be.
@@ -28,7 +29,8 @@ pub enum ServiceError {
         /// Whether the audit log's writer has counted it already: see [`Self::recorded`].
         recorded: bool,
     },
-    /// No policy permits it (I8), or what it concerns is not the caller's. Names what was asked, never whether it exists.
+    /// No policy permits it (I8), or what it concerns is not the caller's. Names what was asked,
+    /// never whether it exists.
     #[error("`{asked}` is not permitted")]
     PermissionDenied {
         /// What was asked.
@@ -58,7 +60,8 @@ pub enum ServiceError {
         /// What the caller can do.
         next_step: String,
     },
-    /// The challenge of a meter could be a request: it is not answered, and another association brings another one.
+    /// The challenge of a meter could be a request: it is not answered, and another association
+    /// brings another one.
     #[error("{field}: it could be a request to a meter; begin the association again for another challenge")]
     AssociateAgain {
         /// The path of the field in the request.
@@ -107,8 +110,8 @@ impl ServiceError {
         Self::Unauthenticated { reason: reason.into(), recorded: false }
     }
 
-    /// The same, where it is a refusal of policy or of a certificate that the audit log's writer has counted: it is not counted again when it leaves
-    /// the server.
+    /// The same, where it is a refusal of policy or of a certificate that the audit log's writer
+    /// has counted: it is not counted again when it leaves the server.
     #[must_use]
     pub fn recorded(self) -> Self {
         match self {
@@ -138,7 +141,8 @@ impl ServiceError {
         }
     }
 
-    /// The reason for programs: `ErrorInfo.reason` of a status, and `FrameRefusal.reason`. It stays as it is.
+    /// The reason for programs: `ErrorInfo.reason` of a status, and `FrameRefusal.reason`. It stays
+    /// as it is.
     pub const fn reason(&self) -> &'static str {
         match self {
             Self::InvalidArgument { .. } => "INVALID",
@@ -159,7 +163,9 @@ impl From<StoreError> for ServiceError {
     fn from(error: StoreError) -> Self {
         match error {
             StoreError::Unavailable { .. } | StoreError::Contention { .. } => Self::unavailable(error.to_string()),
-            StoreError::Conflict { .. } => Self::Aborted { reason: error.to_string(), next_step: "ask again".to_owned() },
+            StoreError::Conflict { .. } => {
+                Self::Aborted { reason: error.to_string(), next_step: "ask again".to_owned() }
+            }
             StoreError::Invalid { what, reason } => Self::invalid(what, reason),
             _ => {
                 tracing::error!(%error, "the database cannot be used");

@@ -5,8 +5,8 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
-/// Writes a file under another name, syncs it, and renames it over `path`: a reader sees the earlier or the new content, whenever
-/// the machine stops. `mode` is that of a new file.
+/// Writes a file under another name, syncs it, and renames it over `path`: a reader sees the
+/// earlier or the new content, whenever the machine stops. `mode` is that of a new file.
 ///
 /// # Errors
 /// The operating system's.

@@ -1,4 +1,5 @@
-//! What the use cases of one island share: its tokens, database, policies, profiles and writer (I7: one of these an island).
+//! What the use cases of one island share: its tokens, database, policies, profiles and writer (I7:
+//! one of these an island).
 
 use std::{collections::HashSet, path::PathBuf, sync::Arc};
 
@@ -34,13 +35,15 @@ pub struct Island {
     pub committer: Committer,
     /// The bounds of this server.
     pub limits: Arc<Limits>,
-    /// Where the embedded database keeps its file, beside the log; none where the database is elsewhere.
+    /// Where the embedded database keeps its file, beside the log; none where the database is
+    /// elsewhere.
     pub disk: Option<PathBuf>,
     /// The key of key fingerprints.
     pub fingerprint_key: FingerprintKey,
     /// The scrub that runs: one at a time.
     pub scrubs: Flight,
-    /// Held while the row is read anew and its roots are put to use; knows what of them was complained about last.
+    /// Held while the row is read anew and its roots are put to use; knows what of them was
+    /// complained about last.
     pub refreshing: tokio::sync::Mutex<Repetition>,
 }
 
@@ -60,7 +63,8 @@ impl Island {
         self.row.load_full()
     }
 
-    /// The name of its row in the store. Acts that store keys read it (I3), and are faster when they name it beforehand.
+    /// The name of its row in the store. Acts that store keys read it (I3), and are faster when
+    /// they name it beforehand.
     pub fn row_name(&self) -> (RowKind, Vec<u8>) {
         (RowKind::Island, self.name().as_str().as_bytes().to_vec())
     }
@@ -73,14 +77,20 @@ impl Island {
     /// The caller's principal as it stands in the database now, for calls that only read (I5, I8).
     ///
     /// # Errors
-    /// It is disabled, unknown, or the certificate is not one of its own; the row was tampered with; the database is away.
+    /// It is disabled, unknown, or the certificate is not one of its own; the row was tampered
+    /// with; the database is away.
     pub async fn principal(&self, caller: &Caller) -> Result<Arc<kms_domain::Principal>, ServiceError> {
-        let refuse = || ServiceError::unauthenticated("the certificate is not one of an enabled principal of this island; ask a security officer");
+        let refuse = || {
+            ServiceError::unauthenticated(
+                "the certificate is not one of an enabled principal of this island; ask a security officer",
+            )
+        };
         let name = caller.principal.to_string();
         let row = self.store.sealed(RowKind::Principal, name.as_bytes()).await?.ok_or_else(refuse)?;
         let principal = match self.committer.open_principal(&caller.principal, &row) {
             Ok(principal) => principal,
-            // It may have been written between being read and being opened: only what does not verify again was tampered with.
+            // It may have been written between being read and being opened: only what does not
+            // verify again was tampered with.
             Err(_) => {
                 let row = self.store.sealed(RowKind::Principal, name.as_bytes()).await?.ok_or_else(refuse)?;
                 self.committer.open_principal(&caller.principal, &row)?
@@ -120,18 +130,24 @@ impl Island {
         if let Ok(group) = self.committer.open_group(id, &row) {
             return Ok(Some((group, row.generation)));
         }
-        // It may have been written between being read and being opened: only what does not verify again was tampered with.
+        // It may have been written between being read and being opened: only what does not verify
+        // again was tampered with.
         let Some(row) = self.store.sealed(RowKind::Group, &name).await? else { return Ok(None) };
         Ok(Some((self.committer.open_group(id, &row)?, row.generation)))
     }
 
-    /// Every client system title that is known: those of principals, enabled or not, and those that device profiles name. No meter may have one
-    /// of them (I4). It is read beside the writer, so what is used later is checked again in the transaction that uses it.
+    /// Every client system title that is known: those of principals, enabled or not, and those that
+    /// device profiles name. No meter may have one of them (I4). It is read beside the writer, so
+    /// what is used later is checked again in the transaction that uses it.
     ///
     /// # Errors
     /// A principal's row was tampered with, or the database is away.
     pub async fn client_titles(&self) -> Result<HashSet<SystemTitle>, ServiceError> {
-        let of_profiles = self.profiles.all().into_iter().flat_map(|profile| profile.clients.iter().filter_map(|client| client.system_title));
+        let of_profiles = self
+            .profiles
+            .all()
+            .into_iter()
+            .flat_map(|profile| profile.clients.iter().filter_map(|client| client.system_title));
         let mut titles: HashSet<SystemTitle> = of_profiles.collect();
         let mut after: Option<Vec<u8>> = None;
         loop {
@@ -140,7 +156,8 @@ impl Island {
             after = Some(last.clone());
             for (name, row) in page {
                 let id = std::str::from_utf8(&name).ok().and_then(|uri| PrincipalId::parse(uri).ok());
-                let id = id.ok_or_else(|| ServiceError::Internal("a principal's row has no principal's name".to_owned()))?;
+                let id =
+                    id.ok_or_else(|| ServiceError::Internal("a principal's row has no principal's name".to_owned()))?;
                 titles.extend(&self.committer.open_principal(&id, &row)?.client_titles);
             }
         }

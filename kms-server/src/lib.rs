@@ -1,7 +1,8 @@
 //! The key management server: gRPC, policy, audit and use cases over HSMs and a database.
 //!
-//! From the outside in; a room may use those below it, never those above: [`api`], [`service`], [`authz`], [`audit`]. Below them, as crates of
-//! their own: `kms-dlms`, `kms-hsm`, `kms-store`, `kms-domain`.
+//! From the outside in; a room may use those below it, never those above: [`api`], [`service`],
+//! [`authz`], [`audit`]. Below them, as crates of their own: `kms-dlms`, `kms-hsm`, `kms-store`,
+//! `kms-domain`.
 
 pub mod api;
 pub mod audit;

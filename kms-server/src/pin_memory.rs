@@ -1,5 +1,6 @@
-//! The memory of refused PINs, in the database: a PIN that a token refused is not tried again by the same server, after no restart, until it is changed.
-//! Otherwise a server that restarts in a loop would lock its token.
+//! The memory of refused PINs, in the database: a PIN that a token refused is not tried again by
+//! the same server, after no restart, until it is changed. Otherwise a server that restarts in a
+//! loop would lock its token.
 
 use std::{path::Path, sync::Arc};
 
@@ -13,10 +14,12 @@ use zeroize::Zeroizing;
 
 use crate::island::Island;
 
-/// Remembers refused PINs as Argon2id (RFC 9106) with a random salt, of HMAC-SHA-256 of the PIN under a key that is not in the database.
+/// Remembers refused PINs as Argon2id (RFC 9106) with a random salt, of HMAC-SHA-256 of the PIN
+/// under a key that is not in the database.
 ///
-/// A PIN has few digits, and a refused one is often nearly the right one: who reads the database would find it by trying all. The key comes from the server's
-/// TLS private key, so each server has a memory of its own: one that several servers are given wrongly is tried once by each.
+/// A PIN has few digits, and a refused one is often nearly the right one: who reads the database
+/// would find it by trying all. The key comes from the server's TLS private key, so each server has
+/// a memory of its own: one that several servers are given wrongly is tried once by each.
 pub struct StoredPinMemory {
     store: Arc<dyn Store>,
     runtime: Handle,
@@ -26,8 +29,8 @@ pub struct StoredPinMemory {
 }
 
 impl StoredPinMemory {
-    /// A memory in this database, of the server with this TLS private key (PEM file). Called inside the tokio runtime; its methods are called by the threads
-    /// of tokens.
+    /// A memory in this database, of the server with this TLS private key (PEM file). Called inside
+    /// the tokio runtime; its methods are called by the threads of tokens.
     ///
     /// # Errors
     /// The file cannot be read.
@@ -53,9 +56,12 @@ impl StoredPinMemory {
         hmac::sign(&self.key, pin.octets())
     }
 
-    /// Takes over what a version remembered that had no key, and removes it. Whether this PIN was refused then.
+    /// Takes over what a version remembered that had no key, and removes it. Whether this PIN was
+    /// refused then.
     fn take_over(&self, token_serial: &str, pin: &Pin) -> Result<bool, StoreError> {
-        let Some(failure) = self.runtime.block_on(self.store.pin_failure(token_serial, CKU_USER))? else { return Ok(false) };
+        let Some(failure) = self.runtime.block_on(self.store.pin_failure(token_serial, CKU_USER))? else {
+            return Ok(false);
+        };
         let refused = is_hash_of(&failure.phc, pin.octets());
         if refused {
             self.remember_refused(token_serial, pin);
@@ -65,7 +71,8 @@ impl StoredPinMemory {
     }
 }
 
-/// What cannot be read is taken for the same PIN: a try too few is mended by an operator, one too many locks a token.
+/// What cannot be read is taken for the same PIN: a try too few is mended by an operator, one too
+/// many locks a token.
 fn is_hash_of(phc: &str, octets: &[u8]) -> bool {
     PasswordHash::new(phc).map_or(true, |hash| Argon2::default().verify_password(octets, &hash).is_ok())
 }
@@ -85,14 +92,21 @@ impl PinMemory for StoredPinMemory {
     fn remember_refused(&self, token_serial: &str, pin: &Pin) {
         let mut salt = [0; 16];
         let phc = aws_lc_rs::rand::fill(&mut salt).map_err(|_| "no random octets".to_owned()).and_then(|()| {
-            Argon2::default().hash_password_with_salt(self.keyed(pin).as_ref(), &salt).map(|hash| hash.to_string()).map_err(|error| error.to_string())
+            Argon2::default()
+                .hash_password_with_salt(self.keyed(pin).as_ref(), &salt)
+                .map(|hash| hash.to_string())
+                .map_err(|error| error.to_string())
         });
         let outcome = phc.and_then(|phc| {
             let failure = PinFailure { token: self.row(token_serial), user_type: CKU_USER, phc, time: Island::now() };
             self.runtime.block_on(self.store.put_pin_failure(&failure)).map_err(|error| error.to_string())
         });
         if let Err(error) = outcome {
-            tracing::error!(error, token = token_serial, "a refused PIN could not be remembered; do not restart this server before the PIN is right");
+            tracing::error!(
+                error,
+                token = token_serial,
+                "a refused PIN could not be remembered; do not restart this server before the PIN is right"
+            );
         }
     }
 }
@@ -110,7 +124,11 @@ mod tests {
     fn what_the_database_holds_of_a_refused_pin_does_not_tell_the_pin() {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let folder = tempfile::tempdir().unwrap();
-        let store = runtime.block_on(kms_store::open(&StoreConfig::new(kms_store::DatabaseLocation::Sqlite(folder.path().join("island.db"))))).unwrap();
+        let store = runtime
+            .block_on(kms_store::open(&StoreConfig::new(kms_store::DatabaseLocation::Sqlite(
+                folder.path().join("island.db"),
+            ))))
+            .unwrap();
         let memory = |secret: &[u8]| {
             let _entered = runtime.enter();
             StoredPinMemory::with_secret(Arc::clone(&store), secret)
@@ -118,7 +136,9 @@ mod tests {
         let pin = |text: &str| Pin::new(text.to_owned());
         let (one, two) = (memory(b"the key of one"), memory(b"the key of two"));
         one.remember_refused("TOKEN", &pin("123456"));
-        assert!(one.was_refused("TOKEN", &pin("123456")) && memory(b"the key of one").was_refused("TOKEN", &pin("123456")));
+        assert!(
+            one.was_refused("TOKEN", &pin("123456")) && memory(b"the key of one").was_refused("TOKEN", &pin("123456"))
+        );
         assert!(!one.was_refused("TOKEN", &pin("123457")) && !one.was_refused("OTHER", &pin("123456")));
         // Without the key the row does not say whether a PIN is the one.
         let row = runtime.block_on(store.pin_failure(&one.row("TOKEN"), CKU_USER)).unwrap().unwrap();
@@ -133,7 +153,11 @@ mod tests {
     fn what_was_remembered_without_a_key_is_taken_over_and_removed() {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let folder = tempfile::tempdir().unwrap();
-        let store = runtime.block_on(kms_store::open(&StoreConfig::new(kms_store::DatabaseLocation::Sqlite(folder.path().join("island.db"))))).unwrap();
+        let store = runtime
+            .block_on(kms_store::open(&StoreConfig::new(kms_store::DatabaseLocation::Sqlite(
+                folder.path().join("island.db"),
+            ))))
+            .unwrap();
         let memory = {
             let _entered = runtime.enter();
             StoredPinMemory::with_secret(Arc::clone(&store), b"a key")

@@ -9,7 +9,8 @@ use kms_domain::{DeviceProfile, DeviceProfileName};
 pub struct Profiles(HashMap<DeviceProfileName, DeviceProfile>);
 
 impl Profiles {
-    /// The shipped profiles, and all `*.toml` files of `folder`; one there replaces a shipped one of the same name.
+    /// The shipped profiles, and all `*.toml` files of `folder`; one there replaces a shipped one
+    /// of the same name.
     ///
     /// # Errors
     /// The folder or a file cannot be read, or a file is no profile: the text names file and line.
@@ -20,12 +21,17 @@ impl Profiles {
             profiles.insert(profile.name.clone(), profile);
         }
         if let Some(folder) = folder {
-            let entries = std::fs::read_dir(folder).map_err(|error| format!("cannot read the folder of device profiles `{}`: {error}", folder.display()))?;
-            let mut paths: Vec<_> =
-                entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.extension().is_some_and(|extension| extension == "toml")).collect();
+            let entries = std::fs::read_dir(folder).map_err(|error| {
+                format!("cannot read the folder of device profiles `{}`: {error}", folder.display())
+            })?;
+            let mut paths: Vec<_> = entries
+                .filter_map(|entry| Some(entry.ok()?.path()))
+                .filter(|path| path.extension().is_some_and(|extension| extension == "toml"))
+                .collect();
             paths.sort();
             for path in paths {
-                let text = std::fs::read_to_string(&path).map_err(|error| format!("cannot read `{}`: {error}", path.display()))?;
+                let text = std::fs::read_to_string(&path)
+                    .map_err(|error| format!("cannot read `{}`: {error}", path.display()))?;
                 let profile = DeviceProfile::parse(&text).map_err(|error| format!("{}: {error}", path.display()))?;
                 profiles.insert(profile.name.clone(), profile);
             }
@@ -58,13 +64,25 @@ mod tests {
         ("other_flag_ids", include_str!("../domain/src/shipment.rs"), "profile.other_flag_ids"),
         ("key_types.number", include_str!("../domain/src/key_type.rs"), "FIRST_OF_PROFILES"),
         ("key_types.name", include_str!("service/shipment/record.rs"), "profile.key_type_name"),
-        ("key_types.class", include_str!("../domain/src/profile.rs"), "*table.class.get_ref() != key_type.class().name()"),
+        (
+            "key_types.class",
+            include_str!("../domain/src/profile.rs"),
+            "*table.class.get_ref() != key_type.class().name()",
+        ),
         ("security_setups.obis", include_str!("service/meter/counter.rs"), "profile.setup(floor.setup)"),
-        ("security_setups.class_version", include_str!("../domain/src/profile.rs"), "*self.class_version.get_ref() == 0 && suite"),
+        (
+            "security_setups.class_version",
+            include_str!("../domain/src/profile.rs"),
+            "*self.class_version.get_ref() == 0 && suite",
+        ),
         ("security_setups.keys.type", include_str!("service/transfer.rs"), "profile.key(setup, key_type)"),
         ("security_setups.keys.origin", include_str!("service/transfer.rs"), "profile.map(|key| key.origin)"),
         ("security_setups.keys.shipped", include_str!("../domain/src/shipment.rs"), "key.shipped == Shipped::Required"),
-        ("security_setups.keys.owner", include_str!("service/transfer.rs"), "key.owner == kms_domain::OwnerKind::Group"),
+        (
+            "security_setups.keys.owner",
+            include_str!("service/transfer.rs"),
+            "key.owner == kms_domain::OwnerKind::Group",
+        ),
         ("security_setups.keys.octets", include_str!("service/recipe.rs"), "key.shape"),
         ("security_setups.keys.key_id", include_str!("service/campaign/plan.rs"), ".key(setup, key_type)?.key_id"),
         ("security_setups.counter.scope", include_str!("service/meter/counter.rs"), "counter.scope.key("),
@@ -97,7 +115,10 @@ mod tests {
             ("clients.", text.replacen("sap = 1", "unknown = 1\nsap = 1", 1)),
         ];
         let nested = ["key_types", "security_setups", "security_setups.keys", "security_setups.counter", "clients"];
-        let mut taken: Vec<String> = tables.iter().flat_map(|(table, text)| accepted(text).into_iter().map(move |field| format!("{table}{field}"))).collect();
+        let mut taken: Vec<String> = tables
+            .iter()
+            .flat_map(|(table, text)| accepted(text).into_iter().map(move |field| format!("{table}{field}")))
+            .collect();
         taken.retain(|field| !nested.contains(&field.as_str()));
         taken.sort();
         let mut known: Vec<String> = FIELDS.iter().map(|(field, ..)| (*field).to_owned()).collect();

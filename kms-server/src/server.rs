@@ -1,7 +1,8 @@
 //! A server of one island (I7: a process each): opens database, tokens and island, and serves them.
 //!
-//! Start-up does not wait for a dead HSM or database: the port is open, health says NOT_SERVING, and calls answer UNAVAILABLE until the island is open.
-//! What only an operator can mend, such as a wrong island or a forged row, ends the server.
+//! Start-up does not wait for a dead HSM or database: the port is open, health says NOT_SERVING,
+//! and calls answer UNAVAILABLE until the island is open. What only an operator can mend, such as a
+//! wrong island or a forged row, ends the server.
 
 use std::convert::Infallible;
 use std::fs;
@@ -15,7 +16,10 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use kms_domain::{ChunkSize, DatabaseHistory, FingerprintKey, Generation, IslandKind, IslandName, KeyClass, RowId, RowSeal, SealError, SealKeys, SealRootKey};
+use kms_domain::{
+    ChunkSize, DatabaseHistory, FingerprintKey, Generation, IslandKind, IslandName, KeyClass, RowId, RowSeal,
+    SealError, SealKeys, SealRootKey,
+};
 use kms_hsm::{ErrorKind, Hsm, HsmError, KeyFingerprint, RootVersion};
 use kms_store::{RowKind, Store, StoreError};
 use rustls_pki_types::CertificateDer;
@@ -48,7 +52,9 @@ use crate::service::officers::Recertification;
 use crate::service::owner::OwnerService;
 use crate::service::retention::Housekeeper;
 use crate::service::root::make::{self, MadeRoot, MakeRootError, NewRootSettings};
-use crate::service::root::{FINGERPRINT_KEY_VERSION, RootService, all_seal_keys, audit_keys, learn_seal_keys, seal_key, seal_keys};
+use crate::service::root::{
+    FINGERPRINT_KEY_VERSION, RootService, all_seal_keys, audit_keys, learn_seal_keys, seal_key, seal_keys,
+};
 use crate::service::scrub::{Flight, Scrubber};
 use crate::service::shipment::ShipmentService;
 use crate::telemetry::{Call, Repetition, metrics};
@@ -65,8 +71,8 @@ pub struct Server {
 }
 
 impl Server {
-    /// Reads everything that the configuration names and binds the port. Policies and certificates are refused here, before anything
-    /// is served.
+    /// Reads everything that the configuration names and binds the port. Policies and certificates
+    /// are refused here, before anything is served.
     ///
     /// # Errors
     /// What cannot be read or used, with its place.
@@ -108,15 +114,22 @@ impl Server {
             .build_v1()
             .map_err(|error| ServerError::Transport(error.to_string()))?;
         let intake = Intake::new(Arc::new(self.config.limits.clone()));
-        let gate = Gate { always: Routes::new(health_service).add_service(reflection).prepare(), island: Arc::new(OnceLock::new()), intake };
+        let gate = Gate {
+            always: Routes::new(health_service).add_service(reflection).prepare(),
+            island: Arc::new(OnceLock::new()),
+            intake,
+        };
         health.set_service_status("", ServingStatus::NotServing).await;
 
         let limits = TransportLimits::of(&self.config.limits);
         let Self { config, listener, tls, authority, policy, profiles, opened } = self;
         let scrub_period = config.scrub_hours.period();
         let retention = config.retention.days;
-        let own =
-            ServerCertificate { certificate: config.tls.certificate.clone(), private_key: config.tls.private_key.clone(), days: config.limits.server_days() };
+        let own = ServerCertificate {
+            certificate: config.tls.certificate.clone(),
+            private_key: config.tls.private_key.clone(),
+            days: config.limits.server_days(),
+        };
         let watched = authority.clone();
         let (stop, stopping) = watch::channel(false);
         let stopped = async move |mut stopping: watch::Receiver<bool>| drop(stopping.wait_for(|stop| *stop).await);
@@ -222,8 +235,10 @@ impl Opening {
                 "no `watermark` is configured: a database that is put back without a new timeline is not noticed (I4), nor a row of the island under a retired seal key (I5)"
             );
         }
-        let committer = Committer::start(Arc::clone(&store), keys.seal, keys.audit, committer_settings(&self.config, restore));
-        // I4: not before the counters of a restored database are raised. Other servers may rotate the seal root meanwhile.
+        let committer =
+            Committer::start(Arc::clone(&store), keys.seal, keys.audit, committer_settings(&self.config, restore));
+        // I4: not before the counters of a restored database are raised. Other servers may rotate
+        // the seal root meanwhile.
         tokio::select! {
             _ = committer.settled() => {}
             never = keep_learning(&store, &hsm, &committer) => match never {},
@@ -241,7 +256,8 @@ impl Opening {
             scrubs: Flight::default(),
             refreshing: tokio::sync::Mutex::default(),
         });
-        // New keys are stored under the storage KEKs that the row names. What this server's tokens lack keeps it from nothing else.
+        // New keys are stored under the storage KEKs that the row names. What this server's tokens
+        // lack keeps it from nothing else.
         if let Err(error) = RootService::new(Arc::clone(&island)).refresh().await {
             tracing::error!(%error, "the island's roots could not be looked after; it is tried again");
         }
@@ -261,13 +277,18 @@ pub async fn declare_restored(config: &Config) -> Result<DatabaseHistory, Server
     without_serving(config, restore, async |_, committer, _| Ok(committer.settled().await)).await
 }
 
-/// Renews the TLS certificate of the configuration's server, or that in these two files: certificate and private key.
+/// Renews the TLS certificate of the configuration's server, or that in these two files:
+/// certificate and private key.
 ///
 /// # Errors
 /// As [`declare_restored`], and as [`ServerCertificate::renew`].
-pub async fn renew_certificate(config: &Config, files: Option<(PathBuf, PathBuf)>) -> Result<IssuedCertificate, ServerError> {
+pub async fn renew_certificate(
+    config: &Config,
+    files: Option<(PathBuf, PathBuf)>,
+) -> Result<IssuedCertificate, ServerError> {
     let authority = read_authority(config)?;
-    let (certificate, private_key) = files.unwrap_or_else(|| (config.tls.certificate.clone(), config.tls.private_key.clone()));
+    let (certificate, private_key) =
+        files.unwrap_or_else(|| (config.tls.certificate.clone(), config.tls.private_key.clone()));
     let own = ServerCertificate { certificate, private_key, days: config.limits.server_days() };
     without_serving(config, config.restore(), async move |hsm, committer, _| {
         authority.check_key(hsm).await?;
@@ -276,11 +297,15 @@ pub async fn renew_certificate(config: &Config, files: Option<(PathBuf, PathBuf)
     .await
 }
 
-/// Certifies an officer's new key with a quorum of the escrow's custodians. Servers in other processes may run, except with SQLite.
+/// Certifies an officer's new key with a quorum of the escrow's custodians. Servers in other
+/// processes may run, except with SQLite.
 ///
 /// # Errors
 /// As [`declare_restored`], and as [`Recertification::run`].
-pub async fn recertify_officer(config: &Config, recertification: Recertification) -> Result<IssuedCertificate, ServerError> {
+pub async fn recertify_officer(
+    config: &Config,
+    recertification: Recertification,
+) -> Result<IssuedCertificate, ServerError> {
     let authority = read_authority(config)?;
     without_serving(config, config.restore(), async move |hsm, committer, store| {
         authority.check_key(hsm).await?;
@@ -289,7 +314,8 @@ pub async fn recertify_officer(config: &Config, recertification: Recertification
     .await
 }
 
-/// Makes another version of a root, and notes it in the island's row. Servers in other processes may run, and learn of it by themselves.
+/// Makes another version of a root, and notes it in the island's row. Servers in other processes
+/// may run, and learn of it by themselves.
 ///
 /// # Errors
 /// As [`declare_restored`], and as [`NewRootSettings::make`].
@@ -302,7 +328,8 @@ pub async fn make_root(config: &Config, settings: NewRootSettings) -> Result<Mad
         // The token is used by what follows alone: it logs in anew.
         drop(tokio::task::spawn_blocking(move || hsm.close()).await);
         let keys = keys?;
-        let committer = Committer::start(Arc::clone(&store), keys.seal, keys.audit, committer_settings(config, restore));
+        let committer =
+            Committer::start(Arc::clone(&store), keys.seal, keys.audit, committer_settings(config, restore));
         tokio::time::timeout(USABLE_WITHIN, committer.settled()).await.map_err(|_| ServerError::NotSettled)?;
         let made = settings.make(config, &committer).await;
         committer.stop().await;
@@ -331,7 +358,8 @@ async fn without_serving<T>(
     let hsm = config.hsm.start(&config.island, &config.limits, pin_memory(config, &store)?)?;
     let worked = async {
         let keys = IslandKeys::open(&store, &hsm, &config.island, &restore).await?;
-        let committer = Committer::start(Arc::clone(&store), keys.seal, keys.audit, committer_settings(config, restore));
+        let committer =
+            Committer::start(Arc::clone(&store), keys.seal, keys.audit, committer_settings(config, restore));
         tokio::time::timeout(USABLE_WITHIN, committer.settled()).await.map_err(|_| ServerError::NotSettled)?;
         let outcome = work(&hsm, &committer, &store).await;
         committer.stop().await;
@@ -354,7 +382,8 @@ fn pin_memory(config: &Config, store: &Arc<dyn Store>) -> Result<Arc<StoredPinMe
 }
 
 fn read_authority(config: &Config) -> Result<CertificateAuthority, ServerError> {
-    let root = CertificateDer::from_pem_file(&config.tls.client_ca).map_err(|error| ServerError::Root(error.to_string()))?;
+    let root =
+        CertificateDer::from_pem_file(&config.tls.client_ca).map_err(|error| ServerError::Root(error.to_string()))?;
     CertificateAuthority::from_der(&root).map_err(|error| ServerError::Root(error.to_string()))
 }
 
@@ -370,7 +399,8 @@ fn committer_settings(config: &Config, restore: RestoreSettings) -> CommitterSet
     }
 }
 
-/// Looks every 2 s which seal keys the island's row names, while the database's history is compared.
+/// Looks every 2 s which seal keys the island's row names, while the database's history is
+/// compared.
 async fn keep_learning(store: &Arc<dyn Store>, hsm: &Hsm, committer: &Committer) -> Infallible {
     let mut failures = Repetition::default();
     loop {
@@ -392,26 +422,42 @@ pub(crate) struct IslandKeys {
 }
 
 impl IslandKeys {
-    pub(crate) async fn open(store: &Arc<dyn Store>, hsm: &Hsm, island: &IslandName, restore: &RestoreSettings) -> Result<Self, ServerError> {
-        let stored = store.sealed(RowKind::Island, island.as_str().as_bytes()).await?.ok_or_else(|| ServerError::NoIsland { island: island.clone() })?;
+    pub(crate) async fn open(
+        store: &Arc<dyn Store>,
+        hsm: &Hsm,
+        island: &IslandName,
+        restore: &RestoreSettings,
+    ) -> Result<Self, ServerError> {
+        let stored = store
+            .sealed(RowKind::Island, island.as_str().as_bytes())
+            .await?
+            .ok_or_else(|| ServerError::NoIsland { island: island.clone() })?;
         hsm.usable(USABLE_WITHIN).await?;
         let damaged = |reason: String| ServerError::Row { island: island.clone(), reason };
         let mark = RowSeal::from_octets(&stored.seal).map_err(|error| damaged(error.to_string()))?;
         let seal = seal_key(hsm, mark.key_version()).await?;
         // I5: the island's own row too.
-        let generation =
-            i64::try_from(stored.generation).ok().and_then(|number| Generation::from_i64(number).ok()).ok_or_else(|| damaged("generation".to_owned()))?;
-        seal.verify(&RowId::Island(island.clone()), generation, &stored.body, &mark).map_err(|error: SealError| damaged(error.to_string()))?;
-        let row = kms_domain::Island::from_row(island.clone(), stored.body.into()).map_err(|error| damaged(error.to_string()))?;
+        let generation = i64::try_from(stored.generation)
+            .ok()
+            .and_then(|number| Generation::from_i64(number).ok())
+            .ok_or_else(|| damaged("generation".to_owned()))?;
+        seal.verify(&RowId::Island(island.clone()), generation, &stored.body, &mark)
+            .map_err(|error: SealError| damaged(error.to_string()))?;
+        let row = kms_domain::Island::from_row(island.clone(), stored.body.into())
+            .map_err(|error| damaged(error.to_string()))?;
         if mark.key_version() < row.ledger.oldest_seal_key_version {
             return Err(damaged(format!("its seal is of version {}, which was retired", mark.key_version())));
         }
         let (seal, missing) = seal_keys(hsm, &row, seal.into()).await;
         if let Some(missing) = missing {
-            tracing::warn!(roots = missing, "the token lacks roots that rows may be sealed under; such rows are refused");
+            tracing::warn!(
+                roots = missing,
+                "the token lacks roots that rows may be sealed under; such rows are refused"
+            );
         }
         let seal = all_seal_keys(hsm, seal?).await?;
-        // I5: a seal key that was retired stays so, although the row alone would say otherwise: who learned it could have written the row.
+        // I5: a seal key that was retired stays so, although the row alone would say otherwise: who
+        // learned it could have written the row.
         let oldest = restore.oldest_seal_key(island, &seal);
         if mark.key_version() < oldest {
             return Err(damaged(format!(
@@ -421,12 +467,14 @@ impl IslandKeys {
         }
         let seal = seal.not_below(oldest);
         let audit = audit_keys(hsm, seal.current().version(), seal.oldest()).await?;
-        let fingerprint = hsm.mac(RootVersion::FIRST, SealRootKey::Fingerprint.message(FINGERPRINT_KEY_VERSION, island)).await?;
+        let fingerprint =
+            hsm.mac(RootVersion::FIRST, SealRootKey::Fingerprint.message(FINGERPRINT_KEY_VERSION, island)).await?;
         Ok(Self { row, seal, audit, fingerprint: FingerprintKey::new(&fingerprint) })
     }
 }
 
-/// Tells load balancers whether the island can work: its tokens are usable and its last transaction went through.
+/// Tells load balancers whether the island can work: its tokens are usable and its last transaction
+/// went through.
 async fn report_health(health: &HealthReporter, island: &Island) -> Result<Infallible, ServerError> {
     let mut known = None;
     loop {
@@ -469,12 +517,17 @@ impl Service<http::Request<Body>> for Gate {
         match self.island.get() {
             Some((routes, island)) => {
                 let call = Call::begin(&request).watched(api::refusals::watch(&island.committer, &request));
-                let answer = self.intake.clone().serve(request, Some(Arc::clone(island)), routes.clone()).instrument(call.span());
+                let answer = self
+                    .intake
+                    .clone()
+                    .serve(request, Some(Arc::clone(island)), routes.clone())
+                    .instrument(call.span());
                 Box::pin(async move { Ok(call.answered(answer.await)) })
             }
             None => {
                 let call = Call::begin(&request);
-                let unavailable = Status::from(ServiceError::unavailable("the island is not open yet; the server's log tells why"));
+                let unavailable =
+                    Status::from(ServiceError::unavailable("the island is not open yet; the server's log tells why"));
                 Box::pin(std::future::ready(Ok(call.answered(unavailable.into_http()))))
             }
         }
@@ -520,13 +573,17 @@ pub enum ServerError {
     #[error(transparent)]
     Service(#[from] ServiceError),
     /// The database is not that of the island.
-    #[error("the database does not hold the island `{island}`; hold its ceremony with `kms-server init`, or correct `storage`")]
+    #[error(
+        "the database does not hold the island `{island}`; hold its ceremony with `kms-server init`, or correct `storage`"
+    )]
     NoIsland {
         /// The island.
         island: IslandName,
     },
     /// A development island under a production configuration.
-    #[error("the island `{island}` was made for development: its keys protect nothing; set `allow_development_island = true` for a trial, or hold a ceremony")]
+    #[error(
+        "the island `{island}` was made for development: its keys protect nothing; set `allow_development_island = true` for a trial, or hold a ceremony"
+    )]
     Development {
         /// The island.
         island: IslandName,
@@ -540,7 +597,9 @@ pub enum ServerError {
         island: IslandName,
     },
     /// The island's row does not verify.
-    #[error("the row of the island `{island}` is refused (I5): {reason}; the database and the token do not belong together, or the row was edited")]
+    #[error(
+        "the row of the island `{island}` is refused (I5): {reason}; the database and the token do not belong together, or the row was edited"
+    )]
     Row {
         /// The island.
         island: IslandName,

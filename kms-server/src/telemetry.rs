@@ -1,7 +1,9 @@
-//! Logs to stderr, and traces and metrics to an OTLP collector if one is configured. Log lines carry names of principals,
-//! actions and rows; never keys, PINs, wrapped keys or frames. Spans and metrics carry no names at all.
+//! Logs to stderr, and traces and metrics to an OTLP collector if one is configured. Log lines
+//! carry names of principals, actions and rows; never keys, PINs, wrapped keys or frames. Spans and
+//! metrics carry no names at all.
 //!
-//! Spans are of level `debug`: where no collector is configured, no one asks for them, and one costs a look at a number.
+//! Spans are of level `debug`: where no collector is configured, no one asks for them, and one
+//! costs a look at a number.
 
 mod metrics;
 mod rpc;
@@ -33,40 +35,59 @@ pub struct Telemetry {
 }
 
 impl Telemetry {
-    /// Starts to log, trace and count. `KMS_LOG` overrides the configured filter. Called once, inside the tokio runtime.
+    /// Starts to log, trace and count. `KMS_LOG` overrides the configured filter. Called once,
+    /// inside the tokio runtime.
     ///
     /// # Errors
     /// The filter or the endpoint is malformed, or telemetry was started already.
     pub fn start(section: &TelemetrySection, server_name: &str) -> Result<Self, TelemetryError> {
-        let directives = std::env::var("KMS_LOG").ok().or_else(|| section.log.clone()).unwrap_or_else(|| DEFAULT_FILTER.to_owned());
-        let filter = EnvFilter::try_new(&directives).map_err(|error| TelemetryError::Filter { directives, reason: error.to_string() })?;
-        let lines = fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal()).with_target(false);
+        let directives =
+            std::env::var("KMS_LOG").ok().or_else(|| section.log.clone()).unwrap_or_else(|| DEFAULT_FILTER.to_owned());
+        let filter = EnvFilter::try_new(&directives)
+            .map_err(|error| TelemetryError::Filter { directives, reason: error.to_string() })?;
+        let lines =
+            fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal()).with_target(false);
         let registry = tracing_subscriber::registry().with(lines.with_filter(filter));
         let Some(endpoint) = &section.otlp_endpoint else {
             registry.try_init().map_err(|error| TelemetryError::Start(error.to_string()))?;
             return Ok(Self { traces: None, metrics: None });
         };
-        let refuse = |error: opentelemetry_otlp::ExporterBuildError| TelemetryError::Endpoint { endpoint: endpoint.clone(), reason: error.to_string() };
+        let refuse = |error: opentelemetry_otlp::ExporterBuildError| TelemetryError::Endpoint {
+            endpoint: endpoint.clone(),
+            reason: error.to_string(),
+        };
         let resource = Resource::builder()
             .with_service_name("kms-server")
             .with_attribute(opentelemetry::KeyValue::new("service.instance.id", server_name.to_owned()))
             .build();
-        let spans = opentelemetry_otlp::SpanExporter::builder().with_tonic().with_endpoint(endpoint).build().map_err(refuse)?;
+        let spans =
+            opentelemetry_otlp::SpanExporter::builder().with_tonic().with_endpoint(endpoint).build().map_err(refuse)?;
         let traces = SdkTracerProvider::builder()
             .with_resource(resource.clone())
             .with_sampler(Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(section.trace_ratio.get()))))
             .with_batch_exporter(spans)
             .build();
-        let counts = opentelemetry_otlp::MetricExporter::builder().with_tonic().with_endpoint(endpoint).build().map_err(refuse)?;
+        let counts = opentelemetry_otlp::MetricExporter::builder()
+            .with_tonic()
+            .with_endpoint(endpoint)
+            .build()
+            .map_err(refuse)?;
         let metrics = SdkMeterProvider::builder()
             .with_resource(resource)
             .with_reader(PeriodicReader::builder(counts).with_interval(section.metrics_seconds.period()).build())
             .build();
         opentelemetry::global::set_meter_provider(metrics.clone());
         // Spans only: log lines name rows, and stay here.
-        let own_spans = filter_fn(|metadata| metadata.is_span() && metadata.target().starts_with("kms_server")).with_max_level_hint(LevelFilter::DEBUG);
-        let layer = tracing_opentelemetry::layer().with_tracer(traces.tracer("kms-server")).with_location(false).with_threads(false);
-        registry.with(layer.with_tracked_inactivity(false).with_filter(own_spans)).try_init().map_err(|error| TelemetryError::Start(error.to_string()))?;
+        let own_spans = filter_fn(|metadata| metadata.is_span() && metadata.target().starts_with("kms_server"))
+            .with_max_level_hint(LevelFilter::DEBUG);
+        let layer = tracing_opentelemetry::layer()
+            .with_tracer(traces.tracer("kms-server"))
+            .with_location(false)
+            .with_threads(false);
+        registry
+            .with(layer.with_tracked_inactivity(false).with_filter(own_spans))
+            .try_init()
+            .map_err(|error| TelemetryError::Start(error.to_string()))?;
         Ok(Self { traces: Some(traces), metrics: Some(metrics) })
     }
 }
@@ -88,7 +109,8 @@ pub struct Repetition {
 }
 
 impl Repetition {
-    /// Whether `message` is to be logged: it is another one than the last, or that was logged ten minutes ago.
+    /// Whether `message` is to be logged: it is another one than the last, or that was logged ten
+    /// minutes ago.
     pub fn is_news(&mut self, message: &str) -> bool {
         if self.last.as_ref().is_some_and(|(last, at)| last == message && at.elapsed() < REMINDER) {
             return false;
@@ -98,14 +120,16 @@ impl Repetition {
     }
 }
 
-/// Keeps lines that strangers cause from filling the log: one in a while is written, with how many were not.
+/// Keeps lines that strangers cause from filling the log: one in a while is written, with how many
+/// were not.
 #[derive(Debug, Default)]
 pub struct Seldom {
     state: Mutex<(Option<Instant>, u64)>,
 }
 
 impl Seldom {
-    /// Has the line written, with the number of those that were not since the last one; or counts it.
+    /// Has the line written, with the number of those that were not since the last one; or counts
+    /// it.
     pub fn say(&self, line: impl FnOnce(u64)) {
         let unsaid = {
             let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -157,6 +181,9 @@ mod tests {
     #[test]
     fn a_repeated_message_is_told_once_until_it_changes() {
         let mut repetition = Repetition::default();
-        assert_eq!(["away", "away", "another reason", "another reason", "away"].map(|message| repetition.is_news(message)), [true, false, true, false, true]);
+        assert_eq!(
+            ["away", "away", "another reason", "another reason", "away"].map(|message| repetition.is_news(message)),
+            [true, false, true, false, true]
+        );
     }
 }

@@ -1,11 +1,12 @@
-//! An island in this process, for tests: a fresh token with the ceremony done, an empty database, the shipped policies, a few principals, and a
-//! vendor with its key.
+//! An island in this process, for tests: a fresh token with the ceremony done, an empty database,
+//! the shipped policies, a few principals, and a vendor with its key.
 //!
-//! On which pair of module and database is said by two variables, as for all tests of servers: `KMS_TEST_MODULE`, `hsm-sim` (the default) or
-//! `softhsm2`, and `KMS_TEST_DATABASE`, `sqlite` (the default) or `postgresql`. None of these tests needs the faults of hsm-sim: all run on all
-//! pairs.
+//! On which pair of module and database is said by two variables, as for all tests of servers:
+//! `KMS_TEST_MODULE`, `hsm-sim` (the default) or `softhsm2`, and `KMS_TEST_DATABASE`, `sqlite` (the
+//! default) or `postgresql`. None of these tests needs the faults of hsm-sim: all run on all pairs.
 //!
-//! A PKCS#11 module is initialised once per process and reads its configuration then. So each test runs in a process of its own.
+//! A PKCS#11 module is initialised once per process and reads its configuration then. So each test
+//! runs in a process of its own.
 
 mod counters;
 
@@ -23,10 +24,14 @@ use aws_lc_rs::{
 };
 use kms_client::sample::{SampleShipment, VendorKey, VendorTransportKey};
 use kms_domain::{
-    ChunkSize, ClassRoots, DeviceProfile, DiversificationRoot, FingerprintKey, FlagId, IslandKind, IslandName, KeyClass, OaepHash, Principal,
-    PrincipalCertificate, PrincipalId, PrincipalStatus, Role, SealKey, SealRootKey, SystemTitle, UnixMillis,
+    ChunkSize, ClassRoots, DeviceProfile, DiversificationRoot, FingerprintKey, FlagId, IslandKind, IslandName,
+    KeyClass, OaepHash, Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, Role, SealKey, SealRootKey,
+    SystemTitle, UnixMillis,
 };
-use kms_hsm::{CeremonyPlan, Hsm, Module, Pin, PinSource, ProcessPinMemory, RootVersion, TokenSelector, TokenSettings, create_roots};
+use kms_hsm::{
+    CeremonyPlan, Hsm, Module, Pin, PinSource, ProcessPinMemory, RootVersion, TokenSelector, TokenSettings,
+    create_roots,
+};
 use kms_proto::v1::{self, CeremonyHeld, PrincipalChanged, audit_record::Event};
 use kms_store::{Reads, Store, StoreConfig, testing::TestDatabase};
 
@@ -125,9 +130,11 @@ fn run_in(folder: &tempfile::TempDir, kind: ModuleKind, name: &str, database: Op
     if std::env::var_os("KMS_TEST_SHOW").is_some() {
         eprintln!("{out}{err}");
     }
-    // I4, whatever the test is about: hsm-sim knows key values, and has noted what was protected under which nonce.
+    // I4, whatever the test is about: hsm-sim knows key values, and has noted what was protected
+    // under which nonce.
     let mut notes = hsm_sim::Notes::read(&folder.path().join(NONCES)).unwrap();
-    // What a meter protects is computed here to be verified. Some tests have a meter repeat its own nonces.
+    // What a meter protects is computed here to be verified. Some tests have a meter repeat its own
+    // nonces.
     notes.repeated.retain(|nonce| !nonce.iv.starts_with(METERS));
     assert!(kind != ModuleKind::HsmSim || folder.path().join(NONCES).exists(), "{name}: the nonce watcher was off");
     assert!(notes.repeated.is_empty(), "{name}: a nonce was repeated (I4): {:#?}", notes.repeated);
@@ -143,11 +150,16 @@ fn token_folder() -> tempfile::TempDir {
         format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display()),
     )
     .unwrap();
-    std::fs::write(folder.path().join("hsm-sim.conf"), "directory = tokens\nargon2_memory_kib = 64\nargon2_passes = 1\n").unwrap();
+    std::fs::write(
+        folder.path().join("hsm-sim.conf"),
+        "directory = tokens\nargon2_memory_kib = 64\nargon2_passes = 1\n",
+    )
+    .unwrap();
     folder
 }
 
-/// Makes the token that every test has a copy of: each test has an island of its own, and a ceremony takes longer than most tests.
+/// Makes the token that every test has a copy of: each test has an island of its own, and a
+/// ceremony takes longer than most tests.
 #[test]
 #[ignore = "a part of all tests on an island, which start it in a process of its own"]
 fn hold_the_ceremony() {
@@ -160,7 +172,13 @@ fn hold_the_ceremony() {
         island: IslandName::parse("north").unwrap(),
         classes: KeyClass::WITH_ROOTS.into_iter().chain([KeyClass::Ca]).collect(),
         general: true,
-        escrow_public_key: PrivateDecryptingKey::generate(KeySize::Rsa3072).unwrap().public_key().as_der().unwrap().as_ref().to_vec(),
+        escrow_public_key: PrivateDecryptingKey::generate(KeySize::Rsa3072)
+            .unwrap()
+            .public_key()
+            .as_der()
+            .unwrap()
+            .as_ref()
+            .to_vec(),
         standby: Vec::new(),
     };
     std::fs::write(Path::new(&folder).join(ESCROW_KEY), &plan.escrow_public_key).unwrap();
@@ -218,7 +236,10 @@ impl TestIsland {
         let store = kms_store::open(&database()).await.unwrap();
         let classes = KeyClass::WITH_ROOTS.map(|class| ClassRoots {
             class,
-            diversification: derivation.map(|derivation| DiversificationRoot { version: 1, derivation }).into_iter().collect(),
+            diversification: derivation
+                .map(|derivation| DiversificationRoot { version: 1, derivation })
+                .into_iter()
+                .collect(),
             storage_kek_version: 1,
         });
         let row = kms_domain::Island {
@@ -236,9 +257,13 @@ impl TestIsland {
 
         let vendor_key = VendorKey::generate().unwrap();
         let mut callers = Vec::new();
-        for (number, (role, principal_name)) in
-            (1..).zip([(Role::Officer, "ada"), (Role::Auditor, "grace"), (Role::HeadEnd, "hes-1"), (Role::HeadEnd, "hes-2"), (Role::Manufacturer, "kam")])
-        {
+        for (number, (role, principal_name)) in (1..).zip([
+            (Role::Officer, "ada"),
+            (Role::Auditor, "grace"),
+            (Role::HeadEnd, "hes-1"),
+            (Role::HeadEnd, "hes-2"),
+            (Role::Manufacturer, "kam"),
+        ]) {
             let id = PrincipalId::new(island.name().clone(), role, principal_name).unwrap();
             let not_after = Island::now().after(86_400_000);
             callers.push(Caller { principal: id.clone(), certificate_sha256: [number; 32], not_after });
@@ -246,10 +271,15 @@ impl TestIsland {
                 id,
                 revision: 1,
                 status: PrincipalStatus::Enabled,
-                certificates: vec![PrincipalCertificate::unrecorded(bytes::Bytes::from(vec![number]), [number; 32], not_after)],
+                certificates: vec![PrincipalCertificate::unrecorded(
+                    bytes::Bytes::from(vec![number]),
+                    [number; 32],
+                    not_after,
+                )],
                 transport: None,
                 client_titles: if principal_name == "hes-1" { vec![client_title()] } else { Vec::new() },
-                person: matches!(role, Role::Officer | Role::Auditor).then(|| kms_domain::PersonName::parse(principal_name).unwrap()),
+                person: matches!(role, Role::Officer | Role::Auditor)
+                    .then(|| kms_domain::PersonName::parse(principal_name).unwrap()),
                 shipment_key: (role == Role::Manufacturer).then(|| vendor_key.public_der().unwrap().into()),
                 added: UnixMillis(1),
             };
@@ -269,8 +299,9 @@ impl TestIsland {
         Self { island, module: kind, officer, auditor, head_end, other_head_end, manufacturer, vendor_key }
     }
 
-    /// Makes another version of a root while no server runs, notes it in the island's row, and starts the server anew. Not for tests that go on with
-    /// an earlier server: its tokens are closed.
+    /// Makes another version of a root while no server runs, notes it in the island's row, and
+    /// starts the server anew. Not for tests that go on with an earlier server: its tokens are
+    /// closed.
     pub(crate) async fn add_root(&mut self, purpose: kms_domain::RootPurpose) -> kms_domain::RootId {
         let id = self.island.row().next_root(purpose).unwrap();
         let folder = PathBuf::from(std::env::var(FOLDER).unwrap());
@@ -280,15 +311,24 @@ impl TestIsland {
         let key = crate::service::root::token_key(id).unwrap();
         let made = tokio::task::spawn_blocking(move || {
             hsm.close();
-            let new = kms_hsm::NewRoot { island: name, key, escrow_public_key, standby: Vec::new(), without: Vec::new() };
+            let new =
+                kms_hsm::NewRoot { island: name, key, escrow_public_key, standby: Vec::new(), without: Vec::new() };
             let selector = TokenSelector { label: "north".to_owned(), serial: None };
             kms_hsm::create_root_version(&module, &selector, &Pin::new(PIN.to_owned()), &new, None, |_| Ok(())).unwrap()
         });
         let made = made.await.unwrap();
         let hsm = start_hsm(self.module, &folder, self.island.name()).await;
-        let island = open((*self.island.row()).clone(), hsm, self.island.store.clone(), "one", CommitterSettings::SILENCE).await;
-        let entry = kms_domain::RootEntry { id, derivation: made.derivation, made: Island::now(), fingerprint: made.fingerprint.value, destroyed: None };
-        let (sealed, name) = (vec![(kms_store::RowKind::Island, island.name().as_str().as_bytes().to_vec())], island.name().clone());
+        let island =
+            open((*self.island.row()).clone(), hsm, self.island.store.clone(), "one", CommitterSettings::SILENCE).await;
+        let entry = kms_domain::RootEntry {
+            id,
+            derivation: made.derivation,
+            made: Island::now(),
+            fingerprint: made.fingerprint.value,
+            destroyed: None,
+        };
+        let (sealed, name) =
+            (vec![(kms_store::RowKind::Island, island.name().as_str().as_bytes().to_vec())], island.name().clone());
         let act = island.committer.act(Actor::server("test"), Reads { sealed, ..Reads::default() }, move |view| {
             let mut row = (*view.island(&name)?.unwrap()).clone();
             row.add_root(entry.clone()).unwrap();
@@ -332,12 +372,22 @@ impl TestIsland {
 
     /// The same, which takes servers for gone that were silent for as long.
     pub(crate) async fn another_server_after(&self, silence: Duration) -> Arc<Island> {
-        Arc::new(open((*self.island.row()).clone(), self.island.hsm.clone(), self.island.store.clone(), "another", silence).await)
+        Arc::new(
+            open((*self.island.row()).clone(), self.island.hsm.clone(), self.island.store.clone(), "another", silence)
+                .await,
+        )
     }
 
     /// The same server after a restart: its name, a writer of its own, and nothing remembered.
     pub(crate) async fn restarted(&self) -> Island {
-        open((*self.island.row()).clone(), self.island.hsm.clone(), self.island.store.clone(), "one", CommitterSettings::SILENCE).await
+        open(
+            (*self.island.row()).clone(),
+            self.island.hsm.clone(),
+            self.island.store.clone(),
+            "one",
+            CommitterSettings::SILENCE,
+        )
+        .await
     }
 
     /// A shipment's file and signature, with the OAEP hash that this token takes.
@@ -345,7 +395,9 @@ impl TestIsland {
         let sample = SampleShipment { oaep_hash: self.module.oaep_hash(), ..sample.clone() };
         let spki = self.island.hsm.transport_key_spki(RootVersion::FIRST).await.unwrap();
         let mut file = Vec::new();
-        let signature = sample.write(&VendorTransportKey::from_der(&spki).unwrap(), &self.vendor_key, &mut file, None, &mut |_| ()).unwrap();
+        let signature = sample
+            .write(&VendorTransportKey::from_der(&spki).unwrap(), &self.vendor_key, &mut file, None, &mut |_| ())
+            .unwrap();
         (file, signature)
     }
 
@@ -388,7 +440,8 @@ impl TestIsland {
         import(&self.island, &self.officer, file_sha256, head_end).await
     }
 
-    /// Sends and imports a sample for the head-end; its devices with their keys in plaintext too, one a line.
+    /// Sends and imports a sample for the head-end; its devices with their keys in plaintext too,
+    /// one a line.
     pub(crate) async fn deliver_with_devices(&self, sample: &SampleShipment) -> (v1::ImportShipmentResponse, Vec<u8>) {
         let sample = SampleShipment { oaep_hash: self.module.oaep_hash(), ..sample.clone() };
         let spki = self.island.hsm.transport_key_spki(RootVersion::FIRST).await.unwrap();
@@ -401,13 +454,19 @@ impl TestIsland {
 
     /// Counters of the head-end's client title from `floor` on are this system's.
     pub(crate) async fn take_counters_over(&self, meter: SystemTitle, floor: u64) {
-        self.change_counters(meter, move |counters| counters.take_over(kms_domain::CounterKey::ClientTitle(client_title()), floor)).await;
+        self.change_counters(meter, move |counters| {
+            counters.take_over(kms_domain::CounterKey::ClientTitle(client_title()), floor)
+        })
+        .await;
     }
 
     /// The head-end counts its client title by itself.
     pub(crate) async fn leave_counters(&self, meter: SystemTitle) {
         let head_end = self.head_end.principal.clone();
-        self.change_counters(meter, move |counters| counters.leave_to(kms_domain::CounterKey::ClientTitle(client_title()), head_end.clone())).await;
+        self.change_counters(meter, move |counters| {
+            counters.leave_to(kms_domain::CounterKey::ClientTitle(client_title()), head_end.clone())
+        })
+        .await;
     }
 
     async fn change_counters(&self, meter: SystemTitle, change: impl Fn(&mut kms_domain::Counters) + Send + 'static) {
@@ -460,7 +519,8 @@ impl Forged {
         self.lines.pop();
         let content = self.lines.concat();
         let devices = content.iter().filter(|octet| **octet == b'\n').count() - 1;
-        let trailer = format!("{{\"trailer\":{{\"devices\":{devices},\"sha256\":\"{}\"}}}}\n", hex::encode(sha256(&content)));
+        let trailer =
+            format!("{{\"trailer\":{{\"devices\":{devices},\"sha256\":\"{}\"}}}}\n", hex::encode(sha256(&content)));
         [content, trailer.into_bytes()].concat()
     }
 }
@@ -468,15 +528,24 @@ impl Forged {
 /// A signature of a file by the vendor.
 pub(crate) fn sign(key: &VendorKey, file: &[u8]) -> Vec<u8> {
     use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
-    let der = <rustls_pki_types::PrivateKeyDer<'static> as rustls_pki_types::pem::PemObject>::from_pem_slice(key.private_pem().as_bytes()).unwrap();
+    let der = <rustls_pki_types::PrivateKeyDer<'static> as rustls_pki_types::pem::PemObject>::from_pem_slice(
+        key.private_pem().as_bytes(),
+    )
+    .unwrap();
     let pair = EcdsaKeyPair::from_private_key_der(&ECDSA_P256_SHA256_ASN1_SIGNING, der.secret_der()).unwrap();
     pair.sign(&aws_lc_rs::rand::SystemRandom::new(), file).unwrap().as_ref().to_vec()
 }
 
 /// As [`TestIsland::import`], on any server.
-pub(crate) async fn import(island: &Arc<Island>, officer: &Caller, file_sha256: [u8; 32], head_end: Option<&Caller>) -> v1::ImportShipmentResponse {
+pub(crate) async fn import(
+    island: &Arc<Island>,
+    officer: &Caller,
+    file_sha256: [u8; 32],
+    head_end: Option<&Caller>,
+) -> v1::ImportShipmentResponse {
     let service = ShipmentService::new(island.clone());
-    let mut import = service.import(officer, &file_sha256, head_end.map(|caller| caller.principal.clone())).await.unwrap();
+    let mut import =
+        service.import(officer, &file_sha256, head_end.map(|caller| caller.principal.clone())).await.unwrap();
     let mut all = v1::ImportShipmentResponse::default();
     while let Some(answer) = import.next().await {
         let answer = answer.unwrap();
@@ -498,7 +567,10 @@ pub(crate) async fn put_principal(island: &Island, principal: Principal) {
     island
         .committer
         .act(Actor::server("test"), reads, move |view| {
-            view.append(Event::PrincipalChanged(PrincipalChanged { principal: principal.id.to_string(), ..PrincipalChanged::default() }));
+            view.append(Event::PrincipalChanged(PrincipalChanged {
+                principal: principal.id.to_string(),
+                ..PrincipalChanged::default()
+            }));
             view.put_principal(principal.clone())
         })
         .await
@@ -509,7 +581,12 @@ pub(crate) async fn put_principal(island: &Island, principal: Principal) {
 pub(crate) fn sample(profile: &str, devices: u64) -> SampleShipment {
     let shipped = DeviceProfile::SHIPPED.iter().find(|(name, _)| *name == profile).map(|(_, text)| (*text).to_owned());
     let text = shipped.unwrap_or_else(|| std::fs::read_to_string(profiles().join(format!("{profile}.toml"))).unwrap());
-    SampleShipment::new(format!("B-{profile}-{devices}"), FlagId::parse("KAM").unwrap(), DeviceProfile::parse(&text).unwrap(), devices)
+    SampleShipment::new(
+        format!("B-{profile}-{devices}"),
+        FlagId::parse("KAM").unwrap(),
+        DeviceProfile::parse(&text).unwrap(),
+        devices,
+    )
 }
 
 /// A meter of the samples.
@@ -532,7 +609,9 @@ async fn token(kind: ModuleKind, folder: &Path, name: &IslandName) -> (Hsm, Opti
     let pin_file = folder.join("pin");
     std::fs::write(&pin_file, PIN).unwrap();
     std::fs::set_permissions(&pin_file, std::fs::Permissions::from_mode(0o600)).unwrap();
-    let derivation = std::fs::read_to_string(folder.join(DERIVATION)).ok().map(|name| kms_domain::KeyDerivation::parse(&name).unwrap());
+    let derivation = std::fs::read_to_string(folder.join(DERIVATION))
+        .ok()
+        .map(|name| kms_domain::KeyDerivation::parse(&name).unwrap());
     (start_hsm(kind, folder, name).await, derivation)
 }
 
@@ -557,8 +636,12 @@ async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: 
         restore: RestoreSettings::default(),
         silence,
     };
-    let committer =
-        Committer::start(store.clone(), SealKey::new(1, &key(SealRootKey::Seal).await), AuditKey::new(1, &*key(SealRootKey::AuditChain).await), settings);
+    let committer = Committer::start(
+        store.clone(),
+        SealKey::new(1, &key(SealRootKey::Seal).await),
+        AuditKey::new(1, &*key(SealRootKey::AuditChain).await),
+        settings,
+    );
     let fingerprint_key = FingerprintKey::new(&key(SealRootKey::Fingerprint).await);
     Island {
         row: arc_swap::ArcSwap::from_pointee(row),
@@ -575,23 +658,33 @@ async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: 
     }
 }
 
-/// A folder with device profiles besides the shipped ones: `needs-secret`, whose meters cannot be without an LLS secret, `diversified-broadcast`,
-/// whose groups have a diversified GBEK, and `counter-resets`, whose meters start again at 250 with each new key.
+/// A folder with device profiles besides the shipped ones: `needs-secret`, whose meters cannot be
+/// without an LLS secret, `diversified-broadcast`, whose groups have a diversified GBEK, and
+/// `counter-resets`, whose meters start again at 250 with each new key.
 fn profiles() -> std::path::PathBuf {
     let folder = std::path::PathBuf::from(std::env::var(FOLDER).unwrap()).join("profiles");
     std::fs::create_dir_all(&folder).unwrap();
-    let shipped = |wanted: &str| DeviceProfile::SHIPPED.iter().find(|(name, _)| *name == wanted).unwrap().1.replace(wanted, "NAME");
-    let secret = shipped("gateway-suite0").replace("\"LLS-SECRET\", origin = \"imported\", shipped = \"optional\"", "\"LLS-SECRET\", origin = \"imported\"");
-    let broadcast =
-        shipped("generic-suite0").replace("\"GBEK\", origin = \"generated\"", "\"GBEK\", origin = \"diversified\", owner = \"group\", shipped = \"no\"");
-    let resets = shipped("generic-suite0").replace("on_new_key = \"continue\"", "on_new_key = \"reset\"\nreset_to = 250");
+    let shipped = |wanted: &str| {
+        DeviceProfile::SHIPPED.iter().find(|(name, _)| *name == wanted).unwrap().1.replace(wanted, "NAME")
+    };
+    let secret = shipped("gateway-suite0").replace(
+        "\"LLS-SECRET\", origin = \"imported\", shipped = \"optional\"",
+        "\"LLS-SECRET\", origin = \"imported\"",
+    );
+    let broadcast = shipped("generic-suite0").replace(
+        "\"GBEK\", origin = \"generated\"",
+        "\"GBEK\", origin = \"diversified\", owner = \"group\", shipped = \"no\"",
+    );
+    let resets =
+        shipped("generic-suite0").replace("on_new_key = \"continue\"", "on_new_key = \"reset\"\nreset_to = 250");
     for (name, text) in [("needs-secret", secret), ("diversified-broadcast", broadcast), ("counter-resets", resets)] {
         std::fs::write(folder.join(format!("{name}.toml")), text.replace("NAME", name)).unwrap();
     }
     folder
 }
 
-/// Where hsm-sim notes the nonces of a test. Tests have copies of one token, so each has notes of its own.
+/// Where hsm-sim notes the nonces of a test. Tests have copies of one token, so each has notes of
+/// its own.
 const NONCES: &str = "nonces";
 /// How system titles of the samples' meters begin: `KAM`, in hexadecimal.
 const METERS: &str = "4b414d";

@@ -1,4 +1,5 @@
-//! The contract of the key management system: the messages and services of `proto/meterkms/v1`, compiled without protoc.
+//! The contract of the key management system: the messages and services of `proto/meterkms/v1`,
+//! compiled without protoc.
 
 /// The package `meterkms.v1`. The proto files hold the documentation of every message and field.
 #[expect(missing_docs, clippy::all, reason = "generated from the proto files, which are the documentation")]

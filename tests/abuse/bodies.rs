@@ -47,7 +47,8 @@ pub(crate) async fn unfinished_requests() -> Vec<Verdict> {
         hoard.cut(),
         hoard.open()
     );
-    let enabled = Verdict::new("A6", "unfinished requests", held < GOAL_MIB && answered.len() == beside.len(), figure).with(detail);
+    let enabled = Verdict::new("A6", "unfinished requests", held < GOAL_MIB && answered.len() == beside.len(), figure)
+        .with(detail);
     hoard.end().await;
     drop(connections);
 
@@ -56,7 +57,11 @@ pub(crate) async fn unfinished_requests() -> Vec<Verdict> {
     let ended = Verdict::new("A6", "a request that is never finished", cut.is_ok(), figure).with(format!("{cut:?}"));
 
     let officer = server.connect("officer-1").await;
-    let disable = DisablePrincipalRequest { request_id: request_id(), principal: urn("head-end", "flooder"), reason: "a test".to_owned() };
+    let disable = DisablePrincipalRequest {
+        request_id: request_id(),
+        principal: urn("head-end", "flooder"),
+        reason: "a test".to_owned(),
+    };
     officer.principals().disable_principal(disable).await.unwrap();
     vec![enabled, ended, disabled(&server, &attacker).await]
 }

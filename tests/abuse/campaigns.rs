@@ -5,8 +5,8 @@ use std::time::Duration;
 use kms_client::{
     Connection,
     proto::{
-        ApproveCampaignRequest, CampaignAction, CampaignPlan, CampaignSelection, CampaignTerms, ChangeCampaignRequest, CreateCampaignRequest,
-        LeaseTasksRequest, Task, transfer_step::Next,
+        ApproveCampaignRequest, CampaignAction, CampaignPlan, CampaignSelection, CampaignTerms, ChangeCampaignRequest,
+        CreateCampaignRequest, LeaseTasksRequest, Task, transfer_step::Next,
     },
 };
 use kms_domain::KeyType;
@@ -29,7 +29,11 @@ pub(crate) async fn edited_tasks() -> Vec<Verdict> {
         action: CampaignAction::Rotate.into(),
         key_type: "GUEK".to_owned(),
         selection: Some(CampaignSelection { meters: (0..METERS).map(meter).collect(), ..CampaignSelection::default() }),
-        terms: Some(CampaignTerms { quorum: Some(1), canary: Some(u32::try_from(METERS).unwrap()), ..CampaignTerms::default() }),
+        terms: Some(CampaignTerms {
+            quorum: Some(1),
+            canary: Some(u32::try_from(METERS).unwrap()),
+            ..CampaignTerms::default()
+        }),
         ..CampaignPlan::default()
     };
     let create = CreateCampaignRequest { request_id: request_id(), plan: Some(plan), commit: true };
@@ -60,7 +64,11 @@ pub(crate) async fn edited_tasks() -> Vec<Verdict> {
     let (mut asked, mut left) = (0, 0);
     for task in &tasks {
         let number = (0..METERS).find(|number| meter(*number) == task.meter).unwrap();
-        let order = kms_client::proto::TransferOrder { campaign_id: task.campaign_id.clone(), fence: task.fence, ..order(number, KEK) };
+        let order = kms_client::proto::TransferOrder {
+            campaign_id: task.campaign_id.clone(),
+            fence: task.fence,
+            ..order(number, KEK)
+        };
         asked += 1;
         if begin(&head_end, order).await.is_ok_and(|step| !matches!(step.next, Some(Next::Refusal(_)) | None)) {
             left += 1;

@@ -23,9 +23,13 @@ pub(crate) async fn initiate_requests() -> Vec<Verdict> {
         let mut passed = Vec::new();
         for (name, octets) in ENCODINGS {
             let octets = Bytes::from(hex::decode(octets).unwrap());
-            for protection in [FrameProtection::Authenticated, FrameProtection::AuthenticatedEncrypted].into_iter().take(protections) {
+            for protection in
+                [FrameProtection::Authenticated, FrameProtection::AuthenticatedEncrypted].into_iter().take(protections)
+            {
                 let plain = match way {
-                    "as a challenge" => PlainFrame { apdu: Bytes::new(), hls_challenge: octets.clone(), ..frame(7, GET_ENERGY) },
+                    "as a challenge" => {
+                        PlainFrame { apdu: Bytes::new(), hls_challenge: octets.clone(), ..frame(7, GET_ENERGY) }
+                    }
                     _ => PlainFrame { apdu: octets.clone(), protection: protection.into(), ..frame(7, GET_ENERGY) },
                 };
                 if is_protected(&head_end, Purpose::Read, plain).await {
@@ -33,11 +37,17 @@ pub(crate) async fn initiate_requests() -> Vec<Verdict> {
                 }
             }
         }
-        let figure = Figure::count(passed.len(), format!("of {} InitiateRequests with a dedicated key passed", ENCODINGS.len() * protections));
-        verdicts.push(Verdict::new("A10", format!("a dedicated key {way}"), passed.is_empty(), figure).with(passed.join(", ")));
+        let figure = Figure::count(
+            passed.len(),
+            format!("of {} InitiateRequests with a dedicated key passed", ENCODINGS.len() * protections),
+        );
+        verdicts.push(
+            Verdict::new("A10", format!("a dedicated key {way}"), passed.is_empty(), figure).with(passed.join(", ")),
+        );
     }
     // What the filter costs: random challenges, as honest meters send them.
-    let challenge = |octets: Vec<u8>| PlainFrame { apdu: Bytes::new(), hls_challenge: octets.into(), ..frame(8, GET_ENERGY) };
+    let challenge =
+        |octets: Vec<u8>| PlainFrame { apdu: Bytes::new(), hls_challenge: octets.into(), ..frame(8, GET_ENERGY) };
     let frames: Vec<PlainFrame> = (0..HONEST).map(|_| challenge(random.octets(16))).collect();
     let answer = head_end.frames().protect(protect(Purpose::Read, frames)).await.unwrap().into_inner();
     let refused = answer.results.iter().filter(|result| !matches!(result.result, Some(Outcome::Apdu(_)))).count();

@@ -26,7 +26,11 @@ pub(crate) async fn of_one_principal() -> Vec<Verdict> {
     for status in ["enabled", "disabled"] {
         if status == "disabled" {
             let officer = server.connect("officer-1").await;
-            let disable = DisablePrincipalRequest { request_id: request_id(), principal: urn("head-end", "flooder"), reason: "a test".to_owned() };
+            let disable = DisablePrincipalRequest {
+                request_id: request_id(),
+                principal: urn("head-end", "flooder"),
+                reason: "a test".to_owned(),
+            };
             officer.principals().disable_principal(disable).await.unwrap();
         }
         let held = hold(&attacker, MOST).await;
@@ -41,8 +45,15 @@ pub(crate) async fn of_one_principal() -> Vec<Verdict> {
         let open = held.iter().filter(|connection| connection.is_open()).count();
         let (p50, p99) = percentiles(&times);
         let figure = Figure::count(open, format!("of {MOST} connections of one {status} principal open"));
-        let verdict = Verdict::new("A8", format!("connections of one {status} principal"), open < MOST && unanswered.is_empty(), figure);
-        verdicts.push(verdict.with(format!("a neighbour's new connection and grant: {p50:.1} ms, p99 {p99:.1} ms; {unanswered}")));
+        let verdict = Verdict::new(
+            "A8",
+            format!("connections of one {status} principal"),
+            open < MOST && unanswered.is_empty(),
+            figure,
+        );
+        verdicts.push(
+            verdict.with(format!("a neighbour's new connection and grant: {p50:.1} ms, p99 {p99:.1} ms; {unanswered}")),
+        );
     }
     verdicts
 }
@@ -65,7 +76,10 @@ pub(crate) async fn few_descriptors() -> Vec<Verdict> {
         }
     };
     let before = watermark(&server);
-    note("a grant", tokio::time::timeout(WITHIN, neighbour.ask()).await.unwrap_or_else(|_| Err("no answer".to_owned())));
+    note(
+        "a grant",
+        tokio::time::timeout(WITHIN, neighbour.ask()).await.unwrap_or_else(|_| Err("no answer".to_owned())),
+    );
     let anew = tokio::time::timeout(WITHIN, neighbour.ask_anew()).await;
     note("over a new connection", anew.unwrap_or_else(|_| Err("no answer".to_owned())));
     let began = Instant::now();

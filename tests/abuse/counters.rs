@@ -5,8 +5,9 @@ use std::time::Duration;
 use kms_client::{
     Connection, KeyType,
     proto::{
-        AdoptCountersRequest, ApproveProposalRequest, CarryOutProposalRequest, ContinueTransfersRequest, Counter, CounterFloor, ProposeCounterRaiseRequest,
-        Purpose, ShowMeterRequest, TransferReport, frame_result::Result as Outcome, transfer_report::Answer, transfer_step::Next,
+        AdoptCountersRequest, ApproveProposalRequest, CarryOutProposalRequest, ContinueTransfersRequest, Counter,
+        CounterFloor, ProposeCounterRaiseRequest, Purpose, ShowMeterRequest, TransferReport,
+        frame_result::Result as Outcome, transfer_report::Answer, transfer_step::Next,
     },
 };
 use kms_tests::{CLIENT_TITLE, DevServer, open, put_on_line, title};
@@ -43,13 +44,16 @@ pub(crate) async fn floors() -> Vec<Verdict> {
         adopt(&officer, number, floor - 100).await;
         seen.push(lease(&head_end, &server, number, 10).await.unwrap().0);
         tried += seen.len();
-        below.extend(seen.iter().filter(|counter| **counter < floor).map(|counter| format!("{place}: {counter} below {floor}")));
+        below.extend(
+            seen.iter().filter(|counter| **counter < floor).map(|counter| format!("{place}: {counter} below {floor}")),
+        );
         assert!(seen.windows(2).all(|pair| pair[0] < pair[1]), "{place}: counters do not rise: {seen:?}");
     }
     vec![verdict("a floor inside, at the edge of and above the chunk", tried, &below)]
 }
 
-/// The same with a second server on the island: the holder of the chunk, either one, goes on above the floor.
+/// The same with a second server on the island: the holder of the chunk, either one, goes on above
+/// the floor.
 pub(crate) async fn floors_on_two_servers() -> Vec<Verdict> {
     let first = DevServer::start_on_postgresql();
     let second = first.second("second", |text| text).await;
@@ -76,7 +80,13 @@ pub(crate) async fn floors_on_two_servers() -> Vec<Verdict> {
 
 fn verdict(attack: &str, tried: usize, below: &[String]) -> Verdict {
     assert!(tried > 0);
-    Verdict::new("A3", attack, below.is_empty(), Figure::count(below.len(), format!("of {tried} next counters below the floor"))).with(below.join(", "))
+    Verdict::new(
+        "A3",
+        attack,
+        below.is_empty(),
+        Figure::count(below.len(), format!("of {tried} next counters below the floor")),
+    )
+    .with(below.join(", "))
 }
 
 /// A meter that is ahead of the server says so in a plain exception, and is reached in the next
@@ -132,10 +142,16 @@ pub(crate) async fn used_up() -> Vec<Verdict> {
     }
     let outcome = relay::transfer_at_last(&head_end, &server.meter(20), 20, "GUEK").await;
     let figure = Figure::count(taken, format!("sessions of 1,000,000 counters in a row, of {MOST_SESSIONS} tried"));
-    let looped = Verdict::new("A12", "sessions of 1,000,000 counters in a loop", refusal.is_some() && outcome == "proven", figure)
-        .with(format!("then a rotation: {outcome}; {}", refusal.unwrap_or_else(|| "none was refused".to_owned())));
+    let looped = Verdict::new(
+        "A12",
+        "sessions of 1,000,000 counters in a loop",
+        refusal.is_some() && outcome == "proven",
+        figure,
+    )
+    .with(format!("then a rotation: {outcome}; {}", refusal.unwrap_or_else(|| "none was refused".to_owned())));
 
-    // Two officers move another meter's counter to where little is left, as if it had come so far in years.
+    // Two officers move another meter's counter to where little is left, as if it had come so far
+    // in years.
     raise(&server, 21, NEAR_THE_END).await;
     let mut sessions = 0;
     for counters in [LARGEST, 100_000, 10_000, 1_000, 100, 10, 1] {
@@ -145,7 +161,8 @@ pub(crate) async fn used_up() -> Vec<Verdict> {
     }
     let outcome = relay::transfer_at_last(&head_end, &server.meter(21), 21, "GUEK").await;
     let figure = Figure::count(sessions, "sessions until not a single counter was left to them");
-    let ended = Verdict::new("A12", "a rotation after the last counter of sessions", outcome == "proven", figure).with(format!("the rotation: {outcome}"));
+    let ended = Verdict::new("A12", "a rotation after the last counter of sessions", outcome == "proven", figure)
+        .with(format!("the rotation: {outcome}"));
     vec![looped, ended]
 }
 
@@ -165,10 +182,17 @@ pub(crate) async fn forged() -> Vec<Verdict> {
             forge(&officer, &head_end, number).await;
         }
         let skipped = counter(&officer, number).await.reserved_below.saturating_sub(start);
-        let outcome = relay::transfer_at_last(&head_end, &server.meter(usize::try_from(number).unwrap()), number, "GUEK").await;
-        let figure = Figure::count(usize::try_from(skipped).unwrap(), format!("counters used up by {FORGED_PROBES} probes with forged answers"));
+        let outcome =
+            relay::transfer_at_last(&head_end, &server.meter(usize::try_from(number).unwrap()), number, "GUEK").await;
+        let figure = Figure::count(
+            usize::try_from(skipped).unwrap(),
+            format!("counters used up by {FORGED_PROBES} probes with forged answers"),
+        );
         let attack = format!("forged answers that name a counter {place}");
-        verdicts.push(Verdict::new("A12", &attack, skipped <= most && outcome == "proven", figure).with(format!("then a rotation: {outcome}")));
+        verdicts.push(
+            Verdict::new("A12", &attack, skipped <= most && outcome == "proven", figure)
+                .with(format!("then a rotation: {outcome}")),
+        );
     }
     verdicts
 }
@@ -177,9 +201,15 @@ pub(crate) async fn forged() -> Vec<Verdict> {
 async fn forge(officer: &Connection, head_end: &Connection, number: u64) {
     let mut step = relay::begin(head_end, relay::order(number, "")).await.unwrap();
     while matches!(step.next, Some(Next::Send(_))) {
-        let ahead = u32::try_from(counter(officer, number).await.reserved_below - 1 + u64::from(JUMP)).unwrap_or(u32::MAX);
+        let ahead =
+            u32::try_from(counter(officer, number).await.reserved_below - 1 + u64::from(JUMP)).unwrap_or(u32::MAX);
         let answer = [&[0xD8, 1, 6][..], &ahead.to_be_bytes()].concat();
-        let report = TransferReport { meter: step.meter, transfer_id: step.transfer_id, step: step.step, answer: Some(Answer::Apdu(answer.into())) };
+        let report = TransferReport {
+            meter: step.meter,
+            transfer_id: step.transfer_id,
+            step: step.step,
+            answer: Some(Answer::Apdu(answer.into())),
+        };
         let reports = ContinueTransfersRequest { reports: vec![report] };
         step = head_end.transfers().continue_transfers(reports).await.unwrap().into_inner().steps.remove(0);
     }
@@ -187,7 +217,13 @@ async fn forge(officer: &Connection, head_end: &Connection, number: u64) {
 
 /// Adopts a counter, or is refused.
 async fn adopt(officer: &Connection, number: u64, floor: u32) {
-    let floor = CounterFloor { meter: meter(number), security_setup: SETUP.to_vec().into(), client_title: client_title(), floor, owned_by: String::new() };
+    let floor = CounterFloor {
+        meter: meter(number),
+        security_setup: SETUP.to_vec().into(),
+        client_title: client_title(),
+        floor,
+        owned_by: String::new(),
+    };
     let request = AdoptCountersRequest { request_id: request_id(), floors: vec![floor] };
     let adopted = officer.meters().adopt_counters(request).await.unwrap().into_inner();
     assert_eq!(adopted.problems, [], "meter {number}");

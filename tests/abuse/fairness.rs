@@ -49,7 +49,9 @@ pub(crate) async fn batches() -> Vec<Verdict> {
         }
     }
     let began = Instant::now();
-    while flood.served.load(Ordering::Relaxed) < 2 * usize::try_from(METERS).unwrap() && began.elapsed() < FLOODED_WITHIN {
+    while flood.served.load(Ordering::Relaxed) < 2 * usize::try_from(METERS).unwrap()
+        && began.elapsed() < FLOODED_WITHIN
+    {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     assert!(flood.served.load(Ordering::Relaxed) > 0, "no batch was served");
@@ -68,7 +70,8 @@ pub(crate) async fn batches() -> Vec<Verdict> {
     between.sort_unstable();
     let median = between[between.len() / 2];
     let (before, during) = (percentiles(&quiet), percentiles(&flooded));
-    let turns = Figure::count(median, "meters served to the flood between a neighbour's question and its answer (median)");
+    let turns =
+        Figure::count(median, "meters served to the flood between a neighbour's question and its answer (median)");
     let detail = format!(
         "{} of the neighbour's calls answered, {unanswered} not; the flood was served {} meters, {} calls refused",
         flooded.len(),
@@ -81,7 +84,8 @@ pub(crate) async fn batches() -> Vec<Verdict> {
         let ratio = flooded / quiet;
         let met = if ratio <= goal { "met" } else { "missed" };
         let figure = Figure::of(ratio, format!("× its {which} when quiet (goal ≤ {goal}: {met})"));
-        Verdict::new("A9", format!("a flood of batches: a neighbour's {which}"), all, figure).with(format!("{quiet:.1} ms quiet, {flooded:.1} ms flooded"))
+        Verdict::new("A9", format!("a flood of batches: a neighbour's {which}"), all, figure)
+            .with(format!("{quiet:.1} ms quiet, {flooded:.1} ms flooded"))
     };
     vec![
         Verdict::new("A9", "a flood of batches: turns", all && median <= MOST_BETWEEN, turns).with(detail),

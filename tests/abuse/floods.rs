@@ -54,7 +54,10 @@ pub(crate) async fn idle_connections() -> Vec<Verdict> {
         }
     }
     let figure = Figure::of(best, format!("ms for a neighbour's new connection and grant beside {IDLE} idle ones"));
-    vec![Verdict::new("A17", "idle connections", held, figure).with(format!("{quiet:.1} ms without them; {}", seen.join("; ")))]
+    vec![
+        Verdict::new("A17", "idle connections", held, figure)
+            .with(format!("{quiet:.1} ms without them; {}", seen.join("; "))),
+    ]
 }
 
 /// Calls that are refused, in a loop: the log does not grow with them.
@@ -93,7 +96,12 @@ pub(crate) async fn refused_calls() -> Vec<Verdict> {
     // The neighbour's own grants are on the record.
     let grown = (records(&server).await - before).saturating_sub(times.len());
     let (p50, p99) = percentiles(&times);
-    let verdict = Verdict::new("flood", "refused calls", grown < refused / 10, Figure::count(grown, format!("records of {refused} refused calls")));
+    let verdict = Verdict::new(
+        "flood",
+        "refused calls",
+        grown < refused / 10,
+        Figure::count(grown, format!("records of {refused} refused calls")),
+    );
     vec![verdict.with(format!("a neighbour's grant meanwhile: {p50:.1} ms, p99 {p99:.1} ms"))]
 }
 

@@ -4,8 +4,9 @@ use bytes::Bytes;
 use kms_client::{
     Connection, KeyRequest, PrincipalId, new_request_id,
     proto::{
-        AddPrincipalRequest, ApproveCampaignRequest, ApproveProposalRequest, Campaign, CampaignAction, CampaignPlan, CampaignSelection, CampaignTerms,
-        CreateCampaignRequest, ProposeCounterRaiseRequest, RenewPrincipalRequest, WhoAmIRequest,
+        AddPrincipalRequest, ApproveCampaignRequest, ApproveProposalRequest, Campaign, CampaignAction, CampaignPlan,
+        CampaignSelection, CampaignTerms, CreateCampaignRequest, ProposeCounterRaiseRequest, RenewPrincipalRequest,
+        WhoAmIRequest,
     },
 };
 use kms_tests::{DevServer, title};
@@ -32,15 +33,22 @@ pub(crate) async fn one_officer_is_two() -> Vec<Verdict> {
         Ok(issued) => {
             seen.push("renewing another officer: certified".to_owned());
             let profile = keep(&server, &other, "officer-2-forged", &key, &issued.into_inner());
-            forged.extend(Connection::connect(&profile).await.ok().map(|connection| ("another officer's new key", connection)));
+            forged.extend(
+                Connection::connect(&profile).await.ok().map(|connection| ("another officer's new key", connection)),
+            );
         }
     }
-    let new = AddPrincipalRequest { principal: urn("officer", "mallory"), person: "Mallory Officer".to_owned(), ..AddPrincipalRequest::default() };
+    let new = AddPrincipalRequest {
+        principal: urn("officer", "mallory"),
+        person: "Mallory Officer".to_owned(),
+        ..AddPrincipalRequest::default()
+    };
     match add(&server, &ada, new).await {
         Err(status) => seen.push(format!("adding an officer: {:?}", status.code())),
         Ok(profile) => {
             seen.push("adding an officer: certified".to_owned());
-            forged.extend(Connection::connect(&profile).await.ok().map(|connection| ("an officer made up", connection)));
+            forged
+                .extend(Connection::connect(&profile).await.ok().map(|connection| ("an officer made up", connection)));
         }
     }
 
@@ -59,7 +67,11 @@ pub(crate) async fn one_officer_is_two() -> Vec<Verdict> {
             ..ProposeCounterRaiseRequest::default()
         };
         let proposal = ada.meters().propose_counter_raise(propose).await.unwrap().into_inner();
-        let approve = ApproveProposalRequest { request_id: request_id(), proposal_id: proposal.proposal_id, content_sha256: proposal.content_sha256 };
+        let approve = ApproveProposalRequest {
+            request_id: request_id(),
+            proposal_id: proposal.proposal_id,
+            content_sha256: proposal.content_sha256,
+        };
         if connection.proposals().approve_proposal(approve).await.is_ok() {
             counted.push(format!("a proposal by {who}"));
         }
@@ -67,18 +79,29 @@ pub(crate) async fn one_officer_is_two() -> Vec<Verdict> {
     // The true second person still is one.
     let campaign = draft(&ada).await;
     assert!(approve(&bo, &campaign).await, "the second officer cannot approve any more");
-    let figure = Figure::count(counted.len(), format!("of {} approvals with keys that the requester made counted", 2 * forged.len()));
+    let figure = Figure::count(
+        counted.len(),
+        format!("of {} approvals with keys that the requester made counted", 2 * forged.len()),
+    );
     let verdict = Verdict::new("A4", "an officer who approves as two", counted.is_empty(), figure);
     vec![verdict.with(seen.into_iter().chain(counted).collect::<Vec<_>>().join("; "))]
 }
 
 /// A renewal that nobody else stands behind.
 fn renewal(principal: &PrincipalId, certificate_request: Bytes) -> RenewPrincipalRequest {
-    RenewPrincipalRequest { request_id: request_id(), principal: principal.to_string(), certificate_request, ..RenewPrincipalRequest::default() }
+    RenewPrincipalRequest {
+        request_id: request_id(),
+        principal: principal.to_string(),
+        certificate_request,
+        ..RenewPrincipalRequest::default()
+    }
 }
 
 async fn draft(officer: &Connection) -> Campaign {
-    let selection = CampaignSelection { meters: (0..3).map(|number| title(number).octets().to_vec().into()).collect(), ..Default::default() };
+    let selection = CampaignSelection {
+        meters: (0..3).map(|number| title(number).octets().to_vec().into()).collect(),
+        ..Default::default()
+    };
     let plan = CampaignPlan {
         name: "spring".to_owned(),
         action: CampaignAction::Rotate.into(),
@@ -95,7 +118,11 @@ async fn draft(officer: &Connection) -> Campaign {
 async fn approve(officer: &Connection, campaign: &Campaign) -> bool {
     let (campaign_id, content_sha256) = (campaign.campaign_id.clone(), campaign.content_sha256.clone());
     let approve = ApproveCampaignRequest { request_id: request_id(), campaign_id, content_sha256 };
-    officer.campaigns().approve_campaign(approve).await.is_ok_and(|campaign| !campaign.into_inner().approvals.is_empty())
+    officer
+        .campaigns()
+        .approve_campaign(approve)
+        .await
+        .is_ok_and(|campaign| !campaign.into_inner().approvals.is_empty())
 }
 
 /// Who has a head-end's TLS key renews its certificate again and again: the owner still gets in.
@@ -121,7 +148,9 @@ pub(crate) async fn stolen_key() -> Vec<Verdict> {
         }
     }
     let locked_out = match Connection::connect(&owner).await {
-        Ok(connection) => connection.principals().who_am_i(WhoAmIRequest {}).await.err().map(|status| status.message().to_owned()),
+        Ok(connection) => {
+            connection.principals().who_am_i(WhoAmIRequest {}).await.err().map(|status| status.message().to_owned())
+        }
         Err(error) => Some(error.to_string()),
     };
     let session = locked_out.is_none() && {
@@ -130,7 +159,10 @@ pub(crate) async fn stolen_key() -> Vec<Verdict> {
         connection.open_session(&key, new_request_id(), title(1), kms_tests::terms(1), &options).await.is_ok()
     };
     let figure = Figure::count(renewed, format!("of {RENEWALS} renewals with the stolen key passed"));
-    let detail = locked_out.map_or_else(|| "the owner's certificate still works".to_owned(), |why| format!("the owner is locked out: {why}"));
+    let detail = locked_out.map_or_else(
+        || "the owner's certificate still works".to_owned(),
+        |why| format!("the owner is locked out: {why}"),
+    );
     vec![Verdict::new("A13", "renewals with a stolen TLS key", session, figure).with(format!("{detail}{refused}"))]
 }
 

@@ -3,8 +3,8 @@
 use kms_client::{
     Connection,
     proto::{
-        BeginTransfersRequest, ContinueTransfersRequest, TransferForm, TransferOrder, TransferReport, TransferStep, transfer_report::Answer,
-        transfer_send::Kind, transfer_step::Next,
+        BeginTransfersRequest, ContinueTransfersRequest, TransferForm, TransferOrder, TransferReport, TransferStep,
+        transfer_report::Answer, transfer_send::Kind, transfer_step::Next,
     },
 };
 use meter_sim::{Connection as MeterConnection, Meter};
@@ -40,7 +40,12 @@ pub(crate) enum Left {
 }
 
 /// Carries a transfer on, until it ends or before the first step of this kind.
-pub(crate) async fn carry(connection: &Connection, device: &Meter, begun: TransferStep, until: Option<Kind>) -> Result<Left, Status> {
+pub(crate) async fn carry(
+    connection: &Connection,
+    device: &Meter,
+    begun: TransferStep,
+    until: Option<Kind>,
+) -> Result<Left, Status> {
     let mut line = MeterConnection::new(device.clone(), 1);
     let mut step = begun;
     loop {
@@ -58,7 +63,8 @@ pub(crate) async fn carry(connection: &Connection, device: &Meter, begun: Transf
         }
         let answer = line.deliver(&send.apdu).await.answers.pop();
         let answer = answer.map_or(Answer::Nothing(true), |apdu| Answer::Apdu(apdu.into()));
-        let report = TransferReport { meter: step.meter, transfer_id: step.transfer_id, step: step.step, answer: Some(answer) };
+        let report =
+            TransferReport { meter: step.meter, transfer_id: step.transfer_id, step: step.step, answer: Some(answer) };
         let reports = ContinueTransfersRequest { reports: vec![report] };
         step = connection.transfers().continue_transfers(reports).await?.into_inner().steps.remove(0);
     }

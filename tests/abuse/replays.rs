@@ -44,7 +44,12 @@ impl Replays {
 
     fn verdict(self, row: &'static str, attack: &str) -> Verdict {
         assert!(self.replays > 0, "nothing was replayed");
-        Verdict::new(row, attack, self.changed == 0, Figure::count(self.changed, format!("of {} replays changed content", self.replays)))
+        Verdict::new(
+            row,
+            attack,
+            self.changed == 0,
+            Figure::count(self.changed, format!("of {} replays changed content", self.replays)),
+        )
     }
 }
 
@@ -62,7 +67,8 @@ pub(crate) async fn of_frames() -> Vec<Verdict> {
     let (mut connection, mut officer) = (server.connect("head-end").await, server.connect("officer-1").await);
 
     let mut after_refusal = Replays::default();
-    // The quota of an hour, and one more: what is over it is refused, and the get behind it is protected.
+    // The quota of an hour, and one more: what is over it is refused, and the get behind it is
+    // protected.
     for _ in 0..2 {
         let spend = protect(Purpose::Control, (0..150).map(|number| frame(number % 30, DISCONNECT)).collect());
         connection.frames().protect(spend).await.unwrap();
@@ -128,8 +134,15 @@ fn mix(random: &mut Random) -> ProtectRequest {
             // A clock is set.
             4 => frame(number, "C101C100080000010000FF0300100000"),
             5 => PlainFrame { meter: hex::decode("4B414DFFFFFFFFFF").unwrap().into(), ..frame(number, GET_ENERGY) },
-            6 => PlainFrame { client_title: hex::decode("4D4D4D0000000099").unwrap().into(), ..frame(number, GET_ENERGY) },
-            _ => PlainFrame { apdu: bytes::Bytes::new(), hls_challenge: random.octets(16).into(), ..frame(number, GET_ENERGY) },
+            6 => PlainFrame {
+                client_title: hex::decode("4D4D4D0000000099").unwrap().into(),
+                ..frame(number, GET_ENERGY)
+            },
+            _ => PlainFrame {
+                apdu: bytes::Bytes::new(),
+                hls_challenge: random.octets(16).into(),
+                ..frame(number, GET_ENERGY)
+            },
         }
     });
     let mut frames: Vec<PlainFrame> = frames.collect();

@@ -6,7 +6,9 @@ use std::{
 };
 
 use bytes::Bytes;
-use kms_client::{Connection, KeyRequest, NewProfile, PrincipalId, Profile, StateDirectory, SystemTitle, new_request_id, proto};
+use kms_client::{
+    Connection, KeyRequest, NewProfile, PrincipalId, Profile, StateDirectory, SystemTitle, new_request_id, proto,
+};
 use kms_tests::{CLIENT_TITLE, DevServer, TestModule, open, title};
 use tonic::Status;
 
@@ -32,7 +34,11 @@ pub(crate) fn urn(role: &str, name: &str) -> String {
 
 /// Registers a principal with a key that is made here, and keeps its profile in the folder of the
 /// island.
-pub(crate) async fn add(server: &DevServer, officer: &Connection, new: proto::AddPrincipalRequest) -> Result<Profile, Status> {
+pub(crate) async fn add(
+    server: &DevServer,
+    officer: &Connection,
+    new: proto::AddPrincipalRequest,
+) -> Result<Profile, Status> {
     let id = PrincipalId::parse(&new.principal).unwrap();
     let key = KeyRequest::generate(&id).unwrap();
     let certificate_request = key.certificate_request().to_vec().into();
@@ -42,7 +48,13 @@ pub(crate) async fn add(server: &DevServer, officer: &Connection, new: proto::Ad
 }
 
 /// A profile of the folder of the island, with a certificate that was issued for a key.
-pub(crate) fn keep(server: &DevServer, principal: &PrincipalId, name: &str, key: &KeyRequest, issued: &proto::PrincipalCertificate) -> Profile {
+pub(crate) fn keep(
+    server: &DevServer,
+    principal: &PrincipalId,
+    name: &str,
+    key: &KeyRequest,
+    issued: &proto::PrincipalCertificate,
+) -> Profile {
     let known = server.profile("officer-1");
     let new = NewProfile {
         server: known.server(),
@@ -69,8 +81,11 @@ impl Neighbour {
     pub(crate) async fn settle(server: &DevServer, name: &str, client_title: &str, number: u64) -> Self {
         let officer = server.connect("officer-1").await;
         let client_title = Bytes::from(hex::decode(client_title).unwrap());
-        let new =
-            proto::AddPrincipalRequest { principal: urn("head-end", name), client_titles: vec![client_title.clone()], ..proto::AddPrincipalRequest::default() };
+        let new = proto::AddPrincipalRequest {
+            principal: urn("head-end", name),
+            client_titles: vec![client_title.clone()],
+            ..proto::AddPrincipalRequest::default()
+        };
         let profile = add(server, &officer, new).await.unwrap();
         let connection = Connection::connect(&profile).await.unwrap();
         let key = KeyRequest::generate(&PrincipalId::parse(&urn("head-end", name)).unwrap()).unwrap();
@@ -104,7 +119,8 @@ impl Neighbour {
     pub(crate) async fn ask_anew(&self) -> Result<Duration, String> {
         let began = Instant::now();
         let connecting = tokio::time::timeout(ANSWERS_WITHIN, Connection::connect(&self.profile));
-        let connection = connecting.await.map_err(|_| "no connection".to_owned())?.map_err(|error| error.to_string())?;
+        let connection =
+            connecting.await.map_err(|_| "no connection".to_owned())?.map_err(|error| error.to_string())?;
         self.ask_over(&connection).await.map(|_| began.elapsed())
     }
 }
@@ -112,15 +128,27 @@ impl Neighbour {
 /// Assigns meters of the sample to a head-end.
 pub(crate) async fn assign(officer: &Connection, numbers: &[u64], head_end: &str) {
     let meters = numbers.iter().map(|number| meter(*number)).collect();
-    let request = proto::AssignMetersRequest { request_id: request_id(), meters, head_end: head_end.to_owned(), ..Default::default() };
+    let request = proto::AssignMetersRequest {
+        request_id: request_id(),
+        meters,
+        head_end: head_end.to_owned(),
+        ..Default::default()
+    };
     let changed = officer.meters().assign_meters(request).await.unwrap().into_inner();
     assert_eq!(changed.problems, [], "assigning {numbers:?} to `{head_end}`");
 }
 
 /// The counters of a new session of the sample's head-end with a meter of the sample: first and
 /// last.
-pub(crate) async fn lease(connection: &Connection, server: &DevServer, number: u64, counters: u32) -> Result<(u32, u32), String> {
-    let session = open(connection, &server.profile("head-end"), title(number), counters).await.map_err(|error| error.to_string())?;
+pub(crate) async fn lease(
+    connection: &Connection,
+    server: &DevServer,
+    number: u64,
+    counters: u32,
+) -> Result<(u32, u32), String> {
+    let session = open(connection, &server.profile("head-end"), title(number), counters)
+        .await
+        .map_err(|error| error.to_string())?;
     let counters = session.keys.meter(title(number)).unwrap().counters.as_ref().unwrap();
     let first = counters.next().unwrap();
     Ok((first, first + (counters.remaining() - 1)))
@@ -177,7 +205,9 @@ pub(crate) fn memory_mib(pid: u32, field: &str) -> f64 {
 pub(crate) fn percentiles(times: &[Duration]) -> (f64, f64) {
     let mut sorted: Vec<f64> = times.iter().map(|time| time.as_secs_f64() * 1_000.0).collect();
     sorted.sort_unstable_by(f64::total_cmp);
-    let at = |part: usize| sorted.get((sorted.len() * part / 100).min(sorted.len().saturating_sub(1))).copied().unwrap_or(f64::NAN);
+    let at = |part: usize| {
+        sorted.get((sorted.len() * part / 100).min(sorted.len().saturating_sub(1))).copied().unwrap_or(f64::NAN)
+    };
     (at(50), at(99))
 }
 

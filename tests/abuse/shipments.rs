@@ -34,7 +34,12 @@ pub(crate) async fn uploads() -> Vec<Verdict> {
     let tried = begun.len() * PIECE;
     let unit = format!("MiB in the spool that nobody signed, of {} MiB sent", tried >> 20);
     let held = (octets < tried as u64 || begun.is_empty()) && neighbour.ask().await.is_ok();
-    let unsigned = Verdict::new("A11", "octets that nobody signed", held, Figure::count(usize::try_from(octets >> 20).unwrap(), unit));
+    let unsigned = Verdict::new(
+        "A11",
+        "octets that nobody signed",
+        held,
+        Figure::count(usize::try_from(octets >> 20).unwrap(), unit),
+    );
 
     let refusals = begin_all(&server, "officer-2", LARGEST, 101).await;
     let announced: u64 = spool(&officer, LARGEST).await.iter().map(|shipment| shipment.file_length).sum();
@@ -61,7 +66,12 @@ async fn begin_all(server: &DevServer, officer: &str, length: u64, first: u8) ->
 }
 
 /// Announces a file, sends pieces of it, and leaves it.
-async fn upload(connection: &Connection, sha256: &[u8], length: u64, pieces: Vec<UploadShipmentRequest>) -> Result<(), String> {
+async fn upload(
+    connection: &Connection,
+    sha256: &[u8],
+    length: u64,
+    pieces: Vec<UploadShipmentRequest>,
+) -> Result<(), String> {
     let start = UploadShipmentStart {
         file_sha256: sha256.to_vec().into(),
         file_length: length,

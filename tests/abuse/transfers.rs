@@ -40,7 +40,8 @@ async fn in_a_row(server: &DevServer, number: u64, attack: &str) -> Verdict {
                 Left::Before(step) => {
                     accepted += 1;
                     let transfers = vec![WithdrawnTransfer { meter: step.meter, transfer_id: step.transfer_id }];
-                    let withdraw = WithdrawTransfersRequest { request_id: request_id(), transfers, reason: "a test".to_owned() };
+                    let withdraw =
+                        WithdrawTransfersRequest { request_id: request_id(), transfers, reason: "a test".to_owned() };
                     head_end.transfers().withdraw_transfers(withdraw).await.unwrap();
                 }
             },
@@ -50,8 +51,11 @@ async fn in_a_row(server: &DevServer, number: u64, attack: &str) -> Verdict {
     let way_out = transfer_at_last(&head_end, &device, number, "").await;
     let (p50, p99) = percentiles(&times);
     let bounded = refusal.is_some();
-    let figure =
-        if bounded { Figure::count(accepted, "of one slot, then refused") } else { Figure::count(accepted, format!("of {MOST} of one slot accepted")) };
+    let figure = if bounded {
+        Figure::count(accepted, "of one slot, then refused")
+    } else {
+        Figure::count(accepted, format!("of {MOST} of one slot accepted"))
+    };
     let reason = refusal.unwrap_or_default();
     let detail = format!("a probe then: {way_out}; a neighbour's grant: {p50:.1} ms, p99 {p99:.1} ms; {reason}");
     Verdict::new("A7", attack, bounded && way_out == "probed", figure).with(detail)

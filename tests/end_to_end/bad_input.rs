@@ -8,8 +8,11 @@ use tonic::Code;
 async fn every_malformed_field_is_named() {
     let server = DevServer::start();
     let connection = server.connect("head-end").await;
-    let good =
-        proto::OpenSessionRequest { request_id: new_request_id().octets().to_vec().into(), meter: title(0).octets().to_vec().into(), terms: Some(terms(1)) };
+    let good = proto::OpenSessionRequest {
+        request_id: new_request_id().octets().to_vec().into(),
+        meter: title(0).octets().to_vec().into(),
+        terms: Some(terms(1)),
+    };
     let with = |edit: &dyn Fn(&mut proto::OpenSessionRequest)| {
         let mut request = good.clone();
         edit(&mut request);
@@ -23,9 +26,18 @@ async fn every_malformed_field_is_named() {
         ("terms", with(&|request| request.terms = None)),
         ("terms.purpose", with(&|request| request.terms.as_mut().unwrap().purpose = 0)),
         ("terms.purpose", with(&|request| request.terms.as_mut().unwrap().purpose = 99)),
-        ("terms.security_setup", with(&|request| request.terms.as_mut().unwrap().security_setup = vec![0, 0, 42, 0, 0, 255].into())),
-        ("terms.key_types[1]", with(&|request| request.terms.as_mut().unwrap().key_types = vec!["GUEK".to_owned(), "GEUK".to_owned()])),
-        ("terms.key_types[1]", with(&|request| request.terms.as_mut().unwrap().key_types = vec!["GUEK".to_owned(), "GUEK".to_owned()])),
+        (
+            "terms.security_setup",
+            with(&|request| request.terms.as_mut().unwrap().security_setup = vec![0, 0, 42, 0, 0, 255].into()),
+        ),
+        (
+            "terms.key_types[1]",
+            with(&|request| request.terms.as_mut().unwrap().key_types = vec!["GUEK".to_owned(), "GEUK".to_owned()]),
+        ),
+        (
+            "terms.key_types[1]",
+            with(&|request| request.terms.as_mut().unwrap().key_types = vec!["GUEK".to_owned(), "GUEK".to_owned()]),
+        ),
         ("terms.client_title", with(&|request| request.terms.as_mut().unwrap().client_title = vec![1; 7].into())),
         ("terms.counters", with(&|request| request.terms.as_mut().unwrap().counters = 1_000_001)),
         ("terms.lifetime_seconds", with(&|request| request.terms.as_mut().unwrap().lifetime_seconds = u32::MAX)),
@@ -84,14 +96,19 @@ async fn a_missing_permission_never_tells_whether_a_meter_exists() {
         async move { grants.open_session(request).await.unwrap_err() }
     };
     let unknown = hex::decode("4B414DFFFFFFFFFF").unwrap();
-    let (known_refused, unknown_refused) = (ask(&handheld, title(0).octets().to_vec()).await, ask(&handheld, unknown.clone()).await);
+    let (known_refused, unknown_refused) =
+        (ask(&handheld, title(0).octets().to_vec()).await, ask(&handheld, unknown.clone()).await);
     assert_eq!((known_refused.code(), unknown_refused.code()), (Code::PermissionDenied, Code::PermissionDenied));
     let without_title = |status: &tonic::Status, title: &str| status.message().replace(title, "TITLE");
-    assert_eq!(without_title(&known_refused, &title(0).to_string()), without_title(&unknown_refused, "4B414DFFFFFFFFFF"));
+    assert_eq!(
+        without_title(&known_refused, &title(0).to_string()),
+        without_title(&unknown_refused, "4B414DFFFFFFFFFF")
+    );
     assert_eq!(ask(&head_end, unknown).await.code(), Code::PermissionDenied);
 }
 
-/// Counters are dealt under a client title to whom it is registered for, in every call that deals some (I4).
+/// Counters are dealt under a client title to whom it is registered for, in every call that deals
+/// some (I4).
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_counts_under_a_client_title_that_is_not_his() {
     let server = DevServer::start();
@@ -105,7 +122,12 @@ async fn nobody_counts_under_a_client_title_that_is_not_his() {
         let wanted = || Some(proto::SessionTerms { client_title: title(), ..terms(1) });
         let one = proto::OpenSessionRequest { request_id: request_id(), meter: meter(), terms: wanted() };
         assert_eq!(head_end.grants().open_session(one).await.unwrap_err().code(), Code::PermissionDenied, "{stolen}");
-        let batch = proto::OpenSessionsRequest { request_id: request_id(), meters: vec![meter()], terms: wanted(), first_chunk: 0 };
+        let batch = proto::OpenSessionsRequest {
+            request_id: request_id(),
+            meters: vec![meter()],
+            terms: wanted(),
+            first_chunk: 0,
+        };
         let refused = match head_end.grants().open_sessions(batch).await {
             Err(status) => status,
             Ok(answers) => answers.into_inner().message().await.unwrap_err(),
@@ -118,13 +140,28 @@ async fn nobody_counts_under_a_client_title_that_is_not_his() {
             apdu: hex::decode("C001C100030100010800FF0200").unwrap().into(),
             ..Default::default()
         };
-        let frames =
-            |frame| proto::ProtectRequest { request_id: request_id(), purpose: proto::Purpose::Read.into(), frames: vec![frame], supersede_lease: true };
-        let result = head_end.frames().protect(frames(frame.clone())).await.unwrap().into_inner().results.remove(0).result;
-        let Some(proto::frame_result::Result::Refusal(refusal)) = result else { panic!("{stolen}: a frame was protected") };
+        let frames = |frame| proto::ProtectRequest {
+            request_id: request_id(),
+            purpose: proto::Purpose::Read.into(),
+            frames: vec![frame],
+            supersede_lease: true,
+        };
+        let result =
+            head_end.frames().protect(frames(frame.clone())).await.unwrap().into_inner().results.remove(0).result;
+        let Some(proto::frame_result::Result::Refusal(refusal)) = result else {
+            panic!("{stolen}: a frame was protected")
+        };
         assert_eq!(refusal.code, Code::PermissionDenied as i32, "{stolen}: {}", refusal.message);
         // It was the title that was refused: under its own the head-end may.
-        let result = head_end.frames().protect(frames(proto::PlainFrame { client_title: own(), ..frame })).await.unwrap().into_inner().results.remove(0).result;
+        let result = head_end
+            .frames()
+            .protect(frames(proto::PlainFrame { client_title: own(), ..frame }))
+            .await
+            .unwrap()
+            .into_inner()
+            .results
+            .remove(0)
+            .result;
         assert!(matches!(result, Some(proto::frame_result::Result::Apdu(_))), "{result:?}");
     }
     // Nor does another principal get the title of the head-end.

@@ -30,14 +30,17 @@ impl http_body::Body for Unfinished {
     }
 }
 
-/// Begins a call whose message has `announced` octets, of which `sent` are sent: how it was answered, or that the connection ended.
+/// Begins a call whose message has `announced` octets, of which `sent` are sent: how it was
+/// answered, or that the connection ended.
 async fn unfinished(mut channel: Channel, path: &str, announced: u32, sent: usize) -> Result<Status, String> {
     let mut octets = vec![0];
     octets.extend(announced.to_be_bytes());
     octets.resize(5 + sent, 0);
     let request = http::Request::post(path).header("content-type", "application/grpc").header("te", "trailers");
     let request = request.body(Body::new(Unfinished(Some(octets.into())))).unwrap();
-    std::future::poll_fn(|context| GrpcService::<Body>::poll_ready(&mut channel, context)).await.map_err(|error| error.to_string())?;
+    std::future::poll_fn(|context| GrpcService::<Body>::poll_ready(&mut channel, context))
+        .await
+        .map_err(|error| error.to_string())?;
     let answer = GrpcService::<Body>::call(&mut channel, request).await.map_err(|error| format!("{error:?}"))?;
     Status::from_header_map(answer.headers()).ok_or_else(|| "no status in the headers".to_owned())
 }
@@ -71,7 +74,10 @@ async fn two_connections_with_250_unfinished_requests_each_hold_little_memory() 
     for _ in 0..2 * 246 {
         let status = soon(answers.recv()).await.unwrap().unwrap();
         assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
-        assert!(status.message().contains("`request_octets_per_connection` is 8388608 octets for each connection"), "{status}");
+        assert!(
+            status.message().contains("`request_octets_per_connection` is 8388608 octets for each connection"),
+            "{status}"
+        );
     }
     let held = server.resident_octets().saturating_sub(before);
     eprintln!("500 unfinished requests on two connections hold {} KiB", held >> 10);
@@ -152,7 +158,8 @@ async fn one_principal_does_not_take_all_connections() {
     soon(async { while ask(Connection::connect(&handheld).await).await.is_err() {} }).await;
 }
 
-/// A8: connections on which nobody calls held all places, also those of principals that were disabled, and for ever.
+/// A8: connections on which nobody calls held all places, also those of principals that were
+/// disabled, and for ever.
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_without_a_call_hold_up_nobody_and_end() {
     let mut server = DevServer::start();
@@ -163,7 +170,8 @@ async fn connections_without_a_call_hold_up_nobody_and_end() {
     for _ in 0..4 {
         held.push(attacker.hold(local).await.unwrap());
     }
-    // All places are taken, and far within the time of those that hold them somebody who calls comes in.
+    // All places are taken, and far within the time of those that hold them somebody who calls
+    // comes in.
     let caller = server.connect("officer-1").await;
     caller.principals().who_am_i(proto::WhoAmIRequest {}).await.unwrap();
     let mut looking = tokio::time::interval(Duration::from_millis(20));
@@ -181,7 +189,9 @@ async fn connections_without_a_call_hold_up_nobody_and_end() {
 #[tokio::test(flavor = "multi_thread")]
 async fn idle_connections_of_strangers_hold_up_no_handshake() {
     let mut server = DevServer::start();
-    server.restart_with_limits("handshakes = 32\nhandshakes_per_address = 16\nfirst_octet_seconds = 60\nhandshake_seconds = 60");
+    server.restart_with_limits(
+        "handshakes = 32\nhandshakes_per_address = 16\nfirst_octet_seconds = 60\nhandshake_seconds = 60",
+    );
     let address = server.address();
     let mut idle = Vec::new();
     for _ in 0..200 {

@@ -1,5 +1,5 @@
-//! The broadcast key of a group, from its first version to one that a member which left does not get: by officers with `kms`, and by a head-end that holds no
-//! keys of single meters.
+//! The broadcast key of a group, from its first version to one that a member which left does not
+//! get: by officers with `kms`, and by a head-end that holds no keys of single meters.
 #![expect(clippy::indexing_slicing, reason = "tests")]
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -25,13 +25,22 @@ async fn a_broadcast_key_reaches_its_group_and_leaves_a_former_member_behind() {
     let shipment = dev.state().join("north.jsonl").display().to_string();
     let vendor_key = dev.state().join("vendor/signing.key").display().to_string();
     let sample = ["--devices", "12", "--device-profile", "two-setups-suite1", "--group", "north", "--first", "100"];
-    officer(&server, &[&["shipment", "make-sample", "--vendor-key", &vendor_key, "--out", &shipment], &sample[..]].concat());
-    let assign = ["--manufacturer", "urn:meterkms:dev:manufacturer:kam", "--head-end", "urn:meterkms:dev:head-end:head-end"];
+    officer(
+        &server,
+        &[&["shipment", "make-sample", "--vendor-key", &vendor_key, "--out", &shipment], &sample[..]].concat(),
+    );
+    let assign =
+        ["--manufacturer", "urn:meterkms:dev:manufacturer:kam", "--head-end", "urn:meterkms:dev:head-end:head-end"];
     officer(&server, &[&["shipment", "import", &shipment], &assign[..]].concat());
-    let meters = Arc::new(Members::new(meter_configs(&dev.state().join("north.jsonl.devices.jsonl")).into_iter().map(|config| Meter::new(config).unwrap())));
+    let meters = Arc::new(Members::new(
+        meter_configs(&dev.state().join("north.jsonl.devices.jsonl"))
+            .into_iter()
+            .map(|config| Meter::new(config).unwrap()),
+    ));
     let titles: Vec<SystemTitle> = meters.0.keys().copied().collect();
     // One takes no key at first, of one the answer is lost.
-    meters.0[&titles[3]].add_fault(ScriptedFault { at: Trigger::KeyTransfer(1), fault: Fault::RefusedWithoutApplying(250) });
+    meters.0[&titles[3]]
+        .add_fault(ScriptedFault { at: Trigger::KeyTransfer(1), fault: Fault::RefusedWithoutApplying(250) });
     meters.0[&titles[4]].add_fault(ScriptedFault { at: Trigger::KeyTransfer(1), fault: Fault::LoseAnswer });
 
     // The first version: nobody may broadcast with it before enough members have it.
@@ -47,11 +56,27 @@ async fn a_broadcast_key_reaches_its_group_and_leaves_a_former_member_behind() {
     officer(&server, &switch("1"));
     let (version, first) = broadcast_key(&dev, &server).await.unwrap();
     assert_eq!(version, 1);
-    assert!(titles.iter().all(|title| meters.gbek(title) == first), "every member holds the key that the head-end broadcasts with");
+    assert!(
+        titles.iter().all(|title| meters.gbek(title) == first),
+        "every member holds the key that the head-end broadcasts with"
+    );
 
     // A member leaves with the key. Everybody else gets another, which that one cannot know.
     let gone = titles[7].to_string();
-    officer(&server, &["group", "remove-members", "north", "--meter", &gone, "--compromised", "--reason", "stolen from its cabinet", "--yes"]);
+    officer(
+        &server,
+        &[
+            "group",
+            "remove-members",
+            "north",
+            "--meter",
+            &gone,
+            "--compromised",
+            "--reason",
+            "stolen from its cabinet",
+            "--yes",
+        ],
+    );
     assert!(officer(&server, &["audit", "list", "--limit", "5"]).contains("group-key-exposed"));
     assert_eq!(rotation(&server).await.wanted_because, ["member-compromised"]);
     rotate(&server, &meters).await;
@@ -69,17 +94,35 @@ async fn a_broadcast_key_reaches_its_group_and_leaves_a_former_member_behind() {
 
 /// A campaign of the group's key, from draft to end, carried out by the head-end.
 async fn rotate(server: &SecondServer, meters: &Arc<Members>) {
-    let terms = ["--success-threshold", "1", "--failure-limit", "100", "--attempts", "3", "--back-off", "1", "--commit", "--output", "json"];
-    let made = server.kms("officer-1", &[&["campaign", "create", "broadcast", "--rotate", "GBEK", "--group", "north", "--wave", "100%"], &terms[..]].concat());
+    let terms = [
+        "--success-threshold",
+        "1",
+        "--failure-limit",
+        "100",
+        "--attempts",
+        "3",
+        "--back-off",
+        "1",
+        "--commit",
+        "--output",
+        "json",
+    ];
+    let made = server.kms(
+        "officer-1",
+        &[&["campaign", "create", "broadcast", "--rotate", "GBEK", "--group", "north", "--wave", "100%"], &terms[..]]
+            .concat(),
+    );
     let made: Value = serde_json::from_str(&made).unwrap();
-    let (id, content) = (uuid(made["campaign"]["campaign_id"].as_str().unwrap()), made["campaign"]["content_sha256"].as_str().unwrap());
+    let (id, content) =
+        (uuid(made["campaign"]["campaign_id"].as_str().unwrap()), made["campaign"]["content_sha256"].as_str().unwrap());
     server.kms("officer-2", &["campaign", "approve", &id, "--content", content, "--yes"]);
     officer(server, &["campaign", "start", &id, "--yes"]);
     let settings = RelaySettings { idle: Duration::from_millis(50), ..RelaySettings::default() };
     let relay = Relay::new(server.connect("head-end").await, [], SystemTitle::parse(CLIENT_TITLE).unwrap(), settings);
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let network = Arc::clone(meters);
-    let working = tokio::spawn(async move { relay.work(network, async { drop(stopped.await) }, |_, _| ()).await.unwrap() });
+    let working =
+        tokio::spawn(async move { relay.work(network, async { drop(stopped.await) }, |_, _| ()).await.unwrap() });
     // Ends by itself when the campaign does.
     let report = tokio::task::block_in_place(|| officer(server, &["campaign", "watch", &id, "--output", "json"]));
     drop(stop);
@@ -137,7 +180,11 @@ async fn rotation(server: &SecondServer) -> GroupRotation {
 async fn broadcast_key(dev: &DevServer, server: &SecondServer) -> Result<(u32, Vec<u8>), SessionError> {
     let key = dev.profile("head-end").transport_key().unwrap();
     let options = TestModule::of_environment().open_options();
-    let session = server.connect("head-end").await.open_group_session(&key, new_request_id(), "north", None, terms(10), &options).await?;
+    let session = server
+        .connect("head-end")
+        .await
+        .open_group_session(&key, new_request_id(), "north", None, terms(10), &options)
+        .await?;
     let granted = session.keys.groups[0].key(KeyType::GBEK).unwrap();
     Ok((granted.version.unwrap().number(), granted.key.expose().to_vec()))
 }

@@ -36,7 +36,8 @@ async fn dev_does_the_main_job_finds_its_state_again_and_ends_cleanly() {
     assert!(first(&after) > first(&before), "I4: the lease after a restart must start higher");
 }
 
-/// The ceremony, an import, a session, a meter that answers: on every pair, whatever the environment says.
+/// The ceremony, an import, a session, a meter that answers: on every pair, whatever the
+/// environment says.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_main_job_on_every_module_and_database() {
     for module in [TestModule::HsmSim, TestModule::SoftHsm2] {
@@ -44,7 +45,11 @@ async fn the_main_job_on_every_module_and_database() {
             let mut server = DevServer::start_afresh(module, database);
             assert!(server.printed.contains("1.0.1.8.0.255 ="), "{module:?}, {database:?}: {}", server.printed);
             server.restart();
-            assert!(server.printed.contains("1.0.1.8.0.255 ="), "{module:?}, {database:?}, second start: {}", server.printed);
+            assert!(
+                server.printed.contains("1.0.1.8.0.255 ="),
+                "{module:?}, {database:?}, second start: {}",
+                server.printed
+            );
         }
     }
 }

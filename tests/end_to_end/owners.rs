@@ -48,7 +48,11 @@ async fn a_broadcast_key_is_made_and_lent_where_a_policy_says_so() {
     }
     assert_eq!(kms(&state, HEAD_END, &open).status.code(), Some(3));
 
-    done(&state, OFFICER, &["device-type", "add", "kam-gateway", "--manufacturer", "KAM", "--device-profile", "gateway-suite0"]);
+    done(
+        &state,
+        OFFICER,
+        &["device-type", "add", "kam-gateway", "--manufacturer", "KAM", "--device-profile", "gateway-suite0"],
+    );
     done(&state, OFFICER, &["device-type", "key", "create", "kam-gateway", "--type", "FIRMWARE"]);
     assert!(done(&state, OFFICER, &["device-type", "show", "kam-gateway"]).contains("FIRMWARE"));
     let log = done(&state, OFFICER, &["audit", "list", "--limit", "20"]);
@@ -83,16 +87,27 @@ async fn a_shipment_that_is_not_what_was_signed_is_refused_by_its_signature() {
     let serial = text.replacen("\"serial\":\"1", "\"serial\":\"2", 1).into_bytes();
     assert_ne!(serial, file);
     let last_line = file.len() - text.split_inclusive('\n').next_back().unwrap().len();
-    for (name, octets) in [("serial", serial), ("cut", file[..file.len() / 2].to_vec()), ("without-trailer", file[..last_line].to_vec())] {
+    for (name, octets) in
+        [("serial", serial), ("cut", file[..file.len() / 2].to_vec()), ("without-trailer", file[..last_line].to_vec())]
+    {
         let path = state.join(format!("{name}.jsonl"));
         fs::write(&path, &octets).unwrap();
         fs::write(state.join(format!("{name}.jsonl.sig")), &signature).unwrap();
         // Twice: what was refused is refused again, in the same words.
         for _ in 0..2 {
-            let output = kms(state, OFFICER, &["shipment", "import", path.to_str().unwrap(), "--manufacturer", "urn:meterkms:dev:manufacturer:kam"]);
+            let output = kms(
+                state,
+                OFFICER,
+                &["shipment", "import", path.to_str().unwrap(), "--manufacturer", "urn:meterkms:dev:manufacturer:kam"],
+            );
             let said = String::from_utf8_lossy(&output.stderr);
             assert_eq!(output.status.code(), Some(1), "{name}: {said}");
-            assert!(said.contains("refused as a whole, nothing was imported: the signature is not the manufacturer's over this file"), "{name}: {said}");
+            assert!(
+                said.contains(
+                    "refused as a whole, nothing was imported: the signature is not the manufacturer's over this file"
+                ),
+                "{name}: {said}"
+            );
         }
     }
 }

@@ -1,10 +1,11 @@
-//! Keys replaced over the air by a head-end that holds none, over a network that loses, repeats and reorders, while the server is killed.
+//! Keys replaced over the air by a head-end that holds none, over a network that loses, repeats and
+//! reorders, while the server is killed.
 
 use kms_client::{
     Connection, new_request_id,
     proto::{
-        BeginTransfersRequest, ContinueTransfersRequest, TransferForm, TransferOrder, TransferReport, TransferStep, transfer_report::Answer,
-        transfer_send::Kind, transfer_step::Next,
+        BeginTransfersRequest, ContinueTransfersRequest, TransferForm, TransferOrder, TransferReport, TransferStep,
+        transfer_report::Answer, transfer_send::Kind, transfer_step::Next,
     },
 };
 use kms_domain::SystemTitle;
@@ -16,7 +17,8 @@ use meter_sim::{
     inspect::RepeatedNonce,
 };
 
-/// A head-end that relays octets. The server may die at any call: it is started again, and what was asked is asked again.
+/// A head-end that relays octets. The server may die at any call: it is started again, and what was
+/// asked is asked again.
 struct Relay {
     server: DevServer,
     connection: Connection,
@@ -40,7 +42,8 @@ impl Relay {
             form: TransferForm::Frames.into(),
             ..TransferOrder::default()
         };
-        let request = BeginTransfersRequest { request_id: new_request_id().octets().to_vec().into(), orders: vec![order] };
+        let request =
+            BeginTransfersRequest { request_id: new_request_id().octets().to_vec().into(), orders: vec![order] };
         let mut line = MeterConnection::new(meter.clone(), 1);
         let mut step = self.begin(request).await;
         loop {
@@ -53,7 +56,12 @@ impl Relay {
                     }
                     let answer = line.deliver(&send.apdu).await.answers.pop();
                     let answer = answer.map_or(Answer::Nothing(true), |apdu| Answer::Apdu(apdu.into()));
-                    let report = TransferReport { meter: step.meter, transfer_id: step.transfer_id, step: step.step, answer: Some(answer) };
+                    let report = TransferReport {
+                        meter: step.meter,
+                        transfer_id: step.transfer_id,
+                        step: step.step,
+                        answer: Some(answer),
+                    };
                     step = self.report(report).await;
                 }
             }
@@ -73,7 +81,12 @@ impl Relay {
     async fn report(&mut self, report: TransferReport) -> TransferStep {
         loop {
             self.perhaps_kill();
-            match self.connection.transfers().continue_transfers(ContinueTransfersRequest { reports: vec![report.clone()] }).await {
+            match self
+                .connection
+                .transfers()
+                .continue_transfers(ContinueTransfersRequest { reports: vec![report.clone()] })
+                .await
+            {
                 Ok(answer) => return answer.into_inner().steps.remove(0),
                 Err(status) => self.revive(&status).await,
             }
@@ -98,7 +111,8 @@ impl Relay {
         self.connection = self.server.connect("head-end").await;
     }
 
-    /// The keys that the server grants are those in the meter's memory, octet by octet, and the meter answers to them.
+    /// The keys that the server grants are those in the meter's memory, octet by octet, and the
+    /// meter answers to them.
     async fn compare(&self, meter: &Meter, title: SystemTitle) {
         let profile = self.server.profile("head-end");
         let session = open(&self.connection, &profile, title, 10).await.unwrap();
@@ -121,8 +135,13 @@ async fn every_meter_talks_after_rotation_over_a_bad_network_and_killed_servers(
         if let Some(fault) = fault {
             meter.add_fault(ScriptedFault { at: Trigger::KeyTransfer(1), fault });
         }
-        // Challenges that could be requests, at an opening and at a proof: they cost an association, and no attempt.
-        meter.choose_challenges([vec![meter_sim::REQUESTS[usize::try_from(number).unwrap() % meter_sim::REQUESTS.len()]], vec![b'A'], vec![0x01, 0x01]]);
+        // Challenges that could be requests, at an opening and at a proof: they cost an
+        // association, and no attempt.
+        meter.choose_challenges([
+            vec![meter_sim::REQUESTS[usize::try_from(number).unwrap() % meter_sim::REQUESTS.len()]],
+            vec![b'A'],
+            vec![0x01, 0x01],
+        ]);
         // Each meter meets a kill -9 before another call of its first transfer.
         relay.kill_in = Some(u32::try_from(number % 6).unwrap());
         for key_type in ["GUEK", "GAK"] {

@@ -13,22 +13,35 @@ async fn a_repeated_request_gets_the_same_grant_wrapped_anew() {
     let id = new_request_id();
     let ask = |counters| {
         let (connection, key) = (connection.clone(), &key);
-        async move { connection.open_session(key, id, title(5), terms(counters), &TestModule::of_environment().open_options()).await }
+        async move {
+            connection
+                .open_session(key, id, title(5), terms(counters), &TestModule::of_environment().open_options())
+                .await
+        }
     };
     let first = ask(50).await.unwrap();
     let again = ask(50).await.unwrap();
     assert_eq!(first.keys.grant_id, again.keys.grant_id);
     assert_eq!(first.audit_leaf, again.audit_leaf);
-    let lease =
-        |session: &kms_client::Session| session.keys.meters[0].counters.as_ref().map(|counters| (counters.next().unwrap(), counters.remaining())).unwrap();
+    let lease = |session: &kms_client::Session| {
+        session.keys.meters[0]
+            .counters
+            .as_ref()
+            .map(|counters| (counters.next().unwrap(), counters.remaining()))
+            .unwrap()
+    };
     assert_eq!(lease(&first), lease(&again));
-    assert_eq!(first.keys.meters[0].key(KeyType::GUEK).unwrap().key.expose(), again.keys.meters[0].key(KeyType::GUEK).unwrap().key.expose());
+    assert_eq!(
+        first.keys.meters[0].key(KeyType::GUEK).unwrap().key.expose(),
+        again.keys.meters[0].key(KeyType::GUEK).unwrap().key.expose()
+    );
 
     // Another request under the same id is refused whole.
     let other = ask(51).await.unwrap_err();
     assert!(format!("{other:?}").contains("request_id"), "{other:?}");
 
-    // A newer lease ends this one: the repeated request says so instead of handing out overtaken counters.
+    // A newer lease ends this one: the repeated request says so instead of handing out overtaken
+    // counters.
     open(&connection, &profile, title(5), 50).await.unwrap();
     let overtaken = ask(50).await.unwrap_err();
     assert!(overtaken.to_string().contains("newer lease"), "{overtaken}");
@@ -50,7 +63,10 @@ async fn a_batch_comes_in_chunks_and_refuses_only_what_is_not_the_head_ends() {
     }
     assert_eq!(opened, meters[..50]);
     assert_eq!(refused.len(), 1);
-    assert_eq!((refused[0].meter.as_ref(), refused[0].code), (unknown.octets().as_slice(), Code::PermissionDenied as i32));
+    assert_eq!(
+        (refused[0].meter.as_ref(), refused[0].code),
+        (unknown.octets().as_slice(), Code::PermissionDenied as i32)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -63,10 +79,12 @@ async fn a_revoked_grant_is_not_repeated_and_a_dedicated_key_is_made_once() {
     let options = TestModule::of_environment().open_options();
     let ask = || connection.open_session(&key, id, title(6), wanted.clone(), &options);
     let one = ask().await.unwrap();
-    // I4: the same lease with another dedicated key would be another InitiateRequest under the same counter.
+    // I4: the same lease with another dedicated key would be another InitiateRequest under the same
+    // counter.
     assert!(ask().await.unwrap_err().to_string().contains("not made twice"));
     let two = connection.open_session(&key, new_request_id(), title(7), wanted.clone(), &options).await.unwrap();
-    let dedicated = |session: &kms_client::Session| session.keys.meters[0].key(KeyType::DEDICATED).unwrap().key.expose().to_vec();
+    let dedicated =
+        |session: &kms_client::Session| session.keys.meters[0].key(KeyType::DEDICATED).unwrap().key.expose().to_vec();
     assert_ne!(dedicated(&one), dedicated(&two));
 
     let officer = server.connect("officer-1").await;

@@ -1,4 +1,5 @@
-//! Traces and metrics of a real grant, as an OTLP collector receives them: that they are there, and that nothing secret is in them.
+//! Traces and metrics of a real grant, as an OTLP collector receives them: that they are there, and
+//! that nothing secret is in them.
 
 use std::{
     sync::{Arc, Mutex},
@@ -40,7 +41,10 @@ struct Received {
 
 #[tonic::async_trait]
 impl TraceService for Collector {
-    async fn export(&self, request: Request<ExportTraceServiceRequest>) -> Result<Response<ExportTraceServiceResponse>, Status> {
+    async fn export(
+        &self,
+        request: Request<ExportTraceServiceRequest>,
+    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
         self.0.lock().unwrap().traces.push(request.into_inner());
         Ok(Response::new(ExportTraceServiceResponse::default()))
     }
@@ -48,7 +52,10 @@ impl TraceService for Collector {
 
 #[tonic::async_trait]
 impl MetricsService for Collector {
-    async fn export(&self, request: Request<ExportMetricsServiceRequest>) -> Result<Response<ExportMetricsServiceResponse>, Status> {
+    async fn export(
+        &self,
+        request: Request<ExportMetricsServiceRequest>,
+    ) -> Result<Response<ExportMetricsServiceResponse>, Status> {
         self.0.lock().unwrap().metrics.push(request.into_inner());
         Ok(Response::new(ExportMetricsServiceResponse::default()))
     }
@@ -59,8 +66,9 @@ impl Collector {
     fn start(&self) -> String {
         let incoming = TcpIncoming::bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let address = incoming.local_addr().unwrap();
-        let server =
-            tonic::transport::Server::builder().add_service(TraceServiceServer::new(self.clone())).add_service(MetricsServiceServer::new(self.clone()));
+        let server = tonic::transport::Server::builder()
+            .add_service(TraceServiceServer::new(self.clone()))
+            .add_service(MetricsServiceServer::new(self.clone()));
         tokio::spawn(server.serve_with_incoming(incoming));
         format!("http://{address}")
     }
@@ -75,7 +83,12 @@ impl Collector {
     fn metrics(&self) -> Vec<Metric> {
         let received = self.0.lock().unwrap();
         let Some(export) = received.metrics.last() else { return Vec::new() };
-        export.resource_metrics.iter().flat_map(|resource| &resource.scope_metrics).flat_map(|scope| scope.metrics.clone()).collect()
+        export
+            .resource_metrics
+            .iter()
+            .flat_map(|resource| &resource.scope_metrics)
+            .flat_map(|scope| scope.metrics.clone())
+            .collect()
     }
 
     async fn until<T>(&self, what: &str, find: impl Fn(&Self) -> Option<T>) -> T {
@@ -90,7 +103,10 @@ impl Collector {
     }
 
     fn names(&self) -> (Vec<String>, Vec<String>) {
-        (self.spans().into_iter().map(|span| span.name).collect(), self.metrics().into_iter().map(|metric| metric.name).collect())
+        (
+            self.spans().into_iter().map(|span| span.name).collect(),
+            self.metrics().into_iter().map(|metric| metric.name).collect(),
+        )
     }
 }
 
@@ -137,7 +153,11 @@ async fn a_collector_receives_a_grant_and_no_secret() {
     let mut request = Request::new(OpenSessionRequest {
         request_id: new_request_id().octets().to_vec().into(),
         meter: title(7).octets().to_vec().into(),
-        terms: Some(SessionTerms { purpose: Purpose::Read.into(), client_title: hex::decode(CLIENT_TITLE).unwrap().into(), ..SessionTerms::default() }),
+        terms: Some(SessionTerms {
+            purpose: Purpose::Read.into(),
+            client_title: hex::decode(CLIENT_TITLE).unwrap().into(),
+            ..SessionTerms::default()
+        }),
     });
     request.metadata_mut().insert("traceparent", format!("00-{trace}-00f067aa0ba902b7-01").parse().unwrap());
     let answer = connection.grants().open_session(request).await.unwrap().into_inner();
@@ -154,42 +174,72 @@ async fn a_collector_receives_a_grant_and_no_secret() {
     let method = "meterkms.v1.GrantService/OpenSession";
     let span = |collector: &Collector, name: &str| collector.spans().into_iter().find(|span| span.name == name);
     let rpc = collector.until("span of the call", |collector| span(collector, method)).await;
-    assert_eq!((hex::encode(&rpc.trace_id).as_str(), hex::encode(&rpc.parent_span_id).as_str()), (trace, "00f067aa0ba902b7"));
+    assert_eq!(
+        (hex::encode(&rpc.trace_id).as_str(), hex::encode(&rpc.parent_span_id).as_str()),
+        (trace, "00f067aa0ba902b7")
+    );
     for (name, parent) in [("grant", method), ("commit", "grant"), ("hsm.envelope", "grant")] {
         let child = collector.until(name, |collector| span(collector, name)).await;
-        let parents: Vec<Vec<u8>> = collector.spans().into_iter().filter(|span| span.name == parent).map(|span| span.span_id).collect();
+        let parents: Vec<Vec<u8>> =
+            collector.spans().into_iter().filter(|span| span.name == parent).map(|span| span.span_id).collect();
         assert!(parents.contains(&child.parent_span_id), "{name} is not below {parent}");
     }
     assert!(collector.spans().iter().all(|span| hex::encode(&span.trace_id) == trace), "nothing else was sampled");
 
     let metric = |collector: &Collector, name: &str| collector.metrics().into_iter().find(|metric| metric.name == name);
-    for (name, unit, expected) in
-        [("kms.grants", "{grant}", Some(1)), ("kms.grant.keys", "{key}", Some(2)), ("kms.grant.meters", "{meter}", Some(2)), ("kms.ready", "1", Some(1))]
-    {
-        let found = collector.until(name, |collector| metric(collector, name).filter(|found| expected.is_none_or(|expected| total(found) == expected))).await;
+    for (name, unit, expected) in [
+        ("kms.grants", "{grant}", Some(1)),
+        ("kms.grant.keys", "{key}", Some(2)),
+        ("kms.grant.meters", "{meter}", Some(2)),
+        ("kms.ready", "1", Some(1)),
+    ] {
+        let found = collector
+            .until(name, |collector| {
+                metric(collector, name).filter(|found| expected.is_none_or(|expected| total(found) == expected))
+            })
+            .await;
         assert_eq!(found.unit, unit, "{name}");
     }
-    assert!(attributes(&metric(&collector, "kms.grant.meters").unwrap()).iter().any(|attribute| attribute.key == "error.type"));
-    for name in ["rpc.server.call.duration", "kms.commit.duration", "kms.commit.acts", "kms.hsm.job.duration", "kms.counter.chunks", "kms.refusals"] {
+    assert!(
+        attributes(&metric(&collector, "kms.grant.meters").unwrap())
+            .iter()
+            .any(|attribute| attribute.key == "error.type")
+    );
+    for name in [
+        "rpc.server.call.duration",
+        "kms.commit.duration",
+        "kms.commit.acts",
+        "kms.hsm.job.duration",
+        "kms.counter.chunks",
+        "kms.refusals",
+    ] {
         collector.until(name, |collector| metric(collector, name)).await;
     }
     let duration = metric(&collector, "rpc.server.call.duration").unwrap();
     assert_eq!((duration.unit.as_str(), text(&attributes(&duration), "rpc.system.name")), ("s", Some("grpc")));
     assert!(attributes(&duration).iter().any(|attribute| attribute.key == "rpc.response.status_code"));
 
-    // I1: no key of the sample is in anything that was sent, nor any wrapped key; and no metric names a meter or a principal.
+    // I1: no key of the sample is in anything that was sent, nor any wrapped key; and no metric
+    // names a meter or a principal.
     let received = collector.0.lock().unwrap();
     let mut octets = Vec::new();
     received.traces.iter().for_each(|export| octets.extend(export.encode_to_vec()));
     let traces = octets.len();
     received.metrics.iter().for_each(|export| octets.extend(export.encode_to_vec()));
-    let holds = |octets: &[u8], needle: &[u8]| octets.windows(needle.len()).any(|window| window.eq_ignore_ascii_case(needle));
+    let holds =
+        |octets: &[u8], needle: &[u8]| octets.windows(needle.len()).any(|window| window.eq_ignore_ascii_case(needle));
     for key in first.plaintext_keys() {
-        assert!(!holds(&octets, &key) && !holds(&octets, hex::encode(&key).as_bytes()), "a key was sent to the collector");
+        assert!(
+            !holds(&octets, &key) && !holds(&octets, hex::encode(&key).as_bytes()),
+            "a key was sent to the collector"
+        );
     }
     let manifest = &answer.envelopes[0].manifest;
     for piece in manifest.windows(24).step_by(8) {
-        assert!(!holds(&octets, piece) && !holds(&octets, hex::encode(piece).as_bytes()), "a wrapped key was sent to the collector");
+        assert!(
+            !holds(&octets, piece) && !holds(&octets, hex::encode(piece).as_bytes()),
+            "a wrapped key was sent to the collector"
+        );
     }
     for name in [title(7).to_string(), title(4_000).to_string(), "urn:meterkms".to_owned(), CLIENT_TITLE.to_owned()] {
         assert!(!holds(&octets[traces..], name.as_bytes()), "`{name}` is in a metric");

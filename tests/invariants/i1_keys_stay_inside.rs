@@ -10,13 +10,31 @@ async fn no_object_of_the_token_is_readable_or_usable_beyond_its_purpose() {
     let server = DevServer::start();
     // After real work, not on an untouched token.
     open(&server.connect("head-end").await, &server.profile("head-end"), title(2), 10).await.unwrap();
-    let objects = server.connect("officer-1").await.hsm().inventory_hsm(InventoryHsmRequest {}).await.unwrap().into_inner().objects;
+    let objects = server
+        .connect("officer-1")
+        .await
+        .hsm()
+        .inventory_hsm(InventoryHsmRequest {})
+        .await
+        .unwrap()
+        .into_inner()
+        .objects;
     assert!(objects.len() > 10, "{} objects", objects.len());
     for object in objects {
         assert_eq!(object.objection, "", "{}", object.label);
         if object.object_class == "secret-key" || object.object_class == "private-key" {
-            assert!(object.attributes.iter().any(|name| name == "SENSITIVE"), "{} is not sensitive: {:?}", object.label, object.attributes);
-            assert!(!object.attributes.iter().any(|name| name == "EXTRACTABLE"), "{} can leave: {:?}", object.label, object.attributes);
+            assert!(
+                object.attributes.iter().any(|name| name == "SENSITIVE"),
+                "{} is not sensitive: {:?}",
+                object.label,
+                object.attributes
+            );
+            assert!(
+                !object.attributes.iter().any(|name| name == "EXTRACTABLE"),
+                "{} can leave: {:?}",
+                object.label,
+                object.attributes
+            );
         }
     }
 }
@@ -38,7 +56,11 @@ async fn no_key_of_a_meter_stands_in_any_file_of_the_server() {
         for key in &keys {
             assert!(!contains(octets, key), "a meter's key stands in `{}`", path.display());
             let printed = [hex::encode(key), hex::encode_upper(key)];
-            assert!(printed.iter().all(|text| !contains(octets, text.as_bytes())), "a meter's key stands in hex in `{}`", path.display());
+            assert!(
+                printed.iter().all(|text| !contains(octets, text.as_bytes())),
+                "a meter's key stands in hex in `{}`",
+                path.display()
+            );
         }
     });
     assert!(files > 5, "{files} files were looked at");

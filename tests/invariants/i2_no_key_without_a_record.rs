@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use kms_client::proto::{AuditRecord, BeginTransfersRequest, ListAuditRecordsRequest, TransferForm, TransferOrder, audit_record::Event, transfer_step::Next};
+use kms_client::proto::{
+    AuditRecord, BeginTransfersRequest, ListAuditRecordsRequest, TransferForm, TransferOrder, audit_record::Event,
+    transfer_step::Next,
+};
 use kms_store::{StoreConfig, testing::Obstruction};
 use kms_tests::{CLIENT_TITLE, DevServer, open, title};
 use meter_sim::{Obis, security::unwrap_key};
@@ -13,7 +16,12 @@ async fn every_grant_is_in_the_log_under_the_leaf_that_its_holder_got() {
     let mut server = DevServer::start();
     let mut leaves = Vec::new();
     for number in 0..5 {
-        leaves.push(open(&server.connect("head-end").await, &server.profile("head-end"), title(number), 10).await.unwrap().audit_leaf);
+        leaves.push(
+            open(&server.connect("head-end").await, &server.profile("head-end"), title(number), 10)
+                .await
+                .unwrap()
+                .audit_leaf,
+        );
     }
     // Right after the answer: what is not durable now is gone.
     server.kill();
@@ -94,7 +102,8 @@ async fn a_stuck_log_lets_no_wrapped_key_out() {
     assert!(began.elapsed() < LONGEST_WAIT, "the caller was kept for {:?}", began.elapsed());
     obstruction.end().await.unwrap();
 
-    // The same request is answered as soon as the log can be written. The key opens under the meter's KEK, and its leaving is on the record, once.
+    // The same request is answered as soon as the log can be written. The key opens under the
+    // meter's KEK, and its leaving is on the record, once.
     let mut answer = transfers.begin_transfers(request.clone()).await;
     while let Err(status) = answer {
         assert!(began.elapsed() < LONGEST_WAIT, "{status}");
@@ -107,7 +116,10 @@ async fn a_stuck_log_lets_no_wrapped_key_out() {
         Some(Event::TransfersAdvanced(event)) => Some(event.advances),
         _ => None,
     });
-    let leavings: Vec<_> = leavings.flatten().filter(|advance| advance.transfer_id == step.transfer_id && advance.key_version > 0).collect();
+    let leavings: Vec<_> = leavings
+        .flatten()
+        .filter(|advance| advance.transfer_id == step.transfer_id && advance.key_version > 0)
+        .collect();
     assert_eq!(leavings.len(), 1, "{leavings:?}");
     assert_eq!((leavings[0].key_type.as_str(), leavings[0].key_version), ("GUEK", send.key_version));
 }

@@ -1,4 +1,5 @@
-//! I2 and I8: what is refused is on the record too, whichever call it is, and no client fills the disk with it.
+//! I2 and I8: what is refused is on the record too, whichever call it is, and no client fills the
+//! disk with it.
 
 use std::{
     collections::BTreeSet,
@@ -32,12 +33,15 @@ fn methods() -> BTreeSet<String> {
     let mut methods = BTreeSet::new();
     for file in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../proto/meterkms/v1")).unwrap() {
         let text = fs::read_to_string(file.unwrap().path()).unwrap();
-        methods.extend(text.lines().filter_map(|line| line.trim().strip_prefix("rpc ")?.split('(').next().map(str::to_owned)));
+        methods.extend(
+            text.lines().filter_map(|line| line.trim().strip_prefix("rpc ")?.split('(').next().map(str::to_owned)),
+        );
     }
     methods
 }
 
-/// Calls every method with what it takes. The method, how its refusal is called in the log, and the answer's status.
+/// Calls every method with what it takes. The method, how its refusal is called in the log, and the
+/// answer's status.
 #[expect(clippy::too_many_lines, reason = "one line a method")]
 async fn call_all(caller: &Connection) -> Vec<(&'static str, &'static str, Result<(), Status>)> {
     let meter = || bytes::Bytes::from(title(0).octets().to_vec());
@@ -103,7 +107,10 @@ async fn call_all(caller: &Connection) -> Vec<(&'static str, &'static str, Resul
     call!(
         "RegisterTransportKey",
         "registerTransportKey",
-        principals.register_transport_key(proto::RegisterTransportKeyRequest { request_id: id(), certificate_request: csr(HEAD_END) })
+        principals.register_transport_key(proto::RegisterTransportKeyRequest {
+            request_id: id(),
+            certificate_request: csr(HEAD_END)
+        })
     );
     call!(
         "DisablePrincipal",
@@ -118,7 +125,11 @@ async fn call_all(caller: &Connection) -> Vec<(&'static str, &'static str, Resul
     call!("WhoAmI", "", principals.who_am_i(proto::WhoAmIRequest {}));
 
     call!("ShowRoots", "showRoots", roots.show_roots(proto::ShowRootsRequest {}));
-    call!("RotateRoot", "rotateRoot", roots.rotate_root(proto::RotateRootRequest { request_id: id(), root: root(), rows_per_second: 0 }));
+    call!(
+        "RotateRoot",
+        "rotateRoot",
+        roots.rotate_root(proto::RotateRootRequest { request_id: id(), root: root(), rows_per_second: 0 })
+    );
     call!(
         "PauseRootRotation",
         "pauseRootRotation",
@@ -130,7 +141,11 @@ async fn call_all(caller: &Connection) -> Vec<(&'static str, &'static str, Resul
         roots.resume_root_rotation(proto::RotateRootRequest { request_id: id(), root: root(), rows_per_second: 0 })
     );
     call!("RetireRoot", "retireRoot", roots.retire_root(proto::RetireRootRequest { request_id: id(), root: root() }));
-    call!("WatchRootRotation", "watchRootRotation", roots.watch_root_rotation(proto::WatchRootRotationRequest { root: root() }));
+    call!(
+        "WatchRootRotation",
+        "watchRootRotation",
+        roots.watch_root_rotation(proto::WatchRootRotationRequest { root: root() })
+    );
     call!(
         "ProposeRootDestruction",
         "proposeRootDestruction",
@@ -143,15 +158,28 @@ async fn call_all(caller: &Connection) -> Vec<(&'static str, &'static str, Resul
             quorum: None
         })
     );
-    call!("DestroyRoot", "destroyRoot", roots.destroy_root(proto::DestroyRootRequest { request_id: id(), proposal_id: some_id() }));
-    call!("CountRootReferences", "countRootReferences", roots.count_root_references(proto::CountRootReferencesRequest {}));
+    call!(
+        "DestroyRoot",
+        "destroyRoot",
+        roots.destroy_root(proto::DestroyRootRequest { request_id: id(), proposal_id: some_id() })
+    );
+    call!(
+        "CountRootReferences",
+        "countRootReferences",
+        roots.count_root_references(proto::CountRootReferencesRequest {})
+    );
 
     call!("ListAuditRecords", "listAuditRecords", audit.list_audit_records(proto::ListAuditRecordsRequest::default()));
     call!("Scrub", "scrub", audit.scrub(proto::ScrubRequest {}));
 
-    call!("OpenSession", "openSession", grants.open_session(proto::OpenSessionRequest { request_id: id(), meter: meter(), terms: Some(terms(1)) }));
+    call!(
+        "OpenSession",
+        "openSession",
+        grants.open_session(proto::OpenSessionRequest { request_id: id(), meter: meter(), terms: Some(terms(1)) })
+    );
     // The first message of the stream tells.
-    let sessions = proto::OpenSessionsRequest { request_id: id(), meters: vec![meter()], terms: Some(terms(1)), first_chunk: 0 };
+    let sessions =
+        proto::OpenSessionsRequest { request_id: id(), meters: vec![meter()], terms: Some(terms(1)), first_chunk: 0 };
     let opened = match caller.grants().open_sessions(sessions).await {
         Ok(answers) => answers.into_inner().message().await.map(drop),
         Err(status) => Err(status),
@@ -168,21 +196,41 @@ async fn call_all(caller: &Connection) -> Vec<(&'static str, &'static str, Resul
         })
     );
     call!("ListGrants", "listGrants", grants.list_grants(proto::ListGrantsRequest::default()));
-    call!("RevokeGrant", "revokeGrant", grants.revoke_grant(proto::RevokeGrantRequest { request_id: id(), grant_id: some_id(), reason: reason() }));
+    call!(
+        "RevokeGrant",
+        "revokeGrant",
+        grants.revoke_grant(proto::RevokeGrantRequest { request_id: id(), grant_id: some_id(), reason: reason() })
+    );
 
     call!("ListProposals", "listProposals", proposals.list_proposals(proto::ListProposalsRequest::default()));
-    call!("ShowProposal", "showProposal", proposals.show_proposal(proto::ShowProposalRequest { proposal_id: some_id() }));
+    call!(
+        "ShowProposal",
+        "showProposal",
+        proposals.show_proposal(proto::ShowProposalRequest { proposal_id: some_id() })
+    );
     call!(
         "ApproveProposal",
         "approveProposal",
-        proposals.approve_proposal(proto::ApproveProposalRequest { request_id: id(), proposal_id: some_id(), content_sha256: vec![0; 32].into() })
+        proposals.approve_proposal(proto::ApproveProposalRequest {
+            request_id: id(),
+            proposal_id: some_id(),
+            content_sha256: vec![0; 32].into()
+        })
     );
     call!(
         "WithdrawProposal",
         "withdrawProposal",
-        proposals.withdraw_proposal(proto::WithdrawProposalRequest { request_id: id(), proposal_id: some_id(), reason: reason() })
+        proposals.withdraw_proposal(proto::WithdrawProposalRequest {
+            request_id: id(),
+            proposal_id: some_id(),
+            reason: reason()
+        })
     );
-    call!("CarryOutProposal", "carryOutProposal", proposals.carry_out_proposal(proto::CarryOutProposalRequest { request_id: id(), proposal_id: some_id() }));
+    call!(
+        "CarryOutProposal",
+        "carryOutProposal",
+        proposals.carry_out_proposal(proto::CarryOutProposalRequest { request_id: id(), proposal_id: some_id() })
+    );
 
     let start = proto::UploadShipmentStart {
         file_sha256: vec![1; 32].into(),
@@ -190,16 +238,29 @@ async fn call_all(caller: &Connection) -> Vec<(&'static str, &'static str, Resul
         signature: vec![1; 70].into(),
         manufacturer: "urn:meterkms:dev:manufacturer:kam".to_owned(),
     };
-    let upload = tonic::codegen::tokio_stream::once(proto::UploadShipmentRequest { start: Some(start), offset: 0, octets: bytes::Bytes::new() });
+    let upload = tonic::codegen::tokio_stream::once(proto::UploadShipmentRequest {
+        start: Some(start),
+        offset: 0,
+        octets: bytes::Bytes::new(),
+    });
     call!("UploadShipment", "uploadShipment", shipments.upload_shipment(upload));
     call!(
         "ImportShipment",
         "importShipment",
-        shipments.import_shipment(proto::ImportShipmentRequest { file_sha256: vec![1; 32].into(), head_end: String::new() })
+        shipments
+            .import_shipment(proto::ImportShipmentRequest { file_sha256: vec![1; 32].into(), head_end: String::new() })
     );
-    call!("GetShipment", "getShipment", shipments.get_shipment(proto::GetShipmentRequest { file_sha256: vec![1; 32].into() }));
+    call!(
+        "GetShipment",
+        "getShipment",
+        shipments.get_shipment(proto::GetShipmentRequest { file_sha256: vec![1; 32].into() })
+    );
     call!("ListShipments", "listShipments", shipments.list_shipments(proto::ListShipmentsRequest {}));
-    call!("GetVendorTransportKey", "getVendorTransportKey", shipments.get_vendor_transport_key(proto::GetVendorTransportKeyRequest {}));
+    call!(
+        "GetVendorTransportKey",
+        "getVendorTransportKey",
+        shipments.get_vendor_transport_key(proto::GetVendorTransportKeyRequest {})
+    );
 
     let plan = proto::CampaignPlan {
         name: "spring".to_owned(),
@@ -210,23 +271,51 @@ async fn call_all(caller: &Connection) -> Vec<(&'static str, &'static str, Resul
         ..Default::default()
     };
     let change = || proto::ChangeCampaignRequest { request_id: id(), campaign_id: some_id(), reason: reason() };
-    call!("CreateCampaign", "createCampaign", campaigns.create_campaign(proto::CreateCampaignRequest { request_id: id(), plan: Some(plan), commit: true }));
+    call!(
+        "CreateCampaign",
+        "createCampaign",
+        campaigns.create_campaign(proto::CreateCampaignRequest { request_id: id(), plan: Some(plan), commit: true })
+    );
     call!("ListCampaigns", "listCampaigns", campaigns.list_campaigns(proto::ListCampaignsRequest::default()));
-    call!("ShowCampaign", "showCampaign", campaigns.show_campaign(proto::ShowCampaignRequest { campaign_id: some_id() }));
+    call!(
+        "ShowCampaign",
+        "showCampaign",
+        campaigns.show_campaign(proto::ShowCampaignRequest { campaign_id: some_id() })
+    );
     call!(
         "ApproveCampaign",
         "approveCampaign",
-        campaigns.approve_campaign(proto::ApproveCampaignRequest { request_id: id(), campaign_id: some_id(), content_sha256: vec![0; 32].into() })
+        campaigns.approve_campaign(proto::ApproveCampaignRequest {
+            request_id: id(),
+            campaign_id: some_id(),
+            content_sha256: vec![0; 32].into()
+        })
     );
     call!("StartCampaign", "startCampaign", campaigns.start_campaign(change()));
     call!("PauseCampaign", "pauseCampaign", campaigns.pause_campaign(change()));
     call!("ResumeCampaign", "resumeCampaign", campaigns.resume_campaign(change()));
     call!("AbortCampaign", "abortCampaign", campaigns.abort_campaign(change()));
-    call!("WatchCampaign", "watchCampaign", campaigns.watch_campaign(proto::WatchCampaignRequest { campaign_id: some_id() }));
-    call!("ReportCampaign", "reportCampaign", campaigns.report_campaign(proto::ReportCampaignRequest { campaign_id: some_id(), ..Default::default() }));
-    call!("ReportAcceptance", "reportAcceptance", campaigns.report_acceptance(proto::ReportAcceptanceRequest { campaign_id: some_id(), ..Default::default() }));
+    call!(
+        "WatchCampaign",
+        "watchCampaign",
+        campaigns.watch_campaign(proto::WatchCampaignRequest { campaign_id: some_id() })
+    );
+    call!(
+        "ReportCampaign",
+        "reportCampaign",
+        campaigns.report_campaign(proto::ReportCampaignRequest { campaign_id: some_id(), ..Default::default() })
+    );
+    call!(
+        "ReportAcceptance",
+        "reportAcceptance",
+        campaigns.report_acceptance(proto::ReportAcceptanceRequest { campaign_id: some_id(), ..Default::default() })
+    );
     call!("LeaseTasks", "", tasks.lease_tasks(proto::LeaseTasksRequest::default()));
-    call!("HeartbeatTasks", "", tasks.heartbeat_tasks(proto::HeartbeatTasksRequest { leases: lease(), lease_seconds: 0 }));
+    call!(
+        "HeartbeatTasks",
+        "",
+        tasks.heartbeat_tasks(proto::HeartbeatTasksRequest { leases: lease(), lease_seconds: 0 })
+    );
     call!("ReleaseTasks", "", tasks.release_tasks(proto::ReleaseTasksRequest { leases: lease(), reason: reason() }));
 
     call!("ListMeters", "listMeters", meters.list_meters(proto::ListMetersRequest::default()));
@@ -234,10 +323,19 @@ async fn call_all(caller: &Connection) -> Vec<(&'static str, &'static str, Resul
     call!(
         "AssignMeters",
         "assignMeters",
-        meters.assign_meters(proto::AssignMetersRequest { request_id: id(), meters: vec![meter()], head_end: HEAD_END.to_owned(), ..Default::default() })
+        meters.assign_meters(proto::AssignMetersRequest {
+            request_id: id(),
+            meters: vec![meter()],
+            head_end: HEAD_END.to_owned(),
+            ..Default::default()
+        })
     );
     let floor = proto::CounterFloor { meter: meter(), client_title: client_title(), floor: 100, ..Default::default() };
-    call!("AdoptCounters", "adoptCounters", meters.adopt_counters(proto::AdoptCountersRequest { request_id: id(), floors: vec![floor] }));
+    call!(
+        "AdoptCounters",
+        "adoptCounters",
+        meters.adopt_counters(proto::AdoptCountersRequest { request_id: id(), floors: vec![floor] })
+    );
     call!(
         "ProposeCounterRaise",
         "raiseCounter",
@@ -252,7 +350,11 @@ async fn call_all(caller: &Connection) -> Vec<(&'static str, &'static str, Resul
             ..Default::default()
         })
     );
-    let new = proto::NewMeter { meter: b"KAM\x00\x00\x00\x01\x23".to_vec().into(), serial: "1".to_owned(), groups: Vec::new() };
+    let new = proto::NewMeter {
+        meter: b"KAM\x00\x00\x00\x01\x23".to_vec().into(),
+        serial: "1".to_owned(),
+        groups: Vec::new(),
+    };
     call!(
         "EnrolMeters",
         "enrolMeters",
@@ -277,7 +379,11 @@ async fn call_all(caller: &Connection) -> Vec<(&'static str, &'static str, Resul
             ..Default::default()
         })
     );
-    call!("RetireMeters", "retireMeters", meters.retire_meters(proto::RetireMetersRequest { request_id: id(), meters: vec![meter()], reason: reason() }));
+    call!(
+        "RetireMeters",
+        "retireMeters",
+        meters.retire_meters(proto::RetireMetersRequest { request_id: id(), meters: vec![meter()], reason: reason() })
+    );
     call!(
         "ReplaceMeter",
         "replaceMeter",
@@ -309,12 +415,20 @@ async fn call_all(caller: &Connection) -> Vec<(&'static str, &'static str, Resul
     call!(
         "ShowGroupRotation",
         "showGroupRotation",
-        groups.show_group_rotation(proto::ShowGroupRotationRequest { group: group(), key_type: gbek(), ..Default::default() })
+        groups.show_group_rotation(proto::ShowGroupRotationRequest {
+            group: group(),
+            key_type: gbek(),
+            ..Default::default()
+        })
     );
     call!(
         "ListMembersBehind",
         "listMembersBehind",
-        groups.list_members_behind(proto::ListMembersBehindRequest { group: group(), key_type: gbek(), ..Default::default() })
+        groups.list_members_behind(proto::ListMembersBehindRequest {
+            group: group(),
+            key_type: gbek(),
+            ..Default::default()
+        })
     );
     call!(
         "SwitchGroupKey",
@@ -355,7 +469,11 @@ async fn call_all(caller: &Connection) -> Vec<(&'static str, &'static str, Resul
         })
     );
     call!("ListDeviceTypes", "listDeviceTypes", device_types.list_device_types(proto::ListDeviceTypesRequest {}));
-    call!("ShowDeviceType", "showDeviceType", device_types.show_device_type(proto::ShowDeviceTypeRequest { device_type: text("kam-meter") }));
+    call!(
+        "ShowDeviceType",
+        "showDeviceType",
+        device_types.show_device_type(proto::ShowDeviceTypeRequest { device_type: text("kam-meter") })
+    );
     call!(
         "CreateDeviceTypeKey",
         "createDeviceTypeKey",
@@ -374,14 +492,31 @@ async fn call_all(caller: &Connection) -> Vec<(&'static str, &'static str, Resul
         form: proto::TransferForm::WrappedKey.into(),
         ..Default::default()
     };
-    call!("BeginTransfers", "beginTransfer", transfers.begin_transfers(proto::BeginTransfersRequest { request_id: id(), orders: vec![order] }));
-    let report = proto::TransferReport { meter: meter(), transfer_id: some_id(), step: 1, answer: Some(proto::transfer_report::Answer::Nothing(true)) };
-    call!("ContinueTransfers", "continueTransfer", transfers.continue_transfers(proto::ContinueTransfersRequest { reports: vec![report] }));
+    call!(
+        "BeginTransfers",
+        "beginTransfer",
+        transfers.begin_transfers(proto::BeginTransfersRequest { request_id: id(), orders: vec![order] })
+    );
+    let report = proto::TransferReport {
+        meter: meter(),
+        transfer_id: some_id(),
+        step: 1,
+        answer: Some(proto::transfer_report::Answer::Nothing(true)),
+    };
+    call!(
+        "ContinueTransfers",
+        "continueTransfer",
+        transfers.continue_transfers(proto::ContinueTransfersRequest { reports: vec![report] })
+    );
     let withdrawn = proto::WithdrawnTransfer { meter: meter(), transfer_id: some_id() };
     call!(
         "WithdrawTransfers",
         "withdrawTransfer",
-        transfers.withdraw_transfers(proto::WithdrawTransfersRequest { request_id: id(), transfers: vec![withdrawn], reason: reason() })
+        transfers.withdraw_transfers(proto::WithdrawTransfersRequest {
+            request_id: id(),
+            transfers: vec![withdrawn],
+            reason: reason()
+        })
     );
     let frame = proto::PlainFrame {
         meter: meter(),
@@ -393,10 +528,20 @@ async fn call_all(caller: &Connection) -> Vec<(&'static str, &'static str, Resul
     call!(
         "Protect",
         "protectFrame",
-        frames.protect(proto::ProtectRequest { request_id: id(), purpose: proto::Purpose::Read.into(), frames: vec![frame], supersede_lease: false })
+        frames.protect(proto::ProtectRequest {
+            request_id: id(),
+            purpose: proto::Purpose::Read.into(),
+            frames: vec![frame],
+            supersede_lease: false
+        })
     );
-    let frame = proto::CipheredFrame { meter: meter(), apdu: vec![0xcc, 0x05, 0x30, 0, 0, 0, 1].into(), ..Default::default() };
-    call!("Unprotect", "unprotectFrame", frames.unprotect(proto::UnprotectRequest { purpose: proto::Purpose::Read.into(), frames: vec![frame] }));
+    let frame =
+        proto::CipheredFrame { meter: meter(), apdu: vec![0xcc, 0x05, 0x30, 0, 0, 0, 1].into(), ..Default::default() };
+    call!(
+        "Unprotect",
+        "unprotectFrame",
+        frames.unprotect(proto::UnprotectRequest { purpose: proto::Purpose::Read.into(), frames: vec![frame] })
+    );
     all
 }
 
@@ -405,7 +550,12 @@ async fn refused(auditor: &Connection) -> Vec<(String, String, u64)> {
     let mut all = Vec::new();
     let mut page_token = bytes::Bytes::new();
     loop {
-        let request = proto::ListAuditRecordsRequest { principal: HEAD_END.to_owned(), page_size: 1_000, page_token, ..Default::default() };
+        let request = proto::ListAuditRecordsRequest {
+            principal: HEAD_END.to_owned(),
+            page_size: 1_000,
+            page_token,
+            ..Default::default()
+        };
         let page = auditor.audit().list_audit_records(request).await.unwrap().into_inner();
         all.extend(page.records.into_iter().filter_map(|record| match record.event {
             Some(Event::Refused(event)) => Some((event.action, event.reason, event.count)),
@@ -440,8 +590,13 @@ async fn every_refused_call_is_on_the_record() {
     // A server of the same island whose one policy concerns something else.
     let policies = server.state().join("policies");
     fs::create_dir_all(&policies).unwrap();
-    fs::write(policies.join("nothing.cedar"), "permit (principal is Auditor, action == Action::\"listMeters\", resource);").unwrap();
-    let bare = server.second("bare", |text| format!("{text}\n[policies]\ndirectory = \"{}\"\n", policies.display())).await;
+    fs::write(
+        policies.join("nothing.cedar"),
+        "permit (principal is Auditor, action == Action::\"listMeters\", resource);",
+    )
+    .unwrap();
+    let bare =
+        server.second("bare", |text| format!("{text}\n[policies]\ndirectory = \"{}\"\n", policies.display())).await;
     let caller = bare.connect("head-end").await;
 
     let answers = call_all(&caller).await;
@@ -454,7 +609,8 @@ async fn every_refused_call_is_on_the_record() {
         }
         expected.insert(*action);
         // Calls about several meters answer for each.
-        let refused = answer.as_ref().map_or_else(|status| status.code() == Code::PermissionDenied, |()| ITEMS.contains(method));
+        let refused =
+            answer.as_ref().map_or_else(|status| status.code() == Code::PermissionDenied, |()| ITEMS.contains(method));
         if !refused {
             wrong.push((*method, answer));
         }
@@ -462,14 +618,16 @@ async fn every_refused_call_is_on_the_record() {
     assert!(wrong.is_empty(), "not refused: {wrong:?}");
 
     let all = until_refused(&officer, &expected).await;
-    // Each call was counted once: where an act refuses, it is not counted again when the answer leaves.
+    // Each call was counted once: where an act refuses, it is not counted again when the answer
+    // leaves.
     for action in &expected {
         let calls = answers.iter().filter(|(_, of, _)| of == action).count() as u64;
         let counted: u64 = all.iter().filter(|(of, _, _)| of == action).map(|(_, _, count)| count).sum();
         assert!((1..=calls).contains(&counted), "{action}: {counted} counted of {calls}");
     }
 
-    // A flood of each of them does not grow the log: what follows the first of a kind is counted, and written each minute at most.
+    // A flood of each of them does not grow the log: what follows the first of a kind is counted,
+    // and written each minute at most.
     let (before, began) = (refused(&officer).await.len(), Instant::now());
     for _ in 0..5 {
         call_all(&caller).await;
@@ -478,7 +636,13 @@ async fn every_refused_call_is_on_the_record() {
     let kinds: BTreeSet<_> = all.iter().map(|(action, reason, _)| (action, reason)).collect();
     // However long it took here.
     let most = before + kinds.len() * usize::try_from(began.elapsed().as_secs() / 60 + 2).unwrap();
-    assert!(all.len() <= most, "{before} records, and {} after {} further refusals of {} kinds", all.len(), 5 * expected.len(), kinds.len());
+    assert!(
+        all.len() <= most,
+        "{before} records, and {} after {} further refusals of {} kinds",
+        all.len(),
+        5 * expected.len(),
+        kinds.len()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -488,7 +652,11 @@ async fn refused_dangerous_acts_and_disabled_principals_are_on_the_record() {
     let head_end = server.connect("head-end").await;
     // With the shipped policies.
     head_end.audit().list_audit_records(proto::ListAuditRecordsRequest::default()).await.unwrap_err();
-    let disable = |principal: &str| proto::DisablePrincipalRequest { request_id: id(), principal: principal.to_owned(), reason: "a test".to_owned() };
+    let disable = |principal: &str| proto::DisablePrincipalRequest {
+        request_id: id(),
+        principal: principal.to_owned(),
+        reason: "a test".to_owned(),
+    };
     head_end.principals().disable_principal(disable("urn:meterkms:dev:officer:officer-2")).await.unwrap_err();
     until_refused(&officer, &BTreeSet::from(["listAuditRecords", "disablePrincipal"])).await;
 
@@ -497,7 +665,10 @@ async fn refused_dangerous_acts_and_disabled_principals_are_on_the_record() {
     let refusal = head_end.meters().list_meters(proto::ListMetersRequest::default()).await.unwrap_err();
     assert_eq!(refusal.code(), Code::Unauthenticated);
     let all = until_refused(&officer, &BTreeSet::from(["listMeters"])).await;
-    assert!(all.iter().any(|(action, reason, _)| action == "listMeters" && reason.contains("enabled principal")), "{all:?}");
+    assert!(
+        all.iter().any(|(action, reason, _)| action == "listMeters" && reason.contains("enabled principal")),
+        "{all:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -509,11 +680,13 @@ async fn what_is_refused_while_the_log_cannot_be_written_is_written_later() {
     let refusal = head_end.audit().list_audit_records(proto::ListAuditRecordsRequest::default()).await.unwrap_err();
     assert_eq!(refusal.code(), Code::PermissionDenied);
     // The writer has tried by then, and could not.
-    let request = proto::OpenSessionRequest { request_id: id(), meter: title(0).octets().to_vec().into(), terms: Some(terms(1)) };
+    let request =
+        proto::OpenSessionRequest { request_id: id(), meter: title(0).octets().to_vec().into(), terms: Some(terms(1)) };
     assert_eq!(head_end.grants().open_session(request).await.unwrap_err().code(), Code::Unavailable);
     obstruction.end().await.unwrap();
     let all = until_refused(&officer, &BTreeSet::from(["listAuditRecords"])).await;
-    let counted: u64 = all.iter().filter(|(action, _, _)| action == "listAuditRecords").map(|(_, _, count)| count).sum();
+    let counted: u64 =
+        all.iter().filter(|(action, _, _)| action == "listAuditRecords").map(|(_, _, count)| count).sum();
     assert_eq!(counted, 1, "{all:?}");
 }
 

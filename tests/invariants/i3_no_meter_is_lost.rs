@@ -1,15 +1,16 @@
-//! I3: no version that a meter may hold is destroyed, and none is granted before it is proven. Transfers over the air come with the rotation work; this is
-//! the rule that they will stand on.
+//! I3: no version that a meter may hold is destroyed, and none is granted before it is proven.
+//! Transfers over the air come with the rotation work; this is the rule that they will stand on.
 
 use kms_domain::{
-    Confirmation, Evidence, KeyDerivation, KeyLength, KeyOrigin, KeyState, KeyType, KeyVersionNumber, NewKeyVersion, SecuritySetupId, Slot, SlotError,
-    UnixMillis,
+    Confirmation, Evidence, KeyDerivation, KeyLength, KeyOrigin, KeyState, KeyType, KeyVersionNumber, NewKeyVersion,
+    SecuritySetupId, Slot, SlotError, UnixMillis,
 };
 
 const DAY: i64 = 86_400_000;
 
 fn new(state: KeyState) -> NewKeyVersion {
-    let origin = KeyOrigin::Diversified { root_version: 1, derivation: KeyDerivation::Sp800108Cmac, length: KeyLength::Aes128 };
+    let origin =
+        KeyOrigin::Diversified { root_version: 1, derivation: KeyDerivation::Sp800108Cmac, length: KeyLength::Aes128 };
     NewKeyVersion { state, origin, wrapped: None, fingerprint: None }
 }
 
@@ -21,7 +22,10 @@ fn a_candidate_cannot_be_destroyed_and_a_pre_active_version_is_granted_to_nobody
     let second = slot.add_version(new(KeyState::PreActive), now).unwrap();
     slot.mark_left(second, 1, KeyVersionNumber::FIRST).unwrap();
     // Its wrapped form has left: errors and silence prove nothing, so neither version may go.
-    assert_eq!(slot.transition(second, KeyState::Destroyed, now), Err(SlotError::CandidateDestroyed { number: second }));
+    assert_eq!(
+        slot.transition(second, KeyState::Destroyed, now),
+        Err(SlotError::CandidateDestroyed { number: second })
+    );
     assert!(slot.transition(first, KeyState::Destroyed, now).is_err());
     assert!(slot.grantable().all(|grantable| grantable.version.number() == first));
     // Proven: the earlier version stays until retention has passed.

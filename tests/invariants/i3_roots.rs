@@ -1,5 +1,6 @@
-//! I3 and I6: the keys under all other keys are replaced while meters are served, the server is killed in the middle of it, and the old root is destroyed by
-//! two people. After each step the keys of every meter are what its vendor gave it.
+//! I3 and I6: the keys under all other keys are replaced while meters are served, the server is
+//! killed in the middle of it, and the old root is destroyed by two people. After each step the
+//! keys of every meter are what its vendor gave it.
 
 use std::collections::BTreeMap;
 
@@ -27,29 +28,51 @@ async fn no_meter_is_lost_when_roots_are_rotated_and_destroyed() {
     }
     server.restart();
     let ada = server.connect("officer-1").await;
-    let rotate = |root: &str, rows_per_second| proto::RotateRootRequest { request_id: request_id(), root: root.to_owned(), rows_per_second };
+    let rotate = |root: &str, rows_per_second| proto::RotateRootRequest {
+        request_id: request_id(),
+        root: root.to_owned(),
+        rows_per_second,
+    };
     ada.roots().rotate_root(rotate("session/diversification", 0)).await.unwrap();
     ada.roots().rotate_root(rotate(STORAGE_KEK, 500)).await.unwrap();
 
-    // kill -9 after the first page. Some keys are wrapped under the old storage KEK then, some under the new one, and all are served.
-    let mut pass = ada.roots().watch_root_rotation(proto::WatchRootRotationRequest { root: STORAGE_KEK.to_owned() }).await.unwrap().into_inner();
+    // kill -9 after the first page. Some keys are wrapped under the old storage KEK then, some
+    // under the new one, and all are served.
+    let mut pass = ada
+        .roots()
+        .watch_root_rotation(proto::WatchRootRotationRequest { root: STORAGE_KEK.to_owned() })
+        .await
+        .unwrap()
+        .into_inner();
     while pass.message().await.unwrap().unwrap().all_changed == 0 {}
     server.kill();
     server.restart();
     let ada = server.connect("officer-1").await;
     let rotation = pass_of(&ada).await;
-    assert!(rotation.state == "running" && (1..METERS as u64).contains(&rotation.all_changed), "not in the middle: {rotation:?}");
+    assert!(
+        rotation.state == "running" && (1..METERS as u64).contains(&rotation.all_changed),
+        "not in the middle: {rotation:?}"
+    );
     keys.are_granted(&server).await;
 
     // An officer stops it, and lets it go on faster.
-    let pause = proto::PauseRootRotationRequest { request_id: request_id(), root: STORAGE_KEK.to_owned(), reason: "busy hour".to_owned() };
+    let pause = proto::PauseRootRotationRequest {
+        request_id: request_id(),
+        root: STORAGE_KEK.to_owned(),
+        reason: "busy hour".to_owned(),
+    };
     ada.roots().pause_root_rotation(pause).await.unwrap();
     assert_eq!(pass_of(&ada).await.state, "paused");
     ada.roots().resume_root_rotation(rotate(STORAGE_KEK, 100_000)).await.unwrap();
 
     // I3, I6: not destroyed while keys use it, and not by one person.
     assert_eq!(propose(&ada, now_ms()).await.unwrap_err().code(), Code::FailedPrecondition);
-    let mut pass = ada.roots().watch_root_rotation(proto::WatchRootRotationRequest { root: STORAGE_KEK.to_owned() }).await.unwrap().into_inner();
+    let mut pass = ada
+        .roots()
+        .watch_root_rotation(proto::WatchRootRotationRequest { root: STORAGE_KEK.to_owned() })
+        .await
+        .unwrap()
+        .into_inner();
     let mut last = proto::RootRotation::default();
     while let Some(step) = pass.message().await.unwrap() {
         last = step;
@@ -73,11 +96,13 @@ async fn no_meter_is_lost_when_roots_are_rotated_and_destroyed() {
     assert_eq!(first_storage_kek(&ada).await, ("destroyed".to_owned(), Some(false)));
     keys.are_granted(&server).await;
 
-    // What is made from now on needs neither of the old roots, and a server that starts does not either.
+    // What is made from now on needs neither of the old roots, and a server that starts does not
+    // either.
     server.kill();
     server.restart();
     keys.are_granted(&server).await;
-    let scrubbed = server.connect("auditor").await.audit().scrub(proto::ScrubRequest::default()).await.unwrap().into_inner();
+    let scrubbed =
+        server.connect("auditor").await.audit().scrub(proto::ScrubRequest::default()).await.unwrap().into_inner();
     assert_eq!(findings(scrubbed).await, Vec::new());
 }
 
@@ -100,12 +125,19 @@ impl Keys {
     async fn are_granted(&self, server: &DevServer) {
         let (connection, key) = (server.connect("head-end").await, server.profile("head-end").transport_key().unwrap());
         let meters: Vec<SystemTitle> = self.0.keys().copied().collect();
-        let mut batch = connection.open_sessions(&key, new_request_id(), &meters, terms(10), &TestModule::of_environment().open_options());
+        let mut batch = connection.open_sessions(
+            &key,
+            new_request_id(),
+            &meters,
+            terms(10),
+            &TestModule::of_environment().open_options(),
+        );
         let mut granted = BTreeMap::new();
         while let Some(chunk) = batch.next().await.unwrap() {
             assert_eq!(chunk.refusals, Vec::new());
             for meter in &chunk.sessions.unwrap().meters {
-                let keys = [KeyType::GUEK, KeyType::GAK].map(|name| (name, meter.key(name).unwrap().key.expose().to_vec()));
+                let keys =
+                    [KeyType::GUEK, KeyType::GAK].map(|name| (name, meter.key(name).unwrap().key.expose().to_vec()));
                 granted.insert(meter.meter, BTreeMap::from(keys));
             }
         }

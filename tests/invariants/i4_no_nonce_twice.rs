@@ -1,4 +1,5 @@
-//! I4: two servers on one PostgreSQL, two head-ends, crashes in between, and a meter that refuses counters that do not increase.
+//! I4: two servers on one PostgreSQL, two head-ends, crashes in between, and a meter that refuses
+//! counters that do not increase.
 
 use std::path::Path;
 
@@ -25,12 +26,15 @@ async fn two_servers_two_head_ends_and_crashes_repeat_no_counter_and_meet_no_ref
     let mut leases = Vec::new();
 
     for round in 0..4 {
-        // Two head-ends under one client title, each with a server of its own, take turns: every newer lease ends the older.
+        // Two head-ends under one client title, each with a server of its own, take turns: every
+        // newer lease ends the older.
         let connections = [first.connect("head-end").await, second.connect("head-end").await];
         for turn in 0..6 {
             let session = open(&connections[turn % 2], &profile, title(9), 20).await.unwrap();
             leases.push(lease(&session));
-            read_energy(address, &session, title(9)).await.unwrap_or_else(|error| panic!("round {round}, turn {turn}: the meter refused: {error}"));
+            read_energy(address, &session, title(9))
+                .await
+                .unwrap_or_else(|error| panic!("round {round}, turn {turn}: the meter refused: {error}"));
         }
         match round {
             0 => {
@@ -55,7 +59,8 @@ async fn racing_head_ends_never_get_overlapping_leases() {
     let second = first.second("b", |text| text).await;
     let profile = first.profile("head-end");
     let connections = [first.connect("head-end").await, second.connect("head-end").await];
-    let racing: Vec<_> = (0..16).map(|racer| tokio::spawn(race(connections[racer % 2].clone(), profile.clone()))).collect();
+    let racing: Vec<_> =
+        (0..16).map(|racer| tokio::spawn(race(connections[racer % 2].clone(), profile.clone()))).collect();
     let mut leases = Vec::new();
     for racer in racing {
         leases.extend(racer.await.unwrap());
@@ -65,7 +70,8 @@ async fn racing_head_ends_never_get_overlapping_leases() {
     assert!(leases.windows(2).all(|pair| pair[0].1 < pair[1].0), "leases overlap");
 }
 
-/// What is put back is an older database. The counters that were lent after the backup must not be lent again.
+/// What is put back is an older database. The counters that were lent after the backup must not be
+/// lent again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_is_put_back_lends_no_counter_again() {
     let mut server = DevServer::start_on_sqlite();
@@ -102,7 +108,8 @@ async fn an_operator_declares_a_restore() {
     assert!(server.interrupt());
     backup.put_back(server.state());
     std::fs::remove_file(server.state().join("island.db.watermark")).unwrap();
-    let output = server.command("restored").arg("--config").arg(server.state().join("island/kms-server.toml")).output().unwrap();
+    let output =
+        server.command("restored").arg("--config").arg(server.state().join("island/kms-server.toml")).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(String::from_utf8_lossy(&output.stdout).contains("counts as restored, once"));
     server.restart();
@@ -124,7 +131,8 @@ async fn a_new_timeline_of_postgresql_raises_the_counters() {
     let restored = PostgresCluster::restore(&backup).unwrap();
     let configuration = server.state().join("island/kms-server.toml");
     let text = std::fs::read_to_string(&configuration).unwrap();
-    std::fs::write(&configuration, text.replace(&database, &restored.address(database.rsplit('/').next().unwrap()))).unwrap();
+    std::fs::write(&configuration, text.replace(&database, &restored.address(database.rsplit('/').next().unwrap())))
+        .unwrap();
     // The timeline alone tells.
     std::fs::remove_file(server.state().join("island/watermark")).unwrap();
     server.restart();
@@ -148,7 +156,10 @@ async fn lend(server: &DevServer) -> Vec<(u64, u32, u32)> {
 fn extend_rising(lent: &mut Vec<(u64, u32, u32)>, newer: Vec<(u64, u32, u32)>) {
     for (meter, first, last) in newer {
         let highest = lent.iter().filter(|(other, ..)| *other == meter).map(|(_, _, last)| *last).max();
-        assert!(highest.is_none_or(|highest| first > highest), "counter {first} of meter {meter} was lent before: {lent:?}");
+        assert!(
+            highest.is_none_or(|highest| first > highest),
+            "counter {first} of meter {meter} was lent before: {lent:?}"
+        );
         lent.push((meter, first, last));
     }
 }
@@ -156,7 +167,12 @@ fn extend_rising(lent: &mut Vec<(u64, u32, u32)>, newer: Vec<(u64, u32, u32)>) {
 /// How many restores the log tells of.
 async fn restores(server: &DevServer) -> usize {
     let connection = server.connect("auditor").await;
-    let answer = connection.audit().list_audit_records(ListAuditRecordsRequest { page_size: 1_000, ..Default::default() }).await.unwrap().into_inner();
+    let answer = connection
+        .audit()
+        .list_audit_records(ListAuditRecordsRequest { page_size: 1_000, ..Default::default() })
+        .await
+        .unwrap()
+        .into_inner();
     let is_restore = |event: &Event| matches!(event, Event::SecurityEvent(event) if event.kind == "database-restored");
     answer.records.iter().filter(|record| record.event.as_ref().is_some_and(is_restore)).count()
 }

@@ -1,4 +1,5 @@
-//! I5: rows that somebody edits, swaps, puts back or deletes in the database are refused on use, and found by the scrubber.
+//! I5: rows that somebody edits, swaps, puts back or deletes in the database are refused on use,
+//! and found by the scrubber.
 
 use kms_client::proto::{ListAuditRecordsRequest, ScrubFinding, ScrubRequest, audit_record::Event};
 use kms_client::{RequestId, SessionError, new_request_id, proto};
@@ -28,11 +29,15 @@ impl Scene {
 
     async fn grant(&self, number: u64) -> Result<(), String> {
         let connection = self.server.connect("head-end").await;
-        open(&connection, &self.server.profile("head-end"), title(number), 10).await.map(|_| ()).map_err(|error| error.to_string())
+        open(&connection, &self.server.profile("head-end"), title(number), 10)
+            .await
+            .map(|_| ())
+            .map_err(|error| error.to_string())
     }
 
     async fn scrub(&self) -> Vec<ScrubFinding> {
-        let mut answers = self.server.connect("auditor").await.audit().scrub(ScrubRequest {}).await.unwrap().into_inner();
+        let mut answers =
+            self.server.connect("auditor").await.audit().scrub(ScrubRequest {}).await.unwrap().into_inner();
         let mut findings = Vec::new();
         let mut finished = false;
         while let Some(answer) = answers.message().await.unwrap() {
@@ -45,7 +50,10 @@ impl Scene {
 
     async fn finds(&self, number: u64, finding: &str) {
         let findings = self.scrub().await;
-        assert!(findings.iter().any(|found| found.id == title(number).octets().as_slice() && found.finding == finding), "no `{finding}` among {findings:?}");
+        assert!(
+            findings.iter().any(|found| found.id == title(number).octets().as_slice() && found.finding == finding),
+            "no `{finding}` among {findings:?}"
+        );
     }
 }
 
@@ -84,7 +92,9 @@ async fn any_older_row_that_is_put_back_is_refused_and_found() {
         .list_audit_records(ListAuditRecordsRequest { page_size: 500, newest_first: true, ..Default::default() })
         .await
         .unwrap();
-    assert!(records.into_inner().records.iter().any(|record| matches!(&record.event, Some(Event::SecurityEvent(event)) if event.kind == "sealed-row-refused")));
+    assert!(records.into_inner().records.iter().any(
+        |record| matches!(&record.event, Some(Event::SecurityEvent(event)) if event.kind == "sealed-row-refused")
+    ));
     scene.damage(Damage::PutMeter(title(1), newest)).await;
     scene.grant(1).await.unwrap();
 }
@@ -128,7 +138,9 @@ async fn a_deleted_row_is_refused_and_found() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_becomes_another_by_copying_a_principals_row() {
     let scene = Scene::new();
-    let name = |role, name: &str| PrincipalId::new(IslandName::parse("dev").unwrap(), role, name).unwrap().to_string().into_bytes();
+    let name = |role, name: &str| {
+        PrincipalId::new(IslandName::parse("dev").unwrap(), role, name).unwrap().to_string().into_bytes()
+    };
     let (handheld, head_end) = (name(Role::Handheld, "handheld"), name(Role::HeadEnd, "head-end"));
     let row = scene.server.glance().await.store.sealed(RowKind::Principal, &head_end).await.unwrap().unwrap();
     scene.damage(Damage::PutSealed(RowKind::Principal, handheld, row)).await;
@@ -136,7 +148,8 @@ async fn nobody_becomes_another_by_copying_a_principals_row() {
     assert!(open(&connection, &scene.server.profile("handheld"), title(0), 1).await.is_err());
 }
 
-/// What answers a repeated request is bound to who asked what, and when: an old grant is not carried out again under another request (I2, I4).
+/// What answers a repeated request is bound to who asked what, and when: an old grant is not
+/// carried out again under another request (I2, I4).
 #[tokio::test(flavor = "multi_thread")]
 async fn a_forged_request_row_carries_no_old_grant_out_again() {
     let scene = Scene::new();
@@ -144,7 +157,9 @@ async fn a_forged_request_row_carries_no_old_grant_out_again() {
     let connection = scene.server.connect("head-end").await;
     let key = scene.server.profile("head-end").transport_key().unwrap();
     let options = TestModule::of_environment().open_options();
-    let ask = async |request: RequestId, terms: proto::SessionTerms| connection.open_session(&key, request, title(8), terms, &options).await;
+    let ask = async |request: RequestId, terms: proto::SessionTerms| {
+        connection.open_session(&key, request, title(8), terms, &options).await
+    };
     let forge = async |statement: String| assert_eq!(execute(&database, &statement).await.unwrap(), 1, "{statement}");
     let refused = |outcome: Result<kms_client::Session, SessionError>, what: &str| {
         let error = outcome.map(|session| session.keys.grant_id).unwrap_err();
@@ -156,7 +171,12 @@ async fn a_forged_request_row_carries_no_old_grant_out_again() {
     let (granted, copied) = (new_request_id(), new_request_id());
     ask(granted, terms(20)).await.unwrap();
     let columns = "principal, chunk, digest, outcome, expires_ms";
-    forge(format!("INSERT INTO request (request, {columns}) SELECT {}, {columns} FROM request WHERE request = {}", of(copied), of(granted))).await;
+    forge(format!(
+        "INSERT INTO request (request, {columns}) SELECT {}, {columns} FROM request WHERE request = {}",
+        of(copied),
+        of(granted)
+    ))
+    .await;
     refused(ask(copied, terms(20)).await, "a copy under another id");
     ask(granted, terms(20)).await.expect("the grant's own request can be repeated");
 
@@ -166,7 +186,12 @@ async fn a_forged_request_row_carries_no_old_grant_out_again() {
     let whole = format!("SELECT outcome FROM request WHERE request = {}", of(other));
     forge(format!("UPDATE request SET outcome = ({whole}) WHERE request = {}", of(granted))).await;
     refused(ask(granted, terms(20)).await, "the outcome of another request");
-    forge(format!("UPDATE request SET digest = (SELECT digest FROM request WHERE request = {}) WHERE request = {}", of(granted), of(other))).await;
+    forge(format!(
+        "UPDATE request SET digest = (SELECT digest FROM request WHERE request = {}) WHERE request = {}",
+        of(granted),
+        of(other)
+    ))
+    .await;
     refused(ask(other, terms(20)).await, "the digest of another request");
 
     // A row that is kept alive past its time.
@@ -190,8 +215,11 @@ async fn a_forged_request_row_carries_no_old_grant_out_again() {
 
     // The officers are told of the forgeries.
     let newest = ListAuditRecordsRequest { page_size: 500, newest_first: true, ..Default::default() };
-    let records = scene.server.connect("auditor").await.audit().list_audit_records(newest).await.unwrap().into_inner().records;
-    assert!(records.iter().any(|record| matches!(&record.event, Some(Event::SecurityEvent(event)) if event.kind == "sealed-row-refused")));
+    let records =
+        scene.server.connect("auditor").await.audit().list_audit_records(newest).await.unwrap().into_inner().records;
+    assert!(records.iter().any(
+        |record| matches!(&record.event, Some(Event::SecurityEvent(event)) if event.kind == "sealed-row-refused")
+    ));
 }
 
 #[tokio::test(flavor = "multi_thread")]

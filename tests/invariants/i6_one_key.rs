@@ -1,5 +1,5 @@
-//! I6: one person, one key. Broken on purpose: by an officer who certifies a key of their own for a colleague, and by one who adds a colleague that does
-//! not exist.
+//! I6: one person, one key. Broken on purpose: by an officer who certifies a key of their own for a
+//! colleague, and by one who adds a colleague that does not exist.
 
 use kms_client::{Connection, KeyRequest, NewProfile, PrincipalId, Profile, new_request_id, proto};
 use kms_tests::{CLIENT_TITLE, DevServer, title};
@@ -38,7 +38,13 @@ async fn approve(by: &Connection, proposal: &proto::Proposal) -> Result<proto::P
 }
 
 /// Connects as `principal` by what was issued.
-async fn connect(server: &DevServer, name: &str, principal: &str, key: &KeyRequest, issued: &proto::PrincipalCertificate) -> Connection {
+async fn connect(
+    server: &DevServer,
+    name: &str,
+    principal: &str,
+    key: &KeyRequest,
+    issued: &proto::PrincipalCertificate,
+) -> Connection {
     let officer = server.profile("officer-1");
     let new = NewProfile {
         server: officer.server(),
@@ -69,8 +75,12 @@ async fn an_officer_who_renews_a_colleague_does_not_become_two_people() {
     // A machine's certificate an officer renews, and the machine sees who did.
     let head_end = "urn:meterkms:dev:head-end:head-end";
     renew(&ada, head_end, &KeyRequest::generate(&PrincipalId::parse(head_end).unwrap()).unwrap()).await.unwrap();
-    let shown = server.connect("head-end").await.principals().who_am_i(proto::WhoAmIRequest {}).await.unwrap().into_inner();
-    assert!(matches!(&shown.certificates[..], [own, made] if own.in_use && made.issued_by.ends_with("officer:officer-1")), "{shown:?}");
+    let shown =
+        server.connect("head-end").await.principals().who_am_i(proto::WhoAmIRequest {}).await.unwrap().into_inner();
+    assert!(
+        matches!(&shown.certificates[..], [own, made] if own.in_use && made.issued_by.ends_with("officer:officer-1")),
+        "{shown:?}"
+    );
     // The colleague, by the own certificate and by its renewal.
     let issued = renew(&bo, colleague, &key).await.unwrap();
     let renewed = connect(&server, "renewed", colleague, &key, &issued).await;

@@ -1,5 +1,6 @@
-//! I6: a proposal is carried out only if distinct people, none of them the requester, have approved its exact content. Broken on purpose: by the requester,
-//! by his second certificate, by edited and older rows, and by a quorum of nobody.
+//! I6: a proposal is carried out only if distinct people, none of them the requester, have approved
+//! its exact content. Broken on purpose: by the requester, by his second certificate, by edited and
+//! older rows, and by a quorum of nobody.
 
 use kms_client::{Connection, new_request_id, proto};
 use kms_store::{
@@ -40,7 +41,12 @@ impl Scene {
     }
 
     async fn put(&self, proposal: &proto::Proposal, row: SealedRow) {
-        assert_eq!(damage(&self.server.database(), &Damage::PutSealed(RowKind::Proposal, proposal.proposal_id.to_vec(), row)).await.unwrap(), 1);
+        assert_eq!(
+            damage(&self.server.database(), &Damage::PutSealed(RowKind::Proposal, proposal.proposal_id.to_vec(), row))
+                .await
+                .unwrap(),
+            1
+        );
     }
 }
 
@@ -54,7 +60,10 @@ async fn approve(by: &Connection, proposal: &proto::Proposal) -> Result<proto::P
 }
 
 async fn carry_out(by: &Connection, proposal: &proto::Proposal) -> Result<proto::Proposal, Status> {
-    let request = proto::CarryOutProposalRequest { request_id: new_request_id().octets().to_vec().into(), proposal_id: proposal.proposal_id.clone() };
+    let request = proto::CarryOutProposalRequest {
+        request_id: new_request_id().octets().to_vec().into(),
+        proposal_id: proposal.proposal_id.clone(),
+    };
     by.proposals().carry_out_proposal(request).await.map(tonic::Response::into_inner)
 }
 
@@ -73,7 +82,11 @@ async fn one_person_alone_carries_nothing_out_whatever_he_holds() {
         assert_eq!(code(approve(requester, &proposal).await), Code::FailedPrecondition);
     }
     assert_eq!(approve(&scene.bo, &proposal).await.unwrap().state, "waiting");
-    assert_eq!(code(approve(&bo_again, &proposal).await), Code::FailedPrecondition, "a second certificate is no second person");
+    assert_eq!(
+        code(approve(&bo_again, &proposal).await),
+        Code::FailedPrecondition,
+        "a second certificate is no second person"
+    );
     assert_eq!(code(carry_out(&scene.ada, &proposal).await), Code::FailedPrecondition);
     let cy = scene.server.add_confirmed_officer("cy", "Cy Officer").await;
     assert_eq!(approve(&cy, &proposal).await.unwrap().state, "approved");
@@ -88,7 +101,8 @@ async fn an_approval_that_somebody_writes_into_the_database_approves_nothing() {
     let waiting = scene.row(&approved).await;
     approve(&scene.bo, &approved).await.unwrap();
     let with_approval = scene.row(&approved).await;
-    // The approval of one proposal in the row of another, and a number changed in what was approved.
+    // The approval of one proposal in the row of another, and a number changed in what was
+    // approved.
     let untouched = scene.row(&other).await;
     scene.put(&other, with_approval.clone()).await;
     assert_eq!(code(carry_out(&scene.ada, &other).await), Code::FailedPrecondition);

@@ -1,4 +1,5 @@
-//! I6: a campaign is carried out only if distinct people, none of them the requester, have approved exactly what is carried out.
+//! I6: a campaign is carried out only if distinct people, none of them the requester, have approved
+//! exactly what is carried out.
 
 use kms_client::{Connection, new_request_id, proto};
 use kms_store::{
@@ -31,7 +32,10 @@ impl Scene {
             name: "spring".to_owned(),
             action: proto::CampaignAction::Rotate.into(),
             key_type: "GUEK".to_owned(),
-            selection: Some(proto::CampaignSelection { meters: (0..9).map(|number| title(number).octets().to_vec().into()).collect(), ..Default::default() }),
+            selection: Some(proto::CampaignSelection {
+                meters: (0..9).map(|number| title(number).octets().to_vec().into()).collect(),
+                ..Default::default()
+            }),
             terms: Some(proto::CampaignTerms { quorum: Some(quorum), canary: Some(9), ..Default::default() }),
             ..Default::default()
         };
@@ -40,7 +44,11 @@ impl Scene {
     }
 
     async fn start(&self, campaign: &proto::Campaign) -> Result<proto::Campaign, Status> {
-        let start = proto::ChangeCampaignRequest { request_id: request_id(), campaign_id: campaign.campaign_id.clone(), reason: String::new() };
+        let start = proto::ChangeCampaignRequest {
+            request_id: request_id(),
+            campaign_id: campaign.campaign_id.clone(),
+            reason: String::new(),
+        };
         self.ada.campaigns().start_campaign(start).await.map(tonic::Response::into_inner)
     }
 
@@ -65,27 +73,39 @@ fn request_id() -> bytes::Bytes {
     new_request_id().octets().to_vec().into()
 }
 
-async fn approve(officer: &Connection, campaign: &proto::Campaign, content_sha256: &[u8]) -> Result<proto::Campaign, Status> {
-    let approve =
-        proto::ApproveCampaignRequest { request_id: request_id(), campaign_id: campaign.campaign_id.clone(), content_sha256: content_sha256.to_vec().into() };
+async fn approve(
+    officer: &Connection,
+    campaign: &proto::Campaign,
+    content_sha256: &[u8],
+) -> Result<proto::Campaign, Status> {
+    let approve = proto::ApproveCampaignRequest {
+        request_id: request_id(),
+        campaign_id: campaign.campaign_id.clone(),
+        content_sha256: content_sha256.to_vec().into(),
+    };
     officer.campaigns().approve_campaign(approve).await.map(tonic::Response::into_inner)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn people_approve_and_not_certificates() {
     let scene = Scene::new().await;
-    let refused = |answer: Result<proto::Campaign, Status>| assert_eq!(answer.unwrap_err().code(), Code::FailedPrecondition);
+    let refused =
+        |answer: Result<proto::Campaign, Status>| assert_eq!(answer.unwrap_err().code(), Code::FailedPrecondition);
     // A quorum of nobody is no quorum.
     let nobody = proto::CreateCampaignRequest {
         request_id: request_id(),
-        plan: scene.draft(1).await.plan.map(|plan| proto::CampaignPlan { terms: Some(proto::CampaignTerms { quorum: Some(0), ..Default::default() }), ..plan }),
+        plan: scene.draft(1).await.plan.map(|plan| proto::CampaignPlan {
+            terms: Some(proto::CampaignTerms { quorum: Some(0), ..Default::default() }),
+            ..plan
+        }),
         commit: true,
     };
     assert_eq!(scene.ada.campaigns().create_campaign(nobody).await.unwrap_err().code(), Code::InvalidArgument);
 
     let campaign = scene.draft(2).await;
     let content = campaign.content_sha256.to_vec();
-    let (ada_again, bo_again) = (scene.server.add_officer("ada-2", "Ada Officer").await, scene.server.add_officer("bo-2", "Bo Officer").await);
+    let (ada_again, bo_again) =
+        (scene.server.add_officer("ada-2", "Ada Officer").await, scene.server.add_officer("bo-2", "Bo Officer").await);
     // The requester does not approve, whatever he is called.
     refused(approve(&scene.ada, &campaign, &content).await);
     refused(approve(&ada_again, &campaign, &content).await);
@@ -116,9 +136,12 @@ async fn an_officer_whom_one_officer_invents_neither_asks_nor_approves() {
 async fn only_what_was_approved_is_carried_out() {
     let scene = Scene::new().await;
     let database = scene.server.database();
-    let row = async |campaign: &proto::Campaign| scene.server.glance().await.store.sealed(RowKind::Campaign, &campaign.campaign_id).await.unwrap().unwrap();
+    let row = async |campaign: &proto::Campaign| {
+        scene.server.glance().await.store.sealed(RowKind::Campaign, &campaign.campaign_id).await.unwrap().unwrap()
+    };
 
-    // Another content in the place of what was approved: the row of another campaign, or the right one with other octets.
+    // Another content in the place of what was approved: the row of another campaign, or the right
+    // one with other octets.
     let (approved, other) = (scene.draft(1).await, scene.draft(1).await);
     approve(&scene.bo, &approved, &approved.content_sha256).await.unwrap();
     let genuine = row(&approved).await;
@@ -126,24 +149,37 @@ async fn only_what_was_approved_is_carried_out() {
     let at = edited.body.windows(6).position(|octets| octets == b"spring").unwrap();
     edited.body[at] = b'S';
     for forged in [row(&other).await, edited] {
-        assert_eq!(damage(&database, &Damage::PutSealed(RowKind::Campaign, approved.campaign_id.to_vec(), forged)).await.unwrap(), 1);
+        assert_eq!(
+            damage(&database, &Damage::PutSealed(RowKind::Campaign, approved.campaign_id.to_vec(), forged))
+                .await
+                .unwrap(),
+            1
+        );
         scene.start(&approved).await.unwrap_err();
         assert_eq!(scene.leased().await, 0);
     }
-    assert_eq!(damage(&database, &Damage::PutSealed(RowKind::Campaign, approved.campaign_id.to_vec(), genuine)).await.unwrap(), 1);
+    assert_eq!(
+        damage(&database, &Damage::PutSealed(RowKind::Campaign, approved.campaign_id.to_vec(), genuine)).await.unwrap(),
+        1
+    );
 
     // The plan is too large for the row: here somebody adds a meter to it after the approval.
     let mut titles: Vec<u8> = (0..9).flat_map(|number| title(number).octets()).collect();
     titles.extend(title(20).octets());
     let [titles, id] = [titles.as_slice(), &approved.campaign_id].map(|value| octets(&database, value));
-    assert_eq!(execute(&database, &format!("UPDATE campaign_chunk SET titles = {titles} WHERE campaign = {id}")).await.unwrap(), 1);
+    assert_eq!(
+        execute(&database, &format!("UPDATE campaign_chunk SET titles = {titles} WHERE campaign = {id}"))
+            .await
+            .unwrap(),
+        1
+    );
     let _ = scene.start(&approved).await;
     let shown = scene.show(&approved).await.unwrap();
     assert!(shown.state == "paused" && shown.reason.contains("not the one that was approved"), "{shown:?}");
     assert_eq!(scene.leased().await, 0);
     let list = proto::ListAuditRecordsRequest { page_size: 500, newest_first: true, ..Default::default() };
-    let records = scene.server.connect("auditor").await.audit().list_audit_records(list).await.unwrap().into_inner().records;
-    let told =
-        |record: &proto::AuditRecord| matches!(&record.event, Some(proto::audit_record::Event::SecurityEvent(event)) if event.kind == "campaign-plan-refused");
+    let records =
+        scene.server.connect("auditor").await.audit().list_audit_records(list).await.unwrap().into_inner().records;
+    let told = |record: &proto::AuditRecord| matches!(&record.event, Some(proto::audit_record::Event::SecurityEvent(event)) if event.kind == "campaign-plan-refused");
     assert!(records.iter().any(told));
 }

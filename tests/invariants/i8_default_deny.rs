@@ -16,7 +16,11 @@ async fn without_policies_every_call_is_refused_and_an_erroring_policy_denies() 
     open(&server.connect("head-end").await, &profile, title(0), 1).await.unwrap();
 
     // A server on the same island whose one policy concerns something else.
-    fs::write(policies.join("nothing.cedar"), "permit (principal is Auditor, action == Action::\"listMeters\", resource);").unwrap();
+    fs::write(
+        policies.join("nothing.cedar"),
+        "permit (principal is Auditor, action == Action::\"listMeters\", resource);",
+    )
+    .unwrap();
     let bare = server.second("bare", with_policies).await;
     let head_end = bare.connect("head-end").await;
     let refusal = open(&head_end, &profile, title(0), 1).await.unwrap_err().to_string();
@@ -32,10 +36,19 @@ async fn without_policies_every_call_is_refused_and_an_erroring_policy_denies() 
     assert_eq!(groups.code(), Code::PermissionDenied);
     let roots = officer.roots().show_roots(proto::ShowRootsRequest {}).await.unwrap_err();
     assert_eq!(roots.code(), Code::PermissionDenied);
-    let rotate = proto::RotateRootRequest { request_id: new_request_id().octets().to_vec().into(), root: "seal".to_owned(), rows_per_second: 0 };
+    let rotate = proto::RotateRootRequest {
+        request_id: new_request_id().octets().to_vec().into(),
+        root: "seal".to_owned(),
+        rows_per_second: 0,
+    };
     assert_eq!(officer.roots().rotate_root(rotate).await.unwrap_err().code(), Code::PermissionDenied);
     let (request_id, group) = (new_request_id().octets().to_vec(), "north".to_owned());
-    let request = proto::OpenGroupSessionRequest { request_id: request_id.into(), group, terms: Some(kms_tests::terms(1)), key_version: 0 };
+    let request = proto::OpenGroupSessionRequest {
+        request_id: request_id.into(),
+        group,
+        terms: Some(kms_tests::terms(1)),
+        key_version: 0,
+    };
     assert_eq!(head_end.grants().open_group_session(request).await.unwrap_err().code(), Code::PermissionDenied);
     let request = proto::ShowGroupRotationRequest { group: "north".to_owned(), ..Default::default() };
     assert_eq!(head_end.groups().show_group_rotation(request).await.unwrap_err().code(), Code::PermissionDenied);
@@ -51,7 +64,8 @@ async fn without_policies_every_call_is_refused_and_an_erroring_policy_denies() 
     assert_eq!(disabled.code(), Code::PermissionDenied);
     drop(bare);
 
-    // Everything is permitted, and a `forbid` fails when it is evaluated (an overflow): Cedar by itself would skip it and allow.
+    // Everything is permitted, and a `forbid` fails when it is evaluated (an overflow): Cedar by
+    // itself would skip it and allow.
     fs::write(
         policies.join("nothing.cedar"),
         "permit (principal, action, resource);\nforbid (principal, action == Action::\"openSession\", resource) when { context.lifetime_seconds * 9223372036854775807 > 0 };",

@@ -1,4 +1,5 @@
-//! Each invariant of docs/architecture.md, broken on purpose: the system must refuse. I7 is kept by running one process an island.
+//! Each invariant of docs/architecture.md, broken on purpose: the system must refuse. I7 is kept by
+//! running one process an island.
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 mod i1_keys_stay_inside;

@@ -1,16 +1,25 @@
-//! What the end-to-end tests share: real server processes on loopback, clients, and simulated meters with the keys of the sample shipment.
+//! What the end-to-end tests share: real server processes on loopback, clients, and simulated
+//! meters with the keys of the sample shipment.
 //!
-//! All of them run on one pair of PKCS#11 module and database, which two environment variables name:
+//! All of them run on one pair of PKCS#11 module and database, which two environment variables
+//! name:
 //!
 //! | variable | values |
 //! |---|---|
 //! | `KMS_TEST_MODULE` | `hsm-sim` (the default), `softhsm2` |
 //! | `KMS_TEST_DATABASE` | `sqlite` (the default), `postgresql` |
 //!
-//! Tests that start a second server on the same island run on PostgreSQL whatever the variable says, because an SQLite database belongs to one process:
-//! they begin with
-//! [`DevServer::start_on_postgresql`]. Tests that put the files of a database back run on SQLite: [`DevServer::start_on_sqlite`]. No test here needs the faults of hsm-sim.
-#![expect(clippy::expect_used, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test harness: what fails here fails the test")]
+//! Tests that start a second server on the same island run on PostgreSQL whatever the variable
+//! says, because an SQLite database belongs to one process: they begin with
+//! [`DevServer::start_on_postgresql`]. Tests that put the files of a database back run on SQLite:
+//! [`DevServer::start_on_sqlite`]. No test here needs the faults of hsm-sim.
+#![expect(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test harness: what fails here fails the test"
+)]
 
 use std::{
     collections::BTreeMap,
@@ -60,19 +69,24 @@ impl TestModule {
     /// What the environment says.
     ///
     /// # Panics
-    /// It says something else, or SoftHSM2 is not installed: a test that ran on another module than was asked for would prove nothing.
+    /// It says something else, or SoftHSM2 is not installed: a test that ran on another module than
+    /// was asked for would prove nothing.
     pub fn of_environment() -> Self {
         match env::var("KMS_TEST_MODULE").as_deref() {
             Err(_) | Ok("hsm-sim") => Self::HsmSim,
             Ok("softhsm2") => {
-                assert!(Path::new(SOFTHSM2).exists(), "SoftHSM2 is missing: run `apt-get install softhsm2`, or `tests/run`, which does");
+                assert!(
+                    Path::new(SOFTHSM2).exists(),
+                    "SoftHSM2 is missing: run `apt-get install softhsm2`, or `tests/run`, which does"
+                );
                 Self::SoftHsm2
             }
             Ok(other) => panic!("KMS_TEST_MODULE: `{other}` is neither `hsm-sim` nor `softhsm2`"),
         }
     }
 
-    /// How clients open sessions: SoftHSM2 has no X9.63 KDF, and what is used instead a client must ask for.
+    /// How clients open sessions: SoftHSM2 has no X9.63 KDF, and what is used instead a client must
+    /// ask for.
     pub fn open_options(self) -> OpenOptions {
         match self {
             Self::HsmSim => OpenOptions::new(),
@@ -104,12 +118,14 @@ impl DevServer {
         Self::start_on(TestModule::of_environment(), TestDatabase::Postgresql)
     }
 
-    /// Starts one on the module of this run and on SQLite, for tests that put the database's files back.
+    /// Starts one on the module of this run and on SQLite, for tests that put the database's files
+    /// back.
     pub fn start_on_sqlite() -> Self {
         Self::start_on(TestModule::of_environment(), TestDatabase::Sqlite)
     }
 
-    /// Starts one on this pair: a copy of an island that this process made once, because a ceremony takes seconds.
+    /// Starts one on this pair: a copy of an island that this process made once, because a ceremony
+    /// takes seconds.
     pub fn start_on(module: TestModule, database: TestDatabase) -> Self {
         let template = Template::of(module, database);
         let state = folder();
@@ -124,17 +140,20 @@ impl DevServer {
         Self::start_in(state, &arguments(module, copy.as_deref()))
     }
 
-    /// Starts one on this pair for the first time: with an empty database, and a ceremony of its own.
+    /// Starts one on this pair for the first time: with an empty database, and a ceremony of its
+    /// own.
     pub fn start_afresh(module: TestModule, database: TestDatabase) -> Self {
         Self::start_with(&arguments(module, database.create().unwrap().as_deref()))
     }
 
-    /// Starts one for the first time, on the module of this run and on the empty database at this address.
+    /// Starts one for the first time, on the module of this run and on the empty database at this
+    /// address.
     pub fn start_at(database: &str) -> Self {
         Self::start_with(&arguments(TestModule::of_environment(), Some(database)))
     }
 
-    /// Starts one for the first time, with these arguments besides state, port and number of meters.
+    /// Starts one for the first time, with these arguments besides state, port and number of
+    /// meters.
     pub fn start_with(arguments: &[&str]) -> Self {
         Self::start_in(folder(), &[arguments, &["--meters", "50"]].concat())
     }
@@ -150,7 +169,10 @@ impl DevServer {
     fn start_in(state: tempfile::TempDir, arguments: &[&str]) -> Self {
         let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
         let (process, printed) = Self::spawn(state.path(), &arguments);
-        let nonces = NonceWatch { folder: state.path().join(NONCES), noted: !arguments.iter().any(|argument| argument == "--module") };
+        let nonces = NonceWatch {
+            folder: state.path().join(NONCES),
+            noted: !arguments.iter().any(|argument| argument == "--module"),
+        };
         Self { nonces, state, process, arguments, printed }
     }
 
@@ -165,9 +187,16 @@ impl DevServer {
         command.args(["-c", &format!("trap '' XFSZ; {limit}exec \"$@\""), "sh"]).arg(program("kms-server"));
         let tokens = state.join("softhsm");
         fs::create_dir_all(&tokens).unwrap();
-        fs::write(state.join("softhsm2.conf"), format!("directories.tokendir = {}\nlog.level = ERROR\n", tokens.display())).unwrap();
+        fs::write(
+            state.join("softhsm2.conf"),
+            format!("directories.tokendir = {}\nlog.level = ERROR\n", tokens.display()),
+        )
+        .unwrap();
         command.args(["dev", "--listen", "127.0.0.1:0", "--state"]).arg(state).args(arguments);
-        command.env_remove("HSM_SIM_DIR").env("SOFTHSM2_CONF", state.join("softhsm2.conf")).env(NONCE_WATCH, state.join(NONCES));
+        command
+            .env_remove("HSM_SIM_DIR")
+            .env("SOFTHSM2_CONF", state.join("softhsm2.conf"))
+            .env(NONCE_WATCH, state.join(NONCES));
         Process::spawn(command, "Ctrl-C ends it")
     }
 
@@ -189,9 +218,12 @@ impl DevServer {
         self.state.path()
     }
 
-    /// From now on no file of the process may be written from this length on (RLIMIT_FSIZE): as if its disk were full. `unlimited`: as before.
+    /// From now on no file of the process may be written from this length on (RLIMIT_FSIZE): as if
+    /// its disk were full. `unlimited`: as before.
     pub fn limit_files(&self, octets: &str) {
-        let status = Command::new("prlimit").args(["--pid", &self.process.0.id().to_string(), &format!("--fsize={octets}:")]).status();
+        let status = Command::new("prlimit")
+            .args(["--pid", &self.process.0.id().to_string(), &format!("--fsize={octets}:")])
+            .status();
         assert!(status.is_ok_and(|status| status.success()), "prlimit (util-linux) failed");
     }
 
@@ -252,8 +284,9 @@ impl DevServer {
         (self.process, self.printed) = Self::spawn_by(self.state.path(), &self.arguments, Some(files));
     }
 
-    /// Adds an officer with a certificate of its own, and connects as this officer. Two of them may be the same person. One officer alone has added this
-    /// one, who counts nowhere before two others confirm it: see [`Self::add_confirmed_officer`].
+    /// Adds an officer with a certificate of its own, and connects as this officer. Two of them may
+    /// be the same person. One officer alone has added this one, who counts nowhere before two
+    /// others confirm it: see [`Self::add_confirmed_officer`].
     pub async fn add_officer(&self, name: &str, person: &str) -> Connection {
         let mut command = Command::new(program("kms"));
         command.arg("--state").arg(self.state()).args(["--profile", "officer-1", "principal", "add"]);
@@ -262,7 +295,8 @@ impl DevServer {
         self.connect(name).await
     }
 
-    /// As [`Self::add_officer`]; then officer-1 proposes to confirm the key, officer-2 approves, and officer-1 carries it out.
+    /// As [`Self::add_officer`]; then officer-1 proposes to confirm the key, officer-2 approves,
+    /// and officer-1 carries it out.
     pub async fn add_confirmed_officer(&self, name: &str, person: &str) -> Connection {
         let added = self.add_officer(name, person).await;
         let request_id = || new_request_id().octets().to_vec().into();
@@ -277,19 +311,33 @@ impl DevServer {
         let (one, two) = (self.connect("officer-1").await, self.connect("officer-2").await);
         let proposal = one.principals().propose_principal_key(propose).await.unwrap().into_inner();
         let (proposal_id, content_sha256) = (proposal.proposal_id, proposal.content_sha256);
-        let approve = proto::ApproveProposalRequest { request_id: request_id(), proposal_id: proposal_id.clone(), content_sha256 };
+        let approve = proto::ApproveProposalRequest {
+            request_id: request_id(),
+            proposal_id: proposal_id.clone(),
+            content_sha256,
+        };
         two.proposals().approve_proposal(approve).await.unwrap();
-        one.proposals().carry_out_proposal(proto::CarryOutProposalRequest { request_id: request_id(), proposal_id }).await.unwrap();
+        one.proposals()
+            .carry_out_proposal(proto::CarryOutProposalRequest { request_id: request_id(), proposal_id })
+            .await
+            .unwrap();
         added
     }
 
-    /// Starts a second server on the same island: same token, same database, another process. `edit` may change its configuration.
+    /// Starts a second server on the same island: same token, same database, another process.
+    /// `edit` may change its configuration.
     pub async fn second(&self, name: &str, edit: impl FnOnce(String) -> String) -> SecondServer {
         let (address, port) = lasting_address();
         let text = fs::read_to_string(self.state.path().join("island/kms-server.toml")).unwrap();
         let text: String = text
             .lines()
-            .map(|line| if line.starts_with("listen =") { format!("listen = \"{address}\"\nserver_name = \"{name}\"\n") } else { format!("{line}\n") })
+            .map(|line| {
+                if line.starts_with("listen =") {
+                    format!("listen = \"{address}\"\nserver_name = \"{name}\"\n")
+                } else {
+                    format!("{line}\n")
+                }
+            })
             .collect();
         let folder = self.state.path().join(name);
         fs::create_dir_all(&folder).unwrap();
@@ -317,7 +365,8 @@ impl DevServer {
         server_command(subcommand, self.state.path())
     }
 
-    /// The simulated meter of a device of the sample shipment. Its challenges come from `METER_SIM_SEED`.
+    /// The simulated meter of a device of the sample shipment. Its challenges come from
+    /// `METER_SIM_SEED`.
     pub fn meter(&self, number: usize) -> Meter {
         println!("METER_SIM_SEED={}", meter_sim::challenge_seed());
         let meters = meter_configs(&self.state.path().join("vendor/devices.jsonl"));
@@ -345,8 +394,9 @@ impl DevServer {
     }
 }
 
-/// I4, whatever a test is about: hsm-sim knows key values, and notes what was protected under which nonce in all processes of an island, before and
-/// after they were killed. Looked at when the test is over. SoftHSM2 notes nothing.
+/// I4, whatever a test is about: hsm-sim knows key values, and notes what was protected under which
+/// nonce in all processes of an island, before and after they were killed. Looked at when the test
+/// is over. SoftHSM2 notes nothing.
 struct NonceWatch {
     folder: PathBuf,
     /// Whether the module is the embedded one.
@@ -359,7 +409,8 @@ impl Drop for NonceWatch {
             return;
         }
         let mut notes = hsm_sim::Notes::read(&self.folder).unwrap();
-        // What a meter protects is computed by the server to be verified: whether it repeats nonces is the meter's.
+        // What a meter protects is computed by the server to be verified: whether it repeats nonces
+        // is the meter's.
         notes.repeated.retain(|nonce| !nonce.iv.starts_with(METERS));
         assert!(notes.repeated.is_empty(), "a nonce was repeated (I4): {:#?}", notes.repeated);
         assert!(!self.noted || self.folder.exists(), "the nonce watcher was off");
@@ -401,7 +452,8 @@ impl Template {
     }
 }
 
-/// The ordinary meters of a vendor's list of devices with their keys in plaintext, as `kms shipment make-sample` writes it.
+/// The ordinary meters of a vendor's list of devices with their keys in plaintext, as `kms shipment
+/// make-sample` writes it.
 pub fn meter_configs(devices: &Path) -> Vec<MeterConfig> {
     let text = fs::read_to_string(devices).unwrap();
     text.lines()
@@ -413,7 +465,8 @@ pub fn meter_configs(devices: &Path) -> Vec<MeterConfig> {
         .collect()
 }
 
-/// Another server process on the island of a [`DevServer`], at an address that stays when it is started again.
+/// Another server process on the island of a [`DevServer`], at an address that stays when it is
+/// started again.
 pub struct SecondServer {
     state: PathBuf,
     configuration: PathBuf,
@@ -447,7 +500,12 @@ impl SecondServer {
     pub fn kms_ends(&self, identity: &str, arguments: &[&str], code: i32) -> String {
         let output = kms(&self.folder, identity, arguments);
         let text = |octets: &[u8]| String::from_utf8_lossy(octets).into_owned();
-        assert!(output.status.code() == Some(code), "kms {arguments:?}: {}{}", text(&output.stdout), text(&output.stderr));
+        assert!(
+            output.status.code() == Some(code),
+            "kms {arguments:?}: {}{}",
+            text(&output.stdout),
+            text(&output.stderr)
+        );
         text(&output.stdout)
     }
 
@@ -469,12 +527,30 @@ pub fn title(number: u64) -> SystemTitle {
 
 /// Terms to read under the head-end's client title.
 pub fn terms(counters: u32) -> SessionTerms {
-    SessionTerms { purpose: Purpose::Read.into(), client_title: hex::decode(CLIENT_TITLE).unwrap().into(), counters, ..SessionTerms::default() }
+    SessionTerms {
+        purpose: Purpose::Read.into(),
+        client_title: hex::decode(CLIENT_TITLE).unwrap().into(),
+        counters,
+        ..SessionTerms::default()
+    }
 }
 
 /// A session with one meter.
-pub async fn open(connection: &Connection, profile: &Profile, meter: SystemTitle, counters: u32) -> Result<Session, SessionError> {
-    connection.open_session(&profile.transport_key().unwrap(), new_request_id(), meter, terms(counters), &TestModule::of_environment().open_options()).await
+pub async fn open(
+    connection: &Connection,
+    profile: &Profile,
+    meter: SystemTitle,
+    counters: u32,
+) -> Result<Session, SessionError> {
+    connection
+        .open_session(
+            &profile.transport_key().unwrap(),
+            new_request_id(),
+            meter,
+            terms(counters),
+            &TestModule::of_environment().open_options(),
+        )
+        .await
 }
 
 /// Puts a meter on a loopback port.
@@ -485,7 +561,8 @@ pub async fn put_on_line(meter: &Meter) -> SocketAddr {
     address
 }
 
-/// Associates with a meter under the keys of a session, with the first counters of its lease, and reads the energy register.
+/// Associates with a meter under the keys of a session, with the first counters of its lease, and
+/// reads the energy register.
 pub async fn read_energy(address: SocketAddr, session: &Session, meter: SystemTitle) -> Result<Data, meter_sim::Error> {
     let keys = session.keys.meter(meter).unwrap();
     let key = |name| SymmetricKey::new(keys.key(name).unwrap().key.expose()).unwrap();
@@ -556,10 +633,12 @@ impl Process {
     fn spawn(mut command: Command, ready: &str) -> (Self, String) {
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let (lines, printed) = mpsc::channel();
-        let streams: [Box<dyn std::io::Read + Send>; 2] = [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
+        let streams: [Box<dyn std::io::Read + Send>; 2] =
+            [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
         for stream in streams {
             let lines = lines.clone();
-            // Reads on after the test has seen enough, so that the process never blocks on a full pipe.
+            // Reads on after the test has seen enough, so that the process never blocks on a full
+            // pipe.
             std::thread::spawn(move || {
                 for line in BufReader::new(stream).lines().map_while(Result::ok) {
                     let _ = lines.send(line);
@@ -593,7 +672,8 @@ impl Process {
     }
 
     fn interrupt(&mut self) -> bool {
-        let sent = Command::new("kill").arg("-INT").arg(self.0.id().to_string()).status().is_ok_and(|status| status.success());
+        let sent =
+            Command::new("kill").arg("-INT").arg(self.0.id().to_string()).status().is_ok_and(|status| status.success());
         let began = Instant::now();
         while began.elapsed() < STOP_WITHIN {
             if let Ok(Some(status)) = self.0.try_wait() {
@@ -611,8 +691,9 @@ impl Drop for Process {
     }
 }
 
-/// An address that stays this test's own between the starts of a server: its port is none that the system gives out by itself, and a file that is
-/// locked as long as it is held keeps other tests from it.
+/// An address that stays this test's own between the starts of a server: its port is none that the
+/// system gives out by itself, and a file that is locked as long as it is held keeps other tests
+/// from it.
 fn lasting_address() -> (SocketAddr, fs::File) {
     let folder = std::env::temp_dir().join("kms-test-ports");
     fs::create_dir_all(&folder).unwrap();

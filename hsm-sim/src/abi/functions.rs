@@ -1,4 +1,5 @@
-//! The functions of the standard, in its order: read the arguments, call the module, write the answer.
+//! The functions of the standard, in its order: read the arguments, call the module, write the
+//! answer.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -35,7 +36,11 @@ pub(super) unsafe extern "C" fn C_GetInfo(info: *mut CK_INFO) -> CK_RV {
     })
 }
 
-pub(super) unsafe extern "C" fn C_GetSlotList(present: CK_BBOOL, slots: *mut CK_SLOT_ID, count: *mut CK_ULONG) -> CK_RV {
+pub(super) unsafe extern "C" fn C_GetSlotList(
+    present: CK_BBOOL,
+    slots: *mut CK_SLOT_ID,
+    count: *mut CK_ULONG,
+) -> CK_RV {
     guard(Function::C_GetSlotList, |module| {
         let wanted = module.tokens().iter().filter(|token| present == CK_FALSE || token.check_present().is_ok());
         let wanted: Vec<_> = wanted.map(|token| token.slot).collect();
@@ -90,7 +95,11 @@ pub(super) unsafe extern "C" fn C_GetTokenInfo(slot: CK_SLOT_ID, info: *mut CK_T
     })
 }
 
-pub(super) unsafe extern "C" fn C_GetMechanismList(slot: CK_SLOT_ID, list: *mut CK_MECHANISM_TYPE, count: *mut CK_ULONG) -> CK_RV {
+pub(super) unsafe extern "C" fn C_GetMechanismList(
+    slot: CK_SLOT_ID,
+    list: *mut CK_MECHANISM_TYPE,
+    count: *mut CK_ULONG,
+) -> CK_RV {
     guard(Function::C_GetMechanismList, |module| {
         module.slot(slot)?.check_present()?;
         let all: Vec<_> = mechanism::all().collect();
@@ -99,7 +108,11 @@ pub(super) unsafe extern "C" fn C_GetMechanismList(slot: CK_SLOT_ID, list: *mut 
     })
 }
 
-pub(super) unsafe extern "C" fn C_GetMechanismInfo(slot: CK_SLOT_ID, kind: CK_MECHANISM_TYPE, info: *mut CK_MECHANISM_INFO) -> CK_RV {
+pub(super) unsafe extern "C" fn C_GetMechanismInfo(
+    slot: CK_SLOT_ID,
+    kind: CK_MECHANISM_TYPE,
+    info: *mut CK_MECHANISM_INFO,
+) -> CK_RV {
     guard(Function::C_GetMechanismInfo, |module| {
         module.slot(slot)?.check_present()?;
         match mechanism::info(kind) {
@@ -124,7 +137,13 @@ pub(super) unsafe extern "C" fn C_InitPIN(session: CK_SESSION_HANDLE, pin: *mut 
     guard(Function::C_InitPIN, |module| module.initialise_pin(session, unsafe { pin_bytes(pin, length) }?))
 }
 
-pub(super) unsafe extern "C" fn C_SetPIN(session: CK_SESSION_HANDLE, old: *mut u8, old_length: CK_ULONG, new: *mut u8, new_length: CK_ULONG) -> CK_RV {
+pub(super) unsafe extern "C" fn C_SetPIN(
+    session: CK_SESSION_HANDLE,
+    old: *mut u8,
+    old_length: CK_ULONG,
+    new: *mut u8,
+    new_length: CK_ULONG,
+) -> CK_RV {
     guard(Function::C_SetPIN, |module| {
         // SAFETY: the caller's pointers, by the standard.
         let (old, new) = unsafe { (pin_bytes(old, old_length)?, pin_bytes(new, new_length)?) };
@@ -157,13 +176,22 @@ pub(super) unsafe extern "C" fn C_CloseAllSessions(slot: CK_SLOT_ID) -> CK_RV {
 pub(super) unsafe extern "C" fn C_GetSessionInfo(session: CK_SESSION_HANDLE, info: *mut CK_SESSION_INFO) -> CK_RV {
     on_session(Function::C_GetSessionInfo, session, |session| {
         let read_write = if session.read_write { CKF_RW_SESSION } else { 0 };
-        let value = CK_SESSION_INFO { slotID: session.token.slot, state: session.state(), flags: CKF_SERIAL_SESSION | read_write, ulDeviceError: 0 };
+        let value = CK_SESSION_INFO {
+            slotID: session.token.slot,
+            state: session.state(),
+            flags: CKF_SERIAL_SESSION | read_write,
+            ulDeviceError: 0,
+        };
         // SAFETY: the caller's pointer, by the standard.
         unsafe { write(info, value) }
     })
 }
 
-pub(super) unsafe extern "C" fn C_GetOperationState(session: CK_SESSION_HANDLE, _state: *mut u8, _length: *mut CK_ULONG) -> CK_RV {
+pub(super) unsafe extern "C" fn C_GetOperationState(
+    session: CK_SESSION_HANDLE,
+    _state: *mut u8,
+    _length: *mut CK_ULONG,
+) -> CK_RV {
     on_session(Function::C_GetOperationState, session, |_| fail(CKR_FUNCTION_NOT_SUPPORTED))
 }
 
@@ -177,7 +205,12 @@ pub(super) unsafe extern "C" fn C_SetOperationState(
     on_session(Function::C_SetOperationState, session, |_| fail(CKR_FUNCTION_NOT_SUPPORTED))
 }
 
-pub(super) unsafe extern "C" fn C_Login(session: CK_SESSION_HANDLE, user: CK_USER_TYPE, pin: *mut u8, length: CK_ULONG) -> CK_RV {
+pub(super) unsafe extern "C" fn C_Login(
+    session: CK_SESSION_HANDLE,
+    user: CK_USER_TYPE,
+    pin: *mut u8,
+    length: CK_ULONG,
+) -> CK_RV {
     // SAFETY: the caller's pointer, by the standard.
     guard(Function::C_Login, |module| module.log_in(session, user, unsafe { pin_bytes(pin, length) }?))
 }
@@ -233,7 +266,11 @@ pub(super) unsafe extern "C" fn C_DestroyObject(session: CK_SESSION_HANDLE, obje
     on_session(Function::C_DestroyObject, session, |session| session.destroy_object(object))
 }
 
-pub(super) unsafe extern "C" fn C_GetObjectSize(session: CK_SESSION_HANDLE, object: CK_OBJECT_HANDLE, length: *mut CK_ULONG) -> CK_RV {
+pub(super) unsafe extern "C" fn C_GetObjectSize(
+    session: CK_SESSION_HANDLE,
+    object: CK_OBJECT_HANDLE,
+    length: *mut CK_ULONG,
+) -> CK_RV {
     on_session(Function::C_GetObjectSize, session, |session| {
         let object = session.object(object, CKR_OBJECT_HANDLE_INVALID)?;
         // SAFETY: the caller's pointer, by the standard.
@@ -271,14 +308,23 @@ pub(super) unsafe extern "C" fn C_SetAttributeValue(
     })
 }
 
-pub(super) unsafe extern "C" fn C_FindObjectsInit(session: CK_SESSION_HANDLE, attributes: *mut CK_ATTRIBUTE, count: CK_ULONG) -> CK_RV {
+pub(super) unsafe extern "C" fn C_FindObjectsInit(
+    session: CK_SESSION_HANDLE,
+    attributes: *mut CK_ATTRIBUTE,
+    count: CK_ULONG,
+) -> CK_RV {
     on_session(Function::C_FindObjectsInit, session, |session| {
         // SAFETY: the caller's pointer, by the standard.
         session.find_init(&unsafe { template(attributes, count) }?)
     })
 }
 
-pub(super) unsafe extern "C" fn C_FindObjects(session: CK_SESSION_HANDLE, objects: *mut CK_OBJECT_HANDLE, limit: CK_ULONG, count: *mut CK_ULONG) -> CK_RV {
+pub(super) unsafe extern "C" fn C_FindObjects(
+    session: CK_SESSION_HANDLE,
+    objects: *mut CK_OBJECT_HANDLE,
+    limit: CK_ULONG,
+    count: *mut CK_ULONG,
+) -> CK_RV {
     on_session(Function::C_FindObjects, session, |session| {
         check_target(count)?;
         if objects.is_null() && limit > 0 {
@@ -298,7 +344,11 @@ pub(super) unsafe extern "C" fn C_FindObjectsFinal(session: CK_SESSION_HANDLE) -
     on_session(Function::C_FindObjectsFinal, session, Session::find_final)
 }
 
-pub(super) unsafe extern "C" fn C_EncryptInit(session: CK_SESSION_HANDLE, pointer: *mut CK_MECHANISM, key: CK_OBJECT_HANDLE) -> CK_RV {
+pub(super) unsafe extern "C" fn C_EncryptInit(
+    session: CK_SESSION_HANDLE,
+    pointer: *mut CK_MECHANISM,
+    key: CK_OBJECT_HANDLE,
+) -> CK_RV {
     on_session(Function::C_EncryptInit, session, |session| {
         if pointer.is_null() {
             session.cancel(CKF_ENCRYPT);
@@ -331,18 +381,28 @@ pub(super) unsafe extern "C" fn C_EncryptUpdate(
 ) -> CK_RV {
     on_session(Function::C_EncryptUpdate, session, |session| {
         // SAFETY: the caller's pointers, by the standard.
-        unsafe { transform(input, input_length, output, output_length, |data, room| session.cipher_update(true, data, room)) }
+        unsafe {
+            transform(input, input_length, output, output_length, |data, room| session.cipher_update(true, data, room))
+        }
     })
 }
 
-pub(super) unsafe extern "C" fn C_EncryptFinal(session: CK_SESSION_HANDLE, output: *mut u8, output_length: *mut CK_ULONG) -> CK_RV {
+pub(super) unsafe extern "C" fn C_EncryptFinal(
+    session: CK_SESSION_HANDLE,
+    output: *mut u8,
+    output_length: *mut CK_ULONG,
+) -> CK_RV {
     on_session(Function::C_EncryptFinal, session, |session| {
         // SAFETY: the caller's pointers, by the standard.
         unsafe { produce(output, output_length, |room| session.cipher_final(true, room)) }
     })
 }
 
-pub(super) unsafe extern "C" fn C_DecryptInit(session: CK_SESSION_HANDLE, pointer: *mut CK_MECHANISM, key: CK_OBJECT_HANDLE) -> CK_RV {
+pub(super) unsafe extern "C" fn C_DecryptInit(
+    session: CK_SESSION_HANDLE,
+    pointer: *mut CK_MECHANISM,
+    key: CK_OBJECT_HANDLE,
+) -> CK_RV {
     on_session(Function::C_DecryptInit, session, |session| {
         if pointer.is_null() {
             session.cancel(CKF_DECRYPT);
@@ -375,11 +435,17 @@ pub(super) unsafe extern "C" fn C_DecryptUpdate(
 ) -> CK_RV {
     on_session(Function::C_DecryptUpdate, session, |session| {
         // SAFETY: the caller's pointers, by the standard.
-        unsafe { transform(input, input_length, output, output_length, |data, room| session.cipher_update(false, data, room)) }
+        unsafe {
+            transform(input, input_length, output, output_length, |data, room| session.cipher_update(false, data, room))
+        }
     })
 }
 
-pub(super) unsafe extern "C" fn C_DecryptFinal(session: CK_SESSION_HANDLE, output: *mut u8, output_length: *mut CK_ULONG) -> CK_RV {
+pub(super) unsafe extern "C" fn C_DecryptFinal(
+    session: CK_SESSION_HANDLE,
+    output: *mut u8,
+    output_length: *mut CK_ULONG,
+) -> CK_RV {
     on_session(Function::C_DecryptFinal, session, |session| {
         // SAFETY: the caller's pointers, by the standard.
         unsafe { produce(output, output_length, |room| session.cipher_final(false, room)) }
@@ -410,7 +476,11 @@ pub(super) unsafe extern "C" fn C_Digest(
     })
 }
 
-pub(super) unsafe extern "C" fn C_DigestUpdate(session: CK_SESSION_HANDLE, input: *mut u8, input_length: CK_ULONG) -> CK_RV {
+pub(super) unsafe extern "C" fn C_DigestUpdate(
+    session: CK_SESSION_HANDLE,
+    input: *mut u8,
+    input_length: CK_ULONG,
+) -> CK_RV {
     on_session(Function::C_DigestUpdate, session, |session| {
         // SAFETY: the caller's pointer, by the standard.
         session.digest_update(unsafe { bytes(input, input_length) }?)
@@ -421,14 +491,22 @@ pub(super) unsafe extern "C" fn C_DigestKey(session: CK_SESSION_HANDLE, key: CK_
     on_session(Function::C_DigestKey, session, |session| session.digest_key(key))
 }
 
-pub(super) unsafe extern "C" fn C_DigestFinal(session: CK_SESSION_HANDLE, output: *mut u8, output_length: *mut CK_ULONG) -> CK_RV {
+pub(super) unsafe extern "C" fn C_DigestFinal(
+    session: CK_SESSION_HANDLE,
+    output: *mut u8,
+    output_length: *mut CK_ULONG,
+) -> CK_RV {
     on_session(Function::C_DigestFinal, session, |session| {
         // SAFETY: the caller's pointers, by the standard.
         unsafe { produce(output, output_length, |room| session.digest_final(room)) }
     })
 }
 
-pub(super) unsafe extern "C" fn C_SignInit(session: CK_SESSION_HANDLE, pointer: *mut CK_MECHANISM, key: CK_OBJECT_HANDLE) -> CK_RV {
+pub(super) unsafe extern "C" fn C_SignInit(
+    session: CK_SESSION_HANDLE,
+    pointer: *mut CK_MECHANISM,
+    key: CK_OBJECT_HANDLE,
+) -> CK_RV {
     on_session(Function::C_SignInit, session, |session| {
         if pointer.is_null() {
             session.cancel(CKF_SIGN);
@@ -452,21 +530,33 @@ pub(super) unsafe extern "C" fn C_Sign(
     })
 }
 
-pub(super) unsafe extern "C" fn C_SignUpdate(session: CK_SESSION_HANDLE, input: *mut u8, input_length: CK_ULONG) -> CK_RV {
+pub(super) unsafe extern "C" fn C_SignUpdate(
+    session: CK_SESSION_HANDLE,
+    input: *mut u8,
+    input_length: CK_ULONG,
+) -> CK_RV {
     on_session(Function::C_SignUpdate, session, |session| {
         // SAFETY: the caller's pointer, by the standard.
         session.signature_update(true, unsafe { bytes(input, input_length) }?)
     })
 }
 
-pub(super) unsafe extern "C" fn C_SignFinal(session: CK_SESSION_HANDLE, output: *mut u8, output_length: *mut CK_ULONG) -> CK_RV {
+pub(super) unsafe extern "C" fn C_SignFinal(
+    session: CK_SESSION_HANDLE,
+    output: *mut u8,
+    output_length: *mut CK_ULONG,
+) -> CK_RV {
     on_session(Function::C_SignFinal, session, |session| {
         // SAFETY: the caller's pointers, by the standard.
         unsafe { produce(output, output_length, |room| session.sign_final(room)) }
     })
 }
 
-pub(super) unsafe extern "C" fn C_VerifyInit(session: CK_SESSION_HANDLE, pointer: *mut CK_MECHANISM, key: CK_OBJECT_HANDLE) -> CK_RV {
+pub(super) unsafe extern "C" fn C_VerifyInit(
+    session: CK_SESSION_HANDLE,
+    pointer: *mut CK_MECHANISM,
+    key: CK_OBJECT_HANDLE,
+) -> CK_RV {
     on_session(Function::C_VerifyInit, session, |session| {
         if pointer.is_null() {
             session.cancel(CKF_VERIFY);
@@ -491,14 +581,22 @@ pub(super) unsafe extern "C" fn C_Verify(
     })
 }
 
-pub(super) unsafe extern "C" fn C_VerifyUpdate(session: CK_SESSION_HANDLE, input: *mut u8, input_length: CK_ULONG) -> CK_RV {
+pub(super) unsafe extern "C" fn C_VerifyUpdate(
+    session: CK_SESSION_HANDLE,
+    input: *mut u8,
+    input_length: CK_ULONG,
+) -> CK_RV {
     on_session(Function::C_VerifyUpdate, session, |session| {
         // SAFETY: the caller's pointer, by the standard.
         session.signature_update(false, unsafe { bytes(input, input_length) }?)
     })
 }
 
-pub(super) unsafe extern "C" fn C_VerifyFinal(session: CK_SESSION_HANDLE, signature: *mut u8, signature_length: CK_ULONG) -> CK_RV {
+pub(super) unsafe extern "C" fn C_VerifyFinal(
+    session: CK_SESSION_HANDLE,
+    signature: *mut u8,
+    signature_length: CK_ULONG,
+) -> CK_RV {
     on_session(Function::C_VerifyFinal, session, |session| {
         // SAFETY: the caller's pointer, by the standard.
         session.verify_final(unsafe { bytes(signature, signature_length) }?)
@@ -604,14 +702,19 @@ pub(super) unsafe extern "C" fn C_DeriveKey(
 }
 
 pub(super) unsafe extern "C" fn C_SeedRandom(session: CK_SESSION_HANDLE, seed: *mut u8, length: CK_ULONG) -> CK_RV {
-    // The generator seeds itself from the operating system: a caller's seed could add nothing, and is not needed.
+    // The generator seeds itself from the operating system: a caller's seed could add nothing, and
+    // is not needed.
     on_session(Function::C_SeedRandom, session, |_| {
         // SAFETY: the caller's pointer, by the standard.
         unsafe { bytes(seed, length) }.map(|_| ())
     })
 }
 
-pub(super) unsafe extern "C" fn C_GenerateRandom(session: CK_SESSION_HANDLE, target: *mut u8, length: CK_ULONG) -> CK_RV {
+pub(super) unsafe extern "C" fn C_GenerateRandom(
+    session: CK_SESSION_HANDLE,
+    target: *mut u8,
+    length: CK_ULONG,
+) -> CK_RV {
     on_session(Function::C_GenerateRandom, session, |_| {
         let length = size(length)?;
         if target.is_null() && length > 0 {
@@ -637,7 +740,11 @@ pub(super) unsafe extern "C" fn C_CancelFunction(session: CK_SESSION_HANDLE) -> 
     on_session(Function::C_CancelFunction, session, |_| fail(CKR_FUNCTION_NOT_PARALLEL))
 }
 
-pub(super) unsafe extern "C" fn C_WaitForSlotEvent(flags: CK_FLAGS, slot: *mut CK_SLOT_ID, reserved: *mut Void) -> CK_RV {
+pub(super) unsafe extern "C" fn C_WaitForSlotEvent(
+    flags: CK_FLAGS,
+    slot: *mut CK_SLOT_ID,
+    reserved: *mut Void,
+) -> CK_RV {
     guard(Function::C_WaitForSlotEvent, |module| {
         if !reserved.is_null() {
             return fail(CKR_ARGUMENTS_BAD);
@@ -667,7 +774,11 @@ pub(super) unsafe extern "C" fn C_SessionCancel(session: CK_SESSION_HANDLE, flag
     })
 }
 
-pub(super) unsafe extern "C" fn C_MessageEncryptInit(session: CK_SESSION_HANDLE, pointer: *mut CK_MECHANISM, key: CK_OBJECT_HANDLE) -> CK_RV {
+pub(super) unsafe extern "C" fn C_MessageEncryptInit(
+    session: CK_SESSION_HANDLE,
+    pointer: *mut CK_MECHANISM,
+    key: CK_OBJECT_HANDLE,
+) -> CK_RV {
     on_session(Function::C_MessageEncryptInit, session, |session| {
         if pointer.is_null() {
             session.cancel(CKF_MESSAGE_ENCRYPT);
@@ -695,7 +806,8 @@ pub(super) unsafe extern "C" fn C_EncryptMessage(
             let message = message(parameter, parameter_length, false)?;
             let (aad, data) = (bytes(aad, aad_length)?, bytes(input, input_length)?);
             let room = room(output, output_length)?;
-            let (answer, iv, tag) = session.message(true, |operation| operation.encrypt(&message.parameters, aad, data, room))?;
+            let (answer, iv, tag) =
+                session.message(true, |operation| operation.encrypt(&message.parameters, aad, data, room))?;
             if answer.is_data() {
                 copy(&iv, message.iv);
                 copy(&tag, message.tag);
@@ -740,7 +852,8 @@ pub(super) unsafe extern "C" fn C_EncryptMessageNext(
             let message = message(parameter, parameter_length, false)?;
             let data = bytes(input, input_length)?;
             let (last, room) = (flags & CKF_END_OF_MESSAGE != 0, room(output, output_length)?);
-            let (answer, tag) = session.message(true, |operation| operation.encrypt_next(&message.parameters, data, last, room))?;
+            let (answer, tag) =
+                session.message(true, |operation| operation.encrypt_next(&message.parameters, data, last, room))?;
             if let Some(tag) = tag {
                 copy(&tag, message.tag);
             }
@@ -753,7 +866,11 @@ pub(super) unsafe extern "C" fn C_MessageEncryptFinal(session: CK_SESSION_HANDLE
     on_session(Function::C_MessageEncryptFinal, session, |session| session.message_final(true))
 }
 
-pub(super) unsafe extern "C" fn C_MessageDecryptInit(session: CK_SESSION_HANDLE, pointer: *mut CK_MECHANISM, key: CK_OBJECT_HANDLE) -> CK_RV {
+pub(super) unsafe extern "C" fn C_MessageDecryptInit(
+    session: CK_SESSION_HANDLE,
+    pointer: *mut CK_MECHANISM,
+    key: CK_OBJECT_HANDLE,
+) -> CK_RV {
     on_session(Function::C_MessageDecryptInit, session, |session| {
         if pointer.is_null() {
             session.cancel(CKF_MESSAGE_DECRYPT);
@@ -881,7 +998,11 @@ unsafe fn transform(
 }
 
 /// Bytes out.
-unsafe fn produce(output: *mut u8, output_length: *mut CK_ULONG, step: impl FnOnce(Room) -> Result<Output>) -> Result<()> {
+unsafe fn produce(
+    output: *mut u8,
+    output_length: *mut CK_ULONG,
+    step: impl FnOnce(Room) -> Result<Output>,
+) -> Result<()> {
     // SAFETY: the caller's pointers, by the standard.
     unsafe { deliver(&step(room(output, output_length)?)?, output, output_length) }
 }

@@ -72,7 +72,8 @@ pub unsafe extern "C" fn C_GetFunctionList(list: *mut *mut CK_FUNCTION_LIST) -> 
 /// C_GetInterfaceList: the interface `PKCS 11` in versions 3.0 and 2.40.
 ///
 /// # Safety
-/// `interfaces` is `NULL` (a question for the count) or has room for `*count` interfaces; `count` points to a number.
+/// `interfaces` is `NULL` (a question for the count) or has room for `*count` interfaces; `count`
+/// points to a number.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn C_GetInterfaceList(interfaces: *mut CK_INTERFACE, count: *mut CK_ULONG) -> CK_RV {
     protect(|| {
@@ -95,12 +96,19 @@ pub unsafe extern "C" fn C_GetInterfaceList(interfaces: *mut CK_INTERFACE, count
     })
 }
 
-/// C_GetInterface: the interface with this name, version and these flags; `NULL` stands for any name or version.
+/// C_GetInterface: the interface with this name, version and these flags; `NULL` stands for any
+/// name or version.
 ///
 /// # Safety
-/// `name` is `NULL` or a C string, `version` is `NULL` or points to a version, `interface` points to a pointer.
+/// `name` is `NULL` or a C string, `version` is `NULL` or points to a version, `interface` points
+/// to a pointer.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn C_GetInterface(name: *mut CK_UTF8CHAR, version: *mut CK_VERSION, interface: *mut *mut CK_INTERFACE, flags: CK_FLAGS) -> CK_RV {
+pub unsafe extern "C" fn C_GetInterface(
+    name: *mut CK_UTF8CHAR,
+    version: *mut CK_VERSION,
+    interface: *mut *mut CK_INTERFACE,
+    flags: CK_FLAGS,
+) -> CK_RV {
     protect(|| {
         if interface.is_null() {
             return fail(CKR_ARGUMENTS_BAD);

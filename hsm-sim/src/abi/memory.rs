@@ -40,7 +40,8 @@ pub(super) unsafe fn write<T: Copy>(pointer: *mut T, value: T) -> Result<()> {
 /// Copies `bytes` to where the caller has room for them: the length was checked.
 pub(super) unsafe fn copy(bytes: &[u8], pointer: *mut u8) {
     if !bytes.is_empty() && !pointer.is_null() {
-        // SAFETY: not NULL; the caller of this function compared the lengths. `bytes` is never the caller's memory.
+        // SAFETY: not NULL; the caller of this function compared the lengths. `bytes` is never the
+        // caller's memory.
         unsafe { core::ptr::copy(bytes.as_ptr(), pointer, bytes.len()) };
     }
 }
@@ -88,7 +89,10 @@ pub(super) unsafe fn template<'a>(pointer: *const CK_ATTRIBUTE, count: CK_ULONG)
             Value::Template(unsafe { nested(&attribute) }?)
         } else {
             // SAFETY: the value is valid for its length by the standard.
-            Value::Bytes(unsafe { bytes(attribute.pValue.cast(), attribute.ulValueLen) }.map_err(|_| Rv(CKR_ATTRIBUTE_VALUE_INVALID))?)
+            Value::Bytes(
+                unsafe { bytes(attribute.pValue.cast(), attribute.ulValueLen) }
+                    .map_err(|_| Rv(CKR_ATTRIBUTE_VALUE_INVALID))?,
+            )
         };
         template.push(Item { kind: attribute.type_, value });
     }
@@ -183,7 +187,8 @@ unsafe fn nested(attribute: &CK_ATTRIBUTE) -> Result<Vec<(CK_ATTRIBUTE_TYPE, Box
             return fail(CKR_ATTRIBUTE_VALUE_INVALID);
         }
         // SAFETY: the value is valid for its length by the standard.
-        let value = unsafe { bytes(inner.pValue.cast(), inner.ulValueLen) }.map_err(|_| Rv(CKR_ATTRIBUTE_VALUE_INVALID))?;
+        let value =
+            unsafe { bytes(inner.pValue.cast(), inner.ulValueLen) }.map_err(|_| Rv(CKR_ATTRIBUTE_VALUE_INVALID))?;
         entries.push((inner.type_, value.into()));
     }
     Ok(entries)

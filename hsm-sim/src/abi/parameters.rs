@@ -36,7 +36,11 @@ pub(super) struct Message<'a> {
 }
 
 /// Reads `CK_GCM_MESSAGE_PARAMS`. The tag is read only for decryption.
-pub(super) unsafe fn message<'a>(pointer: *const core::ffi::c_void, length: CK_ULONG, decrypt: bool) -> Result<Message<'a>> {
+pub(super) unsafe fn message<'a>(
+    pointer: *const core::ffi::c_void,
+    length: CK_ULONG,
+    decrypt: bool,
+) -> Result<Message<'a>> {
     if pointer.is_null() || size(length)? != size_of::<CK_GCM_MESSAGE_PARAMS>() {
         return fail(CKR_MECHANISM_PARAM_INVALID);
     }
@@ -50,7 +54,13 @@ pub(super) unsafe fn message<'a>(pointer: *const core::ffi::c_void, length: CK_U
     if raw.pTag.is_null() {
         return fail(CKR_MECHANISM_PARAM_INVALID);
     }
-    let parameters = MessageParameters { iv, fixed_bits: raw.ulIvFixedBits, generator: raw.ivGenerator, tag, tag_bits: raw.ulTagBits };
+    let parameters = MessageParameters {
+        iv,
+        fixed_bits: raw.ulIvFixedBits,
+        generator: raw.ivGenerator,
+        tag,
+        tag_bits: raw.ulTagBits,
+    };
     Ok(Message { parameters, iv: raw.pIv, tag: raw.pTag })
 }
 
@@ -67,7 +77,9 @@ unsafe fn parameters<'a>(raw: &CK_MECHANISM) -> Result<Parameters<'a>> {
         }};
     }
     match raw.mechanism {
-        CKM_AES_CBC | CKM_AES_CBC_PAD => Ok(Parameters::Iv(plain.try_into().map_err(|_| Rv(CKR_MECHANISM_PARAM_INVALID))?)),
+        CKM_AES_CBC | CKM_AES_CBC_PAD => {
+            Ok(Parameters::Iv(plain.try_into().map_err(|_| Rv(CKR_MECHANISM_PARAM_INVALID))?))
+        }
         CKM_AES_CTR => {
             let raw = structure!(CK_AES_CTR_PARAMS);
             Ok(Parameters::Counter { bits: raw.ulCounterBits, block: raw.cb })
@@ -89,9 +101,12 @@ unsafe fn parameters<'a>(raw: &CK_MECHANISM) -> Result<Parameters<'a>> {
         | CKM_SHA384_HMAC_GENERAL
         | CKM_SHA512_HMAC_GENERAL => Ok(Parameters::Length(structure!(CK_ULONG))),
         CKM_AES_KEY_WRAP | CKM_AES_KEY_WRAP_KWP => match plain {
-            // An initial value of the caller's own is allowed by the standard; this module knows that of the RFCs only.
+            // An initial value of the caller's own is allowed by the standard; this module knows
+            // that of the RFCs only.
             [] => Ok(Parameters::None),
-            [0xA6, 0xA6, 0xA6, 0xA6, 0xA6, 0xA6, 0xA6, 0xA6] if raw.mechanism == CKM_AES_KEY_WRAP => Ok(Parameters::None),
+            [0xA6, 0xA6, 0xA6, 0xA6, 0xA6, 0xA6, 0xA6, 0xA6] if raw.mechanism == CKM_AES_KEY_WRAP => {
+                Ok(Parameters::None)
+            }
             [0xA6, 0x59, 0x59, 0xA6] if raw.mechanism == CKM_AES_KEY_WRAP_KWP => Ok(Parameters::None),
             _ => fail(CKR_MECHANISM_PARAM_INVALID),
         },
@@ -123,7 +138,12 @@ unsafe fn parameters<'a>(raw: &CK_MECHANISM) -> Result<Parameters<'a>> {
                 _ => fail(CKR_MECHANISM_PARAM_INVALID),
             }
         }
-        CKM_RSA_PKCS_PSS | CKM_SHA1_RSA_PKCS_PSS | CKM_SHA224_RSA_PKCS_PSS | CKM_SHA256_RSA_PKCS_PSS | CKM_SHA384_RSA_PKCS_PSS | CKM_SHA512_RSA_PKCS_PSS => {
+        CKM_RSA_PKCS_PSS
+        | CKM_SHA1_RSA_PKCS_PSS
+        | CKM_SHA224_RSA_PKCS_PSS
+        | CKM_SHA256_RSA_PKCS_PSS
+        | CKM_SHA384_RSA_PKCS_PSS
+        | CKM_SHA512_RSA_PKCS_PSS => {
             let raw = structure!(CK_RSA_PKCS_PSS_PARAMS);
             match (Hash::from_mechanism(raw.hashAlg), Hash::from_mask_generator(raw.mgf)) {
                 (Some(hash), Some(mask)) => Ok(Parameters::Pss { hash, mask, salt: size(raw.sLen)? }),
@@ -170,7 +190,9 @@ pub(super) unsafe fn additional_handles(pointer: *const CK_MECHANISM) -> Result<
     // SAFETY: as above.
     let raw: CK_SP800_108_KDF_PARAMS = unsafe { read(raw.pParameter.cast()) }?;
     // SAFETY: within the count that the caller gave, which was checked.
-    (0..size(raw.ulAdditionalDerivedKeys)?).map(|place| Ok(unsafe { read(raw.pAdditionalDerivedKeys.add(place)) }?.phKey)).collect()
+    (0..size(raw.ulAdditionalDerivedKeys)?)
+        .map(|place| Ok(unsafe { read(raw.pAdditionalDerivedKeys.add(place)) }?.phKey))
+        .collect()
 }
 
 unsafe fn counter_kdf<'a>(raw: &CK_SP800_108_KDF_PARAMS) -> Result<Parameters<'a>> {
@@ -229,7 +251,9 @@ unsafe fn counter_kdf<'a>(raw: &CK_SP800_108_KDF_PARAMS) -> Result<Parameters<'a
 
 fn integer(bits: CK_ULONG, little_endian: CK_BBOOL) -> Result<Integer> {
     match (bits, usize::try_from(bits / 8)) {
-        (8 | 16 | 24 | 32 | 40 | 48 | 56 | 64, Ok(width)) => Ok(Integer { width, little_endian: little_endian != CK_FALSE }),
+        (8 | 16 | 24 | 32 | 40 | 48 | 56 | 64, Ok(width)) => {
+            Ok(Integer { width, little_endian: little_endian != CK_FALSE })
+        }
         _ => fail(CKR_MECHANISM_PARAM_INVALID),
     }
 }

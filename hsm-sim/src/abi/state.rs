@@ -12,8 +12,8 @@ use crate::error::{Result, Rv, fail};
 use crate::function::Function;
 use crate::module::Module;
 
-/// Present between C_Initialize and C_Finalize. A call holds what it found until it returns, also when another thread
-/// finalizes meanwhile.
+/// Present between C_Initialize and C_Finalize. A call holds what it found until it returns, also
+/// when another thread finalizes meanwhile.
 static MODULE: ArcSwapOption<Module> = ArcSwapOption::const_empty();
 /// C_Initialize and C_Finalize come one after the other.
 static ORDER: Mutex<()> = Mutex::new(());
@@ -41,7 +41,8 @@ pub(super) fn is_current(module: &Arc<Module>) -> bool {
 
 /// Runs `body`; a panic becomes a return code.
 pub(super) fn protect(body: impl FnOnce() -> Result<()>) -> CK_RV {
-    // The panic leaves nothing half done that could matter: objects are replaced as a whole, locks ignore poison.
+    // The panic leaves nothing half done that could matter: objects are replaced as a whole, locks
+    // ignore poison.
     match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(())) => CKR_OK,
         Ok(Err(Rv(code))) => code,
@@ -57,7 +58,8 @@ pub(super) unsafe extern "C" fn C_Initialize(arguments: *mut core::ffi::c_void) 
         }
         let _order = ORDER.lock().unwrap_or_else(PoisonError::into_inner);
         if FORKED.load(Ordering::Relaxed) {
-            // What the parent left belongs to it. Its locks may be held by threads that do not exist here: it is not touched.
+            // What the parent left belongs to it. Its locks may be held by threads that do not
+            // exist here: it is not touched.
             std::mem::forget(MODULE.swap(None));
             FORKED.store(false, Ordering::Relaxed);
         }
@@ -65,7 +67,8 @@ pub(super) unsafe extern "C" fn C_Initialize(arguments: *mut core::ffi::c_void) 
             return fail(CKR_CRYPTOKI_ALREADY_INITIALIZED);
         }
         FORK_HANDLER.call_once(|| {
-            // SAFETY: the handler only sets a flag. The C library forgets it when this library is unloaded.
+            // SAFETY: the handler only sets a flag. The C library forgets it when this library is
+            // unloaded.
             let _ = unsafe { pthread_atfork(None, None, Some(forked)) };
         });
         MODULE.store(Some(Arc::new(Module::new()?)));
@@ -92,9 +95,15 @@ pub(super) unsafe extern "C" fn C_Finalize(reserved: *mut core::ffi::c_void) -> 
     })
 }
 
-/// PKCS#11 2.40, section 5.4: all four mutex functions or none. The module uses those of the operating system.
+/// PKCS#11 2.40, section 5.4: all four mutex functions or none. The module uses those of the
+/// operating system.
 fn check_arguments(arguments: &CK_C_INITIALIZE_ARGS) -> Result<()> {
-    let given = [arguments.CreateMutex.is_some(), arguments.DestroyMutex.is_some(), arguments.LockMutex.is_some(), arguments.UnlockMutex.is_some()];
+    let given = [
+        arguments.CreateMutex.is_some(),
+        arguments.DestroyMutex.is_some(),
+        arguments.LockMutex.is_some(),
+        arguments.UnlockMutex.is_some(),
+    ];
     let all = given.iter().all(|given| *given);
     let any = given.iter().any(|given| *given);
     if !arguments.pReserved.is_null() || any != all {

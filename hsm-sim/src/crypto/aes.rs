@@ -1,9 +1,11 @@
-//! AES (FIPS 197) with a key schedule that is made once per key, and the modes that work on whole blocks.
+//! AES (FIPS 197) with a key schedule that is made once per key, and the modes that work on whole
+//! blocks.
 
 use ::aes::cipher::common::{BlockSizeUser, InnerInit};
 use ::aes::cipher::consts::U16;
 use ::aes::cipher::{
-    Block, BlockCipherDecrypt, BlockCipherEncrypt, BlockModeDecrypt, BlockModeEncrypt, InnerIvInit, KeyInit, StreamCipher, StreamCipherCoreWrapper,
+    Block, BlockCipherDecrypt, BlockCipherEncrypt, BlockModeDecrypt, BlockModeEncrypt, InnerIvInit, KeyInit,
+    StreamCipher, StreamCipherCoreWrapper,
 };
 use ::aes::{Aes128, Aes192, Aes256};
 use aes_kw::{AesKw, AesKwp};
@@ -87,14 +89,16 @@ impl AesKey {
         }
     }
 
-    /// Wraps `key` (RFC 3394). The length must be a multiple of 8 and at least 16: the caller has checked it.
+    /// Wraps `key` (RFC 3394). The length must be a multiple of 8 and at least 16: the caller has
+    /// checked it.
     pub(crate) fn wrap(&self, key: &[u8]) -> Result<Buffer> {
         let mut wrapped = Buffer::zeros(key.len() + 8);
         let done = with_cipher!(self, cipher => AesKw::inner_init(cipher).wrap_key(key, &mut wrapped).is_ok());
         if done { Ok(wrapped) } else { fail(CKR_FUNCTION_FAILED) }
     }
 
-    /// Opens `wrapped` (RFC 3394). `None`: it was changed, or wrapped under another key, or its length is impossible.
+    /// Opens `wrapped` (RFC 3394). `None`: it was changed, or wrapped under another key, or its
+    /// length is impossible.
     pub(crate) fn unwrap(&self, wrapped: &[u8]) -> Option<Buffer> {
         let mut key = Buffer::zeros(wrapped.len().checked_sub(8)?);
         with_cipher!(self, cipher => AesKw::inner_init(cipher).unwrap_key(wrapped, &mut key).is_ok()).then_some(key)
@@ -170,7 +174,8 @@ pub(crate) struct KeyStream {
 }
 
 impl KeyStream {
-    /// A key stream whose first counter block is `block` and whose counter is the last `bits` (1 to 128) bits of it.
+    /// A key stream whose first counter block is `block` and whose counter is the last `bits` (1 to
+    /// 128) bits of it.
     pub(crate) fn new(key: &AesKey, bits: u64, block: &[u8; BLOCK]) -> Option<Self> {
         let mask = match bits {
             1..=127 => (1_u128 << bits) - 1,
@@ -190,7 +195,8 @@ impl KeyStream {
     /// Encrypts or decrypts in place. False: the counter would repeat.
     #[must_use]
     pub(crate) fn apply(&mut self, data: &mut [u8]) -> bool {
-        let Some(remaining) = u128::try_from(data.len()).ok().and_then(|length| self.remaining.checked_sub(length)) else {
+        let Some(remaining) = u128::try_from(data.len()).ok().and_then(|length| self.remaining.checked_sub(length))
+        else {
             return false;
         };
         self.remaining = remaining;

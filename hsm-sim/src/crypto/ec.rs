@@ -1,4 +1,5 @@
-//! Elliptic curve keys: P-256, P-384 and P-521 (FIPS 186-5), ECDSA on a digest, and ECDH (SP 800-56A).
+//! Elliptic curve keys: P-256, P-384 and P-521 (FIPS 186-5), ECDSA on a digest, and ECDH (SP
+//! 800-56A).
 
 use std::sync::OnceLock;
 
@@ -21,7 +22,8 @@ pub(crate) enum Curve {
 }
 
 impl Curve {
-    /// The curve that `CKA_EC_PARAMS` names: an object identifier or a `PrintableString` curve name, in DER.
+    /// The curve that `CKA_EC_PARAMS` names: an object identifier or a `PrintableString` curve
+    /// name, in DER.
     pub(crate) fn from_parameters(parameters: &[u8]) -> Result<Self> {
         for curve in [Self::P256, Self::P384, Self::P521] {
             let name = match parameters.split_first_chunk::<2>() {
@@ -32,7 +34,8 @@ impl Curve {
                 return Ok(curve);
             }
         }
-        // Explicit parameters and other curves are well formed but not known here; everything else is no parameter.
+        // Explicit parameters and other curves are well formed but not known here; everything else
+        // is no parameter.
         match parameters.first() {
             Some(0x06 | 0x13 | 0x30) => fail(CKR_CURVE_NOT_SUPPORTED),
             _ => fail(CKR_DOMAIN_PARAMS_INVALID),
@@ -89,8 +92,8 @@ impl Curve {
         }
     }
 
-    /// The digest as ECDSA on this curve takes it. FIPS 186-5 (6.4.1) uses the leftmost bits of a longer digest, and a
-    /// shorter one as a number: with zeros in front it is the same number.
+    /// The digest as ECDSA on this curve takes it. FIPS 186-5 (6.4.1) uses the leftmost bits of a
+    /// longer digest, and a shorter one as a number: with zeros in front it is the same number.
     fn digest(self, value: &[u8]) -> Result<Digest> {
         let hash = match self {
             Self::P256 => Hash::Sha256,
@@ -105,7 +108,8 @@ impl Curve {
                     *place = *byte;
                 }
             }
-            // The order of P-521 is longer than 64 bytes: a longer value cannot be cut to the right bits.
+            // The order of P-521 is longer than 64 bytes: a longer value cannot be cut to the right
+            // bits.
             None if self == Self::P521 => return fail(CKR_DATA_LEN_RANGE),
             None => {
                 for (place, byte) in padded.iter_mut().zip(value) {
@@ -143,13 +147,15 @@ impl EcPrivate {
         let padding = curve.length().checked_sub(digits.len()).ok_or(Rv(CKR_ATTRIBUTE_VALUE_INVALID))?;
         let mut fixed = Buffer::zeros(padding);
         fixed.extend(digits);
-        let key = agreement::PrivateKey::from_private_key(curve.agreement(), &fixed).map_err(|_| Rv(CKR_ATTRIBUTE_VALUE_INVALID))?;
+        let key = agreement::PrivateKey::from_private_key(curve.agreement(), &fixed)
+            .map_err(|_| Rv(CKR_ATTRIBUTE_VALUE_INVALID))?;
         Ok(Self { curve, scalar: fixed, agreement: key.into(), signer: OnceLock::new() })
     }
 
     /// The private key in a PKCS#8 or RFC 5915 structure, on `curve`.
     pub(crate) fn from_der(curve: Curve, der: &[u8]) -> Result<Self> {
-        let key = agreement::PrivateKey::from_private_key_der(curve.agreement(), der).map_err(|_| Rv(CKR_WRAPPED_KEY_INVALID))?;
+        let key = agreement::PrivateKey::from_private_key_der(curve.agreement(), der)
+            .map_err(|_| Rv(CKR_WRAPPED_KEY_INVALID))?;
         let scalar: EcPrivateKeyBin<'_> = key.as_be_bytes().map_err(|_| Rv(CKR_FUNCTION_FAILED))?;
         let scalar = Buffer::copy_of(scalar.as_ref());
         Ok(Self { curve, scalar, agreement: key.into(), signer: OnceLock::new() })
@@ -157,7 +163,10 @@ impl EcPrivate {
 
     /// The curve and the key in a PKCS#8 structure.
     pub(crate) fn from_pkcs8(der: &[u8]) -> Result<Self> {
-        [Curve::P256, Curve::P384, Curve::P521].into_iter().find_map(|curve| Self::from_der(curve, der).ok()).ok_or(Rv(CKR_WRAPPED_KEY_INVALID))
+        [Curve::P256, Curve::P384, Curve::P521]
+            .into_iter()
+            .find_map(|curve| Self::from_der(curve, der).ok())
+            .ok_or(Rv(CKR_WRAPPED_KEY_INVALID))
     }
 
     /// The number, big endian, as long as a coordinate.
@@ -167,7 +176,8 @@ impl EcPrivate {
 
     /// PKCS#8 (RFC 5958) with the RFC 5915 structure inside.
     pub(crate) fn to_pkcs8(&self) -> Result<Buffer> {
-        let der: aws_lc_rs::encoding::Pkcs8V1Der<'_> = self.agreement()?.as_der().map_err(|_| Rv(CKR_FUNCTION_FAILED))?;
+        let der: aws_lc_rs::encoding::Pkcs8V1Der<'_> =
+            self.agreement()?.as_der().map_err(|_| Rv(CKR_FUNCTION_FAILED))?;
         Ok(Buffer::copy_of(der.as_ref()))
     }
 
@@ -231,7 +241,8 @@ impl EcPublic {
         if point.len() != 2 * curve.length() + 1 || point.first() != Some(&UNCOMPRESSED) {
             return fail(CKR_ATTRIBUTE_VALUE_INVALID);
         }
-        let verifier = ParsedPublicKey::new(curve.verification(), point).map_err(|_| Rv(CKR_ATTRIBUTE_VALUE_INVALID))?;
+        let verifier =
+            ParsedPublicKey::new(curve.verification(), point).map_err(|_| Rv(CKR_ATTRIBUTE_VALUE_INVALID))?;
         Ok(Self { curve, point: point.to_vec(), verifier })
     }
 
@@ -252,7 +263,8 @@ impl EcPublic {
 
 /// `point` without the DER `OCTET STRING` around it, if there is one.
 ///
-/// A raw uncompressed point starts with the same byte as an `OCTET STRING`: it is one only if the length fits to the end.
+/// A raw uncompressed point starts with the same byte as an `OCTET STRING`: it is one only if the
+/// length fits to the end.
 pub(crate) fn raw_point(curve: Curve, point: &[u8]) -> &[u8] {
     let raw = [2 * curve.length() + 1, curve.length() + 1];
     if raw.contains(&point.len()) && !matches!(point, [0x04, length, ..] if usize::from(*length) + 2 == point.len()) {
@@ -305,7 +317,10 @@ mod tests {
                 let digest = hash.digest(&[b"data"]);
                 let signature = private.sign(digest.as_ref()).unwrap();
                 public.verify(digest.as_ref(), &signature).unwrap();
-                assert_eq!(public.verify(hash.digest(&[b"other"]).as_ref(), &signature), Err(Rv(CKR_SIGNATURE_INVALID)));
+                assert_eq!(
+                    public.verify(hash.digest(&[b"other"]).as_ref(), &signature),
+                    Err(Rv(CKR_SIGNATURE_INVALID))
+                );
             }
         }
     }

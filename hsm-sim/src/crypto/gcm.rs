@@ -1,7 +1,7 @@
 //! AES-GCM (SP 800-38D) with every IV length and tag length that the standard allows, and in parts.
 //!
-//! The `aes-gcm` crate fixes both lengths at compile time and takes a message only as a whole. So the mode is put together
-//! here from the same parts that crate uses: the `ghash` and `ctr` crates.
+//! The `aes-gcm` crate fixes both lengths at compile time and takes a message only as a whole. So
+//! the mode is put together here from the same parts that crate uses: the `ghash` and `ctr` crates.
 
 use cryptoki_sys::{CKR_DATA_LEN_RANGE, CKR_MECHANISM_PARAM_INVALID};
 use ghash::GHash;
@@ -205,11 +205,14 @@ mod tests {
         (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap()).collect()
     }
 
-    /// McGrew and Viega, "The Galois/Counter Mode of Operation", test cases 4 (96-bit IV), 5 (64-bit IV) and 6 (480-bit IV).
+    /// McGrew and Viega, "The Galois/Counter Mode of Operation", test cases 4 (96-bit IV), 5
+    /// (64-bit IV) and 6 (480-bit IV).
     #[test]
     fn known_answers_with_short_and_long_ivs() {
         let key = bytes("feffe9928665731c6d6a8f9467308308");
-        let data = bytes("d9313225f88406e5a55909c5aff5269a86a7a9531534f7da2e4c303d8a318a721c3c0c95956809532fcf0e2449a6b525b16aedf5aa0de657ba637b39");
+        let data = bytes(
+            "d9313225f88406e5a55909c5aff5269a86a7a9531534f7da2e4c303d8a318a721c3c0c95956809532fcf0e2449a6b525b16aedf5aa0de657ba637b39",
+        );
         let aad = bytes("feedfacedeadbeeffeedfacedeadbeefabaddad2");
         let long = "9313225df88406e555909c5aff5269aa6a7a9538534f7da1e4c303d2a318a728c3c0c95156809539fcf0e2429a6b525416aedbf5a0de6a57a637b39b";
         for (iv, tag) in [
@@ -218,7 +221,11 @@ mod tests {
             (long, "619cc5aefffe0bfa462af43c1699d050"),
         ] {
             for step in [1, 7, 16, 17, 60] {
-                assert_eq!(seal(&key, &bytes(iv), &aad, &data, step).1.to_vec(), bytes(tag), "IV {iv}, parts of {step}");
+                assert_eq!(
+                    seal(&key, &bytes(iv), &aad, &data, step).1.to_vec(),
+                    bytes(tag),
+                    "IV {iv}, parts of {step}"
+                );
             }
         }
     }

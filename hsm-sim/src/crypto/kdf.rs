@@ -1,4 +1,5 @@
-//! Key derivation: SP 800-108 in counter mode, ANSI X9.63, the one-step KDF of SP 800-56C, and HKDF (RFC 5869).
+//! Key derivation: SP 800-108 in counter mode, ANSI X9.63, the one-step KDF of SP 800-56C, and HKDF
+//! (RFC 5869).
 
 use aws_lc_rs::{hkdf, hmac};
 use cryptoki_sys::{CKR_FUNCTION_FAILED, CKR_MECHANISM_PARAM_INVALID};
@@ -79,10 +80,11 @@ impl Integer {
     }
 }
 
-/// SP 800-108r1, 4.1: KDF in counter mode. The result is cut into keys of `lengths` bytes; when there are several, each
-/// starts on a block of its own, as the standard of PKCS#11 wants.
+/// SP 800-108r1, 4.1: KDF in counter mode. The result is cut into keys of `lengths` bytes; when
+/// there are several, each starts on a block of its own, as the standard of PKCS#11 wants.
 pub(crate) fn counter_mode(prf: &Prf, fields: &[Field], lengths: &[usize]) -> Result<Vec<Buffer>> {
-    let counters = fields.iter().filter_map(|field| if let Field::Counter(integer) = field { Some(*integer) } else { None });
+    let counters =
+        fields.iter().filter_map(|field| if let Field::Counter(integer) = field { Some(*integer) } else { None });
     let (Some(counter), 1) = (counters.clone().next(), counters.count()) else {
         return fail(CKR_MECHANISM_PARAM_INVALID);
     };
@@ -110,7 +112,9 @@ pub(crate) fn counter_mode(prf: &Prf, fields: &[Field], lengths: &[usize]) -> Re
             for field in fields {
                 match field {
                     Field::Counter(integer) => integer.write(round, &mut input),
-                    Field::Length(integer, of) => integer.write(u64::try_from(bits(*of)).unwrap_or(u64::MAX), &mut input),
+                    Field::Length(integer, of) => {
+                        integer.write(u64::try_from(bits(*of)).unwrap_or(u64::MAX), &mut input)
+                    }
                     Field::Bytes(bytes) => input.extend_from_slice(bytes),
                 }
             }
@@ -132,7 +136,8 @@ pub(crate) fn one_step(hash: Hash, secret: &[u8], info: &[u8], length: usize) ->
     expand(length, |counter| hash.digest(&[counter, secret, info]))
 }
 
-/// The first half of HKDF: from `salt` (none is zeros) and `secret` to a pseudorandom key as long as the hash.
+/// The first half of HKDF: from `salt` (none is zeros) and `secret` to a pseudorandom key as long
+/// as the hash.
 pub(crate) fn hkdf_extract(hash: Hash, salt: &[u8], secret: &[u8]) -> Buffer {
     Buffer::copy_of(hmac::sign(&hmac::Key::new(hash.hmac_algorithm(), salt), secret).as_ref())
 }

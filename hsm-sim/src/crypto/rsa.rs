@@ -1,17 +1,21 @@
 //! RSA (RFC 8017): PKCS#1 v1.5 signatures and encryption, PSS and OAEP.
 //!
-//! aws-lc-rs makes the keys and does what it offers with a private key: from 2048 bits on, with its own pairs of hash and
-//! padding. It neither signs data that is no digest (CKM_RSA_PKCS does), nor takes smaller keys, other salt lengths or another
-//! hash for the mask. For that, and for the public operations, the `rsa` crate is used, with blinding.
+//! aws-lc-rs makes the keys and does what it offers with a private key: from 2048 bits on, with its
+//! own pairs of hash and padding. It neither signs data that is no digest (CKM_RSA_PKCS does), nor
+//! takes smaller keys, other salt lengths or another hash for the mask. For that, and for the
+//! public operations, the `rsa` crate is used, with blinding.
 
 use std::sync::OnceLock;
 
 use aws_lc_rs::encoding::AsDer;
 use aws_lc_rs::rsa::{
-    KeySize, OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OAEP_SHA384_MGF1SHA384, OAEP_SHA512_MGF1SHA512, OaepPrivateDecryptingKey, Pkcs1PrivateDecryptingKey,
-    PrivateDecryptingKey,
+    KeySize, OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OAEP_SHA384_MGF1SHA384, OAEP_SHA512_MGF1SHA512,
+    OaepPrivateDecryptingKey, Pkcs1PrivateDecryptingKey, PrivateDecryptingKey,
 };
-use aws_lc_rs::signature::{RSA_PKCS1_SHA256, RSA_PKCS1_SHA384, RSA_PKCS1_SHA512, RSA_PSS_SHA256, RSA_PSS_SHA384, RSA_PSS_SHA512, RsaEncoding, RsaKeyPair};
+use aws_lc_rs::signature::{
+    RSA_PKCS1_SHA256, RSA_PKCS1_SHA384, RSA_PKCS1_SHA512, RSA_PSS_SHA256, RSA_PSS_SHA384, RSA_PSS_SHA512, RsaEncoding,
+    RsaKeyPair,
+};
 use cryptoki_sys::*;
 use rsa::pkcs1::der::Decode;
 use rsa::pkcs1::{self, DecodeRsaPrivateKey, EncodeRsaPrivateKey, EncodeRsaPublicKey};
@@ -84,11 +88,18 @@ impl Scheme {
         };
         let pss = matches!(
             kind,
-            CKM_RSA_PKCS_PSS | CKM_SHA1_RSA_PKCS_PSS | CKM_SHA224_RSA_PKCS_PSS | CKM_SHA256_RSA_PKCS_PSS | CKM_SHA384_RSA_PKCS_PSS | CKM_SHA512_RSA_PKCS_PSS
+            CKM_RSA_PKCS_PSS
+                | CKM_SHA1_RSA_PKCS_PSS
+                | CKM_SHA224_RSA_PKCS_PSS
+                | CKM_SHA256_RSA_PKCS_PSS
+                | CKM_SHA384_RSA_PKCS_PSS
+                | CKM_SHA512_RSA_PKCS_PSS
         );
         match (pss, parameters) {
             (false, Parameters::None) => Ok((hash.map_or(Self::Pkcs1Raw, Self::Pkcs1), hash)),
-            (true, Parameters::Pss { hash: given, mask, salt }) if mask == given && hash.is_none_or(|hash| hash == *given) => {
+            (true, Parameters::Pss { hash: given, mask, salt })
+                if mask == given && hash.is_none_or(|hash| hash == *given) =>
+            {
                 Ok((Self::Pss { hash: *given, salt: *salt }, hash))
             }
             _ => fail(CKR_MECHANISM_PARAM_INVALID),
@@ -124,7 +135,8 @@ impl Scheme {
     }
 }
 
-/// Runs one expression with the `rsa` crate's form of a signature scheme: each is a type of its own.
+/// Runs one expression with the `rsa` crate's form of a signature scheme: each is a type of its
+/// own.
 macro_rules! with_scheme {
     ($scheme:expr, $form:ident => $body:expr) => {
         match $scheme {
@@ -238,7 +250,8 @@ pub(crate) struct RsaPrivate {
 }
 
 impl RsaPrivate {
-    /// A new key pair of `bits` bits (1024 to 4096, whole bytes) with this public exponent (65537 when none is given).
+    /// A new key pair of `bits` bits (1024 to 4096, whole bytes) with this public exponent (65537
+    /// when none is given).
     pub(crate) fn generate(bits: CK_ULONG, exponent: Option<&[u8]>) -> Result<(Self, RsaPublic)> {
         let usual = exponent.is_none_or(|exponent| trimmed(exponent) == [1, 0, 1]);
         let size = match bits {
@@ -254,10 +267,13 @@ impl RsaPrivate {
                 Self::from_pkcs8(der.as_ref())?
             }
             _ => {
-                let bits = usize::try_from(bits).ok().filter(|bits| (MIN_BITS..=MAX_BITS).contains(bits) && bits.is_multiple_of(8));
+                let bits = usize::try_from(bits)
+                    .ok()
+                    .filter(|bits| (MIN_BITS..=MAX_BITS).contains(bits) && bits.is_multiple_of(8));
                 let bits = bits.ok_or(Rv(CKR_KEY_SIZE_RANGE))?;
                 let exponent = number(exponent.unwrap_or(&[1, 0, 1]));
-                let key = RsaPrivateKey::new_with_exp(&mut Random, bits, exponent).map_err(|_| Rv(CKR_ATTRIBUTE_VALUE_INVALID))?;
+                let key = RsaPrivateKey::new_with_exp(&mut Random, bits, exponent)
+                    .map_err(|_| Rv(CKR_ATTRIBUTE_VALUE_INVALID))?;
                 Self::new(key)?
             }
         };
@@ -265,11 +281,17 @@ impl RsaPrivate {
         Ok((private, public))
     }
 
-    /// The key with these components: modulus, both exponents, and the primes unless they can be computed.
+    /// The key with these components: modulus, both exponents, and the primes unless they can be
+    /// computed.
     pub(crate) fn from_components<'a>(component: impl Fn(CK_ATTRIBUTE_TYPE) -> Option<&'a [u8]>) -> Result<Self> {
         let required = |kind| component(kind).map(number).ok_or(Rv(CKR_TEMPLATE_INCOMPLETE));
         let primes = [CKA_PRIME_1, CKA_PRIME_2].into_iter().filter_map(&component).map(number).collect();
-        let key = RsaPrivateKey::from_components(required(CKA_MODULUS)?, required(CKA_PUBLIC_EXPONENT)?, required(CKA_PRIVATE_EXPONENT)?, primes);
+        let key = RsaPrivateKey::from_components(
+            required(CKA_MODULUS)?,
+            required(CKA_PUBLIC_EXPONENT)?,
+            required(CKA_PRIVATE_EXPONENT)?,
+            primes,
+        );
         Self::new(key.map_err(|_| Rv(CKR_ATTRIBUTE_VALUE_INVALID))?)
     }
 
@@ -316,7 +338,8 @@ impl RsaPrivate {
             Scheme::Pkcs1Raw => None,
         };
         if let (Some(signer), Some(encoding), Some(hash)) = (self.signer(), scheme.aws(), hash) {
-            let digest = aws_lc_rs::digest::Digest::import_less_safe(value, hash.algorithm()).map_err(|_| Rv(CKR_DATA_LEN_RANGE))?;
+            let digest = aws_lc_rs::digest::Digest::import_less_safe(value, hash.algorithm())
+                .map_err(|_| Rv(CKR_DATA_LEN_RANGE))?;
             let mut signature = Buffer::zeros(self.modulus().len());
             signer.sign_digest(encoding, &digest, &mut signature).map_err(|_| Rv(CKR_FUNCTION_FAILED))?;
             return Ok(signature);
@@ -327,7 +350,11 @@ impl RsaPrivate {
     /// Decrypts; `invalid` is the answer to a ciphertext that was not made for this key.
     pub(crate) fn decrypt(&self, padding: &Padding, data: &[u8], invalid: CK_RV) -> Result<Buffer> {
         if data.len() != self.modulus().len() {
-            return fail(if invalid == CKR_WRAPPED_KEY_INVALID { CKR_WRAPPED_KEY_LEN_RANGE } else { CKR_ENCRYPTED_DATA_LEN_RANGE });
+            return fail(if invalid == CKR_WRAPPED_KEY_INVALID {
+                CKR_WRAPPED_KEY_LEN_RANGE
+            } else {
+                CKR_ENCRYPTED_DATA_LEN_RANGE
+            });
         }
         let mut out = Buffer::zeros(data.len());
         if let Some(key) = self.decrypter() {
@@ -375,7 +402,8 @@ impl RsaPrivate {
             (CKA_EXPONENT_2, parts.exponent2),
             (CKA_COEFFICIENT, parts.coefficient),
         ];
-        let components = components.map(|(kind, value): (_, pkcs1::UintRef<'_>)| (kind, Buffer::copy_of(value.as_bytes()))).into();
+        let components =
+            components.map(|(kind, value): (_, pkcs1::UintRef<'_>)| (kind, Buffer::copy_of(value.as_bytes()))).into();
         Ok(Self { key, components, signer: OnceLock::new(), decrypter: OnceLock::new() })
     }
 
@@ -412,7 +440,8 @@ pub(crate) struct RsaPublic {
 impl RsaPublic {
     /// The key with these big-endian numbers.
     pub(crate) fn new(modulus: &[u8], exponent: &[u8]) -> Result<Self> {
-        let key = RsaPublicKey::new_with_size_limits(number(modulus), number(exponent), MIN_PUBLIC_BITS..=MAX_PUBLIC_BITS);
+        let key =
+            RsaPublicKey::new_with_size_limits(number(modulus), number(exponent), MIN_PUBLIC_BITS..=MAX_PUBLIC_BITS);
         Ok(Self::from_key(key.map_err(|_| Rv(CKR_ATTRIBUTE_VALUE_INVALID))?))
     }
 
@@ -488,7 +517,8 @@ impl rsa::rand_core::TryRng for Random {
 
     fn try_fill_bytes(&mut self, bytes: &mut [u8]) -> core::result::Result<(), Self::Error> {
         if super::random(bytes).is_err() {
-            // aws-lc itself ends the process when the operating system gives no randomness: this is not reached.
+            // aws-lc itself ends the process when the operating system gives no randomness: this is
+            // not reached.
             std::process::abort();
         }
         Ok(())
@@ -549,6 +579,9 @@ mod tests {
         assert_eq!(again.component(CKA_COEFFICIENT), private.component(CKA_COEFFICIENT));
         let again = RsaPrivate::from_components(|kind| private.component(kind)).unwrap();
         let signature = again.sign(&Scheme::Pkcs1Raw, b"no digest").unwrap();
-        RsaPublic::from_der(&public.to_der().unwrap()).unwrap().verify(&Scheme::Pkcs1Raw, b"no digest", &signature).unwrap();
+        RsaPublic::from_der(&public.to_der().unwrap())
+            .unwrap()
+            .verify(&Scheme::Pkcs1Raw, b"no digest", &signature)
+            .unwrap();
     }
 }

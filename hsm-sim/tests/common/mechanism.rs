@@ -53,11 +53,18 @@ impl Mechanism {
     }
 
     pub(crate) fn ecb_data(data: &[u8]) -> Self {
-        Self::build(CKM_AES_ECB_ENCRYPT_DATA, |keep| CK_KEY_DERIVATION_STRING_DATA { pData: keep(data), ulLen: data.len() as CK_ULONG })
+        Self::build(CKM_AES_ECB_ENCRYPT_DATA, |keep| CK_KEY_DERIVATION_STRING_DATA {
+            pData: keep(data),
+            ulLen: data.len() as CK_ULONG,
+        })
     }
 
     pub(crate) fn cbc_data(iv: [u8; 16], data: &[u8]) -> Self {
-        Self::build(CKM_AES_CBC_ENCRYPT_DATA, |keep| CK_AES_CBC_ENCRYPT_DATA_PARAMS { iv, pData: keep(data), length: data.len() as CK_ULONG })
+        Self::build(CKM_AES_CBC_ENCRYPT_DATA, |keep| CK_AES_CBC_ENCRYPT_DATA_PARAMS {
+            iv,
+            pData: keep(data),
+            length: data.len() as CK_ULONG,
+        })
     }
 
     /// SP 800-108, counter of `bits` before `fixed`, big-endian.
@@ -70,7 +77,11 @@ impl Mechanism {
                     pValue: keep(&bytes_of(&counter)).cast(),
                     ulValueLen: size_of_val(&counter) as CK_ULONG,
                 },
-                CK_PRF_DATA_PARAM { type_: CK_SP800_108_BYTE_ARRAY, pValue: keep(fixed).cast(), ulValueLen: fixed.len() as CK_ULONG },
+                CK_PRF_DATA_PARAM {
+                    type_: CK_SP800_108_BYTE_ARRAY,
+                    pValue: keep(fixed).cast(),
+                    ulValueLen: fixed.len() as CK_ULONG,
+                },
             ];
             CK_SP800_108_KDF_PARAMS {
                 prfType: prf,
@@ -106,7 +117,12 @@ impl Mechanism {
         })
     }
 
-    pub(crate) fn pss(kind: CK_MECHANISM_TYPE, hash: CK_MECHANISM_TYPE, mask: CK_RSA_PKCS_MGF_TYPE, salt: usize) -> Self {
+    pub(crate) fn pss(
+        kind: CK_MECHANISM_TYPE,
+        hash: CK_MECHANISM_TYPE,
+        mask: CK_RSA_PKCS_MGF_TYPE,
+        salt: usize,
+    ) -> Self {
         Self::build(kind, |_| CK_RSA_PKCS_PSS_PARAMS { hashAlg: hash, mgf: mask, sLen: salt as CK_ULONG })
     }
 
@@ -125,7 +141,8 @@ impl Mechanism {
         }
     }
 
-    /// `make` builds the parameter structure; what it points to it gives to `keep`, which returns where that is.
+    /// `make` builds the parameter structure; what it points to it gives to `keep`, which returns
+    /// where that is.
     fn build<T: Copy>(kind: CK_MECHANISM_TYPE, make: impl FnOnce(&mut dyn FnMut(&[u8]) -> *mut u8) -> T) -> Self {
         let mut kept: Vec<Box<[u8]>> = Vec::new();
         let block = make(&mut |bytes: &[u8]| {
@@ -142,7 +159,8 @@ impl Mechanism {
 /// The bytes of a C structure, padding as zeros where the compiler left it so.
 fn bytes_of<T: Copy>(value: &T) -> Vec<u8> {
     let mut bytes = vec![0_u8; size_of::<T>()];
-    // SAFETY: source and target are valid for so many bytes; a C structure of plain data may be copied bytewise.
+    // SAFETY: source and target are valid for so many bytes; a C structure of plain data may be
+    // copied bytewise.
     unsafe { std::ptr::copy_nonoverlapping(std::ptr::from_ref(value).cast::<u8>(), bytes.as_mut_ptr(), bytes.len()) };
     bytes
 }

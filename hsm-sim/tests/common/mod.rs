@@ -1,8 +1,15 @@
-//! What all test binaries share: the module loaded as a stranger would load it, fresh tokens, and a thin layer over the C
-//! functions that keeps their exact return codes and lengths (the `cryptoki` crate hides some of both).
+//! What all test binaries share: the module loaded as a stranger would load it, fresh tokens, and a
+//! thin layer over the C functions that keeps their exact return codes and lengths (the `cryptoki`
+//! crate hides some of both).
 #![allow(dead_code, unused_macros, reason = "each test binary uses a part of this")]
 #![expect(unsafe_code, reason = "calls into a C interface")]
-#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "test helpers: a failure is to stop the test")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "test helpers: a failure is to stop the test"
+)]
 
 pub(crate) mod mechanism;
 pub(crate) mod template;
@@ -22,10 +29,12 @@ pub(crate) type Result<T> = core::result::Result<T, CK_RV>;
 pub(crate) type Session = CK_SESSION_HANDLE;
 pub(crate) type Object = CK_OBJECT_HANDLE;
 
-/// `call!(module, C_Name, arguments…)`: one C function by its name in the 2.40 list, its return code as a [`Result`].
+/// `call!(module, C_Name, arguments…)`: one C function by its name in the 2.40 list, its return
+/// code as a [`Result`].
 macro_rules! call {
     ($module:expr, $name:ident $(, $argument:expr)* $(,)?) => {
-        // SAFETY: the pointers among the arguments are valid for the call, or are the hostile ones that a test is about.
+        // SAFETY: the pointers among the arguments are valid for the call, or are the hostile ones
+        // that a test is about.
         $crate::common::check(unsafe { $module.list.$name.expect(stringify!($name))($($argument),*) })
     };
 }
@@ -50,8 +59,8 @@ pub(crate) struct Module {
     list3: Option<CK_FUNCTION_LIST_3_0>,
 }
 
-// SAFETY: function pointers of a library that is never unloaded; PKCS#11 modules initialised with CKF_OS_LOCKING_OK may be
-// called from any thread.
+// SAFETY: function pointers of a library that is never unloaded; PKCS#11 modules initialised with
+// CKF_OS_LOCKING_OK may be called from any thread.
 unsafe impl Send for Module {}
 // SAFETY: as above.
 unsafe impl Sync for Module {}
@@ -80,7 +89,8 @@ impl Module {
         let list3 = library.C_GetInterface.as_ref().ok().and_then(|get| {
             let (mut interface, mut version) = (null_mut(), CK_VERSION { major: 3, minor: 0 });
             let mut name = *b"PKCS 11\0";
-            // SAFETY: name and version live for the call; the answer points to static data of the module.
+            // SAFETY: name and version live for the call; the answer points to static data of the
+            // module.
             unsafe {
                 check(get(name.as_mut_ptr(), &raw mut version, &raw mut interface, 0)).ok()?;
                 Some(*(*interface).pFunctionList.cast::<CK_FUNCTION_LIST_3_0>())
@@ -99,8 +109,14 @@ impl Module {
     }
 
     pub(crate) fn initialize(&self) -> Result<()> {
-        let mut arguments =
-            CK_C_INITIALIZE_ARGS { CreateMutex: None, DestroyMutex: None, LockMutex: None, UnlockMutex: None, flags: CKF_OS_LOCKING_OK, pReserved: null_mut() };
+        let mut arguments = CK_C_INITIALIZE_ARGS {
+            CreateMutex: None,
+            DestroyMutex: None,
+            LockMutex: None,
+            UnlockMutex: None,
+            flags: CKF_OS_LOCKING_OK,
+            pReserved: null_mut(),
+        };
         call!(self, C_Initialize, (&raw mut arguments).cast())
     }
 
@@ -136,13 +152,16 @@ impl Module {
     /// The slot of the token with this label.
     pub(crate) fn slot_of(&self, label: &str) -> Option<CK_SLOT_ID> {
         self.slots(true).into_iter().find(|slot| {
-            self.token_info(*slot).is_ok_and(|info| String::from_utf8_lossy(&info.label).trim_end() == label && info.flags & CKF_TOKEN_INITIALIZED != 0)
+            self.token_info(*slot).is_ok_and(|info| {
+                String::from_utf8_lossy(&info.label).trim_end() == label && info.flags & CKF_TOKEN_INITIALIZED != 0
+            })
         })
     }
 
     pub(crate) fn open(&self, slot: CK_SLOT_ID, flags: CK_FLAGS) -> Result<Session> {
         let mut session = 0;
-        call!(self, C_OpenSession, slot, flags | CKF_SERIAL_SESSION, null_mut(), None, &raw mut session).map(|()| session)
+        call!(self, C_OpenSession, slot, flags | CKF_SERIAL_SESSION, null_mut(), None, &raw mut session)
+            .map(|()| session)
     }
 
     pub(crate) fn open_rw(&self, slot: CK_SLOT_ID) -> Result<Session> {
@@ -179,12 +198,14 @@ impl Module {
 
     pub(crate) fn create(&self, session: Session, template: &Template) -> Result<Object> {
         let (mut attributes, mut object) = (template.attributes(), 0);
-        call!(self, C_CreateObject, session, attributes.as_mut_ptr(), attributes.len() as CK_ULONG, &raw mut object).map(|()| object)
+        call!(self, C_CreateObject, session, attributes.as_mut_ptr(), attributes.len() as CK_ULONG, &raw mut object)
+            .map(|()| object)
     }
 
     pub(crate) fn copy(&self, session: Session, object: Object, template: &Template) -> Result<Object> {
         let (mut attributes, mut copy) = (template.attributes(), 0);
-        call!(self, C_CopyObject, session, object, attributes.as_mut_ptr(), attributes.len() as CK_ULONG, &raw mut copy).map(|()| copy)
+        call!(self, C_CopyObject, session, object, attributes.as_mut_ptr(), attributes.len() as CK_ULONG, &raw mut copy)
+            .map(|()| copy)
     }
 
     pub(crate) fn destroy(&self, session: Session, object: Object) -> Result<()> {
@@ -232,11 +253,26 @@ impl Module {
 
     pub(crate) fn generate_key(&self, session: Session, mechanism: &Mechanism, template: &Template) -> Result<Object> {
         let (mut mechanism, mut attributes, mut key) = (mechanism.raw(), template.attributes(), 0);
-        call!(self, C_GenerateKey, session, &raw mut mechanism, attributes.as_mut_ptr(), attributes.len() as CK_ULONG, &raw mut key).map(|()| key)
+        call!(
+            self,
+            C_GenerateKey,
+            session,
+            &raw mut mechanism,
+            attributes.as_mut_ptr(),
+            attributes.len() as CK_ULONG,
+            &raw mut key
+        )
+        .map(|()| key)
     }
 
     /// (public, private)
-    pub(crate) fn generate_key_pair(&self, session: Session, mechanism: &Mechanism, public: &Template, private: &Template) -> Result<(Object, Object)> {
+    pub(crate) fn generate_key_pair(
+        &self,
+        session: Session,
+        mechanism: &Mechanism,
+        public: &Template,
+        private: &Template,
+    ) -> Result<(Object, Object)> {
         let (mut mechanism, mut first, mut second) = (mechanism.raw(), public.attributes(), private.attributes());
         let (mut public, mut private) = (0, 0);
         call!(
@@ -259,8 +295,16 @@ impl Module {
         into_buffer(8192, |data, length| call!(self, C_WrapKey, session, &raw mut mechanism, kek, key, data, length))
     }
 
-    pub(crate) fn unwrap(&self, session: Session, mechanism: &Mechanism, kek: Object, wrapped: &[u8], template: &Template) -> Result<Object> {
-        let (mut mechanism, mut wrapped, mut attributes, mut key) = (mechanism.raw(), wrapped.to_vec(), template.attributes(), 0);
+    pub(crate) fn unwrap(
+        &self,
+        session: Session,
+        mechanism: &Mechanism,
+        kek: Object,
+        wrapped: &[u8],
+        template: &Template,
+    ) -> Result<Object> {
+        let (mut mechanism, mut wrapped, mut attributes, mut key) =
+            (mechanism.raw(), wrapped.to_vec(), template.attributes(), 0);
         call!(
             self,
             C_UnwrapKey,
@@ -276,25 +320,52 @@ impl Module {
         .map(|()| key)
     }
 
-    pub(crate) fn derive(&self, session: Session, mechanism: &Mechanism, base: Object, template: &Template) -> Result<Object> {
+    pub(crate) fn derive(
+        &self,
+        session: Session,
+        mechanism: &Mechanism,
+        base: Object,
+        template: &Template,
+    ) -> Result<Object> {
         let (mut mechanism, mut attributes, mut key) = (mechanism.raw(), template.attributes(), 0);
-        call!(self, C_DeriveKey, session, &raw mut mechanism, base, attributes.as_mut_ptr(), attributes.len() as CK_ULONG, &raw mut key).map(|()| key)
+        call!(
+            self,
+            C_DeriveKey,
+            session,
+            &raw mut mechanism,
+            base,
+            attributes.as_mut_ptr(),
+            attributes.len() as CK_ULONG,
+            &raw mut key
+        )
+        .map(|()| key)
     }
 
     pub(crate) fn encrypt(&self, session: Session, mechanism: &Mechanism, key: Object, data: &[u8]) -> Result<Vec<u8>> {
         let (mut mechanism, mut input) = (mechanism.raw(), data.to_vec());
         call!(self, C_EncryptInit, session, &raw mut mechanism, key)?;
-        into_buffer(data.len() + 1024, |output, length| call!(self, C_Encrypt, session, input.as_mut_ptr(), input.len() as CK_ULONG, output, length))
+        into_buffer(data.len() + 1024, |output, length| {
+            call!(self, C_Encrypt, session, input.as_mut_ptr(), input.len() as CK_ULONG, output, length)
+        })
     }
 
     pub(crate) fn decrypt(&self, session: Session, mechanism: &Mechanism, key: Object, data: &[u8]) -> Result<Vec<u8>> {
         let (mut mechanism, mut input) = (mechanism.raw(), data.to_vec());
         call!(self, C_DecryptInit, session, &raw mut mechanism, key)?;
-        into_buffer(data.len() + 1024, |output, length| call!(self, C_Decrypt, session, input.as_mut_ptr(), input.len() as CK_ULONG, output, length))
+        into_buffer(data.len() + 1024, |output, length| {
+            call!(self, C_Decrypt, session, input.as_mut_ptr(), input.len() as CK_ULONG, output, length)
+        })
     }
 
     /// In parts of these lengths, the rest in one.
-    pub(crate) fn encrypt_in_parts(&self, session: Session, mechanism: &Mechanism, key: Object, data: &[u8], parts: &[usize]) -> Result<Vec<u8>> {
+    pub(crate) fn encrypt_in_parts(
+        &self,
+        session: Session,
+        mechanism: &Mechanism,
+        key: Object,
+        data: &[u8],
+        parts: &[usize],
+    ) -> Result<Vec<u8>> {
         let mut mechanism = mechanism.raw();
         call!(self, C_EncryptInit, session, &raw mut mechanism, key)?;
         let mut result = Vec::new();
@@ -304,11 +375,20 @@ impl Module {
                 call!(self, C_EncryptUpdate, session, part.as_mut_ptr(), part.len() as CK_ULONG, output, length)
             })?);
         }
-        result.extend(into_buffer(data.len() + 1024, |output, length| call!(self, C_EncryptFinal, session, output, length))?);
+        result.extend(into_buffer(data.len() + 1024, |output, length| {
+            call!(self, C_EncryptFinal, session, output, length)
+        })?);
         Ok(result)
     }
 
-    pub(crate) fn decrypt_in_parts(&self, session: Session, mechanism: &Mechanism, key: Object, data: &[u8], parts: &[usize]) -> Result<Vec<u8>> {
+    pub(crate) fn decrypt_in_parts(
+        &self,
+        session: Session,
+        mechanism: &Mechanism,
+        key: Object,
+        data: &[u8],
+        parts: &[usize],
+    ) -> Result<Vec<u8>> {
         let mut mechanism = mechanism.raw();
         call!(self, C_DecryptInit, session, &raw mut mechanism, key)?;
         let mut result = Vec::new();
@@ -318,17 +398,28 @@ impl Module {
                 call!(self, C_DecryptUpdate, session, part.as_mut_ptr(), part.len() as CK_ULONG, output, length)
             })?);
         }
-        result.extend(into_buffer(data.len() + 1024, |output, length| call!(self, C_DecryptFinal, session, output, length))?);
+        result.extend(into_buffer(data.len() + 1024, |output, length| {
+            call!(self, C_DecryptFinal, session, output, length)
+        })?);
         Ok(result)
     }
 
     pub(crate) fn sign(&self, session: Session, mechanism: &Mechanism, key: Object, data: &[u8]) -> Result<Vec<u8>> {
         let (mut mechanism, mut input) = (mechanism.raw(), data.to_vec());
         call!(self, C_SignInit, session, &raw mut mechanism, key)?;
-        into_buffer(1024, |output, length| call!(self, C_Sign, session, input.as_mut_ptr(), input.len() as CK_ULONG, output, length))
+        into_buffer(1024, |output, length| {
+            call!(self, C_Sign, session, input.as_mut_ptr(), input.len() as CK_ULONG, output, length)
+        })
     }
 
-    pub(crate) fn sign_in_parts(&self, session: Session, mechanism: &Mechanism, key: Object, data: &[u8], parts: &[usize]) -> Result<Vec<u8>> {
+    pub(crate) fn sign_in_parts(
+        &self,
+        session: Session,
+        mechanism: &Mechanism,
+        key: Object,
+        data: &[u8],
+        parts: &[usize],
+    ) -> Result<Vec<u8>> {
         let mut mechanism = mechanism.raw();
         call!(self, C_SignInit, session, &raw mut mechanism, key)?;
         for part in split(data, parts) {
@@ -338,16 +429,33 @@ impl Module {
         into_buffer(1024, |output, length| call!(self, C_SignFinal, session, output, length))
     }
 
-    pub(crate) fn verify(&self, session: Session, mechanism: &Mechanism, key: Object, data: &[u8], signature: &[u8]) -> Result<()> {
+    pub(crate) fn verify(
+        &self,
+        session: Session,
+        mechanism: &Mechanism,
+        key: Object,
+        data: &[u8],
+        signature: &[u8],
+    ) -> Result<()> {
         let (mut mechanism, mut data, mut signature) = (mechanism.raw(), data.to_vec(), signature.to_vec());
         call!(self, C_VerifyInit, session, &raw mut mechanism, key)?;
-        call!(self, C_Verify, session, data.as_mut_ptr(), data.len() as CK_ULONG, signature.as_mut_ptr(), signature.len() as CK_ULONG)
+        call!(
+            self,
+            C_Verify,
+            session,
+            data.as_mut_ptr(),
+            data.len() as CK_ULONG,
+            signature.as_mut_ptr(),
+            signature.len() as CK_ULONG
+        )
     }
 
     pub(crate) fn digest(&self, session: Session, mechanism: &Mechanism, data: &[u8]) -> Result<Vec<u8>> {
         let (mut mechanism, mut input) = (mechanism.raw(), data.to_vec());
         call!(self, C_DigestInit, session, &raw mut mechanism)?;
-        into_buffer(64, |output, length| call!(self, C_Digest, session, input.as_mut_ptr(), input.len() as CK_ULONG, output, length))
+        into_buffer(64, |output, length| {
+            call!(self, C_Digest, session, input.as_mut_ptr(), input.len() as CK_ULONG, output, length)
+        })
     }
 
     pub(crate) fn random(&self, session: Session, length: usize) -> Result<Vec<u8>> {
@@ -391,7 +499,8 @@ pub(crate) fn folder() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| match std::env::var_os(CHILD_FOLDER) {
         Some(folder) => PathBuf::from(folder),
-        // A folder by the process's number under cargo's own. Statics are not dropped: the next run removes it.
+        // A folder by the process's number under cargo's own. Statics are not dropped: the next run
+        // removes it.
         None => {
             let parent = Path::new(env!("CARGO_TARGET_TMPDIR"));
             for entry in std::fs::read_dir(parent).into_iter().flatten().flatten() {
@@ -408,7 +517,8 @@ pub(crate) fn folder() -> &'static Path {
     })
 }
 
-/// Tells hsm-sim where its tokens are. PIN stretching is made cheap: these tests log in hundreds of times.
+/// Tells hsm-sim where its tokens are. PIN stretching is made cheap: these tests log in hundreds of
+/// times.
 pub(crate) fn configure(folder: &Path) {
     let file = folder.join("hsm-sim.conf");
     if !file.exists() {
@@ -418,17 +528,29 @@ pub(crate) fn configure(folder: &Path) {
     set_environment("HSM_SIM_CONF", &file);
 }
 
-/// SoftHSM2 beside it, over a folder of its own. It must be there: a comparison that did not run proves nothing.
+/// SoftHSM2 beside it, over a folder of its own. It must be there: a comparison that did not run
+/// proves nothing.
 pub(crate) fn softhsm2() -> &'static Module {
     static MODULE: OnceLock<Module> = OnceLock::new();
     MODULE.get_or_init(|| {
-        let path = std::env::var_os("SOFTHSM2_MODULE").map_or_else(|| PathBuf::from("/usr/lib/softhsm/libsofthsm2.so"), PathBuf::from);
-        assert!(path.exists(), "no SoftHSM2 at `{}`: run `apt install softhsm2`, or set SOFTHSM2_MODULE", path.display());
+        let path = std::env::var_os("SOFTHSM2_MODULE")
+            .map_or_else(|| PathBuf::from("/usr/lib/softhsm/libsofthsm2.so"), PathBuf::from);
+        assert!(
+            path.exists(),
+            "no SoftHSM2 at `{}`: run `apt install softhsm2`, or set SOFTHSM2_MODULE",
+            path.display()
+        );
         let tokens = folder().join("softhsm2");
         std::fs::create_dir_all(&tokens).unwrap();
         let file = folder().join("softhsm2.conf");
-        std::fs::write(&file, format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\nslots.removable = false\n", tokens.display()))
-            .unwrap();
+        std::fs::write(
+            &file,
+            format!(
+                "directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\nslots.removable = false\n",
+                tokens.display()
+            ),
+        )
+        .unwrap();
         set_environment("SOFTHSM2_CONF", &file);
         let module = Module::load(&path);
         module.initialize().expect("C_Initialize of SoftHSM2");
@@ -436,13 +558,15 @@ pub(crate) fn softhsm2() -> &'static Module {
     })
 }
 
-/// Has hsm-sim note the nonces of this process in a folder of that name beside its tokens. To be called before anything else.
+/// Has hsm-sim note the nonces of this process in a folder of that name beside its tokens. To be
+/// called before anything else.
 pub(crate) fn watch_nonces(name: &str) {
     set_environment("HSM_SIM_NONCE_WATCH", &folder().join(name));
 }
 
 fn set_environment(name: &str, value: &Path) {
-    // SAFETY: called once for each name, before a module reads its environment; nothing else in these tests writes it.
+    // SAFETY: called once for each name, before a module reads its environment; nothing else in
+    // these tests writes it.
     unsafe { std::env::set_var(name, value) };
 }
 
@@ -452,7 +576,8 @@ pub(crate) const PIN_ATTEMPTS: usize = 5;
 /// The environment variable by which a child process of a test gets its parent's folder.
 pub(crate) const CHILD_FOLDER: &str = "HSM_SIM_TEST_CHILD_FOLDER";
 
-/// Runs one test of this binary again in a process of its own, over `folder`, with more environment.
+/// Runs one test of this binary again in a process of its own, over `folder`, with more
+/// environment.
 pub(crate) fn child(test: &str, folder: &Path, environment: &[(&str, &str)]) -> std::process::Command {
     let mut command = std::process::Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", test, "--nocapture", "--ignored", "--test-threads", "1"]);
@@ -499,7 +624,8 @@ impl Token {
         slot
     }
 
-    /// An AES key with this value and these attributes over: session object, sensitive=false, extractable, all uses.
+    /// An AES key with this value and these attributes over: session object, sensitive=false,
+    /// extractable, all uses.
     pub(crate) fn aes(&self, value: &[u8], more: Template) -> Object {
         self.module.create(self.session, &Template::aes(value).with(more)).unwrap()
     }
@@ -560,10 +686,17 @@ pub(crate) fn begin_encryption(module: &Module, session: Session, mechanism: &Me
 /// C_Encrypt alone.
 pub(crate) fn finish_encryption(module: &Module, session: Session, data: &[u8]) -> Result<Vec<u8>> {
     let mut data = data.to_vec();
-    into_buffer(data.len() + 64, |output, length| call!(module, C_Encrypt, session, data.as_mut_ptr(), data.len() as CK_ULONG, output, length))
+    into_buffer(data.len() + 64, |output, length| {
+        call!(module, C_Encrypt, session, data.as_mut_ptr(), data.len() as CK_ULONG, output, length)
+    })
 }
 
 /// C_GetAttributeValue over a template as it stands.
-pub(crate) fn get_attributes(module: &Module, session: Session, object: Object, template: &mut [CK_ATTRIBUTE]) -> Result<()> {
+pub(crate) fn get_attributes(
+    module: &Module,
+    session: Session,
+    object: Object,
+    template: &mut [CK_ATTRIBUTE],
+) -> Result<()> {
     call!(module, C_GetAttributeValue, session, object, template.as_mut_ptr(), template.len() as CK_ULONG)
 }

@@ -61,14 +61,22 @@ impl Template {
         self.0.is_empty()
     }
 
-    /// Views of the values for one C call. They live as long as `self` stays untouched; a nested template's view is
-    /// leaked, which is a few bytes in a test.
+    /// Views of the values for one C call. They live as long as `self` stays untouched; a nested
+    /// template's view is leaked, which is a few bytes in a test.
     pub(crate) fn attributes(&self) -> Vec<CK_ATTRIBUTE> {
         let view = |(kind, value): &(CK_ATTRIBUTE_TYPE, Value)| match value {
-            Value::Bytes(bytes) => CK_ATTRIBUTE { type_: *kind, pValue: bytes.as_ptr().cast_mut().cast(), ulValueLen: bytes.len() as CK_ULONG },
+            Value::Bytes(bytes) => CK_ATTRIBUTE {
+                type_: *kind,
+                pValue: bytes.as_ptr().cast_mut().cast(),
+                ulValueLen: bytes.len() as CK_ULONG,
+            },
             Value::Nested(template) => {
                 let nested = template.attributes().leak();
-                CK_ATTRIBUTE { type_: *kind, pValue: nested.as_mut_ptr().cast(), ulValueLen: size_of_val(nested) as CK_ULONG }
+                CK_ATTRIBUTE {
+                    type_: *kind,
+                    pValue: nested.as_mut_ptr().cast(),
+                    ulValueLen: size_of_val(nested) as CK_ULONG,
+                }
             }
         };
         self.0.iter().map(view).collect()
@@ -78,7 +86,9 @@ impl Template {
     pub(crate) fn secret(key_type: CK_KEY_TYPE) -> Self {
         [CKA_ENCRYPT, CKA_DECRYPT, CKA_SIGN, CKA_VERIFY, CKA_WRAP, CKA_UNWRAP, CKA_DERIVE, CKA_EXTRACTABLE]
             .into_iter()
-            .fold(Self::new().ulong(CKA_CLASS, CKO_SECRET_KEY).ulong(CKA_KEY_TYPE, key_type), |template, kind| template.bool(kind, true))
+            .fold(Self::new().ulong(CKA_CLASS, CKO_SECRET_KEY).ulong(CKA_KEY_TYPE, key_type), |template, kind| {
+                template.bool(kind, true)
+            })
             .bool(CKA_SENSITIVE, false)
             .bool(CKA_TOKEN, false)
     }
@@ -100,7 +110,8 @@ impl Template {
         Self::secret(CKK_GENERIC_SECRET).ulong(CKA_VALUE_LEN, length as CK_ULONG)
     }
 
-    /// An EC public key: `parameters` is the DER of the curve, `point` the uncompressed point (04 ‖ X ‖ Y).
+    /// An EC public key: `parameters` is the DER of the curve, `point` the uncompressed point (04 ‖
+    /// X ‖ Y).
     pub(crate) fn ec_public(parameters: &[u8], point: &[u8]) -> Self {
         Self::new()
             .ulong(CKA_CLASS, CKO_PUBLIC_KEY)

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, builder::NonEmptyStringValueParser};
 use kms_client::{KeyType, ParseError, PrincipalId, SecuritySetupId, SystemTitle};
 use kms_domain::{
-    CampaignAction, CampaignId, CampaignName, DeviceProfileName, ExposureReason, FlagId, MaintenanceWindow, MaintenanceWindows, Quorum, TaskState, WaveSize,
+    CampaignAction, CampaignId, CampaignName, DeviceProfileName, ExposureReason, FlagId, MaintenanceWindow,
+    MaintenanceWindows, Quorum, TaskState, WaveSize,
 };
 
 use super::{Limit, Reason, Sure, system_title};
@@ -13,12 +14,14 @@ use super::{Limit, Reason, Sure, system_title};
 #[derive(Debug, Subcommand)]
 pub(crate) enum CampaignCommand {
     /// Show what a campaign would touch; with --commit, store it as a draft
-    #[command(after_help = "Without --commit nothing is stored. A draft needs the approval of another person before it can be started.\n\n\
+    #[command(
+        after_help = "Without --commit nothing is stored. A draft needs the approval of another person before it can be started.\n\n\
         Examples:\n  kms campaign create \"GUEK of KAM, spring\" --rotate GUEK --manufacturer KAM --older-than-days 365\n  \
         kms campaign create \"take over B-0041\" --take-over --batch KAM-2026-0041 --imported --commit\n  \
         kms campaign create \"lost handheld h-17\" --rotate GUEK --exposed-to urn:meterkms:dev:handheld:h-17 --canary 5 --commit\n  \
         kms campaign create \"night work\" --rotate GAK --meters-file meters.txt --time-zone Europe/Berlin --window \"mon-fri 22:00-05:00\" \\\n    \
-        --wave 500 --wave 20% --starts-per-minute 60 --commit")]
+        --wave 500 --wave 20% --starts-per-minute 60 --commit"
+    )]
     Create(Box<CreateCampaign>),
     /// List campaigns, newest first
     #[command(visible_alias = "ls", after_help = "Example:\n  kms campaign list --limit 20")]
@@ -33,13 +36,16 @@ pub(crate) enum CampaignCommand {
         campaign: WhichCampaign,
     },
     /// Approve the content of a campaign that another person made
-    #[command(after_help = "What is approved is the content with the digest that `kms campaign show` tells: any other is refused.\n\n\
+    #[command(
+        after_help = "What is approved is the content with the digest that `kms campaign show` tells: any other is refused.\n\n\
         Examples:\n  kms campaign approve 01939e7e-7c1b-7000-8000-000000000001\n  \
-        kms campaign approve 01939e7e-7c1b-7000-8000-000000000001 --content 9f2c…64 hex digits… --yes")]
+        kms campaign approve 01939e7e-7c1b-7000-8000-000000000001 --content 9f2c…64 hex digits… --yes"
+    )]
     Approve {
         #[command(flatten)]
         campaign: WhichCampaign,
-        /// SHA-256 of the content that you have looked at, 64 hex digits [default: it is shown, and you are asked]
+        /// SHA-256 of the content that you have looked at, 64 hex digits [default: it is shown, and
+        /// you are asked]
         #[arg(long, value_name = "HEX", value_parser = digest)]
         content: Option<[u8; 32]>,
         #[command(flatten)]
@@ -54,7 +60,9 @@ pub(crate) enum CampaignCommand {
         sure: Sure,
     },
     /// Give out no more tasks; what is under way ends
-    #[command(after_help = "Example:\n  kms campaign pause 01939e7e-7c1b-7000-8000-000000000001 --reason \"storm, ticket 4720\"")]
+    #[command(
+        after_help = "Example:\n  kms campaign pause 01939e7e-7c1b-7000-8000-000000000001 --reason \"storm, ticket 4720\""
+    )]
     Pause {
         #[command(flatten)]
         campaign: WhichCampaign,
@@ -62,7 +70,9 @@ pub(crate) enum CampaignCommand {
         why: Reason,
     },
     /// Go on; the failures of the wave so far are accepted
-    #[command(after_help = "Example:\n  kms campaign resume 01939e7e-7c1b-7000-8000-000000000001 --reason \"firmware 1.4 excluded\" --yes")]
+    #[command(
+        after_help = "Example:\n  kms campaign resume 01939e7e-7c1b-7000-8000-000000000001 --reason \"firmware 1.4 excluded\" --yes"
+    )]
     Resume {
         #[command(flatten)]
         campaign: WhichCampaign,
@@ -72,7 +82,9 @@ pub(crate) enum CampaignCommand {
         sure: Sure,
     },
     /// End a campaign for good, and list the meters that are in doubt
-    #[command(after_help = "Example:\n  kms campaign abort 01939e7e-7c1b-7000-8000-000000000001 --reason \"wrong batch\" --yes")]
+    #[command(
+        after_help = "Example:\n  kms campaign abort 01939e7e-7c1b-7000-8000-000000000001 --reason \"wrong batch\" --yes"
+    )]
     Abort {
         #[command(flatten)]
         campaign: WhichCampaign,
@@ -105,10 +117,12 @@ pub(crate) enum CampaignCommand {
         /// Write JSON into this new file
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
-        /// List tasks in this state: pending, leased, under-way, failed, in-doubt, skipped [default: failed, then in-doubt]
+        /// List tasks in this state: pending, leased, under-way, failed, in-doubt, skipped
+        /// [default: failed, then in-doubt]
         #[arg(long, value_name = "STATE", value_parser = TaskState::parse)]
         tasks: Option<TaskState>,
-        /// Report by batch which keys nobody else could know, and what heals the others [default: of take-overs only]
+        /// Report by batch which keys nobody else could know, and what heals the others [default:
+        /// of take-overs only]
         #[arg(long)]
         acceptance: bool,
         #[command(flatten)]
@@ -143,7 +157,8 @@ pub(crate) struct CreateCampaign {
 #[command(next_help_heading = "What is done to each meter")]
 #[group(required = true, multiple = true)]
 pub(crate) struct ActionArguments {
-    /// A new version of this key: KEK (with a GUEK that proves it), GUEK, GBEK, GAK, or a vendor's that the device profile gives a `key_id`
+    /// A new version of this key: KEK (with a GUEK that proves it), GUEK, GBEK, GAK, or a vendor's
+    /// that the device profile gives a `key_id`
     #[arg(long, value_name = "KEY", conflicts_with_all = ["probe", "take_over"], value_parser = rotatable)]
     pub(crate) rotate: Option<KeyType>,
     /// Only look which keys the meters hold
@@ -181,13 +196,15 @@ pub(crate) struct SelectionArguments {
     /// Whose key this party could know: vendor, anyone, or a principal URI
     #[arg(long, value_name = "PARTY", value_parser = party)]
     pub(crate) exposed_to: Option<String>,
-    /// Whose key was exposed so: shipment, plain-shipment, grant, bundle, transfer-under-exposed-kek, reported
+    /// Whose key was exposed so: shipment, plain-shipment, grant, bundle,
+    /// transfer-under-exposed-kek, reported
     #[arg(long, value_name = "REASON", value_parser = exposure)]
     pub(crate) exposed_by: Option<ExposureReason>,
     /// Whose key was imported
     #[arg(long)]
     pub(crate) imported: bool,
-    /// Whose key has used at least so many percent of an invocation counter: at 80 a key asks for its rotation
+    /// Whose key has used at least so many percent of an invocation counter: at 80 a key asks for
+    /// its rotation
     #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(1..=100))]
     pub(crate) counter_used: Option<u32>,
     /// Only this meter, 16 hex digits; may be repeated
@@ -210,7 +227,8 @@ pub(crate) struct TermsArguments {
     /// Meters of the canary cohort, which is the first wave; 0 for none
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
     pub(crate) canary: u32,
-    /// Size of a wave, 500 or 10%; may be repeated, the last holds for all that follow [default: 10%]
+    /// Size of a wave, 500 or 10%; may be repeated, the last holds for all that follow [default:
+    /// 10%]
     #[arg(long = "wave", value_name = "SIZE", value_parser = WaveSize::parse)]
     pub(crate) waves: Vec<WaveSize>,
     /// Percent of a wave's meters that must succeed
@@ -253,7 +271,11 @@ fn time_zone(name: &str) -> Result<String, ParseError> {
 }
 
 pub(super) fn party(text: &str) -> Result<String, ParseError> {
-    if matches!(text, "vendor" | "anyone") { Ok(text.to_owned()) } else { PrincipalId::parse(text).map(|principal| principal.to_string()) }
+    if matches!(text, "vendor" | "anyone") {
+        Ok(text.to_owned())
+    } else {
+        PrincipalId::parse(text).map(|principal| principal.to_string())
+    }
 }
 
 fn exposure(name: &str) -> Result<ExposureReason, String> {

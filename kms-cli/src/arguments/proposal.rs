@@ -20,13 +20,16 @@ pub(crate) enum ProposalCommand {
         proposal: WhichProposal,
     },
     /// Approve the content of a proposal that another person made
-    #[command(after_help = "What is approved is the content with the digest that `kms proposal show` tells: any other is refused.\n\n\
+    #[command(
+        after_help = "What is approved is the content with the digest that `kms proposal show` tells: any other is refused.\n\n\
         Examples:\n  kms proposal approve 01939e7e-7c1b-7000-8000-000000000001\n  \
-        kms proposal approve 01939e7e-7c1b-7000-8000-000000000001 --content 9f2c…64 hex digits… --yes")]
+        kms proposal approve 01939e7e-7c1b-7000-8000-000000000001 --content 9f2c…64 hex digits… --yes"
+    )]
     Approve {
         #[command(flatten)]
         proposal: WhichProposal,
-        /// SHA-256 of the content that you have looked at, 64 hex digits [default: it is shown, and you are asked]
+        /// SHA-256 of the content that you have looked at, 64 hex digits [default: it is shown, and
+        /// you are asked]
         #[arg(long, value_name = "HEX", value_parser = digest)]
         content: Option<[u8; 32]>,
         #[command(flatten)]
@@ -41,7 +44,9 @@ pub(crate) enum ProposalCommand {
         sure: Sure,
     },
     /// End a proposal that has not been carried out
-    #[command(after_help = "Example:\n  kms proposal withdraw 01939e7e-7c1b-7000-8000-000000000001 --reason \"wrong meter\"")]
+    #[command(
+        after_help = "Example:\n  kms proposal withdraw 01939e7e-7c1b-7000-8000-000000000001 --reason \"wrong meter\""
+    )]
     Withdraw {
         #[command(flatten)]
         proposal: WhichProposal,

@@ -8,8 +8,10 @@ use super::{Reason, Sure, campaign::quorum};
 #[derive(Debug, Subcommand)]
 pub(crate) enum RootsCommand {
     /// Show all versions of all roots, and how far rotations are
-    #[command(after_help = "made: nothing uses it yet. current: new keys and seals use it. replaced: what was made with it may still use it. retired: not\n\
-        accepted any more.\n\nExamples:\n  kms roots show\n  kms roots show --count")]
+    #[command(
+        after_help = "made: nothing uses it yet. current: new keys and seals use it. replaced: what was made with it may still use it. retired: not\n\
+        accepted any more.\n\nExamples:\n  kms roots show\n  kms roots show --count"
+    )]
     Show {
         /// Read all rows, and count what uses which version
         #[arg(long)]
@@ -64,10 +66,13 @@ pub(crate) enum RootsCommand {
         #[command(flatten)]
         sure: Sure,
     },
-    /// Propose to destroy a version that nothing uses any more, or to give up one that was only made
-    #[command(after_help = "Another person approves it (kms proposal approve), then somebody carries it out (kms roots destroy). A backup from before its\n\
+    /// Propose to destroy a version that nothing uses any more, or to give up one that was only
+    /// made
+    #[command(
+        after_help = "Another person approves it (kms proposal approve), then somebody carries it out (kms roots destroy). A backup from before its\n\
         last use could not be read any more: so say how old the oldest is that you may still restore.\n\n\
-        Example:\n  kms roots propose-destruction session/storage-kek --version 1 --oldest-backup 2026-11-01T00:00:00Z --reason \"yearly rotation\"")]
+        Example:\n  kms roots propose-destruction session/storage-kek --version 1 --oldest-backup 2026-11-01T00:00:00Z --reason \"yearly rotation\""
+    )]
     ProposeDestruction {
         #[command(flatten)]
         root: WhichRoot,
@@ -96,7 +101,8 @@ pub(crate) enum RootsCommand {
 
 #[derive(Args, Debug)]
 pub(crate) struct WhichRoot {
-    /// CLASS/diversification, CLASS/storage-kek (classes: kek, session, authentication), seal, or vendor-transport
+    /// CLASS/diversification, CLASS/storage-kek (classes: kek, session, authentication), seal, or
+    /// vendor-transport
     #[arg(value_name = "ROOT", value_parser = RootPurpose::parse)]
     pub(crate) root: RootPurpose,
 }

@@ -26,7 +26,8 @@ async fn list(arguments: ListAudit, context: &Context) -> Result<(), Failure> {
         return Err(Failure::usage("--from must lie before --to"));
     }
     let mut client = context.connect().await?.audit();
-    let (mut records, mut page_token, limit) = (Vec::new(), proto::ListAuditRecordsRequest::default().page_token, arguments.limit.limit);
+    let (mut records, mut page_token, limit) =
+        (Vec::new(), proto::ListAuditRecordsRequest::default().page_token, arguments.limit.limit);
     loop {
         let wanted = if limit == 0 { PAGE } else { PAGE.min(limit - records.len()) };
         let request = proto::ListAuditRecordsRequest {
@@ -66,16 +67,25 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
     let Some(event) = &record.event else { return ("unknown", "a newer client may know it".into()) };
     match event {
         Event::WriterOpened(event) => {
-            let closed = if event.closed.is_empty() { String::new() } else { format!(", {} closed", plural(event.closed.len() as u64, "earlier chain")) };
+            let closed = if event.closed.is_empty() {
+                String::new()
+            } else {
+                format!(", {} closed", plural(event.closed.len() as u64, "earlier chain"))
+            };
             ("server started", format!("{} {}{closed}", event.server, event.version))
         }
         Event::KeysGranted(event) => {
             let dedicated = if event.dedicated_key { " and a dedicated key" } else { "" };
-            let named = |one: &proto::GrantedMeter| if one.group > 0 { format!("group {}", one.group) } else { format!("{:016X}", one.meter) };
+            let named = |one: &proto::GrantedMeter| {
+                if one.group > 0 { format!("group {}", one.group) } else { format!("{:016X}", one.meter) }
+            };
             let (whom, counters) = match event.meters.as_slice() {
                 [one] if one.lease_count > 0 => {
                     let last = u64::from(one.lease_first) + u64::from(one.lease_count) - 1;
-                    (named(one), format!(", counters {} to {last} of {}", one.lease_first, output::octets(&event.client_title)))
+                    (
+                        named(one),
+                        format!(", counters {} to {last} of {}", one.lease_first, output::octets(&event.client_title)),
+                    )
                 }
                 [one] => (named(one), String::new()),
                 many => (plural(many.len() as u64, "meter"), String::new()),
@@ -91,7 +101,12 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
         }
         Event::Refused(event) => (
             "refused",
-            format!("{}: {} ({})", event.action, event.reason, if event.count == 1 { "once".into() } else { format!("{} times", number(event.count)) }),
+            format!(
+                "{}: {} ({})",
+                event.action,
+                event.reason,
+                if event.count == 1 { "once".into() } else { format!("{} times", number(event.count)) }
+            ),
         ),
         Event::ShipmentImported(event) if !event.refusal.is_empty() => {
             ("shipment refused", format!("{} of {}: {}", event.batch, event.manufacturer, event.refusal))
@@ -123,7 +138,11 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
         }
         Event::PrincipalChanged(event) => (
             "principal changed",
-            [event.principal.clone(), event.change.clone(), event.reason.clone()].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(", "),
+            [event.principal.clone(), event.change.clone(), event.reason.clone()]
+                .into_iter()
+                .filter(|part| !part.is_empty())
+                .collect::<Vec<_>>()
+                .join(", "),
         ),
         Event::GrantRevoked(event) => ("grant revoked", format!("{}: {}", output::uuid(&event.grant_id), event.reason)),
         Event::FramesProtected(event) => {
@@ -143,29 +162,54 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
                     plural(owners.len() as u64, "owner")
                 }
             };
-            ("keys destroyed", format!("{} of {whom}, kept for {}", plural(versions, "key version"), plural(event.retention_days.into(), "day")))
+            (
+                "keys destroyed",
+                format!(
+                    "{} of {whom}, kept for {}",
+                    plural(versions, "key version"),
+                    plural(event.retention_days.into(), "day")
+                ),
+            )
         }
-        Event::KeyCreated(event) => {
-            ("key created", format!("{} version {} of {}: {}, {}", event.key_type, event.version, event.owner_name, event.state, event.origin))
-        }
+        Event::KeyCreated(event) => (
+            "key created",
+            format!(
+                "{} version {} of {}: {}, {}",
+                event.key_type, event.version, event.owner_name, event.state, event.origin
+            ),
+        ),
         Event::GroupKeyChanged(event) => {
             let reason = if event.reason.is_empty() { String::new() } else { format!(": {}", event.reason) };
             let what = match event.change.as_str() {
-                "threshold-set" => format!("{}: broadcasts may switch at {} % of the members", event.group_name, event.threshold_percent),
+                "threshold-set" => format!(
+                    "{}: broadcasts may switch at {} % of the members",
+                    event.group_name, event.threshold_percent
+                ),
                 change => {
-                    let counted =
-                        if event.members == 0 { String::new() } else { format!(", {} of {} members", number(event.acknowledged), number(event.members)) };
+                    let counted = if event.members == 0 {
+                        String::new()
+                    } else {
+                        format!(", {} of {} members", number(event.acknowledged), number(event.members))
+                    };
                     format!("{}: {} version {} {change}{counted}", event.group_name, event.key_type, event.version)
                 }
             };
             ("group key", format!("{what}{reason}"))
         }
-        Event::DeviceTypeAdded(event) => {
-            ("device type added", format!("{}, number {}, of {}, with {}", event.name, event.number, event.manufacturer, event.device_profile))
-        }
+        Event::DeviceTypeAdded(event) => (
+            "device type added",
+            format!(
+                "{}, number {}, of {}, with {}",
+                event.name, event.number, event.manufacturer, event.device_profile
+            ),
+        ),
         Event::TransfersAdvanced(event) => match event.advances.as_slice() {
             [one] => {
-                let key = if one.key_type.is_empty() { String::new() } else { format!(", {} {}", one.key_type, one.key_version) };
+                let key = if one.key_type.is_empty() {
+                    String::new()
+                } else {
+                    format!(", {} {}", one.key_type, one.key_version)
+                };
                 ("transfer", format!("{:016X}: {}{key}", one.meter, one.event))
             }
             many => ("transfers", plural(many.len() as u64, "step")),
@@ -185,14 +229,19 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
             ),
         ),
         Event::SecurityEvent(event) => ("security event", format!("{}: {}", event.kind, event.detail)),
-        Event::ProposalMade(event) => ("proposal made", format!("{}: {} ({})", output::uuid(&event.proposal_id), event.action, event.reason)),
+        Event::ProposalMade(event) => {
+            ("proposal made", format!("{}: {} ({})", output::uuid(&event.proposal_id), event.action, event.reason))
+        }
         Event::ProposalApproved(event) => {
             let rest = if event.complete { ", all approvals are there" } else { "" };
             ("proposal approved", format!("{} by {}{rest}", output::uuid(&event.proposal_id), event.person))
         }
         Event::ProposalEnded(event) => {
             let reason = if event.reason.is_empty() { String::new() } else { format!(" ({})", event.reason) };
-            ("proposal ended", format!("{} {}{reason}: {}", output::uuid(&event.proposal_id), event.change, event.action))
+            (
+                "proposal ended",
+                format!("{} {}{reason}: {}", output::uuid(&event.proposal_id), event.change, event.action),
+            )
         }
         Event::CounterRaised(event) => (
             "counter raised",
@@ -207,9 +256,16 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
                 output::uuid(&event.proposal_id)
             ),
         ),
-        Event::CampaignCreated(event) => {
-            ("campaign made", format!("{} ({}): {} for {}", event.name, output::uuid(&event.campaign_id), event.action, plural(event.meters, "meter")))
-        }
+        Event::CampaignCreated(event) => (
+            "campaign made",
+            format!(
+                "{} ({}): {} for {}",
+                event.name,
+                output::uuid(&event.campaign_id),
+                event.action,
+                plural(event.meters, "meter")
+            ),
+        ),
         Event::CampaignApproved(event) => {
             let rest = if event.complete { ", all approvals are there" } else { "" };
             ("campaign approved", format!("{} by {}{rest}", output::uuid(&event.campaign_id), event.person))
@@ -230,13 +286,27 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
                 number(event.skipped)
             ),
         ),
-        Event::WaveChanged(event) => ("wave planned", format!("{} wave {}: {}", output::uuid(&event.campaign_id), event.wave, plural(event.tasks, "task"))),
+        Event::WaveChanged(event) => (
+            "wave planned",
+            format!("{} wave {}: {}", output::uuid(&event.campaign_id), event.wave, plural(event.tasks, "task")),
+        ),
         Event::TasksChanged(event) => {
             let reason = if event.reason.is_empty() { String::new() } else { format!(": {}", event.reason) };
-            ("tasks", format!("{} of {} {}{reason}", plural(event.meters.len() as u64, "task"), output::uuid(&event.campaign_id), event.change))
+            (
+                "tasks",
+                format!(
+                    "{} of {} {}{reason}",
+                    plural(event.meters.len() as u64, "task"),
+                    output::uuid(&event.campaign_id),
+                    event.change
+                ),
+            )
         }
         Event::RootVersionBegun(event) => ("root about to be made", format!("{}/{}", event.root, event.version)),
-        Event::RootVersionMade(event) => ("root made", format!("{}/{}, fingerprint {}", event.root, event.version, output::octets(&event.fingerprint))),
+        Event::RootVersionMade(event) => (
+            "root made",
+            format!("{}/{}, fingerprint {}", event.root, event.version, output::octets(&event.fingerprint)),
+        ),
         Event::RootRotationChanged(event) => {
             let reason = if event.reason.is_empty() { String::new() } else { format!(": {}", event.reason) };
             ("root rotation", format!("{}/{} {}{reason}", event.root, event.version, event.change))
@@ -253,13 +323,21 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
                 number(event.refused)
             ),
         ),
-        Event::AuditKeyChanged(event) => {
-            ("audit key", format!("goes on with version {}, {} closed", event.version, plural(event.closed.len() as u64, "chain")))
+        Event::AuditKeyChanged(event) => (
+            "audit key",
+            format!("goes on with version {}, {} closed", event.version, plural(event.closed.len() as u64, "chain")),
+        ),
+        Event::RootDestroyed(event) => {
+            ("root destruction", format!("{}/{} {}", event.root, event.version, event.change))
         }
-        Event::RootDestroyed(event) => ("root destruction", format!("{}/{} {}", event.root, event.version, event.change)),
-        Event::CeremonyHeld(event) => {
-            ("ceremony", format!("{} made{}", plural(event.fingerprints.len() as u64, "public key"), if event.development { ", for development" } else { "" }))
-        }
+        Event::CeremonyHeld(event) => (
+            "ceremony",
+            format!(
+                "{} made{}",
+                plural(event.fingerprints.len() as u64, "public key"),
+                if event.development { ", for development" } else { "" }
+            ),
+        ),
     }
 }
 
@@ -286,15 +364,28 @@ async fn scrub(context: &Context) -> Result<(), Failure> {
         || {
             let mut rows = Rows::new(&["row", "id", "finding", "detail"]).sentences(&[3]);
             for finding in &all.findings {
-                rows.row([row_kind(finding.kind), output::octets(&finding.id), finding.finding.clone(), finding.detail.clone()]);
+                rows.row([
+                    row_kind(finding.kind),
+                    output::octets(&finding.id),
+                    finding.finding.clone(),
+                    finding.detail.clone(),
+                ]);
             }
-            format!("{} and {} read\n\n{}", plural(all.records_read, "record"), plural(all.rows_read, "row"), rows.text_or("nothing found"))
+            format!(
+                "{} and {} read\n\n{}",
+                plural(all.records_read, "record"),
+                plural(all.rows_read, "row"),
+                rows.text_or("nothing found")
+            )
         },
     );
     match all.findings.len() as u64 {
         _ if !all.finished => Err(Failure::failed("the scrub ended before it had read everything: run it again")),
         0 => Ok(()),
-        findings => Err(Failure::failed(format!("{}: someone may have written the database past the server", plural(findings, "finding")))),
+        findings => Err(Failure::failed(format!(
+            "{}: someone may have written the database past the server",
+            plural(findings, "finding")
+        ))),
     }
 }
 

@@ -29,11 +29,16 @@ pub(crate) async fn run(command: CampaignCommand, context: &Context) -> Result<(
             show_campaign(&load(&connection, campaign.campaign).await?, context);
             Ok(())
         }
-        CampaignCommand::Approve { campaign, content, sure } => approve(campaign.campaign, content, &sure, context).await,
+        CampaignCommand::Approve { campaign, content, sure } => {
+            approve(campaign.campaign, content, &sure, context).await
+        }
         CampaignCommand::Start { campaign, sure } => {
             let connection = context.connect().await?;
             let known = load(&connection, campaign.campaign).await?;
-            confirm(&format!("`{}` will be started: {} on {}", name(&known), action(&known), plural(known.meters, "meter")), &sure)?;
+            confirm(
+                &format!("`{}` will be started: {} on {}", name(&known), action(&known), plural(known.meters, "meter")),
+                &sure,
+            )?;
             let request = change(campaign.campaign, String::new());
             let started = waiting("starting", connection.campaigns().start_campaign(request)).await?.into_inner();
             show_campaign(&started, context);
@@ -41,7 +46,8 @@ pub(crate) async fn run(command: CampaignCommand, context: &Context) -> Result<(
         }
         CampaignCommand::Pause { campaign, why } => {
             let mut client = context.connect().await?.campaigns();
-            let paused = waiting("pausing", client.pause_campaign(change(campaign.campaign, why.reason))).await?.into_inner();
+            let paused =
+                waiting("pausing", client.pause_campaign(change(campaign.campaign, why.reason))).await?.into_inner();
             show_campaign(&paused, context);
             Ok(())
         }
@@ -49,7 +55,10 @@ pub(crate) async fn run(command: CampaignCommand, context: &Context) -> Result<(
             let connection = context.connect().await?;
             let known = load(&connection, campaign.campaign).await?;
             confirm(&format!("`{}` will go on, although: {}", name(&known), known.reason), &sure)?;
-            let resumed = waiting("resuming", connection.campaigns().resume_campaign(change(campaign.campaign, why.reason))).await?.into_inner();
+            let resumed =
+                waiting("resuming", connection.campaigns().resume_campaign(change(campaign.campaign, why.reason)))
+                    .await?
+                    .into_inner();
             show_campaign(&resumed, context);
             Ok(())
         }
@@ -60,8 +69,11 @@ pub(crate) async fn run(command: CampaignCommand, context: &Context) -> Result<(
             let states = tasks.map_or_else(|| vec!["failed", "in-doubt"], |state| vec![state.name()]);
             let report = report(&connection, campaign.campaign, &states, false, limit.limit).await?;
             // A take-over is accepted by what it came to.
-            let acceptance =
-                if acceptance || is_take_over(&report) { Some(Acceptance::read(&connection, campaign.campaign, limit.limit).await?) } else { None };
+            let acceptance = if acceptance || is_take_over(&report) {
+                Some(Acceptance::read(&connection, campaign.campaign, limit.limit).await?)
+            } else {
+                None
+            };
             if let Some(path) = &html {
                 write(path, false, page::html(&report, acceptance.as_ref()).as_bytes())?;
             }
@@ -71,7 +83,8 @@ pub(crate) async fn run(command: CampaignCommand, context: &Context) -> Result<(
             }
             if html.is_none() && json.is_none() {
                 context.output.show(as_json, || {
-                    let accepted = acceptance.as_ref().map(|acceptance| format!("\n{}", acceptance.text())).unwrap_or_default();
+                    let accepted =
+                        acceptance.as_ref().map(|acceptance| format!("\n{}", acceptance.text())).unwrap_or_default();
                     format!("{}{accepted}", report_text(&report))
                 });
             } else {
@@ -121,7 +134,11 @@ fn action_message(arguments: &ActionArguments) -> proto::CampaignPlan {
         (None, true) => proto::CampaignAction::Probe,
         (None, false) => proto::CampaignAction::TakeOver,
     };
-    proto::CampaignPlan { action: action.into(), key_type: text(arguments.rotate.as_ref()), ..proto::CampaignPlan::default() }
+    proto::CampaignPlan {
+        action: action.into(),
+        key_type: text(arguments.rotate.as_ref()),
+        ..proto::CampaignPlan::default()
+    }
 }
 
 fn selection(arguments: &SelectionArguments) -> Result<proto::CampaignSelection, Failure> {
@@ -144,7 +161,9 @@ fn selection(arguments: &SelectionArguments) -> Result<proto::CampaignSelection,
         meters,
     };
     if selection == proto::CampaignSelection::default() {
-        return Err(Failure::usage("which meters? Give a condition such as --batch or --manufacturer, name them, or say --whole-island"));
+        return Err(Failure::usage(
+            "which meters? Give a condition such as --batch or --manufacturer, name them, or say --whole-island",
+        ));
     }
     Ok(selection)
 }
@@ -201,19 +220,33 @@ async fn list(limit: usize, context: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn approve(campaign: CampaignId, content: Option<[u8; 32]>, sure: &Sure, context: &Context) -> Result<(), Failure> {
+async fn approve(
+    campaign: CampaignId,
+    content: Option<[u8; 32]>,
+    sure: &Sure,
+    context: &Context,
+) -> Result<(), Failure> {
     let connection = context.connect().await?;
     let content_sha256 = match content {
         Some(content) => octets(content),
-        None if sure.yes => return Err(Failure::usage("--yes needs --content HEX: what you have looked at, from `kms campaign show`")),
+        None if sure.yes => {
+            return Err(Failure::usage("--yes needs --content HEX: what you have looked at, from `kms campaign show`"));
+        }
         None => {
             let known = load(&connection, campaign).await?;
             eprintln!("{}", campaign_text(&known));
-            confirm(&format!("you approve exactly this: {} on {}", action(&known), plural(known.meters, "meter")), sure)?;
+            confirm(
+                &format!("you approve exactly this: {} on {}", action(&known), plural(known.meters, "meter")),
+                sure,
+            )?;
             known.content_sha256
         }
     };
-    let request = proto::ApproveCampaignRequest { request_id: request_id(), campaign_id: octets(campaign.octets()), content_sha256 };
+    let request = proto::ApproveCampaignRequest {
+        request_id: request_id(),
+        campaign_id: octets(campaign.octets()),
+        content_sha256,
+    };
     let approved = waiting("approving", connection.campaigns().approve_campaign(request)).await?.into_inner();
     show_campaign(&approved, context);
     Ok(())
@@ -228,12 +261,22 @@ async fn abort(campaign: CampaignId, reason: String, sure: &Sure, context: &Cont
     context.output.show(
         || json::message("CampaignReport", &report),
         || {
-            let ended = report.progress.as_ref().and_then(|progress| progress.campaign.as_ref()).map(campaign_text).unwrap_or_default();
+            let ended = report
+                .progress
+                .as_ref()
+                .and_then(|progress| progress.campaign.as_ref())
+                .map(campaign_text)
+                .unwrap_or_default();
             let in_doubt = match report.tasks.len() as u64 {
                 0 => "no meter is in doubt".to_owned(),
-                tasks => format!("{} in doubt, or still under way: probe them before anything else", plural(tasks, "meter")),
+                tasks => {
+                    format!("{} in doubt, or still under way: probe them before anything else", plural(tasks, "meter"))
+                }
             };
-            format!("{ended}\n{in_doubt}\n{}", if report.tasks.is_empty() { String::new() } else { format!("\n{}", tasks_text(&report.tasks)) })
+            format!(
+                "{ended}\n{in_doubt}\n{}",
+                if report.tasks.is_empty() { String::new() } else { format!("\n{}", tasks_text(&report.tasks)) }
+            )
         },
     );
     Ok(())
@@ -245,7 +288,13 @@ async fn load(connection: &Connection, campaign: CampaignId) -> Result<proto::Ca
 }
 
 /// The report, with up to `limit` tasks (0: all) in each of the states.
-async fn report(connection: &Connection, campaign: CampaignId, states: &[&str], in_doubt: bool, limit: usize) -> Result<proto::CampaignReport, Failure> {
+async fn report(
+    connection: &Connection,
+    campaign: CampaignId,
+    states: &[&str],
+    in_doubt: bool,
+    limit: usize,
+) -> Result<proto::CampaignReport, Failure> {
     let mut client = connection.campaigns();
     let mut whole: Option<proto::CampaignReport> = None;
     for state in states {
@@ -288,19 +337,51 @@ fn show_campaign(campaign: &proto::Campaign, context: &Context) {
 fn preview_text(preview: &proto::CampaignPreview) -> String {
     let mut result = facts([
         ("meters", number(preview.meters)),
-        ("in doubt", if preview.in_doubt == 0 { String::new() } else { format!("{}: they are probed first", number(preview.in_doubt)) }),
+        (
+            "in doubt",
+            if preview.in_doubt == 0 {
+                String::new()
+            } else {
+                format!("{}: they are probed first", number(preview.in_doubt))
+            },
+        ),
         (
             "not reachable",
-            if preview.not_reachable == 0 { String::new() } else { format!("{} have no head-end: they are skipped", number(preview.not_reachable)) },
+            if preview.not_reachable == 0 {
+                String::new()
+            } else {
+                format!("{} have no head-end: they are skipped", number(preview.not_reachable))
+            },
         ),
-        ("left out", if preview.left_out == 0 { String::new() } else { format!("{} are unknown, out of service, or do not match", number(preview.left_out)) }),
-        ("refused rows", if preview.refused_rows == 0 { String::new() } else { format!("{} (I5): run `kms audit scrub`", number(preview.refused_rows)) }),
+        (
+            "left out",
+            if preview.left_out == 0 {
+                String::new()
+            } else {
+                format!("{} are unknown, out of service, or do not match", number(preview.left_out))
+            },
+        ),
+        (
+            "refused rows",
+            if preview.refused_rows == 0 {
+                String::new()
+            } else {
+                format!("{} (I5): run `kms audit scrub`", number(preview.refused_rows))
+            },
+        ),
         ("waves", waves_text(&preview.waves)),
     ]);
-    for (heading, counts) in [("manufacturer", &preview.manufacturers), ("device profile", &preview.device_profiles), ("head-end", &preview.head_ends)] {
+    for (heading, counts) in [
+        ("manufacturer", &preview.manufacturers),
+        ("device profile", &preview.device_profiles),
+        ("head-end", &preview.head_ends),
+    ] {
         let mut rows = Rows::new(&[heading, "meters"]).numbers(&[1]);
         for count in counts {
-            rows.row([if count.name.is_empty() { "(none)".to_owned() } else { count.name.clone() }, number(count.count)]);
+            rows.row([
+                if count.name.is_empty() { "(none)".to_owned() } else { count.name.clone() },
+                number(count.count),
+            ]);
         }
         result.push('\n');
         result.push_str(&rows.text_or(""));
@@ -313,8 +394,13 @@ fn preview_text(preview: &proto::CampaignPreview) -> String {
 fn campaign_text(campaign: &proto::Campaign) -> String {
     let plan = campaign.plan.clone().unwrap_or_default();
     let terms = plan.terms.clone().unwrap_or_default();
-    let windows = if terms.windows.is_empty() { "always".to_owned() } else { format!("{} ({})", terms.windows.join(", "), terms.time_zone) };
-    let approvals = campaign.approvals.iter().map(|approval| format!("{} at {}", approval.person, output::time(approval.time_ms)));
+    let windows = if terms.windows.is_empty() {
+        "always".to_owned()
+    } else {
+        format!("{} ({})", terms.windows.join(", "), terms.time_zone)
+    };
+    let approvals =
+        campaign.approvals.iter().map(|approval| format!("{} at {}", approval.person, output::time(approval.time_ms)));
     let opening = match (campaign.window_open, campaign.next_opening_ms) {
         (true, _) => "open now".to_owned(),
         (false, 0) => "shut for more than a week".to_owned(),
@@ -325,21 +411,37 @@ fn campaign_text(campaign: &proto::Campaign) -> String {
         ("campaign", output::uuid(&campaign.campaign_id)),
         ("name", plan.name.clone()),
         ("what", action(campaign)),
-        ("security setup", if plan.security_setup.is_empty() { String::new() } else { output::obis(&plan.security_setup) }),
+        (
+            "security setup",
+            if plan.security_setup.is_empty() { String::new() } else { output::obis(&plan.security_setup) },
+        ),
         ("selection", selection_text(campaign)),
         ("meters", number(campaign.meters)),
         ("waves", waves_text(&campaign.waves)),
-        ("must succeed", format!("{} % of a wave, at most {} failures", terms.success_threshold, terms.failure_limit.unwrap_or_default())),
+        (
+            "must succeed",
+            format!(
+                "{} % of a wave, at most {} failures",
+                terms.success_threshold,
+                terms.failure_limit.unwrap_or_default()
+            ),
+        ),
         ("windows", format!("{windows}; {opening}")),
         ("speed", speed_text(&terms)),
         ("attempts", attempts),
-        ("made by", format!("{} ({}) at {}", campaign.requester_person, campaign.requester, output::time(campaign.created_ms))),
+        (
+            "made by",
+            format!("{} ({}) at {}", campaign.requester_person, campaign.requester, output::time(campaign.created_ms)),
+        ),
         ("approved by", approvals.collect::<Vec<_>>().join(", ")),
         ("approvals needed", terms.quorum.unwrap_or_default().to_string()),
         ("content SHA-256", hex::encode(&campaign.content_sha256)),
         ("state", format!("{} since {}", campaign.state, output::time(campaign.since_ms))),
         ("why", campaign.reason.clone()),
-        ("wave", if campaign.wave == 0 { String::new() } else { format!("{} of {}", campaign.wave, campaign.waves.len()) }),
+        (
+            "wave",
+            if campaign.wave == 0 { String::new() } else { format!("{} of {}", campaign.wave, campaign.waves.len()) },
+        ),
     ])
 }
 
@@ -354,7 +456,8 @@ fn selection_text(campaign: &proto::Campaign) -> String {
         given("group", &selection.group),
         given("assigned to", &selection.head_end),
         given("batch", &selection.batch),
-        (selection.older_than_days > 0).then(|| format!("key older than {}", plural(selection.older_than_days.into(), "day"))),
+        (selection.older_than_days > 0)
+            .then(|| format!("key older than {}", plural(selection.older_than_days.into(), "day"))),
         given("key exposed to", &selection.exposed_to),
         given("key exposed by", &selection.exposed_by),
         selection.imported.then(|| "imported key".to_owned()),
@@ -364,13 +467,21 @@ fn selection_text(campaign: &proto::Campaign) -> String {
 }
 
 fn speed_text(terms: &proto::CampaignTerms) -> String {
-    let starts = if terms.starts_per_minute == 0 { String::new() } else { format!("{} starts a minute, ", number(terms.starts_per_minute.into())) };
+    let starts = if terms.starts_per_minute == 0 {
+        String::new()
+    } else {
+        format!("{} starts a minute, ", number(terms.starts_per_minute.into()))
+    };
     format!("{starts}{} at once, for each head-end", number(terms.in_flight.into()))
 }
 
 fn waves_text(waves: &[u64]) -> String {
     let shown: Vec<String> = waves.iter().take(WAVES_SHOWN).map(|meters| number(*meters)).collect();
-    let more = if waves.len() > WAVES_SHOWN { format!(" and {} more", number((waves.len() - WAVES_SHOWN) as u64)) } else { String::new() };
+    let more = if waves.len() > WAVES_SHOWN {
+        format!(" and {} more", number((waves.len() - WAVES_SHOWN) as u64))
+    } else {
+        String::new()
+    };
     format!("{}{more}", shown.join(", "))
 }
 
@@ -378,9 +489,16 @@ fn report_text(report: &proto::CampaignReport) -> String {
     let Some(progress) = &report.progress else { return "no report\n".to_owned() };
     let campaign = progress.campaign.as_ref().map(campaign_text).unwrap_or_default();
     let mut result = format!("{campaign}\n{}", watch::waves_table(progress));
-    let mut outcomes = Rows::new(&["wave", "manufacturer", "state", "meters", "reason"]).numbers(&[0, 3]).sentences(&[4]);
+    let mut outcomes =
+        Rows::new(&["wave", "manufacturer", "state", "meters", "reason"]).numbers(&[0, 3]).sentences(&[4]);
     for outcome in &report.outcomes {
-        outcomes.row([outcome.wave.to_string(), outcome.manufacturer.clone(), outcome.state.clone(), number(outcome.count), outcome.reason.clone()]);
+        outcomes.row([
+            outcome.wave.to_string(),
+            outcome.manufacturer.clone(),
+            outcome.state.clone(),
+            number(outcome.count),
+            outcome.reason.clone(),
+        ]);
     }
     result.push_str(&format!("\n{}", outcomes.text_or("no meter was tried yet")));
     if !report.tasks.is_empty() {
@@ -401,12 +519,18 @@ fn report_json(report: &proto::CampaignReport, acceptance: Option<&Acceptance>) 
 }
 
 fn is_take_over(report: &proto::CampaignReport) -> bool {
-    let plan = report.progress.as_ref().and_then(|progress| progress.campaign.as_ref()).and_then(|campaign| campaign.plan.as_ref());
+    let plan = report
+        .progress
+        .as_ref()
+        .and_then(|progress| progress.campaign.as_ref())
+        .and_then(|campaign| campaign.plan.as_ref());
     plan.is_some_and(|plan| plan.action() == proto::CampaignAction::TakeOver)
 }
 
 fn tasks_text(tasks: &[proto::Task]) -> String {
-    let mut rows = Rows::new(&["meter", "manufacturer", "state", "to do", "attempts", "head-end", "why"]).numbers(&[4]).sentences(&[6]);
+    let mut rows = Rows::new(&["meter", "manufacturer", "state", "to do", "attempts", "head-end", "why"])
+        .numbers(&[4])
+        .sentences(&[6]);
     for task in tasks {
         let work = if task.key_type.is_empty() { "probe".to_owned() } else { format!("rotate {}", task.key_type) };
         let head_end = task.head_end.rsplit(':').next().unwrap_or_default();

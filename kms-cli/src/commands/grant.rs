@@ -19,7 +19,12 @@ pub(crate) async fn run(command: GrantCommand, context: &Context) -> Result<(), 
             let (mut grants, mut page_token) = (Vec::new(), proto::ListGrantsRequest::default().page_token);
             loop {
                 let wanted = if limit.limit == 0 { PAGE } else { PAGE.min(limit.limit - grants.len()) };
-                let request = proto::ListGrantsRequest { principal: text(principal.as_ref()), only_live: live, page_size: wanted as u32, page_token };
+                let request = proto::ListGrantsRequest {
+                    principal: text(principal.as_ref()),
+                    only_live: live,
+                    page_size: wanted as u32,
+                    page_token,
+                };
                 let page = waiting("reading grants", client.list_grants(request)).await?.into_inner();
                 grants.extend(page.grants);
                 page_token = page.next_page_token;
@@ -48,7 +53,11 @@ pub(crate) async fn run(command: GrantCommand, context: &Context) -> Result<(), 
         GrantCommand::Revoke { grant, why, sure } => {
             confirm(&format!("grant {grant} will be revoked"), &sure)?;
             let mut client = context.connect().await?.grants();
-            let request = proto::RevokeGrantRequest { request_id: request_id(), grant_id: octets(grant.octets()), reason: why.reason };
+            let request = proto::RevokeGrantRequest {
+                request_id: request_id(),
+                grant_id: octets(grant.octets()),
+                reason: why.reason,
+            };
             let answer = waiting("revoking", client.revoke_grant(request)).await?.into_inner();
             context.output.show(
                 || json::message("RevokeGrantResponse", &answer),

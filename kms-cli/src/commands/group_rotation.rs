@@ -1,4 +1,5 @@
-//! `kms group rotation`, `switch`, `set`, `add-members` and `remove-members`: a group's key and its members.
+//! `kms group rotation`, `switch`, `set`, `add-members` and `remove-members`: a group's key and its
+//! members.
 
 use kms_proto::v1 as proto;
 use serde_json::json;
@@ -68,10 +69,21 @@ pub(crate) async fn show(key: &GroupKeyName, behind: bool, limit: &Limit, contex
     Ok(())
 }
 
-pub(crate) async fn switch(key: &GroupKeyName, to: u32, early: bool, reason: Option<String>, sure: &Sure, context: &Context) -> Result<(), Failure> {
+pub(crate) async fn switch(
+    key: &GroupKeyName,
+    to: u32,
+    early: bool,
+    reason: Option<String>,
+    sure: &Sure,
+    context: &Context,
+) -> Result<(), Failure> {
     let mut client = context.connect().await?.groups();
     let security_setup = key.security_setup.map(|setup| octets(setup.obis())).unwrap_or_default();
-    let request = proto::ShowGroupRotationRequest { group: key.group.clone(), key_type: key.key_type.to_string(), security_setup };
+    let request = proto::ShowGroupRotationRequest {
+        group: key.group.clone(),
+        key_type: key.key_type.to_string(),
+        security_setup,
+    };
     let known = waiting("counting the members", client.show_group_rotation(request)).await?.into_inner();
     let counts = format!("{} of {} have it", number(known.acknowledged), plural(known.members, "member"));
     confirm(&format!("broadcasts to `{}` will use {} version {to}; {counts}", key.group, key.key_type), sure)?;
@@ -93,7 +105,12 @@ pub(crate) async fn set(group: String, percent: u32, context: &Context) -> Resul
     let mut client = context.connect().await?.groups();
     let request = proto::SetSwitchThresholdRequest { request_id: request_id(), group, percent };
     let group = waiting("changing the group", client.set_switch_threshold(request)).await?.into_inner();
-    let text = || format!("broadcasts to `{}` may switch to a new key when {} % of its members have it\n", group.name, group.switch_threshold_percent);
+    let text = || {
+        format!(
+            "broadcasts to `{}` may switch to a new key when {} % of its members have it\n",
+            group.name, group.switch_threshold_percent
+        )
+    };
     context.output.show(|| json::message("Group", &group), text);
     Ok(())
 }
@@ -102,13 +119,29 @@ pub(crate) async fn add_members(members: &Members, context: &Context) -> Result<
     change(members, proto::MembershipChange::Add, String::new(), "put into the group", context).await
 }
 
-pub(crate) async fn remove_members(members: &Members, compromised: bool, why: Reason, sure: &Sure, context: &Context) -> Result<(), Failure> {
-    let change_to = if compromised { proto::MembershipChange::RemoveCompromised } else { proto::MembershipChange::Remove };
-    confirm(&format!("meters will leave `{}`, and its keys count as exposed until they are rotated", members.group), sure)?;
+pub(crate) async fn remove_members(
+    members: &Members,
+    compromised: bool,
+    why: Reason,
+    sure: &Sure,
+    context: &Context,
+) -> Result<(), Failure> {
+    let change_to =
+        if compromised { proto::MembershipChange::RemoveCompromised } else { proto::MembershipChange::Remove };
+    confirm(
+        &format!("meters will leave `{}`, and its keys count as exposed until they are rotated", members.group),
+        sure,
+    )?;
     change(members, change_to, why.reason, "taken out of the group", context).await
 }
 
-async fn change(members: &Members, change: proto::MembershipChange, reason: String, done: &str, context: &Context) -> Result<(), Failure> {
+async fn change(
+    members: &Members,
+    change: proto::MembershipChange,
+    reason: String,
+    done: &str,
+    context: &Context,
+) -> Result<(), Failure> {
     let mut meters: Vec<_> = members.meters.iter().map(|meter| octets(meter.octets())).collect();
     if let Some(path) = &members.meters_file {
         meters.extend(read_titles(path)?);
@@ -158,13 +191,17 @@ pub(crate) fn rotation_text(rotation: &proto::GroupRotation) -> String {
         ("threshold reached", output::time(rotation.threshold_reached_ms)),
         ("switched", output::time(rotation.switched_ms)),
         ("complete", output::time(rotation.complete_ms)),
-        ("rotate it", if rotation.wanted_because.is_empty() { String::new() } else { rotation.wanted_because.join(", ") }),
+        (
+            "rotate it",
+            if rotation.wanted_because.is_empty() { String::new() } else { rotation.wanted_because.join(", ") },
+        ),
     ])
 }
 
 fn stage_text(rotation: &proto::GroupRotation) -> &'static str {
     // Servers take note of the count once a minute; a switch counts by itself.
-    let enough = u128::from(rotation.acknowledged) * 100 >= u128::from(rotation.members) * u128::from(rotation.threshold_percent);
+    let enough = u128::from(rotation.acknowledged) * 100
+        >= u128::from(rotation.members) * u128::from(rotation.threshold_percent);
     match rotation.stage.as_str() {
         "rolling-out" if enough && rotation.members > 0 => "may switch: enough members have it",
         "rolling-out" => "rolling out: too few members have it to switch",
@@ -177,7 +214,11 @@ fn stage_text(rotation: &proto::GroupRotation) -> &'static str {
 
 /// The share of members that have the version, with a mark where broadcasts may switch.
 fn bar(rotation: &proto::GroupRotation) -> String {
-    let filled = if rotation.members == 0 { 0 } else { u128::from(rotation.acknowledged) * WIDTH / u128::from(rotation.members) };
+    let filled = if rotation.members == 0 {
+        0
+    } else {
+        u128::from(rotation.acknowledged) * WIDTH / u128::from(rotation.members)
+    };
     let mark = u128::from(rotation.threshold_percent) * WIDTH / 100;
     let cell = |at: u128| match (at < filled, at + 1 == mark) {
         (_, true) if mark > filled => '|',
@@ -199,7 +240,13 @@ mod tests {
 
     #[test]
     fn the_bar_shows_how_far_it_is_to_the_threshold() {
-        let rotation = |members, acknowledged| proto::GroupRotation { members, acknowledged, threshold_percent: 95, version: 2, ..Default::default() };
+        let rotation = |members, acknowledged| proto::GroupRotation {
+            members,
+            acknowledged,
+            threshold_percent: 95,
+            version: 2,
+            ..Default::default()
+        };
         assert_eq!(bar(&rotation(4, 1)), format!("[{}{}|..]", "#".repeat(10), ".".repeat(27)));
         assert_eq!(bar(&rotation(4, 4)), format!("[{}]", "#".repeat(40)));
         assert_eq!(bar(&rotation(0, 0)), format!("[{}|..]", ".".repeat(37)));

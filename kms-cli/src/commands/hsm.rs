@@ -14,8 +14,12 @@ pub(crate) async fn run(command: HsmCommand, context: &Context) -> Result<(), Fa
     let mut client = context.connect().await?.hsm();
     match command {
         HsmCommand::Check => {
-            let answer = waiting("probing the HSM modules", client.check_hsm(proto::CheckHsmRequest {})).await?.into_inner();
-            context.output.show(|| json::message("CheckHsmResponse", &answer), || answer.tokens.iter().map(token_text).collect::<Vec<_>>().join("\n"));
+            let answer =
+                waiting("probing the HSM modules", client.check_hsm(proto::CheckHsmRequest {})).await?.into_inner();
+            context.output.show(
+                || json::message("CheckHsmResponse", &answer),
+                || answer.tokens.iter().map(token_text).collect::<Vec<_>>().join("\n"),
+            );
             let unusable = answer.tokens.iter().filter(|token| token.state != "usable").count() as u64;
             if unusable > 0 || answer.tokens.is_empty() {
                 return Err(Failure::failed(if answer.tokens.is_empty() {
@@ -26,11 +30,15 @@ pub(crate) async fn run(command: HsmCommand, context: &Context) -> Result<(), Fa
             }
         }
         HsmCommand::Inventory => {
-            let answer = waiting("reading the tokens", client.inventory_hsm(proto::InventoryHsmRequest {})).await?.into_inner();
+            let answer =
+                waiting("reading the tokens", client.inventory_hsm(proto::InventoryHsmRequest {})).await?.into_inner();
             context.output.show(|| json::message("InventoryHsmResponse", &answer), || inventory_text(&answer));
             let objections = answer.objects.iter().filter(|object| !object.objection.is_empty()).count() as u64;
             if objections > 0 {
-                return Err(Failure::failed(format!("{} readable or usable beyond its purpose", plural(objections, "object"))));
+                return Err(Failure::failed(format!(
+                    "{} readable or usable beyond its purpose",
+                    plural(objections, "object")
+                )));
             }
         }
     }
@@ -38,10 +46,13 @@ pub(crate) async fn run(command: HsmCommand, context: &Context) -> Result<(), Fa
 }
 
 fn token_text(token: &proto::TokenCheck) -> String {
-    let state = if token.reason.is_empty() { token.state.clone() } else { format!("{}: {}", token.state, token.reason) };
-    let mut rows = Rows::new(&["capability", "needed for", "found", "used instead", "what that costs"]).sentences(&[1, 3, 4]);
+    let state =
+        if token.reason.is_empty() { token.state.clone() } else { format!("{}: {}", token.state, token.reason) };
+    let mut rows =
+        Rows::new(&["capability", "needed for", "found", "used instead", "what that costs"]).sentences(&[1, 3, 4]);
     for capability in &token.capabilities {
-        // What would be used instead, and at what cost, is of interest only where something is missing.
+        // What would be used instead, and at what cost, is of interest only where something is
+        // missing.
         let (found, instead, cost) = match (capability.found, capability.essential) {
             (true, _) => ("yes", "", ""),
             (false, true) => ("MISSING", capability.instead.as_str(), capability.cost.as_str()),
@@ -91,7 +102,10 @@ fn inventory_text(answer: &proto::InventoryHsmResponse) -> String {
     let text = texts.collect::<Vec<_>>().join("\n");
     match answer.objects.iter().filter(|object| !object.objection.is_empty()).count() as u64 {
         _ if answer.objects.is_empty() => "no objects\n".into(),
-        0 => format!("{text}\n{}: none is readable, extractable or usable beyond its purpose\n", plural(answer.objects.len() as u64, "object")),
+        0 => format!(
+            "{text}\n{}: none is readable, extractable or usable beyond its purpose\n",
+            plural(answer.objects.len() as u64, "object")
+        ),
         _ => text,
     }
 }

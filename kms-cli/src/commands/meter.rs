@@ -33,11 +33,17 @@ pub(crate) async fn run(command: MeterCommand, context: &Context) -> Result<(), 
                 quorum: Some(arguments.quorum.number().into()),
             };
             let mut client = context.connect().await?.meters();
-            super::proposal::show_made(&waiting("proposing", client.propose_counter_raise(request)).await?.into_inner(), context);
+            super::proposal::show_made(
+                &waiting("proposing", client.propose_counter_raise(request)).await?.into_inner(),
+                context,
+            );
             Ok(())
         }
         MeterCommand::Compromise(arguments) => {
-            let what = format!("{} version {} of {} is never granted again", arguments.key_type, arguments.key_version, arguments.meter);
+            let what = format!(
+                "{} version {} of {} is never granted again",
+                arguments.key_type, arguments.key_version, arguments.meter
+            );
             confirm(&what, &arguments.sure)?;
             let request = proto::ReportCompromiseRequest {
                 request_id: request_id(),
@@ -55,8 +61,12 @@ pub(crate) async fn run(command: MeterCommand, context: &Context) -> Result<(), 
         }
         MeterCommand::Enrol(arguments) => enrol(arguments, context).await,
         MeterCommand::Retire { meters, why, sure } => {
-            confirm(&format!("{} will be retired, for good: no grants from now on", plural(meters.len() as u64, "meter")), &sure)?;
-            let request = proto::RetireMetersRequest { request_id: request_id(), meters: titles(&meters), reason: why.reason };
+            confirm(
+                &format!("{} will be retired, for good: no grants from now on", plural(meters.len() as u64, "meter")),
+                &sure,
+            )?;
+            let request =
+                proto::RetireMetersRequest { request_id: request_id(), meters: titles(&meters), reason: why.reason };
             let mut client = context.connect().await?.meters();
             report(waiting("retiring", client.retire_meters(request)).await?.into_inner(), "retired", context)
         }
@@ -79,7 +89,8 @@ async fn list(filter: &MeterFilter, limit: &Limit, context: &Context) -> Result<
     let (mut meters, mut total, mut page_token) = (Vec::new(), 0, proto::ListMetersRequest::default().page_token);
     loop {
         let wanted = if limit.limit == 0 { PAGE } else { PAGE.min(limit.limit - meters.len()) };
-        let request = proto::ListMetersRequest { filter: Some(filter_message(filter)), page_size: wanted as u32, page_token };
+        let request =
+            proto::ListMetersRequest { filter: Some(filter_message(filter)), page_size: wanted as u32, page_token };
         let page = waiting("reading meters", client.list_meters(request)).await?.into_inner();
         total = page.total.max(total);
         meters.extend(page.meters);
@@ -147,7 +158,13 @@ fn meter_text(meter: &proto::Meter) -> String {
         let mut keys = Rows::new(&["key of group", "security setup", "key", "version", "acknowledged"]).numbers(&[3]);
         for key in &meter.shared_keys {
             let acknowledged = output::yes(key.acknowledged);
-            keys.row([key.group.clone(), output::obis(&key.security_setup), key.key_type.clone(), key.version.to_string(), acknowledged]);
+            keys.row([
+                key.group.clone(),
+                output::obis(&key.security_setup),
+                key.key_type.clone(),
+                key.version.to_string(),
+                acknowledged,
+            ]);
         }
         result.push_str(&format!("\nkeys of groups that left for the meter\n\n{}", keys.text_or("")));
     }
@@ -155,11 +172,16 @@ fn meter_text(meter: &proto::Meter) -> String {
 }
 
 fn transfer_text(transfer: &proto::MeterTransfer) -> String {
-    let keys = transfer.keys.iter().map(|key| format!("{} version {}, {}", key.key_type, key.version, if key.left { "has left" } else { "not yet sent" }));
+    let keys = transfer.keys.iter().map(|key| {
+        format!("{} version {}, {}", key.key_type, key.version, if key.left { "has left" } else { "not yet sent" })
+    });
     let campaign = if transfer.campaign_id.is_empty() { String::new() } else { output::uuid(&transfer.campaign_id) };
     facts([
         ("transfer", output::uuid(&transfer.transfer_id)),
-        ("brings", if transfer.keys.is_empty() { "nothing: a probe".to_owned() } else { keys.collect::<Vec<_>>().join("; ") }),
+        (
+            "brings",
+            if transfer.keys.is_empty() { "nothing: a probe".to_owned() } else { keys.collect::<Vec<_>>().join("; ") },
+        ),
         ("security setup", output::obis(&transfer.security_setup)),
         ("head-end", transfer.head_end.clone()),
         ("client title", output::octets(&transfer.client_title)),
@@ -174,10 +196,15 @@ pub(crate) fn setups_text(setups: &[proto::SecuritySetup]) -> String {
     let mut result = String::new();
     for setup in setups {
         result.push_str(&format!("\nsecurity setup {}\n\n", output::obis(&setup.obis)));
-        let mut keys = Rows::new(&["key", "version", "state", "origin", "candidate", "duplicate", "who could know it"]).numbers(&[1]).sentences(&[6]);
-        for (slot, version) in setup.slots.iter().flat_map(|slot| slot.versions.iter().map(move |version| (slot, version))) {
-            let exposures =
-                version.exposures.iter().map(|exposure| format!("{} since {}: {}", exposure.party, output::time(exposure.since_ms), exposure.reason));
+        let mut keys = Rows::new(&["key", "version", "state", "origin", "candidate", "duplicate", "who could know it"])
+            .numbers(&[1])
+            .sentences(&[6]);
+        for (slot, version) in
+            setup.slots.iter().flat_map(|slot| slot.versions.iter().map(move |version| (slot, version)))
+        {
+            let exposures = version.exposures.iter().map(|exposure| {
+                format!("{} since {}: {}", exposure.party, output::time(exposure.since_ms), exposure.reason)
+            });
             keys.row([
                 slot.key_type.clone(),
                 version.number.to_string(),
@@ -190,8 +217,17 @@ pub(crate) fn setups_text(setups: &[proto::SecuritySetup]) -> String {
         }
         result.push_str(&keys.text_or("no keys"));
         for slot in setup.slots.iter().filter(|slot| slot.in_doubt) {
-            let candidates: Vec<_> = slot.versions.iter().filter(|version| version.candidate).map(|version| version.number.to_string()).collect();
-            result.push_str(&format!("\nin doubt: the meter holds {} version {}; a probe shows which\n", slot.key_type, candidates.join(" or ")));
+            let candidates: Vec<_> = slot
+                .versions
+                .iter()
+                .filter(|version| version.candidate)
+                .map(|version| version.number.to_string())
+                .collect();
+            result.push_str(&format!(
+                "\nin doubt: the meter holds {} version {}; a probe shows which\n",
+                slot.key_type,
+                candidates.join(" or ")
+            ));
         }
         for slot in setup.slots.iter().filter(|slot| slot.compromised) {
             result.push_str(&format!(
@@ -199,12 +235,19 @@ pub(crate) fn setups_text(setups: &[proto::SecuritySetup]) -> String {
                 slot.key_type, slot.key_type
             ));
         }
-        let mut counters = Rows::new(&["client title", "key version", "reserved below", "counted by", "asks for"]).numbers(&[1, 2]);
+        let mut counters =
+            Rows::new(&["client title", "key version", "reserved below", "counted by", "asks for"]).numbers(&[1, 2]);
         for counter in &setup.counters {
             let owner = if counter.owned_by.is_empty() { "this system".into() } else { counter.owned_by.clone() };
             let percent = (u128::from(counter.reserved_below) * 100) >> 32;
             let asks = if counter.rotation_due { format!("rotation: {percent} % are used") } else { String::new() };
-            counters.row([output::octets(&counter.client_title), counter.key_version.to_string(), counter.reserved_below.to_string(), owner, asks]);
+            counters.row([
+                output::octets(&counter.client_title),
+                counter.key_version.to_string(),
+                counter.reserved_below.to_string(),
+                owner,
+                asks,
+            ]);
         }
         result.push('\n');
         result.push_str(&counters.text_or("no counters yet"));
@@ -264,7 +307,8 @@ async fn enrol(arguments: EnrolMeters, context: &Context) -> Result<(), Failure>
             .into_iter()
             .enumerate()
             .map(|(index, line)| {
-                let title = SystemTitle::parse(&line.meter).map_err(|error| Failure::from(error).while_doing(&format!("line {}, meter", index + 1)))?;
+                let title = SystemTitle::parse(&line.meter)
+                    .map_err(|error| Failure::from(error).while_doing(&format!("line {}, meter", index + 1)))?;
                 let mut groups = arguments.groups.clone();
                 groups.extend(line.groups);
                 Ok(proto::NewMeter { meter: octets(title.octets()), serial: line.serial, groups })
@@ -311,7 +355,9 @@ pub(crate) fn report(answer: proto::ChangeMetersResponse, done: &str, context: &
     );
     match answer.problems.len() as u64 {
         0 => Ok(()),
-        problems if answer.changed + answer.unchanged > 0 => Err(Failure::partly(format!("{} not {done}", plural(problems, "meter")))),
+        problems if answer.changed + answer.unchanged > 0 => {
+            Err(Failure::partly(format!("{} not {done}", plural(problems, "meter"))))
+        }
         problems => Err(Failure::failed(format!("{} not {done}", plural(problems, "meter")))),
     }
 }

@@ -66,18 +66,22 @@ fn read(path: &Path) -> Result<Vec<u8>, Failure> {
 fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, Failure> {
     let content = read(path)?;
     let lines = content.split(|octet| *octet == b'\n').enumerate().filter(|(_, line)| !line.trim_ascii().is_empty());
-    let parsed =
-        lines.map(|(index, line)| serde_json::from_slice(line).map_err(|error| Failure::usage(format!("`{}`, line {}: {error}", path.display(), index + 1))));
+    let parsed = lines.map(|(index, line)| {
+        serde_json::from_slice(line)
+            .map_err(|error| Failure::usage(format!("`{}`, line {}: {error}", path.display(), index + 1)))
+    });
     let parsed = parsed.collect::<Result<Vec<_>, _>>()?;
     if parsed.is_empty() { Err(Failure::usage(format!("`{}` has no lines", path.display()))) } else { Ok(parsed) }
 }
 
 /// Reads the meters of a file, a system title a line.
 fn read_titles(path: &Path) -> Result<Vec<Bytes>, Failure> {
-    let content = String::from_utf8(read(path)?).map_err(|_| Failure::usage(format!("`{}` is no text", path.display())))?;
+    let content =
+        String::from_utf8(read(path)?).map_err(|_| Failure::usage(format!("`{}` is no text", path.display())))?;
     let mut titles = Vec::new();
     for (line, title) in (1..).zip(content.lines()).filter(|(_, title)| !title.trim().is_empty()) {
-        let title = SystemTitle::parse(title.trim()).map_err(|error| Failure::from(error).while_doing(&format!("`{}`, line {line}", path.display())))?;
+        let title = SystemTitle::parse(title.trim())
+            .map_err(|error| Failure::from(error).while_doing(&format!("`{}`, line {line}", path.display())))?;
         titles.push(octets(title.octets()));
     }
     if titles.is_empty() { Err(Failure::usage(format!("`{}` names no meter", path.display()))) } else { Ok(titles) }
@@ -93,13 +97,16 @@ fn create(path: &Path, private: bool) -> Result<fs::File, Failure> {
         options.mode(0o600);
     }
     options.open(path).map_err(|error| match error.kind() {
-        io::ErrorKind::AlreadyExists => {
-            Failure::failed(format!("`{}` is there already and is not overwritten: remove it or choose another name", path.display()))
-        }
+        io::ErrorKind::AlreadyExists => Failure::failed(format!(
+            "`{}` is there already and is not overwritten: remove it or choose another name",
+            path.display()
+        )),
         _ => Failure::failed(format!("cannot write `{}`: {error}", path.display())),
     })
 }
 
 fn write(path: &Path, private: bool, content: &[u8]) -> Result<(), Failure> {
-    create(path, private)?.write_all(content).map_err(|error| Failure::failed(format!("cannot write `{}`: {error}", path.display())))
+    create(path, private)?
+        .write_all(content)
+        .map_err(|error| Failure::failed(format!("cannot write `{}`: {error}", path.display())))
 }

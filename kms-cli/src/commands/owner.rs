@@ -21,7 +21,8 @@ pub(crate) async fn group(command: GroupCommand, context: &Context) -> Result<()
         GroupCommand::List { limit } => list_groups(&limit, context).await,
         GroupCommand::Show { group } => {
             let mut client = context.connect().await?.groups();
-            let group = waiting("reading the group", client.show_group(proto::ShowGroupRequest { group })).await?.into_inner();
+            let group =
+                waiting("reading the group", client.show_group(proto::ShowGroupRequest { group })).await?.into_inner();
             let text = || {
                 let heading = [
                     ("group", group.name.clone()),
@@ -30,17 +31,22 @@ pub(crate) async fn group(command: GroupCommand, context: &Context) -> Result<()
                     ("may switch at", format!("{} %", group.switch_threshold_percent)),
                     ("generation", group.generation.to_string()),
                 ];
-                let rotations: String = group.rotations.iter().map(|rotation| format!("\n{}", rotation_text(rotation))).collect();
+                let rotations: String =
+                    group.rotations.iter().map(|rotation| format!("\n{}", rotation_text(rotation))).collect();
                 format!("{}{}{rotations}", facts(heading), setups_text(&group.security_setups))
             };
             context.output.show(|| json::message("Group", &group), text);
             Ok(())
         }
         GroupCommand::Rotation { key, behind, limit } => group_rotation::show(&key, behind, &limit, context).await,
-        GroupCommand::Switch { key, to, early, reason, sure } => group_rotation::switch(&key, to, early, reason, &sure, context).await,
+        GroupCommand::Switch { key, to, early, reason, sure } => {
+            group_rotation::switch(&key, to, early, reason, &sure, context).await
+        }
         GroupCommand::Set { group, switch_at } => group_rotation::set(group, switch_at, context).await,
         GroupCommand::AddMembers { members } => group_rotation::add_members(&members, context).await,
-        GroupCommand::RemoveMembers { members, compromised, why, sure } => group_rotation::remove_members(&members, compromised, why, &sure, context).await,
+        GroupCommand::RemoveMembers { members, compromised, why, sure } => {
+            group_rotation::remove_members(&members, compromised, why, &sure, context).await
+        }
         GroupCommand::Key(GroupKeyCommand::Create { group, key, device_profile }) => {
             let request = proto::CreateGroupKeyRequest {
                 request_id: request_id(),
@@ -51,7 +57,12 @@ pub(crate) async fn group(command: GroupCommand, context: &Context) -> Result<()
                 held_by_meters: key.held_by_meters,
             };
             let mut client = context.connect().await?.groups();
-            created(&group, &key, waiting("making the key", client.create_group_key(request)).await?.into_inner(), context);
+            created(
+                &group,
+                &key,
+                waiting("making the key", client.create_group_key(request)).await?.into_inner(),
+                context,
+            );
             Ok(())
         }
     }
@@ -61,13 +72,22 @@ pub(crate) async fn device_type(command: DeviceTypeCommand, context: &Context) -
     let mut client = context.connect().await?.device_types();
     match command {
         DeviceTypeCommand::List => {
-            let all = waiting("reading device types", client.list_device_types(proto::ListDeviceTypesRequest {})).await?.into_inner().device_types;
+            let all = waiting("reading device types", client.list_device_types(proto::ListDeviceTypesRequest {}))
+                .await?
+                .into_inner()
+                .device_types;
             context.output.show(
                 || json!({"device_types": all.iter().map(|one| json::message("DeviceType", one)).collect::<Vec<_>>()}),
                 || {
-                    let mut rows = Rows::new(&["device type", "number", "manufacturer", "device profile"]).numbers(&[1]);
+                    let mut rows =
+                        Rows::new(&["device type", "number", "manufacturer", "device profile"]).numbers(&[1]);
                     for one in &all {
-                        rows.row([one.name.clone(), one.number.to_string(), one.manufacturer.clone(), one.device_profile.clone()]);
+                        rows.row([
+                            one.name.clone(),
+                            one.number.to_string(),
+                            one.manufacturer.clone(),
+                            one.device_profile.clone(),
+                        ]);
                     }
                     rows.text_or("no device types")
                 },
@@ -102,7 +122,12 @@ pub(crate) async fn device_type(command: DeviceTypeCommand, context: &Context) -
                 key_type: key.key_type.clone(),
                 held_by_meters: key.held_by_meters,
             };
-            created(&device_type, &key, waiting("making the key", client.create_device_type_key(request)).await?.into_inner(), context);
+            created(
+                &device_type,
+                &key,
+                waiting("making the key", client.create_device_type_key(request)).await?.into_inner(),
+                context,
+            );
         }
     }
     Ok(())
@@ -149,8 +174,15 @@ fn created(owner: &str, key: &NewKey, response: proto::CreateKeyResponse, contex
         || json::message("CreateKeyResponse", &response),
         || {
             let version = response.version.clone().unwrap_or_default();
-            let note = if key.held_by_meters { "" } else { "Nobody gets it until the meters hold it: a rotation brings it to them.\n" };
-            format!("{} version {} of {owner}: {}, {}\n{note}", key.key_type, version.number, version.state, version.origin)
+            let note = if key.held_by_meters {
+                ""
+            } else {
+                "Nobody gets it until the meters hold it: a rotation brings it to them.\n"
+            };
+            format!(
+                "{} version {} of {owner}: {}, {}\n{note}",
+                key.key_type, version.number, version.state, version.origin
+            )
         },
     );
 }

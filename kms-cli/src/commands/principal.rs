@@ -25,8 +25,12 @@ pub(crate) async fn run(command: PrincipalCommand, context: &Context) -> Result<
         PrincipalCommand::EndCertificate { principal, serial, why, sure } => {
             confirm(&format!("the certificate {} of {principal} ends at once", hex::encode(&serial.0)), &sure)?;
             let mut client = context.connect().await?.principals();
-            let request =
-                proto::EndCertificateRequest { request_id: request_id(), principal: principal.to_string(), serial: octets(serial.0), reason: why.reason };
+            let request = proto::EndCertificateRequest {
+                request_id: request_id(),
+                principal: principal.to_string(),
+                serial: octets(serial.0),
+                reason: why.reason,
+            };
             let answer = waiting("ending the certificate", client.end_certificate(request)).await?.into_inner();
             show(&answer, context);
             Ok(())
@@ -34,7 +38,11 @@ pub(crate) async fn run(command: PrincipalCommand, context: &Context) -> Result<
         PrincipalCommand::Disable { principal, why, sure } => {
             confirm(&format!("{principal} will be shut out at once"), &sure)?;
             let mut client = context.connect().await?.principals();
-            let request = proto::DisablePrincipalRequest { request_id: request_id(), principal: principal.to_string(), reason: why.reason };
+            let request = proto::DisablePrincipalRequest {
+                request_id: request_id(),
+                principal: principal.to_string(),
+                reason: why.reason,
+            };
             let answer = waiting("disabling", client.disable_principal(request)).await?.into_inner();
             show(&answer, context);
             Ok(())
@@ -55,22 +63,34 @@ async fn add(arguments: AddPrincipal, context: &Context) -> Result<(), Failure> 
     let principal = &arguments.principal;
     let is_manufacturer = principal.role() == Role::Manufacturer;
     if is_manufacturer != arguments.shipment_key.is_some() {
-        return Err(Failure::usage(if is_manufacturer { "--shipment-key is needed for a manufacturer" } else { "--shipment-key is for manufacturers" }));
+        return Err(Failure::usage(if is_manufacturer {
+            "--shipment-key is needed for a manufacturer"
+        } else {
+            "--shipment-key is for manufacturers"
+        }));
     }
     let profile = context.profile()?;
     let shipment_key = arguments.shipment_key.as_deref().map(public_key).transpose()?.unwrap_or_default();
     let certificate_request = arguments.certificate_request.as_deref().map(certificate_request).transpose()?;
     // A manufacturer that only signs shipments needs no certificate.
-    let made = if is_manufacturer || certificate_request.is_some() { None } else { Some(KeyRequest::generate(principal)?) };
+    let made =
+        if is_manufacturer || certificate_request.is_some() { None } else { Some(KeyRequest::generate(principal)?) };
     let name = arguments.new_profile.clone().unwrap_or_else(|| principal.name().to_owned());
     let directory = context.state().profile_directory(&name);
     if made.is_some() && directory.exists() {
-        return Err(Failure::failed(format!("`{}` is there already and is not overwritten: choose another --new-profile", directory.display())));
+        return Err(Failure::failed(format!(
+            "`{}` is there already and is not overwritten: choose another --new-profile",
+            directory.display()
+        )));
     }
     let request = proto::AddPrincipalRequest {
         request_id: request_id(),
         principal: principal.to_string(),
-        certificate_request: made.as_ref().map(|made| octets(made.certificate_request())).or(certificate_request.map(octets)).unwrap_or_default(),
+        certificate_request: made
+            .as_ref()
+            .map(|made| octets(made.certificate_request()))
+            .or(certificate_request.map(octets))
+            .unwrap_or_default(),
         person: arguments.person.clone().unwrap_or_default(),
         client_titles: arguments.client_titles.iter().map(|title| octets(title.octets())).collect(),
         shipment_key: octets(shipment_key),
@@ -98,7 +118,9 @@ async fn add(arguments: AddPrincipal, context: &Context) -> Result<(), Failure> 
 }
 
 async fn renew(arguments: RenewPrincipal, context: &Context) -> Result<(), Failure> {
-    if let (Some(principal), Some(file), Some(out)) = (&arguments.principal, &arguments.certificate_request, &arguments.out) {
+    if let (Some(principal), Some(file), Some(out)) =
+        (&arguments.principal, &arguments.certificate_request, &arguments.out)
+    {
         let request = proto::RenewPrincipalRequest {
             request_id: request_id(),
             principal: principal.to_string(),
@@ -130,8 +152,9 @@ async fn renew(arguments: RenewPrincipal, context: &Context) -> Result<(), Failu
 async fn propose_key(arguments: ProposeKey, context: &Context) -> Result<(), Failure> {
     let key_sha256 = match (&arguments.key, &arguments.certificate_request) {
         (Some(key), _) => *key,
-        (None, Some(file)) => KeyRequest::key_sha256(&certificate_request(file)?)
-            .ok_or_else(|| Failure::usage(format!("--certificate-request: `{}` is not a PKCS#10 request in PEM", file.display())))?,
+        (None, Some(file)) => KeyRequest::key_sha256(&certificate_request(file)?).ok_or_else(|| {
+            Failure::usage(format!("--certificate-request: `{}` is not a PKCS#10 request in PEM", file.display()))
+        })?,
         (None, None) => return Err(Failure::usage("--certificate-request or --key is needed")),
     };
     let request = proto::ProposePrincipalKeyRequest {
@@ -151,7 +174,10 @@ async fn register_transport_key(context: &Context) -> Result<(), Failure> {
     let principal = own_principal(context).await?;
     let made = KeyRequest::generate(&principal)?;
     let mut client = context.connect().await?.principals();
-    let request = proto::RegisterTransportKeyRequest { request_id: request_id(), certificate_request: octets(made.certificate_request()) };
+    let request = proto::RegisterTransportKeyRequest {
+        request_id: request_id(),
+        certificate_request: octets(made.certificate_request()),
+    };
     let issued = waiting("registering", client.register_transport_key(request)).await?.into_inner();
     profile.set_transport_key(made.key_pem(), &KeyRequest::certificate_pem(&issued))?;
     // What was written must open envelopes: a mismatch shows now and not with the first grant.
@@ -162,11 +188,13 @@ async fn register_transport_key(context: &Context) -> Result<(), Failure> {
 
 async fn list(context: &Context) -> Result<(), Failure> {
     let mut client = context.connect().await?.principals();
-    let answer = waiting("reading principals", client.list_principals(proto::ListPrincipalsRequest {})).await?.into_inner();
+    let answer =
+        waiting("reading principals", client.list_principals(proto::ListPrincipalsRequest {})).await?.into_inner();
     context.output.show(
         || json::message("ListPrincipalsResponse", &answer),
         || {
-            let mut rows = Rows::new(&["principal", "status", "person", "client titles", "certificate until", "transport key"]);
+            let mut rows =
+                Rows::new(&["principal", "status", "person", "client titles", "certificate until", "transport key"]);
             for principal in &answer.principals {
                 rows.row([
                     principal.principal.clone(),
@@ -234,10 +262,16 @@ fn principal_facts(principal: &proto::Principal) -> Vec<(&'static str, String)> 
 fn certificate_text(certificate: &proto::RegisteredCertificate) -> String {
     let by = if certificate.issued_by.is_empty() { String::new() } else { format!(" by {}", certificate.issued_by) };
     let in_use = if certificate.in_use { ", in use" } else { "" };
-    format!("{} until {}: {}{by}{in_use}", hex::encode(&certificate.serial), output::time(certificate.not_after_ms), certificate.enrolment)
+    format!(
+        "{} until {}: {}{by}{in_use}",
+        hex::encode(&certificate.serial),
+        output::time(certificate.not_after_ms),
+        certificate.enrolment
+    )
 }
 
-/// What the owner of a key should know: certificates that somebody else made, or that are newer than the one in use.
+/// What the owner of a key should know: certificates that somebody else made, or that are newer
+/// than the one in use.
 fn warnings(principal: &proto::Principal) -> Vec<String> {
     let mut warnings = Vec::new();
     let in_use = principal.certificates.iter().position(|certificate| certificate.in_use);
@@ -282,7 +316,10 @@ fn next_step(principal: &proto::Principal, written: &str) -> String {
     if principal.has_transport_key || !is_grantee(principal) || !Path::new(written).is_dir() {
         return String::new();
     }
-    format!("\nNext:\n  kms --profile {profile} principal register-transport-key\n  kms meter assign METER... --head-end {}\n", principal.principal)
+    format!(
+        "\nNext:\n  kms --profile {profile} principal register-transport-key\n  kms meter assign METER... --head-end {}\n",
+        principal.principal
+    )
 }
 
 fn titles(principal: &proto::Principal) -> String {
@@ -290,13 +327,18 @@ fn titles(principal: &proto::Principal) -> String {
 }
 
 fn public_key(path: &Path) -> Result<Vec<u8>, Failure> {
-    SubjectPublicKeyInfoDer::from_pem_slice(&read(path)?)
-        .map(|key| key.to_vec())
-        .map_err(|_| Failure::usage(format!("--shipment-key: `{}` is not a public key in PEM (SubjectPublicKeyInfo)", path.display())))
+    SubjectPublicKeyInfoDer::from_pem_slice(&read(path)?).map(|key| key.to_vec()).map_err(|_| {
+        Failure::usage(format!(
+            "--shipment-key: `{}` is not a public key in PEM (SubjectPublicKeyInfo)",
+            path.display()
+        ))
+    })
 }
 
 fn certificate_request(path: &Path) -> Result<Vec<u8>, Failure> {
     rustls_pki_types::CertificateSigningRequestDer::from_pem_slice(&read(path)?)
         .map(|request| request.to_vec())
-        .map_err(|_| Failure::usage(format!("--certificate-request: `{}` is not a PKCS#10 request in PEM", path.display())))
+        .map_err(|_| {
+            Failure::usage(format!("--certificate-request: `{}` is not a PKCS#10 request in PEM", path.display()))
+        })
 }

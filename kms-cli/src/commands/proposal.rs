@@ -23,17 +23,29 @@ pub(crate) async fn run(command: ProposalCommand, context: &Context) -> Result<(
             show(&load(&connection, proposal.proposal).await?, context);
             Ok(())
         }
-        ProposalCommand::Approve { proposal, content, sure } => approve(proposal.proposal, content, &sure, context).await,
+        ProposalCommand::Approve { proposal, content, sure } => {
+            approve(proposal.proposal, content, &sure, context).await
+        }
         ProposalCommand::CarryOut { proposal, sure } => {
             let connection = context.connect().await?;
             let known = load(&connection, proposal.proposal).await?;
             confirm(&format!("this runs now: {}", known.description), &sure)?;
-            let request = proto::CarryOutProposalRequest { request_id: request_id(), proposal_id: octets(proposal.proposal.octets()) };
-            show(&waiting("carrying it out", connection.proposals().carry_out_proposal(request)).await?.into_inner(), context);
+            let request = proto::CarryOutProposalRequest {
+                request_id: request_id(),
+                proposal_id: octets(proposal.proposal.octets()),
+            };
+            show(
+                &waiting("carrying it out", connection.proposals().carry_out_proposal(request)).await?.into_inner(),
+                context,
+            );
             Ok(())
         }
         ProposalCommand::Withdraw { proposal, why } => {
-            let request = proto::WithdrawProposalRequest { request_id: request_id(), proposal_id: octets(proposal.proposal.octets()), reason: why.reason };
+            let request = proto::WithdrawProposalRequest {
+                request_id: request_id(),
+                proposal_id: octets(proposal.proposal.octets()),
+                reason: why.reason,
+            };
             let mut client = context.connect().await?.proposals();
             show(&waiting("withdrawing", client.withdraw_proposal(request)).await?.into_inner(), context);
             Ok(())
@@ -74,11 +86,18 @@ async fn list(limit: usize, context: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn approve(proposal: ProposalId, content: Option<[u8; 32]>, sure: &Sure, context: &Context) -> Result<(), Failure> {
+async fn approve(
+    proposal: ProposalId,
+    content: Option<[u8; 32]>,
+    sure: &Sure,
+    context: &Context,
+) -> Result<(), Failure> {
     let connection = context.connect().await?;
     let content_sha256 = match content {
         Some(content) => octets(content),
-        None if sure.yes => return Err(Failure::usage("--yes needs --content HEX: what you have looked at, from `kms proposal show`")),
+        None if sure.yes => {
+            return Err(Failure::usage("--yes needs --content HEX: what you have looked at, from `kms proposal show`"));
+        }
         None => {
             let known = load(&connection, proposal).await?;
             eprintln!("{}", proposal_text(&known));
@@ -86,7 +105,11 @@ async fn approve(proposal: ProposalId, content: Option<[u8; 32]>, sure: &Sure, c
             known.content_sha256
         }
     };
-    let request = proto::ApproveProposalRequest { request_id: request_id(), proposal_id: octets(proposal.octets()), content_sha256 };
+    let request = proto::ApproveProposalRequest {
+        request_id: request_id(),
+        proposal_id: octets(proposal.octets()),
+        content_sha256,
+    };
     show(&waiting("approving", connection.proposals().approve_proposal(request)).await?.into_inner(), context);
     Ok(())
 }
@@ -115,7 +138,10 @@ fn proposal_text(proposal: &proto::Proposal) -> String {
             ("security setup", output::obis(&raise.security_setup)),
             ("key", format!("{} version {}", raise.key_type, raise.key_version)),
             ("client title", output::octets(&raise.client_title)),
-            ("lowest counter", format!("{}; {} are left", number(raise.to.into()), number((1 << 32) - u64::from(raise.to)))),
+            (
+                "lowest counter",
+                format!("{}; {} are left", number(raise.to.into()), number((1 << 32) - u64::from(raise.to))),
+            ),
         ]),
         Some(proto::proposal::Action::DestroyRoot(root)) => lines.extend([
             ("root", root.kind.clone()),
@@ -130,17 +156,41 @@ fn proposal_text(proposal: &proto::Proposal) -> String {
         ]),
         None => lines.push(("action", "one that a newer client may know: do not approve it".to_owned())),
     }
-    let approvals: Vec<String> = proposal.approvals.iter().map(|approval| format!("{} at {}", approval.person, output::time(approval.time_ms))).collect();
-    let ended = if proposal.ended_ms == 0 { String::new() } else { format!("by {} at {}", proposal.ended_by, output::time(proposal.ended_ms)) };
+    let approvals: Vec<String> = proposal
+        .approvals
+        .iter()
+        .map(|approval| format!("{} at {}", approval.person, output::time(approval.time_ms)))
+        .collect();
+    let ended = if proposal.ended_ms == 0 {
+        String::new()
+    } else {
+        format!("by {} at {}", proposal.ended_by, output::time(proposal.ended_ms))
+    };
     lines.extend([
         ("reason", proposal.reason.clone()),
-        ("made", format!("by {} ({}) at {}", proposal.requester_person, proposal.requester, output::time(proposal.created_ms))),
+        (
+            "made",
+            format!(
+                "by {} ({}) at {}",
+                proposal.requester_person,
+                proposal.requester,
+                output::time(proposal.created_ms)
+            ),
+        ),
         ("expires", output::time(proposal.expires_ms)),
         (
             "approvals",
-            format!("{} of {}: {}", approvals.len(), proposal.quorum, if approvals.is_empty() { "nobody yet".to_owned() } else { approvals.join(", ") }),
+            format!(
+                "{} of {}: {}",
+                approvals.len(),
+                proposal.quorum,
+                if approvals.is_empty() { "nobody yet".to_owned() } else { approvals.join(", ") }
+            ),
         ),
-        ("state", [proposal.state.clone(), ended].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ")),
+        (
+            "state",
+            [proposal.state.clone(), ended].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" "),
+        ),
         ("content SHA-256", hex::encode(&proposal.content_sha256)),
     ]);
     facts(lines)

@@ -71,7 +71,9 @@ pub(crate) async fn run(command: RootsCommand, context: &Context) -> Result<(), 
 }
 
 fn roots_text(answer: &proto::ShowRootsResponse) -> String {
-    let mut rows = Rows::new(&["root", "version", "standing", "made", "fingerprint", "in token", "rotation"]).numbers(&[1]).sentences(&[6]);
+    let mut rows = Rows::new(&["root", "version", "standing", "made", "fingerprint", "in token", "rotation"])
+        .numbers(&[1])
+        .sentences(&[6]);
     for root in &answer.roots {
         let fingerprint = output::octets(&root.fingerprint);
         rows.row([
@@ -91,7 +93,12 @@ fn roots_text(answer: &proto::ShowRootsResponse) -> String {
 fn line(rotation: &proto::RootRotation) -> String {
     let mut parts = vec![rotation.state.clone()];
     if rotation.state != "finished" {
-        parts.push(format!("round {}, {} of about {} looked at", rotation.round, number(rotation.looked), plural(rotation.rows, "meter")));
+        parts.push(format!(
+            "round {}, {} of about {} looked at",
+            rotation.round,
+            number(rotation.looked),
+            plural(rotation.rows, "meter")
+        ));
     }
     parts.push(format!("{} written", plural(rotation.all_changed, "row")));
     if rotation.keys > 0 {
@@ -108,7 +115,8 @@ fn line(rotation: &proto::RootRotation) -> String {
 
 async fn watch(root: RootPurpose, once: bool, context: &Context) -> Result<(), Failure> {
     let mut client = context.connect().await?.roots();
-    let mut stream = client.watch_root_rotation(proto::WatchRootRotationRequest { root: root.to_string() }).await?.into_inner();
+    let mut stream =
+        client.watch_root_rotation(proto::WatchRootRotationRequest { root: root.to_string() }).await?.into_inner();
     let as_json = context.output.is_json();
     let on_terminal = !as_json && !once && std::io::stderr().is_terminal();
     let mut bar = None;
@@ -156,7 +164,8 @@ async fn count(context: &Context) -> Result<(), Failure> {
     context.output.show(
         || json::message("CountRootReferencesResponse", &all),
         || {
-            let mut rows = Rows::new(&["root", "version", "standing", "used by", "needed for"]).numbers(&[1]).sentences(&[4]);
+            let mut rows =
+                Rows::new(&["root", "version", "standing", "used by", "needed for"]).numbers(&[1]).sentences(&[4]);
             for counted in &all.references {
                 let root = roots.roots.iter().find(|root| root.root == counted.root && root.version == counted.version);
                 let used = match counted.root.as_str() {
@@ -165,7 +174,13 @@ async fn count(context: &Context) -> Result<(), Failure> {
                     _ => plural(counted.references, "key version"),
                 };
                 let standing = root.map(|root| root.standing.clone()).unwrap_or_default();
-                rows.row([counted.root.clone(), counted.version.to_string(), standing, used, counted.needed_for.clone()]);
+                rows.row([
+                    counted.root.clone(),
+                    counted.version.to_string(),
+                    standing,
+                    used,
+                    counted.needed_for.clone(),
+                ]);
             }
             format!("{} read\n\n{}", plural(all.rows_read, "row"), rows.text_or("no roots"))
         },

@@ -3,8 +3,8 @@
 use std::{io::Write as _, path::Path};
 
 use kms_client::{
-    Counters, KeyType, OpenOptions, OpenedEnvelope, OpenedGroup, OpenedKey, OpenedMeter, SecuritySetupId, Session, SystemTitle, new_request_id,
-    proto::SessionTerms,
+    Counters, KeyType, OpenOptions, OpenedEnvelope, OpenedGroup, OpenedKey, OpenedMeter, SecuritySetupId, Session,
+    SystemTitle, new_request_id, proto::SessionTerms,
 };
 use kms_domain::SecuritySuite;
 use kms_proto::v1::Purpose;
@@ -22,8 +22,12 @@ use crate::{
 
 pub(crate) async fn run(command: SessionCommand, context: &Context) -> Result<(), Failure> {
     match command {
-        SessionCommand::Open(OpenSession { meter, dedicated_key, terms }) => open(Target::Meter(meter), dedicated_key, terms, context).await,
-        SessionCommand::OpenGroup(OpenGroupSession { group, key_version, terms }) => open(Target::Group(group, key_version), false, terms, context).await,
+        SessionCommand::Open(OpenSession { meter, dedicated_key, terms }) => {
+            open(Target::Meter(meter), dedicated_key, terms, context).await
+        }
+        SessionCommand::OpenGroup(OpenGroupSession { group, key_version, terms }) => {
+            open(Target::Group(group, key_version), false, terms, context).await
+        }
     }
 }
 
@@ -39,7 +43,9 @@ async fn open(target: Target, dedicated_key: bool, arguments: Terms, context: &C
     }
     let profile = context.profile()?;
     let transport_key = match profile.transport_key() {
-        Err(kms_client::ProfileError::NoTransportKey { directory }) => return Err(no_transport_key(&directory, context)),
+        Err(kms_client::ProfileError::NoTransportKey { directory }) => {
+            return Err(no_transport_key(&directory, context));
+        }
         key => key?,
     };
     // Before anything is granted: keys that cannot be written would be exposed for nothing.
@@ -48,7 +54,8 @@ async fn open(target: Target, dedicated_key: bool, arguments: Terms, context: &C
     let (session, written) = match (result, file) {
         (Ok(session), None) => (session, String::new()),
         (Ok(session), Some((path, mut file))) => {
-            file.write_all(&key_file(&session)?).map_err(|error| Failure::failed(format!("cannot write `{}`: {error}", path.display())))?;
+            file.write_all(&key_file(&session)?)
+                .map_err(|error| Failure::failed(format!("cannot write `{}`: {error}", path.display())))?;
             (session, path.display().to_string())
         }
         (Err(failure), file) => {
@@ -70,10 +77,21 @@ async fn open(target: Target, dedicated_key: bool, arguments: Terms, context: &C
 /// Tells which profiles have a transport key: most often the right one was not chosen.
 fn no_transport_key(directory: &Path, context: &Context) -> Failure {
     let state = context.state();
-    let others: Vec<String> = state.profile_names().into_iter().filter(|name| state.profile(name).is_ok_and(|profile| profile.has_transport_key())).collect();
-    let choose = if others.is_empty() { String::new() } else { format!("choose another --profile ({}), or ", others.join(", ")) };
-    Failure::failed(format!("no transport key in `{}`; by the shipped policies only head-ends get keys", directory.display()))
-        .with_hint(format!("{choose}make one with `kms principal register-transport-key`"))
+    let others: Vec<String> = state
+        .profile_names()
+        .into_iter()
+        .filter(|name| state.profile(name).is_ok_and(|profile| profile.has_transport_key()))
+        .collect();
+    let choose = if others.is_empty() {
+        String::new()
+    } else {
+        format!("choose another --profile ({}), or ", others.join(", "))
+    };
+    Failure::failed(format!(
+        "no transport key in `{}`; by the shipped policies only head-ends get keys",
+        directory.display()
+    ))
+    .with_hint(format!("{choose}make one with `kms principal register-transport-key`"))
 }
 
 async fn grant(
@@ -96,8 +114,12 @@ async fn grant(
     let options = if arguments.allow_cbc_expand { OpenOptions::new().allow_cbc_expand() } else { OpenOptions::new() };
     let granted = async {
         match target {
-            Target::Meter(meter) => connection.open_session(transport_key, new_request_id(), *meter, terms, &options).await,
-            Target::Group(group, version) => connection.open_group_session(transport_key, new_request_id(), group, *version, terms, &options).await,
+            Target::Meter(meter) => {
+                connection.open_session(transport_key, new_request_id(), *meter, terms, &options).await
+            }
+            Target::Group(group, version) => {
+                connection.open_group_session(transport_key, new_request_id(), group, *version, terms, &options).await
+            }
         }
     };
     Ok(progress::waiting("waiting for the grant", granted).await?)
@@ -119,7 +141,10 @@ fn session_text(session: &Session) -> String {
     }
     for group in &keys.groups {
         text.push('\n');
-        text.push_str(&keys_text(vec![("group", group.name.clone()), ("number", group.number.to_string())], &Keys::of_group(group)));
+        text.push_str(&keys_text(
+            vec![("group", group.name.clone()), ("number", group.number.to_string())],
+            &Keys::of_group(group),
+        ));
     }
     let rotation = session.rotation.iter().filter_map(rotation_note);
     rotation.for_each(|note| text.push_str(&format!("\n{note}\n")));
@@ -130,11 +155,17 @@ fn session_text(session: &Session) -> String {
 fn rotation_note(rotation: &kms_proto::v1::GroupRotation) -> Option<String> {
     let (group, key, version) = (&rotation.group, &rotation.key_type, rotation.version);
     match rotation.stage.as_str() {
-        "rolling-out" => Some(format!("{key} version {version} is being rolled out: too few members have it to switch (kms group rotation {group})")),
-        "may-switch" => Some(format!("{key} version {version} is being rolled out, and broadcasts may switch to it: kms group switch {group} --to {version}")),
+        "rolling-out" => Some(format!(
+            "{key} version {version} is being rolled out: too few members have it to switch (kms group rotation {group})"
+        )),
+        "may-switch" => Some(format!(
+            "{key} version {version} is being rolled out, and broadcasts may switch to it: kms group switch {group} --to {version}"
+        )),
         "switched" => {
             let former = rotation.former_version;
-            Some(format!("not every member has {key} version {version}: those that are left behind hear version {former} only (--key-version {former})"))
+            Some(format!(
+                "not every member has {key} version {version}: those that are left behind hear version {former} only (--key-version {former})"
+            ))
         }
         _ => None,
     }
@@ -176,7 +207,8 @@ fn keys_text(mut heading: Vec<(&str, String)>, granted: &Keys<'_>) -> String {
     let (client_title, counters) = granted.counters.map_or_else(Default::default, |counters| {
         let first = counters.next().unwrap_or_default();
         let last = u64::from(first) + u64::from(counters.remaining()).saturating_sub(1);
-        let range = format!("{first} to {last}, each once, with {} version {}", granted.counted, counters.key_version());
+        let range =
+            format!("{first} to {last}, each once, with {} version {}", granted.counted, counters.key_version());
         (counters.client_title().to_string(), range)
     });
     heading.extend([
@@ -222,11 +254,17 @@ fn check_value(key: &kms_client::SecretKey) -> Value {
 }
 
 fn meters_json(keys: &OpenedEnvelope, content: &dyn Fn(&kms_client::SecretKey) -> Value) -> Value {
-    keys.meters.iter().map(|meter| keys_json(json!({"meter": meter.meter.to_string()}), &Keys::of_meter(meter), content)).collect()
+    keys.meters
+        .iter()
+        .map(|meter| keys_json(json!({"meter": meter.meter.to_string()}), &Keys::of_meter(meter), content))
+        .collect()
 }
 
 fn groups_json(keys: &OpenedEnvelope, content: &dyn Fn(&kms_client::SecretKey) -> Value) -> Value {
-    keys.groups.iter().map(|group| keys_json(json!({"group": group.name, "number": group.number}), &Keys::of_group(group), content)).collect()
+    keys.groups
+        .iter()
+        .map(|group| keys_json(json!({"group": group.name, "number": group.number}), &Keys::of_group(group), content))
+        .collect()
 }
 
 fn keys_json(mut owner: Value, granted: &Keys<'_>, content: &dyn Fn(&kms_client::SecretKey) -> Value) -> Value {
@@ -260,7 +298,8 @@ fn keys_json(mut owner: Value, granted: &Keys<'_>, content: &dyn Fn(&kms_client:
 /// The session with its keys in plaintext, for the one file that was asked for.
 fn key_file(session: &Session) -> Result<Zeroizing<Vec<u8>>, Failure> {
     let keys = &session.keys;
-    // The JSON value and its text are freed without being wiped: the file itself holds the keys in plaintext.
+    // The JSON value and its text are freed without being wiped: the file itself holds the keys in
+    // plaintext.
     let value = json!({
         "warning": "keys in plaintext: remove this file when the session ends",
         "grant_id": json::octets(&keys.grant_id.octets()),

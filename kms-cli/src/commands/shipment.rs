@@ -40,7 +40,11 @@ async fn import(arguments: ImportShipment, context: &Context) -> Result<(), Fail
     let signature = read(&signature_file).map_err(|failure| failure.while_doing("signature"))?;
     let file = LocalFile::open(&arguments.file)?;
     // Before anything is imported: a report that cannot be written would be lost.
-    let mut report = arguments.report.as_deref().map(|path| create(path, false).map(|file| (path, io::BufWriter::new(file)))).transpose()?;
+    let mut report = arguments
+        .report
+        .as_deref()
+        .map(|path| create(path, false).map(|file| (path, io::BufWriter::new(file))))
+        .transpose()?;
     let connection = context.connect().await?;
     let start = proto::UploadShipmentStart {
         file_sha256: octets(file.sha256),
@@ -55,17 +59,22 @@ async fn import(arguments: ImportShipment, context: &Context) -> Result<(), Fail
     let shipment = import_uploaded(&connection, &file, &arguments, &mut |step| {
         // A call that goes on after a broken one tells again what that one told.
         let refused_lines: Vec<_> = step.refused_lines.iter().filter(|line| told.refused.insert(line.line)).collect();
-        let duplicate_keys: Vec<_> =
-            step.duplicate_keys.iter().filter(|key| told.duplicates.insert((key.line, key.security_setup.clone(), key.key_type.clone()))).collect();
+        let duplicate_keys: Vec<_> = step
+            .duplicate_keys
+            .iter()
+            .filter(|key| told.duplicates.insert((key.line, key.security_setup.clone(), key.key_type.clone())))
+            .collect();
         let room = LINES_SHOWN.saturating_sub(shown_duplicates.len());
         shown_duplicates.extend(duplicate_keys.iter().take(room).map(|key| (*key).clone()));
         let room = LINES_SHOWN.saturating_sub(shown.len());
         shown.extend(refused_lines.iter().take(room).map(|line| (*line).clone()));
         if let Some((path, report)) = &mut report {
             let refused = refused_lines.iter().map(|line| json!({"refused_line": json::message("RefusedLine", *line)}));
-            let duplicates = duplicate_keys.iter().map(|key| json!({"duplicate_key": json::message("DuplicateKey", *key)}));
+            let duplicates =
+                duplicate_keys.iter().map(|key| json!({"duplicate_key": json::message("DuplicateKey", *key)}));
             for line in refused.chain(duplicates) {
-                writeln!(report, "{line}").map_err(|error| Failure::failed(format!("cannot write `{}`: {error}", path.display())))?;
+                writeln!(report, "{line}")
+                    .map_err(|error| Failure::failed(format!("cannot write `{}`: {error}", path.display())))?;
             }
         }
         Ok(())
@@ -108,30 +117,61 @@ async fn import(arguments: ImportShipment, context: &Context) -> Result<(), Fail
     );
     match shipment.state.as_str() {
         "imported" if shipment.refused == 0 && shipment.duplicates == 0 => Ok(()),
-        "imported" if shipment.refused == 0 => Err(Failure::partly(format!("all is imported, and {} of another meter's", duplicates_of(&shipment)))
-            .with_hint("ask the vendor for new keys, or rotate them: `kms campaign create NAME --rotate GUEK --batch BATCH`")),
+        "imported" if shipment.refused == 0 => Err(Failure::partly(format!(
+            "all is imported, and {} of another meter's",
+            duplicates_of(&shipment)
+        ))
+        .with_hint(
+            "ask the vendor for new keys, or rotate them: `kms campaign create NAME --rotate GUEK --batch BATCH`",
+        )),
         "imported" => {
-            let duplicates = if shipment.duplicates == 0 { String::new() } else { format!("; {} of another meter's", duplicates_of(&shipment)) };
-            Err(Failure::partly(format!("{} refused, the others are imported{duplicates}", plural(shipment.refused, "line"))))
+            let duplicates = if shipment.duplicates == 0 {
+                String::new()
+            } else {
+                format!("; {} of another meter's", duplicates_of(&shipment))
+            };
+            Err(Failure::partly(format!(
+                "{} refused, the others are imported{duplicates}",
+                plural(shipment.refused, "line")
+            )))
         }
-        "refused" => Err(Failure::failed(format!("the shipment was refused as a whole, nothing was imported: {}", shipment.refusal))),
-        state => Err(Failure::failed(format!("the import ended in state `{state}`: the same command again takes it up"))),
+        "refused" => Err(Failure::failed(format!(
+            "the shipment was refused as a whole, nothing was imported: {}",
+            shipment.refusal
+        ))),
+        state => {
+            Err(Failure::failed(format!("the import ended in state `{state}`: the same command again takes it up")))
+        }
     }
 }
 
 fn duplicates_of(shipment: &proto::Shipment) -> String {
-    format!("{} the value", if shipment.duplicates == 1 { "1 key has".to_owned() } else { format!("{} keys have", number(shipment.duplicates)) })
+    format!(
+        "{} the value",
+        if shipment.duplicates == 1 {
+            "1 key has".to_owned()
+        } else {
+            format!("{} keys have", number(shipment.duplicates))
+        }
+    )
 }
 
 fn duplicates_text(duplicates: &[proto::DuplicateKey]) -> String {
     let mut rows = Rows::new(&["line", "meter", "setup", "key", "as meter"]).numbers(&[0]);
     for key in duplicates {
-        rows.row([key.line.to_string(), output::octets(&key.meter), output::obis(&key.security_setup), key.key_type.clone(), output::octets(&key.other_meter)]);
+        rows.row([
+            key.line.to_string(),
+            output::octets(&key.meter),
+            output::obis(&key.security_setup),
+            key.key_type.clone(),
+            output::octets(&key.other_meter),
+        ]);
     }
     rows.text_or("")
 }
 
-/// What the server has told of the import: refused lines, and duplicate keys by line, security setup and key type.
+/// What the server has told of the import: refused lines, and duplicate keys by line, security
+/// setup and key type.
 #[derive(Default)]
 struct Told {
     refused: HashSet<u64>,
@@ -202,10 +242,17 @@ impl LocalFile {
         }
     }
 
-    async fn upload_rest(&self, connection: &Connection, start: &proto::UploadShipmentStart, bar: &ProgressBar) -> Result<(), UploadError> {
-        let known = connection.shipments().get_shipment(proto::GetShipmentRequest { file_sha256: octets(self.sha256) }).await;
+    async fn upload_rest(
+        &self,
+        connection: &Connection,
+        start: &proto::UploadShipmentStart,
+        bar: &ProgressBar,
+    ) -> Result<(), UploadError> {
+        let known =
+            connection.shipments().get_shipment(proto::GetShipmentRequest { file_sha256: octets(self.sha256) }).await;
         let received = match known {
-            // An upload that ended is complete, unless the file was refused: it may come again, with the right signature.
+            // An upload that ended is complete, unless the file was refused: it may come again,
+            // with the right signature.
             Ok(shipment) if !matches!(shipment.get_ref().state.as_str(), "" | "uploading" | "refused") => return Ok(()),
             Ok(shipment) => shipment.get_ref().received,
             Err(status) if status.code() == Code::NotFound => 0,
@@ -222,7 +269,8 @@ impl LocalFile {
             tokio::task::spawn_blocking(move || send_octets(&path, received, start, &sender, &bar))
         };
         let answer = connection.shipments().upload_shipment(ReceiverStream::new(receiver)).await;
-        // A reader whose channel has closed ends by itself; its own error tells more than the cut stream.
+        // A reader whose channel has closed ends by itself; its own error tells more than the cut
+        // stream.
         match reading.await {
             Ok(Err(error)) if error.kind() != io::ErrorKind::BrokenPipe => {
                 return Err(UploadError::File(format!("cannot read `{}`: {error}", self.path.display())));
@@ -288,7 +336,10 @@ async fn import_uploaded(
     each: &mut dyn FnMut(&proto::ImportShipmentResponse) -> Result<(), Failure>,
 ) -> Result<proto::Shipment, Failure> {
     let retry = RetryPolicy::default();
-    let request = proto::ImportShipmentRequest { file_sha256: octets(file.sha256), head_end: super::text(arguments.head_end.as_ref()) };
+    let request = proto::ImportShipmentRequest {
+        file_sha256: octets(file.sha256),
+        head_end: super::text(arguments.head_end.as_ref()),
+    };
     let mut bar = progress::spinner("verifying signature, digest and count");
     let (mut counting, mut failures) = (false, 0);
     let mut last = proto::Shipment::default();
@@ -331,7 +382,11 @@ async fn import_uploaded(
                 bar.finish_and_clear();
                 let may_go_on = error.is_unavailable();
                 let failure = Failure::from(error).while_doing("import");
-                return Err(if may_go_on { failure.with_hint("the same command again goes on where it stopped") } else { failure });
+                return Err(if may_go_on {
+                    failure.with_hint("the same command again goes on where it stopped")
+                } else {
+                    failure
+                });
             }
         }
     }
@@ -356,14 +411,27 @@ impl From<Failure> for ImportError {
 
 async fn list(context: &Context) -> Result<(), Failure> {
     let mut client = context.connect().await?.shipments();
-    let answer = progress::waiting("reading shipments", client.list_shipments(proto::ListShipmentsRequest {})).await?.into_inner();
+    let answer = progress::waiting("reading shipments", client.list_shipments(proto::ListShipmentsRequest {}))
+        .await?
+        .into_inner();
     context.output.show(
         || json::message("ListShipmentsResponse", &answer),
         || {
-            let mut rows = Rows::new(&["SHA-256", "batch", "manufacturer", "state", "devices", "imported", "unchanged", "refused", "duplicates"])
-                .numbers(&[4, 5, 6, 7, 8]);
+            let mut rows = Rows::new(&[
+                "SHA-256",
+                "batch",
+                "manufacturer",
+                "state",
+                "devices",
+                "imported",
+                "unchanged",
+                "refused",
+                "duplicates",
+            ])
+            .numbers(&[4, 5, 6, 7, 8]);
             for shipment in &answer.shipments {
-                // Enough of the digest for `kms shipment show`, which tells the rest; the name says who of the manufacturers.
+                // Enough of the digest for `kms shipment show`, which tells the rest; the name says
+                // who of the manufacturers.
                 let manufacturer = shipment.manufacturer.rsplit(':').next().unwrap_or_default();
                 rows.row([
                     output::octets(shipment.file_sha256.get(..SHOWN_OF_DIGEST).unwrap_or(&shipment.file_sha256)),
@@ -389,18 +457,36 @@ async fn show(name: &str, context: &Context) -> Result<(), Failure> {
         Ok(digest) if digest.len() == 32 => Some(digest),
         _ if Path::new(name).exists() => Some(LocalFile::open(Path::new(name))?.sha256.to_vec()),
         _ if is_hex && (FEWEST_DIGITS..64).contains(&name.len()) => None,
-        _ => return Err(Failure::usage(format!("SHA256|FILE: `{name}` is neither {FEWEST_DIGITS} to 64 hex digits nor a file"))),
+        _ => {
+            return Err(Failure::usage(format!(
+                "SHA256|FILE: `{name}` is neither {FEWEST_DIGITS} to 64 hex digits nor a file"
+            )));
+        }
     };
     let mut client = context.connect().await?.shipments();
     let file_sha256 = match whole {
         Some(digest) => digest.into(),
         None => {
-            let known = progress::waiting("reading shipments", client.list_shipments(proto::ListShipmentsRequest {})).await?.into_inner().shipments;
-            let mut matching = known.into_iter().map(|shipment| shipment.file_sha256).filter(|digest| output::octets(digest).starts_with(&name.to_uppercase()));
+            let known = progress::waiting("reading shipments", client.list_shipments(proto::ListShipmentsRequest {}))
+                .await?
+                .into_inner()
+                .shipments;
+            let mut matching = known
+                .into_iter()
+                .map(|shipment| shipment.file_sha256)
+                .filter(|digest| output::octets(digest).starts_with(&name.to_uppercase()));
             match (matching.next(), matching.next()) {
                 (Some(digest), None) => digest,
-                (None, _) => return Err(Failure::failed(format!("no shipment whose SHA-256 begins with `{name}`: `kms shipment list` shows them"))),
-                (Some(_), Some(_)) => return Err(Failure::usage(format!("more than one shipment begins with `{name}`: give more digits"))),
+                (None, _) => {
+                    return Err(Failure::failed(format!(
+                        "no shipment whose SHA-256 begins with `{name}`: `kms shipment list` shows them"
+                    )));
+                }
+                (Some(_), Some(_)) => {
+                    return Err(Failure::usage(format!(
+                        "more than one shipment begins with `{name}`: give more digits"
+                    )));
+                }
             }
         }
     };

@@ -7,7 +7,12 @@ use std::{
 
 fn kms(directory: &Path, arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kms"));
-    command.args(arguments).current_dir(directory).env_remove("KMS_PROFILE").env_remove("KMS_STATE").env("NO_COLOR", "1");
+    command
+        .args(arguments)
+        .current_dir(directory)
+        .env_remove("KMS_PROFILE")
+        .env_remove("KMS_STATE")
+        .env("NO_COLOR", "1");
     command.output().unwrap()
 }
 
@@ -26,7 +31,10 @@ fn wrong_values_are_refused_before_the_network_with_the_field_named() {
         (&["session", "open", "4B414D0000000001", "--key-types", "GUEK,GEK"], "--key-types"),
         (&["session", "open", "4B414D0000000001", "--purpose", "fun"], "--purpose"),
         (&["session", "open", "4B414D0000000001", "--counters", "5"], "--client-title"),
-        (&["session", "open", "4B414D0000000001", "--client-title", "4D4D4D0000000001", "--counters", "1000001"], "--counters"),
+        (
+            &["session", "open", "4B414D0000000001", "--client-title", "4D4D4D0000000001", "--counters", "1000001"],
+            "--counters",
+        ),
         (&["session", "open", "4B414D0000000001", "--security-setup", "0.0.43.0.0.254"], "--security-setup"),
         (&["meter", "show", "1"], "<METER>"),
         (&["meter", "list", "--manufacturer", "kam"], "--manufacturer"),
@@ -35,12 +43,28 @@ fn wrong_values_are_refused_before_the_network_with_the_field_named() {
         (&["meter", "assign", "4B414D0000000001", "--head-end", "urn:meterkms:dev:king:hes"], "--head-end"),
         (&["meter", "assign", "--head-end", "urn:meterkms:dev:head-end:hes-1"], "which meters"),
         (&["meter", "adopt", "4B414D0000000001", "--floor", "1"], "--client-title"),
-        (&["meter", "adopt", "4B414D0000000001", "--client-title", "4D4D4D0000000001", "--floor", "4294967296"], "--floor"),
+        (
+            &["meter", "adopt", "4B414D0000000001", "--client-title", "4D4D4D0000000001", "--floor", "4294967296"],
+            "--floor",
+        ),
         (&["meter", "retire", "4B414D0000000001"], "--reason"),
         (&["meter", "retire", "4B414D0000000001", "--reason", ""], "--reason"),
         (&["meter", "retire", "4B414D0000000001", "--reason", "gone"], "--yes"),
         (&["shipment", "import", "x"], "--manufacturer"),
-        (&["meter", "enrol", "4B414D00000F0001", "--manufacturer", "KAM", "--device-profile", "generic-suite0", "--batch", "lab"], "--serial"),
+        (
+            &[
+                "meter",
+                "enrol",
+                "4B414D00000F0001",
+                "--manufacturer",
+                "KAM",
+                "--device-profile",
+                "generic-suite0",
+                "--batch",
+                "lab",
+            ],
+            "--serial",
+        ),
         (&["meter", "list", "--unassigned", "--assigned-to", "urn:meterkms:dev:head-end:hes-1"], "--unassigned"),
         (&["shipment", "show", "abc"], "SHA256|FILE"),
         (&["shipment", "make-sample", "--devices", "0", "--out", "x"], "--devices"),
@@ -130,20 +154,47 @@ fn a_sample_shipment_is_made_without_a_server_and_openssl_accepts_its_signature(
     use std::os::unix::fs::PermissionsExt as _;
     let directory = tempfile::tempdir().unwrap();
     let openssl = |arguments: &[&str]| {
-        let output = Command::new("openssl").args(arguments).current_dir(directory.path()).output().expect("`apt-get install openssl` (tests/run does it)");
+        let output = Command::new("openssl")
+            .args(arguments)
+            .current_dir(directory.path())
+            .output()
+            .expect("`apt-get install openssl` (tests/run does it)");
         assert!(output.status.success(), "{}", text(&output.stderr));
     };
     openssl(&["genrsa", "-out", "transport.pem", "2048"]);
     openssl(&["rsa", "-in", "transport.pem", "-pubout", "-out", "transport.pub.pem"]);
-    let arguments = ["--output", "json", "shipment", "make-sample", "--devices", "2500", "--out", "B-1.jsonl", "--transport-key", "transport.pub.pem"];
+    let arguments = [
+        "--output",
+        "json",
+        "shipment",
+        "make-sample",
+        "--devices",
+        "2500",
+        "--out",
+        "B-1.jsonl",
+        "--transport-key",
+        "transport.pub.pem",
+    ];
     let output = kms(directory.path(), &arguments);
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert!(text(&output.stderr).contains("PLAINTEXT"));
     let result: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(result["devices"], 2500);
-    openssl(&["dgst", "-sha256", "-verify", "B-1.jsonl.vendor-key.pub.pem", "-signature", "B-1.jsonl.sig", "B-1.jsonl"]);
+    openssl(&[
+        "dgst",
+        "-sha256",
+        "-verify",
+        "B-1.jsonl.vendor-key.pub.pem",
+        "-signature",
+        "B-1.jsonl.sig",
+        "B-1.jsonl",
+    ]);
     for private in ["B-1.jsonl.devices.jsonl", "B-1.jsonl.vendor-key.pem"] {
-        assert_eq!(std::fs::metadata(directory.path().join(private)).unwrap().permissions().mode() & 0o777, 0o600, "{private}");
+        assert_eq!(
+            std::fs::metadata(directory.path().join(private)).unwrap().permissions().mode() & 0o777,
+            0o600,
+            "{private}"
+        );
     }
     let shipment = std::fs::read_to_string(directory.path().join("B-1.jsonl")).unwrap();
     let devices = std::fs::read_to_string(directory.path().join("B-1.jsonl.devices.jsonl")).unwrap();

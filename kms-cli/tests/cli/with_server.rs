@@ -38,8 +38,14 @@ fn tables_and_json_show_meters() {
     assert_eq!((&json["total"], &json["meters"][0]["meter"]), (&Value::from(1), &Value::from(METER)));
 
     let shown = text(&server.kms(&["meter", "show", METER]).stdout);
-    let words = ["GUEK", "active", "diversified", "hes-1 since 2026-11-21T08:00:00Z", "4D4D4D0000000001", "this system"];
-    let states = ["GUEK version 2, has left", "3: deliver", "in doubt: the meter holds GUEK version 1 or 2", "compromised, rotation needed"];
+    let words =
+        ["GUEK", "active", "diversified", "hes-1 since 2026-11-21T08:00:00Z", "4D4D4D0000000001", "this system"];
+    let states = [
+        "GUEK version 2, has left",
+        "3: deliver",
+        "in doubt: the meter holds GUEK version 1 or 2",
+        "compromised, rotation needed",
+    ];
     for words in words.into_iter().chain(states) {
         assert!(shown.contains(words), "{shown}");
     }
@@ -55,7 +61,8 @@ fn refusals_and_outages_have_their_exit_codes() {
     let output = server.kms(&["meter", "retire", METER, "--reason", "gone", "--yes"]);
     assert_eq!(output.status.code(), Some(4));
     assert!(text(&output.stderr).contains("try again in 2.0 s"), "{}", text(&output.stderr));
-    let output = server.kms(&["meter", "assign", METER, "4B414D0000000002", "--head-end", "urn:meterkms:dev:head-end:hes-1"]);
+    let output =
+        server.kms(&["meter", "assign", METER, "4B414D0000000002", "--head-end", "urn:meterkms:dev:head-end:hes-1"]);
     assert_eq!(output.status.code(), Some(5));
     assert!(text(&output.stdout).contains("no such meter for you"), "{}", text(&output.stdout));
     let output = server.kms(&["meter", "assign", "--batch", "B-1", "--to-nobody"]);
@@ -66,7 +73,10 @@ fn refusals_and_outages_have_their_exit_codes() {
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stdout).contains("stale"));
     // Nothing listens.
-    drop(std::fs::write(server.profile().directory().join("profile.toml"), "server = '127.0.0.1:1'\nserver_name = 'localhost'\n"));
+    drop(std::fs::write(
+        server.profile().directory().join("profile.toml"),
+        "server = '127.0.0.1:1'\nserver_name = 'localhost'\n",
+    ));
     let output = server.kms(&["principal", "whoami"]);
     assert_eq!(output.status.code(), Some(4));
     assert!(text(&output.stderr).contains("nothing listens there"), "{}", text(&output.stderr));
@@ -75,7 +85,19 @@ fn refusals_and_outages_have_their_exit_codes() {
 #[test]
 fn a_campaign_is_looked_at_before_it_is_stored_and_approved_by_its_content() {
     let server = Server::start();
-    let create = ["campaign", "create", "spring", "--rotate", "GUEK", "--batch", "B-1", "--meter", METER, "--window", "mon-fri 22:00-05:00"];
+    let create = [
+        "campaign",
+        "create",
+        "spring",
+        "--rotate",
+        "GUEK",
+        "--batch",
+        "B-1",
+        "--meter",
+        METER,
+        "--window",
+        "mon-fri 22:00-05:00",
+    ];
     let output = server.kms(&create);
     let shown = text(&output.stdout);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
@@ -107,7 +129,8 @@ fn a_campaign_is_watched_and_reported() {
     let server = Server::start();
     let id = "01939e7e-7c1b-7000-8000-000000000001";
     let watched = text(&server.kms(&["campaign", "watch", id]).stdout);
-    for words in ["running: 0 of 20", "finished: 2 of 20", "4 a minute", "2 minutes left", "no answer: 1", "under way"] {
+    for words in ["running: 0 of 20", "finished: 2 of 20", "4 a minute", "2 minutes left", "no answer: 1", "under way"]
+    {
         assert!(watched.contains(words), "{words}: {watched}");
     }
     let once = text(&server.kms(&["campaign", "watch", id, "--once"]).stdout);
@@ -122,16 +145,22 @@ fn a_campaign_is_watched_and_reported() {
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let page = std::fs::read_to_string(server.directory.path().join("report.html")).unwrap();
     assert!(page.starts_with("<!doctype html>") && page.contains("<svg") && page.contains(METER));
-    let json: Value = serde_json::from_slice(&std::fs::read(server.directory.path().join("report.json")).unwrap()).unwrap();
+    let json: Value =
+        serde_json::from_slice(&std::fs::read(server.directory.path().join("report.json")).unwrap()).unwrap();
     assert_eq!(json["tasks"][0]["meter"], Value::from(METER));
     // What a take-over came to, by batch.
     let accepted = text(&server.kms(&["campaign", "report", id, "--acceptance"]).stdout);
-    for words in ["1 of 2 meters have only keys", "B-1", "1 by a local visit", "not healed against recorded traffic", "vendor"] {
+    for words in
+        ["1 of 2 meters have only keys", "B-1", "1 by a local visit", "not healed against recorded traffic", "vendor"]
+    {
         assert!(accepted.contains(words), "{words}: {accepted}");
     }
     let accepted = server.kms(&["--output", "json", "campaign", "report", id, "--acceptance"]);
     let accepted: Value = serde_json::from_slice(&accepted.stdout).unwrap();
-    assert_eq!((&accepted["acceptance"]["healed"], &accepted["acceptance"]["batches"][0]["keys"]["not_healed"]), (&Value::from(1), &Value::from(1)));
+    assert_eq!(
+        (&accepted["acceptance"]["healed"], &accepted["acceptance"]["batches"][0]["keys"]["not_healed"]),
+        (&Value::from(1), &Value::from(1))
+    );
     // What is there already is not overwritten.
     assert_eq!(server.kms(&["campaign", "report", id, "--html", "report.html"]).status.code(), Some(1));
 }
@@ -179,7 +208,10 @@ fn a_session_shows_no_key_and_writes_them_only_where_asked() {
         assert!(!all.contains(&hex::encode_upper(GUEK)) && !all.contains(&hex::encode_upper(GAK)));
     }
     let json: Value = serde_json::from_slice(&json.stdout).unwrap();
-    assert_eq!((&json["meters"][0]["lease"]["first"], &json["meters"][0]["meter"]), (&Value::from(1001), &Value::from(METER)));
+    assert_eq!(
+        (&json["meters"][0]["lease"]["first"], &json["meters"][0]["meter"]),
+        (&Value::from(1001), &Value::from(METER))
+    );
     // A file that is there is not overwritten, and nothing is granted for it.
     let granted = server.recorded("open_session");
     assert_eq!(server.kms(&["session", "open", METER, "--write-keys", "session.json"]).status.code(), Some(1));
@@ -194,13 +226,23 @@ fn a_shipment_is_uploaded_imported_and_its_refused_lines_are_reported() {
     std::fs::write(server.directory.path().join("B-1.jsonl.sig"), b"signature").unwrap();
     // A part has arrived before.
     server.shared.lock().unwrap().uploaded = content[..1_000_000].to_vec();
-    let arguments = ["shipment", "import", "B-1.jsonl", "--manufacturer", "urn:meterkms:dev:manufacturer:kam", "--report", "report.jsonl"];
+    let arguments = [
+        "shipment",
+        "import",
+        "B-1.jsonl",
+        "--manufacturer",
+        "urn:meterkms:dev:manufacturer:kam",
+        "--report",
+        "report.jsonl",
+    ];
     let output = server.kms(&arguments);
     assert_eq!(output.status.code(), Some(5), "{}", text(&output.stderr));
     assert!(server.shared.lock().unwrap().uploaded == content);
     let shown = text(&output.stdout);
     let of_keys = ["keys that another meter has too", "4B414D0000000032", "0.0.43.0.0.255", "4B414D0000000007"];
-    for words in ["keys[0].wrapped", "refused lines", "and 10 more, all in the report file", "999"].into_iter().chain(of_keys) {
+    for words in
+        ["keys[0].wrapped", "refused lines", "and 10 more, all in the report file", "999"].into_iter().chain(of_keys)
+    {
         assert!(shown.contains(words), "{shown}");
     }
     assert!(text(&output.stderr).contains("1 key has the value of another meter's"), "{}", text(&output.stderr));
@@ -208,9 +250,21 @@ fn a_shipment_is_uploaded_imported_and_its_refused_lines_are_reported() {
     assert_eq!(report.lines().count(), 31);
     let first: Value = serde_json::from_str(report.lines().next().unwrap()).unwrap();
     assert_eq!(first["refused_line"]["line"], 2);
-    let output = server.kms(&["--output", "json", "shipment", "import", "B-1.jsonl", "--manufacturer", "urn:meterkms:dev:manufacturer:kam"]);
+    let output = server.kms(&[
+        "--output",
+        "json",
+        "shipment",
+        "import",
+        "B-1.jsonl",
+        "--manufacturer",
+        "urn:meterkms:dev:manufacturer:kam",
+    ]);
     let answer: Value = serde_json::from_str(&text(&output.stdout)).unwrap();
-    assert_eq!((&answer["duplicate_keys"][0]["line"], &answer["duplicate_keys"][0]["key_type"]), (&Value::from(50), &Value::from("GUEK")), "{answer}");
+    assert_eq!(
+        (&answer["duplicate_keys"][0]["line"], &answer["duplicate_keys"][0]["key_type"]),
+        (&Value::from(50), &Value::from("GUEK")),
+        "{answer}"
+    );
 }
 
 #[test]
@@ -237,31 +291,45 @@ fn groups_and_device_types_have_keys_of_their_own() {
     let group = shown(&["group", "show", "north"]);
     assert!(group.contains("GBEK") && group.contains("pre-active"), "{group}");
     let rotation = shown(&["group", "rotation", "north", "--behind"]);
-    for words in ["rolling out", "1,000   25 %", "[##########", "95 %", "member-left", METER, "in-service", "not begun"] {
+    for words in ["rolling out", "1,000   25 %", "[##########", "95 %", "member-left", METER, "in-service", "not begun"]
+    {
         assert!(rotation.contains(words), "{words}: {rotation}");
     }
     let json = shown(&["--output", "json", "group", "rotation", "north"]);
     assert!(json.contains("\"acknowledged\": 1000") && json.contains("\"stage\": \"rolling-out\""), "{json}");
-    assert!(shown(&["group", "switch", "north", "--to", "2", "--early", "--reason", "stolen", "--yes"]).contains("switched: the former version"));
+    assert!(
+        shown(&["group", "switch", "north", "--to", "2", "--early", "--reason", "stolen", "--yes"])
+            .contains("switched: the former version")
+    );
     assert_eq!(server.kms(&["group", "switch", "north", "--to", "2", "--yes"]).status.code(), Some(1));
-    assert_eq!(server.kms(&["group", "switch", "north", "--to", "2", "--early", "--yes"]).status.code(), Some(2), "without a reason");
+    assert_eq!(
+        server.kms(&["group", "switch", "north", "--to", "2", "--early", "--yes"]).status.code(),
+        Some(2),
+        "without a reason"
+    );
     assert!(shown(&["group", "set", "north", "--switch-at", "98"]).contains("98 % of its members"));
     assert!(shown(&["group", "add-members", "north", "--meter", METER]).contains("1 meter put into the group"));
-    let gone = shown(&["group", "remove-members", "north", "--meter", METER, "--compromised", "--reason", "opened", "--yes"]);
+    let gone =
+        shown(&["group", "remove-members", "north", "--meter", METER, "--compromised", "--reason", "opened", "--yes"]);
     assert!(gone.contains("1 meter taken out of the group"), "{gone}");
     let made = shown(&["group", "key", "create", "north", "--type", "GBEK"]);
     assert!(made.contains("pre-active, generated") && made.contains("rotation"), "{made}");
-    let made = shown(&["group", "key", "create", "north", "--type", "GBEK", "--setup", "0.0.43.0.0.255", "--held-by-meters"]);
+    let made =
+        shown(&["group", "key", "create", "north", "--type", "GBEK", "--setup", "0.0.43.0.0.255", "--held-by-meters"]);
     assert!(made.contains("active, generated") && !made.contains("rotation"), "{made}");
     let json = shown(&["--output", "json", "group", "key", "create", "north", "--type", "GBEK"]);
     assert_eq!(serde_json::from_str::<Value>(&json).unwrap()["version"]["state"], "pre-active");
     assert_eq!(server.kms(&["group", "show", "North"]).status.code(), Some(2));
 
-    let added = shown(&["device-type", "add", "kam-gateway", "--manufacturer", "KAM", "--device-profile", "gateway-suite0"]);
+    let added =
+        shown(&["device-type", "add", "kam-gateway", "--manufacturer", "KAM", "--device-profile", "gateway-suite0"]);
     assert!(added.contains("kam-gateway") && added.contains("gateway-suite0"), "{added}");
     assert!(shown(&["device-type", "list"]).contains("no device types"));
     assert_eq!(server.kms(&["device-type", "show", "kam-gateway"]).status.code(), Some(1));
-    assert!(shown(&["device-type", "key", "create", "kam-gateway", "--type", "FIRMWARE"]).contains("FIRMWARE version 1 of kam-gateway"));
+    assert!(
+        shown(&["device-type", "key", "create", "kam-gateway", "--type", "FIRMWARE"])
+            .contains("FIRMWARE version 1 of kam-gateway")
+    );
 
     assert_eq!(server.kms(&["principal", "register-transport-key"]).status.code(), Some(0));
     let refused = server.kms(&["session", "open-group", "north"]);
@@ -296,16 +364,25 @@ impl Server {
         let ca_certificate = ca.self_signed(&ca_key).unwrap();
         let authority = Arc::new(Authority { issuer: Issuer::new(ca, ca_key), root: ca_certificate.der().to_vec() });
         let server_key = KeyPair::generate().unwrap();
-        let server_certificate = CertificateParams::new(["localhost".to_owned()]).unwrap().signed_by(&server_key, &authority.issuer).unwrap();
+        let server_certificate = CertificateParams::new(["localhost".to_owned()])
+            .unwrap()
+            .signed_by(&server_key, &authority.issuer)
+            .unwrap();
         let mut roots = rustls::RootCertStore::empty();
         roots.add(ca_certificate.der().clone()).unwrap();
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let clients = rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider)).build().unwrap();
+        let clients =
+            rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+                .build()
+                .unwrap();
         let mut tls = rustls::ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])
             .unwrap()
             .with_client_cert_verifier(clients)
-            .with_single_cert(vec![server_certificate.der().clone()], rustls_pki_types::PrivateKeyDer::try_from(server_key.serialize_der()).unwrap())
+            .with_single_cert(
+                vec![server_certificate.der().clone()],
+                rustls_pki_types::PrivateKeyDer::try_from(server_key.serialize_der()).unwrap(),
+            )
             .unwrap();
         tls.alpn_protocols = vec![b"h2".to_vec()];
 
@@ -352,7 +429,13 @@ impl Server {
 
     fn kms(&self, arguments: &[&str]) -> Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kms"));
-        command.args(arguments).current_dir(self.directory.path()).env_remove("KMS_PROFILE").env_remove("KMS_STATE").output().unwrap()
+        command
+            .args(arguments)
+            .current_dir(self.directory.path())
+            .env_remove("KMS_PROFILE")
+            .env_remove("KMS_STATE")
+            .output()
+            .unwrap()
     }
 
     fn profile(&self) -> Profile {
@@ -403,9 +486,20 @@ impl meter_service_server::MeterService for Mock {
             return Err(Status::permission_denied("showMeter is not permitted"));
         }
         let exposure = Exposure { party: "hes-1".into(), since_ms: 1_795_248_000_000, reason: "grant".into() };
-        let version =
-            KeyVersion { number: 1, state: "active".into(), origin: "diversified".into(), candidate: true, exposures: vec![exposure], ..Default::default() };
-        let counter = Counter { client_title: hex::decode("4D4D4D0000000001").unwrap().into(), key_version: 1, reserved_below: 2001, ..Default::default() };
+        let version = KeyVersion {
+            number: 1,
+            state: "active".into(),
+            origin: "diversified".into(),
+            candidate: true,
+            exposures: vec![exposure],
+            ..Default::default()
+        };
+        let counter = Counter {
+            client_title: hex::decode("4D4D4D0000000001").unwrap().into(),
+            key_version: 1,
+            reserved_below: 2001,
+            ..Default::default()
+        };
         let setup = SecuritySetup {
             obis: vec![0, 0, 43, 0, 0, 255].into(),
             slots: vec![KeySlot {
@@ -426,7 +520,13 @@ impl meter_service_server::MeterService for Mock {
             not_after_ms: 1_795_248_000_000,
             ..Default::default()
         };
-        let meter = Meter { summary: Some(summary()), security_setups: vec![setup], generation: 3, transfer: Some(transfer), ..Default::default() };
+        let meter = Meter {
+            summary: Some(summary()),
+            security_setups: vec![setup],
+            generation: 3,
+            transfer: Some(transfer),
+            ..Default::default()
+        };
         Ok(Response::new(meter))
     }
 
@@ -488,7 +588,10 @@ impl principal_service_server::PrincipalService for Mock {
         nothing()
     }
 
-    async fn register_transport_key(&self, request: Request<RegisterTransportKeyRequest>) -> Answer<PrincipalCertificate> {
+    async fn register_transport_key(
+        &self,
+        request: Request<RegisterTransportKeyRequest>,
+    ) -> Answer<PrincipalCertificate> {
         let issued = self.authority.certify(PRINCIPAL, &request.get_ref().certificate_request);
         let mut shared = self.shared.lock().unwrap();
         shared.transport_certificate = issued.certificate.to_vec();
@@ -550,7 +653,11 @@ impl shipment_service_server::ShipmentService for Mock {
             batch: "B-1".into(),
             ..Default::default()
         };
-        let line = |line| RefusedLine { line, field: "keys[0].wrapped".into(), reason: "does not open under the batch key".into() };
+        let line = |line| RefusedLine {
+            line,
+            field: "keys[0].wrapped".into(),
+            reason: "does not open under the batch key".into(),
+        };
         let duplicate = DuplicateKey {
             line: 50,
             meter: vec![0x4B, 0x41, 0x4D, 0, 0, 0, 0, 0x32].into(),
@@ -564,7 +671,11 @@ impl shipment_service_server::ShipmentService for Mock {
                 refused_lines: (2..17).map(line).collect(),
                 duplicate_keys: vec![duplicate],
             },
-            ImportShipmentResponse { shipment: Some(shipment(999, 30, "imported")), refused_lines: (600..615).map(line).collect(), ..Default::default() },
+            ImportShipmentResponse {
+                shipment: Some(shipment(999, 30, "imported")),
+                refused_lines: (600..615).map(line).collect(),
+                ..Default::default()
+            },
         ];
         Ok(Response::new(tokio_stream::iter(steps.map(Ok).to_vec())))
     }
@@ -588,21 +699,37 @@ impl shipment_service_server::ShipmentService for Mock {
 #[tonic::async_trait]
 impl group_service_server::GroupService for Mock {
     async fn list_groups(&self, _: Request<ListGroupsRequest>) -> Answer<ListGroupsResponse> {
-        Ok(Response::new(ListGroupsResponse { groups: vec![Group { number: 7, name: "north".into(), ..Default::default() }], ..Default::default() }))
+        Ok(Response::new(ListGroupsResponse {
+            groups: vec![Group { number: 7, name: "north".into(), ..Default::default() }],
+            ..Default::default()
+        }))
     }
 
     async fn show_group(&self, request: Request<ShowGroupRequest>) -> Answer<Group> {
         let setup = SecuritySetup {
             obis: vec![0, 0, 43, 0, 0, 255].into(),
-            slots: vec![KeySlot { key_type: "GBEK".into(), versions: vec![new_version("pre-active")], ..Default::default() }],
+            slots: vec![KeySlot {
+                key_type: "GBEK".into(),
+                versions: vec![new_version("pre-active")],
+                ..Default::default()
+            }],
             ..Default::default()
         };
-        Ok(Response::new(Group { number: 7, name: request.into_inner().group, security_setups: vec![setup], generation: 2, ..Default::default() }))
+        Ok(Response::new(Group {
+            number: 7,
+            name: request.into_inner().group,
+            security_setups: vec![setup],
+            generation: 2,
+            ..Default::default()
+        }))
     }
 
     async fn create_group_key(&self, request: Request<CreateGroupKeyRequest>) -> Answer<CreateKeyResponse> {
         let request = request.into_inner();
-        assert_eq!((request.group.as_str(), request.key_type.as_str(), request.request_id.len()), ("north", "GBEK", 16));
+        assert_eq!(
+            (request.group.as_str(), request.key_type.as_str(), request.request_id.len()),
+            ("north", "GBEK", 16)
+        );
         let state = if request.held_by_meters { "active" } else { "pre-active" };
         Ok(Response::new(CreateKeyResponse { version: Some(new_version(state)) }))
     }
@@ -614,7 +741,13 @@ impl group_service_server::GroupService for Mock {
     }
 
     async fn list_members_behind(&self, _: Request<ListMembersBehindRequest>) -> Answer<ListMembersBehindResponse> {
-        let member = MemberBehind { meter: octets(METER), status: "in-service".into(), acknowledged_version: 1, delivered: true, ..Default::default() };
+        let member = MemberBehind {
+            meter: octets(METER),
+            status: "in-service".into(),
+            acknowledged_version: 1,
+            delivered: true,
+            ..Default::default()
+        };
         Ok(Response::new(ListMembersBehindResponse { members: vec![member], ..Default::default() }))
     }
 
@@ -628,7 +761,12 @@ impl group_service_server::GroupService for Mock {
 
     async fn set_switch_threshold(&self, request: Request<SetSwitchThresholdRequest>) -> Answer<Group> {
         let request = request.into_inner();
-        Ok(Response::new(Group { number: 7, name: request.group, switch_threshold_percent: request.percent, ..Default::default() }))
+        Ok(Response::new(Group {
+            number: 7,
+            name: request.group,
+            switch_threshold_percent: request.percent,
+            ..Default::default()
+        }))
     }
 
     async fn change_group_members(&self, request: Request<ChangeGroupMembersRequest>) -> Answer<ChangeMetersResponse> {
@@ -687,7 +825,12 @@ impl device_type_service_server::DeviceTypeService for Mock {
 #[tonic::async_trait]
 impl hsm_service_server::HsmService for Mock {
     async fn check_hsm(&self, _: Request<CheckHsmRequest>) -> Answer<CheckHsmResponse> {
-        let token = TokenCheck { label: "dev".into(), state: "unusable".into(), reason: "wrong PIN".into(), ..Default::default() };
+        let token = TokenCheck {
+            label: "dev".into(),
+            state: "unusable".into(),
+            reason: "wrong PIN".into(),
+            ..Default::default()
+        };
         Ok(Response::new(CheckHsmResponse { tokens: vec![token] }))
     }
 
@@ -705,7 +848,12 @@ impl audit_service_server::AuditService for Mock {
     type ScrubStream = Steps<ScrubResponse>;
 
     async fn scrub(&self, _: Request<ScrubRequest>) -> Answer<Self::ScrubStream> {
-        let finding = ScrubFinding { kind: 1, id: hex::decode(METER).unwrap().into(), finding: "stale".into(), detail: "generation 3, the log has 4".into() };
+        let finding = ScrubFinding {
+            kind: 1,
+            id: hex::decode(METER).unwrap().into(),
+            finding: "stale".into(),
+            detail: "generation 3, the log has 4".into(),
+        };
         let step = ScrubResponse { records_read: 10, rows_read: 5, findings: vec![finding], finished: true };
         Ok(Response::new(tokio_stream::iter(vec![Ok(step)])))
     }
@@ -719,7 +867,12 @@ fn campaign(state: &str) -> Campaign {
             action: CampaignAction::Rotate.into(),
             key_type: "GUEK".into(),
             selection: Some(CampaignSelection { batch: "B-1".into(), ..Default::default() }),
-            terms: Some(CampaignTerms { success_threshold: 95, failure_limit: Some(10), quorum: Some(1), ..Default::default() }),
+            terms: Some(CampaignTerms {
+                success_threshold: 95,
+                failure_limit: Some(10),
+                quorum: Some(1),
+                ..Default::default()
+            }),
             ..Default::default()
         }),
         state: state.into(),
@@ -743,7 +896,8 @@ fn progress(state: &str, succeeded: u64) -> CampaignProgress {
 impl campaign_service_server::CampaignService for Mock {
     async fn create_campaign(&self, request: Request<CreateCampaignRequest>) -> Answer<CreateCampaignResponse> {
         let request = request.into_inner();
-        let head_ends = vec![NamedCount { name: String::new(), count: 1 }, NamedCount { name: "hes-1".into(), count: 19 }];
+        let head_ends =
+            vec![NamedCount { name: String::new(), count: 1 }, NamedCount { name: "hes-1".into(), count: 19 }];
         let preview = CampaignPreview {
             meters: 20,
             head_ends,
@@ -752,7 +906,10 @@ impl campaign_service_server::CampaignService for Mock {
             sample: request.plan.unwrap().selection.unwrap().meters,
             ..Default::default()
         };
-        Ok(Response::new(CreateCampaignResponse { preview: Some(preview), campaign: request.commit.then(|| campaign("draft")) }))
+        Ok(Response::new(CreateCampaignResponse {
+            preview: Some(preview),
+            campaign: request.commit.then(|| campaign("draft")),
+        }))
     }
 
     async fn list_campaigns(&self, _: Request<ListCampaignsRequest>) -> Answer<ListCampaignsResponse> {
@@ -789,7 +946,11 @@ impl campaign_service_server::CampaignService for Mock {
     type WatchCampaignStream = Steps<CampaignProgress>;
 
     async fn watch_campaign(&self, _: Request<WatchCampaignRequest>) -> Answer<Self::WatchCampaignStream> {
-        Ok(Response::new(tokio_stream::iter(vec![Ok(progress("running", 0)), Ok(progress("running", 1)), Ok(progress("finished", 2))])))
+        Ok(Response::new(tokio_stream::iter(vec![
+            Ok(progress("running", 0)),
+            Ok(progress("running", 1)),
+            Ok(progress("finished", 2)),
+        ])))
     }
 
     async fn report_acceptance(&self, _: Request<ReportAcceptanceRequest>) -> Answer<AcceptanceReport> {
@@ -802,7 +963,12 @@ impl campaign_service_server::CampaignService for Mock {
             remedy: remedy.into(),
             ..Default::default()
         };
-        let meter = |keys| MeterAcceptance { meter: hex::decode(METER).unwrap().into(), batch: "B-1".into(), keys, ..Default::default() };
+        let meter = |keys| MeterAcceptance {
+            meter: hex::decode(METER).unwrap().into(),
+            batch: "B-1".into(),
+            keys,
+            ..Default::default()
+        };
         let meters = vec![
             meter(vec![key("KEK", "healed", ""), key("GUEK", "healed", "")]),
             meter(vec![key("KEK", "not-healed", "local-visit"), key("GUEK", "not-healed", "local-visit")]),
@@ -812,14 +978,30 @@ impl campaign_service_server::CampaignService for Mock {
 
     async fn report_campaign(&self, request: Request<ReportCampaignRequest>) -> Answer<CampaignReport> {
         let request = request.into_inner();
-        let task = |state: &str| Task { meter: hex::decode(METER).unwrap().into(), state: state.into(), reason: "no answer".into(), ..Default::default() };
+        let task = |state: &str| Task {
+            meter: hex::decode(METER).unwrap().into(),
+            state: state.into(),
+            reason: "no answer".into(),
+            ..Default::default()
+        };
         let tasks = match (request.state.as_str(), request.in_doubt) {
             ("failed", false) => vec![task("failed")],
             ("", true) => vec![task("in-doubt")],
             _ => Vec::new(),
         };
-        let outcome = OutcomeCount { wave: 1, manufacturer: "KAM".into(), state: "failed".into(), reason: "no answer".into(), count: 1 };
-        Ok(Response::new(CampaignReport { progress: Some(progress("aborted", 1)), outcomes: vec![outcome], tasks, ..Default::default() }))
+        let outcome = OutcomeCount {
+            wave: 1,
+            manufacturer: "KAM".into(),
+            state: "failed".into(),
+            reason: "no answer".into(),
+            count: 1,
+        };
+        Ok(Response::new(CampaignReport {
+            progress: Some(progress("aborted", 1)),
+            outcomes: vec![outcome],
+            tasks,
+            ..Default::default()
+        }))
     }
 }
 
@@ -834,11 +1016,18 @@ impl grant_service_server::GrantService for Mock {
         shared.calls.push("open_session");
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as i64;
         let envelope = seal(&shared, &request, now);
-        Ok(Response::new(OpenSessionResponse { envelopes: vec![envelope], audit_leaf: vec![7; 32].into(), rotation: None }))
+        Ok(Response::new(OpenSessionResponse {
+            envelopes: vec![envelope],
+            audit_leaf: vec![7; 32].into(),
+            rotation: None,
+        }))
     }
 
     async fn open_group_session(&self, request: Request<OpenGroupSessionRequest>) -> Answer<OpenSessionResponse> {
-        Err(Status::permission_denied(format!("openGroupSession with group {} is not permitted", request.get_ref().group)))
+        Err(Status::permission_denied(format!(
+            "openGroupSession with group {} is not permitted",
+            request.get_ref().group
+        )))
     }
 
     type OpenSessionsStream = Steps<OpenSessionsResponse>;
@@ -864,9 +1053,19 @@ fn seal(shared: &Shared, request: &OpenSessionRequest, now: i64) -> proto::Envel
     let expiry = now + 900_000;
     let digest = sha256(&shared.transport_certificate);
     let derive = |key_use: u8| -> Vec<u8> {
-        let info = [&b"meterkms/envelope"[..], &[1, 1, key_use], &ephemeral_public, &shared.transport_public, &digest, &[3], b"dev", &expiry.to_be_bytes()];
+        let info = [
+            &b"meterkms/envelope"[..],
+            &[1, 1, key_use],
+            &ephemeral_public,
+            &shared.transport_public,
+            &digest,
+            &[3],
+            b"dev",
+            &expiry.to_be_bytes(),
+        ];
         let peer = agreement::UnparsedPublicKey::new(&agreement::ECDH_P256, &shared.transport_public);
-        agreement::agree(&ephemeral, peer, (), |z| Ok(sha256(&[z, &[0, 0, 0, 1], &sha256(&info.concat())].concat()))).unwrap()
+        agreement::agree(&ephemeral, peer, (), |z| Ok(sha256(&[z, &[0, 0, 0, 1], &sha256(&info.concat())].concat())))
+            .unwrap()
     };
     let kek = derive(1);
     let wrap = |key: &[u8]| {
@@ -875,8 +1074,18 @@ fn seal(shared: &Shared, request: &OpenSessionRequest, now: i64) -> proto::Envel
         AesKek::new(&AES_256, &kek).unwrap().wrap(key, &mut wrapped).unwrap();
         Bytes::from(wrapped)
     };
-    let key = |name: &str, octets: &[u8]| GrantedKey { key_type: name.into(), version: 1, wrapped: wrap(octets), in_doubt: false };
-    let lease = CounterLease { client_title: hex::decode("4D4D4D0000000001").unwrap().into(), key_version: 1, first: 1001, count: 1000 };
+    let key = |name: &str, octets: &[u8]| GrantedKey {
+        key_type: name.into(),
+        version: 1,
+        wrapped: wrap(octets),
+        in_doubt: false,
+    };
+    let lease = CounterLease {
+        client_title: hex::decode("4D4D4D0000000001").unwrap().into(),
+        key_version: 1,
+        first: 1001,
+        count: 1000,
+    };
     let meter = MeterKeys {
         meter: request.meter.clone(),
         security_setup: vec![0, 0, 43, 0, 0, 255].into(),

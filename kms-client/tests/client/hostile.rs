@@ -1,6 +1,9 @@
 //! Envelopes that were changed, that were made for another, and genuine ones with nonsense inside.
 
-use kms_client::{KeyRequest, KeyType, OpenError, OpenOptions, PrincipalId, RequestId, TransportKey, TransportKeyError, UnixMillis, proto};
+use kms_client::{
+    KeyRequest, KeyType, OpenError, OpenOptions, PrincipalId, RequestId, TransportKey, TransportKeyError, UnixMillis,
+    proto,
+};
 use proptest::prelude::*;
 use prost::Message as _;
 
@@ -21,7 +24,8 @@ fn every_changed_octet_is_noticed() {
             content[position] ^= 1;
             *octets = content.into();
             let error = key.open(&changed, &options()).unwrap_err();
-            // In the header other checks may come first; the manifest is never looked at before the seal.
+            // In the header other checks may come first; the manifest is never looked at before the
+            // seal.
             assert!(part == 0 || error == OpenError::Seal, "part {part}, octet {position}: {error}");
         }
     }
@@ -38,7 +42,11 @@ fn octets_do_not_move_between_header_and_manifest() {
     let joined = [good.header.as_ref(), good.manifest.as_ref()].concat();
     for length in 1..joined.len() {
         if length != good.header.len() {
-            let moved = proto::Envelope { header: joined[..length].to_vec().into(), manifest: joined[length..].to_vec().into(), seal: good.seal.clone() };
+            let moved = proto::Envelope {
+                header: joined[..length].to_vec().into(),
+                manifest: joined[length..].to_vec().into(),
+                seal: good.seal.clone(),
+            };
             assert!(transport_key().open(&moved, &options()).is_err());
         }
     }
@@ -48,7 +56,9 @@ fn octets_do_not_move_between_header_and_manifest() {
 fn an_envelope_ends_with_the_grant() {
     let good = Vector::load("vector.properties").envelope();
     let key = transport_key();
-    for (now, opens) in [(1_795_248_899_999, true), (1_795_248_900_000, false), (1_795_251_600_000, false), (i64::MAX, false)] {
+    for (now, opens) in
+        [(1_795_248_899_999, true), (1_795_248_900_000, false), (1_795_251_600_000, false), (i64::MAX, false)]
+    {
         let result = key.open(&good, &OpenOptions::new().at(UnixMillis(now)));
         assert_eq!(result.is_ok(), opens, "{now}");
         assert!(opens || matches!(result.unwrap_err(), OpenError::Expired { .. }));
@@ -61,7 +71,10 @@ fn an_answer_to_another_request_is_refused() {
     let asked = RequestId::parse("0199aa00-0000-7000-8000-000000000002").unwrap();
     let other = RequestId::parse("0199aa00-0000-7000-8000-000000000003").unwrap();
     assert!(transport_key().open(&good, &options().answering(asked)).is_ok());
-    assert!(matches!(transport_key().open(&good, &options().answering(other)).unwrap_err(), OpenError::OtherRequest { .. }));
+    assert!(matches!(
+        transport_key().open(&good, &options().answering(other)).unwrap_err(),
+        OpenError::OtherRequest { .. }
+    ));
 }
 
 #[test]
@@ -70,7 +83,10 @@ fn only_the_key_that_it_was_made_for_opens_an_envelope() {
     let principal = PrincipalId::parse("urn:meterkms:north:head-end:hes-1").unwrap();
     let other = KeyRequest::generate(&principal).unwrap();
     let certificate = std::fs::read(examples().join("transport-certificate.pem")).unwrap();
-    assert_eq!(TransportKey::from_pem(other.key_pem().as_bytes(), &certificate).unwrap_err(), TransportKeyError::CertificateOfAnotherKey);
+    assert_eq!(
+        TransportKey::from_pem(other.key_pem().as_bytes(), &certificate).unwrap_err(),
+        TransportKeyError::CertificateOfAnotherKey
+    );
     let pair = rcgen::KeyPair::from_pem(other.key_pem()).unwrap();
     let mut parameters = rcgen::CertificateParams::default();
     parameters.subject_alt_names = vec![rcgen::SanType::URI(principal.to_string().try_into().unwrap())];
@@ -79,7 +95,10 @@ fn only_the_key_that_it_was_made_for_opens_an_envelope() {
     assert!(matches!(own.open(&good, &options()).unwrap_err(), OpenError::OtherTransportKey { .. }));
     parameters.subject_alt_names.clear();
     let nameless = parameters.self_signed(&pair).unwrap();
-    assert_eq!(TransportKey::from_pem(other.key_pem().as_bytes(), nameless.pem().as_bytes()).unwrap_err(), TransportKeyError::NoPrincipal);
+    assert_eq!(
+        TransportKey::from_pem(other.key_pem().as_bytes(), nameless.pem().as_bytes()).unwrap_err(),
+        TransportKeyError::NoPrincipal
+    );
 }
 
 #[test]
@@ -127,7 +146,10 @@ fn a_genuine_seal_does_not_make_nonsense_good() {
     for (index, (named, change)) in changes.iter().enumerate() {
         let mut manifest = good.clone();
         change(&mut manifest);
-        let error = key.open(&vector.sealed(&manifest), &options()).expect_err(&format!("change {index} was accepted")).to_string();
+        let error = key
+            .open(&vector.sealed(&manifest), &options())
+            .expect_err(&format!("change {index} was accepted"))
+            .to_string();
         assert!(error.contains(named), "change {index} should name {named}: {error}");
     }
 }
@@ -174,7 +196,10 @@ fn keys_of_a_group_are_opened_and_nonsense_is_not() {
     for (index, (named, change)) in changes.iter().enumerate() {
         let mut manifest = good.clone();
         change(&mut manifest.groups[0]);
-        let error = key.open(&vector.sealed(&manifest), &options()).expect_err(&format!("change {index} was accepted")).to_string();
+        let error = key
+            .open(&vector.sealed(&manifest), &options())
+            .expect_err(&format!("change {index} was accepted"))
+            .to_string();
         assert!(error.contains(named), "change {index} should name {named}: {error}");
     }
     let mut twice = good.clone();

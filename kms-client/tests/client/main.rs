@@ -1,5 +1,5 @@
-//! The client through its public interface: the worked vector of the guide, everything that must be refused, and sessions with a server that
-//! breaks off, and the relay of transfers.
+//! The client through its public interface: the worked vector of the guide, everything that must be
+//! refused, and sessions with a server that breaks off, and the relay of transfers.
 
 #[cfg(test)]
 mod hostile;

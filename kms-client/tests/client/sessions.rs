@@ -63,17 +63,27 @@ fn chunk(request_id: &[u8], index: u32) -> proto::OpenSessionsResponse {
     manifest.chunk_index = index;
     manifest.grant_id = vec![index as u8 + 1; 16].into();
     manifest.meters[0].meter = meter(index + 1).octets().to_vec().into();
-    proto::OpenSessionsResponse { chunk_index: index, chunk_count: 3, envelopes: vec![vector.sealed(&manifest)], ..Default::default() }
+    proto::OpenSessionsResponse {
+        chunk_index: index,
+        chunk_count: 3,
+        envelopes: vec![vector.sealed(&manifest)],
+        ..Default::default()
+    }
 }
 
 impl Server {
     async fn start(faults: &[Fault]) -> (Arc<Self>, Connection) {
-        let server = Arc::new(Self { faults: Mutex::new(faults.iter().rev().copied().collect()), first_chunks: Mutex::default() });
+        let server = Arc::new(Self {
+            faults: Mutex::new(faults.iter().rev().copied().collect()),
+            first_chunks: Mutex::default(),
+        });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address: SocketAddr = listener.local_addr().unwrap();
-        let service = tonic::transport::Server::builder().add_service(GrantServiceServer::from_arc(Arc::clone(&server)));
+        let service =
+            tonic::transport::Server::builder().add_service(GrantServiceServer::from_arc(Arc::clone(&server)));
         tokio::spawn(service.serve_with_incoming(tonic::transport::server::TcpIncoming::from(listener)));
-        let channel = tonic::transport::Endpoint::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
+        let channel =
+            tonic::transport::Endpoint::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
         (server, Connection::over(channel))
     }
 
@@ -84,7 +94,10 @@ impl Server {
 
 #[tonic::async_trait]
 impl GrantService for Server {
-    async fn open_session(&self, request: Request<proto::OpenSessionRequest>) -> Result<Response<proto::OpenSessionResponse>, Status> {
+    async fn open_session(
+        &self,
+        request: Request<proto::OpenSessionRequest>,
+    ) -> Result<Response<proto::OpenSessionResponse>, Status> {
         match self.fault() {
             Some(Fault::Unavailable) => return Err(Status::unavailable("not now")),
             Some(_) => return Err(Status::permission_denied("no")),
@@ -98,7 +111,10 @@ impl GrantService for Server {
         }))
     }
 
-    async fn open_group_session(&self, request: Request<proto::OpenGroupSessionRequest>) -> Result<Response<proto::OpenSessionResponse>, Status> {
+    async fn open_group_session(
+        &self,
+        request: Request<proto::OpenGroupSessionRequest>,
+    ) -> Result<Response<proto::OpenSessionResponse>, Status> {
         // The keys of a meter, where a group was asked for.
         Ok(Response::new(proto::OpenSessionResponse {
             envelopes: chunk(&request.get_ref().request_id, 0).envelopes,
@@ -109,7 +125,10 @@ impl GrantService for Server {
 
     type OpenSessionsStream = Steps<proto::OpenSessionsResponse>;
 
-    async fn open_sessions(&self, request: Request<proto::OpenSessionsRequest>) -> Result<Response<Self::OpenSessionsStream>, Status> {
+    async fn open_sessions(
+        &self,
+        request: Request<proto::OpenSessionsRequest>,
+    ) -> Result<Response<Self::OpenSessionsStream>, Status> {
         let request = request.into_inner();
         self.first_chunks.lock().unwrap().push(request.first_chunk);
         let mut steps: Vec<_> = (request.first_chunk..3).map(|index| Ok(chunk(&request.request_id, index))).collect();
@@ -127,11 +146,17 @@ impl GrantService for Server {
         Ok(Response::new(ready::Steps(steps.into_iter())))
     }
 
-    async fn list_grants(&self, _: Request<proto::ListGrantsRequest>) -> Result<Response<proto::ListGrantsResponse>, Status> {
+    async fn list_grants(
+        &self,
+        _: Request<proto::ListGrantsRequest>,
+    ) -> Result<Response<proto::ListGrantsResponse>, Status> {
         Err(Status::unimplemented(""))
     }
 
-    async fn revoke_grant(&self, _: Request<proto::RevokeGrantRequest>) -> Result<Response<proto::RevokeGrantResponse>, Status> {
+    async fn revoke_grant(
+        &self,
+        _: Request<proto::RevokeGrantRequest>,
+    ) -> Result<Response<proto::RevokeGrantResponse>, Status> {
         Err(Status::unimplemented(""))
     }
 }
@@ -158,9 +183,11 @@ async fn receive(connection: &Connection, key: &TransportKey) -> (Vec<u32>, Opti
 #[tokio::test]
 async fn a_batch_goes_on_where_its_stream_broke() {
     let key = transport_key();
-    for (faults, first_chunks) in
-        [(&[][..], &[0][..]), (&[Fault::BreaksAfter(1)], &[0, 1]), (&[Fault::Unavailable, Fault::EndsAfter(2), Fault::BreaksAfter(0)], &[0, 0, 2, 2])]
-    {
+    for (faults, first_chunks) in [
+        (&[][..], &[0][..]),
+        (&[Fault::BreaksAfter(1)], &[0, 1]),
+        (&[Fault::Unavailable, Fault::EndsAfter(2), Fault::BreaksAfter(0)], &[0, 0, 2, 2]),
+    ] {
         let (server, connection) = Server::start(faults).await;
         let (chunks, error) = receive(&connection, &key).await;
         assert!(error.is_none() && chunks == [0, 1, 2], "{chunks:?} {error:?}");
@@ -186,10 +213,13 @@ async fn a_session_is_asked_for_again_and_must_be_with_the_meter_that_was_asked_
     let key = transport_key();
     let request_id = kms_client::new_request_id();
     let (_, connection) = Server::start(&[Fault::Unavailable, Fault::Unavailable]).await;
-    let session = connection.open_session(&key, request_id, meter(1), proto::SessionTerms::default(), &options()).await.unwrap();
+    let session =
+        connection.open_session(&key, request_id, meter(1), proto::SessionTerms::default(), &options()).await.unwrap();
     assert_eq!((session.keys.request_id, session.audit_leaf.len()), (request_id, 32));
     let other = connection.open_session(&key, request_id, meter(2), proto::SessionTerms::default(), &options()).await;
     assert!(matches!(other.unwrap_err(), SessionError::Open(_)));
-    let group = connection.open_group_session(&key, request_id, "north", None, proto::SessionTerms::default(), &options()).await;
+    let group = connection
+        .open_group_session(&key, request_id, "north", None, proto::SessionTerms::default(), &options())
+        .await;
     assert!(matches!(group.unwrap_err(), SessionError::Open(_)), "keys of a meter are no answer for a group");
 }

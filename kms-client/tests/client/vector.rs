@@ -1,4 +1,5 @@
-//! The worked vector of docs/integration.md: opened by this library, and by every example program of the guide.
+//! The worked vector of docs/integration.md: opened by this library, and by every example program
+//! of the guide.
 
 use std::process::Command;
 
@@ -15,7 +16,10 @@ fn the_worked_vector_opens() {
     // The grant ends before the agreement.
     assert_eq!((opened.issued.0, opened.not_after.0), (1_795_248_000_000, 1_795_248_900_000));
     let meter = opened.meters.first().unwrap();
-    assert_eq!((meter.meter.to_string().as_str(), meter.security_setup.to_string().as_str()), ("4B414D0000000001", "0.0.43.0.0.255"));
+    assert_eq!(
+        (meter.meter.to_string().as_str(), meter.security_setup.to_string().as_str()),
+        ("4B414D0000000001", "0.0.43.0.0.255")
+    );
     for (key_type, name) in [(KeyType::GUEK, "guek"), (KeyType::GAK, "gak"), (KeyType::LLS_SECRET, "lls_secret")] {
         let key = meter.key(key_type).unwrap();
         assert_eq!(key.key.expose(), vector.octets(name), "{name}");
@@ -64,11 +68,17 @@ fn the_guide_shows_what_the_examples_do() {
 
 /// Runs an example in its folder and compares what it prints.
 fn run(program: &str, arguments: &[&str], hint: &str) {
-    let output = Command::new(program).args(arguments).arg(".").current_dir(examples()).env("PYTHONDONTWRITEBYTECODE", "1").output();
+    let output = Command::new(program)
+        .args(arguments)
+        .arg(".")
+        .current_dir(examples())
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .output();
     let output = output.unwrap_or_else(|error| panic!("`{program}` is not on this machine ({error}): {hint}"));
     let text = String::from_utf8_lossy(&output.stdout);
     let vector = Vector::load("vector.properties");
-    let expected = format!("GUEK {}\nGAK {}\n", hex::encode_upper(vector.octets("guek")), hex::encode_upper(vector.octets("gak")));
+    let expected =
+        format!("GUEK {}\nGAK {}\n", hex::encode_upper(vector.octets("guek")), hex::encode_upper(vector.octets("gak")));
     assert!(
         output.status.success() && text == expected,
         "{program} {arguments:?} printed `{text}` and `{}`; it needs {hint}",

@@ -1,7 +1,8 @@
 //! Associations with HLS 5, in BER: AARQ, AARE and RLRQ (IEC 62056-5-3, ACSE, after ISO/IEC 15954).
 //!
-//! An AARQ and an AARE are sent in the clear around the ciphered initiate APDUs: nothing in an AARE is authenticated, and it proves
-//! nothing (I3) before its InitiateResponse opens and the meter answers the client's challenge.
+//! An AARQ and an AARE are sent in the clear around the ciphered initiate APDUs: nothing in an AARE
+//! is authenticated, and it proves nothing (I3) before its InitiateResponse opens and the meter
+//! answers the client's challenge.
 
 use std::fmt;
 
@@ -47,15 +48,22 @@ pub struct AssociationRequest<'a> {
 }
 
 impl AssociationRequest<'_> {
-    /// The octets, of tag 60: application-context-name 2.16.756.5.8.1.3, calling-AP-title, sender-acse-requirements
-    /// (authentication), mechanism-name 2.16.756.5.8.2.5, calling-authentication-value (charstring), user-information.
+    /// The octets, of tag 60: application-context-name 2.16.756.5.8.1.3, calling-AP-title,
+    /// sender-acse-requirements (authentication), mechanism-name 2.16.756.5.8.2.5,
+    /// calling-authentication-value (charstring), user-information.
     ///
     /// # Errors
-    /// `initiate_request` is no glo-initiate-request, or the AARQ would be longer than [`LONGEST_APDU`].
+    /// `initiate_request` is no glo-initiate-request, or the AARQ would be longer than
+    /// [`LONGEST_APDU`].
     pub fn octets(&self) -> Result<Vec<u8>, DlmsError> {
         const WHAT: &str = "AARQ";
         let mut fields = Vec::with_capacity(self.initiate_request.len() + 128);
-        write_element(&mut fields, 0xA1, &element(OBJECT_IDENTIFIER, &object_identifier(CONTEXT_NAME, CIPHERED_LOGICAL_NAMES), WHAT)?, WHAT)?;
+        write_element(
+            &mut fields,
+            0xA1,
+            &element(OBJECT_IDENTIFIER, &object_identifier(CONTEXT_NAME, CIPHERED_LOGICAL_NAMES), WHAT)?,
+            WHAT,
+        )?;
         write_element(&mut fields, 0xA6, &element(OCTET_STRING, &self.client_title.octets(), WHAT)?, WHAT)?;
         write_element(&mut fields, 0x8A, &AUTHENTICATION, WHAT)?;
         write_element(&mut fields, 0x8B, &object_identifier(MECHANISM_NAME, HLS_GMAC), WHAT)?;
@@ -65,11 +73,12 @@ impl AssociationRequest<'_> {
     }
 }
 
-/// An RLRQ with reason `normal`: ends an association. The RLRE that answers it says nothing that the server needs.
+/// An RLRQ with reason `normal`: ends an association. The RLRE that answers it says nothing that
+/// the server needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReleaseRequest<'a> {
-    /// user-information: an InitiateRequest in a glo-initiate-request APDU (21), with an invocation counter of its own (I4). Meters
-    /// that fear a forged end of the association ask for it.
+    /// user-information: an InitiateRequest in a glo-initiate-request APDU (21), with an invocation
+    /// counter of its own (I4). Meters that fear a forged end of the association ask for it.
     pub initiate_request: Option<&'a [u8]>,
 }
 
@@ -77,7 +86,8 @@ impl ReleaseRequest<'_> {
     /// The octets, of tag 62.
     ///
     /// # Errors
-    /// `initiate_request` is no glo-initiate-request, or the RLRQ would be longer than [`LONGEST_APDU`].
+    /// `initiate_request` is no glo-initiate-request, or the RLRQ would be longer than
+    /// [`LONGEST_APDU`].
     pub fn octets(&self) -> Result<Vec<u8>, DlmsError> {
         const WHAT: &str = "RLRQ";
         let mut fields = vec![0x80, 1, 0];
@@ -101,8 +111,8 @@ pub struct AssociationResponse<'a> {
     pub server_title: Option<SystemTitle>,
     /// mechanism-name.
     pub mechanism: Option<AuthenticationMechanism>,
-    /// responding-authentication-value, where it is a charstring: the challenge StoC. Any length here; see
-    /// [`Self::hls_challenge`].
+    /// responding-authentication-value, where it is a charstring: the challenge StoC. Any length
+    /// here; see [`Self::hls_challenge`].
     pub authentication_value: Option<&'a [u8]>,
     /// user-information.
     pub information: Option<AssociationInformation<'a>>,
@@ -111,7 +121,8 @@ pub struct AssociationResponse<'a> {
 /// The user-information of an AARE (ACSE, Association-information).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AssociationInformation<'a> {
-    /// A well-formed ciphered APDU for an InitiateResponse, glo-initiate-response (28) or general-glo-ciphering (DB): all its octets.
+    /// A well-formed ciphered APDU for an InitiateResponse, glo-initiate-response (28) or
+    /// general-glo-ciphering (DB): all its octets.
     Ciphered(&'a [u8]),
     /// An InitiateResponse in the clear.
     InitiateResponse(InitiateResponse),
@@ -129,12 +140,14 @@ pub struct HlsChallenge<'a> {
 }
 
 impl<'a> AssociationResponse<'a> {
-    /// Reads an AARE, to its last octet. Every field comes at most once and in the order of the standard. Protocol-version must name
-    /// version 1; responding-AE-qualifier (a certificate), the responding invocation ids and implementation-information are skipped;
-    /// any other tag is refused.
+    /// Reads an AARE, to its last octet. Every field comes at most once and in the order of the
+    /// standard. Protocol-version must name version 1; responding-AE-qualifier (a certificate), the
+    /// responding invocation ids and implementation-information are skipped; any other tag is
+    /// refused.
     ///
     /// # Errors
-    /// The octets are none, are cut or go on; a field is missing, unknown, repeated or out of order, or its value cannot be.
+    /// The octets are none, are cut or go on; a field is missing, unknown, repeated or out of
+    /// order, or its value cannot be.
     pub fn parse(octets: &'a [u8]) -> Result<Self, DlmsError> {
         if octets.len() > LONGEST_APDU {
             return Err(DlmsError::invalid(WHAT, format!("{} octets, more than {LONGEST_APDU}", octets.len())));
@@ -147,7 +160,10 @@ impl<'a> AssociationResponse<'a> {
             let (tag, value) = fields.element(WHAT)?;
             let number = tag & TAG_NUMBER;
             if previous.is_some_and(|previous| number <= previous) {
-                return Err(DlmsError::invalid(WHAT, format!("the field with tag {tag:02X} is repeated or out of order")));
+                return Err(DlmsError::invalid(
+                    WHAT,
+                    format!("the field with tag {tag:02X} is repeated or out of order"),
+                ));
             }
             previous = Some(number);
             match tag {
@@ -160,7 +176,10 @@ impl<'a> AssociationResponse<'a> {
                 // Unused: the mechanism-name is what says that authentication goes on.
                 0x88 => drop(first_bit(value, "responder-acse-requirements")?),
                 0x89 => mechanism = Some(AuthenticationMechanism::read(value)?),
-                0xAA => authentication_value = Some(value.only_element(CHARSTRING, "responding-authentication-value")?.rest()),
+                0xAA => {
+                    authentication_value =
+                        Some(value.only_element(CHARSTRING, "responding-authentication-value")?.rest())
+                }
                 0xBE => information = Some(AssociationInformation::read(value)?),
                 0xA5 | 0xA6 | 0xA7 | 0x9D | 0xBD => {}
                 other => return Err(DlmsError::invalid(WHAT, format!("the field with tag {other:02X} is unknown"))),
@@ -178,22 +197,32 @@ impl<'a> AssociationResponse<'a> {
         })
     }
 
-    /// What goes on with HLS 5: accepted with diagnostic `authentication-required`, in the context of logical names with ciphering,
-    /// from this meter, with a challenge that is not the client's own and with a ciphered InitiateResponse. Still nothing of it is
-    /// authenticated.
+    /// What goes on with HLS 5: accepted with diagnostic `authentication-required`, in the context
+    /// of logical names with ciphering, from this meter, with a challenge that is not the client's
+    /// own and with a ciphered InitiateResponse. Still nothing of it is authenticated.
     ///
     /// # Errors
     /// One of these does not hold. A refusal by the meter is told with its diagnostic.
-    pub fn hls_challenge(&self, meter: SystemTitle, client_challenge: &Challenge) -> Result<HlsChallenge<'a>, DlmsError> {
+    pub fn hls_challenge(
+        &self,
+        meter: SystemTitle,
+        client_challenge: &Challenge,
+    ) -> Result<HlsChallenge<'a>, DlmsError> {
         if self.result != AssociationResult::Accepted {
             let error = match self.information {
                 Some(AssociationInformation::Error(error)) => format!(", {error}"),
                 _ => String::new(),
             };
-            return Err(DlmsError::invalid(WHAT, format!("the meter refused the association: {}, {}{error}", self.result, self.diagnostic)));
+            return Err(DlmsError::invalid(
+                WHAT,
+                format!("the meter refused the association: {}, {}{error}", self.result, self.diagnostic),
+            ));
         }
         if self.diagnostic != SourceDiagnostic::AUTHENTICATION_REQUIRED {
-            return Err(DlmsError::invalid(WHAT, format!("accepted with {} instead of {}", self.diagnostic, SourceDiagnostic::AUTHENTICATION_REQUIRED)));
+            return Err(DlmsError::invalid(
+                WHAT,
+                format!("accepted with {} instead of {}", self.diagnostic, SourceDiagnostic::AUTHENTICATION_REQUIRED),
+            ));
         }
         if self.context != ApplicationContext::CipheredLogicalNames {
             return Err(DlmsError::invalid("application-context-name", "not logical names with ciphering (3)"));
@@ -204,7 +233,10 @@ impl<'a> AssociationResponse<'a> {
         if self.server_title != Some(meter) {
             return Err(DlmsError::invalid("responding-AP-title", "not the system title of the meter that was asked"));
         }
-        let challenge = Challenge::new(self.authentication_value.ok_or_else(|| DlmsError::invalid(WHAT, "responding-authentication-value is missing"))?)?;
+        let challenge = Challenge::new(
+            self.authentication_value
+                .ok_or_else(|| DlmsError::invalid(WHAT, "responding-authentication-value is missing"))?,
+        )?;
         // Who sends the client's own challenge back wants the client to answer it for him.
         if challenge == *client_challenge {
             return Err(DlmsError::invalid("responding-authentication-value", "the client's own challenge comes back"));
@@ -216,7 +248,8 @@ impl<'a> AssociationResponse<'a> {
     }
 }
 
-/// Application-context-name 2.16.756.5.8.1.n: how objects are named, and whether APDUs may be ciphered.
+/// Application-context-name 2.16.756.5.8.1.n: how objects are named, and whether APDUs may be
+/// ciphered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ApplicationContext {
     /// 1: logical names, no ciphering.
@@ -312,12 +345,14 @@ impl fmt::Display for AssociationResult {
     }
 }
 
-/// The result-source-diagnostic of an AARE (ACSE, Associate-source-diagnostic): who decided, and a number, 0 to 127.
+/// The result-source-diagnostic of an AARE (ACSE, Associate-source-diagnostic): who decided, and a
+/// number, 0 to 127.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SourceDiagnostic {
-    /// acse-service-user, the meter's application: 0 null, 1 no-reason-given, 2 application-context-name-not-supported,
-    /// 3 calling-AP-title-not-recognized, 11 authentication-mechanism-name-not-recognised, 12 authentication-mechanism-name-required,
-    /// 13 authentication-failure, 14 authentication-required.
+    /// acse-service-user, the meter's application: 0 null, 1 no-reason-given, 2
+    /// application-context-name-not-supported, 3 calling-AP-title-not-recognized, 11
+    /// authentication-mechanism-name-not-recognised, 12 authentication-mechanism-name-required, 13
+    /// authentication-failure, 14 authentication-required.
     ServiceUser(u8),
     /// acse-service-provider: 0 null, 1 no-reason-given, 2 no-common-acse-version.
     ServiceProvider(u8),
@@ -381,7 +416,9 @@ impl<'a> AssociationInformation<'a> {
             Some(&INITIATE_RESPONSE) => InitiateResponse::parse(octets).map(Self::InitiateResponse),
             _ if ConfirmedServiceError::recognise(octets) => ConfirmedServiceError::parse(octets).map(Self::Error),
             _ => match CipheredApdu::parse(octets)?.tag {
-                CipheredTag::Global { plain: INITIATE_RESPONSE } | CipheredTag::GeneralGlobal => Ok(Self::Ciphered(octets)),
+                CipheredTag::Global { plain: INITIATE_RESPONSE } | CipheredTag::GeneralGlobal => {
+                    Ok(Self::Ciphered(octets))
+                }
                 _ => Err(DlmsError::invalid(WHAT, "neither InitiateResponse nor ConfirmedServiceError")),
             },
         }
@@ -390,7 +427,8 @@ impl<'a> AssociationInformation<'a> {
 
 fn title(value: Reader<'_>) -> Result<SystemTitle, DlmsError> {
     const WHAT: &str = "responding-AP-title";
-    SystemTitle::from_octets(value.only_element(OCTET_STRING, WHAT)?.rest()).map_err(|error| DlmsError::invalid(WHAT, error.reason()))
+    SystemTitle::from_octets(value.only_element(OCTET_STRING, WHAT)?.rest())
+        .map_err(|error| DlmsError::invalid(WHAT, error.reason()))
 }
 
 /// An INTEGER of one octet, 0 to 127.

@@ -1,10 +1,12 @@
-//! COSEM data in A-XDR (IEC 62056-5-3, `Data`): skipped, to know where it ends, and the few types that the server reads.
+//! COSEM data in A-XDR (IEC 62056-5-3, `Data`): skipped, to know where it ends, and the few types
+//! that the server reads.
 
 use std::fmt;
 
 use crate::{DlmsError, reader::Reader};
 
-/// One COSEM value in A-XDR, checked to its end. `Debug` tells its length only: an attribute may hold a secret.
+/// One COSEM value in A-XDR, checked to its end. `Debug` tells its length only: an attribute may
+/// hold a secret.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Data<'a>(&'a [u8]);
 
@@ -31,7 +33,8 @@ impl<'a> Data<'a> {
         }
     }
 
-    /// The number in an unsigned (type 17), long-unsigned (18), double-long-unsigned (6) or long64-unsigned (21).
+    /// The number in an unsigned (type 17), long-unsigned (18), double-long-unsigned (6) or
+    /// long64-unsigned (21).
     ///
     /// # Errors
     /// Another type.
@@ -42,7 +45,12 @@ impl<'a> Data<'a> {
             18 => u16::from_be_bytes(reader.array(WHAT)?).into(),
             6 => u32::from_be_bytes(reader.array(WHAT)?).into(),
             21 => u64::from_be_bytes(reader.array(WHAT)?),
-            other => return Err(DlmsError::invalid(WHAT, format!("type {other} instead of an unsigned number (17, 18, 6 or 21)"))),
+            other => {
+                return Err(DlmsError::invalid(
+                    WHAT,
+                    format!("type {other} instead of an unsigned number (17, 18, 6 or 21)"),
+                ));
+            }
         };
         reader.end(WHAT)?;
         Ok(number)
@@ -75,7 +83,8 @@ fn skip_nested(reader: &mut Reader<'_>, depth: u8) -> Result<(), DlmsError> {
     let length = match reader.octet(WHAT)? {
         // null-data, don't-care
         0 | 255 => 0,
-        // array, structure. Each item takes at least one octet, so a forged count runs out of octets.
+        // array, structure. Each item takes at least one octet, so a forged count runs out of
+        // octets.
         1 | 2 => {
             let depth = depth.checked_sub(1).ok_or_else(|| DlmsError::invalid(WHAT, "nested deeper than 16 levels"))?;
             for _ in 0..reader.length(WHAT)? {
@@ -91,7 +100,8 @@ fn skip_nested(reader: &mut Reader<'_>, depth: u8) -> Result<(), DlmsError> {
         3 | 13 | 15 | 17 | 22 | 28 | 31 => 1,
         // long, long-unsigned, delta-long, delta-long-unsigned
         16 | 18 | 29 | 32 => 2,
-        // double-long, double-long-unsigned, float32, time, delta-double-long, delta-double-long-unsigned
+        // double-long, double-long-unsigned, float32, time, delta-double-long,
+        // delta-double-long-unsigned
         5 | 6 | 23 | 27 | 30 | 33 => 4,
         // date
         26 => 5,

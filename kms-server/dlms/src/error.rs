@@ -1,6 +1,7 @@
 //! The one error of reading DLMS octets.
 
-/// Octets that are no valid DLMS, or that this server does not handle. The text never repeats their content.
+/// Octets that are no valid DLMS, or that this server does not handle. The text never repeats their
+/// content.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DlmsError {
     /// The octets end within a field.

@@ -4,8 +4,8 @@ use crate::{DlmsError, reader::Reader};
 
 /// An exception response: `D8 ‖ state error ‖ service error [‖ counter(4)]`.
 ///
-/// It is sent in the clear and not authenticated: anyone can forge one. It proves nothing (I3), and a counter in it is believed
-/// only within the device profile's cap (I4).
+/// It is sent in the clear and not authenticated: anyone can forge one. It proves nothing (I3), and
+/// a counter in it is believed only within the device profile's cap (I4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ExceptionResponse {
     /// 1 service-not-allowed, 2 service-unknown.
@@ -59,7 +59,9 @@ impl ExceptionResponse {
             3 => ServiceError::OtherReason,
             4 => ServiceError::PduTooLong,
             5 => ServiceError::DecipheringError,
-            6 => ServiceError::InvocationCounterError { last_accepted: u32::from_be_bytes(reader.array("last accepted counter")?) },
+            6 => ServiceError::InvocationCounterError {
+                last_accepted: u32::from_be_bytes(reader.array("last accepted counter")?),
+            },
             other => return Err(DlmsError::invalid(WHAT, format!("service error {other} is unknown"))),
         };
         reader.end(WHAT)?;

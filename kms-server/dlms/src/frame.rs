@@ -1,4 +1,5 @@
-//! Ciphered APDUs: service-specific global and dedicated ones, general-glo and general-ded (IEC 62056-5-3, ciphered APDUs).
+//! Ciphered APDUs: service-specific global and dedicated ones, general-glo and general-ded (IEC
+//! 62056-5-3, ciphered APDUs).
 
 use kms_domain::SystemTitle;
 
@@ -13,7 +14,8 @@ pub const LONGEST_APDU: usize = 65_535;
 /// Which kind of ciphered APDU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CipheredTag {
-    /// A service-specific APDU under the global keys: 21, 28, C8 to CF. It carries the tag of its plain APDU.
+    /// A service-specific APDU under the global keys: 21, 28, C8 to CF. It carries the tag of its
+    /// plain APDU.
     Global {
         /// The tag of the plain APDU inside.
         plain: u8,
@@ -35,9 +37,13 @@ impl CipheredTag {
         PAIRS.iter().any(|(known, ..)| *known == plain).then_some(Self::Global { plain })
     }
 
-    /// The service-specific dedicated APDU for a plain APDU of this tag; `None` where there is none.
+    /// The service-specific dedicated APDU for a plain APDU of this tag; `None` where there is
+    /// none.
     pub fn dedicated_for(plain: u8) -> Option<Self> {
-        PAIRS.iter().any(|(known, _, dedicated)| *known == plain && dedicated.is_some()).then_some(Self::Dedicated { plain })
+        PAIRS
+            .iter()
+            .any(|(known, _, dedicated)| *known == plain && dedicated.is_some())
+            .then_some(Self::Dedicated { plain })
     }
 
     /// Whether the dedicated key protects it.
@@ -86,16 +92,23 @@ impl CipheredTag {
                     None
                 }
             })
-            .ok_or_else(|| DlmsError::invalid("ciphered APDU", format!("tag {octet:#04X} is no glo-, ded-, general-glo- or general-ded-APDU")))
+            .ok_or_else(|| {
+                DlmsError::invalid(
+                    "ciphered APDU",
+                    format!("tag {octet:#04X} is no glo-, ded-, general-glo- or general-ded-APDU"),
+                )
+            })
     }
 }
 
-/// A ciphered APDU: `tag ‖ [len ‖ system title] ‖ len ‖ SC ‖ IC(4) ‖ content ‖ authentication tag(12)`.
+/// A ciphered APDU: `tag ‖ [len ‖ system title] ‖ len ‖ SC ‖ IC(4) ‖ content ‖ authentication
+/// tag(12)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CipheredApdu<'a> {
     /// Which kind.
     pub tag: CipheredTag,
-    /// The sender's system title, in general APDUs that carry it; an empty one means that of the association.
+    /// The sender's system title, in general APDUs that carry it; an empty one means that of the
+    /// association.
     pub system_title: Option<SystemTitle>,
     /// How it is protected.
     pub control: SecurityControl,
@@ -124,8 +137,16 @@ impl<'a> CipheredApdu<'a> {
         reader.end(WHAT)?;
         let control = SecurityControl::from_octet(body.octet(WHAT)?)?;
         let counter = u32::from_be_bytes(body.array(WHAT)?);
-        let (content, authentication_tag) = body.rest().split_last_chunk().ok_or(DlmsError::Short { what: "authentication tag" })?;
-        Ok(Self { tag, system_title, control, counter, content, authentication_tag: AuthenticationTag(*authentication_tag) })
+        let (content, authentication_tag) =
+            body.rest().split_last_chunk().ok_or(DlmsError::Short { what: "authentication tag" })?;
+        Ok(Self {
+            tag,
+            system_title,
+            control,
+            counter,
+            content,
+            authentication_tag: AuthenticationTag(*authentication_tag),
+        })
     }
 
     /// The octets.
@@ -143,7 +164,9 @@ impl<'a> CipheredApdu<'a> {
             }
             (true, None) => octets.push(0),
             (false, None) => {}
-            (false, Some(_)) => return Err(DlmsError::invalid(WHAT, "only general-glo and general-ded APDUs carry a system title")),
+            (false, Some(_)) => {
+                return Err(DlmsError::invalid(WHAT, "only general-glo and general-ded APDUs carry a system title"));
+            }
         }
         write_length(&mut octets, length, WHAT)?;
         octets.push(self.control.octet());
@@ -160,14 +183,17 @@ impl<'a> CipheredApdu<'a> {
 fn read_title(reader: &mut Reader<'_>) -> Result<Option<SystemTitle>, DlmsError> {
     match reader.length("system title")? {
         0 => Ok(None),
-        8 => SystemTitle::from_octets(&reader.array::<8>("system title")?).map(Some).map_err(|error| DlmsError::invalid("system title", error.reason())),
+        8 => SystemTitle::from_octets(&reader.array::<8>("system title")?)
+            .map(Some)
+            .map_err(|error| DlmsError::invalid("system title", error.reason())),
         other => Err(DlmsError::invalid("system title", format!("{other} octets instead of 8 or none"))),
     }
 }
 
 const WHAT: &str = "ciphered APDU";
 
-/// Tags: plain, global, dedicated. InitiateRequest and -Response have no dedicated form: they bring the dedicated key.
+/// Tags: plain, global, dedicated. InitiateRequest and -Response have no dedicated form: they bring
+/// the dedicated key.
 const PAIRS: [(u8, u8, Option<u8>); 9] = [
     (0x01, 0x21, None),
     (0x08, 0x28, None),

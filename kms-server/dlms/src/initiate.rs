@@ -1,4 +1,5 @@
-//! InitiateRequest (IEC 62056-5-3, xDLMS InitiateRequest): opens an association, and may bring a dedicated key.
+//! InitiateRequest (IEC 62056-5-3, xDLMS InitiateRequest): opens an association, and may bring a
+//! dedicated key.
 
 use kms_domain::KeyLength;
 use zeroize::Zeroizing;
@@ -7,7 +8,8 @@ use crate::{DlmsError, reader::Reader};
 
 /// An InitiateRequest, in the clear. Not `Debug`: it may hold a key.
 ///
-/// I1: a dedicated key is one of the named exceptions: its own InitiateRequest must carry it, in a zeroizing buffer for one call.
+/// I1: a dedicated key is one of the named exceptions: its own InitiateRequest must carry it, in a
+/// zeroizing buffer for one call.
 #[derive(Clone, PartialEq, Eq)]
 pub struct InitiateRequest {
     /// The dedicated key of this association, 16 or 32 octets.
@@ -58,7 +60,8 @@ impl InitiateRequest {
         } else {
             None
         };
-        // response-allowed is DEFAULT TRUE, quality-of-service OPTIONAL: a presence octet and a value each.
+        // response-allowed is DEFAULT TRUE, quality-of-service OPTIONAL: a presence octet and a
+        // value each.
         for what in ["response-allowed", "quality of service"] {
             if reader.present(what)? {
                 reader.octet(what)?;

@@ -1,18 +1,20 @@
-//! InitiateResponse and ConfirmedServiceError (IEC 62056-5-3): how a meter answers an InitiateRequest.
+//! InitiateResponse and ConfirmedServiceError (IEC 62056-5-3): how a meter answers an
+//! InitiateRequest.
 
 use std::fmt;
 
 use crate::{DlmsError, reader::Reader};
 
-/// An InitiateResponse, in the clear: `08 ‖ [quality of service] ‖ version 6 ‖ conformance ‖ longest APDU(2) ‖ VAA name(2)`.
+/// An InitiateResponse, in the clear: `08 ‖ [quality of service] ‖ version 6 ‖ conformance ‖
+/// longest APDU(2) ‖ VAA name(2)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct InitiateResponse {
     /// The negotiated conformance: 24 bits.
     pub conformance: [u8; 3],
     /// The longest APDU that the meter takes, in octets; 0 for no limit.
     pub longest_apdu: u16,
-    /// The VAA name: 0007 under logical name referencing, the base name of the association object (FA00) under short name
-    /// referencing.
+    /// The VAA name: 0007 under logical name referencing, the base name of the association object
+    /// (FA00) under short name referencing.
     pub vaa_name: u16,
 }
 
@@ -41,7 +43,8 @@ impl InitiateResponse {
     }
 }
 
-/// `[APPLICATION 31] BIT STRING (SIZE(24))`. The tag is 5F 1F; older meters send 5F alone, which the Green Book tolerates.
+/// `[APPLICATION 31] BIT STRING (SIZE(24))`. The tag is 5F 1F; older meters send 5F alone, which
+/// the Green Book tolerates.
 fn conformance(reader: &mut Reader<'_>) -> Result<[u8; 3], DlmsError> {
     const WHAT: &str = "conformance";
     let header = match reader.array(WHAT)? {
@@ -55,16 +58,17 @@ fn conformance(reader: &mut Reader<'_>) -> Result<[u8; 3], DlmsError> {
     reader.array(WHAT)
 }
 
-/// A ConfirmedServiceError: `0E ‖ service ‖ category ‖ error`. In an AARE it stands in place of the InitiateResponse when the meter
-/// does not take the proposed context. It is in the clear: it proves nothing (I3).
+/// A ConfirmedServiceError: `0E ‖ service ‖ category ‖ error`. In an AARE it stands in place of the
+/// InitiateResponse when the meter does not take the proposed context. It is in the clear: it
+/// proves nothing (I3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ConfirmedServiceError {
     /// The service that failed: 1 initiate, 5 read, 6 write.
     pub service: u8,
     /// The choice of ServiceError, 0 to 10: 0 application-reference, 6 initiate.
     pub category: u8,
-    /// The error within its category. For initiate: 0 other, 1 dlms-version-too-low, 2 incompatible-conformance,
-    /// 3 pdu-size-too-short, 4 refused-by-the-VDE-handler.
+    /// The error within its category. For initiate: 0 other, 1 dlms-version-too-low, 2
+    /// incompatible-conformance, 3 pdu-size-too-short, 4 refused-by-the-VDE-handler.
     pub error: u8,
 }
 

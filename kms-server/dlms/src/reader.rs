@@ -15,8 +15,9 @@ impl<'a> Reader<'a> {
         Self { rest: octets, shortest_lengths: false }
     }
 
-    /// A reader that refuses a length in a longer form than it needs. A request is decided on by what it says, so
-    /// there must be one way only to read it: parsers of meters differ in what they make of a longer form.
+    /// A reader that refuses a length in a longer form than it needs. A request is decided on by
+    /// what it says, so there must be one way only to read it: parsers of meters differ in what
+    /// they make of a longer form.
     pub(crate) const fn strict(octets: &'a [u8]) -> Self {
         Self { rest: octets, shortest_lengths: true }
     }
@@ -38,8 +39,8 @@ impl<'a> Reader<'a> {
         Ok(taken)
     }
 
-    /// A length in A-XDR, and a definite one in BER: one octet below 128, else the number of octets that follow with it. At most
-    /// two are read: no APDU here is longer.
+    /// A length in A-XDR, and a definite one in BER: one octet below 128, else the number of octets
+    /// that follow with it. At most two are read: no APDU here is longer.
     pub(crate) fn length(&mut self, what: &'static str) -> Result<usize, DlmsError> {
         let (length, shortest_for): (usize, _) = match self.octet(what)? {
             short @ 0..=0x7F => (short.into(), 0),
@@ -102,7 +103,12 @@ impl<'a> Reader<'a> {
 ///
 /// # Errors
 /// The content is longer than 65,535 octets.
-pub(crate) fn write_element(octets: &mut Vec<u8>, tag: u8, content: &[u8], what: &'static str) -> Result<(), DlmsError> {
+pub(crate) fn write_element(
+    octets: &mut Vec<u8>,
+    tag: u8,
+    content: &[u8],
+    what: &'static str,
+) -> Result<(), DlmsError> {
     octets.push(tag);
     write_length(octets, content.len(), what)?;
     octets.extend_from_slice(content);

@@ -3,9 +3,9 @@
 use crate::{HlsGmac, Target};
 
 impl HlsGmac {
-    /// The plain action-request-normal `reply_to_HLS_authentication` (method 1 of the current association, class 15,
-    /// 0.0.40.0.0.255) with this answer f(StoC) to the meter's challenge: 34 octets. Invoke-id-and-priority: bits 0–3 the invoke
-    /// id, 6 confirmed, 7 high priority.
+    /// The plain action-request-normal `reply_to_HLS_authentication` (method 1 of the current
+    /// association, class 15, 0.0.40.0.0.255) with this answer f(StoC) to the meter's challenge: 34
+    /// octets. Invoke-id-and-priority: bits 0–3 the invoke id, 6 confirmed, 7 high priority.
     pub fn reply_to_hls_authentication(&self, invoke_id_and_priority: u8) -> Vec<u8> {
         let answer = self.octets();
         let mut request = vec![0xC3, NORMAL, invoke_id_and_priority];
@@ -18,8 +18,8 @@ impl HlsGmac {
 }
 
 impl Target {
-    /// The plain get-request-normal that reads this attribute, without selective access: 13 octets. Invoke-id-and-priority: bits
-    /// 0–3 the invoke id, 6 confirmed, 7 high priority.
+    /// The plain get-request-normal that reads this attribute, without selective access: 13 octets.
+    /// Invoke-id-and-priority: bits 0–3 the invoke id, 6 confirmed, 7 high priority.
     pub fn get_request_normal(self, invoke_id_and_priority: u8) -> Vec<u8> {
         let mut request = vec![0xC0, NORMAL, invoke_id_and_priority];
         push_target(&mut request, self);

@@ -1,14 +1,16 @@
-//! The security header, the nonce and the associated data of ciphered APDUs (IEC 62056-5-3, 5.3.7; Green Book, AES-GCM).
+//! The security header, the nonce and the associated data of ciphered APDUs (IEC 62056-5-3, 5.3.7;
+//! Green Book, AES-GCM).
 
 use kms_domain::{SecuritySuite, SystemTitle};
 use zeroize::Zeroizing;
 
 use crate::{DlmsError, reader::Reader};
 
-/// The security control octet: bits 0–3 suite, 4 authenticated, 5 encrypted, 6 broadcast key, 7 compressed.
+/// The security control octet: bits 0–3 suite, 4 authenticated, 5 encrypted, 6 broadcast key, 7
+/// compressed.
 ///
-/// Encryption without authentication is refused (the authentication key would protect nothing), and so is compression, because
-/// policy could not read what is inside.
+/// Encryption without authentication is refused (the authentication key would protect nothing), and
+/// so is compression, because policy could not read what is inside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SecurityControl {
     /// The security suite.
@@ -44,14 +46,17 @@ impl SecurityControl {
     /// An unknown suite, compression, or no authentication.
     pub fn from_octet(octet: u8) -> Result<Self, DlmsError> {
         const WHAT: &str = "security control";
-        let suite = SecuritySuite::from_number(octet & SUITE).map_err(|error| DlmsError::invalid(WHAT, error.to_string()))?;
+        let suite =
+            SecuritySuite::from_number(octet & SUITE).map_err(|error| DlmsError::invalid(WHAT, error.to_string()))?;
         if octet & COMPRESSED != 0 {
             return Err(DlmsError::invalid(WHAT, "compressed content cannot be checked"));
         }
         let protection = match (octet & AUTHENTICATED != 0, octet & ENCRYPTED != 0) {
             (true, true) => Protection::AuthenticatedEncrypted,
             (true, false) => Protection::Authenticated,
-            (false, true) => return Err(DlmsError::invalid(WHAT, "encrypted without authentication: use authenticated encryption")),
+            (false, true) => {
+                return Err(DlmsError::invalid(WHAT, "encrypted without authentication: use authenticated encryption"));
+            }
             (false, false) => return Err(DlmsError::invalid(WHAT, "neither authenticated nor encrypted")),
         };
         let key_set = if octet & BROADCAST == 0 { KeySet::Unicast } else { KeySet::Broadcast };
@@ -71,8 +76,8 @@ impl SecurityControl {
         self.suite.number() | protection | key_set
     }
 
-    /// The associated data of AES-GCM: `SC ‖ GAK`, and for authentication only `SC ‖ GAK ‖ content`; the GCM plaintext is then
-    /// empty. `gak` has 16 octets, or 32 in suite 2.
+    /// The associated data of AES-GCM: `SC ‖ GAK`, and for authentication only `SC ‖ GAK ‖
+    /// content`; the GCM plaintext is then empty. `gak` has 16 octets, or 32 in suite 2.
     ///
     /// I1: this is where the GAK passes through server memory, in a zeroizing buffer for one call.
     pub fn associated_data(self, gak: &[u8], content: &[u8]) -> Zeroizing<Vec<u8>> {
@@ -80,7 +85,8 @@ impl SecurityControl {
             Protection::Authenticated => content,
             Protection::AuthenticatedEncrypted => &[],
         };
-        // The capacity is the whole length, so that no copy of the key is left behind by a growing vector.
+        // The capacity is the whole length, so that no copy of the key is left behind by a growing
+        // vector.
         let mut data = Zeroizing::new(Vec::with_capacity(1 + gak.len() + content.len()));
         data.push(self.octet());
         data.extend_from_slice(gak);
@@ -94,7 +100,8 @@ impl SecurityControl {
 pub struct Nonce([u8; 12]);
 
 impl Nonce {
-    /// The nonce of a sender's counter. // I4: who makes one has reserved the counter, or received the frame.
+    /// The nonce of a sender's counter. // I4: who makes one has reserved the counter, or received
+    /// the frame.
     pub fn new(sender: SystemTitle, counter: u32) -> Self {
         let mut nonce = [0; 12];
         for (octet, value) in nonce.iter_mut().zip(sender.octets().into_iter().chain(counter.to_be_bytes())) {
@@ -113,7 +120,8 @@ impl Nonce {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct AuthenticationTag(pub [u8; 12]);
 
-/// The answer to a challenge in HLS authentication mechanism 5: `SC ‖ IC ‖ GMAC(SC ‖ GAK ‖ challenge)`, 17 octets.
+/// The answer to a challenge in HLS authentication mechanism 5: `SC ‖ IC ‖ GMAC(SC ‖ GAK ‖
+/// challenge)`, 17 octets.
 ///
 /// It uses up an invocation counter of its own, besides that of the APDU that carries it (I4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

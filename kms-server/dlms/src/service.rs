@@ -1,5 +1,6 @@
-//! What a plain request does: service, and class, object and member of everything that it touches. Policy decides on it before
-//! the HSM protects a frame, so a request that cannot be read to its last octet is refused.
+//! What a plain request does: service, and class, object and member of everything that it touches.
+//! Policy decides on it before the HSM protects a frame, so a request that cannot be read to its
+//! last octet is refused.
 
 use std::fmt;
 
@@ -52,11 +53,13 @@ pub struct Target {
 pub struct ServiceRequest {
     /// The service.
     pub kind: ServiceKind,
-    /// Everything that it touches. Empty for InitiateRequest, and for the next block of a request whose first block named it.
+    /// Everything that it touches. Empty for InitiateRequest, and for the next block of a request
+    /// whose first block named it.
     pub targets: Vec<Target>,
     /// Whether it only continues an earlier request: the next block, which names nothing itself.
     pub continuation: bool,
-    /// Whether its first block carries the values, which cannot be read before the others have come.
+    /// Whether its first block carries the values, which cannot be read before the others have
+    /// come.
     pub in_blocks: bool,
     /// Whether it is an InitiateRequest that brings a dedicated key.
     pub dedicated_key: bool,
@@ -65,12 +68,13 @@ pub struct ServiceRequest {
 impl ServiceRequest {
     /// Reads a plain APDU: get-, set- and action-request in all their forms, and InitiateRequest.
     ///
-    /// There is one reading only of what is accepted: each length is in its shortest form, each presence octet is 00 or
-    /// 01, and nothing follows. So what is decided on is what the meter carries out.
+    /// There is one reading only of what is accepted: each length is in its shortest form, each
+    /// presence octet is 00 or 01, and nothing follows. So what is decided on is what the meter
+    /// carries out.
     ///
     /// # Errors
-    /// Another APDU, one that is cut or goes on after its end, a length that is not in its shortest form, more than 256
-    /// targets, or data that cannot be read.
+    /// Another APDU, one that is cut or goes on after its end, a length that is not in its shortest
+    /// form, more than 256 targets, or data that cannot be read.
     pub fn parse(apdu: &[u8]) -> Result<Self, DlmsError> {
         if apdu.len() > LONGEST_APDU {
             return Err(DlmsError::invalid(WHAT, format!("{} octets, more than {LONGEST_APDU}", apdu.len())));
@@ -84,25 +88,33 @@ impl ServiceRequest {
             0xC0 => get(&mut reader)?,
             0xC1 => set(&mut reader)?,
             0xC3 => action(&mut reader)?,
-            other => return Err(DlmsError::invalid(WHAT, format!("tag {other:#04X} is no get-, set-, action- or initiate-request"))),
+            other => {
+                return Err(DlmsError::invalid(
+                    WHAT,
+                    format!("tag {other:#04X} is no get-, set-, action- or initiate-request"),
+                ));
+            }
         };
         reader.end(WHAT)?;
         Ok(request)
     }
 }
 
-/// Whether these octets, a challenge that a meter has sent, could be a request to a meter in the clear.
+/// Whether these octets, a challenge that a meter has sent, could be a request to a meter in the
+/// clear.
 ///
-/// An answer f(StoC) to a challenge and the tag of an APDU that is authenticated only are the same computation
-/// (IEC 62056-5-3, HLS mechanism 5, and security control 10): who chooses the challenge gets a tag for these octets.
-/// So each service that a meter acts upon is told by its first octet alone. A meter chooses the service by it, and what
-/// the meter makes of the rest, such as a lenient encoding, or octets that follow, is known to its firmware only. Ten of
-/// 256 first octets are refused, which is one random challenge in 26.
+/// An answer f(StoC) to a challenge and the tag of an APDU that is authenticated only are the same
+/// computation (IEC 62056-5-3, HLS mechanism 5, and security control 10): who chooses the challenge
+/// gets a tag for these octets. So each service that a meter acts upon is told by its first octet
+/// alone. A meter chooses the service by it, and what the meter makes of the rest, such as a
+/// lenient encoding, or octets that follow, is known to its firmware only. Ten of 256 first octets
+/// are refused, which is one random challenge in 26.
 pub const fn resembles_request(challenge: &[u8]) -> bool {
     matches!(
         challenge,
         [
-            // InitiateRequest; read, write and unconfirmed write by short names; confirmation of a push
+            // InitiateRequest; read, write and unconfirmed write by short names; confirmation of a
+            // push
             0x01 | 0x05 | 0x06 | 0x16 | 0x10
             // get, set, action; access; general block transfer, which carries any of them
             | 0xC0 | 0xC1 | 0xC3 | 0xD9 | 0xE0,
@@ -244,7 +256,10 @@ fn attribute(reader: &mut Reader<'_>) -> Result<Target, DlmsError> {
     Ok(target)
 }
 
-fn list(reader: &mut Reader<'_>, read: fn(&mut Reader<'_>) -> Result<Target, DlmsError>) -> Result<Vec<Target>, DlmsError> {
+fn list(
+    reader: &mut Reader<'_>,
+    read: fn(&mut Reader<'_>) -> Result<Target, DlmsError>,
+) -> Result<Vec<Target>, DlmsError> {
     let count = reader.length(WHAT)?;
     if !(1..=MOST_TARGETS).contains(&count) {
         return Err(DlmsError::invalid(WHAT, format!("a list of {count} targets, not 1 to {MOST_TARGETS}")));

@@ -1,4 +1,5 @@
-//! What a meter answers to a GET and to an ACTION (IEC 62056-5-3, 8: Get-Response-Normal and Action-Response-Normal).
+//! What a meter answers to a GET and to an ACTION (IEC 62056-5-3, 8: Get-Response-Normal and
+//! Action-Response-Normal).
 
 use std::fmt;
 
@@ -17,7 +18,8 @@ impl<'a> GetResponse<'a> {
     /// Reads a get-response-normal, to its last octet.
     ///
     /// # Errors
-    /// The octets are none (blocks and lists are refused), are cut or go on, or carry data that cannot be read.
+    /// The octets are none (blocks and lists are refused), are cut or go on, or carry data that
+    /// cannot be read.
     pub fn parse(apdu: &'a [u8]) -> Result<Self, DlmsError> {
         const WHAT: &str = "get-response";
         let (mut reader, invoke_id_and_priority) = normal(apdu, GET_RESPONSE, WHAT)?;
@@ -27,7 +29,8 @@ impl<'a> GetResponse<'a> {
     }
 }
 
-/// A plain action-response-normal: `C7 01 ‖ invoke-id-and-priority ‖ Action-Result ‖ [Get-Data-Result]`.
+/// A plain action-response-normal: `C7 01 ‖ invoke-id-and-priority ‖ Action-Result ‖
+/// [Get-Data-Result]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ActionResponse<'a> {
     /// That of the request: bits 0–3 the invoke id, 6 confirmed, 7 high priority.
@@ -42,21 +45,25 @@ impl<'a> ActionResponse<'a> {
     /// Reads an action-response-normal, to its last octet.
     ///
     /// # Errors
-    /// The octets are none (blocks and lists are refused), are cut or go on, or carry data that cannot be read.
+    /// The octets are none (blocks and lists are refused), are cut or go on, or carry data that
+    /// cannot be read.
     pub fn parse(apdu: &'a [u8]) -> Result<Self, DlmsError> {
         const WHAT: &str = "action-response";
         let (mut reader, invoke_id_and_priority) = normal(apdu, ACTION_RESPONSE, WHAT)?;
         let result = ActionResult(reader.octet(WHAT)?);
-        let return_parameters = if reader.present("return parameters")? { Some(get_data_result(&mut reader, WHAT)?) } else { None };
+        let return_parameters =
+            if reader.present("return parameters")? { Some(get_data_result(&mut reader, WHAT)?) } else { None };
         reader.end(WHAT)?;
         Ok(Self { invoke_id_and_priority, result, return_parameters })
     }
 
-    /// The meter's answer f(CtoS) in the response to `reply_to_HLS_authentication`. It is not checked here: the HSM computes the
-    /// GMAC over the client's challenge under the meter's system title and compares.
+    /// The meter's answer f(CtoS) in the response to `reply_to_HLS_authentication`. It is not
+    /// checked here: the HSM computes the GMAC over the client's challenge under the meter's system
+    /// title and compares.
     ///
     /// # Errors
-    /// The method failed, or returned something else than an octet-string of 17 octets with the security control of a GMAC.
+    /// The method failed, or returned something else than an octet-string of 17 octets with the
+    /// security control of a GMAC.
     pub fn hls_gmac(&self) -> Result<HlsGmac, DlmsError> {
         const WHAT: &str = "answer to reply_to_HLS_authentication";
         if self.result != ActionResult::SUCCESS {
@@ -70,7 +77,8 @@ impl<'a> ActionResponse<'a> {
     }
 }
 
-/// An Action-Result, by its number. Meters send numbers that the standard does not know, so none is refused.
+/// An Action-Result, by its number. Meters send numbers that the standard does not know, so none is
+/// refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ActionResult(pub u8);
 
@@ -90,7 +98,8 @@ impl fmt::Display for ActionResult {
     }
 }
 
-/// A Data-Access-Result, by its number. Meters send numbers that the standard does not know, so none is refused.
+/// A Data-Access-Result, by its number. Meters send numbers that the standard does not know, so
+/// none is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DataAccessResult(pub u8);
 
@@ -119,17 +128,27 @@ fn normal<'a>(apdu: &'a [u8], tag: u8, what: &'static str) -> Result<(Reader<'a>
     }
     match reader.octet(what)? {
         NORMAL => {}
-        other => return Err(DlmsError::invalid(what, format!("choice {other} is not `normal` (1): blocks and lists are not read"))),
+        other => {
+            return Err(DlmsError::invalid(
+                what,
+                format!("choice {other} is not `normal` (1): blocks and lists are not read"),
+            ));
+        }
     }
     let invoke_id_and_priority = reader.octet(what)?;
     Ok((reader, invoke_id_and_priority))
 }
 
-fn get_data_result<'a>(reader: &mut Reader<'a>, what: &'static str) -> Result<Result<Data<'a>, DataAccessResult>, DlmsError> {
+fn get_data_result<'a>(
+    reader: &mut Reader<'a>,
+    what: &'static str,
+) -> Result<Result<Data<'a>, DataAccessResult>, DlmsError> {
     match reader.octet(what)? {
         0 => Data::read(reader).map(Ok),
         1 => Ok(Err(DataAccessResult(reader.octet("data-access-result")?))),
-        other => Err(DlmsError::invalid(what, format!("choice {other} is neither data (0) nor data-access-result (1)"))),
+        other => {
+            Err(DlmsError::invalid(what, format!("choice {other} is neither data (0) nor data-access-result (1)")))
+        }
     }
 }
 

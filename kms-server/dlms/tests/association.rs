@@ -1,5 +1,6 @@
-//! Associations with HLS 5 and the answers of meters: against octets that dlms-cosem made (tests/vectors/generate.py), and against
-//! the codec and the simulated meter of meter-sim, which share nothing with this crate.
+//! Associations with HLS 5 and the answers of meters: against octets that dlms-cosem made
+//! (tests/vectors/generate.py), and against the codec and the simulated meter of meter-sim, which
+//! share nothing with this crate.
 
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
@@ -58,7 +59,10 @@ fn requests_are_what_dlms_cosem_makes() {
     let reply = gmac.reply_to_hls_authentication(invoke);
     assert_eq!(reply, octets(&services["reply_to_hls_authentication"]));
     let read = ServiceRequest::parse(&reply).unwrap();
-    assert_eq!((read.kind, read.targets), (ServiceKind::Action, vec![Target { class_id: 15, obis: [0, 0, 40, 0, 0, 255], member: 1 }]));
+    assert_eq!(
+        (read.kind, read.targets),
+        (ServiceKind::Action, vec![Target { class_id: 15, obis: [0, 0, 40, 0, 0, 255], member: 1 }])
+    );
     let get = ENERGY.get_request_normal(invoke);
     assert_eq!(get, octets(&services["get_request"]));
     assert_eq!(ServiceRequest::parse(&get).unwrap().targets, [ENERGY]);
@@ -79,15 +83,30 @@ fn what_dlms_cosem_answers_is_read() {
         let number = vector["diagnostic"].as_u64().unwrap().try_into().unwrap();
         let information = optional(&vector["information"]);
         let expected = AssociationResponse {
-            context: if vector["ciphered"] == true { ApplicationContext::CipheredLogicalNames } else { ApplicationContext::LogicalNames },
-            result: [AssociationResult::Accepted, AssociationResult::RejectedPermanent, AssociationResult::RejectedTransient]
-                [usize::try_from(vector["result"].as_u64().unwrap()).unwrap()],
-            diagnostic: if vector["source"] == "user" { SourceDiagnostic::ServiceUser(number) } else { SourceDiagnostic::ServiceProvider(number) },
+            context: if vector["ciphered"] == true {
+                ApplicationContext::CipheredLogicalNames
+            } else {
+                ApplicationContext::LogicalNames
+            },
+            result: [
+                AssociationResult::Accepted,
+                AssociationResult::RejectedPermanent,
+                AssociationResult::RejectedTransient,
+            ][usize::try_from(vector["result"].as_u64().unwrap()).unwrap()],
+            diagnostic: if vector["source"] == "user" {
+                SourceDiagnostic::ServiceUser(number)
+            } else {
+                SourceDiagnostic::ServiceProvider(number)
+            },
             server_title: optional(&vector["server_title"]).map(|title| SystemTitle::from_octets(&title).unwrap()),
             mechanism: (vector["mechanism"] == 5).then_some(AuthenticationMechanism::HighGmac),
             authentication_value: read.authentication_value,
             information: information.as_deref().map(|octets| match octets[0] {
-                0x08 => AssociationInformation::InitiateResponse(InitiateResponse { conformance: [0x40, 0x10, 0x1D], longest_apdu: 1224, vaa_name: 7 }),
+                0x08 => AssociationInformation::InitiateResponse(InitiateResponse {
+                    conformance: [0x40, 0x10, 0x1D],
+                    longest_apdu: 1224,
+                    vaa_name: 7,
+                }),
                 0x0E => AssociationInformation::Error(ConfirmedServiceError { service: 1, category: 6, error: 2 }),
                 _ => AssociationInformation::Ciphered(octets),
             }),
@@ -100,19 +119,26 @@ fn what_dlms_cosem_answers_is_read() {
         for length in 0..aare.len() {
             assert!(AssociationResponse::parse(&aare[..length]).is_err(), "{vector} cut to {length}");
         }
-        assert!(matches!(AssociationResponse::parse(&[aare.as_slice(), &[0]].concat()), Err(DlmsError::Trailing { .. })));
+        assert!(matches!(
+            AssociationResponse::parse(&[aare.as_slice(), &[0]].concat()),
+            Err(DlmsError::Trailing { .. })
+        ));
     }
 
     let vector = &vectors["initiate_response"];
     let read = InitiateResponse::parse(&octets(&vector["octets"])).unwrap();
-    assert_eq!((hex::encode(read.conformance), read.longest_apdu, read.vaa_name), (vector["conformance"].as_str().unwrap().to_owned(), 1224, 7));
+    assert_eq!(
+        (hex::encode(read.conformance), read.longest_apdu, read.vaa_name),
+        (vector["conformance"].as_str().unwrap().to_owned(), 1224, 7)
+    );
 
     let services = &vectors["services"];
     let denied = Err(DataAccessResult(3));
     let response = octets(&services["get_response_error"]);
     assert_eq!(GetResponse::parse(&response), Ok(GetResponse { invoke_id_and_priority: INVOKE, result: denied }));
     let response = |name: &str| octets(&services[name]);
-    let (plain, with_data, with_error) = (response("action_response"), response("action_response_with_data"), response("action_response_with_error"));
+    let (plain, with_data, with_error) =
+        (response("action_response"), response("action_response_with_data"), response("action_response_with_error"));
     let failed = ActionResponse { invoke_id_and_priority: INVOKE, result: ActionResult(9), return_parameters: None };
     assert_eq!(ActionResponse::parse(&plain), Ok(failed));
     assert_eq!(ActionResponse::parse(&with_error), Ok(ActionResponse { return_parameters: Some(denied), ..failed }));
@@ -142,7 +168,9 @@ const INFORMATION: &str = "BE 15 04 13 28 11 30 00000001 0102030405060708090A0B0
 #[test]
 fn fields_that_an_aare_may_carry_besides() {
     for fields in [
-        format!("80 02 07 80 {CONTEXT} {ACCEPTED} {REQUIRED} {TITLE} A5 03 04 01 00 A6 03 02 01 00 A7 03 02 01 00 88 02 07 80 {MECHANISM} {VALUE} BD 01 00"),
+        format!(
+            "80 02 07 80 {CONTEXT} {ACCEPTED} {REQUIRED} {TITLE} A5 03 04 01 00 A6 03 02 01 00 A7 03 02 01 00 88 02 07 80 {MECHANISM} {VALUE} BD 01 00"
+        ),
         format!("80 02 02 84 {CONTEXT} {ACCEPTED} {REQUIRED} {TITLE} 88 01 00 {MECHANISM} {VALUE} 9D 00"),
         // Lengths in a longer form than needed are BER, too.
         format!("A1 81 0B 06 82 0007 60857405080103 {ACCEPTED} {REQUIRED} {TITLE} {MECHANISM} {VALUE}"),
@@ -220,22 +248,36 @@ fn hls_goes_on_only_with_the_meter_that_was_asked() {
         (INFORMATION, "BE 10 04 0E 0800065F1F040040101D04C80007", "no ciphered InitiateResponse"),
     ] {
         let octets = aare(&good.replace(from, to));
-        let error = AssociationResponse::parse(&octets).unwrap().hls_challenge(title(METER), &own).unwrap_err().to_string();
+        let error =
+            AssociationResponse::parse(&octets).unwrap().hls_challenge(title(METER), &own).unwrap_err().to_string();
         assert!(error.contains(reason), "{from} -> {to}: {error}");
     }
     let refused = aare(&format!("{CONTEXT} A2 03 02 01 01 A3 05 A1 03 02 01 01 BE 06 04 04 0E010602"));
-    let error = AssociationResponse::parse(&refused).unwrap().hls_challenge(title(METER), &own).unwrap_err().to_string();
+    let error =
+        AssociationResponse::parse(&refused).unwrap().hls_challenge(title(METER), &own).unwrap_err().to_string();
     assert!(error.ends_with("acse-service-user 1 (no-reason-given), confirmed service error 01 06 02"), "{error}");
 }
 
 #[test]
 fn requests_that_are_not_made() {
-    let request =
-        |initiate_request: &[u8]| AssociationRequest { client_title: title(CLIENT), challenge: Challenge::new(&[1; 8]).unwrap(), initiate_request }.octets();
+    let request = |initiate_request: &[u8]| {
+        AssociationRequest {
+            client_title: title(CLIENT),
+            challenge: Challenge::new(&[1; 8]).unwrap(),
+            initiate_request,
+        }
+        .octets()
+    };
     let content = "11 30 00000001 0102030405060708090A0B0C";
     assert!(request(&hex(&format!("21 {content}"))).is_ok());
     // In the clear, a response, another service, with a title of its own, cut.
-    for refused in ["01000000065F1F040000101D0000", &format!("28 {content}"), &format!("C8 {content}"), &format!("DB 00 {content}"), "21 11 30"] {
+    for refused in [
+        "01000000065F1F040000101D0000",
+        &format!("28 {content}"),
+        &format!("C8 {content}"),
+        &format!("DB 00 {content}"),
+        "21 11 30",
+    ] {
         assert!(request(&hex(refused)).is_err(), "{refused}");
         assert!(ReleaseRequest { initiate_request: Some(&hex(refused)) }.octets().is_err(), "{refused}");
     }
@@ -303,7 +345,10 @@ fn service_responses() {
             assert_eq!(read.unsigned().ok(), unsigned, "{data}");
             assert_eq!(format!("{read:?}"), format!("Data({} octets)", hex(data).len()));
             for length in 0..apdu.len() {
-                assert!(GetResponse::parse(&apdu[..length]).is_err() && ActionResponse::parse(&apdu[..length]).is_err(), "{data} cut to {length}");
+                assert!(
+                    GetResponse::parse(&apdu[..length]).is_err() && ActionResponse::parse(&apdu[..length]).is_err(),
+                    "{data} cut to {length}"
+                );
             }
             let longer = [apdu.as_slice(), &[0]].concat();
             assert!(GetResponse::parse(&longer).is_err() && ActionResponse::parse(&longer).is_err(), "{data}");
@@ -319,10 +364,17 @@ fn service_responses() {
         let error = GetResponse::parse(&hex(refused)).expect_err(refused).to_string();
         assert!(error.contains(reason), "{refused}: {error}");
     }
-    for refused in ["C7 02 C1 00 00", "C7 01 C1 00 02", "C7 01 C1 00 01", "C7 01 C1 00 01 02 00", "C4 01 C1 01 00", "D8 01 05"] {
+    for refused in
+        ["C7 02 C1 00 00", "C7 01 C1 00 02", "C7 01 C1 00 01", "C7 01 C1 00 01 02 00", "C4 01 C1 01 00", "D8 01 05"]
+    {
         assert!(ActionResponse::parse(&hex(refused)).is_err(), "{refused}");
     }
-    for refused in ["C7 01 C1 00 00", "C7 01 C1 00 01 00 11 01", "C7 01 C1 00 01 00 09 10 10000000010102030405060708090A0B", "C7 01 C1 00 01 01 00"] {
+    for refused in [
+        "C7 01 C1 00 00",
+        "C7 01 C1 00 01 00 11 01",
+        "C7 01 C1 00 01 00 09 10 10000000010102030405060708090A0B",
+        "C7 01 C1 00 01 01 00",
+    ] {
         assert!(ActionResponse::parse(&hex(refused)).unwrap().hls_gmac().is_err(), "{refused}");
     }
 }
@@ -334,7 +386,11 @@ struct Keys {
 }
 
 impl Keys {
-    const CONTROL: SecurityControl = SecurityControl { suite: SecuritySuite::Suite0, protection: Protection::AuthenticatedEncrypted, key_set: KeySet::Unicast };
+    const CONTROL: SecurityControl = SecurityControl {
+        suite: SecuritySuite::Suite0,
+        protection: Protection::AuthenticatedEncrypted,
+        key_set: KeySet::Unicast,
+    };
 
     fn cipher(&self) -> AesGcm<Aes128, U12, U12> {
         AesGcm::new_from_slice(&self.guek).unwrap()
@@ -343,10 +399,18 @@ impl Keys {
     fn protect(&self, counter: u32, plain: &[u8]) -> Vec<u8> {
         let nonce = Nonce::new(title(CLIENT), counter);
         let associated_data = Self::CONTROL.associated_data(&self.gak, plain);
-        let mut content = self.cipher().encrypt(nonce.octets().into(), Payload { msg: plain, aad: &associated_data }).unwrap();
+        let mut content =
+            self.cipher().encrypt(nonce.octets().into(), Payload { msg: plain, aad: &associated_data }).unwrap();
         let tag = AuthenticationTag(content.split_off(plain.len()).try_into().unwrap());
         let tag_kind = CipheredTag::global_for(plain[0]).unwrap();
-        let apdu = CipheredApdu { tag: tag_kind, system_title: None, control: Self::CONTROL, counter, content: &content, authentication_tag: tag };
+        let apdu = CipheredApdu {
+            tag: tag_kind,
+            system_title: None,
+            control: Self::CONTROL,
+            counter,
+            content: &content,
+            authentication_tag: tag,
+        };
         apdu.octets().unwrap()
     }
 
@@ -383,7 +447,13 @@ fn a_simulated_meter_proves_its_keys() {
     let initiate = InitiateRequest { dedicated_key: None, conformance: [0x40, 0x10, 0x1D], longest_apdu: 0 };
     let ask = |keys: &Keys, counter| {
         let initiate_request = keys.protect(counter, &initiate.octets().unwrap());
-        AssociationRequest { client_title: title(CLIENT), challenge: challenge.clone(), initiate_request: &initiate_request }.octets().unwrap()
+        AssociationRequest {
+            client_title: title(CLIENT),
+            challenge: challenge.clone(),
+            initiate_request: &initiate_request,
+        }
+        .octets()
+        .unwrap()
     };
     // Another GUEK: the meter refuses, in the clear.
     let other = Keys { guek: [0x12; 16], gak: keys.gak };
@@ -405,7 +475,8 @@ fn a_simulated_meter_proves_its_keys() {
     assert_ne!(gmac, other.answer(METER, gmac.counter, challenge.octets()));
     assert!(connection.is_associated());
 
-    let answer = keys.open(&connection.exchange(&keys.protect(4, &ENERGY.get_request_normal(INVOKE))).unwrap()).unwrap();
+    let answer =
+        keys.open(&connection.exchange(&keys.protect(4, &ENERGY.get_request_normal(INVOKE))).unwrap()).unwrap();
     let answer = GetResponse::parse(&answer).unwrap();
     assert_eq!((answer.invoke_id_and_priority, answer.result.unwrap().unsigned()), (INVOKE, Ok(123_456)));
 
@@ -426,25 +497,43 @@ fn ciphered(tag: u8) -> impl Strategy<Value = Vec<u8>> {
 fn user_information() -> impl Strategy<Value = Vec<u8>> {
     prop_oneof![
         ciphered(0x28),
-        any::<([u8; 3], u16)>().prop_map(|(conformance, size)| xdlms::InitiateResponse { conformance, server_max_receive_pdu_size: size }.encode()),
+        any::<([u8; 3], u16)>().prop_map(|(conformance, size)| xdlms::InitiateResponse {
+            conformance,
+            server_max_receive_pdu_size: size
+        }
+        .encode()),
         (0..=10u8, any::<u8>()).prop_map(|(category, error)| vec![0x0E, 1, category, error]),
     ]
 }
 
 fn simulated_aare() -> impl Strategy<Value = acse::AssociationResponse> {
-    let mechanism = prop::sample::select(vec![acse::Mechanism::Lowest, acse::Mechanism::Low, acse::Mechanism::HighGmac]);
+    let mechanism =
+        prop::sample::select(vec![acse::Mechanism::Lowest, acse::Mechanism::Low, acse::Mechanism::HighGmac]);
     let authentication_value = prop::option::of(prop::collection::vec(any::<u8>(), 0..200));
-    (any::<bool>(), 0..3u8, 0..128u8, prop::option::of(1..u64::MAX), mechanism, authentication_value, prop::option::of(user_information())).prop_map(
-        |(ciphering, result, diagnostic, title, mechanism, authentication_value, user_information)| acse::AssociationResponse {
-            context: if ciphering { acse::ApplicationContext::LogicalNameCiphering } else { acse::ApplicationContext::LogicalName },
-            result,
-            diagnostic,
-            server_title: title.map(|title| meter_sim::SystemTitle::new(title.to_be_bytes())),
-            mechanism,
-            authentication_value,
-            user_information,
-        },
+    (
+        any::<bool>(),
+        0..3u8,
+        0..128u8,
+        prop::option::of(1..u64::MAX),
+        mechanism,
+        authentication_value,
+        prop::option::of(user_information()),
     )
+        .prop_map(|(ciphering, result, diagnostic, title, mechanism, authentication_value, user_information)| {
+            acse::AssociationResponse {
+                context: if ciphering {
+                    acse::ApplicationContext::LogicalNameCiphering
+                } else {
+                    acse::ApplicationContext::LogicalName
+                },
+                result,
+                diagnostic,
+                server_title: title.map(|title| meter_sim::SystemTitle::new(title.to_be_bytes())),
+                mechanism,
+                authentication_value,
+                user_information,
+            }
+        })
 }
 
 proptest! {

@@ -46,7 +46,10 @@ fn every_form_of_a_request_is_read() {
         for length in 0..octets.len() {
             assert!(ServiceRequest::parse(&octets[..length]).is_err(), "{apdu} cut to {length}");
         }
-        assert!(matches!(ServiceRequest::parse(&[octets.as_slice(), &[0]].concat()), Err(DlmsError::Trailing { .. })), "{apdu}");
+        assert!(
+            matches!(ServiceRequest::parse(&[octets.as_slice(), &[0]].concat()), Err(DlmsError::Trailing { .. })),
+            "{apdu}"
+        );
     }
 }
 
@@ -71,7 +74,8 @@ fn what_cannot_be_read_is_refused() {
     assert!(ServiceRequest::parse(&vec![0xC0; LONGEST_APDU + 1]).is_err());
 }
 
-/// What is decided on is what the meter carries out: there is one way only to read what is accepted.
+/// What is decided on is what the meter carries out: there is one way only to read what is
+/// accepted.
 #[test]
 fn a_second_encoding_of_a_request_is_refused() {
     let initiate = "00 00 00 06 5F 1F 04 00 00 7E 1F 04 B0";
@@ -80,7 +84,8 @@ fn a_second_encoding_of_a_request_is_refused() {
     assert_eq!((plain.kind, plain.dedicated_key), (ServiceKind::Initiate, false));
     assert!(ServiceRequest::parse(&hex(&format!("01 {with_key}"))).unwrap().dedicated_key);
     for refused in [
-        // The tag of the conformance block in one octet, another presence octet, another version, an octet that follows.
+        // The tag of the conformance block in one octet, another presence octet, another version,
+        // an octet that follows.
         format!("01 {}", with_key.replace("5F 1F", "5F")),
         format!("01 FF {}", &with_key[3..]),
         format!("01 {}", with_key.replace("00 00 06 5F", "FF 00 06 5F")),
@@ -99,7 +104,8 @@ fn a_second_encoding_of_a_request_is_refused() {
     }
 }
 
-/// The plain form of each service that a meter acts upon, in encodings that a strict parser does not take.
+/// The plain form of each service that a meter acts upon, in encodings that a strict parser does
+/// not take.
 #[test]
 fn a_challenge_that_begins_as_a_request_is_told_from_others() {
     let key = "A5".repeat(16);
@@ -142,7 +148,11 @@ fn requests_that_carry_keys_are_known() {
     ] {
         assert_eq!(carried(&transfer), Some(KeyCarrier::KeyTransfer), "{transfer}");
     }
-    let script = |class: &str| format!("C1 01 C1 0009 00000A0064FF 02 00 01 01 02 02 12 0001 01 01 02 05 16 02 {class} 09 06 00002B0000FF 0F 02 {argument}");
+    let script = |class: &str| {
+        format!(
+            "C1 01 C1 0009 00000A0064FF 02 00 01 01 02 02 12 0001 01 01 02 05 16 02 {class} 09 06 00002B0000FF 0F 02 {argument}"
+        )
+    };
     for other in [
         format!("C3 03 C1 02 0040 00002B0000FF 02 0040 00002B0000FF 03 02 {argument} {argument}"),
         "C3 01 C1 0040 00002B0000FF 03 00".to_owned(),
@@ -188,7 +198,14 @@ fn every_object_of_a_list_is_named() {
 
 #[test]
 fn the_tags_of_ciphered_apdus() {
-    for (plain, global, dedicated) in [(0xC0, 0xC8, 0xD0), (0xC1, 0xC9, 0xD1), (0xC3, 0xCB, 0xD3), (0xC4, 0xCC, 0xD4), (0xC5, 0xCD, 0xD5), (0xC7, 0xCF, 0xD7)] {
+    for (plain, global, dedicated) in [
+        (0xC0, 0xC8, 0xD0),
+        (0xC1, 0xC9, 0xD1),
+        (0xC3, 0xCB, 0xD3),
+        (0xC4, 0xCC, 0xD4),
+        (0xC5, 0xCD, 0xD5),
+        (0xC7, 0xCF, 0xD7),
+    ] {
         assert_eq!(CipheredTag::global_for(plain).unwrap().octet(), global);
         let tag = CipheredTag::dedicated_for(plain).unwrap();
         assert!(tag.is_dedicated() && tag.octet() == dedicated && tag.fits(&[plain]) && !tag.fits(&[plain ^ 1]));
@@ -205,7 +222,10 @@ fn general_apdus_with_and_without_a_title() {
     assert_eq!((apdu.system_title, apdu.counter, apdu.content), (None, 7, hex("AABB").as_slice()));
     assert_eq!(apdu.octets().unwrap(), without);
     // Lengths in a longer form than needed occur in the field.
-    assert_eq!(CipheredApdu::parse(&hex(&format!("DB 08 4142434445464748 82 0013 {content}"))).unwrap().content, hex("AABB"));
+    assert_eq!(
+        CipheredApdu::parse(&hex(&format!("DB 08 4142434445464748 82 0013 {content}"))).unwrap().content,
+        hex("AABB")
+    );
     for refused in [
         format!("DB 07 41424344454647 13 {content}"),
         format!("DB 08 0000000000000000 13 {content}"),
@@ -219,15 +239,21 @@ fn general_apdus_with_and_without_a_title() {
     ] {
         assert!(CipheredApdu::parse(&hex(&refused)).is_err(), "{refused}");
     }
-    let in_a_specific_one =
-        CipheredApdu { tag: CipheredTag::global_for(0xC0).unwrap(), system_title: Some(kms_domain::SystemTitle::parse("4142434445464748").unwrap()), ..apdu };
+    let in_a_specific_one = CipheredApdu {
+        tag: CipheredTag::global_for(0xC0).unwrap(),
+        system_title: Some(kms_domain::SystemTitle::parse("4142434445464748").unwrap()),
+        ..apdu
+    };
     assert!(in_a_specific_one.octets().is_err());
 }
 
 #[test]
 fn exception_responses() {
     let parse = |text: &str| ExceptionResponse::parse(&hex(text));
-    assert_eq!(parse("D80105"), Ok(ExceptionResponse { state_error: 1, service_error: ServiceError::DecipheringError }));
+    assert_eq!(
+        parse("D80105"),
+        Ok(ExceptionResponse { state_error: 1, service_error: ServiceError::DecipheringError })
+    );
     assert_eq!(parse("D80205").unwrap().state_error, 2);
     let counter = ServiceError::InvocationCounterError { last_accepted: 0x0123_4567 };
     assert_eq!(parse("D8010601234567").unwrap().service_error, counter);

@@ -1,4 +1,5 @@
-//! Vectors that circulate in open implementations of DLMS/COSEM, recomputed here with AES-GCM and RFC 3394 of RustCrypto.
+//! Vectors that circulate in open implementations of DLMS/COSEM, recomputed here with AES-GCM and
+//! RFC 3394 of RustCrypto.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -8,8 +9,8 @@ use aes_gcm::{
     aes::Aes128,
 };
 use kms_dlms::{
-    AuthenticationTag, CipheredApdu, CipheredTag, HlsGmac, InitiateRequest, KeySet, KeyTransfer, Nonce, Protection, SecurityControl, ServiceKind,
-    ServiceRequest,
+    AuthenticationTag, CipheredApdu, CipheredTag, HlsGmac, InitiateRequest, KeySet, KeyTransfer, Nonce, Protection,
+    SecurityControl, ServiceKind, ServiceRequest,
 };
 use kms_domain::{SecuritySetupId, SecuritySuite, SystemTitle};
 use zeroize::Zeroizing;
@@ -36,7 +37,14 @@ fn gcm(key: &[u8], nonce: &Nonce, plaintext: &[u8], associated_data: &[u8]) -> (
 }
 
 /// What the server does with an HSM: header, nonce and associated data from here, AES-GCM there.
-fn protect(tag: CipheredTag, general_title: Option<SystemTitle>, sender: &str, control: SecurityControl, counter: u32, plain: &[u8]) -> Vec<u8> {
+fn protect(
+    tag: CipheredTag,
+    general_title: Option<SystemTitle>,
+    sender: &str,
+    control: SecurityControl,
+    counter: u32,
+    plain: &[u8],
+) -> Vec<u8> {
     let nonce = Nonce::new(SystemTitle::parse(sender).unwrap(), counter);
     let associated_data = control.associated_data(&hex(AK), plain);
     let (content, authentication_tag) = match control.protection {
@@ -44,7 +52,8 @@ fn protect(tag: CipheredTag, general_title: Option<SystemTitle>, sender: &str, c
         Protection::AuthenticatedEncrypted => gcm(&hex(EK), &nonce, plain, &associated_data),
     };
     assert!(tag.fits(plain));
-    let apdu = CipheredApdu { tag, system_title: general_title, control, counter, content: &content, authentication_tag };
+    let apdu =
+        CipheredApdu { tag, system_title: general_title, control, counter, content: &content, authentication_tag };
     let octets = apdu.octets().unwrap();
     assert_eq!(CipheredApdu::parse(&octets).unwrap(), apdu);
     octets
@@ -55,7 +64,10 @@ fn a_get_request_authenticated_and_encrypted() {
     let tag = CipheredTag::global_for(0xC0).unwrap();
     let frame = |protection| hex::encode_upper(protect(tag, None, TITLE, control(protection), 0x0123_4567, &hex(GET)));
     assert_eq!(frame(Protection::Authenticated), "C81E1001234567C0010000080000010000FF020006725D910F9221D263877516");
-    assert_eq!(frame(Protection::AuthenticatedEncrypted), "C81E3001234567411312FF935A47566827C467BC7D825C3BE4A77C3FCC056B6B");
+    assert_eq!(
+        frame(Protection::AuthenticatedEncrypted),
+        "C81E3001234567411312FF935A47566827C467BC7D825C3BE4A77C3FCC056B6B"
+    );
 }
 
 #[test]
@@ -67,15 +79,21 @@ fn encryption_without_authentication_is_refused() {
 #[test]
 fn an_initiate_request_with_its_dedicated_key() {
     let plain = "01011000112233445566778899AABBCCDDEEFF0000065F1F0400007E1F04B0";
-    let request =
-        InitiateRequest { dedicated_key: Some(Zeroizing::new(hex("00112233445566778899AABBCCDDEEFF"))), conformance: [0x00, 0x7E, 0x1F], longest_apdu: 0x04B0 };
+    let request = InitiateRequest {
+        dedicated_key: Some(Zeroizing::new(hex("00112233445566778899AABBCCDDEEFF"))),
+        conformance: [0x00, 0x7E, 0x1F],
+        longest_apdu: 0x04B0,
+    };
     let octets = request.octets().unwrap();
     assert_eq!(hex::encode_upper(&octets), plain);
     assert!(InitiateRequest::parse(&octets).unwrap() == request);
     assert_eq!(ServiceRequest::parse(&octets).unwrap().kind, ServiceKind::Initiate);
     let tag = CipheredTag::global_for(0x01).unwrap();
     let frame = protect(tag, None, TITLE, control(Protection::AuthenticatedEncrypted), 0x0123_4567, &octets);
-    assert_eq!(hex::encode_upper(frame), "21303001234567801302FF8A7874133D414CED25B42534D28DB0047720606B175BD52211BE6841DB204D39EE6FDB8E356855");
+    assert_eq!(
+        hex::encode_upper(frame),
+        "21303001234567801302FF8A7874133D414CED25B42534D28DB0047720606B175BD52211BE6841DB204D39EE6FDB8E356855"
+    );
 }
 
 #[test]
@@ -103,7 +121,8 @@ fn a_whole_key_transfer() {
     assert_eq!(hex::encode_upper(&plain), expected);
     let client = "4B4D534845533031";
     let title = Some(SystemTitle::parse(client).unwrap());
-    let frame = protect(CipheredTag::GeneralGlobal, title, client, control(Protection::AuthenticatedEncrypted), 0x6C, &plain);
+    let frame =
+        protect(CipheredTag::GeneralGlobal, title, client, control(Protection::AuthenticatedEncrypted), 0x6C, &plain);
     assert_eq!(
         hex::encode_upper(frame),
         "DB084B4D5348455330313E300000006C16B4024AAAE66E67C1FB397E3054AA06DF99C2AE2ED92E4B1E030322514B4945BC58684154027369966C696FAF2D6C7410B0F19BD10CEC21B5"
@@ -111,6 +130,13 @@ fn a_whole_key_transfer() {
 
     let meter = "4142434445464748";
     let title = Some(SystemTitle::parse(meter).unwrap());
-    let answer = protect(CipheredTag::GeneralGlobal, title, meter, control(Protection::AuthenticatedEncrypted), 9, &hex("C701C10000"));
+    let answer = protect(
+        CipheredTag::GeneralGlobal,
+        title,
+        meter,
+        control(Protection::AuthenticatedEncrypted),
+        9,
+        &hex("C701C10000"),
+    );
     assert_eq!(hex::encode_upper(answer), "DB084142434445464748163000000009F80A78728C4CF7587EF736B7C01DB98A9A");
 }

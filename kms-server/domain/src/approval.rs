@@ -1,10 +1,12 @@
-//! Approvals (I6): distinct people, none of them the requester, over the exact content, until a moment.
+//! Approvals (I6): distinct people, none of them the requester, over the exact content, until a
+//! moment.
 
 use std::num::NonZeroU8;
 
 use crate::{ParseError, PersonName, PrincipalId, UnixMillis};
 
-/// The approvals that were given to one content, in order. What they are counted against is an [`ApprovalTerms`].
+/// The approvals that were given to one content, in order. What they are counted against is an
+/// [`ApprovalTerms`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Approvals(Vec<Approval>);
 
@@ -32,9 +34,15 @@ impl Approvals {
     /// Adds an approval of the content with this digest.
     ///
     /// # Errors
-    /// It is too late, the content is another, or the person has asked for it or approved it already.
+    /// It is too late, the content is another, or the person has asked for it or approved it
+    /// already.
     // I6: distinct people, none of them the requester, over the exact content.
-    pub fn add(&mut self, terms: &ApprovalTerms<'_>, approval: Approval, content_sha256: &[u8; 32]) -> Result<(), ApprovalError> {
+    pub fn add(
+        &mut self,
+        terms: &ApprovalTerms<'_>,
+        approval: Approval,
+        content_sha256: &[u8; 32],
+    ) -> Result<(), ApprovalError> {
         if terms.expires.is_some_and(|expires| expires <= approval.time) {
             return Err(ApprovalError::Expired);
         }
@@ -54,7 +62,8 @@ impl Approvals {
         Ok(())
     }
 
-    /// I6: whether enough people have approved. Counted anew wherever it is acted upon, not only when the last of them did.
+    /// I6: whether enough people have approved. Counted anew wherever it is acted upon, not only
+    /// when the last of them did.
     pub fn suffice(&self, terms: &ApprovalTerms<'_>) -> bool {
         self.missing(terms) == 0
     }
@@ -78,7 +87,8 @@ pub struct ApprovalTerms<'a> {
     pub requester: &'a PrincipalId,
     /// The person behind the requester.
     pub requester_person: &'a PersonName,
-    /// The principal and the person that it is about, who do not approve it; `None`: it is about nobody.
+    /// The principal and the person that it is about, who do not approve it; `None`: it is about
+    /// nobody.
     pub beneficiary: Option<(&'a PrincipalId, &'a PersonName)>,
     /// How many people must approve.
     pub quorum: Quorum,
@@ -87,14 +97,16 @@ pub struct ApprovalTerms<'a> {
 }
 
 impl ApprovalTerms<'_> {
-    /// I6: the same person with another certificate or under another principal is still the requester.
+    /// I6: the same person with another certificate or under another principal is still the
+    /// requester.
     fn is_requester(&self, approval: &Approval) -> bool {
         approval.person.is_same(self.requester_person) || approval.principal == *self.requester
     }
 
     /// I6: nobody approves what is about themselves.
     fn is_beneficiary(&self, approval: &Approval) -> bool {
-        self.beneficiary.is_some_and(|(principal, person)| approval.person.is_same(person) || approval.principal == *principal)
+        self.beneficiary
+            .is_some_and(|(principal, person)| approval.person.is_same(person) || approval.principal == *principal)
     }
 }
 
@@ -167,7 +179,9 @@ impl ApprovalError {
         match self {
             Self::Expired => "ask for it anew",
             Self::OtherContent => "approve what you have looked at",
-            Self::OwnRequest { .. } | Self::Beneficiary { .. } | Self::ApprovedAlready { .. } => "ask a colleague to approve it",
+            Self::OwnRequest { .. } | Self::Beneficiary { .. } | Self::ApprovedAlready { .. } => {
+                "ask a colleague to approve it"
+            }
         }
     }
 }

@@ -1,8 +1,9 @@
-//! Campaigns: an approved plan that rotates keys of many meters, in waves, and stops by itself when too much fails.
+//! Campaigns: an approved plan that rotates keys of many meters, in waves, and stops by itself when
+//! too much fails.
 //!
-//! What people approve is the *content*: what is done to which meters, in which order, at which times, and when it stops. Its digest covers
-//! the plan, which pins every meter, so nothing that was approved can change later (I6). Everything here is pure: counts go in, decisions
-//! come out.
+//! What people approve is the *content*: what is done to which meters, in which order, at which
+//! times, and when it stops. Its digest covers the plan, which pins every meter, so nothing that
+//! was approved can change later (I6). Everything here is pure: counts go in, decisions come out.
 
 mod plan;
 mod task;
@@ -21,8 +22,8 @@ pub use self::{
     window::{MaintenanceWindow, MaintenanceWindows, Weekdays},
 };
 use crate::{
-    Approval, ApprovalError, ApprovalTerms, Approvals, CampaignId, KeyType, KeyVersion, Meter, ParseError, PersonName, PrincipalId, Quorum, SecuritySetupId,
-    UnixMillis,
+    Approval, ApprovalError, ApprovalTerms, Approvals, CampaignId, KeyType, KeyVersion, Meter, ParseError, PersonName,
+    PrincipalId, Quorum, SecuritySetupId, UnixMillis,
 };
 
 /// A campaign: what was approved, by whom, and how far it is. One sealed row (I5).
@@ -40,7 +41,8 @@ pub struct Campaign {
     pub reason: String,
     /// When it came into that state.
     pub since: UnixMillis,
-    /// The wave under way, from 1; 0 before the first. Where there is a canary cohort, it is wave 1.
+    /// The wave under way, from 1; 0 before the first. Where there is a canary cohort, it is wave
+    /// 1.
     pub wave: u32,
     /// When that wave began.
     pub wave_started: UnixMillis,
@@ -101,13 +103,17 @@ impl CampaignAction {
     /// The rotation of one type of key.
     ///
     /// # Errors
-    /// It is none of the keys that `key_transfer` of class 64 could bring ([`KeyType::is_transferable`]). Which of the others than KEK, GUEK, GBEK and GAK
-    /// a meter takes is said by its device profile.
+    /// It is none of the keys that `key_transfer` of class 64 could bring
+    /// ([`KeyType::is_transferable`]). Which of the others than KEK, GUEK, GBEK and GAK a meter
+    /// takes is said by its device profile.
     pub fn rotate(key_type: KeyType) -> Result<Self, ParseError> {
         if key_type.is_transferable() {
             Ok(Self::Rotate(key_type))
         } else {
-            Err(ParseError::new("key type", format!("a {key_type} is not brought by key_transfer, which carries wrapped AES keys only")))
+            Err(ParseError::new(
+                "key type",
+                format!("a {key_type} is not brought by key_transfer, which carries wrapped AES keys only"),
+            ))
         }
     }
 
@@ -115,15 +121,28 @@ impl CampaignAction {
     pub fn first_step(self, meter: &Meter, setup: Option<SecuritySetupId>) -> Option<TaskStep> {
         match self {
             Self::Rotate(key_type) => {
-                let slot = meter.slots.iter().find(|slot| slot.key_type() == key_type && setup.is_none_or(|setup| slot.setup() == setup));
+                let slot = meter
+                    .slots
+                    .iter()
+                    .find(|slot| slot.key_type() == key_type && setup.is_none_or(|setup| slot.setup() == setup));
                 let of_group = key_type == KeyType::GBEK && !meter.class.groups.is_empty();
                 match slot {
-                    Some(slot) => Some(TaskStep { setup: slot.setup(), work: TaskWork::Rotate(key_type), from: active_number(slot) }),
-                    None if of_group => Some(TaskStep { setup: setup.or_else(|| first_setup(meter))?, work: TaskWork::Rotate(key_type), from: 0 }),
+                    Some(slot) => Some(TaskStep {
+                        setup: slot.setup(),
+                        work: TaskWork::Rotate(key_type),
+                        from: active_number(slot),
+                    }),
+                    None if of_group => Some(TaskStep {
+                        setup: setup.or_else(|| first_setup(meter))?,
+                        work: TaskWork::Rotate(key_type),
+                        from: 0,
+                    }),
                     None => None,
                 }
             }
-            Self::Probe => Some(TaskStep { setup: setup.or_else(|| first_setup(meter))?, work: TaskWork::Probe, from: 0 }),
+            Self::Probe => {
+                Some(TaskStep { setup: setup.or_else(|| first_setup(meter))?, work: TaskWork::Probe, from: 0 })
+            }
             Self::TakeOver => take_over_steps(meter, setup).next(),
         }
     }
@@ -133,8 +152,11 @@ impl CampaignAction {
         match self {
             Self::Rotate(_) | Self::Probe => None,
             Self::TakeOver => {
-                // Only what comes later in the order: a key that could not be replaced is not tried for ever.
-                let place = |step: &TaskStep| (step.setup, TAKE_OVER_ORDER.iter().position(|key_type| step.work == TaskWork::Rotate(*key_type)));
+                // Only what comes later in the order: a key that could not be replaced is not tried
+                // for ever.
+                let place = |step: &TaskStep| {
+                    (step.setup, TAKE_OVER_ORDER.iter().position(|key_type| step.work == TaskWork::Rotate(*key_type)))
+                };
                 take_over_steps(meter, setup).find(|step| place(step) > place(&done))
             }
         }
@@ -155,21 +177,27 @@ impl CampaignAction {
 }
 
 impl Campaign {
-    /// I6: whether what was approved has this step in it. The row of a task says which step is at hand; this says that it may be.
+    /// I6: whether what was approved has this step in it. The row of a task says which step is at
+    /// hand; this says that it may be.
     pub fn plans(&self, step: &TaskStep) -> bool {
         self.content.action.plans(self.content.setup, step)
     }
 
-    /// The same of a task whose mark does not bind its step ([`crate::SealKey::seal_former_task`]): the one step of the meter that the approved content
-    /// leads to. Of a take-over, which has several, a key that came from somebody else: that is what was approved, in whatever order.
+    /// The same of a task whose mark does not bind its step ([`crate::SealKey::seal_former_task`]):
+    /// the one step of the meter that the approved content leads to. Of a take-over, which has
+    /// several, a key that came from somebody else: that is what was approved, in whatever order.
     pub fn plans_for(&self, meter: &Meter, step: &TaskStep) -> bool {
         let expected = match self.content.action {
             CampaignAction::TakeOver => {
                 let TaskWork::Rotate(key_type) = step.work else { return false };
                 let versions = meter.slots.get(step.setup, key_type).map(crate::Slot::versions).unwrap_or_default();
-                versions.iter().any(|version| version.number().number() == step.from && version.origin() == crate::KeyOrigin::Imported)
+                versions.iter().any(|version| {
+                    version.number().number() == step.from && version.origin() == crate::KeyOrigin::Imported
+                })
             }
-            action => action.first_step(meter, self.content.setup).is_some_and(|first| (first.setup, first.work) == (step.setup, step.work)),
+            action => action
+                .first_step(meter, self.content.setup)
+                .is_some_and(|first| (first.setup, first.work) == (step.setup, step.work)),
         };
         expected && self.plans(step)
     }
@@ -189,13 +217,16 @@ impl fmt::Display for CampaignAction {
 pub struct CampaignTerms {
     /// How many people must approve (I6).
     pub quorum: Quorum,
-    /// Meters of the canary cohort, which is the first wave; 0 for none. At least so many: cohorts are cut at a few meters' precision.
+    /// Meters of the canary cohort, which is the first wave; 0 for none. At least so many: cohorts
+    /// are cut at a few meters' precision.
     pub canary: u32,
     /// Sizes of the waves after it; the last is repeated until every meter has its wave. Not empty.
     pub waves: Vec<WaveSize>,
-    /// Percent of a wave's meters, 1–100, that must succeed. The campaign pauses as soon as that cannot be reached.
+    /// Percent of a wave's meters, 1–100, that must succeed. The campaign pauses as soon as that
+    /// cannot be reached.
     pub success_threshold: u8,
-    /// The campaign pauses when more meters of a wave than this have failed or are in doubt for good.
+    /// The campaign pauses when more meters of a wave than this have failed or are in doubt for
+    /// good.
     pub failure_limit: u64,
     /// When work may be begun.
     pub windows: MaintenanceWindows,
@@ -241,10 +272,14 @@ impl CampaignName {
     /// The campaign of this name.
     ///
     /// # Errors
-    /// The name is empty, longer than 64 octets, starts or ends with white space, or has control characters.
+    /// The name is empty, longer than 64 octets, starts or ends with white space, or has control
+    /// characters.
     pub fn parse(text: &str) -> Result<Self, ParseError> {
         if !(1..=64).contains(&text.len()) || text.trim() != text || text.chars().any(char::is_control) {
-            return Err(ParseError::new("campaign name", "not 1 to 64 octets without control characters and white space around"));
+            return Err(ParseError::new(
+                "campaign name",
+                "not 1 to 64 octets without control characters and white space around",
+            ));
         }
         Ok(Self(text.to_owned()))
     }
@@ -280,7 +315,8 @@ pub enum CampaignState {
 
 impl CampaignState {
     /// All states.
-    pub const ALL: [Self; 6] = [Self::Draft, Self::Approved, Self::Running, Self::Paused, Self::Aborted, Self::Finished];
+    pub const ALL: [Self; 6] =
+        [Self::Draft, Self::Approved, Self::Running, Self::Paused, Self::Aborted, Self::Finished];
 
     /// The number in rows, from 1.
     pub const fn number(self) -> u32 {
@@ -299,7 +335,10 @@ impl CampaignState {
     /// # Errors
     /// No state has the number.
     pub fn from_number(number: u32) -> Result<Self, ParseError> {
-        Self::ALL.into_iter().find(|state| state.number() == number).ok_or_else(|| ParseError::new("campaign state", format!("`{number}` is not 1 to 6")))
+        Self::ALL
+            .into_iter()
+            .find(|state| state.number() == number)
+            .ok_or_else(|| ParseError::new("campaign state", format!("`{number}` is not 1 to 6")))
     }
 
     /// The name in output and records.
@@ -449,7 +488,8 @@ impl Campaign {
         })
     }
 
-    /// I6: what approvals are given to. SHA-256 of `"meterkms/campaign" ‖ id(16) ‖ content`, the content as it stands in the sealed row.
+    /// I6: what approvals are given to. SHA-256 of `"meterkms/campaign" ‖ id(16) ‖ content`, the
+    /// content as it stands in the sealed row.
     pub fn content_digest(&self) -> [u8; 32] {
         let octets = [b"meterkms/campaign".as_slice(), &self.id.octets(), &self.content.to_octets()].concat();
         let mut result = [0; 32];
@@ -461,7 +501,13 @@ impl Campaign {
     ///
     /// # Errors
     /// It is not waiting for approvals, has another content, or the person has made or approved it.
-    pub fn approve(&mut self, principal: PrincipalId, person: PersonName, content_digest: &[u8; 32], now: UnixMillis) -> Result<(), CampaignError> {
+    pub fn approve(
+        &mut self,
+        principal: PrincipalId,
+        person: PersonName,
+        content_digest: &[u8; 32],
+        now: UnixMillis,
+    ) -> Result<(), CampaignError> {
         if self.state != CampaignState::Draft {
             return Err(self.wrong_state("approved"));
         }
@@ -474,7 +520,8 @@ impl Campaign {
         Ok(())
     }
 
-    /// I6: whether enough people have approved it. Counted anew wherever work is given out, not only when the last of them did.
+    /// I6: whether enough people have approved it. Counted anew wherever work is given out, not
+    /// only when the last of them did.
     pub fn is_approved(&self) -> bool {
         self.approvals.suffice(&self.approval_terms())
     }
@@ -541,7 +588,8 @@ impl Campaign {
         Ok(())
     }
 
-    /// What follows from the counts of the wave under way. Looks only; [`Self::end_wave`] and [`Self::pause`] act.
+    /// What follows from the counts of the wave under way. Looks only; [`Self::end_wave`] and
+    /// [`Self::pause`] act.
     pub fn decide(&self, counts: &WaveCounts) -> WaveDecision {
         if self.state != CampaignState::Running {
             return WaveDecision::Wait;
@@ -550,21 +598,32 @@ impl Campaign {
         let failures = counts.failures().saturating_sub(self.accepted_failures);
         if failures > terms.failure_limit {
             return WaveDecision::Pause {
-                reason: format!("wave {}: {failures} meters failed or are in doubt, more than the limit of {}", self.wave, terms.failure_limit),
+                reason: format!(
+                    "wave {}: {failures} meters failed or are in doubt, more than the limit of {}",
+                    self.wave, terms.failure_limit
+                ),
             };
         }
         let planned = self.planned_wave().map_or(0, |wave| wave.meters);
-        let counted = planned.saturating_sub(counts.skipped).saturating_sub(counts.failures().min(self.accepted_failures));
+        let counted =
+            planned.saturating_sub(counts.skipped).saturating_sub(counts.failures().min(self.accepted_failures));
         let best = counted.saturating_sub(failures);
         if u128::from(best) * 100 < u128::from(counted) * u128::from(terms.success_threshold) {
             return WaveDecision::Pause {
-                reason: format!("wave {}: {failures} of {counted} meters failed or are in doubt, so {} % cannot succeed", self.wave, terms.success_threshold),
+                reason: format!(
+                    "wave {}: {failures} of {counted} meters failed or are in doubt, so {} % cannot succeed",
+                    self.wave, terms.success_threshold
+                ),
             };
         }
         if !self.is_expanded() || counts.open() > 0 {
             return WaveDecision::Wait;
         }
-        if self.content.plan.waves.len() > usize::try_from(self.wave).unwrap_or(usize::MAX) { WaveDecision::NextWave } else { WaveDecision::Finish }
+        if self.content.plan.waves.len() > usize::try_from(self.wave).unwrap_or(usize::MAX) {
+            WaveDecision::NextWave
+        } else {
+            WaveDecision::Finish
+        }
     }
 
     /// Ends the wave under way, and begins the next, or finishes.
@@ -651,16 +710,21 @@ fn active_number(slot: &crate::Slot) -> u32 {
     slot.active().map_or(0, |version| version.number().number())
 }
 
-/// The keys of a meter that somebody else made and that key_transfer can replace, in the order of a take-over.
+/// The keys of a meter that somebody else made and that key_transfer can replace, in the order of a
+/// take-over.
 fn take_over_steps(meter: &Meter, setup: Option<SecuritySetupId>) -> impl Iterator<Item = TaskStep> {
-    let mut setups: Vec<SecuritySetupId> = meter.slots.iter().map(crate::Slot::setup).filter(|one| setup.is_none_or(|setup| *one == setup)).collect();
+    let mut setups: Vec<SecuritySetupId> =
+        meter.slots.iter().map(crate::Slot::setup).filter(|one| setup.is_none_or(|setup| *one == setup)).collect();
     setups.sort_unstable();
     setups.dedup();
-    setups.into_iter().flat_map(|setup| TAKE_OVER_ORDER.into_iter().map(move |key_type| (setup, key_type))).filter_map(|(setup, key_type)| {
-        let slot = meter.slots.get(setup, key_type)?;
-        let imported = slot.active().or_else(|| slot.held()).map(KeyVersion::origin) == Some(crate::KeyOrigin::Imported);
-        imported.then(|| TaskStep { setup, work: TaskWork::Rotate(key_type), from: active_number(slot) })
-    })
+    setups.into_iter().flat_map(|setup| TAKE_OVER_ORDER.into_iter().map(move |key_type| (setup, key_type))).filter_map(
+        |(setup, key_type)| {
+            let slot = meter.slots.get(setup, key_type)?;
+            let imported =
+                slot.active().or_else(|| slot.held()).map(KeyVersion::origin) == Some(crate::KeyOrigin::Imported);
+            imported.then(|| TaskStep { setup, work: TaskWork::Rotate(key_type), from: active_number(slot) })
+        },
+    )
 }
 
 /// A new KEK brings a new GUEK with it; then what else was imported.

@@ -1,25 +1,34 @@
 //! Invocation counters (I4): no (key value, client system title, counter) is handed out twice.
 //!
-//! A sealed row says up to where counters were reserved, and which server holds the last chunk. The holder deals leases from
-//! memory. Another server never continues a chunk: it reserves the next one, above, and becomes the holder. So a crash skips
-//! counters and never repeats them, and a newer lease always starts higher than every older one.
+//! A sealed row says up to where counters were reserved, and which server holds the last chunk. The
+//! holder deals leases from memory. Another server never continues a chunk: it reserves the next
+//! one, above, and becomes the holder. So a crash skips counters and never repeats them, and a
+//! newer lease always starts higher than every older one.
 //!
-//! After a restored backup the rows say too little. The island's [`CounterJump`] then grows by more than can have been dealt since the
-//! backup, and each counter takes the jump before its next reservation; a counter without a state takes it whole, since its state
-//! may be what was lost, and since a key that is made again can have a value that was used before.
+//! After a restored backup the rows say too little. The island's [`CounterJump`] then grows by more
+//! than can have been dealt since the backup, and each counter takes the jump before its next
+//! reservation; a counter without a state takes it whole, since its state may be what was lost, and
+//! since a key that is made again can have a value that was used before.
 //!
-//! A floor that lies inside the reserved chunk stands in the row. The holder reads the row in the transaction of each lease, so it goes
-//! on above the floor at once, and no counter is skipped that the floor does not forbid.
+//! A floor that lies inside the reserved chunk stands in the row. The holder reads the row in the
+//! transaction of each lease, so it goes on above the floor at once, and no counter is skipped that
+//! the floor does not forbid.
 //!
-//! Nobody uses up a key in passing: sessions and frames may reserve [`CounterCap`] counters of a counter in an hour, what a meter's
-//! unauthenticated word skips included, and the last [`CounterState::RESERVE`] counters are there for the system's own transfers alone, which
-//! bring the next key. A transfer reserves what it uses and no more ([`ChunkSize::serving`]), so no lease is dealt from what is not counted.
+//! Nobody uses up a key in passing: sessions and frames may reserve [`CounterCap`] counters of a
+//! counter in an hour, what a meter's unauthenticated word skips included, and the last
+//! [`CounterState::RESERVE`] counters are there for the system's own transfers alone, which bring
+//! the next key. A transfer reserves what it uses and no more ([`ChunkSize::serving`]), so no lease
+//! is dealt from what is not counted.
 
 use std::{fmt, num::NonZeroU32};
 
-use crate::{CounterDomainId, CounterJump, Exposure, ParseError, PrincipalId, QuotaHour, SystemTitle, UnixMillis, WriterId, exposure::learn};
+use crate::{
+    CounterDomainId, CounterJump, Exposure, ParseError, PrincipalId, QuotaHour, SystemTitle, UnixMillis, WriterId,
+    exposure::learn,
+};
 
-/// What a meter counts: one sequence per client system title, or one for all clients of the security setup. A device profile says it.
+/// What a meter counts: one sequence per client system title, or one for all clients of the
+/// security setup. A device profile says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum CounterScope {
     /// One counter per client system title.
@@ -61,7 +70,8 @@ impl fmt::Display for CounterKey {
 pub enum CounterOwnership {
     /// This system.
     Kms,
-    /// A head-end that used the key before it came here, and still counts by itself: no leases, no frames in the HSM.
+    /// A head-end that used the key before it came here, and still counts by itself: no leases, no
+    /// frames in the HSM.
     HeadEnd(PrincipalId),
 }
 
@@ -72,18 +82,19 @@ pub enum CounterUse {
     Lease,
     /// Frames that this system protects: they are used up when they are dealt.
     Frames,
-    /// The system's own transfers and probes: frames, and the only use that the last [`CounterState::RESERVE`] counters have.
+    /// The system's own transfers and probes: frames, and the only use that the last
+    /// [`CounterState::RESERVE`] counters have.
     Transfer,
 }
 
-/// How many counters sessions and frames may reserve of one counter in one hour of UTC, and a meter's unauthenticated word may skip. Transfers
-/// are counted and never refused.
+/// How many counters sessions and frames may reserve of one counter in one hour of UTC, and a
+/// meter's unauthenticated word may skip. Transfers are counted and never refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CounterCap(NonZeroU32);
 
 impl CounterCap {
-    /// 4,000,000 counters: what a meter can be sent in an hour is far below, and 2³² of them take 44 days. Fifty changes of the server that
-    /// deals (65,536 counters each) fit in.
+    /// 4,000,000 counters: what a meter can be sent in an hour is far below, and 2³² of them take
+    /// 44 days. Fifty changes of the server that deals (65,536 counters each) fit in.
     pub const DEFAULT: Self = match NonZeroU32::new(4_000_000) {
         Some(counters) => Self(counters),
         None => Self(NonZeroU32::MIN),
@@ -97,7 +108,12 @@ impl CounterCap {
     /// # Errors
     /// They are fewer than [`Self::LEAST`].
     pub fn new(counters: u32) -> Result<Self, ParseError> {
-        let refuse = || ParseError::new("counters_per_hour", format!("`{counters}` is not {} to {} counters", Self::LEAST, u32::MAX));
+        let refuse = || {
+            ParseError::new(
+                "counters_per_hour",
+                format!("`{counters}` is not {} to {} counters", Self::LEAST, u32::MAX),
+            )
+        };
         NonZeroU32::new(counters).filter(|cap| cap.get() >= Self::LEAST).map(Self).ok_or_else(refuse)
     }
 
@@ -123,11 +139,16 @@ pub struct HourlyUse {
 }
 
 impl HourlyUse {
-    /// The use in the hour that `now` is in. Where another server's clock was ahead by up to an hour, its hour goes on, so that no cap is free
-    /// twice; an hour further ahead was a clock that was wrong.
+    /// The use in the hour that `now` is in. Where another server's clock was ahead by up to an
+    /// hour, its hour goes on, so that no cap is free twice; an hour further ahead was a clock that
+    /// was wrong.
     fn at(self, now: UnixMillis) -> Self {
         let hour = QuotaHour::of(now);
-        if self.hour == hour || self.hour.number() == hour.number().saturating_add(1) { self } else { Self { hour, counters: 0 } }
+        if self.hour == hour || self.hour.number() == hour.number().saturating_add(1) {
+            self
+        } else {
+            Self { hour, counters: 0 }
+        }
     }
 }
 
@@ -145,13 +166,15 @@ pub struct CounterState {
 }
 
 impl CounterState {
-    /// The first counter of a fresh key. Meters refuse a counter that is not above the last one, and start at 0.
+    /// The first counter of a fresh key. Meters refuse a counter that is not above the last one,
+    /// and start at 0.
     pub const FIRST: u32 = 1;
 
     /// The exclusive end of all counters: the DLMS invocation counter has 32 bits.
     pub const END: u64 = 1 << 32;
 
-    /// The last 2²⁴ counters: only transfers and probes use them. A rotation takes about ten, so that they last, whatever else happened.
+    /// The last 2²⁴ counters: only transfers and probes use them. A rotation takes about ten, so
+    /// that they last, whatever else happened.
     pub const RESERVE: u64 = 1 << 24;
 
     /// The exclusive end of the counters of leases and frames.
@@ -163,15 +186,31 @@ impl CounterState {
     /// The bound from which a new key is due: 80 % of all counters.
     pub const ROTATION_DUE: u64 = Self::END / 5 * 4;
 
-    /// A counter of which everything below `bound` counts as used. `lent` is what [`Self::lent`] tells.
+    /// A counter of which everything below `bound` counts as used. `lent` is what [`Self::lent`]
+    /// tells.
     ///
     /// # Errors
     /// The bound is above [`Self::END`].
-    pub fn new(key: CounterKey, bound: u64, holder: Option<WriterId>, ownership: CounterOwnership, lent: bool) -> Result<Self, CounterError> {
+    pub fn new(
+        key: CounterKey,
+        bound: u64,
+        holder: Option<WriterId>,
+        ownership: CounterOwnership,
+        lent: bool,
+    ) -> Result<Self, CounterError> {
         if bound > Self::END {
             return Err(CounterError::OutOfRange { bound });
         }
-        Ok(Self { key, bound, holder, ownership, jumped: CounterJump::NONE, lent, floor: 0, hourly: HourlyUse::default() })
+        Ok(Self {
+            key,
+            bound,
+            holder,
+            ownership,
+            jumped: CounterJump::NONE,
+            lent,
+            floor: 0,
+            hourly: HourlyUse::default(),
+        })
     }
 
     /// The same, with so much of the island's jump in its bound.
@@ -183,7 +222,8 @@ impl CounterState {
     /// The same, with a floor inside its chunk ([`Self::floor`]).
     ///
     /// # Errors
-    /// The floor is not below the bound, or nobody holds the chunk: the bound alone is the floor then.
+    /// The floor is not below the bound, or nobody holds the chunk: the bound alone is the floor
+    /// then.
     pub fn with_floor(self, floor: u64) -> Result<Self, CounterError> {
         if floor != 0 && (floor >= self.bound || self.holder.is_none()) {
             return Err(CounterError::FloorOutOfChunk { floor, bound: self.bound });
@@ -207,12 +247,14 @@ impl CounterState {
         self.key
     }
 
-    /// The exclusive upper end of what was ever reserved, at most [`Self::END`]. Nothing below it is reserved again.
+    /// The exclusive upper end of what was ever reserved, at most [`Self::END`]. Nothing below it
+    /// is reserved again.
     pub const fn bound(&self) -> u64 {
         self.bound
     }
 
-    /// The server run that holds the chunk that ends at the bound; `None` if nobody may deal below the bound.
+    /// The server run that holds the chunk that ends at the bound; `None` if nobody may deal below
+    /// the bound.
     pub const fn holder(&self) -> Option<WriterId> {
         self.holder
     }
@@ -227,29 +269,34 @@ impl CounterState {
         self.jumped
     }
 
-    /// The bound with the whole of the island's jump: where the next reservation starts, at most [`Self::END`].
+    /// The bound with the whole of the island's jump: where the next reservation starts, at most
+    /// [`Self::END`].
     pub fn bound_after(&self, jump: CounterJump) -> u64 {
         self.bound.saturating_add(jump.beyond(self.jumped)).min(Self::END)
     }
 
-    /// Whether leases were dealt from the chunk that ends at the bound: a grantee may still use counters below it, and a meter that saw a
-    /// higher one would refuse them. Only the holder knows until when; for every other server a lease may be live.
+    /// Whether leases were dealt from the chunk that ends at the bound: a grantee may still use
+    /// counters below it, and a meter that saw a higher one would refuse them. Only the holder
+    /// knows until when; for every other server a lease may be live.
     pub const fn lent(&self) -> bool {
         self.lent
     }
 
-    /// The lowest counter that the holder may still deal from the chunk that ends at the bound; 0 if it may deal what is left of it. Always
-    /// below the bound, and 0 without a holder: the next reservation starts at the bound then.
+    /// The lowest counter that the holder may still deal from the chunk that ends at the bound; 0
+    /// if it may deal what is left of it. Always below the bound, and 0 without a holder: the next
+    /// reservation starts at the bound then.
     pub const fn floor(&self) -> u64 {
         self.floor
     }
 
-    /// A counter below which nothing is dealt any more, as far as the row tells: it does not know how much of its chunk the holder has dealt.
+    /// A counter below which nothing is dealt any more, as far as the row tells: it does not know
+    /// how much of its chunk the holder has dealt.
     pub fn dealt_from(&self) -> u64 {
         if self.holder.is_some() { self.floor.max(u64::from(Self::FIRST)) } else { self.bound }
     }
 
-    /// Nobody deals from the chunk any more: the next counter comes from a new reservation, at or above the bound.
+    /// Nobody deals from the chunk any more: the next counter comes from a new reservation, at or
+    /// above the bound.
     const fn end_chunk(&mut self) {
         self.holder = None;
         self.floor = 0;
@@ -263,8 +310,8 @@ impl CounterState {
 
 /// The counters of one key version or of one counter domain.
 ///
-/// Either one counter for all client titles or one per title, never both: a counter for all titles would meet those of single
-/// titles at the same (key value, title, counter).
+/// Either one counter for all client titles or one per title, never both: a counter for all titles
+/// would meet those of single titles at the same (key value, title, counter).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Counters(Vec<CounterState>);
 
@@ -275,7 +322,8 @@ impl Counters {
     /// Two of them are the same counter, or one for all titles stands beside others.
     pub fn from_states(states: Vec<CounterState>) -> Result<Self, CounterError> {
         let has_setup = states.iter().any(|state| state.key == CounterKey::Setup);
-        let duplicate = states.iter().enumerate().any(|(at, state)| states.iter().take(at).any(|earlier| earlier.key == state.key));
+        let duplicate =
+            states.iter().enumerate().any(|(at, state)| states.iter().take(at).any(|earlier| earlier.key == state.key));
         if duplicate || (has_setup && states.len() > 1) {
             return Err(CounterError::Overlapping);
         }
@@ -287,7 +335,8 @@ impl Counters {
         &self.0
     }
 
-    /// The counter that serves this key: its own, or the one for all client titles where there is one.
+    /// The counter that serves this key: its own, or the one for all client titles where there is
+    /// one.
     pub fn get(&self, key: CounterKey) -> Option<&CounterState> {
         self.0.iter().find(|state| state.key == key || state.key == CounterKey::Setup)
     }
@@ -297,11 +346,13 @@ impl Counters {
         self.0.iter().map(|state| state.bound).max().unwrap_or(0)
     }
 
-    /// Reserves the next `chunk` counters for `holder`, all at or above `at_least`; fewer at the end of the counter space. `jump` is the
-    /// island's: what the counter lacks of it is taken first. A chunk for frames
-    /// ends the leases of the chunk before it ([`CounterState::lent`]): the caller has made sure that they may end.
+    /// Reserves the next `chunk` counters for `holder`, all at or above `at_least`; fewer at the
+    /// end of the counter space. `jump` is the island's: what the counter lacks of it is taken
+    /// first. A chunk for frames ends the leases of the chunk before it ([`CounterState::lent`]):
+    /// the caller has made sure that they may end.
     ///
-    /// The caller stores the changed row before it deals from the reservation. // I4: durable first, then handed out.
+    /// The caller stores the changed row before it deals from the reservation. // I4: durable
+    /// first, then handed out.
     ///
     /// # Errors
     /// The counters belong to a head-end, or none are left for this use.
@@ -318,7 +369,8 @@ impl Counters {
         if let CounterOwnership::HeadEnd(head_end) = &state.ownership {
             return Err(CounterError::OwnedByHeadEnd { head_end: head_end.clone() });
         }
-        // I4: a reservation starts at the bound of all earlier ones, whoever held them, those that a restore lost included. Every floor is below it.
+        // I4: a reservation starts at the bound of all earlier ones, whoever held them, those that
+        // a restore lost included. Every floor is below it.
         let mut first = state.bound_after(jump).max(at_least);
         let chunk = u64::from(chunk.get());
         let mut end = CounterState::SESSIONS_END;
@@ -335,21 +387,41 @@ impl Counters {
         state.floor = 0;
         state.jumped = state.jumped.max(jump);
         state.lent = counter_use == CounterUse::Lease;
-        Ok(Reservation { key: state.key, first: first_counter, bound: state.bound, holder, rotation_due: state.rotation_due() })
+        Ok(Reservation {
+            key: state.key,
+            first: first_counter,
+            bound: state.bound,
+            holder,
+            rotation_due: state.rotation_due(),
+        })
     }
 
-    /// Counts a reservation into the hour of `now`, in the row that it is stored with. True if half of the cap was reached by it: something
-    /// asks for more counters than a meter can use.
+    /// Counts a reservation into the hour of `now`, in the row that it is stored with. True if half
+    /// of the cap was reached by it: something asks for more counters than a meter can use.
     ///
     /// # Errors
     /// Not a transfer, and the cap is met: nothing of the reservation may be stored.
-    pub fn count_into_hour(&mut self, reserved: Reservation, counter_use: CounterUse, cap: CounterCap, now: UnixMillis) -> Result<bool, CounterError> {
+    pub fn count_into_hour(
+        &mut self,
+        reserved: Reservation,
+        counter_use: CounterUse,
+        cap: CounterCap,
+        now: UnixMillis,
+    ) -> Result<bool, CounterError> {
         let taken = reserved.bound.saturating_sub(u64::from(reserved.first));
         self.count(reserved.key, taken, Some(cap).filter(|_| counter_use != CounterUse::Transfer), cap, now)
     }
 
-    /// Counts what is taken of a counter into the hour of `now`, unless that exceeds `most`. True if half of `cap` was reached by it.
-    fn count(&mut self, key: CounterKey, taken: u64, most: Option<CounterCap>, cap: CounterCap, now: UnixMillis) -> Result<bool, CounterError> {
+    /// Counts what is taken of a counter into the hour of `now`, unless that exceeds `most`. True
+    /// if half of `cap` was reached by it.
+    fn count(
+        &mut self,
+        key: CounterKey,
+        taken: u64,
+        most: Option<CounterCap>,
+        cap: CounterCap,
+        now: UnixMillis,
+    ) -> Result<bool, CounterError> {
         let state = self.state_mut(key);
         let before = state.hourly.at(now);
         let counters = before.counters.saturating_add(taken);
@@ -361,14 +433,16 @@ impl Counters {
         Ok(before.counters < half && counters >= half)
     }
 
-    /// Notes that a lease is dealt from a chunk that was reserved for frames. The caller stores the changed row with the grant.
+    /// Notes that a lease is dealt from a chunk that was reserved for frames. The caller stores the
+    /// changed row with the grant.
     pub fn mark_lent(&mut self, key: CounterKey) {
         self.state_mut(key).lent = true;
     }
 
-    /// Makes `floor` the lowest counter that may still be used, inside a chunk that is being dealt from too; a lower floor than the present one
-    /// changes nothing.
-    /// `jump_cap` bounds how far a floor from an unauthenticated source may move the bound (a spoofed FFFFFFFF would use up the key).
+    /// Makes `floor` the lowest counter that may still be used, inside a chunk that is being dealt
+    /// from too; a lower floor than the present one changes nothing. `jump_cap` bounds how far a
+    /// floor from an unauthenticated source may move the bound (a spoofed FFFFFFFF would use up the
+    /// key).
     ///
     /// # Errors
     /// The jump is longer than the cap.
@@ -376,7 +450,8 @@ impl Counters {
         let floor = floor.min(CounterState::END);
         let state = self.state_mut(key);
         if floor < state.bound {
-            // I4: the holder reads the row before it deals, and skips what is below. Without a holder nothing below the bound is dealt.
+            // I4: the holder reads the row before it deals, and skips what is below. Without a
+            // holder nothing below the bound is dealt.
             if state.holder.is_some() {
                 state.floor = state.floor.max(floor);
             }
@@ -388,18 +463,28 @@ impl Counters {
             return Err(CounterError::JumpTooFar { from: state.bound, to: floor, cap });
         }
         state.bound = floor;
-        // I4: a chunk reserved before ends at or below the floor, and its holder must not go on dealing from it.
+        // I4: a chunk reserved before ends at or below the floor, and its holder must not go on
+        // dealing from it.
         state.end_chunk();
         Ok(())
     }
 
-    /// Follows a meter that says without proof that `floor` is the lowest counter that it takes: as [`Self::raise_floor`], and whoever forges such
-    /// answers skips no more of the counters in all than sessions may reserve in the hour of `now`, and none of the [`CounterState::RESERVE`]: they
-    /// bring the key that heals it. True if half of the hour's cap was reached by it.
+    /// Follows a meter that says without proof that `floor` is the lowest counter that it takes: as
+    /// [`Self::raise_floor`], and whoever forges such answers skips no more of the counters in all
+    /// than sessions may reserve in the hour of `now`, and none of the [`CounterState::RESERVE`]:
+    /// they bring the key that heals it. True if half of the hour's cap was reached by it.
     ///
     /// # Errors
-    /// The floor is in the reserve, the jump is longer than `jump_cap`, or the hour's cap is met. Nothing has changed then.
-    pub fn follow(&mut self, key: CounterKey, floor: u64, jump_cap: u32, cap: CounterCap, now: UnixMillis) -> Result<bool, CounterError> {
+    /// The floor is in the reserve, the jump is longer than `jump_cap`, or the hour's cap is met.
+    /// Nothing has changed then.
+    pub fn follow(
+        &mut self,
+        key: CounterKey,
+        floor: u64,
+        jump_cap: u32,
+        cap: CounterCap,
+        now: UnixMillis,
+    ) -> Result<bool, CounterError> {
         let mut followed = self.clone();
         let bound = followed.state_mut(key).bound;
         if floor > bound.max(CounterState::SESSIONS_END) {
@@ -419,7 +504,8 @@ impl Counters {
         state.end_chunk();
     }
 
-    /// Takes a counter over from its head-end, which has stopped using it; `floor` is the lowest counter that it never used.
+    /// Takes a counter over from its head-end, which has stopped using it; `floor` is the lowest
+    /// counter that it never used.
     pub fn take_over(&mut self, key: CounterKey, floor: u64) {
         let state = self.state_mut(key);
         state.ownership = CounterOwnership::Kms;
@@ -428,9 +514,11 @@ impl Counters {
         state.lent = false;
     }
 
-    /// The counter of this key, made when it is new. Asking for the one counter of all titles joins those of single titles.
+    /// The counter of this key, made when it is new. Asking for the one counter of all titles joins
+    /// those of single titles.
     fn state_mut(&mut self, key: CounterKey) -> &mut CounterState {
-        if key == CounterKey::Setup && !matches!(self.0.as_slice(), [] | [CounterState { key: CounterKey::Setup, .. }]) {
+        if key == CounterKey::Setup && !matches!(self.0.as_slice(), [] | [CounterState { key: CounterKey::Setup, .. }])
+        {
             self.collapse();
         }
         let at = match self.0.iter().position(|state| state.key == key || state.key == CounterKey::Setup) {
@@ -454,18 +542,40 @@ impl Counters {
         &mut self.0[at]
     }
 
-    /// Turns all counters into the one for all client titles, above every one of them. A head-end's ownership stays, and so do leases.
+    /// Turns all counters into the one for all client titles, above every one of them. A head-end's
+    /// ownership stays, and so do leases.
     fn collapse(&mut self) {
         let lent = self.0.iter().any(|state| state.lent);
         let bound = self.highest_bound().max(u64::from(CounterState::FIRST));
-        let hourly = self.0.iter().map(|state| state.hourly).max_by_key(|hourly| (hourly.hour, hourly.counters)).unwrap_or_default();
-        // The least of them: a jump that is taken twice skips counters, one that is left out repeats them.
+        let hourly = self
+            .0
+            .iter()
+            .map(|state| state.hourly)
+            .max_by_key(|hourly| (hourly.hour, hourly.counters))
+            .unwrap_or_default();
+        // The least of them: a jump that is taken twice skips counters, one that is left out
+        // repeats them.
         let jumped = self.0.iter().map(|state| state.jumped).min().unwrap_or_default();
-        let ownership = self.0.drain(..).map(|state| state.ownership).find(|ownership| *ownership != CounterOwnership::Kms).unwrap_or(CounterOwnership::Kms);
-        self.0.push(CounterState { key: CounterKey::Setup, bound, holder: None, ownership, jumped, lent, floor: 0, hourly });
+        let ownership = self
+            .0
+            .drain(..)
+            .map(|state| state.ownership)
+            .find(|ownership| *ownership != CounterOwnership::Kms)
+            .unwrap_or(CounterOwnership::Kms);
+        self.0.push(CounterState {
+            key: CounterKey::Setup,
+            bound,
+            holder: None,
+            ownership,
+            jumped,
+            lent,
+            floor: 0,
+            hourly,
+        });
     }
 
-    /// Takes in the counters of another slot with the same key value: every bound at least as high as the other's.
+    /// Takes in the counters of another slot with the same key value: every bound at least as high
+    /// as the other's.
     fn absorb(&mut self, other: &Self) {
         for theirs in &other.0 {
             let known = self.get(theirs.key).is_some();
@@ -479,7 +589,8 @@ impl Counters {
                 state.hourly = theirs.hourly;
             }
             if state.ownership == CounterOwnership::Kms {
-                // What a head-end counts by itself is unknown here, so one such member stops the leases of all.
+                // What a head-end counts by itself is unknown here, so one such member stops the
+                // leases of all.
                 state.ownership.clone_from(&theirs.ownership);
             }
         }
@@ -505,14 +616,16 @@ impl CounterDomain {
         Self { id, counters: Counters::default(), members: 0, exposures: Vec::new() }
     }
 
-    /// Lets a slot join: the domain's counters end up above those of the slot. In the same transaction the slot's key version
-    /// names this domain instead of holding counters ([`crate::Slot::join_domain`]).
+    /// Lets a slot join: the domain's counters end up above those of the slot. In the same
+    /// transaction the slot's key version names this domain instead of holding counters
+    /// ([`crate::Slot::join_domain`]).
     pub fn join(&mut self, counters: &Counters) {
         self.counters.absorb(counters);
         self.members = self.members.saturating_add(1);
     }
 
-    /// Notes who could know the value. Returns whether anything of it is new: the row is written only then.
+    /// Notes who could know the value. Returns whether anything of it is new: the row is written
+    /// only then.
     pub fn learn(&mut self, exposures: &[Exposure]) -> bool {
         learn(&mut self.exposures, exposures)
     }
@@ -525,11 +638,13 @@ pub struct ChunkSize(NonZeroU32);
 impl ChunkSize {
     /// 2¹⁶ counters.
     ///
-    /// With leases of 1,000 counters a chunk serves 65 sessions, so 1 session in 65 writes the meter's row: 430 rows a second
-    /// at 28,000 sessions a second, and one write in 16 hours for a meter that is read each 15 minutes. The price is what a
-    /// change of holder throws away, at most one chunk: a meter has 65,536 of them, enough for 179 years of daily restarts.
-    /// Two servers that take turns on a meter at each of 96 daily sessions would use them up in 683 days (80 % in 546); where
-    /// callers do not stay with one server, 2¹³ is the better size (15 years, a write each 8 sessions).
+    /// With leases of 1,000 counters a chunk serves 65 sessions, so 1 session in 65 writes the
+    /// meter's row: 430 rows a second at 28,000 sessions a second, and one write in 16 hours for a
+    /// meter that is read each 15 minutes. The price is what a change of holder throws away, at
+    /// most one chunk: a meter has 65,536 of them, enough for 179 years of daily restarts. Two
+    /// servers that take turns on a meter at each of 96 daily sessions would use them up in 683
+    /// days (80 % in 546); where callers do not stay with one server, 2¹³ is the better size (15
+    /// years, a write each 8 sessions).
     pub const DEFAULT: Self = match NonZeroU32::new(1 << 16) {
         Some(size) => Self(size),
         None => Self(NonZeroU32::MIN),
@@ -540,8 +655,9 @@ impl ChunkSize {
         Self(counters)
     }
 
-    /// What is reserved where `count` counters are wanted. A transfer writes the meter's row in each step anyway, so it reserves what it uses: the
-    /// rest would be counters that no hour's cap has seen, and each change of the server that deals would throw it away.
+    /// What is reserved where `count` counters are wanted. A transfer writes the meter's row in
+    /// each step anyway, so it reserves what it uses: the rest would be counters that no hour's cap
+    /// has seen, and each change of the server that deals would throw it away.
     #[must_use]
     pub fn serving(self, counter_use: CounterUse, count: NonZeroU32) -> Self {
         match counter_use {
@@ -562,7 +678,8 @@ impl Default for ChunkSize {
     }
 }
 
-/// Counters `first..bound` that a server run reserved; worth something only after the row is stored.
+/// Counters `first..bound` that a server run reserved; worth something only after the row is
+/// stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reservation {
     /// Which counter.
@@ -577,7 +694,8 @@ pub struct Reservation {
     pub rotation_due: bool,
 }
 
-/// Counters `first .. first + count` that a grantee may use, each once, upwards. The newest lease ends all older ones.
+/// Counters `first .. first + count` that a grantee may use, each once, upwards. The newest lease
+/// ends all older ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Lease {
     /// The first counter.
@@ -605,7 +723,8 @@ pub struct LiveChunk {
 }
 
 impl LiveChunk {
-    /// Whether it has counters for this use: those at the end of the counter space are for transfers alone.
+    /// Whether it has counters for this use: those at the end of the counter space are for
+    /// transfers alone.
     pub const fn serves(&self, counter_use: CounterUse) -> bool {
         self.bound <= CounterState::SESSIONS_END || matches!(counter_use, CounterUse::Transfer)
     }
@@ -617,15 +736,20 @@ impl LiveChunk {
 
     /// Deals the next `count` counters at or above the row's floor.
     ///
-    /// `row` is the counter as read in the transaction that records the grant, and that transaction must fail if the row
-    /// changed meanwhile. // I4: else a server that lost the chunk could deal a lower lease after a higher one.
+    /// `row` is the counter as read in the transaction that records the grant, and that transaction
+    /// must fail if the row changed meanwhile. // I4: else a server that lost the chunk could deal
+    /// a lower lease after a higher one.
     ///
     /// # Errors
-    /// The chunk is spent (reserve the next one), or the row no longer names it (another server took over, a floor was
-    /// raised, the counter was left to a head-end) or lacks something of the island's `jump` (the database was restored): drop this
-    /// chunk and reserve the next one.
+    /// The chunk is spent (reserve the next one), or the row no longer names it (another server
+    /// took over, a floor was raised, the counter was left to a head-end) or lacks something of the
+    /// island's `jump` (the database was restored): drop this chunk and reserve the next one.
     pub fn deal(&mut self, row: &CounterState, count: NonZeroU32, jump: CounterJump) -> Result<Lease, DealError> {
-        if jump.beyond(row.jumped) > 0 || row.holder != Some(self.holder) || row.bound != self.bound || row.ownership != CounterOwnership::Kms {
+        if jump.beyond(row.jumped) > 0
+            || row.holder != Some(self.holder)
+            || row.bound != self.bound
+            || row.ownership != CounterOwnership::Kms
+        {
             return Err(DealError::Superseded);
         }
         // I4: a floor binds the holder too, whoever raised it and on whichever server.
@@ -644,8 +768,8 @@ impl LiveChunk {
         self.bound - self.next
     }
 
-    /// The exclusive end of what this server knows as reserved: what a following reservation passes as `at_least`, so that
-    /// an older row cannot bring reserved counters back.
+    /// The exclusive end of what this server knows as reserved: what a following reservation passes
+    /// as `at_least`, so that an older row cannot bring reserved counters back.
     pub const fn bound(&self) -> u64 {
         self.bound
     }
@@ -665,14 +789,20 @@ pub enum DealError {
 /// Why a counter cannot do what was asked.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CounterError {
-    /// All counters up to [`CounterState::SESSIONS_END`] are used: leases and frames have none left.
-    #[error("the invocation counter of {key} has none left for sessions and frames: the last {} are for transfers of keys", CounterState::RESERVE)]
+    /// All counters up to [`CounterState::SESSIONS_END`] are used: leases and frames have none
+    /// left.
+    #[error(
+        "the invocation counter of {key} has none left for sessions and frames: the last {} are for transfers of keys",
+        CounterState::RESERVE
+    )]
     SessionsExhausted {
         /// Which counter.
         key: CounterKey,
     },
     /// All counters up to [`CounterState::END`] are used: a transfer has none left either.
-    #[error("the invocation counter of {key} is used up: no request with this key and client title reaches the meter any more")]
+    #[error(
+        "the invocation counter of {key} is used up: no request with this key and client title reaches the meter any more"
+    )]
     Exhausted {
         /// Which counter.
         key: CounterKey,
@@ -707,7 +837,10 @@ pub enum CounterError {
         cap: u32,
     },
     /// A floor that nobody has proven would take counters away from transfers.
-    #[error("a floor of {floor} is above {}: the counters from there on bring the next key", CounterState::SESSIONS_END)]
+    #[error(
+        "a floor of {floor} is above {}: the counters from there on bring the next key",
+        CounterState::SESSIONS_END
+    )]
     FloorInReserve {
         /// The floor.
         floor: u64,
@@ -778,10 +911,12 @@ mod tests {
     fn another_holder_reserves_above_and_ends_the_older_chunk() {
         let key = CounterKey::ClientTitle(title(1));
         let mut counters = Counters::default();
-        let mut first = LiveChunk::new(counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap());
+        let mut first =
+            LiveChunk::new(counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap());
         assert_eq!(first.deal(counters.get(key).unwrap(), count(60), NONE), Ok(Lease { first: 1, count: 60 }));
         assert_eq!(first.deal(counters.get(key).unwrap(), count(41), NONE), Err(DealError::Spent));
-        let mut second = LiveChunk::new(counters.reserve(key, CounterUse::Lease, server(2), chunk(100), 0, NONE).unwrap());
+        let mut second =
+            LiveChunk::new(counters.reserve(key, CounterUse::Lease, server(2), chunk(100), 0, NONE).unwrap());
         assert_eq!(first.deal(counters.get(key).unwrap(), count(1), NONE), Err(DealError::Superseded));
         assert_eq!(second.deal(counters.get(key).unwrap(), count(1), NONE), Ok(Lease { first: 101, count: 1 }));
     }
@@ -799,7 +934,10 @@ mod tests {
         let lease = LiveChunk::new(last).deal(counters.get(key).unwrap(), count(10), NONE).unwrap();
         assert_eq!(u64::from(lease.last()), CounterState::SESSIONS_END - 1);
         for counter_use in [CounterUse::Lease, CounterUse::Frames] {
-            assert_eq!(counters.reserve(key, counter_use, server(1), chunk(1), 0, NONE), Err(CounterError::SessionsExhausted { key }));
+            assert_eq!(
+                counters.reserve(key, counter_use, server(1), chunk(1), 0, NONE),
+                Err(CounterError::SessionsExhausted { key })
+            );
         }
     }
 
@@ -810,7 +948,9 @@ mod tests {
             let mut counters = Counters::default();
             counters.raise_floor(key, from, None).unwrap();
             let chunk = ChunkSize::DEFAULT.serving(counter_use, count(2));
-            counters.reserve(key, counter_use, server(1), chunk, 0, NONE).map(|reserved| (u64::from(reserved.first), reserved.bound))
+            counters
+                .reserve(key, counter_use, server(1), chunk, 0, NONE)
+                .map(|reserved| (u64::from(reserved.first), reserved.bound))
         };
         let end = CounterState::SESSIONS_END;
         for counter_use in [CounterUse::Lease, CounterUse::Frames] {
@@ -864,7 +1004,8 @@ mod tests {
         assert!(CounterCap::new(999_999).is_err() && CounterCap::new(u32::MAX).is_ok());
     }
 
-    // A12: `D8 01 06` with a counter is anyone's to forge, as often as a head-end that may probe likes.
+    // A12: `D8 01 06` with a counter is anyone's to forge, as often as a head-end that may probe
+    // likes.
     #[test]
     fn a_meter_s_word_takes_no_more_than_the_hour_has_and_nothing_of_the_reserve() {
         const HOUR: i64 = 3_600_000;
@@ -884,7 +1025,8 @@ mod tests {
             assert_eq!(forge(&mut counters, 4 * HOUR + answer), if answer < 10 { Ok(()) } else { met(5) });
         }
         assert_eq!(counters.highest_bound(), 1_000_001);
-        // Sessions and answers have one hour; a transfer goes on, and so does who repeats a counter that was dealt.
+        // Sessions and answers have one hour; a transfer goes on, and so does who repeats a counter
+        // that was dealt.
         let reserved = counters.clone().reserve(key, CounterUse::Lease, server(1), chunk(1), 0, NONE).unwrap();
         assert!(counters.clone().count_into_hour(reserved, CounterUse::Lease, cap, UnixMillis(4 * HOUR)).is_err());
         assert!(counters.count_into_hour(reserved, CounterUse::Transfer, cap, UnixMillis(4 * HOUR)).is_ok());
@@ -898,11 +1040,15 @@ mod tests {
         assert_eq!(forge(&mut counters, 5 * HOUR), Ok(()));
         assert_eq!(halves, 1);
 
-        // The reserve is for transfers, whatever a meter says; two people may raise the counter there.
+        // The reserve is for transfers, whatever a meter says; two people may raise the counter
+        // there.
         let end = CounterState::SESSIONS_END;
         counters.raise_floor(key, end - 5, None).unwrap();
         for floor in [end + 1, end + 2, CounterState::END - 1, CounterState::END] {
-            assert_eq!(counters.follow(key, floor, u32::MAX, cap, UnixMillis(6 * HOUR)), Err(CounterError::FloorInReserve { floor }));
+            assert_eq!(
+                counters.follow(key, floor, u32::MAX, cap, UnixMillis(6 * HOUR)),
+                Err(CounterError::FloorInReserve { floor })
+            );
         }
         assert_eq!(counters.follow(key, end, JUMP, cap, UnixMillis(6 * HOUR)), Ok(false));
         for step in 0..100 {
@@ -913,7 +1059,11 @@ mod tests {
                 counters.follow(key, reserved.bound + 1, JUMP, cap, UnixMillis(6 * HOUR)),
                 Err(CounterError::FloorInReserve { floor: reserved.bound + 1 })
             );
-            assert_eq!(counters.follow(key, reserved.bound, JUMP, cap, UnixMillis(6 * HOUR)), Ok(false), "the last counter that was sent");
+            assert_eq!(
+                counters.follow(key, reserved.bound, JUMP, cap, UnixMillis(6 * HOUR)),
+                Ok(false),
+                "the last counter that was sent"
+            );
         }
         assert_eq!(counters.raise_floor(key, end + 5_000, None), Ok(()));
     }
@@ -935,8 +1085,11 @@ mod tests {
     fn a_floor_inside_the_chunk_binds_its_holder_and_wastes_nothing() {
         let key = CounterKey::ClientTitle(title(1));
         let mut counters = Counters::default();
-        let mut held = LiveChunk::new(counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap());
-        let mut deal = |counters: &Counters, leased| held.deal(counters.get(key).unwrap(), count(leased), NONE).map(|lease| lease.first);
+        let mut held =
+            LiveChunk::new(counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap());
+        let mut deal = |counters: &Counters, leased| {
+            held.deal(counters.get(key).unwrap(), count(leased), NONE).map(|lease| lease.first)
+        };
         assert_eq!(deal(&counters, 10), Ok(1));
         // A meter repeats a low counter, again and again.
         for floor in [5, 11, 3, 11] {
@@ -997,8 +1150,15 @@ mod tests {
         let key = CounterKey::ClientTitle(title(1));
         let mut counters = Counters::default();
         counters.leave_to(key, head_end());
-        assert_eq!(counters.reserve(key, CounterUse::Lease, server(1), chunk(1), 0, NONE), Err(CounterError::OwnedByHeadEnd { head_end: head_end() }));
-        assert!(counters.reserve(CounterKey::ClientTitle(title(2)), CounterUse::Lease, server(1), chunk(1), 0, NONE).is_ok());
+        assert_eq!(
+            counters.reserve(key, CounterUse::Lease, server(1), chunk(1), 0, NONE),
+            Err(CounterError::OwnedByHeadEnd { head_end: head_end() })
+        );
+        assert!(
+            counters
+                .reserve(CounterKey::ClientTitle(title(2)), CounterUse::Lease, server(1), chunk(1), 0, NONE)
+                .is_ok()
+        );
         counters.take_over(key, 1_200);
         assert_eq!(counters.reserve(key, CounterUse::Lease, server(1), chunk(1), 0, NONE).unwrap().first, 1_200);
     }
@@ -1032,7 +1192,10 @@ mod tests {
         let mut domain = CounterDomain::new(CounterDomainId([7; 16]));
         domain.join(&Counters::default());
         domain.join(&owned);
-        assert!(matches!(domain.counters.reserve(key, CounterUse::Lease, server(1), chunk(1), 0, NONE), Err(CounterError::OwnedByHeadEnd { .. })));
+        assert!(matches!(
+            domain.counters.reserve(key, CounterUse::Lease, server(1), chunk(1), 0, NONE),
+            Err(CounterError::OwnedByHeadEnd { .. })
+        ));
     }
 
     #[test]
@@ -1050,7 +1213,11 @@ mod tests {
         let reservation = restored.reserve(known, CounterUse::Lease, server(2), chunk(100), 0, jump).unwrap();
         assert_eq!((reservation.first, reservation.bound), (1_101, 1_201));
         assert_eq!(restored.reserve(lost, CounterUse::Lease, server(2), chunk(100), 0, jump).unwrap().first, 1_001);
-        assert_eq!(restored.reserve(known, CounterUse::Lease, server(2), chunk(100), 0, jump).unwrap().first, 1_201, "a jump is taken once");
+        assert_eq!(
+            restored.reserve(known, CounterUse::Lease, server(2), chunk(100), 0, jump).unwrap().first,
+            1_201,
+            "a jump is taken once"
+        );
         assert_eq!(
             restored.reserve(known, CounterUse::Lease, server(2), chunk(100), 0, jump.raised_by(500)).unwrap().first,
             1_801,
@@ -1062,7 +1229,8 @@ mod tests {
     fn a_chunk_from_before_a_restore_is_not_dealt_from() {
         let key = CounterKey::ClientTitle(title(1));
         let mut counters = Counters::default();
-        let mut held = LiveChunk::new(counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap());
+        let mut held =
+            LiveChunk::new(counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap());
         assert_eq!(held.deal(counters.get(key).unwrap(), count(1), NONE.raised_by(1)), Err(DealError::Superseded));
     }
 
@@ -1080,7 +1248,10 @@ mod tests {
         assert_eq!(domain.counters.get(own).unwrap().jumped(), jump);
         domain.join(&unraised);
         assert_eq!(domain.counters.reserve(own, CounterUse::Lease, server(1), chunk(1), 0, jump).unwrap().first, 2_011);
-        assert_eq!(domain.counters.reserve(other, CounterUse::Lease, server(1), chunk(1), 0, jump).unwrap().first, 1_051);
+        assert_eq!(
+            domain.counters.reserve(other, CounterUse::Lease, server(1), chunk(1), 0, jump).unwrap().first,
+            1_051
+        );
         unraised.raise_floor(CounterKey::Setup, 60, None).unwrap();
         assert_eq!(unraised.reserve(own, CounterUse::Lease, server(1), chunk(1), 0, jump).unwrap().first, 1_060);
     }
@@ -1098,7 +1269,8 @@ mod tests {
         counters.reserve(key, CounterUse::Frames, server(2), chunk(10), 0, NONE).unwrap();
         assert!(!lent(&counters));
         counters.reserve(key, CounterUse::Lease, server(2), chunk(10), 0, NONE).unwrap();
-        // A floor, a jump, a domain or the one counter of all titles leave the grantee in the belief that it may count on.
+        // A floor, a jump, a domain or the one counter of all titles leave the grantee in the
+        // belief that it may count on.
         counters.raise_floor(key, 1_000, None).unwrap();
         assert!(lent(&counters));
         let mut domain = CounterDomain::new(CounterDomainId([7; 16]));

@@ -28,11 +28,17 @@ impl KeyDerivation {
         [Self::Sp800108Cmac, Self::AesCbcEncryptData]
             .into_iter()
             .find(|derivation| derivation.name() == name)
-            .ok_or_else(|| ParseError::new("key derivation", format!("`{name}` is neither sp800-108-cmac nor aes-cbc-encrypt-data")))
+            .ok_or_else(|| {
+                ParseError::new(
+                    "key derivation",
+                    format!("`{name}` is neither sp800-108-cmac nor aes-cbc-encrypt-data"),
+                )
+            })
     }
 }
 
-/// The injective context of one diversified key version: no two keys of an island and class share one.
+/// The injective context of one diversified key version: no two keys of an island and class share
+/// one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DiversificationContext {
     /// Whose key it is.
@@ -48,15 +54,23 @@ pub struct DiversificationContext {
 }
 
 impl DiversificationContext {
-    /// Block 1 of `aes-cbc-encrypt-data`: `owner id(8) ‖ setup(2) ‖ type octet(1) ‖ version(4) ‖ key length(1)`.
+    /// Block 1 of `aes-cbc-encrypt-data`: `owner id(8) ‖ setup(2) ‖ type octet(1) ‖ version(4) ‖
+    /// key length(1)`.
     pub fn block(&self) -> [u8; 16] {
         let mut block = [0; 16];
-        let parts: [&[u8]; 5] = [&self.owner.id(), &self.setup.octets(), &[self.type_octet()], &self.version.octets(), &[self.length_octet()]];
+        let parts: [&[u8]; 5] = [
+            &self.owner.id(),
+            &self.setup.octets(),
+            &[self.type_octet()],
+            &self.version.octets(),
+            &[self.length_octet()],
+        ];
         fill(&mut block, &parts);
         block
     }
 
-    /// The data of `aes-cbc-encrypt-data`: [`Self::block`], and for 32-octet keys a constant second block.
+    /// The data of `aes-cbc-encrypt-data`: [`Self::block`], and for 32-octet keys a constant second
+    /// block.
     pub fn cbc_data(&self) -> Vec<u8> {
         let mut data = self.block().to_vec();
         if self.length == KeyLength::Aes256 {
@@ -73,7 +87,8 @@ impl DiversificationContext {
     /// The context of SP 800-108: `owner id(8) ‖ setup(2) ‖ version(4) ‖ key length(1)`.
     pub fn context(&self) -> [u8; 15] {
         let mut context = [0; 15];
-        let parts: [&[u8]; 4] = [&self.owner.id(), &self.setup.octets(), &self.version.octets(), &[self.length_octet()]];
+        let parts: [&[u8]; 4] =
+            [&self.owner.id(), &self.setup.octets(), &self.version.octets(), &[self.length_octet()]];
         fill(&mut context, &parts);
         context
     }

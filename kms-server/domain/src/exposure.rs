@@ -1,4 +1,5 @@
-//! The ledger of exposures: who outside the HSM could come to know a key version, since when, and why.
+//! The ledger of exposures: who outside the HSM could come to know a key version, since when, and
+//! why.
 
 use std::{collections::HashMap, fmt};
 
@@ -15,10 +16,12 @@ pub struct Exposure {
     pub reason: ExposureReason,
 }
 
-/// Who could know the key values that several slots share, by their counter domains: whoever knows the key of one slot knows that of all.
+/// Who could know the key values that several slots share, by their counter domains: whoever knows
+/// the key of one slot knows that of all.
 pub type SharedExposures = HashMap<CounterDomainId, Vec<Exposure>>;
 
-/// Adds to `known` what it does not have: each way of each party once, since the first time. Returns whether anything was new.
+/// Adds to `known` what it does not have: each way of each party once, since the first time.
+/// Returns whether anything was new.
 pub(crate) fn learn(known: &mut Vec<Exposure>, more: &[Exposure]) -> bool {
     let mut learned = false;
     for exposure in more {
@@ -72,7 +75,8 @@ pub enum ExposureReason {
     MemberLeft,
     /// A meter that held the group's key was retired or replaced.
     MemberRetired,
-    /// A meter that held the group's key was reported compromised, or the KEK under which it got it.
+    /// A meter that held the group's key was reported compromised, or the KEK under which it got
+    /// it.
     MemberCompromised,
 }
 
@@ -90,7 +94,8 @@ impl ExposureReason {
         Self::MemberCompromised,
     ];
 
-    /// The reasons for which the key of a group has to be rotated: somebody who is no member holds it.
+    /// The reasons for which the key of a group has to be rotated: somebody who is no member holds
+    /// it.
     pub const OF_MEMBERS: [Self; 3] = [Self::MemberLeft, Self::MemberRetired, Self::MemberCompromised];
 
     /// The number in rows and audit records, from 1; it never changes.
@@ -113,7 +118,10 @@ impl ExposureReason {
     /// # Errors
     /// No reason has the number.
     pub fn from_number(number: u32) -> Result<Self, ParseError> {
-        Self::ALL.into_iter().find(|reason| reason.number() == number).ok_or_else(|| ParseError::new("exposure reason", format!("`{number}` is not 1 to 9")))
+        Self::ALL
+            .into_iter()
+            .find(|reason| reason.number() == number)
+            .ok_or_else(|| ParseError::new("exposure reason", format!("`{number}` is not 1 to 9")))
     }
 
     /// The name in output.

@@ -1,15 +1,18 @@
-//! Groups of meters: the broadcast keys that their members share, and how a new version of one comes to all of them.
+//! Groups of meters: the broadcast keys that their members share, and how a new version of one
+//! comes to all of them.
 //!
-//! A member gets a group's key by a transfer of its own, and acknowledges it; no exchange could prove it. Whoever takes a new GBEK has no use for
-//! the one before, so while a version is *rolled out* some members hear broadcasts under the old one, and the others under the new one. The new
-//! version is pre-active, and lent to nobody, until someone *switches*. From then on it is the one to use, and the former one can still be lent,
-//! for those who are left behind: the *overlap*, which ends when every member has acknowledged the new version.
+//! A member gets a group's key by a transfer of its own, and acknowledges it; no exchange could
+//! prove it. Whoever takes a new GBEK has no use for the one before, so while a version is *rolled
+//! out* some members hear broadcasts under the old one, and the others under the new one. The new
+//! version is pre-active, and lent to nobody, until someone *switches*. From then on it is the one
+//! to use, and the former one can still be lent, for those who are left behind: the *overlap*,
+//! which ends when every member has acknowledged the new version.
 
 use std::fmt;
 
 use crate::{
-    CampaignId, ExposureReason, GroupId, KeyState, KeyType, KeyVersion, KeyVersionNumber, NewKeyVersion, Owner, ParseError, Party, SecuritySetupId,
-    SecuritySuite, SharedKey, Slot, SlotError, Slots, UnixMillis,
+    CampaignId, ExposureReason, GroupId, KeyState, KeyType, KeyVersion, KeyVersionNumber, NewKeyVersion, Owner,
+    ParseError, Party, SecuritySetupId, SecuritySuite, SharedKey, Slot, SlotError, Slots, UnixMillis,
 };
 
 /// A group of meters that share broadcast keys.
@@ -25,7 +28,8 @@ pub struct Group {
     pub added: UnixMillis,
     /// Its keys.
     pub slots: Slots,
-    /// How many of its members must have acknowledged a new version before broadcasts may switch to it.
+    /// How many of its members must have acknowledged a new version before broadcasts may switch to
+    /// it.
     pub switch_at: SwitchThreshold,
     /// The last rotation of each key, in order of security setup and key type.
     pub rotations: Vec<GroupRotation>,
@@ -89,7 +93,8 @@ impl RotationStage {
     }
 }
 
-/// How many percent of a group's members must have acknowledged a new version before broadcasts may switch to it: 1–100.
+/// How many percent of a group's members must have acknowledged a new version before broadcasts may
+/// switch to it: 1–100.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SwitchThreshold(u8);
 
@@ -125,7 +130,8 @@ impl fmt::Display for SwitchThreshold {
     }
 }
 
-/// How the members of a group stand to a version of its key. Members that are quarantined or retired do not count: nothing is brought to them.
+/// How the members of a group stand to a version of its key. Members that are quarantined or
+/// retired do not count: nothing is brought to them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemberCounts {
     /// All.
@@ -143,14 +149,23 @@ pub struct BegunRotation {
     pub version: KeyVersionNumber,
     /// It was made now; false: it was being rolled out already, and that goes on.
     pub made: bool,
-    /// A version that was being rolled out and was given up, since someone knows it who is no member any more.
+    /// A version that was being rolled out and was given up, since someone knows it who is no
+    /// member any more.
     pub given_up: Option<KeyVersionNumber>,
 }
 
 impl Group {
     /// A group without keys.
     pub fn new(id: GroupId, name: String, suite: SecuritySuite, added: UnixMillis) -> Self {
-        Self { id, name, suite, added, slots: Slots::default(), switch_at: SwitchThreshold::DEFAULT, rotations: Vec::new() }
+        Self {
+            id,
+            name,
+            suite,
+            added,
+            slots: Slots::default(),
+            switch_at: SwitchThreshold::DEFAULT,
+            rotations: Vec::new(),
+        }
     }
 
     /// The group as an owner of keys.
@@ -168,23 +183,34 @@ impl Group {
         newest(self.slots.get(setup, key_type)?)
     }
 
-    /// The version that can be lent: the active one where none is named. A named one must be active, or be the former one during the overlap.
-    /// Never a pre-active one (I3), nor a suspended or compromised one.
-    pub fn lent(&self, setup: SecuritySetupId, key_type: KeyType, named: Option<KeyVersionNumber>) -> Option<&KeyVersion> {
+    /// The version that can be lent: the active one where none is named. A named one must be
+    /// active, or be the former one during the overlap. Never a pre-active one (I3), nor a
+    /// suspended or compromised one.
+    pub fn lent(
+        &self,
+        setup: SecuritySetupId,
+        key_type: KeyType,
+        named: Option<KeyVersionNumber>,
+    ) -> Option<&KeyVersion> {
         let slot = self.slots.get(setup, key_type)?;
         let active = slot.active();
-        let Some(named) = named.filter(|named| active.is_none_or(|active| active.number() != *named)) else { return active };
-        let overlap = self.rotation(setup, key_type).is_some_and(|rotation| rotation.stage() == RotationStage::Switched);
+        let Some(named) = named.filter(|named| active.is_none_or(|active| active.number() != *named)) else {
+            return active;
+        };
+        let overlap =
+            self.rotation(setup, key_type).is_some_and(|rotation| rotation.stage() == RotationStage::Switched);
         slot.grantable().map(|grantable| grantable.version).find(|version| overlap && version.number() == named)
     }
 
-    /// Why a key has to be rotated: who is no member, or no member any more, holds the version that members are to have. Each reason once.
+    /// Why a key has to be rotated: who is no member, or no member any more, holds the version that
+    /// members are to have. Each reason once.
     pub fn rotation_wanted(&self, setup: SecuritySetupId, key_type: KeyType) -> Vec<ExposureReason> {
         self.newest(setup, key_type).map(known_to_former_members).unwrap_or_default()
     }
 
-    /// Begins to roll a new version of a key out, or goes on with the one that is rolled out already: a further campaign makes no further version. One
-    /// that a former member knows is given up: it is compromised, and `new` takes its place.
+    /// Begins to roll a new version of a key out, or goes on with the one that is rolled out
+    /// already: a further campaign makes no further version. One that a former member knows is
+    /// given up: it is compromised, and `new` takes its place.
     ///
     /// # Errors
     /// The group has no such key, or the new version does not fit the slot.
@@ -198,7 +224,10 @@ impl Group {
     ) -> Result<BegunRotation, GroupError> {
         let slot = self.slots.get_mut(setup, key_type)?;
         let pending = newest(slot).filter(|version| version.state() == KeyState::PreActive);
-        let (pending, known) = (pending.map(KeyVersion::number), pending.is_some_and(|version| !known_to_former_members(version).is_empty()));
+        let (pending, known) = (
+            pending.map(KeyVersion::number),
+            pending.is_some_and(|version| !known_to_former_members(version).is_empty()),
+        );
         let (version, given_up) = match pending {
             Some(pending) if !known => (pending, None),
             Some(pending) => {
@@ -213,11 +242,27 @@ impl Group {
     }
 
     /// Says that this version is brought to the members. What was said of it before stays.
-    pub fn roll_out(&mut self, setup: SecuritySetupId, key_type: KeyType, version: KeyVersionNumber, campaign: Option<CampaignId>, now: UnixMillis) {
+    pub fn roll_out(
+        &mut self,
+        setup: SecuritySetupId,
+        key_type: KeyType,
+        version: KeyVersionNumber,
+        campaign: Option<CampaignId>,
+        now: UnixMillis,
+    ) {
         match self.rotations.iter_mut().find(|rotation| (rotation.setup, rotation.key_type) == (setup, key_type)) {
             Some(rotation) if rotation.version == version => rotation.campaign = campaign.or(rotation.campaign),
             known => {
-                let rotation = GroupRotation { setup, key_type, version, campaign, begun: now, reached: None, switched: None, completed: None };
+                let rotation = GroupRotation {
+                    setup,
+                    key_type,
+                    version,
+                    campaign,
+                    begun: now,
+                    reached: None,
+                    switched: None,
+                    completed: None,
+                };
                 match known {
                     Some(known) => *known = rotation,
                     None => self.rotations.push(rotation),
@@ -227,11 +272,21 @@ impl Group {
         }
     }
 
-    /// Takes note of how many members have acknowledged the version of a rotation. Whether that changes how far it is.
-    pub fn note_members(&mut self, setup: SecuritySetupId, key_type: KeyType, version: KeyVersionNumber, counts: MemberCounts, now: UnixMillis) -> bool {
+    /// Takes note of how many members have acknowledged the version of a rotation. Whether that
+    /// changes how far it is.
+    pub fn note_members(
+        &mut self,
+        setup: SecuritySetupId,
+        key_type: KeyType,
+        version: KeyVersionNumber,
+        counts: MemberCounts,
+        now: UnixMillis,
+    ) -> bool {
         let threshold = self.switch_at;
         let mut rotations = self.rotations.iter_mut();
-        let Some(rotation) = rotations.find(|rotation| (rotation.setup, rotation.key_type, rotation.version) == (setup, key_type, version)) else {
+        let Some(rotation) = rotations
+            .find(|rotation| (rotation.setup, rotation.key_type, rotation.version) == (setup, key_type, version))
+        else {
             return false;
         };
         let before = rotation.stage();
@@ -244,8 +299,9 @@ impl Group {
         rotation.stage() != before
     }
 
-    /// Makes the version that is rolled out the one to use. The former one, whose number is returned, can still be lent until every member has the new
-    /// one. With `early` it does not matter how many have it by now.
+    /// Makes the version that is rolled out the one to use. The former one, whose number is
+    /// returned, can still be lent until every member has the new one. With `early` it does not
+    /// matter how many have it by now.
     ///
     /// # Errors
     /// The version is not the one that is rolled out, or too few members have acknowledged it.
@@ -260,7 +316,9 @@ impl Group {
         let threshold = self.switch_at;
         let mut rotations = self.rotations.iter_mut();
         let rotation = rotations.find(|rotation| (rotation.setup, rotation.key_type) == (setup, key_type));
-        let rotation = rotation.filter(|rotation| rotation.version == version && rotation.switched.is_none()).ok_or(GroupError::NotRolledOut { version })?;
+        let rotation = rotation
+            .filter(|rotation| rotation.version == version && rotation.switched.is_none())
+            .ok_or(GroupError::NotRolledOut { version })?;
         if rotation.reached.is_none() && !early {
             return Err(GroupError::TooFew { threshold });
         }
@@ -269,9 +327,15 @@ impl Group {
         Ok(former)
     }
 
-    /// The KEK of a member is compromised, under which these keys left for it: they are known to `party` if it recorded the traffic. Returns the versions
-    /// that were not known to it for this reason before.
-    pub fn expose_to_who_knows_a_kek(&mut self, delivered: &[SharedKey], party: &Party, now: UnixMillis) -> Vec<(SecuritySetupId, KeyType, KeyVersionNumber)> {
+    /// The KEK of a member is compromised, under which these keys left for it: they are known to
+    /// `party` if it recorded the traffic. Returns the versions that were not known to it for this
+    /// reason before.
+    pub fn expose_to_who_knows_a_kek(
+        &mut self,
+        delivered: &[SharedKey],
+        party: &Party,
+        now: UnixMillis,
+    ) -> Vec<(SecuritySetupId, KeyType, KeyVersionNumber)> {
         let owner = self.owner();
         let mut exposed = Vec::new();
         for key in delivered.iter().filter(|key| key.owner == owner) {
@@ -283,9 +347,11 @@ impl Group {
         exposed
     }
 
-    /// A member has gone, and what it holds is known to whoever has it. Writes that into the ledger of every version that is in use or may still be lent,
-    /// and of the one that is rolled out if it had left for the member: which ones of these it really holds is not known of those that members
-    /// were set up with. Returns the versions that were not known to a former member for this reason before.
+    /// A member has gone, and what it holds is known to whoever has it. Writes that into the ledger
+    /// of every version that is in use or may still be lent, and of the one that is rolled out if
+    /// it had left for the member: which ones of these it really holds is not known of those that
+    /// members were set up with. Returns the versions that were not known to a former member for
+    /// this reason before.
     pub fn expose_to_former_member(
         &mut self,
         delivered: &[SharedKey],
@@ -296,7 +362,11 @@ impl Group {
         let mut exposed = Vec::new();
         for slot in self.slots.iter_mut() {
             let (setup, key_type) = (slot.setup(), slot.key_type());
-            let left = |number| delivered.iter().any(|key| (key.owner, key.setup, key.key_type, key.version) == (owner, setup, key_type, number));
+            let left = |number| {
+                delivered
+                    .iter()
+                    .any(|key| (key.owner, key.setup, key.key_type, key.version) == (owner, setup, key_type, number))
+            };
             let known: Vec<KeyVersionNumber> = slot
                 .versions()
                 .iter()

@@ -1,9 +1,12 @@
-//! What the island's row remembers of its database's history: restores, and by how much they raised all counters (I4).
+//! What the island's row remembers of its database's history: restores, and by how much they raised
+//! all counters (I4).
 
-/// By how much every invocation counter of the island was raised since the ceremony, over all restores. It only grows.
+/// By how much every invocation counter of the island was raised since the ceremony, over all
+/// restores. It only grows.
 ///
-/// What was dealt after a backup is unknown once the backup is back. So a restore raises this one number, and each counter takes
-/// over the difference at its next reservation ([`crate::Counters::reserve`]): nothing else has to be written at a restore.
+/// What was dealt after a backup is unknown once the backup is back. So a restore raises this one
+/// number, and each counter takes over the difference at its next reservation
+/// ([`crate::Counters::reserve`]): nothing else has to be written at a restore.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CounterJump(u64);
 
@@ -33,7 +36,8 @@ impl CounterJump {
     }
 }
 
-/// Where a PostgreSQL cluster's history stands. Another value than before means a fail-over or a restored backup: restored mode.
+/// Where a PostgreSQL cluster's history stands. Another value than before means a fail-over or a
+/// restored backup: restored mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Timeline {
     /// The cluster's system identifier.
@@ -48,7 +52,8 @@ impl std::fmt::Display for Timeline {
     }
 }
 
-/// The database's history, as far as the island's row knows it. The default is that of a new island.
+/// The database's history, as far as the island's row knows it. The default is that of a new
+/// island.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct DatabaseHistory {
     /// The timeline that was written last; `None` with SQLite, and before the first server started.
@@ -60,10 +65,15 @@ pub struct DatabaseHistory {
 }
 
 impl DatabaseHistory {
-    /// The history after one more restore: all counters go up by `counters`, from the highest jump that anyone remembers.
+    /// The history after one more restore: all counters go up by `counters`, from the highest jump
+    /// that anyone remembers.
     #[must_use]
     pub fn restored(self, timeline: Option<Timeline>, remembered: CounterJump, counters: u32) -> Self {
         // I4: the row may be older than an earlier restore, whose jump was used already.
-        Self { timeline, restores: self.restores.saturating_add(1), jump: self.jump.max(remembered).raised_by(counters) }
+        Self {
+            timeline,
+            restores: self.restores.saturating_add(1),
+            jump: self.jump.max(remembered).raised_by(counters),
+        }
     }
 }

@@ -4,17 +4,21 @@ use std::{fmt, sync::Arc};
 
 use crate::ParseError;
 
-/// A DLMS system title: 8 octets, the first three the manufacturer's FLAG id (IEC 62056-5-3). A meter's identity.
+/// A DLMS system title: 8 octets, the first three the manufacturer's FLAG id (IEC 62056-5-3). A
+/// meter's identity.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SystemTitle([u8; 8]);
 
 impl SystemTitle {
-    /// The title of these octets. All-zero is refused: meters and clients that were never personalised carry it.
+    /// The title of these octets. All-zero is refused: meters and clients that were never
+    /// personalised carry it.
     ///
     /// # Errors
     /// Not 8 octets, or all zero.
     pub fn from_octets(octets: &[u8]) -> Result<Self, ParseError> {
-        let octets: [u8; 8] = octets.try_into().map_err(|_| ParseError::new("system title", format!("{} octets instead of 8", octets.len())))?;
+        let octets: [u8; 8] = octets
+            .try_into()
+            .map_err(|_| ParseError::new("system title", format!("{} octets instead of 8", octets.len())))?;
         if octets == [0; 8] {
             return Err(ParseError::new("system title", "all octets are zero: the device was never personalised"));
         }
@@ -26,7 +30,8 @@ impl SystemTitle {
     /// # Errors
     /// Not 16 hex digits, or all zero.
     pub fn parse(text: &str) -> Result<Self, ParseError> {
-        let octets = hex::decode(text).map_err(|_| ParseError::new("system title", format!("`{}` is not 16 hex digits", excerpt(text))))?;
+        let octets = hex::decode(text)
+            .map_err(|_| ParseError::new("system title", format!("`{}` is not 16 hex digits", excerpt(text))))?;
         Self::from_octets(&octets)
     }
 
@@ -71,7 +76,10 @@ impl FlagId {
     /// # Errors
     /// Not three letters A–Z.
     pub fn parse(text: &str) -> Result<Self, ParseError> {
-        let octets: [u8; 3] = text.as_bytes().try_into().map_err(|_| ParseError::new("FLAG id", format!("`{}` is not three letters A to Z", excerpt(text))))?;
+        let octets: [u8; 3] = text
+            .as_bytes()
+            .try_into()
+            .map_err(|_| ParseError::new("FLAG id", format!("`{}` is not three letters A to Z", excerpt(text))))?;
         if !octets.iter().all(u8::is_ascii_uppercase) {
             return Err(ParseError::new("FLAG id", format!("`{}` is not three letters A to Z", excerpt(text))));
         }
@@ -123,7 +131,12 @@ impl SecuritySetupId {
     /// # Errors
     /// Not `0.b.43.0.e.255`.
     pub fn parse(text: &str) -> Result<Self, ParseError> {
-        let refuse = || ParseError::new("security setup", format!("`{}` is not an OBIS code of the form 0.b.43.0.e.255", excerpt(text)));
+        let refuse = || {
+            ParseError::new(
+                "security setup",
+                format!("`{}` is not an OBIS code of the form 0.b.43.0.e.255", excerpt(text)),
+            )
+        };
         let parts = text.split('.').map(str::parse).collect::<Result<Vec<u8>, _>>().map_err(|_| refuse())?;
         match parts.as_slice() {
             [0, b, 43, 0, e, 255] => Ok(Self { b: *b, e: *e }),
@@ -238,7 +251,8 @@ impl KeyVersionNumber {
         self.0
     }
 
-    /// The number after this one. It stops at the last: a slot with 2³² versions is beyond any meter's life.
+    /// The number after this one. It stops at the last: a slot with 2³² versions is beyond any
+    /// meter's life.
     pub const fn next(self) -> Self {
         Self(self.0.saturating_add(1))
     }
@@ -321,10 +335,12 @@ impl Role {
     /// # Errors
     /// No role has the name.
     pub fn parse(name: &str) -> Result<Self, ParseError> {
-        Self::ALL
-            .into_iter()
-            .find(|role| role.name() == name)
-            .ok_or_else(|| ParseError::new("role", format!("`{}` is not head-end, officer, auditor, handheld or manufacturer", excerpt(name))))
+        Self::ALL.into_iter().find(|role| role.name() == name).ok_or_else(|| {
+            ParseError::new(
+                "role",
+                format!("`{}` is not head-end, officer, auditor, handheld or manufacturer", excerpt(name)),
+            )
+        })
     }
 }
 
@@ -334,7 +350,8 @@ impl fmt::Display for Role {
     }
 }
 
-/// Who calls: `urn:meterkms:ISLAND:ROLE:NAME`, the URI subjectAltName (RFC 5280, 4.2.1.6) of the certificate. Cheap to clone.
+/// Who calls: `urn:meterkms:ISLAND:ROLE:NAME`, the URI subjectAltName (RFC 5280, 4.2.1.6) of the
+/// certificate. Cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PrincipalId {
     island: IslandName,
@@ -343,7 +360,8 @@ pub struct PrincipalId {
 }
 
 impl PrincipalId {
-    /// A principal of `island` in `role`, named with 1–64 octets of a–z, 0–9 and `-`, starting with a letter.
+    /// A principal of `island` in `role`, named with 1–64 octets of a–z, 0–9 and `-`, starting with
+    /// a letter.
     ///
     /// # Errors
     /// The name has another form.
@@ -357,10 +375,14 @@ impl PrincipalId {
     /// # Errors
     /// The URI has another form.
     pub fn parse(uri: &str) -> Result<Self, ParseError> {
-        let refuse = || ParseError::new("principal", format!("`{}` is not of the form urn:meterkms:ISLAND:ROLE:NAME", excerpt(uri)));
+        let refuse = || {
+            ParseError::new("principal", format!("`{}` is not of the form urn:meterkms:ISLAND:ROLE:NAME", excerpt(uri)))
+        };
         let mut parts = uri.strip_prefix("urn:meterkms:").ok_or_else(refuse)?.split(':');
         match (parts.next(), parts.next(), parts.next(), parts.next()) {
-            (Some(island), Some(role), Some(name), None) => Self::new(IslandName::parse(island)?, Role::parse(role)?, name),
+            (Some(island), Some(role), Some(name), None) => {
+                Self::new(IslandName::parse(island)?, Role::parse(role)?, name)
+            }
             _ => Err(refuse()),
         }
     }
@@ -440,7 +462,8 @@ uuid_id! {
     GrantId, "grant id"
 }
 uuid_id! {
-    /// The id that a caller gives to a mutating request, a UUID; calling again with it repeats nothing.
+    /// The id that a caller gives to a mutating request, a UUID; calling again with it repeats
+    /// nothing.
     RequestId, "request id"
 }
 uuid_id! {
@@ -456,11 +479,13 @@ uuid_id! {
     TransferId, "transfer id"
 }
 uuid_id! {
-    /// One run of one server process: the writer of an audit chain and the holder of counter chunks. Random, never reused.
+    /// One run of one server process: the writer of an audit chain and the holder of counter
+    /// chunks. Random, never reused.
     WriterId, "writer id"
 }
 
-/// A counter domain: named by the fingerprint (16 octets) of the key value that several slots share (I4).
+/// A counter domain: named by the fingerprint (16 octets) of the key value that several slots share
+/// (I4).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CounterDomainId(pub [u8; 16]);
 
@@ -482,7 +507,10 @@ pub(crate) fn parse_name(what: &'static str, text: &str, longest: usize) -> Resu
         && text.len() <= longest
         && text.bytes().all(|octet| octet.is_ascii_lowercase() || octet.is_ascii_digit() || octet == b'-');
     if !well_formed {
-        return Err(ParseError::new(what, format!("`{}` is not 1 to {longest} of a-z, 0-9 and `-`, starting with a letter", excerpt(text))));
+        return Err(ParseError::new(
+            what,
+            format!("`{}` is not 1 to {longest} of a-z, 0-9 and `-`, starting with a letter", excerpt(text)),
+        ));
     }
     Ok(())
 }
@@ -513,7 +541,12 @@ mod tests {
         }
         let uri = "urn:meterkms:north:head-end:hes-1";
         assert_eq!(PrincipalId::parse(uri).unwrap().to_string(), uri);
-        for refused in ["urn:meterkms:north:head-end", "urn:meterkms:north:king:hes", "urn:meterkms:North:head-end:hes", "urn:meterkms:n:head-end:h:x"] {
+        for refused in [
+            "urn:meterkms:north:head-end",
+            "urn:meterkms:north:king:hes",
+            "urn:meterkms:North:head-end:hes",
+            "urn:meterkms:n:head-end:h:x",
+        ] {
             assert!(PrincipalId::parse(refused).is_err(), "{refused}");
         }
     }

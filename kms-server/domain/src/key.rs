@@ -1,12 +1,13 @@
-//! Key versions: their states by NIST SP 800-57 part 1, where they come from, and what is stored of them.
+//! Key versions: their states by NIST SP 800-57 part 1, where they come from, and what is stored of
+//! them.
 
 use std::fmt;
 
 use bytes::Bytes;
 
 use crate::{
-    CounterDomainId, CounterError, CounterState, Counters, Exposure, ExposureReason, KeyDerivation, KeyLength, KeyShape, KeyType, KeyVersionNumber, ParseError,
-    Party, UnixMillis,
+    CounterDomainId, CounterError, CounterState, Counters, Exposure, ExposureReason, KeyDerivation, KeyLength,
+    KeyShape, KeyType, KeyVersionNumber, ParseError, Party, UnixMillis,
 };
 
 /// The state of a key version (NIST SP 800-57 part 1 revision 5, 7).
@@ -28,9 +29,11 @@ pub enum KeyState {
 
 impl KeyState {
     /// All states.
-    pub const ALL: [Self; 6] = [Self::PreActive, Self::Active, Self::Suspended, Self::Deactivated, Self::Compromised, Self::Destroyed];
+    pub const ALL: [Self; 6] =
+        [Self::PreActive, Self::Active, Self::Suspended, Self::Deactivated, Self::Compromised, Self::Destroyed];
 
-    /// Whether a key may go from this state to the other. A compromised key only gets destroyed, a destroyed one stays so.
+    /// Whether a key may go from this state to the other. A compromised key only gets destroyed, a
+    /// destroyed one stays so.
     pub const fn may_become(self, next: Self) -> bool {
         matches!(
             (self, next),
@@ -59,10 +62,12 @@ impl KeyState {
     /// # Errors
     /// No state has the name.
     pub fn parse(name: &str) -> Result<Self, ParseError> {
-        Self::ALL
-            .into_iter()
-            .find(|state| state.name() == name)
-            .ok_or_else(|| ParseError::new("key state", format!("`{name}` is not pre-active, active, suspended, deactivated, compromised or destroyed")))
+        Self::ALL.into_iter().find(|state| state.name() == name).ok_or_else(|| {
+            ParseError::new(
+                "key state",
+                format!("`{name}` is not pre-active, active, suspended, deactivated, compromised or destroyed"),
+            )
+        })
     }
 }
 
@@ -110,7 +115,8 @@ pub struct WrappedKey {
 }
 
 impl WrappedKey {
-    /// A wrapped key of `key_type`: 24 or 40 octets for AES keys, a multiple of 8 between 24 and 264 for secrets.
+    /// A wrapped key of `key_type`: 24 or 40 octets for AES keys, a multiple of 8 between 24 and
+    /// 264 for secrets.
     ///
     /// # Errors
     /// The blob has another length, or the version of the storage KEK is 0.
@@ -122,7 +128,12 @@ impl WrappedKey {
             (true, 24) => KeyShape::Aes(KeyLength::Aes128),
             (true, 40) => KeyShape::Aes(KeyLength::Aes256),
             (false, length) if (24..=264).contains(&length) && length.is_multiple_of(8) => KeyShape::Secret,
-            (_, length) => return Err(ParseError::new("wrapped key", format!("{length} octets are no RFC 3394 wrap of a {key_type}"))),
+            (_, length) => {
+                return Err(ParseError::new(
+                    "wrapped key",
+                    format!("{length} octets are no RFC 3394 wrap of a {key_type}"),
+                ));
+            }
         };
         Ok(Self { storage_kek_version, shape, blob })
     }
@@ -152,7 +163,8 @@ pub enum CounterPlace {
     Domain(CounterDomainId),
 }
 
-/// One key. Its fields change only through its [`Slot`], which keeps what must hold between versions.
+/// One key. Its fields change only through its [`Slot`], which keeps what must hold between
+/// versions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KeyVersion {
     pub(crate) number: KeyVersionNumber,
@@ -167,8 +179,9 @@ pub struct KeyVersion {
     pub(crate) transport: Transport,
 }
 
-/// What is known of a version's way to the meter. The numbers are moments of the meter's own sequence ([`crate::Meter::sequence`]), from 1,
-/// because the clocks of several servers put nothing in order; 0 is never.
+/// What is known of a version's way to the meter. The numbers are moments of the meter's own
+/// sequence ([`crate::Meter::sequence`]), from 1, because the clocks of several servers put nothing
+/// in order; 0 is never.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Transport {
     /// When its wrapped form left last.
@@ -177,10 +190,11 @@ pub struct Transport {
     pub confirmed: u32,
     /// How the meter showed it, the strongest that there was.
     pub evidence: Evidence,
-    /// Under which version of the meter's KEK its wrapped form left. One version leaves under one KEK only, so that who holds it has shown the
-    /// KEK too.
+    /// Under which version of the meter's KEK its wrapped form left. One version leaves under one
+    /// KEK only, so that who holds it has shown the KEK too.
     pub kek: Option<KeyVersionNumber>,
-    /// The highest invocation counter that the meter itself used with it, in an answer that the HSM opened.
+    /// The highest invocation counter that the meter itself used with it, in an answer that the HSM
+    /// opened.
     pub meter_counter: u32,
 }
 
@@ -192,7 +206,8 @@ pub enum Evidence {
     None,
     /// Someone who holds the key says so.
     Attested,
-    /// The meter accepted its transfer, authenticated under other keys; nothing was done with the key itself.
+    /// The meter accepted its transfer, authenticated under other keys; nothing was done with the
+    /// key itself.
     Acknowledged,
     /// The meter answered a fresh challenge of the HSM under this key.
     Proven,
@@ -227,7 +242,10 @@ impl Evidence {
     /// # Errors
     /// No evidence has the number.
     pub fn from_number(number: u32) -> Result<Self, ParseError> {
-        Self::ALL.into_iter().find(|evidence| evidence.number() == number).ok_or_else(|| ParseError::new("evidence", format!("`{number}` is not 0 to 3")))
+        Self::ALL
+            .into_iter()
+            .find(|evidence| evidence.number() == number)
+            .ok_or_else(|| ParseError::new("evidence", format!("`{number}` is not 0 to 3")))
     }
 }
 
@@ -282,7 +300,8 @@ impl KeyVersion {
         self.candidate
     }
 
-    /// Whether it is destroyed and nothing is known of it but its number: it never left, and nobody counted with it, imported it or knows it.
+    /// Whether it is destroyed and nothing is known of it but its number: it never left, and nobody
+    /// counted with it, imported it or knows it.
     pub(crate) fn is_blank(&self) -> bool {
         self.state == KeyState::Destroyed
             && self.transport == Transport::default()
@@ -306,7 +325,8 @@ impl KeyVersion {
         &self.counters
     }
 
-    /// Its own invocation counters, to reserve from and to raise. Their rules are those of [`Counters`].
+    /// Its own invocation counters, to reserve from and to raise. Their rules are those of
+    /// [`Counters`].
     ///
     /// # Errors
     /// They are in a domain.
@@ -333,7 +353,8 @@ impl KeyVersion {
         }
     }
 
-    /// Records that `party` can know this version. Returns whether that is new: the row is written only then.
+    /// Records that `party` can know this version. Returns whether that is new: the row is written
+    /// only then.
     pub fn expose(&mut self, party: Party, reason: ExposureReason, now: UnixMillis) -> bool {
         let known = self.exposures.iter().any(|exposure| exposure.party == party && exposure.reason == reason);
         if !known {
@@ -349,10 +370,16 @@ mod tests {
 
     #[test]
     fn only_the_transitions_of_sp_800_57() {
-        let allowed: Vec<_> =
-            KeyState::ALL.into_iter().flat_map(|from| KeyState::ALL.into_iter().filter(move |to| from.may_become(*to)).map(move |to| (from, to))).collect();
+        let allowed: Vec<_> = KeyState::ALL
+            .into_iter()
+            .flat_map(|from| KeyState::ALL.into_iter().filter(move |to| from.may_become(*to)).map(move |to| (from, to)))
+            .collect();
         assert_eq!(allowed.len(), 12);
-        assert!(KeyState::ALL.into_iter().all(|state| !state.may_become(KeyState::PreActive) && !KeyState::Destroyed.may_become(state)));
+        assert!(
+            KeyState::ALL
+                .into_iter()
+                .all(|state| !state.may_become(KeyState::PreActive) && !KeyState::Destroyed.may_become(state))
+        );
         assert!(KeyState::ALL.into_iter().all(|state| KeyState::parse(state.name()) == Ok(state)));
     }
 

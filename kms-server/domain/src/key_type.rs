@@ -4,9 +4,11 @@ use std::fmt;
 
 use crate::{ParseError, id::excerpt};
 
-/// The use of a key in a meter. The number (1–63) is part of every diversified key and of every stored row, and never changes.
+/// The use of a key in a meter. The number (1–63) is part of every diversified key and of every
+/// stored row, and never changes.
 ///
-/// Source: DLMS UA 1000-2 (Green Book), security keys; numbers are this system's own (docs/formats.md).
+/// Source: DLMS UA 1000-2 (Green Book), security keys; numbers are this system's own
+/// (docs/formats.md).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct KeyType(u8);
 
@@ -47,11 +49,15 @@ impl KeyType {
     pub fn from_number(number: u8) -> Result<Self, ParseError> {
         match number {
             1..=10 | Self::FIRST_OF_PROFILES..=63 => Ok(Self(number)),
-            _ => Err(ParseError::new("key type", format!("`{number}` is not a key type: 1 to 10 are named, 32 to 63 belong to device profiles"))),
+            _ => Err(ParseError::new(
+                "key type",
+                format!("`{number}` is not a key type: 1 to 10 are named, 32 to 63 belong to device profiles"),
+            )),
         }
     }
 
-    /// The type with this name, as [`fmt::Display`] prints it (`GUEK`, `LLS-SECRET`, `PROFILE-32`); case does not matter.
+    /// The type with this name, as [`fmt::Display`] prints it (`GUEK`, `LLS-SECRET`, `PROFILE-32`);
+    /// case does not matter.
     ///
     /// # Errors
     /// No type has the name.
@@ -68,19 +74,24 @@ impl KeyType {
             .ok_or_else(|| ParseError::new("key type", format!("`{}` is unknown; known are KEK, GUEK, GBEK, GAK, DEDICATED, LLS-SECRET, HLS-SECRET, FIRMWARE, OPTICAL-PORT, M-BUS-CHILD and PROFILE-32 to PROFILE-63", excerpt(name))))
     }
 
-    /// The class whose roots protect keys of this type. Of the types of device profiles, 32–55 are in class session and 56–63 in
-    /// class authentication: the class follows from the number alone, so that no edited profile can move a key to another root.
+    /// The class whose roots protect keys of this type. Of the types of device profiles, 32–55 are
+    /// in class session and 56–63 in class authentication: the class follows from the number alone,
+    /// so that no edited profile can move a key to another root.
     pub const fn class(self) -> KeyClass {
         match self {
             Self::KEK => KeyClass::Kek,
-            // I1: what may be read for in-HSM frames (the GAK), and secrets that clients must know, have roots of their own.
-            Self::GAK | Self::LLS_SECRET | Self::HLS_SECRET | Self::DEDICATED | Self(56..=63) => KeyClass::Authentication,
+            // I1: what may be read for in-HSM frames (the GAK), and secrets that clients must know,
+            // have roots of their own.
+            Self::GAK | Self::LLS_SECRET | Self::HLS_SECRET | Self::DEDICATED | Self(56..=63) => {
+                KeyClass::Authentication
+            }
             _ => KeyClass::Session,
         }
     }
 
-    /// The id that `key_transfer` has for the type (IEC 62056-6-2, class 64, method 2): 0 GUEK, 1 GBEK, 2 GAK, 3 KEK. Other types have one only where
-    /// a device profile says so ([`crate::KeyProfile::key_id`]).
+    /// The id that `key_transfer` has for the type (IEC 62056-6-2, class 64, method 2): 0 GUEK, 1
+    /// GBEK, 2 GAK, 3 KEK. Other types have one only where a device profile says so
+    /// ([`crate::KeyProfile::key_id`]).
     pub const fn standard_key_id(self) -> Option<u8> {
         match self {
             Self::GUEK => Some(0),
@@ -91,18 +102,21 @@ impl KeyType {
         }
     }
 
-    /// Whether an exchange shows which version a meter holds. A meter that has got a key of another type can only acknowledge it.
+    /// Whether an exchange shows which version a meter holds. A meter that has got a key of another
+    /// type can only acknowledge it.
     pub const fn is_shown_by_exchanges(self) -> bool {
         matches!(self, Self::KEK | Self::GUEK | Self::GAK)
     }
 
-    /// Whether `key_transfer` could bring a key of this type: an AES key that lasts, wrapped under the meter's KEK. Secrets (class 15: LLS secret,
-    /// `change_HLS_secret`) travel in plaintext inside a ciphered request, and none leaves the HSM so (I1).
+    /// Whether `key_transfer` could bring a key of this type: an AES key that lasts, wrapped under
+    /// the meter's KEK. Secrets (class 15: LLS secret, `change_HLS_secret`) travel in plaintext
+    /// inside a ciphered request, and none leaves the HSM so (I1).
     pub const fn is_transferable(self) -> bool {
         self.is_aes() && !matches!(self, Self::DEDICATED)
     }
 
-    /// Whether keys of this type are AES keys; the others are secrets of 1–255 octets (docs/formats.md).
+    /// Whether keys of this type are AES keys; the others are secrets of 1–255 octets
+    /// (docs/formats.md).
     pub const fn is_aes(self) -> bool {
         !matches!(self, Self::LLS_SECRET | Self::HLS_SECRET)
     }
@@ -124,7 +138,8 @@ pub enum KeyClass {
     Kek,
     /// Encryption keys: unicast, broadcast, firmware and the like.
     Session,
-    /// Authentication keys, dedicated keys and secrets: what may be readable as a session object for one call (I1).
+    /// Authentication keys, dedicated keys and secrets: what may be readable as a session object
+    /// for one call (I1).
     Authentication,
     /// Keys of certification authorities.
     Ca,

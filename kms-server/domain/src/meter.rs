@@ -3,8 +3,9 @@
 use std::{collections::BTreeSet, fmt};
 
 use crate::{
-    DeviceTypeId, ExposureReason, FlagId, GroupId, KeyState, KeyType, KeyVersion, KeyVersionNumber, Owner, ParseError, Party, PrincipalId, SecuritySetupId,
-    SecuritySuite, SharedKey, Slot, SlotError, Slots, SystemTitle, Transfer, UnixMillis, id::parse_name,
+    DeviceTypeId, ExposureReason, FlagId, GroupId, KeyState, KeyType, KeyVersion, KeyVersionNumber, Owner, ParseError,
+    Party, PrincipalId, SecuritySetupId, SecuritySuite, SharedKey, Slot, SlotError, Slots, SystemTitle, Transfer,
+    UnixMillis, id::parse_name,
 };
 
 /// Where a meter stands in its life.
@@ -29,8 +30,8 @@ impl MeterStatus {
         matches!(self, Self::InStock | Self::InService)
     }
 
-    /// Whether a meter may go from this status to the other. A retired meter stays retired: a replaced or refurbished one is a
-    /// new identity.
+    /// Whether a meter may go from this status to the other. A retired meter stays retired: a
+    /// replaced or refurbished one is a new identity.
     pub const fn may_become(self, next: Self) -> bool {
         !matches!(self, Self::Retired) && self.number() != next.number()
     }
@@ -50,7 +51,10 @@ impl MeterStatus {
     /// # Errors
     /// No status has the number.
     pub fn from_number(number: u32) -> Result<Self, ParseError> {
-        Self::ALL.into_iter().find(|status| status.number() == number).ok_or_else(|| ParseError::new("meter status", format!("`{number}` is not 1 to 4")))
+        Self::ALL
+            .into_iter()
+            .find(|status| status.number() == number)
+            .ok_or_else(|| ParseError::new("meter status", format!("`{number}` is not 1 to 4")))
     }
 
     /// The name in policies and output.
@@ -68,10 +72,9 @@ impl MeterStatus {
     /// # Errors
     /// No status has the name.
     pub fn parse(name: &str) -> Result<Self, ParseError> {
-        Self::ALL
-            .into_iter()
-            .find(|status| status.name() == name)
-            .ok_or_else(|| ParseError::new("meter status", format!("`{name}` is not in-stock, in-service, quarantined or retired")))
+        Self::ALL.into_iter().find(|status| status.name() == name).ok_or_else(|| {
+            ParseError::new("meter status", format!("`{name}` is not in-stock, in-service, quarantined or retired"))
+        })
     }
 }
 
@@ -111,7 +114,8 @@ impl fmt::Display for DeviceProfileName {
     }
 }
 
-/// What policy decides on: meters of one class get the same decision, so that a batch needs a few decisions and not thousands.
+/// What policy decides on: meters of one class get the same decision, so that a batch needs a few
+/// decisions and not thousands.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct MeterClass {
     /// The vendor.
@@ -141,7 +145,8 @@ pub struct Meter {
     pub batch: String,
     /// When the meter was added.
     pub added: UnixMillis,
-    /// When it was retired: present exactly when its status says so. Its keys are destroyed when the retention time has passed since.
+    /// When it was retired: present exactly when its status says so. Its keys are destroyed when
+    /// the retention time has passed since.
     pub retired: Option<UnixMillis>,
     /// The keys.
     pub slots: Slots,
@@ -159,9 +164,11 @@ impl Meter {
         Owner::Meter(self.title)
     }
 
-    /// I3: releases the candidates before the active versions, slot by slot as [`crate::Slot::release_candidates`] does, but none of a security setup
-    /// in which KEK, GUEK or GAK is in doubt: a meter that went back to an earlier GUEK went back to an earlier KEK as well, and only the next
-    /// transfer shows that. None either while a transfer is under way. Returns whether any was released.
+    /// I3: releases the candidates before the active versions, slot by slot as
+    /// [`crate::Slot::release_candidates`] does, but none of a security setup in which KEK, GUEK or
+    /// GAK is in doubt: a meter that went back to an earlier GUEK went back to an earlier KEK as
+    /// well, and only the next transfer shows that. None either while a transfer is under way.
+    /// Returns whether any was released.
     pub fn release_candidates(&mut self, retention: i64, now: UnixMillis) -> bool {
         let held_back = self.held_back(now);
         let mut released = false;
@@ -174,7 +181,9 @@ impl Meter {
     /// The security setups whose candidates are not released (I3).
     pub(crate) fn held_back(&self, now: UnixMillis) -> Vec<SecuritySetupId> {
         let under_way = self.transfer.as_ref().is_some_and(|transfer| transfer.not_after > now);
-        let doubted = |slot: &&Slot| under_way || ([KeyType::KEK, KeyType::GUEK, KeyType::GAK].contains(&slot.key_type()) && slot.in_doubt());
+        let doubted = |slot: &&Slot| {
+            under_way || ([KeyType::KEK, KeyType::GUEK, KeyType::GAK].contains(&slot.key_type()) && slot.in_doubt())
+        };
         self.slots.iter().filter(doubted).map(Slot::setup).collect()
     }
 
@@ -190,14 +199,17 @@ impl Meter {
             return Err(ParseError::new("meter status", "a meter is retired, or replaced, by an act of its own"));
         }
         if !self.class.status.may_become(status) {
-            return Err(ParseError::new("meter status", format!("a {} meter cannot become {status}: enrol it under a new system title", self.class.status)));
+            return Err(ParseError::new(
+                "meter status",
+                format!("a {} meter cannot become {status}: enrol it under a new system title", self.class.status),
+            ));
         }
         self.class.status = status;
         Ok(())
     }
 
-    /// Puts the meter into a group, or takes it out. False: nothing is changed, since it is so already. What it holds of the group's keys stays
-    /// known in [`Self::shared`].
+    /// Puts the meter into a group, or takes it out. False: nothing is changed, since it is so
+    /// already. What it holds of the group's keys stays known in [`Self::shared`].
     pub fn set_member(&mut self, group: GroupId, member: bool) -> bool {
         match (self.class.groups.binary_search(&group), member) {
             (Err(at), true) => self.class.groups.insert(at, group),
@@ -213,13 +225,20 @@ impl Meter {
     }
 
     /// What left for the meter of a key of a group or device type.
-    pub fn shared_of(&self, owner: Owner, setup: SecuritySetupId, key_type: KeyType) -> impl Iterator<Item = &SharedKey> {
+    pub fn shared_of(
+        &self,
+        owner: Owner,
+        setup: SecuritySetupId,
+        key_type: KeyType,
+    ) -> impl Iterator<Item = &SharedKey> {
         self.shared.iter().filter(move |key| (key.owner, key.setup, key.key_type) == (owner, setup, key_type))
     }
 
-    /// Marks a version as compromised, known to `party`: it is never granted again, nor active. The meter may still hold it, so it stays a
-    /// candidate (I3). What left wrapped under a KEK is exposed with the KEK, and so is what left under that. Returns the keys of groups and device
-    /// types among it, whose own rows have to say so; of those that the meter has replaced since, nothing is known here.
+    /// Marks a version as compromised, known to `party`: it is never granted again, nor active. The
+    /// meter may still hold it, so it stays a candidate (I3). What left wrapped under a KEK is
+    /// exposed with the KEK, and so is what left under that. Returns the keys of groups and device
+    /// types among it, whose own rows have to say so; of those that the meter has replaced since,
+    /// nothing is known here.
     ///
     /// # Errors
     /// There is no such version, or it is compromised or destroyed already.
@@ -239,11 +258,17 @@ impl Meter {
         while let Some(kek) = known.pop() {
             shared.extend(self.shared.iter().filter(|key| key.setup == setup && key.kek == kek).copied());
             for slot in self.slots.iter_mut().filter(|slot| slot.setup() == setup) {
-                let under: Vec<KeyVersionNumber> =
-                    slot.versions().iter().filter(|version| version.transport().kek == Some(kek)).map(KeyVersion::number).collect();
+                let under: Vec<KeyVersionNumber> = slot
+                    .versions()
+                    .iter()
+                    .filter(|version| version.transport().kek == Some(kek))
+                    .map(KeyVersion::number)
+                    .collect();
                 for number in under {
                     // Only what is new goes on, so that this ends.
-                    if slot.version_mut(number)?.expose(party.clone(), ExposureReason::TransferUnderExposedKek, now) && slot.key_type() == KeyType::KEK {
+                    if slot.version_mut(number)?.expose(party.clone(), ExposureReason::TransferUnderExposedKek, now)
+                        && slot.key_type() == KeyType::KEK
+                    {
                         known.push(number);
                     }
                 }
@@ -252,8 +277,9 @@ impl Meter {
         Ok(shared)
     }
 
-    /// The keys of groups and device types that left for the meter under a version of its KEK, or under a KEK that left under that: known to whoever knows
-    /// this version and recorded the traffic.
+    /// The keys of groups and device types that left for the meter under a version of its KEK, or
+    /// under a KEK that left under that: known to whoever knows this version and recorded the
+    /// traffic.
     pub fn shared_under(&self, setup: SecuritySetupId, kek: KeyVersionNumber) -> Vec<SharedKey> {
         let keks = self.slots.get(setup, KeyType::KEK).map(Slot::versions).unwrap_or_default();
         let mut known = BTreeSet::from([kek]);
@@ -266,8 +292,9 @@ impl Meter {
         self.shared.iter().filter(|key| key.setup == setup && known.contains(&key.kek)).copied().collect()
     }
 
-    /// Ends the meter's identity: nothing of it is active any more. Its versions stay what they were, candidates too (I3), until the retention
-    /// time has passed: see [`Self::expire_keys`]. A meter that is retired already stays as it is.
+    /// Ends the meter's identity: nothing of it is active any more. Its versions stay what they
+    /// were, candidates too (I3), until the retention time has passed: see [`Self::expire_keys`]. A
+    /// meter that is retired already stays as it is.
     ///
     /// # Errors
     /// A slot refuses, which says that it breaks what holds of slots.
@@ -343,7 +370,12 @@ pub fn check_batch(text: &str) -> Result<(), ParseError> {
     check_printable("batch", text, 0, 64)
 }
 
-pub(crate) fn check_printable(what: &'static str, text: &str, shortest: usize, longest: usize) -> Result<(), ParseError> {
+pub(crate) fn check_printable(
+    what: &'static str,
+    text: &str,
+    shortest: usize,
+    longest: usize,
+) -> Result<(), ParseError> {
     if !(shortest..=longest).contains(&text.len()) || !text.bytes().all(|octet| (b' '..=b'~').contains(&octet)) {
         return Err(ParseError::new(what, format!("not {shortest} to {longest} printable ASCII characters")));
     }

@@ -2,7 +2,10 @@
 
 use bytes::Bytes;
 
-use crate::{DatabaseHistory, IslandName, KeyClass, KeyDerivation, ParseError, PrincipalId, Role, RootLedger, SystemTitle, UnixMillis};
+use crate::{
+    DatabaseHistory, IslandName, KeyClass, KeyDerivation, ParseError, PrincipalId, Role, RootLedger, SystemTitle,
+    UnixMillis,
+};
 
 /// A head-end, officer, auditor, handheld or manufacturer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,11 +20,14 @@ pub struct Principal {
     pub certificates: Vec<PrincipalCertificate>,
     /// The key that envelopes are sealed to.
     pub transport: Option<TransportCertificate>,
-    /// The client system titles that it may use. One title, one counter: no two principals share one unless a profile allows it.
+    /// The client system titles that it may use. One title, one counter: no two principals share
+    /// one unless a profile allows it.
     pub client_titles: Vec<SystemTitle>,
-    /// I6: the human behind an officer or auditor. Several certificates, and several principals, may belong to one person.
+    /// I6: the human behind an officer or auditor. Several certificates, and several principals,
+    /// may belong to one person.
     pub person: Option<PersonName>,
-    /// A manufacturer's key that signs its shipments: SubjectPublicKeyInfo (DER), EC P-256 or P-384.
+    /// A manufacturer's key that signs its shipments: SubjectPublicKeyInfo (DER), EC P-256 or
+    /// P-384.
     pub shipment_key: Option<Bytes>,
     /// When it was added.
     pub added: UnixMillis,
@@ -34,21 +40,35 @@ impl Principal {
     /// An officer or auditor without a person (I6), or a client title, certificate or serial twice.
     pub fn check(&self) -> Result<(), ParseError> {
         if self.is_personal() && self.person.is_none() {
-            return Err(ParseError::new("person", format!("`{}` is a {} and needs the name of its person", self.id, self.id.role())));
+            return Err(ParseError::new(
+                "person",
+                format!("`{}` is a {} and needs the name of its person", self.id, self.id.role()),
+            ));
         }
         if self.shipment_key.is_some() && self.id.role() != Role::Manufacturer {
             return Err(ParseError::new("shipment key", format!("`{}` is no manufacturer", self.id)));
         }
-        if self.client_titles.iter().enumerate().any(|(at, title)| self.client_titles.iter().take(at).any(|earlier| earlier == title)) {
+        if self
+            .client_titles
+            .iter()
+            .enumerate()
+            .any(|(at, title)| self.client_titles.iter().take(at).any(|earlier| earlier == title))
+        {
             return Err(ParseError::new("client title", format!("`{}` names one twice", self.id)));
         }
-        if self.certificates.iter().enumerate().any(|(at, one)| self.certificates.iter().take(at).any(|earlier| earlier.serial == one.serial)) {
+        if self
+            .certificates
+            .iter()
+            .enumerate()
+            .any(|(at, one)| self.certificates.iter().take(at).any(|earlier| earlier.serial == one.serial))
+        {
             return Err(ParseError::new("certificate", format!("`{}` names one twice", self.id)));
         }
         Ok(())
     }
 
-    /// Whether the principal stands for a person: an officer or an auditor. I6: nobody certifies such a principal's key alone but its person.
+    /// Whether the principal stands for a person: an officer or an auditor. I6: nobody certifies
+    /// such a principal's key alone but its person.
     pub const fn is_personal(&self) -> bool {
         self.id.role().is_personal()
     }
@@ -63,15 +83,17 @@ impl Principal {
         self.certificates.iter().filter(move |certificate| now < certificate.not_after)
     }
 
-    /// Whether somebody can act as this principal: it is enabled and one of its certificates has not ended.
+    /// Whether somebody can act as this principal: it is enabled and one of its certificates has
+    /// not ended.
     pub fn can_act(&self, now: UnixMillis) -> bool {
         self.status == PrincipalStatus::Enabled && self.live_certificates(now).next().is_some()
     }
 
-    /// Whether this certificate speaks for the principal now: its digest is registered, it is not expired, and the principal is
-    /// enabled.
+    /// Whether this certificate speaks for the principal now: its digest is registered, it is not
+    /// expired, and the principal is enabled.
     pub fn accepts(&self, certificate_sha256: &[u8; 32], now: UnixMillis) -> bool {
-        self.status == PrincipalStatus::Enabled && self.certificates.iter().any(|known| known.sha256 == *certificate_sha256 && now < known.not_after)
+        self.status == PrincipalStatus::Enabled
+            && self.certificates.iter().any(|known| known.sha256 == *certificate_sha256 && now < known.not_after)
     }
 }
 
@@ -93,11 +115,13 @@ pub struct PrincipalCertificate {
     pub sha256: [u8; 32],
     /// The end of its validity.
     pub not_after: UnixMillis,
-    /// SHA-256 of the SubjectPublicKeyInfo (DER) that it certifies; `None`: a version before this was recorded issued it.
+    /// SHA-256 of the SubjectPublicKeyInfo (DER) that it certifies; `None`: a version before this
+    /// was recorded issued it.
     pub key_sha256: Option<[u8; 32]>,
     /// I6: who stood behind its issue.
     pub enrolment: Enrolment,
-    /// The other principal whose call issued it; `None`: nobody but the principal itself, or nobody is recorded.
+    /// The other principal whose call issued it; `None`: nobody but the principal itself, or nobody
+    /// is recorded.
     pub issued_by: Option<PrincipalId>,
 }
 
@@ -108,8 +132,10 @@ impl PrincipalCertificate {
     }
 }
 
-/// I6: who stood behind the issue of a certificate. Where several people are needed, a person counts by a certificate that the ceremony, two other people,
-/// the custodians, or the person by such a certificate enrolled. What one other principal certified alone could be a second face of that principal.
+/// I6: who stood behind the issue of a certificate. Where several people are needed, a person
+/// counts by a certificate that the ceremony, two other people, the custodians, or the person by
+/// such a certificate enrolled. What one other principal certified alone could be a second face of
+/// that principal.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Enrolment {
     /// It was issued before enrolments were recorded. It counts, so that an island can be upgraded.
@@ -129,14 +155,16 @@ pub enum Enrolment {
 
 impl Enrolment {
     /// All enrolments.
-    pub const ALL: [Self; 6] = [Self::Unrecorded, Self::Ceremony, Self::OwnRenewal, Self::Proposal, Self::Custodians, Self::OnePerson];
+    pub const ALL: [Self; 6] =
+        [Self::Unrecorded, Self::Ceremony, Self::OwnRenewal, Self::Proposal, Self::Custodians, Self::OnePerson];
 
     /// Whether the person behind the certificate counts where several people are needed (I6).
     pub const fn counts(self) -> bool {
         !matches!(self, Self::OnePerson)
     }
 
-    /// The enrolment of a certificate that a principal gets for itself by a certificate of this enrolment.
+    /// The enrolment of a certificate that a principal gets for itself by a certificate of this
+    /// enrolment.
     #[must_use]
     pub const fn renewed(self) -> Self {
         if self.counts() { Self::OwnRenewal } else { Self::OnePerson }
@@ -154,7 +182,8 @@ impl Enrolment {
         }
     }
 
-    /// The name in output: `unrecorded`, `ceremony`, `own-renewal`, `proposal`, `custodians`, `one-person`.
+    /// The name in output: `unrecorded`, `ceremony`, `own-renewal`, `proposal`, `custodians`,
+    /// `one-person`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Unrecorded => "unrecorded",
@@ -186,10 +215,14 @@ impl PersonName {
     /// The person of this name.
     ///
     /// # Errors
-    /// The name is empty, longer than 64 octets, starts or ends with white space, or has control characters.
+    /// The name is empty, longer than 64 octets, starts or ends with white space, or has control
+    /// characters.
     pub fn parse(text: &str) -> Result<Self, ParseError> {
         if !(1..=64).contains(&text.len()) || text.trim() != text || text.chars().any(char::is_control) {
-            return Err(ParseError::new("person", "not 1 to 64 octets without control characters and white space around"));
+            return Err(ParseError::new(
+                "person",
+                "not 1 to 64 octets without control characters and white space around",
+            ));
         }
         Ok(Self(text.to_owned()))
     }
@@ -217,13 +250,15 @@ pub struct Island {
     pub classes: Vec<ClassRoots>,
     /// The version of the seal root that rows are sealed under, from 1.
     pub seal_key_version: u8,
-    /// SHA-256 of the escrow public key's SubjectPublicKeyInfo; `None` if the roots were never escrowed.
+    /// SHA-256 of the escrow public key's SubjectPublicKeyInfo; `None` if the roots were never
+    /// escrowed.
     pub escrow_fingerprint: Option<[u8; 32]>,
     /// What is known of the database's history (I4).
     pub history: DatabaseHistory,
     /// Versions of roots that were made after the ceremony, and which are in use.
     pub ledger: RootLedger,
-    /// How many principals were added after the ceremony. An act that has read as many principals as there were at this number has read all.
+    /// How many principals were added after the ceremony. An act that has read as many principals
+    /// as there were at this number has read all.
     pub principals_added: u64,
     /// When the ceremony made it.
     pub created: UnixMillis,
@@ -250,7 +285,8 @@ pub enum IslandKind {
 pub struct ClassRoots {
     /// The class.
     pub class: KeyClass,
-    /// The diversification roots that keys were ever derived from, oldest first; empty where the module derives nothing.
+    /// The diversification roots that keys were ever derived from, oldest first; empty where the
+    /// module derives nothing.
     pub diversification: Vec<DiversificationRoot>,
     /// The version of the storage KEK that wraps new keys, from 1.
     pub storage_kek_version: u8,

@@ -1,5 +1,5 @@
-//! Device profiles: what has to be known about a kind of meter, as TOML files that a user can add to
-//! (`policies/device-profiles/`; `generic-suite0.toml` explains every field).
+//! Device profiles: what has to be known about a kind of meter, as TOML files that a user can add
+//! to (`policies/device-profiles/`; `generic-suite0.toml` explains every field).
 
 use std::ops::Range;
 
@@ -7,7 +7,8 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use crate::{
-    CounterScope, DeviceProfileName, FlagId, KeyClass, KeyLength, KeyShape, KeyType, OwnerKind, ParseError, SecuritySetupId, SecuritySuite, SystemTitle,
+    CounterScope, DeviceProfileName, FlagId, KeyClass, KeyLength, KeyShape, KeyType, OwnerKind, ParseError,
+    SecuritySetupId, SecuritySuite, SystemTitle,
     id::{excerpt, parse_name},
     meter::check_printable,
 };
@@ -46,8 +47,10 @@ impl DeviceProfile {
     /// # Errors
     /// No TOML, an unknown or missing field, or a value that cannot be; the error names the line.
     pub fn parse(text: &str) -> Result<Self, ProfileError> {
-        let file: ProfileFile = toml::from_str(text)
-            .map_err(|error| ProfileError { line: error.span().map_or(0, |span| line_of(text, &span)), reason: error.message().to_owned() })?;
+        let file: ProfileFile = toml::from_str(text).map_err(|error| ProfileError {
+            line: error.span().map_or(0, |span| line_of(text, &span)),
+            reason: error.message().to_owned(),
+        })?;
         file.into_profile(text)
     }
 
@@ -71,7 +74,10 @@ impl DeviceProfile {
 
     /// The name of a key type, the profile's own where it has one.
     pub fn key_type_name(&self, key_type: KeyType) -> String {
-        self.key_types.iter().find(|own| own.key_type == key_type).map_or_else(|| key_type.to_string(), |own| own.name.clone())
+        self.key_types
+            .iter()
+            .find(|own| own.key_type == key_type)
+            .map_or_else(|| key_type.to_string(), |own| own.name.clone())
     }
 }
 
@@ -99,12 +105,14 @@ pub struct KeyProfile {
     pub shipped: Shipped,
     /// Who owns it.
     pub owner: OwnerKind,
-    /// The id that `key_transfer` has for it in these meters; `None`: it is not brought over the air.
+    /// The id that `key_transfer` has for it in these meters; `None`: it is not brought over the
+    /// air.
     pub key_id: Option<u8>,
 }
 
 impl KeyProfile {
-    /// Whether a key in its RFC 3394 wrap may have this length: 24 or 40 octets, or for secrets a multiple of 8 from 24 to 264.
+    /// Whether a key in its RFC 3394 wrap may have this length: 24 or 40 octets, or for secrets a
+    /// multiple of 8 from 24 to 264.
     pub const fn accepts_wrapped(&self, length: usize) -> bool {
         match self.shape {
             KeyShape::Aes(key) => length == key.wrapped_octets(),
@@ -121,8 +129,9 @@ pub enum NewKeyOrigin {
     Diversified,
     /// Random.
     Generated,
-    /// Not made here: a shipment brings it. All secrets are such, and no AES key is. Modules make random keys, but none that is a length octet,
-    /// random octets and zeros (docs/formats.md, *Secrets*), and outside an HSM no secret is made (I1).
+    /// Not made here: a shipment brings it. All secrets are such, and no AES key is. Modules make
+    /// random keys, but none that is a length octet, random octets and zeros (docs/formats.md,
+    /// *Secrets*), and outside an HSM no secret is made (I1).
     Imported,
 }
 
@@ -286,7 +295,11 @@ impl ProfileFile {
         let suite = file.at(&self.suite, SecuritySuite::from_number(*self.suite.get_ref()))?;
         file.at(&self.description, check_printable("description", self.description.get_ref(), 1, 200))?;
         let key_types = self.key_types(&file)?;
-        let setups = self.security_setups.iter().map(|table| table.read(&file, suite, &key_types)).collect::<Result<Vec<_>, _>>()?;
+        let setups = self
+            .security_setups
+            .iter()
+            .map(|table| table.read(&file, suite, &key_types))
+            .collect::<Result<Vec<_>, _>>()?;
         if setups.is_empty() {
             return Err(ProfileError { line: 0, reason: "security_setups: at least one is needed".to_owned() });
         }
@@ -300,7 +313,11 @@ impl ProfileFile {
             name: file.at(&self.name, DeviceProfileName::parse(self.name.get_ref()))?,
             description: self.description.into_inner(),
             suite,
-            other_flag_ids: self.other_flag_ids.iter().map(|id| file.at(id, FlagId::parse(id.get_ref()))).collect::<Result<_, _>>()?,
+            other_flag_ids: self
+                .other_flag_ids
+                .iter()
+                .map(|id| file.at(id, FlagId::parse(id.get_ref())))
+                .collect::<Result<_, _>>()?,
             setups,
             clients,
             key_types,
@@ -322,13 +339,17 @@ impl ProfileFile {
             if !well_formed {
                 return Err(file.refuse(&table.name, "name: not 1 to 32 of A-Z, 0-9 and `-`, starting with a letter"));
             }
-            if KeyType::parse(name).is_ok() || own.iter().any(|earlier| earlier.name == *name || earlier.key_type == key_type) {
+            if KeyType::parse(name).is_ok()
+                || own.iter().any(|earlier| earlier.name == *name || earlier.key_type == key_type)
+            {
                 return Err(file.refuse(&table.name, "name or number: another key type has it"));
             }
             if *table.class.get_ref() != key_type.class().name() {
                 let (session, authentication) = (KeyClass::Session, KeyClass::Authentication);
-                let reason =
-                    format!("class: numbers 32 to 55 are in class {session}, 56 to 63 in class {authentication}: `{number}` is in {}", key_type.class());
+                let reason = format!(
+                    "class: numbers 32 to 55 are in class {session}, 56 to 63 in class {authentication}: `{number}` is in {}",
+                    key_type.class()
+                );
                 return Err(file.refuse(&table.class, reason));
             }
             own.push(ProfileKeyType { key_type, name: name.clone() });
@@ -338,12 +359,19 @@ impl ProfileFile {
 }
 
 impl SetupTable {
-    fn read(&self, file: &File<'_>, suite: SecuritySuite, key_types: &[ProfileKeyType]) -> Result<SetupProfile, ProfileError> {
+    fn read(
+        &self,
+        file: &File<'_>,
+        suite: SecuritySuite,
+        key_types: &[ProfileKeyType],
+    ) -> Result<SetupProfile, ProfileError> {
         if *self.class_version.get_ref() > 1 {
             return Err(file.refuse(&self.class_version, "class_version: class 64 has versions 0 and 1"));
         }
         if *self.class_version.get_ref() == 0 && suite != SecuritySuite::Suite0 {
-            return Err(file.refuse(&self.class_version, "class_version: version 0 of class 64 has security suite 0 only"));
+            return Err(
+                file.refuse(&self.class_version, "class_version: version 0 of class 64 has security suite 0 only")
+            );
         }
         let mut keys: Vec<KeyProfile> = Vec::with_capacity(self.keys.len());
         for table in &self.keys {
@@ -361,12 +389,21 @@ impl SetupTable {
         if keys.is_empty() {
             return Err(file.refuse(&self.obis, "keys: a security setup without keys"));
         }
-        Ok(SetupProfile { id: file.at(&self.obis, SecuritySetupId::parse(self.obis.get_ref()))?, keys, counter: self.counter.read(file)? })
+        Ok(SetupProfile {
+            id: file.at(&self.obis, SecuritySetupId::parse(self.obis.get_ref()))?,
+            keys,
+            counter: self.counter.read(file)?,
+        })
     }
 }
 
 impl KeyTable {
-    fn read(&self, file: &File<'_>, suite: SecuritySuite, key_types: &[ProfileKeyType]) -> Result<KeyProfile, ProfileError> {
+    fn read(
+        &self,
+        file: &File<'_>,
+        suite: SecuritySuite,
+        key_types: &[ProfileKeyType],
+    ) -> Result<KeyProfile, ProfileError> {
         let key_type = file.at(&self.key_type, key_type_of(key_types, self.key_type.get_ref()))?;
         if key_type == KeyType::DEDICATED {
             return Err(file.refuse(&self.key_type, "type: a dedicated key belongs to an association and has no slot"));
@@ -380,7 +417,10 @@ impl KeyTable {
         let origin = *self.origin.get_ref();
         match (origin, key_type.is_aes()) {
             (NewKeyOrigin::Diversified | NewKeyOrigin::Generated, false) => {
-                return Err(file.refuse(&self.origin, "origin: a secret is not made here, only delivered by its vendor, so this must be `imported`"));
+                return Err(file.refuse(
+                    &self.origin,
+                    "origin: a secret is not made here, only delivered by its vendor, so this must be `imported`",
+                ));
             }
             (NewKeyOrigin::Imported, true) => {
                 return Err(
@@ -388,7 +428,9 @@ impl KeyTable {
                 );
             }
             (NewKeyOrigin::Imported, false) if self.shipped == Shipped::No => {
-                return Err(file.refuse(&self.key_type, "shipped: only a shipment brings a secret, so this cannot be `no`"));
+                return Err(
+                    file.refuse(&self.key_type, "shipped: only a shipment brings a secret, so this cannot be `no`")
+                );
             }
             _ => {}
         }
@@ -398,17 +440,29 @@ impl KeyTable {
             OwnerName::DeviceType => OwnerKind::DeviceType,
         };
         if owner != OwnerKind::Meter && self.shipped != Shipped::No {
-            return Err(file.refuse(&self.key_type, "shipped: a shipment carries keys of meters only, so this must be `no`"));
+            return Err(
+                file.refuse(&self.key_type, "shipped: a shipment carries keys of meters only, so this must be `no`")
+            );
         }
         let key_id = match (&self.key_id, key_type.standard_key_id()) {
             (None, standard) => standard,
-            (Some(id), Some(_)) => return Err(file.refuse(id, format!("key_id: that of a {key_type} is fixed by the standard"))),
-            (Some(id), None) if *id.get_ref() < 4 => return Err(file.refuse(id, "key_id: 0 to 3 are GUEK, GBEK, GAK and KEK")),
+            (Some(id), Some(_)) => {
+                return Err(file.refuse(id, format!("key_id: that of a {key_type} is fixed by the standard")));
+            }
+            (Some(id), None) if *id.get_ref() < 4 => {
+                return Err(file.refuse(id, "key_id: 0 to 3 are GUEK, GBEK, GAK and KEK"));
+            }
             (Some(id), None) if !key_type.is_transferable() => {
-                return Err(file.refuse(id, "key_id: key_transfer brings AES keys; a secret would travel in plaintext inside the request (I1)"));
+                return Err(file.refuse(
+                    id,
+                    "key_id: key_transfer brings AES keys; a secret would travel in plaintext inside the request (I1)",
+                ));
             }
             (Some(id), None) if owner == OwnerKind::DeviceType => {
-                return Err(file.refuse(id, "key_id: which device type a meter is of is not on record, so the key of one is brought to none"));
+                return Err(file.refuse(
+                    id,
+                    "key_id: which device type a meter is of is not on record, so the key of one is brought to none",
+                ));
             }
             (Some(id), None) => Some(*id.get_ref()),
         };
@@ -421,8 +475,12 @@ impl CounterTable {
         let on_new_key = match (*self.on_new_key.get_ref(), self.reset_to) {
             (OnNewKeyName::Continue, None) => OnNewKey::Continue,
             (OnNewKeyName::Reset, Some(first)) => OnNewKey::Reset(first),
-            (OnNewKeyName::Continue, Some(_)) => return Err(file.refuse(&self.on_new_key, "reset_to: only together with on_new_key = \"reset\"")),
-            (OnNewKeyName::Reset, None) => return Err(file.refuse(&self.on_new_key, "reset_to: missing beside on_new_key = \"reset\"")),
+            (OnNewKeyName::Continue, Some(_)) => {
+                return Err(file.refuse(&self.on_new_key, "reset_to: only together with on_new_key = \"reset\""));
+            }
+            (OnNewKeyName::Reset, None) => {
+                return Err(file.refuse(&self.on_new_key, "reset_to: missing beside on_new_key = \"reset\""));
+            }
         };
         let scope = match self.scope {
             ScopeName::ClientTitle => CounterScope::ClientTitle,
@@ -444,7 +502,8 @@ impl ClientTable {
         if !setups.iter().any(|setup| setup.id == security_setup) {
             return Err(file.refuse(&self.security_setup, "security_setup: none of [[security_setups]]"));
         }
-        let system_title = self.system_title.as_ref().map(|title| file.at(title, SystemTitle::parse(title.get_ref()))).transpose()?;
+        let system_title =
+            self.system_title.as_ref().map(|title| file.at(title, SystemTitle::parse(title.get_ref()))).transpose()?;
         Ok(ClientProfile { name: name.clone(), sap, system_title, security_setup })
     }
 }
@@ -454,7 +513,10 @@ fn key_type_of(own: &[ProfileKeyType], name: &str) -> Result<KeyType, ParseError
         Some(known) => Ok(known.key_type),
         None => KeyType::parse(name).map_err(|error| match own {
             [] => error,
-            _ => ParseError::new("key type", format!("`{}` is neither a known key type nor one of [[key_types]]", excerpt(name))),
+            _ => ParseError::new(
+                "key type",
+                format!("`{}` is neither a known key type nor one of [[key_types]]", excerpt(name)),
+            ),
         }),
     }
 }
@@ -491,24 +553,39 @@ mod tests {
             assert_eq!(profile.name.as_str(), name);
         }
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../policies/device-profiles");
-        assert_eq!(std::fs::read_dir(folder).unwrap().count(), DeviceProfile::SHIPPED.len(), "a file is not in SHIPPED");
+        assert_eq!(
+            std::fs::read_dir(folder).unwrap().count(),
+            DeviceProfile::SHIPPED.len(),
+            "a file is not in SHIPPED"
+        );
     }
 
     #[test]
     fn the_gateway_has_what_its_file_says() {
         let profile = DeviceProfile::parse(shipped("gateway-suite0")).unwrap();
         let setup = profile.setup(SecuritySetupId::DEFAULT).unwrap();
-        assert_eq!(setup.counter, CounterProfile { scope: CounterScope::Setup, on_new_key: OnNewKey::Reset(250), jump_cap: 50_000 });
+        assert_eq!(
+            setup.counter,
+            CounterProfile { scope: CounterScope::Setup, on_new_key: OnNewKey::Reset(250), jump_cap: 50_000 }
+        );
         let own = profile.parse_key_type("SERVICE-CODE").unwrap();
         assert_eq!((own.number(), own.class()), (56, KeyClass::Authentication));
         assert_eq!(profile.key_type_name(own), "SERVICE-CODE");
         assert_eq!(profile.key_type_name(KeyType::GUEK), "GUEK");
         let secret = profile.key(SecuritySetupId::DEFAULT, KeyType::LLS_SECRET).unwrap();
         assert_eq!((secret.shape, secret.shipped), (KeyShape::Secret, Shipped::Optional));
-        assert!(secret.accepts_wrapped(24) && secret.accepts_wrapped(264) && !secret.accepts_wrapped(25) && !secret.accepts_wrapped(16));
+        assert!(
+            secret.accepts_wrapped(24)
+                && secret.accepts_wrapped(264)
+                && !secret.accepts_wrapped(25)
+                && !secret.accepts_wrapped(16)
+        );
         assert_eq!(profile.key(SecuritySetupId::DEFAULT, KeyType::FIRMWARE).unwrap().owner, OwnerKind::DeviceType);
         let key_id = |key_type| profile.key(SecuritySetupId::DEFAULT, key_type).unwrap().key_id;
-        assert_eq!([KeyType::KEK, KeyType::OPTICAL_PORT, KeyType::M_BUS_CHILD, KeyType::FIRMWARE].map(key_id), [Some(3), Some(16), None, None]);
+        assert_eq!(
+            [KeyType::KEK, KeyType::OPTICAL_PORT, KeyType::M_BUS_CHILD, KeyType::FIRMWARE].map(key_id),
+            [Some(3), Some(16), None, None]
+        );
     }
 
     #[test]
@@ -521,10 +598,14 @@ mod tests {
     #[test]
     fn a_suite_needs_the_class_version_that_has_it() {
         for name in ["generic-suite1", "generic-suite2", "two-setups-suite1"] {
-            let error = DeviceProfile::parse(&shipped(name).replacen("class_version = 1", "class_version = 0", 1)).unwrap_err();
+            let error =
+                DeviceProfile::parse(&shipped(name).replacen("class_version = 1", "class_version = 0", 1)).unwrap_err();
             assert!(error.reason.contains("suite 0 only"), "{error}");
         }
-        assert!(DeviceProfile::parse(&shipped("generic-suite0").replacen("class_version = 0", "class_version = 1", 1)).is_ok());
+        assert!(
+            DeviceProfile::parse(&shipped("generic-suite0").replacen("class_version = 0", "class_version = 1", 1))
+                .is_ok()
+        );
     }
 
     #[test]
@@ -540,11 +621,31 @@ mod tests {
             ("{ type = \"GUEK\"", "{ type = \"DEDICATED\"", "association"),
             ("{ type = \"GUEK\"", "{ type = \"LLS-SECRET\"", "imported"),
             ("{ type = \"GBEK\", origin = \"generated\"", "{ type = \"GBEK\", origin = \"imported\"", "diversified"),
-            ("{ type = \"GBEK\", origin = \"generated\"", "{ type = \"HLS-SECRET\", origin = \"generated\"", "imported"),
-            ("{ type = \"GBEK\", origin = \"generated\"", "{ type = \"HLS-SECRET\", origin = \"imported\", shipped = \"no\"", "shipped"),
-            ("{ type = \"GBEK\", origin = \"generated\"", "{ type = \"GBEK\", origin = \"generated\", key_id = 9", "fixed by the standard"),
-            ("{ type = \"GBEK\", origin = \"generated\"", "{ type = \"OPTICAL-PORT\", origin = \"generated\", key_id = 3", "0 to 3"),
-            ("{ type = \"GBEK\", origin = \"generated\"", "{ type = \"HLS-SECRET\", origin = \"imported\", key_id = 9", "I1"),
+            (
+                "{ type = \"GBEK\", origin = \"generated\"",
+                "{ type = \"HLS-SECRET\", origin = \"generated\"",
+                "imported",
+            ),
+            (
+                "{ type = \"GBEK\", origin = \"generated\"",
+                "{ type = \"HLS-SECRET\", origin = \"imported\", shipped = \"no\"",
+                "shipped",
+            ),
+            (
+                "{ type = \"GBEK\", origin = \"generated\"",
+                "{ type = \"GBEK\", origin = \"generated\", key_id = 9",
+                "fixed by the standard",
+            ),
+            (
+                "{ type = \"GBEK\", origin = \"generated\"",
+                "{ type = \"OPTICAL-PORT\", origin = \"generated\", key_id = 3",
+                "0 to 3",
+            ),
+            (
+                "{ type = \"GBEK\", origin = \"generated\"",
+                "{ type = \"HLS-SECRET\", origin = \"imported\", key_id = 9",
+                "I1",
+            ),
             (
                 "{ type = \"GBEK\", origin = \"generated\"",
                 "{ type = \"FIRMWARE\", origin = \"generated\", owner = \"device-type\", shipped = \"no\", key_id = 9",
@@ -564,16 +665,23 @@ mod tests {
             assert_eq!(error.line, line(from), "{to}: {error}");
             assert!(error.reason.contains(reason), "{to}: {error}");
         }
-        for (from, to) in
-            [("name = \"generic-suite0\"\n", ""), ("obis = \"0.0.43.0.0.255\"", "obis = \"0.0.43.0.9.255\""), ("suite = 0", "suite = 0\nsuit = 1")]
-        {
+        for (from, to) in [
+            ("name = \"generic-suite0\"\n", ""),
+            ("obis = \"0.0.43.0.0.255\"", "obis = \"0.0.43.0.9.255\""),
+            ("suite = 0", "suite = 0\nsuit = 1"),
+        ] {
             assert!(DeviceProfile::parse(&right.replacen(from, to, 1)).is_err(), "{to}");
         }
     }
 
     #[test]
     fn a_key_type_of_a_profile_keeps_the_class_of_its_number() {
-        let error = DeviceProfile::parse(&shipped("gateway-suite0").replacen("class = \"session\"", "class = \"authentication\"", 1)).unwrap_err();
+        let error = DeviceProfile::parse(&shipped("gateway-suite0").replacen(
+            "class = \"session\"",
+            "class = \"authentication\"",
+            1,
+        ))
+        .unwrap_err();
         assert!(error.reason.contains("class"), "{error}");
         assert!(DeviceProfile::parse(&shipped("gateway-suite0").replacen("LOCAL-DISPLAY", "GUEK", 1)).is_err());
         assert!(DeviceProfile::parse(&shipped("gateway-suite0").replacen("number = 32", "number = 56", 1)).is_err());

@@ -1,15 +1,16 @@
 //! Proposals: a dangerous action that waits for the approval of other people (I6).
 //!
-//! The content names exactly what will run. It never changes; whoever wants something else withdraws it and proposes anew. Approved is not
-//! carried out: an officer does that by a call of its own, once, and what is carried out checks again that the content still fits.
+//! The content names exactly what will run. It never changes; whoever wants something else
+//! withdraws it and proposes anew. Approved is not carried out: an officer does that by a call of
+//! its own, once, and what is carried out checks again that the content still fits.
 
 use std::fmt;
 
 use aws_lc_rs::digest::{SHA256, digest};
 
 use crate::{
-    Approval, ApprovalError, ApprovalTerms, Approvals, KeyClass, KeyType, KeyVersionNumber, ParseError, PersonName, PrincipalId, ProposalId, Quorum,
-    SecuritySetupId, SystemTitle, UnixMillis,
+    Approval, ApprovalError, ApprovalTerms, Approvals, KeyClass, KeyType, KeyVersionNumber, ParseError, PersonName,
+    PrincipalId, ProposalId, Quorum, SecuritySetupId, SystemTitle, UnixMillis,
 };
 
 /// A proposal. One sealed row (I5).
@@ -88,13 +89,19 @@ impl fmt::Display for ProposedAction {
                 write!(f, "{}/{}`", root.kind.name(), root.version)
             }
             Self::RecertifyPrincipal(RecertifyPrincipal { principal, person, key_sha256 }) => {
-                write!(f, "certify the public key with SHA-256 {} for `{principal}` of person `{}`", hex::encode(key_sha256), person.as_str())
+                write!(
+                    f,
+                    "certify the public key with SHA-256 {} for `{principal}` of person `{}`",
+                    hex::encode(key_sha256),
+                    person.as_str()
+                )
             }
         }
     }
 }
 
-/// The way out where a meter is truly ahead of its counter: nothing below `to` is handed out from then on.
+/// The way out where a meter is truly ahead of its counter: nothing below `to` is handed out from
+/// then on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RaiseCounter {
     /// Of which meter.
@@ -111,7 +118,8 @@ pub struct RaiseCounter {
     pub to: u32,
 }
 
-/// The way back for an officer or auditor whose certificate has ended or is lost, and the confirmation of one whom one officer alone has added (I6).
+/// The way back for an officer or auditor whose certificate has ended or is lost, and the
+/// confirmation of one whom one officer alone has added (I6).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct RecertifyPrincipal {
     /// Whose key it is.
@@ -131,7 +139,8 @@ pub struct DestroyRoot {
     pub class: Option<KeyClass>,
     /// Which version, from 1.
     pub version: u8,
-    /// The moment of the oldest backup that may still be restored, as the requester says: it refers to nothing that was replaced before.
+    /// The moment of the oldest backup that may still be restored, as the requester says: it refers
+    /// to nothing that was replaced before.
     pub oldest_backup: UnixMillis,
 }
 
@@ -140,7 +149,12 @@ impl DestroyRoot {
     ///
     /// # Errors
     /// The version is 0, or a root of this kind has no class, or has one.
-    pub fn new(kind: RootKind, class: Option<KeyClass>, version: u8, oldest_backup: UnixMillis) -> Result<Self, ParseError> {
+    pub fn new(
+        kind: RootKind,
+        class: Option<KeyClass>,
+        version: u8,
+        oldest_backup: UnixMillis,
+    ) -> Result<Self, ParseError> {
         if version == 0 {
             return Err(ParseError::new("root version", "versions start at 1"));
         }
@@ -151,7 +165,11 @@ impl DestroyRoot {
         if !fits {
             return Err(ParseError::new(
                 "key class",
-                format!("a {} has {}", kind.name(), if kind.has_class() { "one of kek, session, authentication" } else { "none" }),
+                format!(
+                    "a {} has {}",
+                    kind.name(),
+                    if kind.has_class() { "one of kek, session, authentication" } else { "none" }
+                ),
             ));
         }
         Ok(Self { kind, class, version, oldest_backup })
@@ -175,7 +193,8 @@ pub enum RootKind {
 
 impl RootKind {
     /// All kinds.
-    pub const ALL: [Self; 5] = [Self::Diversification, Self::StorageKek, Self::Seal, Self::AuditSign, Self::VendorTransport];
+    pub const ALL: [Self; 5] =
+        [Self::Diversification, Self::StorageKek, Self::Seal, Self::AuditSign, Self::VendorTransport];
 
     /// The number in rows, from 1.
     pub const fn number(self) -> u32 {
@@ -193,7 +212,10 @@ impl RootKind {
     /// # Errors
     /// No kind has the number.
     pub fn from_number(number: u32) -> Result<Self, ParseError> {
-        Self::ALL.into_iter().find(|kind| kind.number() == number).ok_or_else(|| ParseError::new("kind of root", format!("`{number}` is not 1 to 5")))
+        Self::ALL
+            .into_iter()
+            .find(|kind| kind.number() == number)
+            .ok_or_else(|| ParseError::new("kind of root", format!("`{number}` is not 1 to 5")))
     }
 
     /// The kind of this name.
@@ -201,10 +223,12 @@ impl RootKind {
     /// # Errors
     /// No kind has the name.
     pub fn parse(text: &str) -> Result<Self, ParseError> {
-        Self::ALL
-            .into_iter()
-            .find(|kind| kind.name() == text)
-            .ok_or_else(|| ParseError::new("kind of root", format!("`{}` is none of {}", crate::id::excerpt(text), Self::ALL.map(Self::name).join(", "))))
+        Self::ALL.into_iter().find(|kind| kind.name() == text).ok_or_else(|| {
+            ParseError::new(
+                "kind of root",
+                format!("`{}` is none of {}", crate::id::excerpt(text), Self::ALL.map(Self::name).join(", ")),
+            )
+        })
     }
 
     /// The name in output, and in labels of token keys.
@@ -291,16 +315,21 @@ impl Proposal {
         if self.content.expires <= self.content.created {
             return Err(ParseError::new("expiry", "it is not after the proposal's beginning"));
         }
-        // I6: two people stand behind it, the requester and an approver, and the beneficiary is neither.
+        // I6: two people stand behind it, the requester and an approver, and the beneficiary is
+        // neither.
         if let Some((principal, person)) = self.content.action.beneficiary()
             && (*principal == self.content.requester || person.is_same(&self.content.requester_person))
         {
-            return Err(ParseError::new("principal", format!("this is about `{}`, and another person must propose it", person.as_str())));
+            return Err(ParseError::new(
+                "principal",
+                format!("this is about `{}`, and another person must propose it", person.as_str()),
+            ));
         }
         Ok(())
     }
 
-    /// I6: what approvals are given to. SHA-256 of `"meterkms/proposal" ‖ id(16) ‖ content`, the content as it stands in the sealed row.
+    /// I6: what approvals are given to. SHA-256 of `"meterkms/proposal" ‖ id(16) ‖ content`, the
+    /// content as it stands in the sealed row.
     pub fn content_digest(&self) -> [u8; 32] {
         let octets = [b"meterkms/proposal".as_slice(), &self.id.octets(), &self.content.to_octets()].concat();
         let mut result = [0; 32];
@@ -442,14 +471,24 @@ mod tests {
     fn two_people_and_the_content_that_they_saw() {
         let mut proposal = proposal(2);
         let digest = proposal.content_digest();
-        assert!(matches!(proposal.carry_out(officer("ada"), NOW), Err(ProposalError::State { state: ProposalState::Waiting, missing: 2, .. })));
-        // The requester under another principal, and another person under the requester's principal.
+        assert!(matches!(
+            proposal.carry_out(officer("ada"), NOW),
+            Err(ProposalError::State { state: ProposalState::Waiting, missing: 2, .. })
+        ));
+        // The requester under another principal, and another person under the requester's
+        // principal.
         for (principal, person) in [("ada", "Ada"), ("ada-2", "Ada"), ("ada", "Bo")] {
-            assert!(matches!(proposal.approve(approval(principal, person, NOW), &digest), Err(ProposalError::Approval(ApprovalError::OwnRequest { .. }))));
+            assert!(matches!(
+                proposal.approve(approval(principal, person, NOW), &digest),
+                Err(ProposalError::Approval(ApprovalError::OwnRequest { .. }))
+            ));
         }
         assert_eq!(proposal.approve(approval("bo", "Bo", NOW), &[0; 32]), Err(ApprovalError::OtherContent.into()));
         proposal.approve(approval("bo", "Bo", NOW), &digest).unwrap();
-        assert!(matches!(proposal.approve(approval("bo-2", "Bo", NOW), &digest), Err(ProposalError::Approval(ApprovalError::ApprovedAlready { .. }))));
+        assert!(matches!(
+            proposal.approve(approval("bo-2", "Bo", NOW), &digest),
+            Err(ProposalError::Approval(ApprovalError::ApprovedAlready { .. }))
+        ));
         assert_eq!(proposal.state(NOW), ProposalState::Waiting);
         proposal.approve(approval("cy", "Cy", NOW), &digest).unwrap();
         assert_eq!(proposal.state(NOW), ProposalState::Approved);
@@ -460,9 +499,14 @@ mod tests {
 
     #[test]
     fn a_row_cannot_make_up_people() {
-        // Whoever could seal such a row: the same person twice, and the requester, are counted as nobody.
+        // Whoever could seal such a row: the same person twice, and the requester, are counted as
+        // nobody.
         let mut proposal = proposal(2);
-        proposal.approvals = Approvals::from_row(vec![approval("bo", "Bo", NOW), approval("bo-2", "Bo", NOW), approval("ada-2", "Ada", NOW)]);
+        proposal.approvals = Approvals::from_row(vec![
+            approval("bo", "Bo", NOW),
+            approval("bo-2", "Bo", NOW),
+            approval("ada-2", "Ada", NOW),
+        ]);
         assert!(matches!(proposal.carry_out(officer("cy"), NOW), Err(ProposalError::State { missing: 1, .. })));
     }
 
@@ -473,7 +517,10 @@ mod tests {
         let late = NOW.after(Proposal::LIFETIME_MS);
         assert_eq!(proposal.approve(approval("bo", "Bo", late), &digest), Err(ApprovalError::Expired.into()));
         proposal.approve(approval("bo", "Bo", NOW), &digest).unwrap();
-        assert!(matches!(proposal.carry_out(officer("ada"), late), Err(ProposalError::State { state: ProposalState::Expired, .. })));
+        assert!(matches!(
+            proposal.carry_out(officer("ada"), late),
+            Err(ProposalError::State { state: ProposalState::Expired, .. })
+        ));
         proposal.withdraw(officer("ada"), late).unwrap();
         assert_eq!(proposal.state(late), ProposalState::Withdrawn);
     }
@@ -483,11 +530,17 @@ mod tests {
         let recertify = |principal: &str, person: &str| {
             let mut content = proposal(1).content;
             let person = PersonName::parse(person).unwrap();
-            content.action = ProposedAction::RecertifyPrincipal(RecertifyPrincipal { principal: officer(principal), person, key_sha256: [1; 32] });
+            content.action = ProposedAction::RecertifyPrincipal(RecertifyPrincipal {
+                principal: officer(principal),
+                person,
+                key_sha256: [1; 32],
+            });
             Proposal::new(ProposalId::from_octets(&[8; 16]).unwrap(), content)
         };
         // Ada asks: neither for herself, nor for another principal of hers.
-        assert!(recertify("ada", "Ada").is_err() && recertify("ada-2", "ada").is_err() && recertify("ada", "Eve").is_err());
+        assert!(
+            recertify("ada", "Ada").is_err() && recertify("ada-2", "ada").is_err() && recertify("ada", "Eve").is_err()
+        );
         let mut proposal = recertify("cy", "Cy").unwrap();
         let digest = proposal.content_digest();
         for (principal, person) in [("cy", "Cy"), ("cy-2", "cy"), ("cy", "Eve")] {
@@ -509,12 +562,18 @@ mod tests {
         let mut raise = proposal(1);
         raise.approve(approval("bo", "Bo", NOW), &raise.content_digest()).unwrap();
         raise.carry_out(officer("cy"), NOW).unwrap();
-        let destroy = |class, version| ProposedAction::DestroyRoot(DestroyRoot::new(RootKind::StorageKek, Some(class), version, NOW).unwrap());
+        let destroy = |class, version| {
+            ProposedAction::DestroyRoot(DestroyRoot::new(RootKind::StorageKek, Some(class), version, NOW).unwrap())
+        };
         let mut digests = vec![raise.content_digest()];
         let mut proposals = vec![raise];
         let recertify = |name: &str, person: &str, key| {
             let person = PersonName::parse(person).unwrap();
-            ProposedAction::RecertifyPrincipal(RecertifyPrincipal { principal: officer(name), person, key_sha256: [key; 32] })
+            ProposedAction::RecertifyPrincipal(RecertifyPrincipal {
+                principal: officer(name),
+                person,
+                key_sha256: [key; 32],
+            })
         };
         for action in [
             destroy(KeyClass::Session, 1),
@@ -547,7 +606,13 @@ mod tests {
         let count = digests.len();
         digests.dedup();
         assert_eq!(digests.len(), count);
-        assert!(DestroyRoot::new(RootKind::Seal, Some(KeyClass::Kek), 1, NOW).is_err() && DestroyRoot::new(RootKind::StorageKek, None, 1, NOW).is_err());
-        assert!(DestroyRoot::new(RootKind::Seal, None, 0, NOW).is_err() && DestroyRoot::new(RootKind::StorageKek, Some(KeyClass::Ca), 1, NOW).is_err());
+        assert!(
+            DestroyRoot::new(RootKind::Seal, Some(KeyClass::Kek), 1, NOW).is_err()
+                && DestroyRoot::new(RootKind::StorageKek, None, 1, NOW).is_err()
+        );
+        assert!(
+            DestroyRoot::new(RootKind::Seal, None, 0, NOW).is_err()
+                && DestroyRoot::new(RootKind::StorageKek, Some(KeyClass::Ca), 1, NOW).is_err()
+        );
     }
 }

@@ -1,7 +1,9 @@
-//! Quotas on critical commands: how many frames that could harm a principal has had protected in the present hour.
+//! Quotas on critical commands: how many frames that could harm a principal has had protected in
+//! the present hour.
 //!
-//! The sealed row of a principal's use is written in the transaction of the frames' record, so it holds for all servers of the island and after a
-//! restart. What the limits are is read from a file (`policies/quotas.toml`), not from the row.
+//! The sealed row of a principal's use is written in the transaction of the frames' record, so it
+//! holds for all servers of the island and after a restart. What the limits are is read from a file
+//! (`policies/quotas.toml`), not from the row.
 
 use std::fmt;
 
@@ -50,19 +52,26 @@ impl QuotaLimit {
     /// Nothing at all.
     pub const NONE: Self = Self { commands: 0, meters: None };
 
-    /// At most `commands` in an hour, 1 to [`Self::MOST_COMMANDS`], to at most `meters` distinct meters, 1 to [`Self::MOST_METERS`] and not more
-    /// than the commands; `None`: as many meters as commands.
+    /// At most `commands` in an hour, 1 to [`Self::MOST_COMMANDS`], to at most `meters` distinct
+    /// meters, 1 to [`Self::MOST_METERS`] and not more than the commands; `None`: as many meters as
+    /// commands.
     ///
     /// # Errors
     /// A number is out of its range.
     pub fn new(commands: u32, meters: Option<u16>) -> Result<Self, ParseError> {
         if !(1..=Self::MOST_COMMANDS).contains(&commands) {
-            return Err(ParseError::new("commands", format!("`{commands}` is not 1 to {} an hour", Self::MOST_COMMANDS)));
+            return Err(ParseError::new(
+                "commands",
+                format!("`{commands}` is not 1 to {} an hour", Self::MOST_COMMANDS),
+            ));
         }
         if let Some(meters) = meters
             && (!(1..=Self::MOST_METERS).contains(&meters) || u32::from(meters) > commands)
         {
-            return Err(ParseError::new("meters", format!("`{meters}` is not 1 to {} an hour, and not more than the commands", Self::MOST_METERS)));
+            return Err(ParseError::new(
+                "meters",
+                format!("`{meters}` is not 1 to {} an hour, and not more than the commands", Self::MOST_METERS),
+            ));
         }
         Ok(Self { commands, meters })
     }
@@ -134,11 +143,19 @@ impl QuotaUse {
 
     /// Counts `commands` to a meter. After an error nothing must be stored of this value.
     ///
-    /// `hour` is the server's; where another server's clock was ahead, its hour goes on, so that no quota is free twice.
+    /// `hour` is the server's; where another server's clock was ahead, its hour goes on, so that no
+    /// quota is free twice.
     ///
     /// # Errors
     /// The quota does not allow them in this hour.
-    pub fn count(&mut self, quota: &QuotaName, limit: QuotaLimit, hour: QuotaHour, meter: SystemTitle, commands: u32) -> Result<(), QuotaExceeded> {
+    pub fn count(
+        &mut self,
+        quota: &QuotaName,
+        limit: QuotaLimit,
+        hour: QuotaHour,
+        meter: SystemTitle,
+        commands: u32,
+    ) -> Result<(), QuotaExceeded> {
         if hour > self.hour {
             self.hour = hour;
             self.used.clear();
@@ -243,7 +260,10 @@ mod tests {
         for meter in [2, 1, 2, 1] {
             used.count(&quota, limit, QuotaHour(9), title(meter), 1).unwrap();
         }
-        assert!(matches!(used.count(&quota, limit, QuotaHour(9), title(3), 1), Err(QuotaExceeded::Meters { most: 2, .. })));
+        assert!(matches!(
+            used.count(&quota, limit, QuotaHour(9), title(3), 1),
+            Err(QuotaExceeded::Meters { most: 2, .. })
+        ));
     }
 
     #[test]

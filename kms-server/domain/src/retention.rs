@@ -1,6 +1,9 @@
-//! What is destroyed, and when: old key versions after the retention time, and all keys of a meter whose identity is gone.
+//! What is destroyed, and when: old key versions after the retention time, and all keys of a meter
+//! whose identity is gone.
 
-use crate::{Group, KeyState, KeyType, KeyVersion, KeyVersionNumber, Meter, ParseError, SecuritySetupId, Slot, Slots, UnixMillis};
+use crate::{
+    Group, KeyState, KeyType, KeyVersion, KeyVersionNumber, Meter, ParseError, SecuritySetupId, Slot, Slots, UnixMillis,
+};
 
 /// How long key versions are kept when they are out of use: whole days, at most 36,525 (100 years).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -52,21 +55,25 @@ pub struct ExpiredKeys {
 }
 
 impl Slot {
-    /// Releases candidates as [`Self::release_candidates`] says, and destroys every deactivated or compromised version that is no candidate
-    /// and has been in its state for the retention time. `None`: nothing is due.
+    /// Releases candidates as [`Self::release_candidates`] says, and destroys every deactivated or
+    /// compromised version that is no candidate and has been in its state for the retention time.
+    /// `None`: nothing is due.
     pub fn expire(&mut self, retention: Retention, now: UnixMillis) -> Option<ExpiredKeys> {
         let candidates = self.candidate_numbers();
         // I3: only after a later version was proven and the retention time has passed.
         self.release_candidates(retention.milliseconds(), now);
         let mut destroyed = self.numbers(|version| {
-            matches!(version.state, KeyState::Deactivated | KeyState::Compromised) && !version.candidate && retention.passed(version.since, now)
+            matches!(version.state, KeyState::Deactivated | KeyState::Compromised)
+                && !version.candidate
+                && retention.passed(version.since, now)
         });
         // I3: a candidate would be refused here.
         destroyed.retain(|number| self.transition(*number, KeyState::Destroyed, now).is_ok());
         self.expired(candidates, destroyed)
     }
 
-    /// Destroys every version, candidates too: for an owner whose identity is gone, and whose keys nobody will ask for.
+    /// Destroys every version, candidates too: for an owner whose identity is gone, and whose keys
+    /// nobody will ask for.
     fn expire_all(&mut self, now: UnixMillis) -> Option<ExpiredKeys> {
         let candidates = self.candidate_numbers();
         let mut destroyed = self.numbers(|version| version.state != KeyState::Destroyed);
@@ -112,16 +119,21 @@ impl Group {
 }
 
 impl Meter {
-    /// Ends what the retention time has ended: old versions, and of a retired meter everything. Empty: nothing is due, and nothing is changed.
+    /// Ends what the retention time has ended: old versions, and of a retired meter everything.
+    /// Empty: nothing is due, and nothing is changed.
     ///
-    /// A destroyed version keeps its number, state, counters and exposures. It has no key any more: neither a wrapped one nor one that the HSM
-    /// would derive.
+    /// A destroyed version keeps its number, state, counters and exposures. It has no key any more:
+    /// neither a wrapped one nor one that the HSM would derive.
     pub fn expire_keys(&mut self, retention: Retention, now: UnixMillis) -> Vec<ExpiredKeys> {
         match self.retired {
-            // I3: a candidate goes without a later proof only here. The identity is gone, so no later version is ever proven; a retired meter never
-            // comes back under its title, and its keys were kept for the retention time since.
-            Some(retired) if retention.passed(retired, now) => self.slots.iter_mut().filter_map(|slot| slot.expire_all(now)).collect(),
-            // Until then nothing of it is touched: someone may find that the wrong meter was retired.
+            // I3: a candidate goes without a later proof only here. The identity is gone, so no
+            // later version is ever proven; a retired meter never comes back under its title, and
+            // its keys were kept for the retention time since.
+            Some(retired) if retention.passed(retired, now) => {
+                self.slots.iter_mut().filter_map(|slot| slot.expire_all(now)).collect()
+            }
+            // Until then nothing of it is touched: someone may find that the wrong meter was
+            // retired.
             Some(_) => Vec::new(),
             None => {
                 let held_back = self.held_back(now);

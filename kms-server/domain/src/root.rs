@@ -1,14 +1,15 @@
 //! The versions of an island's roots, and the rotation from one version to the next.
 //!
-//! A version is *made* in the token, escrowed, and noted here. It becomes *current* when an officer begins its rotation: from then on new keys and
-//! seals use it. What still uses an earlier version is brought over by a pass over all rows ([`RootRotation`]), or by the meters' own rotation (what is
-//! diversified). A version that nothing uses any more may be destroyed.
+//! A version is *made* in the token, escrowed, and noted here. It becomes *current* when an officer
+//! begins its rotation: from then on new keys and seals use it. What still uses an earlier version
+//! is brought over by a pass over all rows ([`RootRotation`]), or by the meters' own rotation (what
+//! is diversified). A version that nothing uses any more may be destroyed.
 
 use std::fmt;
 
 use crate::{
-    ClassRoots, DiversificationRoot, Island, KeyClass, KeyDerivation, KeyMaterial, KeyOrigin, KeyType, KeyVersion, ParseError, PrincipalId, UnixMillis,
-    WriterId,
+    ClassRoots, DiversificationRoot, Island, KeyClass, KeyDerivation, KeyMaterial, KeyOrigin, KeyType, KeyVersion,
+    ParseError, PrincipalId, UnixMillis, WriterId,
 };
 
 /// What a root is for: the roots that have versions of their own.
@@ -67,7 +68,10 @@ impl RootPurpose {
     /// # Errors
     /// No purpose has the number.
     pub fn from_number(number: u32) -> Result<Self, ParseError> {
-        Self::ALL.into_iter().find(|purpose| u32::from(purpose.number()) == number).ok_or_else(|| ParseError::new("root", format!("`{number}` is not 1 to 8")))
+        Self::ALL
+            .into_iter()
+            .find(|purpose| u32::from(purpose.number()) == number)
+            .ok_or_else(|| ParseError::new("root", format!("`{number}` is not 1 to 8")))
     }
 
     /// The class whose token holds it; none for roots of all classes.
@@ -78,8 +82,8 @@ impl RootPurpose {
         }
     }
 
-    /// Whether a pass over rows brings what uses an earlier version over to the current one. What is diversified follows as meters rotate, and
-    /// a vendor's shipment is read once.
+    /// Whether a pass over rows brings what uses an earlier version over to the current one. What
+    /// is diversified follows as meters rotate, and a vendor's shipment is read once.
     pub const fn has_pass(self) -> bool {
         matches!(self, Self::StorageKek(_) | Self::Seal)
     }
@@ -117,17 +121,21 @@ impl RootId {
     /// Not two octets, an unknown purpose, or version 0.
     pub fn from_octets(octets: &[u8]) -> Result<Self, ParseError> {
         match octets {
-            [purpose, version @ 1..=255] => Ok(Self { purpose: RootPurpose::from_number(u32::from(*purpose))?, version: *version }),
+            [purpose, version @ 1..=255] => {
+                Ok(Self { purpose: RootPurpose::from_number(u32::from(*purpose))?, version: *version })
+            }
             _ => Err(ParseError::new("root version", format!("`{octets:02x?}` is no purpose with a version"))),
         }
     }
 
-    /// The root that a key needs: the storage KEK that it is wrapped under, or the diversification root that it is derived from. None for a version
-    /// that is destroyed.
+    /// The root that a key needs: the storage KEK that it is wrapped under, or the diversification
+    /// root that it is derived from. None for a version that is destroyed.
     pub fn needed_by(key_type: KeyType, version: &KeyVersion) -> Option<Self> {
         let class = key_type.class();
         match (version.material(), version.origin()) {
-            (KeyMaterial::Wrapped(wrap), _) => Some(Self { purpose: RootPurpose::StorageKek(class), version: wrap.storage_kek_version() }),
+            (KeyMaterial::Wrapped(wrap), _) => {
+                Some(Self { purpose: RootPurpose::StorageKek(class), version: wrap.storage_kek_version() })
+            }
             (KeyMaterial::Derived, KeyOrigin::Diversified { root_version, .. }) => {
                 Some(Self { purpose: RootPurpose::Diversification(class), version: root_version })
             }
@@ -142,7 +150,8 @@ impl fmt::Display for RootId {
     }
 }
 
-/// What is noted of one version: of each that was made after the ceremony, and of those that were destroyed.
+/// What is noted of one version: of each that was made after the ceremony, and of those that were
+/// destroyed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RootEntry {
     /// Which.
@@ -151,7 +160,8 @@ pub struct RootEntry {
     pub derivation: Option<KeyDerivation>,
     /// When it was made.
     pub made: UnixMillis,
-    /// Its fingerprint: the CKA_CHECK_VALUE of a symmetric root (3 octets; empty where the module has none), or SHA-256 of a public key.
+    /// Its fingerprint: the CKA_CHECK_VALUE of a symmetric root (3 octets; empty where the module
+    /// has none), or SHA-256 of a public key.
     pub fingerprint: Vec<u8>,
     /// When its destruction was decided.
     pub destroyed: Option<UnixMillis>,
@@ -172,7 +182,12 @@ pub struct RootLedger {
 
 impl Default for RootLedger {
     fn default() -> Self {
-        Self { entries: Vec::new(), oldest_seal_key_version: 1, vendor_transport_version: 1, oldest_vendor_transport_version: 1 }
+        Self {
+            entries: Vec::new(),
+            oldest_seal_key_version: 1,
+            vendor_transport_version: 1,
+            oldest_vendor_transport_version: 1,
+        }
     }
 }
 
@@ -269,18 +284,23 @@ impl Island {
     /// All versions of a root that were ever made, oldest first.
     pub fn root_versions(&self, purpose: RootPurpose) -> Vec<RootId> {
         let first = match purpose {
-            RootPurpose::Diversification(class) => self.roots(class).is_some_and(|roots| roots.diversification.iter().any(|root| root.version == 1)),
+            RootPurpose::Diversification(class) => {
+                self.roots(class).is_some_and(|roots| roots.diversification.iter().any(|root| root.version == 1))
+            }
             RootPurpose::StorageKek(class) => self.roots(class).is_some(),
             RootPurpose::Seal | RootPurpose::VendorTransport => true,
         };
-        let later = self.ledger.entries.iter().map(|entry| entry.id).filter(|id| id.purpose == purpose && id.version > 1);
+        let later =
+            self.ledger.entries.iter().map(|entry| entry.id).filter(|id| id.purpose == purpose && id.version > 1);
         first.then_some(RootId { purpose, version: 1 }).into_iter().chain(later).collect()
     }
 
     /// The version that new keys and seals use.
     pub fn current_root(&self, purpose: RootPurpose) -> Option<u8> {
         match purpose {
-            RootPurpose::Diversification(class) => self.roots(class).and_then(ClassRoots::current).map(|root| root.version),
+            RootPurpose::Diversification(class) => {
+                self.roots(class).and_then(ClassRoots::current).map(|root| root.version)
+            }
             RootPurpose::StorageKek(class) => self.roots(class).map(|roots| roots.storage_kek_version),
             RootPurpose::Seal => Some(self.seal_key_version),
             RootPurpose::VendorTransport => Some(self.ledger.vendor_transport_version),
@@ -314,17 +334,24 @@ impl Island {
         })
     }
 
-    /// Whether a key may be stored that needs this version: it was made, and its destruction was not decided (I3).
+    /// Whether a key may be stored that needs this version: it was made, and its destruction was
+    /// not decided (I3).
     pub fn may_store_under(&self, id: RootId) -> bool {
         !matches!(self.root_standing(id), None | Some(RootStanding::Destroyed))
     }
 
-    /// The version that is to be made next. One that was made and is not current yet stands in the way of another.
+    /// The version that is to be made next. One that was made and is not current yet stands in the
+    /// way of another.
     ///
     /// # Errors
     /// The island has no such root, it has had 255 versions, or the newest is not current yet.
     pub fn next_root(&self, purpose: RootPurpose) -> Result<RootId, RootError> {
-        let newest = self.root_versions(purpose).into_iter().map(|id| id.version).max().ok_or(RootError::NoSuchRoot { purpose })?;
+        let newest = self
+            .root_versions(purpose)
+            .into_iter()
+            .map(|id| id.version)
+            .max()
+            .ok_or(RootError::NoSuchRoot { purpose })?;
         let newest = RootId { purpose, version: newest };
         if self.root_standing(newest) == Some(RootStanding::Made) {
             return Err(RootError::Needed { id: newest, standing: RootStanding::Made });
@@ -346,25 +373,38 @@ impl Island {
         Ok(())
     }
 
-    /// Makes a version current: the one that was current before. `settling_ms` is how long ago it must have been made, so that every server knows it.
+    /// Makes a version current: the one that was current before. `settling_ms` is how long ago it
+    /// must have been made, so that every server knows it.
     ///
     /// # Errors
     /// It is not a version that was made and is not in use yet, or it was made a moment ago.
     pub fn activate_root(&mut self, id: RootId, settling_ms: i64, now: UnixMillis) -> Result<u8, RootError> {
         let standing = self.root_standing(id).ok_or(RootError::NoSuchVersion { id })?;
-        let (RootStanding::Made, Some(entry), Some(from)) = (standing, self.root_entry(id).cloned(), self.current_root(id.purpose)) else {
+        let (RootStanding::Made, Some(entry), Some(from)) =
+            (standing, self.root_entry(id).cloned(), self.current_root(id.purpose))
+        else {
             return Err(RootError::NotMade { id, standing });
         };
         if entry.made.after(settling_ms) > now {
-            return Err(RootError::NotSettled { id, seconds: (now.0 - entry.made.0) / 1_000, settling: settling_ms / 1_000 });
+            return Err(RootError::NotSettled {
+                id,
+                seconds: (now.0 - entry.made.0) / 1_000,
+                settling: settling_ms / 1_000,
+            });
         }
         match id.purpose {
             RootPurpose::Seal => self.seal_key_version = id.version,
             RootPurpose::VendorTransport => self.ledger.vendor_transport_version = id.version,
             RootPurpose::Diversification(class) | RootPurpose::StorageKek(class) => {
-                let roots = self.classes.iter_mut().find(|roots| roots.class == class).ok_or(RootError::NoSuchRoot { purpose: id.purpose })?;
+                let roots = self
+                    .classes
+                    .iter_mut()
+                    .find(|roots| roots.class == class)
+                    .ok_or(RootError::NoSuchRoot { purpose: id.purpose })?;
                 match (id.purpose, entry.derivation) {
-                    (RootPurpose::Diversification(_), Some(derivation)) => roots.diversification.push(DiversificationRoot { version: id.version, derivation }),
+                    (RootPurpose::Diversification(_), Some(derivation)) => {
+                        roots.diversification.push(DiversificationRoot { version: id.version, derivation })
+                    }
                     (RootPurpose::Diversification(_), None) => return Err(RootError::NotMade { id, standing }),
                     _ => roots.storage_kek_version = id.version,
                 }
@@ -373,21 +413,27 @@ impl Island {
         Ok(from)
     }
 
-    /// Accepts no version of the seal key or of the vendor transport key before the current one any more.
+    /// Accepts no version of the seal key or of the vendor transport key before the current one any
+    /// more.
     ///
     /// # Errors
     /// The root is of another purpose: its versions are needed until nothing refers to them.
     pub const fn retire_roots(&mut self, purpose: RootPurpose) -> Result<(), RootError> {
         match purpose {
             RootPurpose::Seal => self.ledger.oldest_seal_key_version = self.seal_key_version,
-            RootPurpose::VendorTransport => self.ledger.oldest_vendor_transport_version = self.ledger.vendor_transport_version,
-            RootPurpose::Diversification(_) | RootPurpose::StorageKek(_) => return Err(RootError::NoSuchRoot { purpose }),
+            RootPurpose::VendorTransport => {
+                self.ledger.oldest_vendor_transport_version = self.ledger.vendor_transport_version
+            }
+            RootPurpose::Diversification(_) | RootPurpose::StorageKek(_) => {
+                return Err(RootError::NoSuchRoot { purpose });
+            }
         }
         Ok(())
     }
 
-    /// Decides that a version is destroyed. That nothing refers to it, and that people approved it (I6), is for the caller to know. One that was made
-    /// and never used is given up by this, and another can be made in its place.
+    /// Decides that a version is destroyed. That nothing refers to it, and that people approved it
+    /// (I6), is for the caller to know. One that was made and never used is given up by this, and
+    /// another can be made in its place.
     ///
     /// # Errors
     /// It does not exist, or is current or accepted still.
@@ -397,14 +443,22 @@ impl Island {
             return Err(RootError::Destroyed { id });
         }
         let replaced = matches!(id.purpose, RootPurpose::Diversification(_) | RootPurpose::StorageKek(_));
-        if !(matches!(standing, RootStanding::Made | RootStanding::Retired) || (standing == RootStanding::Replaced && replaced)) {
+        if !(matches!(standing, RootStanding::Made | RootStanding::Retired)
+            || (standing == RootStanding::Replaced && replaced))
+        {
             return Err(RootError::Needed { id, standing });
         }
         match self.ledger.entries.iter_mut().find(|entry| entry.id == id) {
             Some(entry) => entry.destroyed = Some(now),
             None => {
                 // Of the ceremony.
-                let entry = RootEntry { id, derivation: None, made: self.created, fingerprint: Vec::new(), destroyed: Some(now) };
+                let entry = RootEntry {
+                    id,
+                    derivation: None,
+                    made: self.created,
+                    fingerprint: Vec::new(),
+                    destroyed: Some(now),
+                };
                 self.ledger.entries.push(entry);
                 self.ledger.entries.sort_by_key(|entry| entry.id);
             }
@@ -451,7 +505,10 @@ impl RootRotationState {
     /// # Errors
     /// No state has the number.
     pub fn from_number(number: u32) -> Result<Self, ParseError> {
-        Self::ALL.into_iter().find(|state| state.number() == number).ok_or_else(|| ParseError::new("root rotation state", format!("`{number}` is not 1 to 3")))
+        Self::ALL
+            .into_iter()
+            .find(|state| state.number() == number)
+            .ok_or_else(|| ParseError::new("root rotation state", format!("`{number}` is not 1 to 3")))
     }
 
     /// The name in output and records.
@@ -464,10 +521,12 @@ impl RootRotationState {
     }
 }
 
-/// The pass that brings all rows to a version of a storage KEK or of the seal root. It is a row that every server can go on from.
+/// The pass that brings all rows to a version of a storage KEK or of the seal root. It is a row
+/// that every server can go on from.
 ///
-/// A pass goes in rounds. A round that found nothing to change and nothing that it had to leave is the proof that nothing uses earlier versions, and
-/// ends it; after any other comes one more. So what a server that did not know the new version yet wrote behind the pass is found too.
+/// A pass goes in rounds. A round that found nothing to change and nothing that it had to leave is
+/// the proof that nothing uses earlier versions, and ends it; after any other comes one more. So
+/// what a server that did not know the new version yet wrote behind the pass is found too.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RootRotation {
     /// To which version.
@@ -549,7 +608,8 @@ impl RootRotation {
         self.lead.is_none_or(|(leader, until)| leader == writer || until <= now)
     }
 
-    /// Takes a page in, in the act that writes its rows. False: another server was faster, and nothing may be written.
+    /// Takes a page in, in the act that writes its rows. False: another server was faster, and
+    /// nothing may be written.
     pub fn advance(&mut self, page: &PassPage, writer: WriterId, lead_ms: i64, now: UnixMillis) -> bool {
         if self.state != RootRotationState::Running || self.place != page.from {
             return false;
@@ -647,7 +707,13 @@ mod tests {
 
     fn entry(purpose: RootPurpose, version: u8) -> RootEntry {
         let derivation = matches!(purpose, RootPurpose::Diversification(_)).then_some(KeyDerivation::Sp800108Cmac);
-        RootEntry { id: RootId { purpose, version }, derivation, made: NOW, fingerprint: vec![1, 2, 3], destroyed: None }
+        RootEntry {
+            id: RootId { purpose, version },
+            derivation,
+            made: NOW,
+            fingerprint: vec![1, 2, 3],
+            destroyed: None,
+        }
     }
 
     #[test]
@@ -671,19 +737,31 @@ mod tests {
             let (first, second) = (RootId { purpose, version: 1 }, RootId { purpose, version: 2 });
             assert_eq!(island.root_standing(first), Some(RootStanding::Current));
             assert_eq!(island.activate_root(second, 0, NOW), Err(RootError::NoSuchVersion { id: second }));
-            assert_eq!(island.add_root(entry(purpose, 3)), Err(RootError::NotNext { id: RootId { purpose, version: 3 } }));
+            assert_eq!(
+                island.add_root(entry(purpose, 3)),
+                Err(RootError::NotNext { id: RootId { purpose, version: 3 } })
+            );
             island.add_root(entry(purpose, 2)).unwrap();
             assert_eq!(island.root_standing(second), Some(RootStanding::Made));
             // A version that was made and is not in use stands in the way of another.
             assert!(island.next_root(purpose).is_err());
             assert!(matches!(island.activate_root(second, 5_000, NOW.after(4_999)), Err(RootError::NotSettled { .. })));
             assert_eq!(island.activate_root(second, 5_000, NOW.after(5_000)), Ok(1));
-            assert_eq!((island.current_root(purpose), island.root_standing(first)), (Some(2), Some(RootStanding::Replaced)));
+            assert_eq!(
+                (island.current_root(purpose), island.root_standing(first)),
+                (Some(2), Some(RootStanding::Replaced))
+            );
             assert!(island.activate_root(second, 0, NOW.after(5_000)).is_err());
 
-            assert!(matches!(island.destroy_root(second, NOW), Err(RootError::Needed { .. })), "{purpose}: the current one");
+            assert!(
+                matches!(island.destroy_root(second, NOW), Err(RootError::Needed { .. })),
+                "{purpose}: the current one"
+            );
             if matches!(purpose, RootPurpose::Seal | RootPurpose::VendorTransport) {
-                assert!(matches!(island.destroy_root(first, NOW), Err(RootError::Needed { .. })), "{purpose}: it is accepted still");
+                assert!(
+                    matches!(island.destroy_root(first, NOW), Err(RootError::Needed { .. })),
+                    "{purpose}: it is accepted still"
+                );
                 island.retire_roots(purpose).unwrap();
                 assert_eq!(island.root_standing(first), Some(RootStanding::Retired));
             } else {
@@ -714,12 +792,18 @@ mod tests {
             island.add_root(entry(purpose, 2)).unwrap();
             assert!(island.may_store_under(second));
             island.destroy_root(second, NOW).unwrap();
-            assert_eq!((island.root_standing(second), island.current_root(purpose)), (Some(RootStanding::Destroyed), Some(1)));
+            assert_eq!(
+                (island.root_standing(second), island.current_root(purpose)),
+                (Some(RootStanding::Destroyed), Some(1))
+            );
             assert!(!island.may_store_under(second) && island.may_store_under(RootId { purpose, version: 1 }));
             assert!(island.activate_root(second, 0, NOW).is_err());
             island.add_root(entry(purpose, 3)).unwrap();
             assert_eq!(island.activate_root(third, 0, NOW), Ok(1));
-            assert!(matches!(island.destroy_root(third, NOW), Err(RootError::Needed { .. })), "{purpose}: the current one");
+            assert!(
+                matches!(island.destroy_root(third, NOW), Err(RootError::Needed { .. })),
+                "{purpose}: the current one"
+            );
         }
     }
 
@@ -741,15 +825,24 @@ mod tests {
         let mut rotation = rotation();
         let first = PassPage { next: Some(at(5)), looked: 5, changed: 5, keys: 20, ..PassPage::default() };
         assert!(rotation.advance(&first, writer(1), 1_000, NOW));
-        // The same page again, by a server that was slower or after a crash: nothing is counted twice.
+        // The same page again, by a server that was slower or after a crash: nothing is counted
+        // twice.
         assert!(!rotation.advance(&first, writer(2), 1_000, NOW));
-        assert!(rotation.may_lead(writer(1), NOW) && !rotation.may_lead(writer(2), NOW) && rotation.may_lead(writer(2), NOW.after(1_000)));
+        assert!(
+            rotation.may_lead(writer(1), NOW)
+                && !rotation.may_lead(writer(2), NOW)
+                && rotation.may_lead(writer(2), NOW.after(1_000))
+        );
         assert!(rotation.advance(&PassPage { from: at(5), looked: 5, ..PassPage::default() }, writer(2), 1_000, NOW));
-        assert_eq!((rotation.state, rotation.round, rotation.all_changed, rotation.keys), (RootRotationState::Running, 2, 5, 20));
+        assert_eq!(
+            (rotation.state, rotation.round, rotation.all_changed, rotation.keys),
+            (RootRotationState::Running, 2, 5, 20)
+        );
         assert!(rotation.advance(&PassPage { looked: 10, ..PassPage::default() }, writer(2), 1_000, NOW));
         assert_eq!((rotation.state, rotation.round, rotation.looked), (RootRotationState::Finished, 2, 10));
         assert!(!rotation.advance(&PassPage { looked: 10, ..PassPage::default() }, writer(2), 1_000, NOW));
-        // Something was found afterwards that uses an earlier version: all rows are looked at once more.
+        // Something was found afterwards that uses an earlier version: all rows are looked at once
+        // more.
         rotation.resume(None, NOW).unwrap();
         assert_eq!((rotation.state, rotation.round, rotation.looked), (RootRotationState::Running, 3, 0));
         assert_eq!(rotation.resume(None, NOW), Err(RootRotationState::Running));
@@ -762,6 +855,9 @@ mod tests {
         assert_eq!((rotation.state, rotation.reason.as_str()), (RootRotationState::Paused, "1 row had to be left"));
         assert_eq!(rotation.pause("again".to_owned(), NOW), Err(RootRotationState::Paused));
         rotation.resume(Some(9), NOW).unwrap();
-        assert_eq!((rotation.state, rotation.round, rotation.rows_per_second, rotation.refused), (RootRotationState::Running, 2, 9, 0));
+        assert_eq!(
+            (rotation.state, rotation.round, rotation.rows_per_second, rotation.refused),
+            (RootRotationState::Running, 2, 9, 0)
+        );
     }
 }

@@ -1,8 +1,9 @@
 //! The bodies of sealed rows: protobuf messages, and the way from and to the types of this crate.
 //!
-//! The encoding is deterministic: fields in order of their numbers, defaults left out, no maps. Rows are many, so values that
-//! are the rule cost nothing: an active version is 0, a version number is stored less one, moments are stored relative to
-//! the row's own, principals once per row. Reading refuses whatever breaks an invariant; the seal was verified before.
+//! The encoding is deterministic: fields in order of their numbers, defaults left out, no maps.
+//! Rows are many, so values that are the rule cost nothing: an active version is 0, a version
+//! number is stored less one, moments are stored relative to the row's own, principals once per
+//! row. Reading refuses whatever breaks an invariant; the seal was verified before.
 
 mod approval;
 mod campaign;
@@ -17,7 +18,8 @@ mod transfer;
 
 use crate::{ParseError, SecuritySuite, UnixMillis};
 
-/// A row that cannot be read although its seal fits: a fault of this program, or a row of a newer version of it.
+/// A row that cannot be read although its seal fits: a fault of this program, or a row of a newer
+/// version of it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the stored row is not readable: {reason}")]
 pub struct RowError {

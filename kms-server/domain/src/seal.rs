@@ -1,4 +1,5 @@
-//! The seal that binds a row to its identity (I5), and the keys that are derived from the seal root (docs/formats.md).
+//! The seal that binds a row to its identity (I5), and the keys that are derived from the seal root
+//! (docs/formats.md).
 
 use std::fmt;
 use std::sync::Arc;
@@ -7,11 +8,12 @@ use aws_lc_rs::{digest, hmac};
 use zeroize::Zeroizing;
 
 use crate::{
-    CampaignId, CounterDomainId, CounterJump, DeviceTypeId, GroupId, IslandName, ParseError, PrincipalId, ProposalId, RequestId, RootId, SystemTitle, Task,
-    TaskWork, UnixMillis, WriterId,
+    CampaignId, CounterDomainId, CounterJump, DeviceTypeId, GroupId, IslandName, ParseError, PrincipalId, ProposalId,
+    RequestId, RootId, SystemTitle, Task, TaskWork, UnixMillis, WriterId,
 };
 
-/// What a sealed row is about: kind and id, both part of the seal, so that a row cannot be copied to another identity.
+/// What a sealed row is about: kind and id, both part of the seal, so that a row cannot be copied
+/// to another identity.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum RowId {
     /// Kind 1: a meter.
@@ -53,8 +55,8 @@ impl RowId {
         }
     }
 
-    /// Calls `read` with the id's octets: 8 (meter, group, device type), 16 (counter domain, campaign, proposal), 2 (root rotation), or a name in
-    /// UTF-8 (at most 123).
+    /// Calls `read` with the id's octets: 8 (meter, group, device type), 16 (counter domain,
+    /// campaign, proposal), 2 (root rotation), or a name in UTF-8 (at most 123).
     fn with_octets<T>(&self, read: impl FnOnce(&[u8]) -> T) -> T {
         match self {
             Self::Meter(title) => read(&title.octets()),
@@ -133,10 +135,15 @@ impl RowSeal {
     /// # Errors
     /// Not 18 octets, or another format than 1.
     pub fn from_octets(octets: &[u8]) -> Result<Self, ParseError> {
-        let seal: [u8; 18] = octets.try_into().map_err(|_| ParseError::new("row seal", format!("{} octets instead of 18", octets.len())))?;
+        let seal: [u8; 18] = octets
+            .try_into()
+            .map_err(|_| ParseError::new("row seal", format!("{} octets instead of 18", octets.len())))?;
         match seal {
             [FORMAT, _, ..] => Ok(Self(seal)),
-            [format, ..] => Err(ParseError::new("row seal", format!("format {format} is unknown: a newer version of the server wrote it"))),
+            [format, ..] => Err(ParseError::new(
+                "row seal",
+                format!("format {format} is unknown: a newer version of the server wrote it"),
+            )),
         }
     }
 
@@ -184,7 +191,8 @@ impl SealKey {
         RowSeal(seal)
     }
 
-    /// Checks a row read from the database, in constant time. The generation must be the row's own column.
+    /// Checks a row read from the database, in constant time. The generation must be the row's own
+    /// column.
     ///
     /// # Errors
     /// The seal is of another key version, or does not fit: the row was edited, swapped or copied.
@@ -193,27 +201,63 @@ impl SealKey {
             return Err(SealError::KeyVersion { id: id.clone(), expected: self.version, found: seal.key_version() });
         }
         let expected = self.seal(id, generation, body);
-        aws_lc_rs::constant_time::verify_slices_are_equal(expected.mac(), seal.mac()).map_err(|_| SealError::Mismatch { id: id.clone() })
+        aws_lc_rs::constant_time::verify_slices_are_equal(expected.mac(), seal.mac())
+            .map_err(|_| SealError::Mismatch { id: id.clone() })
     }
 
-    /// Binds what was answered to a request to who asked what, and until when it can be repeated (I4, I5): `HMAC-SHA-256(seal key,
-    /// "meterkms/answered-request" ‖ len(principal)(1) ‖ principal ‖ request(16) ‖ chunk(4) ‖ digest(32) ‖ expires(8) ‖ outcome)[0..16]`.
-    pub fn seal_request(&self, principal: &PrincipalId, request: RequestId, chunk: u32, digest: &[u8; 32], expires: UnixMillis, outcome: &[u8]) -> [u8; 16] {
+    /// Binds what was answered to a request to who asked what, and until when it can be repeated
+    /// (I4, I5): `HMAC-SHA-256(seal key, "meterkms/answered-request" ‖ len(principal)(1) ‖
+    /// principal ‖ request(16) ‖ chunk(4) ‖ digest(32) ‖ expires(8) ‖ outcome)[0..16]`.
+    pub fn seal_request(
+        &self,
+        principal: &PrincipalId,
+        request: RequestId,
+        chunk: u32,
+        digest: &[u8; 32],
+        expires: UnixMillis,
+        outcome: &[u8],
+    ) -> [u8; 16] {
         let (principal, expires) = (principal.to_string(), expires.0.to_be_bytes());
         let length = [u8::try_from(principal.len()).unwrap_or(u8::MAX)];
         let label = b"meterkms/answered-request";
-        self.short_seal(&[label, &length, principal.as_bytes(), &request.octets(), &chunk.to_be_bytes(), digest, &expires, outcome])
+        self.short_seal(&[
+            label,
+            &length,
+            principal.as_bytes(),
+            &request.octets(),
+            &chunk.to_be_bytes(),
+            digest,
+            &expires,
+            outcome,
+        ])
     }
 
-    /// As [`Self::seal_request`], of versions that did not seal the time: `HMAC-SHA-256(seal key, "meterkms/request" ‖ len(principal)(1) ‖
-    /// principal ‖ request(16) ‖ chunk(4) ‖ digest(32) ‖ outcome)[0..16]`. Such a row is known, and never repeated.
-    pub fn seal_untimed_request(&self, principal: &PrincipalId, request: RequestId, chunk: u32, digest: &[u8; 32], outcome: &[u8]) -> [u8; 16] {
+    /// As [`Self::seal_request`], of versions that did not seal the time: `HMAC-SHA-256(seal key,
+    /// "meterkms/request" ‖ len(principal)(1) ‖ principal ‖ request(16) ‖ chunk(4) ‖ digest(32) ‖
+    /// outcome)[0..16]`. Such a row is known, and never repeated.
+    pub fn seal_untimed_request(
+        &self,
+        principal: &PrincipalId,
+        request: RequestId,
+        chunk: u32,
+        digest: &[u8; 32],
+        outcome: &[u8],
+    ) -> [u8; 16] {
         let principal = principal.to_string();
         let length = [u8::try_from(principal.len()).unwrap_or(u8::MAX)];
-        self.short_seal(&[b"meterkms/request", &length, principal.as_bytes(), &request.octets(), &chunk.to_be_bytes(), digest, outcome])
+        self.short_seal(&[
+            b"meterkms/request",
+            &length,
+            principal.as_bytes(),
+            &request.octets(),
+            &chunk.to_be_bytes(),
+            digest,
+            outcome,
+        ])
     }
 
-    /// Marks what was protected under a counter (I4): `HMAC-SHA-256(seal key, "meterkms/content" ‖ content)[0..16]`. It tells nothing to who reads it.
+    /// Marks what was protected under a counter (I4): `HMAC-SHA-256(seal key, "meterkms/content" ‖
+    /// content)[0..16]`. It tells nothing to who reads it.
     pub fn mark_content(&self, content: &[u8]) -> [u8; 16] {
         self.short_seal(&[b"meterkms/content", content])
     }
@@ -230,10 +274,18 @@ impl SealKey {
         seal
     }
 
-    /// Seals a server's watermark file: `HMAC-SHA-256(seal key, "meterkms/watermark" ‖ len(island)(1) ‖ island ‖ writer(16) ‖ sequence(8) ‖
-    /// jump(8) ‖ oldest)`, 32 octets. `oldest` is the oldest seal key version that is accepted in rows, 1 octet; nothing for version 1, as before there
-    /// were others.
-    pub fn seal_watermark(&self, island: &IslandName, writer: WriterId, sequence: u64, jump: CounterJump, oldest: u8) -> [u8; 32] {
+    /// Seals a server's watermark file: `HMAC-SHA-256(seal key, "meterkms/watermark" ‖
+    /// len(island)(1) ‖ island ‖ writer(16) ‖ sequence(8) ‖ jump(8) ‖ oldest)`, 32 octets. `oldest`
+    /// is the oldest seal key version that is accepted in rows, 1 octet; nothing for version 1, as
+    /// before there were others.
+    pub fn seal_watermark(
+        &self,
+        island: &IslandName,
+        writer: WriterId,
+        sequence: u64,
+        jump: CounterJump,
+        oldest: u8,
+    ) -> [u8; 32] {
         let name = island.as_str().as_bytes();
         let mut context = hmac::Context::with_key(&self.key);
         context.update(b"meterkms/watermark");
@@ -251,10 +303,20 @@ impl SealKey {
         seal
     }
 
-    /// Binds a task's row (I5, I6), with all that decides what a head-end may do and when: `HMAC-SHA-256(seal key, "meterkms/task-row" ‖ campaign(16) ‖
-    /// meter(8) ‖ generation(8) ‖ wave(4) ‖ setup(2) ‖ key type(1) ‖ version before(4) ‖ state(1) ‖ probe(1) ‖ attempts(4) ‖ due(8) ‖ fence(8) ‖ leased(8)
-    /// ‖ ended(8) ‖ head-end)[0..16]`. The key type of a probe is 0. Vendor and reason, which are for reports, are not bound.
-    pub fn seal_task(&self, campaign: CampaignId, meter: SystemTitle, wave: u32, generation: u64, head_end: &str, task: &Task) -> [u8; 16] {
+    /// Binds a task's row (I5, I6), with all that decides what a head-end may do and when:
+    /// `HMAC-SHA-256(seal key, "meterkms/task-row" ‖ campaign(16) ‖ meter(8) ‖ generation(8) ‖
+    /// wave(4) ‖ setup(2) ‖ key type(1) ‖ version before(4) ‖ state(1) ‖ probe(1) ‖ attempts(4) ‖
+    /// due(8) ‖ fence(8) ‖ leased(8) ‖ ended(8) ‖ head-end)[0..16]`. The key type of a probe is 0.
+    /// Vendor and reason, which are for reports, are not bound.
+    pub fn seal_task(
+        &self,
+        campaign: CampaignId,
+        meter: SystemTitle,
+        wave: u32,
+        generation: u64,
+        head_end: &str,
+        task: &Task,
+    ) -> [u8; 16] {
         let key_type = match task.step.work {
             TaskWork::Probe => 0,
             TaskWork::Rotate(key_type) => key_type.number(),
@@ -283,8 +345,9 @@ impl SealKey {
         first_octets(context.sign().as_ref())
     }
 
-    /// How earlier servers bound a task: `HMAC-SHA-256(seal key, "meterkms/task" ‖ campaign(16) ‖ meter(8) ‖ wave(4))[0..16]`. What the task is to do is
-    /// not in it: see [`crate::Campaign::plans_for`].
+    /// How earlier servers bound a task: `HMAC-SHA-256(seal key, "meterkms/task" ‖ campaign(16) ‖
+    /// meter(8) ‖ wave(4))[0..16]`. What the task is to do is not in it: see
+    /// [`crate::Campaign::plans_for`].
     pub fn seal_former_task(&self, campaign: CampaignId, meter: SystemTitle, wave: u32) -> [u8; 16] {
         let mut context = hmac::Context::with_key(&self.key);
         for part in [b"meterkms/task".as_slice(), &campaign.octets(), &meter.octets(), &wave.to_be_bytes()] {
@@ -293,7 +356,8 @@ impl SealKey {
         first_octets(context.sign().as_ref())
     }
 
-    /// The digest of a row that audit records carry. It needs no secret; the version is part of the sealed input.
+    /// The digest of a row that audit records carry. It needs no secret; the version is part of the
+    /// sealed input.
     pub fn row_digest(&self, id: &RowId, generation: Generation, body: &[u8]) -> [u8; 16] {
         row_digest(self.version, id, generation, body)
     }
@@ -303,7 +367,8 @@ fn first_octets(mac: &[u8]) -> [u8; 16] {
     mac.first_chunk().copied().unwrap_or_default()
 }
 
-/// The seal keys of an island in a server's memory: the one that seals, and those of other versions whose seals are accepted. Cheap to clone.
+/// The seal keys of an island in a server's memory: the one that seals, and those of other versions
+/// whose seals are accepted. Cheap to clone.
 #[derive(Clone)]
 pub struct SealKeys {
     keys: Vec<Arc<SealKey>>,
@@ -319,7 +384,8 @@ impl From<SealKey> for SealKeys {
 }
 
 impl SealKeys {
-    /// With one more key, whose seals are accepted from now on if its version is not below the oldest.
+    /// With one more key, whose seals are accepted from now on if its version is not below the
+    /// oldest.
     #[must_use]
     pub fn with(mut self, key: SealKey) -> Self {
         if !self.has(key.version) {
@@ -328,8 +394,8 @@ impl SealKeys {
         self
     }
 
-    /// Seals with the key of version `current` from now on, and accepts no rows with seals of versions below `oldest`. Without a key of the
-    /// version nothing is changed.
+    /// Seals with the key of version `current` from now on, and accepts no rows with seals of
+    /// versions below `oldest`. Without a key of the version nothing is changed.
     #[must_use]
     pub fn using(mut self, current: u8, oldest: u8) -> Self {
         if let Some(key) = self.key(current) {
@@ -339,7 +405,8 @@ impl SealKeys {
         self
     }
 
-    /// Accepts no rows with seals of versions below `oldest` any more. What was refused once stays so (I5): a lower number changes nothing.
+    /// Accepts no rows with seals of versions below `oldest` any more. What was refused once stays
+    /// so (I5): a lower number changes nothing.
     #[must_use]
     pub fn not_below(self, oldest: u8) -> Self {
         Self { oldest: self.oldest.max(oldest), ..self }
@@ -367,16 +434,20 @@ impl SealKeys {
     pub fn verify(&self, id: &RowId, generation: Generation, body: &[u8], seal: &RowSeal) -> Result<(), SealError> {
         match self.key(seal.key_version()).filter(|key| key.version >= self.oldest) {
             Some(key) => key.verify(id, generation, body, seal),
-            None => Err(SealError::KeyVersion { id: id.clone(), expected: self.current.version, found: seal.key_version() }),
+            None => {
+                Err(SealError::KeyVersion { id: id.clone(), expected: self.current.version, found: seal.key_version() })
+            }
         }
     }
 
-    /// Whether an accepted key makes this seal, which does not name its key. `make` seals the same content with a key.
+    /// Whether an accepted key makes this seal, which does not name its key. `make` seals the same
+    /// content with a key.
     pub fn accept<const OCTETS: usize>(&self, seal: &[u8], make: impl Fn(&SealKey) -> [u8; OCTETS]) -> bool {
         self.made_by(seal, self.oldest, make)
     }
 
-    /// As [`Self::accept`], by any key of the island that is still known: for what servers keep outside the database.
+    /// As [`Self::accept`], by any key of the island that is still known: for what servers keep
+    /// outside the database.
     pub fn recognise<const OCTETS: usize>(&self, seal: &[u8], make: impl Fn(&SealKey) -> [u8; OCTETS]) -> bool {
         self.made_by(seal, 0, make)
     }
@@ -384,7 +455,8 @@ impl SealKeys {
     fn made_by<const OCTETS: usize>(&self, seal: &[u8], oldest: u8, make: impl Fn(&SealKey) -> [u8; OCTETS]) -> bool {
         let fits = |key: &SealKey| aws_lc_rs::constant_time::verify_slices_are_equal(&make(key), seal).is_ok();
         // The current key is the rule; no other is tried then.
-        fits(&self.current) || self.keys.iter().any(|key| key.version >= oldest && key.version != self.current.version && fits(key))
+        fits(&self.current)
+            || self.keys.iter().any(|key| key.version >= oldest && key.version != self.current.version && fits(key))
     }
 
     fn key(&self, version: u8) -> Option<&Arc<SealKey>> {
@@ -424,7 +496,8 @@ pub enum SealError {
     },
 }
 
-/// A key that the HSM computes from the seal root at start: HMAC-SHA-256 over [`Self::message`], 32 octets.
+/// A key that the HSM computes from the seal root at start: HMAC-SHA-256 over [`Self::message`], 32
+/// octets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SealRootKey {
     /// Seals rows.
@@ -447,7 +520,8 @@ impl SealRootKey {
     }
 }
 
-/// The key that makes fingerprints of key values, in the server's memory. aws-lc zeroizes it when it is dropped.
+/// The key that makes fingerprints of key values, in the server's memory. aws-lc zeroizes it when
+/// it is dropped.
 pub struct FingerprintKey(hmac::Key);
 
 impl FingerprintKey {
@@ -456,7 +530,8 @@ impl FingerprintKey {
         Self(hmac::Key::new(hmac::HMAC_SHA256, key.as_slice()))
     }
 
-    /// The fingerprint of a key: the MAC of its RFC 3394 wrap under the fingerprint KEK, truncated to 16 octets.
+    /// The fingerprint of a key: the MAC of its RFC 3394 wrap under the fingerprint KEK, truncated
+    /// to 16 octets.
     pub fn fingerprint(&self, wrapped: &[u8]) -> [u8; 16] {
         let mut truncated = [0; 16];
         for (octet, value) in truncated.iter_mut().zip(hmac::sign(&self.0, wrapped).as_ref()) {
@@ -472,7 +547,12 @@ fn write_input(seal_key_version: u8, id: &RowId, generation: Generation, body: &
         // One short piece and the body: two calls of the hash.
         let mut head = [0; 160];
         let length = u8::try_from(octets.len()).unwrap_or(u8::MAX);
-        let parts: [&[u8]; 4] = [b"meterkms/row", &[FORMAT, seal_key_version, id.kind(), length], octets, &generation.number().to_be_bytes()];
+        let parts: [&[u8]; 4] = [
+            b"meterkms/row",
+            &[FORMAT, seal_key_version, id.kind(), length],
+            octets,
+            &generation.number().to_be_bytes(),
+        ];
         let mut used = 0;
         for (octet, value) in head.iter_mut().zip(parts.iter().flat_map(|part| part.iter())) {
             *octet = *value;
@@ -520,7 +600,8 @@ mod tests {
     fn seals_of_earlier_versions_are_accepted_until_they_are_retired() {
         let key = |version: u8| SealKey::new(version, &Zeroizing::new([version; 32]));
         let meter = RowId::Meter(SystemTitle::parse("4D4D4D0000BC614E").unwrap());
-        let (old, new) = (key(1).seal(&meter, Generation::FIRST, b"body"), key(2).seal(&meter, Generation::FIRST, b"body"));
+        let (old, new) =
+            (key(1).seal(&meter, Generation::FIRST, b"body"), key(2).seal(&meter, Generation::FIRST, b"body"));
         let keys = SealKeys::from(key(1));
         let verify = |keys: &SealKeys, seal| keys.verify(&meter, Generation::FIRST, b"body", seal);
         assert!(matches!(verify(&keys, &new), Err(SealError::KeyVersion { .. })));
@@ -542,17 +623,25 @@ mod tests {
         assert!(matches!(verify(&keys.clone().using(2, 1), &old), Err(SealError::KeyVersion { .. })));
         assert!(verify(&SealKeys::from(key(1)).with(key(2)).not_below(2).using(1, 1), &old).is_err());
 
-        let (campaign, title) = (CampaignId::from_octets(&[7; 16]).unwrap(), SystemTitle::parse("4D4D4D0000BC614E").unwrap());
+        let (campaign, title) =
+            (CampaignId::from_octets(&[7; 16]).unwrap(), SystemTitle::parse("4D4D4D0000BC614E").unwrap());
         let mark = |key: &SealKey| key.seal_former_task(campaign, title, 1);
         let before = mark(&key(1));
         assert!(!keys.accept(&before, mark) && keys.recognise(&before, mark) && keys.accept(&mark(&key(2)), mark));
-        assert!(SealKeys::from(key(1)).with(key(2)).using(2, 1).accept(&before, mark) && !keys.recognise(&mark(&key(3)), mark));
+        assert!(
+            SealKeys::from(key(1)).with(key(2)).using(2, 1).accept(&before, mark)
+                && !keys.recognise(&mark(&key(3)), mark)
+        );
     }
 
     #[test]
     fn the_longest_id_fits_and_every_octet_of_it_counts() {
         let island = IslandName::parse(&"i".repeat(32)).unwrap();
-        let long = |last: &str| RowId::Principal(PrincipalId::new(island.clone(), Role::Manufacturer, &format!("{}{last}", "p".repeat(63))).unwrap());
+        let long = |last: &str| {
+            RowId::Principal(
+                PrincipalId::new(island.clone(), Role::Manufacturer, &format!("{}{last}", "p".repeat(63))).unwrap(),
+            )
+        };
         let digest = |id: &RowId, generation| row_digest(1, id, generation, b"");
         assert_ne!(digest(&long("a"), Generation::FIRST), digest(&long("b"), Generation::FIRST));
         assert_ne!(digest(&long("a"), Generation::FIRST), digest(&long("a"), Generation::FIRST.next()));

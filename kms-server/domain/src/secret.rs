@@ -1,10 +1,12 @@
-//! The encoding of secrets that are no AES keys (docs/formats.md): PKCS#11 modules pad silently and forget the length.
+//! The encoding of secrets that are no AES keys (docs/formats.md): PKCS#11 modules pad silently and
+//! forget the length.
 
 use zeroize::Zeroizing;
 
 use crate::ParseError;
 
-/// An LLS or HLS secret in its encoding: `length(1) ‖ secret(1–255) ‖ zeros` up to a multiple of 8 octets, at least 16, at most 256.
+/// An LLS or HLS secret in its encoding: `length(1) ‖ secret(1–255) ‖ zeros` up to a multiple of 8
+/// octets, at least 16, at most 256.
 pub struct EncodedSecret(Zeroizing<Vec<u8>>);
 
 impl EncodedSecret {
@@ -35,7 +37,10 @@ impl EncodedSecret {
         let (length, rest) = encoded.split_first().ok_or_else(refuse)?;
         let length = usize::from(*length);
         let padding = rest.get(length..).ok_or_else(refuse)?;
-        if length == 0 || encoded.len() != (length + 1).next_multiple_of(8).max(16) || padding.iter().any(|octet| *octet != 0) {
+        if length == 0
+            || encoded.len() != (length + 1).next_multiple_of(8).max(16)
+            || padding.iter().any(|octet| *octet != 0)
+        {
             return Err(refuse());
         }
         Ok(Self(encoded))
@@ -62,7 +67,11 @@ mod tests {
         for length in 1..=255 {
             let secret = vec![0xA5; length];
             let encoded = EncodedSecret::encode(&secret).unwrap();
-            assert!(encoded.octets().len() >= 16 && encoded.octets().len().is_multiple_of(8) && encoded.octets().len() <= 256);
+            assert!(
+                encoded.octets().len() >= 16
+                    && encoded.octets().len().is_multiple_of(8)
+                    && encoded.octets().len() <= 256
+            );
             let decoded = EncodedSecret::from_octets(Zeroizing::new(encoded.octets().to_vec())).unwrap();
             assert_eq!(decoded.secret(), secret);
         }

@@ -1,11 +1,13 @@
-//! The lines of a vendor's shipment (docs/formats.md), parsed one by one against the device profile. No cryptography here: the
-//! caller checks signature, digest and count, and the HSM unwraps the keys.
+//! The lines of a vendor's shipment (docs/formats.md), parsed one by one against the device
+//! profile. No cryptography here: the caller checks signature, digest and count, and the HSM
+//! unwraps the keys.
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use serde::{Deserialize, de::DeserializeOwned};
 
 use crate::{
-    CounterKey, DeviceProfile, DeviceProfileName, FlagId, KeyType, ParseError, PrincipalId, Role, SecuritySetupId, Shipped, SystemTitle, UnixMillis,
+    CounterKey, DeviceProfile, DeviceProfileName, FlagId, KeyType, ParseError, PrincipalId, Role, SecuritySetupId,
+    Shipped, SystemTitle, UnixMillis,
     id::{excerpt, parse_name},
     meter::{check_batch, check_serial},
 };
@@ -46,11 +48,15 @@ impl ShipmentHeader {
             return Err(refuse("batch", "is empty"));
         }
         at("batch", check_batch(&line.batch))?;
-        let created: jiff::Timestamp =
-            line.created.parse().map_err(|_| refuse("created", format!("`{}` is not an RFC 3339 time with an offset", excerpt(&line.created))))?;
+        let created: jiff::Timestamp = line.created.parse().map_err(|_| {
+            refuse("created", format!("`{}` is not an RFC 3339 time with an offset", excerpt(&line.created)))
+        })?;
         let batch_key = STANDARD.decode(&line.batch_key).map_err(|_| refuse("batch_key", "is not base64"))?;
         if !(256..=1024).contains(&batch_key.len()) {
-            return Err(refuse("batch_key", format!("{} octets instead of the RSA modulus' 256 to 1024", batch_key.len())));
+            return Err(refuse(
+                "batch_key",
+                format!("{} octets instead of the RSA modulus' 256 to 1024", batch_key.len()),
+            ));
         }
         Ok(Self {
             manufacturer: at("manufacturer", FlagId::parse(&line.manufacturer))?,
@@ -113,14 +119,17 @@ impl ShipmentDevice {
     /// Parses a device's line and checks it against the header and its device profile.
     ///
     /// # Errors
-    /// The line is no device, or has keys that the profile does not expect; the error names the field.
+    /// The line is no device, or has keys that the profile does not expect; the error names the
+    /// field.
     pub fn parse(line: &[u8], header: &ShipmentHeader, profile: &DeviceProfile) -> Result<Self, ShipmentLineError> {
         let line: DeviceLine = read(line)?;
         let title = at("title", SystemTitle::parse(&line.title))?;
         let octets = title.octets();
         let [first, second, third, ..] = octets;
         let flag_id = [first, second, third];
-        if flag_id != header.manufacturer.octets() && !profile.other_flag_ids.iter().any(|other| other.octets() == flag_id) {
+        if flag_id != header.manufacturer.octets()
+            && !profile.other_flag_ids.iter().any(|other| other.octets() == flag_id)
+        {
             return Err(refuse("title", format!("{title} does not start with the FLAG id of {}", header.manufacturer)));
         }
         at("serial", check_serial(&line.serial))?;
@@ -137,8 +146,18 @@ impl ShipmentDevice {
             title,
             serial: line.serial,
             groups: line.groups,
-            keys: line.keys.iter().enumerate().map(|(index, key)| key.read(index, profile)).collect::<Result<_, _>>()?,
-            counters: line.counters.iter().enumerate().map(|(index, counter)| counter.read(index, profile)).collect::<Result<_, _>>()?,
+            keys: line
+                .keys
+                .iter()
+                .enumerate()
+                .map(|(index, key)| key.read(index, profile))
+                .collect::<Result<_, _>>()?,
+            counters: line
+                .counters
+                .iter()
+                .enumerate()
+                .map(|(index, counter)| counter.read(index, profile))
+                .collect::<Result<_, _>>()?,
         };
         device.check(profile)?;
         Ok(device)
@@ -146,19 +165,38 @@ impl ShipmentDevice {
 
     fn check(&self, profile: &DeviceProfile) -> Result<(), ShipmentLineError> {
         for (index, key) in self.keys.iter().enumerate() {
-            if self.keys.iter().take(index).any(|earlier| (earlier.setup, earlier.key_type) == (key.setup, key.key_type)) {
-                return Err(refuse(format!("keys[{index}]"), format!("{} {} is there twice", key.setup, profile.key_type_name(key.key_type))));
+            if self
+                .keys
+                .iter()
+                .take(index)
+                .any(|earlier| (earlier.setup, earlier.key_type) == (key.setup, key.key_type))
+            {
+                return Err(refuse(
+                    format!("keys[{index}]"),
+                    format!("{} {} is there twice", key.setup, profile.key_type_name(key.key_type)),
+                ));
             }
         }
         for (index, counter) in self.counters.iter().enumerate() {
-            if self.counters.iter().take(index).any(|earlier| (earlier.setup, earlier.key) == (counter.setup, counter.key)) {
-                return Err(refuse(format!("counters[{index}]"), format!("{} {} is there twice", counter.setup, counter.key)));
+            if self
+                .counters
+                .iter()
+                .take(index)
+                .any(|earlier| (earlier.setup, earlier.key) == (counter.setup, counter.key))
+            {
+                return Err(refuse(
+                    format!("counters[{index}]"),
+                    format!("{} {} is there twice", counter.setup, counter.key),
+                ));
             }
         }
         for setup in &profile.setups {
             for expected in setup.keys.iter().filter(|key| key.shipped == Shipped::Required) {
                 if !self.keys.iter().any(|key| (key.setup, key.key_type) == (setup.id, expected.key_type)) {
-                    return Err(refuse("keys", format!("{} {} is missing", setup.id, profile.key_type_name(expected.key_type))));
+                    return Err(refuse(
+                        "keys",
+                        format!("{} {} is missing", setup.id, profile.key_type_name(expected.key_type)),
+                    ));
                 }
             }
         }
@@ -182,7 +220,8 @@ pub struct ShippedKey {
 pub struct ShippedCounter {
     /// The security setup.
     pub setup: SecuritySetupId,
-    /// Which counter: of the client title, or the whole setup's where the profile says that the meter has one only.
+    /// Which counter: of the client title, or the whole setup's where the profile says that the
+    /// meter has one only.
     pub key: CounterKey,
     /// The lowest counter that was never used.
     pub floor: u32,
@@ -200,9 +239,12 @@ pub struct ShipmentTrailer {
 }
 
 impl ShipmentTrailer {
-    /// Whether a line means to be the trailer: its first member is `trailer`. No device's line parses that has such a member.
+    /// Whether a line means to be the trailer: its first member is `trailer`. No device's line
+    /// parses that has such a member.
     pub fn recognise(line: &[u8]) -> bool {
-        line.trim_ascii_start().strip_prefix(b"{").is_some_and(|rest| rest.trim_ascii_start().starts_with(b"\"trailer\""))
+        line.trim_ascii_start()
+            .strip_prefix(b"{")
+            .is_some_and(|rest| rest.trim_ascii_start().starts_with(b"\"trailer\""))
     }
 
     /// Parses the trailer.
@@ -266,13 +308,22 @@ impl KeyMember {
         let field = |name| format!("keys[{index}].{name}");
         let setup = at(&field("setup"), SecuritySetupId::parse(&self.setup))?;
         let key_type = at(&field("type"), profile.parse_key_type(&self.key_type))?;
-        let expected = profile
-            .key(setup, key_type)
-            .filter(|key| key.shipped != Shipped::No)
-            .ok_or_else(|| refuse(field("type"), format!("device profile `{}` expects no {setup} {} in a shipment", profile.name, excerpt(&self.key_type))))?;
+        let expected = profile.key(setup, key_type).filter(|key| key.shipped != Shipped::No).ok_or_else(|| {
+            refuse(
+                field("type"),
+                format!(
+                    "device profile `{}` expects no {setup} {} in a shipment",
+                    profile.name,
+                    excerpt(&self.key_type)
+                ),
+            )
+        })?;
         let wrapped = hex::decode(&self.wrapped).map_err(|_| refuse(field("wrapped"), "is not hex"))?;
         if !expected.accepts_wrapped(wrapped.len()) {
-            return Err(refuse(field("wrapped"), format!("{} octets do not fit a wrapped {}", wrapped.len(), profile.key_type_name(key_type))));
+            return Err(refuse(
+                field("wrapped"),
+                format!("{} octets do not fit a wrapped {}", wrapped.len(), profile.key_type_name(key_type)),
+            ));
         }
         Ok(ShippedKey { setup, key_type, wrapped })
     }
@@ -291,8 +342,9 @@ impl CounterMember {
     fn read(&self, index: usize, profile: &DeviceProfile) -> Result<ShippedCounter, ShipmentLineError> {
         let field = |name| format!("counters[{index}].{name}");
         let setup = at(&field("setup"), SecuritySetupId::parse(&self.setup))?;
-        let setup_profile =
-            profile.setup(setup).ok_or_else(|| refuse(field("setup"), format!("device profile `{}` has no security setup {setup}", profile.name)))?;
+        let setup_profile = profile.setup(setup).ok_or_else(|| {
+            refuse(field("setup"), format!("device profile `{}` has no security setup {setup}", profile.name))
+        })?;
         let title = at(&field("client_title"), SystemTitle::parse(&self.client_title))?;
         let owned_by = self.owned_by.as_ref().map(|uri| at(&field("owned_by"), PrincipalId::parse(uri))).transpose()?;
         if let Some(owner) = owned_by.as_ref().filter(|owner| owner.role() != Role::HeadEnd) {
@@ -320,11 +372,15 @@ fn read<T: DeserializeOwned>(line: &[u8]) -> Result<T, ShipmentLineError> {
         return Err(refuse("line", format!("{} octets, more than {LONGEST_SHIPMENT_LINE}", line.len())));
     }
     // serde names the member; what it quotes of a value (never a secret: keys are wrapped) is cut.
-    serde_json::from_slice(line).map_err(|error| refuse("line", error.to_string().chars().take(200).collect::<String>()))
+    serde_json::from_slice(line)
+        .map_err(|error| refuse("line", error.to_string().chars().take(200).collect::<String>()))
 }
 
 fn sha256(field: &str, text: &str) -> Result<[u8; 32], ShipmentLineError> {
-    hex::decode(text).ok().and_then(|octets| octets.try_into().ok()).ok_or_else(|| refuse(field, "is not SHA-256 in 64 hex digits"))
+    hex::decode(text)
+        .ok()
+        .and_then(|octets| octets.try_into().ok())
+        .ok_or_else(|| refuse(field, "is not SHA-256 in 64 hex digits"))
 }
 
 fn at<T>(field: &str, result: Result<T, ParseError>) -> Result<T, ShipmentLineError> {
@@ -359,7 +415,8 @@ mod tests {
     }
 
     fn device_line() -> String {
-        let key = |name: &str| format!(r#"{{"setup":"0.0.43.0.0.255","type":"{name}","wrapped":"{}"}}"#, "5a".repeat(24));
+        let key =
+            |name: &str| format!(r#"{{"setup":"0.0.43.0.0.255","type":"{name}","wrapped":"{}"}}"#, "5a".repeat(24));
         format!(
             r#"{{"title":"4B414D0000000001","serial":"10000001","groups":["north"],"keys":[{},{},{},{}],"counters":[{{"setup":"0.0.43.0.0.255","client_title":"4D4D4D0000000001","floor":1200,"owned_by":"urn:meterkms:dev:head-end:hes"}}]}}"#,
             key("KEK"),
@@ -376,14 +433,19 @@ mod tests {
     #[test]
     fn a_shipment_is_read() {
         let header = header();
-        assert_eq!((header.batch.as_str(), header.created, header.batch_key.len()), ("KAM-2026-0041", UnixMillis(1_795_165_200_000), 256));
+        assert_eq!(
+            (header.batch.as_str(), header.created, header.batch_key.len()),
+            ("KAM-2026-0041", UnixMillis(1_795_165_200_000), 256)
+        );
         let device = device(&device_line()).unwrap();
         assert_eq!(device.keys.len(), 4);
         let counter = device.counters.first().unwrap();
         assert_eq!(counter.key, CounterKey::ClientTitle(SystemTitle::parse("4D4D4D0000000001").unwrap()));
         assert_eq!((counter.floor, counter.owned_by.as_ref().unwrap().name()), (1200, "hes"));
         let trailer = format!(r#" {{ "trailer" : {{"devices":1000,"sha256":"{}"}}}}"#, "0f".repeat(32));
-        assert!(ShipmentTrailer::recognise(trailer.as_bytes()) && !ShipmentTrailer::recognise(device_line().as_bytes()));
+        assert!(
+            ShipmentTrailer::recognise(trailer.as_bytes()) && !ShipmentTrailer::recognise(device_line().as_bytes())
+        );
         assert_eq!(ShipmentTrailer::parse(trailer.as_bytes()), Ok(ShipmentTrailer { devices: 1000, sha256: [15; 32] }));
     }
 
@@ -411,8 +473,11 @@ mod tests {
             assert_eq!(error.field, field, "{to}: {error}");
             assert!(!error.to_string().contains("5a5a"), "{error}");
         }
-        let missing =
-            device(&device_line().replacen(r#"{"setup":"0.0.43.0.0.255","type":"KEK","wrapped":"5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a"},"#, "", 1));
+        let missing = device(&device_line().replacen(
+            r#"{"setup":"0.0.43.0.0.255","type":"KEK","wrapped":"5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a"},"#,
+            "",
+            1,
+        ));
         assert_eq!(missing.unwrap_err().to_string(), "keys: 0.0.43.0.0.255 KEK is missing");
         let too_long = device(&device_line().replacen("10000001", &"1".repeat(LONGEST_SHIPMENT_LINE), 1)).unwrap_err();
         assert_eq!(too_long.field, "line");
@@ -450,7 +515,11 @@ mod tests {
     #[test]
     fn one_counter_for_the_whole_setup_where_the_profile_says_so() {
         let gateway = profile("gateway-suite0");
-        let line = device_line().replacen(r#"{"setup":"0.0.43.0.0.255","type":"GBEK","wrapped":"5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a"},"#, "", 1);
+        let line = device_line().replacen(
+            r#"{"setup":"0.0.43.0.0.255","type":"GBEK","wrapped":"5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a"},"#,
+            "",
+            1,
+        );
         let device = ShipmentDevice::parse(line.as_bytes(), &header(), &gateway).unwrap();
         assert_eq!(device.counters.first().unwrap().key, CounterKey::Setup);
     }

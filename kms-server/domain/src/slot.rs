@@ -3,9 +3,9 @@
 use std::borrow::Cow;
 
 use crate::{
-    CounterDomain, CounterDomainId, CounterJump, CounterKey, CounterPlace, Counters, DiversificationContext, Evidence, Exposure, ExposureReason, KeyLength,
-    KeyMaterial, KeyOrigin, KeyShape, KeyState, KeyType, KeyVersion, KeyVersionNumber, Owner, SecuritySetupId, SharedExposures, Transport, UnixMillis,
-    WrappedKey, exposure::learn,
+    CounterDomain, CounterDomainId, CounterJump, CounterKey, CounterPlace, Counters, DiversificationContext, Evidence,
+    Exposure, ExposureReason, KeyLength, KeyMaterial, KeyOrigin, KeyShape, KeyState, KeyType, KeyVersion,
+    KeyVersionNumber, Owner, SecuritySetupId, SharedExposures, Transport, UnixMillis, WrappedKey, exposure::learn,
 };
 
 /// A key version to be added to a slot.
@@ -41,8 +41,8 @@ pub enum Standing {
 
 /// A key slot: (owner, security setup, key type), and all versions that its key ever had.
 ///
-/// Holds always: version numbers increase; at most one version is active; a destroyed version has no key and is no candidate
-/// (I3); a diversified version stores no key and every other one does.
+/// Holds always: version numbers increase; at most one version is active; a destroyed version has
+/// no key and is no candidate (I3); a diversified version stores no key and every other one does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Slot {
     setup: SecuritySetupId,
@@ -60,7 +60,11 @@ impl Slot {
     ///
     /// # Errors
     /// They break what holds of a slot.
-    pub(crate) fn from_versions(setup: SecuritySetupId, key_type: KeyType, versions: Vec<KeyVersion>) -> Result<Self, SlotError> {
+    pub(crate) fn from_versions(
+        setup: SecuritySetupId,
+        key_type: KeyType,
+        versions: Vec<KeyVersion>,
+    ) -> Result<Self, SlotError> {
         let slot = Self { setup, key_type, versions };
         slot.check()?;
         Ok(slot)
@@ -106,11 +110,18 @@ impl Slot {
         self.versions.iter().filter(|version| version.candidate)
     }
 
-    /// The version that the meter holds as far as is known: the candidate that it showed last, or else the active one, or the one that was active until
-    /// it was reported as compromised.
+    /// The version that the meter holds as far as is known: the candidate that it showed last, or
+    /// else the active one, or the one that was active until it was reported as compromised.
     pub fn held(&self) -> Option<&KeyVersion> {
-        let shown = self.candidates().filter(|version| version.transport.confirmed > 0).max_by_key(|version| version.transport.confirmed);
-        let reported = || self.candidates().filter(|version| version.state == KeyState::Compromised && version.transport.left == 0).last();
+        let shown = self
+            .candidates()
+            .filter(|version| version.transport.confirmed > 0)
+            .max_by_key(|version| version.transport.confirmed);
+        let reported = || {
+            self.candidates()
+                .filter(|version| version.state == KeyState::Compromised && version.transport.left == 0)
+                .last()
+        };
         shown.or_else(|| self.active()).or_else(reported)
     }
 
@@ -119,26 +130,33 @@ impl Slot {
         self.held().is_some_and(|held| held.state == KeyState::Compromised)
     }
 
-    /// Whether it is in doubt that the meter holds the active version: one left since it last showed one, or what it showed is not the active one. That
-    /// a version was reported as compromised changes nothing of what the meter holds.
+    /// Whether it is in doubt that the meter holds the active version: one left since it last
+    /// showed one, or what it showed is not the active one. That a version was reported as
+    /// compromised changes nothing of what the meter holds.
     pub fn in_doubt(&self) -> bool {
         match self.held() {
-            Some(held) => self.unresolved() || !(held.state == KeyState::Active || held.state == KeyState::Compromised && self.active().is_none()),
+            Some(held) => {
+                self.unresolved()
+                    || !(held.state == KeyState::Active
+                        || held.state == KeyState::Compromised && self.active().is_none())
+            }
             None => self.candidates().next().is_some(),
         }
     }
 
-    /// Whether a version left since the meter last showed which one it holds. A compromised version or one that the meter went back to is no
-    /// such doubt: it is known, and wants to be replaced.
+    /// Whether a version left since the meter last showed which one it holds. A compromised version
+    /// or one that the meter went back to is no such doubt: it is known, and wants to be replaced.
     pub fn unresolved(&self) -> bool {
         let (held, shown) = self.held().map_or((None, 0), |held| (Some(held.number), held.transport.confirmed));
         self.candidates().any(|version| Some(version.number) != held && version.transport.left > shown)
     }
 
-    /// What may be granted, the active version first: never a pre-active (I3), suspended, compromised or destroyed one.
-    /// Which of these a grantee gets is for policy to say; whether the meter's status allows grants, for [`crate::MeterStatus::may_grant`].
+    /// What may be granted, the active version first: never a pre-active (I3), suspended,
+    /// compromised or destroyed one. Which of these a grantee gets is for policy to say; whether
+    /// the meter's status allows grants, for [`crate::MeterStatus::may_grant`].
     pub fn grantable(&self) -> impl Iterator<Item = Grantable<'_>> {
-        let former = self.versions.iter().rev().filter(|version| version.state == KeyState::Deactivated && version.candidate);
+        let former =
+            self.versions.iter().rev().filter(|version| version.state == KeyState::Deactivated && version.candidate);
         self.active()
             .map(|version| Grantable { version, standing: Standing::Active })
             .into_iter()
@@ -151,14 +169,21 @@ impl Slot {
     }
 
     /// What the HSM derives a diversified version from.
-    pub const fn diversification(&self, owner: Owner, number: KeyVersionNumber, length: KeyLength) -> DiversificationContext {
+    pub const fn diversification(
+        &self,
+        owner: Owner,
+        number: KeyVersionNumber,
+        length: KeyLength,
+    ) -> DiversificationContext {
         DiversificationContext { owner, setup: self.setup, key_type: self.key_type, version: number, length }
     }
 
-    /// Adds a version, with the number [`Self::next_number`]. One that starts active is taken as held by the meter.
+    /// Adds a version, with the number [`Self::next_number`]. One that starts active is taken as
+    /// held by the meter.
     ///
     /// # Errors
-    /// The state is neither pre-active nor active, another version is active, or wrapped form and origin do not fit.
+    /// The state is neither pre-active nor active, another version is active, or wrapped form and
+    /// origin do not fit.
     pub fn add_version(&mut self, new: NewKeyVersion, now: UnixMillis) -> Result<KeyVersionNumber, SlotError> {
         if !matches!(new.state, KeyState::PreActive | KeyState::Active) {
             return Err(SlotError::Transition { number: self.next_number(), from: KeyState::PreActive, to: new.state });
@@ -186,7 +211,11 @@ impl Slot {
     ///
     /// # Errors
     /// It is not pre-active, or wrapped form and origin do not fit.
-    pub(crate) fn add_pre_active(&mut self, new: &NewKeyVersion, now: UnixMillis) -> Result<KeyVersionNumber, SlotError> {
+    pub(crate) fn add_pre_active(
+        &mut self,
+        new: &NewKeyVersion,
+        now: UnixMillis,
+    ) -> Result<KeyVersionNumber, SlotError> {
         if new.state != KeyState::PreActive {
             return Err(SlotError::Transition { number: self.next_number(), from: KeyState::PreActive, to: new.state });
         }
@@ -196,7 +225,8 @@ impl Slot {
     /// Moves a version to another state. Destroying drops its wrapped form.
     ///
     /// # Errors
-    /// SP 800-57 knows no such transition, another version is active, or a candidate would be destroyed (I3).
+    /// SP 800-57 knows no such transition, another version is active, or a candidate would be
+    /// destroyed (I3).
     pub fn transition(&mut self, number: KeyVersionNumber, to: KeyState, now: UnixMillis) -> Result<(), SlotError> {
         let another_is_active = self.active().is_some_and(|active| active.number != number);
         let version = self.version_mut(number)?;
@@ -218,8 +248,9 @@ impl Slot {
         Ok(())
     }
 
-    /// Destroys a version that never left for the meter. Of such ones in a row only the newest is kept, so that orders that are withdrawn again and again
-    /// leave one version and not many: it keeps the number, which never names another key.
+    /// Destroys a version that never left for the meter. Of such ones in a row only the newest is
+    /// kept, so that orders that are withdrawn again and again leave one version and not many: it
+    /// keeps the number, which never names another key.
     ///
     /// # Errors
     /// There is no such version, or the meter may hold it (I3).
@@ -235,8 +266,8 @@ impl Slot {
         Ok(())
     }
 
-    /// I3: makes a version a candidate. The row is stored before its wrapped form leaves for the meter, at `moment` of the meter's
-    /// sequence, under this version of the KEK.
+    /// I3: makes a version a candidate. The row is stored before its wrapped form leaves for the
+    /// meter, at `moment` of the meter's sequence, under this version of the KEK.
     ///
     /// # Errors
     /// There is no such version, it is destroyed, or it left under another KEK before.
@@ -254,12 +285,19 @@ impl Slot {
         Ok(())
     }
 
-    /// Records that the meter showed at `moment` of its sequence that it holds a version. A pre-active one above the active one becomes active.
-    /// Any other changes no state: an earlier version never becomes active again, a compromised one never at all.
+    /// Records that the meter showed at `moment` of its sequence that it holds a version. A
+    /// pre-active one above the active one becomes active. Any other changes no state: an earlier
+    /// version never becomes active again, a compromised one never at all.
     ///
     /// # Errors
     /// The version never left for the meter.
-    pub fn confirm(&mut self, number: KeyVersionNumber, moment: u32, evidence: Evidence, now: UnixMillis) -> Result<Confirmation, SlotError> {
+    pub fn confirm(
+        &mut self,
+        number: KeyVersionNumber,
+        moment: u32,
+        evidence: Evidence,
+        now: UnixMillis,
+    ) -> Result<Confirmation, SlotError> {
         let active = self.active().map(KeyVersion::number);
         let version = self.version_mut(number)?;
         if !version.candidate {
@@ -279,11 +317,13 @@ impl Slot {
         }
     }
 
-    /// Makes a version that the meter was shown to hold active, and the active one before it deactivated. Earlier
-    /// candidates stay until [`Self::release_candidates`]: a meter may go back to one when its power fails.
+    /// Makes a version that the meter was shown to hold active, and the active one before it
+    /// deactivated. Earlier candidates stay until [`Self::release_candidates`]: a meter may go back
+    /// to one when its power fails.
     ///
     /// # Errors
-    /// The version is not a candidate, or in a state that cannot become active (a compromised one never does).
+    /// The version is not a candidate, or in a state that cannot become active (a compromised one
+    /// never does).
     fn prove(&mut self, number: KeyVersionNumber, now: UnixMillis) -> Result<(), SlotError> {
         let version = self.version(number).ok_or(SlotError::NoSuchVersion { number })?;
         if !version.candidate {
@@ -301,12 +341,17 @@ impl Slot {
         self.transition(number, KeyState::Active, now)
     }
 
-    /// Makes a pre-active version of a key that no exchange proves active, and the active one before it deactivated; its number, if there was one.
-    /// Both stay candidates: some meters hold the one, some the other.
+    /// Makes a pre-active version of a key that no exchange proves active, and the active one
+    /// before it deactivated; its number, if there was one. Both stay candidates: some meters hold
+    /// the one, some the other.
     ///
     /// # Errors
     /// There is no such version, or it is not pre-active.
-    pub(crate) fn switch_to(&mut self, number: KeyVersionNumber, now: UnixMillis) -> Result<Option<KeyVersionNumber>, SlotError> {
+    pub(crate) fn switch_to(
+        &mut self,
+        number: KeyVersionNumber,
+        now: UnixMillis,
+    ) -> Result<Option<KeyVersionNumber>, SlotError> {
         let former = self.active().map(KeyVersion::number);
         let version = self.version_mut(number)?;
         if version.state != KeyState::PreActive {
@@ -317,9 +362,9 @@ impl Slot {
         Ok(former)
     }
 
-    /// I3: releases the candidates before the active version, once that has been active for `retention` milliseconds: the
-    /// retention time has passed since a later version was proven. Returns whether any was released. Of a meter, see
-    /// [`crate::Meter::release_candidates`].
+    /// I3: releases the candidates before the active version, once that has been active for
+    /// `retention` milliseconds: the retention time has passed since a later version was proven.
+    /// Returns whether any was released. Of a meter, see [`crate::Meter::release_candidates`].
     pub fn release_candidates(&mut self, retention: i64, now: UnixMillis) -> bool {
         let Some((active, since)) = self.active().map(|version| (version.number, version.since)) else { return false };
         // I3: a meter that went back to an earlier version, or may have, still needs it.
@@ -334,8 +379,9 @@ impl Slot {
         released
     }
 
-    /// Puts the wrap of a version under another storage KEK into the place of `old`. The key stays what it is, with its fingerprint, counters and
-    /// exposures. False: the version holds `old` no more, and nothing was changed.
+    /// Puts the wrap of a version under another storage KEK into the place of `old`. The key stays
+    /// what it is, with its fingerprint, counters and exposures. False: the version holds `old` no
+    /// more, and nothing was changed.
     ///
     /// # Errors
     /// There is no such version, or `new` cannot hold the same key.
@@ -352,8 +398,9 @@ impl Slot {
         Ok(true)
     }
 
-    /// Where a new version's counter starts if the meter goes on counting when its key changes: above all earlier versions.
-    /// Pass it as `at_least` to [`Counters::reserve`]. Versions in a domain do not count here: ask the domain. `jump` is the island's.
+    /// Where a new version's counter starts if the meter goes on counting when its key changes:
+    /// above all earlier versions. Pass it as `at_least` to [`Counters::reserve`]. Versions in a
+    /// domain do not count here: ask the domain. `jump` is the island's.
     pub fn continued_counter(&self, key: CounterKey, jump: CounterJump) -> u64 {
         self.versions
             .iter()
@@ -366,7 +413,8 @@ impl Slot {
             .unwrap_or(0)
     }
 
-    /// I4: hands a version's counters over to the domain of its value: from here on the slot names the domain.
+    /// I4: hands a version's counters over to the domain of its value: from here on the slot names
+    /// the domain.
     ///
     /// # Errors
     /// There is no such version, or it is in another domain.
@@ -384,7 +432,8 @@ impl Slot {
 
     /// What holds of every slot.
     fn check(&self) -> Result<(), SlotError> {
-        if self.versions.iter().zip(self.versions.iter().skip(1)).any(|(earlier, later)| earlier.number >= later.number) {
+        if self.versions.iter().zip(self.versions.iter().skip(1)).any(|(earlier, later)| earlier.number >= later.number)
+        {
             return Err(SlotError::NumbersNotIncreasing);
         }
         if self.versions.iter().filter(|version| version.state == KeyState::Active).count() > 1 {
@@ -400,7 +449,9 @@ impl Slot {
             let fits = match &version.material {
                 KeyMaterial::Destroyed => destroyed,
                 KeyMaterial::Derived => !destroyed && diversified && self.key_type.is_aes(),
-                KeyMaterial::Wrapped(wrapped) => !destroyed && !diversified && self.key_type.is_aes() == matches!(wrapped.shape(), KeyShape::Aes(_)),
+                KeyMaterial::Wrapped(wrapped) => {
+                    !destroyed && !diversified && self.key_type.is_aes() == matches!(wrapped.shape(), KeyShape::Aes(_))
+                }
             };
             if !fits {
                 return Err(SlotError::Material { number });
@@ -417,7 +468,8 @@ pub enum Confirmation {
     Activated,
     /// It is the active version.
     Active,
-    /// It was active until it was reported as compromised, and no later one has taken its place: the meter needs a new key, as is known.
+    /// It was active until it was reported as compromised, and no later one has taken its place:
+    /// the meter needs a new key, as is known.
     Compromised,
     /// It is another: an earlier one, or suspended. The meter needs a new key.
     NotActive,
@@ -446,7 +498,9 @@ pub enum SlotError {
     #[error("another key version is active: deactivate it first")]
     TwoActive,
     /// A version that the meter may hold would be destroyed, or a destroyed one used (I3).
-    #[error("the meter may hold key version {number}: it cannot be destroyed before a later one is proven and the retention time has passed")]
+    #[error(
+        "the meter may hold key version {number}: it cannot be destroyed before a later one is proven and the retention time has passed"
+    )]
     CandidateDestroyed {
         /// The version.
         number: KeyVersionNumber,
@@ -457,7 +511,8 @@ pub enum SlotError {
         /// The version.
         number: KeyVersionNumber,
     },
-    /// A version would leave under a second KEK: who holds it would no longer show which KEK the meter has.
+    /// A version would leave under a second KEK: who holds it would no longer show which KEK the
+    /// meter has.
     #[error("key version {number} left wrapped under another version of the KEK; make a new version")]
     OtherKek {
         /// The version.
@@ -514,7 +569,10 @@ impl Slots {
 
     /// These slots, which are in order.
     pub(crate) fn from_sorted(slots: Vec<Slot>) -> Result<Self, SlotError> {
-        let duplicate = slots.iter().zip(slots.iter().skip(1)).find(|(slot, next)| (slot.setup, slot.key_type) >= (next.setup, next.key_type));
+        let duplicate = slots
+            .iter()
+            .zip(slots.iter().skip(1))
+            .find(|(slot, next)| (slot.setup, slot.key_type) >= (next.setup, next.key_type));
         match duplicate {
             Some((_, slot)) => Err(SlotError::DuplicateSlot { setup: slot.setup, key_type: slot.key_type }),
             None => Ok(Self(slots)),
@@ -546,12 +604,21 @@ impl Slots {
     /// # Errors
     /// There is none.
     pub fn get_mut(&mut self, setup: SecuritySetupId, key_type: KeyType) -> Result<&mut Slot, SlotError> {
-        self.0.iter_mut().find(|slot| slot.setup == setup && slot.key_type == key_type).ok_or(SlotError::NoSuchSlot { setup, key_type })
+        self.0
+            .iter_mut()
+            .find(|slot| slot.setup == setup && slot.key_type == key_type)
+            .ok_or(SlotError::NoSuchSlot { setup, key_type })
     }
 
-    /// Who outside the HSM could know a version of one of these slots: what the version itself says, what is known of the same value in other slots, and
-    /// who could open what it travelled under because of such.
-    pub fn exposures_of<'a>(&self, setup: SecuritySetupId, version: &'a KeyVersion, shared: &SharedExposures) -> Cow<'a, [Exposure]> {
+    /// Who outside the HSM could know a version of one of these slots: what the version itself
+    /// says, what is known of the same value in other slots, and who could open what it travelled
+    /// under because of such.
+    pub fn exposures_of<'a>(
+        &self,
+        setup: SecuritySetupId,
+        version: &'a KeyVersion,
+        shared: &SharedExposures,
+    ) -> Cow<'a, [Exposure]> {
         let mut exposures = Cow::Borrowed(version.exposures());
         // Most islands have no such keys.
         if shared.is_empty() {
@@ -571,8 +638,10 @@ impl Slots {
         // A KEK leaves under an earlier one, so that this ends.
         while let Some(kek) = under.and_then(|number| keks?.version(number)) {
             if let Some(known) = kek.domain().and_then(|domain| shared.get(&domain)) {
-                let travelled: Vec<Exposure> =
-                    known.iter().map(|exposure| Exposure { reason: ExposureReason::TransferUnderExposedKek, ..exposure.clone() }).collect();
+                let travelled: Vec<Exposure> = known
+                    .iter()
+                    .map(|exposure| Exposure { reason: ExposureReason::TransferUnderExposedKek, ..exposure.clone() })
+                    .collect();
                 add(&travelled);
             }
             under = kek.transport.kek.filter(|earlier| *earlier < kek.number);
@@ -605,7 +674,11 @@ mod tests {
     const NOW: UnixMillis = UnixMillis(1_000_000);
 
     fn diversified(state: KeyState) -> NewKeyVersion {
-        let origin = KeyOrigin::Diversified { root_version: 1, derivation: KeyDerivation::Sp800108Cmac, length: KeyLength::Aes128 };
+        let origin = KeyOrigin::Diversified {
+            root_version: 1,
+            derivation: KeyDerivation::Sp800108Cmac,
+            length: KeyLength::Aes128,
+        };
         NewKeyVersion { state, origin, wrapped: None, fingerprint: None }
     }
 
@@ -637,7 +710,10 @@ mod tests {
         assert!(!slot.in_doubt());
         assert_eq!(granted(&slot), [(2, Standing::Active), (1, Standing::FormerCandidate)]);
         // I3: no destruction before the retention time has passed.
-        assert_eq!(slot.transition(first, KeyState::Destroyed, NOW), Err(SlotError::CandidateDestroyed { number: first }));
+        assert_eq!(
+            slot.transition(first, KeyState::Destroyed, NOW),
+            Err(SlotError::CandidateDestroyed { number: first })
+        );
         assert!(!slot.release_candidates(100, NOW.after(104)));
         assert!(slot.release_candidates(100, NOW.after(105)));
         slot.transition(first, KeyState::Destroyed, NOW).unwrap();
@@ -649,7 +725,9 @@ mod tests {
     fn a_wrap_is_replaced_only_by_one_of_the_same_key_that_it_was_made_from() {
         let mut slot = slot();
         let number = slot.add_version(generated(KeyState::Active), NOW).unwrap();
-        let wrap = |kek, octet: u8, octets: usize| WrappedKey::new(KeyType::GUEK, kek, Bytes::from(vec![octet; octets])).unwrap();
+        let wrap = |kek, octet: u8, octets: usize| {
+            WrappedKey::new(KeyType::GUEK, kek, Bytes::from(vec![octet; octets])).unwrap()
+        };
         let (old, new) = (wrap(1, 9, 24), wrap(2, 7, 24));
         assert_eq!(slot.rewrap(number, &old, wrap(2, 7, 40)), Err(SlotError::Material { number }));
         assert_eq!(slot.rewrap(number, &old, new.clone()), Ok(true));
@@ -721,10 +799,16 @@ mod tests {
         let number = guek.add_version(generated(KeyState::PreActive), NOW).unwrap();
         guek.mark_left(number, 1, KeyVersionNumber::FIRST).unwrap();
         let slots = Slots::new(vec![kek, guek]).unwrap();
-        let shared = SharedExposures::from([(domain.id, vec![Exposure { party: Party::Anyone, since: NOW, reason: ExposureReason::Reported }])]);
+        let shared = SharedExposures::from([(
+            domain.id,
+            vec![Exposure { party: Party::Anyone, since: NOW, reason: ExposureReason::Reported }],
+        )]);
         let version = slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().version(number).unwrap();
         let known = slots.exposures_of(SecuritySetupId::DEFAULT, version, &shared);
-        assert_eq!(*known, [Exposure { party: Party::Anyone, since: NOW, reason: ExposureReason::TransferUnderExposedKek }]);
+        assert_eq!(
+            *known,
+            [Exposure { party: Party::Anyone, since: NOW, reason: ExposureReason::TransferUnderExposedKek }]
+        );
     }
 
     #[test]

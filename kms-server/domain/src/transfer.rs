@@ -1,23 +1,28 @@
-//! Transfers: how a key slot of a meter moves from one version to the next over the air, without ever losing the meter (I3).
+//! Transfers: how a key slot of a meter moves from one version to the next over the air, without
+//! ever losing the meter (I3).
 //!
-//! A transfer is a part of the meter's sealed row, so there is one at a time, whoever asks on whichever server. It is a pure state machine:
-//! each step says what to send to the meter, and each [`Observation`] is what the server itself read in the meter's octets. What a head-end says
-//! moves nothing. The steps of a transfer whose requests are made in the HSM:
+//! A transfer is a part of the meter's sealed row, so there is one at a time, whoever asks on
+//! whichever server. It is a pure state machine: each step says what to send to the meter, and each
+//! [`Observation`] is what the server itself read in the meter's octets. What a head-end says moves
+//! nothing. The steps of a transfer whose requests are made in the HSM:
 //!
-//! 1. *open*: an association under the keys that the meter is believed to hold, proven by a fresh challenge;
-//! 2. *deliver*: the new version leaves, wrapped under the meter's KEK; before that it is a candidate in the durable row;
-//! 3. *prove*: a new association under the new version. What answers its challenge is proof; acceptance, refusal, exceptions and silence
-//!    are none.
+//! 1. *open*: an association under the keys that the meter is believed to hold, proven by a fresh
+//!    challenge;
+//! 2. *deliver*: the new version leaves, wrapped under the meter's KEK; before that it is a
+//!    candidate in the durable row;
+//! 3. *prove*: a new association under the new version. What answers its challenge is proof;
+//!    acceptance, refusal, exceptions and silence are none.
 //!
-//! A new KEK is proven by a GUEK that only ever left wrapped under it: both are one compound transfer. Keys that no exchange uses are
-//! acknowledged, not proven. Whatever happens, every version that left stays a candidate until a later one is proven and the retention time has
+//! A new KEK is proven by a GUEK that only ever left wrapped under it: both are one compound
+//! transfer. Keys that no exchange uses are acknowledged, not proven. Whatever happens, every
+//! version that left stays a candidate until a later one is proven and the retention time has
 //! passed.
 
 use std::{collections::BTreeMap, time::Duration};
 
 use crate::{
-    CampaignId, Confirmation, Evidence, ExposureReason, KeyState, KeyType, KeyVersion, KeyVersionNumber, Meter, NewKeyVersion, Owner, Party, PrincipalId,
-    SecuritySetupId, SlotError, SystemTitle, TransferId, UnixMillis,
+    CampaignId, Confirmation, Evidence, ExposureReason, KeyState, KeyType, KeyVersion, KeyVersionNumber, Meter,
+    NewKeyVersion, Owner, Party, PrincipalId, SecuritySetupId, SlotError, SystemTitle, TransferId, UnixMillis,
 };
 
 /// A transfer under way.
@@ -35,24 +40,30 @@ pub struct Transfer {
     pub client_title: SystemTitle,
     /// Who ciphers the request that delivers a key.
     pub form: TransferForm,
-    /// The keys, in the order in which they leave: none for a probe, a KEK and a GUEK for a compound transfer, else one.
+    /// The keys, in the order in which they leave: none for a probe, a KEK and a GUEK for a
+    /// compound transfer, else one.
     pub keys: Vec<TransferKey>,
     /// How many of the keys have left.
     pub delivered: usize,
     /// What was sent last.
     pub stage: Stage,
-    /// The number of the step, from 1. A report names the step that it answers; for any other it changes nothing.
+    /// The number of the step, from 1. A report names the step that it answers; for any other it
+    /// changes nothing.
     pub step: u32,
     /// How many pairs of keys were tried in the present round.
     pub tried: u32,
-    /// The invocation counters of the step's request, in order of use. The same step is sent again with the same octets only (I4).
+    /// The invocation counters of the step's request, in order of use. The same step is sent again
+    /// with the same octets only (I4).
     pub counters: Vec<u32>,
-    /// A digest of what the step's octets are made of besides this row: what the program and the meter's device profile say. None: the step has no counters,
-    /// or a version of the server that did not note it made them.
+    /// A digest of what the step's octets are made of besides this row: what the program and the
+    /// meter's device profile say. None: the step has no counters, or a version of the server that
+    /// did not note it made them.
     pub pinned: Option<[u8; 16]>,
-    /// How often an association was begun again under the same keys because the meter's counter was followed.
+    /// How often an association was begun again under the same keys because the meter's counter was
+    /// followed.
     pub retries: u32,
-    /// Associations in a row that brought a challenge which is not one to answer: see [`Observation::ChallengeUnfit`].
+    /// Associations in a row that brought a challenge which is not one to answer: see
+    /// [`Observation::ChallengeUnfit`].
     pub unfit: u32,
     /// What the meter answered to the last delivery, as far as it could be read.
     pub answer: Answer,
@@ -72,7 +83,8 @@ pub struct CampaignTask {
 /// Who ciphers the request that delivers a key. The proof is made in the HSM either way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TransferForm {
-    /// The head-end, in a session of its own: it gets the wrapped key and the argument of `key_transfer`.
+    /// The head-end, in a session of its own: it gets the wrapped key and the argument of
+    /// `key_transfer`.
     WrappedKey,
     /// The HSM: the head-end relays octets and holds no key.
     Frames,
@@ -171,11 +183,12 @@ pub enum Observation {
     Nothing,
     /// An exception response, or a refused association.
     Refusal,
-    /// An exception response that names a counter; the reservation was moved above it, within the device profile's cap.
+    /// An exception response that names a counter; the reservation was moved above it, within the
+    /// device profile's cap.
     CounterFollowed,
-    /// The association was accepted, and its challenge is not one to answer: it could be a request. Nothing is learnt
-    /// by it, neither of the keys nor of the meter: another association under the same keys brings another challenge. It
-    /// counts as no attempt, up to [`MOST_UNFIT`] in a row.
+    /// The association was accepted, and its challenge is not one to answer: it could be a request.
+    /// Nothing is learnt by it, neither of the keys nor of the meter: another association under the
+    /// same keys brings another challenge. It counts as no attempt, up to [`MOST_UNFIT`] in a row.
     ChallengeUnfit,
     /// The association was accepted: the ciphered InitiateResponse opened under the pair.
     Associated {
@@ -193,10 +206,12 @@ pub enum Observation {
     Answered {
         /// The action-result: 0 is success.
         result: u8,
-        /// The meter's own counter: above every one before it under the same GUEK, so that it is no answer to an earlier request.
+        /// The meter's own counter: above every one before it under the same GUEK, so that it is no
+        /// answer to an earlier request.
         meter_counter: u32,
     },
-    /// The head-end, which holds the new key, says whether the meter uses it. Policy has allowed that it may say so.
+    /// The head-end, which holds the new key, says whether the meter uses it. Policy has allowed
+    /// that it may say so.
     Attested {
         /// Whether it does.
         holds: bool,
@@ -227,13 +242,22 @@ pub enum Outcome {
     Probed,
     /// Nothing was shown. Every version that left may be the one that the meter holds.
     InDoubt,
-    /// It was withdrawn, its time ran out, its key was reported compromised before it left, or the meter has left the group whose key it is.
+    /// It was withdrawn, its time ran out, its key was reported compromised before it left, or the
+    /// meter has left the group whose key it is.
     Withdrawn,
 }
 
 impl Outcome {
     /// All outcomes.
-    pub const ALL: [Self; 7] = [Self::Proven, Self::Acknowledged, Self::Attested, Self::NotApplied, Self::Probed, Self::InDoubt, Self::Withdrawn];
+    pub const ALL: [Self; 7] = [
+        Self::Proven,
+        Self::Acknowledged,
+        Self::Attested,
+        Self::NotApplied,
+        Self::Probed,
+        Self::InDoubt,
+        Self::Withdrawn,
+    ];
 
     /// The name in output and records.
     pub const fn name(self) -> &'static str {
@@ -375,8 +399,9 @@ impl Transfer {
         self.delivered.checked_sub(1).and_then(|at| self.keys.get(at))
     }
 
-    /// Whether the present step is tried again above a counter that an unauthenticated answer names: an association, three times in a transfer.
-    /// Elsewhere such an answer only says that the request was refused.
+    /// Whether the present step is tried again above a counter that an unauthenticated answer
+    /// names: an association, three times in a transfer. Elsewhere such an answer only says that
+    /// the request was refused.
     pub const fn follows_counter(&self) -> bool {
         matches!(self.stage, Stage::Associate { .. }) && self.retries < MOST_RETRIES
     }
@@ -391,12 +416,13 @@ impl Transfer {
 }
 
 impl Meter {
-    /// Begins a transfer: its new versions are added and, if the first one leaves at once, it is a candidate. The row is stored before
-    /// anything leaves (I3).
+    /// Begins a transfer: its new versions are added and, if the first one leaves at once, it is a
+    /// candidate. The row is stored before anything leaves (I3).
     ///
     /// # Errors
-    /// Another transfer is under way, the slot is in doubt, the meter lacks a key that the transfer needs, is set aside, or has used up its
-    /// sequence. The caller drops the meter then: an earlier transfer may have ended by it.
+    /// Another transfer is under way, the slot is in doubt, the meter lacks a key that the transfer
+    /// needs, is set aside, or has used up its sequence. The caller drops the meter then: an
+    /// earlier transfer may have ended by it.
     pub fn begin_transfer(&mut self, order: TransferOrder, now: UnixMillis) -> Result<Step, TransferError> {
         if !self.class.status.may_grant() {
             return Err(TransferError::Status { status: self.class.status.name() });
@@ -416,8 +442,11 @@ impl Meter {
         let keys = self.add_versions(&order, now)?;
         self.sequence = self.sequence.saturating_add(1);
         let frames = order.form == TransferForm::Frames || keys.is_empty();
-        let stage =
-            if frames { Stage::Associate { purpose: ExchangePurpose::Open, pair: first, challenge: order.challenge } } else { Stage::Deliver { pair: None } };
+        let stage = if frames {
+            Stage::Associate { purpose: ExchangePurpose::Open, pair: first, challenge: order.challenge }
+        } else {
+            Stage::Deliver { pair: None }
+        };
         self.transfer = Some(Transfer {
             id: order.id,
             setup: order.setup,
@@ -443,11 +472,19 @@ impl Meter {
         Ok(Step { next: Next::Send, findings: Vec::new() })
     }
 
-    /// Goes on by what was observed after step `step`. `challenge` is random, for the exchange that may follow.
+    /// Goes on by what was observed after step `step`. `challenge` is random, for the exchange that
+    /// may follow.
     ///
     /// # Errors
     /// No such transfer is under way, or it is at another step. Nothing has changed then.
-    pub fn observe(&mut self, id: TransferId, step: u32, observation: Observation, challenge: [u8; CHALLENGE], now: UnixMillis) -> Result<Step, TransferError> {
+    pub fn observe(
+        &mut self,
+        id: TransferId,
+        step: u32,
+        observation: Observation,
+        challenge: [u8; CHALLENGE],
+        now: UnixMillis,
+    ) -> Result<Step, TransferError> {
         let transfer = self.transfer_mut(id)?;
         if transfer.step != step {
             return Err(TransferError::OtherStep { at: transfer.step });
@@ -471,13 +508,17 @@ impl Meter {
                     transfer.stage = Stage::Associate { purpose, pair, challenge };
                     Next::Send
                 }
-                Observation::Attested { holds } if purpose == ExchangePurpose::Prove && transfer.form == TransferForm::WrappedKey => {
+                Observation::Attested { holds }
+                    if purpose == ExchangePurpose::Prove && transfer.form == TransferForm::WrappedKey =>
+                {
                     self.attested(holds, &mut findings, now)?
                 }
                 _ => self.next_pair(purpose, challenge),
             },
             Stage::Authenticate { purpose, pair, .. } => match observation {
-                Observation::Authenticated { meter_counter } => self.proven(purpose, pair, meter_counter, &mut findings, now)?,
+                Observation::Authenticated { meter_counter } => {
+                    self.proven(purpose, pair, meter_counter, &mut findings, now)?
+                }
                 _ => self.next_pair(purpose, challenge),
             },
             Stage::Deliver { .. } => self.answered(&observation, challenge, &mut findings, now)?,
@@ -505,20 +546,27 @@ impl Meter {
         Ok(())
     }
 
-    /// The KEK to wrap the next key under: the candidate that the meter most likely holds. Each key that left under a KEK since that was shown, and was not
-    /// shown itself, halves the odds of that KEK; a new KEK starts with what is left to the one that it left under. So the turn of every candidate comes,
-    /// however many there are.
+    /// The KEK to wrap the next key under: the candidate that the meter most likely holds. Each key
+    /// that left under a KEK since that was shown, and was not shown itself, halves the odds of
+    /// that KEK; a new KEK starts with what is left to the one that it left under. So the turn of
+    /// every candidate comes, however many there are.
     pub fn kek_for_transfer(&self, setup: SecuritySetupId) -> Option<KeyVersionNumber> {
         let slot = self.slots.get(setup, KeyType::KEK)?;
         let (held, shown) = slot.held().map_or((None, 0), |held| (Some(held.number()), held.transport().confirmed));
         let candidates = slot.candidates().filter(|kek| kek.state() != KeyState::Destroyed);
         // Another one has been shown since it left: the meter has it only if it went back.
         let superseded = |kek: &KeyVersion| Some(kek.number()) != held && kek.transport().left <= shown;
-        let mut odds: BTreeMap<_, KekOdds> = candidates.map(|kek| (kek.number(), KekOdds { halvings: u32::from(superseded(kek)), in_vain: 0 })).collect();
+        let mut odds: BTreeMap<_, KekOdds> = candidates
+            .map(|kek| (kek.number(), KekOdds { halvings: u32::from(superseded(kek)), in_vain: 0 }))
+            .collect();
         for shared in self.shared.iter().filter(|shared| shared.setup == setup && !shared.acknowledged) {
             odds.entry(shared.kek).and_modify(KekOdds::halve);
         }
-        let mut in_vain: Vec<_> = self.slots.of_setup(setup).flat_map(|slot| slot.versions().iter().map(|version| (slot.key_type(), version))).collect();
+        let mut in_vain: Vec<_> = self
+            .slots
+            .of_setup(setup)
+            .flat_map(|slot| slot.versions().iter().map(|version| (slot.key_type(), version)))
+            .collect();
         in_vain.retain(|(_, version)| {
             let transport = version.transport();
             let under = transport.kek.and_then(|kek| slot.version(kek));
@@ -537,15 +585,18 @@ impl Meter {
         odds.into_iter().min_by_key(|(number, odds)| (*odds, std::cmp::Reverse(*number))).map(|(number, _)| number)
     }
 
-    /// The pairs of keys that are tried in a round, the likeliest first; `target` counts as the likeliest of its key type. Where the meter may hold one
-    /// of more than a round has, the likeliest are tried in each one, and the others in turn: one probe after another finds every meter. At most
-    /// twelve, however many candidates there are.
+    /// The pairs of keys that are tried in a round, the likeliest first; `target` counts as the
+    /// likeliest of its key type. Where the meter may hold one of more than a round has, the
+    /// likeliest are tried in each one, and the others in turn: one probe after another finds every
+    /// meter. At most twelve, however many candidates there are.
     pub fn pairs(&self, setup: SecuritySetupId, target: Option<(KeyType, KeyVersionNumber)>) -> Vec<KeyPair> {
         let ranked = |key_type: KeyType| {
             let Some(slot) = self.slots.get(setup, key_type) else { return Vec::new() };
             let held = slot.held().map(KeyVersion::number);
             let mut numbers: Vec<KeyVersionNumber> = slot.candidates().map(KeyVersion::number).collect();
-            numbers.sort_by_key(|number| (target != Some((key_type, *number)), Some(*number) != held, std::cmp::Reverse(*number)));
+            numbers.sort_by_key(|number| {
+                (target != Some((key_type, *number)), Some(*number) != held, std::cmp::Reverse(*number))
+            });
             numbers
         };
         let (encryption, authentication) = (ranked(KeyType::GUEK), ranked(KeyType::GAK));
@@ -554,10 +605,14 @@ impl Meter {
         let at_once = PAIRS_OF_A_ROUND - LIKELIEST_PAIRS;
         // The sequence stays within a round, and grows by one from probe to probe.
         let turn = usize::try_from(self.sequence).unwrap_or_default() % others.div_ceil(at_once).max(1);
-        let places = (0..LIKELIEST_PAIRS).chain((LIKELIEST_PAIRS..all).skip(turn.saturating_mul(at_once)).take(at_once));
+        let places =
+            (0..LIKELIEST_PAIRS).chain((LIKELIEST_PAIRS..all).skip(turn.saturating_mul(at_once)).take(at_once));
         let pair = |place| {
             let (encrypts, authenticates) = place_by_rank(place, encryption.len(), authentication.len())?;
-            Some(KeyPair { encryption: *encryption.get(encrypts)?, authentication: *authentication.get(authenticates)? })
+            Some(KeyPair {
+                encryption: *encryption.get(encrypts)?,
+                authentication: *authentication.get(authenticates)?,
+            })
         };
         places.map_while(pair).collect()
     }
@@ -603,37 +658,54 @@ impl Meter {
                 let version = self.slots.get_mut(setup, KeyType::GUEK)?.add_pre_active(guek, now)?;
                 keys.push(TransferKey { owner, key_type: KeyType::GUEK, version, kek: new });
             }
-            OrderedKeys::Shared { owner, key_type, version } => keys.push(TransferKey { owner: *owner, key_type: *key_type, version: *version, kek }),
+            OrderedKeys::Shared { owner, key_type, version } => {
+                keys.push(TransferKey { owner: *owner, key_type: *key_type, version: *version, kek })
+            }
         }
         Ok(keys)
     }
 
-    /// A key that no exchange shows is brought again without further ado: no probe would settle the doubt.
-    fn refuse_in_doubt(&self, setup: SecuritySetupId, key_types: &[KeyType], urgent: bool) -> Result<(), TransferError> {
-        let refused =
-            |key_type: &&KeyType| !urgent && key_type.is_shown_by_exchanges() && self.slots.get(setup, **key_type).is_some_and(crate::Slot::unresolved);
+    /// A key that no exchange shows is brought again without further ado: no probe would settle the
+    /// doubt.
+    fn refuse_in_doubt(
+        &self,
+        setup: SecuritySetupId,
+        key_types: &[KeyType],
+        urgent: bool,
+    ) -> Result<(), TransferError> {
+        let refused = |key_type: &&KeyType| {
+            !urgent
+                && key_type.is_shown_by_exchanges()
+                && self.slots.get(setup, **key_type).is_some_and(crate::Slot::unresolved)
+        };
         match key_types.iter().find(refused) {
             Some(key_type) => Err(TransferError::InDoubt { key_type: *key_type }),
             None => Ok(()),
         }
     }
 
-    /// I3: no candidate is dropped to make room for another, so the new one is refused. Not where a probe has shown what the meter holds since the last one
-    /// left: then it is known which key opens the meter, however many it could have. Keys that no exchange shows open nothing, and are not counted.
+    /// I3: no candidate is dropped to make room for another, so the new one is refused. Not where a
+    /// probe has shown what the meter holds since the last one left: then it is known which key
+    /// opens the meter, however many it could have. Keys that no exchange shows open nothing, and
+    /// are not counted.
     fn refuse_too_many(&self, setup: SecuritySetupId, key_type: KeyType) -> Result<(), TransferError> {
         if !key_type.is_shown_by_exchanges() {
             return Ok(());
         }
         let most = if key_type == KeyType::KEK { MOST_KEK_CANDIDATES } else { MOST_CANDIDATES };
         match self.slots.get(setup, key_type) {
-            Some(slot) if slot.unresolved() && slot.candidates().count() >= most => Err(TransferError::TooManyCandidates { key_type, most }),
+            Some(slot) if slot.unresolved() && slot.candidates().count() >= most => {
+                Err(TransferError::TooManyCandidates { key_type, most })
+            }
             _ => Ok(()),
         }
     }
 
-    /// Bounds what whoever plays a meter can have stored, in doubt or not: each version is decoded, sealed and written again with every act. None of the
-    /// versions can go before its time (I3), and a meter that can get no further key is as good as lost, so a full slot takes one more each day. It
-    /// takes one at once where the newest is reported as compromised, which only officers do.
+    /// Bounds what whoever plays a meter can have stored, in doubt or not: each version is decoded,
+    /// sealed and written again with every act. None of the versions can go before its time (I3),
+    /// and a meter that can get no further key is as good as lost, so a full slot takes one more
+    /// each day. It takes one at once where the newest is reported as compromised, which only
+    /// officers do.
     fn refuse_full(&self, setup: SecuritySetupId, key_type: KeyType, now: UnixMillis) -> Result<(), TransferError> {
         let Some(slot) = self.slots.get(setup, key_type) else { return Ok(()) };
         let kept = || slot.versions().iter().filter(|version| version.state() != KeyState::Destroyed);
@@ -649,10 +721,12 @@ impl Meter {
 
     /// I3: the next key becomes a candidate; its wrapped form leaves after the row is stored.
     fn deliver(&mut self, pair: Option<KeyPair>, now: UnixMillis) -> Result<Next, TransferError> {
-        let Some((setup, delivered)) = self.transfer.as_ref().map(|transfer| (transfer.setup, transfer.delivered)) else {
+        let Some((setup, delivered)) = self.transfer.as_ref().map(|transfer| (transfer.setup, transfer.delivered))
+        else {
             return Err(TransferError::NotUnderWay);
         };
-        // What the association has shown may have settled which KEK the meter holds. The second key of a compound transfer leaves under the first.
+        // What the association has shown may have settled which KEK the meter holds. The second key
+        // of a compound transfer leaves under the first.
         let kek = if delivered == 0 { self.kek_for_transfer(setup) } else { None };
         let owner = self.owner();
         let Some(transfer) = &mut self.transfer else { return Err(TransferError::NotUnderWay) };
@@ -662,7 +736,11 @@ impl Meter {
         }
         let key = *key;
         let slot = self.slots.get(setup, key.key_type);
-        if key.owner == owner && slot.and_then(|slot| slot.version(key.version)).is_none_or(|version| version.state() != KeyState::PreActive) {
+        if key.owner == owner
+            && slot
+                .and_then(|slot| slot.version(key.version))
+                .is_none_or(|version| version.state() != KeyState::PreActive)
+        {
             return Ok(Next::Done(Outcome::Withdrawn));
         }
         // The meter may have left the group since the transfer began.
@@ -675,8 +753,18 @@ impl Meter {
         self.sequence = self.sequence.saturating_add(1);
         let moment = self.sequence;
         if key.owner != owner {
-            let shared = SharedKey { owner: key.owner, setup, key_type: key.key_type, version: key.version, kek: key.kek, acknowledged: false };
-            self.shared.retain(|known| (known.owner, known.setup, known.key_type, known.version) != (shared.owner, setup, key.key_type, key.version));
+            let shared = SharedKey {
+                owner: key.owner,
+                setup,
+                key_type: key.key_type,
+                version: key.version,
+                kek: key.kek,
+                acknowledged: false,
+            };
+            self.shared.retain(|known| {
+                (known.owner, known.setup, known.key_type, known.version)
+                    != (shared.owner, setup, key.key_type, key.version)
+            });
             self.shared.push(shared);
             self.shared.sort_unstable();
             return Ok(Next::Send);
@@ -698,14 +786,24 @@ impl Meter {
     }
 
     /// After an answer, or none, to a delivery.
-    fn answered(&mut self, observation: &Observation, challenge: [u8; CHALLENGE], findings: &mut Vec<Finding>, now: UnixMillis) -> Result<Next, TransferError> {
+    fn answered(
+        &mut self,
+        observation: &Observation,
+        challenge: [u8; CHALLENGE],
+        findings: &mut Vec<Finding>,
+        now: UnixMillis,
+    ) -> Result<Next, TransferError> {
         let Some(transfer) = &mut self.transfer else { return Err(TransferError::NotUnderWay) };
         let (pair, setup) = (transfer.pair(), transfer.setup);
-        // No challenge binds an answer to its request: an earlier one of the meter, relayed once more, says nothing. Its own counter tells.
+        // No challenge binds an answer to its request: an earlier one of the meter, relayed once
+        // more, says nothing. Its own counter tells.
         let protected = pair.or_else(|| self.pairs(setup, None).first().copied());
-        let version = protected.and_then(|pair| self.slots.get_mut(setup, KeyType::GUEK).ok()?.version_mut(pair.encryption).ok());
+        let version =
+            protected.and_then(|pair| self.slots.get_mut(setup, KeyType::GUEK).ok()?.version_mut(pair.encryption).ok());
         let answer = match (observation, version) {
-            (Observation::Answered { result, meter_counter }, Some(version)) if *meter_counter > version.transport.meter_counter => {
+            (Observation::Answered { result, meter_counter }, Some(version))
+                if *meter_counter > version.transport.meter_counter =>
+            {
                 version.transport.meter_counter = *meter_counter;
                 if *result == 0 { Answer::Accepted } else { Answer::Refused(*result) }
             }
@@ -716,7 +814,8 @@ impl Meter {
         transfer.answer = answer;
         let Some(key) = transfer.current().copied() else { return Err(TransferError::NotUnderWay) };
         if transfer.delivered < transfer.keys.len() {
-            // The second key of a compound transfer follows in the same association, if there still is one.
+            // The second key of a compound transfer follows in the same association, if there still
+            // is one.
             let alive = matches!(answer, Answer::Accepted | Answer::Refused(_));
             if alive || transfer.form == TransferForm::WrappedKey {
                 return self.deliver(pair, now);
@@ -733,18 +832,29 @@ impl Meter {
             key_type if key.owner == self.owner() => {
                 self.sequence = self.sequence.saturating_add(1);
                 let moment = self.sequence;
-                let confirmation = self.slots.get_mut(setup, key_type)?.confirm(key.version, moment, Evidence::Acknowledged, now)?;
-                findings.push(Finding::Held { key_type, version: key.version, evidence: Evidence::Acknowledged, confirmation });
+                let confirmation =
+                    self.slots.get_mut(setup, key_type)?.confirm(key.version, moment, Evidence::Acknowledged, now)?;
+                findings.push(Finding::Held {
+                    key_type,
+                    version: key.version,
+                    evidence: Evidence::Acknowledged,
+                    confirmation,
+                });
                 Ok(Next::Done(Outcome::Acknowledged))
             }
             key_type => {
                 for shared in &mut self.shared {
-                    if (shared.owner, shared.setup, shared.key_type, shared.version) == (key.owner, setup, key_type, key.version) {
+                    if (shared.owner, shared.setup, shared.key_type, shared.version)
+                        == (key.owner, setup, key_type, key.version)
+                    {
                         shared.acknowledged = true;
                     }
                 }
                 // It has taken the place of those before it.
-                self.shared.retain(|shared| (shared.owner, shared.setup, shared.key_type) != (key.owner, setup, key_type) || shared.version >= key.version);
+                self.shared.retain(|shared| {
+                    (shared.owner, shared.setup, shared.key_type) != (key.owner, setup, key_type)
+                        || shared.version >= key.version
+                });
                 findings.push(Finding::SharedAcknowledged { owner: key.owner, key_type, version: key.version });
                 Ok(Next::Done(Outcome::Acknowledged))
             }
@@ -773,7 +883,8 @@ impl Meter {
             let version = slot.version_mut(number)?;
             if key_type == KeyType::GUEK {
                 let known = version.transport.meter_counter;
-                // A counter that comes again is as bad as one that goes back: two answers under one nonce.
+                // A counter that comes again is as bad as one that goes back: two answers under one
+                // nonce.
                 if known > 0 && meter_counter <= known {
                     findings.push(Finding::MeterCounterBackwards { version: number, known, seen: meter_counter });
                 }
@@ -785,20 +896,30 @@ impl Meter {
             findings.push(Finding::Held { key_type, version: number, evidence: Evidence::Proven, confirmation });
         }
         for (kek, left) in shown {
-            // What the meter unwrapped shows the KEK that it held when the key had left: not later than that, for a newer KEK may have come since.
+            // What the meter unwrapped shows the KEK that it held when the key had left: not later
+            // than that, for a newer KEK may have come since.
             let slot = self.slots.get_mut(setup, KeyType::KEK)?;
             // One that was released meanwhile has been replaced since.
             let Some(version) = slot.version(kek).filter(|version| version.candidate()) else { continue };
             if version.transport().confirmed < left {
                 let confirmation = slot.confirm(kek, left, Evidence::Proven, now)?;
-                findings.push(Finding::Held { key_type: KeyType::KEK, version: kek, evidence: Evidence::Proven, confirmation });
+                findings.push(Finding::Held {
+                    key_type: KeyType::KEK,
+                    version: kek,
+                    evidence: Evidence::Proven,
+                    confirmation,
+                });
             }
         }
         match purpose {
             ExchangePurpose::Open => self.deliver(Some(pair), now),
             ExchangePurpose::Prove => {
                 let held = [(KeyType::GUEK, pair.encryption), (KeyType::GAK, pair.authentication)];
-                Ok(Next::Done(if target.is_some_and(|target| held.contains(&target)) { Outcome::Proven } else { Outcome::NotApplied }))
+                Ok(Next::Done(if target.is_some_and(|target| held.contains(&target)) {
+                    Outcome::Proven
+                } else {
+                    Outcome::NotApplied
+                }))
             }
         }
     }
@@ -812,8 +933,18 @@ impl Meter {
         }
         self.sequence = self.sequence.saturating_add(1);
         for key in keys {
-            let confirmation = self.slots.get_mut(setup, key.key_type)?.confirm(key.version, self.sequence, Evidence::Attested, now)?;
-            findings.push(Finding::Held { key_type: key.key_type, version: key.version, evidence: Evidence::Attested, confirmation });
+            let confirmation = self.slots.get_mut(setup, key.key_type)?.confirm(
+                key.version,
+                self.sequence,
+                Evidence::Attested,
+                now,
+            )?;
+            findings.push(Finding::Held {
+                key_type: key.key_type,
+                version: key.version,
+                evidence: Evidence::Attested,
+                confirmation,
+            });
         }
         Ok(Next::Done(Outcome::Attested))
     }
@@ -854,8 +985,9 @@ impl Meter {
     }
 }
 
-/// The place of a pair in two ranked lists, by its place among all pairs: the smallest sum of both ranks first, and of
-/// these the one that is first in the first list. It steps over whole diagonals, so it costs no more than the lists are long.
+/// The place of a pair in two ranked lists, by its place among all pairs: the smallest sum of both
+/// ranks first, and of these the one that is first in the first list. It steps over whole
+/// diagonals, so it costs no more than the lists are long.
 const fn place_by_rank(place: usize, first: usize, second: usize) -> Option<(usize, usize)> {
     let (mut left, mut sum) = (place, 0);
     while sum + 1 < first + second {
@@ -973,29 +1105,36 @@ pub enum TransferError {
 pub const CHALLENGE: usize = 16;
 /// A counter, which may be forged, is followed at most this often in a transfer.
 const MOST_RETRIES: u32 = 3;
-/// So many challenges in a row that are not to be answered are asked for anew; the next one counts as no answer.
+/// So many challenges in a row that are not to be answered are asked for anew; the next one counts
+/// as no answer.
 ///
-/// One random challenge in 26 is of this kind, so an honest meter sends nine in a row once in 5 * 10^12 associations. A
-/// meter that always sends them, or whoever forges its associations, would else have a transfer ask for ever, and each
-/// association uses up a counter. The count begins again only with a challenge that can be answered, not with the next
-/// pair of keys: such a meter costs these associations once, and one for each pair.
+/// One random challenge in 26 is of this kind, so an honest meter sends nine in a row once in 5 *
+/// 10^12 associations. A meter that always sends them, or whoever forges its associations, would
+/// else have a transfer ask for ever, and each association uses up a counter. The count begins
+/// again only with a challenge that can be answered, not with the next pair of keys: such a meter
+/// costs these associations once, and one for each pair.
 pub const MOST_UNFIT: u32 = 8;
-/// While it is in doubt which one of so many versions of a key a meter holds, no further one is brought to it.
+/// While it is in doubt which one of so many versions of a key a meter holds, no further one is
+/// brought to it.
 ///
-/// A round tries twelve pairs of GUEK and GAK, so a probe finds the meter at once among eight candidates of one of them. Rows that have more keep them.
+/// A round tries twelve pairs of GUEK and GAK, so a probe finds the meter at once among eight
+/// candidates of one of them. Rows that have more keep them.
 pub const MOST_CANDIDATES: usize = 8;
-/// The same of KEKs. They make no pairs, a probe does not show them, and the turn of each comes by transfers alone, so there are more. A GUEK that is
-/// proven shows the KEK that it left under.
+/// The same of KEKs. They make no pairs, a probe does not show them, and the turn of each comes by
+/// transfers alone, so there are more. A GUEK that is proven shows the KEK that it left under.
 pub const MOST_KEK_CANDIDATES: usize = 64;
-/// Versions of a key of a meter that are not destroyed, of all key types, whether it is known which one the meter holds or not. More are brought one a day.
+/// Versions of a key of a meter that are not destroyed, of all key types, whether it is known which
+/// one the meter holds or not. More are brought one a day.
 ///
-/// Twice the candidates of a KEK, so that a GUEK can leave under each of these in turn and show which one the meter holds. Who rotates a key each day keeps
-/// fewer: after the default retention time of 90 days they are destroyed.
+/// Twice the candidates of a KEK, so that a GUEK can leave under each of these in turn and show
+/// which one the meter holds. Who rotates a key each day keeps fewer: after the default retention
+/// time of 90 days they are destroyed.
 pub const MOST_VERSIONS: usize = 128;
 const DAY_MS: i64 = 86_400_000;
 /// Pairs that are tried in a round at most.
 const PAIRS_OF_A_ROUND: usize = 12;
 /// Those of them that are tried in every round.
 const LIKELIEST_PAIRS: usize = 8;
-/// A transfer takes a moment at its beginning, and one for each delivery and each exchange that is answered: fewer than 16.
+/// A transfer takes a moment at its beginning, and one for each delivery and each exchange that is
+/// answered: fewer than 16.
 const LAST_MOMENT_TO_BEGIN: u32 = u32::MAX - 16;

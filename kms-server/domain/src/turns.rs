@@ -3,16 +3,20 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::hash::Hash;
 
-/// Waiting items of several payers, served in turn: self-clocked fair queuing (S. J. Golestani, INFOCOM 1994).
+/// Waiting items of several payers, served in turn: self-clocked fair queuing (S. J. Golestani,
+/// INFOCOM 1994).
 ///
-/// The items of one payer stay in their order. Each has a cost, and at the head of its payer's lane a finish: the cost above the finish of the
-/// lane's item before, or above the clock where nothing of the payer waited. The clock is the finish of what was served last. The smallest finish is
-/// served first, so payers that wait all the time get equal shares of the cost, and a small item of a payer that was idle comes before a large
-/// one. Nobody starves: while an item waits, each other payer is served at most as much as that item's cost, and one item.
+/// The items of one payer stay in their order. Each has a cost, and at the head of its payer's lane
+/// a finish: the cost above the finish of the lane's item before, or above the clock where nothing
+/// of the payer waited. The clock is the finish of what was served last. The smallest finish is
+/// served first, so payers that wait all the time get equal shares of the cost, and a small item of
+/// a payer that was idle comes before a large one. Nobody starves: while an item waits, each other
+/// payer is served at most as much as that item's cost, and one item.
 #[derive(Debug)]
 pub struct Turns<P, T> {
     lanes: HashMap<P, Lane<T>>,
-    /// The lane of each head, by finish; the number keeps equal ones in the order in which they came.
+    /// The lane of each head, by finish; the number keeps equal ones in the order in which they
+    /// came.
     heads: BTreeMap<(u64, u64), P>,
     clock: u64,
     number: u64,
@@ -85,11 +89,16 @@ impl<P: Clone + Eq + Hash, T> Turns<P, T> {
         self.pop_where(|_, _| true)
     }
 
-    /// The item whose turn it is among the heads of the lanes that `fits` takes, given payer and cost.
+    /// The item whose turn it is among the heads of the lanes that `fits` takes, given payer and
+    /// cost.
     pub fn pop_where(&mut self, mut fits: impl FnMut(&P, u64) -> bool) -> Option<(P, u64, T)> {
         let lanes = &self.lanes;
         let cost_of = |payer: &P| lanes.get(payer).and_then(|lane| lane.waiting.front()).map(|(cost, _)| *cost);
-        let head = self.heads.iter().find(|(_, payer)| cost_of(payer).is_some_and(|cost| fits(payer, cost))).map(|(head, _)| *head)?;
+        let head = self
+            .heads
+            .iter()
+            .find(|(_, payer)| cost_of(payer).is_some_and(|cost| fits(payer, cost)))
+            .map(|(head, _)| *head)?;
         let payer = self.heads.remove(&head)?;
         let lane = self.lanes.get_mut(&payer)?;
         let (cost, item) = lane.waiting.pop_front()?;

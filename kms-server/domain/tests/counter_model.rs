@@ -1,7 +1,9 @@
-//! I4 under interleaving: servers that race, crash and come back, floors that rise inside, at the edge of and above the chunk that a server
-//! deals from, head-ends that count for a while, a backup that is restored, and a second meter that turns out to have the same key value.
-//! Whatever the order, no (key value, client title, counter) is dealt twice, a newer lease is higher, and nothing is dealt below a floor. Nor do
-//! sessions and frames, together with what a meter's word skips, ever take more counters than an hour has, whatever transfers reserve meanwhile.
+//! I4 under interleaving: servers that race, crash and come back, floors that rise inside, at the
+//! edge of and above the chunk that a server deals from, head-ends that count for a while, a backup
+//! that is restored, and a second meter that turns out to have the same key value. Whatever the
+//! order, no (key value, client title, counter) is dealt twice, a newer lease is higher, and
+//! nothing is dealt below a floor. Nor do sessions and frames, together with what a meter's word
+//! skips, ever take more counters than an hour has, whatever transfers reserve meanwhile.
 
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
@@ -9,8 +11,9 @@ use std::{collections::HashMap, num::NonZeroU32};
 
 use bytes::Bytes;
 use kms_domain::{
-    ChunkSize, CounterCap, CounterDomain, CounterDomainId, CounterJump, CounterKey, CounterScope, CounterUse, Counters, KeyDerivation, KeyLength, KeyOrigin,
-    KeyState, KeyType, KeyVersionNumber, Lease, LiveChunk, NewKeyVersion, PrincipalId, SecuritySetupId, Slot, SystemTitle, UnixMillis, WriterId,
+    ChunkSize, CounterCap, CounterDomain, CounterDomainId, CounterJump, CounterKey, CounterScope, CounterUse, Counters,
+    KeyDerivation, KeyLength, KeyOrigin, KeyState, KeyType, KeyVersionNumber, Lease, LiveChunk, NewKeyVersion,
+    PrincipalId, SecuritySetupId, Slot, SystemTitle, UnixMillis, WriterId,
 };
 use proptest::prelude::*;
 
@@ -19,12 +22,13 @@ use proptest::prelude::*;
 enum Step {
     /// A server begins a grant: it reads the rows.
     Read { server: usize, meter: usize, title: usize },
-    /// It goes on: deals from its chunk or reserves another one, and commits if no row that it read has changed. `count` is in units of the world's
-    /// scale; a transfer takes one or two counters.
+    /// It goes on: deals from its chunk or reserves another one, and commits if no row that it read
+    /// has changed. `count` is in units of the world's scale; a transfer takes one or two counters.
     Commit { server: usize, count: u32, counter_use: CounterUse },
     /// A server dies and starts again, as another writer with empty memory.
     Crash { server: usize },
-    /// An operator raises a floor, or a meter's answer within a cap: this far below the bound, or above it by less than 200, in units of the scale.
+    /// An operator raises a floor, or a meter's answer within a cap: this far below the bound, or
+    /// above it by less than 200, in units of the scale.
     RaiseFloor { meter: usize, title: usize, below: u64, above: u64, cap: Option<u32> },
     /// A head-end counts by itself from now on.
     LeaveTo { meter: usize, title: usize },
@@ -58,7 +62,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 0..120)
 }
 
-/// How far a floor is below and above the bound: mostly inside the chunk of 50, and often at its edge.
+/// How far a floor is below and above the bound: mostly inside the chunk of 50, and often at its
+/// edge.
 fn floor() -> impl Strategy<Value = (u64, u64)> {
     prop_oneof![4 => (0..70u64).prop_map(|below| (below, 0)), 2 => (0..2u64).prop_map(|below| (below, 0)), 2 => (0..200u64).prop_map(|above| (0, above))]
 }
@@ -123,10 +128,12 @@ struct Server {
 type Hour = (Option<usize>, CounterKey, i64);
 
 struct World {
-    /// How many counters a unit of the steps is: with 1 no hour has too few, with [`MANY`] three chunks are more than one has.
+    /// How many counters a unit of the steps is: with 1 no hour has too few, with [`MANY`] three
+    /// chunks are more than one has.
     scale: u32,
     hour: i64,
-    /// What sessions and frames used of chunks that were reserved in an hour, and a meter's word skipped in it.
+    /// What sessions and frames used of chunks that were reserved in an hour, and a meter's word
+    /// skipped in it.
     taken: HashMap<Hour, u64>,
     database: Database,
     servers: Vec<Server>,
@@ -193,7 +200,8 @@ impl World {
                     Some(cap) => {
                         let bound = |counters: &Counters| counters.get(key).map_or(1, kms_domain::CounterState::bound);
                         // What a first counter of all titles joins is above the bounds of all.
-                        let before = if key == CounterKey::Setup { counters.highest_bound().max(1) } else { bound(counters) };
+                        let before =
+                            if key == CounterKey::Setup { counters.highest_bound().max(1) } else { bound(counters) };
                         raised = counters.follow(key, floor, cap, CAP, now).is_ok();
                         skipped = if raised { bound(counters) - before } else { 0 };
                     }
@@ -217,12 +225,16 @@ impl World {
             Step::Backup => self.backup = Some(self.database.clone()),
             Step::Restore => {
                 if let Some(backup) = self.backup.clone() {
-                    let counted = (0..self.database.meters.len()).filter_map(|meter| self.database.counters(meter)).map(Counters::highest_bound).max();
+                    let counted = (0..self.database.meters.len())
+                        .filter_map(|meter| self.database.counters(meter))
+                        .map(Counters::highest_bound)
+                        .max();
                     let restores = self.database.restores + 1;
                     // What the hour had taken is lost with the rows.
                     self.hour += 2;
                     self.database = Database { restores, ..backup };
-                    // More than can have been counted since: what the committer of a server finds out when it starts on an older database.
+                    // More than can have been counted since: what the committer of a server finds
+                    // out when it starts on an older database.
                     self.jump = self.jump.raised_by(u32::try_from(counted.unwrap_or(0)).unwrap_or(u32::MAX));
                 }
             }
@@ -244,8 +256,13 @@ impl World {
     }
 
     fn this_hour(&self, meter: usize, key: CounterKey) -> Hour {
-        let own = matches!(self.database.meters[meter].value.versions()[0].counters(), kms_domain::CounterPlace::Own(_));
-        let counter = self.database.counters(meter).and_then(|counters| counters.get(key)).map_or(key, kms_domain::CounterState::key);
+        let own =
+            matches!(self.database.meters[meter].value.versions()[0].counters(), kms_domain::CounterPlace::Own(_));
+        let counter = self
+            .database
+            .counters(meter)
+            .and_then(|counters| counters.get(key))
+            .map_or(key, kms_domain::CounterState::key);
         (own.then_some(meter), counter, self.hour)
     }
 
@@ -270,7 +287,8 @@ impl World {
         self.leases.entry(title).or_default().push(lease);
     }
 
-    /// The second half of a grant, as a server does it: one transaction that fails if a row that was read has changed.
+    /// The second half of a grant, as a server does it: one transaction that fails if a row that
+    /// was read has changed.
     fn commit(&mut self, server: usize, count: NonZeroU32, counter_use: CounterUse) {
         let jump = self.jump;
         let server_number = server;
@@ -301,7 +319,9 @@ impl World {
         self.database.change_counters(meter, |counters| {
             let mut changed = counters.clone();
             let reservation = changed.reserve(key, counter_use, writer, chunk_size, at_least, jump);
-            let counted = reservation.and_then(|reservation| changed.count_into_hour(reservation, counter_use, CAP, now).map(|_| reservation));
+            let counted = reservation.and_then(|reservation| {
+                changed.count_into_hour(reservation, counter_use, CAP, now).map(|_| reservation)
+            });
             if counted.is_ok() {
                 *counters = changed;
             }
@@ -347,8 +367,13 @@ const MANY: u32 = 30_000;
 
 fn slot() -> Slot {
     let mut slot = Slot::new(SecuritySetupId::DEFAULT, KeyType::GUEK);
-    let origin = KeyOrigin::Diversified { root_version: 1, derivation: KeyDerivation::Sp800108Cmac, length: KeyLength::Aes128 };
-    slot.add_version(NewKeyVersion { state: KeyState::Active, origin, wrapped: None, fingerprint: None }, UnixMillis(1)).unwrap();
+    let origin =
+        KeyOrigin::Diversified { root_version: 1, derivation: KeyDerivation::Sp800108Cmac, length: KeyLength::Aes128 };
+    slot.add_version(
+        NewKeyVersion { state: KeyState::Active, origin, wrapped: None, fingerprint: None },
+        UnixMillis(1),
+    )
+    .unwrap();
     slot
 }
 
@@ -384,11 +409,13 @@ proptest! {
     }
 }
 
-/// Whoever has transfers take counters between its sessions, on one server or on two in turn, gets no more than an hour has; nor does who forges
-/// the answers of a meter.
+/// Whoever has transfers take counters between its sessions, on one server or on two in turn, gets
+/// no more than an hour has; nor does who forges the answers of a meter.
 #[test]
 fn transfers_and_answers_open_no_way_past_the_hour() {
-    let commit = |server, count, counter_use| [Step::Read { server, meter: 0, title: 0 }, Step::Commit { server, count, counter_use }];
+    let commit = |server, count, counter_use| {
+        [Step::Read { server, meter: 0, title: 0 }, Step::Commit { server, count, counter_use }]
+    };
     let answer = || vec![Step::RaiseFloor { meter: 0, title: 0, below: 0, above: 5, cap: Some(150_000) }];
     for servers in [[0, 0], [0, 1]] {
         for forged in [false, true] {
@@ -396,13 +423,24 @@ fn transfers_and_answers_open_no_way_past_the_hour() {
             for turn in 0..60 {
                 let server = servers[turn % 2];
                 let mut steps = commit(server, 1, CounterUse::Transfer).to_vec();
-                // What a chunk of 50 units has beside the transfer's counters, as nearly as units go.
-                steps.extend([commit(server, 19, CounterUse::Lease), commit(server, 19, CounterUse::Frames), commit(server, 11, CounterUse::Lease)].concat());
+                // What a chunk of 50 units has beside the transfer's counters, as nearly as units
+                // go.
+                steps.extend(
+                    [
+                        commit(server, 19, CounterUse::Lease),
+                        commit(server, 19, CounterUse::Frames),
+                        commit(server, 11, CounterUse::Lease),
+                    ]
+                    .concat(),
+                );
                 steps.extend(if forged { answer() } else { Vec::new() });
                 steps.iter().for_each(|step| world.step(step));
             }
             let most = world.most_taken();
-            assert!((500_000..=u64::from(CAP.get())).contains(&most), "{most} counters in an hour, servers {servers:?}, forged {forged}");
+            assert!(
+                (500_000..=u64::from(CAP.get())).contains(&most),
+                "{most} counters in an hour, servers {servers:?}, forged {forged}"
+            );
             // The key has them for the next hours.
             assert!(world.database.counters(0).unwrap().highest_bound() < 2 * u64::from(CAP.get()));
             let transfers = world.leases[&client(0)].len();
@@ -416,7 +454,9 @@ fn transfers_and_answers_open_no_way_past_the_hour() {
 #[test]
 fn the_model_reaches_what_it_is_about() {
     let mut world = World::new([CounterScope::ClientTitle; 2], 1);
-    let grant = |server, meter| [Step::Read { server, meter, title: 0 }, Step::Commit { server, count: 10, counter_use: CounterUse::Lease }];
+    let grant = |server, meter| {
+        [Step::Read { server, meter, title: 0 }, Step::Commit { server, count: 10, counter_use: CounterUse::Lease }]
+    };
     let steps = [grant(0, 0), grant(0, 0), grant(1, 0), grant(0, 0)].concat();
     for step in steps.iter().chain([&Step::ImportDuplicate { floor: 400 }]).chain(&grant(0, 1)).chain(&grant(1, 0)) {
         world.step(step);
@@ -430,12 +470,22 @@ fn the_model_reaches_what_it_is_about() {
     assert_eq!(read.counters.highest_bound(), 500);
 }
 
-/// Floors inside the chunk, at its edge and above it, for the server that deals from it and for another one that has read the row.
+/// Floors inside the chunk, at its edge and above it, for the server that deals from it and for
+/// another one that has read the row.
 #[test]
 fn a_floor_binds_every_server_at_once() {
     let raise = |below, above| Step::RaiseFloor { meter: 0, title: 0, below, above, cap: Some(100) };
-    let grant = |server| [Step::Read { server, meter: 0, title: 0 }, Step::Commit { server, count: 10, counter_use: CounterUse::Frames }];
-    for (floor, expected) in [(raise(30, 0), 21), (raise(10, 0), 41), (raise(9, 0), 51), (raise(0, 0), 51), (raise(0, 1), 52), (raise(0, 70), 121)] {
+    let grant = |server| {
+        [Step::Read { server, meter: 0, title: 0 }, Step::Commit { server, count: 10, counter_use: CounterUse::Frames }]
+    };
+    for (floor, expected) in [
+        (raise(30, 0), 21),
+        (raise(10, 0), 41),
+        (raise(9, 0), 51),
+        (raise(0, 0), 51),
+        (raise(0, 1), 52),
+        (raise(0, 70), 121),
+    ] {
         let mut world = World::new([CounterScope::ClientTitle; 2], 1);
         let [read, commit] = grant(1);
         for step in grant(0).iter().chain([&read, &floor, &commit]) {

@@ -1,4 +1,5 @@
-//! The rotation of a group's key: one version for all members, a threshold, an overlap, and what a member that goes takes with it.
+//! The rotation of a group's key: one version for all members, a threshold, an overlap, and what a
+//! member that goes takes with it.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -22,7 +23,10 @@ fn new(state: KeyState) -> NewKeyVersion {
 fn group() -> Group {
     let mut slot = Slot::new(SETUP, GBEK);
     slot.add_version(new(KeyState::Active), NOW).unwrap();
-    Group { slots: Slots::new(vec![slot]).unwrap(), ..Group::new(GroupId(3), "north".to_owned(), SecuritySuite::Suite0, NOW) }
+    Group {
+        slots: Slots::new(vec![slot]).unwrap(),
+        ..Group::new(GroupId(3), "north".to_owned(), SecuritySuite::Suite0, NOW)
+    }
 }
 
 fn begin(group: &mut Group) -> BegunRotation {
@@ -38,7 +42,14 @@ fn lent(group: &Group, named: Option<u32>) -> Option<u32> {
 }
 
 fn delivered(version: u32) -> SharedKey {
-    SharedKey { owner: Owner::Group(GroupId(3)), setup: SETUP, key_type: GBEK, version: number(version), kek: number(1), acknowledged: false }
+    SharedKey {
+        owner: Owner::Group(GroupId(3)),
+        setup: SETUP,
+        key_type: GBEK,
+        version: number(version),
+        kek: number(1),
+        acknowledged: false,
+    }
 }
 
 #[test]
@@ -51,7 +62,10 @@ fn one_version_for_all_members_and_both_in_the_overlap() {
     assert_eq!(group.newest(SETUP, GBEK).unwrap().number(), number(2));
     // I3: it is lent to nobody before the switch.
     assert_eq!((lent(&group, None), lent(&group, Some(2))), (Some(1), None));
-    assert_eq!(group.switch(SETUP, GBEK, number(2), false, NOW), Err(GroupError::TooFew { threshold: SwitchThreshold::DEFAULT }));
+    assert_eq!(
+        group.switch(SETUP, GBEK, number(2), false, NOW),
+        Err(GroupError::TooFew { threshold: SwitchThreshold::DEFAULT })
+    );
     assert!(!group.note_members(SETUP, GBEK, number(2), counts(100, 94), NOW));
     assert!(!group.note_members(SETUP, GBEK, number(1), counts(100, 100), NOW), "another version");
     assert!(group.note_members(SETUP, GBEK, number(2), counts(100, 95), NOW));
@@ -73,7 +87,11 @@ fn one_version_for_all_members_and_both_in_the_overlap() {
 fn a_threshold_is_1_to_100_percent_of_at_least_one_member() {
     assert!(SwitchThreshold::new(0).is_err() && SwitchThreshold::new(101).is_err());
     let all = SwitchThreshold::new(100).unwrap();
-    assert!(!all.is_reached(counts(0, 0)) && !all.is_reached(counts(u64::MAX, u64::MAX - 1)) && all.is_reached(counts(u64::MAX, u64::MAX)));
+    assert!(
+        !all.is_reached(counts(0, 0))
+            && !all.is_reached(counts(u64::MAX, u64::MAX - 1))
+            && all.is_reached(counts(u64::MAX, u64::MAX))
+    );
     assert!(SwitchThreshold::new(1).unwrap().is_reached(counts(100, 1)));
     let mut group = group();
     begin(&mut group);
@@ -91,8 +109,14 @@ fn a_member_that_goes_takes_its_versions_with_it() {
     begin(&mut group);
     assert_eq!(group.rotation_wanted(SETUP, GBEK), [], "the version that is rolled out is known to no former member");
     // To this one the new version had not left; to the next one it had.
-    assert_eq!(group.expose_to_former_member(&[delivered(1)], ExposureReason::MemberRetired, NOW), [(SETUP, GBEK, number(1))]);
-    assert_eq!(group.expose_to_former_member(&[delivered(2)], ExposureReason::MemberCompromised, NOW), [(SETUP, GBEK, number(1)), (SETUP, GBEK, number(2))]);
+    assert_eq!(
+        group.expose_to_former_member(&[delivered(1)], ExposureReason::MemberRetired, NOW),
+        [(SETUP, GBEK, number(1))]
+    );
+    assert_eq!(
+        group.expose_to_former_member(&[delivered(2)], ExposureReason::MemberCompromised, NOW),
+        [(SETUP, GBEK, number(1)), (SETUP, GBEK, number(2))]
+    );
     assert_eq!(group.rotation_wanted(SETUP, GBEK), [ExposureReason::MemberCompromised]);
     // So it is given up, and the next version takes its place.
     assert_eq!(begin(&mut group), BegunRotation { version: number(3), made: true, given_up: Some(number(2)) });

@@ -1,5 +1,6 @@
-//! I3 and retention: whatever happens to a slot and whenever the house is kept, nothing that the meter may hold is destroyed before a later version
-//! was proven and the retention time has passed; of a retired meter, nothing before the retention time after its retirement, and everything then.
+//! I3 and retention: whatever happens to a slot and whenever the house is kept, nothing that the
+//! meter may hold is destroyed before a later version was proven and the retention time has passed;
+//! of a retired meter, nothing before the retention time after its retirement, and everything then.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -47,7 +48,11 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 
 fn new_version(state: KeyState, diversified: bool) -> NewKeyVersion {
     if diversified {
-        let origin = KeyOrigin::Diversified { root_version: 1, derivation: KeyDerivation::Sp800108Cmac, length: KeyLength::Aes128 };
+        let origin = KeyOrigin::Diversified {
+            root_version: 1,
+            derivation: KeyDerivation::Sp800108Cmac,
+            length: KeyLength::Aes128,
+        };
         return NewKeyVersion { state, origin, wrapped: None, fingerprint: None };
     }
     let wrapped = WrappedKey::new(KeyType::GUEK, 1, Bytes::from_static(&[9; 24])).unwrap();
@@ -94,7 +99,8 @@ impl World {
         if let Some(retired) = self.retired {
             return self.now >= retired.after(retention);
         }
-        let later_is_proven = self.proven.iter().any(|(later, since)| *later > number && self.now >= since.after(retention));
+        let later_is_proven =
+            self.proven.iter().any(|(later, since)| *later > number && self.now >= since.after(retention));
         !self.left.contains(&number) || later_is_proven
     }
 }
@@ -144,7 +150,8 @@ proptest! {
                 Step::Change(index, state) => {
                     let number = chosen(&meter, index);
                     let before = destroyed(slot(&mut meter));
-                    // Without a proof nothing becomes active here, and only what never left is destroyed at once.
+                    // Without a proof nothing becomes active here, and only what never left is
+                    // destroyed at once.
                     if state != KeyState::Active && slot(&mut meter).transition(number, state, world.now).is_ok() && state == KeyState::Destroyed {
                         prop_assert!(world.retired.is_some() || world.may_destroy(number, retention.milliseconds()));
                         prop_assert_eq!(destroyed(slot(&mut meter)).len(), before.len() + 1);
@@ -174,10 +181,19 @@ fn keep_house(meter: &mut Meter, world: &World, retention: Retention) -> Result<
     }
     for version in slot(&mut before.clone()).candidates() {
         let still = slot(meter).version(version.number()).unwrap().candidate();
-        prop_assert!(still || world.may_destroy(version.number(), retention.milliseconds()), "I3: version {} is no candidate any more", version.number());
+        prop_assert!(
+            still || world.may_destroy(version.number(), retention.milliseconds()),
+            "I3: version {} is no candidate any more",
+            version.number()
+        );
     }
     if world.retired.is_some_and(|retired| world.now >= retired.after(retention.milliseconds())) {
-        prop_assert!(slot(meter).versions().iter().all(|version| version.state() == KeyState::Destroyed && version.shape().is_none()));
+        prop_assert!(
+            slot(meter)
+                .versions()
+                .iter()
+                .all(|version| version.state() == KeyState::Destroyed && version.shape().is_none())
+        );
         prop_assert_eq!(slot(meter).candidates().count(), 0);
     }
     // A second server finds nothing to do.
@@ -198,13 +214,24 @@ fn the_retention_time_is_exact() {
     assert!(meter.expire_keys(retention, START.after(91 * DAY - 1)).is_empty());
     let expired = meter.expire_keys(retention, START.after(91 * DAY));
     let first = vec![KeyVersionNumber::FIRST];
-    assert_eq!(expired, [ExpiredKeys { setup: SecuritySetupId::DEFAULT, key_type: KeyType::GUEK, released: first.clone(), destroyed: first }]);
+    assert_eq!(
+        expired,
+        [ExpiredKeys {
+            setup: SecuritySetupId::DEFAULT,
+            key_type: KeyType::GUEK,
+            released: first.clone(),
+            destroyed: first
+        }]
+    );
     assert_eq!(slot(&mut meter).active().map(KeyVersion::number), Some(second));
 
     meter.retire(START.after(100 * DAY)).unwrap();
     assert!(meter.expire_keys(retention, START.after(190 * DAY - 1)).is_empty());
     let expired = meter.expire_keys(retention, START.after(190 * DAY));
-    assert_eq!(expired.iter().map(|keys| (keys.released.clone(), keys.destroyed.clone())).collect::<Vec<_>>(), [(vec![second], vec![second])]);
+    assert_eq!(
+        expired.iter().map(|keys| (keys.released.clone(), keys.destroyed.clone())).collect::<Vec<_>>(),
+        [(vec![second], vec![second])]
+    );
 }
 
 #[test]

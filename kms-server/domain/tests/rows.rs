@@ -45,13 +45,19 @@ fn meter(slots: Slots) -> Meter {
 }
 
 fn diversified() -> NewKeyVersion {
-    let origin = KeyOrigin::Diversified { root_version: 1, derivation: KeyDerivation::Sp800108Cmac, length: KeyLength::Aes128 };
+    let origin =
+        KeyOrigin::Diversified { root_version: 1, derivation: KeyDerivation::Sp800108Cmac, length: KeyLength::Aes128 };
     NewKeyVersion { state: KeyState::Active, origin, wrapped: None, fingerprint: None }
 }
 
 fn imported(key_type: KeyType) -> NewKeyVersion {
     let wrapped = WrappedKey::new(key_type, 1, Bytes::from(vec![0xA5; 24])).unwrap();
-    NewKeyVersion { state: KeyState::Active, origin: KeyOrigin::Imported, wrapped: Some(wrapped), fingerprint: Some([0xF1; 16]) }
+    NewKeyVersion {
+        state: KeyState::Active,
+        origin: KeyOrigin::Imported,
+        wrapped: Some(wrapped),
+        fingerprint: Some([0xF1; 16]),
+    }
 }
 
 /// A meter as it stands after its first session.
@@ -71,7 +77,14 @@ fn in_use(types: &[KeyType], new: impl Fn(KeyType) -> NewKeyVersion, shipped: bo
             version
                 .counters_mut()
                 .unwrap()
-                .reserve(client, CounterUse::Lease, WriterId::from_octets(&[7; 16]).unwrap(), ChunkSize::DEFAULT, 0, CounterJump::new(9))
+                .reserve(
+                    client,
+                    CounterUse::Lease,
+                    WriterId::from_octets(&[7; 16]).unwrap(),
+                    ChunkSize::DEFAULT,
+                    0,
+                    CounterJump::new(9),
+                )
                 .unwrap();
         }
         slot
@@ -130,7 +143,10 @@ fn a_cut_row_is_refused_at_every_octet() {
 fn what_was_used_of_quotas_comes_back_whole_or_not_at_all() {
     let mut used = QuotaUse::new(principal("hes-1"));
     let hour = QuotaHour::of(NOW);
-    for (quota, limit) in [("supply-control", QuotaLimit::new(10, Some(5)).unwrap()), ("image-transfer", QuotaLimit::new(500, None).unwrap())] {
+    for (quota, limit) in [
+        ("supply-control", QuotaLimit::new(10, Some(5)).unwrap()),
+        ("image-transfer", QuotaLimit::new(500, None).unwrap()),
+    ] {
         for meter in ["4B414D0000000002", "4B414D0000000001"] {
             used.count(&QuotaName::parse(quota).unwrap(), limit, hour, SystemTitle::parse(meter).unwrap(), 2).unwrap();
         }
@@ -168,25 +184,43 @@ fn a_retired_meter_stays_retired() {
     let without = Meter { retired: None, ..meter.clone() };
     assert!(without.to_row().is_err());
     assert!(!meter.class.status.may_grant());
-    assert!(MeterStatus::ALL.into_iter().filter(|status| *status != MeterStatus::Retired).all(|status| meter.set_status(status).is_err()));
-    assert!(meter.slots.iter().all(|slot| slot.active().is_none() && slot.candidates().count() == 1), "I3: what it may hold stays");
+    assert!(
+        MeterStatus::ALL
+            .into_iter()
+            .filter(|status| *status != MeterStatus::Retired)
+            .all(|status| meter.set_status(status).is_err())
+    );
+    assert!(
+        meter.slots.iter().all(|slot| slot.active().is_none() && slot.candidates().count() == 1),
+        "I3: what it may hold stays"
+    );
 }
 
 #[test]
 fn groups_device_types_principals_and_the_island_come_back() {
     let slots = in_use(&[KeyType::GBEK], imported, true).slots;
-    let mut group = Group { slots: slots.clone(), ..Group::new(GroupId(3), "north".to_owned(), SecuritySuite::Suite1, NOW) };
+    let mut group =
+        Group { slots: slots.clone(), ..Group::new(GroupId(3), "north".to_owned(), SecuritySuite::Suite1, NOW) };
     let row = group.to_row().unwrap();
     assert_eq!(Group::from_row(group.id, &island(), row.clone().into()).unwrap(), group);
     group.switch_at = SwitchThreshold::new(80).unwrap();
     let slot = group.slots.iter().next().unwrap();
     let (setup, version) = (slot.setup(), slot.versions()[0].number());
     group.roll_out(setup, KeyType::GBEK, version, Some(CampaignId::from_octets(&[7; 16]).unwrap()), NOW.after(5));
-    group.note_members(setup, KeyType::GBEK, version, MemberCounts { members: 5, acknowledged: 4, unacknowledged: 1 }, NOW.after(9));
+    group.note_members(
+        setup,
+        KeyType::GBEK,
+        version,
+        MemberCounts { members: 5, acknowledged: 4, unacknowledged: 1 },
+        NOW.after(9),
+    );
     assert_eq!(group.rotation(setup, KeyType::GBEK).unwrap().reached, Some(NOW.after(9)));
     assert_eq!(Group::from_row(group.id, &island(), group.to_row().unwrap().into()).unwrap(), group);
     group.rotations[0].version = KeyVersionNumber::new(9).unwrap();
-    assert!(Group::from_row(group.id, &island(), group.to_row().unwrap().into()).is_err(), "a version that the group does not have");
+    assert!(
+        Group::from_row(group.id, &island(), group.to_row().unwrap().into()).is_err(),
+        "a version that the group does not have"
+    );
 
     let device_type = DeviceType {
         id: DeviceTypeId(4),
@@ -196,7 +230,10 @@ fn groups_device_types_principals_and_the_island_come_back() {
         added: NOW,
         slots,
     };
-    assert_eq!(DeviceType::from_row(device_type.id, &island(), device_type.to_row().unwrap().into()).unwrap(), device_type);
+    assert_eq!(
+        DeviceType::from_row(device_type.id, &island(), device_type.to_row().unwrap().into()).unwrap(),
+        device_type
+    );
 
     let certificate = PrincipalCertificate {
         key_sha256: Some([4; 32]),
@@ -211,7 +248,11 @@ fn groups_device_types_principals_and_the_island_come_back() {
         revision: 7,
         status: PrincipalStatus::Enabled,
         certificates: vec![certificate.clone()],
-        transport: Some(TransportCertificate { certificate: Bytes::from_static(b"der"), sha256: [3; 32], public_point: point }),
+        transport: Some(TransportCertificate {
+            certificate: Bytes::from_static(b"der"),
+            sha256: [3; 32],
+            public_point: point,
+        }),
         client_titles: vec![title()],
         person: Some(PersonName::parse("Ada Lovelace").unwrap()),
         shipment_key: None,
@@ -223,7 +264,10 @@ fn groups_device_types_principals_and_the_island_come_back() {
         shipment_key: Some(Bytes::from_static(b"spki")),
         ..officer.clone()
     };
-    assert_eq!(Principal::from_row(manufacturer.id.clone(), manufacturer.to_row().unwrap().into()).unwrap(), manufacturer);
+    assert_eq!(
+        Principal::from_row(manufacturer.id.clone(), manufacturer.to_row().unwrap().into()).unwrap(),
+        manufacturer
+    );
     assert!(Principal { shipment_key: manufacturer.shipment_key.clone(), ..officer.clone() }.to_row().is_err());
     assert_eq!(Principal::from_row(officer.id.clone(), officer.to_row().unwrap().into()).unwrap(), officer);
     assert!(officer.accepts(&[2; 32], UnixMillis(NOW.0 - 1)));
@@ -248,7 +292,11 @@ fn groups_device_types_principals_and_the_island_come_back() {
         classes: KeyClass::WITH_ROOTS.map(roots).to_vec(),
         seal_key_version: 1,
         escrow_fingerprint: Some([6; 32]),
-        history: DatabaseHistory { timeline: Some(Timeline { cluster: -7, number: 2 }), restores: 1, jump: CounterJump::new(1 << 24) },
+        history: DatabaseHistory {
+            timeline: Some(Timeline { cluster: -7, number: 2 }),
+            restores: 1,
+            jump: CounterJump::new(1 << 24),
+        },
         ledger: RootLedger::default(),
         principals_added: 3,
         created: NOW,
@@ -282,9 +330,17 @@ fn change() -> impl Strategy<Value = Change> {
         version.clone().prop_map(|version| Change::Candidate { version }),
         version.clone().prop_map(|version| Change::Prove { version }),
         Just(Change::Release),
-        (version.clone(), 0..5u8, -1_000_000_000_000..i64::MAX).prop_map(|(version, who, later)| Change::Expose { version, who, later }),
+        (version.clone(), 0..5u8, -1_000_000_000_000..i64::MAX).prop_map(|(version, who, later)| Change::Expose {
+            version,
+            who,
+            later
+        }),
         (version.clone(), 0..3u8).prop_map(|(version, key)| Change::Reserve { version, key }),
-        (version.clone(), 0..3u8, 0..1u64 << 33).prop_map(|(version, key, floor)| Change::Floor { version, key, floor }),
+        (version.clone(), 0..3u8, 0..1u64 << 33).prop_map(|(version, key, floor)| Change::Floor {
+            version,
+            key,
+            floor
+        }),
         (version.clone(), 0..3u8).prop_map(|(version, key)| Change::LeaveTo { version, key }),
         version.prop_map(|version| Change::Join { version }),
     ]
@@ -312,11 +368,18 @@ fn apply(slot: &mut Slot, change: &Change) {
                 2 => (KeyOrigin::Generated, Some(length)),
                 _ => (KeyOrigin::Imported, Some(length)),
             };
-            let wrapped = wrapped.map(|length| WrappedKey::new(slot.key_type(), 2, Bytes::from(vec![1; length.wrapped_octets()])).unwrap());
+            let wrapped = wrapped.map(|length| {
+                WrappedKey::new(slot.key_type(), 2, Bytes::from(vec![1; length.wrapped_octets()])).unwrap()
+            });
             let state = if active { KeyState::Active } else { KeyState::PreActive };
-            let _ = slot.add_version(NewKeyVersion { state, origin, wrapped, fingerprint: long.then_some([4; 16]) }, NOW.after(5));
+            let _ = slot.add_version(
+                NewKeyVersion { state, origin, wrapped, fingerprint: long.then_some([4; 16]) },
+                NOW.after(5),
+            );
         }
-        Change::Transition { version, state } => drop(slot.transition(number(version), KeyState::ALL[state], NOW.after(6))),
+        Change::Transition { version, state } => {
+            drop(slot.transition(number(version), KeyState::ALL[state], NOW.after(6)))
+        }
         Change::Candidate { version } => drop(slot.mark_left(number(version), 1, KeyVersionNumber::FIRST)),
         Change::Prove { version } => drop(slot.confirm(number(version), 2, Evidence::Proven, NOW.after(7))),
         Change::Release => drop(slot.release_candidates(1, NOW.after(9))),
@@ -333,13 +396,26 @@ fn apply(slot: &mut Slot, change: &Change) {
         Change::Reserve { version, key: which } => counters(slot, version, &|counters| {
             let chunk = ChunkSize::new(NonZeroU32::new(1 << 30).unwrap());
             let counter_use = if version % 2 == 0 { CounterUse::Lease } else { CounterUse::Frames };
-            if let Ok(reserved) = counters.reserve(key(which), counter_use, WriterId::from_octets(&[8; 16]).unwrap(), chunk, 0, CounterJump::NONE) {
+            if let Ok(reserved) = counters.reserve(
+                key(which),
+                counter_use,
+                WriterId::from_octets(&[8; 16]).unwrap(),
+                chunk,
+                0,
+                CounterJump::NONE,
+            ) {
                 let _ = counters.count_into_hour(reserved, counter_use, CounterCap::new(u32::MAX).unwrap(), NOW);
             }
         }),
-        Change::Floor { version, key: which, floor } => counters(slot, version, &|counters| counters.raise_floor(key(which), floor, None).unwrap()),
-        Change::LeaveTo { version, key: which } => counters(slot, version, &|counters| counters.leave_to(key(which), principal("old-hes"))),
-        Change::Join { version } => drop(slot.join_domain(number(version), &mut CounterDomain::new(CounterDomainId([9; 16])))),
+        Change::Floor { version, key: which, floor } => {
+            counters(slot, version, &|counters| counters.raise_floor(key(which), floor, None).unwrap())
+        }
+        Change::LeaveTo { version, key: which } => {
+            counters(slot, version, &|counters| counters.leave_to(key(which), principal("old-hes")))
+        }
+        Change::Join { version } => {
+            drop(slot.join_domain(number(version), &mut CounterDomain::new(CounterDomainId([9; 16]))))
+        }
     }
 }
 
@@ -356,7 +432,8 @@ proptest! {
         let mut slots = ids.map(|(key_type, setup)| Slot::new(SecuritySetupId::from_octets(setup), key_type));
         for (at, change) in &changes {
             apply(&mut slots[*at], change);
-            // I3: whatever happened, no candidate is destroyed and nothing else than these two states is granted.
+            // I3: whatever happened, no candidate is destroyed and nothing else than these two
+            // states is granted.
             for slot in &slots {
                 prop_assert!(slot.candidates().all(|version| version.state() != KeyState::Destroyed));
                 prop_assert!(slot.grantable().all(|one| matches!(one.version.state(), KeyState::Active | KeyState::Deactivated)));

@@ -1,4 +1,5 @@
-//! Transfers, story by story: what the meter does, what the server sees of it, and what it may believe. All interleavings are in `transfer_model.rs`.
+//! Transfers, story by story: what the meter does, what the server sees of it, and what it may
+//! believe. All interleavings are in `transfer_model.rs`.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -57,7 +58,8 @@ fn a_lost_request_is_shown_by_the_old_key() {
     assert_eq!((story.active(KeyType::GUEK), story.candidates(KeyType::GUEK)), (Some(1), vec![1, 2]));
     assert!(story.slot(KeyType::GUEK).clone().transition(number(2), KeyState::Destroyed, NOW).is_err());
     assert!(!story.slot(KeyType::GUEK).in_doubt());
-    // A late packet after all: a probe finds it, and the version becomes active by its own exchange only.
+    // A late packet after all: a probe finds it, and the version becomes active by its own exchange
+    // only.
     story.begin(OrderedKeys::Probe);
     story.refused((1, 1));
     assert_eq!(story.exchange((2, 1)), Next::Done(Outcome::Probed));
@@ -66,7 +68,9 @@ fn a_lost_request_is_shown_by_the_old_key() {
 
 #[test]
 fn an_error_and_an_exception_prove_nothing() {
-    for observation in [Observation::Answered { result: 250, meter_counter: 99 }, Observation::Refusal, Observation::CounterFollowed] {
+    for observation in
+        [Observation::Answered { result: 250, meter_counter: 99 }, Observation::Refusal, Observation::CounterFollowed]
+    {
         let mut story = Story::new();
         story.begin(own(KeyType::GUEK));
         story.opened((1, 1));
@@ -141,7 +145,10 @@ fn a_slot_in_doubt_takes_so_many_candidates_and_no_more() {
         assert_eq!(story.candidates(key_type).len(), MOST_CANDIDATES);
         // I3: none is dropped for it.
         let before = story.meter.clone();
-        assert_eq!(story.try_begin(own(key_type), true), Err(TransferError::TooManyCandidates { key_type, most: MOST_CANDIDATES }));
+        assert_eq!(
+            story.try_begin(own(key_type), true),
+            Err(TransferError::TooManyCandidates { key_type, most: MOST_CANDIDATES })
+        );
         assert_eq!(story.meter, before);
         // The way out: a probe shows what it holds, and another version can be brought.
         story.begin(OrderedKeys::Probe);
@@ -161,7 +168,10 @@ fn a_kek_in_doubt_takes_so_many_candidates_until_a_guek_shows_which_one_it_is() 
         while story.see(Observation::Nothing) == Next::Send {}
     }
     assert_eq!(story.candidates(KeyType::KEK).len(), MOST_KEK_CANDIDATES);
-    assert_eq!(story.try_begin(compound(), true), Err(TransferError::TooManyCandidates { key_type: KeyType::KEK, most: MOST_KEK_CANDIDATES }));
+    assert_eq!(
+        story.try_begin(compound(), true),
+        Err(TransferError::TooManyCandidates { key_type: KeyType::KEK, most: MOST_KEK_CANDIDATES })
+    );
     // The meter holds the first KEK. GUEKs go out under each in turn, until one arrives.
     let mut transfers = 0;
     while story.slot(KeyType::KEK).held().unwrap().number() != number(1) || story.slot(KeyType::KEK).unresolved() {
@@ -181,11 +191,14 @@ fn a_kek_in_doubt_takes_so_many_candidates_until_a_guek_shows_which_one_it_is() 
     story.begin(compound());
 }
 
-/// A head-end that plays its own meter: it reports nothing, lets the new pair fail and answers under the former one. Nothing of it is in doubt.
+/// A head-end that plays its own meter: it reports nothing, lets the new pair fail and answers
+/// under the former one. Nothing of it is in doubt.
 #[test]
 fn a_slot_takes_so_many_versions_in_doubt_or_not_and_then_one_a_day() {
     const DAY: i64 = 86_400_000;
-    let full = |key_type, wait_ms| Err(TransferError::SlotFull { key_type, most: MOST_VERSIONS, wait: std::time::Duration::from_millis(wait_ms) });
+    let full = |key_type, wait_ms| {
+        Err(TransferError::SlotFull { key_type, most: MOST_VERSIONS, wait: std::time::Duration::from_millis(wait_ms) })
+    };
     for key_type in [KeyType::GUEK, KeyType::GAK, KeyType::GBEK] {
         let mut story = Story::new();
         story.form = TransferForm::WrappedKey;
@@ -246,7 +259,9 @@ fn a_master_key_takes_its_place_among_the_versions_of_a_full_slot() {
             slot.add_version(diversified(KeyState::PreActive), NOW).unwrap();
         }
         let before = story.meter.clone();
-        assert!(matches!(story.try_begin(compound(), true), Err(TransferError::SlotFull { key_type: full, .. }) if full == key_type));
+        assert!(
+            matches!(story.try_begin(compound(), true), Err(TransferError::SlotFull { key_type: full, .. }) if full == key_type)
+        );
         assert_eq!(story.meter, before);
         // What is destroyed takes no place.
         story.meter.slots.get_mut(SETUP, key_type).unwrap().transition(number(9), KeyState::Destroyed, NOW).unwrap();
@@ -262,7 +277,9 @@ fn orders_that_are_withdrawn_again_and_again_leave_one_version() {
         story.meter.withdraw_transfer(id, NOW).unwrap();
         story.store();
     };
-    let numbers = |story: &Story, key_type| story.slot(key_type).versions().iter().map(|version| version.number().number()).collect::<Vec<_>>();
+    let numbers = |story: &Story, key_type| {
+        story.slot(key_type).versions().iter().map(|version| version.number().number()).collect::<Vec<_>>()
+    };
     for _ in 0..10 {
         withdrawn(&mut story, compound());
     }
@@ -291,7 +308,8 @@ fn orders_that_are_withdrawn_again_and_again_leave_one_version() {
     assert_eq!(numbers(&story, KeyType::GUEK), [1, 11, 12, 15, 16, 17, 20]);
 }
 
-/// Rows from before the bound keep what they have: few pairs are made of them, and all pairs in turn.
+/// Rows from before the bound keep what they have: few pairs are made of them, and all pairs in
+/// turn.
 #[test]
 fn few_pairs_are_made_of_many_candidates() {
     for (gueks, gaks) in [(1, 1), (2, 3), (12, 1), (1, 13), (5, 4), (40, 30), (900, 2)] {
@@ -317,11 +335,15 @@ fn few_pairs_are_made_of_many_candidates() {
         for turn in 0..turns {
             story.meter.sequence = u32::try_from(turn).unwrap();
             let pairs = story.meter.pairs(SETUP, None);
-            let pairs: Vec<_> = pairs.iter().map(|pair| (pair.encryption.number(), pair.authentication.number())).collect();
+            let pairs: Vec<_> =
+                pairs.iter().map(|pair| (pair.encryption.number(), pair.authentication.number())).collect();
             assert!(pairs.len() <= 12);
             let likeliest = if all.len() > 12 { 8 } else { all.len() };
             assert_eq!(pairs[..likeliest], all[..likeliest]);
-            assert_eq!(pairs[likeliest..], all[likeliest..][turn * 4..all.len().min(likeliest + turn * 4 + 4) - likeliest]);
+            assert_eq!(
+                pairs[likeliest..],
+                all[likeliest..][turn * 4..all.len().min(likeliest + turn * 4 + 4) - likeliest]
+            );
             tried.extend(pairs);
         }
         assert_eq!(tried.len(), all.len(), "the turn of every pair comes");
@@ -335,7 +357,11 @@ fn a_counter_is_followed_with_the_same_keys_and_not_for_ever() {
     for _ in 0..3 {
         let before = story.stage();
         assert_eq!(story.see(Observation::CounterFollowed), Next::Send);
-        let (Stage::Associate { pair, challenge, .. }, Stage::Associate { pair: known, challenge: earlier, .. }) = (story.stage(), before) else { panic!() };
+        let (Stage::Associate { pair, challenge, .. }, Stage::Associate { pair: known, challenge: earlier, .. }) =
+            (story.stage(), before)
+        else {
+            panic!()
+        };
         assert_eq!(pair, known);
         assert_ne!(challenge, earlier, "the octets change, so the challenge does");
     }
@@ -428,8 +454,12 @@ fn a_kek_whose_guek_was_lost_is_found_by_the_next_transfer() {
         assert_eq!(story.exchange((1, 1)), Next::Done(Outcome::NotApplied));
         assert_eq!(story.active(KeyType::KEK), Some(1));
         assert!(story.slot(KeyType::KEK).in_doubt());
-        let accepted =
-            story.meter.acceptance(None, |_, key_type| key_type.standard_key_id().is_some()).into_iter().find(|key| key.key_type == KeyType::KEK).unwrap();
+        let accepted = story
+            .meter
+            .acceptance(None, |_, key_type| key_type.standard_key_id().is_some())
+            .into_iter()
+            .find(|key| key.key_type == KeyType::KEK)
+            .unwrap();
         assert_eq!((accepted.verdict, accepted.remedy), (Verdict::InDoubt, Some(Remedy::Rotation)));
         // Each KEK gets its turn.
         let held = if kek_applied { 2 } else { 1 };
@@ -456,8 +486,9 @@ fn a_kek_whose_guek_was_lost_is_found_by_the_next_transfer() {
 }
 
 proptest! {
-    /// Deliveries of compound transfers are lost at random, the KEK's, the GUEK's or both, and power failures take the last KEK back; then all goes well. The
-    /// KEK that the meter holds gets its turn soon, whichever it is and however many there are.
+    /// Deliveries of compound transfers are lost at random, the KEK's, the GUEK's or both, and
+    /// power failures take the last KEK back; then all goes well. The KEK that the meter holds gets
+    /// its turn soon, whichever it is and however many there are.
     #[test]
     fn a_kek_in_doubt_is_found_by_transfers_alone(
         faults in prop::collection::vec((any::<bool>(), any::<bool>(), prop::bool::weighted(0.2)), 1..8)
@@ -566,7 +597,10 @@ fn keys_that_no_exchange_uses_are_acknowledged() {
     story.begin(own(KeyType::GBEK));
     story.opened((1, 1));
     assert_eq!(story.accepted(), Next::Done(Outcome::Acknowledged));
-    assert_eq!((story.active(KeyType::GBEK), story.version(KeyType::GBEK, 2).transport().evidence), (Some(2), Evidence::Acknowledged));
+    assert_eq!(
+        (story.active(KeyType::GBEK), story.version(KeyType::GBEK, 2).transport().evidence),
+        (Some(2), Evidence::Acknowledged)
+    );
     story.begin(own(KeyType::GBEK));
     story.opened((1, 1));
     assert_eq!(story.see(Observation::Answered { result: 9, meter_counter: 99 }), Next::Done(Outcome::InDoubt));
@@ -590,10 +624,16 @@ fn a_key_of_a_group_is_acknowledged_and_recorded() {
     let mut story = Story::new();
     story.begin(shared(KeyType::GBEK));
     story.opened((1, 1));
-    assert_eq!(story.meter.shared.iter().map(|shared| (shared.version.number(), shared.acknowledged)).collect::<Vec<_>>(), [(7, false)]);
+    assert_eq!(
+        story.meter.shared.iter().map(|shared| (shared.version.number(), shared.acknowledged)).collect::<Vec<_>>(),
+        [(7, false)]
+    );
     assert_eq!(story.accepted(), Next::Done(Outcome::Acknowledged));
     assert!(story.meter.shared[0].acknowledged);
-    assert_eq!(story.findings, [Finding::SharedAcknowledged { owner: group, key_type: KeyType::GBEK, version: number(7) }]);
+    assert_eq!(
+        story.findings,
+        [Finding::SharedAcknowledged { owner: group, key_type: KeyType::GBEK, version: number(7) }]
+    );
     // The meter's own slot has nothing to do with it.
     assert_eq!(story.active(KeyType::GBEK), Some(1));
     // I3: what takes the place of a key of exchanges must be a candidate of its slot.
@@ -654,7 +694,8 @@ fn a_meter_that_goes_back_is_noticed_and_needs_a_new_key() {
     // I3: nobody knows yet that it went back to the earlier KEK too; nothing is released.
     assert!(!story.slot(KeyType::KEK).in_doubt());
     assert!(!story.meter.release_candidates(0, NOW));
-    // It is known what it holds, so the next transfer is nothing urgent. The first KEK is the wrong one.
+    // It is known what it holds, so the next transfer is nothing urgent. The first KEK is the wrong
+    // one.
     story.begin(own(KeyType::GUEK));
     story.opened((1, 1));
     story.accepted();
@@ -673,7 +714,13 @@ fn a_meter_that_goes_back_is_noticed_and_needs_a_new_key() {
 fn a_compromised_version_is_held_but_never_granted() {
     let mut story = Story::new();
     let compromise = |story: &mut Story, version| {
-        story.meter.slots.get_mut(SETUP, KeyType::GUEK).unwrap().transition(number(version), KeyState::Compromised, NOW).unwrap();
+        story
+            .meter
+            .slots
+            .get_mut(SETUP, KeyType::GUEK)
+            .unwrap()
+            .transition(number(version), KeyState::Compromised, NOW)
+            .unwrap();
     };
     compromise(&mut story, 1);
     assert!(story.granted(KeyType::GUEK).is_empty());
@@ -722,22 +769,36 @@ fn a_report_for_another_step_or_transfer_changes_nothing() {
     let before = story.meter.clone();
     let step = story.meter.transfer.as_ref().unwrap().step;
     for other in [0, step - 1, step + 1, u32::MAX] {
-        assert_eq!(story.meter.observe(id, other, Observation::Attested { holds: true }, [9; CHALLENGE], NOW), Err(TransferError::OtherStep { at: step }));
+        assert_eq!(
+            story.meter.observe(id, other, Observation::Attested { holds: true }, [9; CHALLENGE], NOW),
+            Err(TransferError::OtherStep { at: step })
+        );
     }
     let other = TransferId::from_octets(&[99; 16]).unwrap();
-    assert_eq!(story.meter.observe(other, step, Observation::Nothing, [9; CHALLENGE], NOW), Err(TransferError::NotUnderWay));
+    assert_eq!(
+        story.meter.observe(other, step, Observation::Nothing, [9; CHALLENGE], NOW),
+        Err(TransferError::NotUnderWay)
+    );
     assert_eq!(story.meter, before);
 }
 
 #[test]
 fn what_travels_under_an_exposed_kek_is_exposed() {
     let mut story = Story::new();
-    story.meter.slots.get_mut(SETUP, KeyType::KEK).unwrap().version_mut(number(1)).unwrap().expose(Party::Vendor, ExposureReason::Shipment, NOW);
+    story.meter.slots.get_mut(SETUP, KeyType::KEK).unwrap().version_mut(number(1)).unwrap().expose(
+        Party::Vendor,
+        ExposureReason::Shipment,
+        NOW,
+    );
     story.rotate(compound(), (1, 1), (2, 1));
     // The KEK under the exposed one, and the GUEK under that.
     for key_type in [KeyType::KEK, KeyType::GUEK] {
         let exposures = story.version(key_type, 2).exposures().to_vec();
-        assert_eq!(exposures, [Exposure { party: Party::Vendor, since: NOW, reason: ExposureReason::TransferUnderExposedKek }], "{key_type}");
+        assert_eq!(
+            exposures,
+            [Exposure { party: Party::Vendor, since: NOW, reason: ExposureReason::TransferUnderExposedKek }],
+            "{key_type}"
+        );
     }
 }
 
@@ -780,9 +841,15 @@ fn a_guek_that_shows_a_released_kek_is_proven_all_the_same() {
 fn what_cannot_begin_is_refused() {
     let mut story = Story::new();
     assert_eq!(story.try_begin(own(KeyType::KEK), false), Err(TransferError::KekAlone));
-    assert_eq!(story.try_begin(own(KeyType::FIRMWARE), false), Err(TransferError::Slot(SlotError::NoSuchSlot { setup: SETUP, key_type: KeyType::FIRMWARE })));
+    assert_eq!(
+        story.try_begin(own(KeyType::FIRMWARE), false),
+        Err(TransferError::Slot(SlotError::NoSuchSlot { setup: SETUP, key_type: KeyType::FIRMWARE }))
+    );
     let active = OrderedKeys::Own { key_type: KeyType::GUEK, new: diversified(KeyState::Active) };
-    assert!(matches!(story.try_begin(active, false), Err(TransferError::Slot(SlotError::Transition { to: KeyState::Active, .. }))));
+    assert!(matches!(
+        story.try_begin(active, false),
+        Err(TransferError::Slot(SlotError::Transition { to: KeyState::Active, .. }))
+    ));
     story.meter.class.status = MeterStatus::Quarantined;
     assert_eq!(story.try_begin(OrderedKeys::Probe, false), Err(TransferError::Status { status: "quarantined" }));
     story.meter.class.status = MeterStatus::InService;
@@ -790,7 +857,8 @@ fn what_cannot_begin_is_refused() {
     assert_eq!(story.try_begin(OrderedKeys::Probe, false), Err(TransferError::SequenceUsedUp));
 
     let mut without = Story::new();
-    without.meter.slots = Slots::new(vec![without.slot(KeyType::GUEK).clone(), without.slot(KeyType::GAK).clone()]).unwrap();
+    without.meter.slots =
+        Slots::new(vec![without.slot(KeyType::GUEK).clone(), without.slot(KeyType::GAK).clone()]).unwrap();
     assert_eq!(without.try_begin(own(KeyType::GUEK), false), Err(TransferError::NoKek { setup: SETUP }));
     without.meter.slots = Slots::new(vec![without.slot(KeyType::GUEK).clone()]).unwrap();
     assert_eq!(without.try_begin(own(KeyType::GUEK), false), Err(TransferError::NoKeys { setup: SETUP }));
@@ -887,7 +955,10 @@ impl Story {
     fn exchange(&mut self, pair: (u32, u32)) -> Next {
         self.expect(pair);
         self.meter_counter += 1;
-        assert_eq!(self.see(Observation::Associated { meter_challenge: vec![7; 32], meter_counter: self.meter_counter }), Next::Send);
+        assert_eq!(
+            self.see(Observation::Associated { meter_challenge: vec![7; 32], meter_counter: self.meter_counter }),
+            Next::Send
+        );
         self.meter_counter += 1;
         self.see(Observation::Authenticated { meter_counter: self.meter_counter })
     }
@@ -912,7 +983,10 @@ impl Story {
     }
 
     fn expect(&self, (encryption, authentication): (u32, u32)) {
-        assert_eq!(self.stage_pair(), KeyPair { encryption: number(encryption), authentication: number(authentication) });
+        assert_eq!(
+            self.stage_pair(),
+            KeyPair { encryption: number(encryption), authentication: number(authentication) }
+        );
     }
 
     /// A whole transfer that goes well.
@@ -963,7 +1037,8 @@ fn compound() -> OrderedKeys {
 }
 
 fn diversified(state: KeyState) -> NewKeyVersion {
-    let origin = KeyOrigin::Diversified { root_version: 1, derivation: KeyDerivation::Sp800108Cmac, length: KeyLength::Aes128 };
+    let origin =
+        KeyOrigin::Diversified { root_version: 1, derivation: KeyDerivation::Sp800108Cmac, length: KeyLength::Aes128 };
     NewKeyVersion { state, origin, wrapped: None, fingerprint: None }
 }
 

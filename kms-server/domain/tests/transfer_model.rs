@@ -1,21 +1,28 @@
 //! I3 and I4 under every interleaving: transfers checked by a model checker.
 //!
-//! The server is the crate itself: its state is the octets of the meter's row, read and written in each step. Around it are a meter that does what
-//! real meters were seen to do, and a network that belongs to an adversary:
+//! The server is the crate itself: its state is the octets of the meter's row, read and written in
+//! each step. Around it are a meter that does what real meters were seen to do, and a network that
+//! belongs to an adversary:
 //!
-//! - every request stays in the network: it arrives at any later time, in any order, once, often or never. A crash of the server after its act is
-//!   stored, and a crash of a head-end, are requests that never arrive; what is sent again is read from the row and must be the same octets (I4);
-//! - every answer stays, too. What reaches the server is any answer that ever was, or none, or an exception response, which anyone can write. An answer
-//!   counts as what its octets can be read as: those to a challenge only for the present challenge, all others whenever the pair of keys fits;
-//! - the meter refuses counters that do not rise, keys that were not wrapped under its KEK, and other keys than its own. It answers an error although it
-//!   has applied the key. When its power fails it goes back to the keys before, all of them; one variant forgets the counters as well.
+//! - every request stays in the network: it arrives at any later time, in any order, once, often or
+//!   never. A crash of the server after its act is stored, and a crash of a head-end, are requests
+//!   that never arrive; what is sent again is read from the row and must be the same octets (I4);
+//! - every answer stays, too. What reaches the server is any answer that ever was, or none, or an
+//!   exception response, which anyone can write. An answer counts as what its octets can be read
+//!   as: those to a challenge only for the present challenge, all others whenever the pair of keys
+//!   fits;
+//! - the meter refuses counters that do not rise, keys that were not wrapped under its KEK, and
+//!   other keys than its own. It answers an error although it has applied the key. When its power
+//!   fails it goes back to the keys before, all of them; one variant forgets the counters as well.
 //!
-//! Limits of what is claimed, which are also the limits of I3. No request and no wrapped key arrives later than the retention time. A meter goes back to
-//! a key before only within the retention time after the change, and talks to the server again within half of it. Time moves in halves of the retention
-//! time, and only when a meter that went back has been noticed.
+//! Limits of what is claimed, which are also the limits of I3. No request and no wrapped key
+//! arrives later than the retention time. A meter goes back to a key before only within the
+//! retention time after the change, and talks to the server again within half of it. Time moves in
+//! halves of the retention time, and only when a meter that went back has been noticed.
 //!
-//! Each test below bounds what happens: the transfers, and how often each kind of trouble comes. All reachable states within the bounds are visited, so
-//! requests are lost, repeated and reordered without a bound. All tests together take about a minute of one core.
+//! Each test below bounds what happens: the transfers, and how often each kind of trouble comes.
+//! All reachable states within the bounds are visited, so requests are lost, repeated and reordered
+//! without a bound. All tests together take about a minute of one core.
 //!
 //! | test | transfers | power failures | halves | states | depth |
 //! |---|---|---|---|---|---|
@@ -31,7 +38,8 @@
 //! | `two_gbeks_and_the_retention_time` | GBEK, GBEK | 0 | 2 | 3,427 | 17 |
 //! | `a_guek_and_challenges_that_are_not_to_be_answered` | GUEK, probe | 0 | 0 | 44,939 | 24 |
 //!
-//! The remaining tests break one rule of the server each, and the checker must find what is lost by it.
+//! The remaining tests break one rule of the server each, and the checker must find what is lost by
+//! it.
 
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
@@ -68,13 +76,15 @@ struct World {
     compromises: u8,
     /// Counters that a forged exception makes the server skip, or a crash.
     skipped_counters: u8,
-    /// Associations of the meter, true or forged, that bring a challenge which is not to be answered.
+    /// Associations of the meter, true or forged, that bring a challenge which is not to be
+    /// answered.
     unfit_challenges: u8,
     /// Halves of the retention time that pass.
     halves: u8,
 }
 
-/// The rules of the server: the right ones, or one that is wrong in one respect, to see that the checker finds what comes of it.
+/// The rules of the server: the right ones, or one that is wrong in one respect, to see that the
+/// checker finds what comes of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Rule {
     /// Those of the crate.
@@ -87,7 +97,8 @@ enum Rule {
     LeavesBeforeStored,
     /// Counters are used before the row that reserves them is stored.
     CountersNotStored,
-    /// Candidates of a slot are released although another slot shows that the meter went back to earlier keys.
+    /// Candidates of a slot are released although another slot shows that the meter went back to
+    /// earlier keys.
     ReleasedSlotBySlot,
 }
 
@@ -102,7 +113,8 @@ enum Order {
 /// A step of someone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Action {
-    /// A transfer begins, by a head-end with this client title. An earlier one is given up: its time has run out.
+    /// A transfer begins, by a head-end with this client title. An earlier one is given up: its
+    /// time has run out.
     Begin { order: Order, title: u8 },
     /// A request arrives at the meter.
     Arrive { request: Request, errs: bool },
@@ -128,7 +140,8 @@ type Pair = (u32, u32);
 struct Request {
     /// The head-end.
     title: u8,
-    /// The keys that protect it; `None` where the head-end uses a session of its own, under whatever the meter holds.
+    /// The keys that protect it; `None` where the head-end uses a session of its own, under
+    /// whatever the meter holds.
     pair: Option<Pair>,
     /// The last of its counters.
     counter: u32,
@@ -265,7 +278,13 @@ impl Model for World {
         vec![State {
             row: Row::new(&meter),
             time: 0,
-            device: Device { keys: [1; 4], former: [None; 4], accepted: BTreeMap::new(), association: None, counters: BTreeMap::new() },
+            device: Device {
+                keys: [1; 4],
+                former: [None; 4],
+                accepted: BTreeMap::new(),
+                association: None,
+                counters: BTreeMap::new(),
+            },
             requests: BTreeSet::new(),
             replies: BTreeSet::new(),
             begun: 0,
@@ -347,16 +366,33 @@ impl Model for World {
                 next.unnoticed = true;
             }
             Action::Compromise { version } => {
-                meter.slots.get_mut(SETUP, KeyType::GUEK).unwrap().transition(version, KeyState::Compromised, moment(state.time)).ok()?;
+                meter
+                    .slots
+                    .get_mut(SETUP, KeyType::GUEK)
+                    .unwrap()
+                    .transition(version, KeyState::Compromised, moment(state.time))
+                    .ok()?;
                 next.compromises += 1;
             }
             Action::SkipCounters => {
                 let transfer = meter.transfer.clone()?;
-                let version = meter.slots.get_mut(SETUP, KeyType::GUEK).unwrap().version_mut(transfer.pair()?.encryption).unwrap();
+                let version = meter
+                    .slots
+                    .get_mut(SETUP, KeyType::GUEK)
+                    .unwrap()
+                    .version_mut(transfer.pair()?.encryption)
+                    .unwrap();
                 version
                     .counters_mut()
                     .unwrap()
-                    .reserve(CounterKey::ClientTitle(transfer.client_title), CounterUse::Frames, writer(2), ONE, 0, CounterJump::NONE)
+                    .reserve(
+                        CounterKey::ClientTitle(transfer.client_title),
+                        CounterUse::Frames,
+                        writer(2),
+                        ONE,
+                        0,
+                        CounterJump::NONE,
+                    )
                     .unwrap();
                 next.skipped_counters += 1;
             }
@@ -380,40 +416,72 @@ impl Model for World {
             }),
             Property::<Self>::always(ACTIVE, |_, state| {
                 let meter = state.meter();
-                KEYS.iter()
-                    .zip(&state.ever_held)
-                    .all(|(key_type, held)| meter.slots.get(SETUP, *key_type).unwrap().active().is_none_or(|active| held.contains(&active.number().number())))
+                KEYS.iter().zip(&state.ever_held).all(|(key_type, held)| {
+                    meter
+                        .slots
+                        .get(SETUP, *key_type)
+                        .unwrap()
+                        .active()
+                        .is_none_or(|active| held.contains(&active.number().number()))
+                })
             }),
             Property::<Self>::always(GRANTED, |_, state| {
-                state.meter().slots.iter().flat_map(Slot::grantable).all(|granted| matches!(granted.version.state(), KeyState::Active | KeyState::Deactivated))
+                state
+                    .meter()
+                    .slots
+                    .iter()
+                    .flat_map(Slot::grantable)
+                    .all(|granted| matches!(granted.version.state(), KeyState::Active | KeyState::Deactivated))
             }),
             Property::<Self>::always(NONCE, |_, state| state.fault != Some(Fault::NonceRepeated)),
             Property::<Self>::always(SAME_OCTETS, |_, state| {
                 let meter = state.meter();
                 let Some(transfer) = &meter.transfer else { return true };
                 let request = request(transfer, 0);
-                request.pair.is_none_or(|pair| state.last.get(&(pair.0, request.title)).is_some_and(|last| *last == Request { sent: last.sent, ..request }))
+                request.pair.is_none_or(|pair| {
+                    state
+                        .last
+                        .get(&(pair.0, request.title))
+                        .is_some_and(|last| *last == Request { sent: last.sent, ..request })
+                })
             }),
             Property::<Self>::always(OUTCOME, |_, state| !matches!(state.fault, Some(Fault::FalseOutcome(_)))),
             Property::<Self>::always(REFUSED, |_, state| !matches!(state.fault, Some(Fault::StepRefused(_)))),
             Property::<Self>::always(UNFIT, |_, state| state.fault != Some(Fault::ChallengeCounted)),
             Property::<Self>::always(HEALS, Self::heals),
-            Property::<Self>::sometimes("a transfer is proven", |_, state| state.outcome.is_some_and(Outcome::is_success)),
+            Property::<Self>::sometimes("a transfer is proven", |_, state| {
+                state.outcome.is_some_and(Outcome::is_success)
+            }),
             Property::<Self>::sometimes("a transfer ends in doubt", |_, state| state.outcome == Some(Outcome::InDoubt)),
         ];
         if self.transfers.len() > 1 && self.rotates_one_key() {
-            properties.push(Property::<Self>::sometimes("three candidates", |_, state| state.meter().slots.iter().any(|slot| slot.candidates().count() >= 3)));
+            properties.push(Property::<Self>::sometimes("three candidates", |_, state| {
+                state.meter().slots.iter().any(|slot| slot.candidates().count() >= 3)
+            }));
         }
         if self.reverts > 0 && self.transfers.len() > 1 {
-            properties.push(Property::<Self>::sometimes("the meter showed an earlier key than the active one", |_, state| {
-                let meter = state.meter();
-                meter.slots.iter().any(|slot| slot.held().zip(slot.active()).is_some_and(|(held, active)| held.number() < active.number()))
-            }));
+            properties.push(Property::<Self>::sometimes(
+                "the meter showed an earlier key than the active one",
+                |_, state| {
+                    let meter = state.meter();
+                    meter.slots.iter().any(|slot| {
+                        slot.held().zip(slot.active()).is_some_and(|(held, active)| held.number() < active.number())
+                    })
+                },
+            ));
         }
         if self.halves > 1 {
-            properties.push(Property::<Self>::sometimes("a version is destroyed that the meter had used", |_, state| {
-                state.meter().slots.iter().flat_map(Slot::versions).any(|version| version.state() == KeyState::Destroyed && version.number().number() == 1)
-            }));
+            properties.push(Property::<Self>::sometimes(
+                "a version is destroyed that the meter had used",
+                |_, state| {
+                    state
+                        .meter()
+                        .slots
+                        .iter()
+                        .flat_map(Slot::versions)
+                        .any(|version| version.state() == KeyState::Destroyed && version.number().number() == 1)
+                },
+            ));
         }
         properties
     }
@@ -476,11 +544,15 @@ impl World {
         for reply in &state.replies {
             match (*reply, &transfer.stage) {
                 (Reply::Associated { pair, meter_challenge }, Stage::Associate { .. }) if Some(pair) == now => {
-                    observations.push(Observation::Associated { meter_challenge: meter_challenge.to_be_bytes().to_vec(), meter_counter: 0 });
+                    observations.push(Observation::Associated {
+                        meter_challenge: meter_challenge.to_be_bytes().to_vec(),
+                        meter_counter: 0,
+                    });
                 }
-                (Reply::Authenticated { pair, challenge, meter_counter }, Stage::Authenticate { challenge: sent, .. })
-                    if Some(pair) == now && challenge == short(sent) =>
-                {
+                (
+                    Reply::Authenticated { pair, challenge, meter_counter },
+                    Stage::Authenticate { challenge: sent, .. },
+                ) if Some(pair) == now && challenge == short(sent) => {
                     observations.push(Observation::Authenticated { meter_counter });
                 }
                 (Reply::Answered { pair, result, meter_counter }, Stage::Deliver { .. }) if Some(pair) == now => {
@@ -497,7 +569,12 @@ impl World {
         let transfer = meter.transfer.clone().unwrap();
         let now = moment(next.time);
         if observation == Observation::CounterFollowed {
-            let version = meter.slots.get_mut(SETUP, KeyType::GUEK).unwrap().version_mut(transfer.pair().unwrap().encryption).unwrap();
+            let version = meter
+                .slots
+                .get_mut(SETUP, KeyType::GUEK)
+                .unwrap()
+                .version_mut(transfer.pair().unwrap().encryption)
+                .unwrap();
             let counters = version.counters_mut().unwrap();
             let floor = counters.highest_bound() + 1;
             counters.raise_floor(CounterKey::ClientTitle(transfer.client_title), floor, Some(10)).unwrap();
@@ -507,7 +584,12 @@ impl World {
             && let (Stage::Deliver { .. }, Observation::Answered { result: 0, .. }) = (&transfer.stage, &observation)
         {
             let key = transfer.current().unwrap();
-            meter.slots.get_mut(SETUP, key.key_type).unwrap().confirm(key.version, meter.sequence, Evidence::Proven, now).unwrap();
+            meter
+                .slots
+                .get_mut(SETUP, key.key_type)
+                .unwrap()
+                .confirm(key.version, meter.sequence, Evidence::Proven, now)
+                .unwrap();
             meter.withdraw_transfer(transfer.id, now).unwrap();
             return next.end(Outcome::Proven, &transfer);
         }
@@ -524,7 +606,9 @@ impl World {
             next.fault = Some(Fault::ChallengeCounted);
         }
         let held = (next.device.keys[1], next.device.keys[2]);
-        if proven && transfer.pair().is_some_and(|pair| (pair.encryption.number(), pair.authentication.number()) == held) {
+        if proven
+            && transfer.pair().is_some_and(|pair| (pair.encryption.number(), pair.authentication.number()) == held)
+        {
             next.unnoticed = false;
         }
     }
@@ -537,11 +621,16 @@ impl World {
             let version = reserved.slots.get_mut(SETUP, KeyType::GUEK).unwrap().version_mut(pair.encryption).unwrap();
             let size = if matches!(transfer.stage, Stage::Authenticate { .. }) { TWO } else { ONE };
             let key = CounterKey::ClientTitle(transfer.client_title);
-            let reservation = version.counters_mut().unwrap().reserve(key, CounterUse::Frames, writer(1), size, 0, CounterJump::NONE).unwrap();
+            let reservation = version
+                .counters_mut()
+                .unwrap()
+                .reserve(key, CounterUse::Frames, writer(1), size, 0, CounterJump::NONE)
+                .unwrap();
             if self.rule != Rule::CountersNotStored {
                 *meter = reserved;
             }
-            meter.transfer.as_mut().unwrap().counters = (reservation.first..).take(usize::try_from(size.get()).unwrap()).collect();
+            meter.transfer.as_mut().unwrap().counters =
+                (reservation.first..).take(usize::try_from(size.get()).unwrap()).collect();
         }
         let request = request(meter.transfer.as_ref().unwrap(), next.time);
         if let Some(pair) = request.pair {
@@ -572,8 +661,14 @@ impl World {
             meter.release_candidates(RETENTION.into(), now);
         }
         for slot in meter.slots.iter_mut() {
-            let under_way = |version: &KeyVersion| version.state() == KeyState::PreActive && version.transport().left == 0;
-            let released: Vec<_> = slot.versions().iter().filter(|version| !version.candidate() && !under_way(version)).map(KeyVersion::number).collect();
+            let under_way =
+                |version: &KeyVersion| version.state() == KeyState::PreActive && version.transport().left == 0;
+            let released: Vec<_> = slot
+                .versions()
+                .iter()
+                .filter(|version| !version.candidate() && !under_way(version))
+                .map(KeyVersion::number)
+                .collect();
             for version in released {
                 // Destroyed versions stay as they are.
                 let _ = slot.transition(version, KeyState::Destroyed, now);
@@ -599,7 +694,8 @@ impl World {
             while next.outcome.is_none() && next.fault.is_none() {
                 let request = next.requests.pop_first().unwrap();
                 next.replies = next.device.receive(request, false, next.time).into_iter().collect();
-                let observation = self.observations(&next, &meter).pop().filter(|observation| *observation != Observation::Refusal);
+                let observation =
+                    self.observations(&next, &meter).pop().filter(|observation| *observation != Observation::Refusal);
                 self.report(&mut next, &mut meter, observation.unwrap_or(Observation::Nothing));
             }
             if next.outcome == Some(Outcome::Proven) {
@@ -613,7 +709,12 @@ impl World {
     fn check(self, name: &str) {
         let start = std::time::Instant::now();
         let checker = self.checker().finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
-        println!("{name}: {} states, depth {}, {:?}", checker.unique_state_count(), checker.max_depth(), start.elapsed());
+        println!(
+            "{name}: {} states, depth {}, {:?}",
+            checker.unique_state_count(),
+            checker.max_depth(),
+            start.elapsed()
+        );
         checker.assert_properties();
     }
 
@@ -623,7 +724,11 @@ impl World {
         let path = checker.discovery(property);
         let found: Vec<_> = checker.discoveries().into_keys().collect();
         assert!(path.is_some(), "not found in {} states: {property}; but {found:?}", checker.unique_state_count());
-        println!("{property}: found after {} states: {:#?}", checker.unique_state_count(), path.unwrap().into_actions());
+        println!(
+            "{property}: found after {} states: {:#?}",
+            checker.unique_state_count(),
+            path.unwrap().into_actions()
+        );
     }
 }
 
@@ -683,9 +788,12 @@ impl State {
             let Some(pair) = request.pair else { return true };
             let accepted = device.accepted.get(&(pair.0, request.title)).is_some_and(|last| *last >= request.counter);
             let answerable = match request.content {
-                // To process an earlier one only uses up counters: the same as losing the later ones.
+                // To process an earlier one only uses up counters: the same as losing the later
+                // ones.
                 Content::Associate { challenge } => waits && Some(challenge) == challenged,
-                Content::Authenticate { meter_challenge } => device.association.is_some_and(|(_, _, waiting)| waiting == meter_challenge),
+                Content::Authenticate { meter_challenge } => {
+                    device.association.is_some_and(|(_, _, waiting)| waiting == meter_challenge)
+                }
                 Content::Deliver { .. } => true,
             };
             answerable && (!accepted || may_forget)
@@ -699,7 +807,9 @@ impl State {
         self.replies = std::mem::take(&mut self.replies)
             .into_iter()
             .map(|reply| match reply {
-                Reply::Associated { pair, meter_challenge } if Some(meter_challenge) != live => Reply::Associated { pair, meter_challenge: EARLIER },
+                Reply::Associated { pair, meter_challenge } if Some(meter_challenge) != live => {
+                    Reply::Associated { pair, meter_challenge: EARLIER }
+                }
                 other => other,
             })
             .collect();
@@ -715,7 +825,8 @@ impl Device {
         let held = (self.keys[1], self.keys[2]);
         if let Some(pair) = request.pair {
             let last = self.accepted.entry((pair.0, request.title)).or_insert(0);
-            // Other keys, or a counter that does not rise: an exception response, which anyone can write.
+            // Other keys, or a counter that does not rise: an exception response, which anyone can
+            // write.
             if pair != held || request.counter <= *last {
                 return None;
             }
@@ -732,7 +843,9 @@ impl Device {
                 Some(Reply::Associated { pair: held, meter_challenge })
             }
             Content::Authenticate { meter_challenge } => match self.association.take() {
-                Some((pair, challenge, waiting)) if pair == held && waiting == meter_challenge => Some(Reply::Authenticated { pair, challenge, meter_counter }),
+                Some((pair, challenge, waiting)) if pair == held && waiting == meter_challenge => {
+                    Some(Reply::Authenticated { pair, challenge, meter_counter })
+                }
                 _ => None,
             },
             Content::Deliver { key, version, kek } => {
@@ -762,17 +875,26 @@ impl Device {
     }
 }
 
-/// Whether a challenge that is not to be answered has changed nothing but the association, its counters and their number.
+/// Whether a challenge that is not to be answered has changed nothing but the association, its
+/// counters and their number.
 fn only_associates_again(before: &Meter, transfer: &Transfer, after: &Meter) -> bool {
     let Some(now) = &after.transfer else { return false };
-    let (Stage::Associate { purpose, pair, .. }, Stage::Associate { purpose: earlier_purpose, pair: earlier_pair, .. }) = (&now.stage, &transfer.stage) else {
+    let (Stage::Associate { purpose, pair, .. }, Stage::Associate { purpose: earlier_purpose, pair: earlier_pair, .. }) =
+        (&now.stage, &transfer.stage)
+    else {
         return false;
     };
     let shown = |meter: &Meter| {
-        meter.slots.iter().flat_map(Slot::versions).map(|version| (version.state(), version.candidate(), version.transport())).collect::<Vec<_>>()
+        meter
+            .slots
+            .iter()
+            .flat_map(Slot::versions)
+            .map(|version| (version.state(), version.candidate(), version.transport()))
+            .collect::<Vec<_>>()
     };
     (purpose, pair) == (earlier_purpose, earlier_pair)
-        && (now.tried, now.retries, now.delivered, now.answer) == (transfer.tried, transfer.retries, transfer.delivered, transfer.answer)
+        && (now.tried, now.retries, now.delivered, now.answer)
+            == (transfer.tried, transfer.retries, transfer.delivered, transfer.answer)
         && (after.sequence, shown(after)) == (before.sequence, shown(before))
 }
 
@@ -784,9 +906,9 @@ fn request(transfer: &Transfer, sent: u8) -> Request {
         counter: transfer.counters.last().copied().unwrap_or(0),
         content: match &transfer.stage {
             Stage::Associate { challenge, .. } => Content::Associate { challenge: short(challenge) },
-            Stage::Authenticate { meter_challenge, .. } => {
-                Content::Authenticate { meter_challenge: u64::from_be_bytes(meter_challenge.as_slice().try_into().unwrap()) }
-            }
+            Stage::Authenticate { meter_challenge, .. } => Content::Authenticate {
+                meter_challenge: u64::from_be_bytes(meter_challenge.as_slice().try_into().unwrap()),
+            },
             Stage::Deliver { .. } => {
                 let key = transfer.current().unwrap();
                 let at = KEYS.iter().position(|key_type| *key_type == key.key_type).unwrap();
@@ -798,7 +920,8 @@ fn request(transfer: &Transfer, sent: u8) -> Request {
 }
 
 fn diversified(state: KeyState) -> NewKeyVersion {
-    let origin = KeyOrigin::Diversified { root_version: 1, derivation: KeyDerivation::Sp800108Cmac, length: KeyLength::Aes128 };
+    let origin =
+        KeyOrigin::Diversified { root_version: 1, derivation: KeyDerivation::Sp800108Cmac, length: KeyLength::Aes128 };
     NewKeyVersion { state, origin, wrapped: None, fingerprint: None }
 }
 
@@ -848,7 +971,8 @@ const GBEK: Order = Order::Own(KeyType::GBEK);
 const RETENTION: u8 = 2;
 /// The meter's challenge of an association that is over.
 const EARLIER: u64 = u64::MAX;
-/// Transfers after which an honest network has brought a new key: each KEK that the meter may hold gets its turn.
+/// Transfers after which an honest network has brought a new key: each KEK that the meter may hold
+/// gets its turn.
 const MOST_TO_HEAL: u8 = 8;
 
 const CANDIDATES: &str = "I3: what the meter holds is a candidate and not destroyed";
@@ -863,42 +987,50 @@ const HEALS: &str = "an honest network brings a new key to the meter";
 
 #[test]
 fn two_gueks_one_after_another() {
-    World { transfers: vec![vec![GUEK], vec![GUEK]], reverts: 1, applies_and_errs: true, ..WORLD }.check("two_gueks_one_after_another");
+    World { transfers: vec![vec![GUEK], vec![GUEK]], reverts: 1, applies_and_errs: true, ..WORLD }
+        .check("two_gueks_one_after_another");
 }
 
 #[test]
 fn a_guek_and_the_retention_time() {
-    World { transfers: vec![vec![GUEK], vec![Order::Probe]], reverts: 1, halves: 2, ..WORLD }.check("a_guek_and_the_retention_time");
+    World { transfers: vec![vec![GUEK], vec![Order::Probe]], reverts: 1, halves: 2, ..WORLD }
+        .check("a_guek_and_the_retention_time");
 }
 
 #[test]
 fn a_compromised_guek_and_skipped_counters() {
-    World { transfers: vec![vec![GUEK]], compromises: 1, skipped_counters: 1, halves: 2, ..WORLD }.check("a_compromised_guek_and_skipped_counters");
+    World { transfers: vec![vec![GUEK]], compromises: 1, skipped_counters: 1, halves: 2, ..WORLD }
+        .check("a_compromised_guek_and_skipped_counters");
 }
 
 #[test]
 fn a_guek_and_a_meter_that_forgets_its_counters() {
-    World { transfers: vec![vec![GUEK], vec![GUEK]], reverts: 1, forgets_counters: true, ..WORLD }.check("a_guek_and_a_meter_that_forgets_its_counters");
+    World { transfers: vec![vec![GUEK], vec![GUEK]], reverts: 1, forgets_counters: true, ..WORLD }
+        .check("a_guek_and_a_meter_that_forgets_its_counters");
 }
 
 #[test]
 fn a_guek_and_a_gak() {
-    World { transfers: vec![vec![GUEK], vec![GAK]], reverts: 1, applies_and_errs: true, ..WORLD }.check("a_guek_and_a_gak");
+    World { transfers: vec![vec![GUEK], vec![GAK]], reverts: 1, applies_and_errs: true, ..WORLD }
+        .check("a_guek_and_a_gak");
 }
 
 #[test]
 fn a_kek_and_a_guek_after_it() {
-    World { transfers: vec![vec![Order::Compound], vec![GUEK]], reverts: 1, ..WORLD }.check("a_kek_and_a_guek_after_it");
+    World { transfers: vec![vec![Order::Compound], vec![GUEK]], reverts: 1, ..WORLD }
+        .check("a_kek_and_a_guek_after_it");
 }
 
 #[test]
 fn a_kek_and_the_retention_time() {
-    World { transfers: vec![vec![Order::Compound], vec![Order::Probe]], reverts: 1, halves: 2, ..WORLD }.check("a_kek_and_the_retention_time");
+    World { transfers: vec![vec![Order::Compound], vec![Order::Probe]], reverts: 1, halves: 2, ..WORLD }
+        .check("a_kek_and_the_retention_time");
 }
 
 #[test]
 fn a_kek_by_a_head_end_that_ciphers() {
-    World { transfers: vec![vec![Order::Compound], vec![GUEK]], form: TransferForm::WrappedKey, reverts: 1, ..WORLD }.check("a_kek_by_a_head_end_that_ciphers");
+    World { transfers: vec![vec![Order::Compound], vec![GUEK]], form: TransferForm::WrappedKey, reverts: 1, ..WORLD }
+        .check("a_kek_by_a_head_end_that_ciphers");
 }
 
 #[test]
@@ -908,22 +1040,32 @@ fn two_head_ends() {
 
 #[test]
 fn two_gbeks_and_the_retention_time() {
-    World { transfers: vec![vec![GBEK], vec![GBEK]], applies_and_errs: true, halves: 2, ..WORLD }.check("two_gbeks_and_the_retention_time");
+    World { transfers: vec![vec![GBEK], vec![GBEK]], applies_and_errs: true, halves: 2, ..WORLD }
+        .check("two_gbeks_and_the_retention_time");
 }
 
 #[test]
 fn a_guek_and_challenges_that_are_not_to_be_answered() {
-    World { transfers: vec![vec![GUEK], vec![Order::Probe]], unfit_challenges: 2, ..WORLD }.check("a_guek_and_challenges_that_are_not_to_be_answered");
+    World { transfers: vec![vec![GUEK], vec![Order::Probe]], unfit_challenges: 2, ..WORLD }
+        .check("a_guek_and_challenges_that_are_not_to_be_answered");
 }
 
 #[test]
 fn acceptance_as_proof_would_lose_the_meter() {
-    World { rule: Rule::AcceptanceIsProof, transfers: vec![vec![GUEK]], form: TransferForm::WrappedKey, halves: 2, ..WORLD }.check_violates(CANDIDATES);
+    World {
+        rule: Rule::AcceptanceIsProof,
+        transfers: vec![vec![GUEK]],
+        form: TransferForm::WrappedKey,
+        halves: 2,
+        ..WORLD
+    }
+    .check_violates(CANDIDATES);
 }
 
 #[test]
 fn earlier_answers_as_acknowledgement_would_lose_a_gbek() {
-    World { rule: Rule::EarlierAnswersCount, transfers: vec![vec![GBEK], vec![GBEK]], halves: 2, ..WORLD }.check_violates(CANDIDATES);
+    World { rule: Rule::EarlierAnswersCount, transfers: vec![vec![GBEK], vec![GBEK]], halves: 2, ..WORLD }
+        .check_violates(CANDIDATES);
 }
 
 #[test]
@@ -938,8 +1080,14 @@ fn counters_that_are_used_before_they_are_stored_would_repeat() {
 
 #[test]
 fn release_slot_by_slot_would_lose_the_kek() {
-    World { rule: Rule::ReleasedSlotBySlot, transfers: vec![vec![Order::Compound], vec![Order::Probe]], reverts: 1, halves: 2, ..WORLD }
-        .check_violates(CANDIDATES);
+    World {
+        rule: Rule::ReleasedSlotBySlot,
+        transfers: vec![vec![Order::Compound], vec![Order::Probe]],
+        reverts: 1,
+        halves: 2,
+        ..WORLD
+    }
+    .check_violates(CANDIDATES);
 }
 
 /// What the configurations start from.

@@ -60,7 +60,11 @@ fn secrets() {
 fn messages_for_the_seal_root() {
     let vectors = vectors();
     let island = IslandName::parse(vectors["seal_root"]["island"].as_str().unwrap()).unwrap();
-    for (name, kind) in [("seal-key", SealRootKey::Seal), ("audit-chain-key", SealRootKey::AuditChain), ("fingerprint-key", SealRootKey::Fingerprint)] {
+    for (name, kind) in [
+        ("seal-key", SealRootKey::Seal),
+        ("audit-chain-key", SealRootKey::AuditChain),
+        ("fingerprint-key", SealRootKey::Fingerprint),
+    ] {
         assert_eq!(kind.message(1, &island), octets(&vectors["seal_root"]["keys"][name]["message"]));
     }
 }
@@ -99,7 +103,10 @@ fn the_body_of_a_meter_row() {
     let meter = Meter::from_row(title, &island, Bytes::from(body.clone())).unwrap();
     assert_eq!(meter.to_row().unwrap(), body);
 
-    assert_eq!((meter.class.vendor.as_str(), meter.serial.as_str(), meter.batch.as_str()), ("KAM", "10000001", "KAM-2026-0041"));
+    assert_eq!(
+        (meter.class.vendor.as_str(), meter.serial.as_str(), meter.batch.as_str()),
+        ("KAM", "10000001", "KAM-2026-0041")
+    );
     assert_eq!((meter.class.status, meter.suite), (MeterStatus::InService, SecuritySuite::Suite0));
     assert_eq!(meter.class.groups, [GroupId(3), GroupId(300)]);
     let head_end = PrincipalId::parse("urn:meterkms:north:head-end:hes-north").unwrap();
@@ -108,9 +115,14 @@ fn the_body_of_a_meter_row() {
     let guek = meter.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap();
     assert_eq!(guek.versions()[0].material(), &KeyMaterial::Destroyed);
     let active = guek.active().unwrap();
-    let origin = KeyOrigin::Diversified { root_version: 3, derivation: KeyDerivation::Sp800108Cmac, length: KeyLength::Aes128 };
+    let origin =
+        KeyOrigin::Diversified { root_version: 3, derivation: KeyDerivation::Sp800108Cmac, length: KeyLength::Aes128 };
     assert_eq!((active.number().number(), active.origin(), active.since()), (2, origin, meter.added.after(5)));
-    let grant = Exposure { party: Party::Principal(head_end), since: meter.added.after(86_400_000), reason: ExposureReason::Grant };
+    let grant = Exposure {
+        party: Party::Principal(head_end),
+        since: meter.added.after(86_400_000),
+        reason: ExposureReason::Grant,
+    };
     assert_eq!(active.exposures(), [grant]);
     let CounterPlace::Own(counters) = active.counters() else { panic!("no domain") };
     let client = CounterKey::ClientTitle(SystemTitle::parse("4D4D4D0000000001").unwrap());
@@ -136,8 +148,14 @@ fn plans_and_tasks_of_campaigns() {
     }
     // The wave of a meter follows from its bucket.
     titles.iter().for_each(|title| planner.add(*title));
-    let plan = Plan { meters: planner.total(), chunks: 2, digest: link.digest(), waves: planner.waves(0, &[WaveSize::Meters(1)]) };
-    let mut buckets: Vec<u64> = vector["buckets"].as_array().unwrap().iter().map(|bucket| bucket.as_u64().unwrap()).collect();
+    let plan = Plan {
+        meters: planner.total(),
+        chunks: 2,
+        digest: link.digest(),
+        waves: planner.waves(0, &[WaveSize::Meters(1)]),
+    };
+    let mut buckets: Vec<u64> =
+        vector["buckets"].as_array().unwrap().iter().map(|bucket| bucket.as_u64().unwrap()).collect();
     for (title, bucket) in titles.iter().zip(buckets.clone()) {
         let below = buckets.iter().filter(|other| **other < bucket).count();
         assert_eq!(plan.wave_of(campaign, *title) as usize, below + 1);

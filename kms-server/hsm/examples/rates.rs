@@ -1,7 +1,9 @@
-//! Prints what a module does a second, raw, and through the verbs of this crate: `cargo run --release -p kms-hsm --example rates -- [MODULE]`.
+//! Prints what a module does a second, raw, and through the verbs of this crate: `cargo run
+//! --release -p kms-hsm --example rates -- [MODULE]`.
 //!
-//! The raw cycle is unwrap + wrap + destroy by the cryptoki crate on one session (the wrap asks for the size first, as that crate does);
-//! the verbs are batches of 256 keys in envelopes. MODULE is SoftHSM without an argument; tokens are made in a temporary folder.
+//! The raw cycle is unwrap + wrap + destroy by the cryptoki crate on one session (the wrap asks for
+//! the size first, as that crate does); the verbs are batches of 256 keys in envelopes. MODULE is
+//! SoftHSM without an argument; tokens are made in a temporary folder.
 
 #![expect(clippy::unwrap_used, reason = "an example stops at the first error")]
 
@@ -15,8 +17,14 @@ use aws_lc_rs::encoding::AsDer;
 use aws_lc_rs::rsa::{KeySize, PrivateDecryptingKey};
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, KeyType as CryptokiKeyType, ObjectClass};
-use kms_domain::{DiversificationContext, IslandName, KeyClass, KeyLength, KeyShape, KeyType, KeyVersionNumber, Owner, SecuritySetupId, SystemTitle};
-use kms_hsm::{CeremonyPlan, Hsm, KeySource, Module, Pin, PinSource, ProcessPinMemory, Recipient, RootVersion, TokenSelector, TokenSettings, create_roots};
+use kms_domain::{
+    DiversificationContext, IslandName, KeyClass, KeyLength, KeyShape, KeyType, KeyVersionNumber, Owner,
+    SecuritySetupId, SystemTitle,
+};
+use kms_hsm::{
+    CeremonyPlan, Hsm, KeySource, Module, Pin, PinSource, ProcessPinMemory, Recipient, RootVersion, TokenSelector,
+    TokenSettings, create_roots,
+};
 
 fn main() {
     let module = std::env::args().nth(1).unwrap_or_else(|| "/usr/lib/softhsm/libsofthsm2.so".to_owned());
@@ -91,7 +99,11 @@ async fn measure(path: PathBuf, directory: PathBuf) {
             length: KeyLength::Aes128,
         };
         let diversified = KeySource::Diversified { root_version: RootVersion::FIRST, derivation, context };
-        println!("envelopes, diversified keys ({}): {:>9.0}/s", derivation.name(), envelopes(&hsm, &recipient, &diversified).await);
+        println!(
+            "envelopes, diversified keys ({}): {:>9.0}/s",
+            derivation.name(),
+            envelopes(&hsm, &recipient, &diversified).await
+        );
     }
     println!("workers: {}", capabilities.best_workers);
     tokio::task::spawn_blocking(move || hsm.close()).await.unwrap();
@@ -105,9 +117,14 @@ async fn envelopes(hsm: &Hsm, recipient: &Recipient, key: &KeySource) -> f64 {
         tokio::spawn(async move {
             let mut done = 0;
             while Instant::now() < deadline {
-                hsm.envelope(recipient.clone(), keys.clone(), |_| Vec::new(), |wrapped| wrapped.iter().flatten().flat_map(|key| key.0.clone()).collect())
-                    .await
-                    .unwrap();
+                hsm.envelope(
+                    recipient.clone(),
+                    keys.clone(),
+                    |_| Vec::new(),
+                    |wrapped| wrapped.iter().flatten().flat_map(|key| key.0.clone()).collect(),
+                )
+                .await
+                .unwrap();
                 done += BATCH;
             }
             done
@@ -126,9 +143,13 @@ fn raw_cycles(path: &std::path::Path) -> f64 {
     let context = cryptoki::context::Pkcs11::new(path).unwrap();
     let slot = context.get_slots_with_initialized_token().unwrap().into_iter().next().unwrap();
     let session = context.open_rw_session(slot).unwrap();
-    let kek = |usage: Attribute, other: Attribute| [Attribute::Token(false), Attribute::ValueLen(32.into()), Attribute::Sensitive(true), usage, other];
-    let storage = session.generate_key(&Mechanism::AesKeyGen, &kek(Attribute::Wrap(true), Attribute::Unwrap(true))).unwrap();
-    let transport = session.generate_key(&Mechanism::AesKeyGen, &kek(Attribute::Wrap(true), Attribute::Unwrap(false))).unwrap();
+    let kek = |usage: Attribute, other: Attribute| {
+        [Attribute::Token(false), Attribute::ValueLen(32.into()), Attribute::Sensitive(true), usage, other]
+    };
+    let storage =
+        session.generate_key(&Mechanism::AesKeyGen, &kek(Attribute::Wrap(true), Attribute::Unwrap(true))).unwrap();
+    let transport =
+        session.generate_key(&Mechanism::AesKeyGen, &kek(Attribute::Wrap(true), Attribute::Unwrap(false))).unwrap();
     let template = [
         Attribute::Class(ObjectClass::SECRET_KEY),
         Attribute::KeyType(CryptokiKeyType::AES),
@@ -136,7 +157,12 @@ fn raw_cycles(path: &std::path::Path) -> f64 {
         Attribute::Sensitive(true),
         Attribute::Extractable(true),
     ];
-    let key = [Attribute::Token(false), Attribute::ValueLen(16.into()), Attribute::Sensitive(true), Attribute::Extractable(true)];
+    let key = [
+        Attribute::Token(false),
+        Attribute::ValueLen(16.into()),
+        Attribute::Sensitive(true),
+        Attribute::Extractable(true),
+    ];
     let key = session.generate_key(&Mechanism::AesKeyGen, &key).unwrap();
     let mut wrapped = session.wrap_key(&Mechanism::AesKeyWrap, storage, key).unwrap();
     wrapped.truncate(24);

@@ -1,9 +1,10 @@
-//! The ceremony: makes an island's roots in a token, lets each AES root leave once, wrapped for the escrow key and for standby
-//! tokens, and then locks it for good.
+//! The ceremony: makes an island's roots in a token, lets each AES root leave once, wrapped for the
+//! escrow key and for standby tokens, and then locks it for good.
 //!
-//! The order is what makes it safe to crash anywhere: all roots are made, all are wrapped, the caller stores the wraps durably, and
-//! only then are the roots locked. Running it again finishes what was begun. A root that is locked although no stored package
-//! has it can never be escrowed; it is named, and the ceremony refuses to go on.
+//! The order is what makes it safe to crash anywhere: all roots are made, all are wrapped, the
+//! caller stores the wraps durably, and only then are the roots locked. Running it again finishes
+//! what was begun. A root that is locked although no stored package has it can never be escrowed;
+//! it is named, and the ceremony refuses to go on.
 
 use aws_lc_rs::digest::{SHA256, digest};
 use cryptoki::slot::Slot;
@@ -30,7 +31,8 @@ pub struct CeremonyPlan {
     pub island: IslandName,
     /// Classes whose roots the token gets; with [`KeyClass::Ca`], the CA's key pair.
     pub classes: Vec<KeyClass>,
-    /// Whether the token gets the keys of no class: seal root, fingerprint KEK, audit signing key, vendor transport key.
+    /// Whether the token gets the keys of no class: seal root, fingerprint KEK, audit signing key,
+    /// vendor transport key.
     pub general: bool,
     /// The custodians' escrow key: DER of an RSA SubjectPublicKeyInfo, at least 3072 bits.
     pub escrow_public_key: Vec<u8>,
@@ -41,9 +43,11 @@ pub struct CeremonyPlan {
 /// A token that gets copies of roots.
 #[derive(Clone, Debug)]
 pub struct StandbyToken {
-    /// Its transport key ([`create_standby_transport`]): DER of an RSA SubjectPublicKeyInfo, at least 3072 bits.
+    /// Its transport key ([`create_standby_transport`]): DER of an RSA SubjectPublicKeyInfo, at
+    /// least 3072 bits.
     pub public_key: Vec<u8>,
-    /// Classes whose roots it gets. Seal root and fingerprint KEK, which belong to no class, it always gets.
+    /// Classes whose roots it gets. Seal root and fingerprint KEK, which belong to no class, it
+    /// always gets.
     pub classes: Vec<KeyClass>,
 }
 
@@ -109,17 +113,18 @@ pub struct CeremonyResult {
     pub package: EscrowPackage,
     /// Every key, for the printed record.
     pub fingerprints: Vec<KeyFingerprint>,
-    /// How the diversification roots derive keys, to be recorded with their version; none if the module cannot derive.
+    /// How the diversification roots derive keys, to be recorded with their version; none if the
+    /// module cannot derive.
     pub derivation: Option<KeyDerivation>,
     /// What the module can do.
     pub capabilities: Capabilities,
 }
 
-/// Makes, escrows and locks the roots of a token. Blocking; not while the token is in use in this process, because it logs in
-/// as security officer and out again.
+/// Makes, escrows and locks the roots of a token. Blocking; not while the token is in use in this
+/// process, because it logs in as security officer and out again.
 ///
-/// `persist` must store the package durably. If it fails, nothing is locked, and the ceremony can be run again. `previous` is the package
-/// that an interrupted ceremony stored, if there is one.
+/// `persist` must store the package durably. If it fails, nothing is locked, and the ceremony can
+/// be run again. `previous` is the package that an interrupted ceremony stored, if there is one.
 ///
 /// # Errors
 /// [`HsmError::Ceremony`] names what is in the way and what to do; other errors are the token's.
@@ -133,17 +138,27 @@ pub fn create_roots(
     persist: impl FnOnce(&EscrowPackage) -> Result<(), String>,
 ) -> Result<CeremonyResult, HsmError> {
     let escrow = RsaPublicKey::parse(&plan.escrow_public_key)?;
-    let standby = plan.standby.iter().map(|token| RsaPublicKey::parse(&token.public_key)).collect::<Result<Vec<_>, _>>()?;
+    let standby =
+        plan.standby.iter().map(|token| RsaPublicKey::parse(&token.public_key)).collect::<Result<Vec<_>, _>>()?;
     let slot = find_slot(module, token)?;
     let (capabilities, oaep_hash) = capabilities(module, slot, user_pin)?;
 
     let mut recipients = vec![(TokenKey::first(Purpose::Escrow), escrow)];
-    recipients.extend((0..).zip(standby).map(|(number, key)| (TokenKey::first(Purpose::StandbyRecipient(number)), key)));
-    let trusted = logged_in(module, slot, CKU_SO, so_pin, |session| install_recipients(session, &plan.island, &recipients))?;
+    recipients
+        .extend((0..).zip(standby).map(|(number, key)| (TokenKey::first(Purpose::StandbyRecipient(number)), key)));
+    let trusted =
+        logged_in(module, slot, CKU_SO, so_pin, |session| install_recipients(session, &plan.island, &recipients))?;
 
     logged_in(module, slot, CKU_USER, user_pin, |session| {
-        let ceremony = Ceremony { session, plan, capabilities: &capabilities, oaep_hash, trusted: trusted && capabilities.wrap_with_trusted };
-        let roots = ceremony.roots().into_iter().map(|key| ceremony.root(key, previous)).collect::<Result<Vec<_>, _>>()?;
+        let ceremony = Ceremony {
+            session,
+            plan,
+            capabilities: &capabilities,
+            oaep_hash,
+            trusted: trusted && capabilities.wrap_with_trusted,
+        };
+        let roots =
+            ceremony.roots().into_iter().map(|key| ceremony.root(key, previous)).collect::<Result<Vec<_>, _>>()?;
         let mut fingerprints = ceremony.key_pairs()?;
         let mut wrapped = recipients
             .iter()
@@ -152,7 +167,11 @@ pub fn create_roots(
             .collect::<Result<Vec<_>, _>>()?;
         let package = EscrowPackage { island: plan.island.clone(), escrow: wrapped.remove(0), standby: wrapped };
         for root in &package.escrow.roots {
-            fingerprints.push(KeyFingerprint { label: root.key.label(&plan.island), kind: "check value", value: root.check_value.clone() });
+            fingerprints.push(KeyFingerprint {
+                label: root.key.label(&plan.island),
+                kind: "check value",
+                value: root.check_value.clone(),
+            });
         }
         persist(&package).map_err(|reason| HsmError::Ceremony {
             reason: format!("the escrow package could not be stored ({reason}); no root is locked"),
@@ -162,7 +181,12 @@ pub fn create_roots(
             ceremony.lock(root)?;
         }
         let derives = plan.classes.iter().any(|class| *class != KeyClass::Ca);
-        Ok(CeremonyResult { package, fingerprints, derivation: capabilities.key_derivation().filter(|_| derives), capabilities: capabilities.clone() })
+        Ok(CeremonyResult {
+            package,
+            fingerprints,
+            derivation: capabilities.key_derivation().filter(|_| derives),
+            capabilities: capabilities.clone(),
+        })
     })
 }
 
@@ -177,7 +201,8 @@ pub struct NewRoot {
     pub escrow_public_key: Vec<u8>,
     /// The standby tokens of the ceremony that get a copy, by their numbers, from 0.
     pub standby: Vec<u8>,
-    /// Those that get none. Each must be in one list: the root leaves once, so a copy that was forgotten can never be made.
+    /// Those that get none. Each must be in one list: the root leaves once, so a copy that was
+    /// forgotten can never be made.
     pub without: Vec<u8>,
 }
 
@@ -185,7 +210,11 @@ impl NewRoot {
     /// Whether it is said of every standby token that the ceremony knew if it gets a copy.
     fn names_all_standby_tokens(&self, session: &Session) -> Result<(), HsmError> {
         for number in 0..u8::MAX {
-            match find_one(session, &TokenKey::first(Purpose::StandbyRecipient(number)).label(&self.island), CKO_PUBLIC_KEY) {
+            match find_one(
+                session,
+                &TokenKey::first(Purpose::StandbyRecipient(number)).label(&self.island),
+                CKO_PUBLIC_KEY,
+            ) {
                 // The ceremony numbers them without gaps.
                 Err(HsmError::KeyMissing { .. }) => break,
                 Err(error) => return Err(error),
@@ -193,8 +222,12 @@ impl NewRoot {
                 Ok(_) => {
                     let name = number + 1;
                     return Err(HsmError::Ceremony {
-                        reason: format!("it is not said whether the standby token of `[[copy]]` {name} of the ceremony file gets a copy"),
-                        next_step: format!("add `--copy {name}`, or `--no-copy {name}` if it does not serve the class; no copy can be made later"),
+                        reason: format!(
+                            "it is not said whether the standby token of `[[copy]]` {name} of the ceremony file gets a copy"
+                        ),
+                        next_step: format!(
+                            "add `--copy {name}`, or `--no-copy {name}` if it does not serve the class; no copy can be made later"
+                        ),
                     });
                 }
             }
@@ -214,11 +247,13 @@ pub struct NewRootResult {
     pub package: Option<EscrowPackage>,
 }
 
-/// Makes another version of a root: a symmetric one is wrapped for the escrow key and for standby tokens, stored by `persist`, and then locked, as in
-/// [`create_roots`]; a key pair is made and never leaves. Run again after an interruption with the package that was stored then, it goes on.
+/// Makes another version of a root: a symmetric one is wrapped for the escrow key and for standby
+/// tokens, stored by `persist`, and then locked, as in [`create_roots`]; a key pair is made and
+/// never leaves. Run again after an interruption with the package that was stored then, it goes on.
 /// Blocking; not while the token is in use in this process.
 ///
-/// No security officer is needed: the keys that roots may leave under are in the token since the ceremony, and none is added here.
+/// No security officer is needed: the keys that roots may leave under are in the token since the
+/// ceremony, and none is added here.
 ///
 /// # Errors
 /// [`HsmError::Ceremony`] names what is in the way and what to do; other errors are the token's.
@@ -254,14 +289,29 @@ pub fn create_root_version(
         }
         let trusted = known_recipients(session, &new.island, &recipients)?;
         let classes: Vec<KeyClass> = class.into_iter().collect();
-        let standby = new.standby.iter().map(|_| StandbyToken { public_key: Vec::new(), classes: classes.clone() }).collect();
-        let plan = CeremonyPlan { island: new.island.clone(), classes, general: false, escrow_public_key: new.escrow_public_key.clone(), standby };
-        let ceremony = Ceremony { session, plan: &plan, capabilities: &capabilities, oaep_hash, trusted: trusted && capabilities.wrap_with_trusted };
+        let standby =
+            new.standby.iter().map(|_| StandbyToken { public_key: Vec::new(), classes: classes.clone() }).collect();
+        let plan = CeremonyPlan {
+            island: new.island.clone(),
+            classes,
+            general: false,
+            escrow_public_key: new.escrow_public_key.clone(),
+            standby,
+        };
+        let ceremony = Ceremony {
+            session,
+            plan: &plan,
+            capabilities: &capabilities,
+            oaep_hash,
+            trusted: trusted && capabilities.wrap_with_trusted,
+        };
         let root = ceremony.root(new.key, previous)?;
         let mut wrapped = recipients
             .iter()
             .enumerate()
-            .map(|(index, (key, recipient))| ceremony.wrap_all(*key, recipient, std::slice::from_ref(&root), previous, index))
+            .map(|(index, (key, recipient))| {
+                ceremony.wrap_all(*key, recipient, std::slice::from_ref(&root), previous, index)
+            })
             .collect::<Result<Vec<_>, _>>()?;
         let package = EscrowPackage { island: new.island.clone(), escrow: wrapped.remove(0), standby: wrapped };
         persist(&package).map_err(|reason| HsmError::Ceremony {
@@ -269,27 +319,37 @@ pub fn create_root_version(
             next_step: "make room for the package and run the command again".to_owned(),
         })?;
         ceremony.lock(&root)?;
-        let fingerprint = KeyFingerprint { label: new.key.label(&new.island), kind: "check value", value: root.check_value };
-        let derivation = capabilities.key_derivation().filter(|_| matches!(new.key.purpose, Purpose::Diversification(_)));
+        let fingerprint =
+            KeyFingerprint { label: new.key.label(&new.island), kind: "check value", value: root.check_value };
+        let derivation =
+            capabilities.key_derivation().filter(|_| matches!(new.key.purpose, Purpose::Diversification(_)));
         Ok(NewRootResult { fingerprint, derivation, package: Some(package) })
     })
 }
 
-/// Makes the key pair under which a standby token receives roots: DER of its SubjectPublicKeyInfo, for the plan of the ceremony.
-/// Run again, it gives the same key. Blocking; not while the token is in use in this process.
+/// Makes the key pair under which a standby token receives roots: DER of its SubjectPublicKeyInfo,
+/// for the plan of the ceremony. Run again, it gives the same key. Blocking; not while the token is
+/// in use in this process.
 ///
 /// # Errors
 /// The token's.
-pub fn create_standby_transport(module: &Module, token: &TokenSelector, user_pin: &Pin, island: &IslandName) -> Result<Vec<u8>, HsmError> {
+pub fn create_standby_transport(
+    module: &Module,
+    token: &TokenSelector,
+    user_pin: &Pin,
+    island: &IslandName,
+) -> Result<Vec<u8>, HsmError> {
     let slot = find_slot(module, token)?;
     logged_in(module, slot, CKU_USER, user_pin, |session| {
         let public = rsa_pair(session, island, TokenKey::first(Purpose::StandbyTransport))?;
-        rsa_public_key_der(session, public)?.ok_or_else(|| HsmError::invalid("standby transport key", "the token's public key has no modulus"))
+        rsa_public_key_der(session, public)?
+            .ok_or_else(|| HsmError::invalid("standby transport key", "the token's public key has no modulus"))
     })
 }
 
-/// Installs copies of roots in a standby token, locked from the start. Roots that are there already are left alone if their check
-/// values agree. Blocking; not while the token is in use in this process.
+/// Installs copies of roots in a standby token, locked from the start. Roots that are there already
+/// are left alone if their check values agree. Blocking; not while the token is in use in this
+/// process.
 ///
 /// # Errors
 /// The copies are for another token, do not unwrap, or a different root is there.
@@ -313,7 +373,11 @@ pub fn install_wrapped_roots(
             });
         }
         let private = find_one(session, &transport.label(island), CKO_PRIVATE_KEY)?;
-        copies.roots.iter().map(|root| install_root(session, island, private, copies.oaep_hash, root, &capabilities)).collect()
+        copies
+            .roots
+            .iter()
+            .map(|root| install_root(session, island, private, copies.oaep_hash, root, &capabilities))
+            .collect()
     })
 }
 
@@ -358,7 +422,10 @@ impl Ceremony<'_> {
                 let id = key.id(&self.plan.island);
                 let mechanism = if key.purpose == Purpose::Seal { CKM_GENERIC_SECRET_KEY_GEN } else { CKM_AES_KEY_GEN };
                 with_root_template(key, &label, &id, self.capabilities, |template| {
-                    let template = template.flag(CKA_EXTRACTABLE, true).flag(CKA_WRAP_WITH_TRUSTED, self.trusted).number(CKA_VALUE_LEN, &octets);
+                    let template = template
+                        .flag(CKA_EXTRACTABLE, true)
+                        .flag(CKA_WRAP_WITH_TRUSTED, self.trusted)
+                        .number(CKA_VALUE_LEN, &octets);
                     self.session.generate(mechanism, template.as_slice())
                 })?
             }
@@ -372,12 +439,14 @@ impl Ceremony<'_> {
                 next_step: "give the package that the earlier ceremony stored; if there is none, remove this root (or wipe the token, if no key was made from it) and run the ceremony again".to_owned(),
             });
         }
-        let check_value = self.session.attribute(object, CKA_CHECK_VALUE)?.map(|value| value.to_vec()).unwrap_or_default();
+        let check_value =
+            self.session.attribute(object, CKA_CHECK_VALUE)?.map(|value| value.to_vec()).unwrap_or_default();
         Ok(Root { key, object, locked, check_value })
     }
 
-    /// Wraps the roots that one recipient gets; what is locked already is taken from the stored package. The recipients are the escrow key,
-    /// which gets all roots, and then the standby tokens in the order of the plan.
+    /// Wraps the roots that one recipient gets; what is locked already is taken from the stored
+    /// package. The recipients are the escrow key, which gets all roots, and then the standby
+    /// tokens in the order of the plan.
     fn wrap_all(
         &self,
         recipient: TokenKey,
@@ -393,11 +462,13 @@ impl Ceremony<'_> {
         });
         let recipient_object = find_one(self.session, &recipient.label(&self.plan.island), CKO_PUBLIC_KEY)?;
         let mut wrapped = Vec::with_capacity(roots.len());
-        // I1: a root of another class never leaves for this token, not even wrapped: its transport key would open it at any later time.
+        // I1: a root of another class never leaves for this token, not even wrapped: its transport
+        // key would open it at any later time.
         for root in roots.iter().filter(|root| token.is_none_or(|token| token.gets(root.key.purpose))) {
             if root.locked {
-                let known =
-                    stored.filter(|stored| stored.recipient_sha256 == public.sha256).and_then(|stored| stored.roots.iter().find(|known| known.key == root.key));
+                let known = stored
+                    .filter(|stored| stored.recipient_sha256 == public.sha256)
+                    .and_then(|stored| stored.roots.iter().find(|known| known.key == root.key));
                 wrapped.push(known.cloned().ok_or_else(|| HsmError::Ceremony {
                     reason: format!(
                         "the root `{}` is locked, and the stored package has no copy of it for `{}`",
@@ -409,11 +480,13 @@ impl Ceremony<'_> {
                 continue;
             }
             let mut buffer = [0; 1024];
-            let written = self.session.wrap(&Mechanism::Oaep(self.oaep_hash), recipient_object, root.object, &mut buffer)?;
+            let written =
+                self.session.wrap(&Mechanism::Oaep(self.oaep_hash), recipient_object, root.object, &mut buffer)?;
             let octets = buffer.get(..written.min(public.octets())).unwrap_or_default().to_vec();
             wrapped.push(WrappedRoot { key: root.key, check_value: root.check_value.clone(), wrapped: octets });
         }
-        let oaep_hash = stored.filter(|_| roots.iter().all(|root| root.locked)).map_or(self.oaep_hash, |stored| stored.oaep_hash);
+        let oaep_hash =
+            stored.filter(|_| roots.iter().all(|root| root.locked)).map_or(self.oaep_hash, |stored| stored.oaep_hash);
         Ok(WrappedRoots { recipient_sha256: public.sha256, oaep_hash, roots: wrapped })
     }
 
@@ -430,7 +503,8 @@ impl Ceremony<'_> {
         if self.session.flag(root.object, CKA_EXTRACTABLE)? != Some(false) {
             return Err(open("CKA_EXTRACTABLE still reads true"));
         }
-        let escrow = find_one(self.session, &TokenKey::first(Purpose::Escrow).label(&self.plan.island), CKO_PUBLIC_KEY)?;
+        let escrow =
+            find_one(self.session, &TokenKey::first(Purpose::Escrow).label(&self.plan.island), CKO_PUBLIC_KEY)?;
         if self.session.wrap(&Mechanism::Oaep(self.oaep_hash), escrow, root.object, &mut [0; 1024]).is_ok() {
             return Err(open("it can still be wrapped"));
         }
@@ -449,7 +523,11 @@ impl Ceremony<'_> {
         let island = &self.plan.island;
         let mut fingerprints = Vec::new();
         let mut add = |key: TokenKey, public: &[u8]| {
-            fingerprints.push(KeyFingerprint { label: key.label(island), kind: "SHA-256", value: digest(&SHA256, public).as_ref().to_vec() })
+            fingerprints.push(KeyFingerprint {
+                label: key.label(island),
+                kind: "SHA-256",
+                value: digest(&SHA256, public).as_ref().to_vec(),
+            })
         };
         let mut signing = Vec::new();
         if self.plan.general {
@@ -481,8 +559,8 @@ struct RsaPublicKey {
 impl RsaPublicKey {
     fn parse(der: &[u8]) -> Result<Self, HsmError> {
         let refuse = |reason: &str| HsmError::invalid("escrow or standby public key", reason.to_owned());
-        let (rest, spki) =
-            SubjectPublicKeyInfo::from_der(der).map_err(|_| refuse("it is no DER SubjectPublicKeyInfo (`openssl pkey -pubout -outform DER`)"))?;
+        let (rest, spki) = SubjectPublicKeyInfo::from_der(der)
+            .map_err(|_| refuse("it is no DER SubjectPublicKeyInfo (`openssl pkey -pubout -outform DER`)"))?;
         if !rest.is_empty() {
             return Err(refuse("octets follow the SubjectPublicKeyInfo"));
         }
@@ -502,8 +580,13 @@ impl RsaPublicKey {
     }
 }
 
-/// As security officer: creates the public keys that roots may leave under, trusted if the module can. Whether all are trusted.
-fn install_recipients(session: &Session, island: &IslandName, recipients: &[(TokenKey, RsaPublicKey)]) -> Result<bool, HsmError> {
+/// As security officer: creates the public keys that roots may leave under, trusted if the module
+/// can. Whether all are trusted.
+fn install_recipients(
+    session: &Session,
+    island: &IslandName,
+    recipients: &[(TokenKey, RsaPublicKey)],
+) -> Result<bool, HsmError> {
     let mut all_trusted = true;
     for (key, public) in recipients {
         let label = key.label(island);
@@ -513,7 +596,9 @@ fn install_recipients(session: &Session, island: &IslandName, recipients: &[(Tok
                 if !modulus.ends_with(&public.modulus) {
                     return Err(HsmError::Ceremony {
                         reason: format!("the token already holds another key labelled `{label}`"),
-                        next_step: "use the key of the ceremony that was begun, or remove that object as security officer".to_owned(),
+                        next_step:
+                            "use the key of the ceremony that was begun, or remove that object as security officer"
+                                .to_owned(),
                     });
                 }
                 all_trusted &= session.flag(object, CKA_TRUSTED)? == Some(true);
@@ -547,8 +632,13 @@ fn install_recipients(session: &Session, island: &IslandName, recipients: &[(Tok
     Ok(all_trusted)
 }
 
-/// Checks that the token holds these keys, which the security officer put there in the ceremony. Whether all are trusted.
-fn known_recipients(session: &Session, island: &IslandName, recipients: &[(TokenKey, RsaPublicKey)]) -> Result<bool, HsmError> {
+/// Checks that the token holds these keys, which the security officer put there in the ceremony.
+/// Whether all are trusted.
+fn known_recipients(
+    session: &Session,
+    island: &IslandName,
+    recipients: &[(TokenKey, RsaPublicKey)],
+) -> Result<bool, HsmError> {
     let mut all_trusted = true;
     for (key, public) in recipients {
         let label = key.label(island);
@@ -598,12 +688,21 @@ fn install_root(
 }
 
 /// Calls `make` with all attributes of a root but EXTRACTABLE, WRAP_WITH_TRUSTED and VALUE_LEN.
-fn with_root_template<R>(key: TokenKey, label: &str, id: &[u8], capabilities: &Capabilities, make: impl FnOnce(Template<'_>) -> R) -> R {
+fn with_root_template<R>(
+    key: TokenKey,
+    label: &str,
+    id: &[u8],
+    capabilities: &Capabilities,
+    make: impl FnOnce(Template<'_>) -> R,
+) -> R {
     let sensitive_only = [Attribute::flag(CKA_SENSITIVE, true)];
-    // I1: GAKs and secrets may be read as session objects for one call, so their roots have no such template; all others have.
+    // I1: GAKs and secrets may be read as session objects for one call, so their roots have no such
+    // template; all others have.
     let class_is_read = |class| class == KeyClass::Authentication;
     let (usages, mechanisms): (&[CK_ATTRIBUTE_TYPE], &[CK_MECHANISM_TYPE]) = match key.purpose {
-        Purpose::Diversification(_) if capabilities.key_derivation() == Some(KeyDerivation::Sp800108Cmac) => (&[CKA_DERIVE], &[CKM_SP800_108_COUNTER_KDF]),
+        Purpose::Diversification(_) if capabilities.key_derivation() == Some(KeyDerivation::Sp800108Cmac) => {
+            (&[CKA_DERIVE], &[CKM_SP800_108_COUNTER_KDF])
+        }
         Purpose::Diversification(_) => (&[CKA_DERIVE], &[CKM_AES_CBC_ENCRYPT_DATA]),
         Purpose::StorageKek(_) => (&[CKA_WRAP, CKA_UNWRAP], &[CKM_AES_KEY_WRAP]),
         Purpose::FingerprintKek => (&[CKA_WRAP], &[CKM_AES_KEY_WRAP]),
@@ -666,17 +765,26 @@ fn find_or_make_pair(
     let (label, id) = (key.label(island), key.id(island));
     match (find_one(session, &label, CKO_PUBLIC_KEY), find_one(session, &label, CKO_PRIVATE_KEY)) {
         (Ok(public), Ok(_)) => Ok(public),
-        (Err(HsmError::KeyMissing { .. }), Err(HsmError::KeyMissing { .. })) => make(&label, &id).map(|(public, _)| public),
-        (Err(HsmError::KeyMissing { .. }), Ok(_)) | (Ok(_), Err(HsmError::KeyMissing { .. })) => Err(HsmError::Ceremony {
-            reason: format!("only one half of the key pair `{label}` is in the token"),
-            next_step: "remove that object (it was left by an interrupted ceremony) and run the ceremony again".to_owned(),
-        }),
+        (Err(HsmError::KeyMissing { .. }), Err(HsmError::KeyMissing { .. })) => {
+            make(&label, &id).map(|(public, _)| public)
+        }
+        (Err(HsmError::KeyMissing { .. }), Ok(_)) | (Ok(_), Err(HsmError::KeyMissing { .. })) => {
+            Err(HsmError::Ceremony {
+                reason: format!("only one half of the key pair `{label}` is in the token"),
+                next_step: "remove that object (it was left by an interrupted ceremony) and run the ceremony again"
+                    .to_owned(),
+            })
+        }
         (Err(error), _) | (_, Err(error)) => Err(error),
     }
 }
 
 fn public_template<'a>(label: &'a str, id: &'a [u8]) -> Template<'a> {
-    Template::empty().flag(CKA_TOKEN, true).flag(CKA_PRIVATE, false).octets(CKA_LABEL, label.as_bytes()).octets(CKA_ID, id)
+    Template::empty()
+        .flag(CKA_TOKEN, true)
+        .flag(CKA_PRIVATE, false)
+        .octets(CKA_LABEL, label.as_bytes())
+        .octets(CKA_ID, id)
 }
 
 fn private_template<'a>(label: &'a str, id: &'a [u8]) -> Template<'a> {
@@ -698,13 +806,24 @@ fn find_slot(module: &Module, token: &TokenSelector) -> Result<Slot, HsmError> {
 
 fn capabilities(module: &Module, slot: Slot, user_pin: &Pin) -> Result<(Capabilities, OaepHash), HsmError> {
     let mechanisms = module.mechanisms(slot)?;
-    let capabilities = logged_in(module, slot, CKU_USER, user_pin, |session| Capabilities::probe(session, module.description(), &mechanisms, None))?;
-    let hash = capabilities.oaep_hash().ok_or(HsmError::Unsupported { what: "RSA-OAEP", instead: "roots cannot be escrowed with this module; use another" })?;
+    let capabilities = logged_in(module, slot, CKU_USER, user_pin, |session| {
+        Capabilities::probe(session, module.description(), &mechanisms, None)
+    })?;
+    let hash = capabilities.oaep_hash().ok_or(HsmError::Unsupported {
+        what: "RSA-OAEP",
+        instead: "roots cannot be escrowed with this module; use another",
+    })?;
     Ok((capabilities, hash))
 }
 
 /// Runs `work` in a session of its own as `user`, and logs out.
-fn logged_in<R>(module: &Module, slot: Slot, user: CK_USER_TYPE, pin: &Pin, work: impl FnOnce(&Session) -> Result<R, HsmError>) -> Result<R, HsmError> {
+fn logged_in<R>(
+    module: &Module,
+    slot: Slot,
+    user: CK_USER_TYPE,
+    pin: &Pin,
+    work: impl FnOnce(&Session) -> Result<R, HsmError>,
+) -> Result<R, HsmError> {
     let session = module.open(slot)?;
     let result = session.login(user, pin.octets()).and_then(|()| {
         let result = work(&session);

@@ -24,14 +24,16 @@ pub struct Recipient {
 }
 
 impl Recipient {
-    /// The holder of the P-256 transport key `public_point` (65 octets, `04 ‖ x ‖ y`), whose certificate has this SHA-256 digest
-    /// (of the DER), until `expiry` (Unix milliseconds). The expiry is part of the key derivation: round it, so that
-    /// grants made together share one agreement.
+    /// The holder of the P-256 transport key `public_point` (65 octets, `04 ‖ x ‖ y`), whose
+    /// certificate has this SHA-256 digest (of the DER), until `expiry` (Unix milliseconds). The
+    /// expiry is part of the key derivation: round it, so that grants made together share one
+    /// agreement.
     ///
     /// # Errors
     /// The point is not 65 octets long or not on the curve.
     pub fn new(public_point: &[u8], transport_certificate_sha256: [u8; 32], expiry: u64) -> Result<Self, HsmError> {
-        let refuse = || HsmError::invalid("transport key", "it is not an uncompressed point of P-256 (65 octets, 04, x, y)");
+        let refuse =
+            || HsmError::invalid("transport key", "it is not an uncompressed point of P-256 (65 octets, 04, x, y)");
         let point = public_point.try_into().map_err(|_| refuse())?;
         ParsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, public_point).map_err(|_| refuse())?;
         Ok(Self { public_point: point, transport_certificate_sha256, expiry })
@@ -95,7 +97,8 @@ pub struct Agreement {
     pub ephemeral_public: [u8; 65],
 }
 
-/// A key wrapped under the transport KEK (RFC 3394): 24 or 40 octets for AES keys, up to 264 for secrets.
+/// A key wrapped under the transport KEK (RFC 3394): 24 or 40 octets for AES keys, up to 264 for
+/// secrets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WrappedKey(pub Vec<u8>);
 
@@ -171,8 +174,9 @@ impl LiveAgreement {
 }
 
 impl Worker {
-    /// Wraps `keys` for `recipient` and seals what `header` and `manifest` make. A key that cannot be had is an error of its own in
-    /// what `manifest` is given; trouble of the HSM is an error of the whole.
+    /// Wraps `keys` for `recipient` and seals what `header` and `manifest` make. A key that cannot
+    /// be had is an error of its own in what `manifest` is given; trouble of the HSM is an error of
+    /// the whole.
     pub(crate) fn envelope(
         &self,
         recipient: &Recipient,
@@ -191,7 +195,8 @@ impl Worker {
         }
         let (header, manifest) = (header(&agreement.public), manifest(&wrapped));
         let mut sealed = Vec::with_capacity(4 + header.len() + manifest.len());
-        let header_length = u32::try_from(header.len()).map_err(|_| HsmError::invalid("envelope header", "it is longer than 4 GiB"))?;
+        let header_length =
+            u32::try_from(header.len()).map_err(|_| HsmError::invalid("envelope header", "it is longer than 4 GiB"))?;
         sealed.extend_from_slice(&header_length.to_be_bytes());
         sealed.extend_from_slice(&header);
         sealed.extend_from_slice(&manifest);
@@ -226,7 +231,8 @@ impl Worker {
             live.remove(recipient);
         }
         while live.len() >= limits.live.max(1) {
-            let oldest = live.iter().min_by_key(|(_, agreement)| agreement.made).map(|(recipient, _)| recipient.clone());
+            let oldest =
+                live.iter().min_by_key(|(_, agreement)| agreement.made).map(|(recipient, _)| recipient.clone());
             let Some(agreement) = oldest.and_then(|oldest| live.remove(&oldest)) else { break };
             agreement.destroy(&self.session);
         }
@@ -251,13 +257,20 @@ impl Worker {
             let template = template.sensitive(false).number(CKA_VALUE_LEN, &octets);
             match algorithm {
                 EnvelopeAlgorithm::X963Sha256 => {
-                    let mechanism = Mechanism::Ecdh { kdf: CKD_SHA256_KDF, shared: &shared, public: &recipient.public_point };
+                    let mechanism =
+                        Mechanism::Ecdh { kdf: CKD_SHA256_KDF, shared: &shared, public: &recipient.public_point };
                     self.session.derive(&mechanism, ephemeral.object(), template.as_slice())
                 }
                 EnvelopeAlgorithm::CbcExpand => {
-                    let z_template = Template::session_secret(&CKK_AES).sensitive(false).usage(&[CKA_DERIVE]).number(CKA_VALUE_LEN, &octets);
+                    let z_template = Template::session_secret(&CKK_AES)
+                        .sensitive(false)
+                        .usage(&[CKA_DERIVE])
+                        .number(CKA_VALUE_LEN, &octets);
                     let mechanism = Mechanism::Ecdh { kdf: CKD_NULL, shared: &[], public: &recipient.public_point };
-                    let z = Temporary::new(&self.session, self.session.derive(&mechanism, ephemeral.object(), z_template.as_slice())?);
+                    let z = Temporary::new(
+                        &self.session,
+                        self.session.derive(&mechanism, ephemeral.object(), z_template.as_slice())?,
+                    );
                     self.session.derive(&Mechanism::CbcEncryptData { data: &shared }, z.object(), template.as_slice())
                 }
             }
@@ -281,12 +294,14 @@ enum Use {
     SealKey = 2,
 }
 
-/// Whether an error of one key stops a batch: trouble of the HSM does, a refused or missing key does not.
+/// Whether an error of one key stops a batch: trouble of the HSM does, a refused or missing key
+/// does not.
 pub(crate) fn concerns_all(error: &HsmError) -> bool {
     error.needs_repair() || error.kind() == crate::error::ErrorKind::Transient
 }
 
-/// A P-256 key pair for one agreement: the private key as a session object, the public point. The public object is destroyed.
+/// A P-256 key pair for one agreement: the private key as a session object, the public point. The
+/// public object is destroyed.
 pub(crate) fn generate_ephemeral(session: &Session) -> Result<(Temporary<'_>, [u8; 65]), HsmError> {
     let public = Template::empty().flag(CKA_TOKEN, false).octets(CKA_EC_PARAMS, P256_OID);
     let private = Template::empty().flag(CKA_TOKEN, false).sensitive(false).private_usage(&[CKA_DERIVE]);
@@ -298,13 +313,21 @@ pub(crate) fn generate_ephemeral(session: &Session) -> Result<(Temporary<'_>, [u
 
 /// The uncompressed point of a P-256 public key object.
 pub(crate) fn public_point(session: &Session, object: Object) -> Result<[u8; 65], HsmError> {
-    let value = session.attribute(object, CKA_EC_POINT)?.ok_or_else(|| HsmError::call("C_GetAttributeValue", CKR_ATTRIBUTE_TYPE_INVALID))?;
+    let value = session
+        .attribute(object, CKA_EC_POINT)?
+        .ok_or_else(|| HsmError::call("C_GetAttributeValue", CKR_ATTRIBUTE_TYPE_INVALID))?;
     // CKA_EC_POINT is the DER of an OCTET STRING; a few modules give the bare point.
     let point = value.strip_prefix(&[0x04, 65]).unwrap_or(&value);
     point.try_into().map_err(|_| HsmError::call("C_GetAttributeValue", CKR_ATTRIBUTE_VALUE_INVALID))
 }
 
-fn shared_info(algorithm: EnvelopeAlgorithm, usage: Use, ephemeral_public: &[u8; 65], recipient: &Recipient, island: &IslandName) -> [u8; 32] {
+fn shared_info(
+    algorithm: EnvelopeAlgorithm,
+    usage: Use,
+    ephemeral_public: &[u8; 65],
+    recipient: &Recipient,
+    island: &IslandName,
+) -> [u8; 32] {
     let island = island.as_str().as_bytes();
     let mut info = Vec::with_capacity(256);
     info.extend_from_slice(b"meterkms/envelope");

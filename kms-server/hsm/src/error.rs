@@ -1,4 +1,5 @@
-//! The one error of the HSM room, and the table that maps PKCS#11 return codes to what can be done about them.
+//! The one error of the HSM room, and the table that maps PKCS#11 return codes to what can be done
+//! about them.
 
 use std::borrow::Cow;
 use std::time::Duration;
@@ -8,7 +9,8 @@ use cryptoki::error::{Error as CryptokiError, Rv, RvError};
 use cryptoki_sys::CK_RV;
 use kms_domain::KeyClass;
 
-/// Why the HSM did not do what was asked. The text never contains a PIN, a key or wrapped key octets.
+/// Why the HSM did not do what was asked. The text never contains a PIN, a key or wrapped key
+/// octets.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum HsmError {
     /// The token cannot be used at this moment; trying again later can help without anyone's doing.
@@ -58,20 +60,25 @@ pub enum HsmError {
         next_step: String,
     },
     /// A root or other token key is not in the token.
-    #[error("the HSM token holds no key labelled `{label}`; was the ceremony run for this island and token, or is the version wrong?")]
+    #[error(
+        "the HSM token holds no key labelled `{label}`; was the ceremony run for this island and token, or is the version wrong?"
+    )]
     KeyMissing {
         /// CKA_LABEL that was looked for.
         label: String,
     },
     /// More than one token object has the label of a root: which one is right cannot be known.
-    #[error("the HSM token holds {count} keys labelled `{label}`; remove the wrong one (compare check values with the ceremony's record)")]
+    #[error(
+        "the HSM token holds {count} keys labelled `{label}`; remove the wrong one (compare check values with the ceremony's record)"
+    )]
     KeyAmbiguous {
         /// CKA_LABEL that was looked for.
         label: String,
         /// How many were found.
         count: usize,
     },
-    /// The HSM refused a wrapped key: it was altered, is wrapped under another key, or has another length.
+    /// The HSM refused a wrapped key: it was altered, is wrapped under another key, or has another
+    /// length.
     #[error("the wrapped key is refused by the HSM (CKR {code:?}): it is damaged, or wrapped under another key")]
     WrappedKeyInvalid {
         /// The module's return code.
@@ -142,9 +149,11 @@ impl HsmError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Unavailable { .. } | Self::Overloaded { .. } | Self::TooManyOfOne { .. } => ErrorKind::Transient,
-            Self::Unusable { .. } | Self::KeyMissing { .. } | Self::KeyAmbiguous { .. } | Self::Module { .. } | Self::Ceremony { .. } => {
-                ErrorKind::OperatorFixable
-            }
+            Self::Unusable { .. }
+            | Self::KeyMissing { .. }
+            | Self::KeyAmbiguous { .. }
+            | Self::Module { .. }
+            | Self::Ceremony { .. } => ErrorKind::OperatorFixable,
             Self::NotServed { .. } => ErrorKind::NotServed,
             Self::WrappedKeyInvalid { .. } | Self::TagInvalid => ErrorKind::DataRefused,
             Self::InvalidInput { .. } | Self::Unsupported { .. } => ErrorKind::Permanent,
@@ -155,13 +164,16 @@ impl HsmError {
     /// When trying again can help, after this time.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::Unavailable { retry_after, .. } | Self::Overloaded { retry_after, .. } | Self::TooManyOfOne { retry_after, .. } => Some(*retry_after),
+            Self::Unavailable { retry_after, .. }
+            | Self::Overloaded { retry_after, .. }
+            | Self::TooManyOfOne { retry_after, .. } => Some(*retry_after),
             _ if self.kind() == ErrorKind::Transient => Some(Duration::from_secs(1)),
             _ => None,
         }
     }
 
-    /// A short name of the error, for metrics: that of the PKCS#11 return code where one caused it, such as `DeviceError`.
+    /// A short name of the error, for metrics: that of the PKCS#11 return code where one caused it,
+    /// such as `DeviceError`.
     pub fn name(&self) -> Cow<'static, str> {
         match self {
             Self::Unavailable { .. } => "unavailable".into(),
@@ -198,7 +210,8 @@ impl HsmError {
     pub(crate) fn call(function: &'static str, code: CK_RV) -> Self {
         match Rv::from(code) {
             Rv::Error(code) => Self::Call { function, code },
-            // Only reached with a code that is an error; a module that fails with CKR_OK has failed.
+            // Only reached with a code that is an error; a module that fails with CKR_OK has
+            // failed.
             Rv::Ok => Self::Call { function, code: RvError::GeneralError },
         }
     }
@@ -222,36 +235,60 @@ enum Repair {
     Reopen,
 }
 
-/// The one table of return codes: kind of error, whether to reopen sessions, and the advice in the error text.
+/// The one table of return codes: kind of error, whether to reopen sessions, and the advice in the
+/// error text.
 ///
-/// Codes that are not here are `Permanent`: they tell of a template, mechanism or argument that the module does not take.
-/// On unwrapping, `GENERAL_ERROR`, `DEVICE_ERROR`, `ENCRYPTED_DATA_INVALID`, `ENCRYPTED_DATA_LEN_RANGE`, `WRAPPED_KEY_INVALID`
-/// and `WRAPPED_KEY_LEN_RANGE` mean refused data on one module or another: see [`refuses_wrapped_key`].
+/// Codes that are not here are `Permanent`: they tell of a template, mechanism or argument that the
+/// module does not take. On unwrapping, `GENERAL_ERROR`, `DEVICE_ERROR`, `ENCRYPTED_DATA_INVALID`,
+/// `ENCRYPTED_DATA_LEN_RANGE`, `WRAPPED_KEY_INVALID` and `WRAPPED_KEY_LEN_RANGE` mean refused data
+/// on one module or another: see [`refuses_wrapped_key`].
 fn meaning(code: RvError) -> (ErrorKind, Repair) {
     use ErrorKind::{DataRefused, OperatorFixable, Permanent, Transient};
     use Repair::{Keep, Reopen};
     match code {
         RvError::SessionHandleInvalid | RvError::SessionClosed | RvError::UserNotLoggedIn => (Transient, Reopen),
-        RvError::ObjectHandleInvalid | RvError::KeyHandleInvalid | RvError::WrappingKeyHandleInvalid | RvError::UnwrappingKeyHandleInvalid => {
-            (Transient, Reopen)
-        }
-        RvError::DeviceError | RvError::DeviceRemoved | RvError::TokenNotPresent | RvError::TokenNotRecognized | RvError::SlotIdInvalid => (Transient, Reopen),
+        RvError::ObjectHandleInvalid
+        | RvError::KeyHandleInvalid
+        | RvError::WrappingKeyHandleInvalid
+        | RvError::UnwrappingKeyHandleInvalid => (Transient, Reopen),
+        RvError::DeviceError
+        | RvError::DeviceRemoved
+        | RvError::TokenNotPresent
+        | RvError::TokenNotRecognized
+        | RvError::SlotIdInvalid => (Transient, Reopen),
         RvError::GeneralError | RvError::FunctionFailed | RvError::CryptokiNotInitialized => (Transient, Reopen),
         // An operation that another job left active: a new session has none.
         RvError::OperationActive | RvError::OperationNotInitialized => (Transient, Reopen),
-        RvError::HostMemory | RvError::DeviceMemory | RvError::SessionCount | RvError::FunctionCanceled | RvError::Cancel => (Transient, Keep),
-        RvError::PinIncorrect | RvError::PinLocked | RvError::PinExpired | RvError::PinInvalid | RvError::PinLenRange => (OperatorFixable, Keep),
-        RvError::UserPinNotInitialized | RvError::TokenWriteProtected | RvError::UserAnotherAlreadyLoggedIn => (OperatorFixable, Keep),
-        RvError::EncryptedDataInvalid | RvError::EncryptedDataLenRange | RvError::WrappedKeyInvalid | RvError::WrappedKeyLenRange => (DataRefused, Keep),
+        RvError::HostMemory
+        | RvError::DeviceMemory
+        | RvError::SessionCount
+        | RvError::FunctionCanceled
+        | RvError::Cancel => (Transient, Keep),
+        RvError::PinIncorrect
+        | RvError::PinLocked
+        | RvError::PinExpired
+        | RvError::PinInvalid
+        | RvError::PinLenRange => (OperatorFixable, Keep),
+        RvError::UserPinNotInitialized | RvError::TokenWriteProtected | RvError::UserAnotherAlreadyLoggedIn => {
+            (OperatorFixable, Keep)
+        }
+        RvError::EncryptedDataInvalid
+        | RvError::EncryptedDataLenRange
+        | RvError::WrappedKeyInvalid
+        | RvError::WrappedKeyLenRange => (DataRefused, Keep),
         RvError::SignatureInvalid | RvError::SignatureLenRange => (DataRefused, Keep),
         _ => (Permanent, Keep),
     }
 }
 
-/// Whether the code of a failed `C_UnwrapKey` can mean that the wrapped key itself is wrong, and whether it says so for sure.
+/// Whether the code of a failed `C_UnwrapKey` can mean that the wrapped key itself is wrong, and
+/// whether it says so for sure.
 pub(crate) fn refuses_wrapped_key(code: RvError) -> Option<Certainty> {
     match code {
-        RvError::WrappedKeyInvalid | RvError::WrappedKeyLenRange | RvError::EncryptedDataInvalid | RvError::EncryptedDataLenRange => Some(Certainty::Sure),
+        RvError::WrappedKeyInvalid
+        | RvError::WrappedKeyLenRange
+        | RvError::EncryptedDataInvalid
+        | RvError::EncryptedDataLenRange => Some(Certainty::Sure),
         // SoftHSM and openCryptoki answer GENERAL_ERROR, kryoptic DEVICE_ERROR.
         RvError::GeneralError | RvError::DeviceError | RvError::FunctionFailed => Some(Certainty::Ambiguous),
         _ => None,

@@ -1,4 +1,5 @@
-//! DLMS frames protected and unprotected inside the HSM (IEC 62056-5-3, AES-GCM with 12-octet tags).
+//! DLMS frames protected and unprotected inside the HSM (IEC 62056-5-3, AES-GCM with 12-octet
+//! tags).
 
 use aws_lc_rs::constant_time::verify_slices_are_equal;
 use cryptoki::error::RvError;
@@ -19,8 +20,8 @@ pub struct FrameKeys {
     pub authentication: KeySource,
 }
 
-/// How the security control octet says a frame is protected. Encryption without authentication does not exist here: the GAK
-/// would protect nothing.
+/// How the security control octet says a frame is protected. Encryption without authentication does
+/// not exist here: the GAK would protect nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FrameProtection {
     /// Authenticated only (bit 4): the text is associated data.
@@ -49,7 +50,9 @@ impl FrameParameters {
             _ => {
                 return Err(HsmError::invalid(
                     "security control",
-                    format!("`{security_control:02X}` does not ask for authentication, and frames without it are refused"),
+                    format!(
+                        "`{security_control:02X}` does not ask for authentication, and frames without it are refused"
+                    ),
                 ));
             }
         };
@@ -109,7 +112,12 @@ impl Worker {
     }
 
     /// `SC ‖ GAK`, and the text if it is authenticated only. I1: zeroized after the call.
-    fn associated_data(&self, keys: &FrameKeys, parameters: FrameParameters, text: &[u8]) -> Result<Zeroizing<Vec<u8>>, HsmError> {
+    fn associated_data(
+        &self,
+        keys: &FrameKeys,
+        parameters: FrameParameters,
+        text: &[u8],
+    ) -> Result<Zeroizing<Vec<u8>>, HsmError> {
         let gak = self.readable_gak(&keys.authentication)?;
         let text = if parameters.protection == FrameProtection::Authenticated { text } else { &[] };
         // The whole length at once: a buffer that grows would leave a copy of the GAK behind.
@@ -120,7 +128,13 @@ impl Worker {
         Ok(aad)
     }
 
-    fn encrypt(&self, keys: &FrameKeys, parameters: FrameParameters, aad: &[u8], plaintext: &[u8]) -> Result<(Vec<u8>, [u8; 12]), HsmError> {
+    fn encrypt(
+        &self,
+        keys: &FrameKeys,
+        parameters: FrameParameters,
+        aad: &[u8],
+        plaintext: &[u8],
+    ) -> Result<(Vec<u8>, [u8; 12]), HsmError> {
         let (key, _) = self.key(&keys.encryption, Handling::Encrypt)?;
         let mechanism = Mechanism::Gcm { nonce: &parameters.nonce, aad, tag_bits: TAG_BITS };
         let mut text = vec![0; plaintext.len() + ROOM];
@@ -133,7 +147,13 @@ impl Worker {
         }
     }
 
-    fn decrypt(&self, keys: &FrameKeys, parameters: FrameParameters, aad: &[u8], frame: &ProtectedFrame) -> Result<Vec<u8>, HsmError> {
+    fn decrypt(
+        &self,
+        keys: &FrameKeys,
+        parameters: FrameParameters,
+        aad: &[u8],
+        frame: &ProtectedFrame,
+    ) -> Result<Vec<u8>, HsmError> {
         let (key, _) = self.key(&keys.encryption, Handling::Decrypt)?;
         let mechanism = Mechanism::Gcm { nonce: &parameters.nonce, aad, tag_bits: TAG_BITS };
         let mut data = Vec::with_capacity(frame.text.len() + frame.tag.len());
@@ -146,8 +166,9 @@ impl Worker {
                 Ok(text)
             }
             Err(HsmError::Call { function: "C_Decrypt", code }) if refuses_tag(code) => {
-                // GENERAL_ERROR is what some modules say to a wrong tag and what all say when they fail: make the tag
-                // of nothing with the same key. If that works, the frame is to blame.
+                // GENERAL_ERROR is what some modules say to a wrong tag and what all say when they
+                // fail: make the tag of nothing with the same key. If that works, the frame is to
+                // blame.
                 self.encrypt_probe(keys, parameters)?;
                 Err(HsmError::TagInvalid)
             }
@@ -162,7 +183,10 @@ impl Worker {
 }
 
 /// One result per frame; trouble of the HSM stops the batch.
-pub(crate) fn each<T, R>(inputs: &[T], mut one: impl FnMut(&T) -> Result<R, HsmError>) -> Result<Vec<Result<R, HsmError>>, HsmError> {
+pub(crate) fn each<T, R>(
+    inputs: &[T],
+    mut one: impl FnMut(&T) -> Result<R, HsmError>,
+) -> Result<Vec<Result<R, HsmError>>, HsmError> {
     let mut results = Vec::with_capacity(inputs.len());
     for input in inputs {
         match one(input) {
@@ -174,7 +198,14 @@ pub(crate) fn each<T, R>(inputs: &[T], mut one: impl FnMut(&T) -> Result<R, HsmE
 }
 
 fn refuses_tag(code: RvError) -> bool {
-    matches!(code, RvError::EncryptedDataInvalid | RvError::EncryptedDataLenRange | RvError::SignatureInvalid | RvError::GeneralError | RvError::FunctionFailed)
+    matches!(
+        code,
+        RvError::EncryptedDataInvalid
+            | RvError::EncryptedDataLenRange
+            | RvError::SignatureInvalid
+            | RvError::GeneralError
+            | RvError::FunctionFailed
+    )
 }
 
 const TAG_BITS: cryptoki_sys::CK_ULONG = 96;

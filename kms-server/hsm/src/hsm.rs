@@ -1,4 +1,5 @@
-//! The verbs that the services need. Each call of a verb is an item in the queue of one token, or one for each part of a batch.
+//! The verbs that the services need. Each call of a verb is an item in the queue of one token, or
+//! one for each part of a batch.
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -28,7 +29,8 @@ pub struct Hsm {
     tokens: Arc<HashMap<KeyClass, Token>>,
     /// Whose lane of the queues the verbs of this handle wait in.
     payer: Payer,
-    /// The token of keys that belong to no class: seal root, fingerprint KEK, audit signing key, vendor transport key.
+    /// The token of keys that belong to no class: seal root, fingerprint KEK, audit signing key,
+    /// vendor transport key.
     general: Token,
     storage_keks: Arc<RwLock<StorageKekVersions>>,
 }
@@ -40,24 +42,34 @@ impl Hsm {
     /// The operating system gives no thread.
     pub fn start(island: IslandName, settings: TokenSettings, memory: Arc<dyn PinMemory>) -> Result<Self, HsmError> {
         let token = Token::start(settings, island.clone(), memory)?;
-        let tokens = [KeyClass::Kek, KeyClass::Session, KeyClass::Authentication, KeyClass::Ca].map(|class| (class, token.clone()));
+        let tokens = [KeyClass::Kek, KeyClass::Session, KeyClass::Authentication, KeyClass::Ca]
+            .map(|class| (class, token.clone()));
         Ok(Self::of_tokens(island, token, tokens.into()))
     }
 
-    /// Tokens that are started already: `general` for the keys of no class, `tokens` for the others. A class without a token is not
-    /// served: what needs it answers [`HsmError::NotServed`].
+    /// Tokens that are started already: `general` for the keys of no class, `tokens` for the
+    /// others. A class without a token is not served: what needs it answers
+    /// [`HsmError::NotServed`].
     pub fn of_tokens(island: IslandName, general: Token, tokens: HashMap<KeyClass, Token>) -> Self {
-        Self { island, tokens: Arc::new(tokens), payer: None, general, storage_keks: Arc::new(RwLock::new(StorageKekVersions::FIRST)) }
+        Self {
+            island,
+            tokens: Arc::new(tokens),
+            payer: None,
+            general,
+            storage_keks: Arc::new(RwLock::new(StorageKekVersions::FIRST)),
+        }
     }
 
-    /// The same tokens, used for somebody: jobs of each name are served in turn by what they cost, so that one with many or large jobs waits for
-    /// itself. A handle without a name is the server's own.
+    /// The same tokens, used for somebody: jobs of each name are served in turn by what they cost,
+    /// so that one with many or large jobs waits for itself. A handle without a name is the
+    /// server's own.
     #[must_use]
     pub fn paid_by(&self, name: &str) -> Self {
         Self { payer: Some(name.into()), ..self.clone() }
     }
 
-    /// Stores new and imported keys of a class under this version of its storage KEK from now on, instead of the first. Counts for all clones.
+    /// Stores new and imported keys of a class under this version of its storage KEK from now on,
+    /// instead of the first. Counts for all clones.
     pub fn use_storage_kek(&self, class: KeyClass, version: RootVersion) {
         self.storage_keks.write().unwrap_or_else(PoisonError::into_inner).set(class, version);
     }
@@ -136,13 +148,20 @@ impl Hsm {
 
     /// Wraps keys for a grantee and seals the manifest (docs/formats.md, *Envelopes*).
     ///
-    /// `header` makes the header's octets from the agreement, `manifest` the manifest's from the wrapped keys, which come in the order
-    /// of `keys`. Both run on a worker thread, so they must not block, and a second time if the session was lost meanwhile.
-    /// A key that cannot be had (missing root, refused blob) is an error in its place; the envelope holds the others.
+    /// `header` makes the header's octets from the agreement, `manifest` the manifest's from the
+    /// wrapped keys, which come in the order of `keys`. Both run on a worker thread, so they must
+    /// not block, and a second time if the session was lost meanwhile. A key that cannot be had
+    /// (missing root, refused blob) is an error in its place; the envelope holds the others.
     ///
     /// # Errors
     /// The keys are of two tokens; or the HSM is in trouble, and nothing has left.
-    pub async fn envelope<H, M>(&self, recipient: Recipient, keys: Vec<KeySource>, mut header: H, mut manifest: M) -> Result<Envelope, HsmError>
+    pub async fn envelope<H, M>(
+        &self,
+        recipient: Recipient,
+        keys: Vec<KeySource>,
+        mut header: H,
+        mut manifest: M,
+    ) -> Result<Envelope, HsmError>
     where
         H: FnMut(&Agreement) -> Vec<u8> + Send + 'static,
         M: FnMut(&[Result<WrappedKey, HsmError>]) -> Vec<u8> + Send + 'static,
@@ -164,7 +183,10 @@ impl Hsm {
     ///
     /// # Errors
     /// Keys of two tokens, or trouble of the HSM.
-    pub async fn protect_batch(&self, frames: Vec<(FrameKeys, FrameInput)>) -> Result<Vec<Result<ProtectedFrame, HsmError>>, HsmError> {
+    pub async fn protect_batch(
+        &self,
+        frames: Vec<(FrameKeys, FrameInput)>,
+    ) -> Result<Vec<Result<ProtectedFrame, HsmError>>, HsmError> {
         let token = self.token_of_frames(frames.iter().map(|(keys, _)| keys))?.clone();
         self.in_parts(&token, "protect", frames, |worker, (keys, frame)| worker.protect(keys, frame)).await
     }
@@ -172,7 +194,8 @@ impl Hsm {
     /// Checks and opens a DLMS frame: its plaintext.
     ///
     /// # Errors
-    /// [`HsmError::TagInvalid`], a key that cannot be had, keys of two tokens, or trouble of the HSM.
+    /// [`HsmError::TagInvalid`], a key that cannot be had, keys of two tokens, or trouble of the
+    /// HSM.
     pub async fn unprotect(&self, keys: FrameKeys, frame: ProtectedFrame) -> Result<Vec<u8>, HsmError> {
         first(self.unprotect_batch(vec![(keys, frame)]).await?)
     }
@@ -181,7 +204,10 @@ impl Hsm {
     ///
     /// # Errors
     /// Keys of two tokens, or trouble of the HSM.
-    pub async fn unprotect_batch(&self, frames: Vec<(FrameKeys, ProtectedFrame)>) -> Result<Vec<Result<Vec<u8>, HsmError>>, HsmError> {
+    pub async fn unprotect_batch(
+        &self,
+        frames: Vec<(FrameKeys, ProtectedFrame)>,
+    ) -> Result<Vec<Result<Vec<u8>, HsmError>>, HsmError> {
         let token = self.token_of_frames(frames.iter().map(|(keys, _)| keys))?.clone();
         self.in_parts(&token, "unprotect", frames, |worker, (keys, frame)| worker.unprotect(keys, frame)).await
     }
@@ -189,20 +215,29 @@ impl Hsm {
     /// Wraps keys for meters; one result each: 24 or 40 octets.
     ///
     /// # Errors
-    /// The token of the KEKs is not that of the keys (a server of another role does this), or trouble of the HSM.
+    /// The token of the KEKs is not that of the keys (a server of another role does this), or
+    /// trouble of the HSM.
     pub async fn wrap_for_meters(&self, jobs: Vec<TransferJob>) -> Result<Vec<Result<Vec<u8>, HsmError>>, HsmError> {
         let token = self.token_of_all(jobs.iter().flat_map(|job| [job.kek.class(), job.key.class()]))?.clone();
         self.in_parts(&token, "wrap-for-meter", jobs, |worker, job| worker.wrap_for_meter(job)).await
     }
 
-    /// Opens a vendor's batch key: RSA-OAEP under this version of the vendor transport key, an AES key inside.
+    /// Opens a vendor's batch key: RSA-OAEP under this version of the vendor transport key, an AES
+    /// key inside.
     ///
     /// # Errors
-    /// [`HsmError::WrappedKeyInvalid`] if it is for another transport key or damaged, or trouble of the HSM.
-    pub async fn open_batch_key(&self, transport_version: RootVersion, hash: OaepHash, ciphertext: Vec<u8>) -> Result<BatchKey, HsmError> {
+    /// [`HsmError::WrappedKeyInvalid`] if it is for another transport key or damaged, or trouble of
+    /// the HSM.
+    pub async fn open_batch_key(
+        &self,
+        transport_version: RootVersion,
+        hash: OaepHash,
+        ciphertext: Vec<u8>,
+    ) -> Result<BatchKey, HsmError> {
         let batch = BatchKey::new(transport_version, hash, ciphertext);
         let opened = batch.clone();
-        self.one(self.importing_token()?, OF_RSA, "open-batch-key", move |worker| worker.batch_key(&opened).map(drop)).await?;
+        self.one(self.importing_token()?, OF_RSA, "open-batch-key", move |worker| worker.batch_key(&opened).map(drop))
+            .await?;
         Ok(batch)
     }
 
@@ -210,7 +245,11 @@ impl Hsm {
     ///
     /// # Errors
     /// Trouble of the HSM: the whole batch can be tried again.
-    pub async fn import_keys(&self, batch: BatchKey, jobs: Vec<ImportJob>) -> Result<Vec<Result<StoredKey, ImportRefusal>>, HsmError> {
+    pub async fn import_keys(
+        &self,
+        batch: BatchKey,
+        jobs: Vec<ImportJob>,
+    ) -> Result<Vec<Result<StoredKey, ImportRefusal>>, HsmError> {
         let versions = self.storage_keks();
         let token = self.importing_token()?;
         let submit = |jobs: Vec<ImportJob>| {
@@ -226,10 +265,14 @@ impl Hsm {
     /// Missing roots, or trouble of the HSM.
     pub async fn generate_stored(&self, key_type: KeyType, length: KeyLength) -> Result<StoredKey, HsmError> {
         let version = self.storage_keks().of(key_type.class());
-        self.one(self.token(key_type.class())?, 1, "generate", move |worker| worker.generate_stored(key_type, length, version)).await
+        self.one(self.token(key_type.class())?, 1, "generate", move |worker| {
+            worker.generate_stored(key_type, length, version)
+        })
+        .await
     }
 
-    /// Wraps a key anew under the present storage KEK of its class: when the KEK is rotated, or a diversified key becomes a stored one.
+    /// Wraps a key anew under the present storage KEK of its class: when the KEK is rotated, or a
+    /// diversified key becomes a stored one.
     ///
     /// # Errors
     /// A refused blob, missing roots, or trouble of the HSM.
@@ -238,17 +281,22 @@ impl Hsm {
         self.one(self.token(source.class())?, 1, "rewrap", move |worker| worker.rewrap(&source, version)).await
     }
 
-    /// Wraps keys anew under this version of their class's storage KEK; one result each. Every new wrap is opened again inside the HSM, and what
-    /// comes out is compared, before it is given.
+    /// Wraps keys anew under this version of their class's storage KEK; one result each. Every new
+    /// wrap is opened again inside the HSM, and what comes out is compared, before it is given.
     ///
     /// # Errors
     /// Keys of two tokens, or trouble of the HSM: the whole batch can be tried again.
-    pub async fn rewrap_batch(&self, sources: Vec<KeySource>, version: RootVersion) -> Result<Vec<Result<StoredKey, HsmError>>, HsmError> {
+    pub async fn rewrap_batch(
+        &self,
+        sources: Vec<KeySource>,
+        version: RootVersion,
+    ) -> Result<Vec<Result<StoredKey, HsmError>>, HsmError> {
         let token = self.token_of_all(sources.iter().map(KeySource::class))?.clone();
         self.in_parts(&token, "rewrap", sources, move |worker, source| worker.rewrap(source, version)).await
     }
 
-    /// Whether the token that serves it holds this key: the secret key, or the private key of a pair.
+    /// Whether the token that serves it holds this key: the secret key, or the private key of a
+    /// pair.
     ///
     /// # Errors
     /// [`HsmError::NotServed`], two keys of one name, or trouble of the HSM.
@@ -256,8 +304,9 @@ impl Hsm {
         self.one(self.token_of_key(key)?, 1, "find", move |worker| worker.holds(key)).await
     }
 
-    /// Destroys a root in every token of this server that holds it: all objects of its name. How many there were. It cannot be undone, and that
-    /// nothing needs the root is for the caller to know.
+    /// Destroys a root in every token of this server that holds it: all objects of its name. How
+    /// many there were. It cannot be undone, and that nothing needs the root is for the caller to
+    /// know.
     ///
     /// # Errors
     /// Trouble of the HSM.
@@ -277,12 +326,14 @@ impl Hsm {
         let key = TokenKey { purpose: Purpose::VendorTransport, version };
         let read = move |worker: &Worker| {
             let object = worker.public_key(key)?;
-            rsa_public_key_der(&worker.session, object)?.ok_or_else(|| HsmError::invalid("vendor transport key", "the token's public key has no modulus"))
+            rsa_public_key_der(&worker.session, object)?
+                .ok_or_else(|| HsmError::invalid("vendor transport key", "the token's public key has no modulus"))
         };
         self.one(self.importing_token()?, 1, "public-key", read).await
     }
 
-    /// Signs a SHA-256 digest by ECDSA P-256 with [`Purpose::AuditSign`] or [`Purpose::Ca`]: `r ‖ s`, 64 octets.
+    /// Signs a SHA-256 digest by ECDSA P-256 with [`Purpose::AuditSign`] or [`Purpose::Ca`]: `r ‖
+    /// s`, 64 octets.
     ///
     /// # Errors
     /// The key is missing or of another kind, or trouble of the HSM.
@@ -292,7 +343,10 @@ impl Hsm {
             let mut signature = [0; 64];
             match worker.session.sign(CKM_ECDSA, object, &digest, &mut signature)? {
                 64 => Ok(signature),
-                _ => Err(HsmError::invalid("signing key", "its signatures are not 64 octets long, so it is no P-256 key")),
+                _ => Err(HsmError::invalid(
+                    "signing key",
+                    "its signatures are not 64 octets long, so it is no P-256 key",
+                )),
             }
         };
         self.one(self.signing_token(key)?, 1, "sign", sign).await
@@ -310,7 +364,8 @@ impl Hsm {
         self.one(self.signing_token(key)?, 1, "public-key", read).await
     }
 
-    /// HMAC-SHA-256 under this version of the seal root: the keys of docs/formats.md, *Keys derived from the seal root*.
+    /// HMAC-SHA-256 under this version of the seal root: the keys of docs/formats.md, *Keys derived
+    /// from the seal root*.
     ///
     /// # Errors
     /// The root is missing, or trouble of the HSM.
@@ -376,8 +431,9 @@ impl Hsm {
         joined(parts(batch).into_iter().map(submit).collect::<Result<_, _>>()?).await
     }
 
-    /// The general token, where it is also that of the KEKs. An import wraps under the storage KEKs of several classes, so it runs where
-    /// they and the vendor transport key are: a server that only grants has neither.
+    /// The general token, where it is also that of the KEKs. An import wraps under the storage KEKs
+    /// of several classes, so it runs where they and the vendor transport key are: a server that
+    /// only grants has neither.
     fn importing_token(&self) -> Result<&Token, HsmError> {
         self.token(KeyClass::Kek).map(|_| &self.general)
     }
@@ -429,7 +485,8 @@ fn parts<T>(mut batch: Vec<T>) -> Vec<Vec<T>> {
     parts
 }
 
-/// The results of all parts, in order. The first error of a whole part is that of the batch; what of it still waits is given up.
+/// The results of all parts, in order. The first error of a whole part is that of the batch; what
+/// of it still waits is given up.
 async fn joined<R>(pending: Vec<Pending<Vec<R>>>) -> Result<Vec<R>, HsmError> {
     let mut results = Vec::with_capacity(pending.len() * PART);
     for part in pending {
@@ -442,8 +499,9 @@ fn first<T>(results: Vec<Result<T, HsmError>>) -> Result<T, HsmError> {
     results.into_iter().next().unwrap_or_else(|| Err(HsmError::invalid("batch", "a batch of one had no result")))
 }
 
-/// Keys, frames or lines of a batch that are one job: a worker is busy with that many, at most, before others have their turn. With 1 ms for each
-/// call of an HSM that is about 0.2 s; with a module in memory a few milliseconds.
+/// Keys, frames or lines of a batch that are one job: a worker is busy with that many, at most,
+/// before others have their turn. With 1 ms for each call of an HSM that is about 0.2 s; with a
+/// module in memory a few milliseconds.
 pub const PART: usize = 64;
 /// What an RSA operation costs, in keys.
 const OF_RSA: usize = 64;

@@ -11,8 +11,8 @@ use crate::label::{Purpose, RootVersion, TokenKey};
 use crate::template::Handling;
 use crate::worker::{KeySource, Worker, unwrapped_octets};
 
-/// A vendor's batch key in the HSM. Sessions unwrap it when they first need it, so it outlives a lost session; the session
-/// objects are destroyed after the last clone is dropped.
+/// A vendor's batch key in the HSM. Sessions unwrap it when they first need it, so it outlives a
+/// lost session; the session objects are destroyed after the last clone is dropped.
 #[derive(Clone)]
 pub struct BatchKey(Arc<BatchKeyRecipe>);
 
@@ -28,7 +28,12 @@ pub(crate) struct BatchKeyRecipe {
 impl BatchKey {
     pub(crate) fn new(transport_version: RootVersion, hash: OaepHash, ciphertext: Vec<u8>) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        Self(Arc::new(BatchKeyRecipe { number: NEXT.fetch_add(1, Ordering::Relaxed), hash, transport_version, ciphertext }))
+        Self(Arc::new(BatchKeyRecipe {
+            number: NEXT.fetch_add(1, Ordering::Relaxed),
+            hash,
+            transport_version,
+            ciphertext,
+        }))
     }
 
     pub(crate) fn recipe(&self) -> &Arc<BatchKeyRecipe> {
@@ -54,7 +59,8 @@ pub struct StoredKey {
     pub blob: Vec<u8>,
     /// Version of that KEK.
     pub storage_kek_version: RootVersion,
-    /// W of docs/formats.md, *Key fingerprints*: RFC 3394 wrap under the fingerprint KEK. Equal keys have equal wraps.
+    /// W of docs/formats.md, *Key fingerprints*: RFC 3394 wrap under the fingerprint KEK. Equal
+    /// keys have equal wraps.
     pub fingerprint_wrap: Vec<u8>,
 }
 
@@ -68,7 +74,11 @@ impl StorageKekVersions {
 
     /// The version of a class.
     pub(crate) fn of(self, class: KeyClass) -> RootVersion {
-        KeyClass::WITH_ROOTS.into_iter().zip(self.0).find(|(known, _)| *known == class).map_or(RootVersion::FIRST, |(_, version)| version)
+        KeyClass::WITH_ROOTS
+            .into_iter()
+            .zip(self.0)
+            .find(|(known, _)| *known == class)
+            .map_or(RootVersion::FIRST, |(_, version)| version)
     }
 
     /// Sets the version of a class.
@@ -96,7 +106,8 @@ pub enum ImportRefusal {
 }
 
 impl Worker {
-    /// Imports a batch; one result per job. Trouble of the HSM stops the batch, and nothing of it has had an effect.
+    /// Imports a batch; one result per job. Trouble of the HSM stops the batch, and nothing of it
+    /// has had an effect.
     pub(crate) fn import_keys(
         &self,
         batch: &BatchKey,
@@ -113,9 +124,9 @@ impl Worker {
                     continue;
                 }
             };
-            let result = self
-                .unwrap_key(batch_key, job.shape, &job.wrapped, Handling::Wrap)
-                .and_then(|key| self.store(key.object(), octets, job.key_type.class(), storage_keks.of(job.key_type.class())));
+            let result = self.unwrap_key(batch_key, job.shape, &job.wrapped, Handling::Wrap).and_then(|key| {
+                self.store(key.object(), octets, job.key_type.class(), storage_keks.of(job.key_type.class()))
+            });
             results.push(match result {
                 Ok(stored) => Ok(stored),
                 Err(error) if concerns_all(&error) => return Err(error),
@@ -127,7 +138,12 @@ impl Worker {
     }
 
     /// A new AES key, stored.
-    pub(crate) fn generate_stored(&self, key_type: KeyType, length: KeyLength, storage_kek_version: RootVersion) -> Result<StoredKey, HsmError> {
+    pub(crate) fn generate_stored(
+        &self,
+        key_type: KeyType,
+        length: KeyLength,
+        storage_kek_version: RootVersion,
+    ) -> Result<StoredKey, HsmError> {
         let key = self.generate(length, Handling::Wrap)?;
         self.store(key.object(), length.octets(), key_type.class(), storage_kek_version)
     }
@@ -137,24 +153,39 @@ impl Worker {
         let (key, octets) = self.key(source, Handling::Wrap)?;
         let stored = self.store(key.object(), octets, source.class(), storage_kek_version)?;
         drop(key);
-        // The old wrap will be forgotten, so the new one is opened before it is believed (I3): what comes out must be the same key.
+        // The old wrap will be forgotten, so the new one is opened before it is believed (I3): what
+        // comes out must be the same key.
         let shape = match source {
             KeySource::Diversified { context, .. } => KeyShape::Aes(context.length),
             KeySource::Stored { shape, .. } => *shape,
             KeySource::Fresh(length) => KeyShape::Aes(*length),
         };
-        let kek = self.token_key(TokenKey { purpose: Purpose::StorageKek(source.class()), version: storage_kek_version })?;
+        let kek =
+            self.token_key(TokenKey { purpose: Purpose::StorageKek(source.class()), version: storage_kek_version })?;
         let opened = self.unwrap_key(kek, shape, &stored.blob, Handling::Wrap)?;
         let fingerprint_kek = self.token_key(TokenKey::first(Purpose::FingerprintKek))?;
         if self.wrap(fingerprint_kek, opened.object(), octets)? != stored.fingerprint_wrap {
-            return Err(HsmError::invalid("storage KEK", "a key that was wrapped under it did not come out as the same key; do not use it"));
+            return Err(HsmError::invalid(
+                "storage KEK",
+                "a key that was wrapped under it did not come out as the same key; do not use it",
+            ));
         }
         Ok(stored)
     }
 
-    fn store(&self, key: crate::raw::Object, octets: usize, class: KeyClass, storage_kek_version: RootVersion) -> Result<StoredKey, HsmError> {
+    fn store(
+        &self,
+        key: crate::raw::Object,
+        octets: usize,
+        class: KeyClass,
+        storage_kek_version: RootVersion,
+    ) -> Result<StoredKey, HsmError> {
         let kek = self.token_key(TokenKey { purpose: Purpose::StorageKek(class), version: storage_kek_version })?;
         let fingerprint_kek = self.token_key(TokenKey::first(Purpose::FingerprintKek))?;
-        Ok(StoredKey { blob: self.wrap(kek, key, octets)?, storage_kek_version, fingerprint_wrap: self.wrap(fingerprint_kek, key, octets)? })
+        Ok(StoredKey {
+            blob: self.wrap(kek, key, octets)?,
+            storage_kek_version,
+            fingerprint_wrap: self.wrap(fingerprint_kek, key, octets)?,
+        })
     }
 }

@@ -13,9 +13,11 @@ use crate::template::Template;
 /// One object of a token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InventoryObject {
-    /// CKA_CLASS in words: `secret key`, `private key`, `public key`, `certificate`, `data`, or the number.
+    /// CKA_CLASS in words: `secret key`, `private key`, `public key`, `certificate`, `data`, or the
+    /// number.
     pub class: String,
-    /// CKA_KEY_TYPE in words: `AES`, `generic secret`, `EC`, `RSA`, or the number; empty for what is no key.
+    /// CKA_KEY_TYPE in words: `AES`, `generic secret`, `EC`, `RSA`, or the number; empty for what
+    /// is no key.
     pub key_type: String,
     /// CKA_LABEL.
     pub label: String,
@@ -25,9 +27,11 @@ pub struct InventoryObject {
     pub check_value: String,
     /// The attributes that the object has, by PKCS#11 name without `CKA_`, for example `SENSITIVE`.
     pub flags: Vec<(&'static str, bool)>,
-    /// CKA_ALLOWED_MECHANISMS by PKCS#11 name, or as a number in hex; empty where the object or the module has no such list.
+    /// CKA_ALLOWED_MECHANISMS by PKCS#11 name, or as a number in hex; empty where the object or the
+    /// module has no such list.
     pub allowed_mechanisms: Vec<String>,
-    /// Whether the secret value (CKA_VALUE, or CKA_PRIVATE_EXPONENT) could be read. It was not kept.
+    /// Whether the secret value (CKA_VALUE, or CKA_PRIVATE_EXPONENT) could be read. It was not
+    /// kept.
     pub value_readable: bool,
 }
 
@@ -42,8 +46,8 @@ impl InventoryObject {
         self.class == "secret key" || self.class == "private key"
     }
 
-    /// What is wrong with a secret object: readable, extractable, usable for more than its purpose, or of no known purpose.
-    /// Empty if nothing is. Public objects have no findings.
+    /// What is wrong with a secret object: readable, extractable, usable for more than its purpose,
+    /// or of no known purpose. Empty if nothing is. Public objects have no findings.
     pub fn findings(&self, island: &IslandName, capabilities: &Capabilities) -> Vec<String> {
         if !self.is_secret() {
             return Vec::new();
@@ -57,11 +61,18 @@ impl InventoryObject {
         expect(!self.value_readable, "its value can be read".to_owned());
         expect(self.flag("SENSITIVE") == Some(true), "CKA_SENSITIVE is not true".to_owned());
         if self.flag("TOKEN") == Some(false) {
-            // Session objects live in agreements and batch keys only; granted keys are gone before the next job runs.
-            expect(self.flag("EXTRACTABLE") == Some(false), "a session object that outlives its call is extractable".to_owned());
+            // Session objects live in agreements and batch keys only; granted keys are gone before
+            // the next job runs.
+            expect(
+                self.flag("EXTRACTABLE") == Some(false),
+                "a session object that outlives its call is extractable".to_owned(),
+            );
             return findings;
         }
-        expect(self.flag("EXTRACTABLE") == Some(false), "CKA_EXTRACTABLE is not false: the ceremony's lock is missing".to_owned());
+        expect(
+            self.flag("EXTRACTABLE") == Some(false),
+            "CKA_EXTRACTABLE is not false: the ceremony's lock is missing".to_owned(),
+        );
         expect(self.flag("PRIVATE") != Some(false), "CKA_PRIVATE is false: it can be used without a login".to_owned());
         match TokenKey::of_label(&self.label, island).map(|key| key.purpose) {
             None => expect(false, "its label is none of this island's".to_owned()),
@@ -73,7 +84,10 @@ impl InventoryObject {
                     }
                 }
                 if capabilities.wrap_with_trusted && purpose.is_root() {
-                    expect(self.flag("WRAP_WITH_TRUSTED") == Some(true), "CKA_WRAP_WITH_TRUSTED is not true".to_owned());
+                    expect(
+                        self.flag("WRAP_WITH_TRUSTED") == Some(true),
+                        "CKA_WRAP_WITH_TRUSTED is not true".to_owned(),
+                    );
                 }
             }
         }
@@ -101,7 +115,8 @@ pub(crate) fn inventory(session: &Session) -> Result<Vec<InventoryObject>, HsmEr
 }
 
 fn describe(session: &Session, object: Object) -> Result<InventoryObject, HsmError> {
-    let octets = |kind| Ok::<_, HsmError>(session.attribute(object, kind)?.map(|value| value.to_vec()).unwrap_or_default());
+    let octets =
+        |kind| Ok::<_, HsmError>(session.attribute(object, kind)?.map(|value| value.to_vec()).unwrap_or_default());
     let number = |kind| Ok::<_, HsmError>(octets(kind)?.try_into().ok().map(CK_ULONG::from_ne_bytes));
     let class = number(CKA_CLASS)?;
     let key_type = number(CKA_KEY_TYPE)?;
@@ -128,12 +143,18 @@ fn describe(session: &Session, object: Object) -> Result<InventoryObject, HsmErr
                 (CKO_DATA, "data"),
             ],
         ),
-        key_type: named(key_type, &[(CKK_AES, "AES"), (CKK_GENERIC_SECRET, "generic secret"), (CKK_EC, "EC"), (CKK_RSA, "RSA")]),
+        key_type: named(
+            key_type,
+            &[(CKK_AES, "AES"), (CKK_GENERIC_SECRET, "generic secret"), (CKK_EC, "EC"), (CKK_RSA, "RSA")],
+        ),
         label: String::from_utf8_lossy(&octets(CKA_LABEL)?).into_owned(),
         id: hex::encode(octets(CKA_ID)?),
         check_value: hex::encode(octets(CKA_CHECK_VALUE)?),
         flags,
-        allowed_mechanisms: octets(CKA_ALLOWED_MECHANISMS)?.chunks_exact(size_of::<CK_MECHANISM_TYPE>()).map(mechanism_name).collect(),
+        allowed_mechanisms: octets(CKA_ALLOWED_MECHANISMS)?
+            .chunks_exact(size_of::<CK_MECHANISM_TYPE>())
+            .map(mechanism_name)
+            .collect(),
         value_readable: secret_value.is_some_and(|value| !value.is_empty()),
     })
 }
@@ -141,7 +162,10 @@ fn describe(session: &Session, object: Object) -> Result<InventoryObject, HsmErr
 fn named(value: Option<CK_ULONG>, names: &[(CK_ULONG, &str)]) -> String {
     match value {
         None => String::new(),
-        Some(value) => names.iter().find(|(known, _)| *known == value).map_or_else(|| format!("{value:#x}"), |(_, name)| (*name).to_owned()),
+        Some(value) => names
+            .iter()
+            .find(|(known, _)| *known == value)
+            .map_or_else(|| format!("{value:#x}"), |(_, name)| (*name).to_owned()),
     }
 }
 

@@ -1,4 +1,5 @@
-//! How the roots and other token keys of an island are named: CKA_LABEL, and CKA_ID where a module wants one.
+//! How the roots and other token keys of an island are named: CKA_LABEL, and CKA_ID where a module
+//! wants one.
 
 use std::fmt;
 
@@ -45,7 +46,8 @@ pub enum Purpose {
     StorageKek(KeyClass),
     /// 32-octet HMAC key, sign (MAC) only.
     Seal,
-    /// AES-256, wrap only: its RFC 3394 wraps are never unwrapped, they are the input of fingerprints.
+    /// AES-256, wrap only: its RFC 3394 wraps are never unwrapped, they are the input of
+    /// fingerprints.
     FingerprintKek,
     /// P-256 key pair, sign only: audit checkpoints.
     AuditSign,
@@ -57,7 +59,8 @@ pub enum Purpose {
     StandbyTransport,
     /// RSA public key, wrap only, trusted: the custodians' escrow key.
     Escrow,
-    /// RSA public key, wrap only, trusted: a standby token's transport key, in the token that is copied.
+    /// RSA public key, wrap only, trusted: a standby token's transport key, in the token that is
+    /// copied.
     StandbyRecipient(u8),
 }
 
@@ -100,7 +103,8 @@ impl TokenKey {
         Self { purpose, version: RootVersion::FIRST }
     }
 
-    /// CKA_LABEL: `meterkms/ISLAND/PURPOSE/VERSION`, for example `meterkms/north/session/diversification/1`.
+    /// CKA_LABEL: `meterkms/ISLAND/PURPOSE/VERSION`, for example
+    /// `meterkms/north/session/diversification/1`.
     pub fn label(&self, island: &IslandName) -> String {
         format!("meterkms/{island}/{}/{}", self.purpose, self.version)
     }
@@ -109,12 +113,24 @@ impl TokenKey {
     pub fn of_label(label: &str, island: &IslandName) -> Option<Self> {
         let (_, version) = label.rsplit_once('/')?;
         let version = RootVersion::new(version.parse().ok()?).ok()?;
-        let mut purposes = vec![Purpose::Seal, Purpose::FingerprintKek, Purpose::AuditSign, Purpose::Ca, Purpose::VendorTransport, Purpose::StandbyTransport];
-        purposes.extend(KeyClass::WITH_ROOTS.into_iter().flat_map(|class| [Purpose::Diversification(class), Purpose::StorageKek(class)]));
+        let mut purposes = vec![
+            Purpose::Seal,
+            Purpose::FingerprintKek,
+            Purpose::AuditSign,
+            Purpose::Ca,
+            Purpose::VendorTransport,
+            Purpose::StandbyTransport,
+        ];
+        purposes.extend(
+            KeyClass::WITH_ROOTS
+                .into_iter()
+                .flat_map(|class| [Purpose::Diversification(class), Purpose::StorageKek(class)]),
+        );
         purposes.into_iter().map(|purpose| Self { purpose, version }).find(|key| key.label(island) == label)
     }
 
-    /// CKA_ID: the first 16 octets of the label's SHA-256. A public and a private key of one pair share it.
+    /// CKA_ID: the first 16 octets of the label's SHA-256. A public and a private key of one pair
+    /// share it.
     pub fn id(&self, island: &IslandName) -> [u8; 16] {
         let mut id = [0; 16];
         for (octet, value) in id.iter_mut().zip(digest(&SHA256, self.label(island).as_bytes()).as_ref()) {
@@ -131,9 +147,18 @@ mod tests {
     #[test]
     fn labels_are_as_documented() {
         let island = IslandName::parse("north").unwrap();
-        assert_eq!(TokenKey::first(Purpose::Diversification(KeyClass::Session)).label(&island), "meterkms/north/session/diversification/1");
-        assert_eq!(TokenKey::first(Purpose::StorageKek(KeyClass::Kek)).label(&island), "meterkms/north/kek/storage-kek/1");
-        assert_eq!(TokenKey { purpose: Purpose::Seal, version: RootVersion::new(2).unwrap() }.label(&island), "meterkms/north/seal/2");
+        assert_eq!(
+            TokenKey::first(Purpose::Diversification(KeyClass::Session)).label(&island),
+            "meterkms/north/session/diversification/1"
+        );
+        assert_eq!(
+            TokenKey::first(Purpose::StorageKek(KeyClass::Kek)).label(&island),
+            "meterkms/north/kek/storage-kek/1"
+        );
+        assert_eq!(
+            TokenKey { purpose: Purpose::Seal, version: RootVersion::new(2).unwrap() }.label(&island),
+            "meterkms/north/seal/2"
+        );
         let key = TokenKey::first(Purpose::Diversification(KeyClass::Authentication));
         assert_eq!(TokenKey::of_label(&key.label(&island), &island), Some(key));
         assert_eq!(TokenKey::of_label("meterkms/south/seal/1", &island), None);

@@ -1,12 +1,15 @@
-//! The HSM room of the server, and its only PKCS#11: modules and tokens, the capability probe, worker threads, the ceremony, and the
-//! few verbs that the services need.
+//! The HSM room of the server, and its only PKCS#11: modules and tokens, the capability probe,
+//! worker threads, the ceremony, and the few verbs that the services need.
 //!
-//! - [`Module`] is a loaded PKCS#11 library, [`Token`] a token in use: logged in, probed, repaired when sessions are lost.
-//! - [`Hsm`] has the verbs: wrap keys for a grantee, protect frames, import and generate stored keys, sign, MAC.
+//! - [`Module`] is a loaded PKCS#11 library, [`Token`] a token in use: logged in, probed, repaired
+//!   when sessions are lost.
+//! - [`Hsm`] has the verbs: wrap keys for a grantee, protect frames, import and generate stored
+//!   keys, sign, MAC.
 //! - [`create_roots`] is the ceremony that makes an island's roots.
 //!
-//! Keys stay inside (I1): verbs take descriptions of keys and give wrapped keys, frames, signatures and MACs. A meter key is a
-//! session object for the length of one call. docs/hsm.md lists the functions, mechanisms and modules.
+//! Keys stay inside (I1): verbs take descriptions of keys and give wrapped keys, frames, signatures
+//! and MACs. A meter key is a session object for the length of one call. docs/hsm.md lists the
+//! functions, mechanisms and modules.
 
 mod ceremony;
 mod envelope;
@@ -28,8 +31,8 @@ mod transfer;
 mod worker;
 
 pub use ceremony::{
-    CeremonyPlan, CeremonyResult, EscrowPackage, KeyFingerprint, NewRoot, NewRootResult, StandbyToken, WrappedRoot, WrappedRoots, create_root_version,
-    create_roots, create_standby_transport, install_wrapped_roots,
+    CeremonyPlan, CeremonyResult, EscrowPackage, KeyFingerprint, NewRoot, NewRootResult, StandbyToken, WrappedRoot,
+    WrappedRoots, create_root_version, create_roots, create_standby_transport, install_wrapped_roots,
 };
 pub use envelope::{Agreement, AgreementLimits, Envelope, EnvelopeAlgorithm, Recipient, WrappedKey};
 pub use error::{ErrorKind, HsmError};

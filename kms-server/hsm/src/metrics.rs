@@ -1,4 +1,5 @@
-//! What a token's queue and workers measure (docs/operations.md, *Metrics*). Without a meter provider nothing is kept.
+//! What a token's queue and workers measure (docs/operations.md, *Metrics*). Without a meter
+//! provider nothing is kept.
 
 use std::{sync::Arc, time::Instant};
 
@@ -20,14 +21,22 @@ impl Metrics {
     pub(crate) fn of(token: &str) -> Self {
         let meter = global::meter("kms-hsm");
         Self {
-            waiting: meter.i64_up_down_counter("kms.hsm.queue.length").with_unit("{job}").with_description("Jobs that wait for a worker of the token").build(),
+            waiting: meter
+                .i64_up_down_counter("kms.hsm.queue.length")
+                .with_unit("{job}")
+                .with_description("Jobs that wait for a worker of the token")
+                .build(),
             duration: meter
                 .f64_histogram("kms.hsm.job.duration")
                 .with_unit("s")
                 .with_description("Time that a job takes in the HSM; a batch is one job")
                 .with_boundaries(SECONDS.to_vec())
                 .build(),
-            reopened: meter.u64_counter("kms.hsm.session.reopened").with_unit("{session}").with_description("Sessions that were lost and opened again").build(),
+            reopened: meter
+                .u64_counter("kms.hsm.session.reopened")
+                .with_unit("{session}")
+                .with_description("Sessions that were lost and opened again")
+                .build(),
             // Reference-counted, so that a job costs no allocation.
             token: [KeyValue::new("kms.hsm.token", StringValue::from(Arc::<str>::from(token)))],
         }
@@ -52,4 +61,5 @@ impl Metrics {
 }
 
 /// From a single key in a software module to a batch in a slow HSM.
-const SECONDS: [f64; 15] = [0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
+const SECONDS: [f64; 15] =
+    [0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];

@@ -13,8 +13,9 @@ use crate::error::HsmError;
 use crate::pin::Pin;
 use crate::raw::{Functions, Session};
 
-/// A loaded and initialised module. One exists per process and path: PKCS#11 knows one `C_Initialize` per process, and
-/// some modules crash when two threads initialise at once. It is never finalised.
+/// A loaded and initialised module. One exists per process and path: PKCS#11 knows one
+/// `C_Initialize` per process, and some modules crash when two threads initialise at once. It is
+/// never finalised.
 pub struct Module {
     path: PathBuf,
     context: Pkcs11,
@@ -23,7 +24,8 @@ pub struct Module {
     description: String,
 }
 
-/// Which token: by label, and by serial number where two have the same label. Slot numbers move between starts.
+/// Which token: by label, and by serial number where two have the same label. Slot numbers move
+/// between starts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenSelector {
     /// CKA label of the token, without the padding.
@@ -43,7 +45,8 @@ impl Module {
     /// The module of this path, loaded and initialised on the first call.
     ///
     /// # Errors
-    /// The library cannot be loaded, is no PKCS#11 module, or `C_Initialize` fails. The next call tries again.
+    /// The library cannot be loaded, is no PKCS#11 module, or `C_Initialize` fails. The next call
+    /// tries again.
     pub fn load(path: &Path) -> Result<Arc<Self>, HsmError> {
         static MODULES: OnceLock<Mutex<HashMap<PathBuf, Arc<Module>>>> = OnceLock::new();
         let key = path.canonicalize().unwrap_or_else(|_| path.to_owned());
@@ -66,11 +69,12 @@ impl Module {
         &self.path
     }
 
-    /// Initialises a token in a free slot, with SO PIN and user PIN. A token that has the label already is an error: nothing
-    /// is ever wiped here.
+    /// Initialises a token in a free slot, with SO PIN and user PIN. A token that has the label
+    /// already is an error: nothing is ever wiped here.
     ///
     /// # Errors
-    /// No free slot, a label that is taken or longer than 32 octets, or a PIN that the module refuses.
+    /// No free slot, a label that is taken or longer than 32 octets, or a PIN that the module
+    /// refuses.
     pub fn init_token(&self, label: &str, so_pin: &Pin, user_pin: &Pin) -> Result<(), HsmError> {
         static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
         let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
@@ -81,10 +85,15 @@ impl Module {
         if !self.tokens()?.iter().all(|token| token.info.label() != label) {
             return Err(HsmError::invalid(
                 "token label",
-                format!("a token labelled `{label}` exists already; choose another label or remove that token by the HSM's own tool"),
+                format!(
+                    "a token labelled `{label}` exists already; choose another label or remove that token by the HSM's own tool"
+                ),
             ));
         }
-        let free = self.slots()?.into_iter().find(|slot| self.context.get_token_info(*slot).is_ok_and(|info| !info.token_initialized()));
+        let free = self
+            .slots()?
+            .into_iter()
+            .find(|slot| self.context.get_token_info(*slot).is_ok_and(|info| !info.token_initialized()));
         let Some(slot) = free else {
             return Err(HsmError::Module {
                 module: self.path.display().to_string(),
@@ -114,13 +123,16 @@ impl Module {
 
     /// The token that matches, if it is there.
     pub(crate) fn find(&self, selector: &TokenSelector) -> Result<Option<FoundToken>, HsmError> {
-        let mut matching = self
-            .tokens()?
-            .into_iter()
-            .filter(|token| token.info.label() == selector.label && selector.serial.as_deref().is_none_or(|serial| serial == token.info.serial_number()));
+        let mut matching = self.tokens()?.into_iter().filter(|token| {
+            token.info.label() == selector.label
+                && selector.serial.as_deref().is_none_or(|serial| serial == token.info.serial_number())
+        });
         let first = matching.next();
         if matching.next().is_some() {
-            return Err(HsmError::invalid("token", format!("more than one token is labelled `{}`; name the serial number too", selector.label)));
+            return Err(HsmError::invalid(
+                "token",
+                format!("more than one token is labelled `{}`; name the serial number too", selector.label),
+            ));
         }
         Ok(first)
     }
@@ -151,11 +163,19 @@ impl Module {
         let functions = Box::leak(Box::new(Functions::load(path)?));
         match context.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK)) {
             Ok(()) | Err(CryptokiError::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => {}
-            Err(error) => return Err(refuse(format!("C_Initialize failed ({error}); check the module's own configuration"))),
+            Err(error) => {
+                return Err(refuse(format!("C_Initialize failed ({error}); check the module's own configuration")));
+            }
         }
         let info = context.get_library_info().map_err(|error| refuse(error.to_string()))?;
         let version = info.library_version();
-        let description = format!("{} {} {}.{}", info.manufacturer_id(), info.library_description(), version.major(), version.minor());
+        let description = format!(
+            "{} {} {}.{}",
+            info.manufacturer_id(),
+            info.library_description(),
+            version.major(),
+            version.minor()
+        );
         Ok(Self { path: path.to_owned(), context, functions, description })
     }
 

@@ -37,10 +37,12 @@ impl fmt::Debug for Pin {
     }
 }
 
-/// Where a PIN is read from, each time that it is needed. Never the command line: other users of the machine see that.
+/// Where a PIN is read from, each time that it is needed. Never the command line: other users of
+/// the machine see that.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PinSource {
-    /// A file that only its owner can read (mode 0600 or stricter); one trailing line end is dropped.
+    /// A file that only its owner can read (mode 0600 or stricter); one trailing line end is
+    /// dropped.
     File(PathBuf),
     /// An environment variable.
     Environment(String),
@@ -50,17 +52,22 @@ impl PinSource {
     /// Reads the PIN.
     ///
     /// # Errors
-    /// A text that says what is wrong with the source and what to do; it contains nothing of the PIN.
+    /// A text that says what is wrong with the source and what to do; it contains nothing of the
+    /// PIN.
     pub fn read(&self) -> Result<Pin, String> {
-        let text = match self {
-            Self::File(path) => {
-                check_mode(path)?;
-                Zeroizing::new(std::fs::read_to_string(path).map_err(|error| format!("the PIN file `{}` cannot be read: {error}", path.display()))?)
-            }
-            Self::Environment(name) => {
-                Zeroizing::new(std::env::var(name).map_err(|_| format!("the environment variable `{name}` with the PIN is not set, or is not UTF-8"))?)
-            }
-        };
+        let text =
+            match self {
+                Self::File(path) => {
+                    check_mode(path)?;
+                    Zeroizing::new(
+                        std::fs::read_to_string(path)
+                            .map_err(|error| format!("the PIN file `{}` cannot be read: {error}", path.display()))?,
+                    )
+                }
+                Self::Environment(name) => Zeroizing::new(std::env::var(name).map_err(|_| {
+                    format!("the environment variable `{name}` with the PIN is not set, or is not UTF-8")
+                })?),
+            };
         let pin = text.strip_suffix('\n').map_or(text.as_str(), |line| line.strip_suffix('\r').unwrap_or(line));
         if pin.is_empty() {
             return Err(format!("the PIN of {self} is empty"));
@@ -78,10 +85,11 @@ impl fmt::Display for PinSource {
     }
 }
 
-/// The memory of refused PINs, kept across restarts and servers (as Argon2id with a random salt, per token serial).
+/// The memory of refused PINs, kept across restarts and servers (as Argon2id with a random salt,
+/// per token serial).
 ///
-/// A token locks after a few wrong PINs; a server that restarts in a loop would lock it. Both methods may block: they are
-/// called from a thread of the token, never from an async task.
+/// A token locks after a few wrong PINs; a server that restarts in a loop would lock it. Both
+/// methods may block: they are called from a thread of the token, never from an async task.
 pub trait PinMemory: Send + Sync {
     /// Whether the token of this serial number has refused this PIN before.
     fn was_refused(&self, token_serial: &str, pin: &Pin) -> bool;
@@ -102,7 +110,10 @@ impl PinMemory for ProcessPinMemory {
 
     fn remember_refused(&self, token_serial: &str, pin: &Pin) {
         if !self.was_refused(token_serial, pin) {
-            self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push((token_serial.to_owned(), pin.clone()));
+            self.0
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .push((token_serial.to_owned(), pin.clone()));
         }
     }
 }
@@ -110,7 +121,10 @@ impl PinMemory for ProcessPinMemory {
 #[cfg(unix)]
 fn check_mode(path: &std::path::Path) -> Result<(), String> {
     use std::os::unix::fs::PermissionsExt;
-    let mode = std::fs::metadata(path).map_err(|error| format!("the PIN file `{}` cannot be read: {error}", path.display()))?.permissions().mode();
+    let mode = std::fs::metadata(path)
+        .map_err(|error| format!("the PIN file `{}` cannot be read: {error}", path.display()))?
+        .permissions()
+        .mode();
     if mode & 0o077 != 0 {
         return Err(format!(
             "the PIN file `{}` has mode {:04o}, so others can read it; run `chmod 600` on it and change the PIN",

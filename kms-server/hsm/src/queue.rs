@@ -32,9 +32,11 @@ struct State<T> {
     receivers: usize,
     /// Items of each payer that receivers work on.
     taken: HashMap<Payer, usize>,
-    /// Receivers that wait although items are there, which would take the last free place from others.
+    /// Receivers that wait although items are there, which would take the last free place from
+    /// others.
     held_back: usize,
-    /// Who sent the last item, the server itself apart; and when it was another one than the time before.
+    /// Who sent the last item, the server itself apart; and when it was another one than the time
+    /// before.
     last: Payer,
     changed: Option<Instant>,
 }
@@ -84,7 +86,15 @@ pub(crate) enum Full {
 impl<T> Queue<T> {
     pub(crate) fn new(limits: QueueLimits) -> Self {
         let limits = QueueLimits { all: limits.all.max(1), of_one: limits.of_one.max(1) };
-        let state = State { turns: Turns::new(), closed: false, receivers: 1, taken: HashMap::new(), held_back: 0, last: None, changed: None };
+        let state = State {
+            turns: Turns::new(),
+            closed: false,
+            receivers: 1,
+            taken: HashMap::new(),
+            held_back: 0,
+            last: None,
+            changed: None,
+        };
         Self { state: Mutex::new(state), changed: Condvar::new(), limits, not_alone: NOT_ALONE }
     }
 
@@ -148,8 +158,8 @@ impl<T> Queue<T> {
 }
 
 impl<T> State<T> {
-    /// The item whose turn it is. While several payers send items, none has all receivers: one of them is free for the others, who would wait
-    /// for a part of a batch otherwise.
+    /// The item whose turn it is. While several payers send items, none has all receivers: one of
+    /// them is free for the others, who would wait for a part of a batch otherwise.
     fn next(&mut self, not_alone: Duration) -> Option<(Payer, T)> {
         let alone = self.receivers < 2 || self.changed.is_none_or(|changed| changed.elapsed() > not_alone);
         let (taken, receivers) = (&self.taken, self.receivers);
@@ -168,7 +178,10 @@ mod tests {
     #[test]
     fn a_full_queue_takes_nothing_more() {
         let queue = Queue::new(QueueLimits { all: 2, of_one: 2 });
-        assert_eq!((queue.push(&None, 1, 1), queue.push(&None, 1, 2), queue.push(&None, 1, 3)), (Ok(()), Ok(()), Err(Full::All(2))));
+        assert_eq!(
+            (queue.push(&None, 1, 1), queue.push(&None, 1, 2), queue.push(&None, 1, 3)),
+            (Ok(()), Ok(()), Err(Full::All(2)))
+        );
         assert!(matches!(queue.pop(Duration::ZERO), Received::Item(1, _)));
         assert_eq!(queue.push(&None, 1, 3), Ok(()));
         queue.close();
@@ -180,8 +193,12 @@ mod tests {
 
     #[test]
     fn one_payer_leaves_room_for_others() {
-        let (queue, flood, neighbour) = (Queue::new(QueueLimits { all: 4, of_one: 2 }), Some("flood".into()), Some("neighbour".into()));
-        assert_eq!((queue.push(&flood, 500, 1), queue.push(&flood, 500, 2), queue.push(&flood, 1, 3)), (Ok(()), Ok(()), Err(Full::OfOne(2))));
+        let (queue, flood, neighbour) =
+            (Queue::new(QueueLimits { all: 4, of_one: 2 }), Some("flood".into()), Some("neighbour".into()));
+        assert_eq!(
+            (queue.push(&flood, 500, 1), queue.push(&flood, 500, 2), queue.push(&flood, 1, 3)),
+            (Ok(()), Ok(()), Err(Full::OfOne(2)))
+        );
         assert_eq!(queue.push(&neighbour, 1, 4), Ok(()));
         assert!(matches!(queue.pop(Duration::ZERO), Received::Item(4, _)));
         assert!(matches!(queue.pop(Duration::ZERO), Received::Item(1, _)));
@@ -189,12 +206,17 @@ mod tests {
 
     #[test]
     fn a_receiver_is_free_for_others() {
-        let (mut queue, flood, neighbour) = (Queue::new(QueueLimits { all: 9, of_one: 9 }), Some("flood".into()), Some("neighbour".into()));
+        let (mut queue, flood, neighbour) =
+            (Queue::new(QueueLimits { all: 9, of_one: 9 }), Some("flood".into()), Some("neighbour".into()));
         queue.not_alone = Duration::MAX;
         queue.set_receivers(2);
         (1..4).for_each(|item| queue.push(&flood, 500, item).unwrap());
         // One that is alone has all.
-        let (Received::Item(1, first), Received::Item(2, second)) = (queue.pop(Duration::ZERO), queue.pop(Duration::ZERO)) else { panic!("not alone") };
+        let (Received::Item(1, first), Received::Item(2, second)) =
+            (queue.pop(Duration::ZERO), queue.pop(Duration::ZERO))
+        else {
+            panic!("not alone")
+        };
         drop(first);
         queue.push(&neighbour, 1, 4).unwrap();
         let Received::Item(4, small) = queue.pop(Duration::ZERO) else { panic!("the neighbour waits") };

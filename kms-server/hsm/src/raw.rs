@@ -1,8 +1,9 @@
 //! The thin layer over the PKCS#11 functions: the only `unsafe` of the server.
 //!
-//! The cryptoki crate loads modules, finds slots and opens sessions. What it does twice (wrapping asks for the size first and works
-//! twice on some modules), does not have (CKA_UNWRAP_TEMPLATE, SP 800-108 parameters) or allocates for is called here directly.
-//! Every function is given one buffer that is large enough, so no operation is left half done by CKR_BUFFER_TOO_SMALL.
+//! The cryptoki crate loads modules, finds slots and opens sessions. What it does twice (wrapping
+//! asks for the size first and works twice on some modules), does not have (CKA_UNWRAP_TEMPLATE, SP
+//! 800-108 parameters) or allocates for is called here directly. Every function is given one buffer
+//! that is large enough, so no operation is left half done by CKR_BUFFER_TOO_SMALL.
 
 #![expect(unsafe_code, reason = "calls of the PKCS#11 C interface; each states why its pointers are valid")]
 
@@ -17,7 +18,8 @@ use zeroize::Zeroizing;
 
 use crate::error::HsmError;
 
-/// The function list of a loaded module. It lives until the process ends: modules are never unloaded.
+/// The function list of a loaded module. It lives until the process ends: modules are never
+/// unloaded.
 pub(crate) struct Functions {
     list: CK_FUNCTION_LIST,
     // The pointers in the list are valid as long as the library is loaded.
@@ -25,20 +27,25 @@ pub(crate) struct Functions {
 }
 
 impl Functions {
-    /// Loads the module of this path. It is the same image that the cryptoki crate has: the loader counts references.
+    /// Loads the module of this path. It is the same image that the cryptoki crate has: the loader
+    /// counts references.
     pub(crate) fn load(path: &Path) -> Result<Self, HsmError> {
         let refuse = |reason: String| HsmError::Module { module: path.display().to_string(), reason };
-        // SAFETY: the operator names the module in the configuration and so trusts its initialisers.
+        // SAFETY: the operator names the module in the configuration and so trusts its
+        // initialisers.
         let library = unsafe { Pkcs11::new(path) }.map_err(|error| refuse(error.to_string()))?;
-        let get_function_list =
-            *library.C_GetFunctionList.as_ref().map_err(|_| refuse("it has no C_GetFunctionList, so it is no PKCS#11 module".to_owned()))?;
+        let get_function_list = *library
+            .C_GetFunctionList
+            .as_ref()
+            .map_err(|_| refuse("it has no C_GetFunctionList, so it is no PKCS#11 module".to_owned()))?;
         let mut list: *mut CK_FUNCTION_LIST = ptr::null_mut();
         // SAFETY: `list` is a valid place for one pointer.
         let code = unsafe { get_function_list(&mut list) };
         if code != CKR_OK || list.is_null() {
             return Err(refuse("C_GetFunctionList failed".to_owned()));
         }
-        // SAFETY: after CKR_OK the pointer names a function list that lives as long as the library (PKCS#11 2.40, 5.4).
+        // SAFETY: after CKR_OK the pointer names a function list that lives as long as the library
+        // (PKCS#11 2.40, 5.4).
         Ok(Self { list: unsafe { *list }, _library: library })
     }
 
@@ -118,7 +125,9 @@ impl Mechanism<'_> {
     /// Calls `call` with the C form, whose pointers are valid during the call.
     fn with<R>(&self, call: impl FnOnce(CK_MECHANISM_PTR) -> R) -> R {
         match *self {
-            Self::Plain(mechanism) => call(&mut CK_MECHANISM { mechanism, pParameter: ptr::null_mut(), ulParameterLen: 0 }),
+            Self::Plain(mechanism) => {
+                call(&mut CK_MECHANISM { mechanism, pParameter: ptr::null_mut(), ulParameterLen: 0 })
+            }
             Self::Gcm { nonce, aad, tag_bits } => {
                 let parameters = CK_GCM_PARAMS {
                     pIv: nonce.as_ptr().cast_mut(),
@@ -141,20 +150,31 @@ impl Mechanism<'_> {
                 with_parameters(CKM_ECDH1_DERIVE, parameters, call)
             }
             Self::CbcEncryptData { data } => {
-                let parameters = CK_AES_CBC_ENCRYPT_DATA_PARAMS { iv: [0; 16], pData: data.as_ptr().cast_mut(), length: data.len() as CK_ULONG };
+                let parameters = CK_AES_CBC_ENCRYPT_DATA_PARAMS {
+                    iv: [0; 16],
+                    pData: data.as_ptr().cast_mut(),
+                    length: data.len() as CK_ULONG,
+                };
                 with_parameters(CKM_AES_CBC_ENCRYPT_DATA, parameters, call)
             }
             Self::CounterCmac { fixed } => {
                 let mut counter = CK_SP800_108_COUNTER_FORMAT { bLittleEndian: CK_FALSE, ulWidthInBits: 32 };
-                let mut derived_length =
-                    CK_SP800_108_DKM_LENGTH_FORMAT { dkmLengthMethod: CK_SP800_108_DKM_LENGTH_SUM_OF_KEYS, bLittleEndian: CK_FALSE, ulWidthInBits: 32 };
+                let mut derived_length = CK_SP800_108_DKM_LENGTH_FORMAT {
+                    dkmLengthMethod: CK_SP800_108_DKM_LENGTH_SUM_OF_KEYS,
+                    bLittleEndian: CK_FALSE,
+                    ulWidthInBits: 32,
+                };
                 let mut data = [
                     CK_PRF_DATA_PARAM {
                         type_: CK_SP800_108_ITERATION_VARIABLE,
                         pValue: ptr::from_mut(&mut counter).cast(),
                         ulValueLen: size_of::<CK_SP800_108_COUNTER_FORMAT>() as CK_ULONG,
                     },
-                    CK_PRF_DATA_PARAM { type_: CK_SP800_108_BYTE_ARRAY, pValue: fixed.as_ptr().cast_mut().cast(), ulValueLen: fixed.len() as CK_ULONG },
+                    CK_PRF_DATA_PARAM {
+                        type_: CK_SP800_108_BYTE_ARRAY,
+                        pValue: fixed.as_ptr().cast_mut().cast(),
+                        ulValueLen: fixed.len() as CK_ULONG,
+                    },
                     CK_PRF_DATA_PARAM {
                         type_: CK_SP800_108_DKM_LENGTH,
                         pValue: ptr::from_mut(&mut derived_length).cast(),
@@ -175,8 +195,13 @@ impl Mechanism<'_> {
                     OaepHash::Sha1 => (CKM_SHA_1, CKG_MGF1_SHA1),
                     OaepHash::Sha256 => (CKM_SHA256, CKG_MGF1_SHA256),
                 };
-                let parameters =
-                    CK_RSA_PKCS_OAEP_PARAMS { hashAlg: hash_algorithm, mgf, source: CKZ_DATA_SPECIFIED, pSourceData: ptr::null_mut(), ulSourceDataLen: 0 };
+                let parameters = CK_RSA_PKCS_OAEP_PARAMS {
+                    hashAlg: hash_algorithm,
+                    mgf,
+                    source: CKZ_DATA_SPECIFIED,
+                    pSourceData: ptr::null_mut(),
+                    ulSourceDataLen: 0,
+                };
                 with_parameters(CKM_RSA_PKCS_OAEP, parameters, call)
             }
         }
@@ -190,7 +215,8 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// `inner` must be open without closing on drop: a stale handle may by then belong to another session.
+    /// `inner` must be open without closing on drop: a stale handle may by then belong to another
+    /// session.
     pub(crate) fn new(functions: &'static Functions, inner: cryptoki::session::Session) -> Self {
         Self { functions, inner }
     }
@@ -200,14 +226,16 @@ impl Session {
         &self.inner
     }
 
-    /// Closes the session; its session objects are destroyed. Only for a session whose handle was never reported as invalid.
+    /// Closes the session; its session objects are destroyed. Only for a session whose handle was
+    /// never reported as invalid.
     pub(crate) fn close(self) {
         if let Err(error) = self.inner.close() {
             tracing::debug!(%error, "closing an HSM session failed");
         }
     }
 
-    /// Gives up a session after an error: closes it if its handle still answers, or it would be held for ever.
+    /// Gives up a session after an error: closes it if its handle still answers, or it would be
+    /// held for ever.
     pub(crate) fn abandon(self) {
         if self.inner.get_session_info().is_ok() {
             self.close();
@@ -217,7 +245,9 @@ impl Session {
     /// Whether the user is logged in. An error counts as no: the session is lost.
     pub(crate) fn is_logged_in(&self) -> bool {
         use cryptoki::session::SessionState;
-        self.inner.get_session_info().is_ok_and(|info| matches!(info.session_state(), SessionState::RwUser | SessionState::RoUser))
+        self.inner
+            .get_session_info()
+            .is_ok_and(|info| matches!(info.session_state(), SessionState::RwUser | SessionState::RoUser))
     }
 
     /// Logs in. Already being logged in is success.
@@ -233,7 +263,11 @@ impl Session {
     /// The objects that match.
     pub(crate) fn find(&self, template: &[Attribute<'_>]) -> Result<Vec<Object>, HsmError> {
         let list = &self.functions.list;
-        let (init, next, last) = (list.C_FindObjectsInit.ok_or(MISSING)?, list.C_FindObjects.ok_or(MISSING)?, list.C_FindObjectsFinal.ok_or(MISSING)?);
+        let (init, next, last) = (
+            list.C_FindObjectsInit.ok_or(MISSING)?,
+            list.C_FindObjects.ok_or(MISSING)?,
+            list.C_FindObjectsFinal.ok_or(MISSING)?,
+        );
         // SAFETY: the template is valid for its length.
         check("C_FindObjectsInit", unsafe { init(self.handle(), attributes(template), template.len() as CK_ULONG) })?;
         let mut objects = Vec::new();
@@ -241,7 +275,9 @@ impl Session {
             let mut page = [0; 64];
             let mut count = 0;
             // SAFETY: the page has room for the number of handles given.
-            let found = check("C_FindObjects", unsafe { next(self.handle(), page.as_mut_ptr(), page.len() as CK_ULONG, &mut count) });
+            let found = check("C_FindObjects", unsafe {
+                next(self.handle(), page.as_mut_ptr(), page.len() as CK_ULONG, &mut count)
+            });
             objects.extend(page.iter().take(length(count)).map(|handle| Object(*handle)));
             match found {
                 Ok(()) if count == 0 => break Ok(()),
@@ -255,7 +291,11 @@ impl Session {
     }
 
     /// The value of an attribute, or nothing if the object has none or does not show it.
-    pub(crate) fn attribute(&self, object: Object, kind: CK_ATTRIBUTE_TYPE) -> Result<Option<Zeroizing<Vec<u8>>>, HsmError> {
+    pub(crate) fn attribute(
+        &self,
+        object: Object,
+        kind: CK_ATTRIBUTE_TYPE,
+    ) -> Result<Option<Zeroizing<Vec<u8>>>, HsmError> {
         let get = self.functions.list.C_GetAttributeValue.ok_or(MISSING)?;
         let mut attribute = CK_ATTRIBUTE { type_: kind, pValue: ptr::null_mut(), ulValueLen: 0 };
         // SAFETY: one attribute, whose null value asks for the length.
@@ -287,7 +327,8 @@ impl Session {
     /// Reads CKA_VALUE into `buffer`; the value must have exactly its length.
     pub(crate) fn read_value(&self, object: Object, buffer: &mut [u8]) -> Result<(), HsmError> {
         let get = self.functions.list.C_GetAttributeValue.ok_or(MISSING)?;
-        let mut attribute = CK_ATTRIBUTE { type_: CKA_VALUE, pValue: buffer.as_mut_ptr().cast(), ulValueLen: buffer.len() as CK_ULONG };
+        let mut attribute =
+            CK_ATTRIBUTE { type_: CKA_VALUE, pValue: buffer.as_mut_ptr().cast(), ulValueLen: buffer.len() as CK_ULONG };
         // SAFETY: one attribute, whose value has room for its length.
         check("C_GetAttributeValue", unsafe { get(self.handle(), object.0, &mut attribute, 1) })?;
         if length(attribute.ulValueLen) != buffer.len() {
@@ -300,7 +341,9 @@ impl Session {
     pub(crate) fn set_attributes(&self, object: Object, template: &[Attribute<'_>]) -> Result<(), HsmError> {
         let set = self.functions.list.C_SetAttributeValue.ok_or(MISSING)?;
         // SAFETY: the template is valid for its length.
-        check("C_SetAttributeValue", unsafe { set(self.handle(), object.0, attributes(template), template.len() as CK_ULONG) })
+        check("C_SetAttributeValue", unsafe {
+            set(self.handle(), object.0, attributes(template), template.len() as CK_ULONG)
+        })
     }
 
     /// Creates an object from its value.
@@ -308,7 +351,9 @@ impl Session {
         let create = self.functions.list.C_CreateObject.ok_or(MISSING)?;
         let mut object = 0;
         // SAFETY: the template is valid for its length.
-        check("C_CreateObject", unsafe { create(self.handle(), attributes(template), template.len() as CK_ULONG, &mut object) })?;
+        check("C_CreateObject", unsafe {
+            create(self.handle(), attributes(template), template.len() as CK_ULONG, &mut object)
+        })?;
         Ok(Object(object))
     }
 
@@ -317,7 +362,9 @@ impl Session {
         let copy = self.functions.list.C_CopyObject.ok_or(MISSING)?;
         let mut new = 0;
         // SAFETY: the template is valid for its length.
-        check("C_CopyObject", unsafe { copy(self.handle(), object.0, attributes(template), template.len() as CK_ULONG, &mut new) })?;
+        check("C_CopyObject", unsafe {
+            copy(self.handle(), object.0, attributes(template), template.len() as CK_ULONG, &mut new)
+        })?;
         Ok(Object(new))
     }
 
@@ -329,12 +376,17 @@ impl Session {
     }
 
     /// Generates a secret key.
-    pub(crate) fn generate(&self, mechanism: CK_MECHANISM_TYPE, template: &[Attribute<'_>]) -> Result<Object, HsmError> {
+    pub(crate) fn generate(
+        &self,
+        mechanism: CK_MECHANISM_TYPE,
+        template: &[Attribute<'_>],
+    ) -> Result<Object, HsmError> {
         let generate = self.functions.list.C_GenerateKey.ok_or(MISSING)?;
         let mut object = 0;
         // SAFETY: mechanism and template are valid during the call.
-        let code = Mechanism::Plain(mechanism)
-            .with(|mechanism| unsafe { generate(self.handle(), mechanism, attributes(template), template.len() as CK_ULONG, &mut object) });
+        let code = Mechanism::Plain(mechanism).with(|mechanism| unsafe {
+            generate(self.handle(), mechanism, attributes(template), template.len() as CK_ULONG, &mut object)
+        });
         check("C_GenerateKey", code)?;
         Ok(Object(object))
     }
@@ -366,31 +418,53 @@ impl Session {
     }
 
     /// Derives a key.
-    pub(crate) fn derive(&self, mechanism: &Mechanism<'_>, base: Object, template: &[Attribute<'_>]) -> Result<Object, HsmError> {
+    pub(crate) fn derive(
+        &self,
+        mechanism: &Mechanism<'_>,
+        base: Object,
+        template: &[Attribute<'_>],
+    ) -> Result<Object, HsmError> {
         let derive = self.functions.list.C_DeriveKey.ok_or(MISSING)?;
         let mut object = 0;
         // SAFETY: mechanism and template are valid during the call.
-        let code =
-            mechanism.with(|mechanism| unsafe { derive(self.handle(), mechanism, base.0, attributes(template), template.len() as CK_ULONG, &mut object) });
+        let code = mechanism.with(|mechanism| unsafe {
+            derive(self.handle(), mechanism, base.0, attributes(template), template.len() as CK_ULONG, &mut object)
+        });
         check("C_DeriveKey", code)?;
         Ok(Object(object))
     }
 
     /// Wraps `key` into `buffer`, in one call; gives the number of octets as the module says it.
-    pub(crate) fn wrap(&self, mechanism: &Mechanism<'_>, wrapping_key: Object, key: Object, buffer: &mut [u8]) -> Result<usize, HsmError> {
+    pub(crate) fn wrap(
+        &self,
+        mechanism: &Mechanism<'_>,
+        wrapping_key: Object,
+        key: Object,
+        buffer: &mut [u8],
+    ) -> Result<usize, HsmError> {
         let wrap = self.functions.list.C_WrapKey.ok_or(MISSING)?;
         let mut octets = buffer.len() as CK_ULONG;
-        // SAFETY: mechanism and buffer are valid during the call; `octets` is the room of the buffer.
-        let code = mechanism.with(|mechanism| unsafe { wrap(self.handle(), mechanism, wrapping_key.0, key.0, buffer.as_mut_ptr(), &mut octets) });
+        // SAFETY: mechanism and buffer are valid during the call; `octets` is the room of the
+        // buffer.
+        let code = mechanism.with(|mechanism| unsafe {
+            wrap(self.handle(), mechanism, wrapping_key.0, key.0, buffer.as_mut_ptr(), &mut octets)
+        });
         check("C_WrapKey", code)?;
         Ok(length(octets).min(buffer.len()))
     }
 
     /// Unwraps a key.
-    pub(crate) fn unwrap(&self, mechanism: &Mechanism<'_>, unwrapping_key: Object, wrapped: &[u8], template: &[Attribute<'_>]) -> Result<Object, HsmError> {
+    pub(crate) fn unwrap(
+        &self,
+        mechanism: &Mechanism<'_>,
+        unwrapping_key: Object,
+        wrapped: &[u8],
+        template: &[Attribute<'_>],
+    ) -> Result<Object, HsmError> {
         let unwrap = self.functions.list.C_UnwrapKey.ok_or(MISSING)?;
         let mut object = 0;
-        // SAFETY: mechanism, wrapped key and template are valid during the call, and modules do not write to them.
+        // SAFETY: mechanism, wrapped key and template are valid during the call, and modules do not
+        // write to them.
         let code = mechanism.with(|mechanism| unsafe {
             unwrap(
                 self.handle(),
@@ -408,40 +482,78 @@ impl Session {
     }
 
     /// Encrypts `data` into `buffer`, which has room for all of it and a tag.
-    pub(crate) fn encrypt(&self, mechanism: &Mechanism<'_>, key: Object, data: &[u8], buffer: &mut [u8]) -> Result<usize, HsmError> {
+    pub(crate) fn encrypt(
+        &self,
+        mechanism: &Mechanism<'_>,
+        key: Object,
+        data: &[u8],
+        buffer: &mut [u8],
+    ) -> Result<usize, HsmError> {
         let list = &self.functions.list;
         let (init, encrypt) = (list.C_EncryptInit.ok_or(MISSING)?, list.C_Encrypt.ok_or(MISSING)?);
         let mut octets = buffer.len() as CK_ULONG;
-        // SAFETY: the mechanism's parameters live until the operation is done, as do data and buffer.
+        // SAFETY: the mechanism's parameters live until the operation is done, as do data and
+        // buffer.
         let code = mechanism.with(|mechanism| {
             check("C_EncryptInit", unsafe { init(self.handle(), mechanism, key.0) })?;
-            check("C_Encrypt", unsafe { encrypt(self.handle(), data.as_ptr().cast_mut(), data.len() as CK_ULONG, buffer.as_mut_ptr(), &mut octets) })
+            check("C_Encrypt", unsafe {
+                encrypt(
+                    self.handle(),
+                    data.as_ptr().cast_mut(),
+                    data.len() as CK_ULONG,
+                    buffer.as_mut_ptr(),
+                    &mut octets,
+                )
+            })
         });
         code.map(|()| length(octets).min(buffer.len()))
     }
 
     /// Decrypts `data` into `buffer`, which has room for all of it.
-    pub(crate) fn decrypt(&self, mechanism: &Mechanism<'_>, key: Object, data: &[u8], buffer: &mut [u8]) -> Result<usize, HsmError> {
+    pub(crate) fn decrypt(
+        &self,
+        mechanism: &Mechanism<'_>,
+        key: Object,
+        data: &[u8],
+        buffer: &mut [u8],
+    ) -> Result<usize, HsmError> {
         let list = &self.functions.list;
         let (init, decrypt) = (list.C_DecryptInit.ok_or(MISSING)?, list.C_Decrypt.ok_or(MISSING)?);
         let mut octets = buffer.len() as CK_ULONG;
-        // SAFETY: the mechanism's parameters live until the operation is done, as do data and buffer.
+        // SAFETY: the mechanism's parameters live until the operation is done, as do data and
+        // buffer.
         let code = mechanism.with(|mechanism| {
             check("C_DecryptInit", unsafe { init(self.handle(), mechanism, key.0) })?;
-            check("C_Decrypt", unsafe { decrypt(self.handle(), data.as_ptr().cast_mut(), data.len() as CK_ULONG, buffer.as_mut_ptr(), &mut octets) })
+            check("C_Decrypt", unsafe {
+                decrypt(
+                    self.handle(),
+                    data.as_ptr().cast_mut(),
+                    data.len() as CK_ULONG,
+                    buffer.as_mut_ptr(),
+                    &mut octets,
+                )
+            })
         });
         code.map(|()| length(octets).min(buffer.len()))
     }
 
     /// Signs or MACs `data` into `buffer`.
-    pub(crate) fn sign(&self, mechanism: CK_MECHANISM_TYPE, key: Object, data: &[u8], buffer: &mut [u8]) -> Result<usize, HsmError> {
+    pub(crate) fn sign(
+        &self,
+        mechanism: CK_MECHANISM_TYPE,
+        key: Object,
+        data: &[u8],
+        buffer: &mut [u8],
+    ) -> Result<usize, HsmError> {
         let list = &self.functions.list;
         let (init, sign) = (list.C_SignInit.ok_or(MISSING)?, list.C_Sign.ok_or(MISSING)?);
         let mut octets = buffer.len() as CK_ULONG;
         // SAFETY: mechanism, data and buffer are valid during the calls.
         let code = Mechanism::Plain(mechanism).with(|mechanism| {
             check("C_SignInit", unsafe { init(self.handle(), mechanism, key.0) })?;
-            check("C_Sign", unsafe { sign(self.handle(), data.as_ptr().cast_mut(), data.len() as CK_ULONG, buffer.as_mut_ptr(), &mut octets) })
+            check("C_Sign", unsafe {
+                sign(self.handle(), data.as_ptr().cast_mut(), data.len() as CK_ULONG, buffer.as_mut_ptr(), &mut octets)
+            })
         });
         code.map(|()| length(octets).min(buffer.len()))
     }
@@ -458,7 +570,8 @@ impl Session {
     }
 }
 
-/// A session object that is destroyed when it goes out of scope: no key outlives the call that made it (I1).
+/// A session object that is destroyed when it goes out of scope: no key outlives the call that made
+/// it (I1).
 pub(crate) struct Temporary<'a> {
     session: &'a Session,
     object: Object,
@@ -485,20 +598,29 @@ impl<'a> Temporary<'a> {
 
 impl Drop for Temporary<'_> {
     fn drop(&mut self) {
-        // A session that is lost has destroyed its objects; the next call finds that out and repairs it.
+        // A session that is lost has destroyed its objects; the next call finds that out and
+        // repairs it.
         if let Err(error) = self.session.destroy(self.object) {
             tracing::debug!(%error, "destroying a session object failed");
         }
     }
 }
 
-fn with_parameters<P, R>(mechanism: CK_MECHANISM_TYPE, mut parameters: P, call: impl FnOnce(CK_MECHANISM_PTR) -> R) -> R {
-    let mut mechanism = CK_MECHANISM { mechanism, pParameter: ptr::from_mut(&mut parameters).cast(), ulParameterLen: size_of::<P>() as CK_ULONG };
+fn with_parameters<P, R>(
+    mechanism: CK_MECHANISM_TYPE,
+    mut parameters: P,
+    call: impl FnOnce(CK_MECHANISM_PTR) -> R,
+) -> R {
+    let mut mechanism = CK_MECHANISM {
+        mechanism,
+        pParameter: ptr::from_mut(&mut parameters).cast(),
+        ulParameterLen: size_of::<P>() as CK_ULONG,
+    };
     call(&mut mechanism)
 }
 
-/// `Attribute` is a transparent CK_ATTRIBUTE; the functions that take templates do not write to them, except
-/// C_GetAttributeValue, which is never called with one of these.
+/// `Attribute` is a transparent CK_ATTRIBUTE; the functions that take templates do not write to
+/// them, except C_GetAttributeValue, which is never called with one of these.
 fn attributes(template: &[Attribute<'_>]) -> CK_ATTRIBUTE_PTR {
     template.as_ptr().cast_mut().cast()
 }
@@ -512,5 +634,6 @@ fn length(value: CK_ULONG) -> usize {
     usize::try_from(value).unwrap_or(usize::MAX)
 }
 
-const MISSING: HsmError = HsmError::Unsupported { what: "a PKCS#11 function of version 2.40", instead: "ask its vendor for a newer module" };
+const MISSING: HsmError =
+    HsmError::Unsupported { what: "a PKCS#11 function of version 2.40", instead: "ask its vendor for a newer module" };
 const LONGEST_ATTRIBUTE: CK_ULONG = 1 << 20;

@@ -1,4 +1,5 @@
-//! Templates of objects: few attributes for what lives for one call, every usage stated for what lives longer.
+//! Templates of objects: few attributes for what lives for one call, every usage stated for what
+//! lives longer.
 
 use cryptoki_sys::*;
 use kms_domain::KeyShape;
@@ -47,7 +48,8 @@ impl<'a> Template<'a> {
 
     /// Adds an attribute.
     pub(crate) fn with(mut self, attribute: Attribute<'a>) -> Self {
-        // The capacity is above the longest template of this crate; a template cut short would be refused by the module.
+        // The capacity is above the longest template of this crate; a template cut short would be
+        // refused by the module.
         if let Some(place) = self.attributes.get_mut(self.length) {
             *place = attribute;
             self.length += 1;
@@ -61,7 +63,8 @@ impl<'a> Template<'a> {
         self.flag(CKA_SENSITIVE, true).flag(CKA_EXTRACTABLE, extractable)
     }
 
-    /// States every usage of a secret key: true for those named, false for the others. Modules default to true for many.
+    /// States every usage of a secret key: true for those named, false for the others. Modules
+    /// default to true for many.
     pub(crate) fn usage(self, allowed: &[CK_ATTRIBUTE_TYPE]) -> Self {
         SECRET_KEY_USAGES.iter().fold(self, |template, usage| template.flag(*usage, allowed.contains(usage)))
     }
@@ -77,7 +80,8 @@ impl<'a> Template<'a> {
     }
 }
 
-/// Whether a key may be used like this: what becomes of a meter key in the HSM for the length of one call.
+/// Whether a key may be used like this: what becomes of a meter key in the HSM for the length of
+/// one call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Handling {
     /// It is wrapped for a grantee or for storage.
@@ -100,14 +104,16 @@ impl Handling {
             Self::WrapOthers => template.sensitive(false).flag(CKA_WRAP, true),
             Self::Encrypt => template.sensitive(false).flag(CKA_ENCRYPT, true),
             Self::Decrypt => template.sensitive(false).flag(CKA_DECRYPT, true),
-            // I1: the one session object that is not sensitive, for one call. Only GAKs come here, see `Worker::readable_gak`.
+            // I1: the one session object that is not sensitive, for one call. Only GAKs come here,
+            // see `Worker::readable_gak`.
             Self::Read => template.flag(CKA_SENSITIVE, false).flag(CKA_EXTRACTABLE, true),
         }
     }
 }
 
 /// The usages of secret keys (PKCS#11 2.40, 4.10).
-const SECRET_KEY_USAGES: [CK_ATTRIBUTE_TYPE; 7] = [CKA_ENCRYPT, CKA_DECRYPT, CKA_SIGN, CKA_VERIFY, CKA_WRAP, CKA_UNWRAP, CKA_DERIVE];
+const SECRET_KEY_USAGES: [CK_ATTRIBUTE_TYPE; 7] =
+    [CKA_ENCRYPT, CKA_DECRYPT, CKA_SIGN, CKA_VERIFY, CKA_WRAP, CKA_UNWRAP, CKA_DERIVE];
 
 /// The usages of private keys (PKCS#11 2.40, 4.9).
 const PRIVATE_KEY_USAGES: [CK_ATTRIBUTE_TYPE; 5] = [CKA_DECRYPT, CKA_SIGN, CKA_SIGN_RECOVER, CKA_UNWRAP, CKA_DERIVE];

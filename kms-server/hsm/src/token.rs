@@ -1,8 +1,9 @@
 //! A token: its state, its login, and the threads that use it.
 //!
-//! PKCS#11 sessions are blocking and used by one thread at a time. A *keeper* thread connects (loads the module, finds the token
-//! by label, logs in, probes) and repairs; worker threads have a session each and take jobs from one queue. Login is per token and
-//! ends with the last session, so the keeper holds an *anchor* session, and nothing ever logs out.
+//! PKCS#11 sessions are blocking and used by one thread at a time. A *keeper* thread connects
+//! (loads the module, finds the token by label, logs in, probes) and repairs; worker threads have a
+//! session each and take jobs from one queue. Login is per token and ends with the last session, so
+//! the keeper holds an *anchor* session, and nothing ever logs out.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -38,13 +39,16 @@ pub struct TokenSettings {
     pub pin: PinSource,
     /// Worker threads; without a number, what was measured to be best for the module.
     pub workers: Option<usize>,
-    /// Jobs that may wait; a job above is refused as overloaded. A batch is a job for each [`PART`](crate::PART) of it.
+    /// Jobs that may wait; a job above is refused as overloaded. A batch is a job for each
+    /// [`PART`](crate::PART) of it.
     pub queue: usize,
-    /// Jobs of one payer that may wait ([`Hsm::paid_by`](crate::Hsm::paid_by)), so that none fills the queue alone.
+    /// Jobs of one payer that may wait ([`Hsm::paid_by`](crate::Hsm::paid_by)), so that none fills
+    /// the queue alone.
     pub queue_of_one: usize,
     /// How long agreements are reused.
     pub agreements: AgreementLimits,
-    /// Whether `ecdh-p256-cbc-expand` may be used where the module has no X9.63 KDF. Not for production.
+    /// Whether `ecdh-p256-cbc-expand` may be used where the module has no X9.63 KDF. Not for
+    /// production.
     pub allow_cbc_expand: bool,
 }
 
@@ -99,7 +103,8 @@ struct Handle {
 }
 
 impl Token {
-    /// Starts to use a token. Returns at once: a dead HSM does not hold up the start, see [`Token::state`].
+    /// Starts to use a token. Returns at once: a dead HSM does not hold up the start, see
+    /// [`Token::state`].
     ///
     /// # Errors
     /// The operating system gives no thread.
@@ -136,7 +141,8 @@ impl Token {
     /// It is found unusable in a way that needs an operator, or not usable within `limit`.
     pub async fn usable(&self, limit: Duration) -> Result<Arc<Capabilities>, HsmError> {
         let mut state = self.state();
-        let settled = |state: &TokenState| !matches!(state, TokenState::Probing | TokenState::Unusable { may_recover: true, .. });
+        let settled =
+            |state: &TokenState| !matches!(state, TokenState::Probing | TokenState::Unusable { may_recover: true, .. });
         // A time-out leaves the state as it is, and that is what the error below tells.
         let waited = tokio::time::timeout(limit, state.wait_for(settled)).await;
         if let Ok(Ok(found)) = &waited
@@ -181,8 +187,9 @@ impl Token {
         }
     }
 
-    /// Runs `work` for the server itself on a worker, measured under the name `job`. It runs a second time if the session was lost under it, so it
-    /// must have no effect outside the HSM before it succeeds.
+    /// Runs `work` for the server itself on a worker, measured under the name `job`. It runs a
+    /// second time if the session was lost under it, so it must have no effect outside the HSM
+    /// before it succeeds.
     pub(crate) async fn run<R: Send + 'static>(
         &self,
         job: &'static str,
@@ -191,8 +198,9 @@ impl Token {
         self.submit(&None, 1, job, work)?.outcome().await
     }
 
-    /// Puts `work` into the queue, as [`Self::run`] does, in its payer's lane: it waits for its turn by what it costs, in keys. Dropping what is
-    /// given back takes the job out of turn when it comes to it.
+    /// Puts `work` into the queue, as [`Self::run`] does, in its payer's lane: it waits for its
+    /// turn by what it costs, in keys. Dropping what is given back takes the job out of turn when
+    /// it comes to it.
     pub(crate) fn submit<R: Send + 'static>(
         &self,
         payer: &Payer,
@@ -255,7 +263,8 @@ struct Shared {
 #[derive(Default)]
 struct Inner {
     connection: Option<Connection>,
-    /// Grows by one with every connection; what a session knows is worth nothing under another number.
+    /// Grows by one with every connection; what a session knows is worth nothing under another
+    /// number.
     generation: u64,
     refused: Option<(String, Pin)>,
     /// What was probed, by serial number: a token that comes back is not probed again.
@@ -278,8 +287,12 @@ impl Shared {
         while !self.is_stopping() {
             let usable = self.check(&mut inner);
             if usable && workers.is_empty() {
-                let count =
-                    self.settings.workers.or_else(|| inner.connection.as_ref().map(|connection| connection.capabilities.best_workers)).unwrap_or(1).max(1);
+                let count = self
+                    .settings
+                    .workers
+                    .or_else(|| inner.connection.as_ref().map(|connection| connection.capabilities.best_workers))
+                    .unwrap_or(1)
+                    .max(1);
                 self.queue.set_receivers(count);
                 for number in 0..count {
                     let shared = Arc::clone(&self);
@@ -342,7 +355,8 @@ impl Shared {
                 let outcome = catch_unwind(AssertUnwindSafe(|| task.run(worker, attempts < ATTEMPTS)));
                 self.metrics.done(job, began);
                 let Ok(outcome) = outcome else {
-                    // The task dropped its reply while unwinding. What it left in the session is unknown.
+                    // The task dropped its reply while unwinding. What it left in the session is
+                    // unknown.
                     tracing::error!("a job of the HSM panicked");
                     if let Some((_, worker)) = session.take() {
                         worker.session.close();
@@ -380,7 +394,10 @@ impl Shared {
         }
         let opened = connection.module.open(connection.slot)?;
         let agreements = AgreementCache::new(self.settings.agreements, self.algorithm(&connection.capabilities));
-        *session = Some((inner.generation, Worker::new(opened, self.island.clone(), Arc::clone(&connection.capabilities), agreements)));
+        *session = Some((
+            inner.generation,
+            Worker::new(opened, self.island.clone(), Arc::clone(&connection.capabilities), agreements),
+        ));
         Ok(())
     }
 
@@ -390,8 +407,8 @@ impl Shared {
         if inner.generation != generation || self.is_stopping() {
             return;
         }
-        // Stale object handles alone (a token that was wiped or restored) show in a session that is well: then a new
-        // session with nothing remembered is enough.
+        // Stale object handles alone (a token that was wiped or restored) show in a session that is
+        // well: then a new session with nothing remembered is enough.
         if !self.check(&mut inner) {
             tracing::warn!(%error, token = self.settings.selector.label, "the HSM token is not usable");
         }
@@ -410,16 +427,26 @@ impl Shared {
         match self.connect(inner) {
             Ok(connection) => {
                 let capabilities = Arc::clone(&connection.capabilities);
-                tracing::info!(token = self.settings.selector.label, module = connection.module.description(), "the HSM token is usable");
+                tracing::info!(
+                    token = self.settings.selector.label,
+                    module = connection.module.description(),
+                    "the HSM token is usable"
+                );
                 inner.connection = Some(connection);
                 inner.generation += 1;
                 self.state.send_replace(TokenState::Usable(capabilities));
                 true
             }
             Err(Refusal { reason, next_step, may_recover }) => {
-                let changed = !matches!(&*self.state.borrow(), TokenState::Unusable { reason: known, .. } if *known == reason);
+                let changed =
+                    !matches!(&*self.state.borrow(), TokenState::Unusable { reason: known, .. } if *known == reason);
                 if changed {
-                    tracing::error!(token = self.settings.selector.label, reason, next_step, "the HSM token is not usable");
+                    tracing::error!(
+                        token = self.settings.selector.label,
+                        reason,
+                        next_step,
+                        "the HSM token is not usable"
+                    );
                 }
                 self.state.send_replace(TokenState::Unusable { reason, next_step, may_recover });
                 false
@@ -431,8 +458,13 @@ impl Shared {
         let settings = &self.settings;
         let module = Module::load(&settings.module).map_err(Refusal::by_operator)?;
         let token = module.find(&settings.selector).map_err(Refusal::of)?.ok_or_else(|| Refusal {
-            reason: format!("no slot of `{}` has a token labelled `{}`", settings.module.display(), settings.selector.label),
-            next_step: "insert or connect the token, or correct the label; `kms hsm check` lists what is there".to_owned(),
+            reason: format!(
+                "no slot of `{}` has a token labelled `{}`",
+                settings.module.display(),
+                settings.selector.label
+            ),
+            next_step: "insert or connect the token, or correct the label; `kms hsm check` lists what is there"
+                .to_owned(),
             may_recover: true,
         })?;
         let serial = token.info.serial_number().to_owned();
@@ -459,12 +491,19 @@ impl Shared {
 
     /// Reads the PIN, unless trying it could lock the token.
     fn permitted_pin(&self, inner: &Inner, serial: &str, info: &TokenInfo) -> Result<Pin, Refusal> {
-        let refuse = |reason: &str, next_step: &str| Refusal { reason: reason.to_owned(), next_step: next_step.to_owned(), may_recover: false };
+        let refuse = |reason: &str, next_step: &str| Refusal {
+            reason: reason.to_owned(),
+            next_step: next_step.to_owned(),
+            may_recover: false,
+        };
         if !info.user_pin_initialized() {
             return Err(refuse("the token has no user PIN", "initialise the token with `kms-server init`"));
         }
         if info.user_pin_locked() {
-            return Err(refuse("the token's user PIN is locked", "unlock it as security officer with the HSM's own tool"));
+            return Err(refuse(
+                "the token's user PIN is locked",
+                "unlock it as security officer with the HSM's own tool",
+            ));
         }
         if info.user_pin_final_try() {
             return Err(refuse(
@@ -473,7 +512,10 @@ impl Shared {
             ));
         }
         let pin = self.settings.pin.read().map_err(|reason| refuse(&reason, "correct the PIN's source"))?;
-        let refused_here = inner.refused.as_ref().is_some_and(|(refused_serial, refused)| refused_serial == serial && refused.is_same(&pin));
+        let refused_here = inner
+            .refused
+            .as_ref()
+            .is_some_and(|(refused_serial, refused)| refused_serial == serial && refused.is_same(&pin));
         if refused_here || self.memory.was_refused(serial, &pin) {
             return Err(pin_was_refused(&self.settings.pin));
         }
@@ -482,7 +524,8 @@ impl Shared {
 
     fn login_refused(&self, inner: &mut Inner, serial: String, pin: Pin, error: HsmError) -> Refusal {
         match error.code() {
-            // One attempt, then never again with this PIN: not by this process, not by the next, not by another server.
+            // One attempt, then never again with this PIN: not by this process, not by the next,
+            // not by another server.
             Some(RvError::PinIncorrect | RvError::PinInvalid | RvError::PinLenRange) => {
                 self.memory.remember_refused(&serial, &pin);
                 inner.refused = Some((serial, pin));
@@ -494,15 +537,19 @@ impl Shared {
 
     fn capabilities(&self, module: &Module, slot: Slot) -> Result<Arc<Capabilities>, Refusal> {
         let mechanisms = module.mechanisms(slot).map_err(Refusal::of)?;
-        // A session of its own: some modules leave objects behind when they refuse a template, and they end with the session.
+        // A session of its own: some modules leave objects behind when they refuse a template, and
+        // they end with the session.
         let session = module.open(slot).map_err(Refusal::of)?;
         let label = TokenKey::first(Purpose::VendorTransport).label(&self.island);
-        // Making an RSA key to probe with takes seconds on some HSMs, so the island's own is used where there is one.
-        let transport = match (find_one(&session, &label, CKO_PUBLIC_KEY), find_one(&session, &label, CKO_PRIVATE_KEY)) {
+        // Making an RSA key to probe with takes seconds on some HSMs, so the island's own is used
+        // where there is one.
+        let transport = match (find_one(&session, &label, CKO_PUBLIC_KEY), find_one(&session, &label, CKO_PRIVATE_KEY))
+        {
             (Ok(public), Ok(private)) => Some((public, private)),
             _ => None,
         };
-        let capabilities = Arc::new(Capabilities::probe(&session, module.description(), &mechanisms, transport).map_err(Refusal::of)?);
+        let capabilities =
+            Arc::new(Capabilities::probe(&session, module.description(), &mechanisms, transport).map_err(Refusal::of)?);
         session.close();
         lock(&self.found).capabilities = Some(Arc::clone(&capabilities));
         let missing = capabilities.missing_essentials(self.settings.allow_cbc_expand);
@@ -526,21 +573,28 @@ impl Shared {
             TokenState::Unusable { reason, next_step, may_recover: false } => {
                 HsmError::Unusable { token, reason: reason.clone(), next_step: next_step.clone() }
             }
-            TokenState::Unusable { reason, next_step, may_recover: true } => {
-                HsmError::Unavailable { token, reason: format!("{reason}; {next_step}"), retry_after: Duration::from_secs(1) }
-            }
+            TokenState::Unusable { reason, next_step, may_recover: true } => HsmError::Unavailable {
+                token,
+                reason: format!("{reason}; {next_step}"),
+                retry_after: Duration::from_secs(1),
+            },
             TokenState::Probing => self.unavailable("it is being probed"),
             TokenState::Usable(_) => self.unavailable("its session is being opened again"),
         }
     }
 
     fn unavailable(&self, reason: &str) -> HsmError {
-        HsmError::Unavailable { token: self.settings.selector.label.clone(), reason: reason.to_owned(), retry_after: Duration::from_secs(1) }
+        HsmError::Unavailable {
+            token: self.settings.selector.label.clone(),
+            reason: reason.to_owned(),
+            retry_after: Duration::from_secs(1),
+        }
     }
 
     fn stop(&self) {
         self.stopping.store(true, Ordering::SeqCst);
-        // Not waited for: the keeper may hold the lock in a module that hangs. It looks at the flag before it waits again.
+        // Not waited for: the keeper may hold the lock in a module that hangs. It looks at the flag
+        // before it waits again.
         if let Ok(_inner) = self.inner.try_lock() {
             self.wake.notify_all();
         }
@@ -551,7 +605,8 @@ impl Shared {
     }
 }
 
-/// What is known of the token apart from whether it can be used. Never locked during a call of the module.
+/// What is known of the token apart from whether it can be used. Never locked during a call of the
+/// module.
 #[derive(Default)]
 struct Found {
     serial: Option<String>,
@@ -568,18 +623,29 @@ struct Refusal {
 impl Refusal {
     fn of(error: HsmError) -> Self {
         let may_recover = error.kind() == crate::error::ErrorKind::Transient;
-        Self { reason: error.to_string(), next_step: "look at the HSM's own log; `kms hsm check` tries again".to_owned(), may_recover }
+        Self {
+            reason: error.to_string(),
+            next_step: "look at the HSM's own log; `kms hsm check` tries again".to_owned(),
+            may_recover,
+        }
     }
 
     fn by_operator(error: HsmError) -> Self {
-        Self { reason: error.to_string(), next_step: "correct the module's path or its own configuration".to_owned(), may_recover: false }
+        Self {
+            reason: error.to_string(),
+            next_step: "correct the module's path or its own configuration".to_owned(),
+            may_recover: false,
+        }
     }
 }
 
 fn pin_was_refused(source: &PinSource) -> Refusal {
     Refusal {
-        reason: "the token refused the user PIN; it is not tried again, because a few wrong PINs lock a token".to_owned(),
-        next_step: format!("put the right PIN into {source}; a changed PIN is tried by itself (a changed environment needs a restart)"),
+        reason: "the token refused the user PIN; it is not tried again, because a few wrong PINs lock a token"
+            .to_owned(),
+        next_step: format!(
+            "put the right PIN into {source}; a changed PIN is tried by itself (a changed environment needs a restart)"
+        ),
         may_recover: false,
     }
 }
@@ -589,7 +655,8 @@ trait Task: Send {
     /// What it is, for the metrics.
     fn job(&self) -> &'static str;
 
-    /// Runs it. Gives back the error, and keeps the caller waiting, if the session was lost and `may_retry`.
+    /// Runs it. Gives back the error, and keeps the caller waiting, if the session was lost and
+    /// `may_retry`.
     fn run(&mut self, worker: &Worker, may_retry: bool) -> Option<HsmError>;
 
     /// Answers it with an error.
@@ -634,10 +701,10 @@ impl<R: Send, F: FnMut(&Worker) -> Result<R, HsmError> + Send> Task for TaskOf<F
 }
 
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<std::thread::JoinHandle<()>, HsmError> {
-    std::thread::Builder::new()
-        .name(name.to_owned())
-        .spawn(body)
-        .map_err(|error| HsmError::Module { module: name.to_owned(), reason: format!("the operating system gives no thread: {error}") })
+    std::thread::Builder::new().name(name.to_owned()).spawn(body).map_err(|error| HsmError::Module {
+        module: name.to_owned(),
+        reason: format!("the operating system gives no thread: {error}"),
+    })
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -16,12 +16,17 @@ pub struct TransferJob {
 }
 
 impl Worker {
-    /// The key wrapped under the meter's KEK by RFC 3394: 24 or 40 octets. Wrapping is deterministic, so the same job gives the same octets.
+    /// The key wrapped under the meter's KEK by RFC 3394: 24 or 40 octets. Wrapping is
+    /// deterministic, so the same job gives the same octets.
     ///
-    /// I1: the KEK is a sensitive session object that wraps and does nothing else, and lives for this call.
+    /// I1: the KEK is a sensitive session object that wraps and does nothing else, and lives for
+    /// this call.
     pub(crate) fn wrap_for_meter(&self, job: &TransferJob) -> Result<Vec<u8>, HsmError> {
         if job.kek.key_type() != KeyType::KEK {
-            return Err(HsmError::invalid("KEK", format!("a key of type {} wraps nothing for a meter", job.kek.key_type())));
+            return Err(HsmError::invalid(
+                "KEK",
+                format!("a key of type {} wraps nothing for a meter", job.kek.key_type()),
+            ));
         }
         if matches!(job.key, KeySource::Stored { shape: KeyShape::Secret, .. } | KeySource::Fresh(_)) {
             return Err(HsmError::invalid("key", "key_transfer brings AES keys that have a slot"));

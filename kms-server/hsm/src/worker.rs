@@ -1,4 +1,5 @@
-//! One session with what is known of it: handles of token keys, live agreements, batch keys. All of it ends with the session.
+//! One session with what is known of it: handles of token keys, live agreements, batch keys. All of
+//! it ends with the session.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -69,8 +70,20 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    pub(crate) fn new(session: Session, island: IslandName, capabilities: Arc<Capabilities>, agreements: AgreementCache) -> Self {
-        Self { session, island, capabilities, agreements, token_keys: RefCell::default(), batch_keys: RefCell::default() }
+    pub(crate) fn new(
+        session: Session,
+        island: IslandName,
+        capabilities: Arc<Capabilities>,
+        agreements: AgreementCache,
+    ) -> Self {
+        Self {
+            session,
+            island,
+            capabilities,
+            agreements,
+            token_keys: RefCell::default(),
+            batch_keys: RefCell::default(),
+        }
     }
 
     /// Destroys session objects that are not needed any more.
@@ -90,8 +103,8 @@ impl Worker {
         self.token_object(key, secret_class(key))
     }
 
-    /// Whether the token holds the secret or private key of this name now: a handle that was found before says nothing, since another session may have
-    /// destroyed the key.
+    /// Whether the token holds the secret or private key of this name now: a handle that was found
+    /// before says nothing, since another session may have destroyed the key.
     pub(crate) fn holds(&self, key: TokenKey) -> Result<bool, HsmError> {
         match find_one(&self.session, &key.label(&self.island), secret_class(key)) {
             Ok(_) => Ok(true),
@@ -109,12 +122,18 @@ impl Worker {
     pub(crate) fn key(&self, source: &KeySource, handling: Handling) -> Result<(Temporary<'_>, usize), HsmError> {
         match source {
             KeySource::Diversified { root_version, derivation, context } => {
-                let root = self.token_key(TokenKey { purpose: Purpose::Diversification(source.class()), version: *root_version })?;
+                let root = self.token_key(TokenKey {
+                    purpose: Purpose::Diversification(source.class()),
+                    version: *root_version,
+                })?;
                 self.diversify(root, *derivation, context, handling).map(|key| (key, context.length.octets()))
             }
             KeySource::Stored { storage_kek_version, shape, blob, .. } => {
                 let octets = unwrapped_octets(*shape, blob)?;
-                let kek = self.token_key(TokenKey { purpose: Purpose::StorageKek(source.class()), version: *storage_kek_version })?;
+                let kek = self.token_key(TokenKey {
+                    purpose: Purpose::StorageKek(source.class()),
+                    version: *storage_kek_version,
+                })?;
                 self.unwrap_key(kek, *shape, blob, handling).map(|key| (key, octets))
             }
             KeySource::Fresh(length) => self.generate(*length, handling).map(|key| (key, length.octets())),
@@ -122,7 +141,13 @@ impl Worker {
     }
 
     /// Unwraps a meter key under an AES key (RFC 3394).
-    pub(crate) fn unwrap_key(&self, kek: Object, shape: KeyShape, wrapped: &[u8], handling: Handling) -> Result<Temporary<'_>, HsmError> {
+    pub(crate) fn unwrap_key(
+        &self,
+        kek: Object,
+        shape: KeyShape,
+        wrapped: &[u8],
+        handling: Handling,
+    ) -> Result<Temporary<'_>, HsmError> {
         let octets = wrapped.len().saturating_sub(8) as CK_ULONG;
         let mut template = handling.apply(Template::session_key(shape));
         if self.capabilities.unwrap_needs_value_len {
@@ -145,15 +170,18 @@ impl Worker {
         };
         match error.code().and_then(|code| Some((code, refuses_wrapped_key(code)?))) {
             Some((code, Certainty::Sure)) => Err(HsmError::WrappedKeyInvalid { code }),
-            // GENERAL_ERROR and DEVICE_ERROR mean refused data on some modules and a failing HSM on all. The data is blamed
-            // only when the HSM can unwrap a key of its own right now, and refuses the data a second time.
+            // GENERAL_ERROR and DEVICE_ERROR mean refused data on some modules and a failing HSM on
+            // all. The data is blamed only when the HSM can unwrap a key of its own right now, and
+            // refuses the data a second time.
             Some((code, Certainty::Ambiguous)) => {
                 if self.unwraps_a_key_of_its_own().is_err() {
                     return Err(error);
                 }
                 match self.session.unwrap(mechanism, kek, wrapped, template) {
                     Ok(object) => Ok(Temporary::new(&self.session, object)),
-                    Err(again) if again.code().and_then(refuses_wrapped_key).is_some() => Err(HsmError::WrappedKeyInvalid { code }),
+                    Err(again) if again.code().and_then(refuses_wrapped_key).is_some() => {
+                        Err(HsmError::WrappedKeyInvalid { code })
+                    }
                     Err(again) => Err(again),
                 }
             }
@@ -165,7 +193,8 @@ impl Worker {
     pub(crate) fn wrap(&self, kek: Object, key: Object, octets: usize) -> Result<Vec<u8>, HsmError> {
         let mut buffer = [0; LONGEST_WRAPPED];
         let written = self.session.wrap(&Mechanism::Plain(CKM_AES_KEY_WRAP), kek, key, &mut buffer)?;
-        // Some modules give the room of the buffer that they would like instead of what they wrote; RFC 3394 adds 8 octets.
+        // Some modules give the room of the buffer that they would like instead of what they wrote;
+        // RFC 3394 adds 8 octets.
         match buffer.get(..octets + 8) {
             Some(wrapped) if written >= wrapped.len() => Ok(wrapped.to_vec()),
             _ => Err(HsmError::call("C_WrapKey", CKR_KEY_SIZE_RANGE)),
@@ -182,12 +211,16 @@ impl Worker {
 
     /// The value of a GAK, for the associated data of one call.
     ///
-    /// I1: the GAK is read as a session object that lives no longer than this function, into memory that is zeroized. Nothing but
-    /// GAKs can be read by this path: they have roots and storage KEKs of their own, and the type is checked here.
+    /// I1: the GAK is read as a session object that lives no longer than this function, into memory
+    /// that is zeroized. Nothing but GAKs can be read by this path: they have roots and storage
+    /// KEKs of their own, and the type is checked here.
     pub(crate) fn readable_gak(&self, source: &KeySource) -> Result<Zeroizing<Vec<u8>>, HsmError> {
         let shape_is_aes = !matches!(source, KeySource::Stored { shape: KeyShape::Secret, .. });
         if source.key_type() != KeyType::GAK || !shape_is_aes {
-            return Err(HsmError::invalid("authentication key", format!("a key of type {} is never read; only a GAK is", source.key_type())));
+            return Err(HsmError::invalid(
+                "authentication key",
+                format!("a key of type {} is never read; only a GAK is", source.key_type()),
+            ));
         }
         let (key, octets) = self.key(source, Handling::Read)?;
         let mut value = Zeroizing::new(vec![0; octets]);
@@ -201,9 +234,11 @@ impl Worker {
         if let Some((_, object)) = self.batch_keys.borrow().get(&recipe.number) {
             return Ok(*object);
         }
-        let transport = self.token_key(TokenKey { purpose: Purpose::VendorTransport, version: recipe.transport_version })?;
+        let transport =
+            self.token_key(TokenKey { purpose: Purpose::VendorTransport, version: recipe.transport_version })?;
         let template = Template::session_secret(&CKK_AES).sensitive(false).usage(&[CKA_UNWRAP]);
-        let object = self.unwrap(&Mechanism::Oaep(recipe.hash), transport, &recipe.ciphertext, template.as_slice())?.keep();
+        let object =
+            self.unwrap(&Mechanism::Oaep(recipe.hash), transport, &recipe.ciphertext, template.as_slice())?.keep();
         self.batch_keys.borrow_mut().insert(recipe.number, (Arc::downgrade(recipe), object));
         Ok(object)
     }
@@ -211,7 +246,9 @@ impl Worker {
     /// Destroys all token objects of a key's name, and forgets their handles.
     pub(crate) fn destroy_token_key(&self, key: TokenKey) -> Result<usize, HsmError> {
         let label = key.label(&self.island);
-        let objects = self.session.find(Template::empty().flag(CKA_TOKEN, true).octets(CKA_LABEL, label.as_bytes()).as_slice())?;
+        let objects = self
+            .session
+            .find(Template::empty().flag(CKA_TOKEN, true).octets(CKA_LABEL, label.as_bytes()).as_slice())?;
         for object in &objects {
             self.session.destroy(*object)?;
         }
@@ -219,9 +256,16 @@ impl Worker {
         Ok(objects.len())
     }
 
-    fn diversify(&self, root: Object, derivation: KeyDerivation, context: &DiversificationContext, handling: Handling) -> Result<Temporary<'_>, HsmError> {
+    fn diversify(
+        &self,
+        root: Object,
+        derivation: KeyDerivation,
+        context: &DiversificationContext,
+        handling: Handling,
+    ) -> Result<Temporary<'_>, HsmError> {
         let octets = context.length.octets() as CK_ULONG;
-        let template = handling.apply(Template::session_key(KeyShape::Aes(context.length)).number(CKA_VALUE_LEN, &octets));
+        let template =
+            handling.apply(Template::session_key(KeyShape::Aes(context.length)).number(CKA_VALUE_LEN, &octets));
         let object = match derivation {
             KeyDerivation::Sp800108Cmac => {
                 let mut fixed = [0; 17];
@@ -242,8 +286,11 @@ impl Worker {
             return Ok(*object);
         }
         let object = match find_one(&self.session, &key.label(&self.island), class) {
-            // Without a login, private objects are not there: that is a lost login, not a missing key.
-            Err(HsmError::KeyMissing { .. }) if !self.session.is_logged_in() => return Err(HsmError::call("C_FindObjects", CKR_USER_NOT_LOGGED_IN)),
+            // Without a login, private objects are not there: that is a lost login, not a missing
+            // key.
+            Err(HsmError::KeyMissing { .. }) if !self.session.is_logged_in() => {
+                return Err(HsmError::call("C_FindObjects", CKR_USER_NOT_LOGGED_IN));
+            }
             found => found?,
         };
         self.token_keys.borrow_mut().insert((key, class), object);
@@ -252,12 +299,16 @@ impl Worker {
 
     fn unwraps_a_key_of_its_own(&self) -> Result<(), HsmError> {
         let octets = KeyLength::Aes256.octets() as CK_ULONG;
-        let template = Template::session_secret(&CKK_AES).sensitive(false).number(CKA_VALUE_LEN, &octets).usage(&[CKA_WRAP, CKA_UNWRAP]);
+        let template = Template::session_secret(&CKK_AES)
+            .sensitive(false)
+            .number(CKA_VALUE_LEN, &octets)
+            .usage(&[CKA_WRAP, CKA_UNWRAP]);
         let kek = Temporary::new(&self.session, self.session.generate(CKM_AES_KEY_GEN, template.as_slice())?);
         let key = self.generate(KeyLength::Aes128, Handling::Wrap)?;
         let wrapped = self.wrap(kek.object(), key.object(), KeyLength::Aes128.octets())?;
         let template = Handling::Wrap.apply(Template::session_key(KeyShape::Aes(KeyLength::Aes128)));
-        let again = self.session.unwrap(&Mechanism::Plain(CKM_AES_KEY_WRAP), kek.object(), &wrapped, template.as_slice())?;
+        let again =
+            self.session.unwrap(&Mechanism::Plain(CKM_AES_KEY_WRAP), kek.object(), &wrapped, template.as_slice())?;
         drop(Temporary::new(&self.session, again));
         Ok(())
     }
@@ -270,9 +321,11 @@ const fn secret_class(key: TokenKey) -> CK_OBJECT_CLASS {
 
 /// The one token object of this label and class.
 pub(crate) fn find_one(session: &Session, label: &str, class: CK_OBJECT_CLASS) -> Result<Object, HsmError> {
-    let mut template = Template::empty().flag(CKA_TOKEN, true).number(CKA_CLASS, &class).octets(CKA_LABEL, label.as_bytes());
+    let mut template =
+        Template::empty().flag(CKA_TOKEN, true).number(CKA_CLASS, &class).octets(CKA_LABEL, label.as_bytes());
     if class != CKO_PUBLIC_KEY {
-        // I1: the ceremony makes all of these private. One that is not could have been put there without the PIN.
+        // I1: the ceremony makes all of these private. One that is not could have been put there
+        // without the PIN.
         template = template.flag(CKA_PRIVATE, true);
     }
     let found = session.find(template.as_slice())?;
@@ -294,7 +347,10 @@ pub(crate) fn unwrapped_octets(shape: KeyShape, wrapped: &[u8]) -> Result<usize,
         KeyShape::Secret => octets.is_multiple_of(8) && (SHORTEST_SECRET..=LONGEST_SECRET).contains(&octets),
     };
     if !fits {
-        return Err(HsmError::invalid("wrapped key", format!("{} octets do not fit {}", wrapped.len(), shape_name(shape))));
+        return Err(HsmError::invalid(
+            "wrapped key",
+            format!("{} octets do not fit {}", wrapped.len(), shape_name(shape)),
+        ));
     }
     Ok(octets)
 }

@@ -1,6 +1,12 @@
 //! The ceremony: roots leave once, are locked, and an interrupted ceremony is finished or refused.
 
-#![expect(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, reason = "tests fail by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "tests fail by panicking"
+)]
 
 mod common;
 
@@ -11,8 +17,9 @@ use std::time::Duration;
 use common::{Bench, Escrow, Grantee, diversify, island, plan, so_pin, user_pin};
 use kms_domain::{KeyClass, KeyLength, KeyShape, KeyType};
 use kms_hsm::{
-    CeremonyPlan, CeremonyResult, EscrowPackage, Hsm, HsmError, KeySource, NewRoot, PinSource, ProcessPinMemory, Purpose, RootVersion, StandbyToken, StoredKey,
-    TokenKey, TokenSelector, TokenSettings, create_root_version, create_roots, create_standby_transport, install_wrapped_roots,
+    CeremonyPlan, CeremonyResult, EscrowPackage, Hsm, HsmError, KeySource, NewRoot, PinSource, ProcessPinMemory,
+    Purpose, RootVersion, StandbyToken, StoredKey, TokenKey, TokenSelector, TokenSettings, create_root_version,
+    create_roots, create_standby_transport, install_wrapped_roots,
 };
 
 each_module! {
@@ -90,7 +97,8 @@ each_module! {
         tokio::task::spawn_blocking(move || hsm.close()).await.unwrap();
     }
 
-    /// I1: a token of a grant server never gets a KEK's root, not even wrapped; and an interrupted ceremony goes on with such copies.
+    /// I1: a token of a grant server never gets a KEK's root, not even wrapped; and an interrupted
+    /// ceremony goes on with such copies.
     async fn copies_are_of_the_classes_of_their_token(bench: Bench) {
         let escrow = token(&bench, "all");
         token(&bench, "grant");
@@ -102,7 +110,8 @@ each_module! {
         assert_eq!(purposes, [Purpose::Diversification(KeyClass::Session), Purpose::StorageKek(KeyClass::Session), Purpose::Seal, Purpose::FingerprintKek]);
         let again = run(&bench, "all", &plan, Some(&first.package), |_| Ok(())).unwrap();
         assert_eq!(again.package, first.package);
-        // A later version leaves once too, so it is said of each standby token whether it gets a copy.
+        // A later version leaves once too, so it is said of each standby token whether it gets a
+        // copy.
         let key = TokenKey { purpose: Purpose::StorageKek(KeyClass::Session), version: RootVersion::new(2).unwrap() };
         let forgotten = NewRoot { island: island(), key, escrow_public_key: plan.escrow_public_key.clone(), standby: Vec::new(), without: Vec::new() };
         let make = |new: &NewRoot| create_root_version(&bench.module, &selector("all"), &user_pin(), new, None, |_| Ok(()));
@@ -122,7 +131,8 @@ each_module! {
             let make = |new: &NewRoot, previous: Option<&EscrowPackage>, stored: Result<(), String>| {
                 create_root_version(&bench.module, &selector("later"), &user_pin(), new, previous, |_| stored)
             };
-            // Interrupted before the package is stored: the same root goes on. After it was locked: only with the package.
+            // Interrupted before the package is stored: the same root goes on. After it was locked:
+            // only with the package.
             assert!(make(&new, None, Err("the disk is full".to_owned())).unwrap_err().to_string().contains("not locked"));
             let made = make(&new, None, Ok(())).unwrap();
             let package = made.package.unwrap();
@@ -150,7 +160,8 @@ each_module! {
         for object in &objects {
             assert_eq!(object.findings(&island(), &capabilities), Vec::<String>::new(), "{object:?}");
         }
-        // A key goes from one storage KEK to the other and stays what it is; what is destroyed is gone.
+        // A key goes from one storage KEK to the other and stays what it is; what is destroyed is
+        // gone.
         let (storage, second) = (Purpose::StorageKek(KeyClass::Session), RootVersion::new(2).unwrap());
         let stored = hsm.generate_stored(KeyType::GUEK, KeyLength::Aes128).await.unwrap();
         let moved = hsm.rewrap_batch(vec![stored_source(KeyType::GUEK, &stored)], second).await.unwrap().remove(0).unwrap();
@@ -200,7 +211,12 @@ fn token(bench: &Bench, label: &str) -> Escrow {
 }
 
 fn stored_source(key_type: KeyType, stored: &StoredKey) -> KeySource {
-    KeySource::Stored { key_type, storage_kek_version: stored.storage_kek_version, shape: KeyShape::Aes(KeyLength::Aes128), blob: stored.blob.clone() }
+    KeySource::Stored {
+        key_type,
+        storage_kek_version: stored.storage_kek_version,
+        shape: KeyShape::Aes(KeyLength::Aes128),
+        blob: stored.blob.clone(),
+    }
 }
 
 fn selector(label: &str) -> TokenSelector {

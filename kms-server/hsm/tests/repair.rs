@@ -1,6 +1,13 @@
-//! Lost sessions, lost logins, wrong PINs and dead HSMs: what fails at once, what recovers by itself, and what is never tried twice.
+//! Lost sessions, lost logins, wrong PINs and dead HSMs: what fails at once, what recovers by
+//! itself, and what is never tried twice.
 
-#![expect(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, reason = "tests fail by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "tests fail by panicking"
+)]
 
 mod common;
 
@@ -14,7 +21,10 @@ use cryptoki::context::Pkcs11;
 use cryptoki::session::UserType;
 use cryptoki::slot::Slot;
 use kms_domain::{KeyLength, KeyType};
-use kms_hsm::{ErrorKind, Hsm, HsmError, KeySource, Pin, PinMemory, PinSource, ProcessPinMemory, Purpose, Token, TokenKey, TokenSettings, TokenState};
+use kms_hsm::{
+    ErrorKind, Hsm, HsmError, KeySource, Pin, PinMemory, PinSource, ProcessPinMemory, Purpose, Token, TokenKey,
+    TokenSettings, TokenState,
+};
 
 each_module! {
     async fn lost_sessions_are_opened_again(bench: Bench) {
@@ -155,7 +165,8 @@ each_module! {
         (one_worker.workers, one_worker.queue_of_one) = (Some(1), 20);
         let hsm = Hsm::start(island(), one_worker, Arc::new(ProcessPinMemory::default())).unwrap();
         hsm.usable(Duration::from_secs(30)).await.unwrap();
-        // A manifest that waits holds the one worker, while others queue; manifests note the order in which they are served.
+        // A manifest that waits holds the one worker, while others queue; manifests note the order
+        // in which they are served.
         let (release, released) = std::sync::mpsc::channel::<()>();
         let (started, has_started) = tokio::sync::oneshot::channel();
         let mut started = Some(started);
@@ -302,10 +313,16 @@ async fn assert_grants(bench: &Bench) {
     assert_eq!(grantee.keys(&envelope, 24), [diversify(&root, &source)]);
 }
 
-/// The same module from behind the server's back, as an operator's tool in the same process would have it.
+/// The same module from behind the server's back, as an operator's tool in the same process would
+/// have it.
 fn behind(bench: &Bench, label: &str) -> (Pkcs11, Slot) {
     let context = Pkcs11::new(bench.module.path()).unwrap();
-    let slot = context.get_slots_with_initialized_token().unwrap().into_iter().find(|slot| context.get_token_info(*slot).unwrap().label() == label).unwrap();
+    let slot = context
+        .get_slots_with_initialized_token()
+        .unwrap()
+        .into_iter()
+        .find(|slot| context.get_token_info(*slot).unwrap().label() == label)
+        .unwrap();
     (context, slot)
 }
 
@@ -313,9 +330,13 @@ fn behind(bench: &Bench, label: &str) -> (Pkcs11, Slot) {
 #[expect(unsafe_code, reason = "the cryptoki crate has no C_CloseAllSessions")]
 fn close_all_sessions(bench: &Bench, slot: Slot) {
     let mut list = std::ptr::null_mut();
-    // SAFETY: the module is loaded already and stays loaded; C_GetFunctionList gives a list that lives as long as the module.
+    // SAFETY: the module is loaded already and stays loaded; C_GetFunctionList gives a list that
+    // lives as long as the module.
     let code = unsafe {
-        assert_eq!(cryptoki_sys::Pkcs11::new(bench.module.path()).unwrap().C_GetFunctionList(&mut list), cryptoki_sys::CKR_OK);
+        assert_eq!(
+            cryptoki_sys::Pkcs11::new(bench.module.path()).unwrap().C_GetFunctionList(&mut list),
+            cryptoki_sys::CKR_OK
+        );
         (*list).C_CloseAllSessions.unwrap()(slot.id())
     };
     assert_eq!(code, cryptoki_sys::CKR_OK);
@@ -329,7 +350,8 @@ fn control(bench: &Bench, line: &str) {
 }
 
 fn settings(bench: &Bench, label: &str, pin: &std::path::Path) -> TokenSettings {
-    let mut settings = TokenSettings::new(bench.module.path().to_owned(), label.to_owned(), PinSource::File(pin.to_owned()));
+    let mut settings =
+        TokenSettings::new(bench.module.path().to_owned(), label.to_owned(), PinSource::File(pin.to_owned()));
     settings.allow_cbc_expand = true;
     assert_ne!(SO_PIN, USER_PIN);
     settings

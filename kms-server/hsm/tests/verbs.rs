@@ -1,6 +1,13 @@
-//! Every verb on every module, checked by an independent implementation with the roots that the escrow key opens.
+//! Every verb on every module, checked by an independent implementation with the roots that the
+//! escrow key opens.
 
-#![expect(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, reason = "tests fail by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "tests fail by panicking"
+)]
 
 mod common;
 
@@ -9,8 +16,8 @@ use aws_lc_rs::{hmac, signature};
 use common::{Bench, Grantee, diversify, oaep_encrypt, unwrap, wrap};
 use kms_domain::{KeyClass, KeyLength, KeyShape, KeyType};
 use kms_hsm::{
-    ErrorKind, FrameInput, FrameKeys, FrameParameters, Hsm, HsmError, ImportJob, ImportRefusal, KeySource, ProtectedFrame, Purpose, RootVersion, StoredKey,
-    TokenKey,
+    ErrorKind, FrameInput, FrameKeys, FrameParameters, Hsm, HsmError, ImportJob, ImportRefusal, KeySource,
+    ProtectedFrame, Purpose, RootVersion, StoredKey, TokenKey,
 };
 
 each_module! {
@@ -204,7 +211,8 @@ each_module! {
                 assert_eq!(object.findings(bench.hsm.island(), capabilities), Vec::<String>::new(), "{token}: {object:?}");
             }
         }
-        // Six roots of classes, seal, fingerprint KEK, audit, CA, vendor transport; two keys of the agreement, one batch key.
+        // Six roots of classes, seal, fingerprint KEK, audit, CA, vendor transport; two keys of the
+        // agreement, one batch key.
         assert_eq!(secrets, 14);
         drop(batch);
     }
@@ -228,18 +236,38 @@ async fn open_batch(bench: &Bench, value: &[u8]) -> kms_hsm::BatchKey {
 /// EK 00..0F and AK D0..DF, imported.
 async fn dlms_keys(bench: &Bench) -> FrameKeys {
     let batch = open_batch(bench, &[7; 32]).await;
-    let job = |key_type, value: &str| ImportJob { key_type, shape: KeyShape::Aes(KeyLength::Aes128), wrapped: wrap(&[7; 32], &octets(value)) };
-    let jobs = vec![job(KeyType::GUEK, "000102030405060708090A0B0C0D0E0F"), job(KeyType::GAK, "D0D1D2D3D4D5D6D7D8D9DADBDCDDDEDF")];
+    let job = |key_type, value: &str| ImportJob {
+        key_type,
+        shape: KeyShape::Aes(KeyLength::Aes128),
+        wrapped: wrap(&[7; 32], &octets(value)),
+    };
+    let jobs = vec![
+        job(KeyType::GUEK, "000102030405060708090A0B0C0D0E0F"),
+        job(KeyType::GAK, "D0D1D2D3D4D5D6D7D8D9DADBDCDDDEDF"),
+    ];
     let results = bench.hsm.import_keys(batch, jobs.clone()).await.unwrap();
-    FrameKeys { encryption: stored_source(results[0].as_ref().unwrap(), &jobs[0]), authentication: stored_source(results[1].as_ref().unwrap(), &jobs[1]) }
+    FrameKeys {
+        encryption: stored_source(results[0].as_ref().unwrap(), &jobs[0]),
+        authentication: stored_source(results[1].as_ref().unwrap(), &jobs[1]),
+    }
 }
 
 fn stored_source(stored: &StoredKey, job: &ImportJob) -> KeySource {
-    KeySource::Stored { key_type: job.key_type, storage_kek_version: stored.storage_kek_version, shape: job.shape, blob: stored.blob.clone() }
+    KeySource::Stored {
+        key_type: job.key_type,
+        storage_kek_version: stored.storage_kek_version,
+        shape: job.shape,
+        blob: stored.blob.clone(),
+    }
 }
 
 fn generated_source(key_type: KeyType, stored: &StoredKey) -> KeySource {
-    KeySource::Stored { key_type, storage_kek_version: stored.storage_kek_version, shape: KeyShape::Aes(KeyLength::Aes128), blob: stored.blob.clone() }
+    KeySource::Stored {
+        key_type,
+        storage_kek_version: stored.storage_kek_version,
+        shape: KeyShape::Aes(KeyLength::Aes128),
+        blob: stored.blob.clone(),
+    }
 }
 
 fn octets(text: &str) -> Vec<u8> {

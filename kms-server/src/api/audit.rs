@@ -4,7 +4,10 @@ use std::{pin::Pin, sync::Arc};
 
 use futures::{Stream, StreamExt};
 use kms_domain::{PrincipalId, SystemTitle, UnixMillis};
-use kms_proto::v1::{ListAuditRecordsRequest, ListAuditRecordsResponse, ScrubRequest, ScrubResponse, audit_service_server::AuditService as Rpc};
+use kms_proto::v1::{
+    ListAuditRecordsRequest, ListAuditRecordsResponse, ScrubRequest, ScrubResponse,
+    audit_service_server::AuditService as Rpc,
+};
 use kms_store::AuditCursor;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
@@ -39,10 +42,16 @@ impl AuditApi {
 
 #[tonic::async_trait]
 impl Rpc for AuditApi {
-    async fn list_audit_records(&self, request: Request<ListAuditRecordsRequest>) -> Result<Response<ListAuditRecordsResponse>, Status> {
+    async fn list_audit_records(
+        &self,
+        request: Request<ListAuditRecordsRequest>,
+    ) -> Result<Response<ListAuditRecordsResponse>, Status> {
         let caller = self.caller(&request)?;
         let page = self.log.list(&caller, &parse_query(&request.into_inner())?).await?;
-        let next_page_token = page.next.map(|place| [place.behind.0.to_be_bytes(), place.last.0.to_be_bytes()].concat().into()).unwrap_or_default();
+        let next_page_token = page
+            .next
+            .map(|place| [place.behind.0.to_be_bytes(), place.last.0.to_be_bytes()].concat().into())
+            .unwrap_or_default();
         Ok(Response::new(ListAuditRecordsResponse { records: page.records, next_page_token }))
     }
 
@@ -50,7 +59,8 @@ impl Rpc for AuditApi {
 
     async fn scrub(&self, request: Request<ScrubRequest>) -> Result<Response<Self::ScrubStream>, Status> {
         let caller = self.caller(&request)?;
-        let answers = ReceiverStream::new(self.scrubber.scrub_for(&caller).await?).map(|answer| answer.map_err(Status::from));
+        let answers =
+            ReceiverStream::new(self.scrubber.scrub_for(&caller).await?).map(|answer| answer.map_err(Status::from));
         Ok(Response::new(Box::pin(answers)))
     }
 }
@@ -71,8 +81,12 @@ fn parse_query(message: &ListAuditRecordsRequest) -> Result<LogQuery, ServiceErr
         after: match message.page_token.split_first_chunk::<8>() {
             None if message.page_token.is_empty() => None,
             Some((behind, last)) => {
-                let last = last.try_into().map_err(|_| ServiceError::invalid("page_token", "it is none of this method"))?;
-                Some(LogPlace { behind: AuditCursor(i64::from_be_bytes(*behind)), last: AuditCursor(i64::from_be_bytes(last)) })
+                let last =
+                    last.try_into().map_err(|_| ServiceError::invalid("page_token", "it is none of this method"))?;
+                Some(LogPlace {
+                    behind: AuditCursor(i64::from_be_bytes(*behind)),
+                    last: AuditCursor(i64::from_be_bytes(last)),
+                })
             }
             None => return Err(ServiceError::invalid("page_token", "it is none of this method")),
         },
@@ -106,7 +120,11 @@ mod tests {
             }
         }
         let page_token = [7_i64.to_be_bytes(), 9_i64.to_be_bytes()].concat().into();
-        let query = parse_query(&ListAuditRecordsRequest { page_token, page_size: 5_000, ..Default::default() }).unwrap();
-        assert_eq!((query.after, query.limit), (Some(LogPlace { behind: AuditCursor(7), last: AuditCursor(9) }), LARGEST_PAGE));
+        let query =
+            parse_query(&ListAuditRecordsRequest { page_token, page_size: 5_000, ..Default::default() }).unwrap();
+        assert_eq!(
+            (query.after, query.limit),
+            (Some(LogPlace { behind: AuditCursor(7), last: AuditCursor(9) }), LARGEST_PAGE)
+        );
     }
 }

@@ -9,14 +9,16 @@ use std::{
 
 use futures::{Stream, StreamExt};
 use kms_domain::{
-    CampaignAction, CampaignId, CampaignName, CampaignSelection, CampaignTerms, DeviceProfileName, ExposureReason, FlagId, KeyType, MaintenanceWindow,
-    MaintenanceWindows, ParseError, Party, PrincipalId, Quorum, RequestId, SystemTitle, TaskState, WaveSize,
+    CampaignAction, CampaignId, CampaignName, CampaignSelection, CampaignTerms, DeviceProfileName, ExposureReason,
+    FlagId, KeyType, MaintenanceWindow, MaintenanceWindows, ParseError, Party, PrincipalId, Quorum, RequestId,
+    SystemTitle, TaskState, WaveSize,
 };
 use kms_proto::v1::{
-    AcceptanceReport, ApproveCampaignRequest, Campaign, CampaignPlan, CampaignProgress, CampaignReport, ChangeCampaignRequest, CreateCampaignRequest,
-    CreateCampaignResponse, HeartbeatTasksRequest, HeartbeatTasksResponse, LeaseTasksRequest, LeaseTasksResponse, ListCampaignsRequest, ListCampaignsResponse,
-    ReleaseTasksRequest, ReleaseTasksResponse, ReportAcceptanceRequest, ReportCampaignRequest, ShowCampaignRequest, TaskLease as TaskLeaseMessage,
-    WatchCampaignRequest,
+    AcceptanceReport, ApproveCampaignRequest, Campaign, CampaignPlan, CampaignProgress, CampaignReport,
+    ChangeCampaignRequest, CreateCampaignRequest, CreateCampaignResponse, HeartbeatTasksRequest,
+    HeartbeatTasksResponse, LeaseTasksRequest, LeaseTasksResponse, ListCampaignsRequest, ListCampaignsResponse,
+    ReleaseTasksRequest, ReleaseTasksResponse, ReportAcceptanceRequest, ReportCampaignRequest, ShowCampaignRequest,
+    TaskLease as TaskLeaseMessage, WatchCampaignRequest,
     campaign_service_server::CampaignService as CampaignRpc,
     task_service_server::TaskService as TaskRpc,
     {self as v1},
@@ -32,7 +34,9 @@ use crate::{
     error::ServiceError,
     island::Island,
     service::{
-        campaign::{self, CampaignService, Change, LeaseQuery, NewCampaign, PlanPlace, ReportQuery, TaskLease, days_before},
+        campaign::{
+            self, CampaignService, Change, LeaseQuery, NewCampaign, PlanPlace, ReportQuery, TaskLease, days_before,
+        },
         grant::request_digest,
     },
 };
@@ -54,15 +58,28 @@ impl CampaignApi {
         Caller::of(request, self.island.name(), Island::now())
     }
 
-    async fn change(&self, caller: Caller, message: ChangeCampaignRequest, name: &[u8], change: Change) -> Result<Response<Campaign>, Status> {
-        let request = request(&message.request_id, name, &ChangeCampaignRequest { request_id: bytes::Bytes::new(), ..message.clone() })?;
+    async fn change(
+        &self,
+        caller: Caller,
+        message: ChangeCampaignRequest,
+        name: &[u8],
+        change: Change,
+    ) -> Result<Response<Campaign>, Status> {
+        let request = request(
+            &message.request_id,
+            name,
+            &ChangeCampaignRequest { request_id: bytes::Bytes::new(), ..message.clone() },
+        )?;
         Ok(Response::new(self.service.change(&caller, request, campaign_id(&message.campaign_id)?, change).await?))
     }
 }
 
 #[tonic::async_trait]
 impl CampaignRpc for CampaignApi {
-    async fn create_campaign(&self, request: Request<CreateCampaignRequest>) -> Result<Response<CreateCampaignResponse>, Status> {
+    async fn create_campaign(
+        &self,
+        request: Request<CreateCampaignRequest>,
+    ) -> Result<Response<CreateCampaignResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let same = CreateCampaignRequest { request_id: bytes::Bytes::new(), ..message.clone() };
@@ -77,7 +94,10 @@ impl CampaignRpc for CampaignApi {
         Ok(Response::new(self.service.create(&caller, request, new, message.commit).await?))
     }
 
-    async fn list_campaigns(&self, request: Request<ListCampaignsRequest>) -> Result<Response<ListCampaignsResponse>, Status> {
+    async fn list_campaigns(
+        &self,
+        request: Request<ListCampaignsRequest>,
+    ) -> Result<Response<ListCampaignsResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let before = match message.page_token.len() {
@@ -86,8 +106,11 @@ impl CampaignRpc for CampaignApi {
         };
         let page = page_size(message.page_size);
         let campaigns = self.service.list(&caller, before, page).await?;
-        let next_page_token =
-            if campaigns.len() == page { campaigns.last().map(|campaign| campaign.campaign_id.clone()).unwrap_or_default() } else { bytes::Bytes::new() };
+        let next_page_token = if campaigns.len() == page {
+            campaigns.last().map(|campaign| campaign.campaign_id.clone()).unwrap_or_default()
+        } else {
+            bytes::Bytes::new()
+        };
         Ok(Response::new(ListCampaignsResponse { campaigns, next_page_token }))
     }
 
@@ -99,11 +122,17 @@ impl CampaignRpc for CampaignApi {
     async fn approve_campaign(&self, request: Request<ApproveCampaignRequest>) -> Result<Response<Campaign>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let content_sha256 = <[u8; 32]>::try_from(message.content_sha256.as_ref())
-            .map_err(|_| ServiceError::invalid("content_sha256", format!("{} octets instead of 32", message.content_sha256.len())))?;
+        let content_sha256 = <[u8; 32]>::try_from(message.content_sha256.as_ref()).map_err(|_| {
+            ServiceError::invalid("content_sha256", format!("{} octets instead of 32", message.content_sha256.len()))
+        })?;
         let same = ApproveCampaignRequest { request_id: bytes::Bytes::new(), ..message.clone() };
         let request = self::request(&message.request_id, b"ApproveCampaign", &same)?;
-        let campaign = self.service.change(&caller, request, campaign_id(&message.campaign_id)?, Change::Approve { content_sha256 });
+        let campaign = self.service.change(
+            &caller,
+            request,
+            campaign_id(&message.campaign_id)?,
+            Change::Approve { content_sha256 },
+        );
         Ok(Response::new(campaign.await?))
     }
 
@@ -135,28 +164,46 @@ impl CampaignRpc for CampaignApi {
 
     type WatchCampaignStream = Pin<Box<dyn Stream<Item = Result<CampaignProgress, Status>> + Send>>;
 
-    async fn watch_campaign(&self, request: Request<WatchCampaignRequest>) -> Result<Response<Self::WatchCampaignStream>, Status> {
+    async fn watch_campaign(
+        &self,
+        request: Request<WatchCampaignRequest>,
+    ) -> Result<Response<Self::WatchCampaignStream>, Status> {
         let caller = self.caller(&request)?;
         let watch = self.service.watch(&caller, campaign_id(&request.into_inner().campaign_id)?).await?;
-        Ok(Response::new(Box::pin(ReceiverStream::new(watch.into_receiver()).map(|progress| progress.map_err(Status::from)))))
+        Ok(Response::new(Box::pin(
+            ReceiverStream::new(watch.into_receiver()).map(|progress| progress.map_err(Status::from)),
+        )))
     }
 
-    async fn report_acceptance(&self, request: Request<ReportAcceptanceRequest>) -> Result<Response<AcceptanceReport>, Status> {
+    async fn report_acceptance(
+        &self,
+        request: Request<ReportAcceptanceRequest>,
+    ) -> Result<Response<AcceptanceReport>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let from = match message.page_token.as_ref().split_first_chunk::<8>() {
             None if message.page_token.is_empty() => PlanPlace::default(),
-            Some((chunk, meter)) if meter.len() == 4 => {
-                PlanPlace { chunk: u64::from_be_bytes(*chunk), meter: meter.iter().fold(0, |sum, octet| (sum << 8) | usize::from(*octet)) }
-            }
+            Some((chunk, meter)) if meter.len() == 4 => PlanPlace {
+                chunk: u64::from_be_bytes(*chunk),
+                meter: meter.iter().fold(0, |sum, octet| (sum << 8) | usize::from(*octet)),
+            },
             _ => return Err(ServiceError::invalid("page_token", "it is not one of an answer").into()),
         };
-        let (meters, next) = self.service.acceptance(&caller, campaign_id(&message.campaign_id)?, from, page_size(message.page_size)).await?;
-        let token = |place: PlanPlace| [place.chunk.to_be_bytes().as_slice(), &u32::try_from(place.meter).unwrap_or(u32::MAX).to_be_bytes()].concat();
+        let (meters, next) = self
+            .service
+            .acceptance(&caller, campaign_id(&message.campaign_id)?, from, page_size(message.page_size))
+            .await?;
+        let token = |place: PlanPlace| {
+            [place.chunk.to_be_bytes().as_slice(), &u32::try_from(place.meter).unwrap_or(u32::MAX).to_be_bytes()]
+                .concat()
+        };
         Ok(Response::new(AcceptanceReport { meters, next_page_token: next.map(token).unwrap_or_default().into() }))
     }
 
-    async fn report_campaign(&self, request: Request<ReportCampaignRequest>) -> Result<Response<CampaignReport>, Status> {
+    async fn report_campaign(
+        &self,
+        request: Request<ReportCampaignRequest>,
+    ) -> Result<Response<CampaignReport>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let filter = match (message.state.as_str(), message.in_doubt) {
@@ -169,7 +216,8 @@ impl CampaignRpc for CampaignApi {
             0 => None,
             _ => Some(SystemTitle::from_octets(&message.page_token).map_err(ServiceError::parse("page_token"))?),
         };
-        let query = ReportQuery { filter, after, page: u32::try_from(page_size(message.page_size)).unwrap_or(u32::MAX) };
+        let query =
+            ReportQuery { filter, after, page: u32::try_from(page_size(message.page_size)).unwrap_or(u32::MAX) };
         Ok(Response::new(self.service.report(&caller, campaign_id(&message.campaign_id)?, query).await?))
     }
 }
@@ -178,7 +226,10 @@ impl CampaignRpc for CampaignApi {
 impl TaskRpc for CampaignApi {
     type LeaseTasksStream = Pin<Box<dyn Stream<Item = Result<LeaseTasksResponse, Status>> + Send>>;
 
-    async fn lease_tasks(&self, request: Request<LeaseTasksRequest>) -> Result<Response<Self::LeaseTasksStream>, Status> {
+    async fn lease_tasks(
+        &self,
+        request: Request<LeaseTasksRequest>,
+    ) -> Result<Response<Self::LeaseTasksStream>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let query = LeaseQuery {
@@ -198,7 +249,8 @@ impl TaskRpc for CampaignApi {
         tokio::spawn(async move {
             let mut next = Ok(first);
             loop {
-                let (failed, empty) = (next.is_err(), next.as_ref().is_ok_and(|answer: &LeaseTasksResponse| answer.tasks.is_empty()));
+                let (failed, empty) =
+                    (next.is_err(), next.as_ref().is_ok_and(|answer: &LeaseTasksResponse| answer.tasks.is_empty()));
                 if !empty && answers.send(next).await.is_err() || failed {
                     return;
                 }
@@ -208,7 +260,8 @@ impl TaskRpc for CampaignApi {
                         () = tokio::time::sleep(LOOK_EVERY) => {}
                     }
                 }
-                // Nothing is leased that the caller has no room to take: it reads first. Revocation acts in open streams too.
+                // Nothing is leased that the caller has no room to take: it reads first. Revocation
+                // acts in open streams too.
                 let Ok(room) = answers.reserve().await else { return };
                 drop(room);
                 next = if caller.not_after <= Island::now() {
@@ -221,14 +274,24 @@ impl TaskRpc for CampaignApi {
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
-    async fn heartbeat_tasks(&self, request: Request<HeartbeatTasksRequest>) -> Result<Response<HeartbeatTasksResponse>, Status> {
+    async fn heartbeat_tasks(
+        &self,
+        request: Request<HeartbeatTasksRequest>,
+    ) -> Result<Response<HeartbeatTasksResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let (until, lost) = self.service.heartbeat(&caller, parse_leases(&message.leases)?, lease_ms(message.lease_seconds)?).await?;
-        Ok(Response::new(HeartbeatTasksResponse { lease_expires_ms: until.0, lost: lost.iter().map(lease_message).collect() }))
+        let (until, lost) =
+            self.service.heartbeat(&caller, parse_leases(&message.leases)?, lease_ms(message.lease_seconds)?).await?;
+        Ok(Response::new(HeartbeatTasksResponse {
+            lease_expires_ms: until.0,
+            lost: lost.iter().map(lease_message).collect(),
+        }))
     }
 
-    async fn release_tasks(&self, request: Request<ReleaseTasksRequest>) -> Result<Response<ReleaseTasksResponse>, Status> {
+    async fn release_tasks(
+        &self,
+        request: Request<ReleaseTasksRequest>,
+    ) -> Result<Response<ReleaseTasksResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         if message.reason.len() > 128 || message.reason.chars().any(char::is_control) {
@@ -252,18 +315,23 @@ fn parse_plan(plan: CampaignPlan) -> Result<NewCampaign, ServiceError> {
         }
         Ok(v1::CampaignAction::Probe) => CampaignAction::Probe,
         Ok(v1::CampaignAction::TakeOver) => CampaignAction::TakeOver,
-        Ok(v1::CampaignAction::Unspecified) | Err(_) => return Err(ServiceError::invalid("plan.action", "none is given, or an unknown one")),
+        Ok(v1::CampaignAction::Unspecified) | Err(_) => {
+            return Err(ServiceError::invalid("plan.action", "none is given, or an unknown one"));
+        }
     };
     if !matches!(action, CampaignAction::Rotate(_)) && !plan.key_type.is_empty() {
         return Err(ServiceError::invalid("plan.key_type", "only a rotation has one"));
     }
     let selection = plan.selection.unwrap_or_default();
     if selection.meters.len() > MOST_NAMED {
-        return Err(ServiceError::invalid("plan.selection.meters", format!("{} meters are more than {MOST_NAMED}", selection.meters.len())));
+        return Err(ServiceError::invalid(
+            "plan.selection.meters",
+            format!("{} meters are more than {MOST_NAMED}", selection.meters.len()),
+        ));
     }
-    let named = (0..)
-        .zip(&selection.meters)
-        .map(|(number, title)| SystemTitle::from_octets(title).map_err(ServiceError::parse(format!("plan.selection.meters[{number}]"))));
+    let named = (0..).zip(&selection.meters).map(|(number, title)| {
+        SystemTitle::from_octets(title).map_err(ServiceError::parse(format!("plan.selection.meters[{number}]")))
+    });
     Ok(NewCampaign {
         name: CampaignName::parse(&plan.name).map_err(ServiceError::parse("plan.name"))?,
         action,
@@ -275,8 +343,16 @@ fn parse_plan(plan: CampaignPlan) -> Result<NewCampaign, ServiceError> {
 }
 
 fn parse_selection(selection: &v1::CampaignSelection) -> Result<CampaignSelection, ServiceError> {
-    fn given<T>(field: &str, text: &str, parse: impl FnOnce(&str) -> Result<T, ParseError>) -> Result<Option<T>, ServiceError> {
-        if text.is_empty() { Ok(None) } else { parse(text).map(Some).map_err(ServiceError::parse(format!("plan.selection.{field}"))) }
+    fn given<T>(
+        field: &str,
+        text: &str,
+        parse: impl FnOnce(&str) -> Result<T, ParseError>,
+    ) -> Result<Option<T>, ServiceError> {
+        if text.is_empty() {
+            Ok(None)
+        } else {
+            parse(text).map(Some).map_err(ServiceError::parse(format!("plan.selection.{field}")))
+        }
     }
     let party = |text: &str| match text {
         "vendor" => Ok(Party::Vendor),
@@ -294,18 +370,17 @@ fn parse_selection(selection: &v1::CampaignSelection) -> Result<CampaignSelectio
         group: None,
         head_end: given("head_end", &selection.head_end, PrincipalId::parse)?,
         batch: Some(selection.batch.clone()).filter(|batch| !batch.is_empty()),
-        active_before: Some(selection.older_than_days).filter(|days| *days > 0).map(|days| days_before(days, Island::now())),
+        active_before: Some(selection.older_than_days)
+            .filter(|days| *days > 0)
+            .map(|days| days_before(days, Island::now())),
         exposed_to: given("exposed_to", &selection.exposed_to, party)?,
         exposed_by: given("exposed_by", &selection.exposed_by, reason)?,
         imported: selection.imported,
         counter_used: match selection.counter_used_percent {
             0 => None,
-            percent => Some(
-                u8::try_from(percent)
-                    .ok()
-                    .filter(|percent| *percent <= 100)
-                    .ok_or_else(|| ServiceError::invalid("plan.selection.counter_used_percent", format!("`{percent}` is not 1 to 100")))?,
-            ),
+            percent => Some(u8::try_from(percent).ok().filter(|percent| *percent <= 100).ok_or_else(|| {
+                ServiceError::invalid("plan.selection.counter_used_percent", format!("`{percent}` is not 1 to 100"))
+            })?),
         },
         named: 0,
     })
@@ -316,11 +391,14 @@ fn parse_terms(terms: v1::CampaignTerms) -> Result<CampaignTerms, ServiceError> 
         0 => Ok(default),
         value => u8::try_from(value).map_err(|_| ServiceError::invalid(field, format!("`{value}` is too large"))),
     };
-    let windows =
-        (0..).zip(&terms.windows).map(|(number, text)| MaintenanceWindow::parse(text).map_err(ServiceError::parse(format!("plan.terms.windows[{number}]"))));
+    let windows = (0..).zip(&terms.windows).map(|(number, text)| {
+        MaintenanceWindow::parse(text).map_err(ServiceError::parse(format!("plan.terms.windows[{number}]")))
+    });
     let windows = windows.collect::<Result<Vec<_>, _>>()?;
     let zone = if terms.time_zone.is_empty() { "UTC" } else { terms.time_zone.as_str() };
-    let waves = (0..).zip(&terms.waves).map(|(number, text)| WaveSize::parse(text).map_err(ServiceError::parse(format!("plan.terms.waves[{number}]"))));
+    let waves = (0..).zip(&terms.waves).map(|(number, text)| {
+        WaveSize::parse(text).map_err(ServiceError::parse(format!("plan.terms.waves[{number}]")))
+    });
     let waves = waves.collect::<Result<Vec<_>, _>>()?;
     let parsed = CampaignTerms {
         quorum: terms.quorum.map_or(Ok(Quorum::ONE), Quorum::new).map_err(ServiceError::parse("plan.terms.quorum"))?,
@@ -344,8 +422,10 @@ fn parse_leases(leases: &[TaskLeaseMessage]) -> Result<Vec<TaskLease>, ServiceEr
     }
     let parse = |(number, lease): (usize, &TaskLeaseMessage)| {
         Ok(TaskLease {
-            campaign: CampaignId::from_octets(&lease.campaign_id).map_err(ServiceError::parse(format!("leases[{number}].campaign_id")))?,
-            meter: SystemTitle::from_octets(&lease.meter).map_err(ServiceError::parse(format!("leases[{number}].meter")))?,
+            campaign: CampaignId::from_octets(&lease.campaign_id)
+                .map_err(ServiceError::parse(format!("leases[{number}].campaign_id")))?,
+            meter: SystemTitle::from_octets(&lease.meter)
+                .map_err(ServiceError::parse(format!("leases[{number}].meter")))?,
             fence: lease.fence,
         })
     };
@@ -353,7 +433,11 @@ fn parse_leases(leases: &[TaskLeaseMessage]) -> Result<Vec<TaskLease>, ServiceEr
 }
 
 fn lease_message(lease: &TaskLease) -> TaskLeaseMessage {
-    TaskLeaseMessage { campaign_id: lease.campaign.octets().to_vec().into(), meter: lease.meter.octets().to_vec().into(), fence: lease.fence }
+    TaskLeaseMessage {
+        campaign_id: lease.campaign.octets().to_vec().into(),
+        meter: lease.meter.octets().to_vec().into(),
+        fence: lease.fence,
+    }
 }
 
 fn campaign_id(octets: &[u8]) -> Result<CampaignId, ServiceError> {

@@ -1,8 +1,11 @@
-//! Who may come in: places for handshakes and connections, for each address, each principal, and the server as a whole.
+//! Who may come in: places for handshakes and connections, for each address, each principal, and
+//! the server as a whole.
 //!
-//! Places for handshakes go to those who speak: where they are short, the connection that has been silent longest gives its place up; where all speak, the
-//! oldest of the address that has the most. Places for connections go to those who call: where they are short, the oldest gives its place up that no
-//! principal known to the island has called on. So connections of strangers, and of principals who were disabled, hold up nobody.
+//! Places for handshakes go to those who speak: where they are short, the connection that has been
+//! silent longest gives its place up; where all speak, the oldest of the address that has the most.
+//! Places for connections go to those who call: where they are short, the oldest gives its place up
+//! that no principal known to the island has called on. So connections of strangers, and of
+//! principals who were disabled, hold up nobody.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -92,12 +95,15 @@ impl Doorway {
         if places.addresses.get(&network).copied().unwrap_or_default() >= self.limits.connections_per_address {
             // Its own silent handshakes and connections without a call count there too.
             let of_it = |open: &Open| open.network == network;
-            if !places.evict(Bound::ConnectionsPerAddress, Some(network)) && !places.evict_uncalled(Bound::ConnectionsPerAddress, of_it) {
+            if !places.evict(Bound::ConnectionsPerAddress, Some(network))
+                && !places.evict_uncalled(Bound::ConnectionsPerAddress, of_it)
+            {
                 return refuse(Bound::ConnectionsPerAddress);
             }
         }
         let own = places.handshakes.values().filter(|waiting| waiting.network == network).count();
-        if wide(own) >= self.limits.handshakes_per_address && !places.evict(Bound::HandshakesPerAddress, Some(network)) {
+        if wide(own) >= self.limits.handshakes_per_address && !places.evict(Bound::HandshakesPerAddress, Some(network))
+        {
             return refuse(Bound::HandshakesPerAddress);
         }
         if wide(places.handshakes.len()) >= self.limits.handshakes
@@ -118,24 +124,32 @@ impl Places {
     /// Takes the place of the handshake that has been silent longest; false if all speak.
     fn evict(&mut self, bound: Bound, of: Option<Network>) -> bool {
         let silent = |waiting: &Waiting| waiting.silent && of.is_none_or(|network| network == waiting.network);
-        let Some(number) = self.handshakes.iter().find(|(_, waiting)| silent(waiting)).map(|(number, _)| *number) else { return false };
+        let Some(number) = self.handshakes.iter().find(|(_, waiting)| silent(waiting)).map(|(number, _)| *number)
+        else {
+            return false;
+        };
         self.leave(number).is_some_and(|waiting| waiting.evict.send(bound).is_ok())
     }
 
-    /// Takes the place of the oldest handshake of the network that has the most of them; false if none has more than `own`.
+    /// Takes the place of the oldest handshake of the network that has the most of them; false if
+    /// none has more than `own`.
     fn evict_of_the_most(&mut self, bound: Bound, own: usize) -> bool {
         let mut of: HashMap<Network, usize> = HashMap::new();
         for waiting in self.handshakes.values() {
             *of.entry(waiting.network).or_default() += 1;
         }
-        let Some((most, _)) = of.into_iter().max_by_key(|(_, count)| *count).filter(|(_, count)| *count > own) else { return false };
+        let Some((most, _)) = of.into_iter().max_by_key(|(_, count)| *count).filter(|(_, count)| *count > own) else {
+            return false;
+        };
         let oldest = self.handshakes.iter().find(|(_, waiting)| waiting.network == most).map(|(number, _)| *number);
         oldest.and_then(|number| self.leave(number)).is_some_and(|waiting| waiting.evict.send(bound).is_ok())
     }
 
-    /// Takes the place of the oldest of these connections that no known principal has called on; false if there is none.
+    /// Takes the place of the oldest of these connections that no known principal has called on;
+    /// false if there is none.
     fn evict_uncalled(&mut self, bound: Bound, of: impl Fn(&Open) -> bool) -> bool {
-        let number = self.connections.iter().find(|(_, open)| !open.usage.is_known() && of(open)).map(|(number, _)| *number);
+        let number =
+            self.connections.iter().find(|(_, open)| !open.usage.is_known() && of(open)).map(|(number, _)| *number);
         let Some(open) = number.and_then(|number| self.leave_connection(number)) else { return false };
         bound.count();
         open.usage.cut();
@@ -218,10 +232,13 @@ impl HandshakePlace {
             Err(bound)
         };
         let own = places.principals.get(principal).map_or(0, |share| share.connections);
-        if own >= limits.connections_per_principal && !places.evict_uncalled(Bound::ConnectionsPerPrincipal, |open| open.principal == *principal) {
+        if own >= limits.connections_per_principal
+            && !places.evict_uncalled(Bound::ConnectionsPerPrincipal, |open| open.principal == *principal)
+        {
             return refuse(Bound::ConnectionsPerPrincipal);
         }
-        if wide(places.connections.len()) >= limits.connections && !places.evict_uncalled(Bound::Connections, |_| true) {
+        if wide(places.connections.len()) >= limits.connections && !places.evict_uncalled(Bound::Connections, |_| true)
+        {
             return refuse(Bound::Connections);
         }
         *places.addresses.entry(self.network).or_default() += 1;
@@ -229,7 +246,9 @@ impl HandshakePlace {
         share.connections += 1;
         let usage = Arc::new(ConnectionUse::new(Arc::clone(&share.usage)));
         let number = places.number();
-        places.connections.insert(number, Open { network: self.network, principal: principal.clone(), usage: Arc::clone(&usage) });
+        places
+            .connections
+            .insert(number, Open { network: self.network, principal: principal.clone(), usage: Arc::clone(&usage) });
         Ok((ConnectionPlace { doorway: Arc::clone(&self.doorway), number }, usage))
     }
 }
@@ -263,8 +282,14 @@ mod tests {
     use super::*;
 
     fn doorway() -> Arc<Doorway> {
-        let small =
-            Limits { handshakes: 6, handshakes_per_address: 4, connections: 5, connections_per_principal: 2, connections_per_address: 8, ..Limits::default() };
+        let small = Limits {
+            handshakes: 6,
+            handshakes_per_address: 4,
+            connections: 5,
+            connections_per_principal: 2,
+            connections_per_address: 8,
+            ..Limits::default()
+        };
         Doorway::new(small)
     }
 
@@ -322,13 +347,17 @@ mod tests {
         let again = call(&one).unwrap();
         drop((again, open));
         let places = doorway.places();
-        assert_eq!((places.connections.len(), places.addresses.len(), places.principals.len(), places.handshakes.len()), (0, 0, 0, 0));
+        assert_eq!(
+            (places.connections.len(), places.addresses.len(), places.principals.len(), places.handshakes.len()),
+            (0, 0, 0, 0)
+        );
     }
 
     #[tokio::test]
     async fn who_never_calls_gives_the_place_up() {
         let doorway = doorway();
-        let ended = |usage: &Arc<ConnectionUse>| usage.is_cut(&std::task::Context::from_waker(std::task::Waker::noop()));
+        let ended =
+            |usage: &Arc<ConnectionUse>| usage.is_cut(&std::task::Context::from_waker(std::task::Waker::noop()));
         let open = |name: &str, last| doorway.handshake(address(last)).unwrap().connection(&principal(name)).unwrap();
         let (_first, idle) = open("hes-1", 1);
         let (_second, calling) = open("hes-1", 1);

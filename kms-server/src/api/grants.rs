@@ -5,8 +5,9 @@ use std::{num::NonZeroU32, pin::Pin, sync::Arc};
 use futures::{Stream, StreamExt, stream};
 use kms_domain::{GrantId, KeyType, KeyVersionNumber, PrincipalId, RequestId, SecuritySetupId, SystemTitle};
 use kms_proto::v1::{
-    ListGrantsRequest, ListGrantsResponse, MeterRefusal, OpenGroupSessionRequest, OpenSessionRequest, OpenSessionResponse, OpenSessionsRequest,
-    OpenSessionsResponse, RevokeGrantRequest, RevokeGrantResponse, grant_service_server::GrantService as Rpc,
+    ListGrantsRequest, ListGrantsResponse, MeterRefusal, OpenGroupSessionRequest, OpenSessionRequest,
+    OpenSessionResponse, OpenSessionsRequest, OpenSessionsResponse, RevokeGrantRequest, RevokeGrantResponse,
+    grant_service_server::GrantService as Rpc,
 };
 use prost::Message as _;
 use tonic::{Request, Response, Status};
@@ -38,31 +39,53 @@ impl GrantApi {
 
 #[tonic::async_trait]
 impl Rpc for GrantApi {
-    async fn open_session(&self, request: Request<OpenSessionRequest>) -> Result<Response<OpenSessionResponse>, Status> {
+    async fn open_session(
+        &self,
+        request: Request<OpenSessionRequest>,
+    ) -> Result<Response<OpenSessionResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let digest = request_digest(&[b"OpenSession", &OpenSessionRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec()]);
+        let digest = request_digest(&[
+            b"OpenSession",
+            &OpenSessionRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec(),
+        ]);
         let chunk = Chunk {
             request: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
             index: 0,
             digest,
-            targets: GrantTargets::Meters(vec![SystemTitle::from_octets(&message.meter).map_err(ServiceError::parse("meter"))?]),
+            targets: GrantTargets::Meters(vec![
+                SystemTitle::from_octets(&message.meter).map_err(ServiceError::parse("meter"))?,
+            ]),
             terms: Arc::new(parse_terms(message.terms, &[KeyType::GUEK, KeyType::GAK])?),
         };
         let Granted { envelopes, refusals, leaf, rotation } = self.service.open(&caller, chunk).await?;
         if let Some((_, error)) = refusals.into_iter().next() {
             return Err(error.into());
         }
-        Ok(Response::new(OpenSessionResponse { envelopes, audit_leaf: leaf.map(|leaf| leaf.0.to_vec().into()).unwrap_or_default(), rotation }))
+        Ok(Response::new(OpenSessionResponse {
+            envelopes,
+            audit_leaf: leaf.map(|leaf| leaf.0.to_vec().into()).unwrap_or_default(),
+            rotation,
+        }))
     }
 
-    async fn open_group_session(&self, request: Request<OpenGroupSessionRequest>) -> Result<Response<OpenSessionResponse>, Status> {
+    async fn open_group_session(
+        &self,
+        request: Request<OpenGroupSessionRequest>,
+    ) -> Result<Response<OpenSessionResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let digest = request_digest(&[b"OpenGroupSession", &OpenGroupSessionRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec()]);
+        let digest = request_digest(&[
+            b"OpenGroupSession",
+            &OpenGroupSessionRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec(),
+        ]);
         let terms = parse_terms(message.terms, &[KeyType::GBEK])?;
         if terms.dedicated_key {
-            return Err(ServiceError::invalid("terms.dedicated_key", "a dedicated key belongs to an association with one meter, not to a group").into());
+            return Err(ServiceError::invalid(
+                "terms.dedicated_key",
+                "a dedicated key belongs to an association with one meter, not to a group",
+            )
+            .into());
         }
         let chunk = Chunk {
             request: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
@@ -81,12 +104,19 @@ impl Rpc for GrantApi {
         if let Some((_, error)) = refusals.into_iter().next() {
             return Err(error.into());
         }
-        Ok(Response::new(OpenSessionResponse { envelopes, audit_leaf: leaf.map(|leaf| leaf.0.to_vec().into()).unwrap_or_default(), rotation }))
+        Ok(Response::new(OpenSessionResponse {
+            envelopes,
+            audit_leaf: leaf.map(|leaf| leaf.0.to_vec().into()).unwrap_or_default(),
+            rotation,
+        }))
     }
 
     type OpenSessionsStream = Pin<Box<dyn Stream<Item = Result<OpenSessionsResponse, Status>> + Send>>;
 
-    async fn open_sessions(&self, request: Request<OpenSessionsRequest>) -> Result<Response<Self::OpenSessionsStream>, Status> {
+    async fn open_sessions(
+        &self,
+        request: Request<OpenSessionsRequest>,
+    ) -> Result<Response<Self::OpenSessionsStream>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let first_chunk = message.first_chunk;
@@ -94,27 +124,43 @@ impl Rpc for GrantApi {
         let meters = parse_meters(&message.meters)?;
         let terms = Arc::new(parse_terms(message.terms.clone(), &[KeyType::GUEK, KeyType::GAK])?);
         // Where the answer resumes is not part of what is asked.
-        let digest = request_digest(&[b"OpenSessions", &OpenSessionsRequest { request_id: bytes::Bytes::new(), first_chunk: 0, ..message }.encode_to_vec()]);
+        let digest = request_digest(&[
+            b"OpenSessions",
+            &OpenSessionsRequest { request_id: bytes::Bytes::new(), first_chunk: 0, ..message }.encode_to_vec(),
+        ]);
         let chunks: Vec<Chunk> = (0..)
             .zip(meters.chunks(GrantService::CHUNK))
-            .map(|(index, meters)| Chunk { request, index, digest, targets: GrantTargets::Meters(meters.to_vec()), terms: terms.clone() })
+            .map(|(index, meters)| Chunk {
+                request,
+                index,
+                digest,
+                targets: GrantTargets::Meters(meters.to_vec()),
+                terms: terms.clone(),
+            })
             .collect();
         let chunk_count = u32::try_from(chunks.len()).unwrap_or(u32::MAX);
         if first_chunk >= chunk_count {
-            return Err(ServiceError::invalid("first_chunk", format!("`{first_chunk}` is not below the number of chunks, {chunk_count}")).into());
+            return Err(ServiceError::invalid(
+                "first_chunk",
+                format!("`{first_chunk}` is not below the number of chunks, {chunk_count}"),
+            )
+            .into());
         }
         let batch = Arc::new(self.service.begin_batch(&caller, meters.len())?);
         let service = self.service.clone();
         let island = self.island.clone();
-        // A few chunks are under way at once: one is committed while another is wrapped. A caller that reads slowly slows this down.
+        // A few chunks are under way at once: one is committed while another is wrapped. A caller
+        // that reads slowly slows this down.
         let answers = stream::iter(chunks.into_iter().skip(usize::try_from(first_chunk).unwrap_or(usize::MAX)))
             .map(move |chunk| {
                 let (service, caller, island, batch) = (service.clone(), caller.clone(), island.clone(), batch.clone());
                 async move {
                     let _turn = batch.turn().await;
-                    // Revocation acts in open streams too: an expired certificate ends them, and each chunk reads the principal anew.
+                    // Revocation acts in open streams too: an expired certificate ends them, and
+                    // each chunk reads the principal anew.
                     if caller.not_after <= Island::now() {
-                        let reason = format!("the client certificate has expired; renew it at island {}", island.name());
+                        let reason =
+                            format!("the client certificate has expired; renew it at island {}", island.name());
                         return Err(Status::from(ServiceError::unauthenticated(reason)));
                     }
                     let index = chunk.index;
@@ -151,7 +197,10 @@ impl Rpc for GrantApi {
         Ok(Response::new(ListGrantsResponse { grants, next_page_token }))
     }
 
-    async fn revoke_grant(&self, request: Request<RevokeGrantRequest>) -> Result<Response<RevokeGrantResponse>, Status> {
+    async fn revoke_grant(
+        &self,
+        request: Request<RevokeGrantRequest>,
+    ) -> Result<Response<RevokeGrantResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let request = RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?;
@@ -172,7 +221,11 @@ fn answer(chunk_index: u32, chunk_count: u32, granted: Granted) -> OpenSessionsR
         refusals: granted
             .refusals
             .into_iter()
-            .map(|(owner, error)| MeterRefusal { meter: owner.id().to_vec().into(), code: error.code(), message: error.to_string() })
+            .map(|(owner, error)| MeterRefusal {
+                meter: owner.id().to_vec().into(),
+                code: error.code(),
+                message: error.to_string(),
+            })
             .collect(),
         audit_leaf: granted.leaf.map(|leaf| leaf.0.to_vec().into()).unwrap_or_default(),
     }
@@ -221,18 +274,26 @@ fn parse_terms(terms: Option<kms_proto::v1::SessionTerms>, default: &[KeyType]) 
         value if value <= most => Ok(value),
         value => Err(ServiceError::invalid(field, format!("`{value}` is above {most}"))),
     };
-    let counters = within("terms.counters", terms.counters, SessionTerms::DEFAULT_COUNTERS, SessionTerms::MOST_COUNTERS)?;
+    let counters =
+        within("terms.counters", terms.counters, SessionTerms::DEFAULT_COUNTERS, SessionTerms::MOST_COUNTERS)?;
     Ok(SessionTerms {
         purpose: Purpose::from_proto(terms.purpose).map_err(ServiceError::parse("terms.purpose"))?,
         setup: parse_setup("terms.security_setup", &terms.security_setup)?,
         key_types,
         client_title: match terms.client_title.len() {
             0 => None,
-            _ => Some(SystemTitle::from_octets(&terms.client_title).map_err(ServiceError::parse("terms.client_title"))?),
+            _ => {
+                Some(SystemTitle::from_octets(&terms.client_title).map_err(ServiceError::parse("terms.client_title"))?)
+            }
         },
         counters: NonZeroU32::new(counters).unwrap_or(NonZeroU32::MIN),
         dedicated_key: terms.dedicated_key,
-        lifetime_seconds: within("terms.lifetime_seconds", terms.lifetime_seconds, SessionTerms::DEFAULT_LIFETIME, SessionTerms::LONGEST_LIFETIME)?,
+        lifetime_seconds: within(
+            "terms.lifetime_seconds",
+            terms.lifetime_seconds,
+            SessionTerms::DEFAULT_LIFETIME,
+            SessionTerms::LONGEST_LIFETIME,
+        )?,
     })
 }
 

@@ -37,7 +37,10 @@ impl HsmService for HsmApi {
         Ok(Response::new(v1::CheckHsmResponse { tokens }))
     }
 
-    async fn inventory_hsm(&self, request: Request<v1::InventoryHsmRequest>) -> Result<Response<v1::InventoryHsmResponse>, Status> {
+    async fn inventory_hsm(
+        &self,
+        request: Request<v1::InventoryHsmRequest>,
+    ) -> Result<Response<v1::InventoryHsmResponse>, Status> {
         self.permit(&request, Action::InventoryHsm).await?;
         let inventory = self.island.hsm.inventory().await.map_err(ServiceError::from)?;
         let tokens = self.island.hsm.all_tokens();

@@ -1,9 +1,11 @@
-//! Requests on their way in: what a caller can make the server hold before a use case sees the call.
+//! Requests on their way in: what a caller can make the server hold before a use case sees the
+//! call.
 //!
-//! A call's message is received as a whole before its service is entered: its length is compared with the bound of the method when the first five
-//! octets of it are there, its octets count for connection, principal and server until the call is answered, and it has a time to arrive.
-//! Messages of a stream are bounded one by one. A principal that is disabled or unknown is refused before an octet of the message is read, and its
-//! connection is closed.
+//! A call's message is received as a whole before its service is entered: its length is compared
+//! with the bound of the method when the first five octets of it are there, its octets count for
+//! connection, principal and server until the call is answered, and it has a time to arrive.
+//! Messages of a stream are bounded one by one. A principal that is disabled or unknown is refused
+//! before an octet of the message is read, and its connection is closed.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -31,7 +33,8 @@ use crate::bounds::{Bound, Limits};
 use crate::error::ServiceError;
 use crate::island::{Island, principal_row};
 
-/// What one connection, principal or server holds: octets of requests that are not answered yet, or calls.
+/// What one connection, principal or server holds: octets of requests that are not answered yet, or
+/// calls.
 #[derive(Debug, Default)]
 pub(crate) struct Held(AtomicU64);
 
@@ -76,7 +79,8 @@ impl ConnectionUse {
         Self { principal, ..Self::default() }
     }
 
-    /// Ends the connection: nothing is read from it any more, and it is closed as soon as what was answered is sent.
+    /// Ends the connection: nothing is read from it any more, and it is closed as soon as what was
+    /// answered is sent.
     pub(crate) fn cut(&self) {
         self.cut.store(true, Ordering::Release);
         self.waker.wake();
@@ -87,7 +91,8 @@ impl ConnectionUse {
         self.called.load(Ordering::Relaxed)
     }
 
-    /// Whether a call of a principal that the island knows came in: such a connection gives its place up for nobody.
+    /// Whether a call of a principal that the island knows came in: such a connection gives its
+    /// place up for nobody.
     pub(super) fn is_known(&self) -> bool {
         self.known.load(Ordering::Relaxed)
     }
@@ -141,9 +146,14 @@ impl Intake {
         Self { limits, server: Arc::default(), known: Arc::default() }
     }
 
-    /// Receives the request, has the service answer it, and ends the connection of a caller that is nobody any more. Without an island, the
-    /// caller is not looked at: for health and reflection.
-    pub(crate) async fn serve(self, request: http::Request<Body>, island: Option<Arc<Island>>, mut routes: Routes) -> http::Response<Body> {
+    /// Receives the request, has the service answer it, and ends the connection of a caller that is
+    /// nobody any more. Without an island, the caller is not looked at: for health and reflection.
+    pub(crate) async fn serve(
+        self,
+        request: http::Request<Body>,
+        island: Option<Arc<Island>>,
+        mut routes: Routes,
+    ) -> http::Response<Body> {
         let peer = request.extensions().get::<Peer>();
         let certificate = peer.map(|peer| peer.certificate.sha256);
         let connection = peer.map(|peer| Arc::clone(&peer.usage)).unwrap_or_default();
@@ -165,7 +175,8 @@ impl Intake {
             Err(refusal) => refusal.into_http(),
         };
         if answer.headers().get("grpc-status").is_some_and(|status| status == UNAUTHENTICATED) {
-            // Also where the use case found it out: the next connection is not to be believed either.
+            // Also where the use case found it out: the next connection is not to be believed
+            // either.
             if let Some(certificate) = certificate {
                 let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
                 if known.get(&certificate).is_some_and(|known| known.accepted) {
@@ -203,7 +214,9 @@ impl Intake {
             // The routes answer UNIMPLEMENTED; nobody reads what comes with it.
             return Ok((http::Request::from_parts(parts, Body::empty()), None));
         };
-        let headers = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len() + HEADER_COST).sum::<usize>() + parts.uri.path().len();
+        let headers =
+            parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len() + HEADER_COST).sum::<usize>()
+                + parts.uri.path().len();
         let mut reserved = self.reserve(connection, wide(headers))?;
         if method.streaming {
             // What its service collects between messages: of an upload, a piece of 1 MiB.
@@ -214,17 +227,22 @@ impl Intake {
         let mut message = Message { intake: self, connection, method, reserved, octets: BytesMut::new(), wanted: None };
         let receiving = message.receive(body);
         let octets = tokio::time::timeout(self.limits.time(Bound::RequestSeconds), receiving).await;
-        let octets = octets.map_err(|_| self.met(Bound::RequestSeconds, "the request did not arrive in time", COME_BACK))??;
+        let octets =
+            octets.map_err(|_| self.met(Bound::RequestSeconds, "the request did not arrive in time", COME_BACK))??;
         Ok((http::Request::from_parts(parts, Body::new(Whole(octets))), Some(message.reserved)))
     }
 
-    /// Refuses callers that are not enabled principals, before their message is read. What else is wrong with a principal's row, and a database that
-    /// is away, the use case finds and records itself.
+    /// Refuses callers that are not enabled principals, before their message is read. What else is
+    /// wrong with a principal's row, and a database that is away, the use case finds and records
+    /// itself.
     async fn check_caller(&self, island: &Island, extensions: &http::Extensions) -> Result<(), ServiceError> {
         let caller = Caller::from_peer(extensions.get::<Peer>(), island.name(), Island::now())?;
         let known = {
             let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-            known.get(&caller.certificate_sha256).filter(|known| known.at.elapsed() < KNOWN_FOR).map(|known| known.accepted)
+            known
+                .get(&caller.certificate_sha256)
+                .filter(|known| known.at.elapsed() < KNOWN_FOR)
+                .map(|known| known.accepted)
         };
         match known {
             Some(true) => return Ok(()),
@@ -234,9 +252,14 @@ impl Intake {
         match island.principal(&caller).await {
             Err(refusal @ ServiceError::Unauthenticated { .. }) => {
                 self.learn(&caller, false);
-                // The refusal is on the record, as that of a use case is; a flood of them costs one act a second.
-                let (again, reads) = (caller.clone(), Reads { sealed: vec![principal_row(&caller.principal)], ..Reads::default() });
-                let recorded = island.committer.act(Actor::caller(&caller, None, "call"), reads, move |view| view.caller(&again).map(drop)).await;
+                // The refusal is on the record, as that of a use case is; a flood of them costs one
+                // act a second.
+                let (again, reads) =
+                    (caller.clone(), Reads { sealed: vec![principal_row(&caller.principal)], ..Reads::default() });
+                let recorded = island
+                    .committer
+                    .act(Actor::caller(&caller, None, "call"), reads, move |view| view.caller(&again).map(drop))
+                    .await;
                 match recorded {
                     // Enabled meanwhile.
                     Ok(_) => {
@@ -282,7 +305,12 @@ impl Intake {
     }
 
     /// Reserves the octets of a message whose first five octets say how long it is.
-    fn reserve_message(&self, connection: &Arc<ConnectionUse>, method: Method, prefix: [u8; PREFIX]) -> Result<(Reservation, usize), Status> {
+    fn reserve_message(
+        &self,
+        connection: &Arc<ConnectionUse>,
+        method: Method,
+        prefix: [u8; PREFIX],
+    ) -> Result<(Reservation, usize), Status> {
         let [compressed, a, b, c, d] = prefix;
         if compressed != 0 {
             return Err(Status::unimplemented("compressed messages are not taken"));
@@ -314,7 +342,9 @@ struct Message<'a> {
 impl Message<'_> {
     async fn receive(&mut self, mut body: Body) -> Result<Bytes, Status> {
         loop {
-            let Some(frame) = std::future::poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await.transpose()? else {
+            let Some(frame) =
+                std::future::poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await.transpose()?
+            else {
                 return Ok(std::mem::take(&mut self.octets).freeze());
             };
             // Trailers of a request say nothing.
@@ -404,7 +434,8 @@ struct Messages {
     connection: Arc<ConnectionUse>,
     method: Method,
     body: Body,
-    /// Octets of the message that is being received: its prefix as far as it is there, then how many are to come.
+    /// Octets of the message that is being received: its prefix as far as it is there, then how
+    /// many are to come.
     prefix: Vec<u8>,
     to_come: usize,
     reserved: Option<Reservation>,
@@ -413,7 +444,16 @@ struct Messages {
 
 impl Messages {
     fn new(intake: Intake, connection: Arc<ConnectionUse>, method: Method, body: Body) -> Self {
-        Self { intake, connection, method, body, prefix: Vec::with_capacity(PREFIX), to_come: 0, reserved: None, deadline: None }
+        Self {
+            intake,
+            connection,
+            method,
+            body,
+            prefix: Vec::with_capacity(PREFIX),
+            to_come: 0,
+            reserved: None,
+            deadline: None,
+        }
     }
 
     /// Follows the messages in octets that have arrived. True if one of them ended.
@@ -468,7 +508,11 @@ impl http_body::Body for Messages {
                 let deadline = this.deadline.get_or_insert_with(|| Box::pin(tokio::time::sleep(time)));
                 match deadline.as_mut().poll(context) {
                     Poll::Ready(()) => {
-                        let status = this.intake.met(Bound::UploadPauseSeconds, "the next message did not arrive in time", COME_BACK);
+                        let status = this.intake.met(
+                            Bound::UploadPauseSeconds,
+                            "the next message did not arrive in time",
+                            COME_BACK,
+                        );
                         Poll::Ready(Some(Err(status)))
                     }
                     Poll::Pending => Poll::Pending,
@@ -487,7 +531,9 @@ impl http_body::Body for Messages {
 }
 
 fn nobody() -> ServiceError {
-    ServiceError::unauthenticated("the certificate is not one of an enabled principal of this island; ask a security officer")
+    ServiceError::unauthenticated(
+        "the certificate is not one of an enabled principal of this island; ask a security officer",
+    )
 }
 
 fn wide(number: usize) -> u64 {
@@ -502,7 +548,8 @@ const HEADER_COST: usize = 32;
 const UNAUTHENTICATED: &str = "16";
 /// When to try again where a call of one's own must be answered first.
 const COME_BACK: Duration = Duration::from_secs(1);
-/// How long it is remembered whether a certificate is accepted: each use case reads the row again, so what a later answer rests on is the row.
+/// How long it is remembered whether a certificate is accepted: each use case reads the row again,
+/// so what a later answer rests on is the row.
 const KNOWN_FOR: Duration = Duration::from_secs(1);
 /// Certificates that are remembered.
 const MOST_KNOWN: usize = 4_096;
@@ -564,7 +611,8 @@ mod tests {
         let whole = message(300, 300);
         for cut in [1, 4, 5, 6, 304] {
             let (first, second) = whole.split_at(cut);
-            let (taken, reserved) = intake.receive(request(OPEN, frames(&[first, &[], second], true)), None, &connection).await.unwrap();
+            let (taken, reserved) =
+                intake.receive(request(OPEN, frames(&[first, &[], second], true)), None, &connection).await.unwrap();
             assert_eq!(octets(taken.into_body()).await.unwrap(), whole, "cut at {cut}");
             let held = intake.server.0.load(Ordering::Relaxed);
             assert!((305..400).contains(&held), "{held}");
@@ -593,14 +641,21 @@ mod tests {
         assert_eq!(octets(taken.into_body()).await.unwrap(), all);
         drop(reserved);
         assert_eq!(intake.server.0.load(Ordering::Relaxed), 0);
-        let (taken, _) = intake.receive(request(UPLOAD, frames(&[&message(3, 3), &message(3 << 20, 1)], true)), None, &connection).await.unwrap();
+        let (taken, _) = intake
+            .receive(request(UPLOAD, frames(&[&message(3, 3), &message(3 << 20, 1)], true)), None, &connection)
+            .await
+            .unwrap();
         let refused = octets(taken.into_body()).await.unwrap_err();
-        assert!(refused.code() == tonic::Code::ResourceExhausted && refused.message().contains("`large_message_octets`"), "{refused}");
+        assert!(
+            refused.code() == tonic::Code::ResourceExhausted && refused.message().contains("`large_message_octets`"),
+            "{refused}"
+        );
     }
 
     #[tokio::test]
     async fn requests_that_are_not_answered_have_a_bound_for_each_connection_and_principal() {
-        let limits = Limits { request_octets_per_connection: 1_000, request_octets_per_principal: 1_500, ..Limits::default() };
+        let limits =
+            Limits { request_octets_per_connection: 1_000, request_octets_per_principal: 1_500, ..Limits::default() };
         let (intake, principal) = (Intake::new(Arc::new(limits)), Arc::new(PrincipalUse::default()));
         let connections = [(); 2].map(|()| Arc::new(ConnectionUse::new(Arc::clone(&principal))));
         let ask = async |connection: &Arc<ConnectionUse>, length: u32| {
@@ -614,7 +669,8 @@ mod tests {
         assert!(refused.message().contains("`request_octets_per_principal`"), "{refused}");
         drop(first);
         ask(&connections[1], 800).await.unwrap();
-        let streams: Vec<AnswerPlace> = (0..64).map(|number| intake.answer_stream(&connections[number % 2]).unwrap()).collect();
+        let streams: Vec<AnswerPlace> =
+            (0..64).map(|number| intake.answer_stream(&connections[number % 2]).unwrap()).collect();
         let refused = intake.answer_stream(&connections[0]).err().unwrap();
         assert!(refused.message().contains("`answer_streams_per_principal` is 64"), "{refused}");
         drop(streams);

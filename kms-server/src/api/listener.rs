@@ -1,5 +1,6 @@
-//! The accept loop: TCP, then the TLS handshake with a time limit, then tonic. Everything that a stranger can make the server
-//! hold is bounded here, before any of their octets reach HTTP/2; so is what one principal can hold of connections.
+//! The accept loop: TCP, then the TLS handshake with a time limit, then tonic. Everything that a
+//! stranger can make the server hold is bounded here, before any of their octets reach HTTP/2; so
+//! is what one principal can hold of connections.
 
 use std::io;
 use std::net::SocketAddr;
@@ -39,8 +40,9 @@ impl TransportLimits {
         Self { streams: narrow(Bound::StreamsPerConnection), headers: narrow(Bound::HeaderOctets) }
     }
 
-    /// A tonic server with these limits. Octets that no service has taken yet are bounded by the window of the connection; a client that resets
-    /// streams faster than they end is disconnected (CVE-2023-44487).
+    /// A tonic server with these limits. Octets that no service has taken yet are bounded by the
+    /// window of the connection; a client that resets streams faster than they end is disconnected
+    /// (CVE-2023-44487).
     pub fn server(&self) -> Server {
         Server::builder()
             .max_concurrent_streams(self.streams)
@@ -80,7 +82,8 @@ impl Listener {
         self.tcp.local_addr()
     }
 
-    /// Accepts until the stream is dropped. Yields connections of principals only; others are closed and logged.
+    /// Accepts until the stream is dropped. Yields connections of principals only; others are
+    /// closed and logged.
     pub fn incoming(self) -> impl Stream<Item = io::Result<TlsConnection>> + Send + use<> {
         let (ready, incoming) = mpsc::channel(READY_CONNECTIONS);
         tokio::spawn(self.accept(ready));
@@ -110,7 +113,8 @@ impl Listener {
                     continue;
                 }
             };
-            let hello = Hello { acceptor: TlsAcceptor::from(self.tls.current()), tcp, remote, limits: self.limits.clone() };
+            let hello =
+                Hello { acceptor: TlsAcceptor::from(self.tls.current()), tcp, remote, limits: self.limits.clone() };
             let (ready, refused) = (ready.clone(), Arc::clone(&refused));
             tokio::spawn(async move {
                 match hello.meet(place).await {
@@ -146,12 +150,19 @@ impl Hello {
             let shaken = tokio::time::timeout(in_time(Bound::HandshakeSeconds), self.acceptor.accept(self.tcp)).await;
             let mut stream = shaken.map_err(|_| HandshakeError::met(Bound::HandshakeSeconds))??;
             let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-            let certificate = certificate.ok_or_else(|| TlsError::PeerCertificate { reason: "there is none".to_owned() })?;
+            let certificate =
+                certificate.ok_or_else(|| TlsError::PeerCertificate { reason: "there is none".to_owned() })?;
             let certificate = Arc::new(PeerCertificate::parse(certificate)?);
             match place.connection(&certificate.principal) {
                 Ok((place, usage)) => {
                     let first_call = Some(Box::pin(tokio::time::sleep(in_time(Bound::FirstCallSeconds))));
-                    Ok(TlsConnection { stream, peer: Peer { certificate, remote: self.remote, usage }, first_call, closing: None, _place: place })
+                    Ok(TlsConnection {
+                        stream,
+                        peer: Peer { certificate, remote: self.remote, usage },
+                        first_call,
+                        closing: None,
+                        _place: place,
+                    })
                 }
                 Err(bound) => {
                     // The client learns why; it has a second to take it.
@@ -167,9 +178,11 @@ impl Hello {
     }
 }
 
-/// An empty SETTINGS frame and a GOAWAY with ENHANCE_YOUR_CALM and the bound's name (RFC 9113, 6.5, 6.8 and 7).
+/// An empty SETTINGS frame and a GOAWAY with ENHANCE_YOUR_CALM and the bound's name (RFC 9113, 6.5,
+/// 6.8 and 7).
 async fn farewell(stream: &mut TlsStream<TcpStream>, bound: Bound, limits: &Limits) -> io::Result<()> {
-    let reason = format!("the bound `{}` is {} connections for each {}", bound.name(), limits.of(bound), bound.row().scope);
+    let reason =
+        format!("the bound `{}` is {} connections for each {}", bound.name(), limits.of(bound), bound.row().scope);
     let length = u8::try_from(reason.len() + 8).unwrap_or(u8::MAX);
     let mut frames = vec![0, 0, 0, 4, 0, 0, 0, 0, 0];
     frames.extend([0, 0, length, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 11]);
@@ -230,8 +243,14 @@ impl AsyncRead for TlsConnection {
                 // Nothing was answered on it, and somebody else has its place.
                 return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
             }
-            // Nothing more is read; what was answered has a moment to leave, then this looks like the client's end.
-            return self.closing.get_or_insert_with(|| Box::pin(tokio::time::sleep(FAREWELL))).as_mut().poll(cx).map(Ok);
+            // Nothing more is read; what was answered has a moment to leave, then this looks like
+            // the client's end.
+            return self
+                .closing
+                .get_or_insert_with(|| Box::pin(tokio::time::sleep(FAREWELL)))
+                .as_mut()
+                .poll(cx)
+                .map(Ok);
         }
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
@@ -242,7 +261,11 @@ impl AsyncWrite for TlsConnection {
         Pin::new(&mut self.stream).poll_write(cx, octets)
     }
 
-    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, octets: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        octets: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write_vectored(cx, octets)
     }
 

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use kms_domain::{
-    DeviceProfileName, FlagId, KeyType, KeyVersionNumber, MeterStatus, Party, PrincipalId, Quorum, RequestId, SecuritySetupId, SystemTitle, check_batch,
-    check_serial,
+    DeviceProfileName, FlagId, KeyType, KeyVersionNumber, MeterStatus, Party, PrincipalId, Quorum, RequestId,
+    SecuritySetupId, SystemTitle, check_batch, check_serial,
 };
 use kms_proto::v1::{self, meter_service_server::MeterService as Rpc};
 use prost::Message as _;
@@ -16,7 +16,10 @@ use crate::{
     island::Island,
     service::{
         grant::request_digest,
-        meter::{Assignment, Compromise, CounterFloor, CounterRaise, Enrolment, Filter, MeterService, NewMeter, Request, Selection},
+        meter::{
+            Assignment, Compromise, CounterFloor, CounterRaise, Enrolment, Filter, MeterService, NewMeter, Request,
+            Selection,
+        },
     },
 };
 
@@ -39,7 +42,10 @@ impl MeterApi {
 
 #[tonic::async_trait]
 impl Rpc for MeterApi {
-    async fn list_meters(&self, request: tonic::Request<v1::ListMetersRequest>) -> Result<Response<v1::ListMetersResponse>, Status> {
+    async fn list_meters(
+        &self,
+        request: tonic::Request<v1::ListMetersRequest>,
+    ) -> Result<Response<v1::ListMetersResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let filter = parse_filter(message.filter.unwrap_or_default(), "filter")?;
@@ -62,44 +68,81 @@ impl Rpc for MeterApi {
         Ok(Response::new(self.service.show(&caller, title).await?))
     }
 
-    async fn assign_meters(&self, request: tonic::Request<v1::AssignMetersRequest>) -> Result<Response<v1::ChangeMetersResponse>, Status> {
+    async fn assign_meters(
+        &self,
+        request: tonic::Request<v1::AssignMetersRequest>,
+    ) -> Result<Response<v1::ChangeMetersResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let digest = request_digest(&[b"AssignMeters", &v1::AssignMetersRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec()]);
-        let request = Request { id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?, digest };
+        let digest = request_digest(&[
+            b"AssignMeters",
+            &v1::AssignMetersRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec(),
+        ]);
+        let request = Request {
+            id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
+            digest,
+        };
         let selection = match (message.meters.is_empty(), message.filter) {
             (false, None) => Selection::Meters(parse_meters(&message.meters)?),
             (true, Some(filter)) => Selection::Filter(parse_filter(filter, "filter")?),
-            (false, Some(_)) => return Err(ServiceError::invalid("filter", "meters are named already: give one or the other").into()),
-            (true, None) => return Err(ServiceError::invalid("meters", "no meter is named, and there is no filter").into()),
+            (false, Some(_)) => {
+                return Err(ServiceError::invalid("filter", "meters are named already: give one or the other").into());
+            }
+            (true, None) => {
+                return Err(ServiceError::invalid("meters", "no meter is named, and there is no filter").into());
+            }
         };
         let head_end = parse_principal(&message.head_end, "head_end")?;
         let assignment = Assignment { selection, head_end, dry_run: message.dry_run };
         Ok(Response::new(self.service.assign(&caller, request, assignment).await?))
     }
 
-    async fn adopt_counters(&self, request: tonic::Request<v1::AdoptCountersRequest>) -> Result<Response<v1::ChangeMetersResponse>, Status> {
+    async fn adopt_counters(
+        &self,
+        request: tonic::Request<v1::AdoptCountersRequest>,
+    ) -> Result<Response<v1::ChangeMetersResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let digest = request_digest(&[b"AdoptCounters", &v1::AdoptCountersRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec()]);
-        let request = Request { id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?, digest };
+        let digest = request_digest(&[
+            b"AdoptCounters",
+            &v1::AdoptCountersRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec(),
+        ]);
+        let request = Request {
+            id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
+            digest,
+        };
         bounded(message.floors.len(), "floors")?;
-        let floors = message.floors.iter().enumerate().map(|(index, floor)| parse_floor(floor, index)).collect::<Result<_, _>>()?;
+        let floors = message
+            .floors
+            .iter()
+            .enumerate()
+            .map(|(index, floor)| parse_floor(floor, index))
+            .collect::<Result<_, _>>()?;
         Ok(Response::new(self.service.adopt(&caller, request, floors).await?))
     }
 
-    async fn propose_counter_raise(&self, request: tonic::Request<v1::ProposeCounterRaiseRequest>) -> Result<Response<v1::Proposal>, Status> {
+    async fn propose_counter_raise(
+        &self,
+        request: tonic::Request<v1::ProposeCounterRaiseRequest>,
+    ) -> Result<Response<v1::Proposal>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let same = v1::ProposeCounterRaiseRequest { request_id: bytes::Bytes::new(), ..message.clone() };
         let digest = request_digest(&[b"ProposeCounterRaise", &same.encode_to_vec()]);
-        let request = Request { id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?, digest };
+        let request = Request {
+            id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
+            digest,
+        };
         let key_type = match message.key_type.as_str() {
             "" => KeyType::GUEK,
             name => KeyType::parse(name).map_err(ServiceError::parse("key_type"))?,
         };
         if ![KeyType::GUEK, KeyType::GBEK].contains(&key_type) {
-            return Err(ServiceError::invalid("key_type", format!("a {key_type} has no invocation counter; GUEK and GBEK have")).into());
+            return Err(ServiceError::invalid(
+                "key_type",
+                format!("a {key_type} has no invocation counter; GUEK and GBEK have"),
+            )
+            .into());
         }
         let version = Some(message.key_version).filter(|version| *version > 0).map(KeyVersionNumber::new).transpose();
         let raise = CounterRaise {
@@ -107,7 +150,8 @@ impl Rpc for MeterApi {
             setup: super::grants::parse_setup("security_setup", &message.security_setup)?,
             key_type,
             version: version.map_err(ServiceError::parse("key_version"))?,
-            client_title: SystemTitle::from_octets(&message.client_title).map_err(ServiceError::parse("client_title"))?,
+            client_title: SystemTitle::from_octets(&message.client_title)
+                .map_err(ServiceError::parse("client_title"))?,
             to: message.to,
             reason: parse_reason(message.reason)?,
             quorum: message.quorum.map_or(Ok(Quorum::ONE), Quorum::new).map_err(ServiceError::parse("quorum"))?,
@@ -115,12 +159,20 @@ impl Rpc for MeterApi {
         Ok(Response::new(self.service.propose_raise(&caller, request, raise).await?))
     }
 
-    async fn report_compromise(&self, request: tonic::Request<v1::ReportCompromiseRequest>) -> Result<Response<v1::Meter>, Status> {
+    async fn report_compromise(
+        &self,
+        request: tonic::Request<v1::ReportCompromiseRequest>,
+    ) -> Result<Response<v1::Meter>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let digest =
-            request_digest(&[b"ReportCompromise", &v1::ReportCompromiseRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec()]);
-        let request = Request { id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?, digest };
+        let digest = request_digest(&[
+            b"ReportCompromise",
+            &v1::ReportCompromiseRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec(),
+        ]);
+        let request = Request {
+            id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
+            digest,
+        };
         if message.reason.trim().is_empty() {
             return Err(ServiceError::invalid("reason", "it is empty: the record must say why").into());
         }
@@ -139,11 +191,20 @@ impl Rpc for MeterApi {
         Ok(Response::new(self.service.report_compromise(&caller, request, compromise).await?))
     }
 
-    async fn enrol_meters(&self, request: tonic::Request<v1::EnrolMetersRequest>) -> Result<Response<v1::ChangeMetersResponse>, Status> {
+    async fn enrol_meters(
+        &self,
+        request: tonic::Request<v1::EnrolMetersRequest>,
+    ) -> Result<Response<v1::ChangeMetersResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let digest = request_digest(&[b"EnrolMeters", &v1::EnrolMetersRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec()]);
-        let request = Request { id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?, digest };
+        let digest = request_digest(&[
+            b"EnrolMeters",
+            &v1::EnrolMetersRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec(),
+        ]);
+        let request = Request {
+            id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
+            digest,
+        };
         bounded(message.meters.len(), "meters")?;
         check_batch(&message.batch).map_err(ServiceError::parse("batch"))?;
         let mut meters: Vec<NewMeter> = Vec::with_capacity(message.meters.len());
@@ -157,27 +218,46 @@ impl Rpc for MeterApi {
         }
         let enrolment = Enrolment {
             manufacturer: FlagId::parse(&message.manufacturer).map_err(ServiceError::parse("manufacturer"))?,
-            device_profile: DeviceProfileName::parse(&message.device_profile).map_err(ServiceError::parse("device_profile"))?,
+            device_profile: DeviceProfileName::parse(&message.device_profile)
+                .map_err(ServiceError::parse("device_profile"))?,
             batch: message.batch,
             meters,
         };
         Ok(Response::new(self.service.enrol(&caller, request, enrolment).await?))
     }
 
-    async fn retire_meters(&self, request: tonic::Request<v1::RetireMetersRequest>) -> Result<Response<v1::ChangeMetersResponse>, Status> {
+    async fn retire_meters(
+        &self,
+        request: tonic::Request<v1::RetireMetersRequest>,
+    ) -> Result<Response<v1::ChangeMetersResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let digest = request_digest(&[b"RetireMeters", &v1::RetireMetersRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec()]);
-        let request = Request { id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?, digest };
+        let digest = request_digest(&[
+            b"RetireMeters",
+            &v1::RetireMetersRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec(),
+        ]);
+        let request = Request {
+            id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
+            digest,
+        };
         let meters = parse_meters(&message.meters)?;
         Ok(Response::new(self.service.retire(&caller, request, meters, parse_reason(message.reason)?).await?))
     }
 
-    async fn replace_meter(&self, request: tonic::Request<v1::ReplaceMeterRequest>) -> Result<Response<v1::ChangeMetersResponse>, Status> {
+    async fn replace_meter(
+        &self,
+        request: tonic::Request<v1::ReplaceMeterRequest>,
+    ) -> Result<Response<v1::ChangeMetersResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let digest = request_digest(&[b"ReplaceMeter", &v1::ReplaceMeterRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec()]);
-        let request = Request { id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?, digest };
+        let digest = request_digest(&[
+            b"ReplaceMeter",
+            &v1::ReplaceMeterRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec(),
+        ]);
+        let request = Request {
+            id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
+            digest,
+        };
         let old = SystemTitle::from_octets(&message.old_meter).map_err(ServiceError::parse("old_meter"))?;
         let new = SystemTitle::from_octets(&message.new_meter).map_err(ServiceError::parse("new_meter"))?;
         Ok(Response::new(self.service.replace(&caller, request, old, new, parse_reason(message.reason)?).await?))
@@ -193,9 +273,13 @@ fn parse_filter(filter: v1::MeterFilter, field: &str) -> Result<Filter, ServiceE
             .then(|| FlagId::parse(&filter.manufacturer).map_err(ServiceError::parse(named("manufacturer"))))
             .transpose()?,
         device_profile: given(&filter.device_profile)
-            .then(|| DeviceProfileName::parse(&filter.device_profile).map_err(ServiceError::parse(named("device_profile"))))
+            .then(|| {
+                DeviceProfileName::parse(&filter.device_profile).map_err(ServiceError::parse(named("device_profile")))
+            })
             .transpose()?,
-        status: given(&filter.status).then(|| MeterStatus::parse(&filter.status).map_err(ServiceError::parse(named("status")))).transpose()?,
+        status: given(&filter.status)
+            .then(|| MeterStatus::parse(&filter.status).map_err(ServiceError::parse(named("status"))))
+            .transpose()?,
         head_end: match filter.head_end.as_str() {
             "" => None,
             NO_HEAD_END => Some(None),
@@ -231,7 +315,8 @@ fn parse_floor(floor: &v1::CounterFloor, index: usize) -> Result<CounterFloor, S
     Ok(CounterFloor {
         meter: SystemTitle::from_octets(&floor.meter).map_err(ServiceError::parse(field("meter")))?,
         setup: parse_setup(&floor.security_setup, &field("security_setup"))?,
-        client_title: SystemTitle::from_octets(&floor.client_title).map_err(ServiceError::parse(field("client_title")))?,
+        client_title: SystemTitle::from_octets(&floor.client_title)
+            .map_err(ServiceError::parse(field("client_title")))?,
         floor: floor.floor,
         owned_by: parse_principal(&floor.owned_by, &field("owned_by"))?,
     })
@@ -242,7 +327,10 @@ fn parse_setup(obis: &[u8], field: &str) -> Result<SecuritySetupId, ServiceError
     match obis {
         [] => Ok(SecuritySetupId::DEFAULT),
         [0, b, 43, 0, e, 255] => Ok(SecuritySetupId::from_octets([*b, *e])),
-        _ => Err(ServiceError::invalid(field, "it is not the logical name of a security setup, 0.b.43.0.e.255 in 6 octets")),
+        _ => Err(ServiceError::invalid(
+            field,
+            "it is not the logical name of a security setup, 0.b.43.0.e.255 in 6 octets",
+        )),
     }
 }
 
@@ -250,7 +338,10 @@ fn parse_new_meter(meter: &v1::NewMeter, index: usize) -> Result<NewMeter, Servi
     let field = |name: &str| format!("meters[{index}].{name}");
     check_serial(&meter.serial).map_err(ServiceError::parse(field("serial")))?;
     if meter.groups.len() > MOST_GROUPS {
-        return Err(ServiceError::invalid(field("groups"), format!("{} groups; at most {MOST_GROUPS}", meter.groups.len())));
+        return Err(ServiceError::invalid(
+            field("groups"),
+            format!("{} groups; at most {MOST_GROUPS}", meter.groups.len()),
+        ));
     }
     for (at, group) in meter.groups.iter().enumerate() {
         parse_group_name(group.clone(), &field(&format!("groups[{at}]")))?;
@@ -270,7 +361,11 @@ pub(super) fn parse_group_name(name: String, field: &str) -> Result<String, Serv
     let well_formed = (1..=64).contains(&name.len())
         && name.starts_with(|first: char| first.is_ascii_lowercase())
         && name.bytes().all(|octet| octet.is_ascii_lowercase() || octet.is_ascii_digit() || octet == b'-');
-    if well_formed { Ok(name) } else { Err(ServiceError::invalid(field, "not 1 to 64 of a-z, 0-9 and `-`, starting with a letter")) }
+    if well_formed {
+        Ok(name)
+    } else {
+        Err(ServiceError::invalid(field, "not 1 to 64 of a-z, 0-9 and `-`, starting with a letter"))
+    }
 }
 
 fn parse_principal(uri: &str, field: &str) -> Result<Option<PrincipalId>, ServiceError> {
@@ -282,7 +377,10 @@ fn parse_principal(uri: &str, field: &str) -> Result<Option<PrincipalId>, Servic
 
 fn parse_reason(reason: String) -> Result<String, ServiceError> {
     if reason.len() > LONGEST_REASON || reason.chars().any(char::is_control) {
-        return Err(ServiceError::invalid("reason", format!("it is longer than {LONGEST_REASON} octets or has control characters")));
+        return Err(ServiceError::invalid(
+            "reason",
+            format!("it is longer than {LONGEST_REASON} octets or has control characters"),
+        ));
     }
     Ok(reason)
 }
@@ -313,7 +411,12 @@ mod tests {
         ] {
             assert_eq!(field(parse_filter(filter, "filter").unwrap_err()), expected);
         }
-        assert_eq!(parse_filter(v1::MeterFilter { head_end: NO_HEAD_END.into(), ..Default::default() }, "filter").unwrap().head_end, Some(None));
+        assert_eq!(
+            parse_filter(v1::MeterFilter { head_end: NO_HEAD_END.into(), ..Default::default() }, "filter")
+                .unwrap()
+                .head_end,
+            Some(None)
+        );
 
         let title = bytes::Bytes::from_static(b"KAM\0\0\0\0\x01");
         assert_eq!(field(parse_meters(&[]).unwrap_err()), "meters");
@@ -337,7 +440,10 @@ mod tests {
         assert_eq!(parse_floor(&floor, 0).unwrap().setup, SecuritySetupId::DEFAULT);
         for (expected, floor) in [
             ("floors[0].meter", v1::CounterFloor { meter: Default::default(), ..floor.clone() }),
-            ("floors[0].security_setup", v1::CounterFloor { security_setup: vec![1, 0, 43, 0, 0, 255].into(), ..floor.clone() }),
+            (
+                "floors[0].security_setup",
+                v1::CounterFloor { security_setup: vec![1, 0, 43, 0, 0, 255].into(), ..floor.clone() },
+            ),
             ("floors[0].client_title", v1::CounterFloor { client_title: vec![0; 9].into(), ..floor.clone() }),
             ("floors[0].owned_by", v1::CounterFloor { owned_by: "x".into(), ..floor.clone() }),
         ] {

@@ -51,16 +51,31 @@ pub fn routes(island: Arc<Island>, authority: CertificateAuthority, limits: &Lim
     let owners = owners::OwnerApi::new(Arc::clone(&island));
     let campaigns = campaigns::CampaignApi::new(Arc::clone(&island));
     Routes::new(PrincipalServiceServer::new(principals::PrincipalApi::new(principals)).max_decoding_message_size(most))
-        .add_service(GrantServiceServer::new(grants::GrantApi::new(Arc::clone(&island))).max_decoding_message_size(most))
-        .add_service(FrameServiceServer::new(frames::FrameApi::new(Arc::clone(&island))).max_decoding_message_size(most))
-        .add_service(TransferServiceServer::new(transfers::TransferApi::new(Arc::clone(&island))).max_decoding_message_size(most))
-        .add_service(ShipmentServiceServer::new(shipments::ShipmentApi::new(Arc::clone(&island))).max_decoding_message_size(most))
-        .add_service(MeterServiceServer::new(meters::MeterApi::new(Arc::clone(&island))).max_decoding_message_size(most))
+        .add_service(
+            GrantServiceServer::new(grants::GrantApi::new(Arc::clone(&island))).max_decoding_message_size(most),
+        )
+        .add_service(
+            FrameServiceServer::new(frames::FrameApi::new(Arc::clone(&island))).max_decoding_message_size(most),
+        )
+        .add_service(
+            TransferServiceServer::new(transfers::TransferApi::new(Arc::clone(&island)))
+                .max_decoding_message_size(most),
+        )
+        .add_service(
+            ShipmentServiceServer::new(shipments::ShipmentApi::new(Arc::clone(&island)))
+                .max_decoding_message_size(most),
+        )
+        .add_service(
+            MeterServiceServer::new(meters::MeterApi::new(Arc::clone(&island))).max_decoding_message_size(most),
+        )
         .add_service(GroupServiceServer::new(owners.clone()).max_decoding_message_size(most))
         .add_service(DeviceTypeServiceServer::new(owners).max_decoding_message_size(most))
         .add_service(CampaignServiceServer::new(campaigns.clone()).max_decoding_message_size(most))
         .add_service(TaskServiceServer::new(campaigns).max_decoding_message_size(most))
-        .add_service(ProposalServiceServer::new(proposals::ProposalApi::new(Arc::clone(&island))).max_decoding_message_size(most))
+        .add_service(
+            ProposalServiceServer::new(proposals::ProposalApi::new(Arc::clone(&island)))
+                .max_decoding_message_size(most),
+        )
         .add_service(RootServiceServer::new(roots::RootApi::new(Arc::clone(&island))).max_decoding_message_size(most))
         .add_service(AuditServiceServer::new(audit::AuditApi::new(Arc::clone(&island))).max_decoding_message_size(most))
         .add_service(HsmServiceServer::new(hsm::HsmApi::new(island)).max_decoding_message_size(most))

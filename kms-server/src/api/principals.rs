@@ -34,18 +34,25 @@ impl PrincipalApi {
 
 #[tonic::async_trait]
 impl PrincipalService for PrincipalApi {
-    async fn add_principal(&self, request: Request<v1::AddPrincipalRequest>) -> Result<Response<v1::PrincipalCertificate>, Status> {
+    async fn add_principal(
+        &self,
+        request: Request<v1::AddPrincipalRequest>,
+    ) -> Result<Response<v1::PrincipalCertificate>, Status> {
         let caller = self.caller(&request)?;
         let new = new_principal(request.into_inner())?;
         Ok(Response::new(self.principals.add(&caller, new).await?))
     }
 
-    async fn renew_principal(&self, request: Request<v1::RenewPrincipalRequest>) -> Result<Response<v1::PrincipalCertificate>, Status> {
+    async fn renew_principal(
+        &self,
+        request: Request<v1::RenewPrincipalRequest>,
+    ) -> Result<Response<v1::PrincipalCertificate>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let id = RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?;
         let principal = PrincipalId::parse(&message.principal).map_err(ServiceError::parse("principal"))?;
-        let certification = CertificationRequest::parse(&message.certificate_request).map_err(ServiceError::parse("certificate_request"))?;
+        let certification = CertificationRequest::parse(&message.certificate_request)
+            .map_err(ServiceError::parse("certificate_request"))?;
         let proposal = match message.proposal_id.is_empty() {
             true => None,
             false => Some(ProposalId::from_octets(&message.proposal_id).map_err(ServiceError::parse("proposal_id"))?),
@@ -53,7 +60,10 @@ impl PrincipalService for PrincipalApi {
         Ok(Response::new(self.principals.renew(&caller, id, principal, &certification, proposal).await?))
     }
 
-    async fn propose_principal_key(&self, request: Request<v1::ProposePrincipalKeyRequest>) -> Result<Response<v1::Proposal>, Status> {
+    async fn propose_principal_key(
+        &self,
+        request: Request<v1::ProposePrincipalKeyRequest>,
+    ) -> Result<Response<v1::Proposal>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let same = v1::ProposePrincipalKeyRequest { request_id: bytes::Bytes::new(), ..message.clone() };
@@ -61,8 +71,9 @@ impl PrincipalService for PrincipalApi {
             id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
             digest: request_digest(&[b"ProposePrincipalKey", &same.encode_to_vec()]),
         };
-        let key_sha256 = <[u8; 32]>::try_from(message.key_sha256.as_ref())
-            .map_err(|_| ServiceError::invalid("key_sha256", format!("{} octets instead of 32", message.key_sha256.len())))?;
+        let key_sha256 = <[u8; 32]>::try_from(message.key_sha256.as_ref()).map_err(|_| {
+            ServiceError::invalid("key_sha256", format!("{} octets instead of 32", message.key_sha256.len()))
+        })?;
         let key = ProposedKey {
             id: PrincipalId::parse(&message.principal).map_err(ServiceError::parse("principal"))?,
             key_sha256,
@@ -72,27 +83,43 @@ impl PrincipalService for PrincipalApi {
         Ok(Response::new(self.principals.propose_key(&caller, request, key).await?))
     }
 
-    async fn end_certificate(&self, request: Request<v1::EndCertificateRequest>) -> Result<Response<v1::Principal>, Status> {
+    async fn end_certificate(
+        &self,
+        request: Request<v1::EndCertificateRequest>,
+    ) -> Result<Response<v1::Principal>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let id = RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?;
         let principal = PrincipalId::parse(&message.principal).map_err(ServiceError::parse("principal"))?;
         if !(1..=20).contains(&message.serial.len()) {
-            return Err(ServiceError::invalid("serial", format!("{} octets; a serial number has 1 to 20", message.serial.len())).into());
+            return Err(ServiceError::invalid(
+                "serial",
+                format!("{} octets; a serial number has 1 to 20", message.serial.len()),
+            )
+            .into());
         }
         let reason = reason(message.reason)?;
-        Ok(Response::new(self.principals.end_certificate(&caller, id, principal, message.serial.to_vec(), reason).await?))
+        Ok(Response::new(
+            self.principals.end_certificate(&caller, id, principal, message.serial.to_vec(), reason).await?,
+        ))
     }
 
-    async fn register_transport_key(&self, request: Request<v1::RegisterTransportKeyRequest>) -> Result<Response<v1::PrincipalCertificate>, Status> {
+    async fn register_transport_key(
+        &self,
+        request: Request<v1::RegisterTransportKeyRequest>,
+    ) -> Result<Response<v1::PrincipalCertificate>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let id = RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?;
-        let certification = CertificationRequest::parse(&message.certificate_request).map_err(ServiceError::parse("certificate_request"))?;
+        let certification = CertificationRequest::parse(&message.certificate_request)
+            .map_err(ServiceError::parse("certificate_request"))?;
         Ok(Response::new(self.principals.register_transport_key(&caller, id, &certification).await?))
     }
 
-    async fn disable_principal(&self, request: Request<v1::DisablePrincipalRequest>) -> Result<Response<v1::Principal>, Status> {
+    async fn disable_principal(
+        &self,
+        request: Request<v1::DisablePrincipalRequest>,
+    ) -> Result<Response<v1::Principal>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let id = RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?;
@@ -101,7 +128,10 @@ impl PrincipalService for PrincipalApi {
         Ok(Response::new(self.principals.disable(&caller, id, principal, reason).await?))
     }
 
-    async fn list_principals(&self, request: Request<v1::ListPrincipalsRequest>) -> Result<Response<v1::ListPrincipalsResponse>, Status> {
+    async fn list_principals(
+        &self,
+        request: Request<v1::ListPrincipalsRequest>,
+    ) -> Result<Response<v1::ListPrincipalsResponse>, Status> {
         let caller = self.caller(&request)?;
         Ok(Response::new(v1::ListPrincipalsResponse { principals: self.principals.list(&caller).await? }))
     }
@@ -117,22 +147,34 @@ fn new_principal(message: v1::AddPrincipalRequest) -> Result<NewPrincipal, Servi
     let manufacturer = id.role() == Role::Manufacturer;
     let certification = match message.certificate_request.is_empty() {
         true if manufacturer => None,
-        _ => Some(CertificationRequest::parse(&message.certificate_request).map_err(ServiceError::parse("certificate_request"))?),
+        _ => Some(
+            CertificationRequest::parse(&message.certificate_request)
+                .map_err(ServiceError::parse("certificate_request"))?,
+        ),
     };
     let shipment_key = match message.shipment_key.is_empty() {
-        true if manufacturer => return Err(ServiceError::invalid("shipment_key", "a manufacturer needs the key that signs its shipments")),
+        true if manufacturer => {
+            return Err(ServiceError::invalid("shipment_key", "a manufacturer needs the key that signs its shipments"));
+        }
         true => None,
-        false if manufacturer => Some(parse_shipment_key(&message.shipment_key).map_err(ServiceError::parse("shipment_key"))?),
+        false if manufacturer => {
+            Some(parse_shipment_key(&message.shipment_key).map_err(ServiceError::parse("shipment_key"))?)
+        }
         false => return Err(ServiceError::invalid("shipment_key", "only a manufacturer has one")),
     };
     // I6: the person is what approvals are counted by.
     let person = match (message.person.is_empty(), id.role()) {
-        (true, Role::Officer | Role::Auditor) => return Err(ServiceError::invalid("person", "an officer or auditor needs the name of its person")),
+        (true, Role::Officer | Role::Auditor) => {
+            return Err(ServiceError::invalid("person", "an officer or auditor needs the name of its person"));
+        }
         (true, _) => None,
         (false, _) => Some(PersonName::parse(&message.person).map_err(ServiceError::parse("person"))?),
     };
     if message.client_titles.len() > MOST_CLIENT_TITLES {
-        return Err(ServiceError::invalid("client_titles", format!("{} titles; at most {MOST_CLIENT_TITLES}", message.client_titles.len())));
+        return Err(ServiceError::invalid(
+            "client_titles",
+            format!("{} titles; at most {MOST_CLIENT_TITLES}", message.client_titles.len()),
+        ));
     }
     let mut client_titles = Vec::with_capacity(message.client_titles.len());
     for (at, title) in message.client_titles.iter().enumerate() {
@@ -168,7 +210,8 @@ mod tests {
 
     fn request() -> v1::AddPrincipalRequest {
         let key = rcgen::KeyPair::generate().unwrap();
-        let certificate_request = rcgen::CertificateParams::default().serialize_request(&key).unwrap().der().to_vec().into();
+        let certificate_request =
+            rcgen::CertificateParams::default().serialize_request(&key).unwrap().der().to_vec().into();
         v1::AddPrincipalRequest {
             request_id: vec![1; 16].into(),
             principal: "urn:meterkms:north:head-end:hes-1".to_owned(),
@@ -219,7 +262,9 @@ mod tests {
         let mut off_curve = spki.clone();
         *off_curve.last_mut().unwrap() ^= 1;
         for wrong in [Vec::new(), vec![1], off_curve, [spki, vec![0]].concat()] {
-            assert!(matches!(new_principal(manufacturer(wrong)), Err(ServiceError::InvalidArgument { field, .. }) if field == "shipment_key"));
+            assert!(
+                matches!(new_principal(manufacturer(wrong)), Err(ServiceError::InvalidArgument { field, .. }) if field == "shipment_key")
+            );
         }
     }
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use kms_domain::{ProposalId, RequestId};
 use kms_proto::v1::{
-    ApproveProposalRequest, CarryOutProposalRequest, ListProposalsRequest, ListProposalsResponse, Proposal, ShowProposalRequest, WithdrawProposalRequest,
-    proposal_service_server::ProposalService as Rpc,
+    ApproveProposalRequest, CarryOutProposalRequest, ListProposalsRequest, ListProposalsResponse, Proposal,
+    ShowProposalRequest, WithdrawProposalRequest, proposal_service_server::ProposalService as Rpc,
 };
 use tonic::{Response, Status};
 
@@ -39,7 +39,10 @@ impl ProposalApi {
 
 #[tonic::async_trait]
 impl Rpc for ProposalApi {
-    async fn list_proposals(&self, request: tonic::Request<ListProposalsRequest>) -> Result<Response<ListProposalsResponse>, Status> {
+    async fn list_proposals(
+        &self,
+        request: tonic::Request<ListProposalsRequest>,
+    ) -> Result<Response<ListProposalsResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let before = match message.page_token.len() {
@@ -61,17 +64,28 @@ impl Rpc for ProposalApi {
         Ok(Response::new(self.service.show(&caller, proposal_id(&request.into_inner().proposal_id)?).await?))
     }
 
-    async fn approve_proposal(&self, request: tonic::Request<ApproveProposalRequest>) -> Result<Response<Proposal>, Status> {
+    async fn approve_proposal(
+        &self,
+        request: tonic::Request<ApproveProposalRequest>,
+    ) -> Result<Response<Proposal>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let content_sha256 = <[u8; 32]>::try_from(message.content_sha256.as_ref())
-            .map_err(|_| ServiceError::invalid("content_sha256", format!("{} octets instead of 32", message.content_sha256.len())))?;
+        let content_sha256 = <[u8; 32]>::try_from(message.content_sha256.as_ref()).map_err(|_| {
+            ServiceError::invalid("content_sha256", format!("{} octets instead of 32", message.content_sha256.len()))
+        })?;
         let same = ApproveProposalRequest { request_id: Bytes::new(), ..message.clone() };
         let request = self::request(&message.request_id, b"ApproveProposal", &same)?;
-        Ok(Response::new(self.service.change(&caller, request, proposal_id(&message.proposal_id)?, Change::Approve { content_sha256 }).await?))
+        Ok(Response::new(
+            self.service
+                .change(&caller, request, proposal_id(&message.proposal_id)?, Change::Approve { content_sha256 })
+                .await?,
+        ))
     }
 
-    async fn withdraw_proposal(&self, request: tonic::Request<WithdrawProposalRequest>) -> Result<Response<Proposal>, Status> {
+    async fn withdraw_proposal(
+        &self,
+        request: tonic::Request<WithdrawProposalRequest>,
+    ) -> Result<Response<Proposal>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         if message.reason.trim().is_empty() || message.reason.len() > 256 {
@@ -83,12 +97,17 @@ impl Rpc for ProposalApi {
         Ok(Response::new(self.service.change(&caller, request, proposal_id(&message.proposal_id)?, change).await?))
     }
 
-    async fn carry_out_proposal(&self, request: tonic::Request<CarryOutProposalRequest>) -> Result<Response<Proposal>, Status> {
+    async fn carry_out_proposal(
+        &self,
+        request: tonic::Request<CarryOutProposalRequest>,
+    ) -> Result<Response<Proposal>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let same = CarryOutProposalRequest { request_id: Bytes::new(), ..message.clone() };
         let request = self::request(&message.request_id, b"CarryOutProposal", &same)?;
-        Ok(Response::new(self.service.change(&caller, request, proposal_id(&message.proposal_id)?, Change::CarryOut).await?))
+        Ok(Response::new(
+            self.service.change(&caller, request, proposal_id(&message.proposal_id)?, Change::CarryOut).await?,
+        ))
     }
 }
 

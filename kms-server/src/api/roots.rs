@@ -5,8 +5,9 @@ use std::{pin::Pin, sync::Arc};
 use futures::{Stream, StreamExt};
 use kms_domain::{ProposalId, Quorum, RootId, RootPurpose, UnixMillis};
 use kms_proto::v1::{
-    self, CountRootReferencesRequest, CountRootReferencesResponse, DestroyRootRequest, PauseRootRotationRequest, ProposeRootDestructionRequest,
-    RetireRootRequest, RotateRootRequest, ShowRootsRequest, ShowRootsResponse, WatchRootRotationRequest, root_service_server::RootService as RootRpc,
+    self, CountRootReferencesRequest, CountRootReferencesResponse, DestroyRootRequest, PauseRootRotationRequest,
+    ProposeRootDestructionRequest, RetireRootRequest, RotateRootRequest, ShowRootsRequest, ShowRootsResponse,
+    WatchRootRotationRequest, root_service_server::RootService as RootRpc,
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
@@ -52,7 +53,10 @@ impl RootRpc for RootApi {
         Ok(Response::new(self.service.change(&caller, request, root(&message.root)?, change).await?))
     }
 
-    async fn pause_root_rotation(&self, request: Request<PauseRootRotationRequest>) -> Result<Response<ShowRootsResponse>, Status> {
+    async fn pause_root_rotation(
+        &self,
+        request: Request<PauseRootRotationRequest>,
+    ) -> Result<Response<ShowRootsResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let same = PauseRootRotationRequest { request_id: bytes::Bytes::new(), ..message.clone() };
@@ -61,7 +65,10 @@ impl RootRpc for RootApi {
         Ok(Response::new(self.service.change(&caller, request, root(&message.root)?, change).await?))
     }
 
-    async fn resume_root_rotation(&self, request: Request<RotateRootRequest>) -> Result<Response<ShowRootsResponse>, Status> {
+    async fn resume_root_rotation(
+        &self,
+        request: Request<RotateRootRequest>,
+    ) -> Result<Response<ShowRootsResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let same = RotateRootRequest { request_id: bytes::Bytes::new(), ..message.clone() };
@@ -78,14 +85,20 @@ impl RootRpc for RootApi {
         Ok(Response::new(self.service.change(&caller, request, root(&message.root)?, Change::Retire).await?))
     }
 
-    async fn propose_root_destruction(&self, request: Request<ProposeRootDestructionRequest>) -> Result<Response<v1::Proposal>, Status> {
+    async fn propose_root_destruction(
+        &self,
+        request: Request<ProposeRootDestructionRequest>,
+    ) -> Result<Response<v1::Proposal>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let same = ProposeRootDestructionRequest { request_id: bytes::Bytes::new(), ..message.clone() };
         let request = self::request(&message.request_id, b"ProposeRootDestruction", &same)?;
         let version = u8::try_from(message.version).ok().filter(|version| *version > 0);
         let destruction = Destruction {
-            id: RootId { purpose: root(&message.root)?, version: version.ok_or_else(|| ServiceError::invalid("version", "it is not 1 to 255"))? },
+            id: RootId {
+                purpose: root(&message.root)?,
+                version: version.ok_or_else(|| ServiceError::invalid("version", "it is not 1 to 255"))?,
+            },
             oldest_backup: UnixMillis(message.oldest_backup_ms),
             reason: reason(&message.reason)?,
             quorum: message.quorum.map_or(Ok(Quorum::ONE), Quorum::new).map_err(ServiceError::parse("quorum"))?,
@@ -104,7 +117,10 @@ impl RootRpc for RootApi {
 
     type WatchRootRotationStream = Pin<Box<dyn Stream<Item = Result<v1::RootRotation, Status>> + Send>>;
 
-    async fn watch_root_rotation(&self, request: Request<WatchRootRotationRequest>) -> Result<Response<Self::WatchRootRotationStream>, Status> {
+    async fn watch_root_rotation(
+        &self,
+        request: Request<WatchRootRotationRequest>,
+    ) -> Result<Response<Self::WatchRootRotationStream>, Status> {
         let caller = self.caller(&request)?;
         let watch = self.service.watch(&caller, root(&request.into_inner().root)?).await?;
         Ok(Response::new(Box::pin(ReceiverStream::new(watch).map(|rotation| rotation.map_err(Status::from)))))
@@ -112,7 +128,10 @@ impl RootRpc for RootApi {
 
     type CountRootReferencesStream = Pin<Box<dyn Stream<Item = Result<CountRootReferencesResponse, Status>> + Send>>;
 
-    async fn count_root_references(&self, request: Request<CountRootReferencesRequest>) -> Result<Response<Self::CountRootReferencesStream>, Status> {
+    async fn count_root_references(
+        &self,
+        request: Request<CountRootReferencesRequest>,
+    ) -> Result<Response<Self::CountRootReferencesStream>, Status> {
         let caller = self.caller(&request)?;
         let counts = self.service.count_for(&caller).await?;
         Ok(Response::new(Box::pin(ReceiverStream::new(counts).map(|counted| counted.map_err(Status::from)))))

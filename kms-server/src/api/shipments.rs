@@ -5,8 +5,9 @@ use std::{pin::Pin, sync::Arc};
 use futures::{Stream, StreamExt};
 use kms_domain::PrincipalId;
 use kms_proto::v1::{
-    GetShipmentRequest, GetVendorTransportKeyRequest, ImportShipmentRequest, ImportShipmentResponse, ListShipmentsRequest, ListShipmentsResponse, Shipment,
-    UploadShipmentRequest, UploadShipmentStart, VendorTransportKey, shipment_service_server::ShipmentService as Rpc,
+    GetShipmentRequest, GetVendorTransportKeyRequest, ImportShipmentRequest, ImportShipmentResponse,
+    ListShipmentsRequest, ListShipmentsResponse, Shipment, UploadShipmentRequest, UploadShipmentStart,
+    VendorTransportKey, shipment_service_server::ShipmentService as Rpc,
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -37,11 +38,16 @@ impl ShipmentApi {
 
 #[tonic::async_trait]
 impl Rpc for ShipmentApi {
-    async fn upload_shipment(&self, request: Request<Streaming<UploadShipmentRequest>>) -> Result<Response<Shipment>, Status> {
+    async fn upload_shipment(
+        &self,
+        request: Request<Streaming<UploadShipmentRequest>>,
+    ) -> Result<Response<Shipment>, Status> {
         let caller = self.caller(&request)?;
         let mut messages = request.into_inner();
         let first = messages.message().await?.ok_or_else(|| ServiceError::invalid("start", "no message was sent"))?;
-        let start = parse_start(first.start.ok_or_else(|| ServiceError::invalid("start", "the first message must say what is sent"))?)?;
+        let start = parse_start(
+            first.start.ok_or_else(|| ServiceError::invalid("start", "the first message must say what is sent"))?,
+        )?;
         let mut upload = self.service.upload(&caller, start).await?;
         upload.append(first.offset, &first.octets).await?;
         loop {
@@ -66,7 +72,10 @@ impl Rpc for ShipmentApi {
 
     type ImportShipmentStream = Pin<Box<dyn Stream<Item = Result<ImportShipmentResponse, Status>> + Send>>;
 
-    async fn import_shipment(&self, request: Request<ImportShipmentRequest>) -> Result<Response<Self::ImportShipmentStream>, Status> {
+    async fn import_shipment(
+        &self,
+        request: Request<ImportShipmentRequest>,
+    ) -> Result<Response<Self::ImportShipmentStream>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let head_end = match message.head_end.as_str() {
@@ -84,12 +93,18 @@ impl Rpc for ShipmentApi {
         Ok(Response::new(self.service.get(&caller, &sha256).await?))
     }
 
-    async fn list_shipments(&self, request: Request<ListShipmentsRequest>) -> Result<Response<ListShipmentsResponse>, Status> {
+    async fn list_shipments(
+        &self,
+        request: Request<ListShipmentsRequest>,
+    ) -> Result<Response<ListShipmentsResponse>, Status> {
         let caller = self.caller(&request)?;
         Ok(Response::new(ListShipmentsResponse { shipments: self.service.list(&caller).await? }))
     }
 
-    async fn get_vendor_transport_key(&self, request: Request<GetVendorTransportKeyRequest>) -> Result<Response<VendorTransportKey>, Status> {
+    async fn get_vendor_transport_key(
+        &self,
+        request: Request<GetVendorTransportKeyRequest>,
+    ) -> Result<Response<VendorTransportKey>, Status> {
         let caller = self.caller(&request)?;
         Ok(Response::new(self.service.transport_key(&caller).await?))
     }

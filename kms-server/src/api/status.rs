@@ -21,9 +21,16 @@ impl From<ServiceError> for Status {
     fn from(error: ServiceError) -> Self {
         let message = error.to_string();
         let code = Code::from(error.code());
-        let recorded = matches!(error, ServiceError::PermissionDenied { recorded: true, .. } | ServiceError::Unauthenticated { recorded: true, .. });
+        let recorded = matches!(
+            error,
+            ServiceError::PermissionDenied { recorded: true, .. }
+                | ServiceError::Unauthenticated { recorded: true, .. }
+        );
         let info = |reason: &str, metadata: Vec<(&str, String)>| {
-            let metadata = metadata.into_iter().map(|(name, value)| (name.to_owned(), value)).collect::<std::collections::HashMap<_, _>>();
+            let metadata = metadata
+                .into_iter()
+                .map(|(name, value)| (name.to_owned(), value))
+                .collect::<std::collections::HashMap<_, _>>();
             ErrorDetails::with_error_info(reason, DOMAIN, metadata)
         };
         let details = match error {
@@ -33,7 +40,9 @@ impl From<ServiceError> for Status {
             ServiceError::NotFound { .. } => info("NOT_FOUND", Vec::new()),
             ServiceError::FailedPrecondition { reason, next_step } => {
                 let mut details = info("PRECONDITION", vec![("next_step", next_step.clone())]);
-                details.set_precondition_failure(vec![tonic_types::PreconditionViolation::new("STATE", reason, next_step)]);
+                details.set_precondition_failure(vec![tonic_types::PreconditionViolation::new(
+                    "STATE", reason, next_step,
+                )]);
                 details
             }
             ServiceError::Aborted { next_step, .. } => info("OVERTAKEN", vec![("next_step", next_step)]),
@@ -64,7 +73,8 @@ impl From<ServiceError> for Status {
     }
 }
 
-/// Marks, between a service and [`super::refusals`], a refusal that is counted already. It does not leave the server.
+/// Marks, between a service and [`super::refusals`], a refusal that is counted already. It does not
+/// leave the server.
 pub(super) const RECORDED: &str = "meterkms-recorded";
 
 /// The domain of every `google.rpc.ErrorInfo`.
@@ -82,12 +92,18 @@ mod tests {
         assert_eq!(status.code(), Code::InvalidArgument);
         let details = status.get_error_details();
         let violation = &details.bad_request().unwrap().field_violations[0];
-        assert_eq!((violation.field.as_str(), violation.description.as_str()), ("terms.client_title", "7 octets instead of 8"));
+        assert_eq!(
+            (violation.field.as_str(), violation.description.as_str()),
+            ("terms.client_title", "7 octets instead of 8")
+        );
     }
 
     #[test]
     fn trouble_carries_a_retry_hint() {
-        let status = Status::from(ServiceError::Unavailable { reason: "the HSM token is gone".into(), retry_after: Duration::from_secs(3) });
+        let status = Status::from(ServiceError::Unavailable {
+            reason: "the HSM token is gone".into(),
+            retry_after: Duration::from_secs(3),
+        });
         assert_eq!(status.code(), Code::Unavailable);
         assert_eq!(status.get_error_details().retry_info().unwrap().retry_delay, Some(Duration::from_secs(3)));
     }
@@ -101,7 +117,10 @@ mod tests {
 
     #[test]
     fn a_precondition_tells_the_next_step() {
-        let status = Status::from(ServiceError::FailedPrecondition { reason: "a lease is live".into(), next_step: "set supersede_lease".into() });
+        let status = Status::from(ServiceError::FailedPrecondition {
+            reason: "a lease is live".into(),
+            next_step: "set supersede_lease".into(),
+        });
         let details = status.get_error_details();
         assert_eq!(details.error_info().unwrap().metadata["next_step"], "set supersede_lease");
         assert_eq!(details.precondition_failure().unwrap().violations.len(), 1);

@@ -1,6 +1,8 @@
-//! TLS of the gRPC listener: mutual TLS 1.3, hybrid key exchange first, certificates reloaded without a restart.
+//! TLS of the gRPC listener: mutual TLS 1.3, hybrid key exchange first, certificates reloaded
+//! without a restart.
 //!
-//! Sources: RFC 8446; X25519MLKEM768 of draft-ietf-tls-ecdhe-mlkem; RFC 5280 for what a peer certificate must be.
+//! Sources: RFC 8446; X25519MLKEM768 of draft-ietf-tls-ecdhe-mlkem; RFC 5280 for what a peer
+//! certificate must be.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -28,11 +30,13 @@ pub struct TlsFiles {
     pub private_key: PathBuf,
     /// The island's client CA: only certificates below it are let in.
     pub client_ca: PathBuf,
-    /// Certificate revocation lists of the client CA. May be empty: revocation acts per call anyhow, on the principal's row.
+    /// Certificate revocation lists of the client CA. May be empty: revocation acts per call
+    /// anyhow, on the principal's row.
     pub client_crls: Vec<PathBuf>,
 }
 
-/// The TLS configuration in use. [`Self::reload`] swaps it; handshakes under way end with the one that they began with.
+/// The TLS configuration in use. [`Self::reload`] swaps it; handshakes under way end with the one
+/// that they began with.
 pub struct ServerTls {
     files: TlsFiles,
     current: ArcSwap<ServerConfig>,
@@ -62,8 +66,9 @@ impl ServerTls {
         Ok(())
     }
 
-    /// Reloads whenever a file has changed or the process gets SIGHUP. A change that cannot be loaded is logged, and tried
-    /// again at the next look: files are often replaced one after the other. Never returns; drop the future to end it.
+    /// Reloads whenever a file has changed or the process gets SIGHUP. A change that cannot be
+    /// loaded is logged, and tried again at the next look: files are often replaced one after the
+    /// other. Never returns; drop the future to end it.
     pub async fn watch(&self) {
         let mut hang_up = signal(SignalKind::hangup()).ok();
         let mut seen = self.files.stamps();
@@ -87,7 +92,9 @@ impl ServerTls {
                     seen = now;
                     tracing::info!("TLS certificates reloaded");
                 }
-                Err(error) => tracing::error!(%error, "the changed TLS files cannot be used; the earlier ones stay in use"),
+                Err(error) => {
+                    tracing::error!(%error, "the changed TLS files cannot be used; the earlier ones stay in use")
+                }
             }
         }
     }
@@ -97,7 +104,8 @@ impl TlsFiles {
     fn server_config(&self) -> Result<Arc<ServerConfig>, TlsError> {
         let chain = read_pem::<CertificateDer<'static>>(&self.certificate, "certificate")?;
         refuse_foreign_readers(&self.private_key)?;
-        let key = PrivateKeyDer::from_pem_file(&self.private_key).map_err(|error| TlsError::read(&self.private_key, "private key", error))?;
+        let key = PrivateKeyDer::from_pem_file(&self.private_key)
+            .map_err(|error| TlsError::read(&self.private_key, "private key", error))?;
         let mut roots = RootCertStore::empty();
         for certificate in read_pem::<CertificateDer<'static>>(&self.client_ca, "client CA certificate")? {
             roots.add(certificate).map_err(|error| TlsError::unusable(&self.client_ca, error))?;
@@ -105,7 +113,8 @@ impl TlsFiles {
         let provider = Arc::new(provider());
         let mut verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider));
         for path in &self.client_crls {
-            verifier = verifier.with_crls(read_pem::<CertificateRevocationListDer<'static>>(path, "certificate revocation list")?);
+            verifier = verifier
+                .with_crls(read_pem::<CertificateRevocationListDer<'static>>(path, "certificate revocation list")?);
         }
         if !self.client_crls.is_empty() {
             verifier = verifier.only_check_end_entity_revocation().enforce_revocation_expiration();
@@ -118,7 +127,8 @@ impl TlsFiles {
             .with_single_cert(chain, key)
             .map_err(|error| TlsError::unusable(&self.certificate, error))?;
         config.alpn_protocols = vec![b"h2".to_vec()];
-        // No resumption: each connection proves its certificate against the CA and CRLs of this moment.
+        // No resumption: each connection proves its certificate against the CA and CRLs of this
+        // moment.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         Ok(Arc::new(config))
@@ -138,13 +148,18 @@ impl TlsFiles {
 /// The provider of TLS cryptography: aws-lc-rs, TLS 1.3 suites only, the hybrid group first.
 pub fn provider() -> CryptoProvider {
     CryptoProvider {
-        cipher_suites: vec![cipher_suite::TLS13_AES_256_GCM_SHA384, cipher_suite::TLS13_AES_128_GCM_SHA256, cipher_suite::TLS13_CHACHA20_POLY1305_SHA256],
+        cipher_suites: vec![
+            cipher_suite::TLS13_AES_256_GCM_SHA384,
+            cipher_suite::TLS13_AES_128_GCM_SHA256,
+            cipher_suite::TLS13_CHACHA20_POLY1305_SHA256,
+        ],
         kx_groups: vec![kx_group::X25519MLKEM768, kx_group::X25519, kx_group::SECP256R1, kx_group::SECP384R1],
         ..aws_lc_rs::default_provider()
     }
 }
 
-/// The client's certificate of a connection, parsed once. The chain is already verified against the client CA.
+/// The client's certificate of a connection, parsed once. The chain is already verified against the
+/// client CA.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerCertificate {
     /// The URI subjectAltName `urn:meterkms:ISLAND:ROLE:NAME`.
@@ -161,12 +176,14 @@ impl PeerCertificate {
     /// Parses a certificate that the handshake has verified.
     ///
     /// # Errors
-    /// It is no TLS client certificate of a principal: not exactly one principal URI, no `clientAuth`, or no
-    /// `digitalSignature`. The last two keep transport certificates (keyAgreement) from being used for TLS: path validation
-    /// lets a certificate without extended key usage pass.
+    /// It is no TLS client certificate of a principal: not exactly one principal URI, no
+    /// `clientAuth`, or no `digitalSignature`. The last two keep transport certificates
+    /// (keyAgreement) from being used for TLS: path validation lets a certificate without extended
+    /// key usage pass.
     pub fn parse(der: &[u8]) -> Result<Self, TlsError> {
         let refuse = |reason: &str| TlsError::PeerCertificate { reason: reason.to_owned() };
-        let (rest, certificate) = X509Certificate::from_der(der).map_err(|_| refuse("it is not an X.509 certificate"))?;
+        let (rest, certificate) =
+            X509Certificate::from_der(der).map_err(|_| refuse("it is not an X.509 certificate"))?;
         if !rest.is_empty() {
             return Err(refuse("octets follow the certificate"));
         }
@@ -174,11 +191,13 @@ impl PeerCertificate {
         if !usage.value.digital_signature() {
             return Err(refuse("its key usage lacks digitalSignature: a transport certificate is not for TLS"));
         }
-        let extended = certificate.extended_key_usage().ok().flatten().ok_or_else(|| refuse("it has no extended key usage"))?;
+        let extended =
+            certificate.extended_key_usage().ok().flatten().ok_or_else(|| refuse("it has no extended key usage"))?;
         if !extended.value.client_auth {
             return Err(refuse("its extended key usage lacks clientAuth"));
         }
-        let names = certificate.subject_alternative_name().ok().flatten().ok_or_else(|| refuse("it has no subjectAltName"))?;
+        let names =
+            certificate.subject_alternative_name().ok().flatten().ok_or_else(|| refuse("it has no subjectAltName"))?;
         let mut uris = names.value.general_names.iter().filter_map(|name| match name {
             GeneralName::URI(uri) => Some(*uri),
             _ => None,
@@ -249,7 +268,9 @@ impl TlsError {
 }
 
 fn read_pem<T: PemObject>(path: &Path, what: &'static str) -> Result<Vec<T>, TlsError> {
-    let items = T::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<T>, _>>).map_err(|error| TlsError::read(path, what, error))?;
+    let items = T::pem_file_iter(path)
+        .and_then(Iterator::collect::<Result<Vec<T>, _>>)
+        .map_err(|error| TlsError::read(path, what, error))?;
     if items.is_empty() {
         return Err(TlsError::read(path, what, rustls_pki_types::pem::Error::NoItemsFound));
     }
@@ -258,7 +279,11 @@ fn read_pem<T: PemObject>(path: &Path, what: &'static str) -> Result<Vec<T>, Tls
 
 fn refuse_foreign_readers(path: &Path) -> Result<(), TlsError> {
     use std::os::unix::fs::PermissionsExt;
-    let mode = fs::metadata(path).map_err(|error| TlsError::read(path, "private key", rustls_pki_types::pem::Error::Io(error)))?.permissions().mode() & 0o777;
+    let mode = fs::metadata(path)
+        .map_err(|error| TlsError::read(path, "private key", rustls_pki_types::pem::Error::Io(error)))?
+        .permissions()
+        .mode()
+        & 0o777;
     if mode & 0o007 != 0 {
         return Err(TlsError::Permissions { path: path.to_owned(), mode });
     }
@@ -285,7 +310,10 @@ mod tests {
     use crate::service::certificate::{Validity, pem};
 
     fn write_server(authority: &TestAuthority, folder: &Path, key: &KeyPair) {
-        let server = authority.authority.server(&island(), &["localhost".to_owned()], &request(key), Validity::days(now(), 30)).unwrap();
+        let server = authority
+            .authority
+            .server(&island(), &["localhost".to_owned()], &request(key), Validity::days(now(), 30))
+            .unwrap();
         fs::write(folder.join("server.pem"), authority.sign(server).pem()).unwrap();
         fs::write(folder.join("server.key"), key.serialize_pem()).unwrap();
         fs::set_permissions(folder.join("server.key"), fs::Permissions::from_mode(0o600)).unwrap();
@@ -293,7 +321,12 @@ mod tests {
     }
 
     fn files(folder: &Path) -> TlsFiles {
-        TlsFiles { certificate: folder.join("server.pem"), private_key: folder.join("server.key"), client_ca: folder.join("root.pem"), client_crls: Vec::new() }
+        TlsFiles {
+            certificate: folder.join("server.pem"),
+            private_key: folder.join("server.key"),
+            client_ca: folder.join("root.pem"),
+            client_crls: Vec::new(),
+        }
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! One item of an act, decided for itself: it is staged as a whole, or nothing of it is.
 //!
-//! An act on many meters answers for each of them, so one that cannot be served must leave nothing behind: no row that changed, and no event of a change
-//! that did not happen (I2). What was staged is undone from a log, so that an item that succeeds costs a few lengths and no copy.
+//! An act on many meters answers for each of them, so one that cannot be served must leave nothing
+//! behind: no row that changed, and no event of a change that did not happen (I2). What was staged
+//! is undone from a log, so that an item that succeeds costs a few lengths and no copy.
 
 use kms_domain::{RowId, UnixMillis};
 use kms_store::{FingerprintPrefix, TaskKey, TaskRow};
@@ -9,10 +10,11 @@ use kms_store::{FingerprintPrefix, TaskKey, TaskRow};
 use super::view::{ChunkName, Opened, View};
 
 impl View<'_, '_> {
-    /// Tries one item of an act. If it fails, all that it has staged is undone: rows, tasks, events, requests, grants, fingerprints and the rest. Items may be
-    /// tried within items.
+    /// Tries one item of an act. If it fails, all that it has staged is undone: rows, tasks,
+    /// events, requests, grants, fingerprints and the rest. Items may be tried within items.
     ///
-    /// Counters are not taken back: those that a failed item was dealt are skipped (I4). Refusals that it counted stay on the record.
+    /// Counters are not taken back: those that a failed item was dealt are skipped (I4). Refusals
+    /// that it counted stay on the record.
     ///
     /// # Errors
     /// What `item` returned.
@@ -98,10 +100,13 @@ mod tests {
     use std::{num::NonZeroU32, sync::Arc};
 
     use kms_domain::{
-        CampaignId, CounterKey, CounterPlace, GrantId, KeyType, KeyVersionNumber, Owner, RequestId, SecuritySetupId, Task, TaskStep, TaskWork, WriterId,
+        CampaignId, CounterKey, CounterPlace, GrantId, KeyType, KeyVersionNumber, Owner, RequestId, SecuritySetupId,
+        Task, TaskStep, TaskWork, WriterId,
     };
     use kms_proto::v1::{AuditRecord, MetersChanged, audit_record::Event};
-    use kms_store::{AuditFilter, AuditReference, FingerprintOwner, GrantRow, Reads, RequestKey, RequestRow, TaskFilter};
+    use kms_store::{
+        AuditFilter, AuditReference, FingerprintOwner, GrantRow, Reads, RequestKey, RequestRow, TaskFilter,
+    };
     use prost::Message as _;
 
     use super::*;
@@ -123,7 +128,11 @@ mod tests {
     }
 
     fn event(value: &str) -> Event {
-        Event::MetersChanged(MetersChanged { change: "test".to_owned(), value: value.to_owned(), ..MetersChanged::default() })
+        Event::MetersChanged(MetersChanged {
+            change: "test".to_owned(),
+            value: value.to_owned(),
+            ..MetersChanged::default()
+        })
     }
 
     fn rename(view: &mut View<'_, '_>, number: u64, serial: &str) -> Result<(), ServiceError> {
@@ -153,8 +162,12 @@ mod tests {
             meters: 1,
             revoked: None,
         });
-        let owner =
-            FingerprintOwner { owner: Owner::Meter(meter(number)), setup: SecuritySetupId::DEFAULT, key_type: KeyType::GUEK, version: KeyVersionNumber::FIRST };
+        let owner = FingerprintOwner {
+            owner: Owner::Meter(meter(number)),
+            setup: SecuritySetupId::DEFAULT,
+            key_type: KeyType::GUEK,
+            version: KeyVersionNumber::FIRST,
+        };
         view.put_fingerprint(PREFIX, owner);
         view.plan_task(TaskRow {
             key: TaskKey { campaign: CampaignId::from_octets(&CAMPAIGN).unwrap(), meter: meter(number) },
@@ -163,7 +176,10 @@ mod tests {
             vendor: "KAM".to_owned(),
             head_end: None,
             mark: [0; 16],
-            task: Task::new(TaskStep { setup: SecuritySetupId::DEFAULT, work: TaskWork::Probe, from: 0 }, UnixMillis(1)),
+            task: Task::new(
+                TaskStep { setup: SecuritySetupId::DEFAULT, work: TaskWork::Probe, from: 0 },
+                UnixMillis(1),
+            ),
         });
         Err(ServiceError::denied("spoil"))
     }
@@ -191,7 +207,8 @@ mod tests {
             let act = island.island.committer.act(Actor::server("test"), reads, move |view| {
                 rename(view, 1, "first")?;
                 view.append(event("first"));
-                // Each fails on its own: beside what was staged before, over it, and with what succeeded inside of it.
+                // Each fails on its own: beside what was staged before, over it, and with what
+                // succeeded inside of it.
                 for number in [2, 1] {
                     assert!(view.attempt(|view| spoil(view, number, &key)).is_err());
                 }
@@ -249,7 +266,8 @@ mod tests {
                 });
                 act.await.unwrap().value
             };
-            // I4: what a failed item was dealt is dealt to nobody else, whether its chunk was reserved with it or before. And it is no lease.
+            // I4: what a failed item was dealt is dealt to nobody else, whether its chunk was
+            // reserved with it or before. And it is no lease.
             let mut all = Vec::new();
             let (firsts, live) = lend(&[true, true]).await;
             assert!(live.is_none());

@@ -1,7 +1,9 @@
-//! Jumps of the wall clock are on the record: times of records, and what is decided by time, are as good as the clock was.
+//! Jumps of the wall clock are on the record: times of records, and what is decided by time, are as
+//! good as the clock was.
 //!
-//! Three things tell: the monotonic clock of this process, which nobody sets; the newest record of the log and sign of life of a server, at start; and the
-//! database's clock, which all servers of an island share. Records keep the order of the log, whatever their times.
+//! Three things tell: the monotonic clock of this process, which nobody sets; the newest record of
+//! the log and sign of life of a server, at start; and the database's clock, which all servers of
+//! an island share. Records keep the order of the log, whatever their times.
 
 use std::time::{Duration, Instant};
 
@@ -29,8 +31,9 @@ impl ClockWatch {
         Self { anchor: (now, at), last: None, ahead_of_database: 0, compared_with_log: false, news: Vec::new() }
     }
 
-    /// Compares the clock with the time that has passed. The time for what is done now: the clock's, but never a little before the last record, so
-    /// that times of a chain go backwards only behind a record that says so.
+    /// Compares the clock with the time that has passed. The time for what is done now: the
+    /// clock's, but never a little before the last record, so that times of a chain go backwards
+    /// only behind a record that says so.
     pub(super) fn look(&mut self, now: UnixMillis, at: Instant) -> UnixMillis {
         let (anchor, since) = self.anchor;
         let passed = at.saturating_duration_since(since);
@@ -48,8 +51,13 @@ impl ClockWatch {
         }
     }
 
-    /// Compares the clock, once, with the last record and the newest sign of life of a server that the database holds.
-    pub(super) async fn compare_with_log<F>(&mut self, now: UnixMillis, signs: impl FnOnce() -> F) -> Result<(), StoreError>
+    /// Compares the clock, once, with the last record and the newest sign of life of a server that
+    /// the database holds.
+    pub(super) async fn compare_with_log<F>(
+        &mut self,
+        now: UnixMillis,
+        signs: impl FnOnce() -> F,
+    ) -> Result<(), StoreError>
     where
         F: Future<Output = Result<Option<(UnixMillis, UnixMillis)>, StoreError>>,
     {
@@ -85,7 +93,9 @@ impl ClockWatch {
 
     /// The records of what is not written yet.
     pub(super) fn news(&self) -> impl Iterator<Item = AuditRecord> {
-        self.news.iter().map(|jump| AuditRecord { event: Some(Event::ClockJumped(jump.clone())), ..AuditRecord::default() })
+        self.news
+            .iter()
+            .map(|jump| AuditRecord { event: Some(Event::ClockJumped(jump.clone())), ..AuditRecord::default() })
     }
 
     /// To be called when the records of [`Self::news`] are durable, with those of this time.
@@ -99,7 +109,11 @@ impl ClockWatch {
         tracing::error!(compared_with, expected_ms = expected.0, observed_ms = observed.0, "the clock jumped");
         // The last of many stands for those that cannot be written.
         self.news.truncate(MOST_NEWS - 1);
-        self.news.push(ClockJumped { compared_with: compared_with.to_owned(), expected_ms: expected.0, observed_ms: observed.0 });
+        self.news.push(ClockJumped {
+            compared_with: compared_with.to_owned(),
+            expected_ms: expected.0,
+            observed_ms: observed.0,
+        });
     }
 }
 
@@ -177,7 +191,13 @@ mod tests {
         let start = Instant::now();
         let signs = |record: i64, sign: i64| async move { Ok(Some((NOW.after(record), NOW.after(sign)))) };
         let day = 86_400_000;
-        for (record, sign, told) in [(0, 0, None), (day, day, Some(-day)), (-30 * day, -1_000, None), (-30 * day, -8 * day, Some(8 * day)), (-1, day, None)] {
+        for (record, sign, told) in [
+            (0, 0, None),
+            (day, day, Some(-day)),
+            (-30 * day, -1_000, None),
+            (-30 * day, -8 * day, Some(8 * day)),
+            (-1, day, None),
+        ] {
             let mut watch = ClockWatch::new(NOW, start);
             watch.compare_with_log(NOW, || signs(record, sign)).await.unwrap();
             watch.compare_with_log(NOW, || signs(day, day)).await.unwrap();

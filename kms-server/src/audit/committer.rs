@@ -1,7 +1,9 @@
-//! The one writer of an island in this process: acts are queued, decided in turn, and committed together, each with its record (I2).
+//! The one writer of an island in this process: acts are queued, decided in turn, and committed
+//! together, each with its record (I2).
 //!
-//! One transaction serves many acts, because the disk's answer costs more than an act. Between read and commit nothing else changes
-//! the rows (the store's transaction), so what an act decides on is what it changes (I4, I5).
+//! One transaction serves many acts, because the disk's answer costs more than an act. Between read
+//! and commit nothing else changes the rows (the store's transaction), so what an act decides on is
+//! what it changes (I4, I5).
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -14,12 +16,14 @@ use std::{
 
 use arc_swap::ArcSwap;
 use kms_domain::{
-    ChunkSize, CounterJump, DatabaseHistory, Generation, IslandName, LiveChunk, Meter, PrincipalId, RowId, SealKey, SealKeys, SystemTitle, UnixMillis, WriterId,
+    ChunkSize, CounterJump, DatabaseHistory, Generation, IslandName, LiveChunk, Meter, PrincipalId, RowId, SealKey,
+    SealKeys, SystemTitle, UnixMillis, WriterId,
 };
 use kms_proto::v1::{AuditKeyChanged, AuditRecord, ClosedChain, RowWrite, WriterOpened, audit_record::Event};
 use kms_store::{
-    AuditAppend, AuditFilter, AuditReference, AuditTail, Changes, Committed as StoreCommitted, Decision, FingerprintPut, MeterProjection, MeterPut, ReadSet,
-    Reads, RequestPut, RowName, SealedPut, SealedRow, Store, StoreError,
+    AuditAppend, AuditFilter, AuditReference, AuditTail, Changes, Committed as StoreCommitted, Decision,
+    FingerprintPut, MeterProjection, MeterPut, ReadSet, Reads, RequestPut, RowName, SealedPut, SealedRow, Store,
+    StoreError,
 };
 use prost::Message as _;
 use tokio::sync::{oneshot, watch};
@@ -66,7 +70,8 @@ pub struct CommitterSettings {
     pub limits: Arc<Limits>,
     /// How a restored database is found (I4).
     pub restore: RestoreSettings,
-    /// How long another server must have been silent for this one to take it for gone, and close its chain.
+    /// How long another server must have been silent for this one to take it for gone, and close
+    /// its chain.
     pub silence: Duration,
 }
 
@@ -116,7 +121,12 @@ struct LastRecord {
 
 impl Committer {
     /// Starts the writer and its first chain.
-    pub fn start(store: Arc<dyn Store>, seal: impl Into<SealKeys>, audit_keys: impl Into<AuditKeys>, settings: CommitterSettings) -> Self {
+    pub fn start(
+        store: Arc<dyn Store>,
+        seal: impl Into<SealKeys>,
+        audit_keys: impl Into<AuditKeys>,
+        settings: CommitterSettings,
+    ) -> Self {
         let (queue, waiting) = queue(Arc::clone(&settings.limits));
         let shared = Arc::new(Shared {
             seal: ArcSwap::from_pointee(seal.into()),
@@ -138,15 +148,16 @@ impl Committer {
         Self { queue: Arc::new(queue), shared }
     }
 
-    /// Reads `reads`, lets `decide` look and change, and commits what it changed together with its records. When this returns, all of it
-    /// is durable (I2).
+    /// Reads `reads`, lets `decide` look and change, and commits what it changed together with its
+    /// records. When this returns, all of it is durable (I2).
     ///
-    /// `decide` may be called several times: when it uses a row that was not read, and when another server's transaction came in between. Only
-    /// what the last call did counts.
+    /// `decide` may be called several times: when it uses a row that was not read, and when another
+    /// server's transaction came in between. Only what the last call did counts.
     ///
     /// # Errors
-    /// What `decide` returned (nothing is written then, but the refusal is recorded); [`ServiceError::ResourceExhausted`] where the actor has met a
-    /// bound of [`Limits`]; or [`ServiceError::Unavailable`].
+    /// What `decide` returned (nothing is written then, but the refusal is recorded);
+    /// [`ServiceError::ResourceExhausted`] where the actor has met a bound of [`Limits`]; or
+    /// [`ServiceError::Unavailable`].
     pub async fn act<T, F>(&self, actor: Actor, reads: Reads, decide: F) -> Result<Committed<T>, ServiceError>
     where
         T: Send + 'static,
@@ -155,17 +166,23 @@ impl Committer {
         let (reply, answer) = oneshot::channel();
         let act = Box::new(TypedAct { actor, reads, decide, value: None, reply: Some(reply) });
         self.queue.push(act)?;
-        let outcome = answer.instrument(tracing::debug_span!("commit")).await.map_err(|_| ServiceError::unavailable("the server is stopping"))?;
+        let outcome = answer
+            .instrument(tracing::debug_span!("commit"))
+            .await
+            .map_err(|_| ServiceError::unavailable("the server is stopping"))?;
         // What an act refuses is counted with its transaction.
         outcome.map_err(ServiceError::recorded)
     }
 
-    /// Counts a refusal that is no part of an act: a call that was refused before it came to one, or that only reads. It is written like the others,
-    /// the first of a kind at once, and kept while the database is away (I2). Neither waits nor fails.
+    /// Counts a refusal that is no part of an act: a call that was refused before it came to one,
+    /// or that only reads. It is written like the others, the first of a kind at once, and kept
+    /// while the database is away (I2). Neither waits nor fails.
     pub fn refused(&self, principal: Option<&PrincipalId>, action: &str, reason: String) {
         let principal = principal.map(ToString::to_string).unwrap_or_default();
         metrics().refused(1, 0);
-        self.shared.outside.note(Refusal { principal, action: action.to_owned(), reason, security_event: false }, now());
+        self.shared
+            .outside
+            .note(Refusal { principal, action: action.to_owned(), reason, security_event: false }, now());
     }
 
     /// Whether the last transaction went through: what readiness reports.
@@ -173,8 +190,8 @@ impl Committer {
         self.shared.ready.load(Ordering::Relaxed)
     }
 
-    /// Waits until the database was compared with what is known of its history: no counter is dealt before (I4). What stands in the way
-    /// is logged.
+    /// Waits until the database was compared with what is known of its history: no counter is dealt
+    /// before (I4). What stands in the way is logged.
     pub async fn settled(&self) -> DatabaseHistory {
         let mut history = self.shared.history.subscribe();
         loop {
@@ -199,7 +216,8 @@ impl Committer {
         self.shared.remember().await;
     }
 
-    /// Opens a meter's row that was read outside a transaction, for showing it (I5: verified all the same).
+    /// Opens a meter's row that was read outside a transaction, for showing it (I5: verified all
+    /// the same).
     ///
     /// # Errors
     /// The row does not verify.
@@ -214,7 +232,11 @@ impl Committer {
     ///
     /// # Errors
     /// The row does not verify.
-    pub fn open_principal(&self, id: &kms_domain::PrincipalId, row: &SealedRow) -> Result<Arc<kms_domain::Principal>, ServiceError> {
+    pub fn open_principal(
+        &self,
+        id: &kms_domain::PrincipalId,
+        row: &SealedRow,
+    ) -> Result<Arc<kms_domain::Principal>, ServiceError> {
         match self.open(&RowId::Principal(id.clone()), row)? {
             Some(Value::Principal(principal)) => Ok(principal),
             _ => Err(ServiceError::Internal("a principal's row holds something else".to_owned())),
@@ -236,7 +258,11 @@ impl Committer {
     ///
     /// # Errors
     /// The row does not verify.
-    pub fn open_device_type(&self, id: kms_domain::DeviceTypeId, row: &SealedRow) -> Result<Arc<kms_domain::DeviceType>, ServiceError> {
+    pub fn open_device_type(
+        &self,
+        id: kms_domain::DeviceTypeId,
+        row: &SealedRow,
+    ) -> Result<Arc<kms_domain::DeviceType>, ServiceError> {
         match self.open(&RowId::DeviceType(id), row)? {
             Some(Value::DeviceType(device_type)) => Ok(device_type),
             _ => Err(ServiceError::Internal("a device type's row holds something else".to_owned())),
@@ -247,7 +273,11 @@ impl Committer {
     ///
     /// # Errors
     /// The row does not verify.
-    pub fn open_domain(&self, id: kms_domain::CounterDomainId, row: &SealedRow) -> Result<Arc<kms_domain::CounterDomain>, ServiceError> {
+    pub fn open_domain(
+        &self,
+        id: kms_domain::CounterDomainId,
+        row: &SealedRow,
+    ) -> Result<Arc<kms_domain::CounterDomain>, ServiceError> {
         match self.open(&RowId::CounterDomain(id), row)? {
             Some(Value::Domain(domain)) => Ok(domain),
             _ => Err(ServiceError::Internal("a counter domain's row holds something else".to_owned())),
@@ -258,7 +288,11 @@ impl Committer {
     ///
     /// # Errors
     /// The row does not verify.
-    pub fn open_campaign(&self, id: kms_domain::CampaignId, row: &SealedRow) -> Result<Arc<kms_domain::Campaign>, ServiceError> {
+    pub fn open_campaign(
+        &self,
+        id: kms_domain::CampaignId,
+        row: &SealedRow,
+    ) -> Result<Arc<kms_domain::Campaign>, ServiceError> {
         match self.open(&RowId::Campaign(id), row)? {
             Some(Value::Campaign(campaign)) => Ok(campaign),
             _ => Err(ServiceError::Internal("a campaign's row holds something else".to_owned())),
@@ -269,7 +303,11 @@ impl Committer {
     ///
     /// # Errors
     /// The row does not verify.
-    pub fn open_proposal(&self, id: kms_domain::ProposalId, row: &SealedRow) -> Result<Arc<kms_domain::Proposal>, ServiceError> {
+    pub fn open_proposal(
+        &self,
+        id: kms_domain::ProposalId,
+        row: &SealedRow,
+    ) -> Result<Arc<kms_domain::Proposal>, ServiceError> {
         match self.open(&RowId::Proposal(id), row)? {
             Some(Value::Proposal(proposal)) => Ok(proposal),
             _ => Err(ServiceError::Internal("a proposal's row holds something else".to_owned())),
@@ -291,7 +329,11 @@ impl Committer {
     ///
     /// # Errors
     /// The row does not verify.
-    pub fn open_root_rotation(&self, to: kms_domain::RootId, row: &SealedRow) -> Result<Arc<kms_domain::RootRotation>, ServiceError> {
+    pub fn open_root_rotation(
+        &self,
+        to: kms_domain::RootId,
+        row: &SealedRow,
+    ) -> Result<Arc<kms_domain::RootRotation>, ServiceError> {
         match self.open(&RowId::RootRotation(to), row)? {
             Some(Value::RootRotation(rotation)) => Ok(rotation),
             _ => Err(ServiceError::Internal("a rotation's row holds something else".to_owned())),
@@ -318,8 +360,9 @@ impl Committer {
         self.shared.audit_keys.load_full()
     }
 
-    /// Uses these audit keys: a chain that begins from now on begins with the current one of them, and the chain at hand goes over to it. That is on
-    /// the record, in the chain itself: in the last record that the key before links, and the first that the new one does.
+    /// Uses these audit keys: a chain that begins from now on begins with the current one of them,
+    /// and the chain at hand goes over to it. That is on the record, in the chain itself: in the
+    /// last record that the key before links, and the first that the new one does.
     ///
     /// # Errors
     /// The records could not be written. The chain goes on as it was.
@@ -338,8 +381,9 @@ impl Committer {
         self.last_record().is_none_or(|last| last.next_key == version)
     }
 
-    /// Closes, on the record, the chains of all other writers that end with an audit key of a version below `oldest`, and are believed still: to be
-    /// called before that key is retired. A server that is alive goes on, and is believed by what it links afterwards.
+    /// Closes, on the record, the chains of all other writers that end with an audit key of a
+    /// version below `oldest`, and are believed still: to be called before that key is retired. A
+    /// server that is alive goes on, and is believed by what it links afterwards.
     ///
     /// # Errors
     /// The database is away, or the record could not be written.
@@ -353,7 +397,10 @@ impl Committer {
             }
         }
         let version = self.audit_keys().current().version().into();
-        self.append_all(closed.chunks(CLOSED_AT_ONCE).map(|closed| AuditKeyChanged { version, closed: closed.to_vec() }).collect()).await
+        self.append_all(
+            closed.chunks(CLOSED_AT_ONCE).map(|closed| AuditKeyChanged { version, closed: closed.to_vec() }).collect(),
+        )
+        .await
     }
 
     async fn append_all(&self, changes: Vec<AuditKeyChanged>) -> Result<(), ServiceError> {
@@ -374,20 +421,24 @@ impl Committer {
     }
 
     fn open(&self, id: &RowId, row: &SealedRow) -> Result<Option<Value>, ServiceError> {
-        open_row(id, Some(row), &self.shared.seal.load(), &self.shared.seen, &self.shared.settings.island).map(|opened| opened.value).map_err(|reason| {
-            tracing::error!(row = %id, reason, "a sealed row was refused");
-            ServiceError::FailedPrecondition {
-                reason: format!("a sealed row was refused (I5): {reason}"),
-                next_step: "run `kms audit scrub` and call the security officers".to_owned(),
-            }
-        })
+        open_row(id, Some(row), &self.shared.seal.load(), &self.shared.seen, &self.shared.settings.island)
+            .map(|opened| opened.value)
+            .map_err(|reason| {
+                tracing::error!(row = %id, reason, "a sealed row was refused");
+                ServiceError::FailedPrecondition {
+                    reason: format!("a sealed row was refused (I5): {reason}"),
+                    next_step: "run `kms audit scrub` and call the security officers".to_owned(),
+                }
+            })
     }
 }
 
 impl Shared {
-    /// Begins the chain of a new writer: its first record closes the chains of writers that are gone (docs/formats.md).
+    /// Begins the chain of a new writer: its first record closes the chains of writers that are
+    /// gone (docs/formats.md).
     async fn open_chain(&self, keys: &AuditKeys) -> Result<(ChainHead, AuditRecord), StoreError> {
-        let writer = WriterId::from_octets(uuid::Uuid::new_v4().as_bytes()).map_err(|error| StoreError::Corrupt { what: error.to_string() })?;
+        let writer = WriterId::from_octets(uuid::Uuid::new_v4().as_bytes())
+            .map_err(|error| StoreError::Corrupt { what: error.to_string() })?;
         let closed = self.unclosed().await?;
         self.store.register_server(writer, &self.settings.server).await?;
         if let Ok(mut current) = self.writer.lock() {
@@ -395,16 +446,24 @@ impl Shared {
         }
         let head = ChainHead::new(writer, Arc::clone(keys.current()));
         let version = env!("CARGO_PKG_VERSION").to_owned();
-        let event = WriterOpened { server: self.settings.server.clone(), version, closed, audit_key_version: head.key_version().into() };
+        let event = WriterOpened {
+            server: self.settings.server.clone(),
+            version,
+            closed,
+            audit_key_version: head.key_version().into(),
+        };
         Ok((head, AuditRecord { event: Some(Event::WriterOpened(event)), ..Default::default() }))
     }
 
-    /// The ends of chains whose writers are gone, and which no later chain closes in its first record.
+    /// The ends of chains whose writers are gone, and which no later chain closes in its first
+    /// record.
     async fn unclosed(&self) -> Result<Vec<ClosedChain>, StoreError> {
         let silence = i64::try_from(self.settings.silence.as_millis()).unwrap_or(i64::MAX);
         let servers = self.store.servers().await?.into_iter();
-        let alive: HashSet<WriterId> =
-            servers.filter(|server| server.silent_ms < silence && server.name != self.settings.server).map(|server| server.writer).collect();
+        let alive: HashSet<WriterId> = servers
+            .filter(|server| server.silent_ms < silence && server.name != self.settings.server)
+            .map(|server| server.writer)
+            .collect();
         let tails = self.store.audit_tails().await?;
         // One that was taken for gone may have gone on: it is closed again where it ends now.
         let mut known = HashSet::new();
@@ -414,8 +473,11 @@ impl Shared {
         }
         let oldest = self.seal.load().oldest();
         let mut closed = Vec::new();
-        for tail in tails.iter().filter(|tail| !alive.contains(&tail.writer) && !known.contains(&(tail.writer, tail.sequence))) {
-            // I5: nobody vouches for an end that who learned a retired key could have made. Those that were there before were closed at its retirement.
+        for tail in
+            tails.iter().filter(|tail| !alive.contains(&tail.writer) && !known.contains(&(tail.writer, tail.sequence)))
+        {
+            // I5: nobody vouches for an end that who learned a retired key could have made. Those
+            // that were there before were closed at its retirement.
             if oldest <= 1 || self.end_version(tail).await?.is_some_and(|version| version >= oldest) {
                 closed.push(closed_chain(tail));
             }
@@ -423,15 +485,18 @@ impl Shared {
         Ok(closed)
     }
 
-    /// The newest sign of life of a server of the island: the time of the last record, or of a heartbeat. None: there was no server before.
+    /// The newest sign of life of a server of the island: the time of the last record, or of a
+    /// heartbeat. None: there was no server before.
     async fn last_sign(&self) -> Result<Option<(UnixMillis, UnixMillis)>, StoreError> {
-        let newest = self.store.audit_page(&AuditFilter { newest_first: true, ..AuditFilter::default() }, None, 1).await?;
+        let newest =
+            self.store.audit_page(&AuditFilter { newest_first: true, ..AuditFilter::default() }, None, 1).await?;
         let Some(last) = newest.first().map(|row| row.record.time) else { return Ok(None) };
         let heard = self.store.servers().await?.into_iter().map(|server| server.heartbeat).max().unwrap_or(last);
         Ok(Some((last, last.max(heard))))
     }
 
-    /// The version of the audit key that links the last record of a chain; none: none that is known here.
+    /// The version of the audit key that links the last record of a chain; none: none that is known
+    /// here.
     async fn end_version(&self, tail: &AuditTail) -> Result<Option<u8>, StoreError> {
         let end = self.store.audit_of_writer(tail.writer, tail.sequence.saturating_sub(1), 2).await?;
         let (previous, last) = match end.as_slice() {
@@ -449,13 +514,18 @@ impl Shared {
         Some(Watermark { writer, sequence, jump: history.jump, oldest_seal_key: self.seal.load().oldest() })
     }
 
-    /// Writes the watermark file, unless it says the same already. Only what is durable in the database is written, and by one task at a time.
+    /// Writes the watermark file, unless it says the same already. Only what is durable in the
+    /// database is written, and by one task at a time.
     async fn remember(self: &Arc<Self>) {
         let Some(path) = self.settings.restore.watermark.clone() else { return };
         let mut remembered = self.remembered.lock().await;
         let Some(mark) = self.watermark().filter(|mark| *remembered != Some(*mark)) else { return };
         let shared = Arc::clone(self);
-        match tokio::task::spawn_blocking(move || mark.write(&path, &shared.settings.island, shared.seal.load().current())).await {
+        match tokio::task::spawn_blocking(move || {
+            mark.write(&path, &shared.settings.island, shared.seal.load().current())
+        })
+        .await
+        {
             Ok(Ok(())) => *remembered = Some(mark),
             Ok(Err(error)) => {
                 tracing::error!(%error, "the watermark file cannot be written: a database that is put back to an older state would not be noticed (I4)");
@@ -537,7 +607,8 @@ pub(super) trait Act: Send {
     fn decide(&mut self, view: &mut View<'_, '_>) -> Result<(), ServiceError>;
     fn finish(self: Box<Self>, outcome: Result<Vec<AuditLeaf>, ServiceError>);
 
-    /// How much of the writer's time it takes, in rows of meters. A fingerprint is looked up and not opened.
+    /// How much of the writer's time it takes, in rows of meters. A fingerprint is looked up and
+    /// not opened.
     fn cost(&self) -> u64 {
         let reads = self.reads();
         let rows = reads.meters.len() + reads.tasks.len() + reads.sealed.len() + reads.fingerprints.len() / 4;
@@ -583,7 +654,8 @@ where
             (Err(error), _) => Err(error),
         };
         if let Some(reply) = self.reply.take() {
-            // A caller that has gone away loses its answer; what was committed stays, and a replay finds it.
+            // A caller that has gone away loses its answer; what was committed stays, and a replay
+            // finds it.
             let _ = reply.send(outcome);
         }
     }
@@ -644,7 +716,8 @@ impl Writer {
             while !waiting.is_empty() || self.refusals.any_due(Instant::now()) || self.clock.has_news() {
                 let committed = self.commit(waiting.take()).await;
                 if waiting.is_empty() && !committed {
-                    // Refusals that could not be written are kept, and tried with the next acts or tick.
+                    // Refusals that could not be written are kept, and tried with the next acts or
+                    // tick.
                     break;
                 }
             }
@@ -689,8 +762,9 @@ impl Writer {
             Err(error) => {
                 tracing::error!(%error, "a transaction failed");
                 if !matches!(&error, StoreError::Conflict { row } if !matches!(row, RowName::Audit(..))) {
-                    // Whether the transaction is durable may be unknown. I4: nothing reserved in it is dealt, and the chain goes on
-                    // under a new writer, which reads where the old one ended.
+                    // Whether the transaction is durable may be unknown. I4: nothing reserved in it
+                    // is dealt, and the chain goes on under a new writer, which reads where the old
+                    // one ended.
                     self.head = None;
                     self.chunks = Chunks::default();
                     self.shared.compare.store(true, Ordering::Relaxed);
@@ -705,7 +779,8 @@ impl Writer {
         }
     }
 
-    /// Compares the database with what is known of its history, where that is due, and raises the counters of a restored one (I4).
+    /// Compares the database with what is known of its history, where that is due, and raises the
+    /// counters of a restored one (I4).
     async fn compare(&mut self) -> Result<(), ServiceError> {
         if !self.shared.compare.load(Ordering::Relaxed) {
             return Ok(());
@@ -739,8 +814,10 @@ impl Writer {
         let id = RowId::Island(settings.island.clone());
         let (kind, name) = sealed_name(&id);
         let row = store.sealed(kind, &name).await?;
-        let opened = open_row(&id, row.as_ref(), &shared.seal.load(), &shared.seen, &settings.island)
-            .map_err(|reason| ServiceError::unavailable(format!("{reason}; if the database was restored, restart the server")))?;
+        let opened =
+            open_row(&id, row.as_ref(), &shared.seal.load(), &shared.seen, &settings.island).map_err(|reason| {
+                ServiceError::unavailable(format!("{reason}; if the database was restored, restart the server"))
+            })?;
         let Some(Value::Island(island)) = opened.value else { return Ok(false) };
         let timeline = store.timeline().await?;
         self.clock.compare_with_database(now(), store.now().await?);
@@ -756,13 +833,24 @@ impl Writer {
             reasons.push("an operator said so".to_owned());
         }
         if let Some(mark) = self.watermark
-            && store.audit_of_writer(mark.writer, mark.sequence, 1).await?.first().is_none_or(|record| record.sequence != mark.sequence)
+            && store
+                .audit_of_writer(mark.writer, mark.sequence, 1)
+                .await?
+                .first()
+                .is_none_or(|record| record.sequence != mark.sequence)
         {
-            reasons.push(format!("the log lacks record {} of writer {}, which this server remembers", mark.sequence, mark.writer));
+            reasons.push(format!(
+                "the log lacks record {} of writer {}, which this server remembers",
+                mark.sequence, mark.writer
+            ));
         }
         let remembered = self.watermark.map_or(CounterJump::NONE, |mark| mark.jump);
         let comparison = Comparison { timeline, remembered, reasons, counter_jump: settings.restore.counter_jump };
-        let history = if comparison.judge(island.history).0 == island.history { island.history } else { self.settle(comparison).await? };
+        let history = if comparison.judge(island.history).0 == island.history {
+            island.history
+        } else {
+            self.settle(comparison).await?
+        };
         self.declared = false;
         self.watermark = None;
         shared.history.send_replace(Some(history));
@@ -776,9 +864,16 @@ impl Writer {
         let name = self.shared.settings.island.clone();
         let reads = Reads { sealed: vec![sealed_name(&RowId::Island(name.clone()))], ..Reads::default() };
         let decide = move |view: &mut View<'_, '_>| comparison.settle(view, &name);
-        let mut acts: Vec<Box<dyn Act>> = vec![Box::new(TypedAct { actor: Actor::server("restore"), reads, decide, value: None, reply: Some(reply) })];
+        let mut acts: Vec<Box<dyn Act>> = vec![Box::new(TypedAct {
+            actor: Actor::server("restore"),
+            reads,
+            decide,
+            value: None,
+            reply: Some(reply),
+        })];
         let attempted = self.attempt(&mut acts).await;
-        // I4: what was reserved before is not dealt any more; and after an error it is not known what is durable.
+        // I4: what was reserved before is not dealt any more; and after an error it is not known
+        // what is durable.
         self.chunks = Chunks::default();
         if attempted.is_err() {
             self.head = None;
@@ -787,11 +882,15 @@ impl Writer {
         for ((act, outcome), leaves) in acts.into_iter().zip(outcomes).zip(leaves) {
             act.finish(outcome.map(|()| leaves));
         }
-        let committed = answer.await.map_err(|_| ServiceError::Internal("the act of a comparison has no outcome".to_owned()))??;
+        let committed =
+            answer.await.map_err(|_| ServiceError::Internal("the act of a comparison has no outcome".to_owned()))??;
         Ok(committed.value)
     }
 
-    async fn attempt(&mut self, acts: &mut [Box<dyn Act>]) -> Result<(Vec<Result<(), ServiceError>>, Vec<Vec<AuditLeaf>>), StoreError> {
+    async fn attempt(
+        &mut self,
+        acts: &mut [Box<dyn Act>],
+    ) -> Result<(Vec<Result<(), ServiceError>>, Vec<Vec<AuditLeaf>>), StoreError> {
         let now = self.clock.look(now(), Instant::now());
         let shared = self.shared.clone();
         let keys = shared.audit_keys.load_full();
@@ -817,11 +916,23 @@ impl Writer {
         let bound = shared.settings.limits.log_octets_per_principal_and_hour;
         let mut decide = |read: &ReadSet| {
             let mut batch = Batch::new(read, now, head.writer, &shared, &seal, chunks);
-            let outcomes = decide_all(acts, &actors, &mut batch, |actor| growth.permit(actor, &shared.settings.limits, at));
+            let outcomes =
+                decide_all(acts, &actors, &mut batch, |actor| growth.permit(actor, &shared.settings.limits, at));
             if !batch.missing.is_empty() {
                 return Decision::More(Box::new(batch.missing));
             }
-            let (decision, decided) = finish(batch, outcomes, head.clone(), opening.clone(), &keys, refusals, (growth, bound), &actors, &seal, at);
+            let (decision, decided) = finish(
+                batch,
+                outcomes,
+                head.clone(),
+                opening.clone(),
+                &keys,
+                refusals,
+                (growth, bound),
+                &actors,
+                &seal,
+                at,
+            );
             attempt = Some(decided);
             decision
         };
@@ -847,7 +958,8 @@ impl Writer {
             }
             metrics().chunks_reserved(fresh_chunks.len());
             self.growth.written(grown, at);
-            // I4: dealt from only now that the reservation is durable; what was dealt within the transaction goes out with it.
+            // I4: dealt from only now that the reservation is durable; what was dealt within the
+            // transaction goes out with it.
             self.chunks.0.extend(fresh_chunks);
             if let Some(mut refusals) = refusals {
                 refusals.written(at);
@@ -861,7 +973,14 @@ impl Writer {
 }
 
 impl<'b> Batch<'b> {
-    fn new(read: &'b ReadSet, now: UnixMillis, writer: WriterId, shared: &'b Shared, seal: &'b SealKeys, chunks: &'b mut Chunks) -> Self {
+    fn new(
+        read: &'b ReadSet,
+        now: UnixMillis,
+        writer: WriterId,
+        shared: &'b Shared,
+        seal: &'b SealKeys,
+        chunks: &'b mut Chunks,
+    ) -> Self {
         Self {
             read,
             now,
@@ -935,7 +1054,8 @@ fn finish(
                 row_writes.insert(id, row_write);
             }
             Err(error) => {
-                // A row that does not encode is a fault of this program: nothing of the transaction is written.
+                // A row that does not encode is a fault of this program: nothing of the transaction
+                // is written.
                 outcomes.iter_mut().for_each(|outcome| *outcome = Err(error.clone()));
                 let leaves = vec![Vec::new(); outcomes.len()];
                 return (
@@ -999,25 +1119,37 @@ fn finish(
     }
     for (key, mut row) in batch.requests {
         // An outcome that is empty stands for the record itself.
-        if let (true, Some(reference)) = (row.outcome.is_empty(), batch.request_events.get(&key).and_then(|event| references.get(*event))) {
+        if let (true, Some(reference)) =
+            (row.outcome.is_empty(), batch.request_events.get(&key).and_then(|event| references.get(*event)))
+        {
             let (reference, leaf) = *reference;
             row.outcome = RecordName { reference, leaf }.encode();
         }
-        let seal = seal.current().seal_request(&key.principal, key.request, key.chunk, &row.digest, row.expires, &row.outcome);
+        let seal =
+            seal.current().seal_request(&key.principal, key.request, key.chunk, &row.digest, row.expires, &row.outcome);
         row.outcome.splice(..0, seal);
         changes.requests.push(RequestPut { key, row });
     }
     changes.revocations = batch.revocations;
-    changes.fingerprints =
-        batch.fingerprints.into_iter().flat_map(|(prefix, owners)| owners.into_iter().map(move |owner| FingerprintPut { prefix, owner })).collect();
+    changes.fingerprints = batch
+        .fingerprints
+        .into_iter()
+        .flat_map(|(prefix, owners)| owners.into_iter().map(move |owner| FingerprintPut { prefix, owner }))
+        .collect();
     changes.shipments = batch.shipments.into_values().collect();
     changes.refusals = batch.refused_lines;
     changes.tasks = batch.tasks.into_values().collect();
 
-    let nothing =
-        changes.audit.is_empty() && changes.requests.is_empty() && changes.shipments.is_empty() && changes.refusals.is_empty() && changes.tasks.is_empty();
+    let nothing = changes.audit.is_empty()
+        && changes.requests.is_empty()
+        && changes.shipments.is_empty()
+        && changes.refusals.is_empty()
+        && changes.tasks.is_empty();
     let decision = if nothing { Decision::Abandon } else { Decision::Commit(Box::new(changes)) };
-    (decision, Attempt { head, outcomes, leaves, fresh_chunks: batch.fresh_chunks, written, refusals: noted, refused, grown })
+    (
+        decision,
+        Attempt { head, outcomes, leaves, fresh_chunks: batch.fresh_chunks, written, refusals: noted, refused, grown },
+    )
 }
 
 /// Seals a changed row in its next generation, and says what the audit record tells of it.
@@ -1039,7 +1171,12 @@ fn put_row(id: &RowId, opened: Opened, seal: &SealKey, changes: &mut Changes) ->
     };
     let digest = seal.row_digest(id, generation, &body);
     let row = SealedRow { generation: generation.number(), seal: *seal.seal(id, generation, &body).octets(), body };
-    let row_write = RowWrite { kind: u32::from(id.kind()), id: id_octets(id).into(), generation: row.generation, digest: digest.to_vec().into() };
+    let row_write = RowWrite {
+        kind: u32::from(id.kind()),
+        id: id_octets(id).into(),
+        generation: row.generation,
+        digest: digest.to_vec().into(),
+    };
     match value {
         Value::Meter(meter) => changes.meters.push(match (opened.generation, opened.reprojected) {
             (None, _) => MeterPut::insert(meter.title, row, projection(&meter)),
@@ -1074,19 +1211,40 @@ fn id_octets(id: &RowId) -> Vec<u8> {
 }
 
 fn closed_chain(tail: &AuditTail) -> ClosedChain {
-    ClosedChain { writer: tail.writer.octets().to_vec().into(), last_sequence: tail.sequence, chain: tail.chain.to_vec().into() }
+    ClosedChain {
+        writer: tail.writer.octets().to_vec().into(),
+        last_sequence: tail.sequence,
+        chain: tail.chain.to_vec().into(),
+    }
 }
 
-/// The chains that the first record of another closes: the writer, and the number of its last record.
+/// The chains that the first record of another closes: the writer, and the number of its last
+/// record.
 fn closed_in(record: &[u8]) -> Vec<(WriterId, u64)> {
-    let Some(Event::WriterOpened(opened)) = AuditRecord::decode(record).ok().and_then(|record| record.event) else { return Vec::new() };
-    opened.closed.into_iter().filter_map(|chain| Some((WriterId::from_octets(&chain.writer).ok()?, chain.last_sequence))).collect()
+    let Some(Event::WriterOpened(opened)) = AuditRecord::decode(record).ok().and_then(|record| record.event) else {
+        return Vec::new();
+    };
+    opened
+        .closed
+        .into_iter()
+        .filter_map(|chain| Some((WriterId::from_octets(&chain.writer).ok()?, chain.last_sequence)))
+        .collect()
 }
 
 fn append(head: &mut ChainHead, keys: &AuditKeys, record: AuditRecord, now: UnixMillis) -> (AuditLeaf, AuditAppend) {
     let kind = record.event.as_ref().map_or(0, event_kind);
     let linked = head.link(keys, record, now);
-    (linked.leaf, AuditAppend { writer: head.writer, sequence: linked.sequence, time: now, kind, record: linked.record, chain: linked.chain })
+    (
+        linked.leaf,
+        AuditAppend {
+            writer: head.writer,
+            sequence: linked.sequence,
+            time: now,
+            kind,
+            record: linked.record,
+            chain: linked.chain,
+        },
+    )
 }
 
 /// The number of [`Event::ClockJumped`].
@@ -1138,9 +1296,12 @@ fn refusal_of(error: &ServiceError, actor: &Actor) -> Option<Refusal> {
         | ServiceError::NotFound { .. } => Some(Refusal {
             principal: actor.principal.as_ref().map(ToString::to_string).unwrap_or_default(),
             action: actor.action.to_owned(),
-            // Without the meter: one client that asks for many unknown meters is one line in the log, not thousands.
+            // Without the meter: one client that asks for many unknown meters is one line in the
+            // log, not thousands.
             reason: match error {
-                ServiceError::PermissionDenied { asked, .. } => format!("`{}` is not permitted", asked.split(" with ").next().unwrap_or_default()),
+                ServiceError::PermissionDenied { asked, .. } => {
+                    format!("`{}` is not permitted", asked.split(" with ").next().unwrap_or_default())
+                }
                 other => other.to_string(),
             },
             security_event: false,
@@ -1149,7 +1310,8 @@ fn refusal_of(error: &ServiceError, actor: &Actor) -> Option<Refusal> {
     }
 }
 
-/// Tells other servers that this one is alive, and removes requests that can no longer be repeated, a few at a time so that acts do not wait.
+/// Tells other servers that this one is alive, and removes requests that can no longer be repeated,
+/// a few at a time so that acts do not wait.
 async fn keep_house(shared: Weak<Shared>) {
     let mut ticks = tokio::time::interval(PURGE_EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

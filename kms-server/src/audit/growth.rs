@@ -1,4 +1,5 @@
-//! How fast the acts of one principal make the log grow: bounded, since the log is never cut, and its disk full would stop all grants (I2).
+//! How fast the acts of one principal make the log grow: bounded, since the log is never cut, and
+//! its disk full would stop all grants (I2).
 //!
 //! Counted in the writer's memory, by server. A restart counts anew: no principal can cause one.
 
@@ -16,7 +17,8 @@ use crate::{
     error::ServiceError,
 };
 
-/// Octets of records that the acts of each principal added within its hour, which begins with its first record.
+/// Octets of records that the acts of each principal added within its hour, which begins with its
+/// first record.
 #[derive(Default)]
 pub(super) struct Growth {
     of: HashMap<PrincipalId, Hour>,
@@ -63,7 +65,11 @@ impl Growth {
     /// # Errors
     /// The principal has added what it may within an hour.
     pub(super) fn permit(&self, actor: &Actor, limits: &Limits, at: Instant) -> Result<(), ServiceError> {
-        let Some((principal, hour)) = actor.principal.as_ref().and_then(|principal| Some((principal, self.hour(principal, at)?))) else { return Ok(()) };
+        let Some((principal, hour)) =
+            actor.principal.as_ref().and_then(|principal| Some((principal, self.hour(principal, at)?)))
+        else {
+            return Ok(());
+        };
         let bound = limits.log_octets_per_principal_and_hour;
         let limit = if BULK.contains(&actor.action) { bound } else { bound.saturating_add(bound / 4) };
         if hour.octets < limit || ALWAYS.contains(&actor.action) {
@@ -82,16 +88,28 @@ impl Growth {
         for (principal, octets) in &grown.octets {
             let hour = self.hour(principal, at);
             let sum = hour.map_or(0, |hour| hour.octets).saturating_add(*octets);
-            let Some(level) = Level::of(sum, bound).filter(|level| hour.and_then(|hour| hour.told).is_none_or(|told| told < *level)) else { continue };
+            let Some(level) =
+                Level::of(sum, bound).filter(|level| hour.and_then(|hour| hour.told).is_none_or(|told| told < *level))
+            else {
+                continue;
+            };
             let detail = match level {
-                Level::Quarter => format!("{sum} octets within an hour, a quarter of the {bound} that one principal may add"),
+                Level::Quarter => {
+                    format!("{sum} octets within an hour, a quarter of the {bound} that one principal may add")
+                }
                 Level::Full => {
-                    format!("{sum} octets within an hour, all of the {bound} that one principal may add: its further sessions and frames are refused")
+                    format!(
+                        "{sum} octets within an hour, all of the {bound} that one principal may add: its further sessions and frames are refused"
+                    )
                 }
             };
             tracing::warn!(%principal, detail, "the audit log grows by the acts of one principal");
             let event = SecurityEvent { kind: "log-growth".to_owned(), detail, meter: Default::default() };
-            alarms.push(AuditRecord { principal: principal.to_string(), event: Some(Event::SecurityEvent(event)), ..Default::default() });
+            alarms.push(AuditRecord {
+                principal: principal.to_string(),
+                event: Some(Event::SecurityEvent(event)),
+                ..Default::default()
+            });
             grown.told.push((principal.clone(), level));
         }
         alarms
@@ -129,11 +147,13 @@ impl Level {
 }
 
 const HOUR: Duration = Duration::from_hours(1);
-/// What is asked for by the thousand. Everything else may use a reserve of a quarter above the bound: a head-end whose sessions are used up can still
-/// finish its transfers, and revocations go through.
+/// What is asked for by the thousand. Everything else may use a reserve of a quarter above the
+/// bound: a head-end whose sessions are used up can still finish its transfers, and revocations go
+/// through.
 const BULK: [&str; 4] = ["openSession", "openGroupSession", "protectFrame", "unprotectFrame"];
 
-/// What ends a thief's access: never refused, and there are not many principals and certificates to end.
+/// What ends a thief's access: never refused, and there are not many principals and certificates to
+/// end.
 const ALWAYS: [&str; 2] = ["disablePrincipal", "endCertificate"];
 
 #[cfg(test)]
@@ -143,7 +163,8 @@ mod tests {
     #[test]
     fn an_hour_has_its_bound_its_alarms_and_its_end() {
         let principal = PrincipalId::parse("urn:meterkms:dev:head-end:north").unwrap();
-        let actor = |action| Actor { principal: Some(principal.clone()), certificate_sha256: None, request: None, action };
+        let actor =
+            |action| Actor { principal: Some(principal.clone()), certificate_sha256: None, request: None, action };
         let limits = Limits { log_octets_per_principal_and_hour: 1_000, ..Limits::default() };
         let (mut growth, begin) = (Growth::default(), Instant::now());
         let mut alarms = Vec::new();

@@ -1,8 +1,10 @@
-//! Restored mode (I4): finds out that the database is older than what was served from it, and raises all counters before any is dealt.
+//! Restored mode (I4): finds out that the database is older than what was served from it, and
+//! raises all counters before any is dealt.
 //!
-//! Three things tell: the timeline of a PostgreSQL cluster is another one than the island's row names; the log lacks a record that this
-//! server remembers in its watermark file; an operator says so. The island's row then gets a higher [`CounterJump`], in one act with
-//! its record. That is all that has to be written: each counter takes the jump at its next reservation.
+//! Three things tell: the timeline of a PostgreSQL cluster is another one than the island's row
+//! names; the log lacks a record that this server remembers in its watermark file; an operator says
+//! so. The island's row then gets a higher [`CounterJump`], in one act with its record. That is all
+//! that has to be written: each counter takes the jump at its next reservation.
 
 use std::io;
 use std::num::NonZeroU32;
@@ -19,18 +21,20 @@ use crate::files;
 /// How a restored database is found, and what is done then.
 #[derive(Clone, Debug)]
 pub struct RestoreSettings {
-    /// By how much a restore raises every counter: more than can have been dealt of one counter since the backup.
+    /// By how much a restore raises every counter: more than can have been dealt of one counter
+    /// since the backup.
     pub counter_jump: NonZeroU32,
-    /// Where this server remembers up to where it has seen the log. Without it only a changed timeline is noticed.
+    /// Where this server remembers up to where it has seen the log. Without it only a changed
+    /// timeline is noticed.
     pub watermark: Option<PathBuf>,
     /// An operator says that the database was restored.
     pub declared: bool,
 }
 
 impl RestoreSettings {
-    /// 2²⁴ counters. A head-end that takes 1,000 counters each quarter of an hour uses them in 174 days, and servers that take turns
-    /// on a meter at each of 96 daily sessions, 65,536 counters a turn, in 2.6 days. After 204 restores and fail-overs 80 % of
-    /// the counters are passed over.
+    /// 2²⁴ counters. A head-end that takes 1,000 counters each quarter of an hour uses them in 174
+    /// days, and servers that take turns on a meter at each of 96 daily sessions, 65,536 counters a
+    /// turn, in 2.6 days. After 204 restores and fail-overs 80 % of the counters are passed over.
     pub const DEFAULT_COUNTER_JUMP: NonZeroU32 = match NonZeroU32::new(1 << 24) {
         Some(jump) => jump,
         None => NonZeroU32::MIN,
@@ -44,18 +48,22 @@ impl Default for RestoreSettings {
 }
 
 impl RestoreSettings {
-    /// The oldest seal key version that this server remembers as accepted in rows (I5): a row of the island that is sealed below it is refused at
-    /// start, whatever it says of itself. 1: it remembers nothing, or an operator says that the database was restored. A file that does not read keeps
-    /// the committer from settling, and so the server from serving.
+    /// The oldest seal key version that this server remembers as accepted in rows (I5): a row of
+    /// the island that is sealed below it is refused at start, whatever it says of itself. 1: it
+    /// remembers nothing, or an operator says that the database was restored. A file that does not
+    /// read keeps the committer from settling, and so the server from serving.
     pub fn oldest_seal_key(&self, island: &IslandName, seal: &SealKeys) -> u8 {
         match &self.watermark {
-            Some(path) if !self.declared => Watermark::read(path, island, seal).ok().flatten().map_or(1, |mark| mark.oldest_seal_key),
+            Some(path) if !self.declared => {
+                Watermark::read(path, island, seal).ok().flatten().map_or(1, |mark| mark.oldest_seal_key)
+            }
             _ => 1,
         }
     }
 }
 
-/// What a server remembers outside the database: its last record, the highest jump, and which seal keys are retired.
+/// What a server remembers outside the database: its last record, the highest jump, and which seal
+/// keys are retired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Watermark {
     pub(super) writer: WriterId,
@@ -84,7 +92,8 @@ impl Watermark {
             )
         };
         let file: WatermarkFile = toml::from_str(&text).map_err(|_| refuse())?;
-        let writer = hex::decode(&file.writer).ok().and_then(|octets| WriterId::from_octets(&octets).ok()).ok_or_else(refuse)?;
+        let writer =
+            hex::decode(&file.writer).ok().and_then(|octets| WriterId::from_octets(&octets).ok()).ok_or_else(refuse)?;
         let oldest_seal_key = file.oldest_seal_key.unwrap_or(1).max(1);
         let mark = Self { writer, sequence: file.sequence, jump: CounterJump::new(file.jump), oldest_seal_key };
         let stored = hex::decode(&file.seal).map_err(|_| refuse())?;
@@ -157,7 +166,9 @@ impl Comparison {
 
     /// Brings the island's row up to date, with a record (I2).
     pub(super) fn settle(&self, view: &mut View<'_, '_>, island: &IslandName) -> Result<DatabaseHistory, ServiceError> {
-        let row = view.island(island)?.ok_or_else(|| ServiceError::Internal("the island's row is missing (I5)".to_owned()))?;
+        let row = view
+            .island(island)?
+            .ok_or_else(|| ServiceError::Internal("the island's row is missing (I5)".to_owned()))?;
         // Judged again: another server may have been faster.
         let (history, restored) = self.judge(row.history);
         if history == row.history {
@@ -166,10 +177,16 @@ impl Comparison {
         let (kind, detail) = match (restored, history.timeline) {
             (Some(reason), _) => {
                 let raised = history.jump.beyond(row.history.jump);
-                tracing::error!(reason, raised, "the database was restored or failed over: all invocation counters are raised (I4)");
+                tracing::error!(
+                    reason,
+                    raised,
+                    "the database was restored or failed over: all invocation counters are raised (I4)"
+                );
                 ("database-restored", format!("{reason}; all invocation counters are raised by {raised} (I4)"))
             }
-            (None, Some(timeline)) => ("database-timeline", format!("the database writes {timeline}: noted for the first time")),
+            (None, Some(timeline)) => {
+                ("database-timeline", format!("the database writes {timeline}: noted for the first time"))
+            }
             (None, None) => ("database-timeline", "the database has no timeline".to_owned()),
         };
         view.append(Event::SecurityEvent(SecurityEvent { kind: kind.to_owned(), detail, meter: Default::default() }));
@@ -221,7 +238,10 @@ mod tests {
         let (raised, _) = comparison(None, 300, &[]).judge(DatabaseHistory::default());
         assert_eq!(raised.jump, CounterJump::new(400));
         let (raised, reason) = comparison(None, 300, &["an operator said so"]).judge(raised);
-        assert_eq!((raised.jump, raised.restores, reason.as_deref()), (CounterJump::new(500), 2, Some("an operator said so")));
+        assert_eq!(
+            (raised.jump, raised.restores, reason.as_deref()),
+            (CounterJump::new(500), 2, Some("an operator said so"))
+        );
     }
 
     #[test]
@@ -232,7 +252,12 @@ mod tests {
         let seal = SealKey::new(1, &Zeroizing::new([5; 32]));
         let keys = SealKeys::from(SealKey::new(1, &Zeroizing::new([5; 32])));
         assert_eq!(Watermark::read(&path, &island, &keys), Ok(None));
-        let mark = Watermark { writer: WriterId::from_octets(&[9; 16]).unwrap(), sequence: 41, jump: CounterJump::new(1 << 24), oldest_seal_key: 1 };
+        let mark = Watermark {
+            writer: WriterId::from_octets(&[9; 16]).unwrap(),
+            sequence: 41,
+            jump: CounterJump::new(1 << 24),
+            oldest_seal_key: 1,
+        };
         mark.write(&path, &island, &seal).unwrap();
         assert_eq!(Watermark::read(&path, &island, &keys), Ok(Some(mark)));
         assert!(!std::fs::read_to_string(&path).unwrap().contains("oldest"), "as files of before");
@@ -242,7 +267,10 @@ mod tests {
         let retired = Watermark { oldest_seal_key: 2, ..mark };
         retired.write(&path, &island, &next).unwrap();
         let restore = RestoreSettings { watermark: Some(path.clone()), ..RestoreSettings::default() };
-        assert_eq!((Watermark::read(&path, &island, &both), restore.oldest_seal_key(&island, &both)), (Ok(Some(retired)), 2));
+        assert_eq!(
+            (Watermark::read(&path, &island, &both), restore.oldest_seal_key(&island, &both)),
+            (Ok(Some(retired)), 2)
+        );
         assert_eq!(RestoreSettings { declared: true, ..restore.clone() }.oldest_seal_key(&island, &both), 1);
         let text = std::fs::read_to_string(&path).unwrap();
         std::fs::write(&path, text.replace("oldest_seal_key = 2", "oldest_seal_key = 1")).unwrap();

@@ -18,6 +18,8 @@ pub(crate) use committer::{CLOCK_JUMPED, event_kind};
 pub use committer::{Committed, Committer, CommitterSettings};
 pub use history::RestoreSettings;
 pub use owner_row::OwnerRow;
-pub use replay::{Answered, Asked, Asking, PastRecord, RecordName, Replay, Window, overtaken, refused_before, used_for_another};
+pub use replay::{
+    Answered, Asked, Asking, PastRecord, RecordName, Replay, Window, overtaken, refused_before, used_for_another,
+};
 pub(crate) use view::sealed_name;
 pub use view::{Actor, CounterOf, LiveLease, View};

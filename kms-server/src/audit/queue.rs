@@ -1,7 +1,9 @@
-//! Acts that wait for the writer: those of each principal in a lane of their own, served in turn by what they cost, small before large.
+//! Acts that wait for the writer: those of each principal in a lane of their own, served in turn by
+//! what they cost, small before large.
 //!
-//! The acts of one principal stay in their order: a replay comes after what it repeats, and leases follow each other as they were asked for. One that
-//! floods waits for itself: another one's act waits for the transaction that is under way, and comes into the next.
+//! The acts of one principal stay in their order: a replay comes after what it repeats, and leases
+//! follow each other as they were asked for. One that floods waits for itself: another one's act
+//! waits for the transaction that is under way, and comes into the next.
 
 #[cfg(test)]
 mod tests;
@@ -57,8 +59,11 @@ pub(super) struct Receiver(Arc<Shared>);
 
 /// A queue.
 pub(super) fn queue(limits: Arc<Limits>) -> (Sender, Receiver) {
-    let shared =
-        Arc::new(Shared { state: Mutex::new(State { turns: Turns::new(), closed: false, last: None, changed: None }), changed: Notify::new(), limits });
+    let shared = Arc::new(Shared {
+        state: Mutex::new(State { turns: Turns::new(), closed: false, last: None, changed: None }),
+        changed: Notify::new(),
+        limits,
+    });
     (Sender(Arc::clone(&shared)), Receiver(shared))
 }
 
@@ -76,14 +81,23 @@ impl Sender {
         if let Some(principal) = &payer {
             let refuse = |bound: Bound, what: &str| Err(bound.met(limits, what, RETRY_AFTER));
             if state.turns.len() >= limits.number(Bound::ActsWaiting) {
-                return refuse(Bound::ActsWaiting, "the server has as many acts waiting as it takes; the database may be slow");
+                return refuse(
+                    Bound::ActsWaiting,
+                    "the server has as many acts waiting as it takes; the database may be slow",
+                );
             }
             let waiting = state.turns.waiting(&payer);
             if waiting.items >= limits.number(Bound::ActsWaitingPerPrincipal) {
-                return refuse(Bound::ActsWaitingPerPrincipal, &format!("{principal} sends more calls than the writer takes; send fewer at a time"));
+                return refuse(
+                    Bound::ActsWaitingPerPrincipal,
+                    &format!("{principal} sends more calls than the writer takes; send fewer at a time"),
+                );
             }
             if waiting.items > 0 && waiting.work.saturating_add(cost) > limits.meters_in_flight_per_principal {
-                let what = format!("{principal} has acts waiting that name {} meters, keys and tasks; send fewer or smaller calls at a time", waiting.work);
+                let what = format!(
+                    "{principal} has acts waiting that name {} meters, keys and tasks; send fewer or smaller calls at a time",
+                    waiting.work
+                );
                 return refuse(Bound::MetersInFlightPerPrincipal, &what);
             }
         }

@@ -1,5 +1,5 @@
-//! Refusals are recorded, but no client can fill the disk with them: the first of a kind is written at once, those that follow within
-//! the period are counted and written as one.
+//! Refusals are recorded, but no client can fill the disk with them: the first of a kind is written
+//! at once, those that follow within the period are counted and written as one.
 
 use std::{
     collections::HashMap,
@@ -56,19 +56,28 @@ impl Refusals {
         counted.unwritten = counted.unwritten.saturating_add(times);
     }
 
-    /// The kind under which a refusal is counted. Past the bounds, what differs in detail is counted together: for each principal by itself, so that none
-    /// hides what others do, and for each action by itself, so that many reasons of one do not hide another.
+    /// The kind under which a refusal is counted. Past the bounds, what differs in detail is
+    /// counted together: for each principal by itself, so that none hides what others do, and for
+    /// each action by itself, so that many reasons of one do not hide another.
     fn kind_of(&self, refusal: Refusal) -> Refusal {
         let Refusal { principal, action, security_event, .. } = &refusal;
         let (mut of_one, mut of_action) = (0, 0);
-        for known in self.known.keys().filter(|known| known.principal == *principal && known.security_event == *security_event) {
+        for known in
+            self.known.keys().filter(|known| known.principal == *principal && known.security_event == *security_event)
+        {
             of_one += 1;
             of_action += usize::from(known.action == *action);
         }
-        let (full, most) = (self.known.len() >= MOST_KINDS, if *security_event { MOST_EVENTS } else { MOST_KINDS_OF_ONE });
+        let (full, most) =
+            (self.known.len() >= MOST_KINDS, if *security_event { MOST_EVENTS } else { MOST_KINDS_OF_ONE });
         if full || of_one >= most {
             let principal = if full { String::new() } else { refusal.principal };
-            return Refusal { principal, action: "any".to_owned(), reason: "more kinds of refusal than are counted apart".to_owned(), ..refusal };
+            return Refusal {
+                principal,
+                action: "any".to_owned(),
+                reason: "more kinds of refusal than are counted apart".to_owned(),
+                ..refusal
+            };
         }
         if !security_event && of_action >= MOST_REASONS {
             return Refusal { reason: "more reasons than are counted apart".to_owned(), ..refusal };
@@ -76,14 +85,21 @@ impl Refusals {
         refusal
     }
 
-    /// The records that are due: kinds never written, and kinds last written more than the period ago.
+    /// The records that are due: kinds never written, and kinds last written more than the period
+    /// ago.
     pub(super) fn due(&self, at: Instant) -> Vec<AuditRecord> {
-        self.known.iter().filter(|(_, counted)| counted.is_due(at)).map(|(refusal, counted)| refusal.record(counted)).collect()
+        self.known
+            .iter()
+            .filter(|(_, counted)| counted.is_due(at))
+            .map(|(refusal, counted)| refusal.record(counted))
+            .collect()
     }
 
     /// To be called when the records of [`Self::due`] are durable.
     pub(super) fn written(&mut self, at: Instant) {
-        self.known.retain(|_, counted| counted.unwritten > 0 || counted.written.is_some_and(|written| at.duration_since(written) < PERIOD));
+        self.known.retain(|_, counted| {
+            counted.unwritten > 0 || counted.written.is_some_and(|written| at.duration_since(written) < PERIOD)
+        });
         for (refusal, counted) in &mut self.known {
             if counted.is_due(at) {
                 let Refusal { principal, action, reason, .. } = refusal;
@@ -99,7 +115,8 @@ impl Refusals {
     }
 }
 
-/// Refusals of calls that came to no act, until the writer takes them. As bounded as what it keeps itself.
+/// Refusals of calls that came to no act, until the writer takes them. As bounded as what it keeps
+/// itself.
 #[derive(Default)]
 pub(super) struct Outside {
     refusals: Mutex<Refusals>,
@@ -131,9 +148,18 @@ impl Counted {
 impl Refusal {
     fn record(&self, counted: &Counted) -> AuditRecord {
         let event = if self.security_event {
-            Event::SecurityEvent(SecurityEvent { kind: self.action.clone(), detail: self.reason.clone(), meter: Default::default() })
+            Event::SecurityEvent(SecurityEvent {
+                kind: self.action.clone(),
+                detail: self.reason.clone(),
+                meter: Default::default(),
+            })
         } else {
-            Event::Refused(Refused { action: self.action.clone(), reason: self.reason.clone(), count: counted.unwritten, first_ms: counted.first.0 })
+            Event::Refused(Refused {
+                action: self.action.clone(),
+                reason: self.reason.clone(),
+                count: counted.unwritten,
+                first_ms: counted.first.0,
+            })
         };
         AuditRecord { principal: self.principal.clone(), event: Some(event), ..Default::default() }
     }
@@ -143,7 +169,8 @@ const PERIOD: Duration = Duration::from_secs(60);
 /// Kinds of all principals together, and of one.
 const MOST_KINDS: usize = 4_096;
 const MOST_KINDS_OF_ONE: usize = 256;
-/// Reasons of one principal's action that are told apart: an action has few, unless they name what the caller chose.
+/// Reasons of one principal's action that are told apart: an action has few, unless they name what
+/// the caller chose.
 const MOST_REASONS: usize = 4;
 /// Security events of one principal that are told apart: each names its row.
 const MOST_EVENTS: usize = 512;
@@ -153,7 +180,12 @@ mod tests {
     use super::*;
 
     fn refusal(action: &str) -> Refusal {
-        Refusal { principal: "urn:meterkms:dev:head-end:north".to_owned(), action: action.to_owned(), reason: "no policy".to_owned(), security_event: false }
+        Refusal {
+            principal: "urn:meterkms:dev:head-end:north".to_owned(),
+            action: action.to_owned(),
+            reason: "no policy".to_owned(),
+            security_event: false,
+        }
     }
 
     #[test]
@@ -168,7 +200,10 @@ mod tests {
         }
         assert!(refusals.due(start).is_empty());
         let due = refusals.due(start + PERIOD);
-        assert!(matches!(&due[..], [AuditRecord { event: Some(Event::Refused(Refused { count: 1_000, first_ms: 0, .. })), .. }]));
+        assert!(matches!(
+            &due[..],
+            [AuditRecord { event: Some(Event::Refused(Refused { count: 1_000, first_ms: 0, .. })), .. }]
+        ));
     }
 
     #[test]
@@ -182,9 +217,15 @@ mod tests {
         outside.note(refusal("b"), UnixMillis(9));
         refusals.absorb(outside.take());
         refusals.absorb(outside.take());
-        assert!(matches!(&refusals.due(start)[..], [AuditRecord { event: Some(Event::Refused(Refused { count: 1, first_ms: 9, .. })), .. }]));
+        assert!(matches!(
+            &refusals.due(start)[..],
+            [AuditRecord { event: Some(Event::Refused(Refused { count: 1, first_ms: 9, .. })), .. }]
+        ));
         refusals.written(start);
-        assert!(matches!(&refusals.due(start + PERIOD)[..], [AuditRecord { event: Some(Event::Refused(Refused { count: 3, first_ms: 6, .. })), .. }]));
+        assert!(matches!(
+            &refusals.due(start + PERIOD)[..],
+            [AuditRecord { event: Some(Event::Refused(Refused { count: 3, first_ms: 6, .. })), .. }]
+        ));
     }
 
     #[test]

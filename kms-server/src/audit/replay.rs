@@ -1,9 +1,12 @@
-//! What a repeated request gets: the same answer again, or a refusal. It is decided here for every call that takes a request id, and nowhere else.
+//! What a repeated request gets: the same answer again, or a refusal. It is decided here for every
+//! call that takes a request id, and nowhere else.
 //!
-//! A caller repeats a request when it does not know whether it was answered. A use case asks [`View::asked`] first, in the transaction that would act, and
-//! remembers with [`View::answered`] or [`View::answered_with`] what it did. In between it decides on the caller and the policy anew: a repetition is no right
-//! (I8). Where keys or frames leave, the answer is the audit record itself (I2): [`View::replay`]. It is compared with what would be answered now, and
-//! whatever differs is a refusal: a counter goes out again with the same octets only (I4).
+//! A caller repeats a request when it does not know whether it was answered. A use case asks
+//! [`View::asked`] first, in the transaction that would act, and remembers with [`View::answered`]
+//! or [`View::answered_with`] what it did. In between it decides on the caller and the policy anew:
+//! a repetition is no right (I8). Where keys or frames leave, the answer is the audit record itself
+//! (I2): [`View::replay`]. It is compared with what would be answered now, and whatever differs is
+//! a refusal: a counter goes out again with the same octets only (I4).
 //!
 //! | the request id is | the repetition gets |
 //! |---|---|
@@ -13,10 +16,12 @@
 //! | known, and its row does not verify | `PERMISSION_DENIED`, and a security event (I5) |
 //! | unknown | a decision as for the first time. So does a request of which everything was refused: nothing left, so nothing is remembered |
 //!
-//! Calls that cannot do a thing twice are not remembered, since their rows say that it is done: revoking a grant, reporting or withdrawing a step of a transfer
-//! (steps are numbered), switching a group's key, and what is named by its content or name (shipments, device types).
+//! Calls that cannot do a thing twice are not remembered, since their rows say that it is done:
+//! revoking a grant, reporting or withdrawing a step of a transfer (steps are numbered), switching
+//! a group's key, and what is named by its content or name (shipments, device types).
 //!
-//! The age of an answer is in the seal of the request's row: one that was put back after its time is too old still.
+//! The age of an answer is in the seal of the request's row: one that was put back after its time
+//! is too old still.
 
 use kms_domain::{RequestId, UnixMillis, WriterId};
 use kms_proto::v1::AuditRecord;
@@ -92,7 +97,8 @@ impl Answered {
     /// # Errors
     /// It does not decode: another version of the server wrote it.
     pub fn message<M: Message + Default>(&self) -> Result<M, ServiceError> {
-        M::decode(self.outcome.as_slice()).map_err(|_| ServiceError::Internal("a remembered answer does not decode".to_owned()))
+        M::decode(self.outcome.as_slice())
+            .map_err(|_| ServiceError::Internal("a remembered answer does not decode".to_owned()))
     }
 
     /// The name of the record that [`View::answered`] remembered.
@@ -101,9 +107,13 @@ impl Answered {
     /// The request is being executed at this moment, or the answer names no record.
     fn record(&self) -> Result<RecordName, ServiceError> {
         if self.outcome.is_empty() {
-            return Err(ServiceError::Aborted { reason: "this request is being carried out at this moment".to_owned(), next_step: "repeat it".to_owned() });
+            return Err(ServiceError::Aborted {
+                reason: "this request is being carried out at this moment".to_owned(),
+                next_step: "repeat it".to_owned(),
+            });
         }
-        RecordName::decode(&self.outcome).ok_or_else(|| ServiceError::Internal("the outcome of a past request does not read".to_owned()))
+        RecordName::decode(&self.outcome)
+            .ok_or_else(|| ServiceError::Internal("the outcome of a past request does not read".to_owned()))
     }
 }
 
@@ -122,7 +132,8 @@ impl RecordName {
     fn decode(outcome: &[u8]) -> Option<Self> {
         let (writer, rest) = outcome.split_first_chunk::<16>()?;
         let (sequence, leaf) = rest.split_first_chunk::<8>()?;
-        let reference = AuditReference { writer: WriterId::from_octets(writer).ok()?, sequence: u64::from_be_bytes(*sequence) };
+        let reference =
+            AuditReference { writer: WriterId::from_octets(writer).ok()?, sequence: u64::from_be_bytes(*sequence) };
         Some(Self { reference, leaf: AuditLeaf(leaf.try_into().ok()?) })
     }
 
@@ -131,10 +142,17 @@ impl RecordName {
     /// # Errors
     /// It is gone or was changed, or the database is away.
     pub async fn read(self, store: &dyn Store) -> Result<PastRecord, ServiceError> {
-        let gone = || ServiceError::Internal("the audit record of a past request is missing or was changed (I2): run `kms audit scrub`".to_owned());
+        let gone = || {
+            ServiceError::Internal(
+                "the audit record of a past request is missing or was changed (I2): run `kms audit scrub`".to_owned(),
+            )
+        };
         let Self { reference, leaf } = self;
         let rows = store.audit_of_writer(reference.writer, reference.sequence, 1).await?;
-        let row = rows.first().filter(|row| row.sequence == reference.sequence && AuditLeaf::of(&row.record) == leaf).ok_or_else(gone)?;
+        let row = rows
+            .first()
+            .filter(|row| row.sequence == reference.sequence && AuditLeaf::of(&row.record) == leaf)
+            .ok_or_else(gone)?;
         Ok(PastRecord { name: self, record: AuditRecord::decode(row.record.as_slice()).map_err(|_| gone())? })
     }
 }
@@ -169,13 +187,15 @@ impl View<'_, '_> {
     /// Whether this request was answered before.
     ///
     /// # Errors
-    /// Its id was used for another request, it is too old to be repeated, its row does not verify, or was not read yet.
+    /// Its id was used for another request, it is too old to be repeated, its row does not verify,
+    /// or was not read yet.
     pub fn asked(&mut self, asking: &Asking) -> Result<Asked, ServiceError> {
         let Some(remembered) = self.request(&asking.key)? else { return Ok(Asked::First) };
         if remembered.digest != asking.digest {
             return Err(used_for_another());
         }
-        // By the time that is sealed: a row that was put back after it was purged is as old as it was (I4, I5).
+        // By the time that is sealed: a row that was put back after it was purged is as old as it
+        // was (I4, I5).
         if remembered.expires.is_none_or(|expires| self.now() > expires) {
             return Err(ServiceError::Aborted {
                 reason: "this request was answered too long ago to be repeated".to_owned(),
@@ -185,10 +205,12 @@ impl View<'_, '_> {
         Ok(Asked::Before(Answered { outcome: remembered.outcome }))
     }
 
-    /// As [`Self::asked`], for an act whose answer is its audit record: `past` is that, once it was read.
+    /// As [`Self::asked`], for an act whose answer is its audit record: `past` is that, once it was
+    /// read.
     ///
     /// # Errors
-    /// As [`Self::asked`]; the request is being executed at this moment; or `past` is not the record of this request any more.
+    /// As [`Self::asked`]; the request is being executed at this moment; or `past` is not the
+    /// record of this request any more.
     pub fn replay<'p>(&mut self, asking: &Asking, past: Option<&'p PastRecord>) -> Result<Replay<'p>, ServiceError> {
         match (self.asked(asking)?, past) {
             (Asked::First, None) => Ok(Replay::First),
@@ -214,7 +236,8 @@ impl View<'_, '_> {
         self.put_request(asking.key.clone(), RequestRow { digest: asking.digest, outcome, expires }, by_record);
     }
 
-    /// A mark of what was protected under a counter, for its record: a keyed digest, since who reads the log must not be able to guess at it.
+    /// A mark of what was protected under a counter, for its record: a keyed digest, since who
+    /// reads the log must not be able to guess at it.
     pub fn mark_content(&self, content: &[u8]) -> [u8; 16] {
         self.base.seal.current().mark_content(content)
     }
@@ -240,10 +263,14 @@ pub fn used_for_another() -> ServiceError {
 
 /// The refusal of a repetition that could not be answered with the same again.
 pub fn overtaken(what: &str) -> ServiceError {
-    ServiceError::Aborted { reason: format!("{what} since this request was answered"), next_step: "ask again with a new request id".to_owned() }
+    ServiceError::Aborted {
+        reason: format!("{what} since this request was answered"),
+        next_step: "ask again with a new request id".to_owned(),
+    }
 }
 
-/// The refusal of a part that was refused when the request was answered: whatever has changed, a repetition gives nothing new (I2, I8).
+/// The refusal of a part that was refused when the request was answered: whatever has changed, a
+/// repetition gives nothing new (I2, I8).
 pub fn refused_before() -> ServiceError {
     ServiceError::Aborted {
         reason: "this was refused when the request was answered first".to_owned(),

@@ -1,4 +1,5 @@
-//! What an act sees and changes: rows opened and verified (I5), changes staged until the whole act is decided.
+//! What an act sees and changes: rows opened and verified (I5), changes staged until the whole act
+//! is decided.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -8,15 +9,16 @@ use std::{
 };
 
 use kms_domain::{
-    Campaign, CampaignId, ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterJump, CounterKey, CounterPlace, CounterState, CounterUse, Counters,
-    DeviceType, DeviceTypeId, Exposure, Generation, Group, GroupId, IslandName, KeyType, KeyVersion, KeyVersionNumber, Lease, LiveChunk, Meter, OnNewKey,
-    Owner, Principal, PrincipalId, Proposal, ProposalId, QuotaUse, RequestId, RootId, RootRotation, RowId, SealKeys, SecuritySetupId, Slots, SystemTitle,
-    UnixMillis, WriterId,
+    Campaign, CampaignId, ChunkSize, CounterDomain, CounterDomainId, CounterError, CounterJump, CounterKey,
+    CounterPlace, CounterState, CounterUse, Counters, DeviceType, DeviceTypeId, Exposure, Generation, Group, GroupId,
+    IslandName, KeyType, KeyVersion, KeyVersionNumber, Lease, LiveChunk, Meter, OnNewKey, Owner, Principal,
+    PrincipalId, Proposal, ProposalId, QuotaUse, RequestId, RootId, RootRotation, RowId, SealKeys, SecuritySetupId,
+    Slots, SystemTitle, UnixMillis, WriterId,
 };
 use kms_proto::v1::{AuditRecord, SecurityEvent, audit_record::Event};
 use kms_store::{
-    FingerprintOwner, FingerprintPrefix, GrantRevocation, GrantRow, Lookup, ReadSet, Reads, RequestKey, RequestRow, RowKind, SealedRow, ShipmentRefusal,
-    ShipmentRow, ShipmentState, SpooledFile, TaskKey, TaskRow, UploadId,
+    FingerprintOwner, FingerprintPrefix, GrantRevocation, GrantRow, Lookup, ReadSet, Reads, RequestKey, RequestRow,
+    RowKind, SealedRow, ShipmentRefusal, ShipmentRow, ShipmentState, SpooledFile, TaskKey, TaskRow, UploadId,
 };
 
 use super::{
@@ -49,13 +51,20 @@ impl Actor {
 
     /// A caller who asks for `action`.
     pub fn caller(caller: &Caller, request: Option<RequestId>, action: &'static str) -> Self {
-        Self { principal: Some(caller.principal.clone()), certificate_sha256: Some(caller.certificate_sha256), request, action }
+        Self {
+            principal: Some(caller.principal.clone()),
+            certificate_sha256: Some(caller.certificate_sha256),
+            request,
+            action,
+        }
     }
 }
 
-/// One act's view of the rows that were read, with the changes of the acts before it in the same transaction.
+/// One act's view of the rows that were read, with the changes of the acts before it in the same
+/// transaction.
 ///
-/// A row that does not verify is as good as absent for a caller, and an event for the security officers (I5).
+/// A row that does not verify is as good as absent for a caller, and an event for the security
+/// officers (I5).
 pub struct View<'v, 'b> {
     pub(super) base: &'v mut Batch<'b>,
     pub(super) actor: &'v Actor,
@@ -75,7 +84,8 @@ pub(super) struct Batch<'a> {
     pub(super) jump: CounterJump,
     pub(super) seen: &'a Seen,
     pub(super) chunks: &'a mut Chunks,
-    /// Chunks whose reservation this transaction writes; they are dealt from in later transactions only if it commits.
+    /// Chunks whose reservation this transaction writes; they are dealt from in later transactions
+    /// only if it commits.
     pub(super) fresh_chunks: HashMap<ChunkName, Held>,
     pub(super) rows: HashMap<RowId, Opened>,
     pub(super) missing: Reads,
@@ -143,7 +153,8 @@ pub(super) struct RecordedEvent {
 pub(super) struct Staged {
     pub(super) rows: HashMap<RowId, Opened>,
     pub(super) events: Vec<Event>,
-    /// What is recorded behind the others: the first event of an act is what grants and requests refer to.
+    /// What is recorded behind the others: the first event of an act is what grants and requests
+    /// refer to.
     pub(super) alerts: Vec<Event>,
     pub(super) requests: Vec<StagedRequest>,
     pub(super) grants: Vec<GrantRow>,
@@ -195,7 +206,8 @@ pub struct CounterOf {
 pub enum LiveLease {
     /// Dealt by this run of this server.
     Until(UnixMillis),
-    /// Dealt by another server, or before this one was started: the row tells that there was one, and not until when.
+    /// Dealt by another server, or before this one was started: the row tells that there was one,
+    /// and not until when.
     EndUnknown,
 }
 
@@ -223,7 +235,9 @@ impl View<'_, '_> {
         let now = self.now();
         match self.principal(&caller.principal)? {
             Some(principal) if principal.accepts(&caller.certificate_sha256, now) => Ok(principal),
-            _ => Err(ServiceError::unauthenticated("the certificate is not one of an enabled principal of this island; ask a security officer")),
+            _ => Err(ServiceError::unauthenticated(
+                "the certificate is not one of an enabled principal of this island; ask a security officer",
+            )),
         }
     }
 
@@ -323,7 +337,9 @@ impl View<'_, '_> {
         match row {
             OwnerRow::Meter(meter) => self.put(RowId::Meter(meter.title), Value::Meter(meter), false),
             OwnerRow::Group(group) => self.put(RowId::Group(group.id), Value::Group(group), false),
-            OwnerRow::DeviceType(device_type) => self.put(RowId::DeviceType(device_type.id), Value::DeviceType(device_type), false),
+            OwnerRow::DeviceType(device_type) => {
+                self.put(RowId::DeviceType(device_type.id), Value::DeviceType(device_type), false)
+            }
         }
     }
 
@@ -441,7 +457,8 @@ impl View<'_, '_> {
         self.put(RowId::RootRotation(rotation.to), Value::RootRotation(Arc::new(rotation)), false)
     }
 
-    /// Writes a row as it is, so that it gets the seal of the current seal key. False: there is no such row.
+    /// Writes a row as it is, so that it gets the seal of the current seal key. False: there is no
+    /// such row.
     ///
     /// # Errors
     /// See [`Self::principal`].
@@ -451,8 +468,8 @@ impl View<'_, '_> {
         Ok(true)
     }
 
-    /// A task of a campaign. One that was edited, or that the approved plan does not have, is as good as absent, and an event for the security officers
-    /// (I5, I6).
+    /// A task of a campaign. One that was edited, or that the approved plan does not have, is as
+    /// good as absent, and an event for the security officers (I5, I6).
     ///
     /// # Errors
     /// The row was not read yet.
@@ -469,7 +486,10 @@ impl View<'_, '_> {
             }
         };
         if !self.task_fits(&row)? {
-            let refusal = self.refusal(format!("a task of campaign {} for meter {} is none of its plan", key.campaign, key.meter), true);
+            let refusal = self.refusal(
+                format!("a task of campaign {} for meter {} is none of its plan", key.campaign, key.meter),
+                true,
+            );
             self.base.refusals.push(refusal);
             return Ok(None);
         }
@@ -491,7 +511,8 @@ impl View<'_, '_> {
         if sealed {
             return Ok(campaign.plans(&row.task.step));
         }
-        // From before marks bound the step: it is derived from the plan. The next write of the row binds it.
+        // From before marks bound the step: it is derived from the plan. The next write of the row
+        // binds it.
         Ok(unless_refused(self.meter(row.key.meter))?.is_some_and(|meter| campaign.plans_for(&meter, &row.task.step)))
     }
 
@@ -501,7 +522,8 @@ impl View<'_, '_> {
         self.seal_and_stage(TaskRow { generation, ..row });
     }
 
-    /// Makes a task that the plan has, and binds it to the plan. The row's generation and mark follow by themselves.
+    /// Makes a task that the plan has, and binds it to the plan. The row's generation and mark
+    /// follow by themselves.
     pub fn plan_task(&mut self, row: TaskRow) {
         self.seal_and_stage(TaskRow { generation: 1, ..row });
     }
@@ -534,7 +556,11 @@ impl View<'_, '_> {
     /// The row was not read yet.
     pub(super) fn request(&mut self, key: &RequestKey) -> Result<Option<Remembered>, ServiceError> {
         if let Some(row) = self.base.requests.get(key) {
-            return Ok(Some(Remembered { digest: row.digest, outcome: row.outcome.clone(), expires: Some(row.expires) }));
+            return Ok(Some(Remembered {
+                digest: row.digest,
+                outcome: row.outcome.clone(),
+                expires: Some(row.expires),
+            }));
         }
         match self.base.read.request(key) {
             Lookup::Present(row) => self.open_request(key, row).map(Some),
@@ -546,7 +572,8 @@ impl View<'_, '_> {
         }
     }
 
-    /// Remembers what was answered to a request. `by_record`: the outcome is replaced by the name of the act's first record.
+    /// Remembers what was answered to a request. `by_record`: the outcome is replaced by the name
+    /// of the act's first record.
     pub(super) fn put_request(&mut self, key: RequestKey, row: RequestRow, by_record: bool) {
         self.staged.requests.push(StagedRequest { key, row, by_record });
     }
@@ -559,8 +586,12 @@ impl View<'_, '_> {
         match self.base.read.grant(id) {
             Lookup::Present(row) => {
                 // An earlier act of the same transaction may have revoked it.
-                let revoked = self.base.revocations.iter().chain(&self.staged.revocations).find(|revocation| revocation.id == id);
-                Ok(Some(GrantRow { revoked: row.revoked.or_else(|| revoked.map(|revocation| revocation.revoked)), ..row.clone() }))
+                let revoked =
+                    self.base.revocations.iter().chain(&self.staged.revocations).find(|revocation| revocation.id == id);
+                Ok(Some(GrantRow {
+                    revoked: row.revoked.or_else(|| revoked.map(|revocation| revocation.revoked)),
+                    ..row.clone()
+                }))
             }
             Lookup::Absent => Ok(None),
             Lookup::NotRead => {
@@ -589,7 +620,10 @@ impl View<'_, '_> {
             self.base.missing.fingerprints.push(prefix);
             return Err(not_read());
         };
-        let staged = [&self.base.fingerprints, &self.staged.fingerprints].into_iter().filter_map(|staged| staged.get(&prefix)).flatten();
+        let staged = [&self.base.fingerprints, &self.staged.fingerprints]
+            .into_iter()
+            .filter_map(|staged| staged.get(&prefix))
+            .flatten();
         Ok(owners.iter().chain(staged).copied().collect())
     }
 
@@ -617,7 +651,8 @@ impl View<'_, '_> {
         }
     }
 
-    /// Every file in the spool as it will be when the transaction commits. Who has read them adds the next one alone, on all servers.
+    /// Every file in the spool as it will be when the transaction commits. Who has read them adds
+    /// the next one alone, on all servers.
     ///
     /// # Errors
     /// They were not read yet.
@@ -631,7 +666,15 @@ impl View<'_, '_> {
             if matches!(row.state, ShipmentState::Imported | ShipmentState::Refused) {
                 files.remove(&row.upload);
             } else {
-                files.insert(row.upload, SpooledFile { upload: row.upload, principal: row.principal.clone(), size: row.size, received: row.received });
+                files.insert(
+                    row.upload,
+                    SpooledFile {
+                        upload: row.upload,
+                        principal: row.principal.clone(),
+                        size: row.size,
+                        received: row.received,
+                    },
+                );
             }
         }
         Ok(files.into_values().collect())
@@ -657,7 +700,8 @@ impl View<'_, '_> {
         self.staged.alerts.push(Event::SecurityEvent(event));
     }
 
-    /// Records an event for the security officers although the act is refused. One that comes again is counted, as refusals are.
+    /// Records an event for the security officers although the act is refused. One that comes again
+    /// is counted, as refusals are.
     pub fn alert_refused(&mut self, kind: &str, detail: String) {
         let principal = self.actor.principal.as_ref().map(ToString::to_string).unwrap_or_default();
         self.base.refusals.push(Refusal { principal, action: kind.to_owned(), reason: detail, security_event: true });
@@ -669,8 +713,8 @@ impl View<'_, '_> {
         self.base.refusals.push(refusal);
     }
 
-    /// The next lease of `count` counters (I4), lent until `until`. Reserves a chunk where the one at hand is spent or superseded, and has the row
-    /// say that leases are dealt from it.
+    /// The next lease of `count` counters (I4), lent until `until`. Reserves a chunk where the one
+    /// at hand is spent or superseded, and has the row say that leases are dealt from it.
     ///
     /// # Errors
     /// The counters are a head-end's, used up, or the owner has no such key.
@@ -678,7 +722,8 @@ impl View<'_, '_> {
         self.next(of, CounterUse::Lease, count, until)
     }
 
-    /// The next `count` counters (I4), for frames that are protected here. It ends the live lease, if there is one: see [`Self::live_lease`].
+    /// The next `count` counters (I4), for frames that are protected here. It ends the live lease,
+    /// if there is one: see [`Self::live_lease`].
     ///
     /// # Errors
     /// As [`Self::lease`].
@@ -686,8 +731,9 @@ impl View<'_, '_> {
         self.next(of, CounterUse::Frames, count, UnixMillis(0))
     }
 
-    /// The next `count` counters for requests of a transfer or a probe: as [`Self::frame_counters`], without the bounds that sessions and frames
-    /// have, so that whoever used up a key cannot keep the next one from its meter.
+    /// The next `count` counters for requests of a transfer or a probe: as
+    /// [`Self::frame_counters`], without the bounds that sessions and frames have, so that whoever
+    /// used up a key cannot keep the next one from its meter.
     ///
     /// # Errors
     /// As [`Self::lease`].
@@ -695,7 +741,13 @@ impl View<'_, '_> {
         self.next(of, CounterUse::Transfer, count, UnixMillis(0))
     }
 
-    fn next(&mut self, of: CounterOf, counter_use: CounterUse, count: NonZeroU32, until: UnixMillis) -> Result<Lease, ServiceError> {
+    fn next(
+        &mut self,
+        of: CounterOf,
+        counter_use: CounterUse,
+        count: NonZeroU32,
+        until: UnixMillis,
+    ) -> Result<Lease, ServiceError> {
         let (name, state) = self.counter(of)?;
         if let Some(lease) = self.deal(name, counter_use, state.as_ref(), count, until) {
             if counter_use == CounterUse::Lease && state.is_some_and(|state| !state.lent()) {
@@ -710,13 +762,15 @@ impl View<'_, '_> {
         let (writer, chunk) = (self.base.writer, self.base.chunk_size.serving(counter_use, count));
         let jump = self.base.jump;
         let first = match of.on_new_key {
-            // I4: above every other version too, because the meter goes on counting when its key changes.
+            // I4: above every other version too, because the meter goes on counting when its key
+            // changes.
             OnNewKey::Continue => self.dealt_below(of)?,
             // Another key value has other nonces.
             OnNewKey::Reset(first) => u64::from(first),
         };
         // Above a chunk that was reserved in this transaction for what failed then, too.
-        let at_least = self.held(&name).map_or(0, |held| held.chunk.bound()).max(self.base.chunks.bound(&name)).max(first);
+        let at_least =
+            self.held(&name).map_or(0, |held| held.chunk.bound()).max(self.base.chunks.bound(&name)).max(first);
         let known = state.as_ref().filter(|state| state.holder().is_some()).map_or(0, CounterState::bound);
         let (now, cap) = (self.now(), self.base.counter_cap);
         let (reservation, many, state) = self.change_counters(of, name, |counters| {
@@ -724,39 +778,63 @@ impl View<'_, '_> {
             let many = counters.count_into_hour(reservation, counter_use, cap, now)?;
             Ok((reservation, many, counters.get(of.counter).cloned()))
         })?;
-        // Each once for a counter, when it gets there; of two thresholds that are passed at once the later one.
+        // Each once for a counter, when it gets there; of two thresholds that are passed at once
+        // the later one.
         let passes = |threshold| known < threshold && reservation.bound >= threshold;
         if passes(CounterState::ROTATION_DUE) {
-            self.staged.alerts.push(Event::SecurityEvent(counter_event(of, "counter-rotation-due", &used(of, reservation.bound))));
+            self.staged.alerts.push(Event::SecurityEvent(counter_event(
+                of,
+                "counter-rotation-due",
+                &used(of, reservation.bound),
+            )));
         } else if passes(CounterState::HALF) {
-            self.staged.alerts.push(Event::SecurityEvent(counter_event(of, "counter-half-used", &used(of, reservation.bound))));
+            self.staged.alerts.push(Event::SecurityEvent(counter_event(
+                of,
+                "counter-half-used",
+                &used(of, reservation.bound),
+            )));
         }
         if many {
             self.alert_use_high(of);
         }
         self.base.fresh_chunks.insert(name, Held { chunk: LiveChunk::new(reservation), leased_until: UnixMillis(0) });
-        self.deal(name, counter_use, state.as_ref(), count, until).ok_or_else(|| counter_error(CounterError::exhausted(of.counter, counter_use), of, now))
+        self.deal(name, counter_use, state.as_ref(), count, until)
+            .ok_or_else(|| counter_error(CounterError::exhausted(of.counter, counter_use), of, now))
     }
 
     /// Half of what an hour has of a counter is taken.
     fn alert_use_high(&mut self, of: CounterOf) {
         let cap = self.base.counter_cap.get();
-        let detail = format!("half of the {cap} invocation counters of {} that sessions and frames may have in an hour are reserved or skipped", of.counter);
+        let detail = format!(
+            "half of the {cap} invocation counters of {} that sessions and frames may have in an hour are reserved or skipped",
+            of.counter
+        );
         self.staged.alerts.push(Event::SecurityEvent(counter_event(of, "counter-use-high", &detail)));
     }
 
-    /// I4: follows an unauthenticated answer that names a counter, within `jump_cap`, the hour's cap and [`CounterState::SESSIONS_END`]. Where
-    /// counters go on when a key changes, also as far as this system itself has counted under another version: the next reservation begins there
-    /// anyway, so a forged answer uses up nothing more. The inner error says why the answer is not believed; nothing has changed then.
+    /// I4: follows an unauthenticated answer that names a counter, within `jump_cap`, the hour's
+    /// cap and [`CounterState::SESSIONS_END`]. Where counters go on when a key changes, also as far
+    /// as this system itself has counted under another version: the next reservation begins there
+    /// anyway, so a forged answer uses up nothing more. The inner error says why the answer is not
+    /// believed; nothing has changed then.
     ///
     /// # Errors
     /// As [`Self::lease`].
-    pub fn follow_counter(&mut self, of: CounterOf, floor: u64, jump_cap: u32) -> Result<Result<(), CounterError>, ServiceError> {
+    pub fn follow_counter(
+        &mut self,
+        of: CounterOf,
+        floor: u64,
+        jump_cap: u32,
+    ) -> Result<Result<(), CounterError>, ServiceError> {
         let own = of.on_new_key == OnNewKey::Continue && floor <= self.dealt_below(of)?;
         let (now, cap) = (self.now(), self.base.counter_cap);
         let (name, _) = self.counter(of)?;
         let followed = self.try_change_counters(of, name, |counters| {
-            if own { counters.raise_floor(of.counter, floor, None).map(|()| false) } else { counters.follow(of.counter, floor, jump_cap, cap, now) }
+            if own {
+                counters.raise_floor(of.counter, floor, None).map(|()| false)
+            } else {
+                counters.follow(of.counter, floor, jump_cap, cap, now)
+            }
         })?;
         if matches!(followed, Ok(true)) {
             self.alert_use_high(of);
@@ -764,7 +842,8 @@ impl View<'_, '_> {
         Ok(followed.map(|_| ()))
     }
 
-    /// A counter that this system has dealt no counter from on, under whichever version of the slot: those in a counter domain are counted there.
+    /// A counter that this system has dealt no counter from on, under whichever version of the
+    /// slot: those in a counter domain are counted there.
     ///
     /// # Errors
     /// A row was not read yet, or the owner is missing.
@@ -781,7 +860,12 @@ impl View<'_, '_> {
     }
 
     /// Changes the row that keeps a counter: the meter's, or its domain's.
-    fn change_counters<T>(&mut self, of: CounterOf, name: ChunkName, change: impl FnOnce(&mut Counters) -> Result<T, CounterError>) -> Result<T, ServiceError> {
+    fn change_counters<T>(
+        &mut self,
+        of: CounterOf,
+        name: ChunkName,
+        change: impl FnOnce(&mut Counters) -> Result<T, CounterError>,
+    ) -> Result<T, ServiceError> {
         let now = self.now();
         self.try_change_counters(of, name, change)?.map_err(|error| counter_error(error, of, now))
     }
@@ -830,8 +914,8 @@ impl View<'_, '_> {
         })
     }
 
-    /// Whether a lease is the newest that this server dealt from its counter, and nobody has reserved above it or raised a floor above its
-    /// first counter since.
+    /// Whether a lease is the newest that this server dealt from its counter, and nobody has
+    /// reserved above it or raised a floor above its first counter since.
     ///
     /// # Errors
     /// See [`Self::principal`].
@@ -839,16 +923,29 @@ impl View<'_, '_> {
         let (name, state) = self.counter(of)?;
         let (Some(state), Some(Held { chunk, .. })) = (state, self.held(&name)) else { return Ok(false) };
         let newest = chunk.bound() - chunk.remaining() == u64::from(lease.last()) + 1;
-        Ok(state.holder() == Some(self.base.writer) && state.bound() == chunk.bound() && newest && u64::from(lease.first) >= state.floor())
+        Ok(state.holder() == Some(self.base.writer)
+            && state.bound() == chunk.bound()
+            && newest
+            && u64::from(lease.first) >= state.floor())
     }
 
     /// Where a key version's counter is kept, and what the row says of it.
     fn counter(&mut self, of: CounterOf) -> Result<(ChunkName, Option<CounterState>), ServiceError> {
         let row = self.owner(of.owner)?.ok_or_else(|| no_such_key(of))?;
-        let version = row.slots().get(of.setup, of.key_type).and_then(|slot| slot.version(of.version)).ok_or_else(|| no_such_key(of))?;
+        let version = row
+            .slots()
+            .get(of.setup, of.key_type)
+            .and_then(|slot| slot.version(of.version))
+            .ok_or_else(|| no_such_key(of))?;
         match version.counters() {
             CounterPlace::Own(counters) => {
-                let name = ChunkName::Version { owner: of.owner, setup: of.setup, key_type: of.key_type, version: of.version, counter: of.counter };
+                let name = ChunkName::Version {
+                    owner: of.owner,
+                    setup: of.setup,
+                    key_type: of.key_type,
+                    version: of.version,
+                    counter: of.counter,
+                };
                 Ok((name, counters.get(of.counter).cloned()))
             }
             CounterPlace::Domain(id) => {
@@ -862,7 +959,14 @@ impl View<'_, '_> {
         self.base.fresh_chunks.get(name).or_else(|| self.base.chunks.get(name))
     }
 
-    fn deal(&mut self, name: ChunkName, counter_use: CounterUse, state: Option<&CounterState>, count: NonZeroU32, until: UnixMillis) -> Option<Lease> {
+    fn deal(
+        &mut self,
+        name: ChunkName,
+        counter_use: CounterUse,
+        state: Option<&CounterState>,
+        count: NonZeroU32,
+        until: UnixMillis,
+    ) -> Option<Lease> {
         let jump = self.base.jump;
         let held = match self.base.fresh_chunks.get_mut(&name) {
             Some(held) => held,
@@ -896,14 +1000,19 @@ impl View<'_, '_> {
         Ok(value)
     }
 
-    /// A request's row as this island wrote it, without its seal (I5): else whoever writes the database could have an old grant carried out
-    /// again under another request, past I2 and I4.
+    /// A request's row as this island wrote it, without its seal (I5): else whoever writes the
+    /// database could have an old grant carried out again under another request, past I2 and I4.
     fn open_request(&mut self, key: &RequestKey, row: &RequestRow) -> Result<Remembered, ServiceError> {
         let RequestRow { digest, outcome, expires } = row;
         let opened = outcome.split_first_chunk::<16>().and_then(|(seal, outcome)| {
             let (principal, request, chunk) = (&key.principal, key.request, key.chunk);
-            let timed = self.base.seal.accept(seal.as_slice(), |seal| seal.seal_request(principal, request, chunk, digest, *expires, outcome));
-            let known = timed || self.base.seal.accept(seal.as_slice(), |seal| seal.seal_untimed_request(principal, request, chunk, digest, outcome));
+            let timed = self.base.seal.accept(seal.as_slice(), |seal| {
+                seal.seal_request(principal, request, chunk, digest, *expires, outcome)
+            });
+            let known = timed
+                || self.base.seal.accept(seal.as_slice(), |seal| {
+                    seal.seal_untimed_request(principal, request, chunk, digest, outcome)
+                });
             known.then(|| Remembered { digest: *digest, outcome: outcome.to_vec(), expires: timed.then_some(*expires) })
         });
         match opened {
@@ -931,19 +1040,23 @@ impl View<'_, '_> {
         let before = self.staged.rows.get(&id).or_else(|| self.base.rows.get(&id));
         let generation = before.and_then(|opened| opened.generation);
         let reprojected = reprojected || before.is_some_and(|opened| opened.changed && opened.reprojected);
-        let before = self.staged.rows.insert(id.clone(), Opened { generation, value: Some(value), changed: true, reprojected });
+        let before =
+            self.staged.rows.insert(id.clone(), Opened { generation, value: Some(value), changed: true, reprojected });
         self.staged.log.push(Change::Row(id, before));
         Ok(())
     }
 
-    /// Who comes to know the key of a slot knows it in every slot that has the same value: the value's counter domain says so, in the same transaction.
-    /// Here, so that no use case can forget it.
+    /// Who comes to know the key of a slot knows it in every slot that has the same value: the
+    /// value's counter domain says so, in the same transaction. Here, so that no use case can
+    /// forget it.
     fn share_exposures(&mut self, known: Option<&Slots>, new: Option<&Slots>) -> Result<(), ServiceError> {
         for slot in new.into_iter().flat_map(Slots::iter) {
             let before = known.and_then(|known| known.get(slot.setup(), slot.key_type()));
             for version in slot.versions() {
                 let Some(id) = version.domain() else { continue };
-                let same = before.and_then(|before| before.version(version.number())).is_some_and(|before| before.exposures() == version.exposures());
+                let same = before
+                    .and_then(|before| before.version(version.number()))
+                    .is_some_and(|before| before.exposures() == version.exposures());
                 if !same && !version.exposures().is_empty() {
                     self.learn(id, version.exposures())?;
                 }
@@ -962,7 +1075,8 @@ impl View<'_, '_> {
         Ok(news)
     }
 
-    /// Notes in the rows of counter domains who could know the keys of a meter, as an island of an earlier version has not done. Whether that was news.
+    /// Notes in the rows of counter domains who could know the keys of a meter, as an island of an
+    /// earlier version has not done. Whether that was news.
     ///
     /// # Errors
     /// See [`Self::principal`].
@@ -976,14 +1090,17 @@ impl View<'_, '_> {
         Ok(news)
     }
 
-    /// I3: no key is stored that needs a root whose destruction was decided, however long ago the HSM made it. The island's row is read in the same
-    /// transaction, so that the decision comes before or after all of it. What a row has of such keys already stays.
+    /// I3: no key is stored that needs a root whose destruction was decided, however long ago the
+    /// HSM made it. The island's row is read in the same transaction, so that the decision comes
+    /// before or after all of it. What a row has of such keys already stays.
     fn may_store(&mut self, known: Option<&Slots>, new: Option<&Slots>) -> Result<(), ServiceError> {
         for slot in new.into_iter().flat_map(Slots::iter) {
             let before = known.and_then(|known| known.get(slot.setup(), slot.key_type()));
             for version in slot.versions() {
                 let Some(root) = RootId::needed_by(slot.key_type(), version) else { continue };
-                let stored = before.and_then(|before| before.version(version.number())).and_then(|before| RootId::needed_by(slot.key_type(), before));
+                let stored = before
+                    .and_then(|before| before.version(version.number()))
+                    .and_then(|before| RootId::needed_by(slot.key_type(), before));
                 if stored == Some(root) {
                     continue;
                 }
@@ -991,7 +1108,9 @@ impl View<'_, '_> {
                 // Before the ceremony has ended there are neither a row of the island nor meters.
                 if self.island(name)?.is_some_and(|island| !island.may_store_under(root)) {
                     return Err(ServiceError::Aborted {
-                        reason: format!("the root `{root}` was destroyed or is not known: a key that was made under it is not stored"),
+                        reason: format!(
+                            "the root `{root}` was destroyed or is not known: a key that was made under it is not stored"
+                        ),
                         next_step: "try again: the key is made under the current root".to_owned(),
                     });
                 }
@@ -1013,11 +1132,17 @@ impl View<'_, '_> {
         written.sort_by_cached_key(|id| (id.kind(), id.to_string()));
         if staged.events.is_empty() && !written.is_empty() {
             // I2: nothing is written without a record.
-            return Err(ServiceError::Internal(format!("the act `{}` changes rows and records nothing (I2)", actor.action)));
+            return Err(ServiceError::Internal(format!(
+                "the act `{}` changes rows and records nothing (I2)",
+                actor.action
+            )));
         }
         if staged.events.is_empty() && staged.requests.iter().any(|request| request.by_record) {
             // I2: a request is answered by a record that there is.
-            return Err(ServiceError::Internal(format!("the act `{}` answers a request by a record and makes none (I2)", actor.action)));
+            return Err(ServiceError::Internal(format!(
+                "the act `{}` answers a request by a record and makes none (I2)",
+                actor.action
+            )));
         }
         base.rows.extend(staged.rows);
         let first_event = base.events.len();
@@ -1029,9 +1154,19 @@ impl View<'_, '_> {
                 event: Some(event),
                 ..AuditRecord::default()
             };
-            base.events.push(RecordedEvent { record, written: if number == 0 { std::mem::take(&mut written) } else { Vec::new() }, act });
+            base.events.push(RecordedEvent {
+                record,
+                written: if number == 0 { std::mem::take(&mut written) } else { Vec::new() },
+                act,
+            });
         }
-        base.request_events.extend(staged.requests.iter().filter(|request| request.by_record).map(|request| (request.key.clone(), first_event)));
+        base.request_events.extend(
+            staged
+                .requests
+                .iter()
+                .filter(|request| request.by_record)
+                .map(|request| (request.key.clone(), first_event)),
+        );
         base.requests.extend(staged.requests.into_iter().map(|request| (request.key, request.row)));
         base.grants.extend(staged.grants.into_iter().map(|grant| (grant, first_event)));
         base.revocations.extend(staged.revocations);
@@ -1051,7 +1186,8 @@ enum OpenError {
 }
 
 impl Batch<'_> {
-    /// Opens a row from the database: present in the generation that this server knows, or newer, and with a fitting seal (I5).
+    /// Opens a row from the database: present in the generation that this server knows, or newer,
+    /// and with a fitting seal (I5).
     fn open(&mut self, id: &RowId) -> Result<Opened, OpenError> {
         let lookup = match id {
             RowId::Meter(title) => self.read.meter(*title),
@@ -1079,7 +1215,13 @@ impl Batch<'_> {
 }
 
 /// Opens a row that was read, inside or outside a transaction.
-pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKeys, seen: &Seen, island: &IslandName) -> Result<Opened, String> {
+pub(super) fn open_row(
+    id: &RowId,
+    row: Option<&SealedRow>,
+    seal: &SealKeys,
+    seen: &Seen,
+    island: &IslandName,
+) -> Result<Opened, String> {
     let known = seen.generation(id);
     let Some(row) = row else {
         // I5: a row that this server has seen does not vanish.
@@ -1100,15 +1242,31 @@ pub(super) fn open_row(id: &RowId, row: Option<&SealedRow>, seal: &SealKeys, see
     let body = bytes::Bytes::copy_from_slice(&row.body);
     let value = match id {
         RowId::Meter(title) => Meter::from_row(*title, island, body).map(|meter| Value::Meter(Arc::new(meter))),
-        RowId::Principal(principal) => Principal::from_row(principal.clone(), body).map(|principal| Value::Principal(Arc::new(principal))),
+        RowId::Principal(principal) => {
+            Principal::from_row(principal.clone(), body).map(|principal| Value::Principal(Arc::new(principal)))
+        }
         RowId::Group(group) => Group::from_row(*group, island, body).map(|group| Value::Group(Arc::new(group))),
-        RowId::CounterDomain(domain) => CounterDomain::from_row(*domain, island, body).map(|domain| Value::Domain(Arc::new(domain))),
-        RowId::Island(name) => kms_domain::Island::from_row(name.clone(), body).map(|island| Value::Island(Arc::new(island))),
-        RowId::QuotaUse(principal) => QuotaUse::from_row(principal.clone(), body).map(|used| Value::QuotaUse(Arc::new(used))),
-        RowId::Campaign(campaign) => Campaign::from_row(*campaign, body).map(|campaign| Value::Campaign(Arc::new(campaign))),
-        RowId::Proposal(proposal) => Proposal::from_row(*proposal, body).map(|proposal| Value::Proposal(Arc::new(proposal))),
-        RowId::RootRotation(to) => RootRotation::from_row(*to, body).map(|rotation| Value::RootRotation(Arc::new(rotation))),
-        RowId::DeviceType(id) => DeviceType::from_row(*id, island, body).map(|device_type| Value::DeviceType(Arc::new(device_type))),
+        RowId::CounterDomain(domain) => {
+            CounterDomain::from_row(*domain, island, body).map(|domain| Value::Domain(Arc::new(domain)))
+        }
+        RowId::Island(name) => {
+            kms_domain::Island::from_row(name.clone(), body).map(|island| Value::Island(Arc::new(island)))
+        }
+        RowId::QuotaUse(principal) => {
+            QuotaUse::from_row(principal.clone(), body).map(|used| Value::QuotaUse(Arc::new(used)))
+        }
+        RowId::Campaign(campaign) => {
+            Campaign::from_row(*campaign, body).map(|campaign| Value::Campaign(Arc::new(campaign)))
+        }
+        RowId::Proposal(proposal) => {
+            Proposal::from_row(*proposal, body).map(|proposal| Value::Proposal(Arc::new(proposal)))
+        }
+        RowId::RootRotation(to) => {
+            RootRotation::from_row(*to, body).map(|rotation| Value::RootRotation(Arc::new(rotation)))
+        }
+        RowId::DeviceType(id) => {
+            DeviceType::from_row(*id, island, body).map(|device_type| Value::DeviceType(Arc::new(device_type)))
+        }
     }
     .map_err(|error| error.to_string())?;
     if known != Some(generation.number()) {
@@ -1133,7 +1291,8 @@ pub(crate) fn sealed_name(id: &RowId) -> (RowKind, Vec<u8>) {
     }
 }
 
-/// Says "read this too": it never reaches a caller, because the transaction reads what is missing and decides again.
+/// Says "read this too": it never reaches a caller, because the transaction reads what is missing
+/// and decides again.
 fn not_read() -> ServiceError {
     ServiceError::Internal("a row was used before it was read".to_owned())
 }
@@ -1187,7 +1346,10 @@ fn counter_error(error: CounterError, of: CounterOf, now: UnixMillis) -> Service
             Bound::CountersPerHour.count();
             let wait = u64::try_from(free.0.saturating_sub(now.0)).unwrap_or_default();
             let moment = jiff::Timestamp::from_millisecond(free.0).map(|moment| moment.to_string()).unwrap_or_default();
-            return ServiceError::ResourceExhausted { reason: format!("{error}; it frees at {moment}"), retry_after: Duration::from_millis(wait) };
+            return ServiceError::ResourceExhausted {
+                reason: format!("{error}; it frees at {moment}"),
+                retry_after: Duration::from_millis(wait),
+            };
         }
         CounterError::OwnedByHeadEnd { .. } => "adopt the counter with its floor, or use another client title",
         CounterError::SessionsExhausted { .. } => match (of.on_new_key, of.counter) {
@@ -1202,8 +1364,12 @@ fn counter_error(error: CounterError, of: CounterOf, now: UnixMillis) -> Service
             }
         },
         CounterError::Exhausted { .. } => match of.counter {
-            CounterKey::ClientTitle(_) => "order the transfer under another client title, which has counters of its own; else change the key on site",
-            CounterKey::Setup => "no rotation reaches the meter over the air: visit it and change the key on site, or replace it",
+            CounterKey::ClientTitle(_) => {
+                "order the transfer under another client title, which has counters of its own; else change the key on site"
+            }
+            CounterKey::Setup => {
+                "no rotation reaches the meter over the air: visit it and change the key on site, or replace it"
+            }
         },
         _ => "look at the meter's counters",
     };

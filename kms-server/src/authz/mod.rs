@@ -5,7 +5,8 @@ mod principal;
 mod quota;
 
 pub use policy::{
-    Action, CosemTarget, Criticality, Decision, DeviceTypeFacts, FrameService, GroupFacts, Policy, PolicyError, PrincipalFacts, Purpose, Resource,
+    Action, CosemTarget, Criticality, Decision, DeviceTypeFacts, FrameService, GroupFacts, Policy, PolicyError,
+    PrincipalFacts, Purpose, Resource,
 };
 pub use principal::Caller;
 pub use quota::{Quota, QuotaError, Quotas};

@@ -1,8 +1,9 @@
 //! Decisions of the Cedar policies (I8): default deny, and whatever fails denies.
 //!
-//! Decisions are made for classes of meters and remembered: a decision that is known costs about 100 ns, a new one 50 µs. What
-//! changes between two calls is part of the key (the principal's revision) or is checked elsewhere (time, revocation, which class a
-//! meter is of: its sealed row says so).
+//! Decisions are made for classes of meters and remembered: a decision that is known costs about
+//! 100 ns, a new one 50 µs. What changes between two calls is part of the key (the principal's
+//! revision) or is checked elsewhere (time, revocation, which class a meter is of: its sealed row
+//! says so).
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -13,8 +14,8 @@ use std::sync::{PoisonError, RwLock};
 
 use aws_lc_rs::digest::{self, SHA256};
 use cedar_policy::{
-    Authorizer, Context, Entities, Entity, EntityId, EntityTypeName, EntityUid, PolicyId, PolicySet, Request, RestrictedExpression, Schema, ValidationMode,
-    Validator,
+    Authorizer, Context, Entities, Entity, EntityId, EntityTypeName, EntityUid, PolicyId, PolicySet, Request,
+    RestrictedExpression, Schema, ValidationMode, Validator,
 };
 use kms_domain::{DeviceType, Group, IslandName, KeyType, MeterClass, ParseError, PrincipalId, Role};
 use kms_proto::v1;
@@ -23,8 +24,8 @@ use miette::Diagnostic;
 use super::quota::{self, Quotas};
 use crate::error::ServiceError;
 
-/// A validated set of policies, with the decisions that it has made so far. To change policies, load another one: a decision
-/// never outlives the set that made it.
+/// A validated set of policies, with the decisions that it has made so far. To change policies,
+/// load another one: a decision never outlives the set that made it.
 pub struct Policy {
     schema: Schema,
     policies: PolicySet,
@@ -35,16 +36,21 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// The policies of a directory (every `*.cedar` file in it, and `quotas.toml`), or without one those that the server ships with.
+    /// The policies of a directory (every `*.cedar` file in it, and `quotas.toml`), or without one
+    /// those that the server ships with.
     ///
     /// # Errors
-    /// A file cannot be read, parsed, or validated strictly against the schema; the error names file, line and column. A
-    /// directory without policies is refused: it is more likely a wrong path than a wish to deny everything.
+    /// A file cannot be read, parsed, or validated strictly against the schema; the error names
+    /// file, line and column. A directory without policies is refused: it is more likely a wrong
+    /// path than a wish to deny everything.
     pub fn load(directory: Option<&Path>) -> Result<Self, PolicyError> {
         let shipped = || (PathBuf::from(Quotas::FILE), Quotas::SHIPPED.to_owned());
         match directory {
             Some(directory) => Self::from_files(read_directory(directory)?, quota::read(directory)?),
-            None => Self::from_files(SHIPPED.iter().map(|(name, text)| (PathBuf::from(name), (*text).to_owned())).collect(), shipped()),
+            None => Self::from_files(
+                SHIPPED.iter().map(|(name, text)| (PathBuf::from(name), (*text).to_owned())).collect(),
+                shipped(),
+            ),
         }
     }
 
@@ -52,8 +58,12 @@ impl Policy {
     ///
     /// # Errors
     /// As [`Self::load`].
-    pub fn from_files(files: Vec<(PathBuf, String)>, (quotas_path, quotas_text): (PathBuf, String)) -> Result<Self, PolicyError> {
-        let (schema, _warnings) = Schema::from_cedarschema_str(SCHEMA).map_err(|error| PolicyError::at(Path::new("meterkms.cedarschema"), SCHEMA, &error))?;
+    pub fn from_files(
+        files: Vec<(PathBuf, String)>,
+        (quotas_path, quotas_text): (PathBuf, String),
+    ) -> Result<Self, PolicyError> {
+        let (schema, _warnings) = Schema::from_cedarschema_str(SCHEMA)
+            .map_err(|error| PolicyError::at(Path::new("meterkms.cedarschema"), SCHEMA, &error))?;
         let validator = Validator::new(schema.clone());
         let mut policies = PolicySet::new();
         let mut hash = digest::Context::new(&SHA256);
@@ -95,7 +105,8 @@ impl Policy {
     }
 
     /// Whether the principal may do this.
-    // I8: what is not permitted, what fails to evaluate, and what does not fit the schema is denied.
+    // I8: what is not permitted, what fails to evaluate, and what does not fit the schema is
+    // denied.
     pub fn permits(&self, principal: &PrincipalFacts, action: &Action, resource: &Resource<'_>) -> Decision {
         self.decisions.of(principal, action, resource, || {
             self.decide(principal, action, resource).unwrap_or_else(|error| {
@@ -109,22 +120,38 @@ impl Policy {
     ///
     /// # Errors
     /// Permission denied, naming the action.
-    pub fn require(&self, principal: &PrincipalFacts, action: &Action, resource: &Resource<'_>) -> Result<(), ServiceError> {
+    pub fn require(
+        &self,
+        principal: &PrincipalFacts,
+        action: &Action,
+        resource: &Resource<'_>,
+    ) -> Result<(), ServiceError> {
         match self.permits(principal, action, resource) {
             Decision::Permit => Ok(()),
             Decision::Deny => Err(ServiceError::denied(action.to_string())),
         }
     }
 
-    fn decide(&self, principal: &PrincipalFacts, action: &Action, resource: &Resource<'_>) -> Result<Decision, EvaluationError> {
+    fn decide(
+        &self,
+        principal: &PrincipalFacts,
+        action: &Action,
+        resource: &Resource<'_>,
+    ) -> Result<Decision, EvaluationError> {
         let island = principal.principal.island();
         let caller = principal.uid()?;
-        let mut entities = vec![entity(uid("Island", island.as_str())?, [("name", text(island.as_str()))])?, principal_entity(&principal.principal)?];
+        let mut entities = vec![
+            entity(uid("Island", island.as_str())?, [("name", text(island.as_str()))])?,
+            principal_entity(&principal.principal)?,
+        ];
         let target = match resource {
             Resource::Island => uid("Island", island.as_str())?,
             Resource::Meters(class) => {
                 let target = uid("MeterClass", "class")?;
-                let groups = class.groups.iter().map(|group| RestrictedExpression::new_long(i64::try_from(group.0).unwrap_or(i64::MAX)));
+                let groups = class
+                    .groups
+                    .iter()
+                    .map(|group| RestrictedExpression::new_long(i64::try_from(group.0).unwrap_or(i64::MAX)));
                 let mut attributes = vec![
                     ("island", RestrictedExpression::new_entity_uid(uid("Island", island.as_str())?)),
                     ("manufacturer", text(class.vendor.as_str())),
@@ -133,7 +160,10 @@ impl Policy {
                     ("groups", RestrictedExpression::new_set(groups)),
                 ];
                 if let Some(head_end) = &class.head_end {
-                    attributes.push(("head_end", RestrictedExpression::new_entity_uid(uid("HeadEnd", &head_end.to_string())?)));
+                    attributes.push((
+                        "head_end",
+                        RestrictedExpression::new_entity_uid(uid("HeadEnd", &head_end.to_string())?),
+                    ));
                     if *head_end != principal.principal {
                         entities.push(principal_entity(head_end)?);
                     }
@@ -166,7 +196,8 @@ impl Policy {
         };
         let entities = Entities::from_entities(entities, Some(&self.schema)).map_err(EvaluationError::new)?;
         let context = Context::from_pairs(action.context()).map_err(EvaluationError::new)?;
-        let request = Request::new(caller, uid("Action", action.name())?, target, context, Some(&self.schema)).map_err(EvaluationError::new)?;
+        let request = Request::new(caller, uid("Action", action.name())?, target, context, Some(&self.schema))
+            .map_err(EvaluationError::new)?;
         let response = self.authorizer.is_authorized(&request, &self.policies, &entities);
         // I8: Cedar skips a policy that fails, an erroring `forbid` too. Here any failure denies.
         if let Some(error) = response.diagnostics().errors().next() {
@@ -195,8 +226,8 @@ impl Decision {
     }
 }
 
-/// What policies may know about a principal: its identity, and the revision of its sealed row. A changed row makes earlier decisions
-/// about it unreachable.
+/// What policies may know about a principal: its identity, and the revision of its sealed row. A
+/// changed row makes earlier decisions about it unreachable.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct PrincipalFacts {
     /// The principal.
@@ -214,7 +245,8 @@ impl PrincipalFacts {
 /// On what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Resource<'a> {
-    /// The island as a whole: the caller's own, since certificates of others do not get so far (I7).
+    /// The island as a whole: the caller's own, since certificates of others do not get so far
+    /// (I7).
     Island,
     /// Meters of this class.
     Meters(&'a MeterClass),
@@ -254,12 +286,16 @@ pub struct DeviceTypeFacts {
 
 impl From<&DeviceType> for DeviceTypeFacts {
     fn from(device_type: &DeviceType) -> Self {
-        Self { name: device_type.name.clone(), manufacturer: device_type.vendor.to_string(), device_profile: device_type.profile.to_string() }
+        Self {
+            name: device_type.name.clone(),
+            manufacturer: device_type.vendor.to_string(),
+            device_profile: device_type.profile.to_string(),
+        }
     }
 }
 
-/// What is asked, with what policies may know about it. The schema says which actions are on meters, which on groups and device types,
-/// and which on the island; the wrong resource is denied.
+/// What is asked, with what policies may know about it. The schema says which actions are on
+/// meters, which on groups and device types, and which on the island; the wrong resource is denied.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
     /// A key of one type, for a session with meters of a class.
@@ -417,7 +453,8 @@ pub enum Action {
         /// It is the caller.
         own: bool,
     },
-    /// Certifying a key of an officer or auditor by a proposal of other people: the proposal and its execution.
+    /// Certifying a key of an officer or auditor by a proposal of other people: the proposal and
+    /// its execution.
     RecertifyPrincipal {
         /// The role of the principal.
         role: Role,
@@ -489,7 +526,8 @@ pub enum Action {
     ListRoots,
     /// The rotation of a root to a version that was made.
     RotateRoot,
-    /// The proposal to destroy a version of a root, and, once others have approved it, the destruction.
+    /// The proposal to destroy a version of a root, and, once others have approved it, the
+    /// destruction.
     DestroyRoot,
     /// Tasks of campaigns for meters of a class.
     LeaseTasks,
@@ -578,8 +616,12 @@ impl Action {
                 vec![("key_type", text(&key_type.to_string())), ("early", RestrictedExpression::new_bool(*early))]
             }
             Self::ChangeGroupMembers { add } => vec![("add", RestrictedExpression::new_bool(*add))],
-            Self::CreateGroupKey { key_type, held_by_meters } | Self::CreateDeviceTypeKey { key_type, held_by_meters } => {
-                vec![("key_type", text(&key_type.to_string())), ("held_by_meters", RestrictedExpression::new_bool(*held_by_meters))]
+            Self::CreateGroupKey { key_type, held_by_meters }
+            | Self::CreateDeviceTypeKey { key_type, held_by_meters } => {
+                vec![
+                    ("key_type", text(&key_type.to_string())),
+                    ("held_by_meters", RestrictedExpression::new_bool(*held_by_meters)),
+                ]
             }
             Self::ProtectFrame { service, target, purpose } => {
                 let mut pairs = vec![
@@ -608,8 +650,12 @@ impl Action {
             ],
             Self::ProbeKeys { campaign } => vec![("campaign", RestrictedExpression::new_bool(*campaign))],
             Self::AttestKey { key_type } => vec![("key_type", text(&key_type.to_string()))],
-            Self::AddPrincipal { role } => vec![("role", text(role.name())), ("own", RestrictedExpression::new_bool(false))],
-            Self::RegisterTransportKey { role } => vec![("role", text(role.name())), ("own", RestrictedExpression::new_bool(true))],
+            Self::AddPrincipal { role } => {
+                vec![("role", text(role.name())), ("own", RestrictedExpression::new_bool(false))]
+            }
+            Self::RegisterTransportKey { role } => {
+                vec![("role", text(role.name())), ("own", RestrictedExpression::new_bool(true))]
+            }
             Self::RenewPrincipal { role, own }
             | Self::RecertifyPrincipal { role, own }
             | Self::EndCertificate { role, own }
@@ -671,7 +717,9 @@ impl fmt::Display for Action {
             Self::OpenGroupSession { key_type, purpose, lifetime_seconds, .. } => {
                 write!(f, "openGroupSession: {key_type} for {}, {lifetime_seconds} s", purpose.name())
             }
-            Self::CreateGroupKey { key_type, .. } | Self::CreateDeviceTypeKey { key_type, .. } => write!(f, "{}: {key_type}", self.name()),
+            Self::CreateGroupKey { key_type, .. } | Self::CreateDeviceTypeKey { key_type, .. } => {
+                write!(f, "{}: {key_type}", self.name())
+            }
             Self::ProtectFrame { service, target, purpose } => {
                 write!(f, "protectFrame: {}", service.name())?;
                 if let Some(target) = target {
@@ -805,12 +853,14 @@ impl Criticality {
     /// What can harm.
     pub const CRITICAL: [Self; 3] = [Self::SupplyControl, Self::SecuritySetup, Self::ImageTransfer];
 
-    /// The criticality of a service on an object. Source: DLMS UA 1000-1 (Blue Book), interface classes. Besides the classes that
-    /// switch supply themselves, those count that can run a script which does.
+    /// The criticality of a service on an object. Source: DLMS UA 1000-1 (Blue Book), interface
+    /// classes. Besides the classes that switch supply themselves, those count that can run a
+    /// script which does.
     pub const fn of(service: FrameService, target: Option<&CosemTarget>) -> Self {
         let Some(target) = target else { return Self::Ordinary };
         if target.class_id == 30 {
-            // Data protection carries a request inside that cannot be read here, in a get-request too.
+            // Data protection carries a request inside that cannot be read here, in a get-request
+            // too.
             return Self::SecuritySetup;
         }
         if !matches!(service, FrameService::Set | FrameService::Action) {
@@ -824,8 +874,9 @@ impl Criticality {
             // M-Bus client, from data_send on: raw data to the child (a valve, say), and its keys.
             (72, 6..) if matches!(service, FrameService::Action) => Self::SecuritySetup,
             (18, _) => Self::ImageTransfer,
-            // Script table, schedule, activity calendar, register monitor, single action schedule, parameter monitor, sensor manager,
-            // arbitrator, disconnect control, limiter; account, credit, charge and token gateway of prepayment.
+            // Script table, schedule, activity calendar, register monitor, single action schedule,
+            // parameter monitor, sensor manager, arbitrator, disconnect control, limiter; account,
+            // credit, charge and token gateway of prepayment.
             (9 | 10 | 20 | 21 | 22 | 65 | 67 | 68 | 70 | 71 | 111..=113 | 115, _) => Self::SupplyControl,
             _ => Self::Ordinary,
         }
@@ -908,7 +959,8 @@ impl EvaluationError {
     }
 }
 
-/// Decisions that were made, found by a hash of the whole question and confirmed by comparing it. Bounded: a full shard is emptied.
+/// Decisions that were made, found by a hash of the whole question and confirmed by comparing it.
+/// Bounded: a full shard is emptied.
 struct Decisions {
     hasher: RandomState,
     shards: [RwLock<HashMap<u64, Remembered>>; SHARDS],
@@ -957,7 +1009,13 @@ impl Default for Decisions {
 }
 
 impl Decisions {
-    fn of(&self, principal: &PrincipalFacts, action: &Action, resource: &Resource<'_>, decide: impl FnOnce() -> Decision) -> Decision {
+    fn of(
+        &self,
+        principal: &PrincipalFacts,
+        action: &Action,
+        resource: &Resource<'_>,
+        decide: impl FnOnce() -> Decision,
+    ) -> Decision {
         let hash = self.hasher.hash_one((principal, action, resource));
         let Some(shard) = self.shards.get(hash as usize % SHARDS) else { return decide() };
         if let Some(known) = shard.read().unwrap_or_else(PoisonError::into_inner).get(&hash)
@@ -972,13 +1030,22 @@ impl Decisions {
         if shard.len() >= DECISIONS_PER_SHARD {
             shard.clear();
         }
-        shard.insert(hash, Remembered { principal: principal.clone(), action: action.clone(), resource: RememberedResource::of(resource), decision });
+        shard.insert(
+            hash,
+            Remembered {
+                principal: principal.clone(),
+                action: action.clone(),
+                resource: RememberedResource::of(resource),
+                decision,
+            },
+        );
         decision
     }
 }
 
 fn read_directory(directory: &Path) -> Result<Vec<(PathBuf, String)>, PolicyError> {
-    let refuse = |path: &Path, error: std::io::Error| PolicyError::Read { path: path.to_owned(), reason: error.to_string() };
+    let refuse =
+        |path: &Path, error: std::io::Error| PolicyError::Read { path: path.to_owned(), reason: error.to_string() };
     let mut files = Vec::new();
     for entry in std::fs::read_dir(directory).map_err(|error| refuse(directory, error))? {
         let path = entry.map_err(|error| refuse(directory, error))?.path();
@@ -998,7 +1065,10 @@ fn principal_entity(principal: &PrincipalId) -> Result<Entity, EvaluationError> 
     let island: &IslandName = principal.island();
     entity(
         uid(entity_type(principal.role()), &principal.to_string())?,
-        [("name", text(principal.name())), ("island", RestrictedExpression::new_entity_uid(uid("Island", island.as_str())?))],
+        [
+            ("name", text(principal.name())),
+            ("island", RestrictedExpression::new_entity_uid(uid("Island", island.as_str())?)),
+        ],
     )
 }
 
@@ -1012,7 +1082,10 @@ const fn entity_type(role: Role) -> &'static str {
     }
 }
 
-fn entity(uid: EntityUid, attributes: impl IntoIterator<Item = (&'static str, RestrictedExpression)>) -> Result<Entity, EvaluationError> {
+fn entity(
+    uid: EntityUid,
+    attributes: impl IntoIterator<Item = (&'static str, RestrictedExpression)>,
+) -> Result<Entity, EvaluationError> {
     let attributes = attributes.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
     Entity::new(uid, attributes, HashSet::new()).map_err(EvaluationError::new)
 }
@@ -1048,7 +1121,10 @@ mod tests {
     use super::*;
 
     fn facts(role: Role, name: &str) -> PrincipalFacts {
-        PrincipalFacts { principal: PrincipalId::new(IslandName::parse("north").unwrap(), role, name).unwrap(), revision: 1 }
+        PrincipalFacts {
+            principal: PrincipalId::new(IslandName::parse("north").unwrap(), role, name).unwrap(),
+            revision: 1,
+        }
     }
 
     fn class(status: MeterStatus, head_end: Option<&str>) -> MeterClass {
@@ -1066,11 +1142,18 @@ mod tests {
     }
 
     fn from_text(text: &str) -> Result<Policy, PolicyError> {
-        Policy::from_files(vec![("site.cedar".into(), text.to_owned())], (Quotas::FILE.into(), Quotas::SHIPPED.to_owned()))
+        Policy::from_files(
+            vec![("site.cedar".into(), text.to_owned())],
+            (Quotas::FILE.into(), Quotas::SHIPPED.to_owned()),
+        )
     }
 
     fn frame(service: FrameService, class_id: u16, member: i8, purpose: Purpose) -> Action {
-        Action::ProtectFrame { service, target: Some(CosemTarget { class_id, obis: [0, 0, 96, 3, 10, 255], member }), purpose }
+        Action::ProtectFrame {
+            service,
+            target: Some(CosemTarget { class_id, obis: [0, 0, 96, 3, 10, 255], member }),
+            purpose,
+        }
     }
 
     #[test]
@@ -1078,8 +1161,12 @@ mod tests {
         use Decision::{Deny, Permit};
         let policy = Policy::load(None).unwrap();
         let hes = facts(Role::HeadEnd, "hes-1");
-        let (officer, auditor, handheld, vendor) =
-            (facts(Role::Officer, "ada"), facts(Role::Auditor, "bo"), facts(Role::Handheld, "hh-1"), facts(Role::Manufacturer, "kam"));
+        let (officer, auditor, handheld, vendor) = (
+            facts(Role::Officer, "ada"),
+            facts(Role::Auditor, "bo"),
+            facts(Role::Handheld, "hh-1"),
+            facts(Role::Manufacturer, "kam"),
+        );
         let own = class(MeterStatus::InService, Some("hes-1"));
         let foreign = class(MeterStatus::InService, Some("hes-2"));
         let unassigned = class(MeterStatus::InService, None);
@@ -1121,8 +1208,18 @@ mod tests {
             (&hes, frame(FrameService::Action, 18, 1, Purpose::Configure), &own, Deny),
             (&hes, frame(FrameService::Action, 18, 1, Purpose::Firmware), &own, Permit),
             (&officer, frame(FrameService::Get, 3, 2, Purpose::Read), &own, Deny),
-            (&hes, Action::ProtectFrame { service: FrameService::HlsChallenge, target: None, purpose: Purpose::Read }, &own, Permit),
-            (&hes, Action::ProtectFrame { service: FrameService::Set, target: None, purpose: Purpose::Read }, &own, Deny),
+            (
+                &hes,
+                Action::ProtectFrame { service: FrameService::HlsChallenge, target: None, purpose: Purpose::Read },
+                &own,
+                Permit,
+            ),
+            (
+                &hes,
+                Action::ProtectFrame { service: FrameService::Set, target: None, purpose: Purpose::Read },
+                &own,
+                Deny,
+            ),
             (&hes, Action::UnprotectFrame { purpose: Purpose::Read }, &own, Permit),
             (&hes, Action::UnprotectFrame { purpose: Purpose::Read }, &foreign, Deny),
             (&hes, Action::ShowMeter, &own, Permit),
@@ -1135,7 +1232,12 @@ mod tests {
             (&handheld, Action::ShowMeter, &own, Deny),
         ];
         for (principal, action, class, expected) in meters {
-            assert_eq!(policy.permits(principal, &action, &Resource::Meters(class)), expected, "{} {action} {class:?}", principal.principal);
+            assert_eq!(
+                policy.permits(principal, &action, &Resource::Meters(class)),
+                expected,
+                "{} {action} {class:?}",
+                principal.principal
+            );
         }
         let island = [
             (&hes, Action::ListMeters { own: true }, Permit),
@@ -1170,7 +1272,12 @@ mod tests {
             (&officer, Action::ShowMeter, Deny),
         ];
         for (principal, action, expected) in island {
-            assert_eq!(policy.permits(principal, &action, &Resource::Island), expected, "{} {action:?}", principal.principal);
+            assert_eq!(
+                policy.permits(principal, &action, &Resource::Island),
+                expected,
+                "{} {action:?}",
+                principal.principal
+            );
         }
     }
 
@@ -1181,7 +1288,8 @@ mod tests {
         let forbid = r#"forbid (principal, action == Action::"openSession", resource) when { context.lifetime_seconds * 9223372036854775807 > 0 };"#;
         let load = |text: &str| from_text(text).unwrap();
         let own = class(MeterStatus::InService, Some("hes-1"));
-        let (principal, action, resource) = (facts(Role::HeadEnd, "hes-1"), session(KeyType::GUEK, Purpose::Read, 900), Resource::Meters(&own));
+        let (principal, action, resource) =
+            (facts(Role::HeadEnd, "hes-1"), session(KeyType::GUEK, Purpose::Read, 900), Resource::Meters(&own));
         assert_eq!(load(permit).permits(&principal, &action, &resource), Decision::Permit);
         let both = load(&format!("{permit}\n{forbid}"));
         assert_eq!(both.permits(&principal, &action, &resource), Decision::Deny);
@@ -1195,12 +1303,20 @@ mod tests {
             ("permit (principal, action, resource)\nwhen { resource.statuss == \"x\" };", 2, 8),
             ("\n\npermit (principal, action == Action::\"openSesion\", resource);", 3, 30),
             ("permit (principal, action, resource) when {", 1, 44),
-            ("permit (principal, action == Action::\"openSession\", resource)\nwhen { context.lifetime_seconds <= \"1\" };", 2, 36),
+            (
+                "permit (principal, action == Action::\"openSession\", resource)\nwhen { context.lifetime_seconds <= \"1\" };",
+                2,
+                36,
+            ),
         ];
         for (text, line, column) in mistakes {
             match from_text(text) {
                 Err(PolicyError::Invalid { path, line: found_line, column: found_column, reason }) => {
-                    assert_eq!((path.as_path(), found_line, found_column), (Path::new("site.cedar"), line, column), "{reason}");
+                    assert_eq!(
+                        (path.as_path(), found_line, found_column),
+                        (Path::new("site.cedar"), line, column),
+                        "{reason}"
+                    );
                 }
                 other => panic!("{text}: {:?}", other.err()),
             }
@@ -1210,19 +1326,31 @@ mod tests {
     #[test]
     fn a_directory_replaces_the_shipped_policies() {
         let directory = tempfile::tempdir().unwrap();
-        assert!(matches!(Policy::load(Some(directory.path())), Err(PolicyError::Read { .. })), "an empty directory is refused");
-        std::fs::write(directory.path().join("a.cedar"), "permit (principal is Auditor, action == Action::\"scrub\", resource);").unwrap();
+        assert!(
+            matches!(Policy::load(Some(directory.path())), Err(PolicyError::Read { .. })),
+            "an empty directory is refused"
+        );
+        std::fs::write(
+            directory.path().join("a.cedar"),
+            "permit (principal is Auditor, action == Action::\"scrub\", resource);",
+        )
+        .unwrap();
         let policy = Policy::load(Some(directory.path())).unwrap();
         assert!(policy.permits(&facts(Role::Auditor, "bo"), &Action::Scrub, &Resource::Island).is_permit());
         assert!(!policy.permits(&facts(Role::Officer, "ada"), &Action::Scrub, &Resource::Island).is_permit());
         assert_ne!(policy.digest(), Policy::load(None).unwrap().digest());
         // A folder may have quotas of its own.
-        std::fs::write(directory.path().join(Quotas::FILE), Quotas::SHIPPED.replace("commands = 200,", "commands = 300,")).unwrap();
+        std::fs::write(
+            directory.path().join(Quotas::FILE),
+            Quotas::SHIPPED.replace("commands = 200,", "commands = 300,"),
+        )
+        .unwrap();
         assert_ne!(Policy::load(Some(directory.path())).unwrap().digest(), policy.digest());
         std::fs::write(directory.path().join(Quotas::FILE), "\nquota = 7").unwrap();
         assert!(matches!(Policy::load(Some(directory.path())), Err(PolicyError::Quotas { line: 2, .. })));
         std::fs::remove_file(directory.path().join(Quotas::FILE)).unwrap();
-        std::fs::write(directory.path().join("b.cedar"), "permit (principal == ?principal, action, resource);").unwrap();
+        std::fs::write(directory.path().join("b.cedar"), "permit (principal == ?principal, action, resource);")
+            .unwrap();
         assert!(matches!(Policy::load(Some(directory.path())), Err(PolicyError::Template { .. })));
     }
 
@@ -1232,14 +1360,27 @@ mod tests {
         let shipped = Policy::load(None).unwrap();
         let group = GroupFacts { number: 7, name: "north".to_owned(), suite: 0 };
         let other = GroupFacts { number: 8, ..group.clone() };
-        let device_type = DeviceTypeFacts { name: "meter-1".to_owned(), manufacturer: "KAM".to_owned(), device_profile: "gateway-suite0".to_owned() };
-        let broadcast = |key_type, purpose, lifetime_seconds| Action::OpenGroupSession { key_type, purpose, lifetime_seconds, named_version: false };
+        let device_type = DeviceTypeFacts {
+            name: "meter-1".to_owned(),
+            manufacturer: "KAM".to_owned(),
+            device_profile: "gateway-suite0".to_owned(),
+        };
+        let broadcast = |key_type, purpose, lifetime_seconds| Action::OpenGroupSession {
+            key_type,
+            purpose,
+            lifetime_seconds,
+            named_version: false,
+        };
         let create = Action::CreateGroupKey { key_type: KeyType::GBEK, held_by_meters: false };
         let create_firmware = Action::CreateDeviceTypeKey { key_type: KeyType::FIRMWARE, held_by_meters: true };
-        let (hes, officer, auditor) = (facts(Role::HeadEnd, "hes-1"), facts(Role::Officer, "ada"), facts(Role::Auditor, "bo"));
+        let (hes, officer, auditor) =
+            (facts(Role::HeadEnd, "hes-1"), facts(Role::Officer, "ada"), facts(Role::Auditor, "bo"));
         // I8: nobody gets a group's key as shipped, also not for a meter of the group.
         for principal in [&hes, &officer, &auditor] {
-            assert_eq!(shipped.permits(principal, &broadcast(KeyType::GBEK, Purpose::Read, 900), &Resource::Group(&group)), Deny);
+            assert_eq!(
+                shipped.permits(principal, &broadcast(KeyType::GBEK, Purpose::Read, 900), &Resource::Group(&group)),
+                Deny
+            );
         }
         assert_eq!(shipped.permits(&officer, &create, &Resource::Group(&group)), Permit);
         assert_eq!(shipped.permits(&officer, &create, &Resource::Island), Deny, "the wrong resource");
@@ -1276,10 +1417,16 @@ mod tests {
     #[test]
     fn what_can_harm_is_told_by_class_and_member() {
         use Criticality::{ImageTransfer, Ordinary, SecuritySetup, SupplyControl};
-        let of = |service, class_id, member| Criticality::of(service, Some(&CosemTarget { class_id, obis: [0, 0, 96, 3, 0, 255], member }));
-        for (class_id, member, expected) in
-            [(70, 1, SupplyControl), (64, 2, SecuritySetup), (18, 4, ImageTransfer), (9, 1, SupplyControl), (72, 7, SecuritySetup)]
-        {
+        let of = |service, class_id, member| {
+            Criticality::of(service, Some(&CosemTarget { class_id, obis: [0, 0, 96, 3, 0, 255], member }))
+        };
+        for (class_id, member, expected) in [
+            (70, 1, SupplyControl),
+            (64, 2, SecuritySetup),
+            (18, 4, ImageTransfer),
+            (9, 1, SupplyControl),
+            (72, 7, SecuritySetup),
+        ] {
             assert_eq!(of(FrameService::Action, class_id, member), expected, "{class_id}");
         }
         for (class_id, member) in [(15, 1), (3, 1), (72, 1)] {

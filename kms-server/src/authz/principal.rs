@@ -6,8 +6,8 @@ use super::PrincipalFacts;
 use crate::api::listener::Peer;
 use crate::error::ServiceError;
 
-/// Who calls. The certificate is verified, in time and of this island. Whether the principal is enabled and the certificate
-/// still listed stands in its sealed row, which every act reads (I5).
+/// Who calls. The certificate is verified, in time and of this island. Whether the principal is
+/// enabled and the certificate still listed stands in its sealed row, which every act reads (I5).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Caller {
     /// The principal of the certificate.
@@ -22,7 +22,8 @@ impl Caller {
     /// The caller of a request that came over a connection of the listener.
     ///
     /// # Errors
-    /// Unauthenticated: no certificate, one of another island, or one that has expired since the handshake.
+    /// Unauthenticated: no certificate, one of another island, or one that has expired since the
+    /// handshake.
     pub fn of<T>(request: &tonic::Request<T>, island: &IslandName, now: UnixMillis) -> Result<Self, ServiceError> {
         Self::from_extensions(request.extensions(), island, now)
     }
@@ -31,7 +32,11 @@ impl Caller {
     ///
     /// # Errors
     /// As [`Self::of`].
-    pub fn from_extensions(extensions: &tonic::Extensions, island: &IslandName, now: UnixMillis) -> Result<Self, ServiceError> {
+    pub fn from_extensions(
+        extensions: &tonic::Extensions,
+        island: &IslandName,
+        now: UnixMillis,
+    ) -> Result<Self, ServiceError> {
         Self::from_peer(extensions.get::<Peer>(), island, now)
     }
 
@@ -51,15 +56,20 @@ impl Caller {
         if certificate.not_after <= now {
             return refuse("the client certificate has expired; renew it and connect again");
         }
-        Ok(Self { principal: certificate.principal.clone(), certificate_sha256: certificate.sha256, not_after: certificate.not_after })
+        Ok(Self {
+            principal: certificate.principal.clone(),
+            certificate_sha256: certificate.sha256,
+            not_after: certificate.not_after,
+        })
     }
 
-    /// Checks the caller against its sealed row, as every act does: so that a revocation acts on the next call of an open
-    /// connection. `row` is none where there is no row, or none that could be trusted.
+    /// Checks the caller against its sealed row, as every act does: so that a revocation acts on
+    /// the next call of an open connection. `row` is none where there is no row, or none that could
+    /// be trusted.
     ///
     /// # Errors
-    /// Unauthenticated: no row, the principal is disabled, or the row does not list the certificate. The text is the same, so that
-    /// nobody learns which principals exist.
+    /// Unauthenticated: no row, the principal is disabled, or the row does not list the
+    /// certificate. The text is the same, so that nobody learns which principals exist.
     // I5: the sealed row decides, not the certificate alone; without a row nobody is let in.
     pub fn accept(&self, row: Option<&Principal>, now: UnixMillis) -> Result<PrincipalFacts, ServiceError> {
         match row {
@@ -101,7 +111,9 @@ mod tests {
         let north = IslandName::parse("north").unwrap();
         let caller = Caller::from_extensions(&extensions("north"), &north, UnixMillis(999)).unwrap();
         assert_eq!((caller.principal.name(), caller.certificate_sha256), ("hes-1", [7; 32]));
-        for (extensions, now) in [(extensions("south"), 999), (extensions("north"), 1_000), (tonic::Extensions::new(), 999)] {
+        for (extensions, now) in
+            [(extensions("south"), 999), (extensions("north"), 1_000), (tonic::Extensions::new(), 999)]
+        {
             let refusal = Caller::from_extensions(&extensions, &north, UnixMillis(now));
             assert!(matches!(refusal, Err(ServiceError::Unauthenticated { .. })), "{refusal:?}");
         }

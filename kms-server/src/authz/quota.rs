@@ -1,5 +1,5 @@
-//! Quotas on critical commands (`policies/quotas.toml`): what policies permit is counted, so that a head-end without keys does not become an
-//! oracle that can switch off the city.
+//! Quotas on critical commands (`policies/quotas.toml`): what policies permit is counted, so that a
+//! head-end without keys does not become an oracle that can switch off the city.
 
 use std::path::{Path, PathBuf};
 
@@ -46,11 +46,14 @@ impl Quotas {
     /// Reads the text of a file.
     ///
     /// # Errors
-    /// No TOML, an unknown or missing field, a value that cannot be, two quotas of one name, or a criticality without a quota; with the line.
+    /// No TOML, an unknown or missing field, a value that cannot be, two quotas of one name, or a
+    /// criticality without a quota; with the line.
     pub fn parse(text: &str) -> Result<Self, QuotaError> {
         let line_of = |at: usize| text.get(..at).unwrap_or_default().matches('\n').count() + 1;
-        let file: QuotaFile = toml::from_str(text)
-            .map_err(|error| QuotaError { line: error.span().map_or(1, |span| line_of(span.start)), reason: error.message().to_owned() })?;
+        let file: QuotaFile = toml::from_str(text).map_err(|error| QuotaError {
+            line: error.span().map_or(1, |span| line_of(span.start)),
+            reason: error.message().to_owned(),
+        })?;
         let mut quotas: Vec<Quota> = Vec::new();
         for section in file.quota {
             let line = line_of(section.span().start);
@@ -61,12 +64,21 @@ impl Quotas {
             quotas.push(quota);
         }
         if quotas.len() > MOST_QUOTAS {
-            return Err(QuotaError { line: 1, reason: format!("{} quotas instead of at most {MOST_QUOTAS}", quotas.len()) });
+            return Err(QuotaError {
+                line: 1,
+                reason: format!("{} quotas instead of at most {MOST_QUOTAS}", quotas.len()),
+            });
         }
         // I8: what is critical and counted by no quota would pass without end.
         for criticality in Criticality::CRITICAL {
-            if !quotas.iter().any(|quota| matches!(quota.counts, Counts::Criticality(counted) if counted == criticality)) {
-                let reason = format!("no quota counts the criticality `{}`; add one, without `limit` entries if nobody shall have any", criticality.name());
+            if !quotas
+                .iter()
+                .any(|quota| matches!(quota.counts, Counts::Criticality(counted) if counted == criticality))
+            {
+                let reason = format!(
+                    "no quota counts the criticality `{}`; add one, without `limit` entries if nobody shall have any",
+                    criticality.name()
+                );
                 return Err(QuotaError { line: 1, reason });
             }
         }
@@ -80,10 +92,13 @@ impl Quotas {
 }
 
 impl Quota {
-    /// What a principal may have: its own limit, or that of its role. // I8: who is not named gets nothing.
+    /// What a principal may have: its own limit, or that of its role. // I8: who is not named gets
+    /// nothing.
     pub fn limit(&self, principal: &PrincipalId) -> QuotaLimit {
         let of = |wanted: &Holder| self.limits.iter().find(|(holder, _)| holder == wanted).map(|(_, limit)| *limit);
-        of(&Holder::Principal(principal.clone())).or_else(|| of(&Holder::Role(principal.role()))).unwrap_or(QuotaLimit::NONE)
+        of(&Holder::Principal(principal.clone()))
+            .or_else(|| of(&Holder::Role(principal.role())))
+            .unwrap_or(QuotaLimit::NONE)
     }
 }
 
@@ -97,7 +112,9 @@ impl Counts {
                     FrameService::Action => *action,
                     FrameService::Get | FrameService::Initiate | FrameService::HlsChallenge => false,
                 };
-                counted && target.class_id == *class_id && members.as_ref().is_none_or(|members| members.contains(&target.member))
+                counted
+                    && target.class_id == *class_id
+                    && members.as_ref().is_none_or(|members| members.contains(&target.member))
             }
         }
     }
@@ -120,12 +137,15 @@ impl QuotaError {
     }
 }
 
-/// The quotas of a folder of policies. A folder without the file has those that the server ships with.
+/// The quotas of a folder of policies. A folder without the file has those that the server ships
+/// with.
 pub(super) fn read(directory: &Path) -> Result<(PathBuf, String), super::PolicyError> {
     let path = directory.join(Quotas::FILE);
     match std::fs::read_to_string(&path) {
         Ok(text) => Ok((path, text)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok((PathBuf::from(Quotas::FILE), Quotas::SHIPPED.to_owned())),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            Ok((PathBuf::from(Quotas::FILE), Quotas::SHIPPED.to_owned()))
+        }
         Err(error) => Err(super::PolicyError::Read { path, reason: error.to_string() }),
     }
 }
@@ -172,7 +192,12 @@ impl QuotaSection {
                 let criticality = Criticality::CRITICAL
                     .into_iter()
                     .find(|criticality| criticality.name() == text)
-                    .ok_or_else(|| format!("criticality: `{text}` is not one of {}", Criticality::CRITICAL.map(Criticality::name).join(", ")))?;
+                    .ok_or_else(|| {
+                        format!(
+                            "criticality: `{text}` is not one of {}",
+                            Criticality::CRITICAL.map(Criticality::name).join(", ")
+                        )
+                    })?;
                 Counts::Criticality(criticality)
             }
             (None, Some(class_id), members, services) => {
@@ -180,9 +205,19 @@ impl QuotaSection {
                     return Err("members, services: an empty list counts nothing; leave it out to count all".to_owned());
                 }
                 let counts = |service| services.as_ref().is_none_or(|services| services.contains(&service));
-                Counts::Class { class_id, members, set: counts(CountedService::Set), action: counts(CountedService::Action) }
+                Counts::Class {
+                    class_id,
+                    members,
+                    set: counts(CountedService::Set),
+                    action: counts(CountedService::Action),
+                }
             }
-            _ => return Err("either `criticality` is given, or `class_id`, which may have `members` and `services` beside it".to_owned()),
+            _ => {
+                return Err(
+                    "either `criticality` is given, or `class_id`, which may have `members` and `services` beside it"
+                        .to_owned(),
+                );
+            }
         };
         let mut limits = Vec::with_capacity(self.limit.len());
         for section in self.limit {
@@ -222,7 +257,10 @@ mod tests {
     }
 
     fn names(quotas: &Quotas, service: FrameService, class_id: u16, member: i8) -> Vec<String> {
-        quotas.of(service, CosemTarget { class_id, obis: [0, 0, 96, 3, 10, 255], member }).map(|quota| quota.name.to_string()).collect()
+        quotas
+            .of(service, CosemTarget { class_id, obis: [0, 0, 96, 3, 10, 255], member })
+            .map(|quota| quota.name.to_string())
+            .collect()
     }
 
     /// Like the shipped ones, with more behind them.
@@ -239,7 +277,8 @@ mod tests {
         assert_eq!(names(&quotas, FrameService::Action, 18, 4), ["image-transfer", "image-activate"]);
         assert!(names(&quotas, FrameService::Get, 70, 2).is_empty());
         assert!(names(&quotas, FrameService::Action, 15, 1).is_empty());
-        let disconnect = quotas.of(FrameService::Action, CosemTarget { class_id: 70, obis: [0; 6], member: 1 }).next().unwrap();
+        let disconnect =
+            quotas.of(FrameService::Action, CosemTarget { class_id: 70, obis: [0; 6], member: 1 }).next().unwrap();
         assert_eq!(disconnect.limit(&principal(Role::HeadEnd, "hes-1")).commands(), 200);
         assert_eq!(disconnect.limit(&principal(Role::Handheld, "hh-1")), QuotaLimit::NONE, "I8");
     }
@@ -258,7 +297,9 @@ mod tests {
         )
         .unwrap();
         assert_eq!(names(&quotas, FrameService::Set, 8, 2), ["clock"]);
-        assert!(names(&quotas, FrameService::Set, 8, 3).is_empty() && names(&quotas, FrameService::Action, 8, 2).is_empty());
+        assert!(
+            names(&quotas, FrameService::Set, 8, 3).is_empty() && names(&quotas, FrameService::Action, 8, 2).is_empty()
+        );
         let clock = quotas.of(FrameService::Set, CosemTarget { class_id: 8, obis: [0; 6], member: 2 }).next().unwrap();
         assert_eq!(clock.limit(&principal(Role::HeadEnd, "hes-1")), QuotaLimit::new(5, None).unwrap());
         assert_eq!(clock.limit(&principal(Role::HeadEnd, "hes-2")), QuotaLimit::new(50, Some(7)).unwrap());
@@ -279,7 +320,11 @@ mod tests {
                         .of(service, CosemTarget { class_id, obis: [0, 0, 96, 3, 10, 255], member })
                         .filter(|quota| ["clock", "watch", "all"].contains(&quota.name.as_str()))
                     {
-                        for holder in [principal(Role::HeadEnd, "hes-1"), principal(Role::HeadEnd, "hes-2"), principal(Role::Handheld, "hh-1")] {
+                        for holder in [
+                            principal(Role::HeadEnd, "hes-1"),
+                            principal(Role::HeadEnd, "hes-2"),
+                            principal(Role::Handheld, "hh-1"),
+                        ] {
                             seen.push((class_id, member, service.name(), quota.name.to_string(), quota.limit(&holder)));
                         }
                     }
@@ -306,9 +351,19 @@ mod tests {
         // The parser names the fields that it takes when it refuses another one.
         let accepted = |text: &str| {
             let reason = with(text).unwrap_err().reason;
-            reason.split('`').skip(1).step_by(2).map(ToOwned::to_owned).filter(|field| field != "unknown").collect::<Vec<String>>()
+            reason
+                .split('`')
+                .skip(1)
+                .step_by(2)
+                .map(ToOwned::to_owned)
+                .filter(|field| field != "unknown")
+                .collect::<Vec<String>>()
         };
-        let taken = [accepted("[[quota]]\nunknown = 1\nname = \"a\""), accepted("[[quota]]\nname = \"a\"\nlimit = [{ unknown = 1 }]")].concat();
+        let taken = [
+            accepted("[[quota]]\nunknown = 1\nname = \"a\""),
+            accepted("[[quota]]\nname = \"a\"\nlimit = [{ unknown = 1 }]"),
+        ]
+        .concat();
         assert_eq!(taken.iter().map(String::as_str).collect::<std::collections::BTreeSet<_>>(), changed);
     }
 

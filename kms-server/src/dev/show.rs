@@ -25,14 +25,24 @@ use meter_sim::{
 use super::Failure;
 
 /// Does the main job with the first meter of the vendor's sample.
-pub(super) async fn main_job(head_end: &Profile, devices: &Path, client_title: SystemTitle, options: &OpenOptions) -> Result<(), Failure> {
+pub(super) async fn main_job(
+    head_end: &Profile,
+    devices: &Path,
+    client_title: SystemTitle,
+    options: &OpenOptions,
+) -> Result<(), Failure> {
     let (title, meter) = first_meter(devices)?;
     println!("\nThe main job, once, through the public interface:\n");
 
     let began = Instant::now();
     let connection = Connection::connect(head_end).await?;
     let transport_key = head_end.transport_key()?;
-    let terms = SessionTerms { purpose: Purpose::Read.into(), client_title: client_title.octets().to_vec().into(), counters: 100, ..SessionTerms::default() };
+    let terms = SessionTerms {
+        purpose: Purpose::Read.into(),
+        client_title: client_title.octets().to_vec().into(),
+        counters: 100,
+        ..SessionTerms::default()
+    };
     step(1, "the head-end asks", &format!("a session with meter {title}, to read, as client {client_title}"));
     let session = connection.open_session(&transport_key, new_request_id(), title, terms, options).await?;
     let keys = session.keys.meter(title).ok_or("the envelope holds no keys of the meter")?;
@@ -47,9 +57,17 @@ pub(super) async fn main_job(head_end: &Profile, devices: &Path, client_title: S
             hex::encode(session.audit_leaf.get(..8).unwrap_or_default())
         ),
     );
-    let names: Vec<String> = keys.keys.iter().map(|key| format!("{} version {}", key.key_type, key.version.map_or(0, |version| version.number()))).collect();
+    let names: Vec<String> = keys
+        .keys
+        .iter()
+        .map(|key| format!("{} version {}", key.key_type, key.version.map_or(0, |version| version.number())))
+        .collect();
     let first = counters.next().unwrap_or_default();
-    step(3, "the head-end opens", &format!("the envelope: {}; counters {first} to {}", names.join(", "), first + counters.remaining() - 1));
+    step(
+        3,
+        "the head-end opens",
+        &format!("the envelope: {}; counters {first} to {}", names.join(", "), first + counters.remaining() - 1),
+    );
 
     let (address, simulator) = simulate(meter).await?;
     step(4, "the meter", &format!("a simulated {title} listens on {address}, with the keys that its vendor gave it"));
@@ -89,8 +107,15 @@ async fn simulate(config: MeterConfig) -> Result<(std::net::SocketAddr, tokio::t
 }
 
 /// Associates and reads the energy register: the ciphered request and answer, and the value.
-async fn read(address: std::net::SocketAddr, keys: &OpenedMeter, client_title: SystemTitle, lease: &[u32]) -> Result<(Vec<u8>, Vec<u8>, String), Failure> {
-    let key = |key_type: KeyType| -> Result<SymmetricKey, Failure> { Ok(SymmetricKey::new(keys.key(key_type).ok_or("a key is missing")?.key.expose())?) };
+async fn read(
+    address: std::net::SocketAddr,
+    keys: &OpenedMeter,
+    client_title: SystemTitle,
+    lease: &[u32],
+) -> Result<(Vec<u8>, Vec<u8>, String), Failure> {
+    let key = |key_type: KeyType| -> Result<SymmetricKey, Failure> {
+        Ok(SymmetricKey::new(keys.key(key_type).ok_or("a key is missing")?.key.expose())?)
+    };
     let (Some(first), Some(last)) = (lease.first(), lease.last()) else { return Err("no counters".into()) };
     let mut session = ClientSession::new(ClientConfig {
         client_title: meter_sim::SystemTitle::new(client_title.octets()),
@@ -100,7 +125,8 @@ async fn read(address: std::net::SocketAddr, keys: &OpenedMeter, client_title: S
         counters: *first..=*last,
         general_ciphering: true,
     })?;
-    let mut connection = ClientConnection::connect(address, MANAGEMENT_CLIENT, LOGICAL_DEVICE, Duration::from_secs(5)).await?;
+    let mut connection =
+        ClientConnection::connect(address, MANAGEMENT_CLIENT, LOGICAL_DEVICE, Duration::from_secs(5)).await?;
     connection.associate(&mut session).await?;
     let energy = AttributeDescriptor { class: CLASS_REGISTER, instance: "1.0.1.8.0.255".parse()?, attribute: 2 };
     let request = session.get_request(energy)?;
@@ -118,7 +144,8 @@ fn step(number: u32, who: &str, what: &str) {
 }
 
 fn clock(time: UnixMillis) -> String {
-    jiff::Timestamp::from_millisecond(time.0).map_or_else(|_| "?".to_owned(), |time| time.strftime("%H:%M:%S UTC").to_string())
+    jiff::Timestamp::from_millisecond(time.0)
+        .map_or_else(|_| "?".to_owned(), |time| time.strftime("%H:%M:%S UTC").to_string())
 }
 
 const MANAGEMENT_CLIENT: u16 = 1;

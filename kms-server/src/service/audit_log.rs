@@ -33,7 +33,8 @@ pub struct LogQuery {
     pub newest_first: bool,
 }
 
-/// A page of records. It can be empty although more follow: one call reads so many records and no more.
+/// A page of records. It can be empty although more follow: one call reads so many records and no
+/// more.
 #[derive(Clone, Debug, Default)]
 pub struct LogPage {
     /// The records.
@@ -77,8 +78,9 @@ impl AuditLog {
         Self { island }
     }
 
-    /// A page of records in the order of the log, whatever the clock said when they were written: each server's come as they are chained. The times of a
-    /// query select by the records' times. Whether the log is whole is for the scrubber to say.
+    /// A page of records in the order of the log, whatever the clock said when they were written:
+    /// each server's come as they are chained. The times of a query select by the records' times.
+    /// Whether the log is whole is for the scrubber to say.
     ///
     /// # Errors
     /// Not permitted, a record that does not decode, or the database is away.
@@ -90,8 +92,9 @@ impl AuditLog {
         while !reader.end && read < MOST_READ {
             for row in reader.next().await? {
                 read += 1;
-                let record = AuditRecord::decode(row.record.record.as_slice())
-                    .map_err(|_| ServiceError::Internal("an audit record does not decode: run `kms audit scrub`".to_owned()))?;
+                let record = AuditRecord::decode(row.record.record.as_slice()).map_err(|_| {
+                    ServiceError::Internal("an audit record does not decode: run `kms audit scrub`".to_owned())
+                })?;
                 if query.matches(&record) {
                     octets += row.record.record.len();
                     // A record of an import is large; an answer stays below what clients take.
@@ -151,8 +154,12 @@ impl<'a> Reader<'a> {
             None if query.from.is_none() && query.to.is_none() => LogPlace::whole(query.newest_first),
             None => match island.store.audit_range(query.from, query.to).await? {
                 // What is written from now on belongs to it, where its end is open.
-                Some((AuditCursor(first), _)) if query.to.is_none() => LogPlace::between(query.newest_first, first, i64::MAX),
-                Some((_, AuditCursor(last))) if query.from.is_none() => LogPlace::between(query.newest_first, i64::MIN, last),
+                Some((AuditCursor(first), _)) if query.to.is_none() => {
+                    LogPlace::between(query.newest_first, first, i64::MAX)
+                }
+                Some((_, AuditCursor(last))) if query.from.is_none() => {
+                    LogPlace::between(query.newest_first, i64::MIN, last)
+                }
                 Some((AuditCursor(first), AuditCursor(last))) => LogPlace::between(query.newest_first, first, last),
                 None => return Ok(None),
             },
@@ -199,7 +206,11 @@ mod tests {
 
     /// A record of a change of a meter by a server.
     async fn change(island: &Island, number: u64) {
-        let event = MetersChanged { meters: vec![meter(number).octets().to_vec().into()], change: "test".to_owned(), ..MetersChanged::default() };
+        let event = MetersChanged {
+            meters: vec![meter(number).octets().to_vec().into()],
+            change: "test".to_owned(),
+            ..MetersChanged::default()
+        };
         let act = island.committer.act(Actor::server("test"), Reads::default(), move |view| {
             view.append(Event::MetersChanged(event.clone()));
             Ok(())

@@ -1,7 +1,8 @@
 //! Campaigns: made, approved, led and watched by officers; their tasks are leased to head-ends.
 //!
-//! All state is in the database, so that every server can lead every campaign, and none is needed. A transfer that belongs to a campaign calls
-//! [`begin_task`], [`check_task`] and [`end_task`] inside its own acts.
+//! All state is in the database, so that every server can lead every campaign, and none is needed.
+//! A transfer that belongs to a campaign calls [`begin_task`], [`check_task`] and [`end_task`]
+//! inside its own acts.
 
 mod accept;
 mod drive;
@@ -81,10 +82,20 @@ impl Change {
     }
 
     /// Carries it out, and says what to record.
-    fn apply(&self, campaign: &mut Campaign, principal: &Principal, failures: &kms_domain::WaveCounts, view: &View<'_, '_>) -> Result<Event, ServiceError> {
+    fn apply(
+        &self,
+        campaign: &mut Campaign,
+        principal: &Principal,
+        failures: &kms_domain::WaveCounts,
+        view: &View<'_, '_>,
+    ) -> Result<Event, ServiceError> {
         let (id, now) = (bytes::Bytes::copy_from_slice(&campaign.id.octets()), view.now());
         let changed = |change: &str, reason: &str| {
-            Event::CampaignChanged(CampaignChanged { campaign_id: id.clone(), change: change.to_owned(), reason: reason.to_owned() })
+            Event::CampaignChanged(CampaignChanged {
+                campaign_id: id.clone(),
+                change: change.to_owned(),
+                reason: reason.to_owned(),
+            })
         };
         let event = match self {
             Self::Approve { content_sha256 } => {
@@ -128,8 +139,15 @@ impl CampaignService {
     /// Changes a campaign. A request that comes again changes nothing more.
     ///
     /// # Errors
-    /// Not permitted, no such campaign, its state or the rules of approval (I6) forbid it, or the database is away.
-    pub async fn change(&self, caller: &Caller, request: Request, id: CampaignId, change: Change) -> Result<v1::Campaign, ServiceError> {
+    /// Not permitted, no such campaign, its state or the rules of approval (I6) forbid it, or the
+    /// database is away.
+    pub async fn change(
+        &self,
+        caller: &Caller,
+        request: Request,
+        id: CampaignId,
+        change: Change,
+    ) -> Result<v1::Campaign, ServiceError> {
         let action = change.action();
         self.island.require(caller, &action).await?;
         let counts = match &change {
@@ -141,7 +159,11 @@ impl CampaignService {
             _ => None,
         };
         let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
-        let mut reads = Reads { sealed: vec![principal_row(&caller.principal), campaign_row(id)], requests: asking.reads(), ..Reads::default() };
+        let mut reads = Reads {
+            sealed: vec![principal_row(&caller.principal), campaign_row(id)],
+            requests: asking.reads(),
+            ..Reads::default()
+        };
         reads.sealed.extend(new_version.iter().map(|new| (RowKind::Group, new.group.0.to_be_bytes().to_vec())));
         let actor = Actor::caller(caller, Some(request.id), action.name());
         let (island, caller) = (self.island.clone(), caller.clone());
@@ -176,7 +198,8 @@ impl CampaignService {
         self.message(&campaign).await
     }
 
-    /// The version of the group's key that a campaign brings to all members: one for the whole campaign, made when it starts.
+    /// The version of the group's key that a campaign brings to all members: one for the whole
+    /// campaign, made when it starts.
     async fn new_group_version(&self, campaign: &Campaign) -> Result<Option<NewGroupVersion>, ServiceError> {
         match (campaign.content.action, campaign.content.selection.group) {
             (CampaignAction::Rotate(key_type), Some(group)) if campaign.state == CampaignState::Approved => {
@@ -191,9 +214,11 @@ impl CampaignService {
         let row = self.island.store.sealed(RowKind::Campaign, &id.octets()).await?.ok_or_else(|| missing(id))?;
         match self.island.committer.open_campaign(id, &row) {
             Ok(campaign) => Ok(campaign),
-            // It may have been written between being read and being opened: only what does not verify again was tampered with.
+            // It may have been written between being read and being opened: only what does not
+            // verify again was tampered with.
             Err(_) => {
-                let row = self.island.store.sealed(RowKind::Campaign, &id.octets()).await?.ok_or_else(|| missing(id))?;
+                let row =
+                    self.island.store.sealed(RowKind::Campaign, &id.octets()).await?.ok_or_else(|| missing(id))?;
                 self.island.committer.open_campaign(id, &row)
             }
         }
@@ -213,7 +238,8 @@ impl CampaignService {
     }
 }
 
-/// All campaigns, oldest first. One whose row does not verify is left out, and reported by the scrubber (I5).
+/// All campaigns, oldest first. One whose row does not verify is left out, and reported by the
+/// scrubber (I5).
 async fn all(island: &Island) -> Result<Vec<Arc<Campaign>>, ServiceError> {
     let mut campaigns = Vec::new();
     let mut after = None;
@@ -221,7 +247,9 @@ async fn all(island: &Island) -> Result<Vec<Arc<Campaign>>, ServiceError> {
         let page = island.store.sealed_page(RowKind::Campaign, after.as_deref(), PAGE).await?;
         let Some((last, _)) = page.last() else { return Ok(campaigns) };
         after = Some(last.clone());
-        let opened = page.iter().filter_map(|(id, row)| island.committer.open_campaign(CampaignId::from_octets(id).ok()?, row).ok());
+        let opened = page
+            .iter()
+            .filter_map(|(id, row)| island.committer.open_campaign(CampaignId::from_octets(id).ok()?, row).ok());
         campaigns.extend(opened);
     }
 }

@@ -1,10 +1,13 @@
-//! The island's certification authority: a P-256 key in the HSM (CKM_ECDSA) that signs what is built and checked here.
+//! The island's certification authority: a P-256 key in the HSM (CKM_ECDSA) that signs what is
+//! built and checked here.
 //!
-//! Issuing goes in steps that cannot be taken out of order: parse the request → build the TBSCertificate → lint it → sign its digest in the HSM →
-//! check the signature → (by the caller) register the certificate with its audit record in one act → hand it out. A certificate that
-//! is signed and not registered is worth nothing: the principal's sealed row decides (I5).
+//! Issuing goes in steps that cannot be taken out of order: parse the request → build the
+//! TBSCertificate → lint it → sign its digest in the HSM → check the signature → (by the caller)
+//! register the certificate with its audit record in one act → hand it out. A certificate that is
+//! signed and not registered is worth nothing: the principal's sealed row decides (I5).
 //!
-//! Profiles of RFC 5280. Extensions of a request are ignored: everything in a certificate is chosen here.
+//! Profiles of RFC 5280. Extensions of a request are ignored: everything in a certificate is chosen
+//! here.
 
 use std::net::IpAddr;
 use std::sync::Mutex;
@@ -13,11 +16,14 @@ use std::sync::PoisonError;
 use aws_lc_rs::digest::{SHA256, digest};
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED, UnparsedPublicKey};
 use bytes::Bytes;
-use kms_domain::{Enrolment, IslandName, ParseError, PrincipalCertificate, PrincipalId, TransportCertificate, UnixMillis};
+use kms_domain::{
+    Enrolment, IslandName, ParseError, PrincipalCertificate, PrincipalId, TransportCertificate, UnixMillis,
+};
 use kms_hsm::{Hsm, Purpose, TokenKey};
 use rcgen::{
-    BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyUsagePurpose,
-    PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType, SerialNumber, SignatureAlgorithm, SigningKey, SubjectPublicKeyInfo,
+    BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType, SerialNumber, SignatureAlgorithm, SigningKey,
+    SubjectPublicKeyInfo,
 };
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer};
@@ -37,7 +43,8 @@ pub struct CertificateAuthority {
 }
 
 impl CertificateAuthority {
-    /// The root certificate of a new island, to be signed by its own key. Path length 0: it issues no further authorities.
+    /// The root certificate of a new island, to be signed by its own key. Path length 0: it issues
+    /// no further authorities.
     ///
     /// # Errors
     /// Internal: the certificate could not be built.
@@ -76,11 +83,18 @@ impl CertificateAuthority {
         self.not_after
     }
 
-    /// The certificate of a principal's TLS key: clientAuth, digitalSignature, the principal as URI subjectAltName.
+    /// The certificate of a principal's TLS key: clientAuth, digitalSignature, the principal as URI
+    /// subjectAltName.
     ///
     /// # Errors
-    /// Failed precondition: the root certificate ends too early. Internal: the certificate could not be built.
-    pub fn principal(&self, principal: &PrincipalId, request: &CertificationRequest, validity: Validity) -> Result<ToBeSigned, ServiceError> {
+    /// Failed precondition: the root certificate ends too early. Internal: the certificate could
+    /// not be built.
+    pub fn principal(
+        &self,
+        principal: &PrincipalId,
+        request: &CertificationRequest,
+        validity: Validity,
+    ) -> Result<ToBeSigned, ServiceError> {
         let mut params = self.leaf(validity, principal_name(principal))?;
         params.subject_alt_names = vec![principal_uri(principal)?];
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
@@ -88,11 +102,17 @@ impl CertificateAuthority {
         ToBeSigned::build(params, self.issuing(request)?, Some(self.not_after))
     }
 
-    /// The certificate of a principal's transport key: keyAgreement and nothing else, so that it is no TLS certificate.
+    /// The certificate of a principal's transport key: keyAgreement and nothing else, so that it is
+    /// no TLS certificate.
     ///
     /// # Errors
     /// Invalid argument: the key is not EC P-256. Else as [`Self::principal`].
-    pub fn transport(&self, principal: &PrincipalId, request: &CertificationRequest, validity: Validity) -> Result<ToBeSigned, ServiceError> {
+    pub fn transport(
+        &self,
+        principal: &PrincipalId,
+        request: &CertificationRequest,
+        validity: Validity,
+    ) -> Result<ToBeSigned, ServiceError> {
         if request.p256_point.is_none() {
             return Err(ServiceError::invalid("certificate_request", "a transport key is an EC key on P-256"));
         }
@@ -102,12 +122,21 @@ impl CertificateAuthority {
         ToBeSigned::build(params, self.issuing(request)?, Some(self.not_after))
     }
 
-    /// The certificate of a server's TLS key: serverAuth, digitalSignature, its DNS names and IP addresses.
+    /// The certificate of a server's TLS key: serverAuth, digitalSignature, its DNS names and IP
+    /// addresses.
     ///
     /// # Errors
     /// Invalid argument: no name, or one that is neither. Else as [`Self::principal`].
-    pub fn server(&self, island: &IslandName, names: &[String], request: &CertificationRequest, validity: Validity) -> Result<ToBeSigned, ServiceError> {
-        let first = names.first().ok_or_else(|| ServiceError::invalid("server.names", "a server needs at least one DNS name or IP address"))?;
+    pub fn server(
+        &self,
+        island: &IslandName,
+        names: &[String],
+        request: &CertificationRequest,
+        validity: Validity,
+    ) -> Result<ToBeSigned, ServiceError> {
+        let first = names.first().ok_or_else(|| {
+            ServiceError::invalid("server.names", "a server needs at least one DNS name or IP address")
+        })?;
         let mut subject = DistinguishedName::new();
         subject.push(DnType::OrganizationName, format!("meterkms {island}"));
         subject.push(DnType::OrganizationalUnitName, "server");
@@ -119,8 +148,8 @@ impl CertificateAuthority {
         ToBeSigned::build(params, self.issuing(request)?, Some(self.not_after))
     }
 
-    /// Whether the key in the HSM is the one of the root certificate. To be asked at start: another one would make certificates that
-    /// nobody accepts.
+    /// Whether the key in the HSM is the one of the root certificate. To be asked at start: another
+    /// one would make certificates that nobody accepts.
     ///
     /// # Errors
     /// Failed precondition: another key. Else the HSM's.
@@ -165,18 +194,20 @@ impl CertificationRequest {
     /// Parses a request, at most 16 KiB of DER, and verifies its signature.
     ///
     /// # Errors
-    /// Not a request, a signature that does not fit its key, or a key that is not accepted: EC P-256 or P-384, RSA of 3072 to
-    /// 4096 bits, and Ed25519 are.
+    /// Not a request, a signature that does not fit its key, or a key that is not accepted: EC
+    /// P-256 or P-384, RSA of 3072 to 4096 bits, and Ed25519 are.
     pub fn parse(der: &[u8]) -> Result<Self, ParseError> {
         let refuse = |reason: &str| ParseError::new("certificate request", reason);
         if der.len() > LONGEST_REQUEST {
             return Err(refuse("it is longer than 16384 octets"));
         }
-        let (rest, request) = X509CertificationRequest::from_der(der).map_err(|_| refuse("not a PKCS#10 request (DER)"))?;
+        let (rest, request) =
+            X509CertificationRequest::from_der(der).map_err(|_| refuse("not a PKCS#10 request (DER)"))?;
         if !rest.is_empty() {
             return Err(refuse("octets follow the request"));
         }
-        // The SPKI's own algorithm counts, not that of the signature: `openssl req` signs P-384 requests with SHA-256.
+        // The SPKI's own algorithm counts, not that of the signature: `openssl req` signs P-384
+        // requests with SHA-256.
         let info = &request.certification_request_info.subject_pki;
         let accepted = match info.parsed() {
             Ok(PublicKey::RSA(key)) => (3072..=4096).contains(&key.key_size()),
@@ -186,12 +217,17 @@ impl CertificationRequest {
         if !accepted {
             return Err(refuse("its key is none of EC P-256, EC P-384, RSA with 3072 to 4096 bits, Ed25519"));
         }
-        request.verify_signature().map_err(|_| refuse("its signature is not by its own key: possession is not proven"))?;
-        // I6: one key has one name, its SHA-256. An encoding that can be chosen would give it several.
+        request
+            .verify_signature()
+            .map_err(|_| refuse("its signature is not by its own key: possession is not proven"))?;
+        // I6: one key has one name, its SHA-256. An encoding that can be chosen would give it
+        // several.
         let canonical = SubjectPublicKeyInfo::from_der(info.raw).map_err(|_| refuse("its key cannot be read"))?;
         let compressed = matches!(info.parsed(), Ok(PublicKey::EC(point)) if point.data().first() != Some(&4));
         if canonical.subject_public_key_info() != info.raw || compressed {
-            return Err(refuse("its key is not encoded in the usual way: uncompressed points, DER as RFC 5480, RFC 4055 and RFC 8410 say"));
+            return Err(refuse(
+                "its key is not encoded in the usual way: uncompressed points, DER as RFC 5480, RFC 4055 and RFC 8410 say",
+            ));
         }
         Ok(Self { spki: info.raw.to_vec(), p256_point: p256_point(info) })
     }
@@ -201,7 +237,8 @@ impl CertificationRequest {
     /// # Errors
     /// As [`Self::parse`], or no PEM.
     pub fn parse_pem(pem: &[u8]) -> Result<Self, ParseError> {
-        let der = CertificateSigningRequestDer::from_pem_slice(pem).map_err(|_| ParseError::new("certificate request", "no PEM block CERTIFICATE REQUEST"))?;
+        let der = CertificateSigningRequestDer::from_pem_slice(pem)
+            .map_err(|_| ParseError::new("certificate request", "no PEM block CERTIFICATE REQUEST"))?;
         Self::parse(&der)
     }
 
@@ -252,16 +289,21 @@ impl ToBeSigned {
     /// # Errors
     /// Internal: the signature is not one of the CA key over what was linted.
     pub fn finish(self, signature: &[u8]) -> Result<IssuedCertificate, ServiceError> {
-        // What leaves is checked: an HSM that signs something else, or with another key, does not go unnoticed.
-        UnparsedPublicKey::new(&ECDSA_P256_SHA256_FIXED, self.issuing.key().0)
-            .verify(&self.tbs, signature)
-            .map_err(|_| ServiceError::Internal("the HSM's signature does not verify under the CA certificate's key".to_owned()))?;
+        // What leaves is checked: an HSM that signs something else, or with another key, does not
+        // go unnoticed.
+        UnparsedPublicKey::new(&ECDSA_P256_SHA256_FIXED, self.issuing.key().0).verify(&self.tbs, signature).map_err(
+            |_| ServiceError::Internal("the HSM's signature does not verify under the CA certificate's key".to_owned()),
+        )?;
         let signer = Signed { key: self.issuing.key(), tbs: self.tbs, signature: ecdsa_sig_value(signature)? };
         let certificate = self.issuing.certificate(&self.params, &signer).map_err(internal("the certificate"))?;
         IssuedCertificate::parse(certificate.der().clone())
     }
 
-    fn build(params: CertificateParams, issuing: Issuing, authority_not_after: Option<UnixMillis>) -> Result<Self, ServiceError> {
+    fn build(
+        params: CertificateParams,
+        issuing: Issuing,
+        authority_not_after: Option<UnixMillis>,
+    ) -> Result<Self, ServiceError> {
         let capture = Capture { key: issuing.key(), message: Mutex::default() };
         issuing.certificate(&params, &capture).map_err(internal("the certificate"))?;
         let tbs = capture.message.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -276,13 +318,17 @@ impl ToBeSigned {
         let require = |holds: bool, rule: &'static str| if holds { Ok(()) } else { Err(rule) };
         require(rest.is_empty(), "octets follow")?;
         require(tbs.version() == X509Version::V3, "not version 3")?;
-        require(tbs.raw_serial().len() <= 20 && tbs.raw_serial().first().is_some_and(|first| *first & 0x80 == 0), "serial number is not positive and short")?;
+        require(
+            tbs.raw_serial().len() <= 20 && tbs.raw_serial().first().is_some_and(|first| *first & 0x80 == 0),
+            "serial number is not positive and short",
+        )?;
         require(tbs.validity.not_before < tbs.validity.not_after, "it ends before it begins")?;
         let not_after = tbs.validity.not_after.timestamp().saturating_mul(1000);
         require(authority_not_after.is_none_or(|authority| not_after <= authority.0), "it outlives its issuer")?;
         let usage = tbs.key_usage().map_err(|_| "key usage twice")?.ok_or("no key usage")?;
         require(usage.critical, "key usage is not critical")?;
-        let constraints = tbs.basic_constraints().map_err(|_| "basic constraints twice")?.ok_or("no basic constraints")?;
+        let constraints =
+            tbs.basic_constraints().map_err(|_| "basic constraints twice")?.ok_or("no basic constraints")?;
         require(constraints.critical, "basic constraints are not critical")?;
         match &self.issuing {
             Issuing::Root(key) => {
@@ -291,18 +337,29 @@ impl ToBeSigned {
                 require(p256_point(&tbs.subject_pki) == Some(key.0), "the root has another key")
             }
             Issuing::Leaf { authority, subject, .. } => {
-                let (_, authority) = X509Certificate::from_der(authority).map_err(|_| "the issuer is not a certificate")?;
-                require(!tbs.is_ca() && !usage.value.key_cert_sign() && !usage.value.crl_sign(), "a leaf is an authority")?;
+                let (_, authority) =
+                    X509Certificate::from_der(authority).map_err(|_| "the issuer is not a certificate")?;
+                require(
+                    !tbs.is_ca() && !usage.value.key_cert_sign() && !usage.value.crl_sign(),
+                    "a leaf is an authority",
+                )?;
                 require(tbs.issuer.as_raw() == authority.subject().as_raw(), "the issuer's name differs")?;
                 require(tbs.subject_pki.raw == subject.subject_public_key_info(), "the subject's key differs")?;
-                let names = tbs.subject_alternative_name().map_err(|_| "subjectAltName twice")?.ok_or("no subjectAltName")?;
+                let names =
+                    tbs.subject_alternative_name().map_err(|_| "subjectAltName twice")?.ok_or("no subjectAltName")?;
                 let uris = names.value.general_names.iter().filter(|name| matches!(name, GeneralName::URI(_))).count();
                 let extended = tbs.extended_key_usage().map_err(|_| "extended key usage twice")?;
                 let server = extended.as_ref().is_some_and(|usage| usage.value.server_auth);
                 let client = extended.as_ref().is_some_and(|usage| usage.value.client_auth);
                 require(!(server && client), "server and client at once")?;
-                require(if server { uris == 0 } else { uris == 1 && names.value.general_names.len() == 1 }, "the names do not fit the use")?;
-                require((server || client) == usage.value.digital_signature(), "digitalSignature does not fit the use")?;
+                require(
+                    if server { uris == 0 } else { uris == 1 && names.value.general_names.len() == 1 },
+                    "the names do not fit the use",
+                )?;
+                require(
+                    (server || client) == usage.value.digital_signature(),
+                    "digitalSignature does not fit the use",
+                )?;
                 require((server || client) != usage.value.key_agreement(), "keyAgreement does not fit the use")
             }
         }
@@ -338,9 +395,14 @@ impl IssuedCertificate {
         }
     }
 
-    /// What a principal's row keeps of its transport certificate; none for a key that is not on P-256.
+    /// What a principal's row keeps of its transport certificate; none for a key that is not on
+    /// P-256.
     pub fn for_transport(&self) -> Option<TransportCertificate> {
-        Some(TransportCertificate { certificate: Bytes::copy_from_slice(&self.der), sha256: self.sha256, public_point: self.p256_point? })
+        Some(TransportCertificate {
+            certificate: Bytes::copy_from_slice(&self.der),
+            sha256: self.sha256,
+            public_point: self.p256_point?,
+        })
     }
 
     /// The certificate in PEM.
@@ -393,7 +455,9 @@ impl Issuing {
     fn certificate(&self, params: &CertificateParams, signer: &impl SigningKey) -> Result<Certificate, rcgen::Error> {
         match self {
             Self::Root(_) => params.self_signed(signer),
-            Self::Leaf { authority, subject, .. } => params.signed_by(subject, &Issuer::from_ca_cert_der(authority, signer)?),
+            Self::Leaf { authority, subject, .. } => {
+                params.signed_by(subject, &Issuer::from_ca_cert_der(authority, signer)?)
+            }
         }
     }
 }
@@ -464,11 +528,16 @@ impl SigningKey for Signed {
 fn params(validity: Validity) -> Result<CertificateParams, ServiceError> {
     let mut serial = [0; 16];
     aws_lc_rs::rand::fill(&mut serial).map_err(internal("a random serial number"))?;
-    // RFC 5280, 4.1.2.2: positive. The second bit keeps its length, so that rows and certificates show the same octets.
+    // RFC 5280, 4.1.2.2: positive. The second bit keeps its length, so that rows and certificates
+    // show the same octets.
     if let Some(first) = serial.first_mut() {
         *first = (*first & 0x7f) | 0x40;
     }
-    let time = |moment: UnixMillis| ASN1Time::from_timestamp(moment.0.div_euclid(1000)).map(|time| time.to_datetime()).map_err(internal("a time of validity"));
+    let time = |moment: UnixMillis| {
+        ASN1Time::from_timestamp(moment.0.div_euclid(1000))
+            .map(|time| time.to_datetime())
+            .map_err(internal("a time of validity"))
+    };
     let mut params = CertificateParams::default();
     params.not_before = time(validity.not_before)?;
     params.not_after = time(validity.not_after)?;
@@ -493,15 +562,17 @@ fn server_name(name: &str) -> Result<SanType, ServiceError> {
     if let Ok(address) = name.parse::<IpAddr>() {
         return Ok(SanType::IpAddress(address));
     }
-    let parsed = rustls_pki_types::DnsName::try_from(name)
-        .map_err(|_| ServiceError::invalid("server.names", format!("`{name}` is neither a DNS name nor an IP address")))?;
+    let parsed = rustls_pki_types::DnsName::try_from(name).map_err(|_| {
+        ServiceError::invalid("server.names", format!("`{name}` is neither a DNS name nor an IP address"))
+    })?;
     Ok(SanType::DnsName(parsed.as_ref().try_into().map_err(internal("a DNS name"))?))
 }
 
 /// ECDSA-Sig-Value (RFC 3279, 2.2.3) of `r ‖ s`.
 fn ecdsa_sig_value(signature: &[u8]) -> Result<Vec<u8>, ServiceError> {
     let integer = |octets: &[u8]| {
-        let significant = octets.iter().position(|octet| *octet != 0).and_then(|first| octets.get(first..)).unwrap_or(&[0]);
+        let significant =
+            octets.iter().position(|octet| *octet != 0).and_then(|first| octets.get(first..)).unwrap_or(&[0]);
         let mut content = Vec::with_capacity(significant.len() + 1);
         if significant.first().is_some_and(|first| *first & 0x80 != 0) {
             content.push(0);
@@ -587,7 +658,10 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn now() -> UnixMillis {
-        UnixMillis(i64::try_from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis()).unwrap())
+        UnixMillis(
+            i64::try_from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis())
+                .unwrap(),
+        )
     }
 
     pub(crate) fn request(key: &KeyPair) -> CertificationRequest {
@@ -638,7 +712,8 @@ pub(crate) mod tests {
         let authority = TestAuthority::new();
         let key = KeyPair::generate().unwrap();
         let hes = principal(Role::HeadEnd, "hes-1");
-        let issued = authority.sign(authority.authority.principal(&hes, &request(&key), Validity::days(now(), 30)).unwrap());
+        let issued =
+            authority.sign(authority.authority.principal(&hes, &request(&key), Validity::days(now(), 30)).unwrap());
         let (_, certificate) = X509Certificate::from_der(&issued.der).unwrap();
         assert!(!certificate.is_ca());
         let names = certificate.subject_alternative_name().unwrap().unwrap();
@@ -655,7 +730,8 @@ pub(crate) mod tests {
         let authority = TestAuthority::new();
         let hes = principal(Role::HeadEnd, "hes-1");
         let request_p256 = request(&KeyPair::generate().unwrap());
-        let issued = authority.sign(authority.authority.transport(&hes, &request_p256, Validity::days(now(), 30)).unwrap());
+        let issued =
+            authority.sign(authority.authority.transport(&hes, &request_p256, Validity::days(now(), 30)).unwrap());
         assert!(issued.for_transport().is_some());
         assert!(PeerCertificate::parse(&issued.der).is_err());
         let request_p384 = request(&KeyPair::generate_for(&rcgen::PKCS_ECDSA_P384_SHA384).unwrap());
@@ -686,7 +762,10 @@ pub(crate) mod tests {
     fn a_foreign_signature_makes_no_certificate() {
         let (authority, other) = (TestAuthority::new(), TestAuthority::new());
         let hes = principal(Role::HeadEnd, "hes-1");
-        let certificate = authority.authority.principal(&hes, &request(&KeyPair::generate().unwrap()), Validity::days(now(), 30)).unwrap();
+        let certificate = authority
+            .authority
+            .principal(&hes, &request(&KeyPair::generate().unwrap()), Validity::days(now(), 30))
+            .unwrap();
         let signature = other.key.sign(&SystemRandom::new(), &certificate.tbs).unwrap();
         assert!(matches!(certificate.finish(signature.as_ref()), Err(ServiceError::Internal(_))));
     }
@@ -695,7 +774,8 @@ pub(crate) mod tests {
     fn no_certificate_outlives_the_root() {
         let authority = TestAuthority::new();
         let hes = principal(Role::HeadEnd, "hes-1");
-        let refusal = authority.authority.principal(&hes, &request(&KeyPair::generate().unwrap()), Validity::days(now(), 7301));
+        let refusal =
+            authority.authority.principal(&hes, &request(&KeyPair::generate().unwrap()), Validity::days(now(), 7301));
         assert!(matches!(refusal, Err(ServiceError::FailedPrecondition { .. })));
     }
 

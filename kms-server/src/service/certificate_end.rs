@@ -31,11 +31,18 @@ pub struct ServerCertificate {
 }
 
 impl ServerCertificate {
-    /// Issues it anew for the names and the key that it has: signed by the CA key in the HSM, recorded, and only then written.
+    /// Issues it anew for the names and the key that it has: signed by the CA key in the HSM,
+    /// recorded, and only then written.
     ///
     /// # Errors
-    /// A file cannot be read or written, or is no such certificate or key; no token for the CA; trouble of HSM or database.
-    pub async fn renew(&self, authority: &CertificateAuthority, hsm: &Hsm, committer: &Committer) -> Result<IssuedCertificate, ServiceError> {
+    /// A file cannot be read or written, or is no such certificate or key; no token for the CA;
+    /// trouble of HSM or database.
+    pub async fn renew(
+        &self,
+        authority: &CertificateAuthority,
+        hsm: &Hsm,
+        committer: &Committer,
+    ) -> Result<IssuedCertificate, ServiceError> {
         let names = self.current()?.names;
         let request = self.request()?;
         let validity = Validity::days(Island::now(), self.days);
@@ -52,21 +59,26 @@ impl ServerCertificate {
                 Ok(())
             })
             .await?;
-        files::replace(&self.certificate, issued.pem().as_bytes(), PUBLIC).map_err(|error| file_error(&self.certificate, &error.to_string()))?;
+        files::replace(&self.certificate, issued.pem().as_bytes(), PUBLIC)
+            .map_err(|error| file_error(&self.certificate, &error.to_string()))?;
         Ok(issued)
     }
 
     fn current(&self) -> Result<Current, ServiceError> {
-        let der = CertificateDer::from_pem_file(&self.certificate).map_err(|error| file_error(&self.certificate, &error.to_string()))?;
-        Current::of(&der).ok_or_else(|| file_error(&self.certificate, "it is no X.509 certificate with names of a server"))
+        let der = CertificateDer::from_pem_file(&self.certificate)
+            .map_err(|error| file_error(&self.certificate, &error.to_string()))?;
+        Current::of(&der)
+            .ok_or_else(|| file_error(&self.certificate, "it is no X.509 certificate with names of a server"))
     }
 
     /// A request for the key in the file, which proves its possession.
     fn request(&self) -> Result<CertificationRequest, ServiceError> {
         let refuse = |reason: String| file_error(&self.private_key, &reason);
-        let text = Zeroizing::new(std::fs::read_to_string(&self.private_key).map_err(|error| refuse(error.to_string()))?);
+        let text =
+            Zeroizing::new(std::fs::read_to_string(&self.private_key).map_err(|error| refuse(error.to_string()))?);
         let key = rcgen::KeyPair::from_pem(&text).map_err(|_| refuse("it is no private key in PKCS#8".to_owned()))?;
-        let request = rcgen::CertificateParams::default().serialize_request(&key).map_err(|error| refuse(error.to_string()))?;
+        let request =
+            rcgen::CertificateParams::default().serialize_request(&key).map_err(|error| refuse(error.to_string()))?;
         CertificationRequest::parse(request.der()).map_err(|error| refuse(error.to_string()))
     }
 }
@@ -82,7 +94,8 @@ pub struct CertificateWatch {
 }
 
 impl CertificateWatch {
-    /// Looks now, and then daily; more often for a certificate that lives a few days. Never returns.
+    /// Looks now, and then daily; more often for a certificate that lives a few days. Never
+    /// returns.
     pub async fn run(self) {
         loop {
             let pause = self.look().await;
@@ -90,7 +103,8 @@ impl CertificateWatch {
         }
     }
 
-    /// Renews the server's own certificate if that is due, warns of the others, and says when to look again.
+    /// Renews the server's own certificate if that is due, warns of the others, and says when to
+    /// look again.
     async fn look(&self) -> Duration {
         let mut pause = A_DAY;
         match self.own.current() {
@@ -104,7 +118,10 @@ impl CertificateWatch {
         }
         let root = self.authority.not_after();
         if days_left(root, Island::now()) < ROOT_WARNING_DAYS {
-            tracing::warn!(days = days_left(root, Island::now()), "the island's root certificate ends: everything below it ends with it");
+            tracing::warn!(
+                days = days_left(root, Island::now()),
+                "the island's root certificate ends: everything below it ends with it"
+            );
         }
         if let Err(error) = self.warn_of_principals().await {
             tracing::warn!(%error, "the ends of principals' certificates could not be read");
@@ -120,7 +137,11 @@ impl CertificateWatch {
                 self.own.certificate.display(),
                 self.own.private_key.display()
             );
-            tracing::warn!(days, command, "the server's certificate ends, and this server has no token for the CA: renew it where one is");
+            tracing::warn!(
+                days,
+                command,
+                "the server's certificate ends, and this server has no token for the CA: renew it where one is"
+            );
             return;
         }
         match self.own.renew(&self.authority, &self.island.hsm, &self.island.committer).await {
@@ -129,8 +150,9 @@ impl CertificateWatch {
         }
     }
 
-    /// One line for each enabled principal whose newest certificate, or whose transport key's, ends within 30 days, and one more if that leaves no
-    /// officer: nobody could renew an officer's certificate any more but the custodians.
+    /// One line for each enabled principal whose newest certificate, or whose transport key's, ends
+    /// within 30 days, and one more if that leaves no officer: nobody could renew an officer's
+    /// certificate any more but the custodians.
     async fn warn_of_principals(&self) -> Result<(), ServiceError> {
         let mut after: Option<Vec<u8>> = None;
         let mut officers = OfficersLeft::default();
@@ -142,7 +164,9 @@ impl CertificateWatch {
             };
             after = Some(last.clone());
             for (name, row) in page {
-                let Some(id) = std::str::from_utf8(&name).ok().and_then(|name| PrincipalId::parse(name).ok()) else { continue };
+                let Some(id) = std::str::from_utf8(&name).ok().and_then(|name| PrincipalId::parse(name).ok()) else {
+                    continue;
+                };
                 // A row that does not verify is the scrubber's business.
                 let Ok(principal) = self.island.committer.open_principal(&id, &row) else { continue };
                 if principal.status != PrincipalStatus::Enabled {
@@ -152,7 +176,10 @@ impl CertificateWatch {
                 let newest = principal.certificates.iter().map(|certificate| certificate.not_after).max();
                 officers.note(&id, newest);
                 for (what, end) in [("TLS certificate", newest), ("transport certificate", transport)] {
-                    let Some(days) = end.map(|end| days_left(end, Island::now())).filter(|days| *days < WARNING_DAYS) else { continue };
+                    let Some(days) = end.map(|end| days_left(end, Island::now())).filter(|days| *days < WARNING_DAYS)
+                    else {
+                        continue;
+                    };
                     if days < 0 {
                         tracing::warn!(principal = %id, what, "a certificate has ended");
                     } else {
@@ -183,7 +210,9 @@ impl OfficersLeft {
         let next_step = if now < *end {
             "every officer runs `kms principal renew` now".to_owned()
         } else {
-            format!("no officer can call any more; on the token's machine, with the custodians: kms-server officers recertify {id}")
+            format!(
+                "no officer can call any more; on the token's machine, with the custodians: kms-server officers recertify {id}"
+            )
         };
         Some((id, days, next_step))
     }
@@ -209,7 +238,11 @@ impl Current {
         let names: Vec<String> = alternative.value.general_names.iter().filter_map(server_name).collect();
         let moment = |seconds: i64| UnixMillis(seconds.saturating_mul(1000));
         let validity = certificate.validity();
-        let current = Self { names, not_before: moment(validity.not_before.timestamp()), not_after: moment(validity.not_after.timestamp()) };
+        let current = Self {
+            names,
+            not_before: moment(validity.not_before.timestamp()),
+            not_after: moment(validity.not_after.timestamp()),
+        };
         (!current.names.is_empty()).then_some(current)
     }
 
@@ -228,7 +261,9 @@ fn server_name(name: &GeneralName<'_>) -> Option<String> {
     match name {
         GeneralName::DNSName(name) => Some((*name).to_owned()),
         GeneralName::IPAddress(octets) => {
-            let address = <[u8; 4]>::try_from(*octets).map(IpAddr::from).or_else(|_| <[u8; 16]>::try_from(*octets).map(IpAddr::from));
+            let address = <[u8; 4]>::try_from(*octets)
+                .map(IpAddr::from)
+                .or_else(|_| <[u8; 16]>::try_from(*octets).map(IpAddr::from));
             address.ok().map(|address| address.to_string())
         }
         _ => None,
@@ -255,7 +290,8 @@ fn file_error(path: &Path, reason: &str) -> ServiceError {
 const PUBLIC: u32 = 0o644;
 const A_DAY: Duration = Duration::from_hours(24);
 const WARNING_DAYS: i64 = 30;
-/// When the certificates of all officers end, the custodians must come together: that is said earlier, and louder.
+/// When the certificates of all officers end, the custodians must come together: that is said
+/// earlier, and louder.
 const OFFICERS_WARNING_DAYS: i64 = 60;
 /// A new root reaches every device slowly.
 const ROOT_WARNING_DAYS: i64 = 730;
@@ -291,7 +327,10 @@ mod tests {
         assert_eq!((id, days), (&officer("ada"), 20));
         assert!(next_step.contains("kms principal renew"), "{next_step}");
         let (_, days, next_step) = left.warning(UnixMillis(370 * DAY)).unwrap();
-        assert!(days == 0 && next_step.contains("kms-server officers recertify urn:meterkms:north:officer:ada"), "{next_step}");
+        assert!(
+            days == 0 && next_step.contains("kms-server officers recertify urn:meterkms:north:officer:ada"),
+            "{next_step}"
+        );
     }
 
     island_tests! {

@@ -1,9 +1,11 @@
-//! The escrow of an island's roots: what the ceremony hands to the custodians, and how enough of them open it again.
+//! The escrow of an island's roots: what the ceremony hands to the custodians, and how enough of
+//! them open it again.
 //!
-//! The HSM wraps each AES root for an RSA-3072 *escrow key* (RSA-OAEP). The escrow key's private half is encrypted with AES-256-GCM under a
-//! fresh key, and that key is split by Shamir's scheme over GF(256) into N shares of which M are needed. Each share is encrypted to
-//! its custodian's RSA key (RSA-OAEP, SHA-256). One JSON file holds all of it: it can be copied and stored anywhere, and
-//! opens only with M custodians' keys.
+//! The HSM wraps each AES root for an RSA-3072 *escrow key* (RSA-OAEP). The escrow key's private
+//! half is encrypted with AES-256-GCM under a fresh key, and that key is split by Shamir's scheme
+//! over GF(256) into N shares of which M are needed. Each share is encrypted to its custodian's RSA
+//! key (RSA-OAEP, SHA-256). One JSON file holds all of it: it can be copied and stored anywhere,
+//! and opens only with M custodians' keys.
 
 use std::fmt;
 
@@ -11,7 +13,8 @@ use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use aws_lc_rs::digest::{SHA256, digest};
 use aws_lc_rs::encoding::{AsDer, Pkcs8V1Der, PublicKeyX509Der};
 use aws_lc_rs::rsa::{
-    KeySize, OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OaepPrivateDecryptingKey, OaepPublicEncryptingKey, PrivateDecryptingKey, PublicEncryptingKey,
+    KeySize, OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OaepPrivateDecryptingKey, OaepPublicEncryptingKey,
+    PrivateDecryptingKey, PublicEncryptingKey,
 };
 use kms_domain::OaepHash;
 use kms_domain::{IslandName, ParseError};
@@ -20,8 +23,8 @@ use serde::{Deserialize, Serialize};
 use vsss_rs::Gf256;
 use zeroize::Zeroizing;
 
-/// M of N. I6: fewer than two people are no quorum, and M people of M mean that one lost key loses the roots, which is
-/// allowed but said aloud by the ceremony.
+/// M of N. I6: fewer than two people are no quorum, and M people of M mean that one lost key loses
+/// the roots, which is allowed but said aloud by the ceremony.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Quorum {
     needed: u8,
@@ -82,7 +85,8 @@ impl Custodian {
         if name.is_empty() || name.len() > 64 || name.chars().any(char::is_control) {
             return Err(refuse("the name is not 1 to 64 octets without control characters"));
         }
-        let key = PublicEncryptingKey::from_der(spki).map_err(|_| refuse("the key is no RSA public key (SubjectPublicKeyInfo)"))?;
+        let key = PublicEncryptingKey::from_der(spki)
+            .map_err(|_| refuse("the key is no RSA public key (SubjectPublicKeyInfo)"))?;
         if key.key_size_bits() < 3072 {
             return Err(refuse("the RSA key has fewer than 3072 bits"));
         }
@@ -102,8 +106,9 @@ impl Custodian {
 
 /// The escrow key pair of a ceremony, with its private half already split.
 ///
-/// I1: this is the ceremony's exception. The private half exists in this process, in aws-lc's memory that is zeroized when it is dropped, from [`Self::make`]'s
-/// begin to its end; it is never written whole.
+/// I1: this is the ceremony's exception. The private half exists in this process, in aws-lc's
+/// memory that is zeroized when it is dropped, from [`Self::make`]'s begin to its end; it is never
+/// written whole.
 pub struct EscrowKey {
     spki: Vec<u8>,
     private_key: SealedPrivateKey,
@@ -115,19 +120,28 @@ impl EscrowKey {
     /// Makes a key pair and splits its private half among the custodians.
     ///
     /// # Errors
-    /// Two custodians with one key, a number of custodians that is not the quorum's, or a failure of cryptography.
+    /// Two custodians with one key, a number of custodians that is not the quorum's, or a failure
+    /// of cryptography.
     pub fn make(island: &IslandName, quorum: Quorum, custodians: &[Custodian]) -> Result<Self, EscrowError> {
         if custodians.len() != quorum.custodians() {
             return Err(EscrowError::Custodians(format!("{} are named, but the quorum is {quorum}", custodians.len())));
         }
         // I6: distinct people. One key named twice would be one person with two shares.
         for (at, custodian) in custodians.iter().enumerate() {
-            if custodians.iter().take(at).any(|earlier| earlier.spki == custodian.spki || earlier.name == custodian.name) {
-                return Err(EscrowError::Custodians(format!("`{}` is named twice, or shares a key with another", custodian.name)));
+            if custodians
+                .iter()
+                .take(at)
+                .any(|earlier| earlier.spki == custodian.spki || earlier.name == custodian.name)
+            {
+                return Err(EscrowError::Custodians(format!(
+                    "`{}` is named twice, or shares a key with another",
+                    custodian.name
+                )));
             }
         }
         let pair = PrivateDecryptingKey::generate(KeySize::Rsa3072).map_err(failed("making the escrow key pair"))?;
-        let public: PublicKeyX509Der<'_> = pair.public_key().as_der().map_err(failed("encoding the escrow public key"))?;
+        let public: PublicKeyX509Der<'_> =
+            pair.public_key().as_der().map_err(failed("encoding the escrow public key"))?;
         let spki = public.as_ref().to_vec();
         let mut key = Zeroizing::new([0; 32]);
         aws_lc_rs::rand::fill(key.as_mut_slice()).map_err(failed("random octets"))?;
@@ -190,12 +204,17 @@ impl EscrowDocument {
         self.roots = roots
             .roots
             .iter()
-            .map(|root| EscrowedRoot { label: root.key.label(island), check_value: Hex(root.check_value.clone()), wrapped: Hex(root.wrapped.clone()) })
+            .map(|root| EscrowedRoot {
+                label: root.key.label(island),
+                check_value: Hex(root.check_value.clone()),
+                wrapped: Hex(root.wrapped.clone()),
+            })
             .collect();
         self
     }
 
-    /// The same with one more version of a root, wrapped for the same escrow key; the others stay as they are.
+    /// The same with one more version of a root, wrapped for the same escrow key; the others stay
+    /// as they are.
     ///
     /// # Errors
     /// The wrap is for another escrow key, or the file's roots are wrapped with another hash.
@@ -213,7 +232,11 @@ impl EscrowDocument {
         for root in &wrapped.roots {
             let label = root.key.label(island);
             self.roots.retain(|known| known.label != label);
-            self.roots.push(EscrowedRoot { label, check_value: Hex(root.check_value.clone()), wrapped: Hex(root.wrapped.clone()) });
+            self.roots.push(EscrowedRoot {
+                label,
+                check_value: Hex(root.check_value.clone()),
+                wrapped: Hex(root.wrapped.clone()),
+            });
         }
         Ok(self)
     }
@@ -233,8 +256,9 @@ impl EscrowDocument {
         }
         let damaged = |what: &str| EscrowError::Document(what.to_owned());
         let roots = self.roots.iter().map(|root| {
-            let key =
-                TokenKey::of_label(&root.label, island).filter(|key| key.purpose.is_root()).ok_or_else(|| damaged("it names a root that no ceremony makes"))?;
+            let key = TokenKey::of_label(&root.label, island)
+                .filter(|key| key.purpose.is_root())
+                .ok_or_else(|| damaged("it names a root that no ceremony makes"))?;
             Ok(WrappedRoot { key, check_value: root.check_value.0.clone(), wrapped: root.wrapped.0.clone() })
         });
         Ok(Some(WrappedRoots {
@@ -250,7 +274,9 @@ impl EscrowDocument {
             && self.island == island.as_str()
             && self.needed == quorum.needed
             && self.shares.len() == custodians.len()
-            && self.shares.iter().zip(custodians).all(|(share, custodian)| share.custodian == custodian.name && share.key_sha256.0 == custodian.key_sha256())
+            && self.shares.iter().zip(custodians).all(|(share, custodian)| {
+                share.custodian == custodian.name && share.key_sha256.0 == custodian.key_sha256()
+            })
     }
 
     /// The file's text.
@@ -274,8 +300,8 @@ impl EscrowDocument {
         self.roots.iter().map(|root| root.label.as_str())
     }
 
-    /// Opens the escrow with shares that custodians have decrypted: RSA-OAEP with SHA-256 for hash and MGF1, label
-    /// `meterkms/escrow-share/ISLAND`.
+    /// Opens the escrow with shares that custodians have decrypted: RSA-OAEP with SHA-256 for hash
+    /// and MGF1, label `meterkms/escrow-share/ISLAND`.
     ///
     /// # Errors
     /// Too few shares, one twice, or shares that do not belong to this file.
@@ -287,36 +313,58 @@ impl EscrowDocument {
         if shares.len() < usize::from(self.needed) {
             return Err(EscrowError::Shares(format!("{} shares are given, {} are needed", shares.len(), self.needed)));
         }
-        let combined =
-            Gf256::combine_bytes(shares.iter().map(|share| share.to_vec()).collect::<Vec<_>>()).map_err(|error| EscrowError::Shares(error.to_string()))?;
+        let combined = Gf256::combine_bytes(shares.iter().map(|share| share.to_vec()).collect::<Vec<_>>())
+            .map_err(|error| EscrowError::Shares(error.to_string()))?;
         let combined = Zeroizing::new(combined);
-        let key: Zeroizing<[u8; 32]> =
-            Zeroizing::new(combined.as_slice().try_into().map_err(|_| EscrowError::Shares("they are not of an escrow file".to_owned()))?);
+        let key: Zeroizing<[u8; 32]> = Zeroizing::new(
+            combined
+                .as_slice()
+                .try_into()
+                .map_err(|_| EscrowError::Shares("they are not of an escrow file".to_owned()))?,
+        );
         let private = self.private_key.open(&key, &island, &self.escrow_key.0)?;
-        let pair = PrivateDecryptingKey::from_pkcs8(&private).map_err(|error| EscrowError::Document(format!("the private key: {error}")))?;
+        let pair = PrivateDecryptingKey::from_pkcs8(&private)
+            .map_err(|error| EscrowError::Document(format!("the private key: {error}")))?;
         Ok(OpenedEscrow { key: OaepPrivateDecryptingKey::new(pair).map_err(failed("the private key"))? })
     }
 
-    /// I6: proves that a quorum of custodians stands behind an act: their shares open the private half of the very escrow key that the island knows. No root
-    /// is opened. I1: the private half is in zeroizing memory, from this function's begin to its end.
+    /// I6: proves that a quorum of custodians stands behind an act: their shares open the private
+    /// half of the very escrow key that the island knows. No root is opened. I1: the private half
+    /// is in zeroizing memory, from this function's begin to its end.
     ///
     /// # Errors
     /// The file is of another island or another escrow key, or as [`Self::open`].
-    pub fn prove(&self, island: &IslandName, escrow_fingerprint: &[u8; 32], shares: &[Zeroizing<Vec<u8>>]) -> Result<(), EscrowError> {
+    pub fn prove(
+        &self,
+        island: &IslandName,
+        escrow_fingerprint: &[u8; 32],
+        shares: &[Zeroizing<Vec<u8>>],
+    ) -> Result<(), EscrowError> {
         if !self.is_of(island) || sha256(&self.escrow_key.0) != *escrow_fingerprint {
             return Err(EscrowError::Document(format!("it is not the escrow of the island `{island}`")));
         }
         let opened = self.open(shares)?;
-        // Who forges a file can put the island's public key into it, beside a private key of their own.
+        // Who forges a file can put the island's public key into it, beside a private key of their
+        // own.
         let mut challenge = Zeroizing::new([0; 32]);
         aws_lc_rs::rand::fill(challenge.as_mut_slice()).map_err(failed("random octets"))?;
-        let public = PublicEncryptingKey::from_der(&self.escrow_key.0).map_err(|_| EscrowError::Document("the escrow key is no RSA key".to_owned()))?;
+        let public = PublicEncryptingKey::from_der(&self.escrow_key.0)
+            .map_err(|_| EscrowError::Document("the escrow key is no RSA key".to_owned()))?;
         let public = OaepPublicEncryptingKey::new(public).map_err(failed("the escrow key"))?;
         let mut encrypted = vec![0; public.ciphertext_size()];
-        public.encrypt(&OAEP_SHA256_MGF1SHA256, challenge.as_slice(), &mut encrypted, None).map_err(failed("encrypting a challenge"))?;
+        public
+            .encrypt(&OAEP_SHA256_MGF1SHA256, challenge.as_slice(), &mut encrypted, None)
+            .map_err(failed("encrypting a challenge"))?;
         let mut answer = Zeroizing::new(vec![0; opened.key.min_output_size()]);
-        let answered = opened.key.decrypt(&OAEP_SHA256_MGF1SHA256, &encrypted, &mut answer, None).is_ok_and(|answer| *answer == *challenge.as_slice());
-        if answered { Ok(()) } else { Err(EscrowError::Document("its private key does not belong to the island's escrow key".to_owned())) }
+        let answered = opened
+            .key
+            .decrypt(&OAEP_SHA256_MGF1SHA256, &encrypted, &mut answer, None)
+            .is_ok_and(|answer| *answer == *challenge.as_slice());
+        if answered {
+            Ok(())
+        } else {
+            Err(EscrowError::Document("its private key does not belong to the island's escrow key".to_owned()))
+        }
     }
 
     /// A root's octets, in zeroizing memory, for the restore of a token.
@@ -324,14 +372,19 @@ impl EscrowDocument {
     /// # Errors
     /// No root has the label, or it does not open.
     pub fn root(&self, opened: &OpenedEscrow, label: &str) -> Result<Zeroizing<Vec<u8>>, EscrowError> {
-        let root = self.roots.iter().find(|root| root.label == label).ok_or_else(|| EscrowError::Document(format!("there is no root `{label}`")))?;
+        let root = self
+            .roots
+            .iter()
+            .find(|root| root.label == label)
+            .ok_or_else(|| EscrowError::Document(format!("there is no root `{label}`")))?;
         let hash = match self.oaep_hash.as_str() {
             "SHA-256" => &OAEP_SHA256_MGF1SHA256,
             "SHA-1" => &OAEP_SHA1_MGF1SHA1,
             other => return Err(EscrowError::Document(format!("the OAEP hash `{other}` is not known"))),
         };
         let mut buffer = Zeroizing::new(vec![0; opened.key.min_output_size()]);
-        let length = opened.key.decrypt(hash, &root.wrapped.0, &mut buffer, None).map_err(failed("opening a root"))?.len();
+        let length =
+            opened.key.decrypt(hash, &root.wrapped.0, &mut buffer, None).map_err(failed("opening a root"))?.len();
         buffer.truncate(length);
         Ok(buffer)
     }
@@ -348,24 +401,35 @@ pub struct OpenedEscrow {
 struct SealedPrivateKey {
     /// 12 octets.
     nonce: Hex,
-    /// Ciphertext and 16 octets of tag. The associated data is `meterkms/escrow-key/ISLAND/` and the escrow key's SubjectPublicKeyInfo.
+    /// Ciphertext and 16 octets of tag. The associated data is `meterkms/escrow-key/ISLAND/` and
+    /// the escrow key's SubjectPublicKeyInfo.
     ciphertext: Hex,
 }
 
 impl SealedPrivateKey {
-    fn seal(key: &[u8; 32], island: &IslandName, spki: &[u8], mut private: Zeroizing<Vec<u8>>) -> Result<Self, EscrowError> {
+    fn seal(
+        key: &[u8; 32],
+        island: &IslandName,
+        spki: &[u8],
+        mut private: Zeroizing<Vec<u8>>,
+    ) -> Result<Self, EscrowError> {
         let mut nonce = [0; 12];
         aws_lc_rs::rand::fill(&mut nonce).map_err(failed("random octets"))?;
         let sealing = LessSafeKey::new(UnboundKey::new(&AES_256_GCM, key).map_err(failed("the escrow's AES key"))?);
         // In place, and the tag apart: the plaintext is never moved by a growing buffer.
         let tag = sealing
-            .seal_in_place_separate_tag(Nonce::assume_unique_for_key(nonce), Aad::from(associated_data(island, spki)), &mut private)
+            .seal_in_place_separate_tag(
+                Nonce::assume_unique_for_key(nonce),
+                Aad::from(associated_data(island, spki)),
+                &mut private,
+            )
             .map_err(failed("encrypting the escrow private key"))?;
         Ok(Self { nonce: Hex(nonce.to_vec()), ciphertext: Hex([private.as_slice(), tag.as_ref()].concat()) })
     }
 
     fn open(&self, key: &[u8; 32], island: &IslandName, spki: &[u8]) -> Result<Zeroizing<Vec<u8>>, EscrowError> {
-        let nonce = Nonce::try_assume_unique_for_key(&self.nonce.0).map_err(|_| EscrowError::Document("the nonce is not 12 octets".to_owned()))?;
+        let nonce = Nonce::try_assume_unique_for_key(&self.nonce.0)
+            .map_err(|_| EscrowError::Document("the nonce is not 12 octets".to_owned()))?;
         let opening = LessSafeKey::new(UnboundKey::new(&AES_256_GCM, key).map_err(failed("the escrow's AES key"))?);
         let mut private = Zeroizing::new(self.ciphertext.0.clone());
         let length = opening
@@ -383,7 +447,8 @@ struct EscrowShare {
     custodian: String,
     /// SHA-256 of the custodian's SubjectPublicKeyInfo.
     key_sha256: Hex,
-    /// RSA-OAEP (SHA-256, label `meterkms/escrow-share/ISLAND`) of the share: its number (1), then 32 octets.
+    /// RSA-OAEP (SHA-256, label `meterkms/escrow-share/ISLAND`) of the share: its number (1), then
+    /// 32 octets.
     encrypted: Hex,
 }
 
@@ -392,8 +457,13 @@ impl EscrowShare {
         let key = OaepPublicEncryptingKey::new(custodian.key.clone()).map_err(failed("a custodian's key"))?;
         let mut encrypted = vec![0; key.ciphertext_size()];
         let label = share_label(island);
-        key.encrypt(&OAEP_SHA256_MGF1SHA256, share, &mut encrypted, Some(label.as_bytes())).map_err(failed("encrypting a share"))?;
-        Ok(Self { custodian: custodian.name.clone(), key_sha256: Hex(custodian.key_sha256().to_vec()), encrypted: Hex(encrypted) })
+        key.encrypt(&OAEP_SHA256_MGF1SHA256, share, &mut encrypted, Some(label.as_bytes()))
+            .map_err(failed("encrypting a share"))?;
+        Ok(Self {
+            custodian: custodian.name.clone(),
+            key_sha256: Hex(custodian.key_sha256().to_vec()),
+            encrypted: Hex(encrypted),
+        })
     }
 }
 
@@ -487,11 +557,27 @@ mod tests {
         fn decrypt(&self, document: &EscrowDocument, folder: &std::path::Path) -> Zeroizing<Vec<u8>> {
             let pkcs8: Pkcs8V1Der<'_> = self.key.as_der().unwrap();
             let key = folder.join(format!("{}.pem", self.name));
-            std::fs::write(&key, super::super::certificate::pem("PRIVATE KEY", PrivatePkcs8KeyDer::from(pkcs8.as_ref()).secret_pkcs8_der())).unwrap();
+            std::fs::write(
+                &key,
+                super::super::certificate::pem(
+                    "PRIVATE KEY",
+                    PrivatePkcs8KeyDer::from(pkcs8.as_ref()).secret_pkcs8_der(),
+                ),
+            )
+            .unwrap();
             let encrypted = folder.join("share");
             std::fs::write(&encrypted, document.shares().find(|(name, _)| *name == self.name).unwrap().1).unwrap();
             let output = std::process::Command::new("openssl")
-                .args(["pkeyutl", "-decrypt", "-pkeyopt", "rsa_padding_mode:oaep", "-pkeyopt", "rsa_oaep_md:sha256", "-pkeyopt", "rsa_mgf1_md:sha256"])
+                .args([
+                    "pkeyutl",
+                    "-decrypt",
+                    "-pkeyopt",
+                    "rsa_padding_mode:oaep",
+                    "-pkeyopt",
+                    "rsa_oaep_md:sha256",
+                    "-pkeyopt",
+                    "rsa_mgf1_md:sha256",
+                ])
                 .args(["-pkeyopt", &format!("rsa_oaep_label:{}", hex::encode("meterkms/escrow-share/north"))])
                 .arg("-inkey")
                 .arg(&key)
@@ -544,15 +630,20 @@ mod tests {
         assert!(matches!(document.prove(&island, &fingerprint, &shares[..1]), Err(EscrowError::Shares(_))));
         assert!(matches!(document.prove(&island, &[1; 32], &shares), Err(EscrowError::Document(_))));
         assert!(document.prove(&IslandName::parse("south").unwrap(), &fingerprint, &shares).is_err());
-        // A file whose shares the forger has, with the island's public key: the private key is another.
+        // A file whose shares the forger has, with the island's public key: the private key is
+        // another.
         let forger = EscrowKey::make(&island, Quorum::new(2, 3).unwrap(), &custodians).unwrap();
         let key = Zeroizing::new([7; 32]);
         let pair = PrivateDecryptingKey::generate(KeySize::Rsa3072).unwrap();
         let pkcs8: Pkcs8V1Der<'_> = pair.as_der().unwrap();
-        let private_key = SealedPrivateKey::seal(&key, &island, document.escrow_key(), Zeroizing::new(pkcs8.as_ref().to_vec())).unwrap();
+        let private_key =
+            SealedPrivateKey::seal(&key, &island, document.escrow_key(), Zeroizing::new(pkcs8.as_ref().to_vec()))
+                .unwrap();
         let rng = getrandom::rand_core::UnwrapErr(getrandom::SysRng);
-        let forged_shares: Vec<_> = Gf256::split_bytes(2, 3, key.as_slice(), rng).unwrap().into_iter().map(Zeroizing::new).collect();
-        let forged = EscrowDocument { escrow_key: document.escrow_key.clone(), private_key, ..forger.document(&island) };
+        let forged_shares: Vec<_> =
+            Gf256::split_bytes(2, 3, key.as_slice(), rng).unwrap().into_iter().map(Zeroizing::new).collect();
+        let forged =
+            EscrowDocument { escrow_key: document.escrow_key.clone(), private_key, ..forger.document(&island) };
         assert!(forged.open(&forged_shares).is_ok());
         assert!(matches!(forged.prove(&island, &fingerprint, &forged_shares), Err(EscrowError::Document(_))));
         // A lowered number in the file helps nobody: the mathematics asks for two.
@@ -574,7 +665,13 @@ mod tests {
         let island = IslandName::parse("north").unwrap();
         let ada = Person::new("ada").custodian();
         let same_key = Custodian { name: "bo".to_owned(), ..ada.clone() };
-        assert!(matches!(EscrowKey::make(&island, Quorum::new(2, 2).unwrap(), &[ada.clone(), same_key]), Err(EscrowError::Custodians(_))));
-        assert!(matches!(EscrowKey::make(&island, Quorum::new(2, 3).unwrap(), &[ada]), Err(EscrowError::Custodians(_))));
+        assert!(matches!(
+            EscrowKey::make(&island, Quorum::new(2, 2).unwrap(), &[ada.clone(), same_key]),
+            Err(EscrowError::Custodians(_))
+        ));
+        assert!(matches!(
+            EscrowKey::make(&island, Quorum::new(2, 3).unwrap(), &[ada]),
+            Err(EscrowError::Custodians(_))
+        ));
     }
 }

@@ -1,7 +1,8 @@
 //! Frames protected and opened inside the HSM, for head-ends that must never hold a key.
 //!
-//! What is protected is read first: policy decides on service, class, object and member. Counters come from the same place as leases (I4), and the
-//! record of every protected frame is durable before it leaves (I2).
+//! What is protected is read first: policy decides on service, class, object and member. Counters
+//! come from the same place as leases (I4), and the record of every protected frame is durable
+//! before it leaves (I2).
 
 mod carried;
 
@@ -13,11 +14,12 @@ use std::{
 };
 
 use kms_dlms::{
-    AuthenticationTag, CipheredApdu, CipheredTag, DlmsError, HlsGmac, KeySet, Nonce, Protection, SecurityControl, ServiceKind, ServiceRequest,
-    resembles_request,
+    AuthenticationTag, CipheredApdu, CipheredTag, DlmsError, HlsGmac, KeySet, Nonce, Protection, SecurityControl,
+    ServiceKind, ServiceRequest, resembles_request,
 };
 use kms_domain::{
-    KeyState, KeyType, KeyVersionNumber, Meter, QuotaExceeded, QuotaHour, QuotaUse, RequestId, SecuritySetupId, Slot, Standing, SystemTitle, UnixMillis,
+    KeyState, KeyType, KeyVersionNumber, Meter, QuotaExceeded, QuotaHour, QuotaUse, RequestId, SecuritySetupId, Slot,
+    Standing, SystemTitle, UnixMillis,
 };
 use kms_hsm::{FrameInput, FrameKeys, FrameParameters, HsmError, ProtectedFrame};
 use kms_proto::v1::{self, FramesProtected, audit_record::Event};
@@ -29,7 +31,10 @@ use super::{
     transfer::{EARLIER_KEY_HELD, earlier_key_held, pair_keys},
 };
 use crate::{
-    audit::{Actor, Asking, AuditLeaf, CounterOf, LiveLease, PastRecord, RecordName, Replay, View, Window, overtaken, refused_before},
+    audit::{
+        Actor, Asking, AuditLeaf, CounterOf, LiveLease, PastRecord, RecordName, Replay, View, Window, overtaken,
+        refused_before,
+    },
     authz::{Action, Caller, CosemTarget, FrameService as Service, PrincipalFacts, Purpose, Quota, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row, quota_use_row},
@@ -113,11 +118,14 @@ impl FrameService {
         Self { island, alerted: Arc::default() }
     }
 
-    /// Protects frames in order. A repeated request gets the same octets again, or a refusal: for each frame that was refused before, and for each that would
-    /// be other octets now. A request of which every frame was refused is not remembered: nothing left for it, so it is decided on anew.
+    /// Protects frames in order. A repeated request gets the same octets again, or a refusal: for
+    /// each frame that was refused before, and for each that would be other octets now. A request
+    /// of which every frame was refused is not remembered: nothing left for it, so it is decided on
+    /// anew.
     ///
     /// # Errors
-    /// What concerns all: the caller, the request id, HSM or database. What concerns one frame is in its outcome.
+    /// What concerns all: the caller, the request id, HSM or database. What concerns one frame is
+    /// in its outcome.
     pub async fn protect(
         &self,
         caller: &Caller,
@@ -128,7 +136,8 @@ impl FrameService {
         supersede_lease: bool,
     ) -> Result<(Vec<FrameOutcome>, Option<AuditLeaf>), ServiceError> {
         let span = tracing::debug_span!("frames", kms.frames = frames.len());
-        let protected = self.decide_and_protect(caller, request, digest, purpose, frames, supersede_lease).instrument(span).await?;
+        let protected =
+            self.decide_and_protect(caller, request, digest, purpose, frames, supersede_lease).instrument(span).await?;
         metrics().frames(FrameDirection::Protect, protected.0.iter().map(|outcome| &outcome.octets));
         Ok(protected)
     }
@@ -147,10 +156,23 @@ impl FrameService {
         if frames.iter().any(|frame| self.counts(frame)) {
             sealed.push(quota_use_row(&caller.principal));
         }
-        let reads = Reads { meters: frames.iter().map(|frame| frame.meter).collect(), sealed, requests: asking.reads(), ..Reads::default() };
+        let reads = Reads {
+            meters: frames.iter().map(|frame| frame.meter).collect(),
+            sealed,
+            requests: asking.reads(),
+            ..Reads::default()
+        };
         let under_way = carried::under_way(&self.island, caller, &frames).await?;
-        let deciding =
-            Deciding { island: self.island.clone(), caller: caller.clone(), asking, purpose, frames: frames.into(), supersede_lease, under_way, past: None };
+        let deciding = Deciding {
+            island: self.island.clone(),
+            caller: caller.clone(),
+            asking,
+            purpose,
+            frames: frames.into(),
+            supersede_lease,
+            under_way,
+            past: None,
+        };
         let actor = || Actor::caller(caller, Some(request), "protectFrame");
         let mut first = deciding.clone();
         let mut committed = self.island.committer.act(actor(), reads.clone(), move |view| first.decide(view)).await?;
@@ -162,18 +184,31 @@ impl FrameService {
         let Decided::Frames(planned, replayed) = committed.value else {
             return Err(ServiceError::Internal("replayed frames were not decided".to_owned()));
         };
-        let jobs: Vec<(FrameKeys, FrameInput)> =
-            planned.iter().filter_map(|planned| planned.as_ref().ok()).map(|plan| (plan.keys.clone(), plan.input.clone())).collect();
-        let mut protected = self.island.hsm_for(caller).protect_batch(jobs).instrument(tracing::debug_span!("hsm.protect")).await?.into_iter();
+        let jobs: Vec<(FrameKeys, FrameInput)> = planned
+            .iter()
+            .filter_map(|planned| planned.as_ref().ok())
+            .map(|plan| (plan.keys.clone(), plan.input.clone()))
+            .collect();
+        let mut protected = self
+            .island
+            .hsm_for(caller)
+            .protect_batch(jobs)
+            .instrument(tracing::debug_span!("hsm.protect"))
+            .await?
+            .into_iter();
         let outcomes = planned
             .into_iter()
             .map(|planned| match planned {
                 Err(error) => FrameOutcome { octets: Err(error), counter: 0 },
                 Ok(plan) => {
                     let octets = match protected.next() {
-                        Some(Ok(frame)) => plan.assemble(&frame).map_err(|error| ServiceError::Internal(error.to_string())),
+                        Some(Ok(frame)) => {
+                            plan.assemble(&frame).map_err(|error| ServiceError::Internal(error.to_string()))
+                        }
                         Some(Err(error)) => Err(error.into()),
-                        None => Err(ServiceError::Internal("the HSM returned fewer frames than it was given".to_owned())),
+                        None => {
+                            Err(ServiceError::Internal("the HSM returned fewer frames than it was given".to_owned()))
+                        }
                     };
                     FrameOutcome { octets, counter: plan.counter }
                 }
@@ -186,13 +221,22 @@ impl FrameService {
     ///
     /// # Errors
     /// What concerns all: the caller, HSM or database.
-    pub async fn unprotect(&self, caller: &Caller, purpose: Purpose, frames: Vec<ReceivedFrame>) -> Result<Vec<FrameOutcome>, ServiceError> {
+    pub async fn unprotect(
+        &self,
+        caller: &Caller,
+        purpose: Purpose,
+        frames: Vec<ReceivedFrame>,
+    ) -> Result<Vec<FrameOutcome>, ServiceError> {
         let span = tracing::debug_span!("frames", kms.frames = frames.len());
         let (opened, alerts) = self.open_all(caller, purpose, frames).instrument(span).await?;
         self.alert(caller, alerts).await?;
         // No act refuses these (I2).
         for _ in opened.iter().filter(|outcome| matches!(outcome.octets, Err(ServiceError::PermissionDenied { .. }))) {
-            self.island.committer.refused(Some(&caller.principal), "unprotectFrame", "`unprotectFrame` is not permitted".to_owned());
+            self.island.committer.refused(
+                Some(&caller.principal),
+                "unprotectFrame",
+                "`unprotectFrame` is not permitted".to_owned(),
+            );
         }
         metrics().frames(FrameDirection::Unprotect, opened.iter().map(|outcome| &outcome.octets));
         Ok(opened)
@@ -209,16 +253,17 @@ impl FrameService {
             return Ok(());
         }
         let told: Vec<_> = fresh.iter().map(Alert::key).collect();
-        let act = self.island.committer.act(Actor::caller(caller, None, "unprotectFrame"), Reads::default(), move |view| {
-            for found in &fresh {
-                view.append(Event::SecurityEvent(v1::SecurityEvent {
-                    kind: found.kind().to_owned(),
-                    detail: found.detail(),
-                    meter: found.meter.octets().to_vec().into(),
-                }));
-            }
-            Ok(())
-        });
+        let act =
+            self.island.committer.act(Actor::caller(caller, None, "unprotectFrame"), Reads::default(), move |view| {
+                for found in &fresh {
+                    view.append(Event::SecurityEvent(v1::SecurityEvent {
+                        kind: found.kind().to_owned(),
+                        detail: found.detail(),
+                        meter: found.meter.octets().to_vec().into(),
+                    }));
+                }
+                Ok(())
+            });
         act.await?;
         // Only what is on the record is not said again.
         let mut alerted = self.alerted.lock().unwrap_or_else(PoisonError::into_inner);
@@ -229,7 +274,12 @@ impl FrameService {
         Ok(())
     }
 
-    async fn open_all(&self, caller: &Caller, purpose: Purpose, frames: Vec<ReceivedFrame>) -> Result<(Vec<FrameOutcome>, Vec<Alert>), ServiceError> {
+    async fn open_all(
+        &self,
+        caller: &Caller,
+        purpose: Purpose,
+        frames: Vec<ReceivedFrame>,
+    ) -> Result<(Vec<FrameOutcome>, Vec<Alert>), ServiceError> {
         let principal = self.island.principal(caller).await?;
         let facts = facts(&principal);
         let mut titles: Vec<SystemTitle> = frames.iter().map(|frame| frame.meter).collect();
@@ -239,16 +289,30 @@ impl FrameService {
         for row in self.island.store.meters(&titles).await? {
             match self.island.committer.open_meter(row.title, &row.row) {
                 Ok(meter) => meters.insert(row.title, meter),
-                // It may have been written between being read and being opened. One that does not verify again is as good as absent (I5).
-                Err(_) => self.island.meter(row.title).await.ok().flatten().and_then(|meter| meters.insert(row.title, meter)),
+                // It may have been written between being read and being opened. One that does not
+                // verify again is as good as absent (I5).
+                Err(_) => {
+                    self.island.meter(row.title).await.ok().flatten().and_then(|meter| meters.insert(row.title, meter))
+                }
             };
         }
         let mut others = OtherPairs::default();
-        let opened: Vec<Result<Received, ServiceError>> =
-            frames.into_iter().map(|frame| self.receive(&facts, purpose, meters.get(&frame.meter).map(AsRef::as_ref), frame, &mut others)).collect();
-        let jobs: Vec<(FrameKeys, ProtectedFrame)> =
-            opened.iter().filter_map(|received| received.as_ref().ok()).map(|received| (received.keys.clone(), received.frame.clone())).collect();
-        let mut plain = self.island.hsm_for(caller).unprotect_batch(jobs).instrument(tracing::debug_span!("hsm.unprotect")).await?.into_iter();
+        let opened: Vec<Result<Received, ServiceError>> = frames
+            .into_iter()
+            .map(|frame| self.receive(&facts, purpose, meters.get(&frame.meter).map(AsRef::as_ref), frame, &mut others))
+            .collect();
+        let jobs: Vec<(FrameKeys, ProtectedFrame)> = opened
+            .iter()
+            .filter_map(|received| received.as_ref().ok())
+            .map(|received| (received.keys.clone(), received.frame.clone()))
+            .collect();
+        let mut plain = self
+            .island
+            .hsm_for(caller)
+            .unprotect_batch(jobs)
+            .instrument(tracing::debug_span!("hsm.unprotect"))
+            .await?
+            .into_iter();
         let (mut alerts, mut doubtful) = (Vec::new(), Vec::new());
         let mut outcomes: Vec<FrameOutcome> = opened
             .into_iter()
@@ -264,14 +328,20 @@ impl FrameService {
                         Some(Ok(octets)) => Ok(octets),
                         Some(Err(error @ HsmError::TagInvalid)) => {
                             metrics().hsm_error(&error);
-                            doubtful.extend(received.others.iter().map(|other| (at, other.clone(), received.frame.clone())));
+                            doubtful.extend(
+                                received.others.iter().map(|other| (at, other.clone(), received.frame.clone())),
+                            );
                             Err(ServiceError::FailedPrecondition {
                                 reason: "the frame's authentication tag does not verify".to_owned(),
-                                next_step: "check that the frame is the meter's and unchanged; the meter may hold another key".to_owned(),
+                                next_step:
+                                    "check that the frame is the meter's and unchanged; the meter may hold another key"
+                                        .to_owned(),
                             })
                         }
                         Some(Err(error)) => Err(error.into()),
-                        None => Err(ServiceError::Internal("the HSM returned fewer frames than it was given".to_owned())),
+                        None => {
+                            Err(ServiceError::Internal("the HSM returned fewer frames than it was given".to_owned()))
+                        }
                     };
                     FrameOutcome { octets, counter: received.counter }
                 }
@@ -286,14 +356,20 @@ impl FrameService {
         Ok((outcomes, alerts))
     }
 
-    /// Which pair of keys a meter's answer to a challenge is of, where it is not of the active one. Nothing else is made of it (I3): what the meter holds
-    /// is for a probe to show, whose challenge the HSM makes.
-    async fn held_instead(&self, caller: &Caller, doubtful: Vec<(usize, OtherPair, ProtectedFrame)>) -> Result<Vec<(usize, OtherPair)>, ServiceError> {
+    /// Which pair of keys a meter's answer to a challenge is of, where it is not of the active one.
+    /// Nothing else is made of it (I3): what the meter holds is for a probe to show, whose
+    /// challenge the HSM makes.
+    async fn held_instead(
+        &self,
+        caller: &Caller,
+        doubtful: Vec<(usize, OtherPair, ProtectedFrame)>,
+    ) -> Result<Vec<(usize, OtherPair)>, ServiceError> {
         if doubtful.is_empty() {
             return Ok(Vec::new());
         }
         let jobs = doubtful.iter().map(|(_, other, frame)| (other.keys.clone(), frame.clone())).collect();
-        let opened = self.island.hsm_for(caller).unprotect_batch(jobs).instrument(tracing::debug_span!("hsm.unprotect")).await?;
+        let opened =
+            self.island.hsm_for(caller).unprotect_batch(jobs).instrument(tracing::debug_span!("hsm.unprotect")).await?;
         let mut found: Vec<(usize, OtherPair)> = Vec::new();
         for ((at, other, _), opened) in doubtful.into_iter().zip(opened) {
             if opened.is_ok() && found.last().is_none_or(|(known, _)| *known != at) {
@@ -303,11 +379,14 @@ impl FrameService {
         Ok(found)
     }
 
-    /// Whether a frame is one that quotas count, so that the row of its principal's use is read with the others.
+    /// Whether a frame is one that quotas count, so that the row of its principal's use is read
+    /// with the others.
     fn counts(&self, frame: &PlainFrame) -> bool {
         let PlainContent::Apdu { apdu, .. } = &frame.content else { return false };
         let policy = self.island.policy.load();
-        read_service(apdu).is_ok_and(|(service, targets)| targets.iter().any(|target| policy.quotas().of(service, *target).next().is_some()))
+        read_service(apdu).is_ok_and(|(service, targets)| {
+            targets.iter().any(|target| policy.quotas().of(service, *target).next().is_some())
+        })
     }
 
     fn receive(
@@ -320,7 +399,9 @@ impl FrameService {
     ) -> Result<Received, ServiceError> {
         let meter = meter.ok_or_else(|| denied("unprotectFrame", frame.meter))?;
         let action = Action::UnprotectFrame { purpose };
-        if !meter.class.status.may_grant() || !self.island.policy.load().permits(facts, &action, &Resource::Meters(&meter.class)).is_permit() {
+        if !meter.class.status.may_grant()
+            || !self.island.policy.load().permits(facts, &action, &Resource::Meters(&meter.class)).is_permit()
+        {
             return Err(denied("unprotectFrame", frame.meter));
         }
         let setup = setup_of(meter, frame.setup)?;
@@ -330,24 +411,47 @@ impl FrameService {
             ReceivedContent::Apdu(octets) => {
                 let ciphered = CipheredApdu::parse(&octets).map_err(invalid)?;
                 if ciphered.tag.is_dedicated() || ciphered.control.key_set == KeySet::Broadcast {
-                    return Err(ServiceError::invalid("frames.apdu", "it is protected by a dedicated or a broadcast key; only unicast frames are opened here"));
+                    return Err(ServiceError::invalid(
+                        "frames.apdu",
+                        "it is protected by a dedicated or a broadcast key; only unicast frames are opened here",
+                    ));
                 }
-                // Only what the meter itself sent: else this would open what other head-ends send to it.
+                // Only what the meter itself sent: else this would open what other head-ends send
+                // to it.
                 if ciphered.system_title.is_some_and(|title| title != meter.title) {
-                    return Err(ServiceError::invalid("frames.apdu", "it carries another system title than the meter's"));
+                    return Err(ServiceError::invalid(
+                        "frames.apdu",
+                        "it carries another system title than the meter's",
+                    ));
                 }
                 if ciphered.control.suite != meter.suite {
                     return Err(ServiceError::invalid("frames.apdu", "its security suite is not the meter's"));
                 }
-                let parameters = FrameParameters::new(ciphered.control.octet(), *Nonce::new(meter.title, ciphered.counter).octets())?;
-                let received = ProtectedFrame { parameters, text: ciphered.content.to_vec(), tag: ciphered.authentication_tag.0 };
-                Ok(Received { keys: keys.keys, frame: received, counter: ciphered.counter, is_challenge: false, backwards: None, others: Arc::default() })
+                let parameters = FrameParameters::new(
+                    ciphered.control.octet(),
+                    *Nonce::new(meter.title, ciphered.counter).octets(),
+                )?;
+                let received =
+                    ProtectedFrame { parameters, text: ciphered.content.to_vec(), tag: ciphered.authentication_tag.0 };
+                Ok(Received {
+                    keys: keys.keys,
+                    frame: received,
+                    counter: ciphered.counter,
+                    is_challenge: false,
+                    backwards: None,
+                    others: Arc::default(),
+                })
             }
             ReceivedContent::HlsResponse { response, challenge } => {
-                let gmac = HlsGmac::parse(&response).map_err(|error| ServiceError::invalid("frames.hls_response", error.to_string()))?;
-                let parameters = FrameParameters::new(HlsGmac::control(gmac.suite).octet(), *Nonce::new(meter.title, gmac.counter).octets())?;
+                let gmac = HlsGmac::parse(&response)
+                    .map_err(|error| ServiceError::invalid("frames.hls_response", error.to_string()))?;
+                let parameters = FrameParameters::new(
+                    HlsGmac::control(gmac.suite).octet(),
+                    *Nonce::new(meter.title, gmac.counter).octets(),
+                )?;
                 let received = ProtectedFrame { parameters, text: challenge, tag: gmac.tag.0 };
-                // The answer to a challenge is fresh; any other frame may be opened long after it was sent.
+                // The answer to a challenge is fresh; any other frame may be opened long after it
+                // was sent.
                 let known = meter
                     .slots
                     .get(setup, KeyType::GUEK)
@@ -355,7 +459,8 @@ impl FrameService {
                     .map_or(0, |version| version.transport().meter_counter);
                 let shown = Shown::Backwards { version: keys.encryption_version, known, seen: gmac.counter };
                 let found = Alert { meter: meter.title, setup, shown };
-                let others = others.entry((meter.title, setup)).or_insert_with(|| OtherPair::of(meter, setup, &keys)).clone();
+                let others =
+                    others.entry((meter.title, setup)).or_insert_with(|| OtherPair::of(meter, setup, &keys)).clone();
                 Ok(Received {
                     keys: keys.keys,
                     frame: received,
@@ -376,8 +481,9 @@ struct Received {
     is_challenge: bool,
     /// What is to be said if the frame is genuine.
     backwards: Option<Alert>,
-    /// What the meter may hold besides the active keys, the likeliest first. Only an answer to a challenge is tried with it: any other frame could have
-    /// been recorded when these keys were the active ones.
+    /// What the meter may hold besides the active keys, the likeliest first. Only an answer to a
+    /// challenge is tried with it: any other frame could have been recorded when these keys were
+    /// the active ones.
     others: Arc<[OtherPair]>,
 }
 
@@ -435,21 +541,31 @@ type OtherPairs = HashMap<(SystemTitle, SecuritySetupId), Arc<[OtherPair]>>;
 #[derive(Clone)]
 struct OtherPair {
     keys: FrameKeys,
-    /// Which of the two was active before. None: a transfer left it open whether the meter has a new one.
+    /// Which of the two was active before. None: a transfer left it open whether the meter has a
+    /// new one.
     earlier: Vec<Alert>,
 }
 
 impl OtherPair {
     fn of(meter: &Meter, setup: SecuritySetupId, active: &SetupKeys) -> Arc<[Self]> {
         let pairs = meter.pairs(setup, None).into_iter();
-        let others = pairs.filter(|pair| (pair.encryption, pair.authentication) != (active.encryption_version, active.authentication_version));
+        let others = pairs.filter(|pair| {
+            (pair.encryption, pair.authentication) != (active.encryption_version, active.authentication_version)
+        });
         let earlier = |key_type: KeyType, number: KeyVersionNumber| {
             let version = meter.slots.get(setup, key_type)?.version(number)?;
             let was_active = !matches!(version.state(), KeyState::Active | KeyState::PreActive);
-            was_active.then_some(Alert { meter: meter.title, setup, shown: Shown::EarlierKey { key_type, version: number } })
+            was_active.then_some(Alert {
+                meter: meter.title,
+                setup,
+                shown: Shown::EarlierKey { key_type, version: number },
+            })
         };
         let others = others.filter_map(|pair| {
-            let earlier = [earlier(KeyType::GUEK, pair.encryption), earlier(KeyType::GAK, pair.authentication)].into_iter().flatten().collect();
+            let earlier = [earlier(KeyType::GUEK, pair.encryption), earlier(KeyType::GAK, pair.authentication)]
+                .into_iter()
+                .flatten()
+                .collect();
             Some(Self { keys: pair_keys(meter, setup, pair).ok()?, earlier })
         });
         others.take(MOST_OTHER_PAIRS).collect()
@@ -462,7 +578,10 @@ impl OtherPair {
         } else {
             format!("the answer is not of the active keys: {}", held.join("; "))
         };
-        ServiceError::FailedPrecondition { reason, next_step: "begin a probe: a transfer without a key type".to_owned() }
+        ServiceError::FailedPrecondition {
+            reason,
+            next_step: "begin a probe: a transfer without a key type".to_owned(),
+        }
     }
 }
 
@@ -553,10 +672,15 @@ impl Deciding {
             view.refuse(error.to_string());
         }
         if past.is_none() {
-            let made = (1_u32..).zip(&planned).filter_map(|(place, planned)| Some(planned.as_ref().ok()?.recorded(place, view)));
+            let made = (1_u32..)
+                .zip(&planned)
+                .filter_map(|(place, planned)| Some(planned.as_ref().ok()?.recorded(place, view)));
             let frames: Vec<v1::ProtectedFrame> = made.collect();
             if !frames.is_empty() {
-                view.append(Event::FramesProtected(FramesProtected { purpose: self.purpose.to_proto().into(), frames }));
+                view.append(Event::FramesProtected(FramesProtected {
+                    purpose: self.purpose.to_proto().into(),
+                    frames,
+                }));
                 view.answered(&self.asking);
             }
         }
@@ -564,12 +688,18 @@ impl Deciding {
     }
 
     /// Decides on one frame. `past` is its record, if it was protected before.
-    fn plan(&self, view: &mut View<'_, '_>, of: &FrameOf<'_>, past: Option<&v1::ProtectedFrame>) -> Result<PlannedFrame, ServiceError> {
+    fn plan(
+        &self,
+        view: &mut View<'_, '_>,
+        of: &FrameOf<'_>,
+        past: Option<&v1::ProtectedFrame>,
+    ) -> Result<PlannedFrame, ServiceError> {
         let FrameOf { frame, place, facts } = *of;
         let (service, targets) = match &frame.content {
             PlainContent::Challenge(challenge) => {
                 if resembles_request(challenge) {
-                    // I8: f(StoC) authenticates what it is given exactly as an authenticated-only APDU is: policy would be passed by.
+                    // I8: f(StoC) authenticates what it is given exactly as an authenticated-only
+                    // APDU is: policy would be passed by.
                     return Err(ServiceError::AssociateAgain { field: "frames.hls_challenge".to_owned() });
                 }
                 (Service::HlsChallenge, Vec::new())
@@ -627,12 +757,21 @@ impl Deciding {
         Ok(planned)
     }
 
-    /// What the principal has used of its quotas with this frame, to be stored with the frame's record; `None` where no quota counts it.
-    fn within_quotas(&self, view: &mut View<'_, '_>, meter: SystemTitle, service: Service, targets: &[CosemTarget]) -> Result<Option<QuotaUse>, ServiceError> {
+    /// What the principal has used of its quotas with this frame, to be stored with the frame's
+    /// record; `None` where no quota counts it.
+    fn within_quotas(
+        &self,
+        view: &mut View<'_, '_>,
+        meter: SystemTitle,
+        service: Service,
+        targets: &[CosemTarget],
+    ) -> Result<Option<QuotaUse>, ServiceError> {
         let policy = self.island.policy.load();
         let principal = &self.caller.principal;
         let mut used = None;
-        for (target, quota) in targets.iter().flat_map(|target| policy.quotas().of(service, *target).map(move |quota| (target, quota))) {
+        for (target, quota) in
+            targets.iter().flat_map(|target| policy.quotas().of(service, *target).map(move |quota| (target, quota)))
+        {
             let now = view.now();
             let used = match &mut used {
                 Some(used) => used,
@@ -647,12 +786,25 @@ impl Deciding {
     }
 
     /// I8: each object that the frame touches must be permitted.
-    fn require(&self, facts: &PrincipalFacts, meter: &Meter, service: Service, targets: &[CosemTarget]) -> Result<(), ServiceError> {
+    fn require(
+        &self,
+        facts: &PrincipalFacts,
+        meter: &Meter,
+        service: Service,
+        targets: &[CosemTarget],
+    ) -> Result<(), ServiceError> {
         let policy = self.island.policy.load();
         let permits = |target: Option<CosemTarget>| {
-            policy.permits(facts, &Action::ProtectFrame { service, target, purpose: self.purpose }, &Resource::Meters(&meter.class)).is_permit()
+            policy
+                .permits(
+                    facts,
+                    &Action::ProtectFrame { service, target, purpose: self.purpose },
+                    &Resource::Meters(&meter.class),
+                )
+                .is_permit()
         };
-        let permitted = meter.class.status.may_grant() && if targets.is_empty() { permits(None) } else { targets.iter().all(|target| permits(Some(*target))) };
+        let permitted = meter.class.status.may_grant()
+            && if targets.is_empty() { permits(None) } else { targets.iter().all(|target| permits(Some(*target))) };
         if permitted { Ok(()) } else { Err(denied("protectFrame", meter.title)) }
     }
 }
@@ -660,7 +812,9 @@ impl Deciding {
 impl PlannedFrame {
     fn assemble(&self, frame: &ProtectedFrame) -> Result<Vec<u8>, DlmsError> {
         match self.tag {
-            None => Ok(HlsGmac { suite: self.control.suite, counter: self.counter, tag: AuthenticationTag(frame.tag) }.octets().to_vec()),
+            None => Ok(HlsGmac { suite: self.control.suite, counter: self.counter, tag: AuthenticationTag(frame.tag) }
+                .octets()
+                .to_vec()),
             Some((tag, system_title)) => CipheredApdu {
                 tag,
                 system_title,
@@ -680,7 +834,11 @@ impl PlannedFrame {
         if (now.key_version, now.authentication_key_version) != (past.key_version, past.authentication_key_version) {
             return Err(overtaken("the key was rotated"));
         }
-        if now == *past && view.is_marked(&past.content_mark, &self.content()) { Ok(()) } else { Err(overtaken("the meter has changed")) }
+        if now == *past && view.is_marked(&past.content_mark, &self.content()) {
+            Ok(())
+        } else {
+            Err(overtaken("the meter has changed"))
+        }
     }
 
     /// Everything that goes into the octets.
@@ -703,7 +861,11 @@ impl PlannedFrame {
             targets: self
                 .targets
                 .iter()
-                .map(|target| v1::CosemTarget { class_id: u32::from(target.class_id), obis: target.obis.to_vec().into(), member: i32::from(target.member) })
+                .map(|target| v1::CosemTarget {
+                    class_id: u32::from(target.class_id),
+                    obis: target.obis.to_vec().into(),
+                    member: i32::from(target.member),
+                })
                 .collect(),
             service: self.service.name().to_owned(),
             security_setup: setup_record(self.setup),
@@ -727,10 +889,18 @@ struct CipheredForm {
 impl CipheredForm {
     fn of(frame: &PlainFrame, meter: &Meter) -> Result<Self, ServiceError> {
         match &frame.content {
-            PlainContent::Challenge(challenge) => Ok(Self { control: HlsGmac::control(meter.suite), tag: None, plaintext: challenge.clone() }),
+            PlainContent::Challenge(challenge) => {
+                Ok(Self { control: HlsGmac::control(meter.suite), tag: None, plaintext: challenge.clone() })
+            }
             PlainContent::Apdu { apdu, general } => {
-                let control = SecurityControl { suite: meter.suite, protection: frame.protection, key_set: KeySet::Unicast };
-                let unknown = || ServiceError::invalid("frames.apdu", "this service has no ciphered form of its own; use general-glo-ciphering");
+                let control =
+                    SecurityControl { suite: meter.suite, protection: frame.protection, key_set: KeySet::Unicast };
+                let unknown = || {
+                    ServiceError::invalid(
+                        "frames.apdu",
+                        "this service has no ciphered form of its own; use general-glo-ciphering",
+                    )
+                };
                 let tag = match (general, apdu.first()) {
                     (true, _) => (CipheredTag::GeneralGlobal, Some(frame.client_title)),
                     (false, Some(plain)) => (CipheredTag::global_for(*plain).ok_or_else(unknown)?, None),
@@ -761,25 +931,38 @@ fn frame_keys(meter: &Meter, setup: SecuritySetupId) -> Result<SetupKeys, Servic
     };
     let (slot, encryption) = active(KeyType::GUEK).ok_or_else(|| missing(KeyType::GUEK))?;
     let (gak_slot, authentication) = active(KeyType::GAK).ok_or_else(|| missing(KeyType::GAK))?;
-    let keys = FrameKeys { encryption: source(meter.owner(), slot, encryption)?, authentication: source(meter.owner(), gak_slot, authentication)? };
+    let keys = FrameKeys {
+        encryption: source(meter.owner(), slot, encryption)?,
+        authentication: source(meter.owner(), gak_slot, authentication)?,
+    };
     Ok(SetupKeys { keys, encryption_version: encryption.number(), authentication_version: authentication.number() })
 }
 
 fn setup_of(meter: &Meter, setup: Option<SecuritySetupId>) -> Result<SecuritySetupId, ServiceError> {
-    setup
-        .or_else(|| meter.slots.iter().next().map(Slot::setup))
-        .ok_or_else(|| ServiceError::FailedPrecondition { reason: "the meter has no keys".to_owned(), next_step: "import its shipment".to_owned() })
+    setup.or_else(|| meter.slots.iter().next().map(Slot::setup)).ok_or_else(|| ServiceError::FailedPrecondition {
+        reason: "the meter has no keys".to_owned(),
+        next_step: "import its shipment".to_owned(),
+    })
 }
 
 fn read_service(apdu: &[u8]) -> Result<(Service, Vec<CosemTarget>), ServiceError> {
-    let request = ServiceRequest::parse(apdu).map_err(|error| ServiceError::invalid("frames.apdu", error.to_string()))?;
+    let request =
+        ServiceRequest::parse(apdu).map_err(|error| ServiceError::invalid("frames.apdu", error.to_string()))?;
     if request.dedicated_key {
-        // With a dedicated key of its own choice, a head-end could protect everything that follows by itself, past every policy.
-        return Err(ServiceError::invalid("frames.apdu", "an InitiateRequest may not bring a dedicated key: frames under it would pass policy by"));
+        // With a dedicated key of its own choice, a head-end could protect everything that follows
+        // by itself, past every policy.
+        return Err(ServiceError::invalid(
+            "frames.apdu",
+            "an InitiateRequest may not bring a dedicated key: frames under it would pass policy by",
+        ));
     }
     if request.continuation {
-        // The block that named the object was decided on; what follows names nothing that policy could decide on.
-        return Err(ServiceError::invalid("frames.apdu", "a following block names no object, so policy cannot decide on it; keep requests in one block"));
+        // The block that named the object was decided on; what follows names nothing that policy
+        // could decide on.
+        return Err(ServiceError::invalid(
+            "frames.apdu",
+            "a following block names no object, so policy cannot decide on it; keep requests in one block",
+        ));
     }
     let service = match request.kind {
         ServiceKind::Get => Service::Get,
@@ -787,13 +970,24 @@ fn read_service(apdu: &[u8]) -> Result<(Service, Vec<CosemTarget>), ServiceError
         ServiceKind::Action => Service::Action,
         ServiceKind::Initiate => Service::Initiate,
     };
-    Ok((service, request.targets.iter().map(|target| CosemTarget { class_id: target.class_id, obis: target.obis, member: target.member }).collect()))
+    Ok((
+        service,
+        request
+            .targets
+            .iter()
+            .map(|target| CosemTarget { class_id: target.class_id, obis: target.obis, member: target.member })
+            .collect(),
+    ))
 }
 
-/// The counters that a frame would use are above those of a lease, and the meter would refuse its session from then on.
+/// The counters that a frame would use are above those of a lease, and the meter would refuse its
+/// session from then on.
 fn leased(client_title: SystemTitle, lease: LiveLease) -> ServiceError {
     let (reason, next_step) = match lease {
-        LiveLease::Until(_) => ("holds a live counter lease for this meter", "let it end, use another client title, or set supersede_lease"),
+        LiveLease::Until(_) => (
+            "holds a live counter lease for this meter",
+            "let it end, use another client title, or set supersede_lease",
+        ),
         LiveLease::EndUnknown => (
             "may hold a live counter lease for this meter: another server, or this one before its last start, dealt it, and only that one knows when it ends",
             "if no session of this client title with the meter is in use, set supersede_lease; or use another client title",
@@ -819,7 +1013,10 @@ fn used_up(quota: &Quota, exceeded: QuotaExceeded, now: UnixMillis) -> ServiceEr
             "quota `{name}` is used up: {exceeded}; it frees at {moment}, and whoever keeps `quotas.toml` among the policies of the island's servers can raise it"
         ),
     };
-    ServiceError::ResourceExhausted { reason, retry_after: Duration::from_millis(u64::try_from(frees.0 - now.0).unwrap_or_default()) }
+    ServiceError::ResourceExhausted {
+        reason,
+        retry_after: Duration::from_millis(u64::try_from(frees.0 - now.0).unwrap_or_default()),
+    }
 }
 
 /// The same answer for a meter that does not exist and one that the caller may not use.

@@ -1,7 +1,9 @@
-//! Session grants: keys of a meter, or of a group of meters, lent to a principal, for a purpose and a time, on the record.
+//! Session grants: keys of a meter, or of a group of meters, lent to a principal, for a purpose and
+//! a time, on the record.
 //!
-//! A grant is decided and recorded in one transaction (I2, I4), then carried out: the keys are wrapped for the grantee in the HSM. If that
-//! fails, the record stands, and the same request carries the same grant out later.
+//! A grant is decided and recorded in one transaction (I2, I4), then carried out: the keys are
+//! wrapped for the grantee in the HSM. If that fails, the record stands, and the same request
+//! carries the same grant out later.
 
 mod batch;
 
@@ -13,8 +15,9 @@ use std::{
 use aws_lc_rs::digest;
 use futures::future;
 use kms_domain::{
-    CounterKey, GrantId, GroupId, KeyMaterial, KeyOrigin, KeyType, KeyVersion, KeyVersionNumber, Lease, MemberCounts, Meter, MeterClass, OnNewKey, Owner,
-    ParseError, Party, Principal, PrincipalId, RequestId, Role, SecuritySetupId, SecuritySuite, Slot, Standing, SystemTitle, UnixMillis,
+    CounterKey, GrantId, GroupId, KeyMaterial, KeyOrigin, KeyType, KeyVersion, KeyVersionNumber, Lease, MemberCounts,
+    Meter, MeterClass, OnNewKey, Owner, ParseError, Party, Principal, PrincipalId, RequestId, Role, SecuritySetupId,
+    SecuritySuite, Slot, Standing, SystemTitle, UnixMillis,
 };
 use kms_hsm::{Agreement, HsmError, KeySource, Recipient, RootVersion, WrappedKey};
 use kms_proto::v1::{self, GrantedMeter, KeysGranted, audit_record::Event};
@@ -26,7 +29,10 @@ pub use self::batch::Batch;
 use self::batch::Batches;
 use super::{group::Groups, owner::rotation_message};
 use crate::{
-    audit::{Actor, Asking, AuditLeaf, CounterOf, OwnerRow, PastRecord, RecordName, Replay, View, Window, overtaken, refused_before},
+    audit::{
+        Actor, Asking, AuditLeaf, CounterOf, OwnerRow, PastRecord, RecordName, Replay, View, Window, overtaken,
+        refused_before,
+    },
     authz::{Action, Caller, GroupFacts, Policy, PrincipalFacts, Purpose, Resource},
     error::ServiceError,
     island::{Island, facts, principal_row},
@@ -114,7 +120,8 @@ pub struct GrantService {
 }
 
 impl GrantService {
-    /// Meters that one chunk of a batch serves. Larger chunks commit less often; smaller ones answer sooner.
+    /// Meters that one chunk of a batch serves. Larger chunks commit less often; smaller ones
+    /// answer sooner.
     pub const CHUNK: usize = 500;
 
     /// Grants of an island.
@@ -122,7 +129,8 @@ impl GrantService {
         Self { island, groups: Arc::default(), batches: Batches::default() }
     }
 
-    /// Begins a batch of so many meters: its chunks take turns with those of the caller's other batches.
+    /// Begins a batch of so many meters: its chunks take turns with those of the caller's other
+    /// batches.
     ///
     /// # Errors
     /// The caller's unanswered batches name too many meters already.
@@ -130,17 +138,22 @@ impl GrantService {
         self.batches.begin(&caller.principal, meters, &self.island.limits)
     }
 
-    /// Grants what is asked for the meters of a chunk, or repeats the grant that this request got before.
+    /// Grants what is asked for the meters of a chunk, or repeats the grant that this request got
+    /// before.
     ///
     /// # Errors
-    /// The caller is nobody, has no transport key, uses a client title of others or a request id twice; the grant was revoked or overtaken;
-    /// HSM or database are away. What concerns single meters is in [`Granted::refusals`].
+    /// The caller is nobody, has no transport key, uses a client title of others or a request id
+    /// twice; the grant was revoked or overtaken; HSM or database are away. What concerns single
+    /// meters is in [`Granted::refusals`].
     pub async fn open(&self, caller: &Caller, chunk: Chunk) -> Result<Granted, ServiceError> {
         let meters = match &chunk.targets {
             GrantTargets::Meters(meters) => meters.len(),
             GrantTargets::Group { .. } => 1,
         };
-        let granted = self.decide_and_carry_out(caller, chunk).instrument(tracing::debug_span!("grant", kms.meters = meters)).await;
+        let granted = self
+            .decide_and_carry_out(caller, chunk)
+            .instrument(tracing::debug_span!("grant", kms.meters = meters))
+            .await;
         if let Err(error) = &granted {
             // What refuses the request, or its only meter, refuses all of them.
             metrics().grant_refused(std::iter::repeat_n(error, meters));
@@ -150,7 +163,8 @@ impl GrantService {
 
     async fn decide_and_carry_out(&self, caller: &Caller, chunk: Chunk) -> Result<Granted, ServiceError> {
         let asking = Asking::new(caller, chunk.request, chunk.digest, Window::Keys).chunk(chunk.index);
-        let mut reads = Reads { sealed: vec![principal_row(&caller.principal)], requests: asking.reads(), ..Reads::default() };
+        let mut reads =
+            Reads { sealed: vec![principal_row(&caller.principal)], requests: asking.reads(), ..Reads::default() };
         let (owners, action): (Vec<Owner>, _) = match &chunk.targets {
             GrantTargets::Meters(meters) => {
                 reads.meters.clone_from(meters);
@@ -166,12 +180,20 @@ impl GrantService {
         let chunk = Arc::new(chunk);
         let actor = || Actor::caller(caller, Some(chunk.request), action);
 
-        let mut decision =
-            Deciding { island: self.island.clone(), caller: caller.clone(), chunk: chunk.clone(), owners: owners.into(), action, asking, past: None };
+        let mut decision = Deciding {
+            island: self.island.clone(),
+            caller: caller.clone(),
+            chunk: chunk.clone(),
+            owners: owners.into(),
+            action,
+            asking,
+            past: None,
+        };
         let mut decide = decision.clone();
         let mut committed = self.island.committer.act(actor(), reads.clone(), move |view| decide.decide(view)).await?;
         if let Decided::Replay(record) = committed.value {
-            // The grant of this request is in its audit record; the rows are looked at once more beside it.
+            // The grant of this request is in its audit record; the rows are looked at once more
+            // beside it.
             decision.past = Some(Arc::new(record.read(self.island.store.as_ref()).await?));
             committed = self.island.committer.act(actor(), reads, move |view| decision.decide(view)).await?;
         }
@@ -201,7 +223,13 @@ impl GrantService {
     ///
     /// # Errors
     /// Not permitted, no such grant, or the database is away.
-    pub async fn revoke(&self, caller: &Caller, request: RequestId, grant: GrantId, reason: String) -> Result<v1::Grant, ServiceError> {
+    pub async fn revoke(
+        &self,
+        caller: &Caller,
+        request: RequestId,
+        grant: GrantId,
+        reason: String,
+    ) -> Result<v1::Grant, ServiceError> {
         let reads = Reads { sealed: vec![principal_row(&caller.principal)], grants: vec![grant], ..Reads::default() };
         let (island, by) = (self.island.clone(), caller.clone());
         let decide = move |view: &mut View<'_, '_>| {
@@ -213,7 +241,10 @@ impl GrantService {
             if row.revoked.is_none() {
                 row.revoked = Some(view.now());
                 view.revoke_grant(GrantRevocation { id: grant, revoked: view.now() });
-                view.append(Event::GrantRevoked(v1::GrantRevoked { grant_id: grant.octets().to_vec().into(), reason: reason.clone() }));
+                view.append(Event::GrantRevoked(v1::GrantRevoked {
+                    grant_id: grant.octets().to_vec().into(),
+                    reason: reason.clone(),
+                }));
             }
             Ok(grant_message(&row))
         };
@@ -233,14 +264,21 @@ impl GrantService {
         // Grants of one minute share an agreement: the expiry is part of its derivation.
         let expiry = (plan.not_after.0 + 59_999) / 60_000 * 60_000;
         let transport = &plan.transport;
-        let recipient = Recipient::new(&transport.public_point, transport.sha256, u64::try_from(expiry).unwrap_or_default()).map_err(ServiceError::from)?;
-        let sources: Vec<KeySource> = entries.iter().flat_map(|entry| entry.keys.iter().map(|key| key.source.clone())).collect();
-        let places: Vec<(usize, usize)> =
-            entries.iter().enumerate().flat_map(|(entry, planned)| (0..planned.keys.len()).map(move |key| (entry, key))).collect();
+        let recipient =
+            Recipient::new(&transport.public_point, transport.sha256, u64::try_from(expiry).unwrap_or_default())
+                .map_err(ServiceError::from)?;
+        let sources: Vec<KeySource> =
+            entries.iter().flat_map(|entry| entry.keys.iter().map(|key| key.source.clone())).collect();
+        let places: Vec<(usize, usize)> = entries
+            .iter()
+            .enumerate()
+            .flat_map(|(entry, planned)| (0..planned.keys.len()).map(move |key| (entry, key)))
+            .collect();
         let hsm = self.island.hsm_for(caller);
         let groups = hsm.split_by_token(&sources)?;
         let plan = Arc::new(plan);
-        // An envelope for each token, and for each part of a chunk: no worker of the token is busy with one caller's chunk for long.
+        // An envelope for each token, and for each part of a chunk: no worker of the token is busy
+        // with one caller's chunk for long.
         let mut envelopes = Vec::new();
         for group in groups.iter().flat_map(|group| parts(group, &places)) {
             let keys: Vec<KeySource> = group.iter().filter_map(|index| sources.get(*index).cloned()).collect();
@@ -267,15 +305,25 @@ impl GrantService {
             };
             let span = tracing::debug_span!("hsm.envelope", kms.keys = keys.len());
             let (hsm, recipient) = (hsm.clone(), recipient.clone());
-            envelopes.push(async move { hsm.envelope(recipient, keys, header, manifest).instrument(span).await.map(|envelope| (envelope, failed)) });
+            envelopes.push(async move {
+                hsm.envelope(recipient, keys, header, manifest)
+                    .instrument(span)
+                    .await
+                    .map(|envelope| (envelope, failed))
+            });
         }
         for (envelope, failed) in future::try_join_all(envelopes).await? {
-            granted.envelopes.push(v1::Envelope { header: envelope.header.into(), manifest: envelope.manifest.into(), seal: envelope.seal.to_vec().into() });
+            granted.envelopes.push(v1::Envelope {
+                header: envelope.header.into(),
+                manifest: envelope.manifest.into(),
+                seal: envelope.seal.to_vec().into(),
+            });
             if let Ok(mut failures) = failed.lock() {
                 granted.refusals.append(&mut failures);
             }
         }
-        // All or nothing for a meter: what could not be wrapped stands among the refusals, with every key of its meter.
+        // All or nothing for a meter: what could not be wrapped stands among the refusals, with
+        // every key of its meter.
         let refused = |owner: Owner| granted.refusals.iter().any(|(refused, _)| *refused == owner);
         let given = plan.entries.iter().filter(|entry| granted.refusals.is_empty() || !refused(entry.owner));
         let (count, keys) = given.fold((0, 0), |(entries, keys), entry| (entries + 1, keys + entry.keys.len()));
@@ -345,7 +393,8 @@ impl<'p> PastGrant<'p> {
             meters: event.meters.clone(),
             ..terms_record(&chunk.terms, chunk.index)
         };
-        // Of a version that did not note places: an entry cannot be told from another one of the same owner.
+        // Of a version that did not note places: an entry cannot be told from another one of the
+        // same owner.
         if *event != asked || event.meters.iter().any(|granted| granted.place == 0) {
             return Err(overtaken("the server was upgraded"));
         }
@@ -451,8 +500,9 @@ impl Deciding {
                     return Err(overtaken("the grant has ended"));
                 }
                 if terms.dedicated_key {
-                    // I4: a dedicated key is made for one answer and kept nowhere. Another one under the same lease would protect its InitiateRequest
-                    // with a counter that the one before may have used.
+                    // I4: a dedicated key is made for one answer and kept nowhere. Another one
+                    // under the same lease would protect its InitiateRequest with a counter that
+                    // the one before may have used.
                     return Err(ServiceError::Aborted {
                         reason: "this request was answered with a dedicated key, which is not made twice".to_owned(),
                         next_step: "ask again with a new request id".to_owned(),
@@ -480,7 +530,13 @@ impl Deciding {
         };
         let policy = self.island.policy.load();
         let named_version = matches!(self.chunk.targets, GrantTargets::Group { version: Some(_), .. });
-        let mut permissions = Permissions { policy: &policy, facts: facts(&principal), terms: &terms, named_version, decided: Vec::new() };
+        let mut permissions = Permissions {
+            policy: &policy,
+            facts: facts(&principal),
+            terms: &terms,
+            named_version,
+            decided: Vec::new(),
+        };
         for (place, owner) in (1_u32..).zip(self.owners.iter().copied()) {
             let outcome = match &past {
                 None => view.attempt(|view| self.grant(view, owner, place, &principal, not_after, &mut permissions)),
@@ -519,35 +575,55 @@ impl Deciding {
     ) -> Result<PlannedKeys, ServiceError> {
         let terms = &self.chunk.terms;
         let (row, suite) = self.permitted(view, owner, permissions)?;
-        let setup = terms.setup.or_else(|| row.slots().iter().next().map(Slot::setup)).ok_or_else(|| no_key(&terms.key_types, None))?;
+        let setup = terms
+            .setup
+            .or_else(|| row.slots().iter().next().map(Slot::setup))
+            .ok_or_else(|| no_key(&terms.key_types, None))?;
         let mut keys = Vec::with_capacity(terms.key_types.len() + 1);
         let mut unexposed = Vec::new();
         for key_type in &terms.key_types {
             let slot = row.slots().get(setup, *key_type).ok_or_else(|| no_key(&[*key_type], Some(setup)))?;
             let version = self.lendable(&row, slot).ok_or_else(|| self.not_lendable(*key_type, setup))?;
             let party = Party::Principal(principal.id.clone());
-            if !version.exposures().iter().any(|exposure| exposure.party == party && exposure.reason == kms_domain::ExposureReason::Grant) {
+            if !version
+                .exposures()
+                .iter()
+                .any(|exposure| exposure.party == party && exposure.reason == kms_domain::ExposureReason::Grant)
+            {
                 unexposed.push((*key_type, version.number()));
             }
-            keys.push(PlannedKey { key_type: *key_type, version: Some(version.number()), source: source(owner, slot, version)?, in_doubt: slot.in_doubt() });
+            keys.push(PlannedKey {
+                key_type: *key_type,
+                version: Some(version.number()),
+                source: source(owner, slot, version)?,
+                in_doubt: slot.in_doubt(),
+            });
         }
         if terms.dedicated_key {
             keys.push(dedicated(suite));
         }
         let lease = match (
             terms.client_title,
-            keys.iter().find(|key| matches!(key.key_type, KeyType::GUEK | KeyType::GBEK)).and_then(|key| Some((key.key_type, key.version?))),
+            keys.iter()
+                .find(|key| matches!(key.key_type, KeyType::GUEK | KeyType::GBEK))
+                .and_then(|key| Some((key.key_type, key.version?))),
         ) {
             (Some(client), Some((key_type, version))) => {
-                let of =
-                    CounterOf { owner, setup, key_type, version, counter: self.counter_key(&row, setup, client)?, on_new_key: self.on_new_key(&row, setup) };
+                let of = CounterOf {
+                    owner,
+                    setup,
+                    key_type,
+                    version,
+                    counter: self.counter_key(&row, setup, client)?,
+                    on_new_key: self.on_new_key(&row, setup),
+                };
                 Some((client, version, view.lease(of, terms.counters, not_after)?))
             }
             _ => None,
         };
         if !unexposed.is_empty() {
-            // The first grant of a version to a principal is written into the ledger; later ones change nothing. The lease may have changed the
-            // row, so it is read anew.
+            // The first grant of a version to a principal is written into the ledger; later ones
+            // change nothing. The lease may have changed the row, so it is read anew.
             let mut changed = view.owner(owner)?.ok_or_else(|| self.denied(owner))?;
             for (key_type, version) in unexposed {
                 let version = changed
@@ -559,32 +635,56 @@ impl Deciding {
             }
             view.put_owner(changed)?;
         }
-        Ok(PlannedKeys { owner, place, name: name_of(&row), setup, suite, keys, lease, rotation: rotation_of(&row, setup) })
+        Ok(PlannedKeys {
+            owner,
+            place,
+            name: name_of(&row),
+            setup,
+            suite,
+            keys,
+            lease,
+            rotation: rotation_of(&row, setup),
+        })
     }
 
-    /// Only the active version: a pre-active one is granted to nobody (I3), and earlier candidates are for those who probe. A group's former GBEK is
-    /// for members that its rotation has left behind.
+    /// Only the active version: a pre-active one is granted to nobody (I3), and earlier candidates
+    /// are for those who probe. A group's former GBEK is for members that its rotation has left
+    /// behind.
     fn lendable<'a>(&self, row: &'a OwnerRow, slot: &'a Slot) -> Option<&'a KeyVersion> {
         match (row, &self.chunk.targets) {
             (OwnerRow::Group(group), GrantTargets::Group { version, .. }) => {
                 group.lent(slot.setup(), slot.key_type(), version.filter(|_| slot.key_type() == KeyType::GBEK))
             }
-            _ => slot.grantable().find(|grantable| grantable.standing == Standing::Active).map(|grantable| grantable.version),
+            _ => slot
+                .grantable()
+                .find(|grantable| grantable.standing == Standing::Active)
+                .map(|grantable| grantable.version),
         }
     }
 
     fn not_lendable(&self, key_type: KeyType, setup: SecuritySetupId) -> ServiceError {
         match &self.chunk.targets {
-            GrantTargets::Group { version: Some(version), .. } if key_type == KeyType::GBEK => ServiceError::FailedPrecondition {
-                reason: format!("{key_type} version {version} is neither the active one nor one that members are left behind with"),
-                next_step: "look at the rotation with `kms group rotation`, and ask for the active version".to_owned(),
-            },
+            GrantTargets::Group { version: Some(version), .. } if key_type == KeyType::GBEK => {
+                ServiceError::FailedPrecondition {
+                    reason: format!(
+                        "{key_type} version {version} is neither the active one nor one that members are left behind with"
+                    ),
+                    next_step: "look at the rotation with `kms group rotation`, and ask for the active version"
+                        .to_owned(),
+                }
+            }
             _ => no_key(&[key_type], Some(setup)),
         }
     }
 
-    /// The row and its security suite, if policy lets the caller have all keys that it asks for (I8).
-    fn permitted(&self, view: &mut View<'_, '_>, owner: Owner, permissions: &mut Permissions<'_>) -> Result<(OwnerRow, SecuritySuite), ServiceError> {
+    /// The row and its security suite, if policy lets the caller have all keys that it asks for
+    /// (I8).
+    fn permitted(
+        &self,
+        view: &mut View<'_, '_>,
+        owner: Owner,
+        permissions: &mut Permissions<'_>,
+    ) -> Result<(OwnerRow, SecuritySuite), ServiceError> {
         let row = view.owner(owner)?.ok_or_else(|| self.denied(owner))?;
         let (permitted, suite) = match &row {
             OwnerRow::Meter(meter) => (permissions.meter(&meter.class), meter.suite),
@@ -595,8 +695,14 @@ impl Deciding {
         if permitted { Ok((row, suite)) } else { Err(self.denied(owner)) }
     }
 
-    /// The counter of a client title. That of a group's key is the title's own: a broadcast goes to meters of several profiles.
-    fn counter_key(&self, row: &OwnerRow, setup: SecuritySetupId, client: SystemTitle) -> Result<CounterKey, ServiceError> {
+    /// The counter of a client title. That of a group's key is the title's own: a broadcast goes to
+    /// meters of several profiles.
+    fn counter_key(
+        &self,
+        row: &OwnerRow,
+        setup: SecuritySetupId,
+        client: SystemTitle,
+    ) -> Result<CounterKey, ServiceError> {
         match row {
             OwnerRow::Meter(meter) => counter_key(&self.island, meter, setup, client),
             OwnerRow::Group(_) | OwnerRow::DeviceType(_) => Ok(CounterKey::ClientTitle(client)),
@@ -619,8 +725,15 @@ impl Deciding {
         }
     }
 
-    /// The same again, as recorded: permitted still, the versions still grantable, the lease still the newest.
-    fn repeat(&self, view: &mut View<'_, '_>, owner: Owner, granted: &GrantedMeter, permissions: &mut Permissions<'_>) -> Result<PlannedKeys, ServiceError> {
+    /// The same again, as recorded: permitted still, the versions still grantable, the lease still
+    /// the newest.
+    fn repeat(
+        &self,
+        view: &mut View<'_, '_>,
+        owner: Owner,
+        granted: &GrantedMeter,
+        permissions: &mut Permissions<'_>,
+    ) -> Result<PlannedKeys, ServiceError> {
         let terms = &self.chunk.terms;
         let (row, suite) = self.permitted(view, owner, permissions)?;
         let setup = recorded_setup(granted.security_setup);
@@ -630,16 +743,33 @@ impl Deciding {
         let mut keys = Vec::with_capacity(terms.key_types.len() + 1);
         for (key_type, number) in terms.key_types.iter().zip(&granted.versions) {
             let slot = row.slots().get(setup, *key_type).ok_or_else(|| overtaken("the key is gone"))?;
-            let version = self.lendable(&row, slot).filter(|version| version.number().number() == *number).ok_or_else(|| overtaken("the key was rotated"))?;
-            keys.push(PlannedKey { key_type: *key_type, version: Some(version.number()), source: source(owner, slot, version)?, in_doubt: slot.in_doubt() });
+            let version = self
+                .lendable(&row, slot)
+                .filter(|version| version.number().number() == *number)
+                .ok_or_else(|| overtaken("the key was rotated"))?;
+            keys.push(PlannedKey {
+                key_type: *key_type,
+                version: Some(version.number()),
+                source: source(owner, slot, version)?,
+                in_doubt: slot.in_doubt(),
+            });
         }
-        let encryption = keys.iter().find(|key| matches!(key.key_type, KeyType::GUEK | KeyType::GBEK)).and_then(|key| Some((key.key_type, key.version?)));
+        let encryption = keys
+            .iter()
+            .find(|key| matches!(key.key_type, KeyType::GUEK | KeyType::GBEK))
+            .and_then(|key| Some((key.key_type, key.version?)));
         let lease = match (terms.client_title, encryption) {
             (Some(_), Some(_)) if granted.lease_count != terms.counters.get() => return Err(record_fault()),
             (Some(client), Some((key_type, version))) => {
                 let lease = Lease { first: granted.lease_first, count: granted.lease_count };
-                let of =
-                    CounterOf { owner, setup, key_type, version, counter: self.counter_key(&row, setup, client)?, on_new_key: self.on_new_key(&row, setup) };
+                let of = CounterOf {
+                    owner,
+                    setup,
+                    key_type,
+                    version,
+                    counter: self.counter_key(&row, setup, client)?,
+                    on_new_key: self.on_new_key(&row, setup),
+                };
                 if !view.is_live(of, lease)? {
                     return Err(overtaken("a newer lease was dealt, or the server restarted,"));
                 }
@@ -647,7 +777,16 @@ impl Deciding {
             }
             _ => None,
         };
-        Ok(PlannedKeys { owner, place: granted.place, name: name_of(&row), setup, suite, keys, lease, rotation: rotation_of(&row, setup) })
+        Ok(PlannedKeys {
+            owner,
+            place: granted.place,
+            name: name_of(&row),
+            setup,
+            suite,
+            keys,
+            lease,
+            rotation: rotation_of(&row, setup),
+        })
     }
 
     /// I2: one record for the chunk; grant and request name it.
@@ -675,11 +814,19 @@ impl Deciding {
 
 impl Plan {
     /// The manifest of the keys at `places`, and the owners that a key could not be had for.
-    fn manifest(&self, places: &[(usize, usize)], wrapped: &[Result<WrappedKey, HsmError>]) -> (v1::Manifest, Vec<(Owner, ServiceError)>) {
+    fn manifest(
+        &self,
+        places: &[(usize, usize)],
+        wrapped: &[Result<WrappedKey, HsmError>],
+    ) -> (v1::Manifest, Vec<(Owner, ServiceError)>) {
         let mut failed: Vec<(Owner, ServiceError)> = Vec::new();
         let mut granted: Vec<(usize, Vec<v1::GrantedKey>)> = Vec::new();
         for ((entry, key), wrapped) in places.iter().zip(wrapped) {
-            let Some((planned, key)) = self.entries.get(*entry).and_then(|planned| Some((planned, planned.keys.get(*key)?))) else { continue };
+            let Some((planned, key)) =
+                self.entries.get(*entry).and_then(|planned| Some((planned, planned.keys.get(*key)?)))
+            else {
+                continue;
+            };
             match wrapped {
                 Err(error) => failed.push((planned.owner, ServiceError::from(error.clone()))),
                 Ok(WrappedKey(octets)) => {
@@ -700,7 +847,11 @@ impl Plan {
         let (mut meters, mut groups) = (Vec::new(), Vec::new());
         for (entry, keys) in granted {
             // All or nothing for an owner.
-            let Some(planned) = self.entries.get(entry).filter(|planned| failed.iter().all(|(owner, _)| *owner != planned.owner)) else { continue };
+            let Some(planned) =
+                self.entries.get(entry).filter(|planned| failed.iter().all(|(owner, _)| *owner != planned.owner))
+            else {
+                continue;
+            };
             match planned.owner {
                 Owner::Meter(title) => meters.push(planned.of_meter(title, keys)),
                 Owner::Group(id) => groups.push(planned.of_group(id, keys)),
@@ -789,12 +940,18 @@ impl Permissions<'_> {
         }
     }
 
-    /// I8: the same for the group. Nothing of its members counts here: who may have a member's keys gets no broadcast key by that.
+    /// I8: the same for the group. Nothing of its members counts here: who may have a member's keys
+    /// gets no broadcast key by that.
     fn group(&self, group: &GroupFacts) -> bool {
         let (purpose, lifetime_seconds) = (self.terms.purpose, self.terms.lifetime_seconds);
         !self.terms.dedicated_key
             && self.terms.key_types.iter().all(|key_type| {
-                let action = Action::OpenGroupSession { key_type: *key_type, purpose, lifetime_seconds, named_version: self.named_version };
+                let action = Action::OpenGroupSession {
+                    key_type: *key_type,
+                    purpose,
+                    lifetime_seconds,
+                    named_version: self.named_version,
+                };
                 self.policy.permits(&self.facts, &action, &Resource::Group(group)).is_permit()
             })
     }
@@ -858,7 +1015,10 @@ fn name_of(row: &OwnerRow) -> String {
 /// How the rotation of a group's GBEK is, without counts.
 fn rotation_of(row: &OwnerRow, setup: SecuritySetupId) -> Option<v1::GroupRotation> {
     let OwnerRow::Group(group) = row else { return None };
-    group.slots.get(setup, KeyType::GBEK).map(|slot| rotation_message(group, slot.setup(), slot.key_type(), MemberCounts::default()))
+    group
+        .slots
+        .get(setup, KeyType::GBEK)
+        .map(|slot| rotation_message(group, slot.setup(), slot.key_type(), MemberCounts::default()))
 }
 
 /// Where the HSM takes a key version from.
@@ -871,11 +1031,13 @@ pub fn source(owner: Owner, slot: &Slot, version: &KeyVersion) -> Result<KeySour
             shape: wrapped.shape(),
             blob: wrapped.blob().to_vec(),
         }),
-        (KeyMaterial::Derived, KeyOrigin::Diversified { root_version, derivation, length }) => Ok(KeySource::Diversified {
-            root_version: RootVersion::new(u32::from(root_version)).map_err(fault)?,
-            derivation,
-            context: slot.diversification(owner, version.number(), length),
-        }),
+        (KeyMaterial::Derived, KeyOrigin::Diversified { root_version, derivation, length }) => {
+            Ok(KeySource::Diversified {
+                root_version: RootVersion::new(u32::from(root_version)).map_err(fault)?,
+                derivation,
+                context: slot.diversification(owner, version.number(), length),
+            })
+        }
         _ => Err(no_key(&[slot.key_type()], Some(slot.setup()))),
     }
 }
@@ -891,29 +1053,51 @@ pub(super) fn recorded_setup(setup: u32) -> SecuritySetupId {
     SecuritySetupId::from_octets([b, e])
 }
 
-/// Which counter a client title uses with a meter's security setup: its own, or the setup's only one (device profile).
+/// Which counter a client title uses with a meter's security setup: its own, or the setup's only
+/// one (device profile).
 ///
 /// # Errors
 /// This server does not know the meter's device profile.
-pub fn counter_key(island: &Island, meter: &Meter, setup: SecuritySetupId, client: SystemTitle) -> Result<CounterKey, ServiceError> {
+pub fn counter_key(
+    island: &Island,
+    meter: &Meter,
+    setup: SecuritySetupId,
+    client: SystemTitle,
+) -> Result<CounterKey, ServiceError> {
     if client == meter.title {
         // I4: the nonces of the meter's own answers are not a client's to use.
         return Err(ServiceError::denied(format!("a client title that is the meter's own, {client}")));
     }
-    let profile = island.profiles.get(&meter.class.profile).and_then(|profile| profile.setup(setup)).ok_or_else(|| ServiceError::FailedPrecondition {
-        reason: format!("the device profile `{}` with security setup {setup} is not among this server's", meter.class.profile),
-        next_step: "add its file to the folder of device profiles on every server".to_owned(),
-    })?;
+    let profile =
+        island.profiles.get(&meter.class.profile).and_then(|profile| profile.setup(setup)).ok_or_else(|| {
+            ServiceError::FailedPrecondition {
+                reason: format!(
+                    "the device profile `{}` with security setup {setup} is not among this server's",
+                    meter.class.profile
+                ),
+                next_step: "add its file to the folder of device profiles on every server".to_owned(),
+            }
+        })?;
     Ok(profile.counter.scope.key(client))
 }
 
-/// What the meter's counters do when its encryption key changes (device profile). Going on suits all meters.
+/// What the meter's counters do when its encryption key changes (device profile). Going on suits
+/// all meters.
 pub fn on_new_key(island: &Island, meter: &Meter, setup: SecuritySetupId) -> OnNewKey {
-    island.profiles.get(&meter.class.profile).and_then(|profile| profile.setup(setup)).map_or(OnNewKey::Continue, |profile| profile.counter.on_new_key)
+    island
+        .profiles
+        .get(&meter.class.profile)
+        .and_then(|profile| profile.setup(setup))
+        .map_or(OnNewKey::Continue, |profile| profile.counter.on_new_key)
 }
 
 fn dedicated(suite: SecuritySuite) -> PlannedKey {
-    PlannedKey { key_type: KeyType::DEDICATED, version: None, source: KeySource::Fresh(suite.key_length()), in_doubt: false }
+    PlannedKey {
+        key_type: KeyType::DEDICATED,
+        version: None,
+        source: KeySource::Fresh(suite.key_length()),
+        in_doubt: false,
+    }
 }
 
 /// The same answer for a meter that does not exist and one that the caller may not see.
@@ -934,7 +1118,8 @@ fn record_fault() -> ServiceError {
     ServiceError::Internal("the record of a past request does not read".to_owned())
 }
 
-/// A refusal's reason without the meter: a batch of refused meters is one line in the log, not thousands.
+/// A refusal's reason without the meter: a batch of refused meters is one line in the log, not
+/// thousands.
 fn reason_of(error: &ServiceError) -> String {
     match error {
         ServiceError::PermissionDenied { .. } => "not permitted for a meter of the request".to_owned(),
@@ -942,7 +1127,8 @@ fn reason_of(error: &ServiceError) -> String {
     }
 }
 
-/// Keys of one envelope: as many as a worker of a token makes in a few milliseconds, or in 0.4 s with 1 ms for each call of an HSM.
+/// Keys of one envelope: as many as a worker of a token makes in a few milliseconds, or in 0.4 s
+/// with 1 ms for each call of an HSM.
 const PART: usize = 128;
 /// Numbers of groups begin with 1.
 const NO_GROUP: GroupId = GroupId(0);

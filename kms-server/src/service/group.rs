@@ -1,10 +1,12 @@
 //! Groups by name: shipments and enrolments name them, rows and policies have their numbers.
 //!
-//! A group owns the broadcast keys of its members ([`super::owner`]). Who may use them is said of the group, and never follows from membership: a meter
-//! that joins or leaves a group changes nobody's right to a key.
+//! A group owns the broadcast keys of its members ([`super::owner`]). Who may use them is said of
+//! the group, and never follows from membership: a meter that joins or leaves a group changes
+//! nobody's right to a key.
 //!
-//! Numbers are given from 1 on without gaps, and a group is never removed. So whoever looks through them in order finds every name, and two
-//! servers that make one at the same time meet at the same number.
+//! Numbers are given from 1 on without gaps, and a group is never removed. So whoever looks through
+//! them in order finds every name, and two servers that make one at the same time meet at the same
+//! number.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -39,8 +41,9 @@ struct KnownGroup {
 pub(super) type Permit = Arc<dyn for<'a, 'v, 'b> Fn(&'a mut View<'v, 'b>) -> Result<(), ServiceError> + Send + Sync>;
 
 impl Groups {
-    /// The numbers of the groups with these names; missing ones are made, for meters of this suite. A name is left out if its group is of
-    /// another suite, or if the island has as many groups as it takes.
+    /// The numbers of the groups with these names; missing ones are made, for meters of this suite.
+    /// A name is left out if its group is of another suite, or if the island has as many groups as
+    /// it takes.
     ///
     /// # Errors
     /// `permit` refuses, or the database is away.
@@ -60,7 +63,8 @@ impl Groups {
                 break;
             }
         }
-        let numbered = (1..).zip(known.iter()).filter(|(_, group)| group.suite == suite && names.contains(group.name.as_str()));
+        let numbered =
+            (1..).zip(known.iter()).filter(|(_, group)| group.suite == suite && names.contains(group.name.as_str()));
         Ok(numbered.map(|(number, group)| (group.name.clone(), GroupId(number))).collect())
     }
 
@@ -98,7 +102,8 @@ impl Groups {
         }
     }
 
-    /// Looks through the groups after the known ones; behind the last, makes those that are missing.
+    /// Looks through the groups after the known ones; behind the last, makes those that are
+    /// missing.
     async fn step(
         &self,
         island: &Arc<Island>,
@@ -110,7 +115,8 @@ impl Groups {
     ) -> Result<Vec<KnownGroup>, ServiceError> {
         let first = u64::try_from(known.len()).unwrap_or(u64::MAX).saturating_add(1);
         let numbers = first..first.saturating_add(PAGE);
-        let mut sealed: Vec<_> = numbers.clone().map(|number| (RowKind::Group, number.to_be_bytes().to_vec())).collect();
+        let mut sealed: Vec<_> =
+            numbers.clone().map(|number| (RowKind::Group, number.to_be_bytes().to_vec())).collect();
         sealed.extend(actor.principal.as_ref().map(principal_row));
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         let (known, permit) = (known.to_vec(), permit.clone());
@@ -119,7 +125,11 @@ impl Groups {
             .act(actor.clone(), Reads { sealed, ..Reads::default() }, move |view| {
                 permit(view)?;
                 let mut known = known.clone();
-                let mut missing = names.iter().filter(|name| !known.iter().any(|group| group.name == **name)).cloned().collect::<BTreeSet<_>>();
+                let mut missing = names
+                    .iter()
+                    .filter(|name| !known.iter().any(|group| group.name == **name))
+                    .cloned()
+                    .collect::<BTreeSet<_>>();
                 for number in numbers.clone() {
                     if let Some(group) = view.group(GroupId(number))? {
                         missing.remove(&group.name);

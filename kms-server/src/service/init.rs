@@ -1,8 +1,9 @@
-//! The ceremony (`kms-server init`): makes an island out of one reviewable file: tokens, roots, escrow, CA, certificates, database, and the
-//! record of all of it.
+//! The ceremony (`kms-server init`): makes an island out of one reviewable file: tokens, roots,
+//! escrow, CA, certificates, database, and the record of all of it.
 //!
-//! It can be interrupted anywhere and run again with the same file: what was made is found and kept. The escrow's shares are on disk before
-//! a root exists, and the roots' wraps are on disk before the roots are locked.
+//! It can be interrupted anywhere and run again with the same file: what was made is found and
+//! kept. The escrow's shares are on disk before a root exists, and the roots' wraps are on disk
+//! before the roots are locked.
 
 mod file;
 
@@ -14,12 +15,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kms_domain::{
-    ChunkSize, ClassRoots, DatabaseHistory, DiversificationRoot, Enrolment, Island as IslandRow, IslandKind, IslandName, KeyClass, KeyDerivation, OaepHash,
-    Principal, PrincipalStatus, SealKey, SealRootKey,
+    ChunkSize, ClassRoots, DatabaseHistory, DiversificationRoot, Enrolment, Island as IslandRow, IslandKind,
+    IslandName, KeyClass, KeyDerivation, OaepHash, Principal, PrincipalStatus, SealKey, SealRootKey,
 };
 use kms_hsm::{
-    EscrowPackage, Hsm, HsmError, KeyFingerprint, Module, Pin, PinSource, ProcessPinMemory, RootVersion, StandbyToken, TokenKey, TokenSelector, TokenSettings,
-    WrappedRoot, WrappedRoots, create_roots, create_standby_transport, install_wrapped_roots,
+    EscrowPackage, Hsm, HsmError, KeyFingerprint, Module, Pin, PinSource, ProcessPinMemory, RootVersion, StandbyToken,
+    TokenKey, TokenSelector, TokenSettings, WrappedRoot, WrappedRoots, create_roots, create_standby_transport,
+    install_wrapped_roots,
 };
 use kms_proto::v1::{CeremonyHeld, Fingerprint, PrincipalChanged, audit_record::Event};
 use kms_store::{DatabaseLocation, Reads, RowKind, Store, StoreError};
@@ -52,24 +54,34 @@ pub struct Held {
 }
 
 impl CeremonyPlan {
-    /// Holds the ceremony. `state` is the folder that gets what it makes: `escrow.json`, `root.pem`, `server.pem` and `server.key`,
-    /// `principals/`, `kms-server.toml`, `ceremony.txt`, and copies of roots for other tokens.
+    /// Holds the ceremony. `state` is the folder that gets what it makes: `escrow.json`,
+    /// `root.pem`, `server.pem` and `server.key`, `principals/`, `kms-server.toml`, `ceremony.txt`,
+    /// and copies of roots for other tokens.
     ///
     /// # Errors
     /// What is in the way, and what to do. Running it again goes on where it stopped.
     pub async fn hold(self, state: &Path) -> Result<Held, InitError> {
         let state = State::open(state)?;
         let escrow = state.escrow(&self)?;
-        let settings = TokenSettings::new(self.token.module.clone(), self.token.selector.label.clone(), pin_source(&self.token.pin));
+        let settings = TokenSettings::new(
+            self.token.module.clone(),
+            self.token.selector.label.clone(),
+            pin_source(&self.token.pin),
+        );
         let settings = TokenSettings { selector: self.token.selector.clone(), ..settings };
         let allow_cbc_expand = self.kind == IslandKind::Development;
 
         // Blocking: PKCS#11, and an RSA key or two.
         let (plan, folder) = (self.clone(), state.clone());
-        let (mut fingerprints, derivation) =
-            tokio::task::spawn_blocking(move || plan.make_roots(&folder, &escrow)).await.map_err(|_| InitError::Interrupted)??;
+        let (mut fingerprints, derivation) = tokio::task::spawn_blocking(move || plan.make_roots(&folder, &escrow))
+            .await
+            .map_err(|_| InitError::Interrupted)??;
 
-        let hsm = Hsm::start(self.island.clone(), TokenSettings { allow_cbc_expand, ..settings }, Arc::new(ProcessPinMemory::default()))?;
+        let hsm = Hsm::start(
+            self.island.clone(),
+            TokenSettings { allow_cbc_expand, ..settings },
+            Arc::new(ProcessPinMemory::default()),
+        )?;
         hsm.usable(USABLE_WITHIN).await?;
         let held = self.certify(&state, &hsm, derivation, &mut fingerprints).await;
         tokio::task::spawn_blocking(move || hsm.close()).await.map_err(|_| InitError::Interrupted)?;
@@ -82,7 +94,11 @@ impl CeremonyPlan {
     }
 
     /// Tokens, roots and copies of roots.
-    fn make_roots(&self, state: &State, escrow: &PreparedEscrow) -> Result<(Vec<KeyFingerprint>, Option<KeyDerivation>), InitError> {
+    fn make_roots(
+        &self,
+        state: &State,
+        escrow: &PreparedEscrow,
+    ) -> Result<(Vec<KeyFingerprint>, Option<KeyDerivation>), InitError> {
         let (module, so_pin, pin) = self.token.prepare()?;
         let mut copies = Vec::new();
         for copy in &self.copies {
@@ -95,24 +111,34 @@ impl CeremonyPlan {
             classes: KeyClass::WITH_ROOTS.into_iter().chain([KeyClass::Ca]).collect(),
             general: true,
             escrow_public_key: escrow.document.escrow_key().to_vec(),
-            standby: copies.iter().map(|(copy, _, _, public)| StandbyToken { public_key: public.clone(), classes: copy.classes.clone() }).collect(),
+            standby: copies
+                .iter()
+                .map(|(copy, _, _, public)| StandbyToken { public_key: public.clone(), classes: copy.classes.clone() })
+                .collect(),
         };
         let previous = state.previous(&self.island, escrow, copies.len())?;
         let persist = |package: &EscrowPackage| {
             for (number, copy) in package.standby.iter().enumerate() {
-                state.write(&copy_name(number), StoredCopy::of(&self.island, copy).as_bytes(), SECRET).map_err(|error| error.to_string())?;
+                state
+                    .write(&copy_name(number), StoredCopy::of(&self.island, copy).as_bytes(), SECRET)
+                    .map_err(|error| error.to_string())?;
             }
             let document = escrow.document.clone().with_roots(&self.island, &package.escrow);
             state.write(ESCROW, document.to_json().as_bytes(), SECRET).map(drop).map_err(|error| error.to_string())
         };
         let result = create_roots(&module, &self.token.selector, &so_pin, &pin, &plan, previous.as_ref(), persist)?;
         let escrow_key = sha256(escrow.document.escrow_key()).to_vec();
-        let mut fingerprints = vec![KeyFingerprint { label: ESCROW_KEY_LABEL.to_owned(), kind: "SHA-256", value: escrow_key }];
+        let mut fingerprints =
+            vec![KeyFingerprint { label: ESCROW_KEY_LABEL.to_owned(), kind: "SHA-256", value: escrow_key }];
         fingerprints.extend(result.fingerprints);
         for ((copy, module, pin, _), wrapped) in copies.iter().zip(&result.package.standby) {
             let installed = install_wrapped_roots(module, &copy.token.selector, pin, &self.island, wrapped)?;
             let token = &copy.token.selector.label;
-            fingerprints.extend(installed.into_iter().map(|print| KeyFingerprint { label: format!("{} (copy in {token})", print.label), ..print }));
+            fingerprints.extend(
+                installed
+                    .into_iter()
+                    .map(|print| KeyFingerprint { label: format!("{} (copy in {token})", print.label), ..print }),
+            );
         }
         Ok((fingerprints, result.derivation))
     }
@@ -127,32 +153,46 @@ impl CeremonyPlan {
     ) -> Result<(CertificateDer<'static>, Vec<IssuedCertificate>), InitError> {
         let now = Island::now();
         let authority = match state.read("root.pem")? {
-            Some(text) => CertificateAuthority::from_der(&CertificateDer::from_pem_slice(&text).map_err(|_| state.damaged("root.pem"))?)
-                .map_err(|_| state.damaged("root.pem"))?,
+            Some(text) => CertificateAuthority::from_der(
+                &CertificateDer::from_pem_slice(&text).map_err(|_| state.damaged("root.pem"))?,
+            )
+            .map_err(|_| state.damaged("root.pem"))?,
             None => {
                 let point = hsm.public_key(CA_KEY).await?;
-                let root = CertificateAuthority::root(&self.island, point, Validity::days(now, ROOT_DAYS))?.sign(hsm).await?;
+                let root =
+                    CertificateAuthority::root(&self.island, point, Validity::days(now, ROOT_DAYS))?.sign(hsm).await?;
                 state.write("root.pem", root.pem().as_bytes(), PUBLIC)?;
-                CertificateAuthority::from_der(&root.der).map_err(|error| InitError::Service(ServiceError::Internal(error.to_string())))?
+                CertificateAuthority::from_der(&root.der)
+                    .map_err(|error| InitError::Service(ServiceError::Internal(error.to_string())))?
             }
         };
         authority.check_key(hsm).await?;
-        fingerprints.push(KeyFingerprint { label: "root certificate".to_owned(), kind: "SHA-256", value: sha256(authority.certificate()).to_vec() });
+        fingerprints.push(KeyFingerprint {
+            label: "root certificate".to_owned(),
+            kind: "SHA-256",
+            value: sha256(authority.certificate()).to_vec(),
+        });
 
         let server_key = state.server_key()?;
         let names = &self.server_names;
-        let server = authority.server(&self.island, names, &server_key, Validity::days(now, LEAF_DAYS))?.sign(hsm).await?;
+        let server =
+            authority.server(&self.island, names, &server_key, Validity::days(now, LEAF_DAYS))?.sign(hsm).await?;
         state.write("server.pem", server.pem().as_bytes(), PUBLIC)?;
 
         let mut certificates = Vec::with_capacity(self.principals.len());
         for first in &self.principals {
-            let issued = authority.principal(&first.id, &first.certification, Validity::days(now, LEAF_DAYS))?.sign(hsm).await?;
+            let issued =
+                authority.principal(&first.id, &first.certification, Validity::days(now, LEAF_DAYS))?.sign(hsm).await?;
             certificates.push(issued);
         }
         self.record(hsm, derivation, fingerprints, &certificates).await?;
         // Only now, after the record is durable.
         for (first, issued) in self.principals.iter().zip(&certificates) {
-            state.write(&format!("principals/{}-{}.pem", first.id.role(), first.id.name()), issued.pem().as_bytes(), PUBLIC)?;
+            state.write(
+                &format!("principals/{}-{}.pem", first.id.role(), first.id.name()),
+                issued.pem().as_bytes(),
+                PUBLIC,
+            )?;
         }
         Ok((authority.certificate().clone(), certificates))
     }
@@ -182,7 +222,8 @@ impl CeremonyPlan {
         if store.sealed(RowKind::Island, self.island.as_str().as_bytes()).await?.is_some() {
             return Err(InitError::Exists { island: self.island.clone() });
         }
-        let mac = async |key: SealRootKey| hsm.mac(RootVersion::FIRST, key.message(SEAL_KEY_VERSION, &self.island)).await;
+        let mac =
+            async |key: SealRootKey| hsm.mac(RootVersion::FIRST, key.message(SEAL_KEY_VERSION, &self.island)).await;
         let seal = SealKey::new(SEAL_KEY_VERSION, &mac(SealRootKey::Seal).await?);
         let chain = AuditKey::new(SEAL_KEY_VERSION, &*mac(SealRootKey::AuditChain).await?);
         let settings = CommitterSettings {
@@ -198,11 +239,18 @@ impl CeremonyPlan {
         let mut row = self.row(derivation, fingerprints);
         row.history.timeline = store.timeline().await?;
         let held = CeremonyHeld {
-            fingerprints: fingerprints.iter().map(|print| Fingerprint { name: print.label.clone(), sha256: print.value.clone().into() }).collect(),
+            fingerprints: fingerprints
+                .iter()
+                .map(|print| Fingerprint { name: print.label.clone(), sha256: print.value.clone().into() })
+                .collect(),
             development: self.kind == IslandKind::Development,
         };
-        let principals: Vec<(Principal, String)> =
-            self.principals.iter().zip(certificates).map(|(first, issued)| (first.row(issued), hex::encode(&issued.serial))).collect();
+        let principals: Vec<(Principal, String)> = self
+            .principals
+            .iter()
+            .zip(certificates)
+            .map(|(first, issued)| (first.row(issued), hex::encode(&issued.serial)))
+            .collect();
         let mut sealed: Vec<_> = principals.iter().map(|(principal, _)| principal_row(&principal.id)).collect();
         sealed.push((RowKind::Island, self.island.as_str().as_bytes().to_vec()));
         let reads = Reads { sealed, ..Reads::default() };
@@ -227,7 +275,10 @@ impl CeremonyPlan {
     }
 
     fn row(&self, derivation: Option<KeyDerivation>, fingerprints: &[KeyFingerprint]) -> IslandRow {
-        let escrow = fingerprints.iter().find(|print| print.label == ESCROW_KEY_LABEL).and_then(|print| print.value.as_slice().try_into().ok());
+        let escrow = fingerprints
+            .iter()
+            .find(|print| print.label == ESCROW_KEY_LABEL)
+            .and_then(|print| print.value.as_slice().try_into().ok());
         IslandRow {
             name: self.island.clone(),
             kind: self.kind,
@@ -235,7 +286,10 @@ impl CeremonyPlan {
                 .into_iter()
                 .map(|class| ClassRoots {
                     class,
-                    diversification: derivation.map(|derivation| DiversificationRoot { version: 1, derivation }).into_iter().collect(),
+                    diversification: derivation
+                        .map(|derivation| DiversificationRoot { version: 1, derivation })
+                        .into_iter()
+                        .collect(),
                     storage_kek_version: 1,
                 })
                 .collect(),
@@ -281,7 +335,12 @@ impl CeremonyPlan {
         // The server may run in another folder. A bare name is searched for by the loader.
         let bare = token.module.components().count() == 1;
         let module = std::path::absolute(&token.module).ok().filter(|_| !bare).unwrap_or_else(|| token.module.clone());
-        let serial = token.selector.serial.as_ref().map(|serial| format!("serial = {}\n", toml::Value::String(serial.clone()))).unwrap_or_default();
+        let serial = token
+            .selector
+            .serial
+            .as_ref()
+            .map(|serial| format!("serial = {}\n", toml::Value::String(serial.clone())))
+            .unwrap_or_default();
         let (development, hsm) = match self.kind {
             IslandKind::Development => ("allow_development_island = true\n", "[hsm]\nallow_cbc_expand = true\n\n"),
             IslandKind::Production => ("", ""),
@@ -317,7 +376,11 @@ impl CeremonyToken {
         if !exists && !self.initialise {
             return Err(InitError::NoToken { selector: self.selector.clone() });
         }
-        let (so_pin, pin) = if exists { (read_pin(&self.so_pin)?, read_pin(&self.pin)?) } else { (pin_or_new(&self.so_pin)?, pin_or_new(&self.pin)?) };
+        let (so_pin, pin) = if exists {
+            (read_pin(&self.so_pin)?, read_pin(&self.pin)?)
+        } else {
+            (pin_or_new(&self.so_pin)?, pin_or_new(&self.pin)?)
+        };
         if !exists {
             module.init_token(&self.selector.label, &so_pin, &pin)?;
         }
@@ -353,7 +416,11 @@ struct State(PathBuf);
 impl State {
     fn open(folder: &Path) -> Result<Self, InitError> {
         for path in [folder.to_owned(), folder.join("principals")] {
-            fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(|error| InitError::file(&path, error))?;
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&path)
+                .map_err(|error| InitError::file(&path, error))?;
         }
         let folder = folder.canonicalize().map_err(|error| InitError::file(folder, error))?;
         Ok(Self(folder))
@@ -379,7 +446,8 @@ impl State {
         InitError::Damaged { path: self.0.join(name) }
     }
 
-    /// The escrow file of an interrupted ceremony, or a new one. Its shares are on disk before any root is made.
+    /// The escrow file of an interrupted ceremony, or a new one. Its shares are on disk before any
+    /// root is made.
     fn escrow(&self, plan: &CeremonyPlan) -> Result<PreparedEscrow, InitError> {
         let document = match self.read(ESCROW)? {
             Some(text) => {
@@ -399,7 +467,12 @@ impl State {
     }
 
     /// What an interrupted ceremony has stored of the roots.
-    fn previous(&self, island: &IslandName, escrow: &PreparedEscrow, copies: usize) -> Result<Option<EscrowPackage>, InitError> {
+    fn previous(
+        &self,
+        island: &IslandName,
+        escrow: &PreparedEscrow,
+        copies: usize,
+    ) -> Result<Option<EscrowPackage>, InitError> {
         let Some(roots) = escrow.document.wrapped_roots(island)? else { return Ok(None) };
         let mut standby = Vec::with_capacity(copies);
         for number in 0..copies {
@@ -415,17 +488,23 @@ impl State {
         let key = match self.read(SERVER_KEY)? {
             Some(text) => {
                 let text = Zeroizing::new(text);
-                std::str::from_utf8(&text).ok().and_then(|text| rcgen::KeyPair::from_pem(text).ok()).ok_or_else(|| self.damaged(SERVER_KEY))?
+                std::str::from_utf8(&text)
+                    .ok()
+                    .and_then(|text| rcgen::KeyPair::from_pem(text).ok())
+                    .ok_or_else(|| self.damaged(SERVER_KEY))?
             }
             None => {
-                let key = rcgen::KeyPair::generate().map_err(|error| InitError::Service(ServiceError::Internal(error.to_string())))?;
+                let key = rcgen::KeyPair::generate()
+                    .map_err(|error| InitError::Service(ServiceError::Internal(error.to_string())))?;
                 self.write(SERVER_KEY, Zeroizing::new(key.serialize_pem()).as_bytes(), SECRET)?;
                 key
             }
         };
-        let request =
-            rcgen::CertificateParams::default().serialize_request(&key).map_err(|error| InitError::Service(ServiceError::Internal(error.to_string())))?;
-        CertificationRequest::parse(request.der()).map_err(|error| InitError::Service(ServiceError::Internal(error.to_string())))
+        let request = rcgen::CertificateParams::default()
+            .serialize_request(&key)
+            .map_err(|error| InitError::Service(ServiceError::Internal(error.to_string())))?;
+        CertificationRequest::parse(request.der())
+            .map_err(|error| InitError::Service(ServiceError::Internal(error.to_string())))
     }
 }
 
@@ -483,19 +562,25 @@ pub enum InitError {
         reason: String,
     },
     /// A file of an interrupted ceremony does not hold what it should.
-    #[error("`{path}` is damaged, so the interrupted ceremony cannot go on; restore it from a copy, or begin anew with a wiped token and an empty folder")]
+    #[error(
+        "`{path}` is damaged, so the interrupted ceremony cannot go on; restore it from a copy, or begin anew with a wiped token and an empty folder"
+    )]
     Damaged {
         /// The file.
         path: PathBuf,
     },
     /// The escrow file is of another ceremony.
-    #[error("`{path}` is of a ceremony with another island, quorum or custodians; give the same file as before, or another folder")]
+    #[error(
+        "`{path}` is of a ceremony with another island, quorum or custodians; give the same file as before, or another folder"
+    )]
     OtherEscrow {
         /// The file.
         path: PathBuf,
     },
     /// The database has the island already.
-    #[error("the database holds the island `{island}` already: a ceremony is held once; start it with `kms-server run`")]
+    #[error(
+        "the database holds the island `{island}` already: a ceremony is held once; start it with `kms-server run`"
+    )]
     Exists {
         /// The island.
         island: IslandName,
@@ -532,15 +617,22 @@ impl InitError {
     }
 }
 
-/// A new random PIN is written to the file that does not exist yet; the owner alone can read it. No PIN has a default.
+/// A new random PIN is written to the file that does not exist yet; the owner alone can read it. No
+/// PIN has a default.
 fn pin_or_new(source: &SecretSource) -> Result<Pin, InitError> {
     if let SecretSource::File(path) = source
         && !path.exists()
     {
         let mut random = Zeroizing::new([0; PIN_DIGITS]);
-        aws_lc_rs::rand::fill(random.as_mut_slice()).map_err(|_| InitError::Service(ServiceError::Internal("no random octets".to_owned())))?;
+        aws_lc_rs::rand::fill(random.as_mut_slice())
+            .map_err(|_| InitError::Service(ServiceError::Internal("no random octets".to_owned())))?;
         // 16 characters out of 32: 80 bits, no two alike to the eye.
-        let pin = Zeroizing::new(random.iter().map(|octet| char::from(PIN_ALPHABET.get(usize::from(octet % 32)).copied().unwrap_or(b'0'))).collect::<String>());
+        let pin = Zeroizing::new(
+            random
+                .iter()
+                .map(|octet| char::from(PIN_ALPHABET.get(usize::from(octet % 32)).copied().unwrap_or(b'0')))
+                .collect::<String>(),
+        );
         let write = || {
             let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(SECRET).open(path)?;
             file.write_all(pin.as_bytes())?;

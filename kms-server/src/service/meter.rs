@@ -71,7 +71,13 @@ impl MeterService {
     ///
     /// # Errors
     /// Not permitted, or the database is away.
-    pub async fn list(&self, caller: &Caller, filter: Filter, after: Option<SystemTitle>, limit: u32) -> Result<Page, ServiceError> {
+    pub async fn list(
+        &self,
+        caller: &Caller,
+        filter: Filter,
+        after: Option<SystemTitle>,
+        limit: u32,
+    ) -> Result<Page, ServiceError> {
         let principal = facts(&*self.island.principal(caller).await?);
         let filter = {
             let policy = self.island.policy.load();
@@ -90,15 +96,20 @@ impl MeterService {
         let full = rows.len() == usize::try_from(limit).unwrap_or(usize::MAX);
         let next = rows.last().map(|row| row.title).filter(|_| full);
         let total = self.island.store.meter_count(&columns).await?;
-        // I5: the columns found them, the sealed rows decide. One that was tampered with is left out and reported by the scrubber.
-        let meters = rows.iter().filter_map(|row| self.island.committer.open_meter(row.title, &row.row).ok()).filter(|meter| filter.matches(meter));
+        // I5: the columns found them, the sealed rows decide. One that was tampered with is left
+        // out and reported by the scrubber.
+        let meters = rows
+            .iter()
+            .filter_map(|row| self.island.committer.open_meter(row.title, &row.row).ok())
+            .filter(|meter| filter.matches(meter));
         Ok(Page { meters: meters.map(|meter| show::summary(&meter)).collect(), next, total })
     }
 
     /// One meter: slots, versions, counters and exposures; never a key.
     ///
     /// # Errors
-    /// Permission denied, for an unknown meter and for one that is not the caller's alike; or the database is away.
+    /// Permission denied, for an unknown meter and for one that is not the caller's alike; or the
+    /// database is away.
     pub async fn show(&self, caller: &Caller, title: SystemTitle) -> Result<v1::Meter, ServiceError> {
         let principal = facts(&*self.island.principal(caller).await?);
         // A row that does not verify is as good as absent for a caller (I5).
@@ -106,12 +117,19 @@ impl MeterService {
             Err(ServiceError::FailedPrecondition { .. }) => None,
             other => other?,
         };
-        let seen = meter.filter(|meter| self.island.policy.load().permits(&principal, &Action::ShowMeter, &Resource::Meters(&meter.class)).is_permit());
+        let seen = meter.filter(|meter| {
+            self.island
+                .policy
+                .load()
+                .permits(&principal, &Action::ShowMeter, &Resource::Meters(&meter.class))
+                .is_permit()
+        });
         let Some(meter) = seen else {
             return self.denied(caller, &Action::ShowMeter, format!("showMeter {title}")).await;
         };
         let generation = self.island.store.meters(&[title]).await?.first().map_or(0, |row| row.row.generation);
-        let mut shown = Shown { profile: self.island.profiles.get(&meter.class.profile), slots: &meter.slots, domains: Vec::new() };
+        let mut shown =
+            Shown { profile: self.island.profiles.get(&meter.class.profile), slots: &meter.slots, domains: Vec::new() };
         let mut groups = Vec::new();
         for slot in meter.slots.iter() {
             for id in slot.versions().iter().filter_map(kms_domain::KeyVersion::domain) {
@@ -129,7 +147,9 @@ impl MeterService {
         for key in &meter.shared {
             let group = match key.owner {
                 // It may have left the group since.
-                Owner::Group(id) => self.island.group(id).await?.map(|(group, _)| group.name.clone()).unwrap_or_default(),
+                Owner::Group(id) => {
+                    self.island.group(id).await?.map(|(group, _)| group.name.clone()).unwrap_or_default()
+                }
                 Owner::Meter(_) | Owner::DeviceType(_) => String::new(),
             };
             shared_keys.push(v1::SharedKey {
@@ -144,14 +164,32 @@ impl MeterService {
     }
 
     /// A refusal of a call that only reads, put on the record.
-    async fn denied<T: Send + 'static>(&self, caller: &Caller, action: &Action, asked: String) -> Result<T, ServiceError> {
+    async fn denied<T: Send + 'static>(
+        &self,
+        caller: &Caller,
+        action: &Action,
+        asked: String,
+    ) -> Result<T, ServiceError> {
         let actor = Actor::caller(caller, None, action.name());
-        let recorded = self.island.committer.act(actor, Reads::default(), move |_| Err::<T, _>(ServiceError::denied(asked.clone()))).await;
+        let recorded = self
+            .island
+            .committer
+            .act(actor, Reads::default(), move |_| Err::<T, _>(ServiceError::denied(asked.clone())))
+            .await;
         recorded.map(|committed| committed.value)
     }
 
-    /// Carries out one chunk of a request, or gives the answer that it got before. `change` sees the rows of `meters` and `sealed`.
-    async fn chunk<F>(&self, caller: &Caller, action: &Action, request: Request, index: u32, reads: Reads, change: F) -> Result<Outcome, ServiceError>
+    /// Carries out one chunk of a request, or gives the answer that it got before. `change` sees
+    /// the rows of `meters` and `sealed`.
+    async fn chunk<F>(
+        &self,
+        caller: &Caller,
+        action: &Action,
+        request: Request,
+        index: u32,
+        reads: Reads,
+        change: F,
+    ) -> Result<Outcome, ServiceError>
     where
         F: FnMut(&mut View<'_, '_>, &Principal) -> Result<Outcome, ServiceError> + Send + 'static,
     {
@@ -205,8 +243,16 @@ enum About {
 }
 
 impl About {
-    /// I8: whoever has lost the right to it is not told again what came of it. Meters that the answer refuses are left out: of those it tells nothing.
-    fn shows(&self, outcome: &Outcome, view: &mut View<'_, '_>, island: &Island, principal: &Principal, action: &Action) -> Result<(), ServiceError> {
+    /// I8: whoever has lost the right to it is not told again what came of it. Meters that the
+    /// answer refuses are left out: of those it tells nothing.
+    fn shows(
+        &self,
+        outcome: &Outcome,
+        view: &mut View<'_, '_>,
+        island: &Island,
+        principal: &Principal,
+        action: &Action,
+    ) -> Result<(), ServiceError> {
         let (policy, facts) = (island.policy.load(), facts(principal));
         let permitted = match self {
             Self::Group(id) => match view.group(*id)? {
@@ -215,7 +261,10 @@ impl About {
             },
             Self::Meters(titles) => {
                 let mut permitted = true;
-                for title in titles.iter().filter(|title| outcome.problems.iter().all(|problem| problem.meter != title.octets().as_slice())) {
+                for title in titles
+                    .iter()
+                    .filter(|title| outcome.problems.iter().all(|problem| problem.meter != title.octets().as_slice()))
+                {
                     if let Some(meter) = view.meter(*title)? {
                         permitted &= policy.permits(&facts, action, &Resource::Meters(&meter.class)).is_permit();
                     }
@@ -246,7 +295,11 @@ struct Outcome {
 
 impl Outcome {
     fn problem(&mut self, meter: SystemTitle, code: Code, reason: impl Into<String>) {
-        self.problems.push(v1::MeterProblem { meter: meter.octets().to_vec().into(), reason: reason.into(), code: code.into() });
+        self.problems.push(v1::MeterProblem {
+            meter: meter.octets().to_vec().into(),
+            reason: reason.into(),
+            code: code.into(),
+        });
     }
 
     fn add_to(self, response: &mut v1::ChangeMetersResponse) {

@@ -1,8 +1,11 @@
-//! The way back where officers cannot help each other: the escrow's custodians stand behind an officer's new key (I6), on the token's machine.
+//! The way back where officers cannot help each other: the escrow's custodians stand behind an
+//! officer's new key (I6), on the token's machine.
 //!
-//! Two other officers bring back a colleague's certificate by a proposal. Where there are not two, or where all certificates have ended, nobody can call
-//! the server. Then it takes who holds the token's PIN, and as many custodians as open the escrow: their shares together open the escrow's private key,
-//! whose public half the sealed row of the island names. Nothing of the escrow but that is opened, and no root.
+//! Two other officers bring back a colleague's certificate by a proposal. Where there are not two,
+//! or where all certificates have ended, nobody can call the server. Then it takes who holds the
+//! token's PIN, and as many custodians as open the escrow: their shares together open the escrow's
+//! private key, whose public half the sealed row of the island names. Nothing of the escrow but
+//! that is opened, and no root.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -39,11 +42,13 @@ pub struct Recertification {
 }
 
 impl Recertification {
-    /// Certifies the key. All other certificates of the officer end. It is on the record, as a security event too.
+    /// Certifies the key. All other certificates of the officer end. It is on the record, as a
+    /// security event too.
     ///
     /// # Errors
-    /// A file cannot be read, or is not what it should be; the shares do not open the escrow of this island; there is no such enabled officer; the key is
-    /// another principal's; or trouble of HSM or database.
+    /// A file cannot be read, or is not what it should be; the shares do not open the escrow of
+    /// this island; there is no such enabled officer; the key is another principal's; or trouble of
+    /// HSM or database.
     pub async fn run(
         &self,
         authority: &CertificateAuthority,
@@ -54,14 +59,19 @@ impl Recertification {
     ) -> Result<IssuedCertificate, ServiceError> {
         let id = &self.officer;
         if id.role() != Role::Officer || id.island() != hsm.island() {
-            return Err(ServiceError::invalid("principal", format!("`{id}` is no officer of the island `{}`", hsm.island())));
+            return Err(ServiceError::invalid(
+                "principal",
+                format!("`{id}` is no officer of the island `{}`", hsm.island()),
+            ));
         }
-        let request = CertificationRequest::parse_pem(&self.read(&self.certificate_request)?).map_err(ServiceError::parse("certificate request"))?;
+        let request = CertificationRequest::parse_pem(&self.read(&self.certificate_request)?)
+            .map_err(ServiceError::parse("certificate request"))?;
         self.prove_quorum(hsm, committer, store).await?;
         let issued = authority.principal(id, &request, Validity::days(now, self.days))?.sign(hsm).await?;
         for _ in 0..MOST_ATTEMPTS {
             let everyone = Everyone::of(&**store, committer, hsm.island()).await?;
-            let (mut reads, id, certificate, quorum) = (everyone.reads(), id.clone(), issued.clone(), self.shares.len());
+            let (mut reads, id, certificate, quorum) =
+                (everyone.reads(), id.clone(), issued.clone(), self.shares.len());
             reads.sealed.push(principal_row(&id));
             let act = committer.act(Actor::server("recertify-officer"), reads, move |view| {
                 let known = view.principal(&id)?.filter(|officer| officer.status == PrincipalStatus::Enabled);
@@ -76,8 +86,15 @@ impl Recertification {
                     certificate_serial: hex::encode(&certificate.serial),
                     reason: reason.clone(),
                 }));
-                let detail = format!("`{id}` got the certificate {} from {reason}; its other certificates ended", hex::encode(&certificate.serial));
-                view.alert(SecurityEvent { kind: "principal-recertified".to_owned(), detail, ..SecurityEvent::default() });
+                let detail = format!(
+                    "`{id}` got the certificate {} from {reason}; its other certificates ended",
+                    hex::encode(&certificate.serial)
+                );
+                view.alert(SecurityEvent {
+                    kind: "principal-recertified".to_owned(),
+                    detail,
+                    ..SecurityEvent::default()
+                });
                 view.put_principal(officer)
             });
             match act.await {
@@ -90,19 +107,22 @@ impl Recertification {
 
     /// I6: as many custodians as the ceremony asked for have taken part, of this island's escrow.
     async fn prove_quorum(&self, hsm: &Hsm, committer: &Committer, store: &Arc<dyn Store>) -> Result<(), ServiceError> {
-        let refuse = |reason: String| ServiceError::FailedPrecondition {
+        let refuse = |reason: String| {
+            ServiceError::FailedPrecondition {
             reason,
             next_step: "let each custodian decrypt the own share of the escrow file, as docs/operations.md shows, and name all of them by `--share`".to_owned(),
+        }
         };
         let name = hsm.island();
         let row = store.sealed(kms_store::RowKind::Island, name.as_str().as_bytes()).await?;
-        let row = committer.open_island(&row.ok_or_else(|| ServiceError::Internal("the island has no row (I5)".to_owned()))?)?;
+        let row = committer
+            .open_island(&row.ok_or_else(|| ServiceError::Internal("the island has no row (I5)".to_owned()))?)?;
         let fingerprint = row.escrow_fingerprint.ok_or_else(|| ServiceError::FailedPrecondition {
             reason: format!("the roots of the island `{name}` were never escrowed, so that it has no custodians"),
             next_step: "while two other officers have certificates, they certify the key by a proposal: `kms principal propose-key`".to_owned(),
         })?;
-        let document: EscrowDocument =
-            serde_json::from_slice(&self.read(&self.escrow)?).map_err(|_| refuse(format!("`{}` is no escrow file", self.escrow.display())))?;
+        let document: EscrowDocument = serde_json::from_slice(&self.read(&self.escrow)?)
+            .map_err(|_| refuse(format!("`{}` is no escrow file", self.escrow.display())))?;
         let shares = self.shares.iter().map(|path| self.read(path)).collect::<Result<Vec<_>, _>>()?;
         document.prove(name, &fingerprint, &shares).map_err(|error| refuse(error.to_string()))
     }

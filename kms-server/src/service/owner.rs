@@ -1,6 +1,7 @@
 //! Keys of groups of meters and of device types: the first version of each, and what there is.
 //!
-//! A shipment carries keys of meters only, so these are made here. A key that the meters do not hold yet is pre-active, and granted to nobody (I3).
+//! A shipment carries keys of meters only, so these are made here. A key that the meters do not
+//! hold yet is pre-active, and granted to nobody (I3).
 
 mod rotation;
 #[cfg(test)]
@@ -9,14 +10,16 @@ mod tests;
 use std::sync::Arc;
 
 use kms_domain::{
-    DeviceProfile, DeviceProfileName, DeviceType, DeviceTypeId, FlagId, GroupId, KeyOrigin, KeyProfile, KeyState, KeyType, KeyVersionNumber, Owner, OwnerKind,
-    Principal, RequestId, SecuritySetupId, Slots,
+    DeviceProfile, DeviceProfileName, DeviceType, DeviceTypeId, FlagId, GroupId, KeyOrigin, KeyProfile, KeyState,
+    KeyType, KeyVersionNumber, Owner, OwnerKind, Principal, RequestId, SecuritySetupId, Slots,
 };
 use kms_proto::v1::{self, DeviceTypeAdded, KeyCreated, audit_record::Event};
 use kms_store::{Reads, RowKind};
 
 pub use self::rotation::{BehindPage, NamedGroupKey, Switch};
-pub(in crate::service) use self::rotation::{NewGroupVersion, expose_to_former_member, expose_to_who_knows_a_kek, message as rotation_message};
+pub(in crate::service) use self::rotation::{
+    NewGroupVersion, expose_to_former_member, expose_to_who_knows_a_kek, message as rotation_message,
+};
 use super::{
     grant::setup_record,
     group::Groups,
@@ -81,7 +84,8 @@ impl OwnerService {
     pub async fn groups(&self, caller: &Caller, after: Option<GroupId>, limit: u32) -> Result<GroupPage, ServiceError> {
         self.island.require(caller, &Action::ListGroups).await?;
         let after = after.map(|id| id.0.to_be_bytes());
-        let rows = self.island.store.sealed_page(RowKind::Group, after.as_ref().map(<[u8; 8]>::as_slice), limit).await?;
+        let rows =
+            self.island.store.sealed_page(RowKind::Group, after.as_ref().map(<[u8; 8]>::as_slice), limit).await?;
         let mut page = GroupPage::default();
         for (id, row) in &rows {
             let id = GroupId(number_of(id)?);
@@ -125,12 +129,12 @@ impl OwnerService {
         })
     }
 
-    /// Makes version 1 of a key of a group, as the device profile says; without one, as all profiles of the group's suite say that give groups
-    /// this key.
+    /// Makes version 1 of a key of a group, as the device profile says; without one, as all
+    /// profiles of the group's suite say that give groups this key.
     ///
     /// # Errors
-    /// Not permitted; no such group; the group has the key; no profile, or profiles of different minds; a request id that was used for something
-    /// else; or HSM or database are away.
+    /// Not permitted; no such group; the group has the key; no profile, or profiles of different
+    /// minds; a request id that was used for something else; or HSM or database are away.
     pub async fn create_group_key(
         &self,
         caller: &Caller,
@@ -140,7 +144,11 @@ impl OwnerService {
         profile: Option<&DeviceProfileName>,
     ) -> Result<v1::CreateKeyResponse, ServiceError> {
         let principal = self.island.principal(caller).await?;
-        let unknown = || ServiceError::denied(format!("createGroupKey with group {name}, which is unknown, or not yours to give keys"));
+        let unknown = || {
+            ServiceError::denied(format!(
+                "createGroupKey with group {name}, which is unknown, or not yours to give keys"
+            ))
+        };
         let id = self.groups.find(&self.island, name).await?.ok_or_else(unknown)?;
         let (group, _) = self.island.group(id).await?.ok_or_else(unknown)?;
         let key_type = self.group_key_type(&new.key_type, profile)?;
@@ -162,20 +170,35 @@ impl OwnerService {
     }
 
     fn profile(&self, name: &DeviceProfileName) -> Result<&DeviceProfile, ServiceError> {
-        self.island.profiles.get(name).ok_or_else(|| ServiceError::invalid("device_profile", format!("`{name}` is not known here")))
+        self.island
+            .profiles
+            .get(name)
+            .ok_or_else(|| ServiceError::invalid("device_profile", format!("`{name}` is not known here")))
     }
 
-    fn group_recipe(&self, group: &GroupFacts, setup: SecuritySetupId, key_type: KeyType, profile: Option<&DeviceProfileName>) -> Result<Recipe, ServiceError> {
+    fn group_recipe(
+        &self,
+        group: &GroupFacts,
+        setup: SecuritySetupId,
+        key_type: KeyType,
+        profile: Option<&DeviceProfileName>,
+    ) -> Result<Recipe, ServiceError> {
         let profiles = match profile {
             Some(name) => vec![self.profile(name)?],
             None => self.island.profiles.all(),
         };
         let of_group = |profile: &&DeviceProfile| profile.suite.number() == group.suite;
-        let keys: Vec<&KeyProfile> =
-            profiles.into_iter().filter(of_group).filter_map(|profile| profile.key(setup, key_type)).filter(|key| key.owner == OwnerKind::Group).collect();
+        let keys: Vec<&KeyProfile> = profiles
+            .into_iter()
+            .filter(of_group)
+            .filter_map(|profile| profile.key(setup, key_type))
+            .filter(|key| key.owner == OwnerKind::Group)
+            .collect();
         let Some(first) = keys.first() else {
-            let which =
-                profile.map_or_else(|| "no device profile".to_owned(), |profile| format!("device profile `{profile}` is of another suite, or not one that"));
+            let which = profile.map_or_else(
+                || "no device profile".to_owned(),
+                |profile| format!("device profile `{profile}` is of another suite, or not one that"),
+            );
             return Err(ServiceError::FailedPrecondition {
                 reason: format!("{which} gives groups of security suite {} a {key_type} in security setup {setup}", group.suite),
                 next_step: "say `owner = \"group\"` for the key in the profile of the members, or name another profile, security setup or key type".to_owned(),
@@ -206,27 +229,47 @@ impl OwnerService {
     pub async fn device_type(&self, caller: &Caller, name: &str) -> Result<v1::DeviceType, ServiceError> {
         self.island.require(caller, &Action::ListDeviceTypes).await?;
         let all = self.all_device_types().await?;
-        let (device_type, generation) =
-            all.iter().find(|(known, _)| known.name == name).ok_or_else(|| ServiceError::NotFound { what: format!("device type `{name}`") })?;
-        let shown = Shown { profile: self.island.profiles.get(&device_type.profile), slots: &device_type.slots, domains: Vec::new() };
+        let (device_type, generation) = all
+            .iter()
+            .find(|(known, _)| known.name == name)
+            .ok_or_else(|| ServiceError::NotFound { what: format!("device type `{name}`") })?;
+        let shown = Shown {
+            profile: self.island.profiles.get(&device_type.profile),
+            slots: &device_type.slots,
+            domains: Vec::new(),
+        };
         Ok(v1::DeviceType { security_setups: shown.setups(), generation: *generation, ..summary(device_type) })
     }
 
     /// Adds a device type. Adding the same again changes nothing.
     ///
     /// # Errors
-    /// Not permitted; the name is another device type's; an unknown device profile; or the database is away.
-    pub async fn add_device_type(&self, caller: &Caller, request: RequestId, new: NewDeviceType) -> Result<v1::DeviceType, ServiceError> {
+    /// Not permitted; the name is another device type's; an unknown device profile; or the database
+    /// is away.
+    pub async fn add_device_type(
+        &self,
+        caller: &Caller,
+        request: RequestId,
+        new: NewDeviceType,
+    ) -> Result<v1::DeviceType, ServiceError> {
         self.profile(&new.device_profile)?;
         let known = u64::try_from(self.all_device_types().await?.len()).unwrap_or(u64::MAX);
-        let mut sealed: Vec<_> = (1..=known.saturating_add(2)).map(|number| (RowKind::DeviceType, number.to_be_bytes().to_vec())).collect();
+        let mut sealed: Vec<_> =
+            (1..=known.saturating_add(2)).map(|number| (RowKind::DeviceType, number.to_be_bytes().to_vec())).collect();
         sealed.push(principal_row(&caller.principal));
         let (island, by) = (self.island.clone(), caller.clone());
-        let device_type_facts =
-            DeviceTypeFacts { name: new.name.clone(), manufacturer: new.manufacturer.to_string(), device_profile: new.device_profile.to_string() };
+        let device_type_facts = DeviceTypeFacts {
+            name: new.name.clone(),
+            manufacturer: new.manufacturer.to_string(),
+            device_profile: new.device_profile.to_string(),
+        };
         let decide = move |view: &mut View<'_, '_>| {
             let principal = view.caller(&by)?;
-            island.policy.load().require(&facts(&principal), &Action::AddDeviceType, &Resource::DeviceType(&device_type_facts))?;
+            island.policy.load().require(
+                &facts(&principal),
+                &Action::AddDeviceType,
+                &Resource::DeviceType(&device_type_facts),
+            )?;
             for number in 1..=MOST_DEVICE_TYPES {
                 let Some(other) = view.device_type(DeviceTypeId(number))? else {
                     let device_type = DeviceType {
@@ -251,7 +294,10 @@ impl OwnerService {
                         return Ok(summary(&other));
                     }
                     return Err(ServiceError::FailedPrecondition {
-                        reason: format!("`{}` is a device type of {} with device profile `{}` already", other.name, other.vendor, other.profile),
+                        reason: format!(
+                            "`{}` is a device type of {} with device profile `{}` already",
+                            other.name, other.vendor, other.profile
+                        ),
                         next_step: "choose another name: names are not used again".to_owned(),
                     });
                 }
@@ -269,9 +315,19 @@ impl OwnerService {
     ///
     /// # Errors
     /// As [`Self::create_group_key`].
-    pub async fn create_device_type_key(&self, caller: &Caller, request: Request, name: &str, new: NewOwnerKey) -> Result<v1::CreateKeyResponse, ServiceError> {
+    pub async fn create_device_type_key(
+        &self,
+        caller: &Caller,
+        request: Request,
+        name: &str,
+        new: NewOwnerKey,
+    ) -> Result<v1::CreateKeyResponse, ServiceError> {
         let principal = self.island.principal(caller).await?;
-        let unknown = || ServiceError::denied(format!("createDeviceTypeKey with device type {name}, which is unknown, or not yours to give keys"));
+        let unknown = || {
+            ServiceError::denied(format!(
+                "createDeviceTypeKey with device type {name}, which is unknown, or not yours to give keys"
+            ))
+        };
         let all = self.all_device_types().await?;
         let (device_type, _) = all.iter().find(|(known, _)| known.name == name).ok_or_else(unknown)?;
         let profile = self.profile(&device_type.profile)?;
@@ -304,7 +360,8 @@ impl OwnerService {
             Owner::Group(id) => (RowKind::Group, id.0.to_be_bytes().to_vec()),
             Owner::Meter(_) => return Err(ServiceError::Internal("keys of meters come with the meter".to_owned())),
         };
-        let reads = Reads { sealed: vec![principal_row(&caller.principal), row], requests: asking.reads(), ..Reads::default() };
+        let reads =
+            Reads { sealed: vec![principal_row(&caller.principal), row], requests: asking.reads(), ..Reads::default() };
         let actor = Actor::caller(caller, Some(request.id), action.name());
         let (island, by) = (self.island.clone(), caller.clone());
         let decide = move |view: &mut View<'_, '_>| {
@@ -316,7 +373,12 @@ impl OwnerService {
             }
             if let Some(slot) = row.slots().get(recipe.setup, recipe.key_type) {
                 return Err(ServiceError::FailedPrecondition {
-                    reason: format!("`{name}` has a {} in security setup {} already, with {} versions", recipe.key_type, recipe.setup, slot.versions().len()),
+                    reason: format!(
+                        "`{name}` has a {} in security setup {} already, with {} versions",
+                        recipe.key_type,
+                        recipe.setup,
+                        slot.versions().len()
+                    ),
                     next_step: "later versions are made by rotations".to_owned(),
                 });
             }
@@ -366,10 +428,12 @@ impl OwnerService {
 fn require(island: &Island, principal: &Principal, action: &Action, row: &OwnerRow) -> Result<String, ServiceError> {
     let (policy, facts) = (island.policy.load(), facts(principal));
     match row {
-        OwnerRow::Group(group) => policy.require(&facts, action, &Resource::Group(&GroupFacts::from(&**group))).map(|()| group.name.clone()),
-        OwnerRow::DeviceType(device_type) => {
-            policy.require(&facts, action, &Resource::DeviceType(&DeviceTypeFacts::from(&**device_type))).map(|()| device_type.name.clone())
+        OwnerRow::Group(group) => {
+            policy.require(&facts, action, &Resource::Group(&GroupFacts::from(&**group))).map(|()| group.name.clone())
         }
+        OwnerRow::DeviceType(device_type) => policy
+            .require(&facts, action, &Resource::DeviceType(&DeviceTypeFacts::from(&**device_type)))
+            .map(|()| device_type.name.clone()),
         OwnerRow::Meter(_) => Err(ServiceError::denied(action.to_string())),
     }
 }
@@ -385,7 +449,9 @@ fn summary(device_type: &DeviceType) -> v1::DeviceType {
 }
 
 fn number_of(id: &[u8]) -> Result<u64, ServiceError> {
-    id.try_into().map(u64::from_be_bytes).map_err(|_| ServiceError::Internal("a sealed row has an id of another form than its kind's".to_owned()))
+    id.try_into()
+        .map(u64::from_be_bytes)
+        .map_err(|_| ServiceError::Internal("a sealed row has an id of another form than its kind's".to_owned()))
 }
 
 fn no_such_group(name: &str) -> ServiceError {
@@ -394,7 +460,9 @@ fn no_such_group(name: &str) -> ServiceError {
 
 fn not_made_here(key_type: KeyType) -> ServiceError {
     ServiceError::FailedPrecondition {
-        reason: format!("{key_type} is a secret, and secrets are not made here: the HSM cannot, and no other place may (I1)"),
+        reason: format!(
+            "{key_type} is a secret, and secrets are not made here: the HSM cannot, and no other place may (I1)"
+        ),
         next_step: "have the vendor deliver it".to_owned(),
     }
 }

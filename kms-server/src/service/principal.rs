@@ -1,10 +1,11 @@
 //! Principals: registered, certified, renewed and shut out, each by one act with its record (I2).
 //!
-//! Certificates are signed before the act that registers them, and leave only after it is durable: a certificate that no sealed
-//! row lists is accepted nowhere (I5).
+//! Certificates are signed before the act that registers them, and leave only after it is durable:
+//! a certificate that no sealed row lists is accepted nowhere (I5).
 //!
-//! I6: nobody certifies the key of an officer or auditor alone but the person itself. What another principal alone has certified does not count where
-//! several people are needed ([`people`]), until two others confirm it ([`key`]).
+//! I6: nobody certifies the key of an officer or auditor alone but the person itself. What another
+//! principal alone has certified does not count where several people are needed ([`people`]), until
+//! two others confirm it ([`key`]).
 
 mod end;
 pub(super) mod everyone;
@@ -18,7 +19,8 @@ use std::sync::Arc;
 use aws_lc_rs::digest::{Context, SHA256};
 use bytes::Bytes;
 use kms_domain::{
-    Enrolment, ParseError, PersonName, Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, ProposalId, RequestId, Role, SystemTitle, UnixMillis,
+    Enrolment, ParseError, PersonName, Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, ProposalId,
+    RequestId, Role, SystemTitle, UnixMillis,
 };
 use kms_proto::v1::{self, PrincipalChanged, SecurityEvent, audit_record::Event};
 use kms_store::{Reads, RowKind};
@@ -70,19 +72,25 @@ impl Principals {
         &self.island
     }
 
-    /// Registers a principal and certifies its TLS key. An officer or auditor whom one officer adds so does not count where several people are needed,
-    /// until two others confirm the key (I6).
+    /// Registers a principal and certifies its TLS key. An officer or auditor whom one officer adds
+    /// so does not count where several people are needed, until two others confirm the key (I6).
     ///
     /// # Errors
-    /// Not permitted; the principal exists; a client title is another's or a meter's; the key is another principal's; or trouble of HSM or database.
+    /// Not permitted; the principal exists; a client title is another's or a meter's; the key is
+    /// another principal's; or trouble of HSM or database.
     pub async fn add(&self, caller: &Caller, new: NewPrincipal) -> Result<v1::PrincipalCertificate, ServiceError> {
         let action = Action::AddPrincipal { role: new.id.role() };
         self.island.require(caller, &action).await?;
         if new.id.island() != self.island.name() {
-            return Err(ServiceError::invalid("principal", format!("`{}` is not of the island `{}`", new.id, self.island.name())));
+            return Err(ServiceError::invalid(
+                "principal",
+                format!("`{}` is not of the island `{}`", new.id, self.island.name()),
+            ));
         }
         let issued = match &new.certification {
-            Some(request) => Some(self.authority.principal(&new.id, request, self.validity())?.sign(&self.island.hsm_for(caller)).await?),
+            Some(request) => Some(
+                self.authority.principal(&new.id, request, self.validity())?.sign(&self.island.hsm_for(caller)).await?,
+            ),
             None => None,
         };
         let digest = request_digest(
@@ -105,7 +113,8 @@ impl Principals {
                     next_step: "renew its certificate, or choose another name: names are not used again".to_owned(),
                 });
             }
-            // I4: under one key, frames with a meter's title as client title would repeat the nonces of the meter's own answers.
+            // I4: under one key, frames with a meter's title as client title would repeat the
+            // nonces of the meter's own answers.
             for title in &new.client_titles {
                 if view.meter(*title)?.is_some() {
                     return Err(ServiceError::FailedPrecondition {
@@ -142,12 +151,14 @@ impl Principals {
         .await
     }
 
-    /// Certifies a new TLS key. Earlier certificates stay valid until they end, so that a principal can change over; there are never more than
-    /// two that have not ended, and none is dropped for a new one. The key of an officer or auditor is renewed by the person, or by the `proposal` that
-    /// permits it ([`key`]).
+    /// Certifies a new TLS key. Earlier certificates stay valid until they end, so that a principal
+    /// can change over; there are never more than two that have not ended, and none is dropped for
+    /// a new one. The key of an officer or auditor is renewed by the person, or by the `proposal`
+    /// that permits it ([`key`]).
     ///
     /// # Errors
-    /// Not permitted, no such principal, a disabled one, too many certificates, the key of another principal, or trouble of HSM or database.
+    /// Not permitted, no such principal, a disabled one, too many certificates, the key of another
+    /// principal, or trouble of HSM or database.
     pub async fn renew(
         &self,
         caller: &Caller,
@@ -167,47 +178,67 @@ impl Principals {
             refuse_for_another_person(&id, own).map_err(|refusal| self.on_record(caller, &action, refusal))?;
         }
         self.island.require(caller, &action).await?;
-        // No signature for what will be refused. A request that comes again gets its answer in the act.
+        // No signature for what will be refused. A request that comes again gets its answer in the
+        // act.
         let issued = if self.has_room(&id).await? {
-            Some(self.authority.principal(&id, certification, self.validity())?.sign(&self.island.hsm_for(caller)).await?)
+            Some(
+                self.authority
+                    .principal(&id, certification, self.validity())?
+                    .sign(&self.island.hsm_for(caller))
+                    .await?,
+            )
         } else {
             None
         };
         let digest = request_digest("renew", &[id.to_string().as_bytes(), &certification.spki_sha256()]);
         let chain = self.chain();
         let asking = caller.clone();
-        self.act_among_all(caller, Request { id: request, digest }, action, id.clone(), Reads::default(), move |view, existing, everyone| {
-            // I6: whatever policies say.
-            refuse_for_another_person(&id, own)?;
-            let mut principal = enabled(&id, existing)?;
-            let now = view.now();
-            let enrolment = match principal.certificate(&asking.certificate_sha256) {
-                Some(certificate) if own => certificate.enrolment.renewed(),
-                _ => Enrolment::OnePerson,
-            };
-            principal.certificates.retain(|certificate| now < certificate.not_after);
-            if let Err(refusal) = refuse_too_many(&principal, now) {
-                view.alert_refused("renewal-beyond-bound", refusal.to_string());
-                return Err(refusal);
-            }
-            let issued = issued.clone().ok_or_else(|| ServiceError::Aborted {
-                reason: "a certificate of the principal ended at the same moment".to_owned(),
-                next_step: "ask again".to_owned(),
-            })?;
-            refuse_shared_key(&everyone.rows(view)?, &id, &issued.key_sha256)?;
-            principal.certificates.push(issued.for_principal(enrolment, Some(asking.principal.clone()).filter(|_| !own)));
-            principal.revision += 1;
-            if !own {
-                let detail = format!("`{}` made the certificate {} for `{id}`", asking.principal, hex::encode(&issued.serial));
-                view.alert(security_event("certificate-made-by-another", detail));
-            }
-            let record = changed(&id, "renewed", Some(&issued), "");
-            Ok((principal, record, Some(issued), chain.clone()))
-        })
+        self.act_among_all(
+            caller,
+            Request { id: request, digest },
+            action,
+            id.clone(),
+            Reads::default(),
+            move |view, existing, everyone| {
+                // I6: whatever policies say.
+                refuse_for_another_person(&id, own)?;
+                let mut principal = enabled(&id, existing)?;
+                let now = view.now();
+                let enrolment = match principal.certificate(&asking.certificate_sha256) {
+                    Some(certificate) if own => certificate.enrolment.renewed(),
+                    _ => Enrolment::OnePerson,
+                };
+                principal.certificates.retain(|certificate| now < certificate.not_after);
+                if let Err(refusal) = refuse_too_many(&principal, now) {
+                    view.alert_refused("renewal-beyond-bound", refusal.to_string());
+                    return Err(refusal);
+                }
+                let issued = issued.clone().ok_or_else(|| ServiceError::Aborted {
+                    reason: "a certificate of the principal ended at the same moment".to_owned(),
+                    next_step: "ask again".to_owned(),
+                })?;
+                refuse_shared_key(&everyone.rows(view)?, &id, &issued.key_sha256)?;
+                principal
+                    .certificates
+                    .push(issued.for_principal(enrolment, Some(asking.principal.clone()).filter(|_| !own)));
+                principal.revision += 1;
+                if !own {
+                    let detail = format!(
+                        "`{}` made the certificate {} for `{id}`",
+                        asking.principal,
+                        hex::encode(&issued.serial)
+                    );
+                    view.alert(security_event("certificate-made-by-another", detail));
+                }
+                let record = changed(&id, "renewed", Some(&issued), "");
+                Ok((principal, record, Some(issued), chain.clone()))
+            },
+        )
         .await
     }
 
-    /// Certifies and registers the caller's own transport key, in place of an earlier one: from then on keys are wrapped for the new one.
+    /// Certifies and registers the caller's own transport key, in place of an earlier one: from
+    /// then on keys are wrapped for the new one.
     ///
     /// # Errors
     /// Not permitted, a key that is not EC P-256, or trouble of HSM or database.
@@ -220,12 +251,17 @@ impl Principals {
         let id = caller.principal.clone();
         let action = Action::RegisterTransportKey { role: id.role() };
         self.island.require(caller, &action).await?;
-        let issued = self.authority.transport(&id, certification, self.validity())?.sign(&self.island.hsm_for(caller)).await?;
+        let issued =
+            self.authority.transport(&id, certification, self.validity())?.sign(&self.island.hsm_for(caller)).await?;
         let digest = request_digest("transport", &[&certification.spki_sha256()]);
         let chain = self.chain();
         self.act(caller, Request { id: request, digest }, action, id.clone(), Reads::default(), move |_, existing| {
             let mut principal = enabled(&id, existing)?;
-            principal.transport = Some(issued.for_transport().ok_or_else(|| ServiceError::Internal("a transport certificate without a P-256 key".to_owned()))?);
+            principal.transport = Some(
+                issued
+                    .for_transport()
+                    .ok_or_else(|| ServiceError::Internal("a transport certificate without a P-256 key".to_owned()))?,
+            );
             principal.revision += 1;
             let record = changed(&id, "transport-key-registered", Some(&issued), "");
             Ok((principal, record, Some(issued.clone()), chain.clone()))
@@ -237,23 +273,36 @@ impl Principals {
     ///
     /// # Errors
     /// Not permitted, no such principal, the last enabled officer, or trouble of the database.
-    pub async fn disable(&self, caller: &Caller, request: RequestId, id: PrincipalId, reason: String) -> Result<v1::Principal, ServiceError> {
+    pub async fn disable(
+        &self,
+        caller: &Caller,
+        request: RequestId,
+        id: PrincipalId,
+        reason: String,
+    ) -> Result<v1::Principal, ServiceError> {
         let action = Action::DisablePrincipal { role: id.role(), own: id == caller.principal };
         self.island.require(caller, &action).await?;
         let digest = request_digest("disable", &[id.to_string().as_bytes(), reason.as_bytes()]);
         let answer = self
-            .act_among_all(caller, Request { id: request, digest }, action, id.clone(), Reads::default(), move |view, existing, everyone| {
-                let mut principal = existing.as_deref().cloned().ok_or_else(|| unknown(&id))?;
-                if principal.status == PrincipalStatus::Enabled {
-                    everyone.refuse_last_officer(view, &id)?;
-                }
-                if principal.status == PrincipalStatus::Enabled {
-                    principal.status = PrincipalStatus::Disabled;
-                    principal.revision += 1;
-                }
-                let record = changed(&id, "disabled", None, &reason);
-                Ok((principal, record, None, Vec::new()))
-            })
+            .act_among_all(
+                caller,
+                Request { id: request, digest },
+                action,
+                id.clone(),
+                Reads::default(),
+                move |view, existing, everyone| {
+                    let mut principal = existing.as_deref().cloned().ok_or_else(|| unknown(&id))?;
+                    if principal.status == PrincipalStatus::Enabled {
+                        everyone.refuse_last_officer(view, &id)?;
+                    }
+                    if principal.status == PrincipalStatus::Enabled {
+                        principal.status = PrincipalStatus::Disabled;
+                        principal.revision += 1;
+                    }
+                    let record = changed(&id, "disabled", None, &reason);
+                    Ok((principal, record, None, Vec::new()))
+                },
+            )
             .await?;
         answer.principal.ok_or_else(|| ServiceError::Internal("an answer without its principal".to_owned()))
     }
@@ -300,14 +349,20 @@ impl Principals {
             let (mut reads, mut change) = (everyone.reads(), change.clone());
             reads.extend(&more);
             let action = action.clone();
-            match self.act(caller, request, action, id.clone(), reads, move |view, existing| change(view, existing, &everyone)).await {
+            match self
+                .act(caller, request, action, id.clone(), reads, move |view, existing| {
+                    change(view, existing, &everyone)
+                })
+                .await
+            {
                 Err(error) if Everyone::is_stale(&error) && attempts < MOST_ATTEMPTS => {}
                 outcome => return outcome,
             }
         }
     }
 
-    /// Reads the caller's and the principal's rows, decides, writes the principal, the record and the answer.
+    /// Reads the caller's and the principal's rows, decides, writes the principal, the record and
+    /// the answer.
     async fn act<F>(
         &self,
         caller: &Caller,
@@ -322,7 +377,11 @@ impl Principals {
     {
         let Request { id: request, digest } = request;
         let asking = Asking::new(caller, request, digest, Window::Administration);
-        let mut reads = Reads { sealed: vec![principal_row(&caller.principal), principal_row(&id)], requests: asking.reads(), ..Reads::default() };
+        let mut reads = Reads {
+            sealed: vec![principal_row(&caller.principal), principal_row(&id)],
+            requests: asking.reads(),
+            ..Reads::default()
+        };
         reads.extend(&more);
         let actor = Actor::caller(caller, Some(request), action.name());
         let (island, caller) = (Arc::clone(&self.island), caller.clone());
@@ -330,7 +389,8 @@ impl Principals {
             .island
             .committer
             .act(actor, reads, move |view| {
-                // Again, in the transaction that writes: what was permitted a moment ago may not be any more.
+                // Again, in the transaction that writes: what was permitted a moment ago may not be
+                // any more.
                 let principal = view.caller(&caller)?;
                 island.policy.load().require(&facts(&principal), &action, &Resource::Island)?;
                 if let Asked::Before(answered) = view.asked(&asking)? {
@@ -352,7 +412,8 @@ impl Principals {
         Ok(committed.value)
     }
 
-    /// Puts on the record what is refused before an act, of those who try to be two people or to shut somebody out (I2).
+    /// Puts on the record what is refused before an act, of those who try to be two people or to
+    /// shut somebody out (I2).
     fn on_record(&self, caller: &Caller, action: &Action, refusal: ServiceError) -> ServiceError {
         if matches!(refusal, ServiceError::FailedPrecondition { .. }) {
             self.island.committer.refused(Some(&caller.principal), action.name(), refusal.to_string());
@@ -366,7 +427,11 @@ impl Principals {
         let Some(row) = self.island.store.sealed(kind, &name).await? else { return Ok(true) };
         let now = Island::now();
         // Whatever does not verify is refused in the act.
-        Ok(self.island.committer.open_principal(id, &row).map_or(true, |principal| principal.live_certificates(now).count() < MOST_CERTIFICATES))
+        Ok(self
+            .island
+            .committer
+            .open_principal(id, &row)
+            .map_or(true, |principal| principal.live_certificates(now).count() < MOST_CERTIFICATES))
     }
 
     /// Every principal, or why its row is not believed.
@@ -434,17 +499,26 @@ fn registered(certificate: &PrincipalCertificate) -> v1::RegisteredCertificate {
 /// Another key.
 pub fn parse_shipment_key(der: &[u8]) -> Result<Bytes, ParseError> {
     use x509_parser::prelude::FromDer;
-    let refuse = || ParseError::new("shipment key", "it is no SubjectPublicKeyInfo (DER) of an EC key on P-256 or P-384");
+    let refuse =
+        || ParseError::new("shipment key", "it is no SubjectPublicKeyInfo (DER) of an EC key on P-256 or P-384");
     let (rest, info) = x509_parser::x509::SubjectPublicKeyInfo::from_der(der).map_err(|_| refuse())?;
     let point = &info.subject_public_key.data;
-    let curve = info.algorithm.parameters.as_ref().and_then(|parameters| parameters.as_oid().ok()).map(|oid| oid.to_id_string());
+    let curve = info
+        .algorithm
+        .parameters
+        .as_ref()
+        .and_then(|parameters| parameters.as_oid().ok())
+        .map(|oid| oid.to_id_string());
     let algorithm: &aws_lc_rs::agreement::Algorithm = match curve.as_deref() {
         Some("1.2.840.10045.3.1.7") => &aws_lc_rs::agreement::ECDH_P256,
         Some("1.3.132.0.34") => &aws_lc_rs::agreement::ECDH_P384,
         _ => return Err(refuse()),
     };
     // The library checks that the point is on its curve.
-    let on_curve = aws_lc_rs::agreement::ParsedPublicKey::try_from(&aws_lc_rs::agreement::UnparsedPublicKey::new(algorithm, point)).is_ok();
+    let on_curve = aws_lc_rs::agreement::ParsedPublicKey::try_from(&aws_lc_rs::agreement::UnparsedPublicKey::new(
+        algorithm, point,
+    ))
+    .is_ok();
     if !rest.is_empty() || !on_curve {
         return Err(refuse());
     }
@@ -470,7 +544,9 @@ fn refuse_for_another_person(id: &PrincipalId, own: bool) -> Result<(), ServiceE
         return Ok(());
     }
     let custodians = match id.role() {
-        Role::Officer => format!("; where there are not two, the custodians do, on the token's machine: `kms-server officers recertify {id}`"),
+        Role::Officer => format!(
+            "; where there are not two, the custodians do, on the token's machine: `kms-server officers recertify {id}`"
+        ),
         _ => String::new(),
     };
     Err(ServiceError::FailedPrecondition {
@@ -482,12 +558,14 @@ fn refuse_for_another_person(id: &PrincipalId, own: bool) -> Result<(), ServiceE
     })
 }
 
-/// A thief of a key, who renews, does not push out the owner's certificate: one more is refused, and none is dropped.
+/// A thief of a key, who renews, does not push out the owner's certificate: one more is refused,
+/// and none is dropped.
 fn refuse_too_many(principal: &Principal, now: UnixMillis) -> Result<(), ServiceError> {
     if principal.certificates.len() < MOST_CERTIFICATES {
         return Ok(());
     }
-    let serials: Vec<String> = principal.certificates.iter().map(|certificate| hex::encode(&certificate.serial)).collect();
+    let serials: Vec<String> =
+        principal.certificates.iter().map(|certificate| hex::encode(&certificate.serial)).collect();
     let first = principal.certificates.iter().map(|certificate| certificate.not_after).min().unwrap_or(now);
     Err(ServiceError::FailedPrecondition {
         reason: format!(
@@ -509,9 +587,10 @@ fn enabled(id: &PrincipalId, existing: Option<Arc<Principal>>) -> Result<Princip
     let principal = existing.as_deref().cloned().ok_or_else(|| unknown(id))?;
     match principal.status {
         PrincipalStatus::Enabled => Ok(principal),
-        PrincipalStatus::Disabled => {
-            Err(ServiceError::FailedPrecondition { reason: format!("`{id}` is disabled"), next_step: "add a principal with a new name".to_owned() })
-        }
+        PrincipalStatus::Disabled => Err(ServiceError::FailedPrecondition {
+            reason: format!("`{id}` is disabled"),
+            next_step: "add a principal with a new name".to_owned(),
+        }),
     }
 }
 

@@ -1,7 +1,8 @@
 //! Proposals: dangerous actions that other people approve before they run (I6).
 //!
-//! A use case that is dangerous calls [`propose`] instead of acting. When enough people have approved, an officer carries the proposal out: its use
-//! case gets the content from [`carry_out`], in the transaction in which it acts, and checks that it still fits.
+//! A use case that is dangerous calls [`propose`] instead of acting. When enough people have
+//! approved, an officer carries the proposal out: its use case gets the content from [`carry_out`],
+//! in the transaction in which it acts, and checks that it still fits.
 
 #[cfg(test)]
 mod tests;
@@ -9,7 +10,8 @@ mod tests;
 use std::sync::Arc;
 
 use kms_domain::{
-    Approval, Principal, Proposal, ProposalContent, ProposalError, ProposalId, ProposedAction, Quorum, RequestId, RootKind, SystemTitle, UnixMillis,
+    Approval, Principal, Proposal, ProposalContent, ProposalError, ProposalId, ProposedAction, Quorum, RequestId,
+    RootKind, SystemTitle, UnixMillis,
 };
 use kms_proto::v1::{self, ProposalApproved, ProposalEnded, ProposalMade, audit_record::Event};
 use kms_store::{Reads, RowKind};
@@ -59,7 +61,13 @@ impl Change {
     }
 
     /// Carries it out, and records it.
-    fn apply(&self, view: &mut View<'_, '_>, island: &Island, principal: &Principal, id: ProposalId) -> Result<(), ServiceError> {
+    fn apply(
+        &self,
+        view: &mut View<'_, '_>,
+        island: &Island,
+        principal: &Principal,
+        id: ProposalId,
+    ) -> Result<(), ServiceError> {
         let now = view.now();
         let mut proposal = Arc::unwrap_or_clone(view.proposal(id)?.ok_or_else(|| missing(id))?);
         match self {
@@ -85,7 +93,9 @@ impl Change {
                 ProposedAction::RaiseCounter(raise) => raise_counter(view, island, principal, &raise, id),
                 ProposedAction::RecertifyPrincipal(recertify) => confirm(view, island, principal, &recertify, id),
                 ProposedAction::DestroyRoot(_) => Err(ServiceError::FailedPrecondition {
-                    reason: "the destruction of a root is more than a change of rows, and is not carried out by this call".to_owned(),
+                    reason:
+                        "the destruction of a root is more than a change of rows, and is not carried out by this call"
+                            .to_owned(),
                     next_step: format!("carry it out with `kms roots destroy {id}`"),
                 }),
             },
@@ -103,7 +113,12 @@ impl ProposalService {
     ///
     /// # Errors
     /// Not permitted, or the database is away.
-    pub async fn list(&self, caller: &Caller, before: Option<ProposalId>, limit: usize) -> Result<Vec<v1::Proposal>, ServiceError> {
+    pub async fn list(
+        &self,
+        caller: &Caller,
+        before: Option<ProposalId>,
+        limit: usize,
+    ) -> Result<Vec<v1::Proposal>, ServiceError> {
         self.island.require(caller, &Action::ListProposals).await?;
         let (mut proposals, mut after) = (Vec::new(), None);
         loop {
@@ -111,7 +126,9 @@ impl ProposalService {
             let Some((last, _)) = page.last() else { break };
             after = Some(last.clone());
             // One whose row does not verify is left out, and reported by the scrubber (I5).
-            proposals.extend(page.iter().filter_map(|(id, row)| self.island.committer.open_proposal(ProposalId::from_octets(id).ok()?, row).ok()));
+            proposals.extend(page.iter().filter_map(|(id, row)| {
+                self.island.committer.open_proposal(ProposalId::from_octets(id).ok()?, row).ok()
+            }));
         }
         // Ids are time-ordered (UUID version 7).
         proposals.retain(|proposal| before.is_none_or(|before| proposal.id.octets() < before.octets()));
@@ -131,12 +148,23 @@ impl ProposalService {
     /// Approves, withdraws or carries out. A request that comes again changes nothing more.
     ///
     /// # Errors
-    /// Not permitted, no such proposal, its state or the rules of approval (I6) forbid it, what it does fits no more, or the database is away.
-    pub async fn change(&self, caller: &Caller, request: Request, id: ProposalId, change: Change) -> Result<v1::Proposal, ServiceError> {
+    /// Not permitted, no such proposal, its state or the rules of approval (I6) forbid it, what it
+    /// does fits no more, or the database is away.
+    pub async fn change(
+        &self,
+        caller: &Caller,
+        request: Request,
+        id: ProposalId,
+        change: Change,
+    ) -> Result<v1::Proposal, ServiceError> {
         let action = change.action();
         self.island.require(caller, &action).await?;
         let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
-        let mut reads = Reads { sealed: vec![principal_row(&caller.principal), proposal_row(id)], requests: asking.reads(), ..Reads::default() };
+        let mut reads = Reads {
+            sealed: vec![principal_row(&caller.principal), proposal_row(id)],
+            requests: asking.reads(),
+            ..Reads::default()
+        };
         reads.meters.extend(concerns(&self.load(id).await?.content.action));
         let actor = Actor::caller(caller, Some(request.id), action.name());
         let (island, caller) = (self.island.clone(), caller.clone());
@@ -175,12 +203,17 @@ pub struct NewProposal {
     pub quorum: Quorum,
 }
 
-/// Stores a proposal under the id of the request that makes it, and records it. The use case has asked its policy (I8), and names
-/// [`proposal_row`] among its reads.
+/// Stores a proposal under the id of the request that makes it, and records it. The use case has
+/// asked its policy (I8), and names [`proposal_row`] among its reads.
 ///
 /// # Errors
 /// The caller is no person, or there is such a proposal already.
-pub fn propose(view: &mut View<'_, '_>, principal: &Principal, request: RequestId, new: NewProposal) -> Result<Proposal, ServiceError> {
+pub fn propose(
+    view: &mut View<'_, '_>,
+    principal: &Principal,
+    request: RequestId,
+    new: NewProposal,
+) -> Result<Proposal, ServiceError> {
     let id = proposal_id(request)?;
     if view.proposal(id)?.is_some() {
         return Err(used_for_another());
@@ -210,11 +243,17 @@ pub fn propose(view: &mut View<'_, '_>, principal: &Principal, request: RequestI
     Ok(proposal)
 }
 
-/// Marks a proposal as carried out, records it, and says what the caller has to do in this act. It runs once: whoever comes second is refused.
+/// Marks a proposal as carried out, records it, and says what the caller has to do in this act. It
+/// runs once: whoever comes second is refused.
 ///
 /// # Errors
-/// There is no such proposal, it ran or was withdrawn, or people have not approved it (I6), or no more.
-pub fn carry_out(view: &mut View<'_, '_>, principal: &Principal, id: ProposalId) -> Result<ProposedAction, ServiceError> {
+/// There is no such proposal, it ran or was withdrawn, or people have not approved it (I6), or no
+/// more.
+pub fn carry_out(
+    view: &mut View<'_, '_>,
+    principal: &Principal,
+    id: ProposalId,
+) -> Result<ProposedAction, ServiceError> {
     let mut proposal = Arc::unwrap_or_clone(view.proposal(id)?.ok_or_else(|| missing(id))?);
     let action = proposal.carry_out(principal.id.clone(), view.now()).map_err(refused)?;
     view.append(ended(&proposal, "carried-out", ""));
@@ -253,11 +292,13 @@ pub fn message(proposal: &Proposal, now: UnixMillis) -> v1::Proposal {
             version: root.version.into(),
             oldest_backup_ms: root.oldest_backup.0,
         }),
-        ProposedAction::RecertifyPrincipal(recertify) => v1::proposal::Action::RecertifyPrincipal(v1::RecertifyPrincipal {
-            principal: recertify.principal.to_string(),
-            person: recertify.person.as_str().to_owned(),
-            key_sha256: recertify.key_sha256.to_vec().into(),
-        }),
+        ProposedAction::RecertifyPrincipal(recertify) => {
+            v1::proposal::Action::RecertifyPrincipal(v1::RecertifyPrincipal {
+                principal: recertify.principal.to_string(),
+                person: recertify.person.as_str().to_owned(),
+                key_sha256: recertify.key_sha256.to_vec().into(),
+            })
+        }
     };
     let approvals = proposal.approvals.iter().map(|approval| v1::ProposalApproval {
         principal: approval.principal.to_string(),

@@ -1,5 +1,5 @@
-//! A replay gives the same octets or a refusal (I2, I4, I8): of every call that can be repeated, whatever has changed in between, on the same server, on another
-//! one, and after a restart.
+//! A replay gives the same octets or a refusal (I2, I4, I8): of every call that can be repeated,
+//! whatever has changed in between, on the same server, on another one, and after a restart.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -11,8 +11,9 @@ use std::{
 use aws_lc_rs::agreement::{ECDH_P256, PrivateKey};
 use kms_dlms::Protection;
 use kms_domain::{
-    DeviceProfileName, Evidence, FlagId, KeyLength, KeyOrigin, KeyState, KeyType, KeyVersionNumber, NewKeyVersion, Outcome, Party, PrincipalId, ProposalId,
-    Quorum, RequestId, Role, SecuritySetupId, SwitchThreshold, SystemTitle, TransferForm, TransferId, TransportCertificate, WrappedKey,
+    DeviceProfileName, Evidence, FlagId, KeyLength, KeyOrigin, KeyState, KeyType, KeyVersionNumber, NewKeyVersion,
+    Outcome, Party, PrincipalId, ProposalId, Quorum, RequestId, Role, SecuritySetupId, SwitchThreshold, SystemTitle,
+    TransferForm, TransferId, TransportCertificate, WrappedKey,
 };
 use kms_proto::v1::{self, AuditRecord, Manifest, MetersChanged, audit_record::Event};
 use kms_store::{Changes, Decision, Reads, RequestKey, RequestPut, RequestRow};
@@ -30,7 +31,10 @@ use crate::{
         certificate::{self, CA_KEY, CertificateAuthority, Validity},
         frame::{FrameOutcome, FrameService, PlainContent, PlainFrame},
         grant::{Chunk, GrantService, GrantTargets, SessionTerms},
-        meter::{Assignment, Compromise, CounterFloor, CounterRaise, Enrolment, Membership, MeterService, NewMeter, Selection},
+        meter::{
+            Assignment, Compromise, CounterFloor, CounterRaise, Enrolment, Membership, MeterService, NewMeter,
+            Selection,
+        },
         owner::{NewOwnerKey, OwnerService},
         principal::{NewPrincipal, Principals},
         proposal::{Change, ProposalService},
@@ -72,15 +76,25 @@ fn policies(commands: u32, more: &str) -> Arc<Policy> {
     let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../policies"));
     let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     let cedar = entries.filter(|path| path.extension().is_some_and(|extension| extension == "cedar"));
-    let mut files: Vec<(PathBuf, String)> = cedar.map(|path| (path.clone(), std::fs::read_to_string(path).unwrap())).collect();
+    let mut files: Vec<(PathBuf, String)> =
+        cedar.map(|path| (path.clone(), std::fs::read_to_string(path).unwrap())).collect();
     files.push((PathBuf::from("site.cedar"), more.to_owned()));
     let quotas = Quotas::SHIPPED.replacen("commands = 200, meters = 100", &format!("commands = {commands}"), 1);
     assert_ne!(quotas, Quotas::SHIPPED);
     Arc::new(Policy::from_files(files, (Quotas::FILE.into(), quotas)).unwrap())
 }
 
-async fn protect(server: &Arc<Island>, caller: &Caller, request: RequestId, frames: &[PlainFrame], supersede: bool) -> Result<Vec<FrameOutcome>, ServiceError> {
-    FrameService::new(server.clone()).protect(caller, request, [1; 32], Purpose::Control, frames.to_vec(), supersede).await.map(|(outcomes, _)| outcomes)
+async fn protect(
+    server: &Arc<Island>,
+    caller: &Caller,
+    request: RequestId,
+    frames: &[PlainFrame],
+    supersede: bool,
+) -> Result<Vec<FrameOutcome>, ServiceError> {
+    FrameService::new(server.clone())
+        .protect(caller, request, [1; 32], Purpose::Control, frames.to_vec(), supersede)
+        .await
+        .map(|(outcomes, _)| outcomes)
 }
 
 /// The octets of frames, or that they were refused.
@@ -98,19 +112,27 @@ fn aborted(error: &ServiceError) -> &str {
 /// A new version of a key, as if the meter had shown that it holds it.
 async fn rotate(server: &Arc<Island>, title: SystemTitle, key_type: KeyType) {
     let stored = server.hsm.generate_stored(key_type, KeyLength::Aes128).await.unwrap();
-    let wrapped = WrappedKey::new(key_type, u8::try_from(stored.storage_kek_version.number()).unwrap(), stored.blob.into()).unwrap();
-    let act = server.committer.act(Actor::server("test"), Reads { meters: vec![title], ..Reads::default() }, move |view| {
-        let mut row = (*view.meter(title)?.unwrap()).clone();
-        row.sequence += 1;
-        let (moment, now) = (row.sequence, view.now());
-        let slot = row.slots.get_mut(SecuritySetupId::DEFAULT, key_type).unwrap();
-        let new = NewKeyVersion { state: KeyState::PreActive, origin: KeyOrigin::Generated, wrapped: Some(wrapped.clone()), fingerprint: None };
-        let number = slot.add_version(new, now).unwrap();
-        slot.mark_left(number, moment, KeyVersionNumber::FIRST).unwrap();
-        slot.confirm(number, moment, Evidence::Proven, now).unwrap();
-        view.append(Event::MetersChanged(MetersChanged { change: "test".to_owned(), ..MetersChanged::default() }));
-        view.put_meter(row, false)
-    });
+    let wrapped =
+        WrappedKey::new(key_type, u8::try_from(stored.storage_kek_version.number()).unwrap(), stored.blob.into())
+            .unwrap();
+    let act =
+        server.committer.act(Actor::server("test"), Reads { meters: vec![title], ..Reads::default() }, move |view| {
+            let mut row = (*view.meter(title)?.unwrap()).clone();
+            row.sequence += 1;
+            let (moment, now) = (row.sequence, view.now());
+            let slot = row.slots.get_mut(SecuritySetupId::DEFAULT, key_type).unwrap();
+            let new = NewKeyVersion {
+                state: KeyState::PreActive,
+                origin: KeyOrigin::Generated,
+                wrapped: Some(wrapped.clone()),
+                fingerprint: None,
+            };
+            let number = slot.add_version(new, now).unwrap();
+            slot.mark_left(number, moment, KeyVersionNumber::FIRST).unwrap();
+            slot.confirm(number, moment, Evidence::Proven, now).unwrap();
+            view.append(Event::MetersChanged(MetersChanged { change: "test".to_owned(), ..MetersChanged::default() }));
+            view.put_meter(row, false)
+        });
     act.await.unwrap();
 }
 
@@ -122,7 +144,11 @@ async fn change_principal(server: &Arc<Island>, caller: &Caller, change: impl Fn
 }
 
 async fn assign(server: &Arc<Island>, officer: &Caller, title: SystemTitle, head_end: &Caller) {
-    let assignment = Assignment { selection: Selection::Meters(vec![title]), head_end: Some(head_end.principal.clone()), dry_run: false };
+    let assignment = Assignment {
+        selection: Selection::Meters(vec![title]),
+        head_end: Some(head_end.principal.clone()),
+        dry_run: false,
+    };
     MeterService::new(server.clone()).assign(officer, request(), assignment).await.unwrap();
 }
 
@@ -141,7 +167,11 @@ async fn stored(server: &Arc<Island>, key: RequestKey) -> Option<RequestRow> {
 /// Writes a request's row past the server.
 async fn put_back(server: &Arc<Island>, key: &RequestKey, row: RequestRow) {
     let changes = Changes { requests: vec![RequestPut { key: key.clone(), row }], ..Changes::default() };
-    server.store.transact(Reads::default(), &mut |_: &kms_store::ReadSet| Decision::Commit(Box::new(changes.clone()))).await.unwrap();
+    server
+        .store
+        .transact(Reads::default(), &mut |_: &kms_store::ReadSet| Decision::Commit(Box::new(changes.clone())))
+        .await
+        .unwrap();
 }
 
 /// Removes all rows of requests.
@@ -157,8 +187,9 @@ fn splitmix(state: &mut u64) -> u64 {
     value ^ (value >> 31)
 }
 
-/// Watches everything that leaves: a counter of a meter and a client title with two contents, or of two leases, is I4 broken. Counters go on with a new key in the
-/// profile of these meters, so the key is not told apart: that is stricter.
+/// Watches everything that leaves: a counter of a meter and a client title with two contents, or of
+/// two leases, is I4 broken. Counters go on with a new key in the profile of these meters, so the
+/// key is not told apart: that is stricter.
 #[derive(Default)]
 struct Watcher {
     contents: HashMap<(u64, u64, u32), Vec<u8>>,
@@ -170,7 +201,10 @@ struct Watcher {
 
 impl Watcher {
     fn saw(&mut self, meter: u64, title: u64, counter: u32, content: &[u8]) {
-        let in_lease = self.leases.iter().any(|(of, under, first, last)| (*of, *under) == (meter, title) && (*first..=*last).contains(&counter));
+        let in_lease = self
+            .leases
+            .iter()
+            .any(|(of, under, first, last)| (*of, *under) == (meter, title) && (*first..=*last).contains(&counter));
         assert!(!in_lease, "I4: counter {counter} of meter {meter:016X} is in a lease too");
         let known = self.contents.entry((meter, title, counter)).or_insert_with(|| content.to_vec());
         assert_eq!(known, content, "I4: counter {counter} of meter {meter:016X} with two contents");
@@ -178,9 +212,16 @@ impl Watcher {
 
     fn leased(&mut self, meter: u64, title: u64, first: u32, count: u32) {
         let last = first + (count - 1);
-        let lies_in = |of: u64, under: u64, from: u32, to: u32| (of, under) == (meter, title) && from <= last && first <= to;
-        assert!(self.leases.iter().all(|(of, under, from, to)| !lies_in(*of, *under, *from, *to)), "I4: two leases of meter {meter:016X} overlap");
-        assert!(self.contents.keys().all(|(of, under, counter)| !lies_in(*of, *under, *counter, *counter)), "I4: a lease of used counters");
+        let lies_in =
+            |of: u64, under: u64, from: u32, to: u32| (of, under) == (meter, title) && from <= last && first <= to;
+        assert!(
+            self.leases.iter().all(|(of, under, from, to)| !lies_in(*of, *under, *from, *to)),
+            "I4: two leases of meter {meter:016X} overlap"
+        );
+        assert!(
+            self.contents.keys().all(|(of, under, counter)| !lies_in(*of, *under, *counter, *counter)),
+            "I4: a lease of used counters"
+        );
         self.leases.push((meter, title, first, last));
     }
 
@@ -190,7 +231,8 @@ impl Watcher {
         assert_eq!(known, apdu, "I4: step {step} of transfer {id} with two contents");
     }
 
-    /// The new records of acts; refusals, security events, beginnings of chains and what a server notices of its clock are none.
+    /// The new records of acts; refusals, security events, beginnings of chains and what a server
+    /// notices of its clock are none.
     async fn records(&mut self, server: &Arc<Island>) -> Vec<Event> {
         let mut events = Vec::new();
         for tail in server.store.audit_tails().await.unwrap() {
@@ -199,7 +241,10 @@ impl Watcher {
             for row in rows {
                 self.read.insert(tail.writer, row.sequence + 1);
                 match AuditRecord::decode(row.record.as_slice()).unwrap().event {
-                    None | Some(Event::Refused(_) | Event::SecurityEvent(_) | Event::WriterOpened(_) | Event::ClockJumped(_)) => {}
+                    None
+                    | Some(
+                        Event::Refused(_) | Event::SecurityEvent(_) | Event::WriterOpened(_) | Event::ClockJumped(_),
+                    ) => {}
                     Some(event) => events.push(event),
                 }
             }
@@ -324,7 +369,12 @@ impl World {
             }
             7 => rotate(&server, meter(number), KeyType::GUEK).await,
             8 | 9 => rotate(&server, meter(number), KeyType::GAK).await,
-            10 => drop(MeterService::new(server.clone()).retire(&officer, request(), vec![meter(1)], String::new()).await.unwrap()),
+            10 => drop(
+                MeterService::new(server.clone())
+                    .retire(&officer, request(), vec![meter(1)], String::new())
+                    .await
+                    .unwrap(),
+            ),
             11 => {
                 let purged = self.below(2) == 0;
                 crate::clock::testing::advance(if purged { QUARTER_MS + 60_000 } else { QUARTER_MS - 60_000 });
@@ -372,7 +422,8 @@ impl World {
             let again = octets(outcomes);
             let recorded = self.watcher.look(&server, &again).await;
             if !recorded.is_empty() {
-                // Nothing was remembered, or it was forgotten: a new answer, which the watcher has seen.
+                // Nothing was remembered, or it was forgotten: a new answer, which the watcher has
+                // seen.
                 assert!(first.iter().all(Option::is_none) || self.aged, "a repetition was recorded: {recorded:?}");
                 first = again;
                 continue;
@@ -383,7 +434,13 @@ impl World {
         }
     }
 
-    async fn grant_of(&mut self, server: &Arc<Island>, request: RequestId, meters: &[u64], dedicated_key: bool) -> Result<Granted, ServiceError> {
+    async fn grant_of(
+        &mut self,
+        server: &Arc<Island>,
+        request: RequestId,
+        meters: &[u64],
+        dedicated_key: bool,
+    ) -> Result<Granted, ServiceError> {
         let terms = SessionTerms {
             purpose: Purpose::Read,
             setup: None,
@@ -469,7 +526,8 @@ impl World {
         let server = self.server();
         let first = self.begin(&server, request, &orders).await;
         self.watcher.look(&server, &[]).await;
-        let mut began: Vec<SystemTitle> = first.iter().filter(|step| step.next.is_ok()).map(|step| step.meter).collect();
+        let mut began: Vec<SystemTitle> =
+            first.iter().filter(|step| step.next.is_ok()).map(|step| step.meter).collect();
         if self.below(2) == 0 {
             self.disturb_some().await;
         }
@@ -481,7 +539,10 @@ impl World {
                 began = again.iter().filter(|step| step.next.is_ok()).map(|step| step.meter).collect();
                 continue;
             }
-            assert!(again.iter().all(|step| step.next.is_err() || began.contains(&step.meter)), "a repetition began a transfer");
+            assert!(
+                again.iter().all(|step| step.next.is_err() || began.contains(&step.meter)),
+                "a repetition began a transfer"
+            );
         }
         // One is led on, each report twice and at two servers.
         let Some(StepAnswer { meter: title, transfer: Some((id, mut at)), next: Ok(NextStep::Send(mut sending)) }) =
@@ -501,7 +562,9 @@ impl World {
             let server = self.server();
             let next = self.report(&server, report.clone()).await;
             self.watcher.look(&server, &[]).await;
-            let Some(StepAnswer { transfer: Some((_, next)), next: Ok(NextStep::Send(following)), .. }) = next else { break };
+            let Some(StepAnswer { transfer: Some((_, next)), next: Ok(NextStep::Send(following)), .. }) = next else {
+                break;
+            };
             if self.below(8) == 0 {
                 self.disturb().await;
             }
@@ -536,16 +599,29 @@ impl World {
 type Granted = BTreeMap<Vec<u8>, (Vec<u8>, i64, v1::MeterKeys)>;
 
 fn order(meter: SystemTitle, key_type: Option<KeyType>) -> Order {
-    Order { meter, setup: None, key_type, client_title: client_title(), form: TransferForm::Frames, urgent: false, lifetime_seconds: 3_600, task: None }
+    Order {
+        meter,
+        setup: None,
+        key_type,
+        client_title: client_title(),
+        form: TransferForm::Frames,
+        urgent: false,
+        lifetime_seconds: 3_600,
+        task: None,
+    }
 }
 
 async fn with_transport_key(server: &Arc<Island>, caller: &Caller) {
     let public = PrivateKey::generate(&ECDH_P256).unwrap().compute_public_key().unwrap();
     let public_point = public.as_ref().try_into().unwrap();
-    change_principal(server, caller, |row| row.transport = Some(TransportCertificate { certificate: vec![1].into(), sha256: [9; 32], public_point })).await;
+    change_principal(server, caller, |row| {
+        row.transport = Some(TransportCertificate { certificate: vec![1].into(), sha256: [9; 32], public_point })
+    })
+    .await;
 }
 
-const FORBID_FRAMES: &str = "forbid (principal, action == Action::\"protectFrame\", resource) when { context.service == \"get\" };";
+const FORBID_FRAMES: &str =
+    "forbid (principal, action == Action::\"protectFrame\", resource) when { context.service == \"get\" };";
 const FORBID_KEYS: &str = "forbid (principal, action in [Action::\"openSession\", Action::\"transferKey\"], resource);";
 
 type Answer = std::pin::Pin<Box<dyn Future<Output = Result<Vec<u8>, ServiceError>>>>;
@@ -570,7 +646,11 @@ macro_rules! call {
 async fn principals(island: &TestIsland) -> Vec<Call> {
     let hsm = &island.island.hsm;
     let point = hsm.public_key(CA_KEY).await.unwrap();
-    let root = CertificateAuthority::root(island.island.name(), point, Validity::days(Island::now(), 3_000)).unwrap().sign(hsm).await.unwrap();
+    let root = CertificateAuthority::root(island.island.name(), point, Validity::days(Island::now(), 3_000))
+        .unwrap()
+        .sign(hsm)
+        .await
+        .unwrap();
     let (authority, officer) = (CertificateAuthority::from_der(&root.der).unwrap(), island.officer.clone());
     let id = PrincipalId::new(island.island.name().clone(), Role::HeadEnd, "new").unwrap();
     let service = move |server: Arc<Island>| Principals::new(server, authority.clone(), 90);
@@ -598,30 +678,56 @@ async fn principals(island: &TestIsland) -> Vec<Call> {
 
 fn administration(island: &TestIsland, colleague: &Caller) -> Vec<Call> {
     let head_end = island.head_end.principal.clone();
-    let (manufacturer, profile) = (FlagId::parse("KAM").unwrap(), DeviceProfileName::parse("two-setups-suite1").unwrap());
-    let new = move |number| NewMeter { title: meter(number), serial: format!("S{number}"), groups: vec!["north".to_owned()] };
+    let (manufacturer, profile) =
+        (FlagId::parse("KAM").unwrap(), DeviceProfileName::parse("two-setups-suite1").unwrap());
+    let new =
+        move |number| NewMeter { title: meter(number), serial: format!("S{number}"), groups: vec!["north".to_owned()] };
     vec![
         call!("enrol", MeterService, island.officer, |service, by, request| {
-            let enrolment = Enrolment { manufacturer, device_profile: profile.clone(), batch: String::new(), meters: vec![new(50), new(51), new(52)] };
+            let enrolment = Enrolment {
+                manufacturer,
+                device_profile: profile.clone(),
+                batch: String::new(),
+                meters: vec![new(50), new(51), new(52)],
+            };
             async move { service.enrol(&by, request, enrolment).await }
         }),
         call!("create group key", OwnerService, island.officer, |service, by, request| async move {
-            let key = NewOwnerKey { setup: SecuritySetupId::DEFAULT, key_type: "GBEK".to_owned(), held_by_meters: true };
+            let key =
+                NewOwnerKey { setup: SecuritySetupId::DEFAULT, key_type: "GBEK".to_owned(), held_by_meters: true };
             service.create_group_key(&by, request, "north", key, None).await
         }),
         call!("change members", MeterService, island.officer, |service, by, request| async move {
-            service.change_members(&by, request, "north", vec![meter(50), meter(99)], Membership::Remove, "sold".to_owned()).await
+            service
+                .change_members(
+                    &by,
+                    request,
+                    "north",
+                    vec![meter(50), meter(99)],
+                    Membership::Remove,
+                    "sold".to_owned(),
+                )
+                .await
         }),
         call!("set switch threshold", OwnerService, island.officer, |service, by, request| async move {
             service.set_switch_threshold(&by, request.id, "north", SwitchThreshold::new(80).unwrap()).await
         }),
         call!("assign", MeterService, island.officer, |service, by, request| {
-            let assignment = Assignment { selection: Selection::Meters(vec![meter(51), meter(99)]), head_end: Some(head_end.clone()), dry_run: false };
+            let assignment = Assignment {
+                selection: Selection::Meters(vec![meter(51), meter(99)]),
+                head_end: Some(head_end.clone()),
+                dry_run: false,
+            };
             async move { service.assign(&by, request, assignment).await }
         }),
         call!("adopt", MeterService, island.officer, |service, by, request| async move {
-            let floor =
-                |number| CounterFloor { meter: meter(number), setup: SecuritySetupId::DEFAULT, client_title: client_title(), floor: 5_000, owned_by: None };
+            let floor = |number| CounterFloor {
+                meter: meter(number),
+                setup: SecuritySetupId::DEFAULT,
+                client_title: client_title(),
+                floor: 5_000,
+                owned_by: None,
+            };
             service.adopt(&by, request, vec![floor(2), floor(99)]).await
         }),
         call!("report compromise", MeterService, island.officer, |service, by, request| async move {
@@ -641,7 +747,9 @@ fn administration(island: &TestIsland, colleague: &Caller) -> Vec<Call> {
         call!("replace", MeterService, island.officer, |service, by, request| async move {
             service.replace(&by, request, meter(5), meter(6), "broken".to_owned()).await
         }),
-        call!("propose a raise", MeterService, island.officer, |service, by, request| async move { service.propose_raise(&by, request, raise()).await }),
+        call!("propose a raise", MeterService, island.officer, |service, by, request| async move {
+            service.propose_raise(&by, request, raise()).await
+        }),
         call!("approve", ProposalService, colleague, |service, by, request| async move {
             let mut proposals = service.list(&by, None, 9).await?;
             let proposal = proposals.remove(0);
@@ -650,7 +758,14 @@ fn administration(island: &TestIsland, colleague: &Caller) -> Vec<Call> {
         }),
         call!("carry out", ProposalService, island.officer, |service, by, request| async move {
             let mut proposals = service.list(&by, None, 9).await?;
-            service.change(&by, request, ProposalId::from_octets(&proposals.remove(0).proposal_id).unwrap(), Change::CarryOut).await
+            service
+                .change(
+                    &by,
+                    request,
+                    ProposalId::from_octets(&proposals.remove(0).proposal_id).unwrap(),
+                    Change::CarryOut,
+                )
+                .await
         }),
         call!("create a campaign", CampaignService, island.officer, |service, by, request| async move {
             // The preview is of the first answer alone.
@@ -663,7 +778,14 @@ fn administration(island: &TestIsland, colleague: &Caller) -> Vec<Call> {
         }),
         call!("abort a campaign", CampaignService, island.officer, |service, by, request| async move {
             let draft = service.list(&by, None, 9).await?.remove(0);
-            service.change(&by, request, campaign::tests::id(&draft), campaign::Change::Abort { reason: "test".to_owned() }).await
+            service
+                .change(
+                    &by,
+                    request,
+                    campaign::tests::id(&draft),
+                    campaign::Change::Abort { reason: "test".to_owned() },
+                )
+                .await
         }),
     ]
 }
@@ -772,7 +894,8 @@ island_tests! {
         purge(&server).await;
         put_back(&server, &key(request), RequestRow { outcome: [seal.to_vec(), outcome.clone()].concat(), ..row.clone() }).await;
         assert!(aborted(&again(request).await.unwrap_err()).contains("too long ago"));
-        // After its time. The server removes such rows every second, so that one may be gone before it is asked for: then it is asked for again.
+        // After its time. The server removes such rows every second, so that one may be gone before
+        // it is asked for: then it is asked for again.
         let mut refused = false;
         for _ in 0..100 {
             let (request, expires) = (id(), Island::now().after(-1));
@@ -929,9 +1052,21 @@ island_tests! {
 
 impl World {
     async fn of(field: Field, seed: u64) -> Self {
-        let servers = vec![field.island.island.clone(), field.island.another_server().await, Arc::new(field.island.restarted().await)];
+        let servers = vec![
+            field.island.island.clone(),
+            field.island.another_server().await,
+            Arc::new(field.island.restarted().await),
+        ];
         let others = vec![policies(1, ""), policies(3, ""), policies(200, FORBID_FRAMES), policies(200, FORBID_KEYS)];
-        let mut world = Self { field, servers, ordinary: policies(200, ""), others, seed, watcher: Watcher::default(), aged: false };
+        let mut world = Self {
+            field,
+            servers,
+            ordinary: policies(200, ""),
+            others,
+            seed,
+            watcher: Watcher::default(),
+            aged: false,
+        };
         world.watcher.records(&world.servers[0]).await;
         world
     }

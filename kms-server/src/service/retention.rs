@@ -1,17 +1,19 @@
-//! Retention: destroys key versions that nobody needs any more. Old versions of a slot when a later one was proven and the retention time has passed
-//! (I3); every version of a retired meter when it has passed since the retirement.
+//! Retention: destroys key versions that nobody needs any more. Old versions of a slot when a later
+//! one was proven and the retention time has passed (I3); every version of a retired meter when it
+//! has passed since the retirement.
 //!
-//! A destroyed version has no wrapped form in its row, and no diversified one is ever derived again. Backups of the database and free pages
-//! of its files may still hold what was there before, wrapped under the island's storage KEK; see docs/operations.md.
+//! A destroyed version has no wrapped form in its row, and no diversified one is ever derived
+//! again. Backups of the database and free pages of its files may still hold what was there before,
+//! wrapped under the island's storage KEK; see docs/operations.md.
 //!
-//! All servers of an island may do this at the same time: each decides on the rows within its own transaction, and finds nothing to do where
-//! another one was faster.
+//! All servers of an island may do this at the same time: each decides on the rows within its own
+//! transaction, and finds nothing to do where another one was faster.
 
 use std::{sync::Arc, time::Duration};
 
 use kms_domain::{
-    CounterDomainId, ExpiredKeys, ExposureReason, Group, GroupId, KeyType, KeyVersionNumber, Meter, Owner, Retention, SharedExposures, SharedKey, Slot,
-    SystemTitle, UnixMillis,
+    CounterDomainId, ExpiredKeys, ExposureReason, Group, GroupId, KeyType, KeyVersionNumber, Meter, Owner, Retention,
+    SharedExposures, SharedKey, Slot, SystemTitle, UnixMillis,
 };
 use kms_proto::v1::{AuditRecord, DestroyedKeys, KeysDestroyed, MetersChanged, audit_record::Event};
 use kms_store::{AuditFilter, MeterFilter, Reads, RowKind};
@@ -57,17 +59,29 @@ impl Housekeeper {
         tokio::spawn(async move {
             match self.share_exposures().await {
                 Ok(0) => {}
-                Ok(meters) => tracing::info!(meters, "who could know their keys is noted for all meters that have the same keys"),
-                Err(error) => tracing::error!(%error, "who could know keys that several meters share is not noted everywhere: the next start tries again"),
+                Ok(meters) => {
+                    tracing::info!(meters, "who could know their keys is noted for all meters that have the same keys")
+                }
+                Err(error) => {
+                    tracing::error!(%error, "who could know keys that several meters share is not noted everywhere: the next start tries again")
+                }
             }
             tokio::time::sleep(FIRST).await;
             loop {
                 match self.keep_house(self.time().await).await {
                     Ok(HousekeepingReport { clock_in_doubt: true, .. }) => {
-                        tracing::warn!("a clock was set ahead within the last days: no key is destroyed until it is a week ago, or the clock is right again");
+                        tracing::warn!(
+                            "a clock was set ahead within the last days: no key is destroyed until it is a week ago, or the clock is right again"
+                        );
                     }
                     Ok(HousekeepingReport { rows_read, rows_changed, released, destroyed, clock_in_doubt: false }) => {
-                        tracing::info!(rows_read, rows_changed, released, destroyed, "keys whose retention time has passed are destroyed");
+                        tracing::info!(
+                            rows_read,
+                            rows_changed,
+                            released,
+                            destroyed,
+                            "keys whose retention time has passed are destroyed"
+                        );
                     }
                     Err(error) => tracing::error!(%error, "destroying old keys could not finish; it goes on tomorrow"),
                 }
@@ -76,8 +90,9 @@ impl Housekeeper {
         })
     }
 
-    /// Has the rows of counter domains say who could know their values, as far as the rows of the meters say more: an island of an earlier version kept
-    /// that in each meter's row alone. How many meters said more. Where no key has the value of another, nothing is read.
+    /// Has the rows of counter domains say who could know their values, as far as the rows of the
+    /// meters say more: an island of an earlier version kept that in each meter's row alone. How
+    /// many meters said more. Where no key has the value of another, nothing is read.
     ///
     /// # Errors
     /// The database is away, or the server is busy.
@@ -88,11 +103,19 @@ impl Housekeeper {
             let page = self.island.store.meter_page(&MeterFilter::default(), after, PAGE).await?;
             let Some(last) = page.last() else { break };
             after = Some(last.title);
-            let meters = page.iter().filter_map(|row| Meter::from_row(row.title, self.island.name(), row.row.body.clone().into()).ok());
+            let meters = page
+                .iter()
+                .filter_map(|row| Meter::from_row(row.title, self.island.name(), row.row.body.clone().into()).ok());
             let says_more = |meter: &Meter| {
-                let mut versions = meter.slots.iter().flat_map(Slot::versions).filter_map(|version| Some((version, known.get(&version.domain()?)?)));
+                let mut versions = meter
+                    .slots
+                    .iter()
+                    .flat_map(Slot::versions)
+                    .filter_map(|version| Some((version, known.get(&version.domain()?)?)));
                 versions.any(|(version, known)| {
-                    version.exposures().iter().any(|exposure| !known.iter().any(|one| (&one.party, one.reason) == (&exposure.party, exposure.reason)))
+                    version.exposures().iter().any(|exposure| {
+                        !known.iter().any(|one| (&one.party, one.reason) == (&exposure.party, exposure.reason))
+                    })
                 })
             };
             let due: Vec<SystemTitle> = meters.filter(says_more).map(|meter| meter.title).collect();
@@ -111,7 +134,11 @@ impl Housekeeper {
                     }
                 }
                 if !meters.is_empty() {
-                    view.append(Event::MetersChanged(MetersChanged { change: "exposures-shared".to_owned(), meters, ..MetersChanged::default() }));
+                    view.append(Event::MetersChanged(MetersChanged {
+                        change: "exposures-shared".to_owned(),
+                        meters,
+                        ..MetersChanged::default()
+                    }));
                 }
                 Ok(())
             });
@@ -120,35 +147,41 @@ impl Housekeeper {
         Ok(told)
     }
 
-    /// The time that keys are judged by: this server's clock or the database's, whichever is behind.
+    /// The time that keys are judged by: this server's clock or the database's, whichever is
+    /// behind.
     async fn time(&self) -> UnixMillis {
         let own = Island::now();
         self.island.store.now().await.map_or(own, |database| database.min(own))
     }
 
-    /// Whether clocks were set ahead by more than a day, all in all, within the week before `now`, as the log tells: then it is not sure that a retention
-    /// time has passed, and what is destroyed is lost (I3). Officers have that week to set the clock right.
+    /// Whether clocks were set ahead by more than a day, all in all, within the week before `now`,
+    /// as the log tells: then it is not sure that a retention time has passed, and what is
+    /// destroyed is lost (I3). Officers have that week to set the clock right.
     async fn is_clock_in_doubt(&self, now: UnixMillis) -> Result<bool, ServiceError> {
         // The writer looks at the clock before each act: a jump of a moment ago is in the log then.
         self.island.committer.act(Actor::server("destroy-keys"), Reads::default(), |_| Ok(())).await?;
         let filter = AuditFilter { kind: Some(CLOCK_JUMPED), newest_first: true, ..AuditFilter::default() };
         let rows = self.island.store.audit_page(&filter, None, JUMPS_READ).await?;
-        let jumps = rows.iter().filter_map(|row| match AuditRecord::decode(row.record.record.as_slice()).ok()?.event? {
-            Event::ClockJumped(jump) => Some(jump),
-            _ => None,
-        });
+        let jumps =
+            rows.iter().filter_map(|row| match AuditRecord::decode(row.record.record.as_slice()).ok()?.event? {
+                Event::ClockJumped(jump) => Some(jump),
+                _ => None,
+            });
         // A jump to a time that has not come was of another server, or was undone.
         let recent = jumps.filter(|jump| (now.after(-DOUBTED_MS).0..=now.after(DAY_MS).0).contains(&jump.observed_ms));
-        let ahead = recent.map(|jump| jump.observed_ms.saturating_sub(jump.expected_ms).max(0)).fold(0, i64::saturating_add);
+        let ahead =
+            recent.map(|jump| jump.observed_ms.saturating_sub(jump.expected_ms).max(0)).fold(0, i64::saturating_add);
         Ok(ahead > DAY_MS)
     }
 
-    /// Looks at all meters and groups once, and destroys what is due at `now`. Every page that changes is one act with one record (I2).
+    /// Looks at all meters and groups once, and destroys what is due at `now`. Every page that
+    /// changes is one act with one record (I2).
     ///
     /// # Errors
     /// The database is away, or the server is busy. What was done until then is done and recorded.
     pub async fn keep_house(&self, now: UnixMillis) -> Result<HousekeepingReport, ServiceError> {
-        let mut report = HousekeepingReport { clock_in_doubt: self.is_clock_in_doubt(now).await?, ..HousekeepingReport::default() };
+        let mut report =
+            HousekeepingReport { clock_in_doubt: self.is_clock_in_doubt(now).await?, ..HousekeepingReport::default() };
         if report.clock_in_doubt {
             return Ok(report);
         }
@@ -159,16 +192,26 @@ impl Housekeeper {
             let Some(last) = page.last() else { break };
             after = Some(last.title);
             report.rows_read += page.len() as u64;
-            // A look without the seal only chooses the rows that the act reads again and verifies (I5); a row that is none is the scrubber's find.
-            let meters: Vec<Meter> = page.iter().filter_map(|row| Meter::from_row(row.title, self.island.name(), row.row.body.clone().into()).ok()).collect();
-            let members: Vec<_> = meters.iter().flat_map(|meter| meter.class.groups.iter().map(|group| (meter.title, group.0))).collect();
+            // A look without the seal only chooses the rows that the act reads again and verifies
+            // (I5); a row that is none is the scrubber's find.
+            let meters: Vec<Meter> = page
+                .iter()
+                .filter_map(|row| Meter::from_row(row.title, self.island.name(), row.row.body.clone().into()).ok())
+                .collect();
+            let members: Vec<_> =
+                meters.iter().flat_map(|meter| meter.class.groups.iter().map(|group| (meter.title, group.0))).collect();
             if !members.is_empty() {
                 let missing = self.island.store.complete_group_members(&members).await?;
                 if missing > 0 {
-                    tracing::warn!(missing, "meters were missing in the list of their groups' members, and are there again");
+                    tracing::warn!(
+                        missing,
+                        "meters were missing in the list of their groups' members, and are there again"
+                    );
                 }
             }
-            let due = meters.into_iter().filter_map(|mut meter| (!meter.expire_keys(self.retention, now).is_empty()).then_some(meter.title));
+            let due = meters
+                .into_iter()
+                .filter_map(|mut meter| (!meter.expire_keys(self.retention, now).is_empty()).then_some(meter.title));
             let due: Vec<SystemTitle> = due.collect();
             if !due.is_empty() {
                 self.expire_meters(due, now, &mut report).await?;
@@ -180,7 +223,9 @@ impl Housekeeper {
             let Some((last, _)) = page.last() else { break };
             after = Some(last.clone());
             report.rows_read += page.len() as u64;
-            let numbered = page.iter().filter_map(|(id, row)| Some((GroupId(u64::from_be_bytes(id.as_slice().try_into().ok()?)), row)));
+            let numbered = page
+                .iter()
+                .filter_map(|(id, row)| Some((GroupId(u64::from_be_bytes(id.as_slice().try_into().ok()?)), row)));
             let due = numbered.filter(|(id, row)| {
                 let group = Group::from_row(*id, self.island.name(), row.body.clone().into());
                 group.is_ok_and(|mut group| !group.expire_keys(self.retention, now).is_empty())
@@ -193,13 +238,19 @@ impl Housekeeper {
         Ok(report)
     }
 
-    async fn expire_meters(&self, due: Vec<SystemTitle>, now: UnixMillis, report: &mut HousekeepingReport) -> Result<(), ServiceError> {
+    async fn expire_meters(
+        &self,
+        due: Vec<SystemTitle>,
+        now: UnixMillis,
+        report: &mut HousekeepingReport,
+    ) -> Result<(), ServiceError> {
         let retention = self.retention;
         let reads = Reads { meters: due.clone(), ..Reads::default() };
         self.act(reads, report, move |view| {
             let mut done = Done::default();
             for title in &due {
-                // An error is a row that does not verify, which is left alone (I5), or one that is read for the next attempt.
+                // An error is a row that does not verify, which is left alone (I5), or one that is
+                // read for the next attempt.
                 let Some(mut meter) = view.meter(*title).ok().flatten() else { continue };
                 let expired = Arc::make_mut(&mut meter).expire_keys(retention, now);
                 if done.add(meter.owner(), meter.retired.is_some(), expired) {
@@ -211,9 +262,17 @@ impl Housekeeper {
         .await
     }
 
-    async fn expire_groups(&self, due: Vec<GroupId>, now: UnixMillis, report: &mut HousekeepingReport) -> Result<(), ServiceError> {
+    async fn expire_groups(
+        &self,
+        due: Vec<GroupId>,
+        now: UnixMillis,
+        report: &mut HousekeepingReport,
+    ) -> Result<(), ServiceError> {
         let retention = self.retention;
-        let reads = Reads { sealed: due.iter().map(|id| (RowKind::Group, id.0.to_be_bytes().to_vec())).collect(), ..Reads::default() };
+        let reads = Reads {
+            sealed: due.iter().map(|id| (RowKind::Group, id.0.to_be_bytes().to_vec())).collect(),
+            ..Reads::default()
+        };
         self.act(reads, report, move |view| {
             let mut done = Done::default();
             for id in &due {
@@ -256,14 +315,17 @@ async fn shared_values(island: &Island) -> Result<SharedExposures, ServiceError>
         let page = island.store.sealed_page(RowKind::CounterDomain, after.as_deref(), PAGE).await?;
         let Some((last, _)) = page.last() else { return Ok(known) };
         after = Some(last.clone());
-        let opened = page.iter().filter_map(|(id, row)| island.committer.open_domain(id.as_slice().try_into().map(CounterDomainId).ok()?, row).ok());
+        let opened = page.iter().filter_map(|(id, row)| {
+            island.committer.open_domain(id.as_slice().try_into().map(CounterDomainId).ok()?, row).ok()
+        });
         known.extend(opened.map(|domain| (domain.id, domain.exposures.clone())));
     }
 }
 
-/// Who knows a key value knows what left under it for every meter that has it as its KEK, whichever meter it was reported of: the keys of groups among that
-/// are exposed, and their own rows say so. What is the meters' own is seen by the counter domain of the value. Where no value that several slots have was
-/// reported, no meter is read; which slots have one, no list says.
+/// Who knows a key value knows what left under it for every meter that has it as its KEK, whichever
+/// meter it was reported of: the keys of groups among that are exposed, and their own rows say so.
+/// What is the meters' own is seen by the counter domain of the value. Where no value that several
+/// slots have was reported, no meter is read; which slots have one, no list says.
 ///
 /// # Errors
 /// The database is away, or the server is busy. What was noted until then is noted and recorded.
@@ -276,8 +338,13 @@ pub(in crate::service) async fn expose_groups_under_equal_keks(island: &Arc<Isla
         let Some(last) = page.last() else { break };
         after = Some(last.title);
         // A look without the seal only chooses the rows that the act reads again and verifies (I5).
-        let meters = page.iter().filter_map(|row| Meter::from_row(row.title, island.name(), row.row.body.clone().into()).ok());
-        let concerned = |meter: &Meter| keks_of_domains(meter).into_iter().any(|(id, delivered)| reported.contains_key(&id) && !delivered.is_empty());
+        let meters =
+            page.iter().filter_map(|row| Meter::from_row(row.title, island.name(), row.row.body.clone().into()).ok());
+        let concerned = |meter: &Meter| {
+            keks_of_domains(meter)
+                .into_iter()
+                .any(|(id, delivered)| reported.contains_key(&id) && !delivered.is_empty())
+        };
         let due: Vec<SystemTitle> = meters.filter(concerned).map(|meter| meter.title).collect();
         if due.is_empty() {
             continue;
@@ -309,7 +376,9 @@ pub(in crate::service) async fn expose_groups_under_equal_keks(island: &Arc<Isla
 fn keks_of_domains(meter: &Meter) -> Vec<(CounterDomainId, Vec<SharedKey>)> {
     let keks = meter.slots.iter().filter(|slot| slot.key_type() == KeyType::KEK);
     let versions = keks.flat_map(|slot| slot.versions().iter().map(|version| (slot.setup(), version)));
-    versions.filter_map(|(setup, version)| Some((version.domain()?, meter.shared_under(setup, version.number())))).collect()
+    versions
+        .filter_map(|(setup, version)| Some((version.domain()?, meter.shared_under(setup, version.number()))))
+        .collect()
 }
 
 /// What one act has done.
@@ -382,39 +451,67 @@ mod tests {
 
         async fn retire(&self, number: u64) {
             let request = Request { id: RequestId::from_octets(&[9; 16]).unwrap(), digest: [9; 32] };
-            let response = MeterService::new(self.island.clone()).retire(&self.officer, request, vec![meter(number)], "scrapped".to_owned()).await.unwrap();
+            let response = MeterService::new(self.island.clone())
+                .retire(&self.officer, request, vec![meter(number)], "scrapped".to_owned())
+                .await
+                .unwrap();
             assert_eq!(response.changed, 1);
         }
 
         /// A rotation of the GUEK that was proven now.
         async fn rotate(&self, number: u64) {
             let title = meter(number);
-            let act = self.island.committer.act(Actor::server("test"), Reads { meters: vec![title], ..Reads::default() }, move |view| {
-                let mut meter = view.meter(title)?.unwrap();
-                let now = view.now();
-                let slot = Arc::make_mut(&mut meter).slots.get_mut(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap();
-                let KeyMaterial::Wrapped(wrapped) = slot.active().unwrap().material().clone() else { panic!("the sample's keys are imported") };
-                let new = NewKeyVersion { state: KeyState::PreActive, origin: KeyOrigin::Generated, wrapped: Some(wrapped), fingerprint: None };
-                let version = slot.add_version(new, now).unwrap();
-                slot.mark_left(version, 1, kms_domain::KeyVersionNumber::FIRST).unwrap();
-                slot.confirm(version, 2, kms_domain::Evidence::Proven, now).unwrap();
-                view.append(Event::KeysGranted(kms_proto::v1::KeysGranted::default()));
-                view.put_meter((*meter).clone(), false)
-            });
+            let act = self.island.committer.act(
+                Actor::server("test"),
+                Reads { meters: vec![title], ..Reads::default() },
+                move |view| {
+                    let mut meter = view.meter(title)?.unwrap();
+                    let now = view.now();
+                    let slot =
+                        Arc::make_mut(&mut meter).slots.get_mut(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap();
+                    let KeyMaterial::Wrapped(wrapped) = slot.active().unwrap().material().clone() else {
+                        panic!("the sample's keys are imported")
+                    };
+                    let new = NewKeyVersion {
+                        state: KeyState::PreActive,
+                        origin: KeyOrigin::Generated,
+                        wrapped: Some(wrapped),
+                        fingerprint: None,
+                    };
+                    let version = slot.add_version(new, now).unwrap();
+                    slot.mark_left(version, 1, kms_domain::KeyVersionNumber::FIRST).unwrap();
+                    slot.confirm(version, 2, kms_domain::Evidence::Proven, now).unwrap();
+                    view.append(Event::KeysGranted(kms_proto::v1::KeysGranted::default()));
+                    view.put_meter((*meter).clone(), false)
+                },
+            );
             act.await.unwrap();
         }
 
         async fn states(&self, number: u64, key_type: KeyType) -> Vec<(KeyState, bool)> {
             let stored = self.island.meter(meter(number)).await.unwrap().unwrap();
-            stored.slots.get(SecuritySetupId::DEFAULT, key_type).unwrap().versions().iter().map(|version| (version.state(), version.candidate())).collect()
+            stored
+                .slots
+                .get(SecuritySetupId::DEFAULT, key_type)
+                .unwrap()
+                .versions()
+                .iter()
+                .map(|version| (version.state(), version.candidate()))
+                .collect()
         }
 
         async fn destroyed(&self) -> Vec<KeysDestroyed> {
-            let rows = self.island.store.audit_page(&AuditFilter { kind: Some(30), ..AuditFilter::default() }, None, 100).await.unwrap();
-            let events = rows.iter().filter_map(|row| match AuditRecord::decode(row.record.record.as_slice()).unwrap().event {
-                Some(Event::KeysDestroyed(event)) => Some(event),
-                _ => None,
-            });
+            let rows = self
+                .island
+                .store
+                .audit_page(&AuditFilter { kind: Some(30), ..AuditFilter::default() }, None, 100)
+                .await
+                .unwrap();
+            let events =
+                rows.iter().filter_map(|row| match AuditRecord::decode(row.record.record.as_slice()).unwrap().event {
+                    Some(Event::KeysDestroyed(event)) => Some(event),
+                    _ => None,
+                });
             events.collect()
         }
     }
@@ -470,7 +567,8 @@ mod tests {
             island.deliver(&sample("generic-suite0", 3)).await;
             island.rotate(2).await;
             let (housekeeper, kept) = (island.housekeeper(), [(Deactivated, true), (Active, true)]);
-            // I3: a year that has not passed. The clock goes on from there for some days, and jumps again.
+            // I3: a year that has not passed. The clock goes on from there for some days, and jumps
+            // again.
             for ahead in [365, 370, 372] {
                 clock::testing::set_ahead(ahead * DAY);
                 let report = housekeeper.keep_house(Island::now()).await.unwrap();

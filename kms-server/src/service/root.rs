@@ -1,7 +1,8 @@
 //! The island's roots: which versions there are, what uses them, and their rotation.
 //!
-//! A version is made on the token's machine ([`make`]), because that needs the token while no server uses it, and noted in the island's row. An
-//! officer makes it current; servers bring over what uses an earlier one ([`pass`]). docs/roots.md tells how it is led.
+//! A version is made on the token's machine ([`make`]), because that needs the token while no
+//! server uses it, and noted in the island's row. An officer makes it current; servers bring over
+//! what uses an earlier one ([`pass`]). docs/roots.md tells how it is led.
 
 mod count;
 mod destroy;
@@ -23,7 +24,9 @@ use kms_store::{MeterFilter, Reads, RowKind};
 use tokio::sync::mpsc;
 
 pub use self::destroy::Destruction;
-pub use self::refresh::{FINGERPRINT_KEY_VERSION, all_seal_keys, audit_keys, held_audit_key, learn_seal_keys, seal_key, seal_keys};
+pub use self::refresh::{
+    FINGERPRINT_KEY_VERSION, all_seal_keys, audit_keys, held_audit_key, learn_seal_keys, seal_key, seal_keys,
+};
 use crate::{
     audit::{Actor, Asked, Asking, Window},
     authz::{Action, Caller, Resource},
@@ -41,22 +44,24 @@ use crate::{
 pub struct RootService {
     island: Arc<Island>,
     timing: RootTiming,
-    /// The end of the pass after which the old seal key could not be retired yet, and when that was looked at.
+    /// The end of the pass after which the old seal key could not be retired yet, and when that was
+    /// looked at.
     not_retired: Arc<Mutex<Option<(UnixMillis, Instant)>>>,
 }
 
 /// How long things take until every server has noticed them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RootTiming {
-    /// How long a version must have been noted before it may become current, and how long its destruction must have been decided before tokens are
-    /// changed. Servers look every 2 s.
+    /// How long a version must have been noted before it may become current, and how long its
+    /// destruction must have been decided before tokens are changed. Servers look every 2 s.
     pub settling: Duration,
-    /// How long the old seal key is accepted after the last row has got a seal of the new one: requests that were answered before can be repeated for
-    /// so long.
+    /// How long the old seal key is accepted after the last row has got a seal of the new one:
+    /// requests that were answered before can be repeated for so long.
     pub seal_overlap: Duration,
     /// How long other servers leave a pass to the one that did the last page.
     pub lead: Duration,
-    /// How long until it is looked again whether the old seal key can be retired: all rows are read for that.
+    /// How long until it is looked again whether the old seal key can be retired: all rows are read
+    /// for that.
     pub look_again: Duration,
 }
 
@@ -64,8 +69,12 @@ impl RootTiming {
     /// Where no other server can be: nobody has to be waited for.
     const ALONE: Self = Self { settling: Duration::ZERO, lead: Duration::ZERO, ..Self::DEFAULT };
     /// 20 seconds, 24 hours, 30 seconds, 10 minutes.
-    pub const DEFAULT: Self =
-        Self { settling: Duration::from_secs(20), seal_overlap: Duration::from_hours(24), lead: Duration::from_secs(30), look_again: Duration::from_mins(10) };
+    pub const DEFAULT: Self = Self {
+        settling: Duration::from_secs(20),
+        seal_overlap: Duration::from_hours(24),
+        lead: Duration::from_secs(30),
+        look_again: Duration::from_mins(10),
+    };
 }
 
 /// What an officer does with a root.
@@ -103,10 +112,12 @@ impl RootService {
         Self { timing, ..self }
     }
 
-    /// Looks every `period` which roots are in use, and goes on with passes and destructions, until it is dropped or aborted.
+    /// Looks every `period` which roots are in use, and goes on with passes and destructions, until
+    /// it is dropped or aborted.
     pub fn in_background(self, period: Duration) -> tokio::task::JoinHandle<()> {
         tokio::spawn(async move {
-            // Other servers count on it that this one has looked: a slow pass must not hold that up.
+            // Other servers count on it that this one has looked: a slow pass must not hold that
+            // up.
             tokio::join!(self.look(period), self.lead(period));
         })
     }
@@ -163,8 +174,13 @@ impl RootService {
                 let standing = row.root_standing(id).unwrap_or(RootStanding::Destroyed);
                 let derivation = match purpose {
                     RootPurpose::Diversification(class) => {
-                        let known = row.roots(class).and_then(|roots| roots.diversification.iter().find(|root| root.version == id.version));
-                        known.map(|root| root.derivation).or_else(|| entry?.derivation).map(kms_domain::KeyDerivation::name)
+                        let known = row
+                            .roots(class)
+                            .and_then(|roots| roots.diversification.iter().find(|root| root.version == id.version));
+                        known
+                            .map(|root| root.derivation)
+                            .or_else(|| entry?.derivation)
+                            .map(kms_domain::KeyDerivation::name)
                     }
                     _ => None,
                 };
@@ -188,15 +204,26 @@ impl RootService {
     /// Rotates a root, or changes its rotation. A request that comes again changes nothing more.
     ///
     /// # Errors
-    /// Not permitted; there is no version to rotate to, it is too new, or this server's token lacks it; the rotation's state forbids it; or the
-    /// database is away.
-    pub async fn change(&self, caller: &Caller, request: Request, purpose: RootPurpose, change: Change) -> Result<v1::ShowRootsResponse, ServiceError> {
+    /// Not permitted; there is no version to rotate to, it is too new, or this server's token lacks
+    /// it; the rotation's state forbids it; or the database is away.
+    pub async fn change(
+        &self,
+        caller: &Caller,
+        request: Request,
+        purpose: RootPurpose,
+        change: Change,
+    ) -> Result<v1::ShowRootsResponse, ServiceError> {
         self.island.require(caller, &Action::RotateRoot).await?;
         let known = self.newest_row().await;
         let no_root = || refused(RootError::NoSuchRoot { purpose });
         let to = if matches!(change, Change::Rotate { .. }) {
             // One that was given up is none to rotate to.
-            let newest = known.root_versions(purpose).into_iter().filter(|id| known.may_store_under(*id)).max().ok_or_else(no_root)?;
+            let newest = known
+                .root_versions(purpose)
+                .into_iter()
+                .filter(|id| known.may_store_under(*id))
+                .max()
+                .ok_or_else(no_root)?;
             self.is_in_token(newest).await?;
             newest
         } else {
@@ -220,19 +247,37 @@ impl RootService {
             }
             let now = view.clock()?;
             let mut row = (*view.island(island.name())?.ok_or_else(no_island)?).clone();
-            let mut event = RootRotationChanged { root: purpose.to_string(), version: to.version.into(), ..RootRotationChanged::default() };
+            let mut event = RootRotationChanged {
+                root: purpose.to_string(),
+                version: to.version.into(),
+                ..RootRotationChanged::default()
+            };
             match &change {
                 Change::Rotate { rows_per_second } => {
                     let from = row.activate_root(to, settling, now).map_err(refused)?;
-                    event = RootRotationChanged { change: "begun".to_owned(), from: from.into(), rows_per_second: *rows_per_second, ..event };
+                    event = RootRotationChanged {
+                        change: "begun".to_owned(),
+                        from: from.into(),
+                        rows_per_second: *rows_per_second,
+                        ..event
+                    };
                     if purpose.has_pass() {
-                        view.put_root_rotation(RootRotation::new(to, principal.id.clone(), *rows_per_second, rows, now))?;
+                        view.put_root_rotation(RootRotation::new(
+                            to,
+                            principal.id.clone(),
+                            *rows_per_second,
+                            rows,
+                            now,
+                        ))?;
                     }
                     view.put_island(row)?;
                 }
                 Change::Retire => {
                     if purpose != RootPurpose::VendorTransport {
-                        return Err(ServiceError::invalid("root", "only earlier versions of `vendor-transport` are retired by hand"));
+                        return Err(ServiceError::invalid(
+                            "root",
+                            "only earlier versions of `vendor-transport` are retired by hand",
+                        ));
                     }
                     row.retire_roots(purpose).map_err(refused)?;
                     event.change = "retired".to_owned();
@@ -247,7 +292,11 @@ impl RootService {
                 Change::Resume { rows_per_second } => {
                     let mut rotation = (*view.root_rotation(to)?.ok_or_else(|| no_rotation(purpose))?).clone();
                     rotation.resume(*rows_per_second, now).map_err(|state| is_in(purpose, state))?;
-                    event = RootRotationChanged { change: "resumed".to_owned(), rows_per_second: rotation.rows_per_second, ..event };
+                    event = RootRotationChanged {
+                        change: "resumed".to_owned(),
+                        rows_per_second: rotation.rows_per_second,
+                        ..event
+                    };
                     view.put_root_rotation(rotation)?;
                 }
             }
@@ -259,18 +308,25 @@ impl RootService {
         self.show(caller).await
     }
 
-    /// The island's row, whatever this server's tokens lack of it: an officer can see that, and pause what goes on.
+    /// The island's row, whatever this server's tokens lack of it: an officer can see that, and
+    /// pause what goes on.
     async fn newest_row(&self) -> Arc<kms_domain::Island> {
         self.refresh().await.unwrap_or_else(|_| self.island.row())
     }
 
-    /// How far a rotation is: at once, at each change, and when it has ended, after which the stream ends.
+    /// How far a rotation is: at once, at each change, and when it has ended, after which the
+    /// stream ends.
     ///
     /// # Errors
     /// Not permitted, the root was never rotated, or the database is away.
-    pub async fn watch(&self, caller: &Caller, purpose: RootPurpose) -> Result<mpsc::Receiver<Result<v1::RootRotation, ServiceError>>, ServiceError> {
+    pub async fn watch(
+        &self,
+        caller: &Caller,
+        purpose: RootPurpose,
+    ) -> Result<mpsc::Receiver<Result<v1::RootRotation, ServiceError>>, ServiceError> {
         self.island.require(caller, &Action::ListRoots).await?;
-        let current = self.newest_row().await.current_root(purpose).ok_or_else(|| refused(RootError::NoSuchRoot { purpose }))?;
+        let current =
+            self.newest_row().await.current_root(purpose).ok_or_else(|| refused(RootError::NoSuchRoot { purpose }))?;
         let to = RootId { purpose, version: current };
         let first = self.load(to).await?.ok_or_else(|| no_rotation(purpose))?;
         let watched = WatchedRotation { service: self.clone(), caller: caller.clone(), to };
@@ -283,12 +339,14 @@ impl RootService {
         if let Ok(rotation) = self.island.committer.open_root_rotation(to, &row) {
             return Ok(Some(rotation));
         }
-        // It may have been written between being read and being opened: only what does not verify again was tampered with.
+        // It may have been written between being read and being opened: only what does not verify
+        // again was tampered with.
         let Some(row) = self.island.store.sealed(RowKind::RootRotation, &to.octets()).await? else { return Ok(None) };
         self.island.committer.open_root_rotation(to, &row).map(Some)
     }
 
-    /// A root that a token lacks is of no use: nothing is wrapped under it on this server's word alone.
+    /// A root that a token lacks is of no use: nothing is wrapped under it on this server's word
+    /// alone.
     async fn is_in_token(&self, id: RootId) -> Result<(), ServiceError> {
         if self.island.hsm.has_key(token_key(id)?).await? {
             return Ok(());
@@ -374,7 +432,9 @@ fn message(rotation: &RootRotation) -> v1::RootRotation {
 fn refused(error: RootError) -> ServiceError {
     let next_step = match &error {
         RootError::NoSuchRoot { .. } => "`kms roots show` lists the roots",
-        RootError::NotMade { standing: RootStanding::Current, .. } | RootError::NoSuchVersion { .. } => "make a new version with `kms-server roots new` first",
+        RootError::NotMade { standing: RootStanding::Current, .. } | RootError::NoSuchVersion { .. } => {
+            "make a new version with `kms-server roots new` first"
+        }
         RootError::NotSettled { .. } => "wait, and try again",
         RootError::Needed { standing: RootStanding::Made, .. } => {
             "rotate to it with `kms roots rotate` first, or give it up with `kms roots propose-destruction`"
@@ -386,9 +446,15 @@ fn refused(error: RootError) -> ServiceError {
 
 fn no_rotation(purpose: RootPurpose) -> ServiceError {
     let (reason, next_step) = if purpose.has_pass() {
-        (format!("the root `{purpose}` was never rotated, so there is no pass"), format!("begin one with `kms roots rotate {purpose}`"))
+        (
+            format!("the root `{purpose}` was never rotated, so there is no pass"),
+            format!("begin one with `kms roots rotate {purpose}`"),
+        )
     } else {
-        (format!("no pass belongs to the root `{purpose}`: nothing is wrapped or sealed with it"), "look at it with `kms roots show --count`".to_owned())
+        (
+            format!("no pass belongs to the root `{purpose}`: nothing is wrapped or sealed with it"),
+            "look at it with `kms roots show --count`".to_owned(),
+        )
     };
     ServiceError::FailedPrecondition { reason, next_step }
 }

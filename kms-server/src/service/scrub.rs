@@ -1,9 +1,12 @@
-//! The scrubber (I5): reads the whole log and every sealed row, and finds what does not fit. A row that is older than its last record, a row that
-//! is gone, one that nobody recorded, one that was edited; a chain with a gap, a changed record, or an end that was cut off; imported keys that the
-//! list of fingerprints does not know, and equal ones that count apart (I4); tasks of campaigns that were edited, or do what was not approved (I6).
+//! The scrubber (I5): reads the whole log and every sealed row, and finds what does not fit. A row
+//! that is older than its last record, a row that is gone, one that nobody recorded, one that was
+//! edited; a chain with a gap, a changed record, or an end that was cut off; imported keys that the
+//! list of fingerprints does not know, and equal ones that count apart (I4); tasks of campaigns
+//! that were edited, or do what was not approved (I6).
 //!
-//! What it cannot see: the newest records of a chain that is still being written are only guarded by those that follow, so an end that was cut
-//! off a living server's chain shows with that server's next record.
+//! What it cannot see: the newest records of a chain that is still being written are only guarded
+//! by those that follow, so an end that was cut off a living server's chain shows with that
+//! server's next record.
 
 mod chains;
 mod fingerprints;
@@ -15,7 +18,8 @@ mod tests;
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use kms_domain::{
-    CampaignId, CounterDomainId, DeviceTypeId, Generation, GroupId, IslandName, PrincipalId, ProposalId, RootId, RowId, RowSeal, SystemTitle, row_digest,
+    CampaignId, CounterDomainId, DeviceTypeId, Generation, GroupId, IslandName, PrincipalId, ProposalId, RootId, RowId,
+    RowSeal, SystemTitle, row_digest,
 };
 use kms_proto::v1::{RowWrite, ScrubFinding, ScrubResponse, SecurityEvent, audit_record::Event};
 use kms_store::{MeterFilter, Reads, RowKind, SealedRow};
@@ -54,7 +58,8 @@ pub struct ScrubReport {
 }
 
 impl Scrubber {
-    /// How many rows are remembered at once, in about 100 octets each. An island with more is read in several passes.
+    /// How many rows are remembered at once, in about 100 octets each. An island with more is read
+    /// in several passes.
     pub const ROWS_AT_ONCE: usize = 2_000_000;
 
     /// A scrubber that remembers [`Self::ROWS_AT_ONCE`] rows.
@@ -68,11 +73,15 @@ impl Scrubber {
         Self { rows_at_once: rows.max(1), ..self }
     }
 
-    /// Scrubs for a caller, and tells how far it is. Where a scrub runs already the caller gets its answer: it may have read some rows before the call.
+    /// Scrubs for a caller, and tells how far it is. Where a scrub runs already the caller gets its
+    /// answer: it may have read some rows before the call.
     ///
     /// # Errors
     /// Not permitted; the caller watches as many scrubs as it may; or the database is away.
-    pub async fn scrub_for(&self, caller: &Caller) -> Result<mpsc::Receiver<Result<ScrubResponse, ServiceError>>, ServiceError> {
+    pub async fn scrub_for(
+        &self,
+        caller: &Caller,
+    ) -> Result<mpsc::Receiver<Result<ScrubResponse, ServiceError>>, ServiceError> {
         self.island.require(caller, &Action::Scrub).await?;
         let place = self.island.scrubs.place(&caller.principal, &self.island.limits)?;
         let mut watched = self.watch();
@@ -96,7 +105,8 @@ impl Scrubber {
                                 Ok(()) => continue,
                                 Err(_) => Err(ServiceError::unavailable("the scrub was ended")),
                             },
-                            // A caller that has gone away has no use for it; the findings are on the record.
+                            // A caller that has gone away has no use for it; the findings are on
+                            // the record.
                             () = answers.closed() => return,
                         }
                     }
@@ -108,17 +118,26 @@ impl Scrubber {
         Ok(receiver)
     }
 
-    /// Scrubs every `period`, from one period after the start on, until it is dropped or aborted. What is found is a security event in the log,
-    /// and an error in the server's own.
+    /// Scrubs every `period`, from one period after the start on, until it is dropped or aborted.
+    /// What is found is a security event in the log, and an error in the server's own.
     pub fn in_background(self, period: Duration) -> tokio::task::JoinHandle<()> {
         tokio::spawn(async move {
             loop {
                 tokio::time::sleep(period).await;
                 let mut watched = self.watch();
-                let outcome = watched.wait_for(|progress| progress.outcome.is_some()).await.ok().and_then(|progress| progress.outcome.clone());
+                let outcome = watched
+                    .wait_for(|progress| progress.outcome.is_some())
+                    .await
+                    .ok()
+                    .and_then(|progress| progress.outcome.clone());
                 match outcome {
                     Some(Ok(report)) => {
-                        tracing::info!(records = report.records_read, rows = report.rows_read, findings = report.findings.len(), "scrubbed");
+                        tracing::info!(
+                            records = report.records_read,
+                            rows = report.rows_read,
+                            findings = report.findings.len(),
+                            "scrubbed"
+                        );
                     }
                     Some(Err(error)) => tracing::error!(%error, "the scrubber could not finish"),
                     None => tracing::error!("the scrubber was ended"),
@@ -142,12 +161,15 @@ impl Scrubber {
         }
     }
 
-    /// Reads everything once, and records what it finds. `progress` is called every now and then; when it says no, the scrubber stops early with
-    /// what it has found.
+    /// Reads everything once, and records what it finds. `progress` is called every now and then;
+    /// when it says no, the scrubber stops early with what it has found.
     ///
     /// # Errors
     /// HSM or database are away.
-    pub async fn scrub(&self, mut progress: impl FnMut(ScrubResponse) -> bool + Send) -> Result<ScrubReport, ServiceError> {
+    pub async fn scrub(
+        &self,
+        mut progress: impl FnMut(ScrubResponse) -> bool + Send,
+    ) -> Result<ScrubReport, ServiceError> {
         let passes = self.passes().await?;
         let mut report = ScrubReport::default();
         'passes: for pass in 0..passes {
@@ -195,7 +217,8 @@ impl Scrubber {
         Ok(report)
     }
 
-    /// Every finding is a security event, up to a number; all of them are errors in the server's log.
+    /// Every finding is a security event, up to a number; all of them are errors in the server's
+    /// log.
     async fn record(&self, findings: &[ScrubFinding]) -> Result<(), ServiceError> {
         for finding in findings {
             tracing::error!(
@@ -222,7 +245,8 @@ impl Scrubber {
     }
 
     async fn passes(&self) -> Result<u64, ServiceError> {
-        // Other sealed rows are few beside the meters; an island of groups alone is one pass all the same.
+        // Other sealed rows are few beside the meters; an island of groups alone is one pass all
+        // the same.
         let rows = self.island.store.meter_count(&MeterFilter::default()).await?;
         Ok(rows / u64::try_from(self.rows_at_once).unwrap_or(u64::MAX) + 1)
     }
@@ -230,7 +254,12 @@ impl Scrubber {
 
 impl ScrubReport {
     fn progress(&self) -> ScrubResponse {
-        ScrubResponse { records_read: self.records_read, rows_read: self.rows_read, findings: Vec::new(), finished: false }
+        ScrubResponse {
+            records_read: self.records_read,
+            rows_read: self.rows_read,
+            findings: Vec::new(),
+            finished: false,
+        }
     }
 }
 
@@ -259,7 +288,9 @@ struct Partition {
 impl Partition {
     fn holds(self, kind: u8, id: &[u8]) -> bool {
         // FNV-1a: any even spread will do.
-        let hash = id.iter().fold(0xCBF2_9CE4_8422_2325 ^ u64::from(kind), |hash: u64, octet| (hash ^ u64::from(*octet)).wrapping_mul(0x0100_0000_01B3));
+        let hash = id.iter().fold(0xCBF2_9CE4_8422_2325 ^ u64::from(kind), |hash: u64, octet| {
+            (hash ^ u64::from(*octet)).wrapping_mul(0x0100_0000_01B3)
+        });
         (hash >> 16) % self.passes == self.pass
     }
 }
@@ -270,7 +301,8 @@ struct Scan<'a> {
     partition: Partition,
     recorded: HashMap<Name, Recorded>,
     chains: Chains<'a>,
-    /// Rows that did not fit when they were read; servers write meanwhile, so they are looked at again.
+    /// Rows that did not fit when they were read; servers write meanwhile, so they are looked at
+    /// again.
     suspects: Vec<Name>,
 }
 
@@ -322,10 +354,9 @@ impl Scan<'_> {
             return;
         }
         let name: Name = (kind, id.into());
-        let fits = self
-            .recorded
-            .get(&name)
-            .is_some_and(|(generation, digest)| row.generation == *generation && self.digest(&name, row).is_ok_and(|found| found == *digest));
+        let fits = self.recorded.get(&name).is_some_and(|(generation, digest)| {
+            row.generation == *generation && self.digest(&name, row).is_ok_and(|found| found == *digest)
+        });
         if fits {
             self.recorded.remove(&name);
         } else {
@@ -333,7 +364,8 @@ impl Scan<'_> {
         }
     }
 
-    /// Looks again at all that did not fit: a row may have been written between the reading of the log and its own.
+    /// Looks again at all that did not fit: a row may have been written between the reading of the
+    /// log and its own.
     async fn conclude(mut self) -> Result<Vec<ScrubFinding>, ServiceError> {
         let mut names = std::mem::take(&mut self.suspects);
         names.extend(self.recorded.keys().cloned());
@@ -342,18 +374,22 @@ impl Scan<'_> {
         if names.is_empty() {
             return Ok(Vec::new());
         }
-        // Rows that fitted are not in the map any more; records about them may come back with newer ones, and are passed by.
+        // Rows that fitted are not in the map any more; records about them may come back with newer
+        // ones, and are passed by.
         while self.read_log().await? {}
         let mut findings = Vec::new();
         let mut again = Vec::new();
         for name in names {
             let at_least = self.recorded.get(&name).map_or(0, |(generation, _)| *generation);
             match self.row(&name).await? {
-                None => findings.push(finding(&name, "deleted", format!("its last record is of generation {at_least}"))),
+                None => {
+                    findings.push(finding(&name, "deleted", format!("its last record is of generation {at_least}")))
+                }
                 Some(row) => again.push((name, at_least, row)),
             }
         }
-        // Whoever wrote one of these rows had its record in the same transaction: it can be read now.
+        // Whoever wrote one of these rows had its record in the same transaction: it can be read
+        // now.
         while self.read_log().await? {}
         for (name, at_least, row) in again {
             let recorded = self.recorded.get(&name).copied();
@@ -362,7 +398,8 @@ impl Scan<'_> {
         Ok(findings)
     }
 
-    /// `at_least` is the generation that was recorded before the row was read, `recorded` the last one after.
+    /// `at_least` is the generation that was recorded before the row was read, `recorded` the last
+    /// one after.
     fn judge(&self, name: &Name, at_least: u64, row: &SealedRow, recorded: Option<Recorded>) -> Option<ScrubFinding> {
         let digest = match self.digest(name, row) {
             Ok(digest) => digest,
@@ -372,8 +409,16 @@ impl Scan<'_> {
             return Some(finding(name, "unrecorded", "no record says that it was written".to_owned()));
         };
         match row.generation {
-            generation if generation < at_least => Some(finding(name, "stale", format!("it is of generation {generation}, and its last record of {at_least}"))),
-            generation if generation > last => Some(finding(name, "unrecorded", format!("it is of generation {generation}, and its last record of {last}"))),
+            generation if generation < at_least => Some(finding(
+                name,
+                "stale",
+                format!("it is of generation {generation}, and its last record of {at_least}"),
+            )),
+            generation if generation > last => Some(finding(
+                name,
+                "unrecorded",
+                format!("it is of generation {generation}, and its last record of {last}"),
+            )),
             generation if generation == last && digest != recorded => {
                 Some(finding(name, "edited", format!("it is not what was recorded of generation {last}")))
             }
@@ -401,14 +446,20 @@ impl Scan<'_> {
             .and_then(|number| Generation::from_i64(number).ok())
             .ok_or_else(|| "its generation is out of range".to_owned())?;
         let seal = RowSeal::from_octets(&row.seal).map_err(|error| error.to_string())?;
-        self.island.committer.seal_keys().verify(&id, generation, &row.body, &seal).map_err(|error| error.to_string())?;
+        self.island
+            .committer
+            .seal_keys()
+            .verify(&id, generation, &row.body, &seal)
+            .map_err(|error| error.to_string())?;
         Ok(row_digest(seal.key_version(), &id, generation, &row.body))
     }
 }
 
 /// Keeps the newest record of each row of the partition.
 fn note(partition: Partition, recorded: &mut HashMap<Name, Recorded>, write: &RowWrite) {
-    let (Ok(kind), Ok(digest)) = (u8::try_from(write.kind), <[u8; 16]>::try_from(write.digest.as_ref())) else { return };
+    let (Ok(kind), Ok(digest)) = (u8::try_from(write.kind), <[u8; 16]>::try_from(write.digest.as_ref())) else {
+        return;
+    };
     if !partition.holds(kind, &write.id) {
         return;
     }

@@ -1,8 +1,9 @@
-//! Vendor shipments (docs/formats.md, *Shipments*): sent into the spool, verified as a whole, then imported line by line, from vendor
-//! wrapping to storage wrapping inside the HSM.
+//! Vendor shipments (docs/formats.md, *Shipments*): sent into the spool, verified as a whole, then
+//! imported line by line, from vendor wrapping to storage wrapping inside the HSM.
 //!
-//! Any server can go on where another one stopped: octets and progress are in the database, progress in the same transaction as the meters.
-//! What is imported is what the manufacturer signed: the file is verified in a first pass of every call, and each part of it again when the
+//! Any server can go on where another one stopped: octets and progress are in the database,
+//! progress in the same transaction as the meters. What is imported is what the manufacturer
+//! signed: the file is verified in a first pass of every call, and each part of it again when the
 //! second pass reads it (I5).
 
 mod batch;
@@ -51,7 +52,8 @@ impl ShipmentService {
     /// How far a shipment is.
     ///
     /// # Errors
-    /// Not permitted; unknown, or another's where the caller may see its own only; or the database is away.
+    /// Not permitted; unknown, or another's where the caller may see its own only; or the database
+    /// is away.
     pub async fn get(&self, caller: &Caller, file_sha256: &[u8; 32]) -> Result<v1::Shipment, ServiceError> {
         let sees_all = self.sees_all(caller).await?;
         let row = self.latest(file_sha256).await?;
@@ -87,14 +89,23 @@ impl ShipmentService {
         self.sees_all(caller).await?;
         let spki = self.island.hsm.transport_key_spki(verify::offered_transport_version(&self.island)?).await?;
         let hashes = oaep_hashes(&self.island).await?;
-        Ok(v1::VendorTransportKey { spki: spki.into(), oaep_hashes: hashes.iter().map(|hash| hash.name().to_owned()).collect() })
+        Ok(v1::VendorTransportKey {
+            spki: spki.into(),
+            oaep_hashes: hashes.iter().map(|hash| hash.name().to_owned()).collect(),
+        })
     }
 
     /// The latest upload of a file: those before it were refused.
     async fn latest(&self, file_sha256: &[u8; 32]) -> Result<Option<ShipmentRow>, ServiceError> {
         let mut latest = None;
         for number in 0..MOST_UPLOADS {
-            match self.island.store.shipment(upload_id(file_sha256, number)).await?.filter(|row| row.sha256 == *file_sha256) {
+            match self
+                .island
+                .store
+                .shipment(upload_id(file_sha256, number))
+                .await?
+                .filter(|row| row.sha256 == *file_sha256)
+            {
                 None => break,
                 Some(row) if row.state == ShipmentState::Refused => latest = Some(row),
                 row => return Ok(row),
@@ -153,14 +164,16 @@ impl ShipmentService {
     }
 }
 
-/// The OAEP hashes that batch keys may use: SHA-256, and SHA-1 only where the module has nothing else.
+/// The OAEP hashes that batch keys may use: SHA-256, and SHA-1 only where the module has nothing
+/// else.
 async fn oaep_hashes(island: &Island) -> Result<Vec<kms_domain::OaepHash>, ServiceError> {
     let capabilities = island.hsm.usable(HSM_WAIT).await?;
     Ok(capabilities.oaep_hash().into_iter().collect())
 }
 
 fn is_own(row: &ShipmentRow, caller: &Caller) -> bool {
-    row.principal == caller.principal || Progress::of(row).is_ok_and(|progress| progress.manufacturer == caller.principal.to_string())
+    row.principal == caller.principal
+        || Progress::of(row).is_ok_and(|progress| progress.manufacturer == caller.principal.to_string())
 }
 
 fn no_shipment_key(manufacturer: &PrincipalId) -> ServiceError {

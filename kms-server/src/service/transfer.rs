@@ -1,8 +1,10 @@
-//! New keys for meters over the air (I3). The state machine is in the domain; here it meets the meter's octets, the HSM and the database.
+//! New keys for meters over the air (I3). The state machine is in the domain; here it meets the
+//! meter's octets, the HSM and the database.
 //!
-//! A step is decided in one transaction: the meter's row, the counters of the next request and the audit record (I2). What leaves is made in the
-//! HSM afterwards, from the row alone, so the same step is the same octets on every server (I4). What came back is read in the HSM before the
-//! next step is decided; the transaction checks that the row is still at the step that was read for.
+//! A step is decided in one transaction: the meter's row, the counters of the next request and the
+//! audit record (I2). What leaves is made in the HSM afterwards, from the row alone, so the same
+//! step is the same octets on every server (I4). What came back is read in the HSM before the next
+//! step is decided; the transaction checks that the row is still at the step that was read for.
 
 mod emit;
 mod read;
@@ -16,9 +18,10 @@ use std::{collections::HashMap, num::NonZeroU32, sync::Arc};
 use aws_lc_rs::digest;
 use futures::{StreamExt, TryStreamExt, stream};
 use kms_domain::{
-    CampaignTask, Confirmation, CounterPlace, ExposureReason, Finding, GroupId, KeyOrigin, KeyPair, KeyShape, KeyState, KeyType, KeyVersion, KeyVersionNumber,
-    Meter, NewKeyOrigin, NewKeyVersion, Next, Observation, OrderedKeys, Outcome, Owner, RequestId, SecuritySetupId, SharedExposures, Stage, Step, SystemTitle,
-    TaskWork, Transfer, TransferError, TransferForm, TransferId, TransferOrder, WrappedKey,
+    CampaignTask, Confirmation, CounterPlace, ExposureReason, Finding, GroupId, KeyOrigin, KeyPair, KeyShape, KeyState,
+    KeyType, KeyVersion, KeyVersionNumber, Meter, NewKeyOrigin, NewKeyVersion, Next, Observation, OrderedKeys, Outcome,
+    Owner, RequestId, SecuritySetupId, SharedExposures, Stage, Step, SystemTitle, TaskWork, Transfer, TransferError,
+    TransferForm, TransferId, TransferOrder, WrappedKey,
 };
 use kms_hsm::Hsm;
 use kms_proto::v1::{HeldVersion, SecurityEvent, TransferAdvance, TransfersAdvanced, audit_record::Event};
@@ -208,15 +211,25 @@ impl TransferService {
         // Denied before the HSM makes a key.
         let permitted: Vec<bool> = orders
             .iter()
-            .map(|order| known.get(&order.meter).is_some_and(|meter| permits_order(&self.island, &facts(&principal), meter, order).is_ok()))
+            .map(|order| {
+                known
+                    .get(&order.meter)
+                    .is_some_and(|meter| permits_order(&self.island, &facts(&principal), meter, order).is_ok())
+            })
             .collect();
         let paid = self.paid_by(caller);
         let prepared = paid.prepare(&orders, &permitted, &known).await?;
         let asking = Asking::new(caller, request, digest, Window::Keys);
-        let groups = orders.iter().filter_map(|order| known.get(&order.meter)).flat_map(|meter| meter.class.groups.clone());
+        let groups =
+            orders.iter().filter_map(|order| known.get(&order.meter)).flat_map(|meter| meter.class.groups.clone());
         let mut sealed = vec![principal_row(&caller.principal), self.island.row_name()];
         sealed.extend(groups.map(group_row));
-        let mut reads = Reads { meters: orders.iter().map(|order| order.meter).collect(), sealed, requests: asking.reads(), ..Reads::default() };
+        let mut reads = Reads {
+            meters: orders.iter().map(|order| order.meter).collect(),
+            sealed,
+            requests: asking.reads(),
+            ..Reads::default()
+        };
         for (order, permitted) in orders.iter().zip(&permitted) {
             if let Some(task) = order.task.filter(|_| *permitted) {
                 reads.extend(&task_reads(task.campaign, [order.meter]));
@@ -236,7 +249,9 @@ impl TransferService {
                     let begun = if repeated {
                         began(view, &island, &principal, order, request)
                     } else {
-                        advances.attempt(view, |view, advances| begin_one(view, &island, &principal, order, prepared, request, advances))
+                        advances.attempt(view, |view, advances| {
+                            begin_one(view, &island, &principal, order, prepared, request, advances)
+                        })
                     };
                     decided.push((order.meter, begun.map(DecidedStep::going_on)));
                 }
@@ -254,18 +269,26 @@ impl TransferService {
         Ok((paid.answer(committed.value).await?, committed.leaves.first().copied()))
     }
 
-    /// Reports what came back, and goes on. A report for an earlier step changes nothing and gets the present step.
+    /// Reports what came back, and goes on. A report for an earlier step changes nothing and gets
+    /// the present step.
     ///
     /// # Errors
     /// What concerns all: the caller, HSM or database.
-    pub async fn proceed(&self, caller: &Caller, reports: Vec<Report>) -> Result<(Vec<StepAnswer>, Option<AuditLeaf>), ServiceError> {
+    pub async fn proceed(
+        &self,
+        caller: &Caller,
+        reports: Vec<Report>,
+    ) -> Result<(Vec<StepAnswer>, Option<AuditLeaf>), ServiceError> {
         let principal = self.island.principal(caller).await?;
         let known = self.meters(reports.iter().map(|report| report.meter)).await?;
         let expected: Vec<Option<Arc<Meter>>> = reports
             .iter()
             .map(|report| {
                 let meter = known.get(&report.meter)?;
-                let transfer = meter.transfer.as_ref().filter(|transfer| transfer.id == report.id && transfer.step == report.step)?;
+                let transfer = meter
+                    .transfer
+                    .as_ref()
+                    .filter(|transfer| transfer.id == report.id && transfer.step == report.step)?;
                 permits_transfer(&self.island, &facts(&principal), meter, transfer).ok().map(|()| meter.clone())
             })
             .collect();
@@ -274,7 +297,8 @@ impl TransferService {
         let challenges = paid.challenges(reports.len()).await?;
         let mut sealed = vec![principal_row(&caller.principal)];
         sealed.extend(known.values().flat_map(|meter| meter.class.groups.iter().copied().map(group_row)));
-        let mut reads = Reads { meters: reports.iter().map(|report| report.meter).collect(), sealed, ..Reads::default() };
+        let mut reads =
+            Reads { meters: reports.iter().map(|report| report.meter).collect(), sealed, ..Reads::default() };
         extend_by_tasks(&mut reads, known.values());
         let (island, caller_again) = (self.island.clone(), caller.clone());
         let committed = self
@@ -285,8 +309,9 @@ impl TransferService {
                 let mut advances = Advances::default();
                 let mut decided: Vec<Decided> = Vec::with_capacity(reports.len());
                 for ((report, observation), challenge) in reports.iter().zip(&observations).zip(&challenges) {
-                    let step =
-                        advances.attempt(view, |view, advances| proceed_one(view, &island, &principal, report, observation.as_ref(), *challenge, advances));
+                    let step = advances.attempt(view, |view, advances| {
+                        proceed_one(view, &island, &principal, report, observation.as_ref(), *challenge, advances)
+                    });
                     decided.push((report.meter, step));
                 }
                 refuse_all(view, &decided);
@@ -309,8 +334,11 @@ impl TransferService {
         reason: String,
     ) -> Result<Vec<StepAnswer>, ServiceError> {
         let known = self.meters(transfers.iter().map(|(meter, _)| *meter)).await?;
-        let mut reads =
-            Reads { meters: transfers.iter().map(|(meter, _)| *meter).collect(), sealed: vec![principal_row(&caller.principal)], ..Reads::default() };
+        let mut reads = Reads {
+            meters: transfers.iter().map(|(meter, _)| *meter).collect(),
+            sealed: vec![principal_row(&caller.principal)],
+            ..Reads::default()
+        };
         extend_by_tasks(&mut reads, known.values());
         let (island, caller_again) = (self.island.clone(), caller.clone());
         let committed = self
@@ -323,8 +351,10 @@ impl TransferService {
                 for (title, id) in &transfers {
                     let withdrawn = advances.attempt(view, |view, advances| {
                         let mut meter = own_meter(view, *title)?;
-                        let action = Action::WithdrawTransfer { own: meter.class.head_end.as_ref() == Some(&principal.id) };
-                        let permitted = island.policy.load().permits(&facts(&principal), &action, &Resource::Meters(&meter.class));
+                        let action =
+                            Action::WithdrawTransfer { own: meter.class.head_end.as_ref() == Some(&principal.id) };
+                        let permitted =
+                            island.policy.load().permits(&facts(&principal), &action, &Resource::Meters(&meter.class));
                         if !permitted.is_permit() {
                             return Err(denied(*title));
                         }
@@ -349,11 +379,17 @@ impl TransferService {
     }
 
     /// The meters as they stand now, for what is done before the transaction.
-    async fn meters(&self, titles: impl Iterator<Item = SystemTitle>) -> Result<HashMap<SystemTitle, Arc<Meter>>, ServiceError> {
+    async fn meters(
+        &self,
+        titles: impl Iterator<Item = SystemTitle>,
+    ) -> Result<HashMap<SystemTitle, Arc<Meter>>, ServiceError> {
         let titles: Vec<SystemTitle> = titles.collect();
         let rows = self.island.store.meters(&titles).await?;
         // A row that does not verify is as good as absent (I5); the transaction tells the officers.
-        Ok(rows.iter().filter_map(|row| Some((row.title, self.island.committer.open_meter(row.title, &row.row).ok()?))).collect())
+        Ok(rows
+            .iter()
+            .filter_map(|row| Some((row.title, self.island.committer.open_meter(row.title, &row.row).ok()?)))
+            .collect())
     }
 
     /// Random challenges of the HSM.
@@ -363,18 +399,30 @@ impl TransferService {
     }
 
     /// The new versions of each order, and its first challenge.
-    async fn prepare(&self, orders: &[Order], permitted: &[bool], known: &HashMap<SystemTitle, Arc<Meter>>) -> Result<Vec<Prepared>, ServiceError> {
+    async fn prepare(
+        &self,
+        orders: &[Order],
+        permitted: &[bool],
+        known: &HashMap<SystemTitle, Arc<Meter>>,
+    ) -> Result<Vec<Prepared>, ServiceError> {
         let challenges = self.challenges(orders.len()).await?;
         let each: Vec<_> = orders
             .iter()
             .zip(permitted)
             .zip(challenges)
-            .map(|((order, permitted), challenge)| self.prepare_one(order.clone(), known.get(&order.meter).filter(|_| *permitted).cloned(), challenge))
+            .map(|((order, permitted), challenge)| {
+                self.prepare_one(order.clone(), known.get(&order.meter).filter(|_| *permitted).cloned(), challenge)
+            })
             .collect();
         stream::iter(each).buffered(KEYS_AT_ONCE).try_collect().await
     }
 
-    async fn prepare_one(&self, order: Order, meter: Option<Arc<Meter>>, challenge: [u8; kms_domain::CHALLENGE]) -> Result<Prepared, ServiceError> {
+    async fn prepare_one(
+        &self,
+        order: Order,
+        meter: Option<Arc<Meter>>,
+        challenge: [u8; kms_domain::CHALLENGE],
+    ) -> Result<Prepared, ServiceError> {
         let wanted = match order.key_type {
             Some(KeyType::KEK) => vec![KeyType::KEK, KeyType::GUEK],
             Some(one) => vec![one],
@@ -390,7 +438,12 @@ impl TransferService {
     }
 
     /// A new version as the device profile has it made; none for keys that the meter does not own.
-    async fn new_version(&self, meter: &Meter, setup: Option<SecuritySetupId>, key_type: KeyType) -> Result<Option<NewKeyVersion>, ServiceError> {
+    async fn new_version(
+        &self,
+        meter: &Meter,
+        setup: Option<SecuritySetupId>,
+        key_type: KeyType,
+    ) -> Result<Option<NewKeyVersion>, ServiceError> {
         let Ok(setup) = setup_of(meter, setup) else { return Ok(None) };
         // Nor for those that it does not take by key_transfer.
         if meter.slots.get(setup, key_type).is_none() || emit::key_id(&self.island, meter, setup, key_type).is_none() {
@@ -403,11 +456,14 @@ impl TransferService {
         };
         let root = self.island.row().roots(key_type.class()).and_then(kms_domain::ClassRoots::current);
         let (origin, wrapped) = match (profile.map(|key| key.origin), root) {
-            (Some(NewKeyOrigin::Diversified), Some(root)) => (KeyOrigin::Diversified { root_version: root.version, derivation: root.derivation, length }, None),
+            (Some(NewKeyOrigin::Diversified), Some(root)) => {
+                (KeyOrigin::Diversified { root_version: root.version, derivation: root.derivation, length }, None)
+            }
             _ => {
                 let stored = self.hsm.generate_stored(key_type, length).await?;
                 let version = u8::try_from(stored.storage_kek_version.number()).unwrap_or_default();
-                let wrapped = WrappedKey::new(key_type, version, stored.blob.into()).map_err(|error| ServiceError::Internal(error.to_string()))?;
+                let wrapped = WrappedKey::new(key_type, version, stored.blob.into())
+                    .map_err(|error| ServiceError::Internal(error.to_string()))?;
                 (KeyOrigin::Generated, Some(wrapped))
             }
         };
@@ -456,8 +512,16 @@ fn begin_one(
         challenge: prepared.challenge,
     };
     if let Some(task) = order.task {
-        // I8: policy gives a task of a campaign more than another order, so nobody's word for it counts.
-        begin_task(view, task, order.meter, &principal.id, setup, order.key_type.map_or(TaskWork::Probe, TaskWork::Rotate))?;
+        // I8: policy gives a task of a campaign more than another order, so nobody's word for it
+        // counts.
+        begin_task(
+            view,
+            task,
+            order.meter,
+            &principal.id,
+            setup,
+            order.key_type.map_or(TaskWork::Probe, TaskWork::Rotate),
+        )?;
     }
     let changed = Arc::make_mut(&mut meter);
     let earlier = changed.transfer.clone();
@@ -482,13 +546,20 @@ fn begin_one(
     Ok(meter)
 }
 
-/// Whether a transfer goes no further because the lease of the task that it began for was lost: nobody has to wait until its time is over.
+/// Whether a transfer goes no further because the lease of the task that it began for was lost:
+/// nobody has to wait until its time is over.
 fn is_lost(view: &mut View<'_, '_>, transfer: &Transfer, meter: SystemTitle) -> Result<bool, ServiceError> {
     transfer.campaign.map_or(Ok(false), |task| holds_task(view, task, meter).map(|held| !held))
 }
 
 /// The present step of a transfer that the same request began before.
-fn began(view: &mut View<'_, '_>, island: &Island, principal: &kms_domain::Principal, order: &Order, request: RequestId) -> Result<Arc<Meter>, ServiceError> {
+fn began(
+    view: &mut View<'_, '_>,
+    island: &Island,
+    principal: &kms_domain::Principal,
+    order: &Order,
+    request: RequestId,
+) -> Result<Arc<Meter>, ServiceError> {
     let meter = own_meter(view, order.meter)?;
     let id = transfer_id(request, order.meter)?;
     match meter.transfer.as_ref().filter(|transfer| transfer.id == id) {
@@ -511,7 +582,9 @@ fn proceed_one(
     advances: &mut Advances,
 ) -> Result<DecidedStep, ServiceError> {
     let mut meter = own_meter(view, report.meter)?;
-    let Some(transfer) = meter.transfer.clone().filter(|transfer| transfer.id == report.id) else { return Err(refused(&TransferError::NotUnderWay)) };
+    let Some(transfer) = meter.transfer.clone().filter(|transfer| transfer.id == report.id) else {
+        return Err(refused(&TransferError::NotUnderWay));
+    };
     permits_step(view, island, principal, &meter, &transfer)?;
     if report.step < transfer.step {
         return Ok(DecidedStep::going_on(meter));
@@ -522,13 +595,18 @@ fn proceed_one(
     let mut observation = read.observation.clone();
     if let Observation::Attested { .. } = observation {
         let key_type = transfer.keys.last().map_or(KeyType::GUEK, |key| key.key_type);
-        island.policy.load().require(&facts(principal), &Action::AttestKey { key_type }, &Resource::Meters(&meter.class))?;
+        island.policy.load().require(
+            &facts(principal),
+            &Action::AttestKey { key_type },
+            &Resource::Meters(&meter.class),
+        )?;
     }
     if let Some(last_accepted) = read.last_accepted.filter(|_| transfer.follows_counter()) {
         observation = follow_counter(view, island, &mut meter, &transfer, last_accepted)?;
     }
     let changed = Arc::make_mut(&mut meter);
-    let Step { next, findings } = changed.observe(report.id, report.step, observation, challenge, view.now()).map_err(|error| refused(&error))?;
+    let Step { next, findings } =
+        changed.observe(report.id, report.step, observation, challenge, view.now()).map_err(|error| refused(&error))?;
     alert(view, &meter, &findings);
     match next {
         Next::Send => {
@@ -549,11 +627,19 @@ fn proceed_one(
     }
 }
 
-/// Tells the campaign's task how its transfer ended. `reason` says more than the outcome; empty where there is nothing more.
-fn tell_task(view: &mut View<'_, '_>, transfer: &Transfer, meter: SystemTitle, outcome: Outcome, reason: &str) -> Result<(), ServiceError> {
+/// Tells the campaign's task how its transfer ended. `reason` says more than the outcome; empty
+/// where there is nothing more.
+fn tell_task(
+    view: &mut View<'_, '_>,
+    transfer: &Transfer,
+    meter: SystemTitle,
+    outcome: Outcome,
+    reason: &str,
+) -> Result<(), ServiceError> {
     let Some(task) = transfer.campaign else { return Ok(()) };
     match end_task(view, task, meter, outcome, reason) {
-        // I5: the campaign's row was refused, which is on the record. What the meter has shown stays a fact.
+        // I5: the campaign's row was refused, which is on the record. What the meter has shown
+        // stays a fact.
         Ok(_) | Err(ServiceError::PermissionDenied { .. }) => Ok(()),
         Err(error) => Err(error),
     }
@@ -568,7 +654,8 @@ fn extend_by_tasks<'a>(reads: &mut Reads, meters: impl Iterator<Item = &'a Arc<M
     }
 }
 
-/// I4: a counter that only an unauthenticated answer names is followed within bounds: [`View::follow_counter`].
+/// I4: a counter that only an unauthenticated answer names is followed within bounds:
+/// [`View::follow_counter`].
 fn follow_counter(
     view: &mut View<'_, '_>,
     island: &Island,
@@ -577,26 +664,40 @@ fn follow_counter(
     last_accepted: u32,
 ) -> Result<Observation, ServiceError> {
     let Some(pair) = transfer.pair() else { return Ok(Observation::Refusal) };
-    let jump_cap = island.profiles.get(&meter.class.profile).and_then(|profile| profile.setup(transfer.setup)).map_or(0, |setup| setup.counter.jump_cap);
+    let jump_cap = island
+        .profiles
+        .get(&meter.class.profile)
+        .and_then(|profile| profile.setup(transfer.setup))
+        .map_or(0, |setup| setup.counter.jump_cap);
     let of = step_counter(island, meter, transfer, pair)?;
     let followed = view.follow_counter(of, u64::from(last_accepted) + 1, jump_cap)?;
     let (kind, detail, observation) = match followed {
-        Ok(()) => {
-            ("counter-followed", format!("the meter says that it accepted counter {last_accepted}; the reservation follows"), Observation::CounterFollowed)
-        }
-        Err(error) => {
-            ("counter-jump-refused", format!("the meter says that it accepted counter {last_accepted}, and it is not believed: {error}"), Observation::Refusal)
-        }
+        Ok(()) => (
+            "counter-followed",
+            format!("the meter says that it accepted counter {last_accepted}; the reservation follows"),
+            Observation::CounterFollowed,
+        ),
+        Err(error) => (
+            "counter-jump-refused",
+            format!("the meter says that it accepted counter {last_accepted}, and it is not believed: {error}"),
+            Observation::Refusal,
+        ),
     };
-    view.append(Event::SecurityEvent(SecurityEvent { kind: kind.to_owned(), detail, meter: meter.title.octets().to_vec().into() }));
+    view.append(Event::SecurityEvent(SecurityEvent {
+        kind: kind.to_owned(),
+        detail,
+        meter: meter.title.octets().to_vec().into(),
+    }));
     // With the floor, where the meter's own row has it.
     *meter = own_meter(view, meter.title)?;
     Ok(observation)
 }
 
-/// Gives the present step its counters, and stores the meter. // I4: the step's octets are made from these only.
+/// Gives the present step its counters, and stores the meter. // I4: the step's octets are made
+/// from these only.
 ///
-/// The counters come out of the row as it was, so that the reservation is not lost when the meter is put.
+/// The counters come out of the row as it was, so that the reservation is not lost when the meter
+/// is put.
 fn deal_counters(view: &mut View<'_, '_>, island: &Island, mut meter: Meter) -> Result<Arc<Meter>, ServiceError> {
     let Some(transfer) = meter.transfer.clone() else { return Err(refused(&TransferError::NotUnderWay)) };
     let wanted = match &transfer.stage {
@@ -614,7 +715,11 @@ fn deal_counters(view: &mut View<'_, '_>, island: &Island, mut meter: Meter) -> 
         let stored = own_meter(view, meter.title)?;
         let reserved = stored.slots.get(transfer.setup, KeyType::GUEK).and_then(|slot| slot.version(pair.encryption));
         let reserved = reserved.ok_or_else(|| fault(&"a key of the step is gone"))?.counters().clone();
-        let version = meter.slots.get_mut(transfer.setup, KeyType::GUEK).and_then(|slot| slot.version_mut(pair.encryption)).map_err(|error| fault(&error))?;
+        let version = meter
+            .slots
+            .get_mut(transfer.setup, KeyType::GUEK)
+            .and_then(|slot| slot.version_mut(pair.encryption))
+            .map_err(|error| fault(&error))?;
         if let CounterPlace::Own(reserved) = reserved {
             *version.counters_mut().map_err(|error| fault(&error))? = reserved;
         }
@@ -640,10 +745,14 @@ fn step_counter(island: &Island, meter: &Meter, transfer: &Transfer, pair: KeyPa
     })
 }
 
-/// The key of a group that leaves under an exposed KEK is exposed to whoever knows that and recorded the traffic, be it by another meter that has the same
-/// KEK. Its own row says so; and that the key has to be rotated, where an officer has reported that somebody knows the KEK.
+/// The key of a group that leaves under an exposed KEK is exposed to whoever knows that and
+/// recorded the traffic, be it by another meter that has the same KEK. Its own row says so; and
+/// that the key has to be rotated, where an officer has reported that somebody knows the KEK.
 fn expose_delivered(view: &mut View<'_, '_>, meter: &Meter) -> Result<(), ServiceError> {
-    let Some(transfer) = meter.transfer.as_ref().filter(|transfer| matches!(transfer.stage, Stage::Deliver { .. })) else { return Ok(()) };
+    let Some(transfer) = meter.transfer.as_ref().filter(|transfer| matches!(transfer.stage, Stage::Deliver { .. }))
+    else {
+        return Ok(());
+    };
     let Some((key, Owner::Group(id))) = transfer.current().map(|key| (key, key.owner)) else { return Ok(()) };
     let keks = meter.slots.get(transfer.setup, KeyType::KEK);
     let Some((keks, kek)) = keks.and_then(|keks| Some((keks, keks.version(key.kek)?))) else { return Ok(()) };
@@ -660,7 +769,9 @@ fn expose_delivered(view: &mut View<'_, '_>, meter: &Meter) -> Result<(), Servic
     let Some(mut group) = view.group(id)? else { return Ok(()) };
     let now = view.now();
     let slot = Arc::make_mut(&mut group).slots.get_mut(transfer.setup, key.key_type);
-    let version = slot.and_then(|slot| slot.version_mut(key.version)).map_err(|error| ServiceError::Internal(error.to_string()))?;
+    let version = slot
+        .and_then(|slot| slot.version_mut(key.version))
+        .map_err(|error| ServiceError::Internal(error.to_string()))?;
     let mut first = false;
     for exposure in exposures.iter() {
         first |= version.expose(exposure.party.clone(), ExposureReason::TransferUnderExposedKek, now);
@@ -669,7 +780,8 @@ fn expose_delivered(view: &mut View<'_, '_>, meter: &Meter) -> Result<(), Servic
         view.put_group((*group).clone())?;
     }
     for exposure in exposures.iter().filter(|exposure| exposure.reason == ExposureReason::Reported) {
-        let delivered = meter.shared_of(key.owner, transfer.setup, key.key_type).filter(|shared| shared.version == key.version);
+        let delivered =
+            meter.shared_of(key.owner, transfer.setup, key.key_type).filter(|shared| shared.version == key.version);
         expose_to_who_knows_a_kek(view, meter, &delivered.copied().collect::<Vec<_>>(), &exposure.party)?;
     }
     Ok(())
@@ -693,10 +805,16 @@ fn alert(view: &mut View<'_, '_>, meter: &Meter, findings: &[Finding]) {
                     "under GUEK version {version} the meter used counter {seen} after {known}, and its key was not changed in between: it may repeat nonces"
                 ),
             ),
-            Finding::Held { key_type, version, confirmation: Confirmation::NotActive, .. } => (EARLIER_KEY_HELD, earlier_key_held(*key_type, *version)),
+            Finding::Held { key_type, version, confirmation: Confirmation::NotActive, .. } => {
+                (EARLIER_KEY_HELD, earlier_key_held(*key_type, *version))
+            }
             _ => continue,
         };
-        view.append(Event::SecurityEvent(SecurityEvent { kind: kind.to_owned(), detail, meter: meter.title.octets().to_vec().into() }));
+        view.append(Event::SecurityEvent(SecurityEvent {
+            kind: kind.to_owned(),
+            detail,
+            meter: meter.title.octets().to_vec().into(),
+        }));
     }
 }
 
@@ -708,7 +826,10 @@ fn ordered_keys(
     order: &Order,
     prepared: &Prepared,
 ) -> Result<OrderedKeys, ServiceError> {
-    let changed = || ServiceError::Aborted { reason: "the meter has changed meanwhile".to_owned(), next_step: "repeat the request".to_owned() };
+    let changed = || ServiceError::Aborted {
+        reason: "the meter has changed meanwhile".to_owned(),
+        next_step: "repeat the request".to_owned(),
+    };
     match (order.key_type, prepared.keys.as_slice()) {
         (None, _) => Ok(OrderedKeys::Probe),
         (Some(KeyType::KEK), [kek, guek]) => Ok(OrderedKeys::Compound { kek: kek.clone(), guek: guek.clone() }),
@@ -720,10 +841,17 @@ fn ordered_keys(
                 .get(&meter.class.profile)
                 .and_then(|profile| profile.key(setup, key_type))
                 .is_some_and(|key| key.owner == kms_domain::OwnerKind::Group);
-            // A campaign is about one group; another order brings the key of the first group that has one.
+            // A campaign is about one group; another order brings the key of the first group that
+            // has one.
             let campaign = order.task.map(|task| view.campaign(task.campaign)).transpose()?.flatten();
             let asked = campaign.and_then(|campaign| campaign.content.selection.group);
-            for group in meter.class.groups.iter().copied().filter(|group| owned_by_group && asked.is_none_or(|asked| asked == *group)) {
+            for group in meter
+                .class
+                .groups
+                .iter()
+                .copied()
+                .filter(|group| owned_by_group && asked.is_none_or(|asked| asked == *group))
+            {
                 let Some(found) = view.group(group)? else { continue };
                 // The version that is being rolled out, else the active one.
                 if let Some(version) = found.newest(setup, key_type) {
@@ -738,12 +866,23 @@ fn ordered_keys(
     }
 }
 
-/// I8: a transfer is permitted for the meter's class and the kind of key; the KEK has an action of its own.
-fn permits_order(island: &Island, facts: &crate::authz::PrincipalFacts, meter: &Meter, order: &Order) -> Result<(), ServiceError> {
+/// I8: a transfer is permitted for the meter's class and the kind of key; the KEK has an action of
+/// its own.
+fn permits_order(
+    island: &Island,
+    facts: &crate::authz::PrincipalFacts,
+    meter: &Meter,
+    order: &Order,
+) -> Result<(), ServiceError> {
     permits(island, facts, meter, order.key_type, order.form, order.urgent, order.task.is_some())
 }
 
-fn permits_transfer(island: &Island, facts: &crate::authz::PrincipalFacts, meter: &Meter, transfer: &Transfer) -> Result<(), ServiceError> {
+fn permits_transfer(
+    island: &Island,
+    facts: &crate::authz::PrincipalFacts,
+    meter: &Meter,
+    transfer: &Transfer,
+) -> Result<(), ServiceError> {
     if transfer.head_end != facts.principal {
         return Err(denied(meter.title));
     }
@@ -751,8 +890,15 @@ fn permits_transfer(island: &Island, facts: &crate::authz::PrincipalFacts, meter
     permits(island, facts, meter, key_type, transfer.form, false, transfer.campaign.is_some())
 }
 
-/// [`permits_transfer`], in the transaction: who has lost the lease of a campaign's task goes no further with its transfer.
-fn permits_step(view: &mut View<'_, '_>, island: &Island, principal: &kms_domain::Principal, meter: &Meter, transfer: &Transfer) -> Result<(), ServiceError> {
+/// [`permits_transfer`], in the transaction: who has lost the lease of a campaign's task goes no
+/// further with its transfer.
+fn permits_step(
+    view: &mut View<'_, '_>,
+    island: &Island,
+    principal: &kms_domain::Principal,
+    meter: &Meter,
+    transfer: &Transfer,
+) -> Result<(), ServiceError> {
     permits_transfer(island, &facts(principal), meter, transfer)?;
     transfer.campaign.map_or(Ok(()), |task| check_task(view, task, meter.title, &principal.id))
 }
@@ -772,7 +918,8 @@ fn permits(
         Some(KeyType::KEK) => Action::TransferMasterKey { in_frames, urgent, campaign },
         Some(key_type) => Action::TransferKey { key_type, in_frames, urgent, campaign },
     };
-    let permitted = meter.class.status.may_grant() && island.policy.load().permits(facts, &action, &Resource::Meters(&meter.class)).is_permit();
+    let permitted = meter.class.status.may_grant()
+        && island.policy.load().permits(facts, &action, &Resource::Meters(&meter.class)).is_permit();
     if permitted { Ok(()) } else { Err(denied(meter.title)) }
 }
 
@@ -802,7 +949,11 @@ struct Advances {
 
 impl Advances {
     /// Tries the step of one meter. One that fails leaves neither a change nor a word of one.
-    fn attempt<T>(&mut self, view: &mut View<'_, '_>, step: impl FnOnce(&mut View<'_, '_>, &mut Self) -> Result<T, ServiceError>) -> Result<T, ServiceError> {
+    fn attempt<T>(
+        &mut self,
+        view: &mut View<'_, '_>,
+        step: impl FnOnce(&mut View<'_, '_>, &mut Self) -> Result<T, ServiceError>,
+    ) -> Result<T, ServiceError> {
         let before = self.advances.len();
         let outcome = view.attempt(|view| step(view, self));
         if outcome.is_err() {
@@ -878,13 +1029,17 @@ fn transfer_id(request: RequestId, meter: SystemTitle) -> Result<TransferId, Ser
     context.update(&request.octets());
     context.update(&meter.octets());
     let digest = context.finish();
-    TransferId::from_octets(digest.as_ref().get(..16).unwrap_or_default()).map_err(|error| ServiceError::Internal(error.to_string()))
+    TransferId::from_octets(digest.as_ref().get(..16).unwrap_or_default())
+        .map_err(|error| ServiceError::Internal(error.to_string()))
 }
 
 fn setup_of(meter: &Meter, setup: Option<SecuritySetupId>) -> Result<SecuritySetupId, ServiceError> {
-    setup
-        .or_else(|| meter.slots.iter().next().map(kms_domain::Slot::setup))
-        .ok_or_else(|| ServiceError::FailedPrecondition { reason: "the meter has no keys".to_owned(), next_step: "import its shipment".to_owned() })
+    setup.or_else(|| meter.slots.iter().next().map(kms_domain::Slot::setup)).ok_or_else(|| {
+        ServiceError::FailedPrecondition {
+            reason: "the meter has no keys".to_owned(),
+            next_step: "import its shipment".to_owned(),
+        }
+    })
 }
 
 fn group_row(group: GroupId) -> (kms_store::RowKind, Vec<u8>) {
@@ -893,14 +1048,22 @@ fn group_row(group: GroupId) -> (kms_store::RowKind, Vec<u8>) {
 
 fn refused(error: &TransferError) -> ServiceError {
     let next_step = match error {
-        TransferError::SlotFull { wait, .. } => return ServiceError::ResourceExhausted { reason: error.to_string(), retry_after: *wait },
+        TransferError::SlotFull { wait, .. } => {
+            return ServiceError::ResourceExhausted { reason: error.to_string(), retry_after: *wait };
+        }
         TransferError::UnderWay { .. } => "let it end, or have it withdrawn",
-        TransferError::NotUnderWay | TransferError::OtherStep { .. } => "look at the meter; report the present step only",
-        TransferError::InDoubt { .. } => "probe the meter first; or, where a policy permits it, order an urgent transfer, which adds a candidate",
+        TransferError::NotUnderWay | TransferError::OtherStep { .. } => {
+            "look at the meter; report the present step only"
+        }
+        TransferError::InDoubt { .. } => {
+            "probe the meter first; or, where a policy permits it, order an urgent transfer, which adds a candidate"
+        }
         TransferError::TooManyCandidates { key_type: KeyType::KEK, .. } => {
             "rotate the GUEK until a transfer is proven, which shows the KEK that it left under; then order the KEK"
         }
-        TransferError::TooManyCandidates { .. } => "probe the meter: when it has shown what it holds, another version can be brought",
+        TransferError::TooManyCandidates { .. } => {
+            "probe the meter: when it has shown what it holds, another version can be brought"
+        }
         TransferError::KekAlone => "order the KEK: its GUEK comes with it",
         TransferError::NotShared { .. } => "order a new version of the meter's own key",
         TransferError::SequenceUsedUp => "replace the meter: a new system title has a sequence of its own",
@@ -917,5 +1080,6 @@ fn denied(meter: SystemTitle) -> ServiceError {
 }
 
 const KEYS_AT_ONCE: usize = 16;
-/// In records: the step before brought a challenge that could be a request. The counters of its association are spent (I4).
+/// In records: the step before brought a challenge that could be a request. The counters of its
+/// association are spent (I4).
 const ASSOCIATE_AGAIN: &str = "associate-again";

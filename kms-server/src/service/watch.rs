@@ -21,8 +21,14 @@ pub(super) trait Watched: Send + 'static {
     fn has_ended(standing: &Self::Standing) -> bool;
 }
 
-/// The first look is the caller's; the stream ends with the end of what is watched, with an error, or when nobody reads it any more.
-pub(super) fn watch<W: Watched>(caller: &Caller, mut watched: W, first: W::Standing, every: Duration) -> mpsc::Receiver<Result<W::Standing, ServiceError>> {
+/// The first look is the caller's; the stream ends with the end of what is watched, with an error,
+/// or when nobody reads it any more.
+pub(super) fn watch<W: Watched>(
+    caller: &Caller,
+    mut watched: W,
+    first: W::Standing,
+    every: Duration,
+) -> mpsc::Receiver<Result<W::Standing, ServiceError>> {
     let (answers, receiver) = mpsc::channel(1);
     let not_after = caller.not_after;
     tokio::spawn(async move {

@@ -1,7 +1,7 @@
 //! The server's metrics. Each is explained in docs/operations.md.
 //!
-//! Attributes have few values: results, actions, methods. Never a meter, a principal, a key or anything of it. A batch is counted with one call, so the
-//! cost of a key is none.
+//! Attributes have few values: results, actions, methods. Never a meter, a principal, a key or
+//! anything of it. A batch is counted with one call, so the cost of a key is none.
 
 use std::{
     sync::LazyLock,
@@ -42,7 +42,8 @@ pub enum FrameDirection {
     Unprotect,
 }
 
-/// The instruments of this process. Made at the first use, which must come after [`super::Telemetry::start`].
+/// The instruments of this process. Made at the first use, which must come after
+/// [`super::Telemetry::start`].
 pub fn metrics() -> &'static Metrics {
     static METRICS: LazyLock<Metrics> = LazyLock::new(Metrics::new);
     &METRICS
@@ -51,14 +52,24 @@ pub fn metrics() -> &'static Metrics {
 impl Metrics {
     fn new() -> Self {
         let meter = global::meter("kms-server");
-        let counter =
-            |name: &'static str, unit: &'static str, description: &'static str| meter.u64_counter(name).with_unit(unit).with_description(description).build();
+        let counter = |name: &'static str, unit: &'static str, description: &'static str| {
+            meter.u64_counter(name).with_unit(unit).with_description(description).build()
+        };
         let seconds = |name: &'static str, description: &'static str| {
-            meter.f64_histogram(name).with_unit("s").with_description(description).with_boundaries(SECONDS.to_vec()).build()
+            meter
+                .f64_histogram(name)
+                .with_unit("s")
+                .with_description(description)
+                .with_boundaries(SECONDS.to_vec())
+                .build()
         };
         Self {
             rpc_duration: seconds("rpc.server.call.duration", "Time from a call's headers to its last octet"),
-            grants: counter("kms.grants", "{grant}", "Grants that were answered with keys: a session, or a chunk of a batch"),
+            grants: counter(
+                "kms.grants",
+                "{grant}",
+                "Grants that were answered with keys: a session, or a chunk of a batch",
+            ),
             granted_meters: counter("kms.grant.meters", "{meter}", "Meters that keys were asked for"),
             granted_keys: counter("kms.grant.keys", "{key}", "Keys that left wrapped for a grantee"),
             frames: counter("kms.frames", "{frame}", "Frames to be protected or opened in the HSM"),
@@ -70,11 +81,31 @@ impl Metrics {
                 .with_description("Acts that were committed together")
                 .with_boundaries(vec![0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0])
                 .build(),
-            acts_waiting: meter.i64_up_down_counter("kms.commit.queue.length").with_unit("{act}").with_description("Acts that wait for the writer").build(),
-            refusals: counter("kms.refusals", "{refusal}", "Acts and parts of acts that were refused, as the audit log counts them"),
-            bounds_met: counter("kms.bounds.met", "{refusal}", "Times that a bound of the server was met, by its name in the configuration"),
-            counter_chunks: counter("kms.counter.chunks", "{chunk}", "Chunks of invocation counters that were reserved"),
-            ready: meter.u64_gauge("kms.ready").with_unit("1").with_description("1 while tokens and database can be used, else 0").build(),
+            acts_waiting: meter
+                .i64_up_down_counter("kms.commit.queue.length")
+                .with_unit("{act}")
+                .with_description("Acts that wait for the writer")
+                .build(),
+            refusals: counter(
+                "kms.refusals",
+                "{refusal}",
+                "Acts and parts of acts that were refused, as the audit log counts them",
+            ),
+            bounds_met: counter(
+                "kms.bounds.met",
+                "{refusal}",
+                "Times that a bound of the server was met, by its name in the configuration",
+            ),
+            counter_chunks: counter(
+                "kms.counter.chunks",
+                "{chunk}",
+                "Chunks of invocation counters that were reserved",
+            ),
+            ready: meter
+                .u64_gauge("kms.ready")
+                .with_unit("1")
+                .with_description("1 while tokens and database can be used, else 0")
+                .build(),
         }
     }
 
@@ -105,7 +136,11 @@ impl Metrics {
     }
 
     /// Frames were protected or opened, or not.
-    pub fn frames<'a, T: 'a>(&self, direction: FrameDirection, outcomes: impl Iterator<Item = &'a Result<T, ServiceError>> + Clone) {
+    pub fn frames<'a, T: 'a>(
+        &self,
+        direction: FrameDirection,
+        outcomes: impl Iterator<Item = &'a Result<T, ServiceError>> + Clone,
+    ) {
         let direction = || {
             let direction = match direction {
                 FrameDirection::Protect => "protect",
@@ -191,4 +226,5 @@ fn wide(number: usize) -> u64 {
 }
 
 /// From a call that reads one row to an import of a whole shipment.
-const SECONDS: [f64; 15] = [0.000_5, 0.001, 0.002_5, 0.005, 0.007_5, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0];
+const SECONDS: [f64; 15] =
+    [0.000_5, 0.001, 0.002_5, 0.005, 0.007_5, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0];

@@ -1,4 +1,5 @@
-//! Each call of a service in a span and in a histogram, by method and status. Names are those of the OpenTelemetry semantic conventions for gRPC.
+//! Each call of a service in a span and in a histogram, by method and status. Names are those of
+//! the OpenTelemetry semantic conventions for gRPC.
 //!
 //! A caller's `traceparent` (W3C Trace Context) makes the span part of its trace.
 
@@ -66,7 +67,8 @@ impl Call {
         self.span.clone()
     }
 
-    /// Goes on with the answer: its status is in the headers if it failed at once, else behind its body.
+    /// Goes on with the answer: its status is in the headers if it failed at once, else behind its
+    /// body.
     pub(crate) fn answered(mut self, mut response: http::Response<Body>) -> http::Response<Body> {
         if let Some(status) = Status::from_header_map(response.headers()) {
             self.end(i32::from(status.code()));
@@ -112,7 +114,10 @@ impl http_body::Body for Observed {
     type Data = bytes::Bytes;
     type Error = Status;
 
-    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
         let Self { body, call } = self.get_mut();
         let mut polled = call.span.in_scope(|| Pin::new(body).poll_frame(context));
         match &mut polled {
@@ -179,7 +184,8 @@ pub(super) fn is_server_error(status: &str) -> bool {
     matches!(status, "UNKNOWN" | "DEADLINE_EXCEEDED" | "UNIMPLEMENTED" | "INTERNAL" | "UNAVAILABLE" | "DATA_LOSS")
 }
 
-/// By path, the names of the methods that this server has. A call of any other is `_OTHER`: clients shall not choose attributes.
+/// By path, the names of the methods that this server has. A call of any other is `_OTHER`: clients
+/// shall not choose attributes.
 static METHODS: LazyLock<HashMap<String, StringValue>> = LazyLock::new(|| {
     let files = prost_types::FileDescriptorSet::decode(kms_proto::FILE_DESCRIPTOR_SET).unwrap_or_default();
     let mut methods = HashMap::new();
@@ -205,9 +211,13 @@ mod tests {
 
     #[test]
     fn methods_are_those_of_the_contract_and_no_others() {
-        assert_eq!(METHODS.get("/meterkms.v1.GrantService/OpenSession").map(StringValue::as_str), Some("meterkms.v1.GrantService/OpenSession"));
+        assert_eq!(
+            METHODS.get("/meterkms.v1.GrantService/OpenSession").map(StringValue::as_str),
+            Some("meterkms.v1.GrantService/OpenSession")
+        );
         assert!(METHODS.len() > 20);
-        let request = http::Request::builder().uri("https://kms/meterkms.v1.GrantService/4B414D0000000001").body(()).unwrap();
+        let request =
+            http::Request::builder().uri("https://kms/meterkms.v1.GrantService/4B414D0000000001").body(()).unwrap();
         assert_eq!(Call::begin(&request).method.as_str(), "_OTHER");
     }
 

@@ -1,5 +1,6 @@
-//! I4 by the record, after every test on an island: whatever the test is about, no counter was handed out twice. hsm-sim sees nonces itself; this
-//! holds on every module, and it sees leases, whose counters no token of the island ever uses.
+//! I4 by the record, after every test on an island: whatever the test is about, no counter was
+//! handed out twice. hsm-sim sees nonces itself; this holds on every module, and it sees leases,
+//! whose counters no token of the island ever uses.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +8,8 @@ use kms_proto::v1::{AuditRecord, audit_record::Event};
 use kms_store::Store;
 use prost::Message as _;
 
-/// Whose counters: meter or group, security setup, key type and version, client title. That of meters with equal keys is recorded meter by meter.
+/// Whose counters: meter or group, security setup, key type and version, client title. That of
+/// meters with equal keys is recorded meter by meter.
 type Counted = (u64, u64, u32, String, u32, Vec<u8>);
 
 /// Every range of counters on the record, and what it was for.
@@ -18,24 +20,45 @@ impl HandedOut {
     fn add(&mut self, record: AuditRecord) {
         match record.event {
             Some(Event::KeysGranted(granted)) => {
-                let encryption = granted.key_types.iter().position(|key_type| ["GUEK", "GBEK"].contains(&key_type.as_str()));
+                let encryption =
+                    granted.key_types.iter().position(|key_type| ["GUEK", "GBEK"].contains(&key_type.as_str()));
                 for meter in granted.meters.iter().filter(|meter| meter.lease_count > 0) {
                     let at = encryption.expect("a lease is for an encryption key");
-                    let counted =
-                        (meter.meter, meter.group, meter.security_setup, granted.key_types[at].clone(), meter.versions[at], granted.client_title.to_vec());
+                    let counted = (
+                        meter.meter,
+                        meter.group,
+                        meter.security_setup,
+                        granted.key_types[at].clone(),
+                        meter.versions[at],
+                        granted.client_title.to_vec(),
+                    );
                     self.range(counted, meter.lease_first, meter.lease_count, "lease");
                 }
             }
             Some(Event::FramesProtected(protected)) => {
                 for frame in protected.frames {
-                    let counted = (frame.meter, 0, frame.security_setup, "GUEK".to_owned(), frame.key_version, frame.client_title.to_vec());
+                    let counted = (
+                        frame.meter,
+                        0,
+                        frame.security_setup,
+                        "GUEK".to_owned(),
+                        frame.key_version,
+                        frame.client_title.to_vec(),
+                    );
                     self.range(counted, frame.invocation_counter, 1, "frame");
                 }
             }
             Some(Event::TransfersAdvanced(advanced)) => {
                 for step in advanced.advances {
                     for counter in &step.invocation_counters {
-                        let counted = (step.meter, 0, step.security_setup, "GUEK".to_owned(), step.guek_version, step.client_title.to_vec());
+                        let counted = (
+                            step.meter,
+                            0,
+                            step.security_setup,
+                            "GUEK".to_owned(),
+                            step.guek_version,
+                            step.client_title.to_vec(),
+                        );
                         self.range(counted, *counter, 1, "transfer");
                     }
                 }
@@ -60,7 +83,8 @@ impl HandedOut {
     }
 }
 
-/// Looks through the whole log of an island. A test that ends with its database away has nothing to look at.
+/// Looks through the whole log of an island. A test that ends with its database away has nothing to
+/// look at.
 pub(crate) async fn repeated_counters(store: &dyn Store) -> Option<String> {
     let mut handed_out = HandedOut::default();
     for tail in store.audit_tails().await.ok()? {
@@ -82,7 +106,9 @@ pub(crate) async fn repeated_counters(store: &dyn Store) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use kms_proto::v1::{FramesProtected, GrantedMeter, KeysGranted, ProtectedFrame, TransferAdvance, TransfersAdvanced};
+    use kms_proto::v1::{
+        FramesProtected, GrantedMeter, KeysGranted, ProtectedFrame, TransferAdvance, TransfersAdvanced,
+    };
 
     use super::*;
 
@@ -97,15 +123,27 @@ mod tests {
     #[test]
     fn a_counter_that_is_handed_out_twice_is_found() {
         let lease = |lease_first, lease_count| {
-            let meters = vec![GrantedMeter { meter: 7, versions: vec![2, 3], lease_first, lease_count, ..GrantedMeter::default() }];
-            Event::KeysGranted(KeysGranted { key_types: vec!["GAK".to_owned(), "GUEK".to_owned()], meters, ..KeysGranted::default() })
+            let meters = vec![GrantedMeter {
+                meter: 7,
+                versions: vec![2, 3],
+                lease_first,
+                lease_count,
+                ..GrantedMeter::default()
+            }];
+            Event::KeysGranted(KeysGranted {
+                key_types: vec!["GAK".to_owned(), "GUEK".to_owned()],
+                meters,
+                ..KeysGranted::default()
+            })
         };
         let frame = |meter, invocation_counter| {
-            let frames = vec![ProtectedFrame { meter, invocation_counter, key_version: 3, ..ProtectedFrame::default() }];
+            let frames =
+                vec![ProtectedFrame { meter, invocation_counter, key_version: 3, ..ProtectedFrame::default() }];
             Event::FramesProtected(FramesProtected { frames, ..FramesProtected::default() })
         };
         let step = |invocation_counters| {
-            let advances = vec![TransferAdvance { meter: 7, guek_version: 3, invocation_counters, ..TransferAdvance::default() }];
+            let advances =
+                vec![TransferAdvance { meter: 7, guek_version: 3, invocation_counters, ..TransferAdvance::default() }];
             Event::TransfersAdvanced(TransfersAdvanced { advances, ..TransfersAdvanced::default() })
         };
         assert!(!repeated(&[lease(1, 10), frame(7, 11), step(vec![12, 13]), frame(8, 5), lease(14, 1)]));

@@ -1,4 +1,5 @@
-//! Prints how fast the store is: `commit_rate [sqlite:PATH | postgres://…] [METERS]`, by default SQLite in a temporary directory and 200,000 meters.
+//! Prints how fast the store is: `commit_rate [sqlite:PATH | postgres://…] [METERS]`, by default
+//! SQLite in a temporary directory and 200,000 meters.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -7,8 +8,8 @@ use std::{
 
 use kms_domain::{PrincipalId, SystemTitle, UnixMillis, WriterId};
 use kms_store::{
-    AuditAppend, Changes, Decision, FingerprintOwner, FingerprintPrefix, FingerprintPut, MeterProjection, MeterPut, Reads, SealedRow, Store, StoreConfig,
-    StoreError,
+    AuditAppend, Changes, Decision, FingerprintOwner, FingerprintPrefix, FingerprintPut, MeterProjection, MeterPut,
+    Reads, SealedRow, Store, StoreConfig, StoreError,
 };
 
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
@@ -27,7 +28,12 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     bench.run("32 random meters read, 32 audit records (32 merged singles)", 32, false).await?;
     bench.run("1 random meter read, 1 audit record", 1, false).await?;
     let sizes = store.sizes().await?;
-    println!("database {} MB, log {} MB, {} octets a meter", sizes.database / 1_000_000, sizes.log / 1_000_000, sizes.database / meters);
+    println!(
+        "database {} MB, log {} MB, {} octets a meter",
+        sizes.database / 1_000_000,
+        sizes.log / 1_000_000,
+        sizes.database / meters
+    );
     Ok(())
 }
 
@@ -74,7 +80,10 @@ impl Bench<'_> {
             }
             self.store.transact(reads, &mut |_| Decision::Commit(Box::new(changes.clone()))).await?;
         }
-        println!("{:>10.0} meters/s imported, with 4 fingerprints each", self.meters as f64 / begun.elapsed().as_secs_f64());
+        println!(
+            "{:>10.0} meters/s imported, with 4 fingerprints each",
+            self.meters as f64 / begun.elapsed().as_secs_f64()
+        );
         Ok(())
     }
 
@@ -82,15 +91,20 @@ impl Bench<'_> {
         let (begun, mut transactions, mut slowest) = (Instant::now(), 0_u64, Duration::ZERO);
         while begun.elapsed() < Duration::from_secs(5) {
             let started = Instant::now();
-            let titles: Vec<SystemTitle> = (0..meters).filter_map(|_| title(self.random() % self.meters).ok()).collect();
+            let titles: Vec<SystemTitle> =
+                (0..meters).filter_map(|_| title(self.random() % self.meters).ok()).collect();
             let records = if meters == 32 { 32 } else { 1 };
             let audit: Vec<_> = (0..records).map(|_| self.record(300)).collect();
             self.store
                 .transact(Reads { meters: titles, ..Reads::default() }, &mut |set| {
                     let mut changes = Changes { audit: audit.clone(), ..Changes::default() };
                     if writes {
-                        changes.meters =
-                            set.meters().filter_map(|(title, row)| Some(MeterPut::update(title, self::row(row.present()?.generation + 1)))).collect();
+                        changes.meters = set
+                            .meters()
+                            .filter_map(|(title, row)| {
+                                Some(MeterPut::update(title, self::row(row.present()?.generation + 1)))
+                            })
+                            .collect();
                     }
                     Decision::Commit(Box::new(changes))
                 })
@@ -110,7 +124,14 @@ impl Bench<'_> {
 
     fn record(&self, octets: usize) -> AuditAppend {
         let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
-        AuditAppend { writer: self.writer, sequence, time: UnixMillis(sequence.cast_signed()), kind: 1, record: vec![7; octets], chain: [7; 32] }
+        AuditAppend {
+            writer: self.writer,
+            sequence,
+            time: UnixMillis(sequence.cast_signed()),
+            kind: 1,
+            record: vec![7; octets],
+            chain: [7; 32],
+        }
     }
 
     /// SplitMix64.

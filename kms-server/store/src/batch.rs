@@ -1,7 +1,8 @@
 //! Many rows as two parameters of one statement, whose text never changes: it is prepared once.
 //!
-//! Numbers and text travel as a JSON array of arrays, octets side by side in one blob that the statement cuts up. Both databases
-//! read that form, and a row costs a hundredth of what a statement of its own would.
+//! Numbers and text travel as a JSON array of arrays, octets side by side in one blob that the
+//! statement cuts up. Both databases read that form, and a row costs a hundredth of what a
+//! statement of its own would.
 
 use std::fmt::Write;
 
@@ -73,7 +74,8 @@ impl Row<'_> {
         self
     }
 
-    /// An unsigned integer: one place. Values above the range of the column become its end, and no counter comes near.
+    /// An unsigned integer: one place. Values above the range of the column become its end, and no
+    /// counter comes near.
     pub(crate) fn unsigned(&mut self, value: u64) -> &mut Self {
         self.int(i64::try_from(value).unwrap_or(i64::MAX))
     }

@@ -1,4 +1,5 @@
-//! The one error of the store. It never carries SQL, parameters or rows: only what happened, to which row by name, and what to do.
+//! The one error of the store. It never carries SQL, parameters or rows: only what happened, to
+//! which row by name, and what to do.
 
 use std::time::Duration;
 
@@ -9,8 +10,8 @@ use crate::{FingerprintPrefix, RowKind, TaskKey, UploadId};
 /// Why the store did not do what it was asked.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
-    /// The database did not answer, in time or at all. Whether a transaction that was being committed is durable is not known:
-    /// read again before the same numbers are used again.
+    /// The database did not answer, in time or at all. Whether a transaction that was being
+    /// committed is durable is not known: read again before the same numbers are used again.
     #[error("the database is unavailable: {cause}; {next_step}")]
     Unavailable {
         /// What was seen.
@@ -18,7 +19,8 @@ pub enum StoreError {
         /// What an operator can do.
         next_step: &'static str,
     },
-    /// A row was not in the state that the caller named: somebody else wrote it first. Nothing was written.
+    /// A row was not in the state that the caller named: somebody else wrote it first. Nothing was
+    /// written.
     #[error("{row} was changed by somebody else meanwhile; read it again and repeat")]
     Conflict {
         /// The row.
@@ -101,7 +103,10 @@ impl std::fmt::Display for RowName {
                 f,
                 "{} {}",
                 kind.name(),
-                String::from_utf8(id.clone()).ok().filter(|text| text.chars().all(|c| c.is_ascii_graphic())).unwrap_or_else(|| hex::encode(id))
+                String::from_utf8(id.clone())
+                    .ok()
+                    .filter(|text| text.chars().all(|c| c.is_ascii_graphic()))
+                    .unwrap_or_else(|| hex::encode(id))
             ),
             Self::Audit(writer, sequence) => write!(f, "audit record {sequence} of writer {writer}"),
             Self::Request(request, chunk) => write!(f, "request {request}, chunk {chunk}"),
@@ -116,7 +121,10 @@ impl std::fmt::Display for RowName {
 impl StoreError {
     /// The call took longer than it may.
     pub(crate) fn timed_out(limit: Duration) -> Self {
-        Self::Unavailable { cause: format!("no answer within {} ms", limit.as_millis()), next_step: "look at the database's disk, locks and load" }
+        Self::Unavailable {
+            cause: format!("no answer within {} ms", limit.as_millis()),
+            next_step: "look at the database's disk, locks and load",
+        }
     }
 
     /// A value in the database that this server would not have written.
@@ -130,7 +138,8 @@ impl StoreError {
 pub(crate) enum Failure {
     /// Another transaction got in between: worth another attempt.
     Retry,
-    /// More rows were asked for than can be locked in order after the first ones: begin again with all of them.
+    /// More rows were asked for than can be locked in order after the first ones: begin again with
+    /// all of them.
     OutOfOrder,
     /// An error for the caller.
     Fatal(StoreError),
@@ -162,33 +171,74 @@ impl From<sqlx::Error> for StoreError {
             sqlx::Error::Database(database) => {
                 let code = database.code().unwrap_or_default();
                 match code.as_ref() {
-                    // SQLite's primary result codes are the low octet; PostgreSQL's SQLSTATEs have five characters.
-                    sqlite if sqlite.len() < 5 && sqlite.parse::<u32>().is_ok() => match sqlite.parse::<u32>().unwrap_or_default() & 0xFF {
-                        11 | 26 => Self::corrupt(format!("SQLite reports code {sqlite}")),
-                        19 => Self::corrupt(format!("a constraint refused a row, SQLite code {sqlite}")),
-                        13 => unavailable("the disk is full".into(), "make room"),
-                        5 | 6 => unavailable("the database is locked by another process".into(), "end the other process"),
-                        8 => unavailable("the database is read-only".into(), "check the owner and the mode of the file and its directory"),
-                        10 => unavailable(format!("the disk reported an error, SQLite code {sqlite}"), "check the disk and the system's log"),
-                        14 => unavailable("the file cannot be opened".into(), "check that the directory exists, and its owner and mode"),
-                        _ => unavailable(format!("SQLite reports code {sqlite}"), "see https://sqlite.org/rescode.html"),
-                    },
+                    // SQLite's primary result codes are the low octet; PostgreSQL's SQLSTATEs have
+                    // five characters.
+                    sqlite if sqlite.len() < 5 && sqlite.parse::<u32>().is_ok() => {
+                        match sqlite.parse::<u32>().unwrap_or_default() & 0xFF {
+                            11 | 26 => Self::corrupt(format!("SQLite reports code {sqlite}")),
+                            19 => Self::corrupt(format!("a constraint refused a row, SQLite code {sqlite}")),
+                            13 => unavailable("the disk is full".into(), "make room"),
+                            5 | 6 => {
+                                unavailable("the database is locked by another process".into(), "end the other process")
+                            }
+                            8 => unavailable(
+                                "the database is read-only".into(),
+                                "check the owner and the mode of the file and its directory",
+                            ),
+                            10 => unavailable(
+                                format!("the disk reported an error, SQLite code {sqlite}"),
+                                "check the disk and the system's log",
+                            ),
+                            14 => unavailable(
+                                "the file cannot be opened".into(),
+                                "check that the directory exists, and its owner and mode",
+                            ),
+                            _ => unavailable(
+                                format!("SQLite reports code {sqlite}"),
+                                "see https://sqlite.org/rescode.html",
+                            ),
+                        }
+                    }
                     state => match state.get(..2).unwrap_or_default() {
                         "23" => Self::corrupt(format!("a constraint refused a row, SQLSTATE {state}")),
-                        "28" => unavailable(format!("PostgreSQL refused the login, SQLSTATE {state}"), "check user, password and pg_hba.conf"),
-                        "3D" => unavailable("the database does not exist on the PostgreSQL server".into(), "create it with createdb"),
-                        "42" => unavailable(format!("PostgreSQL refused a statement, SQLSTATE {state}"), "check that the server's user owns the database"),
-                        "53" => unavailable(format!("PostgreSQL has run out of a resource, SQLSTATE {state}"), "check disk, memory and max_connections"),
+                        "28" => unavailable(
+                            format!("PostgreSQL refused the login, SQLSTATE {state}"),
+                            "check user, password and pg_hba.conf",
+                        ),
+                        "3D" => unavailable(
+                            "the database does not exist on the PostgreSQL server".into(),
+                            "create it with createdb",
+                        ),
+                        "42" => unavailable(
+                            format!("PostgreSQL refused a statement, SQLSTATE {state}"),
+                            "check that the server's user owns the database",
+                        ),
+                        "53" => unavailable(
+                            format!("PostgreSQL has run out of a resource, SQLSTATE {state}"),
+                            "check disk, memory and max_connections",
+                        ),
                         "XX" => Self::corrupt(format!("PostgreSQL reports SQLSTATE {state}")),
-                        _ => unavailable(format!("PostgreSQL reports SQLSTATE {state}"), "see the PostgreSQL server's log"),
+                        _ => unavailable(
+                            format!("PostgreSQL reports SQLSTATE {state}"),
+                            "see the PostgreSQL server's log",
+                        ),
                     },
                 }
             }
-            sqlx::Error::Io(io) => unavailable(format!("the connection failed ({})", io.kind()), "check that the database runs and that its address is right"),
-            sqlx::Error::Tls(_) => unavailable("no TLS connection to the database".into(), "check its certificate and sslrootcert"),
-            sqlx::Error::PoolTimedOut => unavailable("no connection became free in time".into(), "look at the database's load and locks"),
+            sqlx::Error::Io(io) => unavailable(
+                format!("the connection failed ({})", io.kind()),
+                "check that the database runs and that its address is right",
+            ),
+            sqlx::Error::Tls(_) => {
+                unavailable("no TLS connection to the database".into(), "check its certificate and sslrootcert")
+            }
+            sqlx::Error::PoolTimedOut => {
+                unavailable("no connection became free in time".into(), "look at the database's load and locks")
+            }
             sqlx::Error::ColumnDecode { index, .. } => Self::corrupt(format!("column {index} has another type")),
-            sqlx::Error::Configuration(_) => Self::Invalid { what: "database address", reason: "it cannot be parsed".into() },
+            sqlx::Error::Configuration(_) => {
+                Self::Invalid { what: "database address", reason: "it cannot be parsed".into() }
+            }
             _ => unavailable("the connection to the database broke".into(), "see the database's log"),
         }
     }

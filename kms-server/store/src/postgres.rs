@@ -1,8 +1,9 @@
 //! PostgreSQL: the database of several servers.
 //!
-//! Transactions are READ COMMITTED and lock what they read: rows in order of their keys; for rows that do not exist, an advisory lock
-//! that stands for a part of the key space. SERIALIZABLE would do without, but its predicate locks grow to whole tables in
-//! batches of thousands of meters, and then servers fail each other's transactions all the time.
+//! Transactions are READ COMMITTED and lock what they read: rows in order of their keys; for rows
+//! that do not exist, an advisory lock that stands for a part of the key space. SERIALIZABLE would
+//! do without, but its predicate locks grow to whole tables in batches of thousands of meters, and
+//! then servers fail each other's transactions all the time.
 
 use std::{str::FromStr, time::Duration};
 
@@ -93,7 +94,11 @@ impl Engine {
             .disable_statement_logging();
         refuse_plaintext(&options)?;
         let pool = |connections: u32| {
-            PgPoolOptions::new().max_connections(connections).acquire_timeout(config.call_timeout).test_before_acquire(false).connect_lazy_with(options.clone())
+            PgPoolOptions::new()
+                .max_connections(connections)
+                .acquire_timeout(config.call_timeout)
+                .test_before_acquire(false)
+                .connect_lazy_with(options.clone())
         };
         let readers = (config.connections / 4).max(1);
         let engine = Self {
@@ -124,12 +129,20 @@ impl Engine {
                 .fetch_one(&mut *connection)
                 .await?;
         if row.try_get::<bool, _>(0)? {
-            return Err(StoreError::Unavailable { cause: "this PostgreSQL server is a standby".into(), next_step: "connect to the primary" });
+            return Err(StoreError::Unavailable {
+                cause: "this PostgreSQL server is a standby".into(),
+                next_step: "connect to the primary",
+            });
         }
         for (index, setting, safe, next_step) in [
             (1, "fsync", &["on"][..], "set `fsync = on` in postgresql.conf"),
             (2, "full_page_writes", &["on"], "set `full_page_writes = on` in postgresql.conf"),
-            (3, "synchronous_commit", &["on", "remote_apply"], "set `synchronous_commit = on` for the server's user and database"),
+            (
+                3,
+                "synchronous_commit",
+                &["on", "remote_apply"],
+                "set `synchronous_commit = on` for the server's user and database",
+            ),
         ] {
             let value: String = row.try_get(index)?;
             if !safe.contains(&value.as_str()) {
@@ -166,17 +179,22 @@ impl Engine {
         Ok(())
     }
 
-    /// The timeline that is being written: after a promotion the control file still names the old one until the next checkpoint.
+    /// The timeline that is being written: after a promotion the control file still names the old
+    /// one until the next checkpoint.
     async fn history(&self) -> Result<Option<Timeline>, StoreError> {
-        let row = sqlx::query("SELECT system_identifier, substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) FROM pg_control_system()")
-            .fetch_one(&self.readers)
-            .await?;
-        let number = u32::from_str_radix(row.try_get(1)?, 16).map_err(|_| StoreError::corrupt("the name of the write-ahead log's file"))?;
+        let row = sqlx::query(
+            "SELECT system_identifier, substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) FROM pg_control_system()",
+        )
+        .fetch_one(&self.readers)
+        .await?;
+        let number = u32::from_str_radix(row.try_get(1)?, 16)
+            .map_err(|_| StoreError::corrupt("the name of the write-ahead log's file"))?;
         Ok(Some(Timeline { cluster: row.try_get(0)?, number }))
     }
 
     async fn measure(&self) -> Result<Sizes, StoreError> {
-        let octets: i64 = sqlx::query_scalar("SELECT pg_database_size(current_database())").fetch_one(&self.readers).await?;
+        let octets: i64 =
+            sqlx::query_scalar("SELECT pg_database_size(current_database())").fetch_one(&self.readers).await?;
         Ok(Sizes { database: u64::try_from(octets).unwrap_or_default(), log: 0 })
     }
 
@@ -193,7 +211,11 @@ fn keys(keys: impl IntoIterator<Item = i64>) -> Keys {
 /// Locks parts of the key space until the transaction ends, in ascending order.
 async fn lock_stripes(connection: &mut Connection, stripes: &[i32]) -> Result<(), Failure> {
     if !stripes.is_empty() {
-        sqlx::query("SELECT pg_advisory_xact_lock($2, k.value) FROM unnest($1) AS k(value)").bind(stripes).bind(ADVISORY_CLASS).execute(connection).await?;
+        sqlx::query("SELECT pg_advisory_xact_lock($2, k.value) FROM unnest($1) AS k(value)")
+            .bind(stripes)
+            .bind(ADVISORY_CLASS)
+            .execute(connection)
+            .await?;
     }
     Ok(())
 }
@@ -201,7 +223,9 @@ async fn lock_stripes(connection: &mut Connection, stripes: &[i32]) -> Result<()
 /// Over a network, only a verified TLS connection: `prefer`, the default, falls back to plaintext.
 fn refuse_plaintext(options: &PgConnectOptions) -> Result<(), StoreError> {
     let host = options.get_host();
-    let local = options.get_socket().is_some() || host.starts_with('/') || ["localhost", "127.0.0.1", "::1", "[::1]"].contains(&host);
+    let local = options.get_socket().is_some()
+        || host.starts_with('/')
+        || ["localhost", "127.0.0.1", "::1", "[::1]"].contains(&host);
     if local || matches!(options.get_ssl_mode(), PgSslMode::VerifyFull) {
         return Ok(());
     }

@@ -1,7 +1,8 @@
 //! What the tables hold: opaque sealed rows, the log, and the bookkeeping around them.
 
 use kms_domain::{
-    CampaignId, GrantId, KeyType, KeyVersionNumber, Owner, PrincipalId, RequestId, SealKey, SecuritySetupId, SystemTitle, Task, TaskState, UnixMillis, WriterId,
+    CampaignId, GrantId, KeyType, KeyVersionNumber, Owner, PrincipalId, RequestId, SealKey, SecuritySetupId,
+    SystemTitle, Task, TaskState, UnixMillis, WriterId,
 };
 
 /// A sealed row as it is stored. The store does not look into it.
@@ -49,8 +50,17 @@ pub enum RowKind {
 
 impl RowKind {
     /// All kinds.
-    pub const ALL: [Self; 9] =
-        [Self::Group, Self::DeviceType, Self::Principal, Self::CounterDomain, Self::Island, Self::QuotaUse, Self::Campaign, Self::RootRotation, Self::Proposal];
+    pub const ALL: [Self; 9] = [
+        Self::Group,
+        Self::DeviceType,
+        Self::Principal,
+        Self::CounterDomain,
+        Self::Island,
+        Self::QuotaUse,
+        Self::Campaign,
+        Self::RootRotation,
+        Self::Proposal,
+    ];
 
     /// The kind's number in the seal's input and in the database.
     pub const fn number(self) -> u8 {
@@ -95,7 +105,8 @@ impl RowKind {
 /// How sealed rows are held by a transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RowLock {
-    /// They are read by all and hardly ever written: transactions of several servers may hold them together.
+    /// They are read by all and hardly ever written: transactions of several servers may hold them
+    /// together.
     Shared,
     /// They are read to be written: a transaction has them for itself.
     Exclusive,
@@ -103,7 +114,8 @@ pub(crate) enum RowLock {
     Campaign,
 }
 
-/// What the search columns of a meter repeat from its sealed body. Good for finding, never for deciding (I5).
+/// What the search columns of a meter repeat from its sealed body. Good for finding, never for
+/// deciding (I5).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MeterProjection {
     /// The manufacturer's FLAG id.
@@ -269,8 +281,8 @@ pub struct GrantFilter {
     pub live_at: Option<UnixMillis>,
 }
 
-/// The first 8 octets of a key fingerprint (docs/formats.md, *Key fingerprints*). Different keys can share one: compare the whole
-/// fingerprint, which the owners' rows hold.
+/// The first 8 octets of a key fingerprint (docs/formats.md, *Key fingerprints*). Different keys
+/// can share one: compare the whole fingerprint, which the owners' rows hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FingerprintPrefix(pub [u8; 8]);
 
@@ -330,7 +342,9 @@ impl ShipmentState {
     }
 
     pub(crate) fn from_number(number: i64) -> Option<Self> {
-        [Self::Receiving, Self::Received, Self::Importing, Self::Imported, Self::Refused].into_iter().find(|state| state.number() == number)
+        [Self::Receiving, Self::Received, Self::Importing, Self::Imported, Self::Refused]
+            .into_iter()
+            .find(|state| state.number() == number)
     }
 }
 

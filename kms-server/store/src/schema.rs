@@ -1,4 +1,5 @@
-//! The versions of the schema. A version that was released is never edited: the next change is the next version.
+//! The versions of the schema. A version that was released is never edited: the next change is the
+//! next version.
 
 use crate::StoreError;
 
@@ -23,7 +24,10 @@ impl Migration {
 ///
 /// # Errors
 /// The database is newer than this server, or a step was other than ours.
-pub(crate) fn missing(known: &'static [Migration], applied: &[(i64, String)]) -> Result<impl Iterator<Item = &'static Migration>, StoreError> {
+pub(crate) fn missing(
+    known: &'static [Migration],
+    applied: &[(i64, String)],
+) -> Result<impl Iterator<Item = &'static Migration>, StoreError> {
     let newest = known.iter().map(|migration| migration.version).max().unwrap_or_default();
     if let Some((found, _)) = applied.iter().find(|(version, _)| *version > newest) {
         return Err(StoreError::NewerSchema { found: *found, known: newest });
@@ -31,7 +35,10 @@ pub(crate) fn missing(known: &'static [Migration], applied: &[(i64, String)]) ->
     let done = applied.iter().map(|(version, _)| *version).max().unwrap_or_default();
     for migration in known.iter().filter(|migration| migration.version <= done) {
         if !applied.iter().any(|(version, digest)| *version == migration.version && *digest == migration.digest()) {
-            return Err(StoreError::corrupt(format!("schema version {} is not the one that this server knows", migration.version)));
+            return Err(StoreError::corrupt(format!(
+                "schema version {} is not the one that this server knows",
+                migration.version
+            )));
         }
     }
     Ok(known.iter().filter(move |migration| migration.version > done))

@@ -1,7 +1,8 @@
 //! SQLite: the database of one server, in one file.
 //!
-//! One connection writes, and callers queue for it; others read. Every commit is synced (`synchronous=FULL`). A helper copies the
-//! write-ahead log into the database beside the writer, so that no commit waits for that.
+//! One connection writes, and callers queue for it; others read. Every commit is synced
+//! (`synchronous=FULL`). A helper copies the write-ahead log into the database beside the writer,
+//! so that no commit waits for that.
 
 use std::{
     fs::{File, OpenOptions, Permissions, TryLockError},
@@ -41,7 +42,8 @@ macro_rules! keys {
     };
 }
 
-/// A join that keeps its left side outside: the planner does not know that the right side is found by its key.
+/// A join that keeps its left side outside: the planner does not know that the right side is found
+/// by its key.
 macro_rules! join {
     () => {
         " CROSS JOIN "
@@ -88,14 +90,16 @@ pub(crate) struct Engine {
     readers: SqlitePool,
     names: Names,
     call_timeout: Duration,
-    /// A call that held the writer ran out of time: the connection's thread may be stuck in the system.
+    /// A call that held the writer ran out of time: the connection's thread may be stuck in the
+    /// system.
     suspect: AtomicBool,
     /// Something was committed since the checkpointer looked.
     written: Arc<AtomicBool>,
     checkpointer: JoinHandle<()>,
     path: PathBuf,
     closed: AtomicBool,
-    /// Held until the database is closed; the system lets go of it when the process ends, however it ends.
+    /// Held until the database is closed; the system lets go of it when the process ends, however
+    /// it ends.
     lock: std::sync::Mutex<Option<File>>,
 }
 
@@ -113,10 +117,13 @@ impl Engine {
             .pragma("cell_size_check", "ON")
             .statement_cache_capacity(128)
             .row_buffer_size(1024)
-            // A stuck disk must fill no queue: sending a rollback to a full one would block a thread of the runtime.
+            // A stuck disk must fill no queue: sending a rollback to a full one would block a
+            // thread of the runtime.
             .command_buffer_size(65_536)
             .disable_statement_logging();
-        let mut writer = timeout(config.call_timeout, options.connect()).await.map_err(|_| StoreError::timed_out(config.call_timeout))??;
+        let mut writer = timeout(config.call_timeout, options.connect())
+            .await
+            .map_err(|_| StoreError::timed_out(config.call_timeout))??;
         shared::migrate(&mut writer, MIGRATIONS).await?;
         let helper = options.connect().await?;
         let readers = SqlitePoolOptions::new()
@@ -148,13 +155,15 @@ impl Engine {
             return Err(sqlx::Error::PoolClosed.into());
         }
         if self.suspect.load(Ordering::Acquire) {
-            // I2: while the disk is stuck, callers are told so at once instead of each waiting for its own time-out.
+            // I2: while the disk is stuck, callers are told so at once instead of each waiting for
+            // its own time-out.
             match timeout(PROBE, writer.ping()).await {
                 Ok(Ok(())) => self.suspect.store(false, Ordering::Release),
                 _ => return Err(StoreError::timed_out(PROBE)),
             }
         }
-        // Nobody else holds the writer, so no transaction is open, unless its rollback still waits in the connection's queue.
+        // Nobody else holds the writer, so no transaction is open, unless its rollback still waits
+        // in the connection's queue.
         if writer.is_in_transaction() {
             writer.ping().await?;
         }
@@ -164,13 +173,16 @@ impl Engine {
         Ok(writer)
     }
 
-    /// A new connection in place of one that counts a transaction which is over: SQLite itself rolls back when the disk is full or fails
-    /// (<https://sqlite.org/lang_transaction.html#response_to_errors_within_a_transaction>), the driver's own rollback then finds nothing to roll back,
-    /// and no transaction can begin on it any more.
+    /// A new connection in place of one that counts a transaction which is over: SQLite itself
+    /// rolls back when the disk is full or fails
+    /// (<https://sqlite.org/lang_transaction.html#response_to_errors_within_a_transaction>), the
+    /// driver's own rollback then finds nothing to roll back, and no transaction can begin on it
+    /// any more.
     async fn replace(&self, writer: &mut SqliteConnection) -> Result<(), StoreError> {
         let fresh = self.options.connect().await?;
         tracing::warn!("the database rolled a transaction back by itself; its connection was replaced");
-        // The thread of the old one ends by itself; it is not waited for, since its disk may be stuck.
+        // The thread of the old one ends by itself; it is not waited for, since its disk may be
+        // stuck.
         drop(std::mem::replace(writer, fresh));
         Ok(())
     }
@@ -183,12 +195,14 @@ impl Engine {
         self.written.store(true, Ordering::Release);
     }
 
-    /// Whether the disk has room for a transaction: a small write succeeds on a full one, in pages that the log has already.
+    /// Whether the disk has room for a transaction: a small write succeeds on a full one, in pages
+    /// that the log has already.
     async fn settings(&self) -> Result<(), StoreError> {
         let mut path = self.path.clone().into_os_string();
         path.push(".room");
         let probe = tokio::task::spawn_blocking(move || {
-            let written = File::create(&path).and_then(|mut file| file.write_all(&vec![0; ROOM]).and_then(|()| file.sync_all()));
+            let written =
+                File::create(&path).and_then(|mut file| file.write_all(&vec![0; ROOM]).and_then(|()| file.sync_all()));
             written.and(std::fs::remove_file(&path))
         });
         match probe.await {
@@ -209,7 +223,9 @@ impl Engine {
         let octets = |path: &Path| path.metadata().map(|metadata| metadata.len()).unwrap_or_default();
         let mut log = self.path.clone().into_os_string();
         log.push("-wal");
-        let pages: i64 = sqlx::query_scalar("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size").fetch_one(&self.readers).await?;
+        let pages: i64 = sqlx::query_scalar("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size")
+            .fetch_one(&self.readers)
+            .await?;
         Ok(Sizes { database: u64::try_from(pages).unwrap_or_default(), log: octets(Path::new(&log)) })
     }
 
@@ -217,8 +233,9 @@ impl Engine {
         self.closed.store(true, Ordering::Release);
         self.checkpointer.abort();
         self.readers.close().await;
-        // When the writer answers, the last transaction has ended, and no other begins: whoever still has this database open does nothing with it, and
-        // others may open it. Where the disk is stuck nobody can know that, and the lock stays until the process ends.
+        // When the writer answers, the last transaction has ended, and no other begins: whoever
+        // still has this database open does nothing with it, and others may open it. Where the disk
+        // is stuck nobody can know that, and the lock stays until the process ends.
         let idle = async { self.writer.lock().await.ping().await.is_ok() };
         if timeout(self.call_timeout, idle).await == Ok(true)
             && let Ok(mut lock) = self.lock.lock()
@@ -244,9 +261,11 @@ async fn lock_stripes(_: &mut Connection, _: &[i32]) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The database's one path, whatever links lead to it, its file readable by nobody else, and the lock that keeps other servers out.
+/// The database's one path, whatever links lead to it, its file readable by nobody else, and the
+/// lock that keeps other servers out.
 ///
-/// The lock is a file of its own: closing any descriptor of the database itself would drop SQLite's locks on it.
+/// The lock is a file of its own: closing any descriptor of the database itself would drop SQLite's
+/// locks on it.
 fn claim(path: &Path) -> Result<(PathBuf, File), StoreError> {
     let failed = |error: std::io::Error| StoreError::Unavailable {
         cause: format!("the file `{}` cannot be opened ({})", path.display(), error.kind()),
@@ -267,8 +286,9 @@ fn claim(path: &Path) -> Result<(PathBuf, File), StoreError> {
     Ok((path, lock))
 }
 
-/// Copies the log into the database beside the writer. A busy log never becomes empty that way, so now and then the writer is
-/// held for the last few pages: the next commit then starts the log anew.
+/// Copies the log into the database beside the writer. A busy log never becomes empty that way, so
+/// now and then the writer is held for the last few pages: the next commit then starts the log
+/// anew.
 async fn checkpoint(mut helper: SqliteConnection, writer: Arc<Mutex<SqliteConnection>>, written: Arc<AtomicBool>) {
     let mut ticks = interval(CHECKPOINT_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -1,4 +1,5 @@
-//! For tests, of this crate and of others: databases of their own, and ways to damage rows on purpose.
+//! For tests, of this crate and of others: databases of their own, and ways to damage rows on
+//! purpose.
 //!
 //! Nothing here is part of a server: the module exists with the feature `testing` only.
 
@@ -21,10 +22,11 @@ use tempfile::TempDir;
 
 use crate::{DatabaseLocation, RowKind, SealedRow, Store, StoreConfig, StoreError};
 
-/// A PostgreSQL cluster of its own, with `fsync` on, on a loopback port and a socket in a temporary directory.
+/// A PostgreSQL cluster of its own, with `fsync` on, on a loopback port and a socket in a temporary
+/// directory.
 ///
-/// It is stopped and removed when this is dropped, and also when the process ends in another way: a shell that guards it notices
-/// that its standard input has ended.
+/// It is stopped and removed when this is dropped, and also when the process ends in another way: a
+/// shell that guards it notices that its standard input has ended.
 pub struct PostgresCluster {
     guard: Child,
     lifeline: Option<ChildStdin>,
@@ -38,7 +40,8 @@ impl PostgresCluster {
     /// Makes and starts a cluster with settings besides the defaults.
     ///
     /// # Errors
-    /// PostgreSQL is not installed, with a hint how to install it, or it does not start, with the end of its log.
+    /// PostgreSQL is not installed, with a hint how to install it, or it does not start, with the
+    /// end of its log.
     pub fn start(settings: &[(&str, &str)]) -> io::Result<Self> {
         Self::start_from(settings, None)
     }
@@ -49,11 +52,16 @@ impl PostgresCluster {
     /// `pg_basebackup` fails.
     pub fn back_up(&self) -> io::Result<PathBuf> {
         let backup = self.directory.join("backup");
-        succeed(self.program("pg_basebackup")?.args(["--wal-method=stream", "--checkpoint=fast", "--no-sync", "--pgdata"]).arg(&backup))?;
+        succeed(
+            self.program("pg_basebackup")?
+                .args(["--wal-method=stream", "--checkpoint=fast", "--no-sync", "--pgdata"])
+                .arg(&backup),
+        )?;
         Ok(backup)
     }
 
-    /// Restores a base backup as a cluster of its own: it ends its recovery at the end of the backup, on a new timeline.
+    /// Restores a base backup as a cluster of its own: it ends its recovery at the end of the
+    /// backup, on a new timeline.
     ///
     /// # Errors
     /// As [`Self::start`].
@@ -72,7 +80,12 @@ impl PostgresCluster {
         started
     }
 
-    fn start_in(settings: &[(&str, &str)], binaries: PathBuf, directory: &Path, backup: Option<&Path>) -> io::Result<Self> {
+    fn start_in(
+        settings: &[(&str, &str)],
+        binaries: PathBuf,
+        directory: &Path,
+        backup: Option<&Path>,
+    ) -> io::Result<Self> {
         std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o755))?;
         // PostgreSQL refuses to run as root: it runs as the user that its package made.
         if is_root()? {
@@ -100,13 +113,19 @@ impl PostgresCluster {
         guard.args(["-c", GUARD, "kms-postgres-guard"]).arg(directory);
         let postgres = demoted(&binaries.join("postgres"))?;
         guard.arg(postgres.get_program()).args(postgres.get_args());
-        guard.arg("-D").arg(&data).args(["-p", &port.to_string(), "-k"]).arg(directory).args(["-c", "listen_addresses=127.0.0.1", "-c", "fsync=on"]);
+        guard.arg("-D").arg(&data).args(["-p", &port.to_string(), "-k"]).arg(directory).args([
+            "-c",
+            "listen_addresses=127.0.0.1",
+            "-c",
+            "fsync=on",
+        ]);
         for (name, value) in settings {
             guard.arg("-c").arg(format!("{name}={value}"));
         }
         let mut guard = guard.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
         let lifeline = guard.stdin.take();
-        let cluster = Self { guard, lifeline, directory: directory.to_owned(), binaries, port, databases: AtomicU32::new(0) };
+        let cluster =
+            Self { guard, lifeline, directory: directory.to_owned(), binaries, port, databases: AtomicU32::new(0) };
         cluster.await_ready()?;
         Ok(cluster)
     }
@@ -115,7 +134,9 @@ impl PostgresCluster {
         let deadline = Instant::now() + START_LIMIT;
         let port = self.port.to_string();
         loop {
-            let ready = Command::new(self.binaries.join("pg_isready")).args(["-q", "-h", "127.0.0.1", "-U", "kms", "-d", "postgres", "-p", &port]).status()?;
+            let ready = Command::new(self.binaries.join("pg_isready"))
+                .args(["-q", "-h", "127.0.0.1", "-U", "kms", "-d", "postgres", "-p", &port])
+                .status()?;
             if ready.success() {
                 return Ok(());
             }
@@ -140,7 +161,8 @@ impl PostgresCluster {
     /// Makes a copy of a database that nobody has open; its address.
     ///
     /// # Errors
-    /// The address is not one of this cluster's databases, somebody has it open, or PostgreSQL does not answer.
+    /// The address is not one of this cluster's databases, somebody has it open, or PostgreSQL does
+    /// not answer.
     pub async fn copy_database(&self, address: &str) -> Result<String, StoreError> {
         let name = format!("kms{}", self.databases.fetch_add(1, Ordering::Relaxed));
         let of = address.rsplit('/').next().unwrap_or_default();
@@ -168,7 +190,8 @@ impl PostgresCluster {
         format!("postgres://kms@localhost:{}/{database}?host={}", self.port, self.directory.display())
     }
 
-    /// One of PostgreSQL's own programs, to be run as the user that PostgreSQL runs as, with connection parameters in its environment.
+    /// One of PostgreSQL's own programs, to be run as the user that PostgreSQL runs as, with
+    /// connection parameters in its environment.
     ///
     /// # Errors
     /// The current user cannot be found out.
@@ -192,9 +215,11 @@ impl Drop for PostgresCluster {
     }
 }
 
-/// On which database the tests of servers run: `KMS_TEST_DATABASE`, which is `sqlite` (the default) or `postgresql`.
+/// On which database the tests of servers run: `KMS_TEST_DATABASE`, which is `sqlite` (the default)
+/// or `postgresql`.
 ///
-/// Tests that need two servers run on PostgreSQL whatever it says: SQLite is the database of one process.
+/// Tests that need two servers run on PostgreSQL whatever it says: SQLite is the database of one
+/// process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum TestDatabase {
     /// A file beside the token.
@@ -207,7 +232,8 @@ impl TestDatabase {
     /// What the environment says.
     ///
     /// # Panics
-    /// It says something else: a test that ran on another database than was asked for would prove nothing.
+    /// It says something else: a test that ran on another database than was asked for would prove
+    /// nothing.
     pub fn of_environment() -> Self {
         match std::env::var("KMS_TEST_DATABASE").as_deref() {
             Err(_) | Ok("sqlite") => Self::Sqlite,
@@ -228,8 +254,8 @@ impl TestDatabase {
         }
     }
 
-    /// The address of a new, empty PostgreSQL database, for tests that need one whatever the environment says. The cluster is this process's, and
-    /// ends with it.
+    /// The address of a new, empty PostgreSQL database, for tests that need one whatever the
+    /// environment says. The cluster is this process's, and ends with it.
     ///
     /// # Errors
     /// PostgreSQL is missing or does not start.
@@ -238,7 +264,8 @@ impl TestDatabase {
         wait(cluster.create_database())
     }
 
-    /// The address of a copy of a database that [`Self::create_postgresql`] made, and that nobody has open.
+    /// The address of a copy of a database that [`Self::create_postgresql`] made, and that nobody
+    /// has open.
     ///
     /// # Errors
     /// Somebody has it open, or PostgreSQL does not answer.
@@ -256,8 +283,10 @@ impl TestDatabase {
 
 /// Waits on a thread and a runtime of its own: callers may be inside a runtime, or outside of any.
 fn wait<T: Send>(work: impl Future<Output = Result<T, StoreError>> + Send) -> io::Result<T> {
-    let wait = || tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work).map_err(io::Error::other);
-    std::thread::scope(|scope| scope.spawn(wait).join()).map_err(|_| io::Error::other("the thread that waits for PostgreSQL panicked"))?
+    let wait =
+        || tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work).map_err(io::Error::other);
+    std::thread::scope(|scope| scope.spawn(wait).join())
+        .map_err(|_| io::Error::other("the thread that waits for PostgreSQL panicked"))?
 }
 
 /// A store to look into a database with, beside the server that has it open.
@@ -268,7 +297,8 @@ pub struct Glance {
 }
 
 impl Glance {
-    /// Opens PostgreSQL as another client, and of SQLite, which one process has for itself, a copy as it stands now.
+    /// Opens PostgreSQL as another client, and of SQLite, which one process has for itself, a copy
+    /// as it stands now.
     ///
     /// # Errors
     /// The database does not answer.
@@ -276,14 +306,16 @@ impl Glance {
         let DatabaseLocation::Sqlite(_) = database else {
             return Ok(Self { store: crate::open(&StoreConfig::new(database.clone())).await?, _copy: None });
         };
-        let folder = TempDir::with_prefix("kms-sqlite-").map_err(|error| StoreError::Invalid { what: "copy of a database", reason: error.to_string() })?;
+        let folder = TempDir::with_prefix("kms-sqlite-")
+            .map_err(|error| StoreError::Invalid { what: "copy of a database", reason: error.to_string() })?;
         let copy = folder.path().join("copy.db");
         execute(database, &format!("VACUUM INTO '{}'", copy.display())).await?;
         Ok(Self { store: crate::open(&StoreConfig::new(DatabaseLocation::Sqlite(copy))).await?, _copy: Some(folder) })
     }
 }
 
-/// Runs one statement, as someone with the database's password can, beside the servers that have it open; how many rows it met.
+/// Runs one statement, as someone with the database's password can, beside the servers that have it
+/// open; how many rows it met.
 ///
 /// # Errors
 /// The database does not answer, or refuses.
@@ -384,7 +416,8 @@ pub async fn damage(database: &DatabaseLocation, damage: &Damage) -> Result<u64,
     }
 }
 
-/// Holds the database's write lock, or a meter's row, as a hung process would; released when dropped.
+/// Holds the database's write lock, or a meter's row, as a hung process would; released when
+/// dropped.
 pub enum Obstruction {
     /// SQLite's one write lock.
     Sqlite(SqliteConnection),
@@ -445,9 +478,12 @@ fn binaries() -> io::Result<PathBuf> {
         }
     }
     found.sort();
-    found
-        .pop()
-        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "PostgreSQL is not installed: run `apt-get install postgresql`, or `tests/run`, which does"))
+    found.pop().ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::NotFound,
+            "PostgreSQL is not installed: run `apt-get install postgresql`, or `tests/run`, which does",
+        )
+    })
 }
 
 /// A command that runs as a user that PostgreSQL accepts.

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use kms_domain::{CampaignId, GrantId, SystemTitle, UnixMillis, WriterId};
 
 use crate::{
-    AuditAppend, AuditTail, FingerprintOwner, FingerprintPrefix, GrantRow, MeterProjection, RequestKey, RequestRow, RowKind, SealedRow, ShipmentRefusal,
-    ShipmentRow, SpooledFile, TaskKey, TaskRow, UploadId, row::RowLock,
+    AuditAppend, AuditTail, FingerprintOwner, FingerprintPrefix, GrantRow, MeterProjection, RequestKey, RequestRow,
+    RowKind, SealedRow, ShipmentRefusal, ShipmentRow, SpooledFile, TaskKey, TaskRow, UploadId, row::RowLock,
 };
 
 /// Rows to read in a transaction. Naming a row twice is harmless.
@@ -16,8 +16,8 @@ pub struct Reads {
     pub meters: Vec<SystemTitle>,
     /// Other sealed rows.
     pub sealed: Vec<(RowKind, Vec<u8>)>,
-    /// Campaigns that are looked at and not written, so that transactions of several servers may hold them together. One that is written is named in
-    /// `sealed`.
+    /// Campaigns that are looked at and not written, so that transactions of several servers may
+    /// hold them together. One that is written is named in `sealed`.
     pub campaigns: Vec<CampaignId>,
     /// Requests that may have been carried out already.
     pub requests: Vec<RequestKey>,
@@ -27,7 +27,8 @@ pub struct Reads {
     pub grants: Vec<GrantId>,
     /// Shipments in the spool.
     pub shipments: Vec<UploadId>,
-    /// Every file in the spool: uploads, and what is not imported yet. Who reads them adds the next one alone.
+    /// Every file in the spool: uploads, and what is not imported yet. Who reads them adds the next
+    /// one alone.
     pub spool: bool,
     /// Tasks of campaigns.
     pub tasks: Vec<TaskKey>,
@@ -73,7 +74,8 @@ impl Reads {
         tidy(&mut self.audit_tails, |writer| known.audit_tails.contains_key(writer));
     }
 
-    /// The places of what is locked here, first to last, in the one order that all transactions lock in.
+    /// The places of what is locked here, first to last, in the one order that all transactions
+    /// lock in.
     pub(crate) fn lock_ranks(&self) -> impl Iterator<Item = LockRank> {
         let sealed = |lock| self.sealed.iter().any(|(kind, _)| kind.lock() == lock);
         [
@@ -136,7 +138,8 @@ impl<'a, T> Lookup<'a, T> {
     }
 }
 
-/// What a transaction has read. It stays as it is in the database until the transaction ends, absence included.
+/// What a transaction has read. It stays as it is in the database until the transaction ends,
+/// absence included.
 #[derive(Debug, Default)]
 pub struct ReadSet {
     pub(crate) meters: HashMap<SystemTitle, Option<SealedRow>>,
@@ -245,7 +248,8 @@ pub struct Changes {
     pub revocations: Vec<GrantRevocation>,
     /// Fingerprints of new keys.
     pub fingerprints: Vec<FingerprintPut>,
-    /// Shipments' progress. Generation 1 begins one; others are written only over the generation before.
+    /// Shipments' progress. Generation 1 begins one; others are written only over the generation
+    /// before.
     pub shipments: Vec<ShipmentRow>,
     /// Refused lines.
     pub refusals: Vec<ShipmentRefusal>,
@@ -269,7 +273,8 @@ impl MeterPut {
         Self { title, row, projection: Some(projection) }
     }
 
-    /// A new generation. The search columns stay as they are, which spares two index pages a row: the usual case.
+    /// A new generation. The search columns stay as they are, which spares two index pages a row:
+    /// the usual case.
     pub const fn update(title: SystemTitle, row: SealedRow) -> Self {
         Self { title, row, projection: None }
     }
@@ -290,7 +295,8 @@ impl MeterPut {
     }
 }
 
-/// Another sealed row's new generation. Generation 1 inserts it; others are written only over the generation before.
+/// Another sealed row's new generation. Generation 1 inserts it; others are written only over the
+/// generation before.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SealedPut {
     /// Its kind.

@@ -1,6 +1,13 @@
-//! What only PostgreSQL must do: several servers on one database, and settings that keep what was committed.
+//! What only PostgreSQL must do: several servers on one database, and settings that keep what was
+//! committed.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "helpers of tests are tests")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "helpers of tests are tests"
+)]
 
 mod common;
 
@@ -9,8 +16,8 @@ use std::{process::Stdio, sync::Arc, time::Duration};
 use common::*;
 use kms_domain::{KeyType, KeyVersionNumber, Owner, SecuritySetupId, UnixMillis};
 use kms_store::{
-    Changes, Committed, Decision, FingerprintOwner, FingerprintPrefix, FingerprintPut, Lookup, MeterPut, Reads, RequestPut, RequestRow, RowKind, SealedPut,
-    Store, StoreConfig, StoreError, testing::PostgresCluster,
+    Changes, Committed, Decision, FingerprintOwner, FingerprintPrefix, FingerprintPut, Lookup, MeterPut, Reads,
+    RequestPut, RequestRow, RowKind, SealedPut, Store, StoreConfig, StoreError, testing::PostgresCluster,
 };
 
 /// Two servers on one database.
@@ -37,13 +44,17 @@ async fn a_fingerprint_is_found_by_one_of_two_importers() {
             let committed = store
                 .transact(Reads { fingerprints: vec![prefix], ..Reads::default() }, &mut |set| {
                     found = set.fingerprint_owners(prefix).unwrap().len();
-                    Decision::Commit(Box::new(Changes { fingerprints: vec![FingerprintPut { prefix, owner }], ..Changes::default() }))
+                    Decision::Commit(Box::new(Changes {
+                        fingerprints: vec![FingerprintPut { prefix, owner }],
+                        ..Changes::default()
+                    }))
                 })
                 .await;
             assert_eq!(committed, Ok(Committed::Written));
             found
         };
-        let (first, second) = tokio::join!(tokio::spawn(import(Arc::clone(&f.store), 1)), tokio::spawn(import(Arc::clone(&other), 2)));
+        let (first, second) =
+            tokio::join!(tokio::spawn(import(Arc::clone(&f.store), 1)), tokio::spawn(import(Arc::clone(&other), 2)));
         assert_eq!(first.unwrap() + second.unwrap(), 1, "round {round}");
     }
 }
@@ -60,7 +71,11 @@ async fn absence_is_unchanged_until_the_commit() {
                     .sealed(RowKind::CounterDomain, &[round, theirs])
                 {
                     Lookup::Absent => Decision::Commit(Box::new(Changes {
-                        sealed: vec![SealedPut { kind: RowKind::CounterDomain, id: vec![round, mine], row: row(1, "") }],
+                        sealed: vec![SealedPut {
+                            kind: RowKind::CounterDomain,
+                            id: vec![round, mine],
+                            row: row(1, ""),
+                        }],
                         ..Changes::default()
                     })),
                     _ => Decision::Abandon,
@@ -68,8 +83,12 @@ async fn absence_is_unchanged_until_the_commit() {
                 .await
                 .unwrap()
         };
-        let (first, second) = tokio::join!(tokio::spawn(claim(Arc::clone(&f.store), 1, 2)), tokio::spawn(claim(Arc::clone(&other), 2, 1)));
-        let written = [first.unwrap(), second.unwrap()].iter().filter(|committed| **committed == Committed::Written).count();
+        let (first, second) = tokio::join!(
+            tokio::spawn(claim(Arc::clone(&f.store), 1, 2)),
+            tokio::spawn(claim(Arc::clone(&other), 2, 1))
+        );
+        let written =
+            [first.unwrap(), second.unwrap()].iter().filter(|committed| **committed == Committed::Written).count();
         assert_eq!(written, 1, "round {round}");
     }
 }
@@ -87,7 +106,8 @@ async fn two_servers_lose_no_use_of_a_quota() {
                 let reads = Reads { sealed: vec![name.clone()], ..Reads::default() };
                 let mut count = |set: &kms_store::ReadSet| {
                     let generation = set.sealed(name.0, &name.1).present().map_or(1, |found| found.generation + 1);
-                    let put = SealedPut { kind: name.0, id: name.1.clone(), row: row(generation, &generation.to_string()) };
+                    let put =
+                        SealedPut { kind: name.0, id: name.1.clone(), row: row(generation, &generation.to_string()) };
                     Decision::Commit(Box::new(Changes { sealed: vec![put], ..Changes::default() }))
                 };
                 assert_eq!(store.transact(reads, &mut count).await, Ok(Committed::Written));
@@ -113,8 +133,14 @@ async fn two_servers_deal_no_number_twice() {
                 let mut now = Vec::new();
                 store
                     .transact(Reads { meters: titles.clone(), ..Reads::default() }, &mut |set| {
-                        now = titles.iter().map(|title| (*title, set.meter(*title).present().unwrap().generation + 1)).collect();
-                        let meters = now.iter().map(|(title, generation)| MeterPut::update(*title, row(*generation, ""))).collect();
+                        now = titles
+                            .iter()
+                            .map(|title| (*title, set.meter(*title).present().unwrap().generation + 1))
+                            .collect();
+                        let meters = now
+                            .iter()
+                            .map(|(title, generation)| MeterPut::update(*title, row(*generation, "")))
+                            .collect();
                         Decision::Commit(Box::new(Changes { meters, ..Changes::default() }))
                     })
                     .await
@@ -142,7 +168,9 @@ async fn a_request_to_two_servers_is_carried_out_once() {
             async move {
                 let mut answer = 0;
                 store
-                    .transact(Reads { requests: vec![key.clone()], ..Reads::default() }, &mut |set| match set.request(&key) {
+                    .transact(Reads { requests: vec![key.clone()], ..Reads::default() }, &mut |set| match set
+                        .request(&key)
+                    {
                         Lookup::Present(done) => {
                             answer = done.outcome[0];
                             Decision::Abandon
@@ -150,7 +178,10 @@ async fn a_request_to_two_servers_is_carried_out_once() {
                         _ => {
                             answer = mark;
                             let row = RequestRow { digest: [0; 32], outcome: vec![mark], expires: UnixMillis(1) };
-                            Decision::Commit(Box::new(Changes { requests: vec![RequestPut { key: key.clone(), row }], ..Changes::default() }))
+                            Decision::Commit(Box::new(Changes {
+                                requests: vec![RequestPut { key: key.clone(), row }],
+                                ..Changes::default()
+                            }))
                         }
                     })
                     .await
@@ -158,7 +189,8 @@ async fn a_request_to_two_servers_is_carried_out_once() {
                 answer
             }
         };
-        let (first, second) = tokio::join!(tokio::spawn(ask(Arc::clone(&f.store), 1)), tokio::spawn(ask(Arc::clone(&other), 2)));
+        let (first, second) =
+            tokio::join!(tokio::spawn(ask(Arc::clone(&f.store), 1)), tokio::spawn(ask(Arc::clone(&other), 2)));
         assert_eq!(first.unwrap(), second.unwrap(), "round {round}");
     }
 }
@@ -185,7 +217,14 @@ async fn settings_that_lose_commits_are_refused() {
     let archive = cluster.directory().join("archive");
     let mut receiver = {
         let mut mkdir = cluster.program("psql").unwrap();
-        assert!(mkdir.args(["-d", "postgres", "-c", &format!("\\! mkdir {}", archive.display())]).stdout(Stdio::null()).status().unwrap().success());
+        assert!(
+            mkdir
+                .args(["-d", "postgres", "-c", &format!("\\! mkdir {}", archive.display())])
+                .stdout(Stdio::null())
+                .status()
+                .unwrap()
+                .success()
+        );
         cluster.program("pg_receivewal").unwrap().arg("-D").arg(&archive).stderr(Stdio::null()).spawn().unwrap()
     };
     while store.check().await.is_ok() {
@@ -201,7 +240,9 @@ async fn settings_that_lose_commits_are_refused() {
     for name in ["fsync", "full_page_writes"] {
         let cluster = PostgresCluster::start(&[(name, "off")]).unwrap();
         let config = StoreConfig::parse(&cluster.create_database().await.unwrap()).unwrap();
-        assert!(matches!(kms_store::open(&config).await.map(drop), Err(StoreError::UnsafeSetting { setting, .. }) if setting == name));
+        assert!(
+            matches!(kms_store::open(&config).await.map(drop), Err(StoreError::UnsafeSetting { setting, .. }) if setting == name)
+        );
     }
 }
 
@@ -212,17 +253,23 @@ async fn a_disk_that_was_full_and_is_free_again_is_written_to() {
     let raise = "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no space' USING ERRCODE = '53100'; END $$";
     kms_store::testing::execute(&f.config.database, raise).await.unwrap();
     // The trigger of a statement fails it at once; a deferred one fails the COMMIT.
-    for (round, trigger) in (0_u64..).zip(["TRIGGER full_disk BEFORE INSERT", "CONSTRAINT TRIGGER full_disk AFTER INSERT"]) {
+    for (round, trigger) in
+        (0_u64..).zip(["TRIGGER full_disk BEFORE INSERT", "CONSTRAINT TRIGGER full_disk AFTER INSERT"])
+    {
         let deferred = if round == 0 { "" } else { "DEFERRABLE INITIALLY DEFERRED" };
         let create = format!("CREATE {trigger} ON audit {deferred} FOR EACH ROW EXECUTE FUNCTION full_disk()");
         kms_store::testing::execute(&f.config.database, &create).await.unwrap();
         let append = |sequence| {
-            let (store, changes) = (Arc::clone(&f.store), Changes { audit: vec![record(f.writer, sequence)], ..Changes::default() });
+            let (store, changes) =
+                (Arc::clone(&f.store), Changes { audit: vec![record(f.writer, sequence)], ..Changes::default() });
             async move { write(&*store, changes).await }
         };
         // Each connection of the pool meets it.
         for refused in futures::future::join_all((0..40).map(|_| append(round))).await {
-            assert!(matches!(&refused, Err(StoreError::Unavailable { cause, .. }) if cause.contains("53100")), "{refused:?}");
+            assert!(
+                matches!(&refused, Err(StoreError::Unavailable { cause, .. }) if cause.contains("53100")),
+                "{refused:?}"
+            );
         }
         kms_store::testing::execute(&f.config.database, "DROP TRIGGER full_disk ON audit").await.unwrap();
         append(round).await.unwrap();

@@ -1,6 +1,12 @@
 //! What only SQLite must do: one server, one file, and commits that survive the process.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "helpers of tests are tests")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "helpers of tests are tests"
+)]
 
 mod common;
 
@@ -26,7 +32,10 @@ async fn a_second_server_is_refused_by_whatever_path_it_comes() {
     // Whoever still holds a database that was closed does not keep others out, and writes nothing.
     f.store.close().await;
     let other = kms_store::open(&linked).await.unwrap();
-    assert!(f.store.sizes().await.is_err() && write(&*f.store, Changes { audit: vec![record(f.writer, 0)], ..Changes::default() }).await.is_err());
+    assert!(
+        f.store.sizes().await.is_err()
+            && write(&*f.store, Changes { audit: vec![record(f.writer, 0)], ..Changes::default() }).await.is_err()
+    );
     assert!(matches!(kms_store::open(&f.config).await.map(drop), Err(StoreError::InUse { .. })));
     other.sizes().await.unwrap();
 }
@@ -106,7 +115,8 @@ async fn child_that_commits_until_it_is_killed() {
     }
 }
 
-/// A disk that is full, as far as one process sees it: no file may grow. SQLite rolls a transaction back by itself then.
+/// A disk that is full, as far as one process sees it: no file may grow. SQLite rolls a transaction
+/// back by itself then.
 #[tokio::test]
 async fn a_disk_that_was_full_and_is_free_again_is_written_to() {
     let directory = tempfile::TempDir::new().unwrap();
@@ -119,7 +129,11 @@ async fn a_disk_that_was_full_and_is_free_again_is_written_to() {
         .output()
         .unwrap();
     let out = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && out.contains("written again"), "{out}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success() && out.contains("written again"),
+        "{out}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 /// Not a test by itself: the process of the test above.
@@ -127,7 +141,9 @@ async fn a_disk_that_was_full_and_is_free_again_is_written_to() {
 async fn child_whose_disk_is_full_for_a_while() {
     let Some(path) = std::env::var_os(CHILD_FULL_DISK) else { return };
     let limit = |octets: &str| {
-        let status = Command::new("prlimit").args(["--pid", &std::process::id().to_string(), &format!("--fsize={octets}:")]).status();
+        let status = Command::new("prlimit")
+            .args(["--pid", &std::process::id().to_string(), &format!("--fsize={octets}:")])
+            .status();
         assert!(status.unwrap().success());
     };
     let store = kms_store::open(&StoreConfig::parse(&format!("sqlite:{}", path.display())).unwrap()).await.unwrap();
@@ -137,14 +153,22 @@ async fn child_whose_disk_is_full_for_a_while() {
     let append = async |sequence| write(&*store, Changes { audit: vec![large(sequence)], ..Changes::default() }).await;
     append(0).await.unwrap();
     let upload = UploadId([1; 16]);
-    write(&*store, Changes { shipments: vec![shipment(upload)], audit: vec![record(writer, 1)], ..Changes::default() }).await.unwrap();
+    write(&*store, Changes { shipments: vec![shipment(upload)], audit: vec![record(writer, 1)], ..Changes::default() })
+        .await
+        .unwrap();
     for (round, attempts) in (0_u64..).zip([1, 5]) {
         limit("16384");
         for _ in 0..attempts {
             let refused = append(2 + round).await;
-            assert!(matches!(&refused, Err(StoreError::Unavailable { cause, .. }) if cause.contains("disk")), "{refused:?}");
+            assert!(
+                matches!(&refused, Err(StoreError::Unavailable { cause, .. }) if cause.contains("disk")),
+                "{refused:?}"
+            );
             let refused = store.append_shipment_chunk(upload, round * 65_536, vec![7; 65_536], UnixMillis(1)).await;
-            assert!(matches!(&refused, Err(StoreError::Unavailable { cause, .. }) if cause.contains("disk")), "{refused:?}");
+            assert!(
+                matches!(&refused, Err(StoreError::Unavailable { cause, .. }) if cause.contains("disk")),
+                "{refused:?}"
+            );
             assert!(store.check().await.is_err(), "there is no room");
         }
         limit("unlimited");

@@ -1,6 +1,12 @@
 //! What both databases must do: each test runs on each.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "helpers of tests are tests")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "helpers of tests are tests"
+)]
 
 mod common;
 
@@ -13,11 +19,15 @@ use std::{
 };
 
 use common::*;
-use kms_domain::{CampaignId, GrantId, KeyType, KeyVersionNumber, Owner, SecuritySetupId, Task, TaskState, TaskStep, TaskWork, UnixMillis};
+use kms_domain::{
+    CampaignId, GrantId, KeyType, KeyVersionNumber, Owner, SecuritySetupId, Task, TaskState, TaskStep, TaskWork,
+    UnixMillis,
+};
 use kms_store::{
-    Assigned, AuditFilter, AuditReference, Changes, Committed, DatabaseLocation, Decision, FingerprintOwner, FingerprintPrefix, FingerprintPut, GrantFilter,
-    GrantRevocation, GrantRow, Lookup, MeterFilter, MeterPut, PinFailure, Reads, RequestPut, RequestRow, RowKind, RowName, SealedPut, ShipmentRefusal,
-    ShipmentRow, ShipmentState, Store, StoreError, TaskFilter, TaskKey, TaskRow, UploadId,
+    Assigned, AuditFilter, AuditReference, Changes, Committed, DatabaseLocation, Decision, FingerprintOwner,
+    FingerprintPrefix, FingerprintPut, GrantFilter, GrantRevocation, GrantRow, Lookup, MeterFilter, MeterPut,
+    PinFailure, Reads, RequestPut, RequestRow, RowKind, RowName, SealedPut, ShipmentRefusal, ShipmentRow,
+    ShipmentState, Store, StoreError, TaskFilter, TaskKey, TaskRow, UploadId,
     testing::{Damage, Obstruction, damage},
 };
 
@@ -67,7 +77,9 @@ async fn what_was_written_is_read(f: Fixture) {
     let outcome = RequestRow { digest: [5; 32], outcome: b"outcome".to_vec(), expires: UnixMillis(99) };
     let changes = Changes {
         meters: vec![MeterPut::insert(title(1), row(1, "one"), projection())],
-        sealed: RowKind::ALL.map(|kind| SealedPut { kind, id: vec![0, 255, kind.number()], row: row(1, kind.name()) }).to_vec(),
+        sealed: RowKind::ALL
+            .map(|kind| SealedPut { kind, id: vec![0, 255, kind.number()], row: row(1, kind.name()) })
+            .to_vec(),
         requests: vec![RequestPut { key: key.clone(), row: outcome.clone() }],
         audit: vec![record(f.writer, 0), record(f.writer, 1)],
         ..Changes::default()
@@ -114,7 +126,10 @@ async fn absence_is_seen_and_more_can_be_read(f: Fixture) {
             assert!(set.meter(title(1)).present().is_some());
             assert_eq!(set.meter(title(9)), Lookup::Absent);
             match set.sealed(RowKind::Group, b"north") {
-                Lookup::NotRead => Decision::More(Box::new(Reads { sealed: vec![(RowKind::Group, b"north".to_vec())], ..Reads::default() })),
+                Lookup::NotRead => Decision::More(Box::new(Reads {
+                    sealed: vec![(RowKind::Group, b"north".to_vec())],
+                    ..Reads::default()
+                })),
                 Lookup::Absent => Decision::Commit(Box::new(Changes {
                     sealed: vec![SealedPut { kind: RowKind::Group, id: b"north".to_vec(), row: row(1, "north") }],
                     meters: vec![MeterPut::update(title(1), row(2, "moved"))],
@@ -136,7 +151,10 @@ async fn a_stale_generation_is_a_conflict_and_nothing_is_written(f: Fixture) {
     insert_meters(&*f.store, 1..4).await;
     for generation in [1, 3, 9] {
         let changes = Changes {
-            meters: vec![MeterPut::update(title(1), row(2, "new")), MeterPut::update_projection(title(2), row(generation, "new"), projection())],
+            meters: vec![
+                MeterPut::update(title(1), row(2, "new")),
+                MeterPut::update_projection(title(2), row(generation, "new"), projection()),
+            ],
             audit: vec![record(f.writer, 0)],
             ..Changes::default()
         };
@@ -146,8 +164,14 @@ async fn a_stale_generation_is_a_conflict_and_nothing_is_written(f: Fixture) {
     assert!(write(&*f.store, Changes { meters: twice, ..Changes::default() }).await.is_err());
     assert_eq!(f.store.meters(&[title(1)]).await.unwrap()[0].row.generation, 1);
     assert!(f.store.audit_tails().await.unwrap().is_empty());
-    let sealed = |generation| Changes { sealed: vec![SealedPut { kind: RowKind::Group, id: vec![1], row: row(generation, "") }], ..Changes::default() };
-    assert_eq!(write(&*f.store, sealed(2)).await, Err(StoreError::Conflict { row: RowName::Sealed(RowKind::Group, vec![1]) }));
+    let sealed = |generation| Changes {
+        sealed: vec![SealedPut { kind: RowKind::Group, id: vec![1], row: row(generation, "") }],
+        ..Changes::default()
+    };
+    assert_eq!(
+        write(&*f.store, sealed(2)).await,
+        Err(StoreError::Conflict { row: RowName::Sealed(RowKind::Group, vec![1]) })
+    );
     assert!(matches!(write(&*f.store, sealed(0)).await, Err(StoreError::Invalid { .. })));
     let columns_missing = Changes { meters: vec![MeterPut::update(title(8), row(1, ""))], ..Changes::default() };
     assert!(matches!(write(&*f.store, columns_missing).await, Err(StoreError::Invalid { .. })));
@@ -155,7 +179,8 @@ async fn a_stale_generation_is_a_conflict_and_nothing_is_written(f: Fixture) {
 
 async fn an_insert_over_a_row_is_a_conflict(f: Fixture) {
     insert_meters(&*f.store, 1..2).await;
-    let again = Changes { meters: vec![MeterPut::insert(title(1), row(1, "other"), projection())], ..Changes::default() };
+    let again =
+        Changes { meters: vec![MeterPut::insert(title(1), row(1, "other"), projection())], ..Changes::default() };
     assert_eq!(write(&*f.store, again).await, Err(StoreError::Conflict { row: RowName::Meter(title(1)) }));
     let ghost = Changes { meters: vec![MeterPut::update(title(7), row(2, "ghost"))], ..Changes::default() };
     assert_eq!(write(&*f.store, ghost).await, Err(StoreError::Conflict { row: RowName::Meter(title(7)) }));
@@ -163,7 +188,10 @@ async fn an_insert_over_a_row_is_a_conflict(f: Fixture) {
 }
 
 async fn two_uses_of_an_audit_sequence_collide(f: Fixture) {
-    let append = |sequences: &[u64]| Changes { audit: sequences.iter().map(|sequence| record(f.writer, *sequence)).collect(), ..Changes::default() };
+    let append = |sequences: &[u64]| Changes {
+        audit: sequences.iter().map(|sequence| record(f.writer, *sequence)).collect(),
+        ..Changes::default()
+    };
     write(&*f.store, append(&[0, 1])).await.unwrap();
     assert_eq!(write(&*f.store, append(&[2, 1])).await, Err(StoreError::Conflict { row: RowName::Audit(f.writer, 1) }));
     let tails = f.store.audit_tails().await.unwrap();
@@ -173,7 +201,10 @@ async fn two_uses_of_an_audit_sequence_collide(f: Fixture) {
 async fn a_writer_must_be_registered_once(f: Fixture) {
     let changes = Changes { audit: vec![record(writer_id(), 0)], ..Changes::default() };
     assert!(matches!(write(&*f.store, changes).await, Err(StoreError::Invalid { what: "writer id", .. })));
-    assert!(matches!(f.store.register_server(f.writer, "other").await, Err(StoreError::Invalid { what: "writer id", .. })));
+    assert!(matches!(
+        f.store.register_server(f.writer, "other").await,
+        Err(StoreError::Invalid { what: "writer id", .. })
+    ));
     assert!(matches!(f.store.heartbeat(writer_id()).await, Err(StoreError::Invalid { what: "writer id", .. })));
 }
 
@@ -184,7 +215,11 @@ async fn a_request_is_carried_out_once_and_purged_after_its_time(f: Fixture) {
             .iter()
             .map(|key| RequestPut {
                 key: key.clone(),
-                row: RequestRow { digest: [1; 32], outcome: vec![1, 2], expires: UnixMillis(i64::from(key.chunk) * 10) },
+                row: RequestRow {
+                    digest: [1; 32],
+                    outcome: vec![1, 2],
+                    expires: UnixMillis(i64::from(key.chunk) * 10),
+                },
             })
             .collect(),
         ..Changes::default()
@@ -217,7 +252,10 @@ async fn ten_thousand_meters_in_one_transaction(f: Fixture) {
                 .iter()
                 .map(|title| {
                     let old = set.meter(*title).present().unwrap();
-                    MeterPut::update(*title, row(old.generation + 1, &format!("{} again", String::from_utf8_lossy(&old.body))))
+                    MeterPut::update(
+                        *title,
+                        row(old.generation + 1, &format!("{} again", String::from_utf8_lossy(&old.body))),
+                    )
                 })
                 .collect();
             Decision::Commit(Box::new(Changes { meters, ..Changes::default() }))
@@ -266,8 +304,12 @@ async fn meters_are_found_by_their_projections(f: Fixture) {
     assert_eq!(count(MeterFilter { vendor: Some("XXX".into()), ..Default::default() }).await, 0);
     assert_eq!(count(MeterFilter { status: Some(0), ..Default::default() }).await, 33);
     assert_eq!(count(MeterFilter { head_end: Assigned::ToNone, ..Default::default() }).await, 80);
-    assert_eq!(count(MeterFilter { batch: Some("batch 1".into()), vendor: Some("KAM".into()), ..Default::default() }).await, 25);
-    let assigned = MeterFilter { head_end: Assigned::To("urn:meterkms:north:head-end:hes".into()), ..Default::default() };
+    assert_eq!(
+        count(MeterFilter { batch: Some("batch 1".into()), vendor: Some("KAM".into()), ..Default::default() }).await,
+        25
+    );
+    let assigned =
+        MeterFilter { head_end: Assigned::To("urn:meterkms:north:head-end:hes".into()), ..Default::default() };
     assert_eq!(count(assigned.clone()).await, 20);
     let in_group = |group| MeterFilter { group: Some(group), ..Default::default() };
     assert_eq!((count(in_group(3)).await, count(in_group(4)).await, count(in_group(5)).await), (10, 50, 0));
@@ -280,7 +322,8 @@ async fn meters_are_found_by_their_projections(f: Fixture) {
     let mut moved = projection();
     moved.head_end = None;
     moved.groups = vec![5];
-    let meters = vec![MeterPut::update(title(5), row(2, "")), MeterPut::update_projection(title(10), row(2, ""), moved)];
+    let meters =
+        vec![MeterPut::update(title(5), row(2, "")), MeterPut::update_projection(title(10), row(2, ""), moved)];
     write(&*f.store, Changes { meters, ..Changes::default() }).await.unwrap();
     assert_eq!(count(assigned).await, 19);
     assert_eq!((count(in_group(3)).await, count(in_group(4)).await, count(in_group(5)).await), (9, 49, 1));
@@ -297,7 +340,9 @@ async fn audit_is_walked_in_order(f: Fixture) {
     for sequence in 0..50 {
         let mut other = record(second, sequence);
         other.kind = 8;
-        write(&*f.store, Changes { audit: vec![record(f.writer, sequence), other], ..Changes::default() }).await.unwrap();
+        write(&*f.store, Changes { audit: vec![record(f.writer, sequence), other], ..Changes::default() })
+            .await
+            .unwrap();
     }
     let (mut after, mut walked) = (None, Vec::new());
     loop {
@@ -311,11 +356,16 @@ async fn audit_is_walked_in_order(f: Fixture) {
     let count = async |filter: AuditFilter| f.store.audit_page(&filter, None, 1_000).await.unwrap().len();
     assert_eq!(count(AuditFilter { kind: Some(8), ..Default::default() }).await, 50);
     assert_eq!(count(AuditFilter { writer: Some(second), ..Default::default() }).await, 50);
-    let mut back = f.store.audit_page(&AuditFilter { newest_first: true, ..Default::default() }, None, 1_000).await.unwrap();
+    let mut back =
+        f.store.audit_page(&AuditFilter { newest_first: true, ..Default::default() }, None, 1_000).await.unwrap();
     back.reverse();
     let forth = f.store.audit_page(&AuditFilter::default(), None, 1_000).await.unwrap();
     assert_eq!(back, forth);
-    let newest = f.store.audit_page(&AuditFilter { newest_first: true, ..Default::default() }, Some(forth[1].cursor), 1_000).await.unwrap();
+    let newest = f
+        .store
+        .audit_page(&AuditFilter { newest_first: true, ..Default::default() }, Some(forth[1].cursor), 1_000)
+        .await
+        .unwrap();
     assert_eq!(newest, forth[..1]);
     let range = f.store.audit_range(Some(UnixMillis(1_010)), Some(UnixMillis(1_015))).await.unwrap();
     assert_eq!(range, Some((forth[20].cursor, forth[29].cursor)));
@@ -345,19 +395,33 @@ async fn grants_are_listed_and_revoked_once(f: Fixture) {
     let grants: Vec<_> = (1..11).map(|number| grant(number, if number % 2 == 0 { "even" } else { "odd" })).collect();
     write(&*f.store, Changes { grants: grants.clone(), ..Changes::default() }).await.unwrap();
     assert_eq!(f.store.grant(grants[3].id).await.unwrap().as_ref(), Some(&grants[3]));
-    assert_eq!(f.store.grant_page(&GrantFilter::default(), None, 2).await.unwrap(), [grants[9].clone(), grants[8].clone()]);
+    assert_eq!(
+        f.store.grant_page(&GrantFilter::default(), None, 2).await.unwrap(),
+        [grants[9].clone(), grants[8].clone()]
+    );
     assert_eq!(f.store.grant_page(&GrantFilter::default(), Some(grants[8].id), 1).await.unwrap(), [grants[7].clone()]);
     let even = GrantFilter { principal: Some(principal("even")), ..Default::default() };
     assert_eq!(f.store.grant_page(&even, None, 100).await.unwrap().len(), 5);
-    let live = GrantFilter { live_at: Some(UnixMillis(150)), issued_from: Some(UnixMillis(30)), issued_before: Some(UnixMillis(100)), ..Default::default() };
+    let live = GrantFilter {
+        live_at: Some(UnixMillis(150)),
+        issued_from: Some(UnixMillis(30)),
+        issued_before: Some(UnixMillis(100)),
+        ..Default::default()
+    };
     assert_eq!(f.store.grant_page(&live, None, 100).await.unwrap().len(), 4);
-    let revoke = Changes { revocations: vec![GrantRevocation { id: grants[7].id, revoked: UnixMillis(77) }], ..Changes::default() };
+    let revoke = Changes {
+        revocations: vec![GrantRevocation { id: grants[7].id, revoked: UnixMillis(77) }],
+        ..Changes::default()
+    };
     f.store
-        .transact(Reads { grants: vec![grants[7].id, GrantId::from_octets(&[9; 16]).unwrap()], ..Reads::default() }, &mut |set| {
-            assert_eq!(set.grant(grants[7].id), Lookup::Present(&grants[7]));
-            assert_eq!(set.grant(GrantId::from_octets(&[9; 16]).unwrap()), Lookup::Absent);
-            Decision::Commit(Box::new(revoke.clone()))
-        })
+        .transact(
+            Reads { grants: vec![grants[7].id, GrantId::from_octets(&[9; 16]).unwrap()], ..Reads::default() },
+            &mut |set| {
+                assert_eq!(set.grant(grants[7].id), Lookup::Present(&grants[7]));
+                assert_eq!(set.grant(GrantId::from_octets(&[9; 16]).unwrap()), Lookup::Absent);
+                Decision::Commit(Box::new(revoke.clone()))
+            },
+        )
         .await
         .unwrap();
     assert_eq!(write(&*f.store, revoke).await, Err(StoreError::Conflict { row: RowName::Grant(grants[7].id) }));
@@ -409,7 +473,10 @@ async fn fingerprints_find_all_owners(f: Fixture) {
         after = Some(*last);
         all.extend(page);
     }
-    let mut expected: Vec<_> = (1..8).map(|number| (low, fingerprint_owner(number))).chain((1..3).map(|number| (prefix, fingerprint_owner(number)))).collect();
+    let mut expected: Vec<_> = (1..8)
+        .map(|number| (low, fingerprint_owner(number)))
+        .chain((1..3).map(|number| (prefix, fingerprint_owner(number))))
+        .collect();
     all.sort_unstable();
     expected.sort_unstable();
     assert_eq!(all, expected);
@@ -447,9 +514,25 @@ async fn a_shipment_is_resumed_where_it_stopped(f: Fixture) {
     assert!(f.store.shipments_of_file(&principal("other"), &[8; 32]).await.unwrap().is_empty());
     // A change that was made from an older view of the spool is refused.
     shipment.generation = 2;
-    assert_eq!(write(&*f.store, Changes { shipments: vec![shipment.clone()], ..Changes::default() }).await.map(drop), conflict.clone().map(drop));
-    shipment = ShipmentRow { generation: 2, state: ShipmentState::Importing, batch: "KAM-1".into(), next_line: 3, refused: 1, progress: vec![0, 1], ..stored };
-    let refusals = vec![ShipmentRefusal { upload, line: 2, field: "title".into(), reason: "`\u{0}'\"\\` is not 16 hex digits".into() }];
+    assert_eq!(
+        write(&*f.store, Changes { shipments: vec![shipment.clone()], ..Changes::default() }).await.map(drop),
+        conflict.clone().map(drop)
+    );
+    shipment = ShipmentRow {
+        generation: 2,
+        state: ShipmentState::Importing,
+        batch: "KAM-1".into(),
+        next_line: 3,
+        refused: 1,
+        progress: vec![0, 1],
+        ..stored
+    };
+    let refusals = vec![ShipmentRefusal {
+        upload,
+        line: 2,
+        field: "title".into(),
+        reason: "`\u{0}'\"\\` is not 16 hex digits".into(),
+    }];
     write(&*f.store, Changes { shipments: vec![shipment.clone()], refusals, ..Changes::default() }).await.unwrap();
     f.store
         .transact(Reads { shipments: vec![upload], ..Reads::default() }, &mut |set| {
@@ -460,7 +543,10 @@ async fn a_shipment_is_resumed_where_it_stopped(f: Fixture) {
         .unwrap();
     assert_eq!(f.store.append_shipment_chunk(upload, 10, vec![1], UnixMillis(5)).await, conflict);
     let refusals = f.store.shipment_refusals(upload, 0, 10).await.unwrap();
-    assert_eq!((refusals.len(), refusals[0].line, refusals[0].reason.as_str()), (1, 2, "`\u{FFFD}'\"\\` is not 16 hex digits"));
+    assert_eq!(
+        (refusals.len(), refusals[0].line, refusals[0].reason.as_str()),
+        (1, 2, "`\u{FFFD}'\"\\` is not 16 hex digits")
+    );
     assert!(f.store.shipment_refusals(upload, 2, 10).await.unwrap().is_empty());
     assert_eq!(f.store.delete_shipment_chunks(upload, 1).await, Ok(1));
     assert_eq!(f.store.delete_shipment_chunks(upload, 9).await, Ok(1));
@@ -469,7 +555,8 @@ async fn a_shipment_is_resumed_where_it_stopped(f: Fixture) {
 }
 
 async fn failed_pins_are_remembered(f: Fixture) {
-    let failure = PinFailure { token: "0123 island".into(), user_type: 1, phc: "$argon2id$v=19$…".into(), time: UnixMillis(5) };
+    let failure =
+        PinFailure { token: "0123 island".into(), user_type: 1, phc: "$argon2id$v=19$…".into(), time: UnixMillis(5) };
     assert_eq!(f.store.pin_failure(&failure.token, 1).await, Ok(None));
     f.store.put_pin_failure(&failure).await.unwrap();
     let later = PinFailure { time: UnixMillis(6), ..failure };
@@ -502,7 +589,12 @@ async fn concurrent_transactions_lose_no_update(f: Fixture) {
                         if set.meter(title(second)) == Lookup::NotRead {
                             return Decision::More(Box::new(Reads { meters: vec![title(second)], ..Reads::default() }));
                         }
-                        let next = |number| MeterPut::update(title(number), row(set.meter(title(number)).present().unwrap().generation + 1, ""));
+                        let next = |number| {
+                            MeterPut::update(
+                                title(number),
+                                row(set.meter(title(number)).present().unwrap().generation + 1, ""),
+                            )
+                        };
                         Decision::Commit(Box::new(Changes { meters: vec![next(1), next(2)], ..Changes::default() }))
                     })
                     .await
@@ -522,7 +614,9 @@ async fn odd_text_survives(f: Fixture) {
     let batch = "a\"b\\c\u{1}\n\u{1F512}'; DROP TABLE meter; --";
     let mut odd = projection();
     odd.batch = Some(batch.into());
-    write(&*f.store, Changes { meters: vec![MeterPut::insert(title(1), row(1, ""), odd)], ..Changes::default() }).await.unwrap();
+    write(&*f.store, Changes { meters: vec![MeterPut::insert(title(1), row(1, ""), odd)], ..Changes::default() })
+        .await
+        .unwrap();
     assert_eq!(f.store.meter_count(&MeterFilter { batch: Some(batch.into()), ..Default::default() }).await, Ok(1));
 }
 
@@ -552,13 +646,15 @@ async fn a_stuck_database_answers_in_time(mut f: Fixture) {
     f.store = kms_store::open(&f.config).await.unwrap();
     let obstruction = Obstruction::begin(&f.config).await.unwrap();
     let begun = std::time::Instant::now();
-    let update = |generation| Changes { meters: vec![MeterPut::update(title(1), row(generation, ""))], ..Changes::default() };
+    let update =
+        |generation| Changes { meters: vec![MeterPut::update(title(1), row(generation, ""))], ..Changes::default() };
     for _ in 0..3 {
         assert!(matches!(write(&*f.store, update(2)).await, Err(StoreError::Unavailable { .. })));
     }
     assert!(begun.elapsed() < std::time::Duration::from_secs(120), "it waits for what does not come");
     obstruction.end().await.unwrap();
-    // It recovers by itself. A write that was given up may yet have been made, so the generation is read.
+    // It recovers by itself. A write that was given up may yet have been made, so the generation is
+    // read.
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(120);
     loop {
         let advance = f
@@ -611,7 +707,10 @@ fn task(campaign_number: u8, meter: u64, head_end: Option<&str>) -> TaskRow {
 
 async fn tasks_are_written_over_the_generation_before(f: Fixture) {
     let mut row = task(1, 1, Some("hes-1"));
-    let unassigned = TaskRow { task: Task { step: TaskStep { work: TaskWork::Probe, ..row.task.step }, ..row.task.clone() }, ..task(1, 2, None) };
+    let unassigned = TaskRow {
+        task: Task { step: TaskStep { work: TaskWork::Probe, ..row.task.step }, ..row.task.clone() },
+        ..task(1, 2, None)
+    };
     write(&*f.store, Changes { tasks: vec![row.clone(), unassigned.clone()], ..Changes::default() }).await.unwrap();
     let conflict = Err(StoreError::Conflict { row: RowName::Task(row.key) });
     assert_eq!(write(&*f.store, Changes { tasks: vec![row.clone()], ..Changes::default() }).await, conflict);
@@ -649,9 +748,15 @@ async fn tasks_are_written_over_the_generation_before(f: Fixture) {
         .unwrap();
     let now = f.store.now().await.unwrap();
     assert!(clock.is_some_and(|clock| clock <= now && now.0 - clock.0 < 10_000));
-    assert_eq!(f.store.task_page(campaign(1), TaskFilter::All, None, 9).await.unwrap(), [row.clone(), unassigned.clone()]);
+    assert_eq!(
+        f.store.task_page(campaign(1), TaskFilter::All, None, 9).await.unwrap(),
+        [row.clone(), unassigned.clone()]
+    );
     assert_eq!(f.store.task_page(campaign(1), TaskFilter::InDoubt, None, 9).await.unwrap(), [row.clone()]);
-    assert_eq!(f.store.task_page(campaign(1), TaskFilter::State(TaskState::Pending), None, 9).await.unwrap(), [unassigned]);
+    assert_eq!(
+        f.store.task_page(campaign(1), TaskFilter::State(TaskState::Pending), None, 9).await.unwrap(),
+        [unassigned]
+    );
     assert!(f.store.task_page(campaign(1), TaskFilter::All, Some(title(2)), 9).await.unwrap().is_empty());
 }
 
@@ -699,7 +804,10 @@ async fn tasks_are_found_when_they_are_due(f: Fixture) {
     ];
     assert_eq!(short, expected);
     assert!(f.store.task_tallies(campaign(1), Some(2)).await.unwrap().is_empty());
-    assert_eq!(f.store.task_timeline(campaign(1), 1, 60_000).await.unwrap(), [(UnixMillis(60_000), 2), (UnixMillis(120_000), 1)]);
+    assert_eq!(
+        f.store.task_timeline(campaign(1), 1, 60_000).await.unwrap(),
+        [(UnixMillis(60_000), 2), (UnixMillis(120_000), 1)]
+    );
     // Of earlier waves only.
     assert_eq!(f.store.delete_tasks(campaign(1), 1, TaskState::Succeeded, 9).await.unwrap(), 0);
     assert_eq!(f.store.delete_tasks(campaign(1), 2, TaskState::Succeeded, 2).await.unwrap(), 2);
@@ -716,7 +824,8 @@ async fn plans_are_kept_in_chunks(f: Fixture) {
     assert_eq!(f.store.campaign_chunk(campaign(1), 1).await.unwrap(), Some(vec![2; 8]));
     assert_eq!(f.store.campaign_chunk(campaign(1), 2).await.unwrap(), None);
     // One that has a row is kept.
-    let sealed = vec![SealedPut { kind: RowKind::Campaign, id: campaign(1).octets().to_vec(), row: row(1, "campaign") }];
+    let sealed =
+        vec![SealedPut { kind: RowKind::Campaign, id: campaign(1).octets().to_vec(), row: row(1, "campaign") }];
     write(&*f.store, Changes { sealed, ..Changes::default() }).await.unwrap();
     assert_eq!(f.store.delete_unused_chunks(campaign(1)).await.unwrap(), 0);
     assert_eq!(f.store.purge_unused_chunks(campaign(3)).await.unwrap(), 1);
@@ -726,13 +835,18 @@ async fn plans_are_kept_in_chunks(f: Fixture) {
 
 async fn campaigns_are_looked_at_together_and_written_alone(f: Fixture) {
     let name = |number| (RowKind::Campaign, campaign(number).octets().to_vec());
-    let put = |number, generation| SealedPut { kind: RowKind::Campaign, id: campaign(number).octets().to_vec(), row: row(generation, "campaign") };
+    let put = |number, generation| SealedPut {
+        kind: RowKind::Campaign,
+        id: campaign(number).octets().to_vec(),
+        row: row(generation, "campaign"),
+    };
     insert_meters(&*f.store, 1..3).await;
     write(&*f.store, Changes { sealed: vec![put(1, 1), put(2, 1)], ..Changes::default() }).await.unwrap();
     let looks = || Reads { campaigns: vec![campaign(2), campaign(1)], ..Reads::default() };
     // Two servers, where there can be two.
     let several = matches!(f.config.database, DatabaseLocation::Postgres(_));
-    let stores = [Arc::clone(&f.store), if several { kms_store::open(&f.config).await.unwrap() } else { Arc::clone(&f.store) }];
+    let stores =
+        [Arc::clone(&f.store), if several { kms_store::open(&f.config).await.unwrap() } else { Arc::clone(&f.store) }];
     if several {
         // Each looks at both while the other one does.
         let looking = Arc::new(AtomicU32::new(0));
@@ -740,7 +854,9 @@ async fn campaigns_are_looked_at_together_and_written_alone(f: Fixture) {
             let (store, looking) = (Arc::clone(store), Arc::clone(&looking));
             tokio::spawn(async move {
                 let mut look = |set: &kms_store::ReadSet| {
-                    assert!([1, 2].into_iter().all(|number| set.sealed(RowKind::Campaign, &campaign(number).octets()).present().is_some()));
+                    assert!([1, 2].into_iter().all(|number| {
+                        set.sealed(RowKind::Campaign, &campaign(number).octets()).present().is_some()
+                    }));
                     looking.fetch_add(1, Ordering::SeqCst);
                     let began = Instant::now();
                     // The other one needs the runtime to get there.
@@ -764,18 +880,27 @@ async fn campaigns_are_looked_at_together_and_written_alone(f: Fixture) {
         let store = Arc::clone(&stores[usize::from(task / 2 % 2)]);
         tasks.spawn(async move {
             for _ in 0..20 {
-                // Half of them look at campaigns and write a meter, in one order or the other; the rest write a campaign.
+                // Half of them look at campaigns and write a meter, in one order or the other; the
+                // rest write a campaign.
                 let (meter, written) = (1 + task % 2, 1 + task / 2 % 2);
                 let reads = match task < 4 {
-                    true => Reads { meters: vec![title(meter.into())], campaigns: vec![campaign(1), campaign(2)], ..Reads::default() },
-                    false => {
-                        Reads { meters: vec![title(meter.into())], sealed: vec![name(written)], campaigns: vec![campaign(3 - written)], ..Reads::default() }
-                    }
+                    true => Reads {
+                        meters: vec![title(meter.into())],
+                        campaigns: vec![campaign(1), campaign(2)],
+                        ..Reads::default()
+                    },
+                    false => Reads {
+                        meters: vec![title(meter.into())],
+                        sealed: vec![name(written)],
+                        campaigns: vec![campaign(3 - written)],
+                        ..Reads::default()
+                    },
                 };
                 let mut decide = |set: &kms_store::ReadSet| {
                     let title = title(meter.into());
                     let meter = MeterPut::update(title, row(set.meter(title).present().unwrap().generation + 1, ""));
-                    let known = set.sealed(RowKind::Campaign, &campaign(written).octets()).present().unwrap().generation;
+                    let known =
+                        set.sealed(RowKind::Campaign, &campaign(written).octets()).present().unwrap().generation;
                     let sealed = if task < 4 { Vec::new() } else { vec![put(written, known + 1)] };
                     Decision::Commit(Box::new(Changes { meters: vec![meter], sealed, ..Changes::default() }))
                 };
@@ -787,7 +912,10 @@ async fn campaigns_are_looked_at_together_and_written_alone(f: Fixture) {
         done.unwrap();
     }
     for number in [1, 2] {
-        assert_eq!(f.store.sealed(RowKind::Campaign, &campaign(number).octets()).await.unwrap().unwrap().generation, 41);
+        assert_eq!(
+            f.store.sealed(RowKind::Campaign, &campaign(number).octets()).await.unwrap().unwrap().generation,
+            41
+        );
         assert_eq!(f.store.meters(&[title(number.into())]).await.unwrap()[0].row.generation, 81);
     }
 }

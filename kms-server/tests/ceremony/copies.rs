@@ -1,5 +1,5 @@
-//! An island with two tokens: the authority's with all roots, and one for a grant server, which gets copies of the roots for sessions in the
-//! ceremony and grants from them.
+//! An island with two tokens: the authority's with all roots, and one for a grant server, which
+//! gets copies of the roots for sessions in the ceremony and grants from them.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -7,7 +7,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use kms_client::proto::{self, InventoryHsmRequest, Purpose, SessionTerms};
-use kms_client::{Connection, KeyRequest, KeyType, NewProfile, OpenOptions, PrincipalId, Profile, Session, SystemTitle, new_request_id};
+use kms_client::{
+    Connection, KeyRequest, KeyType, NewProfile, OpenOptions, PrincipalId, Profile, Session, SystemTitle,
+    new_request_id,
+};
 use kms_domain::RootPurpose;
 use kms_server::server::{self, Server};
 use kms_server::service::init::CeremonyPlan;
@@ -32,18 +35,38 @@ async fn story(folder: &Path, kind: &str, module: &Path) {
     fs::write(&file, people.ceremony_file(kind, module) + &copy(module)).unwrap();
     let state = folder.join("state");
     let held = CeremonyPlan::read(&file, &state).unwrap().hold(&state).await.unwrap();
-    assert!(held.summary.contains("session/storage-kek/1 (copy in grants)") && !held.summary.contains("/kek/storage-kek/1 (copy"), "{}", held.summary);
-    // The same roots: the check values of copy and original are equal. SoftHSM2 has none of an unwrapped key; there the grants below are the proof.
-    for (original, value) in held.fingerprints.iter().filter_map(|print| Some((print.label.strip_suffix(" (copy in grants)")?, &print.value))) {
+    assert!(
+        held.summary.contains("session/storage-kek/1 (copy in grants)")
+            && !held.summary.contains("/kek/storage-kek/1 (copy"),
+        "{}",
+        held.summary
+    );
+    // The same roots: the check values of copy and original are equal. SoftHSM2 has none of an
+    // unwrapped key; there the grants below are the proof.
+    for (original, value) in held
+        .fingerprints
+        .iter()
+        .filter_map(|print| Some((print.label.strip_suffix(" (copy in grants)")?, &print.value)))
+    {
         assert!(value.is_empty() == (kind == "development"), "{original}");
-        assert!(value.is_empty() || held.fingerprints.iter().any(|print| print.label == original && print.value == *value), "{original}");
+        assert!(
+            value.is_empty() || held.fingerprints.iter().any(|print| print.label == original && print.value == *value),
+            "{original}"
+        );
     }
 
     // The authority enrols a meter for a head-end.
     let meter = SystemTitle::parse("4B414D0000000001").unwrap();
     let options = if kind == "development" { OpenOptions::new().allow_cbc_expand() } else { OpenOptions::new() };
     let authority = Running::start(config(&held.configuration)).await;
-    let ada = profile(folder, authority.address, "officer", "ada", &people.ada.serialize_pem(), &read(&state.join("principals/officer-ada.pem")));
+    let ada = profile(
+        folder,
+        authority.address,
+        "officer",
+        "ada",
+        &people.ada.serialize_pem(),
+        &read(&state.join("principals/officer-ada.pem")),
+    );
     let officer = Connection::connect(&ada).await.unwrap();
     let hes = add_head_end(folder, &state, &authority, &officer).await;
     enrol(&officer, meter).await;
@@ -61,7 +84,8 @@ async fn story(folder: &Path, kind: &str, module: &Path) {
     );
     let configuration = folder.join("grant-server.toml");
     fs::write(&configuration, format!("{common}{token}")).unwrap();
-    // Another storage KEK, made while no server runs: a copy for the token of the grant server, and for no other.
+    // Another storage KEK, made while no server runs: a copy for the token of the grant server, and
+    // for no other.
     let new = NewRootSettings {
         purpose: RootPurpose::parse("session/storage-kek").unwrap(),
         escrow: state.join("escrow.json"),
@@ -75,9 +99,15 @@ async fn story(folder: &Path, kind: &str, module: &Path) {
     let made = server::make_root(&config(&held.configuration), new).await.unwrap();
     assert_eq!(made.copies.len(), 1);
     let copies = &made.copies[0];
-    assert!(server::install_roots(&config(&held.configuration), copies).await.is_err(), "the authority's token is not the one that it is for");
+    assert!(
+        server::install_roots(&config(&held.configuration), copies).await.is_err(),
+        "the authority's token is not the one that it is for"
+    );
     let installed = server::install_roots(&config(&configuration), copies).await.unwrap();
-    assert_eq!(installed.iter().map(|print| print.label.as_str()).collect::<Vec<_>>(), ["meterkms/north/session/storage-kek/2"]);
+    assert_eq!(
+        installed.iter().map(|print| print.label.as_str()).collect::<Vec<_>>(),
+        ["meterkms/north/session/storage-kek/2"]
+    );
     let grants = Running::start(config(&configuration)).await;
     for moved in [&hes, &ada] {
         moved.set_server(&grants.address.to_string()).unwrap();
@@ -89,7 +119,11 @@ async fn story(folder: &Path, kind: &str, module: &Path) {
         assert_eq!(key(&before, key_type), key(&after, key_type), "{key_type}: the copy is not the root");
     }
     let last = |session: &Session| {
-        session.keys.meters[0].counters.as_ref().map(|lease| (lease.next().unwrap(), lease.next().unwrap() + lease.remaining() - 1)).unwrap()
+        session.keys.meters[0]
+            .counters
+            .as_ref()
+            .map(|lease| (lease.next().unwrap(), lease.next().unwrap() + lease.remaining() - 1))
+            .unwrap()
     };
     assert!(last(&after).0 > last(&before).1, "I4: the other server's lease starts higher");
 
@@ -158,7 +192,14 @@ impl Running {
 fn profile(folder: &Path, server: SocketAddr, role: &str, name: &str, key_pem: &str, certificate_pem: &str) -> Profile {
     let principal = PrincipalId::parse(&format!("urn:meterkms:north:{role}:{name}")).unwrap();
     let ca_pem = read(&folder.join("state/root.pem"));
-    let new = NewProfile { server: &server.to_string(), server_name: "localhost", principal: &principal, ca_pem: &ca_pem, certificate_pem, key_pem };
+    let new = NewProfile {
+        server: &server.to_string(),
+        server_name: "localhost",
+        principal: &principal,
+        ca_pem: &ca_pem,
+        certificate_pem,
+        key_pem,
+    };
     Profile::create(folder.join("profiles").join(name), &new).unwrap()
 }
 
@@ -176,8 +217,18 @@ async fn add_head_end(folder: &Path, state: &Path, server: &Running, officer: &C
     let issued = officer.principals().add_principal(add).await.unwrap().into_inner();
     let hes = profile(folder, server.address, "head-end", "hes-1", request.key_pem(), &KeyRequest::chain_pem(&issued));
     let transport = KeyRequest::generate(&principal).unwrap();
-    let register = proto::RegisterTransportKeyRequest { request_id: request_id(), certificate_request: transport.certificate_request().to_vec().into() };
-    let issued = Connection::connect(&hes).await.unwrap().principals().register_transport_key(register).await.unwrap().into_inner();
+    let register = proto::RegisterTransportKeyRequest {
+        request_id: request_id(),
+        certificate_request: transport.certificate_request().to_vec().into(),
+    };
+    let issued = Connection::connect(&hes)
+        .await
+        .unwrap()
+        .principals()
+        .register_transport_key(register)
+        .await
+        .unwrap()
+        .into_inner();
     hes.set_transport_key(transport.key_pem(), &KeyRequest::certificate_pem(&issued)).unwrap();
     hes
 }
@@ -203,8 +254,12 @@ async fn enrol(officer: &Connection, meter: SystemTitle) {
 }
 
 async fn open(head_end: &Profile, meter: SystemTitle, options: &OpenOptions) -> Session {
-    let terms =
-        SessionTerms { purpose: Purpose::Read.into(), client_title: hex::decode(CLIENT_TITLE).unwrap().into(), counters: 10, ..SessionTerms::default() };
+    let terms = SessionTerms {
+        purpose: Purpose::Read.into(),
+        client_title: hex::decode(CLIENT_TITLE).unwrap().into(),
+        counters: 10,
+        ..SessionTerms::default()
+    };
     let connection = Connection::connect(head_end).await.unwrap();
     connection.open_session(&head_end.transport_key().unwrap(), new_request_id(), meter, terms, options).await.unwrap()
 }

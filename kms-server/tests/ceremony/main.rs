@@ -1,5 +1,6 @@
-//! A ceremony from its file to a server that serves: on SoftHSM2 a development island, on hsm-sim a production island, on the database that
-//! `KMS_TEST_DATABASE` names (`sqlite`, `postgresql`). Both modules are tried, whatever `KMS_TEST_MODULE` says: the two kinds of island differ.
+//! A ceremony from its file to a server that serves: on SoftHSM2 a development island, on hsm-sim a
+//! production island, on the database that `KMS_TEST_DATABASE` names (`sqlite`, `postgresql`). Both
+//! modules are tried, whatever `KMS_TEST_MODULE` says: the two kinds of island differ.
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
 mod copies;
@@ -54,16 +55,28 @@ fn on_module(test: &str, body: impl AsyncFnOnce(&Path)) {
     let folder = tempfile::tempdir().unwrap();
     let tokens = folder.path().join("tokens");
     fs::create_dir(&tokens).unwrap();
-    fs::write(folder.path().join("softhsm2.conf"), format!("directories.tokendir = {}\nlog.level = ERROR\n", tokens.display())).unwrap();
-    fs::write(folder.path().join("hsm-sim.conf"), "directory = tokens\nargon2_memory_kib = 64\nargon2_passes = 1\n").unwrap();
+    fs::write(
+        folder.path().join("softhsm2.conf"),
+        format!("directories.tokendir = {}\nlog.level = ERROR\n", tokens.display()),
+    )
+    .unwrap();
+    fs::write(folder.path().join("hsm-sim.conf"), "directory = tokens\nargon2_memory_kib = 64\nargon2_passes = 1\n")
+        .unwrap();
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args([test, "--exact", "--nocapture"]).env(CHILD, folder.path());
-    command.env("SOFTHSM2_CONF", folder.path().join("softhsm2.conf")).env("HSM_SIM_CONF", folder.path().join("hsm-sim.conf"));
+    command
+        .env("SOFTHSM2_CONF", folder.path().join("softhsm2.conf"))
+        .env("HSM_SIM_CONF", folder.path().join("hsm-sim.conf"));
     if let Some(address) = TestDatabase::of_environment().create().unwrap() {
         command.env(POSTGRES, address);
     }
     let output = command.output().unwrap();
-    assert!(output.status.success(), "{}\n{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}\n{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 async fn story(folder: &Path, kind: &str, module: &Path) {
@@ -72,7 +85,8 @@ async fn story(folder: &Path, kind: &str, module: &Path) {
     fs::write(&file, people.ceremony_file(kind, module)).unwrap();
     let state = folder.join("state");
 
-    // A database that cannot be opened: the ceremony stops after the roots are locked, and goes on when it is run again.
+    // A database that cannot be opened: the ceremony stops after the roots are locked, and goes on
+    // when it is run again.
     let blocked = state.join("island.db");
     fs::create_dir_all(&blocked).unwrap();
     let plan = || CeremonyPlan::read(&file, &state).unwrap();
@@ -108,8 +122,9 @@ async fn story(folder: &Path, kind: &str, module: &Path) {
     custodians_bring_the_last_officer_back(folder, &people, &state).await;
 }
 
-/// The certificate of the last officer has ended, or is lost, and no other officer is left: the custodians stand behind a new key. The ones who are too few,
-/// the custodians of another escrow, and the wrong officer are refused, and nothing changes.
+/// The certificate of the last officer has ended, or is lost, and no other officer is left: the
+/// custodians stand behind a new key. The ones who are too few, the custodians of another escrow,
+/// and the wrong officer are refused, and nothing changes.
 async fn custodians_bring_the_last_officer_back(folder: &Path, people: &People, state: &Path) {
     let mut config = config(&state.join("kms-server.toml"));
     config.limits.principal_certificate_days = 1;
@@ -132,7 +147,8 @@ async fn custodians_bring_the_last_officer_back(folder: &Path, people: &People, 
         shares: shares.to_vec(),
         days: config.limits.principal_days(),
     };
-    let (ada, bo, head_end) = ("urn:meterkms:north:officer:ada", "urn:meterkms:north:officer:bo", "urn:meterkms:north:head-end:hes-1");
+    let (ada, bo, head_end) =
+        ("urn:meterkms:north:officer:ada", "urn:meterkms:north:officer:bo", "urn:meterkms:north:head-end:hes-1");
     for (wrong, reason) in [
         (recertification(ada, "escrow.json", &shares[..1]), "shares"),
         (recertification(ada, "escrow.json", &[shares[0].clone(), shares[0].clone()]), "shares"),
@@ -153,11 +169,17 @@ async fn custodians_bring_the_last_officer_back(folder: &Path, people: &People, 
     let serving = tokio::spawn(server.serve(async move { drop(stopped.await) }));
     tokio::time::timeout(Duration::from_secs(60), opened.wait_for(Option::is_some)).await.unwrap().unwrap();
     let root = fs::read(state.join("root.pem")).unwrap();
-    let before = Identity { key: people.ada.clone_key(), chain: pem_chain(&fs::read(state.join("principals/officer-ada.pem")).unwrap()) };
+    let before = Identity {
+        key: people.ada.clone_key(),
+        chain: pem_chain(&fs::read(state.join("principals/officer-ada.pem")).unwrap()),
+    };
     assert!(call(connect(address, &root, Some(&before)).await).await.is_none(), "the certificate before has ended");
     let after = Identity { key: new_key.clone_key(), chain: vec![issued.der.to_vec()] };
     let me = call(connect(address, &root, Some(&after)).await).await.unwrap();
-    assert!(matches!(&me.certificates[..], [one] if one.enrolment == "custodians" && one.counts && one.in_use), "{me:?}");
+    assert!(
+        matches!(&me.certificates[..], [one] if one.enrolment == "custodians" && one.counts && one.in_use),
+        "{me:?}"
+    );
     let mut audit = AuditServiceClient::new(connect(address, &root, Some(&after)).await.unwrap());
     let list = v1::ListAuditRecordsRequest { page_size: 100, newest_first: true, ..Default::default() };
     let records = audit.list_audit_records(list).await.unwrap().into_inner().records;
@@ -180,20 +202,32 @@ async fn escrow_restores_the_seal_root(people: &People, state: &Path) {
     let seal = SealKey::new(1, &Zeroizing::new(mac.as_ref().try_into().unwrap()));
     let store = kms_store::open(&config(&state.join("kms-server.toml")).storage.store().unwrap()).await.unwrap();
     let row = store.sealed(RowKind::Island, b"north").await.unwrap().unwrap();
-    seal.verify(&RowId::Island(island), Generation::FIRST, &row.body, &RowSeal::from_octets(&row.seal).unwrap()).unwrap();
+    seal.verify(&RowId::Island(island), Generation::FIRST, &row.body, &RowSeal::from_octets(&row.seal).unwrap())
+        .unwrap();
     store.close().await;
 }
 
-/// Another version of a root: noted and recorded, and in the custodians' hands; only the ceremony's own escrow file is taken.
+/// Another version of a root: noted and recorded, and in the custodians' hands; only the ceremony's
+/// own escrow file is taken.
 async fn another_root(people: &People, state: &Path) {
     let path = state.join("escrow.json");
     let before = fs::read_to_string(&path).unwrap();
     let config = config(&state.join("kms-server.toml"));
     let purpose = RootPurpose::parse("kek/storage-kek").unwrap();
-    let settings = |escrow: PathBuf| NewRootSettings { purpose, escrow, copies: Vec::new(), no_copies: Vec::new(), lost: Vec::new() };
+    let settings = |escrow: PathBuf| NewRootSettings {
+        purpose,
+        escrow,
+        copies: Vec::new(),
+        no_copies: Vec::new(),
+        lost: Vec::new(),
+    };
     let document: serde_json::Value = serde_json::from_str(&before).unwrap();
     let key = document["escrow_key"].as_str().unwrap();
-    let other = format!("{}{}", &key[..key.len() - 12], if &key[key.len() - 12..] == "ffffffffffff" { "eeeeeeeeeeee" } else { "ffffffffffff" });
+    let other = format!(
+        "{}{}",
+        &key[..key.len() - 12],
+        if &key[key.len() - 12..] == "ffffffffffff" { "eeeeeeeeeeee" } else { "ffffffffffff" }
+    );
     fs::write(state.join("other.json"), before.replace(key, &other)).unwrap();
     let refused = server::make_root(&config, settings(state.join("other.json"))).await.unwrap_err();
     assert!(refused.to_string().contains("not the escrow file"), "{refused}");
@@ -208,16 +242,25 @@ async fn another_root(people: &People, state: &Path) {
     assert_eq!(document.labels().count(), earlier.labels().count() + 1);
     let shares: Vec<_> = document.shares().map(|(name, encrypted)| people.decrypt_share(name, encrypted)).collect();
     let opened = document.open(&shares[..2]).unwrap();
-    let (first, second) =
-        (document.root(&opened, "meterkms/north/kek/storage-kek/1").unwrap(), document.root(&opened, "meterkms/north/kek/storage-kek/2").unwrap());
+    let (first, second) = (
+        document.root(&opened, "meterkms/north/kek/storage-kek/1").unwrap(),
+        document.root(&opened, "meterkms/north/kek/storage-kek/2").unwrap(),
+    );
     assert!(first != second && second.len() == 32);
 
-    // An earlier escrow file lacks the root that was made since: two files with a part of the roots each would restore no token. It is taken for a
-    // root that nobody has any more only where somebody says so.
+    // An earlier escrow file lacks the root that was made since: two files with a part of the roots
+    // each would restore no token. It is taken for a root that nobody has any more only where
+    // somebody says so.
     let earlier_path = state.join("earlier.json");
     fs::write(&earlier_path, &before).unwrap();
     let other = RootPurpose::parse("authentication/storage-kek").unwrap();
-    let settings = |lost: Vec<String>| NewRootSettings { purpose: other, escrow: earlier_path.clone(), copies: Vec::new(), no_copies: Vec::new(), lost };
+    let settings = |lost: Vec<String>| NewRootSettings {
+        purpose: other,
+        escrow: earlier_path.clone(),
+        copies: Vec::new(),
+        no_copies: Vec::new(),
+        lost,
+    };
     let refused = server::make_root(&config, settings(Vec::new())).await.unwrap_err().to_string();
     assert!(refused.contains("lacks meterkms/north/kek/storage-kek/2") && refused.contains("--lost"), "{refused}");
     assert_eq!(fs::read_to_string(&earlier_path).unwrap(), before);
@@ -227,11 +270,20 @@ async fn another_root(people: &People, state: &Path) {
 
 async fn principals(people: &People, state: &Path, address: SocketAddr) {
     let root = fs::read(state.join("root.pem")).unwrap();
-    let ada = Identity { key: people.ada.clone_key(), chain: pem_chain(&fs::read(state.join("principals/officer-ada.pem")).unwrap()) };
-    let bo = Identity { key: people.bo.clone_key(), chain: pem_chain(&fs::read(state.join("principals/officer-bo.pem")).unwrap()) };
+    let ada = Identity {
+        key: people.ada.clone_key(),
+        chain: pem_chain(&fs::read(state.join("principals/officer-ada.pem")).unwrap()),
+    };
+    let bo = Identity {
+        key: people.bo.clone_key(),
+        chain: pem_chain(&fs::read(state.join("principals/officer-bo.pem")).unwrap()),
+    };
     let mut officer = PrincipalServiceClient::new(connect(address, &root, Some(&ada)).await.unwrap());
     let me = officer.who_am_i(v1::WhoAmIRequest {}).await.unwrap().into_inner();
-    assert_eq!((me.principal.as_str(), me.person.as_str(), me.status.as_str()), ("urn:meterkms:north:officer:ada", "Ada Lovelace", "enabled"));
+    assert_eq!(
+        (me.principal.as_str(), me.person.as_str(), me.status.as_str()),
+        ("urn:meterkms:north:officer:ada", "Ada Lovelace", "enabled")
+    );
 
     // A head-end is added; the same request has the same answer, another one under its id none.
     let key = KeyPair::generate().unwrap();
@@ -244,9 +296,18 @@ async fn principals(people: &People, state: &Path, address: SocketAddr) {
     };
     let added = officer.add_principal(request.clone()).await.unwrap().into_inner();
     assert_eq!(officer.add_principal(request.clone()).await.unwrap().into_inner(), added);
-    let other = v1::AddPrincipalRequest { principal: "urn:meterkms:north:head-end:hes-2".to_owned(), ..request.clone() };
-    let taken = v1::AddPrincipalRequest { request_id: id(9), certificate_request: csr(&KeyPair::generate().unwrap()), ..other.clone() };
-    assert_eq!(officer.add_principal(taken).await.unwrap_err().code(), Code::FailedPrecondition, "the client title is taken");
+    let other =
+        v1::AddPrincipalRequest { principal: "urn:meterkms:north:head-end:hes-2".to_owned(), ..request.clone() };
+    let taken = v1::AddPrincipalRequest {
+        request_id: id(9),
+        certificate_request: csr(&KeyPair::generate().unwrap()),
+        ..other.clone()
+    };
+    assert_eq!(
+        officer.add_principal(taken).await.unwrap_err().code(),
+        Code::FailedPrecondition,
+        "the client title is taken"
+    );
     let taken = v1::AddPrincipalRequest { request_id: id(10), client_titles: Vec::new(), ..other.clone() };
     assert_eq!(officer.add_principal(taken).await.unwrap_err().code(), Code::FailedPrecondition, "the key is taken");
     let other = v1::AddPrincipalRequest { client_titles: Vec::new(), ..other };
@@ -259,14 +320,27 @@ async fn principals(people: &People, state: &Path, address: SocketAddr) {
     let mut head_end = PrincipalServiceClient::new(connect(address, &root, Some(&hes)).await.unwrap());
     let transport = KeyPair::generate().unwrap();
     let registered = head_end
-        .register_transport_key(v1::RegisterTransportKeyRequest { request_id: id(3), certificate_request: csr(&transport) })
+        .register_transport_key(v1::RegisterTransportKeyRequest {
+            request_id: id(3),
+            certificate_request: csr(&transport),
+        })
         .await
         .unwrap()
         .into_inner();
     assert!(head_end.who_am_i(v1::WhoAmIRequest {}).await.unwrap().into_inner().has_transport_key);
-    assert_eq!(head_end.list_principals(v1::ListPrincipalsRequest {}).await.unwrap_err().code(), Code::PermissionDenied);
-    let disable = |principal: &str, number| v1::DisablePrincipalRequest { request_id: id(number), principal: principal.to_owned(), reason: "test".to_owned() };
-    assert_eq!(head_end.disable_principal(disable("urn:meterkms:north:officer:ada", 4)).await.unwrap_err().code(), Code::PermissionDenied);
+    assert_eq!(
+        head_end.list_principals(v1::ListPrincipalsRequest {}).await.unwrap_err().code(),
+        Code::PermissionDenied
+    );
+    let disable = |principal: &str, number| v1::DisablePrincipalRequest {
+        request_id: id(number),
+        principal: principal.to_owned(),
+        reason: "test".to_owned(),
+    };
+    assert_eq!(
+        head_end.disable_principal(disable("urn:meterkms:north:officer:ada", 4)).await.unwrap_err().code(),
+        Code::PermissionDenied
+    );
     // A transport certificate is no TLS certificate.
     let wrong = Identity { key: key_der(&transport), chain: vec![registered.certificate.to_vec()] };
     assert!(call(connect(address, &root, Some(&wrong)).await).await.is_none());
@@ -290,13 +364,18 @@ async fn principals(people: &People, state: &Path, address: SocketAddr) {
     // Somebody must be left who can administer.
     officer.disable_principal(disable("urn:meterkms:north:officer:bo", 7)).await.unwrap();
     assert!(call(connect(address, &root, Some(&bo)).await).await.is_none());
-    assert_eq!(officer.disable_principal(disable("urn:meterkms:north:officer:ada", 8)).await.unwrap_err().code(), Code::FailedPrecondition);
+    assert_eq!(
+        officer.disable_principal(disable("urn:meterkms:north:officer:ada", 8)).await.unwrap_err().code(),
+        Code::FailedPrecondition
+    );
     let all = officer.list_principals(v1::ListPrincipalsRequest {}).await.unwrap().into_inner().principals;
     let seen: Vec<_> = all.iter().map(|one| (one.principal.rsplit(':').next().unwrap(), one.status.as_str())).collect();
     assert_eq!(seen, [("hes-1", "disabled"), ("ada", "enabled"), ("bo", "disabled")]);
 
-    let mut health = tonic_health::pb::health_client::HealthClient::new(connect(address, &root, Some(&ada)).await.unwrap());
-    let mut watch = health.watch(tonic_health::pb::HealthCheckRequest { service: String::new() }).await.unwrap().into_inner();
+    let mut health =
+        tonic_health::pb::health_client::HealthClient::new(connect(address, &root, Some(&ada)).await.unwrap());
+    let mut watch =
+        health.watch(tonic_health::pb::HealthCheckRequest { service: String::new() }).await.unwrap().into_inner();
     let serving = tonic_health::pb::health_check_response::ServingStatus::Serving as i32;
     while watch.message().await.unwrap().unwrap().status != serving {}
 }
@@ -308,7 +387,11 @@ async fn strangers(people: &People, state: &Path, address: SocketAddr) {
     let foreign = CertificateParams::default().self_signed(&people.ada).unwrap();
     let foreign = Identity { key: people.ada.clone_key(), chain: vec![foreign.der().to_vec()] };
     assert!(call(connect(address, &root, Some(&foreign)).await).await.is_none());
-    let old = Command::new("openssl").args(["s_client", "-tls1_2", "-connect", &address.to_string()]).stdin(std::process::Stdio::null()).output().unwrap();
+    let old = Command::new("openssl")
+        .args(["s_client", "-tls1_2", "-connect", &address.to_string()])
+        .stdin(std::process::Stdio::null())
+        .output()
+        .unwrap();
     assert!(!old.status.success());
 }
 
@@ -323,7 +406,11 @@ struct Identity {
     chain: Vec<Vec<u8>>,
 }
 
-async fn connect(address: SocketAddr, root: &[u8], identity: Option<&Identity>) -> Result<Channel, tonic::transport::Error> {
+async fn connect(
+    address: SocketAddr,
+    root: &[u8],
+    identity: Option<&Identity>,
+) -> Result<Channel, tonic::transport::Error> {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_slice(root).unwrap()).unwrap();
     let builder = rustls::ClientConfig::builder_with_provider(Arc::new(kms_server::api::tls::provider()))
@@ -363,7 +450,11 @@ impl People {
     fn write(folder: &Path) -> Self {
         let officer = |name: &str| {
             let key = KeyPair::generate().unwrap();
-            fs::write(folder.join(format!("{name}.csr")), CertificateParams::default().serialize_request(&key).unwrap().pem().unwrap()).unwrap();
+            fs::write(
+                folder.join(format!("{name}.csr")),
+                CertificateParams::default().serialize_request(&key).unwrap().pem().unwrap(),
+            )
+            .unwrap();
             key
         };
         let custodian = |name: &'static str| {
@@ -372,12 +463,18 @@ impl People {
             assert!(!key.subject_public_key_info().is_empty());
             (name, PrivateDecryptingKey::from_pkcs8(key.serialized_der()).unwrap())
         };
-        Self { ada: officer("ada"), bo: officer("bo"), custodians: ["cy", "di", "ed"].into_iter().map(custodian).collect() }
+        Self {
+            ada: officer("ada"),
+            bo: officer("bo"),
+            custodians: ["cy", "di", "ed"].into_iter().map(custodian).collect(),
+        }
     }
 
     fn ceremony_file(&self, kind: &str, module: &Path) -> String {
         // With SQLite, `island.db` in the state folder is what a ceremony takes without being told.
-        let storage = std::env::var(POSTGRES).map(|address| format!("[storage.postgres]\nurl = \"{address}\"\n")).unwrap_or_default();
+        let storage = std::env::var(POSTGRES)
+            .map(|address| format!("[storage.postgres]\nurl = \"{address}\"\n"))
+            .unwrap_or_default();
         format!(
             r#"
 island = "north"
@@ -423,7 +520,10 @@ certificate_request = "bo.csr"
         let (_, key) = self.custodians.iter().find(|(known, _)| *known == name).unwrap();
         let key = OaepPrivateDecryptingKey::new(key.clone()).unwrap();
         let mut share = vec![0; key.min_output_size()];
-        let length = key.decrypt(&OAEP_SHA256_MGF1SHA256, encrypted, &mut share, Some(b"meterkms/escrow-share/north")).unwrap().len();
+        let length = key
+            .decrypt(&OAEP_SHA256_MGF1SHA256, encrypted, &mut share, Some(b"meterkms/escrow-share/north"))
+            .unwrap()
+            .len();
         share.truncate(length);
         Zeroizing::new(share)
     }
@@ -463,8 +563,13 @@ fn config(path: &Path) -> Config {
 
 fn hsm_sim() -> PathBuf {
     // Cargo builds the cdylib of a dependency beside the test executable.
-    let module = std::env::var_os("HSM_SIM_MODULE").map_or_else(|| std::env::current_exe().unwrap().with_file_name("libhsm_sim.so"), PathBuf::from);
-    assert!(module.exists(), "`{}` is missing: build with `cargo test -p kms-server`, or set HSM_SIM_MODULE", module.display());
+    let module = std::env::var_os("HSM_SIM_MODULE")
+        .map_or_else(|| std::env::current_exe().unwrap().with_file_name("libhsm_sim.so"), PathBuf::from);
+    assert!(
+        module.exists(),
+        "`{}` is missing: build with `cargo test -p kms-server`, or set HSM_SIM_MODULE",
+        module.display()
+    );
     module
 }
 

@@ -51,7 +51,8 @@ impl Attacker {
     /// A file of the profile cannot be read or used, or its server is no socket address.
     pub fn of(profile: &Profile) -> io::Result<Self> {
         let file = |name: &str| profile.directory().join(name);
-        let certificates = |name: &str| CertificateDer::pem_file_iter(file(name)).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+        let certificates =
+            |name: &str| CertificateDer::pem_file_iter(file(name)).and_then(Iterator::collect::<Result<Vec<_>, _>>);
         let mut roots = RootCertStore::empty();
         for root in certificates("ca.pem").map_err(io::Error::other)? {
             roots.add(root).map_err(io::Error::other)?;
@@ -275,7 +276,8 @@ const METHODS: [&str; 8] = [
     "/meterkms.v1.MeterService/AssignMeters",
 ];
 /// From the largest message that tonic takes by default, down to what any method must take.
-const SIZES: [usize; 6] = [(4 << 20) - 1, (2 << 20) - 1, (1 << 20) - 1, (256 << 10) - 1, (128 << 10) - 1, (16 << 10) - 1];
+const SIZES: [usize; 6] =
+    [(4 << 20) - 1, (2 << 20) - 1, (1 << 20) - 1, (256 << 10) - 1, (128 << 10) - 1, (16 << 10) - 1];
 const ORIGIN: &str = "http://localhost";
 /// The client's preface and an empty SETTINGS frame.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";

@@ -37,7 +37,9 @@ impl Conditions {
     pub(crate) async fn now(directory: &Path, load_before: Option<f64>) -> Result<Self, Failure> {
         let text = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let field = |text: &str, name: &str| {
-            text.lines().find_map(|line| Some(line.strip_prefix(name)?.trim_start_matches([' ', '\t', ':']).trim().to_owned())).unwrap_or_default()
+            text.lines()
+                .find_map(|line| Some(line.strip_prefix(name)?.trim_start_matches([' ', '\t', ':']).trim().to_owned()))
+                .unwrap_or_default()
         };
         let kib: f64 = field(&text("/proc/meminfo"), "MemTotal").trim_end_matches(" kB").parse().unwrap_or(f64::NAN);
         let mut connection = <sqlx::SqliteConnection as sqlx::Connection>::connect("sqlite::memory:").await?;
@@ -47,7 +49,9 @@ impl Conditions {
             cores: std::thread::available_parallelism()?.get(),
             memory_gib: kib / 1024.0 / 1024.0,
             kernel: text("/proc/sys/kernel/osrelease").trim().to_owned(),
-            load_before: load_before.or_else(|| text("/proc/loadavg").split_whitespace().next()?.parse().ok()).unwrap_or(f64::NAN),
+            load_before: load_before
+                .or_else(|| text("/proc/loadavg").split_whitespace().next()?.parse().ok())
+                .unwrap_or(f64::NAN),
             rustc: output("rustc", &["--version"]),
             commit: output("git", &["describe", "--always", "--dirty"]),
             sqlite: sqlx::query_scalar("SELECT sqlite_version()").fetch_one(&mut connection).await?,
@@ -62,7 +66,11 @@ impl fmt::Display for Conditions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { date, processor, cores, kernel, rustc, commit, sqlite, .. } = self;
         writeln!(f, "{date}, commit {commit}, {rustc}, SQLite {sqlite}")?;
-        writeln!(f, "{processor}, {cores} cores for server and load generator together, {:.0} GiB, Linux {kernel}", self.memory_gib)?;
+        writeln!(
+            f,
+            "{processor}, {cores} cores for server and load generator together, {:.0} GiB, Linux {kernel}",
+            self.memory_gib
+        )?;
         writeln!(f, "load before: {:.2}; fdatasync of 4 KiB: {} ms", self.load_before, shown(self.fdatasync_ms))?;
         writeln!(f, "modules: {}", self.modules.join(", "))?;
         writeln!(f, "sizes: {}", self.sizes.join("; "))

@@ -19,8 +19,8 @@ pub(crate) struct Fairness {
 }
 
 impl Fairness {
-    /// The neighbour asks for one of the meters 1 to `meters` at a time, so many times a second; the flood has the meters from `first` on, which are its
-    /// own.
+    /// The neighbour asks for one of the meters 1 to `meters` at a time, so many times a second;
+    /// the flood has the meters from `first` on, which are its own.
     pub(crate) async fn measure(island: &Island, time: Duration, meters: u64, first: u64) -> Result<Self, Failure> {
         let quiet = Grants::new(island).paced(NEIGHBOUR_PACE, time, meters).await?;
         let flood = Grants::of(island, &island.flooder);

@@ -1,5 +1,5 @@
-//! Frames protected and opened inside the HSM, for head-ends that hold no keys. Simulated meters with the keys of their shipment check the first,
-//! and make what is opened by the second.
+//! Frames protected and opened inside the HSM, for head-ends that hold no keys. Simulated meters
+//! with the keys of their shipment check the first, and make what is opened by the second.
 
 use std::{
     cell::{Cell, RefCell},
@@ -7,7 +7,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use kms_client::proto::{CipheredFrame, FrameForm, FrameResult, PlainFrame, ProtectRequest, Purpose, UnprotectRequest, frame_result::Result as Outcome};
+use kms_client::proto::{
+    CipheredFrame, FrameForm, FrameResult, PlainFrame, ProtectRequest, Purpose, UnprotectRequest,
+    frame_result::Result as Outcome,
+};
 use meter_sim::{Connection as Line, Meter, MeterConfig, SystemTitle, config::SecuritySetupConfig};
 use serde::Deserialize;
 
@@ -28,8 +31,8 @@ pub(crate) struct Frames<'a> {
 }
 
 impl<'a> Frames<'a> {
-    /// Has a request to every simulated meter protected, and takes their answers. `devices` is the plaintext list of their vendor; their
-    /// numbers begin with `first`.
+    /// Has a request to every simulated meter protected, and takes their answers. `devices` is the
+    /// plaintext list of their vendor; their numbers begin with `first`.
     pub(crate) async fn prepare(island: &'a Island, meters: u64, first: u64, devices: &[u8]) -> Result<Self, Failure> {
         let mut frames = Self { island, meters, turn: Cell::new(0), answers: Vec::new() };
         let mut lines = Vec::new();
@@ -37,12 +40,24 @@ impl<'a> Frames<'a> {
             let device: Device = serde_json::from_slice(device)?;
             let setup = device.security_setups.into_iter().next().ok_or("the device has no security setup")?;
             let meter = Meter::new(MeterConfig::ordinary(device.system_title, device.security_suite, setup))?;
-            lines.push(Line::pre_established(meter, MANAGEMENT_CLIENT, SystemTitle::new(island.head_end.client_title.octets()))?);
+            lines.push(Line::pre_established(
+                meter,
+                MANAGEMENT_CLIENT,
+                SystemTitle::new(island.head_end.client_title.octets()),
+            )?);
         }
         let numbers: Vec<u64> = (first..).take(lines.len()).collect();
-        for (result, (number, line)) in frames.protected(&numbers).await?.into_iter().zip(numbers.iter().zip(&mut lines)) {
-            let answer = line.exchange(&octets(result)?).ok_or_else(|| format!("simulated meter {number} did not accept the protected frame"))?;
-            frames.answers.push(CipheredFrame { meter: title(*number).to_vec().into(), apdu: answer.into(), ..CipheredFrame::default() });
+        for (result, (number, line)) in
+            frames.protected(&numbers).await?.into_iter().zip(numbers.iter().zip(&mut lines))
+        {
+            let answer = line
+                .exchange(&octets(result)?)
+                .ok_or_else(|| format!("simulated meter {number} did not accept the protected frame"))?;
+            frames.answers.push(CipheredFrame {
+                meter: title(*number).to_vec().into(),
+                apdu: answer.into(),
+                ..CipheredFrame::default()
+            });
         }
         // A GET response with data: the frame was opened, and opened right.
         let opened = frames.opened(frames.answers.clone()).await?;
@@ -73,7 +88,8 @@ impl<'a> Frames<'a> {
     pub(crate) async fn unprotect(&self, lanes: usize, size: usize, time: Duration) -> Result<Run, Failure> {
         let call = || {
             let turn = usize::try_from(self.turn.get()).unwrap_or_default();
-            let frames: Vec<CipheredFrame> = self.answers.iter().cycle().skip(turn * size % self.answers.len().max(1)).take(size).cloned().collect();
+            let frames: Vec<CipheredFrame> =
+                self.answers.iter().cycle().skip(turn * size % self.answers.len().max(1)).take(size).cloned().collect();
             async move {
                 let results = self.opened(frames).await?;
                 let count = results.len() as u64;
@@ -94,8 +110,12 @@ impl<'a> Frames<'a> {
             ..PlainFrame::default()
         };
         // The meters have live leases from the grants before.
-        let request =
-            ProtectRequest { request_id: request_id(), purpose: Purpose::Read.into(), frames: numbers.iter().map(frame).collect(), supersede_lease: true };
+        let request = ProtectRequest {
+            request_id: request_id(),
+            purpose: Purpose::Read.into(),
+            frames: numbers.iter().map(frame).collect(),
+            supersede_lease: true,
+        };
         Ok(self.island.head_end.connection(self.next())?.frames().protect(request).await?.into_inner().results)
     }
 

@@ -1,4 +1,5 @@
-//! Session grants: asked for as a head-end does, and a sample of the answers opened and verified after the clock has stopped.
+//! Session grants: asked for as a head-end does, and a sample of the answers opened and verified
+//! after the clock has stopped.
 
 use std::{
     cell::{Cell, RefCell},
@@ -58,7 +59,8 @@ impl<'a> Grants<'a> {
         self.verify_sample().map(|()| run)
     }
 
-    /// Batches, so many in flight, of the meters that `next` gives; until it gives none, or the time is over.
+    /// Batches, so many in flight, of the meters that `next` gives; until it gives none, or the
+    /// time is over.
     pub(crate) async fn batches(&self, time: Duration, next: impl FnMut() -> Vec<u64>) -> Result<Run, Failure> {
         let next = RefCell::new(next);
         let batch = || {
@@ -72,7 +74,11 @@ impl<'a> Grants<'a> {
     async fn single(&self, number: u64) -> Result<Option<u64>, Failure> {
         let turn = self.turn.replace(self.turn.get() + 1);
         let request = request_id();
-        let message = OpenSessionRequest { request_id: request.clone(), meter: title(number).to_vec().into(), terms: Some(self.terms()) };
+        let message = OpenSessionRequest {
+            request_id: request.clone(),
+            meter: title(number).to_vec().into(),
+            terms: Some(self.terms()),
+        };
         let answer = self.head_end.connection(turn)?.grants().open_session(message).await?.into_inner();
         if answer.envelopes.is_empty() {
             return Err("a grant without an envelope".into());
@@ -118,10 +124,15 @@ impl<'a> Grants<'a> {
     }
 
     fn terms(&self) -> SessionTerms {
-        SessionTerms { purpose: Purpose::Read.into(), client_title: self.head_end.client_title.octets().to_vec().into(), ..SessionTerms::default() }
+        SessionTerms {
+            purpose: Purpose::Read.into(),
+            client_title: self.head_end.client_title.octets().to_vec().into(),
+            ..SessionTerms::default()
+        }
     }
 
-    /// Opens what was kept: each envelope is genuine, answers its request, and has two keys and counters of each meter, in order.
+    /// Opens what was kept: each envelope is genuine, answers its request, and has two keys and
+    /// counters of each meter, in order.
     fn verify_sample(&self) -> Result<(), Failure> {
         let head_end = self.head_end;
         for sample in self.sample.take() {
@@ -132,7 +143,11 @@ impl<'a> Grants<'a> {
             }
             for (entry, asked) in opened.meters.iter().zip(&sample.meters) {
                 let has = |key_type| entry.key(key_type).is_some_and(|key| key.key.expose().len() == 16);
-                if entry.meter != SystemTitle::from_octets(&title(*asked))? || !has(KeyType::GUEK) || !has(KeyType::GAK) || entry.counters.is_none() {
+                if entry.meter != SystemTitle::from_octets(&title(*asked))?
+                    || !has(KeyType::GUEK)
+                    || !has(KeyType::GAK)
+                    || entry.counters.is_none()
+                {
                     return Err(format!("the envelope does not hold what was asked for meter {}", entry.meter).into());
                 }
             }

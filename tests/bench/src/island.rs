@@ -1,4 +1,5 @@
-//! An island to be measured: made by the ceremony, served by `kms-server run`, peopled through the public interface. Nothing here is a short cut.
+//! An island to be measured: made by the ceremony, served by `kms-server run`, peopled through the
+//! public interface. Nothing here is a short cut.
 
 use std::{
     env,
@@ -15,7 +16,8 @@ use aws_lc_rs::{
 };
 use bytes::Bytes;
 use kms_client::{
-    Connection, KeyRequest, NewProfile, OpenOptions, PrincipalId, Profile, StateDirectory, SystemTitle, TransportKey, new_request_id,
+    Connection, KeyRequest, NewProfile, OpenOptions, PrincipalId, Profile, StateDirectory, SystemTitle, TransportKey,
+    new_request_id,
     proto::{AddPrincipalRequest, RegisterTransportKeyRequest, WhoAmIRequest},
     sample::VendorKey,
 };
@@ -63,15 +65,27 @@ impl Island {
         fs::write(directory.join("officer.csr"), pem_text("CERTIFICATE REQUEST", officer.certificate_request()))?;
         for custodian in CUSTODIANS {
             let key = PrivateDecryptingKey::generate(KeySize::Rsa3072).map_err(|_| "cannot make a custodian's key")?;
-            let public: PublicKeyX509Der<'_> = key.public_key().as_der().map_err(|_| "cannot encode a custodian's key")?;
+            let public: PublicKeyX509Der<'_> =
+                key.public_key().as_der().map_err(|_| "cannot encode a custodian's key")?;
             fs::write(directory.join(format!("{custodian}.pem")), pem_text("PUBLIC KEY", public.as_ref()))?;
         }
         let ceremony = directory.join("ceremony.toml");
         fs::write(&ceremony, ceremony_file(&module.path()?))?;
         let state = directory.join("island");
-        let output = server_program()?.args(["init", "--ceremony"]).arg(&ceremony).arg("--state").arg(&state).envs(environment.clone()).output()?;
+        let output = server_program()?
+            .args(["init", "--ceremony"])
+            .arg(&ceremony)
+            .arg("--state")
+            .arg(&state)
+            .envs(environment.clone())
+            .output()?;
         if !output.status.success() {
-            return Err(format!("the ceremony with {} failed: {}", module.name(), String::from_utf8_lossy(&output.stderr)).into());
+            return Err(format!(
+                "the ceremony with {} failed: {}",
+                module.name(),
+                String::from_utf8_lossy(&output.stderr)
+            )
+            .into());
         }
 
         let address = free_address()?;
@@ -80,14 +94,27 @@ impl Island {
         fs::write(&configuration, text)?;
         let log = directory.join("server.log");
         let mut command = server_program()?;
-        command.args(["run", "--config"]).arg(&configuration).envs(environment).env("KMS_LOG", "warn").stdin(Stdio::null());
-        let mut server = command.stdout(File::create(&log)?).stderr(File::options().append(true).open(&log)?).spawn()?;
+        command
+            .args(["run", "--config"])
+            .arg(&configuration)
+            .envs(environment)
+            .env("KMS_LOG", "warn")
+            .stdin(Stdio::null());
+        let mut server =
+            command.stdout(File::create(&log)?).stderr(File::options().append(true).open(&log)?).spawn()?;
 
         let root = fs::read_to_string(state.join("root.pem"))?;
         let profiles = StateDirectory::new(&directory);
         let profile = |name: &str, principal: &PrincipalId, certificate_pem: &str, key_pem: &str| {
             let address = NewProfile::address(address);
-            let new = NewProfile { server: &address, server_name: "localhost", principal, ca_pem: &root, certificate_pem, key_pem };
+            let new = NewProfile {
+                server: &address,
+                server_name: "localhost",
+                principal,
+                ca_pem: &root,
+                certificate_pem,
+                key_pem,
+            };
             Profile::create(profiles.profile_directory(name), &new)
         };
         let certificate = fs::read_to_string(state.join("principals/officer-officer-1.pem"))?;
@@ -96,12 +123,21 @@ impl Island {
             Ok(officer) => officer,
             Err(error) => {
                 let _ = server.kill();
-                return Err(format!("{error}; the server said: {}", fs::read_to_string(&log).unwrap_or_default()).into());
+                return Err(
+                    format!("{error}; the server said: {}", fs::read_to_string(&log).unwrap_or_default()).into()
+                );
             }
         };
         let vendor = VendorKey::generate()?;
-        add(&officer, AddPrincipalRequest { principal: MANUFACTURER.to_owned(), shipment_key: vendor.public_der()?.into(), ..AddPrincipalRequest::default() })
-            .await?;
+        add(
+            &officer,
+            AddPrincipalRequest {
+                principal: MANUFACTURER.to_owned(),
+                shipment_key: vendor.public_der()?.into(),
+                ..AddPrincipalRequest::default()
+            },
+        )
+        .await?;
         let head_end = HeadEnd::register(&officer, &profile, module, HEAD_END, CLIENT_TITLE, CONNECTIONS).await?;
         let flooder = HeadEnd::register(&officer, &profile, module, FLOODER, FLOODER_TITLE, FLOOD_CONNECTIONS).await?;
         let load = Load { server: server.id() };
@@ -157,8 +193,17 @@ impl HeadEnd {
             connections.push(Connection::connect(&profile).await?);
         }
         let transport = KeyRequest::generate(&id)?;
-        let message = RegisterTransportKeyRequest { request_id: request_id(), certificate_request: transport.certificate_request().to_vec().into() };
-        let issued = connections.first().ok_or("no connection")?.principals().register_transport_key(message).await?.into_inner();
+        let message = RegisterTransportKeyRequest {
+            request_id: request_id(),
+            certificate_request: transport.certificate_request().to_vec().into(),
+        };
+        let issued = connections
+            .first()
+            .ok_or("no connection")?
+            .principals()
+            .register_transport_key(message)
+            .await?
+            .into_inner();
         profile.set_transport_key(transport.key_pem(), &KeyRequest::certificate_pem(&issued))?;
         let options = match module {
             Module::HsmSim => OpenOptions::new(),
@@ -186,8 +231,15 @@ pub(crate) fn request_id() -> Bytes {
     new_request_id().octets().to_vec().into()
 }
 
-async fn add(officer: &Connection, request: AddPrincipalRequest) -> Result<kms_client::proto::PrincipalCertificate, Failure> {
-    Ok(officer.principals().add_principal(AddPrincipalRequest { request_id: request_id(), ..request }).await?.into_inner())
+async fn add(
+    officer: &Connection,
+    request: AddPrincipalRequest,
+) -> Result<kms_client::proto::PrincipalCertificate, Failure> {
+    Ok(officer
+        .principals()
+        .add_principal(AddPrincipalRequest { request_id: request_id(), ..request })
+        .await?
+        .into_inner())
 }
 
 /// Connects as soon as the server has opened its island.
@@ -214,13 +266,18 @@ async fn connect(profile: &Profile, server: &mut Child) -> Result<Connection, Fa
 fn server_program() -> Result<Command, Failure> {
     let program = env::current_exe()?.with_file_name("kms-server");
     if !program.exists() {
-        return Err(format!("`{}` is missing; build it with `cargo build --release -p kms-server`", program.display()).into());
+        return Err(
+            format!("`{}` is missing; build it with `cargo build --release -p kms-server`", program.display()).into()
+        );
     }
     Ok(Command::new(program))
 }
 
 fn ceremony_file(module: &Path) -> String {
-    let custodians: String = CUSTODIANS.iter().map(|name| format!("[[escrow.custodian]]\nname = \"{name}\"\npublic_key = \"{name}.pem\"\n")).collect();
+    let custodians: String = CUSTODIANS
+        .iter()
+        .map(|name| format!("[[escrow.custodian]]\nname = \"{name}\"\npublic_key = \"{name}.pem\"\n"))
+        .collect();
     format!(
         "island = \"bench\"\n\
          # For development: SoftHSM2 has only the algorithm of envelopes that is not for production.\n\

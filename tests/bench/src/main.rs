@@ -1,7 +1,9 @@
-//! Measures the key management system as its users would feel it, in one run, and prints one table (docs/performance.md).
+//! Measures the key management system as its users would feel it, in one run, and prints one table
+//! (docs/performance.md).
 //!
-//! For each PKCS#11 module: cycles against the module itself; then an island on it, made and served by the release binaries, with a load
-//! generator on the same machine that speaks gRPC with mTLS. Goals are printed beside the figures; missing one is no error.
+//! For each PKCS#11 module: cycles against the module itself; then an island on it, made and served
+//! by the release binaries, with a load generator on the same machine that speaks gRPC with mTLS.
+//! Goals are printed beside the figures; missing one is no error.
 
 mod conditions;
 mod fairness;
@@ -49,7 +51,8 @@ struct Arguments {
     /// Seconds that each rate is measured for.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=600))]
     seconds: u64,
-    /// 20,000 meters, or 5,000 on SoftHSM2, and two seconds: shows that it works, not how fast it is.
+    /// 20,000 meters, or 5,000 on SoftHSM2, and two seconds: shows that it works, not how fast it
+    /// is.
     #[arg(long)]
     quick: bool,
     /// Only this module.
@@ -106,14 +109,17 @@ impl Arguments {
             Some(directory) => tempfile::tempdir_in(directory)?,
             None => tempfile::tempdir()?,
         };
-        let modules: Vec<Module> = self.module.map_or_else(|| vec![Module::HsmSim, Module::Softhsm2], |module| vec![module]);
+        let modules: Vec<Module> =
+            self.module.map_or_else(|| vec![Module::HsmSim, Module::Softhsm2], |module| vec![module]);
         // What is missing is said before the first minute is spent.
         modules.iter().try_for_each(|module| module.path().map(drop))?;
         let mut conditions = Conditions::now(directory.path(), self.load_before).await?;
         for module in &modules {
             conditions.sizes.push(format!("{} meters on {}", shown(self.meters_of(*module) as f64), module.name()));
         }
-        conditions.sizes.push(format!("{} s each; batches of {BATCH} meters, two in flight, two keys a meter", self.seconds));
+        conditions
+            .sizes
+            .push(format!("{} s each; batches of {BATCH} meters, two in flight, two keys a meter", self.seconds));
         let time = Duration::from_secs(self.seconds);
 
         // All direct cycles first, while nothing else of this program runs.
@@ -131,7 +137,16 @@ impl Arguments {
             std::fs::create_dir(&folder)?;
             eprintln!("  {:<8} holding the ceremony", module.name());
             let island = Island::make(module, &folder).await?;
-            Measuring { island: &island, report: &mut report, module, meters: self.meters_of(module), time, raw: &raw.rates }.all().await?;
+            Measuring {
+                island: &island,
+                report: &mut report,
+                module,
+                meters: self.meters_of(module),
+                time,
+                raw: &raw.rates,
+            }
+            .all()
+            .await?;
             drop(island);
             std::fs::remove_dir_all(&folder)?;
             report_unfinished(&mut report, module, &folder).await?;
@@ -173,8 +188,9 @@ fn report_raw(report: &mut Report, module: Module, Raw { rates, octets_left, .. 
     report.goal(RAW, TWO_THREADS, Some(Module::HsmSim), Goal::AtLeast(1.6));
 }
 
-/// The crate asks for the length before it wraps: two calls of C_WrapKey for each wrap. A second wrap takes twice what one call takes, so
-/// half of that is what a program saves that knows the length.
+/// The crate asks for the length before it wraps: two calls of C_WrapKey for each wrap. A second
+/// wrap takes twice what one call takes, so half of that is what a program saves that knows the
+/// length.
 fn one_call_rate(rates: &Rates) -> f64 {
     let seconds = |name: &str| rates.get(name).map_or(f64::NAN, |rate| rate.recip());
     let (once, twice) = (seconds(raw::STORED), seconds(raw::STORED_WRAPPED_TWICE));
@@ -227,18 +243,33 @@ impl Measuring<'_> {
             next += meters;
         }
         self.memory("after the import of all", "VmRSS");
-        // What stays is the newest generation of each row (I5); the rest was there after the first two shipments.
+        // What stays is the newest generation of each row (I5); the rest was there after the first
+        // two shipments.
         let (meters, memory) = (next - before_last_ones.0, self.memory_mib("VmRSS") - before_last_ones.1);
-        self.report.add(MEMORY, "growth for each meter of the other shipments", "octets", self.module, memory * 1_048_576.0 / meters as f64);
-        let (meters, time) = imported.iter().fold((0, Duration::ZERO), |(meters, time), one| (meters + one.meters, time + one.time));
+        self.report.add(
+            MEMORY,
+            "growth for each meter of the other shipments",
+            "octets",
+            self.module,
+            memory * 1_048_576.0 / meters as f64,
+        );
+        let (meters, time) =
+            imported.iter().fold((0, Duration::ZERO), |(meters, time), one| (meters + one.meters, time + one.time));
         let rate = per_second(meters, time);
         let name = "upload, verification and import, four keys a meter";
         self.report.add(IMPORT, name, "meters/s", self.module, rate);
         self.report.goal(IMPORT, name, Some(Module::HsmSim), Goal::AtLeast(5_000.0));
         let last = imported.last().map_or(f64::NAN, |one| per_second(one.meters, one.time));
         self.report.add(IMPORT, "the last shipment alone", "meters/s", self.module, last);
-        // Each key is unwrapped, wrapped for storage and for its fingerprint, destroyed: the cycle with two wraps.
-        self.report.add(IMPORT, "keys ÷ direct cycles with two wraps", "", self.module, 4.0 * rate / self.raw_rate(raw::STORED_WRAPPED_TWICE));
+        // Each key is unwrapped, wrapped for storage and for its fingerprint, destroyed: the cycle
+        // with two wraps.
+        self.report.add(
+            IMPORT,
+            "keys ÷ direct cycles with two wraps",
+            "",
+            self.module,
+            4.0 * rate / self.raw_rate(raw::STORED_WRAPPED_TWICE),
+        );
         let size = self.island.database_size().await?;
         self.report.add(DATABASE, "after the import: pages in use", "octets/key", self.module, size.used / self.keys());
         let mut devices = Vec::new();
@@ -272,7 +303,13 @@ impl Measuring<'_> {
         let name = "after one grant of every meter: the file";
         self.report.add(DATABASE, name, "octets/key", self.module, size.file / self.keys());
         self.report.goal(DATABASE, name, None, Goal::Below(400.0));
-        self.report.add(DATABASE, "after one grant of every meter: pages in use", "octets/key", self.module, size.used / self.keys());
+        self.report.add(
+            DATABASE,
+            "after one grant of every meter: pages in use",
+            "octets/key",
+            self.module,
+            size.used / self.keys(),
+        );
         Ok(())
     }
 
@@ -283,7 +320,13 @@ impl Measuring<'_> {
         let after = self.island.database_size().await?;
         self.batch("random meters", &run, 60_000.0);
         let meters = (run.units / grants::KEYS) as f64;
-        self.report.add(DATABASE, "growth for each meter of a batch grant", "octets", self.module, (after.used - before.used) / meters);
+        self.report.add(
+            DATABASE,
+            "growth for each meter of a batch grant",
+            "octets",
+            self.module,
+            (after.used - before.used) / meters,
+        );
         let mut random = Random::new(6);
         let most = self.meters.saturating_sub(BATCH as u64).max(1);
         let run = Grants::new(self.island)
@@ -319,7 +362,13 @@ impl Measuring<'_> {
         self.report.goal(SINGLES, &name, Some(Module::HsmSim), Goal::AtLeast(5_000.0));
         self.latencies(SINGLES, &name, &run);
         self.report.processor(self.module, "single grants, 32 in flight", &run);
-        self.report.add(DATABASE, "growth for each single grant", "octets", self.module, (after.used - before.used) / run.calls as f64);
+        self.report.add(
+            DATABASE,
+            "growth for each single grant",
+            "octets",
+            self.module,
+            (after.used - before.used) / run.calls as f64,
+        );
 
         let run = Grants::new(self.island).paced(PACE, self.time, self.meters).await?;
         let name = format!("{} a second", shown(f64::from(PACE)));
@@ -333,7 +382,8 @@ impl Measuring<'_> {
     async fn fairness(&mut self) -> Result<(), Failure> {
         let first = self.meters + KNOWN_METERS + 1;
         self.island.import_for(FLOODER, first, FLOOD_METERS, None).await?;
-        let Fairness { quiet, flooded, flood_rate } = Fairness::measure(self.island, self.time, self.meters, first).await?;
+        let Fairness { quiet, flooded, flood_rate } =
+            Fairness::measure(self.island, self.time, self.meters, first).await?;
         let name = format!("{NEIGHBOUR_PACE} a second");
         self.latencies(FAIRNESS, &format!("{name}, quiet"), &quiet);
         let flood = format!("{name}, beside {FLOOD_CALLS} batches of {} meters", shown(FLOOD_METERS as f64));
@@ -351,7 +401,11 @@ impl Measuring<'_> {
     async fn frames(&mut self, devices: &[u8]) -> Result<(), Failure> {
         let frames = Frames::prepare(self.island, self.meters, self.meters + 1, devices).await?;
         for (lanes, size) in [(IN_FLIGHT, 1), (2, 100), (2, 1_000)] {
-            let how = if size == 1 { format!("one a call, {lanes} in flight") } else { format!("{} a call, {lanes} in flight", shown(size as f64)) };
+            let how = if size == 1 {
+                format!("one a call, {lanes} in flight")
+            } else {
+                format!("{} a call, {lanes} in flight", shown(size as f64))
+            };
             let run = frames.protect(lanes, size, self.time / 2).await?;
             self.report.add(FRAMES, format!("protect, {how}"), "frames/s", self.module, run.rate());
             self.latencies(FRAMES, &format!("protect, {how}"), &run);
@@ -369,17 +423,30 @@ impl Measuring<'_> {
         let name = format!("planning of {} slots", shown(planned.meters as f64));
         self.report.add(TRANSFERS, &name, "s", self.module, planned.time.as_secs_f64());
         self.report.add(TRANSFERS, "slots planned", "slots/s", self.module, per_second(planned.meters, planned.time));
-        self.report.add(TRANSFERS, "memory at its highest while planning, above that before", "MiB", self.module, planned.memory_mib);
+        self.report.add(
+            TRANSFERS,
+            "memory at its highest while planning, above that before",
+            "MiB",
+            self.module,
+            planned.memory_mib,
+        );
         Ok(())
     }
 
     /// New keys for meters. Last: each meter has one transfer under way then.
     async fn transfers(&mut self) -> Result<(), Failure> {
         let run = self.island.prepare_transfers(self.time, self.meters).await?;
-        self.report.add(TRANSFERS, "key_transfer prepared, 1,000 a call, 4 in flight", "keys/s", self.module, run.rate());
+        self.report.add(
+            TRANSFERS,
+            "key_transfer prepared, 1,000 a call, 4 in flight",
+            "keys/s",
+            self.module,
+            run.rate(),
+        );
         self.report.processor(self.module, "key_transfer prepared", &run);
         // The server derives by SP 800-108 where the module has it.
-        let raw = if self.raw.contains_key(raw::TRANSFER_SP800_108) { raw::TRANSFER_SP800_108 } else { raw::TRANSFER_CBC };
+        let raw =
+            if self.raw.contains_key(raw::TRANSFER_SP800_108) { raw::TRANSFER_SP800_108 } else { raw::TRANSFER_CBC };
         let ratio = "key_transfer prepared ÷ direct cycles of a new key for a meter";
         self.report.add(TRANSFERS, ratio, "", self.module, run.rate() / self.raw_rate(raw));
         self.report.goal(TRANSFERS, ratio, Some(Module::Softhsm2), Goal::AtLeast(0.7));

@@ -34,7 +34,8 @@ impl Run {
     /// The latency that this share of the calls stays within, in milliseconds.
     pub(crate) fn latency_ms(&self, share: f64) -> f64 {
         let at = (self.latencies.len() as f64 * share) as usize;
-        self.latencies.get(at.min(self.latencies.len().saturating_sub(1))).map_or(f64::NAN, Duration::as_secs_f64) * 1_000.0
+        self.latencies.get(at.min(self.latencies.len().saturating_sub(1))).map_or(f64::NAN, Duration::as_secs_f64)
+            * 1_000.0
     }
 }
 
@@ -44,9 +45,14 @@ pub(crate) struct Load {
 }
 
 impl Load {
-    /// Keeps `lanes` calls in flight for `time`, or until every lane has been told that there is no more. A call gives the units
-    /// that it did.
-    pub(crate) async fn in_flight<Call>(&self, lanes: usize, time: Duration, call: impl Fn() -> Call) -> Result<Run, Failure>
+    /// Keeps `lanes` calls in flight for `time`, or until every lane has been told that there is no
+    /// more. A call gives the units that it did.
+    pub(crate) async fn in_flight<Call>(
+        &self,
+        lanes: usize,
+        time: Duration,
+        call: impl Fn() -> Call,
+    ) -> Result<Run, Failure>
     where
         Call: Future<Output = Result<Option<u64>, Failure>>,
     {
@@ -67,8 +73,9 @@ impl Load {
         Ok(self.run(units, lanes.into_iter().flat_map(|(_, latencies)| latencies).collect(), begun, cpu))
     }
 
-    /// Sends `rate` calls a second for `time`, whatever comes back. A call's latency counts from when it should have been sent, so that
-    /// calls that wait for a stalled sender are not forgotten.
+    /// Sends `rate` calls a second for `time`, whatever comes back. A call's latency counts from
+    /// when it should have been sent, so that calls that wait for a stalled sender are not
+    /// forgotten.
     pub(crate) async fn paced<Call>(&self, rate: u32, time: Duration, call: impl Fn() -> Call) -> Result<Run, Failure>
     where
         Call: Future<Output = Result<Option<u64>, Failure>>,
@@ -110,7 +117,11 @@ impl Load {
     }
 
     fn cpu(&self) -> ProcessorTime {
-        ProcessorTime { server: cpu_seconds(&self.server.to_string()), client: cpu_seconds("self"), machine: busy_seconds() }
+        ProcessorTime {
+            server: cpu_seconds(&self.server.to_string()),
+            client: cpu_seconds("self"),
+            machine: busy_seconds(),
+        }
     }
 }
 
@@ -126,7 +137,8 @@ pub(crate) fn per_second(count: u64, time: Duration) -> f64 {
     count as f64 / time.as_secs_f64()
 }
 
-/// User and system time of a process, from /proc/PID/stat (proc(5), fields 14 and 15, in hundredths of a second on Linux).
+/// User and system time of a process, from /proc/PID/stat (proc(5), fields 14 and 15, in hundredths
+/// of a second on Linux).
 fn cpu_seconds(process: &str) -> f64 {
     let text = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
     // The second field, in parentheses, may have blanks in it.
@@ -134,10 +146,19 @@ fn cpu_seconds(process: &str) -> f64 {
     fields.skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / 100.0
 }
 
-/// Time that the processors of the machine were not idle, from /proc/stat (proc(5): user, nice, system, idle, iowait, irq, softirq, steal).
+/// Time that the processors of the machine were not idle, from /proc/stat (proc(5): user, nice,
+/// system, idle, iowait, irq, softirq, steal).
 fn busy_seconds() -> f64 {
     let text = fs::read_to_string("/proc/stat").unwrap_or_default();
-    let ticks: Vec<f64> = text.lines().next().unwrap_or_default().split_whitespace().skip(1).take(8).filter_map(|ticks| ticks.parse().ok()).collect();
+    let ticks: Vec<f64> = text
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .split_whitespace()
+        .skip(1)
+        .take(8)
+        .filter_map(|ticks| ticks.parse().ok())
+        .collect();
     ticks.iter().enumerate().filter(|(field, _)| !matches!(field, 3 | 4)).map(|(_, ticks)| ticks).sum::<f64>() / 100.0
 }
 

@@ -34,13 +34,20 @@ impl Module {
         let beside = program.parent().ok_or("this program has no folder")?;
         let (places, hint): (Vec<PathBuf>, _) = match self {
             Self::HsmSim => (vec![beside.join("libhsm_sim.so")], "build it with `cargo build --release -p hsm-sim`"),
-            Self::Softhsm2 => {
-                (SOFTHSM_PLACES.iter().map(PathBuf::from).collect(), "install it (Debian: `apt-get install softhsm2`), or leave it out with `--module hsm-sim`")
-            }
+            Self::Softhsm2 => (
+                SOFTHSM_PLACES.iter().map(PathBuf::from).collect(),
+                "install it (Debian: `apt-get install softhsm2`), or leave it out with `--module hsm-sim`",
+            ),
         };
         let found = places.iter().find(|place| place.exists());
         Ok(found
-            .ok_or_else(|| format!("{} is not in `{}`: {hint}", self.name(), places.first().map(|place| place.display().to_string()).unwrap_or_default()))?
+            .ok_or_else(|| {
+                format!(
+                    "{} is not in `{}`: {hint}",
+                    self.name(),
+                    places.first().map(|place| place.display().to_string()).unwrap_or_default()
+                )
+            })?
             .clone())
     }
 
@@ -52,11 +59,18 @@ impl Module {
             Self::HsmSim => Ok(vec![("HSM_SIM_DIR", tokens)]),
             Self::Softhsm2 => {
                 let configuration = directory.join("softhsm2.conf");
-                fs::write(&configuration, format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display()))?;
+                fs::write(
+                    &configuration,
+                    format!(
+                        "directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n",
+                        tokens.display()
+                    ),
+                )?;
                 Ok(vec![("SOFTHSM2_CONF", configuration)])
             }
         }
     }
 }
 
-const SOFTHSM_PLACES: [&str; 3] = ["/usr/lib/softhsm/libsofthsm2.so", "/usr/lib64/softhsm/libsofthsm2.so", "/usr/local/lib/softhsm/libsofthsm2.so"];
+const SOFTHSM_PLACES: [&str; 3] =
+    ["/usr/lib/softhsm/libsofthsm2.so", "/usr/lib64/softhsm/libsofthsm2.so", "/usr/local/lib/softhsm/libsofthsm2.so"];

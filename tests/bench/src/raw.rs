@@ -1,4 +1,5 @@
-//! Cycles against the module itself, through the cryptoki crate: what the server's rates are compared with.
+//! Cycles against the module itself, through the cryptoki crate: what the server's rates are
+//! compared with.
 
 use std::{
     collections::BTreeMap,
@@ -15,7 +16,10 @@ use cryptoki::{
     mechanism::{
         Mechanism, MechanismType,
         ekdf::AesCbcDeriveParams,
-        kbkdf::{Endianness, KbkdfCounterFormat, KbkdfDkmLengthFormat, KbkdfDkmLengthMethod, KbkdfParams, PrfDataParam, PrfDataParamType},
+        kbkdf::{
+            Endianness, KbkdfCounterFormat, KbkdfDkmLengthFormat, KbkdfDkmLengthMethod, KbkdfParams, PrfDataParam,
+            PrfDataParamType,
+        },
     },
     object::{Attribute, KeyType, ObjectClass, ObjectHandle},
     session::{Session, UserType},
@@ -41,20 +45,24 @@ pub(crate) const DERIVED_CBC: &str = "derive (AES-CBC-ENCRYPT-DATA) + wrap + des
 pub(crate) const DERIVED_SP800_108: &str = "derive (SP 800-108 counter, CMAC) + wrap + destroy, 1 thread";
 
 /// A new, diversified key for a meter whose KEK is stored.
-pub(crate) const TRANSFER_CBC: &str = "new key for a meter: unwrap KEK + derive (AES-CBC-ENCRYPT-DATA) + wrap + 2 × destroy, 1 thread";
-pub(crate) const TRANSFER_SP800_108: &str = "new key for a meter: unwrap KEK + derive (SP 800-108 counter, CMAC) + wrap + 2 × destroy, 1 thread";
+pub(crate) const TRANSFER_CBC: &str =
+    "new key for a meter: unwrap KEK + derive (AES-CBC-ENCRYPT-DATA) + wrap + 2 × destroy, 1 thread";
+pub(crate) const TRANSFER_SP800_108: &str =
+    "new key for a meter: unwrap KEK + derive (SP 800-108 counter, CMAC) + wrap + 2 × destroy, 1 thread";
 
 /// The name of the module, and its rates.
 #[derive(serde::Deserialize, serde::Serialize)]
 pub(crate) struct Raw {
     pub(crate) library: String,
     pub(crate) rates: Rates,
-    /// Octets by which a cycle makes the process grow for good: what a module keeps of objects that were destroyed.
+    /// Octets by which a cycle makes the process grow for good: what a module keeps of objects that
+    /// were destroyed.
     pub(crate) octets_left: f64,
 }
 
 impl Raw {
-    /// Measures in a process of its own: a module reads its configuration from the environment when it is loaded.
+    /// Measures in a process of its own: a module reads its configuration from the environment when
+    /// it is loaded.
     pub(crate) fn measure(module: Module, directory: &Path, time: Duration) -> Result<Self, Failure> {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("raw").arg(module.path()?).arg(time.as_millis().to_string()).envs(module.environment(directory)?);
@@ -70,7 +78,8 @@ impl Raw {
         let context = Pkcs11::new(path)?;
         context.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))?;
         let info = context.get_library_info()?;
-        let library = format!("{} {}.{}", info.manufacturer_id(), info.library_version().major(), info.library_version().minor());
+        let library =
+            format!("{} {}.{}", info.manufacturer_id(), info.library_version().major(), info.library_version().minor());
         let (bench, _login) = Bench::new(&context, time / ROUNDS)?;
         let has_sp800_108 = context.get_mechanism_list(bench.slot)?.contains(&MechanismType::SP800_108_COUNTER_KDF);
         let mut rates = Rates::new();
@@ -121,11 +130,25 @@ impl<'a> Bench<'a> {
         session.logout()?;
         session.login(UserType::User, Some(&pin))?;
         let stays = |length: u64, usage: &[Attribute]| {
-            [&[Attribute::Token(true), Attribute::ValueLen(length.into()), Attribute::Sensitive(true), Attribute::Extractable(false)], usage].concat()
+            [
+                &[
+                    Attribute::Token(true),
+                    Attribute::ValueLen(length.into()),
+                    Attribute::Sensitive(true),
+                    Attribute::Extractable(false),
+                ],
+                usage,
+            ]
+            .concat()
         };
-        let storage_kek = session.generate_key(&Mechanism::AesKeyGen, &stays(32, &[Attribute::Wrap(true), Attribute::Unwrap(true)]))?;
-        let diversification_root = session.generate_key(&Mechanism::AesKeyGen, &stays(32, &[Attribute::Derive(true)]))?;
-        let key = session.generate_key(&Mechanism::AesKeyGen, &[Attribute::Token(false), Attribute::ValueLen(16.into()), Attribute::Extractable(true)])?;
+        let storage_kek = session
+            .generate_key(&Mechanism::AesKeyGen, &stays(32, &[Attribute::Wrap(true), Attribute::Unwrap(true)]))?;
+        let diversification_root =
+            session.generate_key(&Mechanism::AesKeyGen, &stays(32, &[Attribute::Derive(true)]))?;
+        let key = session.generate_key(
+            &Mechanism::AesKeyGen,
+            &[Attribute::Token(false), Attribute::ValueLen(16.into()), Attribute::Extractable(true)],
+        )?;
         let mut wrapped = session.wrap_key(&Mechanism::AesKeyWrap, storage_kek, key)?;
         // SoftHSM gives the buffer that it would have liked; RFC 3394 makes 24 octets of 16.
         wrapped.truncate(24);
@@ -133,11 +156,20 @@ impl<'a> Bench<'a> {
     }
 
     /// Cycles a second of all threads, each with a session and a transport KEK of its own.
-    fn rate(&self, threads: usize, cycle: impl Fn(&Self, &Session, ObjectHandle) -> cryptoki::error::Result<()> + Copy + Send + Sync) -> Result<f64, Failure> {
+    fn rate(
+        &self,
+        threads: usize,
+        cycle: impl Fn(&Self, &Session, ObjectHandle) -> cryptoki::error::Result<()> + Copy + Send + Sync,
+    ) -> Result<f64, Failure> {
         let ready = Barrier::new(threads);
         let work = || -> Result<(u64, Duration), Failure> {
             let prepared = self.context.open_rw_session(self.slot).and_then(|session| {
-                let kek = [Attribute::Token(false), Attribute::ValueLen(32.into()), Attribute::Sensitive(true), Attribute::Wrap(true)];
+                let kek = [
+                    Attribute::Token(false),
+                    Attribute::ValueLen(32.into()),
+                    Attribute::Sensitive(true),
+                    Attribute::Wrap(true),
+                ];
                 let transport_kek = session.generate_key(&Mechanism::AesKeyGen, &kek)?;
                 Ok((session, transport_kek))
             });
@@ -194,9 +226,18 @@ impl<'a> Bench<'a> {
         self.transfer(session, Self::derive_sp800_108)
     }
 
-    fn transfer(&self, session: &Session, derive: impl FnOnce(&Self, &Session) -> cryptoki::error::Result<ObjectHandle>) -> cryptoki::error::Result<()> {
+    fn transfer(
+        &self,
+        session: &Session,
+        derive: impl FnOnce(&Self, &Session) -> cryptoki::error::Result<ObjectHandle>,
+    ) -> cryptoki::error::Result<()> {
         let [class, key_type, token, sensitive, _] = UNWRAPPED;
-        let kek = session.unwrap_key(&Mechanism::AesKeyWrap, self.storage_kek, &self.wrapped, &[class, key_type, token, sensitive, Attribute::Wrap(true)])?;
+        let kek = session.unwrap_key(
+            &Mechanism::AesKeyWrap,
+            self.storage_kek,
+            &self.wrapped,
+            &[class, key_type, token, sensitive, Attribute::Wrap(true)],
+        )?;
         let key = derive(self, session)?;
         session.wrap_key(&Mechanism::AesKeyWrap, kek, key)?;
         session.destroy_object(key)?;
@@ -204,7 +245,11 @@ impl<'a> Bench<'a> {
     }
 
     fn derive_cbc(&self, session: &Session) -> cryptoki::error::Result<ObjectHandle> {
-        session.derive_key(&Mechanism::AesCbcEncryptData(AesCbcDeriveParams::new([0; 16], &[0x5A; 16])), self.diversification_root, &derived())
+        session.derive_key(
+            &Mechanism::AesCbcEncryptData(AesCbcDeriveParams::new([0; 16], &[0x5A; 16])),
+            self.diversification_root,
+            &derived(),
+        )
     }
 
     fn derive_sp800_108(&self, session: &Session) -> cryptoki::error::Result<ObjectHandle> {

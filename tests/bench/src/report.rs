@@ -58,7 +58,8 @@ impl Values {
         }
     }
 
-    /// Whether all that were measured, or that of one module, are as they should be; nothing where there is none.
+    /// Whether all that were measured, or that of one module, are as they should be; nothing where
+    /// there is none.
     fn meet(&self, goal: Goal, module: Option<Module>) -> Option<bool> {
         let judged = match module {
             Some(Module::HsmSim) => [self.hsm_sim, None],
@@ -89,7 +90,14 @@ impl Figure {
             None => String::new(),
         };
         let met = self.met.map_or("", |met| if met { "yes" } else { "NO" });
-        [self.name.clone(), self.unit.to_owned(), value(self.values.hsm_sim), value(self.values.softhsm2), goal, met.to_owned()]
+        [
+            self.name.clone(),
+            self.unit.to_owned(),
+            value(self.values.hsm_sim),
+            value(self.values.softhsm2),
+            goal,
+            met.to_owned(),
+        ]
     }
 }
 
@@ -99,12 +107,27 @@ impl Report {
     }
 
     /// Takes a figure; figures of two modules with one name share a row.
-    pub(crate) fn add(&mut self, group: &'static str, name: impl Into<String>, unit: &'static str, module: Module, value: f64) {
+    pub(crate) fn add(
+        &mut self,
+        group: &'static str,
+        name: impl Into<String>,
+        unit: &'static str,
+        module: Module,
+        value: f64,
+    ) {
         let name = name.into();
         eprintln!("  {:<8} {name}: {} {unit}", module.name(), shown(value));
         let known = self.figures.iter().position(|figure| figure.group == group && figure.name == name);
         let at = known.unwrap_or_else(|| {
-            self.figures.push(Figure { group, name, unit, values: Values::default(), goal: None, goal_is_for: None, met: None });
+            self.figures.push(Figure {
+                group,
+                name,
+                unit,
+                values: Values::default(),
+                goal: None,
+                goal_is_for: None,
+                met: None,
+            });
             self.figures.len() - 1
         });
         if let Some(figure) = self.figures.get_mut(at) {
@@ -148,7 +171,10 @@ impl Report {
                 table.add_row(figure.row());
             }
         }
-        let mut processor = self::table(["processor while measuring", "module", "server, cores", "load generator, cores", "others, cores"], &[2, 3, 4]);
+        let mut processor = self::table(
+            ["processor while measuring", "module", "server, cores", "load generator, cores", "others, cores"],
+            &[2, 3, 4],
+        );
         for row in &self.processor {
             processor.add_row([
                 &row.what,

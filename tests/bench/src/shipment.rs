@@ -11,7 +11,9 @@ use aws_lc_rs::digest::{Context, SHA256};
 use bytes::Bytes;
 use futures::stream;
 use kms_client::{
-    proto::{GetVendorTransportKeyRequest, ImportShipmentRequest, Shipment, UploadShipmentRequest, UploadShipmentStart},
+    proto::{
+        GetVendorTransportKeyRequest, ImportShipmentRequest, Shipment, UploadShipmentRequest, UploadShipmentStart,
+    },
     sample::{DeviceProfile, FlagId, OaepHash, SampleShipment, VendorTransportKey},
 };
 
@@ -28,25 +30,48 @@ pub(crate) struct Imported {
 }
 
 impl Island {
-    /// Makes a shipment of so many meters from this number on and imports it, assigned to the head-end. With `devices`, the keys are written there in
-    /// plaintext.
-    pub(crate) async fn import(&self, first: u64, meters: u64, devices: Option<&mut dyn Write>) -> Result<Imported, Failure> {
+    /// Makes a shipment of so many meters from this number on and imports it, assigned to the
+    /// head-end. With `devices`, the keys are written there in plaintext.
+    pub(crate) async fn import(
+        &self,
+        first: u64,
+        meters: u64,
+        devices: Option<&mut dyn Write>,
+    ) -> Result<Imported, Failure> {
         self.import_for(HEAD_END, first, meters, devices).await
     }
 
     /// The same, assigned to this head-end.
-    pub(crate) async fn import_for(&self, head_end: &str, first: u64, meters: u64, devices: Option<&mut dyn Write>) -> Result<Imported, Failure> {
+    pub(crate) async fn import_for(
+        &self,
+        head_end: &str,
+        first: u64,
+        meters: u64,
+        devices: Option<&mut dyn Write>,
+    ) -> Result<Imported, Failure> {
         let mut shipments = self.officer.shipments();
         let transport = shipments.get_vendor_transport_key(GetVendorTransportKeyRequest {}).await?.into_inner();
-        let (_, profile) = DeviceProfile::SHIPPED.iter().find(|(name, _)| *name == PROFILE).ok_or("the device profile is missing")?;
-        let mut sample = SampleShipment::new(format!("BENCH-{first}"), FlagId::parse(FLAG_ID)?, DeviceProfile::parse(profile)?, meters);
+        let (_, profile) =
+            DeviceProfile::SHIPPED.iter().find(|(name, _)| *name == PROFILE).ok_or("the device profile is missing")?;
+        let mut sample = SampleShipment::new(
+            format!("BENCH-{first}"),
+            FlagId::parse(FLAG_ID)?,
+            DeviceProfile::parse(profile)?,
+            meters,
+        );
         sample.first_number = first;
         if !transport.oaep_hashes.iter().any(|hash| hash == OaepHash::Sha256.name()) {
             sample.oaep_hash = OaepHash::Sha1;
         }
         let path = self.directory.join("shipment.jsonl");
         let mut file = BufWriter::with_capacity(1 << 20, File::create(&path)?);
-        let signature = sample.write(&VendorTransportKey::from_der(&transport.spki)?, &self.vendor, &mut file, devices, &mut |_| {})?;
+        let signature = sample.write(
+            &VendorTransportKey::from_der(&transport.spki)?,
+            &self.vendor,
+            &mut file,
+            devices,
+            &mut |_| {},
+        )?;
         file.into_inner().map_err(|error| error.into_error())?.sync_all()?;
         let file_sha256 = digest(&path)?;
 
@@ -69,7 +94,10 @@ impl Island {
             Some((UploadShipmentRequest { start, offset, octets: octets.into() }, (file, None, next)))
         });
         shipments.upload_shipment(messages).await?;
-        let mut answers = shipments.import_shipment(ImportShipmentRequest { file_sha256, head_end: head_end.to_owned() }).await?.into_inner();
+        let mut answers = shipments
+            .import_shipment(ImportShipmentRequest { file_sha256, head_end: head_end.to_owned() })
+            .await?
+            .into_inner();
         let mut last = Shipment::default();
         while let Some(answer) = answers.message().await? {
             last = answer.shipment.unwrap_or(last);
@@ -77,7 +105,11 @@ impl Island {
         let time = begun.elapsed();
         std::fs::remove_file(&path)?;
         if last.state != "imported" || last.imported != meters {
-            return Err(format!("of {meters} meters {} were imported, {} refused; {}", last.imported, last.refused, last.refusal).into());
+            return Err(format!(
+                "of {meters} meters {} were imported, {} refused; {}",
+                last.imported, last.refused, last.refusal
+            )
+            .into());
         }
         Ok(Imported { meters, time })
     }

@@ -1,4 +1,5 @@
-//! Transfers and campaigns: new keys prepared for meters in batches, and the planning of a campaign over all of them.
+//! Transfers and campaigns: new keys prepared for meters in batches, and the planning of a campaign
+//! over all of them.
 
 use std::{
     cell::{Cell, RefCell},
@@ -6,7 +7,8 @@ use std::{
 };
 
 use kms_client::proto::{
-    BeginTransfersRequest, CampaignAction, CampaignPlan, CampaignSelection, CreateCampaignRequest, TransferForm, TransferOrder, transfer_step::Next,
+    BeginTransfersRequest, CampaignAction, CampaignPlan, CampaignSelection, CreateCampaignRequest, TransferForm,
+    TransferOrder, transfer_step::Next,
 };
 
 use crate::{
@@ -24,8 +26,9 @@ pub(crate) struct Planned {
 }
 
 impl Island {
-    /// Orders a new GUEK for each meter from 1 to `meters` in batches, until `time` is over or every meter has one: the new version is derived in the HSM,
-    /// durable as a candidate, on the record, and has left wrapped under the meter's KEK. A unit is one meter.
+    /// Orders a new GUEK for each meter from 1 to `meters` in batches, until `time` is over or
+    /// every meter has one: the new version is derived in the HSM, durable as a candidate, on the
+    /// record, and has left wrapped under the meter's KEK. A unit is one meter.
     pub(crate) async fn prepare_transfers(&self, time: Duration, meters: u64) -> Result<Run, Failure> {
         let next = RefCell::new(1);
         let turn = Cell::new(0);
@@ -56,13 +59,18 @@ impl Island {
                 other => return Err(format!("no wrapped key for meter {}: {other:?}", hex::encode(&step.meter)).into()),
             }
         }
-        if steps.len() as u64 == count { Ok(count) } else { Err(format!("{} steps for {count} orders", steps.len()).into()) }
+        if steps.len() as u64 == count {
+            Ok(count)
+        } else {
+            Err(format!("{} steps for {count} orders", steps.len()).into())
+        }
     }
 
     /// Plans a campaign over every meter of the island and stores it as a draft.
     pub(crate) async fn plan_campaign(&self) -> Result<Planned, Failure> {
         let server = self.load.server.to_string();
-        // Since proc(5), Linux 4.0: forgets the highest memory so far. Where that is not permitted, the figure counts from the highest ever.
+        // Since proc(5), Linux 4.0: forgets the highest memory so far. Where that is not permitted,
+        // the figure counts from the highest ever.
         let _ = std::fs::write(format!("/proc/{server}/clear_refs"), "5");
         let before = memory_mib(&server, "VmRSS");
         let plan = CampaignPlan {

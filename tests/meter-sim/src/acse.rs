@@ -117,8 +117,8 @@ pub struct AssociationResponse {
     pub context: ApplicationContext,
     /// `Association-result`: 0 accepted, 1 rejected permanently, 2 rejected for the moment.
     pub result: u8,
-    /// `Associate-source-diagnostic`, `acse-service-user`: 0 null, 2 context not supported, 3 calling
-    /// title not recognised, 11 mechanism not recognised, 13 authentication failure, 14
+    /// `Associate-source-diagnostic`, `acse-service-user`: 0 null, 2 context not supported, 3
+    /// calling title not recognised, 11 mechanism not recognised, 13 authentication failure, 14
     /// authentication required (the normal value when HLS goes on).
     pub diagnostic: u8,
     /// `responding-AP-title`: the meter's system title.

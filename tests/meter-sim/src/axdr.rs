@@ -125,7 +125,8 @@ impl Data {
             2 => Self::Structure(Self::read_items(reader, depth)?),
             3 => Self::Boolean(reader.u8()? != 0),
             4 => {
-                let bits = u16::try_from(reader.length()?).map_err(|_| Error::malformed("bit-string", "is longer than an APDU"))?;
+                let bits = u16::try_from(reader.length()?)
+                    .map_err(|_| Error::malformed("bit-string", "is longer than an APDU"))?;
                 Self::BitString(bits, reader.take(usize::from(bits.div_ceil(8)))?.to_vec())
             }
             5 => Self::DoubleLong(i32::from_be_bytes(reader.array()?)),
@@ -257,7 +258,9 @@ impl<'a> Reader<'a> {
             return Ok(usize::from(first));
         }
         match first & 0x7F {
-            count @ 1..=4 => Ok(self.take(usize::from(count))?.iter().fold(0, |length, byte| length << 8 | usize::from(*byte))),
+            count @ 1..=4 => {
+                Ok(self.take(usize::from(count))?.iter().fold(0, |length, byte| length << 8 | usize::from(*byte)))
+            }
             _ => Err(Error::malformed("length", "is indefinite or too long")),
         }
     }

@@ -10,7 +10,8 @@ use crate::KeyId;
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Behaviour {
-    /// `Action-Result` of a `key_transfer` whose wrapped key does not unwrap: 9 (seen most), 250, 3.
+    /// `Action-Result` of a `key_transfer` whose wrapped key does not unwrap: 9 (seen most), 250,
+    /// 3.
     pub wrong_kek_result: u8,
     /// What an array with a bad item does to the good ones before it.
     pub array: ArrayTransfer,
@@ -64,8 +65,8 @@ pub enum CounterOnNewKey {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum GmacCounter {
-    /// Any above the last accepted one, the counter of the APDU around it included. Some clients use
-    /// one counter for both, which repeats a nonce; the nonce log shows it.
+    /// Any above the last accepted one, the counter of the APDU around it included. Some clients
+    /// use one counter for both, which repeats a nonce; the nonce log shows it.
     #[default]
     MayEqualApdu,
     /// Any above the last accepted one, except that of the APDU around it.
@@ -107,8 +108,8 @@ pub enum Fault {
     DelayRequest(u32),
     /// The answer arrives this many milliseconds late.
     DelayAnswer(u32),
-    /// The request is held back until this many later requests (at least one) were carried out; then
-    /// it arrives on the connection of the last of them. Its answer is lost.
+    /// The request is held back until this many later requests (at least one) were carried out;
+    /// then it arrives on the connection of the last of them. Its answer is lost.
     HoldRequest(u32),
     /// Like `hold-request`, and the late answer is sent too, after that of the later request.
     HoldRequestAndAnswer(u32),

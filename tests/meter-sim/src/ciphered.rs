@@ -29,9 +29,10 @@ impl CipheredForm {
         match self {
             Self::GeneralGlobal => Some(GENERAL_GLO_CIPHERING),
             Self::GeneralDedicated => Some(GENERAL_DED_CIPHERING),
-            Self::Global | Self::Dedicated => {
-                SERVICES.iter().find(|service| service.0 == plain).map(|service| if self == Self::Global { service.1 } else { service.2 })
-            }
+            Self::Global | Self::Dedicated => SERVICES
+                .iter()
+                .find(|service| service.0 == plain)
+                .map(|service| if self == Self::Global { service.1 } else { service.2 }),
         }
     }
 
@@ -65,8 +66,8 @@ impl CipheredApdu {
         CipheredForm::of_tag(tag).is_some()
     }
 
-    /// A ciphered APDU around `content`, which protects an APDU with tag `plain`. The title is written
-    /// in general forms only.
+    /// A ciphered APDU around `content`, which protects an APDU with tag `plain`. The title is
+    /// written in general forms only.
     pub fn new(form: CipheredForm, plain: u8, title: SystemTitle, content: CipheredContent) -> Result<Self, Error> {
         Ok(Self {
             form,
@@ -106,8 +107,8 @@ impl CipheredApdu {
         out
     }
 
-    /// Whether this APDU may carry an APDU with tag `plain`: a `glo-get-request` carries a GET request
-    /// and nothing else, general forms carry any service.
+    /// Whether this APDU may carry an APDU with tag `plain`: a `glo-get-request` carries a GET
+    /// request and nothing else, general forms carry any service.
     pub fn may_carry(&self, plain: u8) -> bool {
         self.form.tag(plain) == Some(self.tag) && SERVICES.iter().any(|service| service.0 == plain)
     }

@@ -8,14 +8,16 @@ use tokio::time::timeout;
 
 use crate::acse::{ApplicationContext, AssociationRequest, AssociationResponse, Mechanism, Release};
 use crate::axdr::Data;
-use crate::ciphered::{CipheredApdu, CipheredForm, GLO_INITIATE_REQUEST, GLO_INITIATE_RESPONSE, encode_initiate, parse_initiate};
+use crate::ciphered::{
+    CipheredApdu, CipheredForm, GLO_INITIATE_REQUEST, GLO_INITIATE_RESPONSE, encode_initiate, parse_initiate,
+};
 use crate::key_transfer::{KEY_TRANSFER, key_transfer_argument};
 use crate::objects::{CLASS_ASSOCIATION, CLASS_SECURITY_SETUP};
 use crate::security::{CipheredContent, Ciphering, SecurityControl};
 use crate::wrapper::Frame;
 use crate::xdlms::{
-    AttributeDescriptor, DataAccessResult, EXCEPTION_RESPONSE, ExceptionResponse, InitiateRequest, InitiateResponse, MethodDescriptor, ServiceRequest,
-    ServiceResponse,
+    AttributeDescriptor, DataAccessResult, EXCEPTION_RESPONSE, ExceptionResponse, InitiateRequest, InitiateResponse,
+    MethodDescriptor, ServiceRequest, ServiceResponse,
 };
 use crate::{Error, KeyId, Obis, SecuritySuite, SymmetricKey, SystemTitle};
 
@@ -36,8 +38,8 @@ pub struct ClientConfig {
     pub general_ciphering: bool,
 }
 
-/// A ciphered session with one meter: it makes requests and reads answers, and leaves their transport
-/// to the caller. The order is AARQ, HLS answer, services, RLRQ.
+/// A ciphered session with one meter: it makes requests and reads answers, and leaves their
+/// transport to the caller. The order is AARQ, HLS answer, services, RLRQ.
 #[derive(Debug)]
 pub struct ClientSession {
     config: ClientConfig,
@@ -84,8 +86,8 @@ impl ClientSession {
     }
 
     /// The keys that protect what follows, for example after an accepted `key_transfer`. The caller
-    /// answers for the counters: a new GUEK goes on with the same range. The meter's counter may start
-    /// anew with a new GUEK.
+    /// answers for the counters: a new GUEK goes on with the same range. The meter's counter may
+    /// start anew with a new GUEK.
     pub fn set_keys(&mut self, keys: Ciphering) {
         if keys.encryption != self.config.keys.encryption {
             self.last_meter_counter = None;
@@ -109,7 +111,8 @@ impl ClientSession {
         Ok(request.encode())
     }
 
-    /// Reads the AARE: checks the result, opens the initiate response, and keeps title and challenge.
+    /// Reads the AARE: checks the result, opens the initiate response, and keeps title and
+    /// challenge.
     pub fn process_association_response(&mut self, apdu: &[u8]) -> Result<InitiateResponse, Error> {
         self.expect(Stage::Requested)?;
         Self::refuse_exception(apdu)?;
@@ -142,10 +145,19 @@ impl ClientSession {
     pub fn hls_request(&mut self) -> Result<Vec<u8>, Error> {
         self.expect(Stage::Answered)?;
         let counter = self.counters.next()?;
-        let answer = self.config.keys.answer_challenge(self.config.suite, &self.config.client_title, counter, &self.meter_challenge)?;
+        let answer = self.config.keys.answer_challenge(
+            self.config.suite,
+            &self.config.client_title,
+            counter,
+            &self.meter_challenge,
+        )?;
         self.protect(&ServiceRequest::Action {
             invoke: INVOKE,
-            method: MethodDescriptor { class: CLASS_ASSOCIATION, instance: Obis::CURRENT_ASSOCIATION, method: REPLY_TO_HLS },
+            method: MethodDescriptor {
+                class: CLASS_ASSOCIATION,
+                instance: Obis::CURRENT_ASSOCIATION,
+                method: REPLY_TO_HLS,
+            },
             argument: Some(Data::OctetString(answer)),
         })
     }
@@ -206,7 +218,10 @@ impl ClientSession {
     /// A `key_transfer` on the security setup `setup`: each key's id and its form wrapped under the
     /// KEK.
     pub fn key_transfer_request(&mut self, setup: Obis, items: &[(KeyId, &[u8])]) -> Result<Vec<u8>, Error> {
-        self.action_request(MethodDescriptor { class: CLASS_SECURITY_SETUP, instance: setup, method: KEY_TRANSFER }, Some(key_transfer_argument(items)))
+        self.action_request(
+            MethodDescriptor { class: CLASS_SECURITY_SETUP, instance: setup, method: KEY_TRANSFER },
+            Some(key_transfer_argument(items)),
+        )
     }
 
     /// Reads the answer to an ACTION. An `Action-Result` other than success is [`Error::Action`].
@@ -253,8 +268,12 @@ impl ClientSession {
         let form = self.form();
         self.last_form = form;
         let counter = if form.is_dedicated() { self.dedicated_counters.next()? } else { self.counters.next()? };
-        let content =
-            self.ciphering(form).protect(SecurityControl::authenticated_encrypted(self.config.suite), &self.config.client_title, counter, &plaintext)?;
+        let content = self.ciphering(form).protect(
+            SecurityControl::authenticated_encrypted(self.config.suite),
+            &self.config.client_title,
+            counter,
+            &plaintext,
+        )?;
         Ok(CipheredApdu::new(form, tag, self.config.client_title, content)?.encode())
     }
 
@@ -338,7 +357,12 @@ pub struct ClientConnection {
 impl ClientConnection {
     /// Connects. `client_sap` and `logical_device` are the wrapper's ports; an answer that takes
     /// longer than `answer_timeout` is [`Error::Transport`] with `TimedOut`.
-    pub async fn connect(address: impl ToSocketAddrs, client_sap: u16, logical_device: u16, answer_timeout: Duration) -> Result<Self, Error> {
+    pub async fn connect(
+        address: impl ToSocketAddrs,
+        client_sap: u16,
+        logical_device: u16,
+        answer_timeout: Duration,
+    ) -> Result<Self, Error> {
         let stream = timeout(answer_timeout, TcpStream::connect(address)).await.map_err(std::io::Error::from)??;
         stream.set_nodelay(true)?;
         Ok(Self { stream, client_sap, logical_device, answer_timeout })
@@ -366,7 +390,12 @@ impl ClientConnection {
     }
 
     /// Sends a `key_transfer` on the security setup `setup`.
-    pub async fn key_transfer(&mut self, session: &mut ClientSession, setup: Obis, items: &[(KeyId, &[u8])]) -> Result<(), Error> {
+    pub async fn key_transfer(
+        &mut self,
+        session: &mut ClientSession,
+        setup: Obis,
+        items: &[(KeyId, &[u8])],
+    ) -> Result<(), Error> {
         let answer = self.exchange(session.key_transfer_request(setup, items)?).await?;
         session.process_action_response(&answer).map(|_| ())
     }
@@ -379,7 +408,8 @@ impl ClientConnection {
 
     async fn receive(&mut self) -> Result<Vec<u8>, Error> {
         loop {
-            let frame = Frame::read(&mut self.stream).await?.ok_or(Error::Transport(std::io::ErrorKind::UnexpectedEof))?;
+            let frame =
+                Frame::read(&mut self.stream).await?.ok_or(Error::Transport(std::io::ErrorKind::UnexpectedEof))?;
             if frame.source == self.logical_device && frame.destination == self.client_sap {
                 return Ok(frame.apdu);
             }

@@ -51,13 +51,29 @@ impl MeterConfig {
             logical_device_name: default_logical_device_name(),
             security_suite,
             associations: vec![
-                AssociationConfig { client_sap: MANAGEMENT_CLIENT_SAP, mechanism: MechanismConfig::HighGmac, security_setup: Some(setup.logical_name) },
-                AssociationConfig { client_sap: PUBLIC_CLIENT_SAP, mechanism: MechanismConfig::Lowest, security_setup: None },
+                AssociationConfig {
+                    client_sap: MANAGEMENT_CLIENT_SAP,
+                    mechanism: MechanismConfig::HighGmac,
+                    security_setup: Some(setup.logical_name),
+                },
+                AssociationConfig {
+                    client_sap: PUBLIC_CLIENT_SAP,
+                    mechanism: MechanismConfig::Lowest,
+                    security_setup: None,
+                },
             ],
             security_setups: vec![setup],
             objects: vec![
-                ObjectConfig::Register { logical_name: Obis::ACTIVE_ENERGY_IMPORT, value: Data::DoubleLongUnsigned(123_456), scaler: 0, unit: WATT_HOUR },
-                ObjectConfig::Clock { logical_name: Obis::CLOCK, time: [0x07, 0xEA, 0x01, 0x01, 0x04, 0x0C, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00] },
+                ObjectConfig::Register {
+                    logical_name: Obis::ACTIVE_ENERGY_IMPORT,
+                    value: Data::DoubleLongUnsigned(123_456),
+                    scaler: 0,
+                    unit: WATT_HOUR,
+                },
+                ObjectConfig::Clock {
+                    logical_name: Obis::CLOCK,
+                    time: [0x07, 0xEA, 0x01, 0x01, 0x04, 0x0C, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00],
+                },
                 ObjectConfig::DisconnectControl { logical_name: Obis::DISCONNECT_CONTROL, connected: true },
             ],
             max_receive_pdu_size: default_pdu_size(),
@@ -68,15 +84,16 @@ impl MeterConfig {
     }
 }
 
-/// Where the challenges StoC come from: a seed, the meter's title, and how many there were before. So a run can be
-/// repeated. For simulation only: challenges that can be foreseen prove nothing.
+/// Where the challenges StoC come from: a seed, the meter's title, and how many there were before.
+/// So a run can be repeated. For simulation only: challenges that can be foreseen prove nothing.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ChallengeSource {
     /// The seed; by default that of [`challenge_seed`].
     pub seed: u64,
-    /// Whether no challenge begins as a request does. By default one in 26 does, as with real meters, and a key
-    /// management system asks for another association then. Set it where a test counts associations.
+    /// Whether no challenge begins as a request does. By default one in 26 does, as with real
+    /// meters, and a key management system asks for another association then. Set it where a test
+    /// counts associations.
     pub answerable: bool,
     /// How the first challenges begin, one after another; the rest of each comes from the seed.
     pub chosen: Vec<HexBytes>,
@@ -88,7 +105,8 @@ impl Default for ChallengeSource {
     }
 }
 
-/// The seed of challenges: that in the environment variable `METER_SIM_SEED`, or 1. Print it where a test fails.
+/// The seed of challenges: that in the environment variable `METER_SIM_SEED`, or 1. Print it where
+/// a test fails.
 pub fn challenge_seed() -> u64 {
     std::env::var(SEED).ok().and_then(|seed| seed.parse().ok()).unwrap_or(1)
 }

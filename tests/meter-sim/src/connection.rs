@@ -12,8 +12,9 @@ use crate::objects::{CLASS_ASSOCIATION, CLASS_SECURITY_SETUP, ReaderContext};
 use crate::protection::{Challenges, Dedicated, Received};
 use crate::security::{CipheredContent, Ciphering, SecurityControl};
 use crate::xdlms::{
-    DECIPHERING_ERROR, ExceptionResponse, InitiateRequest, InitiateResponse, MethodDescriptor, OPERATION_NOT_POSSIBLE, OTHER_REASON, PDU_TOO_LONG,
-    SERVICE_NOT_ALLOWED, SERVICE_NOT_SUPPORTED, SERVICE_UNKNOWN, ServiceRequest, ServiceResponse,
+    DECIPHERING_ERROR, ExceptionResponse, InitiateRequest, InitiateResponse, MethodDescriptor, OPERATION_NOT_POSSIBLE,
+    OTHER_REASON, PDU_TOO_LONG, SERVICE_NOT_ALLOWED, SERVICE_NOT_SUPPORTED, SERVICE_UNKNOWN, ServiceRequest,
+    ServiceResponse,
 };
 use crate::{Error, Meter, Obis, SystemTitle, xdlms};
 
@@ -63,11 +64,13 @@ impl Connection {
     /// Whether an association is open and, with HLS, authenticated.
     pub fn is_associated(&self) -> bool {
         let epoch = self.meter.lock().epoch;
-        self.association.as_ref().is_some_and(|association| association.epoch == epoch && association.challenges.is_none())
+        self.association
+            .as_ref()
+            .is_some_and(|association| association.epoch == epoch && association.challenges.is_none())
     }
 
-    /// Carries out one request of any bytes and returns the answer. A broadcast has none. No network
-    /// fault happens here: see [`Connection::deliver`].
+    /// Carries out one request of any bytes and returns the answer. A broadcast has none. No
+    /// network fault happens here: see [`Connection::deliver`].
     pub fn exchange(&mut self, apdu: &[u8]) -> Option<Vec<u8>> {
         let meter = self.meter.clone();
         let mut state = meter.lock();
@@ -104,7 +107,9 @@ impl Connection {
         match apdu.first() {
             Some(&AARQ) => self.associate(state, apdu).map(Some),
             Some(&RLRQ) => self.release(state, apdu).map(Some),
-            Some(&(xdlms::GET_REQUEST | xdlms::SET_REQUEST | xdlms::ACTION_REQUEST)) => self.plain_service(state, apdu).map(Some),
+            Some(&(xdlms::GET_REQUEST | xdlms::SET_REQUEST | xdlms::ACTION_REQUEST)) => {
+                self.plain_service(state, apdu).map(Some)
+            }
             Some(&tag) if CipheredApdu::has_tag(tag) => {
                 let apdu = CipheredApdu::parse(apdu).map_err(|_| Refused::malformed())?;
                 if apdu.content.control.is_broadcast() {
@@ -146,25 +151,40 @@ impl Connection {
         }
     }
 
-    fn check_association(&self, state: &mut MeterState, request: &AssociationRequest) -> Result<Result<AcceptedAssociation, u8>, Refused> {
+    fn check_association(
+        &self,
+        state: &mut MeterState,
+        request: &AssociationRequest,
+    ) -> Result<Result<AcceptedAssociation, u8>, Refused> {
         let Some(config) = association_config(state, self.client_sap) else {
             return Ok(Err(NO_REASON_GIVEN));
         };
         match &config.mechanism {
             MechanismConfig::Lowest if request.mechanism != Mechanism::Lowest => Ok(Err(MECHANISM_NOT_RECOGNISED)),
             MechanismConfig::Low(_) if request.mechanism != Mechanism::Low => Ok(Err(AUTHENTICATION_REQUIRED)),
-            MechanismConfig::Low(secret) if !request.authentication_value.as_ref().is_some_and(|value| secret.matches(value)) => {
+            MechanismConfig::Low(secret)
+                if !request.authentication_value.as_ref().is_some_and(|value| secret.matches(value)) =>
+            {
                 Ok(Err(AUTHENTICATION_FAILURE))
             }
-            MechanismConfig::Lowest | MechanismConfig::Low(_) if request.context != ApplicationContext::LogicalName => Ok(Err(CONTEXT_NOT_SUPPORTED)),
+            MechanismConfig::Lowest | MechanismConfig::Low(_) if request.context != ApplicationContext::LogicalName => {
+                Ok(Err(CONTEXT_NOT_SUPPORTED))
+            }
             MechanismConfig::Lowest | MechanismConfig::Low(_) => self.associate_plain(state, config, request).map(Ok),
             MechanismConfig::HighGmac if request.mechanism != Mechanism::HighGmac => Ok(Err(AUTHENTICATION_REQUIRED)),
-            MechanismConfig::HighGmac if request.context != ApplicationContext::LogicalNameCiphering => Ok(Err(CONTEXT_NOT_SUPPORTED)),
+            MechanismConfig::HighGmac if request.context != ApplicationContext::LogicalNameCiphering => {
+                Ok(Err(CONTEXT_NOT_SUPPORTED))
+            }
             MechanismConfig::HighGmac => self.associate_ciphered(state, config, request),
         }
     }
 
-    fn associate_plain(&self, state: &MeterState, config: AssociationConfig, request: &AssociationRequest) -> Result<AcceptedAssociation, Refused> {
+    fn associate_plain(
+        &self,
+        state: &MeterState,
+        config: AssociationConfig,
+        request: &AssociationRequest,
+    ) -> Result<AcceptedAssociation, Refused> {
         let initiate = InitiateRequest::parse(&request.user_information).map_err(|_| Refused::malformed())?;
         Ok(AcceptedAssociation {
             response: AssociationResponse {
@@ -211,8 +231,9 @@ impl Connection {
         if content.control.is_broadcast() {
             return Err(Refused::not_allowed());
         }
-        let received =
-            state.receive_global(setup, client, &content, NoncePurpose::Initiate).map_err(|reason| Refused::protection(reason, SERVICE_NOT_ALLOWED))?;
+        let received = state
+            .receive_global(setup, client, &content, NoncePurpose::Initiate)
+            .map_err(|reason| Refused::protection(reason, SERVICE_NOT_ALLOWED))?;
         let initiate = InitiateRequest::parse(&received.plaintext).map_err(|_| Refused::malformed())?;
         let dedicated = match &initiate.dedicated_key {
             Some(key) if key.expose().len() == state.suite().key_length() => {
@@ -221,10 +242,17 @@ impl Connection {
             Some(_) => return Err(Refused::malformed()),
             None => None,
         };
-        let length = usize::from(state.config.behaviour.challenge_length).clamp(*CHALLENGE_LENGTHS.start(), *CHALLENGE_LENGTHS.end());
+        let length = usize::from(state.config.behaviour.challenge_length)
+            .clamp(*CHALLENGE_LENGTHS.start(), *CHALLENGE_LENGTHS.end());
         let meter_challenge = state.next_challenge(length);
         let answer = state
-            .send_global(setup, &received, answer_control(&content), &initiate_response(state, &initiate).encode(), NoncePurpose::Initiate)
+            .send_global(
+                setup,
+                &received,
+                answer_control(&content),
+                &initiate_response(state, &initiate).encode(),
+                NoncePurpose::Initiate,
+            )
             .map_err(|_| Refused::not_possible())?;
         Ok(Ok(AcceptedAssociation {
             response: AssociationResponse {
@@ -257,11 +285,18 @@ impl Connection {
                 if content.control.is_broadcast() {
                     return Err(Refused::not_allowed());
                 }
-                let received =
-                    state.receive_global(setup, client, &content, NoncePurpose::Initiate).map_err(|reason| Refused::protection(reason, SERVICE_UNKNOWN))?;
+                let received = state
+                    .receive_global(setup, client, &content, NoncePurpose::Initiate)
+                    .map_err(|reason| Refused::protection(reason, SERVICE_UNKNOWN))?;
                 let initiate = InitiateRequest::parse(&received.plaintext).map_err(|_| Refused::malformed())?;
                 let answer = state
-                    .send_global(setup, &received, answer_control(&content), &initiate_response(state, &initiate).encode(), NoncePurpose::Initiate)
+                    .send_global(
+                        setup,
+                        &received,
+                        answer_control(&content),
+                        &initiate_response(state, &initiate).encode(),
+                        NoncePurpose::Initiate,
+                    )
                     .map_err(|_| Refused::not_possible())?;
                 Some(encode_initiate(GLO_INITIATE_RESPONSE, &answer))
             }
@@ -290,7 +325,8 @@ impl Connection {
             return Err(Refused::protection(Refusal::Deciphering, SERVICE_UNKNOWN));
         }
         let received = if apdu.form.is_dedicated() {
-            let dedicated = association.dedicated.as_mut().ok_or(Refused::protection(Refusal::Deciphering, SERVICE_UNKNOWN))?;
+            let dedicated =
+                association.dedicated.as_mut().ok_or(Refused::protection(Refusal::Deciphering, SERVICE_UNKNOWN))?;
             state.receive_dedicated(setup, client, dedicated, &apdu.content)
         } else {
             state.receive_global(setup, client, &apdu.content, NoncePurpose::Service)
@@ -312,7 +348,9 @@ impl Connection {
             _ => state.send_global(setup, &received, control, &answer, NoncePurpose::Service),
         }
         .map_err(|_| Refused::not_possible())?;
-        let answer = CipheredApdu::new(apdu.form, tag, state.config.system_title, content).map_err(|_| Refused::other())?.encode();
+        let answer = CipheredApdu::new(apdu.form, tag, state.config.system_title, content)
+            .map_err(|_| Refused::other())?
+            .encode();
         self.check_length(&answer)?;
         if received.ends_association.get() {
             self.association = None;
@@ -322,13 +360,21 @@ impl Connection {
 
     /// A broadcast needs no association, has no answer, and reaches no security object.
     fn broadcast(&mut self, state: &mut MeterState, apdu: &CipheredApdu) -> Result<(), Refused> {
-        let setup = association_config(state, self.client_sap).and_then(|config| config.security_setup).ok_or(Refused::not_allowed())?;
+        let setup = association_config(state, self.client_sap)
+            .and_then(|config| config.security_setup)
+            .ok_or(Refused::not_allowed())?;
         let associated = self.association.as_ref().and_then(|association| association.client_title);
-        let client = apdu.title.or(associated).filter(|client| state.accepts_client(setup, client)).ok_or(Refused::not_allowed())?;
+        let client = apdu
+            .title
+            .or(associated)
+            .filter(|client| state.accepts_client(setup, client))
+            .ok_or(Refused::not_allowed())?;
         if apdu.form.is_dedicated() {
             return Err(Refused::not_allowed());
         }
-        let received = state.receive_broadcast(setup, client, &apdu.content).map_err(|reason| Refused::protection(reason, SERVICE_UNKNOWN))?;
+        let received = state
+            .receive_broadcast(setup, client, &apdu.content)
+            .map_err(|reason| Refused::protection(reason, SERVICE_UNKNOWN))?;
         match ServiceRequest::parse(&received.plaintext) {
             Ok(ServiceRequest::Set { attribute, value, .. }) if apdu.may_carry(xdlms::SET_REQUEST) => {
                 state.objects.set(&attribute, value);
@@ -342,11 +388,19 @@ impl Connection {
         }
     }
 
-    fn serve(&mut self, state: &mut MeterState, request: ServiceRequest, received: Option<&Received>) -> Result<ServiceResponse, Refused> {
+    fn serve(
+        &mut self,
+        state: &mut MeterState,
+        request: ServiceRequest,
+        received: Option<&Received>,
+    ) -> Result<ServiceResponse, Refused> {
         let association = self.association.as_mut().ok_or(Refused::not_allowed())?;
         if let Some(challenges) = &association.challenges {
-            let (Some(received), Some((setup, client)), ServiceRequest::Action { invoke, method, argument: Some(Data::OctetString(answer)) }) =
-                (received, association.ciphered(), request)
+            let (
+                Some(received),
+                Some((setup, client)),
+                ServiceRequest::Action { invoke, method, argument: Some(Data::OctetString(answer)) },
+            ) = (received, association.ciphered(), request)
             else {
                 return Err(Refused::not_allowed());
             };
@@ -366,19 +420,34 @@ impl Connection {
                 }
             });
         }
-        let reader = ReaderContext { mechanism: &association.mechanism, setup: association.setup, client_title: association.client_title };
+        let reader = ReaderContext {
+            mechanism: &association.mechanism,
+            setup: association.setup,
+            client_title: association.client_title,
+        };
         let get = |attribute, selective| {
-            if selective { Err(xdlms::DataAccessResult::SCOPE_OF_ACCESS_VIOLATED) } else { state.get(&attribute, &reader) }
+            if selective {
+                Err(xdlms::DataAccessResult::SCOPE_OF_ACCESS_VIOLATED)
+            } else {
+                state.get(&attribute, &reader)
+            }
         };
         let may_write = !matches!(association.mechanism, MechanismConfig::Lowest);
         Ok(match request {
-            ServiceRequest::Get { invoke, attribute, selective } => ServiceResponse::Get { invoke, result: get(attribute, selective) },
-            ServiceRequest::GetWithList { invoke, attributes } => {
-                ServiceResponse::GetWithList { invoke, results: attributes.into_iter().map(|(attribute, selective)| get(attribute, selective)).collect() }
+            ServiceRequest::Get { invoke, attribute, selective } => {
+                ServiceResponse::Get { invoke, result: get(attribute, selective) }
             }
+            ServiceRequest::GetWithList { invoke, attributes } => ServiceResponse::GetWithList {
+                invoke,
+                results: attributes.into_iter().map(|(attribute, selective)| get(attribute, selective)).collect(),
+            },
             ServiceRequest::Set { invoke, attribute, value } => ServiceResponse::Set {
                 invoke,
-                result: if may_write { state.objects.set(&attribute, value) } else { xdlms::DataAccessResult::READ_WRITE_DENIED },
+                result: if may_write {
+                    state.objects.set(&attribute, value)
+                } else {
+                    xdlms::DataAccessResult::READ_WRITE_DENIED
+                },
             },
             ServiceRequest::Action { invoke, method, argument } => ServiceResponse::Action {
                 invoke,
@@ -399,7 +468,8 @@ impl Connection {
     }
 
     fn check_length(&self, answer: &[u8]) -> Result<(), Refused> {
-        let limit = self.association.as_ref().map_or(0, |association| usize::from(association.client_max_receive_pdu_size));
+        let limit =
+            self.association.as_ref().map_or(0, |association| usize::from(association.client_max_receive_pdu_size));
         if limit != 0 && answer.len() > limit {
             return Err(Refused::new(SERVICE_NOT_ALLOWED, PDU_TOO_LONG, Refusal::NotAllowed));
         }
@@ -418,7 +488,11 @@ impl Connection {
         let association = self.association.as_ref()?;
         let (setup, client) = association.ciphered()?;
         let setup = state.setup(setup)?;
-        let encryption = if apdu.form.is_dedicated() { association.dedicated.as_ref()?.record.key.clone() } else { setup.guek.current().key.clone() };
+        let encryption = if apdu.form.is_dedicated() {
+            association.dedicated.as_ref()?.record.key.clone()
+        } else {
+            setup.guek.current().key.clone()
+        };
         let ciphering = Ciphering { encryption, authentication: setup.gak.current().key.clone() };
         ServiceRequest::parse(&ciphering.open(&client, &apdu.content).ok()?).ok()
     }
@@ -496,7 +570,10 @@ fn association_config(state: &MeterState, client_sap: u16) -> Option<Association
 fn initiate_response(state: &MeterState, request: &InitiateRequest) -> InitiateResponse {
     let [a, b, c] = request.conformance;
     let [x, y, z] = CONFORMANCE;
-    InitiateResponse { conformance: [a & x, b & y, c & z], server_max_receive_pdu_size: state.config.max_receive_pdu_size }
+    InitiateResponse {
+        conformance: [a & x, b & y, c & z],
+        server_max_receive_pdu_size: state.config.max_receive_pdu_size,
+    }
 }
 
 /// An answer is protected like its request.

@@ -67,7 +67,8 @@ pub struct NonceUse {
     /// For what.
     pub purpose: NoncePurpose,
     /// The tag. Different tags are two messages. Equal tags are copies of one message, which the
-    /// network makes as well, or the same plaintext protected twice: a meter cannot tell these apart.
+    /// network makes as well, or the same plaintext protected twice: a meter cannot tell these
+    /// apart.
     pub tag: [u8; TAG_LENGTH],
     /// Whether the meter accepted it. False for a message whose tag fits but whose counter is old.
     pub accepted: bool,

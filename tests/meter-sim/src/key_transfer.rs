@@ -76,12 +76,15 @@ impl MeterState {
             if matches!(id, KeyId::Vendor(number) if !setup.vendor_keys.contains_key(&number)) {
                 return (keys, Some(DataAccessResult::TYPE_UNMATCHED.0));
             }
-            let key = crate::security::unwrap_key(&kek, wrapped).ok().filter(|key| key.expose().len() == self.suite().key_length());
+            let key = crate::security::unwrap_key(&kek, wrapped)
+                .ok()
+                .filter(|key| key.expose().len() == self.suite().key_length());
             let Some(key) = key else {
                 return (keys, Some(self.config.behaviour.wrong_kek_result));
             };
             if id == KeyId::Master {
-                // The old KEK stops at once: what follows in the array is wrapped under the new one.
+                // The old KEK stops at once: what follows in the array is wrapped under the new
+                // one.
                 kek = key.clone();
             }
             keys.push((id, key));
@@ -92,7 +95,12 @@ impl MeterState {
 
 /// The argument of `key_transfer`: each key's id and its wrapped form.
 pub fn key_transfer_argument(items: &[(KeyId, &[u8])]) -> Data {
-    Data::Array(items.iter().map(|(id, wrapped)| Data::Structure(vec![Data::Enum(id.id()), Data::OctetString(wrapped.to_vec())])).collect())
+    Data::Array(
+        items
+            .iter()
+            .map(|(id, wrapped)| Data::Structure(vec![Data::Enum(id.id()), Data::OctetString(wrapped.to_vec())]))
+            .collect(),
+    )
 }
 
 /// Method 1 of the security setup.

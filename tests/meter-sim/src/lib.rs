@@ -1,17 +1,17 @@
 //! A simulated DLMS/COSEM meter, to check a key management system against.
 //!
-//! It speaks xDLMS with logical names over the DLMS wrapper on TCP: AARQ and AARE with lowest, low and
-//! high level security (HLS 5), GET, SET and ACTION under global and dedicated keys in both forms, and
-//! `key_transfer` as meters in the field really carry it out ([`behaviour`]). Its codec is its own and
-//! shares nothing with the server's, so that each can check the other.
+//! It speaks xDLMS with logical names over the DLMS wrapper on TCP: AARQ and AARE with lowest, low
+//! and high level security (HLS 5), GET, SET and ACTION under global and dedicated keys in both
+//! forms, and `key_transfer` as meters in the field really carry it out ([`behaviour`]). Its codec
+//! is its own and shares nothing with the server's, so that each can check the other.
 //!
-//! - [`Meter`] is a meter; [`Connection`] talks to it without a transport; [`serve`] puts any number
-//!   of meters on TCP.
+//! - [`Meter`] is a meter; [`Connection`] talks to it without a transport; [`serve`] puts any
+//!   number of meters on TCP.
 //! - [`client`] is a small head-end that holds plaintext keys.
 //! - [`inspect`] tells tests what a real meter tells nobody: keys, counters, every nonce.
 //!
-//! It is a test tool: it holds keys in plaintext, and key agreement (suites 1 and 2), block transfer
-//! and certificates are not simulated.
+//! It is a test tool: it holds keys in plaintext, and key agreement (suites 1 and 2), block
+//! transfer and certificates are not simulated.
 
 mod connection;
 mod error;
@@ -39,6 +39,8 @@ pub use connection::Connection;
 pub use error::Error;
 pub use meter::{Meter, REQUESTS};
 pub use network::Delivery;
-pub use objects::{CLASS_ASSOCIATION, CLASS_CLOCK, CLASS_DATA, CLASS_DISCONNECT_CONTROL, CLASS_REGISTER, CLASS_SECURITY_SETUP};
+pub use objects::{
+    CLASS_ASSOCIATION, CLASS_CLOCK, CLASS_DATA, CLASS_DISCONNECT_CONTROL, CLASS_REGISTER, CLASS_SECURITY_SETUP,
+};
 pub use server::{MeterDirectory, ServeOptions, serve};
 pub use types::{KeyId, Obis, Secret, SecuritySuite, SymmetricKey, SystemTitle};

@@ -5,9 +5,10 @@
 //! meter-sim [FILE]
 //! ```
 //!
-//! The JSON has the fields of [`Simulation`]. Each listener prints `ADDRESS` on a line of its own when
-//! it is ready, and the seed of challenges (`METER_SIM_SEED`) on standard error. Ctrl-C ends it; where the JSON names a `memory_file`, it then writes what the meters
-//! remember, for tests to compare with.
+//! The JSON has the fields of [`Simulation`]. Each listener prints `ADDRESS` on a line of its own
+//! when it is ready, and the seed of challenges (`METER_SIM_SEED`) on standard error. Ctrl-C ends
+//! it; where the JSON names a `memory_file`, it then writes what the meters remember, for tests to
+//! compare with.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -93,7 +94,9 @@ fn run() -> Result<(), Box<dyn Error>> {
     let mut text = Zeroizing::new(String::new());
     match (arguments.next(), arguments.next()) {
         (None, _) => std::io::stdin().read_to_string(&mut text)?,
-        (Some(path), None) => std::fs::File::open(&path).map_err(|error| format!("cannot open `{}`: {error}", path.display()))?.read_to_string(&mut text)?,
+        (Some(path), None) => std::fs::File::open(&path)
+            .map_err(|error| format!("cannot open `{}`: {error}", path.display()))?
+            .read_to_string(&mut text)?,
         (Some(_), Some(_)) => return Err("usage: meter-sim [FILE]".into()),
     };
     let simulation: Simulation = serde_json::from_str(&text)?;
@@ -113,8 +116,10 @@ async fn simulate(simulation: Simulation) -> Result<(), Box<dyn Error>> {
                 MeterDirectory::One(meter)
             }
             (None, meters) if !meters.is_empty() => {
-                let meters: BTreeMap<u16, Meter> =
-                    meters.into_iter().map(|(destination, meter)| Ok((destination, Meter::new(meter)?))).collect::<Result<_, meter_sim::Error>>()?;
+                let meters: BTreeMap<u16, Meter> = meters
+                    .into_iter()
+                    .map(|(destination, meter)| Ok((destination, Meter::new(meter)?)))
+                    .collect::<Result<_, meter_sim::Error>>()?;
                 all.extend(meters.values().cloned());
                 MeterDirectory::ByDestination(Arc::new(meters))
             }
@@ -122,13 +127,18 @@ async fn simulate(simulation: Simulation) -> Result<(), Box<dyn Error>> {
                 return Err(format!("listener `{}` needs either `meter` or `meters`", listener.address).into());
             }
         };
-        let socket = TcpListener::bind(&listener.address).await.map_err(|error| format!("cannot listen on `{}`: {error}", listener.address))?;
+        let socket = TcpListener::bind(&listener.address)
+            .await
+            .map_err(|error| format!("cannot listen on `{}`: {error}", listener.address))?;
         writeln!(std::io::stdout(), "{}", socket.local_addr()?)?;
         tasks.spawn(serve(socket, directory, ServeOptions::default()));
     }
     tokio::signal::ctrl_c().await?;
     if let Some(path) = simulation.memory_file {
-        let memory = Memory { meters: all.iter().filter_map(MeterMemory::of).collect(), repeated_nonces: RepeatedNonce::find(&all).len() };
+        let memory = Memory {
+            meters: all.iter().filter_map(MeterMemory::of).collect(),
+            repeated_nonces: RepeatedNonce::find(&all).len(),
+        };
         std::fs::write(path, serde_json::to_vec(&memory)?)?;
     }
     Ok(())

@@ -49,7 +49,8 @@ impl Meter {
         self.lock().config.faults.clear();
     }
 
-    /// The next challenges begin with these octets, one challenge each; the rest of it comes from the seed as before.
+    /// The next challenges begin with these octets, one challenge each; the rest of it comes from
+    /// the seed as before.
     pub fn choose_challenges(&self, beginnings: impl IntoIterator<Item = Vec<u8>>) {
         self.lock().chosen_challenges.extend(beginnings);
     }
@@ -66,19 +67,20 @@ impl Meter {
         self.lock().exchanges
     }
 
-    /// The number of `key_transfer` requests that clients sent so far: what [`Trigger::KeyTransfer`]
-    /// counts.
+    /// The number of `key_transfer` requests that clients sent so far: what
+    /// [`Trigger::KeyTransfer`] counts.
     pub fn key_transfers(&self) -> u64 {
         self.lock().key_transfers
     }
 
-    /// Whether the disconnect control object at `logical_name` is connected; `None` if there is none.
+    /// Whether the disconnect control object at `logical_name` is connected; `None` if there is
+    /// none.
     pub fn is_connected(&self, logical_name: Obis) -> Option<bool> {
         self.lock().objects.is_connected(logical_name)
     }
 
-    /// The keys that the security setup `setup` holds now, in plaintext. For tests: a real meter tells
-    /// nobody.
+    /// The keys that the security setup `setup` holds now, in plaintext. For tests: a real meter
+    /// tells nobody.
     pub fn keys_for_inspection(&self, setup: Obis) -> Option<InspectedKeys> {
         let state = self.lock();
         let setup = state.setup(setup)?;
@@ -96,7 +98,9 @@ impl Meter {
         let state = self.lock();
         match key {
             NonceKey::Unicast { setup, generation } => Some(state.setup(setup)?.guek.record(generation)?.key.clone()),
-            NonceKey::Broadcast { setup, generation } => Some(state.setup(setup)?.gbek.as_ref()?.record(generation)?.key.clone()),
+            NonceKey::Broadcast { setup, generation } => {
+                Some(state.setup(setup)?.gbek.as_ref()?.record(generation)?.key.clone())
+            }
             NonceKey::Dedicated { generation } => state.dedicated_keys.get(generation).cloned(),
         }
     }
@@ -187,7 +191,8 @@ impl MeterState {
         let objects = Objects::new(std::mem::take(&mut config.objects));
         // From here on the keys live in the setups only.
         config.security_setups.clear();
-        let chosen_challenges = std::mem::take(&mut config.challenges.chosen).into_iter().map(|beginning| beginning.0).collect();
+        let chosen_challenges =
+            std::mem::take(&mut config.challenges.chosen).into_iter().map(|beginning| beginning.0).collect();
         Ok(Self {
             config,
             objects,
@@ -241,7 +246,8 @@ impl MeterState {
         loop {
             self.challenges += 1;
             let mut random = SplitMix64(seed ^ SplitMix64(title).next() ^ SplitMix64(self.challenges).next());
-            let mut challenge: Vec<u8> = (0..length.div_ceil(8)).flat_map(|_| random.next().to_be_bytes()).take(length).collect();
+            let mut challenge: Vec<u8> =
+                (0..length.div_ceil(8)).flat_map(|_| random.next().to_be_bytes()).take(length).collect();
             match self.chosen_challenges.pop_front() {
                 Some(beginning) => {
                     for (octet, chosen) in challenge.iter_mut().zip(beginning) {
@@ -264,7 +270,8 @@ impl MeterState {
             RequestKind::Other => {}
         }
         let mut due = Vec::new();
-        let (exchanges, key_transfers, association_requests) = (self.exchanges, self.key_transfers, self.association_requests);
+        let (exchanges, key_transfers, association_requests) =
+            (self.exchanges, self.key_transfers, self.association_requests);
         self.config.faults.retain(|scripted| {
             let is_due = match scripted.at {
                 Trigger::Exchange(n) => n == exchanges,
@@ -279,8 +286,8 @@ impl MeterState {
         due
     }
 
-    /// Records a proven nonce. A copy of a message that was recorded before is not recorded again, so
-    /// that a replay cannot fill the memory.
+    /// Records a proven nonce. A copy of a message that was recorded before is not recorded again,
+    /// so that a replay cannot fill the memory.
     pub(crate) fn record_nonce(&mut self, nonce_use: NonceUse) {
         let seen = NonceUse { accepted: true, ..nonce_use };
         if self.seen_nonces.insert(seen) {
@@ -318,8 +325,8 @@ impl SplitMix64 {
     }
 }
 
-/// The first bytes of the services that a meter acts upon (IEC 62056-5-3, the choices of xDLMS-APDU): a challenge that
-/// begins so is not answered by a careful client.
+/// The first bytes of the services that a meter acts upon (IEC 62056-5-3, the choices of
+/// xDLMS-APDU): a challenge that begins so is not answered by a careful client.
 pub const REQUESTS: [u8; 10] = [0x01, 0x05, 0x06, 0x10, 0x16, 0xC0, 0xC1, 0xC3, 0xD9, 0xE0];
 
 /// What a request is, for the fault script.
@@ -410,12 +417,18 @@ impl KeyHistory {
         self.records.get_mut(generation)
     }
 
-    #[expect(clippy::indexing_slicing, reason = "`current` is always the position of a record: records are never removed")]
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "`current` is always the position of a record: records are never removed"
+    )]
     pub(crate) fn current(&self) -> &KeyRecord {
         &self.records[self.current]
     }
 
-    #[expect(clippy::indexing_slicing, reason = "`current` is always the position of a record: records are never removed")]
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "`current` is always the position of a record: records are never removed"
+    )]
     pub(crate) fn current_mut(&mut self) -> &mut KeyRecord {
         &mut self.records[self.current]
     }
@@ -426,7 +439,9 @@ impl KeyHistory {
                 let record = self.current();
                 (record.received.clone(), record.next_own)
             }
-            CounterOnNewKey::RestartAt(first) => (ReceivedCounters { per_title: BTreeMap::new(), floor: first.checked_sub(1) }, u64::from(first)),
+            CounterOnNewKey::RestartAt(first) => {
+                (ReceivedCounters { per_title: BTreeMap::new(), floor: first.checked_sub(1) }, u64::from(first))
+            }
         };
         let known = self.records.iter().position(|record| record.key == key);
         let generation = known.unwrap_or(self.records.len());

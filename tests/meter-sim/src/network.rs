@@ -18,8 +18,8 @@ pub struct Delivery {
 }
 
 impl Connection {
-    /// Carries out one request like [`Connection::exchange`], with the faults that the meter's script
-    /// has for it. Delays take real time of the runtime's clock.
+    /// Carries out one request like [`Connection::exchange`], with the faults that the meter's
+    /// script has for it. Delays take real time of the runtime's clock.
     pub async fn deliver(&mut self, apdu: &[u8]) -> Delivery {
         let kind = self.request_kind(apdu);
         let (faults, number) = {
@@ -27,7 +27,8 @@ impl Connection {
             (state.count_request(kind), state.exchanges)
         };
         let mut delivery = self.deliver_one(apdu, &faults, number).await;
-        let due: Vec<HeldRequest> = self.meter().lock().held.extract_if(.., |held| held.until_exchange <= number).collect();
+        let due: Vec<HeldRequest> =
+            self.meter().lock().held.extract_if(.., |held| held.until_exchange <= number).collect();
         for held in due {
             let answer = self.exchange(&held.apdu);
             if held.answered {
@@ -89,7 +90,9 @@ impl Connection {
                     delivery.answers = before.iter().cloned().collect();
                 }
                 Fault::CorruptAnswer(from_end) => {
-                    if let Some(byte) = delivery.answers.last_mut().and_then(|answer| answer.iter_mut().rev().nth((*from_end).into())) {
+                    if let Some(byte) =
+                        delivery.answers.last_mut().and_then(|answer| answer.iter_mut().rev().nth((*from_end).into()))
+                    {
                         *byte ^= 1;
                     }
                 }

@@ -23,12 +23,18 @@ impl Objects {
     }
 
     fn get(&self, attribute: &AttributeDescriptor) -> Result<Data, DataAccessResult> {
-        let object = self.0.iter().find(|object| object.logical_name() == attribute.instance).ok_or(DataAccessResult::OBJECT_UNDEFINED)?;
+        let object = self
+            .0
+            .iter()
+            .find(|object| object.logical_name() == attribute.instance)
+            .ok_or(DataAccessResult::OBJECT_UNDEFINED)?;
         object.check_class(attribute.class)?;
         match (object, attribute.attribute) {
             (_, 1) => Ok(name_data(attribute.instance)),
             (ObjectConfig::Data { value, .. } | ObjectConfig::Register { value, .. }, 2) => Ok(value.clone()),
-            (ObjectConfig::Register { scaler, unit, .. }, 3) => Ok(Data::Structure(vec![Data::Integer(*scaler), Data::Enum(*unit)])),
+            (ObjectConfig::Register { scaler, unit, .. }, 3) => {
+                Ok(Data::Structure(vec![Data::Integer(*scaler), Data::Enum(*unit)]))
+            }
             (ObjectConfig::Clock { time, .. }, 2) => Ok(Data::OctetString(time.to_vec())),
             (ObjectConfig::DisconnectControl { connected, .. }, 2) => Ok(Data::Boolean(*connected)),
             (ObjectConfig::DisconnectControl { connected, .. }, 3) => Ok(Data::Enum(u8::from(*connected))),
@@ -105,7 +111,11 @@ pub(crate) struct ReaderContext<'a> {
 
 impl MeterState {
     /// GET.
-    pub(crate) fn get(&self, attribute: &AttributeDescriptor, reader: &ReaderContext<'_>) -> Result<Data, DataAccessResult> {
+    pub(crate) fn get(
+        &self,
+        attribute: &AttributeDescriptor,
+        reader: &ReaderContext<'_>,
+    ) -> Result<Data, DataAccessResult> {
         let name = attribute.instance;
         if let Some(setup) = self.setups.iter().find(|setup| setup.invocation_counter_object == name) {
             check(CLASS_DATA, attribute.class)?;
@@ -139,9 +149,15 @@ impl MeterState {
             }
             return match attribute.attribute {
                 1 => Ok(name_data(name)),
-                2 => Ok(Data::Enum(if setup.accept_authenticated_only { POLICY_AUTHENTICATED } else { POLICY_AUTHENTICATED_ENCRYPTED })),
+                2 => Ok(Data::Enum(if setup.accept_authenticated_only {
+                    POLICY_AUTHENTICATED
+                } else {
+                    POLICY_AUTHENTICATED_ENCRYPTED
+                })),
                 3 => Ok(Data::Enum(self.suite().id())),
-                4 => Ok(Data::OctetString(reader.client_title.map_or_else(Vec::new, |title| title.as_bytes().to_vec()))),
+                4 => {
+                    Ok(Data::OctetString(reader.client_title.map_or_else(Vec::new, |title| title.as_bytes().to_vec())))
+                }
                 5 => Ok(Data::OctetString(self.config.system_title.as_bytes().to_vec())),
                 _ => Err(DataAccessResult::OBJECT_UNAVAILABLE),
             };

@@ -24,7 +24,14 @@ impl MeterState {
     ) -> Result<Received, Refusal> {
         let setup = self.setup(setup_name).ok_or(Refusal::NotAllowed)?;
         let generation = setup.guek.generation();
-        let received = self.check(setup_name, client, content, purpose, NonceKey::Unicast { setup: setup_name, generation }, setup.guek.current().clone())?;
+        let received = self.check(
+            setup_name,
+            client,
+            content,
+            purpose,
+            NonceKey::Unicast { setup: setup_name, generation },
+            setup.guek.current().clone(),
+        )?;
         if let Some(setup) = self.setup_mut(setup_name) {
             let counters = &mut setup.guek.current_mut().received;
             counters.accept(client, content.counter);
@@ -32,7 +39,12 @@ impl MeterState {
         Ok(received)
     }
 
-    pub(crate) fn receive_broadcast(&mut self, setup_name: Obis, client: SystemTitle, content: &CipheredContent) -> Result<Received, Refusal> {
+    pub(crate) fn receive_broadcast(
+        &mut self,
+        setup_name: Obis,
+        client: SystemTitle,
+        content: &CipheredContent,
+    ) -> Result<Received, Refusal> {
         let setup = self.setup(setup_name).ok_or(Refusal::NotAllowed)?;
         let gbek = setup.gbek.as_ref().ok_or(Refusal::NotAllowed)?;
         let received = self.check(
@@ -57,8 +69,14 @@ impl MeterState {
         dedicated: &mut Dedicated,
         content: &CipheredContent,
     ) -> Result<Received, Refusal> {
-        let received =
-            self.check(setup_name, client, content, NoncePurpose::Service, NonceKey::Dedicated { generation: dedicated.generation }, dedicated.record.clone())?;
+        let received = self.check(
+            setup_name,
+            client,
+            content,
+            NoncePurpose::Service,
+            NonceKey::Dedicated { generation: dedicated.generation },
+            dedicated.record.clone(),
+        )?;
         dedicated.record.received.accept(client, content.counter);
         Ok(received)
     }
@@ -87,7 +105,14 @@ impl MeterState {
         let opened = ciphering.open(&client, content);
         let stale = last.filter(|last| content.counter <= *last);
         if let (Ok(_), Some(tag)) = (&opened, content.tag()) {
-            self.record_nonce(NonceUse { key, sender: client, counter: content.counter, purpose, tag, accepted: stale.is_none() });
+            self.record_nonce(NonceUse {
+                key,
+                sender: client,
+                counter: content.counter,
+                purpose,
+                tag,
+                accepted: stale.is_none(),
+            });
         }
         if let Some(last) = stale {
             return Err(Refusal::Counter { received: content.counter, last });
@@ -125,7 +150,14 @@ impl MeterState {
         self.send(received, control, counter, plaintext, NoncePurpose::Service)
     }
 
-    fn send(&mut self, received: &Received, control: SecurityControl, counter: u32, plaintext: &[u8], purpose: NoncePurpose) -> Result<CipheredContent, Error> {
+    fn send(
+        &mut self,
+        received: &Received,
+        control: SecurityControl,
+        counter: u32,
+        plaintext: &[u8],
+        purpose: NoncePurpose,
+    ) -> Result<CipheredContent, Error> {
         let title = self.config.system_title;
         let content = received.ciphering.protect(control, &title, counter, plaintext)?;
         if let Some(tag) = content.tag() {
@@ -142,7 +174,8 @@ impl MeterState {
             NonceKey::Unicast { generation, .. } => generation,
             NonceKey::Broadcast { .. } | NonceKey::Dedicated { .. } => setup.guek.generation(),
         };
-        let counter = setup.guek.record_mut(generation).and_then(KeyRecord::draw_own_counter).ok_or(Error::CountersExhausted)?;
+        let counter =
+            setup.guek.record_mut(generation).and_then(KeyRecord::draw_own_counter).ok_or(Error::CountersExhausted)?;
         if keeps_counting && generation != setup.guek.generation() {
             // The answer to a key_transfer leaves under the old key; the new one goes on after it.
             setup.guek.current_mut().go_on_after(counter);
@@ -161,16 +194,29 @@ impl MeterState {
     ) -> Result<Vec<u8>, Refusal> {
         let suite = self.suite();
         let setup = self.setup(setup_name).ok_or(Refusal::NotAllowed)?;
-        let ciphering = Ciphering { encryption: setup.guek.current().key.clone(), authentication: setup.gak.current().key.clone() };
+        let ciphering =
+            Ciphering { encryption: setup.guek.current().key.clone(), authentication: setup.gak.current().key.clone() };
         let key = NonceKey::Unicast { setup: setup_name, generation: setup.guek.generation() };
-        let (counter, tag) = ciphering.verify_challenge_answer(suite, &client, &challenges.meter, answer).map_err(|_| Refusal::Deciphering)?;
+        let (counter, tag) = ciphering
+            .verify_challenge_answer(suite, &client, &challenges.meter, answer)
+            .map_err(|_| Refusal::Deciphering)?;
         // Under the GUEK the APDU around the answer has raised the counter already; what counts is
         // the one before it. Under a dedicated key the APDU counts elsewhere.
         let counters = &setup.guek.current().received;
-        let last = if received.key == key { received.counter_before } else { counters.last(setup.counter_scope, &client) };
+        let last =
+            if received.key == key { received.counter_before } else { counters.last(setup.counter_scope, &client) };
         let stale = last.filter(|last| counter <= *last);
-        let repeats = received.key == key && counter == received.counter && self.config.behaviour.gmac_counter == GmacCounter::MustDiffer;
-        self.record_nonce(NonceUse { key, sender: client, counter, purpose: NoncePurpose::ChallengeAnswer, tag, accepted: stale.is_none() && !repeats });
+        let repeats = received.key == key
+            && counter == received.counter
+            && self.config.behaviour.gmac_counter == GmacCounter::MustDiffer;
+        self.record_nonce(NonceUse {
+            key,
+            sender: client,
+            counter,
+            purpose: NoncePurpose::ChallengeAnswer,
+            tag,
+            accepted: stale.is_none() && !repeats,
+        });
         if stale.is_some() || repeats {
             return Err(Refusal::Counter { received: counter, last: stale.unwrap_or(counter) });
         }
@@ -182,9 +228,17 @@ impl MeterState {
         }
         let own = record.draw_own_counter().ok_or(Refusal::NotAllowed)?;
         let title = self.config.system_title;
-        let returned = ciphering.answer_challenge(suite, &title, own, &challenges.client).map_err(|_| Refusal::NotAllowed)?;
+        let returned =
+            ciphering.answer_challenge(suite, &title, own, &challenges.client).map_err(|_| Refusal::NotAllowed)?;
         if let Some(tag) = returned.last_chunk().copied() {
-            self.record_nonce(NonceUse { key, sender: title, counter: own, purpose: NoncePurpose::ChallengeAnswer, tag, accepted: true });
+            self.record_nonce(NonceUse {
+                key,
+                sender: title,
+                counter: own,
+                purpose: NoncePurpose::ChallengeAnswer,
+                tag,
+                accepted: true,
+            });
         }
         Ok(returned)
     }

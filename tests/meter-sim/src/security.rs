@@ -87,7 +87,11 @@ impl CipheredContent {
     /// Reads the bytes inside a ciphered APDU's octet string.
     pub fn parse(bytes: &[u8]) -> Result<Self, Error> {
         let mut reader = crate::axdr::Reader::new(bytes);
-        Ok(Self { control: SecurityControl(reader.u8()?), counter: reader.u32()?, payload: reader.take_rest().to_vec() })
+        Ok(Self {
+            control: SecurityControl(reader.u8()?),
+            counter: reader.u32()?,
+            payload: reader.take_rest().to_vec(),
+        })
     }
 
     /// The bytes inside a ciphered APDU's octet string.
@@ -107,7 +111,13 @@ impl CipheredContent {
 impl Ciphering {
     /// Protects `plaintext` as `control` says. The nonce is `title ‖ counter`; who calls must never
     /// use a pair twice with one key.
-    pub fn protect(&self, control: SecurityControl, title: &SystemTitle, counter: u32, plaintext: &[u8]) -> Result<CipheredContent, Error> {
+    pub fn protect(
+        &self,
+        control: SecurityControl,
+        title: &SystemTitle,
+        counter: u32,
+        plaintext: &[u8],
+    ) -> Result<CipheredContent, Error> {
         let nonce = nonce(title, counter);
         let mut payload = plaintext.to_vec();
         match (control.is_authenticated(), control.is_encrypted()) {
@@ -146,16 +156,23 @@ impl Ciphering {
         Ok(plaintext)
     }
 
-    /// The HLS 5 answer to a challenge: `SC ‖ IC ‖ GMAC(SC ‖ GAK ‖ challenge)`, 17 bytes. It uses up
-    /// the nonce `title ‖ counter` like an APDU does.
-    pub fn answer_challenge(&self, suite: SecuritySuite, title: &SystemTitle, counter: u32, challenge: &[u8]) -> Result<Vec<u8>, Error> {
+    /// The HLS 5 answer to a challenge: `SC ‖ IC ‖ GMAC(SC ‖ GAK ‖ challenge)`, 17 bytes. It uses
+    /// up the nonce `title ‖ counter` like an APDU does.
+    pub fn answer_challenge(
+        &self,
+        suite: SecuritySuite,
+        title: &SystemTitle,
+        counter: u32,
+        challenge: &[u8],
+    ) -> Result<Vec<u8>, Error> {
         let control = SecurityControl::authenticated(suite);
         let aad = self.associated_data(control, challenge);
         let tag = seal(&self.encryption, &nonce(title, counter), &aad, &mut [])?;
         Ok(CipheredContent { control, counter, payload: tag.to_vec() }.encode())
     }
 
-    /// Checks an answer that `title` made to `challenge`, and returns its invocation counter and tag.
+    /// Checks an answer that `title` made to `challenge`, and returns its invocation counter and
+    /// tag.
     pub fn verify_challenge_answer(
         &self,
         suite: SecuritySuite,
@@ -164,7 +181,11 @@ impl Ciphering {
         answer: &[u8],
     ) -> Result<(u32, [u8; TAG_LENGTH]), Error> {
         let content = CipheredContent::parse(answer)?;
-        let tag: [u8; TAG_LENGTH] = content.payload.as_slice().try_into().map_err(|_| Error::malformed("HLS answer", "is not 17 bytes long"))?;
+        let tag: [u8; TAG_LENGTH] = content
+            .payload
+            .as_slice()
+            .try_into()
+            .map_err(|_| Error::malformed("HLS answer", "is not 17 bytes long"))?;
         if content.control != SecurityControl::authenticated(suite) {
             return Err(Error::malformed("HLS answer", "has a security control byte of another suite or protection"));
         }
@@ -188,7 +209,9 @@ impl Ciphering {
 pub fn wrap_key(kek: &SymmetricKey, key: &SymmetricKey) -> Result<Vec<u8>, Error> {
     let mut wrapped = vec![0; key.expose().len() + WRAP_OVERHEAD];
     match kek.expose().len() {
-        16 => KwAes128::new_from_slice(kek.expose()).map_err(|_| Error::KeyLength)?.wrap_key(key.expose(), &mut wrapped),
+        16 => {
+            KwAes128::new_from_slice(kek.expose()).map_err(|_| Error::KeyLength)?.wrap_key(key.expose(), &mut wrapped)
+        }
         _ => KwAes256::new_from_slice(kek.expose()).map_err(|_| Error::KeyLength)?.wrap_key(key.expose(), &mut wrapped),
     }
     .map_err(|_| Error::KeyLength)?;
@@ -226,19 +249,43 @@ fn nonce(title: &SystemTitle, counter: u32) -> [u8; 12] {
 fn seal(key: &SymmetricKey, nonce: &[u8; 12], aad: &[u8], buffer: &mut [u8]) -> Result<[u8; TAG_LENGTH], Error> {
     let buffer = InOutBuf::from(buffer);
     let tag: Tag<U12> = match key.expose().len() {
-        16 => Gcm128::new_from_slice(key.expose()).map_err(|_| Error::KeyLength)?.encrypt_inout_detached(&(*nonce).into(), aad, buffer),
-        _ => Gcm256::new_from_slice(key.expose()).map_err(|_| Error::KeyLength)?.encrypt_inout_detached(&(*nonce).into(), aad, buffer),
+        16 => Gcm128::new_from_slice(key.expose()).map_err(|_| Error::KeyLength)?.encrypt_inout_detached(
+            &(*nonce).into(),
+            aad,
+            buffer,
+        ),
+        _ => Gcm256::new_from_slice(key.expose()).map_err(|_| Error::KeyLength)?.encrypt_inout_detached(
+            &(*nonce).into(),
+            aad,
+            buffer,
+        ),
     }
     .map_err(|_| Error::Deciphering)?;
     Ok(tag.into())
 }
 
-fn unseal(key: &SymmetricKey, nonce: &[u8; 12], aad: &[u8], buffer: &mut [u8], tag: &[u8; TAG_LENGTH]) -> Result<(), Error> {
+fn unseal(
+    key: &SymmetricKey,
+    nonce: &[u8; 12],
+    aad: &[u8],
+    buffer: &mut [u8],
+    tag: &[u8; TAG_LENGTH],
+) -> Result<(), Error> {
     let buffer = InOutBuf::from(buffer);
     let tag = Tag::<U12>::from(*tag);
     match key.expose().len() {
-        16 => Gcm128::new_from_slice(key.expose()).map_err(|_| Error::KeyLength)?.decrypt_inout_detached(&(*nonce).into(), aad, buffer, &tag),
-        _ => Gcm256::new_from_slice(key.expose()).map_err(|_| Error::KeyLength)?.decrypt_inout_detached(&(*nonce).into(), aad, buffer, &tag),
+        16 => Gcm128::new_from_slice(key.expose()).map_err(|_| Error::KeyLength)?.decrypt_inout_detached(
+            &(*nonce).into(),
+            aad,
+            buffer,
+            &tag,
+        ),
+        _ => Gcm256::new_from_slice(key.expose()).map_err(|_| Error::KeyLength)?.decrypt_inout_detached(
+            &(*nonce).into(),
+            aad,
+            buffer,
+            &tag,
+        ),
     }
     .map_err(|_| Error::Deciphering)
 }

@@ -18,8 +18,8 @@ use crate::{Connection, Meter};
 pub enum MeterDirectory {
     /// One meter, whatever destination port the wrapper names.
     One(Meter),
-    /// Many meters, each at its own destination port of the wrapper: a data concentrator with hundreds
-    /// of meters on one TCP port. Frames for other destinations have no answer.
+    /// Many meters, each at its own destination port of the wrapper: a data concentrator with
+    /// hundreds of meters on one TCP port. Frames for other destinations have no answer.
     ByDestination(Arc<BTreeMap<u16, Meter>>),
 }
 
@@ -85,7 +85,11 @@ async fn serve_connection(mut stream: TcpStream, meters: &MeterDirectory, idle_t
         if !connections.contains_key(&address) && connections.len() >= MAX_ASSOCIATIONS {
             return Ok(());
         }
-        let delivery = connections.entry(address).or_insert_with(|| Connection::new(meter.clone(), frame.source)).deliver(&frame.apdu).await;
+        let delivery = connections
+            .entry(address)
+            .or_insert_with(|| Connection::new(meter.clone(), frame.source))
+            .deliver(&frame.apdu)
+            .await;
         for answer in delivery.answers {
             timeout(idle_timeout, frame.answer(answer).write(&mut stream)).await??;
         }

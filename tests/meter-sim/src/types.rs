@@ -100,7 +100,9 @@ impl FromStr for Obis {
             .map(str::parse)
             .collect::<Result<_, _>>()
             .map_err(|_| Error::malformed("logical name", "has a field that is not a number below 256"))?;
-        Ok(Self(fields.as_slice().try_into().map_err(|_| Error::malformed("logical name", "does not have six fields"))?))
+        Ok(Self(
+            fields.as_slice().try_into().map_err(|_| Error::malformed("logical name", "does not have six fields"))?,
+        ))
     }
 }
 

@@ -1,5 +1,5 @@
-//! The DLMS wrapper for TCP (IEC 62056-4-7): `0001 ‖ source port ‖ destination port ‖ length ‖ APDU`,
-//! two bytes each, big endian.
+//! The DLMS wrapper for TCP (IEC 62056-4-7): `0001 ‖ source port ‖ destination port ‖ length ‖
+//! APDU`, two bytes each, big endian.
 
 use std::io;
 
@@ -17,8 +17,8 @@ pub struct Frame {
 }
 
 impl Frame {
-    /// Reads a frame; `None` if the peer closed the connection between two frames. Another version is
-    /// `InvalidData`, an end in the middle `UnexpectedEof`.
+    /// Reads a frame; `None` if the peer closed the connection between two frames. Another version
+    /// is `InvalidData`, an end in the middle `UnexpectedEof`.
     pub async fn read(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<Self>> {
         let mut first = [0];
         if stream.read(&mut first).await? == 0 {
@@ -39,7 +39,8 @@ impl Frame {
 
     /// Writes the frame. An APDU of more than 65,535 bytes is `InvalidInput`.
     pub async fn write(&self, stream: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
-        let length = u16::try_from(self.apdu.len()).map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "the APDU is longer than a wrapper frame"))?;
+        let length = u16::try_from(self.apdu.len())
+            .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "the APDU is longer than a wrapper frame"))?;
         let mut bytes = Vec::with_capacity(HEADER_LENGTH + self.apdu.len());
         for field in [VERSION, self.source, self.destination, length] {
             bytes.extend(field.to_be_bytes());

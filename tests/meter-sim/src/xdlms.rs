@@ -173,7 +173,9 @@ impl ServiceRequest {
                 if count > reader.remaining() {
                     return Err(Error::malformed("attribute list", "ends too early"));
                 }
-                let attributes = (0..count).map(|_| Ok((read_attribute(&mut reader)?, read_selection(&mut reader)?))).collect::<Result<_, Error>>()?;
+                let attributes = (0..count)
+                    .map(|_| Ok((read_attribute(&mut reader)?, read_selection(&mut reader)?)))
+                    .collect::<Result<_, Error>>()?;
                 Self::GetWithList { invoke, attributes }
             }
             (SET_REQUEST, NORMAL) => {
@@ -185,7 +187,11 @@ impl ServiceRequest {
             }
             (ACTION_REQUEST, NORMAL) => Self::Action {
                 invoke,
-                method: MethodDescriptor { class: reader.u16()?, instance: Obis(reader.array()?), method: i8::from_be_bytes(reader.array()?) },
+                method: MethodDescriptor {
+                    class: reader.u16()?,
+                    instance: Obis(reader.array()?),
+                    method: i8::from_be_bytes(reader.array()?),
+                },
                 argument: if reader.present()? { Some(Data::read(&mut reader)?) } else { None },
             },
             _ => return Err(Error::malformed("service request", "is not supported")),
@@ -283,12 +289,17 @@ impl ServiceResponse {
                 if count > reader.remaining() {
                     return Err(Error::malformed("result list", "ends too early"));
                 }
-                Self::GetWithList { invoke, results: (0..count).map(|_| read_get_result(&mut reader)).collect::<Result<_, Error>>()? }
+                Self::GetWithList {
+                    invoke,
+                    results: (0..count).map(|_| read_get_result(&mut reader)).collect::<Result<_, Error>>()?,
+                }
             }
             (SET_RESPONSE, NORMAL) => Self::Set { invoke, result: DataAccessResult(reader.u8()?) },
-            (ACTION_RESPONSE, NORMAL) => {
-                Self::Action { invoke, result: reader.u8()?, returned: if reader.present()? { read_get_result(&mut reader)?.ok() } else { None } }
-            }
+            (ACTION_RESPONSE, NORMAL) => Self::Action {
+                invoke,
+                result: reader.u8()?,
+                returned: if reader.present()? { read_get_result(&mut reader)?.ok() } else { None },
+            },
             _ => return Err(Error::malformed("service response", "is not supported")),
         };
         reader.finish()?;
@@ -356,8 +367,8 @@ impl DataAccessResult {
 pub struct ExceptionResponse {
     /// `state-error`: 1 service not allowed, 2 service unknown.
     pub state: u8,
-    /// `service-error`: 1 operation not possible, 2 service not supported, 3 other reason, 4 PDU too
-    /// long, 5 deciphering error, 6 invocation counter error.
+    /// `service-error`: 1 operation not possible, 2 service not supported, 3 other reason, 4 PDU
+    /// too long, 5 deciphering error, 6 invocation counter error.
     pub service: u8,
     /// With an invocation counter error: the last accepted counter.
     pub last_accepted_counter: Option<u32>,
@@ -371,7 +382,11 @@ impl ExceptionResponse {
 
     /// `D8 01 06` and the last accepted counter.
     pub const fn invocation_counter(last_accepted: u32) -> Self {
-        Self { state: SERVICE_NOT_ALLOWED, service: INVOCATION_COUNTER_ERROR, last_accepted_counter: Some(last_accepted) }
+        Self {
+            state: SERVICE_NOT_ALLOWED,
+            service: INVOCATION_COUNTER_ERROR,
+            last_accepted_counter: Some(last_accepted),
+        }
     }
 
     /// Reads a whole APDU.
@@ -447,7 +462,11 @@ fn read_conformance(reader: &mut Reader<'_>) -> Result<[u8; 3], Error> {
 }
 
 fn read_attribute(reader: &mut Reader<'_>) -> Result<AttributeDescriptor, Error> {
-    Ok(AttributeDescriptor { class: reader.u16()?, instance: Obis(reader.array()?), attribute: i8::from_be_bytes(reader.array()?) })
+    Ok(AttributeDescriptor {
+        class: reader.u16()?,
+        instance: Obis(reader.array()?),
+        attribute: i8::from_be_bytes(reader.array()?),
+    })
 }
 
 fn write_attribute(attribute: &AttributeDescriptor, out: &mut Vec<u8>) {

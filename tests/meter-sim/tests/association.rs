@@ -1,9 +1,17 @@
 //! Associations, services, and what a meter refuses.
-#![expect(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a helper that fails is a test that fails")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a helper that fails is a test that fails"
+)]
 
 mod common;
 
-use common::{CLIENT_TITLE, Client, ENERGY, METER_TITLE, bytes, ciphering, client_config, config, counter_exception, exception, key_of, meter, reading};
+use common::{
+    CLIENT_TITLE, Client, ENERGY, METER_TITLE, bytes, ciphering, client_config, config, counter_exception, exception,
+    key_of, meter, reading,
+};
 use meter_sim::acse::{ApplicationContext, AssociationRequest, AssociationResponse, Mechanism};
 use meter_sim::axdr::Data;
 use meter_sim::behaviour::GmacCounter;
@@ -12,10 +20,13 @@ use meter_sim::client::ClientSession;
 use meter_sim::config::{AssociationConfig, CounterScope, MechanismConfig, SecuritySetupConfig};
 use meter_sim::inspect::{Refusal, RepeatedNonce};
 use meter_sim::security::{Ciphering, SecurityControl};
-use meter_sim::xdlms::{AttributeDescriptor, DataAccessResult, ExceptionResponse, InitiateRequest, MethodDescriptor, ServiceRequest, ServiceResponse};
+use meter_sim::xdlms::{
+    AttributeDescriptor, DataAccessResult, ExceptionResponse, InitiateRequest, MethodDescriptor, ServiceRequest,
+    ServiceResponse,
+};
 use meter_sim::{
-    CLASS_ASSOCIATION, CLASS_CLOCK, CLASS_DATA, CLASS_DISCONNECT_CONTROL, CLASS_SECURITY_SETUP, ChallengeSource, Connection, Error, Meter, MeterConfig, Obis,
-    REQUESTS, Secret, SecuritySuite, SymmetricKey, SystemTitle,
+    CLASS_ASSOCIATION, CLASS_CLOCK, CLASS_DATA, CLASS_DISCONNECT_CONTROL, CLASS_SECURITY_SETUP, ChallengeSource,
+    Connection, Error, Meter, MeterConfig, Obis, REQUESTS, Secret, SecuritySuite, SymmetricKey, SystemTitle,
 };
 
 const SUITE: SecuritySuite = SecuritySuite::Suite0;
@@ -25,8 +36,14 @@ fn reads_a_register_in_every_form() {
     for general_ciphering in [false, true] {
         for dedicated_key in [None, Some(key_of(0x77))] {
             let meter = meter();
-            let mut client =
-                Client::associated(&meter, meter_sim::client::ClientConfig { general_ciphering, dedicated_key: dedicated_key.clone(), ..client_config(1) });
+            let mut client = Client::associated(
+                &meter,
+                meter_sim::client::ClientConfig {
+                    general_ciphering,
+                    dedicated_key: dedicated_key.clone(),
+                    ..client_config(1)
+                },
+            );
             let request = client.session.get_request(ENERGY).unwrap();
             let answer = client.exchange(&request);
             let expected_tags = match (general_ciphering, dedicated_key.is_some()) {
@@ -50,8 +67,15 @@ fn works_in_suites_1_and_2() {
         let kek = random();
         let setup = SecuritySetupConfig::new(keys.encryption.clone(), keys.authentication.clone(), kek.clone());
         let meter = Meter::new(MeterConfig::ordinary(METER_TITLE, suite, setup)).unwrap();
-        let mut client =
-            Client::associated(&meter, meter_sim::client::ClientConfig { suite, keys: keys.clone(), dedicated_key: Some(random()), ..client_config(1) });
+        let mut client = Client::associated(
+            &meter,
+            meter_sim::client::ClientConfig {
+                suite,
+                keys: keys.clone(),
+                dedicated_key: Some(random()),
+                ..client_config(1)
+            },
+        );
         assert_eq!(client.get(ENERGY), Ok(reading()));
         let new = random();
         client.transfer_key(meter_sim::KeyId::GlobalUnicastEncryption, &kek, &new).unwrap();
@@ -121,7 +145,10 @@ fn challenges(meter: &Meter, count: u32) -> Vec<Vec<u8>> {
 
 #[test]
 fn challenges_come_from_the_seed_or_are_chosen() {
-    let with = |seed, answerable| Meter::new(MeterConfig { challenges: ChallengeSource { seed, answerable, chosen: Vec::new() }, ..config() }).unwrap();
+    let with = |seed, answerable| {
+        Meter::new(MeterConfig { challenges: ChallengeSource { seed, answerable, chosen: Vec::new() }, ..config() })
+            .unwrap()
+    };
     let first = challenges(&with(7, false), 2_000);
     assert_eq!(challenges(&with(7, false), 2_000), first);
     assert_ne!(challenges(&with(8, false), 20), first[..20]);
@@ -172,7 +199,8 @@ fn the_same_session_cannot_start_twice() {
     let mut first = Client::associated(&meter, client_config(10));
     assert_eq!(first.get(ENERGY), Ok(reading()));
     // A second head-end with the same title and a lease that is not above.
-    let mut second = Client::new(&meter, meter_sim::client::ClientConfig { dedicated_key: Some(key_of(0x77)), ..client_config(10) });
+    let mut second =
+        Client::new(&meter, meter_sim::client::ClientConfig { dedicated_key: Some(key_of(0x77)), ..client_config(10) });
     assert_eq!(second.associate(), Err(counter_exception(13)));
     // It protected another message under an old nonce: the meter refused it, and the log shows it.
     let repeated = RepeatedNonce::find(&[meter]);
@@ -183,12 +211,15 @@ fn the_same_session_cannot_start_twice() {
 #[test]
 fn the_counter_scope_is_the_title_or_the_setup() {
     let other = SystemTitle::new(*b"KMSHES02");
-    for (scope, expected) in [(CounterScope::PerClientTitle, Ok(())), (CounterScope::PerSecuritySetup, Err(counter_exception(1002)))] {
+    for (scope, expected) in
+        [(CounterScope::PerClientTitle, Ok(())), (CounterScope::PerSecuritySetup, Err(counter_exception(1002)))]
+    {
         let mut config = config();
         config.security_setups[0].counter_scope = scope;
         let meter = Meter::new(config).unwrap();
         Client::associated(&meter, client_config(1000));
-        let mut client = Client::new(&meter, meter_sim::client::ClientConfig { client_title: other, ..client_config(1) });
+        let mut client =
+            Client::new(&meter, meter_sim::client::ClientConfig { client_title: other, ..client_config(1) });
         assert_eq!(client.associate(), expected);
     }
 }
@@ -289,7 +320,9 @@ fn wrong_keys_and_titles_have_their_exceptions() {
 fn a_service_specific_tag_carries_its_own_service_only() {
     let meter = meter();
     let mut client = Client::associated(&meter, client_config(1));
-    let content = ciphering().protect(SecurityControl::authenticated_encrypted(SUITE), &CLIENT_TITLE, 50, &disconnect().encode()).unwrap();
+    let content = ciphering()
+        .protect(SecurityControl::authenticated_encrypted(SUITE), &CLIENT_TITLE, 50, &disconnect().encode())
+        .unwrap();
     // A disconnect under the tag of a GET request.
     let apdu = CipheredApdu::new(CipheredForm::Global, 0xC0, CLIENT_TITLE, content).unwrap();
     assert_eq!(client.exchange(&apdu.encode()), bytes("D80103"));
@@ -301,7 +334,10 @@ fn unknown_clients_are_rejected() {
     let mut config = config();
     config.security_setups[0].client_titles = Some(vec![SystemTitle::new(*b"KMSHES99")]);
     let meter = Meter::new(config).unwrap();
-    assert_eq!(Client::new(&meter, client_config(1)).associate(), Err(Error::AssociationRejected { result: 1, diagnostic: 3 }));
+    assert_eq!(
+        Client::new(&meter, client_config(1)).associate(),
+        Err(Error::AssociationRejected { result: 1, diagnostic: 3 })
+    );
     assert_eq!(meter.refusals(), [Refusal::Association(3)]);
 }
 
@@ -311,7 +347,8 @@ fn the_public_client_reads_the_counter_and_little_else() {
     let mut client = Client::associated(&meter, client_config(41));
     assert_eq!(client.get(ENERGY), Ok(reading()));
     let mut public = public_connection(&meter, 16, Mechanism::Lowest, None).unwrap();
-    let mut read = |class, instance, attribute| get_plain(&mut public, AttributeDescriptor { class, instance, attribute });
+    let mut read =
+        |class, instance, attribute| get_plain(&mut public, AttributeDescriptor { class, instance, attribute });
     assert_eq!(read(CLASS_DATA, Obis::INVOCATION_COUNTER, 2), Ok(Data::DoubleLongUnsigned(44)));
     assert!(read(CLASS_CLOCK, Obis::CLOCK, 2).is_ok());
     assert!(read(CLASS_DATA, Obis::LOGICAL_DEVICE_NAME, 2).is_ok());
@@ -328,11 +365,17 @@ fn the_public_client_reads_the_counter_and_little_else() {
 #[test]
 fn low_level_security_needs_the_password() {
     let mut config = config();
-    config.associations.push(AssociationConfig { client_sap: 2, mechanism: MechanismConfig::Low(Secret::new(b"12345678")), security_setup: None });
+    config.associations.push(AssociationConfig {
+        client_sap: 2,
+        mechanism: MechanismConfig::Low(Secret::new(b"12345678")),
+        security_setup: None,
+    });
     let meter = Meter::new(config).unwrap();
     let mut connection = public_connection(&meter, 2, Mechanism::Low, Some(b"12345678".to_vec())).unwrap();
     assert_eq!(get_plain(&mut connection, ENERGY), Ok(reading()));
-    for (mechanism, password, diagnostic) in [(Mechanism::Low, Some(b"12345679".to_vec()), 13), (Mechanism::Low, None, 13), (Mechanism::Lowest, None, 14)] {
+    for (mechanism, password, diagnostic) in
+        [(Mechanism::Low, Some(b"12345679".to_vec()), 13), (Mechanism::Low, None, 13), (Mechanism::Lowest, None, 14)]
+    {
         assert_eq!(public_connection(&meter, 2, mechanism, password).unwrap_err(), diagnostic);
     }
     // A client SAP that the meter does not know.
@@ -353,20 +396,30 @@ fn objects_are_read_written_and_called() {
     let answer = client.exchange(&request);
     assert_eq!(client.session.process_set_response(&answer), Err(Error::Access(DataAccessResult::READ_WRITE_DENIED)));
 
-    let setup = |attribute| AttributeDescriptor { class: CLASS_SECURITY_SETUP, instance: Obis::SECURITY_SETUP, attribute };
+    let setup =
+        |attribute| AttributeDescriptor { class: CLASS_SECURITY_SETUP, instance: Obis::SECURITY_SETUP, attribute };
     assert_eq!(client.get(setup(2)), Ok(Data::Enum(0x6C)));
     assert_eq!(client.get(setup(3)), Ok(Data::Enum(0)));
     let title = |title: SystemTitle| Ok(Data::OctetString(title.as_bytes().to_vec()));
     assert_eq!(client.get(setup(4)), title(CLIENT_TITLE));
     assert_eq!(client.get(setup(5)), title(METER_TITLE));
-    assert_eq!(client.get(AttributeDescriptor { class: 1, ..ENERGY }), Err(Error::Access(DataAccessResult::OBJECT_CLASS_INCONSISTENT)));
+    assert_eq!(
+        client.get(AttributeDescriptor { class: 1, ..ENERGY }),
+        Err(Error::Access(DataAccessResult::OBJECT_CLASS_INCONSISTENT))
+    );
 
-    let list = ServiceRequest::GetWithList { invoke: 0xC1, attributes: vec![(ENERGY, false), (AttributeDescriptor { attribute: 9, ..ENERGY }, false)] };
+    let list = ServiceRequest::GetWithList {
+        invoke: 0xC1,
+        attributes: vec![(ENERGY, false), (AttributeDescriptor { attribute: 9, ..ENERGY }, false)],
+    };
     let answer = client.exchange(&protected(CLIENT_TITLE, 100, &list.encode()));
     let opened = ciphering().open(&METER_TITLE, &CipheredApdu::parse(&answer).unwrap().content).unwrap();
     assert_eq!(
         ServiceResponse::parse(&opened).unwrap(),
-        ServiceResponse::GetWithList { invoke: 0xC1, results: vec![Ok(reading()), Err(DataAccessResult::OBJECT_UNAVAILABLE)] }
+        ServiceResponse::GetWithList {
+            invoke: 0xC1,
+            results: vec![Ok(reading()), Err(DataAccessResult::OBJECT_UNAVAILABLE)]
+        }
     );
 }
 
@@ -379,7 +432,12 @@ fn a_broadcast_disconnects_and_has_no_answer() {
     let mut connection = Connection::new(meter.clone(), 1);
     let broadcast = |key: &SymmetricKey, counter| {
         let content = Ciphering { encryption: key.clone(), ..ciphering() }
-            .protect(SecurityControl::authenticated_encrypted(SUITE).broadcast(), &CLIENT_TITLE, counter, &disconnect().encode())
+            .protect(
+                SecurityControl::authenticated_encrypted(SUITE).broadcast(),
+                &CLIENT_TITLE,
+                counter,
+                &disconnect().encode(),
+            )
             .unwrap();
         CipheredApdu::new(CipheredForm::GeneralGlobal, 0xC3, CLIENT_TITLE, content).unwrap().encode()
     };
@@ -451,18 +509,30 @@ fn disconnect() -> ServiceRequest {
 
 /// `plaintext` in general form under the global keys of the tests.
 fn protected(title: SystemTitle, counter: u32, plaintext: &[u8]) -> Vec<u8> {
-    let content = ciphering().protect(SecurityControl::authenticated_encrypted(SUITE), &title, counter, plaintext).unwrap();
+    let content =
+        ciphering().protect(SecurityControl::authenticated_encrypted(SUITE), &title, counter, plaintext).unwrap();
     CipheredApdu::new(CipheredForm::GeneralGlobal, plaintext[0], title, content).unwrap().encode()
 }
 
-fn public_connection(meter: &Meter, client_sap: u16, mechanism: Mechanism, authentication_value: Option<Vec<u8>>) -> Result<Connection, u8> {
+fn public_connection(
+    meter: &Meter,
+    client_sap: u16,
+    mechanism: Mechanism,
+    authentication_value: Option<Vec<u8>>,
+) -> Result<Connection, u8> {
     let mut connection = Connection::new(meter.clone(), client_sap);
     let request = AssociationRequest {
         context: ApplicationContext::LogicalName,
         client_title: None,
         mechanism,
         authentication_value,
-        user_information: InitiateRequest { dedicated_key: None, conformance: [0xFF; 3], client_max_receive_pdu_size: 0 }.encode().to_vec(),
+        user_information: InitiateRequest {
+            dedicated_key: None,
+            conformance: [0xFF; 3],
+            client_max_receive_pdu_size: 0,
+        }
+        .encode()
+        .to_vec(),
     };
     let response = AssociationResponse::parse(&connection.exchange(&request.encode()).unwrap()).unwrap();
     match response.result {

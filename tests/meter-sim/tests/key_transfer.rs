@@ -6,7 +6,8 @@ mod common;
 use std::time::Duration;
 
 use common::{
-    CLIENT_TITLE, Client, ENERGY, METER_TITLE, bytes, ciphering, client_config, config, counter_exception, exception, gak, guek, kek, key_of, meter, reading,
+    CLIENT_TITLE, Client, ENERGY, METER_TITLE, bytes, ciphering, client_config, config, counter_exception, exception,
+    gak, guek, kek, key_of, meter, reading,
 };
 use meter_sim::behaviour::{ArrayTransfer, Behaviour, CounterOnNewKey, Fault, HexBytes, ScriptedFault, Trigger};
 use meter_sim::inspect::RepeatedNonce;
@@ -92,9 +93,11 @@ fn malformed_arguments_change_nothing() {
 
 #[test]
 fn counters_on_a_new_key_go_on_or_restart() {
-    for (counter_on_new_key, last_accepted, first_own) in
-        [(CounterOnNewKey::KeepCounting, Some(103), 4), (CounterOnNewKey::RestartAt(0), None, 0), (CounterOnNewKey::RestartAt(250), Some(249), 250)]
-    {
+    for (counter_on_new_key, last_accepted, first_own) in [
+        (CounterOnNewKey::KeepCounting, Some(103), 4),
+        (CounterOnNewKey::RestartAt(0), None, 0),
+        (CounterOnNewKey::RestartAt(250), Some(249), 250),
+    ] {
         let meter = meter_with(Behaviour { counter_on_new_key, ..Behaviour::default() });
         let mut client = Client::associated(&meter, client_config(100));
         client.transfer_key(GUEK, &kek(), &key_of(0xA5)).unwrap();
@@ -108,8 +111,13 @@ fn counters_on_a_new_key_go_on_or_restart() {
             client.associate().unwrap();
         }
         assert_eq!(client.get(ENERGY), Ok(reading()));
-        let first =
-            meter.nonce_log().into_iter().find(|nonce| nonce.sender == METER_TITLE && meter.nonce_key_for_inspection(nonce.key) == Some(key_of(0xA5))).unwrap();
+        let first = meter
+            .nonce_log()
+            .into_iter()
+            .find(|nonce| {
+                nonce.sender == METER_TITLE && meter.nonce_key_for_inspection(nonce.key) == Some(key_of(0xA5))
+            })
+            .unwrap();
         assert_eq!(first.counter, first_own);
         assert_eq!(RepeatedNonce::find(&[meter]), []);
     }
@@ -118,7 +126,10 @@ fn counters_on_a_new_key_go_on_or_restart() {
 #[test]
 fn a_power_cycle_ends_associations_and_may_bring_the_old_key_back() {
     for reverts in [false, true] {
-        let meter = meter_with(Behaviour { reverts_on_power_cycle: if reverts { [GUEK, KEK].into() } else { [].into() }, ..Behaviour::default() });
+        let meter = meter_with(Behaviour {
+            reverts_on_power_cycle: if reverts { [GUEK, KEK].into() } else { [].into() },
+            ..Behaviour::default()
+        });
         let mut client = Client::associated(&meter, client_config(1));
         client.transfer_key(KEK, &kek(), &key_of(3)).unwrap();
         client.transfer_key(GUEK, &key_of(3), &key_of(4)).unwrap();
@@ -195,7 +206,8 @@ async fn faults_of_the_network_at_a_stated_transfer() {
         match fault {
             Fault::DuplicateRequest => {
                 assert_eq!(readable.next(), Some(Ok(None)));
-                // The copy came after the change: its tag no longer fits, its counter is stale first.
+                // The copy came after the change: its tag no longer fits, its counter is stale
+                // first.
                 assert!(matches!(readable.next(), Some(Err(Error::Exception(_)))));
             }
             Fault::DuplicateAnswer => {
@@ -203,7 +215,9 @@ async fn faults_of_the_network_at_a_stated_transfer() {
                 assert!(matches!(readable.next(), Some(Err(Error::CounterNotIncreasing { .. }))));
             }
             Fault::WrongAnswer(_) => assert_eq!(readable.next(), Some(Err(exception(1, 5)))),
-            Fault::RepeatPreviousAnswer => assert!(matches!(readable.next(), Some(Err(Error::CounterNotIncreasing { .. })))),
+            Fault::RepeatPreviousAnswer => {
+                assert!(matches!(readable.next(), Some(Err(Error::CounterNotIncreasing { .. }))))
+            }
             Fault::CorruptAnswer(_) => {
                 assert_eq!(readable.next(), Some(Err(Error::Deciphering)));
             }

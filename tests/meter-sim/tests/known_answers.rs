@@ -10,7 +10,9 @@ use meter_sim::config::SecuritySetupConfig;
 use meter_sim::key_transfer::key_transfer_argument;
 use meter_sim::security::{SecurityControl, unwrap_key, wrap_key};
 use meter_sim::xdlms::{AttributeDescriptor, InitiateRequest, MethodDescriptor, ServiceRequest, ServiceResponse};
-use meter_sim::{CLASS_CLOCK, CLASS_SECURITY_SETUP, Connection, Error, KeyId, Meter, MeterConfig, Obis, SecuritySuite, SystemTitle};
+use meter_sim::{
+    CLASS_CLOCK, CLASS_SECURITY_SETUP, Connection, Error, KeyId, Meter, MeterConfig, Obis, SecuritySuite, SystemTitle,
+};
 
 const SUITE: SecuritySuite = SecuritySuite::Suite0;
 const COUNTER: u32 = 0x0123_4567;
@@ -26,8 +28,11 @@ fn client() -> SystemTitle {
 
 #[test]
 fn get_request_in_plaintext() {
-    let request =
-        ServiceRequest::Get { invoke: 0, attribute: AttributeDescriptor { class: CLASS_CLOCK, instance: Obis::CLOCK, attribute: 2 }, selective: false };
+    let request = ServiceRequest::Get {
+        invoke: 0,
+        attribute: AttributeDescriptor { class: CLASS_CLOCK, instance: Obis::CLOCK, attribute: 2 },
+        selective: false,
+    };
     assert_eq!(request.encode(), bytes(GET));
     assert_eq!(ServiceRequest::parse(&bytes(GET)).unwrap(), request);
 }
@@ -37,7 +42,10 @@ fn get_request_under_three_protections() {
     for (control, expected) in [
         (SecurityControl::authenticated(SUITE), "C81E1001234567C0010000080000010000FF020006725D910F9221D263877516"),
         (SecurityControl::encrypted(SUITE), "C8122001234567411312FF935A47566827C467BC"),
-        (SecurityControl::authenticated_encrypted(SUITE), "C81E3001234567411312FF935A47566827C467BC7D825C3BE4A77C3FCC056B6B"),
+        (
+            SecurityControl::authenticated_encrypted(SUITE),
+            "C81E3001234567411312FF935A47566827C467BC7D825C3BE4A77C3FCC056B6B",
+        ),
     ] {
         let content = ciphering().protect(control, &title(), COUNTER, &bytes(GET)).unwrap();
         let apdu = CipheredApdu::new(CipheredForm::Global, 0xC0, title(), content).unwrap();
@@ -57,14 +65,16 @@ fn get_request_under_three_protections() {
 #[test]
 fn initiate_request() {
     let plain = bytes("01011000112233445566778899AABBCCDDEEFF0000065F1F0400007E1F04B0");
-    let expected = bytes("21303001234567801302FF8A7874133D414CED25B42534D28DB0047720606B175BD52211BE6841DB204D39EE6FDB8E356855");
+    let expected =
+        bytes("21303001234567801302FF8A7874133D414CED25B42534D28DB0047720606B175BD52211BE6841DB204D39EE6FDB8E356855");
     let request = InitiateRequest::parse(&plain).unwrap();
     assert_eq!(request.dedicated_key, Some(key("00112233445566778899AABBCCDDEEFF")));
     assert_eq!(request.conformance, [0x00, 0x7E, 0x1F]);
     assert_eq!(request.client_max_receive_pdu_size, 0x04B0);
     assert_eq!(request.encode().as_slice(), plain);
 
-    let content = ciphering().protect(SecurityControl::authenticated_encrypted(SUITE), &title(), COUNTER, &plain).unwrap();
+    let content =
+        ciphering().protect(SecurityControl::authenticated_encrypted(SUITE), &title(), COUNTER, &plain).unwrap();
     assert_eq!(encode_initiate(GLO_INITIATE_REQUEST, &content), expected);
     let read = parse_initiate(GLO_INITIATE_REQUEST, &expected).unwrap();
     assert_eq!(ciphering().open(&title(), &read).unwrap().as_slice(), plain);
@@ -72,21 +82,29 @@ fn initiate_request() {
 
 #[test]
 fn hls_5_answers() {
-    for (title, counter, challenge, expected) in
-        [(client(), 1, "503677524A323146", "10000000011A52FE7DD3E72748973C1E28"), (title(), COUNTER, "4B35366956616759", "1001234567FE1466AFB3DBCD4F9389E2B7")]
-    {
+    for (title, counter, challenge, expected) in [
+        (client(), 1, "503677524A323146", "10000000011A52FE7DD3E72748973C1E28"),
+        (title(), COUNTER, "4B35366956616759", "1001234567FE1466AFB3DBCD4F9389E2B7"),
+    ] {
         let answer = ciphering().answer_challenge(SUITE, &title, counter, &bytes(challenge)).unwrap();
         assert_eq!(hex::encode_upper(&answer), expected);
         let (read, _) = ciphering().verify_challenge_answer(SUITE, &title, &bytes(challenge), &answer).unwrap();
         assert_eq!(read, counter);
-        assert_eq!(ciphering().verify_challenge_answer(SUITE, &title, b"another challenge", &answer), Err(Error::Deciphering));
+        assert_eq!(
+            ciphering().verify_challenge_answer(SUITE, &title, b"another challenge", &answer),
+            Err(Error::Deciphering)
+        );
     }
 }
 
 #[test]
 fn key_wrap_of_rfc_3394() {
     for (kek, data, expected) in [
-        ("000102030405060708090A0B0C0D0E0F", "00112233445566778899AABBCCDDEEFF", "1FA68B0A8112B447AEF34BD8FB5A7B829D3E862371D2CFE5"),
+        (
+            "000102030405060708090A0B0C0D0E0F",
+            "00112233445566778899AABBCCDDEEFF",
+            "1FA68B0A8112B447AEF34BD8FB5A7B829D3E862371D2CFE5",
+        ),
         (
             "000102030405060708090A0B0C0D0E0F101112131415161718191A1B1C1D1E1F",
             "00112233445566778899AABBCCDDEEFF000102030405060708090A0B0C0D0E0F",
@@ -139,7 +157,10 @@ fn key_transfer() {
     let read = CipheredApdu::parse(&answer).unwrap();
     let opened = ciphering().open(&meter_title, &read.content).unwrap();
     assert_eq!(opened.as_slice(), bytes("C701C10000"));
-    assert_eq!(ServiceResponse::parse(&opened).unwrap(), ServiceResponse::Action { invoke: 0xC1, result: 0, returned: None });
+    assert_eq!(
+        ServiceResponse::parse(&opened).unwrap(),
+        ServiceResponse::Action { invoke: 0xC1, result: 0, returned: None }
+    );
 }
 
 #[test]

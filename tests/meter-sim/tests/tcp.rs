@@ -27,7 +27,10 @@ async fn a_session_over_tcp() {
     connection.associate(&mut session).await.unwrap();
     assert_eq!(connection.get(&mut session, ENERGY).await, Ok(reading()));
     let wrapped = wrap_key(&kek(), &key_of(0xA5)).unwrap();
-    connection.key_transfer(&mut session, Obis::SECURITY_SETUP, &[(KeyId::GlobalUnicastEncryption, &wrapped)]).await.unwrap();
+    connection
+        .key_transfer(&mut session, Obis::SECURITY_SETUP, &[(KeyId::GlobalUnicastEncryption, &wrapped)])
+        .await
+        .unwrap();
     let mut keys = common::ciphering();
     keys.encryption = key_of(0xA5);
     session.set_keys(keys);
@@ -68,7 +71,9 @@ async fn many_meters_on_one_port() {
 #[tokio::test]
 async fn several_meters_on_one_connection() {
     let meters: Vec<Meter> = (0..2).map(|_| meter()).collect();
-    let server = Server::start(MeterDirectory::ByDestination(Arc::new((1..).zip(meters).collect())), ServeOptions::default()).await;
+    let server =
+        Server::start(MeterDirectory::ByDestination(Arc::new((1..).zip(meters).collect())), ServeOptions::default())
+            .await;
     let mut stream = TcpStream::connect(server.address).await.unwrap();
     for destination in [1, 2] {
         let mut session = ClientSession::new(client_config(1)).unwrap();

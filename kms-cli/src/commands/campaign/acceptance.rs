@@ -1,4 +1,5 @@
-//! The acceptance report: which keys of the campaign's meters are the utility's alone, by batch, and what heals the others.
+//! The acceptance report: which keys of the campaign's meters are the utility's alone, by batch,
+//! and what heals the others.
 
 use std::collections::BTreeMap;
 
@@ -42,7 +43,11 @@ pub(super) struct Keys {
 impl Keys {
     /// What heals those that are not healed, in words.
     pub(super) fn remedies_text(&self) -> String {
-        self.remedies.iter().map(|(remedy, count)| format!("{} by {}", number(*count), remedy_text(remedy))).collect::<Vec<_>>().join(", ")
+        self.remedies
+            .iter()
+            .map(|(remedy, count)| format!("{} by {}", number(*count), remedy_text(remedy)))
+            .collect::<Vec<_>>()
+            .join(", ")
     }
 }
 
@@ -52,7 +57,11 @@ impl Acceptance {
         let mut client = connection.campaigns();
         let (mut acceptance, mut page_token) = (Self::default(), Bytes::new());
         loop {
-            let request = proto::ReportAcceptanceRequest { campaign_id: super::octets(campaign.octets()), page_size: PAGE as u32, page_token };
+            let request = proto::ReportAcceptanceRequest {
+                campaign_id: super::octets(campaign.octets()),
+                page_size: PAGE as u32,
+                page_token,
+            };
             let page = waiting("reading the keys of the meters", client.report_acceptance(request)).await?.into_inner();
             page.meters.into_iter().for_each(|meter| acceptance.add(meter, limit));
             page_token = page.next_page_token;
@@ -64,7 +73,10 @@ impl Acceptance {
 
     fn add(&mut self, meter: proto::MeterAcceptance, limit: usize) {
         self.meters += 1;
-        let types = self.batches.entry(if meter.batch.is_empty() { "(none)".to_owned() } else { meter.batch.clone() }).or_default();
+        let types = self
+            .batches
+            .entry(if meter.batch.is_empty() { "(none)".to_owned() } else { meter.batch.clone() })
+            .or_default();
         let mut healed = meter.problem.is_empty();
         for key in &meter.keys {
             let keys = types.entry(key.key_type.clone()).or_default();
@@ -88,20 +100,38 @@ impl Acceptance {
 
     /// One sentence for managers.
     pub(super) fn sentence(&self) -> String {
-        format!("{} of {} have only keys that nobody else could know.", number(self.healed), plural(self.meters, "meter"))
+        format!(
+            "{} of {} have only keys that nobody else could know.",
+            number(self.healed),
+            plural(self.meters, "meter")
+        )
     }
 
     pub(super) fn text(&self) -> String {
-        let mut rows = Rows::new(&["batch", "key", "healed", "not healed", "not replaced", "in doubt", "what heals it"]).numbers(&[2, 3, 4, 5]).sentences(&[6]);
+        let mut rows =
+            Rows::new(&["batch", "key", "healed", "not healed", "not replaced", "in doubt", "what heals it"])
+                .numbers(&[2, 3, 4, 5])
+                .sentences(&[6]);
         for (batch, types) in &self.batches {
             for (key_type, keys) in types {
                 let [healed, not_healed, not_replaced, in_doubt] = keys.counts.map(number);
-                rows.row([batch.clone(), key_type.clone(), healed, not_healed, not_replaced, in_doubt, keys.remedies_text()]);
+                rows.row([
+                    batch.clone(),
+                    key_type.clone(),
+                    healed,
+                    not_healed,
+                    not_replaced,
+                    in_doubt,
+                    keys.remedies_text(),
+                ]);
             }
         }
         let mut result = format!("acceptance: {}\n\n{}", self.sentence(), rows.text_or("no meters"));
         if !self.open.is_empty() {
-            let mut rows = Rows::new(&["meter", "batch", "key", "version", "shown", "verdict", "known to", "what heals it"]).numbers(&[3]).sentences(&[6]);
+            let mut rows =
+                Rows::new(&["meter", "batch", "key", "version", "shown", "verdict", "known to", "what heals it"])
+                    .numbers(&[3])
+                    .sentences(&[6]);
             for cells in self.open_rows() {
                 rows.row(cells);
             }
@@ -119,7 +149,16 @@ impl Acceptance {
         for meter in &self.open {
             let title = output::octets(&meter.meter);
             if !meter.problem.is_empty() {
-                rows.push([title, String::new(), String::new(), String::new(), String::new(), meter.problem.clone(), String::new(), String::new()]);
+                rows.push([
+                    title,
+                    String::new(),
+                    String::new(),
+                    String::new(),
+                    String::new(),
+                    meter.problem.clone(),
+                    String::new(),
+                    String::new(),
+                ]);
                 continue;
             }
             for key in meter.keys.iter().filter(|key| key.verdict != Verdict::Healed.name()) {
@@ -144,8 +183,11 @@ impl Acceptance {
             .iter()
             .flat_map(|(batch, types)| {
                 types.iter().map(move |(key_type, keys)| {
-                    let counts: serde_json::Map<String, Value> =
-                        Verdict::ALL.iter().zip(keys.counts).map(|(verdict, count)| (verdict.name().replace('-', "_"), json!(count))).collect();
+                    let counts: serde_json::Map<String, Value> = Verdict::ALL
+                        .iter()
+                        .zip(keys.counts)
+                        .map(|(verdict, count)| (verdict.name().replace('-', "_"), json!(count)))
+                        .collect();
                     json!({"batch": batch, "key_type": key_type, "keys": counts, "remedies": keys.remedies})
                 })
             })

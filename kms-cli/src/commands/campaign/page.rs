@@ -39,7 +39,11 @@ pub(super) fn html(report: &proto::CampaignReport, acceptance: Option<&Acceptanc
         let _ = write!(page, "<div><b>{value}</b>{name}</div>");
     }
     page.push_str("</div>\n");
-    let approvals: Vec<String> = campaign.approvals.iter().map(|approval| format!("{} at {}", approval.person, output::time(approval.time_ms))).collect();
+    let approvals: Vec<String> = campaign
+        .approvals
+        .iter()
+        .map(|approval| format!("{} at {}", approval.person, output::time(approval.time_ms)))
+        .collect();
     page.push_str("<table>\n");
     for (name, value) in [
         ("Campaign", output::uuid(&campaign.campaign_id)),
@@ -54,16 +58,20 @@ pub(super) fn html(report: &proto::CampaignReport, acceptance: Option<&Acceptanc
     }
     page.push_str("</table>\n");
     section(&mut page, "Progress over time", &line_chart(&report.timeline, campaign.meters));
-    let waves: Vec<Bar> = progress.waves.iter().map(|wave| Bar { name: format!("wave {}", wave.wave), parts: parts(wave) }).collect();
+    let waves: Vec<Bar> =
+        progress.waves.iter().map(|wave| Bar { name: format!("wave {}", wave.wave), parts: parts(wave) }).collect();
     section(&mut page, "Outcome by wave", &bars(&waves, &SERIES));
     section(&mut page, "Outcome by manufacturer", &bars(&by_manufacturer(report), &SERIES));
-    let reasons: Vec<Bar> = progress.reasons.iter().map(|reason| Bar { name: reason.name.clone(), parts: vec![reason.count] }).collect();
+    let reasons: Vec<Bar> =
+        progress.reasons.iter().map(|reason| Bar { name: reason.name.clone(), parts: vec![reason.count] }).collect();
     section(&mut page, "Failures by reason", &bars(&reasons, &[("meters", "#b3261e")]));
     if let Some(acceptance) = acceptance {
         section(&mut page, "Acceptance", &accepted(acceptance));
     }
     if !report.tasks.is_empty() {
-        let mut rows = String::from("<table>\n<tr><th>Meter</th><th>Manufacturer</th><th>State</th><th>Attempts</th><th>Head-end</th><th>Reason</th></tr>\n");
+        let mut rows = String::from(
+            "<table>\n<tr><th>Meter</th><th>Manufacturer</th><th>State</th><th>Attempts</th><th>Head-end</th><th>Reason</th></tr>\n",
+        );
         for task in &report.tasks {
             let cells = [
                 output::octets(&task.meter),
@@ -73,7 +81,11 @@ pub(super) fn html(report: &proto::CampaignReport, acceptance: Option<&Acceptanc
                 task.head_end.clone(),
                 task.reason.clone(),
             ];
-            let _ = writeln!(rows, "<tr>{}</tr>", cells.iter().map(|cell| format!("<td>{}</td>", escape(cell))).collect::<String>());
+            let _ = writeln!(
+                rows,
+                "<tr>{}</tr>",
+                cells.iter().map(|cell| format!("<td>{}</td>", escape(cell))).collect::<String>()
+            );
         }
         rows.push_str("</table>\n");
         if !report.next_page_token.is_empty() {
@@ -102,7 +114,11 @@ fn accepted(acceptance: &Acceptance) -> String {
         for (key_type, keys) in types {
             let [healed, not_healed, not_replaced, in_doubt] = keys.counts.map(number);
             let cells = [batch, key_type, &healed, &not_healed, &not_replaced, &in_doubt, &keys.remedies_text()];
-            let _ = writeln!(part, "<tr>{}</tr>", cells.iter().map(|cell| format!("<td>{}</td>", escape(cell))).collect::<String>());
+            let _ = writeln!(
+                part,
+                "<tr>{}</tr>",
+                cells.iter().map(|cell| format!("<td>{}</td>", escape(cell))).collect::<String>()
+            );
         }
     }
     part.push_str("</table>\n");
@@ -113,7 +129,11 @@ fn accepted(acceptance: &Acceptance) -> String {
         }
         part.push_str("</tr>\n");
         for row in acceptance.open_rows() {
-            let _ = writeln!(part, "<tr>{}</tr>", row.iter().map(|cell| format!("<td>{}</td>", escape(cell))).collect::<String>());
+            let _ = writeln!(
+                part,
+                "<tr>{}</tr>",
+                row.iter().map(|cell| format!("<td>{}</td>", escape(cell))).collect::<String>()
+            );
         }
         part.push_str("</table>\n");
         if acceptance.more {
@@ -166,11 +186,22 @@ fn bars(bars: &[Bar], series: &[(&str, &str)]) -> String {
     let mut svg = format!("<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\">\n");
     for (at, (name, colour)) in series.iter().enumerate() {
         let x = LEFT + at * 110;
-        let _ = writeln!(svg, "<rect x=\"{x}\" y=\"4\" width=\"10\" height=\"10\" fill=\"{colour}\"/><text x=\"{}\" y=\"14\">{}</text>", x + 14, escape(name));
+        let _ = writeln!(
+            svg,
+            "<rect x=\"{x}\" y=\"4\" width=\"10\" height=\"10\" fill=\"{colour}\"/><text x=\"{}\" y=\"14\">{}</text>",
+            x + 14,
+            escape(name)
+        );
     }
     for (row, bar) in (1..).zip(bars) {
         let y = row * ROW;
-        let _ = writeln!(svg, "<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{}</text>", LEFT - 8, y + 14, escape(&shortened(&bar.name)));
+        let _ = writeln!(
+            svg,
+            "<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{}</text>",
+            LEFT - 8,
+            y + 14,
+            escape(&shortened(&bar.name))
+        );
         let mut x = LEFT as f64;
         for (part, (name, colour)) in bar.parts.iter().zip(series) {
             let width = *part as f64 / longest as f64 * (WIDTH - LEFT - 70) as f64;
@@ -217,15 +248,28 @@ fn line_chart(timeline: &[proto::TimelinePoint], meters: u64) -> String {
             y + 4.0
         );
     }
-    let _ = writeln!(svg, "<polyline points=\"{}\" fill=\"none\" stroke=\"#1b6e3c\" stroke-width=\"2.5\"/>", points.join(" "));
+    let _ = writeln!(
+        svg,
+        "<polyline points=\"{}\" fill=\"none\" stroke=\"#1b6e3c\" stroke-width=\"2.5\"/>",
+        points.join(" ")
+    );
     let _ = writeln!(svg, "<text x=\"{LEFT}\" y=\"240\">{}</text>", output::time(first.time_ms));
-    let _ = writeln!(svg, "<text x=\"{:.1}\" y=\"240\" text-anchor=\"end\">{}</text>", LEFT as f64 + width, output::time(last.time_ms));
+    let _ = writeln!(
+        svg,
+        "<text x=\"{:.1}\" y=\"240\" text-anchor=\"end\">{}</text>",
+        LEFT as f64 + width,
+        output::time(last.time_ms)
+    );
     svg.push_str("</svg>\n");
     svg
 }
 
 fn shortened(name: &str) -> String {
-    if name.chars().count() <= LONGEST_NAME { name.to_owned() } else { format!("{}…", name.chars().take(LONGEST_NAME - 1).collect::<String>()) }
+    if name.chars().count() <= LONGEST_NAME {
+        name.to_owned()
+    } else {
+        format!("{}…", name.chars().take(LONGEST_NAME - 1).collect::<String>())
+    }
 }
 
 /// Text for HTML, in elements and in quoted attributes.
@@ -244,8 +288,15 @@ fn escape(text: &str) -> String {
     escaped
 }
 
-const SERIES: [(&str, &str); 5] = [("succeeded", "#1b6e3c"), ("failed", "#b3261e"), ("in doubt", "#e0a100"), ("skipped", "#8a8a8a"), ("to do", "#d5dde6")];
-const VERDICTS: [(&str, &str); 4] = [("healed", "#1b6e3c"), ("not healed", "#e0a100"), ("not replaced", "#b3261e"), ("in doubt", "#8a8a8a")];
+const SERIES: [(&str, &str); 5] = [
+    ("succeeded", "#1b6e3c"),
+    ("failed", "#b3261e"),
+    ("in doubt", "#e0a100"),
+    ("skipped", "#8a8a8a"),
+    ("to do", "#d5dde6"),
+];
+const VERDICTS: [(&str, &str); 4] =
+    [("healed", "#1b6e3c"), ("not healed", "#e0a100"), ("not replaced", "#b3261e"), ("in doubt", "#8a8a8a")];
 const EXPLANATION: &str = "A key is healed when nobody outside the HSM could know it but those it was granted to. A new key that travelled wrapped under a \
 master key which its vendor knows is not healed against recorded traffic: the vendor could read it, if it recorded what was sent. The vendor's old keys are \
 out of use all the same. A visit to the meter heals that, and so would key agreement (security suites 1 and 2), which this system does not offer yet; then the \
@@ -265,7 +316,8 @@ mod tests {
 
     #[test]
     fn the_page_has_the_figures_and_runs_nothing_from_outside() {
-        let wave = proto::WaveProgress { wave: 1, planned: 10, succeeded: 7, failed: 2, in_doubt: 1, ..Default::default() };
+        let wave =
+            proto::WaveProgress { wave: 1, planned: 10, succeeded: 7, failed: 2, in_doubt: 1, ..Default::default() };
         let hostile = "<script>alert(1)</script>\" onload='x'";
         let report = proto::CampaignReport {
             progress: Some(proto::CampaignProgress {
@@ -280,7 +332,13 @@ mod tests {
                 reasons: vec![proto::NamedCount { name: hostile.into(), count: 3 }],
                 ..Default::default()
             }),
-            outcomes: vec![proto::OutcomeCount { wave: 1, manufacturer: hostile.into(), state: "failed".into(), reason: hostile.into(), count: 3 }],
+            outcomes: vec![proto::OutcomeCount {
+                wave: 1,
+                manufacturer: hostile.into(),
+                state: "failed".into(),
+                reason: hostile.into(),
+                count: 3,
+            }],
             timeline: vec![
                 proto::TimelinePoint { time_ms: 1_795_248_000_000, succeeded: 0 },
                 proto::TimelinePoint { time_ms: 1_795_248_060_000, succeeded: 7 },
@@ -291,8 +349,13 @@ mod tests {
         let mut acceptance = Acceptance { meters: 2, healed: 1, ..Acceptance::default() };
         let keys = Keys { counts: [1, 1, 0, 0], remedies: [("local-visit".to_owned(), 1)].into() };
         acceptance.batches.insert(hostile.into(), [("KEK".to_owned(), keys)].into());
-        let key =
-            proto::KeyAcceptance { key_type: "KEK".into(), version: 2, verdict: "not-healed".into(), known_to: vec![hostile.into()], ..Default::default() };
+        let key = proto::KeyAcceptance {
+            key_type: "KEK".into(),
+            version: 2,
+            verdict: "not-healed".into(),
+            known_to: vec![hostile.into()],
+            ..Default::default()
+        };
         acceptance.open.push(proto::MeterAcceptance { batch: hostile.into(), keys: vec![key], ..Default::default() });
         let page = html(&report, Some(&acceptance));
         for words in [

@@ -14,7 +14,10 @@ use crate::{
 
 pub(super) async fn run(campaign: CampaignId, once: bool, context: &Context) -> Result<(), Failure> {
     let mut client = context.connect().await?.campaigns();
-    let mut stream = client.watch_campaign(proto::WatchCampaignRequest { campaign_id: octets(campaign.octets()) }).await?.into_inner();
+    let mut stream = client
+        .watch_campaign(proto::WatchCampaignRequest { campaign_id: octets(campaign.octets()) })
+        .await?
+        .into_inner();
     let as_json = context.output.is_json();
     let mut view = (!as_json && !once && std::io::stderr().is_terminal()).then(View::new);
     let mut last = None;
@@ -54,8 +57,10 @@ struct View {
 impl View {
     fn new() -> Self {
         let bars = MultiProgress::with_draw_target(ProgressDrawTarget::stderr());
-        let summary =
-            bars.add(ProgressBar::new_spinner().with_style(ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_spinner())));
+        let summary = bars
+            .add(ProgressBar::new_spinner().with_style(
+                ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_spinner()),
+            ));
         Self { bars, waves: Vec::new(), summary }
     }
 
@@ -63,9 +68,12 @@ impl View {
         for wave in shown(progress) {
             let known = self.waves.iter().find(|(number, _)| *number == wave.wave).map(|(_, bar)| bar.clone());
             let bar = known.unwrap_or_else(|| {
-                let style =
-                    ProgressStyle::with_template("{prefix:>8} {bar:30} {human_pos}/{human_len}  {msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
-                let bar = self.bars.insert_before(&self.summary, ProgressBar::new(wave.planned).with_style(style.progress_chars("##-")));
+                let style = ProgressStyle::with_template("{prefix:>8} {bar:30} {human_pos}/{human_len}  {msg}")
+                    .unwrap_or_else(|_| ProgressStyle::default_bar());
+                let bar = self.bars.insert_before(
+                    &self.summary,
+                    ProgressBar::new(wave.planned).with_style(style.progress_chars("##-")),
+                );
                 bar.set_prefix(format!("wave {}", wave.wave));
                 self.waves.push((wave.wave, bar.clone()));
                 bar
@@ -86,7 +94,9 @@ impl View {
 /// The wave under way, those before it that did not go well, and the next.
 fn shown(progress: &proto::CampaignProgress) -> impl Iterator<Item = &proto::WaveProgress> {
     let current = progress.campaign.as_ref().map_or(0, |campaign| campaign.wave);
-    progress.waves.iter().filter(move |wave| (wave.wave + BEFORE > current && wave.wave <= current + 1) || wave.failed + wave.in_doubt > 0)
+    progress.waves.iter().filter(move |wave| {
+        (wave.wave + BEFORE > current && wave.wave <= current + 1) || wave.failed + wave.in_doubt > 0
+    })
 }
 
 /// The whole in one line.
@@ -130,8 +140,20 @@ fn text(progress: &proto::CampaignProgress) -> String {
 
 /// A row for each wave.
 pub(super) fn waves_table(progress: &proto::CampaignProgress) -> String {
-    let mut rows = Rows::new(&["wave", "meters", "waiting", "leased", "under way", "succeeded", "failed", "in doubt", "skipped", "began", "ended"])
-        .numbers(&[0, 1, 2, 3, 4, 5, 6, 7, 8]);
+    let mut rows = Rows::new(&[
+        "wave",
+        "meters",
+        "waiting",
+        "leased",
+        "under way",
+        "succeeded",
+        "failed",
+        "in doubt",
+        "skipped",
+        "began",
+        "ended",
+    ])
+    .numbers(&[0, 1, 2, 3, 4, 5, 6, 7, 8]);
     for wave in &progress.waves {
         rows.row([
             wave.wave.to_string(),
@@ -162,7 +184,12 @@ fn counts(wave: &proto::WaveProgress) -> String {
         ("in doubt", wave.in_doubt),
         ("skipped", wave.skipped),
     ];
-    parts.into_iter().filter(|(_, count)| *count > 0).map(|(name, count)| format!("{} {name}", number(count))).collect::<Vec<_>>().join(", ")
+    parts
+        .into_iter()
+        .filter(|(_, count)| *count > 0)
+        .map(|(name, count)| format!("{} {name}", number(count)))
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 /// So many waves before the one under way are shown.

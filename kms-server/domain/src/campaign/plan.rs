@@ -1,21 +1,24 @@
 //! Which meters a campaign is about, and in which waves: the plan that approvals pin.
 //!
-//! A plan is built in one pass over the meters, in memory that does not grow with them. The titles that were found are written in chunks, each
-//! part of one chain of digests. Which wave a meter is in follows from a hash of campaign and title, so that every cohort is a fair sample and the
-//! plan needs no second list.
+//! A plan is built in one pass over the meters, in memory that does not grow with them. The titles
+//! that were found are written in chunks, each part of one chain of digests. Which wave a meter is
+//! in follows from a hash of campaign and title, so that every cohort is a fair sample and the plan
+//! needs no second list.
 
 use aws_lc_rs::{digest, hmac};
 
 use crate::{
-    CampaignAction, CampaignId, CounterDomainId, CounterPlace, CounterState, DeviceProfileName, ExposureReason, FlagId, GroupId, KeyOrigin, KeyVersion, Meter,
-    ParseError, Party, PrincipalId, SecuritySetupId, SharedExposures, SystemTitle, TaskWork, UnixMillis,
+    CampaignAction, CampaignId, CounterDomainId, CounterPlace, CounterState, DeviceProfileName, ExposureReason, FlagId,
+    GroupId, KeyOrigin, KeyVersion, Meter, ParseError, Party, PrincipalId, SecuritySetupId, SharedExposures,
+    SystemTitle, TaskWork, UnixMillis,
 };
 
-/// Which meters a campaign is about: all conditions together. Meters that are quarantined or retired are never selected.
+/// Which meters a campaign is about: all conditions together. Meters that are quarantined or
+/// retired are never selected.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CampaignSelection {
-    /// Every meter of the island that meets the other conditions. Without this, at least one condition is needed, so that nobody selects
-    /// everything by leaving something out.
+    /// Every meter of the island that meets the other conditions. Without this, at least one
+    /// condition is needed, so that nobody selects everything by leaving something out.
     pub whole_island: bool,
     /// Of this vendor.
     pub vendor: Option<FlagId>,
@@ -48,7 +51,10 @@ impl CampaignSelection {
     /// There is no condition, and it does not say that the whole island is meant.
     pub fn check(&self) -> Result<(), ParseError> {
         if *self == Self::default() {
-            return Err(ParseError::new("selection", "it has no condition; say `whole_island` if every meter is meant"));
+            return Err(ParseError::new(
+                "selection",
+                "it has no condition; say `whole_island` if every meter is meant",
+            ));
         }
         if self.counter_used.is_some_and(|percent| !(1..=100).contains(&percent)) {
             return Err(ParseError::new("selection", "the part of the counters that is used is not 1 to 100 percent"));
@@ -56,13 +62,20 @@ impl CampaignSelection {
         Ok(())
     }
 
-    /// I5: whether a meter is selected, by its sealed row. `setup` and `action` say which keys the conditions on keys are about.
+    /// I5: whether a meter is selected, by its sealed row. `setup` and `action` say which keys the
+    /// conditions on keys are about.
     pub fn matches(&self, meter: &Meter, action: CampaignAction, setup: Option<SecuritySetupId>) -> bool {
         self.matches_knowing(meter, action, setup, &SharedExposures::new())
     }
 
     /// As [`Self::matches`], with what is known of key values that several slots share.
-    pub fn matches_knowing(&self, meter: &Meter, action: CampaignAction, setup: Option<SecuritySetupId>, shared: &SharedExposures) -> bool {
+    pub fn matches_knowing(
+        &self,
+        meter: &Meter,
+        action: CampaignAction,
+        setup: Option<SecuritySetupId>,
+        shared: &SharedExposures,
+    ) -> bool {
         let class = &meter.class;
         class.status.may_grant()
             && self.vendor.is_none_or(|vendor| class.vendor == vendor)
@@ -72,11 +85,13 @@ impl CampaignSelection {
             && self.batch.as_ref().is_none_or(|batch| meter.batch == *batch)
             && action.first_step(meter, setup).is_some_and(|step| {
                 // The key of a group is rotated for the whole group, so the group must be said.
-                (self.group.is_some() || step.is_own(meter)) && (!self.is_about_keys() || self.matches_keys(meter, step.setup, step.work, shared))
+                (self.group.is_some() || step.is_own(meter))
+                    && (!self.is_about_keys() || self.matches_keys(meter, step.setup, step.work, shared))
             })
     }
 
-    /// Whether the condition on counters holds, for a meter that meets the others. `domains` gives the highest bound of a counter domain.
+    /// Whether the condition on counters holds, for a meter that meets the others. `domains` gives
+    /// the highest bound of a counter domain.
     pub fn matches_counters(
         &self,
         meter: &Meter,
@@ -84,7 +99,9 @@ impl CampaignSelection {
         setup: Option<SecuritySetupId>,
         domains: impl Fn(CounterDomainId) -> Option<u64>,
     ) -> bool {
-        let (Some(percent), Some(step)) = (self.counter_used, action.first_step(meter, setup)) else { return self.counter_used.is_none() };
+        let (Some(percent), Some(step)) = (self.counter_used, action.first_step(meter, setup)) else {
+            return self.counter_used.is_none();
+        };
         let used = |version: &KeyVersion| match version.counters() {
             CounterPlace::Own(counters) => counters.highest_bound(),
             CounterPlace::Domain(domain) => domains(*domain).unwrap_or_default(),
@@ -99,19 +116,31 @@ impl CampaignSelection {
     }
 
     fn matches_keys(&self, meter: &Meter, setup: SecuritySetupId, work: TaskWork, shared: &SharedExposures) -> bool {
-        slots_of(meter, setup, work).filter_map(current).any(|version| self.matches_version(meter, setup, version, shared))
+        slots_of(meter, setup, work)
+            .filter_map(current)
+            .any(|version| self.matches_version(meter, setup, version, shared))
     }
 
-    fn matches_version(&self, meter: &Meter, setup: SecuritySetupId, version: &KeyVersion, shared: &SharedExposures) -> bool {
+    fn matches_version(
+        &self,
+        meter: &Meter,
+        setup: SecuritySetupId,
+        version: &KeyVersion,
+        shared: &SharedExposures,
+    ) -> bool {
         let exposed = self.exposed_to.is_none() && self.exposed_by.is_none()
             || meter.slots.exposures_of(setup, version, shared).iter().any(|exposure| {
-                self.exposed_to.as_ref().is_none_or(|party| exposure.party == *party) && self.exposed_by.is_none_or(|reason| exposure.reason == reason)
+                self.exposed_to.as_ref().is_none_or(|party| exposure.party == *party)
+                    && self.exposed_by.is_none_or(|reason| exposure.reason == reason)
             });
-        exposed && self.active_before.is_none_or(|before| version.since() < before) && (!self.imported || version.origin() == KeyOrigin::Imported)
+        exposed
+            && self.active_before.is_none_or(|before| version.since() < before)
+            && (!self.imported || version.origin() == KeyOrigin::Imported)
     }
 }
 
-/// The version that a campaign replaces: the active one, or a compromised one that the meter holds still.
+/// The version that a campaign replaces: the active one, or a compromised one that the meter holds
+/// still.
 fn current(slot: &crate::Slot) -> Option<&KeyVersion> {
     slot.held().filter(|_| slot.compromised()).or_else(|| slot.active())
 }
@@ -141,10 +170,17 @@ impl WaveSize {
     /// The text has another form, or the number is 0 or above 100 percent.
     pub fn parse(text: &str) -> Result<Self, ParseError> {
         let size = match text.trim().strip_suffix('%') {
-            Some(percent) => percent.trim().parse().ok().filter(|percent| (1..=100).contains(percent)).map(Self::Percent),
+            Some(percent) => {
+                percent.trim().parse().ok().filter(|percent| (1..=100).contains(percent)).map(Self::Percent)
+            }
             None => text.trim().parse().ok().filter(|meters| *meters > 0).map(Self::Meters),
         };
-        size.ok_or_else(|| ParseError::new("wave size", format!("`{}` is neither a number from 1 on nor 1% to 100%", text.escape_debug())))
+        size.ok_or_else(|| {
+            ParseError::new(
+                "wave size",
+                format!("`{}` is neither a number from 1 on nor 1% to 100%", text.escape_debug()),
+            )
+        })
     }
 
     const fn of(self, total: u64) -> u64 {
@@ -199,9 +235,16 @@ impl Plan {
     }
 
     /// As [`Self::wave_of`], for many meters.
-    pub fn members(&self, campaign: CampaignId, wave: u32, meters: impl IntoIterator<Item = SystemTitle>) -> Vec<SystemTitle> {
+    pub fn members(
+        &self,
+        campaign: CampaignId,
+        wave: u32,
+        meters: impl IntoIterator<Item = SystemTitle>,
+    ) -> Vec<SystemTitle> {
         let key = key(campaign);
-        let below = |wave: u32| wave.checked_sub(1).and_then(|at| self.waves.get(usize::try_from(at).ok()?)).map_or(0, |wave| wave.below);
+        let below = |wave: u32| {
+            wave.checked_sub(1).and_then(|at| self.waves.get(usize::try_from(at).ok()?)).map_or(0, |wave| wave.below)
+        };
         let (first, end) = (below(wave.saturating_sub(1)), below(wave));
         meters.into_iter().filter(|meter| (first..end).contains(&bucket(&key, *meter))).collect()
     }
@@ -234,11 +277,14 @@ impl WavePlanner {
         self.total
     }
 
-    /// The waves. A wave ends at the first bucket with which it has its size: it is larger by less than a bucket, which is one meter in a million.
+    /// The waves. A wave ends at the first bucket with which it has its size: it is larger by less
+    /// than a bucket, which is one meter in a million.
     pub fn waves(&self, canary: u32, sizes: &[WaveSize]) -> Vec<PlannedWave> {
         let canary = Some(u64::from(canary)).filter(|canary| *canary > 0);
         let last = sizes.last().copied().unwrap_or(WaveSize::Percent(100));
-        let mut sizes = canary.into_iter().chain(sizes.iter().copied().chain(std::iter::repeat(last)).map(|size| size.of(self.total).max(1)));
+        let mut sizes = canary
+            .into_iter()
+            .chain(sizes.iter().copied().chain(std::iter::repeat(last)).map(|size| size.of(self.total).max(1)));
         let mut waves = Vec::new();
         let (mut meters, mut left, mut size) = (0, self.total, sizes.next().unwrap_or(u64::MAX));
         for (count, below) in self.buckets.iter().zip(1..) {
@@ -262,8 +308,8 @@ impl WavePlanner {
     }
 }
 
-/// The chain over a plan's chunks: `SHA-256("meterkms/plan" ‖ campaign(16))`, then `SHA-256(link before ‖ titles)` for each chunk, where titles
-/// are 8 octets each, in order of the database.
+/// The chain over a plan's chunks: `SHA-256("meterkms/plan" ‖ campaign(16))`, then `SHA-256(link
+/// before ‖ titles)` for each chunk, where titles are 8 octets each, in order of the database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PlanChain([u8; 32]);
 

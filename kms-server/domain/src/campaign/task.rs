@@ -1,7 +1,8 @@
 //! Tasks: what a campaign has to do with one meter, leased to the meter's head-end.
 //!
-//! A lease ends by itself. Each lease has a fencing token that is one higher than the last, so that who has lost a lease is told apart from who
-//! holds it. Times are those of the database's clock, which all servers share.
+//! A lease ends by itself. Each lease has a fencing token that is one higher than the last, so that
+//! who has lost a lease is told apart from who holds it. Times are those of the database's clock,
+//! which all servers share.
 
 use crate::{Campaign, CampaignState, KeyType, Meter, Outcome, ParseError, SecuritySetupId, UnixMillis};
 
@@ -12,11 +13,13 @@ pub struct Task {
     pub step: TaskStep,
     /// Where it stands.
     pub state: TaskState,
-    /// It is in doubt what the meter holds: it is probed before anything is tried again, if an exchange can show it.
+    /// It is in doubt what the meter holds: it is probed before anything is tried again, if an
+    /// exchange can show it.
     pub probe: bool,
     /// Attempts of this step that ended badly.
     pub attempts: u32,
-    /// A pending task may be leased from this moment on; a lease ends at it. Far away when the task has ended.
+    /// A pending task may be leased from this moment on; a lease ends at it. Far away when the task
+    /// has ended.
     pub due: UnixMillis,
     /// The fencing token of the last lease; 0 before the first.
     pub fence: u64,
@@ -88,7 +91,8 @@ pub enum TaskState {
 
 impl TaskState {
     /// All states.
-    pub const ALL: [Self; 7] = [Self::Pending, Self::Leased, Self::UnderWay, Self::Succeeded, Self::Failed, Self::InDoubt, Self::Skipped];
+    pub const ALL: [Self; 7] =
+        [Self::Pending, Self::Leased, Self::UnderWay, Self::Succeeded, Self::Failed, Self::InDoubt, Self::Skipped];
 
     /// The number in rows, from 1.
     pub const fn number(self) -> u32 {
@@ -108,7 +112,10 @@ impl TaskState {
     /// # Errors
     /// No state has the number.
     pub fn from_number(number: u32) -> Result<Self, ParseError> {
-        Self::ALL.into_iter().find(|state| state.number() == number).ok_or_else(|| ParseError::new("task state", format!("`{number}` is not 1 to 7")))
+        Self::ALL
+            .into_iter()
+            .find(|state| state.number() == number)
+            .ok_or_else(|| ParseError::new("task state", format!("`{number}` is not 1 to 7")))
     }
 
     /// The name in output.
@@ -130,7 +137,13 @@ impl TaskState {
     /// No state has the name.
     pub fn parse(name: &str) -> Result<Self, ParseError> {
         Self::ALL.into_iter().find(|state| state.name() == name).ok_or_else(|| {
-            ParseError::new("task state", format!("`{}` is not pending, leased, under-way, succeeded, failed, in-doubt or skipped", name.escape_debug()))
+            ParseError::new(
+                "task state",
+                format!(
+                    "`{}` is not pending, leased, under-way, succeeded, failed, in-doubt or skipped",
+                    name.escape_debug()
+                ),
+            )
         })
     }
 
@@ -192,7 +205,8 @@ impl Task {
         task
     }
 
-    /// Ends the task: it is not to be done, or not any more. A meter that may hold another key by now stays in doubt.
+    /// Ends the task: it is not to be done, or not any more. A meter that may hold another key by
+    /// now stays in doubt.
     pub fn skip(&mut self, reason: &str, now: UnixMillis) {
         self.reason = reason.to_owned();
         // After a probe it is still in doubt which KEK the meter holds: no exchange shows it.
@@ -214,8 +228,8 @@ impl Task {
         !self.state.is_final() && self.due.0 <= now.0
     }
 
-    /// Leases it for `lease_ms`. A lease that ran out before counts as an attempt, so that a task that nobody ends comes to an end. Whether it
-    /// was leased; if not, it has ended.
+    /// Leases it for `lease_ms`. A lease that ran out before counts as an attempt, so that a task
+    /// that nobody ends comes to an end. Whether it was leased; if not, it has ended.
     ///
     /// # Errors
     /// It is not due.
@@ -238,7 +252,11 @@ impl Task {
     /// # Errors
     /// It is not.
     pub const fn check(&self, fence: u64, now: UnixMillis) -> Result<(), TaskError> {
-        if self.state.is_leased() && self.fence == fence && now.0 < self.due.0 { Ok(()) } else { Err(TaskError::NotHeld) }
+        if self.state.is_leased() && self.fence == fence && now.0 < self.due.0 {
+            Ok(())
+        } else {
+            Err(TaskError::NotHeld)
+        }
     }
 
     /// Renews the lease for `lease_ms`.
@@ -253,7 +271,8 @@ impl Task {
         Ok(())
     }
 
-    /// Gives the lease back. With a reason it counts as an attempt; without one it costs nothing, unless something has begun.
+    /// Gives the lease back. With a reason it counts as an attempt; without one it costs nothing,
+    /// unless something has begun.
     ///
     /// # Errors
     /// It is not held.
@@ -269,7 +288,8 @@ impl Task {
         Ok(())
     }
 
-    /// Ends the lease, because the meter has become another head-end's. What has begun may have left a key there, so the meter is probed.
+    /// Ends the lease, because the meter has become another head-end's. What has begun may have
+    /// left a key there, so the meter is probed.
     pub const fn pass_on(&mut self, now: UnixMillis) {
         if self.state.is_leased() {
             self.probe |= matches!(self.state, TaskState::UnderWay);
@@ -281,7 +301,13 @@ impl Task {
     ///
     /// # Errors
     /// The lease is not held, or the task asks for something else.
-    pub fn begin(&mut self, fence: u64, setup: SecuritySetupId, work: TaskWork, now: UnixMillis) -> Result<(), TaskError> {
+    pub fn begin(
+        &mut self,
+        fence: u64,
+        setup: SecuritySetupId,
+        work: TaskWork,
+        now: UnixMillis,
+    ) -> Result<(), TaskError> {
         self.check(fence, now)?;
         let fits = setup == self.step.setup && (work == self.work() || work == TaskWork::Probe);
         if !fits {
@@ -291,9 +317,16 @@ impl Task {
         Ok(())
     }
 
-    /// Takes the outcome of a transfer or probe. `meter` is as it stands after it. What a transfer has shown is a fact, so it counts whether
-    /// the lease is still held or not.
-    pub fn end(&mut self, campaign: &Campaign, outcome: Outcome, reason: &str, meter: &Meter, now: UnixMillis) -> TaskEnd {
+    /// Takes the outcome of a transfer or probe. `meter` is as it stands after it. What a transfer
+    /// has shown is a fact, so it counts whether the lease is still held or not.
+    pub fn end(
+        &mut self,
+        campaign: &Campaign,
+        outcome: Outcome,
+        reason: &str,
+        meter: &Meter,
+        now: UnixMillis,
+    ) -> TaskEnd {
         let reached = self.is_reached(meter);
         if self.state.is_final() && !(self.state == TaskState::InDoubt && reached) {
             return TaskEnd::Unchanged;
@@ -302,7 +335,8 @@ impl Task {
         match outcome {
             Outcome::Proven | Outcome::Acknowledged | Outcome::Attested => self.succeed(campaign, meter, now),
             Outcome::Probed if self.step.work == TaskWork::Probe || reached => self.succeed(campaign, meter, now),
-            // What an exchange can show is known now, be it an earlier key: the transfer can be tried.
+            // What an exchange can show is known now, be it an earlier key: the transfer can be
+            // tried.
             Outcome::Probed => {
                 self.probe = false;
                 self.wait(now);
@@ -313,22 +347,25 @@ impl Task {
         }
     }
 
-    /// Whether the meter's row says that the key is rotated: a later version than before is active, and it is not in doubt. That counts, whatever the task's
-    /// own row says, which may be an older one that somebody put back (I5). Keys of groups are not looked at: one version is brought again.
+    /// Whether the meter's row says that the key is rotated: a later version than before is active,
+    /// and it is not in doubt. That counts, whatever the task's own row says, which may be an older
+    /// one that somebody put back (I5). Keys of groups are not looked at: one version is brought
+    /// again.
     pub fn is_reached(&self, meter: &Meter) -> bool {
         match self.step.work {
             TaskWork::Probe => false,
-            TaskWork::Rotate(key_type) => meter
-                .slots
-                .get(self.step.setup, key_type)
-                .is_some_and(|slot| !slot.in_doubt() && slot.active().is_some_and(|version| version.number().number() > self.step.from)),
+            TaskWork::Rotate(key_type) => meter.slots.get(self.step.setup, key_type).is_some_and(|slot| {
+                !slot.in_doubt() && slot.active().is_some_and(|version| version.number().number() > self.step.from)
+            }),
         }
     }
 
     fn is_unresolved(&self, meter: &Meter) -> bool {
         match self.step.work {
             TaskWork::Probe => false,
-            TaskWork::Rotate(key_type) => meter.slots.get(self.step.setup, key_type).is_some_and(crate::Slot::unresolved),
+            TaskWork::Rotate(key_type) => {
+                meter.slots.get(self.step.setup, key_type).is_some_and(crate::Slot::unresolved)
+            }
         }
     }
 
@@ -350,8 +387,10 @@ impl Task {
         self.attempts = self.attempts.saturating_add(1);
         self.reason = reason.to_owned();
         self.probe |= in_doubt;
-        if self.attempts >= u32::from(campaign.content.terms.attempts.get()) || campaign.state == CampaignState::Aborted {
-            let state = if self.probe && self.step.work != TaskWork::Probe { TaskState::InDoubt } else { TaskState::Failed };
+        if self.attempts >= u32::from(campaign.content.terms.attempts.get()) || campaign.state == CampaignState::Aborted
+        {
+            let state =
+                if self.probe && self.step.work != TaskWork::Probe { TaskState::InDoubt } else { TaskState::Failed };
             return self.finish(state, now);
         }
         self.wait(now.after(campaign.content.terms.back_off_ms(self.attempts)));

@@ -5,8 +5,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    ApprovalError, DeviceProfileName, FlagId, IslandName, KeyDerivation, KeyLength, KeyOrigin, MeterClass, MeterStatus, NewKeyVersion, Outcome, Role,
-    SecuritySuite, Slot, Slots, SystemTitle, WrappedKey,
+    ApprovalError, DeviceProfileName, FlagId, IslandName, KeyDerivation, KeyLength, KeyOrigin, MeterClass, MeterStatus,
+    NewKeyVersion, Outcome, Role, SecuritySuite, Slot, Slots, SystemTitle, WrappedKey,
 };
 
 const NOW: UnixMillis = UnixMillis(1_795_248_000_000);
@@ -34,7 +34,8 @@ fn terms() -> CampaignTerms {
         waves: vec![WaveSize::Meters(40), WaveSize::Percent(50)],
         success_threshold: 90,
         failure_limit: 5,
-        windows: MaintenanceWindows::new("Europe/Berlin", vec![MaintenanceWindow::parse("22:00-05:00").unwrap()]).unwrap(),
+        windows: MaintenanceWindows::new("Europe/Berlin", vec![MaintenanceWindow::parse("22:00-05:00").unwrap()])
+            .unwrap(),
         starts_per_minute: NonZeroU32::new(60),
         in_flight: NonZeroU32::new(500).unwrap(),
         attempts: NonZeroU8::new(3).unwrap(),
@@ -81,7 +82,12 @@ fn result() -> WaveResult {
     WaveResult {
         started: NOW,
         ended: NOW.after(5),
-        tallies: vec![WaveTally { vendor: "KAM".to_owned(), state: TaskState::Failed, reason: "not-applied".to_owned(), tasks: 3 }],
+        tallies: vec![WaveTally {
+            vendor: "KAM".to_owned(),
+            state: TaskState::Failed,
+            reason: "not-applied".to_owned(),
+            tasks: 3,
+        }],
         timeline: vec![(NOW.after(1), 2), (NOW.after(2), 7)],
     }
 }
@@ -135,7 +141,11 @@ fn rotate(meter: &mut Meter, key_type: KeyType) {
 fn pre_active() -> NewKeyVersion {
     NewKeyVersion {
         state: crate::KeyState::PreActive,
-        origin: KeyOrigin::Diversified { root_version: 1, derivation: KeyDerivation::Sp800108Cmac, length: KeyLength::Aes128 },
+        origin: KeyOrigin::Diversified {
+            root_version: 1,
+            derivation: KeyDerivation::Sp800108Cmac,
+            length: KeyLength::Aes128,
+        },
         wrapped: None,
         fingerprint: None,
     }
@@ -148,9 +158,15 @@ fn approval_needs_another_person_and_the_exact_content() {
     let digest = campaign.content_digest();
     assert_eq!(campaign.approve(officer("bo"), person("Bo"), &[0; 32], NOW), Err(ApprovalError::OtherContent.into()));
     // Another certificate of the same person is the same person, however the name is written.
-    assert_eq!(campaign.approve(officer("ada-2"), person("ADA"), &digest, NOW), Err(ApprovalError::OwnRequest { person: person("ADA") }.into()));
+    assert_eq!(
+        campaign.approve(officer("ada-2"), person("ADA"), &digest, NOW),
+        Err(ApprovalError::OwnRequest { person: person("ADA") }.into())
+    );
     campaign.approve(officer("bo"), person("Bo"), &digest, NOW).unwrap();
-    assert_eq!(campaign.approve(officer("bo-2"), person("bo"), &digest, NOW), Err(ApprovalError::ApprovedAlready { person: person("bo") }.into()));
+    assert_eq!(
+        campaign.approve(officer("bo-2"), person("bo"), &digest, NOW),
+        Err(ApprovalError::ApprovedAlready { person: person("bo") }.into())
+    );
     assert!(campaign.start(NOW).unwrap_err().to_string().contains("one approval is missing"));
     campaign.approve(officer("cy"), person("Cy"), &digest, NOW).unwrap();
     assert_eq!(campaign.state, CampaignState::Approved);
@@ -177,7 +193,10 @@ fn every_change_of_the_content_changes_the_digest() {
         change(&mut other.content);
         assert_ne!(other.content_digest(), base.content_digest());
     }
-    assert_ne!(Campaign { id: CampaignId::from_octets(&[8; 16]).unwrap(), ..base.clone() }.content_digest(), base.content_digest());
+    assert_ne!(
+        Campaign { id: CampaignId::from_octets(&[8; 16]).unwrap(), ..base.clone() }.content_digest(),
+        base.content_digest()
+    );
 }
 
 #[test]
@@ -209,7 +228,12 @@ fn a_wave_goes_on_pauses_and_ends_by_its_counts() {
     let campaign = running();
     let planned = campaign.planned_wave().unwrap().meters;
     let decide = |campaign: &Campaign, failed, succeeded| {
-        campaign.decide(&WaveCounts { failed, succeeded, pending: planned.saturating_sub(failed + succeeded), ..WaveCounts::default() })
+        campaign.decide(&WaveCounts {
+            failed,
+            succeeded,
+            pending: planned.saturating_sub(failed + succeeded),
+            ..WaveCounts::default()
+        })
     };
     assert_eq!(decide(&campaign, 0, 0), WaveDecision::Wait);
     assert_eq!(decide(&campaign, 1, 3), WaveDecision::Wait);
@@ -299,7 +323,10 @@ fn what_is_in_doubt_is_probed_before_it_is_tried_again() {
     let later = NOW.after(60_000);
     task.lease(&campaign, 1_000, later).unwrap();
     assert_eq!((task.fence, task.work()), (2, TaskWork::Probe));
-    assert_eq!(task.begin(2, SecuritySetupId::DEFAULT, rotation, later), Err(TaskError::OtherWork { wanted: TaskWork::Probe }));
+    assert_eq!(
+        task.begin(2, SecuritySetupId::DEFAULT, rotation, later),
+        Err(TaskError::OtherWork { wanted: TaskWork::Probe })
+    );
     task.begin(2, SecuritySetupId::DEFAULT, TaskWork::Probe, later).unwrap();
     // The probe shows the old key: the transfer is tried again.
     assert_eq!(task.end(&campaign, Outcome::Probed, "", &meter, later), TaskEnd::GoesOn);
@@ -313,18 +340,27 @@ fn what_is_in_doubt_is_probed_before_it_is_tried_again() {
 
 #[test]
 fn what_no_probe_decides_is_tried_again_after_one() {
-    // A probe shows a GUEK and a GAK. It shows an earlier one as well as the active one, and it shows no KEK.
+    // A probe shows a GUEK and a GAK. It shows an earlier one as well as the active one, and it
+    // shows no KEK.
     let mut went_back = meter(&[KeyType::GUEK]);
     rotate(&mut went_back, KeyType::GUEK);
-    went_back.slots.get_mut(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().confirm(crate::KeyVersionNumber::FIRST, 3, crate::Evidence::Proven, NOW).unwrap();
+    went_back
+        .slots
+        .get_mut(SecuritySetupId::DEFAULT, KeyType::GUEK)
+        .unwrap()
+        .confirm(crate::KeyVersionNumber::FIRST, 3, crate::Evidence::Proven, NOW)
+        .unwrap();
     let mut kek_left = meter(&[KeyType::KEK, KeyType::GUEK]);
     let kek = kek_left.slots.get_mut(SecuritySetupId::DEFAULT, KeyType::KEK).unwrap();
     let number = kek.add_version(pre_active(), NOW).unwrap();
     kek.mark_left(number, 1, crate::KeyVersionNumber::FIRST).unwrap();
-    for (meter, key_type, last) in [(went_back, KeyType::GUEK, TaskState::Failed), (kek_left, KeyType::KEK, TaskState::InDoubt)] {
+    for (meter, key_type, last) in
+        [(went_back, KeyType::GUEK, TaskState::Failed), (kek_left, KeyType::KEK, TaskState::InDoubt)]
+    {
         let campaign = running_with(CampaignAction::Rotate(key_type));
         assert!(meter.slots.get(SecuritySetupId::DEFAULT, key_type).unwrap().in_doubt());
-        let mut task = Task { probe: true, ..Task::new(campaign.content.action.first_step(&meter, None).unwrap(), NOW) };
+        let mut task =
+            Task { probe: true, ..Task::new(campaign.content.action.first_step(&meter, None).unwrap(), NOW) };
         for attempt in 1..=3 {
             if task.work() == TaskWork::Probe {
                 task.lease(&campaign, 1_000, task.due).unwrap();
@@ -387,16 +423,24 @@ fn a_selection_that_says_nothing_selects_nothing() {
     let exposed = CampaignSelection { exposed_to: Some(crate::Party::Vendor), ..CampaignSelection::default() };
     assert!(!exposed.matches(&meter, CampaignAction::Rotate(KeyType::GUEK), None));
     let slot = meter.slots.get_mut(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap();
-    slot.version_mut(crate::KeyVersionNumber::FIRST).unwrap().expose(crate::Party::Vendor, crate::ExposureReason::Shipment, NOW);
+    slot.version_mut(crate::KeyVersionNumber::FIRST).unwrap().expose(
+        crate::Party::Vendor,
+        crate::ExposureReason::Shipment,
+        NOW,
+    );
     assert!(exposed.matches(&meter, CampaignAction::Rotate(KeyType::GUEK), None));
     rotate(&mut meter, KeyType::GUEK);
-    assert!(!imported.matches(&meter, CampaignAction::Rotate(KeyType::GUEK), None) && !exposed.matches(&meter, CampaignAction::Rotate(KeyType::GUEK), None));
+    assert!(
+        !imported.matches(&meter, CampaignAction::Rotate(KeyType::GUEK), None)
+            && !exposed.matches(&meter, CampaignAction::Rotate(KeyType::GUEK), None)
+    );
     meter.class.status = MeterStatus::Quarantined;
     assert!(!all.matches(&meter, CampaignAction::Rotate(KeyType::GUEK), None));
 }
 
 proptest! {
-    /// Whatever counts come in: a campaign that went on has not failed too much, and one that ended has no open task.
+    /// Whatever counts come in: a campaign that went on has not failed too much, and one that ended
+    /// has no open task.
     #[test]
     fn no_wave_ends_below_its_threshold(total in 1_u64..5_000, failed in 0_u64..60, in_doubt in 0_u64..60, skipped in 0_u64..60, open in 0_u64..60) {
         let mut campaign = running();
@@ -415,7 +459,8 @@ proptest! {
         }
     }
 
-    /// Fencing tokens only grow, a final task stays so, and no lease is good after another was given out.
+    /// Fencing tokens only grow, a final task stays so, and no lease is good after another was
+    /// given out.
     #[test]
     fn leases_are_fenced(steps in prop::collection::vec((0_u8..6, 0_i64..2_000), 1..60)) {
         let meter = meter(&[KeyType::GUEK]);

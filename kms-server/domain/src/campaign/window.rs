@@ -10,7 +10,8 @@ use crate::{ParseError, UnixMillis};
 
 /// Windows on the clock of one time zone. Without windows it is always open.
 ///
-/// The rules of the zone are those that this build carries: every server of one version decides alike, whatever is installed beside it.
+/// The rules of the zone are those that this build carries: every server of one version decides
+/// alike, whatever is installed beside it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MaintenanceWindows {
     zone: String,
@@ -18,7 +19,8 @@ pub struct MaintenanceWindows {
     windows: Vec<MaintenanceWindow>,
 }
 
-/// A window: some days of the week, from a minute of the day to another, which is on the next day if it is not later.
+/// A window: some days of the week, from a minute of the day to another, which is on the next day
+/// if it is not later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct MaintenanceWindow {
     /// On which days it begins.
@@ -59,25 +61,31 @@ impl Weekdays {
 }
 
 impl MaintenanceWindow {
-    /// The window of this text: `HH:MM-HH:MM`, with days in front or without: `mon-fri 22:00-05:00`, `sat,sun 08:00-20:00`.
+    /// The window of this text: `HH:MM-HH:MM`, with days in front or without: `mon-fri
+    /// 22:00-05:00`, `sat,sun 08:00-20:00`.
     ///
     /// # Errors
     /// The text has another form.
     pub fn parse(text: &str) -> Result<Self, ParseError> {
-        let refuse = || ParseError::new("maintenance window", format!("`{text}` is not of the form `mon-fri 22:00-05:00`"));
+        let refuse =
+            || ParseError::new("maintenance window", format!("`{text}` is not of the form `mon-fri 22:00-05:00`"));
         let (days, times) = match text.trim().split_once(' ') {
             Some((days, times)) => (parse_days(days).ok_or_else(refuse)?, times.trim()),
             None => (Weekdays::ALL, text.trim()),
         };
         let (from, to) = times.split_once('-').ok_or_else(refuse)?;
-        let window = Self { days, from: parse_minute(from).ok_or_else(refuse)?, to: parse_minute(to).ok_or_else(refuse)? };
+        let window =
+            Self { days, from: parse_minute(from).ok_or_else(refuse)?, to: parse_minute(to).ok_or_else(refuse)? };
         window.check()?;
         Ok(window)
     }
 
     fn check(self) -> Result<(), ParseError> {
         if self.from >= DAY || self.to > DAY || self.from == self.to {
-            return Err(ParseError::new("maintenance window", format!("from minute {} to minute {} is no part of a day", self.from, self.to)));
+            return Err(ParseError::new(
+                "maintenance window",
+                format!("from minute {} to minute {} is no part of a day", self.from, self.to),
+            ));
         }
         Ok(())
     }
@@ -93,7 +101,8 @@ impl MaintenanceWindow {
 impl std::fmt::Display for MaintenanceWindow {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         if self.days != Weekdays::ALL {
-            let days: Vec<&str> = NAMES.iter().zip(0..).filter(|(_, bit)| self.days.0 & (1 << bit) != 0).map(|(name, _)| *name).collect();
+            let days: Vec<&str> =
+                NAMES.iter().zip(0..).filter(|(_, bit)| self.days.0 & (1 << bit) != 0).map(|(name, _)| *name).collect();
             write!(f, "{} ", days.join(","))?;
         }
         write!(f, "{:02}:{:02}-{:02}:{:02}", self.from / 60, self.from % 60, self.to / 60, self.to % 60)
@@ -111,9 +120,12 @@ impl MaintenanceWindows {
     /// # Errors
     /// The zone is unknown, a window is no part of a day, or there are more than 100.
     pub fn new(zone: &str, windows: Vec<MaintenanceWindow>) -> Result<Self, ParseError> {
-        let rules = TimeZoneDatabase::bundled()
-            .get(zone)
-            .map_err(|_| ParseError::new("time zone", format!("`{}` is no IANA time zone, such as Europe/Berlin", zone.escape_debug())))?;
+        let rules = TimeZoneDatabase::bundled().get(zone).map_err(|_| {
+            ParseError::new(
+                "time zone",
+                format!("`{}` is no IANA time zone, such as Europe/Berlin", zone.escape_debug()),
+            )
+        })?;
         if windows.len() > 100 {
             return Err(ParseError::new("maintenance windows", format!("{} are more than 100", windows.len())));
         }
@@ -144,12 +156,14 @@ impl MaintenanceWindows {
         self.windows.iter().any(|window| window.is_open(local.weekday(), minute))
     }
 
-    /// When work may be begun next: now, or the next whole minute within 8 days at which a window opens.
+    /// When work may be begun next: now, or the next whole minute within 8 days at which a window
+    /// opens.
     pub fn next_opening(&self, now: UnixMillis) -> Option<UnixMillis> {
         if self.is_open_at(now) {
             return Some(now);
         }
-        // Minute by minute over a week is 10,080 looks: exact at changes of the clock, and asked for by people only.
+        // Minute by minute over a week is 10,080 looks: exact at changes of the clock, and asked
+        // for by people only.
         let first = now.0.div_euclid(60_000) + 1;
         (first..first + 8 * 24 * 60).map(|minute| UnixMillis(minute * 60_000)).find(|time| self.is_open_at(*time))
     }
@@ -192,7 +206,9 @@ mod tests {
 
     #[test]
     fn windows_follow_the_clock_of_their_place() {
-        let windows = MaintenanceWindows::new("europe/berlin", vec![MaintenanceWindow::parse("mon-fri 22:00-05:00").unwrap()]).unwrap();
+        let windows =
+            MaintenanceWindows::new("europe/berlin", vec![MaintenanceWindow::parse("mon-fri 22:00-05:00").unwrap()])
+                .unwrap();
         assert_eq!(windows.zone(), "Europe/Berlin");
         // Winter: UTC+1. 2026-11-20 is a Friday.
         for (time, open) in [
@@ -216,7 +232,8 @@ mod tests {
 
     #[test]
     fn a_window_in_the_hour_that_does_not_exist_stays_shut_that_night() {
-        let windows = MaintenanceWindows::new("Europe/Berlin", vec![MaintenanceWindow::parse("02:00-03:00").unwrap()]).unwrap();
+        let windows =
+            MaintenanceWindows::new("Europe/Berlin", vec![MaintenanceWindow::parse("02:00-03:00").unwrap()]).unwrap();
         // The clock goes from 02:00 to 03:00 on 2026-03-29.
         let opening = windows.next_opening(at("2026-03-29T00:00:00Z")).unwrap();
         assert_eq!(opening, at("2026-03-30T00:00:00Z"));
@@ -228,7 +245,17 @@ mod tests {
             assert_eq!(MaintenanceWindow::parse(text).unwrap().to_string(), text);
         }
         assert_eq!(MaintenanceWindow::parse("fri-mon 01:00-02:00").unwrap().days.number(), 0b111_0001);
-        for text in ["", "22-5", "22:00", "25:00-26:00", "10:00-10:00", "xyz 10:00-11:00", "10:61-11:00", "24:00-01:00", "1:00-2:00"] {
+        for text in [
+            "",
+            "22-5",
+            "22:00",
+            "25:00-26:00",
+            "10:00-10:00",
+            "xyz 10:00-11:00",
+            "10:61-11:00",
+            "24:00-01:00",
+            "1:00-2:00",
+        ] {
             assert!(MaintenanceWindow::parse(text).is_err(), "{text}");
         }
         assert!(MaintenanceWindows::new("Europe/Atlantis", Vec::new()).is_err());

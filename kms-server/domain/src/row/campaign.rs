@@ -1,4 +1,5 @@
-//! Rows of campaigns. The content is a message of its own, so that what people approved is exactly these octets.
+//! Rows of campaigns. The content is a message of its own, so that what people approved is exactly
+//! these octets.
 
 use std::num::{NonZeroU8, NonZeroU32};
 
@@ -7,9 +8,10 @@ use prost::Message;
 
 use super::{RowError, approval::ApprovalRow, moment, octets};
 use crate::{
-    Approvals, Campaign, CampaignAction, CampaignContent, CampaignId, CampaignName, CampaignSelection, CampaignState, CampaignTerms, DeviceProfileName,
-    ExposureReason, FlagId, GroupId, KeyType, MaintenanceWindow, MaintenanceWindows, Party, PersonName, Plan, PlannedWave, PrincipalId, Quorum,
-    SecuritySetupId, TaskState, UnixMillis, WaveResult, WaveSize, WaveTally, Weekdays,
+    Approvals, Campaign, CampaignAction, CampaignContent, CampaignId, CampaignName, CampaignSelection, CampaignState,
+    CampaignTerms, DeviceProfileName, ExposureReason, FlagId, GroupId, KeyType, MaintenanceWindow, MaintenanceWindows,
+    Party, PersonName, Plan, PlannedWave, PrincipalId, Quorum, SecuritySetupId, TaskState, UnixMillis, WaveResult,
+    WaveSize, WaveTally, Weekdays,
 };
 
 #[derive(Clone, PartialEq, Message)]
@@ -357,7 +359,11 @@ fn terms_to_row(terms: &CampaignTerms) -> TermsRow {
             .windows
             .windows()
             .iter()
-            .map(|window| WindowRow { days: window.days.number().into(), from: window.from.into(), to: window.to.into() })
+            .map(|window| WindowRow {
+                days: window.days.number().into(),
+                from: window.from.into(),
+                to: window.to.into(),
+            })
             .collect(),
         starts_per_minute: terms.starts_per_minute.map_or(0, NonZeroU32::get),
         in_flight: terms.in_flight.get(),
@@ -367,12 +373,21 @@ fn terms_to_row(terms: &CampaignTerms) -> TermsRow {
 }
 
 fn terms_from_row(row: TermsRow) -> Result<CampaignTerms, RowError> {
-    let small = |what: &str, number: u32| u8::try_from(number).map_err(|_| RowError::new(format!("{what} {number} is too large")));
-    let minute = |number: u32| u16::try_from(number).map_err(|_| RowError::new(format!("minute {number} is not of a day")));
+    let small = |what: &str, number: u32| {
+        u8::try_from(number).map_err(|_| RowError::new(format!("{what} {number} is too large")))
+    };
+    let minute =
+        |number: u32| u16::try_from(number).map_err(|_| RowError::new(format!("minute {number} is not of a day")));
     let windows = row
         .windows
         .into_iter()
-        .map(|row| Ok(MaintenanceWindow { days: Weekdays::from_number(row.days)?, from: minute(row.from)?, to: minute(row.to)? }))
+        .map(|row| {
+            Ok(MaintenanceWindow {
+                days: Weekdays::from_number(row.days)?,
+                from: minute(row.from)?,
+                to: minute(row.to)?,
+            })
+        })
         .collect::<Result<Vec<_>, RowError>>()?;
     let waves = row.waves.into_iter().map(|number| match number % 2 {
         0 => u32::try_from(number / 2).ok().map(WaveSize::Meters),
@@ -381,13 +396,16 @@ fn terms_from_row(row: TermsRow) -> Result<CampaignTerms, RowError> {
     Ok(CampaignTerms {
         quorum: Quorum::new(row.quorum)?,
         canary: row.canary,
-        waves: waves.map(|size| size.ok_or_else(|| RowError::new("a wave size is out of range"))).collect::<Result<_, _>>()?,
+        waves: waves
+            .map(|size| size.ok_or_else(|| RowError::new("a wave size is out of range")))
+            .collect::<Result<_, _>>()?,
         success_threshold: small("success threshold", row.success_threshold)?,
         failure_limit: row.failure_limit,
         windows: MaintenanceWindows::new(&row.zone, windows)?,
         starts_per_minute: NonZeroU32::new(row.starts_per_minute),
         in_flight: NonZeroU32::new(row.in_flight).ok_or_else(|| RowError::new("no task may be in flight"))?,
-        attempts: NonZeroU8::new(small("attempts", row.attempts)?).ok_or_else(|| RowError::new("no attempt is allowed"))?,
+        attempts: NonZeroU8::new(small("attempts", row.attempts)?)
+            .ok_or_else(|| RowError::new("no attempt is allowed"))?,
         back_off_seconds: row.back_off_seconds,
     })
 }
@@ -399,7 +417,12 @@ fn result_to_row(result: &WaveResult) -> ResultRow {
         tallies: result
             .tallies
             .iter()
-            .map(|tally| TallyRow { vendor: tally.vendor.clone(), state: tally.state.number(), reason: tally.reason.clone(), tasks: tally.tasks })
+            .map(|tally| TallyRow {
+                vendor: tally.vendor.clone(),
+                state: tally.state.number(),
+                reason: tally.reason.clone(),
+                tasks: tally.tasks,
+            })
             .collect(),
         times: result.timeline.iter().map(|(time, _)| time.0.wrapping_sub(result.started.0)).collect(),
         counts: result.timeline.iter().map(|(_, count)| *count).collect(),
@@ -413,12 +436,24 @@ fn result_from_row(row: ResultRow) -> Result<WaveResult, RowError> {
     let tallies = row
         .tallies
         .into_iter()
-        .map(|row| Ok(WaveTally { vendor: row.vendor, state: TaskState::from_number(row.state)?, reason: row.reason, tasks: row.tasks }))
+        .map(|row| {
+            Ok(WaveTally {
+                vendor: row.vendor,
+                state: TaskState::from_number(row.state)?,
+                reason: row.reason,
+                tasks: row.tasks,
+            })
+        })
         .collect::<Result<_, RowError>>()?;
     Ok(WaveResult {
         started: moment(row.started)?,
         ended: moment(row.ended)?,
         tallies,
-        timeline: row.times.iter().zip(row.counts).map(|(time, count)| (UnixMillis(row.started.wrapping_add(*time)), count)).collect(),
+        timeline: row
+            .times
+            .iter()
+            .zip(row.counts)
+            .map(|(time, count)| (UnixMillis(row.started.wrapping_add(*time)), count))
+            .collect(),
     })
 }

@@ -34,13 +34,15 @@ pub(super) struct MeterRow {
     pub(super) sequence: u32,
     #[prost(message, optional, tag = "12")]
     pub(super) transfer: Option<TransferRow>,
-    /// Keys of groups and device types that left for the meter, in order of owner, setup, key type and version.
+    /// Keys of groups and device types that left for the meter, in order of owner, setup, key type
+    /// and version.
     #[prost(message, repeated, tag = "13")]
     pub(super) shared: Vec<SharedKeyRow>,
     /// When the meter was retired, in milliseconds after `added`; only of a retired one.
     #[prost(sint64, optional, tag = "14")]
     pub(super) retired: Option<i64>,
-    /// Unix milliseconds: what other moments of the row are relative to. Last and never 0, so that a cut row is refused.
+    /// Unix milliseconds: what other moments of the row are relative to. Last and never 0, so that
+    /// a cut row is refused.
     #[prost(int64, tag = "15")]
     pub(super) added: i64,
 }
@@ -221,7 +223,8 @@ pub(super) struct VersionRow {
     /// Relative to the row's moment.
     #[prost(sint64, tag = "5")]
     pub(super) since: i64,
-    /// 1 and 2 diversified with 16 octets (SP 800-108, AES-CBC), 3 and 4 with 32 octets, 5 generated, 6 imported.
+    /// 1 and 2 diversified with 16 octets (SP 800-108, AES-CBC), 3 and 4 with 32 octets, 5
+    /// generated, 6 imported.
     #[prost(uint32, tag = "6")]
     pub(super) origin: u32,
     /// The version of the diversification root or, for a wrapped key, of the storage KEK.

@@ -7,26 +7,33 @@ use super::{
     RowError,
     message::{CounterDomainRow, DeviceTypeRow, GroupRotationRow, GroupRow, MeterRow},
     moment,
-    slot::{Principals, counters_from_rows, counters_to_rows, exposures_from_rows, exposures_to_rows, slots_from_rows, slots_to_rows},
+    slot::{
+        Principals, counters_from_rows, counters_to_rows, exposures_from_rows, exposures_to_rows, slots_from_rows,
+        slots_to_rows,
+    },
     suite,
     transfer::{key_type, setup, shared_from_rows, shared_to_rows, transfer_from_row, transfer_to_row},
 };
 use crate::{
-    CampaignId, CounterDomain, CounterDomainId, DeviceProfileName, DeviceType, DeviceTypeId, FlagId, Group, GroupId, GroupRotation, IslandName,
-    KeyVersionNumber, Meter, MeterClass, MeterStatus, SwitchThreshold, SystemTitle, UnixMillis,
+    CampaignId, CounterDomain, CounterDomainId, DeviceProfileName, DeviceType, DeviceTypeId, FlagId, Group, GroupId,
+    GroupRotation, IslandName, KeyVersionNumber, Meter, MeterClass, MeterStatus, SwitchThreshold, SystemTitle,
+    UnixMillis,
     id::parse_name,
     meter::{check_batch, check_serial},
 };
 
 impl Meter {
-    /// Reads the body of the row of `title` in `island`. Wrapped keys are not copied: they point into `body`.
+    /// Reads the body of the row of `title` in `island`. Wrapped keys are not copied: they point
+    /// into `body`.
     ///
     /// # Errors
     /// The body is no meter row, or breaks an invariant.
     pub fn from_row(title: SystemTitle, island: &IslandName, body: Bytes) -> Result<Self, RowError> {
         let row = MeterRow::decode(body)?;
         let principals = Principals::from_rows(island, &row.principals)?;
-        let [0, vendor @ ..] = row.vendor.to_be_bytes() else { return Err(RowError::new("the vendor has more than three letters")) };
+        let [0, vendor @ ..] = row.vendor.to_be_bytes() else {
+            return Err(RowError::new("the vendor has more than three letters"));
+        };
         let groups: Vec<GroupId> = row.groups.into_iter().map(GroupId).collect();
         if groups.first() == Some(&GroupId(0)) || !groups.is_sorted_by(|group, next| group < next) {
             return Err(RowError::new("the groups are not in increasing order"));
@@ -52,7 +59,10 @@ impl Meter {
             retired,
             slots: slots_from_rows(row.versions, row.added, &principals)?,
             sequence: row.sequence,
-            transfer: row.transfer.map(|transfer| transfer_from_row(title, transfer, row.added, &principals)).transpose()?,
+            transfer: row
+                .transfer
+                .map(|transfer| transfer_from_row(title, transfer, row.added, &principals))
+                .transpose()?,
             shared: shared_from_rows(row.shared)?,
         })
     }
@@ -60,13 +70,14 @@ impl Meter {
     /// The body of the meter's row.
     ///
     /// # Errors
-    /// The meter breaks an invariant that [`Self::from_row`] checks: a serial or batch of another form, groups out of order, a status
-    /// that does not fit the time of retirement.
+    /// The meter breaks an invariant that [`Self::from_row`] checks: a serial or batch of another
+    /// form, groups out of order, a status that does not fit the time of retirement.
     pub fn to_row(&self) -> Result<Vec<u8>, RowError> {
         check_serial(&self.serial)?;
         check_batch(&self.batch)?;
         check_retired(self.class.status, self.retired)?;
-        if self.class.groups.first() == Some(&GroupId(0)) || !self.class.groups.is_sorted_by(|group, next| group < next) {
+        if self.class.groups.first() == Some(&GroupId(0)) || !self.class.groups.is_sorted_by(|group, next| group < next)
+        {
             return Err(RowError::new("the groups are not in increasing order"));
         }
         let mut principals = Principals::default();
@@ -105,15 +116,30 @@ impl Group {
         parse_name("group", &row.name, 64)?;
         let principals = Principals::from_rows(island, &row.principals)?;
         let slots = slots_from_rows(row.versions, row.added, &principals)?;
-        let switch_at = if row.switch_at == 0 { SwitchThreshold::DEFAULT } else { SwitchThreshold::new(row.switch_at)? };
-        let rotations = row.rotations.into_iter().map(|rotation| rotation_from_row(rotation, row.added)).collect::<Result<Vec<_>, _>>()?;
+        let switch_at =
+            if row.switch_at == 0 { SwitchThreshold::DEFAULT } else { SwitchThreshold::new(row.switch_at)? };
+        let rotations = row
+            .rotations
+            .into_iter()
+            .map(|rotation| rotation_from_row(rotation, row.added))
+            .collect::<Result<Vec<_>, _>>()?;
         if !rotations.is_sorted_by(|one, next| (one.setup, one.key_type) < (next.setup, next.key_type)) {
             return Err(RowError::new("the rotations are not in order"));
         }
-        if rotations.iter().any(|rotation| slots.get(rotation.setup, rotation.key_type).and_then(|slot| slot.version(rotation.version)).is_none()) {
+        if rotations.iter().any(|rotation| {
+            slots.get(rotation.setup, rotation.key_type).and_then(|slot| slot.version(rotation.version)).is_none()
+        }) {
             return Err(RowError::new("a rotation of a version that the group does not have"));
         }
-        Ok(Self { id, name: row.name, suite: suite(row.suite)?, added: moment(row.added)?, slots, switch_at, rotations })
+        Ok(Self {
+            id,
+            name: row.name,
+            suite: suite(row.suite)?,
+            added: moment(row.added)?,
+            slots,
+            switch_at,
+            rotations,
+        })
     }
 
     /// The body of the group's row.
@@ -191,12 +217,14 @@ impl CounterDomain {
         Ok(Self { id, counters: counters_from_rows(row.counters, &principals)?, members: row.members, exposures })
     }
 
-    /// The body of the counter domain's row. A domain without members has none: it is stored when the first joined.
+    /// The body of the counter domain's row. A domain without members has none: it is stored when
+    /// the first joined.
     pub fn to_row(&self) -> Vec<u8> {
         let mut principals = Principals::default();
         let counters = counters_to_rows(&self.counters, &mut principals);
         let exposures = exposures_to_rows(&self.exposures, 0, &mut principals);
-        CounterDomainRow { principals: principals.to_rows(), counters, exposures, members: self.members }.encode_to_vec()
+        CounterDomainRow { principals: principals.to_rows(), counters, exposures, members: self.members }
+            .encode_to_vec()
     }
 }
 
@@ -230,5 +258,9 @@ fn rotation_to_row(rotation: &GroupRotation, base: UnixMillis) -> GroupRotationR
 
 /// A retired meter says when, and no other does: the retention time counts from it.
 fn check_retired(status: MeterStatus, retired: Option<UnixMillis>) -> Result<(), RowError> {
-    if (status == MeterStatus::Retired) == retired.is_some() { Ok(()) } else { Err(RowError::new("status and time of retirement do not belong together")) }
+    if (status == MeterStatus::Retired) == retired.is_some() {
+        Ok(())
+    } else {
+        Err(RowError::new("status and time of retirement do not belong together"))
+    }
 }

@@ -12,8 +12,9 @@ use super::{
     version,
 };
 use crate::{
-    ClassRoots, CounterJump, DatabaseHistory, DiversificationRoot, Enrolment, Island, IslandKind, IslandName, KeyClass, KeyDerivation, PersonName, Principal,
-    PrincipalCertificate, PrincipalId, PrincipalStatus, RootLedger, SystemTitle, Timeline, TransportCertificate, UnixMillis,
+    ClassRoots, CounterJump, DatabaseHistory, DiversificationRoot, Enrolment, Island, IslandKind, IslandName, KeyClass,
+    KeyDerivation, PersonName, Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, RootLedger, SystemTitle,
+    Timeline, TransportCertificate, UnixMillis,
 };
 
 impl Principal {
@@ -40,17 +41,36 @@ impl Principal {
                     serial: row.serial,
                     sha256: octets("SHA-256 of the certificate", &row.sha256)?,
                     not_after: UnixMillis(row.not_after),
-                    key_sha256: if row.key_sha256.is_empty() { None } else { Some(octets("SHA-256 of a certificate's key", &row.key_sha256)?) },
-                    enrolment: enrolment.ok_or_else(|| RowError::new(format!("enrolment {} is unknown", row.enrolment)))?,
+                    key_sha256: if row.key_sha256.is_empty() {
+                        None
+                    } else {
+                        Some(octets("SHA-256 of a certificate's key", &row.key_sha256)?)
+                    },
+                    enrolment: enrolment
+                        .ok_or_else(|| RowError::new(format!("enrolment {} is unknown", row.enrolment)))?,
                     issued_by: if row.issued_by.is_empty() { None } else { Some(PrincipalId::parse(&row.issued_by)?) },
                 })
             })
             .collect::<Result<_, _>>()?;
         let transport = row.transport.map(TransportCertificate::try_from).transpose()?;
-        let client_titles = row.client_titles.into_iter().map(|title| SystemTitle::from_octets(&title.to_be_bytes())).collect::<Result<_, _>>()?;
+        let client_titles = row
+            .client_titles
+            .into_iter()
+            .map(|title| SystemTitle::from_octets(&title.to_be_bytes()))
+            .collect::<Result<_, _>>()?;
         let person = if row.person.is_empty() { None } else { Some(PersonName::parse(&row.person)?) };
         let shipment_key = Some(row.shipment_key).filter(|key| !key.is_empty());
-        let principal = Self { id, revision: row.revision, status, certificates, transport, client_titles, person, shipment_key, added: moment(row.added)? };
+        let principal = Self {
+            id,
+            revision: row.revision,
+            status,
+            certificates,
+            transport,
+            client_titles,
+            person,
+            shipment_key,
+            added: moment(row.added)?,
+        };
         principal.check()?;
         Ok(principal)
     }
@@ -74,7 +94,10 @@ impl Principal {
                     serial: certificate.serial.clone(),
                     sha256: Bytes::copy_from_slice(&certificate.sha256),
                     not_after: certificate.not_after.0,
-                    key_sha256: certificate.key_sha256.map(|digest| Bytes::copy_from_slice(&digest)).unwrap_or_default(),
+                    key_sha256: certificate
+                        .key_sha256
+                        .map(|digest| Bytes::copy_from_slice(&digest))
+                        .unwrap_or_default(),
                     enrolment: certificate.enrolment.number(),
                     issued_by: certificate.issued_by.as_ref().map(ToString::to_string).unwrap_or_default(),
                 })
@@ -106,10 +129,18 @@ impl Island {
             other => return Err(RowError::new(format!("island kind {other} is unknown"))),
         };
         let classes = row.classes.into_iter().map(ClassRoots::try_from).collect::<Result<Vec<_>, _>>()?;
-        if classes.iter().enumerate().any(|(at, roots)| classes.iter().take(at).any(|earlier| earlier.class == roots.class)) {
+        if classes
+            .iter()
+            .enumerate()
+            .any(|(at, roots)| classes.iter().take(at).any(|earlier| earlier.class == roots.class))
+        {
             return Err(RowError::new("a key class has its roots twice"));
         }
-        let escrow_fingerprint = if row.escrow_fingerprint.is_empty() { None } else { Some(octets("escrow fingerprint", &row.escrow_fingerprint)?) };
+        let escrow_fingerprint = if row.escrow_fingerprint.is_empty() {
+            None
+        } else {
+            Some(octets("escrow fingerprint", &row.escrow_fingerprint)?)
+        };
         let timeline = (row.timeline != 0).then_some(Timeline { cluster: row.cluster, number: row.timeline });
         let history = DatabaseHistory { timeline, restores: row.restores, jump: CounterJump::new(row.jump) };
         let seal_key_version = version("seal key", row.seal_key_version)?;
@@ -117,17 +148,34 @@ impl Island {
             entries: made_roots(row.made_roots)?,
             oldest_seal_key_version: version("oldest seal key", row.oldest_seal_key_version.max(1))?,
             vendor_transport_version: version("vendor transport key", row.vendor_transport_version.max(1))?,
-            oldest_vendor_transport_version: version("oldest vendor transport key", row.oldest_vendor_transport_version.max(1))?,
+            oldest_vendor_transport_version: version(
+                "oldest vendor transport key",
+                row.oldest_vendor_transport_version.max(1),
+            )?,
         };
         let (principals_added, created) = (row.principals_added, moment(row.created)?);
-        Ok(Self { name, kind, classes, seal_key_version, escrow_fingerprint, history, ledger, principals_added, created })
+        Ok(Self {
+            name,
+            kind,
+            classes,
+            seal_key_version,
+            escrow_fingerprint,
+            history,
+            ledger,
+            principals_added,
+            created,
+        })
     }
 
     /// The body of the island's row.
     pub fn to_row(&self) -> Vec<u8> {
         let classes = self.classes.iter().map(|roots| ClassRow {
             class: class_number(roots.class),
-            roots: roots.diversification.iter().map(|root| RootRow { version: root.version.into(), derivation: derivation_number(root.derivation) }).collect(),
+            roots: roots
+                .diversification
+                .iter()
+                .map(|root| RootRow { version: root.version.into(), derivation: derivation_number(root.derivation) })
+                .collect(),
             storage_kek_version: roots.storage_kek_version.into(),
         });
         IslandRow {
@@ -137,7 +185,10 @@ impl Island {
             },
             classes: classes.collect(),
             seal_key_version: self.seal_key_version.into(),
-            escrow_fingerprint: self.escrow_fingerprint.map(|fingerprint| Bytes::copy_from_slice(&fingerprint)).unwrap_or_default(),
+            escrow_fingerprint: self
+                .escrow_fingerprint
+                .map(|fingerprint| Bytes::copy_from_slice(&fingerprint))
+                .unwrap_or_default(),
             restores: self.history.restores,
             jump: self.history.jump.counters(),
             cluster: self.history.timeline.map_or(0, |timeline| timeline.cluster),
@@ -161,7 +212,11 @@ impl TryFrom<TransportRow> for TransportCertificate {
         if public_point.first() != Some(&4) {
             return Err(RowError::new("the transport public point is not uncompressed"));
         }
-        Ok(Self { certificate: row.certificate, sha256: octets("SHA-256 of the transport certificate", &row.sha256)?, public_point })
+        Ok(Self {
+            certificate: row.certificate,
+            sha256: octets("SHA-256 of the transport certificate", &row.sha256)?,
+            public_point,
+        })
     }
 }
 

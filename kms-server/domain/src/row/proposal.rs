@@ -1,12 +1,14 @@
-//! Rows of proposals. The content is a message of its own, so that what people approved is exactly these octets.
+//! Rows of proposals. The content is a message of its own, so that what people approved is exactly
+//! these octets.
 
 use bytes::Bytes;
 use prost::{Message, Oneof};
 
 use super::{RowError, approval::ApprovalRow, moment, octets, version};
 use crate::{
-    Approvals, DestroyRoot, KeyClass, KeyType, KeyVersionNumber, PersonName, PrincipalId, Proposal, ProposalContent, ProposalEnd, ProposalId, ProposedAction,
-    Quorum, RaiseCounter, RecertifyPrincipal, RootKind, SecuritySetupId, SystemTitle,
+    Approvals, DestroyRoot, KeyClass, KeyType, KeyVersionNumber, PersonName, PrincipalId, Proposal, ProposalContent,
+    ProposalEnd, ProposalId, ProposedAction, Quorum, RaiseCounter, RecertifyPrincipal, RootKind, SecuritySetupId,
+    SystemTitle,
 };
 
 #[derive(Clone, PartialEq, Message)]
@@ -106,7 +108,11 @@ impl Proposal {
     pub fn from_row(id: ProposalId, body: Bytes) -> Result<Self, RowError> {
         let row = ProposalRow::decode(body)?;
         let end = |row: EndRow| {
-            Ok::<_, RowError>(ProposalEnd { carried_out: row.carried_out, principal: PrincipalId::parse(&row.principal)?, time: moment(row.time)? })
+            Ok::<_, RowError>(ProposalEnd {
+                carried_out: row.carried_out,
+                principal: PrincipalId::parse(&row.principal)?,
+                time: moment(row.time)?,
+            })
         };
         let proposal = Self {
             id,
@@ -120,8 +126,17 @@ impl Proposal {
 
     /// The body of the proposal's row.
     pub fn to_row(&self) -> Vec<u8> {
-        let end = |end: &ProposalEnd| EndRow { carried_out: end.carried_out, principal: end.principal.to_string(), time: end.time.0 };
-        ProposalRow { content: self.content.to_octets().into(), approvals: self.approvals.to_rows(), end: self.end.as_ref().map(end) }.encode_to_vec()
+        let end = |end: &ProposalEnd| EndRow {
+            carried_out: end.carried_out,
+            principal: end.principal.to_string(),
+            time: end.time.0,
+        };
+        ProposalRow {
+            content: self.content.to_octets().into(),
+            approvals: self.approvals.to_rows(),
+            end: self.end.as_ref().map(end),
+        }
+        .encode_to_vec()
     }
 }
 
@@ -169,7 +184,9 @@ fn content_from_row(row: ContentRow) -> Result<ProposalContent, RowError> {
         Some(ActionRow::RaiseCounter(row)) => ProposedAction::RaiseCounter(RaiseCounter {
             meter: title(row.meter)?,
             setup: SecuritySetupId::from_octets(
-                u16::try_from(row.setup).map_err(|_| RowError::new("a security setup has more than two octets"))?.to_be_bytes(),
+                u16::try_from(row.setup)
+                    .map_err(|_| RowError::new("a security setup has more than two octets"))?
+                    .to_be_bytes(),
             ),
             key_type: KeyType::from_number(u8::try_from(row.key_type).unwrap_or_default())?,
             version: KeyVersionNumber::new(row.version)?,
@@ -181,7 +198,12 @@ fn content_from_row(row: ContentRow) -> Result<ProposalContent, RowError> {
             if class.is_none() && !row.class.is_empty() {
                 return Err(RowError::new(format!("key class `{}` is unknown", row.class)));
             }
-            let root = DestroyRoot::new(RootKind::from_number(row.kind)?, class, version("root", row.version)?, moment(row.oldest_backup)?)?;
+            let root = DestroyRoot::new(
+                RootKind::from_number(row.kind)?,
+                class,
+                version("root", row.version)?,
+                moment(row.oldest_backup)?,
+            )?;
             ProposedAction::DestroyRoot(root)
         }
         Some(ActionRow::RecertifyPrincipal(row)) => ProposedAction::RecertifyPrincipal(RecertifyPrincipal {
@@ -189,7 +211,11 @@ fn content_from_row(row: ContentRow) -> Result<ProposalContent, RowError> {
             person: PersonName::parse(&row.person)?,
             key_sha256: octets("SHA-256 of a key", &row.key_sha256)?,
         }),
-        None => return Err(RowError::new("a proposal of nothing, or of something that a newer version of the server knows")),
+        None => {
+            return Err(RowError::new(
+                "a proposal of nothing, or of something that a newer version of the server knows",
+            ));
+        }
     };
     Ok(ProposalContent {
         action,

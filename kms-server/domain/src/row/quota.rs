@@ -23,7 +23,11 @@ impl QuotaUse {
             .used
             .into_iter()
             .map(|row| {
-                let meters = row.meters.iter().map(|title| SystemTitle::from_octets(&title.to_be_bytes())).collect::<Result<Vec<_>, _>>()?;
+                let meters = row
+                    .meters
+                    .iter()
+                    .map(|title| SystemTitle::from_octets(&title.to_be_bytes()))
+                    .collect::<Result<Vec<_>, _>>()?;
                 if !meters.is_sorted_by(|meter, next| meter < next) {
                     return Err(RowError::new("the meters of a quota are not in increasing order"));
                 }

@@ -9,7 +9,9 @@ use super::{
     moment,
     slot::derivation_number,
 };
-use crate::{KeyDerivation, PrincipalId, RootEntry, RootId, RootRotation, RootRotationState, RowPlace, UnixMillis, WriterId};
+use crate::{
+    KeyDerivation, PrincipalId, RootEntry, RootId, RootRotation, RootRotationState, RowPlace, UnixMillis, WriterId,
+};
 
 impl RootRotation {
     /// Reads the body of the row of the rotation to version `to`.
@@ -18,7 +20,11 @@ impl RootRotation {
     /// The body is no such row, or breaks an invariant.
     pub fn from_row(to: RootId, body: Bytes) -> Result<Self, RowError> {
         let row = RootRotationRow::decode(body)?;
-        let lead = if row.leader.is_empty() { None } else { Some((WriterId::from_octets(&row.leader)?, UnixMillis(row.lead_until))) };
+        let lead = if row.leader.is_empty() {
+            None
+        } else {
+            Some((WriterId::from_octets(&row.leader)?, UnixMillis(row.lead_until)))
+        };
         if row.rows_per_second == 0 || row.round == 0 {
             return Err(RowError::new("a rotation without a rate or a round"));
         }
@@ -78,7 +84,13 @@ pub(super) fn made_roots(rows: Vec<MadeRootRow>) -> Result<Vec<RootEntry>, RowEr
                 other => return Err(RowError::new(format!("key derivation {other} is unknown"))),
             };
             let destroyed = (row.destroyed != 0).then_some(UnixMillis(row.destroyed));
-            Ok(RootEntry { id: RootId::from_octets(&row.id)?, derivation, made: moment(row.made)?, fingerprint: row.fingerprint, destroyed })
+            Ok(RootEntry {
+                id: RootId::from_octets(&row.id)?,
+                derivation,
+                made: moment(row.made)?,
+                fingerprint: row.fingerprint,
+                destroyed,
+            })
         })
         .collect::<Result<Vec<_>, RowError>>()?;
     if !entries.is_sorted_by(|entry, next| entry.id < next.id) {

@@ -8,9 +8,10 @@ use super::{
     octets, version,
 };
 use crate::{
-    CounterDomainId, CounterJump, CounterKey, CounterOwnership, CounterPlace, CounterState, Counters, Evidence, Exposure, ExposureReason, HourlyUse,
-    IslandName, KeyDerivation, KeyLength, KeyMaterial, KeyOrigin, KeyState, KeyType, KeyVersion, KeyVersionNumber, Party, PrincipalId, QuotaHour, Role,
-    SecuritySetupId, Slot, Slots, SystemTitle, Transport, UnixMillis, WrappedKey, WriterId,
+    CounterDomainId, CounterJump, CounterKey, CounterOwnership, CounterPlace, CounterState, Counters, Evidence,
+    Exposure, ExposureReason, HourlyUse, IslandName, KeyDerivation, KeyLength, KeyMaterial, KeyOrigin, KeyState,
+    KeyType, KeyVersion, KeyVersionNumber, Party, PrincipalId, QuotaHour, Role, SecuritySetupId, Slot, Slots,
+    SystemTitle, Transport, UnixMillis, WrappedKey, WriterId,
 };
 
 /// The principals that a row names by position: each is stored once.
@@ -21,8 +22,10 @@ impl Principals {
     pub(super) fn from_rows(island: &IslandName, rows: &[PrincipalRef]) -> Result<Self, RowError> {
         rows.iter()
             .map(|row| {
-                let role =
-                    Role::ALL.into_iter().find(|role| role_number(*role) == row.role).ok_or_else(|| RowError::new(format!("role {} is unknown", row.role)))?;
+                let role = Role::ALL
+                    .into_iter()
+                    .find(|role| role_number(*role) == row.role)
+                    .ok_or_else(|| RowError::new(format!("role {} is unknown", row.role)))?;
                 Ok(PrincipalId::new(island.clone(), role, &row.name)?)
             })
             .collect::<Result<_, _>>()
@@ -30,7 +33,10 @@ impl Principals {
     }
 
     pub(super) fn to_rows(&self) -> Vec<PrincipalRef> {
-        self.0.iter().map(|principal| PrincipalRef { role: role_number(principal.role()), name: principal.name().to_owned() }).collect()
+        self.0
+            .iter()
+            .map(|principal| PrincipalRef { role: role_number(principal.role()), name: principal.name().to_owned() })
+            .collect()
     }
 
     fn get(&self, position: u32) -> Result<&PrincipalId, RowError> {
@@ -58,7 +64,9 @@ pub(super) fn slots_from_rows(rows: Vec<VersionRow>, base: i64, principals: &Pri
     let mut slots: Vec<Slot> = Vec::with_capacity(rows.len());
     let mut rows = rows.into_iter().peekable();
     while let Some(first) = rows.next() {
-        let [0, 0, b, e] = first.setup.to_be_bytes() else { return Err(RowError::new("a security setup has more than two octets")) };
+        let [0, 0, b, e] = first.setup.to_be_bytes() else {
+            return Err(RowError::new("a security setup has more than two octets"));
+        };
         let slot = (first.setup, first.key_type);
         let key_type = KeyType::from_number(u8::try_from(first.key_type).unwrap_or_default())?;
         // Most slots have one version, so there is no room for more.
@@ -72,7 +80,12 @@ pub(super) fn slots_from_rows(rows: Vec<VersionRow>, base: i64, principals: &Pri
     Ok(Slots::from_sorted(slots)?)
 }
 
-fn version_from_row(key_type: KeyType, row: VersionRow, base: i64, principals: &Principals) -> Result<KeyVersion, RowError> {
+fn version_from_row(
+    key_type: KeyType,
+    row: VersionRow,
+    base: i64,
+    principals: &Principals,
+) -> Result<KeyVersion, RowError> {
     let state = state_from_number(row.state)?;
     let root_version = version("root", row.root_version)?;
     let diversified = |derivation, length| KeyOrigin::Diversified { root_version, derivation, length };
@@ -125,13 +138,25 @@ pub(super) fn slots_to_rows(slots: &Slots, base: UnixMillis, principals: &mut Pr
     for slot in slots.iter() {
         let [b, e] = slot.setup().octets();
         for version in slot.versions() {
-            rows.push(version_to_row(version, base.0, principals, u32::from_be_bytes([0, 0, b, e]), slot.key_type().number().into()));
+            rows.push(version_to_row(
+                version,
+                base.0,
+                principals,
+                u32::from_be_bytes([0, 0, b, e]),
+                slot.key_type().number().into(),
+            ));
         }
     }
     rows
 }
 
-fn version_to_row(version: &KeyVersion, base: i64, principals: &mut Principals, setup: u32, key_type: u32) -> VersionRow {
+fn version_to_row(
+    version: &KeyVersion,
+    base: i64,
+    principals: &mut Principals,
+    setup: u32,
+    key_type: u32,
+) -> VersionRow {
     let (origin, origin_root) = match version.origin {
         KeyOrigin::Diversified { root_version, derivation, length } => {
             let longer = if length == KeyLength::Aes256 { 2 } else { 0 };
@@ -172,7 +197,11 @@ fn version_to_row(version: &KeyVersion, base: i64, principals: &mut Principals, 
     }
 }
 
-pub(super) fn exposures_from_rows(rows: Vec<ExposureRow>, base: i64, principals: &Principals) -> Result<Vec<Exposure>, RowError> {
+pub(super) fn exposures_from_rows(
+    rows: Vec<ExposureRow>,
+    base: i64,
+    principals: &Principals,
+) -> Result<Vec<Exposure>, RowError> {
     let exposures = rows.into_iter().map(|row| {
         Ok(Exposure {
             party: match row.party {
@@ -210,7 +239,8 @@ pub(super) fn counters_from_rows(rows: Vec<CounterRow>, principals: &Principals)
             };
             let holder = if row.holder.is_empty() { None } else { Some(WriterId::from_octets(&row.holder)?) };
             let ownership = principals.optional(row.owned_by)?.map_or(CounterOwnership::Kms, CounterOwnership::HeadEnd);
-            let state = CounterState::new(key, row.bound, holder, ownership, row.lent)?.with_jumped(CounterJump::new(row.jumped));
+            let state = CounterState::new(key, row.bound, holder, ownership, row.lent)?
+                .with_jumped(CounterJump::new(row.jumped));
             let hourly = HourlyUse { hour: QuotaHour::from_number(row.hour), counters: row.reserved };
             Ok(state.with_floor(row.floor)?.with_hourly(hourly))
         })
@@ -271,5 +301,8 @@ const fn state_number(state: KeyState) -> u32 {
 }
 
 fn state_from_number(number: u32) -> Result<KeyState, RowError> {
-    KeyState::ALL.into_iter().find(|state| state_number(*state) == number).ok_or_else(|| RowError::new(format!("key state {number} is unknown")))
+    KeyState::ALL
+        .into_iter()
+        .find(|state| state_number(*state) == number)
+        .ok_or_else(|| RowError::new(format!("key state {number} is unknown")))
 }

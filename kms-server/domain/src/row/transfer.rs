@@ -9,21 +9,29 @@ use super::{
     slot::Principals,
 };
 use crate::{
-    Answer, CampaignId, CampaignTask, DeviceTypeId, ExchangePurpose, GroupId, KeyPair, KeyType, KeyVersionNumber, Owner, SecuritySetupId, SharedKey, Stage,
-    SystemTitle, Transfer, TransferForm, TransferId, TransferKey, UnixMillis,
+    Answer, CampaignId, CampaignTask, DeviceTypeId, ExchangePurpose, GroupId, KeyPair, KeyType, KeyVersionNumber,
+    Owner, SecuritySetupId, SharedKey, Stage, SystemTitle, Transfer, TransferForm, TransferId, TransferKey, UnixMillis,
 };
 
-pub(super) fn transfer_from_row(title: SystemTitle, row: TransferRow, base: i64, principals: &Principals) -> Result<Transfer, RowError> {
+pub(super) fn transfer_from_row(
+    title: SystemTitle,
+    row: TransferRow,
+    base: i64,
+    principals: &Principals,
+) -> Result<Transfer, RowError> {
     let pair = match (row.encryption, row.authentication) {
         (0, 0) => None,
-        (encryption, authentication) => {
-            Some(KeyPair { encryption: KeyVersionNumber::new(encryption)?, authentication: KeyVersionNumber::new(authentication)? })
-        }
+        (encryption, authentication) => Some(KeyPair {
+            encryption: KeyVersionNumber::new(encryption)?,
+            authentication: KeyVersionNumber::new(authentication)?,
+        }),
     };
     let with_pair = || pair.ok_or_else(|| RowError::new("an exchange without keys"));
     let purpose = || if row.stage % 2 == 1 { ExchangePurpose::Open } else { ExchangePurpose::Prove };
     let stage = match row.stage {
-        1 | 2 => Stage::Associate { purpose: purpose(), pair: with_pair()?, challenge: octets("challenge", &row.challenge)? },
+        1 | 2 => {
+            Stage::Associate { purpose: purpose(), pair: with_pair()?, challenge: octets("challenge", &row.challenge)? }
+        }
         3 | 4 => Stage::Authenticate {
             purpose: purpose(),
             pair: with_pair()?,
@@ -76,7 +84,9 @@ pub(super) fn transfer_from_row(title: SystemTitle, row: TransferRow, base: i64,
             0 => Answer::Silence,
             1 => Answer::Accepted,
             2 => Answer::Exception,
-            result => Answer::Refused(u8::try_from(result.wrapping_sub(REFUSED)).map_err(|_| RowError::new("an unknown answer"))?),
+            result => Answer::Refused(
+                u8::try_from(result.wrapping_sub(REFUSED)).map_err(|_| RowError::new("an unknown answer"))?,
+            ),
         },
         not_after: UnixMillis(base.wrapping_add(row.not_after)),
     })
@@ -90,7 +100,9 @@ pub(super) fn transfer_to_row(transfer: &Transfer, base: UnixMillis, principals:
         ExchangePurpose::Prove => first + 1,
     };
     let (stage, challenge, meter_challenge) = match &transfer.stage {
-        Stage::Associate { purpose, challenge, .. } => (number(*purpose, 1), Bytes::copy_from_slice(challenge), Bytes::new()),
+        Stage::Associate { purpose, challenge, .. } => {
+            (number(*purpose, 1), Bytes::copy_from_slice(challenge), Bytes::new())
+        }
         Stage::Authenticate { purpose, challenge, meter_challenge, .. } => {
             (number(*purpose, 3), Bytes::copy_from_slice(challenge), Bytes::copy_from_slice(meter_challenge))
         }
@@ -112,7 +124,13 @@ pub(super) fn transfer_to_row(transfer: &Transfer, base: UnixMillis, principals:
             .iter()
             .map(|key| {
                 let (group, device_type) = owner_numbers(key.owner);
-                TransferKeyRow { group, device_type, key_type: key.key_type.number().into(), version: key.version.number(), kek: key.kek.number() }
+                TransferKeyRow {
+                    group,
+                    device_type,
+                    key_type: key.key_type.number().into(),
+                    version: key.version.number(),
+                    kek: key.kek.number(),
+                }
             })
             .collect(),
         delivered: u32::try_from(transfer.delivered).unwrap_or(u32::MAX),
@@ -142,7 +160,8 @@ pub(super) fn shared_from_rows(rows: Vec<SharedKeyRow>) -> Result<Vec<SharedKey>
         .into_iter()
         .map(|row| {
             Ok(SharedKey {
-                owner: owner_from_numbers(row.group, row.device_type).ok_or_else(|| RowError::new("a shared key without an owner"))?,
+                owner: owner_from_numbers(row.group, row.device_type)
+                    .ok_or_else(|| RowError::new("a shared key without an owner"))?,
                 setup: setup(row.setup)?,
                 key_type: key_type(row.key_type)?,
                 version: KeyVersionNumber::new(row.version)?,

@@ -1,6 +1,8 @@
-//! A fresh token of each PKCS#11 module, with the ceremony done, and an independent opener of what the verbs make.
+//! A fresh token of each PKCS#11 module, with the ceremony done, and an independent opener of what
+//! the verbs make.
 //!
-//! A module is initialised once per process and reads its configuration then, so each test runs in a process of its own per module.
+//! A module is initialised once per process and reads its configuration then, so each test runs in
+//! a process of its own per module.
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part")]
 
@@ -20,15 +22,18 @@ use aws_lc_rs::encoding::AsDer;
 use aws_lc_rs::iv::FixedLength;
 use aws_lc_rs::key_wrap::{self, AesKek, KeyWrap};
 use aws_lc_rs::rsa::{
-    KeySize, OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OaepPrivateDecryptingKey, OaepPublicEncryptingKey, PrivateDecryptingKey, PublicEncryptingKey,
+    KeySize, OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OaepPrivateDecryptingKey, OaepPublicEncryptingKey,
+    PrivateDecryptingKey, PublicEncryptingKey,
 };
 use aws_lc_rs::{cmac, hmac};
 use kms_domain::{
-    DiversificationContext, IslandName, KeyClass, KeyDerivation, KeyLength, KeyType, KeyVersionNumber, OaepHash, Owner, SecuritySetupId, SystemTitle,
+    DiversificationContext, IslandName, KeyClass, KeyDerivation, KeyLength, KeyType, KeyVersionNumber, OaepHash, Owner,
+    SecuritySetupId, SystemTitle,
 };
 use kms_hsm::{
-    CeremonyPlan, CeremonyResult, Envelope, EnvelopeAlgorithm, Hsm, KeySource, Module, Pin, PinSource, ProcessPinMemory, Recipient, RootVersion, TokenKey,
-    TokenSelector, TokenSettings, WrappedKey, WrappedRoots, create_roots,
+    CeremonyPlan, CeremonyResult, Envelope, EnvelopeAlgorithm, Hsm, KeySource, Module, Pin, PinSource,
+    ProcessPinMemory, Recipient, RootVersion, TokenKey, TokenSelector, TokenSettings, WrappedKey, WrappedRoots,
+    create_roots,
 };
 
 /// Runs a test once for each module: `each_module! { async fn name(bench: Bench) { … } }`.
@@ -45,7 +50,8 @@ macro_rules! each_module {
     };
 }
 
-/// Runs a test on hsm-sim alone, and says why: `hsm_sim_only! { "reason", async fn name(bench: Bench) { … } }`.
+/// Runs a test on hsm-sim alone, and says why: `hsm_sim_only! { "reason", async fn name(bench:
+/// Bench) { … } }`.
 #[macro_export]
 macro_rules! hsm_sim_only {
     ($($reason:literal, async fn $name:ident($bench:ident: Bench) $body:block)*) => {
@@ -135,9 +141,16 @@ where
 fn in_child(kind: Kind, directory: &Path, name: &str) -> std::process::Output {
     let tokens = directory.join("tokens");
     fs::create_dir(&tokens).unwrap();
-    fs::write(directory.join("softhsm2.conf"), format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display()))
-        .unwrap();
-    fs::write(directory.join("hsm-sim.conf"), "directory = tokens\ncontrol = control\nargon2_memory_kib = 64\nargon2_passes = 1\n").unwrap();
+    fs::write(
+        directory.join("softhsm2.conf"),
+        format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display()),
+    )
+    .unwrap();
+    fs::write(
+        directory.join("hsm-sim.conf"),
+        "directory = tokens\ncontrol = control\nargon2_memory_kib = 64\nargon2_passes = 1\n",
+    )
+    .unwrap();
     Command::new(std::env::current_exe().unwrap())
         .args([name, "--exact", "--nocapture"])
         .env(CHILD, format!("{kind:?}"))
@@ -157,13 +170,16 @@ impl Bench {
         let escrow = Escrow::new();
         let plan = plan(&escrow);
         let (ceremony_module, token) = (Arc::clone(&module), selector.clone());
-        let ceremony = tokio::task::spawn_blocking(move || create_roots(&ceremony_module, &token, &so_pin(), &user_pin(), &plan, None, |_| Ok(())))
-            .await
-            .unwrap()
-            .unwrap();
+        let ceremony = tokio::task::spawn_blocking(move || {
+            create_roots(&ceremony_module, &token, &so_pin(), &user_pin(), &plan, None, |_| Ok(()))
+        })
+        .await
+        .unwrap()
+        .unwrap();
         let pin_file = directory.join("pin");
         write_pin(&pin_file, USER_PIN);
-        let mut settings = TokenSettings::new(module.path().to_owned(), selector.label.clone(), PinSource::File(pin_file));
+        let mut settings =
+            TokenSettings::new(module.path().to_owned(), selector.label.clone(), PinSource::File(pin_file));
         settings.allow_cbc_expand = true;
         let hsm = Hsm::start(island(), settings, Arc::new(ProcessPinMemory::default())).unwrap();
         hsm.usable(Duration::from_secs(60)).await.unwrap();
@@ -193,7 +209,12 @@ impl Bench {
     /// A grant in which the manifest is the wrapped keys, one after the other.
     pub async fn grant(&self, grantee: &Grantee, keys: Vec<KeySource>) -> Envelope {
         self.hsm
-            .envelope(grantee.recipient(), keys, |agreement| [&[agreement.algorithm.number()], agreement.ephemeral_public.as_slice()].concat(), concatenated)
+            .envelope(
+                grantee.recipient(),
+                keys,
+                |agreement| [&[agreement.algorithm.number()], agreement.ephemeral_public.as_slice()].concat(),
+                concatenated,
+            )
             .await
             .unwrap()
     }
@@ -291,7 +312,12 @@ impl Grantee {
     /// Checks the seal and gives the transport KEK.
     pub fn open(&self, envelope: &Envelope) -> Vec<u8> {
         let seal_key = hmac::Key::new(hmac::HMAC_SHA256, &self.agreed_key(envelope, 2));
-        let sealed = [&u32::try_from(envelope.header.len()).unwrap().to_be_bytes(), envelope.header.as_slice(), &envelope.manifest].concat();
+        let sealed = [
+            &u32::try_from(envelope.header.len()).unwrap().to_be_bytes(),
+            envelope.header.as_slice(),
+            &envelope.manifest,
+        ]
+        .concat();
         hmac::verify(&seal_key, &sealed, &envelope.seal).expect("the seal verifies");
         self.agreed_key(envelope, 1)
     }
@@ -316,7 +342,9 @@ impl Grantee {
         let shared = digest(&SHA256, &info);
         agreement::agree(&self.private, UnparsedPublicKey::new(&ECDH_P256, ephemeral), (), |z| {
             Ok(match algorithm {
-                EnvelopeAlgorithm::X963Sha256 => digest(&SHA256, &[z, &[0, 0, 0, 1], shared.as_ref()].concat()).as_ref().to_vec(),
+                EnvelopeAlgorithm::X963Sha256 => {
+                    digest(&SHA256, &[z, &[0, 0, 0, 1], shared.as_ref()].concat()).as_ref().to_vec()
+                }
                 EnvelopeAlgorithm::CbcExpand => cbc(z, shared.as_ref()),
             })
         })
@@ -342,7 +370,8 @@ pub fn diversify(root: &[u8], source: &KeySource) -> Vec<u8> {
             let key = cmac::Key::new(cmac::AES_256, root).unwrap();
             let bits = u32::try_from(octets * 8).unwrap().to_be_bytes();
             let block = |counter: u32| {
-                let input = [&counter.to_be_bytes(), context.label().as_slice(), &[0], &context.context(), &bits].concat();
+                let input =
+                    [&counter.to_be_bytes(), context.label().as_slice(), &[0], &context.context(), &bits].concat();
                 cmac::sign(&key, &input).unwrap().as_ref().to_vec()
             };
             [block(1), block(2)].concat()[..octets].to_vec()
@@ -379,7 +408,11 @@ fn module_path(kind: Kind) -> PathBuf {
             // Cargo builds the cdylib of a dev-dependency beside the test executable.
             None => {
                 let path = std::env::current_exe().unwrap().with_file_name("libhsm_sim.so");
-                assert!(path.exists(), "`{}` is missing: build with `cargo test -p kms-hsm`, or set HSM_SIM_MODULE", path.display());
+                assert!(
+                    path.exists(),
+                    "`{}` is missing: build with `cargo test -p kms-hsm`, or set HSM_SIM_MODULE",
+                    path.display()
+                );
                 path
             }
         },

@@ -19,7 +19,8 @@ use crate::{
 
 type Act = Pin<Box<dyn Future<Output = Result<Committed<()>, ServiceError>> + Send>>;
 
-/// A writer that is held in an act, so that others wait; and the order in which they are decided then.
+/// A writer that is held in an act, so that others wait; and the order in which they are decided
+/// then.
 struct Held {
     committer: Committer,
     release: std::sync::mpsc::Sender<()>,
@@ -50,7 +51,12 @@ impl Held {
 
     /// Puts an act of so many meters into the queue.
     async fn queue(&self, principal: &PrincipalId, number: usize, meters: u64) -> Result<Act, ServiceError> {
-        let actor = Actor { principal: Some(principal.clone()), certificate_sha256: None, request: None, action: "openSession" };
+        let actor = Actor {
+            principal: Some(principal.clone()),
+            certificate_sha256: None,
+            request: None,
+            action: "openSession",
+        };
         let reads = Reads { meters: (1..=meters).map(meter).collect(), ..Reads::default() };
         let (committer, decided, name) = (self.committer.clone(), self.decided.clone(), principal.name().to_owned());
         let mut act: Act = Box::pin(async move {

@@ -1,7 +1,9 @@
-//! The acceptance report of a campaign: for each meter of the plan, which keys are the utility's alone, and what heals the others.
+//! The acceptance report of a campaign: for each meter of the plan, which keys are the utility's
+//! alone, and what heals the others.
 
 use kms_domain::{
-    CampaignId, CounterDomainId, KeyAcceptance, KeyVersion, Meter, Party, PlanChain, Remedy, SecuritySetupId, SharedExposures, Slot, SystemTitle,
+    CampaignId, CounterDomainId, KeyAcceptance, KeyVersion, Meter, Party, PlanChain, Remedy, SecuritySetupId,
+    SharedExposures, Slot, SystemTitle,
 };
 use kms_proto::v1;
 use kms_store::RowKind;
@@ -45,12 +47,15 @@ impl CampaignService {
         while place.chunk < campaign.content.plan.chunks && titles.len() < limit {
             let chunk = self.island.store.campaign_chunk(id, place.chunk).await?.unwrap_or_default();
             let at = usize::try_from(place.chunk).unwrap_or(usize::MAX);
-            let before = at.checked_sub(1).map_or(Some(PlanChain::new(id)), |at| links.get(at).copied().map(PlanChain::from_digest));
+            let before = at
+                .checked_sub(1)
+                .map_or(Some(PlanChain::new(id)), |at| links.get(at).copied().map(PlanChain::from_digest));
             if before.map(|link| link.link(&chunk).digest()) != links.get(at).copied() {
                 return Err(changed());
             }
             let members: Vec<SystemTitle> = titles_of(&chunk).collect();
-            let taken: Vec<SystemTitle> = members.iter().skip(place.meter).take(limit - titles.len()).copied().collect();
+            let taken: Vec<SystemTitle> =
+                members.iter().skip(place.meter).take(limit - titles.len()).copied().collect();
             place.meter += taken.len();
             titles.extend(taken);
             if place.meter >= members.len() {
@@ -61,7 +66,8 @@ impl CampaignService {
         let rows = self.island.store.meters(&titles).await?;
         let mut found = std::collections::HashMap::with_capacity(rows.len());
         for row in &rows {
-            // A row that was written meanwhile opens the second time; one that was tampered with does not (I5).
+            // A row that was written meanwhile opens the second time; one that was tampered with
+            // does not (I5).
             let meter = match self.island.committer.open_meter(row.title, &row.row) {
                 Ok(meter) => Some(meter),
                 Err(_) => self.island.meter(row.title).await.ok().flatten(),
@@ -77,7 +83,8 @@ impl CampaignService {
         Ok((titles.into_iter().map(message).collect(), next))
     }
 
-    /// Who could know the key values of these meters that other slots have too. Duplicate keys are few.
+    /// Who could know the key values of these meters that other slots have too. Duplicate keys are
+    /// few.
     async fn shared_exposures(&self, meters: impl Iterator<Item = &Meter>) -> Result<SharedExposures, ServiceError> {
         let versions = meters.flat_map(|meter| meter.slots.iter()).flat_map(Slot::versions);
         let ids: std::collections::HashSet<CounterDomainId> = versions.filter_map(KeyVersion::domain).collect();
@@ -91,8 +98,14 @@ impl CampaignService {
     }
 }
 
-fn message(island: &Island, meter: &Meter, setup: Option<SecuritySetupId>, shared: &SharedExposures) -> v1::MeterAcceptance {
-    let keys = meter.acceptance_knowing(setup, shared, |setup, key_type| takes_over_the_air(island, meter, setup, key_type));
+fn message(
+    island: &Island,
+    meter: &Meter,
+    setup: Option<SecuritySetupId>,
+    shared: &SharedExposures,
+) -> v1::MeterAcceptance {
+    let keys =
+        meter.acceptance_knowing(setup, shared, |setup, key_type| takes_over_the_air(island, meter, setup, key_type));
     v1::MeterAcceptance {
         meter: meter.title.octets().to_vec().into(),
         manufacturer: meter.class.vendor.to_string(),
@@ -116,5 +129,9 @@ fn key_message(key: &KeyAcceptance) -> v1::KeyAcceptance {
 }
 
 fn problem(title: SystemTitle, problem: &str) -> v1::MeterAcceptance {
-    v1::MeterAcceptance { meter: title.octets().to_vec().into(), problem: problem.to_owned(), ..v1::MeterAcceptance::default() }
+    v1::MeterAcceptance {
+        meter: title.octets().to_vec().into(),
+        problem: problem.to_owned(),
+        ..v1::MeterAcceptance::default()
+    }
 }

@@ -1,5 +1,6 @@
-//! Leading campaigns: tasks are made for the wave under way, counts are looked at, the next wave begins or the campaign pauses. Every step is
-//! one transaction that names the state it goes on from, so that any number of servers can lead one campaign, and a crash loses nothing.
+//! Leading campaigns: tasks are made for the wave under way, counts are looked at, the next wave
+//! begins or the campaign pauses. Every step is one transaction that names the state it goes on
+//! from, so that any number of servers can lead one campaign, and a crash loses nothing.
 
 use std::{
     sync::{Arc, PoisonError},
@@ -7,8 +8,8 @@ use std::{
 };
 
 use kms_domain::{
-    Campaign, CampaignId, CampaignState, Group, PlanChain, SecuritySetupId, Slot, SystemTitle, Task, TaskState, TaskStep, TaskWork, UnixMillis, WaveDecision,
-    WaveResult, WaveTally,
+    Campaign, CampaignId, CampaignState, Group, PlanChain, SecuritySetupId, Slot, SystemTitle, Task, TaskState,
+    TaskStep, TaskWork, UnixMillis, WaveDecision, WaveResult, WaveTally,
 };
 use kms_proto::v1::{CampaignChanged, SecurityEvent, WaveChanged, audit_record::Event};
 use kms_store::{MeterRow, Reads, TaskKey, TaskRow};
@@ -96,7 +97,9 @@ impl CampaignService {
         while looked < campaign.content.plan.chunks && members.len() < TASKS_AT_ONCE {
             let titles = self.island.store.campaign_chunk(campaign.id, looked).await?.unwrap_or_default();
             let at = usize::try_from(looked).unwrap_or(usize::MAX);
-            let before = at.checked_sub(1).map_or(Some(PlanChain::new(campaign.id)), |at| links.get(at).copied().map(PlanChain::from_digest));
+            let before = at
+                .checked_sub(1)
+                .map_or(Some(PlanChain::new(campaign.id)), |at| links.get(at).copied().map(PlanChain::from_digest));
             // I5, I6: what was approved, and nothing else.
             if before.map(|link| link.link(&titles).digest()) != links.get(at).copied() {
                 self.plans.lock().unwrap_or_else(PoisonError::into_inner).remove(&campaign.id);
@@ -113,8 +116,10 @@ impl CampaignService {
         };
         let (island, planned, content) = (self.island.clone(), Arc::new(campaign.clone()), members);
         let now = self.island.store.now().await?;
-        let tasks = tokio::task::spawn_blocking(move || tasks(&island, &planned, group.as_deref(), &content, &rows, now));
-        let tasks = tasks.await.map_err(|_| ServiceError::Internal("the tasks of a wave could not be made".to_owned()))?;
+        let tasks =
+            tokio::task::spawn_blocking(move || tasks(&island, &planned, group.as_deref(), &content, &rows, now));
+        let tasks =
+            tasks.await.map_err(|_| ServiceError::Internal("the tasks of a wave could not be made".to_owned()))?;
         let (id, wave, expanded) = (campaign.id, campaign.wave, campaign.expanded);
         let reads = Reads { sealed: vec![campaign_row(id)], ..Reads::default() };
         let committed = self.island.committer.act(Actor::server("planWave"), reads, move |view| {
@@ -139,7 +144,8 @@ impl CampaignService {
         Ok(true)
     }
 
-    /// The chain of the plan, verified from its first chunk to the digest that was approved; `None` if it does not fit, and then the campaign is paused.
+    /// The chain of the plan, verified from its first chunk to the digest that was approved; `None`
+    /// if it does not fit, and then the campaign is paused.
     pub(super) async fn verified(&self, campaign: &Campaign) -> Result<Option<Links>, ServiceError> {
         if let Some(links) = self.plans.lock().unwrap_or_else(PoisonError::into_inner).get(&campaign.id) {
             return Ok(Some(links.clone()));
@@ -166,7 +172,12 @@ impl CampaignService {
     }
 
     /// Pauses a campaign that runs in the wave that was looked at.
-    async fn pause(&self, campaign: &Campaign, reason: String, security_event: Option<&'static str>) -> Result<(), ServiceError> {
+    async fn pause(
+        &self,
+        campaign: &Campaign,
+        reason: String,
+        security_event: Option<&'static str>,
+    ) -> Result<(), ServiceError> {
         let (id, wave, accepted) = (campaign.id, campaign.wave, campaign.accepted_failures);
         let reads = Reads { sealed: vec![campaign_row(id)], ..Reads::default() };
         let committed = self.island.committer.act(Actor::server("pauseCampaign"), reads, move |view| {
@@ -182,7 +193,11 @@ impl CampaignService {
                 reason: reason.clone(),
             }));
             if let Some(kind) = security_event {
-                view.append(Event::SecurityEvent(SecurityEvent { kind: kind.to_owned(), detail: format!("campaign {id}"), ..SecurityEvent::default() }));
+                view.append(Event::SecurityEvent(SecurityEvent {
+                    kind: kind.to_owned(),
+                    detail: format!("campaign {id}"),
+                    ..SecurityEvent::default()
+                }));
             }
             view.put_campaign(campaign)
         });
@@ -227,10 +242,14 @@ impl CampaignService {
         let store = &self.island.store;
         let mut tallies: Vec<WaveTally> = Vec::new();
         for tally in store.task_tallies(campaign.id, Some(campaign.wave)).await? {
-            let tally = WaveTally { vendor: tally.vendor, state: tally.state, reason: tally.reason, tasks: tally.tasks };
+            let tally =
+                WaveTally { vendor: tally.vendor, state: tally.state, reason: tally.reason, tasks: tally.tasks };
             // Head-ends word reasons: what is said in too many ways is counted together.
             let kept = tallies.len();
-            match tallies.iter_mut().find(|known| kept >= MOST_TALLIES && known.state == tally.state && known.vendor == tally.vendor) {
+            match tallies
+                .iter_mut()
+                .find(|known| kept >= MOST_TALLIES && known.state == tally.state && known.vendor == tally.vendor)
+            {
                 Some(known) => {
                     known.tasks += tally.tasks;
                     known.reason = "several reasons".to_owned();
@@ -249,7 +268,8 @@ impl CampaignService {
         Ok(WaveResult { started: campaign.wave_started, ended: now, tallies, timeline: timeline.collect() })
     }
 
-    /// Forgets tasks that have succeeded and whose wave has ended: they are counted. A few at a time; whether there may be more.
+    /// Forgets tasks that have succeeded and whose wave has ended: they are counted. A few at a
+    /// time; whether there may be more.
     async fn tidy(&self, campaign: &Campaign) -> Result<bool, ServiceError> {
         let before = if campaign.state == CampaignState::Finished { campaign.wave + 1 } else { campaign.wave };
         Ok(self.island.store.delete_tasks(campaign.id, before, TaskState::Succeeded, TASKS_AT_ONCE as u32).await? > 0)
@@ -261,7 +281,14 @@ pub(super) fn titles_of(octets: &[u8]) -> impl Iterator<Item = SystemTitle> {
 }
 
 /// The tasks of these meters, as their sealed rows stand now.
-fn tasks(island: &Island, campaign: &Campaign, group: Option<&Group>, members: &[SystemTitle], rows: &[MeterRow], now: UnixMillis) -> Vec<TaskRow> {
+fn tasks(
+    island: &Island,
+    campaign: &Campaign,
+    group: Option<&Group>,
+    members: &[SystemTitle],
+    rows: &[MeterRow],
+    now: UnixMillis,
+) -> Vec<TaskRow> {
     let nothing = TaskStep { setup: SecuritySetupId::DEFAULT, work: TaskWork::Probe, from: 0 };
     let task = |title: SystemTitle| {
         let row = |vendor: String, head_end, task| TaskRow {
@@ -273,10 +300,15 @@ fn tasks(island: &Island, campaign: &Campaign, group: Option<&Group>, members: &
             mark: [0; 16],
             task,
         };
-        let found = rows.binary_search_by_key(&title.as_i64(), |row| row.title.as_i64()).ok().and_then(|at| rows.get(at));
+        let found =
+            rows.binary_search_by_key(&title.as_i64(), |row| row.title.as_i64()).ok().and_then(|at| rows.get(at));
         // I5: without a row that verifies nothing is done.
         let Some(meter) = found.and_then(|row| island.committer.open_meter(title, &row.row).ok()) else {
-            let vendor = title.octets().first_chunk::<3>().map(|flag| String::from_utf8_lossy(flag).into_owned()).unwrap_or_default();
+            let vendor = title
+                .octets()
+                .first_chunk::<3>()
+                .map(|flag| String::from_utf8_lossy(flag).into_owned())
+                .unwrap_or_default();
             return row(vendor, None, Task::skipped(nothing, "its row is gone or was refused", now));
         };
         let vendor = meter.class.vendor.to_string();
@@ -292,7 +324,9 @@ fn tasks(island: &Island, campaign: &Campaign, group: Option<&Group>, members: &
         }
         if let (TaskWork::Rotate(key_type), Some(group), false) = (step.work, group, step.is_own(&meter))
             && let Some(newest) = group.newest(step.setup, key_type)
-            && meter.acknowledged(group.owner(), step.setup, key_type).is_some_and(|acknowledged| acknowledged >= newest.number())
+            && meter
+                .acknowledged(group.owner(), step.setup, key_type)
+                .is_some_and(|acknowledged| acknowledged >= newest.number())
         {
             return row(vendor, head_end, Task::skipped(step, "it has the group's new key", now));
         }
@@ -307,7 +341,8 @@ const TASKS_AT_ONCE: usize = 2_000;
 /// Points of a wave's timeline.
 const POINTS: i64 = 60;
 const MOST_TALLIES: usize = 200;
-/// How long after its end a campaign is looked at for what can be forgotten; and how old a plan is that nobody stored.
+/// How long after its end a campaign is looked at for what can be forgotten; and how old a plan is
+/// that nobody stored.
 const TIDIED_FOR_MS: i64 = 24 * 3_600 * 1_000;
 /// Every how many rounds unused plans are removed.
 const PURGE_ROUNDS: u64 = 300;

@@ -7,8 +7,9 @@ use std::{
 };
 
 use kms_domain::{
-    Campaign, CampaignAction, CampaignContent, CampaignId, CampaignName, CampaignSelection, CampaignTerms, CounterDomainId, KeyType, Meter, Plan, PlanChain,
-    SecuritySetupId, SharedExposures, SystemTitle, TaskStep, TaskWork, UnixMillis, WavePlanner,
+    Campaign, CampaignAction, CampaignContent, CampaignId, CampaignName, CampaignSelection, CampaignTerms,
+    CounterDomainId, KeyType, Meter, Plan, PlanChain, SecuritySetupId, SharedExposures, SystemTitle, TaskStep,
+    TaskWork, UnixMillis, WavePlanner,
 };
 use kms_proto::v1::{self, CampaignCreated, audit_record::Event};
 use kms_store::{Assigned, MeterFilter, MeterRow, Reads, RowKind};
@@ -40,11 +41,19 @@ pub struct NewCampaign {
 }
 
 impl CampaignService {
-    /// Finds the meters and cuts the waves; with `commit` stores the draft. Its id is the request's.
+    /// Finds the meters and cuts the waves; with `commit` stores the draft. Its id is the
+    /// request's.
     ///
     /// # Errors
-    /// Not permitted, nothing is selected, the request id was used for something else, or the database is away.
-    pub async fn create(&self, caller: &Caller, request: Request, mut new: NewCampaign, commit: bool) -> Result<v1::CreateCampaignResponse, ServiceError> {
+    /// Not permitted, nothing is selected, the request id was used for something else, or the
+    /// database is away.
+    pub async fn create(
+        &self,
+        caller: &Caller,
+        request: Request,
+        mut new: NewCampaign,
+        commit: bool,
+    ) -> Result<v1::CreateCampaignResponse, ServiceError> {
         let principal = self.island.require(caller, &Action::CreateCampaign).await?;
         // I6: a campaign has a person behind it, who does not approve it.
         if principal.person.is_none() {
@@ -79,18 +88,25 @@ impl CampaignService {
         Ok(v1::CreateCampaignResponse { preview: Some(preview), campaign: Some(self.message(&campaign).await?) })
     }
 
-    /// The key of a group is rotated in one security setup: the one that is asked for, or the only one that the group has the key in.
+    /// The key of a group is rotated in one security setup: the one that is asked for, or the only
+    /// one that the group has the key in.
     async fn pin_group_setup(&self, new: &mut NewCampaign) -> Result<(), ServiceError> {
-        let (CampaignAction::Rotate(key_type), Some(id), None) = (new.action, new.selection.group, new.setup) else { return Ok(()) };
+        let (CampaignAction::Rotate(key_type), Some(id), None) = (new.action, new.selection.group, new.setup) else {
+            return Ok(());
+        };
         let Some((group, _)) = self.island.group(id).await? else { return Ok(()) };
-        let setups: Vec<SecuritySetupId> = group.slots.iter().filter(|slot| slot.key_type() == key_type).map(kms_domain::Slot::setup).collect();
+        let setups: Vec<SecuritySetupId> =
+            group.slots.iter().filter(|slot| slot.key_type() == key_type).map(kms_domain::Slot::setup).collect();
         match setups.as_slice() {
             [] => Ok(()),
             [setup] => {
                 new.setup = Some(*setup);
                 Ok(())
             }
-            _ => Err(ServiceError::invalid("plan.security_setup", format!("group `{}` has a {key_type} in several security setups: name one", group.name))),
+            _ => Err(ServiceError::invalid(
+                "plan.security_setup",
+                format!("group `{}` has a {key_type} in several security setups: name one", group.name),
+            )),
         }
     }
 
@@ -104,7 +120,11 @@ impl CampaignService {
         plan: Option<Plan>,
     ) -> Result<Arc<Campaign>, ServiceError> {
         let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
-        let reads = Reads { sealed: vec![principal_row(&caller.principal), campaign_row(id)], requests: asking.reads(), ..Reads::default() };
+        let reads = Reads {
+            sealed: vec![principal_row(&caller.principal), campaign_row(id)],
+            requests: asking.reads(),
+            ..Reads::default()
+        };
         let actor = Actor::caller(caller, Some(request.id), Action::CreateCampaign.name());
         let (island, caller) = (self.island.clone(), caller.clone());
         let committed = self.island.committer.act(actor, reads, move |view| {
@@ -144,8 +164,14 @@ impl CampaignService {
         Ok(committed.await?.value)
     }
 
-    /// Looks at every meter once, a page at a time; the next page is read meanwhile. With `keep` the titles are kept in the store.
-    pub(super) async fn survey(&self, id: CampaignId, new: &Arc<NewCampaign>, keep: bool) -> Result<Survey, ServiceError> {
+    /// Looks at every meter once, a page at a time; the next page is read meanwhile. With `keep`
+    /// the titles are kept in the store.
+    pub(super) async fn survey(
+        &self,
+        id: CampaignId,
+        new: &Arc<NewCampaign>,
+        keep: bool,
+    ) -> Result<Survey, ServiceError> {
         if keep {
             // What an earlier attempt left behind.
             self.island.store.delete_unused_chunks(id).await?;
@@ -153,13 +179,16 @@ impl CampaignService {
         let domains = Arc::new(self.domains(&new.selection).await?);
         let mut survey = Survey::new(id);
         let mut waiting = Vec::new();
-        let mut source = Source { service: self, filter: columns(&new.selection), new, after: None, place: 0, unknown: 0 };
+        let mut source =
+            Source { service: self, filter: columns(&new.selection), new, after: None, place: 0, unknown: 0 };
         let mut page = source.next().await?;
         while !page.is_empty() {
             let (island, asked, bounds) = (self.island.clone(), new.clone(), domains.clone());
             let looking = tokio::task::spawn_blocking(move || look(&island, &asked, &bounds, &page));
             let (looked, next) = tokio::join!(looking, source.next());
-            for found in looked.map_err(|_| ServiceError::Internal("a page of meters could not be looked at".to_owned()))? {
+            for found in
+                looked.map_err(|_| ServiceError::Internal("a page of meters could not be looked at".to_owned()))?
+            {
                 match found {
                     Look::Found(found) => {
                         survey.add(&found);
@@ -183,7 +212,8 @@ impl CampaignService {
         Ok(survey)
     }
 
-    /// What is known of each key value that several slots share, where the selection asks for it: duplicate keys are few.
+    /// What is known of each key value that several slots share, where the selection asks for it:
+    /// duplicate keys are few.
     async fn domains(&self, selection: &CampaignSelection) -> Result<Domains, ServiceError> {
         let (mut domains, mut after) = (Domains::default(), None);
         while selection.counter_used.is_some() || selection.exposed_to.is_some() || selection.exposed_by.is_some() {
@@ -290,7 +320,9 @@ impl Survey {
         self.plan.meters = self.planner.total();
         self.plan.digest = self.chain.digest();
         self.plan.waves = self.planner.waves(terms.canary, &terms.waves);
-        let named = |counts: &mut BTreeMap<String, u64>| mem::take(counts).into_iter().map(|(name, count)| v1::NamedCount { name, count }).collect();
+        let named = |counts: &mut BTreeMap<String, u64>| {
+            mem::take(counts).into_iter().map(|(name, count)| v1::NamedCount { name, count }).collect()
+        };
         self.preview.meters = self.plan.meters;
         self.preview.waves = self.plan.waves.iter().map(|wave| wave.meters).collect();
         self.preview.manufacturers = named(&mut self.manufacturers);
@@ -320,8 +352,12 @@ fn look(island: &Island, new: &NewCampaign, domains: &Domains, page: &[MeterRow]
             let Ok(meter) = island.committer.open_meter(row.title, &row.row) else { return Look::Refused };
             let step = new.action.first_step(&meter, new.setup);
             let taken = step.is_none_or(|step| is_taken(island, &meter, step));
-            let counted = || new.selection.matches_counters(&meter, new.action, new.setup, |domain| domains.bounds.get(&domain).copied());
-            if !taken || !new.selection.matches_knowing(&meter, new.action, new.setup, &domains.exposures) || !counted() {
+            let counted = || {
+                new.selection
+                    .matches_counters(&meter, new.action, new.setup, |domain| domains.bounds.get(&domain).copied())
+            };
+            if !taken || !new.selection.matches_knowing(&meter, new.action, new.setup, &domains.exposures) || !counted()
+            {
                 return Look::LeftOut;
             }
             let in_doubt = step.is_some_and(|step| meter.slots.of_setup(step.setup).any(kms_domain::Slot::in_doubt));

@@ -2,7 +2,10 @@
 
 use std::{collections::VecDeque, time::Duration};
 
-use kms_domain::{Campaign, CampaignAction, CampaignId, CampaignState, GroupId, SystemTitle, TaskState, UnixMillis, WaveCounts, WaveResult};
+use kms_domain::{
+    Campaign, CampaignAction, CampaignId, CampaignState, GroupId, SystemTitle, TaskState, UnixMillis, WaveCounts,
+    WaveResult,
+};
 use kms_proto::v1;
 use kms_store::{RowKind, TaskFilter, TaskTally};
 use tokio::sync::mpsc;
@@ -46,7 +49,12 @@ impl CampaignService {
     ///
     /// # Errors
     /// Not permitted, or the database is away.
-    pub async fn list(&self, caller: &Caller, before: Option<CampaignId>, limit: usize) -> Result<Vec<v1::Campaign>, ServiceError> {
+    pub async fn list(
+        &self,
+        caller: &Caller,
+        before: Option<CampaignId>,
+        limit: usize,
+    ) -> Result<Vec<v1::Campaign>, ServiceError> {
         self.island.require(caller, &Action::ListCampaigns).await?;
         let mut campaigns = self.load_all().await?;
         // Ids are time-ordered (UUID version 7).
@@ -84,11 +92,19 @@ impl CampaignService {
     ///
     /// # Errors
     /// Not permitted, no such campaign, or the database is away.
-    pub async fn report(&self, caller: &Caller, id: CampaignId, query: ReportQuery) -> Result<v1::CampaignReport, ServiceError> {
+    pub async fn report(
+        &self,
+        caller: &Caller,
+        id: CampaignId,
+        query: ReportQuery,
+    ) -> Result<v1::CampaignReport, ServiceError> {
         self.island.require(caller, &Action::ListCampaigns).await?;
         let campaign = self.load(id).await?;
         let store = &self.island.store;
-        let mut report = v1::CampaignReport { progress: Some(self.progress(&campaign, &mut Rate::default()).await?), ..v1::CampaignReport::default() };
+        let mut report = v1::CampaignReport {
+            progress: Some(self.progress(&campaign, &mut Rate::default()).await?),
+            ..v1::CampaignReport::default()
+        };
         let mut succeeded = 0;
         for (wave, result) in (1..).zip(&campaign.results) {
             report.outcomes.extend(result.tallies.iter().map(|tally| v1::OutcomeCount {
@@ -126,7 +142,8 @@ impl CampaignService {
         if query.page > 0 {
             let rows = store.task_page(id, query.filter, query.after, query.page).await?;
             if rows.len() == usize::try_from(query.page).unwrap_or(usize::MAX) {
-                report.next_page_token = rows.last().map(|row| row.key.meter.octets().to_vec().into()).unwrap_or_default();
+                report.next_page_token =
+                    rows.last().map(|row| row.key.meter.octets().to_vec().into()).unwrap_or_default();
             }
             report.tasks = rows.iter().map(task_message).collect();
         }
@@ -135,7 +152,11 @@ impl CampaignService {
 
     /// How far a campaign is.
     async fn progress(&self, campaign: &Campaign, rate: &mut Rate) -> Result<v1::CampaignProgress, ServiceError> {
-        let tallies = if is_under_way(campaign) { self.island.store.task_tallies(campaign.id, Some(campaign.wave)).await? } else { Vec::new() };
+        let tallies = if is_under_way(campaign) {
+            self.island.store.task_tallies(campaign.id, Some(campaign.wave)).await?
+        } else {
+            Vec::new()
+        };
         let mut counts = WaveCounts::default();
         tallies.iter().for_each(|tally| counts.add(tally.state, tally.tasks));
         let waves: Vec<v1::WaveProgress> = (1..)
@@ -143,7 +164,9 @@ impl CampaignService {
             .zip(campaign.results.iter().map(Some).chain(std::iter::repeat(None)))
             .map(|((wave, planned), result)| match result {
                 Some(result) => wave_message(wave, planned.meters, &result.counts(), result.started, result.ended),
-                None if wave == campaign.wave => wave_message(wave, planned.meters, &counts, campaign.wave_started, UnixMillis(0)),
+                None if wave == campaign.wave => {
+                    wave_message(wave, planned.meters, &counts, campaign.wave_started, UnixMillis(0))
+                }
                 None => wave_message(wave, planned.meters, &WaveCounts::default(), UnixMillis(0), UnixMillis(0)),
             })
             .collect();
@@ -151,7 +174,8 @@ impl CampaignService {
         let done: u64 = waves.iter().map(ended).sum();
         let succeeded: u64 = waves.iter().map(|wave| wave.succeeded).sum();
         let now = Island::now();
-        let per_minute = if campaign.state == CampaignState::Running { rate.of(now, succeeded, campaign.started) } else { 0.0 };
+        let per_minute =
+            if campaign.state == CampaignState::Running { rate.of(now, succeeded, campaign.started) } else { 0.0 };
         let left = campaign.content.plan.meters.saturating_sub(done);
         Ok(v1::CampaignProgress {
             campaign: Some(self.message(campaign).await?),
@@ -236,7 +260,11 @@ impl CampaignService {
             waves: content.plan.waves.iter().map(|wave| wave.meters).collect(),
             wave: campaign.wave,
             window_open: windows.is_open_at(now),
-            next_opening_ms: if windows.is_open_at(now) { 0 } else { windows.next_opening(now).map_or(0, |next| next.0) },
+            next_opening_ms: if windows.is_open_at(now) {
+                0
+            } else {
+                windows.next_opening(now).map_or(0, |next| next.0)
+            },
             named_meters: content.selection.named,
         })
     }
@@ -257,7 +285,10 @@ impl CampaignService {
         loop {
             let page = self.island.store.sealed_page(RowKind::Group, after.as_deref(), 500).await?;
             let Some((last, _)) = page.last() else {
-                return Err(ServiceError::invalid("plan.selection.group", format!("there is no group `{}`", name.escape_debug())));
+                return Err(ServiceError::invalid(
+                    "plan.selection.group",
+                    format!("there is no group `{}`", name.escape_debug()),
+                ));
             };
             after = Some(last.clone());
             for (id, row) in &page {
@@ -295,7 +326,8 @@ impl Watched for WatchedCampaign {
     }
 }
 
-/// How many succeed in a minute, over the last minute that was watched; before that, since the start.
+/// How many succeed in a minute, over the last minute that was watched; before that, since the
+/// start.
 #[derive(Default)]
 struct Rate(VecDeque<(i64, u64)>);
 
@@ -328,7 +360,13 @@ fn is_under_way(campaign: &Campaign) -> bool {
     campaign.wave > 0 && campaign.results.len() < usize::try_from(campaign.wave).unwrap_or(usize::MAX)
 }
 
-fn wave_message(wave: u32, planned: u64, counts: &WaveCounts, started: UnixMillis, ended: UnixMillis) -> v1::WaveProgress {
+fn wave_message(
+    wave: u32,
+    planned: u64,
+    counts: &WaveCounts,
+    started: UnixMillis,
+    ended: UnixMillis,
+) -> v1::WaveProgress {
     v1::WaveProgress {
         wave,
         planned,
@@ -346,15 +384,20 @@ fn wave_message(wave: u32, planned: u64, counts: &WaveCounts, started: UnixMilli
 
 fn points(started: UnixMillis, timeline: &[(UnixMillis, u64)], before: u64) -> Vec<v1::TimelinePoint> {
     let first = v1::TimelinePoint { time_ms: started.0, succeeded: before };
-    std::iter::once(first).chain(timeline.iter().map(|(time, count)| v1::TimelinePoint { time_ms: time.0, succeeded: before + count })).collect()
+    std::iter::once(first)
+        .chain(timeline.iter().map(|(time, count)| v1::TimelinePoint { time_ms: time.0, succeeded: before + count }))
+        .collect()
 }
 
 /// Why attempts ended badly: of waves that have ended, and of the one under way.
 fn reasons(results: &[WaveResult], tallies: &[TaskTally]) -> Vec<v1::NamedCount> {
-    let past = results.iter().flat_map(|result| result.tallies.iter().map(|tally| (tally.state, &tally.reason, tally.tasks)));
+    let past =
+        results.iter().flat_map(|result| result.tallies.iter().map(|tally| (tally.state, &tally.reason, tally.tasks)));
     let present = tallies.iter().map(|tally| (tally.state, &tally.reason, tally.tasks));
     let mut reasons: Vec<v1::NamedCount> = Vec::new();
-    for (_, name, count) in past.chain(present).filter(|(state, reason, _)| *state != TaskState::Succeeded && !reason.is_empty()) {
+    for (_, name, count) in
+        past.chain(present).filter(|(state, reason, _)| *state != TaskState::Succeeded && !reason.is_empty())
+    {
         match reasons.iter_mut().find(|known| known.name == *name) {
             Some(known) => known.count += count,
             None => reasons.push(v1::NamedCount { name: name.clone(), count }),
@@ -375,10 +418,14 @@ mod tests {
 
     const START: i64 = 1_800_000_000_000;
 
-    /// What one watcher is told who looks so many milliseconds after the start, when so many have succeeded.
+    /// What one watcher is told who looks so many milliseconds after the start, when so many have
+    /// succeeded.
     fn rates(looks: &[(i64, u64)]) -> Vec<f64> {
         let mut rate = Rate::default();
-        looks.iter().map(|(after, succeeded)| rate.of(UnixMillis(START + after), *succeeded, Some(UnixMillis(START)))).collect()
+        looks
+            .iter()
+            .map(|(after, succeeded)| rate.of(UnixMillis(START + after), *succeeded, Some(UnixMillis(START))))
+            .collect()
     }
 
     // The times are such that no division leaves a remainder in binary.

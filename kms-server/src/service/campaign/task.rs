@@ -3,8 +3,8 @@
 use std::{collections::BTreeSet, sync::Arc};
 
 use kms_domain::{
-    CampaignId, CampaignState, CampaignTask, MeterStatus, Outcome, PrincipalId, SecuritySetupId, SystemTitle, TaskEnd, TaskError, TaskState, TaskWork,
-    UnixMillis,
+    CampaignId, CampaignState, CampaignTask, MeterStatus, Outcome, PrincipalId, SecuritySetupId, SystemTitle, TaskEnd,
+    TaskError, TaskState, TaskWork, UnixMillis,
 };
 use kms_proto::v1::{self, TasksChanged, audit_record::Event};
 use kms_store::{Reads, TaskKey, TaskRow};
@@ -46,10 +46,12 @@ impl TaskLease {
 }
 
 impl CampaignService {
-    /// Leases tasks for the caller's own meters, as many as the terms of the campaigns and `most` leave room for.
+    /// Leases tasks for the caller's own meters, as many as the terms of the campaigns and `most`
+    /// leave room for.
     ///
     /// # Errors
-    /// The caller is nobody, or the database is away. What is not permitted for a meter is not offered.
+    /// The caller is nobody, or the database is away. What is not permitted for a meter is not
+    /// offered.
     pub async fn lease(&self, caller: &Caller, query: LeaseQuery) -> Result<Vec<v1::Task>, ServiceError> {
         self.island.principal(caller).await?;
         let mut leased = Vec::new();
@@ -70,7 +72,9 @@ impl CampaignService {
             let room = [
                 u64::from(query.most).saturating_sub(held),
                 u64::from(terms.in_flight.get()).saturating_sub(load.in_flight),
-                terms.starts_per_minute.map_or(u64::MAX, |rate| u64::from(rate.get()).saturating_sub(load.leased_in_minute)),
+                terms
+                    .starts_per_minute
+                    .map_or(u64::MAX, |rate| u64::from(rate.get()).saturating_sub(load.leased_in_minute)),
             ];
             let room = u32::try_from(room.into_iter().min().unwrap_or_default()).unwrap_or(u32::MAX).min(MOST_LEASED);
             if room == 0 {
@@ -87,10 +91,22 @@ impl CampaignService {
         Ok(leased)
     }
 
-    async fn lease_these(&self, caller: &Caller, id: CampaignId, due: Vec<SystemTitle>, lease_ms: i64) -> Result<Vec<TaskRow>, ServiceError> {
+    async fn lease_these(
+        &self,
+        caller: &Caller,
+        id: CampaignId,
+        due: Vec<SystemTitle>,
+        lease_ms: i64,
+    ) -> Result<Vec<TaskRow>, ServiceError> {
         let keys: Vec<TaskKey> = due.iter().map(|meter| TaskKey { campaign: id, meter: *meter }).collect();
-        let reads =
-            Reads { meters: due, sealed: vec![principal_row(&caller.principal)], campaigns: vec![id], tasks: keys.clone(), clock: true, ..Reads::default() };
+        let reads = Reads {
+            meters: due,
+            sealed: vec![principal_row(&caller.principal)],
+            campaigns: vec![id],
+            tasks: keys.clone(),
+            clock: true,
+            ..Reads::default()
+        };
         let actor = Actor::caller(caller, None, Action::LeaseTasks.name());
         let (island, caller) = (self.island.clone(), caller.clone());
         let committed = self.island.committer.act(actor, reads, move |view| {
@@ -111,7 +127,8 @@ impl CampaignService {
                     Err(ServiceError::PermissionDenied { .. }) => None,
                     Err(error) => return Err(error),
                 };
-                // I5, I8: the sealed row says whose meter it is now, and policy whether he may have the task.
+                // I5, I8: the sealed row says whose meter it is now, and policy whether he may have
+                // the task.
                 match meter {
                     Some(meter) if matches!(meter.class.status, MeterStatus::Quarantined | MeterStatus::Retired) => {
                         row.task.skip(meter.class.status.name(), clock);
@@ -126,7 +143,8 @@ impl CampaignService {
                         if !policy.permits(&facts, &Action::LeaseTasks, &Resource::Meters(&meter.class)).is_permit() {
                             continue;
                         }
-                        // I5: what the meter's row shows as done is not done again: the key was rotated otherwise, or the task's row is an older one.
+                        // I5: what the meter's row shows as done is not done again: the key was
+                        // rotated otherwise, or the task's row is an older one.
                         if row.task.is_reached(&meter) {
                             row.task.end(&campaign, Outcome::Probed, "", &meter, clock);
                         } else if row.task.lease(&campaign, lease_ms, clock).map_err(task_error)? {
@@ -154,7 +172,12 @@ impl CampaignService {
     ///
     /// # Errors
     /// The caller is nobody, or the database is away.
-    pub async fn heartbeat(&self, caller: &Caller, leases: Vec<TaskLease>, lease_ms: i64) -> Result<(UnixMillis, Vec<TaskLease>), ServiceError> {
+    pub async fn heartbeat(
+        &self,
+        caller: &Caller,
+        leases: Vec<TaskLease>,
+        lease_ms: i64,
+    ) -> Result<(UnixMillis, Vec<TaskLease>), ServiceError> {
         let until = Arc::new(std::sync::Mutex::new(UnixMillis(0)));
         let told = until.clone();
         let lost = self
@@ -178,7 +201,12 @@ impl CampaignService {
     ///
     /// # Errors
     /// The caller is nobody, or the database is away.
-    pub async fn release(&self, caller: &Caller, leases: Vec<TaskLease>, reason: String) -> Result<Vec<TaskLease>, ServiceError> {
+    pub async fn release(
+        &self,
+        caller: &Caller,
+        leases: Vec<TaskLease>,
+        reason: String,
+    ) -> Result<Vec<TaskLease>, ServiceError> {
         self.with_leases(caller, leases, move |view, row, lease, campaign| {
             let clock = view.clock()?;
             if row.task.release(campaign, lease.fence, &reason, clock).is_err() {
@@ -195,10 +223,18 @@ impl CampaignService {
         .await
     }
 
-    /// Changes tasks whose leases the caller holds; `change` says whether it is held. Those that are not.
-    async fn with_leases<F>(&self, caller: &Caller, leases: Vec<TaskLease>, change: F) -> Result<Vec<TaskLease>, ServiceError>
+    /// Changes tasks whose leases the caller holds; `change` says whether it is held. Those that
+    /// are not.
+    async fn with_leases<F>(
+        &self,
+        caller: &Caller,
+        leases: Vec<TaskLease>,
+        change: F,
+    ) -> Result<Vec<TaskLease>, ServiceError>
     where
-        F: Fn(&mut View<'_, '_>, &mut TaskRow, &TaskLease, &kms_domain::Campaign) -> Result<bool, ServiceError> + Send + 'static,
+        F: Fn(&mut View<'_, '_>, &mut TaskRow, &TaskLease, &kms_domain::Campaign) -> Result<bool, ServiceError>
+            + Send
+            + 'static,
     {
         let campaigns: BTreeSet<CampaignId> = leases.iter().map(|lease| lease.campaign).collect();
         let reads = Reads {
@@ -233,12 +269,15 @@ impl CampaignService {
     }
 }
 
-/// Lets a transfer or probe begin for a task: its lease is held by this principal with this fencing token, the campaign runs and its window is open,
-/// and the task asks for this. For the act that begins the transfer, which is tried as a whole ([`View::attempt`]): so neither begins without the other.
+/// Lets a transfer or probe begin for a task: its lease is held by this principal with this fencing
+/// token, the campaign runs and its window is open, and the task asks for this. For the act that
+/// begins the transfer, which is tried as a whole ([`View::attempt`]): so neither begins without
+/// the other.
 ///
 /// # Errors
-/// Permission denied: there is no such task of this principal. Failed precondition: the lease is lost, the campaign does not run, the task asks for
-/// something else, or it is done as the meter's row shows. Or a row was not read yet.
+/// Permission denied: there is no such task of this principal. Failed precondition: the lease is
+/// lost, the campaign does not run, the task asks for something else, or it is done as the meter's
+/// row shows. Or a row was not read yet.
 pub fn begin_task(
     view: &mut View<'_, '_>,
     task: CampaignTask,
@@ -252,7 +291,11 @@ pub fn begin_task(
     let mut row = own_task(view, task, meter, principal)?;
     let running = view.campaign(campaign)?.ok_or_else(|| denied(campaign, meter))?;
     if !running.is_open_at(clock) {
-        let reason = if running.state == CampaignState::Running { "its maintenance window is over".to_owned() } else { format!("it is {}", running.state) };
+        let reason = if running.state == CampaignState::Running {
+            "its maintenance window is over".to_owned()
+        } else {
+            format!("it is {}", running.state)
+        };
         return Err(ServiceError::FailedPrecondition {
             reason: format!("campaign {campaign} begins no work now: {reason}"),
             next_step: "give the lease back".to_owned(),
@@ -261,7 +304,9 @@ pub fn begin_task(
     // I5: the task's row may be an older one. What was approved once is done once.
     if work != TaskWork::Probe && view.meter(meter)?.is_some_and(|meter| row.task.is_reached(&meter)) {
         return Err(ServiceError::FailedPrecondition {
-            reason: format!("meter {meter} has a later version than the task of campaign {campaign} is to replace: it is done"),
+            reason: format!(
+                "meter {meter} has a later version than the task of campaign {campaign} is to replace: it is done"
+            ),
             next_step: "begin a probe for the task, which ends it, or give the lease back".to_owned(),
         });
     }
@@ -270,11 +315,18 @@ pub fn begin_task(
     Ok(())
 }
 
-/// Whether this principal still holds the lease that a transfer began under: for the act that takes a report of it, or tells its step again.
+/// Whether this principal still holds the lease that a transfer began under: for the act that takes
+/// a report of it, or tells its step again.
 ///
 /// # Errors
-/// Permission denied: there is no such task of this principal. Failed precondition: the lease is not held any more. Or a row was not read yet.
-pub fn check_task(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitle, principal: &PrincipalId) -> Result<(), ServiceError> {
+/// Permission denied: there is no such task of this principal. Failed precondition: the lease is
+/// not held any more. Or a row was not read yet.
+pub fn check_task(
+    view: &mut View<'_, '_>,
+    task: CampaignTask,
+    meter: SystemTitle,
+    principal: &PrincipalId,
+) -> Result<(), ServiceError> {
     let clock = view.clock()?;
     let row = own_task(view, task, meter, principal)?;
     row.task.check(task.fence, clock).map_err(task_error)
@@ -286,15 +338,24 @@ pub fn check_task(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitl
 /// A row was not read yet.
 pub fn holds_task(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitle) -> Result<bool, ServiceError> {
     let clock = view.clock()?;
-    Ok(view.task(TaskKey { campaign: task.campaign, meter })?.is_some_and(|row| row.task.check(task.fence, clock).is_ok()))
+    Ok(view
+        .task(TaskKey { campaign: task.campaign, meter })?
+        .is_some_and(|row| row.task.check(task.fence, clock).is_ok()))
 }
 
-/// Takes the outcome of a transfer or probe, in the act that ends it, after the meter was put. `reason` says more than the outcome's name does, for reports;
-/// empty where there is nothing more. The task of a lease that was lost meanwhile is not concerned: somebody else works on it.
+/// Takes the outcome of a transfer or probe, in the act that ends it, after the meter was put.
+/// `reason` says more than the outcome's name does, for reports; empty where there is nothing more.
+/// The task of a lease that was lost meanwhile is not concerned: somebody else works on it.
 ///
 /// # Errors
 /// A row was not read yet, or was refused.
-pub fn end_task(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitle, outcome: Outcome, reason: &str) -> Result<TaskEnd, ServiceError> {
+pub fn end_task(
+    view: &mut View<'_, '_>,
+    task: CampaignTask,
+    meter: SystemTitle,
+    outcome: Outcome,
+    reason: &str,
+) -> Result<TaskEnd, ServiceError> {
     let clock = view.clock()?;
     let Some(known) = view.campaign(task.campaign)? else { return Ok(TaskEnd::Unchanged) };
     let Some(mut row) = task_under_way(view, task, meter)? else { return Ok(TaskEnd::Unchanged) };
@@ -306,11 +367,17 @@ pub fn end_task(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitle,
     Ok(end)
 }
 
-/// Ends the task of a transfer that ends because its meter goes out of service, in the act that does so: what a key has left for stays in doubt.
+/// Ends the task of a transfer that ends because its meter goes out of service, in the act that
+/// does so: what a key has left for stays in doubt.
 ///
 /// # Errors
 /// A row was not read yet.
-pub fn drop_task(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitle, reason: &str) -> Result<(), ServiceError> {
+pub fn drop_task(
+    view: &mut View<'_, '_>,
+    task: CampaignTask,
+    meter: SystemTitle,
+    reason: &str,
+) -> Result<(), ServiceError> {
     let clock = view.clock()?;
     if let Some(mut row) = task_under_way(view, task, meter)? {
         row.task.skip(reason, clock);
@@ -319,14 +386,22 @@ pub fn drop_task(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitle
     Ok(())
 }
 
-/// Passes a task on to the head-end that its meter was assigned to, in the act that does so; without one it is not to be done any more.
+/// Passes a task on to the head-end that its meter was assigned to, in the act that does so;
+/// without one it is not to be done any more.
 ///
 /// # Errors
 /// A row was not read yet.
-pub fn pass_on_task(view: &mut View<'_, '_>, campaign: CampaignId, meter: SystemTitle, head_end: Option<&PrincipalId>) -> Result<(), ServiceError> {
+pub fn pass_on_task(
+    view: &mut View<'_, '_>,
+    campaign: CampaignId,
+    meter: SystemTitle,
+    head_end: Option<&PrincipalId>,
+) -> Result<(), ServiceError> {
     let clock = view.clock()?;
     let assigned = head_end.map(ToString::to_string);
-    if let Some(mut row) = view.task(TaskKey { campaign, meter })?.filter(|row| !row.task.state.is_final() && row.head_end != assigned) {
+    if let Some(mut row) =
+        view.task(TaskKey { campaign, meter })?.filter(|row| !row.task.state.is_final() && row.head_end != assigned)
+    {
         row.head_end = assigned;
         if head_end.is_some() {
             row.task.pass_on(clock);
@@ -338,20 +413,31 @@ pub fn pass_on_task(view: &mut View<'_, '_>, campaign: CampaignId, meter: System
     Ok(())
 }
 
-/// The rows that [`begin_task`], [`check_task`] and [`end_task`] read, so that a transaction reads them at once.
+/// The rows that [`begin_task`], [`check_task`] and [`end_task`] read, so that a transaction reads
+/// them at once.
 pub fn task_reads(campaign: CampaignId, meters: impl IntoIterator<Item = SystemTitle>) -> Reads {
     let tasks = meters.into_iter().map(|meter| TaskKey { campaign, meter }).collect();
     Reads { campaigns: vec![campaign], tasks, clock: true, ..Reads::default() }
 }
 
 /// The task, if it is this principal's.
-fn own_task(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitle, principal: &PrincipalId) -> Result<TaskRow, ServiceError> {
+fn own_task(
+    view: &mut View<'_, '_>,
+    task: CampaignTask,
+    meter: SystemTitle,
+    principal: &PrincipalId,
+) -> Result<TaskRow, ServiceError> {
     let row = view.task(TaskKey { campaign: task.campaign, meter })?;
-    row.filter(|row| row.head_end.as_deref() == Some(principal.to_string().as_str())).ok_or_else(|| denied(task.campaign, meter))
+    row.filter(|row| row.head_end.as_deref() == Some(principal.to_string().as_str()))
+        .ok_or_else(|| denied(task.campaign, meter))
 }
 
 /// The task, while what began under this lease is what it waits for.
-fn task_under_way(view: &mut View<'_, '_>, task: CampaignTask, meter: SystemTitle) -> Result<Option<TaskRow>, ServiceError> {
+fn task_under_way(
+    view: &mut View<'_, '_>,
+    task: CampaignTask,
+    meter: SystemTitle,
+) -> Result<Option<TaskRow>, ServiceError> {
     let row = view.task(TaskKey { campaign: task.campaign, meter })?;
     Ok(row.filter(|row| row.task.state == TaskState::UnderWay && row.task.fence == task.fence))
 }

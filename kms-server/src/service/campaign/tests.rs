@@ -1,8 +1,9 @@
 use std::{num::NonZeroU8, time::Duration};
 
 use kms_domain::{
-    CampaignAction, CampaignName, CampaignSelection, CampaignTask, CampaignTerms, FlagId, KeyType, MaintenanceWindow, MaintenanceWindows, Outcome, PersonName,
-    Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, Quorum, RequestId, Role, SecuritySetupId, TaskWork, UnixMillis, WaveSize,
+    CampaignAction, CampaignName, CampaignSelection, CampaignTask, CampaignTerms, FlagId, KeyType, MaintenanceWindow,
+    MaintenanceWindows, Outcome, PersonName, Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, Quorum,
+    RequestId, Role, SecuritySetupId, TaskWork, UnixMillis, WaveSize,
 };
 use kms_store::{MeterFilter, TaskFilter};
 
@@ -110,7 +111,10 @@ async fn begin(island: &TestIsland, by: &Caller, lease: TaskLease, work: TaskWor
 async fn end(island: &TestIsland, lease: TaskLease, outcome: Outcome, reason: &'static str) -> kms_domain::TaskEnd {
     let mut reads = task_reads(lease.campaign, [lease.meter]);
     reads.meters.push(lease.meter);
-    let act = island.island.committer.act(Actor::server("test"), reads, move |view| end_task(view, task(lease), lease.meter, outcome, reason));
+    let act = island
+        .island
+        .committer
+        .act(Actor::server("test"), reads, move |view| end_task(view, task(lease), lease.meter, outcome, reason));
     act.await.unwrap().value
 }
 
@@ -233,7 +237,8 @@ island_tests! {
         let again = service.lease(&island.head_end, lease(3)).await.unwrap();
         assert_eq!(again.iter().map(|task| task.fence).max(), Some(if again[0].meter == tasks[1].meter { 2 } else { 1 }));
 
-        // A lease that is not renewed runs out by the database's clock; another server offers it again.
+        // A lease that is not renewed runs out by the database's clock; another server offers it
+        // again.
         let other = CampaignService::new(island.another_server().await);
         let brief = LeaseQuery { campaign: Some(campaign), most: 100, lease_ms: 1 };
         let brief: Vec<_> = service.lease(&island.head_end, brief).await.unwrap().iter().map(lease_of).collect();
@@ -255,7 +260,8 @@ island_tests! {
 
     async fn waves_follow_each_other_to_the_end(island) {
         let (service, campaign) = running(&island, terms()).await;
-        // Tasks exist for the wave under way only: as many as it has meters, and none of a later wave. Those of earlier ones have succeeded and are forgotten.
+        // Tasks exist for the wave under way only: as many as it has meters, and none of a later
+        // wave. Those of earlier ones have succeeded and are forgotten.
         let wave_under_way = async || {
             let shown = service.show(&island.officer, campaign).await.unwrap();
             let tasks = island.island.store.task_page(campaign, TaskFilter::All, None, 100).await.unwrap();
@@ -427,7 +433,8 @@ island_tests! {
         assert_eq!(store.meter_count(&MeterFilter::default()).await.unwrap(), 20);
     }
 
-    /// I5, I6: who writes the database changes neither what is rotated, nor where, nor whose task it is.
+    /// I5, I6: who writes the database changes neither what is rotated, nor where, nor whose task
+    /// it is.
     async fn what_a_task_may_do_is_what_was_approved(island) {
         let (service, campaign) = running(&island, CampaignTerms { canary: 20, ..terms() }).await;
         let (store, key) = (&island.island.store, island.island.committer.seal_key());
@@ -436,7 +443,8 @@ island_tests! {
             let statement = format!("UPDATE task SET {set} WHERE meter = {}", meter(number).as_i64());
             assert_eq!(kms_store::testing::execute(&database, &statement).await.unwrap(), 1, "{statement}");
         };
-        // The mark that an earlier server gave to these rows, which does not bind what is to be done: accepted for what follows from the plan.
+        // The mark that an earlier server gave to these rows, which does not bind what is to be
+        // done: accepted for what follows from the plan.
         for number in [5, 6, 7, 8] {
             let mark = kms_store::testing::octets(&database, &key.seal_former_task(campaign, meter(number), 1));
             sql(&format!("mark = {mark}"), number).await;
@@ -473,7 +481,8 @@ island_tests! {
         assert_eq!(found.len(), 13, "{found:?}");
     }
 
-    // Run it alone: `cargo test --release -p kms-server -- --ignored planning_a_million`, with KMS_TEST_SHOW=1 for the figures.
+    // Run it alone: `cargo test --release -p kms-server -- --ignored planning_a_million`, with
+    // KMS_TEST_SHOW=1 for the figures.
     #[ignore = "a measurement: it makes a million meters"]
     async fn planning_a_million_slots_costs_seconds_and_flat_memory(island) {
         island.deliver(&sample("generic-suite0", 1)).await;

@@ -1,6 +1,9 @@
 use std::num::NonZeroU32;
 
-use kms_domain::{CounterKey, KeyPair, KeyType, KeyVersionNumber, Lease, Outcome, RequestId, SecuritySetupId, TransferForm, UnixMillis};
+use kms_domain::{
+    CounterKey, KeyPair, KeyType, KeyVersionNumber, Lease, Outcome, RequestId, SecuritySetupId, TransferForm,
+    UnixMillis,
+};
 use kms_proto::v1::{self, AuditRecord, audit_record::Event};
 use kms_store::Reads;
 
@@ -30,7 +33,10 @@ fn request() -> RequestId {
 
 /// The counter of one frame to meter 1, or why there is none.
 async fn get(server: &Arc<Island>, caller: &Caller, supersede: bool) -> Result<u32, ServiceError> {
-    let (mut outcomes, _) = FrameService::new(server.clone()).protect(caller, request(), [1; 32], Purpose::Read, vec![plain(1, GET)], supersede).await.unwrap();
+    let (mut outcomes, _) = FrameService::new(server.clone())
+        .protect(caller, request(), [1; 32], Purpose::Read, vec![plain(1, GET)], supersede)
+        .await
+        .unwrap();
     let outcome = outcomes.remove(0);
     outcome.octets.map(|_| outcome.counter)
 }
@@ -39,11 +45,29 @@ async fn get(server: &Arc<Island>, caller: &Caller, supersede: bool) -> Result<u
 async fn answer(field: &Field, pair: (u32, u32), counter: u32) -> ReceivedFrame {
     let row = field.row(0).await;
     let number = |number| KeyVersionNumber::new(number).unwrap();
-    let keys = pair_keys(&row, SecuritySetupId::DEFAULT, KeyPair { encryption: number(pair.0), authentication: number(pair.1) }).unwrap();
-    let parameters = FrameParameters::new(HlsGmac::control(row.suite).octet(), *Nonce::new(row.title, counter).octets()).unwrap();
-    let made = field.island.island.hsm.protect_batch(vec![(keys, FrameInput { parameters, plaintext: vec![7; 16] })]).await.unwrap().remove(0).unwrap();
+    let keys = pair_keys(
+        &row,
+        SecuritySetupId::DEFAULT,
+        KeyPair { encryption: number(pair.0), authentication: number(pair.1) },
+    )
+    .unwrap();
+    let parameters =
+        FrameParameters::new(HlsGmac::control(row.suite).octet(), *Nonce::new(row.title, counter).octets()).unwrap();
+    let made = field
+        .island
+        .island
+        .hsm
+        .protect_batch(vec![(keys, FrameInput { parameters, plaintext: vec![7; 16] })])
+        .await
+        .unwrap()
+        .remove(0)
+        .unwrap();
     let response = HlsGmac { suite: row.suite, counter, tag: AuthenticationTag(made.tag) }.octets().to_vec();
-    ReceivedFrame { meter: row.title, setup: None, content: ReceivedContent::HlsResponse { response, challenge: vec![7; 16] } }
+    ReceivedFrame {
+        meter: row.title,
+        setup: None,
+        content: ReceivedContent::HlsResponse { response, challenge: vec![7; 16] },
+    }
 }
 
 /// Lends counters as a session does.
@@ -85,9 +109,11 @@ const SET_SCRIPTS: &str = "c101c10009";
 
 /// What became of commands to meters, one request each.
 async fn command(server: &Arc<Island>, caller: &Caller, apdu: &str, meters: &[u64]) -> Vec<Result<(), ServiceError>> {
-    let purpose = if apdu == DISCONNECT || apdu.starts_with(SET_SCRIPTS) { Purpose::Control } else { Purpose::Configure };
+    let purpose =
+        if apdu == DISCONNECT || apdu.starts_with(SET_SCRIPTS) { Purpose::Control } else { Purpose::Configure };
     let frames = meters.iter().map(|number| plain(*number, apdu)).collect();
-    let (outcomes, _) = FrameService::new(server.clone()).protect(caller, request(), [1; 32], purpose, frames, false).await.unwrap();
+    let (outcomes, _) =
+        FrameService::new(server.clone()).protect(caller, request(), [1; 32], purpose, frames, false).await.unwrap();
     outcomes.into_iter().map(|outcome| outcome.octets.map(drop)).collect()
 }
 
@@ -108,7 +134,8 @@ fn limit(server: &Island, limits: &str) {
     server.policy.store(Arc::new(crate::authz::Policy::load(Some(folder.path())).unwrap()));
 }
 
-/// Quotas are free again when the next hour begins. A test that counts waits until that does not happen meanwhile.
+/// Quotas are free again when the next hour begins. A test that counts waits until that does not
+/// happen meanwhile.
 async fn away_from_the_end_of_an_hour() {
     let left = || QuotaHour::of(Island::now()).end().0 - Island::now().0;
     while left() < 2 * 60_000 {
@@ -238,7 +265,8 @@ island_tests! {
             format!("C304C1{descriptor}0100000001{:02X}{wrapped}", argument.len()),
             format!("C305C101{descriptor}0100000001{:02X}01{wrapped}", argument.len() + 1),
             format!("C301C1004000002B0001FF0201{wrapped}"),
-            // key_agreement, import_certificate, change_HLS_secret, an LLS secret, an M-Bus device, data protection, a script.
+            // key_agreement, import_certificate, change_HLS_secret, an LLS secret, an M-Bus device,
+            // data protection, a script.
             "C301C1004000002B0000FF03010100".to_owned(),
             "C301C1004000002B0000FF060109020000".to_owned(),
             "C301C1000F0000280000FF020109020000".to_owned(),
@@ -259,7 +287,8 @@ island_tests! {
             matches!(refused, Err(ServiceError::FailedPrecondition { reason, .. }) if reason.contains("transfer under way"))
         };
         assert!(refused(2).await, "another meter");
-        // The step is over, and then the transfer; the key is recorded, and another transfer of the same key brings another one.
+        // The step is over, and then the transfer; the key is recorded, and another transfer of the
+        // same key brings another one.
         field.report(&field.island.head_end, field.title(0), id, step, ReportedAnswer::Nothing).await;
         assert!(refused(1).await);
         field.service.withdraw(&field.island.head_end, field.request(), vec![(field.title(0), id)], String::new()).await.unwrap();
@@ -286,7 +315,8 @@ island_tests! {
         let server = &island.island;
         get(server, &island.head_end, false).await.unwrap();
         let written = generation(&island).await;
-        // The chunk was reserved for frames: one write says that it is lent now, and the next leases write nothing.
+        // The chunk was reserved for frames: one write says that it is lent now, and the next
+        // leases write nothing.
         lease(server, UnixMillis(1)).await;
         assert_eq!(generation(&island).await, written + 1);
         let last = lease(server, Island::now().after(60_000)).await.last();

@@ -1,4 +1,5 @@
-//! Batches of one principal: so many meters in all calls together, so many chunks at a time. One that sends many waits for itself.
+//! Batches of one principal: so many meters in all calls together, so many chunks at a time. One
+//! that sends many waits for itself.
 
 use std::{
     collections::HashMap,
@@ -89,10 +90,14 @@ mod tests {
     #[tokio::test]
     async fn a_principal_has_its_bounds_and_no_share_in_those_of_others() {
         let (batches, limits) = (Batches::default(), Limits::default());
-        let [flood, neighbour] = ["north", "south"].map(|name| PrincipalId::parse(&format!("urn:meterkms:dev:head-end:{name}")).unwrap());
+        let [flood, neighbour] =
+            ["north", "south"].map(|name| PrincipalId::parse(&format!("urn:meterkms:dev:head-end:{name}")).unwrap());
         let mut calls: Vec<Batch> = (0..100).map(|_| batches.begin(&flood, 10_000, &limits).unwrap()).collect();
         let refused = batches.begin(&flood, 1, &limits).unwrap_err();
-        assert!(matches!(&refused, ServiceError::ResourceExhausted { reason, .. } if reason.contains("batch_meters_per_principal")), "{refused}");
+        assert!(
+            matches!(&refused, ServiceError::ResourceExhausted { reason, .. } if reason.contains("batch_meters_per_principal")),
+            "{refused}"
+        );
         let mut turns = Vec::new();
         for call in calls.iter().take(limits.number(Bound::BatchChunksPerPrincipal)) {
             turns.push(call.turn().await.unwrap());

@@ -1,4 +1,5 @@
-//! The ceremony file: one TOML file that people can review and sign before anything is made. Unknown settings are refused.
+//! The ceremony file: one TOML file that people can review and sign before anything is made.
+//! Unknown settings are refused.
 
 use std::path::{Path, PathBuf};
 
@@ -48,7 +49,8 @@ pub struct CeremonyToken {
     pub pin: SecretSource,
     /// The security officer's PIN.
     pub so_pin: SecretSource,
-    /// Whether to initialise the token if there is none with the label. PIN files that do not exist are then made, with random PINs.
+    /// Whether to initialise the token if there is none with the label. PIN files that do not exist
+    /// are then made, with random PINs.
     pub initialise: bool,
 }
 
@@ -92,16 +94,18 @@ impl Storage {
 }
 
 impl CeremonyPlan {
-    /// Reads a ceremony file and all files that it names. Relative paths are relative to the file's folder. Without `[storage]`,
-    /// the database is `island.db` in the state folder.
+    /// Reads a ceremony file and all files that it names. Relative paths are relative to the file's
+    /// folder. Without `[storage]`, the database is `island.db` in the state folder.
     ///
     /// # Errors
-    /// Anything that is missing, unknown or malformed, named with its place. Nothing has been made then.
+    /// Anything that is missing, unknown or malformed, named with its place. Nothing has been made
+    /// then.
     pub fn read(path: &Path, state: &Path) -> Result<Self, InitError> {
         let refuse = |reason: String| InitError::Plan { path: path.to_owned(), reason };
         let text = std::fs::read_to_string(path).map_err(|error| refuse(error.to_string()))?;
         // The server's configuration names these paths, and the server runs in another folder.
-        let absolute = |path: &Path| std::path::absolute(path).map_err(|error| refuse(format!("`{}`: {error}", path.display())));
+        let absolute =
+            |path: &Path| std::path::absolute(path).map_err(|error| refuse(format!("`{}`: {error}", path.display())));
         let (path, state) = (absolute(path)?, absolute(state)?);
         Self::parse(&text, path.parent().unwrap_or(&path), &state).map_err(refuse)
     }
@@ -116,18 +120,30 @@ impl CeremonyPlan {
         if file.server.names.is_empty() {
             return Err("[server] names: a server needs at least one DNS name or IP address".to_owned());
         }
-        let quorum = Quorum::new(file.escrow.needed, file.escrow.custodians.len()).map_err(|error| error.to_string())?;
-        let custodians = file.escrow.custodians.iter().map(|custodian| custodian.read(folder)).collect::<Result<Vec<_>, _>>()?;
+        let quorum =
+            Quorum::new(file.escrow.needed, file.escrow.custodians.len()).map_err(|error| error.to_string())?;
+        let custodians =
+            file.escrow.custodians.iter().map(|custodian| custodian.read(folder)).collect::<Result<Vec<_>, _>>()?;
         // I6: two people must be able to act from the first day on.
         if kind == IslandKind::Production && file.officers.len() < 2 {
-            return Err("[[officer]]: at least two officers are needed, because dangerous actions take two people".to_owned());
+            return Err(
+                "[[officer]]: at least two officers are needed, because dangerous actions take two people".to_owned()
+            );
         }
-        let principals = file.officers.iter().map(|officer| officer.read(&island, folder)).collect::<Result<Vec<_>, _>>()?;
+        let principals =
+            file.officers.iter().map(|officer| officer.read(&island, folder)).collect::<Result<Vec<_>, _>>()?;
         for (at, officer) in principals.iter().enumerate() {
-            let same_person = |earlier: &FirstPrincipal| earlier.person.iter().zip(&officer.person).any(|(one, other)| one.is_same(other));
-            let same = |earlier: &FirstPrincipal| earlier.id == officer.id || same_person(earlier) || earlier.certification == officer.certification;
+            let same_person = |earlier: &FirstPrincipal| {
+                earlier.person.iter().zip(&officer.person).any(|(one, other)| one.is_same(other))
+            };
+            let same = |earlier: &FirstPrincipal| {
+                earlier.id == officer.id || same_person(earlier) || earlier.certification == officer.certification
+            };
             if principals.iter().take(at).any(same) {
-                return Err(format!("[[officer]] `{}`: name, person or key is used twice; officers are distinct people", officer.id.name()));
+                return Err(format!(
+                    "[[officer]] `{}`: name, person or key is used twice; officers are distinct people",
+                    officer.id.name()
+                ));
             }
         }
         let copies = file.copies.iter().map(|copy| copy.read(folder)).collect::<Result<Vec<_>, _>>()?;
@@ -140,11 +156,25 @@ impl CeremonyPlan {
                     None => String::new(),
                     Some(source) => format!("password = {}\n", source.to_toml()),
                 };
-                let section = format!("[storage.postgres]\nurl = {}\n{password}", toml::Value::String(postgres.url.clone()));
-                Storage { store: StorageSection::Postgres(postgres).store().map_err(|error| error.to_string())?, section }
+                let section =
+                    format!("[storage.postgres]\nurl = {}\n{password}", toml::Value::String(postgres.url.clone()));
+                Storage {
+                    store: StorageSection::Postgres(postgres).store().map_err(|error| error.to_string())?,
+                    section,
+                }
             }
         };
-        Ok(Self { island, kind, server_names: file.server.names, token: file.token.read(folder)?, copies, quorum, custodians, principals, storage })
+        Ok(Self {
+            island,
+            kind,
+            server_names: file.server.names,
+            token: file.token.read(folder)?,
+            copies,
+            quorum,
+            custodians,
+            principals,
+            storage,
+        })
     }
 }
 
@@ -191,7 +221,10 @@ struct TokenSetting {
 impl TokenSetting {
     fn read(&self, folder: &Path) -> Result<CeremonyToken, String> {
         if self.pin == self.so_pin {
-            return Err(format!("token `{}`: user PIN and security officer's PIN come from one source; they must differ", self.label));
+            return Err(format!(
+                "token `{}`: user PIN and security officer's PIN come from one source; they must differ",
+                self.label
+            ));
         }
         Ok(CeremonyToken {
             // A bare name is searched for by the loader.
@@ -247,8 +280,9 @@ struct CustodianSetting {
 impl CustodianSetting {
     fn read(&self, folder: &Path) -> Result<Custodian, String> {
         let path = folder.join(&self.public_key);
-        let spki = SubjectPublicKeyInfoDer::from_pem_file(&path)
-            .map_err(|error| format!("[[escrow.custodian]] `{}`: `{}` is no public key in PEM: {error}", self.name, path.display()))?;
+        let spki = SubjectPublicKeyInfoDer::from_pem_file(&path).map_err(|error| {
+            format!("[[escrow.custodian]] `{}`: `{}` is no public key in PEM: {error}", self.name, path.display())
+        })?;
         Custodian::new(&self.name, &spki).map_err(|error| error.to_string())
     }
 }
@@ -268,7 +302,8 @@ impl OfficerSetting {
         let path = folder.join(&self.certificate_request);
         let pem = std::fs::read(&path).map_err(|error| refuse(format!("`{}`: {error}", path.display())))?;
         Ok(FirstPrincipal {
-            id: PrincipalId::new(island.clone(), Role::Officer, &self.name).map_err(|error| refuse(error.to_string()))?,
+            id: PrincipalId::new(island.clone(), Role::Officer, &self.name)
+                .map_err(|error| refuse(error.to_string()))?,
             person: Some(PersonName::parse(&self.person).map_err(|error| refuse(error.to_string()))?),
             certification: CertificationRequest::parse_pem(&pem).map_err(|error| refuse(error.to_string()))?,
             client_titles: Vec::new(),

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use kms_domain::{ExposureReason, Meter, MeterStatus, Principal, PrincipalId, PrincipalStatus, Role, SlotError, SystemTitle};
+use kms_domain::{
+    ExposureReason, Meter, MeterStatus, Principal, PrincipalId, PrincipalStatus, Role, SlotError, SystemTitle,
+};
 use kms_proto::v1::{self, MetersChanged, audit_record::Event};
 use kms_store::Reads;
 
@@ -30,14 +32,21 @@ pub struct Assignment {
 }
 
 impl MeterService {
-    /// Makes meters the business of a head-end, or of none. A meter in stock that is assigned goes into service: policy lets a head-end talk to
-    /// meters that are its own and in service. One that is taken away stays in service, and nobody gets its keys. Grants of the former
-    /// head-end cannot be repeated any more; what it holds, it holds until the grant's end, so revoke them where that matters.
+    /// Makes meters the business of a head-end, or of none. A meter in stock that is assigned goes
+    /// into service: policy lets a head-end talk to meters that are its own and in service. One
+    /// that is taken away stays in service, and nobody gets its keys. Grants of the former head-end
+    /// cannot be repeated any more; what it holds, it holds until the grant's end, so revoke them
+    /// where that matters.
     ///
     /// # Errors
-    /// Unknown caller or head-end, a request id that was used for something else, or the database is away. What concerns single meters is in
-    /// the answer.
-    pub async fn assign(&self, caller: &Caller, request: Request, assignment: Assignment) -> Result<v1::ChangeMetersResponse, ServiceError> {
+    /// Unknown caller or head-end, a request id that was used for something else, or the database
+    /// is away. What concerns single meters is in the answer.
+    pub async fn assign(
+        &self,
+        caller: &Caller,
+        request: Request,
+        assignment: Assignment,
+    ) -> Result<v1::ChangeMetersResponse, ServiceError> {
         if let Some(head_end) = &assignment.head_end
             && (head_end.role() != Role::HeadEnd || head_end.island() != self.island.name())
         {
@@ -63,14 +72,23 @@ impl MeterService {
     }
 
     /// The meters of a chunk, and whether there may be more.
-    async fn titles(&self, selection: &Selection, index: u32, after: Option<SystemTitle>) -> Result<(Vec<SystemTitle>, bool), ServiceError> {
+    async fn titles(
+        &self,
+        selection: &Selection,
+        index: u32,
+        after: Option<SystemTitle>,
+    ) -> Result<(Vec<SystemTitle>, bool), ServiceError> {
         match selection {
             Selection::Meters(meters) => {
                 let mut chunks = meters.chunks(CHUNK).skip(usize::try_from(index).unwrap_or(usize::MAX));
                 Ok((chunks.next().unwrap_or_default().to_vec(), chunks.next().is_some()))
             }
             Selection::Filter(filter) => {
-                let rows = self.island.store.meter_page(&filter.columns(), after, u32::try_from(CHUNK).unwrap_or(u32::MAX)).await?;
+                let rows = self
+                    .island
+                    .store
+                    .meter_page(&filter.columns(), after, u32::try_from(CHUNK).unwrap_or(u32::MAX))
+                    .await?;
                 let full = rows.len() == CHUNK;
                 Ok((rows.into_iter().map(|row| row.title).collect(), full))
             }
@@ -86,7 +104,11 @@ impl MeterService {
         more: bool,
         assignment: &Assignment,
     ) -> Result<Outcome, ServiceError> {
-        let mut reads = Reads { meters: titles.clone(), sealed: assignment.head_end.as_ref().map(principal_row).into_iter().collect(), ..Reads::default() };
+        let mut reads = Reads {
+            meters: titles.clone(),
+            sealed: assignment.head_end.as_ref().map(principal_row).into_iter().collect(),
+            ..Reads::default()
+        };
         let campaigns = unfinished(&self.island).await?;
         for campaign in &campaigns {
             reads.extend(&task_reads(*campaign, titles.iter().copied()));
@@ -100,14 +122,28 @@ impl MeterService {
             if let Some(head_end) = &head_end
                 && view.principal(head_end)?.is_none_or(|known| known.status != PrincipalStatus::Enabled)
             {
-                return Err(ServiceError::invalid("head_end", format!("`{head_end}` is no enabled head-end of this island")));
+                return Err(ServiceError::invalid(
+                    "head_end",
+                    format!("`{head_end}` is no enabled head-end of this island"),
+                ));
             }
-            let mut outcome = Outcome { last: titles.last().map_or(0, |title| u64::from_be_bytes(title.octets())), done: !more, ..Outcome::default() };
+            let mut outcome = Outcome {
+                last: titles.last().map_or(0, |title| u64::from_be_bytes(title.octets())),
+                done: !more,
+                ..Outcome::default()
+            };
             let mut changed = Vec::new();
             for title in &titles {
-                let Some(meter) = permitted(&island, view, principal, &Action::AssignMeters, *title, &mut outcome) else { continue };
+                let Some(meter) = permitted(&island, view, principal, &Action::AssignMeters, *title, &mut outcome)
+                else {
+                    continue;
+                };
                 if !filter.matches(&meter) {
-                    outcome.problem(*title, Code::RowRefused, "its sealed row is not what the filter found (I5); run `kms audit scrub`");
+                    outcome.problem(
+                        *title,
+                        Code::RowRefused,
+                        "its sealed row is not what the filter found (I5); run `kms audit scrub`",
+                    );
                     continue;
                 }
                 match assigned(&meter, head_end.as_ref()) {
@@ -166,13 +202,20 @@ impl MeterService {
         Ok(response)
     }
 
-    /// Ends the identity of meters. From then on: no session, no frame, no repeated grant; the active key versions are deactivated. What was
-    /// granted before stays valid in its holder's hands until the grant's end. Wrapped keys stay in the rows: they are candidates (I3) until the
-    /// retention time has passed; then [`crate::service::retention`] destroys them.
+    /// Ends the identity of meters. From then on: no session, no frame, no repeated grant; the
+    /// active key versions are deactivated. What was granted before stays valid in its holder's
+    /// hands until the grant's end. Wrapped keys stay in the rows: they are candidates (I3) until
+    /// the retention time has passed; then [`crate::service::retention`] destroys them.
     ///
     /// # Errors
     /// Unknown caller, a request id that was used for something else, or the database is away.
-    pub async fn retire(&self, caller: &Caller, request: Request, meters: Vec<SystemTitle>, reason: String) -> Result<v1::ChangeMetersResponse, ServiceError> {
+    pub async fn retire(
+        &self,
+        caller: &Caller,
+        request: Request,
+        meters: Vec<SystemTitle>,
+        reason: String,
+    ) -> Result<v1::ChangeMetersResponse, ServiceError> {
         let mut response = v1::ChangeMetersResponse::default();
         for (index, titles) in (0..).zip(meters.chunks(CHUNK).map(<[SystemTitle]>::to_vec)) {
             let (island, reason) = (self.island.clone(), reason.clone());
@@ -182,7 +225,11 @@ impl MeterService {
                     let mut outcome = Outcome::default();
                     let mut changed = Vec::new();
                     for title in &titles {
-                        let Some(mut meter) = permitted(&island, view, principal, &Action::RetireMeters, *title, &mut outcome) else { continue };
+                        let Some(mut meter) =
+                            permitted(&island, view, principal, &Action::RetireMeters, *title, &mut outcome)
+                        else {
+                            continue;
+                        };
                         if meter.class.status == MeterStatus::Retired {
                             outcome.unchanged += 1;
                             continue;
@@ -199,11 +246,13 @@ impl MeterService {
         Ok(response)
     }
 
-    /// Retires a meter in favour of another one at the same place, which is known already: that one becomes its head-end's business. Nothing
-    /// of the old one's keys, counters and groups is carried over.
+    /// Retires a meter in favour of another one at the same place, which is known already: that one
+    /// becomes its head-end's business. Nothing of the old one's keys, counters and groups is
+    /// carried over.
     ///
     /// # Errors
-    /// Not permitted; the new meter is unknown, retired, or another head-end's; or the database is away.
+    /// Not permitted; the new meter is unknown, retired, or another head-end's; or the database is
+    /// away.
     pub async fn replace(
         &self,
         caller: &Caller,
@@ -213,7 +262,10 @@ impl MeterService {
         reason: String,
     ) -> Result<v1::ChangeMetersResponse, ServiceError> {
         if old == new {
-            return Err(ServiceError::invalid("new_meter", "it is the old meter; a refurbished meter needs a new system title"));
+            return Err(ServiceError::invalid(
+                "new_meter",
+                "it is the old meter; a refurbished meter needs a new system title",
+            ));
         }
         let island = self.island.clone();
         let reads = Reads { meters: vec![old, new], ..Reads::default() };
@@ -224,12 +276,16 @@ impl MeterService {
                 let refused = |title| ServiceError::denied(format!("replaceMeter with meter {title}"));
                 // The act is refused as a whole, which is counted by itself.
                 let find = |view: &mut View<'_, '_>, title| {
-                    let meter = view.meter(title).ok().flatten().filter(|meter| permits(&island, principal, &action, meter));
+                    let meter =
+                        view.meter(title).ok().flatten().filter(|meter| permits(&island, principal, &action, meter));
                     meter.ok_or_else(|| refused(title))
                 };
                 let mut former = find(view, old)?;
                 let mut successor = find(view, new)?;
-                let precondition = |reason: String| ServiceError::FailedPrecondition { reason, next_step: "look at both with `kms meter show`".to_owned() };
+                let precondition = |reason: String| ServiceError::FailedPrecondition {
+                    reason,
+                    next_step: "look at both with `kms meter show`".to_owned(),
+                };
                 if former.class.status == MeterStatus::Retired {
                     return Err(precondition(format!("{old} is retired already")));
                 }
@@ -254,7 +310,8 @@ impl MeterService {
     }
 }
 
-/// A meter that policy lets the principal change; else a problem is noted, the same for an unknown one.
+/// A meter that policy lets the principal change; else a problem is noted, the same for an unknown
+/// one.
 pub(super) fn permitted(
     island: &Island,
     view: &mut View<'_, '_>,
@@ -263,7 +320,8 @@ pub(super) fn permitted(
     title: SystemTitle,
     outcome: &mut Outcome,
 ) -> Option<Arc<Meter>> {
-    // An error is a row that does not verify, as good as absent (I5), or one that is read for the next attempt.
+    // An error is a row that does not verify, as good as absent (I5), or one that is read for the
+    // next attempt.
     let meter = view.meter(title).ok().flatten().filter(|meter| permits(island, principal, action, meter));
     if meter.is_none() {
         view.refuse("not permitted for a meter of the request".to_owned());
@@ -309,7 +367,14 @@ fn fault(error: SlotError) -> ServiceError {
 }
 
 /// The record of a change, if there was one (I2).
-pub(super) fn record(view: &mut View<'_, '_>, outcome: &mut Outcome, change: &str, meters: &[SystemTitle], value: String, reason: String) {
+pub(super) fn record(
+    view: &mut View<'_, '_>,
+    outcome: &mut Outcome,
+    change: &str,
+    meters: &[SystemTitle],
+    value: String,
+    reason: String,
+) {
     if meters.is_empty() {
         return;
     }

@@ -4,8 +4,8 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use futures::{StreamExt, TryStreamExt, stream};
 use kms_domain::{
-    DeviceProfile, DeviceProfileName, FlagId, KeyOrigin, KeyShape, KeyState, Meter, MeterClass, MeterStatus, OwnerKind, Shipped, Slots, SystemTitle,
-    UnixMillis, WrappedKey,
+    DeviceProfile, DeviceProfileName, FlagId, KeyOrigin, KeyShape, KeyState, Meter, MeterClass, MeterStatus, OwnerKind,
+    Shipped, Slots, SystemTitle, UnixMillis, WrappedKey,
 };
 use kms_proto::v1;
 use kms_store::Reads;
@@ -43,33 +43,51 @@ pub struct NewMeter {
 }
 
 impl MeterService {
-    /// Registers meters whose keys this island makes: diversified or generated, as the device profile says; diversified ones become generated
-    /// where the module derives nothing. The first version of each key is active: the meter is set up with it. Keys of groups and device types get no
-    /// slot here: they have commands of their own. Nor do secrets, which only a shipment brings: no module makes one inside in their encoding, and
-    /// outside none may be (I1). The meters are in stock until they are assigned.
+    /// Registers meters whose keys this island makes: diversified or generated, as the device
+    /// profile says; diversified ones become generated where the module derives nothing. The first
+    /// version of each key is active: the meter is set up with it. Keys of groups and device types
+    /// get no slot here: they have commands of their own. Nor do secrets, which only a shipment
+    /// brings: no module makes one inside in their encoding, and outside none may be (I1). The
+    /// meters are in stock until they are assigned.
     ///
     /// # Errors
-    /// An unknown device profile, or one whose meters cannot be without a secret; a request id that was used for something else, or HSM or database are away.
-    pub async fn enrol(&self, caller: &Caller, request: Request, enrolment: Enrolment) -> Result<v1::ChangeMetersResponse, ServiceError> {
+    /// An unknown device profile, or one whose meters cannot be without a secret; a request id that
+    /// was used for something else, or HSM or database are away.
+    pub async fn enrol(
+        &self,
+        caller: &Caller,
+        request: Request,
+        enrolment: Enrolment,
+    ) -> Result<v1::ChangeMetersResponse, ServiceError> {
         let Some(profile) = self.island.profiles.get(&enrolment.device_profile) else {
-            return Err(ServiceError::invalid("device_profile", format!("`{}` is not known here", enrolment.device_profile)));
+            return Err(ServiceError::invalid(
+                "device_profile",
+                format!("`{}` is not known here", enrolment.device_profile),
+            ));
         };
         let keys = profile.setups.iter().flat_map(|setup| setup.keys.iter());
-        if let Some(secret) = keys.filter(|key| key.owner == OwnerKind::Meter).find(|key| key.shape == KeyShape::Secret && key.shipped == Shipped::Required) {
+        if let Some(secret) = keys
+            .filter(|key| key.owner == OwnerKind::Meter)
+            .find(|key| key.shape == KeyShape::Secret && key.shipped == Shipped::Required)
+        {
             let name = profile.key_type_name(secret.key_type);
             return Err(ServiceError::FailedPrecondition {
                 reason: format!(
                     "meters of device profile `{}` need a {name}, and a secret is not made here: the HSM cannot, and no other place may",
                     profile.name
                 ),
-                next_step: format!("import the meters by a shipment that carries the secret, or say `shipped = \"optional\"` for {name} in the profile"),
+                next_step: format!(
+                    "import the meters by a shipment that carries the secret, or say `shipped = \"optional\"` for {name} in the profile"
+                ),
             });
         }
         let keys = Arc::new(self.recipes(profile));
         let enrolment = Arc::new(enrolment);
         let mut response = v1::ChangeMetersResponse::default();
         for (index, meters) in (0..).zip(enrolment.meters.chunks(CHUNK)) {
-            self.enrol_chunk(caller, request, index, meters.to_vec(), &enrolment, profile, keys.clone()).await?.add_to(&mut response);
+            self.enrol_chunk(caller, request, index, meters.to_vec(), &enrolment, profile, keys.clone())
+                .await?
+                .add_to(&mut response);
         }
         Ok(response)
     }
@@ -102,10 +120,20 @@ impl MeterService {
         // Denied before the HSM makes a key.
         let principal = self.island.principal(caller).await?;
         self.island.policy.load().require(&facts(&principal), &action, &Resource::Meters(&class))?;
-        let groups = self.groups.resolve(&self.island, &Actor::caller(caller, Some(request.id), action.name()), &permit, &names, profile.suite).await?;
+        let groups = self
+            .groups
+            .resolve(
+                &self.island,
+                &Actor::caller(caller, Some(request.id), action.name()),
+                &permit,
+                &names,
+                profile.suite,
+            )
+            .await?;
         let generated = self.generate(caller, &recipes, meters.len()).await?;
         let client_titles = self.island.client_titles().await?;
-        let (island, enrolment, suite, other_flag_ids) = (self.island.clone(), enrolment.clone(), profile.suite, profile.other_flag_ids.clone());
+        let (island, enrolment, suite, other_flag_ids) =
+            (self.island.clone(), enrolment.clone(), profile.suite, profile.other_flag_ids.clone());
         let reads = Reads { meters: meters.iter().map(|meter| meter.title).collect(), ..Reads::default() };
         self.chunk(caller, &action, request, index, reads, move |view, principal| {
             let mut outcome = Outcome::default();
@@ -113,23 +141,44 @@ impl MeterService {
             for (new, keys) in meters.iter().zip(&generated) {
                 let title = new.title;
                 let [first, second, third, ..] = title.octets();
-                if enrolment.manufacturer.octets() != [first, second, third] && !other_flag_ids.iter().any(|other| other.octets() == [first, second, third]) {
-                    outcome.problem(title, Code::Title, format!("it does not start with the FLAG id of {}", enrolment.manufacturer));
+                if enrolment.manufacturer.octets() != [first, second, third]
+                    && !other_flag_ids.iter().any(|other| other.octets() == [first, second, third])
+                {
+                    outcome.problem(
+                        title,
+                        Code::Title,
+                        format!("it does not start with the FLAG id of {}", enrolment.manufacturer),
+                    );
                     continue;
                 }
-                // I4: under one key, frames of a client with the meter's title would repeat the nonces of the meter's own answers.
+                // I4: under one key, frames of a client with the meter's title would repeat the
+                // nonces of the meter's own answers.
                 if client_titles.contains(&title) {
-                    outcome.problem(title, Code::Title, "it is a client title here, of a principal or a device profile");
+                    outcome.problem(
+                        title,
+                        Code::Title,
+                        "it is a client title here, of a principal or a device profile",
+                    );
                     continue;
                 }
                 let mut class = class.clone();
-                let Some(numbers) = new.groups.iter().map(|name| groups.get(name).copied()).collect::<Option<Vec<_>>>() else {
-                    outcome.problem(title, Code::Group, "a group of it is of another security suite, or the island has no room for more groups");
+                let Some(numbers) = new.groups.iter().map(|name| groups.get(name).copied()).collect::<Option<Vec<_>>>()
+                else {
+                    outcome.problem(
+                        title,
+                        Code::Group,
+                        "a group of it is of another security suite, or the island has no room for more groups",
+                    );
                     continue;
                 };
                 class.groups = numbers;
                 class.groups.sort_unstable();
-                if !island.policy.load().permits(&facts(principal), &Action::EnrolMeters, &Resource::Meters(&class)).is_permit() {
+                if !island
+                    .policy
+                    .load()
+                    .permits(&facts(principal), &Action::EnrolMeters, &Resource::Meters(&class))
+                    .is_permit()
+                {
                     view.refuse("not permitted for a meter of the request".to_owned());
                     outcome.problem(title, Code::NotPermitted, NOT_PERMITTED);
                     continue;
@@ -137,13 +186,20 @@ impl MeterService {
                 match view.meter(title) {
                     Ok(None) => {}
                     Ok(Some(known))
-                        if known.class.vendor == class.vendor && known.class.profile == class.profile && known.serial == new.serial && made_here(&known) =>
+                        if known.class.vendor == class.vendor
+                            && known.class.profile == class.profile
+                            && known.serial == new.serial
+                            && made_here(&known) =>
                     {
                         outcome.unchanged += 1;
                         continue;
                     }
                     _ => {
-                        outcome.problem(title, Code::KnownOtherwise, "it is known already, as another meter or with keys of its vendor");
+                        outcome.problem(
+                            title,
+                            Code::KnownOtherwise,
+                            "it is known already, as another meter or with keys of its vendor",
+                        );
                         continue;
                     }
                 }
@@ -174,16 +230,30 @@ impl MeterService {
     /// How each key of a profile is made.
     fn recipes(&self, profile: &DeviceProfile) -> Vec<Recipe> {
         let keys = profile.setups.iter().flat_map(|setup| setup.keys.iter().map(move |key| (setup.id, key)));
-        keys.filter(|(_, key)| key.owner == OwnerKind::Meter).filter_map(|(setup, key)| Recipe::of(&self.island, setup, key)).collect()
+        keys.filter(|(_, key)| key.owner == OwnerKind::Meter)
+            .filter_map(|(setup, key)| Recipe::of(&self.island, setup, key))
+            .collect()
     }
 
-    /// The keys of `meters` meters that are made at random, each wrapped under its storage KEK inside the HSM.
-    async fn generate(&self, caller: &Caller, recipes: &[Recipe], meters: usize) -> Result<Vec<Vec<WrappedKey>>, ServiceError> {
+    /// The keys of `meters` meters that are made at random, each wrapped under its storage KEK
+    /// inside the HSM.
+    async fn generate(
+        &self,
+        caller: &Caller,
+        recipes: &[Recipe],
+        meters: usize,
+    ) -> Result<Vec<Vec<WrappedKey>>, ServiceError> {
         let hsm = &self.island.hsm_for(caller);
-        let generated: Vec<Recipe> = recipes.iter().filter(|recipe| recipe.origin == KeyOrigin::Generated).cloned().collect();
+        let generated: Vec<Recipe> =
+            recipes.iter().filter(|recipe| recipe.origin == KeyOrigin::Generated).cloned().collect();
         let each = generated.len();
         let keys: Vec<WrappedKey> = stream::iter((0..meters).flat_map(|_| generated.clone()))
-            .map(|recipe| async move { recipe.generate(hsm).await?.ok_or_else(|| ServiceError::Internal("a generated key is missing".to_owned())) })
+            .map(|recipe| async move {
+                recipe
+                    .generate(hsm)
+                    .await?
+                    .ok_or_else(|| ServiceError::Internal("a generated key is missing".to_owned()))
+            })
             .buffered(KEYS_AT_ONCE)
             .try_collect()
             .await?;
@@ -207,7 +277,10 @@ fn slots(recipes: &[Recipe], generated: &[WrappedKey], now: UnixMillis) -> Resul
 
 /// Whether a meter's first keys were made here.
 fn made_here(meter: &Meter) -> bool {
-    meter.slots.iter().all(|slot| slot.versions().first().is_some_and(|version| version.origin() != KeyOrigin::Imported))
+    meter
+        .slots
+        .iter()
+        .all(|slot| slot.versions().first().is_some_and(|version| version.origin() != KeyOrigin::Imported))
 }
 
 /// Meters of one transaction: fewer than elsewhere, because the HSM makes their keys first.

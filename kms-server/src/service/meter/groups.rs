@@ -47,11 +47,13 @@ impl Membership {
 }
 
 impl MeterService {
-    /// Puts meters into a group, or takes them out. A new member gets the group's key by a transfer. Who is taken out may keep the key that he
-    /// holds, so it is exposed, and has to be rotated.
+    /// Puts meters into a group, or takes them out. A new member gets the group's key by a
+    /// transfer. Who is taken out may keep the key that he holds, so it is exposed, and has to be
+    /// rotated.
     ///
     /// # Errors
-    /// Not permitted, a request id that was used for something else, or the database is away. What concerns single meters is in the answer.
+    /// Not permitted, a request id that was used for something else, or the database is away. What
+    /// concerns single meters is in the answer.
     pub async fn change_members(
         &self,
         caller: &Caller,
@@ -66,20 +68,33 @@ impl MeterService {
         let policy = self.island.policy.load_full();
         let id = self.groups.find(&self.island, group).await?.ok_or_else(|| {
             let lists = policy.permits(&principal, &Action::ListGroups, &Resource::Island).is_permit();
-            if lists { ServiceError::NotFound { what: format!("group `{group}`") } } else { ServiceError::denied(action.to_string()) }
+            if lists {
+                ServiceError::NotFound { what: format!("group `{group}`") }
+            } else {
+                ServiceError::denied(action.to_string())
+            }
         })?;
         let mut response = v1::ChangeMetersResponse::default();
         for (index, titles) in (0..).zip(meters.chunks(CHUNK).map(<[SystemTitle]>::to_vec)) {
             let (island, reason, asked) = (self.island.clone(), reason.clone(), action.clone());
-            let reads = Reads { meters: titles.clone(), sealed: vec![(RowKind::Group, id.0.to_be_bytes().to_vec())], ..Reads::default() };
+            let reads = Reads {
+                meters: titles.clone(),
+                sealed: vec![(RowKind::Group, id.0.to_be_bytes().to_vec())],
+                ..Reads::default()
+            };
             let outcome = self
                 .chunk_about(About::Group(id), caller, &action, request, index, reads, move |view, principal| {
                     let group = view.group(id)?.ok_or_else(|| ServiceError::denied(asked.to_string()))?;
-                    island.policy.load().require(&facts(principal), &asked, &Resource::Group(&GroupFacts::from(&*group)))?;
+                    island.policy.load().require(
+                        &facts(principal),
+                        &asked,
+                        &Resource::Group(&GroupFacts::from(&*group)),
+                    )?;
                     let mut outcome = Outcome::default();
                     let mut changed = Vec::new();
                     for title in &titles {
-                        // An error is a row that does not verify, as good as absent (I5), or one that is read for the next attempt.
+                        // An error is a row that does not verify, as good as absent (I5), or one
+                        // that is read for the next attempt.
                         let Some(meter) = view.meter(*title).ok().flatten() else {
                             view.refuse("not permitted for a meter of the request".to_owned());
                             outcome.problem(*title, Code::NotPermitted, NOT_PERMITTED);
@@ -95,7 +110,11 @@ impl MeterService {
                             continue;
                         }
                         if change == Membership::Add && meter.class.groups.len() >= MOST_GROUPS {
-                            outcome.problem(*title, Code::Group, format!("it is in {MOST_GROUPS} groups already, as many as a meter may be in"));
+                            outcome.problem(
+                                *title,
+                                Code::Group,
+                                format!("it is in {MOST_GROUPS} groups already, as many as a meter may be in"),
+                            );
                             continue;
                         }
                         if !meter.set_member(id, change == Membership::Add) {
@@ -104,8 +123,12 @@ impl MeterService {
                         }
                         match change {
                             Membership::Add => {}
-                            Membership::Remove => expose_to_former_member(view, &meter, &[id], ExposureReason::MemberLeft)?,
-                            Membership::RemoveCompromised => expose_to_former_member(view, &meter, &[id], ExposureReason::MemberCompromised)?,
+                            Membership::Remove => {
+                                expose_to_former_member(view, &meter, &[id], ExposureReason::MemberLeft)?
+                            }
+                            Membership::RemoveCompromised => {
+                                expose_to_former_member(view, &meter, &[id], ExposureReason::MemberCompromised)?
+                            }
                         }
                         changed.push(*title);
                         view.put_meter(meter, true)?;

@@ -1,10 +1,11 @@
-//! The way out where a meter is truly ahead of its counter by more than the device profile's cap: two people move it (I4, I6).
+//! The way out where a meter is truly ahead of its counter by more than the device profile's cap:
+//! two people move it (I4, I6).
 
 use std::sync::Arc;
 
 use kms_domain::{
-    CounterKey, CounterOwnership, CounterPlace, CounterState, KeyState, KeyType, KeyVersionNumber, Meter, Principal, ProposalId, ProposedAction, Quorum,
-    RaiseCounter, SecuritySetupId, SystemTitle,
+    CounterKey, CounterOwnership, CounterPlace, CounterState, KeyState, KeyType, KeyVersionNumber, Meter, Principal,
+    ProposalId, ProposedAction, Quorum, RaiseCounter, SecuritySetupId, SystemTitle,
 };
 use kms_proto::v1::{self, CounterRaised, audit_record::Event};
 use kms_store::Reads;
@@ -43,16 +44,26 @@ pub struct CounterRaise {
 }
 
 impl MeterService {
-    /// Proposes to raise a counter further than the device profile's cap. It is raised when another person has approved it, and somebody carries
-    /// it out.
+    /// Proposes to raise a counter further than the device profile's cap. It is raised when another
+    /// person has approved it, and somebody carries it out.
     ///
     /// # Errors
-    /// Not permitted, which is also said of an unknown meter; the counter is a head-end's or as high already; or the database is away.
-    pub async fn propose_raise(&self, caller: &Caller, request: Request, new: CounterRaise) -> Result<v1::Proposal, ServiceError> {
+    /// Not permitted, which is also said of an unknown meter; the counter is a head-end's or as
+    /// high already; or the database is away.
+    pub async fn propose_raise(
+        &self,
+        caller: &Caller,
+        request: Request,
+        new: CounterRaise,
+    ) -> Result<v1::Proposal, ServiceError> {
         let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
         let id = proposal_id(request.id)?;
-        let reads =
-            Reads { meters: vec![new.meter], sealed: vec![principal_row(&caller.principal), proposal_row(id)], requests: asking.reads(), ..Reads::default() };
+        let reads = Reads {
+            meters: vec![new.meter],
+            sealed: vec![principal_row(&caller.principal), proposal_row(id)],
+            requests: asking.reads(),
+            ..Reads::default()
+        };
         let actor = Actor::caller(caller, Some(request.id), Action::RaiseCounter.name());
         let (island, caller) = (self.island.clone(), caller.clone());
         let committed = self
@@ -62,7 +73,9 @@ impl MeterService {
                 let principal = view.caller(&caller)?;
                 let meter = permitted(view, &island, &principal, new.meter)?;
                 if let Asked::Before(_) = view.asked(&asking)? {
-                    let known = view.proposal(id)?.ok_or_else(|| ServiceError::Internal("the proposal of a past request is gone".to_owned()))?;
+                    let known = view
+                        .proposal(id)?
+                        .ok_or_else(|| ServiceError::Internal("the proposal of a past request is gone".to_owned()))?;
                     return Ok(proposal::message(&known, view.now()));
                 }
                 let raise = named(&meter, &new)?;
@@ -71,7 +84,11 @@ impl MeterService {
                     view,
                     &principal,
                     request.id,
-                    NewProposal { action: ProposedAction::RaiseCounter(raise), reason: new.reason.clone(), quorum: new.quorum },
+                    NewProposal {
+                        action: ProposedAction::RaiseCounter(raise),
+                        reason: new.reason.clone(),
+                        quorum: new.quorum,
+                    },
                 )?;
                 view.answered(&asking);
                 Ok(proposal::message(&proposal, view.now()))
@@ -96,15 +113,25 @@ pub(in crate::service) fn raise_counter(
     let Raise { key, from } = Raise::of(view, island, &meter, raise)?;
     let mut changed = (*meter).clone();
     let fault = |error: &dyn std::fmt::Display| ServiceError::Internal(error.to_string());
-    let version = changed.slots.get_mut(raise.setup, raise.key_type).and_then(|slot| slot.version_mut(raise.version)).map_err(|error| fault(&error))?;
+    let version = changed
+        .slots
+        .get_mut(raise.setup, raise.key_type)
+        .and_then(|slot| slot.version_mut(raise.version))
+        .map_err(|error| fault(&error))?;
     match version.domain() {
         None => {
-            version.counters_mut().and_then(|counters| counters.raise_floor(key, raise.to.into(), None)).map_err(|error| fault(&error))?;
+            version
+                .counters_mut()
+                .and_then(|counters| counters.raise_floor(key, raise.to.into(), None))
+                .map_err(|error| fault(&error))?;
             view.put_meter(changed, false)?;
         }
         Some(id) => {
             let mut domain = view.domain(id)?.ok_or_else(|| fault(&"a counter domain is missing (I5)"))?;
-            Arc::make_mut(&mut domain).counters.raise_floor(key, raise.to.into(), None).map_err(|error| fault(&error))?;
+            Arc::make_mut(&mut domain)
+                .counters
+                .raise_floor(key, raise.to.into(), None)
+                .map_err(|error| fault(&error))?;
             view.put_domain((*domain).clone())?;
         }
     }
@@ -130,12 +157,17 @@ struct Raise {
 
 impl Raise {
     fn of(view: &mut View<'_, '_>, island: &Island, meter: &Meter, raise: &RaiseCounter) -> Result<Self, ServiceError> {
-        let refuse = |reason: String, next_step: &str| Err(ServiceError::FailedPrecondition { reason, next_step: next_step.to_owned() });
+        let refuse = |reason: String, next_step: &str| {
+            Err(ServiceError::FailedPrecondition { reason, next_step: next_step.to_owned() })
+        };
         let key = counter_key(island, meter, raise.setup, raise.client_title)?;
         let version = meter.slots.get(raise.setup, raise.key_type).and_then(|slot| slot.version(raise.version));
         let Some(version) = version.filter(|version| version.state() != KeyState::Destroyed) else {
             return refuse(
-                format!("the meter has no {} version {} in security setup {}", raise.key_type, raise.version, raise.setup),
+                format!(
+                    "the meter has no {} version {} in security setup {}",
+                    raise.key_type, raise.version, raise.setup
+                ),
                 "look at it with `kms meter show`",
             );
         };
@@ -144,14 +176,20 @@ impl Raise {
             CounterPlace::Domain(id) => view.domain(*id)?.and_then(|domain| domain.counters.get(key).cloned()),
         };
         if let Some(CounterOwnership::HeadEnd(head_end)) = state.as_ref().map(CounterState::ownership) {
-            return refuse(format!("the counter is left to `{head_end}`"), "take it over with its floor: kms meter adopt");
+            return refuse(
+                format!("the counter is left to `{head_end}`"),
+                "take it over with its floor: kms meter adopt",
+            );
         }
         let to = u64::from(raise.to);
         let first = u64::from(CounterState::FIRST);
         let (usable, bound) = state.map_or((first, first), |state| (state.dealt_from(), state.bound()));
         // I4: never lower. Inside the chunk that a server deals from, a floor has it go on above.
         if to <= usable {
-            return refuse(format!("counters below {usable} are not used any more, so that nothing is raised to {to}"), "look at it with `kms meter show`");
+            return refuse(
+                format!("counters below {usable} are not used any more, so that nothing is raised to {to}"),
+                "look at it with `kms meter show`",
+            );
         }
         let from = if to > bound { bound } else { usable };
         Ok(Self { key, from })
@@ -160,7 +198,9 @@ impl Raise {
 
 /// What is asked for, with the names that were left out.
 fn named(meter: &Meter, new: &CounterRaise) -> Result<RaiseCounter, ServiceError> {
-    let setup = new.setup.or_else(|| meter.slots.iter().find(|slot| slot.key_type() == new.key_type).map(kms_domain::Slot::setup));
+    let setup = new
+        .setup
+        .or_else(|| meter.slots.iter().find(|slot| slot.key_type() == new.key_type).map(kms_domain::Slot::setup));
     let slot = setup.and_then(|setup| meter.slots.get(setup, new.key_type));
     let held = slot.and_then(kms_domain::Slot::held).map(kms_domain::KeyVersion::number);
     let (Some(slot), Some(version)) = (slot, new.version.or(held)) else {
@@ -169,11 +209,31 @@ fn named(meter: &Meter, new: &CounterRaise) -> Result<RaiseCounter, ServiceError
             next_step: "look at it with `kms meter show`".to_owned(),
         });
     };
-    Ok(RaiseCounter { meter: new.meter, setup: slot.setup(), key_type: new.key_type, version, client_title: new.client_title, to: new.to })
+    Ok(RaiseCounter {
+        meter: new.meter,
+        setup: slot.setup(),
+        key_type: new.key_type,
+        version,
+        client_title: new.client_title,
+        to: new.to,
+    })
 }
 
 /// The meter, if policy lets the principal raise its counters; the same answer for an unknown one.
-fn permitted(view: &mut View<'_, '_>, island: &Island, principal: &Principal, title: SystemTitle) -> Result<Arc<Meter>, ServiceError> {
-    let permits = |meter: &Meter| island.policy.load().permits(&facts(principal), &Action::RaiseCounter, &Resource::Meters(&meter.class)).is_permit();
-    view.meter(title)?.filter(|meter| permits(meter)).ok_or_else(|| ServiceError::denied(format!("raiseCounter with meter {title}")))
+fn permitted(
+    view: &mut View<'_, '_>,
+    island: &Island,
+    principal: &Principal,
+    title: SystemTitle,
+) -> Result<Arc<Meter>, ServiceError> {
+    let permits = |meter: &Meter| {
+        island
+            .policy
+            .load()
+            .permits(&facts(principal), &Action::RaiseCounter, &Resource::Meters(&meter.class))
+            .is_permit()
+    };
+    view.meter(title)?
+        .filter(|meter| permits(meter))
+        .ok_or_else(|| ServiceError::denied(format!("raiseCounter with meter {title}")))
 }

@@ -1,10 +1,11 @@
-//! A meter as the contract shows it. Key bytes, wrapped or not, have no way into these messages (I1).
+//! A meter as the contract shows it. Key bytes, wrapped or not, have no way into these messages
+//! (I1).
 
 use std::sync::Arc;
 
 use kms_domain::{
-    CounterDomain, CounterKey, CounterOwnership, CounterPlace, Counters, DeviceProfile, Exposure, KeyOrigin, KeyType, KeyVersion, Meter, SecuritySetupId,
-    SharedExposures, Slot, Slots, Transfer,
+    CounterDomain, CounterKey, CounterOwnership, CounterPlace, Counters, DeviceProfile, Exposure, KeyOrigin, KeyType,
+    KeyVersion, Meter, SecuritySetupId, SharedExposures, Slot, Slots, Transfer,
 };
 use kms_proto::v1;
 
@@ -35,7 +36,13 @@ pub(in crate::service) struct Shown<'a> {
 
 impl Shown<'_> {
     /// The meter that has these keys.
-    pub(super) fn meter(&self, meter: &Meter, groups: Vec<String>, shared_keys: Vec<v1::SharedKey>, generation: u64) -> v1::Meter {
+    pub(super) fn meter(
+        &self,
+        meter: &Meter,
+        groups: Vec<String>,
+        shared_keys: Vec<v1::SharedKey>,
+        generation: u64,
+    ) -> v1::Meter {
         v1::Meter {
             summary: Some(summary(meter)),
             security_suite: u32::from(meter.suite.number()),
@@ -74,7 +81,8 @@ impl Shown<'_> {
     }
 
     fn setup(&self, setup: SecuritySetupId) -> v1::SecuritySetup {
-        // The invocation counters of a setup are those of its unicast encryption key; of a broadcast key where there is no other.
+        // The invocation counters of a setup are those of its unicast encryption key; of a
+        // broadcast key where there is no other.
         let counted = [KeyType::GUEK, KeyType::GBEK].into_iter().find_map(|key_type| self.slots.get(setup, key_type));
         v1::SecuritySetup {
             obis: setup.obis().to_vec().into(),
@@ -104,7 +112,9 @@ impl Shown<'_> {
     fn counters(&self, version: &KeyVersion) -> Vec<v1::Counter> {
         let counters: Option<&Counters> = match version.counters() {
             CounterPlace::Own(counters) => Some(counters),
-            CounterPlace::Domain(id) => self.domains.iter().find(|domain| domain.id == *id).map(|domain| &domain.counters),
+            CounterPlace::Domain(id) => {
+                self.domains.iter().find(|domain| domain.id == *id).map(|domain| &domain.counters)
+            }
         };
         let states = counters.map(Counters::states).unwrap_or_default();
         states

@@ -1,4 +1,7 @@
-use kms_domain::{CounterKey, DeviceProfileName, FlagId, KeyOrigin, KeyState, KeyType, MeterStatus, PrincipalId, RequestId, SecuritySetupId, SystemTitle};
+use kms_domain::{
+    CounterKey, DeviceProfileName, FlagId, KeyOrigin, KeyState, KeyType, MeterStatus, PrincipalId, RequestId,
+    SecuritySetupId, SystemTitle,
+};
 use kms_proto::v1::{self, AuditRecord, audit_record::Event};
 use kms_store::AuditFilter;
 use prost::Message as _;
@@ -28,7 +31,12 @@ impl TestIsland {
     }
 
     async fn changes(&self) -> Vec<v1::MetersChanged> {
-        let rows = self.island.store.audit_page(&AuditFilter { kind: Some(20), ..AuditFilter::default() }, None, 1_000).await.unwrap();
+        let rows = self
+            .island
+            .store
+            .audit_page(&AuditFilter { kind: Some(20), ..AuditFilter::default() }, None, 1_000)
+            .await
+            .unwrap();
         rows.iter()
             .filter_map(|row| match AuditRecord::decode(row.record.record.as_slice()).unwrap().event {
                 Some(Event::MetersChanged(event)) => Some(event),
@@ -66,17 +74,28 @@ fn guek_counter(title: SystemTitle) -> CounterOf {
 }
 
 /// The next counters of a server: a session's lease, or those of frames.
-async fn next_counters(server: &crate::island::Island, title: SystemTitle, counters: u32, frames: bool) -> kms_domain::Lease {
+async fn next_counters(
+    server: &crate::island::Island,
+    title: SystemTitle,
+    counters: u32,
+    frames: bool,
+) -> kms_domain::Lease {
     let count = std::num::NonZeroU32::new(counters).unwrap();
     let act = server.committer.act(Actor::server("test"), kms_store::Reads::default(), move |view| {
         view.append(Event::KeysGranted(v1::KeysGranted::default()));
-        if frames { view.frame_counters(guek_counter(title), count) } else { view.lease(guek_counter(title), count, kms_domain::UnixMillis(i64::MAX)) }
+        if frames {
+            view.frame_counters(guek_counter(title), count)
+        } else {
+            view.lease(guek_counter(title), count, kms_domain::UnixMillis(i64::MAX))
+        }
     });
     act.await.unwrap().value
 }
 
 async fn is_live(server: &crate::island::Island, title: SystemTitle, lease: kms_domain::Lease) -> bool {
-    let act = server.committer.act(Actor::server("test"), kms_store::Reads::default(), move |view| view.is_live(guek_counter(title), lease));
+    let act = server
+        .committer
+        .act(Actor::server("test"), kms_store::Reads::default(), move |view| view.is_live(guek_counter(title), lease));
     act.await.unwrap().value
 }
 
@@ -172,7 +191,8 @@ island_tests! {
         assert_eq!(island.first_counter(meter(2)).await.unwrap(), 4_000_000);
         // What this system counts jumps no further than the cap of the profile, and never back.
         assert_eq!(counts(&service.adopt(&island.officer, request(3), vec![floor(2, 4_300_000, None)]).await.unwrap()), (0, 0, 1));
-        // The row does not tell how much of its chunk the server has used: a floor is noted there, and what lies above goes on.
+        // The row does not tell how much of its chunk the server has used: a floor is noted there,
+        // and what lies above goes on.
         assert_eq!(counts(&service.adopt(&island.officer, request(4), vec![floor(2, 10, None)]).await.unwrap()), (1, 0, 0));
         assert_eq!(island.first_counter(meter(2)).await.unwrap(), 4_000_001);
         assert_eq!(counts(&service.adopt(&island.officer, request(5), vec![floor(2, 4_100_000, None)]).await.unwrap()), (1, 0, 0));
@@ -210,7 +230,8 @@ island_tests! {
             // A low floor wastes nothing.
             adopt(floors_at, title, 7).await;
             assert_eq!(next_counters(&here, title, 1, true).await.first, 6_004);
-            // So near to the end of the chunk that a session's counters need another one; and the end itself.
+            // So near to the end of the chunk that a session's counters need another one; and the
+            // end itself.
             adopt(floors_at, title, chunk_end - 10).await;
             assert_eq!(next_counters(&here, title, 1, true).await.first, chunk_end - 10);
             assert_eq!(next_counters(&here, title, 1_000, false).await.first, chunk_end);

@@ -1,16 +1,19 @@
-//! The rotation of a group's key: a new version for all members, who has acknowledged it, and when broadcasts switch to it.
+//! The rotation of a group's key: a new version for all members, who has acknowledged it, and when
+//! broadcasts switch to it.
 //!
-//! A campaign begins it, and transfers bring it, one a member. How many members have it is counted from their sealed rows: the group's own row would
-//! be written with each transfer otherwise. It only keeps what the counting has come to.
+//! A campaign begins it, and transfers bring it, one a member. How many members have it is counted
+//! from their sealed rows: the group's own row would be written with each transfer otherwise. It
+//! only keeps what the counting has come to.
 //!
-//! Nothing switches by itself. Whoever broadcasts knows what is under way, such as an image that half of the members have; so he says when, once the
-//! threshold is reached.
+//! Nothing switches by itself. Whoever broadcasts knows what is under way, such as an image that
+//! half of the members have; so he says when, once the threshold is reached.
 
 use std::{sync::Arc, time::Duration};
 
 use kms_domain::{
-    CampaignId, ExposureReason, Group, GroupError, GroupId, GroupRotation, KeyState, KeyType, KeyVersion, KeyVersionNumber, MemberCounts, Meter, NewKeyVersion,
-    Owner, Party, RequestId, RotationStage, SecuritySetupId, SharedKey, SwitchThreshold, SystemTitle,
+    CampaignId, ExposureReason, Group, GroupError, GroupId, GroupRotation, KeyState, KeyType, KeyVersion,
+    KeyVersionNumber, MemberCounts, Meter, NewKeyVersion, Owner, Party, RequestId, RotationStage, SecuritySetupId,
+    SharedKey, SwitchThreshold, SystemTitle,
 };
 use kms_proto::v1::{self, GroupKeyChanged, SecurityEvent, audit_record::Event};
 use kms_store::{MeterFilter, Reads, RowKind};
@@ -71,11 +74,18 @@ impl OwnerService {
         self.counted(&group, setup, key.key_type).await
     }
 
-    /// The members that have not acknowledged the version which they are to have, in the order of the database.
+    /// The members that have not acknowledged the version which they are to have, in the order of
+    /// the database.
     ///
     /// # Errors
     /// As [`Self::rotation`].
-    pub async fn members_behind(&self, caller: &Caller, key: &NamedGroupKey, after: Option<SystemTitle>, limit: usize) -> Result<BehindPage, ServiceError> {
+    pub async fn members_behind(
+        &self,
+        caller: &Caller,
+        key: &NamedGroupKey,
+        after: Option<SystemTitle>,
+        limit: usize,
+    ) -> Result<BehindPage, ServiceError> {
         let group = self.permitted_group(caller, &key.group, &Action::ShowGroupRotation).await?;
         let setup = setup_of(&group, key.key_type, key.setup)?;
         let mut page = BehindPage::default();
@@ -109,8 +119,14 @@ impl OwnerService {
     /// Makes the version that is rolled out the one that broadcasts use.
     ///
     /// # Errors
-    /// Not permitted, another version is rolled out or none, too few members have it, or the database is away.
-    pub async fn switch(&self, caller: &Caller, request: RequestId, switch: Switch) -> Result<v1::GroupRotation, ServiceError> {
+    /// Not permitted, another version is rolled out or none, too few members have it, or the
+    /// database is away.
+    pub async fn switch(
+        &self,
+        caller: &Caller,
+        request: RequestId,
+        switch: Switch,
+    ) -> Result<v1::GroupRotation, ServiceError> {
         let Switch { key, version, early, reason } = switch;
         let action = Action::SwitchGroupKey { key_type: key.key_type, early };
         let group = self.permitted_group(caller, &key.group, &action).await?;
@@ -142,7 +158,11 @@ impl OwnerService {
             for (change, former) in steps {
                 let reason = if change == "switched" { reason.clone() } else { String::new() };
                 let former_version = former.map_or(0, KeyVersionNumber::number);
-                view.append(Event::GroupKeyChanged(GroupKeyChanged { former_version, reason, ..record(&group, setup, key_type, version, change, counts) }));
+                view.append(Event::GroupKeyChanged(GroupKeyChanged {
+                    former_version,
+                    reason,
+                    ..record(&group, setup, key_type, version, change, counts)
+                }));
             }
             view.put_group((*group).clone())?;
             Ok(group)
@@ -155,7 +175,13 @@ impl OwnerService {
     ///
     /// # Errors
     /// Not permitted, no such group, or the database is away.
-    pub async fn set_switch_threshold(&self, caller: &Caller, request: RequestId, name: &str, threshold: SwitchThreshold) -> Result<v1::Group, ServiceError> {
+    pub async fn set_switch_threshold(
+        &self,
+        caller: &Caller,
+        request: RequestId,
+        name: &str,
+        threshold: SwitchThreshold,
+    ) -> Result<v1::Group, ServiceError> {
         let action = Action::SetSwitchThreshold;
         let id = self.permitted_group(caller, name, &action).await?.id;
         let digest = request_digest(&[action.name().as_bytes(), name.as_bytes(), &[threshold.percent()]]);
@@ -191,8 +217,8 @@ impl OwnerService {
         self.group(caller, name).await
     }
 
-    /// Follows the rotations under way every `period`, until it is dropped or aborted: takes note when the threshold is reached, and when every member
-    /// has the new version.
+    /// Follows the rotations under way every `period`, until it is dropped or aborted: takes note
+    /// when the threshold is reached, and when every member has the new version.
     pub fn in_background(self, period: Duration) -> tokio::task::JoinHandle<()> {
         tokio::spawn(async move {
             loop {
@@ -215,9 +241,12 @@ impl OwnerService {
             let Some((last, _)) = page.last() else { return Ok(()) };
             after = Some(last.clone());
             for (id, row) in &page {
-                // A row that does not verify is the scrubber's find (I5); one that was written meanwhile is looked at in the next round.
+                // A row that does not verify is the scrubber's find (I5); one that was written
+                // meanwhile is looked at in the next round.
                 let Ok(group) = self.island.committer.open_group(GroupId(number_of(id)?), row) else { continue };
-                let waits = |rotation: &&GroupRotation| matches!(rotation.stage(), RotationStage::RollingOut | RotationStage::Switched);
+                let waits = |rotation: &&GroupRotation| {
+                    matches!(rotation.stage(), RotationStage::RollingOut | RotationStage::Switched)
+                };
                 for rotation in group.rotations.iter().filter(waits) {
                     self.follow(&group, rotation).await?;
                 }
@@ -238,7 +267,8 @@ impl OwnerService {
             if !Arc::make_mut(&mut group).note_members(setup, key_type, version, counts, view.now()) {
                 return Ok(());
             }
-            let complete = group.rotation(setup, key_type).is_some_and(|rotation| rotation.stage() == RotationStage::Complete);
+            let complete =
+                group.rotation(setup, key_type).is_some_and(|rotation| rotation.stage() == RotationStage::Complete);
             let change = if complete { "complete" } else { "threshold-reached" };
             view.append(Event::GroupKeyChanged(record(&group, setup, key_type, version, change, counts)));
             view.put_group((*group).clone())
@@ -255,16 +285,31 @@ impl OwnerService {
         Ok(rotations)
     }
 
-    async fn counted(&self, group: &Group, setup: SecuritySetupId, key_type: KeyType) -> Result<v1::GroupRotation, ServiceError> {
+    async fn counted(
+        &self,
+        group: &Group,
+        setup: SecuritySetupId,
+        key_type: KeyType,
+    ) -> Result<v1::GroupRotation, ServiceError> {
         let version = group.rotation(setup, key_type).map(|rotation| rotation.version);
         let counts = self.count(group, setup, key_type, version.unwrap_or(KeyVersionNumber::FIRST)).await?;
         // What was never rolled out was acknowledged by nobody: members were set up with it.
-        let counts = if version.is_some() { counts } else { MemberCounts { members: counts.members, ..MemberCounts::default() } };
+        let counts = if version.is_some() {
+            counts
+        } else {
+            MemberCounts { members: counts.members, ..MemberCounts::default() }
+        };
         Ok(message(group, setup, key_type, counts))
     }
 
     /// Counts the members by their sealed rows (I5).
-    async fn count(&self, group: &Group, setup: SecuritySetupId, key_type: KeyType, version: KeyVersionNumber) -> Result<MemberCounts, ServiceError> {
+    async fn count(
+        &self,
+        group: &Group,
+        setup: SecuritySetupId,
+        key_type: KeyType,
+        version: KeyVersionNumber,
+    ) -> Result<MemberCounts, ServiceError> {
         let mut counts = MemberCounts::default();
         let mut members = Members::of(&self.island, group.id, None);
         while let Some(some) = members.next().await? {
@@ -272,7 +317,10 @@ impl OwnerService {
                 counts.members += 1;
                 // I5: a row that was refused acknowledges nothing.
                 let Member::Known(meter) = member else { continue };
-                if meter.acknowledged(group.owner(), setup, key_type).is_some_and(|acknowledged| acknowledged >= version) {
+                if meter
+                    .acknowledged(group.owner(), setup, key_type)
+                    .is_some_and(|acknowledged| acknowledged >= version)
+                {
                     counts.acknowledged += 1;
                 } else if meter.shared_of(group.owner(), setup, key_type).any(|key| key.version == version) {
                     counts.unacknowledged += 1;
@@ -282,7 +330,8 @@ impl OwnerService {
         Ok(counts)
     }
 
-    /// A group, if policy permits the action with it. Who may list groups is told that there is none of the name.
+    /// A group, if policy permits the action with it. Who may list groups is told that there is
+    /// none of the name.
     async fn permitted_group(&self, caller: &Caller, name: &str, action: &Action) -> Result<Arc<Group>, ServiceError> {
         let principal = facts(&*self.island.principal(caller).await?);
         let policy = self.island.policy.load_full();
@@ -331,32 +380,53 @@ impl NewGroupVersion {
     /// # Errors
     /// The group is gone, its row is refused or was not read yet, or its slot refuses the version.
     pub(in crate::service) fn begin(&self, view: &mut View<'_, '_>, campaign: CampaignId) -> Result<(), ServiceError> {
-        let mut group = view.group(self.group)?.ok_or_else(|| ServiceError::Internal("the group of a campaign is gone".to_owned()))?;
+        let mut group = view
+            .group(self.group)?
+            .ok_or_else(|| ServiceError::Internal("the group of a campaign is gone".to_owned()))?;
         let (setup, key_type, now) = (self.setup, self.key_type, view.now());
-        let begun = Arc::make_mut(&mut group).begin_rotation(setup, key_type, &self.new, Some(campaign), now).map_err(refused)?;
+        let begun = Arc::make_mut(&mut group)
+            .begin_rotation(setup, key_type, &self.new, Some(campaign), now)
+            .map_err(refused)?;
         if let Some(given_up) = begun.given_up {
-            view.append(Event::GroupKeyChanged(record(&group, setup, key_type, given_up, "given-up", MemberCounts::default())));
+            view.append(Event::GroupKeyChanged(record(
+                &group,
+                setup,
+                key_type,
+                given_up,
+                "given-up",
+                MemberCounts::default(),
+            )));
         }
         let event = record(&group, setup, key_type, begun.version, "begun", MemberCounts::default());
         let reason = if begun.made { String::new() } else { "this version was being rolled out already".to_owned() };
-        view.append(Event::GroupKeyChanged(GroupKeyChanged { campaign_id: campaign.octets().to_vec().into(), reason, ..event }));
+        view.append(Event::GroupKeyChanged(GroupKeyChanged {
+            campaign_id: campaign.octets().to_vec().into(),
+            reason,
+            ..event
+        }));
         view.put_group((*group).clone())
     }
 }
 
 /// The security setup that a group has a key in: the named one, or the first.
-pub(in crate::service) fn setup_of(group: &Group, key_type: KeyType, setup: Option<SecuritySetupId>) -> Result<SecuritySetupId, ServiceError> {
+pub(in crate::service) fn setup_of(
+    group: &Group,
+    key_type: KeyType,
+    setup: Option<SecuritySetupId>,
+) -> Result<SecuritySetupId, ServiceError> {
     let mut setups = group.slots.iter().filter(|slot| slot.key_type() == key_type).map(kms_domain::Slot::setup);
     setups.find(|known| setup.is_none_or(|setup| *known == setup)).ok_or_else(|| {
         let place = setup.map(|setup| format!(" in security setup {setup}")).unwrap_or_default();
         ServiceError::FailedPrecondition {
             reason: format!("group `{}` has no {key_type}{place}", group.name),
-            next_step: "look at its keys with `kms group show`, or make the first version with `kms group key create`".to_owned(),
+            next_step: "look at its keys with `kms group show`, or make the first version with `kms group key create`"
+                .to_owned(),
         }
     })
 }
 
-/// A member is gone from these groups: what it holds of their keys is exposed, and the keys have to be rotated.
+/// A member is gone from these groups: what it holds of their keys is exposed, and the keys have to
+/// be rotated.
 ///
 /// # Errors
 /// A group's row was not read yet.
@@ -379,8 +449,9 @@ pub(in crate::service) fn expose_to_former_member(
     Ok(())
 }
 
-/// A KEK of a meter is compromised, under which keys of groups left for it: they are exposed to whoever knows it, and have to be rotated. The meter's
-/// KEK first: else the next version would leave under it.
+/// A KEK of a meter is compromised, under which keys of groups left for it: they are exposed to
+/// whoever knows it, and have to be rotated. The meter's KEK first: else the next version would
+/// leave under it.
 ///
 /// # Errors
 /// A group's row was not read yet.
@@ -390,18 +461,26 @@ pub(in crate::service) fn expose_to_who_knows_a_kek(
     delivered: &[SharedKey],
     party: &Party,
 ) -> Result<(), ServiceError> {
-    let mut groups: Vec<GroupId> = delivered.iter().filter_map(|key| if let Owner::Group(id) = key.owner { Some(id) } else { None }).collect();
+    let mut groups: Vec<GroupId> =
+        delivered.iter().filter_map(|key| if let Owner::Group(id) = key.owner { Some(id) } else { None }).collect();
     groups.sort_unstable();
     groups.dedup();
     for id in groups {
         let mut group = match view.group(id) {
             Ok(Some(group)) => group,
-            // I5: its row was refused, which is on the record. What is known of the meter is noted all the same.
+            // I5: its row was refused, which is on the record. What is known of the meter is noted
+            // all the same.
             Ok(None) | Err(ServiceError::PermissionDenied { .. }) => continue,
             Err(error) => return Err(error),
         };
         let exposed = Arc::make_mut(&mut group).expose_to_who_knows_a_kek(delivered, party, view.now());
-        tell_exposed(view, meter, &group, &exposed, &format!("{party}, who knows the KEK of the member that it left under"))?;
+        tell_exposed(
+            view,
+            meter,
+            &group,
+            &exposed,
+            &format!("{party}, who knows the KEK of the member that it left under"),
+        )?;
     }
     Ok(())
 }
@@ -416,10 +495,14 @@ fn tell_exposed(
     if exposed.is_empty() {
         return Ok(());
     }
-    let wanted = |setup, key_type, number| group.newest(setup, key_type).is_some_and(|newest| newest.number() == number);
+    let wanted =
+        |setup, key_type, number| group.newest(setup, key_type).is_some_and(|newest| newest.number() == number);
     for (setup, key_type, number) in exposed {
         let next = if wanted(*setup, *key_type, *number) { ": rotate it" } else { "" };
-        let detail = format!("group {}: {key_type} version {number} in security setup {setup} is known to {known_to}{next}", group.name);
+        let detail = format!(
+            "group {}: {key_type} version {number} in security setup {setup} is known to {known_to}{next}",
+            group.name
+        );
         let meter = meter.title.octets().to_vec().into();
         view.append(Event::SecurityEvent(SecurityEvent { kind: "group-key-exposed".to_owned(), detail, meter }));
     }
@@ -427,7 +510,12 @@ fn tell_exposed(
 }
 
 /// How a key stands with the members, as the contract says it.
-pub(in crate::service) fn message(group: &Group, setup: SecuritySetupId, key_type: KeyType, counts: MemberCounts) -> v1::GroupRotation {
+pub(in crate::service) fn message(
+    group: &Group,
+    setup: SecuritySetupId,
+    key_type: KeyType,
+    counts: MemberCounts,
+) -> v1::GroupRotation {
     let slot = group.slots.get(setup, key_type);
     let number = |version: Option<&KeyVersion>| version.map_or(0, |version| version.number().number());
     let shown = v1::GroupRotation {
@@ -444,7 +532,8 @@ pub(in crate::service) fn message(group: &Group, setup: SecuritySetupId, key_typ
     };
     let Some(rotation) = group.rotation(setup, key_type) else { return shown };
     let former = slot.into_iter().flat_map(|slot| slot.versions().iter().rev()).find(|version| {
-        version.number() < rotation.version && group.lent(setup, key_type, Some(version.number())).is_some_and(|lent| lent.number() == version.number())
+        version.number() < rotation.version
+            && group.lent(setup, key_type, Some(version.number())).is_some_and(|lent| lent.number() == version.number())
     });
     let moment = |moment: Option<kms_domain::UnixMillis>| moment.map_or(0, |moment| moment.0);
     v1::GroupRotation {
@@ -460,7 +549,14 @@ pub(in crate::service) fn message(group: &Group, setup: SecuritySetupId, key_typ
     }
 }
 
-fn record(group: &Group, setup: SecuritySetupId, key_type: KeyType, version: KeyVersionNumber, change: &str, counts: MemberCounts) -> GroupKeyChanged {
+fn record(
+    group: &Group,
+    setup: SecuritySetupId,
+    key_type: KeyType,
+    version: KeyVersionNumber,
+    change: &str,
+    counts: MemberCounts,
+) -> GroupKeyChanged {
     GroupKeyChanged {
         group: group.id.0,
         group_name: group.name.clone(),
@@ -482,7 +578,9 @@ fn has_left(meter: &Meter, owner: Owner, rotation: &GroupRotation) -> bool {
 fn refused(error: GroupError) -> ServiceError {
     let next_step = match &error {
         GroupError::NotRolledOut { .. } => "look at the rotation with `kms group rotation`",
-        GroupError::TooFew { .. } => "bring it to more members (`kms group rotation GROUP --behind`), or switch early where an officer decides so",
+        GroupError::TooFew { .. } => {
+            "bring it to more members (`kms group rotation GROUP --behind`), or switch early where an officer decides so"
+        }
         GroupError::Slot(_) => "look at the group with `kms group show`",
     };
     ServiceError::FailedPrecondition { reason: error.to_string(), next_step: next_step.to_owned() }

@@ -3,7 +3,10 @@ mod rotation;
 use std::{num::NonZeroU32, path::PathBuf, sync::Arc};
 
 use aws_lc_rs::agreement::{ECDH_P256, PrivateKey};
-use kms_domain::{DeviceProfileName, ExposureReason, FlagId, GroupId, KeyType, Party, RequestId, SecuritySetupId, TransportCertificate};
+use kms_domain::{
+    DeviceProfileName, ExposureReason, FlagId, GroupId, KeyType, Party, RequestId, SecuritySetupId,
+    TransportCertificate,
+};
 use kms_proto::v1::{self, AuditRecord, Manifest, audit_record::Event};
 use kms_store::{AuditFilter, RowKind};
 use prost::Message as _;
@@ -32,17 +35,32 @@ impl TestIsland {
     }
 
     async fn enrol_group_of(&self, profile: &str, number: u8, first: u64, group: &str) {
-        let meters = (first..first + 3).map(|number| NewMeter { title: meter(number), serial: format!("S{number}"), groups: vec![group.to_owned()] }).collect();
-        let enrolment =
-            Enrolment { manufacturer: FlagId::parse("KAM").unwrap(), device_profile: DeviceProfileName::parse(profile).unwrap(), batch: String::new(), meters };
-        let enrolled = MeterService::new(self.island.clone()).enrol(&self.officer, request(number), enrolment).await.unwrap();
+        let meters = (first..first + 3)
+            .map(|number| NewMeter {
+                title: meter(number),
+                serial: format!("S{number}"),
+                groups: vec![group.to_owned()],
+            })
+            .collect();
+        let enrolment = Enrolment {
+            manufacturer: FlagId::parse("KAM").unwrap(),
+            device_profile: DeviceProfileName::parse(profile).unwrap(),
+            batch: String::new(),
+            meters,
+        };
+        let enrolled =
+            MeterService::new(self.island.clone()).enrol(&self.officer, request(number), enrolment).await.unwrap();
         assert_eq!(enrolled.changed, 3);
     }
 
     async fn with_transport_key(&self, caller: &Caller) {
         let mut principal = (*self.island.principal(caller).await.unwrap()).clone();
         let public = PrivateKey::generate(&ECDH_P256).unwrap().compute_public_key().unwrap();
-        principal.transport = Some(TransportCertificate { certificate: vec![1].into(), sha256: [9; 32], public_point: public.as_ref().try_into().unwrap() });
+        principal.transport = Some(TransportCertificate {
+            certificate: vec![1].into(),
+            sha256: [9; 32],
+            public_point: public.as_ref().try_into().unwrap(),
+        });
         principal.revision += 1;
         put_principal(&self.island, principal).await;
     }
@@ -57,11 +75,19 @@ impl TestIsland {
             .map(|path| (path.clone(), std::fs::read_to_string(path).unwrap()))
             .collect();
         files.push((PathBuf::from("site.cedar"), policy.to_owned()));
-        self.island.policy.store(Arc::new(Policy::from_files(files, (crate::authz::Quotas::FILE.into(), crate::authz::Quotas::SHIPPED.to_owned())).unwrap()));
+        self.island.policy.store(Arc::new(
+            Policy::from_files(files, (crate::authz::Quotas::FILE.into(), crate::authz::Quotas::SHIPPED.to_owned()))
+                .unwrap(),
+        ));
     }
 
     async fn events(&self, kind: u16) -> Vec<Event> {
-        let rows = self.island.store.audit_page(&AuditFilter { kind: Some(kind), ..AuditFilter::default() }, None, 1_000).await.unwrap();
+        let rows = self
+            .island
+            .store
+            .audit_page(&AuditFilter { kind: Some(kind), ..AuditFilter::default() }, None, 1_000)
+            .await
+            .unwrap();
         rows.iter().filter_map(|row| AuditRecord::decode(row.record.record.as_slice()).unwrap().event).collect()
     }
 }
@@ -84,11 +110,19 @@ fn chunk(number: u8, targets: GrantTargets, key_types: &[KeyType]) -> Chunk {
         dedicated_key: false,
         lifetime_seconds: 900,
     };
-    Chunk { request: RequestId::from_octets(&[number; 16]).unwrap(), index: 0, digest: [number; 32], targets, terms: Arc::new(terms) }
+    Chunk {
+        request: RequestId::from_octets(&[number; 16]).unwrap(),
+        index: 0,
+        digest: [number; 32],
+        targets,
+        terms: Arc::new(terms),
+    }
 }
 
 async fn open(island: &Arc<Island>, caller: &Caller, number: u8, group: &str) -> Result<Granted, ServiceError> {
-    GrantService::new(island.clone()).open(caller, chunk(number, GrantTargets::Group { name: group.to_owned(), version: None }, &[KeyType::GBEK])).await
+    GrantService::new(island.clone())
+        .open(caller, chunk(number, GrantTargets::Group { name: group.to_owned(), version: None }, &[KeyType::GBEK]))
+        .await
 }
 
 fn group_keys(granted: &Granted) -> v1::GroupKeys {
@@ -156,7 +190,8 @@ island_tests! {
             dry_run: false,
         };
         MeterService::new(island.island.clone()).assign(&island.officer, request(5), assignment).await.unwrap();
-        // I8: to have all members assigned gives no broadcast key, neither as a group's nor as a meter's.
+        // I8: to have all members assigned gives no broadcast key, neither as a group's nor as a
+        // meter's.
         assert!(matches!(open(&island.island, &island.head_end, 10, "north").await, Err(ServiceError::PermissionDenied { .. })));
         let as_meter = chunk(11, GrantTargets::Meters(vec![meter(1)]), &[KeyType::GBEK]);
         assert!(matches!(GrantService::new(island.island.clone()).open(&island.head_end, as_meter).await, Err(ServiceError::PermissionDenied { .. })));
@@ -189,7 +224,8 @@ island_tests! {
         let [exposure] = version.exposures() else { panic!("{:?}", version.exposures()) };
         assert_eq!((&exposure.party, exposure.reason), (&Party::Principal(island.head_end.principal.clone()), ExposureReason::Grant));
 
-        // Another group, another head-end, a foreign client title, a group that nobody knows: all the same answer.
+        // Another group, another head-end, a foreign client title, a group that nobody knows: all
+        // the same answer.
         assert!(matches!(open(&island.island, &island.head_end, 20, "south").await, Err(ServiceError::PermissionDenied { .. })));
         assert!(matches!(open(&island.island, &island.head_end, 21, "west").await, Err(ServiceError::PermissionDenied { .. })));
         assert!(matches!(open(&island.island, &island.other_head_end, 22, "north").await, Err(ServiceError::PermissionDenied { .. })));

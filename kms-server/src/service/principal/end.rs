@@ -14,12 +14,12 @@ use crate::{
 impl Principals {
     /// Ends one TLS certificate of another principal, from the next call on.
     ///
-    /// Nobody ends their own: who has stolen the key of one certificate could end the owner's other one with it, and would
-    /// be the only one left.
+    /// Nobody ends their own: who has stolen the key of one certificate could end the owner's other
+    /// one with it, and would be the only one left.
     ///
     /// # Errors
-    /// Not permitted; no such principal or certificate; the caller's own; the last certificate of the last officer; or
-    /// the database is away.
+    /// Not permitted; no such principal or certificate; the caller's own; the last certificate of
+    /// the last officer; or the database is away.
     pub async fn end_certificate(
         &self,
         caller: &Caller,
@@ -36,24 +36,31 @@ impl Principals {
         self.island.require(caller, &action).await?;
         let digest = request_digest("end-certificate", &[id.to_string().as_bytes(), &serial, reason.as_bytes()]);
         let answer = self
-            .act_among_all(caller, Request { id: request, digest }, action, id.clone(), Reads::default(), move |view, existing, everyone| {
-                refuse_own(&id, own)?;
-                let mut principal = enabled(&id, existing)?;
-                let at = principal.certificates.iter().position(|one| one.serial == serial);
-                let at = at.ok_or_else(|| no_certificate(&id, &serial))?;
-                principal.certificates.remove(at);
-                principal.revision += 1;
-                if principal.live_certificates(view.now()).next().is_none() {
-                    everyone.refuse_last_officer(view, &id)?;
-                }
-                let record = v1::PrincipalChanged {
-                    principal: id.to_string(),
-                    change: "certificate-ended".to_owned(),
-                    certificate_serial: hex::encode(&serial),
-                    reason: reason.clone(),
-                };
-                Ok((principal, record, None, Vec::new()))
-            })
+            .act_among_all(
+                caller,
+                Request { id: request, digest },
+                action,
+                id.clone(),
+                Reads::default(),
+                move |view, existing, everyone| {
+                    refuse_own(&id, own)?;
+                    let mut principal = enabled(&id, existing)?;
+                    let at = principal.certificates.iter().position(|one| one.serial == serial);
+                    let at = at.ok_or_else(|| no_certificate(&id, &serial))?;
+                    principal.certificates.remove(at);
+                    principal.revision += 1;
+                    if principal.live_certificates(view.now()).next().is_none() {
+                        everyone.refuse_last_officer(view, &id)?;
+                    }
+                    let record = v1::PrincipalChanged {
+                        principal: id.to_string(),
+                        change: "certificate-ended".to_owned(),
+                        certificate_serial: hex::encode(&serial),
+                        reason: reason.clone(),
+                    };
+                    Ok((principal, record, None, Vec::new()))
+                },
+            )
             .await?;
         answer.principal.ok_or_else(|| ServiceError::Internal("an answer without its principal".to_owned()))
     }

@@ -12,8 +12,9 @@ use crate::{
     island::principal_row,
 };
 
-/// The names of all principals that there were when the island's row counted so many. The row counts each one that is added: a transaction that finds
-/// the same count reads them all, and is in the way of another server's that adds one.
+/// The names of all principals that there were when the island's row counted so many. The row
+/// counts each one that is added: a transaction that finds the same count reads them all, and is in
+/// the way of another server's that adds one.
 #[derive(Clone, Debug)]
 pub(in crate::service) struct Everyone {
     island: IslandName,
@@ -23,7 +24,11 @@ pub(in crate::service) struct Everyone {
 
 impl Everyone {
     /// Reads the names, beside the writer.
-    pub(in crate::service) async fn of(store: &dyn Store, committer: &Committer, island: &IslandName) -> Result<Self, ServiceError> {
+    pub(in crate::service) async fn of(
+        store: &dyn Store,
+        committer: &Committer,
+        island: &IslandName,
+    ) -> Result<Self, ServiceError> {
         // The count first: one that is added meanwhile makes the names too many, and not too few.
         let row = store.sealed(RowKind::Island, island.as_str().as_bytes()).await?.ok_or_else(no_island)?;
         let added = committer.open_island(&row)?.principals_added;
@@ -49,8 +54,8 @@ impl Everyone {
     /// All of them as they stand in the transaction.
     ///
     /// # Errors
-    /// Aborted, with [`Self::is_stale`]: one was added since the names were read. A row that does not verify, which the refusal names: its key could be
-    /// the one that is certified (I6).
+    /// Aborted, with [`Self::is_stale`]: one was added since the names were read. A row that does
+    /// not verify, which the refusal names: its key could be the one that is certified (I6).
     pub(in crate::service) fn rows(&self, view: &mut View<'_, '_>) -> Result<Vec<Arc<Principal>>, ServiceError> {
         if view.island(&self.island)?.ok_or_else(no_island)?.principals_added != self.added {
             return Err(stale());
@@ -72,9 +77,14 @@ impl Everyone {
         view.put_island(row)
     }
 
-    /// Somebody must be able to administer the island without this principal: another officer, enabled, with a certificate that has not ended. An officer
-    /// whose row does not verify is none.
-    pub(in crate::service) fn refuse_last_officer(&self, view: &mut View<'_, '_>, id: &PrincipalId) -> Result<(), ServiceError> {
+    /// Somebody must be able to administer the island without this principal: another officer,
+    /// enabled, with a certificate that has not ended. An officer whose row does not verify is
+    /// none.
+    pub(in crate::service) fn refuse_last_officer(
+        &self,
+        view: &mut View<'_, '_>,
+        id: &PrincipalId,
+    ) -> Result<(), ServiceError> {
         if id.role() != Role::Officer {
             return Ok(());
         }
@@ -87,7 +97,9 @@ impl Everyone {
             }
         }
         Err(ServiceError::FailedPrecondition {
-            reason: format!("`{id}` is the last enabled officer with a certificate that has not ended, and nobody could administer the island afterwards"),
+            reason: format!(
+                "`{id}` is the last enabled officer with a certificate that has not ended, and nobody could administer the island afterwards"
+            ),
             next_step: "add another officer first".to_owned(),
         })
     }
@@ -98,9 +110,16 @@ impl Everyone {
     }
 }
 
-/// I6: one key stands for one principal. Two principals with one key would be one person who counts twice.
-pub(in crate::service) fn refuse_shared_key(rows: &[Arc<Principal>], id: &PrincipalId, key_sha256: &[u8; 32]) -> Result<(), ServiceError> {
-    let has_key = |principal: &Principal| principal.certificates.iter().any(|certificate| certificate.key_sha256.as_ref() == Some(key_sha256));
+/// I6: one key stands for one principal. Two principals with one key would be one person who counts
+/// twice.
+pub(in crate::service) fn refuse_shared_key(
+    rows: &[Arc<Principal>],
+    id: &PrincipalId,
+    key_sha256: &[u8; 32],
+) -> Result<(), ServiceError> {
+    let has_key = |principal: &Principal| {
+        principal.certificates.iter().any(|certificate| certificate.key_sha256.as_ref() == Some(key_sha256))
+    };
     match rows.iter().find(|other| other.id != *id && has_key(other)) {
         None => Ok(()),
         Some(other) => Err(ServiceError::FailedPrecondition {
@@ -110,8 +129,13 @@ pub(in crate::service) fn refuse_shared_key(rows: &[Arc<Principal>], id: &Princi
     }
 }
 
-/// No two enabled principals use one client title: leases of one would supersede those of the other.
-pub(in crate::service) fn refuse_shared_titles(rows: &[Arc<Principal>], id: &PrincipalId, titles: &[SystemTitle]) -> Result<(), ServiceError> {
+/// No two enabled principals use one client title: leases of one would supersede those of the
+/// other.
+pub(in crate::service) fn refuse_shared_titles(
+    rows: &[Arc<Principal>],
+    id: &PrincipalId,
+    titles: &[SystemTitle],
+) -> Result<(), ServiceError> {
     let others = rows.iter().filter(|other| other.id != *id && other.status == PrincipalStatus::Enabled);
     for other in others {
         if let Some(title) = titles.iter().find(|title| other.client_titles.contains(title)) {
@@ -130,13 +154,20 @@ pub(in crate::service) fn parse_name(name: &[u8]) -> Result<PrincipalId, Service
 }
 
 fn stale() -> ServiceError {
-    ServiceError::Aborted { reason: "another principal was added at the same moment".to_owned(), next_step: "ask again".to_owned() }
+    ServiceError::Aborted {
+        reason: "another principal was added at the same moment".to_owned(),
+        next_step: "ask again".to_owned(),
+    }
 }
 
 pub(super) fn unverified(id: &PrincipalId) -> ServiceError {
     ServiceError::FailedPrecondition {
-        reason: format!("the row of `{id}` does not verify (I5), so nobody can tell whether its key or client title is the same"),
-        next_step: "restore that row from a copy of the database, then ask again; `kms audit scrub` lists all such rows".to_owned(),
+        reason: format!(
+            "the row of `{id}` does not verify (I5), so nobody can tell whether its key or client title is the same"
+        ),
+        next_step:
+            "restore that row from a copy of the database, then ask again; `kms audit scrub` lists all such rows"
+                .to_owned(),
     }
 }
 

@@ -30,7 +30,11 @@ struct Scene {
 
 async fn authority(hsm: &Hsm, island: &IslandName) -> CertificateAuthority {
     let point = hsm.public_key(CA_KEY).await.unwrap();
-    let root = CertificateAuthority::root(island, point, Validity::days(Island::now(), 3_000)).unwrap().sign(hsm).await.unwrap();
+    let root = CertificateAuthority::root(island, point, Validity::days(Island::now(), 3_000))
+        .unwrap()
+        .sign(hsm)
+        .await
+        .unwrap();
     CertificateAuthority::from_der(&root.der).unwrap()
 }
 
@@ -54,7 +58,13 @@ impl Scene {
     }
 
     /// `by` adds an officer with this key.
-    async fn add_officer(&self, by: &Caller, name: &str, person: &str, key: &rcgen::KeyPair) -> Result<Caller, ServiceError> {
+    async fn add_officer(
+        &self,
+        by: &Caller,
+        name: &str,
+        person: &str,
+        key: &rcgen::KeyPair,
+    ) -> Result<Caller, ServiceError> {
         let new = NewPrincipal {
             request: request_id(),
             id: self.id(Role::Officer, name),
@@ -67,7 +77,12 @@ impl Scene {
         Ok(caller(&self.id(Role::Officer, name), &issued))
     }
 
-    async fn add_head_end(&self, on: &Arc<Island>, name: &str, titles: &[SystemTitle]) -> Result<v1::PrincipalCertificate, ServiceError> {
+    async fn add_head_end(
+        &self,
+        on: &Arc<Island>,
+        name: &str,
+        titles: &[SystemTitle],
+    ) -> Result<v1::PrincipalCertificate, ServiceError> {
         let new = NewPrincipal {
             request: request_id(),
             id: self.id(Role::HeadEnd, name),
@@ -102,8 +117,18 @@ impl Scene {
         id
     }
 
-    async fn propose_key(&self, by: &Caller, id: &PrincipalId, key: &rcgen::KeyPair) -> Result<v1::Proposal, ServiceError> {
-        let new = ProposedKey { id: id.clone(), key_sha256: certification(key).spki_sha256(), reason: "ticket 4714".to_owned(), quorum: Quorum::ONE };
+    async fn propose_key(
+        &self,
+        by: &Caller,
+        id: &PrincipalId,
+        key: &rcgen::KeyPair,
+    ) -> Result<v1::Proposal, ServiceError> {
+        let new = ProposedKey {
+            id: id.clone(),
+            key_sha256: certification(key).spki_sha256(),
+            reason: "ticket 4714".to_owned(),
+            quorum: Quorum::ONE,
+        };
         self.principals().propose_key(by, request(), new).await
     }
 
@@ -112,7 +137,12 @@ impl Scene {
     }
 
     async fn approve(&self, by: &Caller, proposal: &v1::Proposal) -> Result<v1::Proposal, ServiceError> {
-        self.change(by, proposal, Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() }).await
+        self.change(
+            by,
+            proposal,
+            Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() },
+        )
+        .await
     }
 
     async fn row(&self, id: &PrincipalId) -> Arc<Principal> {
@@ -123,24 +153,35 @@ impl Scene {
 
     async fn events(&self, kind: &str) -> Vec<SecurityEvent> {
         let rows = self.t.island.store.audit_page(&kms_store::AuditFilter::default(), None, 500).await.unwrap();
-        let events = rows.iter().filter_map(|row| <AuditRecord as prost::Message>::decode(row.record.record.as_slice()).unwrap().event);
-        events.filter_map(|event| if let Event::SecurityEvent(event) = event { Some(event) } else { None }).filter(|event| event.kind == kind).collect()
+        let events = rows
+            .iter()
+            .filter_map(|row| <AuditRecord as prost::Message>::decode(row.record.record.as_slice()).unwrap().event);
+        events
+            .filter_map(|event| if let Event::SecurityEvent(event) = event { Some(event) } else { None })
+            .filter(|event| event.kind == kind)
+            .collect()
     }
 
-    /// Waits until a refusal of this action is on the record: one outside of an act is written with the next transaction.
+    /// Waits until a refusal of this action is on the record: one outside of an act is written with
+    /// the next transaction.
     async fn recorded_refusal(&self, action: &str) -> String {
         let refusal = async {
             loop {
                 let rows = self.t.island.store.audit_page(&kms_store::AuditFilter::default(), None, 500).await.unwrap();
-                let events = rows.iter().filter_map(|row| <AuditRecord as prost::Message>::decode(row.record.record.as_slice()).unwrap().event);
-                let refused = events.filter_map(|event| if let Event::Refused(refused) = event { Some(refused) } else { None });
+                let events = rows.iter().filter_map(|row| {
+                    <AuditRecord as prost::Message>::decode(row.record.record.as_slice()).unwrap().event
+                });
+                let refused =
+                    events.filter_map(|event| if let Event::Refused(refused) = event { Some(refused) } else { None });
                 if let Some(refused) = refused.into_iter().find(|refused| refused.action == action) {
                     return refused.reason;
                 }
                 tokio::task::yield_now().await;
             }
         };
-        tokio::time::timeout(std::time::Duration::from_secs(60), refusal).await.unwrap_or_else(|_| panic!("no refusal of {action} is on the record"))
+        tokio::time::timeout(std::time::Duration::from_secs(60), refusal)
+            .await
+            .unwrap_or_else(|_| panic!("no refusal of {action} is on the record"))
     }
 
     /// A policy of somebody who permits everything.
@@ -160,7 +201,11 @@ fn certification(key: &rcgen::KeyPair) -> CertificationRequest {
 }
 
 fn caller(id: &PrincipalId, issued: &v1::PrincipalCertificate) -> Caller {
-    Caller { principal: id.clone(), certificate_sha256: sha256(&issued.certificate), not_after: Island::now().after(DAY) }
+    Caller {
+        principal: id.clone(),
+        certificate_sha256: sha256(&issued.certificate),
+        not_after: Island::now().after(DAY),
+    }
 }
 
 fn request_id() -> RequestId {
@@ -213,7 +258,8 @@ island_tests! {
         let (lost, eves) = (scene.expired_officer("cy", "Cy").await, key());
         let eve = scene.add_officer(&scene.ada, "eve", "Eve", &eves).await.unwrap();
         assert_eq!(scene.events("person-added-by-one").await.len(), 1);
-        // She reads and administers; she neither approves what Ada asked for, nor asks for what Ada approves.
+        // She reads and administers; she neither approves what Ada asked for, nor asks for what Ada
+        // approves.
         scene.principals().list(&eve).await.unwrap();
         let wanted = scene.propose_key(&scene.ada, &lost, &key()).await.unwrap();
         assert_eq!(code(scene.approve(&eve, &wanted).await), FAILED_PRECONDITION);
@@ -340,7 +386,8 @@ island_tests! {
         let changes = kms_store::Changes { sealed, ..kms_store::Changes::default() };
         let mut put = |_: &kms_store::ReadSet| kms_store::Decision::Commit(Box::new(changes.clone()));
         store.transact(Reads::default(), &mut put).await.unwrap();
-        // I6: whether it has the same key cannot be told, so nobody gets one; and the refusal says why.
+        // I6: whether it has the same key cannot be told, so nobody gets one; and the refusal says
+        // why.
         let head_end = scene.t.head_end.clone();
         for refusal in [text(scene.renew(&head_end, &head_end.principal, &key()).await), text(scene.principals().list(&scene.ada).await)] {
             assert!(refusal.contains(&format!("the row of `{id}` does not verify")), "{refusal}");

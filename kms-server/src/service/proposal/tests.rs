@@ -1,4 +1,7 @@
-use kms_domain::{CounterKey, KeyType, KeyVersionNumber, PersonName, PrincipalCertificate, PrincipalId, PrincipalStatus, Role, SecuritySetupId, SystemTitle};
+use kms_domain::{
+    CounterKey, KeyType, KeyVersionNumber, PersonName, PrincipalCertificate, PrincipalId, PrincipalStatus, Role,
+    SecuritySetupId, SystemTitle,
+};
 use kms_proto::v1::{AuditRecord, SecurityEvent};
 
 use super::*;
@@ -58,14 +61,22 @@ fn approval(proposal: &v1::Proposal) -> Change {
 
 async fn bound(island: &TestIsland, title: SystemTitle) -> u64 {
     let row = island.island.meter(title).await.unwrap().unwrap();
-    let version = row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().version(KeyVersionNumber::FIRST).unwrap().clone();
+    let version = row
+        .slots
+        .get(SecuritySetupId::DEFAULT, KeyType::GUEK)
+        .unwrap()
+        .version(KeyVersionNumber::FIRST)
+        .unwrap()
+        .clone();
     let kms_domain::CounterPlace::Own(counters) = version.counters() else { panic!("in a domain") };
     counters.get(CounterKey::ClientTitle(client_title())).map_or(1, |state| state.bound())
 }
 
 async fn events(island: &TestIsland) -> Vec<Event> {
     let rows = island.island.store.audit_page(&kms_store::AuditFilter::default(), None, 500).await.unwrap();
-    rows.iter().filter_map(|row| <AuditRecord as prost::Message>::decode(row.record.record.as_slice()).unwrap().event).collect()
+    rows.iter()
+        .filter_map(|row| <AuditRecord as prost::Message>::decode(row.record.record.as_slice()).unwrap().event)
+        .collect()
 }
 
 fn code(outcome: Result<impl std::fmt::Debug, ServiceError>) -> i32 {
@@ -139,7 +150,8 @@ island_tests! {
         for (to, from) in [(50_000, 1), (60_000, 50_000), (65_537, 65_537), (80_000, 65_538)] {
             let made = propose(&island, &island.officer, raise(1, to)).await;
             if to == 65_537 {
-                // The end of the chunk is where it would go on anyway, but not before the chunk is used up.
+                // The end of the chunk is where it would go on anyway, but not before the chunk is
+                // used up.
                 assert_eq!(made.as_ref().map(|made| made.state.clone()).unwrap(), "waiting");
             }
             let made = made.unwrap();

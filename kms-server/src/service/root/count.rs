@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use kms_domain::{DeviceType, Group, KeyMaterial, KeyOrigin, Meter, RootId, RootPurpose, RootStanding, RowSeal, Slots, SystemTitle, UnixMillis};
+use kms_domain::{
+    DeviceType, Group, KeyMaterial, KeyOrigin, Meter, RootId, RootPurpose, RootStanding, RowSeal, Slots, SystemTitle,
+    UnixMillis,
+};
 use kms_proto::v1;
 use kms_store::{MeterFilter, RowKind, SealedRow};
 use tokio::sync::mpsc;
@@ -17,9 +20,11 @@ use crate::{
 /// How many keys or rows use each version.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RootReferences {
-    /// Key versions (diversification roots, storage KEKs) or rows (seal root), by root version. A version that nothing uses is not listed.
+    /// Key versions (diversification roots, storage KEKs) or rows (seal root), by root version. A
+    /// version that nothing uses is not listed.
     pub references: BTreeMap<RootId, u64>,
-    /// When the last key that was derived from a diversification root was destroyed: a backup from before still has it.
+    /// When the last key that was derived from a diversification root was destroyed: a backup from
+    /// before still has it.
     pub last_uses: BTreeMap<RootId, UnixMillis>,
     /// Rows that were read.
     pub rows: u64,
@@ -66,7 +71,10 @@ impl RootService {
     ///
     /// # Errors
     /// Not permitted, or the database is away.
-    pub async fn count_for(&self, caller: &Caller) -> Result<mpsc::Receiver<Result<v1::CountRootReferencesResponse, ServiceError>>, ServiceError> {
+    pub async fn count_for(
+        &self,
+        caller: &Caller,
+    ) -> Result<mpsc::Receiver<Result<v1::CountRootReferencesResponse, ServiceError>>, ServiceError> {
         self.island.require(caller, &Action::ListRoots).await?;
         let rows = self.island.store.meter_count(&MeterFilter::default()).await?;
         let (answers, receiver) = mpsc::channel(4);
@@ -74,7 +82,11 @@ impl RootService {
         tokio::spawn(async move {
             let told = answers.clone();
             let counted = service.count(|read| {
-                let progress = v1::CountRootReferencesResponse { rows_read: read, rows, ..v1::CountRootReferencesResponse::default() };
+                let progress = v1::CountRootReferencesResponse {
+                    rows_read: read,
+                    rows,
+                    ..v1::CountRootReferencesResponse::default()
+                };
                 told.try_send(Ok(progress)).is_ok() || !told.is_closed()
             });
             let last = counted.await.map(|counts| service.references(&counts, rows));
@@ -84,7 +96,8 @@ impl RootService {
         Ok(receiver)
     }
 
-    /// Reads all rows once. `progress` is called with the number of rows read; when it says no, the counting ends early, with an error.
+    /// Reads all rows once. `progress` is called with the number of rows read; when it says no, the
+    /// counting ends early, with an error.
     ///
     /// # Errors
     /// The database is away.
@@ -112,8 +125,12 @@ impl RootService {
                 for (id, row) in &page {
                     let id = row_id(kind.number(), id, name);
                     counts.read(row, |body| match id? {
-                        kms_domain::RowId::Group(group) => Group::from_row(group, name, body).ok().map(|group| group.slots),
-                        kms_domain::RowId::DeviceType(number) => DeviceType::from_row(number, name, body).ok().map(|device_type| device_type.slots),
+                        kms_domain::RowId::Group(group) => {
+                            Group::from_row(group, name, body).ok().map(|group| group.slots)
+                        }
+                        kms_domain::RowId::DeviceType(number) => {
+                            DeviceType::from_row(number, name, body).ok().map(|device_type| device_type.slots)
+                        }
                         _ => Some(Slots::default()),
                     });
                 }
@@ -131,7 +148,13 @@ impl RootService {
             references: counts.of(id),
             needed_for: needed_for(id, row.root_standing(id)).to_owned(),
         });
-        v1::CountRootReferencesResponse { rows_read: counts.rows, rows, unreadable: counts.unreadable, references: references.collect(), finished: true }
+        v1::CountRootReferencesResponse {
+            rows_read: counts.rows,
+            rows,
+            unreadable: counts.unreadable,
+            references: references.collect(),
+            finished: true,
+        }
     }
 }
 
@@ -152,7 +175,9 @@ impl RootReferences {
 pub(super) fn needed_for(id: RootId, standing: Option<RootStanding>) -> &'static str {
     match (id.purpose, standing) {
         (_, Some(RootStanding::Made)) => "the next rotation",
-        (RootPurpose::Seal, Some(_)) if id.version == FINGERPRINT_KEY_VERSION => "the audit log and fingerprints of keys",
+        (RootPurpose::Seal, Some(_)) if id.version == FINGERPRINT_KEY_VERSION => {
+            "the audit log and fingerprints of keys"
+        }
         (RootPurpose::VendorTransport, Some(RootStanding::Current | RootStanding::Replaced)) => "shipments",
         (RootPurpose::Seal, Some(RootStanding::Current)) => "new rows and records",
         (_, Some(RootStanding::Current)) => "new keys",
@@ -173,7 +198,11 @@ mod tests {
     #[test]
     fn a_derived_key_uses_its_root_until_it_is_destroyed_and_backups_have_it_until_then() {
         let root = RootId { purpose: RootPurpose::Diversification(KeyClass::Session), version: 1 };
-        let origin = KeyOrigin::Diversified { root_version: 1, derivation: KeyDerivation::Sp800108Cmac, length: KeyLength::Aes128 };
+        let origin = KeyOrigin::Diversified {
+            root_version: 1,
+            derivation: KeyDerivation::Sp800108Cmac,
+            length: KeyLength::Aes128,
+        };
         let mut slot = Slot::new(SecuritySetupId::DEFAULT, KeyType::GUEK);
         let new = NewKeyVersion { state: KeyState::PreActive, origin, wrapped: None, fingerprint: None };
         let number = slot.add_version(new, UnixMillis(1_000)).unwrap();

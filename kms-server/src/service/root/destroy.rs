@@ -1,13 +1,15 @@
-//! The destruction of a version of a root: an officer proposes it, another person approves exactly that (I6), and it is carried out if nothing refers to
-//! the root and no backup that may still be restored does.
+//! The destruction of a version of a root: an officer proposes it, another person approves exactly
+//! that (I6), and it is carried out if nothing refers to the root and no backup that may still be
+//! restored does.
 //!
-//! The decision is a record and a word in the island's row. When every server has heard of it, each counts once more what uses the root, and destroys it in
-//! its own tokens. It cannot be undone.
+//! The decision is a record and a word in the island's row. When every server has heard of it, each
+//! counts once more what uses the root, and destroys it in its own tokens. It cannot be undone.
 
 use std::{sync::Arc, time::Duration};
 
 use kms_domain::{
-    DestroyRoot, Island as IslandRow, ProposalId, ProposedAction, Quorum, RootError, RootId, RootKind, RootPurpose, RootRotationState, RootStanding, UnixMillis,
+    DestroyRoot, Island as IslandRow, ProposalId, ProposedAction, Quorum, RootError, RootId, RootKind, RootPurpose,
+    RootRotationState, RootStanding, UnixMillis,
 };
 use kms_proto::v1::{self, RootDestroyed, audit_record::Event};
 use kms_store::{Reads, RowKind};
@@ -42,93 +44,134 @@ impl RootService {
     ///
     /// # Errors
     /// Not permitted; something refers to the root, or a backup may; or the database is away.
-    pub async fn propose_destruction(&self, caller: &Caller, request: Request, destruction: Destruction) -> Result<v1::Proposal, ServiceError> {
+    pub async fn propose_destruction(
+        &self,
+        caller: &Caller,
+        request: Request,
+        destruction: Destruction,
+    ) -> Result<v1::Proposal, ServiceError> {
         self.island.require(caller, &Action::DestroyRoot).await?;
         let Destruction { id, oldest_backup, reason, quorum } = destruction;
         self.is_unused(id, oldest_backup).await?;
         let root = destroy_root(id, oldest_backup)?;
         let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
         let made = proposal_id(request.id)?;
-        let reads = Reads { sealed: vec![principal_row(&caller.principal), proposal_row(made)], requests: asking.reads(), ..Reads::default() };
+        let reads = Reads {
+            sealed: vec![principal_row(&caller.principal), proposal_row(made)],
+            requests: asking.reads(),
+            ..Reads::default()
+        };
         let (island, by) = (self.island.clone(), caller.clone());
-        let act = self.island.committer.act(Actor::caller(caller, Some(request.id), Action::DestroyRoot.name()), reads, move |view| {
-            let principal = view.caller(&by)?;
-            island.policy.load().require(&facts(&principal), &Action::DestroyRoot, &Resource::Island)?;
-            let now = view.now();
-            if let Asked::Before(_) = view.asked(&asking)? {
-                let known = view.proposal(made)?.ok_or_else(|| ServiceError::Internal("the proposal of a past request is gone".to_owned()))?;
-                return Ok(proposal::message(&known, now));
-            }
-            let new = NewProposal { action: ProposedAction::DestroyRoot(root), reason: reason.clone(), quorum };
-            let proposed = proposal::propose(view, &principal, request.id, new)?;
-            view.answered(&asking);
-            Ok(proposal::message(&proposed, now))
-        });
+        let act = self.island.committer.act(
+            Actor::caller(caller, Some(request.id), Action::DestroyRoot.name()),
+            reads,
+            move |view| {
+                let principal = view.caller(&by)?;
+                island.policy.load().require(&facts(&principal), &Action::DestroyRoot, &Resource::Island)?;
+                let now = view.now();
+                if let Asked::Before(_) = view.asked(&asking)? {
+                    let known = view
+                        .proposal(made)?
+                        .ok_or_else(|| ServiceError::Internal("the proposal of a past request is gone".to_owned()))?;
+                    return Ok(proposal::message(&known, now));
+                }
+                let new = NewProposal { action: ProposedAction::DestroyRoot(root), reason: reason.clone(), quorum };
+                let proposed = proposal::propose(view, &principal, request.id, new)?;
+                view.answered(&asking);
+                Ok(proposal::message(&proposed, now))
+            },
+        );
         Ok(act.await?.value)
     }
 
-    /// Carries an approved destruction out: decided and recorded first (I2), then, once every server has heard of it, by each server in its tokens.
+    /// Carries an approved destruction out: decided and recorded first (I2), then, once every
+    /// server has heard of it, by each server in its tokens.
     ///
     /// # Errors
-    /// Not permitted; not approved by enough people (I6); something refers to the root, or a backup may; or HSM or database are away.
-    pub async fn destroy(&self, caller: &Caller, request: Request, approved: ProposalId) -> Result<v1::ShowRootsResponse, ServiceError> {
+    /// Not permitted; not approved by enough people (I6); something refers to the root, or a backup
+    /// may; or HSM or database are away.
+    pub async fn destroy(
+        &self,
+        caller: &Caller,
+        request: Request,
+        approved: ProposalId,
+    ) -> Result<v1::ShowRootsResponse, ServiceError> {
         self.island.require(caller, &Action::DestroyRoot).await?;
         self.refresh().await?;
         let missing = || ServiceError::NotFound { what: format!("proposal {approved}") };
         let stored = self.island.store.sealed(RowKind::Proposal, &approved.octets()).await?.ok_or_else(missing)?;
-        let ProposedAction::DestroyRoot(root) = self.island.committer.open_proposal(approved, &stored)?.content.action.clone() else { return Err(missing()) };
+        let ProposedAction::DestroyRoot(root) =
+            self.island.committer.open_proposal(approved, &stored)?.content.action.clone()
+        else {
+            return Err(missing());
+        };
         let id = root_id(&root)?;
         let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
         let again = self.island.row().root_standing(id) == Some(RootStanding::Destroyed);
         if !again {
             self.is_unused(id, root.oldest_backup).await?;
         }
-        let current = RootId { purpose: id.purpose, version: self.island.row().current_root(id.purpose).unwrap_or_default() };
+        let current =
+            RootId { purpose: id.purpose, version: self.island.row().current_root(id.purpose).unwrap_or_default() };
         let reads = Reads {
-            sealed: vec![principal_row(&caller.principal), proposal_row(approved), self.island_row(), rotation_row(current)],
+            sealed: vec![
+                principal_row(&caller.principal),
+                proposal_row(approved),
+                self.island_row(),
+                rotation_row(current),
+            ],
             requests: asking.reads(),
             clock: true,
             ..Reads::default()
         };
         let (island, by) = (self.island.clone(), caller.clone());
-        let act = self.island.committer.act(Actor::caller(caller, Some(request.id), Action::DestroyRoot.name()), reads, move |view| {
-            let principal = view.caller(&by)?;
-            island.policy.load().require(&facts(&principal), &Action::DestroyRoot, &Resource::Island)?;
-            if let Asked::Before(_) = view.asked(&asking)? {
-                return Ok(());
-            }
-            // I6: exactly what was approved, once.
-            let ProposedAction::DestroyRoot(root) = proposal::carry_out(view, &principal, approved)? else { return Err(ServiceError::denied("destroyRoot")) };
-            let id = root_id(&root)?;
-            let now = view.clock()?;
-            let mut row = (*view.island(island.name())?.ok_or_else(no_island)?).clone();
-            // One that was made and never used has no pass behind it, and no backup needs it.
-            if id.purpose.has_pass() && row.root_standing(id) != Some(RootStanding::Made) {
-                let finished = view.root_rotation(current)?.filter(|rotation| rotation.state == RootRotationState::Finished);
-                let finished = finished.filter(|_| row.current_root(id.purpose) == Some(current.version)).ok_or_else(|| unfinished(id.purpose))?;
-                not_in_backups(id, finished.since, root.oldest_backup)?;
-            }
-            row.destroy_root(id, now).map_err(refused)?;
-            view.append(Event::RootDestroyed(RootDestroyed {
-                root: id.purpose.to_string(),
-                version: id.version.into(),
-                change: "decided".to_owned(),
-                proposal_id: approved.octets().to_vec().into(),
-                oldest_backup_ms: root.oldest_backup.0,
-                objects: 0,
-            }));
-            view.put_island(row)?;
-            view.answered(&asking);
-            Ok(())
-        });
+        let act = self.island.committer.act(
+            Actor::caller(caller, Some(request.id), Action::DestroyRoot.name()),
+            reads,
+            move |view| {
+                let principal = view.caller(&by)?;
+                island.policy.load().require(&facts(&principal), &Action::DestroyRoot, &Resource::Island)?;
+                if let Asked::Before(_) = view.asked(&asking)? {
+                    return Ok(());
+                }
+                // I6: exactly what was approved, once.
+                let ProposedAction::DestroyRoot(root) = proposal::carry_out(view, &principal, approved)? else {
+                    return Err(ServiceError::denied("destroyRoot"));
+                };
+                let id = root_id(&root)?;
+                let now = view.clock()?;
+                let mut row = (*view.island(island.name())?.ok_or_else(no_island)?).clone();
+                // One that was made and never used has no pass behind it, and no backup needs it.
+                if id.purpose.has_pass() && row.root_standing(id) != Some(RootStanding::Made) {
+                    let finished =
+                        view.root_rotation(current)?.filter(|rotation| rotation.state == RootRotationState::Finished);
+                    let finished = finished
+                        .filter(|_| row.current_root(id.purpose) == Some(current.version))
+                        .ok_or_else(|| unfinished(id.purpose))?;
+                    not_in_backups(id, finished.since, root.oldest_backup)?;
+                }
+                row.destroy_root(id, now).map_err(refused)?;
+                view.append(Event::RootDestroyed(RootDestroyed {
+                    root: id.purpose.to_string(),
+                    version: id.version.into(),
+                    change: "decided".to_owned(),
+                    proposal_id: approved.octets().to_vec().into(),
+                    oldest_backup_ms: root.oldest_backup.0,
+                    objects: 0,
+                }));
+                view.put_island(row)?;
+                view.answered(&asking);
+                Ok(())
+            },
+        );
         act.await?;
         let row = self.refresh().await?;
         self.destroy_decided(&row).await?;
         self.show(caller).await
     }
 
-    /// Destroys in this server's tokens what was decided to be destroyed, and records what was there. How long to wait before it is called again; none:
-    /// nothing is left to do.
+    /// Destroys in this server's tokens what was decided to be destroyed, and records what was
+    /// there. How long to wait before it is called again; none: nothing is left to do.
     ///
     /// # Errors
     /// HSM or database are away: it is tried again.
@@ -143,8 +186,9 @@ impl RootService {
             let since = self.island.store.now().await?.0.saturating_sub(decided.0);
             let left = millis(self.timing.settling).saturating_sub(since);
             let left = Duration::from_millis(u64::try_from(left).unwrap_or_default());
-            // I3: a key may have been stored under the root since it was counted, but not since it was decided: the acts that store keys read the
-            // decision in their transaction. So this count stays true.
+            // I3: a key may have been stored under the root since it was counted, but not since it
+            // was decided: the acts that store keys read the decision in their transaction. So this
+            // count stays true.
             let counts = if left.is_zero() { Some(self.count(|_| true).await?) } else { None };
             match counts {
                 None => wait = wait.max(Some(left)),
@@ -159,7 +203,8 @@ impl RootService {
         Ok(wait)
     }
 
-    /// I2: on the record before the tokens are changed, and when they are: after a crash in between, nothing is left that could be recorded then.
+    /// I2: on the record before the tokens are changed, and when they are: after a crash in
+    /// between, nothing is left that could be recorded then.
     async fn destroy_in_tokens(&self, id: RootId) -> Result<(), ServiceError> {
         self.record(id, "begun", 0).await?;
         let objects = self.island.hsm.destroy_root(token_key(id)?).await?;
@@ -182,12 +227,15 @@ impl RootService {
         act.await.map(drop)
     }
 
-    /// Whether nothing needs the version: no key, no row, no record, and no backup that may still be restored.
+    /// Whether nothing needs the version: no key, no row, no record, and no backup that may still
+    /// be restored.
     async fn is_unused(&self, id: RootId, oldest_backup: UnixMillis) -> Result<(), ServiceError> {
         let row = self.refresh().await?;
         let now = self.island.store.now().await?;
         // I2: records stay, and whoever checks them needs the key that linked them.
-        if id.purpose == RootPurpose::Seal && row.root_standing(id).is_some_and(|standing| standing != RootStanding::Made) {
+        if id.purpose == RootPurpose::Seal
+            && row.root_standing(id).is_some_and(|standing| standing != RootStanding::Made)
+        {
             return Err(ServiceError::FailedPrecondition {
                 reason: format!("the root `{id}` is needed as long as the audit log is: records that were linked under it are checked with it"),
                 next_step: "leave it in the tokens; once it is retired, nothing that is sealed or linked under it is believed any more".to_owned(),
@@ -214,10 +262,14 @@ impl RootService {
         if row.root_standing(id) == Some(RootStanding::Made) {
             return Ok(());
         }
-        let current = RootId { purpose: id.purpose, version: row.current_root(id.purpose).ok_or(RootError::NoSuchVersion { id }).map_err(refused)? };
+        let current = RootId {
+            purpose: id.purpose,
+            version: row.current_root(id.purpose).ok_or(RootError::NoSuchVersion { id }).map_err(refused)?,
+        };
         let unused_since = match id.purpose {
             RootPurpose::StorageKek(_) => {
-                let finished = self.load(current).await?.filter(|rotation| rotation.state == RootRotationState::Finished);
+                let finished =
+                    self.load(current).await?.filter(|rotation| rotation.state == RootRotationState::Finished);
                 finished.ok_or_else(|| unfinished(id.purpose))?.since
             }
             RootPurpose::Diversification(_) => counts.last_use(id).unwrap_or(row.created),
@@ -228,7 +280,8 @@ impl RootService {
     }
 }
 
-/// A backup from before `unused_since` has keys or rows that need the root: restored, they would be lost.
+/// A backup from before `unused_since` has keys or rows that need the root: restored, they would be
+/// lost.
 fn not_in_backups(id: RootId, unused_since: UnixMillis, oldest_backup: UnixMillis) -> Result<(), ServiceError> {
     if oldest_backup > unused_since {
         return Ok(());
@@ -239,12 +292,14 @@ fn not_in_backups(id: RootId, unused_since: UnixMillis, oldest_backup: UnixMilli
             moment(unused_since),
             moment(oldest_backup)
         ),
-        next_step: "destroy older backups, or wait until none of them is kept, and state the oldest that is left".to_owned(),
+        next_step: "destroy older backups, or wait until none of them is kept, and state the oldest that is left"
+            .to_owned(),
     })
 }
 
 fn moment(time: UnixMillis) -> String {
-    jiff::Timestamp::from_millisecond(time.0).map_or_else(|_| format!("{} ms after 1970", time.0), |time| time.to_string())
+    jiff::Timestamp::from_millisecond(time.0)
+        .map_or_else(|_| format!("{} ms after 1970", time.0), |time| time.to_string())
 }
 
 fn unfinished(purpose: RootPurpose) -> ServiceError {

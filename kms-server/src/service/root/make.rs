@@ -1,14 +1,17 @@
-//! A new version of a root (`kms-server roots new`), and its copies in other tokens (`kms-server roots install`): on the machine of the token, since
-//! both use the token while nothing else in this process does.
+//! A new version of a root (`kms-server roots new`), and its copies in other tokens (`kms-server
+//! roots install`): on the machine of the token, since both use the token while nothing else in
+//! this process does.
 //!
-//! The order makes it safe to crash anywhere: the intent is recorded (I2), the root is made, its wrap for the custodians is on disk, it is locked, and
-//! only then the island's row names it. Run again, it goes on where it stopped.
+//! The order makes it safe to crash anywhere: the intent is recorded (I2), the root is made, its
+//! wrap for the custodians is on disk, it is locked, and only then the island's row names it. Run
+//! again, it goes on where it stopped.
 
 use std::path::{Path, PathBuf};
 
 use kms_domain::{IslandName, KeyClass, RootEntry, RootId, RootPurpose};
 use kms_hsm::{
-    EscrowPackage, HsmError, KeyFingerprint, Module, NewRoot, NewRootResult, Pin, Purpose, TokenKey, WrappedRoots, create_root_version, install_wrapped_roots,
+    EscrowPackage, HsmError, KeyFingerprint, Module, NewRoot, NewRootResult, Pin, Purpose, TokenKey, WrappedRoots,
+    create_root_version, install_wrapped_roots,
 };
 use kms_proto::v1::{RootVersionBegun, RootVersionMade, audit_record::Event};
 use kms_store::{Reads, RowKind};
@@ -84,7 +87,9 @@ pub enum MakeRootError {
         missing: Vec<String>,
     },
     /// This server does not serve the class.
-    #[error("this configuration names no token for keys of the class `{class}`; use that of the server with the ceremony's token")]
+    #[error(
+        "this configuration names no token for keys of the class `{class}`; use that of the server with the ceremony's token"
+    )]
     NotServed {
         /// The class.
         class: KeyClass,
@@ -107,7 +112,8 @@ pub enum MakeRootError {
 }
 
 impl NewRootSettings {
-    /// Makes the next version. No part of this process may use the tokens meanwhile; servers in other processes may.
+    /// Makes the next version. No part of this process may use the tokens meanwhile; servers in
+    /// other processes may.
     ///
     /// # Errors
     /// What is in the way, and what to do. Run again, it goes on.
@@ -122,13 +128,18 @@ impl NewRootSettings {
         let id = self.begin(name, committer, &document).await?;
         let made = self.in_token(name, token, document, id).await?;
         self.note(name, committer, id, &made, escrow_sha256).await?;
-        let copies = if made.package.is_some() { self.copies.iter().map(|number| self.copy_path(*number, id)).collect() } else { Vec::new() };
+        let copies = if made.package.is_some() {
+            self.copies.iter().map(|number| self.copy_path(*number, id)).collect()
+        } else {
+            Vec::new()
+        };
         let escrow = made.package.is_some().then(|| self.escrow.clone());
         Ok(MadeRoot { id, fingerprint: made.fingerprint, escrow, copies })
     }
 
     fn escrow(&self, name: &IslandName) -> Result<EscrowDocument, MakeRootError> {
-        let text = std::fs::read(&self.escrow).map_err(|error| file(&self.escrow, format!("{error}; name the island's newest escrow file")))?;
+        let text = std::fs::read(&self.escrow)
+            .map_err(|error| file(&self.escrow, format!("{error}; name the island's newest escrow file")))?;
         let document: EscrowDocument = serde_json::from_slice(&text).map_err(|error| file(&self.escrow, error))?;
         if !document.is_of(name) {
             return Err(MakeRootError::OtherEscrow { path: self.escrow.clone() });
@@ -136,9 +147,15 @@ impl NewRootSettings {
         Ok(document)
     }
 
-    /// I2: the intent, before the token is changed. The escrow file must be the one that the ceremony recorded (I5), with all roots since: two files
-    /// with a part of them each would restore no token.
-    async fn begin(&self, name: &IslandName, committer: &Committer, document: &EscrowDocument) -> Result<RootId, MakeRootError> {
+    /// I2: the intent, before the token is changed. The escrow file must be the one that the
+    /// ceremony recorded (I5), with all roots since: two files with a part of them each would
+    /// restore no token.
+    async fn begin(
+        &self,
+        name: &IslandName,
+        committer: &Committer,
+        document: &EscrowDocument,
+    ) -> Result<RootId, MakeRootError> {
         let (purpose, island, copies) = (self.purpose, name.clone(), self.copies.clone());
         let path = self.escrow.clone();
         let escrow_sha256 = sha256(document.escrow_key());
@@ -164,7 +181,13 @@ impl NewRootSettings {
         act.await?.value
     }
 
-    async fn in_token(&self, name: &IslandName, token: &TokenSection, document: EscrowDocument, id: RootId) -> Result<NewRootResult, MakeRootError> {
+    async fn in_token(
+        &self,
+        name: &IslandName,
+        token: &TokenSection,
+        document: EscrowDocument,
+        id: RootId,
+    ) -> Result<NewRootResult, MakeRootError> {
         let module = Module::load(&token.module)?;
         let selector = token.selector();
         let pin = Pin::new(token.pin.read("the PIN")?.to_string());
@@ -179,14 +202,21 @@ impl NewRootSettings {
         let previous = self.previous(name, &document, id)?;
         let (settings, island) = (self.clone(), name.clone());
         let made = tokio::task::spawn_blocking(move || {
-            let persist = |package: &EscrowPackage| settings.persist(&island, &document, package, id).map_err(|error| error.to_string());
+            let persist = |package: &EscrowPackage| {
+                settings.persist(&island, &document, package, id).map_err(|error| error.to_string())
+            };
             create_root_version(&module, &selector, &pin, &new, previous.as_ref(), persist)
         });
         Ok(made.await.map_err(|_| MakeRootError::Interrupted)??)
     }
 
     /// What an interrupted run has stored of the root.
-    fn previous(&self, name: &IslandName, document: &EscrowDocument, id: RootId) -> Result<Option<EscrowPackage>, MakeRootError> {
+    fn previous(
+        &self,
+        name: &IslandName,
+        document: &EscrowDocument,
+        id: RootId,
+    ) -> Result<Option<EscrowPackage>, MakeRootError> {
         let Some(escrow) = document.wrapped_roots(name)? else { return Ok(None) };
         let key = token_key(id)?;
         if !escrow.roots.iter().any(|root| root.key == key) {
@@ -196,35 +226,60 @@ impl NewRootSettings {
         for number in &self.copies {
             let path = self.copy_path(*number, id);
             let text = std::fs::read(&path).map_err(|error| file(&path, error))?;
-            standby.push(StoredCopy::parse(name, &text).ok_or_else(|| file(&path, "it is not what an earlier run wrote"))?);
+            standby.push(
+                StoredCopy::parse(name, &text).ok_or_else(|| file(&path, "it is not what an earlier run wrote"))?,
+            );
         }
         Ok(Some(EscrowPackage { island: name.clone(), escrow, standby }))
     }
 
     /// Copies first: what the escrow file names, an interrupted run has stored whole.
-    fn persist(&self, name: &IslandName, begun: &EscrowDocument, package: &EscrowPackage, id: RootId) -> Result<(), MakeRootError> {
+    fn persist(
+        &self,
+        name: &IslandName,
+        begun: &EscrowDocument,
+        package: &EscrowPackage,
+        id: RootId,
+    ) -> Result<(), MakeRootError> {
         for (number, copy) in self.copies.iter().zip(&package.standby) {
             let path = self.copy_path(*number, id);
             files::replace(&path, StoredCopy::of(name, copy).as_bytes(), SECRET).map_err(|error| file(&path, error))?;
         }
-        // Another command may have added a root to the file since it was read. One at a time from here on.
+        // Another command may have added a root to the file since it was read. One at a time from
+        // here on.
         let folder = self.escrow.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let folder = std::fs::File::open(folder).and_then(|folder| folder.lock().map(|()| folder)).map_err(|error| file(&self.escrow, error))?;
+        let folder = std::fs::File::open(folder)
+            .and_then(|folder| folder.lock().map(|()| folder))
+            .map_err(|error| file(&self.escrow, error))?;
         let document = self.escrow(name)?;
-        let missing: Vec<String> = begun.labels().filter(|label| !document.labels().any(|known| known == *label)).map(str::to_owned).collect();
+        let missing: Vec<String> =
+            begun.labels().filter(|label| !document.labels().any(|known| known == *label)).map(str::to_owned).collect();
         if !missing.is_empty() {
             return Err(MakeRootError::EarlierEscrow { path: self.escrow.clone(), missing });
         }
         let document = document.with_another_root(name, &package.escrow)?;
-        let replaced = files::replace(&self.escrow, document.to_json().as_bytes(), SECRET).map_err(|error| file(&self.escrow, error));
+        let replaced = files::replace(&self.escrow, document.to_json().as_bytes(), SECRET)
+            .map_err(|error| file(&self.escrow, error));
         drop(folder);
         replaced
     }
 
     /// The island's row names the version from now on.
-    async fn note(&self, name: &IslandName, committer: &Committer, id: RootId, made: &NewRootResult, escrow_sha256: [u8; 32]) -> Result<(), MakeRootError> {
+    async fn note(
+        &self,
+        name: &IslandName,
+        committer: &Committer,
+        id: RootId,
+        made: &NewRootResult,
+        escrow_sha256: [u8; 32],
+    ) -> Result<(), MakeRootError> {
         let island = name.clone();
-        let copies = made.package.iter().flat_map(|package| &package.standby).map(|copy| copy.recipient_sha256.to_vec().into()).collect();
+        let copies = made
+            .package
+            .iter()
+            .flat_map(|package| &package.standby)
+            .map(|copy| copy.recipient_sha256.to_vec().into())
+            .collect();
         let event = RootVersionMade {
             root: id.purpose.to_string(),
             version: id.version.into(),
@@ -233,7 +288,13 @@ impl NewRootSettings {
             escrow_key_sha256: if made.package.is_some() { escrow_sha256.to_vec().into() } else { bytes::Bytes::new() },
             copies_sha256: copies,
         };
-        let entry = RootEntry { id, derivation: made.derivation, made: Island::now(), fingerprint: made.fingerprint.value.clone(), destroyed: None };
+        let entry = RootEntry {
+            id,
+            derivation: made.derivation,
+            made: Island::now(),
+            fingerprint: made.fingerprint.value.clone(),
+            destroyed: None,
+        };
         let reads = Reads { clock: true, ..island_reads(name) };
         let act = committer.act(Actor::server("make-root"), reads, move |view| {
             let mut row = (*view.island(&island)?.ok_or_else(no_island)?).clone();
@@ -246,7 +307,11 @@ impl NewRootSettings {
 
     /// Beside the escrow file: `copies-1-session-storage-kek-2.json`.
     fn copy_path(&self, number: u8, id: RootId) -> PathBuf {
-        self.escrow.with_file_name(format!("copies-{number}-{}-{}.json", id.purpose.to_string().replace('/', "-"), id.version))
+        self.escrow.with_file_name(format!(
+            "copies-{number}-{}-{}.json",
+            id.purpose.to_string().replace('/', "-"),
+            id.version
+        ))
     }
 }
 
@@ -256,7 +321,8 @@ impl NewRootSettings {
 /// The copies are for another token, or damaged; or the HSM's.
 pub async fn install(config: &Config, copies: &Path) -> Result<Vec<KeyFingerprint>, MakeRootError> {
     let text = std::fs::read(copies).map_err(|error| file(copies, error))?;
-    let wrapped: WrappedRoots = StoredCopy::parse(&config.island, &text).ok_or_else(|| file(copies, "it is no file of copies of this island"))?;
+    let wrapped: WrappedRoots = StoredCopy::parse(&config.island, &text)
+        .ok_or_else(|| file(copies, "it is no file of copies of this island"))?;
     let (island, path) = (config.island.clone(), copies.to_owned());
     let mut tokens = Vec::new();
     for token in &config.hsm.tokens {
@@ -276,10 +342,15 @@ pub async fn install(config: &Config, copies: &Path) -> Result<Vec<KeyFingerprin
     installed.await.map_err(|_| MakeRootError::Interrupted)?
 }
 
-/// The labels of all roots that the escrow must have: those of the ceremony and of later versions, as long as they are not destroyed.
+/// The labels of all roots that the escrow must have: those of the ceremony and of later versions,
+/// as long as they are not destroyed.
 fn escrowed(row: &kms_domain::Island) -> Result<Vec<String>, ServiceError> {
     let mut labels = vec![TokenKey::first(Purpose::FingerprintKek).label(&row.name)];
-    for id in RootPurpose::ALL.into_iter().filter(|purpose| *purpose != RootPurpose::VendorTransport).flat_map(|purpose| row.root_versions(purpose)) {
+    for id in RootPurpose::ALL
+        .into_iter()
+        .filter(|purpose| *purpose != RootPurpose::VendorTransport)
+        .flat_map(|purpose| row.root_versions(purpose))
+    {
         if row.may_store_under(id) {
             labels.push(token_key(id)?.label(&row.name));
         }

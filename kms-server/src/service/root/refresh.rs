@@ -1,8 +1,11 @@
-//! What a server knows of the roots in use: read from the island's row every few seconds, so that no server needs a restart for a new version.
+//! What a server knows of the roots in use: read from the island's row every few seconds, so that
+//! no server needs a restart for a new version.
 
 use std::sync::Arc;
 
-use kms_domain::{Island as IslandRow, KeyClass, RootId, RootPurpose, RootStanding, RowSeal, SealKey, SealKeys, SealRootKey};
+use kms_domain::{
+    Island as IslandRow, KeyClass, RootId, RootPurpose, RootStanding, RowSeal, SealKey, SealKeys, SealRootKey,
+};
 use kms_hsm::{Hsm, Purpose, TokenKey};
 use kms_store::{RowKind, Store};
 
@@ -12,7 +15,8 @@ use crate::{
     error::ServiceError,
 };
 
-/// The version of the seal root that the key of fingerprints is computed from. It stays: the fingerprints of all keys are checked with it.
+/// The version of the seal root that the key of fingerprints is computed from. It stays: the
+/// fingerprints of all keys are checked with it.
 pub const FINGERPRINT_KEY_VERSION: u8 = 1;
 
 /// Has the HSM compute the seal key of a version.
@@ -41,7 +45,8 @@ pub async fn held_audit_key(hsm: &Hsm, version: u8) -> Result<Option<AuditKey>, 
     if holds_seal_root(hsm, version).await? { audit_key(hsm, version).await.map(Some) } else { Ok(None) }
 }
 
-/// The audit keys that are believed still, as far as the tokens hold their roots; chains begin with `current`.
+/// The audit keys that are believed still, as far as the tokens hold their roots; chains begin with
+/// `current`.
 ///
 /// # Errors
 /// The root of that version is missing, or trouble of the HSM.
@@ -56,7 +61,8 @@ pub async fn audit_keys(hsm: &Hsm, current: u8, oldest: u8) -> Result<AuditKeys,
 }
 
 impl RootService {
-    /// Reads the island's row, and uses the roots that it names from now on, as far as this server's tokens hold them.
+    /// Reads the island's row, and uses the roots that it names from now on, as far as this
+    /// server's tokens hold them.
     ///
     /// # Errors
     /// The row does not verify, a root in use is not in the token, or HSM or database are away.
@@ -100,7 +106,8 @@ impl RootService {
         committer.use_audit_keys(keys.using(version)).await
     }
 
-    /// Wraps new keys under the storage KEKs that the row names, class by class: one that cannot be used does not hold up the others.
+    /// Wraps new keys under the storage KEKs that the row names, class by class: one that cannot be
+    /// used does not hold up the others.
     async fn use_storage_keks(&self, row: &IslandRow) -> Result<(), ServiceError> {
         let hsm = &self.island.hsm;
         let mut outcome = Ok(());
@@ -111,7 +118,8 @@ impl RootService {
             if used == root_version(id.version)? {
                 continue;
             }
-            // A key that this server cannot open again must not be stored: the version before is used until the operator has put the copy in.
+            // A key that this server cannot open again must not be stored: the version before is
+            // used until the operator has put the copy in.
             let held = self.is_in_token(id).await;
             let before = u8::try_from(used.number()).ok().map(|version| RootId { version, ..id });
             // I3: nor under one whose destruction was decided: nothing is stored then.
@@ -124,32 +132,38 @@ impl RootService {
     }
 }
 
-/// Reads the island's row and verifies it (I5). Where another server has sealed it with a version of the seal key that this one has not heard of yet,
-/// the HSM tells whether there is one.
+/// Reads the island's row and verifies it (I5). Where another server has sealed it with a version
+/// of the seal key that this one has not heard of yet, the HSM tells whether there is one.
 ///
 /// # Errors
-/// The row does not verify, the root that it is sealed under is not in the token, or HSM or database are away.
+/// The row does not verify, the root that it is sealed under is not in the token, or HSM or
+/// database are away.
 async fn read_island(store: &dyn Store, hsm: &Hsm, committer: &Committer) -> Result<Arc<IslandRow>, ServiceError> {
     let mut attempts = 0;
     loop {
         attempts += 1;
         let stored = store.sealed(RowKind::Island, hsm.island().as_str().as_bytes()).await?.ok_or_else(no_island)?;
-        let version = RowSeal::from_octets(&stored.seal).map_err(|error| ServiceError::Internal(error.to_string()))?.key_version();
+        let version = RowSeal::from_octets(&stored.seal)
+            .map_err(|error| ServiceError::Internal(error.to_string()))?
+            .key_version();
         if version > committer.seal_key().version() && !committer.seal_keys().has(version) {
             committer.use_seal_keys((*committer.seal_keys()).clone().with(seal_key(hsm, version).await?));
         }
         match committer.open_island(&stored) {
-            // It may have been written between being read and being opened: only what does not verify again was tampered with.
+            // It may have been written between being read and being opened: only what does not
+            // verify again was tampered with.
             Err(_) if attempts < 2 => {}
             other => return other,
         }
     }
 }
 
-/// Reads the island's row, and seals with the keys that it names from now on: for a server whose island is not open yet.
+/// Reads the island's row, and seals with the keys that it names from now on: for a server whose
+/// island is not open yet.
 ///
 /// # Errors
-/// The row does not verify, the root that it is sealed under is not in the token, or HSM or database are away.
+/// The row does not verify, the root that it is sealed under is not in the token, or HSM or
+/// database are away.
 pub async fn learn_seal_keys(store: &dyn Store, hsm: &Hsm, committer: &Committer) -> Result<(), ServiceError> {
     let row = read_island(store, hsm, committer).await?;
     let (keys, _) = seal_keys(hsm, &row, (*committer.seal_keys()).clone()).await;
@@ -157,12 +171,17 @@ pub async fn learn_seal_keys(store: &dyn Store, hsm: &Hsm, committer: &Committer
     Ok(())
 }
 
-/// The seal keys that the row asks for, with those that are known already; and the names of replaced versions that the token lacks: their rows cannot
-/// be checked here, which holds up nothing else.
+/// The seal keys that the row asks for, with those that are known already; and the names of
+/// replaced versions that the token lacks: their rows cannot be checked here, which holds up
+/// nothing else.
 ///
 /// # Errors
 /// The current seal root is not in the token, or trouble of the HSM.
-pub async fn seal_keys(hsm: &Hsm, row: &IslandRow, mut keys: SealKeys) -> (Result<SealKeys, ServiceError>, Option<String>) {
+pub async fn seal_keys(
+    hsm: &Hsm,
+    row: &IslandRow,
+    mut keys: SealKeys,
+) -> (Result<SealKeys, ServiceError>, Option<String>) {
     let mut missing = Vec::new();
     for id in row.root_versions(RootPurpose::Seal) {
         let standing = row.root_standing(id).unwrap_or(RootStanding::Destroyed);
@@ -172,7 +191,9 @@ pub async fn seal_keys(hsm: &Hsm, row: &IslandRow, mut keys: SealKeys) -> (Resul
         match held_seal_key(hsm, id).await {
             Ok(Some(key)) => keys = keys.with(key),
             Ok(None) if standing == RootStanding::Current => {
-                let reason = format!("the token does not hold the root `{id}`, which rows are sealed under; install its copy with `kms-server roots install`");
+                let reason = format!(
+                    "the token does not hold the root `{id}`, which rows are sealed under; install its copy with `kms-server roots install`"
+                );
                 return (Err(ServiceError::unavailable(reason)), None);
             }
             Ok(None) if standing == RootStanding::Replaced => missing.push(id.to_string()),
@@ -184,14 +205,17 @@ pub async fn seal_keys(hsm: &Hsm, row: &IslandRow, mut keys: SealKeys) -> (Resul
     (Ok(keys.using(row.seal_key_version, row.ledger.oldest_seal_key_version)), missing)
 }
 
-/// With the seal keys of all versions in the tokens, whether the island's row names them or not: what this server keeps outside the database may be
-/// sealed under a newer one than a database knows that was put back.
+/// With the seal keys of all versions in the tokens, whether the island's row names them or not:
+/// what this server keeps outside the database may be sealed under a newer one than a database
+/// knows that was put back.
 ///
 /// # Errors
 /// Trouble of the HSM.
 pub async fn all_seal_keys(hsm: &Hsm, mut keys: SealKeys) -> Result<SealKeys, ServiceError> {
     for object in hsm.inventory().await?.into_iter().flat_map(|(_, objects)| objects) {
-        let Some(TokenKey { purpose: Purpose::Seal, version }) = TokenKey::of_label(&object.label, hsm.island()) else { continue };
+        let Some(TokenKey { purpose: Purpose::Seal, version }) = TokenKey::of_label(&object.label, hsm.island()) else {
+            continue;
+        };
         let Ok(version) = u8::try_from(version.number()) else { continue };
         if !keys.has(version)
             && let Some(key) = held_seal_key(hsm, RootId { purpose: RootPurpose::Seal, version }).await?

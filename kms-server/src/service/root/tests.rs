@@ -1,7 +1,10 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kms_client::sample::SampleShipment;
-use kms_domain::{FlagId, KeyMaterial, KeyOrigin, KeyType, RequestId, RowId, RowSeal, SecuritySetupId, SystemTitle, UnixMillis, WriterId};
+use kms_domain::{
+    FlagId, KeyMaterial, KeyOrigin, KeyType, RequestId, RowId, RowSeal, SecuritySetupId, SystemTitle, UnixMillis,
+    WriterId,
+};
 use kms_proto::v1::AuditRecord;
 use kms_store::{AuditAppend, AuditFilter, AuditTail, Changes, Decision, ReadSet, SealedRow};
 use prost::Message as _;
@@ -17,7 +20,12 @@ use crate::{
     testing::{TestIsland, database, island_tests, meter, sample},
 };
 
-const AT_ONCE: RootTiming = RootTiming { settling: Duration::ZERO, seal_overlap: Duration::ZERO, lead: Duration::ZERO, look_again: Duration::ZERO };
+const AT_ONCE: RootTiming = RootTiming {
+    settling: Duration::ZERO,
+    seal_overlap: Duration::ZERO,
+    lead: Duration::ZERO,
+    look_again: Duration::ZERO,
+};
 const STORAGE: RootPurpose = RootPurpose::StorageKek(KeyClass::Session);
 const DIVERSIFICATION: RootPurpose = RootPurpose::Diversification(KeyClass::Session);
 
@@ -42,14 +50,27 @@ async fn note(island: &Island) {
     act.await.unwrap();
 }
 
-/// Puts records into the database, past the server, which this key links: to the chain of `writer`, from the record after `tail` on.
-async fn forge_records(island: &Island, key: &AuditKey, writer: WriterId, tail: Option<&AuditTail>, events: Vec<Event>) {
+/// Puts records into the database, past the server, which this key links: to the chain of `writer`,
+/// from the record after `tail` on.
+async fn forge_records(
+    island: &Island,
+    key: &AuditKey,
+    writer: WriterId,
+    tail: Option<&AuditTail>,
+    events: Vec<Event>,
+) {
     let time = UnixMillis(Island::now().0 - 86_400_000);
     let (mut sequence, mut chain) = tail.map_or((0, [0; 32]), |tail| (tail.sequence + 1, tail.chain));
     let mut forged = Vec::new();
     for event in events {
         let kind = crate::audit::event_kind(&event);
-        let record = AuditRecord { writer: writer.octets().to_vec().into(), sequence, time_ms: time.0, event: Some(event), ..AuditRecord::default() };
+        let record = AuditRecord {
+            writer: writer.octets().to_vec().into(),
+            sequence,
+            time_ms: time.0,
+            event: Some(event),
+            ..AuditRecord::default()
+        };
         let record = record.encode_to_vec();
         chain = key.next(&chain, &AuditLeaf::of(&record));
         forged.push(AuditAppend { writer, sequence, time, kind, record, chain });
@@ -63,7 +84,12 @@ async fn forge_records(island: &Island, key: &AuditKey, writer: WriterId, tail: 
 }
 
 fn begins(version: u32, closed: Vec<v1::ClosedChain>) -> Event {
-    Event::WriterOpened(v1::WriterOpened { server: "forged".to_owned(), audit_key_version: version, closed, ..v1::WriterOpened::default() })
+    Event::WriterOpened(v1::WriterOpened {
+        server: "forged".to_owned(),
+        audit_key_version: version,
+        closed,
+        ..v1::WriterOpened::default()
+    })
 }
 
 fn goes_on_with(version: u32) -> Event {
@@ -83,7 +109,8 @@ impl TestIsland {
         service(&self.island)
     }
 
-    /// Every key of a class: meter, type, version, KEK version, and the fingerprint of the value that the HSM finds under the wrap.
+    /// Every key of a class: meter, type, version, KEK version, and the fingerprint of the value
+    /// that the HSM finds under the wrap.
     async fn stored_keys(&self, class: KeyClass, meters: u64) -> Vec<(u64, KeyType, u8, [u8; 16])> {
         let mut found = Vec::new();
         for number in 1..=meters {
@@ -92,8 +119,14 @@ impl TestIsland {
                 for version in slot.versions() {
                     let KeyMaterial::Wrapped(wrap) = version.material() else { continue };
                     let source = grant::source(meter.owner(), slot, version).unwrap();
-                    let opened =
-                        self.island.hsm.rewrap_batch(vec![source], root_version(wrap.storage_kek_version()).unwrap()).await.unwrap().remove(0).unwrap();
+                    let opened = self
+                        .island
+                        .hsm
+                        .rewrap_batch(vec![source], root_version(wrap.storage_kek_version()).unwrap())
+                        .await
+                        .unwrap()
+                        .remove(0)
+                        .unwrap();
                     let value = self.island.fingerprint_key.fingerprint(&opened.fingerprint_wrap);
                     assert_eq!(version.fingerprint(), Some(value), "{number} {}", slot.key_type());
                     found.push((number, slot.key_type(), wrap.storage_kek_version(), value));
@@ -108,18 +141,35 @@ impl TestIsland {
         let capabilities = self.island.hsm.usable(Duration::from_secs(10)).await.unwrap();
         for (_, objects) in self.island.hsm.inventory().await.unwrap() {
             for object in objects {
-                assert_eq!(object.findings(self.island.name(), &capabilities), Vec::<String>::new(), "{}", object.label);
+                assert_eq!(
+                    object.findings(self.island.name(), &capabilities),
+                    Vec::<String>::new(),
+                    "{}",
+                    object.label
+                );
             }
         }
     }
 
     async fn state(&self, purpose: RootPurpose) -> v1::RootRotation {
         let shown = self.roots().show(&self.auditor).await.unwrap();
-        shown.roots.into_iter().rev().find(|root| root.root == purpose.to_string() && root.rotation.is_some()).unwrap().rotation.unwrap()
+        shown
+            .roots
+            .into_iter()
+            .rev()
+            .find(|root| root.root == purpose.to_string() && root.rotation.is_some())
+            .unwrap()
+            .rotation
+            .unwrap()
     }
 
     async fn records_of(&self, kind: u16) -> Vec<AuditRecord> {
-        let rows = self.island.store.audit_page(&AuditFilter { kind: Some(kind), ..AuditFilter::default() }, None, 1_000).await.unwrap();
+        let rows = self
+            .island
+            .store
+            .audit_page(&AuditFilter { kind: Some(kind), ..AuditFilter::default() }, None, 1_000)
+            .await
+            .unwrap();
         rows.iter().map(|row| AuditRecord::decode(row.record.record.as_slice()).unwrap()).collect()
     }
 
@@ -143,7 +193,8 @@ impl TestIsland {
     /// Why an import of a shipment stops.
     async fn import_refused(&self, island: &Arc<Island>, file_sha256: [u8; 32]) -> String {
         let shipments = crate::service::shipment::ShipmentService::new(island.clone());
-        let mut import = shipments.import(&self.officer, &file_sha256, Some(self.head_end.principal.clone())).await.unwrap();
+        let mut import =
+            shipments.import(&self.officer, &file_sha256, Some(self.head_end.principal.clone())).await.unwrap();
         loop {
             if let Err(error) = import.next().await.unwrap() {
                 return error.to_string();
@@ -184,7 +235,8 @@ island_tests! {
         roots.change(&island.officer, same, STORAGE, rotate()).await.unwrap();
         roots.change(&island.officer, same, STORAGE, rotate()).await.unwrap();
 
-        // I1: while keys move, another session of the token sees no object whose value could be read.
+        // I1: while keys move, another session of the token sees no object whose value could be
+        // read.
         let (done, hsm) = (Arc::new(AtomicBool::new(false)), island.island.hsm.clone());
         let looked = tokio::spawn({
             let done = done.clone();
@@ -245,7 +297,8 @@ island_tests! {
         // A server that was paused in the same place comes too late, and writes nothing.
         assert!(!first.write(id, scan, pass::Work::Rewrap(wraps)).await.unwrap());
         assert_eq!(island.state(STORAGE).await.looked, 256);
-        // One that was not heard of for a while is left the pass; then another goes on from where it was.
+        // One that was not heard of for a while is left the pass; then another goes on from where
+        // it was.
         let slow = second.clone().with_timing(RootTiming { lead: Duration::from_secs(60), ..AT_ONCE });
         assert_eq!(slow.page(id).await.unwrap(), Some(44));
         assert_eq!(first.page(id).await.unwrap(), None);
@@ -362,12 +415,14 @@ island_tests! {
         let counts = roots.count(|_| true).await.unwrap();
         assert_eq!((counts.of(RootId { purpose: RootPurpose::Seal, version: 1 }), counts.of(id)), (0, counts.rows));
         assert_eq!(RowSeal::from_octets(&island.row_of(1).await.seal).unwrap().key_version(), 2);
-        // A server that has not looked yet refuses what it cannot check, and goes on as soon as it has looked.
+        // A server that has not looked yet refuses what it cannot check, and goes on as soon as it
+        // has looked.
         assert!(late.island.meter(meter(1)).await.is_err());
         late.refresh().await.unwrap();
         assert!(late.island.meter(meter(1)).await.unwrap().is_some());
 
-        // I5: after the old key was retired, a row with its seal is refused everywhere, even in its newest generation.
+        // I5: after the old key was retired, a row with its seal is refused everywhere, even in its
+        // newest generation.
         let newest = late.island.meter(meter(2)).await.unwrap().unwrap();
         let row = island.row_of(2).await;
         let generation = kms_domain::Generation::from_i64(i64::try_from(row.generation).unwrap() + 1).unwrap();
@@ -377,7 +432,8 @@ island_tests! {
         let forged = SealedRow { generation: generation.number(), seal, body };
         island.put_back(2, &forged).await;
         assert!(late.island.meter(meter(2)).await.is_ok(), "still accepted");
-        // The old key is not retired while a row has its seal: it would be lost. Another round of the pass begins.
+        // The old key is not retired while a row has its seal: it would be lost. Another round of
+        // the pass begins.
         roots.lead_for(Duration::ZERO).await.unwrap();
         let first = RootId { purpose: RootPurpose::Seal, version: 1 };
         assert_eq!(island.island.row().root_standing(first), Some(RootStanding::Replaced));
@@ -391,7 +447,8 @@ island_tests! {
         assert!(late.island.meter(meter(2)).await.is_err() && island.island.meter(meter(2)).await.is_err());
         island.put_back(2, &row).await;
 
-        // I5: nor does the island's own row come back under it, for a server that starts anew and remembers. It would say that nothing was retired.
+        // I5: nor does the island's own row come back under it, for a server that starts anew and
+        // remembers. It would say that nothing was retired.
         let folder = tempfile::tempdir().unwrap();
         let restore = crate::audit::RestoreSettings { watermark: Some(folder.path().join("watermark")), ..Default::default() };
         let (store, hsm, name) = (&island.island.store, &island.island.hsm, island.island.name());
@@ -420,12 +477,14 @@ island_tests! {
         island.put_island_back(&SealedRow { generation: generation.number(), seal, body: forged.to_row() }).await;
         let refused = open(restore.clone()).await.err().unwrap().to_string();
         assert!(refused.contains("were retired") && refused.contains("kms-server restored"), "{refused}");
-        // The limit: who remembers nothing believes it; and an operator can say that an older database was put back.
+        // The limit: who remembers nothing believes it; and an operator can say that an older
+        // database was put back.
         assert!(open(crate::audit::RestoreSettings::default()).await.is_ok());
         assert!(open(crate::audit::RestoreSettings { declared: true, ..restore.clone() }).await.is_ok());
         island.put_island_back(&true_row).await;
         assert!(open(restore).await.is_ok());
-        // The earlier records and the fingerprints are checked with keys of the first seal root, which stays.
+        // The earlier records and the fingerprints are checked with keys of the first seal root,
+        // which stays.
         let fresh = island.another_server().await;
         // It began with the key of before, and is not stuck with it.
         learn_seal_keys(&*fresh.store, &fresh.hsm, &fresh.committer).await.unwrap();
@@ -454,12 +513,14 @@ island_tests! {
         while roots.page(id).await.unwrap().is_some() {}
         roots.lead_for(Duration::ZERO).await.unwrap();
         assert_eq!(leader.committer.seal_keys().oldest(), 2);
-        // Each chain tells where the key changes, in the last record under the old one and the first under the new; and one closes those of the others.
+        // Each chain tells where the key changes, in the last record under the old one and the
+        // first under the new; and one closes those of the others.
         let changes = island.records_of(50).await;
         let closing = |record: &AuditRecord| matches!(&record.event, Some(Event::AuditKeyChanged(event)) if !event.closed.is_empty());
         assert_eq!((changes.len(), changes.iter().filter(|record| closing(record)).count()), (5, 1), "{changes:?}");
         assert_eq!(findings(&leader).await, []);
-        // What the deaf one adds under the old key is doubted, and not what it links when it has heard of the new one.
+        // What the deaf one adds under the old key is doubted, and not what it links when it has
+        // heard of the new one.
         learn_seal_keys(&*deaf.store, &deaf.hsm, &deaf.committer).await.unwrap();
         note(&deaf).await;
         let doubted = findings(&leader).await;
@@ -467,11 +528,13 @@ island_tests! {
         service(&deaf).refresh().await.unwrap();
         assert_eq!(findings(&leader).await, []);
 
-        // I5: who learned the old key and writes the database begins a chain as if it were from before.
+        // I5: who learned the old key and writes the database begins a chain as if it were from
+        // before.
         let stolen = held_audit_key(&leader.hsm, 1).await.unwrap().unwrap();
         let forger = |number: u8| WriterId::from_octets(&[number; 16]).unwrap();
         forge_records(&leader, &stolen, forger(9), None, vec![begins(0, Vec::new())]).await;
-        // Another says that it goes on with the new one, and closes the first, and one that is alive besides.
+        // Another says that it goes on with the new one, and closes the first, and one that is
+        // alive besides.
         let alive = tail_of(&leader, island.island.committer.writer().unwrap()).await;
         let ends = [tail_of(&leader, forger(9)).await, alive.clone()];
         let closed: Vec<_> = ends.iter().map(|tail| v1::ClosedChain {
@@ -631,13 +694,15 @@ island_tests! {
         proposals.change(&colleague, by(2), approved, approval).await.unwrap();
         let key = token_key(first).unwrap();
         assert!(island.island.hsm.has_key(key).await.unwrap(), "approved is not carried out");
-        // A shipment that was imported by a server which had not heard of the new KEK: references are counted again when it is carried out.
+        // A shipment that was imported by a server which had not heard of the new KEK: references
+        // are counted again when it is carried out.
         island.island.hsm.use_storage_kek(KeyClass::Session, RootVersion::FIRST);
         island.deliver(&SampleShipment { first_number: 101, ..sample("generic-suite0", 1) }).await;
         island.island.hsm.use_storage_kek(KeyClass::Session, root_version(2).unwrap());
         let refused = async |approved| roots.destroy(&island.officer, request(), approved).await.unwrap_err().to_string();
         assert!(refused(approved).await.contains("key versions use the root"));
-        // The pass looks at all rows once more. What was approved says of backups that they are younger than the first pass only.
+        // The pass looks at all rows once more. What was approved says of backups that they are
+        // younger than the first pass only.
         roots.change(&island.officer, request(), STORAGE, Change::Resume { rows_per_second: None }).await.unwrap();
         while roots.page(id).await.unwrap().is_some() {}
         assert_eq!(island.state(STORAGE).await.all_changed, 21);
@@ -654,7 +719,8 @@ island_tests! {
         let settling = roots.clone().with_timing(RootTiming { settling: Duration::from_secs(3_600), ..AT_ONCE });
         settling.destroy(&island.officer, same, approved).await.unwrap();
         assert_eq!(island.island.row().root_standing(first), Some(RootStanding::Destroyed));
-        // What the HSM has wrapped under it before is not stored any more, not even by a server that has not heard of it: its batch is wrapped again.
+        // What the HSM has wrapped under it before is not stored any more, not even by a server
+        // that has not heard of it: its batch is wrapped again.
         let (file, signature) = island.sample(&SampleShipment { first_number: 201, ..sample("generic-suite0", 2) }).await;
         let sha256 = island.upload(&file, &signature).await;
         island.island.hsm.use_storage_kek(KeyClass::Session, RootVersion::FIRST);

@@ -18,7 +18,8 @@ use crate::{
 pub(super) struct Chains<'a> {
     island: &'a Island,
     keys: AuditKeys,
-    /// The oldest version of the audit key whose links are believed, as it was before the first record was read.
+    /// The oldest version of the audit key whose links are believed, as it was before the first
+    /// record was read.
     oldest: u32,
     /// Whether links are checked; further passes only read what was recorded.
     check: bool,
@@ -35,7 +36,8 @@ pub(super) struct Chains<'a> {
 struct Chain {
     next_sequence: u64,
     value: [u8; 32],
-    /// The version of the audit key that makes the next link; 0 before the first record, which names it.
+    /// The version of the audit key that makes the next link; 0 before the first record, which
+    /// names it.
     next_key: u32,
     /// How many records are links of the chain.
     linked: u64,
@@ -66,18 +68,31 @@ struct Closing {
 impl<'a> Chains<'a> {
     pub(super) fn new(island: &'a Island, check: bool) -> Self {
         let (keys, oldest) = ((*island.committer.audit_keys()).clone(), island.committer.seal_keys().oldest().into());
-        Self { island, keys, oldest, check, chains: HashMap::new(), open: Vec::new(), closings: Vec::new(), records: 0, findings: Vec::new() }
+        Self {
+            island,
+            keys,
+            oldest,
+            check,
+            chains: HashMap::new(),
+            open: Vec::new(),
+            closings: Vec::new(),
+            records: 0,
+            findings: Vec::new(),
+        }
     }
 
     pub(super) const fn records_read(&self) -> u64 {
         self.records
     }
 
-    /// Reads a page of records, in each writer's order; false when all that is there now was read. The next call finds what came since.
+    /// Reads a page of records, in each writer's order; false when all that is there now was read.
+    /// The next call finds what came since.
     pub(super) async fn step(&mut self, mut note: impl FnMut(&RowWrite)) -> Result<bool, ServiceError> {
         if self.open.is_empty() {
             let tails = self.island.store.audit_tails().await?;
-            let unread = tails.iter().filter(|tail| self.chains.get(&tail.writer).is_none_or(|chain| chain.next_sequence <= tail.sequence));
+            let unread = tails
+                .iter()
+                .filter(|tail| self.chains.get(&tail.writer).is_none_or(|chain| chain.next_sequence <= tail.sequence));
             self.open = unread.map(|tail| tail.writer).collect();
             if self.open.is_empty() {
                 return Ok(false);
@@ -112,13 +127,21 @@ impl<'a> Chains<'a> {
     }
 
     /// Checks the next record of a chain, and says so if it is no link of it.
-    async fn link(&mut self, writer: WriterId, chain: &mut Chain, row: &AuditAppend, record: Option<&AuditRecord>) -> Result<(), ServiceError> {
+    async fn link(
+        &mut self,
+        writer: WriterId,
+        chain: &mut Chain,
+        row: &AuditAppend,
+        record: Option<&AuditRecord>,
+    ) -> Result<(), ServiceError> {
         let version = match record.and_then(|record| record.event.as_ref()) {
             Some(Event::WriterOpened(opened)) if row.sequence == 0 => opened.audit_key_version.max(1),
             _ => chain.next_key,
         };
         match self.next_link(chain, row, record, version).await? {
-            Ok(next_key) => *chain = Chain { next_key, linked: row.sequence.saturating_add(1), linked_with: version, ..*chain },
+            Ok(next_key) => {
+                *chain = Chain { next_key, linked: row.sequence.saturating_add(1), linked_with: version, ..*chain }
+            }
             Err(Objection { end, reason }) => {
                 chain.end = end;
                 let detail = format!("record {}: {reason}", row.sequence);
@@ -128,7 +151,8 @@ impl<'a> Chains<'a> {
         Ok(())
     }
 
-    /// Whether a record is the next link of its writer's chain: the version of the audit key that makes the link after it.
+    /// Whether a record is the next link of its writer's chain: the version of the audit key that
+    /// makes the link after it.
     async fn next_link(
         &mut self,
         chain: &Chain,
@@ -138,7 +162,10 @@ impl<'a> Chains<'a> {
     ) -> Result<Result<u32, Objection>, ServiceError> {
         let objection = |reason: &str| Ok(Err(Objection { end: End::Broken, reason: reason.to_owned() }));
         if row.sequence != chain.next_sequence {
-            return objection(&format!("{} records before it are missing", row.sequence.saturating_sub(chain.next_sequence)));
+            return objection(&format!(
+                "{} records before it are missing",
+                row.sequence.saturating_sub(chain.next_sequence)
+            ));
         }
         let Some(record) = record else { return objection("it does not decode") };
         if row.sequence == 0 && !matches!(record.event, Some(Event::WriterOpened(_))) {
@@ -146,7 +173,9 @@ impl<'a> Chains<'a> {
         }
         self.fetch_key(version).await?;
         let Some(key) = u8::try_from(version).ok().and_then(|version| self.keys.get(version)) else {
-            let reason = format!("this server's tokens lack version {version} of the seal root, whose audit key links it; scrub on a server that has it");
+            let reason = format!(
+                "this server's tokens lack version {version} of the seal root, whose audit key links it; scrub on a server that has it"
+            );
             return Ok(Err(Objection { end: End::NoKey, reason }));
         };
         if key.next(&chain.value, &AuditLeaf::of(&row.record)) != row.chain {
@@ -160,13 +189,16 @@ impl<'a> Chains<'a> {
             return objection("its columns are not what it says");
         }
         match &record.event {
-            Some(Event::AuditKeyChanged(changed)) if changed.version < version => objection("it goes back to an earlier version of the audit key"),
+            Some(Event::AuditKeyChanged(changed)) if changed.version < version => {
+                objection("it goes back to an earlier version of the audit key")
+            }
             Some(Event::AuditKeyChanged(changed)) => Ok(Ok(changed.version)),
             _ => Ok(Ok(version)),
         }
     }
 
-    /// Has the HSM compute an audit key that is not known yet: of a version from before this server was started, or from after the scrub began.
+    /// Has the HSM compute an audit key that is not known yet: of a version from before this server
+    /// was started, or from after the scrub began.
     async fn fetch_key(&mut self, version: u32) -> Result<(), ServiceError> {
         if let Ok(version) = u8::try_from(version)
             && self.keys.get(version).is_none()
@@ -184,9 +216,14 @@ impl<'a> Chains<'a> {
             let Ok(writer) = WriterId::from_octets(&closed.writer) else { continue };
             let end = self.island.store.audit_of_writer(writer, closed.last_sequence, 1).await?;
             let reason = match end.as_slice() {
-                // A server that was silent for a while, and taken for gone, may go on: its records stay links of its chain.
-                [last, ..] if last.sequence == closed.last_sequence && last.chain.as_slice() == closed.chain => continue,
-                [last, ..] if last.sequence == closed.last_sequence => format!("record {} is not the one that a successor saw", closed.last_sequence),
+                // A server that was silent for a while, and taken for gone, may go on: its records
+                // stay links of its chain.
+                [last, ..] if last.sequence == closed.last_sequence && last.chain.as_slice() == closed.chain => {
+                    continue;
+                }
+                [last, ..] if last.sequence == closed.last_sequence => {
+                    format!("record {} is not the one that a successor saw", closed.last_sequence)
+                }
                 _ => format!("it was cut off before record {}, where a successor closed it", closed.last_sequence),
             };
             findings.push(broken(writer, reason));
@@ -195,11 +232,14 @@ impl<'a> Chains<'a> {
         Ok(findings)
     }
 
-    /// I5: records that anyone could have made who learned an audit key that was retired. A chain is believed if its last link is made with a key that
-    /// is; and else as far as a record that is believed closed it: servers close no such ends after the retirement.
+    /// I5: records that anyone could have made who learned an audit key that was retired. A chain
+    /// is believed if its last link is made with a key that is; and else as far as a record that is
+    /// believed closed it: servers close no such ends after the retirement.
     fn unbelieved(&self) -> Vec<ScrubFinding> {
-        let sound = |chain: &Chain| if chain.linked_with >= self.oldest || chain.end == End::NoKey { chain.linked } else { 0 };
-        let mut believed: HashMap<WriterId, u64> = self.chains.iter().map(|(writer, chain)| (*writer, sound(chain))).collect();
+        let sound =
+            |chain: &Chain| if chain.linked_with >= self.oldest || chain.end == End::NoKey { chain.linked } else { 0 };
+        let mut believed: HashMap<WriterId, u64> =
+            self.chains.iter().map(|(writer, chain)| (*writer, sound(chain))).collect();
         let mut grew = true;
         while std::mem::take(&mut grew) {
             for Closing { by, at, closed } in &self.closings {

@@ -1,7 +1,9 @@
-//! Key fingerprints against the list of who has them. The list is not sealed: an import asks it whether a key value is known already, so an entry
-//! that was deleted would let two meters with one key count apart, and their nonces meet (I4).
+//! Key fingerprints against the list of who has them. The list is not sealed: an import asks it
+//! whether a key value is known already, so an entry that was deleted would let two meters with one
+//! key count apart, and their nonces meet (I4).
 //!
-//! The list holds the first key version with a value; later ones are found through it, since all of them name one counter domain.
+//! The list holds the first key version with a value; later ones are found through it, since all of
+//! them name one counter domain.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -37,7 +39,8 @@ impl<'a> Fingerprints<'a> {
         Self { island, after_meter: None, meters_done: false, after_entry: None, findings: Vec::new() }
     }
 
-    /// Looks at one more page; false behind the last, and when there are more findings than anyone reads.
+    /// Looks at one more page; false behind the last, and when there are more findings than anyone
+    /// reads.
     pub(super) async fn step(&mut self) -> Result<bool, ServiceError> {
         if self.findings.len() >= MOST_FINDINGS {
             return Ok(false);
@@ -62,19 +65,23 @@ impl<'a> Fingerprints<'a> {
         self.findings
     }
 
-    /// Each key of these meters: is its value in the list, and do all that have it share a counter domain?
+    /// Each key of these meters: is its value in the list, and do all that have it share a counter
+    /// domain?
     async fn judge(&self, rows: &[MeterRow]) -> Result<Vec<(SystemTitle, ScrubFinding)>, ServiceError> {
         let mut meters = HashMap::new();
         self.open(&mut meters, rows);
-        let keys: Vec<ImportedKey> = rows.iter().filter_map(|row| meters.get(&row.title)).flat_map(|meter| imported_keys(meter)).collect();
-        let mut prefixes: Vec<FingerprintPrefix> = keys.iter().map(|key| FingerprintPrefix::of(&key.fingerprint)).collect();
+        let keys: Vec<ImportedKey> =
+            rows.iter().filter_map(|row| meters.get(&row.title)).flat_map(|meter| imported_keys(meter)).collect();
+        let mut prefixes: Vec<FingerprintPrefix> =
+            keys.iter().map(|key| FingerprintPrefix::of(&key.fingerprint)).collect();
         prefixes.sort_unstable();
         prefixes.dedup();
         let mut entries: HashMap<FingerprintPrefix, Vec<FingerprintOwner>> = HashMap::new();
         for (prefix, owner) in self.island.store.fingerprints(&prefixes).await? {
             entries.entry(prefix).or_default().push(owner);
         }
-        let others: HashSet<SystemTitle> = entries.values().flatten().filter_map(title_of).filter(|title| !meters.contains_key(title)).collect();
+        let others: HashSet<SystemTitle> =
+            entries.values().flatten().filter_map(title_of).filter(|title| !meters.contains_key(title)).collect();
         let others: Vec<SystemTitle> = others.into_iter().collect();
         self.open(&mut meters, &self.island.store.meters(&others).await?);
 
@@ -84,18 +91,31 @@ impl<'a> Fingerprints<'a> {
             let equal: Vec<ImportedKey> = listed
                 .iter()
                 .filter(|owner| **owner != key.owner)
-                .filter_map(|owner| imported_key(meters.get(&title_of(owner)?)?, owner).filter(|other| other.fingerprint == key.fingerprint))
+                .filter_map(|owner| {
+                    imported_key(meters.get(&title_of(owner)?)?, owner)
+                        .filter(|other| other.fingerprint == key.fingerprint)
+                })
                 .collect();
             let Some(title) = title_of(&key.owner) else { continue };
-            let what = format!("{} version {} of security setup {}", key.owner.key_type, key.owner.version, key.owner.setup);
-            let mut found = |kind: &str, detail: String| findings.push((title, finding(&name_of(&key.owner), kind, detail)));
+            let what =
+                format!("{} version {} of security setup {}", key.owner.key_type, key.owner.version, key.owner.setup);
+            let mut found =
+                |kind: &str, detail: String| findings.push((title, finding(&name_of(&key.owner), kind, detail)));
             if equal.is_empty() && !listed.contains(&key.owner) {
-                found("fingerprint-missing", format!("{what} is not in the list of fingerprints, so an equal key would not be found at its import (I4)"));
+                found(
+                    "fingerprint-missing",
+                    format!(
+                        "{what} is not in the list of fingerprints, so an equal key would not be found at its import (I4)"
+                    ),
+                );
             }
             let domain = Some(CounterDomainId(key.fingerprint));
             if let Some(other) = equal.iter().find(|other| key.domain != domain || other.domain != domain) {
                 let other = title_of(&other.owner).map(|title| title.to_string()).unwrap_or_default();
-                found("domain-not-shared", format!("{what} equals a key of {other}, and they do not count in one domain (I4): rotate both"));
+                found(
+                    "domain-not-shared",
+                    format!("{what} equals a key of {other}, and they do not count in one domain (I4): rotate both"),
+                );
             }
         }
         Ok(findings)
@@ -112,13 +132,17 @@ impl<'a> Fingerprints<'a> {
         for (prefix, owner) in &page {
             let present = title_of(owner).is_some_and(|title| rows.iter().any(|row| row.title == title));
             let fits = match title_of(owner).and_then(|title| meters.get(&title)) {
-                Some(meter) => imported_key(meter, owner).is_some_and(|key| FingerprintPrefix::of(&key.fingerprint) == *prefix),
+                Some(meter) => {
+                    imported_key(meter, owner).is_some_and(|key| FingerprintPrefix::of(&key.fingerprint) == *prefix)
+                }
                 // A row that does not verify is a finding already.
                 None => present,
             };
             if !fits {
-                let detail =
-                    format!("the list of fingerprints names {} version {} of it, which is no imported key with this value", owner.key_type, owner.version);
+                let detail = format!(
+                    "the list of fingerprints names {} version {} of it, which is no imported key with this value",
+                    owner.key_type, owner.version
+                );
                 self.findings.push(finding(&name_of(owner), "fingerprint-stray", detail));
             }
         }
@@ -127,14 +151,22 @@ impl<'a> Fingerprints<'a> {
 
     /// Adds those that verify; the others are findings of the walk over sealed rows.
     fn open(&self, meters: &mut HashMap<SystemTitle, Arc<Meter>>, rows: &[MeterRow]) {
-        meters.extend(rows.iter().filter_map(|row| Some((row.title, self.island.committer.open_meter(row.title, &row.row).ok()?))));
+        meters.extend(
+            rows.iter()
+                .filter_map(|row| Some((row.title, self.island.committer.open_meter(row.title, &row.row).ok()?))),
+        );
     }
 }
 
 fn imported_keys(meter: &Meter) -> impl Iterator<Item = ImportedKey> {
     meter.slots.iter().flat_map(move |slot| {
         slot.versions().iter().filter_map(move |version| {
-            let owner = FingerprintOwner { owner: meter.owner(), setup: slot.setup(), key_type: slot.key_type(), version: version.number() };
+            let owner = FingerprintOwner {
+                owner: meter.owner(),
+                setup: slot.setup(),
+                key_type: slot.key_type(),
+                version: version.number(),
+            };
             Some(ImportedKey { owner, fingerprint: version.fingerprint()?, domain: version.domain() })
         })
     })

@@ -1,4 +1,5 @@
-//! One scrub at a time in a server: it reads the whole log and every row, so a second one beside it costs as much and finds the same.
+//! One scrub at a time in a server: it reads the whole log and every row, so a second one beside it
+//! costs as much and finds the same.
 
 use std::{
     collections::HashMap,

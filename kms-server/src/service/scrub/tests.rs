@@ -28,7 +28,10 @@ impl TestIsland {
         let selection = Selection::Meters(meters.iter().map(|number| meter(*number)).collect());
         let request = Request { id: RequestId::from_octets(&[number; 16]).unwrap(), digest: [number; 32] };
         let head_end = number.is_multiple_of(2).then(|| self.other_head_end.principal.clone());
-        MeterService::new(self.island.clone()).assign(&self.officer, request, Assignment { selection, head_end, dry_run: false }).await.unwrap();
+        MeterService::new(self.island.clone())
+            .assign(&self.officer, request, Assignment { selection, head_end, dry_run: false })
+            .await
+            .unwrap();
     }
 
     async fn row(&self, number: u64) -> SealedRow {
@@ -38,7 +41,8 @@ impl TestIsland {
     /// What someone with the database's password can do to a meter's row.
     async fn forge(&self, number: u64, row: SealedRow) {
         let present = self.row(number).await;
-        // The store itself only writes the next generation, so an attacker's statement is played by SQL of its own.
+        // The store itself only writes the next generation, so an attacker's statement is played by
+        // SQL of its own.
         let statement = format!(
             "UPDATE meter SET generation = {}, seal = {}, body = {} WHERE title = {} AND generation = {}",
             row.generation,
@@ -62,7 +66,11 @@ fn octets(octets: &[u8]) -> String {
 }
 
 fn named(report: &ScrubReport) -> BTreeSet<(u32, String, String)> {
-    report.findings.iter().map(|finding| (finding.kind, hex::encode_upper(&finding.id), finding.finding.clone())).collect()
+    report
+        .findings
+        .iter()
+        .map(|finding| (finding.kind, hex::encode_upper(&finding.id), finding.finding.clone()))
+        .collect()
 }
 
 fn expected(findings: &[(u64, &str)]) -> BTreeSet<(u32, String, String)> {
@@ -83,7 +91,8 @@ island_tests! {
         assert_eq!(clean.rows_read, 46);
         assert!(clean.records_read >= 8);
 
-        // I5: any older sealed row, put back as it was; swapped rows; an edited one; one that is gone; one that nobody recorded.
+        // I5: any older sealed row, put back as it was; swapped rows; an edited one; one that is
+        // gone; one that nobody recorded.
         island.forge(1, old[0].clone()).await;
         let (five, six) = (island.row(5).await, island.row(6).await);
         island.forge(5, six).await;
@@ -109,7 +118,8 @@ island_tests! {
     }
 
     async fn equal_keys_that_count_apart_are_found(island) {
-        // The list of fingerprints loses an entry; then a vendor delivers all keys of meter 1 once more, as those of meter 201.
+        // The list of fingerprints loses an entry; then a vendor delivers all keys of meter 1 once
+        // more, as those of meter 201.
         let (file, signature) = island.sample(&sample("generic-suite0", 1)).await;
         let sha256 = island.upload(&file, &signature).await;
         island.import(sha256, Some(&island.head_end)).await;
@@ -211,7 +221,8 @@ island_tests! {
         assert!(cut.detail.contains("cut off") && cut.id.as_ref() == writer.octets(), "{cut:?}");
     }
 
-    /// A server that died is not started again: another one, under another name, closes its chain when it was silent for long enough.
+    /// A server that died is not started again: another one, under another name, closes its chain
+    /// when it was silent for long enough.
     async fn a_successor_closes_the_chain_of_a_dead_server(island) {
         island.deliver(&sample("generic-suite0", 3)).await;
         let store = island.island.store.clone();

@@ -1,4 +1,5 @@
-//! The second pass: lines parsed and their keys taken over by the HSM, ahead of what is being committed.
+//! The second pass: lines parsed and their keys taken over by the HSM, ahead of what is being
+//! committed.
 
 use std::{
     sync::{
@@ -8,7 +9,9 @@ use std::{
     time::Duration,
 };
 
-use kms_domain::{KeyShape, KeyType, SecuritySetupId, ShipmentDevice, ShipmentLineError, ShippedCounter, SystemTitle, WrappedKey};
+use kms_domain::{
+    KeyShape, KeyType, SecuritySetupId, ShipmentDevice, ShipmentLineError, ShippedCounter, SystemTitle, WrappedKey,
+};
 use kms_hsm::{ErrorKind, ImportJob};
 use tokio::sync::mpsc;
 
@@ -71,7 +74,8 @@ impl BatchSize {
     }
 }
 
-/// Starts to read, from the line that comes next; batches arrive in order. A few are made ahead; it stops when the receiver is dropped.
+/// Starts to read, from the line that comes next; batches arrive in order. A few are made ahead; it
+/// stops when the receiver is dropped.
 pub(super) fn read_ahead(
     island: Arc<Island>,
     verified: Arc<Verified>,
@@ -202,7 +206,11 @@ async fn import_keys(island: &Island, verified: &Verified, batch: ParsedBatch) -
     let jobs: Vec<ImportJob> = devices
         .iter()
         .flat_map(|(_, device)| &device.keys)
-        .map(|key| ImportJob { key_type: key.key_type, shape: shape(key.setup, key.key_type), wrapped: key.wrapped.clone() })
+        .map(|key| ImportJob {
+            key_type: key.key_type,
+            shape: shape(key.setup, key.key_type),
+            wrapped: key.wrapped.clone(),
+        })
         .collect();
     let mut results = if jobs.is_empty() { Vec::new() } else { patiently(island, verified, jobs).await? }.into_iter();
     let mut ready = Vec::with_capacity(devices.len());
@@ -214,11 +222,15 @@ async fn import_keys(island: &Island, verified: &Verified, batch: ParsedBatch) -
                 Ok(stored) => {
                     let fingerprint = island.fingerprint_key.fingerprint(&stored.fingerprint_wrap);
                     let version = u8::try_from(stored.storage_kek_version.number()).unwrap_or_default();
-                    let wrapped = WrappedKey::new(key.key_type, version, stored.blob.into()).map_err(|error| ServiceError::Internal(error.to_string()))?;
+                    let wrapped = WrappedKey::new(key.key_type, version, stored.blob.into())
+                        .map_err(|error| ServiceError::Internal(error.to_string()))?;
                     keys.push(ReadyKey { setup: key.setup, key_type: key.key_type, wrapped, fingerprint });
                 }
                 Err(error) => {
-                    refusal.get_or_insert_with(|| ShipmentLineError { field: format!("keys[{index}].wrapped"), reason: error.to_string() });
+                    refusal.get_or_insert_with(|| ShipmentLineError {
+                        field: format!("keys[{index}].wrapped"),
+                        reason: error.to_string(),
+                    });
                 }
             }
         }

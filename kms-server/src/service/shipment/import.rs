@@ -25,7 +25,8 @@ use crate::{
     island::{facts, principal_row},
 };
 
-/// An import under way: its answers, as they come. Dropping it stops the import after the batch that is being committed.
+/// An import under way: its answers, as they come. Dropping it stops the import after the batch
+/// that is being committed.
 pub struct Import(mpsc::Receiver<Result<ImportShipmentResponse, ServiceError>>);
 
 impl Import {
@@ -41,16 +42,22 @@ impl Import {
 }
 
 impl ShipmentService {
-    /// Imports a shipment, or goes on where an earlier call stopped. Each call tells all refused lines, those of earlier calls first; after
-    /// the end it repeats the result.
+    /// Imports a shipment, or goes on where an earlier call stopped. Each call tells all refused
+    /// lines, those of earlier calls first; after the end it repeats the result.
     ///
-    /// The meters become the head-end's, if one is named, and are then in service: policy lets a head-end talk to meters that are its own and
-    /// in service. Without one they are in stock, until they are assigned.
+    /// The meters become the head-end's, if one is named, and are then in service: policy lets a
+    /// head-end talk to meters that are its own and in service. Without one they are in stock,
+    /// until they are assigned.
     ///
     /// # Errors
-    /// Not permitted; the file is unknown or not complete; another head-end than in an earlier call; HSM or database are away. A file that is
-    /// refused as a whole is an answer and no error.
-    pub async fn import(&self, caller: &Caller, file_sha256: &[u8; 32], head_end: Option<PrincipalId>) -> Result<Import, ServiceError> {
+    /// Not permitted; the file is unknown or not complete; another head-end than in an earlier
+    /// call; HSM or database are away. A file that is refused as a whole is an answer and no error.
+    pub async fn import(
+        &self,
+        caller: &Caller,
+        file_sha256: &[u8; 32],
+        head_end: Option<PrincipalId>,
+    ) -> Result<Import, ServiceError> {
         if let Some(head_end) = &head_end
             && (head_end.role() != Role::HeadEnd || head_end.island() != self.island.name())
         {
@@ -62,12 +69,18 @@ impl ShipmentService {
         Ok(Import(receiver))
     }
 
-    async fn begin_import(&self, caller: &Caller, file_sha256: &[u8; 32], head_end: Option<PrincipalId>) -> Result<Run, ServiceError> {
+    async fn begin_import(
+        &self,
+        caller: &Caller,
+        file_sha256: &[u8; 32],
+        head_end: Option<PrincipalId>,
+    ) -> Result<Run, ServiceError> {
         let upload = self.latest(file_sha256).await?.map_or_else(|| upload_id(file_sha256, 0), |row| row.upload);
         let mut sealed = vec![principal_row(&caller.principal)];
         sealed.extend(head_end.as_ref().map(principal_row));
         let reads = Reads { sealed, shipments: vec![upload], ..Reads::default() };
-        let (island, caller_again, sha256, wanted) = (self.island.clone(), caller.clone(), *file_sha256, head_end.clone());
+        let (island, caller_again, sha256, wanted) =
+            (self.island.clone(), caller.clone(), *file_sha256, head_end.clone());
         let committed = self
             .island
             .committer
@@ -106,7 +119,16 @@ impl ShipmentService {
             })
             .await?;
         let (row, progress, manufacturer, own) = committed.value;
-        Ok(Run { service: self.clone(), caller: caller.clone(), own, head_end, upload, row, signature: progress.signature, manufacturer })
+        Ok(Run {
+            service: self.clone(),
+            caller: caller.clone(),
+            own,
+            head_end,
+            upload,
+            row,
+            signature: progress.signature,
+            manufacturer,
+        })
     }
 }
 
@@ -143,7 +165,8 @@ impl Run {
                 Err(Rejection::Trouble(error)) => return Err(error),
                 Err(Rejection::File(reason)) => {
                     tracing::warn!(shipment = hex::encode(self.row.sha256), reason, "a shipment was refused");
-                    self.row = self.service.refuse(Actor::caller(&self.caller, None, IMPORT), &self.row, &reason).await?;
+                    self.row =
+                        self.service.refuse(Actor::caller(&self.caller, None, IMPORT), &self.row, &reason).await?;
                 }
             }
         } else {
@@ -152,7 +175,13 @@ impl Run {
         }
         self.repeat_refusals(answers).await?;
         let duplicate_keys = Progress::of(&self.row)?.duplicate_keys;
-        let _ = answers.send(Ok(ImportShipmentResponse { shipment: Some(to_proto(&self.row)?), duplicate_keys, ..Default::default() })).await;
+        let _ = answers
+            .send(Ok(ImportShipmentResponse {
+                shipment: Some(to_proto(&self.row)?),
+                duplicate_keys,
+                ..Default::default()
+            }))
+            .await;
         Ok(())
     }
 
@@ -162,7 +191,8 @@ impl Run {
             return Ok(());
         }
         let reads = Reads { shipments: vec![self.upload], ..Reads::default() };
-        let (upload, seen, batch, devices) = (self.upload, self.row.clone(), verified.header.batch.clone(), verified.devices);
+        let (upload, seen, batch, devices) =
+            (self.upload, self.row.clone(), verified.header.batch.clone(), verified.devices);
         let head_end = self.head_end.as_ref().map(ToString::to_string).unwrap_or_default();
         let committed = self
             .service
@@ -197,8 +227,19 @@ impl Run {
             let page = self.service.island.store.shipment_refusals(self.upload, after, REFUSALS_AT_ONCE).await?;
             let Some(last) = page.last() else { return Ok(()) };
             after = last.line;
-            let refused_lines = page.into_iter().map(|refusal| RefusedLine { line: refusal.line, field: refusal.field, reason: refusal.reason }).collect();
-            if answers.send(Ok(ImportShipmentResponse { shipment: Some(to_proto(&self.row)?), refused_lines, ..Default::default() })).await.is_err() {
+            let refused_lines = page
+                .into_iter()
+                .map(|refusal| RefusedLine { line: refusal.line, field: refusal.field, reason: refusal.reason })
+                .collect();
+            if answers
+                .send(Ok(ImportShipmentResponse {
+                    shipment: Some(to_proto(&self.row)?),
+                    refused_lines,
+                    ..Default::default()
+                }))
+                .await
+                .is_err()
+            {
                 return Ok(());
             }
         }
@@ -207,7 +248,13 @@ impl Run {
     async fn import(&mut self, answers: &Answers, verified: Arc<Verified>) -> Result<(), ServiceError> {
         let island = &self.service.island;
         let size = Arc::new(BatchSize::new());
-        let windows = Windows::verified(island.store.clone(), self.upload, self.row.size, verified.next_begin, verified.windows.clone());
+        let windows = Windows::verified(
+            island.store.clone(),
+            self.upload,
+            self.row.size,
+            verified.next_begin,
+            verified.windows.clone(),
+        );
         let mut batches = read_ahead(island.clone(), verified.clone(), windows, self.row.next_line, size.clone());
         let mut earlier = Progress::of(&self.row)?.duplicate_keys;
         while let Some(batch) = batches.recv().await {
@@ -231,7 +278,11 @@ impl Run {
         Ok(())
     }
 
-    async fn commit(&mut self, batch: ReadyBatch, verified: &Arc<Verified>) -> Result<ImportShipmentResponse, ServiceError> {
+    async fn commit(
+        &mut self,
+        batch: ReadyBatch,
+        verified: &Arc<Verified>,
+    ) -> Result<ImportShipmentResponse, ServiceError> {
         let action = Action::ImportShipment { own: self.own };
         let actor = Actor::caller(&self.caller, None, IMPORT);
         let (island, caller) = (self.service.island.clone(), self.caller.clone());
@@ -240,7 +291,8 @@ impl Run {
             island.policy.load().require(&facts(&principal), &action, &Resource::Island)
         });
         let names = batch.devices.iter().flat_map(|device| device.groups.iter().map(String::as_str)).collect();
-        let groups = self.service.groups.resolve(&self.service.island, &actor, &permit, &names, verified.profile.suite).await?;
+        let groups =
+            self.service.groups.resolve(&self.service.island, &actor, &permit, &names, verified.profile.suite).await?;
         let step = Step {
             client_titles: self.service.island.client_titles().await?,
             island: self.service.island.clone(),
@@ -256,17 +308,30 @@ impl Run {
         };
         let recorded = self.act(actor, Arc::new(step)).await?;
         self.row = recorded.row;
-        Ok(ImportShipmentResponse { shipment: Some(to_proto(&self.row)?), refused_lines: recorded.refused, duplicate_keys: recorded.duplicates })
+        Ok(ImportShipmentResponse {
+            shipment: Some(to_proto(&self.row)?),
+            refused_lines: recorded.refused,
+            duplicate_keys: recorded.duplicates,
+        })
     }
 
-    /// Commits a batch. An import gives way to callers who wait for an answer: it comes back when the queue is full.
+    /// Commits a batch. An import gives way to callers who wait for an answer: it comes back when
+    /// the queue is full.
     async fn act(&self, actor: Actor, step: Arc<Step>) -> Result<Recorded, ServiceError> {
         let mut attempts = 0;
         loop {
             attempts += 1;
             let deciding = step.clone();
-            match self.service.island.committer.act(actor.clone(), step.reads(), move |view| deciding.decide(view)).await {
-                Err(ServiceError::ResourceExhausted { retry_after, .. }) if attempts < MOST_ATTEMPTS => tokio::time::sleep(retry_after).await,
+            match self
+                .service
+                .island
+                .committer
+                .act(actor.clone(), step.reads(), move |view| deciding.decide(view))
+                .await
+            {
+                Err(ServiceError::ResourceExhausted { retry_after, .. }) if attempts < MOST_ATTEMPTS => {
+                    tokio::time::sleep(retry_after).await
+                }
                 other => return Ok(other?.value),
             }
         }

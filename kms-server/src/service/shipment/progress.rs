@@ -8,8 +8,8 @@ use prost::Message;
 
 use crate::error::ServiceError;
 
-/// The opaque part of a [`ShipmentRow`]. None of it is trusted: signature, digest and count are verified again at each call of an import, over
-/// the octets that are imported (I5).
+/// The opaque part of a [`ShipmentRow`]. None of it is trusted: signature, digest and count are
+/// verified again at each call of an import, over the octets that are imported (I5).
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Progress {
     /// The manufacturer's URI, as the sender stated it.
@@ -41,15 +41,18 @@ impl Progress {
     pub(super) const KEPT_DUPLICATES: usize = 256;
 
     pub(super) fn of(row: &ShipmentRow) -> Result<Self, ServiceError> {
-        Self::decode(row.progress.as_slice()).map_err(|_| ServiceError::Internal("the progress of a shipment does not decode".to_owned()))
+        Self::decode(row.progress.as_slice())
+            .map_err(|_| ServiceError::Internal("the progress of a shipment does not decode".to_owned()))
     }
 
     pub(super) fn manufacturer(&self) -> Result<PrincipalId, ServiceError> {
-        PrincipalId::parse(&self.manufacturer).map_err(|_| ServiceError::Internal("the manufacturer of a shipment does not parse".to_owned()))
+        PrincipalId::parse(&self.manufacturer)
+            .map_err(|_| ServiceError::Internal("the manufacturer of a shipment does not parse".to_owned()))
     }
 }
 
-/// A file has one upload at a time, whoever sends it and over which server: 12 octets of its SHA-256, and how often it was refused before (4).
+/// A file has one upload at a time, whoever sends it and over which server: 12 octets of its
+/// SHA-256, and how often it was refused before (4).
 pub(super) fn upload_id(file_sha256: &[u8; 32], refused_before: u32) -> UploadId {
     let mut id = [0; 16];
     for (octet, value) in id.iter_mut().zip(file_sha256.iter().take(12).chain(&refused_before.to_be_bytes())) {

@@ -1,4 +1,5 @@
-//! One batch of a shipment in one transaction: meters, groups, fingerprints, counter domains, progress, and the record of all that (I2).
+//! One batch of a shipment in one transaction: meters, groups, fingerprints, counter domains,
+//! progress, and the record of all that (I2).
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -6,8 +7,9 @@ use std::{
 };
 
 use kms_domain::{
-    CounterDomain, CounterDomainId, CounterOwnership, CounterState, ExposureReason, GroupId, KeyOrigin, KeyState, KeyType, KeyVersion, Meter, MeterClass,
-    MeterStatus, NewKeyVersion, Owner, Party, PrincipalId, PrincipalStatus, ShipmentLineError, Slot, Slots, SystemTitle, UnixMillis,
+    CounterDomain, CounterDomainId, CounterOwnership, CounterState, ExposureReason, GroupId, KeyOrigin, KeyState,
+    KeyType, KeyVersion, Meter, MeterClass, MeterStatus, NewKeyVersion, Owner, Party, PrincipalId, PrincipalStatus,
+    ShipmentLineError, Slot, Slots, SystemTitle, UnixMillis,
 };
 use kms_proto::v1::{DuplicateKey, MetersChanged, RefusedLine, SecurityEvent, ShipmentImported, audit_record::Event};
 use kms_store::{FingerprintOwner, FingerprintPrefix, Reads, ShipmentRefusal, ShipmentState, UploadId};
@@ -64,7 +66,8 @@ enum Outcome {
 impl Step {
     /// All that the decision usually looks at; duplicates make it read more.
     pub(super) fn reads(&self) -> Reads {
-        let mut sealed = vec![self.island.row_name(), principal_row(&self.caller.principal), principal_row(&self.manufacturer)];
+        let mut sealed =
+            vec![self.island.row_name(), principal_row(&self.caller.principal), principal_row(&self.manufacturer)];
         sealed.extend(self.head_end.as_ref().map(principal_row));
         let keys = || self.batch.devices.iter().flat_map(|device| &device.keys);
         Reads {
@@ -134,16 +137,28 @@ impl Step {
         row.updated = view.now();
         view.put_shipment(row.clone());
         for (line, error) in &refused {
-            view.put_refused_line(ShipmentRefusal { upload: self.upload, line: *line, field: error.field.clone(), reason: error.reason.clone() });
+            view.put_refused_line(ShipmentRefusal {
+                upload: self.upload,
+                line: *line,
+                field: error.field.clone(),
+                reason: error.reason.clone(),
+            });
         }
-        let refused = refused.into_iter().map(|(line, error)| RefusedLine { line, field: error.field, reason: error.reason }).collect();
+        let refused = refused
+            .into_iter()
+            .map(|(line, error)| RefusedLine { line, field: error.field, reason: error.reason })
+            .collect();
         Ok(Recorded { row, refused, duplicates })
     }
 
     /// I8: caller, manufacturer and head-end are still who they were when the import began.
     fn permit(&self, view: &mut View<'_, '_>) -> Result<(), ServiceError> {
         let principal = view.caller(&self.caller)?;
-        self.island.policy.load().require(&facts(&principal), &Action::ImportShipment { own: self.own }, &Resource::Island)?;
+        self.island.policy.load().require(
+            &facts(&principal),
+            &Action::ImportShipment { own: self.own },
+            &Resource::Island,
+        )?;
         if view.principal(&self.manufacturer)?.is_none_or(|known| known.status != PrincipalStatus::Enabled) {
             return Err(super::no_shipment_key(&self.manufacturer));
         }
@@ -158,7 +173,8 @@ impl Step {
         Ok(())
     }
 
-    /// Has all rows read that keys with equal values need: so that the transaction asks once, and not once for each.
+    /// Has all rows read that keys with equal values need: so that the transaction asks once, and
+    /// not once for each.
     fn look_at_duplicates(&self, view: &mut View<'_, '_>) -> Result<(), ServiceError> {
         let mut failed = None;
         let mut seen: HashMap<[u8; 16], ()> = HashMap::new();
@@ -189,26 +205,41 @@ impl Step {
         failed.map_or(Ok(()), Err)
     }
 
-    fn import(&self, view: &mut View<'_, '_>, device: &ReadyDevice, tally: &mut Tally) -> Result<Outcome, ServiceError> {
+    fn import(
+        &self,
+        view: &mut View<'_, '_>,
+        device: &ReadyDevice,
+        tally: &mut Tally,
+    ) -> Result<Outcome, ServiceError> {
         let header = &self.verified.header;
         if let Some(known) = view.meter(device.title)? {
             return Ok(match self.compare(&known, device) {
                 Ok(()) if known.class.status == MeterStatus::Retired => {
-                    let detail = format!("the retired meter {} is in shipment `{}`, line {}", device.title, header.batch, device.line);
+                    let detail = format!(
+                        "the retired meter {} is in shipment `{}`, line {}",
+                        device.title, header.batch, device.line
+                    );
                     tally.alerts.push(Event::SecurityEvent(SecurityEvent {
                         kind: "retired-meter-delivered".to_owned(),
                         detail,
                         meter: device.title.octets().to_vec().into(),
                     }));
-                    Outcome::Refused(refuse("title", format!("{} is retired; a refurbished meter needs a new system title", device.title)))
+                    Outcome::Refused(refuse(
+                        "title",
+                        format!("{} is retired; a refurbished meter needs a new system title", device.title),
+                    ))
                 }
                 Ok(()) => self.take_floors(view, &known, device, tally)?,
                 Err(error) => Outcome::Refused(error),
             });
         }
-        // I4: under one key, frames of a client with the meter's title would repeat the nonces of the meter's own answers.
+        // I4: under one key, frames of a client with the meter's title would repeat the nonces of
+        // the meter's own answers.
         if self.client_titles.contains(&device.title) {
-            return Ok(Outcome::Refused(refuse("title", format!("{} is a client title here, of a principal or a device profile", device.title))));
+            return Ok(Outcome::Refused(refuse(
+                "title",
+                format!("{} is a client title here, of a principal or a device profile", device.title),
+            )));
         }
         let mut groups = Vec::with_capacity(device.groups.len());
         for (index, name) in device.groups.iter().enumerate() {
@@ -217,23 +248,45 @@ impl Step {
                 None => {
                     return Ok(Outcome::Refused(refuse(
                         &format!("groups[{index}]"),
-                        format!("group `{name}` is of another security suite, or the island has no room for more groups"),
+                        format!(
+                            "group `{name}` is of another security suite, or the island has no room for more groups"
+                        ),
                     )));
                 }
             }
         }
         groups.sort_unstable();
-        if let Some(counter) = device.counters.iter().find(|counter| counter.owned_by.as_ref().is_some_and(|owner| owner.island() != self.island.name())) {
-            return Ok(Outcome::Refused(refuse("counters", format!("the head-end that owns the counter of {} is of another island", counter.key))));
+        if let Some(counter) = device
+            .counters
+            .iter()
+            .find(|counter| counter.owned_by.as_ref().is_some_and(|owner| owner.island() != self.island.name()))
+        {
+            return Ok(Outcome::Refused(refuse(
+                "counters",
+                format!("the head-end that owns the counter of {} is of another island", counter.key),
+            )));
         }
 
         let now = view.now();
-        let mut class =
-            MeterClass { vendor: header.manufacturer, profile: header.device_profile.clone(), status: MeterStatus::InStock, groups, head_end: None };
+        let mut class = MeterClass {
+            vendor: header.manufacturer,
+            profile: header.device_profile.clone(),
+            status: MeterStatus::InStock,
+            groups,
+            head_end: None,
+        };
         if let Some(head_end) = &self.head_end {
             let principal = view.caller(&self.caller)?;
-            if !self.island.policy.load().permits(&facts(&principal), &Action::AssignMeters, &Resource::Meters(&class)).is_permit() {
-                return Err(ServiceError::denied(format!("importShipment for `{head_end}`, since it is an assignMeters too")));
+            if !self
+                .island
+                .policy
+                .load()
+                .permits(&facts(&principal), &Action::AssignMeters, &Resource::Meters(&class))
+                .is_permit()
+            {
+                return Err(ServiceError::denied(format!(
+                    "importShipment for `{head_end}`, since it is an assignMeters too"
+                )));
             }
             class.status = self.status;
             class.head_end = Some(head_end.clone());
@@ -258,41 +311,64 @@ impl Step {
         Ok(Outcome::Imported)
     }
 
-    /// Whether a known meter is what the line says: the same device with the same keys, of whatever version.
+    /// Whether a known meter is what the line says: the same device with the same keys, of whatever
+    /// version.
     fn compare(&self, known: &Meter, device: &ReadyDevice) -> Result<(), ShipmentLineError> {
         let header = &self.verified.header;
         if known.class.vendor != header.manufacturer || known.class.profile != header.device_profile {
-            return Err(refuse("title", format!("{} is known already, with device profile `{}` of {}", device.title, known.class.profile, known.class.vendor)));
+            return Err(refuse(
+                "title",
+                format!(
+                    "{} is known already, with device profile `{}` of {}",
+                    device.title, known.class.profile, known.class.vendor
+                ),
+            ));
         }
         if known.serial != device.serial {
             return Err(refuse("serial", format!("{} is known already, with another serial number", device.title)));
         }
         for (index, key) in device.keys.iter().enumerate() {
-            let same = known
-                .slots
-                .get(key.setup, key.key_type)
-                .is_some_and(|slot| slot.versions().iter().any(|version| version.fingerprint() == Some(key.fingerprint)));
+            let same = known.slots.get(key.setup, key.key_type).is_some_and(|slot| {
+                slot.versions().iter().any(|version| version.fingerprint() == Some(key.fingerprint))
+            });
             if !same {
                 return Err(refuse(
                     &format!("keys[{index}].wrapped"),
-                    format!("{} is known already, with another {}", device.title, self.verified.profile.key_type_name(key.key_type)),
+                    format!(
+                        "{} is known already, with another {}",
+                        device.title,
+                        self.verified.profile.key_type_name(key.key_type)
+                    ),
                 ));
             }
         }
         Ok(())
     }
 
-    /// I4: the next counter of a known meter is at or above a floor that a shipment brings. Inside a chunk that a server allocates from, the floor is
-    /// raised. Above all that is reserved, the line is refused: it would use up counters, and an officer takes such a floor over.
-    fn take_floors(&self, view: &mut View<'_, '_>, known: &Meter, device: &ReadyDevice, tally: &mut Tally) -> Result<Outcome, ServiceError> {
+    /// I4: the next counter of a known meter is at or above a floor that a shipment brings. Inside
+    /// a chunk that a server allocates from, the floor is raised. Above all that is reserved, the
+    /// line is refused: it would use up counters, and an officer takes such a floor over.
+    fn take_floors(
+        &self,
+        view: &mut View<'_, '_>,
+        known: &Meter,
+        device: &ReadyDevice,
+        tally: &mut Tally,
+    ) -> Result<Outcome, ServiceError> {
         let fault = |error: &dyn std::fmt::Display| ServiceError::Internal(error.to_string());
         let mut meter = known.clone();
         let mut domains: Vec<CounterDomain> = Vec::new();
         for (index, counter) in device.counters.iter().enumerate().filter(|(_, counter)| counter.owned_by.is_none()) {
             let floor = u64::from(counter.floor);
-            for key in device.keys.iter().filter(|key| key.setup == counter.setup && matches!(key.key_type, KeyType::GUEK | KeyType::GBEK)) {
+            for key in device
+                .keys
+                .iter()
+                .filter(|key| key.setup == counter.setup && matches!(key.key_type, KeyType::GUEK | KeyType::GBEK))
+            {
                 let Ok(slot) = meter.slots.get_mut(key.setup, key.key_type) else { continue };
-                let same = |version: &&KeyVersion| version.fingerprint() == Some(key.fingerprint) && version.state() != KeyState::Destroyed;
+                let same = |version: &&KeyVersion| {
+                    version.fingerprint() == Some(key.fingerprint) && version.state() != KeyState::Destroyed
+                };
                 let Some(number) = slot.versions().iter().find(same).map(KeyVersion::number) else { continue };
                 let version = slot.version_mut(number).map_err(|error| fault(&error))?;
                 let counters = match version.domain() {
@@ -301,7 +377,9 @@ impl Step {
                         if !domains.iter().any(|domain| domain.id == id) {
                             domains.extend(view.domain(id)?.map(|domain| (*domain).clone()));
                         }
-                        let Some(domain) = domains.iter_mut().find(|domain| domain.id == id) else { return Err(lost_domain(id, device.title)) };
+                        let Some(domain) = domains.iter_mut().find(|domain| domain.id == id) else {
+                            return Err(lost_domain(id, device.title));
+                        };
                         &mut domain.counters
                     }
                 };
@@ -338,8 +416,9 @@ impl Step {
         Ok(Outcome::Unchanged)
     }
 
-    /// I4: a key whose value another slot has counts with it, from one counter domain. The list of owners holds the first slot with a value
-    /// only: later ones find the domain through it, however many they are.
+    /// I4: a key whose value another slot has counts with it, from one counter domain. The list of
+    /// owners holds the first slot with a value only: later ones find the domain through it,
+    /// however many they are.
     fn join_duplicates(
         &self,
         view: &mut View<'_, '_>,
@@ -349,14 +428,23 @@ impl Step {
         duplicates: &mut Vec<DuplicateKey>,
     ) -> Result<(), ServiceError> {
         let prefix = FingerprintPrefix::of(&key.fingerprint);
-        let me = FingerprintOwner { owner: Owner::Meter(meter.title), setup: key.setup, key_type: key.key_type, version: kms_domain::KeyVersionNumber::FIRST };
+        let me = FingerprintOwner {
+            owner: Owner::Meter(meter.title),
+            setup: key.setup,
+            key_type: key.key_type,
+            version: kms_domain::KeyVersionNumber::FIRST,
+        };
         let Some((first, title)) = self.first_owner(view, key, meter)? else {
             view.put_fingerprint(prefix, me);
             return Ok(());
         };
         let id = CounterDomainId(key.fingerprint);
-        let named = |meter: &Meter| meter.slots.get(first.setup, first.key_type).and_then(|slot| slot.version(first.version)?.domain());
-        let names_one = if title == meter.title { named(meter) } else { view.meter(title)?.and_then(|other| named(&other)) }.is_some();
+        let named = |meter: &Meter| {
+            meter.slots.get(first.setup, first.key_type).and_then(|slot| slot.version(first.version)?.domain())
+        };
+        let names_one =
+            if title == meter.title { named(meter) } else { view.meter(title)?.and_then(|other| named(&other)) }
+                .is_some();
         let mut domain = match view.domain(id)? {
             Some(domain) => (*domain).clone(),
             None if names_one => return Err(lost_domain(id, title)),
@@ -383,12 +471,23 @@ impl Step {
     }
 
     /// The first slot with the key's value: the whole fingerprint stands in the owner's sealed row.
-    fn first_owner(&self, view: &mut View<'_, '_>, key: &ReadyKey, meter: &Meter) -> Result<Option<(FingerprintOwner, SystemTitle)>, ServiceError> {
+    fn first_owner(
+        &self,
+        view: &mut View<'_, '_>,
+        key: &ReadyKey,
+        meter: &Meter,
+    ) -> Result<Option<(FingerprintOwner, SystemTitle)>, ServiceError> {
         for owner in view.fingerprint_owners(FingerprintPrefix::of(&key.fingerprint))? {
             // Keys of groups and device types are made here and never imported.
             let Owner::Meter(title) = owner.owner else { continue };
-            let fingerprint = |meter: &Meter| meter.slots.get(owner.setup, owner.key_type).and_then(|slot| slot.version(owner.version)?.fingerprint());
-            let found = if title == meter.title { fingerprint(meter) } else { view.meter(title)?.and_then(|other| fingerprint(&other)) };
+            let fingerprint = |meter: &Meter| {
+                meter.slots.get(owner.setup, owner.key_type).and_then(|slot| slot.version(owner.version)?.fingerprint())
+            };
+            let found = if title == meter.title {
+                fingerprint(meter)
+            } else {
+                view.meter(title)?.and_then(|other| fingerprint(&other))
+            };
             if found == Some(key.fingerprint) {
                 return Ok(Some((owner, title)));
             }
@@ -403,12 +502,18 @@ fn join(meter: &mut Meter, owner: &FingerprintOwner, domain: &mut CounterDomain)
 
 /// The slots of a delivered meter: it holds the keys, and its vendor knows them.
 fn slots(device: &ReadyDevice, now: UnixMillis) -> Result<Slots, ServiceError> {
-    let fault = |error: &dyn std::fmt::Display| ServiceError::Internal(format!("a device that was parsed makes no slots: {error}"));
+    let fault = |error: &dyn std::fmt::Display| {
+        ServiceError::Internal(format!("a device that was parsed makes no slots: {error}"))
+    };
     let mut slots = Vec::with_capacity(device.keys.len());
     for key in &device.keys {
         let mut slot = Slot::new(key.setup, key.key_type);
-        let new =
-            NewKeyVersion { state: KeyState::Active, origin: KeyOrigin::Imported, wrapped: Some(key.wrapped.clone()), fingerprint: Some(key.fingerprint) };
+        let new = NewKeyVersion {
+            state: KeyState::Active,
+            origin: KeyOrigin::Imported,
+            wrapped: Some(key.wrapped.clone()),
+            fingerprint: Some(key.fingerprint),
+        };
         let number = slot.add_version(new, now).map_err(|error| fault(&error))?;
         let version = slot.version_mut(number).map_err(|error| fault(&error))?;
         version.expose(Party::Vendor, ExposureReason::Shipment, now);
@@ -427,7 +532,8 @@ fn slots(device: &ReadyDevice, now: UnixMillis) -> Result<Slots, ServiceError> {
     Slots::new(slots).map_err(|error| fault(&error))
 }
 
-/// I4, I5: a domain that a key version names has a row. A new one would begin to count below what was given out already.
+/// I4, I5: a domain that a key version names has a row. A new one would begin to count below what
+/// was given out already.
 fn lost_domain(id: CounterDomainId, title: SystemTitle) -> ServiceError {
     ServiceError::FailedPrecondition {
         reason: format!(

@@ -1,4 +1,5 @@
-//! The file in the spool: read in windows, cut into lines. Memory stays the same for a file of any length.
+//! The file in the spool: read in windows, cut into lines. Memory stays the same for a file of any
+//! length.
 
 use std::sync::Arc;
 
@@ -32,10 +33,20 @@ impl Windows {
         Self { store, upload, size, position: 0, rest: Vec::new(), expected: None }
     }
 
-    /// From the window that holds octet `position` on, each checked against its digest: whoever can write the database cannot change
-    /// what was verified a moment ago (I5).
-    pub(super) fn verified(store: Arc<dyn Store>, upload: UploadId, size: u64, position: u64, digests: Arc<[WindowDigest]>) -> Self {
-        Self { position: position - position % (WINDOW as u64), expected: Some(digests), ..Self::new(store, upload, size) }
+    /// From the window that holds octet `position` on, each checked against its digest: whoever can
+    /// write the database cannot change what was verified a moment ago (I5).
+    pub(super) fn verified(
+        store: Arc<dyn Store>,
+        upload: UploadId,
+        size: u64,
+        position: u64,
+        digests: Arc<[WindowDigest]>,
+    ) -> Self {
+        Self {
+            position: position - position % (WINDOW as u64),
+            expected: Some(digests),
+            ..Self::new(store, upload, size)
+        }
     }
 
     /// Where the next window begins.
@@ -46,7 +57,8 @@ impl Windows {
     /// The next window; none behind the end.
     ///
     /// # Errors
-    /// Octets are missing in the spool, or are not those of the first pass; or the database is away.
+    /// Octets are missing in the spool, or are not those of the first pass; or the database is
+    /// away.
     pub(super) async fn next(&mut self) -> Result<Option<Vec<u8>>, ServiceError> {
         let wanted = usize::try_from(self.size.saturating_sub(self.position)).unwrap_or(usize::MAX).min(WINDOW);
         if wanted == 0 {
@@ -57,7 +69,9 @@ impl Windows {
             if self.rest.is_empty() {
                 let at = self.position + window.len() as u64;
                 let chunk = self.store.shipment_chunk(self.upload, at).await?;
-                let octets = chunk.and_then(|(begin, octets)| octets.get(usize::try_from(at.checked_sub(begin)?).ok()?..).map(<[u8]>::to_vec));
+                let octets = chunk.and_then(|(begin, octets)| {
+                    octets.get(usize::try_from(at.checked_sub(begin)?).ok()?..).map(<[u8]>::to_vec)
+                });
                 self.rest = octets.filter(|octets| !octets.is_empty()).ok_or_else(|| missing(at))?;
             }
             let taken = self.rest.len().min(wanted - window.len());
@@ -97,7 +111,8 @@ pub(super) struct Line<'a> {
     pub(super) number: u64,
     /// Where it begins in the file.
     pub(super) begin: u64,
-    /// Its octets. Of a line that is too long, one octet more than the longest has: it is refused when it is parsed.
+    /// Its octets. Of a line that is too long, one octet more than the longest has: it is refused
+    /// when it is parsed.
     pub(super) octets: &'a [u8],
     /// Its octets and line feed as they stand in what was pushed; before that, earlier pieces.
     pub(super) tail: &'a [u8],
@@ -109,12 +124,16 @@ impl Lines {
         Self { partial: Vec::new(), begin, position: begin, complete: number.saturating_sub(1) }
     }
 
-    /// Takes octets in; calls `each` for every line that they complete. What is left for the next piece is returned: octets of a line that
-    /// goes on.
+    /// Takes octets in; calls `each` for every line that they complete. What is left for the next
+    /// piece is returned: octets of a line that goes on.
     ///
     /// # Errors
     /// The first of `each`.
-    pub(super) fn push<'a, E>(&mut self, mut octets: &'a [u8], mut each: impl FnMut(Line<'_>) -> Result<(), E>) -> Result<&'a [u8], E> {
+    pub(super) fn push<'a, E>(
+        &mut self,
+        mut octets: &'a [u8],
+        mut each: impl FnMut(Line<'_>) -> Result<(), E>,
+    ) -> Result<&'a [u8], E> {
         while let Some(end) = octets.iter().position(|octet| *octet == b'\n') {
             let (line, rest) = octets.split_at(end + 1);
             let content = line.get(..end).unwrap_or_default();
@@ -138,7 +157,12 @@ impl Lines {
 
     /// The last line, if it had no line feed.
     pub(super) fn last(&self) -> Option<Line<'_>> {
-        (self.position > self.begin).then_some(Line { number: self.complete + 1, begin: self.begin, octets: &self.partial, tail: &[] })
+        (self.position > self.begin).then_some(Line {
+            number: self.complete + 1,
+            begin: self.begin,
+            octets: &self.partial,
+            tail: &[],
+        })
     }
 
     /// Where the line that is being read begins.
@@ -153,7 +177,10 @@ impl Lines {
 }
 
 fn missing(at: u64) -> ServiceError {
-    ServiceError::FailedPrecondition { reason: format!("octet {at} of the shipment is not in the spool"), next_step: "upload the file again".to_owned() }
+    ServiceError::FailedPrecondition {
+        reason: format!("octet {at} of the shipment is not in the spool"),
+        next_step: "upload the file again".to_owned(),
+    }
 }
 
 fn changed() -> ServiceError {
@@ -189,7 +216,15 @@ mod tests {
     fn lines_are_the_same_however_the_octets_arrive() {
         let file = b"one\n\nthree is longer\nfour";
         let whole = cut(&[file]);
-        assert_eq!(whole, [(1, 0, b"one".to_vec()), (2, 4, Vec::new()), (3, 5, b"three is longer".to_vec()), (4, 21, b"four".to_vec())]);
+        assert_eq!(
+            whole,
+            [
+                (1, 0, b"one".to_vec()),
+                (2, 4, Vec::new()),
+                (3, 5, b"three is longer".to_vec()),
+                (4, 21, b"four".to_vec())
+            ]
+        );
         for at in 0..file.len() {
             let (first, second) = file.split_at(at);
             assert_eq!(cut(&[first, second]), whole, "cut at {at}");

@@ -1,7 +1,7 @@
 use kms_client::sample::{SampleCounter, VendorKey};
 use kms_domain::{
-    CounterKey, CounterOwnership, DeviceProfile, Exposure, ExposureReason, FlagId, KeyOrigin, KeyState, KeyType, MeterStatus, OaepHash, Party, PrincipalId,
-    PrincipalStatus, SecuritySetupId, SystemTitle,
+    CounterKey, CounterOwnership, DeviceProfile, Exposure, ExposureReason, FlagId, KeyOrigin, KeyState, KeyType,
+    MeterStatus, OaepHash, Party, PrincipalId, PrincipalStatus, SecuritySetupId, SystemTitle,
 };
 use kms_proto::v1::{AuditRecord, ImportShipmentResponse, audit_record::Event};
 use kms_store::{AuditFilter, MeterFilter};
@@ -213,7 +213,8 @@ island_tests! {
             upload.append(upload.position(), piece).await.unwrap();
         }
         drop(upload);
-        // What was collected and not stored went with the server; another one goes on from what is there.
+        // What was collected and not stored went with the server; another one goes on from what is
+        // there.
         let other = island.another_server().await;
         let service = ShipmentService::new(other.clone());
         let known = service.get(&island.officer, &start.file_sha256).await.unwrap();
@@ -283,7 +284,8 @@ island_tests! {
     }
 
     async fn equal_keys_share_a_counter_domain_and_leases_never_meet(island) {
-        // I4: a vendor gave the same unicast key to meters 1, 2 (one batch) and, in another shipment, to meter 101; and meter 3 has one key twice.
+        // I4: a vendor gave the same unicast key to meters 1, 2 (one batch) and, in another
+        // shipment, to meter 101; and meter 3 has one key twice.
         let (file, _) = island.sample(&sample("generic-suite0", 4)).await;
         let mut forged = Forged::of(&file);
         let wrapped = |line: &[u8], key: &str| {
@@ -307,7 +309,8 @@ island_tests! {
         let two = island.lease(meter(2)).await.unwrap();
         assert!(two.first > one.last(), "{one:?} {two:?}");
 
-        // Later, and with leases of meter 1 dealt: another shipment brings the value a third time, with a floor of its own.
+        // Later, and with leases of meter 1 dealt: another shipment brings the value a third time,
+        // with a floor of its own.
         first_file.clear();
         let text = String::from_utf8(forged.lines[1].clone()).unwrap();
         let third = text.replace(&meter(1).to_string(), &meter(101).to_string()).replace("\"keys\":", "\"serial2\":1,\"keys\":").replace("\"serial2\":1,", "");
@@ -443,7 +446,8 @@ island_tests! {
         }
         assert!(lease(&never_saw_it[0], meter(3)).await.is_ok(), "a meter with a key of its own goes on");
 
-        // Neither does a shipment that brings the value once more make a new one, which would begin below.
+        // Neither does a shipment that brings the value once more make a new one, which would begin
+        // below.
         let third = String::from_utf8(forged.lines[1].clone()).unwrap().replace(&meter(1).to_string(), &meter(101).to_string());
         let mut next = Forged { lines: vec![forged.lines[0].clone(), third.into_bytes(), Vec::new()] };
         next.device(1, |line| line.replace("\"batch\":\"B-", "\"batch\":\"D-"));
@@ -479,7 +483,8 @@ island_tests! {
         island.deliver_file(&Forged::of(&file).file()).await;
         assert_eq!(island.lease(meter(50)).await.unwrap().first, 777);
 
-        // In another shipment the meter is known. A floor above all that is reserved is not passed over in silence, and moves nothing.
+        // In another shipment the meter is known. A floor above all that is reserved is not passed
+        // over in silence, and moves nothing.
         let again = |batch: &str, floor: &str| {
             let mut next = Forged::of(&file);
             next.device(1, |line| line.replace("\"batch\":\"B-", &format!("\"batch\":\"{batch}-")));
@@ -488,7 +493,8 @@ island_tests! {
         };
         let known = island.deliver_file(&again("D", ":777")).await;
         assert_eq!((known.shipment.unwrap().unchanged, known.refused_lines.len()), (1, 0));
-        // One inside the chunks that this server allocates from is kept, under each key of the line.
+        // One inside the chunks that this server allocates from is kept, under each key of the
+        // line.
         lease_of(&island.island, meter(50), KeyType::GBEK).await.unwrap();
         let inside = island.deliver_file(&again("F", ":5004")).await;
         assert_eq!((inside.shipment.unwrap().unchanged, inside.refused_lines.len()), (1, 0));
@@ -522,7 +528,8 @@ island_tests! {
         assert!(matches!(service.upload(&island.officer, unknown.clone()).await, Err(ServiceError::FailedPrecondition { .. })));
         assert!(matches!(service.upload(&island.manufacturer, unknown).await, Err(ServiceError::PermissionDenied { .. })));
 
-        // A signature can be put right, and another length starts anew, as long as nothing was imported.
+        // A signature can be put right, and another length starts anew, as long as nothing was
+        // imported.
         let shorter = super::UploadStart { file_length: start.file_length - 1, signature: vec![0x30; 70].into(), ..start.clone() };
         let mut upload = service.upload(&island.officer, shorter).await.unwrap();
         upload.append(0, &file[..file.len() - 1]).await.unwrap();
@@ -625,7 +632,8 @@ island_tests! {
         assert!(FlagId::parse("KAM").is_ok());
     }
 
-    /// How fast: `KMS_TEST_METERS=200000 KMS_TEST_SHOW=1 cargo test --release -p kms-server --lib import_rate -- --nocapture`.
+    /// How fast: `KMS_TEST_METERS=200000 KMS_TEST_SHOW=1 cargo test --release -p kms-server --lib
+    /// import_rate -- --nocapture`.
     async fn import_rate(island) {
         let meters: u64 = std::env::var("KMS_TEST_METERS").ok().and_then(|text| text.parse().ok()).unwrap_or(3_000);
         let (file, signature) = island.sample(&sample("generic-suite0", meters)).await;

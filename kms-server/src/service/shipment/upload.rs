@@ -35,7 +35,8 @@ pub struct UploadStart {
     pub manufacturer: PrincipalId,
 }
 
-/// Octets on their way into the spool. Small pieces are collected; what was taken in and not yet stored is lost with the server, and sent again.
+/// Octets on their way into the spool. Small pieces are collected; what was taken in and not yet
+/// stored is lost with the server, and sent again.
 pub struct Upload {
     service: ShipmentService,
     caller: Caller,
@@ -51,14 +52,23 @@ impl ShipmentService {
     /// Begins to send a shipment, or goes on with it: the next octet is [`Upload::position`].
     ///
     /// # Errors
-    /// Not permitted; the manufacturer has no shipment key; too long a file; too many unfinished ones; or the database is away.
+    /// Not permitted; the manufacturer has no shipment key; too long a file; too many unfinished
+    /// ones; or the database is away.
     pub async fn upload(&self, caller: &Caller, start: UploadStart) -> Result<Upload, ServiceError> {
         let own = start.manufacturer == caller.principal;
         let action = Action::UploadShipment { own };
         let principal = self.island.require(caller, &action).await?;
-        let may_replace = self.island.policy.load().permits(&facts(&principal), &Action::UploadShipment { own: false }, &Resource::Island).is_permit();
+        let may_replace = self
+            .island
+            .policy
+            .load()
+            .permits(&facts(&principal), &Action::UploadShipment { own: false }, &Resource::Island)
+            .is_permit();
         if start.file_length == 0 || start.file_length > LONGEST_FILE {
-            return Err(ServiceError::invalid("start.file_length", format!("`{}` is not 1 to {LONGEST_FILE} octets", start.file_length)));
+            return Err(ServiceError::invalid(
+                "start.file_length",
+                format!("`{}` is not 1 to {LONGEST_FILE} octets", start.file_length),
+            ));
         }
         if !(8..=MOST_SIGNATURE).contains(&start.signature.len()) {
             return Err(ServiceError::invalid("start.signature", "it is no DER ECDSA signature"));
@@ -66,18 +76,34 @@ impl ShipmentService {
         let upload = match self.latest(&start.file_sha256).await? {
             None => upload_id(&start.file_sha256, 0),
             Some(row) if row.state == ShipmentState::Refused => next_upload_id(&row)?,
-            Some(row) if row.size != start.file_length && matches!(row.state, ShipmentState::Receiving | ShipmentState::Received) => {
+            Some(row)
+                if row.size != start.file_length
+                    && matches!(row.state, ShipmentState::Receiving | ShipmentState::Received) =>
+            {
                 Self::may_replace(&row, caller, may_replace)?;
-                next_upload_id(&self.refuse(Actor::caller(caller, None, action.name()), &row, "another length was announced").await?)?
+                next_upload_id(
+                    &self
+                        .refuse(Actor::caller(caller, None, action.name()), &row, "another length was announced")
+                        .await?,
+                )?
             }
             Some(row) => row.upload,
         };
         let (row, manufacturer) = self.begin(caller, &action, upload, &start, may_replace).await?;
         let previewed = row.received > 0 || row.state != ShipmentState::Receiving;
-        Ok(Upload { service: self.clone(), caller: caller.clone(), action, row, manufacturer, collected: Vec::new(), previewed })
+        Ok(Upload {
+            service: self.clone(),
+            caller: caller.clone(),
+            action,
+            row,
+            manufacturer,
+            collected: Vec::new(),
+            previewed,
+        })
     }
 
-    /// Registers the upload, or goes on with it. Another signature replaces the one before, as long as nothing was imported.
+    /// Registers the upload, or goes on with it. Another signature replaces the one before, as long
+    /// as nothing was imported.
     async fn begin(
         &self,
         caller: &Caller,
@@ -88,7 +114,8 @@ impl ShipmentService {
     ) -> Result<(ShipmentRow, Arc<Principal>), ServiceError> {
         let sealed = vec![principal_row(&caller.principal), principal_row(&start.manufacturer)];
         let reads = Reads { sealed, shipments: vec![upload], spool: true, ..Reads::default() };
-        let (service, caller_again, action_again, start) = (self.clone(), caller.clone(), action.clone(), start.clone());
+        let (service, caller_again, action_again, start) =
+            (self.clone(), caller.clone(), action.clone(), start.clone());
         let actor = Actor::caller(caller, None, action.name());
         let committed = self
             .island
@@ -96,7 +123,8 @@ impl ShipmentService {
             .act(actor, reads, move |view| {
                 let principal = view.caller(&caller_again)?;
                 service.island.policy.load().require(&facts(&principal), &action_again, &Resource::Island)?;
-                let signs = |known: &Arc<Principal>| known.shipment_key.is_some() && known.status == PrincipalStatus::Enabled;
+                let signs =
+                    |known: &Arc<Principal>| known.shipment_key.is_some() && known.status == PrincipalStatus::Enabled;
                 let manufacturer = view.principal(&start.manufacturer)?.filter(signs);
                 let manufacturer = manufacturer.ok_or_else(|| no_shipment_key(&start.manufacturer))?;
                 let now = view.now();
@@ -116,8 +144,12 @@ impl ShipmentService {
                         refused: 0,
                         created: now,
                         updated: now,
-                        progress: Progress { manufacturer: start.manufacturer.to_string(), signature: start.signature.clone(), ..Progress::default() }
-                            .encode_to_vec(),
+                        progress: Progress {
+                            manufacturer: start.manufacturer.to_string(),
+                            signature: start.signature.clone(),
+                            ..Progress::default()
+                        }
+                        .encode_to_vec(),
                     };
                     view.put_shipment(row.clone());
                     return Ok((row, manufacturer));
@@ -152,7 +184,8 @@ impl ShipmentService {
         Err(ServiceError::denied("uploadShipment of a file that another principal began to send"))
     }
 
-    /// Whether a file of this length has room in the spool. Called in the act that adds it, with all files that are there.
+    /// Whether a file of this length has room in the spool. Called in the act that adds it, with
+    /// all files that are there.
     fn bound_spool(&self, caller: &Caller, length: u64, spool: &[SpooledFile]) -> Result<(), ServiceError> {
         let limits = &self.island.limits;
         let octets = |own: bool| {
@@ -161,29 +194,40 @@ impl ShipmentService {
         };
         let own = spool.iter().filter(|file| file.principal == caller.principal).count();
         if own >= limits.number(Bound::UploadsPerPrincipal) {
-            let what = format!("{own} shipments of `{}` are in the spool and not imported; import them, or finish their upload", caller.principal);
+            let what = format!(
+                "{own} shipments of `{}` are in the spool and not imported; import them, or finish their upload",
+                caller.principal
+            );
             return Err(self.met(Bound::UploadsPerPrincipal, &what, Duration::ZERO));
         }
         if octets(true) > limits.spool_octets_per_principal {
-            let what = format!("with this file, the shipments of `{}` that are not imported have {} octets", caller.principal, octets(true));
+            let what = format!(
+                "with this file, the shipments of `{}` that are not imported have {} octets",
+                caller.principal,
+                octets(true)
+            );
             return Err(self.met(Bound::SpoolOctetsPerPrincipal, &what, Duration::ZERO));
         }
         if octets(false) > limits.spool_octets {
             let what = format!("with this file, the shipments that are not imported have {} octets", octets(false));
             return Err(self.met(Bound::SpoolOctets, &what, SPOOL_RETRY));
         }
-        let to_come = spool.iter().fold(length, |sum, file| sum.saturating_add(file.size.saturating_sub(file.received)));
+        let to_come =
+            spool.iter().fold(length, |sum, file| sum.saturating_add(file.size.saturating_sub(file.received)));
         self.bound_disk(to_come)
     }
 
-    /// I2: whether the disk of the embedded database has room for these octets beside the reserve for the log.
+    /// I2: whether the disk of the embedded database has room for these octets beside the reserve
+    /// for the log.
     fn bound_disk(&self, octets: u64) -> Result<(), ServiceError> {
         let Some(folder) = &self.island.disk else { return Ok(()) };
         // What cannot be measured is no reason to refuse: the database says when it is full.
         let Ok(disk) = rustix::fs::statvfs(folder.as_path()) else { return Ok(()) };
         let (free, whole) = (disk.f_bavail.saturating_mul(disk.f_frsize), disk.f_blocks.saturating_mul(disk.f_frsize));
         if octets.saturating_add(self.island.limits.disk_reserve_octets.min(whole / 10)) > free {
-            let what = format!("{octets} octets of shipments would leave too little of the disk of the database free, which has {free}");
+            let what = format!(
+                "{octets} octets of shipments would leave too little of the disk of the database free, which has {free}"
+            );
             return Err(self.met(Bound::DiskReserveOctets, &what, SPOOL_RETRY));
         }
         Ok(())
@@ -213,7 +257,8 @@ impl ShipmentService {
         })
     }
 
-    /// Drops uploads that were not complete in time, files that nobody imported, and octets that a server left when it ended.
+    /// Drops uploads that were not complete in time, files that nobody imported, and octets that a
+    /// server left when it ended.
     ///
     /// # Errors
     /// The database is away.
@@ -225,10 +270,13 @@ impl ShipmentService {
             after = Some(last.upload);
             for row in page {
                 let forgotten = match row.state {
-                    ShipmentState::Receiving if row.created.after(self.upload_ms()) < now => "it was not complete in time",
+                    ShipmentState::Receiving if row.created.after(self.upload_ms()) < now => {
+                        "it was not complete in time"
+                    }
                     ShipmentState::Received if row.updated.after(FORGOTTEN_MS) < now => "nobody imported it for a week",
                     ShipmentState::Imported | ShipmentState::Refused => {
-                        // A server that ended behind the last line, or the refusal, left the octets.
+                        // A server that ended behind the last line, or the refusal, left the
+                        // octets.
                         if self.island.store.shipment_chunk(row.upload, 0).await?.is_some() {
                             self.delete_chunks(row.upload).await?;
                         }
@@ -258,10 +306,14 @@ impl Upload {
     /// Takes a piece of the file.
     ///
     /// # Errors
-    /// It is too long or not the next one; the caller is shut out meanwhile; another upload of the file is under way; the database is away.
+    /// It is too long or not the next one; the caller is shut out meanwhile; another upload of the
+    /// file is under way; the database is away.
     pub async fn append(&mut self, offset: u64, octets: &[u8]) -> Result<(), ServiceError> {
         if octets.len() > Self::LONGEST_PIECE {
-            return Err(ServiceError::invalid("octets", format!("{} octets; at most {}", octets.len(), Self::LONGEST_PIECE)));
+            return Err(ServiceError::invalid(
+                "octets",
+                format!("{} octets; at most {}", octets.len(), Self::LONGEST_PIECE),
+            ));
         }
         if octets.is_empty() || self.is_refused() {
             return Ok(());
@@ -273,7 +325,10 @@ impl Upload {
             });
         }
         if self.position() + octets.len() as u64 > self.row.size {
-            return Err(ServiceError::invalid("octets", format!("the file would be longer than the announced {} octets", self.row.size)));
+            return Err(ServiceError::invalid(
+                "octets",
+                format!("the file would be longer than the announced {} octets", self.row.size),
+            ));
         }
         self.collected.extend_from_slice(octets);
         self.preview().await?;
@@ -292,8 +347,8 @@ impl Upload {
         self.preview_line(false).await
     }
 
-    /// Looks at the first line as soon as it is there. A file that cannot be a shipment to this island is refused, on the record, before anything
-    /// of it is in the spool.
+    /// Looks at the first line as soon as it is there. A file that cannot be a shipment to this
+    /// island is refused, on the record, before anything of it is in the spool.
     async fn preview_line(&mut self, ended: bool) -> Result<(), ServiceError> {
         if self.previewed || self.is_refused() {
             return Ok(());
@@ -301,24 +356,31 @@ impl Upload {
         let end = self.collected.iter().take(LONGEST_SHIPMENT_LINE + 1).position(|octet| *octet == b'\n');
         let length = match end {
             Some(end) => end,
-            None if ended || self.collected.len() > LONGEST_SHIPMENT_LINE => self.collected.len().min(LONGEST_SHIPMENT_LINE + 1),
+            None if ended || self.collected.len() > LONGEST_SHIPMENT_LINE => {
+                self.collected.len().min(LONGEST_SHIPMENT_LINE + 1)
+            }
             None => return Ok(()),
         };
         if self.collected.is_empty() {
             return Ok(());
         }
-        match preview(&self.service.island, &self.manufacturer, self.collected.get(..length).unwrap_or_default()).await {
+        match preview(&self.service.island, &self.manufacturer, self.collected.get(..length).unwrap_or_default()).await
+        {
             Ok(()) => self.previewed = true,
             Err(Rejection::Trouble(error)) => return Err(error),
             Err(Rejection::File(reason)) => {
                 self.collected = Vec::new();
-                self.row = self.service.refuse(Actor::caller(&self.caller, None, self.action.name()), &self.row, &reason).await?;
+                self.row = self
+                    .service
+                    .refuse(Actor::caller(&self.caller, None, self.action.name()), &self.row, &reason)
+                    .await?;
             }
         }
         Ok(())
     }
 
-    /// Stores what was collected: at the end, and when a stream breaks. Of a file whose first line is not there yet nothing is.
+    /// Stores what was collected: at the end, and when a stream breaks. Of a file whose first line
+    /// is not there yet nothing is.
     ///
     /// # Errors
     /// As [`Self::append`].
@@ -329,13 +391,22 @@ impl Upload {
         if self.row.created.after(self.service.upload_ms()) < Island::now() {
             let reason = format!("it was not complete within {} hours", self.service.island.limits.upload_hours);
             self.row = self.service.refuse(Actor::server(DROP), &self.row, &reason).await?;
-            return Err(self.service.met(Bound::UploadHours, "the upload has taken too long and was dropped", Duration::ZERO));
+            return Err(self.service.met(
+                Bound::UploadHours,
+                "the upload has taken too long and was dropped",
+                Duration::ZERO,
+            ));
         }
         self.service.bound_disk(self.collected.len() as u64)?;
         // Revocation acts in open streams too.
         self.service.island.require(&self.caller, &self.action).await?;
         let octets = std::mem::take(&mut self.collected);
-        let stored = self.service.island.store.append_shipment_chunk(self.row.upload, self.row.received, octets, Island::now()).await;
+        let stored = self
+            .service
+            .island
+            .store
+            .append_shipment_chunk(self.row.upload, self.row.received, octets, Island::now())
+            .await;
         self.row.received = stored.map_err(|error| match error {
             StoreError::Conflict { .. } => ServiceError::Aborted {
                 reason: "another upload of the same file is under way".to_owned(),
@@ -357,7 +428,8 @@ impl Upload {
             return to_proto(&self.row);
         }
         let upload = self.row.upload;
-        let reads = Reads { sealed: vec![principal_row(&self.caller.principal)], shipments: vec![upload], ..Reads::default() };
+        let reads =
+            Reads { sealed: vec![principal_row(&self.caller.principal)], shipments: vec![upload], ..Reads::default() };
         let (caller, sha256) = (self.caller.clone(), self.row.sha256);
         let committed = self
             .service

@@ -1,4 +1,5 @@
-//! The first pass over a shipment: signature, digest, count and header. Nothing is imported before all of them are right.
+//! The first pass over a shipment: signature, digest, count and header. Nothing is imported before
+//! all of them are right.
 
 use std::sync::Arc;
 
@@ -43,7 +44,12 @@ impl<E: Into<ServiceError>> From<E> for Rejection {
 }
 
 /// Reads the whole file and checks all of it.
-pub(super) async fn verify(island: &Island, row: &ShipmentRow, signature: &[u8], manufacturer: &Principal) -> Result<Verified, Rejection> {
+pub(super) async fn verify(
+    island: &Island,
+    row: &ShipmentRow,
+    signature: &[u8],
+    manufacturer: &Principal,
+) -> Result<Verified, Rejection> {
     let key = ShipmentKey::of(manufacturer)?;
     let mut scan = Scan::new(key.uses_sha384(), row.next_line.max(FIRST_DEVICE_LINE));
     let mut windows = Windows::new(island.store.clone(), row.upload, row.size);
@@ -61,19 +67,27 @@ pub(super) async fn verify(island: &Island, row: &ShipmentRow, signature: &[u8],
     let header = check_header(manufacturer, &content.header)?;
     let trailer = ShipmentTrailer::parse(&content.trailer).map_err(|error| of_line(content.trailer_line, &error))?;
     if trailer.sha256 != *content.before_trailer.as_ref() {
-        return Err(refuse(format!("line {}: trailer.sha256 is not that of the lines before it", content.trailer_line)));
+        return Err(refuse(format!(
+            "line {}: trailer.sha256 is not that of the lines before it",
+            content.trailer_line
+        )));
     }
     let devices = content.trailer_line.saturating_sub(FIRST_DEVICE_LINE);
     if trailer.devices != devices {
-        return Err(refuse(format!("line {}: trailer.devices is {} and the file has {devices} device lines", content.trailer_line, trailer.devices)));
+        return Err(refuse(format!(
+            "line {}: trailer.devices is {} and the file has {devices} device lines",
+            content.trailer_line, trailer.devices
+        )));
     }
     let profile = profile(island, &header)?;
     let batch_key = open_batch_key(island, &header).await?;
     Ok(Verified { header, profile, batch_key, devices, next_begin: content.next_begin, windows: scanned.windows })
 }
 
-/// Looks at the first line alone, before the rest has arrived: whether it can be a shipment of this manufacturer to this island. What this says is
-/// proven only when the whole file is. A server whose token is away, or does not hold the transport key, cannot tell whose key it is: the import can.
+/// Looks at the first line alone, before the rest has arrived: whether it can be a shipment of this
+/// manufacturer to this island. What this says is proven only when the whole file is. A server
+/// whose token is away, or does not hold the transport key, cannot tell whose key it is: the import
+/// can.
 pub(super) async fn preview(island: &Island, manufacturer: &Principal, line: &[u8]) -> Result<(), Rejection> {
     let header = check_header(manufacturer, line)?;
     profile(island, &header)?;
@@ -87,7 +101,10 @@ pub(super) async fn preview(island: &Island, manufacturer: &Principal, line: &[u
 fn check_header(manufacturer: &Principal, line: &[u8]) -> Result<ShipmentHeader, Rejection> {
     let header = ShipmentHeader::parse(line).map_err(|error| of_line(1, &error))?;
     if !names(manufacturer, &header) {
-        return Err(refuse(format!("line 1: manufacturer: {} is not the manufacturer `{}` that signed", header.manufacturer, manufacturer.id)));
+        return Err(refuse(format!(
+            "line 1: manufacturer: {} is not the manufacturer `{}` that signed",
+            header.manufacturer, manufacturer.id
+        )));
     }
     Ok(header)
 }
@@ -100,7 +117,8 @@ fn profile(island: &Island, header: &ShipmentHeader) -> Result<DeviceProfile, Re
 /// The line of the first device.
 pub(super) const FIRST_DEVICE_LINE: u64 = 2;
 
-/// Whether the header's FLAG id is the signer's: a manufacturer's name is its FLAG id in lower case, or begins with it and `-`.
+/// Whether the header's FLAG id is the signer's: a manufacturer's name is its FLAG id in lower
+/// case, or begins with it and `-`.
 fn names(manufacturer: &Principal, header: &ShipmentHeader) -> bool {
     let name = manufacturer.id.name();
     let flag_id = name.split_once('-').map_or(name, |(flag_id, _)| flag_id);
@@ -116,15 +134,17 @@ async fn open_batch_key(island: &Island, header: &ShipmentHeader) -> Result<Batc
     check_hash(header, &offered)?;
     match island.hsm.paid_by(IMPORTS).open_batch_key(version, hash, header.batch_key.clone()).await {
         Ok(batch_key) => Ok(batch_key),
-        Err(HsmError::WrappedKeyInvalid { .. }) => {
-            Err(refuse("line 1: batch_key: it cannot be opened with the vendor transport key: damaged, or no 32-octet AES key inside"))
-        }
+        Err(HsmError::WrappedKeyInvalid { .. }) => Err(refuse(
+            "line 1: batch_key: it cannot be opened with the vendor transport key: damaged, or no 32-octet AES key inside",
+        )),
         Err(error) => Err(error.into()),
     }
 }
 
 fn foreign_transport_key() -> Rejection {
-    refuse("line 1: transport_key: it is not this island's vendor transport key; `kms shipment transport-key` shows that")
+    refuse(
+        "line 1: transport_key: it is not this island's vendor transport key; `kms shipment transport-key` shows that",
+    )
 }
 
 fn check_hash(header: &ShipmentHeader, offered: &[OaepHash]) -> Result<(), Rejection> {
@@ -132,7 +152,11 @@ fn check_hash(header: &ShipmentHeader, offered: &[OaepHash]) -> Result<(), Rejec
         return Ok(());
     }
     let names: Vec<&str> = offered.iter().map(|hash| hash.name()).collect();
-    Err(refuse(format!("line 1: oaep_hash: {} is not accepted here; use {}", header.oaep_hash.name(), names.join(" or "))))
+    Err(refuse(format!(
+        "line 1: oaep_hash: {} is not accepted here; use {}",
+        header.oaep_hash.name(),
+        names.join(" or ")
+    )))
 }
 
 /// The accepted version of the vendor transport key that has this digest, the newest first.
@@ -169,7 +193,12 @@ impl ShipmentKey {
         let der = manufacturer.shipment_key.as_ref().ok_or_else(|| super::no_shipment_key(&manufacturer.id))?;
         let fault = || ServiceError::Internal(format!("the shipment key of `{}` is not readable", manufacturer.id));
         let (_, info) = SubjectPublicKeyInfo::from_der(der).map_err(|_| fault())?;
-        let curve = info.algorithm.parameters.as_ref().and_then(|parameters| parameters.as_oid().ok()).map(|oid| oid.to_id_string());
+        let curve = info
+            .algorithm
+            .parameters
+            .as_ref()
+            .and_then(|parameters| parameters.as_oid().ok())
+            .map(|oid| oid.to_id_string());
         let (algorithm, sha384): (&'static dyn VerificationAlgorithm, bool) = match curve.as_deref() {
             Some("1.2.840.10045.3.1.7") => (&ECDSA_P256_SHA256_ASN1, false),
             Some("1.3.132.0.34") => (&ECDSA_P384_SHA384_ASN1, true),
@@ -276,12 +305,21 @@ impl Scan {
         }
         let content = match (self.header, self.trailer) {
             _ if self.after_trailer => Err(refuse("there are lines after the trailer")),
-            (Some(header), Some((trailer_line, trailer, before_trailer))) => {
-                Ok(Content { header, trailer_line, trailer, before_trailer, next_begin: self.next_begin.unwrap_or_else(|| lines.begin()) })
-            }
+            (Some(header), Some((trailer_line, trailer, before_trailer))) => Ok(Content {
+                header,
+                trailer_line,
+                trailer,
+                before_trailer,
+                next_begin: self.next_begin.unwrap_or_else(|| lines.begin()),
+            }),
             _ => Err(refuse("the trailer is missing: the file was cut")),
         };
-        Scanned { sha256: self.sha256.finish(), sha384: self.sha384.map(Context::finish), windows: self.windows.into(), content }
+        Scanned {
+            sha256: self.sha256.finish(),
+            sha384: self.sha384.map(Context::finish),
+            windows: self.windows.into(),
+            content,
+        }
     }
 }
 

@@ -1,17 +1,22 @@
 //! What leaves: the octets of a step, made in the HSM from the meter's row alone.
 //!
-//! The same row gives the same octets, because RFC 3394 and AES-GCM under a given nonce are deterministic: a step that is asked for again is no
-//! second use of its counters (I4). What the octets are made of besides the row is pinned in it with the counters: where that has changed since, on
-//! this server or from one version of the program to the next, the step is not made again.
+//! The same row gives the same octets, because RFC 3394 and AES-GCM under a given nonce are
+//! deterministic: a step that is asked for again is no second use of its counters (I4). What the
+//! octets are made of besides the row is pinned in it with the counters: where that has changed
+//! since, on this server or from one version of the program to the next, the step is not made
+//! again.
 
 use std::{collections::HashMap, sync::Arc};
 
 use aws_lc_rs::digest;
 use kms_dlms::{
-    AssociationRequest, AuthenticationTag, Challenge, CipheredApdu, CipheredTag, DlmsError, HlsGmac, InitiateRequest, KeySet, KeyTransfer, Nonce, Protection,
-    SecurityControl,
+    AssociationRequest, AuthenticationTag, Challenge, CipheredApdu, CipheredTag, DlmsError, HlsGmac, InitiateRequest,
+    KeySet, KeyTransfer, Nonce, Protection, SecurityControl,
 };
-use kms_domain::{Group, GroupId, KeyPair, KeyType, KeyVersionNumber, Meter, Owner, SecuritySetupId, Slots, Stage, SystemTitle, Transfer};
+use kms_domain::{
+    Group, GroupId, KeyPair, KeyType, KeyVersionNumber, Meter, Owner, SecuritySetupId, Slots, Stage, SystemTitle,
+    Transfer,
+};
 use kms_hsm::{FrameInput, FrameKeys, FrameParameters, KeySource, ProtectedFrame, TransferJob};
 
 use super::{Brought, Decided, DecidedStep, Delivery, NextStep, Sending, SendingKind, StepAnswer, TransferService};
@@ -33,7 +38,14 @@ impl TransferService {
                     Ok(plan) => {
                         let transfer = Some((plan.transfer.id, plan.transfer.step));
                         // Replaced below by what is made.
-                        (StepAnswer { meter: title, transfer, next: Err(ServiceError::Internal("nothing was made for this step".to_owned())) }, Some(plan))
+                        (
+                            StepAnswer {
+                                meter: title,
+                                transfer,
+                                next: Err(ServiceError::Internal("nothing was made for this step".to_owned())),
+                            },
+                            Some(plan),
+                        )
                     }
                     Err(error) => (StepAnswer { meter: title, transfer: None, next: Err(error) }, None),
                 },
@@ -49,8 +61,9 @@ impl TransferService {
         Ok(answers)
     }
 
-    /// The `key_transfer` requests that the caller ciphers in the present steps of its transfers to these meters. The HSM wraps in the caller's turn, and
-    /// nothing for a transfer of another head-end.
+    /// The `key_transfer` requests that the caller ciphers in the present steps of its transfers to
+    /// these meters. The HSM wraps in the caller's turn, and nothing for a transfer of another
+    /// head-end.
     ///
     /// # Errors
     /// HSM or database. A meter whose key cannot be wrapped is left out.
@@ -60,34 +73,49 @@ impl TransferService {
         meters: impl Iterator<Item = SystemTitle>,
     ) -> Result<HashMap<SystemTitle, Brought>, ServiceError> {
         let ciphered_outside = |meter: &Arc<Meter>| {
-            let by_the_caller = |transfer: &Transfer| transfer.head_end == caller.principal && transfer.stage == Stage::Deliver { pair: None };
+            let by_the_caller = |transfer: &Transfer| {
+                transfer.head_end == caller.principal && transfer.stage == Stage::Deliver { pair: None }
+            };
             meter.transfer.as_ref().is_some_and(by_the_caller)
         };
         let meters = self.meters(meters).await?.into_values().filter(ciphered_outside);
         let decided: Vec<Decided> = meters.map(|meter| (meter.title, Ok(DecidedStep::going_on(meter)))).collect();
         let groups = self.groups(&decided).await?;
         let steps = decided.iter().filter_map(|(_, step)| step.as_ref().ok());
-        let plans: Vec<Plan> = steps.filter_map(|step| Plan::of(&self.island, &step.meter, &groups).ok()).filter(|plan| plan.wrap.is_some()).collect();
-        let wrapped = self.island.hsm_for(caller).wrap_for_meters(plans.iter().filter_map(|plan| plan.wrap.clone()).collect()).await?;
+        let plans: Vec<Plan> = steps
+            .filter_map(|step| Plan::of(&self.island, &step.meter, &groups).ok())
+            .filter(|plan| plan.wrap.is_some())
+            .collect();
+        let wrapped = self
+            .island
+            .hsm_for(caller)
+            .wrap_for_meters(plans.iter().filter_map(|plan| plan.wrap.clone()).collect())
+            .await?;
         let brought = plans.iter().zip(wrapped).filter_map(|(plan, wrapped)| {
-            let request = KeyTransfer::new(plan.key_id?, &wrapped.ok()?).ok()?.action_request(plan.transfer.setup, INVOKE_ID);
+            let request =
+                KeyTransfer::new(plan.key_id?, &wrapped.ok()?).ok()?.action_request(plan.transfer.setup, INVOKE_ID);
             Some((plan.meter, Brought { transfer: plan.transfer.id, step: plan.transfer.step, request }))
         });
         Ok(brought.collect())
     }
 
-    /// Three rounds, each one item in the HSM's queue: keys wrapped for meters, answers to challenges, frames.
+    /// Three rounds, each one item in the HSM's queue: keys wrapped for meters, answers to
+    /// challenges, frames.
     async fn make(&self, plans: Vec<&Plan>) -> Result<Vec<Result<Sending, ServiceError>>, ServiceError> {
         let jobs = plans.iter().filter_map(|plan| plan.wrap.clone()).collect();
         let mut wrapped = self.hsm.wrap_for_meters(jobs).await?.into_iter();
-        let challenges: Vec<(FrameKeys, FrameInput)> = plans.iter().filter_map(|plan| plan.challenge_input().transpose()).collect::<Result<_, _>>()?;
+        let challenges: Vec<(FrameKeys, FrameInput)> =
+            plans.iter().filter_map(|plan| plan.challenge_input().transpose()).collect::<Result<_, _>>()?;
         let mut answered = self.hsm.protect_batch(challenges).await?.into_iter();
         let mut deliveries = Vec::with_capacity(plans.len());
         let mut frames: Vec<(FrameKeys, FrameInput)> = Vec::new();
         for plan in &plans {
             let delivery = match &plan.wrap {
                 None => Ok(None),
-                Some(_) => wrapped.next().map_or_else(missing, |octets| Ok(octets?)).and_then(|octets| plan.delivery(octets).map(Some)),
+                Some(_) => wrapped
+                    .next()
+                    .map_or_else(missing, |octets| Ok(octets?))
+                    .and_then(|octets| plan.delivery(octets).map(Some)),
             };
             let answer = match plan.stage() {
                 Stage::Authenticate { .. } => answered.next().map_or_else(missing, |frame| Ok(Some(frame?))),
@@ -110,7 +138,9 @@ impl TransferService {
                 let (delivery, ciphered) = ready?;
                 let apdu = match ciphered {
                     false => Vec::new(),
-                    true => plan.assemble(&protected.next().map_or_else(missing, |frame| Ok(frame?))?).map_err(|error| fault(&error))?,
+                    true => plan
+                        .assemble(&protected.next().map_or_else(missing, |frame| Ok(frame?))?)
+                        .map_err(|error| fault(&error))?,
                 };
                 Ok(Sending { kind: plan.kind(), apdu, client_sap: plan.client_sap, delivery })
             })
@@ -122,7 +152,10 @@ impl TransferService {
         let mut groups = HashMap::new();
         for (_, step) in decided {
             let Ok(DecidedStep { meter, end: None }) = step else { continue };
-            let Some(Owner::Group(id)) = meter.transfer.as_ref().and_then(Transfer::current).map(|key| key.owner) else { continue };
+            let Some(Owner::Group(id)) = meter.transfer.as_ref().and_then(Transfer::current).map(|key| key.owner)
+            else {
+                continue;
+            };
             if groups.contains_key(&id) {
                 continue;
             }
@@ -148,11 +181,14 @@ struct Plan {
 
 impl Plan {
     fn of(island: &Island, meter: &Meter, groups: &HashMap<GroupId, Arc<Group>>) -> Result<Self, ServiceError> {
-        let transfer = meter.transfer.clone().ok_or_else(|| ServiceError::Internal("a step of no transfer".to_owned()))?;
+        let transfer =
+            meter.transfer.clone().ok_or_else(|| ServiceError::Internal("a step of no transfer".to_owned()))?;
         // I4: other octets under the same counters are no repetition.
         if !transfer.counters.is_empty() && transfer.pinned != Some(pinned(island, meter)?) {
             return Err(ServiceError::Aborted {
-                reason: "the device profile or the server has changed since this step was sent, so it is not made again".to_owned(),
+                reason:
+                    "the device profile or the server has changed since this step was sent, so it is not made again"
+                        .to_owned(),
                 next_step: "report `nothing` for it: the next step has counters of its own".to_owned(),
             });
         }
@@ -162,7 +198,9 @@ impl Plan {
                 let kek = version_source(meter.owner(), &meter.slots, transfer.setup, KeyType::KEK, key.kek)?;
                 let brought = match key.owner {
                     Owner::Group(id) => {
-                        let group = groups.get(&id).ok_or_else(|| ServiceError::Internal("the group of a key is missing".to_owned()))?;
+                        let group = groups
+                            .get(&id)
+                            .ok_or_else(|| ServiceError::Internal("the group of a key is missing".to_owned()))?;
                         version_source(group.owner(), &group.slots, transfer.setup, key.key_type, key.version)?
                     }
                     owner => version_source(owner, &meter.slots, transfer.setup, key.key_type, key.version)?,
@@ -171,7 +209,8 @@ impl Plan {
             }
             _ => None,
         };
-        let clients = island.profiles.get(&meter.class.profile).map(|profile| profile.clients.as_slice()).unwrap_or_default();
+        let clients =
+            island.profiles.get(&meter.class.profile).map(|profile| profile.clients.as_slice()).unwrap_or_default();
         let client_sap = clients
             .iter()
             .filter(|client| client.security_setup == transfer.setup)
@@ -202,7 +241,9 @@ impl Plan {
 
     /// The meter's challenge, to be answered under the first of the step's counters.
     fn challenge_input(&self) -> Result<Option<(FrameKeys, FrameInput)>, ServiceError> {
-        let (Stage::Authenticate { meter_challenge, .. }, Some(keys)) = (self.stage(), &self.keys) else { return Ok(None) };
+        let (Stage::Authenticate { meter_challenge, .. }, Some(keys)) = (self.stage(), &self.keys) else {
+            return Ok(None);
+        };
         let nonce = Nonce::new(self.transfer.client_title, self.counter(0)?);
         let parameters = FrameParameters::new(HlsGmac::control(self.suite).octet(), *nonce.octets())?;
         Ok(Some((keys.clone(), FrameInput { parameters, plaintext: meter_challenge.clone() })))
@@ -210,19 +251,27 @@ impl Plan {
 
     fn delivery(&self, wrapped: Vec<u8>) -> Result<Delivery, ServiceError> {
         let key = self.transfer.current().ok_or_else(|| ServiceError::Internal("a delivery of no key".to_owned()))?;
-        let argument = KeyTransfer::new(self.key_id()?, &wrapped).map_err(|error| ServiceError::Internal(error.to_string()))?.argument();
+        let argument = KeyTransfer::new(self.key_id()?, &wrapped)
+            .map_err(|error| ServiceError::Internal(error.to_string()))?
+            .argument();
         Ok(Delivery { key_type: key.key_type, version: key.version, wrapped, argument })
     }
 
     /// The plain request that is ciphered; none where the head-end ciphers by itself.
-    fn plain(&self, delivery: Option<&Delivery>, answer: Option<ProtectedFrame>) -> Result<Option<Vec<u8>>, ServiceError> {
+    fn plain(
+        &self,
+        delivery: Option<&Delivery>,
+        answer: Option<ProtectedFrame>,
+    ) -> Result<Option<Vec<u8>>, ServiceError> {
         match (self.stage(), delivery, answer) {
             (Stage::Associate { .. }, ..) => {
-                let request = InitiateRequest { dedicated_key: None, conformance: CONFORMANCE, longest_apdu: LONGEST_APDU };
+                let request =
+                    InitiateRequest { dedicated_key: None, conformance: CONFORMANCE, longest_apdu: LONGEST_APDU };
                 Ok(Some(request.octets().map_err(|error| fault(&error))?.to_vec()))
             }
             (Stage::Authenticate { .. }, _, Some(frame)) => {
-                let answer = HlsGmac { suite: self.suite, counter: self.counter(0)?, tag: AuthenticationTag(frame.tag) };
+                let answer =
+                    HlsGmac { suite: self.suite, counter: self.counter(0)?, tag: AuthenticationTag(frame.tag) };
                 Ok(Some(answer.reply_to_hls_authentication(INVOKE_ID)))
             }
             (Stage::Deliver { pair: Some(_) }, Some(delivery), _) => {
@@ -236,7 +285,10 @@ impl Plan {
 
     fn input(&self, plain: &[u8]) -> Result<FrameInput, ServiceError> {
         let nonce = Nonce::new(self.transfer.client_title, self.last_counter()?);
-        Ok(FrameInput { parameters: FrameParameters::new(self.control().octet(), *nonce.octets())?, plaintext: plain.to_vec() })
+        Ok(FrameInput {
+            parameters: FrameParameters::new(self.control().octet(), *nonce.octets())?,
+            plaintext: plain.to_vec(),
+        })
     }
 
     fn assemble(&self, frame: &ProtectedFrame) -> Result<Vec<u8>, DlmsError> {
@@ -254,9 +306,12 @@ impl Plan {
         }
         .octets()?;
         match self.stage() {
-            Stage::Associate { challenge, .. } => {
-                AssociationRequest { client_title: self.transfer.client_title, challenge: Challenge::new(challenge)?, initiate_request: &ciphered }.octets()
+            Stage::Associate { challenge, .. } => AssociationRequest {
+                client_title: self.transfer.client_title,
+                challenge: Challenge::new(challenge)?,
+                initiate_request: &ciphered,
             }
+            .octets(),
             _ => Ok(ciphered),
         }
     }
@@ -266,18 +321,28 @@ impl Plan {
     }
 
     fn counter(&self, at: usize) -> Result<u32, ServiceError> {
-        self.transfer.counters.get(at).copied().ok_or_else(|| ServiceError::Internal("a step has fewer counters than its request uses".to_owned()))
+        self.transfer
+            .counters
+            .get(at)
+            .copied()
+            .ok_or_else(|| ServiceError::Internal("a step has fewer counters than its request uses".to_owned()))
     }
 
     fn last_counter(&self) -> Result<u32, ServiceError> {
-        self.transfer.counters.last().copied().ok_or_else(|| ServiceError::Internal(format!("a step of meter {} has no counter", self.meter)))
+        self.transfer
+            .counters
+            .last()
+            .copied()
+            .ok_or_else(|| ServiceError::Internal(format!("a step of meter {} has no counter", self.meter)))
     }
 }
 
-/// What a step's octets are made of that its transfer does not name: `SHA-256("meterkms/step" ‖ suite ‖ key id ‖ invoke id ‖ conformance ‖ longest
-/// APDU)[0..16]`; the key id is 0 and 0, or 1 and its number.
+/// What a step's octets are made of that its transfer does not name: `SHA-256("meterkms/step" ‖
+/// suite ‖ key id ‖ invoke id ‖ conformance ‖ longest APDU)[0..16]`; the key id is 0 and 0, or 1
+/// and its number.
 pub(super) fn pinned(island: &Island, meter: &Meter) -> Result<[u8; 16], ServiceError> {
-    let brought = meter.transfer.as_ref().and_then(|transfer| transfer.current().map(|key| (transfer.setup, key.key_type)));
+    let brought =
+        meter.transfer.as_ref().and_then(|transfer| transfer.current().map(|key| (transfer.setup, key.key_type)));
     let key_id = brought.and_then(|(setup, key_type)| key_id(island, meter, setup, key_type));
     let mut context = digest::Context::new(&digest::SHA256);
     context.update(b"meterkms/step");
@@ -288,14 +353,19 @@ pub(super) fn pinned(island: &Island, meter: &Meter) -> Result<[u8; 16], Service
     digest.as_ref().first_chunk().copied().ok_or_else(|| ServiceError::Internal("a digest is too short".to_owned()))
 }
 
-/// The id that `key_transfer` has for a key of a meter: the standard's, or the one of its device profile.
+/// The id that `key_transfer` has for a key of a meter: the standard's, or the one of its device
+/// profile.
 pub(super) fn key_id(island: &Island, meter: &Meter, setup: SecuritySetupId, key_type: KeyType) -> Option<u8> {
     let of_profile = || island.profiles.get(&meter.class.profile)?.key(setup, key_type)?.key_id;
     key_type.standard_key_id().or_else(of_profile)
 }
 
 /// The keys of an exchange. Any candidate: what the HSM makes under a version is granted to nobody.
-pub(in crate::service) fn pair_keys(meter: &Meter, setup: SecuritySetupId, pair: KeyPair) -> Result<FrameKeys, ServiceError> {
+pub(in crate::service) fn pair_keys(
+    meter: &Meter,
+    setup: SecuritySetupId,
+    pair: KeyPair,
+) -> Result<FrameKeys, ServiceError> {
     Ok(FrameKeys {
         encryption: version_source(meter.owner(), &meter.slots, setup, KeyType::GUEK, pair.encryption)?,
         authentication: version_source(meter.owner(), &meter.slots, setup, KeyType::GAK, pair.authentication)?,

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use kms_dlms::{
-    ActionResponse, ActionResult, AssociationResponse, Challenge, CipheredApdu, CipheredTag, ExceptionResponse, HlsGmac, InitiateResponse, KeySet, Nonce,
-    ServiceError as DlmsServiceError, resembles_request,
+    ActionResponse, ActionResult, AssociationResponse, Challenge, CipheredApdu, CipheredTag, ExceptionResponse,
+    HlsGmac, InitiateResponse, KeySet, Nonce, ServiceError as DlmsServiceError, resembles_request,
 };
 use kms_domain::{KeyPair, KeyType, Meter, Observation, Stage, Transfer};
 use kms_hsm::{FrameKeys, FrameParameters, HsmError, ProtectedFrame};
@@ -30,8 +30,13 @@ impl From<Observation> for Read {
 }
 
 impl TransferService {
-    /// Reads the reports of those meters that are at the step which is reported; two rounds in the HSM.
-    pub(super) async fn read(&self, reports: &[Report], expected: &[Option<Arc<Meter>>]) -> Result<Vec<Option<Read>>, ServiceError> {
+    /// Reads the reports of those meters that are at the step which is reported; two rounds in the
+    /// HSM.
+    pub(super) async fn read(
+        &self,
+        reports: &[Report],
+        expected: &[Option<Arc<Meter>>],
+    ) -> Result<Vec<Option<Read>>, ServiceError> {
         let mut first: Vec<Option<Reading>> = reports
             .iter()
             .zip(expected)
@@ -55,7 +60,11 @@ impl TransferService {
                 None => Ok(None),
                 Some(Reading::Challenge { counter, .. }) => {
                     let verified = next(&mut verified)?;
-                    Ok(Some(if verified.is_some() { Observation::Authenticated { meter_counter: counter }.into() } else { Observation::Nothing.into() }))
+                    Ok(Some(if verified.is_some() {
+                        Observation::Authenticated { meter_counter: counter }.into()
+                    } else {
+                        Observation::Nothing.into()
+                    }))
                 }
                 Some(Reading::Done(read)) => Ok(Some(read)),
                 Some(Reading::Frame { .. }) => Ok(Some(Observation::Nothing.into())),
@@ -81,7 +90,8 @@ enum Content {
     Initiate { meter_challenge: Vec<u8> },
     /// An action-response with f(CtoS) for this challenge.
     Authentication { parameters: ClientChallenge },
-    /// An action-response to `key_transfer`; with the invoke id of its request, where the request was made here.
+    /// An action-response to `key_transfer`; with the invoke id of its request, where the request
+    /// was made here.
     Delivery { made_here: bool },
 }
 
@@ -114,7 +124,10 @@ impl Reading {
     }
 
     fn try_begin(meter: &Meter, transfer: &Transfer, octets: &[u8]) -> Result<Self, Observation> {
-        let pair = transfer.pair().or_else(|| meter.pairs(transfer.setup, None).first().copied()).ok_or(Observation::Nothing)?;
+        let pair = transfer
+            .pair()
+            .or_else(|| meter.pairs(transfer.setup, None).first().copied())
+            .ok_or(Observation::Nothing)?;
         let keys = pair_keys(meter, transfer.setup, pair).map_err(|_| Observation::Nothing)?;
         match &transfer.stage {
             Stage::Associate { challenge, .. } => {
@@ -123,20 +136,32 @@ impl Reading {
                 let continued = response.hls_challenge(meter.title, &client).map_err(|_| Observation::Refusal)?;
                 let meter_challenge = continued.challenge.octets().to_vec();
                 if resembles_request(&meter_challenge) {
-                    // I8: f(StoC) authenticates what it is given exactly as an authenticated-only APDU is.
+                    // I8: f(StoC) authenticates what it is given exactly as an authenticated-only
+                    // APDU is.
                     return Err(Observation::ChallengeUnfit);
                 }
-                ciphered(meter, keys, continued.initiate_response, &[INITIATE_RESPONSE], Content::Initiate { meter_challenge })
+                ciphered(
+                    meter,
+                    keys,
+                    continued.initiate_response,
+                    &[INITIATE_RESPONSE],
+                    Content::Initiate { meter_challenge },
+                )
             }
             Stage::Authenticate { challenge, .. } => {
-                let parameters = ClientChallenge { meter: meter.title, suite: meter.suite, challenge: challenge.to_vec() };
+                let parameters =
+                    ClientChallenge { meter: meter.title, suite: meter.suite, challenge: challenge.to_vec() };
                 ciphered(meter, keys, octets, &[ACTION_RESPONSE], Content::Authentication { parameters })
             }
             Stage::Deliver { pair: own } => {
-                let reading = ciphered(meter, keys, octets, &[ACTION_RESPONSE], Content::Delivery { made_here: own.is_some() })?;
-                // An answer from before the request was sent is no answer to it: the meter's own counter tells.
+                let reading =
+                    ciphered(meter, keys, octets, &[ACTION_RESPONSE], Content::Delivery { made_here: own.is_some() })?;
+                // An answer from before the request was sent is no answer to it: the meter's own
+                // counter tells.
                 match &reading {
-                    Self::Frame { counter, .. } if *counter <= known_counter(meter, transfer, pair) => Err(Observation::Nothing),
+                    Self::Frame { counter, .. } if *counter <= known_counter(meter, transfer, pair) => {
+                        Err(Observation::Nothing)
+                    }
                     _ => Ok(reading),
                 }
             }
@@ -159,19 +184,26 @@ impl Reading {
 
     /// Goes on with what the frame holds; `None` where the keys do not open it.
     fn opened(&self, plain: Option<Vec<u8>>) -> Result<Self, ServiceError> {
-        let (Self::Frame { keys, counter, content, .. }, Some(plain)) = (self, plain) else { return Ok(Self::done(Observation::Nothing)) };
+        let (Self::Frame { keys, counter, content, .. }, Some(plain)) = (self, plain) else {
+            return Ok(Self::done(Observation::Nothing));
+        };
         let read = match content {
             Content::Initiate { meter_challenge } => match InitiateResponse::parse(&plain) {
                 Ok(_) => Observation::Associated { meter_challenge: meter_challenge.clone(), meter_counter: *counter },
                 Err(_) => Observation::Refusal,
             },
             Content::Delivery { made_here } => match ActionResponse::parse(&plain) {
-                Ok(response) if !made_here || response.invoke_id_and_priority & INVOKE_ID_BITS == INVOKE_ID & INVOKE_ID_BITS => {
+                Ok(response)
+                    if !made_here || response.invoke_id_and_priority & INVOKE_ID_BITS == INVOKE_ID & INVOKE_ID_BITS =>
+                {
                     Observation::Answered { result: response.result.0, meter_counter: *counter }
                 }
                 _ => Observation::Nothing,
             },
-            Content::Authentication { parameters } => match ActionResponse::parse(&plain).ok().filter(|response| response.result == ActionResult::SUCCESS) {
+            Content::Authentication { parameters } => match ActionResponse::parse(&plain)
+                .ok()
+                .filter(|response| response.result == ActionResult::SUCCESS)
+            {
                 None => Observation::Refusal,
                 Some(response) => match response.hls_gmac().ok().filter(|gmac| gmac.suite == parameters.suite) {
                     None => Observation::Refusal,
@@ -182,7 +214,11 @@ impl Reading {
                             text: parameters.challenge.clone(),
                             tag: gmac.tag.0,
                         };
-                        return Ok(Self::Challenge { keys: keys.clone(), frame, counter: (*counter).max(gmac.counter) });
+                        return Ok(Self::Challenge {
+                            keys: keys.clone(),
+                            frame,
+                            counter: (*counter).max(gmac.counter),
+                        });
                     }
                 },
             },
@@ -196,7 +232,13 @@ impl Reading {
 }
 
 /// A ciphered APDU of this meter, for one of these plain APDUs or in general-glo-ciphering.
-fn ciphered(meter: &Meter, keys: FrameKeys, octets: &[u8], plain: &[u8], content: Content) -> Result<Reading, Observation> {
+fn ciphered(
+    meter: &Meter,
+    keys: FrameKeys,
+    octets: &[u8],
+    plain: &[u8],
+    content: Content,
+) -> Result<Reading, Observation> {
     let apdu = CipheredApdu::parse(octets).map_err(|_| Observation::Nothing)?;
     let expected = match apdu.tag {
         CipheredTag::Global { plain: tag } => plain.contains(&tag),
@@ -206,7 +248,8 @@ fn ciphered(meter: &Meter, keys: FrameKeys, octets: &[u8], plain: &[u8], content
     if !expected || apdu.control.suite != meter.suite || apdu.control.key_set != KeySet::Unicast {
         return Err(Observation::Nothing);
     }
-    let parameters = FrameParameters::new(apdu.control.octet(), *Nonce::new(meter.title, apdu.counter).octets()).map_err(|_| Observation::Nothing)?;
+    let parameters = FrameParameters::new(apdu.control.octet(), *Nonce::new(meter.title, apdu.counter).octets())
+        .map_err(|_| Observation::Nothing)?;
     let frame = ProtectedFrame { parameters, text: apdu.content.to_vec(), tag: apdu.authentication_tag.0 };
     Ok(Reading::Frame { keys, frame, counter: apdu.counter, content })
 }

@@ -1,8 +1,12 @@
-//! Transfers for tasks of campaigns, to simulated meters: leases that are lost, servers that are gone, campaigns that end.
+//! Transfers for tasks of campaigns, to simulated meters: leases that are lost, servers that are
+//! gone, campaigns that end.
 
 use std::{collections::HashMap, num::NonZeroU8, time::Duration};
 
-use kms_domain::{CampaignAction, CampaignId, CampaignState, CampaignTask, CampaignTerms, KeyType, Outcome, SecuritySetupId, SystemTitle};
+use kms_domain::{
+    CampaignAction, CampaignId, CampaignState, CampaignTask, CampaignTerms, KeyType, Outcome, SecuritySetupId,
+    SystemTitle,
+};
 use kms_proto::v1;
 use kms_store::TaskFilter;
 use meter_sim::{Connection, behaviour::Fault};
@@ -43,7 +47,12 @@ impl Led {
         let field = Field::new(island, "generic-suite0", meters).await;
         let island = &field.island;
         let service = CampaignService::new(island.island.clone());
-        let draft = service.create(&island.officer, request(), NewCampaign { action, ..new(terms) }, true).await.unwrap().campaign.unwrap();
+        let draft = service
+            .create(&island.officer, request(), NewCampaign { action, ..new(terms) }, true)
+            .await
+            .unwrap()
+            .campaign
+            .unwrap();
         let colleague = officer(island, "bo", "Bo", 40).await;
         service.change(&colleague, request(), id(&draft), approval(&draft)).await.unwrap();
         service.change(&island.officer, request(), id(&draft), Change::Start).await.unwrap();
@@ -87,7 +96,8 @@ impl Led {
         self.field.carry_out(self.number(lease_of(task).meter), Self::order(task)).await
     }
 
-    /// Up to the step that delivers a key, whose answer is lost. The step that waits for a report, and the octets of its request.
+    /// Up to the step that delivers a key, whose answer is lost. The step that waits for a report,
+    /// and the octets of its request.
     async fn deliver(&self, task: &v1::Task) -> (StepAnswer, Vec<u8>) {
         let mut connection = Connection::new(self.field.meters[self.number(lease_of(task).meter)].clone(), 1);
         let mut step = self.field.begin(Self::order(task)).await;
@@ -99,7 +109,8 @@ impl Led {
             if kind == SendingKind::Deliver {
                 return (step, apdu);
             }
-            step = self.field.report(&self.field.island.head_end, step.meter, id, at, ReportedAnswer::Apdu(answer)).await;
+            step =
+                self.field.report(&self.field.island.head_end, step.meter, id, at, ReportedAnswer::Apdu(answer)).await;
         }
     }
 
@@ -107,7 +118,11 @@ impl Led {
     async fn states(&self) -> HashMap<SystemTitle, (String, bool)> {
         let query = ReportQuery { filter: TaskFilter::All, after: None, page: 1_000 };
         let report = self.service.report(&self.field.island.officer, self.campaign, query).await.unwrap();
-        report.tasks.iter().map(|task| (lease_of(task).meter, (task.state.clone(), task.work() == v1::CampaignAction::Probe))).collect()
+        report
+            .tasks
+            .iter()
+            .map(|task| (lease_of(task).meter, (task.state.clone(), task.work() == v1::CampaignAction::Probe)))
+            .collect()
     }
 
     async fn state_of(&self, title: SystemTitle) -> (String, bool) {
@@ -118,7 +133,8 @@ impl Led {
     async fn refused(&self, caller: &Caller, order: Order) -> ServiceError {
         let number = self.number(order.meter);
         let (row, task) = (self.field.row(number).await, self.state_of(order.meter).await);
-        let (mut steps, leaf) = self.field.service.begin(caller, self.field.request(), [1; 32], vec![order.clone()]).await.unwrap();
+        let (mut steps, leaf) =
+            self.field.service.begin(caller, self.field.request(), [1; 32], vec![order.clone()]).await.unwrap();
         assert!(leaf.is_none(), "nothing happened, so nothing is recorded of it");
         assert_eq!((self.field.row(number).await, self.state_of(order.meter).await), (row, task));
         steps.remove(0).next.unwrap_err()
@@ -160,7 +176,8 @@ island_tests! {
         assert_eq!(led.refused(&head_end, Led::order(&task)).await.code(), FAILED_PRECONDITION);
         let transferring = Order { key_type: Some(KeyType::GUEK), ..Led::order(&again) };
         assert_eq!(led.refused(&head_end, transferring).await.code(), FAILED_PRECONDITION);
-        // The probe takes the place of the transfer whose lease was lost, and finds the new key: the task has succeeded.
+        // The probe takes the place of the transfer whose lease was lost, and finds the new key:
+        // the task has succeeded.
         assert_eq!(led.carry_out(&again).await, Outcome::Probed);
         assert_eq!(led.state_of(title).await.0, "succeeded");
         assert_eq!(led.field.held(0, KeyType::GUEK).await, 2);
@@ -198,7 +215,8 @@ island_tests! {
         let (island, title) = (&led.field.island, led.field.title(0));
         let tasks = led.tasks(2).await;
         let task = tasks.iter().find(|task| lease_of(task).meter == title).unwrap();
-        // I8: policy permits a KEK to tasks of campaigns; this one is for a GUEK, and its number opens no other door.
+        // I8: policy permits a KEK to tasks of campaigns; this one is for a GUEK, and its number
+        // opens no other door.
         for key_type in [KeyType::KEK, KeyType::GAK] {
             assert_eq!(led.refused(&island.head_end, Order { key_type: Some(key_type), ..Led::order(task) }).await.code(), FAILED_PRECONDITION);
         }
@@ -240,7 +258,8 @@ island_tests! {
     async fn a_task_begins_with_its_transfer_or_not_at_all(island) {
         let led = Led::rotating(island, 2, KeyType::GUEK).await;
         let tasks = led.tasks(2).await;
-        // The counters of one meter are a head-end's, so that the transfer finds none after its task has begun. In one request with another meter.
+        // The counters of one meter are a head-end's, so that the transfer finds none after its
+        // task has begun. In one request with another meter.
         let (without, with) = (lease_of(&tasks[0]).meter, lease_of(&tasks[1]).meter);
         led.field.island.leave_counters(without).await;
         let before = led.field.row(led.number(without)).await;
@@ -296,7 +315,8 @@ island_tests! {
         led.field.compare(0).await;
     }
 
-    /// I5: who writes the database puts the row of a task back as it was before it was done, with the mark of then. A key is rotated once for one approval.
+    /// I5: who writes the database puts the row of a task back as it was before it was done, with
+    /// the mark of then. A key is rotated once for one approval.
     async fn the_older_row_of_a_task_has_nothing_done_again(island) {
         let led = Led::rotating(island, 1, KeyType::KEK).await;
         let (head_end, title) = (led.field.island.head_end.clone(), led.field.title(0));
@@ -342,7 +362,8 @@ island_tests! {
         let island = &led.field.island;
         let mut tasks = led.tasks(4).await;
         tasks.sort_by_key(|task| led.number(lease_of(task).meter));
-        // Meter 0 is done; 1 is in doubt, and will be for long; 2 has a key on its way; 3 was not begun.
+        // Meter 0 is done; 1 is in doubt, and will be for long; 2 has a key on its way; 3 was not
+        // begun.
         assert_eq!(led.carry_out(&tasks[0]).await, Outcome::Proven);
         led.field.meters[1].add_fault(at_key_transfer(1, Fault::LoseAnswer));
         led.field.meters[1].add_fault(at_association(2, Fault::LoseAnswer));
@@ -402,7 +423,8 @@ island_tests! {
         let head_end = led.field.island.head_end.clone();
         let mut tasks = led.tasks(3).await;
         tasks.sort_by_key(|task| led.number(lease_of(task).meter));
-        // Server one answers a report, and is gone before its answer arrives. What it leased and began is in the database.
+        // Server one answers a report, and is gone before its answer arrives. What it leased and
+        // began is in the database.
         let (step, delivered) = led.deliver(&tasks[0]).await;
         let (transfer, at) = step.transfer.unwrap();
         let other = led.field.island.another_server().await;
@@ -411,19 +433,22 @@ island_tests! {
         let again = led.field.service.begin(&head_end, led.field.last_request(), [1; 32], vec![Led::order(&tasks[0])]).await.unwrap().0.remove(0);
         let NextStep::Send(sending) = again.next.unwrap() else { panic!("over") };
         assert!(again.transfer == Some((transfer, at)) && sending.apdu == delivered, "the same step is the same octets (I4)");
-        // Both get the same report, from a head-end that repeats itself: one step is taken, and both tell it with the same octets.
+        // Both get the same report, from a head-end that repeats itself: one step is taken, and
+        // both tell it with the same octets.
         let report = || vec![super::Report { meter: step.meter, id: transfer, step: at, answer: ReportedAnswer::Nothing }];
         let (one, two) = tokio::join!(first.proceed(&head_end, report()), led.field.service.proceed(&head_end, report()));
         let [one, two] = [one, two].map(|answer| answer.unwrap().0.remove(0));
         assert_eq!((one.transfer, two.transfer), (Some((transfer, at + 1)), Some((transfer, at + 1))));
         let (NextStep::Send(sent_by_one), NextStep::Send(sent_by_two)) = (one.next.unwrap(), two.next.unwrap()) else { panic!("over") };
         assert_eq!(sent_by_one.apdu, sent_by_two.apdu);
-        // The second task's lease is renewed by the other server, the third's is given up: it comes again, once.
+        // The second task's lease is renewed by the other server, the third's is given up: it comes
+        // again, once.
         assert!(led.service.heartbeat(&head_end, vec![lease_of(&tasks[1])], 60_000).await.unwrap().1.is_empty());
         assert!(led.service.release(&head_end, vec![lease_of(&tasks[2])], String::new()).await.unwrap().is_empty());
         let third = led.tasks(1).await;
         assert_eq!((third.len(), third[0].fence), (1, tasks[2].fence + 1));
-        // The head-end has lost its memory as well: the first task's lease runs out, and it comes as a probe with a higher token.
+        // The head-end has lost its memory as well: the first task's lease runs out, and it comes
+        // as a probe with a higher token.
         let brief = led.service.heartbeat(&head_end, vec![lease_of(&tasks[0])], 1).await.unwrap();
         assert!(brief.1.is_empty());
         let probe = led.tasks(1).await.remove(0);

@@ -1,9 +1,10 @@
-//! Transfers to simulated meters, through the HSM: what the server says that a meter holds is compared with the meter's memory.
+//! Transfers to simulated meters, through the HSM: what the server says that a meter holds is
+//! compared with the meter's memory.
 
 use kms_client::sample::SampleShipment;
 use kms_domain::{
-    Answer, DeviceProfile, KeyState, KeyType, KeyVersion, KeyVersionNumber, Outcome, OwnerKind, RequestId, SecuritySetupId, SecuritySuite, SystemTitle,
-    TransferForm, TransferId,
+    Answer, DeviceProfile, KeyState, KeyType, KeyVersion, KeyVersionNumber, Outcome, OwnerKind, RequestId,
+    SecuritySetupId, SecuritySuite, SystemTitle, TransferForm, TransferId,
 };
 use kms_hsm::TransferJob;
 use kms_proto::v1::{AuditRecord, audit_record::Event};
@@ -74,13 +75,20 @@ impl Field {
                 let mut setup = device.security_setups.into_iter().next().unwrap();
                 edit(&mut setup);
                 let mut config = MeterConfig::ordinary(device.system_title, device.security_suite, setup);
-                // Tests count associations. What a challenge brings that could be a request, they choose by themselves.
+                // Tests count associations. What a challenge brings that could be a request, they
+                // choose by themselves.
                 config.challenges.answerable = true;
                 config
             })
             .collect();
         let meters = configs.iter().map(|config| Meter::new(config.clone()).unwrap()).collect();
-        Self { service: TransferService::new(island.island.clone()), island, meters, configs, requests: std::cell::Cell::new(0) }
+        Self {
+            service: TransferService::new(island.island.clone()),
+            island,
+            meters,
+            configs,
+            requests: std::cell::Cell::new(0),
+        }
     }
 
     pub(in crate::service) fn request(&self) -> RequestId {
@@ -101,11 +109,19 @@ impl Field {
     }
 
     pub(in crate::service) async fn begin(&self, order: Order) -> StepAnswer {
-        let (mut steps, _) = self.service.begin(&self.island.head_end, self.request(), [1; 32], vec![order]).await.unwrap();
+        let (mut steps, _) =
+            self.service.begin(&self.island.head_end, self.request(), [1; 32], vec![order]).await.unwrap();
         steps.remove(0)
     }
 
-    pub(in crate::service) async fn report(&self, caller: &Caller, meter: SystemTitle, id: TransferId, step: u32, answer: ReportedAnswer) -> StepAnswer {
+    pub(in crate::service) async fn report(
+        &self,
+        caller: &Caller,
+        meter: SystemTitle,
+        id: TransferId,
+        step: u32,
+        answer: ReportedAnswer,
+    ) -> StepAnswer {
         let (mut steps, _) = self.service.proceed(caller, vec![Report { meter, id, step, answer }]).await.unwrap();
         steps.remove(0)
     }
@@ -144,13 +160,18 @@ impl Field {
         self.row(number).await.slots.get(SecuritySetupId::DEFAULT, key_type).unwrap().held().unwrap().number().number()
     }
 
-    /// Compares what the server believes with the meter's memory, byte for byte: the HSM wraps the key under the KEK, the meter's own KEK opens it.
+    /// Compares what the server believes with the meter's memory, byte for byte: the HSM wraps the
+    /// key under the KEK, the meter's own KEK opens it.
     pub(super) async fn compare(&self, number: usize) {
         let row = self.row(number).await;
         let memory = self.meters[number].keys_for_inspection(Obis::SECURITY_SETUP).unwrap();
         let held = |key_type| row.slots.get(SecuritySetupId::DEFAULT, key_type).unwrap().held().unwrap().number();
-        for (key_type, key) in [(KeyType::GUEK, &memory.guek), (KeyType::GAK, &memory.gak), (KeyType::KEK, &memory.kek)] {
-            assert!(self.wrapped(&row, held(KeyType::KEK), key_type, held(key_type), &memory.kek).await == *key, "{key_type} of meter {number}");
+        for (key_type, key) in [(KeyType::GUEK, &memory.guek), (KeyType::GAK, &memory.gak), (KeyType::KEK, &memory.kek)]
+        {
+            assert!(
+                self.wrapped(&row, held(KeyType::KEK), key_type, held(key_type), &memory.kek).await == *key,
+                "{key_type} of meter {number}"
+            );
         }
     }
 
@@ -167,8 +188,16 @@ impl Field {
     pub(super) async fn assert_not_lost(&self, number: usize) {
         let row = self.row(number).await;
         let memory = self.meters[number].keys_for_inspection(Obis::SECURITY_SETUP).unwrap();
-        let candidates = |key_type| row.slots.get(SecuritySetupId::DEFAULT, key_type).unwrap().candidates().map(|version| version.number()).collect::<Vec<_>>();
-        for (key_type, key) in [(KeyType::GUEK, &memory.guek), (KeyType::GAK, &memory.gak), (KeyType::KEK, &memory.kek)] {
+        let candidates = |key_type| {
+            row.slots
+                .get(SecuritySetupId::DEFAULT, key_type)
+                .unwrap()
+                .candidates()
+                .map(|version| version.number())
+                .collect::<Vec<_>>()
+        };
+        for (key_type, key) in [(KeyType::GUEK, &memory.guek), (KeyType::GAK, &memory.gak), (KeyType::KEK, &memory.kek)]
+        {
             let mut found = false;
             for kek in candidates(KeyType::KEK) {
                 for version in candidates(key_type) {
@@ -189,23 +218,46 @@ impl Field {
         version: KeyVersionNumber,
         meter_kek: &SymmetricKey,
     ) -> SymmetricKey {
-        let wrapped = self.island.island.hsm.wrap_for_meters(vec![self.job(row, kek, key_type, version)]).await.unwrap().remove(0).unwrap();
+        let wrapped = self
+            .island
+            .island
+            .hsm
+            .wrap_for_meters(vec![self.job(row, kek, key_type, version)])
+            .await
+            .unwrap()
+            .remove(0)
+            .unwrap();
         unwrap_key(meter_kek, &wrapped).expect("the server's KEK is the meter's")
     }
 
-    /// Whether the meter's memory holds this version of a group's GBEK, byte for byte: the HSM wraps it under the KEK, the meter's own KEK opens it.
-    pub(in crate::service) async fn holds_group_key(&self, number: usize, group: &kms_domain::Group, version: KeyVersionNumber) -> bool {
+    /// Whether the meter's memory holds this version of a group's GBEK, byte for byte: the HSM
+    /// wraps it under the KEK, the meter's own KEK opens it.
+    pub(in crate::service) async fn holds_group_key(
+        &self,
+        number: usize,
+        group: &kms_domain::Group,
+        version: KeyVersionNumber,
+    ) -> bool {
         let row = self.row(number).await;
         let memory = self.meters[number].keys_for_inspection(Obis::SECURITY_SETUP).unwrap();
         let kek = row.slots.get(SecuritySetupId::DEFAULT, KeyType::KEK).unwrap().held().unwrap().number();
-        let key = emit::version_source(group.owner(), &group.slots, SecuritySetupId::DEFAULT, KeyType::GBEK, version).unwrap();
+        let key = emit::version_source(group.owner(), &group.slots, SecuritySetupId::DEFAULT, KeyType::GBEK, version)
+            .unwrap();
         let job = TransferJob { kek: self.job(&row, kek, KeyType::KEK, kek).kek, key };
         let wrapped = self.island.island.hsm.wrap_for_meters(vec![job]).await.unwrap().remove(0).unwrap();
         memory.gbek.is_some_and(|gbek| unwrap_key(&memory.kek, &wrapped).is_ok_and(|unwrapped| unwrapped == gbek))
     }
 
-    pub(super) fn job(&self, row: &kms_domain::Meter, kek: KeyVersionNumber, key_type: KeyType, version: KeyVersionNumber) -> TransferJob {
-        let source = |key_type, version| emit::version_source(row.owner(), &row.slots, SecuritySetupId::DEFAULT, key_type, version).unwrap();
+    pub(super) fn job(
+        &self,
+        row: &kms_domain::Meter,
+        kek: KeyVersionNumber,
+        key_type: KeyType,
+        version: KeyVersionNumber,
+    ) -> TransferJob {
+        let source = |key_type, version| {
+            emit::version_source(row.owner(), &row.slots, SecuritySetupId::DEFAULT, key_type, version).unwrap()
+        };
         TransferJob { kek: source(KeyType::KEK, kek), key: source(key_type, version) }
     }
 
@@ -259,22 +311,26 @@ impl Field {
         panic!("the transfer does not end");
     }
 
-    /// Carries out a transfer in which an answer of the next meter is reported at one place: it moves no state. Afterwards the meter itself answers. How it
-    /// ended.
+    /// Carries out a transfer in which an answer of the next meter is reported at one place: it
+    /// moves no state. Afterwards the meter itself answers. How it ended.
     async fn deceived(&self, number: usize, key_type: KeyType, at: usize, foreign: Foreign) -> Outcome {
         let case = format!("{key_type}, place {at}, {foreign:?}");
-        let own_exchange = if foreign == Foreign::OwnExchange { self.answers(number + 1, key_type).await } else { Vec::new() };
-        // Requests are replayed to a double of the next meter: where both meters have the same keys, it takes the key that was made for the first one.
+        let own_exchange =
+            if foreign == Foreign::OwnExchange { self.answers(number + 1, key_type).await } else { Vec::new() };
+        // Requests are replayed to a double of the next meter: where both meters have the same
+        // keys, it takes the key that was made for the first one.
         let mut config = self.configs[number + 1].clone();
         let alike = config.security_setups[0].guek == self.configs[number].security_setups[0].guek;
-        // Its own counter is far ahead: none of its answers is left aside only because it is an old one.
+        // Its own counter is far ahead: none of its answers is left aside only because it is an old
+        // one.
         config.security_setups[0].server_counter = 1_000;
         config.challenges.seed = !config.challenges.seed;
         let double = Meter::new(config).unwrap();
         let doubles_keys = || double.keys_for_inspection(Obis::SECURITY_SETUP).unwrap();
         let shipped = doubles_keys();
         let client = meter_sim::SystemTitle::new(client_title().octets());
-        let (mut line, mut doubles_line) = (Connection::new(self.meters[number].clone(), 1), Connection::new(double.clone(), 1));
+        let (mut line, mut doubles_line) =
+            (Connection::new(self.meters[number].clone(), 1), Connection::new(double.clone(), 1));
         let (mut delivered, mut told) = (false, false);
         let mut step = self.begin(order(self.title(number), Some(key_type))).await;
         for _ in 0..60 {
@@ -290,7 +346,8 @@ impl Field {
                     line = Connection::new(self.meters[number].clone(), 1);
                     doubles_line = Connection::new(double.clone(), 1);
                 }
-                // The double's own authentication has failed: what was answered is the first meter's challenge.
+                // The double's own authentication has failed: what was answered is the first
+                // meter's challenge.
                 SendingKind::Deliver => doubles_line = Connection::pre_established(double.clone(), 1, client).unwrap(),
                 SendingKind::Authenticate => {}
             }
@@ -300,14 +357,16 @@ impl Field {
             let mut answer = line.exchange(&sending.apdu).unwrap();
             let doubles_answer = doubles_line.exchange(&sending.apdu).unwrap();
             if told || place != at {
-                // Nothing protects the challenge in an AARE: the double's takes the place of the meter's own, and the server answers it.
+                // Nothing protects the challenge in an AARE: the double's takes the place of the
+                // meter's own, and the server answers it.
                 if !told
                     && place + 1 == at
                     && (sending.kind, foreign) == (SendingKind::Associate, Foreign::Replayed)
                     && let Ok(theirs) = AssociationResponse::parse(&doubles_answer)
                 {
                     let response = AssociationResponse::parse(&answer).unwrap();
-                    answer = AssociationResponse { authentication_value: theirs.authentication_value, ..response }.encode();
+                    answer =
+                        AssociationResponse { authentication_value: theirs.authentication_value, ..response }.encode();
                 }
                 step = self.report(&self.island.head_end, step.meter, id, present, ReportedAnswer::Apdu(answer)).await;
                 continue;
@@ -316,7 +375,10 @@ impl Field {
                 Foreign::OwnExchange => own_exchange[at].clone(),
                 Foreign::Replayed => doubles_answer,
                 Foreign::Renamed => match AssociationResponse::parse(&doubles_answer) {
-                    Ok(theirs) => AssociationResponse { server_title: Some(self.meters[number].system_title()), ..theirs }.encode(),
+                    Ok(theirs) => {
+                        AssociationResponse { server_title: Some(self.meters[number].system_title()), ..theirs }
+                            .encode()
+                    }
                     Err(_) => doubles_answer,
                 },
             };
@@ -331,9 +393,14 @@ impl Field {
             let after = self.row(number).await;
             assert_eq!(shown(&after), shown(&before), "{case}");
             told = true;
-            let counted = after.transfer.is_some_and(|transfer| matches!(transfer.answer, Answer::Accepted | Answer::Refused(_)));
+            let counted =
+                after.transfer.is_some_and(|transfer| matches!(transfer.answer, Answer::Accepted | Answer::Refused(_)));
             assert!(at != DELIVER || !counted, "{case}");
-            assert!(matches!(&step.next, Ok(NextStep::Send(_) | NextStep::End { outcome: Outcome::InDoubt, .. })), "{case}: {:?}", step.next);
+            assert!(
+                matches!(&step.next, Ok(NextStep::Send(_) | NextStep::End { outcome: Outcome::InDoubt, .. })),
+                "{case}: {:?}",
+                step.next
+            );
         }
         panic!("the transfer does not end");
     }
@@ -348,7 +415,8 @@ impl Field {
             content: PlainContent::Apdu { apdu: hex::decode("C001C100030100010800FF0200").unwrap(), general: false },
         };
         let service = FrameService::new(self.island.island.clone());
-        let (mut outcomes, _) = service.protect(&self.island.head_end, self.request(), [5; 32], Purpose::Read, vec![frame], true).await?;
+        let (mut outcomes, _) =
+            service.protect(&self.island.head_end, self.request(), [5; 32], Purpose::Read, vec![frame], true).await?;
         outcomes.remove(0).octets
     }
 
@@ -368,7 +436,8 @@ enum Foreign {
     Renamed,
 }
 
-/// Where a request stands in a transfer of one key: association and authentication, the delivery, and the same two again for the proof.
+/// Where a request stands in a transfer of one key: association and authentication, the delivery,
+/// and the same two again for the proof.
 const fn place(kind: SendingKind, delivered: bool) -> usize {
     match (kind, delivered) {
         (SendingKind::Associate, false) => 0,
@@ -383,20 +452,25 @@ const DELIVER: usize = 2;
 const PLACES: usize = 5;
 const EXCEPTION_RESPONSE: u8 = 0xD8;
 
-/// What the server takes for known of a meter's keys: held, active, granted, and all that it may hold, each with its evidence and the meter's own counter.
+/// What the server takes for known of a meter's keys: held, active, granted, and all that it may
+/// hold, each with its evidence and the meter's own counter.
 fn shown(row: &kms_domain::Meter) -> Vec<String> {
     let version = |version: &KeyVersion| (version.number(), version.state(), version.transport());
     let slots = row.slots.iter().map(|slot| {
         let granted: Vec<_> = slot.grantable().map(|grantable| grantable.version.number()).collect();
         let candidates: Vec<_> = slot.candidates().map(version).collect();
         let (held, active) = (slot.held().map(version), slot.active().map(version));
-        format!("{} {}: held {held:?}, active {active:?}, granted {granted:?}, candidates {candidates:?}", slot.setup(), slot.key_type())
+        format!(
+            "{} {}: held {held:?}, active {active:?}, granted {granted:?}, candidates {candidates:?}",
+            slot.setup(),
+            slot.key_type()
+        )
     });
     slots.collect()
 }
 
-/// In each way, and at each place of a transfer: another meter's answer counts for nothing, and the meter's own ones prove it in the end. A pair of meters for
-/// each.
+/// In each way, and at each place of a transfer: another meter's answer counts for nothing, and the
+/// meter's own ones prove it in the end. A pair of meters for each.
 async fn report_answers_of_another_meter(island: TestIsland, equal_keys: u64) {
     let mut cases = vec![(KeyType::GUEK, 0, Foreign::Renamed), (KeyType::GUEK, 3, Foreign::Renamed)];
     for foreign in [Foreign::OwnExchange, Foreign::Replayed] {
@@ -413,7 +487,8 @@ async fn report_answers_of_another_meter(island: TestIsland, equal_keys: u64) {
             (KeyType::GUEK, 0 | 1) => (Outcome::InDoubt, Some(KeyType::GUEK), Outcome::Proven),
             // The proof follows, and the answer is not needed.
             (KeyType::GUEK, DELIVER) => (Outcome::Proven, None, Outcome::Probed),
-            // The meter does not answer under the earlier pair, which is tried next: a probe finds what it holds.
+            // The meter does not answer under the earlier pair, which is tried next: a probe finds
+            // what it holds.
             (KeyType::GUEK, _) => (Outcome::InDoubt, None, Outcome::Probed),
             _ => (Outcome::InDoubt, Some(key_type), Outcome::Acknowledged),
         };
@@ -429,7 +504,8 @@ async fn report_answers_of_another_meter(island: TestIsland, equal_keys: u64) {
     field.assert_no_nonce_twice();
 }
 
-/// Of a gateway's keys, simulated meters have those of the standard and the one of the optical port, by its id in `key_transfer`.
+/// Of a gateway's keys, simulated meters have those of the standard and the one of the optical
+/// port, by its id in `key_transfer`.
 fn simulated(setup: &mut serde_json::Value) {
     let keys = setup.as_object_mut().unwrap();
     if let Some(optical_port) = keys.remove("optical_port") {
@@ -450,10 +526,12 @@ fn repeats_a_nonce() {
     crate::testing::run(concat!(module_path!(), "::repeats_a_nonce"), |island| async move {
         let field = Field::new(island, "generic-suite0", 1).await;
         let row = field.row(0).await;
-        let keys = emit::pair_keys(&row, SecuritySetupId::DEFAULT, row.pairs(SecuritySetupId::DEFAULT, None)[0]).unwrap();
+        let keys =
+            emit::pair_keys(&row, SecuritySetupId::DEFAULT, row.pairs(SecuritySetupId::DEFAULT, None)[0]).unwrap();
         let nonce = kms_dlms::Nonce::new(client_title(), 9);
         for content in [1, 2] {
-            let parameters = kms_hsm::FrameParameters::new(kms_dlms::HlsGmac::control(row.suite).octet(), *nonce.octets()).unwrap();
+            let parameters =
+                kms_hsm::FrameParameters::new(kms_dlms::HlsGmac::control(row.suite).octet(), *nonce.octets()).unwrap();
             let input = kms_hsm::FrameInput { parameters, plaintext: vec![content; 16] };
             field.island.island.hsm.protect_batch(vec![(keys.clone(), input)]).await.unwrap().remove(0).unwrap();
         }
@@ -463,7 +541,9 @@ fn repeats_a_nonce() {
 /// SoftHSM2 notes nothing; what the record says of counters is looked at on both modules.
 #[test]
 fn a_test_that_repeats_a_nonce_fails() {
-    let failed = std::panic::catch_unwind(repeats_a_nonce).err().map(|panic| panic.downcast_ref::<String>().cloned().unwrap_or_default());
+    let failed = std::panic::catch_unwind(repeats_a_nonce)
+        .err()
+        .map(|panic| panic.downcast_ref::<String>().cloned().unwrap_or_default());
     let seen = failed.as_ref().is_some_and(|failed| failed.contains("a nonce was repeated (I4)"));
     assert_eq!(seen, crate::testing::notes_nonces(), "{failed:?}");
 }
@@ -483,13 +563,14 @@ fn first_guek(meter: SystemTitle) -> crate::audit::CounterOf {
 /// The bound of the counter under the first GUEK.
 async fn own_bound(field: &Field, number: usize) -> u64 {
     let row = field.row(number).await;
-    let version = row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().version(KeyVersionNumber::FIRST).unwrap();
+    let version =
+        row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().version(KeyVersionNumber::FIRST).unwrap();
     let kms_domain::CounterPlace::Own(counters) = version.counters() else { panic!("in a domain") };
     counters.highest_bound()
 }
 
-/// A probe whose requests reach no meter: each is answered by a counter that is as far ahead as the profile lets a meter be. The bound after the
-/// order and after each answer.
+/// A probe whose requests reach no meter: each is answered by a counter that is as far ahead as the
+/// profile lets a meter be. The bound after the order and after each answer.
 async fn forge_answers(field: &Field, number: usize) -> Vec<u64> {
     let mut step = field.begin(order(field.title(number), None)).await;
     let mut bounds = Vec::new();
@@ -503,14 +584,17 @@ async fn forge_answers(field: &Field, number: usize) -> Vec<u64> {
     }
 }
 
-/// Meters that are ahead of the server's counter, inside its chunk, at its edge and above it, are reached by the request after their answer: on the
-/// server that holds the chunk, on another one, and after a restart. Of `equal_keys` meters at a time the keys are equal.
+/// Meters that are ahead of the server's counter, inside its chunk, at its edge and above it, are
+/// reached by the request after their answer: on the server that holds the chunk, on another one,
+/// and after a restart. Of `equal_keys` meters at a time the keys are equal.
 async fn reach_meters_ahead(island: TestIsland, equal_keys: u64) {
     const AHEAD: [u32; 4] = [1, 5_000, 65_536, 70_000];
     let number = std::cell::Cell::new(0);
     let ahead = |setup: &mut SecuritySetupConfig| {
         let at = number.replace(number.get() + 1);
-        setup.counter_floors.insert(meter_sim::SystemTitle::new(client_title().octets()), AHEAD[at / 3 % AHEAD.len()] + 1);
+        setup
+            .counter_floors
+            .insert(meter_sim::SystemTitle::new(client_title().octets()), AHEAD[at / 3 % AHEAD.len()] + 1);
     };
     let shipment = SampleShipment { equal_keys, ..sample("generic-suite0", 3 * AHEAD.len() as u64) };
     let mut field = Field::edited(island, &shipment, ahead).await;
@@ -545,7 +629,16 @@ async fn reach_meters_ahead(island: TestIsland, equal_keys: u64) {
 }
 
 pub(in crate::service) fn order(meter: SystemTitle, key_type: Option<KeyType>) -> Order {
-    Order { meter, setup: None, key_type, client_title: client_title(), form: TransferForm::Frames, urgent: false, lifetime_seconds: 3_600, task: None }
+    Order {
+        meter,
+        setup: None,
+        key_type,
+        client_title: client_title(),
+        form: TransferForm::Frames,
+        urgent: false,
+        lifetime_seconds: 3_600,
+        task: None,
+    }
 }
 
 pub(in crate::service) fn at_key_transfer(number: u64, fault: Fault) -> ScriptedFault {
@@ -575,9 +668,13 @@ fn permit(island: &TestIsland, action: &str) {
         .filter(|path| path.extension().is_some_and(|extension| extension == "cedar"))
         .map(|path| (path.clone(), std::fs::read_to_string(path).unwrap()))
         .collect();
-    let more = format!("permit (principal is HeadEnd, {action}, resource) when {{ resource has head_end && resource.head_end == principal }};");
+    let more = format!(
+        "permit (principal is HeadEnd, {action}, resource) when {{ resource has head_end && resource.head_end == principal }};"
+    );
     files.push(("more.cedar".into(), more));
-    island.island.policy.store(std::sync::Arc::new(crate::authz::Policy::from_files(files, (Quotas::FILE.into(), Quotas::SHIPPED.to_owned())).unwrap()));
+    island.island.policy.store(std::sync::Arc::new(
+        crate::authz::Policy::from_files(files, (Quotas::FILE.into(), Quotas::SHIPPED.to_owned())).unwrap(),
+    ));
 }
 
 island_tests! {
@@ -593,7 +690,8 @@ island_tests! {
         let guek = row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap();
         assert_eq!(guek.active().unwrap().number().number(), 4);
         assert!(!guek.in_doubt() && row.transfer.is_none());
-        // What left under a KEK that its vendor knows is exposed to the vendor, if it recorded the traffic.
+        // What left under a KEK that its vendor knows is exposed to the vendor, if it recorded the
+        // traffic.
         assert!(
             guek.version(KeyVersionNumber::new(2).unwrap())
                 .unwrap()
@@ -650,7 +748,8 @@ island_tests! {
         assert!(holds(2).await);
         let version = optical_port(&field.row(0).await).active().unwrap().clone();
         assert_eq!((version.number().number(), version.transport().evidence), (2, kms_domain::Evidence::Acknowledged));
-        // An answer that is lost leaves it in doubt; no exchange could settle that, so the next order is no urgent one.
+        // An answer that is lost leaves it in doubt; no exchange could settle that, so the next
+        // order is no urgent one.
         field.meters[0].add_fault(at_key_transfer(2, Fault::LoseAnswer));
         assert_eq!(field.transfer(0, Some(KeyType::OPTICAL_PORT)).await, Outcome::InDoubt);
         let slot = optical_port(&field.row(0).await);
@@ -732,7 +831,8 @@ island_tests! {
         field.assert_no_nonce_twice();
     }
 
-    // I4: whoever takes counters as fast as it can uses up an hour's, and keeps the next key from no meter.
+    // I4: whoever takes counters as fast as it can uses up an hour's, and keeps the next key from
+    // no meter.
     async fn an_hour_s_counters_that_are_used_up_stop_no_transfer(island) {
         let field = Field::new(island, "generic-suite0", 2).await;
         let million = std::num::NonZeroU32::new(1_000_000).unwrap();
@@ -764,11 +864,13 @@ island_tests! {
         field.assert_no_nonce_twice();
     }
 
-    // A12: an unauthenticated exception that names a counter can be forged as often as a head-end may probe.
+    // A12: an unauthenticated exception that names a counter can be forged as often as a head-end
+    // may probe.
     async fn a_forged_counter_uses_up_neither_the_key_nor_more_than_an_hour_has(island) {
         let field = Field::new(island, "generic-suite0", 1).await;
         let mut refused = false;
-        // An hour may end meanwhile: 4,000,000 counters are three jumps of 100,000 in each of 14 probes.
+        // An hour may end meanwhile: 4,000,000 counters are three jumps of 100,000 in each of 14
+        // probes.
         for _ in 0..30 {
             let bounds = forge_answers(&field, 0).await;
             assert!(bounds.len() <= 5, "{bounds:?}");
@@ -807,7 +909,8 @@ island_tests! {
         assert!(own_bound(&field, 0).await <= end + 15, "a change of the server throws nothing away");
         assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
         field.compare(0).await;
-        // The meter goes on counting, so the new key gives sessions nothing back, and the refusal says what does.
+        // The meter goes on counting, so the new key gives sessions nothing back, and the refusal
+        // says what does.
         let Err(ServiceError::FailedPrecondition { reason, next_step }) = field.frame(0).await else { panic!("a frame in the reserve") };
         assert!(reason.contains("none left for sessions and frames") && next_step.contains("another client title"), "{reason}; {next_step}");
         field.assert_no_nonce_twice();
@@ -817,7 +920,8 @@ island_tests! {
         let field = Field::new(island, "generic-suite0", 1).await;
         let most = std::num::NonZeroU32::new(65_535).unwrap();
         let mut refused = None;
-        // What a chunk has beside one counter of a transfer: 61 of them are an hour's, and an hour may end meanwhile.
+        // What a chunk has beside one counter of a transfer: 61 of them are an hour's, and an hour
+        // may end meanwhile.
         for _ in 0..125 {
             let step = field.begin(order(field.title(0), None)).await;
             let (id, _) = step.transfer.unwrap();
@@ -923,7 +1027,8 @@ island_tests! {
         field.assert_no_nonce_twice();
     }
 
-    // Whoever plays its own meter has nothing in doubt, and needs no permission for urgent transfers.
+    // Whoever plays its own meter has nothing in doubt, and needs no permission for urgent
+    // transfers.
     async fn versions_of_a_slot_are_bounded_in_doubt_or_not(island) {
         let field = Field::new(island, "generic-suite0", 1).await;
         let guek = |row: &kms_domain::Meter| row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().clone();
@@ -980,7 +1085,8 @@ island_tests! {
         permit_urgent(&island);
         let field = Field::new(island, "generic-suite0", 1).await;
         let candidates = |row: &kms_domain::Meter| row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().candidates().count();
-        // The first new key arrives and nothing comes back any more; then the second is lost on its way.
+        // The first new key arrives and nothing comes back any more; then the second is lost on its
+        // way.
         field.meters[0].add_fault(at_key_transfer(1, Fault::LoseAnswer));
         field.meters[0].add_fault(at_association(2, Fault::LoseRequest));
         field.meters[0].add_fault(at_association(3, Fault::LoseRequest));
@@ -1001,7 +1107,8 @@ island_tests! {
         field.assert_no_nonce_twice();
     }
 
-    /// A challenge that could be a request is no answer of other keys: it costs another association, and nothing else.
+    /// A challenge that could be a request is no answer of other keys: it costs another
+    /// association, and nothing else.
     async fn a_challenge_that_could_be_a_request_is_asked_for_anew(island) {
         let field = Field::new(island, "generic-suite0", meter_sim::REQUESTS.len() as u64).await;
         for (number, first) in meter_sim::REQUESTS.into_iter().enumerate() {
@@ -1018,7 +1125,8 @@ island_tests! {
             assert_eq!(field.transfer(number, Some(KeyType::GAK)).await, Outcome::Proven, "{first:02X}");
             assert_eq!(meter.association_requests(), 5 + 2 * (u64::from(kms_domain::MOST_UNFIT) + 1), "{first:02X}");
             field.compare(number).await;
-            // A meter that sends nothing else counts as silent in the end, and what is known of its keys stays.
+            // A meter that sends nothing else counts as silent in the end, and what is known of its
+            // keys stays.
             let before = field.row(number).await;
             // Under its own keys only it sends any.
             meter.choose_challenges(std::iter::repeat_with(refused).take(most + 1));
@@ -1177,7 +1285,8 @@ island_tests! {
         };
         let before = accepted(&field.row(0).await);
         assert!(before.iter().all(|key| (key.verdict, key.remedy) == (Verdict::NotReplaced, Some(Remedy::Rotation))), "{before:?}");
-        // In the order of a take-over: the KEK with its GUEK, then the GAK. All of it under a KEK that the vendor knows.
+        // In the order of a take-over: the KEK with its GUEK, then the GAK. All of it under a KEK
+        // that the vendor knows.
         for key_type in [KeyType::KEK, KeyType::GAK] {
             assert_eq!(field.transfer(0, Some(key_type)).await, Outcome::Proven);
         }
@@ -1246,7 +1355,8 @@ island_tests! {
     async fn the_counters_of_a_former_key_are_no_reason_to_jump_where_a_profile_resets_them(island) {
         let field = Field::new(island, "counter-resets", 1).await;
         field.island.take_counters_over(field.title(0), 3_000_000_000).await;
-        // The meter goes on counting against its profile. Its answer could be forged, and would use up most of the new key.
+        // The meter goes on counting against its profile. Its answer could be forged, and would use
+        // up most of the new key.
         assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::InDoubt);
         assert!(field.security_events().await.contains(&"counter-jump-refused".to_owned()));
         let row = field.row(0).await;
@@ -1318,7 +1428,8 @@ island_tests! {
         let step = field.report(&field.island.head_end, title, id, at, ReportedAnswer::Apdu(cut.clone())).await;
         assert_eq!(step.transfer, Some((id, second)));
         assert_eq!(field.row(0).await, before);
-        // What is cut proves nothing; the meter has only one pair of keys to try, so nothing was shown, and nothing has left.
+        // What is cut proves nothing; the meter has only one pair of keys to try, so nothing was
+        // shown, and nothing has left.
         let step = field.report(&field.island.head_end, title, id, second, ReportedAnswer::Apdu(cut)).await;
         assert!(matches!(step.next, Ok(NextStep::End { outcome: Outcome::InDoubt, .. })));
         let row = field.row(0).await;
@@ -1378,7 +1489,8 @@ island_tests! {
             session.process_association_response(&connection.exchange(&request).unwrap()).unwrap();
             let request = session.hls_request().unwrap();
             session.process_hls_response(&connection.exchange(&request).unwrap()).unwrap();
-            // Counters that the head-end has used by itself are taken over before the server makes frames.
+            // Counters that the head-end has used by itself are taken over before the server makes
+            // frames.
             field.island.take_counters_over(field.title(number), 200).await;
 
             let order = Order { form: TransferForm::WrappedKey, ..order(field.title(number), Some(KeyType::GUEK)) };

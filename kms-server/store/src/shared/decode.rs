@@ -1,15 +1,15 @@
 //! From rows of the database to types. What does not fit was not written by this server.
 
 use kms_domain::{
-    CampaignId, DeviceTypeId, GrantId, GroupId, KeyType, KeyVersionNumber, Owner, PrincipalId, SecuritySetupId, SystemTitle, Task, TaskState, TaskStep,
-    TaskWork, UnixMillis, WriterId,
+    CampaignId, DeviceTypeId, GrantId, GroupId, KeyType, KeyVersionNumber, Owner, PrincipalId, SecuritySetupId,
+    SystemTitle, Task, TaskState, TaskStep, TaskWork, UnixMillis, WriterId,
 };
 use sqlx::Row as _;
 
 use super::Row;
 use crate::{
-    AuditAppend, AuditReference, AuditTail, FingerprintOwner, FingerprintPrefix, GrantRow, MeterRow, RequestRow, SealedRow, ShipmentRow, ShipmentState,
-    SpooledFile, StoreError, TaskKey, TaskRow, UploadId,
+    AuditAppend, AuditReference, AuditTail, FingerprintOwner, FingerprintPrefix, GrantRow, MeterRow, RequestRow,
+    SealedRow, ShipmentRow, ShipmentState, SpooledFile, StoreError, TaskKey, TaskRow, UploadId,
 };
 
 pub(super) fn unsigned(row: &Row, index: usize) -> Result<u64, StoreError> {
@@ -17,7 +17,9 @@ pub(super) fn unsigned(row: &Row, index: usize) -> Result<u64, StoreError> {
 }
 
 pub(super) fn array<const N: usize>(row: &Row, index: usize) -> Result<[u8; N], StoreError> {
-    row.try_get::<&[u8], _>(index)?.try_into().map_err(|_| StoreError::corrupt(format!("column {index} is not {N} octets long")))
+    row.try_get::<&[u8], _>(index)?
+        .try_into()
+        .map_err(|_| StoreError::corrupt(format!("column {index} is not {N} octets long")))
 }
 
 pub(super) fn millis(row: &Row, index: usize) -> Result<UnixMillis, StoreError> {
@@ -52,8 +54,14 @@ pub(super) fn fingerprint(row: &Row) -> Result<(FingerprintPrefix, FingerprintOw
         _ => return Err(wrong("owner")),
     };
     let setup = u16::try_from(number(3)?).map_err(|_| wrong("setup"))?;
-    let key_type = u8::try_from(number(4)?).ok().and_then(|number| KeyType::from_number(number).ok()).ok_or_else(|| wrong("key type"))?;
-    let version = u32::try_from(number(5)?).ok().and_then(|number| KeyVersionNumber::new(number).ok()).ok_or_else(|| wrong("version"))?;
+    let key_type = u8::try_from(number(4)?)
+        .ok()
+        .and_then(|number| KeyType::from_number(number).ok())
+        .ok_or_else(|| wrong("key type"))?;
+    let version = u32::try_from(number(5)?)
+        .ok()
+        .and_then(|number| KeyVersionNumber::new(number).ok())
+        .ok_or_else(|| wrong("version"))?;
     let owner = FingerprintOwner { owner, setup: SecuritySetupId::from_octets(setup.to_be_bytes()), key_type, version };
     Ok((FingerprintPrefix(number(0)?.to_be_bytes()), owner))
 }
@@ -67,7 +75,8 @@ pub(super) fn grant(row: &Row) -> Result<GrantRow, StoreError> {
         issued: millis(row, 3)?,
         not_after: millis(row, 4)?,
         audit: AuditReference { writer: writer(row, 5)?, sequence: unsigned(row, 6)? },
-        meters: u32::try_from(row.try_get::<i64, _>(7)?).map_err(|_| StoreError::corrupt("the number of meters of a grant"))?,
+        meters: u32::try_from(row.try_get::<i64, _>(7)?)
+            .map_err(|_| StoreError::corrupt("the number of meters of a grant"))?,
         revoked: row.try_get::<Option<i64>, _>(8)?.map(UnixMillis),
     })
 }
@@ -78,7 +87,8 @@ pub(super) fn audit(row: &Row) -> Result<(i64, AuditAppend), StoreError> {
         writer: writer(row, 1)?,
         sequence: unsigned(row, 2)?,
         time: millis(row, 3)?,
-        kind: u16::try_from(row.try_get::<i64, _>(4)?).map_err(|_| StoreError::corrupt("the kind of an audit record"))?,
+        kind: u16::try_from(row.try_get::<i64, _>(4)?)
+            .map_err(|_| StoreError::corrupt("the kind of an audit record"))?,
         chain: array(row, 5)?,
         record: row.try_get(6)?,
     };
@@ -99,7 +109,8 @@ pub(super) fn shipment(row: &Row) -> Result<ShipmentRow, StoreError> {
         size: unsigned(row, 3)?,
         batch: row.try_get(4)?,
         principal: principal(row.try_get(5)?)?,
-        state: ShipmentState::from_number(row.try_get(6)?).ok_or_else(|| StoreError::corrupt("the state of a shipment"))?,
+        state: ShipmentState::from_number(row.try_get(6)?)
+            .ok_or_else(|| StoreError::corrupt("the state of a shipment"))?,
         received: unsigned(row, 7)?,
         next_line: unsigned(row, 8)?,
         imported: unsigned(row, 9)?,
@@ -112,7 +123,12 @@ pub(super) fn shipment(row: &Row) -> Result<ShipmentRow, StoreError> {
 
 /// Columns: upload, principal, size, received.
 pub(super) fn spooled(row: &Row) -> Result<SpooledFile, StoreError> {
-    Ok(SpooledFile { upload: UploadId(array(row, 0)?), principal: principal(row.try_get(1)?)?, size: unsigned(row, 2)?, received: unsigned(row, 3)? })
+    Ok(SpooledFile {
+        upload: UploadId(array(row, 0)?),
+        principal: principal(row.try_get(1)?)?,
+        size: unsigned(row, 2)?,
+        received: unsigned(row, 3)?,
+    })
 }
 
 /// Columns of `task_columns!`.
@@ -127,7 +143,8 @@ pub(super) fn task(row: &Row) -> Result<TaskRow, StoreError> {
     };
     Ok(TaskRow {
         key: TaskKey {
-            campaign: CampaignId::from_octets(row.try_get(0)?).map_err(|error| StoreError::corrupt(error.to_string()))?,
+            campaign: CampaignId::from_octets(row.try_get(0)?)
+                .map_err(|error| StoreError::corrupt(error.to_string()))?,
             meter: SystemTitle::from_i64(row.try_get(1)?).map_err(|error| StoreError::corrupt(error.to_string()))?,
         },
         generation: unsigned(row, 2)?,
@@ -136,7 +153,11 @@ pub(super) fn task(row: &Row) -> Result<TaskRow, StoreError> {
         head_end: row.try_get(5)?,
         mark: array(row, 17)?,
         task: Task {
-            step: TaskStep { setup: SecuritySetupId::from_octets(setup.to_be_bytes()), work, from: small(8, "version")? },
+            step: TaskStep {
+                setup: SecuritySetupId::from_octets(setup.to_be_bytes()),
+                work,
+                from: small(8, "version")?,
+            },
             state: task_state(row, 9)?,
             probe: row.try_get::<i64, _>(10)? != 0,
             attempts: small(11, "number of attempts")?,

@@ -5,8 +5,8 @@ use sqlx::{Pool, QueryBuilder, Row as _};
 
 use super::{Database, decode, keys, names::TermKind};
 use crate::{
-    Assigned, AuditAppend, AuditCursor, AuditFilter, AuditRow, AuditTail, FingerprintOwner, FingerprintPrefix, GrantFilter, GrantRow, MeterFilter, MeterRow,
-    RowKind, SealedRow, ServerRow, StoreError,
+    Assigned, AuditAppend, AuditCursor, AuditFilter, AuditRow, AuditTail, FingerprintOwner, FingerprintPrefix,
+    GrantFilter, GrantRow, MeterFilter, MeterRow, RowKind, SealedRow, ServerRow, StoreError,
 };
 
 type Readers = Pool<Database>;
@@ -15,13 +15,23 @@ pub(super) async fn meters(readers: &Readers, titles: &[SystemTitle]) -> Result<
     let mut titles: Vec<i64> = titles.iter().map(|title| title.as_i64()).collect();
     titles.sort_unstable();
     titles.dedup();
-    let mut meters: Vec<MeterRow> =
-        sqlx::query::<Database>(METER_ROWS).bind(keys(titles)).fetch_all(readers).await?.iter().map(decode::meter).collect::<Result<_, _>>()?;
+    let mut meters: Vec<MeterRow> = sqlx::query::<Database>(METER_ROWS)
+        .bind(keys(titles))
+        .fetch_all(readers)
+        .await?
+        .iter()
+        .map(decode::meter)
+        .collect::<Result<_, _>>()?;
     meters.sort_unstable_by_key(|meter| meter.title.as_i64());
     Ok(meters)
 }
 
-pub(super) async fn meter_page(readers: &Readers, filter: &MeterFilter, after: Option<SystemTitle>, limit: u32) -> Result<Vec<MeterRow>, StoreError> {
+pub(super) async fn meter_page(
+    readers: &Readers,
+    filter: &MeterFilter,
+    after: Option<SystemTitle>,
+    limit: u32,
+) -> Result<Vec<MeterRow>, StoreError> {
     let mut query = QueryBuilder::<Database>::new("SELECT title, generation, seal, body FROM ");
     query.push(from(filter));
     if !narrow(readers, &mut query, filter).await? {
@@ -47,11 +57,19 @@ pub(super) async fn meter_count(readers: &Readers, filter: &MeterFilter) -> Resu
 
 /// What a filter's meters are found in.
 const fn from(filter: &MeterFilter) -> &'static str {
-    if filter.group.is_some() { concat!("group_member AS g", join!(), "meter AS m ON m.title = g.meter WHERE true") } else { "meter WHERE true" }
+    if filter.group.is_some() {
+        concat!("group_member AS g", join!(), "meter AS m ON m.title = g.meter WHERE true")
+    } else {
+        "meter WHERE true"
+    }
 }
 
 /// Adds the filter's conditions; false if it names what no meter has.
-async fn narrow(readers: &Readers, query: &mut QueryBuilder<Database>, filter: &MeterFilter) -> Result<bool, StoreError> {
+async fn narrow(
+    readers: &Readers,
+    query: &mut QueryBuilder<Database>,
+    filter: &MeterFilter,
+) -> Result<bool, StoreError> {
     let head_end = match &filter.head_end {
         Assigned::Any | Assigned::ToNone => None,
         Assigned::To(uri) => Some(uri),
@@ -64,11 +82,12 @@ async fn narrow(readers: &Readers, query: &mut QueryBuilder<Database>, filter: &
     ];
     for (condition, kind, text) in terms {
         let Some(text) = text else { continue };
-        let number: Option<i64> = sqlx::query_scalar::<Database, i64>("SELECT CAST(id AS BIGINT) FROM term WHERE kind = $1 AND text = $2")
-            .bind(kind.number())
-            .bind(text.as_str())
-            .fetch_optional(readers)
-            .await?;
+        let number: Option<i64> =
+            sqlx::query_scalar::<Database, i64>("SELECT CAST(id AS BIGINT) FROM term WHERE kind = $1 AND text = $2")
+                .bind(kind.number())
+                .bind(text.as_str())
+                .fetch_optional(readers)
+                .await?;
         let Some(number) = number else { return Ok(false) };
         query.push(condition).push_bind(number);
     }
@@ -93,7 +112,12 @@ pub(super) async fn sealed(readers: &Readers, kind: RowKind, id: &[u8]) -> Resul
     row.as_ref().map(|row| decode::sealed(row, 0)).transpose()
 }
 
-pub(super) async fn sealed_page(readers: &Readers, kind: RowKind, after: Option<&[u8]>, limit: u32) -> Result<Vec<(Vec<u8>, SealedRow)>, StoreError> {
+pub(super) async fn sealed_page(
+    readers: &Readers,
+    kind: RowKind,
+    after: Option<&[u8]>,
+    limit: u32,
+) -> Result<Vec<(Vec<u8>, SealedRow)>, StoreError> {
     let mut query = QueryBuilder::<Database>::new("SELECT id, generation, seal, body FROM sealed WHERE kind = ");
     query.push_bind(i64::from(kind.number()));
     if let Some(after) = after {
@@ -103,9 +127,18 @@ pub(super) async fn sealed_page(readers: &Readers, kind: RowKind, after: Option<
     query.build().fetch_all(readers).await?.iter().map(|row| Ok((row.try_get(0)?, decode::sealed(row, 1)?))).collect()
 }
 
-pub(super) async fn fingerprints(readers: &Readers, prefixes: &[FingerprintPrefix]) -> Result<Vec<(FingerprintPrefix, FingerprintOwner)>, StoreError> {
+pub(super) async fn fingerprints(
+    readers: &Readers,
+    prefixes: &[FingerprintPrefix],
+) -> Result<Vec<(FingerprintPrefix, FingerprintOwner)>, StoreError> {
     let prefixes = keys(prefixes.iter().map(|prefix| prefix.as_i64()));
-    sqlx::query::<Database>(FINGERPRINT_ROWS).bind(prefixes).fetch_all(readers).await?.iter().map(decode::fingerprint).collect()
+    sqlx::query::<Database>(FINGERPRINT_ROWS)
+        .bind(prefixes)
+        .fetch_all(readers)
+        .await?
+        .iter()
+        .map(decode::fingerprint)
+        .collect()
 }
 
 pub(super) async fn fingerprint_page(
@@ -134,9 +167,22 @@ pub(super) async fn fingerprint_page(
     query.build().fetch_all(readers).await?.iter().map(decode::fingerprint).collect()
 }
 
-pub(super) async fn audit_page(readers: &Readers, filter: &AuditFilter, after: Option<AuditCursor>, limit: u32) -> Result<Vec<AuditRow>, StoreError> {
-    let mut query = QueryBuilder::<Database>::new(concat!("SELECT ", audit_columns!(), " FROM audit AS a JOIN server AS s ON s.number = a.writer WHERE true"));
-    let (behind, order) = if filter.newest_first { (" AND a.id < ", " ORDER BY a.id DESC LIMIT ") } else { (" AND a.id > ", " ORDER BY a.id LIMIT ") };
+pub(super) async fn audit_page(
+    readers: &Readers,
+    filter: &AuditFilter,
+    after: Option<AuditCursor>,
+    limit: u32,
+) -> Result<Vec<AuditRow>, StoreError> {
+    let mut query = QueryBuilder::<Database>::new(concat!(
+        "SELECT ",
+        audit_columns!(),
+        " FROM audit AS a JOIN server AS s ON s.number = a.writer WHERE true"
+    ));
+    let (behind, order) = if filter.newest_first {
+        (" AND a.id < ", " ORDER BY a.id DESC LIMIT ")
+    } else {
+        (" AND a.id > ", " ORDER BY a.id LIMIT ")
+    };
     if let Some(AuditCursor(after)) = after {
         query.push(behind).push_bind(after);
     }
@@ -161,7 +207,8 @@ pub(super) async fn audit_range(
     from: Option<UnixMillis>,
     before: Option<UnixMillis>,
 ) -> Result<Option<(AuditCursor, AuditCursor)>, StoreError> {
-    // An expression, so that no planner walks the table by number and tests each record's time: the index of times answers this by itself.
+    // An expression, so that no planner walks the table by number and tests each record's time: the
+    // index of times answers this by itself.
     let mut query = QueryBuilder::<Database>::new("SELECT min(id + 0), max(id + 0) FROM audit WHERE true");
     if let Some(from) = from {
         query.push(" AND time_ms >= ").push_bind(from.0);
@@ -174,10 +221,20 @@ pub(super) async fn audit_range(
     Ok(first.zip(last).map(|(first, last)| (AuditCursor(first), AuditCursor(last))))
 }
 
-pub(super) async fn audit_of_writer(readers: &Readers, writer: WriterId, from_sequence: u64, limit: u32) -> Result<Vec<AuditAppend>, StoreError> {
+pub(super) async fn audit_of_writer(
+    readers: &Readers,
+    writer: WriterId,
+    from_sequence: u64,
+    limit: u32,
+) -> Result<Vec<AuditAppend>, StoreError> {
     // After the last number that a row can have there is nothing.
     let Ok(from_sequence) = i64::try_from(from_sequence) else { return Ok(Vec::new()) };
-    let rows = sqlx::query::<Database>(AUDIT_OF_WRITER).bind(writer.octets().as_slice()).bind(from_sequence).bind(i64::from(limit)).fetch_all(readers).await?;
+    let rows = sqlx::query::<Database>(AUDIT_OF_WRITER)
+        .bind(writer.octets().as_slice())
+        .bind(from_sequence)
+        .bind(i64::from(limit))
+        .fetch_all(readers)
+        .await?;
     rows.iter().map(|row| Ok(decode::audit(row)?.1)).collect()
 }
 
@@ -190,8 +247,19 @@ pub(super) async fn grant(readers: &Readers, id: GrantId) -> Result<Option<Grant
     row.as_ref().map(decode::grant).transpose()
 }
 
-pub(super) async fn grant_page(readers: &Readers, filter: &GrantFilter, before: Option<GrantId>, limit: u32) -> Result<Vec<GrantRow>, StoreError> {
-    let mut query = QueryBuilder::<Database>::new(concat!("SELECT ", grant_columns!(), " FROM key_grant AS g", grant_joins!(), " WHERE true"));
+pub(super) async fn grant_page(
+    readers: &Readers,
+    filter: &GrantFilter,
+    before: Option<GrantId>,
+    limit: u32,
+) -> Result<Vec<GrantRow>, StoreError> {
+    let mut query = QueryBuilder::<Database>::new(concat!(
+        "SELECT ",
+        grant_columns!(),
+        " FROM key_grant AS g",
+        grant_joins!(),
+        " WHERE true"
+    ));
     if let Some(principal) = &filter.principal {
         query.push(" AND g.principal = (SELECT id FROM term WHERE kind = ").push_bind(TermKind::Principal.number());
         query.push(" AND text = ").push_bind(principal.to_string()).push(")");
@@ -238,7 +306,8 @@ const FINGERPRINT_ROWS: &str = concat!(
     "fingerprint AS f ON f.prefix = k.value"
 );
 
-const METER_ROWS: &str = concat!("SELECT m.title, m.generation, m.seal, m.body FROM ", keys!(), join!(), "meter AS m ON m.title = k.value");
+const METER_ROWS: &str =
+    concat!("SELECT m.title, m.generation, m.seal, m.body FROM ", keys!(), join!(), "meter AS m ON m.title = k.value");
 
 const AUDIT_OF_WRITER: &str = concat!(
     "SELECT ",
@@ -251,4 +320,8 @@ const AUDIT_TAILS: &str = "SELECT s.writer, a.sequence, a.chain FROM server AS s
 
 const GRANT: &str = concat!("SELECT ", grant_columns!(), " FROM key_grant AS g", grant_joins!(), " WHERE g.id = $1");
 
-const SERVERS: &str = concat!("SELECT writer, name, started_ms, heartbeat_ms, ", now!(), " - heartbeat_ms FROM server ORDER BY started_ms DESC, number DESC");
+const SERVERS: &str = concat!(
+    "SELECT writer, name, started_ms, heartbeat_ms, ",
+    now!(),
+    " - heartbeat_ms FROM server ORDER BY started_ms DESC, number DESC"
+);

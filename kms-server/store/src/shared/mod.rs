@@ -1,5 +1,6 @@
-//! The statements, and the [`Store`] made of them. Compiled once for each database: the parent module says what `Database`, `Writer`
-//! and the macros `rows!`, `keys!`, `join!`, `exclusive!`, `shared!` and `now!` are.
+//! The statements, and the [`Store`] made of them. Compiled once for each database: the parent
+//! module says what `Database`, `Writer` and the macros `rows!`, `keys!`, `join!`, `exclusive!`,
+//! `shared!` and `now!` are.
 
 /// Columns of grants `g` with [`grant_joins!`].
 macro_rules! grant_columns {
@@ -11,7 +12,14 @@ macro_rules! grant_columns {
 /// Joins to the names of grants `g`.
 macro_rules! grant_joins {
     () => {
-        concat!(join!(), "term AS gt ON gt.id = g.principal", join!(), "term AS gp ON gp.id = g.purpose", join!(), "server AS gs ON gs.number = g.writer")
+        concat!(
+            join!(),
+            "term AS gt ON gt.id = g.principal",
+            join!(),
+            "term AS gp ON gp.id = g.purpose",
+            join!(),
+            "server AS gs ON gs.number = g.writer"
+        )
     };
 }
 
@@ -66,9 +74,10 @@ use sqlx::{Connection as _, Row as _};
 
 use super::{BEGIN, CONCURRENT, Connection, Database, Engine, MIGRATION_LOCK, Row, keys, lock_stripes};
 use crate::{
-    AuditAppend, AuditCursor, AuditFilter, AuditRow, AuditTail, Committed, Decision, FingerprintOwner, FingerprintPrefix, GrantFilter, GrantRow, MeterFilter,
-    MeterRow, PinFailure, ReadSet, Reads, RowKind, SealedRow, ServerRow, ShipmentRefusal, ShipmentRow, Sizes, Store, StoreError, TaskFilter, TaskLoad, TaskRow,
-    TaskTally, Timeline, UploadId,
+    AuditAppend, AuditCursor, AuditFilter, AuditRow, AuditTail, Committed, Decision, FingerprintOwner,
+    FingerprintPrefix, GrantFilter, GrantRow, MeterFilter, MeterRow, PinFailure, ReadSet, Reads, RowKind, SealedRow,
+    ServerRow, ShipmentRefusal, ShipmentRow, Sizes, Store, StoreError, TaskFilter, TaskLoad, TaskRow, TaskTally,
+    Timeline, UploadId,
     schema::{self, Migration},
 };
 
@@ -78,7 +87,11 @@ impl Store for Engine {
         CONCURRENT
     }
 
-    async fn transact(&self, reads: Reads, decide: &mut (dyn for<'a> FnMut(&'a ReadSet) -> Decision + Send)) -> Result<Committed, StoreError> {
+    async fn transact(
+        &self,
+        reads: Reads,
+        decide: &mut (dyn for<'a> FnMut(&'a ReadSet) -> Decision + Send),
+    ) -> Result<Committed, StoreError> {
         self.within(transact::transact(self, reads, decide)).await
     }
 
@@ -86,7 +99,12 @@ impl Store for Engine {
         self.within(list::meters(&self.readers, titles)).await
     }
 
-    async fn meter_page(&self, filter: &MeterFilter, after: Option<SystemTitle>, limit: u32) -> Result<Vec<MeterRow>, StoreError> {
+    async fn meter_page(
+        &self,
+        filter: &MeterFilter,
+        after: Option<SystemTitle>,
+        limit: u32,
+    ) -> Result<Vec<MeterRow>, StoreError> {
         self.within(list::meter_page(&self.readers, filter, after, limit)).await
     }
 
@@ -102,11 +120,19 @@ impl Store for Engine {
         self.within(list::sealed(&self.readers, kind, id)).await
     }
 
-    async fn sealed_page(&self, kind: RowKind, after: Option<&[u8]>, limit: u32) -> Result<Vec<(Vec<u8>, SealedRow)>, StoreError> {
+    async fn sealed_page(
+        &self,
+        kind: RowKind,
+        after: Option<&[u8]>,
+        limit: u32,
+    ) -> Result<Vec<(Vec<u8>, SealedRow)>, StoreError> {
         self.within(list::sealed_page(&self.readers, kind, after, limit)).await
     }
 
-    async fn fingerprints(&self, prefixes: &[FingerprintPrefix]) -> Result<Vec<(FingerprintPrefix, FingerprintOwner)>, StoreError> {
+    async fn fingerprints(
+        &self,
+        prefixes: &[FingerprintPrefix],
+    ) -> Result<Vec<(FingerprintPrefix, FingerprintOwner)>, StoreError> {
         self.within(list::fingerprints(&self.readers, prefixes)).await
     }
 
@@ -118,15 +144,29 @@ impl Store for Engine {
         self.within(list::fingerprint_page(&self.readers, after, limit)).await
     }
 
-    async fn audit_page(&self, filter: &AuditFilter, after: Option<AuditCursor>, limit: u32) -> Result<Vec<AuditRow>, StoreError> {
+    async fn audit_page(
+        &self,
+        filter: &AuditFilter,
+        after: Option<AuditCursor>,
+        limit: u32,
+    ) -> Result<Vec<AuditRow>, StoreError> {
         self.within(list::audit_page(&self.readers, filter, after, limit)).await
     }
 
-    async fn audit_range(&self, from: Option<UnixMillis>, before: Option<UnixMillis>) -> Result<Option<(AuditCursor, AuditCursor)>, StoreError> {
+    async fn audit_range(
+        &self,
+        from: Option<UnixMillis>,
+        before: Option<UnixMillis>,
+    ) -> Result<Option<(AuditCursor, AuditCursor)>, StoreError> {
         self.within(list::audit_range(&self.readers, from, before)).await
     }
 
-    async fn audit_of_writer(&self, writer: WriterId, from_sequence: u64, limit: u32) -> Result<Vec<AuditAppend>, StoreError> {
+    async fn audit_of_writer(
+        &self,
+        writer: WriterId,
+        from_sequence: u64,
+        limit: u32,
+    ) -> Result<Vec<AuditAppend>, StoreError> {
         self.within(list::audit_of_writer(&self.readers, writer, from_sequence, limit)).await
     }
 
@@ -138,7 +178,12 @@ impl Store for Engine {
         self.within(list::grant(&self.readers, id)).await
     }
 
-    async fn grant_page(&self, filter: &GrantFilter, before: Option<GrantId>, limit: u32) -> Result<Vec<GrantRow>, StoreError> {
+    async fn grant_page(
+        &self,
+        filter: &GrantFilter,
+        before: Option<GrantId>,
+        limit: u32,
+    ) -> Result<Vec<GrantRow>, StoreError> {
         self.within(list::grant_page(&self.readers, filter, before, limit)).await
     }
 
@@ -154,7 +199,11 @@ impl Store for Engine {
         self.within(spool::shipment(&self.readers, upload)).await
     }
 
-    async fn shipments_of_file(&self, principal: &PrincipalId, sha256: &[u8; 32]) -> Result<Vec<ShipmentRow>, StoreError> {
+    async fn shipments_of_file(
+        &self,
+        principal: &PrincipalId,
+        sha256: &[u8; 32],
+    ) -> Result<Vec<ShipmentRow>, StoreError> {
         self.within(spool::shipments_of_file(&self.readers, principal, sha256)).await
     }
 
@@ -162,7 +211,13 @@ impl Store for Engine {
         self.within(spool::shipment_page(&self.readers, after, limit)).await
     }
 
-    async fn append_shipment_chunk(&self, upload: UploadId, position: u64, octets: Vec<u8>, now: UnixMillis) -> Result<u64, StoreError> {
+    async fn append_shipment_chunk(
+        &self,
+        upload: UploadId,
+        position: u64,
+        octets: Vec<u8>,
+        now: UnixMillis,
+    ) -> Result<u64, StoreError> {
         self.within(spool::append_chunk(self, upload, position, octets, now)).await
     }
 
@@ -174,7 +229,12 @@ impl Store for Engine {
         self.within(spool::delete_chunks(self, upload, limit)).await
     }
 
-    async fn shipment_refusals(&self, upload: UploadId, after_line: u64, limit: u32) -> Result<Vec<ShipmentRefusal>, StoreError> {
+    async fn shipment_refusals(
+        &self,
+        upload: UploadId,
+        after_line: u64,
+        limit: u32,
+    ) -> Result<Vec<ShipmentRefusal>, StoreError> {
         self.within(spool::refusals(&self.readers, upload, after_line, limit)).await
     }
 
@@ -194,7 +254,12 @@ impl Store for Engine {
         self.within(task::purge_unused(self, before)).await
     }
 
-    async fn due_tasks(&self, campaign: CampaignId, head_end: &str, limit: u32) -> Result<Vec<SystemTitle>, StoreError> {
+    async fn due_tasks(
+        &self,
+        campaign: CampaignId,
+        head_end: &str,
+        limit: u32,
+    ) -> Result<Vec<SystemTitle>, StoreError> {
         self.within(task::due(&self.readers, campaign, head_end, limit)).await
     }
 
@@ -206,27 +271,50 @@ impl Store for Engine {
         self.within(task::tallies(&self.readers, campaign, wave)).await
     }
 
-    async fn task_page(&self, campaign: CampaignId, filter: TaskFilter, after: Option<SystemTitle>, limit: u32) -> Result<Vec<TaskRow>, StoreError> {
+    async fn task_page(
+        &self,
+        campaign: CampaignId,
+        filter: TaskFilter,
+        after: Option<SystemTitle>,
+        limit: u32,
+    ) -> Result<Vec<TaskRow>, StoreError> {
         self.within(task::page(&self.readers, campaign, filter, after, limit)).await
     }
 
-    async fn task_timeline(&self, campaign: CampaignId, wave: u32, span_ms: i64) -> Result<Vec<(UnixMillis, u64)>, StoreError> {
+    async fn task_timeline(
+        &self,
+        campaign: CampaignId,
+        wave: u32,
+        span_ms: i64,
+    ) -> Result<Vec<(UnixMillis, u64)>, StoreError> {
         self.within(task::timeline(&self.readers, campaign, wave, span_ms)).await
     }
 
-    async fn delete_tasks(&self, campaign: CampaignId, before_wave: u32, state: TaskState, limit: u32) -> Result<u64, StoreError> {
+    async fn delete_tasks(
+        &self,
+        campaign: CampaignId,
+        before_wave: u32,
+        state: TaskState,
+        limit: u32,
+    ) -> Result<u64, StoreError> {
         self.within(task::delete(self, campaign, before_wave, state, limit)).await
     }
 
     async fn pin_failure(&self, token: &str, user_type: u8) -> Result<Option<PinFailure>, StoreError> {
         let read = async {
-            let row = sqlx::query::<Database>("SELECT phc, time_ms FROM pin_failure WHERE token = $1 AND user_type = $2")
-                .bind(token)
-                .bind(i64::from(user_type))
-                .fetch_optional(&self.readers)
-                .await?;
+            let row =
+                sqlx::query::<Database>("SELECT phc, time_ms FROM pin_failure WHERE token = $1 AND user_type = $2")
+                    .bind(token)
+                    .bind(i64::from(user_type))
+                    .fetch_optional(&self.readers)
+                    .await?;
             let Some(row) = row else { return Ok(None) };
-            Ok(Some(PinFailure { token: token.to_owned(), user_type, phc: row.try_get(0)?, time: decode::millis(&row, 1)? }))
+            Ok(Some(PinFailure {
+                token: token.to_owned(),
+                user_type,
+                phc: row.try_get(0)?,
+                time: decode::millis(&row, 1)?,
+            }))
         };
         self.within(read).await
     }
@@ -247,7 +335,9 @@ impl Store for Engine {
 
     async fn clear_pin_failure(&self, token: &str, user_type: u8) -> Result<(), StoreError> {
         let clear = async {
-            let query = sqlx::query::<Database>("DELETE FROM pin_failure WHERE token = $1 AND user_type = $2").bind(token).bind(i64::from(user_type));
+            let query = sqlx::query::<Database>("DELETE FROM pin_failure WHERE token = $1 AND user_type = $2")
+                .bind(token)
+                .bind(i64::from(user_type));
             query.execute(&mut *self.writer().await?).await?;
             Ok(())
         };
@@ -259,7 +349,10 @@ impl Store for Engine {
             let query = sqlx::query::<Database>(REGISTER_SERVER).bind(writer.octets().to_vec()).bind(name);
             match query.execute(&mut *self.writer().await?).await?.rows_affected() {
                 1 => Ok(()),
-                _ => Err(StoreError::Invalid { what: "writer id", reason: format!("`{writer}` is in use; ids are random and never reused") }),
+                _ => Err(StoreError::Invalid {
+                    what: "writer id",
+                    reason: format!("`{writer}` is in use; ids are random and never reused"),
+                }),
             }
         };
         self.within(register).await
@@ -287,7 +380,9 @@ impl Store for Engine {
     async fn check(&self) -> Result<(), StoreError> {
         let check = async {
             self.settings().await?;
-            sqlx::query::<Database>("UPDATE schema_version SET name = name WHERE version = 1").execute(&mut *self.writer().await?).await?;
+            sqlx::query::<Database>("UPDATE schema_version SET name = name WHERE version = 1")
+                .execute(&mut *self.writer().await?)
+                .await?;
             Ok(())
         };
         self.within(check).await
@@ -324,20 +419,30 @@ pub(super) async fn migrate(connection: &mut Connection, migrations: &'static [M
     let mut transaction = connection.begin_with(BEGIN).await?;
     sqlx::query::<Database>(MIGRATION_LOCK).execute(&mut *transaction).await?;
     sqlx::raw_sql(SCHEMA_VERSION).execute(&mut *transaction).await?;
-    let rows = sqlx::query::<Database>("SELECT version, sha256 FROM schema_version ORDER BY version").fetch_all(&mut *transaction).await?;
-    let applied = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect::<Result<Vec<(i64, String)>, StoreError>>()?;
+    let rows = sqlx::query::<Database>("SELECT version, sha256 FROM schema_version ORDER BY version")
+        .fetch_all(&mut *transaction)
+        .await?;
+    let applied = rows
+        .iter()
+        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .collect::<Result<Vec<(i64, String)>, StoreError>>()?;
     for migration in schema::missing(migrations, &applied)? {
         tracing::info!(version = migration.version, name = migration.name, "migrating the database");
         sqlx::raw_sql(migration.sql).execute(&mut *transaction).await?;
-        sqlx::query::<Database>(APPLIED).bind(migration.version).bind(migration.name).bind(migration.digest()).execute(&mut *transaction).await?;
+        sqlx::query::<Database>(APPLIED)
+            .bind(migration.version)
+            .bind(migration.name)
+            .bind(migration.digest())
+            .execute(&mut *transaction)
+            .await?;
     }
     Ok(transaction.commit().await?)
 }
 
-const SCHEMA_VERSION: &str =
-    "CREATE TABLE IF NOT EXISTS schema_version (version BIGINT PRIMARY KEY, name TEXT NOT NULL, sha256 TEXT NOT NULL, applied_ms BIGINT NOT NULL)";
+const SCHEMA_VERSION: &str = "CREATE TABLE IF NOT EXISTS schema_version (version BIGINT PRIMARY KEY, name TEXT NOT NULL, sha256 TEXT NOT NULL, applied_ms BIGINT NOT NULL)";
 
-const APPLIED: &str = concat!("INSERT INTO schema_version (version, name, sha256, applied_ms) VALUES ($1, $2, $3, ", now!(), ")");
+const APPLIED: &str =
+    concat!("INSERT INTO schema_version (version, name, sha256, applied_ms) VALUES ($1, $2, $3, ", now!(), ")");
 
 const PURGE_REQUESTS: &str = "DELETE FROM request WHERE (request, principal, chunk) IN \
      (SELECT request, principal, chunk FROM request WHERE expires_ms < $1 ORDER BY expires_ms LIMIT $2)";
@@ -345,7 +450,12 @@ const PURGE_REQUESTS: &str = "DELETE FROM request WHERE (request, principal, chu
 const PUT_PIN_FAILURE: &str = "INSERT INTO pin_failure (token, user_type, phc, time_ms) VALUES ($1, $2, $3, $4) \
      ON CONFLICT (token, user_type) DO UPDATE SET phc = excluded.phc, time_ms = excluded.time_ms";
 
-const REGISTER_SERVER: &str =
-    concat!("INSERT INTO server (writer, name, started_ms, heartbeat_ms) VALUES ($1, $2, ", now!(), ", ", now!(), ") ON CONFLICT (writer) DO NOTHING");
+const REGISTER_SERVER: &str = concat!(
+    "INSERT INTO server (writer, name, started_ms, heartbeat_ms) VALUES ($1, $2, ",
+    now!(),
+    ", ",
+    now!(),
+    ") ON CONFLICT (writer) DO NOTHING"
+);
 
 const HEARTBEAT: &str = concat!("UPDATE server SET heartbeat_ms = ", now!(), " WHERE writer = $1");

@@ -37,7 +37,8 @@ impl TermKind {
     }
 }
 
-/// Numbers that are known to be in the database. Terms and writers are never removed, so these never become wrong.
+/// Numbers that are known to be in the database. Terms and writers are never removed, so these
+/// never become wrong.
 #[derive(Default)]
 pub(in super::super) struct Names {
     known: RwLock<Numbers>,
@@ -51,7 +52,8 @@ pub(super) struct Numbers {
 }
 
 impl Names {
-    /// The numbers of all names in the changes; names that are new are added within the caller's transaction.
+    /// The numbers of all names in the changes; names that are new are added within the caller's
+    /// transaction.
     pub(super) async fn resolve(&self, connection: &mut Connection, changes: &Changes) -> Result<Numbers, Stopped> {
         let mut numbers = Numbers::default();
         let (mut terms, mut writers) = (BTreeSet::new(), BTreeSet::new());
@@ -66,7 +68,12 @@ impl Names {
                     }
                 }
             }
-            for writer in changes.audit.iter().map(|record| record.writer).chain(changes.grants.iter().map(|grant| grant.audit.writer)) {
+            for writer in changes
+                .audit
+                .iter()
+                .map(|record| record.writer)
+                .chain(changes.grants.iter().map(|grant| grant.audit.writer))
+            {
                 match known.writers.get(&writer) {
                     Some(number) => {
                         numbers.writers.insert(writer, *number);
@@ -94,11 +101,15 @@ impl Names {
             }
         }
         for writer in writers {
-            let number: Option<i64> = sqlx::query_scalar::<Database, i64>("SELECT CAST(number AS BIGINT) FROM server WHERE writer = $1")
-                .bind(writer.octets().as_slice())
-                .fetch_optional(&mut *connection)
-                .await?;
-            let number = number.ok_or_else(|| StoreError::Invalid { what: "writer id", reason: format!("`{writer}` was never registered") })?;
+            let number: Option<i64> =
+                sqlx::query_scalar::<Database, i64>("SELECT CAST(number AS BIGINT) FROM server WHERE writer = $1")
+                    .bind(writer.octets().as_slice())
+                    .fetch_optional(&mut *connection)
+                    .await?;
+            let number = number.ok_or_else(|| StoreError::Invalid {
+                what: "writer id",
+                reason: format!("`{writer}` was never registered"),
+            })?;
             numbers.writers.insert(writer, number);
         }
         Ok(numbers)
@@ -157,10 +168,12 @@ fn terms_of(changes: &Changes) -> impl Iterator<Item = (TermKind, Cow<'_, str>)>
         names.into_iter().flatten().map(|(kind, text)| (kind, Cow::from(text)))
     });
     let requests = changes.requests.iter().map(|put| (TermKind::Principal, Cow::from(put.key.principal.to_string())));
-    let grants = changes
-        .grants
-        .iter()
-        .flat_map(|grant| [(TermKind::Principal, Cow::from(grant.principal.to_string())), (TermKind::Purpose, Cow::from(grant.purpose.as_str()))]);
+    let grants = changes.grants.iter().flat_map(|grant| {
+        [
+            (TermKind::Principal, Cow::from(grant.principal.to_string())),
+            (TermKind::Purpose, Cow::from(grant.purpose.as_str())),
+        ]
+    });
     let tasks = changes.tasks.iter().flat_map(|row| {
         let head_end = row.head_end.as_deref().map(|text| (TermKind::HeadEnd, Cow::from(text)));
         [Some((TermKind::Vendor, Cow::from(row.vendor.as_str()))), head_end].into_iter().flatten()
@@ -168,8 +181,15 @@ fn terms_of(changes: &Changes) -> impl Iterator<Item = (TermKind, Cow<'_, str>)>
     meters.chain(requests).chain(grants).chain(tasks)
 }
 
-const INSERT_TERMS: &str =
-    concat!("INSERT INTO term (kind, text) SELECT ", int!(0), ", ", text!(1), " FROM ", rows!(), " WHERE true ON CONFLICT (kind, text) DO NOTHING");
+const INSERT_TERMS: &str = concat!(
+    "INSERT INTO term (kind, text) SELECT ",
+    int!(0),
+    ", ",
+    text!(1),
+    " FROM ",
+    rows!(),
+    " WHERE true ON CONFLICT (kind, text) DO NOTHING"
+);
 
 const SELECT_TERMS: &str = concat!(
     "SELECT CAST(t.id AS BIGINT), CAST(t.kind AS BIGINT), t.text FROM ",

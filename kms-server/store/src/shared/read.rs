@@ -1,4 +1,5 @@
-//! What a transaction reads. On PostgreSQL the rows are locked in order of their keys, and so is the absence of rows.
+//! What a transaction reads. On PostgreSQL the rows are locked in order of their keys, and so is
+//! the absence of rows.
 
 use futures::TryStreamExt;
 use sqlx::Row as _;
@@ -21,7 +22,8 @@ pub(super) async fn into_set(connection: &mut Connection, reads: &Reads, set: &m
     }
     if CONCURRENT {
         // I4: two servers that import the same key value at the same time must see each other.
-        lock_stripes(connection, &stripes(reads.fingerprints.iter().map(|prefix| FINGERPRINTS + stripe(&prefix.0)))).await?;
+        lock_stripes(connection, &stripes(reads.fingerprints.iter().map(|prefix| FINGERPRINTS + stripe(&prefix.0))))
+            .await?;
     }
     meters(connection, reads, set).await?;
     sealed(connection, reads, set).await?;
@@ -34,7 +36,14 @@ pub(super) async fn into_set(connection: &mut Connection, reads: &Reads, set: &m
     shipments(connection, reads, set).await?;
     tasks(connection, reads, set).await?;
     if reads.spool {
-        set.spool = Some(sqlx::query::<Database>(SPOOLED_FILES).fetch_all(&mut *connection).await?.iter().map(decode::spooled).collect::<Result<_, _>>()?);
+        set.spool = Some(
+            sqlx::query::<Database>(SPOOLED_FILES)
+                .fetch_all(&mut *connection)
+                .await?
+                .iter()
+                .map(decode::spooled)
+                .collect::<Result<_, _>>()?,
+        );
     }
     if reads.clock {
         set.clock = Some(decode::millis(&sqlx::query::<Database>(CLOCK).fetch_one(&mut *connection).await?, 0)?);
@@ -42,19 +51,36 @@ pub(super) async fn into_set(connection: &mut Connection, reads: &Reads, set: &m
     audit_tails(connection, reads, set).await
 }
 
-/// Locks the part of the key space of every absent row, and looks again: it may have been inserted before the lock was ours.
+/// Locks the part of the key space of every absent row, and looks again: it may have been inserted
+/// before the lock was ours.
 async fn absences(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -> Result<(), Failure> {
     let absent = Reads {
-        meters: reads.meters.iter().filter(|title| set.meters.get(title).is_some_and(Option::is_none)).copied().collect(),
-        sealed: reads.sealed.iter().filter(|name| set.sealed.get(*name).is_some_and(Option::is_none)).cloned().collect(),
-        campaigns: reads.campaigns.iter().filter(|id| set.sealed.get(&campaign_name(**id)).is_some_and(Option::is_none)).copied().collect(),
+        meters: reads
+            .meters
+            .iter()
+            .filter(|title| set.meters.get(title).is_some_and(Option::is_none))
+            .copied()
+            .collect(),
+        sealed: reads
+            .sealed
+            .iter()
+            .filter(|name| set.sealed.get(*name).is_some_and(Option::is_none))
+            .cloned()
+            .collect(),
+        campaigns: reads
+            .campaigns
+            .iter()
+            .filter(|id| set.sealed.get(&campaign_name(**id)).is_some_and(Option::is_none))
+            .copied()
+            .collect(),
         ..Reads::default()
     };
     if absent.is_empty() {
         return Ok(());
     }
     set.locked = set.locked.max(Some(LockRank::Absences));
-    let names: Vec<_> = absent.sealed.iter().cloned().chain(absent.campaigns.iter().copied().map(campaign_name)).collect();
+    let names: Vec<_> =
+        absent.sealed.iter().cloned().chain(absent.campaigns.iter().copied().map(campaign_name)).collect();
     lock_insertions(connection, absent.meters.iter().copied(), names.iter()).await?;
     meters(connection, &absent, set).await?;
     sealed(connection, &absent, set).await
@@ -76,7 +102,9 @@ async fn meters(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -
         return Ok(());
     }
     set.meters.extend(reads.meters.iter().map(|title| (*title, None)));
-    let mut rows = sqlx::query::<Database>(METER_ROWS).bind(keys(reads.meters.iter().map(|title| title.as_i64()))).fetch(connection);
+    let mut rows = sqlx::query::<Database>(METER_ROWS)
+        .bind(keys(reads.meters.iter().map(|title| title.as_i64())))
+        .fetch(connection);
     while let Some(row) = rows.try_next().await? {
         let meter = decode::meter(&row)?;
         set.meters.insert(meter.title, Some(meter.row));
@@ -86,13 +114,22 @@ async fn meters(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -
 
 async fn sealed(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -> Result<(), Failure> {
     let mut names = reads.sealed.clone();
-    // All campaigns are locked at one place and in one way, so that nobody who holds one shared waits for himself or for another who does.
-    let campaigns = if names.iter().any(|(kind, _)| kind.lock() == RowLock::Campaign) { SEALED_ROWS_EXCLUSIVE } else { SEALED_ROWS_SHARED };
+    // All campaigns are locked at one place and in one way, so that nobody who holds one shared
+    // waits for himself or for another who does.
+    let campaigns = if names.iter().any(|(kind, _)| kind.lock() == RowLock::Campaign) {
+        SEALED_ROWS_EXCLUSIVE
+    } else {
+        SEALED_ROWS_SHARED
+    };
     names.extend(reads.campaigns.iter().copied().map(campaign_name));
     names.sort_unstable();
     names.dedup();
     set.sealed.extend(names.iter().map(|name| (name.clone(), None)));
-    for (lock, statement) in [(RowLock::Shared, SEALED_ROWS_SHARED), (RowLock::Exclusive, SEALED_ROWS_EXCLUSIVE), (RowLock::Campaign, campaigns)] {
+    for (lock, statement) in [
+        (RowLock::Shared, SEALED_ROWS_SHARED),
+        (RowLock::Exclusive, SEALED_ROWS_EXCLUSIVE),
+        (RowLock::Campaign, campaigns),
+    ] {
         let wanted: Vec<_> = names.iter().filter(|(kind, _)| kind.lock() == lock).collect();
         if wanted.is_empty() {
             continue;
@@ -104,26 +141,33 @@ async fn sealed(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -
         let mut rows = sqlx::query::<Database>(statement).bind(json).bind(blob).fetch(&mut *connection);
         while let Some(row) = rows.try_next().await? {
             let number: i64 = row.try_get(0)?;
-            let kind =
-                RowKind::ALL.into_iter().find(|kind| i64::from(kind.number()) == number).ok_or_else(|| StoreError::corrupt("the kind of a sealed row"))?;
+            let kind = RowKind::ALL
+                .into_iter()
+                .find(|kind| i64::from(kind.number()) == number)
+                .ok_or_else(|| StoreError::corrupt("the kind of a sealed row"))?;
             set.sealed.insert((kind, row.try_get(1)?), Some(decode::sealed(&row, 2)?));
         }
     }
     Ok(())
 }
 
-/// Requests are not locked: two servers that carry out the same one meet when they write it, and one decides again.
+/// Requests are not locked: two servers that carry out the same one meet when they write it, and
+/// one decides again.
 pub(super) async fn requests(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -> Result<(), Failure> {
     if reads.requests.is_empty() {
         return Ok(());
     }
     set.requests.extend(reads.requests.iter().map(|key| (key.clone(), None)));
     let (json, blob) = Batch::of(reads.requests.iter().enumerate(), |row, (index, key)| {
-        row.unsigned(index as u64).text(&key.principal.to_string()).octets(&key.request.octets()).int(i64::from(key.chunk));
+        row.unsigned(index as u64)
+            .text(&key.principal.to_string())
+            .octets(&key.request.octets())
+            .int(i64::from(key.chunk));
     })
     .into_parameters();
     for row in sqlx::query::<Database>(REQUEST_ROWS).bind(json).bind(blob).fetch_all(connection).await? {
-        let index = usize::try_from(row.try_get::<i64, _>(0)?).map_err(|_| StoreError::corrupt("the place of a request"))?;
+        let index =
+            usize::try_from(row.try_get::<i64, _>(0)?).map_err(|_| StoreError::corrupt("the place of a request"))?;
         if let Some(key) = reads.requests.get(index) {
             set.requests.insert(key.clone(), Some(decode::request(&row, 1)?));
         }
@@ -136,7 +180,9 @@ async fn fingerprints(connection: &mut Connection, reads: &Reads, set: &mut Read
         return Ok(());
     }
     set.fingerprints.extend(reads.fingerprints.iter().map(|prefix| (*prefix, Vec::new())));
-    let mut rows = sqlx::query::<Database>(FINGERPRINT_ROWS).bind(keys(reads.fingerprints.iter().map(|prefix| prefix.as_i64()))).fetch(connection);
+    let mut rows = sqlx::query::<Database>(FINGERPRINT_ROWS)
+        .bind(keys(reads.fingerprints.iter().map(|prefix| prefix.as_i64())))
+        .fetch(connection);
     while let Some(row) = rows.try_next().await? {
         let (prefix, owner) = decode::fingerprint(&row)?;
         set.fingerprints.entry(prefix).or_default().push(owner);
@@ -195,7 +241,10 @@ async fn tasks(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) ->
 
 async fn audit_tails(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -> Result<(), Failure> {
     for writer in &reads.audit_tails {
-        let row = sqlx::query::<Database>(AUDIT_TAIL).bind(writer.octets().as_slice()).fetch_optional(&mut *connection).await?;
+        let row = sqlx::query::<Database>(AUDIT_TAIL)
+            .bind(writer.octets().as_slice())
+            .fetch_optional(&mut *connection)
+            .await?;
         set.audit_tails.insert(*writer, row.as_ref().map(decode::tail).transpose()?);
     }
     Ok(())
@@ -222,8 +271,13 @@ const SEALED: i32 = 64;
 const FINGERPRINTS: i32 = 128;
 const SPOOL: i32 = 192;
 
-const METER_ROWS: &str =
-    concat!("SELECT m.title, m.generation, m.seal, m.body FROM ", keys!(), join!(), "meter AS m ON m.title = k.value", exclusive!("m", "m.title"));
+const METER_ROWS: &str = concat!(
+    "SELECT m.title, m.generation, m.seal, m.body FROM ",
+    keys!(),
+    join!(),
+    "meter AS m ON m.title = k.value",
+    exclusive!("m", "m.title")
+);
 
 macro_rules! sealed_rows {
     ($lock:expr) => {
@@ -264,11 +318,28 @@ const FINGERPRINT_ROWS: &str = concat!(
     "fingerprint AS f ON f.prefix = k.value"
 );
 
-const GRANT_ROWS: &str =
-    concat!("SELECT ", grant_columns!(), " FROM ", rows!(), join!(), "key_grant AS g ON g.id = ", octets!(0, 1), grant_joins!(), exclusive!("g", "g.id"));
+const GRANT_ROWS: &str = concat!(
+    "SELECT ",
+    grant_columns!(),
+    " FROM ",
+    rows!(),
+    join!(),
+    "key_grant AS g ON g.id = ",
+    octets!(0, 1),
+    grant_joins!(),
+    exclusive!("g", "g.id")
+);
 
-const SHIPMENT_ROWS: &str =
-    concat!("SELECT ", shipment_columns!(), " FROM ", rows!(), join!(), "shipment AS p ON p.upload = ", octets!(0, 1), exclusive!("p", "p.upload"));
+const SHIPMENT_ROWS: &str = concat!(
+    "SELECT ",
+    shipment_columns!(),
+    " FROM ",
+    rows!(),
+    join!(),
+    "shipment AS p ON p.upload = ",
+    octets!(0, 1),
+    exclusive!("p", "p.upload")
+);
 
 /// States 1 to 3 are `Receiving`, `Received` and `Importing`: of others nothing is kept.
 const SPOOLED_FILES: &str = "SELECT upload, principal, size, received FROM shipment WHERE state IN (1, 2, 3)";

@@ -8,7 +8,12 @@ use crate::{RowKind, RowName, StoreError, TaskFilter, TaskLoad, TaskRow, TaskTal
 
 type Readers = Pool<Database>;
 
-pub(super) async fn put_chunk(engine: &Engine, campaign: CampaignId, number: u64, titles: &[u8]) -> Result<(), StoreError> {
+pub(super) async fn put_chunk(
+    engine: &Engine,
+    campaign: CampaignId,
+    number: u64,
+    titles: &[u8],
+) -> Result<(), StoreError> {
     let conflict = || StoreError::Conflict { row: RowName::Sealed(RowKind::Campaign, campaign.octets().to_vec()) };
     let done = sqlx::query::<Database>("INSERT INTO campaign_chunk (campaign, number, titles) VALUES ($1, $2, $3) ON CONFLICT (campaign, number) DO NOTHING")
         .bind(campaign.octets().to_vec())
@@ -30,20 +35,29 @@ pub(super) async fn chunk(readers: &Readers, campaign: CampaignId, number: u64) 
 }
 
 pub(super) async fn delete_unused(engine: &Engine, campaign: CampaignId) -> Result<u64, StoreError> {
-    let query = sqlx::query::<Database>(DELETE_UNUSED).bind(campaign.octets().to_vec()).bind(i64::from(RowKind::Campaign.number()));
+    let query = sqlx::query::<Database>(DELETE_UNUSED)
+        .bind(campaign.octets().to_vec())
+        .bind(i64::from(RowKind::Campaign.number()));
     let done = query.execute(&mut *engine.writer().await?).await?;
     engine.committed();
     Ok(done.rows_affected())
 }
 
 pub(super) async fn purge_unused(engine: &Engine, before: CampaignId) -> Result<u64, StoreError> {
-    let query = sqlx::query::<Database>(PURGE_UNUSED).bind(before.octets().to_vec()).bind(i64::from(RowKind::Campaign.number()));
+    let query = sqlx::query::<Database>(PURGE_UNUSED)
+        .bind(before.octets().to_vec())
+        .bind(i64::from(RowKind::Campaign.number()));
     let done = query.execute(&mut *engine.writer().await?).await?;
     engine.committed();
     Ok(done.rows_affected())
 }
 
-pub(super) async fn due(readers: &Readers, campaign: CampaignId, head_end: &str, limit: u32) -> Result<Vec<SystemTitle>, StoreError> {
+pub(super) async fn due(
+    readers: &Readers,
+    campaign: CampaignId,
+    head_end: &str,
+    limit: u32,
+) -> Result<Vec<SystemTitle>, StoreError> {
     let rows = sqlx::query::<Database>(DUE)
         .bind(campaign.octets().to_vec())
         .bind(TermKind::HeadEnd.number())
@@ -51,15 +65,26 @@ pub(super) async fn due(readers: &Readers, campaign: CampaignId, head_end: &str,
         .bind(i64::from(limit))
         .fetch_all(readers)
         .await?;
-    rows.iter().map(|row| SystemTitle::from_i64(row.try_get(0)?).map_err(|error| StoreError::corrupt(error.to_string()))).collect()
+    rows.iter()
+        .map(|row| SystemTitle::from_i64(row.try_get(0)?).map_err(|error| StoreError::corrupt(error.to_string())))
+        .collect()
 }
 
 pub(super) async fn load(readers: &Readers, campaign: CampaignId, head_end: &str) -> Result<TaskLoad, StoreError> {
-    let row = sqlx::query::<Database>(LOAD).bind(campaign.octets().to_vec()).bind(TermKind::HeadEnd.number()).bind(head_end).fetch_one(readers).await?;
+    let row = sqlx::query::<Database>(LOAD)
+        .bind(campaign.octets().to_vec())
+        .bind(TermKind::HeadEnd.number())
+        .bind(head_end)
+        .fetch_one(readers)
+        .await?;
     Ok(TaskLoad { in_flight: decode::unsigned(&row, 0)?, leased_in_minute: decode::unsigned(&row, 1)? })
 }
 
-pub(super) async fn tallies(readers: &Readers, campaign: CampaignId, wave: Option<u32>) -> Result<Vec<TaskTally>, StoreError> {
+pub(super) async fn tallies(
+    readers: &Readers,
+    campaign: CampaignId,
+    wave: Option<u32>,
+) -> Result<Vec<TaskTally>, StoreError> {
     let mut query = QueryBuilder::<Database>::new(TALLIES);
     query.push_bind(campaign.octets().to_vec());
     if let Some(wave) = wave {
@@ -70,7 +95,8 @@ pub(super) async fn tallies(readers: &Readers, campaign: CampaignId, wave: Optio
     rows.iter()
         .map(|row| {
             Ok(TaskTally {
-                wave: u32::try_from(row.try_get::<i64, _>(0)?).map_err(|_| StoreError::corrupt("the wave of a task"))?,
+                wave: u32::try_from(row.try_get::<i64, _>(0)?)
+                    .map_err(|_| StoreError::corrupt("the wave of a task"))?,
                 vendor: row.try_get(1)?,
                 state: decode::task_state(row, 2)?,
                 reason: row.try_get(3)?,
@@ -87,7 +113,13 @@ pub(super) async fn page(
     after: Option<SystemTitle>,
     limit: u32,
 ) -> Result<Vec<TaskRow>, StoreError> {
-    let mut query = QueryBuilder::<Database>::new(concat!("SELECT ", task_columns!(), " FROM task AS t", task_joins!(), " WHERE t.campaign = "));
+    let mut query = QueryBuilder::<Database>::new(concat!(
+        "SELECT ",
+        task_columns!(),
+        " FROM task AS t",
+        task_joins!(),
+        " WHERE t.campaign = "
+    ));
     query.push_bind(campaign.octets().to_vec());
     match filter {
         TaskFilter::All => {}
@@ -106,13 +138,31 @@ pub(super) async fn page(
     query.build().fetch_all(readers).await?.iter().map(decode::task).collect()
 }
 
-pub(super) async fn timeline(readers: &Readers, campaign: CampaignId, wave: u32, span_ms: i64) -> Result<Vec<(UnixMillis, u64)>, StoreError> {
+pub(super) async fn timeline(
+    readers: &Readers,
+    campaign: CampaignId,
+    wave: u32,
+    span_ms: i64,
+) -> Result<Vec<(UnixMillis, u64)>, StoreError> {
     let span = span_ms.max(1);
-    let rows = sqlx::query::<Database>(TIMELINE).bind(campaign.octets().to_vec()).bind(i64::from(wave)).bind(span).fetch_all(readers).await?;
-    rows.iter().map(|row| Ok((UnixMillis(row.try_get::<i64, _>(0)?.saturating_mul(span)), decode::unsigned(row, 1)?))).collect()
+    let rows = sqlx::query::<Database>(TIMELINE)
+        .bind(campaign.octets().to_vec())
+        .bind(i64::from(wave))
+        .bind(span)
+        .fetch_all(readers)
+        .await?;
+    rows.iter()
+        .map(|row| Ok((UnixMillis(row.try_get::<i64, _>(0)?.saturating_mul(span)), decode::unsigned(row, 1)?)))
+        .collect()
 }
 
-pub(super) async fn delete(engine: &Engine, campaign: CampaignId, before_wave: u32, state: TaskState, limit: u32) -> Result<u64, StoreError> {
+pub(super) async fn delete(
+    engine: &Engine,
+    campaign: CampaignId,
+    before_wave: u32,
+    state: TaskState,
+    limit: u32,
+) -> Result<u64, StoreError> {
     let done = sqlx::query::<Database>(DELETE)
         .bind(campaign.octets().to_vec())
         .bind(i64::from(before_wave))
@@ -124,11 +174,9 @@ pub(super) async fn delete(engine: &Engine, campaign: CampaignId, before_wave: u
     Ok(done.rows_affected())
 }
 
-const DELETE_UNUSED: &str =
-    "DELETE FROM campaign_chunk WHERE campaign = $1 AND NOT EXISTS (SELECT 1 FROM sealed AS s WHERE s.kind = $2 AND s.id = campaign_chunk.campaign)";
+const DELETE_UNUSED: &str = "DELETE FROM campaign_chunk WHERE campaign = $1 AND NOT EXISTS (SELECT 1 FROM sealed AS s WHERE s.kind = $2 AND s.id = campaign_chunk.campaign)";
 
-const PURGE_UNUSED: &str =
-    "DELETE FROM campaign_chunk WHERE campaign < $1 AND NOT EXISTS (SELECT 1 FROM sealed AS s WHERE s.kind = $2 AND s.id = campaign_chunk.campaign)";
+const PURGE_UNUSED: &str = "DELETE FROM campaign_chunk WHERE campaign < $1 AND NOT EXISTS (SELECT 1 FROM sealed AS s WHERE s.kind = $2 AND s.id = campaign_chunk.campaign)";
 
 /// States 1 to 3 have not ended.
 const DUE: &str = concat!(

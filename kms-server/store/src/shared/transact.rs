@@ -30,7 +30,8 @@ pub(super) async fn transact(engine: &Engine, mut reads: Reads, decide: Decide<'
     }
 }
 
-/// `reads` grows by what the decision asks for, so that the next attempt locks everything at once and in order.
+/// `reads` grows by what the decision asks for, so that the next attempt locks everything at once
+/// and in order.
 async fn attempt_once(engine: &Engine, reads: &mut Reads, decide: Decide<'_>) -> Result<Committed, Failure> {
     let mut writer = engine.writer().await?;
     let mut transaction = writer.begin_with(BEGIN).await?;
@@ -45,7 +46,8 @@ async fn attempt_once(engine: &Engine, reads: &mut Reads, decide: Decide<'_>) ->
                 wanted = *more;
                 wanted.normalise(&set);
                 if CONCURRENT && wanted.lock_ranks().next().is_some_and(|first| Some(first) <= set.locked) {
-                    // Locking on could deadlock, which PostgreSQL notices after a second: begin again with all of it in order.
+                    // Locking on could deadlock, which PostgreSQL notices after a second: begin
+                    // again with all of it in order.
                     transaction.rollback().await?;
                     return Err(Failure::OutOfOrder);
                 }
@@ -79,17 +81,24 @@ fn insatiable() -> StoreError {
 }
 
 /// Names a row that was not as the changes say, after the rollback.
-async fn explain(connection: &mut Connection, table: Table, changes: &Changes, set: &ReadSet) -> Result<Failure, Failure> {
+async fn explain(
+    connection: &mut Connection,
+    table: Table,
+    changes: &Changes,
+    set: &ReadSet,
+) -> Result<Failure, Failure> {
     let row = match table {
         Table::Meters => wrong_meter(connection, changes).await?,
         Table::Sealed => wrong_sealed(connection, changes).await?,
         Table::Requests => {
             let mut found = ReadSet::default();
-            let mut reads = Reads { requests: changes.requests.iter().map(|put| put.key.clone()).collect(), ..Reads::default() };
+            let mut reads =
+                Reads { requests: changes.requests.iter().map(|put| put.key.clone()).collect(), ..Reads::default() };
             reads.normalise(&found);
             read::requests(connection, &reads, &mut found).await?;
             let known: Vec<_> = reads.requests.iter().filter(|key| found.request(key).present().is_some()).collect();
-            // Another server carried out the same request after it was read as absent: the decision can see its outcome now.
+            // Another server carried out the same request after it was read as absent: the decision
+            // can see its outcome now.
             if !known.is_empty() && known.iter().all(|key| matches!(set.requests.get(key), Some(None))) {
                 return Ok(Failure::Retry);
             }
@@ -100,19 +109,30 @@ async fn explain(connection: &mut Connection, table: Table, changes: &Changes, s
         Table::Revocations => changes.revocations.first().map(|revocation| RowName::Grant(revocation.id)),
         Table::Fingerprints => changes.fingerprints.first().map(|put| RowName::Fingerprint(put.prefix)),
         Table::Tasks => changes.tasks.first().map(|row| RowName::Task(row.key)),
-        Table::Shipments => changes.shipments.first().map(|row| row.upload).or(changes.refusals.first().map(|refusal| refusal.upload)).map(RowName::Shipment),
+        Table::Shipments => changes
+            .shipments
+            .first()
+            .map(|row| row.upload)
+            .or(changes.refusals.first().map(|refusal| refusal.upload))
+            .map(RowName::Shipment),
     };
     let row = row.ok_or_else(|| StoreError::corrupt("a statement wrote fewer rows than it was given"))?;
     Ok(Failure::Fatal(StoreError::Conflict { row }))
 }
 
 async fn wrong_meter(connection: &mut Connection, changes: &Changes) -> Result<Option<RowName>, Failure> {
-    let rows = sqlx::query::<Database>(METER_GENERATIONS).bind(keys(changes.meters.iter().map(|put| put.title.as_i64()))).fetch_all(connection).await?;
+    let rows = sqlx::query::<Database>(METER_GENERATIONS)
+        .bind(keys(changes.meters.iter().map(|put| put.title.as_i64())))
+        .fetch_all(connection)
+        .await?;
     let mut found = std::collections::HashMap::new();
     for row in rows {
         found.insert(row.try_get::<i64, _>(0)?, decode::unsigned(&row, 1)?);
     }
-    let wrong = changes.meters.iter().find(|put| found.get(&put.title.as_i64()).copied().unwrap_or_default() != put.row.generation - 1);
+    let wrong = changes
+        .meters
+        .iter()
+        .find(|put| found.get(&put.title.as_i64()).copied().unwrap_or_default() != put.row.generation - 1);
     Ok(wrong.or(changes.meters.first()).map(|put| RowName::Meter(put.title)))
 }
 
@@ -125,17 +145,23 @@ async fn wrong_sealed(connection: &mut Connection, changes: &Changes) -> Result<
     for row in sqlx::query::<Database>(SEALED_GENERATIONS).bind(json).bind(blob).fetch_all(connection).await? {
         found.insert(decode::unsigned(&row, 0)?, decode::unsigned(&row, 1)?);
     }
-    let wrong = changes.sealed.iter().zip(0..).find(|(put, index)| found.get(index).copied().unwrap_or_default() != put.row.generation - 1);
+    let wrong = changes
+        .sealed
+        .iter()
+        .zip(0..)
+        .find(|(put, index)| found.get(index).copied().unwrap_or_default() != put.row.generation - 1);
     Ok(wrong.map(|(put, _)| put).or(changes.sealed.first()).map(|put| RowName::Sealed(put.kind, put.id.clone())))
 }
 
 async fn wrong_audit(connection: &mut Connection, changes: &Changes) -> Result<Option<RowName>, Failure> {
     for record in &changes.audit {
-        let taken = sqlx::query::<Database>("SELECT 1 FROM audit WHERE writer = (SELECT number FROM server WHERE writer = $1) AND sequence = $2")
-            .bind(record.writer.octets().as_slice())
-            .bind(record.sequence.cast_signed())
-            .fetch_optional(&mut *connection)
-            .await?;
+        let taken = sqlx::query::<Database>(
+            "SELECT 1 FROM audit WHERE writer = (SELECT number FROM server WHERE writer = $1) AND sequence = $2",
+        )
+        .bind(record.writer.octets().as_slice())
+        .bind(record.sequence.cast_signed())
+        .fetch_optional(&mut *connection)
+        .await?;
         if taken.is_some() {
             return Ok(Some(RowName::Audit(record.writer, record.sequence)));
         }
@@ -143,10 +169,20 @@ async fn wrong_audit(connection: &mut Connection, changes: &Changes) -> Result<O
     Ok(changes.audit.first().map(|record| RowName::Audit(record.writer, record.sequence)))
 }
 
-const METER_GENERATIONS: &str = concat!("SELECT m.title, m.generation FROM ", keys!(), join!(), "meter AS m ON m.title = k.value");
+const METER_GENERATIONS: &str =
+    concat!("SELECT m.title, m.generation FROM ", keys!(), join!(), "meter AS m ON m.title = k.value");
 
-const SEALED_GENERATIONS: &str =
-    concat!("SELECT ", int!(0), ", s.generation FROM ", rows!(), join!(), "sealed AS s ON s.kind = ", int!(1), " AND s.id = ", octets!(2, 3));
+const SEALED_GENERATIONS: &str = concat!(
+    "SELECT ",
+    int!(0),
+    ", s.generation FROM ",
+    rows!(),
+    join!(),
+    "sealed AS s ON s.kind = ",
+    int!(1),
+    " AND s.id = ",
+    octets!(2, 3)
+);
 
 const ATTEMPTS: u32 = 8;
 /// How often a decision may ask for more.

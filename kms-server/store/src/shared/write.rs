@@ -1,5 +1,5 @@
-//! What a transaction writes: a few statements, whatever the number of rows. Each counts its rows; one that is missing means
-//! that somebody else was there first.
+//! What a transaction writes: a few statements, whatever the number of rows. Each counts its rows;
+//! one that is missing means that somebody else was there first.
 
 use super::{
     CONCURRENT, Connection, Database, Engine, keys,
@@ -51,12 +51,14 @@ impl From<Failure> for Stopped {
     }
 }
 
-/// Writes all changes, each over the generation before it. The numbers of names are to be learnt once the transaction is committed.
+/// Writes all changes, each over the generation before it. The numbers of names are to be learnt
+/// once the transaction is committed.
 pub(super) async fn apply(connection: &mut Connection, names: &Names, changes: &Changes) -> Result<Numbers, Stopped> {
     check(changes)?;
     let numbers = names.resolve(connection, changes).await?;
     if CONCURRENT {
-        let sealed: Vec<(RowKind, Vec<u8>)> = changes.sealed.iter().filter(|put| put.row.generation == 1).map(|put| (put.kind, put.id.clone())).collect();
+        let sealed: Vec<(RowKind, Vec<u8>)> =
+            changes.sealed.iter().filter(|put| put.row.generation == 1).map(|put| (put.kind, put.id.clone())).collect();
         let meters = changes.meters.iter().filter(|put| put.row.generation == 1).map(|put| put.title);
         read::lock_insertions(connection, meters, sealed.iter()).await?;
     }
@@ -73,13 +75,19 @@ pub(super) async fn apply(connection: &mut Connection, names: &Names, changes: &
 
 /// Refuses what no caller may ask for.
 fn check(changes: &Changes) -> Result<(), StoreError> {
-    let generations = changes.meters.iter().map(|put| put.row.generation).chain(changes.sealed.iter().map(|put| put.row.generation));
-    let generations = generations.chain(changes.shipments.iter().map(|row| row.generation)).chain(changes.tasks.iter().map(|row| row.generation));
+    let generations =
+        changes.meters.iter().map(|put| put.row.generation).chain(changes.sealed.iter().map(|put| put.row.generation));
+    let generations = generations
+        .chain(changes.shipments.iter().map(|row| row.generation))
+        .chain(changes.tasks.iter().map(|row| row.generation));
     if generations.into_iter().any(|generation| generation == 0 || i64::try_from(generation).is_err()) {
         return Err(StoreError::Invalid { what: "generation", reason: "generations start at 1".into() });
     }
     if changes.meters.iter().any(|put| put.row.generation == 1 && put.projection.is_none()) {
-        return Err(StoreError::Invalid { what: "meter row", reason: "the first generation needs its search columns".into() });
+        return Err(StoreError::Invalid {
+            what: "meter row",
+            reason: "the first generation needs its search columns".into(),
+        });
     }
     Ok(())
 }
@@ -105,16 +113,21 @@ async fn meters(connection: &mut Connection, changes: &Changes, numbers: &Number
     group_members(connection, changes).await
 }
 
-/// The groups of the meters whose search columns are written. Only the row's writer comes here, so nobody else writes them meanwhile.
+/// The groups of the meters whose search columns are written. Only the row's writer comes here, so
+/// nobody else writes them meanwhile.
 async fn group_members(connection: &mut Connection, changes: &Changes) -> Result<(), Stopped> {
     let projected = changes.meters.iter().filter_map(|put| Some((put, put.projection.as_ref()?)));
     let before = Batch::of(projected.clone().filter(|(put, _)| put.row.generation > 1), |row, (put, _)| {
         row.int(put.title.as_i64());
     });
     if before.rows() > 0 {
-        sqlx::query::<Database>(DELETE_GROUP_MEMBERS).bind(before.into_parameters().0).execute(&mut *connection).await?;
+        sqlx::query::<Database>(DELETE_GROUP_MEMBERS)
+            .bind(before.into_parameters().0)
+            .execute(&mut *connection)
+            .await?;
     }
-    let members = projected.flat_map(|(put, projection)| projection.groups.iter().map(move |group| (put.title, *group)));
+    let members =
+        projected.flat_map(|(put, projection)| projection.groups.iter().map(move |group| (put.title, *group)));
     let batch = Batch::of(members, |row, (title, group)| {
         row.unsigned(group).int(title.as_i64());
     });
@@ -122,22 +135,28 @@ async fn group_members(connection: &mut Connection, changes: &Changes) -> Result
     if rows == 0 {
         return Ok(());
     }
-    let done = sqlx::query::<Database>(INSERT_GROUP_MEMBERS).bind(batch.into_parameters().0).execute(connection).await?;
+    let done =
+        sqlx::query::<Database>(INSERT_GROUP_MEMBERS).bind(batch.into_parameters().0).execute(connection).await?;
     count(rows, done.rows_affected(), Table::Meters)
 }
 
-/// Adds missing members; how many. What is there is counted first, so that a look at millions takes no lock.
+/// Adds missing members; how many. What is there is counted first, so that a look at millions takes
+/// no lock.
 pub(super) async fn complete_group_members(engine: &Engine, members: &[(SystemTitle, u64)]) -> Result<u64, StoreError> {
     let mut titles: Vec<i64> = members.iter().map(|(title, _)| title.as_i64()).collect();
     titles.dedup();
-    let counted: i64 = sqlx::query_scalar::<Database, i64>(COUNT_GROUP_MEMBERS).bind(keys(titles)).fetch_one(&engine.readers).await?;
+    let counted: i64 =
+        sqlx::query_scalar::<Database, i64>(COUNT_GROUP_MEMBERS).bind(keys(titles)).fetch_one(&engine.readers).await?;
     if u64::try_from(counted).unwrap_or_default() >= members.len() as u64 {
         return Ok(0);
     }
     let batch = Batch::of(members, |row, (title, group)| {
         row.unsigned(*group).int(title.as_i64());
     });
-    let done = sqlx::query::<Database>(COMPLETE_GROUP_MEMBERS).bind(batch.into_parameters().0).execute(&mut *engine.writer().await?).await?;
+    let done = sqlx::query::<Database>(COMPLETE_GROUP_MEMBERS)
+        .bind(batch.into_parameters().0)
+        .execute(&mut *engine.writer().await?)
+        .await?;
     engine.committed();
     Ok(done.rows_affected())
 }
@@ -146,7 +165,11 @@ async fn sealed(connection: &mut Connection, changes: &Changes) -> Result<(), St
     let (new, old): (Vec<_>, Vec<_>) = changes.sealed.iter().partition(|put| put.row.generation == 1);
     for (puts, statement) in [(new, INSERT_SEALED), (old, UPDATE_SEALED)] {
         let batch = Batch::of(puts, |row, put| {
-            row.int(i64::from(put.kind.number())).octets(&put.id).unsigned(put.row.generation).octets(&put.row.seal).octets(&put.row.body);
+            row.int(i64::from(put.kind.number()))
+                .octets(&put.id)
+                .unsigned(put.row.generation)
+                .octets(&put.row.seal)
+                .octets(&put.row.body);
         });
         put(connection, statement, batch, Table::Sealed).await?;
     }
@@ -282,7 +305,8 @@ async fn put(connection: &mut Connection, statement: &'static str, batch: Batch,
     count(rows, done.rows_affected(), table)
 }
 
-/// I3, I4: compare and swap. A row that was not in the state that the change replaces was not written.
+/// I3, I4: compare and swap. A row that was not in the state that the change replaces was not
+/// written.
 const fn count(rows: u64, written: u64, table: Table) -> Result<(), Stopped> {
     if rows == written { Ok(()) } else { Err(Stopped::Mismatch(table)) }
 }
@@ -350,11 +374,14 @@ const UPDATE_PROJECTED_METERS: &str = concat!(
     ") AS v WHERE meter.title = v.title AND meter.generation = v.generation - 1"
 );
 
-const DELETE_GROUP_MEMBERS: &str = concat!("DELETE FROM group_member WHERE meter IN (SELECT ", int!(0), " FROM ", rows!(), ")");
+const DELETE_GROUP_MEMBERS: &str =
+    concat!("DELETE FROM group_member WHERE meter IN (SELECT ", int!(0), " FROM ", rows!(), ")");
 
-const COUNT_GROUP_MEMBERS: &str = concat!("SELECT count(*) FROM ", keys!(), join!(), "group_member AS g ON g.meter = k.value");
+const COUNT_GROUP_MEMBERS: &str =
+    concat!("SELECT count(*) FROM ", keys!(), join!(), "group_member AS g ON g.meter = k.value");
 
-const INSERT_GROUP_MEMBERS: &str = concat!("INSERT INTO group_member (group_number, meter) SELECT ", int!(0), ", ", int!(1), " FROM ", rows!());
+const INSERT_GROUP_MEMBERS: &str =
+    concat!("INSERT INTO group_member (group_number, meter) SELECT ", int!(0), ", ", int!(1), " FROM ", rows!());
 
 const COMPLETE_GROUP_MEMBERS: &str = concat!(
     "INSERT INTO group_member (group_number, meter) SELECT ",

@@ -6,8 +6,8 @@ use std::sync::{Arc, OnceLock};
 
 use kms_domain::{PrincipalId, RequestId, SystemTitle, UnixMillis, WriterId};
 use kms_store::{
-    AuditAppend, Changes, Committed, Decision, MeterProjection, MeterPut, Reads, RequestKey, SealedRow, Store, StoreConfig, StoreError,
-    testing::PostgresCluster,
+    AuditAppend, Changes, Committed, Decision, MeterProjection, MeterPut, Reads, RequestKey, SealedRow, Store,
+    StoreConfig, StoreError, testing::PostgresCluster,
 };
 use tempfile::TempDir;
 
@@ -41,7 +41,8 @@ impl Fixture {
 /// One cluster for all tests of a program.
 pub(crate) fn cluster() -> &'static PostgresCluster {
     static CLUSTER: OnceLock<PostgresCluster> = OnceLock::new();
-    CLUSTER.get_or_init(|| PostgresCluster::start(&[("max_connections", "300")]).unwrap_or_else(|error| panic!("{error}")))
+    CLUSTER
+        .get_or_init(|| PostgresCluster::start(&[("max_connections", "300")]).unwrap_or_else(|error| panic!("{error}")))
 }
 
 pub(crate) fn writer_id() -> WriterId {
@@ -57,7 +58,14 @@ pub(crate) fn row(generation: u64, body: &str) -> SealedRow {
 }
 
 pub(crate) fn projection() -> MeterProjection {
-    MeterProjection { vendor: "KAM".into(), profile: "generic-suite0".into(), status: 1, head_end: None, batch: None, groups: Vec::new() }
+    MeterProjection {
+        vendor: "KAM".into(),
+        profile: "generic-suite0".into(),
+        status: 1,
+        head_end: None,
+        batch: None,
+        groups: Vec::new(),
+    }
 }
 
 pub(crate) fn principal(name: &str) -> PrincipalId {
@@ -65,7 +73,11 @@ pub(crate) fn principal(name: &str) -> PrincipalId {
 }
 
 pub(crate) fn request_key(name: &str, chunk: u32) -> RequestKey {
-    RequestKey { principal: principal(name), request: RequestId::from_octets(uuid::Uuid::now_v7().as_bytes()).unwrap(), chunk }
+    RequestKey {
+        principal: principal(name),
+        request: RequestId::from_octets(uuid::Uuid::now_v7().as_bytes()).unwrap(),
+        chunk,
+    }
 }
 
 pub(crate) fn record(writer: WriterId, sequence: u64) -> AuditAppend {
@@ -86,6 +98,7 @@ pub(crate) async fn write(store: &dyn Store, changes: Changes) -> Result<Committ
 
 /// Inserts meters `range`, generation 1.
 pub(crate) async fn insert_meters(store: &dyn Store, range: std::ops::Range<u64>) {
-    let meters = range.map(|number| MeterPut::insert(title(number), row(1, &format!("meter {number}")), projection())).collect();
+    let meters =
+        range.map(|number| MeterPut::insert(title(number), row(1, &format!("meter {number}")), projection())).collect();
     write(store, Changes { meters, ..Changes::default() }).await.unwrap();
 }

@@ -6,12 +6,15 @@ use meter_sim::client::{ClientConfig, ClientSession};
 use meter_sim::config::SecuritySetupConfig;
 use meter_sim::security::{Ciphering, wrap_key};
 use meter_sim::xdlms::{AttributeDescriptor, ExceptionResponse};
-use meter_sim::{CLASS_REGISTER, Connection, Error, KeyId, Meter, MeterConfig, Obis, SecuritySuite, SymmetricKey, SystemTitle};
+use meter_sim::{
+    CLASS_REGISTER, Connection, Error, KeyId, Meter, MeterConfig, Obis, SecuritySuite, SymmetricKey, SystemTitle,
+};
 
 pub const METER_TITLE: SystemTitle = SystemTitle::new(*b"ABCDEFGH");
 pub const CLIENT_TITLE: SystemTitle = SystemTitle::new(*b"KMSHES01");
 
-pub const ENERGY: AttributeDescriptor = AttributeDescriptor { class: CLASS_REGISTER, instance: Obis::ACTIVE_ENERGY_IMPORT, attribute: 2 };
+pub const ENERGY: AttributeDescriptor =
+    AttributeDescriptor { class: CLASS_REGISTER, instance: Obis::ACTIVE_ENERGY_IMPORT, attribute: 2 };
 
 pub fn bytes(hex_text: &str) -> Vec<u8> {
     hex::decode(hex_text).unwrap()

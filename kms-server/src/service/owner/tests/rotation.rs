@@ -1,11 +1,13 @@
-//! Rotations of a group's key over simulated meters: what the server says that a member holds is compared with the meter's memory.
+//! Rotations of a group's key over simulated meters: what the server says that a member holds is
+//! compared with the meter's memory.
 
 use std::num::NonZeroU8;
 
 use kms_client::sample::SampleShipment;
 use kms_domain::{
-    CampaignAction, CampaignId, CampaignName, CampaignSelection, CampaignTask, CampaignTerms, ExposureReason, KeyState, KeyVersionNumber, MaintenanceWindows,
-    Outcome, Party, PersonName, PrincipalCertificate, PrincipalId, PrincipalStatus, Quorum, Role, SwitchThreshold, SystemTitle, UnixMillis, WaveSize,
+    CampaignAction, CampaignId, CampaignName, CampaignSelection, CampaignTask, CampaignTerms, ExposureReason, KeyState,
+    KeyVersionNumber, MaintenanceWindows, Outcome, Party, PersonName, PrincipalCertificate, PrincipalId,
+    PrincipalStatus, Quorum, Role, SwitchThreshold, SystemTitle, UnixMillis, WaveSize,
 };
 use meter_sim::behaviour::Fault;
 
@@ -43,14 +45,30 @@ async fn twins(island: TestIsland) -> Field {
     let shipment = SampleShipment { equal_keys: 2, groups: vec!["north".to_owned()], ..sample("two-setups-suite1", 2) };
     let field = Field::of(island, &shipment).await;
     let meters = MeterService::new(field.island.island.clone());
-    let left = meters.change_members(&field.island.officer, request(1), "north", vec![field.title(0)], Membership::Remove, "test".to_owned()).await;
+    let left = meters
+        .change_members(
+            &field.island.officer,
+            request(1),
+            "north",
+            vec![field.title(0)],
+            Membership::Remove,
+            "test".to_owned(),
+        )
+        .await;
     assert_eq!(left.unwrap().changed, 1);
     field
 }
 
 /// The first version of a key of a meter is known to anyone.
 async fn report(island: &TestIsland, number: u8, meter: SystemTitle, key_type: KeyType) {
-    let found = Compromise { meter, setup: None, key_type, version: KeyVersionNumber::FIRST, known_to: Party::Anyone, reason: "test".to_owned() };
+    let found = Compromise {
+        meter,
+        setup: None,
+        key_type,
+        version: KeyVersionNumber::FIRST,
+        known_to: Party::Anyone,
+        reason: "test".to_owned(),
+    };
     MeterService::new(island.island.clone()).report_compromise(&island.officer, request(number), found).await.unwrap();
 }
 
@@ -72,8 +90,13 @@ async fn row(island: &TestIsland) -> kms_domain::Group {
 
 /// The version that is lent when this one is asked for.
 async fn lent(island: &TestIsland, number: u8, version: Option<u32>) -> Result<u32, ServiceError> {
-    let target = GrantTargets::Group { name: "north".to_owned(), version: version.map(|version| KeyVersionNumber::new(version).unwrap()) };
-    let granted = GrantService::new(island.island.clone()).open(&island.head_end, chunk(number, target, &[KeyType::GBEK])).await?;
+    let target = GrantTargets::Group {
+        name: "north".to_owned(),
+        version: version.map(|version| KeyVersionNumber::new(version).unwrap()),
+    };
+    let granted = GrantService::new(island.island.clone())
+        .open(&island.head_end, chunk(number, target, &[KeyType::GBEK]))
+        .await?;
     Ok(group_keys(&granted).keys[0].version)
 }
 
@@ -99,7 +122,8 @@ async fn colleague(island: &TestIsland) -> Caller {
 /// A campaign that rotates the group's GBEK, approved and started.
 async fn campaign(island: &TestIsland) -> CampaignId {
     let service = CampaignService::new(island.island.clone());
-    let ask = || campaign::Request { id: RequestId::from_octets(uuid::Uuid::now_v7().as_bytes()).unwrap(), digest: [1; 32] };
+    let ask =
+        || campaign::Request { id: RequestId::from_octets(uuid::Uuid::now_v7().as_bytes()).unwrap(), digest: [1; 32] };
     let terms = CampaignTerms {
         quorum: Quorum::ONE,
         canary: 0,
@@ -121,8 +145,14 @@ async fn campaign(island: &TestIsland) -> CampaignId {
         terms,
     };
     // The key of a group is rotated for a group that is named.
-    let whole_island = NewCampaign { selection: CampaignSelection { whole_island: true, ..CampaignSelection::default() }, ..new.clone() };
-    assert!(matches!(service.create(&island.officer, ask(), whole_island, true).await, Err(ServiceError::InvalidArgument { .. })));
+    let whole_island = NewCampaign {
+        selection: CampaignSelection { whole_island: true, ..CampaignSelection::default() },
+        ..new.clone()
+    };
+    assert!(matches!(
+        service.create(&island.officer, ask(), whole_island, true).await,
+        Err(ServiceError::InvalidArgument { .. })
+    ));
     let draft = service.create(&island.officer, ask(), new, true).await.unwrap().campaign.unwrap();
     let id = CampaignId::from_octets(&draft.campaign_id).unwrap();
     let content_sha256 = draft.content_sha256.as_ref().try_into().unwrap();
@@ -255,7 +285,8 @@ island_tests! {
         assert_eq!(Scrubber::new(island.island.clone()).scrub(|_| true).await.unwrap().findings, []);
     }
 
-    /// Meter 1 and a meter that is in no group have equal keys: who knows the KEK by the one knows what leaves under it for the other.
+    /// Meter 1 and a meter that is in no group have equal keys: who knows the KEK by the one knows
+    /// what leaves under it for the other.
     async fn a_kek_that_is_reported_of_another_meter_exposes_the_groups_key_that_leaves_under_it(island) {
         let field = twins(island).await;
         let (island, service) = (&field.island, field.island.owners());
