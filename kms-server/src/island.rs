@@ -9,7 +9,7 @@ use kms_hsm::Hsm;
 use kms_store::{RowKind, Store};
 
 use crate::{
-    audit::Committer,
+    audit::{Asker, Committer, Door},
     authz::{Action, Caller, Policy, PrincipalFacts, Resource},
     bounds::Limits,
     clock,
@@ -28,11 +28,13 @@ pub struct Island {
     /// Its database.
     pub store: Arc<dyn Store>,
     /// Its policies; swapped whole.
-    pub policy: ArcSwap<Policy>,
+    pub policy: Arc<ArcSwap<Policy>>,
     /// Its device profiles.
     pub profiles: Profiles,
     /// Its one writer in this process.
     pub committer: Committer,
+    /// The way for callers to change anything.
+    pub door: Door,
     /// The bounds of this server.
     pub limits: Arc<Limits>,
     /// Where the embedded database keeps its file, beside the log; none where the database is
@@ -97,6 +99,15 @@ impl Island {
             }
         };
         if principal.accepts(&caller.certificate_sha256, Self::now()) { Ok(principal) } else { Err(refuse()) }
+    }
+
+    /// The caller as policies are asked about it, for calls that only read, and before work that an
+    /// act would refuse.
+    ///
+    /// # Errors
+    /// As [`Self::principal`].
+    pub async fn asker(&self, caller: &Caller) -> Result<Asker, ServiceError> {
+        Ok(Asker::new(self.principal(caller).await?, self.policy.load_full()))
     }
 
     /// Like [`Self::principal`], for an action on the island that policy must permit.

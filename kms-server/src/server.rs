@@ -37,7 +37,7 @@ use crate::api;
 use crate::api::intake::Intake;
 use crate::api::listener::{Listener, TransportLimits};
 use crate::api::tls::{ServerTls, TlsError};
-use crate::audit::{AuditKeys, Committer, CommitterSettings, RestoreSettings};
+use crate::audit::{AuditKeys, Committer, CommitterSettings, Door, RestoreSettings};
 use crate::authz::{Policy, PolicyError};
 use crate::config::{Config, ConfigError};
 use crate::descriptors;
@@ -243,13 +243,16 @@ impl Opening {
             _ = committer.settled() => {}
             never = keep_learning(&store, &hsm, &committer) => match never {},
         }
+        let policy = Arc::new(ArcSwap::from_pointee(self.policy));
+        let door = Door::new(committer.clone(), Arc::clone(&store), Arc::clone(&policy));
         let island = Arc::new(Island {
             row: ArcSwap::from_pointee(keys.row),
             hsm,
             store,
-            policy: ArcSwap::from_pointee(self.policy),
+            policy,
             profiles: self.profiles,
             committer,
+            door,
             limits: Arc::new(self.config.limits.clone()),
             disk: self.config.storage.disk(),
             fingerprint_key: keys.fingerprint,

@@ -36,7 +36,7 @@ use kms_proto::v1::{self, CeremonyHeld, PrincipalChanged, audit_record::Event};
 use kms_store::{Reads, Store, StoreConfig, testing::TestDatabase};
 
 use crate::{
-    audit::{Actor, AuditKey, Committer, CommitterSettings, RestoreSettings},
+    audit::{Actor, AuditKey, Committer, CommitterSettings, Door, RestoreSettings},
     authz::{Caller, Policy},
     island::{Island, principal_row},
     profiles::Profiles,
@@ -289,10 +289,14 @@ impl TestIsland {
         let sealed = vec![(kms_store::RowKind::Island, row.name.as_str().as_bytes().to_vec())];
         island
             .committer
-            .act(Actor::server("test"), Reads { sealed, ..Reads::default() }, move |view| {
-                view.append(Event::CeremonyHeld(CeremonyHeld::default()));
-                view.put_island(row.clone())
-            })
+            .act_in_test(
+                Actor::server(ServerAct::TEST),
+                Reads { sealed, ..Reads::default() },
+                move |view| {
+                    view.append(Event::CeremonyHeld(CeremonyHeld::default()));
+                    view.put_island(row.clone())
+                },
+            )
             .await
             .unwrap();
         let [officer, auditor, head_end, other_head_end, manufacturer] = <[Caller; 5]>::try_from(callers).unwrap();
@@ -329,12 +333,16 @@ impl TestIsland {
         };
         let (sealed, name) =
             (vec![(kms_store::RowKind::Island, island.name().as_str().as_bytes().to_vec())], island.name().clone());
-        let act = island.committer.act(Actor::server("test"), Reads { sealed, ..Reads::default() }, move |view| {
-            let mut row = (*view.island(&name)?.unwrap()).clone();
-            row.add_root(entry.clone()).unwrap();
-            view.append(Event::RootVersionMade(v1::RootVersionMade::default()));
-            view.put_island(row)
-        });
+        let act = island.committer.act_in_test(
+            Actor::server(ServerAct::TEST),
+            Reads { sealed, ..Reads::default() },
+            move |view| {
+                let mut row = (*view.island(&name)?.unwrap()).clone();
+                row.add_root(entry.clone()).unwrap();
+                view.append(Event::RootVersionMade(v1::RootVersionMade::default()));
+                view.put_island(row)
+            },
+        );
         act.await.unwrap();
         self.island = Arc::new(island);
         crate::service::root::RootService::new(self.island.clone()).refresh().await.unwrap();
@@ -473,7 +481,7 @@ impl TestIsland {
         let reads = Reads { meters: vec![meter], ..Reads::default() };
         self.island
             .committer
-            .act(Actor::server("test"), reads, move |view| {
+            .act_in_test(Actor::server(ServerAct::TEST), reads, move |view| {
                 view.append(Event::KeysGranted(v1::KeysGranted::default()));
                 let mut row = (*view.meter(meter)?.unwrap()).clone();
                 let slot = row.slots.get_mut(kms_domain::SecuritySetupId::DEFAULT, kms_domain::KeyType::GUEK).unwrap();
@@ -566,7 +574,7 @@ pub(crate) async fn put_principal(island: &Island, principal: Principal) {
     let reads = Reads { sealed: vec![principal_row(&principal.id)], ..Reads::default() };
     island
         .committer
-        .act(Actor::server("test"), reads, move |view| {
+        .act_in_test(Actor::server(ServerAct::TEST), reads, move |view| {
             view.append(Event::PrincipalChanged(PrincipalChanged {
                 principal: principal.id.to_string(),
                 ..PrincipalChanged::default()
@@ -643,11 +651,13 @@ async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: 
         settings,
     );
     let fingerprint_key = FingerprintKey::new(&key(SealRootKey::Fingerprint).await);
+    let policy = Arc::new(arc_swap::ArcSwap::from_pointee(Policy::load(None).unwrap()));
     Island {
+        door: Door::new(committer.clone(), store.clone(), policy.clone()),
         row: arc_swap::ArcSwap::from_pointee(row),
         hsm,
         store,
-        policy: arc_swap::ArcSwap::from_pointee(Policy::load(None).unwrap()),
+        policy,
         profiles: Profiles::load(Some(&profiles())).unwrap(),
         committer,
         limits: Arc::default(),

@@ -27,11 +27,39 @@ use tower::Service as _;
 
 use super::listener::Peer;
 use super::methods::{self, Method};
-use crate::audit::Actor;
+use crate::audit::{Act, Asker, Decision, Never, Permit, View};
 use crate::authz::Caller;
 use crate::bounds::{Bound, Limits};
 use crate::error::ServiceError;
-use crate::island::{Island, principal_row};
+use crate::island::Island;
+
+/// A call, before it is known what it asks for. The door lets it pass if its caller may call.
+struct Call;
+
+impl Act for Call {
+    type Answer = ();
+    type Past = Never;
+
+    fn name(&self) -> &'static str {
+        "call"
+    }
+
+    fn reads(&self) -> Reads {
+        Reads::default()
+    }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        Ok(asker.without_policy("it asks for nothing yet"))
+    }
+
+    fn decide(&self, _: &Permit, _: &mut View<'_, '_>) -> Result<Decision<()>, ServiceError> {
+        Ok(Decision::unchanged(()))
+    }
+
+    fn again(&self, never: Never, _: &Permit, _: &mut View<'_, '_>) -> Result<(), ServiceError> {
+        match never {}
+    }
+}
 
 /// What one connection, principal or server holds: octets of requests that are not answered yet, or
 /// calls.
@@ -252,14 +280,9 @@ impl Intake {
         match island.principal(&caller).await {
             Err(refusal @ ServiceError::Unauthenticated { .. }) => {
                 self.learn(&caller, false);
-                // The refusal is on the record, as that of a use case is; a flood of them costs one
-                // act a second.
-                let (again, reads) =
-                    (caller.clone(), Reads { sealed: vec![principal_row(&caller.principal)], ..Reads::default() });
-                let recorded = island
-                    .committer
-                    .act(Actor::caller(&caller, None, "call"), reads, move |view| view.caller(&again).map(drop))
-                    .await;
+                // The refusal is on the record, as that of a use case is; a flood of them costs one act a
+                // second.
+                let recorded = island.door.act(&caller, None, Call).await;
                 match recorded {
                     // Enabled meanwhile.
                     Ok(_) => {

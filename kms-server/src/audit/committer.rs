@@ -34,12 +34,13 @@ use super::{
     bounds::WORK_OF_AN_ACT,
     chain::ChainHead,
     clock::ClockWatch,
+    decision::{Decision as Decided, Kind},
     growth::{Grown, Growth},
     history::{Comparison, RestoreSettings, Watermark},
     queue::{Receiver, Sender, queue},
     refusals::{Outside, Refusal, Refusals},
     replay::RecordName,
-    view::{Actor, Batch, ChunkName, Opened, Staged, Value, View, open_row, sealed_name},
+    view::{Actor, Batch, ChunkName, Opened, ServerAct, Staged, Value, View, open_row, sealed_name},
 };
 use crate::{
     bounds::Limits,
@@ -148,20 +149,49 @@ impl Committer {
         Self { queue: Arc::new(queue), shared }
     }
 
-    /// Reads `reads`, lets `decide` look and change, and commits what it changed together with its
-    /// records. When this returns, all of it is durable (I2).
+    /// Lets the server itself act: reads `reads`, lets `decide` look and change, and commits what it
+    /// changed together with its records. When this returns, all of it is durable (I2).
     ///
     /// `decide` may be called several times: when it uses a row that was not read, and when another
     /// server's transaction came in between. Only what the last call did counts.
     ///
     /// # Errors
-    /// What `decide` returned (nothing is written then, but the refusal is recorded);
-    /// [`ServiceError::ResourceExhausted`] where the actor has met a bound of [`Limits`]; or
+    /// What `decide` returned (nothing is written then, but the refusal is recorded); or
     /// [`ServiceError::Unavailable`].
-    pub async fn act<T, F>(&self, actor: Actor, reads: Reads, decide: F) -> Result<Committed<T>, ServiceError>
+    pub async fn act<T, F>(&self, act: ServerAct, reads: Reads, decide: F) -> Result<Committed<T>, ServiceError>
+    where
+        T: Send + 'static,
+        F: FnMut(&mut View<'_, '_>) -> Result<Decided<T>, ServiceError> + Send + 'static,
+    {
+        self.enqueue(Actor::server(act), reads, decide).await
+    }
+
+    /// As [`Self::act`], for whoever it is, without the door; how it ends follows from what it has
+    /// staged.
+    #[cfg(test)]
+    pub(crate) async fn act_in_test<T, F>(
+        &self,
+        actor: Actor,
+        reads: Reads,
+        mut decide: F,
+    ) -> Result<Committed<T>, ServiceError>
     where
         T: Send + 'static,
         F: FnMut(&mut View<'_, '_>) -> Result<T, ServiceError> + Send + 'static,
+    {
+        self.enqueue(actor, reads, move |view| decide(view).map(|answer| view.ended_in_test(answer))).await
+    }
+
+    /// As [`Self::act`], for whoever it is: callers come by [`super::Door::act`].
+    pub(super) async fn enqueue<T, F>(
+        &self,
+        actor: Actor,
+        reads: Reads,
+        decide: F,
+    ) -> Result<Committed<T>, ServiceError>
+    where
+        T: Send + 'static,
+        F: FnMut(&mut View<'_, '_>) -> Result<Decided<T>, ServiceError> + Send + 'static,
     {
         let (reply, answer) = oneshot::channel();
         let act = Box::new(TypedAct { actor, reads, decide, value: None, reply: Some(reply) });
@@ -404,9 +434,12 @@ impl Committer {
     }
 
     async fn append_all(&self, changes: Vec<AuditKeyChanged>) -> Result<(), ServiceError> {
-        let act = self.act(Actor::server("audit-key"), Reads::default(), move |view| {
-            changes.iter().for_each(|changed| view.append(Event::AuditKeyChanged(changed.clone())));
-            Ok(())
+        let act = self.act(ServerAct::AUDIT_KEY, Reads::default(), move |view| {
+            let mut entry = None;
+            for changed in &changes {
+                entry = Some(view.append(Event::AuditKeyChanged(changed.clone())));
+            }
+            Ok(Decided::of(entry, ()))
         });
         act.await.map(drop)
     }
@@ -599,12 +632,12 @@ impl Chunks {
 }
 
 /// An act in the queue, whatever its result's type.
-pub(super) trait Act: Send {
+pub(super) trait Queued: Send {
     fn actor(&self) -> Actor;
     /// In whose lane it waits; none is the server's own.
     fn payer(&self) -> Option<PrincipalId>;
     fn reads(&self) -> &Reads;
-    fn decide(&mut self, view: &mut View<'_, '_>) -> Result<(), ServiceError>;
+    fn decide(&mut self, view: &mut View<'_, '_>) -> Result<Kind, ServiceError>;
     fn finish(self: Box<Self>, outcome: Result<Vec<AuditLeaf>, ServiceError>);
 
     /// How much of the writer's time it takes, in rows of meters. A fingerprint is looked up and
@@ -624,10 +657,10 @@ struct TypedAct<T, F> {
     reply: Option<oneshot::Sender<Result<Committed<T>, ServiceError>>>,
 }
 
-impl<T, F> Act for TypedAct<T, F>
+impl<T, F> Queued for TypedAct<T, F>
 where
     T: Send,
-    F: FnMut(&mut View<'_, '_>) -> Result<T, ServiceError> + Send,
+    F: FnMut(&mut View<'_, '_>) -> Result<Decided<T>, ServiceError> + Send,
 {
     fn actor(&self) -> Actor {
         self.actor.clone()
@@ -641,10 +674,11 @@ where
         &self.reads
     }
 
-    fn decide(&mut self, view: &mut View<'_, '_>) -> Result<(), ServiceError> {
+    fn decide(&mut self, view: &mut View<'_, '_>) -> Result<Kind, ServiceError> {
         self.value = None;
-        self.value = Some((self.decide)(view)?);
-        Ok(())
+        let (value, kind) = (self.decide)(view)?.into_parts();
+        self.value = Some(value);
+        Ok(kind)
     }
 
     fn finish(mut self: Box<Self>, outcome: Result<Vec<AuditLeaf>, ServiceError>) {
@@ -725,7 +759,7 @@ impl Writer {
     }
 
     /// Commits a batch of acts, and answers them. Whether the transaction went through.
-    async fn commit(&mut self, mut acts: Vec<Box<dyn Act>>) -> bool {
+    async fn commit(&mut self, mut acts: Vec<Box<dyn Queued>>) -> bool {
         if let Err(error) = self.compare().await {
             for act in acts {
                 act.finish(Err(error.clone()));
@@ -864,8 +898,8 @@ impl Writer {
         let name = self.shared.settings.island.clone();
         let reads = Reads { sealed: vec![sealed_name(&RowId::Island(name.clone()))], ..Reads::default() };
         let decide = move |view: &mut View<'_, '_>| comparison.settle(view, &name);
-        let mut acts: Vec<Box<dyn Act>> = vec![Box::new(TypedAct {
-            actor: Actor::server("restore"),
+        let mut acts: Vec<Box<dyn Queued>> = vec![Box::new(TypedAct {
+            actor: Actor::server(ServerAct::RESTORE),
             reads,
             decide,
             value: None,
@@ -889,7 +923,7 @@ impl Writer {
 
     async fn attempt(
         &mut self,
-        acts: &mut [Box<dyn Act>],
+        acts: &mut [Box<dyn Queued>],
     ) -> Result<(Vec<Result<(), ServiceError>>, Vec<Vec<AuditLeaf>>), StoreError> {
         let now = self.clock.look(now(), Instant::now());
         let shared = self.shared.clone();
@@ -1011,7 +1045,7 @@ impl<'b> Batch<'b> {
 
 /// Lets each act that is permitted to write decide on what the acts before it left.
 fn decide_all(
-    acts: &mut [Box<dyn Act>],
+    acts: &mut [Box<dyn Queued>],
     actors: &[Actor],
     batch: &mut Batch<'_>,
     permit: impl Fn(&Actor) -> Result<(), ServiceError>,
@@ -1024,7 +1058,7 @@ fn decide_all(
         }
         let mut view = View { base: batch, actor, staged: Staged::default() };
         let outcome = view.attempt(|view| act.decide(view));
-        outcomes.push(outcome.and_then(|()| view.accept(number)));
+        outcomes.push(outcome.and_then(|kind| view.accept(number, kind)));
     }
     outcomes
 }

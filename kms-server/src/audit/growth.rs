@@ -193,7 +193,7 @@ mod tests {
         assert!(growth.permit(&actor("continueTransfer"), &limits, begin).is_err());
         // Others, the server itself, the end of a thief's access, and the next hour.
         assert_eq!(growth.permit(&actor("disablePrincipal"), &limits, begin), Ok(()));
-        assert_eq!(growth.permit(&Actor::server("scrub"), &limits, begin), Ok(()));
+        assert_eq!(growth.permit(&Actor::server(crate::audit::ServerAct::SCRUB), &limits, begin), Ok(()));
         assert_eq!(growth.permit(&actor("openSession"), &limits, begin + HOUR), Ok(()));
     }
 }

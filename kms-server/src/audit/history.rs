@@ -14,7 +14,7 @@ use kms_domain::{CounterJump, DatabaseHistory, Island, IslandName, SealKey, Seal
 use kms_proto::v1::{SecurityEvent, audit_record::Event};
 use serde::{Deserialize, Serialize};
 
-use super::view::View;
+use super::{Decision, view::View};
 use crate::error::ServiceError;
 use crate::files;
 
@@ -165,14 +165,18 @@ impl Comparison {
     }
 
     /// Brings the island's row up to date, with a record (I2).
-    pub(super) fn settle(&self, view: &mut View<'_, '_>, island: &IslandName) -> Result<DatabaseHistory, ServiceError> {
+    pub(super) fn settle(
+        &self,
+        view: &mut View<'_, '_>,
+        island: &IslandName,
+    ) -> Result<Decision<DatabaseHistory>, ServiceError> {
         let row = view
             .island(island)?
             .ok_or_else(|| ServiceError::Internal("the island's row is missing (I5)".to_owned()))?;
         // Judged again: another server may have been faster.
         let (history, restored) = self.judge(row.history);
         if history == row.history {
-            return Ok(history);
+            return Ok(Decision::unchanged(history));
         }
         let (kind, detail) = match (restored, history.timeline) {
             (Some(reason), _) => {
@@ -189,9 +193,10 @@ impl Comparison {
             }
             (None, None) => ("database-timeline", "the database has no timeline".to_owned()),
         };
-        view.append(Event::SecurityEvent(SecurityEvent { kind: kind.to_owned(), detail, meter: Default::default() }));
+        let event = SecurityEvent { kind: kind.to_owned(), detail, meter: Default::default() };
+        let entry = view.append(Event::SecurityEvent(event));
         view.put_island(Island { history, ..(*row).clone() })?;
-        Ok(history)
+        Ok(Decision::recorded(entry, history))
     }
 }
 

@@ -5,6 +5,8 @@ mod bounds;
 mod chain;
 mod clock;
 mod committer;
+mod decision;
+mod door;
 mod growth;
 mod history;
 mod owner_row;
@@ -16,10 +18,17 @@ mod view;
 pub use chain::{AuditKey, AuditKeys, AuditLeaf};
 pub(crate) use committer::{CLOCK_JUMPED, event_kind};
 pub use committer::{Committed, Committer, CommitterSettings};
+pub use decision::{Decision, Entry};
+pub use door::{
+    Act, Administration, Asker, ByRecord, Door, Found, Keep, Keys, Known, Never, Past, Permit, Remembered, Request,
+    RequestChunk,
+};
 pub use history::RestoreSettings;
 pub use owner_row::OwnerRow;
 pub use replay::{
-    Answered, Asked, Asking, PastRecord, RecordName, Replay, Window, overtaken, refused_before, used_for_another,
+    Answered, Asked, Asking, PastRecord, RecordName, Window, overtaken, refused_before, used_for_another,
 };
 pub(crate) use view::sealed_name;
-pub use view::{Actor, CounterOf, LiveLease, View};
+#[cfg(test)]
+pub(crate) use view::Actor;
+pub use view::{CounterOf, LiveLease, ServerAct, View};

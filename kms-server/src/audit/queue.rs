@@ -19,7 +19,7 @@ use tokio::sync::Notify;
 
 use super::{
     bounds::{MOST_ACTS, MOST_WORK, MOST_WORK_OF_ONE, NOT_ALONE, RETRY_AFTER, SMALL},
-    committer::Act,
+    committer::Queued,
 };
 use crate::{
     bounds::{Bound, Limits},
@@ -37,7 +37,7 @@ struct Shared {
 }
 
 struct State {
-    turns: Turns<Payer, Box<dyn Act>>,
+    turns: Turns<Payer, Box<dyn Queued>>,
     closed: bool,
     /// Who sent the last act, the server itself apart.
     last: Payer,
@@ -72,7 +72,7 @@ impl Sender {
     ///
     /// # Errors
     /// A bound is met, which the refusal names; or the server is stopping.
-    pub(super) fn push(&self, act: Box<dyn Act>) -> Result<(), ServiceError> {
+    pub(super) fn push(&self, act: Box<dyn Queued>) -> Result<(), ServiceError> {
         let (payer, cost, limits) = (act.payer(), act.cost(), &*self.0.limits);
         let mut state = self.0.state();
         if state.closed {
@@ -142,9 +142,9 @@ impl Receiver {
     }
 
     /// What one transaction takes of the acts that wait.
-    pub(super) fn take(&self) -> Vec<Box<dyn Act>> {
+    pub(super) fn take(&self) -> Vec<Box<dyn Queued>> {
         let mut state = self.0.state();
-        let mut taken: Vec<Box<dyn Act>> = Vec::new();
+        let mut taken: Vec<Box<dyn Queued>> = Vec::new();
         let mut of_one: HashMap<Payer, u64> = HashMap::new();
         let (mut all, mut largest) = (0, u64::MAX);
         let alone = state.changed.is_none_or(|changed| changed.elapsed() > NOT_ALONE);

@@ -174,13 +174,13 @@ impl PastRecord {
 
 /// How an act goes on whose answer is its audit record.
 #[derive(Debug)]
-pub enum Replay<'p> {
+pub(super) enum Replay {
     /// It is decided on now.
     First,
     /// It was answered: the act is over, its record is read, and another act decides with it.
     Read(RecordName),
     /// It was answered as the record tells; the rows are looked at once more beside it.
-    Again(&'p PastRecord),
+    Again,
 }
 
 impl View<'_, '_> {
@@ -211,11 +211,11 @@ impl View<'_, '_> {
     /// # Errors
     /// As [`Self::asked`]; the request is being executed at this moment; or `past` is not the
     /// record of this request any more.
-    pub fn replay<'p>(&mut self, asking: &Asking, past: Option<&'p PastRecord>) -> Result<Replay<'p>, ServiceError> {
+    pub(super) fn replay(&mut self, asking: &Asking, past: Option<&PastRecord>) -> Result<Replay, ServiceError> {
         match (self.asked(asking)?, past) {
             (Asked::First, None) => Ok(Replay::First),
             (Asked::Before(answered), None) => answered.record().map(Replay::Read),
-            (Asked::Before(answered), Some(past)) if answered.record()? == past.name => Ok(Replay::Again(past)),
+            (Asked::Before(answered), Some(past)) if answered.record()? == past.name => Ok(Replay::Again),
             // Its row was purged between the two acts, or somebody removed it.
             (_, Some(_)) => Err(overtaken("the answer was forgotten")),
         }

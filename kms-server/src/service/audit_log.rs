@@ -211,10 +211,11 @@ mod tests {
             change: "test".to_owned(),
             ..MetersChanged::default()
         };
-        let act = island.committer.act(Actor::server("test"), Reads::default(), move |view| {
-            view.append(Event::MetersChanged(event.clone()));
-            Ok(())
-        });
+        let act =
+            island.committer.act_in_test(Actor::server(ServerAct::TEST), Reads::default(), move |view| {
+                view.append(Event::MetersChanged(event.clone()));
+                Ok(())
+            });
         act.await.unwrap();
     }
 
@@ -294,7 +295,7 @@ mod tests {
             let outside = island.island.require(&island.head_end, &asked).await.unwrap_err();
             assert!(matches!(outside, ServiceError::PermissionDenied { recorded: false, .. }), "the place where it leaves counts it");
             let actor = Actor::caller(&island.head_end, None, "addPrincipal");
-            let act = island.island.committer.act(actor, Reads::default(), |_| Err::<(), _>(ServiceError::denied("addPrincipal")));
+            let act = island.island.committer.act_in_test(actor, Reads::default(), |_| Err::<(), _>(ServiceError::denied("addPrincipal")));
             let inside = act.await.map(|committed| committed.value).unwrap_err();
             assert!(matches!(inside, ServiceError::PermissionDenied { recorded: true, .. }));
 

@@ -30,10 +30,10 @@ pub use self::{
 pub use super::Request;
 use super::{owner::NewGroupVersion, principal::people::counted_person};
 use crate::{
-    audit::{Actor, Asked, Asking, View, Window},
+    audit::{Act, Asker, Decision, Known, Permit, View},
     authz::{Action, Caller, Resource},
     error::ServiceError,
-    island::{Island, facts, principal_row},
+    island::Island,
 };
 
 /// The use cases of campaigns. Clones share what was verified of plans.
@@ -158,37 +158,8 @@ impl CampaignService {
             Change::Start => self.new_group_version(&*self.load(id).await?).await?,
             _ => None,
         };
-        let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
-        let mut reads = Reads {
-            sealed: vec![principal_row(&caller.principal), campaign_row(id)],
-            requests: asking.reads(),
-            ..Reads::default()
-        };
-        reads.sealed.extend(new_version.iter().map(|new| (RowKind::Group, new.group.0.to_be_bytes().to_vec())));
-        let actor = Actor::caller(caller, Some(request.id), action.name());
-        let (island, caller) = (self.island.clone(), caller.clone());
-        let committed = self
-            .island
-            .committer
-            .act(actor, reads, move |view| {
-                let principal = view.caller(&caller)?;
-                island.policy.load().require(&facts(&principal), &action, &Resource::Island)?;
-                let known = view.campaign(id)?.ok_or_else(|| missing(id))?;
-                if let Asked::Before(_) = view.asked(&asking)? {
-                    return Ok(known);
-                }
-                let mut campaign = (*known).clone();
-                let event = change.apply(&mut campaign, &principal, &counts, view)?;
-                view.append(event);
-                if let Some(new_version) = &new_version {
-                    new_version.begin(view, id)?;
-                }
-                view.answered(&asking);
-                view.put_campaign(campaign.clone())?;
-                Ok(Arc::new(campaign))
-            })
-            .await?;
-        let campaign = committed.value;
+        let act = Step { id, change, counts, new_version };
+        let campaign = self.island.door.act(caller, request, act).await?.value;
         if campaign.state == CampaignState::Running {
             // The first tasks are there when the answer is; if not, the background makes them.
             if let Err(error) = self.advance(id).await {
@@ -235,6 +206,49 @@ impl CampaignService {
             counts.add(tally.state, tally.tasks);
         }
         Ok(counts)
+    }
+}
+
+/// What an officer does with a campaign, as one act.
+struct Step {
+    id: CampaignId,
+    change: Change,
+    /// Of the wave under way, where the change asks for them.
+    counts: kms_domain::WaveCounts,
+    new_version: Option<NewGroupVersion>,
+}
+
+impl Act for Step {
+    type Answer = Arc<Campaign>;
+    type Past = Known;
+
+    fn name(&self) -> &'static str {
+        self.change.action().name()
+    }
+
+    fn reads(&self) -> Reads {
+        let mut sealed = vec![campaign_row(self.id)];
+        sealed.extend(self.new_version.iter().map(|new| (RowKind::Group, new.group.0.to_be_bytes().to_vec())));
+        Reads { sealed, ..Reads::default() }
+    }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        asker.require(&self.change.action(), &Resource::Island)
+    }
+
+    fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<Arc<Campaign>>, ServiceError> {
+        let mut campaign = Arc::unwrap_or_clone(view.campaign(self.id)?.ok_or_else(|| missing(self.id))?);
+        let event = self.change.apply(&mut campaign, permit.principal(), &self.counts, view)?;
+        let entry = view.append(event);
+        if let Some(new_version) = &self.new_version {
+            new_version.begin(view, self.id)?;
+        }
+        view.put_campaign(campaign.clone())?;
+        Ok(Decision::recorded(entry, Arc::new(campaign)))
+    }
+
+    fn again(&self, _: Known, _: &Permit, view: &mut View<'_, '_>) -> Result<Arc<Campaign>, ServiceError> {
+        view.campaign(self.id)?.ok_or_else(|| missing(self.id))
     }
 }
 

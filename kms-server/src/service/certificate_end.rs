@@ -15,7 +15,7 @@ use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 use zeroize::Zeroizing;
 
 use super::certificate::{CertificateAuthority, CertificationRequest, IssuedCertificate, Validity};
-use crate::audit::{Actor, Committer};
+use crate::audit::{Committer, Decision, ServerAct};
 use crate::error::ServiceError;
 use crate::files;
 use crate::island::Island;
@@ -54,9 +54,8 @@ impl ServerCertificate {
             reason: "its certificate was to end".to_owned(),
         };
         committer
-            .act(Actor::server("renew-server-certificate"), Reads::default(), move |view| {
-                view.append(Event::PrincipalChanged(record.clone()));
-                Ok(())
+            .act(ServerAct::RENEW_SERVER_CERTIFICATE, Reads::default(), move |view| {
+                Ok(Decision::recorded(view.append(Event::PrincipalChanged(record.clone())), ()))
             })
             .await?;
         files::replace(&self.certificate, issued.pem().as_bytes(), PUBLIC)

@@ -23,7 +23,7 @@ use kms_domain::{
 };
 use kms_hsm::{FrameInput, FrameKeys, FrameParameters, HsmError, ProtectedFrame};
 use kms_proto::v1::{self, FramesProtected, audit_record::Event};
-use kms_store::Reads;
+use kms_store::{Reads, RowKind};
 use tracing::Instrument as _;
 
 use super::{
@@ -32,12 +32,12 @@ use super::{
 };
 use crate::{
     audit::{
-        Actor, Asking, AuditLeaf, CounterOf, LiveLease, PastRecord, RecordName, Replay, View, Window, overtaken,
-        refused_before,
+        Act, Asker, AuditLeaf, ByRecord, CounterOf, Decision, LiveLease, Never, PastRecord, Permit, Request, View,
+        overtaken, refused_before,
     },
     authz::{Action, Caller, CosemTarget, FrameService as Service, PrincipalFacts, Purpose, Quota, Resource},
     error::ServiceError,
-    island::{Island, facts, principal_row, quota_use_row},
+    island::{Island, facts, quota_use_row},
     telemetry::{FrameDirection, metrics},
 };
 
@@ -151,39 +151,11 @@ impl FrameService {
         frames: Vec<PlainFrame>,
         supersede_lease: bool,
     ) -> Result<(Vec<FrameOutcome>, Option<AuditLeaf>), ServiceError> {
-        let asking = Asking::new(caller, request, digest, Window::Keys);
-        let mut sealed = vec![principal_row(&caller.principal)];
-        if frames.iter().any(|frame| self.counts(frame)) {
-            sealed.push(quota_use_row(&caller.principal));
-        }
-        let reads = Reads {
-            meters: frames.iter().map(|frame| frame.meter).collect(),
-            sealed,
-            requests: asking.reads(),
-            ..Reads::default()
-        };
+        let quotas = frames.iter().any(|frame| self.counts(frame)).then(|| quota_use_row(&caller.principal));
         let under_way = carried::under_way(&self.island, caller, &frames).await?;
-        let deciding = Deciding {
-            island: self.island.clone(),
-            caller: caller.clone(),
-            asking,
-            purpose,
-            frames: frames.into(),
-            supersede_lease,
-            under_way,
-            past: None,
-        };
-        let actor = || Actor::caller(caller, Some(request), "protectFrame");
-        let mut first = deciding.clone();
-        let mut committed = self.island.committer.act(actor(), reads.clone(), move |view| first.decide(view)).await?;
-        if let Decided::Replay(record) = committed.value {
-            let past = Some(Arc::new(record.read(self.island.store.as_ref()).await?));
-            let mut again = Deciding { past, ..deciding };
-            committed = self.island.committer.act(actor(), reads, move |view| again.decide(view)).await?;
-        }
-        let Decided::Frames(planned, replayed) = committed.value else {
-            return Err(ServiceError::Internal("replayed frames were not decided".to_owned()));
-        };
+        let act = Protect { island: self.island.clone(), purpose, frames, supersede_lease, under_way, quotas };
+        let committed = self.island.door.act(caller, Request { id: request, digest }, act).await?;
+        let Protected { planned, replayed } = committed.value;
         let jobs: Vec<(FrameKeys, FrameInput)> = planned
             .iter()
             .filter_map(|planned| planned.as_ref().ok())
@@ -253,18 +225,7 @@ impl FrameService {
             return Ok(());
         }
         let told: Vec<_> = fresh.iter().map(Alert::key).collect();
-        let act =
-            self.island.committer.act(Actor::caller(caller, None, "unprotectFrame"), Reads::default(), move |view| {
-                for found in &fresh {
-                    view.append(Event::SecurityEvent(v1::SecurityEvent {
-                        kind: found.kind().to_owned(),
-                        detail: found.detail(),
-                        meter: found.meter.octets().to_vec().into(),
-                    }));
-                }
-                Ok(())
-            });
-        act.await?;
+        self.island.door.act(caller, None, Alerts(fresh)).await?;
         // Only what is on the record is not said again.
         let mut alerted = self.alerted.lock().unwrap_or_else(PoisonError::into_inner);
         if alerted.len() > MOST_ALERTED {
@@ -585,32 +546,66 @@ impl OtherPair {
     }
 }
 
-#[derive(Clone)]
-struct Deciding {
+/// Events for the officers about what a caller's frames showed.
+struct Alerts(Vec<Alert>);
+
+impl Act for Alerts {
+    type Answer = ();
+    type Past = Never;
+
+    fn name(&self) -> &'static str {
+        "unprotectFrame"
+    }
+
+    fn reads(&self) -> Reads {
+        Reads::default()
+    }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        Ok(asker
+            .without_policy("the frames were opened under a policy's permit; this puts on the record what they showed"))
+    }
+
+    fn decide(&self, _: &Permit, view: &mut View<'_, '_>) -> Result<Decision<()>, ServiceError> {
+        let mut entry = None;
+        for found in &self.0 {
+            entry = Some(view.append(Event::SecurityEvent(v1::SecurityEvent {
+                kind: found.kind().to_owned(),
+                detail: found.detail(),
+                meter: found.meter.octets().to_vec().into(),
+            })));
+        }
+        Ok(Decision::of(entry, ()))
+    }
+
+    fn again(&self, never: Never, _: &Permit, _: &mut View<'_, '_>) -> Result<(), ServiceError> {
+        match never {}
+    }
+}
+
+/// Frames of a caller, to be protected.
+struct Protect {
     island: Arc<Island>,
-    caller: Caller,
-    asking: Asking,
     purpose: Purpose,
-    frames: Arc<[PlainFrame]>,
+    frames: Vec<PlainFrame>,
     supersede_lease: bool,
     under_way: carried::UnderWay,
-    past: Option<Arc<PastRecord>>,
+    /// The row of the caller's quotas, where one counts a frame.
+    quotas: Option<(RowKind, Vec<u8>)>,
 }
 
-enum Decided {
-    /// To be protected; with the leaf of the record, if they were before.
-    Frames(Vec<Result<PlannedFrame, ServiceError>>, Option<AuditLeaf>),
-    /// Protected before; the record has the details.
-    Replay(RecordName),
+/// Frames whose counters are on the record.
+struct Protected {
+    planned: Vec<Result<PlannedFrame, ServiceError>>,
+    /// The leaf of the record, if they were protected before.
+    replayed: Option<AuditLeaf>,
 }
 
-/// A frame of a request.
+/// A frame's place in the request, from 1, and its record if it was protected before.
 #[derive(Clone, Copy)]
 struct FrameOf<'a> {
-    frame: &'a PlainFrame,
-    /// Its place in the request, from 1.
     place: u32,
-    facts: &'a PrincipalFacts,
+    past: Option<&'a v1::ProtectedFrame>,
 }
 
 /// The recorded frames of a request, by their places in it.
@@ -642,59 +637,83 @@ struct PlannedFrame {
     authentication_version: KeyVersionNumber,
 }
 
-impl Deciding {
-    fn decide(&mut self, view: &mut View<'_, '_>) -> Result<Decided, ServiceError> {
-        let principal = view.caller(&self.caller)?;
-        let past = match view.replay(&self.asking, self.past.as_deref())? {
-            Replay::First => None,
-            Replay::Read(record) => return Ok(Decided::Replay(record)),
-            Replay::Again(past) => Some(past),
-        };
-        let recorded = past.map(|past| by_place(past, self.purpose)).transpose()?;
-        let facts = facts(&principal);
+impl Act for Protect {
+    type Answer = Protected;
+    type Past = ByRecord;
+
+    fn name(&self) -> &'static str {
+        "protectFrame"
+    }
+
+    fn reads(&self) -> Reads {
+        let meters = self.frames.iter().map(|frame| frame.meter).collect();
+        Reads { meters, sealed: self.quotas.iter().cloned().collect(), ..Reads::default() }
+    }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        Ok(asker.each())
+    }
+
+    fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<Protected>, ServiceError> {
+        let planned = self.plan_all(permit, view, |place| Ok(FrameOf { place, past: None }));
+        let made = (1_u32..).zip(&planned);
+        let frames: Vec<v1::ProtectedFrame> =
+            made.filter_map(|(place, planned)| Some(planned.as_ref().ok()?.recorded(place, view))).collect();
+        let protected = Protected { planned, replayed: None };
+        if frames.is_empty() {
+            return Ok(Decision::forgotten(protected));
+        }
+        let purpose = self.purpose.to_proto().into();
+        let entry = view.append(Event::FramesProtected(FramesProtected { purpose, frames }));
+        Ok(Decision::recorded(entry, protected))
+    }
+
+    fn again(
+        &self,
+        ByRecord(past): ByRecord,
+        permit: &Permit,
+        view: &mut View<'_, '_>,
+    ) -> Result<Protected, ServiceError> {
+        let recorded = by_place(&past, self.purpose)?;
+        let planned = self.plan_all(permit, view, |place| match recorded.get(&place) {
+            Some(known) => Ok(FrameOf { place, past: Some(known) }),
+            // I2, I8: it was refused then, and a replay protects nothing new.
+            None => Err(refused_before()),
+        });
+        Ok(Protected { planned, replayed: Some(past.leaf()) })
+    }
+}
+
+impl Protect {
+    /// Decides on each frame, and counts the refusals.
+    fn plan_all<'a>(
+        &self,
+        permit: &Permit,
+        view: &mut View<'_, '_>,
+        of: impl Fn(u32) -> Result<FrameOf<'a>, ServiceError>,
+    ) -> Vec<Result<PlannedFrame, ServiceError>> {
         let mut planned = Vec::with_capacity(self.frames.len());
-        for (place, frame) in (1_u32..).zip(self.frames.iter()) {
-            let frame = FrameOf { frame, place, facts: &facts };
-            planned.push(if !principal.client_titles.contains(&frame.frame.client_title) {
-                Err(ServiceError::denied(format!("protectFrame under client title {}", frame.frame.client_title)))
+        for (place, frame) in (1_u32..).zip(&self.frames) {
+            planned.push(if permit.principal().client_titles.contains(&frame.client_title) {
+                of(place).and_then(|of| view.attempt(|view| self.plan(permit, view, frame, of)))
             } else {
-                match &recorded {
-                    None => view.attempt(|view| self.plan(view, &frame, None)),
-                    Some(recorded) => match recorded.get(&place) {
-                        Some(known) => view.attempt(|view| self.plan(view, &frame, Some(known))),
-                        // I2, I8: it was refused then, and a replay protects nothing new.
-                        None => Err(refused_before()),
-                    },
-                }
+                Err(ServiceError::denied(format!("protectFrame under client title {}", frame.client_title)))
             });
         }
         for error in planned.iter().filter_map(|planned| planned.as_ref().err()) {
             view.refuse(error.to_string());
         }
-        if past.is_none() {
-            let made = (1_u32..)
-                .zip(&planned)
-                .filter_map(|(place, planned)| Some(planned.as_ref().ok()?.recorded(place, view)));
-            let frames: Vec<v1::ProtectedFrame> = made.collect();
-            if !frames.is_empty() {
-                view.append(Event::FramesProtected(FramesProtected {
-                    purpose: self.purpose.to_proto().into(),
-                    frames,
-                }));
-                view.answered(&self.asking);
-            }
-        }
-        Ok(Decided::Frames(planned, past.map(PastRecord::leaf)))
+        planned
     }
 
-    /// Decides on one frame. `past` is its record, if it was protected before.
+    /// Decides on one frame.
     fn plan(
         &self,
+        permit: &Permit,
         view: &mut View<'_, '_>,
-        of: &FrameOf<'_>,
-        past: Option<&v1::ProtectedFrame>,
+        frame: &PlainFrame,
+        FrameOf { place, past }: FrameOf<'_>,
     ) -> Result<PlannedFrame, ServiceError> {
-        let FrameOf { frame, place, facts } = *of;
         let (service, targets) = match &frame.content {
             PlainContent::Challenge(challenge) => {
                 if resembles_request(challenge) {
@@ -707,9 +726,9 @@ impl Deciding {
             PlainContent::Apdu { apdu, .. } => read_service(apdu)?,
         };
         let meter = view.meter(frame.meter)?.ok_or_else(|| denied("protectFrame", frame.meter))?;
-        self.require(facts, &meter, service, &targets)?;
+        self.require(permit, &meter, service, &targets)?;
         if let PlainContent::Apdu { apdu, .. } = &frame.content {
-            carried::check(apdu, &meter, &self.caller.principal, &self.under_way)?;
+            carried::check(apdu, &meter, &permit.principal().id, &self.under_way)?;
         }
         let setup = setup_of(&meter, frame.setup)?;
         let keys = frame_keys(&meter, setup)?;
@@ -728,7 +747,7 @@ impl Deciding {
                 if let Some(lease) = view.live_lease(of)?.filter(|_| !self.supersede_lease) {
                     return Err(leased(frame.client_title, lease));
                 }
-                let used = self.within_quotas(view, meter.title, service, &targets)?;
+                let used = within_quotas(permit, view, meter.title, service, &targets)?;
                 let counter = view.frame_counters(of, NonZeroU32::MIN)?.first;
                 if let Some(used) = used {
                     view.put_quota_use(used)?;
@@ -757,56 +776,49 @@ impl Deciding {
         Ok(planned)
     }
 
-    /// What the principal has used of its quotas with this frame, to be stored with the frame's
-    /// record; `None` where no quota counts it.
-    fn within_quotas(
-        &self,
-        view: &mut View<'_, '_>,
-        meter: SystemTitle,
-        service: Service,
-        targets: &[CosemTarget],
-    ) -> Result<Option<QuotaUse>, ServiceError> {
-        let policy = self.island.policy.load();
-        let principal = &self.caller.principal;
-        let mut used = None;
-        for (target, quota) in
-            targets.iter().flat_map(|target| policy.quotas().of(service, *target).map(move |quota| (target, quota)))
-        {
-            let now = view.now();
-            let used = match &mut used {
-                Some(used) => used,
-                None => used.insert(view.quota_use(principal)?),
-            };
-            used.count(&quota.name, quota.limit(principal), QuotaHour::of(now), meter, 1).map_err(|exceeded| {
-                tracing::warn!(%principal, quota = %quota.name, class_id = target.class_id, "a quota is used up: a critical command was refused");
-                used_up(quota, exceeded, now)
-            })?;
-        }
-        Ok(used)
-    }
-
     /// I8: each object that the frame touches must be permitted.
     fn require(
         &self,
-        facts: &PrincipalFacts,
+        permit: &Permit,
         meter: &Meter,
         service: Service,
         targets: &[CosemTarget],
     ) -> Result<(), ServiceError> {
-        let policy = self.island.policy.load();
         let permits = |target: Option<CosemTarget>| {
-            policy
-                .permits(
-                    facts,
-                    &Action::ProtectFrame { service, target, purpose: self.purpose },
-                    &Resource::Meters(&meter.class),
-                )
-                .is_permit()
+            let action = Action::ProtectFrame { service, target, purpose: self.purpose };
+            permit.permits(&action, &Resource::Meters(&meter.class))
         };
         let permitted = meter.class.status.may_grant()
             && if targets.is_empty() { permits(None) } else { targets.iter().all(|target| permits(Some(*target))) };
         if permitted { Ok(()) } else { Err(denied("protectFrame", meter.title)) }
     }
+}
+
+/// What the principal has used of its quotas with this frame, to be stored with the frame's
+/// record; `None` where no quota counts it.
+fn within_quotas(
+    permit: &Permit,
+    view: &mut View<'_, '_>,
+    meter: SystemTitle,
+    service: Service,
+    targets: &[CosemTarget],
+) -> Result<Option<QuotaUse>, ServiceError> {
+    let (policy, principal) = (permit.policy(), &permit.principal().id);
+    let mut used = None;
+    for (target, quota) in
+        targets.iter().flat_map(|target| policy.quotas().of(service, *target).map(move |quota| (target, quota)))
+    {
+        let now = view.now();
+        let used = match &mut used {
+            Some(used) => used,
+            None => used.insert(view.quota_use(principal)?),
+        };
+        used.count(&quota.name, quota.limit(principal), QuotaHour::of(now), meter, 1).map_err(|exceeded| {
+            tracing::warn!(%principal, quota = %quota.name, class_id = target.class_id, "a quota is used up: a critical command was refused");
+            used_up(quota, exceeded, now)
+        })?;
+    }
+    Ok(used)
 }
 
 impl PlannedFrame {

@@ -17,7 +17,7 @@ use futures::future;
 use kms_domain::{
     CounterKey, GrantId, GroupId, KeyMaterial, KeyOrigin, KeyType, KeyVersion, KeyVersionNumber, Lease, MemberCounts,
     Meter, MeterClass, OnNewKey, Owner, ParseError, Party, Principal, PrincipalId, RequestId, Role, SecuritySetupId,
-    SecuritySuite, Slot, Standing, SystemTitle, UnixMillis,
+    SecuritySuite, Slot, Standing, SystemTitle, TransportCertificate, UnixMillis,
 };
 use kms_hsm::{Agreement, HsmError, KeySource, Recipient, RootVersion, WrappedKey};
 use kms_proto::v1::{self, GrantedMeter, KeysGranted, audit_record::Event};
@@ -30,12 +30,12 @@ use self::batch::Batches;
 use super::{group::Groups, owner::rotation_message};
 use crate::{
     audit::{
-        Actor, Asking, AuditLeaf, CounterOf, OwnerRow, PastRecord, RecordName, Replay, View, Window, overtaken,
-        refused_before,
+        Act, Asker, AuditLeaf, ByRecord, CounterOf, Decision, Entry, Never, OwnerRow, PastRecord, Permit, Request,
+        View, overtaken, refused_before,
     },
-    authz::{Action, Caller, GroupFacts, Policy, PrincipalFacts, Purpose, Resource},
+    authz::{Action, Caller, GroupFacts, Purpose, Resource},
     error::ServiceError,
-    island::{Island, facts, principal_row},
+    island::Island,
     telemetry::metrics,
 };
 
@@ -162,48 +162,20 @@ impl GrantService {
     }
 
     async fn decide_and_carry_out(&self, caller: &Caller, chunk: Chunk) -> Result<Granted, ServiceError> {
-        let asking = Asking::new(caller, chunk.request, chunk.digest, Window::Keys).chunk(chunk.index);
-        let mut reads =
-            Reads { sealed: vec![principal_row(&caller.principal)], requests: asking.reads(), ..Reads::default() };
         let (owners, action): (Vec<Owner>, _) = match &chunk.targets {
-            GrantTargets::Meters(meters) => {
-                reads.meters.clone_from(meters);
-                (meters.iter().copied().map(Owner::Meter).collect(), "openSession")
-            }
+            GrantTargets::Meters(meters) => (meters.iter().copied().map(Owner::Meter).collect(), "openSession"),
             GrantTargets::Group { name, .. } => {
                 // A name that no group has is refused like a group that the caller gets nothing of.
                 let id = self.groups.find(&self.island, name).await?.unwrap_or(NO_GROUP);
-                reads.sealed.push((RowKind::Group, id.0.to_be_bytes().to_vec()));
                 (vec![Owner::Group(id)], "openGroupSession")
             }
         };
-        let chunk = Arc::new(chunk);
-        let actor = || Actor::caller(caller, Some(chunk.request), action);
-
-        let mut decision = Deciding {
-            island: self.island.clone(),
-            caller: caller.clone(),
-            chunk: chunk.clone(),
-            owners: owners.into(),
-            action,
-            asking,
-            past: None,
-        };
-        let mut decide = decision.clone();
-        let mut committed = self.island.committer.act(actor(), reads.clone(), move |view| decide.decide(view)).await?;
-        if let Decided::Replay(record) = committed.value {
-            // The grant of this request is in its audit record; the rows are looked at once more
-            // beside it.
-            decision.past = Some(Arc::new(record.read(self.island.store.as_ref()).await?));
-            committed = self.island.committer.act(actor(), reads, move |view| decision.decide(view)).await?;
-        }
-        match committed.value {
-            Decided::Grant(plan) => {
-                let leaf = committed.leaves.first().copied().or(plan.leaf);
-                self.carry_out(caller, *plan, leaf).await
-            }
-            Decided::Replay(_) => Err(ServiceError::Internal("a replayed grant was not decided".to_owned())),
-        }
+        let request = Request { id: chunk.request, digest: chunk.digest }.chunk(chunk.index);
+        let act = Grant { island: self.island.clone(), chunk, owners, action };
+        let committed = self.island.door.act(caller, request, act).await?;
+        let plan = committed.value;
+        let leaf = committed.leaves.first().copied().or(plan.leaf);
+        self.carry_out(caller, plan, leaf).await
     }
 
     /// Grants, newest first: the caller's own, or all where policy permits it.
@@ -230,25 +202,7 @@ impl GrantService {
         grant: GrantId,
         reason: String,
     ) -> Result<v1::Grant, ServiceError> {
-        let reads = Reads { sealed: vec![principal_row(&caller.principal)], grants: vec![grant], ..Reads::default() };
-        let (island, by) = (self.island.clone(), caller.clone());
-        let decide = move |view: &mut View<'_, '_>| {
-            let principal = view.caller(&by)?;
-            let row = view.grant(grant)?;
-            let own = row.as_ref().is_some_and(|row| row.principal == by.principal);
-            island.policy.load().require(&facts(&principal), &Action::RevokeGrant { own }, &Resource::Island)?;
-            let mut row = row.ok_or_else(|| ServiceError::NotFound { what: format!("grant {grant}") })?;
-            if row.revoked.is_none() {
-                row.revoked = Some(view.now());
-                view.revoke_grant(GrantRevocation { id: grant, revoked: view.now() });
-                view.append(Event::GrantRevoked(v1::GrantRevoked {
-                    grant_id: grant.octets().to_vec().into(),
-                    reason: reason.clone(),
-                }));
-            }
-            Ok(grant_message(&row))
-        };
-        Ok(self.island.committer.act(Actor::caller(caller, Some(request), "revokeGrant"), reads, decide).await?.value)
+        Ok(self.island.door.act(caller, Some(request), Revoke { grant, reason }).await?.value)
     }
 
     /// Wraps the keys of a recorded grant for the grantee, and seals the manifest.
@@ -410,29 +364,59 @@ impl<'p> PastGrant<'p> {
     }
 }
 
-/// The decision of a chunk, which the transaction may call several times.
-#[derive(Clone)]
-struct Deciding {
-    island: Arc<Island>,
-    caller: Caller,
-    chunk: Arc<Chunk>,
-    owners: Arc<[Owner]>,
-    action: &'static str,
-    asking: Asking,
-    past: Option<Arc<PastRecord>>,
+/// The end of a grant.
+struct Revoke {
+    grant: GrantId,
+    reason: String,
 }
 
-enum Decided {
-    /// To be carried out.
-    Grant(Box<Plan>),
-    /// Carried out before; the record has the details.
-    Replay(RecordName),
+impl Act for Revoke {
+    type Answer = v1::Grant;
+    type Past = Never;
+
+    fn name(&self) -> &'static str {
+        "revokeGrant"
+    }
+
+    fn reads(&self) -> Reads {
+        Reads { grants: vec![self.grant], ..Reads::default() }
+    }
+
+    fn permit(&self, asker: Asker, view: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        let own = view.grant(self.grant)?.is_some_and(|row| row.principal == asker.principal().id);
+        asker.require(&Action::RevokeGrant { own }, &Resource::Island)
+    }
+
+    fn decide(&self, _: &Permit, view: &mut View<'_, '_>) -> Result<Decision<v1::Grant>, ServiceError> {
+        let grant = self.grant;
+        let mut row = view.grant(grant)?.ok_or_else(|| ServiceError::NotFound { what: format!("grant {grant}") })?;
+        if row.revoked.is_some() {
+            return Ok(Decision::unchanged(grant_message(&row)));
+        }
+        row.revoked = Some(view.now());
+        view.revoke_grant(GrantRevocation { id: grant, revoked: view.now() });
+        let revoked = v1::GrantRevoked { grant_id: grant.octets().to_vec().into(), reason: self.reason.clone() };
+        let entry = view.append(Event::GrantRevoked(revoked));
+        Ok(Decision::recorded(entry, grant_message(&row)))
+    }
+
+    fn again(&self, never: Never, _: &Permit, _: &mut View<'_, '_>) -> Result<v1::Grant, ServiceError> {
+        match never {}
+    }
+}
+
+/// Keys of the owners that a chunk names.
+struct Grant {
+    island: Arc<Island>,
+    chunk: Chunk,
+    owners: Vec<Owner>,
+    action: &'static str,
 }
 
 /// A recorded grant, to be carried out.
 struct Plan {
     principal: Arc<Principal>,
-    transport: kms_domain::TransportCertificate,
+    transport: TransportCertificate,
     grant: GrantId,
     request: RequestId,
     index: u32,
@@ -468,99 +452,127 @@ struct PlannedKey {
     in_doubt: bool,
 }
 
-impl Deciding {
-    fn decide(&mut self, view: &mut View<'_, '_>) -> Result<Decided, ServiceError> {
-        let principal = view.caller(&self.caller)?;
-        let transport = principal.transport.clone().ok_or_else(|| ServiceError::FailedPrecondition {
-            reason: "no transport key is registered, so there is nothing to wrap keys for".to_owned(),
-            next_step: "register one with `kms principal register-transport-key`".to_owned(),
-        })?;
-        let terms = self.chunk.terms.clone();
-        if let Some(title) = terms.client_title
-            && !principal.client_titles.contains(&title)
+impl Act for Grant {
+    type Answer = Plan;
+    type Past = ByRecord;
+
+    fn name(&self) -> &'static str {
+        self.action
+    }
+
+    fn reads(&self) -> Reads {
+        let mut reads = Reads::default();
+        for owner in &self.owners {
+            match owner {
+                Owner::Meter(title) => reads.meters.push(*title),
+                Owner::Group(id) => reads.sealed.push((RowKind::Group, id.0.to_be_bytes().to_vec())),
+                Owner::DeviceType(_) => {}
+            }
+        }
+        reads
+    }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        transport_of(asker.principal())?;
+        if let Some(title) = self.chunk.terms.client_title
+            && !asker.principal().client_titles.contains(&title)
         {
             return Err(ServiceError::denied(format!("{} under client title {title}", self.action)));
         }
-        let past = match view.replay(&self.asking, self.past.as_deref())? {
-            Replay::First => None,
-            Replay::Read(record) => return Ok(Decided::Replay(record)),
-            Replay::Again(past) => Some(PastGrant::of(past, &self.chunk)?),
-        };
-        let (grant, issued, not_after) = match &past {
-            Some(past) => {
-                let grant = GrantId::from_octets(&past.event.grant_id).map_err(|_| record_fault())?;
-                if view.grant(grant)?.is_none_or(|row| row.revoked.is_some()) {
-                    return Err(ServiceError::Aborted {
-                        reason: "the grant of this request was revoked".to_owned(),
-                        next_step: "ask again with a new request id".to_owned(),
-                    });
-                }
-                let not_after = UnixMillis(past.event.not_after_ms);
-                if view.now() > not_after {
-                    return Err(overtaken("the grant has ended"));
-                }
-                if terms.dedicated_key {
-                    // I4: a dedicated key is made for one answer and kept nowhere. Another one
-                    // under the same lease would protect its InitiateRequest with a counter that
-                    // the one before may have used.
-                    return Err(ServiceError::Aborted {
-                        reason: "this request was answered with a dedicated key, which is not made twice".to_owned(),
-                        next_step: "ask again with a new request id".to_owned(),
-                    });
-                }
-                (grant, past.issued, not_after)
-            }
-            None => {
-                let grant = GrantId::from_octets(uuid::Uuid::now_v7().as_bytes()).map_err(|_| record_fault())?;
-                (grant, view.now(), view.now().after(i64::from(terms.lifetime_seconds) * 1_000))
-            }
-        };
-        let mut plan = Plan {
+        Ok(asker.each())
+    }
+
+    fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<Plan>, ServiceError> {
+        let grant = GrantId::from_octets(uuid::Uuid::now_v7().as_bytes()).map_err(|_| record_fault())?;
+        let not_after = view.now().after(i64::from(self.chunk.terms.lifetime_seconds) * 1_000);
+        let mut plan = self.plan(permit, grant, view.now(), not_after)?;
+        let mut permissions = self.permissions(permit);
+        for (place, owner) in (1_u32..).zip(self.owners.iter().copied()) {
+            let granted = view.attempt(|view| self.grant(view, owner, place, &plan, &mut permissions));
+            plan.add(owner, granted);
+        }
+        self.note_refusals(view, &plan)?;
+        if plan.entries.is_empty() {
+            return Ok(Decision::forgotten(plan));
+        }
+        Ok(Decision::recorded(record(view, &plan), plan))
+    }
+
+    fn again(&self, ByRecord(past): ByRecord, permit: &Permit, view: &mut View<'_, '_>) -> Result<Plan, ServiceError> {
+        let past = PastGrant::of(&past, &self.chunk)?;
+        let grant = GrantId::from_octets(&past.event.grant_id).map_err(|_| record_fault())?;
+        if view.grant(grant)?.is_none_or(|row| row.revoked.is_some()) {
+            return Err(ServiceError::Aborted {
+                reason: "the grant of this request was revoked".to_owned(),
+                next_step: "ask again with a new request id".to_owned(),
+            });
+        }
+        let not_after = UnixMillis(past.event.not_after_ms);
+        if view.now() > not_after {
+            return Err(overtaken("the grant has ended"));
+        }
+        if self.chunk.terms.dedicated_key {
+            // I4: a dedicated key is made for one answer and kept nowhere. Another one under the
+            // same lease would protect its InitiateRequest with a counter that the one before may
+            // have used.
+            return Err(ServiceError::Aborted {
+                reason: "this request was answered with a dedicated key, which is not made twice".to_owned(),
+                next_step: "ask again with a new request id".to_owned(),
+            });
+        }
+        let mut plan = Plan { leaf: Some(past.leaf), ..self.plan(permit, grant, past.issued, not_after)? };
+        let mut permissions = self.permissions(permit);
+        for (place, owner) in (1_u32..).zip(self.owners.iter().copied()) {
+            let repeated = match past.entry(place, owner)? {
+                Some(granted) => self.repeat(view, owner, granted, &mut permissions),
+                // I2, I8: it was refused then, and a replay grants nothing new.
+                None => Err(refused_before()),
+            };
+            plan.add(owner, repeated);
+        }
+        self.note_refusals(view, &plan)?;
+        Ok(plan)
+    }
+}
+
+impl Grant {
+    /// What all owners of the chunk have in common.
+    fn plan(
+        &self,
+        permit: &Permit,
+        grant: GrantId,
+        issued: UnixMillis,
+        not_after: UnixMillis,
+    ) -> Result<Plan, ServiceError> {
+        Ok(Plan {
             grant,
             issued,
             not_after,
-            transport,
-            principal: principal.clone(),
+            transport: transport_of(permit.principal())?,
+            principal: permit.principal().clone(),
             request: self.chunk.request,
             index: self.chunk.index,
-            terms: terms.clone(),
+            terms: self.chunk.terms.clone(),
             entries: Vec::with_capacity(self.owners.len()),
             refusals: Vec::new(),
-            leaf: past.as_ref().map(|past| past.leaf),
-        };
-        let policy = self.island.policy.load();
+            leaf: None,
+        })
+    }
+
+    fn permissions<'a>(&'a self, permit: &'a Permit) -> Permissions<'a> {
         let named_version = matches!(self.chunk.targets, GrantTargets::Group { version: Some(_), .. });
-        let mut permissions = Permissions {
-            policy: &policy,
-            facts: facts(&principal),
-            terms: &terms,
-            named_version,
-            decided: Vec::new(),
-        };
-        for (place, owner) in (1_u32..).zip(self.owners.iter().copied()) {
-            let outcome = match &past {
-                None => view.attempt(|view| self.grant(view, owner, place, &principal, not_after, &mut permissions)),
-                Some(past) => match past.entry(place, owner)? {
-                    Some(granted) => self.repeat(view, owner, granted, &mut permissions),
-                    // I2, I8: it was refused then, and a replay grants nothing new.
-                    None => Err(refused_before()),
-                },
-            };
-            match outcome {
-                Ok(planned) => plan.entries.push(planned),
-                Err(error) => plan.refusals.push((owner, error)),
-            }
-        }
+        Permissions { permit, terms: &self.chunk.terms, named_version, decided: Vec::new() }
+    }
+
+    /// Counts the refusals of parts. What refuses the only owner refuses the request.
+    fn note_refusals(&self, view: &mut View<'_, '_>, plan: &Plan) -> Result<(), ServiceError> {
         if let ([(_, error)], [_]) = (plan.refusals.as_slice(), &*self.owners) {
             return Err(error.clone());
         }
         for (_, error) in &plan.refusals {
             view.refuse(reason_of(error));
         }
-        if past.is_none() && !plan.entries.is_empty() {
-            self.record(view, &plan);
-        }
-        Ok(Decided::Grant(Box::new(plan)))
+        Ok(())
     }
 
     /// Decides on one meter, or on the group.
@@ -569,8 +581,7 @@ impl Deciding {
         view: &mut View<'_, '_>,
         owner: Owner,
         place: u32,
-        principal: &Principal,
-        not_after: UnixMillis,
+        plan: &Plan,
         permissions: &mut Permissions<'_>,
     ) -> Result<PlannedKeys, ServiceError> {
         let terms = &self.chunk.terms;
@@ -584,7 +595,7 @@ impl Deciding {
         for key_type in &terms.key_types {
             let slot = row.slots().get(setup, *key_type).ok_or_else(|| no_key(&[*key_type], Some(setup)))?;
             let version = self.lendable(&row, slot).ok_or_else(|| self.not_lendable(*key_type, setup))?;
-            let party = Party::Principal(principal.id.clone());
+            let party = Party::Principal(plan.principal.id.clone());
             if !version
                 .exposures()
                 .iter()
@@ -617,7 +628,7 @@ impl Deciding {
                     counter: self.counter_key(&row, setup, client)?,
                     on_new_key: self.on_new_key(&row, setup),
                 };
-                Some((client, version, view.lease(of, terms.counters, not_after)?))
+                Some((client, version, view.lease(of, terms.counters, plan.not_after)?))
             }
             _ => None,
         };
@@ -631,7 +642,11 @@ impl Deciding {
                     .get_mut(setup, key_type)
                     .and_then(|slot| slot.version_mut(version))
                     .map_err(|error| ServiceError::Internal(error.to_string()))?;
-                version.expose(Party::Principal(principal.id.clone()), kms_domain::ExposureReason::Grant, view.now());
+                version.expose(
+                    Party::Principal(plan.principal.id.clone()),
+                    kms_domain::ExposureReason::Grant,
+                    view.now(),
+                );
             }
             view.put_owner(changed)?;
         }
@@ -788,31 +803,47 @@ impl Deciding {
             rotation: rotation_of(&row, setup),
         })
     }
+}
 
-    /// I2: one record for the chunk; grant and request name it.
-    fn record(&self, view: &mut View<'_, '_>, plan: &Plan) {
-        let terms = &plan.terms;
-        view.append(Event::KeysGranted(KeysGranted {
-            grant_id: plan.grant.octets().to_vec().into(),
-            not_after_ms: plan.not_after.0,
-            meters: plan.entries.iter().map(PlannedKeys::recorded).collect(),
-            ..terms_record(terms, plan.index)
-        }));
-        view.put_grant(GrantRow {
-            id: plan.grant,
-            principal: plan.principal.id.clone(),
-            purpose: terms.purpose.name().to_owned(),
-            issued: plan.issued,
-            not_after: plan.not_after,
-            audit: AuditReference { writer: view.writer(), sequence: 0 },
-            meters: u32::try_from(plan.entries.len()).unwrap_or(u32::MAX),
-            revoked: None,
-        });
-        view.answered(&self.asking);
-    }
+/// I2: one record for the chunk; grant and request name it.
+fn record(view: &mut View<'_, '_>, plan: &Plan) -> Entry {
+    let terms = &plan.terms;
+    let entry = view.append(Event::KeysGranted(KeysGranted {
+        grant_id: plan.grant.octets().to_vec().into(),
+        not_after_ms: plan.not_after.0,
+        meters: plan.entries.iter().map(PlannedKeys::recorded).collect(),
+        ..terms_record(terms, plan.index)
+    }));
+    view.put_grant(GrantRow {
+        id: plan.grant,
+        principal: plan.principal.id.clone(),
+        purpose: terms.purpose.name().to_owned(),
+        issued: plan.issued,
+        not_after: plan.not_after,
+        audit: AuditReference { writer: view.writer(), sequence: 0 },
+        meters: u32::try_from(plan.entries.len()).unwrap_or(u32::MAX),
+        revoked: None,
+    });
+    entry
+}
+
+/// The key that the principal's keys are wrapped for.
+fn transport_of(principal: &Principal) -> Result<TransportCertificate, ServiceError> {
+    principal.transport.clone().ok_or_else(|| ServiceError::FailedPrecondition {
+        reason: "no transport key is registered, so there is nothing to wrap keys for".to_owned(),
+        next_step: "register one with `kms principal register-transport-key`".to_owned(),
+    })
 }
 
 impl Plan {
+    /// What came of one owner.
+    fn add(&mut self, owner: Owner, planned: Result<PlannedKeys, ServiceError>) {
+        match planned {
+            Ok(planned) => self.entries.push(planned),
+            Err(error) => self.refusals.push((owner, error)),
+        }
+    }
+
     /// The manifest of the keys at `places`, and the owners that a key could not be had for.
     fn manifest(
         &self,
@@ -919,8 +950,7 @@ impl PlannedKeys {
 
 /// Policy's answers within one chunk: one for each class of meters.
 struct Permissions<'a> {
-    policy: &'a Policy,
-    facts: PrincipalFacts,
+    permit: &'a Permit,
     terms: &'a SessionTerms,
     /// A version of a group's key was named.
     named_version: bool,
@@ -952,7 +982,7 @@ impl Permissions<'_> {
                     lifetime_seconds,
                     named_version: self.named_version,
                 };
-                self.policy.permits(&self.facts, &action, &Resource::Group(group)).is_permit()
+                self.permit.permits(&action, &Resource::Group(group))
             })
     }
 
@@ -966,7 +996,7 @@ impl Permissions<'_> {
                     lifetime_seconds: self.terms.lifetime_seconds,
                     dedicated_key: self.terms.dedicated_key,
                 };
-                self.policy.permits(&self.facts, &action, &Resource::Meters(class)).is_permit()
+                self.permit.permits(&action, &Resource::Meters(class))
             })
     }
 }

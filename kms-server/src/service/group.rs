@@ -13,15 +13,16 @@ use std::{
     sync::Arc,
 };
 
-use kms_domain::{Group, GroupId, SecuritySuite};
+use kms_domain::{Group, GroupId, MeterClass, RequestId, SecuritySuite};
 use kms_proto::v1::{MetersChanged, audit_record::Event};
 use kms_store::{Reads, RowKind};
 use tokio::sync::Mutex;
 
 use crate::{
-    audit::{Actor, View},
+    audit::{Act, Asker, Decision, Never, Permit, View},
+    authz::{Action, Caller, Resource},
     error::ServiceError,
-    island::{Island, principal_row},
+    island::Island,
 };
 
 /// The groups that this server knows, by name.
@@ -37,8 +38,14 @@ struct KnownGroup {
     suite: SecuritySuite,
 }
 
-/// What must hold when groups are made: the caller is still who it was, and permitted.
-pub(super) type Permit = Arc<dyn for<'a, 'v, 'b> Fn(&'a mut View<'v, 'b>) -> Result<(), ServiceError> + Send + Sync>;
+/// For whom groups are made, and by which action.
+pub(super) struct Naming<'a> {
+    pub(super) caller: &'a Caller,
+    pub(super) request: Option<RequestId>,
+    pub(super) action: &'a Action,
+    /// Of meters of this class; none: the action is one on the island.
+    pub(super) class: Option<&'a MeterClass>,
+}
 
 impl Groups {
     /// The numbers of the groups with these names; missing ones are made, for meters of this suite.
@@ -46,19 +53,18 @@ impl Groups {
     /// it takes.
     ///
     /// # Errors
-    /// `permit` refuses, or the database is away.
+    /// Not permitted, or the database is away.
     pub(super) async fn resolve(
         &self,
         island: &Arc<Island>,
-        actor: &Actor,
-        permit: &Permit,
+        naming: &Naming<'_>,
         names: &BTreeSet<&str>,
         suite: SecuritySuite,
     ) -> Result<BTreeMap<String, GroupId>, ServiceError> {
         let mut known = self.known.lock().await;
         while !names.iter().all(|name| known.iter().any(|group| group.name == *name)) && known.len() < MOST_GROUPS {
             let before = known.len();
-            *known = self.step(island, actor, permit, &known, names, suite).await?;
+            *known = step(island, naming, &known, names, suite).await?;
             if known.len() == before {
                 break;
             }
@@ -101,55 +107,86 @@ impl Groups {
             }
         }
     }
+}
 
-    /// Looks through the groups after the known ones; behind the last, makes those that are
-    /// missing.
-    async fn step(
-        &self,
-        island: &Arc<Island>,
-        actor: &Actor,
-        permit: &Permit,
-        known: &[KnownGroup],
-        names: &BTreeSet<&str>,
-        suite: SecuritySuite,
-    ) -> Result<Vec<KnownGroup>, ServiceError> {
-        let first = u64::try_from(known.len()).unwrap_or(u64::MAX).saturating_add(1);
-        let numbers = first..first.saturating_add(PAGE);
-        let mut sealed: Vec<_> =
-            numbers.clone().map(|number| (RowKind::Group, number.to_be_bytes().to_vec())).collect();
-        sealed.extend(actor.principal.as_ref().map(principal_row));
-        let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
-        let (known, permit) = (known.to_vec(), permit.clone());
-        let committed = island
-            .committer
-            .act(actor.clone(), Reads { sealed, ..Reads::default() }, move |view| {
-                permit(view)?;
-                let mut known = known.clone();
-                let mut missing = names
-                    .iter()
-                    .filter(|name| !known.iter().any(|group| group.name == **name))
-                    .cloned()
-                    .collect::<BTreeSet<_>>();
-                for number in numbers.clone() {
-                    if let Some(group) = view.group(GroupId(number))? {
-                        missing.remove(&group.name);
-                        known.push(KnownGroup { name: group.name.clone(), suite: group.suite });
-                        continue;
-                    }
-                    let Some(name) = missing.pop_first() else { break };
-                    let added = view.now();
-                    view.put_group(Group::new(GroupId(number), name.clone(), suite, added))?;
-                    view.append(Event::MetersChanged(MetersChanged {
-                        change: "group-added".to_owned(),
-                        value: format!("{number}: {name}"),
-                        ..MetersChanged::default()
-                    }));
-                    known.push(KnownGroup { name, suite });
-                }
-                Ok(known)
-            })
-            .await?;
-        Ok(committed.value)
+/// Looks through the groups after the known ones; behind the last, makes those that are missing.
+async fn step(
+    island: &Island,
+    naming: &Naming<'_>,
+    known: &[KnownGroup],
+    names: &BTreeSet<&str>,
+    suite: SecuritySuite,
+) -> Result<Vec<KnownGroup>, ServiceError> {
+    let act = NameGroups {
+        action: naming.action.clone(),
+        class: naming.class.cloned(),
+        known: known.to_vec(),
+        names: names.iter().map(|name| (*name).to_owned()).collect(),
+        suite,
+    };
+    Ok(island.door.act(naming.caller, naming.request, act).await?.value)
+}
+
+/// The next groups, with those that are made.
+struct NameGroups {
+    action: Action,
+    class: Option<MeterClass>,
+    known: Vec<KnownGroup>,
+    names: Vec<String>,
+    suite: SecuritySuite,
+}
+
+impl NameGroups {
+    fn numbers(&self) -> std::ops::Range<u64> {
+        let first = u64::try_from(self.known.len()).unwrap_or(u64::MAX).saturating_add(1);
+        first..first.saturating_add(PAGE)
+    }
+}
+
+impl Act for NameGroups {
+    type Answer = Vec<KnownGroup>;
+    // What is named has a row.
+    type Past = Never;
+
+    fn name(&self) -> &'static str {
+        self.action.name()
+    }
+
+    fn reads(&self) -> Reads {
+        let sealed = self.numbers().map(|number| (RowKind::Group, number.to_be_bytes().to_vec())).collect();
+        Reads { sealed, ..Reads::default() }
+    }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        asker.require(&self.action, &self.class.as_ref().map_or(Resource::Island, Resource::Meters))
+    }
+
+    fn decide(&self, _: &Permit, view: &mut View<'_, '_>) -> Result<Decision<Vec<KnownGroup>>, ServiceError> {
+        let mut known = self.known.clone();
+        let missing = self.names.iter().filter(|name| !known.iter().any(|group| group.name == **name));
+        let mut missing: BTreeSet<String> = missing.cloned().collect();
+        let mut entry = None;
+        for number in self.numbers() {
+            if let Some(group) = view.group(GroupId(number))? {
+                missing.remove(&group.name);
+                known.push(KnownGroup { name: group.name.clone(), suite: group.suite });
+                continue;
+            }
+            let Some(name) = missing.pop_first() else { break };
+            let added = view.now();
+            view.put_group(Group::new(GroupId(number), name.clone(), self.suite, added))?;
+            entry = Some(view.append(Event::MetersChanged(MetersChanged {
+                change: "group-added".to_owned(),
+                value: format!("{number}: {name}"),
+                ..MetersChanged::default()
+            })));
+            known.push(KnownGroup { name, suite: self.suite });
+        }
+        Ok(Decision::of(entry, known))
+    }
+
+    fn again(&self, never: Never, _: &Permit, _: &mut View<'_, '_>) -> Result<Vec<KnownGroup>, ServiceError> {
+        match never {}
     }
 }
 

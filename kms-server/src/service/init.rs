@@ -31,7 +31,7 @@ use zeroize::Zeroizing;
 
 use super::certificate::{CA_KEY, CertificateAuthority, CertificationRequest, IssuedCertificate, Validity};
 use super::escrow::{EscrowDocument, EscrowError, EscrowKey};
-use crate::audit::{Actor, AuditKey, Committer, CommitterSettings, RestoreSettings};
+use crate::audit::{AuditKey, Committer, CommitterSettings, Decision, RestoreSettings, ServerAct};
 use crate::config::{ConfigError, SecretSource};
 use crate::error::ServiceError;
 use crate::files;
@@ -255,9 +255,9 @@ impl CeremonyPlan {
         sealed.push((RowKind::Island, self.island.as_str().as_bytes().to_vec()));
         let reads = Reads { sealed, ..Reads::default() };
         committer
-            .act(Actor::server("ceremony"), reads, move |view| {
+            .act(ServerAct::CEREMONY, reads, move |view| {
                 view.put_island(row.clone())?;
-                view.append(Event::CeremonyHeld(held.clone()));
+                let entry = view.append(Event::CeremonyHeld(held.clone()));
                 for (principal, serial) in &principals {
                     view.put_principal(principal.clone())?;
                     view.append(Event::PrincipalChanged(PrincipalChanged {
@@ -267,7 +267,7 @@ impl CeremonyPlan {
                         reason: "ceremony".to_owned(),
                     }));
                 }
-                Ok(())
+                Ok(Decision::recorded(entry, ()))
             })
             .await?;
         committer.stop().await;

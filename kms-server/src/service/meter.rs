@@ -13,7 +13,7 @@ mod tests;
 
 use std::sync::Arc;
 
-use kms_domain::{GroupId, Owner, Principal, SystemTitle};
+use kms_domain::{GroupId, Owner, SystemTitle};
 use kms_proto::v1::{self, MeterProblemCode as Code};
 use kms_store::{Reads, RowKind};
 use prost::Message;
@@ -34,10 +34,10 @@ pub(super) use self::{
 pub use super::Request;
 use super::group::Groups;
 use crate::{
-    audit::{Actor, Asked, Asking, View, Window},
+    audit::{Act, Asker, Decision, Permit, Remembered, View},
     authz::{Action, Caller, GroupFacts, Resource},
     error::ServiceError,
-    island::{Island, facts, principal_row},
+    island::{Island, facts},
 };
 
 /// The use cases of meters. Clones share what is known of groups.
@@ -125,7 +125,7 @@ impl MeterService {
                 .is_permit()
         });
         let Some(meter) = seen else {
-            return self.denied(caller, &Action::ShowMeter, format!("showMeter {title}")).await;
+            return Err(ServiceError::denied(format!("showMeter {title}")));
         };
         let generation = self.island.store.meters(&[title]).await?.first().map_or(0, |row| row.row.generation);
         let mut shown =
@@ -163,76 +163,70 @@ impl MeterService {
         Ok(shown.meter(&meter, groups, shared_keys, generation))
     }
 
-    /// A refusal of a call that only reads, put on the record.
-    async fn denied<T: Send + 'static>(
-        &self,
-        caller: &Caller,
-        action: &Action,
-        asked: String,
-    ) -> Result<T, ServiceError> {
-        let actor = Actor::caller(caller, None, action.name());
-        let recorded = self
-            .island
-            .committer
-            .act(actor, Reads::default(), move |_| Err::<T, _>(ServiceError::denied(asked.clone())))
-            .await;
-        recorded.map(|committed| committed.value)
-    }
-
-    /// Carries out one chunk of a request, or gives the answer that it got before. `change` sees
-    /// the rows of `meters` and `sealed`.
+    /// Executes one chunk of a request, or gives the answer that it got before. `change` asks
+    /// policy for each meter of `reads`.
     async fn chunk<F>(
         &self,
         caller: &Caller,
-        action: &Action,
+        action: Action,
         request: Request,
         index: u32,
         reads: Reads,
         change: F,
     ) -> Result<Outcome, ServiceError>
     where
-        F: FnMut(&mut View<'_, '_>, &Principal) -> Result<Outcome, ServiceError> + Send + 'static,
+        F: Fn(&mut View<'_, '_>, &Permit) -> Result<Decision<Outcome>, ServiceError> + Send + Sync + 'static,
     {
         let about = About::Meters(reads.meters.clone());
-        self.chunk_about(about, caller, action, request, index, reads, change).await
+        let act = Chunk { about, action, reads, change };
+        Ok(self.island.door.act(caller, request.chunk(index), act).await?.value)
+    }
+}
+
+/// One chunk of a change of meters, as one act.
+struct Chunk<F> {
+    about: About,
+    action: Action,
+    reads: Reads,
+    change: F,
+}
+
+impl<F> Act for Chunk<F>
+where
+    F: Fn(&mut View<'_, '_>, &Permit) -> Result<Decision<Outcome>, ServiceError> + Send + Sync + 'static,
+{
+    type Answer = Outcome;
+    type Past = Remembered<Outcome>;
+
+    fn name(&self) -> &'static str {
+        self.action.name()
     }
 
-    /// The same, of which policy decides by `about` on a repetition.
-    #[expect(clippy::too_many_arguments, reason = "one call, which only splits the request into chunks")]
-    async fn chunk_about<F>(
+    fn reads(&self) -> Reads {
+        self.reads.clone()
+    }
+
+    fn permit(&self, asker: Asker, view: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        match &self.about {
+            About::Meters(_) => Ok(asker.each()),
+            About::Group(id) => {
+                let group = view.group(*id)?.ok_or_else(|| ServiceError::denied(self.action.to_string()))?;
+                asker.require(&self.action, &Resource::Group(&GroupFacts::from(&*group)))
+            }
+        }
+    }
+
+    fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<Outcome>, ServiceError> {
+        (self.change)(view, permit)
+    }
+
+    fn again(
         &self,
-        about: About,
-        caller: &Caller,
-        action: &Action,
-        request: Request,
-        index: u32,
-        reads: Reads,
-        mut change: F,
-    ) -> Result<Outcome, ServiceError>
-    where
-        F: FnMut(&mut View<'_, '_>, &Principal) -> Result<Outcome, ServiceError> + Send + 'static,
-    {
-        let asking = Asking::new(caller, request.id, request.digest, Window::Administration).chunk(index);
-        let mut reads = Reads { requests: asking.reads(), ..reads };
-        reads.sealed.push(principal_row(&caller.principal));
-        let actor = Actor::caller(caller, Some(request.id), action.name());
-        let (island, action) = (self.island.clone(), action.clone());
-        let caller = caller.clone();
-        let committed = self
-            .island
-            .committer
-            .act(actor, reads, move |view| {
-                let principal = view.caller(&caller)?;
-                if let Asked::Before(answered) = view.asked(&asking)? {
-                    let outcome: Outcome = answered.message()?;
-                    return about.shows(&outcome, view, &island, &principal, &action).map(|()| outcome);
-                }
-                let outcome = change(view, &principal)?;
-                view.answered_with(&asking, &outcome);
-                Ok(outcome)
-            })
-            .await?;
-        Ok(committed.value)
+        Remembered(outcome): Remembered<Outcome>,
+        permit: &Permit,
+        view: &mut View<'_, '_>,
+    ) -> Result<Outcome, ServiceError> {
+        self.about.shows(&outcome, view, permit, &self.action).map(|()| outcome)
     }
 }
 
@@ -249,30 +243,20 @@ impl About {
         &self,
         outcome: &Outcome,
         view: &mut View<'_, '_>,
-        island: &Island,
-        principal: &Principal,
+        permit: &Permit,
         action: &Action,
     ) -> Result<(), ServiceError> {
-        let (policy, facts) = (island.policy.load(), facts(principal));
-        let permitted = match self {
-            Self::Group(id) => match view.group(*id)? {
-                Some(group) => policy.permits(&facts, action, &Resource::Group(&GroupFacts::from(&*group))).is_permit(),
-                None => false,
-            },
-            Self::Meters(titles) => {
-                let mut permitted = true;
-                for title in titles
-                    .iter()
-                    .filter(|title| outcome.problems.iter().all(|problem| problem.meter != title.octets().as_slice()))
-                {
-                    if let Some(meter) = view.meter(*title)? {
-                        permitted &= policy.permits(&facts, action, &Resource::Meters(&meter.class)).is_permit();
-                    }
-                }
-                permitted
+        let Self::Meters(titles) = self else { return Ok(()) };
+        let refused =
+            |title: &SystemTitle| outcome.problems.iter().any(|problem| problem.meter == title.octets().as_slice());
+        for title in titles.iter().filter(|title| !refused(title)) {
+            if let Some(meter) = view.meter(*title)?
+                && !permit.permits(action, &Resource::Meters(&meter.class))
+            {
+                return Err(ServiceError::denied(action.name()));
             }
-        };
-        if permitted { Ok(()) } else { Err(ServiceError::denied(action.name())) }
+        }
+        Ok(())
     }
 }
 

@@ -24,13 +24,4 @@ pub mod shipment;
 pub mod transfer;
 mod watch;
 
-use kms_domain::RequestId;
-
-/// A request to change something: what makes it the same when it comes again.
-#[derive(Clone, Copy, Debug)]
-pub struct Request {
-    /// Its id.
-    pub id: RequestId,
-    /// Digest of all that is asked.
-    pub digest: [u8; 32],
-}
+pub use crate::audit::Request;

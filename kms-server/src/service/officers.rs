@@ -21,7 +21,7 @@ use super::{
     principal::everyone::{Everyone, refuse_shared_key},
 };
 use crate::{
-    audit::{Actor, Committer},
+    audit::{Committer, Decision, ServerAct},
     error::ServiceError,
     island::principal_row,
 };
@@ -73,14 +73,14 @@ impl Recertification {
             let (mut reads, id, certificate, quorum) =
                 (everyone.reads(), id.clone(), issued.clone(), self.shares.len());
             reads.sealed.push(principal_row(&id));
-            let act = committer.act(Actor::server("recertify-officer"), reads, move |view| {
+            let act = committer.act(ServerAct::RECERTIFY_OFFICER, reads, move |view| {
                 let known = view.principal(&id)?.filter(|officer| officer.status == PrincipalStatus::Enabled);
                 let mut officer = Arc::unwrap_or_clone(known.ok_or_else(|| no_officer(&id))?);
                 refuse_shared_key(&everyone.rows(view)?, &id, &certificate.key_sha256)?;
                 officer.certificates = vec![certificate.for_principal(Enrolment::Custodians, None)];
                 officer.revision += 1;
                 let reason = format!("{quorum} custodians on the token's machine");
-                view.append(Event::PrincipalChanged(PrincipalChanged {
+                let entry = view.append(Event::PrincipalChanged(PrincipalChanged {
                     principal: id.to_string(),
                     change: "recertified".to_owned(),
                     certificate_serial: hex::encode(&certificate.serial),
@@ -95,7 +95,8 @@ impl Recertification {
                     detail,
                     ..SecurityEvent::default()
                 });
-                view.put_principal(officer)
+                view.put_principal(officer)?;
+                Ok(Decision::recorded(entry, ()))
             });
             match act.await {
                 Err(error) if Everyone::is_stale(&error) => {}

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use kms_domain::{
     DeviceProfile, DeviceProfileName, DeviceType, DeviceTypeId, FlagId, GroupId, KeyOrigin, KeyProfile, KeyState,
-    KeyType, KeyVersionNumber, Owner, OwnerKind, Principal, RequestId, SecuritySetupId, Slots,
+    KeyType, KeyVersionNumber, Owner, OwnerKind, RequestId, SecuritySetupId, Slots, WrappedKey,
 };
 use kms_proto::v1::{self, DeviceTypeAdded, KeyCreated, audit_record::Event};
 use kms_store::{Reads, RowKind};
@@ -27,10 +27,10 @@ use super::{
     recipe::Recipe,
 };
 use crate::{
-    audit::{Actor, Asked, Asking, OwnerRow, View, Window},
+    audit::{Act, Asker, Decision, Never, OwnerRow, Permit, Remembered, View},
     authz::{Action, Caller, DeviceTypeFacts, GroupFacts, Resource},
     error::ServiceError,
-    island::{Island, facts, principal_row},
+    island::{Island, facts},
 };
 
 /// The use cases of groups and device types. Clones share what is known of groups.
@@ -254,61 +254,7 @@ impl OwnerService {
     ) -> Result<v1::DeviceType, ServiceError> {
         self.profile(&new.device_profile)?;
         let known = u64::try_from(self.all_device_types().await?.len()).unwrap_or(u64::MAX);
-        let mut sealed: Vec<_> =
-            (1..=known.saturating_add(2)).map(|number| (RowKind::DeviceType, number.to_be_bytes().to_vec())).collect();
-        sealed.push(principal_row(&caller.principal));
-        let (island, by) = (self.island.clone(), caller.clone());
-        let device_type_facts = DeviceTypeFacts {
-            name: new.name.clone(),
-            manufacturer: new.manufacturer.to_string(),
-            device_profile: new.device_profile.to_string(),
-        };
-        let decide = move |view: &mut View<'_, '_>| {
-            let principal = view.caller(&by)?;
-            island.policy.load().require(
-                &facts(&principal),
-                &Action::AddDeviceType,
-                &Resource::DeviceType(&device_type_facts),
-            )?;
-            for number in 1..=MOST_DEVICE_TYPES {
-                let Some(other) = view.device_type(DeviceTypeId(number))? else {
-                    let device_type = DeviceType {
-                        id: DeviceTypeId(number),
-                        vendor: new.manufacturer,
-                        name: new.name.clone(),
-                        profile: new.device_profile.clone(),
-                        added: view.now(),
-                        slots: Slots::default(),
-                    };
-                    view.put_device_type(device_type.clone())?;
-                    view.append(Event::DeviceTypeAdded(DeviceTypeAdded {
-                        number,
-                        name: new.name.clone(),
-                        manufacturer: new.manufacturer.to_string(),
-                        device_profile: new.device_profile.to_string(),
-                    }));
-                    return Ok(summary(&device_type));
-                };
-                if other.name == new.name {
-                    if other.vendor == new.manufacturer && other.profile == new.device_profile {
-                        return Ok(summary(&other));
-                    }
-                    return Err(ServiceError::FailedPrecondition {
-                        reason: format!(
-                            "`{}` is a device type of {} with device profile `{}` already",
-                            other.name, other.vendor, other.profile
-                        ),
-                        next_step: "choose another name: names are not used again".to_owned(),
-                    });
-                }
-            }
-            Err(ServiceError::FailedPrecondition {
-                reason: format!("the island has {MOST_DEVICE_TYPES} device types, as many as it takes"),
-                next_step: "meters of one firmware are one device type".to_owned(),
-            })
-        };
-        let actor = Actor::caller(caller, Some(request), Action::AddDeviceType.name());
-        Ok(self.island.committer.act(actor, Reads { sealed, ..Reads::default() }, decide).await?.value)
+        Ok(self.island.door.act(caller, Some(request), AddDeviceType { known, new }).await?.value)
     }
 
     /// Makes version 1 of a key of a device type, as its device profile says.
@@ -354,59 +300,8 @@ impl OwnerService {
         held_by_meters: bool,
     ) -> Result<v1::CreateKeyResponse, ServiceError> {
         let wrapped = recipe.generate(&self.island.hsm_for(caller)).await?;
-        let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
-        let row = match owner {
-            Owner::DeviceType(id) => (RowKind::DeviceType, id.0.to_be_bytes().to_vec()),
-            Owner::Group(id) => (RowKind::Group, id.0.to_be_bytes().to_vec()),
-            Owner::Meter(_) => return Err(ServiceError::Internal("keys of meters come with the meter".to_owned())),
-        };
-        let reads =
-            Reads { sealed: vec![principal_row(&caller.principal), row], requests: asking.reads(), ..Reads::default() };
-        let actor = Actor::caller(caller, Some(request.id), action.name());
-        let (island, by) = (self.island.clone(), caller.clone());
-        let decide = move |view: &mut View<'_, '_>| {
-            let principal = view.caller(&by)?;
-            let mut row = view.owner(owner)?.ok_or_else(|| ServiceError::denied(action.to_string()))?;
-            let name = require(&island, &principal, &action, &row)?;
-            if let Asked::Before(answered) = view.asked(&asking)? {
-                return answered.message();
-            }
-            if let Some(slot) = row.slots().get(recipe.setup, recipe.key_type) {
-                return Err(ServiceError::FailedPrecondition {
-                    reason: format!(
-                        "`{name}` has a {} in security setup {} already, with {} versions",
-                        recipe.key_type,
-                        recipe.setup,
-                        slot.versions().len()
-                    ),
-                    next_step: "later versions are made by rotations".to_owned(),
-                });
-            }
-            // I3: what the meters do not hold yet is no candidate, and granted to nobody.
-            let state = if held_by_meters { KeyState::Active } else { KeyState::PreActive };
-            let slot = recipe.slot(wrapped.clone(), state, view.now())?;
-            let version = slot.version(KeyVersionNumber::FIRST).map(shown_version);
-            row.slots_mut().insert(slot).map_err(|error| ServiceError::Internal(error.to_string()))?;
-            if let (OwnerRow::Group(group), false) = (&mut row, held_by_meters) {
-                Arc::make_mut(group).roll_out(recipe.setup, recipe.key_type, KeyVersionNumber::FIRST, None, view.now());
-            }
-            view.append(Event::KeyCreated(KeyCreated {
-                // Kinds of sealed rows are numbered from 1, kinds of owners from 0.
-                owner_kind: u32::from(owner.kind().number()) + 1,
-                owner: u64::from_be_bytes(owner.id()),
-                owner_name: name,
-                security_setup: setup_record(recipe.setup),
-                key_type: recipe.key_type.to_string(),
-                version: KeyVersionNumber::FIRST.number(),
-                state: state.to_string(),
-                origin: if recipe.origin == KeyOrigin::Generated { "generated" } else { "diversified" }.to_owned(),
-            }));
-            view.put_owner(row)?;
-            let response = v1::CreateKeyResponse { version };
-            view.answered_with(&asking, &response);
-            Ok(response)
-        };
-        Ok(self.island.committer.act(actor, reads, decide).await?.value)
+        let act = CreateKey { action, owner, recipe, wrapped, held_by_meters };
+        Ok(self.island.door.act(caller, request, act).await?.value)
     }
 
     /// Verified rows, each with its generation.
@@ -424,17 +319,174 @@ impl OwnerService {
     }
 }
 
-/// I8: the owner's name, if policy permits the action with it as it stands in the transaction.
-fn require(island: &Island, principal: &Principal, action: &Action, row: &OwnerRow) -> Result<String, ServiceError> {
-    let (policy, facts) = (island.policy.load(), facts(principal));
-    match row {
-        OwnerRow::Group(group) => {
-            policy.require(&facts, action, &Resource::Group(&GroupFacts::from(&**group))).map(|()| group.name.clone())
+/// A new device type.
+struct AddDeviceType {
+    /// How many device types there were.
+    known: u64,
+    new: NewDeviceType,
+}
+
+impl Act for AddDeviceType {
+    type Answer = v1::DeviceType;
+    // A device type is named by its name: its row is the one that there is.
+    type Past = Never;
+
+    fn name(&self) -> &'static str {
+        Action::AddDeviceType.name()
+    }
+
+    fn reads(&self) -> Reads {
+        let numbers = 1..=self.known.saturating_add(2);
+        let sealed = numbers.map(|number| (RowKind::DeviceType, number.to_be_bytes().to_vec())).collect();
+        Reads { sealed, ..Reads::default() }
+    }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        let facts = DeviceTypeFacts {
+            name: self.new.name.clone(),
+            manufacturer: self.new.manufacturer.to_string(),
+            device_profile: self.new.device_profile.to_string(),
+        };
+        asker.require(&Action::AddDeviceType, &Resource::DeviceType(&facts))
+    }
+
+    fn decide(&self, _: &Permit, view: &mut View<'_, '_>) -> Result<Decision<v1::DeviceType>, ServiceError> {
+        let new = &self.new;
+        for number in 1..=MOST_DEVICE_TYPES {
+            let Some(other) = view.device_type(DeviceTypeId(number))? else {
+                let device_type = DeviceType {
+                    id: DeviceTypeId(number),
+                    vendor: new.manufacturer,
+                    name: new.name.clone(),
+                    profile: new.device_profile.clone(),
+                    added: view.now(),
+                    slots: Slots::default(),
+                };
+                view.put_device_type(device_type.clone())?;
+                let entry = view.append(Event::DeviceTypeAdded(DeviceTypeAdded {
+                    number,
+                    name: new.name.clone(),
+                    manufacturer: new.manufacturer.to_string(),
+                    device_profile: new.device_profile.to_string(),
+                }));
+                return Ok(Decision::recorded(entry, summary(&device_type)));
+            };
+            if other.name == new.name {
+                if other.vendor == new.manufacturer && other.profile == new.device_profile {
+                    return Ok(Decision::unchanged(summary(&other)));
+                }
+                return Err(ServiceError::FailedPrecondition {
+                    reason: format!(
+                        "`{}` is a device type of {} with device profile `{}` already",
+                        other.name, other.vendor, other.profile
+                    ),
+                    next_step: "choose another name: names are not used again".to_owned(),
+                });
+            }
         }
-        OwnerRow::DeviceType(device_type) => policy
-            .require(&facts, action, &Resource::DeviceType(&DeviceTypeFacts::from(&**device_type)))
-            .map(|()| device_type.name.clone()),
-        OwnerRow::Meter(_) => Err(ServiceError::denied(action.to_string())),
+        Err(ServiceError::FailedPrecondition {
+            reason: format!("the island has {MOST_DEVICE_TYPES} device types, as many as it takes"),
+            next_step: "meters of one firmware are one device type".to_owned(),
+        })
+    }
+
+    fn again(&self, never: Never, _: &Permit, _: &mut View<'_, '_>) -> Result<v1::DeviceType, ServiceError> {
+        match never {}
+    }
+}
+
+/// Version 1 of a key of a group or device type.
+struct CreateKey {
+    action: Action,
+    owner: Owner,
+    recipe: Recipe,
+    wrapped: Option<WrappedKey>,
+    held_by_meters: bool,
+}
+
+impl CreateKey {
+    fn row(&self, view: &mut View<'_, '_>) -> Result<OwnerRow, ServiceError> {
+        view.owner(self.owner)?.ok_or_else(|| ServiceError::denied(self.action.to_string()))
+    }
+}
+
+impl Act for CreateKey {
+    type Answer = v1::CreateKeyResponse;
+    type Past = Remembered<v1::CreateKeyResponse>;
+
+    fn name(&self) -> &'static str {
+        self.action.name()
+    }
+
+    fn reads(&self) -> Reads {
+        let sealed = match self.owner {
+            Owner::DeviceType(id) => vec![(RowKind::DeviceType, id.0.to_be_bytes().to_vec())],
+            Owner::Group(id) => vec![(RowKind::Group, id.0.to_be_bytes().to_vec())],
+            // Keys of meters come with the meter.
+            Owner::Meter(_) => Vec::new(),
+        };
+        Reads { sealed, ..Reads::default() }
+    }
+
+    fn permit(&self, asker: Asker, view: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        match self.row(view)? {
+            OwnerRow::Group(group) => asker.require(&self.action, &Resource::Group(&GroupFacts::from(&*group))),
+            OwnerRow::DeviceType(device_type) => {
+                asker.require(&self.action, &Resource::DeviceType(&DeviceTypeFacts::from(&*device_type)))
+            }
+            OwnerRow::Meter(_) => Err(ServiceError::denied(self.action.to_string())),
+        }
+    }
+
+    fn decide(&self, _: &Permit, view: &mut View<'_, '_>) -> Result<Decision<v1::CreateKeyResponse>, ServiceError> {
+        let Self { recipe, owner, .. } = self;
+        let mut row = self.row(view)?;
+        let name = match &row {
+            OwnerRow::Group(group) => group.name.clone(),
+            OwnerRow::DeviceType(device_type) => device_type.name.clone(),
+            OwnerRow::Meter(meter) => meter.title.to_string(),
+        };
+        if let Some(slot) = row.slots().get(recipe.setup, recipe.key_type) {
+            return Err(ServiceError::FailedPrecondition {
+                reason: format!(
+                    "`{name}` has a {} in security setup {} already, with {} versions",
+                    recipe.key_type,
+                    recipe.setup,
+                    slot.versions().len()
+                ),
+                next_step: "later versions are made by rotations".to_owned(),
+            });
+        }
+        // I3: what the meters do not hold yet is no candidate, and granted to nobody.
+        let state = if self.held_by_meters { KeyState::Active } else { KeyState::PreActive };
+        let slot = recipe.slot(self.wrapped.clone(), state, view.now())?;
+        let version = slot.version(KeyVersionNumber::FIRST).map(shown_version);
+        row.slots_mut().insert(slot).map_err(|error| ServiceError::Internal(error.to_string()))?;
+        if let (OwnerRow::Group(group), false) = (&mut row, self.held_by_meters) {
+            Arc::make_mut(group).roll_out(recipe.setup, recipe.key_type, KeyVersionNumber::FIRST, None, view.now());
+        }
+        let entry = view.append(Event::KeyCreated(KeyCreated {
+            // Kinds of sealed rows are numbered from 1, kinds of owners from 0.
+            owner_kind: u32::from(owner.kind().number()) + 1,
+            owner: u64::from_be_bytes(owner.id()),
+            owner_name: name,
+            security_setup: setup_record(recipe.setup),
+            key_type: recipe.key_type.to_string(),
+            version: KeyVersionNumber::FIRST.number(),
+            state: state.to_string(),
+            origin: if recipe.origin == KeyOrigin::Generated { "generated" } else { "diversified" }.to_owned(),
+        }));
+        view.put_owner(row)?;
+        Ok(Decision::recorded(entry, v1::CreateKeyResponse { version }))
+    }
+
+    fn again(
+        &self,
+        Remembered(answer): Remembered<v1::CreateKeyResponse>,
+        _: &Permit,
+        _: &mut View<'_, '_>,
+    ) -> Result<v1::CreateKeyResponse, ServiceError> {
+        Ok(answer)
     }
 }
 

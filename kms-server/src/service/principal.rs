@@ -28,10 +28,10 @@ use kms_store::{Reads, RowKind};
 use self::everyone::{Everyone, parse_name, refuse_shared_key, refuse_shared_titles, unverified};
 use super::Request;
 use super::certificate::{CertificateAuthority, CertificationRequest, IssuedCertificate, Validity};
-use crate::audit::{Actor, Asked, Asking, View, Window};
+use crate::audit::{Act, Asker, Decision, Permit, Remembered, View};
 use crate::authz::{Action, Caller, Resource};
 use crate::error::ServiceError;
-use crate::island::{Island, facts, principal_row};
+use crate::island::{Island, principal_row};
 
 /// The use cases of principals.
 pub struct Principals {
@@ -106,7 +106,7 @@ impl Principals {
         let chain = self.chain();
         let (id, request) = (new.id.clone(), new.request);
         let officer = caller.principal.clone();
-        self.act_among_all(caller, Request { id: request, digest }, action, id, Reads::default(), move |view, existing, everyone| {
+        self.act_among_all(caller, Request { id: request, digest }, action, id, Reads::default(), move |view, _, existing, everyone| {
             if existing.is_some() {
                 return Err(ServiceError::FailedPrecondition {
                     reason: format!("`{}` exists", new.id),
@@ -199,7 +199,7 @@ impl Principals {
             action,
             id.clone(),
             Reads::default(),
-            move |view, existing, everyone| {
+            move |view, _, existing, everyone| {
                 // I6: whatever policies say.
                 refuse_for_another_person(&id, own)?;
                 let mut principal = enabled(&id, existing)?;
@@ -255,17 +255,23 @@ impl Principals {
             self.authority.transport(&id, certification, self.validity())?.sign(&self.island.hsm_for(caller)).await?;
         let digest = request_digest("transport", &[&certification.spki_sha256()]);
         let chain = self.chain();
-        self.act(caller, Request { id: request, digest }, action, id.clone(), Reads::default(), move |_, existing| {
-            let mut principal = enabled(&id, existing)?;
-            principal.transport = Some(
-                issued
-                    .for_transport()
-                    .ok_or_else(|| ServiceError::Internal("a transport certificate without a P-256 key".to_owned()))?,
-            );
-            principal.revision += 1;
-            let record = changed(&id, "transport-key-registered", Some(&issued), "");
-            Ok((principal, record, Some(issued.clone()), chain.clone()))
-        })
+        self.act(
+            caller,
+            Request { id: request, digest },
+            action,
+            id.clone(),
+            Reads::default(),
+            move |_, _, existing| {
+                let mut principal = enabled(&id, existing)?;
+                principal.transport =
+                    Some(issued.for_transport().ok_or_else(|| {
+                        ServiceError::Internal("a transport certificate without a P-256 key".to_owned())
+                    })?);
+                principal.revision += 1;
+                let record = changed(&id, "transport-key-registered", Some(&issued), "");
+                Ok((principal, record, Some(issued.clone()), chain.clone()))
+            },
+        )
         .await
     }
 
@@ -290,7 +296,7 @@ impl Principals {
                 action,
                 id.clone(),
                 Reads::default(),
-                move |view, existing, everyone| {
+                move |view, _, existing, everyone| {
                     let mut principal = existing.as_deref().cloned().ok_or_else(|| unknown(&id))?;
                     if principal.status == PrincipalStatus::Enabled {
                         everyone.refuse_last_officer(view, &id)?;
@@ -340,76 +346,39 @@ impl Principals {
         change: F,
     ) -> Result<v1::PrincipalCertificate, ServiceError>
     where
-        F: FnMut(&mut View<'_, '_>, Option<Arc<Principal>>, &Everyone) -> Changed + Clone + Send + 'static,
+        F: Fn(&mut View<'_, '_>, &Permit, Option<Arc<Principal>>, &Everyone) -> Changed + Clone + Send + Sync + 'static,
     {
         let mut attempts = 0;
         loop {
             attempts += 1;
             let everyone = Everyone::of(&*self.island.store, &self.island.committer, self.island.name()).await?;
-            let (mut reads, mut change) = (everyone.reads(), change.clone());
+            let (mut reads, change) = (everyone.reads(), change.clone());
             reads.extend(&more);
-            let action = action.clone();
-            match self
-                .act(caller, request, action, id.clone(), reads, move |view, existing| {
-                    change(view, existing, &everyone)
-                })
-                .await
-            {
+            let changed =
+                self.act(caller, request, action.clone(), id.clone(), reads, move |view, permit, existing| {
+                    change(view, permit, existing, &everyone)
+                });
+            match changed.await {
                 Err(error) if Everyone::is_stale(&error) && attempts < MOST_ATTEMPTS => {}
                 outcome => return outcome,
             }
         }
     }
 
-    /// Reads the caller's and the principal's rows, decides, writes the principal, the record and
-    /// the answer.
+    /// Changes one principal, on the record.
     async fn act<F>(
         &self,
         caller: &Caller,
         request: Request,
         action: Action,
         id: PrincipalId,
-        more: Reads,
-        mut change: F,
+        reads: Reads,
+        change: F,
     ) -> Result<v1::PrincipalCertificate, ServiceError>
     where
-        F: FnMut(&mut View<'_, '_>, Option<Arc<Principal>>) -> Changed + Send + 'static,
+        F: Fn(&mut View<'_, '_>, &Permit, Option<Arc<Principal>>) -> Changed + Send + Sync + 'static,
     {
-        let Request { id: request, digest } = request;
-        let asking = Asking::new(caller, request, digest, Window::Administration);
-        let mut reads = Reads {
-            sealed: vec![principal_row(&caller.principal), principal_row(&id)],
-            requests: asking.reads(),
-            ..Reads::default()
-        };
-        reads.extend(&more);
-        let actor = Actor::caller(caller, Some(request), action.name());
-        let (island, caller) = (Arc::clone(&self.island), caller.clone());
-        let committed = self
-            .island
-            .committer
-            .act(actor, reads, move |view| {
-                // Again, in the transaction that writes: what was permitted a moment ago may not be
-                // any more.
-                let principal = view.caller(&caller)?;
-                island.policy.load().require(&facts(&principal), &action, &Resource::Island)?;
-                if let Asked::Before(answered) = view.asked(&asking)? {
-                    return answered.message();
-                }
-                let existing = view.principal(&id)?;
-                let (principal, record, issued, chain) = change(view, existing)?;
-                let answer = v1::PrincipalCertificate {
-                    principal: Some(to_proto(&principal)),
-                    certificate: issued.map(|issued| Bytes::copy_from_slice(&issued.der)).unwrap_or_default(),
-                    chain,
-                };
-                view.put_principal(principal)?;
-                view.append(Event::PrincipalChanged(record));
-                view.answered_with(&asking, &answer);
-                Ok(answer)
-            })
-            .await?;
-        Ok(committed.value)
+        Ok(self.island.door.act(caller, request, ChangePrincipal { action, id, reads, change }).await?.value)
     }
 
     /// Puts on the record what is refused before an act, of those who try to be two people or to
@@ -455,6 +424,61 @@ impl Principals {
 
     fn validity(&self) -> Validity {
         Validity::days(Island::now(), self.certificate_days)
+    }
+}
+
+/// A change of one principal.
+struct ChangePrincipal<F> {
+    action: Action,
+    id: PrincipalId,
+    reads: Reads,
+    change: F,
+}
+
+impl<F> Act for ChangePrincipal<F>
+where
+    F: Fn(&mut View<'_, '_>, &Permit, Option<Arc<Principal>>) -> Changed + Send + Sync + 'static,
+{
+    type Answer = v1::PrincipalCertificate;
+    type Past = Remembered<v1::PrincipalCertificate>;
+
+    fn name(&self) -> &'static str {
+        self.action.name()
+    }
+
+    fn reads(&self) -> Reads {
+        let mut reads = self.reads.clone();
+        reads.sealed.push(principal_row(&self.id));
+        reads
+    }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        asker.require(&self.action, &Resource::Island)
+    }
+
+    fn decide(
+        &self,
+        permit: &Permit,
+        view: &mut View<'_, '_>,
+    ) -> Result<Decision<v1::PrincipalCertificate>, ServiceError> {
+        let existing = view.principal(&self.id)?;
+        let (principal, record, issued, chain) = (self.change)(view, permit, existing)?;
+        let answer = v1::PrincipalCertificate {
+            principal: Some(to_proto(&principal)),
+            certificate: issued.map(|issued| Bytes::copy_from_slice(&issued.der)).unwrap_or_default(),
+            chain,
+        };
+        view.put_principal(principal)?;
+        Ok(Decision::recorded(view.append(Event::PrincipalChanged(record)), answer))
+    }
+
+    fn again(
+        &self,
+        Remembered(answer): Remembered<v1::PrincipalCertificate>,
+        _: &Permit,
+        _: &mut View<'_, '_>,
+    ) -> Result<v1::PrincipalCertificate, ServiceError> {
+        Ok(answer)
     }
 }
 

@@ -22,10 +22,10 @@ use super::{
     principal::{key::confirm, people::counted_person},
 };
 use crate::{
-    audit::{Actor, Asked, Asking, View, Window, used_for_another},
+    audit::{Act, Asker, Decision, Entry, Known, Permit, View, used_for_another},
     authz::{Action, Caller, Resource},
     error::ServiceError,
-    island::{Island, facts, principal_row},
+    island::Island,
 };
 
 /// The use cases of proposals.
@@ -60,14 +60,15 @@ impl Change {
         }
     }
 
-    /// Carries it out, and records it.
+    /// Executes it, and records it.
     fn apply(
         &self,
         view: &mut View<'_, '_>,
         island: &Island,
-        principal: &Principal,
+        permit: &Permit,
         id: ProposalId,
-    ) -> Result<(), ServiceError> {
+    ) -> Result<Entry, ServiceError> {
+        let principal = permit.principal();
         let now = view.now();
         let mut proposal = Arc::unwrap_or_clone(view.proposal(id)?.ok_or_else(|| missing(id))?);
         match self {
@@ -76,29 +77,36 @@ impl Change {
                 let person = counted_person(view, principal, "approveProposal")?;
                 let approval = Approval { principal: principal.id.clone(), person: person.clone(), time: now };
                 proposal.approve(approval, content_sha256).map_err(refused)?;
-                view.append(Event::ProposalApproved(ProposalApproved {
+                let entry = view.append(Event::ProposalApproved(ProposalApproved {
                     proposal_id: id.octets().to_vec().into(),
                     person: person.as_str().to_owned(),
                     content_sha256: content_sha256.to_vec().into(),
                     complete: proposal.approvals.suffice(&proposal.terms()),
                 }));
-                view.put_proposal(proposal)
+                view.put_proposal(proposal)?;
+                Ok(entry)
             }
             Self::Withdraw { reason } => {
                 proposal.withdraw(principal.id.clone(), now).map_err(refused)?;
-                view.append(ended(&proposal, "withdrawn", reason));
-                view.put_proposal(proposal)
+                let entry = view.append(ended(&proposal, "withdrawn", reason));
+                view.put_proposal(proposal)?;
+                Ok(entry)
             }
-            Self::CarryOut => match carry_out(view, principal, id)? {
-                ProposedAction::RaiseCounter(raise) => raise_counter(view, island, principal, &raise, id),
-                ProposedAction::RecertifyPrincipal(recertify) => confirm(view, island, principal, &recertify, id),
-                ProposedAction::DestroyRoot(_) => Err(ServiceError::FailedPrecondition {
-                    reason:
-                        "the destruction of a root is more than a change of rows, and is not carried out by this call"
-                            .to_owned(),
-                    next_step: format!("carry it out with `kms roots destroy {id}`"),
-                }),
-            },
+            Self::CarryOut => {
+                let (action, entry) = carry_out(view, permit, id)?;
+                match action {
+                    ProposedAction::RaiseCounter(raise) => raise_counter(view, island, permit, &raise, id)?,
+                    ProposedAction::RecertifyPrincipal(recertify) => confirm(view, permit, &recertify, id)?,
+                    ProposedAction::DestroyRoot(_) => {
+                        return Err(ServiceError::FailedPrecondition {
+                            reason: "the destruction of a root is more than a change of rows, and is not executed by this call"
+                                .to_owned(),
+                            next_step: format!("execute it with `kms roots destroy {id}`"),
+                        });
+                    }
+                }
+                Ok(entry)
+            }
         }
     }
 }
@@ -159,30 +167,9 @@ impl ProposalService {
     ) -> Result<v1::Proposal, ServiceError> {
         let action = change.action();
         self.island.require(caller, &action).await?;
-        let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
-        let mut reads = Reads {
-            sealed: vec![principal_row(&caller.principal), proposal_row(id)],
-            requests: asking.reads(),
-            ..Reads::default()
-        };
-        reads.meters.extend(concerns(&self.load(id).await?.content.action));
-        let actor = Actor::caller(caller, Some(request.id), action.name());
-        let (island, caller) = (self.island.clone(), caller.clone());
-        let committed = self
-            .island
-            .committer
-            .act(actor, reads, move |view| {
-                let principal = view.caller(&caller)?;
-                island.policy.load().require(&facts(&principal), &action, &Resource::Island)?;
-                if let Asked::First = view.asked(&asking)? {
-                    change.apply(view, &island, &principal, id)?;
-                    view.answered(&asking);
-                }
-                let proposal = view.proposal(id)?.ok_or_else(|| missing(id))?;
-                Ok(message(&proposal, view.now()))
-            })
-            .await?;
-        Ok(committed.value)
+        let about = concerns(&self.load(id).await?.content.action);
+        let act = Step { island: self.island.clone(), id, change, about };
+        Ok(self.island.door.act(caller, request, act).await?.value)
     }
 
     /// A proposal as it stands in the database now.
@@ -192,7 +179,49 @@ impl ProposalService {
     }
 }
 
-/// What is proposed, within the act of its use case.
+/// What an officer does with a proposal, as one act.
+struct Step {
+    island: Arc<Island>,
+    id: ProposalId,
+    change: Change,
+    /// The meter that the proposal is about.
+    about: Option<SystemTitle>,
+}
+
+impl Act for Step {
+    type Answer = v1::Proposal;
+    type Past = Known;
+
+    fn name(&self) -> &'static str {
+        self.change.action().name()
+    }
+
+    fn reads(&self) -> Reads {
+        let meters = self.about.into_iter().collect();
+        Reads { meters, sealed: vec![proposal_row(self.id)], ..Reads::default() }
+    }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        asker.require(&self.change.action(), &Resource::Island)
+    }
+
+    fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<v1::Proposal>, ServiceError> {
+        let entry = self.change.apply(view, &self.island, permit, self.id)?;
+        Ok(Decision::recorded(entry, shown(view, self.id)?))
+    }
+
+    fn again(&self, _: Known, _: &Permit, view: &mut View<'_, '_>) -> Result<v1::Proposal, ServiceError> {
+        shown(view, self.id)
+    }
+}
+
+/// A proposal as it stands in the transaction.
+fn shown(view: &mut View<'_, '_>, id: ProposalId) -> Result<v1::Proposal, ServiceError> {
+    let proposal = view.proposal(id)?.ok_or_else(|| missing(id))?;
+    Ok(message(&proposal, view.now()))
+}
+
+/// What is proposed.
 #[derive(Clone, Debug)]
 pub struct NewProposal {
     /// What is to run.
@@ -203,17 +232,80 @@ pub struct NewProposal {
     pub quorum: Quorum,
 }
 
-/// Stores a proposal under the id of the request that makes it, and records it. The use case has
-/// asked its policy (I8), and names [`proposal_row`] among its reads.
+/// A proposal under the id of the request that makes it, as one act.
+pub(super) struct Propose<F> {
+    request: RequestId,
+    action: Action,
+    about: Option<SystemTitle>,
+    reads: Reads,
+    content: F,
+}
+
+impl<F> Propose<F>
+where
+    F: Fn(&mut View<'_, '_>) -> Result<NewProposal, ServiceError> + Send + Sync + 'static,
+{
+    /// What an officer proposes with this action, on the island; `content` says what exactly, from
+    /// the rows of `reads`.
+    pub(super) const fn new(request: RequestId, action: Action, reads: Reads, content: F) -> Self {
+        Self { request, action, about: None, reads, content }
+    }
+
+    /// The same, on a meter.
+    pub(super) fn about(mut self, meter: SystemTitle) -> Self {
+        self.about = Some(meter);
+        self.reads.meters.push(meter);
+        self
+    }
+}
+
+impl<F> Act for Propose<F>
+where
+    F: Fn(&mut View<'_, '_>) -> Result<NewProposal, ServiceError> + Send + Sync + 'static,
+{
+    type Answer = v1::Proposal;
+    type Past = Known;
+
+    fn name(&self) -> &'static str {
+        self.action.name()
+    }
+
+    fn reads(&self) -> Reads {
+        let mut reads = self.reads.clone();
+        reads.sealed.extend(proposal_id(self.request).map(proposal_row));
+        reads
+    }
+
+    fn permit(&self, asker: Asker, view: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        let Some(title) = self.about else { return asker.require(&self.action, &Resource::Island) };
+        let denied = || ServiceError::denied(format!("{} with meter {title}", self.action.name()));
+        let meter = view.meter(title)?.ok_or_else(denied)?;
+        asker.require_or(&self.action, &Resource::Meters(&meter.class), denied)
+    }
+
+    fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<v1::Proposal>, ServiceError> {
+        let new = (self.content)(view)?;
+        let (proposal, entry) = propose(view, permit.principal(), self.request, new)?;
+        Ok(Decision::recorded(entry, message(&proposal, view.now())))
+    }
+
+    fn again(&self, _: Known, _: &Permit, view: &mut View<'_, '_>) -> Result<v1::Proposal, ServiceError> {
+        let known = view.proposal(proposal_id(self.request)?)?;
+        let known = known.ok_or_else(|| ServiceError::Internal("the proposal of a past request is gone".to_owned()))?;
+        Ok(message(&known, view.now()))
+    }
+}
+
+/// Stores a proposal under the id of the request that makes it, and records it.
 ///
 /// # Errors
 /// The caller is no person, or there is such a proposal already.
-pub fn propose(
+fn propose(
     view: &mut View<'_, '_>,
     principal: &Principal,
     request: RequestId,
     new: NewProposal,
-) -> Result<Proposal, ServiceError> {
+) -> Result<(Proposal, Entry), ServiceError> {
     let id = proposal_id(request)?;
     if view.proposal(id)?.is_some() {
         return Err(used_for_another());
@@ -231,7 +323,7 @@ pub fn propose(
         expires: created.after(Proposal::LIFETIME_MS),
     };
     let proposal = Proposal::new(id, content).map_err(|error| ServiceError::invalid(error.what(), error.reason()))?;
-    view.append(Event::ProposalMade(ProposalMade {
+    let entry = view.append(Event::ProposalMade(ProposalMade {
         proposal_id: id.octets().to_vec().into(),
         action: proposal.content.action.to_string(),
         reason: proposal.content.reason.clone(),
@@ -240,10 +332,10 @@ pub fn propose(
         expires_ms: proposal.content.expires.0,
     }));
     view.put_proposal(proposal.clone())?;
-    Ok(proposal)
+    Ok((proposal, entry))
 }
 
-/// Marks a proposal as carried out, records it, and says what the caller has to do in this act. It
+/// Marks a proposal as executed, records it, and says what the caller has to do in this act. It
 /// runs once: whoever comes second is refused.
 ///
 /// # Errors
@@ -251,14 +343,14 @@ pub fn propose(
 /// more.
 pub fn carry_out(
     view: &mut View<'_, '_>,
-    principal: &Principal,
+    permit: &Permit,
     id: ProposalId,
-) -> Result<ProposedAction, ServiceError> {
+) -> Result<(ProposedAction, Entry), ServiceError> {
     let mut proposal = Arc::unwrap_or_clone(view.proposal(id)?.ok_or_else(|| missing(id))?);
-    let action = proposal.carry_out(principal.id.clone(), view.now()).map_err(refused)?;
-    view.append(ended(&proposal, "carried-out", ""));
+    let action = proposal.carry_out(permit.principal().id.clone(), view.now()).map_err(refused)?;
+    let entry = view.append(ended(&proposal, "carried-out", ""));
     view.put_proposal(proposal)?;
-    Ok(action)
+    Ok((action, entry))
 }
 
 /// The id of the proposal that a request makes.

@@ -115,8 +115,10 @@ async fn rotate(server: &Arc<Island>, title: SystemTitle, key_type: KeyType) {
     let wrapped =
         WrappedKey::new(key_type, u8::try_from(stored.storage_kek_version.number()).unwrap(), stored.blob.into())
             .unwrap();
-    let act =
-        server.committer.act(Actor::server("test"), Reads { meters: vec![title], ..Reads::default() }, move |view| {
+    let act = server.committer.act_in_test(
+        Actor::server(ServerAct::TEST),
+        Reads { meters: vec![title], ..Reads::default() },
+        move |view| {
             let mut row = (*view.meter(title)?.unwrap()).clone();
             row.sequence += 1;
             let (moment, now) = (row.sequence, view.now());
@@ -132,7 +134,8 @@ async fn rotate(server: &Arc<Island>, title: SystemTitle, key_type: KeyType) {
             slot.confirm(number, moment, Evidence::Proven, now).unwrap();
             view.append(Event::MetersChanged(MetersChanged { change: "test".to_owned(), ..MetersChanged::default() }));
             view.put_meter(row, false)
-        });
+        },
+    );
     act.await.unwrap();
 }
 
@@ -846,7 +849,7 @@ island_tests! {
         // Another suite.
         let (request, frames) = (id(), [plain(3, GET)]);
         protect(&server, &island.head_end, request, &frames, false).await.unwrap();
-        let act = server.committer.act(Actor::server("test"), Reads { meters: vec![meter(3)], ..Reads::default() }, |view| {
+        let act = server.committer.act_in_test(Actor::server(ServerAct::TEST), Reads { meters: vec![meter(3)], ..Reads::default() }, |view| {
             let mut row = (*view.meter(meter(3))?.unwrap()).clone();
             row.suite = kms_domain::SecuritySuite::Suite1;
             view.append(Event::MetersChanged(MetersChanged { change: "test".to_owned(), ..MetersChanged::default() }));
@@ -916,7 +919,7 @@ island_tests! {
         island.deliver(&sample("generic-suite0", 1)).await;
         let (server, caller, request) = (island.island.clone(), island.head_end.clone(), id());
         let asking = Asking::new(&caller, request, [1; 32], Window::Keys);
-        let act = server.committer.act(Actor::caller(&caller, Some(request), "protectFrame"), Reads::default(), move |view| {
+        let act = server.committer.act_in_test(Actor::caller(&caller, Some(request), "protectFrame"), Reads::default(), move |view| {
             let frame = v1::ProtectedFrame { meter: u64::from_be_bytes(meter(1).octets()), invocation_counter: 7, key_version: 1, ..v1::ProtectedFrame::default() };
             view.append(Event::FramesProtected(v1::FramesProtected { purpose: Purpose::Control.to_proto().into(), frames: vec![frame] }));
             view.answered(&asking);
@@ -987,7 +990,7 @@ island_tests! {
         let first = sent(begin().await).unwrap();
         assert_eq!(sent(begin().await).unwrap(), first);
         for pinned in [Some([7; 16]), None] {
-            let act = server.committer.act(Actor::server("test"), Reads { meters: vec![meter(1)], ..Reads::default() }, move |view| {
+            let act = server.committer.act_in_test(Actor::server(ServerAct::TEST), Reads { meters: vec![meter(1)], ..Reads::default() }, move |view| {
                 let mut row = (*view.meter(meter(1))?.unwrap()).clone();
                 row.transfer.as_mut().unwrap().pinned = pinned;
                 view.append(Event::MetersChanged(MetersChanged { change: "test".to_owned(), ..MetersChanged::default() }));

@@ -20,7 +20,7 @@ use kms_store::{AuditFilter, MeterFilter, Reads, RowKind};
 use prost::Message as _;
 
 use crate::{
-    audit::{Actor, CLOCK_JUMPED, View},
+    audit::{CLOCK_JUMPED, Decision, ServerAct, View},
     error::ServiceError,
     island::Island,
     service::owner::expose_to_who_knows_a_kek,
@@ -124,7 +124,7 @@ impl Housekeeper {
             }
             told += due.len() as u64;
             let reads = Reads { meters: due.clone(), ..Reads::default() };
-            let act = self.island.committer.act(Actor::server("share-exposures"), reads, move |view| {
+            let act = self.island.committer.act(ServerAct::SHARE_EXPOSURES, reads, move |view| {
                 let mut meters = Vec::new();
                 for title in &due {
                     if let Some(meter) = view.meter(*title)?
@@ -133,14 +133,15 @@ impl Housekeeper {
                         meters.push(title.octets().to_vec().into());
                     }
                 }
-                if !meters.is_empty() {
-                    view.append(Event::MetersChanged(MetersChanged {
-                        change: "exposures-shared".to_owned(),
-                        meters,
-                        ..MetersChanged::default()
-                    }));
+                if meters.is_empty() {
+                    return Ok(Decision::unchanged(()));
                 }
-                Ok(())
+                let entry = view.append(Event::MetersChanged(MetersChanged {
+                    change: "exposures-shared".to_owned(),
+                    meters,
+                    ..MetersChanged::default()
+                }));
+                Ok(Decision::recorded(entry, ()))
             });
             act.await?;
         }
@@ -159,7 +160,7 @@ impl Housekeeper {
     /// destroyed is lost (I3). Officers have that week to set the clock right.
     async fn is_clock_in_doubt(&self, now: UnixMillis) -> Result<bool, ServiceError> {
         // The writer looks at the clock before each act: a jump of a moment ago is in the log then.
-        self.island.committer.act(Actor::server("destroy-keys"), Reads::default(), |_| Ok(())).await?;
+        self.island.committer.act(ServerAct::DESTROY_KEYS, Reads::default(), |_| Ok(Decision::unchanged(()))).await?;
         let filter = AuditFilter { kind: Some(CLOCK_JUMPED), newest_first: true, ..AuditFilter::default() };
         let rows = self.island.store.audit_page(&filter, None, JUMPS_READ).await?;
         let jumps =
@@ -292,13 +293,14 @@ impl Housekeeper {
         F: FnMut(&mut View<'_, '_>) -> Result<Done, ServiceError> + Send + 'static,
     {
         let retention_days = u32::from(self.retention.days());
-        let committed = self.island.committer.act(Actor::server("destroy-keys"), reads, move |view| {
+        let committed = self.island.committer.act(ServerAct::DESTROY_KEYS, reads, move |view| {
             let done = decide(view)?;
-            if !done.keys.is_empty() {
-                // I2.
-                view.append(Event::KeysDestroyed(KeysDestroyed { retention_days, keys: done.keys.clone() }));
+            if done.keys.is_empty() {
+                return Ok(Decision::unchanged(done));
             }
-            Ok(done)
+            // I2.
+            let destroyed = KeysDestroyed { retention_days, keys: done.keys.clone() };
+            Ok(Decision::recorded(view.append(Event::KeysDestroyed(destroyed)), done))
         });
         let done = committed.await?.value;
         report.rows_changed += done.rows;
@@ -350,7 +352,7 @@ pub(in crate::service) async fn expose_groups_under_equal_keks(island: &Arc<Isla
             continue;
         }
         let reads = Reads { meters: due.clone(), ..Reads::default() };
-        let act = island.committer.act(Actor::server("share-exposures"), reads, move |view| {
+        let act = island.committer.act(ServerAct::SHARE_EXPOSURES, reads, move |view| {
             for title in &due {
                 let meter = match view.meter(*title) {
                     Ok(Some(meter)) => meter,
@@ -365,7 +367,7 @@ pub(in crate::service) async fn expose_groups_under_equal_keks(island: &Arc<Isla
                     }
                 }
             }
-            Ok(())
+            Ok(Decision::of(view.entry(), ()))
         });
         act.await?;
     }
@@ -461,8 +463,8 @@ mod tests {
         /// A rotation of the GUEK that was proven now.
         async fn rotate(&self, number: u64) {
             let title = meter(number);
-            let act = self.island.committer.act(
-                Actor::server("test"),
+            let act = self.island.committer.act_in_test(
+                Actor::server(ServerAct::TEST),
                 Reads { meters: vec![title], ..Reads::default() },
                 move |view| {
                     let mut meter = view.meter(title)?.unwrap();

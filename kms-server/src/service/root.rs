@@ -28,10 +28,10 @@ pub use self::refresh::{
     FINGERPRINT_KEY_VERSION, all_seal_keys, audit_keys, held_audit_key, learn_seal_keys, seal_key, seal_keys,
 };
 use crate::{
-    audit::{Actor, Asked, Asking, Window},
+    audit::{Act, Asker, Decision, Known, Permit, View},
     authz::{Action, Caller, Resource},
     error::ServiceError,
-    island::{Island, facts, principal_row},
+    island::Island,
     service::{
         Request,
         watch::{self, Watched},
@@ -230,81 +230,9 @@ impl RootService {
             RootId { purpose, version: known.current_root(purpose).ok_or_else(no_root)? }
         };
         let rows = if purpose.has_pass() { self.island.store.meter_count(&MeterFilter::default()).await? } else { 0 };
-        let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
-        let reads = Reads {
-            sealed: vec![principal_row(&caller.principal), self.island_row(), rotation_row(to)],
-            requests: asking.reads(),
-            clock: true,
-            ..Reads::default()
-        };
-        let actor = Actor::caller(caller, Some(request.id), Action::RotateRoot.name());
-        let (island, by, settling) = (self.island.clone(), caller.clone(), millis(self.timing.settling));
-        let act = self.island.committer.act(actor, reads, move |view| {
-            let principal = view.caller(&by)?;
-            island.policy.load().require(&facts(&principal), &Action::RotateRoot, &Resource::Island)?;
-            if let Asked::Before(_) = view.asked(&asking)? {
-                return Ok(());
-            }
-            let now = view.clock()?;
-            let mut row = (*view.island(island.name())?.ok_or_else(no_island)?).clone();
-            let mut event = RootRotationChanged {
-                root: purpose.to_string(),
-                version: to.version.into(),
-                ..RootRotationChanged::default()
-            };
-            match &change {
-                Change::Rotate { rows_per_second } => {
-                    let from = row.activate_root(to, settling, now).map_err(refused)?;
-                    event = RootRotationChanged {
-                        change: "begun".to_owned(),
-                        from: from.into(),
-                        rows_per_second: *rows_per_second,
-                        ..event
-                    };
-                    if purpose.has_pass() {
-                        view.put_root_rotation(RootRotation::new(
-                            to,
-                            principal.id.clone(),
-                            *rows_per_second,
-                            rows,
-                            now,
-                        ))?;
-                    }
-                    view.put_island(row)?;
-                }
-                Change::Retire => {
-                    if purpose != RootPurpose::VendorTransport {
-                        return Err(ServiceError::invalid(
-                            "root",
-                            "only earlier versions of `vendor-transport` are retired by hand",
-                        ));
-                    }
-                    row.retire_roots(purpose).map_err(refused)?;
-                    event.change = "retired".to_owned();
-                    view.put_island(row)?;
-                }
-                Change::Pause { reason } => {
-                    let mut rotation = (*view.root_rotation(to)?.ok_or_else(|| no_rotation(purpose))?).clone();
-                    rotation.pause(reason.clone(), now).map_err(|state| is_in(purpose, state))?;
-                    event = RootRotationChanged { change: "paused".to_owned(), reason: reason.clone(), ..event };
-                    view.put_root_rotation(rotation)?;
-                }
-                Change::Resume { rows_per_second } => {
-                    let mut rotation = (*view.root_rotation(to)?.ok_or_else(|| no_rotation(purpose))?).clone();
-                    rotation.resume(*rows_per_second, now).map_err(|state| is_in(purpose, state))?;
-                    event = RootRotationChanged {
-                        change: "resumed".to_owned(),
-                        rows_per_second: rotation.rows_per_second,
-                        ..event
-                    };
-                    view.put_root_rotation(rotation)?;
-                }
-            }
-            view.append(Event::RootRotationChanged(event));
-            view.answered(&asking);
-            Ok(())
-        });
-        act.await?;
+        let settling = millis(self.timing.settling);
+        let act = Turn { island: self.island.clone(), change, to, rows, settling };
+        self.island.door.act(caller, request, act).await?;
         self.show(caller).await
     }
 
@@ -359,6 +287,97 @@ impl RootService {
 
     fn island_row(&self) -> (RowKind, Vec<u8>) {
         self.island.row_name()
+    }
+}
+
+/// A change of the rotation of a root.
+struct Turn {
+    island: Arc<Island>,
+    change: Change,
+    to: RootId,
+    /// How many rows a pass will look at.
+    rows: u64,
+    settling: i64,
+}
+
+impl Act for Turn {
+    type Answer = ();
+    type Past = Known;
+
+    fn name(&self) -> &'static str {
+        Action::RotateRoot.name()
+    }
+
+    fn reads(&self) -> Reads {
+        Reads { sealed: vec![self.island.row_name(), rotation_row(self.to)], clock: true, ..Reads::default() }
+    }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        asker.require(&Action::RotateRoot, &Resource::Island)
+    }
+
+    fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<()>, ServiceError> {
+        let (to, purpose) = (self.to, self.to.purpose);
+        let now = view.clock()?;
+        let mut row = (*view.island(self.island.name())?.ok_or_else(no_island)?).clone();
+        let mut event = RootRotationChanged {
+            root: purpose.to_string(),
+            version: to.version.into(),
+            ..RootRotationChanged::default()
+        };
+        match &self.change {
+            Change::Rotate { rows_per_second } => {
+                let from = row.activate_root(to, self.settling, now).map_err(refused)?;
+                event = RootRotationChanged {
+                    change: "begun".to_owned(),
+                    from: from.into(),
+                    rows_per_second: *rows_per_second,
+                    ..event
+                };
+                if purpose.has_pass() {
+                    view.put_root_rotation(RootRotation::new(
+                        to,
+                        permit.principal().id.clone(),
+                        *rows_per_second,
+                        self.rows,
+                        now,
+                    ))?;
+                }
+                view.put_island(row)?;
+            }
+            Change::Retire => {
+                if purpose != RootPurpose::VendorTransport {
+                    return Err(ServiceError::invalid(
+                        "root",
+                        "only earlier versions of `vendor-transport` are retired by hand",
+                    ));
+                }
+                row.retire_roots(purpose).map_err(refused)?;
+                event.change = "retired".to_owned();
+                view.put_island(row)?;
+            }
+            Change::Pause { reason } => {
+                let mut rotation = (*view.root_rotation(to)?.ok_or_else(|| no_rotation(purpose))?).clone();
+                rotation.pause(reason.clone(), now).map_err(|state| is_in(purpose, state))?;
+                event = RootRotationChanged { change: "paused".to_owned(), reason: reason.clone(), ..event };
+                view.put_root_rotation(rotation)?;
+            }
+            Change::Resume { rows_per_second } => {
+                let mut rotation = (*view.root_rotation(to)?.ok_or_else(|| no_rotation(purpose))?).clone();
+                rotation.resume(*rows_per_second, now).map_err(|state| is_in(purpose, state))?;
+                event = RootRotationChanged {
+                    change: "resumed".to_owned(),
+                    rows_per_second: rotation.rows_per_second,
+                    ..event
+                };
+                view.put_root_rotation(rotation)?;
+            }
+        }
+        Ok(Decision::recorded(view.append(Event::RootRotationChanged(event)), ()))
+    }
+
+    fn again(&self, _: Known, _: &Permit, _: &mut View<'_, '_>) -> Result<(), ServiceError> {
+        Ok(())
     }
 }
 

@@ -33,7 +33,7 @@ use self::{
     tasks::Tasks,
 };
 use crate::{
-    audit::Actor,
+    audit::{Decision, ServerAct},
     authz::{Action, Caller},
     error::ServiceError,
     island::Island,
@@ -237,9 +237,12 @@ impl Scrubber {
             let detail = format!("{} findings in all; `kms audit scrub` lists them", findings.len());
             events.push(SecurityEvent { kind: "scrub".to_owned(), detail, meter: Default::default() });
         }
-        let committed = self.island.committer.act(Actor::server("scrub"), Reads::default(), move |view| {
-            events.iter().for_each(|event| view.append(Event::SecurityEvent(event.clone())));
-            Ok(())
+        let committed = self.island.committer.act(ServerAct::SCRUB, Reads::default(), move |view| {
+            let mut entry = None;
+            for event in &events {
+                entry = Some(view.append(Event::SecurityEvent(event.clone())));
+            }
+            Ok(Decision::of(entry, ()))
         });
         committed.await.map(drop)
     }

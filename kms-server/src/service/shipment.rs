@@ -30,7 +30,7 @@ pub use self::{
 };
 use super::group::Groups;
 use crate::{
-    audit::Actor,
+    audit::{Act, Asker, Decision, Never, Permit, ServerAct, View},
     authz::{Action, Caller, Resource},
     error::ServiceError,
     island::{Island, facts},
@@ -125,43 +125,93 @@ impl ShipmentService {
         Ok(false)
     }
 
-    /// Refuses a whole file, on the record, and drops its octets.
-    async fn refuse(&self, actor: Actor, row: &ShipmentRow, reason: &str) -> Result<ShipmentRow, ServiceError> {
-        let (upload, reason, seen) = (row.upload, reason.to_owned(), row.clone());
-        let reads = Reads { shipments: vec![upload], ..Reads::default() };
-        let committed = self
-            .island
-            .committer
-            .act(actor, reads, move |view| {
-                let mut row = view.shipment(upload)?.ok_or_else(|| unknown(&seen.sha256))?;
-                if row.generation != seen.generation {
-                    return Err(overtaken());
-                }
-                let mut progress = Progress::of(&row)?;
-                progress.refusal.clone_from(&reason);
-                view.append(Event::ShipmentImported(ShipmentImported {
-                    file_sha256: row.sha256.to_vec().into(),
-                    batch: row.batch.clone(),
-                    manufacturer: progress.manufacturer.clone(),
-                    refusal: reason.clone(),
-                    ..ShipmentImported::default()
-                }));
-                row.progress = progress.encode_to_vec();
-                row.state = ShipmentState::Refused;
-                row.generation += 1;
-                row.updated = view.now();
-                view.put_shipment(row.clone());
-                Ok(row)
-            })
-            .await?;
-        self.delete_chunks(upload).await?;
-        Ok(committed.value)
+    /// Refuses a whole file for its caller, on the record, and drops its octets.
+    async fn refuse(
+        &self,
+        caller: &Caller,
+        action: &Action,
+        row: &ShipmentRow,
+        reason: &str,
+    ) -> Result<ShipmentRow, ServiceError> {
+        let act = Refuse { action: action.clone(), seen: row.clone(), reason: reason.to_owned() };
+        let refused = self.island.door.act(caller, None, act).await?.value;
+        self.delete_chunks(row.upload).await?;
+        Ok(refused)
+    }
+
+    /// The same, of a file that nobody goes on with.
+    async fn forget(&self, row: &ShipmentRow, reason: &str) -> Result<ShipmentRow, ServiceError> {
+        let reads = Reads { shipments: vec![row.upload], ..Reads::default() };
+        let (seen, reason) = (row.clone(), reason.to_owned());
+        let act = self.island.committer.act(ServerAct::DROP_SHIPMENT, reads, move |view| refuse(view, &seen, &reason));
+        let refused = act.await?.value;
+        self.delete_chunks(row.upload).await?;
+        Ok(refused)
     }
 
     async fn delete_chunks(&self, upload: UploadId) -> Result<(), ServiceError> {
         while self.island.store.delete_shipment_chunks(upload, CHUNKS_AT_ONCE).await? > 0 {}
         Ok(())
     }
+}
+
+/// The refusal of a whole file.
+struct Refuse {
+    action: Action,
+    /// The file as it was looked at.
+    seen: ShipmentRow,
+    reason: String,
+}
+
+impl Act for Refuse {
+    type Answer = ShipmentRow;
+    // A file is refused once: its row says so.
+    type Past = Never;
+
+    fn name(&self) -> &'static str {
+        self.action.name()
+    }
+
+    fn reads(&self) -> Reads {
+        Reads { shipments: vec![self.seen.upload], ..Reads::default() }
+    }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        asker.require(&self.action, &Resource::Island)
+    }
+
+    fn decide(&self, _: &Permit, view: &mut View<'_, '_>) -> Result<Decision<ShipmentRow>, ServiceError> {
+        refuse(view, &self.seen, &self.reason)
+    }
+
+    fn again(&self, never: Never, _: &Permit, _: &mut View<'_, '_>) -> Result<ShipmentRow, ServiceError> {
+        match never {}
+    }
+}
+
+fn refuse(view: &mut View<'_, '_>, seen: &ShipmentRow, reason: &str) -> Result<Decision<ShipmentRow>, ServiceError> {
+    let mut row = unchanged(view, seen)?;
+    let mut progress = Progress::of(&row)?;
+    reason.clone_into(&mut progress.refusal);
+    let entry = view.append(Event::ShipmentImported(ShipmentImported {
+        file_sha256: row.sha256.to_vec().into(),
+        batch: row.batch.clone(),
+        manufacturer: progress.manufacturer.clone(),
+        refusal: reason.to_owned(),
+        ..ShipmentImported::default()
+    }));
+    row.progress = progress.encode_to_vec();
+    row.state = ShipmentState::Refused;
+    row.generation += 1;
+    row.updated = view.now();
+    view.put_shipment(row.clone());
+    Ok(Decision::recorded(entry, row))
+}
+
+/// A file's row, if nobody has changed it since it was looked at.
+fn unchanged(view: &mut View<'_, '_>, seen: &ShipmentRow) -> Result<ShipmentRow, ServiceError> {
+    let row = view.shipment(seen.upload)?.ok_or_else(|| unknown(&seen.sha256))?;
+    if row.generation == seen.generation { Ok(row) } else { Err(overtaken()) }
 }
 
 /// The OAEP hashes that batch keys may use: SHA-256, and SHA-1 only where the module has nothing

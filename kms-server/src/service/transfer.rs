@@ -34,10 +34,10 @@ use super::{
     owner::expose_to_who_knows_a_kek,
 };
 use crate::{
-    audit::{Actor, Asked, Asking, AuditLeaf, CounterOf, View, Window},
+    audit::{Act, Asker, AuditLeaf, CounterOf, Decision, Keys, Known, Never, Permit, Request, View},
     authz::{Action, Caller, Resource},
     error::ServiceError,
-    island::{Island, facts, principal_row},
+    island::Island,
 };
 
 /// What is asked for one meter.
@@ -206,66 +206,28 @@ impl TransferService {
         digest: [u8; 32],
         orders: Vec<Order>,
     ) -> Result<(Vec<StepAnswer>, Option<AuditLeaf>), ServiceError> {
-        let principal = self.island.principal(caller).await?;
+        let asker = self.island.asker(caller).await?;
         let known = self.meters(orders.iter().map(|order| order.meter)).await?;
         // Denied before the HSM makes a key.
         let permitted: Vec<bool> = orders
             .iter()
-            .map(|order| {
-                known
-                    .get(&order.meter)
-                    .is_some_and(|meter| permits_order(&self.island, &facts(&principal), meter, order).is_ok())
-            })
+            .map(|order| known.get(&order.meter).is_some_and(|meter| permits_order(&asker, meter, order).is_ok()))
             .collect();
         let paid = self.paid_by(caller);
         let prepared = paid.prepare(&orders, &permitted, &known).await?;
-        let asking = Asking::new(caller, request, digest, Window::Keys);
         let groups =
             orders.iter().filter_map(|order| known.get(&order.meter)).flat_map(|meter| meter.class.groups.clone());
-        let mut sealed = vec![principal_row(&caller.principal), self.island.row_name()];
+        let mut sealed = vec![self.island.row_name()];
         sealed.extend(groups.map(group_row));
-        let mut reads = Reads {
-            meters: orders.iter().map(|order| order.meter).collect(),
-            sealed,
-            requests: asking.reads(),
-            ..Reads::default()
-        };
+        let mut reads = Reads { meters: orders.iter().map(|order| order.meter).collect(), sealed, ..Reads::default() };
         for (order, permitted) in orders.iter().zip(&permitted) {
             if let Some(task) = order.task.filter(|_| *permitted) {
                 reads.extend(&task_reads(task.campaign, [order.meter]));
             }
         }
         extend_by_tasks(&mut reads, known.values());
-        let (island, caller_again) = (self.island.clone(), caller.clone());
-        let committed = self
-            .island
-            .committer
-            .act(Actor::caller(caller, Some(request), "beginTransfer"), reads, move |view| {
-                let principal = view.caller(&caller_again)?;
-                let repeated = matches!(view.asked(&asking)?, Asked::Before(_));
-                let mut advances = Advances::default();
-                let mut decided: Vec<Decided> = Vec::with_capacity(orders.len());
-                for (order, prepared) in orders.iter().zip(&prepared) {
-                    let begun = if repeated {
-                        began(view, &island, &principal, order, request)
-                    } else {
-                        advances.attempt(view, |view, advances| {
-                            begin_one(view, &island, &principal, order, prepared, request, advances)
-                        })
-                    };
-                    decided.push((order.meter, begun.map(DecidedStep::going_on)));
-                }
-                refuse_all(view, &decided);
-                if !repeated {
-                    // Recorded even if every order was refused: the request is answered.
-                    advances.record(view);
-                    if decided.iter().any(|(_, step)| step.is_ok()) {
-                        view.answered(&asking);
-                    }
-                }
-                Ok(decided)
-            })
-            .await?;
+        let act = Begin { island: self.island.clone(), request, orders, prepared, reads };
+        let committed = self.island.door.act(caller, Request { id: request, digest }, act).await?;
         Ok((paid.answer(committed.value).await?, committed.leaves.first().copied()))
     }
 
@@ -279,7 +241,7 @@ impl TransferService {
         caller: &Caller,
         reports: Vec<Report>,
     ) -> Result<(Vec<StepAnswer>, Option<AuditLeaf>), ServiceError> {
-        let principal = self.island.principal(caller).await?;
+        let asker = self.island.asker(caller).await?;
         let known = self.meters(reports.iter().map(|report| report.meter)).await?;
         let expected: Vec<Option<Arc<Meter>>> = reports
             .iter()
@@ -289,36 +251,18 @@ impl TransferService {
                     .transfer
                     .as_ref()
                     .filter(|transfer| transfer.id == report.id && transfer.step == report.step)?;
-                permits_transfer(&self.island, &facts(&principal), meter, transfer).ok().map(|()| meter.clone())
+                permits_transfer(&asker, meter, transfer).ok().map(|()| meter.clone())
             })
             .collect();
         let paid = self.paid_by(caller);
         let observations = paid.read(&reports, &expected).await?;
         let challenges = paid.challenges(reports.len()).await?;
-        let mut sealed = vec![principal_row(&caller.principal)];
-        sealed.extend(known.values().flat_map(|meter| meter.class.groups.iter().copied().map(group_row)));
+        let sealed = known.values().flat_map(|meter| meter.class.groups.iter().copied().map(group_row)).collect();
         let mut reads =
             Reads { meters: reports.iter().map(|report| report.meter).collect(), sealed, ..Reads::default() };
         extend_by_tasks(&mut reads, known.values());
-        let (island, caller_again) = (self.island.clone(), caller.clone());
-        let committed = self
-            .island
-            .committer
-            .act(Actor::caller(caller, None, "continueTransfer"), reads, move |view| {
-                let principal = view.caller(&caller_again)?;
-                let mut advances = Advances::default();
-                let mut decided: Vec<Decided> = Vec::with_capacity(reports.len());
-                for ((report, observation), challenge) in reports.iter().zip(&observations).zip(&challenges) {
-                    let step = advances.attempt(view, |view, advances| {
-                        proceed_one(view, &island, &principal, report, observation.as_ref(), *challenge, advances)
-                    });
-                    decided.push((report.meter, step));
-                }
-                refuse_all(view, &decided);
-                advances.record(view);
-                Ok(decided)
-            })
-            .await?;
+        let act = Proceed { island: self.island.clone(), reports, observations, challenges, reads };
+        let committed = self.island.door.act(caller, None, act).await?;
         Ok((paid.answer(committed.value).await?, committed.leaves.first().copied()))
     }
 
@@ -334,47 +278,9 @@ impl TransferService {
         reason: String,
     ) -> Result<Vec<StepAnswer>, ServiceError> {
         let known = self.meters(transfers.iter().map(|(meter, _)| *meter)).await?;
-        let mut reads = Reads {
-            meters: transfers.iter().map(|(meter, _)| *meter).collect(),
-            sealed: vec![principal_row(&caller.principal)],
-            ..Reads::default()
-        };
+        let mut reads = Reads { meters: transfers.iter().map(|(meter, _)| *meter).collect(), ..Reads::default() };
         extend_by_tasks(&mut reads, known.values());
-        let (island, caller_again) = (self.island.clone(), caller.clone());
-        let committed = self
-            .island
-            .committer
-            .act(Actor::caller(caller, Some(request), "withdrawTransfer"), reads, move |view| {
-                let principal = view.caller(&caller_again)?;
-                let mut advances = Advances { reason: reason.clone(), ..Advances::default() };
-                let mut decided: Vec<Decided> = Vec::with_capacity(transfers.len());
-                for (title, id) in &transfers {
-                    let withdrawn = advances.attempt(view, |view, advances| {
-                        let mut meter = own_meter(view, *title)?;
-                        let action =
-                            Action::WithdrawTransfer { own: meter.class.head_end.as_ref() == Some(&principal.id) };
-                        let permitted =
-                            island.policy.load().permits(&facts(&principal), &action, &Resource::Meters(&meter.class));
-                        if !permitted.is_permit() {
-                            return Err(denied(*title));
-                        }
-                        let changed = Arc::make_mut(&mut meter);
-                        let transfer = changed.transfer.clone();
-                        changed.withdraw_transfer(*id, view.now()).map_err(|error| refused(&error))?;
-                        view.put_meter(changed.clone(), false)?;
-                        if let Some(transfer) = transfer {
-                            advances.push(&meter, &transfer, Outcome::Withdrawn.name(), 0, &[]);
-                            tell_task(view, &transfer, meter.title, Outcome::Withdrawn, &reason)?;
-                        }
-                        Ok(DecidedStep::over(meter, Outcome::Withdrawn, Vec::new()))
-                    });
-                    decided.push((*title, withdrawn));
-                }
-                refuse_all(view, &decided);
-                advances.record(view);
-                Ok(decided)
-            })
-            .await?;
+        let committed = self.island.door.act(caller, Some(request), Withdraw { transfers, reason, reads }).await?;
         self.paid_by(caller).answer(committed.value).await
     }
 
@@ -477,20 +383,186 @@ struct Prepared {
     challenge: [u8; kms_domain::CHALLENGE],
 }
 
+/// Transfers that a caller begins.
+struct Begin {
+    island: Arc<Island>,
+    request: RequestId,
+    orders: Vec<Order>,
+    prepared: Vec<Prepared>,
+    reads: Reads,
+}
+
+impl Act for Begin {
+    type Answer = Vec<Decided>;
+    type Past = Known<Keys>;
+
+    fn name(&self) -> &'static str {
+        "beginTransfer"
+    }
+
+    fn reads(&self) -> Reads {
+        self.reads.clone()
+    }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        Ok(asker.each())
+    }
+
+    fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<Vec<Decided>>, ServiceError> {
+        let mut advances = Advances::default();
+        let mut decided: Vec<Decided> = Vec::with_capacity(self.orders.len());
+        for (order, prepared) in self.orders.iter().zip(&self.prepared) {
+            let begun = advances.attempt(view, |view, advances| {
+                begin_one(view, &self.island, permit, order, prepared, self.request, advances)
+            });
+            decided.push((order.meter, begun.map(DecidedStep::going_on)));
+        }
+        refuse_all(view, &decided);
+        advances.record(view);
+        if decided.iter().all(|(_, step)| step.is_err()) {
+            return Ok(Decision::forgotten(decided));
+        }
+        Ok(Decision::of(view.entry(), decided))
+    }
+
+    fn again(&self, _: Known<Keys>, permit: &Permit, view: &mut View<'_, '_>) -> Result<Vec<Decided>, ServiceError> {
+        let mut decided: Vec<Decided> = Vec::with_capacity(self.orders.len());
+        for order in &self.orders {
+            let begun = began(view, permit, order, self.request);
+            decided.push((order.meter, begun.map(DecidedStep::going_on)));
+        }
+        refuse_all(view, &decided);
+        Ok(decided)
+    }
+}
+
+/// What came back from meters, and the next steps of their transfers.
+struct Proceed {
+    island: Arc<Island>,
+    reports: Vec<Report>,
+    observations: Vec<Option<read::Read>>,
+    challenges: Vec<[u8; kms_domain::CHALLENGE]>,
+    reads: Reads,
+}
+
+impl Act for Proceed {
+    type Answer = Vec<Decided>;
+    // Steps are numbered: a report that comes again gets the present step.
+    type Past = Never;
+
+    fn name(&self) -> &'static str {
+        "continueTransfer"
+    }
+
+    fn reads(&self) -> Reads {
+        self.reads.clone()
+    }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        Ok(asker.each())
+    }
+
+    fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<Vec<Decided>>, ServiceError> {
+        let mut advances = Advances::default();
+        let mut decided: Vec<Decided> = Vec::with_capacity(self.reports.len());
+        for ((report, observation), challenge) in self.reports.iter().zip(&self.observations).zip(&self.challenges) {
+            let step = advances.attempt(view, |view, advances| {
+                proceed_one(view, &self.island, permit, report, observation.as_ref(), *challenge, advances)
+            });
+            decided.push((report.meter, step));
+        }
+        refuse_all(view, &decided);
+        advances.record(view);
+        Ok(Decision::of(view.entry(), decided))
+    }
+
+    fn again(&self, never: Never, _: &Permit, _: &mut View<'_, '_>) -> Result<Vec<Decided>, ServiceError> {
+        match never {}
+    }
+}
+
+/// Transfers that are ended before their time.
+struct Withdraw {
+    transfers: Vec<(SystemTitle, TransferId)>,
+    reason: String,
+    reads: Reads,
+}
+
+impl Withdraw {
+    fn withdraw(
+        &self,
+        permit: &Permit,
+        view: &mut View<'_, '_>,
+        title: SystemTitle,
+        id: TransferId,
+        advances: &mut Advances,
+    ) -> Result<DecidedStep, ServiceError> {
+        let mut meter = own_meter(view, title)?;
+        let own = meter.class.head_end.as_ref() == Some(&permit.principal().id);
+        if !permit.permits(&Action::WithdrawTransfer { own }, &Resource::Meters(&meter.class)) {
+            return Err(denied(title));
+        }
+        let changed = Arc::make_mut(&mut meter);
+        let transfer = changed.transfer.clone();
+        changed.withdraw_transfer(id, view.now()).map_err(|error| refused(&error))?;
+        view.put_meter(changed.clone(), false)?;
+        if let Some(transfer) = transfer {
+            advances.push(&meter, &transfer, Outcome::Withdrawn.name(), 0, &[]);
+            tell_task(view, &transfer, meter.title, Outcome::Withdrawn, &self.reason)?;
+        }
+        Ok(DecidedStep::over(meter, Outcome::Withdrawn, Vec::new()))
+    }
+}
+
+impl Act for Withdraw {
+    type Answer = Vec<Decided>;
+    // What is withdrawn is over, and its row says so.
+    type Past = Never;
+
+    fn name(&self) -> &'static str {
+        "withdrawTransfer"
+    }
+
+    fn reads(&self) -> Reads {
+        self.reads.clone()
+    }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        Ok(asker.each())
+    }
+
+    fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<Vec<Decided>>, ServiceError> {
+        let mut advances = Advances { reason: self.reason.clone(), ..Advances::default() };
+        let mut decided: Vec<Decided> = Vec::with_capacity(self.transfers.len());
+        for (title, id) in &self.transfers {
+            let withdrawn = advances.attempt(view, |view, advances| self.withdraw(permit, view, *title, *id, advances));
+            decided.push((*title, withdrawn));
+        }
+        refuse_all(view, &decided);
+        advances.record(view);
+        Ok(Decision::of(view.entry(), decided))
+    }
+
+    fn again(&self, never: Never, _: &Permit, _: &mut View<'_, '_>) -> Result<Vec<Decided>, ServiceError> {
+        match never {}
+    }
+}
+
 fn begin_one(
     view: &mut View<'_, '_>,
     island: &Island,
-    principal: &kms_domain::Principal,
+    permit: &Permit,
     order: &Order,
     prepared: &Prepared,
     request: RequestId,
     advances: &mut Advances,
 ) -> Result<Arc<Meter>, ServiceError> {
+    let principal = permit.principal();
     if !principal.client_titles.contains(&order.client_title) {
         return Err(ServiceError::denied(format!("beginTransfer under client title {}", order.client_title)));
     }
     let mut meter = own_meter(view, order.meter)?;
-    permits_order(island, &facts(principal), &meter, order)?;
+    permits_order(permit.asker(), &meter, order)?;
     let setup = setup_of(&meter, order.setup)?;
     if let Some(key_type) = order.key_type.filter(|key_type| emit::key_id(island, &meter, setup, *key_type).is_none()) {
         return Err(ServiceError::FailedPrecondition {
@@ -555,15 +627,14 @@ fn is_lost(view: &mut View<'_, '_>, transfer: &Transfer, meter: SystemTitle) -> 
 /// The present step of a transfer that the same request began before.
 fn began(
     view: &mut View<'_, '_>,
-    island: &Island,
-    principal: &kms_domain::Principal,
+    permit: &Permit,
     order: &Order,
     request: RequestId,
 ) -> Result<Arc<Meter>, ServiceError> {
     let meter = own_meter(view, order.meter)?;
     let id = transfer_id(request, order.meter)?;
     match meter.transfer.as_ref().filter(|transfer| transfer.id == id) {
-        Some(transfer) => permits_step(view, island, principal, &meter, transfer).map(|()| meter.clone()),
+        Some(transfer) => permits_step(view, permit, &meter, transfer).map(|()| meter.clone()),
         // Or it was refused then, and a replay begins nothing new.
         None => Err(ServiceError::Aborted {
             reason: "the transfer that this request began is over, or none was begun".to_owned(),
@@ -575,7 +646,7 @@ fn began(
 fn proceed_one(
     view: &mut View<'_, '_>,
     island: &Island,
-    principal: &kms_domain::Principal,
+    permit: &Permit,
     report: &Report,
     observation: Option<&read::Read>,
     challenge: [u8; kms_domain::CHALLENGE],
@@ -585,7 +656,7 @@ fn proceed_one(
     let Some(transfer) = meter.transfer.clone().filter(|transfer| transfer.id == report.id) else {
         return Err(refused(&TransferError::NotUnderWay));
     };
-    permits_step(view, island, principal, &meter, &transfer)?;
+    permits_step(view, permit, &meter, &transfer)?;
     if report.step < transfer.step {
         return Ok(DecidedStep::going_on(meter));
     }
@@ -595,11 +666,7 @@ fn proceed_one(
     let mut observation = read.observation.clone();
     if let Observation::Attested { .. } = observation {
         let key_type = transfer.keys.last().map_or(KeyType::GUEK, |key| key.key_type);
-        island.policy.load().require(
-            &facts(principal),
-            &Action::AttestKey { key_type },
-            &Resource::Meters(&meter.class),
-        )?;
+        permit.require(&Action::AttestKey { key_type }, &Resource::Meters(&meter.class))?;
     }
     if let Some(last_accepted) = read.last_accepted.filter(|_| transfer.follows_counter()) {
         observation = follow_counter(view, island, &mut meter, &transfer, last_accepted)?;
@@ -868,44 +935,32 @@ fn ordered_keys(
 
 /// I8: a transfer is permitted for the meter's class and the kind of key; the KEK has an action of
 /// its own.
-fn permits_order(
-    island: &Island,
-    facts: &crate::authz::PrincipalFacts,
-    meter: &Meter,
-    order: &Order,
-) -> Result<(), ServiceError> {
-    permits(island, facts, meter, order.key_type, order.form, order.urgent, order.task.is_some())
+fn permits_order(asker: &Asker, meter: &Meter, order: &Order) -> Result<(), ServiceError> {
+    permits(asker, meter, order.key_type, order.form, order.urgent, order.task.is_some())
 }
 
-fn permits_transfer(
-    island: &Island,
-    facts: &crate::authz::PrincipalFacts,
-    meter: &Meter,
-    transfer: &Transfer,
-) -> Result<(), ServiceError> {
-    if transfer.head_end != facts.principal {
+fn permits_transfer(asker: &Asker, meter: &Meter, transfer: &Transfer) -> Result<(), ServiceError> {
+    if transfer.head_end != asker.principal().id {
         return Err(denied(meter.title));
     }
     let key_type = transfer.keys.first().map(|key| key.key_type);
-    permits(island, facts, meter, key_type, transfer.form, false, transfer.campaign.is_some())
+    permits(asker, meter, key_type, transfer.form, false, transfer.campaign.is_some())
 }
 
 /// [`permits_transfer`], in the transaction: who has lost the lease of a campaign's task goes no
 /// further with its transfer.
 fn permits_step(
     view: &mut View<'_, '_>,
-    island: &Island,
-    principal: &kms_domain::Principal,
+    permit: &Permit,
     meter: &Meter,
     transfer: &Transfer,
 ) -> Result<(), ServiceError> {
-    permits_transfer(island, &facts(principal), meter, transfer)?;
-    transfer.campaign.map_or(Ok(()), |task| check_task(view, task, meter.title, &principal.id))
+    permits_transfer(permit.asker(), meter, transfer)?;
+    transfer.campaign.map_or(Ok(()), |task| check_task(view, task, meter.title, &permit.principal().id))
 }
 
 fn permits(
-    island: &Island,
-    facts: &crate::authz::PrincipalFacts,
+    asker: &Asker,
     meter: &Meter,
     key_type: Option<KeyType>,
     form: TransferForm,
@@ -918,8 +973,7 @@ fn permits(
         Some(KeyType::KEK) => Action::TransferMasterKey { in_frames, urgent, campaign },
         Some(key_type) => Action::TransferKey { key_type, in_frames, urgent, campaign },
     };
-    let permitted = meter.class.status.may_grant()
-        && island.policy.load().permits(facts, &action, &Resource::Meters(&meter.class)).is_permit();
+    let permitted = meter.class.status.may_grant() && asker.permits(&action, &Resource::Meters(&meter.class));
     if permitted { Ok(()) } else { Err(denied(meter.title)) }
 }
 

@@ -17,14 +17,14 @@ use crate::{
     testing::{TestIsland, island_tests, meter},
 };
 
-type Act = Pin<Box<dyn Future<Output = Result<Committed<()>, ServiceError>> + Send>>;
+type Queued = Pin<Box<dyn Future<Output = Result<Committed<()>, ServiceError>> + Send>>;
 
 /// A writer that is held in an act, so that others wait; and the order in which they are decided
 /// then.
 struct Held {
     committer: Committer,
     release: std::sync::mpsc::Sender<()>,
-    holding: Act,
+    holding: Queued,
     decided: Arc<Mutex<Vec<(String, usize)>>>,
 }
 
@@ -34,8 +34,8 @@ impl Held {
         let (started, has_started) = tokio::sync::oneshot::channel();
         let (mut started, released) = (Some(started), Mutex::new(released));
         let again = committer.clone();
-        let mut holding: Act = Box::pin(async move {
-            let act = again.act(Actor::server("test"), Reads::default(), move |_| {
+        let mut holding: Queued = Box::pin(async move {
+            let act = again.act(Actor::server(ServerAct::TEST), Reads::default(), move |_| {
                 if let Some(started) = started.take() {
                     started.send(()).unwrap();
                     released.lock().unwrap().recv().unwrap();
@@ -50,7 +50,7 @@ impl Held {
     }
 
     /// Puts an act of so many meters into the queue.
-    async fn queue(&self, principal: &PrincipalId, number: usize, meters: u64) -> Result<Act, ServiceError> {
+    async fn queue(&self, principal: &PrincipalId, number: usize, meters: u64) -> Result<Queued, ServiceError> {
         let actor = Actor {
             principal: Some(principal.clone()),
             certificate_sha256: None,
@@ -59,8 +59,8 @@ impl Held {
         };
         let reads = Reads { meters: (1..=meters).map(meter).collect(), ..Reads::default() };
         let (committer, decided, name) = (self.committer.clone(), self.decided.clone(), principal.name().to_owned());
-        let mut act: Act = Box::pin(async move {
-            let act = committer.act(actor, reads, move |_| {
+        let mut act: Queued = Box::pin(async move {
+            let act = committer.act_in_test(actor, reads, move |_| {
                 decided.lock().unwrap().push((name.clone(), number));
                 Ok(())
             });
@@ -73,7 +73,7 @@ impl Held {
     }
 
     /// Lets the writer go on, and gives the order in which the acts were decided.
-    async fn decided(self, acts: Vec<Act>) -> Vec<(String, usize)> {
+    async fn decided(self, acts: Vec<Queued>) -> Vec<(String, usize)> {
         self.release.send(()).unwrap();
         self.holding.await.unwrap();
         join_all(acts).await.into_iter().for_each(|outcome| drop(outcome.unwrap()));
@@ -160,7 +160,7 @@ island_tests! {
         let committer = committer(&island, limits);
         let write = async |name: &str, action: &'static str| {
             let actor = Actor { principal: Some(head_end(&island, name)), certificate_sha256: None, request: None, action };
-            let act = committer.act(actor, Reads::default(), |view| {
+            let act = committer.act_in_test(actor, Reads::default(), |view| {
                 view.append(Event::KeysGranted(KeysGranted { grant_id: vec![7; 1_000].into(), ..KeysGranted::default() }));
                 Ok(())
             });

@@ -15,7 +15,11 @@ use kms_proto::v1::{CampaignChanged, SecurityEvent, WaveChanged, audit_record::E
 use kms_store::{MeterRow, Reads, TaskKey, TaskRow};
 
 use super::{CampaignService, campaign_row, missing};
-use crate::{audit::Actor, error::ServiceError, island::Island};
+use crate::{
+    audit::{Decision, ServerAct},
+    error::ServiceError,
+    island::Island,
+};
 
 /// The digests after each chunk of a plan, once the whole chain was verified.
 pub(super) type Links = Arc<Vec<[u8; 32]>>;
@@ -122,11 +126,11 @@ impl CampaignService {
             tasks.await.map_err(|_| ServiceError::Internal("the tasks of a wave could not be made".to_owned()))?;
         let (id, wave, expanded) = (campaign.id, campaign.wave, campaign.expanded);
         let reads = Reads { sealed: vec![campaign_row(id)], ..Reads::default() };
-        let committed = self.island.committer.act(Actor::server("planWave"), reads, move |view| {
+        let committed = self.island.committer.act(ServerAct::PLAN_WAVE, reads, move |view| {
             let known = view.campaign(id)?.ok_or_else(|| missing(id))?;
             if (known.state, known.wave, known.expanded) != (CampaignState::Running, wave, expanded) {
                 // Another server was faster, or an officer.
-                return Ok(());
+                return Ok(Decision::unchanged(()));
             }
             let mut campaign = (*known).clone();
             campaign.expanded = looked;
@@ -138,7 +142,8 @@ impl CampaignService {
                 tasks: tasks.len() as u64,
                 ..WaveChanged::default()
             }));
-            view.put_campaign(campaign)
+            view.put_campaign(campaign)?;
+            Ok(Decision::of(view.entry(), ()))
         });
         committed.await?;
         Ok(true)
@@ -180,10 +185,10 @@ impl CampaignService {
     ) -> Result<(), ServiceError> {
         let (id, wave, accepted) = (campaign.id, campaign.wave, campaign.accepted_failures);
         let reads = Reads { sealed: vec![campaign_row(id)], ..Reads::default() };
-        let committed = self.island.committer.act(Actor::server("pauseCampaign"), reads, move |view| {
+        let committed = self.island.committer.act(ServerAct::PAUSE_CAMPAIGN, reads, move |view| {
             let known = view.campaign(id)?.ok_or_else(|| missing(id))?;
             if (known.state, known.wave, known.accepted_failures) != (CampaignState::Running, wave, accepted) {
-                return Ok(());
+                return Ok(Decision::unchanged(()));
             }
             let mut campaign = (*known).clone();
             campaign.pause(reason.clone(), view.now()).map_err(super::refused)?;
@@ -199,7 +204,8 @@ impl CampaignService {
                     ..SecurityEvent::default()
                 }));
             }
-            view.put_campaign(campaign)
+            view.put_campaign(campaign)?;
+            Ok(Decision::of(view.entry(), ()))
         });
         committed.await.map(drop)
     }
@@ -207,10 +213,10 @@ impl CampaignService {
     async fn end_wave(&self, campaign: &Campaign, result: WaveResult) -> Result<(), ServiceError> {
         let (id, wave) = (campaign.id, campaign.wave);
         let reads = Reads { sealed: vec![campaign_row(id)], ..Reads::default() };
-        let committed = self.island.committer.act(Actor::server("endWave"), reads, move |view| {
+        let committed = self.island.committer.act(ServerAct::END_WAVE, reads, move |view| {
             let known = view.campaign(id)?.ok_or_else(|| missing(id))?;
             if (known.state, known.wave) != (CampaignState::Running, wave) {
-                return Ok(());
+                return Ok(Decision::unchanged(()));
             }
             let mut campaign = (*known).clone();
             campaign.end_wave(result.clone(), view.now()).map_err(super::refused)?;
@@ -232,7 +238,8 @@ impl CampaignService {
                     reason: String::new(),
                 }));
             }
-            view.put_campaign(campaign)
+            view.put_campaign(campaign)?;
+            Ok(Decision::of(view.entry(), ()))
         });
         committed.await.map(drop)
     }

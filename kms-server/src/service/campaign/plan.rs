@@ -16,10 +16,10 @@ use kms_store::{Assigned, MeterFilter, MeterRow, Reads, RowKind};
 
 use super::{CampaignService, Request, campaign_row};
 use crate::{
-    audit::{Actor, Asked, Asking, Window, used_for_another},
+    audit::{Act, Asker, Decision, Known, Permit, View, used_for_another},
     authz::{Action, Caller, Resource},
     error::ServiceError,
-    island::{Island, facts, principal_row},
+    island::Island,
     service::principal::people::counted_person,
 };
 
@@ -119,49 +119,7 @@ impl CampaignService {
         new: Arc<NewCampaign>,
         plan: Option<Plan>,
     ) -> Result<Arc<Campaign>, ServiceError> {
-        let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
-        let reads = Reads {
-            sealed: vec![principal_row(&caller.principal), campaign_row(id)],
-            requests: asking.reads(),
-            ..Reads::default()
-        };
-        let actor = Actor::caller(caller, Some(request.id), Action::CreateCampaign.name());
-        let (island, caller) = (self.island.clone(), caller.clone());
-        let committed = self.island.committer.act(actor, reads, move |view| {
-            let principal = view.caller(&caller)?;
-            island.policy.load().require(&facts(&principal), &Action::CreateCampaign, &Resource::Island)?;
-            let known = view.campaign(id)?;
-            match (view.asked(&asking)?, known, plan.clone()) {
-                (Asked::Before(_), Some(known), _) => Ok(known),
-                (Asked::First, None, Some(plan)) => {
-                    let person = counted_person(view, &principal, Action::CreateCampaign.name())?;
-                    let content = CampaignContent {
-                        name: new.name.clone(),
-                        action: new.action,
-                        setup: new.setup,
-                        selection: new.selection.clone(),
-                        terms: new.terms.clone(),
-                        requester: caller.principal.clone(),
-                        requester_person: person,
-                        created: view.now(),
-                        plan,
-                    };
-                    let campaign = Campaign::draft(id, content).map_err(ServiceError::parse("plan.selection"))?;
-                    view.append(Event::CampaignCreated(CampaignCreated {
-                        campaign_id: id.octets().to_vec().into(),
-                        name: new.name.to_string(),
-                        action: new.action.to_string(),
-                        meters: campaign.content.plan.meters,
-                        content_sha256: campaign.content_digest().to_vec().into(),
-                    }));
-                    view.answered(&asking);
-                    view.put_campaign(campaign.clone())?;
-                    Ok(Arc::new(campaign))
-                }
-                _ => Err(used_for_another()),
-            }
-        });
-        Ok(committed.await?.value)
+        Ok(self.island.door.act(caller, request, Draft { id, new, plan }).await?.value)
     }
 
     /// Looks at every meter once, a page at a time; the next page is read meanwhile. With `keep`
@@ -407,6 +365,61 @@ fn count(counts: &mut BTreeMap<String, u64>, name: &str) {
 /// The moment before which a key is older than so many days.
 pub fn days_before(days: u32, now: UnixMillis) -> UnixMillis {
     now.after(-i64::from(days) * 24 * 3_600 * 1_000)
+}
+
+/// The draft of a campaign, with its plan.
+struct Draft {
+    id: CampaignId,
+    new: Arc<NewCampaign>,
+    /// None: the campaign is known to be drafted already.
+    plan: Option<Plan>,
+}
+
+impl Act for Draft {
+    type Answer = Arc<Campaign>;
+    type Past = Known;
+
+    fn name(&self) -> &'static str {
+        Action::CreateCampaign.name()
+    }
+
+    fn reads(&self) -> Reads {
+        Reads { sealed: vec![campaign_row(self.id)], ..Reads::default() }
+    }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        asker.require(&Action::CreateCampaign, &Resource::Island)
+    }
+
+    fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<Arc<Campaign>>, ServiceError> {
+        let (id, new) = (self.id, &self.new);
+        let (None, Some(plan)) = (view.campaign(id)?, self.plan.clone()) else { return Err(used_for_another()) };
+        let content = CampaignContent {
+            name: new.name.clone(),
+            action: new.action,
+            setup: new.setup,
+            selection: new.selection.clone(),
+            terms: new.terms.clone(),
+            requester: permit.principal().id.clone(),
+            requester_person: counted_person(view, permit.principal(), self.name())?,
+            created: view.now(),
+            plan,
+        };
+        let campaign = Campaign::draft(id, content).map_err(ServiceError::parse("plan.selection"))?;
+        let entry = view.append(Event::CampaignCreated(CampaignCreated {
+            campaign_id: id.octets().to_vec().into(),
+            name: new.name.to_string(),
+            action: new.action.to_string(),
+            meters: campaign.content.plan.meters,
+            content_sha256: campaign.content_digest().to_vec().into(),
+        }));
+        view.put_campaign(campaign.clone())?;
+        Ok(Decision::recorded(entry, Arc::new(campaign)))
+    }
+
+    fn again(&self, _: Known, _: &Permit, view: &mut View<'_, '_>) -> Result<Arc<Campaign>, ServiceError> {
+        view.campaign(self.id)?.ok_or_else(used_for_another)
+    }
 }
 
 const PAGE: u32 = 4_000;

@@ -11,10 +11,9 @@ use kms_store::{Reads, TaskKey, TaskRow};
 
 use super::CampaignService;
 use crate::{
-    audit::{Actor, View},
+    audit::{Act, Asker, Decision, Entry, Never, Permit, View},
     authz::{Action, Caller, Resource},
     error::ServiceError,
-    island::{facts, principal_row},
 };
 
 /// What a head-end asks for.
@@ -98,74 +97,7 @@ impl CampaignService {
         due: Vec<SystemTitle>,
         lease_ms: i64,
     ) -> Result<Vec<TaskRow>, ServiceError> {
-        let keys: Vec<TaskKey> = due.iter().map(|meter| TaskKey { campaign: id, meter: *meter }).collect();
-        let reads = Reads {
-            meters: due,
-            sealed: vec![principal_row(&caller.principal)],
-            campaigns: vec![id],
-            tasks: keys.clone(),
-            clock: true,
-            ..Reads::default()
-        };
-        let actor = Actor::caller(caller, None, Action::LeaseTasks.name());
-        let (island, caller) = (self.island.clone(), caller.clone());
-        let committed = self.island.committer.act(actor, reads, move |view| {
-            let principal = view.caller(&caller)?;
-            let clock = view.clock()?;
-            let Some(campaign) = view.campaign(id)? else { return Ok(Vec::new()) };
-            if !campaign.is_open_at(clock) {
-                return Ok(Vec::new());
-            }
-            let (policy, facts) = (island.policy.load(), facts(&principal));
-            let mut leased = Vec::new();
-            for key in &keys {
-                // Another server may have leased it meanwhile.
-                let Some(mut row) = view.task(*key)?.filter(|row| row.task.is_due(clock)) else { continue };
-                let meter = match view.meter(key.meter) {
-                    Ok(meter) => meter,
-                    // I5: its row was refused, which is on the record.
-                    Err(ServiceError::PermissionDenied { .. }) => None,
-                    Err(error) => return Err(error),
-                };
-                // I5, I8: the sealed row says whose meter it is now, and policy whether he may have
-                // the task.
-                match meter {
-                    Some(meter) if matches!(meter.class.status, MeterStatus::Quarantined | MeterStatus::Retired) => {
-                        row.task.skip(meter.class.status.name(), clock);
-                    }
-                    Some(meter) if meter.class.head_end.as_ref() != Some(&caller.principal) => {
-                        row.head_end = meter.class.head_end.as_ref().map(ToString::to_string);
-                        if row.head_end.is_none() {
-                            row.task.skip("no head-end", clock);
-                        }
-                    }
-                    Some(meter) => {
-                        if !policy.permits(&facts, &Action::LeaseTasks, &Resource::Meters(&meter.class)).is_permit() {
-                            continue;
-                        }
-                        // I5: what the meter's row shows as done is not done again: the key was
-                        // rotated otherwise, or the task's row is an older one.
-                        if row.task.is_reached(&meter) {
-                            row.task.end(&campaign, Outcome::Probed, "", &meter, clock);
-                        } else if row.task.lease(&campaign, lease_ms, clock).map_err(task_error)? {
-                            leased.push(row.clone());
-                        }
-                    }
-                    None => continue,
-                }
-                view.put_task(row);
-            }
-            if !leased.is_empty() {
-                view.append(Event::TasksChanged(TasksChanged {
-                    campaign_id: id.octets().to_vec().into(),
-                    change: "leased".to_owned(),
-                    meters: leased.iter().map(|row| u64::from_be_bytes(row.key.meter.octets())).collect(),
-                    reason: String::new(),
-                }));
-            }
-            Ok(leased)
-        });
-        Ok(committed.await?.value)
+        Ok(self.island.door.act(caller, None, Lease { campaign: id, due, lease_ms }).await?.value)
     }
 
     /// Renews leases. Until when, and those that are not held any more.
@@ -188,9 +120,10 @@ impl CampaignService {
                 }
                 // An aborted campaign lets what has begun come to its end.
                 if campaign.state == CampaignState::Aborted && row.task.state != TaskState::UnderWay {
-                    return Ok(false);
+                    return Ok(Still::Lost);
                 }
-                Ok(row.task.renew(lease.fence, lease_ms, clock).is_ok())
+                let renewed = row.task.renew(lease.fence, lease_ms, clock);
+                Ok(renewed.map_or(Still::Lost, |()| Still::Held(None)))
             })
             .await?;
         let until = until.lock().map_or(UnixMillis(0), |until| *until);
@@ -210,15 +143,15 @@ impl CampaignService {
         self.with_leases(caller, leases, move |view, row, lease, campaign| {
             let clock = view.clock()?;
             if row.task.release(campaign, lease.fence, &reason, clock).is_err() {
-                return Ok(false);
+                return Ok(Still::Lost);
             }
-            view.append(Event::TasksChanged(TasksChanged {
+            let entry = view.append(Event::TasksChanged(TasksChanged {
                 campaign_id: lease.campaign.octets().to_vec().into(),
                 change: "released".to_owned(),
                 meters: vec![u64::from_be_bytes(lease.meter.octets())],
                 reason: reason.clone(),
             }));
-            Ok(true)
+            Ok(Still::Held(Some(entry)))
         })
         .await
     }
@@ -232,41 +165,182 @@ impl CampaignService {
         change: F,
     ) -> Result<Vec<TaskLease>, ServiceError>
     where
-        F: Fn(&mut View<'_, '_>, &mut TaskRow, &TaskLease, &kms_domain::Campaign) -> Result<bool, ServiceError>
+        F: Fn(&mut View<'_, '_>, &mut TaskRow, &TaskLease, &kms_domain::Campaign) -> Result<Still, ServiceError>
             + Send
+            + Sync
             + 'static,
     {
-        let campaigns: BTreeSet<CampaignId> = leases.iter().map(|lease| lease.campaign).collect();
-        let reads = Reads {
-            sealed: vec![principal_row(&caller.principal)],
-            campaigns: campaigns.into_iter().collect(),
-            tasks: leases.iter().map(TaskLease::key).collect(),
+        Ok(self.island.door.act(caller, None, Held { leases, change }).await?.value)
+    }
+}
+
+/// Leases of tasks that are due.
+struct Lease {
+    campaign: CampaignId,
+    due: Vec<SystemTitle>,
+    lease_ms: i64,
+}
+
+impl Act for Lease {
+    type Answer = Vec<TaskRow>;
+    // Whoever lost the answer asks for more, and the tasks come back when their leases end.
+    type Past = Never;
+
+    fn name(&self) -> &'static str {
+        Action::LeaseTasks.name()
+    }
+
+    fn reads(&self) -> Reads {
+        Reads {
+            meters: self.due.clone(),
+            campaigns: vec![self.campaign],
+            tasks: self.due.iter().map(|meter| TaskKey { campaign: self.campaign, meter: *meter }).collect(),
             clock: true,
             ..Reads::default()
-        };
-        let actor = Actor::caller(caller, None, Action::LeaseTasks.name());
-        let caller = caller.clone();
-        let committed = self.island.committer.act(actor, reads, move |view| {
-            view.caller(&caller)?;
-            view.clock()?;
-            let head_end = caller.principal.to_string();
-            let mut lost = Vec::new();
-            for lease in &leases {
-                let campaign = view.campaign(lease.campaign)?;
-                let row = view.task(lease.key())?.filter(|row| row.head_end.as_deref() == Some(head_end.as_str()));
-                let held = match (campaign, row) {
-                    (Some(campaign), Some(mut row)) => change(view, &mut row, lease, &campaign)?.then_some(row),
-                    _ => None,
-                };
-                match held {
-                    Some(row) => view.put_task(row),
-                    None => lost.push(*lease),
-                }
-            }
-            Ok(lost)
-        });
-        Ok(committed.await?.value)
+        }
     }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        Ok(asker.each())
+    }
+
+    fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<Vec<TaskRow>>, ServiceError> {
+        let (id, clock) = (self.campaign, view.clock()?);
+        let Some(campaign) = view.campaign(id)?.filter(|campaign| campaign.is_open_at(clock)) else {
+            return Ok(Decision::unchanged(Vec::new()));
+        };
+        let caller = &permit.principal().id;
+        let mut leased = Vec::new();
+        let mut passed_on = false;
+        for meter in &self.due {
+            let key = TaskKey { campaign: id, meter: *meter };
+            // Another server may have leased it meanwhile.
+            let Some(mut row) = view.task(key)?.filter(|row| row.task.is_due(clock)) else { continue };
+            let meter = match view.meter(key.meter) {
+                Ok(meter) => meter,
+                // I5: its row was refused, which is on the record.
+                Err(ServiceError::PermissionDenied { .. }) => None,
+                Err(error) => return Err(error),
+            };
+            // I5, I8: the sealed row says whose meter it is now, and policy whether they may have
+            // the task.
+            match meter {
+                Some(meter) if matches!(meter.class.status, MeterStatus::Quarantined | MeterStatus::Retired) => {
+                    row.task.skip(meter.class.status.name(), clock);
+                }
+                Some(meter) if meter.class.head_end.as_ref() != Some(caller) => {
+                    row.head_end = meter.class.head_end.as_ref().map(ToString::to_string);
+                    if row.head_end.is_none() {
+                        row.task.skip("no head-end", clock);
+                    }
+                }
+                Some(meter) => {
+                    if !permit.permits(&Action::LeaseTasks, &Resource::Meters(&meter.class)) {
+                        continue;
+                    }
+                    // I5: what the meter's row shows as done is not done again: the key was rotated
+                    // otherwise, or the task's row is an older one.
+                    if row.task.is_reached(&meter) {
+                        row.task.end(&campaign, Outcome::Probed, "", &meter, clock);
+                    } else if row.task.lease(&campaign, self.lease_ms, clock).map_err(task_error)? {
+                        leased.push(row.clone());
+                    }
+                }
+                None => continue,
+            }
+            passed_on = true;
+            view.put_task(row);
+        }
+        if leased.is_empty() {
+            return Ok(if passed_on { Decision::progress(leased) } else { Decision::unchanged(leased) });
+        }
+        let entry = view.append(Event::TasksChanged(TasksChanged {
+            campaign_id: id.octets().to_vec().into(),
+            change: "leased".to_owned(),
+            meters: leased.iter().map(|row| u64::from_be_bytes(row.key.meter.octets())).collect(),
+            reason: String::new(),
+        }));
+        Ok(Decision::recorded(entry, leased))
+    }
+
+    fn again(&self, never: Never, _: &Permit, _: &mut View<'_, '_>) -> Result<Vec<TaskRow>, ServiceError> {
+        match never {}
+    }
+}
+
+/// A change of tasks whose leases the caller holds.
+struct Held<F> {
+    leases: Vec<TaskLease>,
+    change: F,
+}
+
+impl<F> Act for Held<F>
+where
+    F: Fn(&mut View<'_, '_>, &mut TaskRow, &TaskLease, &kms_domain::Campaign) -> Result<Still, ServiceError>
+        + Send
+        + Sync
+        + 'static,
+{
+    type Answer = Vec<TaskLease>;
+    // A lease is renewed once more, or given back only once.
+    type Past = Never;
+
+    fn name(&self) -> &'static str {
+        Action::LeaseTasks.name()
+    }
+
+    fn reads(&self) -> Reads {
+        let campaigns: BTreeSet<CampaignId> = self.leases.iter().map(|lease| lease.campaign).collect();
+        Reads {
+            campaigns: campaigns.into_iter().collect(),
+            tasks: self.leases.iter().map(TaskLease::key).collect(),
+            clock: true,
+            ..Reads::default()
+        }
+    }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        Ok(asker.without_policy("policy was asked when the task was leased, and its fencing token is the proof"))
+    }
+
+    fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<Vec<TaskLease>>, ServiceError> {
+        view.clock()?;
+        let head_end = permit.principal().id.to_string();
+        let (mut lost, mut entry) = (Vec::new(), None);
+        for lease in &self.leases {
+            let campaign = view.campaign(lease.campaign)?;
+            let row = view.task(lease.key())?.filter(|row| row.head_end.as_deref() == Some(head_end.as_str()));
+            let held = match (campaign, row) {
+                (Some(campaign), Some(mut row)) => match (self.change)(view, &mut row, lease, &campaign)? {
+                    Still::Held(recorded) => {
+                        entry = entry.or(recorded);
+                        Some(row)
+                    }
+                    Still::Lost => None,
+                },
+                _ => None,
+            };
+            match held {
+                Some(row) => view.put_task(row),
+                None => lost.push(*lease),
+            }
+        }
+        Ok(match entry {
+            Some(entry) => Decision::recorded(entry, lost),
+            None if lost.len() < self.leases.len() => Decision::progress(lost),
+            None => Decision::unchanged(lost),
+        })
+    }
+
+    fn again(&self, never: Never, _: &Permit, _: &mut View<'_, '_>) -> Result<Vec<TaskLease>, ServiceError> {
+        match never {}
+    }
+}
+
+/// Whether a lease is still held, and what was recorded of it.
+enum Still {
+    Held(Option<Entry>),
+    Lost,
 }
 
 /// Lets a transfer or probe begin for a task: its lease is held by this principal with this fencing

@@ -80,10 +80,11 @@ async fn lease(server: &Arc<Island>, until: UnixMillis) -> Lease {
         counter: CounterKey::ClientTitle(client_title()),
         on_new_key: kms_domain::OnNewKey::Continue,
     };
-    let committed = server.committer.act(Actor::server("test"), Reads::default(), move |view| {
-        view.append(Event::KeysGranted(v1::KeysGranted::default()));
-        view.lease(of, NonZeroU32::new(100).unwrap(), until)
-    });
+    let committed =
+        server.committer.act_in_test(Actor::server(ServerAct::TEST), Reads::default(), move |view| {
+            view.append(Event::KeysGranted(v1::KeysGranted::default()));
+            view.lease(of, NonZeroU32::new(100).unwrap(), until)
+        });
     committed.await.unwrap().value
 }
 

@@ -2,18 +2,16 @@
 
 use std::sync::Arc;
 
-use kms_domain::{
-    ExposureReason, Meter, MeterStatus, Principal, PrincipalId, PrincipalStatus, Role, SlotError, SystemTitle,
-};
+use kms_domain::{ExposureReason, Meter, MeterStatus, PrincipalId, PrincipalStatus, Role, SlotError, SystemTitle};
 use kms_proto::v1::{self, MetersChanged, audit_record::Event};
 use kms_store::Reads;
 
 use super::{CHUNK, Code, Filter, MeterService, NOT_PERMITTED, Outcome, Request, Selection};
 use crate::{
-    audit::View,
+    audit::{Decision, Entry, Permit, View},
     authz::{Action, Caller, Resource},
     error::ServiceError,
-    island::{Island, facts, principal_row},
+    island::principal_row,
     service::{
         campaign::{drop_task, pass_on_task, task_reads, unfinished},
         owner::expose_to_former_member,
@@ -113,12 +111,12 @@ impl MeterService {
         for campaign in &campaigns {
             reads.extend(&task_reads(*campaign, titles.iter().copied()));
         }
-        let (island, head_end) = (self.island.clone(), assignment.head_end.clone());
+        let head_end = assignment.head_end.clone();
         let filter = match &assignment.selection {
             Selection::Filter(filter) => filter.clone(),
             Selection::Meters(_) => Filter::default(),
         };
-        self.chunk(caller, &Action::AssignMeters, request, index, reads, move |view, principal| {
+        self.chunk(caller, Action::AssignMeters, request, index, reads, move |view, permit| {
             if let Some(head_end) = &head_end
                 && view.principal(head_end)?.is_none_or(|known| known.status != PrincipalStatus::Enabled)
             {
@@ -134,8 +132,7 @@ impl MeterService {
             };
             let mut changed = Vec::new();
             for title in &titles {
-                let Some(meter) = permitted(&island, view, principal, &Action::AssignMeters, *title, &mut outcome)
-                else {
+                let Some(meter) = permitted(view, permit, &Action::AssignMeters, *title, &mut outcome) else {
                     continue;
                 };
                 if !filter.matches(&meter) {
@@ -159,15 +156,15 @@ impl MeterService {
                 }
             }
             let value = head_end.as_ref().map(ToString::to_string).unwrap_or_default();
-            record(view, &mut outcome, "assigned", &changed, value, String::new());
-            Ok(outcome)
+            let entry = record(view, &mut outcome, "assigned", &changed, value, String::new());
+            Ok(Decision::of(entry, outcome))
         })
         .await
     }
 
     /// What an assignment would come to.
     async fn count(&self, caller: &Caller, assignment: Assignment) -> Result<v1::ChangeMetersResponse, ServiceError> {
-        let principal = self.island.principal(caller).await?;
+        let asker = self.island.asker(caller).await?;
         let mut response = v1::ChangeMetersResponse::default();
         let mut after = None;
         for index in 0.. {
@@ -177,7 +174,7 @@ impl MeterService {
             for title in &titles {
                 let row = rows.iter().find(|row| row.title == *title);
                 let meter = row.and_then(|row| self.island.committer.open_meter(*title, &row.row).ok());
-                let meter = meter.filter(|meter| permits(&self.island, &principal, &Action::AssignMeters, meter));
+                let meter = meter.filter(|meter| asker.permits(&Action::AssignMeters, &Resource::Meters(&meter.class)));
                 match meter.as_deref().map(|meter| assigned(meter, assignment.head_end.as_ref())) {
                     None => {
                         // No act follows that would count it.
@@ -218,15 +215,14 @@ impl MeterService {
     ) -> Result<v1::ChangeMetersResponse, ServiceError> {
         let mut response = v1::ChangeMetersResponse::default();
         for (index, titles) in (0..).zip(meters.chunks(CHUNK).map(<[SystemTitle]>::to_vec)) {
-            let (island, reason) = (self.island.clone(), reason.clone());
+            let reason = reason.clone();
             let reads = Reads { meters: titles.clone(), ..Reads::default() };
             let outcome = self
-                .chunk(caller, &Action::RetireMeters, request, index, reads, move |view, principal| {
+                .chunk(caller, Action::RetireMeters, request, index, reads, move |view, permit| {
                     let mut outcome = Outcome::default();
                     let mut changed = Vec::new();
                     for title in &titles {
-                        let Some(mut meter) =
-                            permitted(&island, view, principal, &Action::RetireMeters, *title, &mut outcome)
+                        let Some(mut meter) = permitted(view, permit, &Action::RetireMeters, *title, &mut outcome)
                         else {
                             continue;
                         };
@@ -237,8 +233,8 @@ impl MeterService {
                         retire(view, &mut meter)?;
                         changed.push(*title);
                     }
-                    record(view, &mut outcome, "retired", &changed, String::new(), reason.clone());
-                    Ok(outcome)
+                    let entry = record(view, &mut outcome, "retired", &changed, String::new(), reason.clone());
+                    Ok(Decision::of(entry, outcome))
                 })
                 .await?;
             outcome.add_to(&mut response);
@@ -267,17 +263,19 @@ impl MeterService {
                 "it is the old meter; a refurbished meter needs a new system title",
             ));
         }
-        let island = self.island.clone();
         let reads = Reads { meters: vec![old, new], ..Reads::default() };
         let outcome = self
-            .chunk(caller, &Action::ReplaceMeter, request, 0, reads, move |view, principal| {
+            .chunk(caller, Action::ReplaceMeter, request, 0, reads, move |view, permit| {
                 let mut outcome = Outcome::default();
                 let action = Action::ReplaceMeter;
                 let refused = |title| ServiceError::denied(format!("replaceMeter with meter {title}"));
                 // The act is refused as a whole, which is counted by itself.
                 let find = |view: &mut View<'_, '_>, title| {
-                    let meter =
-                        view.meter(title).ok().flatten().filter(|meter| permits(&island, principal, &action, meter));
+                    let meter = view
+                        .meter(title)
+                        .ok()
+                        .flatten()
+                        .filter(|meter| permit.permits(&action, &Resource::Meters(&meter.class)));
                     meter.ok_or_else(|| refused(title))
                 };
                 let mut former = find(view, old)?;
@@ -300,8 +298,8 @@ impl MeterService {
                 changed.set_status(former.class.status).map_err(ServiceError::parse("new_meter"))?;
                 retire(view, &mut former)?;
                 view.put_meter((*successor).clone(), true)?;
-                record(view, &mut outcome, "replaced", &[old, new], new.to_string(), reason.clone());
-                Ok(outcome)
+                let entry = record(view, &mut outcome, "replaced", &[old, new], new.to_string(), reason.clone());
+                Ok(Decision::of(entry, outcome))
             })
             .await?;
         let mut response = v1::ChangeMetersResponse::default();
@@ -313,25 +311,21 @@ impl MeterService {
 /// A meter that policy lets the principal change; else a problem is noted, the same for an unknown
 /// one.
 pub(super) fn permitted(
-    island: &Island,
     view: &mut View<'_, '_>,
-    principal: &Principal,
+    permit: &Permit,
     action: &Action,
     title: SystemTitle,
     outcome: &mut Outcome,
 ) -> Option<Arc<Meter>> {
     // An error is a row that does not verify, as good as absent (I5), or one that is read for the
     // next attempt.
-    let meter = view.meter(title).ok().flatten().filter(|meter| permits(island, principal, action, meter));
+    let meter =
+        view.meter(title).ok().flatten().filter(|meter| permit.permits(action, &Resource::Meters(&meter.class)));
     if meter.is_none() {
         view.refuse("not permitted for a meter of the request".to_owned());
         outcome.problem(title, Code::NotPermitted, NOT_PERMITTED);
     }
     meter
-}
-
-fn permits(island: &Island, principal: &Principal, action: &Action, meter: &Meter) -> bool {
-    island.policy.load().permits(&facts(principal), action, &Resource::Meters(&meter.class)).is_permit()
 }
 
 /// The meter as assigned; `None` if it is already.
@@ -374,11 +368,11 @@ pub(super) fn record(
     meters: &[SystemTitle],
     value: String,
     reason: String,
-) {
+) -> Option<Entry> {
     if meters.is_empty() {
-        return;
+        return None;
     }
     outcome.changed += meters.len() as u64;
     let meters = meters.iter().map(|title| title.octets().to_vec().into()).collect();
-    view.append(Event::MetersChanged(MetersChanged { change: change.to_owned(), meters, value, reason }));
+    Some(view.append(Event::MetersChanged(MetersChanged { change: change.to_owned(), meters, value, reason })))
 }

@@ -2,16 +2,15 @@
 
 use std::sync::Arc;
 
-use kms_domain::{KeyType, KeyVersionNumber, Meter, Party, SecuritySetupId, SystemTitle};
+use kms_domain::{KeyType, KeyVersionNumber, Meter, Party, SecuritySetupId, Slot, SystemTitle};
 use kms_proto::v1::{self, MetersChanged, audit_record::Event};
 use kms_store::Reads;
 
 use super::{MeterService, Request};
 use crate::{
-    audit::{Actor, Asked, Asking, Window},
+    audit::{Act, Asker, Decision, Known, Permit, View},
     authz::{Action, Caller, Resource},
     error::ServiceError,
-    island::{facts, principal_row},
     service::{owner::expose_to_who_knows_a_kek, retention::expose_groups_under_equal_keks},
 };
 
@@ -46,60 +45,8 @@ impl MeterService {
         request: Request,
         report: Compromise,
     ) -> Result<v1::Meter, ServiceError> {
-        let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
-        let reads = Reads {
-            meters: vec![report.meter],
-            sealed: vec![principal_row(&caller.principal)],
-            requests: asking.reads(),
-            ..Reads::default()
-        };
-        let actor = Actor::caller(caller, Some(request.id), Action::ReportCompromise.name());
-        let (island, caller_again, title) = (self.island.clone(), caller.clone(), report.meter);
-        let (key_type, version) = (report.key_type, report.version);
-        let act = self.island.committer.act(actor, reads, move |view| {
-            let principal = view.caller(&caller_again)?;
-            let permits = |meter: &Meter| {
-                island
-                    .policy
-                    .load()
-                    .permits(&facts(&principal), &Action::ReportCompromise, &Resource::Meters(&meter.class))
-                    .is_permit()
-            };
-            let mut meter = view
-                .meter(report.meter)?
-                .filter(|meter| permits(meter))
-                .ok_or_else(|| ServiceError::denied(format!("reportCompromise with meter {}", report.meter)))?;
-            if let Asked::Before(_) = view.asked(&asking)? {
-                return Ok(());
-            }
-            let refuse = |reason: String| ServiceError::FailedPrecondition {
-                reason,
-                next_step: "look at the meter with `kms meter show`".to_owned(),
-            };
-            let found = meter.slots.iter().find(|slot| {
-                slot.key_type() == report.key_type && report.setup.is_none_or(|setup| slot.setup() == setup)
-            });
-            let setup = found
-                .map(kms_domain::Slot::setup)
-                .ok_or_else(|| refuse(format!("the meter has no {} of its own", report.key_type)))?;
-            let shared = Arc::make_mut(&mut meter)
-                .report_compromise(setup, report.key_type, report.version, &report.known_to, view.now())
-                .map_err(|error| refuse(error.to_string()))?;
-            view.append(Event::MetersChanged(MetersChanged {
-                change: "key-compromised".to_owned(),
-                meters: vec![report.meter.octets().to_vec().into()],
-                value: format!(
-                    "{} version {} in security setup {setup}, known to {}",
-                    report.key_type, report.version, report.known_to
-                ),
-                reason: report.reason.clone(),
-            }));
-            view.put_meter((*meter).clone(), false)?;
-            expose_to_who_knows_a_kek(view, &meter, &shared, &report.known_to)?;
-            view.answered(&asking);
-            Ok(())
-        });
-        act.await?;
+        let (title, key_type, version) = (report.meter, report.key_type, report.version);
+        self.island.door.act(caller, request, report).await?;
         // Other meters may have the same value as their KEK. Which ones, no list says: where this
         // is cut off, the next day's housekeeping does it.
         let equal = |meter: &Meter| {
@@ -111,5 +58,61 @@ impl MeterService {
             expose_groups_under_equal_keks(&self.island).await?;
         }
         self.show(caller, title).await
+    }
+}
+
+impl Act for Compromise {
+    type Answer = ();
+    type Past = Known;
+
+    fn name(&self) -> &'static str {
+        Action::ReportCompromise.name()
+    }
+
+    fn reads(&self) -> Reads {
+        Reads { meters: vec![self.meter], ..Reads::default() }
+    }
+
+    fn permit(&self, asker: Asker, view: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        let meter = view.meter(self.meter)?.ok_or_else(|| self.denied())?;
+        asker.require_or(&Action::ReportCompromise, &Resource::Meters(&meter.class), || self.denied())
+    }
+
+    fn decide(&self, _: &Permit, view: &mut View<'_, '_>) -> Result<Decision<()>, ServiceError> {
+        let mut meter = view.meter(self.meter)?.ok_or_else(|| self.denied())?;
+        let refuse = |reason: String| ServiceError::FailedPrecondition {
+            reason,
+            next_step: "look at the meter with `kms meter show`".to_owned(),
+        };
+        let wanted =
+            |slot: &&Slot| slot.key_type() == self.key_type && self.setup.is_none_or(|setup| slot.setup() == setup);
+        let setup = meter.slots.iter().find(wanted).map(Slot::setup);
+        let setup = setup.ok_or_else(|| refuse(format!("the meter has no {} of its own", self.key_type)))?;
+        let shared = Arc::make_mut(&mut meter)
+            .report_compromise(setup, self.key_type, self.version, &self.known_to, view.now())
+            .map_err(|error| refuse(error.to_string()))?;
+        let entry = view.append(Event::MetersChanged(MetersChanged {
+            change: "key-compromised".to_owned(),
+            meters: vec![self.meter.octets().to_vec().into()],
+            value: format!(
+                "{} version {} in security setup {setup}, known to {}",
+                self.key_type, self.version, self.known_to
+            ),
+            reason: self.reason.clone(),
+        }));
+        view.put_meter((*meter).clone(), false)?;
+        expose_to_who_knows_a_kek(view, &meter, &shared, &self.known_to)?;
+        Ok(Decision::recorded(entry, ()))
+    }
+
+    fn again(&self, _: Known, _: &Permit, _: &mut View<'_, '_>) -> Result<(), ServiceError> {
+        Ok(())
+    }
+}
+
+impl Compromise {
+    /// The same answer for an unknown meter and one that is none of the caller's business.
+    fn denied(&self) -> ServiceError {
+        ServiceError::denied(format!("reportCompromise with meter {}", self.meter))
     }
 }

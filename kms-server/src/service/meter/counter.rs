@@ -14,7 +14,7 @@ use super::{
     change::{permitted, record},
 };
 use crate::{
-    audit::View,
+    audit::{Decision, View},
     authz::{Action, Caller},
     error::ServiceError,
 };
@@ -65,12 +65,12 @@ impl MeterService {
             let island = self.island.clone();
             let reads = Reads { meters: floors.iter().map(|floor| floor.meter).collect(), ..Reads::default() };
             let outcome = self
-                .chunk(caller, &Action::AdoptCounters, request, index, reads, move |view, principal| {
+                .chunk(caller, Action::AdoptCounters, request, index, reads, move |view, permit| {
                     let mut outcome = Outcome::default();
                     let mut changed = Vec::new();
                     for floor in &floors {
                         let Some(mut meter) =
-                            permitted(&island, view, principal, &Action::AdoptCounters, floor.meter, &mut outcome)
+                            permitted(view, permit, &Action::AdoptCounters, floor.meter, &mut outcome)
                         else {
                             continue;
                         };
@@ -103,8 +103,8 @@ impl MeterService {
                         .map(|floor| format!("{} {} {} {}", floor.meter, floor.setup, floor.client_title, floor.floor))
                         .collect::<Vec<_>>()
                         .join("; ");
-                    record(view, &mut outcome, "adopted", &changed, value, String::new());
-                    Ok(outcome)
+                    let entry = record(view, &mut outcome, "adopted", &changed, value, String::new());
+                    Ok(Decision::of(entry, outcome))
                 })
                 .await?;
             outcome.add_to(&mut response);

@@ -10,12 +10,15 @@ use kms_domain::{
 use kms_proto::v1;
 use kms_store::Reads;
 
-use super::{super::recipe::Recipe, Code, MeterService, NOT_PERMITTED, Outcome, Request, change::record};
+use super::{
+    super::{group::Naming, recipe::Recipe},
+    Code, MeterService, NOT_PERMITTED, Outcome, Request,
+    change::record,
+};
 use crate::{
-    audit::Actor,
+    audit::Decision,
     authz::{Action, Caller, Resource},
     error::ServiceError,
-    island::facts,
 };
 
 /// Meters to be registered.
@@ -111,31 +114,16 @@ impl MeterService {
             groups: Vec::new(),
             head_end: None,
         };
-        let (island, caller_again, class_again) = (self.island.clone(), caller.clone(), class.clone());
-        let permit: super::super::group::Permit = Arc::new(move |view| {
-            let principal = view.caller(&caller_again)?;
-            island.policy.load().require(&facts(&principal), &Action::EnrolMeters, &Resource::Meters(&class_again))
-        });
         let names: BTreeSet<&str> = meters.iter().flat_map(|meter| meter.groups.iter().map(String::as_str)).collect();
         // Denied before the HSM makes a key.
-        let principal = self.island.principal(caller).await?;
-        self.island.policy.load().require(&facts(&principal), &action, &Resource::Meters(&class))?;
-        let groups = self
-            .groups
-            .resolve(
-                &self.island,
-                &Actor::caller(caller, Some(request.id), action.name()),
-                &permit,
-                &names,
-                profile.suite,
-            )
-            .await?;
+        self.island.asker(caller).await?.require(&action, &Resource::Meters(&class))?;
+        let naming = Naming { caller, request: Some(request.id), action: &action, class: Some(&class) };
+        let groups = self.groups.resolve(&self.island, &naming, &names, profile.suite).await?;
         let generated = self.generate(caller, &recipes, meters.len()).await?;
         let client_titles = self.island.client_titles().await?;
-        let (island, enrolment, suite, other_flag_ids) =
-            (self.island.clone(), enrolment.clone(), profile.suite, profile.other_flag_ids.clone());
+        let (enrolment, suite, other_flag_ids) = (enrolment.clone(), profile.suite, profile.other_flag_ids.clone());
         let reads = Reads { meters: meters.iter().map(|meter| meter.title).collect(), ..Reads::default() };
-        self.chunk(caller, &action, request, index, reads, move |view, principal| {
+        self.chunk(caller, action, request, index, reads, move |view, permit| {
             let mut outcome = Outcome::default();
             let mut added = Vec::new();
             for (new, keys) in meters.iter().zip(&generated) {
@@ -173,12 +161,7 @@ impl MeterService {
                 };
                 class.groups = numbers;
                 class.groups.sort_unstable();
-                if !island
-                    .policy
-                    .load()
-                    .permits(&facts(principal), &Action::EnrolMeters, &Resource::Meters(&class))
-                    .is_permit()
-                {
+                if !permit.permits(&Action::EnrolMeters, &Resource::Meters(&class)) {
                     view.refuse("not permitted for a meter of the request".to_owned());
                     outcome.problem(title, Code::NotPermitted, NOT_PERMITTED);
                     continue;
@@ -221,8 +204,9 @@ impl MeterService {
                 view.put_meter(meter, true)?;
                 added.push(title);
             }
-            record(view, &mut outcome, "enrolled", &added, enrolment.device_profile.to_string(), String::new());
-            Ok(outcome)
+            let profile = enrolment.device_profile.to_string();
+            let entry = record(view, &mut outcome, "enrolled", &added, profile, String::new());
+            Ok(Decision::of(entry, outcome))
         })
         .await
     }

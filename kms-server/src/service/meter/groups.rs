@@ -4,9 +4,10 @@ use kms_domain::{ExposureReason, MeterStatus, SystemTitle};
 use kms_proto::v1::{self, MembershipChange};
 use kms_store::{Reads, RowKind};
 
-use super::{About, CHUNK, Code, MeterService, NOT_PERMITTED, Outcome, Request, change::record};
+use super::{About, CHUNK, Chunk, Code, MeterService, NOT_PERMITTED, Outcome, Request, change::record};
 use crate::{
-    authz::{Action, Caller, GroupFacts, Resource},
+    audit::{Decision, Permit, View},
+    authz::{Action, Caller, Resource},
     error::ServiceError,
     island::facts,
     service::owner::expose_to_former_member,
@@ -76,20 +77,18 @@ impl MeterService {
         })?;
         let mut response = v1::ChangeMetersResponse::default();
         for (index, titles) in (0..).zip(meters.chunks(CHUNK).map(<[SystemTitle]>::to_vec)) {
-            let (island, reason, asked) = (self.island.clone(), reason.clone(), action.clone());
+            let (reason, denied) = (reason.clone(), action.to_string());
             let reads = Reads {
                 meters: titles.clone(),
                 sealed: vec![(RowKind::Group, id.0.to_be_bytes().to_vec())],
                 ..Reads::default()
             };
-            let outcome = self
-                .chunk_about(About::Group(id), caller, &action, request, index, reads, move |view, principal| {
-                    let group = view.group(id)?.ok_or_else(|| ServiceError::denied(asked.to_string()))?;
-                    island.policy.load().require(
-                        &facts(principal),
-                        &asked,
-                        &Resource::Group(&GroupFacts::from(&*group)),
-                    )?;
+            let act = Chunk {
+                about: About::Group(id),
+                action: action.clone(),
+                reads,
+                change: move |view: &mut View<'_, '_>, _: &Permit| {
+                    let group = view.group(id)?.ok_or_else(|| ServiceError::denied(denied.clone()))?;
                     let mut outcome = Outcome::default();
                     let mut changed = Vec::new();
                     for title in &titles {
@@ -133,10 +132,12 @@ impl MeterService {
                         changed.push(*title);
                         view.put_meter(meter, true)?;
                     }
-                    record(view, &mut outcome, change.record(), &changed, group.name.clone(), reason.clone());
-                    Ok(outcome)
-                })
-                .await?;
+                    let entry =
+                        record(view, &mut outcome, change.record(), &changed, group.name.clone(), reason.clone());
+                    Ok(Decision::of(entry, outcome))
+                },
+            };
+            let outcome = self.island.door.act(caller, request.chunk(index), act).await?.value;
             outcome.add_to(&mut response);
         }
         Ok(response)

@@ -4,21 +4,21 @@
 use std::sync::Arc;
 
 use kms_domain::{
-    CounterKey, CounterOwnership, CounterPlace, CounterState, KeyState, KeyType, KeyVersionNumber, Meter, Principal,
-    ProposalId, ProposedAction, Quorum, RaiseCounter, SecuritySetupId, SystemTitle,
+    CounterKey, CounterOwnership, CounterPlace, CounterState, KeyState, KeyType, KeyVersionNumber, Meter, ProposalId,
+    ProposedAction, Quorum, RaiseCounter, SecuritySetupId, SystemTitle,
 };
 use kms_proto::v1::{self, CounterRaised, audit_record::Event};
 use kms_store::Reads;
 
 use super::{MeterService, Request};
 use crate::{
-    audit::{Actor, Asked, Asking, View, Window},
+    audit::{Permit, View},
     authz::{Action, Caller, Resource},
     error::ServiceError,
-    island::{Island, facts, principal_row},
+    island::Island,
     service::{
         grant::{counter_key, setup_record},
-        proposal::{self, NewProposal, proposal_id, proposal_row, propose},
+        proposal::{NewProposal, Propose},
     },
 };
 
@@ -56,45 +56,15 @@ impl MeterService {
         request: Request,
         new: CounterRaise,
     ) -> Result<v1::Proposal, ServiceError> {
-        let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
-        let id = proposal_id(request.id)?;
-        let reads = Reads {
-            meters: vec![new.meter],
-            sealed: vec![principal_row(&caller.principal), proposal_row(id)],
-            requests: asking.reads(),
-            ..Reads::default()
-        };
-        let actor = Actor::caller(caller, Some(request.id), Action::RaiseCounter.name());
-        let (island, caller) = (self.island.clone(), caller.clone());
-        let committed = self
-            .island
-            .committer
-            .act(actor, reads, move |view| {
-                let principal = view.caller(&caller)?;
-                let meter = permitted(view, &island, &principal, new.meter)?;
-                if let Asked::Before(_) = view.asked(&asking)? {
-                    let known = view
-                        .proposal(id)?
-                        .ok_or_else(|| ServiceError::Internal("the proposal of a past request is gone".to_owned()))?;
-                    return Ok(proposal::message(&known, view.now()));
-                }
-                let raise = named(&meter, &new)?;
-                Raise::of(view, &island, &meter, &raise)?;
-                let proposal = propose(
-                    view,
-                    &principal,
-                    request.id,
-                    NewProposal {
-                        action: ProposedAction::RaiseCounter(raise),
-                        reason: new.reason.clone(),
-                        quorum: new.quorum,
-                    },
-                )?;
-                view.answered(&asking);
-                Ok(proposal::message(&proposal, view.now()))
-            })
-            .await?;
-        Ok(committed.value)
+        let (island, meter) = (self.island.clone(), new.meter);
+        let propose = Propose::new(request.id, Action::RaiseCounter, Reads::default(), move |view| {
+            let meter = view.meter(new.meter)?.ok_or_else(|| denied(new.meter))?;
+            let raise = named(&meter, &new)?;
+            Raise::of(view, &island, &meter, &raise)?;
+            let action = ProposedAction::RaiseCounter(raise);
+            Ok(NewProposal { action, reason: new.reason.clone(), quorum: new.quorum })
+        });
+        Ok(self.island.door.act(caller, request, propose.about(meter)).await?.value)
     }
 }
 
@@ -105,11 +75,14 @@ impl MeterService {
 pub(in crate::service) fn raise_counter(
     view: &mut View<'_, '_>,
     island: &Island,
-    principal: &Principal,
+    permit: &Permit,
     raise: &RaiseCounter,
     proposal: ProposalId,
 ) -> Result<(), ServiceError> {
-    let meter = permitted(view, island, principal, raise.meter)?;
+    let meter = view.meter(raise.meter)?.ok_or_else(|| denied(raise.meter))?;
+    if !permit.permits(&Action::RaiseCounter, &Resource::Meters(&meter.class)) {
+        return Err(denied(raise.meter));
+    }
     let Raise { key, from } = Raise::of(view, island, &meter, raise)?;
     let mut changed = (*meter).clone();
     let fault = |error: &dyn std::fmt::Display| ServiceError::Internal(error.to_string());
@@ -219,21 +192,7 @@ fn named(meter: &Meter, new: &CounterRaise) -> Result<RaiseCounter, ServiceError
     })
 }
 
-/// The meter, if policy lets the principal raise its counters; the same answer for an unknown one.
-fn permitted(
-    view: &mut View<'_, '_>,
-    island: &Island,
-    principal: &Principal,
-    title: SystemTitle,
-) -> Result<Arc<Meter>, ServiceError> {
-    let permits = |meter: &Meter| {
-        island
-            .policy
-            .load()
-            .permits(&facts(principal), &Action::RaiseCounter, &Resource::Meters(&meter.class))
-            .is_permit()
-    };
-    view.meter(title)?
-        .filter(|meter| permits(meter))
-        .ok_or_else(|| ServiceError::denied(format!("raiseCounter with meter {title}")))
+/// The same answer for an unknown meter and one whose counters the principal may not raise.
+fn denied(title: SystemTitle) -> ServiceError {
+    ServiceError::denied(format!("raiseCounter with meter {title}"))
 }

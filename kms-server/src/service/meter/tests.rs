@@ -54,10 +54,14 @@ impl TestIsland {
             counter: CounterKey::ClientTitle(client_title()),
             on_new_key: kms_domain::OnNewKey::Continue,
         };
-        let committed = self.island.committer.act(Actor::server("test"), kms_store::Reads::default(), move |view| {
-            view.append(Event::KeysGranted(v1::KeysGranted::default()));
-            view.lease(of, std::num::NonZeroU32::MIN, kms_domain::UnixMillis(i64::MAX))
-        });
+        let committed = self.island.committer.act_in_test(
+            Actor::server(ServerAct::TEST),
+            kms_store::Reads::default(),
+            move |view| {
+                view.append(Event::KeysGranted(v1::KeysGranted::default()));
+                view.lease(of, std::num::NonZeroU32::MIN, kms_domain::UnixMillis(i64::MAX))
+            },
+        );
         committed.await.map(|committed| committed.value.first)
     }
 }
@@ -81,21 +85,27 @@ async fn next_counters(
     frames: bool,
 ) -> kms_domain::Lease {
     let count = std::num::NonZeroU32::new(counters).unwrap();
-    let act = server.committer.act(Actor::server("test"), kms_store::Reads::default(), move |view| {
-        view.append(Event::KeysGranted(v1::KeysGranted::default()));
-        if frames {
-            view.frame_counters(guek_counter(title), count)
-        } else {
-            view.lease(guek_counter(title), count, kms_domain::UnixMillis(i64::MAX))
-        }
-    });
+    let act = server.committer.act_in_test(
+        Actor::server(ServerAct::TEST),
+        kms_store::Reads::default(),
+        move |view| {
+            view.append(Event::KeysGranted(v1::KeysGranted::default()));
+            if frames {
+                view.frame_counters(guek_counter(title), count)
+            } else {
+                view.lease(guek_counter(title), count, kms_domain::UnixMillis(i64::MAX))
+            }
+        },
+    );
     act.await.unwrap().value
 }
 
 async fn is_live(server: &crate::island::Island, title: SystemTitle, lease: kms_domain::Lease) -> bool {
-    let act = server
-        .committer
-        .act(Actor::server("test"), kms_store::Reads::default(), move |view| view.is_live(guek_counter(title), lease));
+    let act = server.committer.act_in_test(
+        Actor::server(ServerAct::TEST),
+        kms_store::Reads::default(),
+        move |view| view.is_live(guek_counter(title), lease),
+    );
     act.await.unwrap().value
 }
 

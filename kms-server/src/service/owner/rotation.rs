@@ -20,10 +20,10 @@ use kms_store::{MeterFilter, Reads, RowKind};
 
 use super::{OwnerService, no_such_group, number_of};
 use crate::{
-    audit::{Actor, Asked, Asking, View, Window},
+    audit::{Act, Asker, Decision, Known, Never, Permit, Request, ServerAct, View},
     authz::{Action, Caller, GroupFacts, Resource},
     error::ServiceError,
-    island::{Island, facts, principal_row},
+    island::{Island, facts},
     service::{
         grant::{request_digest, setup_record},
         recipe::Recipe,
@@ -133,41 +133,8 @@ impl OwnerService {
         let setup = setup_of(&group, key.key_type, key.setup)?;
         let (id, key_type) = (group.id, key.key_type);
         let counts = self.count(&group, setup, key_type, version).await?;
-        let reads = Reads { sealed: vec![principal_row(&caller.principal), group_row(id)], ..Reads::default() };
-        let (island, by) = (self.island.clone(), caller.clone());
-        let actor = Actor::caller(caller, Some(request), action.name());
-        let committed = self.island.committer.act(actor, reads, move |view| {
-            let principal = view.caller(&by)?;
-            let mut group = view.group(id)?.ok_or_else(|| ServiceError::denied(action.to_string()))?;
-            island.policy.load().require(&facts(&principal), &action, &Resource::Group(&GroupFacts::from(&*group)))?;
-            let switched = |rotation: &GroupRotation| rotation.version == version && rotation.switched.is_some();
-            if group.rotation(setup, key_type).is_some_and(switched) {
-                return Ok(group);
-            }
-            let now = view.now();
-            let changed = Arc::make_mut(&mut group);
-            let mut steps = Vec::new();
-            if changed.note_members(setup, key_type, version, counts, now) {
-                steps.push(("threshold-reached", None));
-            }
-            let former = changed.switch(setup, key_type, version, early, now).map_err(refused)?;
-            steps.push(("switched", former));
-            if changed.note_members(setup, key_type, version, counts, now) {
-                steps.push(("complete", None));
-            }
-            for (change, former) in steps {
-                let reason = if change == "switched" { reason.clone() } else { String::new() };
-                let former_version = former.map_or(0, KeyVersionNumber::number);
-                view.append(Event::GroupKeyChanged(GroupKeyChanged {
-                    former_version,
-                    reason,
-                    ..record(&group, setup, key_type, version, change, counts)
-                }));
-            }
-            view.put_group((*group).clone())?;
-            Ok(group)
-        });
-        let group = committed.await?.value;
+        let act = SwitchKey { group: id, setup, key_type, version, early, reason, counts };
+        let group = self.island.door.act(caller, Some(request), act).await?.value;
         Ok(message(&group, setup, key_type, counts))
     }
 
@@ -185,35 +152,8 @@ impl OwnerService {
         let action = Action::SetSwitchThreshold;
         let id = self.permitted_group(caller, name, &action).await?.id;
         let digest = request_digest(&[action.name().as_bytes(), name.as_bytes(), &[threshold.percent()]]);
-        let asking = Asking::new(caller, request, digest, Window::Administration);
-        let sealed = vec![principal_row(&caller.principal), group_row(id)];
-        let reads = Reads { sealed, requests: asking.reads(), ..Reads::default() };
-        let (island, by) = (self.island.clone(), caller.clone());
-        let actor = Actor::caller(caller, Some(request), action.name());
-        let committed = self.island.committer.act(actor, reads, move |view| {
-            let principal = view.caller(&by)?;
-            let mut group = view.group(id)?.ok_or_else(|| ServiceError::denied(action.to_string()))?;
-            island.policy.load().require(&facts(&principal), &action, &Resource::Group(&GroupFacts::from(&*group)))?;
-            // Repeated late, it would undo what was set since.
-            if let Asked::Before(_) = view.asked(&asking)? {
-                return Ok(());
-            }
-            view.answered_with(&asking, &());
-            if group.switch_at == threshold {
-                return Ok(());
-            }
-            let changed = Arc::make_mut(&mut group);
-            changed.switch_at = threshold;
-            view.append(Event::GroupKeyChanged(GroupKeyChanged {
-                group: id.0,
-                group_name: changed.name.clone(),
-                change: "threshold-set".to_owned(),
-                threshold_percent: u32::from(threshold.percent()),
-                ..GroupKeyChanged::default()
-            }));
-            view.put_group(changed.clone())
-        });
-        committed.await?;
+        let act = SetThreshold { group: id, threshold };
+        self.island.door.act(caller, Request { id: request, digest }, act).await?;
         self.group(caller, name).await
     }
 
@@ -261,17 +201,18 @@ impl OwnerService {
             return Ok(());
         }
         let reads = Reads { sealed: vec![group_row(id)], ..Reads::default() };
-        let committed = self.island.committer.act(Actor::server("followRotation"), reads, move |view| {
-            let Some(mut group) = view.group(id)? else { return Ok(()) };
+        let committed = self.island.committer.act(ServerAct::FOLLOW_ROTATION, reads, move |view| {
+            let Some(mut group) = view.group(id)? else { return Ok(Decision::unchanged(())) };
             // Another server may have been faster.
             if !Arc::make_mut(&mut group).note_members(setup, key_type, version, counts, view.now()) {
-                return Ok(());
+                return Ok(Decision::unchanged(()));
             }
             let complete =
                 group.rotation(setup, key_type).is_some_and(|rotation| rotation.stage() == RotationStage::Complete);
             let change = if complete { "complete" } else { "threshold-reached" };
-            view.append(Event::GroupKeyChanged(record(&group, setup, key_type, version, change, counts)));
-            view.put_group((*group).clone())
+            let entry = view.append(Event::GroupKeyChanged(record(&group, setup, key_type, version, change, counts)));
+            view.put_group((*group).clone())?;
+            Ok(Decision::recorded(entry, ()))
         });
         committed.await.map(drop)
     }
@@ -406,6 +347,133 @@ impl NewGroupVersion {
         }));
         view.put_group((*group).clone())
     }
+}
+
+/// A group's key that broadcasts go over to.
+struct SwitchKey {
+    group: GroupId,
+    setup: SecuritySetupId,
+    key_type: KeyType,
+    version: KeyVersionNumber,
+    early: bool,
+    reason: String,
+    counts: MemberCounts,
+}
+
+impl SwitchKey {
+    const fn action(&self) -> Action {
+        Action::SwitchGroupKey { key_type: self.key_type, early: self.early }
+    }
+}
+
+impl Act for SwitchKey {
+    type Answer = Arc<Group>;
+    // A key that is switched is switched.
+    type Past = Never;
+
+    fn name(&self) -> &'static str {
+        self.action().name()
+    }
+
+    fn reads(&self) -> Reads {
+        Reads { sealed: vec![group_row(self.group)], ..Reads::default() }
+    }
+
+    fn permit(&self, asker: Asker, view: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        permit_on_group(asker, view, self.group, &self.action())
+    }
+
+    fn decide(&self, _: &Permit, view: &mut View<'_, '_>) -> Result<Decision<Arc<Group>>, ServiceError> {
+        let Self { setup, key_type, version, early, counts, .. } = *self;
+        let mut group = view.group(self.group)?.ok_or_else(|| ServiceError::denied(self.action().to_string()))?;
+        let switched = |rotation: &GroupRotation| rotation.version == version && rotation.switched.is_some();
+        if group.rotation(setup, key_type).is_some_and(switched) {
+            return Ok(Decision::unchanged(group));
+        }
+        let now = view.now();
+        let changed = Arc::make_mut(&mut group);
+        let mut steps = Vec::new();
+        if changed.note_members(setup, key_type, version, counts, now) {
+            steps.push(("threshold-reached", None));
+        }
+        let former = changed.switch(setup, key_type, version, early, now).map_err(refused)?;
+        steps.push(("switched", former));
+        if changed.note_members(setup, key_type, version, counts, now) {
+            steps.push(("complete", None));
+        }
+        for (change, former) in steps {
+            let reason = if change == "switched" { self.reason.clone() } else { String::new() };
+            let former_version = former.map_or(0, KeyVersionNumber::number);
+            view.append(Event::GroupKeyChanged(GroupKeyChanged {
+                former_version,
+                reason,
+                ..record(&group, setup, key_type, version, change, counts)
+            }));
+        }
+        view.put_group((*group).clone())?;
+        Ok(Decision::of(view.entry(), group))
+    }
+
+    fn again(&self, never: Never, _: &Permit, _: &mut View<'_, '_>) -> Result<Arc<Group>, ServiceError> {
+        match never {}
+    }
+}
+
+/// How many members must have a new version of a group's key before broadcasts go over to it.
+struct SetThreshold {
+    group: GroupId,
+    threshold: SwitchThreshold,
+}
+
+impl Act for SetThreshold {
+    type Answer = ();
+    // Repeated late, it would undo what was set since.
+    type Past = Known;
+
+    fn name(&self) -> &'static str {
+        Action::SetSwitchThreshold.name()
+    }
+
+    fn reads(&self) -> Reads {
+        Reads { sealed: vec![group_row(self.group)], ..Reads::default() }
+    }
+
+    fn permit(&self, asker: Asker, view: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        permit_on_group(asker, view, self.group, &Action::SetSwitchThreshold)
+    }
+
+    fn decide(&self, _: &Permit, view: &mut View<'_, '_>) -> Result<Decision<()>, ServiceError> {
+        let mut group = view.group(self.group)?.ok_or_else(|| ServiceError::denied(self.name()))?;
+        if group.switch_at == self.threshold {
+            return Ok(Decision::unchanged(()));
+        }
+        let changed = Arc::make_mut(&mut group);
+        changed.switch_at = self.threshold;
+        let entry = view.append(Event::GroupKeyChanged(GroupKeyChanged {
+            group: self.group.0,
+            group_name: changed.name.clone(),
+            change: "threshold-set".to_owned(),
+            threshold_percent: u32::from(self.threshold.percent()),
+            ..GroupKeyChanged::default()
+        }));
+        view.put_group(changed.clone())?;
+        Ok(Decision::recorded(entry, ()))
+    }
+
+    fn again(&self, _: Known, _: &Permit, _: &mut View<'_, '_>) -> Result<(), ServiceError> {
+        Ok(())
+    }
+}
+
+/// Policy's permit for an action on a group; a group that is gone is refused alike.
+fn permit_on_group(
+    asker: Asker,
+    view: &mut View<'_, '_>,
+    id: GroupId,
+    action: &Action,
+) -> Result<Permit, ServiceError> {
+    let group = view.group(id)?.ok_or_else(|| ServiceError::denied(action.to_string()))?;
+    asker.require(action, &Resource::Group(&GroupFacts::from(&*group)))
 }
 
 /// The security setup that a group has a key in: the named one, or the first.

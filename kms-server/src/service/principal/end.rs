@@ -42,7 +42,7 @@ impl Principals {
                 action,
                 id.clone(),
                 Reads::default(),
-                move |view, existing, everyone| {
+                move |view, _, existing, everyone| {
                     refuse_own(&id, own)?;
                     let mut principal = enabled(&id, existing)?;
                     let at = principal.certificates.iter().position(|one| one.serial == serial);

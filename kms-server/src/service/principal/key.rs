@@ -2,8 +2,6 @@
 //! certificate that has ended or is lost, and the confirmation of a key that one officer alone has
 //! certified.
 
-use std::sync::Arc;
-
 use kms_domain::{
     Enrolment, Principal, PrincipalId, PrincipalStatus, ProposalId, ProposedAction, Quorum, RecertifyPrincipal,
 };
@@ -12,14 +10,14 @@ use kms_store::Reads;
 
 use super::{Principals, changed, enabled, everyone::refuse_shared_key, security_event, unknown};
 use crate::{
-    audit::{Actor, Asked, Asking, View, Window},
+    audit::{Permit, View},
     authz::{Action, Caller, Resource},
     error::ServiceError,
-    island::{Island, facts, principal_row},
+    island::{Island, principal_row},
     service::{
         Request,
         certificate::CertificationRequest,
-        proposal::{self, NewProposal, proposal_id, proposal_row, propose},
+        proposal::{NewProposal, Propose, carry_out, proposal_row},
     },
 };
 
@@ -58,40 +56,18 @@ impl Principals {
             ));
         }
         self.enough_officers(caller, &new.id).await.map_err(|refusal| self.on_record(caller, &action, refusal))?;
-        let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
-        let made = proposal_id(request.id)?;
-        let sealed = vec![principal_row(&caller.principal), principal_row(&new.id), proposal_row(made)];
-        let reads = Reads { sealed, requests: asking.reads(), ..Reads::default() };
-        let (island, by) = (Arc::clone(&self.island), caller.clone());
-        let act =
-            self.island.committer.act(Actor::caller(caller, Some(request.id), action.name()), reads, move |view| {
-                let principal = view.caller(&by)?;
-                island.policy.load().require(&facts(&principal), &action, &Resource::Island)?;
-                let now = view.now();
-                if let Asked::Before(_) = view.asked(&asking)? {
-                    let known = view.proposal(made)?;
-                    let known = known
-                        .ok_or_else(|| ServiceError::Internal("the proposal of a past request is gone".to_owned()))?;
-                    return Ok(proposal::message(&known, now));
-                }
-                let beneficiary = view.principal(&new.id)?;
-                let beneficiary = enabled(&new.id, beneficiary)?;
-                let recertify = RecertifyPrincipal {
-                    principal: new.id.clone(),
-                    person: person_of(&beneficiary)?,
-                    key_sha256: new.key_sha256,
-                };
-                let action = ProposedAction::RecertifyPrincipal(recertify);
-                let proposed = propose(
-                    view,
-                    &principal,
-                    request.id,
-                    NewProposal { action, reason: new.reason.clone(), quorum: new.quorum },
-                )?;
-                view.answered(&asking);
-                Ok(proposal::message(&proposed, now))
+        let reads = Reads { sealed: vec![principal_row(&new.id)], ..Reads::default() };
+        let propose = Propose::new(request.id, action, reads, move |view| {
+            let beneficiary = view.principal(&new.id)?;
+            let beneficiary = enabled(&new.id, beneficiary)?;
+            let action = ProposedAction::RecertifyPrincipal(RecertifyPrincipal {
+                principal: new.id.clone(),
+                person: person_of(&beneficiary)?,
+                key_sha256: new.key_sha256,
             });
-        Ok(act.await?.value)
+            Ok(NewProposal { action, reason: new.reason.clone(), quorum: new.quorum })
+        });
+        Ok(self.island.door.act(caller, request, propose).await?.value)
     }
 
     /// Certifies a key as people have approved it. All other certificates of the principal end: the
@@ -117,7 +93,7 @@ impl Principals {
             "recertify",
             &[id.to_string().as_bytes(), &certification.spki_sha256(), &approved.octets()],
         );
-        let (chain, island, asking) = (self.chain(), Arc::clone(&self.island), caller.clone());
+        let (chain, asking) = (self.chain(), caller.clone());
         let more = Reads { sealed: vec![proposal_row(approved)], ..Reads::default() };
         self.act_among_all(
             caller,
@@ -125,12 +101,10 @@ impl Principals {
             action,
             id.clone(),
             more,
-            move |view, existing, everyone| {
-                let officer = view.caller(&asking)?;
-                island.policy.load().require(&facts(&officer), &Action::CarryOutProposal, &Resource::Island)?;
+            move |view, permit, existing, everyone| {
+                permit.require(&Action::CarryOutProposal, &Resource::Island)?;
                 let mut principal = enabled(&id, existing)?;
-                let ProposedAction::RecertifyPrincipal(recertify) = proposal::carry_out(view, &officer, approved)?
-                else {
+                let (ProposedAction::RecertifyPrincipal(recertify), _) = carry_out(view, permit, approved)? else {
                     return Err(other_content(approved));
                 };
                 // I6: exactly the principal, the person and the key that people have approved.
@@ -189,14 +163,13 @@ impl Principals {
 /// Not permitted; the principal is disabled, or has no certificate of this key that has not ended.
 pub(in crate::service) fn confirm(
     view: &mut View<'_, '_>,
-    island: &Island,
-    officer: &Principal,
+    permit: &Permit,
     recertify: &RecertifyPrincipal,
     approved: ProposalId,
 ) -> Result<(), ServiceError> {
     let id = &recertify.principal;
-    let action = Action::RecertifyPrincipal { role: id.role(), own: *id == officer.id };
-    island.policy.load().require(&facts(officer), &action, &Resource::Island)?;
+    let action = Action::RecertifyPrincipal { role: id.role(), own: *id == permit.principal().id };
+    permit.require(&action, &Resource::Island)?;
     let existing = view.principal(id)?;
     let mut principal = enabled(id, existing)?;
     fits(recertify, &principal, approved)?;

@@ -16,13 +16,13 @@ use kms_store::{Reads, RowKind};
 
 use super::{RootService, millis, no_island, refused, rotation_row, token_key};
 use crate::{
-    audit::{Actor, Asked, Asking, Window},
+    audit::{Act, Asker, Decision, Known, Permit, ServerAct, View},
     authz::{Action, Caller, Resource},
     error::ServiceError,
-    island::{facts, principal_row},
+    island::Island,
     service::{
         Request,
-        proposal::{self, NewProposal, proposal_id, proposal_row},
+        proposal::{NewProposal, Propose, carry_out, proposal_row},
     },
 };
 
@@ -54,34 +54,10 @@ impl RootService {
         let Destruction { id, oldest_backup, reason, quorum } = destruction;
         self.is_unused(id, oldest_backup).await?;
         let root = destroy_root(id, oldest_backup)?;
-        let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
-        let made = proposal_id(request.id)?;
-        let reads = Reads {
-            sealed: vec![principal_row(&caller.principal), proposal_row(made)],
-            requests: asking.reads(),
-            ..Reads::default()
-        };
-        let (island, by) = (self.island.clone(), caller.clone());
-        let act = self.island.committer.act(
-            Actor::caller(caller, Some(request.id), Action::DestroyRoot.name()),
-            reads,
-            move |view| {
-                let principal = view.caller(&by)?;
-                island.policy.load().require(&facts(&principal), &Action::DestroyRoot, &Resource::Island)?;
-                let now = view.now();
-                if let Asked::Before(_) = view.asked(&asking)? {
-                    let known = view
-                        .proposal(made)?
-                        .ok_or_else(|| ServiceError::Internal("the proposal of a past request is gone".to_owned()))?;
-                    return Ok(proposal::message(&known, now));
-                }
-                let new = NewProposal { action: ProposedAction::DestroyRoot(root), reason: reason.clone(), quorum };
-                let proposed = proposal::propose(view, &principal, request.id, new)?;
-                view.answered(&asking);
-                Ok(proposal::message(&proposed, now))
-            },
-        );
-        Ok(act.await?.value)
+        let propose = Propose::new(request.id, Action::DestroyRoot, Reads::default(), move |_| {
+            Ok(NewProposal { action: ProposedAction::DestroyRoot(root), reason: reason.clone(), quorum })
+        });
+        Ok(self.island.door.act(caller, request, propose).await?.value)
     }
 
     /// Carries an approved destruction out: decided and recorded first (I2), then, once every
@@ -106,65 +82,13 @@ impl RootService {
             return Err(missing());
         };
         let id = root_id(&root)?;
-        let asking = Asking::new(caller, request.id, request.digest, Window::Administration);
         let again = self.island.row().root_standing(id) == Some(RootStanding::Destroyed);
         if !again {
             self.is_unused(id, root.oldest_backup).await?;
         }
         let current =
             RootId { purpose: id.purpose, version: self.island.row().current_root(id.purpose).unwrap_or_default() };
-        let reads = Reads {
-            sealed: vec![
-                principal_row(&caller.principal),
-                proposal_row(approved),
-                self.island_row(),
-                rotation_row(current),
-            ],
-            requests: asking.reads(),
-            clock: true,
-            ..Reads::default()
-        };
-        let (island, by) = (self.island.clone(), caller.clone());
-        let act = self.island.committer.act(
-            Actor::caller(caller, Some(request.id), Action::DestroyRoot.name()),
-            reads,
-            move |view| {
-                let principal = view.caller(&by)?;
-                island.policy.load().require(&facts(&principal), &Action::DestroyRoot, &Resource::Island)?;
-                if let Asked::Before(_) = view.asked(&asking)? {
-                    return Ok(());
-                }
-                // I6: exactly what was approved, once.
-                let ProposedAction::DestroyRoot(root) = proposal::carry_out(view, &principal, approved)? else {
-                    return Err(ServiceError::denied("destroyRoot"));
-                };
-                let id = root_id(&root)?;
-                let now = view.clock()?;
-                let mut row = (*view.island(island.name())?.ok_or_else(no_island)?).clone();
-                // One that was made and never used has no pass behind it, and no backup needs it.
-                if id.purpose.has_pass() && row.root_standing(id) != Some(RootStanding::Made) {
-                    let finished =
-                        view.root_rotation(current)?.filter(|rotation| rotation.state == RootRotationState::Finished);
-                    let finished = finished
-                        .filter(|_| row.current_root(id.purpose) == Some(current.version))
-                        .ok_or_else(|| unfinished(id.purpose))?;
-                    not_in_backups(id, finished.since, root.oldest_backup)?;
-                }
-                row.destroy_root(id, now).map_err(refused)?;
-                view.append(Event::RootDestroyed(RootDestroyed {
-                    root: id.purpose.to_string(),
-                    version: id.version.into(),
-                    change: "decided".to_owned(),
-                    proposal_id: approved.octets().to_vec().into(),
-                    oldest_backup_ms: root.oldest_backup.0,
-                    objects: 0,
-                }));
-                view.put_island(row)?;
-                view.answered(&asking);
-                Ok(())
-            },
-        );
-        act.await?;
+        self.island.door.act(caller, request, Destroy { island: self.island.clone(), approved, current }).await?;
         let row = self.refresh().await?;
         self.destroy_decided(&row).await?;
         self.show(caller).await
@@ -220,9 +144,8 @@ impl RootService {
             objects: u32::try_from(objects).unwrap_or(u32::MAX),
             ..RootDestroyed::default()
         };
-        let act = self.island.committer.act(Actor::server("destroy-root"), Reads::default(), move |view| {
-            view.append(Event::RootDestroyed(event.clone()));
-            Ok(())
+        let act = self.island.committer.act(ServerAct::DESTROY_ROOT, Reads::default(), move |view| {
+            Ok(Decision::recorded(view.append(Event::RootDestroyed(event.clone())), ()))
         });
         act.await.map(drop)
     }
@@ -277,6 +200,67 @@ impl RootService {
         };
         let replaced = row.root_entry(current).map_or(row.created, |entry| entry.made);
         not_in_backups(id, unused_since.max(replaced), oldest_backup)
+    }
+}
+
+/// The decision that a root is destroyed, as people have approved it.
+struct Destroy {
+    island: Arc<Island>,
+    approved: ProposalId,
+    /// The current version for the same purpose.
+    current: RootId,
+}
+
+impl Act for Destroy {
+    type Answer = ();
+    type Past = Known;
+
+    fn name(&self) -> &'static str {
+        Action::DestroyRoot.name()
+    }
+
+    fn reads(&self) -> Reads {
+        let sealed = vec![proposal_row(self.approved), self.island.row_name(), rotation_row(self.current)];
+        Reads { sealed, clock: true, ..Reads::default() }
+    }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        asker.require(&Action::DestroyRoot, &Resource::Island)
+    }
+
+    fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<()>, ServiceError> {
+        let (approved, current) = (self.approved, self.current);
+        // I6: exactly what was approved, once.
+        let (ProposedAction::DestroyRoot(root), entry) = carry_out(view, permit, approved)? else {
+            return Err(ServiceError::denied("destroyRoot"));
+        };
+        let id = root_id(&root)?;
+        let now = view.clock()?;
+        let mut row = (*view.island(self.island.name())?.ok_or_else(no_island)?).clone();
+        // One that was made and never used has no pass behind it, and no backup needs it.
+        if id.purpose.has_pass() && row.root_standing(id) != Some(RootStanding::Made) {
+            let finished =
+                view.root_rotation(current)?.filter(|rotation| rotation.state == RootRotationState::Finished);
+            let finished = finished
+                .filter(|_| row.current_root(id.purpose) == Some(current.version))
+                .ok_or_else(|| unfinished(id.purpose))?;
+            not_in_backups(id, finished.since, root.oldest_backup)?;
+        }
+        row.destroy_root(id, now).map_err(refused)?;
+        view.append(Event::RootDestroyed(RootDestroyed {
+            root: id.purpose.to_string(),
+            version: id.version.into(),
+            change: "decided".to_owned(),
+            proposal_id: approved.octets().to_vec().into(),
+            oldest_backup_ms: root.oldest_backup.0,
+            objects: 0,
+        }));
+        view.put_island(row)?;
+        Ok(Decision::recorded(entry, ()))
+    }
+
+    fn again(&self, _: Known, _: &Permit, _: &mut View<'_, '_>) -> Result<(), ServiceError> {
+        Ok(())
     }
 }
 

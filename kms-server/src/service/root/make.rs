@@ -18,7 +18,7 @@ use kms_store::{Reads, RowKind};
 
 use super::{no_island, refused, token_key};
 use crate::{
-    audit::{Actor, Committer},
+    audit::{Committer, Decision, ServerAct},
     config::{Config, ConfigError, TokenSection},
     error::ServiceError,
     files,
@@ -160,23 +160,23 @@ impl NewRootSettings {
         let path = self.escrow.clone();
         let escrow_sha256 = sha256(document.escrow_key());
         let present: Vec<String> = document.labels().map(str::to_owned).chain(self.lost.iter().cloned()).collect();
-        let act = committer.act(Actor::server("make-root"), island_reads(name), move |view| {
+        let act = committer.act(ServerAct::MAKE_ROOT, island_reads(name), move |view| {
             let row = view.island(&island)?.ok_or_else(no_island)?;
             if row.escrow_fingerprint != Some(escrow_sha256) {
-                return Ok(Err(MakeRootError::OtherEscrow { path: path.clone() }));
+                return Ok(Decision::unchanged(Err(MakeRootError::OtherEscrow { path: path.clone() })));
             }
             let missing: Vec<String> = escrowed(&row)?.into_iter().filter(|label| !present.contains(label)).collect();
             if !missing.is_empty() {
-                return Ok(Err(MakeRootError::EarlierEscrow { path: path.clone(), missing }));
+                return Ok(Decision::unchanged(Err(MakeRootError::EarlierEscrow { path: path.clone(), missing })));
             }
             let id = row.next_root(purpose).map_err(refused)?;
-            view.append(Event::RootVersionBegun(RootVersionBegun {
+            let entry = view.append(Event::RootVersionBegun(RootVersionBegun {
                 root: purpose.to_string(),
                 version: id.version.into(),
                 escrow_key_sha256: escrow_sha256.to_vec().into(),
                 copies: copies.iter().map(|number| u32::from(*number)).collect(),
             }));
-            Ok(Ok(id))
+            Ok(Decision::recorded(entry, Ok(id)))
         });
         act.await?.value
     }
@@ -296,11 +296,12 @@ impl NewRootSettings {
             destroyed: None,
         };
         let reads = Reads { clock: true, ..island_reads(name) };
-        let act = committer.act(Actor::server("make-root"), reads, move |view| {
+        let act = committer.act(ServerAct::MAKE_ROOT, reads, move |view| {
             let mut row = (*view.island(&island)?.ok_or_else(no_island)?).clone();
             row.add_root(RootEntry { made: view.clock()?, ..entry.clone() }).map_err(refused)?;
-            view.append(Event::RootVersionMade(event.clone()));
-            view.put_island(row)
+            let entry = view.append(Event::RootVersionMade(event.clone()));
+            view.put_island(row)?;
+            Ok(Decision::recorded(entry, ()))
         });
         act.await.map(drop).map_err(MakeRootError::from)
     }

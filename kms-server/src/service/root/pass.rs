@@ -19,7 +19,7 @@ use kms_store::{MeterFilter, Reads, RowKind, SealedRow, TaskFilter};
 
 use super::{RootService, is_served, millis, no_island, root_version, rotation_row, token_key};
 use crate::{
-    audit::{Actor, View, sealed_name},
+    audit::{Decision, ServerAct, View, sealed_name},
     error::ServiceError,
     island::Island,
     service::{grant, scrub::row_id},
@@ -238,11 +238,11 @@ impl RootService {
             }
         }
         let lead = millis(self.timing.lead);
-        let act = self.island.committer.act(Actor::server("rotate-root"), reads, move |view| {
-            let Some(known) = view.root_rotation(to)? else { return Ok(false) };
+        let act = self.island.committer.act(ServerAct::ROTATE_ROOT, reads, move |view| {
+            let Some(known) = view.root_rotation(to)? else { return Ok(Decision::unchanged(false)) };
             let (mut rotation, mut page) = ((*known).clone(), page.clone());
             if rotation.state != RootRotationState::Running || rotation.place != page.from {
-                return Ok(false);
+                return Ok(Decision::unchanged(false));
             }
             for id in &due {
                 // An error is a row that does not verify, which is left alone (I5), or one that is
@@ -261,9 +261,12 @@ impl RootService {
             }
             let (writer, now, round) = (view.writer(), view.clock()?, rotation.round);
             if !rotation.advance(&page, writer, lead, now) {
-                return Ok(false);
+                return Err(ServiceError::Aborted {
+                    reason: "another server has advanced the pass".to_owned(),
+                    next_step: "it goes on with the next page".to_owned(),
+                });
             }
-            view.append(Event::RootRowsAdvanced(RootRowsAdvanced {
+            let entry = view.append(Event::RootRowsAdvanced(RootRowsAdvanced {
                 root: to.purpose.to_string(),
                 version: to.version.into(),
                 round,
@@ -282,7 +285,7 @@ impl RootService {
                 }));
             }
             view.put_root_rotation(rotation)?;
-            Ok(true)
+            Ok(Decision::recorded(entry, true))
         });
         Ok(act.await?.value)
     }
@@ -338,12 +341,12 @@ impl RootService {
         let (kind, name) = self.island_row();
         let (reads, island) =
             (Reads { sealed: vec![(kind, name), rotation_row(to)], ..Reads::default() }, self.island.clone());
-        let act = self.island.committer.act(Actor::server("retire-seal-key"), reads, move |view| {
+        let act = self.island.committer.act(ServerAct::RETIRE_SEAL_KEY, reads, move |view| {
             let mut row: IslandRow = (*view.island(island.name())?.ok_or_else(no_island)?).clone();
             let finished =
                 view.root_rotation(to)?.is_some_and(|rotation| rotation.state == RootRotationState::Finished);
             if !finished || row.seal_key_version != to.version || row.ledger.oldest_seal_key_version == to.version {
-                return Ok(());
+                return Ok(Decision::unchanged(()));
             }
             row.retire_roots(RootPurpose::Seal).map_err(super::refused)?;
             view.append(Event::RootRotationChanged(RootRotationChanged {
@@ -355,7 +358,8 @@ impl RootService {
             if let Some(rotation) = view.root_rotation(to)?.filter(|rotation| !rotation.reason.is_empty()) {
                 view.put_root_rotation(RootRotation { reason: String::new(), ..(*rotation).clone() })?;
             }
-            view.put_island(row)
+            view.put_island(row)?;
+            Ok(Decision::of(view.entry(), ()))
         });
         act.await?;
         self.refresh().await.map(drop)
@@ -376,12 +380,12 @@ impl RootService {
     /// else.
     async fn tell_why_not(&self, to: RootId, reason: String) -> Result<(), ServiceError> {
         let reads = Reads { sealed: vec![rotation_row(to)], ..Reads::default() };
-        let act = self.island.committer.act(Actor::server("retire-seal-key"), reads, move |view| {
+        let act = self.island.committer.act(ServerAct::RETIRE_SEAL_KEY, reads, move |view| {
             let Some(known) = view
                 .root_rotation(to)?
                 .filter(|known| known.state == RootRotationState::Finished && known.reason != reason)
             else {
-                return Ok(());
+                return Ok(Decision::unchanged(()));
             };
             view.append(Event::RootRotationChanged(RootRotationChanged {
                 root: to.purpose.to_string(),
@@ -390,7 +394,8 @@ impl RootService {
                 reason: reason.clone(),
                 ..RootRotationChanged::default()
             }));
-            view.put_root_rotation(RootRotation { reason: reason.clone(), ..(*known).clone() })
+            view.put_root_rotation(RootRotation { reason: reason.clone(), ..(*known).clone() })?;
+            Ok(Decision::of(view.entry(), ()))
         });
         act.await.map(drop)
     }
@@ -398,11 +403,11 @@ impl RootService {
     /// Looks at all rows once more.
     async fn another_round(&self, to: RootId, rows: u64) -> Result<(), ServiceError> {
         let reads = Reads { sealed: vec![rotation_row(to)], clock: true, ..Reads::default() };
-        let act = self.island.committer.act(Actor::server("rotate-root"), reads, move |view| {
-            let Some(known) = view.root_rotation(to)? else { return Ok(()) };
+        let act = self.island.committer.act(ServerAct::ROTATE_ROOT, reads, move |view| {
+            let Some(known) = view.root_rotation(to)? else { return Ok(Decision::unchanged(())) };
             let mut rotation = (*known).clone();
             if rotation.state != RootRotationState::Finished || rotation.resume(None, view.clock()?).is_err() {
-                return Ok(());
+                return Ok(Decision::unchanged(()));
             }
             view.append(Event::RootRotationChanged(RootRotationChanged {
                 root: to.purpose.to_string(),
@@ -412,7 +417,8 @@ impl RootService {
                 reason: format!("rows with earlier seals: {rows}"),
                 ..RootRotationChanged::default()
             }));
-            view.put_root_rotation(rotation)
+            view.put_root_rotation(rotation)?;
+            Ok(Decision::of(view.entry(), ()))
         });
         act.await.map(drop)
     }

@@ -11,18 +11,18 @@ use tokio::sync::mpsc;
 use super::{
     ShipmentService,
     batch::{BatchSize, ReadyBatch, read_ahead},
-    overtaken,
     progress::{Progress, to_proto, upload_id},
     record::Step,
     spool::Windows,
-    unknown,
+    unchanged, unknown,
     verify::{FIRST_DEVICE_LINE, Rejection, Verified, verify},
 };
 use crate::{
-    audit::Actor,
+    audit::{Act, Asker, Decision, Never, Permit, View},
     authz::{Action, Caller, Resource},
     error::ServiceError,
-    island::{facts, principal_row},
+    island::principal_row,
+    service::group::Naming,
 };
 
 /// An import under way: its answers, as they come. Dropping it stops the import after the batch
@@ -76,49 +76,8 @@ impl ShipmentService {
         head_end: Option<PrincipalId>,
     ) -> Result<Run, ServiceError> {
         let upload = self.latest(file_sha256).await?.map_or_else(|| upload_id(file_sha256, 0), |row| row.upload);
-        let mut sealed = vec![principal_row(&caller.principal)];
-        sealed.extend(head_end.as_ref().map(principal_row));
-        let reads = Reads { sealed, shipments: vec![upload], ..Reads::default() };
-        let (island, caller_again, sha256, wanted) =
-            (self.island.clone(), caller.clone(), *file_sha256, head_end.clone());
-        let committed = self
-            .island
-            .committer
-            .act(Actor::caller(caller, None, IMPORT), reads, move |view| {
-                let principal = view.caller(&caller_again)?;
-                let row = view.shipment(upload)?.filter(|row| row.sha256 == sha256);
-                let progress = row.as_ref().map(Progress::of).transpose()?;
-                let own = progress.as_ref().is_some_and(|progress| progress.manufacturer == caller_again.principal.to_string());
-                island.policy.load().require(&facts(&principal), &Action::ImportShipment { own }, &Resource::Island)?;
-                let (Some(row), Some(progress)) = (row, progress) else { return Err(unknown(&sha256)) };
-                let named = wanted.as_ref().map(ToString::to_string).unwrap_or_default();
-                match row.state {
-                    ShipmentState::Receiving => {
-                        return Err(ServiceError::FailedPrecondition {
-                            reason: format!("{} of {} octets of the shipment have arrived", row.received, row.size),
-                            next_step: "upload the rest first".to_owned(),
-                        });
-                    }
-                    ShipmentState::Importing | ShipmentState::Imported if progress.head_end != named => {
-                        return Err(ServiceError::invalid(
-                            "head_end",
-                            format!("importShipment has begun with the head-end `{}` and goes on with it alone; assign the meters afterwards with `kms meter assign`", progress.head_end),
-                        ));
-                    }
-                    _ => {}
-                }
-                if let Some(head_end) = &wanted
-                    && view.principal(head_end)?.is_none_or(|head_end| head_end.status != PrincipalStatus::Enabled)
-                {
-                    return Err(ServiceError::invalid("head_end", format!("`{head_end}` is no enabled head-end of this island")));
-                }
-                let manufacturer = progress.manufacturer()?;
-                let key = view.principal(&manufacturer)?.filter(|known| known.status == PrincipalStatus::Enabled);
-                let key = key.ok_or_else(|| super::no_shipment_key(&manufacturer))?;
-                Ok((row, progress, key, own))
-            })
-            .await?;
-        let (row, progress, manufacturer, own) = committed.value;
+        let act = BeginImport { upload, sha256: *file_sha256, head_end: head_end.clone() };
+        let Begun { row, progress, manufacturer, own } = self.island.door.act(caller, None, act).await?.value;
         Ok(Run {
             service: self.clone(),
             caller: caller.clone(),
@@ -129,6 +88,136 @@ impl ShipmentService {
             signature: progress.signature,
             manufacturer,
         })
+    }
+}
+
+/// What an import begins with.
+struct Begun {
+    row: ShipmentRow,
+    progress: Progress,
+    manufacturer: Arc<Principal>,
+    /// The caller is the manufacturer.
+    own: bool,
+}
+
+/// The beginning of an import, or of a call that goes on with it. It looks, and changes nothing.
+struct BeginImport {
+    upload: UploadId,
+    sha256: [u8; 32],
+    head_end: Option<PrincipalId>,
+}
+
+impl BeginImport {
+    fn row(&self, view: &mut View<'_, '_>) -> Result<Option<(ShipmentRow, Progress)>, ServiceError> {
+        let row = view.shipment(self.upload)?.filter(|row| row.sha256 == self.sha256);
+        row.map(|row| Progress::of(&row).map(|progress| (row, progress))).transpose()
+    }
+}
+
+fn is_own(progress: &Progress, caller: &PrincipalId) -> bool {
+    progress.manufacturer == caller.to_string()
+}
+
+impl Act for BeginImport {
+    type Answer = Begun;
+    type Past = Never;
+
+    fn name(&self) -> &'static str {
+        IMPORT
+    }
+
+    fn reads(&self) -> Reads {
+        let sealed = self.head_end.iter().map(principal_row).collect();
+        Reads { sealed, shipments: vec![self.upload], ..Reads::default() }
+    }
+
+    fn permit(&self, asker: Asker, view: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        let own = self.row(view)?.is_some_and(|(_, progress)| is_own(&progress, &asker.principal().id));
+        asker.require(&Action::ImportShipment { own }, &Resource::Island)
+    }
+
+    fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<Begun>, ServiceError> {
+        let (row, progress) = self.row(view)?.ok_or_else(|| unknown(&self.sha256))?;
+        let named = self.head_end.as_ref().map(ToString::to_string).unwrap_or_default();
+        match row.state {
+            ShipmentState::Receiving => {
+                return Err(ServiceError::FailedPrecondition {
+                    reason: format!("{} of {} octets of the shipment have arrived", row.received, row.size),
+                    next_step: "upload the rest first".to_owned(),
+                });
+            }
+            ShipmentState::Importing | ShipmentState::Imported if progress.head_end != named => {
+                let reason = format!(
+                    "importShipment has begun with the head-end `{}` and goes on with it alone; assign the meters afterwards with `kms meter assign`",
+                    progress.head_end
+                );
+                return Err(ServiceError::invalid("head_end", reason));
+            }
+            _ => {}
+        }
+        if let Some(head_end) = &self.head_end
+            && view.principal(head_end)?.is_none_or(|head_end| head_end.status != PrincipalStatus::Enabled)
+        {
+            return Err(ServiceError::invalid(
+                "head_end",
+                format!("`{head_end}` is no enabled head-end of this island"),
+            ));
+        }
+        let manufacturer = progress.manufacturer()?;
+        let key = view.principal(&manufacturer)?.filter(|known| known.status == PrincipalStatus::Enabled);
+        let key = key.ok_or_else(|| super::no_shipment_key(&manufacturer))?;
+        let own = is_own(&progress, &permit.principal().id);
+        Ok(Decision::unchanged(Begun { row, progress, manufacturer: key, own }))
+    }
+
+    fn again(&self, never: Never, _: &Permit, _: &mut View<'_, '_>) -> Result<Begun, ServiceError> {
+        match never {}
+    }
+}
+
+/// The file is right: from here on lines are imported.
+struct MarkVerified {
+    own: bool,
+    /// The file as it was verified.
+    seen: ShipmentRow,
+    batch: String,
+    devices: u64,
+    head_end: Option<PrincipalId>,
+}
+
+impl Act for MarkVerified {
+    type Answer = ShipmentRow;
+    type Past = Never;
+
+    fn name(&self) -> &'static str {
+        IMPORT
+    }
+
+    fn reads(&self) -> Reads {
+        Reads { shipments: vec![self.seen.upload], ..Reads::default() }
+    }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        asker.require(&Action::ImportShipment { own: self.own }, &Resource::Island)
+    }
+
+    fn decide(&self, _: &Permit, view: &mut View<'_, '_>) -> Result<Decision<ShipmentRow>, ServiceError> {
+        let mut row = unchanged(view, &self.seen)?;
+        let mut progress = Progress::of(&row)?;
+        progress.devices = self.devices;
+        progress.head_end = self.head_end.as_ref().map(ToString::to_string).unwrap_or_default();
+        row.batch.clone_from(&self.batch);
+        row.progress = progress.encode_to_vec();
+        row.state = ShipmentState::Importing;
+        row.next_line = row.next_line.max(FIRST_DEVICE_LINE);
+        row.generation += 1;
+        row.updated = view.now();
+        view.put_shipment(row.clone());
+        Ok(Decision::progress(row))
+    }
+
+    fn again(&self, never: Never, _: &Permit, _: &mut View<'_, '_>) -> Result<ShipmentRow, ServiceError> {
+        match never {}
     }
 }
 
@@ -165,8 +254,8 @@ impl Run {
                 Err(Rejection::Trouble(error)) => return Err(error),
                 Err(Rejection::File(reason)) => {
                     tracing::warn!(shipment = hex::encode(self.row.sha256), reason, "a shipment was refused");
-                    self.row =
-                        self.service.refuse(Actor::caller(&self.caller, None, IMPORT), &self.row, &reason).await?;
+                    let action = Action::ImportShipment { own: self.own };
+                    self.row = self.service.refuse(&self.caller, &action, &self.row, &reason).await?;
                 }
             }
         } else {
@@ -190,33 +279,14 @@ impl Run {
         if self.row.state == ShipmentState::Importing {
             return Ok(());
         }
-        let reads = Reads { shipments: vec![self.upload], ..Reads::default() };
-        let (upload, seen, batch, devices) =
-            (self.upload, self.row.clone(), verified.header.batch.clone(), verified.devices);
-        let head_end = self.head_end.as_ref().map(ToString::to_string).unwrap_or_default();
-        let committed = self
-            .service
-            .island
-            .committer
-            .act(Actor::caller(&self.caller, None, IMPORT), reads, move |view| {
-                let mut row = view.shipment(upload)?.ok_or_else(|| unknown(&seen.sha256))?;
-                if row.generation != seen.generation {
-                    return Err(overtaken());
-                }
-                let mut progress = Progress::of(&row)?;
-                progress.devices = devices;
-                progress.head_end.clone_from(&head_end);
-                row.batch.clone_from(&batch);
-                row.progress = progress.encode_to_vec();
-                row.state = ShipmentState::Importing;
-                row.next_line = row.next_line.max(FIRST_DEVICE_LINE);
-                row.generation += 1;
-                row.updated = view.now();
-                view.put_shipment(row.clone());
-                Ok(row)
-            })
-            .await?;
-        self.row = committed.value;
+        let act = MarkVerified {
+            own: self.own,
+            seen: self.row.clone(),
+            batch: verified.header.batch.clone(),
+            devices: verified.devices,
+            head_end: self.head_end.clone(),
+        };
+        self.row = self.service.island.door.act(&self.caller, None, act).await?.value;
         Ok(())
     }
 
@@ -284,19 +354,12 @@ impl Run {
         verified: &Arc<Verified>,
     ) -> Result<ImportShipmentResponse, ServiceError> {
         let action = Action::ImportShipment { own: self.own };
-        let actor = Actor::caller(&self.caller, None, IMPORT);
-        let (island, caller) = (self.service.island.clone(), self.caller.clone());
-        let permit: super::super::group::Permit = Arc::new(move |view| {
-            let principal = view.caller(&caller)?;
-            island.policy.load().require(&facts(&principal), &action, &Resource::Island)
-        });
         let names = batch.devices.iter().flat_map(|device| device.groups.iter().map(String::as_str)).collect();
-        let groups =
-            self.service.groups.resolve(&self.service.island, &actor, &permit, &names, verified.profile.suite).await?;
+        let naming = Naming { caller: &self.caller, request: None, action: &action, class: None };
+        let groups = self.service.groups.resolve(&self.service.island, &naming, &names, verified.profile.suite).await?;
         let step = Step {
             client_titles: self.service.island.client_titles().await?,
             island: self.service.island.clone(),
-            caller: self.caller.clone(),
             own: self.own,
             head_end: self.head_end.clone(),
             status: if self.head_end.is_some() { MeterStatus::InService } else { MeterStatus::InStock },
@@ -306,7 +369,7 @@ impl Run {
             groups,
             batch: Arc::new(batch),
         };
-        let recorded = self.act(actor, Arc::new(step)).await?;
+        let recorded = self.act(Arc::new(step)).await?;
         self.row = recorded.row;
         Ok(ImportShipmentResponse {
             shipment: Some(to_proto(&self.row)?),
@@ -317,18 +380,11 @@ impl Run {
 
     /// Commits a batch. An import gives way to callers who wait for an answer: it comes back when
     /// the queue is full.
-    async fn act(&self, actor: Actor, step: Arc<Step>) -> Result<Recorded, ServiceError> {
+    async fn act(&self, step: Arc<Step>) -> Result<Recorded, ServiceError> {
         let mut attempts = 0;
         loop {
             attempts += 1;
-            let deciding = step.clone();
-            match self
-                .service
-                .island
-                .committer
-                .act(actor.clone(), step.reads(), move |view| deciding.decide(view))
-                .await
-            {
+            match self.service.island.door.act(&self.caller, None, step.clone()).await {
                 Err(ServiceError::ResourceExhausted { retry_after, .. }) if attempts < MOST_ATTEMPTS => {
                     tokio::time::sleep(retry_after).await
                 }
@@ -346,6 +402,6 @@ pub(super) struct Recorded {
 }
 
 /// The action's name in policies and the log.
-const IMPORT: &str = "importShipment";
+pub(super) const IMPORT: &str = "importShipment";
 const REFUSALS_AT_ONCE: u32 = 1_000;
 const MOST_ATTEMPTS: u32 = 20;

@@ -17,23 +17,22 @@ use prost::Message as _;
 
 use super::{
     batch::{ReadyBatch, ReadyDevice, ReadyKey},
-    import::Recorded,
+    import::{IMPORT, Recorded},
     overtaken,
     progress::Progress,
     unknown,
     verify::Verified,
 };
 use crate::{
-    audit::View,
-    authz::{Action, Caller, Resource},
+    audit::{Act, Asker, Decision, Never, Permit, View},
+    authz::{Action, Resource},
     error::ServiceError,
-    island::{Island, facts, principal_row},
+    island::{Island, principal_row},
 };
 
 /// The decision on one batch.
 pub(super) struct Step {
     pub(super) island: Arc<Island>,
-    pub(super) caller: Caller,
     pub(super) own: bool,
     pub(super) head_end: Option<PrincipalId>,
     pub(super) status: MeterStatus,
@@ -63,11 +62,18 @@ enum Outcome {
     Refused(ShipmentLineError),
 }
 
-impl Step {
+impl Act for Step {
+    type Answer = Recorded;
+    // The row of the file says up to which line it is imported.
+    type Past = Never;
+
+    fn name(&self) -> &'static str {
+        IMPORT
+    }
+
     /// All that the decision usually looks at; duplicates make it read more.
-    pub(super) fn reads(&self) -> Reads {
-        let mut sealed =
-            vec![self.island.row_name(), principal_row(&self.caller.principal), principal_row(&self.manufacturer)];
+    fn reads(&self) -> Reads {
+        let mut sealed = vec![self.island.row_name(), principal_row(&self.manufacturer)];
         sealed.extend(self.head_end.as_ref().map(principal_row));
         let keys = || self.batch.devices.iter().flat_map(|device| &device.keys);
         Reads {
@@ -79,9 +85,25 @@ impl Step {
         }
     }
 
-    pub(super) fn decide(&self, view: &mut View<'_, '_>) -> Result<Recorded, ServiceError> {
+    /// I8: caller, manufacturer and head-end are still who they were when the import began.
+    fn permit(&self, asker: Asker, view: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        let permit = asker.require(&Action::ImportShipment { own: self.own }, &Resource::Island)?;
+        if view.principal(&self.manufacturer)?.is_none_or(|known| known.status != PrincipalStatus::Enabled) {
+            return Err(super::no_shipment_key(&self.manufacturer));
+        }
+        if let Some(head_end) = &self.head_end
+            && view.principal(head_end)?.is_none_or(|known| known.status != PrincipalStatus::Enabled)
+        {
+            return Err(ServiceError::FailedPrecondition {
+                reason: format!("`{head_end}` was disabled"),
+                next_step: "import without a head-end, and assign the meters afterwards".to_owned(),
+            });
+        }
+        Ok(permit)
+    }
+
+    fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<Recorded>, ServiceError> {
         let (batch, header) = (&*self.batch, &self.verified.header);
-        self.permit(view)?;
         let mut row = view.shipment(self.upload)?.ok_or_else(|| unknown(&[0; 32]))?;
         // Two servers cannot import the same lines.
         if row.state != ShipmentState::Importing || row.next_line != batch.first_line {
@@ -92,7 +114,7 @@ impl Step {
         let mut refused: Vec<(u64, ShipmentLineError)> = batch.refusals.clone();
         let (mut tally, mut imported, mut unchanged) = (Tally::default(), 0, 0);
         for device in &batch.devices {
-            match self.import(view, device, &mut tally)? {
+            match self.import(permit, view, device, &mut tally)? {
                 Outcome::Imported => imported += 1,
                 Outcome::Unchanged => unchanged += 1,
                 Outcome::Refused(error) => refused.push((device.line, error)),
@@ -101,7 +123,7 @@ impl Step {
         refused.sort_unstable_by_key(|(line, _)| *line);
         let Tally { duplicates, alerts, raised } = tally;
 
-        view.append(Event::ShipmentImported(ShipmentImported {
+        let entry = view.append(Event::ShipmentImported(ShipmentImported {
             file_sha256: row.sha256.to_vec().into(),
             batch: header.batch.clone(),
             manufacturer: self.manufacturer.to_string(),
@@ -112,7 +134,9 @@ impl Step {
             duplicates: duplicates.len() as u64,
             refusal: String::new(),
         }));
-        alerts.into_iter().for_each(|alert| view.append(alert));
+        for alert in alerts {
+            view.append(alert);
+        }
         if !raised.is_empty() {
             view.append(Event::MetersChanged(MetersChanged {
                 change: "floor-raised".to_owned(),
@@ -148,31 +172,15 @@ impl Step {
             .into_iter()
             .map(|(line, error)| RefusedLine { line, field: error.field, reason: error.reason })
             .collect();
-        Ok(Recorded { row, refused, duplicates })
+        Ok(Decision::recorded(entry, Recorded { row, refused, duplicates }))
     }
 
-    /// I8: caller, manufacturer and head-end are still who they were when the import began.
-    fn permit(&self, view: &mut View<'_, '_>) -> Result<(), ServiceError> {
-        let principal = view.caller(&self.caller)?;
-        self.island.policy.load().require(
-            &facts(&principal),
-            &Action::ImportShipment { own: self.own },
-            &Resource::Island,
-        )?;
-        if view.principal(&self.manufacturer)?.is_none_or(|known| known.status != PrincipalStatus::Enabled) {
-            return Err(super::no_shipment_key(&self.manufacturer));
-        }
-        if let Some(head_end) = &self.head_end
-            && view.principal(head_end)?.is_none_or(|known| known.status != PrincipalStatus::Enabled)
-        {
-            return Err(ServiceError::FailedPrecondition {
-                reason: format!("`{head_end}` was disabled"),
-                next_step: "import without a head-end, and assign the meters afterwards".to_owned(),
-            });
-        }
-        Ok(())
+    fn again(&self, never: Never, _: &Permit, _: &mut View<'_, '_>) -> Result<Recorded, ServiceError> {
+        match never {}
     }
+}
 
+impl Step {
     /// Has all rows read that keys with equal values need: so that the transaction asks once, and
     /// not once for each.
     fn look_at_duplicates(&self, view: &mut View<'_, '_>) -> Result<(), ServiceError> {
@@ -207,6 +215,7 @@ impl Step {
 
     fn import(
         &self,
+        permit: &Permit,
         view: &mut View<'_, '_>,
         device: &ReadyDevice,
         tally: &mut Tally,
@@ -276,14 +285,7 @@ impl Step {
             head_end: None,
         };
         if let Some(head_end) = &self.head_end {
-            let principal = view.caller(&self.caller)?;
-            if !self
-                .island
-                .policy
-                .load()
-                .permits(&facts(&principal), &Action::AssignMeters, &Resource::Meters(&class))
-                .is_permit()
-            {
+            if !permit.permits(&Action::AssignMeters, &Resource::Meters(&class)) {
                 return Err(ServiceError::denied(format!(
                     "importShipment for `{head_end}`, since it is an assignMeters too"
                 )));

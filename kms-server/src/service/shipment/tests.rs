@@ -48,10 +48,14 @@ async fn lease_of(island: &Island, title: SystemTitle, key_type: KeyType) -> Res
         counter: CounterKey::ClientTitle(client_title()),
         on_new_key: kms_domain::OnNewKey::Continue,
     };
-    let committed = island.committer.act(Actor::server("test"), kms_store::Reads::default(), move |view| {
-        view.append(Event::KeysGranted(kms_proto::v1::KeysGranted::default()));
-        view.lease(of, std::num::NonZeroU32::new(100).unwrap(), kms_domain::UnixMillis(i64::MAX))
-    });
+    let committed = island.committer.act_in_test(
+        Actor::server(ServerAct::TEST),
+        kms_store::Reads::default(),
+        move |view| {
+            view.append(Event::KeysGranted(kms_proto::v1::KeysGranted::default()));
+            view.lease(of, std::num::NonZeroU32::new(100).unwrap(), kms_domain::UnixMillis(i64::MAX))
+        },
+    );
     committed.await.map(|committed| committed.value)
 }
 
@@ -364,7 +368,7 @@ island_tests! {
         let (known_to, other) = (Party::Principal(island.other_head_end.principal.clone()), Party::Anyone);
         let expose = async |number: u64, party: Party, reason: ExposureReason| {
             let reads = kms_store::Reads { meters: vec![meter(number)], ..kms_store::Reads::default() };
-            let act = island.island.committer.act(Actor::server("test"), reads, move |view| {
+            let act = island.island.committer.act_in_test(Actor::server(ServerAct::TEST), reads, move |view| {
                 view.append(Event::KeysGranted(kms_proto::v1::KeysGranted::default()));
                 let mut row = (*view.meter(meter(number))?.unwrap()).clone();
                 let version = row.slots.get_mut(setup, KeyType::GUEK).unwrap().version_mut(kms_domain::KeyVersionNumber::FIRST).unwrap();

@@ -14,7 +14,7 @@ use super::{
     verify::{FIRST_DEVICE_LINE, Rejection, preview},
 };
 use crate::{
-    audit::Actor,
+    audit::{Act, Asker, Decision, Never, Permit, View},
     authz::{Action, Caller, Resource},
     bounds::Bound,
     error::ServiceError,
@@ -80,12 +80,8 @@ impl ShipmentService {
                 if row.size != start.file_length
                     && matches!(row.state, ShipmentState::Receiving | ShipmentState::Received) =>
             {
-                Self::may_replace(&row, caller, may_replace)?;
-                next_upload_id(
-                    &self
-                        .refuse(Actor::caller(caller, None, action.name()), &row, "another length was announced")
-                        .await?,
-                )?
+                Self::may_replace(&row, &caller.principal, may_replace)?;
+                next_upload_id(&self.refuse(caller, &action, &row, "another length was announced").await?)?
             }
             Some(row) => row.upload,
         };
@@ -112,73 +108,12 @@ impl ShipmentService {
         start: &UploadStart,
         may_replace: bool,
     ) -> Result<(ShipmentRow, Arc<Principal>), ServiceError> {
-        let sealed = vec![principal_row(&caller.principal), principal_row(&start.manufacturer)];
-        let reads = Reads { sealed, shipments: vec![upload], spool: true, ..Reads::default() };
-        let (service, caller_again, action_again, start) =
-            (self.clone(), caller.clone(), action.clone(), start.clone());
-        let actor = Actor::caller(caller, None, action.name());
-        let committed = self
-            .island
-            .committer
-            .act(actor, reads, move |view| {
-                let principal = view.caller(&caller_again)?;
-                service.island.policy.load().require(&facts(&principal), &action_again, &Resource::Island)?;
-                let signs =
-                    |known: &Arc<Principal>| known.shipment_key.is_some() && known.status == PrincipalStatus::Enabled;
-                let manufacturer = view.principal(&start.manufacturer)?.filter(signs);
-                let manufacturer = manufacturer.ok_or_else(|| no_shipment_key(&start.manufacturer))?;
-                let now = view.now();
-                let Some(mut row) = view.shipment(upload)? else {
-                    service.bound_spool(&caller_again, start.file_length, &view.spool()?)?;
-                    let row = ShipmentRow {
-                        upload,
-                        generation: 1,
-                        sha256: start.file_sha256,
-                        size: start.file_length,
-                        batch: String::new(),
-                        principal: caller_again.principal.clone(),
-                        state: ShipmentState::Receiving,
-                        received: 0,
-                        next_line: FIRST_DEVICE_LINE,
-                        imported: 0,
-                        refused: 0,
-                        created: now,
-                        updated: now,
-                        progress: Progress {
-                            manufacturer: start.manufacturer.to_string(),
-                            signature: start.signature.clone(),
-                            ..Progress::default()
-                        }
-                        .encode_to_vec(),
-                    };
-                    view.put_shipment(row.clone());
-                    return Ok((row, manufacturer));
-                };
-                if row.sha256 != start.file_sha256 || row.size != start.file_length {
-                    return Err(overtaken());
-                }
-                if !matches!(row.state, ShipmentState::Receiving | ShipmentState::Received) {
-                    return Ok((row, manufacturer));
-                }
-                let mut progress = Progress::of(&row)?;
-                if progress.manufacturer == start.manufacturer.to_string() && progress.signature == start.signature {
-                    return Ok((row, manufacturer));
-                }
-                Self::may_replace(&row, &caller_again, may_replace)?;
-                progress.manufacturer = start.manufacturer.to_string();
-                progress.signature = start.signature.clone();
-                row.progress = progress.encode_to_vec();
-                row.generation += 1;
-                row.updated = now;
-                view.put_shipment(row.clone());
-                Ok((row, manufacturer))
-            })
-            .await?;
-        Ok(committed.value)
+        let act = Begin { service: self.clone(), action: action.clone(), upload, start: start.clone(), may_replace };
+        Ok(self.island.door.act(caller, None, act).await?.value)
     }
 
-    fn may_replace(row: &ShipmentRow, caller: &Caller, of_others: bool) -> Result<(), ServiceError> {
-        if row.principal == caller.principal || of_others {
+    fn may_replace(row: &ShipmentRow, caller: &PrincipalId, of_others: bool) -> Result<(), ServiceError> {
+        if row.principal == *caller || of_others {
             return Ok(());
         }
         Err(ServiceError::denied("uploadShipment of a file that another principal began to send"))
@@ -186,24 +121,24 @@ impl ShipmentService {
 
     /// Whether a file of this length has room in the spool. Called in the act that adds it, with
     /// all files that are there.
-    fn bound_spool(&self, caller: &Caller, length: u64, spool: &[SpooledFile]) -> Result<(), ServiceError> {
+    fn bound_spool(&self, caller: &PrincipalId, length: u64, spool: &[SpooledFile]) -> Result<(), ServiceError> {
         let limits = &self.island.limits;
         let octets = |own: bool| {
-            let counted = spool.iter().filter(|file| !own || file.principal == caller.principal);
+            let counted = spool.iter().filter(|file| !own || file.principal == *caller);
             counted.fold(length, |sum, file| sum.saturating_add(file.size))
         };
-        let own = spool.iter().filter(|file| file.principal == caller.principal).count();
+        let own = spool.iter().filter(|file| file.principal == *caller).count();
         if own >= limits.number(Bound::UploadsPerPrincipal) {
             let what = format!(
                 "{own} shipments of `{}` are in the spool and not imported; import them, or finish their upload",
-                caller.principal
+                caller
             );
             return Err(self.met(Bound::UploadsPerPrincipal, &what, Duration::ZERO));
         }
         if octets(true) > limits.spool_octets_per_principal {
             let what = format!(
                 "with this file, the shipments of `{}` that are not imported have {} octets",
-                caller.principal,
+                caller,
                 octets(true)
             );
             return Err(self.met(Bound::SpoolOctetsPerPrincipal, &what, Duration::ZERO));
@@ -284,7 +219,7 @@ impl ShipmentService {
                     }
                     _ => continue,
                 };
-                match self.refuse(Actor::server(DROP), &row, forgotten).await {
+                match self.forget(&row, forgotten).await {
                     // Somebody went on with it.
                     Ok(_) | Err(ServiceError::Aborted { .. }) => {}
                     Err(error) => return Err(error),
@@ -370,10 +305,7 @@ impl Upload {
             Err(Rejection::Trouble(error)) => return Err(error),
             Err(Rejection::File(reason)) => {
                 self.collected = Vec::new();
-                self.row = self
-                    .service
-                    .refuse(Actor::caller(&self.caller, None, self.action.name()), &self.row, &reason)
-                    .await?;
+                self.row = self.service.refuse(&self.caller, &self.action, &self.row, &reason).await?;
             }
         }
         Ok(())
@@ -390,7 +322,7 @@ impl Upload {
         }
         if self.row.created.after(self.service.upload_ms()) < Island::now() {
             let reason = format!("it was not complete within {} hours", self.service.island.limits.upload_hours);
-            self.row = self.service.refuse(Actor::server(DROP), &self.row, &reason).await?;
+            self.row = self.service.forget(&self.row, &reason).await?;
             return Err(self.service.met(
                 Bound::UploadHours,
                 "the upload has taken too long and was dropped",
@@ -427,27 +359,133 @@ impl Upload {
         if self.row.state != ShipmentState::Receiving || self.row.received < self.row.size {
             return to_proto(&self.row);
         }
-        let upload = self.row.upload;
-        let reads =
-            Reads { sealed: vec![principal_row(&self.caller.principal)], shipments: vec![upload], ..Reads::default() };
-        let (caller, sha256) = (self.caller.clone(), self.row.sha256);
-        let committed = self
-            .service
-            .island
-            .committer
-            .act(Actor::caller(&self.caller, None, self.action.name()), reads, move |view| {
-                view.caller(&caller)?;
-                let mut row = view.shipment(upload)?.ok_or_else(|| super::unknown(&sha256))?;
-                if row.state == ShipmentState::Receiving && row.received == row.size {
-                    row.state = ShipmentState::Received;
-                    row.generation += 1;
-                    row.updated = view.now();
-                    view.put_shipment(row.clone());
-                }
-                Ok(row)
-            })
-            .await?;
-        to_proto(&committed.value)
+        let act = Finish { action: self.action.clone(), upload: self.row.upload, sha256: self.row.sha256 };
+        let row = self.service.island.door.act(&self.caller, None, act).await?.value;
+        to_proto(&row)
+    }
+}
+
+/// The beginning of an upload.
+struct Begin {
+    service: ShipmentService,
+    action: Action,
+    upload: UploadId,
+    start: UploadStart,
+    may_replace: bool,
+}
+
+impl Act for Begin {
+    type Answer = (ShipmentRow, Arc<Principal>);
+    // An upload is named by its content: its row is the one that there is.
+    type Past = Never;
+
+    fn name(&self) -> &'static str {
+        self.action.name()
+    }
+
+    fn reads(&self) -> Reads {
+        let sealed = vec![principal_row(&self.start.manufacturer)];
+        Reads { sealed, shipments: vec![self.upload], spool: true, ..Reads::default() }
+    }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        asker.require(&self.action, &Resource::Island)
+    }
+
+    fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<Self::Answer>, ServiceError> {
+        let (start, caller) = (&self.start, &permit.principal().id);
+        let signs = |known: &Arc<Principal>| known.shipment_key.is_some() && known.status == PrincipalStatus::Enabled;
+        let manufacturer = view.principal(&start.manufacturer)?.filter(signs);
+        let manufacturer = manufacturer.ok_or_else(|| no_shipment_key(&start.manufacturer))?;
+        let now = view.now();
+        let Some(mut row) = view.shipment(self.upload)? else {
+            self.service.bound_spool(caller, start.file_length, &view.spool()?)?;
+            let progress = Progress {
+                manufacturer: start.manufacturer.to_string(),
+                signature: start.signature.clone(),
+                ..Progress::default()
+            };
+            let row = ShipmentRow {
+                upload: self.upload,
+                generation: 1,
+                sha256: start.file_sha256,
+                size: start.file_length,
+                batch: String::new(),
+                principal: caller.clone(),
+                state: ShipmentState::Receiving,
+                received: 0,
+                next_line: FIRST_DEVICE_LINE,
+                imported: 0,
+                refused: 0,
+                created: now,
+                updated: now,
+                progress: progress.encode_to_vec(),
+            };
+            view.put_shipment(row.clone());
+            return Ok(Decision::progress((row, manufacturer)));
+        };
+        if row.sha256 != start.file_sha256 || row.size != start.file_length {
+            return Err(overtaken());
+        }
+        if !matches!(row.state, ShipmentState::Receiving | ShipmentState::Received) {
+            return Ok(Decision::unchanged((row, manufacturer)));
+        }
+        let mut progress = Progress::of(&row)?;
+        if progress.manufacturer == start.manufacturer.to_string() && progress.signature == start.signature {
+            return Ok(Decision::unchanged((row, manufacturer)));
+        }
+        ShipmentService::may_replace(&row, caller, self.may_replace)?;
+        progress.manufacturer = start.manufacturer.to_string();
+        progress.signature = start.signature.clone();
+        row.progress = progress.encode_to_vec();
+        row.generation += 1;
+        row.updated = now;
+        view.put_shipment(row.clone());
+        Ok(Decision::progress((row, manufacturer)))
+    }
+
+    fn again(&self, never: Never, _: &Permit, _: &mut View<'_, '_>) -> Result<Self::Answer, ServiceError> {
+        match never {}
+    }
+}
+
+/// The end of an upload: all octets have arrived.
+struct Finish {
+    action: Action,
+    upload: UploadId,
+    sha256: [u8; 32],
+}
+
+impl Act for Finish {
+    type Answer = ShipmentRow;
+    type Past = Never;
+
+    fn name(&self) -> &'static str {
+        self.action.name()
+    }
+
+    fn reads(&self) -> Reads {
+        Reads { shipments: vec![self.upload], ..Reads::default() }
+    }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        asker.require(&self.action, &Resource::Island)
+    }
+
+    fn decide(&self, _: &Permit, view: &mut View<'_, '_>) -> Result<Decision<ShipmentRow>, ServiceError> {
+        let mut row = view.shipment(self.upload)?.ok_or_else(|| super::unknown(&self.sha256))?;
+        if row.state != ShipmentState::Receiving || row.received != row.size {
+            return Ok(Decision::unchanged(row));
+        }
+        row.state = ShipmentState::Received;
+        row.generation += 1;
+        row.updated = view.now();
+        view.put_shipment(row.clone());
+        Ok(Decision::progress(row))
+    }
+
+    fn again(&self, never: Never, _: &Permit, _: &mut View<'_, '_>) -> Result<ShipmentRow, ServiceError> {
+        match never {}
     }
 }
 
@@ -458,8 +496,6 @@ const MOST_SIGNATURE: usize = 104;
 /// A complete file that nobody touched for a week is forgotten.
 const FORGOTTEN_MS: i64 = 7 * 24 * 3_600 * 1_000;
 const PAGE: u32 = 256;
-/// The action's name in the log.
-const DROP: &str = "dropShipment";
 const DROP_EVERY: Duration = Duration::from_mins(10);
 /// When a file may have room: when others are imported.
 const SPOOL_RETRY: Duration = Duration::from_mins(10);
