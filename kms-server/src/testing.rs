@@ -36,7 +36,7 @@ use kms_proto::v1::{self, CeremonyHeld, PrincipalChanged, audit_record::Event};
 use kms_store::{Reads, Store, StoreConfig, testing::TestDatabase};
 
 use crate::{
-    audit::{Actor, AuditKey, Committer, CommitterSettings, Door, RestoreSettings},
+    audit::{AuditKey, Committer, CommitterSettings, Door, RestoreSettings},
     authz::{Caller, Policy},
     island::{Island, principal_row},
     profiles::Profiles,
@@ -290,7 +290,7 @@ impl TestIsland {
         island
             .committer
             .act_in_test(
-                Actor::server(ServerAct::TEST),
+                crate::audit::Actor::server(crate::audit::ServerAct::TEST),
                 Reads { sealed, ..Reads::default() },
                 move |view| {
                     view.append(Event::CeremonyHeld(CeremonyHeld::default()));
@@ -334,7 +334,7 @@ impl TestIsland {
         let (sealed, name) =
             (vec![(kms_store::RowKind::Island, island.name().as_str().as_bytes().to_vec())], island.name().clone());
         let act = island.committer.act_in_test(
-            Actor::server(ServerAct::TEST),
+            crate::audit::Actor::server(crate::audit::ServerAct::TEST),
             Reads { sealed, ..Reads::default() },
             move |view| {
                 let mut row = (*view.island(&name)?.unwrap()).clone();
@@ -481,7 +481,7 @@ impl TestIsland {
         let reads = Reads { meters: vec![meter], ..Reads::default() };
         self.island
             .committer
-            .act_in_test(Actor::server(ServerAct::TEST), reads, move |view| {
+            .act_in_test(crate::audit::Actor::server(crate::audit::ServerAct::TEST), reads, move |view| {
                 view.append(Event::KeysGranted(v1::KeysGranted::default()));
                 let mut row = (*view.meter(meter)?.unwrap()).clone();
                 let slot = row.slots.get_mut(kms_domain::SecuritySetupId::DEFAULT, kms_domain::KeyType::GUEK).unwrap();
@@ -574,7 +574,7 @@ pub(crate) async fn put_principal(island: &Island, principal: Principal) {
     let reads = Reads { sealed: vec![principal_row(&principal.id)], ..Reads::default() };
     island
         .committer
-        .act_in_test(Actor::server(ServerAct::TEST), reads, move |view| {
+        .act_in_test(crate::audit::Actor::server(crate::audit::ServerAct::TEST), reads, move |view| {
             view.append(Event::PrincipalChanged(PrincipalChanged {
                 principal: principal.id.to_string(),
                 ..PrincipalChanged::default()

@@ -111,7 +111,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        audit::{Actor, CounterOf, LiveLease},
+        audit::{CounterOf, LiveLease},
         error::ServiceError,
         testing::{TestIsland, client_title, island_tests, meter, sample},
     };
@@ -204,7 +204,7 @@ mod tests {
                 ..Reads::default()
             };
             let key = request.clone();
-            let act = island.island.committer.act_in_test(Actor::server(ServerAct::TEST), reads, move |view| {
+            let act = island.island.committer.act_in_test(crate::audit::Actor::server(crate::audit::ServerAct::TEST), reads, move |view| {
                 rename(view, 1, "first")?;
                 view.append(event("first"));
                 // Each fails on its own: beside what was staged before, over it, and with what
@@ -241,7 +241,7 @@ mod tests {
             let store = &island.island.store;
             assert!(store.task_page(CampaignId::from_octets(&CAMPAIGN).unwrap(), TaskFilter::All, None, 9).await.unwrap().is_empty());
             let reads = Reads { grants: vec![GrantId::from_octets(&[8; 16]).unwrap()], requests: vec![request.clone()], fingerprints: vec![PREFIX], ..Reads::default() };
-            let act = island.island.committer.act_in_test(Actor::server(ServerAct::TEST), reads, move |view| {
+            let act = island.island.committer.act_in_test(crate::audit::Actor::server(crate::audit::ServerAct::TEST), reads, move |view| {
                 let known = view.request(&request)?.is_some() || view.grant(GrantId::from_octets(&[8; 16]).unwrap())?.is_some();
                 Ok(known || !view.fingerprint_owners(PREFIX)?.is_empty())
             });
@@ -252,7 +252,7 @@ mod tests {
             island.deliver(&sample("generic-suite0", 1)).await;
             let lend = async |fails: &'static [bool]| {
                 let reads = Reads { meters: vec![meter(1)], ..Reads::default() };
-                let act = island.island.committer.act_in_test(Actor::server(ServerAct::TEST), reads, move |view| {
+                let act = island.island.committer.act_in_test(crate::audit::Actor::server(crate::audit::ServerAct::TEST), reads, move |view| {
                     view.append(event("lend"));
                     let mut firsts = Vec::new();
                     for fails in fails {

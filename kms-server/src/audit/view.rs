@@ -46,12 +46,12 @@ pub(crate) struct Actor {
 
 impl Actor {
     /// The server itself.
-    pub const fn server(ServerAct(action): ServerAct) -> Self {
+    pub(crate) const fn server(ServerAct(action): ServerAct) -> Self {
         Self { principal: None, certificate_sha256: None, request: None, action }
     }
 
     /// A caller who asks for `action`.
-    pub fn caller(caller: &Caller, request: Option<RequestId>, action: &'static str) -> Self {
+    pub(crate) fn caller(caller: &Caller, request: Option<RequestId>, action: &'static str) -> Self {
         Self {
             principal: Some(caller.principal.clone()),
             certificate_sha256: Some(caller.certificate_sha256),

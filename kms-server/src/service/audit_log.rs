@@ -197,7 +197,6 @@ mod tests {
 
     use super::*;
     use crate::{
-        audit::Actor,
         clock,
         testing::{TestIsland, island_tests, meter, sample},
     };
@@ -212,7 +211,7 @@ mod tests {
             ..MetersChanged::default()
         };
         let act =
-            island.committer.act_in_test(Actor::server(ServerAct::TEST), Reads::default(), move |view| {
+            island.committer.act_in_test(crate::audit::Actor::server(crate::audit::ServerAct::TEST), Reads::default(), move |view| {
                 view.append(Event::MetersChanged(event.clone()));
                 Ok(())
             });
@@ -294,7 +293,7 @@ mod tests {
             let (asked, principal) = (Action::ListAuditRecords, island.head_end.principal.clone());
             let outside = island.island.require(&island.head_end, &asked).await.unwrap_err();
             assert!(matches!(outside, ServiceError::PermissionDenied { recorded: false, .. }), "the place where it leaves counts it");
-            let actor = Actor::caller(&island.head_end, None, "addPrincipal");
+            let actor = crate::audit::Actor::caller(&island.head_end, None, "addPrincipal");
             let act = island.island.committer.act_in_test(actor, Reads::default(), |_| Err::<(), _>(ServiceError::denied("addPrincipal")));
             let inside = act.await.map(|committed| committed.value).unwrap_err();
             assert!(matches!(inside, ServiceError::PermissionDenied { recorded: true, .. }));

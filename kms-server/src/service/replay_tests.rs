@@ -21,7 +21,7 @@ use meter_sim::Connection;
 use prost::Message as _;
 
 use crate::{
-    audit::{Actor, Asking, Window},
+    audit::{Asking, Window},
     authz::{Caller, Policy, Purpose, Quotas},
     error::ServiceError,
     island::Island,
@@ -116,7 +116,7 @@ async fn rotate(server: &Arc<Island>, title: SystemTitle, key_type: KeyType) {
         WrappedKey::new(key_type, u8::try_from(stored.storage_kek_version.number()).unwrap(), stored.blob.into())
             .unwrap();
     let act = server.committer.act_in_test(
-        Actor::server(ServerAct::TEST),
+        crate::audit::Actor::server(crate::audit::ServerAct::TEST),
         Reads { meters: vec![title], ..Reads::default() },
         move |view| {
             let mut row = (*view.meter(title)?.unwrap()).clone();
@@ -849,7 +849,7 @@ island_tests! {
         // Another suite.
         let (request, frames) = (id(), [plain(3, GET)]);
         protect(&server, &island.head_end, request, &frames, false).await.unwrap();
-        let act = server.committer.act_in_test(Actor::server(ServerAct::TEST), Reads { meters: vec![meter(3)], ..Reads::default() }, |view| {
+        let act = server.committer.act_in_test(crate::audit::Actor::server(crate::audit::ServerAct::TEST), Reads { meters: vec![meter(3)], ..Reads::default() }, |view| {
             let mut row = (*view.meter(meter(3))?.unwrap()).clone();
             row.suite = kms_domain::SecuritySuite::Suite1;
             view.append(Event::MetersChanged(MetersChanged { change: "test".to_owned(), ..MetersChanged::default() }));
@@ -919,7 +919,7 @@ island_tests! {
         island.deliver(&sample("generic-suite0", 1)).await;
         let (server, caller, request) = (island.island.clone(), island.head_end.clone(), id());
         let asking = Asking::new(&caller, request, [1; 32], Window::Keys);
-        let act = server.committer.act_in_test(Actor::caller(&caller, Some(request), "protectFrame"), Reads::default(), move |view| {
+        let act = server.committer.act_in_test(crate::audit::Actor::caller(&caller, Some(request), "protectFrame"), Reads::default(), move |view| {
             let frame = v1::ProtectedFrame { meter: u64::from_be_bytes(meter(1).octets()), invocation_counter: 7, key_version: 1, ..v1::ProtectedFrame::default() };
             view.append(Event::FramesProtected(v1::FramesProtected { purpose: Purpose::Control.to_proto().into(), frames: vec![frame] }));
             view.answered(&asking);
@@ -990,7 +990,7 @@ island_tests! {
         let first = sent(begin().await).unwrap();
         assert_eq!(sent(begin().await).unwrap(), first);
         for pinned in [Some([7; 16]), None] {
-            let act = server.committer.act_in_test(Actor::server(ServerAct::TEST), Reads { meters: vec![meter(1)], ..Reads::default() }, move |view| {
+            let act = server.committer.act_in_test(crate::audit::Actor::server(crate::audit::ServerAct::TEST), Reads { meters: vec![meter(1)], ..Reads::default() }, move |view| {
                 let mut row = (*view.meter(meter(1))?.unwrap()).clone();
                 row.transfer.as_mut().unwrap().pinned = pinned;
                 view.append(Event::MetersChanged(MetersChanged { change: "test".to_owned(), ..MetersChanged::default() }));

@@ -464,7 +464,7 @@ mod tests {
         async fn rotate(&self, number: u64) {
             let title = meter(number);
             let act = self.island.committer.act_in_test(
-                Actor::server(ServerAct::TEST),
+                crate::audit::Actor::server(crate::audit::ServerAct::TEST),
                 Reads { meters: vec![title], ..Reads::default() },
                 move |view| {
                     let mut meter = view.meter(title)?.unwrap();

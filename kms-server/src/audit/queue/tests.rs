@@ -11,7 +11,7 @@ use kms_store::{AuditFilter, Reads};
 use prost::Message as _;
 
 use crate::{
-    audit::{Actor, Committed, Committer, CommitterSettings, RestoreSettings},
+    audit::{Committed, Committer, CommitterSettings, RestoreSettings},
     bounds::Limits,
     error::ServiceError,
     testing::{TestIsland, island_tests, meter},
@@ -35,7 +35,7 @@ impl Held {
         let (mut started, released) = (Some(started), Mutex::new(released));
         let again = committer.clone();
         let mut holding: Queued = Box::pin(async move {
-            let act = again.act(Actor::server(ServerAct::TEST), Reads::default(), move |_| {
+            let act = again.act_in_test(crate::audit::Actor::server(crate::audit::ServerAct::TEST), Reads::default(), move |_| {
                 if let Some(started) = started.take() {
                     started.send(()).unwrap();
                     released.lock().unwrap().recv().unwrap();
@@ -51,7 +51,7 @@ impl Held {
 
     /// Puts an act of so many meters into the queue.
     async fn queue(&self, principal: &PrincipalId, number: usize, meters: u64) -> Result<Queued, ServiceError> {
-        let actor = Actor {
+        let actor = crate::audit::Actor {
             principal: Some(principal.clone()),
             certificate_sha256: None,
             request: None,
@@ -159,7 +159,7 @@ island_tests! {
         let limits = Limits { log_octets_per_principal_and_hour: 8_000, ..Limits::default() };
         let committer = committer(&island, limits);
         let write = async |name: &str, action: &'static str| {
-            let actor = Actor { principal: Some(head_end(&island, name)), certificate_sha256: None, request: None, action };
+            let actor = crate::audit::Actor { principal: Some(head_end(&island, name)), certificate_sha256: None, request: None, action };
             let act = committer.act_in_test(actor, Reads::default(), |view| {
                 view.append(Event::KeysGranted(KeysGranted { grant_id: vec![7; 1_000].into(), ..KeysGranted::default() }));
                 Ok(())

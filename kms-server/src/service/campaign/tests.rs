@@ -101,7 +101,7 @@ async fn begin(island: &TestIsland, by: &Caller, lease: TaskLease, work: TaskWor
     let principal = by.principal.clone();
     let mut reads = task_reads(lease.campaign, [lease.meter]);
     reads.meters.push(lease.meter);
-    let act = island.island.committer.act_in_test(Actor::caller(by, None, "beginTransfers"), reads, move |view| {
+    let act = island.island.committer.act_in_test(crate::audit::Actor::caller(by, None, "beginTransfers"), reads, move |view| {
         begin_task(view, task(lease), lease.meter, &principal, SecuritySetupId::DEFAULT, work)
     });
     act.await.map(drop)
@@ -111,7 +111,7 @@ async fn begin(island: &TestIsland, by: &Caller, lease: TaskLease, work: TaskWor
 async fn end(island: &TestIsland, lease: TaskLease, outcome: Outcome, reason: &'static str) -> kms_domain::TaskEnd {
     let mut reads = task_reads(lease.campaign, [lease.meter]);
     reads.meters.push(lease.meter);
-    let act = island.island.committer.act_in_test(Actor::server(ServerAct::TEST), reads, move |view| {
+    let act = island.island.committer.act_in_test(crate::audit::Actor::server(crate::audit::ServerAct::TEST), reads, move |view| {
         end_task(view, task(lease), lease.meter, outcome, reason)
     });
     act.await.unwrap().value

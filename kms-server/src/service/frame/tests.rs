@@ -81,7 +81,7 @@ async fn lease(server: &Arc<Island>, until: UnixMillis) -> Lease {
         on_new_key: kms_domain::OnNewKey::Continue,
     };
     let committed =
-        server.committer.act_in_test(Actor::server(ServerAct::TEST), Reads::default(), move |view| {
+        server.committer.act_in_test(crate::audit::Actor::server(crate::audit::ServerAct::TEST), Reads::default(), move |view| {
             view.append(Event::KeysGranted(v1::KeysGranted::default()));
             view.lease(of, NonZeroU32::new(100).unwrap(), until)
         });

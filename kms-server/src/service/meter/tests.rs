@@ -8,7 +8,7 @@ use prost::Message as _;
 
 use super::{Assignment, CounterFloor, Enrolment, Filter, MeterService, NewMeter, Request, Selection};
 use crate::{
-    audit::{Actor, CounterOf},
+    audit::{CounterOf},
     error::ServiceError,
     testing::{TestIsland, client_title, island_tests, meter, sample},
 };
@@ -55,7 +55,7 @@ impl TestIsland {
             on_new_key: kms_domain::OnNewKey::Continue,
         };
         let committed = self.island.committer.act_in_test(
-            Actor::server(ServerAct::TEST),
+            crate::audit::Actor::server(crate::audit::ServerAct::TEST),
             kms_store::Reads::default(),
             move |view| {
                 view.append(Event::KeysGranted(v1::KeysGranted::default()));
@@ -86,7 +86,7 @@ async fn next_counters(
 ) -> kms_domain::Lease {
     let count = std::num::NonZeroU32::new(counters).unwrap();
     let act = server.committer.act_in_test(
-        Actor::server(ServerAct::TEST),
+        crate::audit::Actor::server(crate::audit::ServerAct::TEST),
         kms_store::Reads::default(),
         move |view| {
             view.append(Event::KeysGranted(v1::KeysGranted::default()));
@@ -102,7 +102,7 @@ async fn next_counters(
 
 async fn is_live(server: &crate::island::Island, title: SystemTitle, lease: kms_domain::Lease) -> bool {
     let act = server.committer.act_in_test(
-        Actor::server(ServerAct::TEST),
+        crate::audit::Actor::server(crate::audit::ServerAct::TEST),
         kms_store::Reads::default(),
         move |view| view.is_live(guek_counter(title), lease),
     );

@@ -140,7 +140,7 @@ island_tests! {
                 counter: CounterKey::ClientTitle(client_title()),
                 on_new_key: kms_domain::OnNewKey::Continue,
             };
-            let act = island.island.committer.act_in_test(crate::audit::Actor::server(ServerAct::TEST), kms_store::Reads::default(), move |view| {
+            let act = island.island.committer.act_in_test(crate::audit::Actor::server(crate::audit::ServerAct::TEST), kms_store::Reads::default(), move |view| {
                 view.append(Event::KeysGranted(v1::KeysGranted::default()));
                 view.frame_counters(of, std::num::NonZeroU32::MIN)
             });

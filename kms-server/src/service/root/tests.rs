@@ -43,7 +43,7 @@ fn service(island: &Arc<Island>) -> RootService {
 
 /// Writes a record.
 async fn note(island: &Island) {
-    let act = island.committer.act_in_test(Actor::server(ServerAct::TEST), Reads::default(), |view| {
+    let act = island.committer.act_in_test(crate::audit::Actor::server(crate::audit::ServerAct::TEST), Reads::default(), |view| {
         view.append(Event::RootVersionMade(v1::RootVersionMade::default()));
         Ok(())
     });
@@ -357,7 +357,7 @@ island_tests! {
         let other = island.add_root(RootPurpose::StorageKek(KeyClass::Authentication)).await;
         let name = island.island.name().clone();
         let reads = Reads { sealed: vec![island.island.row_name()], ..Reads::default() };
-        let act = island.island.committer.act_in_test(Actor::server(ServerAct::TEST), reads, move |view| {
+        let act = island.island.committer.act_in_test(crate::audit::Actor::server(crate::audit::ServerAct::TEST), reads, move |view| {
             let mut row = (*view.island(&name)?.unwrap()).clone();
             row.activate_root(id, 0, Island::now()).unwrap();
             row.activate_root(other, 0, Island::now()).unwrap();
@@ -464,7 +464,7 @@ island_tests! {
         };
         let three = crate::audit::Committer::start(store.clone(), keys.seal, keys.audit, settings);
         three.settled().await;
-        let noted = three.act(Actor::server(ServerAct::TEST), Reads::default(), |view| {
+        let noted = three.act_in_test(crate::audit::Actor::server(crate::audit::ServerAct::TEST), Reads::default(), |view| {
             view.append(Event::RootVersionMade(v1::RootVersionMade::default()));
             Ok(())
         });

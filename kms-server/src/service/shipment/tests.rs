@@ -9,7 +9,7 @@ use prost::Message as _;
 
 use super::{ShipmentService, UploadStart};
 use crate::{
-    audit::{Actor, CounterOf},
+    audit::{CounterOf},
     error::ServiceError,
     island::Island,
     service::{campaign::CampaignService, meter::MeterService, retention::Housekeeper},
@@ -49,7 +49,7 @@ async fn lease_of(island: &Island, title: SystemTitle, key_type: KeyType) -> Res
         on_new_key: kms_domain::OnNewKey::Continue,
     };
     let committed = island.committer.act_in_test(
-        Actor::server(ServerAct::TEST),
+        crate::audit::Actor::server(crate::audit::ServerAct::TEST),
         kms_store::Reads::default(),
         move |view| {
             view.append(Event::KeysGranted(kms_proto::v1::KeysGranted::default()));
@@ -368,7 +368,7 @@ island_tests! {
         let (known_to, other) = (Party::Principal(island.other_head_end.principal.clone()), Party::Anyone);
         let expose = async |number: u64, party: Party, reason: ExposureReason| {
             let reads = kms_store::Reads { meters: vec![meter(number)], ..kms_store::Reads::default() };
-            let act = island.island.committer.act_in_test(Actor::server(ServerAct::TEST), reads, move |view| {
+            let act = island.island.committer.act_in_test(crate::audit::Actor::server(crate::audit::ServerAct::TEST), reads, move |view| {
                 view.append(Event::KeysGranted(kms_proto::v1::KeysGranted::default()));
                 let mut row = (*view.meter(meter(number))?.unwrap()).clone();
                 let version = row.slots.get_mut(setup, KeyType::GUEK).unwrap().version_mut(kms_domain::KeyVersionNumber::FIRST).unwrap();

@@ -838,7 +838,7 @@ island_tests! {
         let million = std::num::NonZeroU32::new(1_000_000).unwrap();
         let lease = |number: usize, count| {
             let of = first_guek(field.title(number));
-            let act = field.island.island.committer.act_in_test(crate::audit::Actor::server(ServerAct::TEST), kms_store::Reads::default(), move |view| {
+            let act = field.island.island.committer.act_in_test(crate::audit::Actor::server(crate::audit::ServerAct::TEST), kms_store::Reads::default(), move |view| {
                 view.append(Event::KeysGranted(kms_proto::v1::KeysGranted::default()));
                 view.lease(of, count, kms_domain::UnixMillis(0))
             });
@@ -927,7 +927,7 @@ island_tests! {
             let (id, _) = step.transfer.unwrap();
             field.service.withdraw(&field.island.head_end, field.request(), vec![(step.meter, id)], "again".to_owned()).await.unwrap();
             let of = first_guek(field.title(0));
-            let act = field.island.island.committer.act_in_test(crate::audit::Actor::server(ServerAct::TEST), kms_store::Reads::default(), move |view| {
+            let act = field.island.island.committer.act_in_test(crate::audit::Actor::server(crate::audit::ServerAct::TEST), kms_store::Reads::default(), move |view| {
                 view.append(Event::KeysGranted(kms_proto::v1::KeysGranted::default()));
                 view.lease(of, most, kms_domain::UnixMillis(0))
             });
@@ -1043,7 +1043,7 @@ island_tests! {
         // As it is after many transfers that the meter seems not to have applied.
         let (title, made) = (field.title(0), kms_domain::MOST_VERSIONS - 1);
         let reads = kms_store::Reads { meters: vec![title], ..kms_store::Reads::default() };
-        let act = field.island.island.committer.act_in_test(crate::audit::Actor::server(ServerAct::TEST), reads, move |view| {
+        let act = field.island.island.committer.act_in_test(crate::audit::Actor::server(crate::audit::ServerAct::TEST), reads, move |view| {
             let mut meter = (*view.meter(title)?.unwrap()).clone();
             let now = view.now();
             let slot = meter.slots.get_mut(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap();
