@@ -9,7 +9,7 @@
 //! replaces.
 //!
 //! How the code is laid out: `shared/` holds the statements and is compiled twice, once inside
-//! [`mod@sqlite`] and once inside [`mod@postgres`], which differ in how they connect, lock and
+//! `sqlite` and once inside `postgres`, which differ in how they connect, lock and
 //! check the database.
 
 #[macro_use]
