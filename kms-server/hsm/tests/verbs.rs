@@ -232,14 +232,20 @@ each_module! {
         let hsm = Hsm::start(bench.hsm.island().clone(), settings, Arc::new(ProcessPinMemory::default())).unwrap();
         hsm.usable(Duration::from_secs(60)).await.unwrap();
         let mut waiting = VecDeque::new();
-        let refused = loop {
+        let mut refused = None;
+        // A worker takes microseconds for a call, and this thread less to ask for one.
+        for _ in 0..1_000_000 {
             let mut call = Box::pin(hsm.random(16));
             match call.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
                 Poll::Pending => waiting.push_back(call),
                 Poll::Ready(Ok(_)) => {}
-                Poll::Ready(Err(error)) => break error,
+                Poll::Ready(Err(error)) => {
+                    refused = Some(error);
+                    break;
+                }
             }
-        };
+        }
+        let refused = refused.expect("the queue fills up");
         assert!(matches!(refused, HsmError::Overloaded { limit: QUEUE, .. }), "{refused}");
         assert!(refused.to_string().contains("hsm_jobs") && waiting.len() >= QUEUE, "{refused}");
         // What was taken before is done in spite of the refusal, whoever gave up in between.
