@@ -4,9 +4,8 @@
     tests/style.py            lists what is longer than 100 columns, and fails if something is
     tests/style.py --wrap     wraps the paragraphs of the documentation that are
 
-Comments are those of the Rust, proto, Cedar and TOML files. A line is let be whose last word alone makes it
-too long, or that is a table, a link or code. rustfmt keeps lines of code at 120, except for literals and the
-bodies of macros.
+Comments are those of Rust files. A line is let be that is a table, code, or one long word or link. rustfmt
+keeps lines of code at 120, except for literals and the bodies of macros, which nobody checks.
 """
 
 import re
@@ -26,7 +25,7 @@ def main():
                 wrap_file(path)
             wrong += [(path, *line) for line in long_prose(read(path))]
         elif path.endswith(".rs"):
-            wrong += [(path, *line) for line in long_comments(read(path), "//")]
+            wrong += [(path, *line) for line in long_comments(read(path))]
     for path, number, width in wrong:
         print(f"{path}:{number}: {width} columns, and the most is {WIDTH}")
     if wrong:
@@ -39,10 +38,10 @@ def read(path):
         return file.read().split("\n")
 
 
-def long_comments(lines, mark):
+def long_comments(lines):
     for number, line in enumerate(lines, 1):
         text = line.lstrip()
-        if text.startswith(mark) and len(line) > WIDTH and can_be_wrapped(text.lstrip("/! ")):
+        if text.startswith("//") and len(line) > WIDTH and can_be_wrapped(text.lstrip("/! ")):
             yield number, len(line)
 
 
