@@ -58,11 +58,6 @@ impl KeyRequest {
     pub fn certificate_pem(issued: &proto::PrincipalCertificate) -> String {
         certificate_pem(&issued.certificate)
     }
-
-    /// The island's root, the last of the chain, PEM.
-    pub fn root_pem(issued: &proto::PrincipalCertificate) -> Option<String> {
-        issued.chain.last().map(|root| certificate_pem(root))
-    }
 }
 
 impl std::fmt::Debug for KeyRequest {

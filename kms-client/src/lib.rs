@@ -13,15 +13,20 @@
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
-//! use kms_client::{Connection, KeyType, OpenOptions, Profile, SystemTitle, new_request_id};
 //! use kms_client::proto::{Purpose, SessionTerms};
+//! use kms_client::{Connection, KeyType, OpenOptions, Profile, SystemTitle, new_request_id};
 //!
 //! let profile = Profile::load(".kms/profiles/hes-1")?;
 //! let transport_key = profile.transport_key()?;
 //! let connection = Connection::connect(&profile).await?;
-//! let terms = SessionTerms { purpose: Purpose::Read.into(), client_title: vec![0x4D, 0x4D, 0x4D, 0, 0, 0, 0, 1].into(), ..Default::default() };
+//! let terms = SessionTerms {
+//!     purpose: Purpose::Read.into(),
+//!     client_title: SystemTitle::parse("4D4D4D0000000001")?.octets().to_vec().into(),
+//!     ..Default::default()
+//! };
 //! let meter = SystemTitle::parse("4B414D0000000001")?;
-//! let session = connection.open_session(&transport_key, new_request_id(), meter, terms, &OpenOptions::new()).await?;
+//! let (id, options) = (new_request_id(), OpenOptions::new());
+//! let session = connection.open_session(&transport_key, id, meter, terms, &options).await?;
 //! let keys = session.keys.meter(meter).ok_or("no keys")?;
 //! let guek = keys.key(KeyType::GUEK).ok_or("no GUEK")?;
 //! let counter = keys.counters.as_ref().ok_or("no lease")?.deal()?;

@@ -2,7 +2,7 @@
 //!
 //! The table below is the `[limits]` section of the configuration, the value that the code reads,
 //! the name that refusals and the metric `kms.bounds.met` carry, and the table of docs/security.md,
-//! which a test compares. A new bound is one entry of [`bounds!`] and one row there.
+//! which a test compares. A new bound is one entry of `bounds!` and one row there.
 
 use std::fmt;
 use std::time::Duration;

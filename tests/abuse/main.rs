@@ -7,7 +7,7 @@
 //! figures only.
 //!
 //!     cargo test --release --workspace --test abuse               all
-//!     cargo test --release --workspace --test abuse -- a1_ a10_   only those with these words in their name
+//!     cargo test --release --workspace --test abuse -- a1_ a10_   these words in the name
 //!
 //! `KMS_TEST_MODULE` and `KMS_TEST_DATABASE` choose module and database as for the other tests;
 //! `KMS_TEST_SEED` repeats a random mix.

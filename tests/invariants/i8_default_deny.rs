@@ -89,4 +89,16 @@ async fn revocation_acts_in_open_connections() {
     server.connect("officer-1").await.principals().disable_principal(request).await.unwrap();
     let refusal = open(&connection, &profile, title(0), 1).await.unwrap_err();
     assert!(refusal.to_string().contains("enabled principal"), "{refusal}");
+    // A certificate that has ended is as good as none, though its principal is enabled.
+    let (officer, auditor) = (server.connect("officer-1").await, server.connect("auditor").await);
+    let known = auditor.principals().who_am_i(proto::WhoAmIRequest {}).await.unwrap().into_inner();
+    let request = proto::EndCertificateRequest {
+        request_id: new_request_id().octets().to_vec().into(),
+        principal: known.principal,
+        serial: known.certificates[0].serial.clone(),
+        reason: "a test".to_owned(),
+    };
+    officer.principals().end_certificate(request).await.unwrap();
+    let refusal = auditor.principals().who_am_i(proto::WhoAmIRequest {}).await.unwrap_err();
+    assert!(refusal.message().contains("enabled principal"), "{refusal}");
 }

@@ -2,6 +2,8 @@
 //! refused, and sessions with a server that breaks off, and the relay of transfers.
 
 #[cfg(test)]
+mod documented;
+#[cfg(test)]
 mod hostile;
 #[cfg(test)]
 mod relay;

@@ -163,8 +163,8 @@ pub enum CounterPlace {
     Domain(CounterDomainId),
 }
 
-/// One key. Its fields change only through its [`Slot`], which keeps what must hold between
-/// versions.
+/// One key. Its fields change only through its [`Slot`](crate::Slot), which keeps what must hold
+/// between versions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KeyVersion {
     pub(crate) number: KeyVersionNumber,

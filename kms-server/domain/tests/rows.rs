@@ -103,31 +103,6 @@ fn rows_are_small() {
     assert!(four.len() <= 370, "{}", four.len());
 }
 
-/// Prints what reading costs; nothing is asserted, because machines differ.
-#[test]
-fn reading_time() {
-    // Time on the processor, so that a busy machine does not count.
-    let busy = || {
-        let schedstat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
-        std::time::Duration::from_nanos(schedstat.split(' ').next().and_then(|nanos| nanos.parse().ok()).unwrap_or(0))
-    };
-    let body = Bytes::from(in_use(&FOUR, imported, true).to_row().unwrap());
-    let (island, rounds) = (island(), 200_000);
-    let start = busy();
-    for _ in 0..rounds {
-        std::hint::black_box(Meter::from_row(title(), &island, std::hint::black_box(body.clone())).unwrap());
-    }
-    println!("from_row of four imported keys: {:?}", (busy() - start) / rounds);
-    let key = SealKey::new(1, &zeroize::Zeroizing::new([7; 32]));
-    let id = RowId::Meter(title());
-    let seal = key.seal(&id, Generation::FIRST, &body);
-    let start = busy();
-    for _ in 0..rounds {
-        key.verify(&id, Generation::FIRST, std::hint::black_box(&body), &seal).unwrap();
-    }
-    println!("verify: {:?}", (busy() - start) / rounds);
-}
-
 #[test]
 fn a_cut_row_is_refused_at_every_octet() {
     for meter in [in_use(&FOUR, imported, true), in_use(&[KeyType::GUEK, KeyType::GAK], |_| diversified(), false)] {

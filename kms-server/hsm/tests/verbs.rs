@@ -11,13 +11,19 @@
 
 mod common;
 
+use std::collections::{HashSet, VecDeque};
+use std::future::Future as _;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
 use aws_lc_rs::digest::{SHA256, digest};
 use aws_lc_rs::{hmac, signature};
 use common::{Bench, Grantee, diversify, oaep_encrypt, unwrap, wrap};
 use kms_domain::{KeyClass, KeyLength, KeyShape, KeyType};
 use kms_hsm::{
     ErrorKind, FrameInput, FrameKeys, FrameParameters, Hsm, HsmError, ImportJob, ImportRefusal, KeySource,
-    ProtectedFrame, Purpose, RootVersion, StoredKey, TokenKey,
+    ProcessPinMemory, ProtectedFrame, Purpose, RootVersion, StoredKey, TokenKey,
 };
 
 each_module! {
@@ -217,13 +223,41 @@ each_module! {
         drop(batch);
     }
 
-    async fn cancelled_and_overloaded_calls_do_no_harm(bench: Bench) {
-        let call = bench.hsm.random(8);
-        drop(call);
-        let many = (0..64).map(|_| { let hsm = bench.hsm.clone(); tokio::spawn(async move { hsm.random(16).await.map(drop) }) }).collect::<Vec<_>>();
-        for call in many {
-            call.await.unwrap().unwrap();
+    /// Calls are asked for, and not waited for, until the queue is full. The rest of them is
+    /// dropped while it waits.
+    async fn a_full_queue_refuses_and_dropped_calls_leave_it(bench: Bench) {
+        let mut settings = bench.settings();
+        settings.workers = Some(1);
+        settings.queue = QUEUE;
+        let hsm = Hsm::start(bench.hsm.island().clone(), settings, Arc::new(ProcessPinMemory::default())).unwrap();
+        hsm.usable(Duration::from_secs(60)).await.unwrap();
+        let mut waiting = VecDeque::new();
+        let mut refused = None;
+        // A worker takes microseconds for a call, and this thread less to ask for one.
+        for _ in 0..1_000_000 {
+            let mut call = Box::pin(hsm.random(16));
+            match call.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+                Poll::Pending => waiting.push_back(call),
+                Poll::Ready(Ok(_)) => {}
+                Poll::Ready(Err(error)) => {
+                    refused = Some(error);
+                    break;
+                }
+            }
         }
+        let refused = refused.expect("the queue fills up");
+        assert!(matches!(refused, HsmError::Overloaded { limit: QUEUE, .. }), "{refused}");
+        assert!(refused.to_string().contains("hsm_jobs") && waiting.len() >= QUEUE, "{refused}");
+        // What was taken before is done in spite of the refusal, whoever gave up in between.
+        let kept = waiting.pop_front().unwrap();
+        let last = waiting.pop_back().unwrap();
+        drop(waiting);
+        let mut seen = HashSet::from([kept.await.unwrap().to_vec(), last.await.unwrap().to_vec()]);
+        for _ in 0..2 * QUEUE {
+            seen.insert(hsm.random(16).await.unwrap().to_vec());
+        }
+        assert_eq!(seen.len(), 2 * QUEUE + 2, "no call gets the answer to another one");
+        tokio::task::spawn_blocking(move || hsm.close()).await.unwrap();
     }
 }
 
@@ -273,3 +307,6 @@ fn generated_source(key_type: KeyType, stored: &StoredKey) -> KeySource {
 fn octets(text: &str) -> Vec<u8> {
     hex::decode(text).unwrap()
 }
+
+/// The shortest queue that still holds calls of both kinds: kept and dropped.
+const QUEUE: usize = 8;

@@ -5,6 +5,9 @@
 //! and commit nothing else changes the rows (the store's transaction), so what an act decides on is
 //! what it changes (I4, I5).
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     sync::{

@@ -1,8 +1,7 @@
 //! The caller of a request: the principal that the connection's certificate names.
 
-use kms_domain::{IslandName, Principal, PrincipalId, UnixMillis};
+use kms_domain::{IslandName, PrincipalId, UnixMillis};
 
-use super::PrincipalFacts;
 use crate::api::listener::Peer;
 use crate::error::ServiceError;
 
@@ -62,23 +61,6 @@ impl Caller {
             not_after: certificate.not_after,
         })
     }
-
-    /// Checks the caller against its sealed row, as every act does: so that a revocation acts on
-    /// the next call of an open connection. `row` is none where there is no row, or none that could
-    /// be trusted.
-    ///
-    /// # Errors
-    /// Unauthenticated: no row, the principal is disabled, or the row does not list the
-    /// certificate. The text is the same, so that nobody learns which principals exist.
-    // I5: the sealed row decides, not the certificate alone; without a row nobody is let in.
-    pub fn accept(&self, row: Option<&Principal>, now: UnixMillis) -> Result<PrincipalFacts, ServiceError> {
-        match row {
-            Some(row) if row.id == self.principal && row.accepts(&self.certificate_sha256, now) => {
-                Ok(PrincipalFacts { principal: self.principal.clone(), revision: u64::from(row.revision) })
-            }
-            _ => Err(ServiceError::unauthenticated("the client certificate is not one that this island accepts")),
-        }
-    }
 }
 
 #[cfg(test)]
@@ -86,7 +68,7 @@ mod tests {
     use std::sync::Arc;
 
     use bytes::Bytes;
-    use kms_domain::{PrincipalCertificate, PrincipalStatus, Role};
+    use kms_domain::Role;
 
     use super::*;
     use crate::api::tls::PeerCertificate;
@@ -116,30 +98,6 @@ mod tests {
         {
             let refusal = Caller::from_extensions(&extensions, &north, UnixMillis(now));
             assert!(matches!(refusal, Err(ServiceError::Unauthenticated { .. })), "{refusal:?}");
-        }
-    }
-
-    #[test]
-    fn i5_the_row_decides_on_each_call() {
-        let north = IslandName::parse("north").unwrap();
-        let caller = Caller::from_extensions(&extensions("north"), &north, UnixMillis(10)).unwrap();
-        let row = Principal {
-            id: caller.principal.clone(),
-            revision: 3,
-            status: PrincipalStatus::Enabled,
-            certificates: vec![PrincipalCertificate::unrecorded(Bytes::from_static(&[1]), [7; 32], UnixMillis(1_000))],
-            transport: None,
-            client_titles: Vec::new(),
-            person: None,
-            shipment_key: None,
-            added: UnixMillis(0),
-        };
-        assert_eq!(caller.accept(Some(&row), UnixMillis(10)).unwrap().revision, 3);
-        let disabled = Principal { status: PrincipalStatus::Disabled, ..row.clone() };
-        let unlisted = Principal { certificates: Vec::new(), ..row.clone() };
-        let someone = Principal { id: PrincipalId::new(north, Role::HeadEnd, "hes-2").unwrap(), ..row };
-        for row in [None, Some(&disabled), Some(&unlisted), Some(&someone)] {
-            assert!(matches!(caller.accept(row, UnixMillis(10)), Err(ServiceError::Unauthenticated { .. })), "{row:?}");
         }
     }
 }

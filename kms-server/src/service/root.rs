@@ -2,7 +2,7 @@
 //!
 //! A version is made on the token's machine ([`make`]), because that needs the token while no
 //! server uses it, and noted in the island's row. An officer makes it current; servers bring over
-//! what uses an earlier one ([`pass`]). docs/roots.md tells how it is led.
+//! what uses an earlier one (`pass`). docs/roots.md tells how it is led.
 
 mod count;
 mod destroy;

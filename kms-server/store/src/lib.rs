@@ -1,15 +1,15 @@
 //! The only SQL of the server: SQLite and PostgreSQL behind one [`Store`].
 //!
 //! The store keeps sealed rows as opaque octets (I5): it has no keys and decides nothing. Its
-//! central verb is
-//! [`Store::transact`]: read rows, let the caller decide, write what the caller answers, all in one transaction.
+//! central verb is [`Store::transact`]: read rows, let the caller decide, write what the caller
+//! answers, all in one transaction.
 //!
 //! SQLite is for one server: a lock file keeps a second one out. PostgreSQL is for several: rows
 //! that a transaction reads are locked in one order, and every write names the generation that it
 //! replaces.
 //!
 //! How the code is laid out: `shared/` holds the statements and is compiled twice, once inside
-//! [`mod@sqlite`] and once inside [`mod@postgres`], which differ in how they connect, lock and
+//! `sqlite` and once inside `postgres`, which differ in how they connect, lock and
 //! check the database.
 
 #[macro_use]

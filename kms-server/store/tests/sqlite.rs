@@ -72,7 +72,7 @@ async fn acknowledged_commits_survive_a_kill() {
     let path = directory.path().join("kms.db");
     for round in 1..4 {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "child_that_commits_until_it_is_killed", "--nocapture"])
+            .args(["--exact", "child_that_commits_until_it_is_killed", "--ignored", "--nocapture"])
             .env(CHILD_DATABASE, &path)
             .stdout(Stdio::piped())
             .spawn()
@@ -100,10 +100,11 @@ async fn acknowledged_commits_survive_a_kill() {
     }
 }
 
-/// Not a test by itself: the process that the test above kills.
+/// Not a test by itself: the process of the test above.
 #[tokio::test]
+#[ignore = "a child process of `acknowledged_commits_survive_a_kill`"]
 async fn child_that_commits_until_it_is_killed() {
-    let Some(path) = std::env::var_os(CHILD_DATABASE) else { return };
+    let path = std::env::var_os(CHILD_DATABASE).expect("the test above starts this one");
     let store = kms_store::open(&StoreConfig::parse(&format!("sqlite:{}", path.display())).unwrap()).await.unwrap();
     let writer = writer_id();
     store.register_server(writer, "child").await.unwrap();
@@ -124,7 +125,7 @@ async fn a_disk_that_was_full_and_is_free_again_is_written_to() {
         // Without this a process that reaches its limit gets a signal.
         .args(["-c", "trap '' XFSZ; exec \"$@\"", "sh"])
         .arg(std::env::current_exe().unwrap())
-        .args(["--exact", "child_whose_disk_is_full_for_a_while", "--nocapture"])
+        .args(["--exact", "child_whose_disk_is_full_for_a_while", "--ignored", "--nocapture"])
         .env(CHILD_FULL_DISK, directory.path().join("kms.db"))
         .output()
         .unwrap();
@@ -138,8 +139,9 @@ async fn a_disk_that_was_full_and_is_free_again_is_written_to() {
 
 /// Not a test by itself: the process of the test above.
 #[tokio::test]
+#[ignore = "a child process of `a_disk_that_was_full_and_is_free_again_is_written_to`"]
 async fn child_whose_disk_is_full_for_a_while() {
-    let Some(path) = std::env::var_os(CHILD_FULL_DISK) else { return };
+    let path = std::env::var_os(CHILD_FULL_DISK).expect("the test above starts this one");
     let limit = |octets: &str| {
         let status = Command::new("prlimit")
             .args(["--pid", &std::process::id().to_string(), &format!("--fsize={octets}:")])

@@ -64,6 +64,11 @@ macro_rules! hsm_sim_only {
     };
 }
 
+fn settings(module: &Module, token: &TokenSelector, directory: &Path) -> TokenSettings {
+    let pin = PinSource::File(directory.join("pin"));
+    TokenSettings { allow_cbc_expand: true, ..TokenSettings::new(module.path().to_owned(), token.label.clone(), pin) }
+}
+
 /// Which module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -176,14 +181,16 @@ impl Bench {
         .await
         .unwrap()
         .unwrap();
-        let pin_file = directory.join("pin");
-        write_pin(&pin_file, USER_PIN);
-        let mut settings =
-            TokenSettings::new(module.path().to_owned(), selector.label.clone(), PinSource::File(pin_file));
-        settings.allow_cbc_expand = true;
-        let hsm = Hsm::start(island(), settings, Arc::new(ProcessPinMemory::default())).unwrap();
+        write_pin(&directory.join("pin"), USER_PIN);
+        let hsm = Hsm::start(island(), settings(&module, &selector, &directory), Arc::new(ProcessPinMemory::default()));
+        let hsm = hsm.unwrap();
         hsm.usable(Duration::from_secs(60)).await.unwrap();
         Self { kind, directory, module, selector, escrow, ceremony, hsm }
+    }
+
+    /// How the token is used.
+    pub fn settings(&self) -> TokenSettings {
+        settings(&self.module, &self.selector, &self.directory)
     }
 
     /// A root's value, as the custodians would restore it.

@@ -142,9 +142,7 @@ async fn open_batch_key(island: &Island, header: &ShipmentHeader) -> Result<Batc
 }
 
 fn foreign_transport_key() -> Rejection {
-    refuse(
-        "line 1: transport_key: it is not this island's vendor transport key; `kms shipment transport-key` shows that",
-    )
+    refuse("line 1: transport_key: it is not this island's vendor transport key; `GetVendorTransportKey` tells that")
 }
 
 fn check_hash(header: &ShipmentHeader, offered: &[OaepHash]) -> Result<(), Rejection> {
