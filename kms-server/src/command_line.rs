@@ -11,15 +11,12 @@ use kms_hsm::ProcessPinMemory;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::{
-    authz::Policy,
-    config::{Config, TelemetrySection},
-    dev::{self, DevSettings},
-    profiles::Profiles,
-    server::{self, Server, host_name},
-    service::{init::CeremonyPlan, officers::Recertification, root::make::NewRootSettings},
-    telemetry::Telemetry,
-};
+use crate::dev::{self, DevSettings};
+use crate::server::{self, Server, host_name};
+use crate::telemetry::Telemetry;
+use kms_config::{Config, TelemetrySection};
+use kms_service::profiles::Profiles;
+use kms_service::{init::CeremonyPlan, officers::Recertification, root::make::NewRootSettings};
 
 /// A key management server for smart meters.
 #[derive(Parser)]
@@ -337,7 +334,7 @@ impl Command {
                 let recertification =
                     Recertification { officer: officer.clone(), certificate_request, escrow, shares, days };
                 let issued = server::recertify_officer(&config, recertification).await?;
-                crate::files::replace(&out, issued.pem().as_bytes(), 0o644).map_err(|error| {
+                kms_base::files::replace(&out, issued.pem().as_bytes(), 0o644).map_err(|error| {
                     format!("the key is certified, but `{}` cannot be written: {error}; run the command again with another --out", out.display())
                 })?;
                 println!(
@@ -373,7 +370,7 @@ impl Command {
 }
 
 async fn check(config: &Config) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let policy = Policy::load(config.policies.directory.as_deref())?;
+    let policy = kms_policy::load(config.policies.directory.as_deref())?;
     println!("policies: well-formed and valid; SHA-256 {}", hex::encode(policy.digest()));
     let profiles = Profiles::load(config.device_profiles.directory.as_deref())?;
     println!("device profiles: well-formed");

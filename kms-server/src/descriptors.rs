@@ -7,7 +7,7 @@
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use crate::bounds::Limits;
+use kms_base::bounds::Limits;
 
 /// Raises the limit of open files where it must be, and makes connections fewer where it cannot.
 ///

@@ -35,15 +35,13 @@ use kms_hsm::TokenSelector;
 use kms_store::StoreConfig;
 use tokio::sync::oneshot;
 
-use crate::{
-    config::{Config, SecretSource},
-    profiles::Profiles,
-    server::Server,
-    service::{
-        certificate::CertificationRequest,
-        escrow::{Custodian, Quorum},
-        init::{CeremonyPlan, CeremonyToken, FirstPrincipal, Storage},
-    },
+use crate::server::Server;
+use kms_config::{Config, SecretSource};
+use kms_service::profiles::Profiles;
+use kms_service::{
+    certificate::CertificationRequest,
+    escrow::{Custodian, Quorum},
+    init::{CeremonyPlan, CeremonyToken, FirstPrincipal, Storage},
 };
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;

@@ -12,7 +12,7 @@ use kms_store::{PinFailure, Store, StoreError};
 use tokio::runtime::Handle;
 use zeroize::Zeroizing;
 
-use crate::island::Island;
+use kms_service::island::Island;
 
 /// Remembers refused PINs as Argon2id (RFC 9106) with a random salt, of HMAC-SHA-256 of the PIN
 /// under a key that is not in the database.

@@ -16,12 +16,9 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use kms_domain::{
-    ChunkSize, DatabaseHistory, FingerprintKey, Generation, IslandKind, IslandName, KeyClass, RowId, RowSeal,
-    SealError, SealKeys, SealRootKey,
-};
-use kms_hsm::{ErrorKind, Hsm, HsmError, KeyFingerprint, RootVersion};
-use kms_store::{RowKind, Store, StoreError};
+use kms_domain::{ChunkSize, DatabaseHistory, IslandKind, IslandName, KeyClass};
+use kms_hsm::{Hsm, HsmError, KeyFingerprint};
+use kms_store::{Store, StoreError};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use tokio::sync::watch;
@@ -33,31 +30,33 @@ use tonic_health::server::HealthReporter;
 use tower::Service;
 use tracing::Instrument as _;
 
-use crate::api;
-use crate::api::intake::Intake;
-use crate::api::listener::{Listener, TransportLimits};
-use crate::api::tls::{ServerTls, TlsError};
-use crate::audit::{AuditKeys, Committer, CommitterSettings, Door, RestoreSettings};
-use crate::authz::{Policy, PolicyError};
-use crate::config::{Config, ConfigError};
 use crate::descriptors;
-use crate::error::ServiceError;
-use crate::island::Island;
 use crate::pin_memory::StoredPinMemory;
-use crate::profiles::Profiles;
-use crate::service::campaign::CampaignService;
-use crate::service::certificate::{CertificateAuthority, IssuedCertificate};
-use crate::service::certificate_end::{CertificateWatch, ServerCertificate};
-use crate::service::officers::Recertification;
-use crate::service::owner::OwnerService;
-use crate::service::retention::Housekeeper;
-use crate::service::root::make::{self, MadeRoot, MakeRootError, NewRootSettings};
-use crate::service::root::{
-    FINGERPRINT_KEY_VERSION, RootService, all_seal_keys, audit_keys, learn_seal_keys, seal_key, seal_keys,
-};
-use crate::service::scrub::{Flight, Scrubber};
-use crate::service::shipment::ShipmentService;
-use crate::telemetry::{Call, Repetition, metrics};
+use kms_api as api;
+use kms_api::intake::Intake;
+use kms_api::listener::{Listener, TransportLimits};
+use kms_api::telemetry::Call;
+use kms_api::tls::{ServerTls, TlsError};
+use kms_authz::Policy;
+use kms_base::Repetition;
+use kms_base::error::ServiceError;
+use kms_base::metrics;
+use kms_config::{Config, ConfigError};
+use kms_ledger::{Committer, CommitterSettings, Door, RestoreSettings};
+use kms_policy::PolicyError;
+use kms_service::campaign::CampaignService;
+use kms_service::certificate::{CertificateAuthority, IssuedCertificate};
+use kms_service::certificate_end::{CertificateWatch, ServerCertificate};
+use kms_service::island::Island;
+use kms_service::island_keys::{IslandKeys, IslandKeysError};
+use kms_service::officers::Recertification;
+use kms_service::owner::OwnerService;
+use kms_service::profiles::Profiles;
+use kms_service::retention::Housekeeper;
+use kms_service::root::make::{self, MadeRoot, MakeRootError, NewRootSettings};
+use kms_service::root::{RootService, learn_seal_keys};
+use kms_service::scrub::{Flight, Scrubber};
+use kms_service::shipment::ShipmentService;
 
 /// A server that is bound to its port and opens its island.
 pub struct Server {
@@ -78,7 +77,7 @@ impl Server {
     /// What cannot be read or used, with its place.
     pub async fn start(mut config: Config) -> Result<Self, ServerError> {
         config.limits = descriptors::fit(&config.limits).map_err(ServerError::Descriptors)?;
-        let policy = Policy::load(config.policies.directory.as_deref())?;
+        let policy = kms_policy::load(config.policies.directory.as_deref())?;
         let profiles = Profiles::load(config.device_profiles.directory.as_deref()).map_err(ServerError::Profiles)?;
         let authority = read_authority(&config)?;
         let tls = Arc::new(ServerTls::load(config.tls.clone().into())?);
@@ -217,7 +216,7 @@ impl Opening {
                         tracing::error!(%error, "the island cannot be opened yet; it is tried again every 2 s");
                     }
                 }
-                Err(error) => return Err(error),
+                Err(error) => return Err(error.into()),
             }
             tokio::time::sleep(PAUSE).await;
         };
@@ -416,66 +415,6 @@ async fn keep_learning(store: &Arc<dyn Store>, hsm: &Hsm, committer: &Committer)
     }
 }
 
-/// The keys that the HSM computes from the seal root, and the island's row that they verify.
-pub(crate) struct IslandKeys {
-    row: kms_domain::Island,
-    pub(crate) seal: SealKeys,
-    pub(crate) audit: AuditKeys,
-    fingerprint: FingerprintKey,
-}
-
-impl IslandKeys {
-    pub(crate) async fn open(
-        store: &Arc<dyn Store>,
-        hsm: &Hsm,
-        island: &IslandName,
-        restore: &RestoreSettings,
-    ) -> Result<Self, ServerError> {
-        let stored = store
-            .sealed(RowKind::Island, island.as_str().as_bytes())
-            .await?
-            .ok_or_else(|| ServerError::NoIsland { island: island.clone() })?;
-        hsm.usable(USABLE_WITHIN).await?;
-        let damaged = |reason: String| ServerError::Row { island: island.clone(), reason };
-        let mark = RowSeal::from_octets(&stored.seal).map_err(|error| damaged(error.to_string()))?;
-        let seal = seal_key(hsm, mark.key_version()).await?;
-        // I5: the island's own row too.
-        let generation = i64::try_from(stored.generation)
-            .ok()
-            .and_then(|number| Generation::from_i64(number).ok())
-            .ok_or_else(|| damaged("generation".to_owned()))?;
-        seal.verify(&RowId::Island(island.clone()), generation, &stored.body, &mark)
-            .map_err(|error: SealError| damaged(error.to_string()))?;
-        let row = kms_domain::Island::from_row(island.clone(), stored.body.into())
-            .map_err(|error| damaged(error.to_string()))?;
-        if mark.key_version() < row.ledger.oldest_seal_key_version {
-            return Err(damaged(format!("its seal is of version {}, which was retired", mark.key_version())));
-        }
-        let (seal, missing) = seal_keys(hsm, &row, seal.into()).await;
-        if let Some(missing) = missing {
-            tracing::warn!(
-                roots = missing,
-                "the token lacks roots that rows may be sealed under; such rows are refused"
-            );
-        }
-        let seal = all_seal_keys(hsm, seal?).await?;
-        // I5: a seal key that was retired stays so, although the row alone would say otherwise: who
-        // learned it could have written the row.
-        let oldest = restore.oldest_seal_key(island, &seal);
-        if mark.key_version() < oldest {
-            return Err(damaged(format!(
-                "its seal is of version {}, and this server remembers that versions before {oldest} were retired; if you have put an older database back, run `kms-server restored`",
-                mark.key_version()
-            )));
-        }
-        let seal = seal.not_below(oldest);
-        let audit = audit_keys(hsm, seal.current().version(), seal.oldest()).await?;
-        let fingerprint =
-            hsm.mac(RootVersion::FIRST, SealRootKey::Fingerprint.message(FINGERPRINT_KEY_VERSION, island)).await?;
-        Ok(Self { row, seal, audit, fingerprint: FingerprintKey::new(&fingerprint) })
-    }
-}
-
 /// Tells load balancers whether the island can work: its tokens are usable and its last transaction
 /// went through.
 async fn report_health(health: &HealthReporter, island: &Island) -> Result<Infallible, ServerError> {
@@ -575,14 +514,9 @@ pub enum ServerError {
     /// A use case.
     #[error(transparent)]
     Service(#[from] ServiceError),
-    /// The database is not that of the island.
-    #[error(
-        "the database does not hold the island `{island}`; hold its ceremony with `kms-server init`, or correct `storage`"
-    )]
-    NoIsland {
-        /// The island.
-        island: IslandName,
-    },
+    /// The island's row and keys.
+    #[error(transparent)]
+    Keys(#[from] IslandKeysError),
     /// A development island under a production configuration.
     #[error(
         "the island `{island}` was made for development: its keys protect nothing; set `allow_development_island = true` for a trial, or hold a ceremony"
@@ -599,16 +533,6 @@ pub enum ServerError {
         /// The island.
         island: IslandName,
     },
-    /// The island's row does not verify.
-    #[error(
-        "the row of the island `{island}` is refused (I5): {reason}; the database and the token do not belong together, or the row was edited"
-    )]
-    Row {
-        /// The island.
-        island: IslandName,
-        /// Why.
-        reason: String,
-    },
     /// The database could not be compared with what is known of its history.
     #[error("the database's history could not be compared or written; the lines above tell why")]
     NotSettled,
@@ -618,18 +542,6 @@ pub enum ServerError {
     /// gRPC.
     #[error("gRPC: {0}")]
     Transport(String),
-}
-
-impl ServerError {
-    /// Whether it can pass without changing the configuration.
-    fn may_pass(&self) -> bool {
-        match self {
-            Self::Store(StoreError::Unavailable { .. } | StoreError::Contention { .. }) => true,
-            Self::Hsm(error) => matches!(error.kind(), ErrorKind::Transient | ErrorKind::OperatorFixable),
-            Self::Service(error) => matches!(error, ServiceError::Unavailable { .. }),
-            _ => false,
-        }
-    }
 }
 
 /// The host's name, for records and logs.

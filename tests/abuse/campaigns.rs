@@ -10,7 +10,7 @@ use kms_client::{
     },
 };
 use kms_domain::KeyType;
-use kms_store::testing::execute;
+use kms_store_testing::execute;
 use kms_tests::DevServer;
 
 use crate::{

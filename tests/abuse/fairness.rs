@@ -12,7 +12,7 @@ use kms_client::{
     Connection,
     proto::{OpenSessionsRequest, SessionTerms},
 };
-use kms_store::testing::TestDatabase;
+use kms_store_testing::TestDatabase;
 use kms_tests::{DevServer, TestModule, terms};
 use tokio::task::JoinSet;
 

@@ -121,6 +121,16 @@ async fn campaigns_over_a_bad_network_and_killed_servers_lose_no_meter() {
         // at again.
         let unseen = island.fleet.meters.len() - island.ends.lock().unwrap().probed.len();
         if left == 0 && behind.is_empty() && unseen == 0 {
+            // No exchange shows a GBEK, so those whose answer was lost are brought again: else too
+            // few would be left to compare.
+            let accepted = island.accepted_gbeks().await;
+            if accepted.len() <= island.fleet.meters.len() / 2 {
+                let lost = island.fleet.meters.keys().filter(|meter| !accepted.contains_key(meter));
+                let file = island.meters_file(&format!("GBEK-{round}"), &lost.copied().collect::<Vec<_>>());
+                let mend = ["mend", "--rotate", "GBEK", "--meters-file", &file, "--canary", "0", "--wave", "100%"];
+                island.lead(&[&mend]).await;
+                continue;
+            }
             if faults_are_over {
                 break;
             }
@@ -160,7 +170,7 @@ impl Island {
     async fn start(scale: Scale, random: &mut Random) -> Self {
         let mut server = DevServer::start_sized(
             TestModule::of_environment(),
-            kms_store::testing::TestDatabase::of_environment(),
+            kms_store_testing::TestDatabase::of_environment(),
             scale.own_keys,
         );
         // It has done its part: from here on servers keep their addresses.
@@ -445,10 +455,9 @@ impl Island {
         }
     }
 
-    /// Where the record says that a meter has accepted its GBEK, the one that the server grants is
-    /// that in the meter's memory, octet by octet. No exchange shows a GBEK, so a meter that says
-    /// that it took one, and did not, is left out.
-    async fn compare_gbeks(&self) {
+    /// The meters that have accepted their GBEK, as the record has it, with its version. A meter
+    /// that says that it took one, and did not, is left out.
+    async fn accepted_gbeks(&self) -> BTreeMap<SystemTitle, u32> {
         let mut accepted = BTreeMap::new();
         for meter in self.acceptance().await {
             let title = SystemTitle::from_octets(&meter.meter).unwrap();
@@ -458,6 +467,13 @@ impl Island {
                 accepted.insert(title, gbek.version);
             }
         }
+        accepted
+    }
+
+    /// Where the record says that a meter has accepted its GBEK, the one that the server grants is
+    /// that in the meter's memory, octet by octet.
+    async fn compare_gbeks(&self) {
+        let accepted = self.accepted_gbeks().await;
         assert!(
             accepted.len() > self.fleet.meters.len() / 2,
             "only {} meters have accepted their GBEK",

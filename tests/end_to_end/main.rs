@@ -14,7 +14,7 @@ mod tasks;
 mod telemetry;
 mod trial;
 
-use kms_store::testing::TestDatabase;
+use kms_store_testing::TestDatabase;
 use kms_tests::{DevServer, TestModule, open, put_on_line, read_energy, title};
 use meter_sim::axdr::Data;
 

@@ -6,7 +6,8 @@ use kms_client::proto::{
     AuditRecord, BeginTransfersRequest, ListAuditRecordsRequest, TransferForm, TransferOrder, audit_record::Event,
     transfer_step::Next,
 };
-use kms_store::{StoreConfig, testing::Obstruction};
+use kms_store::StoreConfig;
+use kms_store_testing::Obstruction;
 use kms_tests::{CLIENT_TITLE, DevServer, open, title};
 use meter_sim::{Obis, security::unwrap_key};
 use prost::Message as _;

@@ -8,7 +8,8 @@ use std::{
 };
 
 use kms_client::{Connection, new_request_id, proto};
-use kms_store::{StoreConfig, testing::Obstruction};
+use kms_store::StoreConfig;
+use kms_store_testing::Obstruction;
 use kms_tests::{DevServer, terms, title};
 use proto::audit_record::Event;
 use tonic::{Code, Status};

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use kms_client::{Connection, KeyType, SystemTitle, new_request_id, proto};
-use kms_store::testing::TestDatabase;
+use kms_store_testing::TestDatabase;
 use kms_tests::{DevServer, TestModule, terms};
 use tonic::Code;
 

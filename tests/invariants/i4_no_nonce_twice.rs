@@ -7,7 +7,7 @@ use kms_client::{
     Connection, Profile, Session,
     proto::{ListAuditRecordsRequest, audit_record::Event},
 };
-use kms_store::testing::PostgresCluster;
+use kms_store_testing::PostgresCluster;
 use kms_tests::{DevServer, open, put_on_line, read_energy, title};
 use meter_sim::inspect::RepeatedNonce;
 

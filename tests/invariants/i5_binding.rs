@@ -4,10 +4,8 @@
 use kms_client::proto::{ListAuditRecordsRequest, ScrubFinding, ScrubRequest, audit_record::Event};
 use kms_client::{RequestId, SessionError, new_request_id, proto};
 use kms_domain::{IslandName, PrincipalId, Role};
-use kms_store::{
-    RowKind, SealedRow,
-    testing::{Damage, damage, execute, octets},
-};
+use kms_store::{RowKind, SealedRow};
+use kms_store_testing::{Damage, damage, execute, octets};
 use kms_tests::{DevServer, TestModule, open, terms, title};
 
 struct Scene {

@@ -3,10 +3,8 @@
 //! older rows, and by a quorum of nobody.
 
 use kms_client::{Connection, new_request_id, proto};
-use kms_store::{
-    RowKind, SealedRow,
-    testing::{Damage, damage},
-};
+use kms_store::{RowKind, SealedRow};
+use kms_store_testing::{Damage, damage};
 use kms_tests::{CLIENT_TITLE, DevServer, title};
 use tonic::{Code, Status};
 

@@ -2,10 +2,8 @@
 //! exactly what is carried out.
 
 use kms_client::{Connection, new_request_id, proto};
-use kms_store::{
-    RowKind,
-    testing::{Damage, damage, execute, octets},
-};
+use kms_store::RowKind;
+use kms_store_testing::{Damage, damage, execute, octets};
 use kms_tests::{DevServer, title};
 use tonic::{Code, Status};
 

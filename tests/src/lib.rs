@@ -36,10 +36,8 @@ use kms_client::{
     Connection, OpenOptions, Profile, Session, SessionError, StateDirectory, SystemTitle, new_request_id, proto,
     proto::{Purpose, SessionTerms},
 };
-use kms_store::{
-    DatabaseLocation, StoreConfig,
-    testing::{Glance, TestDatabase},
-};
+use kms_store::{DatabaseLocation, StoreConfig};
+use kms_store_testing::{Glance, TestDatabase};
 use meter_sim::{
     CLASS_REGISTER, Meter, MeterConfig, MeterDirectory, ServeOptions, SymmetricKey,
     axdr::Data,

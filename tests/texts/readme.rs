@@ -8,7 +8,7 @@ use crate::root;
 #[test]
 fn readme_shows_what_the_programs_print() {
     let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
-    let server = DevServer::start_sized(TestModule::HsmSim, kms_store::testing::TestDatabase::Sqlite, 1_000);
+    let server = DevServer::start_sized(TestModule::HsmSim, kms_store_testing::TestDatabase::Sqlite, 1_000);
     let mut compared = 0;
     for block in blocks(&readme) {
         let (command, shown) = block.split_once('\n').unwrap_or((&block, ""));

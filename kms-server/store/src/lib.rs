@@ -19,8 +19,6 @@ mod postgres;
 mod row;
 mod schema;
 mod sqlite;
-#[cfg(feature = "testing")]
-pub mod testing;
 mod transaction;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};

@@ -17,8 +17,9 @@ use common::*;
 use kms_domain::{KeyType, KeyVersionNumber, Owner, SecuritySetupId, UnixMillis};
 use kms_store::{
     Changes, Committed, Decision, FingerprintOwner, FingerprintPrefix, FingerprintPut, Lookup, MeterPut, Reads,
-    RequestPut, RequestRow, RowKind, SealedPut, Store, StoreConfig, StoreError, testing::PostgresCluster,
+    RequestPut, RequestRow, RowKind, SealedPut, Store, StoreConfig, StoreError,
 };
+use kms_store_testing::PostgresCluster;
 
 /// Two servers on one database.
 async fn two() -> (Fixture, Arc<dyn Store>) {
@@ -251,14 +252,14 @@ async fn settings_that_lose_commits_are_refused() {
 async fn a_disk_that_was_full_and_is_free_again_is_written_to() {
     let f = Fixture::postgres().await;
     let raise = "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no space' USING ERRCODE = '53100'; END $$";
-    kms_store::testing::execute(&f.config.database, raise).await.unwrap();
+    kms_store_testing::execute(&f.config.database, raise).await.unwrap();
     // The trigger of a statement fails it at once; a deferred one fails the COMMIT.
     for (round, trigger) in
         (0_u64..).zip(["TRIGGER full_disk BEFORE INSERT", "CONSTRAINT TRIGGER full_disk AFTER INSERT"])
     {
         let deferred = if round == 0 { "" } else { "DEFERRABLE INITIALLY DEFERRED" };
         let create = format!("CREATE {trigger} ON audit {deferred} FOR EACH ROW EXECUTE FUNCTION full_disk()");
-        kms_store::testing::execute(&f.config.database, &create).await.unwrap();
+        kms_store_testing::execute(&f.config.database, &create).await.unwrap();
         let append = |sequence| {
             let (store, changes) =
                 (Arc::clone(&f.store), Changes { audit: vec![record(f.writer, sequence)], ..Changes::default() });
@@ -271,7 +272,7 @@ async fn a_disk_that_was_full_and_is_free_again_is_written_to() {
                 "{refused:?}"
             );
         }
-        kms_store::testing::execute(&f.config.database, "DROP TRIGGER full_disk ON audit").await.unwrap();
+        kms_store_testing::execute(&f.config.database, "DROP TRIGGER full_disk ON audit").await.unwrap();
         append(round).await.unwrap();
     }
 }

@@ -22,8 +22,9 @@ use kms_store::{
     Assigned, AuditFilter, AuditReference, Changes, DatabaseLocation, FingerprintOwner, FingerprintPrefix,
     FingerprintPut, GrantFilter, GrantRevocation, GrantRow, Lookup, MeterFilter, MeterProjection, MeterPut, PinFailure,
     Reads, RequestKey, RequestPut, RequestRow, RowKind, SealedPut, ShipmentRefusal, ShipmentRow, ShipmentState, Store,
-    StoreConfig, TaskFilter, TaskKey, TaskRow, UploadId, testing,
+    StoreConfig, TaskFilter, TaskKey, TaskRow, UploadId,
 };
+use kms_store_testing as testing;
 
 #[tokio::test]
 async fn every_earlier_schema_is_brought_up_to_date_on_sqlite() {

@@ -28,8 +28,8 @@ use kms_store::{
     FingerprintPrefix, FingerprintPut, GrantFilter, GrantRevocation, GrantRow, Lookup, MeterFilter, MeterPut,
     PinFailure, Reads, RequestPut, RequestRow, RowKind, RowName, SealedPut, ShipmentRefusal, ShipmentRow,
     ShipmentState, Store, StoreError, TaskFilter, TaskKey, TaskRow, UploadId,
-    testing::{Damage, Obstruction, damage},
 };
+use kms_store_testing::{Damage, Obstruction, damage};
 
 macro_rules! on_both {
     ($($name:ident),* $(,)?) => {

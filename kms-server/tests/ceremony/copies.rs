@@ -13,8 +13,8 @@ use kms_client::{
 };
 use kms_domain::RootPurpose;
 use kms_server::server::{self, Server};
-use kms_server::service::init::CeremonyPlan;
-use kms_server::service::root::make::NewRootSettings;
+use kms_service::init::CeremonyPlan;
+use kms_service::root::make::NewRootSettings;
 use tonic::Code;
 
 use super::{People, config, hsm_sim, on_module, softhsm};
@@ -173,7 +173,7 @@ struct Running {
 }
 
 impl Running {
-    async fn start(config: kms_server::config::Config) -> Self {
+    async fn start(config: kms_config::Config) -> Self {
         let server = Server::start(config).await.unwrap();
         let address = server.local_addr().unwrap();
         let mut opened = server.opened();

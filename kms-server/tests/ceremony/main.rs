@@ -16,16 +16,17 @@ use std::time::Duration;
 use aws_lc_rs::hmac;
 use aws_lc_rs::rsa::{OAEP_SHA256_MGF1SHA256, OaepPrivateDecryptingKey, PrivateDecryptingKey};
 use hyper_util::rt::TokioIo;
+use kms_config::Config;
 use kms_domain::{Generation, IslandName, PrincipalId, RootPurpose, RowId, RowSeal, SealKey, SealRootKey};
 use kms_proto::v1::principal_service_client::PrincipalServiceClient;
 use kms_proto::v1::{self, audit_record::Event, audit_service_client::AuditServiceClient};
-use kms_server::config::Config;
 use kms_server::server::{self, Server, ServerError};
-use kms_server::service::escrow::{EscrowDocument, EscrowError};
-use kms_server::service::init::{CeremonyPlan, InitError, Storage};
-use kms_server::service::officers::Recertification;
-use kms_server::service::root::make::NewRootSettings;
-use kms_store::{RowKind, testing::TestDatabase};
+use kms_service::escrow::{EscrowDocument, EscrowError};
+use kms_service::init::{CeremonyPlan, InitError, Storage};
+use kms_service::officers::Recertification;
+use kms_service::root::make::NewRootSettings;
+use kms_store::RowKind;
+use kms_store_testing::TestDatabase;
 use rcgen::{CertificateParams, KeyPair, PKCS_RSA_SHA256, PublicKeyData, RsaKeySize};
 use rustls::RootCertStore;
 use rustls_pki_types::pem::PemObject;
@@ -413,7 +414,7 @@ async fn connect(
 ) -> Result<Channel, tonic::transport::Error> {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_slice(root).unwrap()).unwrap();
-    let builder = rustls::ClientConfig::builder_with_provider(Arc::new(kms_server::api::tls::provider()))
+    let builder = rustls::ClientConfig::builder_with_provider(Arc::new(kms_api::tls::provider()))
         .with_protocol_versions(&[&rustls::version::TLS13])
         .unwrap()
         .with_root_certificates(roots);

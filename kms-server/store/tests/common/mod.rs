@@ -7,8 +7,9 @@ use std::sync::{Arc, OnceLock};
 use kms_domain::{PrincipalId, RequestId, SystemTitle, UnixMillis, WriterId};
 use kms_store::{
     AuditAppend, Changes, Committed, Decision, MeterProjection, MeterPut, Reads, RequestKey, SealedRow, Store,
-    StoreConfig, StoreError, testing::PostgresCluster,
+    StoreConfig, StoreError,
 };
+use kms_store_testing::PostgresCluster;
 use tempfile::TempDir;
 
 /// A database, opened once.

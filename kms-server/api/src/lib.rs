@@ -1,0 +1,95 @@
+//! gRPC: the listener, and protobuf messages to and from domain types. No decisions are made here.
+
+pub mod audit;
+pub mod campaigns;
+mod doorway;
+pub mod frames;
+pub mod grants;
+pub mod hsm;
+pub mod intake;
+pub mod listener;
+pub mod meters;
+mod methods;
+pub mod owners;
+pub mod principals;
+pub mod proposals;
+pub mod refusals;
+pub mod roots;
+pub mod shipments;
+pub mod telemetry;
+pub mod tls;
+pub mod transfers;
+
+use std::sync::Arc;
+
+use kms_authz::Caller;
+use kms_base::ServiceError;
+use kms_domain::{IslandName, UnixMillis};
+use kms_proto::v1::audit_service_server::AuditServiceServer;
+use kms_proto::v1::campaign_service_server::CampaignServiceServer;
+use kms_proto::v1::device_type_service_server::DeviceTypeServiceServer;
+use kms_proto::v1::frame_service_server::FrameServiceServer;
+use kms_proto::v1::grant_service_server::GrantServiceServer;
+use kms_proto::v1::group_service_server::GroupServiceServer;
+use kms_proto::v1::hsm_service_server::HsmServiceServer;
+use kms_proto::v1::meter_service_server::MeterServiceServer;
+use kms_proto::v1::principal_service_server::PrincipalServiceServer;
+use kms_proto::v1::proposal_service_server::ProposalServiceServer;
+use kms_proto::v1::root_service_server::RootServiceServer;
+use kms_proto::v1::shipment_service_server::ShipmentServiceServer;
+use kms_proto::v1::task_service_server::TaskServiceServer;
+use kms_proto::v1::transfer_service_server::TransferServiceServer;
+use tonic::service::Routes;
+
+use kms_base::bounds::{Bound, Limits};
+use kms_service::certificate::CertificateAuthority;
+use kms_service::island::Island;
+use kms_service::principal::Principals;
+
+/// The caller of a request that came over a connection of the listener.
+///
+/// # Errors
+/// Unauthenticated: no certificate, one of another island, or one that has expired since the
+/// handshake.
+fn caller_of<T>(request: &tonic::Request<T>, island: &IslandName, now: UnixMillis) -> Result<Caller, ServiceError> {
+    Caller::of(request.extensions().get::<listener::Peer>().map(|peer| &*peer.certificate), island, now)
+}
+
+/// All services of an island.
+pub fn routes(island: Arc<Island>, authority: CertificateAuthority, limits: &Limits) -> Routes {
+    // What a message may have is compared in `intake`, by method; this is the backstop.
+    let most = limits.number(Bound::LargeMessageOctets);
+    let principals = Arc::new(Principals::new(Arc::clone(&island), authority, limits.principal_days()));
+    let owners = owners::OwnerApi::new(Arc::clone(&island));
+    let campaigns = campaigns::CampaignApi::new(Arc::clone(&island));
+    Routes::new(PrincipalServiceServer::new(principals::PrincipalApi::new(principals)).max_decoding_message_size(most))
+        .add_service(
+            GrantServiceServer::new(grants::GrantApi::new(Arc::clone(&island))).max_decoding_message_size(most),
+        )
+        .add_service(
+            FrameServiceServer::new(frames::FrameApi::new(Arc::clone(&island))).max_decoding_message_size(most),
+        )
+        .add_service(
+            TransferServiceServer::new(transfers::TransferApi::new(Arc::clone(&island)))
+                .max_decoding_message_size(most),
+        )
+        .add_service(
+            ShipmentServiceServer::new(shipments::ShipmentApi::new(Arc::clone(&island)))
+                .max_decoding_message_size(most),
+        )
+        .add_service(
+            MeterServiceServer::new(meters::MeterApi::new(Arc::clone(&island))).max_decoding_message_size(most),
+        )
+        .add_service(GroupServiceServer::new(owners.clone()).max_decoding_message_size(most))
+        .add_service(DeviceTypeServiceServer::new(owners).max_decoding_message_size(most))
+        .add_service(CampaignServiceServer::new(campaigns.clone()).max_decoding_message_size(most))
+        .add_service(TaskServiceServer::new(campaigns).max_decoding_message_size(most))
+        .add_service(
+            ProposalServiceServer::new(proposals::ProposalApi::new(Arc::clone(&island)))
+                .max_decoding_message_size(most),
+        )
+        .add_service(RootServiceServer::new(roots::RootApi::new(Arc::clone(&island))).max_decoding_message_size(most))
+        .add_service(AuditServiceServer::new(audit::AuditApi::new(Arc::clone(&island))).max_decoding_message_size(most))
+        .add_service(HsmServiceServer::new(hsm::HsmApi::new(island)).max_decoding_message_size(most))
+        .prepare()
+}

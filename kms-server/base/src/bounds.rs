@@ -1,0 +1,372 @@
+//! Every bound of the server in one place: its name, default, range, unit, scope and reason.
+//!
+//! The table below is the `[limits]` section of the configuration, the value that the code reads,
+//! the name that refusals and the metric `kms.bounds.met` carry, and the table of docs/security.md,
+//! which a test compares. A new bound is one entry of `bounds!` and one row there.
+
+use std::fmt;
+use std::time::Duration;
+
+use kms_domain::CounterCap;
+use serde::Deserialize;
+
+use crate::error::ServiceError;
+use crate::metrics;
+
+/// What a bound counts for itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// One call, or one message of a stream.
+    Call,
+    /// One connection.
+    Connection,
+    /// One network address (IPv6: its /64), before anybody is known.
+    Address,
+    /// One principal on one server, over all its connections.
+    Principal,
+    /// One server process.
+    Server,
+    /// All servers of an island, counted in the database.
+    Island,
+    /// One shipment file.
+    File,
+    /// One HSM token, on one server.
+    Token,
+    /// One invocation counter: a client title under one version of a key.
+    Counter,
+}
+
+impl fmt::Display for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Call => "call",
+            Self::Connection => "connection",
+            Self::Address => "address",
+            Self::Principal => "principal",
+            Self::Server => "server",
+            Self::Island => "island",
+            Self::File => "file",
+            Self::Token => "token",
+            Self::Counter => "counter",
+        })
+    }
+}
+
+/// What is said of a bound.
+#[derive(Clone, Copy, Debug)]
+pub struct Row {
+    /// Its name in the configuration, in refusals and in metrics.
+    pub name: &'static str,
+    /// Its value where the configuration says nothing.
+    pub default: u64,
+    /// The least value that the configuration may give it.
+    pub least: u64,
+    /// The greatest one.
+    pub most: u64,
+    /// What the number counts.
+    pub unit: &'static str,
+    /// For what it counts.
+    pub scope: Scope,
+    /// Why it is there, and why so high.
+    pub reason: &'static str,
+}
+
+macro_rules! bounds {
+    ($($bound:ident $name:ident = $default:expr, $least:expr => $most:expr, $unit:literal, $scope:ident, $reason:literal;)*) => {
+        /// A bound, by name.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Bound {
+            $(#[doc = $reason] $bound,)*
+        }
+
+        impl Bound {
+            /// All bounds, in the order of the documentation.
+            pub const ALL: &'static [Self] = &[$(Self::$bound,)*];
+
+            /// What is said of it.
+            pub const fn row(self) -> Row {
+                match self {
+                    $(Self::$bound => Row {
+                        name: stringify!($name), default: $default, least: $least, most: $most, unit: $unit, scope: Scope::$scope, reason: $reason,
+                    },)*
+                }
+            }
+        }
+
+        /// `[limits]` of the configuration: the values of all bounds.
+        #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+        #[serde(deny_unknown_fields, default)]
+        pub struct Limits {
+            $(#[doc = $reason] pub $name: u64,)*
+        }
+
+        impl Default for Limits {
+            fn default() -> Self {
+                Self { $($name: $default,)* }
+            }
+        }
+
+        impl Limits {
+            /// The value of a bound.
+            pub const fn of(&self, bound: Bound) -> u64 {
+                match bound {
+                    $(Bound::$bound => self.$name,)*
+                }
+            }
+        }
+    };
+}
+
+bounds! {
+    MessageOctets message_octets = 16 << 10, 4 << 10 => 1 << 20, "octets", Call,
+        "The message of a method that names few things. What does not fit is refused before it is received";
+    CertificateMessageOctets certificate_message_octets = 64 << 10, 20 << 10 => 1 << 20, "octets", Call,
+        "Methods of principals: a certificate request has up to 16 KiB, in PEM more";
+    BatchMessageOctets batch_message_octets = 256 << 10, 128 << 10 => 4 << 20, "octets", Call,
+        "Methods that name up to 10,000 meters or 1,000 tasks: 10,000 titles have 100 KiB";
+    LargeMessageOctets large_message_octets = 2 << 20, 1_100_000 => 4 << 20, "octets", Call,
+        "Frames, steps of transfers, pieces of a shipment (1 MiB), campaigns (100,000 meters: 1 MiB), and changes that say more of each meter than its title";
+    HeaderOctets header_octets = 8 << 10, 4 << 10 => 64 << 10, "octets", Call,
+        "The headers of a call, with 32 octets for each (RFC 9113, 6.5.2): they are held as long as the call";
+    RequestSeconds request_seconds = 10, 1 => 300, "seconds", Call,
+        "From the headers of a call to the last octet of its message: who sends slower holds memory for nothing";
+    UploadPauseSeconds upload_pause_seconds = 30, 1 => 600, "seconds", Call,
+        "From one message of an upload to the end of the next: the sender goes on later from what has arrived";
+    Connections connections = 2_048, 4 => 65_536, "connections", Server,
+        "Each has buffers and a file descriptor. Fewer where the limit of open files allows fewer";
+    DescriptorsReserve descriptors_reserve = 128, 64 => 4_096, "files", Server,
+        "Open files that connections never take: database, watermark, log and HSM need them to write records";
+    Handshakes handshakes = 256, 4 => 4_096, "handshakes", Server,
+        "Connections that are not known yet, and cost a signature each. Where they are short, the one that has been silent longest is closed";
+    ConnectionsPerAddress connections_per_address = 1_024, 4 => 65_536, "connections", Address,
+        "One host does not take all connections, whatever certificates it has. Raise it where a proxy hides the clients' addresses";
+    HandshakesPerAddress handshakes_per_address = 64, 4 => 4_096, "handshakes", Address,
+        "One host does not take all places for handshakes, without any certificate. Raise it where a proxy hides the clients' addresses";
+    FirstOctetSeconds first_octet_seconds = 2, 1 => 60, "seconds", Connection,
+        "From a connection to its first octet: TLS begins with the client";
+    HandshakeSeconds handshake_seconds = 10, 1 => 60, "seconds", Connection,
+        "From the first octet to the end of the handshake";
+    FirstCallSeconds first_call_seconds = 60, 5 => 3_600, "seconds", Connection,
+        "From the handshake to the first call: a connection that a network has lost, or that never calls, holds a place for nothing. Where places are short, it gives its place up before";
+    ConnectionsPerPrincipal connections_per_principal = 64, 1 => 65_536, "connections", Principal,
+        "A program needs one for each of its processes; one certificate does not take all. Further ones end with GOAWAY and this name";
+    StreamsPerConnection streams_per_connection = 256, 1 => 4_096, "calls", Connection,
+        "Calls at a time (SETTINGS_MAX_CONCURRENT_STREAMS): further ones wait at the client";
+    RequestOctetsPerConnection request_octets_per_connection = 8 << 20, 4 << 20 => 256 << 20, "octets", Connection,
+        "Requests that are not answered yet: so a connection holds this and its HTTP/2 window of 512 KiB, however many calls it begins";
+    RequestOctetsPerPrincipal request_octets_per_principal = 16 << 20, 4 << 20 => 1 << 30, "octets", Principal,
+        "The same over all connections of a principal: more connections are not more memory";
+    AnswerStreamsPerPrincipal answer_streams_per_principal = 64, 1 => 65_536, "calls", Principal,
+        "Calls that are answered by a stream: each holds up to three parts of its answer, 1.5 MiB, for a caller that reads slowly or not at all";
+    RequestOctets request_octets = 256 << 20, 16 << 20 => 16 << 30, "octets", Server,
+        "The same over all principals: many of them together do not fill the memory either";
+    ActsWaiting acts_waiting = 8_192, 256 => 1_000_000, "acts", Server,
+        "Acts that wait for the writer: callers are refused at once instead of waiting for a database that is slow";
+    ActsWaitingPerPrincipal acts_waiting_per_principal = 1_024, 16 => 65_536, "acts", Principal,
+        "Acts that wait for the writer: a head-end with 256 calls on each of four connections has that many";
+    MetersInFlightPerPrincipal meters_in_flight_per_principal = 50_000, 10_000 => 1_000_000, "meters", Principal,
+        "Meters that the waiting acts name: five calls of the largest size. Who floods waits for their own calls";
+    LogOctetsPerPrincipalAndHour log_octets_per_principal_and_hour = 4 << 30, 1 << 20 => 1 << 40, "octets", Principal,
+        "Records that the acts of one principal add to the log in an hour on one server: one head-end with 25 million meters, every 15 minutes a session with each, writes half of it. A quarter more for transfers, revocations and what officers do";
+    BatchMetersPerPrincipal batch_meters_per_principal = 1_000_000, 10_000 => 1_000_000_000, "meters", Principal,
+        "Meters in the batches that are not answered yet: 100 calls of the largest size. Two keep the server busy";
+    BatchChunksPerPrincipal batch_chunks_per_principal = 6, 1 => 256, "chunks", Principal,
+        "Chunks of batches, 500 meters each, that are decided and wrapped at a time: two calls keep all of them busy. Further ones wait";
+    HsmJobs hsm_jobs = 4_096, 1 => 1_000_000, "jobs", Token,
+        "Jobs that wait for an HSM token: callers are refused at once instead of waiting for an HSM that is slow. A batch is a job for each 64 meters";
+    HsmJobsPerPrincipal hsm_jobs_per_principal = 1_024, 1 => 1_000_000, "jobs", Principal,
+        "Jobs of one principal that wait for one token: a quarter of the queue";
+    CountersPerHour counters_per_hour = 4_000_000, 1_000_000 => 4_294_967_295, "counters", Counter,
+        "Invocation counters that sessions and frames reserve in an hour of UTC: 2³² of them take 44 days, whoever asks. Transfers and probes are not bounded by it";
+    ScrubsPerPrincipal scrubs_per_principal = 4, 1 => 64, "calls", Principal,
+        "Calls that watch a scrub: one runs for all. One is enough; a second replaces one whose connection broke";
+    UploadsPerPrincipal uploads_per_principal = 16, 1 => 1_024, "files", Principal,
+        "Shipments that are uploaded and not imported yet, on all servers: counted in the transaction that adds one";
+    SpoolOctetsPerPrincipal spool_octets_per_principal = 4 << 30, 1 << 20 => 1 << 40, "octets", Principal,
+        "The announced length of those files: 4 GiB are 5 million meters with four keys. Nothing of them is proven before they are complete";
+    SpoolOctets spool_octets = 16 << 30, 1 << 20 => 1 << 42, "octets", Island,
+        "The same over all principals: the spool is in the database, on the disk of the audit log";
+    UploadHours upload_hours = 24, 1 => 720, "hours", File,
+        "From the first octet of an upload to the last. What is unfinished then is dropped; a complete file that nobody imports, a week after it was last touched";
+    DiskReserveOctets disk_reserve_octets = 1 << 30, 0 => 1 << 40, "octets", Server,
+        "Free space that uploads leave to the log (I2) where the database is embedded; at most a tenth of the disk";
+    PrincipalCertificateDays principal_certificate_days = 365, 1 => 3_650, "days", Principal,
+        "For how long the certificates of principals are issued";
+    ServerCertificateDays server_certificate_days = 365, 1 => 3_650, "days", Server,
+        "For how long a server renews its own certificate, in the last third of its life";
+}
+
+impl Bound {
+    /// Its name in the configuration, in refusals and in metrics.
+    pub const fn name(self) -> &'static str {
+        self.row().name
+    }
+
+    /// Counts that the bound was met.
+    pub fn count(self) {
+        metrics().bound_met(self);
+    }
+
+    /// Counts that the bound was met, and makes the refusal: RESOURCE_EXHAUSTED, with the bound's
+    /// name and value in its text. `retry_after` is when to come back; zero where time does not
+    /// help.
+    pub fn met(self, limits: &Limits, what: &str, retry_after: Duration) -> ServiceError {
+        self.count();
+        let Row { name, unit, scope, .. } = self.row();
+        ServiceError::ResourceExhausted {
+            reason: format!("{what}: the bound `{name}` is {} {unit} for each {scope}", limits.of(self)),
+            retry_after,
+        }
+    }
+}
+
+impl Limits {
+    /// Compares each value with its range, and values with each other.
+    ///
+    /// # Errors
+    /// The first that does not fit, by its name in the configuration.
+    pub fn check(&self) -> Result<(), String> {
+        for bound in Bound::ALL {
+            let Row { name, least, most, unit, .. } = bound.row();
+            let value = self.of(*bound);
+            if !(least..=most).contains(&value) {
+                return Err(format!(
+                    "[limits] {name}: `{value}` is not {} to {} {unit}",
+                    grouped(least),
+                    grouped(most)
+                ));
+            }
+        }
+        // What cannot fit would be refused for ever.
+        let largest = [
+            self.message_octets,
+            self.certificate_message_octets,
+            self.batch_message_octets,
+            self.large_message_octets,
+        ]
+        .into_iter()
+        .max();
+        for (less, more) in [
+            (
+                ("message octets with headers", largest.unwrap_or_default().saturating_add(self.header_octets)),
+                Bound::RequestOctetsPerConnection,
+            ),
+            (("request_octets_per_connection", self.request_octets_per_connection), Bound::RequestOctetsPerPrincipal),
+            (("request_octets_per_principal", self.request_octets_per_principal), Bound::RequestOctets),
+            (("spool_octets_per_principal", self.spool_octets_per_principal), Bound::SpoolOctets),
+        ] {
+            if less.1 > self.of(more) {
+                return Err(format!("[limits] {}: it is less than {}, {}", more.name(), less.0, grouped(less.1)));
+            }
+        }
+        Ok(())
+    }
+
+    /// A bound in seconds as a time.
+    pub const fn time(&self, bound: Bound) -> Duration {
+        Duration::from_secs(self.of(bound))
+    }
+
+    /// A bound as a number of things in memory.
+    pub fn number(&self, bound: Bound) -> usize {
+        usize::try_from(self.of(bound)).unwrap_or(usize::MAX)
+    }
+
+    /// How many counters sessions and frames may reserve of one invocation counter in an hour (I4).
+    pub fn counter_cap(&self) -> CounterCap {
+        // What is out of range was refused with the configuration.
+        u32::try_from(self.counters_per_hour)
+            .ok()
+            .and_then(|counters| CounterCap::new(counters).ok())
+            .unwrap_or_default()
+    }
+
+    /// Days for which principals' certificates are issued.
+    pub fn principal_days(&self) -> u16 {
+        u16::try_from(self.principal_certificate_days).unwrap_or(u16::MAX)
+    }
+
+    /// Days for which server certificates are issued.
+    pub fn server_days(&self) -> u16 {
+        u16::try_from(self.server_certificate_days).unwrap_or(u16::MAX)
+    }
+}
+
+/// The table of docs/security.md.
+pub fn table() -> String {
+    let mut table = "| bound | default | unit | for each | why |\n|---|---|---|---|---|\n".to_owned();
+    for bound in Bound::ALL {
+        let Row { name, default, unit, scope, reason, .. } = bound.row();
+        table.push_str(&format!("| `{name}` | {} | {unit} | {scope} | {reason} |\n", grouped(default)));
+    }
+    table
+}
+
+/// A number with its digits in groups of three.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::with_capacity(digits.len() * 4 / 3);
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documentation_has_this_table() {
+        let documentation = include_str!("../../../docs/security.md");
+        assert!(
+            documentation.contains(&table()),
+            "docs/security.md, Bounds, does not have the table of the code:\n\n{}",
+            table()
+        );
+    }
+
+    #[test]
+    fn each_bound_has_a_default_within_its_range_and_a_name_of_its_own() {
+        let mut names = std::collections::HashSet::new();
+        for bound in Bound::ALL {
+            let row = bound.row();
+            assert!((row.least..=row.most).contains(&row.default), "{row:?}");
+            assert!(names.insert(row.name), "{row:?}");
+            assert!(row.reason.len() > 20 && !row.reason.ends_with('.') && !row.reason.contains('|'), "{row:?}");
+        }
+        Limits::default().check().unwrap();
+    }
+
+    #[test]
+    fn the_configuration_is_checked() {
+        let parsed = |text: &str| {
+            toml::from_str::<Limits>(text)
+                .map_err(|error| error.to_string())
+                .and_then(|limits| limits.check().map(|()| limits))
+        };
+        assert_eq!(parsed("request_seconds = 20").unwrap().request_seconds, 20);
+        for (text, expected) in [
+            ("request_seconds = 0", "request_seconds: `0` is not 1 to 300 seconds"),
+            ("request_secs = 5", "request_secs"),
+            ("request_seconds = -1", "request_seconds"),
+            ("request_octets_per_principal = 4194304", "request_octets_per_principal: it is less than"),
+        ] {
+            let refusal = parsed(text).unwrap_err();
+            assert!(refusal.contains(expected), "{text}: {refusal}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_names_the_bound() {
+        let refusal =
+            Bound::RequestSeconds.met(&Limits::default(), "the request took too long", Duration::from_secs(1));
+        assert_eq!(
+            refusal.to_string(),
+            "the request took too long: the bound `request_seconds` is 10 seconds for each call"
+        );
+    }
+}

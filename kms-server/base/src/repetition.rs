@@ -1,0 +1,67 @@
+//! Log lines that are not repeated.
+
+use std::{
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+/// Keeps a message that comes again and again from filling the log.
+#[derive(Debug, Default)]
+pub struct Repetition {
+    last: Option<(String, Instant)>,
+}
+
+impl Repetition {
+    /// Whether `message` is to be logged: it is another one than the last, or that was logged ten
+    /// minutes ago.
+    pub fn is_news(&mut self, message: &str) -> bool {
+        if self.last.as_ref().is_some_and(|(last, at)| last == message && at.elapsed() < REMINDER) {
+            return false;
+        }
+        self.last = Some((message.to_owned(), Instant::now()));
+        true
+    }
+}
+
+/// Keeps lines that strangers cause from filling the log: one in a while is written, with how many
+/// were not.
+#[derive(Debug, Default)]
+pub struct Seldom {
+    state: Mutex<(Option<Instant>, u64)>,
+}
+
+impl Seldom {
+    /// Has the line written, with the number of those that were not since the last one; or counts
+    /// it.
+    pub fn say(&self, line: impl FnOnce(u64)) {
+        let unsaid = {
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            let (last, unsaid) = *state;
+            if last.is_some_and(|last| last.elapsed() < SELDOM) {
+                state.1 = unsaid.saturating_add(1);
+                return;
+            }
+            *state = (Some(Instant::now()), 0);
+            unsaid
+        };
+        line(unsaid);
+    }
+}
+
+const REMINDER: Duration = Duration::from_mins(10);
+/// How often a line that strangers cause is written.
+const SELDOM: Duration = Duration::from_millis(200);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_repeated_message_is_told_once_until_it_changes() {
+        let mut repetition = Repetition::default();
+        assert_eq!(
+            ["away", "away", "another reason", "another reason", "away"].map(|message| repetition.is_news(message)),
+            [true, false, true, false, true]
+        );
+    }
+}

@@ -1,0 +1,176 @@
+//! What the use cases of one island share: its tokens, database, policies, profiles and writer (I7:
+//! one of these an island).
+
+use std::{collections::HashSet, path::PathBuf, sync::Arc};
+
+use arc_swap::ArcSwap;
+use kms_domain::{FingerprintKey, Group, GroupId, IslandName, PrincipalId, SystemTitle, UnixMillis};
+use kms_hsm::Hsm;
+use kms_store::{RowKind, Store};
+
+use crate::profiles::Profiles;
+use crate::scrub::Flight;
+use kms_authz::{Action, Caller, Policy, Resource};
+use kms_base::Repetition;
+use kms_base::bounds::Limits;
+use kms_base::clock;
+use kms_base::error::ServiceError;
+use kms_ledger::{Asker, Committer, Door};
+
+/// One island, as its use cases see it.
+pub struct Island {
+    /// Its own row, as it was verified last: see [`Self::row`].
+    pub row: ArcSwap<kms_domain::Island>,
+    /// Its tokens.
+    pub hsm: Hsm,
+    /// Its database.
+    pub store: Arc<dyn Store>,
+    /// Its policies; swapped whole.
+    pub policy: Arc<ArcSwap<Policy>>,
+    /// Its device profiles.
+    pub profiles: Profiles,
+    /// Its one writer in this process.
+    pub committer: Committer,
+    /// The way for callers to change anything.
+    pub door: Door,
+    /// The bounds of this server.
+    pub limits: Arc<Limits>,
+    /// Where the embedded database keeps its file, beside the log; none where the database is
+    /// elsewhere.
+    pub disk: Option<PathBuf>,
+    /// The key of key fingerprints.
+    pub fingerprint_key: FingerprintKey,
+    /// The scrub that runs: one at a time.
+    pub scrubs: Flight,
+    /// Held while the row is read anew and its roots are put to use; knows what of them was
+    /// complained about last.
+    pub refreshing: tokio::sync::Mutex<Repetition>,
+}
+
+impl Island {
+    /// The island's name.
+    pub const fn name(&self) -> &IslandName {
+        self.hsm.island()
+    }
+
+    /// Its tokens, for what is done for a caller: it waits for its turn among the callers.
+    pub fn hsm_for(&self, caller: &Caller) -> Hsm {
+        self.hsm.paid_by(&caller.principal.to_string())
+    }
+
+    /// Its own row, no older than a few seconds: for which roots are in use.
+    pub fn row(&self) -> Arc<kms_domain::Island> {
+        self.row.load_full()
+    }
+
+    /// The name of its row in the store. Acts that store keys read it (I3), and are faster when
+    /// they name it beforehand.
+    pub fn row_name(&self) -> (RowKind, Vec<u8>) {
+        (RowKind::Island, self.name().as_str().as_bytes().to_vec())
+    }
+
+    /// Now.
+    pub fn now() -> UnixMillis {
+        clock::now()
+    }
+
+    /// The caller's principal as it stands in the database now, for calls that only read (I5, I8).
+    ///
+    /// # Errors
+    /// It is disabled, unknown, or the certificate is not one of its own; the row was tampered
+    /// with; the database is away.
+    pub async fn principal(&self, caller: &Caller) -> Result<Arc<kms_domain::Principal>, ServiceError> {
+        let refuse = || {
+            ServiceError::unauthenticated(
+                "the certificate is not one of an enabled principal of this island; ask a security officer",
+            )
+        };
+        let name = caller.principal.to_string();
+        let row = self.store.sealed(RowKind::Principal, name.as_bytes()).await?.ok_or_else(refuse)?;
+        let principal = match self.committer.open_principal(&caller.principal, &row) {
+            Ok(principal) => principal,
+            // It may have been written between being read and being opened: only what does not
+            // verify again was tampered with.
+            Err(_) => {
+                let row = self.store.sealed(RowKind::Principal, name.as_bytes()).await?.ok_or_else(refuse)?;
+                self.committer.open_principal(&caller.principal, &row)?
+            }
+        };
+        if principal.accepts(&caller.certificate_sha256, Self::now()) { Ok(principal) } else { Err(refuse()) }
+    }
+
+    /// The caller as policies are asked about it, for calls that only read, and before work that an
+    /// act would refuse.
+    ///
+    /// # Errors
+    /// As [`Self::principal`].
+    pub async fn asker(&self, caller: &Caller) -> Result<Asker, ServiceError> {
+        Ok(Asker::new(self.principal(caller).await?, self.policy.load_full()))
+    }
+
+    /// Like [`Self::principal`], for an action on the island that policy must permit.
+    ///
+    /// # Errors
+    /// As there, and if no policy permits it.
+    pub async fn require(&self, caller: &Caller, action: &Action) -> Result<Arc<kms_domain::Principal>, ServiceError> {
+        let principal = self.principal(caller).await?;
+        self.policy.load().require(&kms_authz::facts(&principal), action, &Resource::Island)?;
+        Ok(principal)
+    }
+
+    /// A meter as it stands in the database now, for showing it.
+    ///
+    /// # Errors
+    /// Its row was tampered with, or the database is away.
+    pub async fn meter(&self, title: SystemTitle) -> Result<Option<Arc<kms_domain::Meter>>, ServiceError> {
+        let rows = self.store.meters(&[title]).await?;
+        rows.first().map(|row| self.committer.open_meter(title, &row.row)).transpose()
+    }
+}
+
+impl Island {
+    /// A group as it stands in the database now, and its row's generation.
+    ///
+    /// # Errors
+    /// Its row was tampered with, or the database is away.
+    pub async fn group(&self, id: GroupId) -> Result<Option<(Arc<Group>, u64)>, ServiceError> {
+        let name = id.0.to_be_bytes();
+        let Some(row) = self.store.sealed(RowKind::Group, &name).await? else { return Ok(None) };
+        if let Ok(group) = self.committer.open_group(id, &row) {
+            return Ok(Some((group, row.generation)));
+        }
+        // It may have been written between being read and being opened: only what does not verify
+        // again was tampered with.
+        let Some(row) = self.store.sealed(RowKind::Group, &name).await? else { return Ok(None) };
+        Ok(Some((self.committer.open_group(id, &row)?, row.generation)))
+    }
+
+    /// Every client system title that is known: those of principals, enabled or not, and those that
+    /// device profiles name. No meter may have one of them (I4). It is read beside the writer, so
+    /// what is used later is checked again in the transaction that uses it.
+    ///
+    /// # Errors
+    /// A principal's row was tampered with, or the database is away.
+    pub async fn client_titles(&self) -> Result<HashSet<SystemTitle>, ServiceError> {
+        let of_profiles = self
+            .profiles
+            .all()
+            .into_iter()
+            .flat_map(|profile| profile.clients.iter().filter_map(|client| client.system_title));
+        let mut titles: HashSet<SystemTitle> = of_profiles.collect();
+        let mut after: Option<Vec<u8>> = None;
+        loop {
+            let page = self.store.sealed_page(RowKind::Principal, after.as_deref(), PRINCIPALS_AT_ONCE).await?;
+            let Some((last, _)) = page.last() else { return Ok(titles) };
+            after = Some(last.clone());
+            for (name, row) in page {
+                let id = std::str::from_utf8(&name).ok().and_then(|uri| PrincipalId::parse(uri).ok());
+                let id =
+                    id.ok_or_else(|| ServiceError::Internal("a principal's row has no principal's name".to_owned()))?;
+                titles.extend(&self.committer.open_principal(&id, &row)?.client_titles);
+            }
+        }
+    }
+}
+
+const PRINCIPALS_AT_ONCE: u32 = 256;

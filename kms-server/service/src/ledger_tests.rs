@@ -1,0 +1,4 @@
+//! The ledger, under an island.
+
+mod attempt;
+mod queue;

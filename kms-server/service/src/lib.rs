@@ -1,0 +1,34 @@
+//! Use cases, one file each, and the island that they share.
+
+pub mod audit_log;
+pub mod campaign;
+pub mod certificate;
+pub mod certificate_end;
+pub mod escrow;
+pub mod frame;
+pub mod grant;
+mod group;
+pub mod init;
+pub mod island;
+pub mod island_keys;
+#[cfg(test)]
+mod ledger_tests;
+pub mod meter;
+pub mod officers;
+pub mod owner;
+pub mod principal;
+pub mod profiles;
+pub mod proposal;
+mod recipe;
+#[cfg(test)]
+mod replay_tests;
+pub mod retention;
+pub mod root;
+pub mod scrub;
+pub mod shipment;
+#[cfg(test)]
+mod testing;
+pub mod transfer;
+mod watch;
+
+pub use kms_ledger::Request;

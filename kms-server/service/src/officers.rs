@@ -1,0 +1,145 @@
+//! The way back where officers cannot help each other: the escrow's custodians stand behind an
+//! officer's new key (I6), on the token's machine.
+//!
+//! Two other officers bring back a colleague's certificate by a proposal. Where there are not two,
+//! or where all certificates have ended, nobody can call the server. Then it takes who holds the
+//! token's PIN, and as many custodians as open the escrow: their shares together open the escrow's
+//! private key, whose public half the sealed row of the island names. Nothing of the escrow but
+//! that is opened, and no root.
+
+use std::{path::PathBuf, sync::Arc};
+
+use kms_domain::{Enrolment, PrincipalId, PrincipalStatus, Role, UnixMillis};
+use kms_hsm::Hsm;
+use kms_proto::v1::{PrincipalChanged, SecurityEvent, audit_record::Event};
+use kms_store::Store;
+use zeroize::Zeroizing;
+
+use super::{
+    certificate::{CertificateAuthority, CertificationRequest, IssuedCertificate, Validity},
+    escrow::EscrowDocument,
+    principal::everyone::{Everyone, refuse_shared_key},
+};
+use kms_base::error::ServiceError;
+use kms_ledger::principal_row;
+use kms_ledger::{Committer, Decision, ServerAct};
+
+/// An officer's new key, and who stands behind it.
+#[derive(Clone, Debug)]
+pub struct Recertification {
+    /// The officer: enabled, and registered.
+    pub officer: PrincipalId,
+    /// The PKCS#10 request for the new key, PEM.
+    pub certificate_request: PathBuf,
+    /// An escrow file of the island.
+    pub escrow: PathBuf,
+    /// Shares that custodians have decrypted, one a file.
+    pub shares: Vec<PathBuf>,
+    /// For how many days the certificate is issued.
+    pub days: u16,
+}
+
+impl Recertification {
+    /// Certifies the key. All other certificates of the officer end. It is on the record, as a
+    /// security event too.
+    ///
+    /// # Errors
+    /// A file cannot be read, or is not what it should be; the shares do not open the escrow of
+    /// this island; there is no such enabled officer; the key is another principal's; or trouble of
+    /// HSM or database.
+    pub async fn run(
+        &self,
+        authority: &CertificateAuthority,
+        hsm: &Hsm,
+        committer: &Committer,
+        store: &Arc<dyn Store>,
+        now: UnixMillis,
+    ) -> Result<IssuedCertificate, ServiceError> {
+        let id = &self.officer;
+        if id.role() != Role::Officer || id.island() != hsm.island() {
+            return Err(ServiceError::invalid(
+                "principal",
+                format!("`{id}` is no officer of the island `{}`", hsm.island()),
+            ));
+        }
+        let request = CertificationRequest::parse_pem(&self.read(&self.certificate_request)?)
+            .map_err(ServiceError::parse("certificate request"))?;
+        self.prove_quorum(hsm, committer, store).await?;
+        let issued = authority.principal(id, &request, Validity::days(now, self.days))?.sign(hsm).await?;
+        for _ in 0..MOST_ATTEMPTS {
+            let everyone = Everyone::of(&**store, committer, hsm.island()).await?;
+            let (mut reads, id, certificate, quorum) =
+                (everyone.reads(), id.clone(), issued.clone(), self.shares.len());
+            reads.sealed.push(principal_row(&id));
+            let act = committer.act(ServerAct::RECERTIFY_OFFICER, reads, move |view| {
+                let known = view.principal(&id)?.filter(|officer| officer.status == PrincipalStatus::Enabled);
+                let mut officer = Arc::unwrap_or_clone(known.ok_or_else(|| no_officer(&id))?);
+                refuse_shared_key(&everyone.rows(view)?, &id, &certificate.key_sha256)?;
+                officer.certificates = vec![certificate.for_principal(Enrolment::Custodians, None)];
+                officer.revision += 1;
+                let reason = format!("{quorum} custodians on the token's machine");
+                let entry = view.append(Event::PrincipalChanged(PrincipalChanged {
+                    principal: id.to_string(),
+                    change: "recertified".to_owned(),
+                    certificate_serial: hex::encode(&certificate.serial),
+                    reason: reason.clone(),
+                }));
+                let detail = format!(
+                    "`{id}` got the certificate {} from {reason}; its other certificates ended",
+                    hex::encode(&certificate.serial)
+                );
+                view.alert(SecurityEvent {
+                    kind: "principal-recertified".to_owned(),
+                    detail,
+                    ..SecurityEvent::default()
+                });
+                view.put_principal(officer)?;
+                Ok(Decision::recorded(entry, ()))
+            });
+            match act.await {
+                Err(error) if Everyone::is_stale(&error) => {}
+                outcome => return outcome.map(|_| issued),
+            }
+        }
+        Err(ServiceError::unavailable("principals are added all the time: try again"))
+    }
+
+    /// I6: as many custodians as the ceremony asked for have taken part, of this island's escrow.
+    async fn prove_quorum(&self, hsm: &Hsm, committer: &Committer, store: &Arc<dyn Store>) -> Result<(), ServiceError> {
+        let refuse = |reason: String| {
+            ServiceError::FailedPrecondition {
+            reason,
+            next_step: "let each custodian decrypt the own share of the escrow file, as docs/operations.md shows, and name all of them by `--share`".to_owned(),
+        }
+        };
+        let name = hsm.island();
+        let row = store.sealed(kms_store::RowKind::Island, name.as_str().as_bytes()).await?;
+        let row = committer
+            .open_island(&row.ok_or_else(|| ServiceError::Internal("the island has no row (I5)".to_owned()))?)?;
+        let fingerprint = row.escrow_fingerprint.ok_or_else(|| ServiceError::FailedPrecondition {
+            reason: format!("the roots of the island `{name}` were never escrowed, so that it has no custodians"),
+            next_step: "while two other officers have certificates, they certify the key by a proposal: `kms principal propose-key`".to_owned(),
+        })?;
+        let document: EscrowDocument = serde_json::from_slice(&self.read(&self.escrow)?)
+            .map_err(|_| refuse(format!("`{}` is no escrow file", self.escrow.display())))?;
+        let shares = self.shares.iter().map(|path| self.read(path)).collect::<Result<Vec<_>, _>>()?;
+        document.prove(name, &fingerprint, &shares).map_err(|error| refuse(error.to_string()))
+    }
+
+    fn read(&self, path: &std::path::Path) -> Result<Zeroizing<Vec<u8>>, ServiceError> {
+        std::fs::read(path).map(Zeroizing::new).map_err(|error| ServiceError::FailedPrecondition {
+            reason: format!("`{}`: {error}", path.display()),
+            next_step: "name a file that can be read".to_owned(),
+        })
+    }
+}
+
+fn no_officer(id: &PrincipalId) -> ServiceError {
+    ServiceError::FailedPrecondition {
+        reason: format!("`{id}` is no enabled officer of this island"),
+        next_step: "name an officer who is registered and not disabled".to_owned(),
+    }
+}
+
+/// How often it begins again because a principal was added meanwhile.
+const MOST_ATTEMPTS: usize = 8;

@@ -1,0 +1,643 @@
+//! Principals: registered, certified, renewed and shut out, each by one act with its record (I2).
+//!
+//! Certificates are signed before the act that registers them, and leave only after it is durable:
+//! a certificate that no sealed row lists is accepted nowhere (I5).
+//!
+//! I6: nobody certifies the key of an officer or auditor alone but the person itself. What another
+//! principal alone has certified does not count where several people are needed ([`people`]), until
+//! two others confirm it ([`key`]).
+
+mod end;
+pub(super) mod everyone;
+pub mod key;
+pub mod people;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use aws_lc_rs::digest::{Context, SHA256};
+use bytes::Bytes;
+use kms_domain::{
+    Enrolment, ParseError, PersonName, Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, ProposalId,
+    RequestId, Role, SystemTitle, UnixMillis,
+};
+use kms_proto::v1::{self, PrincipalChanged, SecurityEvent, audit_record::Event};
+use kms_store::{Reads, RowKind};
+
+use self::everyone::{Everyone, parse_name, refuse_shared_key, refuse_shared_titles, unverified};
+use super::Request;
+use super::certificate::{CertificateAuthority, CertificationRequest, IssuedCertificate, Validity};
+use crate::island::Island;
+use kms_authz::{Action, Caller, Resource};
+use kms_base::error::ServiceError;
+use kms_ledger::principal_row;
+use kms_ledger::{Act, Asker, Decision, Permit, Remembered, View};
+
+/// The use cases of principals.
+pub struct Principals {
+    island: Arc<Island>,
+    authority: CertificateAuthority,
+    /// For how many days certificates are issued.
+    certificate_days: u16,
+}
+
+/// What a change comes to: the new row, the record, the certificate that was issued, and its chain.
+type Changed = Result<(Principal, PrincipalChanged, Option<IssuedCertificate>, Vec<Bytes>), ServiceError>;
+
+/// A principal to be registered.
+#[derive(Clone, Debug)]
+pub struct NewPrincipal {
+    /// The request.
+    pub request: RequestId,
+    /// The principal.
+    pub id: PrincipalId,
+    /// Its TLS key. None only for a manufacturer, who may do without calling.
+    pub certification: Option<CertificationRequest>,
+    /// The person behind an officer or auditor (I6).
+    pub person: Option<PersonName>,
+    /// Client system titles that it may use.
+    pub client_titles: Vec<SystemTitle>,
+    /// A manufacturer's key that signs shipments.
+    pub shipment_key: Option<Bytes>,
+}
+
+impl Principals {
+    /// The use cases for an island with this authority.
+    pub const fn new(island: Arc<Island>, authority: CertificateAuthority, certificate_days: u16) -> Self {
+        Self { island, authority, certificate_days }
+    }
+
+    /// The island.
+    pub fn island(&self) -> &Arc<Island> {
+        &self.island
+    }
+
+    /// Registers a principal and certifies its TLS key. An officer or auditor whom one officer adds
+    /// so does not count where several people are needed, until two others confirm the key (I6).
+    ///
+    /// # Errors
+    /// Not permitted; the principal exists; a client title is another's or a meter's; the key is
+    /// another principal's; or trouble of HSM or database.
+    pub async fn add(&self, caller: &Caller, new: NewPrincipal) -> Result<v1::PrincipalCertificate, ServiceError> {
+        let action = Action::AddPrincipal { role: new.id.role() };
+        self.island.require(caller, &action).await?;
+        if new.id.island() != self.island.name() {
+            return Err(ServiceError::invalid(
+                "principal",
+                format!("`{}` is not of the island `{}`", new.id, self.island.name()),
+            ));
+        }
+        let issued = match &new.certification {
+            Some(request) => Some(
+                self.authority.principal(&new.id, request, self.validity())?.sign(&self.island.hsm_for(caller)).await?,
+            ),
+            None => None,
+        };
+        let digest = request_digest(
+            "add",
+            &[
+                new.id.to_string().as_bytes(),
+                &new.certification.as_ref().map(CertificationRequest::spki_sha256).unwrap_or_default(),
+                new.person.as_ref().map_or("", PersonName::as_str).as_bytes(),
+                &new.client_titles.iter().flat_map(|title| title.octets()).collect::<Vec<_>>(),
+                new.shipment_key.as_deref().unwrap_or_default(),
+            ],
+        );
+        let chain = self.chain();
+        let (id, request) = (new.id.clone(), new.request);
+        let officer = caller.principal.clone();
+        self.act_among_all(caller, Request { id: request, digest }, action, id, Reads::default(), move |view, _, existing, everyone| {
+            if existing.is_some() {
+                return Err(ServiceError::FailedPrecondition {
+                    reason: format!("`{}` exists", new.id),
+                    next_step: "renew its certificate, or choose another name: names are not used again".to_owned(),
+                });
+            }
+            // I4: under one key, frames with a meter's title as client title would repeat the
+            // nonces of the meter's own answers.
+            for title in &new.client_titles {
+                if view.meter(*title)?.is_some() {
+                    return Err(ServiceError::FailedPrecondition {
+                        reason: format!("the client title {title} is the system title of a meter"),
+                        next_step: "give the principal a system title that no device has".to_owned(),
+                    });
+                }
+            }
+            let rows = everyone.rows(view)?;
+            refuse_shared_titles(&rows, &new.id, &new.client_titles)?;
+            if let Some(issued) = &issued {
+                refuse_shared_key(&rows, &new.id, &issued.key_sha256)?;
+            }
+            let principal = Principal {
+                id: new.id.clone(),
+                revision: 1,
+                status: PrincipalStatus::Enabled,
+                certificates: issued.iter().map(|issued| issued.for_principal(Enrolment::OnePerson, Some(officer.clone()))).collect(),
+                transport: None,
+                client_titles: new.client_titles.clone(),
+                person: new.person.clone(),
+                shipment_key: new.shipment_key.clone(),
+                added: view.now(),
+            };
+            principal.check().map_err(ServiceError::parse("principal"))?;
+            everyone.count_one_more(view)?;
+            if principal.is_personal() {
+                let detail = format!("`{officer}` alone added `{}`, who does not count where several people are needed until two others confirm it", new.id);
+                view.alert(security_event("person-added-by-one", detail));
+            }
+            let record = changed(&principal.id, "added", issued.as_ref(), "");
+            Ok((principal, record, issued.clone(), chain.clone()))
+        })
+        .await
+    }
+
+    /// Certifies a new TLS key. Earlier certificates stay valid until they end, so that a principal
+    /// can change over; there are never more than two that have not ended, and none is dropped for
+    /// a new one. The key of an officer or auditor is renewed by the person, or by the `proposal`
+    /// that permits it ([`key`]).
+    ///
+    /// # Errors
+    /// Not permitted, no such principal, a disabled one, too many certificates, the key of another
+    /// principal, or trouble of HSM or database.
+    pub async fn renew(
+        &self,
+        caller: &Caller,
+        request: RequestId,
+        id: PrincipalId,
+        certification: &CertificationRequest,
+        proposal: Option<ProposalId>,
+    ) -> Result<v1::PrincipalCertificate, ServiceError> {
+        if let Some(approved) = proposal {
+            return self.recertify(caller, request, id, certification, approved).await;
+        }
+        let own = id == caller.principal;
+        let action = Action::RenewPrincipal { role: id.role(), own };
+        // The answer tells an officer the way; what holds is checked again in the act.
+        if caller.principal.role().is_personal() {
+            self.island.principal(caller).await?;
+            refuse_for_another_person(&id, own).map_err(|refusal| self.on_record(caller, &action, refusal))?;
+        }
+        self.island.require(caller, &action).await?;
+        // No signature for what will be refused. A request that comes again gets its answer in the
+        // act.
+        let issued = if self.has_room(&id).await? {
+            Some(
+                self.authority
+                    .principal(&id, certification, self.validity())?
+                    .sign(&self.island.hsm_for(caller))
+                    .await?,
+            )
+        } else {
+            None
+        };
+        let digest = request_digest("renew", &[id.to_string().as_bytes(), &certification.spki_sha256()]);
+        let chain = self.chain();
+        let asking = caller.clone();
+        self.act_among_all(
+            caller,
+            Request { id: request, digest },
+            action,
+            id.clone(),
+            Reads::default(),
+            move |view, _, existing, everyone| {
+                // I6: whatever policies say.
+                refuse_for_another_person(&id, own)?;
+                let mut principal = enabled(&id, existing)?;
+                let now = view.now();
+                let enrolment = match principal.certificate(&asking.certificate_sha256) {
+                    Some(certificate) if own => certificate.enrolment.renewed(),
+                    _ => Enrolment::OnePerson,
+                };
+                principal.certificates.retain(|certificate| now < certificate.not_after);
+                if let Err(refusal) = refuse_too_many(&principal, now) {
+                    view.alert_refused("renewal-beyond-bound", refusal.to_string());
+                    return Err(refusal);
+                }
+                let issued = issued.clone().ok_or_else(|| ServiceError::Aborted {
+                    reason: "a certificate of the principal ended at the same moment".to_owned(),
+                    next_step: "ask again".to_owned(),
+                })?;
+                refuse_shared_key(&everyone.rows(view)?, &id, &issued.key_sha256)?;
+                principal
+                    .certificates
+                    .push(issued.for_principal(enrolment, Some(asking.principal.clone()).filter(|_| !own)));
+                principal.revision += 1;
+                if !own {
+                    let detail = format!(
+                        "`{}` made the certificate {} for `{id}`",
+                        asking.principal,
+                        hex::encode(&issued.serial)
+                    );
+                    view.alert(security_event("certificate-made-by-another", detail));
+                }
+                let record = changed(&id, "renewed", Some(&issued), "");
+                Ok((principal, record, Some(issued), chain.clone()))
+            },
+        )
+        .await
+    }
+
+    /// Certifies and registers the caller's own transport key, in place of an earlier one: from
+    /// then on keys are wrapped for the new one.
+    ///
+    /// # Errors
+    /// Not permitted, a key that is not EC P-256, or trouble of HSM or database.
+    pub async fn register_transport_key(
+        &self,
+        caller: &Caller,
+        request: RequestId,
+        certification: &CertificationRequest,
+    ) -> Result<v1::PrincipalCertificate, ServiceError> {
+        let id = caller.principal.clone();
+        let action = Action::RegisterTransportKey { role: id.role() };
+        self.island.require(caller, &action).await?;
+        let issued =
+            self.authority.transport(&id, certification, self.validity())?.sign(&self.island.hsm_for(caller)).await?;
+        let digest = request_digest("transport", &[&certification.spki_sha256()]);
+        let chain = self.chain();
+        self.act(
+            caller,
+            Request { id: request, digest },
+            action,
+            id.clone(),
+            Reads::default(),
+            move |_, _, existing| {
+                let mut principal = enabled(&id, existing)?;
+                principal.transport =
+                    Some(issued.for_transport().ok_or_else(|| {
+                        ServiceError::Internal("a transport certificate without a P-256 key".to_owned())
+                    })?);
+                principal.revision += 1;
+                let record = changed(&id, "transport-key-registered", Some(&issued), "");
+                Ok((principal, record, Some(issued.clone()), chain.clone()))
+            },
+        )
+        .await
+    }
+
+    /// Shuts a principal out, from its next call on. Repeating it changes nothing.
+    ///
+    /// # Errors
+    /// Not permitted, no such principal, the last enabled officer, or trouble of the database.
+    pub async fn disable(
+        &self,
+        caller: &Caller,
+        request: RequestId,
+        id: PrincipalId,
+        reason: String,
+    ) -> Result<v1::Principal, ServiceError> {
+        let action = Action::DisablePrincipal { role: id.role(), own: id == caller.principal };
+        self.island.require(caller, &action).await?;
+        let digest = request_digest("disable", &[id.to_string().as_bytes(), reason.as_bytes()]);
+        let answer = self
+            .act_among_all(
+                caller,
+                Request { id: request, digest },
+                action,
+                id.clone(),
+                Reads::default(),
+                move |view, _, existing, everyone| {
+                    let mut principal = existing.as_deref().cloned().ok_or_else(|| unknown(&id))?;
+                    if principal.status == PrincipalStatus::Enabled {
+                        everyone.refuse_last_officer(view, &id)?;
+                    }
+                    if principal.status == PrincipalStatus::Enabled {
+                        principal.status = PrincipalStatus::Disabled;
+                        principal.revision += 1;
+                    }
+                    let record = changed(&id, "disabled", None, &reason);
+                    Ok((principal, record, None, Vec::new()))
+                },
+            )
+            .await?;
+        answer.principal.ok_or_else(|| ServiceError::Internal("an answer without its principal".to_owned()))
+    }
+
+    /// All principals, in order of their URIs.
+    ///
+    /// # Errors
+    /// Not permitted, a row that does not verify, or trouble of the database.
+    pub async fn list(&self, caller: &Caller) -> Result<Vec<v1::Principal>, ServiceError> {
+        self.island.require(caller, &Action::ListPrincipals).await?;
+        self.all().await?.into_iter().map(|principal| Ok(to_proto(&*principal?))).collect()
+    }
+
+    /// Who the server takes the caller for.
+    ///
+    /// # Errors
+    /// Nobody that it accepts, or trouble of the database.
+    pub async fn who_am_i(&self, caller: &Caller) -> Result<v1::Principal, ServiceError> {
+        let row = self.island.principal(caller).await?;
+        let mut principal = to_proto(&row);
+        for (shown, certificate) in principal.certificates.iter_mut().zip(&row.certificates) {
+            shown.in_use = certificate.sha256 == caller.certificate_sha256;
+        }
+        Ok(principal)
+    }
+
+    /// As [`Self::act`], for a change that must fit all principals together.
+    async fn act_among_all<F>(
+        &self,
+        caller: &Caller,
+        request: Request,
+        action: Action,
+        id: PrincipalId,
+        more: Reads,
+        change: F,
+    ) -> Result<v1::PrincipalCertificate, ServiceError>
+    where
+        F: Fn(&mut View<'_, '_>, &Permit, Option<Arc<Principal>>, &Everyone) -> Changed + Clone + Send + Sync + 'static,
+    {
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let everyone = Everyone::of(&*self.island.store, &self.island.committer, self.island.name()).await?;
+            let (mut reads, change) = (everyone.reads(), change.clone());
+            reads.extend(&more);
+            let changed =
+                self.act(caller, request, action.clone(), id.clone(), reads, move |view, permit, existing| {
+                    change(view, permit, existing, &everyone)
+                });
+            match changed.await {
+                Err(error) if Everyone::is_stale(&error) && attempts < MOST_ATTEMPTS => {}
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// Changes one principal, on the record.
+    async fn act<F>(
+        &self,
+        caller: &Caller,
+        request: Request,
+        action: Action,
+        id: PrincipalId,
+        reads: Reads,
+        change: F,
+    ) -> Result<v1::PrincipalCertificate, ServiceError>
+    where
+        F: Fn(&mut View<'_, '_>, &Permit, Option<Arc<Principal>>) -> Changed + Send + Sync + 'static,
+    {
+        Ok(self.island.door.act(caller, request, ChangePrincipal { action, id, reads, change }).await?.value)
+    }
+
+    /// Puts on the record what is refused before an act, of those who try to be two people or to
+    /// shut somebody out (I2).
+    fn on_record(&self, caller: &Caller, action: &Action, refusal: ServiceError) -> ServiceError {
+        if matches!(refusal, ServiceError::FailedPrecondition { .. }) {
+            self.island.committer.refused(Some(&caller.principal), action.name(), refusal.to_string());
+        }
+        refusal
+    }
+
+    /// Whether the principal may have one more certificate, as its row stands beside the writer.
+    async fn has_room(&self, id: &PrincipalId) -> Result<bool, ServiceError> {
+        let (kind, name) = principal_row(id);
+        let Some(row) = self.island.store.sealed(kind, &name).await? else { return Ok(true) };
+        let now = Island::now();
+        // Whatever does not verify is refused in the act.
+        Ok(self
+            .island
+            .committer
+            .open_principal(id, &row)
+            .map_or(true, |principal| principal.live_certificates(now).count() < MOST_CERTIFICATES))
+    }
+
+    /// Every principal, or why its row is not believed.
+    async fn all(&self) -> Result<Vec<Result<Arc<Principal>, ServiceError>>, ServiceError> {
+        let mut principals = Vec::new();
+        let mut after: Option<Vec<u8>> = None;
+        loop {
+            let page = self.island.store.sealed_page(RowKind::Principal, after.as_deref(), MOST_AT_ONCE).await?;
+            let Some((last, _)) = page.last() else { return Ok(principals) };
+            after = Some(last.clone());
+            for (id, row) in &page {
+                let id = parse_name(id)?;
+                principals.push(self.island.committer.open_principal(&id, row).map_err(|_| unverified(&id)));
+            }
+        }
+    }
+
+    fn chain(&self) -> Vec<Bytes> {
+        vec![Bytes::copy_from_slice(self.authority.certificate())]
+    }
+
+    fn validity(&self) -> Validity {
+        Validity::days(Island::now(), self.certificate_days)
+    }
+}
+
+/// A change of one principal.
+struct ChangePrincipal<F> {
+    action: Action,
+    id: PrincipalId,
+    reads: Reads,
+    change: F,
+}
+
+impl<F> Act for ChangePrincipal<F>
+where
+    F: Fn(&mut View<'_, '_>, &Permit, Option<Arc<Principal>>) -> Changed + Send + Sync + 'static,
+{
+    type Answer = v1::PrincipalCertificate;
+    type Past = Remembered<v1::PrincipalCertificate>;
+
+    fn name(&self) -> &'static str {
+        self.action.name()
+    }
+
+    fn reads(&self) -> Reads {
+        let mut reads = self.reads.clone();
+        reads.sealed.push(principal_row(&self.id));
+        reads
+    }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        asker.require(&self.action, &Resource::Island)
+    }
+
+    fn decide(
+        &self,
+        permit: &Permit,
+        view: &mut View<'_, '_>,
+    ) -> Result<Decision<v1::PrincipalCertificate>, ServiceError> {
+        let existing = view.principal(&self.id)?;
+        let (principal, record, issued, chain) = (self.change)(view, permit, existing)?;
+        let answer = v1::PrincipalCertificate {
+            principal: Some(to_proto(&principal)),
+            certificate: issued.map(|issued| Bytes::copy_from_slice(&issued.der)).unwrap_or_default(),
+            chain,
+        };
+        view.put_principal(principal)?;
+        Ok(Decision::recorded(view.append(Event::PrincipalChanged(record)), answer))
+    }
+
+    fn again(
+        &self,
+        Remembered(answer): Remembered<v1::PrincipalCertificate>,
+        _: &Permit,
+        _: &mut View<'_, '_>,
+    ) -> Result<v1::PrincipalCertificate, ServiceError> {
+        Ok(answer)
+    }
+}
+
+/// What the contract shows of a principal.
+pub fn to_proto(principal: &Principal) -> v1::Principal {
+    v1::Principal {
+        principal: principal.id.to_string(),
+        status: match principal.status {
+            PrincipalStatus::Enabled => "enabled".to_owned(),
+            PrincipalStatus::Disabled => "disabled".to_owned(),
+        },
+        person: principal.person.as_ref().map(|person| person.as_str().to_owned()).unwrap_or_default(),
+        client_titles: principal.client_titles.iter().map(|title| Bytes::copy_from_slice(&title.octets())).collect(),
+        certificate_not_after_ms: principal
+            .certificates
+            .iter()
+            .map(|certificate: &PrincipalCertificate| certificate.not_after)
+            .max()
+            .unwrap_or(UnixMillis(0))
+            .0,
+        has_transport_key: principal.transport.is_some(),
+        revision: u64::from(principal.revision),
+        certificates: principal.certificates.iter().map(registered).collect(),
+    }
+}
+
+fn registered(certificate: &PrincipalCertificate) -> v1::RegisteredCertificate {
+    v1::RegisteredCertificate {
+        serial: certificate.serial.clone(),
+        not_after_ms: certificate.not_after.0,
+        key_sha256: certificate.key_sha256.map(|digest| Bytes::copy_from_slice(&digest)).unwrap_or_default(),
+        enrolment: certificate.enrolment.name().to_owned(),
+        issued_by: certificate.issued_by.as_ref().map(ToString::to_string).unwrap_or_default(),
+        counts: certificate.enrolment.counts(),
+        in_use: false,
+    }
+}
+
+/// A manufacturer's key that signs shipments: DER of an EC P-256 or P-384 SubjectPublicKeyInfo.
+///
+/// # Errors
+/// Another key.
+pub fn parse_shipment_key(der: &[u8]) -> Result<Bytes, ParseError> {
+    use x509_parser::prelude::FromDer;
+    let refuse =
+        || ParseError::new("shipment key", "it is no SubjectPublicKeyInfo (DER) of an EC key on P-256 or P-384");
+    let (rest, info) = x509_parser::x509::SubjectPublicKeyInfo::from_der(der).map_err(|_| refuse())?;
+    let point = &info.subject_public_key.data;
+    let curve = info
+        .algorithm
+        .parameters
+        .as_ref()
+        .and_then(|parameters| parameters.as_oid().ok())
+        .map(|oid| oid.to_id_string());
+    let algorithm: &aws_lc_rs::agreement::Algorithm = match curve.as_deref() {
+        Some("1.2.840.10045.3.1.7") => &aws_lc_rs::agreement::ECDH_P256,
+        Some("1.3.132.0.34") => &aws_lc_rs::agreement::ECDH_P384,
+        _ => return Err(refuse()),
+    };
+    // The library checks that the point is on its curve.
+    let on_curve = aws_lc_rs::agreement::ParsedPublicKey::try_from(&aws_lc_rs::agreement::UnparsedPublicKey::new(
+        algorithm, point,
+    ))
+    .is_ok();
+    if !rest.is_empty() || !on_curve {
+        return Err(refuse());
+    }
+    Ok(Bytes::copy_from_slice(der))
+}
+
+fn changed(id: &PrincipalId, change: &str, issued: Option<&IssuedCertificate>, reason: &str) -> PrincipalChanged {
+    PrincipalChanged {
+        principal: id.to_string(),
+        change: change.to_owned(),
+        certificate_serial: issued.map(|issued| hex::encode(&issued.serial)).unwrap_or_default(),
+        reason: reason.to_owned(),
+    }
+}
+
+fn security_event(kind: &str, detail: String) -> SecurityEvent {
+    SecurityEvent { kind: kind.to_owned(), detail, meter: Bytes::new() }
+}
+
+/// I6: whoever certifies a key of their own for another person is two people from then on.
+fn refuse_for_another_person(id: &PrincipalId, own: bool) -> Result<(), ServiceError> {
+    if own || !id.role().is_personal() {
+        return Ok(());
+    }
+    let custodians = match id.role() {
+        Role::Officer => format!(
+            "; where there are not two, the custodians do, on the token's machine: `kms-server officers recertify {id}`"
+        ),
+        _ => String::new(),
+    };
+    Err(ServiceError::FailedPrecondition {
+        reason: format!("nobody certifies a key for another person alone (I6), and `{id}` is a person's"),
+        next_step: format!(
+            "the person runs `kms principal renew`; if the certificate has ended or is lost, two other officers act: one with \
+             `kms principal propose-key {id}`, another approves{custodians}"
+        ),
+    })
+}
+
+/// A thief of a key, who renews, does not push out the owner's certificate: one more is refused,
+/// and none is dropped.
+fn refuse_too_many(principal: &Principal, now: UnixMillis) -> Result<(), ServiceError> {
+    if principal.certificates.len() < MOST_CERTIFICATES {
+        return Ok(());
+    }
+    let serials: Vec<String> =
+        principal.certificates.iter().map(|certificate| hex::encode(&certificate.serial)).collect();
+    let first = principal.certificates.iter().map(|certificate| certificate.not_after).min().unwrap_or(now);
+    Err(ServiceError::FailedPrecondition {
+        reason: format!(
+            "`{}` has {} certificates that have not ended ({}), and the bound is {MOST_CERTIFICATES}: the one in use and its successor",
+            principal.id,
+            serials.len(),
+            serials.join(", ")
+        ),
+        next_step: format!(
+            "an officer ends one that is not in use with `kms principal end-certificate {} SERIAL`; if you do not know one of them, somebody else has the \
+             key: tell the officers at once; otherwise wait: the first ends in {} days",
+            principal.id,
+            first.0.saturating_sub(now.0).div_euclid(86_400_000) + 1
+        ),
+    })
+}
+
+fn enabled(id: &PrincipalId, existing: Option<Arc<Principal>>) -> Result<Principal, ServiceError> {
+    let principal = existing.as_deref().cloned().ok_or_else(|| unknown(id))?;
+    match principal.status {
+        PrincipalStatus::Enabled => Ok(principal),
+        PrincipalStatus::Disabled => Err(ServiceError::FailedPrecondition {
+            reason: format!("`{id}` is disabled"),
+            next_step: "add a principal with a new name".to_owned(),
+        }),
+    }
+}
+
+/// Policy has permitted the action on the role by now, so the caller may know.
+fn unknown(id: &PrincipalId) -> ServiceError {
+    ServiceError::NotFound { what: format!("the principal `{id}`") }
+}
+
+/// Binds a request id to what was asked: each part with its length.
+fn request_digest(verb: &str, parts: &[&[u8]]) -> [u8; 32] {
+    let mut context = Context::new(&SHA256);
+    for part in std::iter::once(verb.as_bytes()).chain(parts.iter().copied()) {
+        context.update(&(part.len() as u64).to_be_bytes());
+        context.update(part);
+    }
+    let mut digest = [0; 32];
+    digest.copy_from_slice(context.finish().as_ref());
+    digest
+}
+
+/// Certificates of one principal at a time that have not ended: the one in use, and its successor.
+const MOST_CERTIFICATES: usize = 2;
+/// How often an act begins again because a principal was added meanwhile.
+const MOST_ATTEMPTS: usize = 8;
+const MOST_AT_ONCE: u32 = 500;

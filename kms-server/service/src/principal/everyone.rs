@@ -1,0 +1,170 @@
+//! What must hold of all principals together: checked in the transaction that changes one of them.
+
+use std::sync::Arc;
+
+use kms_domain::{IslandName, Principal, PrincipalId, PrincipalStatus, Role, SystemTitle};
+use kms_store::{Reads, RowKind, Store};
+
+use super::MOST_AT_ONCE;
+use kms_base::error::ServiceError;
+use kms_ledger::principal_row;
+use kms_ledger::{Committer, View};
+
+/// The names of all principals that there were when the island's row counted so many. The row
+/// counts each one that is added: a transaction that finds the same count reads them all, and is in
+/// the way of another server's that adds one.
+#[derive(Clone, Debug)]
+pub(crate) struct Everyone {
+    island: IslandName,
+    ids: Vec<PrincipalId>,
+    added: u64,
+}
+
+impl Everyone {
+    /// Reads the names, beside the writer.
+    pub(crate) async fn of(
+        store: &dyn Store,
+        committer: &Committer,
+        island: &IslandName,
+    ) -> Result<Self, ServiceError> {
+        // The count first: one that is added meanwhile makes the names too many, and not too few.
+        let row = store.sealed(RowKind::Island, island.as_str().as_bytes()).await?.ok_or_else(no_island)?;
+        let added = committer.open_island(&row)?.principals_added;
+        let (mut ids, mut after) = (Vec::new(), None::<Vec<u8>>);
+        loop {
+            let page = store.sealed_page(RowKind::Principal, after.as_deref(), MOST_AT_ONCE).await?;
+            let Some((last, _)) = page.last() else { break };
+            after = Some(last.clone());
+            for (name, _) in &page {
+                ids.push(parse_name(name)?);
+            }
+        }
+        Ok(Self { island: island.clone(), ids, added })
+    }
+
+    /// What a transaction reads that looks at all of them.
+    pub(crate) fn reads(&self) -> Reads {
+        let mut sealed: Vec<_> = self.ids.iter().map(principal_row).collect();
+        sealed.push((RowKind::Island, self.island.as_str().as_bytes().to_vec()));
+        Reads { sealed, ..Reads::default() }
+    }
+
+    /// All of them as they stand in the transaction.
+    ///
+    /// # Errors
+    /// Aborted, with [`Self::is_stale`]: one was added since the names were read. A row that does
+    /// not verify, which the refusal names: its key could be the one that is certified (I6).
+    pub(crate) fn rows(&self, view: &mut View<'_, '_>) -> Result<Vec<Arc<Principal>>, ServiceError> {
+        if view.island(&self.island)?.ok_or_else(no_island)?.principals_added != self.added {
+            return Err(stale());
+        }
+        let mut rows = Vec::with_capacity(self.ids.len());
+        for id in &self.ids {
+            rows.extend(view.principal(id).map_err(|error| match error {
+                ServiceError::PermissionDenied { .. } => unverified(id),
+                other => other,
+            })?);
+        }
+        Ok(rows)
+    }
+
+    /// Counts one more, so that other transactions that have read the names read them again.
+    pub(crate) fn count_one_more(&self, view: &mut View<'_, '_>) -> Result<(), ServiceError> {
+        let mut row = Arc::unwrap_or_clone(view.island(&self.island)?.ok_or_else(no_island)?);
+        row.principals_added += 1;
+        view.put_island(row)
+    }
+
+    /// Somebody must be able to administer the island without this principal: another officer,
+    /// enabled, with a certificate that has not ended. An officer whose row does not verify is
+    /// none.
+    pub(crate) fn refuse_last_officer(&self, view: &mut View<'_, '_>, id: &PrincipalId) -> Result<(), ServiceError> {
+        if id.role() != Role::Officer {
+            return Ok(());
+        }
+        let now = view.now();
+        for other in self.ids.iter().filter(|other| other.role() == Role::Officer && *other != id) {
+            match view.principal(other) {
+                Ok(Some(other)) if other.can_act(now) => return Ok(()),
+                Ok(_) | Err(ServiceError::PermissionDenied { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(ServiceError::FailedPrecondition {
+            reason: format!(
+                "`{id}` is the last enabled officer with a certificate that has not ended, and nobody could administer the island afterwards"
+            ),
+            next_step: "add another officer first".to_owned(),
+        })
+    }
+
+    /// Whether a refusal says that the names must be read again.
+    pub(crate) fn is_stale(error: &ServiceError) -> bool {
+        *error == stale()
+    }
+}
+
+/// I6: one key stands for one principal. Two principals with one key would be one person who counts
+/// twice.
+pub(crate) fn refuse_shared_key(
+    rows: &[Arc<Principal>],
+    id: &PrincipalId,
+    key_sha256: &[u8; 32],
+) -> Result<(), ServiceError> {
+    let has_key = |principal: &Principal| {
+        principal.certificates.iter().any(|certificate| certificate.key_sha256.as_ref() == Some(key_sha256))
+    };
+    match rows.iter().find(|other| other.id != *id && has_key(other)) {
+        None => Ok(()),
+        Some(other) => Err(ServiceError::FailedPrecondition {
+            reason: format!("the key is that of a certificate of `{}`", other.id),
+            next_step: "make a key pair for each principal".to_owned(),
+        }),
+    }
+}
+
+/// No two enabled principals use one client title: leases of one would supersede those of the
+/// other.
+pub(crate) fn refuse_shared_titles(
+    rows: &[Arc<Principal>],
+    id: &PrincipalId,
+    titles: &[SystemTitle],
+) -> Result<(), ServiceError> {
+    let others = rows.iter().filter(|other| other.id != *id && other.status == PrincipalStatus::Enabled);
+    for other in others {
+        if let Some(title) = titles.iter().find(|title| other.client_titles.contains(title)) {
+            return Err(ServiceError::FailedPrecondition {
+                reason: format!("the client title {title} belongs to `{}`", other.id),
+                next_step: "give each principal a title of its own".to_owned(),
+            });
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn parse_name(name: &[u8]) -> Result<PrincipalId, ServiceError> {
+    let id = std::str::from_utf8(name).ok().and_then(|id| PrincipalId::parse(id).ok());
+    id.ok_or_else(|| ServiceError::Internal("a principal's row with an id that is no principal (I5)".to_owned()))
+}
+
+fn stale() -> ServiceError {
+    ServiceError::Aborted {
+        reason: "another principal was added at the same moment".to_owned(),
+        next_step: "ask again".to_owned(),
+    }
+}
+
+pub(super) fn unverified(id: &PrincipalId) -> ServiceError {
+    ServiceError::FailedPrecondition {
+        reason: format!(
+            "the row of `{id}` does not verify (I5), so nobody can tell whether its key or client title is the same"
+        ),
+        next_step:
+            "restore that row from a copy of the database, then ask again; `kms audit scrub` lists all such rows"
+                .to_owned(),
+    }
+}
+
+fn no_island() -> ServiceError {
+    ServiceError::Internal("the island has no row (I5)".to_owned())
+}
