@@ -118,6 +118,11 @@ impl<P: Clone + Eq + Hash, T> Turns<P, T> {
         Some((payer, cost, item))
     }
 
+    /// Whether there is a head of a lane that `fits` takes, given payer and cost.
+    pub fn any_where(&self, mut fits: impl FnMut(&P, u64) -> bool) -> bool {
+        self.lanes.iter().any(|(payer, lane)| lane.waiting.front().is_some_and(|(cost, _)| fits(payer, *cost)))
+    }
+
     /// Takes everything, in no order.
     pub fn drain(&mut self) -> impl Iterator<Item = T> + use<P, T> {
         self.heads.clear();
@@ -167,6 +172,7 @@ mod tests {
         turns.push("one", 1, 1);
         turns.push("other", 2, 2);
         assert_eq!(turns.pop_where(|payer, _| *payer != "one"), Some(("other", 2, 2)));
+        assert!(turns.any_where(|payer, cost| (*payer, cost) == ("one", 1)) && !turns.any_where(|_, cost| cost > 1));
         assert_eq!(turns.pop_where(|_, cost| cost > 1), None);
         turns.push("third", 1, 3);
         assert_eq!(order(&mut turns), [("one", 1), ("third", 3)]);

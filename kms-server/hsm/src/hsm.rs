@@ -428,6 +428,9 @@ impl Hsm {
             let one = one.clone();
             token.submit(&self.payer, part.len(), job, move |worker| each(&part, |input| one(worker, input)))
         };
+        if (1..=PART).contains(&batch.len()) {
+            return submit(batch)?.outcome().await;
+        }
         joined(parts(batch).into_iter().map(submit).collect::<Result<_, _>>()?).await
     }
 

@@ -32,9 +32,8 @@ struct State<T> {
     receivers: usize,
     /// Items of each payer that receivers work on.
     taken: HashMap<Payer, usize>,
-    /// Receivers that wait although items are there, which would take the last free place from
-    /// others.
-    held_back: usize,
+    /// Receivers that wait: for items, or for a place beside the one that is left for others.
+    waiting: usize,
     /// Who sent the last item, the server itself apart; and when it was another one than the time
     /// before.
     last: Payer,
@@ -66,11 +65,7 @@ impl<T> Drop for Turn<'_, T> {
                 state.taken.remove(&self.payer);
             }
         }
-        let held_back = state.held_back > 0;
-        drop(state);
-        if held_back {
-            self.queue.changed.notify_one();
-        }
+        // Nobody is woken: the receiver whose turn it was comes back for the place that it leaves.
     }
 }
 
@@ -91,7 +86,7 @@ impl<T> Queue<T> {
             closed: false,
             receivers: 1,
             taken: HashMap::new(),
-            held_back: 0,
+            waiting: 0,
             last: None,
             changed: None,
         };
@@ -121,18 +116,30 @@ impl<T> Queue<T> {
             state.last.clone_from(payer);
         }
         state.turns.push(payer.clone(), cost, item);
+        // A receiver that is woken for an item that it may not take costs two changes of threads.
+        let fits = state.fits(payer, self.not_alone);
         drop(state);
-        self.changed.notify_one();
+        if fits {
+            self.changed.notify_one();
+        }
         Ok(())
     }
 
-    /// The item whose turn it is, waiting for one at most `idle`.
+    /// The item whose turn it is, waiting for one at most `idle`. Who has received an item comes
+    /// back when its turn is over: its place is given to nobody else.
     pub(crate) fn pop(&self, idle: Duration) -> Received<'_, T> {
         let mut state = self.state();
         let mut timed_out = false;
         loop {
             if let Some((payer, item)) = state.next(self.not_alone) {
                 *state.taken.entry(payer.clone()).or_default() += 1;
+                // Nobody was woken for an item that had no place when it came. Where it has one by
+                // now, who goes on tells another.
+                let more = state.waiting > 0 && state.any_fits(self.not_alone);
+                drop(state);
+                if more {
+                    self.changed.notify_one();
+                }
                 return Received::Item(item, Turn { queue: self, payer });
             }
             if state.closed && state.turns.is_empty() {
@@ -141,11 +148,10 @@ impl<T> Queue<T> {
             if timed_out {
                 return Received::Idle;
             }
-            let held_back = usize::from(!state.turns.is_empty());
-            state.held_back += held_back;
+            state.waiting += 1;
             let (next, waited) = self.changed.wait_timeout(state, idle).unwrap_or_else(PoisonError::into_inner);
             state = next;
-            state.held_back -= held_back;
+            state.waiting -= 1;
             timed_out = waited.timed_out();
         }
     }
@@ -161,11 +167,33 @@ impl<T> State<T> {
     /// The item whose turn it is. While several payers send items, none has all receivers: one of
     /// them is free for the others, who would wait for a part of a batch otherwise.
     fn next(&mut self, not_alone: Duration) -> Option<(Payer, T)> {
-        let alone = self.receivers < 2 || self.changed.is_none_or(|changed| changed.elapsed() > not_alone);
+        let alone = self.is_alone(not_alone);
         let (taken, receivers) = (&self.taken, self.receivers);
-        let fits = |payer: &Payer, _| alone || taken.get(payer).copied().unwrap_or_default() < receivers - 1;
+        let fits = |payer: &Payer, _| alone || has_place(taken, payer, receivers);
         self.turns.pop_where(fits).map(|(payer, _, item)| (payer, item))
     }
+
+    /// Whether [`Self::next`] would take an item of this payer.
+    fn fits(&self, payer: &Payer, not_alone: Duration) -> bool {
+        self.is_alone(not_alone) || has_place(&self.taken, payer, self.receivers)
+    }
+
+    /// Whether [`Self::next`] would take an item.
+    fn any_fits(&self, not_alone: Duration) -> bool {
+        let alone = self.is_alone(not_alone);
+        self.turns.any_where(|payer, _| alone || has_place(&self.taken, payer, self.receivers))
+    }
+
+    /// Whether a payer may have all receivers. When the queue is closed, nobody comes who could
+    /// wait for it.
+    fn is_alone(&self, not_alone: Duration) -> bool {
+        self.closed || self.receivers < 2 || self.changed.is_none_or(|changed| changed.elapsed() > not_alone)
+    }
+}
+
+/// Whether a receiver is left for others when one more works for this payer.
+fn has_place(taken: &HashMap<Payer, usize>, payer: &Payer, receivers: usize) -> bool {
+    taken.get(payer).copied().unwrap_or_default() < receivers - 1
 }
 
 /// For how long a payer counts as not alone after another one's item.
@@ -202,6 +230,50 @@ mod tests {
         assert_eq!(queue.push(&neighbour, 1, 4), Ok(()));
         assert!(matches!(queue.pop(Duration::ZERO), Received::Item(4, _)));
         assert!(matches!(queue.pop(Duration::ZERO), Received::Item(1, _)));
+    }
+
+    /// Nobody sleeps for ever beside items, although not every item wakes somebody.
+    #[test]
+    fn every_item_is_taken_and_nobody_has_all_receivers() {
+        const RECEIVERS: usize = 3;
+        for not_alone in [Duration::ZERO, Duration::from_millis(1), Duration::MAX] {
+            let mut queue = Queue::new(QueueLimits { all: 10_000, of_one: 10_000 });
+            queue.not_alone = not_alone;
+            queue.set_receivers(RECEIVERS);
+            let (done, of_one) = (Mutex::new(Vec::new()), Mutex::new(HashMap::<u8, (usize, usize)>::new()));
+            std::thread::scope(|scope| {
+                for _ in 0..RECEIVERS {
+                    scope.spawn(|| {
+                        // Nobody is woken by time alone.
+                        while let Received::Item((payer, item), turn) = queue.pop(Duration::from_secs(60)) {
+                            let now = |step: isize| {
+                                let mut of_one = of_one.lock().unwrap();
+                                let (at_once, most) = of_one.entry(payer).or_default();
+                                *at_once = at_once.saturating_add_signed(step);
+                                *most = (*most).max(*at_once);
+                            };
+                            now(1);
+                            std::thread::yield_now();
+                            now(-1);
+                            drop(turn);
+                            done.lock().unwrap().push((payer, item));
+                        }
+                    });
+                }
+                let payers = [Some("flood".into()), Some("neighbour".into())];
+                for item in 0..3_000 {
+                    let payer = u8::from(item % 7 == 0);
+                    queue.push(&payers[usize::from(payer)], 1, (payer, item)).unwrap();
+                }
+                while done.lock().unwrap().len() < 3_000 {
+                    std::thread::yield_now();
+                }
+                queue.close();
+            });
+            if not_alone == Duration::MAX {
+                assert!(of_one.lock().unwrap().values().all(|(_, most)| *most < RECEIVERS), "one had all receivers");
+            }
+        }
     }
 
     #[test]

@@ -242,13 +242,11 @@ impl FrameService {
         purpose: Purpose,
         frames: Vec<ReceivedFrame>,
     ) -> Result<(Vec<FrameOutcome>, Vec<Alert>), ServiceError> {
-        let principal = self.island.principal(caller).await?;
+        let titles: Vec<SystemTitle> = frames.iter().map(|frame| frame.meter).collect();
+        let (principal, rows) = self.island.principal_and_meters(caller, &titles).await?;
         let facts = facts(&principal);
-        let mut titles: Vec<SystemTitle> = frames.iter().map(|frame| frame.meter).collect();
-        titles.sort_unstable();
-        titles.dedup();
         let mut meters = HashMap::new();
-        for row in self.island.store.meters(&titles).await? {
+        for row in rows {
             match self.island.committer.open_meter(row.title, &row.row) {
                 Ok(meter) => meters.insert(row.title, meter),
                 // It may have been written between being read and being opened. One that does not
@@ -857,11 +855,12 @@ impl PlannedFrame {
     /// Everything that goes into the octets.
     fn content(&self) -> Vec<u8> {
         let (tag, title) = self.tag.map_or((0, None), |(tag, title)| (tag.octet(), title));
-        let mut content = vec![self.control.octet(), tag];
-        content.extend(title.map_or([0; 8], SystemTitle::octets));
-        content.extend(self.client_title.octets());
-        content.extend(self.counter.to_be_bytes());
-        content.extend(&self.input.plaintext);
+        let mut content = Vec::with_capacity(22 + self.input.plaintext.len());
+        content.extend_from_slice(&[self.control.octet(), tag]);
+        content.extend_from_slice(&title.map_or([0; 8], SystemTitle::octets));
+        content.extend_from_slice(&self.client_title.octets());
+        content.extend_from_slice(&self.counter.to_be_bytes());
+        content.extend_from_slice(&self.input.plaintext);
         content
     }
 

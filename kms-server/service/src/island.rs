@@ -6,7 +6,7 @@ use std::{collections::HashSet, path::PathBuf, sync::Arc};
 use arc_swap::ArcSwap;
 use kms_domain::{FingerprintKey, Group, GroupId, IslandName, PrincipalId, SystemTitle, UnixMillis};
 use kms_hsm::Hsm;
-use kms_store::{RowKind, Store};
+use kms_store::{MeterRow, RowKind, SealedRow, Store};
 
 use crate::profiles::Profiles;
 use crate::scrub::Flight;
@@ -80,18 +80,42 @@ impl Island {
     /// It is disabled, unknown, or the certificate is not one of its own; the row was tampered
     /// with; the database is away.
     pub async fn principal(&self, caller: &Caller) -> Result<Arc<kms_domain::Principal>, ServiceError> {
+        let name = caller.principal.to_string();
+        let row = self.store.sealed(RowKind::Principal, name.as_bytes()).await?;
+        self.accept(caller, row).await
+    }
+
+    /// As [`Self::principal`], with the rows of these meters as [`Store::meters`] reads them.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn principal_and_meters(
+        &self,
+        caller: &Caller,
+        titles: &[SystemTitle],
+    ) -> Result<(Arc<kms_domain::Principal>, Vec<MeterRow>), ServiceError> {
+        let name = caller.principal.to_string();
+        let (row, meters) = self.store.sealed_and_meters(RowKind::Principal, name.as_bytes(), titles).await?;
+        Ok((self.accept(caller, row).await?, meters))
+    }
+
+    async fn accept(
+        &self,
+        caller: &Caller,
+        row: Option<SealedRow>,
+    ) -> Result<Arc<kms_domain::Principal>, ServiceError> {
         let refuse = || {
             ServiceError::unauthenticated(
                 "the certificate is not one of an enabled principal of this island; ask a security officer",
             )
         };
-        let name = caller.principal.to_string();
-        let row = self.store.sealed(RowKind::Principal, name.as_bytes()).await?.ok_or_else(refuse)?;
+        let row = row.ok_or_else(refuse)?;
         let principal = match self.committer.open_principal(&caller.principal, &row) {
             Ok(principal) => principal,
             // It may have been written between being read and being opened: only what does not
             // verify again was tampered with.
             Err(_) => {
+                let name = caller.principal.to_string();
                 let row = self.store.sealed(RowKind::Principal, name.as_bytes()).await?.ok_or_else(refuse)?;
                 self.committer.open_principal(&caller.principal, &row)?
             }

@@ -71,6 +71,15 @@ pub trait Store: Send + Sync {
     /// The rows of meters, in order of their titles as signed integers; unknown ones are left out.
     async fn meters(&self, titles: &[SystemTitle]) -> Result<Vec<MeterRow>, StoreError>;
 
+    /// What [`Self::sealed`] and [`Self::meters`] read, in one statement: a statement costs more
+    /// than its rows, and a call that reads asks for its caller and its meters.
+    async fn sealed_and_meters(
+        &self,
+        kind: RowKind,
+        id: &[u8],
+        titles: &[SystemTitle],
+    ) -> Result<(Option<SealedRow>, Vec<MeterRow>), StoreError>;
+
     /// Up to `limit` meters after a title, in order of titles as signed integers. With an empty
     /// filter: what the scrubber walks (I5).
     async fn meter_page(

@@ -110,6 +110,12 @@ async fn what_was_written_is_read(f: Fixture) {
     assert_eq!(f.store.meters(&[title(2), title(1), title(1)]).await.unwrap().len(), 1);
     assert_eq!(f.store.sealed(RowKind::Group, &[0, 255, 2]).await.unwrap(), Some(row(1, "group")));
     assert_eq!(f.store.sealed(RowKind::Group, &[0]).await.unwrap(), None);
+    for (id, named) in [([0, 255, 2].as_slice(), Some(row(1, "group"))), (&[0], None)] {
+        let titles = [title(2), title(1), title(1)];
+        let (found, meters) = f.store.sealed_and_meters(RowKind::Group, id, &titles).await.unwrap();
+        assert_eq!((found, meters), (named, f.store.meters(&titles).await.unwrap()));
+        assert!(f.store.sealed_and_meters(RowKind::Group, id, &[]).await.unwrap().1.is_empty());
+    }
     assert_eq!(f.store.sealed_page(RowKind::Island, None, 5).await.unwrap(), [(vec![0, 255, 6], row(1, "island"))]);
     assert!(f.store.sealed_page(RowKind::Island, Some(&[0, 255, 6]), 5).await.unwrap().is_empty());
     assert!(f.store.sizes().await.unwrap().database > 0);

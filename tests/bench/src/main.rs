@@ -58,6 +58,10 @@ struct Arguments {
     /// Only this module.
     #[arg(long)]
     module: Option<Module>,
+    /// Only these groups of figures, and the import, which all of them need. Each group finds what
+    /// those before it left: compare runs of the same groups only.
+    #[arg(long, value_enum, value_name = "GROUP", value_delimiter = ',')]
+    only: Vec<Group>,
     /// Where the islands are made; on the kind of disk that a server would have.
     #[arg(long)]
     directory: Option<PathBuf>,
@@ -74,6 +78,23 @@ enum Internal {
     /// Measures a module in this process, and prints JSON.
     #[command(hide = true)]
     Raw { path: PathBuf, milliseconds: u64 },
+}
+
+/// Figures that are measured together, in the order in which they are measured.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Group {
+    /// Cycles against the module itself.
+    Raw,
+    /// Sessions in batches and single ones.
+    Grants,
+    /// Single sessions beside another head-end's flood.
+    Fairness,
+    /// Frames in the HSM.
+    Frames,
+    /// A campaign's plan, and key transfers.
+    Rotation,
+    /// Memory that unfinished requests hold.
+    Unfinished,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -120,19 +141,36 @@ impl Arguments {
         conditions
             .sizes
             .push(format!("{} s each; batches of {BATCH} meters, two in flight, two keys a meter", self.seconds));
+        if !self.only.is_empty() {
+            let groups: Vec<String> = self
+                .only
+                .iter()
+                .filter_map(Group::to_possible_value)
+                .map(|group| group.get_name().to_owned())
+                .collect();
+            conditions.sizes.push(format!("only {}", groups.join(", ")));
+        }
         let time = Duration::from_secs(self.seconds);
 
         // All direct cycles first, while nothing else of this program runs.
         let mut raws = Vec::new();
         for module in modules {
-            let folder = directory.path().join(format!("raw-{}", module.name()));
-            let raw = Raw::measure(module, &folder, time.min(LONGEST_RAW))?;
-            conditions.modules.push(format!("{} ({})", module.name(), raw.library));
+            let raw = if self.measures(Group::Raw) {
+                let folder = directory.path().join(format!("raw-{}", module.name()));
+                let raw = Raw::measure(module, &folder, time.min(LONGEST_RAW))?;
+                conditions.modules.push(format!("{} ({})", module.name(), raw.library));
+                Some(raw)
+            } else {
+                conditions.modules.push(module.name().to_owned());
+                None
+            };
             raws.push((module, raw));
         }
         let mut report = Report::new(conditions);
         for (module, raw) in raws {
-            report_raw(&mut report, module, &raw);
+            if let Some(raw) = &raw {
+                report_raw(&mut report, module, raw);
+            }
             let folder = directory.path().join(module.name());
             std::fs::create_dir(&folder)?;
             eprintln!("  {:<8} holding the ceremony", module.name());
@@ -143,18 +181,24 @@ impl Arguments {
                 module,
                 meters: self.meters_of(module),
                 time,
-                raw: &raw.rates,
+                raw: &raw.map(|raw| raw.rates).unwrap_or_default(),
             }
-            .all()
+            .all(|group| self.measures(group))
             .await?;
             drop(island);
             std::fs::remove_dir_all(&folder)?;
-            report_unfinished(&mut report, module, &folder).await?;
+            if self.measures(Group::Unfinished) {
+                report_unfinished(&mut report, module, &folder).await?;
+            }
         }
         Ok(match self.output {
             Output::Table => report.to_text(),
             Output::Json => report.to_json()?,
         })
+    }
+
+    fn measures(&self, group: Group) -> bool {
+        self.only.is_empty() || self.only.contains(&group)
     }
 
     const fn meters_of(&self, module: Module) -> u64 {
@@ -208,15 +252,23 @@ struct Measuring<'a> {
 }
 
 impl Measuring<'_> {
-    async fn all(mut self) -> Result<(), Failure> {
+    async fn all(mut self, measures: impl Fn(Group) -> bool) -> Result<(), Failure> {
         let devices = self.import().await?;
-        self.first_touch().await?;
-        self.batches().await?;
-        self.singles().await?;
-        self.fairness().await?;
-        self.frames(&devices).await?;
-        self.campaign().await?;
-        self.transfers().await?;
+        if measures(Group::Grants) {
+            self.first_touch().await?;
+            self.batches().await?;
+            self.singles().await?;
+        }
+        if measures(Group::Fairness) {
+            self.fairness().await?;
+        }
+        if measures(Group::Frames) {
+            self.frames(&devices).await?;
+        }
+        if measures(Group::Rotation) {
+            self.campaign().await?;
+            self.transfers().await?;
+        }
         self.memory("after all measurements", "VmRSS");
         self.memory("at its highest", "VmHWM");
         Ok(())
@@ -413,6 +465,7 @@ impl Measuring<'_> {
             let run = frames.unprotect(lanes, size, self.time / 2).await?;
             self.report.add(FRAMES, format!("unprotect, {how}"), "frames/s", self.module, run.rate());
             self.latencies(FRAMES, &format!("unprotect, {how}"), &run);
+            self.report.processor(self.module, &format!("unprotect, {how}"), &run);
         }
         Ok(())
     }

@@ -106,7 +106,8 @@ impl Report {
         Self { conditions, figures: Vec::new(), processor: Vec::new() }
     }
 
-    /// Takes a figure; figures of two modules with one name share a row.
+    /// Takes a figure; figures of two modules with one name share a row. What is no number is a
+    /// ratio to something that was not measured, and left out.
     pub(crate) fn add(
         &mut self,
         group: &'static str,
@@ -115,6 +116,9 @@ impl Report {
         module: Module,
         value: f64,
     ) {
+        if value.is_nan() {
+            return;
+        }
         let name = name.into();
         eprintln!("  {:<8} {name}: {} {unit}", module.name(), shown(value));
         let known = self.figures.iter().position(|figure| figure.group == group && figure.name == name);

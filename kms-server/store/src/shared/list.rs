@@ -11,12 +11,40 @@ use crate::{
 
 type Readers = Pool<Database>;
 
-pub(super) async fn meters(readers: &Readers, titles: &[SystemTitle]) -> Result<Vec<MeterRow>, StoreError> {
+/// Each title once.
+fn distinct(titles: &[SystemTitle]) -> Vec<i64> {
     let mut titles: Vec<i64> = titles.iter().map(|title| title.as_i64()).collect();
     titles.sort_unstable();
     titles.dedup();
+    titles
+}
+
+pub(super) async fn sealed_and_meters(
+    readers: &Readers,
+    kind: RowKind,
+    id: &[u8],
+    titles: &[SystemTitle],
+) -> Result<(Option<SealedRow>, Vec<MeterRow>), StoreError> {
+    let rows = sqlx::query::<Database>(SEALED_AND_METERS)
+        .bind(keys(distinct(titles)))
+        .bind(i64::from(kind.number()))
+        .bind(id)
+        .fetch_all(readers)
+        .await?;
+    let (mut named, mut meters) = (None, Vec::with_capacity(rows.len()));
+    for row in &rows {
+        match row.try_get::<Option<i64>, _>(0)? {
+            Some(_) => meters.push(decode::meter(row)?),
+            None => named = Some(decode::sealed(row, 1)?),
+        }
+    }
+    meters.sort_unstable_by_key(|meter| meter.title.as_i64());
+    Ok((named, meters))
+}
+
+pub(super) async fn meters(readers: &Readers, titles: &[SystemTitle]) -> Result<Vec<MeterRow>, StoreError> {
     let mut meters: Vec<MeterRow> = sqlx::query::<Database>(METER_ROWS)
-        .bind(keys(titles))
+        .bind(keys(distinct(titles)))
         .fetch_all(readers)
         .await?
         .iter()
@@ -308,6 +336,15 @@ const FINGERPRINT_ROWS: &str = concat!(
 
 const METER_ROWS: &str =
     concat!("SELECT m.title, m.generation, m.seal, m.body FROM ", keys!(), join!(), "meter AS m ON m.title = k.value");
+
+/// The sealed row is the one without a title.
+const SEALED_AND_METERS: &str = concat!(
+    "SELECT m.title, m.generation, m.seal, m.body FROM ",
+    keys!(),
+    join!(),
+    "meter AS m ON m.title = k.value UNION ALL ",
+    "SELECT CAST(NULL AS BIGINT), s.generation, s.seal, s.body FROM sealed AS s WHERE s.kind = $2 AND s.id = $3"
+);
 
 const AUDIT_OF_WRITER: &str = concat!(
     "SELECT ",

@@ -99,6 +99,15 @@ impl Store for Engine {
         self.within(list::meters(&self.readers, titles)).await
     }
 
+    async fn sealed_and_meters(
+        &self,
+        kind: RowKind,
+        id: &[u8],
+        titles: &[SystemTitle],
+    ) -> Result<(Option<SealedRow>, Vec<MeterRow>), StoreError> {
+        self.within(list::sealed_and_meters(&self.readers, kind, id, titles)).await
+    }
+
     async fn meter_page(
         &self,
         filter: &MeterFilter,
