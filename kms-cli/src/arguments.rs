@@ -18,8 +18,8 @@ pub(crate) use self::{
 };
 use crate::output::Format;
 
-/// Lends out smart meter keys, on the record: the tool of security officers, auditors and field
-/// technicians.
+/// Manages smart meter keys: for security officers, auditors and field technicians. Every issue of
+/// keys is audited.
 #[derive(Debug, Parser)]
 #[command(name = "kms", version, after_help = AFTER_HELP, max_term_width = 120)]
 pub(crate) struct Arguments {
@@ -32,14 +32,14 @@ pub(crate) struct Arguments {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Options for every command")]
 pub(crate) struct GlobalArguments {
-    /// Folder with the profiles
+    /// Folder that contains the client profiles
     #[arg(long, global = true, value_name = "DIR", default_value = ".kms", env = "KMS_STATE")]
     pub(crate) state: PathBuf,
-    /// Who asks: a profile of the state folder [default: the name in DIR/default-profile]
+    /// Client profile to use [default: the name in DIR/default-profile]
     #[arg(long, global = true, value_name = "NAME", env = "KMS_PROFILE", value_parser = profile_name)]
     pub(crate) profile: Option<String>,
-    /// Form of results
-    #[arg(long, global = true, value_name = "FORM", default_value = "table")]
+    /// Output format
+    #[arg(long, global = true, value_name = "FORMAT", default_value = "table")]
     pub(crate) output: Format,
 }
 
@@ -48,7 +48,7 @@ pub(crate) enum Command {
     /// Get the keys of a meter for a session, or of a group for broadcasts
     #[command(subcommand)]
     Session(SessionCommand),
-    /// Meters: who they are, whose they are, their keys and counters
+    /// Meters: identity, assignment, keys and counters
     #[command(subcommand)]
     Meter(MeterCommand),
     /// Groups of meters: their broadcast keys
@@ -66,13 +66,13 @@ pub(crate) enum Command {
     /// Rotate keys of many meters: plan, approve, start, watch, report
     #[command(subcommand)]
     Campaign(CampaignCommand),
-    /// Dangerous actions that wait for the approval of another person
+    /// Four-eyes approvals: list, approve, execute or withdraw pending proposals
     #[command(subcommand)]
     Proposal(ProposalCommand),
-    /// The island's own roots: versions, what uses them, rotation
+    /// The island's own root keys: versions, what uses them, rotation
     #[command(subcommand)]
     Roots(RootsCommand),
-    /// Who holds keys
+    /// Grants: who was issued which keys
     #[command(subcommand)]
     Grant(GrantCommand),
     /// The audit log
@@ -102,7 +102,7 @@ The shipped policies give keys to head-ends only, for meters that are assigned t
     Open(OpenSession),
     /// Get the keys of a group of meters for broadcasts, and a lease of invocation counters
     #[command(
-        after_help = "A broadcast reaches every meter of the group, so the policies say of each group who may have its keys; the shipped ones say: nobody.\n\n\
+        after_help = "A broadcast reaches every meter of the group, so policies name the head-ends that may have its keys, group by group. The shipped policies name none.\n\n\
         Example:\n  kms --profile head-end session open-group north --client-title 4D4D4D0000000001"
     )]
     OpenGroup(OpenGroupSession),
@@ -125,7 +125,7 @@ pub(crate) struct OpenGroupSession {
     /// Name of the group
     #[arg(value_name = "GROUP", value_parser = group_name)]
     pub(crate) group: String,
-    /// Version of the GBEK [default: the active one]; the one before it is for members that a
+    /// Version of the GBEK [default: the active one]. The version before it is for members that a
     /// rotation has left behind
     #[arg(long = "key-version", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) key_version: Option<u32>,
@@ -133,25 +133,25 @@ pub(crate) struct OpenGroupSession {
     pub(crate) terms: Terms,
 }
 
-/// What is asked for.
+/// What is requested.
 #[derive(Args, Debug)]
 pub(crate) struct Terms {
-    /// What the keys are for
+    /// Purpose of the keys
     #[arg(long, default_value = "read")]
     pub(crate) purpose: PurposeName,
-    /// Client system title of the session, 16 hex digits; without one there are no counters
+    /// Client system title of the session, 16 hex digits. Without one no counters are allocated
     #[arg(long, value_name = "HEX", value_parser = system_title)]
     pub(crate) client_title: Option<SystemTitle>,
     /// Key types [default: GUEK,GAK of a meter, GBEK of a group]
     #[arg(long, value_name = "TYPES", value_delimiter = ',', value_parser = KeyType::parse)]
     pub(crate) key_types: Vec<KeyType>,
-    /// How many invocation counters, 1 to 1,000,000 [default: 1000]
+    /// Number of invocation counters, 1 to 1,000,000 [default: 1000]
     #[arg(long, value_name = "N", requires = "client_title", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub(crate) counters: Option<u32>,
-    /// For how many seconds [default: 900]; policy caps it
+    /// Lifetime of the grant in seconds [default: 900]; policy caps it
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) lifetime: Option<u32>,
-    /// Security setup, 0.b.43.0.e.255 [default: the first]
+    /// Security setup, 0.b.43.0.e.255 [default: the meter's first]
     #[arg(long, value_name = "OBIS", value_parser = SecuritySetupId::parse)]
     pub(crate) security_setup: Option<SecuritySetupId>,
     /// Write the keys into a new file (JSON, mode 0600)
@@ -204,7 +204,7 @@ pub(crate) enum MeterCommand {
         #[arg(value_name = "METER", value_parser = system_title)]
         meter: SystemTitle,
     },
-    /// Make meters the business of a head-end, or of none
+    /// Assign meters to a head-end, or unassign them
     #[command(
         after_help = "With a filter instead of a list it only counts the meters, until you add --yes.\n\nExamples:\n  \
         kms meter assign 4B414D0000000001 4B414D0000000002 --head-end urn:meterkms:dev:head-end:hes-1\n  \
@@ -212,18 +212,19 @@ pub(crate) enum MeterCommand {
         kms meter assign 4B414D0000000001 --to-nobody"
     )]
     Assign(AssignMeters),
-    /// Take invocation counters over, or leave a client title with the head-end that counts today
+    /// Take invocation counters over, or leave a client title with the head-end that counts it
+    /// today
     #[command(
         after_help = "Examples:\n  kms meter adopt 4B414D0000000001 --client-title 4D4D4D0000000001 --floor 120000\n  kms meter adopt --file floors.jsonl\n\n\
         A line of the file: {\"meter\":\"4B414D0000000001\",\"client_title\":\"4D4D4D0000000001\",\"floor\":120000}\n\
         and optionally \"security_setup\":\"0.0.43.0.0.255\", \"owned_by\":\"urn:meterkms:dev:head-end:hes-1\"."
     )]
     Adopt(AdoptCounters),
-    /// Propose to move an invocation counter further than the device profile allows, where a meter
-    /// is truly ahead
+    /// Propose to raise an invocation counter beyond the device profile's cap, where a meter is
+    /// truly ahead
     #[command(
         after_help = "Read the counter at the meter first: what is skipped is lost, and a counter is never lowered. Another person approves it \
-        (kms proposal approve),\nthen somebody carries it out (kms proposal carry-out).\n\n\
+        (kms proposal approve), then an officer executes it (kms proposal carry-out).\n\n\
         Example:\n  kms meter raise-counter 4B414D0000000001 --client-title 4D4D4D0000000001 --to 3000000001 --reason \"read at the meter, ticket 4714\""
     )]
     RaiseCounter(RaiseCounter),
@@ -234,14 +235,14 @@ pub(crate) enum MeterCommand {
         Example:\n  kms meter compromise 4B414D0000000001 --key-type GUEK --key-version 1 --reason \"found in a log, ticket 4715\" --yes"
     )]
     Compromise(CompromiseKey),
-    /// Register meters whose keys are made here
+    /// Enrol meters whose keys this system makes
     #[command(
         after_help = "Examples:\n  kms meter enrol 4B414D00000F0001 --serial 10001001 --manufacturer KAM --device-profile generic-suite0 --batch lab\n  \
         kms meter enrol --file meters.jsonl --manufacturer KAM --device-profile generic-suite0 --batch lab\n\n\
         A line of the file: {\"meter\":\"4B414D00000F0001\",\"serial\":\"10001001\"} and optionally \"groups\":[\"north\"]."
     )]
     Enrol(EnrolMeters),
-    /// End the identity of meters: no grants from now on
+    /// End the identity of meters: their keys are not granted any more
     #[command(after_help = "Example:\n  kms meter retire 4B414D0000000001 --reason \"scrapped, ticket 4711\" --yes")]
     Retire {
         /// System titles, 16 hex digits each
@@ -252,15 +253,15 @@ pub(crate) enum MeterCommand {
         #[command(flatten)]
         sure: Sure,
     },
-    /// Retire a meter in favour of another at the same place
+    /// Retire a meter and replace it by another at the same place
     #[command(
         after_help = "Example:\n  kms meter replace 4B414D0000000001 4B414D0000000002 --reason \"lightning, ticket 4712\" --yes"
     )]
     Replace {
-        /// System title of the meter that goes
+        /// System title of the meter that is removed
         #[arg(value_name = "OLD", value_parser = system_title)]
         old_meter: SystemTitle,
-        /// System title of the meter that comes
+        /// System title of the meter that replaces it
         #[arg(value_name = "NEW", value_parser = system_title)]
         new_meter: SystemTitle,
         #[command(flatten)]
@@ -272,23 +273,23 @@ pub(crate) enum MeterCommand {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum GroupCommand {
-    /// List groups. A group comes into being when a shipment or an enrolment names it
+    /// List groups. A group is created when a shipment or an enrolment names it
     #[command(visible_alias = "ls", after_help = "Example:\n  kms group list")]
     List {
         #[command(flatten)]
         limit: Limit,
     },
-    /// Show a group: keys, versions, counters, who could know a key, and how its members stand.
-    /// Never key octets
+    /// Show a group: keys, versions, counters, who could know a key, and which version its members
+    /// have. Never key octets
     #[command(after_help = "Example:\n  kms group show north")]
     Show {
         /// Name of the group
         #[arg(value_name = "GROUP", value_parser = group_name)]
         group: String,
     },
-    /// Show how far the rotation of a group's key is, and who is left behind
+    /// Show the progress of the rotation of a group's key, and the members that are left behind
     #[command(
-        after_help = "A campaign begins it: kms campaign create NAME --rotate GBEK --group GROUP. When enough members have acknowledged the new version, broadcasts\n\
+        after_help = "A campaign begins the rotation: kms campaign create NAME --rotate GBEK --group GROUP. When enough members have acknowledged the new version, broadcasts \
         may switch to it: kms group switch.\n\nExamples:\n  kms group rotation north\n  kms group rotation north --behind"
     )]
     Rotation {
@@ -300,21 +301,21 @@ pub(crate) enum GroupCommand {
         #[command(flatten)]
         limit: Limit,
     },
-    /// Have broadcasts use the new version of a group's key
+    /// Switch broadcasts to the new version of a group's key
     #[command(
-        after_help = "From then on the new version is lent. The former one is lent too, by --key-version, until every member has the new one: send each broadcast under\n\
-        both if members that are left behind shall hear it.\n\nExamples:\n  kms group switch north --to 2\n  kms group switch north --to 2 --early --reason \"version 1 is stolen\""
+        after_help = "From then on the new version is issued. The former one is issued too, by --key-version, until every member has the new one: send each broadcast \
+        under both if members that are left behind shall hear it.\n\nExamples:\n  kms group switch north --to 2\n  kms group switch north --to 2 --early --reason \"version 1 is stolen\""
     )]
     Switch {
         #[command(flatten)]
         key: GroupKeyName,
-        /// The version that is being rolled out
+        /// Version that is being rolled out
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
         to: u32,
-        /// Although fewer members have it than the group's threshold says
+        /// Switch although fewer members have the version than the group's threshold says
         #[arg(long, requires = "reason")]
         early: bool,
-        /// Why, for the record
+        /// Reason, for the audit record
         #[arg(long, value_name = "TEXT")]
         reason: Option<String>,
         #[command(flatten)]
@@ -326,17 +327,17 @@ pub(crate) enum GroupCommand {
         /// Name of the group
         #[arg(value_name = "GROUP", value_parser = group_name)]
         group: String,
-        /// Percent of the members in stock and in service
+        /// Percentage of the members in stock and in service
         #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(1..=100))]
         switch_at: u32,
     },
-    /// Put meters into a group. They get its key by a transfer
+    /// Add meters to a group. They get its key by a transfer
     #[command(after_help = "Example:\n  kms group add-members north --meter 4B414D0000000001")]
     AddMembers {
         #[command(flatten)]
         members: Members,
     },
-    /// Take meters out of a group. Its keys are exposed then, and have to be rotated
+    /// Remove meters from a group. Its keys are then exposed, and must be rotated
     #[command(
         after_help = "A meter that has left may keep the key that it holds. The ledger says so, and `kms group show` asks for a rotation.\n\n\
         Example:\n  kms group remove-members north --meter 4B414D0000000001 --compromised --reason \"case opened\" --yes"
@@ -380,7 +381,7 @@ pub(crate) struct Members {
     /// A meter, 16 hex digits; may be repeated
     #[arg(long = "meter", value_name = "METER", value_parser = system_title, required_unless_present = "meters_file")]
     pub(crate) meters: Vec<SystemTitle>,
-    /// The meters of this file, a system title a line
+    /// File with meters, one system title a line
     #[arg(long, value_name = "FILE")]
     pub(crate) meters_file: Option<PathBuf>,
 }
@@ -389,8 +390,8 @@ pub(crate) struct Members {
 pub(crate) enum GroupKeyCommand {
     /// Make version 1 of a group's key, as the device profile of its members says
     #[command(
-        after_help = "The new key is pre-active, and granted to nobody, until its members hold it: a rotation brings it to them. With --held-by-meters it\n\
-        is active at once and can be granted: say so if the members hold it, or are set up with it on site by someone who is granted it.\n\nExamples:\n  \
+        after_help = "The new key is pre-active, and granted to nobody, until its members hold it: a rotation delivers it to them. With --held-by-meters it \
+        is active at once and can be granted: use this if the members hold the key, or if someone who is granted the key installs it on site.\n\nExamples:\n  \
         kms group key create north --type GBEK\n  kms group key create north --type GBEK --held-by-meters"
     )]
     Create {
@@ -399,8 +400,8 @@ pub(crate) enum GroupKeyCommand {
         group: String,
         #[command(flatten)]
         key: NewKey,
-        /// Device profile that says how the key is made [default: all that give groups this key,
-        /// which must agree]
+        /// Device profile that says how the key is made [default: all profiles that give groups
+        /// this key, which must agree]
         #[arg(long, value_name = "NAME", value_parser = DeviceProfileName::parse)]
         device_profile: Option<DeviceProfileName>,
     },
@@ -423,7 +424,7 @@ pub(crate) enum DeviceTypeCommand {
         after_help = "Example:\n  kms device-type add kam-gateway-3 --manufacturer KAM --device-profile gateway-suite0"
     )]
     Add {
-        /// Its name: 1 to 64 of a-z, 0-9 and `-`
+        /// Name of the device type: 1 to 64 of a-z, 0-9 and `-`
         #[arg(value_name = "NAME", value_parser = group_name)]
         device_type: String,
         /// FLAG id, three letters
@@ -480,7 +481,7 @@ pub(crate) struct MeterFilter {
     /// Assigned to this head-end (principal URI)
     #[arg(long = "assigned-to", value_name = "URN", value_parser = PrincipalId::parse)]
     pub(crate) assigned_to: Option<PrincipalId>,
-    /// Assigned to nobody
+    /// Not assigned
     #[arg(long, conflicts_with = "assigned_to")]
     pub(crate) unassigned: bool,
     /// From this shipment or enrolment
@@ -490,7 +491,7 @@ pub(crate) struct MeterFilter {
 
 #[derive(Args, Debug)]
 pub(crate) struct Limit {
-    /// Show at most so many; 0 is all
+    /// Show at most this number; 0 shows all
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub(crate) limit: usize,
 }
@@ -500,13 +501,13 @@ pub(crate) struct RaiseCounter {
     /// System title, 16 hex digits
     #[arg(value_name = "METER", value_parser = system_title)]
     pub(crate) meter: SystemTitle,
-    /// Client system title whose counter it is, 16 hex digits
+    /// Client system title of the counter, 16 hex digits
     #[arg(long, value_name = "HEX", value_parser = system_title)]
     pub(crate) client_title: SystemTitle,
-    /// The lowest counter that may be used afterwards: one above the last that the meter accepted
+    /// Lowest counter that may be used afterwards: one above the last that the meter accepted
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
     pub(crate) to: u32,
-    /// The encryption key: GUEK, or GBEK
+    /// Encryption key: GUEK, or GBEK
     #[arg(long, value_name = "TYPE", default_value = "GUEK", value_parser = KeyType::parse)]
     pub(crate) key_type: KeyType,
     /// Version of the key [default: the one that the meter holds, as far as is known]
@@ -515,7 +516,7 @@ pub(crate) struct RaiseCounter {
     /// Security setup, 0.b.43.0.e.255 [default: the first that has the key]
     #[arg(long, value_name = "OBIS", value_parser = SecuritySetupId::parse)]
     pub(crate) security_setup: Option<SecuritySetupId>,
-    /// How many other people must approve, 1 to 9
+    /// Number of other people who must approve, 1 to 9
     #[arg(long, value_name = "N", default_value = "1", value_parser = self::campaign::quorum)]
     pub(crate) quorum: Quorum,
     #[command(flatten)]
@@ -527,16 +528,16 @@ pub(crate) struct CompromiseKey {
     /// System title, 16 hex digits
     #[arg(value_name = "METER", value_parser = system_title)]
     pub(crate) meter: SystemTitle,
-    /// Which key
+    /// Key type
     #[arg(long, value_name = "TYPE", value_parser = KeyType::parse)]
     pub(crate) key_type: KeyType,
-    /// Which version of it
+    /// Version of the key
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) key_version: u32,
     /// Security setup, 0.b.43.0.e.255 [default: the first that has the key]
     #[arg(long, value_name = "OBIS", value_parser = SecuritySetupId::parse)]
     pub(crate) security_setup: Option<SecuritySetupId>,
-    /// Who knows it: vendor, anyone, or a principal URI
+    /// Who knows the key: vendor, anyone, or a principal URI
     #[arg(long, value_name = "WHO", default_value = "anyone", value_parser = self::campaign::party)]
     pub(crate) known_to: String,
     #[command(flatten)]
@@ -547,14 +548,14 @@ pub(crate) struct CompromiseKey {
 
 #[derive(Args, Debug)]
 pub(crate) struct Reason {
-    /// Why: goes into the audit record
+    /// Reason, for the audit record
     #[arg(long, value_name = "TEXT", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) reason: String,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct Sure {
-    /// Do not ask
+    /// Do not ask for confirmation
     #[arg(long)]
     pub(crate) yes: bool,
 }
@@ -564,13 +565,13 @@ pub(crate) struct AssignMeters {
     /// System titles, 16 hex digits each
     #[arg(value_name = "METER", value_parser = system_title)]
     pub(crate) meters: Vec<SystemTitle>,
-    /// The head-end (principal URI)
+    /// Head-end (principal URI)
     #[arg(long, value_name = "URN", required_unless_present = "to_nobody", value_parser = PrincipalId::parse)]
     pub(crate) head_end: Option<PrincipalId>,
-    /// Take the assignment away
+    /// Unassign the meters
     #[arg(long, conflicts_with = "head_end")]
     pub(crate) to_nobody: bool,
-    /// Only count
+    /// Only count the meters
     #[arg(long)]
     pub(crate) dry_run: bool,
     #[command(flatten)]
@@ -587,17 +588,17 @@ pub(crate) struct AdoptCounters {
     /// Client system title, 16 hex digits
     #[arg(long, value_name = "HEX", value_parser = system_title)]
     pub(crate) client_title: Option<SystemTitle>,
-    /// The next counter that may be used is this or higher
+    /// Lowest counter that may be used next
     #[arg(long, value_name = "N")]
     pub(crate) floor: Option<u32>,
     /// Security setup, 0.b.43.0.e.255
     #[arg(long, value_name = "OBIS", default_value = "0.0.43.0.0.255", value_parser = SecuritySetupId::parse)]
     pub(crate) security_setup: SecuritySetupId,
-    /// The head-end that keeps counting (principal URI) [default: nobody, this system counts from
-    /// now on]
+    /// Head-end that continues to count (principal URI) [default: none, this system counts from now
+    /// on]
     #[arg(long, value_name = "URN", value_parser = PrincipalId::parse)]
     pub(crate) owned_by: Option<PrincipalId>,
-    /// Many at once: JSON Lines
+    /// File with many entries: JSON Lines
     #[arg(long, value_name = "FILE", conflicts_with_all = ["meter", "client_title", "floor", "owned_by"])]
     pub(crate) file: Option<PathBuf>,
 }
@@ -607,7 +608,7 @@ pub(crate) struct EnrolMeters {
     /// System title of the meter, 16 hex digits
     #[arg(value_name = "METER", required_unless_present = "file", requires = "serial", value_parser = system_title)]
     pub(crate) meter: Option<SystemTitle>,
-    /// Its serial number, 1 to 32 printable ASCII characters
+    /// Serial number of the meter, 1 to 32 printable ASCII characters
     #[arg(long, value_name = "TEXT", conflicts_with = "file", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) serial: Option<String>,
     /// FLAG id, three letters
@@ -622,7 +623,7 @@ pub(crate) struct EnrolMeters {
     /// Group of all these meters; may be repeated
     #[arg(long = "group", value_name = "NAME")]
     pub(crate) groups: Vec<String>,
-    /// Many at once: JSON Lines
+    /// File with many entries: JSON Lines
     #[arg(long, value_name = "FILE", conflicts_with = "meter")]
     pub(crate) file: Option<PathBuf>,
 }
@@ -631,9 +632,9 @@ pub(crate) struct EnrolMeters {
 pub(crate) enum ShipmentCommand {
     /// Import a vendor's shipment
     #[command(
-        after_help = "Nothing is imported from a file whose signature, digest or count is wrong. Lines that are refused are reported, the others are\n\
-        imported (exit code 5). Keys that another meter has too are imported and listed (exit code 5 as well). The same command again takes up\n\
-        where it stopped, and imports nothing twice.\n\nExample:\n  \
+        after_help = "Nothing is imported from a file whose signature, digest or count is wrong. Lines that are refused are reported, the others are \
+        imported (exit code 5). Keys that another meter has too are imported and listed (exit code 5 as well). Run the same command again after \
+        an interruption: it continues where it stopped, and imports nothing twice.\n\nExample:\n  \
         kms shipment import KAM-2026-0041.jsonl --manufacturer urn:meterkms:dev:manufacturer:kam --report refused.jsonl"
     )]
     Import(ImportShipment),
@@ -642,12 +643,11 @@ pub(crate) enum ShipmentCommand {
     List,
     /// Show a shipment
     Show {
-        /// SHA-256 of the file, as many of its hex digits as make it the only one (at least 8), or
-        /// the file itself
+        /// SHA-256 of the file, or a unique prefix of at least 8 hex digits, or the file itself
         #[arg(value_name = "SHA256|FILE")]
         shipment: String,
     },
-    /// Play the vendor: make a shipment with new keys, for trials
+    /// Simulate a vendor: make a shipment with new keys, for trials
     #[command(
         after_help = "The devices file has the keys in plaintext, for meter simulators. Never use these keys for real meters.\n\nExample:\n  \
         kms shipment make-sample --devices 1000 --manufacturer KAM --batch KAM-2026-0041 --out KAM-2026-0041.jsonl"
@@ -662,7 +662,7 @@ pub(crate) struct ImportShipment {
     /// Its detached signature [default: FILE.sig]
     #[arg(long, value_name = "FILE")]
     pub(crate) signature: Option<PathBuf>,
-    /// Who signed: principal URI of a manufacturer
+    /// Manufacturer that signed (principal URI)
     #[arg(long, value_name = "URN", value_parser = PrincipalId::parse)]
     pub(crate) manufacturer: PrincipalId,
     /// Assign the meters to this head-end (principal URI)
@@ -675,13 +675,13 @@ pub(crate) struct ImportShipment {
 
 #[derive(Args, Debug)]
 pub(crate) struct MakeSample {
-    /// How many devices
+    /// Number of devices
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..1 << 40))]
     pub(crate) devices: u64,
     /// FLAG id, three letters
     #[arg(long, value_name = "FLAG", default_value = "KAM", value_parser = FlagId::parse)]
     pub(crate) manufacturer: FlagId,
-    /// Device profile: the name of one that comes with the system, or a file
+    /// Device profile: the name of one that the system includes, or a file
     #[arg(long, value_name = "NAME|FILE", default_value = "generic-suite0")]
     pub(crate) device_profile: String,
     /// Name of the batch [default: the file's name]
@@ -690,23 +690,24 @@ pub(crate) struct MakeSample {
     /// Number of the first device: the end of its system title
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..1 << 40))]
     pub(crate) first: u64,
-    /// So many consecutive devices have the same keys, as some vendors deliver them
+    /// Number of consecutive devices that have the same keys, as some vendors deliver them
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..1 << 40))]
     pub(crate) equal_keys: u64,
     /// Group of all devices; may be repeated
     #[arg(long = "group", value_name = "NAME")]
     pub(crate) groups: Vec<String>,
-    /// The island's vendor transport key, PEM [default: asked from the server]
+    /// The island's vendor transport key, PEM [default: requested from the server]
     #[arg(long, value_name = "FILE")]
     pub(crate) transport_key: Option<PathBuf>,
-    /// Hash of RSA-OAEP: sha256, or sha1 for HSM modules that have nothing else [default: what the
-    /// server prefers, sha256]
+    /// Hash of RSA-OAEP: sha256, or sha1 for HSM modules without sha256 [default: what the server
+    /// prefers, sha256]
     #[arg(long, value_name = "HASH", value_parser = oaep_hash)]
     pub(crate) oaep_hash: Option<OaepHash>,
-    /// The vendor's signing key, PEM; made where it is not there [default: OUT.vendor-key.pem]
+    /// The vendor's signing key, PEM; made if it does not exist [default: OUT.vendor-key.pem]
     #[arg(long, value_name = "FILE")]
     pub(crate) vendor_key: Option<PathBuf>,
-    /// The shipment to write; beside it OUT.sig, OUT.vendor-key.pem and OUT.vendor-key.pub.pem
+    /// The shipment to write. OUT.sig, OUT.vendor-key.pem and OUT.vendor-key.pub.pem are written
+    /// beside it
     #[arg(long, value_name = "FILE")]
     pub(crate) out: PathBuf,
     /// Write no file with plaintext keys (OUT.devices.jsonl)
@@ -716,7 +717,7 @@ pub(crate) struct MakeSample {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum PrincipalCommand {
-    /// Register a principal and certify its TLS key, which is made here
+    /// Register a principal and certify its TLS key, which this command makes
     #[command(
         after_help = "Examples:\n  kms principal add urn:meterkms:dev:head-end:hes-2 --client-title 4D4D4D0000000002\n  \
         kms principal add urn:meterkms:dev:officer:ada --person \"Ada Example\"\n  \
@@ -727,19 +728,20 @@ pub(crate) enum PrincipalCommand {
     /// List principals
     #[command(visible_alias = "ls")]
     List,
-    /// Certify a new TLS key: your own, which is made here, or another's request
+    /// Certify a new TLS key: your own, which this command makes, or that of another principal's
+    /// request
     #[command(
-        after_help = "The key of another officer or auditor is certified by a proposal that two others stand behind (propose-key).\n\n\
+        after_help = "A proposal of two others certifies the key of another officer or auditor (propose-key).\n\n\
         Examples:\n  kms principal renew\n  kms principal renew urn:meterkms:dev:head-end:hes-3 --certificate-request hes-3.csr.pem --out hes-3.pem\n  \
         kms principal renew urn:meterkms:dev:officer:ada --certificate-request ada.csr.pem --out ada.pem --proposal 01939e7e-7c1b-7000-8000-000000000001"
     )]
     Renew(RenewPrincipal),
-    /// Propose that the key of another officer or auditor is certified, or confirmed if one officer
+    /// Propose to certify the key of another officer or auditor, or to confirm it if one officer
     /// alone has certified it
     #[command(
         name = "propose-key",
-        after_help = "Another officer approves it (kms proposal approve); neither of you is the person whose key it is. Ask the person for the SHA-256 of the key by a\n\
-        way that nobody else has: openssl req -in ada.csr.pem -pubkey -noout | openssl pkey -pubin -outform DER | sha256sum\n\n\
+        after_help = "Another officer approves it (kms proposal approve). Neither of you is the person whose key it is. Ask the person for the SHA-256 of the key, \
+        over a channel that nobody else can use: openssl req -in ada.csr.pem -pubkey -noout | openssl pkey -pubin -outform DER | sha256sum\n\n\
         Examples:\n  kms principal propose-key urn:meterkms:dev:officer:ada --certificate-request ada.csr.pem --reason \"certificate lost, ticket 4714\"\n  \
         kms principal propose-key urn:meterkms:dev:officer:cy --key 9f2c…64 hex digits… --reason \"met in person\""
     )]
@@ -762,7 +764,7 @@ pub(crate) enum PrincipalCommand {
         #[command(flatten)]
         sure: Sure,
     },
-    /// Shut a principal out, at once
+    /// Disable a principal, at once
     #[command(
         after_help = "Example:\n  kms principal disable urn:meterkms:dev:handheld:h-17 --reason \"lost, ticket 4713\" --yes"
     )]
@@ -775,10 +777,10 @@ pub(crate) enum PrincipalCommand {
         #[command(flatten)]
         sure: Sure,
     },
-    /// Show who the server takes you for
+    /// Show your principal, as the server identifies it, and its certificates
     Whoami,
-    /// Make a transport key, which envelopes are opened with, and register it. The private key
-    /// stays here
+    /// Make a transport key, which opens envelopes, and register it. The private key stays in the
+    /// profile
     RegisterTransportKey,
 }
 
@@ -787,22 +789,22 @@ pub(crate) struct AddPrincipal {
     /// Principal URI: urn:meterkms:ISLAND:ROLE:NAME
     #[arg(value_name = "URN", value_parser = PrincipalId::parse)]
     pub(crate) principal: PrincipalId,
-    /// The person behind an officer's or auditor's certificate
+    /// Person behind an officer's or auditor's certificate
     #[arg(long, value_name = "TEXT")]
     pub(crate) person: Option<String>,
-    /// A client system title that it may use, 16 hex digits; may be repeated
+    /// Client system title that the principal may use, 16 hex digits; may be repeated
     #[arg(long = "client-title", value_name = "HEX", value_parser = system_title)]
     pub(crate) client_titles: Vec<SystemTitle>,
-    /// Manufacturers: public key that signs shipments, PEM
+    /// For a manufacturer: public key that verifies its shipments, PEM
     #[arg(long, value_name = "FILE")]
     pub(crate) shipment_key: Option<PathBuf>,
     /// Name of the new profile [default: the principal's name]
     #[arg(long, value_name = "NAME", value_parser = profile_name, conflicts_with = "certificate_request")]
     pub(crate) new_profile: Option<String>,
-    /// Certify this request (PKCS#10, PEM) and make no key here
+    /// Certify this request (PKCS#10, PEM) and make no key
     #[arg(long, value_name = "FILE", requires = "out")]
     pub(crate) certificate_request: Option<PathBuf>,
-    /// Where the certificate goes (PEM, with its issuers)
+    /// File to write the certificate to (PEM, with its issuers)
     #[arg(long, value_name = "FILE", requires = "certificate_request")]
     pub(crate) out: Option<PathBuf>,
 }
@@ -815,10 +817,10 @@ pub(crate) struct RenewPrincipal {
     /// Certify this request (PKCS#10, PEM)
     #[arg(long, value_name = "FILE", requires_all = ["principal", "out"])]
     pub(crate) certificate_request: Option<PathBuf>,
-    /// Where the certificate goes (PEM, with its issuers)
+    /// File to write the certificate to (PEM, with its issuers)
     #[arg(long, value_name = "FILE", requires = "certificate_request")]
     pub(crate) out: Option<PathBuf>,
-    /// The approved proposal that permits it, for another officer or auditor
+    /// Approved proposal that permits it, for another officer or auditor
     #[arg(long, value_name = "PROPOSAL", requires = "principal", value_parser = kms_domain::ProposalId::parse)]
     pub(crate) proposal: Option<kms_domain::ProposalId>,
 }
@@ -828,13 +830,13 @@ pub(crate) struct ProposeKey {
     /// Principal URI of an officer or auditor
     #[arg(value_name = "URN", value_parser = PrincipalId::parse)]
     pub(crate) principal: PrincipalId,
-    /// The request (PKCS#10, PEM) whose key it is
+    /// Certificate request with the key (PKCS#10, PEM)
     #[arg(long, value_name = "FILE", conflicts_with = "key", required_unless_present = "key")]
     pub(crate) certificate_request: Option<PathBuf>,
     /// SHA-256 of the public key (SubjectPublicKeyInfo, DER), 64 hex digits
     #[arg(long, value_name = "HEX", value_parser = campaign::digest)]
     pub(crate) key: Option<[u8; 32]>,
-    /// How many people must approve, beside you
+    /// Number of people who must approve, beside you
     #[arg(long, value_name = "PEOPLE", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=9))]
     pub(crate) quorum: u32,
     #[command(flatten)]
@@ -858,16 +860,16 @@ pub(crate) enum GrantCommand {
         after_help = "Example:\n  kms grant list --live --principal urn:meterkms:dev:head-end:hes-1"
     )]
     List {
-        /// Only of this principal (URI)
+        /// Only grants of this principal (URI)
         #[arg(long, value_name = "URN", value_parser = PrincipalId::parse)]
         principal: Option<PrincipalId>,
-        /// Only those that have neither expired nor been revoked
+        /// Only grants that have neither expired nor been revoked
         #[arg(long)]
         live: bool,
         #[command(flatten)]
         limit: Limit,
     },
-    /// End a grant. What its holder has learned stays known: only a rotation takes it away
+    /// End a grant. What its holder has learned stays known until a rotation
     Revoke {
         /// The grant's id, a UUID
         #[arg(value_name = "GRANT", value_parser = GrantId::parse)]
@@ -888,13 +890,13 @@ pub(crate) enum AuditCommand {
     )]
     List(ListAudit),
     /// Read the whole log and every sealed row, and report what does not fit
-    #[command(after_help = "Exit code 1 where something was found.")]
+    #[command(after_help = "Exit code 1 if something was found.")]
     Scrub,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct ListAudit {
-    /// Only acts of this principal (URI)
+    /// Only records of this principal (URI)
     #[arg(long, value_name = "URN", value_parser = PrincipalId::parse)]
     pub(crate) principal: Option<PrincipalId>,
     /// Only records that name this meter, 16 hex digits
@@ -915,12 +917,12 @@ pub(crate) struct ListAudit {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum HsmCommand {
-    /// What the HSM modules can do: needed, found, what is used instead, what is missing and what
-    /// that costs
-    #[command(after_help = "Exit code 1 where a token is not usable.")]
+    /// Show what the HSM modules can do: needed, found, what is used instead, what is missing, and
+    /// the cost of that
+    #[command(after_help = "Exit code 1 if a token is not usable.")]
     Check,
-    /// Every object of every token with its attributes, and what is wrong with it
-    #[command(after_help = "Exit code 1 where an object is readable or usable beyond its purpose.")]
+    /// List every object of every token with its attributes, and what is wrong with it
+    #[command(after_help = "Exit code 1 if an object is readable or usable beyond its purpose.")]
     Inventory,
 }
 
@@ -968,7 +970,7 @@ Exit codes:
   2  wrong command line or bad request
   3  refused by policy
   4  server, HSM or database not available: try again
-  5  partly done, or with something to be looked at: the output tells what was refused, or which keys several meters share
+  5  partly done, or with something to look at: the output tells what was refused, or which keys several meters share
 
 Examples:
   kms principal whoami

@@ -96,10 +96,10 @@ const fn title(code: Code) -> &'static str {
         Code::NotFound => "not found",
         Code::AlreadyExists => "already there",
         Code::PermissionDenied => "refused by policy",
-        Code::Unauthenticated => "not accepted as a caller",
+        Code::Unauthenticated => "certificate not accepted",
         Code::ResourceExhausted => "limit reached",
         Code::FailedPrecondition => "not possible in this state",
-        Code::Aborted => "overtaken",
+        Code::Aborted => "superseded",
         Code::Unimplemented => "not offered by this server",
         Code::Unavailable => "unavailable",
         Code::Ok | Code::Cancelled | Code::Unknown | Code::Internal | Code::DataLoss => "server error",
@@ -108,9 +108,11 @@ const fn title(code: Code) -> &'static str {
 
 const fn hint(code: Code) -> &'static str {
     match code {
-        Code::PermissionDenied => "unknown, not yours, or not allowed to you: `kms principal whoami` shows who you are",
+        Code::PermissionDenied => {
+            "unknown, not assigned to you, or not permitted: `kms principal whoami` shows your principal"
+        }
         Code::Unavailable | Code::DeadlineExceeded | Code::Aborted => "try again",
-        Code::Unknown | Code::Internal | Code::DataLoss => "the server's log tells more",
+        Code::Unknown | Code::Internal | Code::DataLoss => "see the server's log",
         _ => "",
     }
 }

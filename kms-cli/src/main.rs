@@ -63,7 +63,7 @@ impl Context {
                 )
             } else {
                 format!(
-                    "which profile? Give --profile NAME, or write a name into `{folder}/default-profile`; there are: {}",
+                    "no profile is selected: give --profile NAME, or write a name into `{folder}/default-profile`; profiles: {}",
                     names.join(", ")
                 )
             }));
@@ -73,7 +73,7 @@ impl Context {
             if names.contains(&name) || names.is_empty() {
                 error.into()
             } else {
-                Failure::usage(format!("no profile `{name}` in `{folder}`; there are: {}", names.join(", ")))
+                Failure::usage(format!("no profile `{name}` in `{folder}`; profiles: {}", names.join(", ")))
             }
         })
     }

@@ -75,7 +75,7 @@ impl Connection {
                         ));
                     }
                     if let Some(reason) = farewell(first) {
-                        return Err(io::Error::other(format!("the server does not take the connection: {reason}")));
+                        return Err(io::Error::other(format!("the server refused the connection: {reason}")));
                     }
                 }
                 Ok::<_, io::Error>(TokioIo::new(stream))

@@ -8,10 +8,10 @@ use std::{
 use kms_domain::{KeyVersionNumber, SystemTitle, UnixMillis};
 
 /// The invocation counters that this grantee may use with one key version under one client title:
-/// each is dealt once (I4).
+/// each is allocated once (I4).
 ///
-/// Not `Clone`, and safe to share between threads: two tasks that talk to the same meter deal from
-/// the same object. A process that ends loses the counters that it has not dealt; it asks for a new
+/// Not `Clone`, and safe to share between threads: two tasks that talk to the same meter use
+/// the same object. A process that ends loses the counters that it has not used; it asks for a new
 /// session, whose lease starts higher.
 #[derive(Debug)]
 pub struct Counters {
@@ -45,7 +45,7 @@ impl Counters {
     /// The next counter, which nobody gets again.
     ///
     /// # Errors
-    /// All counters are dealt, or the grant has expired by this machine's clock.
+    /// All counters are used, or the grant has expired by this machine's clock.
     pub fn deal(&self) -> Result<u32, CountersEnded> {
         self.deal_at(now())
     }
@@ -69,7 +69,7 @@ impl Counters {
         u32::try_from(self.end.saturating_sub(self.next.load(Ordering::Relaxed))).unwrap_or(u32::MAX)
     }
 
-    /// The counter that would be dealt next; `None` when all are.
+    /// The counter that would be allocated next; `None` when all are used.
     pub fn next(&self) -> Option<u32> {
         let next = self.next.load(Ordering::Relaxed);
         if next < self.end { u32::try_from(next).ok() } else { None }
@@ -94,9 +94,9 @@ impl Counters {
 /// Why no counter is left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CountersEnded {
-    /// All are dealt.
+    /// All are used.
     #[error(
-        "all invocation counters of the lease are used: open a new session, and ask for more counters if this happens often"
+        "all invocation counters of the lease are used: open a new session, and request more counters if this happens often"
     )]
     UsedUp,
     /// The grant has expired.

@@ -290,7 +290,7 @@ pub enum OpenError {
     Agreement,
     /// The seal does not fit.
     #[error(
-        "the envelope's seal does not fit: header or manifest was changed on its way, or it was made for another key; nothing of it was used"
+        "the seal of the envelope does not verify: header or manifest was changed, or it was made for another key; nothing of it was used"
     )]
     Seal,
     /// The manifest is genuine, and still not what it should be.

@@ -4,7 +4,7 @@
 //!   with it.
 //! - [`TransportKey`] opens what the server sends: [`TransportKey::open`] gives the keys of an
 //!   envelope, after it has proved them.
-//! - [`Counters`] deals the invocation counters of a lease, each once.
+//! - [`Counters`] allocates the invocation counters of a lease, each once.
 //! - [`RetryPolicy`] repeats calls as the server asks for it, under one request id.
 //! - [`Relay`] carries octets for a head-end that holds no keys: transfers of new keys, and the
 //!   tasks of campaigns.

@@ -131,14 +131,14 @@ impl OpenedEnvelope {
                 .any(|earlier| (earlier.number, earlier.security_setup) == (group.number, group.security_setup))
         };
         if groups.iter().enumerate().any(twice) {
-            return Err(OpenError::manifest("a group stands in it twice"));
+            return Err(OpenError::manifest("a group is in it twice"));
         }
         let mut known = HashSet::with_capacity(manifest.meters.len());
         let meters = manifest.meters.iter().map(|keys| {
             let meter = OpenedMeter::parse(keys, agreement, not_after)?;
             if !known.insert((meter.meter, meter.security_setup)) {
                 return Err(OpenError::manifest(format!(
-                    "meter {} setup {} stands in it twice",
+                    "meter {} setup {} is in it twice",
                     meter.meter, meter.security_setup
                 )));
             }
@@ -239,7 +239,7 @@ impl OpenedMeter {
     fn add(&mut self, key: OpenedKey) -> Result<(), OpenError> {
         if self.keys_of(key.key_type).any(|known| known.version == key.version) {
             return Err(OpenError::manifest(format!(
-                "meter {}: the same version of {} stands in it twice",
+                "meter {}: the same version of {} is in it twice",
                 self.meter, key.key_type
             )));
         }

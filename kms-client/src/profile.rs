@@ -337,7 +337,7 @@ pub enum ProfileError {
         reason: String,
     },
     /// Others may read a private key.
-    #[error("`{}` can be read by others (mode {mode:04o}): `chmod 600` it, and renew the key if others had a chance", .path.display())]
+    #[error("`{}` can be read by other users (mode {mode:04o}): `chmod 600` it, and renew the key if others could have read it", .path.display())]
     Exposed {
         /// The file.
         path: PathBuf,

@@ -25,7 +25,7 @@ pub struct ServerError {
     retry_after: Option<Duration>,
     /// `ErrorInfo.reason`; empty where there is none.
     reason: String,
-    /// The connection broke: nobody knows whether the call was carried out.
+    /// The connection broke: nobody knows whether the call was executed.
     connection_lost: bool,
 }
 
@@ -57,7 +57,7 @@ impl ServerError {
     }
 
     /// Whether the same call may succeed later: the server or its HSM or database is not there just
-    /// now, or the connection to it was lost. Nobody knows then whether the call was carried out;
+    /// now, or the connection to it was lost. Nobody knows then whether the call was executed;
     /// under the same request id nothing is done twice.
     pub fn is_unavailable(&self) -> bool {
         self.connection_lost
@@ -165,7 +165,7 @@ const fn title(code: Code) -> &'static str {
         Code::NotFound => "not found",
         Code::AlreadyExists => "already there",
         Code::PermissionDenied => "refused by policy",
-        Code::Unauthenticated => "not accepted as a caller",
+        Code::Unauthenticated => "certificate not accepted",
         Code::ResourceExhausted => "limit reached",
         Code::FailedPrecondition => "not possible in this state",
         Code::Aborted => "superseded",
@@ -178,12 +178,14 @@ const fn title(code: Code) -> &'static str {
 const fn next_step(code: Code) -> Option<&'static str> {
     match code {
         Code::PermissionDenied => {
-            Some("`kms principal whoami` shows who you are; an officer can change the policy or the assignment")
+            Some("`kms principal whoami` shows your principal; an officer can change the policy or the assignment")
         }
         Code::Unauthenticated => Some("the certificate may be disabled or expired: ask an officer"),
-        Code::Unavailable | Code::DeadlineExceeded => Some("try again; the same request id does nothing twice"),
+        Code::Unavailable | Code::DeadlineExceeded => {
+            Some("try again with the same request id: nothing is executed twice")
+        }
         Code::Aborted => Some("ask again with a new request id"),
-        Code::Unknown | Code::Internal | Code::DataLoss => Some("the server's log tells more"),
+        Code::Unknown | Code::Internal | Code::DataLoss => Some("see the server's log"),
         _ => None,
     }
 }

@@ -35,7 +35,7 @@ impl Connection {
         let keys = key.open_all(&answer.envelopes, &options.clone().answering(request_id))?;
         // A session is with one meter: anything else in the envelope would be used by mistake.
         if keys.meters.iter().any(|entry| entry.meter != meter) || !keys.groups.is_empty() {
-            return Err(OpenError::manifest("it has keys of another meter than the one asked for").into());
+            return Err(OpenError::manifest("it has keys of another meter than the requested one").into());
         }
         Ok(Session { keys, audit_leaf: answer.audit_leaf.to_vec(), rotation: None })
     }
@@ -70,7 +70,7 @@ impl Connection {
             .into_inner();
         let keys = key.open_all(&answer.envelopes, &options.clone().answering(request_id))?;
         if !keys.meters.is_empty() || keys.groups.iter().any(|entry| entry.name != group) {
-            return Err(OpenError::manifest("it has keys of others than the group that was asked for").into());
+            return Err(OpenError::manifest("it has keys of others than the requested group").into());
         }
         Ok(Session { keys, audit_leaf: answer.audit_leaf.to_vec(), rotation: answer.rotation })
     }
@@ -229,7 +229,7 @@ pub enum SessionError {
     Open(#[from] OpenError),
     /// Chunks came in another order than asked.
     #[error(
-        "the server sent chunk {received} where {expected} was next: resume with the same request id, and report this as a fault of the server"
+        "the server sent chunk {received} instead of {expected}: resume with the same request id, and report this as a fault of the server"
     )]
     ChunkOrder {
         /// The chunk that was next.

@@ -28,28 +28,28 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Make and serve a development island on this machine: no other step is needed. Not for real
-    /// keys.
+    /// Make a development island on this machine and serve it. It needs no other step, and is not
+    /// for real keys.
     Dev {
-        /// The folder that keeps it.
+        /// Folder of the development island.
         #[arg(long, default_value = ".kms")]
         state: PathBuf,
-        /// Where to listen: on this machine alone, unless `--expose` is said.
+        /// Address to listen on: of this machine only, unless `--expose` is given.
         #[arg(long, default_value = "127.0.0.1:7443")]
         listen: SocketAddr,
-        /// Let `--listen` name an address that other machines reach. All secrets of a development
-        /// island lie in one folder.
+        /// Permit a `--listen` address that other machines can reach. All secrets of a development
+        /// island are in one folder.
         #[arg(long)]
         expose: bool,
-        /// A PostgreSQL database (`postgres://USER@HOST/DATABASE`) instead of SQLite in the folder.
-        /// Counts at the first start only.
+        /// PostgreSQL database (`postgres://USER@HOST/DATABASE`) instead of SQLite in the folder.
+        /// Used at the first start only.
         #[arg(long)]
         database: Option<String>,
-        /// How many meters the sample shipment has. Counts at the first start only.
+        /// Number of meters of the sample shipment. Used at the first start only.
         #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u64).range(1..=100_000))]
         meters: u64,
-        /// Another PKCS#11 module than the embedded hsm-sim, for a trial; configure it in its own
-        /// way. Counts at the first start only.
+        /// Another PKCS#11 module than the embedded hsm-sim, for a trial. Configure it as its
+        /// vendor says. Used at the first start only.
         #[arg(long)]
         module: Option<PathBuf>,
     },
@@ -59,30 +59,30 @@ enum Command {
         #[arg(long)]
         config: PathBuf,
     },
-    /// Hold the ceremony that makes an island: tokens, roots, escrow, certificates, database. It
-    /// can be run again after an interruption.
+    /// Run the ceremony that makes an island: tokens, roots, escrow, certificates, database. Run it
+    /// again after an interruption.
     Init {
         /// The ceremony file.
         #[arg(long)]
         ceremony: PathBuf,
-        /// The folder that gets what the ceremony makes.
+        /// Folder for what the ceremony makes.
         #[arg(long)]
         state: PathBuf,
     },
     /// Declare that the database was restored from a backup, with all servers of the island
-    /// stopped: every invocation counter is raised before it is dealt from again. A server notices
-    /// most restores by itself (docs/operations.md, Restore).
+    /// stopped. Every invocation counter is raised before it is allocated from again. A server
+    /// notices most restores by itself (docs/operations.md, Restore).
     Restored {
         /// The configuration file.
         #[arg(long)]
         config: PathBuf,
     },
-    /// Versions of the island's roots (docs/roots.md).
+    /// Versions of the island's root keys (docs/roots.md).
     Roots {
         #[command(subcommand)]
         command: RootsCommand,
     },
-    /// Officers whom no other officers can help.
+    /// Recover the certificate of an officer, with the escrow's custodians.
     Officers {
         #[command(subcommand)]
         command: OfficersCommand,
@@ -93,7 +93,7 @@ enum Command {
         command: CertificateCommand,
     },
     /// Check configuration, policies, device profiles and HSM tokens, and print what the tokens can
-    /// do. Serves nothing.
+    /// do. Does not serve.
     Check {
         /// The configuration file.
         #[arg(long)]
@@ -104,14 +104,13 @@ enum Command {
 #[derive(Subcommand)]
 enum OfficersCommand {
     /// Certify the new key of an officer whose certificate has ended or is lost, with a quorum of
-    /// the escrow's custodians. For an island where two other officers, who could do it by a
-    /// proposal, are not there. The officer's other certificates end. It is on the record
-    /// (docs/operations.md).
+    /// the escrow's custodians. Use it if no two other officers are there, who could do it by a
+    /// proposal. The officer's other certificates end. The command is audited (docs/operations.md).
     Recertify {
         /// Principal URI of the officer: urn:meterkms:ISLAND:officer:NAME
         #[arg(value_name = "URN", value_parser = kms_domain::PrincipalId::parse)]
         officer: kms_domain::PrincipalId,
-        /// The configuration of a server that has a token for the CA. With SQLite, end the server
+        /// The configuration of a server that has a token for the CA. With SQLite, stop the server
         /// first.
         #[arg(long)]
         config: PathBuf,
@@ -121,11 +120,11 @@ enum OfficersCommand {
         /// An escrow file of the island.
         #[arg(long, value_name = "FILE")]
         escrow: PathBuf,
-        /// A share that its custodian has decrypted. As many as the escrow needs. Destroy these
-        /// files afterwards.
+        /// Share that its custodian has decrypted; repeat it for as many as the escrow needs.
+        /// Destroy these files afterwards.
         #[arg(long = "share", value_name = "FILE", required = true)]
         shares: Vec<PathBuf>,
-        /// Where the certificate goes, PEM.
+        /// File to write the certificate to, PEM.
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
     },
@@ -134,14 +133,14 @@ enum OfficersCommand {
 #[derive(Subcommand)]
 enum CertificateCommand {
     /// Renew a server's TLS certificate for the names and the key that it has. A server with a
-    /// token for the CA renews its own by itself in the last third of its life; this is for those
-    /// without, and for doing it earlier.
+    /// token for the CA renews its own certificate automatically in the last third of its life.
+    /// This command is for servers without one, and for an earlier renewal.
     Renew {
-        /// The configuration of a server that has a token for the CA. With SQLite, end the server
+        /// The configuration of a server that has a token for the CA. With SQLite, stop the server
         /// first.
         #[arg(long)]
         config: PathBuf,
-        /// The certificate of another server, PEM. Default: that of the configuration.
+        /// Certificate of another server, PEM. Default: that of the configuration.
         #[arg(long, requires = "private_key")]
         certificate: Option<PathBuf>,
         /// The private key that belongs to it, PEM.
@@ -153,14 +152,14 @@ enum CertificateCommand {
 #[derive(Subcommand)]
 enum RootsCommand {
     /// Make another version of a root in the token, escrow it for the custodians of the ceremony,
-    /// and note it. Nothing uses it before an officer says `kms roots rotate`. It can be run again
-    /// after an interruption.
+    /// and note it in the island's row. Nothing uses it before an officer runs `kms roots rotate`.
+    /// It can be run again after an interruption.
     New {
-        /// The configuration of the server that has the ceremony's token. With SQLite, end the
+        /// The configuration of the server that has the ceremony's token. With SQLite, stop the
         /// server first.
         #[arg(long)]
         config: PathBuf,
-        /// Which root: CLASS/diversification, CLASS/storage-kek (classes: kek, session,
+        /// Root: CLASS/diversification, CLASS/storage-kek (classes: kek, session,
         /// authentication), seal, or vendor-transport.
         #[arg(value_parser = RootPurpose::parse)]
         root: RootPurpose,
@@ -169,23 +168,22 @@ enum RootsCommand {
         #[arg(long)]
         escrow: PathBuf,
         /// The number of a `[[copy]]` of the ceremony file, from 1, whose token gets a copy of the
-        /// root. For each such token that serves the class.
+        /// root. Repeat it for each such token that serves the class.
         #[arg(long = "copy", value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
         copies: Vec<u8>,
-        /// The number of a `[[copy]]` whose token gets no copy: it does not serve the class. Of
-        /// each `[[copy]]` one or the other is said, because no copy can be made later. Not for
-        /// `vendor-transport`, which is never copied.
+        /// The number of a `[[copy]]` whose token gets no copy, because it does not serve the
+        /// class. Name each `[[copy]]` in one way or the other, because no copy can be made later.
+        /// Not for `vendor-transport`, which is never copied.
         #[arg(long = "no-copy", value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
         no_copies: Vec<u8>,
-        /// The label of a root that the escrow file lacks, and that no escrow file has any more. It
-        /// can be rotated, and not be restored.
+        /// Label of a root that no escrow file has any more. It can be rotated, but not restored.
         #[arg(long, value_name = "LABEL")]
         lost: Vec<String>,
     },
     /// Install copies of roots in the token of a server: on every server with a token of its own,
-    /// before the root is rotated to.
+    /// before the root is rotated.
     Install {
-        /// The configuration of that server. With SoftHSM and some HSMs, end the server first.
+        /// The configuration of that server. With SoftHSM and some HSMs, stop the server first.
         #[arg(long)]
         config: PathBuf,
         /// The file that `kms-server roots new --copy` wrote. Destroy it afterwards.
@@ -229,7 +227,7 @@ impl Command {
                 if !(listen.ip().is_loopback() || expose) {
                     let port = listen.port();
                     return Err(format!(
-                        "`--listen {listen}` could be reached from other machines, and a development island is not for that: use 127.0.0.1:{port}, or say `--expose`"
+                        "`--listen {listen}` could be reached from other machines, and a development island is not for that: use 127.0.0.1:{port}, or add `--expose`"
                     )
                     .into());
                 }
@@ -279,11 +277,11 @@ impl Command {
                 )?;
                 let history = server::declare_restored(&config).await?;
                 println!(
-                    "The island `{}` counts as restored, {} in all. Every invocation counter is raised before it is dealt from",
+                    "The island `{}` counts as restored, {} in all. Every invocation counter is raised before it is allocated",
                     config.island,
                     times(history.restores)
                 );
-                println!("again: by {} since the ceremony. Now start the servers.", history.jump.counters());
+                println!("from again: by {} since the ceremony. Now start the servers.", history.jump.counters());
                 Ok(())
             }
             Self::Roots { command: RootsCommand::New { config, root, escrow, copies, no_copies, lost } } => {
@@ -313,7 +311,7 @@ impl Command {
                         copy.display()
                     );
                 }
-                println!("Then an officer says `kms roots rotate {root}`.");
+                println!("Then an officer runs `kms roots rotate {root}`.");
                 Ok(())
             }
             Self::Roots { command: RootsCommand::Install { config, copies } } => {

@@ -37,14 +37,14 @@ pub(crate) enum CampaignCommand {
     },
     /// Approve the content of a campaign that another person made
     #[command(
-        after_help = "What is approved is the content with the digest that `kms campaign show` tells: any other is refused.\n\n\
+        after_help = "You approve the content with the digest that `kms campaign show` tells: any other is refused.\n\n\
         Examples:\n  kms campaign approve 01939e7e-7c1b-7000-8000-000000000001\n  \
         kms campaign approve 01939e7e-7c1b-7000-8000-000000000001 --content 9f2c…64 hex digits… --yes"
     )]
     Approve {
         #[command(flatten)]
         campaign: WhichCampaign,
-        /// SHA-256 of the content that you have looked at, 64 hex digits [default: it is shown, and
+        /// SHA-256 of the content that you have reviewed, 64 hex digits [default: it is shown, and
         /// you are asked]
         #[arg(long, value_name = "HEX", value_parser = digest)]
         content: Option<[u8; 32]>,
@@ -59,7 +59,7 @@ pub(crate) enum CampaignCommand {
         #[command(flatten)]
         sure: Sure,
     },
-    /// Give out no more tasks; what is under way ends
+    /// Pause a campaign: no more tasks are issued; what is under way ends
     #[command(
         after_help = "Example:\n  kms campaign pause 01939e7e-7c1b-7000-8000-000000000001 --reason \"storm, ticket 4720\""
     )]
@@ -69,7 +69,7 @@ pub(crate) enum CampaignCommand {
         #[command(flatten)]
         why: Reason,
     },
-    /// Go on; the failures of the wave so far are accepted
+    /// Resume a campaign; the failures of the wave so far are accepted
     #[command(
         after_help = "Example:\n  kms campaign resume 01939e7e-7c1b-7000-8000-000000000001 --reason \"firmware 1.4 excluded\" --yes"
     )]
@@ -99,19 +99,19 @@ pub(crate) enum CampaignCommand {
     Watch {
         #[command(flatten)]
         campaign: WhichCampaign,
-        /// Show how it stands now, and end
+        /// Show the present state, and end
         #[arg(long)]
         once: bool,
     },
-    /// Report all figures, and the meters that failed: as a table, JSON, or a page for a browser
-    #[command(after_help = "The page has everything in one file, plots too; it loads nothing.\n\n\
+    /// Report all figures, and the meters that failed: as a table, as JSON, or as an HTML page
+    #[command(after_help = "The page is one file, with its plots; it loads nothing.\n\n\
         Examples:\n  kms campaign report 01939e7e-7c1b-7000-8000-000000000001\n  \
         kms campaign report 01939e7e-7c1b-7000-8000-000000000001 --html report.html --json report.json\n  \
         kms campaign report 01939e7e-7c1b-7000-8000-000000000001 --tasks in-doubt --limit 0")]
     Report {
         #[command(flatten)]
         campaign: WhichCampaign,
-        /// Write a page for a browser into this new file
+        /// Write an HTML page into this new file
         #[arg(long, value_name = "FILE")]
         html: Option<PathBuf>,
         /// Write JSON into this new file
@@ -122,7 +122,7 @@ pub(crate) enum CampaignCommand {
         #[arg(long, value_name = "STATE", value_parser = TaskState::parse)]
         tasks: Option<TaskState>,
         /// Report by batch which keys nobody else could know, and what heals the others [default:
-        /// of take-overs only]
+        /// for take-overs only]
         #[arg(long)]
         acceptance: bool,
         #[command(flatten)]
@@ -139,7 +139,7 @@ pub(crate) struct WhichCampaign {
 
 #[derive(Args, Debug)]
 pub(crate) struct CreateCampaign {
-    /// Its name, for people
+    /// Name of the campaign, for people
     #[arg(value_name = "NAME", value_parser = CampaignName::parse)]
     pub(crate) name: CampaignName,
     /// Store it as a draft
@@ -157,14 +157,14 @@ pub(crate) struct CreateCampaign {
 #[command(next_help_heading = "What is done to each meter")]
 #[group(required = true, multiple = true)]
 pub(crate) struct ActionArguments {
-    /// A new version of this key: KEK (with a GUEK that proves it), GUEK, GBEK, GAK, or a vendor's
-    /// that the device profile gives a `key_id`
+    /// Deliver a new version of this key: KEK (with a GUEK that proves it), GUEK, GBEK, GAK, or a
+    /// vendor's key that the device profile gives a `key_id`
     #[arg(long, value_name = "KEY", conflicts_with_all = ["probe", "take_over"], value_parser = rotatable)]
     pub(crate) rotate: Option<KeyType>,
-    /// Only look which keys the meters hold
+    /// Only find out which keys the meters hold
     #[arg(long, conflicts_with = "take_over")]
     pub(crate) probe: bool,
-    /// Keys of our own for all that were imported: KEK, then GAK, then the rest
+    /// Replace all imported keys by keys of this system: KEK, then GAK, then the rest
     #[arg(long)]
     pub(crate) take_over: bool,
 }
@@ -181,7 +181,7 @@ pub(crate) struct SelectionArguments {
     /// Device profile
     #[arg(long, value_name = "NAME", value_parser = DeviceProfileName::parse)]
     pub(crate) device_profile: Option<DeviceProfileName>,
-    /// In this group
+    /// Members of this group
     #[arg(long, value_name = "NAME")]
     pub(crate) group: Option<String>,
     /// Assigned to this head-end (principal URI)
@@ -190,27 +190,27 @@ pub(crate) struct SelectionArguments {
     /// From this shipment or enrolment
     #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) batch: Option<String>,
-    /// Whose key has been active for more than so many days
+    /// Whose key has been active for more than this number of days
     #[arg(long, value_name = "DAYS", value_parser = clap::value_parser!(u32).range(1..=36_500))]
     pub(crate) older_than_days: Option<u32>,
     /// Whose key this party could know: vendor, anyone, or a principal URI
     #[arg(long, value_name = "PARTY", value_parser = party)]
     pub(crate) exposed_to: Option<String>,
-    /// Whose key was exposed so: shipment, plain-shipment, grant, bundle,
+    /// Whose key was exposed in this way: shipment, plain-shipment, grant, bundle,
     /// transfer-under-exposed-kek, reported
     #[arg(long, value_name = "REASON", value_parser = exposure)]
     pub(crate) exposed_by: Option<ExposureReason>,
     /// Whose key was imported
     #[arg(long)]
     pub(crate) imported: bool,
-    /// Whose key has used at least so many percent of an invocation counter: at 80 a key asks for
-    /// its rotation
+    /// Whose key has used at least this percentage of an invocation counter: at 80 a key needs a
+    /// rotation
     #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(1..=100))]
     pub(crate) counter_used: Option<u32>,
     /// Only this meter, 16 hex digits; may be repeated
     #[arg(long = "meter", value_name = "METER", value_parser = system_title)]
     pub(crate) meters: Vec<SystemTitle>,
-    /// Only the meters of this file, a system title a line
+    /// Only the meters of this file, one system title a line
     #[arg(long, value_name = "FILE")]
     pub(crate) meters_file: Option<PathBuf>,
     /// Security setup, 0.b.43.0.e.255 [default: the meter's first that has the key]
@@ -221,20 +221,20 @@ pub(crate) struct SelectionArguments {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Terms")]
 pub(crate) struct TermsArguments {
-    /// How many people must approve, beside you
+    /// Number of people who must approve, beside you
     #[arg(long, value_name = "N", default_value = "1", value_parser = quorum)]
     pub(crate) quorum: Quorum,
-    /// Meters of the canary cohort, which is the first wave; 0 for none
+    /// Number of meters of the canary cohort, which is the first wave; 0 for none
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
     pub(crate) canary: u32,
-    /// Size of a wave, 500 or 10%; may be repeated, the last holds for all that follow [default:
+    /// Size of a wave, 500 or 10%; may be repeated, the last is used for all that follow [default:
     /// 10%]
     #[arg(long = "wave", value_name = "SIZE", value_parser = WaveSize::parse)]
     pub(crate) waves: Vec<WaveSize>,
-    /// Percent of a wave's meters that must succeed
+    /// Percentage of a wave's meters that must succeed
     #[arg(long, value_name = "PERCENT", default_value_t = 95, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub(crate) success_threshold: u32,
-    /// Meters of a wave that may fail or stay in doubt
+    /// Number of meters of a wave that may fail or stay in doubt
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub(crate) failure_limit: u64,
     /// IANA time zone of the windows
@@ -243,13 +243,13 @@ pub(crate) struct TermsArguments {
     /// When tasks may be begun, such as "mon-fri 22:00-05:00"; may be repeated [default: always]
     #[arg(long = "window", value_name = "TIMES", value_parser = MaintenanceWindow::parse)]
     pub(crate) windows: Vec<MaintenanceWindow>,
-    /// Tasks that a head-end gets within a minute [default: no limit]
+    /// Most tasks that a head-end gets within a minute [default: no limit]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) starts_per_minute: Option<u32>,
-    /// Tasks that a head-end has at once
+    /// Most tasks that a head-end has at once
     #[arg(long, value_name = "N", default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) in_flight: u32,
-    /// How often a meter is tried
+    /// Number of attempts for each meter
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=20))]
     pub(crate) attempts: u32,
     /// Seconds until the second attempt, doubled with each further one

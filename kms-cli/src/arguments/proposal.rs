@@ -21,21 +21,21 @@ pub(crate) enum ProposalCommand {
     },
     /// Approve the content of a proposal that another person made
     #[command(
-        after_help = "What is approved is the content with the digest that `kms proposal show` tells: any other is refused.\n\n\
+        after_help = "You approve the content with the digest that `kms proposal show` tells: any other is refused.\n\n\
         Examples:\n  kms proposal approve 01939e7e-7c1b-7000-8000-000000000001\n  \
         kms proposal approve 01939e7e-7c1b-7000-8000-000000000001 --content 9f2c…64 hex digits… --yes"
     )]
     Approve {
         #[command(flatten)]
         proposal: WhichProposal,
-        /// SHA-256 of the content that you have looked at, 64 hex digits [default: it is shown, and
+        /// SHA-256 of the content that you have reviewed, 64 hex digits [default: it is shown, and
         /// you are asked]
         #[arg(long, value_name = "HEX", value_parser = digest)]
         content: Option<[u8; 32]>,
         #[command(flatten)]
         sure: Sure,
     },
-    /// Carry an approved proposal out, once
+    /// Execute an approved proposal, once
     #[command(after_help = "Example:\n  kms proposal carry-out 01939e7e-7c1b-7000-8000-000000000001 --yes")]
     CarryOut {
         #[command(flatten)]
@@ -43,7 +43,7 @@ pub(crate) enum ProposalCommand {
         #[command(flatten)]
         sure: Sure,
     },
-    /// End a proposal that has not been carried out
+    /// End a proposal that has not been executed
     #[command(
         after_help = "Example:\n  kms proposal withdraw 01939e7e-7c1b-7000-8000-000000000001 --reason \"wrong meter\""
     )]

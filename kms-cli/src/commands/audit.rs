@@ -314,7 +314,7 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
         Event::RootRowsAdvanced(event) => (
             "root rotation",
             format!(
-                "{}/{} round {}: {} written, {} wrapped anew, {} left",
+                "{}/{} round {}: {} written, {} wrapped again, {} left",
                 event.root,
                 event.version,
                 event.round,
@@ -325,7 +325,7 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
         ),
         Event::AuditKeyChanged(event) => (
             "audit key",
-            format!("goes on with version {}, {} closed", event.version, plural(event.closed.len() as u64, "chain")),
+            format!("continues with version {}, {} closed", event.version, plural(event.closed.len() as u64, "chain")),
         ),
         Event::RootDestroyed(event) => {
             ("root destruction", format!("{}/{} {}", event.root, event.version, event.change))
@@ -383,7 +383,7 @@ async fn scrub(context: &Context) -> Result<(), Failure> {
         _ if !all.finished => Err(Failure::failed("the scrub ended before it had read everything: run it again")),
         0 => Ok(()),
         findings => Err(Failure::failed(format!(
-            "{}: someone may have written the database past the server",
+            "{}: somebody may have written the database without the server",
             plural(findings, "finding")
         ))),
     }

@@ -54,7 +54,7 @@ pub(crate) async fn run(command: CampaignCommand, context: &Context) -> Result<(
         CampaignCommand::Resume { campaign, why, sure } => {
             let connection = context.connect().await?;
             let known = load(&connection, campaign.campaign).await?;
-            confirm(&format!("`{}` will go on, although: {}", name(&known), known.reason), &sure)?;
+            confirm(&format!("`{}` will resume, although: {}", name(&known), known.reason), &sure)?;
             let resumed =
                 waiting("resuming", connection.campaigns().resume_campaign(change(campaign.campaign, why.reason)))
                     .await?
@@ -110,7 +110,7 @@ async fn create(arguments: CreateCampaign, context: &Context) -> Result<(), Fail
         }),
     };
     let mut client = context.connect().await?.campaigns();
-    let answer = waiting("looking at the meters", client.create_campaign(request)).await?.into_inner();
+    let answer = waiting("reading the meters", client.create_campaign(request)).await?.into_inner();
     context.output.show(
         || json::message("CreateCampaignResponse", &answer),
         || {
@@ -162,7 +162,7 @@ fn selection(arguments: &SelectionArguments) -> Result<proto::CampaignSelection,
     };
     if selection == proto::CampaignSelection::default() {
         return Err(Failure::usage(
-            "which meters? Give a condition such as --batch or --manufacturer, name them, or say --whole-island",
+            "no meters are selected: give a condition such as --batch or --manufacturer, name meters, or add --whole-island",
         ));
     }
     Ok(selection)
@@ -230,7 +230,9 @@ async fn approve(
     let content_sha256 = match content {
         Some(content) => octets(content),
         None if sure.yes => {
-            return Err(Failure::usage("--yes needs --content HEX: what you have looked at, from `kms campaign show`"));
+            return Err(Failure::usage(
+                "--yes needs --content HEX: the SHA-256 of the content that you have reviewed, from `kms campaign show`",
+            ));
         }
         None => {
             let known = load(&connection, campaign).await?;

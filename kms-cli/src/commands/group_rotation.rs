@@ -35,7 +35,9 @@ pub(crate) async fn show(key: &GroupKeyName, behind: bool, limit: &Limit, contex
             page_size: u32::try_from(wanted).unwrap_or(u32::MAX),
             page_token,
         };
-        let page = waiting("looking who is left behind", client.list_members_behind(request)).await?.into_inner();
+        let page = waiting("listing the members that are left behind", client.list_members_behind(request))
+            .await?
+            .into_inner();
         members.extend(page.members);
         page_token = page.next_page_token;
         if page_token.is_empty() || (limit.limit > 0 && members.len() >= limit.limit) {
@@ -116,7 +118,7 @@ pub(crate) async fn set(group: String, percent: u32, context: &Context) -> Resul
 }
 
 pub(crate) async fn add_members(members: &Members, context: &Context) -> Result<(), Failure> {
-    change(members, proto::MembershipChange::Add, String::new(), "put into the group", context).await
+    change(members, proto::MembershipChange::Add, String::new(), "added to the group", context).await
 }
 
 pub(crate) async fn remove_members(
@@ -132,7 +134,7 @@ pub(crate) async fn remove_members(
         &format!("meters will leave `{}`, and its keys count as exposed until they are rotated", members.group),
         sure,
     )?;
-    change(members, change_to, why.reason, "taken out of the group", context).await
+    change(members, change_to, why.reason, "removed from the group", context).await
 }
 
 async fn change(
@@ -180,7 +182,7 @@ pub(crate) fn rotation_text(rotation: &proto::GroupRotation) -> String {
         ("broadcasts use", version(rotation.active_version)),
         ("members have or get", version(rotation.version)),
         ("stage", stage_text(rotation).to_owned()),
-        ("still lent", version(rotation.former_version)),
+        ("still issued", version(rotation.former_version)),
         ("members", if rolled_out { share(rotation.members) } else { number(rotation.members) }),
         ("acknowledged", only(format!("{}  {}", share(rotation.acknowledged), bar(rotation)))),
         ("left, unacknowledged", only(share(rotation.unacknowledged))),

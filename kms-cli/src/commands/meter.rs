@@ -62,7 +62,10 @@ pub(crate) async fn run(command: MeterCommand, context: &Context) -> Result<(), 
         MeterCommand::Enrol(arguments) => enrol(arguments, context).await,
         MeterCommand::Retire { meters, why, sure } => {
             confirm(
-                &format!("{} will be retired, for good: no grants from now on", plural(meters.len() as u64, "meter")),
+                &format!(
+                    "{} will be retired for good: their keys are not granted any more",
+                    plural(meters.len() as u64, "meter")
+                ),
                 &sure,
             )?;
             let request =
@@ -71,7 +74,7 @@ pub(crate) async fn run(command: MeterCommand, context: &Context) -> Result<(), 
             report(waiting("retiring", client.retire_meters(request)).await?.into_inner(), "retired", context)
         }
         MeterCommand::Replace { old_meter, new_meter, why, sure } => {
-            confirm(&format!("{old_meter} will be retired in favour of {new_meter}"), &sure)?;
+            confirm(&format!("{old_meter} will be retired and replaced by {new_meter}"), &sure)?;
             let request = proto::ReplaceMeterRequest {
                 request_id: request_id(),
                 old_meter: octets(old_meter.octets()),
@@ -258,7 +261,9 @@ pub(crate) fn setups_text(setups: &[proto::SecuritySetup]) -> String {
 async fn assign(arguments: AssignMeters, context: &Context) -> Result<(), Failure> {
     let by_filter = arguments.filter != MeterFilter::default();
     if by_filter != arguments.meters.is_empty() {
-        return Err(Failure::usage("which meters? Give either METER… or a filter such as --batch, not both"));
+        return Err(Failure::usage(
+            "no meters, or two selections: give either METER… or a filter such as --batch, not both",
+        ));
     }
     let request = |dry_run| proto::AssignMetersRequest {
         request_id: request_id(),
@@ -339,7 +344,7 @@ pub(crate) fn report(answer: proto::ChangeMetersResponse, done: &str, context: &
         || {
             let mut text = format!("{} {done}", plural(answer.changed, "meter"));
             if answer.unchanged > 0 {
-                text.push_str(&format!(", {} already as asked", number(answer.unchanged)));
+                text.push_str(&format!(", {} already as requested", number(answer.unchanged)));
             }
             text.push('\n');
             if !answer.problems.is_empty() {

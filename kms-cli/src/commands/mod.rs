@@ -47,9 +47,9 @@ fn confirm(what: &str, sure: &Sure) -> Result<(), Failure> {
         return Ok(());
     }
     if !io::stdin().is_terminal() {
-        return Err(Failure::usage(format!("{what}: add --yes if this is meant")));
+        return Err(Failure::usage(format!("{what}: add --yes to confirm")));
     }
-    eprint!("{what}. Go on? [y/N] ");
+    eprint!("{what}. Continue? [y/N] ");
     let _ = io::stderr().flush();
     let mut answer = String::new();
     match io::stdin().read_line(&mut answer) {
@@ -76,8 +76,8 @@ fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, Failure> {
 
 /// Reads the meters of a file, a system title a line.
 fn read_titles(path: &Path) -> Result<Vec<Bytes>, Failure> {
-    let content =
-        String::from_utf8(read(path)?).map_err(|_| Failure::usage(format!("`{}` is no text", path.display())))?;
+    let content = String::from_utf8(read(path)?)
+        .map_err(|_| Failure::usage(format!("`{}` is not a text file", path.display())))?;
     let mut titles = Vec::new();
     for (line, title) in (1..).zip(content.lines()).filter(|(_, title)| !title.trim().is_empty()) {
         let title = SystemTitle::parse(title.trim())
@@ -98,7 +98,7 @@ fn create(path: &Path, private: bool) -> Result<fs::File, Failure> {
     }
     options.open(path).map_err(|error| match error.kind() {
         io::ErrorKind::AlreadyExists => Failure::failed(format!(
-            "`{}` is there already and is not overwritten: remove it or choose another name",
+            "`{}` exists and is not overwritten: remove it or choose another name",
             path.display()
         )),
         _ => Failure::failed(format!("cannot write `{}`: {error}", path.display())),

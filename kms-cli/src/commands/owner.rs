@@ -177,7 +177,7 @@ fn created(owner: &str, key: &NewKey, response: proto::CreateKeyResponse, contex
             let note = if key.held_by_meters {
                 ""
             } else {
-                "Nobody gets it until the meters hold it: a rotation brings it to them.\n"
+                "It is granted to nobody until the meters hold it: a rotation delivers it to them.\n"
             };
             format!(
                 "{} version {} of {owner}: {}, {}\n{note}",

@@ -36,7 +36,7 @@ pub(crate) async fn run(command: PrincipalCommand, context: &Context) -> Result<
             Ok(())
         }
         PrincipalCommand::Disable { principal, why, sure } => {
-            confirm(&format!("{principal} will be shut out at once"), &sure)?;
+            confirm(&format!("{principal} will be disabled at once"), &sure)?;
             let mut client = context.connect().await?.principals();
             let request = proto::DisablePrincipalRequest {
                 request_id: request_id(),
@@ -79,7 +79,7 @@ async fn add(arguments: AddPrincipal, context: &Context) -> Result<(), Failure> 
     let directory = context.state().profile_directory(&name);
     if made.is_some() && directory.exists() {
         return Err(Failure::failed(format!(
-            "`{}` is there already and is not overwritten: choose another --new-profile",
+            "`{}` exists and is not overwritten: choose another --new-profile",
             directory.display()
         )));
     }

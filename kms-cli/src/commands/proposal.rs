@@ -35,7 +35,9 @@ pub(crate) async fn run(command: ProposalCommand, context: &Context) -> Result<(
                 proposal_id: octets(proposal.proposal.octets()),
             };
             show(
-                &waiting("carrying it out", connection.proposals().carry_out_proposal(request)).await?.into_inner(),
+                &waiting("executing the proposal", connection.proposals().carry_out_proposal(request))
+                    .await?
+                    .into_inner(),
                 context,
             );
             Ok(())
@@ -96,7 +98,9 @@ async fn approve(
     let content_sha256 = match content {
         Some(content) => octets(content),
         None if sure.yes => {
-            return Err(Failure::usage("--yes needs --content HEX: what you have looked at, from `kms proposal show`"));
+            return Err(Failure::usage(
+                "--yes needs --content HEX: the SHA-256 of the content that you have reviewed, from `kms proposal show`",
+            ));
         }
         None => {
             let known = load(&connection, proposal).await?;

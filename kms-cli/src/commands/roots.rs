@@ -29,17 +29,17 @@ pub(crate) async fn run(command: RootsCommand, context: &Context) -> Result<(), 
                 reason: why.reason,
                 quorum: Some(quorum.number().into()),
             };
-            let answer = progress::waiting("counting what uses it", client.propose_root_destruction(request)).await?.into_inner();
+            let answer = progress::waiting("counting the references", client.propose_root_destruction(request)).await?.into_inner();
             super::proposal::show_made(&answer, context);
             return Ok(());
         }
         RootsCommand::Destroy { proposal, sure } => {
             let mut proposals = context.connect().await?.proposals();
             let known = proposals.show_proposal(proto::ShowProposalRequest { proposal_id: octets(proposal.octets()) }).await?.into_inner();
-            confirm(&format!("{}, in all tokens and for ever", known.description), &sure)?;
+            confirm(&format!("{}, in all tokens and for good", known.description), &sure)?;
             let request = proto::DestroyRootRequest { request_id: request_id(), proposal_id: octets(proposal.octets()) };
-            let answer = progress::waiting("counting what uses it", client.destroy_root(request)).await?.into_inner();
-            let text = || format!("{}\nevery server destroys it in its own tokens when all have heard of it (20 s) and it has counted again, and records that: kms audit list; `kms roots show` says of one server whether its token has it still\n", roots_text(&answer));
+            let answer = progress::waiting("counting the references", client.destroy_root(request)).await?.into_inner();
+            let text = || format!("{}\nwhen all servers know the decision (20 s), each counts again, destroys the root in its own tokens and records that: kms audit list; `kms roots show` shows whether the token of one server still has it\n", roots_text(&answer));
             context.output.show(|| json::message("ShowRootsResponse", &answer), text);
             return Ok(());
         }
@@ -48,7 +48,7 @@ pub(crate) async fn run(command: RootsCommand, context: &Context) -> Result<(), 
             let request =
                 proto::RotateRootRequest { request_id: request_id(), root: root.root.to_string(), rows_per_second: rows_per_second.unwrap_or_default() };
             let answer = client.rotate_root(request).await?.into_inner();
-            let watch = if root.root.has_pass() { format!("\nsee how far it is: kms roots watch {}\n", root.root) } else { String::new() };
+            let watch = if root.root.has_pass() { format!("\nwatch the progress: kms roots watch {}\n", root.root) } else { String::new() };
             context.output.show(|| json::message("ShowRootsResponse", &answer), || format!("{}{watch}", roots_text(&answer)));
             return Ok(());
         }
@@ -102,7 +102,7 @@ fn line(rotation: &proto::RootRotation) -> String {
     }
     parts.push(format!("{} written", plural(rotation.all_changed, "row")));
     if rotation.keys > 0 {
-        parts.push(format!("{} wrapped anew", plural(rotation.keys, "key")));
+        parts.push(format!("{} wrapped again", plural(rotation.keys, "key")));
     }
     if rotation.refused > 0 {
         parts.push(format!("{} left", number(rotation.refused)));

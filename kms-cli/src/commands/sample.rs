@@ -136,7 +136,7 @@ fn device_profile(name: &str) -> Result<DeviceProfile, Failure> {
 async fn from_server(context: &Context) -> Result<(VendorTransportKey, Vec<OaepHash>), Failure> {
     let mut client = context.connect().await?.shipments();
     let key = progress::waiting(
-        "asking for the transport key",
+        "requesting the transport key",
         client.get_vendor_transport_key(proto::GetVendorTransportKeyRequest {}),
     )
     .await?

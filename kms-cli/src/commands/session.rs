@@ -39,7 +39,9 @@ enum Target {
 
 async fn open(target: Target, dedicated_key: bool, arguments: Terms, context: &Context) -> Result<(), Failure> {
     if arguments.key_types.contains(&KeyType::DEDICATED) {
-        return Err(Failure::usage("--key-types: a dedicated key is made for each session: ask with --dedicated-key"));
+        return Err(Failure::usage(
+            "--key-types: a dedicated key is made for each session: request it with --dedicated-key",
+        ));
     }
     let profile = context.profile()?;
     let transport_key = match profile.transport_key() {

@@ -118,7 +118,7 @@ async fn import(arguments: ImportShipment, context: &Context) -> Result<(), Fail
     match shipment.state.as_str() {
         "imported" if shipment.refused == 0 && shipment.duplicates == 0 => Ok(()),
         "imported" if shipment.refused == 0 => Err(Failure::partly(format!(
-            "all is imported, and {} of another meter's",
+            "all meters are imported, but {} of another meter's",
             duplicates_of(&shipment)
         ))
         .with_hint(
@@ -140,7 +140,7 @@ async fn import(arguments: ImportShipment, context: &Context) -> Result<(), Fail
             shipment.refusal
         ))),
         state => {
-            Err(Failure::failed(format!("the import ended in state `{state}`: the same command again takes it up")))
+            Err(Failure::failed(format!("the import ended in state `{state}`: run the same command again to continue")))
         }
     }
 }
@@ -383,7 +383,7 @@ async fn import_uploaded(
                 let may_go_on = error.is_unavailable();
                 let failure = Failure::from(error).while_doing("import");
                 return Err(if may_go_on {
-                    failure.with_hint("the same command again goes on where it stopped")
+                    failure.with_hint("run the same command again: it continues where it stopped")
                 } else {
                     failure
                 });

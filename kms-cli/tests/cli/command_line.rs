@@ -41,7 +41,7 @@ fn wrong_values_are_refused_before_the_network_with_the_field_named() {
         (&["meter", "list", "--assigned-to", "hes-1"], "--assigned-to"),
         (&["meter", "assign", "4B414D0000000001"], "--head-end"),
         (&["meter", "assign", "4B414D0000000001", "--head-end", "urn:meterkms:dev:king:hes"], "--head-end"),
-        (&["meter", "assign", "--head-end", "urn:meterkms:dev:head-end:hes-1"], "which meters"),
+        (&["meter", "assign", "--head-end", "urn:meterkms:dev:head-end:hes-1"], "no meters, or two selections"),
         (&["meter", "adopt", "4B414D0000000001", "--floor", "1"], "--client-title"),
         (
             &["meter", "adopt", "4B414D0000000001", "--client-title", "4D4D4D0000000001", "--floor", "4294967296"],
@@ -76,7 +76,7 @@ fn wrong_values_are_refused_before_the_network_with_the_field_named() {
         (&["campaign", "create", "x", "--batch", "B-1"], "--rotate"),
         (&["campaign", "create", "x", "--rotate", "LLS-SECRET", "--batch", "B-1"], "--rotate"),
         (&["campaign", "create", "x", "--rotate", "GUEK", "--probe", "--batch", "B-1"], "--probe"),
-        (&["campaign", "create", "x", "--rotate", "GUEK"], "which meters"),
+        (&["campaign", "create", "x", "--rotate", "GUEK"], "no meters are selected"),
         (&["campaign", "create", "x", "--probe", "--whole-island", "--quorum", "0"], "--quorum"),
         (&["campaign", "create", "x", "--probe", "--whole-island", "--wave", "0%"], "--wave"),
         (&["campaign", "create", "x", "--probe", "--whole-island", "--window", "22-5"], "--window"),
@@ -111,7 +111,7 @@ fn a_missing_profile_says_what_to_do() {
         std::fs::write(profile.join("profile.toml"), "server = '127.0.0.1:1'\nserver_name = 'localhost'\n").unwrap();
     }
     let output = kms(directory.path(), &["principal", "whoami"]);
-    assert!(text(&output.stderr).contains("there are: ada, hes-1"), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("profiles: ada, hes-1"), "{}", text(&output.stderr));
     let output = kms(directory.path(), &["--profile", "bob", "principal", "whoami"]);
     assert!(text(&output.stderr).contains("no profile `bob`"), "{}", text(&output.stderr));
     // The default profile is used, and what is missing in it is named.

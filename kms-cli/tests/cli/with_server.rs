@@ -308,10 +308,10 @@ fn groups_and_device_types_have_keys_of_their_own() {
         "without a reason"
     );
     assert!(shown(&["group", "set", "north", "--switch-at", "98"]).contains("98 % of its members"));
-    assert!(shown(&["group", "add-members", "north", "--meter", METER]).contains("1 meter put into the group"));
+    assert!(shown(&["group", "add-members", "north", "--meter", METER]).contains("1 meter added to the group"));
     let gone =
         shown(&["group", "remove-members", "north", "--meter", METER, "--compromised", "--reason", "opened", "--yes"]);
-    assert!(gone.contains("1 meter taken out of the group"), "{gone}");
+    assert!(gone.contains("1 meter removed from the group"), "{gone}");
     let made = shown(&["group", "key", "create", "north", "--type", "GBEK"]);
     assert!(made.contains("pre-active, generated") && made.contains("rotation"), "{made}");
     let made =
