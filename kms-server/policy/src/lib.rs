@@ -606,7 +606,7 @@ mod tests {
 
     #[test]
     fn every_shipped_file_is_embedded() {
-        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../policies");
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../policies");
         let embedded: Vec<_> = SHIPPED.iter().map(|(name, text)| (PathBuf::from(name), (*text).to_owned())).collect();
         assert_eq!(read_directory(&directory).unwrap(), embedded);
     }

@@ -70,7 +70,7 @@ fn second_title() -> SystemTitle {
 
 /// The shipped policies and another, with so many supply commands an hour.
 fn policies(commands: u32, more: &str) -> Arc<Policy> {
-    let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../policies"));
+    let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../policies"));
     let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     let cedar = entries.filter(|path| path.extension().is_some_and(|extension| extension == "cedar"));
     let mut files: Vec<(PathBuf, String)> =

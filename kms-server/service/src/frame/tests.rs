@@ -128,7 +128,7 @@ fn limit(server: &Island, limits: &str) {
          \"security-setup\" }}, {{ name = \"image\", criticality = \"image-transfer\" }}]"
     );
     let folder = tempfile::tempdir().unwrap();
-    for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../policies")).unwrap() {
+    for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../../policies")).unwrap() {
         let path = entry.unwrap().path();
         if path.extension().is_some_and(|extension| extension == "cedar") {
             std::fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();

@@ -65,7 +65,7 @@ impl TestIsland {
 
     /// The shipped policies and one more.
     fn permit(&self, policy: &str) {
-        let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../policies"));
+        let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../policies"));
         let mut files: Vec<(PathBuf, String)> = std::fs::read_dir(folder)
             .unwrap()
             .map(|entry| entry.unwrap().path())

@@ -659,7 +659,7 @@ fn permit_urgent(island: &TestIsland) {
 
 /// The shipped policies, and one more for head-ends and their meters.
 fn permit(island: &TestIsland, action: &str) {
-    let policies = concat!(env!("CARGO_MANIFEST_DIR"), "/../policies");
+    let policies = concat!(env!("CARGO_MANIFEST_DIR"), "/../../policies");
     let mut files: Vec<_> = std::fs::read_dir(policies)
         .unwrap()
         .map(|entry| entry.unwrap().path())
