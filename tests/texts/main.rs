@@ -1,10 +1,11 @@
-//! What people read: the help of the programs, and the commands that texts name.
+//! What people read: the help of the programs, and the commands and paths that texts name.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod command_tree;
 mod commands;
 mod documented_rust;
 mod help;
+mod paths;
 mod readme;
 
 use std::path::{Path, PathBuf};

@@ -280,8 +280,8 @@ impl Intake {
         match island.principal(&caller).await {
             Err(refusal @ ServiceError::Unauthenticated { .. }) => {
                 self.learn(&caller, false);
-                // The refusal is on the record, as that of a use case is; a flood of them costs one act a
-                // second.
+                // The refusal is on the record, as that of a use case is; a flood of them costs one
+                // act a second.
                 let recorded = island.door.act(&caller, None, Call).await;
                 match recorded {
                     // Enabled meanwhile.

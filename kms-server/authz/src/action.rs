@@ -43,9 +43,9 @@ macro_rules! actions {
         $(#[$doc:meta])*
         $variant:ident = $name:literal on $resource:ident $({ $( $(#[$field_doc:meta])* $field:ident: $type:ty, )* })?
     )*) => {
-        /// What is asked, with what policies may know about it. The schema says which actions are on
-        /// meters, which on groups and device types, and which on the island; the wrong resource is
-        /// denied.
+        /// What is asked, with what policies may know about it. The schema says which actions are
+        /// on meters, which on groups and device types, and which on the island; the wrong resource
+        /// is denied.
         #[derive(Clone, Debug, PartialEq, Eq, Hash)]
         pub enum Action {
             $( $(#[$doc])* $variant $({ $( $(#[$field_doc])* $field: $type, )* })?, )*

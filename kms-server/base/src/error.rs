@@ -1,4 +1,4 @@
-//! The one error that use cases return. `api/status.rs` turns it into a gRPC status with details.
+//! The one error that use cases return. [`crate::status`] turns it into a gRPC status with details.
 
 use std::time::Duration;
 

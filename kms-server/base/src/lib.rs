@@ -1,5 +1,5 @@
-//! What every room of the server needs: the error that use cases return and its gRPC status, bounds,
-//! metrics, the clock, and files that are replaced whole.
+//! What every room of the server needs: the error that use cases return and its gRPC status,
+//! bounds, metrics, the clock, and files that are replaced whole.
 
 pub mod bounds;
 pub mod clock;

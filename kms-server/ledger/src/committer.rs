@@ -151,8 +151,8 @@ impl Committer {
         Self { queue: Arc::new(queue), shared }
     }
 
-    /// Lets the server itself act: reads `reads`, lets `decide` look and change, and commits what it
-    /// changed together with its records. When this returns, all of it is durable (I2).
+    /// Lets the server itself act: reads `reads`, lets `decide` look and change, and commits what
+    /// it changed together with its records. When this returns, all of it is durable (I2).
     ///
     /// `decide` may be called several times: when it uses a row that was not read, and when another
     /// server's transaction came in between. Only what the last call did counts.

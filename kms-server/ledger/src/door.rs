@@ -421,9 +421,9 @@ impl Door {
     /// is durable, with its record (I2).
     ///
     /// # Errors
-    /// The caller is nobody that may call (I5); policy does not permit it (I8); the request's id was
-    /// used for another one; what the act refuses; [`ServiceError::ResourceExhausted`] where the
-    /// caller has met a bound; or [`ServiceError::Unavailable`].
+    /// The caller is nobody that may call (I5); policy does not permit it (I8); the request's id
+    /// was used for another one; what the act refuses; [`ServiceError::ResourceExhausted`] where
+    /// the caller has met a bound; or [`ServiceError::Unavailable`].
     pub async fn act<A: Act>(
         &self,
         caller: &Caller,

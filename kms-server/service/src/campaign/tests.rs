@@ -484,7 +484,7 @@ island_tests! {
         assert_eq!(found.len(), 13, "{found:?}");
     }
 
-    // Run it alone: `cargo test --release -p kms-server -- --ignored planning_a_million`, with
+    // Run it alone: `cargo test --release -p kms-service -- --ignored planning_a_million`, with
     // KMS_TEST_SHOW=1 for the figures.
     #[ignore = "a measurement: it makes a million meters"]
     async fn planning_a_million_slots_costs_seconds_and_flat_memory(island) {

@@ -636,7 +636,7 @@ island_tests! {
         assert!(FlagId::parse("KAM").is_ok());
     }
 
-    /// How fast: `KMS_TEST_METERS=200000 KMS_TEST_SHOW=1 cargo test --release -p kms-server --lib
+    /// How fast: `KMS_TEST_METERS=200000 KMS_TEST_SHOW=1 cargo test --release -p kms-service --lib
     /// import_rate -- --nocapture`.
     async fn import_rate(island) {
         let meters: u64 = std::env::var("KMS_TEST_METERS").ok().and_then(|text| text.parse().ok()).unwrap_or(3_000);
