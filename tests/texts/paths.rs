@@ -46,8 +46,8 @@ fn what_is_a_path_is_found() {
     }
 }
 
-/// The paths in a page, from the folder of the workspace: words in backquotes that begin with one of
-/// its folders, and the targets of links to files.
+/// The paths in a page, from the folder of the workspace: words in backquotes that begin with one
+/// of its folders, and the targets of links to files.
 fn named(page: &Path, text: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for paragraph in text.split("\n\n") {
