@@ -4,9 +4,10 @@
 //! A caller repeats a request when it does not know whether it was answered. The door decides on
 //! the caller and the policy anew, since a repetition is no right (I8). Then it asks
 //! [`View::asked`], in the transaction that would act, and remembers with [`View::answered`] or
-//! [`View::answered_with`] what the act came to: as the act's [`crate::Past`] says. Where keys or frames leave, the answer is the audit record itself
-//! (I2): [`View::replay`]. It is compared with what would be answered now, and whatever differs is
-//! a refusal: a counter goes out again with the same octets only (I4).
+//! [`View::answered_with`] what the act came to: as the act's [`crate::Past`] says. Where keys or
+//! frames leave, the answer is the audit record itself (I2): [`View::replay`]. It is compared with
+//! what would be answered now, and whatever differs is a refusal: a counter goes out again with the
+//! same octets only (I4).
 //!
 //! | the request id is | the repetition gets |
 //! |---|---|
