@@ -59,7 +59,7 @@ impl Context {
             let names = state.profile_names();
             return Err(Failure::usage(if names.is_empty() {
                 format!(
-                    "no profile in `{folder}`: start a server with `kms-server dev`, get a profile from an officer, or name the folder with --state"
+                    "no profile in `{folder}`: start a server with `kms-dev`, get a profile from an officer, or name the folder with --state"
                 )
             } else {
                 format!(

@@ -3,7 +3,7 @@
 //! It is in the library, and not in the binary, because futures are compiled where they are
 //! awaited: otherwise the whole server would be compiled twice.
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{error::Error, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use clap::{Parser, Subcommand};
 use kms_domain::RootPurpose;
@@ -11,7 +11,6 @@ use kms_hsm::ProcessPinMemory;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::dev::{self, DevSettings};
 use crate::server::{self, Server, host_name};
 use crate::telemetry::Telemetry;
 use kms_config::{Config, TelemetrySection};
@@ -28,31 +27,6 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Make a development island on this machine and serve it. It needs no other step, and is not
-    /// for real keys.
-    Dev {
-        /// Folder of the development island.
-        #[arg(long, default_value = ".kms")]
-        state: PathBuf,
-        /// Address to listen on: of this machine only, unless `--expose` is given.
-        #[arg(long, default_value = "127.0.0.1:7443")]
-        listen: SocketAddr,
-        /// Permit a `--listen` address that other machines can reach. All secrets of a development
-        /// island are in one folder.
-        #[arg(long)]
-        expose: bool,
-        /// PostgreSQL database (`postgres://USER@HOST/DATABASE`) instead of SQLite in the folder.
-        /// Used at the first start only.
-        #[arg(long)]
-        database: Option<String>,
-        /// Number of meters of the sample shipment. Used at the first start only.
-        #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u64).range(1..=100_000))]
-        meters: u64,
-        /// Another PKCS#11 module than the embedded hsm-sim, for a trial. Configure it as its
-        /// vendor says. Used at the first start only.
-        #[arg(long)]
-        module: Option<PathBuf>,
-    },
     /// Serve an island.
     Run {
         /// The configuration file; docs/kms-server.toml is a commented example.
@@ -195,48 +169,39 @@ enum RootsCommand {
 /// Does what the arguments of the process say, and tells on standard error why it could not.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    run("kms-server", arguments.command.run())
+}
+
+/// Runs a program that holds secrets, and tells on standard error why it could not.
+pub fn run(name: &str, program: impl Future<Output = Result<(), Box<dyn Error + Send + Sync>>>) -> ExitCode {
     // I1: key material in this process shall not reach a core file, nor another process of the same
     // user.
     if let Err(error) = forbid_dumps() {
-        eprintln!("kms-server: cannot switch off core dumps: {error}");
+        eprintln!("{name}: cannot switch off core dumps: {error}");
         return ExitCode::FAILURE;
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("kms-server: cannot start threads: {error}");
+            eprintln!("{name}: cannot start threads: {error}");
             return ExitCode::FAILURE;
         }
     };
-    let outcome = runtime.block_on(arguments.command.run());
+    let outcome = runtime.block_on(program);
     // A thread that hangs in an HSM module must not hold up the end.
     runtime.shutdown_timeout(Duration::from_secs(2));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("kms-server: {error}");
+            eprintln!("{name}: {error}");
             ExitCode::FAILURE
         }
     }
 }
 
 impl Command {
-    async fn run(self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    async fn run(self) -> Result<(), Box<dyn Error + Send + Sync>> {
         match self {
-            Self::Dev { state, listen, expose, database, meters, module } => {
-                if !(listen.ip().is_loopback() || expose) {
-                    let port = listen.port();
-                    return Err(format!(
-                        "`--listen {listen}` could be reached from other machines, and a development island is not for that: use 127.0.0.1:{port}, or add `--expose`"
-                    )
-                    .into());
-                }
-                let _telemetry = Telemetry::start(
-                    &TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() },
-                    "dev",
-                )?;
-                Ok(dev::run(DevSettings { state, listen, database, meters, module }, stop_signal()).await?)
-            }
             Self::Run { config } => {
                 let config = Config::load(&config)?;
                 let server_name = config.server_name.clone().unwrap_or_else(host_name);
@@ -367,7 +332,7 @@ impl Command {
     }
 }
 
-async fn check(config: &Config) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+async fn check(config: &Config) -> Result<(), Box<dyn Error + Send + Sync>> {
     let policy = kms_policy::load(config.policies.directory.as_deref())?;
     println!("policies: well-formed and valid; SHA-256 {}", hex::encode(policy.digest()));
     let profiles = Profiles::load(config.device_profiles.directory.as_deref())?;
@@ -415,7 +380,7 @@ fn times(number: u32) -> String {
 }
 
 /// SIGINT or SIGTERM.
-async fn stop_signal() {
+pub async fn stop_signal() {
     let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
     else {
         tracing::error!("signals cannot be received; end the server with SIGKILL");

@@ -3,7 +3,6 @@
 
 pub mod command_line;
 mod descriptors;
-pub mod dev;
 pub mod pin_memory;
 pub mod server;
 pub mod telemetry;

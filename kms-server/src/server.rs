@@ -234,8 +234,12 @@ impl Opening {
                 "no `watermark` is configured: a database that is put back without a new timeline is not noticed (I4), nor a row of the island under a retired seal key (I5)"
             );
         }
-        let committer =
-            Committer::start(Arc::clone(&store), keys.seal, keys.audit, committer_settings(&self.config, restore));
+        let committer = Committer::start(
+            Arc::clone(&store),
+            keys.seal,
+            keys.audit,
+            committer_settings(&self.config, restore, Some(&self.policy)),
+        );
         // I4: not before the counters of a restored database are raised. Other servers may rotate
         // the seal root meanwhile.
         tokio::select! {
@@ -331,7 +335,7 @@ pub async fn make_root(config: &Config, settings: NewRootSettings) -> Result<Mad
         drop(tokio::task::spawn_blocking(move || hsm.close()).await);
         let keys = keys?;
         let committer =
-            Committer::start(Arc::clone(&store), keys.seal, keys.audit, committer_settings(config, restore));
+            Committer::start(Arc::clone(&store), keys.seal, keys.audit, committer_settings(config, restore, None));
         tokio::time::timeout(USABLE_WITHIN, committer.settled()).await.map_err(|_| ServerError::NotSettled)?;
         let made = settings.make(config, &committer).await;
         committer.stop().await;
@@ -361,7 +365,7 @@ async fn without_serving<T>(
     let worked = async {
         let keys = IslandKeys::open(&store, &hsm, &config.island, &restore).await?;
         let committer =
-            Committer::start(Arc::clone(&store), keys.seal, keys.audit, committer_settings(config, restore));
+            Committer::start(Arc::clone(&store), keys.seal, keys.audit, committer_settings(config, restore, None));
         tokio::time::timeout(USABLE_WITHIN, committer.settled()).await.map_err(|_| ServerError::NotSettled)?;
         let outcome = work(&hsm, &committer, &store).await;
         committer.stop().await;
@@ -389,7 +393,7 @@ fn read_authority(config: &Config) -> Result<CertificateAuthority, ServerError> 
     CertificateAuthority::from_der(&root).map_err(|error| ServerError::Root(error.to_string()))
 }
 
-fn committer_settings(config: &Config, restore: RestoreSettings) -> CommitterSettings {
+fn committer_settings(config: &Config, restore: RestoreSettings, policy: Option<&Policy>) -> CommitterSettings {
     let server = config.server_name.clone().unwrap_or_else(host_name);
     CommitterSettings {
         island: config.island.clone(),
@@ -397,6 +401,7 @@ fn committer_settings(config: &Config, restore: RestoreSettings) -> CommitterSet
         chunk_size: ChunkSize::default(),
         limits: Arc::new(config.limits.clone()),
         restore,
+        policy_sha256: policy.map(Policy::digest),
         silence: CommitterSettings::SILENCE,
     }
 }

@@ -34,8 +34,8 @@ fn dev_listens_on_this_machine_alone_unless_more_is_said() {
     for address in ["0.0.0.0:0", "[::]:0", "192.0.2.1:7443"] {
         let folder = tempfile::tempdir().unwrap();
         let state = folder.path().join("state");
-        let mut command = std::process::Command::new(program("kms-server"));
-        let output = command.args(["dev", "--listen", address, "--state"]).arg(&state).output().unwrap();
+        let mut command = std::process::Command::new(program("kms-dev"));
+        let output = command.args(["--listen", address, "--state"]).arg(&state).output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success() && said.contains("--expose"), "{address}: {said}");
         assert!(!state.exists(), "nothing was made");

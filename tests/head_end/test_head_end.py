@@ -99,7 +99,7 @@ def head_end(state, meter, address):
 def test_reads_a_register_three_times():
     with tempfile.TemporaryDirectory(prefix="kms-head-end-") as folder:
         state = pathlib.Path(folder) / "kms"
-        arguments = [PROGRAMS / "kms-server", "dev", "--state", state, "--listen", "127.0.0.1:0", "--meters", "20"]
+        arguments = [PROGRAMS / "kms-dev", "--state", state, "--listen", "127.0.0.1:0", "--meters", "20"]
         with Running(arguments, r"Serving on (\S+);"):
             device = json.loads((state / "vendor/devices.jsonl").read_text().splitlines()[11])
             simulation = {"listeners": [{"address": "127.0.0.1:0", "meter": simulated(device)}]}
@@ -160,7 +160,7 @@ def test_takes_meters_over():
     with tempfile.TemporaryDirectory(prefix="kms-head-end-") as folder:
         folder = pathlib.Path(folder)
         state, memory_file, meters_file = folder / "kms", folder / "memory.json", folder / "meters.json"
-        arguments = [PROGRAMS / "kms-server", "dev", "--state", state, "--listen", "127.0.0.1:0", "--meters", METERS]
+        arguments = [PROGRAMS / "kms-dev", "--state", state, "--listen", "127.0.0.1:0", "--meters", METERS]
         with Running(arguments, r"Serving on (\S+);"):
             equal = folder / "equal.jsonl"
             sample = ["--devices", EQUAL_KEYS, "--first", METERS + 1, "--equal-keys", 2, "--vendor-key", state / "vendor/signing.key", "--out", equal]

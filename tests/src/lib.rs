@@ -182,7 +182,7 @@ impl DevServer {
         let limit = open_files.map_or_else(String::new, |files| format!("ulimit -n {files}; "));
         let mut command = Command::new("sh");
         // A file that may not grow is an error and not a signal: see `limit_files`.
-        command.args(["-c", &format!("trap '' XFSZ; {limit}exec \"$@\""), "sh"]).arg(program("kms-server"));
+        command.args(["-c", &format!("trap '' XFSZ; {limit}exec \"$@\""), "sh"]).arg(program("kms-dev"));
         let tokens = state.join("softhsm");
         fs::create_dir_all(&tokens).unwrap();
         fs::write(
@@ -190,7 +190,7 @@ impl DevServer {
             format!("directories.tokendir = {}\nlog.level = ERROR\n", tokens.display()),
         )
         .unwrap();
-        command.args(["dev", "--listen", "127.0.0.1:0", "--state"]).arg(state).args(arguments);
+        command.args(["--listen", "127.0.0.1:0", "--state"]).arg(state).args(arguments);
         command
             .env_remove("HSM_SIM_DIR")
             .env("SOFTHSM2_CONF", state.join("softhsm2.conf"))

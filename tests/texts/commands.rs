@@ -4,7 +4,7 @@ use crate::{command_tree::Node, files, root};
 
 #[test]
 fn every_command_that_a_text_names_exists() {
-    let programs = [Node::of_program("kms"), Node::of_program("kms-server")];
+    let programs = [Node::of_program("kms"), Node::of_program("kms-server"), Node::of_program("kms-dev")];
     let mut wrong = Vec::new();
     let mut checked = 0;
     for folder in TEXTS {
@@ -25,13 +25,13 @@ fn every_command_that_a_text_names_exists() {
 
 #[test]
 fn what_does_not_exist_is_found() {
-    let programs = [Node::of_program("kms"), Node::of_program("kms-server")];
+    let programs = [Node::of_program("kms"), Node::of_program("kms-server"), Node::of_program("kms-dev")];
     for (text, reason) in [
         ("`kms shipment transport-key`", "`transport-key`"),
         ("`kms\n/// shipment\n/// transport-key`", "`transport-key`"),
         ("run kms principal propose {id}", "`propose`"),
         ("    $ kms --profile a session open 4B41 --counter 5", "`--counter`"),
-        ("    cargo run --release --bin kms-server -- dev --port 1", "`--port`"),
+        ("    cargo run --release --bin kms-dev -- --port 1", "`--port`"),
         ("`kms nothing`", "`nothing`"),
     ] {
         let found: Vec<_> = named("a.rs", text, &programs).iter().filter_map(|c| check(c, &programs).err()).collect();

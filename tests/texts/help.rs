@@ -10,7 +10,9 @@ use crate::{
 
 #[test]
 fn help_is_as_committed() {
-    for (name, file) in [("kms", "kms-cli/help.txt"), ("kms-server", "kms-server/help.txt")] {
+    for (name, file) in
+        [("kms", "kms-cli/help.txt"), ("kms-server", "kms-server/help.txt"), ("kms-dev", "kms-server/dev/help.txt")]
+    {
         let program = Node::of_program(name);
         let now = written(&program);
         let path = root().join(file);
@@ -34,7 +36,7 @@ fn help_is_as_committed() {
 
 #[test]
 fn every_command_has_help_and_the_first_one_tells_exit_codes() {
-    for name in ["kms", "kms-server"] {
+    for name in ["kms", "kms-server", "kms-dev"] {
         for command in Node::of_program(name).walk() {
             let first = command.help.lines().next().unwrap();
             assert!(!first.is_empty() && !first.starts_with("Usage:"), "{:?} has no description", command.path);

@@ -3,6 +3,7 @@
 
 mod command_tree;
 mod commands;
+mod crates;
 mod documented_rust;
 mod help;
 mod paths;

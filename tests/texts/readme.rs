@@ -29,7 +29,7 @@ fn readme_shows_what_the_programs_print() {
         } else {
             continue;
         };
-        assert_same("kms-server dev", &block, printed);
+        assert_same("kms-dev", &block, printed);
         compared += 1;
     }
     assert_eq!(compared, 4, "outputs in README");

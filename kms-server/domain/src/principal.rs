@@ -274,7 +274,7 @@ impl Island {
 /// Whether an island is for trials.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum IslandKind {
-    /// Made by `kms-server dev`. A production configuration refuses it.
+    /// Made by `kms-dev`. A production configuration refuses it.
     Development,
     /// Made by a ceremony.
     Production,

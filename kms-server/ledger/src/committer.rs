@@ -73,6 +73,9 @@ pub struct CommitterSettings {
     pub limits: Arc<Limits>,
     /// How a restored database is found (I4).
     pub restore: RestoreSettings,
+    /// SHA-256 of the policies and quotas that this run decides by: [`kms_authz::Policy::digest`];
+    /// none: it decides on no request.
+    pub policy_sha256: Option<[u8; 32]>,
     /// How long another server must have been silent for this one to take it for gone, and close
     /// its chain.
     pub silence: Duration,
@@ -486,6 +489,7 @@ impl Shared {
             version,
             closed,
             audit_key_version: head.key_version().into(),
+            policy_sha256: self.settings.policy_sha256.map(|digest| digest.to_vec().into()).unwrap_or_default(),
         };
         Ok((head, AuditRecord { event: Some(Event::WriterOpened(event)), ..Default::default() }))
     }

@@ -318,7 +318,9 @@ const SHIPPED: [(&str, &str); 7] = [
 
 #[cfg(test)]
 mod tests {
-    use kms_authz::{CosemTarget, DeviceTypeFacts, FrameService, GroupFacts, Purpose};
+    use std::collections::BTreeSet;
+
+    use kms_authz::{CosemTarget, DeviceTypeFacts, FrameService, GroupFacts, Purpose, ResourceKind};
     use kms_domain::{DeviceProfileName, FlagId, GroupId, KeyType, MeterClass, MeterStatus};
 
     use super::*;
@@ -602,6 +604,31 @@ mod tests {
         assert_eq!(of(&hes, KeyType::KEK, 900, &group), Deny);
         assert_eq!(of(&hes, KeyType::GBEK, 86_401, &group), Deny);
         assert_eq!(of(&officer, KeyType::GBEK, 900, &group), Deny);
+    }
+
+    #[test]
+    fn every_action_stands_in_schema_policies_and_documentation() {
+        let (schema, _) = Schema::from_cedarschema_str(SCHEMA).unwrap();
+        let names: BTreeSet<&str> = Action::ALL.iter().map(|(name, _)| *name).collect();
+        assert_eq!(names.len(), Action::ALL.len());
+        let in_schema: BTreeSet<&str> = schema.actions().map(|action| action.id().unescaped()).collect();
+        assert_eq!(names, in_schema);
+        let policies: String = SHIPPED.iter().map(|(_, text)| *text).collect();
+        let documentation = include_str!("../../../policies/README.md");
+        for (name, on) in Action::ALL {
+            let wanted = match on {
+                ResourceKind::Island => "Island",
+                ResourceKind::Meters => "MeterClass",
+                ResourceKind::Group => "MeterGroup",
+                ResourceKind::DeviceType => "DeviceType",
+            };
+            let resources = schema.resources_for_action(&uid("Action", name).unwrap()).unwrap();
+            assert_eq!(resources.map(ToString::to_string).collect::<Vec<_>>(), [wanted], "{name}");
+            // Whether the word of a head-end is a proof is for each utility to decide.
+            let shipped = policies.contains(&format!("Action::\"{name}\""));
+            assert!(shipped || *name == "attestKey", "no shipped policy says who may {name}");
+            assert!(documentation.contains(&format!("`{name}`")), "policies/README.md lacks `{name}`");
+        }
     }
 
     #[test]

@@ -228,6 +228,7 @@ impl CeremonyPlan {
         let seal = SealKey::new(SEAL_KEY_VERSION, &mac(SealRootKey::Seal).await?);
         let chain = AuditKey::new(SEAL_KEY_VERSION, &*mac(SealRootKey::AuditChain).await?);
         let settings = CommitterSettings {
+            policy_sha256: None,
             island: self.island.clone(),
             server: "ceremony".to_owned(),
             chunk_size: ChunkSize::default(),

@@ -637,6 +637,7 @@ async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: 
         async move { hsm.mac(RootVersion::FIRST, message).await.unwrap() }
     };
     let settings = CommitterSettings {
+        policy_sha256: None,
         island: row.name.clone(),
         server: server.to_owned(),
         chunk_size: ChunkSize::DEFAULT,

@@ -88,6 +88,7 @@ fn head_end(island: &TestIsland, name: &str) -> PrincipalId {
 /// A committer of its own on the island's database.
 fn committer(island: &TestIsland, limits: Limits) -> Committer {
     let settings = CommitterSettings {
+        policy_sha256: None,
         island: island.island.name().clone(),
         server: "bounded".to_owned(),
         chunk_size: ChunkSize::DEFAULT,

@@ -457,6 +457,7 @@ island_tests! {
         let open = async |restore: kms_ledger::RestoreSettings| crate::island_keys::IslandKeys::open(store, hsm, name, &restore).await;
         let keys = open(restore.clone()).await.unwrap();
         let settings = kms_ledger::CommitterSettings {
+            policy_sha256: None,
             island: name.clone(),
             server: "three".to_owned(),
             chunk_size: kms_domain::ChunkSize::DEFAULT,

@@ -1,4 +1,4 @@
-//! `kms-server dev`: a whole development island on one machine, with no other step, and the main
+//! `kms-dev`: a whole development island on one machine, with no other step, and the main
 //! job once through its own public interface.
 //!
 //! The ceremony, the import and the session below are the same code and the same RPCs that
@@ -35,8 +35,8 @@ use kms_hsm::TokenSelector;
 use kms_store::StoreConfig;
 use tokio::sync::oneshot;
 
-use crate::server::Server;
 use kms_config::{Config, SecretSource};
+use kms_server::server::Server;
 use kms_service::profiles::Profiles;
 use kms_service::{
     certificate::CertificationRequest,
@@ -48,18 +48,18 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// What a development island is made of.
 #[derive(Clone, Debug)]
-pub struct DevSettings {
+pub(crate) struct DevSettings {
     /// The folder that keeps it.
-    pub state: PathBuf,
+    pub(crate) state: PathBuf,
     /// Where it listens.
-    pub listen: SocketAddr,
+    pub(crate) listen: SocketAddr,
     /// The database, as a `postgres://` address, where it is not SQLite in the folder. Only at the
     /// first start.
-    pub database: Option<String>,
+    pub(crate) database: Option<String>,
     /// Meters of the sample shipment. Only at the first start.
-    pub meters: u64,
+    pub(crate) meters: u64,
     /// Another PKCS#11 module than the embedded one. Only at the first start.
-    pub module: Option<PathBuf>,
+    pub(crate) module: Option<PathBuf>,
 }
 
 /// Makes the island if it is not there yet, serves it, does the main job once, and serves until
@@ -67,7 +67,7 @@ pub struct DevSettings {
 ///
 /// # Errors
 /// What is in the way, in words.
-pub async fn run(settings: DevSettings, stop: impl Future<Output = ()> + Send + 'static) -> Result<(), Failure> {
+pub(crate) async fn run(settings: DevSettings, stop: impl Future<Output = ()> + Send + 'static) -> Result<(), Failure> {
     let listen = settings.listen;
     let state = State::open(settings)?;
     state.enter_token_directory()?;
@@ -108,7 +108,7 @@ pub async fn run(settings: DevSettings, stop: impl Future<Output = ()> + Send + 
     // What fails here is told, and the island goes on serving: it is there to be looked at.
     let mut end = Some(end);
     if let Err(error) = state.populate_and_show(address, embedded).await {
-        eprintln!("\nkms-server dev: {error}");
+        eprintln!("\nkms-dev: {error}");
         if !serving.is_finished() {
             println!("\nThe server goes on serving on {address}. Ctrl-C ends it.");
         }
