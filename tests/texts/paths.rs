@@ -38,7 +38,7 @@ fn what_is_a_path_is_found() {
         ("`proto/meterkms/v1/*.proto`", vec!["proto/meterkms/v1"]),
         ("`kms-cli/src/commands/NOUN.rs`", vec!["kms-cli/src/commands"]),
         ("`kms-server/store/tests/schemas/NNNN_name.sql`", vec!["kms-server/store/tests/schemas"]),
-        // Neither is one of the tree.
+        // None of these is one of the tree.
         ("`kms-server init`, tests/nothing, `target/release/kms-server`, `/etc/meterkms/policies`", vec![]),
     ] {
         let expected: Vec<_> = paths.iter().map(PathBuf::from).collect();
