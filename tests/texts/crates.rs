@@ -78,7 +78,8 @@ fn drawn(graph: &Graph) -> String {
         let ready: Vec<_> = ready.collect();
         assert!(!ready.is_empty(), "crates use each other in a circle");
         for (name, used) in ready {
-            let direct = used.iter().filter(|one| !used.iter().any(|other| other != *one && reaches(graph, other, one)));
+            let direct =
+                used.iter().filter(|one| !used.iter().any(|other| other != *one && reaches(graph, other, one)));
             let direct: Vec<&str> = direct.map(String::as_str).collect();
             writeln!(text, "{}", format!("    {name:<18} {}", direct.join(", ")).trim_end()).unwrap();
             done.insert(name);

@@ -12,7 +12,13 @@
 //! The server's own acts have no caller, no policy and no repetition: [`Committer::act`] runs them
 //! under a [`ServerAct`]. They are recorded like all others.
 
-use std::{marker::PhantomData, sync::Arc};
+use std::{
+    marker::PhantomData,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use arc_swap::ArcSwap;
 use kms_domain::{Principal, RequestId};
@@ -154,7 +160,7 @@ impl Asker {
     /// Permission denied, naming the action.
     pub fn require(self, action: &Action, resource: &Resource<'_>) -> Result<Permit, ServiceError> {
         self.policy.require(&self.facts, action, resource)?;
-        Ok(Permit { asker: self, each: false })
+        Ok(Permit::of(self, false))
     }
 
     /// As [`Self::require`], with a refusal that says more of what was asked.
@@ -167,35 +173,48 @@ impl Asker {
         resource: &Resource<'_>,
         refusal: impl FnOnce() -> ServiceError,
     ) -> Result<Permit, ServiceError> {
-        if self.permits(action, resource) { Ok(Permit { asker: self, each: false }) } else { Err(refusal()) }
+        if self.permits(action, resource) { Ok(Permit::of(self, false)) } else { Err(refusal()) }
     }
 
     /// The permit for an act on many rows, which asks for each of them by [`Permit::permits`] or
     /// [`Permit::require`] before it touches it (I8).
     pub fn each(self) -> Permit {
-        Permit { asker: self, each: true }
+        Permit::of(self, true)
     }
 
     /// The permit for an act that policies have no say in. `_reason` tells why.
     pub fn without_policy(self, _reason: &'static str) -> Permit {
-        Permit { asker: self, each: false }
+        Permit::of(self, false)
     }
 }
 
-/// That the caller may act. Made by [`Act::permit`] only, which the door calls.
+/// That the caller may act. An act gets its view together with the one that [`Act::permit`] made in
+/// the same transaction.
 pub struct Permit {
     asker: Asker,
+    /// Each item is asked about by itself.
     each: bool,
+    /// Whether one was.
+    asked: AtomicBool,
 }
 
 impl Permit {
+    const fn of(asker: Asker, each: bool) -> Self {
+        Self { asker, each, asked: AtomicBool::new(false) }
+    }
+
+    /// I8: an act that is for each item by itself, and asked about none, was permitted nothing.
+    fn permits_something(&self) -> bool {
+        !self.each || self.asked.load(Ordering::Relaxed)
+    }
     /// Who acts.
     pub const fn principal(&self) -> &Arc<Principal> {
         &self.asker.principal
     }
 
     /// Who acts, for decisions that are the same before the act.
-    pub const fn asker(&self) -> &Asker {
+    pub fn asker(&self) -> &Asker {
+        self.asked.store(true, Ordering::Relaxed);
         &self.asker
     }
 
@@ -206,6 +225,7 @@ impl Permit {
 
     /// Whether policy permits one item of an act on many, or a further action.
     pub fn permits(&self, action: &Action, resource: &Resource<'_>) -> bool {
+        self.asked.store(true, Ordering::Relaxed);
         self.asker.permits(action, resource)
     }
 
@@ -214,12 +234,8 @@ impl Permit {
     /// # Errors
     /// Permission denied, naming the action.
     pub fn require(&self, action: &Action, resource: &Resource<'_>) -> Result<(), ServiceError> {
+        self.asked.store(true, Ordering::Relaxed);
         self.asker.policy.require(&self.asker.facts, action, resource)
-    }
-
-    /// Whether it is for acts that ask for each item by itself.
-    pub const fn is_for_each(&self) -> bool {
-        self.each
     }
 }
 
@@ -494,6 +510,10 @@ impl<A: Act> Passing<A> {
         match found {
             Found::First => {
                 let decision = self.act.decide(&permit, view)?;
+                if decision.is_recorded() && !permit.permits_something() {
+                    let name = self.act.name();
+                    return Err(ServiceError::Internal(format!("the act `{name}` asked policy about nothing (I8)")));
+                }
                 if let Some(asking) = self.asking.as_ref().filter(|_| !decision.is_forgotten()) {
                     A::Past::remember(view, asking, &decision);
                 }

@@ -1,4 +1,5 @@
 //! The ledger, under an island.
 
 mod attempt;
+mod door;
 mod queue;
