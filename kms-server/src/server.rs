@@ -4,6 +4,7 @@
 //! and calls answer UNAVAILABLE until the island is open. What only an operator can mend, such as a
 //! wrong island or a forged row, ends the server.
 
+use async_recursion::async_recursion as boxed;
 use std::convert::Infallible;
 use std::fs;
 use std::future::Future;
@@ -75,6 +76,7 @@ impl Server {
     ///
     /// # Errors
     /// What cannot be read or used, with its place.
+    #[boxed]
     pub async fn start(mut config: Config) -> Result<Self, ServerError> {
         config.limits = descriptors::fit(&config.limits).map_err(ServerError::Descriptors)?;
         let policy = kms_policy::load(config.policies.directory.as_deref())?;
@@ -105,7 +107,12 @@ impl Server {
     ///
     /// # Errors
     /// What only an operator can mend.
-    pub async fn serve(self, shutdown: impl Future<Output = ()> + Send) -> Result<(), ServerError> {
+    pub async fn serve(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<(), ServerError> {
+        self.serve_until(Box::pin(shutdown)).await
+    }
+
+    #[boxed]
+    async fn serve_until(self, shutdown: Pin<Box<dyn Future<Output = ()> + Send>>) -> Result<(), ServerError> {
         let (health, health_service) = tonic_health::server::health_reporter();
         let reflection = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(kms_proto::FILE_DESCRIPTOR_SET)

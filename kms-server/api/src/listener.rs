@@ -2,6 +2,7 @@
 //! stranger can make the server hold is bounded here, before any of their octets reach HTTP/2; so
 //! is what one principal can hold of connections.
 
+use async_recursion::async_recursion as boxed;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -71,6 +72,7 @@ impl Listener {
     ///
     /// # Errors
     /// The address cannot be bound: it is in use, or not of this host.
+    #[boxed]
     pub async fn bind(address: SocketAddr, tls: Arc<ServerTls>, limits: &Limits) -> io::Result<Self> {
         Ok(Self { tcp: TcpListener::bind(address).await?, tls, limits: limits.clone() })
     }

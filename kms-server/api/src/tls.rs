@@ -4,6 +4,7 @@
 //! Sources: RFC 8446; X25519MLKEM768 of draft-ietf-tls-ecdhe-mlkem; RFC 5280 for what a peer
 //! certificate must be.
 
+use async_recursion::async_recursion as boxed;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -54,6 +55,7 @@ impl ServerTls {
     /// Reloads whenever a file has changed or the process gets SIGHUP. A change that cannot be
     /// loaded is logged, and tried again at the next look: files are often replaced one after the
     /// other. Never returns; drop the future to end it.
+    #[boxed]
     pub async fn watch(&self) {
         let mut hang_up = signal(SignalKind::hangup()).ok();
         let mut seen = self.files.stamps();

@@ -1,5 +1,6 @@
 //! The audit log, for reading.
 
+use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -82,6 +83,7 @@ impl AuditLog {
     ///
     /// # Errors
     /// Not permitted, a record that does not decode, or the database is away.
+    #[boxed]
     pub async fn list(&self, caller: &Caller, query: &LogQuery) -> Result<LogPage, ServiceError> {
         self.island.require(caller, &Action::ListAuditRecords).await?;
         let mut page = LogPage::default();

@@ -12,6 +12,7 @@ mod task;
 #[cfg(test)]
 pub(super) mod tests;
 
+use async_recursion::async_recursion as boxed;
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex},
@@ -139,6 +140,7 @@ impl CampaignService {
     /// # Errors
     /// Not permitted, no such campaign, its state or the rules of approval (I6) forbid it, or the
     /// database is away.
+    #[boxed]
     pub async fn change(
         &self,
         caller: &Caller,
@@ -270,6 +272,7 @@ async fn all(island: &Island) -> Result<Vec<Arc<Campaign>>, ServiceError> {
 ///
 /// # Errors
 /// The database is away.
+#[boxed]
 pub async fn unfinished(island: &Island) -> Result<Vec<CampaignId>, ServiceError> {
     let begun = |campaign: &Arc<Campaign>| matches!(campaign.state, CampaignState::Running | CampaignState::Paused);
     Ok(all(island).await?.iter().filter(|campaign| begun(campaign)).map(|campaign| campaign.id).collect())

@@ -9,6 +9,7 @@
 //! Profiles of RFC 5280. Extensions of a request are ignored: everything in a certificate is chosen
 //! here.
 
+use async_recursion::async_recursion as boxed;
 use std::net::IpAddr;
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -153,6 +154,7 @@ impl CertificateAuthority {
     ///
     /// # Errors
     /// Failed precondition: another key. Else the HSM's.
+    #[boxed]
     pub async fn check_key(&self, hsm: &Hsm) -> Result<(), ServiceError> {
         if hsm.public_key(CA_KEY).await? == self.key.0 {
             return Ok(());
@@ -279,6 +281,7 @@ impl ToBeSigned {
     ///
     /// # Errors
     /// The HSM's, and as [`Self::finish`].
+    #[boxed]
     pub async fn sign(self, hsm: &Hsm) -> Result<IssuedCertificate, ServiceError> {
         let signature = hsm.sign_ecdsa(CA_KEY, self.digest()).await?;
         self.finish(&signature)

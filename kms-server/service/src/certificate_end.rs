@@ -1,5 +1,6 @@
 //! Certificates end: the server renews its own in time, and says in the log which others end soon.
 
+use async_recursion::async_recursion as boxed;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -37,6 +38,7 @@ impl ServerCertificate {
     /// # Errors
     /// A file cannot be read or written, or is no such certificate or key; no token for the CA;
     /// trouble of HSM or database.
+    #[boxed]
     pub async fn renew(
         &self,
         authority: &CertificateAuthority,
@@ -95,6 +97,7 @@ pub struct CertificateWatch {
 impl CertificateWatch {
     /// Looks now, and then daily; more often for a certificate that lives a few days. Never
     /// returns.
+    #[boxed]
     pub async fn run(self) {
         loop {
             let pause = self.look().await;

@@ -6,6 +6,7 @@
 
 mod carried;
 
+use async_recursion::async_recursion as boxed;
 use std::{
     collections::{HashMap, HashSet},
     num::NonZeroU32,
@@ -127,6 +128,7 @@ impl FrameService {
     /// # Errors
     /// What concerns all: the caller, the request id, HSM or database. What concerns one frame is
     /// in its outcome.
+    #[boxed]
     pub async fn protect(
         &self,
         caller: &Caller,
@@ -194,6 +196,7 @@ impl FrameService {
     ///
     /// # Errors
     /// What concerns all: the caller, HSM or database.
+    #[boxed]
     pub async fn unprotect(
         &self,
         caller: &Caller,

@@ -7,6 +7,7 @@
 
 mod batch;
 
+use async_recursion::async_recursion as boxed;
 use std::{
     num::NonZeroU32,
     sync::{Arc, Mutex},
@@ -143,6 +144,7 @@ impl GrantService {
     /// The caller is nobody, has no transport key, uses a client title of others or a request id
     /// twice; the grant was revoked or overtaken; HSM or database are away. What concerns single
     /// meters is in [`Granted::refusals`].
+    #[boxed]
     pub async fn open(&self, caller: &Caller, chunk: Chunk) -> Result<Granted, ServiceError> {
         let meters = match &chunk.targets {
             GrantTargets::Meters(meters) => meters.len(),
@@ -180,6 +182,7 @@ impl GrantService {
     ///
     /// # Errors
     /// Not permitted, or the database is away.
+    #[boxed]
     pub async fn list(&self, caller: &Caller, query: GrantQuery) -> Result<Vec<v1::Grant>, ServiceError> {
         let own = query.principal.as_ref() == Some(&caller.principal)
             || (query.principal.is_none() && matches!(caller.principal.role(), Role::HeadEnd | Role::Handheld));
@@ -193,6 +196,7 @@ impl GrantService {
     ///
     /// # Errors
     /// Not permitted, no such grant, or the database is away.
+    #[boxed]
     pub async fn revoke(
         &self,
         caller: &Caller,

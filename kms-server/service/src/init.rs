@@ -7,6 +7,7 @@
 
 mod file;
 
+use async_recursion::async_recursion as boxed;
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -61,6 +62,7 @@ impl CeremonyPlan {
     ///
     /// # Errors
     /// What is in the way, and what to do. Running it again goes on where it stopped.
+    #[boxed]
     pub async fn hold(self, state: &Path) -> Result<Held, InitError> {
         let state = State::open(state)?;
         let escrow = state.escrow(&self)?;

@@ -1,6 +1,7 @@
 //! What the use cases of one island share: its tokens, database, policies, profiles and writer (I7:
 //! one of these an island).
 
+use async_recursion::async_recursion as boxed;
 use std::{collections::HashSet, path::PathBuf, sync::Arc};
 
 use arc_swap::ArcSwap;
@@ -79,6 +80,7 @@ impl Island {
     /// # Errors
     /// It is disabled, unknown, or the certificate is not one of its own; the row was tampered
     /// with; the database is away.
+    #[boxed]
     pub async fn principal(&self, caller: &Caller) -> Result<Arc<kms_domain::Principal>, ServiceError> {
         let name = caller.principal.to_string();
         let row = self.store.sealed(RowKind::Principal, name.as_bytes()).await?;
@@ -89,6 +91,7 @@ impl Island {
     ///
     /// # Errors
     /// As there.
+    #[boxed]
     pub async fn principal_and_meters(
         &self,
         caller: &Caller,
@@ -128,6 +131,7 @@ impl Island {
     ///
     /// # Errors
     /// As [`Self::principal`].
+    #[boxed]
     pub async fn asker(&self, caller: &Caller) -> Result<Asker, ServiceError> {
         Ok(Asker::new(self.principal(caller).await?, self.policy.load_full()))
     }
@@ -136,6 +140,7 @@ impl Island {
     ///
     /// # Errors
     /// As there, and if no policy permits it.
+    #[boxed]
     pub async fn require(&self, caller: &Caller, action: &Action) -> Result<Arc<kms_domain::Principal>, ServiceError> {
         let principal = self.principal(caller).await?;
         self.policy.load().require(&kms_authz::facts(&principal), action, &Resource::Island)?;
@@ -146,6 +151,7 @@ impl Island {
     ///
     /// # Errors
     /// Its row was tampered with, or the database is away.
+    #[boxed]
     pub async fn meter(&self, title: SystemTitle) -> Result<Option<Arc<kms_domain::Meter>>, ServiceError> {
         let rows = self.store.meters(&[title]).await?;
         rows.first().map(|row| self.committer.open_meter(title, &row.row)).transpose()
@@ -157,6 +163,7 @@ impl Island {
     ///
     /// # Errors
     /// Its row was tampered with, or the database is away.
+    #[boxed]
     pub async fn group(&self, id: GroupId) -> Result<Option<(Arc<Group>, u64)>, ServiceError> {
         let name = id.0.to_be_bytes();
         let Some(row) = self.store.sealed(RowKind::Group, &name).await? else { return Ok(None) };
@@ -175,6 +182,7 @@ impl Island {
     ///
     /// # Errors
     /// A principal's row was tampered with, or the database is away.
+    #[boxed]
     pub async fn client_titles(&self) -> Result<HashSet<SystemTitle>, ServiceError> {
         let of_profiles = self
             .profiles

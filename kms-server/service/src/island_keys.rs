@@ -1,5 +1,6 @@
 //! What a server opens an island with: its row, and the keys that the seal root gives.
 
+use async_recursion::async_recursion as boxed;
 use std::{sync::Arc, time::Duration};
 
 use kms_base::ServiceError;
@@ -27,6 +28,7 @@ impl IslandKeys {
     ///
     /// # Errors
     /// The database does not hold the island; its row does not verify; or HSM or database are away.
+    #[boxed]
     pub async fn open(
         store: &Arc<dyn Store>,
         hsm: &Hsm,

@@ -11,6 +11,7 @@ mod show;
 #[cfg(test)]
 mod tests;
 
+use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
 
 use kms_domain::{GroupId, Owner, SystemTitle};
@@ -70,6 +71,7 @@ impl MeterService {
     ///
     /// # Errors
     /// Not permitted, or the database is away.
+    #[boxed]
     pub async fn list(
         &self,
         caller: &Caller,
@@ -109,6 +111,7 @@ impl MeterService {
     /// # Errors
     /// Permission denied, for an unknown meter and for one that is not the caller's alike; or the
     /// database is away.
+    #[boxed]
     pub async fn show(&self, caller: &Caller, title: SystemTitle) -> Result<v1::Meter, ServiceError> {
         let principal = facts(&*self.island.principal(caller).await?);
         // A row that does not verify is as good as absent for a caller (I5).

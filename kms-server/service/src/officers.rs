@@ -7,6 +7,7 @@
 //! private key, whose public half the sealed row of the island names. Nothing of the escrow but
 //! that is opened, and no root.
 
+use async_recursion::async_recursion as boxed;
 use std::{path::PathBuf, sync::Arc};
 
 use kms_domain::{Enrolment, PrincipalId, PrincipalStatus, Role, UnixMillis};
@@ -47,6 +48,7 @@ impl Recertification {
     /// A file cannot be read, or is not what it should be; the shares do not open the escrow of
     /// this island; there is no such enabled officer; the key is another principal's; or trouble of
     /// HSM or database.
+    #[boxed]
     pub async fn run(
         &self,
         authority: &CertificateAuthority,

@@ -7,6 +7,7 @@ mod rotation;
 #[cfg(test)]
 mod tests;
 
+use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
 
 use kms_domain::{
@@ -80,6 +81,7 @@ impl OwnerService {
     ///
     /// # Errors
     /// Not permitted, a row that does not verify, or the database is away.
+    #[boxed]
     pub async fn groups(&self, caller: &Caller, after: Option<GroupId>, limit: u32) -> Result<GroupPage, ServiceError> {
         self.island.require(caller, &Action::ListGroups).await?;
         let after = after.map(|id| id.0.to_be_bytes());
@@ -112,6 +114,7 @@ impl OwnerService {
     ///
     /// # Errors
     /// Not permitted, no such group, a row that does not verify, or the database is away.
+    #[boxed]
     pub async fn group(&self, caller: &Caller, name: &str) -> Result<v1::Group, ServiceError> {
         self.island.require(caller, &Action::ListGroups).await?;
         let missing = || no_such_group(name);
@@ -134,6 +137,7 @@ impl OwnerService {
     /// # Errors
     /// Not permitted; no such group; the group has the key; no profile, or profiles of different
     /// minds; a request id that was used for something else; or HSM or database are away.
+    #[boxed]
     pub async fn create_group_key(
         &self,
         caller: &Caller,
@@ -216,6 +220,7 @@ impl OwnerService {
     ///
     /// # Errors
     /// Not permitted, a row that does not verify, or the database is away.
+    #[boxed]
     pub async fn device_types(&self, caller: &Caller) -> Result<Vec<v1::DeviceType>, ServiceError> {
         self.island.require(caller, &Action::ListDeviceTypes).await?;
         Ok(self.all_device_types().await?.iter().map(|(device_type, _)| summary(device_type)).collect())
@@ -225,6 +230,7 @@ impl OwnerService {
     ///
     /// # Errors
     /// Not permitted, no such device type, a row that does not verify, or the database is away.
+    #[boxed]
     pub async fn device_type(&self, caller: &Caller, name: &str) -> Result<v1::DeviceType, ServiceError> {
         self.island.require(caller, &Action::ListDeviceTypes).await?;
         let all = self.all_device_types().await?;
@@ -245,6 +251,7 @@ impl OwnerService {
     /// # Errors
     /// Not permitted; the name is another device type's; an unknown device profile; or the database
     /// is away.
+    #[boxed]
     pub async fn add_device_type(
         &self,
         caller: &Caller,
@@ -260,6 +267,7 @@ impl OwnerService {
     ///
     /// # Errors
     /// As [`Self::create_group_key`].
+    #[boxed]
     pub async fn create_device_type_key(
         &self,
         caller: &Caller,

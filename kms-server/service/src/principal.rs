@@ -14,6 +14,7 @@ pub mod people;
 #[cfg(test)]
 mod tests;
 
+use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
 
 use aws_lc_rs::digest::{Context, SHA256};
@@ -79,6 +80,7 @@ impl Principals {
     /// # Errors
     /// Not permitted; the principal exists; a client title is another's or a meter's; the key is
     /// another principal's; or trouble of HSM or database.
+    #[boxed]
     pub async fn add(&self, caller: &Caller, new: NewPrincipal) -> Result<v1::PrincipalCertificate, ServiceError> {
         let action = Action::AddPrincipal { role: new.id.role() };
         self.island.require(caller, &action).await?;
@@ -160,6 +162,7 @@ impl Principals {
     /// # Errors
     /// Not permitted, no such principal, a disabled one, too many certificates, the key of another
     /// principal, or trouble of HSM or database.
+    #[boxed]
     pub async fn renew(
         &self,
         caller: &Caller,
@@ -243,6 +246,7 @@ impl Principals {
     ///
     /// # Errors
     /// Not permitted, a key that is not EC P-256, or trouble of HSM or database.
+    #[boxed]
     pub async fn register_transport_key(
         &self,
         caller: &Caller,
@@ -280,6 +284,7 @@ impl Principals {
     ///
     /// # Errors
     /// Not permitted, no such principal, the last enabled officer, or trouble of the database.
+    #[boxed]
     pub async fn disable(
         &self,
         caller: &Caller,
@@ -318,6 +323,7 @@ impl Principals {
     ///
     /// # Errors
     /// Not permitted, a row that does not verify, or trouble of the database.
+    #[boxed]
     pub async fn list(&self, caller: &Caller) -> Result<Vec<v1::Principal>, ServiceError> {
         self.island.require(caller, &Action::ListPrincipals).await?;
         self.all().await?.into_iter().map(|principal| Ok(to_proto(&*principal?))).collect()
@@ -327,6 +333,7 @@ impl Principals {
     ///
     /// # Errors
     /// Nobody that it accepts, or trouble of the database.
+    #[boxed]
     pub async fn who_am_i(&self, caller: &Caller) -> Result<v1::Principal, ServiceError> {
         let row = self.island.principal(caller).await?;
         let mut principal = to_proto(&row);

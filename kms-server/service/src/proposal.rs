@@ -7,6 +7,7 @@
 #[cfg(test)]
 mod tests;
 
+use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
 
 use kms_domain::{
@@ -119,6 +120,7 @@ impl ProposalService {
     ///
     /// # Errors
     /// Not permitted, or the database is away.
+    #[boxed]
     pub async fn list(
         &self,
         caller: &Caller,
@@ -146,6 +148,7 @@ impl ProposalService {
     ///
     /// # Errors
     /// Not permitted, no such proposal, or the database is away.
+    #[boxed]
     pub async fn show(&self, caller: &Caller, id: ProposalId) -> Result<v1::Proposal, ServiceError> {
         self.island.require(caller, &Action::ListProposals).await?;
         Ok(message(&*self.load(id).await?, Island::now()))
@@ -156,6 +159,7 @@ impl ProposalService {
     /// # Errors
     /// Not permitted, no such proposal, its state or the rules of approval (I6) forbid it, what it
     /// does fits no more, or the database is away.
+    #[boxed]
     pub async fn change(
         &self,
         caller: &Caller,

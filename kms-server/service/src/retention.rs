@@ -9,6 +9,7 @@
 //! All servers of an island may do this at the same time: each decides on the rows within its own
 //! transaction, and finds nothing to do where another one was faster.
 
+use async_recursion::async_recursion as boxed;
 use std::{sync::Arc, time::Duration};
 
 use kms_domain::{
@@ -94,6 +95,7 @@ impl Housekeeper {
     ///
     /// # Errors
     /// The database is away, or the server is busy.
+    #[boxed]
     pub async fn share_exposures(&self) -> Result<u64, ServiceError> {
         let known = shared_values(&self.island).await?;
         let (mut told, mut after) = (0, None);
@@ -178,6 +180,7 @@ impl Housekeeper {
     ///
     /// # Errors
     /// The database is away, or the server is busy. What was done until then is done and recorded.
+    #[boxed]
     pub async fn keep_house(&self, now: UnixMillis) -> Result<HousekeepingReport, ServiceError> {
         let mut report =
             HousekeepingReport { clock_in_doubt: self.is_clock_in_doubt(now).await?, ..HousekeepingReport::default() };

@@ -12,6 +12,7 @@ mod refresh;
 #[cfg(test)]
 mod tests;
 
+use async_recursion::async_recursion as boxed;
 use std::{
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -162,6 +163,7 @@ impl RootService {
     ///
     /// # Errors
     /// Not permitted, or the database is away.
+    #[boxed]
     pub async fn show(&self, caller: &Caller) -> Result<v1::ShowRootsResponse, ServiceError> {
         self.island.require(caller, &Action::ListRoots).await?;
         let row = self.newest_row().await;
@@ -204,6 +206,7 @@ impl RootService {
     /// # Errors
     /// Not permitted; there is no version to rotate to, it is too new, or this server's token lacks
     /// it; the rotation's state forbids it; or the database is away.
+    #[boxed]
     pub async fn change(
         &self,
         caller: &Caller,
@@ -245,6 +248,7 @@ impl RootService {
     ///
     /// # Errors
     /// Not permitted, the root was never rotated, or the database is away.
+    #[boxed]
     pub async fn watch(
         &self,
         caller: &Caller,

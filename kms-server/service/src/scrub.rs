@@ -15,6 +15,7 @@ mod tasks;
 #[cfg(test)]
 mod tests;
 
+use async_recursion::async_recursion as boxed;
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use kms_domain::{
@@ -76,6 +77,7 @@ impl Scrubber {
     ///
     /// # Errors
     /// Not permitted; the caller watches as many scrubs as it may; or the database is away.
+    #[boxed]
     pub async fn scrub_for(
         &self,
         caller: &Caller,

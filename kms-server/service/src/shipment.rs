@@ -16,6 +16,7 @@ mod tests;
 mod upload;
 mod verify;
 
+use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
 
 use kms_domain::PrincipalId;
@@ -53,6 +54,7 @@ impl ShipmentService {
     /// # Errors
     /// Not permitted; unknown, or another's where the caller may see its own only; or the database
     /// is away.
+    #[boxed]
     pub async fn get(&self, caller: &Caller, file_sha256: &[u8; 32]) -> Result<v1::Shipment, ServiceError> {
         let sees_all = self.sees_all(caller).await?;
         let row = self.latest(file_sha256).await?;
@@ -64,6 +66,7 @@ impl ShipmentService {
     ///
     /// # Errors
     /// Not permitted, or the database is away.
+    #[boxed]
     pub async fn list(&self, caller: &Caller) -> Result<Vec<v1::Shipment>, ServiceError> {
         let sees_all = self.sees_all(caller).await?;
         let mut rows: Vec<ShipmentRow> = Vec::new();
@@ -84,6 +87,7 @@ impl ShipmentService {
     ///
     /// # Errors
     /// Not permitted, or the HSM is away.
+    #[boxed]
     pub async fn transport_key(&self, caller: &Caller) -> Result<v1::VendorTransportKey, ServiceError> {
         self.sees_all(caller).await?;
         let spki = self.island.hsm.transport_key_spki(verify::offered_transport_version(&self.island)?).await?;

@@ -13,6 +13,7 @@ mod task_tests;
 #[cfg(test)]
 pub(crate) mod tests;
 
+use async_recursion::async_recursion as boxed;
 use std::{collections::HashMap, num::NonZeroU32, sync::Arc};
 
 use aws_lc_rs::digest;
@@ -197,6 +198,7 @@ impl TransferService {
     ///
     /// # Errors
     /// What concerns all: the caller, the request id, HSM or database.
+    #[boxed]
     pub async fn begin(
         &self,
         caller: &Caller,
@@ -234,6 +236,7 @@ impl TransferService {
     ///
     /// # Errors
     /// What concerns all: the caller, HSM or database.
+    #[boxed]
     pub async fn proceed(
         &self,
         caller: &Caller,
@@ -268,6 +271,7 @@ impl TransferService {
     ///
     /// # Errors
     /// What concerns all: the caller or the database.
+    #[boxed]
     pub async fn withdraw(
         &self,
         caller: &Caller,

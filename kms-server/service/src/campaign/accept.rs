@@ -1,6 +1,7 @@
 //! The acceptance report of a campaign: for each meter of the plan, which keys are the utility's
 //! alone, and what heals the others.
 
+use async_recursion::async_recursion as boxed;
 use kms_domain::{
     CampaignId, CounterDomainId, KeyAcceptance, KeyVersion, Meter, Party, PlanChain, Remedy, SecuritySetupId,
     SharedExposures, Slot, SystemTitle,
@@ -27,6 +28,7 @@ impl CampaignService {
     ///
     /// # Errors
     /// Not permitted, no such campaign, a plan that was changed (I5), or the database is away.
+    #[boxed]
     pub async fn acceptance(
         &self,
         caller: &Caller,

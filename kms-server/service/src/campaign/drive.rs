@@ -2,6 +2,7 @@
 //! begins or the campaign pauses. Every step is one transaction that names the state it goes on
 //! from, so that any number of servers can lead one campaign, and a crash loses nothing.
 
+use async_recursion::async_recursion as boxed;
 use std::{
     sync::{Arc, PoisonError},
     time::Duration,
@@ -60,6 +61,7 @@ impl CampaignService {
     ///
     /// # Errors
     /// HSM or database are away.
+    #[boxed]
     pub async fn lead(&self, id: CampaignId) -> Result<(), ServiceError> {
         while self.advance(id).await? {}
         Ok(())
@@ -69,6 +71,7 @@ impl CampaignService {
     ///
     /// # Errors
     /// No such campaign, or the database is away.
+    #[boxed]
     pub async fn advance(&self, id: CampaignId) -> Result<bool, ServiceError> {
         let campaign = self.load(id).await?;
         if campaign.state != CampaignState::Running {

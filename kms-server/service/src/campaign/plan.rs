@@ -1,5 +1,6 @@
 //! From a selection to a plan: one pass over the meters, in memory that does not grow with them.
 
+use async_recursion::async_recursion as boxed;
 use std::{
     collections::{BTreeMap, HashMap},
     mem,
@@ -45,6 +46,7 @@ impl CampaignService {
     /// # Errors
     /// Not permitted, nothing is selected, the request id was used for something else, or the
     /// database is away.
+    #[boxed]
     pub async fn create(
         &self,
         caller: &Caller,

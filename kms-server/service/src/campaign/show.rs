@@ -1,5 +1,6 @@
 //! Campaigns for people: lists, progress as it happens, reports.
 
+use async_recursion::async_recursion as boxed;
 use std::{collections::VecDeque, time::Duration};
 
 use kms_domain::{
@@ -32,6 +33,7 @@ pub struct Watch(mpsc::Receiver<Result<v1::CampaignProgress, ServiceError>>);
 
 impl Watch {
     /// The next progress; `None` when the campaign has ended.
+    #[boxed]
     pub async fn next(&mut self) -> Option<Result<v1::CampaignProgress, ServiceError>> {
         self.0.recv().await
     }
@@ -47,6 +49,7 @@ impl CampaignService {
     ///
     /// # Errors
     /// Not permitted, or the database is away.
+    #[boxed]
     pub async fn list(
         &self,
         caller: &Caller,
@@ -69,6 +72,7 @@ impl CampaignService {
     ///
     /// # Errors
     /// Not permitted, no such campaign, or the database is away.
+    #[boxed]
     pub async fn show(&self, caller: &Caller, id: CampaignId) -> Result<v1::Campaign, ServiceError> {
         self.island.require(caller, &Action::ListCampaigns).await?;
         self.message(&*self.load(id).await?).await
@@ -78,6 +82,7 @@ impl CampaignService {
     ///
     /// # Errors
     /// Not permitted, no such campaign, or the database is away.
+    #[boxed]
     pub async fn watch(&self, caller: &Caller, id: CampaignId) -> Result<Watch, ServiceError> {
         self.island.require(caller, &Action::ListCampaigns).await?;
         let mut rate = Rate::default();
@@ -90,6 +95,7 @@ impl CampaignService {
     ///
     /// # Errors
     /// Not permitted, no such campaign, or the database is away.
+    #[boxed]
     pub async fn report(
         &self,
         caller: &Caller,
@@ -278,6 +284,7 @@ impl CampaignService {
     ///
     /// # Errors
     /// There is none, or the database is away.
+    #[boxed]
     pub async fn group(&self, name: &str) -> Result<GroupId, ServiceError> {
         let mut after = None;
         loop {

@@ -1,5 +1,6 @@
 //! Tasks in the hands of head-ends: leased, renewed, given back; and what a transfer tells of them.
 
+use async_recursion::async_recursion as boxed;
 use std::{collections::BTreeSet, sync::Arc};
 
 use kms_domain::{
@@ -49,6 +50,7 @@ impl CampaignService {
     /// # Errors
     /// The caller is nobody, or the database is away. What is not permitted for a meter is not
     /// offered.
+    #[boxed]
     pub async fn lease(&self, caller: &Caller, query: LeaseQuery) -> Result<Vec<v1::Task>, ServiceError> {
         self.island.principal(caller).await?;
         let mut leased = Vec::new();
@@ -102,6 +104,7 @@ impl CampaignService {
     ///
     /// # Errors
     /// The caller is nobody, or the database is away.
+    #[boxed]
     pub async fn heartbeat(
         &self,
         caller: &Caller,
@@ -132,6 +135,7 @@ impl CampaignService {
     ///
     /// # Errors
     /// The caller is nobody, or the database is away.
+    #[boxed]
     pub async fn release(
         &self,
         caller: &Caller,

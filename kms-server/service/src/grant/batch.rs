@@ -1,6 +1,7 @@
 //! Batches of one principal: so many meters in all calls together, so many chunks at a time. One
 //! that sends many waits for itself.
 
+use async_recursion::async_recursion as boxed;
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
@@ -59,6 +60,7 @@ impl Batches {
 
 impl Batch {
     /// Waits for a chunk's turn among those of the principal's batches, first come, first served.
+    #[boxed]
     pub async fn turn(&self) -> Option<OwnedSemaphorePermit> {
         // Nobody closes the semaphore.
         self.chunks.clone().acquire_owned().await.ok()

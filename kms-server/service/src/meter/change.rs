@@ -1,5 +1,6 @@
 //! Assignment, retirement, replacement.
 
+use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
 
 use kms_domain::{ExposureReason, Meter, MeterStatus, PrincipalId, PrincipalStatus, Role, SlotError, SystemTitle};
@@ -37,6 +38,7 @@ impl MeterService {
     /// # Errors
     /// Unknown caller or head-end, a request id that was used for something else, or the database
     /// is away. What concerns single meters is in the answer.
+    #[boxed]
     pub async fn assign(
         &self,
         caller: &Caller,
@@ -204,6 +206,7 @@ impl MeterService {
     ///
     /// # Errors
     /// Unknown caller, a request id that was used for something else, or the database is away.
+    #[boxed]
     pub async fn retire(
         &self,
         caller: &Caller,
@@ -247,6 +250,7 @@ impl MeterService {
     /// # Errors
     /// Not permitted; the new meter is unknown, retired, or another head-end's; or the database is
     /// away.
+    #[boxed]
     pub async fn replace(
         &self,
         caller: &Caller,

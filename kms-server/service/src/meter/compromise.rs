@@ -1,5 +1,6 @@
 //! Keys that somebody knows who should not: marked, so that they are never granted again.
 
+use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
 
 use kms_domain::{KeyType, KeyVersionNumber, Meter, Party, SecuritySetupId, Slot, SystemTitle};
@@ -37,6 +38,7 @@ impl MeterService {
     /// # Errors
     /// Not permitted, which is also said of an unknown meter; there is no such version, or it is
     /// compromised or destroyed already; or the database is away.
+    #[boxed]
     pub async fn report_compromise(
         &self,
         caller: &Caller,

@@ -1,5 +1,6 @@
 //! Counters that head-ends used before this system: taken over with floors, or left with them (I4).
 
+use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
 
 use kms_domain::{
@@ -42,6 +43,7 @@ impl MeterService {
     /// # Errors
     /// Unknown caller, a head-end of another island, a request id that was used for something else,
     /// or the database is away.
+    #[boxed]
     pub async fn adopt(
         &self,
         caller: &Caller,

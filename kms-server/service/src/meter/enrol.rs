@@ -1,5 +1,6 @@
 //! Meters whose keys this island makes.
 
+use async_recursion::async_recursion as boxed;
 use std::{collections::BTreeSet, sync::Arc};
 
 use futures::{StreamExt, TryStreamExt, stream};
@@ -54,6 +55,7 @@ impl MeterService {
     /// # Errors
     /// An unknown device profile, or one whose meters cannot be without a secret; a request id that
     /// was used for something else, or HSM or database are away.
+    #[boxed]
     pub async fn enrol(
         &self,
         caller: &Caller,

@@ -1,5 +1,6 @@
 //! Membership in groups.
 
+use async_recursion::async_recursion as boxed;
 use kms_domain::{ExposureReason, MeterStatus, SystemTitle};
 use kms_proto::v1::{self, MembershipChange};
 use kms_store::{Reads, RowKind};
@@ -53,6 +54,7 @@ impl MeterService {
     /// # Errors
     /// Not permitted, a request id that was used for something else, or the database is away. What
     /// concerns single meters is in the answer.
+    #[boxed]
     pub async fn change_members(
         &self,
         caller: &Caller,

@@ -1,6 +1,7 @@
 //! The way out where a meter is truly ahead of its counter by more than the device profile's cap:
 //! two people move it (I4, I6).
 
+use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
 
 use kms_domain::{
@@ -48,6 +49,7 @@ impl MeterService {
     /// # Errors
     /// Not permitted, which is also said of an unknown meter; the counter is a head-end's or as
     /// high already; or the database is away.
+    #[boxed]
     pub async fn propose_raise(
         &self,
         caller: &Caller,

@@ -8,6 +8,7 @@
 //! Nothing switches by itself. Whoever broadcasts knows what is under way, such as an image that
 //! half of the members have; so he says when, once the threshold is reached.
 
+use async_recursion::async_recursion as boxed;
 use std::{sync::Arc, time::Duration};
 
 use kms_domain::{
@@ -67,6 +68,7 @@ impl OwnerService {
     ///
     /// # Errors
     /// Not permitted, no such group or key, or the database is away.
+    #[boxed]
     pub async fn rotation(&self, caller: &Caller, key: &NamedGroupKey) -> Result<v1::GroupRotation, ServiceError> {
         let group = self.permitted_group(caller, &key.group, &Action::ShowGroupRotation).await?;
         let setup = setup_of(&group, key.key_type, key.setup)?;
@@ -78,6 +80,7 @@ impl OwnerService {
     ///
     /// # Errors
     /// As [`Self::rotation`].
+    #[boxed]
     pub async fn members_behind(
         &self,
         caller: &Caller,
@@ -120,6 +123,7 @@ impl OwnerService {
     /// # Errors
     /// Not permitted, another version is rolled out or none, too few members have it, or the
     /// database is away.
+    #[boxed]
     pub async fn switch(
         &self,
         caller: &Caller,
@@ -141,6 +145,7 @@ impl OwnerService {
     ///
     /// # Errors
     /// Not permitted, no such group, or the database is away.
+    #[boxed]
     pub async fn set_switch_threshold(
         &self,
         caller: &Caller,
@@ -173,6 +178,7 @@ impl OwnerService {
     ///
     /// # Errors
     /// The database is away.
+    #[boxed]
     pub async fn follow_rotations(&self) -> Result<(), ServiceError> {
         let mut after: Option<Vec<u8>> = None;
         loop {

@@ -1,5 +1,6 @@
 //! The end of one certificate, at once.
 
+use async_recursion::async_recursion as boxed;
 use kms_domain::{PrincipalId, RequestId};
 use kms_proto::v1;
 use kms_store::Reads;
@@ -18,6 +19,7 @@ impl Principals {
     /// # Errors
     /// Not permitted; no such principal or certificate; the caller's own; the last certificate of
     /// the last officer; or the database is away.
+    #[boxed]
     pub async fn end_certificate(
         &self,
         caller: &Caller,

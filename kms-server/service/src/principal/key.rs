@@ -2,6 +2,7 @@
 //! certificate that has ended or is lost, and the confirmation of a key that one officer alone has
 //! certified.
 
+use async_recursion::async_recursion as boxed;
 use kms_domain::{
     Enrolment, Principal, PrincipalId, PrincipalStatus, ProposalId, ProposedAction, Quorum, RecertifyPrincipal,
 };
@@ -40,6 +41,7 @@ impl Principals {
     /// # Errors
     /// Not permitted; no officer or auditor, or a disabled one; the caller is its person or does
     /// not count (I6); there are too few other officers; or the database is away.
+    #[boxed]
     pub async fn propose_key(
         &self,
         caller: &Caller,

@@ -1,5 +1,6 @@
 //! What still uses each version of each root.
 
+use async_recursion::async_recursion as boxed;
 use std::{collections::BTreeMap, sync::Arc};
 
 use kms_domain::{
@@ -69,6 +70,7 @@ impl RootService {
     ///
     /// # Errors
     /// Not permitted, or the database is away.
+    #[boxed]
     pub async fn count_for(
         &self,
         caller: &Caller,

@@ -5,6 +5,7 @@
 //! The decision is a record and a word in the island's row. When every server has heard of it, each
 //! counts once more what uses the root, and destroys it in its own tokens. It cannot be undone.
 
+use async_recursion::async_recursion as boxed;
 use std::{sync::Arc, time::Duration};
 
 use kms_domain::{
@@ -42,6 +43,7 @@ impl RootService {
     ///
     /// # Errors
     /// Not permitted; something refers to the root, or a backup may; or the database is away.
+    #[boxed]
     pub async fn propose_destruction(
         &self,
         caller: &Caller,
@@ -64,6 +66,7 @@ impl RootService {
     /// # Errors
     /// Not permitted; not approved by enough people (I6); something refers to the root, or a backup
     /// may; or HSM or database are away.
+    #[boxed]
     pub async fn destroy(
         &self,
         caller: &Caller,
@@ -97,6 +100,7 @@ impl RootService {
     ///
     /// # Errors
     /// HSM or database are away: it is tried again.
+    #[boxed]
     pub async fn destroy_decided(&self, row: &Arc<IslandRow>) -> Result<Option<Duration>, ServiceError> {
         let mut wait = None;
         for (id, decided) in row.ledger.entries.iter().filter_map(|entry| Some((entry.id, entry.destroyed?))) {

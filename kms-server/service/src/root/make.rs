@@ -6,6 +6,7 @@
 //! wrap for the custodians is on disk, it is locked, and only then the island's row names it. Run
 //! again, it goes on where it stopped.
 
+use async_recursion::async_recursion as boxed;
 use std::path::{Path, PathBuf};
 
 use kms_domain::{IslandName, KeyClass, RootEntry, RootId, RootPurpose};
@@ -115,6 +116,7 @@ impl NewRootSettings {
     ///
     /// # Errors
     /// What is in the way, and what to do. Run again, it goes on.
+    #[boxed]
     pub async fn make(self, config: &Config, committer: &Committer) -> Result<MadeRoot, MakeRootError> {
         let name = &config.island;
         let token = match self.purpose.class() {
@@ -318,6 +320,7 @@ impl NewRootSettings {
 ///
 /// # Errors
 /// The copies are for another token, or damaged; or the HSM's.
+#[boxed]
 pub async fn install(config: &Config, copies: &Path) -> Result<Vec<KeyFingerprint>, MakeRootError> {
     let text = std::fs::read(copies).map_err(|error| file(copies, error))?;
     let wrapped: WrappedRoots = StoredCopy::parse(&config.island, &text)

@@ -6,6 +6,7 @@
 //! (I2). So a crash at any point loses nothing: a page was either written whole, or is done again.
 //! Old wraps are readable until the last row is done (I3).
 
+use async_recursion::async_recursion as boxed;
 use std::time::{Duration, Instant};
 
 use kms_domain::{
@@ -29,6 +30,7 @@ impl RootService {
     ///
     /// # Errors
     /// HSM or database are away.
+    #[boxed]
     pub async fn lead_for(&self, period: Duration) -> Result<(), ServiceError> {
         let began = Instant::now();
         for purpose in
@@ -54,6 +56,7 @@ impl RootService {
     ///
     /// # Errors
     /// HSM or database are away. Nothing is lost: the page is done again.
+    #[boxed]
     pub async fn page(&self, to: RootId) -> Result<Option<u64>, ServiceError> {
         let Some(rotation) = self.load(to).await?.filter(|rotation| rotation.state == RootRotationState::Running)
         else {

@@ -1,6 +1,7 @@
 //! What a server knows of the roots in use: read from the island's row every few seconds, so that
 //! no server needs a restart for a new version.
 
+use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
 
 use kms_domain::{
@@ -21,6 +22,7 @@ pub const FINGERPRINT_KEY_VERSION: u8 = 1;
 ///
 /// # Errors
 /// The root is missing, or trouble of the HSM.
+#[boxed]
 pub async fn seal_key(hsm: &Hsm, version: u8) -> Result<SealKey, ServiceError> {
     let message = SealRootKey::Seal.message(version, hsm.island());
     Ok(SealKey::new(version, &hsm.mac(root_version(version)?, message).await?))
@@ -39,6 +41,7 @@ pub(super) async fn audit_key(hsm: &Hsm, version: u8) -> Result<AuditKey, Servic
 ///
 /// # Errors
 /// Trouble of the HSM.
+#[boxed]
 pub async fn held_audit_key(hsm: &Hsm, version: u8) -> Result<Option<AuditKey>, ServiceError> {
     if holds_seal_root(hsm, version).await? { audit_key(hsm, version).await.map(Some) } else { Ok(None) }
 }
@@ -48,6 +51,7 @@ pub async fn held_audit_key(hsm: &Hsm, version: u8) -> Result<Option<AuditKey>, 
 ///
 /// # Errors
 /// The root of that version is missing, or trouble of the HSM.
+#[boxed]
 pub async fn audit_keys(hsm: &Hsm, current: u8, oldest: u8) -> Result<AuditKeys, ServiceError> {
     let mut keys = AuditKeys::from(audit_key(hsm, current).await?);
     for version in oldest..current {
@@ -64,6 +68,7 @@ impl RootService {
     ///
     /// # Errors
     /// The row does not verify, a root in use is not in the token, or HSM or database are away.
+    #[boxed]
     pub async fn refresh(&self) -> Result<Arc<IslandRow>, ServiceError> {
         let island = &self.island;
         // One at a time: an older row never takes the place of a newer one.
@@ -162,6 +167,7 @@ async fn read_island(store: &dyn Store, hsm: &Hsm, committer: &Committer) -> Res
 /// # Errors
 /// The row does not verify, the root that it is sealed under is not in the token, or HSM or
 /// database are away.
+#[boxed]
 pub async fn learn_seal_keys(store: &dyn Store, hsm: &Hsm, committer: &Committer) -> Result<(), ServiceError> {
     let row = read_island(store, hsm, committer).await?;
     let (keys, _) = seal_keys(hsm, &row, (*committer.seal_keys()).clone()).await;
@@ -175,6 +181,7 @@ pub async fn learn_seal_keys(store: &dyn Store, hsm: &Hsm, committer: &Committer
 ///
 /// # Errors
 /// The current seal root is not in the token, or trouble of the HSM.
+#[boxed]
 pub async fn seal_keys(
     hsm: &Hsm,
     row: &IslandRow,
@@ -209,6 +216,7 @@ pub async fn seal_keys(
 ///
 /// # Errors
 /// Trouble of the HSM.
+#[boxed]
 pub async fn all_seal_keys(hsm: &Hsm, mut keys: SealKeys) -> Result<SealKeys, ServiceError> {
     for object in hsm.inventory().await?.into_iter().flat_map(|(_, objects)| objects) {
         let Some(TokenKey { purpose: Purpose::Seal, version }) = TokenKey::of_label(&object.label, hsm.island()) else {

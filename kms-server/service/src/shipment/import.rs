@@ -1,5 +1,6 @@
 //! The import of a verified shipment, batch after batch.
 
+use async_recursion::async_recursion as boxed;
 use std::{sync::Arc, time::Instant};
 
 use kms_domain::{MeterStatus, Principal, PrincipalId, PrincipalStatus, Role};
@@ -29,6 +30,7 @@ pub struct Import(mpsc::Receiver<Result<ImportShipmentResponse, ServiceError>>);
 
 impl Import {
     /// The next answer; none behind the last.
+    #[boxed]
     pub async fn next(&mut self) -> Option<Result<ImportShipmentResponse, ServiceError>> {
         self.0.recv().await
     }
@@ -50,6 +52,7 @@ impl ShipmentService {
     /// # Errors
     /// Not permitted; the file is unknown or not complete; another head-end than in an earlier
     /// call; HSM or database are away. A file that is refused as a whole is an answer and no error.
+    #[boxed]
     pub async fn import(
         &self,
         caller: &Caller,

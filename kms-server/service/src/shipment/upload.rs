@@ -1,5 +1,6 @@
 //! A file on its way into the spool.
 
+use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -54,6 +55,7 @@ impl ShipmentService {
     /// # Errors
     /// Not permitted; the manufacturer has no shipment key; too long a file; too many unfinished
     /// ones; or the database is away.
+    #[boxed]
     pub async fn upload(&self, caller: &Caller, start: UploadStart) -> Result<Upload, ServiceError> {
         let own = start.manufacturer == caller.principal;
         let action = Action::UploadShipment { own };
@@ -243,6 +245,7 @@ impl Upload {
     /// # Errors
     /// It is too long or not the next one; the caller is shut out meanwhile; another upload of the
     /// file is under way; the database is away.
+    #[boxed]
     pub async fn append(&mut self, offset: u64, octets: &[u8]) -> Result<(), ServiceError> {
         if octets.len() > Self::LONGEST_PIECE {
             return Err(ServiceError::invalid(
@@ -316,6 +319,7 @@ impl Upload {
     ///
     /// # Errors
     /// As [`Self::append`].
+    #[boxed]
     pub async fn store(&mut self) -> Result<(), ServiceError> {
         if self.collected.is_empty() || self.is_refused() || !self.previewed {
             return Ok(());
@@ -353,6 +357,7 @@ impl Upload {
     ///
     /// # Errors
     /// As [`Self::append`].
+    #[boxed]
     pub async fn finish(mut self) -> Result<v1::Shipment, ServiceError> {
         self.preview_line(true).await?;
         self.store().await?;
