@@ -62,7 +62,9 @@ fn named(file: &str, text: &str, programs: &[Node]) -> Vec<String> {
         let first = line.split_whitespace().next().unwrap_or_default();
         let quoted = before.ends_with('`');
         let word = before.chars().next_back().is_some_and(|c| c.is_alphanumeric() || "-_./@".contains(c));
-        let known = program.command(first).is_some() || program.options.contains_key(first);
+        // An option tells a program that has no commands.
+        let option = program.commands.is_empty() && first.starts_with("--");
+        let known = option || program.command(first).is_some() || program.options.contains_key(first);
         if !word && (quoted || known || before.ends_with("$ ")) {
             let end = if quoted { line.find('`') } else { line.find(['`', '"', '\\', ')', ',', ';', ':', '(']) };
             let command = line.split_at(end.unwrap_or(line.len())).0;
