@@ -44,7 +44,7 @@ pub enum FrameDirection {
 }
 
 /// The instruments of this process. Made at the first use, which must come after
-/// [`super::Telemetry::start`].
+/// `Telemetry::start` of kms-server.
 pub fn metrics() -> &'static Metrics {
     static METRICS: LazyLock<Metrics> = LazyLock::new(Metrics::new);
     &METRICS

@@ -1,6 +1,6 @@
 //! Proposals: dangerous actions that other people approve before they run (I6).
 //!
-//! A use case that is dangerous calls [`propose`] instead of acting. When enough people have
+//! A use case that is dangerous makes a `Propose` instead of acting. When enough people have
 //! approved, an officer carries the proposal out: its use case gets the content from [`carry_out`],
 //! in the transaction in which it acts, and checks that it still fits.
 
