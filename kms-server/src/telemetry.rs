@@ -70,7 +70,7 @@ impl Telemetry {
             .build();
         opentelemetry::global::set_meter_provider(metrics.clone());
         // Spans only: log lines name rows, and stay here.
-        let own_spans = filter_fn(|metadata| metadata.is_span() && metadata.target().starts_with("kms_server"))
+        let own_spans = filter_fn(|metadata| metadata.is_span() && metadata.target().starts_with("kms_"))
             .with_max_level_hint(LevelFilter::DEBUG);
         let layer = tracing_opentelemetry::layer()
             .with_tracer(traces.tracer("kms-server"))
@@ -98,7 +98,7 @@ impl Drop for Telemetry {
 #[derive(Debug, thiserror::Error)]
 pub enum TelemetryError {
     /// The filter is malformed.
-    #[error("the log filter `{directives}` is malformed: {reason}; write for example `info,kms_server=debug`")]
+    #[error("the log filter `{directives}` is malformed: {reason}; write for example `info,kms_service=debug`")]
     Filter {
         /// The filter.
         directives: String,
