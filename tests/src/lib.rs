@@ -93,7 +93,7 @@ impl TestModule {
     }
 }
 
-/// A `kms-server dev` process with its folder.
+/// A `kms-dev` process with its folder.
 pub struct DevServer {
     // Dropped first: it looks into the folder.
     #[expect(dead_code, reason = "it works when it is dropped")]

@@ -160,7 +160,7 @@ actions! {
     AssignMeters = "assignMeters" on Meters
     /// Taking counters over.
     AdoptCounters = "adoptCounters" on Meters
-    /// A counter that is raised further than the device profile's cap: proposed, and carried out.
+    /// A counter that is raised further than the device profile's cap: proposed, and executed.
     RaiseCounter = "raiseCounter" on Meters
     /// A version of a key that is compromised.
     ReportCompromise = "reportCompromise" on Meters

@@ -381,7 +381,7 @@ impl Proposal {
     // I6: the approvals are counted here, over the content at hand.
     pub fn carry_out(&mut self, principal: PrincipalId, now: UnixMillis) -> Result<ProposedAction, ProposalError> {
         if self.state(now) != ProposalState::Approved {
-            return Err(self.wrong_state("carried out", now));
+            return Err(self.wrong_state("executed", now));
         }
         self.end = Some(ProposalEnd { carried_out: true, principal, time: now });
         Ok(self.content.action.clone())

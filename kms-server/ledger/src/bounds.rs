@@ -1,4 +1,5 @@
-//! How the writer shares a transaction out. What callers may have waiting is in [`crate::bounds`].
+//! How the writer shares a transaction out. What callers may have waiting is in
+//! [`kms_base::bounds`].
 
 use std::time::Duration;
 

@@ -207,6 +207,7 @@ impl Permit {
     fn permits_something(&self) -> bool {
         !self.each || self.asked.load(Ordering::Relaxed)
     }
+
     /// Who acts.
     pub const fn principal(&self) -> &Arc<Principal> {
         &self.asker.principal

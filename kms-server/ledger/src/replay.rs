@@ -110,7 +110,7 @@ impl Answered {
     fn record(&self) -> Result<RecordName, ServiceError> {
         if self.outcome.is_empty() {
             return Err(ServiceError::Aborted {
-                reason: "this request is being carried out at this moment".to_owned(),
+                reason: "this request is being executed at this moment".to_owned(),
                 next_step: "repeat it".to_owned(),
             });
         }

@@ -619,7 +619,7 @@ impl View<'_, '_> {
         })
     }
 
-    /// What was answered to a request, if it was carried out: see [`Self::asked`].
+    /// What was answered to a request, if it was executed: see [`Self::asked`].
     ///
     /// # Errors
     /// The row was not read yet.
@@ -922,7 +922,7 @@ impl View<'_, '_> {
     ///
     /// # Errors
     /// A row was not read yet, or the owner is missing.
-    pub fn dealt_below(&mut self, of: CounterOf) -> Result<u64, ServiceError> {
+    fn dealt_below(&mut self, of: CounterOf) -> Result<u64, ServiceError> {
         let jump = self.base.jump;
         let row = self.owner(of.owner)?.ok_or_else(|| no_such_key(of))?;
         let Some(slot) = row.slots().get(of.setup, of.key_type) else { return Ok(0) };
