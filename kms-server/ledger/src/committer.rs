@@ -717,6 +717,21 @@ struct Writer {
     clock: ClockWatch,
 }
 
+/// Tells those that ask for health that the writing task has ended, however it ended: nothing can
+/// be recorded from then on (I2).
+struct Ending(Arc<Shared>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.0.ready.store(false, Ordering::Relaxed);
+        if std::thread::panicking() {
+            tracing::error!(
+                "the writing task failed (a fault of the server): all acts are refused until the server is restarted"
+            );
+        }
+    }
+}
+
 /// What one attempt decided, to be kept if it commits.
 struct Attempt {
     head: ChainHead,
@@ -740,6 +755,7 @@ impl Writer {
     }
 
     async fn run(mut self, waiting: Receiver) {
+        let _ending = Ending(Arc::clone(&self.shared));
         let mut idle = tokio::time::interval(IDLE);
         loop {
             tokio::select! {
