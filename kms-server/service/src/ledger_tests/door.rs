@@ -6,11 +6,11 @@ use kms_authz::Action;
 use kms_base::ServiceError;
 use kms_domain::{
     CampaignId, CounterKey, GrantId, KeyType, KeyVersionNumber, OnNewKey, Owner, SecuritySetupId, Task, TaskStep,
-    TaskWork, UnixMillis, UploadId,
+    TaskWork, UnixMillis,
 };
 use kms_ledger::{Act, Actor, Asker, CounterOf, Decision, Never, Permit, ServerAct, View};
 use kms_proto::v1::{MetersChanged, audit_record::Event};
-use kms_store::{GrantRevocation, Reads, ShipmentRefusal, TaskKey, TaskRow};
+use kms_store::{GrantRevocation, Reads, ShipmentRefusal, TaskKey, TaskRow, UploadId};
 
 use crate::testing::{TestIsland, client_title, island_tests, meter, sample};
 
