@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
+    path::PathBuf,
     process::Command,
 };
 
@@ -51,11 +52,7 @@ fn the_server_carries_no_simulator() {
 }
 
 fn graph() -> Graph {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let arguments = ["metadata", "--format-version", "1", "--no-deps", "--offline"];
-    let output = Command::new(cargo).args(arguments).current_dir(root()).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let metadata: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let metadata = metadata();
     let packages = metadata["packages"].as_array().unwrap();
     let name = |value: &Value| value["name"].as_str().unwrap().to_owned();
     let names: BTreeSet<String> = packages.iter().map(name).collect();
@@ -64,6 +61,25 @@ fn graph() -> Graph {
         dependencies.filter(|one| one["kind"].is_null()).map(name).filter(|used| names.contains(used)).collect()
     };
     packages.iter().map(|package| (name(package), used(package))).collect()
+}
+
+/// What cargo knows of the packages of the workspace.
+pub(crate) fn metadata() -> Value {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let arguments = ["metadata", "--format-version", "1", "--no-deps", "--offline"];
+    let output = Command::new(cargo).args(arguments).current_dir(root()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// The root file of each library and program of the workspace.
+pub(crate) fn sources(metadata: &Value) -> Vec<PathBuf> {
+    let targets = metadata["packages"].as_array().unwrap().iter().flat_map(|one| one["targets"].as_array().unwrap());
+    let built = |target: &&Value| {
+        let kinds = target["kind"].as_array().unwrap();
+        kinds.iter().any(|kind| ["bin", "lib", "cdylib"].iter().any(|built| kind == *built))
+    };
+    targets.filter(built).map(|target| target["src_path"].as_str().unwrap().into()).collect()
 }
 
 /// A line for each crate, those that it uses above it. What it uses by way of another one is left
