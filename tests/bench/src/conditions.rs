@@ -11,7 +11,7 @@ use std::{
 
 use serde::Serialize;
 
-use crate::{Failure, report::shown};
+use crate::{Failure, figure::shown};
 
 /// What a figure has to be read with.
 #[derive(Serialize)]

@@ -55,7 +55,6 @@ impl Fairness {
 /// Calls at a time, and meters of each.
 pub(crate) const FLOOD_CALLS: usize = 60;
 pub(crate) const FLOOD_METERS: u64 = 9_900;
-pub(crate) const FLOOD_CONNECTIONS: usize = 3;
 /// The neighbour's calls a second.
 pub(crate) const NEIGHBOUR_PACE: u32 = 50;
 const RISE: Duration = Duration::from_secs(2);

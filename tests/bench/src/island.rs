@@ -23,7 +23,7 @@ use kms_client::{
 };
 use sqlx::{Connection as _, Row as _, sqlite::SqliteConnectOptions};
 
-use crate::{Failure, fairness::FLOOD_CONNECTIONS, measure::Load, module::Module};
+use crate::{Failure, measure::Load, module::Module};
 
 /// A running server with its island, and the identities that the measuring needs.
 pub(crate) struct Island {
@@ -308,4 +308,6 @@ const CLIENT_TITLE: &str = "4D4D4D0000000001";
 const FLOODER_TITLE: &str = "4D4D4D0000000002";
 const CUSTODIANS: [&str; 2] = ["custodian-1", "custodian-2"];
 const CONNECTIONS: usize = 2;
+/// Of the principal that floods.
+const FLOOD_CONNECTIONS: usize = 3;
 const OPEN_WITHIN: Duration = Duration::from_secs(60);

@@ -7,6 +7,7 @@
 
 mod conditions;
 mod fairness;
+mod figure;
 mod frames;
 mod grants;
 mod island;
@@ -25,13 +26,14 @@ use clap::{Parser, Subcommand, ValueEnum};
 use self::{
     conditions::Conditions,
     fairness::{FLOOD_CALLS, FLOOD_METERS, Fairness, NEIGHBOUR_PACE},
+    figure::shown,
     frames::Frames,
     grants::Grants,
     island::{FLOODER, Island},
     measure::{Random, Run, memory_mib, per_second},
     module::Module,
     raw::{Rates, Raw},
-    report::{Goal, Report, shown},
+    report::{Goal, Report},
 };
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
