@@ -75,7 +75,7 @@ impl Growth {
             return Ok(());
         }
         let what = format!(
-            "the acts of {principal} have added {} octets to the audit log within an hour; a reserve is kept for transfers, revocations and what officers do",
+            "the acts of {principal} have added {} octets to the audit log within an hour; a reserve is kept for transfers, revocations and acts of officers",
             hour.octets
         );
         Err(Bound::LogOctetsPerPrincipalAndHour.met(limits, &what, HOUR.saturating_sub(at.duration_since(hour.began))))

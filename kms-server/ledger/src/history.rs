@@ -34,10 +34,10 @@ impl Comparison {
         if let (Some(before), Some(now)) = (known.timeline, self.timeline)
             && before != now
         {
-            reasons.push(format!("the database writes {now}, and wrote {before}"));
+            reasons.push(format!("the database is on {now}, and was on {before}"));
         }
         if self.remembered > known.jump {
-            reasons.push("the database does not know of an earlier restore".to_owned());
+            reasons.push("the database lacks the record of an earlier restore".to_owned());
         }
         if reasons.is_empty() {
             return (DatabaseHistory { timeline: self.timeline.or(known.timeline), ..known }, None);
@@ -70,7 +70,7 @@ impl Comparison {
                 ("database-restored", format!("{reason}; all invocation counters are raised by {raised} (I4)"))
             }
             (None, Some(timeline)) => {
-                ("database-timeline", format!("the database writes {timeline}: noted for the first time"))
+                ("database-timeline", format!("the database is on {timeline}, which is noted for the first time"))
             }
             (None, None) => ("database-timeline", "the database has no timeline".to_owned()),
         };

@@ -107,7 +107,7 @@ impl Writer {
         let mut attempts = 0;
         let outcome = loop {
             attempts += 1;
-            match self.attempt(&mut acts).await {
+            match self.try_transaction(&mut acts).await {
                 // Another server has meanwhile inserted a row that was absent: read again.
                 Err(StoreError::Conflict { .. }) if attempts < MOST_ATTEMPTS => {}
                 other => break other,
@@ -234,7 +234,7 @@ impl Writer {
         let decide = move |view: &mut View<'_, '_>| comparison.settle(view, &name);
         let (act, outcome) = TypedAct::new(Actor::server(ServerAct::RESTORE), reads, decide);
         let mut acts: Vec<Box<dyn Queued>> = vec![act];
-        let attempted = self.attempt(&mut acts).await;
+        let attempted = self.try_transaction(&mut acts).await;
         // I4: nothing is allocated any more of what was reserved before. After an error it is not
         // known what is durable.
         self.chunks = Chunks::default();
@@ -248,7 +248,8 @@ impl Writer {
         Ok(committed.value)
     }
 
-    async fn attempt(&mut self, acts: &mut [Box<dyn Queued>]) -> Result<ActOutcomes, StoreError> {
+    /// Makes one attempt at a transaction of these acts.
+    async fn try_transaction(&mut self, acts: &mut [Box<dyn Queued>]) -> Result<ActOutcomes, StoreError> {
         let now = self.clock.look(now(), Instant::now());
         let shared = self.shared.clone();
         let keys = shared.audit_keys.load_full();

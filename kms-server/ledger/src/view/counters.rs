@@ -7,7 +7,7 @@ use kms_domain::{
     CounterDomainId, CounterError, CounterKey, CounterPlace, CounterState, CounterUse, Counters, KeyType, KeyVersion,
     KeyVersionNumber, Lease, LiveChunk, OnNewKey, Owner, SecuritySetupId, UnixMillis,
 };
-use kms_proto::v1::{SecurityEvent, audit_record::Event};
+use kms_proto::v1::SecurityEvent;
 
 use super::View;
 use crate::{
@@ -114,18 +114,13 @@ impl View<'_, '_> {
         // Each alarm once for a counter, when it passes the threshold. If it passes both at once,
         // the later one.
         let passes = |threshold| known < threshold && reservation.bound >= threshold;
-        if passes(CounterState::ROTATION_DUE) {
-            self.staged.alerts.push(Event::SecurityEvent(counter_event(
-                of,
-                "counter-rotation-due",
-                &used(of, reservation.bound),
-            )));
-        } else if passes(CounterState::HALF) {
-            self.staged.alerts.push(Event::SecurityEvent(counter_event(
-                of,
-                "counter-half-used",
-                &used(of, reservation.bound),
-            )));
+        let alarm = if passes(CounterState::ROTATION_DUE) {
+            Some("counter-rotation-due")
+        } else {
+            passes(CounterState::HALF).then_some("counter-half-used")
+        };
+        if let Some(kind) = alarm {
+            self.alert(counter_event(of, kind, &used(of, reservation.bound)));
         }
         if many {
             self.alert_use_high(of);
@@ -144,7 +139,7 @@ impl View<'_, '_> {
             "half of the {cap} invocation counters of {} that sessions and frames may have in an hour are reserved or skipped",
             of.counter
         );
-        self.staged.alerts.push(Event::SecurityEvent(counter_event(of, "counter-use-high", &detail)));
+        self.alert(counter_event(of, "counter-use-high", &detail));
     }
 
     /// I4: follows an unauthenticated response that names a counter, within `jump_cap`, the cap of
