@@ -22,7 +22,7 @@ use super::{
 use kms_base::error::ServiceError;
 
 /// What one attempt at a transaction has read, and what its acts have changed so far.
-pub(super) struct Draft<'a> {
+pub(super) struct TransactionDraft<'a> {
     pub(super) read: &'a ReadSet,
     pub(super) now: UnixMillis,
     pub(super) island: &'a IslandName,
@@ -72,7 +72,7 @@ pub(super) enum OpenError {
     Refused(String),
 }
 
-impl<'a> Draft<'a> {
+impl<'a> TransactionDraft<'a> {
     /// An empty draft over the rows that were read.
     pub(super) fn new(
         read: &'a ReadSet,

@@ -11,7 +11,7 @@ use super::{
     actor::Actor,
     chain::{AuditKeys, AuditLeaf, ChainHead},
     chunks::{ChunkName, HeldChunk},
-    draft::Draft,
+    draft::TransactionDraft,
     growth::{Grown, Growth},
     queued::Queued,
     records::{append, refusal_of},
@@ -40,7 +40,7 @@ pub(super) struct Decided {
 pub(super) fn decide_all(
     acts: &mut [Box<dyn Queued>],
     actors: &[Actor],
-    draft: &mut Draft<'_>,
+    draft: &mut TransactionDraft<'_>,
     permit: impl Fn(&Actor) -> Result<(), ServiceError>,
 ) -> Vec<Result<(), ServiceError>> {
     let mut outcomes = Vec::with_capacity(acts.len());
@@ -60,7 +60,7 @@ pub(super) fn decide_all(
 /// Turns the decisions of the acts into the writes of the transaction.
 #[expect(clippy::too_many_arguments, reason = "the one place where all of a transaction comes together")]
 pub(super) fn finish(
-    draft: Draft<'_>,
+    draft: TransactionDraft<'_>,
     mut outcomes: Vec<Result<(), ServiceError>>,
     mut head: ChainHead,
     opening: Vec<AuditRecord>,

@@ -14,7 +14,7 @@ use kms_proto::v1::{SecurityEvent, audit_record::Event};
 use super::{
     actor::Actor,
     decision::{Decision, Entry},
-    draft::Draft,
+    draft::TransactionDraft,
     refusals::Refusal,
     staged::Staged,
 };
@@ -26,13 +26,13 @@ use kms_base::error::ServiceError;
 /// For a caller, a row that does not verify is like an absent one. The security officers get an
 /// event (I5).
 pub struct View<'v, 'b> {
-    draft: &'v mut Draft<'b>,
+    draft: &'v mut TransactionDraft<'b>,
     actor: &'v Actor,
     staged: Staged,
 }
 
 impl<'v, 'b> View<'v, 'b> {
-    pub(super) fn new(draft: &'v mut Draft<'b>, actor: &'v Actor) -> Self {
+    pub(super) fn new(draft: &'v mut TransactionDraft<'b>, actor: &'v Actor) -> Self {
         Self { draft, actor, staged: Staged::default() }
     }
 

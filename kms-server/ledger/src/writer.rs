@@ -14,7 +14,7 @@ use super::{
     chain::{AuditLeaf, ChainHead},
     chunks::Chunks,
     clock_watch::ClockWatch,
-    draft::Draft,
+    draft::TransactionDraft,
     growth::Growth,
     history::Comparison,
     queue::Receiver,
@@ -274,7 +274,7 @@ impl Writer {
         let (chunks, refusals, growth) = (&mut self.chunks, &self.refusals, &self.growth);
         let bound = shared.settings.limits.log_octets_per_principal_and_hour;
         let mut decide = |read: &ReadSet| {
-            let mut draft = Draft::new(read, now, head.writer, &shared, &seal, chunks);
+            let mut draft = TransactionDraft::new(read, now, head.writer, &shared, &seal, chunks);
             let outcomes =
                 decide_all(acts, &actors, &mut draft, |actor| growth.permit(actor, &shared.settings.limits, at));
             if !draft.missing.is_empty() {
