@@ -1,5 +1,5 @@
-//! What callers can ask for, each once: the table below is all that the server knows of actions. A
-//! test of `kms-policy` compares it with the schema, with the shipped policies and with their
+//! What callers can ask policy for. The table below has each action once, and the server knows no
+//! other. A test of `kms-policy` compares it with the schema, the shipped policies and their
 //! documentation.
 
 use std::fmt;
@@ -8,8 +8,9 @@ use kms_domain::{KeyType, ParseError, Role};
 use kms_proto::v1;
 
 use crate::criticality::Criticality;
+use crate::frame::{CosemTarget, FrameService};
 
-/// On what an action is.
+/// The kind of resource that an action is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ResourceKind {
     /// The island as a whole.
@@ -22,7 +23,7 @@ pub enum ResourceKind {
     DeviceType,
 }
 
-/// What policies know of an action besides its name: one attribute of its context.
+/// One attribute of an action's context: what policies know of the action besides its name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Attribute {
     /// A Cedar `String`.
@@ -43,16 +44,16 @@ macro_rules! actions {
         $(#[$doc:meta])*
         $variant:ident = $name:literal on $resource:ident $({ $( $(#[$field_doc:meta])* $field:ident: $type:ty, )* })?
     )*) => {
-        /// What is asked, with what policies may know about it. The schema says which actions are
-        /// on meters, which on groups and device types, and which on the island; the wrong resource
-        /// is denied.
+        /// What is asked for, with what policies may know about it. The schema says which actions
+        /// are on meters, which on groups and device types, and which on the island. The wrong
+        /// resource is denied.
         #[derive(Clone, Debug, PartialEq, Eq, Hash)]
         pub enum Action {
             $( $(#[$doc])* $variant $({ $( $(#[$field_doc])* $field: $type, )* })?, )*
         }
 
         impl Action {
-            /// The name of each action in policies, and on what it is.
+            /// The name of each action in policies, and its kind of resource.
             pub const ALL: &[(&str, ResourceKind)] = &[$( ($name, ResourceKind::$resource), )*];
 
             /// The action's name in policies.
@@ -62,14 +63,14 @@ macro_rules! actions {
                 }
             }
 
-            /// On what it is.
+            /// Its kind of resource.
             pub const fn resource(&self) -> ResourceKind {
                 match self {
                     $( Self::$variant { .. } => ResourceKind::$resource, )*
                 }
             }
 
-            /// What policies know of it, by the names of the schema.
+            /// Its attributes, by the names of the schema.
             pub fn attributes(&self) -> Vec<(&'static str, Attribute)> {
                 let mut attributes = Vec::new();
                 match self {
@@ -87,36 +88,36 @@ actions! {
     OpenSession = "openSession" on Meters {
         /// The key type.
         key_type: KeyType,
-        /// What for.
+        /// The purpose.
         purpose: Purpose,
-        /// How long the grant is wanted.
+        /// The requested lifetime of the grant.
         lifetime_seconds: u32,
-        /// Whether a dedicated key is asked for in the same session.
+        /// The same session also asks for a dedicated key.
         dedicated_key: bool,
     }
     /// A key of one type of a group, for broadcasts.
     OpenGroupSession = "openGroupSession" on Group {
         /// The key type.
         key_type: KeyType,
-        /// What for.
+        /// The purpose.
         purpose: Purpose,
-        /// How long the grant is wanted.
+        /// The requested lifetime of the grant.
         lifetime_seconds: u32,
         /// A version is named, which may be the one before the active one.
         named_version: bool,
     }
-    /// A frame to be protected inside the HSM; once for each object that it names.
+    /// A frame to be protected inside the HSM. Asked once for each object that the frame names.
     ProtectFrame = "protectFrame" on Meters {
-        /// What the plain APDU is.
+        /// The service of the plain APDU.
         service: FrameService,
-        /// The object, where the service names one.
+        /// The object, if the service names one.
         target: Option<CosemTarget>,
-        /// What for.
+        /// The purpose.
         purpose: Purpose,
     }
     /// A frame of a meter to be opened inside the HSM.
     UnprotectFrame = "unprotectFrame" on Meters {
-        /// What for.
+        /// The purpose.
         purpose: Purpose,
     }
     /// A new key for a meter, not its KEK.
@@ -125,26 +126,26 @@ actions! {
         key_type: KeyType,
         /// Every request is ciphered in the HSM.
         in_frames: bool,
-        /// Although it is in doubt which version the meter holds.
+        /// Even if it is in doubt which version the meter holds.
         urgent: bool,
-        /// A task of a campaign.
+        /// It is a task of a campaign.
         campaign: bool,
     }
     /// A new KEK for a meter, with the GUEK that proves it.
     TransferMasterKey = "transferMasterKey" on Meters {
         /// Every request is ciphered in the HSM.
         in_frames: bool,
-        /// Although it is in doubt which version the meter holds.
+        /// Even if it is in doubt which version the meter holds.
         urgent: bool,
-        /// A task of a campaign.
+        /// It is a task of a campaign.
         campaign: bool,
     }
-    /// Learning which keys a meter holds.
+    /// Finding out which keys a meter holds.
     ProbeKeys = "probeKeys" on Meters {
-        /// A task of a campaign.
+        /// It is a task of a campaign.
         campaign: bool,
     }
-    /// Saying that a meter uses a new key, which the caller holds, instead of having it proven.
+    /// Declaring, without a proof, that a meter uses a new key that the caller holds.
     AttestKey = "attestKey" on Meters {
         /// The key type.
         key_type: KeyType,
@@ -158,24 +159,24 @@ actions! {
     ShowMeter = "showMeter" on Meters
     /// Assignment to a head-end.
     AssignMeters = "assignMeters" on Meters
-    /// Taking counters over.
+    /// Taking over counters from another system.
     AdoptCounters = "adoptCounters" on Meters
-    /// A counter that is raised further than the device profile's cap: proposed, and executed.
+    /// Raising a counter beyond the device profile's cap: the proposal, and its execution.
     RaiseCounter = "raiseCounter" on Meters
-    /// A version of a key that is compromised.
+    /// Reporting that a key version is compromised.
     ReportCompromise = "reportCompromise" on Meters
-    /// Registering meters; the class is the one that they will have.
+    /// Registering meters. The resource is the class that they will have.
     EnrolMeters = "enrolMeters" on Meters
-    /// The end of identities.
+    /// Retiring meters: their identities end.
     RetireMeters = "retireMeters" on Meters
-    /// A new identity for an old one.
+    /// Replacing a meter by another one, with a new identity.
     ReplaceMeter = "replaceMeter" on Meters
     /// A list of meters.
     ListMeters = "listMeters" on Island {
         /// Only those assigned to the caller.
         own: bool,
     }
-    /// All groups, and what keys they have.
+    /// All groups and their keys.
     ListGroups = "listGroups" on Island
     /// Version 1 of a group's key.
     CreateGroupKey = "createGroupKey" on Group {
@@ -184,23 +185,23 @@ actions! {
         /// The members hold it already, so it is active at once.
         held_by_meters: bool,
     }
-    /// How far the rotation of a group's key is, and who is left behind.
+    /// The progress of the rotation of a group's key, and the members that lack the new version.
     ShowGroupRotation = "showGroupRotation" on Group
-    /// Broadcasts use the new version from then on.
+    /// Switching a group's key: from then on broadcasts use the new version.
     SwitchGroupKey = "switchGroupKey" on Group {
         /// The key type.
         key_type: KeyType,
-        /// Although fewer members have it than the group's threshold says.
+        /// Even if fewer members have it than the group's threshold requires.
         early: bool,
     }
-    /// How many members must have a new version.
+    /// Setting how many members must have a new version before the switch.
     SetSwitchThreshold = "setSwitchThreshold" on Group
     /// Putting meters into a group, or taking them out.
     ChangeGroupMembers = "changeGroupMembers" on Group {
-        /// Putting in.
+        /// Meters are added.
         add: bool,
     }
-    /// All device types, and what keys they have.
+    /// All device types and their keys.
     ListDeviceTypes = "listDeviceTypes" on Island
     /// A new device type.
     AddDeviceType = "addDeviceType" on DeviceType
@@ -238,7 +239,7 @@ actions! {
         /// It is the caller.
         own: bool,
     }
-    /// Certifying a key of an officer or auditor by a proposal of other people: the proposal and
+    /// Certifying a key of an officer or auditor by a proposal of other people: the proposal, and
     /// its execution.
     RecertifyPrincipal = "recertifyPrincipal" on Island {
         /// The role of the principal.
@@ -258,7 +259,7 @@ actions! {
         /// The caller's role.
         role: Role,
     }
-    /// Shutting a principal out.
+    /// Disabling a principal.
     DisablePrincipal = "disablePrincipal" on Island {
         /// The role of the principal.
         role: Role,
@@ -272,7 +273,7 @@ actions! {
         /// Only the caller's own.
         own: bool,
     }
-    /// The end of a grant.
+    /// Revoking a grant.
     RevokeGrant = "revokeGrant" on Island {
         /// It is the caller's own.
         own: bool,
@@ -285,47 +286,46 @@ actions! {
     CheckHsm = "checkHsm" on Island
     /// All objects of the tokens.
     InventoryHsm = "inventoryHsm" on Island
-    /// A draft of a campaign, or a look at what it would touch.
+    /// Drafting a campaign, or a preview of its meters.
     CreateCampaign = "createCampaign" on Island
     /// The approval of a campaign's content.
     ApproveCampaign = "approveCampaign" on Island
-    /// The beginning of an approved campaign.
+    /// Starting an approved campaign.
     StartCampaign = "startCampaign" on Island
     /// A pause.
     PauseCampaign = "pauseCampaign" on Island
     /// The end of a pause.
     ResumeCampaign = "resumeCampaign" on Island
-    /// The end of a campaign before its time.
+    /// Aborting a campaign.
     AbortCampaign = "abortCampaign" on Island
-    /// Campaigns, how far they are, and their reports.
+    /// Campaigns, their progress and their reports.
     ListCampaigns = "listCampaigns" on Island
-    /// Proposals, their approvals and what became of them.
+    /// Proposals, their approvals and their results.
     ListProposals = "listProposals" on Island
     /// The approval of a proposal's content.
     ApproveProposal = "approveProposal" on Island
-    /// The end of a proposal, unused.
+    /// Withdrawing a proposal.
     WithdrawProposal = "withdrawProposal" on Island
-    /// The act that was approved. What it does has an action of its own.
+    /// Executing an approved proposal. What it does has an action of its own.
     CarryOutProposal = "carryOutProposal" on Island
-    /// Roots: their versions, what uses them, and how far their rotation is.
+    /// Roots: their versions, their use, and the progress of their rotation.
     ListRoots = "listRoots" on Island
-    /// The rotation of a root to a version that was made.
+    /// Rotating a root to a version that was made.
     RotateRoot = "rotateRoot" on Island
-    /// The proposal to destroy a version of a root, and, once others have approved it, the
-    /// destruction.
+    /// Destroying a version of a root: the proposal, and its execution.
     DestroyRoot = "destroyRoot" on Island
     /// Tasks of campaigns for meters of a class.
     LeaseTasks = "leaseTasks" on Meters
 }
 
 impl Action {
-    /// What follows from the rest.
+    /// Attributes that follow from the others.
     fn put_implied(&self, to: &mut Vec<(&'static str, Attribute)>) {
         match self {
             Self::ProtectFrame { service, target, .. } => {
                 Criticality::of(*service, target.as_ref()).name().put("criticality", to);
             }
-            // Nobody adds themselves, and the transport key that is registered is the caller's own.
+            // A caller never adds itself, and registers only its own transport key.
             Self::AddPrincipal { .. } => false.put("own", to),
             Self::RegisterTransportKey { .. } => true.put("own", to),
             _ => {}
@@ -375,7 +375,7 @@ impl Attributes for FrameService {
     }
 }
 
-/// An object has attributes of its own; where the service names none, there are none.
+/// The attributes of the object. Without an object there are none.
 impl Attributes for Option<CosemTarget> {
     fn put(&self, _: &'static str, to: &mut Vec<(&'static str, Attribute)>) {
         if let Some(target) = self {
@@ -386,7 +386,7 @@ impl Attributes for Option<CosemTarget> {
     }
 }
 
-/// What a refusal says was asked: the action, and what tells one such request from another.
+/// What a refusal names: the action, and what distinguishes this request from others.
 impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -411,7 +411,7 @@ impl fmt::Display for Action {
     }
 }
 
-/// What a key or frame is asked for (`meterkms.v1.Purpose`).
+/// The reason for which keys or frames are requested (`meterkms.v1.Purpose`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Purpose {
     /// Reading registers, profiles and events.
@@ -433,7 +433,7 @@ impl Purpose {
     /// The purpose of a protobuf number.
     ///
     /// # Errors
-    /// None given, or an unknown one.
+    /// No purpose, or an unknown one.
     pub fn from_proto(number: i32) -> Result<Self, ParseError> {
         match v1::Purpose::try_from(number) {
             Ok(v1::Purpose::Read) => Ok(Self::Read),
@@ -466,51 +466,5 @@ impl Purpose {
             Self::Firmware => "firmware",
             Self::FieldService => "field-service",
         }
-    }
-}
-
-/// What a plain APDU is that shall be protected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum FrameService {
-    /// Any form of get-request.
-    Get,
-    /// Any form of set-request.
-    Set,
-    /// Any form of action-request.
-    Action,
-    /// InitiateRequest.
-    Initiate,
-    /// No APDU: f(StoC), the answer to the meter's challenge.
-    HlsChallenge,
-}
-
-impl FrameService {
-    /// The name in policies.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Get => "get",
-            Self::Set => "set",
-            Self::Action => "action",
-            Self::Initiate => "initiate",
-            Self::HlsChallenge => "hls-challenge",
-        }
-    }
-}
-
-/// An attribute or method of a COSEM object.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct CosemTarget {
-    /// The interface class.
-    pub class_id: u16,
-    /// The logical name, 6 octets.
-    pub obis: [u8; 6],
-    /// Attribute of get and set, method of action.
-    pub member: i8,
-}
-
-impl CosemTarget {
-    /// The logical name in dotted form.
-    pub fn obis_text(&self) -> String {
-        self.obis.map(|octet| octet.to_string()).join(".")
     }
 }

@@ -5,8 +5,9 @@ use kms_domain::{IslandName, PrincipalId, UnixMillis};
 
 use crate::PeerCertificate;
 
-/// Who calls. The certificate is verified, in time and of this island. Whether the principal is
-/// enabled and the certificate still listed stands in its sealed row, which every act reads (I5).
+/// Who calls. The certificate is verified, has not expired, and is of this island. Whether the
+/// principal is enabled, and the certificate still listed, is in its sealed row, which every act
+/// reads (I5).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Caller {
     /// The principal of the certificate.
@@ -18,12 +19,12 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// The caller with this certificate, which the handshake has verified; none where a connection
-    /// has none.
+    /// The caller with this certificate, which the handshake has verified. `None`: the connection
+    /// has no certificate.
     ///
     /// # Errors
-    /// Unauthenticated: no certificate, one of another island, or one that has expired since the
-    /// handshake.
+    /// Unauthenticated: no certificate, a certificate of another island, or one that has expired
+    /// since the handshake.
     pub fn of(
         certificate: Option<&PeerCertificate>,
         island: &IslandName,

@@ -5,7 +5,7 @@ use bytes::Bytes;
 use kms_domain::{PrincipalId, UnixMillis};
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
-/// The client's certificate of a connection, parsed once. The chain is already verified against the
+/// The client's certificate of a connection, parsed once. TLS has verified its chain against the
 /// client CA.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerCertificate {
@@ -23,10 +23,10 @@ impl PeerCertificate {
     /// Parses a certificate that the handshake has verified.
     ///
     /// # Errors
-    /// It is no TLS client certificate of a principal: not exactly one principal URI, no
-    /// `clientAuth`, or no `digitalSignature`. The last two keep transport certificates
-    /// (keyAgreement) from being used for TLS: path validation lets a certificate without extended
-    /// key usage pass.
+    /// It is not a TLS client certificate of a principal: not exactly one principal URI, no
+    /// `clientAuth`, or no `digitalSignature`. The last two checks keep transport certificates
+    /// (keyAgreement) from being used for TLS, because path validation accepts a certificate
+    /// without extended key usage.
     pub fn parse(der: &[u8]) -> Result<Self, PeerCertificateError> {
         let refuse = |reason: &str| PeerCertificateError { reason: reason.to_owned() };
         let (rest, certificate) =
@@ -62,7 +62,7 @@ impl PeerCertificate {
     }
 }
 
-/// Why a certificate is none of a principal.
+/// Why a certificate is not one of a principal.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the client certificate is refused: {reason}")]
 pub struct PeerCertificateError {

@@ -1,11 +1,11 @@
-//! What a frame could do to a meter.
+//! How much harm a frame could do to a meter.
 
-use crate::action::{CosemTarget, FrameService};
+use crate::frame::{CosemTarget, FrameService};
 
-/// What a frame could do to a meter.
+/// How much harm a frame could do to a meter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Criticality {
-    /// No more than its purpose says.
+    /// Nothing beyond its purpose.
     Ordinary,
     /// Switch supply, or make the meter do so later.
     SupplyControl,
@@ -16,17 +16,15 @@ pub enum Criticality {
 }
 
 impl Criticality {
-    /// What can harm.
+    /// The values that can do harm.
     pub const CRITICAL: [Self; 3] = [Self::SupplyControl, Self::SecuritySetup, Self::ImageTransfer];
 
     /// The criticality of a service on an object. Source: DLMS UA 1000-1 (Blue Book), interface
-    /// classes. Besides the classes that switch supply themselves, those count that can run a
-    /// script which does.
+    /// classes. A class that can run a script which switches supply counts as one that switches it.
     pub const fn of(service: FrameService, target: Option<&CosemTarget>) -> Self {
         let Some(target) = target else { return Self::Ordinary };
         if target.class_id == 30 {
-            // Data protection carries a request inside that cannot be read here, in a get-request
-            // too.
+            // Data protection carries a request that cannot be read here, even in a get-request.
             return Self::SecuritySetup;
         }
         if !matches!(service, FrameService::Set | FrameService::Action) {

@@ -1,9 +1,9 @@
-//! Decisions of an island's policies (I8): default deny, and whatever fails denies.
+//! Decisions of an island's policies (I8): default deny, and any failure denies.
 //!
-//! Decisions are made for classes of meters and remembered: a decision that is known costs about
-//! 100 ns, a new one 50 µs. What changes between two calls is part of the key (the principal's
-//! revision) or is checked elsewhere (time, revocation, which class a meter is of: its sealed row
-//! says so).
+//! Decisions are made for classes of meters and remembered: a remembered decision costs about 100
+//! ns, a new one 50 µs. What can change between two calls is part of the key (the principal's
+//! revision), or is checked elsewhere (time, revocation, and the class of a meter, which its sealed
+//! row names).
 
 use std::{
     collections::HashMap,
@@ -16,20 +16,20 @@ use kms_domain::{DeviceType, Group, MeterClass, Principal, PrincipalId};
 
 use crate::{Action, Quotas};
 
-/// What decides by the policies: `kms-policy` has one for Cedar. Everything else knows this trait
-/// only, and is compiled beside Cedar and not after it.
+/// Evaluates policies: `kms-policy` has an engine for Cedar. All other crates know this trait only,
+/// so they compile without waiting for Cedar.
 pub trait Engine: Send + Sync {
     /// Whether the principal may do this.
     ///
     /// # Errors
-    /// The decision could not be made, which is a denial: a policy fails while it is evaluated, or
+    /// The decision could not be made, which is a denial: a policy raised an evaluation error, or
     /// the question does not fit the schema.
     fn decide(
         &self,
         principal: &PrincipalFacts,
         action: &Action,
         resource: &Resource<'_>,
-    ) -> Result<Decision, EvaluationError>;
+    ) -> Result<PolicyDecision, EvaluationError>;
 }
 
 /// A decision that could not be made: a denial, and a fault of a policy or of the server.
@@ -52,12 +52,13 @@ impl Policy {
         Self { engine, quotas, digest, decisions: Decisions::default() }
     }
 
-    /// SHA-256 over names and texts of the policies and quotas: which set decided.
+    /// SHA-256 over the names and texts of the policies and quotas: it identifies the set that
+    /// decided.
     pub const fn digest(&self) -> [u8; 32] {
         self.digest
     }
 
-    /// The quotas that what is permitted counts against.
+    /// The quotas on what policies permit.
     pub const fn quotas(&self) -> &Quotas {
         &self.quotas
     }
@@ -65,11 +66,11 @@ impl Policy {
     /// Whether the principal may do this.
     // I8: what is not permitted, what fails to evaluate, and what does not fit the schema is
     // denied.
-    pub fn permits(&self, principal: &PrincipalFacts, action: &Action, resource: &Resource<'_>) -> Decision {
+    pub fn permits(&self, principal: &PrincipalFacts, action: &Action, resource: &Resource<'_>) -> PolicyDecision {
         self.decisions.of(principal, action, resource, || {
             self.engine.decide(principal, action, resource).unwrap_or_else(|error| {
                 tracing::error!(%error, action = action.name(), principal = %principal.principal, "a policy decision failed, so the request is denied");
-                Decision::Deny
+                PolicyDecision::Deny
             })
         })
     }
@@ -85,22 +86,22 @@ impl Policy {
         resource: &Resource<'_>,
     ) -> Result<(), ServiceError> {
         match self.permits(principal, action, resource) {
-            Decision::Permit => Ok(()),
-            Decision::Deny => Err(ServiceError::denied(action.to_string())),
+            PolicyDecision::Permit => Ok(()),
+            PolicyDecision::Deny => Err(ServiceError::denied(action.to_string())),
         }
     }
 }
 
-/// What the policies answer.
+/// The decision of the policies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Decision {
+pub enum PolicyDecision {
     /// A policy permits it and none forbids it.
     Permit,
     /// Everything else.
     Deny,
 }
 
-impl Decision {
+impl PolicyDecision {
     /// Whether it is a permit.
     pub const fn is_permit(self) -> bool {
         matches!(self, Self::Permit)
@@ -117,16 +118,16 @@ pub struct PrincipalFacts {
     pub revision: u64,
 }
 
-/// What policies know of a principal.
+/// What policies may know about a principal.
 pub fn facts(principal: &Principal) -> PrincipalFacts {
     PrincipalFacts { principal: principal.id.clone(), revision: u64::from(principal.revision) }
 }
 
-/// On what.
+/// The resource of an action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Resource<'a> {
-    /// The island as a whole: the caller's own, since certificates of others do not get so far
-    /// (I7).
+    /// The island as a whole. It is the caller's own: certificates of other islands were refused
+    /// before (I7).
     Island,
     /// Meters of this class.
     Meters(&'a MeterClass),
@@ -174,21 +175,21 @@ impl From<&DeviceType> for DeviceTypeFacts {
     }
 }
 
-/// Decisions that were made, found by a hash of the whole question and confirmed by comparing it.
-/// Bounded: a full shard is emptied.
+/// Earlier decisions, found by a hash of the whole question and confirmed by a comparison. Bounded:
+/// a full shard is emptied.
 struct Decisions {
     hasher: RandomState,
-    shards: [RwLock<HashMap<u64, Remembered>>; SHARDS],
+    shards: [RwLock<HashMap<u64, RememberedDecision>>; SHARDS],
 }
 
-struct Remembered {
+struct RememberedDecision {
     principal: PrincipalFacts,
     action: Action,
     resource: RememberedResource,
-    decision: Decision,
+    decision: PolicyDecision,
 }
 
-/// A [`Resource`] of its own.
+/// An owned [`Resource`].
 enum RememberedResource {
     Island,
     Meters(MeterClass),
@@ -229,8 +230,8 @@ impl Decisions {
         principal: &PrincipalFacts,
         action: &Action,
         resource: &Resource<'_>,
-        decide: impl FnOnce() -> Decision,
-    ) -> Decision {
+        decide: impl FnOnce() -> PolicyDecision,
+    ) -> PolicyDecision {
         let hash = self.hasher.hash_one((principal, action, resource));
         let Some(shard) = self.shards.get(hash as usize % SHARDS) else { return decide() };
         if let Some(known) = shard.read().unwrap_or_else(PoisonError::into_inner).get(&hash)
@@ -247,7 +248,7 @@ impl Decisions {
         }
         shard.insert(
             hash,
-            Remembered {
+            RememberedDecision {
                 principal: principal.clone(),
                 action: action.clone(),
                 resource: RememberedResource::of(resource),
@@ -274,7 +275,7 @@ mod tests {
         for revision in 0..40_000 {
             let principal = PrincipalId::new(IslandName::parse("north").unwrap(), Role::Officer, "ada").unwrap();
             let principal = PrincipalFacts { principal, revision };
-            decisions.of(&principal, &Action::Scrub, &Resource::Island, || Decision::Deny);
+            decisions.of(&principal, &Action::Scrub, &Resource::Island, || PolicyDecision::Deny);
         }
         let remembered: usize = decisions.shards.iter().map(|shard| shard.read().unwrap().len()).sum();
         assert!(remembered <= SHARDS * DECISIONS_PER_SHARD, "{remembered}");

@@ -1,5 +1,5 @@
-//! Quotas on critical commands (`policies/quotas.toml`): what policies permit is counted, so that a
-//! head-end without keys does not become an oracle that can switch off the city.
+//! Quotas on critical commands (`policies/quotas.toml`). Commands that policies permit are counted,
+//! so that a compromised head-end cannot have the server protect commands that switch off a city.
 
 use kms_domain::{PrincipalId, QuotaLimit, QuotaName, Role};
 use serde::Deserialize;
@@ -11,7 +11,7 @@ use crate::{CosemTarget, Criticality, FrameService};
 #[derive(Clone, Debug)]
 pub struct Quotas(Vec<Quota>);
 
-/// One quota: what it counts, and how much of it who may have.
+/// One quota: what it counts, and the limit for each role or principal.
 #[derive(Clone, Debug)]
 pub struct Quota {
     /// Its name.
@@ -22,7 +22,7 @@ pub struct Quota {
 
 #[derive(Clone, Debug)]
 enum Counts {
-    /// Whatever is this critical.
+    /// Everything of this criticality.
     Criticality(Criticality),
     /// These services on members of a class; `None`: all members.
     Class { class_id: u16, members: Option<Vec<i8>>, set: bool, action: bool },
@@ -44,8 +44,8 @@ impl Quotas {
     /// Reads the text of a file.
     ///
     /// # Errors
-    /// No TOML, an unknown or missing field, a value that cannot be, two quotas of one name, or a
-    /// criticality without a quota; with the line.
+    /// The text is not TOML; a field is unknown, missing or out of range; two quotas have one name;
+    /// or no quota counts a criticality. The error names the line.
     pub fn parse(text: &str) -> Result<Self, QuotaError> {
         let line_of = |at: usize| text.get(..at).unwrap_or_default().matches('\n').count() + 1;
         let file: QuotaFile = toml::from_str(text).map_err(|error| QuotaError {
@@ -67,7 +67,7 @@ impl Quotas {
                 reason: format!("{} quotas instead of at most {MOST_QUOTAS}", quotas.len()),
             });
         }
-        // I8: what is critical and counted by no quota would pass without end.
+        // I8: a criticality that no quota counts would have no limit.
         for criticality in Criticality::CRITICAL {
             if !quotas
                 .iter()
@@ -90,8 +90,7 @@ impl Quotas {
 }
 
 impl Quota {
-    /// What a principal may have: its own limit, or that of its role. // I8: who is not named gets
-    /// nothing.
+    /// The limit of a principal: its own, or that of its role. I8: without either it gets nothing.
     pub fn limit(&self, principal: &PrincipalId) -> QuotaLimit {
         let of = |wanted: &Holder| self.limits.iter().find(|(holder, _)| holder == wanted).map(|(_, limit)| *limit);
         of(&Holder::Principal(principal.clone()))
@@ -118,7 +117,7 @@ impl Counts {
     }
 }
 
-/// Why quotas cannot be used. The server does not start with them.
+/// Why quotas cannot be used. The server does not start with such quotas.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("line {line}: {reason}")]
 pub struct QuotaError {
@@ -221,7 +220,7 @@ impl LimitSection {
     }
 }
 
-/// Each one used adds to the row of a principal's use.
+/// Each quota in use adds to a principal's sealed row.
 const MOST_QUOTAS: usize = 32;
 
 #[cfg(test)]

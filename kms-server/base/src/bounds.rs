@@ -11,18 +11,18 @@ use kms_domain::CounterCap;
 use serde::Deserialize;
 
 use crate::error::ServiceError;
-use crate::metrics;
+use crate::metrics::metrics;
 
-/// What a bound counts for itself.
+/// What has a count of its own under a bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
     /// One call, or one message of a stream.
     Call,
     /// One connection.
     Connection,
-    /// One network address (IPv6: its /64), before anybody is known.
+    /// One network address (IPv6: its /64), before a principal is known.
     Address,
-    /// One principal on one server, over all its connections.
+    /// One principal on one server, on all its connections.
     Principal,
     /// One server process.
     Server,
@@ -52,9 +52,9 @@ impl fmt::Display for Scope {
     }
 }
 
-/// What is said of a bound.
+/// The description of a bound.
 #[derive(Clone, Copy, Debug)]
-pub struct Row {
+pub struct BoundRow {
     /// Its name in the configuration, in refusals and in metrics.
     pub name: &'static str,
     /// Its value where the configuration says nothing.
@@ -65,9 +65,9 @@ pub struct Row {
     pub most: u64,
     /// What the number counts.
     pub unit: &'static str,
-    /// For what it counts.
+    /// What has a count of its own.
     pub scope: Scope,
-    /// Why it is there, and why so high.
+    /// Why the bound exists, and why it is so high.
     pub reason: &'static str,
 }
 
@@ -83,10 +83,10 @@ macro_rules! bounds {
             /// All bounds, in the order of the documentation.
             pub const ALL: &'static [Self] = &[$(Self::$bound,)*];
 
-            /// What is said of it.
-            pub const fn row(self) -> Row {
+            /// Its description.
+            pub const fn row(self) -> BoundRow {
                 match self {
-                    $(Self::$bound => Row {
+                    $(Self::$bound => BoundRow {
                         name: stringify!($name), default: $default, least: $least, most: $most, unit: $unit, scope: Scope::$scope, reason: $reason,
                     },)*
                 }
@@ -119,81 +119,81 @@ macro_rules! bounds {
 
 bounds! {
     MessageOctets message_octets = 16 << 10, 4 << 10 => 1 << 20, "octets", Call,
-        "The message of a method that names few things. What does not fit is refused before it is received";
+        "The message of a method that names few objects. A longer message is refused before it is received";
     CertificateMessageOctets certificate_message_octets = 64 << 10, 20 << 10 => 1 << 20, "octets", Call,
-        "Methods of principals: a certificate request has up to 16 KiB, in PEM more";
+        "Methods of principals: a certificate request has up to 16 KiB, and more in PEM";
     BatchMessageOctets batch_message_octets = 256 << 10, 128 << 10 => 4 << 20, "octets", Call,
         "Methods that name up to 10,000 meters or 1,000 tasks: 10,000 titles have 100 KiB";
     LargeMessageOctets large_message_octets = 2 << 20, 1_100_000 => 4 << 20, "octets", Call,
         "Frames, steps of transfers, pieces of a shipment (1 MiB), campaigns (100,000 meters: 1 MiB), and changes that say more of each meter than its title";
     HeaderOctets header_octets = 8 << 10, 4 << 10 => 64 << 10, "octets", Call,
-        "The headers of a call, with 32 octets for each (RFC 9113, 6.5.2): they are held as long as the call";
+        "The headers of a call, with 32 octets for each (RFC 9113, 6.5.2): they are held during the whole call";
     RequestSeconds request_seconds = 10, 1 => 300, "seconds", Call,
-        "From the headers of a call to the last octet of its message: who sends slower holds memory for nothing";
+        "From the headers of a call to the last octet of its message: a slower sender occupies memory";
     UploadPauseSeconds upload_pause_seconds = 30, 1 => 600, "seconds", Call,
-        "From one message of an upload to the end of the next: the sender goes on later from what has arrived";
+        "From one message of an upload to the end of the next: the sender can continue later, after the last octet that arrived";
     Connections connections = 2_048, 4 => 65_536, "connections", Server,
         "Each has buffers and a file descriptor. Fewer where the limit of open files allows fewer";
     DescriptorsReserve descriptors_reserve = 128, 64 => 4_096, "files", Server,
         "Open files that connections never take: database, watermark, log and HSM need them to write records";
     Handshakes handshakes = 256, 4 => 4_096, "handshakes", Server,
-        "Connections that are not known yet, and cost a signature each. Where they are short, the one that has been silent longest is closed";
+        "Connections that are not authenticated yet; each costs a signature. If all places are taken, the connection that has been silent longest is closed";
     ConnectionsPerAddress connections_per_address = 1_024, 4 => 65_536, "connections", Address,
-        "One host does not take all connections, whatever certificates it has. Raise it where a proxy hides the clients' addresses";
+        "One host does not take all connections, whatever certificates it has. Raise it if a proxy hides the addresses of clients";
     HandshakesPerAddress handshakes_per_address = 64, 4 => 4_096, "handshakes", Address,
-        "One host does not take all places for handshakes, without any certificate. Raise it where a proxy hides the clients' addresses";
+        "One host without a certificate does not take all places for handshakes. Raise it if a proxy hides the addresses of clients";
     FirstOctetSeconds first_octet_seconds = 2, 1 => 60, "seconds", Connection,
-        "From a connection to its first octet: TLS begins with the client";
+        "From the connection to its first octet: in TLS the client sends first";
     HandshakeSeconds handshake_seconds = 10, 1 => 60, "seconds", Connection,
         "From the first octet to the end of the handshake";
     FirstCallSeconds first_call_seconds = 60, 5 => 3_600, "seconds", Connection,
-        "From the handshake to the first call: a connection that a network has lost, or that never calls, holds a place for nothing. Where places are short, it gives its place up before";
+        "From the handshake to the first call: a connection that the network has lost, or that never calls, occupies a place. If all places are taken, it is closed earlier";
     ConnectionsPerPrincipal connections_per_principal = 64, 1 => 65_536, "connections", Principal,
-        "A program needs one for each of its processes; one certificate does not take all. Further ones end with GOAWAY and this name";
+        "A program needs one for each of its processes. One certificate does not take all connections: further ones end with GOAWAY and this name";
     StreamsPerConnection streams_per_connection = 256, 1 => 4_096, "calls", Connection,
         "Calls at a time (SETTINGS_MAX_CONCURRENT_STREAMS): further ones wait at the client";
     RequestOctetsPerConnection request_octets_per_connection = 8 << 20, 4 << 20 => 256 << 20, "octets", Connection,
-        "Requests that are not answered yet: so a connection holds this and its HTTP/2 window of 512 KiB, however many calls it begins";
+        "Requests that are not answered yet: a connection occupies this and its HTTP/2 window of 512 KiB, however many calls it begins";
     RequestOctetsPerPrincipal request_octets_per_principal = 16 << 20, 4 << 20 => 1 << 30, "octets", Principal,
-        "The same over all connections of a principal: more connections are not more memory";
+        "The same for all connections of a principal together: more connections do not occupy more memory";
     AnswerStreamsPerPrincipal answer_streams_per_principal = 64, 1 => 65_536, "calls", Principal,
-        "Calls that are answered by a stream: each holds up to three parts of its answer, 1.5 MiB, for a caller that reads slowly or not at all";
+        "Calls that are answered by a stream: for a caller that reads slowly, each occupies up to three parts of its answer, 1.5 MiB";
     RequestOctets request_octets = 256 << 20, 16 << 20 => 16 << 30, "octets", Server,
-        "The same over all principals: many of them together do not fill the memory either";
+        "The same for all principals together: many principals do not fill the memory either";
     ActsWaiting acts_waiting = 8_192, 256 => 1_000_000, "acts", Server,
-        "Acts that wait for the writer: callers are refused at once instead of waiting for a database that is slow";
+        "Acts that wait for the writer: if the database is slow, callers are refused at once and do not wait";
     ActsWaitingPerPrincipal acts_waiting_per_principal = 1_024, 16 => 65_536, "acts", Principal,
-        "Acts that wait for the writer: a head-end with 256 calls on each of four connections has that many";
+        "Acts that wait for the writer: a head-end with 256 calls on each of four connections has this many";
     MetersInFlightPerPrincipal meters_in_flight_per_principal = 50_000, 10_000 => 1_000_000, "meters", Principal,
-        "Meters that the waiting acts name: five calls of the largest size. Who floods waits for their own calls";
+        "Meters that the waiting acts name: five calls of the largest size. A principal that sends more waits for its own calls";
     LogOctetsPerPrincipalAndHour log_octets_per_principal_and_hour = 4 << 30, 1 << 20 => 1 << 40, "octets", Principal,
-        "Records that the acts of one principal add to the log in an hour on one server: one head-end with 25 million meters, every 15 minutes a session with each, writes half of it. A quarter more for transfers, revocations and what officers do";
+        "Records that the acts of one principal add to the log in an hour on one server. A head-end that opens a session with each of 25 million meters every 15 minutes writes half of it. A quarter more is kept for transfers, revocations and acts of officers";
     BatchMetersPerPrincipal batch_meters_per_principal = 1_000_000, 10_000 => 1_000_000_000, "meters", Principal,
         "Meters in the batches that are not answered yet: 100 calls of the largest size. Two keep the server busy";
     BatchChunksPerPrincipal batch_chunks_per_principal = 6, 1 => 256, "chunks", Principal,
-        "Chunks of batches, 500 meters each, that are decided and wrapped at a time: two calls keep all of them busy. Further ones wait";
+        "Chunks of batches, 500 meters each, that are decided and wrapped at the same time: two calls use all of them. Further chunks wait";
     HsmJobs hsm_jobs = 4_096, 1 => 1_000_000, "jobs", Token,
-        "Jobs that wait for an HSM token: callers are refused at once instead of waiting for an HSM that is slow. A batch is a job for each 64 meters";
+        "Jobs that wait for an HSM token: if the HSM is slow, callers are refused at once and do not wait. A batch is one job for each 64 meters";
     HsmJobsPerPrincipal hsm_jobs_per_principal = 1_024, 1 => 1_000_000, "jobs", Principal,
         "Jobs of one principal that wait for one token: a quarter of the queue";
     CountersPerHour counters_per_hour = 4_000_000, 1_000_000 => 4_294_967_295, "counters", Counter,
-        "Invocation counters that sessions and frames reserve in an hour of UTC: 2³² of them take 44 days, whoever asks. Transfers and probes are not bounded by it";
+        "Invocation counters that sessions and frames reserve in an hour of UTC: to use up 2³² counters takes at least 44 days. It does not apply to transfers and probes";
     ScrubsPerPrincipal scrubs_per_principal = 4, 1 => 64, "calls", Principal,
-        "Calls that watch a scrub: one runs for all. One is enough; a second replaces one whose connection broke";
+        "Calls that watch a scrub: one scrub runs for all of them. One call is enough; a second one replaces a call whose connection broke";
     UploadsPerPrincipal uploads_per_principal = 16, 1 => 1_024, "files", Principal,
         "Shipments that are uploaded and not imported yet, on all servers: counted in the transaction that adds one";
     SpoolOctetsPerPrincipal spool_octets_per_principal = 4 << 30, 1 << 20 => 1 << 40, "octets", Principal,
-        "The announced length of those files: 4 GiB are 5 million meters with four keys. Nothing of them is proven before they are complete";
+        "The announced length of those files: 4 GiB are 5 million meters with four keys. Nothing of a file is verified before it is complete";
     SpoolOctets spool_octets = 16 << 30, 1 << 20 => 1 << 42, "octets", Island,
-        "The same over all principals: the spool is in the database, on the disk of the audit log";
+        "The same for all principals together: the spool is in the database, on the disk of the audit log";
     UploadHours upload_hours = 24, 1 => 720, "hours", File,
-        "From the first octet of an upload to the last. What is unfinished then is dropped; a complete file that nobody imports, a week after it was last touched";
+        "From the first octet of an upload to the last. An unfinished upload is then dropped. A complete file that nobody imports is dropped a week after its last change";
     DiskReserveOctets disk_reserve_octets = 1 << 30, 0 => 1 << 40, "octets", Server,
-        "Free space that uploads leave to the log (I2) where the database is embedded; at most a tenth of the disk";
+        "Free space that uploads leave to the log (I2) if the database is embedded; at most a tenth of the disk";
     PrincipalCertificateDays principal_certificate_days = 365, 1 => 3_650, "days", Principal,
-        "For how long the certificates of principals are issued";
+        "The validity of certificates of principals";
     ServerCertificateDays server_certificate_days = 365, 1 => 3_650, "days", Server,
-        "For how long a server renews its own certificate, in the last third of its life";
+        "The validity of the server's own certificate, which it renews in the last third of that time";
 }
 
 impl Bound {
@@ -204,15 +204,14 @@ impl Bound {
 
     /// Counts that the bound was met.
     pub fn count(self) {
-        metrics().bound_met(self);
+        metrics().bound_met(self.name());
     }
 
     /// Counts that the bound was met, and makes the refusal: RESOURCE_EXHAUSTED, with the bound's
-    /// name and value in its text. `retry_after` is when to come back; zero where time does not
-    /// help.
+    /// name and value in its text. `retry_after` is when to try again; zero if time does not help.
     pub fn met(self, limits: &Limits, what: &str, retry_after: Duration) -> ServiceError {
         self.count();
-        let Row { name, unit, scope, .. } = self.row();
+        let BoundRow { name, unit, scope, .. } = self.row();
         ServiceError::ResourceExhausted {
             reason: format!("{what}: the bound `{name}` is {} {unit} for each {scope}", limits.of(self)),
             retry_after,
@@ -224,10 +223,10 @@ impl Limits {
     /// Compares each value with its range, and values with each other.
     ///
     /// # Errors
-    /// The first that does not fit, by its name in the configuration.
+    /// The first value that does not fit, by its name in the configuration.
     pub fn check(&self) -> Result<(), String> {
         for bound in Bound::ALL {
-            let Row { name, least, most, unit, .. } = bound.row();
+            let BoundRow { name, least, most, unit, .. } = bound.row();
             let value = self.of(*bound);
             if !(least..=most).contains(&value) {
                 return Err(format!(
@@ -237,7 +236,7 @@ impl Limits {
                 ));
             }
         }
-        // What cannot fit would be refused for ever.
+        // A call that can never fit would be refused for ever.
         let largest = [
             self.message_octets,
             self.certificate_message_octets,
@@ -274,7 +273,7 @@ impl Limits {
 
     /// How many counters sessions and frames may reserve of one invocation counter in an hour (I4).
     pub fn counter_cap(&self) -> CounterCap {
-        // What is out of range was refused with the configuration.
+        // A value out of range was refused with the configuration.
         u32::try_from(self.counters_per_hour)
             .ok()
             .and_then(|counters| CounterCap::new(counters).ok())
@@ -296,7 +295,7 @@ impl Limits {
 pub fn table() -> String {
     let mut table = "| bound | default | unit | for each | why |\n|---|---|---|---|---|\n".to_owned();
     for bound in Bound::ALL {
-        let Row { name, default, unit, scope, reason, .. } = bound.row();
+        let BoundRow { name, default, unit, scope, reason, .. } = bound.row();
         table.push_str(&format!("| `{name}` | {} | {unit} | {scope} | {reason} |\n", grouped(default)));
     }
     table

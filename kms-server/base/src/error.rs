@@ -3,17 +3,12 @@
 use std::time::Duration;
 
 use kms_domain::ParseError;
-use kms_hsm::{ErrorKind, HsmError};
-use kms_store::StoreError;
 
-use crate::bounds::Bound;
-use crate::metrics;
-
-/// Why a use case did not do what was asked. Messages are for people, lower case, and never carry a
+/// Why a use case refuses or fails. Messages are for people, in lower case, and never hold a
 /// secret.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ServiceError {
-    /// A field of the request is not what it should be.
+    /// A field of the request is invalid.
     #[error("{field}: {reason}")]
     InvalidArgument {
         /// The path of the field in the request.
@@ -21,21 +16,21 @@ pub enum ServiceError {
         /// What is wrong with it.
         reason: String,
     },
-    /// The caller is nobody that this island knows.
+    /// The certificate does not name an enabled principal of this island.
     #[error("{reason}")]
     Unauthenticated {
-        /// Why, without telling what exists.
+        /// Why. It does not tell what exists.
         reason: String,
-        /// Whether the audit log's writer has counted it already: see [`Self::recorded`].
+        /// The writer of the audit log has counted it already: see [`Self::recorded`].
         recorded: bool,
     },
-    /// No policy permits it (I8), or what it concerns is not the caller's. Names what was asked,
-    /// never whether it exists.
+    /// No policy permits it (I8), or it is about something that is not the caller's. The text names
+    /// what was asked, and never whether it exists.
     #[error("`{asked}` is not permitted")]
     PermissionDenied {
         /// What was asked.
         asked: String,
-        /// Whether the audit log's writer has counted it already: see [`Self::recorded`].
+        /// The writer of the audit log has counted it already: see [`Self::recorded`].
         recorded: bool,
     },
     /// Something that the caller may see does not exist.
@@ -44,41 +39,41 @@ pub enum ServiceError {
         /// What.
         what: String,
     },
-    /// The state of things forbids it.
+    /// The present state does not allow it.
     #[error("{reason}; {next_step}")]
     FailedPrecondition {
-        /// What state.
+        /// Which state.
         reason: String,
         /// What the caller can do.
         next_step: String,
     },
-    /// It was overtaken by another act.
+    /// Another act came first.
     #[error("{reason}; {next_step}")]
     Aborted {
-        /// By what.
+        /// What has changed.
         reason: String,
         /// What the caller can do.
         next_step: String,
     },
-    /// The challenge of a meter could be a request: it is not answered, and another association
-    /// brings another one.
+    /// The challenge of a meter could be a request, so the server does not answer it. A new
+    /// association brings another challenge.
     #[error("{field}: it could be a request to a meter; begin the association again for another challenge")]
     AssociateAgain {
         /// The path of the field in the request.
         field: String,
     },
-    /// The server is full.
+    /// A bound of the server is met.
     #[error("{reason}")]
     ResourceExhausted {
-        /// Of what: which bound was met.
+        /// Which bound.
         reason: String,
         /// When to try again; zero where time does not help.
         retry_after: Duration,
     },
-    /// HSM or database trouble.
+    /// The HSM or the database does not work.
     #[error("{reason}")]
     Unavailable {
-        /// What is not there, and what operators do about it.
+        /// What is missing, and what operators do about it.
         reason: String,
         /// When to try again.
         retry_after: Duration,
@@ -110,8 +105,8 @@ impl ServiceError {
         Self::Unauthenticated { reason: reason.into(), recorded: false }
     }
 
-    /// The same, where it is a refusal of policy or of a certificate that the audit log's writer
-    /// has counted: it is not counted again when it leaves the server.
+    /// The same error. A refusal by policy or of a certificate is marked as counted by the writer
+    /// of the audit log, so that it is not counted again when it leaves the server.
     #[must_use]
     pub fn recorded(self) -> Self {
         match self {
@@ -126,7 +121,7 @@ impl ServiceError {
         Self::Unavailable { reason: reason.into(), retry_after: RETRY_AFTER }
     }
 
-    /// The number of google.rpc.Code that goes with it.
+    /// Its google.rpc.Code, as a number.
     pub const fn code(&self) -> i32 {
         match self {
             Self::InvalidArgument { .. } => 3,
@@ -141,8 +136,8 @@ impl ServiceError {
         }
     }
 
-    /// The reason for programs: `ErrorInfo.reason` of a status, and `FrameRefusal.reason`. It stays
-    /// as it is.
+    /// The reason for programs: `ErrorInfo.reason` of a status, and `FrameRefusal.reason`. It never
+    /// changes.
     pub const fn reason(&self) -> &'static str {
         match self {
             Self::InvalidArgument { .. } => "INVALID",
@@ -159,47 +154,5 @@ impl ServiceError {
     }
 }
 
-impl From<StoreError> for ServiceError {
-    fn from(error: StoreError) -> Self {
-        match error {
-            StoreError::Unavailable { .. } | StoreError::Contention { .. } => Self::unavailable(error.to_string()),
-            StoreError::Conflict { .. } => {
-                Self::Aborted { reason: error.to_string(), next_step: "ask again".to_owned() }
-            }
-            StoreError::Invalid { what, reason } => Self::invalid(what, reason),
-            _ => {
-                tracing::error!(%error, "the database cannot be used");
-                Self::unavailable("the database cannot be used; the server's log tells more")
-            }
-        }
-    }
-}
-
-impl From<HsmError> for ServiceError {
-    fn from(error: HsmError) -> Self {
-        metrics().hsm_error(&error);
-        match error {
-            HsmError::TooManyOfOne { .. } => Bound::HsmJobsPerPrincipal.count(),
-            HsmError::Overloaded { .. } => Bound::HsmJobs.count(),
-            _ => (),
-        }
-        match error.kind() {
-            ErrorKind::Transient if matches!(error, HsmError::TooManyOfOne { .. }) => {
-                Self::ResourceExhausted { reason: error.to_string(), retry_after: error.retry_after().unwrap_or(RETRY_AFTER) }
-            }
-            ErrorKind::Transient => Self::Unavailable { reason: error.to_string(), retry_after: error.retry_after().unwrap_or(RETRY_AFTER) },
-            ErrorKind::OperatorFixable => {
-                tracing::error!(%error, "the HSM needs an operator");
-                Self::unavailable(error.to_string())
-            }
-            ErrorKind::DataRefused => Self::FailedPrecondition { reason: error.to_string(), next_step: "check keys and counters of the meter".to_owned() },
-            ErrorKind::NotServed => Self::FailedPrecondition {
-                reason: error.to_string(),
-                next_step: "ask the island's authority server, whose configuration names a token for that class in `[hsm.classes]`".to_owned(),
-            },
-            ErrorKind::Permanent => Self::Internal(error.to_string()),
-        }
-    }
-}
-
-const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// After what time to try again, if nothing better is known.
+pub(crate) const RETRY_AFTER: Duration = Duration::from_secs(1);

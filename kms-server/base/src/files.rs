@@ -1,15 +1,15 @@
-//! Files that are replaced whole.
+//! Files that are replaced as a whole.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
-/// Writes a file under another name, syncs it, and renames it over `path`: a reader sees the
-/// earlier or the new content, whenever the machine stops. `mode` is that of a new file.
+/// Writes a file under another name, syncs it, and renames it to `path`. A reader sees either the
+/// earlier or the new content, whenever the machine stops. `mode` is the mode of a new file.
 ///
 /// # Errors
-/// The operating system's.
+/// The error of the operating system.
 pub fn replace(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let mut unfinished = path.to_owned().into_os_string();
     unfinished.push(".unfinished");

@@ -1,8 +1,9 @@
-//! What every room of the server needs: the error that use cases return and its gRPC status,
-//! bounds, metrics, the clock, and files that are replaced whole.
+//! What every layer of the server needs: the error that use cases return and its gRPC status,
+//! bounds, metrics, the clock, and files that are replaced as a whole.
 
 pub mod bounds;
 pub mod clock;
+mod conversions;
 pub mod error;
 pub mod files;
 mod metrics;

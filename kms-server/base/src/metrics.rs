@@ -1,7 +1,7 @@
 //! The server's metrics. Each is explained in docs/operations.md.
 //!
-//! Attributes have few values: results, actions, methods. Never a meter, a principal, a key or
-//! anything of it. A batch is counted with one call, so the cost of a key is none.
+//! Attributes have few values: results, actions, methods. They never name a meter, a principal or a
+//! key. A batch is counted with one call, so a key costs nothing.
 
 use std::{
     sync::LazyLock,
@@ -14,10 +14,9 @@ use opentelemetry::{
     metrics::{Counter, Gauge, Histogram, UpDownCounter},
 };
 
-use crate::bounds::Bound;
 use crate::error::ServiceError;
 
-/// All instruments. Without a meter provider nothing is kept.
+/// All instruments. Without a meter provider they keep nothing.
 pub struct Metrics {
     rpc_duration: Histogram<f64>,
     grants: Counter<u64>,
@@ -122,7 +121,7 @@ impl Metrics {
         }
     }
 
-    /// A grant was carried out, with this many meters and keys.
+    /// A grant was answered, with this many meters and keys.
     pub fn granted(&self, replayed: bool, meters: usize, keys: usize) {
         self.grants.add(1, &[KeyValue::new("kms.grant.replayed", replayed)]);
         self.granted_meters.add(wide(meters), &[]);
@@ -182,7 +181,7 @@ impl Metrics {
         self.commit_acts.record(wide(acts), &[]);
     }
 
-    /// What was refused in a transaction.
+    /// Refusals were counted.
     pub fn refused(&self, refusals: u64, security_events: u64) {
         for (count, security_event) in [(refusals, false), (security_events, true)] {
             if count > 0 {
@@ -191,9 +190,9 @@ impl Metrics {
         }
     }
 
-    /// A bound was met.
-    pub fn bound_met(&self, bound: Bound) {
-        self.bounds_met.add(1, &[KeyValue::new("kms.bound", bound.name())]);
+    /// The bound with this name was met.
+    pub(crate) fn bound_met(&self, name: &'static str) {
+        self.bounds_met.add(1, &[KeyValue::new("kms.bound", name)]);
     }
 
     /// Chunks of counters were reserved.
@@ -249,7 +248,8 @@ pub const fn status_name(code: i32) -> &'static str {
     }
 }
 
-/// Whether a status is the server's fault, by the conventions: the others are answers.
+/// Whether a status is a fault of the server, by the conventions of OpenTelemetry. The others are
+/// answers.
 pub fn is_server_error(status: &str) -> bool {
     matches!(status, "UNKNOWN" | "DEADLINE_EXCEEDED" | "UNIMPLEMENTED" | "INTERNAL" | "UNAVAILABLE" | "DATA_LOSS")
 }

@@ -5,14 +5,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Keeps a message that comes again and again from filling the log.
+/// Keeps a repeated message from filling the log.
 #[derive(Debug, Default)]
 pub struct Repetition {
     last: Option<(String, Instant)>,
 }
 
 impl Repetition {
-    /// Whether `message` is to be logged: it is another one than the last, or that was logged ten
+    /// Whether to log `message`: it differs from the last one, or the last one was logged ten
     /// minutes ago.
     pub fn is_news(&mut self, message: &str) -> bool {
         if self.last.as_ref().is_some_and(|(last, at)| last == message && at.elapsed() < REMINDER) {
@@ -23,16 +23,16 @@ impl Repetition {
     }
 }
 
-/// Keeps lines that strangers cause from filling the log: one in a while is written, with how many
-/// were not.
+/// Keeps lines that strangers cause from filling the log: a line is written at intervals, with the
+/// number of those that were not.
 #[derive(Debug, Default)]
 pub struct Seldom {
     state: Mutex<(Option<Instant>, u64)>,
 }
 
 impl Seldom {
-    /// Has the line written, with the number of those that were not since the last one; or counts
-    /// it.
+    /// Writes the line, with the number of lines since the last one that were not written; or only
+    /// counts it.
     pub fn say(&self, line: impl FnOnce(u64)) {
         let unsaid = {
             let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -49,7 +49,7 @@ impl Seldom {
 }
 
 const REMINDER: Duration = Duration::from_mins(10);
-/// How often a line that strangers cause is written.
+/// The shortest interval between two lines that strangers cause.
 const SELDOM: Duration = Duration::from_millis(200);
 
 #[cfg(test)]

@@ -73,8 +73,8 @@ impl From<ServiceError> for Status {
     }
 }
 
-/// Marks, between a service and the API's watch over refusals, a refusal that is counted already.
-/// It does not leave the server.
+/// Marks a refusal that is counted already, so that the API does not count it again. The mark does
+/// not leave the server.
 pub const RECORDED: &str = "meterkms-recorded";
 
 /// The domain of every `google.rpc.ErrorInfo`.

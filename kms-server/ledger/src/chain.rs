@@ -41,8 +41,8 @@ impl fmt::Debug for AuditKey {
     }
 }
 
-/// The audit keys of an island in a server's memory: the one that links new records, and those of
-/// other versions, which earlier records are checked with. Cheap to clone.
+/// The audit keys of an island in a server's memory: the current one links new records, and the
+/// others check earlier records. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct AuditKeys {
     keys: Vec<Arc<AuditKey>>,
@@ -66,8 +66,8 @@ impl AuditKeys {
         self
     }
 
-    /// Begins chains with the key of this version from now on. Without a key of the version nothing
-    /// is changed.
+    /// Begins chains with the key of this version from now on. If there is no such key, nothing
+    /// changes.
     #[must_use]
     pub fn using(mut self, version: u8) -> Self {
         if let Some(key) = self.get(version) {
@@ -86,8 +86,8 @@ impl AuditKeys {
         self.keys.iter().find(|key| key.version == version)
     }
 
-    /// The version of the key that makes `link` of the chain value before it and a record; none: no
-    /// key that is known does.
+    /// The version of the key that computes `link` from the chain value before it and a record.
+    /// None: no known key does.
     pub fn version_of(&self, previous: &[u8; 32], record: &[u8], link: &[u8; 32]) -> Option<u8> {
         let leaf = AuditLeaf::of(record);
         self.keys.iter().find(|key| key.next(previous, &leaf) == *link).map(|key| key.version)
@@ -110,8 +110,8 @@ impl AuditLeaf {
     }
 }
 
-/// Where a writer's chain stands: the next record's number, the last chain value, and the key of
-/// the next link.
+/// The end of a writer's chain: the next record's number, the last chain value, and the key of the
+/// next link.
 #[derive(Clone, Debug)]
 pub(super) struct ChainHead {
     pub(super) writer: WriterId,
@@ -143,15 +143,15 @@ impl ChainHead {
         self.next_sequence.checked_sub(1)
     }
 
-    /// Numbers, encodes and chains a record. After one that says that the audit key changes, the
-    /// chain goes on with that key.
+    /// Numbers, encodes and chains a record. After a record that says that the audit key changes,
+    /// the chain continues with the new key.
     pub(super) fn link(&mut self, keys: &AuditKeys, mut record: AuditRecord, now: UnixMillis) -> Linked {
         let mut next = Arc::clone(&self.key);
         if let Some(Event::AuditKeyChanged(changed)) = &mut record.event {
-            // A chain never goes back: a later version may have become current since the record was
-            // asked for.
-            let asked = u8::try_from(changed.version).ok().and_then(|version| keys.get(version));
-            if let Some(key) = asked.filter(|key| key.version > next.version) {
+            // A chain never returns to an earlier key: a later version may have become current
+            // since this record was requested.
+            let requested = u8::try_from(changed.version).ok().and_then(|version| keys.get(version));
+            if let Some(key) = requested.filter(|key| key.version > next.version) {
                 next = Arc::clone(key);
             }
             changed.version = next.version.into();

@@ -1,11 +1,11 @@
-//! What an act comes to, and whether it is on the record (I2).
+//! How an act ends, and whether it is on the record (I2).
 
-/// That an event was appended to an act: by [`super::View::append`] alone.
+/// The proof that an act has recorded an event: only [`crate::View::append`] makes it.
 #[derive(Clone, Copy, Debug)]
 pub struct Entry(pub(super) ());
 
-/// What an act decided. Rows, keys and rights are written by a decision that is recorded, and by no
-/// other: what an act has staged against its word fails it (I2).
+/// How an act ends. Only a recorded decision writes rows, keys and rights: an act that has staged
+/// more than its decision allows fails (I2).
 #[derive(Clone, Debug)]
 pub struct Decision<T> {
     answer: T,
@@ -17,8 +17,7 @@ pub struct Decision<T> {
 pub(super) enum Kind {
     /// Anything.
     Recorded,
-    /// What is on its way, and nobody's key or right: octets of a shipment that was not imported,
-    /// and tasks in hand.
+    /// No key and no right: octets of a shipment that was not imported yet, and tasks.
     Progress,
     /// Nothing.
     Unchanged,
@@ -27,18 +26,18 @@ pub(super) enum Kind {
 }
 
 impl<T> Decision<T> {
-    /// It changed something, as this entry of the audit log says.
+    /// It changed something, and has recorded it.
     pub const fn recorded(_entry: Entry, answer: T) -> Self {
         Self { answer, kind: Kind::Recorded }
     }
 
-    /// It is recorded if there is an entry; else it changed nothing, and its request is remembered.
+    /// Recorded if there is an entry. If not, it changed nothing, and its request is remembered.
     pub fn of(entry: Option<Entry>, answer: T) -> Self {
         if entry.is_some() { Self { answer, kind: Kind::Recorded } } else { Self::unchanged(answer) }
     }
 
-    /// It moved what is on its way and nobody's key or right: octets of a shipment that was not
-    /// imported, tasks in hand. The log has no entry of that.
+    /// It changed no key and no right: only octets of a shipment that was not imported yet, or
+    /// tasks. The log has no entry of that.
     pub const fn progress(answer: T) -> Self {
         Self { answer, kind: Kind::Progress }
     }
@@ -48,13 +47,13 @@ impl<T> Decision<T> {
         Self { answer, kind: Kind::Unchanged }
     }
 
-    /// It changed nothing, and everything in it was refused: the same request is decided on anew
-    /// when it comes again.
+    /// It changed nothing, and everything in it was refused. If the same request comes again, it is
+    /// decided on anew.
     pub const fn forgotten(answer: T) -> Self {
         Self { answer, kind: Kind::Forgotten }
     }
 
-    /// What the caller gets.
+    /// The answer for the caller.
     pub const fn answer(&self) -> &T {
         &self.answer
     }

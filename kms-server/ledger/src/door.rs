@@ -1,5 +1,5 @@
-//! The one way for a caller to change anything: every act of a caller passes here, in this order,
-//! in the transaction that writes.
+//! The one way for a caller to change anything. Every act of a caller passes the door, in this
+//! order, in the transaction that writes.
 //!
 //! | | what happens | kept by |
 //! |---|---|---|
@@ -7,10 +7,10 @@
 //! | 2 | policy decides (I8) | [`Act::permit`] has no default, and [`Act::decide`] needs its [`Permit`] |
 //! | 3 | a repeated request gets its earlier answer, or a refusal (I4) | [`Act::Past`] has no default |
 //! | 4 | the act decides, and changes rows | |
-//! | 5 | what it changed is recorded (I2) | only [`Decision::recorded`] commits rows, keys and rights |
+//! | 5 | the changes are recorded (I2) | only [`Decision::recorded`] commits rows, keys and rights |
 //!
 //! The server's own acts have no caller, no policy and no repetition: [`Committer::act`] runs them
-//! under a [`ServerAct`]. They are recorded like all others.
+//! under a [`ServerAct`](crate::ServerAct). They are recorded like all others.
 
 use std::{
     marker::PhantomData,
@@ -26,19 +26,22 @@ use kms_store::{Reads, Store};
 use prost::Message;
 
 use super::{
-    Committed, Committer, Decision, PastRecord, RecordName, View,
-    replay::{Asked, Asking, Replay, Window},
-    view::Actor,
+    actor::Actor,
+    committer::Committer,
+    decision::Decision,
+    queued::Committed,
+    replay::{Asked, Asking, PastRecord, RecordName, Replay, Window},
+    sealed::principal_row,
+    view::View,
 };
-use crate::principal_row;
 use kms_authz::facts;
 use kms_authz::{Action, Caller, Policy, PrincipalFacts, Resource};
 use kms_base::error::ServiceError;
 
 /// One thing that a caller may do. The door does what all acts have in common.
 ///
-/// Each method may be called several times: when a row is used that was not read, and when another
-/// server's transaction came in between. Only what the last call did counts.
+/// Each method may be called several times: when it uses a row that was not read, and when the
+/// transaction of another server came in between. Only the last call counts.
 pub trait Act: Send + Sync + 'static {
     /// What the caller gets. A replay gets the same, or a refusal.
     type Answer: Send + 'static;
@@ -50,21 +53,21 @@ pub trait Act: Send + Sync + 'static {
     /// one.
     fn name(&self) -> &'static str;
 
-    /// The rows that it looks at. The door adds those of the caller and of the request. A row that
-    /// is missing here is read when it is used, and the act decides again.
+    /// The rows that it uses. The door adds those of the caller and of the request. A row that is
+    /// missing here is read when it is used, and the act decides again.
     fn reads(&self) -> Reads;
 
-    /// Policy's permit, on the rows as they stand in the transaction (I8). A repeated request needs
-    /// it too.
+    /// The permit by policy, on the rows as they are in the transaction (I8). A repeated request
+    /// needs it too.
     ///
     /// # Errors
     /// Not permitted; or a row was not read yet, or does not verify.
     fn permit(&self, asker: Asker, view: &mut View<'_, '_>) -> Result<Permit, ServiceError>;
 
-    /// What it comes to, when it is asked for the first time.
+    /// Decides a request that was not answered before, and changes rows.
     ///
     /// # Errors
-    /// What refuses it. Nothing is written then, and the refusal is on the record.
+    /// Why it is refused. Nothing is written then, and the refusal is on the record.
     fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<Self::Answer>, ServiceError>;
 
     /// The answer to the same request once more. It changes nothing.
@@ -99,17 +102,17 @@ impl<A: Act> Act for Arc<A> {
     }
 }
 
-/// A request to change something: what makes it the same when it comes again.
+/// A request to change something, by what makes it the same request when it comes again.
 #[derive(Clone, Copy, Debug)]
 pub struct Request {
     /// Its id.
     pub id: RequestId,
-    /// Digest of all that is asked, without the id.
+    /// Digest of the whole request without its id.
     pub digest: [u8; 32],
 }
 
 impl Request {
-    /// One chunk of it, from 0: what is answered and remembered on its own.
+    /// One chunk of the request, from 0. Each chunk is answered and remembered on its own.
     #[must_use]
     pub const fn chunk(self, chunk: u32) -> RequestChunk {
         RequestChunk { request: self, chunk }
@@ -129,8 +132,8 @@ impl From<Request> for RequestChunk {
     }
 }
 
-/// Who asks, and the policies that are asked. The row of the principal was verified in this
-/// transaction.
+/// The principal of a request, with the policies that decide. The row of the principal was verified
+/// in this transaction.
 pub struct Asker {
     principal: Arc<Principal>,
     facts: PrincipalFacts,
@@ -138,8 +141,8 @@ pub struct Asker {
 }
 
 impl Asker {
-    /// A principal whose row was read and verified just now. Beside the door this serves calls that
-    /// only read, and work that an act would refuse.
+    /// The asker for a principal whose row was just verified. Besides the door, calls that only
+    /// read use this, and work before an act that the act would refuse.
     pub fn new(principal: Arc<Principal>, policy: Arc<Policy>) -> Self {
         Self { facts: facts(&principal), principal, policy }
     }
@@ -163,10 +166,10 @@ impl Asker {
         Ok(Permit::of(self, false))
     }
 
-    /// As [`Self::require`], with a refusal that says more of what was asked.
+    /// As [`Self::require`], with a refusal that says more about the request.
     ///
     /// # Errors
-    /// What `refusal` makes.
+    /// The value of `refusal`.
     pub fn require_or(
         self,
         action: &Action,
@@ -182,19 +185,19 @@ impl Asker {
         Permit::of(self, true)
     }
 
-    /// The permit for an act that policies have no say in. `_reason` tells why.
+    /// The permit for an act that no policy decides on. `_reason` says why.
     pub fn without_policy(self, _reason: &'static str) -> Permit {
         Permit::of(self, false)
     }
 }
 
-/// That the caller may act. An act gets its view together with the one that [`Act::permit`] made in
-/// the same transaction.
+/// The permission to act. [`Act::decide`] gets the permit that [`Act::permit`] has made in the same
+/// transaction.
 pub struct Permit {
     asker: Asker,
-    /// Each item is asked about by itself.
+    /// The act asks policy for each item.
     each: bool,
-    /// Whether one was.
+    /// The act has asked policy.
     asked: AtomicBool,
 }
 
@@ -203,23 +206,24 @@ impl Permit {
         Self { asker, each, asked: AtomicBool::new(false) }
     }
 
-    /// I8: an act that is for each item by itself, and asked about none, was permitted nothing.
+    /// I8: an act that asks for each item, and has asked for none, was permitted nothing.
     fn permits_something(&self) -> bool {
         !self.each || self.asked.load(Ordering::Relaxed)
     }
 
-    /// Who acts.
+    /// The principal that acts.
     pub const fn principal(&self) -> &Arc<Principal> {
         &self.asker.principal
     }
 
-    /// Who acts, for decisions that are the same before the act.
+    /// The asker, for functions that ask policy both before an act and in it. To take the asker
+    /// counts as asking policy for an item (I8): whoever takes it must ask.
     pub fn asker(&self) -> &Asker {
         self.asked.store(true, Ordering::Relaxed);
         &self.asker
     }
 
-    /// The policies and quotas that the act is decided by.
+    /// The policies and quotas that decide on the act.
     pub const fn policy(&self) -> &Arc<Policy> {
         &self.asker.policy
     }
@@ -247,9 +251,10 @@ pub trait Past<A>: Sized + Send + 'static {
 
     /// The request's id, for the record.
     fn id(request: &Self::Request) -> Option<RequestId>;
-    /// What is remembered of the request; none: nothing.
+    /// How the request is remembered. None: it is not.
     fn asking(request: &Self::Request, caller: &Caller) -> Option<Asking>;
-    /// Whether the request was answered before. `record` is its record, once that was read.
+    /// Whether the request was answered before. `record` is the record of its answer, once it was
+    /// read.
     ///
     /// # Errors
     /// Its id was used for another request, it is too old, or its row does not verify.
@@ -258,23 +263,23 @@ pub trait Past<A>: Sized + Send + 'static {
         asking: &Asking,
         record: Option<&Arc<PastRecord>>,
     ) -> Result<Found<Self>, ServiceError>;
-    /// Remembers what it was answered with.
+    /// Remembers the answer.
     fn remember(view: &mut View<'_, '_>, asking: &Asking, decision: &Decision<A>);
 }
 
 /// Whether a request was answered before.
 #[derive(Debug)]
 pub enum Found<P> {
-    /// It is decided on now.
+    /// It was not. It is decided on now.
     First,
     /// It was.
     Before(P),
-    /// It was, and its audit record has to be read first.
+    /// It was, but its audit record was not read yet.
     Unread(RecordName),
 }
 
-/// Nothing is kept: the act's own rows say that it is done, or each call is a new one. A call may
-/// still have an id, for the record.
+/// Nothing is kept: the act's own rows say that it is done, or each call is a new request. A call
+/// may still have an id, for the record.
 #[derive(Clone, Copy, Debug)]
 pub enum Never {}
 
@@ -298,7 +303,7 @@ impl<A> Past<A> for Never {
 
 /// For how long answers are kept.
 pub trait Keep: Send + 'static {
-    /// The time.
+    /// The time in which a request can be repeated.
     const WINDOW: Window;
 }
 
@@ -318,7 +323,7 @@ impl Keep for Keys {
     const WINDOW: Window = Window::Keys;
 }
 
-/// That it was answered is kept. The answer is read from the rows as they stand.
+/// It is kept that the request was answered. The answer is read from the rows as they are.
 #[derive(Clone, Copy, Debug)]
 pub struct Known<K = Administration>(PhantomData<fn() -> K>);
 
@@ -384,8 +389,8 @@ impl<M: Message + Default + Send + 'static> Past<M> for Remembered<M> {
     }
 }
 
-/// Keys or frames leave, and what left is in the audit record (I2): it is read, and compared with
-/// what would leave now (I4). Kept for 15 minutes.
+/// For acts by which keys or frames leave. The audit record says what left (I2): it is read, and
+/// compared with what would leave now (I4). Kept for 15 minutes.
 #[derive(Clone, Debug)]
 pub struct ByRecord(pub Arc<PastRecord>);
 
@@ -413,14 +418,14 @@ impl<A> Past<A> for ByRecord {
     }
 
     fn remember(view: &mut View<'_, '_>, asking: &Asking, decision: &Decision<A>) {
-        // Of what only looked, nothing left.
+        // An act that is not recorded has let nothing leave.
         if decision.is_recorded() {
             view.answered(asking);
         }
     }
 }
 
-/// Where callers' acts go through. Cheap to clone.
+/// The one way for a caller to change anything. Cheap to clone.
 #[derive(Clone)]
 pub struct Door {
     committer: Committer,
@@ -434,13 +439,14 @@ impl Door {
         Self { committer, store, policy }
     }
 
-    /// Lets a caller act, or repeats what the same request got. When this returns, what was changed
-    /// is durable, with its record (I2).
+    /// Runs an act of a caller, or repeats the answer of the same request. When this returns, the
+    /// changes are durable, with their record (I2).
     ///
     /// # Errors
-    /// The caller is nobody that may call (I5); policy does not permit it (I8); the request's id
-    /// was used for another one; what the act refuses; [`ServiceError::ResourceExhausted`] where
-    /// the caller has met a bound; or [`ServiceError::Unavailable`].
+    /// The caller is not an enabled principal, or its certificate has ended (I5); policy does not
+    /// permit the act (I8); the request's id was used for another request; what the act refuses;
+    /// [`ServiceError::ResourceExhausted`] if the caller has met a bound; or
+    /// [`ServiceError::Unavailable`].
     pub async fn act<A: Act>(
         &self,
         caller: &Caller,
@@ -463,7 +469,7 @@ impl Door {
         let mut first = passing.clone();
         let mut committed = self.committer.enqueue(actor.clone(), reads.clone(), move |view| first.pass(view)).await?;
         if let Passed::Unread(name) = committed.value {
-            // The rows are looked at once more, beside the record.
+            // The rows are compared with the record.
             passing.record = Some(Arc::new(name.read(self.store.as_ref()).await?));
             committed = self.committer.enqueue(actor, reads, move |view| passing.pass(view)).await?;
         }

@@ -1,7 +1,8 @@
-//! How fast the acts of one principal make the log grow: bounded, since the log is never cut, and
-//! its disk full would stop all grants (I2).
+//! How much the acts of one principal may add to the log. This is bounded, because the log is never
+//! truncated, and a full disk would stop all grants (I2).
 //!
-//! Counted in the writer's memory, by server. A restart counts anew: no principal can cause one.
+//! The count is in the writer's memory, for each server. A restart sets it to zero: no principal
+//! can cause a restart.
 
 use std::{
     collections::HashMap,
@@ -11,12 +12,12 @@ use std::{
 use kms_domain::PrincipalId;
 use kms_proto::v1::{AuditRecord, SecurityEvent, audit_record::Event};
 
-use super::view::Actor;
+use super::actor::Actor;
 use kms_base::bounds::{Bound, Limits};
 use kms_base::error::ServiceError;
 
-/// Octets of records that the acts of each principal added within its hour, which begins with its
-/// first record.
+/// Octets of records that the acts of each principal added within its hour. The hour begins with
+/// the principal's first record.
 #[derive(Default)]
 pub(super) struct Growth {
     of: HashMap<PrincipalId, Hour>,
@@ -26,18 +27,18 @@ pub(super) struct Growth {
 struct Hour {
     began: Instant,
     octets: u64,
-    /// What was told of it.
+    /// The highest alarm that was recorded.
     told: Option<Level>,
 }
 
-/// What is a security event, once an hour each.
+/// The levels that raise an alarm, each once an hour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Level {
     Quarter,
     Full,
 }
 
-/// What a transaction adds.
+/// What a transaction adds to the log.
 #[derive(Default)]
 pub(super) struct Grown {
     octets: HashMap<PrincipalId, u64>,
@@ -45,7 +46,7 @@ pub(super) struct Grown {
 }
 
 impl Grown {
-    /// A record of an act of this principal.
+    /// Counts a record of an act of this principal.
     pub(super) fn add(&mut self, principal: &PrincipalId, record: &[u8]) {
         let octets = u64::try_from(record.len()).unwrap_or(u64::MAX);
         match self.octets.get_mut(principal) {
@@ -61,7 +62,7 @@ impl Growth {
     /// Whether an act may add to the log.
     ///
     /// # Errors
-    /// The principal has added what it may within an hour.
+    /// The principal has added as much as it may within an hour.
     pub(super) fn permit(&self, actor: &Actor, limits: &Limits, at: Instant) -> Result<(), ServiceError> {
         let Some((principal, hour)) =
             actor.principal.as_ref().and_then(|principal| Some((principal, self.hour(principal, at)?)))
@@ -74,13 +75,13 @@ impl Growth {
             return Ok(());
         }
         let what = format!(
-            "the acts of {principal} have added {} octets to the audit log within an hour; a reserve is kept for transfers, revocations and what officers do",
+            "the acts of {principal} have added {} octets to the audit log within an hour; a reserve is kept for transfers, revocations and acts of officers",
             hour.octets
         );
         Err(Bound::LogOctetsPerPrincipalAndHour.met(limits, &what, HOUR.saturating_sub(at.duration_since(hour.began))))
     }
 
-    /// The alarms that what a transaction adds gives rise to.
+    /// The alarms that the growth by a transaction raises.
     pub(super) fn alarms(&self, grown: &mut Grown, bound: u64, at: Instant) -> Vec<AuditRecord> {
         let mut alarms = Vec::new();
         for (principal, octets) in &grown.octets {
@@ -113,7 +114,7 @@ impl Growth {
         alarms
     }
 
-    /// To be called when what a transaction adds is durable.
+    /// Must be called when the records of a transaction are durable.
     pub(super) fn written(&mut self, grown: Grown, at: Instant) {
         self.of.retain(|_, hour| at.duration_since(hour.began) < HOUR);
         for (principal, octets) in grown.octets {
@@ -145,13 +146,12 @@ impl Level {
 }
 
 const HOUR: Duration = Duration::from_hours(1);
-/// What is asked for by the thousand. Everything else may use a reserve of a quarter above the
-/// bound: a head-end whose sessions are used up can still finish its transfers, and revocations go
-/// through.
+/// Actions that are requested by the thousand. All others may use a reserve of a quarter above the
+/// bound, so that a head-end at the bound can still finish its transfers and revoke grants.
 const BULK: [&str; 4] = ["openSession", "openGroupSession", "protectFrame", "unprotectFrame"];
 
-/// What ends a thief's access: never refused, and there are not many principals and certificates to
-/// end.
+/// Actions that end a thief's access. They are never refused: there are few principals and
+/// certificates to end.
 const ALWAYS: [&str; 2] = ["disablePrincipal", "endCertificate"];
 
 #[cfg(test)]
@@ -189,7 +189,7 @@ mod tests {
         assert!(growth.alarms(&mut grown, 1_000, begin).is_empty());
         growth.written(grown, begin);
         assert!(growth.permit(&actor("continueTransfer"), &limits, begin).is_err());
-        // Others, the server itself, the end of a thief's access, and the next hour.
+        // Not refused: the end of a thief's access, the server itself, and the next hour.
         assert_eq!(growth.permit(&actor("disablePrincipal"), &limits, begin), Ok(()));
         assert_eq!(growth.permit(&Actor::server(crate::ServerAct::SCRUB), &limits, begin), Ok(()));
         assert_eq!(growth.permit(&actor("openSession"), &limits, begin + HOUR), Ok(()));

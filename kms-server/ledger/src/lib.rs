@@ -1,36 +1,61 @@
-//! Every act and its record, in one transaction (I2).
+//! Every act and its record, in one transaction (I2). From the top to the bottom:
+//!
+//! - [`Door`] checks what all acts of callers have in common: caller, policy, repetition, record
+//!   (`door`, `replay`).
+//! - [`Committer`] queues acts for the writing task (`committer`, `queue`, `queued`, `shares`).
+//! - The writing task has them decided in turn, and commits them together (`writer`, `transaction`,
+//!   `draft`, `records`). Beside it stand the bounds on what it records (`growth`, `refusals`), the
+//!   watch over the clock (`clock_watch`), the chains of other writers (`chain_ends`), and restored
+//!   mode (`history`, `watermark`).
+//! - [`View`] is what an act sees and changes (`view`, `staged`, `decision`): sealed rows
+//!   (`sealed`, `seen`, `owner_row`), counters (`chunks`), tasks and rows without a seal.
 
-mod attempt;
-mod bounds;
+mod actor;
 mod chain;
-mod clock;
+mod chain_ends;
+mod chunks;
+mod clock_watch;
 mod committer;
 mod decision;
 mod door;
+mod draft;
 mod growth;
 mod history;
-mod names;
+mod maintenance;
 mod owner_row;
 mod queue;
+mod queued;
+mod records;
 mod refusals;
 mod replay;
+mod sealed;
+mod seen;
+mod shared;
+mod shares;
+mod staged;
+mod transaction;
 mod view;
+mod watermark;
+mod writer;
 
+#[doc(hidden)]
+pub use actor::Actor;
+pub use actor::ServerAct;
 pub use chain::{AuditKey, AuditKeys, AuditLeaf};
-pub use committer::{CLOCK_JUMPED, event_kind};
-pub use committer::{Committed, Committer, CommitterSettings};
+pub use committer::Committer;
 pub use decision::{Decision, Entry};
 pub use door::{
     Act, Administration, Asker, ByRecord, Door, Found, Keep, Keys, Known, Never, Past, Permit, Remembered, Request,
     RequestChunk,
 };
-pub use history::RestoreSettings;
-pub use names::{principal_row, quota_use_row};
 pub use owner_row::OwnerRow;
+pub use queued::Committed;
+pub use records::{CLOCK_JUMPED, event_kind};
 pub use replay::{
     Answered, Asked, Asking, PastRecord, RecordName, Window, overtaken, refused_before, used_for_another,
 };
-#[doc(hidden)]
-pub use view::Actor;
-pub use view::sealed_name;
-pub use view::{CounterOf, LiveLease, ServerAct, View};
+pub use sealed::{principal_row, quota_use_row, sealed_name};
+pub use shared::CommitterSettings;
+pub use view::View;
+pub use view::counters::{CounterOf, LiveLease};
+pub use watermark::RestoreSettings;

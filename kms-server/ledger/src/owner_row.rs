@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use kms_domain::{DeviceType, Group, Meter, Owner, Slots};
 
-/// A row with keys, whoever owns them.
+/// A row with keys, of any owner.
 #[derive(Clone, Debug)]
 pub enum OwnerRow {
     /// A meter.
@@ -34,7 +34,7 @@ impl OwnerRow {
         }
     }
 
-    /// Its keys, to be changed; [`super::View::put_owner`] writes them.
+    /// Its keys, to be changed. [`crate::View::put_owner`] writes them.
     pub fn slots_mut(&mut self) -> &mut Slots {
         match self {
             Self::Meter(meter) => &mut Arc::make_mut(meter).slots,

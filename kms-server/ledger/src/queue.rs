@@ -1,9 +1,10 @@
-//! Acts that wait for the writer: those of each principal in a lane of their own, served in turn by
-//! what they cost, small before large.
+//! The queue of acts that wait for the writer. Each principal has its own lane; lanes are served in
+//! turn by the cost of their acts, small acts before large ones.
 //!
-//! The acts of one principal stay in their order: a replay comes after what it repeats, and leases
-//! follow each other as they were asked for. One that floods waits for itself: another one's act
-//! waits for the transaction that is under way, and comes into the next.
+//! The acts of one principal stay in order: a replay comes after the request that it repeats, and
+//! leases follow each other in the order of their requests. A principal that floods the server
+//! waits for its own acts only: the act of another principal waits for the current transaction, and
+//! enters the next one.
 
 use std::{
     collections::HashMap,
@@ -15,14 +16,14 @@ use kms_domain::{PrincipalId, Turns};
 use tokio::sync::Notify;
 
 use super::{
-    bounds::{MOST_ACTS, MOST_WORK, MOST_WORK_OF_ONE, NOT_ALONE, RETRY_AFTER, SMALL},
-    committer::Queued,
+    queued::Queued,
+    shares::{MOST_ACTS, MOST_WORK, MOST_WORK_OF_ONE, NOT_ALONE, RETRY_AFTER, SMALL},
 };
 use kms_base::bounds::{Bound, Limits};
 use kms_base::error::ServiceError;
 use kms_base::metrics;
 
-/// Whose lane; none is the server's own.
+/// The principal of a lane. None: the server's own lane.
 type Payer = Option<PrincipalId>;
 
 struct Shared {
@@ -34,9 +35,9 @@ struct Shared {
 struct State {
     turns: Turns<Payer, Box<dyn Queued>>,
     closed: bool,
-    /// Who sent the last act, the server itself apart.
+    /// The principal of the last act. Acts of the server itself do not count.
     last: Payer,
-    /// When it was another one than the time before.
+    /// When the last act came from another principal than the act before it.
     changed: Option<Instant>,
 }
 
@@ -46,10 +47,10 @@ impl Shared {
     }
 }
 
-/// The end that acts go into. The queue ends when it is dropped.
+/// The sending end. The queue ends when it is dropped.
 pub(super) struct Sender(Arc<Shared>);
 
-/// The writer's end. When it is dropped, what waits is given up.
+/// The writer's end. When it is dropped, the acts that wait are dropped too, which answers them.
 pub(super) struct Receiver(Arc<Shared>);
 
 /// A queue.
@@ -63,10 +64,10 @@ pub(super) fn queue(limits: Arc<Limits>) -> (Sender, Receiver) {
 }
 
 impl Sender {
-    /// Puts an act behind those of its principal.
+    /// Adds an act to the lane of its principal.
     ///
     /// # Errors
-    /// A bound is met, which the refusal names; or the server is stopping.
+    /// The act would exceed a bound, which the refusal names; or the server is stopping.
     pub(super) fn push(&self, act: Box<dyn Queued>) -> Result<(), ServiceError> {
         let (payer, cost, limits) = (act.payer(), act.cost(), &*self.0.limits);
         let mut state = self.0.state();
@@ -78,19 +79,19 @@ impl Sender {
             if state.turns.len() >= limits.number(Bound::ActsWaiting) {
                 return refuse(
                     Bound::ActsWaiting,
-                    "the server has as many acts waiting as it takes; the database may be slow",
+                    &format!("the request queue is full ({} waiting); the database may be slow", state.turns.len()),
                 );
             }
             let waiting = state.turns.waiting(&payer);
             if waiting.items >= limits.number(Bound::ActsWaitingPerPrincipal) {
                 return refuse(
                     Bound::ActsWaitingPerPrincipal,
-                    &format!("{principal} sends more calls than the writer takes; send fewer at a time"),
+                    &format!("{principal} has {} requests waiting; send fewer at a time", waiting.items),
                 );
             }
             if waiting.items > 0 && waiting.work.saturating_add(cost) > limits.meters_in_flight_per_principal {
                 let what = format!(
-                    "{principal} has acts waiting that name {} meters, keys and tasks; send fewer or smaller calls at a time",
+                    "{principal} has requests waiting that name {} meters, keys and tasks; send fewer or smaller requests at a time",
                     waiting.work
                 );
                 return refuse(Bound::MetersInFlightPerPrincipal, &what);
@@ -116,7 +117,7 @@ impl Drop for Sender {
 }
 
 impl Receiver {
-    /// Waits until an act waits: true; or the queue has ended: false.
+    /// Waits for an act. True: one waits. False: the queue has ended.
     pub(super) async fn ready(&self) -> bool {
         loop {
             {
@@ -136,7 +137,7 @@ impl Receiver {
         self.0.state().turns.is_empty()
     }
 
-    /// What one transaction takes of the acts that wait.
+    /// Takes the acts of the next transaction.
     pub(super) fn take(&self) -> Vec<Box<dyn Queued>> {
         let mut state = self.0.state();
         let mut taken: Vec<Box<dyn Queued>> = Vec::new();
@@ -168,8 +169,8 @@ impl Drop for Receiver {
         let mut state = self.0.state();
         state.closed = true;
         // Dropping an act answers it.
-        let given_up: Vec<_> = state.turns.drain().collect();
+        let dropped: Vec<_> = state.turns.drain().collect();
         drop(state);
-        metrics().acts_taken(given_up.len());
+        metrics().acts_taken(dropped.len());
     }
 }

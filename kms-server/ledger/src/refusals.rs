@@ -1,5 +1,5 @@
 //! Refusals are recorded, but no client can fill the disk with them: the first of a kind is written
-//! at once, those that follow within the period are counted and written as one.
+//! at once. Those that follow within the period are counted, and written as one record.
 
 use std::{
     collections::HashMap,
@@ -18,7 +18,7 @@ pub(super) struct Refusal {
     pub(super) principal: String,
     pub(super) action: String,
     pub(super) reason: String,
-    /// Set for what is an attack or a fault rather than a missing permission.
+    /// An attack or a fault, not only a missing permission.
     pub(super) security_event: bool,
 }
 
@@ -40,7 +40,7 @@ impl Refusals {
         self.count(refusal, 1, now);
     }
 
-    /// Counts what others counted.
+    /// Adds refusals that were counted elsewhere.
     pub(super) fn absorb(&mut self, others: Self) {
         for (refusal, counted) in others.known {
             self.count(refusal, counted.unwritten, counted.first);
@@ -56,9 +56,9 @@ impl Refusals {
         counted.unwritten = counted.unwritten.saturating_add(times);
     }
 
-    /// The kind under which a refusal is counted. Past the bounds, what differs in detail is
-    /// counted together: for each principal by itself, so that none hides what others do, and for
-    /// each action by itself, so that many reasons of one do not hide another.
+    /// The kind under which a refusal is counted. Beyond the bounds, refusals that differ only in
+    /// detail are counted together: for each principal, so that no principal hides what others do,
+    /// and for each action, so that many reasons of one action do not hide another.
     fn kind_of(&self, refusal: Refusal) -> Refusal {
         let Refusal { principal, action, security_event, .. } = &refusal;
         let (mut of_one, mut of_action) = (0, 0);
@@ -85,8 +85,7 @@ impl Refusals {
         refusal
     }
 
-    /// The records that are due: kinds never written, and kinds last written more than the period
-    /// ago.
+    /// The records that are due: of kinds that were never written, or not within the period.
     pub(super) fn due(&self, at: Instant) -> Vec<AuditRecord> {
         self.known
             .iter()
@@ -95,7 +94,7 @@ impl Refusals {
             .collect()
     }
 
-    /// To be called when the records of [`Self::due`] are durable.
+    /// Must be called when the records of [`Self::due`] are durable.
     pub(super) fn written(&mut self, at: Instant) {
         self.known.retain(|_, counted| {
             counted.unwritten > 0 || counted.written.is_some_and(|written| at.duration_since(written) < PERIOD)
@@ -115,8 +114,8 @@ impl Refusals {
     }
 }
 
-/// Refusals of calls that came to no act, until the writer takes them. As bounded as what it keeps
-/// itself.
+/// Refusals of calls that did not become an act, until the writer takes them. They have the same
+/// bounds as those of the writer.
 #[derive(Default)]
 pub(super) struct Outside {
     refusals: Mutex<Refusals>,
@@ -129,7 +128,7 @@ impl Outside {
         self.news.notify_one();
     }
 
-    /// Returns when there are some.
+    /// Waits for a refusal.
     pub(super) async fn news(&self) {
         self.news.notified().await;
     }
@@ -166,13 +165,13 @@ impl Refusal {
 }
 
 const PERIOD: Duration = Duration::from_secs(60);
-/// Kinds of all principals together, and of one.
+/// The most kinds of all principals together, and of one.
 const MOST_KINDS: usize = 4_096;
 const MOST_KINDS_OF_ONE: usize = 256;
-/// Reasons of one principal's action that are told apart: an action has few, unless they name what
-/// the caller chose.
+/// The most reasons of one principal's action that are counted apart. An action has few, unless the
+/// reason quotes what the caller chose.
 const MOST_REASONS: usize = 4;
-/// Security events of one principal that are told apart: each names its row.
+/// The most security events of one principal that are counted apart: each names its row.
 const MOST_EVENTS: usize = 512;
 
 #[cfg(test)]

@@ -1,13 +1,13 @@
-//! What a repeated request gets: the same answer again, or a refusal. It is decided here for every
-//! call that takes a request id, and nowhere else.
+//! What a repeated request gets: the same answer again, or a refusal. This file decides it for
+//! every call that takes a request id, and no other file does.
 //!
-//! A caller repeats a request when it does not know whether it was answered. The door decides on
-//! the caller and the policy anew, since a repetition is no right (I8). Then it asks
-//! [`View::asked`], in the transaction that would act, and remembers with [`View::answered`] or
-//! [`View::answered_with`] what the act came to: as the act's [`crate::Past`] says. Where keys or
-//! frames leave, the answer is the audit record itself (I2): [`View::replay`]. It is compared with
-//! what would be answered now, and whatever differs is a refusal: a counter goes out again with the
-//! same octets only (I4).
+//! A caller repeats a request when it does not know whether it was answered. The door checks the
+//! caller and the policy again, because a repetition gives no right (I8). Then it looks for the
+//! earlier answer with [`View::asked`], in the transaction that would act. It remembers a new
+//! answer with [`View::answered`] or [`View::answered_with`], as the act's [`crate::Past`] says.
+//! Where keys or frames leave, the answer is the audit record itself (I2): [`View::replay`]. It is
+//! compared with what would be answered now, and any difference is a refusal: a counter leaves
+//! again with the same octets only (I4).
 //!
 //! | the request id is | the repetition gets |
 //! |---|---|
@@ -15,28 +15,28 @@
 //! | known, with another digest | `INVALID_ARGUMENT`: an id names one request |
 //! | known, and answered before the window, or by a version that did not seal the time | `ABORTED` |
 //! | known, and its row does not verify | `PERMISSION_DENIED`, and a security event (I5) |
-//! | unknown | a decision as for the first time. So does a request of which everything was refused: nothing left, so nothing is remembered |
+//! | unknown | a decision as for the first time. The same holds if everything in the first request was refused: nothing left, so nothing is remembered |
 //!
-//! Calls that cannot do a thing twice are not remembered, since their rows say that it is done:
-//! revoking a grant, reporting or withdrawing a step of a transfer (steps are numbered), switching
-//! a group's key, and what is named by its content or name (shipments, device types).
+//! Calls that cannot do something twice are not remembered, because their rows say that it is done:
+//! to revoke a grant, to report or withdraw a step of a transfer (steps are numbered), to switch a
+//! group's key, and calls about things that have a name or a digest (device types, shipments).
 //!
-//! The age of an answer is in the seal of the request's row: one that was put back after its time
-//! is too old still.
+//! The age of an answer is in the seal of the request's row. A row that was put back after its time
+//! is still too old.
 
-use kms_domain::{RequestId, UnixMillis, WriterId};
+use kms_domain::{RequestId, WriterId};
 use kms_proto::v1::AuditRecord;
 use kms_store::{AuditReference, RequestKey, RequestRow, Store};
 use prost::Message;
 
-use super::{AuditLeaf, View};
+use super::{chain::AuditLeaf, view::View};
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
 
 /// How long a request can be repeated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Window {
-    /// 15 minutes: what leaves are keys or frames.
+    /// 15 minutes: keys or frames leave.
     Keys,
     /// 24 hours: administration.
     Administration,
@@ -60,30 +60,33 @@ pub struct Asking {
 }
 
 impl Asking {
-    /// A request of this caller. `digest` is over all that is asked, without the id.
+    /// A request of this caller. `digest` is over the whole request without its id.
+    ///
+    /// Public for tests on an island, which are in kms-service: use cases go through the door.
+    #[doc(hidden)]
     pub fn new(caller: &Caller, id: RequestId, digest: [u8; 32], window: Window) -> Self {
         Self { key: RequestKey { principal: caller.principal.clone(), request: id, chunk: 0 }, digest, window }
     }
 
-    /// One chunk of it, from 0: what is answered and remembered on its own.
+    /// One chunk of the request, from 0. Each chunk is answered and remembered on its own.
     #[must_use]
     pub fn chunk(mut self, chunk: u32) -> Self {
         self.key.chunk = chunk;
         self
     }
 
-    /// What the transaction has to read for it.
+    /// The rows that the transaction has to read for it.
     pub fn reads(&self) -> Vec<RequestKey> {
         vec![self.key.clone()]
     }
 }
 
-/// Whether a request came before.
+/// Whether a request was answered before.
 #[derive(Debug)]
 pub enum Asked {
-    /// It is decided on now.
+    /// It was not. It is decided on now.
     First,
-    /// It was answered; the caller is not given anything new for it.
+    /// It was. The caller gets nothing new for it.
     Before(Answered),
 }
 
@@ -97,10 +100,10 @@ impl Answered {
     /// The message that [`View::answered_with`] remembered.
     ///
     /// # Errors
-    /// It does not decode: another version of the server wrote it.
+    /// It cannot be decoded: another version of the server wrote it.
     pub fn message<M: Message + Default>(&self) -> Result<M, ServiceError> {
         M::decode(self.outcome.as_slice())
-            .map_err(|_| ServiceError::Internal("a remembered answer does not decode".to_owned()))
+            .map_err(|_| ServiceError::Internal("a remembered answer cannot be decoded".to_owned()))
     }
 
     /// The name of the record that [`View::answered`] remembered.
@@ -115,11 +118,11 @@ impl Answered {
             });
         }
         RecordName::decode(&self.outcome)
-            .ok_or_else(|| ServiceError::Internal("the outcome of a past request does not read".to_owned()))
+            .ok_or_else(|| ServiceError::Internal("the outcome of a past request cannot be decoded".to_owned()))
     }
 }
 
-/// Names the record that tells what was answered: `writer(16) ‖ sequence(8) ‖ leaf(32)`.
+/// Names the record that says what was answered: `writer(16) ‖ sequence(8) ‖ leaf(32)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RecordName {
     pub(super) reference: AuditReference,
@@ -142,7 +145,7 @@ impl RecordName {
     /// Reads the record as it was when the act was committed (I2, I5).
     ///
     /// # Errors
-    /// It is gone or was changed, or the database is away.
+    /// The record is missing or was changed, or the database is away.
     pub async fn read(self, store: &dyn Store) -> Result<PastRecord, ServiceError> {
         let gone = || {
             ServiceError::Internal(
@@ -174,14 +177,14 @@ impl PastRecord {
     }
 }
 
-/// How an act goes on whose answer is its audit record.
+/// How an act continues whose answer is its audit record.
 #[derive(Debug)]
 pub(super) enum Replay {
     /// It is decided on now.
     First,
-    /// It was answered: the act is over, its record is read, and another act decides with it.
+    /// It was answered. This act ends, its record is read, and another act decides with the record.
     Read(RecordName),
-    /// It was answered as the record tells; the rows are looked at once more beside it.
+    /// It was answered as the record says. The rows are compared with it once more.
     Again,
 }
 
@@ -189,15 +192,18 @@ impl View<'_, '_> {
     /// Whether this request was answered before.
     ///
     /// # Errors
-    /// Its id was used for another request, it is too old to be repeated, its row does not verify,
-    /// or was not read yet.
+    /// Its id was used for another request, it is too old to be repeated, or its row does not
+    /// verify or was not read yet.
+    ///
+    /// Public for tests on an island: the door calls it for every act.
+    #[doc(hidden)]
     pub fn asked(&mut self, asking: &Asking) -> Result<Asked, ServiceError> {
         let Some(remembered) = self.request(&asking.key)? else { return Ok(Asked::First) };
         if remembered.digest != asking.digest {
             return Err(used_for_another());
         }
-        // By the time that is sealed: a row that was put back after it was purged is as old as it
-        // was (I4, I5).
+        // The sealed time counts: a row that was put back after it was purged is as old as before
+        // (I4, I5).
         if remembered.expires.is_none_or(|expires| self.now() > expires) {
             return Err(ServiceError::Aborted {
                 reason: "this request was answered too long ago to be repeated".to_owned(),
@@ -207,8 +213,8 @@ impl View<'_, '_> {
         Ok(Asked::Before(Answered { outcome: remembered.outcome }))
     }
 
-    /// As [`Self::asked`], for an act whose answer is its audit record: `past` is that, once it was
-    /// read.
+    /// As [`Self::asked`], for an act whose answer is its audit record. `past` is the record, once
+    /// it was read.
     ///
     /// # Errors
     /// As [`Self::asked`]; the request is being executed at this moment; or `past` is not the
@@ -218,17 +224,23 @@ impl View<'_, '_> {
             (Asked::First, None) => Ok(Replay::First),
             (Asked::Before(answered), None) => answered.record().map(Replay::Read),
             (Asked::Before(answered), Some(past)) if answered.record()? == past.name => Ok(Replay::Again),
-            // Its row was purged between the two acts, or somebody removed it.
+            // The row was purged between the two acts, or somebody removed it.
             (_, Some(_)) => Err(overtaken("the answer was forgotten")),
         }
     }
 
-    /// Remembers that this request was answered by the first record of this act.
+    /// Remembers that the first record of this act is the answer to this request.
+    ///
+    /// Public for tests on an island: the door calls it as the act's [`crate::Past`] says.
+    #[doc(hidden)]
     pub fn answered(&mut self, asking: &Asking) {
         self.remember(asking, Vec::new(), true);
     }
 
     /// Remembers the answer itself. It never holds a key.
+    ///
+    /// Public for tests on an island: the door calls it as the act's [`crate::Past`] says.
+    #[doc(hidden)]
     pub fn answered_with(&mut self, asking: &Asking, answer: &impl Message) {
         self.remember(asking, answer.encode_to_vec(), false);
     }
@@ -237,33 +249,14 @@ impl View<'_, '_> {
         let expires = self.now().after(asking.window.milliseconds());
         self.put_request(asking.key.clone(), RequestRow { digest: asking.digest, outcome, expires }, by_record);
     }
-
-    /// A mark of what was protected under a counter, for its record: a keyed digest, since who
-    /// reads the log must not be able to guess at it.
-    pub fn mark_content(&self, content: &[u8]) -> [u8; 16] {
-        self.base.seal.current().mark_content(content)
-    }
-
-    /// Whether a recorded mark is of this content.
-    pub fn is_marked(&self, mark: &[u8], content: &[u8]) -> bool {
-        self.base.seal.accept(mark, |seal| seal.mark_content(content))
-    }
 }
 
-/// What a request's row says, once its seal was verified.
-pub(super) struct Remembered {
-    pub(super) digest: [u8; 32],
-    pub(super) outcome: Vec<u8>,
-    /// Until when it can be repeated; `None` in a row of a version that did not seal it.
-    pub(super) expires: Option<UnixMillis>,
-}
-
-/// An id names one request.
+/// The refusal of an id that was used before: an id names one request.
 pub fn used_for_another() -> ServiceError {
     ServiceError::invalid("request_id", "it was used for another request; make a new one for each request")
 }
 
-/// The refusal of a repetition that could not be answered with the same again.
+/// The refusal of a repetition that cannot get the same answer again.
 pub fn overtaken(what: &str) -> ServiceError {
     ServiceError::Aborted {
         reason: format!("{what} since this request was answered"),
@@ -271,8 +264,8 @@ pub fn overtaken(what: &str) -> ServiceError {
     }
 }
 
-/// The refusal of a part that was refused when the request was answered: whatever has changed, a
-/// repetition gives nothing new (I2, I8).
+/// The refusal of a part that was refused when the request was answered first. Whatever has changed
+/// since, a repetition gives nothing new (I2, I8).
 pub fn refused_before() -> ServiceError {
     ServiceError::Aborted {
         reason: "this was refused when the request was answered first".to_owned(),

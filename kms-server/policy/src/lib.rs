@@ -1,31 +1,26 @@
-//! The policies of an island, in Cedar (I8). This crate alone knows Cedar: all others know
+//! The policies of an island, in Cedar (I8). No other crate knows Cedar: the others know
 //! [`kms_authz::Policy`].
 
+mod engine;
+
 use std::{
-    collections::HashSet,
-    fmt,
     path::{Path, PathBuf},
     str::FromStr as _,
 };
 
 use aws_lc_rs::digest::{self, SHA256};
-use cedar_policy::{
-    Authorizer, Context, Entities, Entity, EntityId, EntityTypeName, EntityUid, PolicyId, PolicySet, Request,
-    RestrictedExpression, Schema, ValidationMode, Validator,
-};
-use kms_authz::{
-    Action, Attribute, Decision, Engine, EvaluationError, Policy, PrincipalFacts, QuotaError, Quotas, Resource,
-};
-use kms_domain::{IslandName, PrincipalId, Role};
+use cedar_policy::{PolicyId, PolicySet, Schema, ValidationMode, Validator};
+use kms_authz::{Policy, QuotaError, Quotas};
 use miette::Diagnostic;
 
-/// The policies of a directory (every `*.cedar` file in it, and `quotas.toml`), or without one
-/// those that the server ships with.
+use engine::Cedar;
+
+/// The policies of a directory (every `*.cedar` file in it, and `quotas.toml`). Without a
+/// directory, the policies that the server ships with.
 ///
 /// # Errors
-/// A file cannot be read, parsed, or validated strictly against the schema; the error names
-/// file, line and column. A directory without policies is refused: it is more likely a wrong
-/// path than a wish to deny everything.
+/// A file cannot be read, parsed, or validated strictly against the schema. The error names file,
+/// line and column. A directory without policies is refused: it is probably a wrong path.
 pub fn load(directory: Option<&Path>) -> Result<Policy, PolicyError> {
     let shipped = || (PathBuf::from(Quotas::FILE), Quotas::SHIPPED.to_owned());
     match directory {
@@ -37,7 +32,7 @@ pub fn load(directory: Option<&Path>) -> Result<Policy, PolicyError> {
     }
 }
 
-/// The policies and the quotas of texts, each with the name that errors call it by.
+/// The policies and quotas of these texts, each with the file name for errors.
 ///
 /// # Errors
 /// As [`load`].
@@ -56,7 +51,7 @@ pub fn from_files(
         if parsed.templates().next().is_some() {
             return Err(PolicyError::Template { path: path.clone() });
         }
-        // File by file, so that an error's position is one of the file.
+        // File by file, so that the position of an error is a position in the file.
         if let Some(error) = validator.validate(&parsed, ValidationMode::Strict).validation_errors().next() {
             return Err(PolicyError::at(path, text, error));
         }
@@ -74,107 +69,7 @@ pub fn from_files(
     }
     let mut digest = [0; 32];
     digest.copy_from_slice(hash.finish().as_ref());
-    let engine = Cedar { schema, policies, authorizer: Authorizer::new() };
-    Ok(Policy::new(Box::new(engine), quotas, digest))
-}
-
-/// Policies in Cedar.
-struct Cedar {
-    schema: Schema,
-    policies: PolicySet,
-    authorizer: Authorizer,
-}
-
-impl Engine for Cedar {
-    fn decide(
-        &self,
-        principal: &PrincipalFacts,
-        action: &Action,
-        resource: &Resource<'_>,
-    ) -> Result<Decision, EvaluationError> {
-        let island = principal.principal.island();
-        let caller = uid(entity_type(principal.principal.role()), &principal.principal.to_string())?;
-        let mut entities = vec![
-            entity(uid("Island", island.as_str())?, [("name", text(island.as_str()))])?,
-            principal_entity(&principal.principal)?,
-        ];
-        let target = match resource {
-            Resource::Island => uid("Island", island.as_str())?,
-            Resource::Meters(class) => {
-                let target = uid("MeterClass", "class")?;
-                let groups = class
-                    .groups
-                    .iter()
-                    .map(|group| RestrictedExpression::new_long(i64::try_from(group.0).unwrap_or(i64::MAX)));
-                let mut attributes = vec![
-                    ("island", RestrictedExpression::new_entity_uid(uid("Island", island.as_str())?)),
-                    ("manufacturer", text(class.vendor.as_str())),
-                    ("device_profile", text(class.profile.as_str())),
-                    ("status", text(class.status.name())),
-                    ("groups", RestrictedExpression::new_set(groups)),
-                ];
-                if let Some(head_end) = &class.head_end {
-                    attributes.push((
-                        "head_end",
-                        RestrictedExpression::new_entity_uid(uid("HeadEnd", &head_end.to_string())?),
-                    ));
-                    if *head_end != principal.principal {
-                        entities.push(principal_entity(head_end)?);
-                    }
-                }
-                entities.push(entity(target.clone(), attributes)?);
-                target
-            }
-            Resource::Group(group) => {
-                let target = uid("MeterGroup", &group.number.to_string())?;
-                let attributes = [
-                    ("island", RestrictedExpression::new_entity_uid(uid("Island", island.as_str())?)),
-                    ("number", RestrictedExpression::new_long(i64::try_from(group.number).unwrap_or(i64::MAX))),
-                    ("name", text(&group.name)),
-                    ("security_suite", RestrictedExpression::new_long(i64::from(group.suite))),
-                ];
-                entities.push(entity(target.clone(), attributes)?);
-                target
-            }
-            Resource::DeviceType(device_type) => {
-                let target = uid("DeviceType", &device_type.name)?;
-                let attributes = [
-                    ("island", RestrictedExpression::new_entity_uid(uid("Island", island.as_str())?)),
-                    ("name", text(&device_type.name)),
-                    ("manufacturer", text(&device_type.manufacturer)),
-                    ("device_profile", text(&device_type.device_profile)),
-                ];
-                entities.push(entity(target.clone(), attributes)?);
-                target
-            }
-        };
-        let entities = Entities::from_entities(entities, Some(&self.schema)).map_err(failed)?;
-        let context = Context::from_pairs(context(action)).map_err(failed)?;
-        let request =
-            Request::new(caller, uid("Action", action.name())?, target, context, Some(&self.schema)).map_err(failed)?;
-        let response = self.authorizer.is_authorized(&request, &self.policies, &entities);
-        // I8: Cedar skips a policy that fails, an erroring `forbid` too. Here any failure denies.
-        if let Some(error) = response.diagnostics().errors().next() {
-            return Err(failed(error));
-        }
-        Ok(match response.decision() {
-            cedar_policy::Decision::Allow => Decision::Permit,
-            cedar_policy::Decision::Deny => Decision::Deny,
-        })
-    }
-}
-
-fn context(action: &Action) -> Vec<(String, RestrictedExpression)> {
-    let value = |attribute| match attribute {
-        Attribute::Text(value) => text(&value),
-        Attribute::Number(value) => RestrictedExpression::new_long(value),
-        Attribute::Bool(value) => RestrictedExpression::new_bool(value),
-    };
-    action.attributes().into_iter().map(|(name, attribute)| (name.to_owned(), value(attribute))).collect()
-}
-
-fn failed(error: impl fmt::Display) -> EvaluationError {
-    EvaluationError(error.to_string())
+    Ok(Policy::new(Box::new(Cedar::new(schema, policies)), quotas, digest))
 }
 
 /// Why policies cannot be used. The server does not start with them.
@@ -210,7 +105,7 @@ pub enum PolicyError {
         /// What is wrong.
         reason: String,
     },
-    /// A template is never linked here, so it would permit or forbid nothing.
+    /// There is a template. The server links none, so it would permit or forbid nothing.
     #[error("`{path}` has a policy template (`?principal` or `?resource`); write a policy for each case instead")]
     Template {
         /// The file.
@@ -254,7 +149,7 @@ fn read_directory(directory: &Path) -> Result<Vec<(PathBuf, String)>, PolicyErro
     Ok(files)
 }
 
-/// The quotas of a folder of policies. A folder without the file has those that the server ships
+/// The quotas of a directory of policies. Without such a file, the quotas that the server ships
 /// with.
 fn read_quotas(directory: &Path) -> Result<(PathBuf, String), PolicyError> {
     let path = directory.join(Quotas::FILE);
@@ -265,44 +160,6 @@ fn read_quotas(directory: &Path) -> Result<(PathBuf, String), PolicyError> {
         }
         Err(error) => Err(PolicyError::Read { path, reason: error.to_string() }),
     }
-}
-
-fn principal_entity(principal: &PrincipalId) -> Result<Entity, EvaluationError> {
-    let island: &IslandName = principal.island();
-    entity(
-        uid(entity_type(principal.role()), &principal.to_string())?,
-        [
-            ("name", text(principal.name())),
-            ("island", RestrictedExpression::new_entity_uid(uid("Island", island.as_str())?)),
-        ],
-    )
-}
-
-const fn entity_type(role: Role) -> &'static str {
-    match role {
-        Role::HeadEnd => "HeadEnd",
-        Role::Officer => "Officer",
-        Role::Auditor => "Auditor",
-        Role::Handheld => "Handheld",
-        Role::Manufacturer => "Manufacturer",
-    }
-}
-
-fn entity(
-    uid: EntityUid,
-    attributes: impl IntoIterator<Item = (&'static str, RestrictedExpression)>,
-) -> Result<Entity, EvaluationError> {
-    let attributes = attributes.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-    Entity::new(uid, attributes, HashSet::new()).map_err(failed)
-}
-
-fn uid(entity_type: &str, id: &str) -> Result<EntityUid, EvaluationError> {
-    let name = EntityTypeName::from_str(entity_type).map_err(failed)?;
-    Ok(EntityUid::from_type_name_and_id(name, EntityId::new(id)))
-}
-
-fn text(value: &str) -> RestrictedExpression {
-    RestrictedExpression::new_string(value.to_owned())
 }
 
 const SCHEMA: &str = include_str!("../../../policies/meterkms.cedarschema");
@@ -320,9 +177,15 @@ const SHIPPED: [(&str, &str); 7] = [
 mod tests {
     use std::collections::BTreeSet;
 
-    use kms_authz::{CosemTarget, DeviceTypeFacts, FrameService, GroupFacts, Purpose, ResourceKind};
-    use kms_domain::{DeviceProfileName, FlagId, GroupId, KeyType, MeterClass, MeterStatus};
+    use kms_authz::{
+        Action, CosemTarget, DeviceTypeFacts, FrameService, GroupFacts, PolicyDecision, PrincipalFacts, Purpose,
+        Resource, ResourceKind,
+    };
+    use kms_domain::{
+        DeviceProfileName, FlagId, GroupId, IslandName, KeyType, MeterClass, MeterStatus, PrincipalId, Role,
+    };
 
+    use super::engine::uid;
     use super::*;
 
     fn facts(role: Role, name: &str) -> PrincipalFacts {
@@ -360,7 +223,7 @@ mod tests {
 
     #[test]
     fn the_shipped_policies_decide_as_documented() {
-        use Decision::{Deny, Permit};
+        use PolicyDecision::{Deny, Permit};
         let policy = load(None).unwrap();
         let hes = facts(Role::HeadEnd, "hes-1");
         let (officer, auditor, handheld, vendor) = (
@@ -492,11 +355,11 @@ mod tests {
         let own = class(MeterStatus::InService, Some("hes-1"));
         let (principal, action, resource) =
             (facts(Role::HeadEnd, "hes-1"), session(KeyType::GUEK, Purpose::Read, 900), Resource::Meters(&own));
-        assert_eq!(load(permit).permits(&principal, &action, &resource), Decision::Permit);
+        assert_eq!(load(permit).permits(&principal, &action, &resource), PolicyDecision::Permit);
         let both = load(&format!("{permit}\n{forbid}"));
-        assert_eq!(both.permits(&principal, &action, &resource), Decision::Deny);
+        assert_eq!(both.permits(&principal, &action, &resource), PolicyDecision::Deny);
         // Remembered as a denial too.
-        assert_eq!(both.permits(&principal, &action, &resource), Decision::Deny);
+        assert_eq!(both.permits(&principal, &action, &resource), PolicyDecision::Deny);
     }
 
     #[test]
@@ -555,7 +418,7 @@ mod tests {
 
     #[test]
     fn keys_of_groups_and_device_types_are_decided_on_by_themselves() {
-        use Decision::{Deny, Permit};
+        use PolicyDecision::{Deny, Permit};
         let shipped = load(None).unwrap();
         let group = GroupFacts { number: 7, name: "north".to_owned(), suite: 0 };
         let other = GroupFacts { number: 8, ..group.clone() };
@@ -644,7 +507,7 @@ mod tests {
         let own = class(MeterStatus::InService, Some("hes-1"));
         for lifetime in 0..40 {
             for _ in 0..2 {
-                let expected = if lifetime <= 30 { Decision::Permit } else { Decision::Deny };
+                let expected = if lifetime <= 30 { PolicyDecision::Permit } else { PolicyDecision::Deny };
                 let action = session(KeyType::GUEK, Purpose::Read, lifetime * 120);
                 assert_eq!(policy.permits(&facts(Role::HeadEnd, "hes-1"), &action, &Resource::Meters(&own)), expected);
             }

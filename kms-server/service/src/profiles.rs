@@ -87,7 +87,11 @@ mod tests {
         ("security_setups.keys.key_id", include_str!("campaign/plan.rs"), ".key(setup, key_type)?.key_id"),
         ("security_setups.counter.scope", include_str!("meter/counter.rs"), "counter.scope.key("),
         ("security_setups.counter.on_new_key", include_str!("grant.rs"), "profile.counter.on_new_key"),
-        ("security_setups.counter.reset_to", include_str!("../../ledger/src/view.rs"), "OnNewKey::Reset(first) =>"),
+        (
+            "security_setups.counter.reset_to",
+            include_str!("../../ledger/src/view/counters.rs"),
+            "OnNewKey::Reset(first) =>",
+        ),
         ("security_setups.counter.jump_cap", include_str!("transfer.rs"), "setup.counter.jump_cap"),
         ("clients.name", include_str!("../../src/command_line.rs"), "client.name"),
         ("clients.sap", include_str!("transfer/emit.rs"), "client.sap"),

@@ -1,8 +1,7 @@
 //! Many rows as two parameters of one statement, whose text never changes: it is prepared once.
 //!
-//! Numbers and text travel as a JSON array of arrays, octets side by side in one blob that the
-//! statement cuts up. Both databases read that form, and a row costs a hundredth of what a
-//! statement of its own would.
+//! Numbers and text are a JSON array of arrays. Octets follow each other in one blob, which the
+//! statement divides. Both databases read that form, and a row costs a hundredth of a statement.
 
 use std::fmt::Write;
 
@@ -28,19 +27,19 @@ macro_rules! octets {
 }
 
 /// Rows being collected.
-pub(crate) struct Batch {
+pub(crate) struct RowBatch {
     json: String,
     blob: Vec<u8>,
     rows: u64,
 }
 
-impl Batch {
+impl RowBatch {
     /// A batch with one row for each item.
-    pub(crate) fn of<T>(items: impl IntoIterator<Item = T>, mut fill: impl FnMut(&mut Row<'_>, T)) -> Self {
+    pub(crate) fn of<T>(items: impl IntoIterator<Item = T>, mut fill: impl FnMut(&mut BatchRow<'_>, T)) -> Self {
         let mut batch = Self { json: String::from("["), blob: Vec::new(), rows: 0 };
         for item in items {
             batch.json.push_str(if batch.rows == 0 { "[" } else { ",[" });
-            fill(&mut Row { batch: &mut batch, empty: true }, item);
+            fill(&mut BatchRow { batch: &mut batch, empty: true }, item);
             batch.json.push(']');
             batch.rows += 1;
         }
@@ -60,12 +59,12 @@ impl Batch {
 }
 
 /// One row being filled, from left to right.
-pub(crate) struct Row<'a> {
-    batch: &'a mut Batch,
+pub(crate) struct BatchRow<'a> {
+    batch: &'a mut RowBatch,
     empty: bool,
 }
 
-impl Row<'_> {
+impl BatchRow<'_> {
     /// An integer: one place.
     pub(crate) fn int(&mut self, value: i64) -> &mut Self {
         self.separate();
@@ -74,8 +73,8 @@ impl Row<'_> {
         self
     }
 
-    /// An unsigned integer: one place. Values above the range of the column become its end, and no
-    /// counter comes near.
+    /// An unsigned integer: one place. A value above the range of the column becomes its maximum.
+    /// No counter gets that high.
     pub(crate) fn unsigned(&mut self, value: u64) -> &mut Self {
         self.int(i64::try_from(value).unwrap_or(i64::MAX))
     }
@@ -92,7 +91,7 @@ impl Row<'_> {
         }
     }
 
-    /// Text: one place. PostgreSQL's text has no NUL, so it is replaced.
+    /// Text: one place. PostgreSQL's text cannot hold NUL, so NUL is replaced.
     pub(crate) fn text(&mut self, value: &str) -> &mut Self {
         self.separate();
         self.batch.json.push_str(&serde_json::Value::String(value.replace('\0', "\u{FFFD}")).to_string());

@@ -1,5 +1,5 @@
-//! The one error of the store. It never carries SQL, parameters or rows: only what happened, to
-//! which row by name, and what to do.
+//! The one error of the store. It never holds SQL, parameters or rows: only what happened, the name
+//! of the row, and what to do.
 
 use std::time::Duration;
 
@@ -7,11 +7,11 @@ use kms_domain::{GrantId, RequestId, SystemTitle, WriterId};
 
 use crate::{FingerprintPrefix, RowKind, TaskKey, UploadId};
 
-/// Why the store did not do what it was asked.
+/// Why a call of the store failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
-    /// The database did not answer, in time or at all. Whether a transaction that was being
-    /// committed is durable is not known: read again before the same numbers are used again.
+    /// The database did not answer, or not in time. It is not known whether a transaction that was
+    /// being committed is durable: read again before the same numbers are used again.
     #[error("the database is unavailable: {cause}; {next_step}")]
     Unavailable {
         /// What was seen.
@@ -19,17 +19,19 @@ pub enum StoreError {
         /// What an operator can do.
         next_step: &'static str,
     },
-    /// A row was not in the state that the caller named: somebody else wrote it first. Nothing was
-    /// written.
-    #[error("{row} was changed by somebody else meanwhile; read it again and repeat")]
+    /// A row was not in the state that the caller named: another transaction wrote it first.
+    /// Nothing was written.
+    #[error("{row} was changed by another transaction meanwhile; read it again and repeat")]
     Conflict {
         /// The row.
         row: RowName,
     },
-    /// Two servers met in the same rows again and again. Nothing was written.
-    #[error("gave up after {attempts} attempts that met other servers' transactions in the same rows; try again")]
+    /// Each attempt conflicted with a transaction of another server. Nothing was written.
+    #[error(
+        "gave up after {attempts} attempts, because transactions of other servers changed the same rows; try again"
+    )]
     Contention {
-        /// How often it was tried.
+        /// The number of attempts.
         attempts: u32,
     },
     /// A newer release has changed the schema of this database.
@@ -58,13 +60,13 @@ pub enum StoreError {
         /// The database's path.
         path: String,
     },
-    /// The database holds what no server wrote.
+    /// The database holds something that no server wrote.
     #[error("the database is damaged: {what}; stop, keep a copy, and restore from a backup")]
     Corrupt {
         /// What is wrong, without content.
         what: String,
     },
-    /// The configuration or the call cannot be carried out as it is.
+    /// The configuration or the call is invalid.
     #[error("invalid {what}: {reason}")]
     Invalid {
         /// The argument or setting.
@@ -83,7 +85,7 @@ pub enum RowName {
     Sealed(RowKind, Vec<u8>),
     /// An audit record of a writer.
     Audit(WriterId, u64),
-    /// A request that was carried out already, and its chunk.
+    /// A request that was executed already, and its chunk.
     Request(RequestId, u32),
     /// A grant.
     Grant(GrantId),
@@ -119,7 +121,7 @@ impl std::fmt::Display for RowName {
 }
 
 impl StoreError {
-    /// The call took longer than it may.
+    /// The call took too long.
     pub(crate) fn timed_out(limit: Duration) -> Self {
         Self::Unavailable {
             cause: format!("no answer within {} ms", limit.as_millis()),
@@ -133,13 +135,13 @@ impl StoreError {
     }
 }
 
-/// What one attempt of a transaction ended with.
+/// Why one attempt at a transaction failed.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// Another transaction got in between: worth another attempt.
+    /// Another transaction came in between: try again.
     Retry,
-    /// More rows were asked for than can be locked in order after the first ones: begin again with
-    /// all of them.
+    /// The decision requested rows that cannot be locked in order after the first ones: begin again
+    /// with all of them.
     OutOfOrder,
     /// An error for the caller.
     Fatal(StoreError),
@@ -163,7 +165,7 @@ impl From<sqlx::Error> for Failure {
     }
 }
 
-/// Keeps codes and kinds only: a database's own message may quote rows and statements.
+/// Keeps only codes and kinds: the database's own message may quote rows and statements.
 impl From<sqlx::Error> for StoreError {
     fn from(error: sqlx::Error) -> Self {
         let unavailable = |cause: String, next_step| Self::Unavailable { cause, next_step };

@@ -1,9 +1,9 @@
 //! PostgreSQL: the database of several servers.
 //!
-//! Transactions are READ COMMITTED and lock what they read: rows in order of their keys; for rows
-//! that do not exist, an advisory lock that stands for a part of the key space. SERIALIZABLE would
-//! do without, but its predicate locks grow to whole tables in batches of thousands of meters, and
-//! then servers fail each other's transactions all the time.
+//! Transactions are READ COMMITTED and lock what they read: existing rows in order of their keys,
+//! and for absent rows an advisory lock on a part of the key space. SERIALIZABLE would need no such
+//! locks, but in batches of thousands of meters its predicate locks grow to whole tables, and then
+//! transactions of different servers fail each other all the time.
 
 use std::{str::FromStr, time::Duration};
 
@@ -71,7 +71,7 @@ type Keys = Vec<i64>;
 
 /// A PostgreSQL database.
 pub(crate) struct Engine {
-    /// Of their own, so that lists for people never keep a grant waiting.
+    /// Separate from the readers, so that no grant waits for lists.
     writers: PgPool,
     readers: PgPool,
     names: Names,
@@ -88,7 +88,7 @@ impl Engine {
             .options([
                 ("statement_timeout", milliseconds.as_str()),
                 ("lock_timeout", milliseconds.as_str()),
-                // A server that hangs inside a transaction must not keep its locks.
+                // A server that hangs in a transaction must not keep its locks.
                 ("idle_in_transaction_session_timeout", milliseconds.as_str()),
             ])
             .disable_statement_logging();
@@ -163,7 +163,7 @@ impl Engine {
                     return Err(StoreError::UnsafeSetting {
                         setting: "synchronous_standby_names",
                         value: format!("without the standby {name}"),
-                        next_step: "add the standby to it, or name it in `read_replicas` if nobody ever fails over to it",
+                        next_step: "add the standby to it, or name it in `read_replicas` if it never becomes the primary",
                     });
                 }
                 Some(_) => {}
@@ -179,8 +179,8 @@ impl Engine {
         Ok(())
     }
 
-    /// The timeline that is being written: after a promotion the control file still names the old
-    /// one until the next checkpoint.
+    /// The current timeline, by the name of the log's file: after a promotion the control file
+    /// still names the old timeline until the next checkpoint.
     async fn history(&self) -> Result<Option<Timeline>, StoreError> {
         let row = sqlx::query(
             "SELECT system_identifier, substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) FROM pg_control_system()",
@@ -220,7 +220,8 @@ async fn lock_stripes(connection: &mut Connection, stripes: &[i32]) -> Result<()
     Ok(())
 }
 
-/// Over a network, only a verified TLS connection: `prefer`, the default, falls back to plaintext.
+/// Requires a verified TLS connection over a network: `prefer`, the default, falls back to
+/// plaintext.
 fn refuse_plaintext(options: &PgConnectOptions) -> Result<(), StoreError> {
     let host = options.get_host();
     let local = options.get_socket().is_some()
@@ -245,5 +246,5 @@ const MIGRATIONS: &[Migration] = &[
     Migration { version: 2, name: "campaigns", sql: include_str!("../migrations/postgres/0002_campaigns.sql") },
     Migration { version: 3, name: "group members", sql: include_str!("../migrations/postgres/0003_group_members.sql") },
 ];
-/// ASCII `MKMP`: tells our advisory locks from other programs'.
+/// ASCII `MKMP`: distinguishes our advisory locks from those of other programs.
 const ADVISORY_CLASS: i32 = 1_296_780_112;

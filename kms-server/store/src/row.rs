@@ -1,11 +1,11 @@
-//! What the tables hold: opaque sealed rows, the log, and the bookkeeping around them.
+//! What the tables hold: opaque sealed rows, the log, and the other rows of the server.
 
 use kms_domain::{
     CampaignId, GrantId, KeyType, KeyVersionNumber, Owner, PrincipalId, RequestId, SealKey, SecuritySetupId,
     SystemTitle, Task, TaskState, UnixMillis, WriterId,
 };
 
-/// A sealed row as it is stored. The store does not look into it.
+/// A sealed row as it is stored. The store does not read its body.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SealedRow {
     /// Grows by one with each write, from 1.
@@ -92,7 +92,7 @@ impl RowKind {
         }
     }
 
-    /// How a transaction that reads rows of this kind holds them.
+    /// How a transaction locks the rows of this kind that it reads.
     pub(crate) const fn lock(self) -> RowLock {
         match self {
             Self::CounterDomain | Self::QuotaUse | Self::RootRotation | Self::Proposal => RowLock::Exclusive,
@@ -102,20 +102,20 @@ impl RowKind {
     }
 }
 
-/// How sealed rows are held by a transaction.
+/// How a transaction locks sealed rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RowLock {
-    /// They are read by all and hardly ever written: transactions of several servers may hold them
-    /// together.
+    /// Many transactions read them, and few write them: transactions of several servers may lock
+    /// them together.
     Shared,
-    /// They are read to be written: a transaction has them for itself.
+    /// They are read to be written: one transaction at a time.
     Exclusive,
-    /// Either of both, as the transaction says.
+    /// Shared or exclusive, as the transaction requests.
     Campaign,
 }
 
-/// What the search columns of a meter repeat from its sealed body. Good for finding, never for
-/// deciding (I5).
+/// The search columns of a meter, which repeat parts of its sealed body. They are for finding,
+/// never for deciding (I5).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MeterProjection {
     /// The manufacturer's FLAG id.
@@ -132,7 +132,7 @@ pub struct MeterProjection {
     pub groups: Vec<u64>,
 }
 
-/// Which meters to list. Empty: all.
+/// Selects meters. Empty: all.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MeterFilter {
     /// Of this manufacturer.
@@ -149,10 +149,10 @@ pub struct MeterFilter {
     pub group: Option<u64>,
 }
 
-/// How meters are assigned.
+/// Selects meters by their head-end.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Assigned {
-    /// In any way, or not.
+    /// Assigned or not.
     #[default]
     Any,
     /// To no head-end.
@@ -161,7 +161,7 @@ pub enum Assigned {
     To(String),
 }
 
-/// A record of the log, to be appended.
+/// A record to append to the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AuditAppend {
     /// The run of the server that writes it.
@@ -170,7 +170,7 @@ pub struct AuditAppend {
     pub sequence: u64,
     /// When it was made.
     pub time: UnixMillis,
-    /// What kind of record it is, as the caller numbers it: for searching only.
+    /// The kind of record, as the caller numbers it: for searching only.
     pub kind: u16,
     /// The encoded record.
     pub record: Vec<u8>,
@@ -187,14 +187,14 @@ pub struct AuditRow {
     pub record: AuditAppend,
 }
 
-/// A place in the log in the log's own order, whatever the clocks of servers said.
+/// A place in the order of the log, which does not depend on the clocks of servers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct AuditCursor(
     /// The record's number in this database: records are numbered as they are written.
     pub i64,
 );
 
-/// Which records of the log to list.
+/// Selects records of the log.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AuditFilter {
     /// Of this kind.
@@ -219,7 +219,7 @@ pub struct AuditTail {
 /// Names one chunk of an idempotent request.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestKey {
-    /// Who asked.
+    /// The caller.
     pub principal: PrincipalId,
     /// The id that the caller gave.
     pub request: RequestId,
@@ -234,7 +234,7 @@ pub struct RequestRow {
     pub digest: [u8; 32],
     /// What a replay needs. Never wrapped keys.
     pub outcome: Vec<u8>,
-    /// From then on the row may be purged.
+    /// After this time the row may be removed.
     pub expires: UnixMillis,
 }
 
@@ -243,7 +243,7 @@ pub struct RequestRow {
 pub struct GrantRow {
     /// The grant: a UUID version 7, so that grants are stored in order of time.
     pub id: GrantId,
-    /// Who holds it.
+    /// The grantee.
     pub principal: PrincipalId,
     /// The purpose that was stated.
     pub purpose: String,
@@ -268,7 +268,7 @@ pub struct AuditReference {
     pub sequence: u64,
 }
 
-/// Which grants to list, newest first.
+/// Selects grants, newest first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GrantFilter {
     /// Of this principal.
@@ -282,7 +282,7 @@ pub struct GrantFilter {
 }
 
 /// The first 8 octets of a key fingerprint (docs/formats.md, *Key fingerprints*). Different keys
-/// can share one: compare the whole fingerprint, which the owners' rows hold.
+/// can have the same prefix: compare the whole fingerprint, which the owners' rows hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FingerprintPrefix(pub [u8; 8]);
 
@@ -301,7 +301,7 @@ impl FingerprintPrefix {
 /// A key version whose fingerprint is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FingerprintOwner {
-    /// Whose key it is.
+    /// The owner of the key.
     pub owner: Owner,
     /// The security setup.
     pub setup: SecuritySetupId,
@@ -315,14 +315,14 @@ pub struct FingerprintOwner {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct UploadId(pub [u8; 16]);
 
-/// How far a shipment has come.
+/// The progress of a shipment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ShipmentState {
-    /// Octets are coming in.
+    /// Octets are being received.
     Receiving,
-    /// All octets are here; nothing is verified.
+    /// All octets were received. Nothing is verified.
     Received,
-    /// Signature, digest and count were right; devices are being imported.
+    /// Signature, digest and count were verified. Devices are being imported.
     Importing,
     /// Every line was imported or refused.
     Imported,
@@ -361,9 +361,9 @@ pub struct ShipmentRow {
     pub size: u64,
     /// The batch that the header names; empty while it is not known.
     pub batch: String,
-    /// Who uploads it.
+    /// The principal that uploads it.
     pub principal: PrincipalId,
-    /// How far it is.
+    /// Its progress.
     pub state: ShipmentState,
     /// Octets in the spool.
     pub received: u64,
@@ -377,7 +377,7 @@ pub struct ShipmentRow {
     pub created: UnixMillis,
     /// When it last advanced.
     pub updated: UnixMillis,
-    /// What else the importer needs to resume; opaque here.
+    /// What else the importer needs to resume. The store does not read it.
     pub progress: Vec<u8>,
 }
 
@@ -386,7 +386,7 @@ pub struct ShipmentRow {
 pub struct SpooledFile {
     /// The upload.
     pub upload: UploadId,
-    /// Who uploads it.
+    /// The principal that uploads it.
     pub principal: PrincipalId,
     /// Its length in octets, as the sender announced it.
     pub size: u64,
@@ -416,7 +416,7 @@ pub struct TaskKey {
     pub meter: SystemTitle,
 }
 
-/// What a campaign has to do with a meter.
+/// A task of a campaign for one meter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TaskRow {
     /// Its name.
@@ -431,7 +431,7 @@ pub struct TaskRow {
     pub head_end: Option<String>,
     /// Binds the row: see [`Self::mark_by`].
     pub mark: [u8; 16],
-    /// How far it is.
+    /// Its work and state.
     pub task: Task,
 }
 
@@ -442,13 +442,13 @@ impl TaskRow {
         key.seal_task(self.key.campaign, self.key.meter, self.wave, self.generation, head_end, &self.task)
     }
 
-    /// The mark that earlier servers gave to rows: it binds campaign, meter and wave only.
+    /// The mark of rows of earlier servers, which binds campaign, meter and wave only.
     pub fn former_mark_by(&self, key: &SealKey) -> [u8; 16] {
         key.seal_former_task(self.key.campaign, self.key.meter, self.wave)
     }
 }
 
-/// Which tasks of a campaign to list.
+/// Selects tasks of a campaign.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TaskFilter {
     /// All.
@@ -456,26 +456,26 @@ pub enum TaskFilter {
     All,
     /// In this state.
     State(TaskState),
-    /// It is in doubt what the meter holds, or something is under way that could make it so.
+    /// It is in doubt what the meter holds, or will be if the present step has no result.
     InDoubt,
 }
 
-/// Tasks that are alike.
+/// The number of tasks with the same wave, vendor, state and reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TaskTally {
     /// The wave, from 1.
     pub wave: u32,
     /// The FLAG id of the vendor.
     pub vendor: String,
-    /// Where they stand.
+    /// Their state.
     pub state: TaskState,
-    /// Why the last attempt ended badly; empty otherwise.
+    /// Why the last attempt failed; empty if it did not.
     pub reason: String,
     /// How many.
     pub tasks: u64,
 }
 
-/// How much a head-end has to do in a campaign, by the database's clock.
+/// The load of a head-end in a campaign, by the database's clock.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TaskLoad {
     /// Tasks whose lease it holds.
@@ -484,7 +484,7 @@ pub struct TaskLoad {
     pub leased_in_minute: u64,
 }
 
-/// A PIN that a token refused: it is never tried again until it is changed.
+/// A PIN that a token refused. It is not tried again until it is changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PinFailure {
     /// The token's serial number and label.
@@ -506,17 +506,17 @@ pub struct ServerRow {
     pub name: String,
     /// When it registered.
     pub started: UnixMillis,
-    /// When it was last heard of.
+    /// The time of its last heartbeat.
     pub heartbeat: UnixMillis,
     /// Milliseconds since then by the database's clock.
     pub silent_ms: i64,
 }
 
-/// How large the database is.
+/// The size of the database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
     /// Tables and indexes, octets.
     pub database: u64,
-    /// The write-ahead log, octets; 0 where the database does not tell.
+    /// The write-ahead log, octets; 0 if the database does not report it.
     pub log: u64,
 }

@@ -1,5 +1,5 @@
-//! The versions of the schema. A version that was released is never edited: the next change is the
-//! next version.
+//! The versions of the schema. A released version is never edited: the next change is the next
+//! version.
 
 use crate::StoreError;
 
@@ -14,16 +14,16 @@ pub(crate) struct Migration {
 }
 
 impl Migration {
-    /// SHA-256 of the statements, lower-case hex: an edited version is noticed.
+    /// SHA-256 of the statements, in lower-case hex. It shows that a version was edited.
     pub(crate) fn digest(&self) -> String {
         hex::encode(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, self.sql.as_bytes()))
     }
 }
 
-/// The steps that are missing in a database that has these versions, with their digests.
+/// The steps that a database with these versions and digests lacks.
 ///
 /// # Errors
-/// The database is newer than this server, or a step was other than ours.
+/// The database is newer than this server, or the digest of a step differs.
 pub(crate) fn missing(
     known: &'static [Migration],
     applied: &[(i64, String)],

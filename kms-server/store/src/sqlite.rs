@@ -1,8 +1,8 @@
 //! SQLite: the database of one server, in one file.
 //!
-//! One connection writes, and callers queue for it; others read. Every commit is synced
-//! (`synchronous=FULL`). A helper copies the write-ahead log into the database beside the writer,
-//! so that no commit waits for that.
+//! One connection writes, and callers queue for it. Others read. Every commit is synced
+//! (`synchronous=FULL`). A helper connection copies the write-ahead log into the database, so that
+//! no commit waits for that.
 
 use std::{
     fs::{File, OpenOptions, Permissions, TryLockError},
@@ -42,7 +42,7 @@ macro_rules! keys {
     };
 }
 
-/// A join that keeps its left side outside: the planner does not know that the right side is found
+/// A join whose left side is the outer loop: the planner does not know that the right side is found
 /// by its key.
 macro_rules! join {
     () => {
@@ -90,16 +90,16 @@ pub(crate) struct Engine {
     readers: SqlitePool,
     names: Names,
     call_timeout: Duration,
-    /// A call that held the writer ran out of time: the connection's thread may be stuck in the
-    /// system.
+    /// A call that held the writer timed out: the connection's thread may be stuck in a system
+    /// call.
     suspect: AtomicBool,
-    /// Something was committed since the checkpointer looked.
+    /// Something was committed since the last checkpoint.
     written: Arc<AtomicBool>,
     checkpointer: JoinHandle<()>,
     path: PathBuf,
     closed: AtomicBool,
-    /// Held until the database is closed; the system lets go of it when the process ends, however
-    /// it ends.
+    /// Held until the database is closed. The system releases it when the process ends, for
+    /// whatever reason.
     lock: std::sync::Mutex<Option<File>>,
 }
 
@@ -117,7 +117,7 @@ impl Engine {
             .pragma("cell_size_check", "ON")
             .statement_cache_capacity(128)
             .row_buffer_size(1024)
-            // A stuck disk must fill no queue: sending a rollback to a full one would block a
+            // A stuck disk must not fill the queue: a rollback sent to a full queue would block a
             // thread of the runtime.
             .command_buffer_size(65_536)
             .disable_statement_logging();
@@ -155,15 +155,15 @@ impl Engine {
             return Err(sqlx::Error::PoolClosed.into());
         }
         if self.suspect.load(Ordering::Acquire) {
-            // I2: while the disk is stuck, callers are told so at once instead of each waiting for
-            // its own time-out.
+            // I2: while the disk is stuck, each caller gets the error at once and does not wait for
+            // a time-out.
             match timeout(PROBE, writer.ping()).await {
                 Ok(Ok(())) => self.suspect.store(false, Ordering::Release),
                 _ => return Err(StoreError::timed_out(PROBE)),
             }
         }
-        // Nobody else holds the writer, so no transaction is open, unless its rollback still waits
-        // in the connection's queue.
+        // No other call holds the writer, so no transaction is open, unless its rollback still
+        // waits in the connection's queue.
         if writer.is_in_transaction() {
             writer.ping().await?;
         }
@@ -173,16 +173,16 @@ impl Engine {
         Ok(writer)
     }
 
-    /// A new connection in place of one that counts a transaction which is over: SQLite itself
+    /// Replaces a connection whose driver still counts a transaction that has ended. SQLite itself
     /// rolls back when the disk is full or fails
-    /// (<https://sqlite.org/lang_transaction.html#response_to_errors_within_a_transaction>), the
-    /// driver's own rollback then finds nothing to roll back, and no transaction can begin on it
-    /// any more.
+    /// (<https://sqlite.org/lang_transaction.html#response_to_errors_within_a_transaction>). The
+    /// rollback of the driver then finds nothing to roll back, and no transaction can begin on that
+    /// connection any more.
     async fn replace(&self, writer: &mut SqliteConnection) -> Result<(), StoreError> {
         let fresh = self.options.connect().await?;
         tracing::warn!("the database rolled a transaction back by itself; its connection was replaced");
-        // The thread of the old one ends by itself; it is not waited for, since its disk may be
-        // stuck.
+        // The thread of the old connection ends by itself. Nothing waits for it, because its disk
+        // may be stuck.
         drop(std::mem::replace(writer, fresh));
         Ok(())
     }
@@ -195,8 +195,8 @@ impl Engine {
         self.written.store(true, Ordering::Release);
     }
 
-    /// Whether the disk has room for a transaction: a small write succeeds on a full one, in pages
-    /// that the log has already.
+    /// Checks that the disk has room for a transaction. A small write also succeeds on a full disk,
+    /// in pages that the log has already.
     async fn settings(&self) -> Result<(), StoreError> {
         let mut path = self.path.clone().into_os_string();
         path.push(".room");
@@ -208,7 +208,7 @@ impl Engine {
         match probe.await {
             Ok(Err(error)) => Err(StoreError::Unavailable {
                 cause: format!("{} MiB beside the database cannot be written ({})", ROOM >> 20, error.kind()),
-                next_step: "make room on its disk",
+                next_step: "free space on its disk",
             }),
             // The runtime is ending, or there is room.
             Err(_) | Ok(Ok(())) => Ok(()),
@@ -233,9 +233,9 @@ impl Engine {
         self.closed.store(true, Ordering::Release);
         self.checkpointer.abort();
         self.readers.close().await;
-        // When the writer answers, the last transaction has ended, and no other begins: whoever
-        // still has this database open does nothing with it, and others may open it. Where the disk
-        // is stuck nobody can know that, and the lock stays until the process ends.
+        // When the writer answers, the last transaction has ended and no other begins, so another
+        // process may open the database. If the disk is stuck, nobody can know that, and the lock
+        // is held until the process ends.
         let idle = async { self.writer.lock().await.ping().await.is_ok() };
         if timeout(self.call_timeout, idle).await == Ok(true)
             && let Ok(mut lock) = self.lock.lock()
@@ -256,16 +256,16 @@ fn keys(keys: impl IntoIterator<Item = i64>) -> Keys {
     format!("[{}]", keys.join(","))
 }
 
-/// Nothing to do: from `BEGIN IMMEDIATE` on nobody else writes.
+/// Nothing to do: after `BEGIN IMMEDIATE` no other transaction writes.
 async fn lock_stripes(_: &mut Connection, _: &[i32]) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The database's one path, whatever links lead to it, its file readable by nobody else, and the
-/// lock that keeps other servers out.
+/// The canonical path of the database, and the lock that keeps other servers out. The file gets a
+/// mode with which no other user can read it.
 ///
-/// The lock is a file of its own: closing any descriptor of the database itself would drop SQLite's
-/// locks on it.
+/// The lock is a file of its own: to close any descriptor of the database itself would release
+/// SQLite's locks on it.
 fn claim(path: &Path) -> Result<(PathBuf, File), StoreError> {
     let failed = |error: std::io::Error| StoreError::Unavailable {
         cause: format!("the file `{}` cannot be opened ({})", path.display(), error.kind()),
@@ -281,14 +281,14 @@ fn claim(path: &Path) -> Result<(PathBuf, File), StoreError> {
         Err(TryLockError::WouldBlock) => return Err(StoreError::InUse { path: path.display().to_string() }),
         Err(TryLockError::Error(error)) => return Err(failed(error)),
     }
-    // SQLite gives its log the mode of the database.
+    // SQLite gives its log the mode of the database file.
     std::fs::set_permissions(&path, Permissions::from_mode(0o600)).map_err(failed)?;
     Ok((path, lock))
 }
 
-/// Copies the log into the database beside the writer. A busy log never becomes empty that way, so
-/// now and then the writer is held for the last few pages: the next commit then starts the log
-/// anew.
+/// Copies the log into the database while the writer works. A busy log never becomes empty that
+/// way, so at a certain length the writer is held for the last few pages: the next commit then
+/// restarts the log.
 async fn checkpoint(mut helper: SqliteConnection, writer: Arc<Mutex<SqliteConnection>>, written: Arc<AtomicBool>) {
     let mut ticks = interval(CHECKPOINT_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -333,12 +333,12 @@ const MIGRATIONS: &[Migration] = &[
     Migration { version: 3, name: "group members", sql: include_str!("../migrations/sqlite/0003_group_members.sql") },
 ];
 const PROBE: Duration = Duration::from_secs(1);
-/// What must fit on the disk before it counts as free again: more than most transactions write.
+/// The octets that must fit on the disk: more than most transactions write.
 const ROOM: usize = 4 << 20;
 const CHECKPOINT_INTERVAL: Duration = Duration::from_millis(100);
-/// Copy when so many pages of 4 KiB wait: 8 MiB.
+/// Copy when this many pages of 4 KiB wait: 8 MiB.
 const COPY_PAGES: i64 = 2048;
-/// Start the log anew from this length on: 32 MiB.
+/// Restart the log from this length on: 32 MiB.
 const RESTART_PAGES: i64 = 8192;
 /// If the helper does not keep up, a commit copies: 512 MiB.
 const LAST_RESORT_PAGES: i64 = 131_072;

@@ -1,4 +1,4 @@
-//! The central verb's words: what is read, what was found, what is written.
+//! What a transaction reads, what it finds, and what it writes.
 
 use std::collections::HashMap;
 
@@ -16,10 +16,10 @@ pub struct Reads {
     pub meters: Vec<SystemTitle>,
     /// Other sealed rows.
     pub sealed: Vec<(RowKind, Vec<u8>)>,
-    /// Campaigns that are looked at and not written, so that transactions of several servers may
-    /// hold them together. One that is written is named in `sealed`.
+    /// Campaigns that are read and not written: transactions of several servers may lock them
+    /// together. A campaign that is written is named in `sealed`.
     pub campaigns: Vec<CampaignId>,
-    /// Requests that may have been carried out already.
+    /// Requests that may have been executed already.
     pub requests: Vec<RequestKey>,
     /// Owners of keys that may have these fingerprints.
     pub fingerprints: Vec<FingerprintPrefix>,
@@ -27,14 +27,14 @@ pub struct Reads {
     pub grants: Vec<GrantId>,
     /// Shipments in the spool.
     pub shipments: Vec<UploadId>,
-    /// Every file in the spool: uploads, and what is not imported yet. Who reads them adds the next
-    /// one alone.
+    /// Every file in the spool: uploads, and files that are not imported yet. Only one transaction
+    /// at a time reads them, so it alone adds a file.
     pub spool: bool,
     /// Tasks of campaigns.
     pub tasks: Vec<TaskKey>,
     /// The last audit records of these writers.
     pub audit_tails: Vec<WriterId>,
-    /// The database's clock, too.
+    /// The database's clock.
     pub clock: bool,
 }
 
@@ -44,7 +44,7 @@ impl Reads {
         self == &Self::default()
     }
 
-    /// Names what `more` names too.
+    /// Adds the rows of `more`.
     pub fn extend(&mut self, more: &Self) {
         self.meters.extend_from_slice(&more.meters);
         self.sealed.extend_from_slice(&more.sealed);
@@ -59,7 +59,7 @@ impl Reads {
         self.spool |= more.spool;
     }
 
-    /// Drops what was read already and sorts the rest: rows are locked in one order everywhere.
+    /// Drops rows that were read already, and sorts the rest: all transactions lock in one order.
     pub(crate) fn normalise(&mut self, known: &ReadSet) {
         tidy(&mut self.meters, |title| known.meters.contains_key(title));
         tidy(&mut self.sealed, |name| known.sealed.contains_key(name));
@@ -74,8 +74,8 @@ impl Reads {
         tidy(&mut self.audit_tails, |writer| known.audit_tails.contains_key(writer));
     }
 
-    /// The places of what is locked here, first to last, in the one order that all transactions
-    /// lock in.
+    /// The ranks of the locks that these reads take, in the one order in which all transactions
+    /// lock.
     pub(crate) fn lock_ranks(&self) -> impl Iterator<Item = LockRank> {
         let sealed = |lock| self.sealed.iter().any(|(kind, _)| kind.lock() == lock);
         [
@@ -94,7 +94,7 @@ impl Reads {
     }
 }
 
-/// The order in which transactions lock: two that keep to it never wait for each other in a circle.
+/// The order in which transactions lock. Transactions that keep it do not deadlock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum LockRank {
     Spool,
@@ -112,7 +112,7 @@ pub(crate) enum LockRank {
 /// One row of a [`ReadSet`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lookup<'a, T> {
-    /// It was not asked for: name it in [`Decision::More`].
+    /// It was not read: name it in [`Decision::More`].
     NotRead,
     /// It does not exist.
     Absent,
@@ -138,8 +138,8 @@ impl<'a, T> Lookup<'a, T> {
     }
 }
 
-/// What a transaction has read. It stays as it is in the database until the transaction ends,
-/// absence included.
+/// What a transaction has read. The rows do not change in the database until the transaction ends,
+/// and absent rows stay absent.
 #[derive(Debug, Default)]
 pub struct ReadSet {
     pub(crate) meters: HashMap<SystemTitle, Option<SealedRow>>,
@@ -152,7 +152,7 @@ pub struct ReadSet {
     pub(crate) audit_tails: HashMap<WriterId, Option<AuditTail>>,
     pub(crate) clock: Option<UnixMillis>,
     pub(crate) spool: Option<Vec<SpooledFile>>,
-    /// The last thing that was locked.
+    /// The rank of the last lock.
     pub(crate) locked: Option<LockRank>,
 }
 
@@ -162,7 +162,7 @@ impl ReadSet {
         Lookup::of(&self.meters, &title)
     }
 
-    /// All meters that were asked for, in no order.
+    /// All meters that were read, in no order.
     pub fn meters(&self) -> impl Iterator<Item = (SystemTitle, Lookup<'_, SealedRow>)> {
         self.meters.iter().map(|(title, row)| (*title, row.as_ref().map_or(Lookup::Absent, Lookup::Present)))
     }
@@ -177,7 +177,8 @@ impl ReadSet {
         Lookup::of(&self.requests, key)
     }
 
-    /// Who has keys with this fingerprint prefix: `None` if it was not read, empty if nobody.
+    /// The key versions with this fingerprint prefix. `None`: it was not read. Empty: there are
+    /// none.
     pub fn fingerprint_owners(&self, prefix: FingerprintPrefix) -> Option<&[FingerprintOwner]> {
         self.fingerprints.get(&prefix).map(Vec::as_slice)
     }
@@ -192,7 +193,7 @@ impl ReadSet {
         Lookup::of(&self.shipments, &upload)
     }
 
-    /// The files in the spool; none if they were not asked for.
+    /// The files in the spool. `None`: they were not read.
     pub fn spool(&self) -> Option<&[SpooledFile]> {
         self.spool.as_deref()
     }
@@ -202,7 +203,7 @@ impl ReadSet {
         Lookup::of(&self.tasks, &key)
     }
 
-    /// The database's clock when the rows were read; none if it was not asked for.
+    /// The database's clock when the rows were read. `None`: it was not read.
     pub const fn clock(&self) -> Option<UnixMillis> {
         self.clock
     }
@@ -213,10 +214,10 @@ impl ReadSet {
     }
 }
 
-/// What to do with what was read.
+/// What the caller decides on the rows that were read.
 #[derive(Debug)]
 pub enum Decision {
-    /// Read these too, then decide again; what was read before is kept.
+    /// Read these too, then decide again. Rows that were read before are kept.
     More(Box<Reads>),
     /// Write, in the same transaction.
     Commit(Box<Changes>),
@@ -240,7 +241,7 @@ pub struct Changes {
     pub meters: Vec<MeterPut>,
     /// Other sealed rows.
     pub sealed: Vec<SealedPut>,
-    /// Requests carried out.
+    /// Requests executed.
     pub requests: Vec<RequestPut>,
     /// Grants issued. A conflict if an id exists.
     pub grants: Vec<GrantRow>,
@@ -248,14 +249,14 @@ pub struct Changes {
     pub revocations: Vec<GrantRevocation>,
     /// Fingerprints of new keys.
     pub fingerprints: Vec<FingerprintPut>,
-    /// Shipments' progress. Generation 1 begins one; others are written only over the generation
-    /// before.
+    /// Shipments' progress. Generation 1 inserts a shipment. Others are written only over the
+    /// generation before.
     pub shipments: Vec<ShipmentRow>,
     /// Refused lines.
     pub refusals: Vec<ShipmentRefusal>,
-    /// Tasks: generation 1 makes one; others are written only over the generation before.
+    /// Tasks. Generation 1 inserts a task. Others are written only over the generation before.
     pub tasks: Vec<TaskRow>,
-    /// I2: the records of all this.
+    /// I2: the records of all these changes.
     pub audit: Vec<AuditAppend>,
 }
 
@@ -273,13 +274,13 @@ impl MeterPut {
         Self { title, row, projection: Some(projection) }
     }
 
-    /// A new generation. The search columns stay as they are, which spares two index pages a row:
-    /// the usual case.
+    /// A new generation, the usual case. The search columns stay as they are, which saves two index
+    /// pages for each row.
     pub const fn update(title: SystemTitle, row: SealedRow) -> Self {
         Self { title, row, projection: None }
     }
 
-    /// A new generation that the search columns must follow.
+    /// A new generation with new search columns.
     pub const fn update_projection(title: SystemTitle, row: SealedRow, projection: MeterProjection) -> Self {
         Self { title, row, projection: Some(projection) }
     }
@@ -295,8 +296,8 @@ impl MeterPut {
     }
 }
 
-/// Another sealed row's new generation. Generation 1 inserts it; others are written only over the
-/// generation before.
+/// A new generation of a sealed row other than a meter's. Generation 1 inserts it. Others are
+/// written only over the generation before.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SealedPut {
     /// Its kind.
@@ -307,7 +308,7 @@ pub struct SealedPut {
     pub row: SealedRow,
 }
 
-/// A request that was carried out. A conflict if its key exists.
+/// A request that was executed. A conflict if its key exists.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RequestPut {
     /// The request.
@@ -316,7 +317,7 @@ pub struct RequestPut {
     pub row: RequestRow,
 }
 
-/// The end of a grant before its time. A conflict if it does not exist or was revoked already.
+/// A revocation. A conflict if the grant does not exist or was revoked already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GrantRevocation {
     /// The grant.

@@ -119,7 +119,7 @@ async fn two_servers_lose_no_use_of_a_quota() {
     assert_eq!(f.store.sealed(name.0, &name.1).await.unwrap(), Some(row(100, "100")));
 }
 
-/// I4: a counter that two servers advance is never dealt twice.
+/// I4: a counter that two servers advance is never allocated twice.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_servers_deal_no_number_twice() {
     let (f, other) = two().await;
@@ -158,7 +158,7 @@ async fn two_servers_deal_no_number_twice() {
     assert_eq!(dealt.len(), 4 * 20 * 100);
 }
 
-/// Both servers get the same request; one carries it out, the other sees its outcome.
+/// Both servers get the same request: one executes it, the other sees its outcome.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_to_two_servers_is_carried_out_once() {
     let (f, other) = two().await;

@@ -29,7 +29,7 @@ async fn a_second_server_is_refused_by_whatever_path_it_comes() {
     std::os::unix::fs::symlink(directory.join("kms.db"), &link).unwrap();
     let linked = StoreConfig::parse(&format!("sqlite:{}", link.display())).unwrap();
     assert!(matches!(kms_store::open(&linked).await.map(drop), Err(StoreError::InUse { .. })));
-    // Whoever still holds a database that was closed does not keep others out, and writes nothing.
+    // A process that still holds a closed database does not keep others out, and writes nothing.
     f.store.close().await;
     let other = kms_store::open(&linked).await.unwrap();
     assert!(

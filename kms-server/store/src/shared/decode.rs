@@ -1,4 +1,4 @@
-//! From rows of the database to types. What does not fit was not written by this server.
+//! From rows of the database to types. A value that does not fit was not written by this server.
 
 use kms_domain::{
     CampaignId, DeviceTypeId, GrantId, GroupId, KeyType, KeyVersionNumber, Owner, PrincipalId, SecuritySetupId,

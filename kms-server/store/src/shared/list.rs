@@ -1,4 +1,4 @@
-//! Plain reads, beside the writer: lists for people, and what the scrubber walks.
+//! Reads outside transactions: lists for people, and pages for the scrubber.
 
 use kms_domain::{GrantId, SystemTitle, UnixMillis, WriterId};
 use sqlx::{Pool, QueryBuilder, Row as _};
@@ -83,7 +83,7 @@ pub(super) async fn meter_count(readers: &Readers, filter: &MeterFilter) -> Resu
     decode::unsigned(&query.build().fetch_one(readers).await?, 0)
 }
 
-/// What a filter's meters are found in.
+/// The tables in which a filter finds meters.
 const fn from(filter: &MeterFilter) -> &'static str {
     if filter.group.is_some() {
         concat!("group_member AS g", join!(), "meter AS m ON m.title = g.meter WHERE true")
@@ -92,7 +92,7 @@ const fn from(filter: &MeterFilter) -> &'static str {
     }
 }
 
-/// Adds the filter's conditions; false if it names what no meter has.
+/// Adds the conditions of the filter. False: no meter can match it.
 async fn narrow(
     readers: &Readers,
     query: &mut QueryBuilder<Database>,
@@ -235,8 +235,8 @@ pub(super) async fn audit_range(
     from: Option<UnixMillis>,
     before: Option<UnixMillis>,
 ) -> Result<Option<(AuditCursor, AuditCursor)>, StoreError> {
-    // An expression, so that no planner walks the table by number and tests each record's time: the
-    // index of times answers this by itself.
+    // An expression, so that no planner scans the table by number and tests the time of each
+    // record: the index of times answers this query alone.
     let mut query = QueryBuilder::<Database>::new("SELECT min(id + 0), max(id + 0) FROM audit WHERE true");
     if let Some(from) = from {
         query.push(" AND time_ms >= ").push_bind(from.0);
@@ -255,7 +255,7 @@ pub(super) async fn audit_of_writer(
     from_sequence: u64,
     limit: u32,
 ) -> Result<Vec<AuditAppend>, StoreError> {
-    // After the last number that a row can have there is nothing.
+    // There is no record after the last number that a row can have.
     let Ok(from_sequence) = i64::try_from(from_sequence) else { return Ok(Vec::new()) };
     let rows = sqlx::query::<Database>(AUDIT_OF_WRITER)
         .bind(writer.octets().as_slice())

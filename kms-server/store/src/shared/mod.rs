@@ -1,6 +1,6 @@
-//! The statements, and the [`Store`] made of them. Compiled once for each database: the parent
-//! module says what `Database`, `Writer` and the macros `rows!`, `keys!`, `join!`, `exclusive!`,
-//! `shared!` and `now!` are.
+//! The statements, and the [`Store`] that they implement. Compiled once for each database: the
+//! parent module defines `Database`, `Writer` and the macros `rows!`, `keys!`, `join!`,
+//! `exclusive!`, `shared!` and `now!`.
 
 /// Columns of grants `g` with [`grant_joins!`].
 macro_rules! grant_columns {
@@ -62,6 +62,7 @@ mod list;
 pub(super) mod names;
 mod read;
 mod spool;
+mod swap;
 mod task;
 mod transact;
 mod write;

@@ -1,4 +1,4 @@
-//! Small numbers for names that repeat in many rows: terms of the dictionary, and writers.
+//! Numbers for names that are repeated in many rows: terms of the dictionary, and writers.
 
 use std::{
     borrow::Cow,
@@ -9,8 +9,8 @@ use std::{
 use kms_domain::WriterId;
 use sqlx::Row as _;
 
-use super::{Connection, Database, write::Stopped};
-use crate::{Changes, StoreError, batch::Batch};
+use super::{Connection, Database};
+use crate::{Changes, StoreError, batch::RowBatch, error::Failure};
 
 /// What a term names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -52,9 +52,9 @@ pub(super) struct Numbers {
 }
 
 impl Names {
-    /// The numbers of all names in the changes; names that are new are added within the caller's
+    /// The numbers of all names in the changes. New names are added within the caller's
     /// transaction.
-    pub(super) async fn resolve(&self, connection: &mut Connection, changes: &Changes) -> Result<Numbers, Stopped> {
+    pub(super) async fn resolve(&self, connection: &mut Connection, changes: &Changes) -> Result<Numbers, Failure> {
         let mut numbers = Numbers::default();
         let (mut terms, mut writers) = (BTreeSet::new(), BTreeSet::new());
         {
@@ -86,7 +86,7 @@ impl Names {
         }
         if !terms.is_empty() {
             let batch = |terms: &BTreeSet<(TermKind, Cow<'_, str>)>| {
-                Batch::of(terms, |row, (kind, text)| {
+                RowBatch::of(terms, |row, (kind, text)| {
                     row.int(kind.number()).text(text);
                 })
                 .into_parameters()
@@ -115,7 +115,7 @@ impl Names {
         Ok(numbers)
     }
 
-    /// Remembers numbers that a committed transaction used.
+    /// Remembers the numbers that a committed transaction used.
     pub(super) fn learn(&self, numbers: Numbers) {
         let unknown = {
             let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
@@ -133,7 +133,7 @@ impl Names {
 }
 
 impl Numbers {
-    /// The number of a term that [`Names::resolve`] met; 0 stands for no name.
+    /// The number of a term that [`Names::resolve`] found; 0 stands for no name.
     pub(super) fn term(&self, kind: TermKind, text: &str) -> i64 {
         self.terms.get(&kind).and_then(|terms| terms.get(text)).copied().unwrap_or_default()
     }
@@ -143,7 +143,7 @@ impl Numbers {
         text.map(|text| self.term(kind, text)).unwrap_or_default()
     }
 
-    /// The number of a writer that [`Names::resolve`] met.
+    /// The number of a writer that [`Names::resolve`] found.
     pub(super) fn writer(&self, writer: WriterId) -> i64 {
         self.writers.get(&writer).copied().unwrap_or_default()
     }

@@ -1,5 +1,5 @@
-//! What a transaction reads. On PostgreSQL the rows are locked in order of their keys, and so is
-//! the absence of rows.
+//! What a transaction reads. On PostgreSQL the rows are locked in order of their keys. The absence
+//! of rows is locked too.
 
 use futures::TryStreamExt;
 use sqlx::Row as _;
@@ -7,7 +7,7 @@ use sqlx::Row as _;
 use super::{CONCURRENT, Connection, Database, decode, keys, lock_stripes};
 use crate::{
     ReadSet, Reads, RowKind, StoreError,
-    batch::Batch,
+    batch::RowBatch,
     error::Failure,
     row::RowLock,
     transaction::{LockRank, campaign_name},
@@ -17,11 +17,12 @@ use crate::{
 pub(super) async fn into_set(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -> Result<(), Failure> {
     set.locked = set.locked.max(reads.lock_ranks().last());
     if CONCURRENT && reads.spool {
-        // Two servers that take a file into the spool count each other's.
+        // Two servers that add a file to the spool each count the other's file.
         lock_stripes(connection, &[SPOOL]).await?;
     }
     if CONCURRENT {
-        // I4: two servers that import the same key value at the same time must see each other.
+        // I4: two servers that import the same key value at the same time must see each other's
+        // rows.
         lock_stripes(connection, &stripes(reads.fingerprints.iter().map(|prefix| FINGERPRINTS + stripe(&prefix.0))))
             .await?;
     }
@@ -51,8 +52,8 @@ pub(super) async fn into_set(connection: &mut Connection, reads: &Reads, set: &m
     audit_tails(connection, reads, set).await
 }
 
-/// Locks the part of the key space of every absent row, and looks again: it may have been inserted
-/// before the lock was ours.
+/// Locks the part of the key space of every absent row, and reads again: the row may have been
+/// inserted before the lock was acquired.
 async fn absences(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -> Result<(), Failure> {
     let absent = Reads {
         meters: reads
@@ -114,8 +115,8 @@ async fn meters(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -
 
 async fn sealed(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -> Result<(), Failure> {
     let mut names = reads.sealed.clone();
-    // All campaigns are locked at one place and in one way, so that nobody who holds one shared
-    // waits for himself or for another who does.
+    // All campaigns are locked in one step and in one mode: otherwise two transactions that hold
+    // one shared could wait for each other.
     let campaigns = if names.iter().any(|(kind, _)| kind.lock() == RowLock::Campaign) {
         SEALED_ROWS_EXCLUSIVE
     } else {
@@ -134,7 +135,7 @@ async fn sealed(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -
         if wanted.is_empty() {
             continue;
         }
-        let (json, blob) = Batch::of(wanted, |row, (kind, id)| {
+        let (json, blob) = RowBatch::of(wanted, |row, (kind, id)| {
             row.int(i64::from(kind.number())).octets(id);
         })
         .into_parameters();
@@ -151,14 +152,14 @@ async fn sealed(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -
     Ok(())
 }
 
-/// Requests are not locked: two servers that carry out the same one meet when they write it, and
-/// one decides again.
+/// Requests are not locked. If two servers execute the same request, the second conflicts when it
+/// writes, and decides again.
 pub(super) async fn requests(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -> Result<(), Failure> {
     if reads.requests.is_empty() {
         return Ok(());
     }
     set.requests.extend(reads.requests.iter().map(|key| (key.clone(), None)));
-    let (json, blob) = Batch::of(reads.requests.iter().enumerate(), |row, (index, key)| {
+    let (json, blob) = RowBatch::of(reads.requests.iter().enumerate(), |row, (index, key)| {
         row.unsigned(index as u64)
             .text(&key.principal.to_string())
             .octets(&key.request.octets())
@@ -195,7 +196,7 @@ async fn grants(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) -
         return Ok(());
     }
     set.grants.extend(reads.grants.iter().map(|id| (*id, None)));
-    let (json, blob) = Batch::of(&reads.grants, |row, id| {
+    let (json, blob) = RowBatch::of(&reads.grants, |row, id| {
         row.octets(&id.octets());
     })
     .into_parameters();
@@ -211,7 +212,7 @@ async fn shipments(connection: &mut Connection, reads: &Reads, set: &mut ReadSet
         return Ok(());
     }
     set.shipments.extend(reads.shipments.iter().map(|upload| (*upload, None)));
-    let (json, blob) = Batch::of(&reads.shipments, |row, upload| {
+    let (json, blob) = RowBatch::of(&reads.shipments, |row, upload| {
         row.octets(&upload.0);
     })
     .into_parameters();
@@ -227,7 +228,7 @@ async fn tasks(connection: &mut Connection, reads: &Reads, set: &mut ReadSet) ->
         return Ok(());
     }
     set.tasks.extend(reads.tasks.iter().map(|key| (*key, None)));
-    let (json, blob) = Batch::of(&reads.tasks, |row, key| {
+    let (json, blob) = RowBatch::of(&reads.tasks, |row, key| {
         row.octets(&key.campaign.octets()).int(key.meter.as_i64());
     })
     .into_parameters();
@@ -250,7 +251,7 @@ async fn audit_tails(connection: &mut Connection, reads: &Reads, set: &mut ReadS
     Ok(())
 }
 
-/// Sorted and without repetitions: everyone locks in the same order.
+/// Sorted and without repetitions: all transactions lock in the same order.
 fn stripes(stripes: impl Iterator<Item = i32>) -> Vec<i32> {
     let mut stripes: Vec<i32> = stripes.collect();
     stripes.sort_unstable();
@@ -264,7 +265,7 @@ fn stripe(octets: &[u8]) -> i32 {
     (sum % STRIPES).cast_signed()
 }
 
-/// Few enough that a batch can lock all of them: PostgreSQL's table of locks is small.
+/// Few, so that a batch can lock all of them: PostgreSQL's table of locks is small.
 const STRIPES: u32 = 64;
 const METERS: i32 = 0;
 const SEALED: i32 = 64;
@@ -341,7 +342,7 @@ const SHIPMENT_ROWS: &str = concat!(
     exclusive!("p", "p.upload")
 );
 
-/// States 1 to 3 are `Receiving`, `Received` and `Importing`: of others nothing is kept.
+/// States 1 to 3 are `Receiving`, `Received` and `Importing`. In other states no octets are kept.
 const SPOOLED_FILES: &str = "SELECT upload, principal, size, received FROM shipment WHERE state IN (1, 2, 3)";
 
 const TASK_ROWS: &str = concat!(

@@ -1,11 +1,14 @@
-//! Shipments on their way in: octets first, import later, by any server.
+//! Shipments in the spool: their octets arrive first, and any server imports them later.
 
 use sqlx::{Connection as _, Pool, Row as _};
 
 use kms_domain::{PrincipalId, UnixMillis};
 
-use super::{BEGIN, Database, Engine, decode};
-use crate::{RowName, ShipmentRefusal, ShipmentRow, StoreError, UploadId};
+use super::{
+    BEGIN, Connection, Database, Engine, decode,
+    swap::{Stopped, Table, put},
+};
+use crate::{Changes, RowName, ShipmentRefusal, ShipmentRow, StoreError, UploadId, batch::RowBatch};
 
 type Readers = Pool<Database>;
 
@@ -126,6 +129,34 @@ pub(super) async fn refusals(
         .collect()
 }
 
+/// Writes the shipments and refused lines of a transaction.
+pub(super) async fn write(connection: &mut Connection, changes: &Changes) -> Result<(), Stopped> {
+    let (new, old): (Vec<_>, Vec<_>) = changes.shipments.iter().partition(|shipment| shipment.generation == 1);
+    for (puts, statement) in [(new, INSERT_SHIPMENTS), (old, UPDATE_SHIPMENTS)] {
+        let batch = RowBatch::of(puts, |row, shipment| {
+            row.octets(&shipment.upload.0)
+                .unsigned(shipment.generation)
+                .octets(&shipment.sha256)
+                .unsigned(shipment.size)
+                .text(&shipment.batch)
+                .text(&shipment.principal.to_string())
+                .int(shipment.state.number())
+                .unsigned(shipment.received)
+                .unsigned(shipment.next_line)
+                .unsigned(shipment.imported)
+                .unsigned(shipment.refused)
+                .int(shipment.created.0)
+                .int(shipment.updated.0)
+                .octets(&shipment.progress);
+        });
+        put(connection, statement, batch, Table::Shipments).await?;
+    }
+    let batch = RowBatch::of(&changes.refusals, |row, refusal| {
+        row.octets(&refusal.upload.0).unsigned(refusal.line).text(&refusal.field).text(&refusal.reason);
+    });
+    put(connection, INSERT_REFUSALS, batch, Table::Shipments).await
+}
+
 const SHIPMENT: &str = concat!("SELECT ", shipment_columns!(), " FROM shipment AS p WHERE p.upload = $1");
 
 const SHIPMENTS_OF_FILE: &str = concat!(
@@ -148,3 +179,79 @@ const DELETE_CHUNKS: &str = "DELETE FROM shipment_chunk WHERE upload = $1 AND po
 
 const REFUSALS: &str =
     "SELECT line, field, reason FROM shipment_refusal WHERE upload = $1 AND line > $2 ORDER BY line LIMIT $3";
+
+const INSERT_SHIPMENTS: &str = concat!(
+    "INSERT INTO shipment (upload, generation, sha256, size, batch, principal, state, received, next_line, imported, refused, created_ms, updated_ms, progress) SELECT ",
+    octets!(0, 1),
+    ", ",
+    int!(2),
+    ", ",
+    octets!(3, 4),
+    ", ",
+    int!(5),
+    ", ",
+    text!(6),
+    ", ",
+    text!(7),
+    ", ",
+    int!(8),
+    ", ",
+    int!(9),
+    ", ",
+    int!(10),
+    ", ",
+    int!(11),
+    ", ",
+    int!(12),
+    ", ",
+    int!(13),
+    ", ",
+    int!(14),
+    ", ",
+    octets!(15, 16),
+    " FROM ",
+    rows!(),
+    " WHERE true ON CONFLICT (upload) DO NOTHING"
+);
+
+/// The values that the sender announced are not changed.
+const UPDATE_SHIPMENTS: &str = concat!(
+    "UPDATE shipment SET generation = v.generation, batch = v.batch, state = v.state, next_line = v.next_line, imported = v.imported, refused = v.refused, ",
+    "updated_ms = v.updated_ms, progress = v.progress FROM (SELECT ",
+    octets!(0, 1),
+    " AS upload, ",
+    int!(2),
+    " AS generation, ",
+    text!(6),
+    " AS batch, ",
+    int!(8),
+    " AS state, ",
+    int!(9),
+    " AS received, ",
+    int!(10),
+    " AS next_line, ",
+    int!(11),
+    " AS imported, ",
+    int!(12),
+    " AS refused, ",
+    int!(14),
+    " AS updated_ms, ",
+    octets!(15, 16),
+    " AS progress FROM ",
+    rows!(),
+    ") AS v WHERE shipment.upload = v.upload AND shipment.generation = v.generation - 1 AND shipment.received = v.received"
+);
+
+const INSERT_REFUSALS: &str = concat!(
+    "INSERT INTO shipment_refusal (upload, line, field, reason) SELECT ",
+    octets!(0, 1),
+    ", ",
+    int!(2),
+    ", ",
+    text!(3),
+    ", ",
+    text!(4),
+    " FROM ",
+    rows!(),
+    " WHERE true ON CONFLICT (upload, line) DO NOTHING"
+);

@@ -1,10 +1,14 @@
-//! Plans and tasks of campaigns, beside the transactions that write tasks.
+//! Plans and tasks of campaigns.
 
-use kms_domain::{CampaignId, SystemTitle, TaskState, UnixMillis};
+use kms_domain::{CampaignId, SystemTitle, TaskState, TaskWork, UnixMillis};
 use sqlx::{Pool, QueryBuilder, Row as _};
 
-use super::{Database, Engine, decode, names::TermKind};
-use crate::{RowKind, RowName, StoreError, TaskFilter, TaskLoad, TaskRow, TaskTally};
+use super::{
+    Connection, Database, Engine, decode,
+    names::{Numbers, TermKind},
+    swap::{Stopped, Table, put},
+};
+use crate::{Changes, RowKind, RowName, StoreError, TaskFilter, TaskLoad, TaskRow, TaskTally, batch::RowBatch};
 
 type Readers = Pool<Database>;
 
@@ -174,6 +178,39 @@ pub(super) async fn delete(
     Ok(done.rows_affected())
 }
 
+/// Writes the tasks of a transaction.
+pub(super) async fn write(connection: &mut Connection, changes: &Changes, numbers: &Numbers) -> Result<(), Stopped> {
+    let (new, old): (Vec<_>, Vec<_>) = changes.tasks.iter().partition(|row| row.generation == 1);
+    for (puts, statement) in [(new, INSERT_TASKS), (old, UPDATE_TASKS)] {
+        let batch = RowBatch::of(puts, |row, put| {
+            let task = &put.task;
+            row.octets(&put.key.campaign.octets())
+                .int(put.key.meter.as_i64())
+                .unsigned(put.generation)
+                .int(i64::from(put.wave))
+                .int(numbers.term(TermKind::Vendor, &put.vendor))
+                .int(numbers.optional_term(TermKind::HeadEnd, put.head_end.as_deref()))
+                .int(i64::from(u16::from_be_bytes(task.step.setup.octets())))
+                .int(match task.step.work {
+                    TaskWork::Probe => 0,
+                    TaskWork::Rotate(key_type) => i64::from(key_type.number()),
+                })
+                .int(i64::from(task.step.from))
+                .int(i64::from(task.state.number()))
+                .int(i64::from(task.probe))
+                .int(i64::from(task.attempts))
+                .int(task.due.0)
+                .unsigned(task.fence)
+                .int(task.leased.0)
+                .int(task.ended.0)
+                .text(&task.reason)
+                .octets(&put.mark);
+        });
+        put(connection, statement, batch, Table::Tasks).await?;
+    }
+    Ok(())
+}
+
 const DELETE_UNUSED: &str = "DELETE FROM campaign_chunk WHERE campaign = $1 AND NOT EXISTS (SELECT 1 FROM sealed AS s WHERE s.kind = $2 AND s.id = campaign_chunk.campaign)";
 
 const PURGE_UNUSED: &str = "DELETE FROM campaign_chunk WHERE campaign < $1 AND NOT EXISTS (SELECT 1 FROM sealed AS s WHERE s.kind = $2 AND s.id = campaign_chunk.campaign)";
@@ -203,3 +240,87 @@ const TIMELINE: &str = "SELECT ended_ms / $3, count(*) FROM task WHERE campaign 
 
 const DELETE: &str = "DELETE FROM task WHERE campaign = $1 AND meter IN \
      (SELECT meter FROM task WHERE campaign = $1 AND wave < $2 AND state = $3 LIMIT $4)";
+
+const INSERT_TASKS: &str = concat!(
+    "INSERT INTO task (campaign, meter, generation, wave, vendor, head_end, setup, key_type, from_version, state, probe, attempts, due_ms, fence, leased_ms, ",
+    "ended_ms, reason, mark) SELECT ",
+    octets!(0, 1),
+    ", ",
+    int!(2),
+    ", ",
+    int!(3),
+    ", ",
+    int!(4),
+    ", ",
+    int!(5),
+    ", ",
+    int!(6),
+    ", ",
+    int!(7),
+    ", ",
+    int!(8),
+    ", ",
+    int!(9),
+    ", ",
+    int!(10),
+    ", ",
+    int!(11),
+    ", ",
+    int!(12),
+    ", ",
+    int!(13),
+    ", ",
+    int!(14),
+    ", ",
+    int!(15),
+    ", ",
+    int!(16),
+    ", ",
+    text!(17),
+    ", ",
+    octets!(18, 19),
+    " FROM ",
+    rows!(),
+    " WHERE true ON CONFLICT (campaign, meter) DO NOTHING"
+);
+
+/// Wave and vendor are not changed.
+const UPDATE_TASKS: &str = concat!(
+    "UPDATE task SET generation = v.generation, head_end = v.head_end, setup = v.setup, key_type = v.key_type, from_version = v.from_version, ",
+    "state = v.state, probe = v.probe, attempts = v.attempts, due_ms = v.due_ms, fence = v.fence, leased_ms = v.leased_ms, ended_ms = v.ended_ms, ",
+    "reason = v.reason, mark = v.mark FROM (SELECT ",
+    octets!(0, 1),
+    " AS campaign, ",
+    int!(2),
+    " AS meter, ",
+    int!(3),
+    " AS generation, ",
+    int!(6),
+    " AS head_end, ",
+    int!(7),
+    " AS setup, ",
+    int!(8),
+    " AS key_type, ",
+    int!(9),
+    " AS from_version, ",
+    int!(10),
+    " AS state, ",
+    int!(11),
+    " AS probe, ",
+    int!(12),
+    " AS attempts, ",
+    int!(13),
+    " AS due_ms, ",
+    int!(14),
+    " AS fence, ",
+    int!(15),
+    " AS leased_ms, ",
+    int!(16),
+    " AS ended_ms, ",
+    text!(17),
+    " AS reason, ",
+    octets!(18, 19),
+    " AS mark FROM ",
+    rows!(),
+    ") AS v WHERE task.campaign = v.campaign AND task.meter = v.meter AND task.generation = v.generation - 1 AND task.fence <= v.fence"
+);

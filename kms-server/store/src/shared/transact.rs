@@ -1,4 +1,4 @@
-//! The central verb.
+//! The transaction: read, decide, write, and begin again where another transaction came in between.
 
 use std::time::Duration;
 
@@ -6,13 +6,14 @@ use sqlx::{Connection as _, Row as _};
 
 use super::{
     BEGIN, CONCURRENT, Connection, Database, Engine, decode, keys, read,
-    write::{self, Stopped, Table},
+    swap::{Stopped, Table},
+    write,
 };
-use crate::{Changes, Committed, Decision, ReadSet, Reads, RowName, StoreError, batch::Batch, error::Failure};
+use crate::{Changes, Committed, Decision, ReadSet, Reads, RowName, StoreError, batch::RowBatch, error::Failure};
 
 pub(super) type Decide<'d> = &'d mut (dyn for<'a> FnMut(&'a ReadSet) -> Decision + Send);
 
-/// Reads, decides and writes, and does it again when another server got in between.
+/// Reads, decides and writes. Begins again if the transaction of another server came in between.
 pub(super) async fn transact(engine: &Engine, mut reads: Reads, decide: Decide<'_>) -> Result<Committed, StoreError> {
     let (mut attempts, mut restarts) = (0, 0);
     loop {
@@ -20,7 +21,7 @@ pub(super) async fn transact(engine: &Engine, mut reads: Reads, decide: Decide<'
             Ok(committed) => return Ok(committed),
             Err(Failure::Fatal(error)) => return Err(error),
             Err(Failure::OutOfOrder) if restarts < ROUNDS => restarts += 1,
-            Err(Failure::OutOfOrder) => return Err(insatiable()),
+            Err(Failure::OutOfOrder) => return Err(too_many_rounds()),
             Err(Failure::Retry) if attempts < ATTEMPTS => {
                 tokio::time::sleep(BACK_OFF * (1 << attempts)).await;
                 attempts += 1;
@@ -30,8 +31,8 @@ pub(super) async fn transact(engine: &Engine, mut reads: Reads, decide: Decide<'
     }
 }
 
-/// `reads` grows by what the decision asks for, so that the next attempt locks everything at once
-/// and in order.
+/// Makes one attempt. `reads` grows by what the decision requests, so that the next attempt locks
+/// everything at once and in order.
 async fn attempt_once(engine: &Engine, reads: &mut Reads, decide: Decide<'_>) -> Result<Committed, Failure> {
     let mut writer = engine.writer().await?;
     let mut transaction = writer.begin_with(BEGIN).await?;
@@ -46,8 +47,8 @@ async fn attempt_once(engine: &Engine, reads: &mut Reads, decide: Decide<'_>) ->
                 wanted = *more;
                 wanted.normalise(&set);
                 if CONCURRENT && wanted.lock_ranks().next().is_some_and(|first| Some(first) <= set.locked) {
-                    // Locking on could deadlock, which PostgreSQL notices after a second: begin
-                    // again with all of it in order.
+                    // More locks now could deadlock, which PostgreSQL notices after a second. Begin
+                    // again, with all locks in order.
                     transaction.rollback().await?;
                     return Err(Failure::OutOfOrder);
                 }
@@ -73,14 +74,14 @@ async fn attempt_once(engine: &Engine, reads: &mut Reads, decide: Decide<'_>) ->
             }
         }
     }
-    Err(insatiable().into())
+    Err(too_many_rounds().into())
 }
 
-fn insatiable() -> StoreError {
-    StoreError::Invalid { what: "decision", reason: format!("it asked for more rows {ROUNDS} times") }
+fn too_many_rounds() -> StoreError {
+    StoreError::Invalid { what: "decision", reason: format!("it requested more rows {ROUNDS} times") }
 }
 
-/// Names a row that was not as the changes say, after the rollback.
+/// Names a row that was not in the state that the changes replace. Called after the rollback.
 async fn explain(
     connection: &mut Connection,
     table: Table,
@@ -97,8 +98,8 @@ async fn explain(
             reads.normalise(&found);
             read::requests(connection, &reads, &mut found).await?;
             let known: Vec<_> = reads.requests.iter().filter(|key| found.request(key).present().is_some()).collect();
-            // Another server carried out the same request after it was read as absent: the decision
-            // can see its outcome now.
+            // Another server executed the same request after it was read as absent. The next
+            // decision sees its outcome.
             if !known.is_empty() && known.iter().all(|key| matches!(set.requests.get(key), Some(None))) {
                 return Ok(Failure::Retry);
             }
@@ -137,7 +138,7 @@ async fn wrong_meter(connection: &mut Connection, changes: &Changes) -> Result<O
 }
 
 async fn wrong_sealed(connection: &mut Connection, changes: &Changes) -> Result<Option<RowName>, Failure> {
-    let (json, blob) = Batch::of(changes.sealed.iter().enumerate(), |row, (index, put)| {
+    let (json, blob) = RowBatch::of(changes.sealed.iter().enumerate(), |row, (index, put)| {
         row.unsigned(index as u64).int(i64::from(put.kind.number())).octets(&put.id);
     })
     .into_parameters();
@@ -185,6 +186,6 @@ const SEALED_GENERATIONS: &str = concat!(
 );
 
 const ATTEMPTS: u32 = 8;
-/// How often a decision may ask for more.
+/// How often a decision may request more rows.
 const ROUNDS: u32 = 16;
 const BACK_OFF: Duration = Duration::from_millis(2);

@@ -1,7 +1,4 @@
-//! For tests, of this crate and of others: databases of their own, and ways to damage rows on
-//! purpose.
-//!
-//! Nothing here is part of a server.
+//! For tests of all crates: new databases, and ways to damage rows on purpose. No part of a server.
 
 use std::{
     io::{self, Write as _},
@@ -22,11 +19,11 @@ use tempfile::TempDir;
 
 use kms_store::{DatabaseLocation, RowKind, SealedRow, Store, StoreConfig, StoreError};
 
-/// A PostgreSQL cluster of its own, with `fsync` on, on a loopback port and a socket in a temporary
+/// A new PostgreSQL cluster, with `fsync` on, on a loopback port and a socket in a temporary
 /// directory.
 ///
 /// It is stopped and removed when this is dropped, and also when the process ends in another way: a
-/// shell that guards it notices that its standard input has ended.
+/// shell guards the cluster, and notices that its standard input has ended.
 pub struct PostgresCluster {
     guard: Child,
     lifeline: Option<ChildStdin>,
@@ -40,13 +37,13 @@ impl PostgresCluster {
     /// Makes and starts a cluster with settings besides the defaults.
     ///
     /// # Errors
-    /// PostgreSQL is not installed, with a hint how to install it, or it does not start, with the
-    /// end of its log.
+    /// PostgreSQL is not installed (the text says how to install it), or it does not start (the
+    /// text has its log).
     pub fn start(settings: &[(&str, &str)]) -> io::Result<Self> {
         Self::start_from(settings, None)
     }
 
-    /// Takes a base backup of the running cluster, below its directory; where it is.
+    /// Takes a base backup of the running cluster, below its directory. Returns its path.
     ///
     /// # Errors
     /// `pg_basebackup` fails.
@@ -60,8 +57,8 @@ impl PostgresCluster {
         Ok(backup)
     }
 
-    /// Restores a base backup as a cluster of its own: it ends its recovery at the end of the
-    /// backup, on a new timeline.
+    /// Restores a base backup as a new cluster. Its recovery ends at the end of the backup, on a
+    /// new timeline.
     ///
     /// # Errors
     /// As [`Self::start`].
@@ -74,7 +71,7 @@ impl PostgresCluster {
         let directory = TempDir::with_prefix("kms-postgres-")?.keep();
         let started = Self::start_in(settings, binaries, &directory, backup);
         if started.is_err() {
-            // Best effort: the error that is being reported matters more.
+            // Best effort: the error of the start matters more.
             let _ = std::fs::remove_dir_all(&directory);
         }
         started
@@ -148,7 +145,7 @@ impl PostgresCluster {
         }
     }
 
-    /// Makes an empty database; its address for [`StoreConfig::parse`].
+    /// Makes an empty database. Returns its address for [`StoreConfig::parse`].
     ///
     /// # Errors
     /// PostgreSQL does not answer.
@@ -158,10 +155,10 @@ impl PostgresCluster {
         Ok(self.address(&name))
     }
 
-    /// Makes a copy of a database that nobody has open; its address.
+    /// Makes a copy of a database that no client has open. Returns its address.
     ///
     /// # Errors
-    /// The address is not one of this cluster's databases, somebody has it open, or PostgreSQL does
+    /// The address is not one of this cluster's databases, a client has it open, or PostgreSQL does
     /// not answer.
     pub async fn copy_database(&self, address: &str) -> Result<String, StoreError> {
         let name = format!("kms{}", self.databases.fetch_add(1, Ordering::Relaxed));
@@ -190,11 +187,11 @@ impl PostgresCluster {
         format!("postgres://kms@localhost:{}/{database}?host={}", self.port, self.directory.display())
     }
 
-    /// One of PostgreSQL's own programs, to be run as the user that PostgreSQL runs as, with
-    /// connection parameters in its environment.
+    /// One of PostgreSQL's own programs, as a command that runs as the same user as PostgreSQL,
+    /// with connection parameters in its environment.
     ///
     /// # Errors
-    /// The current user cannot be found out.
+    /// The current user is not known.
     pub fn program(&self, name: &str) -> io::Result<Command> {
         let mut command = demoted(&self.binaries.join(name))?;
         command.env("PGHOST", "127.0.0.1").env("PGPORT", self.port.to_string()).env("PGUSER", "kms");
@@ -215,11 +212,10 @@ impl Drop for PostgresCluster {
     }
 }
 
-/// On which database the tests of servers run: `KMS_TEST_DATABASE`, which is `sqlite` (the default)
-/// or `postgresql`.
+/// The database on which the tests of servers run: `KMS_TEST_DATABASE`, which is `sqlite` (the
+/// default) or `postgresql`.
 ///
-/// Tests that need two servers run on PostgreSQL whatever it says: SQLite is the database of one
-/// process.
+/// Tests that need two servers always run on PostgreSQL: SQLite is the database of one process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum TestDatabase {
     /// A file beside the token.
@@ -229,10 +225,10 @@ pub enum TestDatabase {
 }
 
 impl TestDatabase {
-    /// What the environment says.
+    /// The database that the environment names.
     ///
     /// # Panics
-    /// It says something else: a test that ran on another database than was asked for would prove
+    /// It has another value: a test that ran on another database than requested would prove
     /// nothing.
     pub fn of_environment() -> Self {
         match std::env::var("KMS_TEST_DATABASE").as_deref() {
@@ -243,7 +239,7 @@ impl TestDatabase {
         }
     }
 
-    /// The address of a new, empty database; `None` for SQLite, where it is a file of the test's.
+    /// The address of a new, empty database. `None` for SQLite, where the test makes a file.
     ///
     /// # Errors
     /// PostgreSQL is missing or does not start.
@@ -254,8 +250,8 @@ impl TestDatabase {
         }
     }
 
-    /// The address of a new, empty PostgreSQL database, for tests that need one whatever the
-    /// environment says. The cluster is this process's, and ends with it.
+    /// The address of a new, empty PostgreSQL database, for tests that always need one. The cluster
+    /// belongs to this process, and ends with it.
     ///
     /// # Errors
     /// PostgreSQL is missing or does not start.
@@ -264,11 +260,11 @@ impl TestDatabase {
         wait(cluster.create_database())
     }
 
-    /// The address of a copy of a database that [`Self::create_postgresql`] made, and that nobody
-    /// has open.
+    /// The address of a copy of a database that [`Self::create_postgresql`] made, and that no
+    /// client has open.
     ///
     /// # Errors
-    /// Somebody has it open, or PostgreSQL does not answer.
+    /// A client has it open, or PostgreSQL does not answer.
     pub fn copy_postgresql(address: &str) -> io::Result<String> {
         let cluster = Self::cluster()?;
         wait(cluster.copy_database(address))
@@ -281,7 +277,7 @@ impl TestDatabase {
     }
 }
 
-/// Waits on a thread and a runtime of its own: callers may be inside a runtime, or outside of any.
+/// Waits on a new thread with its own runtime: callers may be inside a runtime, or outside of any.
 fn wait<T: Send>(work: impl Future<Output = Result<T, StoreError>> + Send) -> io::Result<T> {
     let wait =
         || tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work).map_err(io::Error::other);
@@ -289,7 +285,7 @@ fn wait<T: Send>(work: impl Future<Output = Result<T, StoreError>> + Send) -> io
         .map_err(|_| io::Error::other("the thread that waits for PostgreSQL panicked"))?
 }
 
-/// A store to look into a database with, beside the server that has it open.
+/// A store that reads a database while a server has it open.
 pub struct Glance {
     /// The store. With SQLite it is on a copy.
     pub store: Arc<dyn Store>,
@@ -297,8 +293,8 @@ pub struct Glance {
 }
 
 impl Glance {
-    /// Opens PostgreSQL as another client, and of SQLite, which one process has for itself, a copy
-    /// as it stands now.
+    /// Opens PostgreSQL as another client. Opens a present copy of SQLite, which only one process
+    /// may open.
     ///
     /// # Errors
     /// The database does not answer.
@@ -317,8 +313,8 @@ impl Glance {
     }
 }
 
-/// Runs one statement, as someone with the database's password can, beside the servers that have it
-/// open; how many rows it met.
+/// Runs one statement while servers have the database open, as someone with its password can.
+/// Returns how many rows it affected.
 ///
 /// # Errors
 /// The database does not answer, or refuses.
@@ -369,7 +365,7 @@ pub enum Damage {
     ChangeSchemaDigest,
 }
 
-/// Does damage to a database, beside the servers that have it open; how many rows it met.
+/// Does damage to a database while servers have it open. Returns how many rows it affected.
 ///
 /// # Errors
 /// The database does not answer.
@@ -419,8 +415,8 @@ pub async fn damage(database: &DatabaseLocation, damage: &Damage) -> Result<u64,
     }
 }
 
-/// Holds the database's write lock, or a meter's row, as a hung process would; released when
-/// dropped.
+/// Holds the database's write lock, or the table of meters, as a hung process would. Released when
+/// it is dropped.
 pub enum Obstruction {
     /// SQLite's one write lock.
     Sqlite(SqliteConnection),

@@ -1,9 +1,9 @@
-//! Jumps of the wall clock are on the record: times of records, and what is decided by time, are as
-//! good as the clock was.
+//! Puts jumps of the wall clock on the record: times of records, and decisions by time, are as good
+//! as the clock was.
 //!
-//! Three things tell: the monotonic clock of this process, which nobody sets; the newest record of
-//! the log and sign of life of a server, at start; and the database's clock, which all servers of
-//! an island share. Records keep the order of the log, whatever their times.
+//! The wall clock is compared with three others: with the monotonic clock of this process, which
+//! nobody can set; at start with the newest record and heartbeat; and with the database's clock,
+//! which all servers of an island share. Records keep the order of the log, whatever their times.
 
 use std::time::{Duration, Instant};
 
@@ -13,13 +13,13 @@ use kms_store::StoreError;
 
 use kms_base::metrics;
 
-/// Watches over the wall clock for the one writer of the log.
+/// Watches the wall clock for the writer of the log.
 pub(super) struct ClockWatch {
-    /// A moment by both clocks. It moves on each hour, and with a jump.
+    /// One moment by both clocks. It is renewed each hour, and after a jump.
     anchor: (UnixMillis, Instant),
     /// The time of the last record.
     last: Option<UnixMillis>,
-    /// How far this clock was ahead of the database's when that was last told.
+    /// How far this clock was ahead of the database's at the last comparison that was reported.
     ahead_of_database: i64,
     compared_with_log: bool,
     /// Not written yet.
@@ -31,9 +31,9 @@ impl ClockWatch {
         Self { anchor: (now, at), last: None, ahead_of_database: 0, compared_with_log: false, news: Vec::new() }
     }
 
-    /// Compares the clock with the time that has passed. The time for what is done now: the
-    /// clock's, but never a little before the last record, so that times of a chain go backwards
-    /// only behind a record that says so.
+    /// Compares the clock with the time that has passed. Returns the time for records made now: the
+    /// clock's time, but not a little before the last record. So the times of a chain go backwards
+    /// only after a record that says so.
     pub(super) fn look(&mut self, now: UnixMillis, at: Instant) -> UnixMillis {
         let (anchor, since) = self.anchor;
         let passed = at.saturating_duration_since(since);
@@ -51,8 +51,7 @@ impl ClockWatch {
         }
     }
 
-    /// Compares the clock, once, with the last record and the newest sign of life of a server that
-    /// the database holds.
+    /// Compares the clock, once, with the last record and the newest heartbeat in the database.
     pub(super) async fn compare_with_log<F>(
         &mut self,
         now: UnixMillis,
@@ -80,7 +79,7 @@ impl ClockWatch {
         let ahead = now.0.saturating_sub(database.0);
         if ahead.abs_diff(self.ahead_of_database) > CLOCKS_APART_MS.unsigned_abs() {
             self.ahead_of_database = ahead;
-            // Back within bounds: the jump that brought it there is told already.
+            // If the clock is within bounds again, the jump that brought it there was reported.
             if ahead.abs() > CLOCKS_APART_MS {
                 self.tell("database", database, now);
             }
@@ -91,14 +90,15 @@ impl ClockWatch {
         !self.news.is_empty()
     }
 
-    /// The records of what is not written yet.
+    /// The records of jumps that are not written yet.
     pub(super) fn news(&self) -> impl Iterator<Item = AuditRecord> {
         self.news
             .iter()
             .map(|jump| AuditRecord { event: Some(Event::ClockJumped(jump.clone())), ..AuditRecord::default() })
     }
 
-    /// To be called when the records of [`Self::news`] are durable, with those of this time.
+    /// Must be called when the records of [`Self::news`] are durable, with the time of these
+    /// records.
     pub(super) fn written(&mut self, now: UnixMillis) {
         metrics().refused(0, self.news.len() as u64);
         self.news.clear();
@@ -107,7 +107,7 @@ impl ClockWatch {
 
     fn tell(&mut self, compared_with: &str, expected: UnixMillis, observed: UnixMillis) {
         tracing::error!(compared_with, expected_ms = expected.0, observed_ms = observed.0, "the clock jumped");
-        // The last of many stands for those that cannot be written.
+        // If many jumps cannot be written, the last one replaces the one before it.
         self.news.truncate(MOST_NEWS - 1);
         self.news.push(ClockJumped {
             compared_with: compared_with.to_owned(),
@@ -127,13 +127,13 @@ fn millis(duration: Duration) -> i64 {
 
 /// More than NTP slews a clock in an hour (500 ppm: 1.8 s), and than a leap second.
 const TOLERANCE_MS: i64 = 5_000;
-/// How long a moment is compared with, so that small steps do not add up unseen.
+/// How long one moment is kept for comparison, so that small steps are seen when they add up.
 const ANCHORED_FOR: Duration = Duration::from_hours(1);
 /// How far the clocks of servers and databases may differ.
 const CLOCKS_APART_MS: i64 = 60_000;
-/// A week without any server: that, or a clock that was set ahead meanwhile.
+/// A week: after that, either no server ran or the clock was set ahead.
 const SILENT_MS: i64 = 7 * 86_400_000;
-/// Jumps that wait to be written while the database is away.
+/// The most jumps that wait to be written while the database is away.
 const MOST_NEWS: usize = 64;
 
 #[cfg(test)]
