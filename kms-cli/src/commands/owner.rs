@@ -4,13 +4,19 @@ use kms_proto::v1 as proto;
 use serde_json::json;
 
 use super::{
+    PAGE,
     group_rotation::{self, rotation_text},
     meter::setups_text,
     octets, request_id, text,
 };
 use crate::{
-    Context, Failure,
-    arguments::{DeviceTypeCommand, DeviceTypeKeyCommand, GroupCommand, GroupKeyCommand, Limit, NewKey},
+    arguments::{
+        device_type::{DeviceTypeCommand, DeviceTypeKeyCommand},
+        group::{GroupCommand, GroupKeyCommand},
+        shared::{Limit, NewKey},
+    },
+    context::Context,
+    failure::Failure,
     json,
     output::{Rows, facts},
     progress::waiting,
@@ -186,5 +192,3 @@ fn created(owner: &str, key: &NewKey, response: proto::CreateKeyResponse, contex
         },
     );
 }
-
-const PAGE: usize = 1_000;
