@@ -45,8 +45,8 @@ async fn run(command: Command, context: Context) -> Result<(), Failure> {
     match command {
         Command::Session(command) => commands::session::run(command, &context).await,
         Command::Meter(command) => commands::meter::run(command, &context).await,
-        Command::Group(command) => commands::owner::group(command, &context).await,
-        Command::DeviceType(command) => commands::owner::device_type(command, &context).await,
+        Command::Group(command) => commands::group::run(command, &context).await,
+        Command::DeviceType(command) => commands::device_type::run(command, &context).await,
         Command::Shipment(command) => commands::shipment::run(command, &context).await,
         Command::Principal(command) => commands::principal::run(command, &context).await,
         Command::Campaign(command) => commands::campaign::run(command, &context).await,

@@ -2,11 +2,13 @@
 
 pub(crate) mod audit;
 pub(crate) mod campaign;
+pub(crate) mod device_type;
 pub(crate) mod grant;
+pub(crate) mod group;
 pub(crate) mod group_rotation;
 pub(crate) mod hsm;
 pub(crate) mod meter;
-pub(crate) mod owner;
+mod new_key;
 pub(crate) mod principal;
 pub(crate) mod proposal;
 pub(crate) mod roots;
