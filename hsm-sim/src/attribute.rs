@@ -1,9 +1,9 @@
-//! Attributes: one table says of each who may set it, when, and which object classes have it
-//! (PKCS#11 section 4).
+//! Attributes: a table of the object classes that have each attribute, and of the functions that
+//! may set or change it (PKCS#11 section 4).
 
 use cryptoki_sys::*;
 
-/// What the table knows of one attribute.
+/// A row of the table: one attribute.
 #[derive(Debug)]
 pub(crate) struct Rule {
     /// The attribute.
@@ -12,10 +12,10 @@ pub(crate) struct Rule {
     pub(crate) shape: Shape,
     /// The classes that have it: a set of [`Classes`] bits.
     pub(crate) classes: u8,
-    /// Who may set it when an object is made: a set of [`MAY_CREATE`], [`MAY_GENERATE`],
-    /// [`MAY_UNWRAP`].
+    /// The functions that may set it when they make an object: a set of [`MAY_CREATE`],
+    /// [`MAY_GENERATE`], [`MAY_UNWRAP`].
     pub(crate) at_birth: u8,
-    /// What may happen to it afterwards.
+    /// The changes that are permitted afterwards.
     pub(crate) later: Later,
 }
 
@@ -36,7 +36,7 @@ pub(crate) enum Shape {
     Template,
 }
 
-/// What C_SetAttributeValue and C_CopyObject may do to an attribute.
+/// The changes that C_SetAttributeValue and C_CopyObject may make to an attribute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Later {
     /// Nothing.
@@ -199,7 +199,7 @@ static RULES: [Rule; 61] = [
         ANY,
         Later::Never,
     ),
-    // At unwrapping and deriving it states the length that is expected: the standard wants it for
+    // For unwrapping and derivation it states the expected length. The standard requires it for
     // derivation.
     row(CKA_VALUE_LEN, Shape::Number, Classes::SECRET, MAY_GENERATE | MAY_UNWRAP, Later::Never),
     flag(CKA_EXTRACTABLE, Flags::EXTRACTABLE, Classes::HIDDEN, ANY, Later::OnlyFalse),

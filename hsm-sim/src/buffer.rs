@@ -5,8 +5,7 @@ use core::ops::{Deref, DerefMut};
 use smallvec::SmallVec;
 use zeroize::Zeroize;
 
-/// Bytes that are overwritten before their memory is given back. Up to 64 bytes live without a heap
-/// allocation.
+/// Bytes that are overwritten before their memory is freed. Up to 64 bytes need no heap allocation.
 #[derive(Default, Clone)]
 pub(crate) struct Buffer(SmallVec<[u8; INLINE]>);
 
@@ -67,19 +66,19 @@ impl Drop for Buffer {
     }
 }
 
-/// How much room the caller offers for the answer (PKCS#11 section 5.2): none is a question for the
-/// length.
+/// The room that the caller offers for the answer (PKCS#11 section 5.2). Without a buffer the
+/// caller asks for the length.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Room {
     /// The caller gave no buffer.
     Query,
-    /// The caller's buffer holds that many bytes.
+    /// The caller's buffer has room for this number of bytes.
     Bytes(usize),
 }
 
 impl Room {
-    /// Answers now when the caller only asks for the length, or when `needed` bytes do not fit.
-    /// `needed` is what the caller is told. `None`: go on and do the work.
+    /// The answer if the caller only asks for the length, which is `needed`, or if `needed` bytes
+    /// do not fit. `None`: do the work.
     pub(crate) fn settle(self, needed: usize) -> Option<Output> {
         match self {
             Self::Query => Some(Output::Length(needed)),
@@ -95,7 +94,7 @@ pub(crate) enum Output {
     Length(usize),
     /// The bytes.
     Data(Buffer),
-    /// The buffer is too small: that many bytes are needed. The operation stays active.
+    /// The buffer is too small: this number of bytes is needed. The operation stays active.
     TooSmall(usize),
 }
 

@@ -1,4 +1,4 @@
-//! Token objects that a session uses again and again, such as the KEK of all its unwraps.
+//! A cache of token objects that a session uses often, such as the KEK of all its unwraps.
 //!
 //! All sessions use the same few token objects. Looked up in the token's table, each use would
 //! write the lock and the reference count that all threads share, and threads would wait for each
@@ -18,10 +18,10 @@ use crate::table::Table;
 pub(crate) struct ObjectCache(Mutex<Vec<Arc<Object>>>);
 
 impl ObjectCache {
-    /// The object with this handle, from here or from the table.
+    /// The object with this handle, from the cache or from the table.
     pub(crate) fn get(&self, handle: CK_OBJECT_HANDLE, table: &Table<Object>) -> Option<Arc<Object>> {
-        // Held while the table is looked at: an object that is removed meanwhile is either not
-        // found there, or thrown out by the emptying that follows its removal.
+        // The lock is held during the lookup in the table. So an object that is removed meanwhile
+        // is either not found, or removed from this cache afterwards.
         let mut known = self.lock();
         if let Some(object) = known.iter().find(|object| object.handle == handle) {
             return Some(Arc::clone(object));
@@ -38,7 +38,7 @@ impl ObjectCache {
         Some(copy)
     }
 
-    /// Forgets all.
+    /// Empties the cache.
     pub(crate) fn clear(&self) {
         self.lock().clear();
     }
@@ -48,5 +48,5 @@ impl ObjectCache {
     }
 }
 
-/// A session of the server uses a handful: storage KEKs, roots, the seal root.
+/// A session of the server uses few: storage KEKs, roots, the seal root.
 const MOST: usize = 8;

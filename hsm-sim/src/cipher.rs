@@ -20,7 +20,7 @@ pub(crate) struct CipherOperation {
     encrypt: bool,
     mode: Mode,
     in_parts: bool,
-    /// The key wants the PIN before it is used (`CKA_ALWAYS_AUTHENTICATE`).
+    /// The key requires the PIN before each use (`CKA_ALWAYS_AUTHENTICATE`).
     pub(crate) locked: bool,
 }
 
@@ -52,7 +52,8 @@ impl CipherOperation {
         }
         self.check_length(data.len())?;
         let bound = self.length_of_all(data.len())?;
-        // Only the padding tells how long this plaintext is: it may fit though the bound does not.
+        // The length of this plaintext is known only from its padding: it may fit although the
+        // upper bound does not.
         let variable = !self.encrypt && self.variable();
         if (matches!(room, Room::Query) || !variable)
             && let Some(answer) = room.settle(bound)
@@ -128,8 +129,8 @@ impl CipherOperation {
             Mode::Cbc { pending, .. } => whole_blocks(pending.len() + data.len()),
             Mode::Counter { .. } => data.len(),
             Mode::Gcm { .. } if self.encrypt => data.len(),
-            // Callers that make a buffer of the length that they were told, and pass none when it
-            // is 0, would only ask again.
+            // If the length is 0, a caller may pass no buffer. The caller would then ask for the
+            // length again and again.
             Mode::Gcm { held, .. } if matches!(room, Room::Query) => held.len() + data.len(),
             Mode::Gcm { .. } => 0,
             Mode::KeyWrap { .. } | Mode::Rsa { .. } => return fail(CKR_FUNCTION_NOT_SUPPORTED),
@@ -166,7 +167,7 @@ impl CipherOperation {
         Ok(Output::Data(out))
     }
 
-    /// What is left at the end.
+    /// The last part of the answer.
     pub(crate) fn finish(&mut self, room: Room) -> Result<Output> {
         if self.locked {
             return fail(CKR_USER_NOT_LOGGED_IN);
@@ -232,7 +233,7 @@ impl CipherOperation {
         if fits { Ok(()) } else { fail(if self.encrypt { CKR_DATA_LEN_RANGE } else { CKR_ENCRYPTED_DATA_LEN_RANGE }) }
     }
 
-    /// The length of the answer to `length` bytes; for padded plaintexts an upper bound.
+    /// The length of the answer to `length` bytes. For padded plaintexts it is an upper bound.
     fn length_of_all(&self, length: usize) -> Result<usize> {
         Ok(match &self.mode {
             Mode::Ecb { .. } | Mode::Cbc { padded: false, .. } | Mode::Counter { .. } => length,
@@ -312,7 +313,8 @@ impl Mode {
     }
 }
 
-/// Decrypts `data` (ciphertext ‖ tag of `length` bytes) in place, or leaves nothing of it.
+/// Decrypts `data` (ciphertext ‖ tag of `length` bytes) in place. If the tag is wrong, `data` is
+/// overwritten.
 pub(crate) fn open(gcm: &mut Gcm, data: &mut Buffer, length: usize) -> Result<()> {
     let at = data.len().checked_sub(length).ok_or(Rv(CKR_ENCRYPTED_DATA_LEN_RANGE))?;
     let tag = Buffer::copy_of(data.get(at..).unwrap_or_default());

@@ -1,9 +1,9 @@
-//! The failing HSM: a file that tells the module, while it runs, to be slow, to fail and to lose
-//! things.
+//! The failing HSM: a control file makes the running module slow, makes its calls fail, and removes
+//! sessions and tokens.
 //!
-//! The README describes the format. Rules (`latency`, `fail`, `session-limit`) hold as long as they
-//! are in the file. Commands (`drop-sessions`, …) are carried out once: each has an `id`, and what
-//! was in the file at the start counts as done.
+//! The README describes the format. Rules (`latency`, `fail`, `session-limit`) apply as long as
+//! they are in the file. Commands (`drop-sessions`, …) are executed once: each has an `id`, and a
+//! command that is in the file at the start counts as executed.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -19,10 +19,8 @@ use cryptoki_sys::*;
 use crate::crypto::random;
 use crate::error::{Result, Rv};
 use crate::function::Function;
-use crate::module::Module;
-use crate::token::Token;
 
-/// Watches the control file and obeys it.
+/// Watches the control file.
 pub(crate) struct Control {
     path: PathBuf,
     start: Instant,
@@ -32,7 +30,7 @@ pub(crate) struct Control {
     seen: Mutex<Seen>,
 }
 
-/// What was read before.
+/// The state of the last reading.
 #[derive(Default)]
 struct Seen {
     stamp: Option<(u64, u64, i64, i64)>,
@@ -40,7 +38,7 @@ struct Seen {
     started: bool,
 }
 
-/// What the file says now.
+/// The rules in the file now.
 #[derive(Default)]
 struct Rules {
     latencies: Vec<(Scope, Latency)>,
@@ -48,10 +46,10 @@ struct Rules {
     session_limit: Option<usize>,
 }
 
-/// Which functions a rule is about; `None` is all.
+/// The functions that a rule applies to; `None` is all.
 type Scope = Option<Function>;
 
-/// How long a call takes longer.
+/// The time that is added to a call.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Latency {
     Uniform { low: Duration, high: Duration },
@@ -65,7 +63,7 @@ struct Failure {
     scope: Scope,
     code: CK_RV,
     when: When,
-    /// Calls of these functions since the rule appeared.
+    /// Number of calls of these functions since the rule appeared.
     calls: AtomicU64,
 }
 
@@ -77,12 +75,16 @@ enum When {
     Probability(f64),
 }
 
-/// Something to do once.
+/// A command, which the module executes once. A token is named by its slot number or its label.
 #[derive(Debug, PartialEq)]
-enum Command {
+pub(crate) enum Command {
+    /// Close all sessions.
     DropSessions,
+    /// Remove the token from its slot.
     RemoveToken(String),
+    /// Insert the token again.
     InsertToken(String),
+    /// Destroy the content of the token.
     WipeToken(String),
 }
 
@@ -104,9 +106,8 @@ impl Control {
         }
     }
 
-    /// What happens before a function does its work: it may take longer, or fail.
-    pub(crate) fn enter(&self, function: Function, module: &Module) -> Result<()> {
-        self.poll(module);
+    /// Applies the rules before a function does its work: the call may take longer, or fail.
+    pub(crate) fn apply_rules(&self, function: Function) -> Result<()> {
         let rules = self.rules.load();
         let covers = |scope: Scope| scope.is_none_or(|scope| scope == function);
         for (_, latency) in rules.latencies.iter().filter(|(scope, _)| covers(*scope)) {
@@ -120,19 +121,17 @@ impl Control {
         Ok(())
     }
 
-    /// Reads the file again if it has changed; looks at most every few milliseconds.
-    pub(crate) fn poll(&self, module: &Module) {
+    /// Reads the file again if it has changed, and returns the new commands. Looks at the file at
+    /// most every few milliseconds.
+    pub(crate) fn poll(&self) -> Vec<Command> {
         let now = u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let due = self.next_look.load(Ordering::Relaxed);
         if now < due
             || self.next_look.compare_exchange(due, now + LOOK_EVERY, Ordering::AcqRel, Ordering::Relaxed).is_err()
         {
-            return;
+            return Vec::new();
         }
-        let commands = self.read();
-        for command in commands {
-            command.run(module);
-        }
+        self.read()
     }
 
     /// The largest number of sessions with one token.
@@ -165,7 +164,7 @@ impl Control {
                 Ok(Some(Line::Latency(scope, latency))) => rules.latencies.push((scope, latency)),
                 Ok(Some(Line::SessionLimit(limit))) => rules.session_limit = Some(limit),
                 Ok(Some(Line::Failure(failure))) => {
-                    // A rule that was there goes on counting.
+                    // A rule that was there before continues to count.
                     let same = old.failures.iter().find(|old| old.line == failure.line);
                     rules.failures.push(same.map_or_else(|| Arc::new(failure), Arc::clone));
                 }
@@ -226,48 +225,13 @@ impl Latency {
 }
 
 impl Failure {
-    /// Counts a call; true when it is one that fails.
+    /// Counts a call. True: it fails.
     fn strikes(&self) -> bool {
         let call = self.calls.fetch_add(1, Ordering::Relaxed) + 1;
         match self.when {
             When::Range { first, last } => (first..=last).contains(&call),
             When::Every(step) => call.is_multiple_of(step),
             When::Probability(probability) => uniform() < probability,
-        }
-    }
-}
-
-impl Command {
-    fn run(&self, module: &Module) {
-        let (wanted, action): (_, fn(&Module, &Arc<Token>)) = match self {
-            Self::DropSessions => return module.drop_sessions(None),
-            Self::RemoveToken(wanted) => (wanted, |module, token| {
-                token.present.store(false, Ordering::Release);
-                token.changed.store(true, Ordering::Release);
-                module.drop_sessions(Some(token));
-            }),
-            Self::InsertToken(wanted) => (wanted, |_, token| {
-                token.present.store(true, Ordering::Release);
-                token.changed.store(true, Ordering::Release);
-            }),
-            Self::WipeToken(wanted) => (wanted, |module, token| {
-                module.drop_sessions(Some(token));
-                if let Err(Rv(code)) = token.wipe() {
-                    eprintln!("hsm-sim: wiping the token in slot {} failed: {code:#x}", token.slot);
-                }
-            }),
-        };
-        let mut found = false;
-        for token in module.tokens() {
-            let label = token.record().ok().flatten().map(|record| record.label);
-            let label = label.as_ref().map(|label| label.trim_ascii_end());
-            if wanted.parse() == Ok(token.slot) || label == Some(wanted.as_bytes()) {
-                action(module, token);
-                found = true;
-            }
-        }
-        if !found {
-            eprintln!("hsm-sim: the control file names `{wanted}`, which is no slot and no token's label");
         }
     }
 }
@@ -308,8 +272,8 @@ impl Line {
 }
 
 impl When {
-    /// Any of `nth=`, `count=`; or `every=`; or `probability=`; `id=` only makes a line differ from
-    /// an earlier one.
+    /// `nth=` or `count=` or both; or `every=`; or `probability=`. An `id=` has no effect but to
+    /// make a line differ from an earlier one.
     fn parse(conditions: &[&str]) -> std::result::Result<Self, String> {
         let mut given = HashMap::new();
         for condition in conditions {

@@ -1,5 +1,4 @@
-//! Return codes. The whole module speaks in the standard's `CKR_` values: there is no other error
-//! type to translate from.
+//! Return codes. The whole module uses the standard's `CKR_` values: there is no other error type.
 
 use cryptoki_sys::{CK_RV, CKR_DEVICE_ERROR, CKR_DEVICE_MEMORY};
 

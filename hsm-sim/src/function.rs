@@ -1,4 +1,4 @@
-//! The functions by name: the control file speaks of them.
+//! The functions by name, for the control file.
 
 macro_rules! functions {
     ($($name:ident),+ $(,)?) => {

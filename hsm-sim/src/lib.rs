@@ -5,11 +5,16 @@
 //! `C_GetInterface`). The README says how it is configured, what it can do, and what it does not
 //! protect against: it is software, and a process that can read its memory can read its keys.
 //!
-//! Modules, from the outside in: `abi` (the C functions, all `unsafe` code), `module` (slots and
-//! sessions), `operations`, `keys`, `cipher`, `signature` and `message` (what sessions do), `token`
-//! and `store` (tokens in memory and on disk), `object`, `attribute` and `template` (what objects
-//! are), `crypto` (the algorithms), `control` (failures on demand), `nonces` (a watcher, for
-//! tests).
+//! Modules, from the outside in:
+//! - `abi`: the C functions, and all `unsafe` code
+//! - `module`: slots and sessions
+//! - `creation`, `generation`, `wrapping`, `derivation`, `operations`, `cipher`, `signature`,
+//!   `message`: the work of a session
+//! - `token`, `store`: tokens in memory and on disk
+//! - `object`, `attribute`, `template`: what an object is
+//! - `crypto`: the algorithms
+//! - `control`: failures on demand
+//! - `nonces`: a watcher of nonces, for tests
 
 #![deny(unsafe_code)]
 
@@ -20,10 +25,13 @@ mod buffer;
 mod cache;
 mod cipher;
 mod control;
+mod creation;
 mod crypto;
+mod derivation;
 mod error;
 mod function;
-mod keys;
+mod generation;
+mod hex;
 mod mechanism;
 mod message;
 mod module;
@@ -38,5 +46,6 @@ mod store;
 mod table;
 mod template;
 mod token;
+mod wrapping;
 
 pub use nonces::{Notes, RepeatedNonce};

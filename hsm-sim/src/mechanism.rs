@@ -1,4 +1,4 @@
-//! The mechanisms: their parameters, read into safe types, and the table that the token shows.
+//! The mechanisms: their parameters in safe types, and the table of mechanisms that the token has.
 
 use cryptoki_sys::*;
 
@@ -14,7 +14,7 @@ pub(crate) struct Mechanism<'a> {
     pub(crate) parameters: Parameters<'a>,
 }
 
-/// The parameters of a mechanism. The bytes stay the caller's for the time of the call.
+/// The parameters of a mechanism. They borrow the caller's bytes during the call.
 pub(crate) enum Parameters<'a> {
     /// None.
     None,
@@ -45,7 +45,7 @@ pub(crate) enum Parameters<'a> {
 
 /// The salt of HKDF.
 pub(crate) enum Salt<'a> {
-    /// None: as many zeros as the hash is long.
+    /// None: zeros, of the length of the hash.
     None,
     /// These bytes.
     Data(&'a [u8]),
@@ -53,8 +53,8 @@ pub(crate) enum Salt<'a> {
     Key(CK_OBJECT_HANDLE),
 }
 
-/// What the token says about a mechanism: the range of key sizes in the unit of the standard, and
-/// `CKF_` flags.
+/// The answer of C_GetMechanismInfo: the range of key sizes in the unit of the standard, and `CKF_`
+/// flags.
 pub(crate) fn info(kind: CK_MECHANISM_TYPE) -> Option<CK_MECHANISM_INFO> {
     TABLE.iter().find(|row| row.0 == kind).map(|row| CK_MECHANISM_INFO {
         ulMinKeySize: row.1,

@@ -13,7 +13,7 @@ use crate::crypto::random;
 use crate::error::{Result, Rv, fail};
 use crate::object::Object;
 
-/// A message operation that was begun: the key stays until C_MessageEncryptFinal or
+/// A message operation under way. It keeps its key until C_MessageEncryptFinal or
 /// C_MessageDecryptFinal.
 pub(crate) struct MessageOperation {
     key: Arc<Object>,
@@ -32,7 +32,7 @@ struct Open {
 pub(crate) struct MessageParameters<'a> {
     /// The IV as the caller gave it.
     pub(crate) iv: &'a [u8],
-    /// How many of its first bits stay when the token makes the rest.
+    /// The number of its first bits that stay when the token makes the rest.
     pub(crate) fixed_bits: u64,
     /// `CKG_NO_GENERATE`, or how the token makes the IV.
     pub(crate) generator: CK_GENERATOR_FUNCTION,
@@ -125,8 +125,8 @@ impl MessageOperation {
         Ok((Output::Data(out), tag))
     }
 
-    /// The next part of a message to be decrypted. Nothing comes out before the last part, when the
-    /// tag is checked.
+    /// The next part of a message to be decrypted. It returns no plaintext before the last part,
+    /// when the tag is checked.
     pub(crate) fn decrypt_next(
         &mut self,
         parameters: &MessageParameters<'_>,
@@ -135,7 +135,8 @@ impl MessageOperation {
         room: Room,
     ) -> Result<Output> {
         let open = self.open.as_mut().ok_or(Rv(CKR_OPERATION_NOT_INITIALIZED))?;
-        // As with decryption in parts: who is told 0 may pass no buffer, and would only ask again.
+        // As with decryption in parts: if the length is 0, a caller may pass no buffer, and would
+        // ask again and again.
         let length = if last || matches!(room, Room::Query) { open.held.len() + data.len() } else { 0 };
         if let Some(answer) = room.settle(length) {
             return Ok(answer);

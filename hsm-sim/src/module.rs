@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cryptoki_sys::*;
 
-use crate::control::Control;
+use crate::control::{Command, Control};
 use crate::error::{Result, Rv, fail};
 use crate::function::Function;
 use crate::nonces;
@@ -22,8 +22,7 @@ pub(crate) struct Module {
     sessions: Table<Session>,
     next_session: AtomicU64,
     control: Option<Control>,
-    // Opening, closing, login and logout come one after the other: each looks at what the others
-    // do.
+    // Opening, closing, login and logout exclude each other: each reads what the others write.
     order: Mutex<()>,
 }
 
@@ -54,17 +53,16 @@ impl Module {
             control: settings.control.clone().map(Control::new),
             order: Mutex::new(()),
         };
-        // What stands in the control file now counts as done: only later commands are carried out.
+        // Commands that are in the control file now count as executed.
         module.poll_control();
         Ok(module)
     }
 
-    /// Called first by every function: obeys the control file.
+    /// Every function calls this first: it executes the control file's commands and applies its
+    /// rules.
     pub(crate) fn enter(&self, function: Function) -> Result<()> {
-        match &self.control {
-            None => Ok(()),
-            Some(control) => control.enter(function, self),
-        }
+        self.poll_control();
+        self.control.as_ref().map_or(Ok(()), |control| control.apply_rules(function))
     }
 
     /// Whether a control file is configured: then tokens can be removed.
@@ -72,10 +70,10 @@ impl Module {
         self.control.is_some()
     }
 
-    /// Looks at the control file while a function waits.
+    /// Executes the new commands of the control file. Functions that wait call this, too.
     pub(crate) fn poll_control(&self) {
-        if let Some(control) = &self.control {
-            control.poll(self);
+        for command in self.control.iter().flat_map(Control::poll) {
+            self.execute(&command);
         }
     }
 
@@ -210,7 +208,7 @@ impl Module {
         session.token.set_user_pin(pin)
     }
 
-    /// C_SetPIN: of whom is logged in; of the user when no one is.
+    /// C_SetPIN: sets the PIN of the role that is logged in; of the user if none is.
     pub(crate) fn set_pin(&self, handle: CK_SESSION_HANDLE, old: &[u8], new: &[u8]) -> Result<()> {
         let session = self.session(handle)?;
         if !session.read_write {
@@ -221,6 +219,39 @@ impl Module {
             Login::User | Login::Public => Role::User,
         };
         session.token.change_pin(role, old, new)
+    }
+
+    fn execute(&self, command: &Command) {
+        let (wanted, action): (_, fn(&Self, &Arc<Token>)) = match command {
+            Command::DropSessions => return self.drop_sessions(None),
+            Command::RemoveToken(wanted) => (wanted, |module, token| {
+                token.present.store(false, Ordering::Release);
+                token.changed.store(true, Ordering::Release);
+                module.drop_sessions(Some(token));
+            }),
+            Command::InsertToken(wanted) => (wanted, |_, token| {
+                token.present.store(true, Ordering::Release);
+                token.changed.store(true, Ordering::Release);
+            }),
+            Command::WipeToken(wanted) => (wanted, |module, token| {
+                module.drop_sessions(Some(token));
+                if let Err(Rv(code)) = token.wipe() {
+                    eprintln!("hsm-sim: the token in slot {} cannot be wiped: {code:#x}", token.slot);
+                }
+            }),
+        };
+        let mut found = false;
+        for token in self.tokens() {
+            let label = token.record().ok().flatten().map(|record| record.label);
+            let label = label.as_ref().map(|label| label.trim_ascii_end());
+            if wanted.parse() == Ok(token.slot) || label == Some(wanted.as_bytes()) {
+                action(self, token);
+                found = true;
+            }
+        }
+        if !found {
+            eprintln!("hsm-sim: the control file names `{wanted}`, which is neither a slot number nor a token label");
+        }
     }
 
     fn order(&self) -> std::sync::MutexGuard<'_, ()> {

@@ -1,9 +1,10 @@
-//! The nonce watcher: notes which nonce protected what under which key, in all processes that share
-//! a folder. For tests.
+//! The nonce watcher, for tests. It notes each nonce with its key and the content that it
+//! protected, in all processes that share a folder.
 //!
-//! One nonce under two contents breaks AES-GCM (SP 800-38D, section 8). A system that counts nonces
-//! outside the token shows only here, where key values are known, that it never repeats one. The
-//! README says how it is switched on and what a note looks like.
+//! One nonce under two contents breaks AES-GCM (SP 800-38D, section 8). If a system counts nonces
+//! outside the token, only the token can show that it never repeats one, because only the token
+//! knows the values of keys. The README describes how to switch the watcher on, and the form of a
+//! note.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -16,6 +17,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use aws_lc_rs::digest::{Context, SHA256, digest};
 
 use crate::crypto::random;
+use crate::hex::hex;
 
 /// Octets of the SHA-256 digests that are kept: enough to tell keys and contents apart, and half
 /// the memory.
@@ -23,36 +25,35 @@ const KEPT: usize = 16;
 
 type Digest = [u8; KEPT];
 
-/// What a nonce is repeated under: the digest of a key's value, and the IV.
+/// A nonce of a key, which must not protect two contents: the digest of a key's value, and the IV.
 #[derive(Clone, PartialEq, Eq, Hash)]
-struct Place {
+struct KeyedNonce {
     key: Digest,
     iv: Vec<u8>,
 }
 
-/// Of this process; set by the first C_Initialize.
+/// The watcher of this process; set by the first C_Initialize.
 static WATCH: OnceLock<Option<Watch>> = OnceLock::new();
 
 /// The notes of one process.
 struct Watch {
     folder: PathBuf,
     notes: File,
-    seen: Mutex<HashMap<Place, Digest>>,
+    seen: Mutex<HashMap<KeyedNonce, Digest>>,
 }
 
-/// Begins to watch, unless this process has begun before. `None`: it never does.
+/// Begins to watch, if no earlier call has decided it. `None`: this process never watches.
 pub(crate) fn begin(folder: Option<&Path>) -> Result<(), String> {
     if WATCH.get().is_none() {
         let watch = folder.map(Watch::open).transpose()?;
-        // Another thread may have been first: then its notes go on.
+        // Another thread may have been first: then its notes continue.
         drop(WATCH.set(watch));
     }
     Ok(())
 }
 
-/// The name of a key in notes; `None` while nothing is watched. The key of the published examples,
-/// 00 01 02 and so on, is nobody's secret, and is tried with one nonce by known-answer tests: it is
-/// not watched.
+/// The name of a key in notes; `None` while nothing is watched. The key of published examples, 00
+/// 01 02 and so on, is not watched: it is no secret, and known-answer tests use it with one nonce.
 pub(crate) fn key_name(value: &[u8]) -> Option<[u8; KEPT]> {
     WATCH
         .get()?
@@ -76,19 +77,19 @@ impl Watch {
         Ok(Self { folder: folder.to_owned(), notes, seen: Mutex::default() })
     }
 
-    fn note(&self, place: Place, content: Digest) {
-        let line = format!("{} {} {}\n", hex(&place.key), hex(&place.iv), hex(&content));
-        let known = match self.seen.lock().unwrap_or_else(PoisonError::into_inner).entry(place) {
+    fn note(&self, nonce: KeyedNonce, content: Digest) {
+        let line = format!("{} {} {}\n", hex(&nonce.key), hex(&nonce.iv), hex(&content));
+        let known = match self.seen.lock().unwrap_or_else(PoisonError::into_inner).entry(nonce) {
             Entry::Occupied(known) => Some(*known.get()),
-            Entry::Vacant(place) => {
-                place.insert(content);
+            Entry::Vacant(nonce) => {
+                nonce.insert(content);
                 None
             }
         };
         if known == Some(content) {
             return;
         }
-        // At once: a process that is killed has noted what it gave out.
+        // Written at once, so that a killed process has noted everything that has left it.
         let mut written = (&self.notes).write_all(line.as_bytes());
         if known.is_some() {
             eprint!("hsm-sim: a nonce protects a second content: {line}");
@@ -101,23 +102,23 @@ impl Watch {
     }
 }
 
-/// An encryption under way: noted when it ends, if anything of it was given out.
+/// An encryption under way. It is noted when it ends, if any of its output has left the token.
 pub(crate) struct Note {
-    place: Place,
+    nonce: KeyedNonce,
     aad: Context,
     data: Context,
-    given_out: AtomicBool,
+    has_left: AtomicBool,
 }
 
 impl Note {
     /// `key` is the name of the key; `None`: nothing is watched.
     pub(crate) fn of(key: Option<[u8; KEPT]>, iv: &[u8]) -> Option<Box<Self>> {
-        let place = Place { key: key?, iv: iv.to_vec() };
+        let nonce = KeyedNonce { key: key?, iv: iv.to_vec() };
         Some(Box::new(Self {
-            place,
+            nonce,
             aad: Context::new(&SHA256),
             data: Context::new(&SHA256),
-            given_out: AtomicBool::new(false),
+            has_left: AtomicBool::new(false),
         }))
     }
 
@@ -126,15 +127,15 @@ impl Note {
         self.aad.update(aad);
     }
 
-    /// The next part of the plaintext, whose ciphertext is given out.
+    /// The next part of the plaintext, whose ciphertext leaves the token.
     pub(crate) fn encrypt(&mut self, plaintext: &[u8]) {
         self.data.update(plaintext);
-        self.give_out();
+        self.leave();
     }
 
-    /// The tag is given out.
-    pub(crate) fn give_out(&self) {
-        self.given_out.store(true, Ordering::Relaxed);
+    /// The tag leaves the token.
+    pub(crate) fn leave(&self) {
+        self.has_left.store(true, Ordering::Relaxed);
     }
 
     fn content(&self) -> Digest {
@@ -145,20 +146,20 @@ impl Note {
 
 impl Drop for Note {
     fn drop(&mut self) {
-        if self.given_out.load(Ordering::Relaxed)
+        if self.has_left.load(Ordering::Relaxed)
             && let Some(Some(watch)) = WATCH.get()
         {
-            watch.note(self.place.clone(), self.content());
+            watch.note(self.nonce.clone(), self.content());
         }
     }
 }
 
-/// What the notes of a folder say.
+/// The content of the notes of a folder.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Notes {
-    /// How many different nonces were noted, of all processes together.
+    /// The number of different nonces that all processes together have noted.
     pub nonces: usize,
-    /// Nonces that protected two contents. Empty is as it should be.
+    /// Nonces that protected two contents. It should be empty.
     pub repeated: Vec<RepeatedNonce>,
 }
 
@@ -169,7 +170,7 @@ pub struct RepeatedNonce {
     pub key: String,
     /// The IV, in hexadecimal.
     pub iv: String,
-    /// The arguments of the processes that noted the one and the other.
+    /// The arguments of the processes that noted the two contents.
     pub processes: [String; 2],
 }
 
@@ -195,7 +196,7 @@ impl Notes {
                     line.clone_into(&mut process);
                     continue;
                 }
-                let Some((place, content)) = line.rsplit_once(' ').filter(|(_, content)| content.len() == 2 * KEPT)
+                let Some((nonce, content)) = line.rsplit_once(' ').filter(|(_, content)| content.len() == 2 * KEPT)
                 else {
                     // The last line of a process that was killed while it wrote.
                     if !text.ends_with('\n') && text.ends_with(line) {
@@ -203,11 +204,11 @@ impl Notes {
                     }
                     return Err(std::io::Error::other(format!("`{line}` in `{}` is no note", file.path().display())));
                 };
-                match seen.entry(place.to_owned()) {
+                match seen.entry(nonce.to_owned()) {
                     Entry::Vacant(new) => drop(new.insert((content.to_owned(), process.clone()))),
                     Entry::Occupied(known) if known.get().0 == content => {}
                     Entry::Occupied(known) => {
-                        let (key, iv) = place.split_once(' ').unwrap_or_default();
+                        let (key, iv) = nonce.split_once(' ').unwrap_or_default();
                         let processes = [known.get().1.clone(), process.clone()];
                         repeated.push(RepeatedNonce { key: key.to_owned(), iv: iv.to_owned(), processes });
                     }
@@ -222,10 +223,6 @@ fn kept(digest: &[u8]) -> Digest {
     digest.first_chunk().copied().unwrap_or_default()
 }
 
-fn hex(octets: &[u8]) -> String {
-    octets.iter().map(|octet| format!("{octet:02x}")).collect()
-}
-
 const NOTES: &str = "notes-";
 const VIOLATIONS: &str = "violations";
 
@@ -233,8 +230,8 @@ const VIOLATIONS: &str = "violations";
 mod tests {
     use super::*;
 
-    fn place(octet: u8) -> Place {
-        Place { key: [octet; KEPT], iv: vec![octet; 12] }
+    fn nonce(octet: u8) -> KeyedNonce {
+        KeyedNonce { key: [octet; KEPT], iv: vec![octet; 12] }
     }
 
     #[test]
@@ -245,21 +242,21 @@ mod tests {
         let processes = [Watch::open(&path).unwrap(), Watch::open(&path).unwrap()];
         for process in &processes {
             for _ in 0..2 {
-                process.note(place(1), [1; KEPT]);
+                process.note(nonce(1), [1; KEPT]);
             }
         }
         assert_eq!(Notes::read(&path).unwrap(), Notes { nonces: 1, repeated: Vec::new() });
         assert!(!path.join(VIOLATIONS).exists());
         // Seen by the process itself.
-        processes[0].note(place(1), [2; KEPT]);
+        processes[0].note(nonce(1), [2; KEPT]);
         assert!(std::fs::read_to_string(path.join(VIOLATIONS)).unwrap().starts_with(&"01".repeat(KEPT)));
         assert!(!Notes::read(&path).unwrap().repeated.is_empty());
-        // Seen only by who looks at both.
+        // Seen only by a reader of both notes.
         let other = folder.path().join("other");
         for (content, process) in
             [[3; KEPT], [4; KEPT]].into_iter().zip([Watch::open(&other).unwrap(), Watch::open(&other).unwrap()])
         {
-            process.note(place(2), content);
+            process.note(nonce(2), content);
         }
         assert!(!other.join(VIOLATIONS).exists());
         let notes = Notes::read(&other).unwrap();

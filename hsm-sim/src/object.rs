@@ -4,27 +4,24 @@ use std::borrow::Cow;
 use std::sync::{Arc, OnceLock};
 
 use cryptoki_sys::*;
-use ghash::GHash;
 
 use crate::attribute::{self, Classes, Flags, Shape};
 use crate::buffer::Buffer;
-use crate::crypto::aes::AesKey;
 use crate::crypto::digest::Hash;
 use crate::crypto::ec::{Curve, EcPrivate, EcPublic};
-use crate::crypto::gcm;
+use crate::crypto::gcm::Schedule;
 use crate::crypto::rsa::{RsaPrivate, RsaPublic};
 use crate::error::{Result, Rv, fail};
-use crate::nonces;
 use crate::template::{Item, Nested, Value};
 
 /// Names a token object on disk.
 pub(crate) type ObjectId = [u8; 16];
 
-/// An object. It never changes: C_SetAttributeValue puts a new one in its place, and operations
-/// that already run keep the old one.
+/// An object. It never changes: C_SetAttributeValue replaces it by a new one, and operations under
+/// way keep the old one.
 #[derive(Clone)]
 pub(crate) struct Object {
-    /// What callers know it by.
+    /// The handle by which callers name it.
     pub(crate) handle: CK_OBJECT_HANDLE,
     /// Its class.
     pub(crate) class: CK_OBJECT_CLASS,
@@ -40,7 +37,7 @@ pub(crate) struct Object {
     pub(crate) templates: Vec<(CK_ATTRIBUTE_TYPE, Nested)>,
     /// The key itself.
     pub(crate) material: Arc<Material>,
-    /// The session that it dies with; 0 for a token object.
+    /// The session with which it ends; 0 for a token object.
     pub(crate) session: CK_SESSION_HANDLE,
     /// Its name on disk, if it is a token object.
     pub(crate) id: Option<ObjectId>,
@@ -71,15 +68,6 @@ pub(crate) struct Secret {
     schedule: OnceLock<Box<Schedule>>,
 }
 
-/// An AES key ready to use.
-pub(crate) struct Schedule {
-    /// The block cipher.
-    pub(crate) cipher: AesKey,
-    hash: OnceLock<GHash>,
-    /// The key's name for the nonce watcher, if there is one.
-    pub(crate) name: Option<[u8; 16]>,
-}
-
 impl Secret {
     pub(crate) fn new(bytes: Buffer) -> Self {
         Self { bytes, schedule: OnceLock::new() }
@@ -95,26 +83,18 @@ impl Secret {
         if let Some(schedule) = self.schedule.get() {
             return Ok(schedule);
         }
-        let schedule =
-            Schedule { cipher: AesKey::new(&self.bytes)?, hash: OnceLock::new(), name: nonces::key_name(&self.bytes) };
+        let schedule = Schedule::new(&self.bytes)?;
         Ok(self.schedule.get_or_init(|| Box::new(schedule)))
     }
 }
 
-impl Schedule {
-    /// The GHASH key.
-    pub(crate) fn hash(&self) -> &GHash {
-        self.hash.get_or_init(|| gcm::hash_key(&self.cipher))
-    }
-}
-
-/// What reading an attribute gives.
+/// The result of reading an attribute.
 pub(crate) enum Read<'a> {
     /// The value.
     Bytes(Cow<'a, [u8]>),
     /// The value of an array of attributes.
     Template(&'a Nested),
-    /// It may not be revealed.
+    /// The value must not be revealed.
     Sensitive,
     /// The object has no such attribute.
     Unknown,
@@ -253,7 +233,7 @@ impl Object {
             return Read::Bytes(Cow::Borrowed(value));
         }
         match (kind, shape) {
-            // Parts of a key that this key does not have.
+            // Components that this kind of key does not have.
             (
                 CKA_MODULUS | CKA_MODULUS_BITS | CKA_PUBLIC_EXPONENT | CKA_PRIVATE_EXPONENT | CKA_PRIME_1 | CKA_PRIME_2
                 | CKA_EXPONENT_1 | CKA_EXPONENT_2 | CKA_COEFFICIENT | CKA_EC_PARAMS | CKA_EC_POINT,

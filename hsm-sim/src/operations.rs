@@ -1,4 +1,5 @@
-//! The functions that begin, continue and end a session's operations: the same steps for each kind.
+//! The functions that begin, continue and end an operation of a session, in the same steps for each
+//! kind.
 
 use aws_lc_rs::digest;
 use cryptoki_sys::*;
@@ -13,13 +14,14 @@ use crate::session::{DigestOperation, Operations, Session};
 use crate::signature::SignatureOperation;
 use crate::template::Item;
 
-/// Takes the answer of a step that ends the operation: it stays only when nothing was done yet.
+/// Takes the answer of a step that ends the operation. The operation stays only if the step has
+/// done nothing yet.
 fn settle<T>(slot: &mut Option<T>, step: impl FnOnce(&mut T) -> Result<Output>) -> Result<Output> {
     let operation = slot.as_mut().ok_or(Rv(CKR_OPERATION_NOT_INITIALIZED))?;
     let answer = step(operation);
     match &answer {
         Ok(output) if !output.is_data() => {}
-        // What still wants the PIN waits for it.
+        // An operation that still requires the PIN waits for it.
         Err(Rv(CKR_USER_NOT_LOGGED_IN)) => {}
         _ => *slot = None,
     }
@@ -221,7 +223,7 @@ impl Session {
         operations.message_decrypt = operations.message_decrypt.take().filter(|_| !wanted(CKF_MESSAGE_DECRYPT));
     }
 
-    /// C_Login with CKU_CONTEXT_SPECIFIC: frees the operations that wait for the PIN.
+    /// C_Login with CKU_CONTEXT_SPECIFIC: the operations that wait for the PIN can continue.
     pub(crate) fn authenticate(&self, pin: &[u8]) -> Result<()> {
         let mut operations = self.operations();
         let Operations { encrypt, decrypt, sign, .. } = &mut *operations;

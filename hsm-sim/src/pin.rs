@@ -8,8 +8,8 @@ use zeroize::Zeroizing;
 
 use crate::crypto::random;
 use crate::error::{Result, Rv};
+use crate::hex::{hex, unhex};
 use crate::settings::Settings;
-use crate::store::{hex, unhex};
 
 /// The key that encrypts a token's private objects, and authenticates the public ones.
 #[derive(Clone)]
@@ -24,7 +24,8 @@ pub(crate) struct PinRecord {
     wrapped: Vec<u8>,
 }
 
-/// Whose PIN it is. It is authenticated with the record, so that one cannot stand for the other.
+/// The role that a PIN belongs to. It is authenticated with the record, so that the record of one
+/// role cannot replace the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
     /// The security officer.
@@ -46,18 +47,18 @@ impl MasterKey {
         seal(&self.0, context, plaintext)
     }
 
-    /// Undoes [`MasterKey::seal`]. `None`: not what was sealed with this key for this context.
+    /// Undoes [`MasterKey::seal`]. `None`: it was not sealed with this key for this context.
     pub(crate) fn open(&self, context: &[u8], sealed: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
         open(&self.0, context, sealed)
     }
 
-    /// What proves that who knew a PIN wrote `public` for this context: AES-256-GCM of nothing,
-    /// with both as associated data (nonce ‖ tag).
+    /// The proof that a caller who knew a PIN wrote `public` for this context: AES-256-GCM of an
+    /// empty plaintext, with both as associated data (nonce ‖ tag).
     pub(crate) fn authenticate(&self, context: &[u8], public: &[u8]) -> Result<Vec<u8>> {
         seal(&self.0, &public_context(context, public), &[])
     }
 
-    /// Whether `code` is what [`MasterKey::authenticate`] made of the same.
+    /// Whether [`MasterKey::authenticate`] made `code` for the same context and content.
     pub(crate) fn is_authentic(&self, context: &[u8], public: &[u8], code: &[u8; AUTHENTICATOR]) -> bool {
         open(&self.0, &public_context(context, public), code).is_some()
     }
@@ -102,7 +103,8 @@ impl PinRecord {
     }
 }
 
-/// Associated data that no sealed object has, so that one can never stand for the other.
+/// The associated data differ from those of sealed objects, so that one can never replace the
+/// other.
 fn public_context(context: &[u8], public: &[u8]) -> Vec<u8> {
     [b"hsm-sim public ".as_slice(), context, public].concat()
 }
@@ -141,5 +143,5 @@ fn open(key: &[u8; 32], context: &[u8], sealed: &[u8]) -> Option<Zeroizing<Vec<u
     Some(data)
 }
 
-/// Length of what authenticates a public object: nonce and tag.
+/// Length of the proof of a public object: nonce and tag.
 pub(crate) const AUTHENTICATOR: usize = NONCE_LEN + 16;

@@ -1,4 +1,4 @@
-//! Sessions: which token they talk to, what they own, and what they are in the middle of.
+//! Sessions: the token of each, its objects, and its operations under way.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -18,11 +18,10 @@ use crate::token::{Login, Token};
 
 /// A session.
 ///
-/// On cache lines of its own: sessions are opened one after the other by one thread, and used by
-/// many.
+/// Each session has its own cache lines: one thread opens many sessions, and many threads use them.
 #[repr(align(128))]
 pub(crate) struct Session {
-    /// What the caller knows it by.
+    /// The handle by which the caller names it.
     pub(crate) handle: CK_SESSION_HANDLE,
     /// Its token.
     pub(crate) token: Arc<Token>,
@@ -34,7 +33,7 @@ pub(crate) struct Session {
     closed: AtomicBool,
 }
 
-/// The objects that die with a session, and the handles that it has left for new ones.
+/// The objects that end with the session, and its handles that are left for new objects.
 #[derive(Default)]
 struct Owned {
     handles: HashSet<CK_OBJECT_HANDLE>,
@@ -94,13 +93,13 @@ impl Session {
         !object.flags.has(Flags::PRIVATE) || self.token.login_state() == Login::User
     }
 
-    /// The same, and the very one in the table: what [`Token::change`] compares with.
+    /// The object with this handle, not a copy: [`Token::change`] compares with it.
     pub(crate) fn object_to_change(&self, handle: CK_OBJECT_HANDLE, missing: CK_RV) -> Result<Arc<Object>> {
         self.object(handle, missing)?;
         self.token.objects.get(handle).ok_or(Rv(missing))
     }
 
-    /// Puts a new object where its flags want it.
+    /// Adds a new object to the session or to the token, as its flags say.
     pub(crate) fn add(&self, mut object: Object) -> Result<CK_OBJECT_HANDLE> {
         self.check_write(object.flags)?;
         let of_session = !object.flags.has(Flags::TOKEN);
@@ -109,7 +108,7 @@ impl Session {
         object.handle = self.new_handle(of_session);
         let handle = object.handle;
         self.token.add(object)?;
-        // The session may have been closed in between: then no one else removes the object.
+        // The session may have been closed in between. Then nothing else removes the object.
         if of_session && self.closed.load(Ordering::SeqCst) {
             self.token.objects.remove(handle);
             return fail(CKR_SESSION_HANDLE_INVALID);
@@ -136,7 +135,7 @@ impl Session {
         Ok(())
     }
 
-    /// Ends the session: its objects and operations are gone when this returns.
+    /// Ends the session. Its objects and operations are gone when this returns.
     pub(crate) fn end(&self) {
         self.closed.store(true, Ordering::SeqCst);
         self.destroy_objects();
@@ -155,7 +154,7 @@ impl Session {
         }
     }
 
-    /// A handle for a new object. One that dies with the session is noted as its own.
+    /// A handle for a new object. An object that ends with the session is noted here.
     fn new_handle(&self, of_session: bool) -> CK_OBJECT_HANDLE {
         let mut owned = self.owned();
         let handle = owned.unused.next().unwrap_or_else(|| {

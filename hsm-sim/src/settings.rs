@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-/// What the module is told.
+/// The settings of the module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Settings {
     /// The folder that holds one folder per slot.
@@ -11,9 +11,9 @@ pub(crate) struct Settings {
     pub(crate) slots: u32,
     /// The control file of the failing HSM.
     pub(crate) control: Option<PathBuf>,
-    /// Where nonces are noted, for tests.
+    /// The folder of the nonce watcher's notes, for tests.
     pub(crate) nonce_watch: Option<PathBuf>,
-    /// Wrong PINs in a row that lock the PIN.
+    /// The number of wrong PINs in a row that locks the PIN.
     pub(crate) attempts: u32,
     /// Argon2id: memory in KiB.
     pub(crate) memory: u32,

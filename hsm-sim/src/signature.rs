@@ -21,7 +21,7 @@ pub(crate) struct SignatureOperation {
     key: Arc<Object>,
     kind: Kind,
     in_parts: bool,
-    /// The key wants the PIN before it is used (`CKA_ALWAYS_AUTHENTICATE`).
+    /// The key requires the PIN before each use (`CKA_ALWAYS_AUTHENTICATE`).
     pub(crate) locked: bool,
 }
 
@@ -33,7 +33,7 @@ enum Kind {
     Rsa { scheme: Scheme, input: Input },
 }
 
-/// What an asymmetric key signs.
+/// The data that an asymmetric key signs.
 enum Input {
     /// The data itself: a digest that the caller computed.
     Raw,
@@ -83,7 +83,7 @@ impl SignatureOperation {
         Ok(())
     }
 
-    /// Signs what came in parts.
+    /// Signs the data that came in parts.
     pub(crate) fn sign_final(&mut self, room: Room) -> Result<Output> {
         if let Some(answer) = room.settle(self.length()?) {
             return Ok(answer);
@@ -99,7 +99,7 @@ impl SignatureOperation {
         self.check(data, signature)
     }
 
-    /// Checks a signature over what came in parts.
+    /// Checks a signature over the data that came in parts.
     pub(crate) fn verify_final(&mut self, signature: &[u8]) -> Result<()> {
         self.check(&[], signature)
     }

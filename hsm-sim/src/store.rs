@@ -1,10 +1,10 @@
 //! A token on disk: one folder with the token's record, one file per token object, a lock and a
 //! change counter.
 //!
-//! Every file is written under another name, synced, and renamed into its place: whenever the
-//! process dies, each file is the old one or the new one. Object files live in a folder named after
-//! the token's epoch, which C_InitToken changes: renaming the record is the moment at which all old
-//! objects are gone.
+//! Every file is written under another name, synced, and renamed. So each file is the old one or
+//! the new one at every moment, also if the process dies. Object files are in a folder that is
+//! named after the token's epoch. C_InitToken changes the epoch, so the rename of the record
+//! removes all old objects at once.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
@@ -15,6 +15,7 @@ use cryptoki_sys::{CKR_CANT_LOCK, CKR_DEVICE_ERROR};
 
 use crate::crypto::random;
 use crate::error::{Result, Rv, fail};
+use crate::hex::{hex, unhex};
 use crate::object::ObjectId;
 use crate::pin::PinRecord;
 
@@ -23,7 +24,7 @@ pub(crate) struct Store {
     folder: PathBuf,
 }
 
-/// What a token is, besides its objects.
+/// The properties of a token, without its objects.
 #[derive(Clone)]
 pub(crate) struct Record {
     /// Changes with every C_InitToken; names the folder of the objects.
@@ -42,7 +43,7 @@ pub(crate) struct Record {
     pub(crate) user_failures: u32,
 }
 
-/// An object file that was found: its name, and what tells one version of it from the next.
+/// An object file that was found: its name, and the stamp of its version.
 pub(crate) struct Found {
     /// The object.
     pub(crate) id: ObjectId,
@@ -73,13 +74,12 @@ impl Store {
             .write(true)
             .mode(FILE_MODE)
             .open(self.folder.join("lock"))?;
-        // The lock goes with the file: when it is closed, or the process dies.
+        // The lock ends when the file is closed or the process dies.
         file.lock().map_err(|_| Rv(CKR_CANT_LOCK))?;
         Ok(Locked { _file: file })
     }
 
-    /// A number that changes with everything that any process writes. `None`: nothing was ever
-    /// written.
+    /// A number that changes with every write of any process. `None`: nothing was ever written.
     pub(crate) fn generation(&self) -> Option<u64> {
         let bytes = fs::read(self.folder.join("generation")).ok()?;
         bytes.as_slice().try_into().map(u64::from_le_bytes).ok()
@@ -114,7 +114,7 @@ impl Store {
         self.replace_file(&self.folder, "token", record.to_text().as_bytes())
     }
 
-    /// Makes the slot hold no token at all.
+    /// Removes the token from the slot.
     pub(crate) fn wipe(&self, _locked: &Locked) -> Result<()> {
         match fs::remove_file(self.folder.join("token")) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(error.into()),
@@ -123,7 +123,7 @@ impl Store {
         self.sweep(None)
     }
 
-    /// Removes what an interrupted write or an earlier token left.
+    /// Removes files of an interrupted write, and objects of an earlier token.
     pub(crate) fn sweep(&self, epoch: Option<[u8; 8]>) -> Result<()> {
         let current = epoch.map(|epoch| self.objects_folder(epoch));
         for entry in fs::read_dir(&self.folder)? {
@@ -159,7 +159,7 @@ impl Store {
             if let Some(id) = entry.file_name().to_str().and_then(parse_object_name) {
                 match entry.metadata() {
                     Ok(metadata) => found.push(Found { id, stamp: stamp(&metadata) }),
-                    // Removed by another process in this moment.
+                    // Another process has just removed it.
                     Err(error) if error.kind() == ErrorKind::NotFound => {}
                     Err(error) => return Err(error.into()),
                 }
@@ -259,20 +259,6 @@ impl Record {
     }
 }
 
-/// Lower-case hexadecimal digits.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// The bytes of hexadecimal digits.
-pub(crate) fn unhex(text: &str) -> Option<Vec<u8>> {
-    let (pairs, rest) = text.as_bytes().as_chunks::<2>();
-    if !rest.is_empty() {
-        return None;
-    }
-    pairs.iter().map(|pair| u8::from_str_radix(core::str::from_utf8(pair).ok()?, 16).ok()).collect()
-}
-
 fn object_name(id: ObjectId) -> String {
     format!("{}.object", hex(&id))
 }
@@ -296,7 +282,7 @@ fn create_folder(folder: &Path) -> Result<()> {
     }
 }
 
-/// A rename or a removal is durable only when its folder is.
+/// A rename or a removal is durable only after the sync of its folder.
 fn sync_folder(folder: &Path) -> Result<()> {
     Ok(File::open(folder)?.sync_all()?)
 }

@@ -1,7 +1,9 @@
-//! Handles: numbers that name sessions and objects, spread over shards so that threads rarely meet.
+//! Handles: numbers that name sessions and objects, spread over shards so that threads rarely wait
+//! for the same lock.
 //!
-//! Handles are given out in blocks, and all of a block are in one shard: a session that takes its
-//! objects' handles from a block of its own works on cache lines that no other thread writes.
+//! Handles are allocated in blocks, and all handles of a block are in one shard. So a session that
+//! takes the handles of its objects from its own block uses cache lines that no other thread
+//! writes.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -10,18 +12,18 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 /// A map from handles to shared values. A reader holds a shard's lock only to clone the [`Arc`].
 pub(crate) struct Table<T> {
     shards: Vec<Shard<T>>,
-    /// How many handles that follow each other are in one shard.
+    /// The number of consecutive handles in one shard.
     block: u64,
 }
 
-// Each shard on cache lines of its own: neighbours do not slow each other down.
+// Each shard has its own cache lines, so that shards do not slow each other down.
 #[repr(align(128))]
 struct Shard<T>(RwLock<Entries<T>>);
 
 type Entries<T> = HashMap<u64, Arc<T>, BuildHasherDefault<HandleHasher>>;
 
 impl<T> Table<T> {
-    /// An empty table whose handles are given out in blocks of this many, at least one.
+    /// An empty table whose handles are allocated in blocks of this size, at least one.
     pub(crate) fn new(block: u64) -> Self {
         Self { shards: (0..SHARDS).map(|_| Shard(RwLock::default())).collect(), block: block.max(1) }
     }
@@ -37,8 +39,8 @@ impl<T> Table<T> {
         }
     }
 
-    /// Replaces the value of `handle` if it is still `expected`. False: someone else was faster, or
-    /// it is gone.
+    /// Replaces the value of `handle` if it is still `expected`. False: another thread has replaced
+    /// or removed it.
     pub(crate) fn replace(&self, handle: u64, expected: &Arc<T>, value: Arc<T>) -> bool {
         let Some(mut shard) = self.write(handle) else { return false };
         match shard.get_mut(&handle) {
@@ -90,8 +92,8 @@ impl<T> Table<T> {
     }
 }
 
-/// Handles are given out by this module, so that no one can choose colliding ones: one
-/// multiplication spreads them.
+/// This module allocates the handles, so no caller can choose colliding ones, and one
+/// multiplication is enough to spread them.
 #[derive(Default)]
 struct HandleHasher(u64);
 

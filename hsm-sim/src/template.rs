@@ -1,4 +1,4 @@
-//! Templates: the attributes that a caller gives, read once into a form that has been checked.
+//! Templates: the attributes that a caller gives, read once and checked.
 
 use cryptoki_sys::*;
 use smallvec::SmallVec;
@@ -46,8 +46,8 @@ impl<'a> Item<'a> {
 }
 
 /// A template for a new object, checked against the table: every attribute is known, fits the
-/// class, may be set by this call, has a value of its shape, and comes once (or says the same
-/// again).
+/// class, may be set by this call, has a value of its shape, and comes once (or again with the same
+/// value).
 pub(crate) struct Draft<'a> {
     /// The class of the object.
     pub(crate) class: CK_OBJECT_CLASS,
@@ -81,8 +81,7 @@ impl<'a> Draft<'a> {
             templates: Vec::new(),
         };
         for item in template {
-            // The token alone makes unique identifiers: for a new object there is no such
-            // attribute.
+            // Only the token makes unique identifiers: a caller cannot give this attribute.
             let rule = attribute::rule(item.kind)
                 .filter(|rule| rule.kind != CKA_UNIQUE_ID)
                 .ok_or(Rv(CKR_ATTRIBUTE_TYPE_INVALID))?;
@@ -171,7 +170,7 @@ pub(crate) fn check_change(
         (Later::Never, _) => false,
         (Later::Copy, _) => copying,
         (Later::Free, _) => true,
-        // What is already so may be said again.
+        // A template may repeat the present value.
         (Later::OnlyTrue, Shape::Flag(bit)) => truth(item.plain()?)? || !flags.has(bit),
         (Later::OnlyFalse, Shape::Flag(bit)) => !truth(item.plain()?)? || flags.has(bit),
         (Later::OnlyTrue | Later::OnlyFalse, _) => false,

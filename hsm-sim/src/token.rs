@@ -26,9 +26,9 @@ pub(crate) struct Token {
     /// Open sessions, and how many of them are read/write.
     pub(crate) sessions: AtomicUsize,
     pub(crate) read_write_sessions: AtomicUsize,
-    /// False while the control file keeps the token away.
+    /// False while a command of the control file has removed the token.
     pub(crate) present: AtomicBool,
-    /// The token was removed or put back, and C_WaitForSlotEvent has not said so yet.
+    /// The token was removed or inserted, and C_WaitForSlotEvent has not reported it yet.
     pub(crate) changed: AtomicBool,
     login: AtomicU8,
     settings: Arc<Settings>,
@@ -64,8 +64,8 @@ struct Known {
     handle: CK_OBJECT_HANDLE,
     stamp: Stamp,
     loaded: bool,
-    /// It was checked with the master key. A public object that was loaded before any login was
-    /// not.
+    /// The master key has authenticated it. A public object that was loaded before any login is not
+    /// authenticated.
     authentic: bool,
 }
 
@@ -96,12 +96,12 @@ impl Token {
         }
     }
 
-    /// `CKR_TOKEN_NOT_PRESENT` while the token is away.
+    /// `CKR_TOKEN_NOT_PRESENT` while the token is removed.
     pub(crate) fn check_present(&self) -> Result<()> {
         if self.present.load(Ordering::Acquire) { Ok(()) } else { fail(CKR_TOKEN_NOT_PRESENT) }
     }
 
-    /// Removes what an interrupted write left, at start.
+    /// Removes, at the start, files of an interrupted write.
     pub(crate) fn recover(&self) -> Result<()> {
         if self.store.record()?.is_none() {
             return Ok(());
@@ -116,21 +116,22 @@ impl Token {
         Ok(self.refreshed()?.record.clone())
     }
 
-    /// Takes over what other processes have written.
+    /// Reads what other processes have written.
     pub(crate) fn refresh(&self) -> Result<()> {
         self.refreshed().map(|_| ())
     }
 
-    /// A block of new object handles: whoever has it gives them out without asking again.
+    /// Allocates a block of new object handles.
     pub(crate) fn next_handles(&self) -> Range<CK_OBJECT_HANDLE> {
         let first = self.next_handle.fetch_add(HANDLE_BLOCK, Ordering::Relaxed);
         first..first.saturating_add(HANDLE_BLOCK)
     }
 
-    /// Empties this cache whenever a token object changes or goes, from now on until it is dropped.
+    /// From now on, the token empties this cache when a token object changes or is removed, until
+    /// the cache is dropped.
     pub(crate) fn watch(&self, cache: &Arc<ObjectCache>) {
         let mut caches = self.lock_caches();
-        // Only when it would grow: opening thousands of sessions stays cheap.
+        // Only when the list would grow, so that thousands of sessions can be opened cheaply.
         if caches.len() == caches.capacity() {
             caches.retain(|cache| cache.strong_count() > 0);
         }
@@ -155,7 +156,7 @@ impl Token {
         flags | count(record.so_failures, CKF_SO_PIN_COUNT_LOW, CKF_SO_PIN_FINAL_TRY, CKF_SO_PIN_LOCKED)
     }
 
-    /// C_InitToken: a new, empty token. Over an old one only with its SO PIN.
+    /// C_InitToken: a new, empty token. An old token is overwritten only with its SO PIN.
     pub(crate) fn initialise(&self, pin: &[u8], label: [u8; 32]) -> Result<()> {
         check_length(pin)?;
         let locked = self.store.lock()?;
@@ -201,8 +202,7 @@ impl Token {
         }
         let master = self.open_pin(&mut state, role, pin, &locked)?;
         state.master = Some(master);
-        // Now public objects can be checked too: those that somebody changed in their files are
-        // gone.
+        // Now public objects can be authenticated, too. Those whose files were changed disappear.
         if let Err(error) = self.load(&mut state) {
             state.master = None;
             return Err(error);
@@ -211,7 +211,7 @@ impl Token {
         Ok(())
     }
 
-    /// Checks the PIN of whom is logged in, for a key that wants it at each use.
+    /// Checks the PIN of the role that is logged in, for a key that requires it at each use.
     pub(crate) fn authenticate(&self, pin: &[u8]) -> Result<()> {
         let role = match self.login_state() {
             Login::Public => return fail(CKR_USER_NOT_LOGGED_IN),
@@ -231,7 +231,7 @@ impl Token {
         self.objects.remove_if(|object| object.flags.has(Flags::PRIVATE));
         self.empty_caches();
         for known in state.known.values_mut() {
-            // Which ones were private is found out again when they are needed.
+            // Objects that were removed here are read again when they are needed.
             known.loaded = known.loaded && self.objects.get(known.handle).is_some();
         }
         was != 0
@@ -250,7 +250,7 @@ impl Token {
         self.save_record(&mut state, record, &locked)
     }
 
-    /// C_SetPIN: who knows the old PIN sets a new one.
+    /// C_SetPIN: a caller who knows the old PIN sets a new one.
     pub(crate) fn change_pin(&self, role: Role, old: &[u8], new: &[u8]) -> Result<()> {
         check_length(new)?;
         let locked = self.store.lock()?;
@@ -283,8 +283,7 @@ impl Token {
         Ok(())
     }
 
-    /// Replaces `old` by what `change` makes of it. Fails when someone else changed or removed it
-    /// first.
+    /// Replaces `old` by `new`. Fails if another thread or process has changed or removed it.
     pub(crate) fn change(&self, old: &Arc<Object>, new: Object) -> Result<()> {
         let Some(id) = old.id else {
             let replaced = self.objects.replace(old.handle, old, Arc::new(new));
@@ -292,7 +291,7 @@ impl Token {
         };
         let locked = self.store.lock()?;
         let mut state = self.refreshed_under(&locked)?;
-        // Another process or thread was faster: the caller's view is stale.
+        // Another process or thread has changed it: the caller's view is stale.
         if !self.objects.get(old.handle).is_some_and(|current| Arc::ptr_eq(&current, old)) {
             return fail(CKR_FUNCTION_FAILED);
         }
@@ -325,7 +324,7 @@ impl Token {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The state, after taking over what other processes have written.
+    /// The state, after reading what other processes have written.
     fn refreshed(&self) -> Result<MutexGuard<'_, State>> {
         let mut state = self.lock_state();
         let generation = self.store.generation();
@@ -335,8 +334,8 @@ impl Token {
         Ok(state)
     }
 
-    /// The same while the folder is locked. The folder's lock comes first, always: else two threads
-    /// could wait for each other.
+    /// The same while the folder is locked. The folder is always locked first: otherwise two
+    /// threads could wait for each other for ever.
     fn refreshed_under(&self, _locked: &Locked) -> Result<MutexGuard<'_, State>> {
         self.refreshed()
     }
@@ -357,7 +356,7 @@ impl Token {
         Ok(())
     }
 
-    /// Another token is in the slot: nothing that was known is true any more.
+    /// Another token is in the slot: forget everything about the former one.
     fn forget(&self, state: &mut State) {
         self.login.store(0, Ordering::Release);
         *state = State { generation: state.generation, ..State::default() };
@@ -365,7 +364,7 @@ impl Token {
         self.empty_caches();
     }
 
-    /// Makes the objects in memory those on disk, as far as they can be read.
+    /// Replaces the objects in memory by those on disk that can be read.
     fn load(&self, state: &mut State) -> Result<()> {
         let Some(record) = state.record.clone() else { return Ok(()) };
         let found = self.store.objects(record.epoch)?;
@@ -396,8 +395,8 @@ impl Token {
                 }),
             };
             let Some(bytes) = self.store.read_object(record.epoch, file.id)? else { continue };
-            // A damaged or forged file is left out, and left alone: it must not make the other
-            // objects unusable.
+            // A damaged or forged file is ignored and stays: it must not make the other objects
+            // unusable.
             let object = match open_object(&bytes, &record, file.id, state.master.as_ref()) {
                 Opened::Plain(plain) => Object::decode(&plain, handle, file.id).ok(),
                 Opened::Hidden | Opened::Damaged => None,
@@ -405,7 +404,7 @@ impl Token {
             let loaded = object.is_some();
             match object {
                 Some(object) => self.objects.insert(handle, Arc::new(object)),
-                // What the file held before is not what it holds now.
+                // The file has changed: forget its former content.
                 None => drop(self.objects.remove(handle)),
             }
             state.known.insert(file.id, Known { handle, stamp: file.stamp, loaded, authentic: state.master.is_some() });
@@ -429,8 +428,8 @@ impl Token {
     fn save(&self, state: &mut State, object: &Object, id: ObjectId, locked: &Locked) -> Result<()> {
         let record = state.record.as_ref().ok_or(Rv(CKR_TOKEN_NOT_RECOGNIZED))?;
         let plain = object.encode()?;
-        // A public object needs the login as well: only who knows a PIN can write what a later
-        // login believes.
+        // Public objects need the login, too: only a caller who knows a PIN can write an object
+        // that a later login accepts.
         let master = state.master.as_ref().ok_or(Rv(CKR_USER_NOT_LOGGED_IN))?;
         let context = object_context(record, id);
         let bytes = if object.flags.has(Flags::PRIVATE) {
@@ -451,8 +450,8 @@ impl Token {
         Ok(())
     }
 
-    /// Opens the master key. The failure is on disk before the PIN is tried: pulling the plug gives
-    /// no free attempt.
+    /// Opens the master key. A failure is written to disk before the PIN is tried, so that a power
+    /// cut gives no free attempt.
     fn open_pin(&self, state: &mut State, role: Role, pin: &[u8], locked: &Locked) -> Result<MasterKey> {
         let Some(mut record) = state.record.clone() else { return fail(CKR_TOKEN_NOT_RECOGNIZED) };
         let (stored, failures) = match role {
@@ -491,7 +490,8 @@ fn open_object(bytes: &[u8], record: &Record, id: ObjectId, master: Option<&Mast
         (Some((&SEALED, sealed)), Some(master)) => master.open(&context, sealed).map_or(Opened::Damaged, Opened::Plain),
         (Some((&SEALED, _)), None) => Opened::Hidden,
         (Some((&OPEN, rest)), master) => match rest.split_first_chunk::<AUTHENTICATOR>() {
-            // Before a login there is no key to check it with; the login makes up for it.
+            // Before a login there is no key to authenticate the object with. The login does that
+            // later.
             Some((code, plain)) if master.is_none_or(|master| master.is_authentic(&context, plain, code)) => {
                 Opened::Plain(zeroize::Zeroizing::new(plain.to_vec()))
             }
@@ -501,7 +501,8 @@ fn open_object(bytes: &[u8], record: &Record, id: ObjectId, master: Option<&Mast
     }
 }
 
-/// What an object file is bound to: it is no object of another token, or under another name.
+/// The context that an object file is authenticated with: it cannot be moved to another token or
+/// name.
 fn object_context(record: &Record, id: ObjectId) -> Vec<u8> {
     [b"hsm-sim object ".as_slice(), &record.epoch, &id].concat()
 }
@@ -515,7 +516,8 @@ pub(crate) const MIN_PIN: usize = 4;
 /// The longest PIN, in bytes.
 pub(crate) const MAX_PIN: usize = 255;
 
-/// Handles that a session takes at once, so that sessions do not meet at one number.
+/// The number of handles that a session allocates at once, so that sessions rarely change the same
+/// counter.
 const HANDLE_BLOCK: u64 = 1024;
 
 /// The first byte of an object file: encrypted and authenticated.

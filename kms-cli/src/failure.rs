@@ -1,4 +1,4 @@
-//! Why a command did not succeed, and the exit code that says so to scripts.
+//! The failure of a command, and its exit code for scripts.
 
 use std::{fmt, process::ExitCode};
 
@@ -7,8 +7,8 @@ use kms_client::{
 };
 use tonic::{Code, Status};
 
-/// A failed command. Cause and next step go to standard error, a line each; the kind becomes the
-/// exit code.
+/// A failed command. Its cause and the next step go to standard error, each on its own line. Its
+/// kind is the exit code.
 #[derive(Debug)]
 pub(crate) struct Failure {
     kind: Kind,
@@ -26,27 +26,27 @@ enum Kind {
 }
 
 impl Failure {
-    /// 1: it did not work, and trying again will not help.
+    /// Exit code 1: the command failed, and another attempt does not help.
     pub(crate) fn failed(text: impl Into<String>) -> Self {
         Self::new(Kind::Failed, text)
     }
 
-    /// 2: the command line is wrong.
+    /// Exit code 2: the command line is wrong.
     pub(crate) fn usage(text: impl Into<String>) -> Self {
         Self::new(Kind::Usage, text)
     }
 
-    /// 5: a part was done.
+    /// Exit code 5: only a part was done.
     pub(crate) fn partly(text: impl Into<String>) -> Self {
         Self::new(Kind::Partly, text)
     }
 
-    /// Adds what to do next.
+    /// Adds the next step.
     pub(crate) fn with_hint(self, hint: impl Into<String>) -> Self {
         Self { hint: hint.into(), ..self }
     }
 
-    /// Adds what was being done, in front.
+    /// Adds, in front of the cause, what the command was doing.
     pub(crate) fn while_doing(self, what: &str) -> Self {
         Self { text: format!("{what}: {}", self.text), ..self }
     }

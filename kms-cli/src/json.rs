@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 
 /// The JSON of a message, named as in the package `meterkms.v1`.
 pub(crate) fn message(name: &str, message: &impl Message) -> Value {
-    // Both fail only if the descriptors are not those that the messages were compiled from.
+    // Both fail only if the descriptors differ from those that the messages were compiled from.
     let descriptor = DescriptorPool::decode(FILE_DESCRIPTOR_SET)
         .ok()
         .and_then(|pool| pool.get_message_by_name(&format!("meterkms.v1.{name}")));

@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use comfy_table::{Attribute, Cell, CellAlignment, ColumnConstraint, ContentArrangement, Table, TableStyle};
 use serde_json::Value;
 
-/// The form of results.
+/// The format of results.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Format {
     /// Aligned columns.
@@ -30,15 +30,15 @@ impl Output {
         matches!(self.format, Format::Json)
     }
 
-    /// Shows a result in the form that was asked for; only that form is made.
+    /// Shows a result in the requested format. Only this format is made.
     pub(crate) fn show(&self, json: impl FnOnce() -> Value, tables: impl FnOnce() -> String) {
         let text = if self.is_json() { format!("{:#}\n", json()) } else { tables() };
-        // A reader that has gone away (`kms … | head`) is not a failure.
+        // It is no failure if the reader has closed the pipe (`kms … | head`).
         let _ = std::io::stdout().write_all(text.as_bytes());
     }
 }
 
-/// Rows under headings. Only columns of sentences are broken into lines: a title, name, digest or
+/// A table with headings. Only columns of sentences are broken into lines. A title, name, digest or
 /// time stays whole, so that it can be copied.
 pub(crate) struct Rows {
     headings: Vec<String>,
@@ -104,7 +104,7 @@ impl Rows {
         format!("{}\n", table.trim_fmt())
     }
 
-    /// For narrow terminals: a row's sentences stand below its other cells.
+    /// The table for a narrow terminal: the sentences of a row are below its other cells.
     fn below_each_other(&self, whole: &[usize], sentences: &[usize], terminal: usize) -> String {
         let mut table = self.table(whole);
         table.set_content_arrangement(ContentArrangement::Disabled);
@@ -184,12 +184,13 @@ pub(crate) fn time(milliseconds: i64) -> String {
     written(milliseconds, 0)
 }
 
-/// The end of something as [`time`], and within 30 days of it how many days are left.
+/// The time of an end, as [`time`] shows it, and the number of days that are left, if it is 30 or
+/// less.
 pub(crate) fn end(milliseconds: i64) -> String {
     end_as_of(milliseconds, jiff::Timestamp::now().as_millisecond())
 }
 
-/// What to say of something that ends within 30 days, or has ended; `None`: nothing.
+/// The warning about an end that is within 30 days, or has passed; `None`: no warning.
 pub(crate) fn ends_soon(milliseconds: i64, now: i64) -> Option<String> {
     let text = end_as_of(milliseconds, now);
     text.split_once(", ").map(|(_, soon)| soon.to_owned())
@@ -218,7 +219,7 @@ fn written(milliseconds: i64, digits: usize) -> String {
         .map_or_else(|_| format!("{milliseconds} ms"), |time| format!("{time:.digits$}"))
 }
 
-/// A number with its thousands apart.
+/// A number with separated thousands.
 pub(crate) fn number(number: u64) -> String {
     indicatif::HumanCount(number).to_string()
 }
@@ -243,7 +244,7 @@ pub(crate) fn uuid(id: &[u8]) -> String {
     kms_client::GrantId::from_octets(id).map_or_else(|_| octets(id), |id| id.to_string())
 }
 
-/// What a key is granted for, as `--purpose` names it.
+/// The purpose of a grant, as `--purpose` names it.
 pub(crate) fn purpose(purpose: kms_client::proto::Purpose) -> String {
     purpose.as_str_name().trim_start_matches("PURPOSE_").to_lowercase().replace('_', "-")
 }

@@ -4,7 +4,7 @@ use std::{fmt, pin::pin, time::Duration};
 
 use indicatif::{HumanCount, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
-/// Waits for an answer; after a second says what for.
+/// Waits for an answer. After a second it shows what it waits for.
 pub(crate) async fn waiting<T>(what: &str, answer: impl Future<Output = T>) -> T {
     let mut answer = pin!(answer);
     tokio::select! {
@@ -47,7 +47,7 @@ fn bar(what: &str, total: u64, template: &str) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr())
         .with_style(style)
         .with_message(what.to_owned());
-    // The rate and the time left change although nothing arrives.
+    // Rate and remaining time change even if nothing arrives.
     bar.enable_steady_tick(Duration::from_millis(250));
     bar
 }

@@ -38,8 +38,8 @@ impl Connection {
     /// Connects.
     ///
     /// # Errors
-    /// The profile is not usable, nothing listens there, or one side does not accept the other's
-    /// certificate.
+    /// The profile is not usable, no server listens at the address, or one side does not accept the
+    /// other's certificate.
     pub async fn connect(profile: &Profile) -> Result<Self, ConnectError> {
         let server = profile.server().to_owned();
         let refuse = |error: tonic::transport::Error| ConnectError::of(&server, &error);
@@ -64,8 +64,8 @@ impl Connection {
                 stream.set_nodelay(true)?;
                 let mut stream = BufReader::new(connector.connect(name, stream).await?);
                 // In TLS 1.3 a server refuses the client's certificate after the handshake. Its
-                // first frame (RFC 9113, 3.4) tells that it did not; a server that waits for ours
-                // first is not waited for.
+                // first frame (RFC 9113, 3.4) shows that it has accepted it. Some servers wait for
+                // the client's frame first, so the wait for theirs is short.
                 if let Ok(first) = tokio::time::timeout(FIRST_FRAME_TIMEOUT, stream.fill_buf()).await {
                     let first = first?;
                     if first.is_empty() {
@@ -165,8 +165,8 @@ impl Connection {
     }
 }
 
-/// What a server says that ends the connection with its first octets: the text of a GOAWAY frame
-/// (RFC 9113, 6.8).
+/// The text of a GOAWAY frame (RFC 9113, 6.8) in a server's first octets, with which it ends the
+/// connection.
 fn farewell(mut octets: &[u8]) -> Option<String> {
     while let Some(([a, b, c, kind, ..], rest)) = octets.split_first_chunk::<9>() {
         let (frame, next) = rest.split_at_checked(usize::try_from(u32::from_be_bytes([0, *a, *b, *c])).ok()?)?;
@@ -192,7 +192,7 @@ pub enum ConnectError {
         /// What TLS says.
         reason: String,
     },
-    /// The server is not there, or not reachable.
+    /// The server is not running, or not reachable.
     #[error("no connection to `{server}`: {reason}")]
     Unreachable {
         /// `host:port`.
@@ -200,7 +200,7 @@ pub enum ConnectError {
         /// What the operating system says.
         reason: String,
     },
-    /// One side does not accept the other.
+    /// One side does not accept the other's certificate.
     #[error("no TLS connection to `{server}`: {reason}")]
     Tls {
         /// `host:port`.
@@ -282,7 +282,7 @@ fn tls_config(profile: &Profile) -> Result<ClientConfig, ConnectError> {
         .with_root_certificates(roots)
         .with_client_auth_cert(profile.certificate_chain()?, profile.private_key()?)
         .map_err(refuse)?;
-    // A resumed session would pass the verification of certificates by.
+    // A resumed session would skip the verification of certificates.
     config.resumption = Resumption::disabled();
     config.alpn_protocols = vec![b"h2".to_vec()];
     Ok(config)

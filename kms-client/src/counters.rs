@@ -18,7 +18,7 @@ pub struct Counters {
     client_title: SystemTitle,
     key_version: KeyVersionNumber,
     not_after: UnixMillis,
-    /// The next counter. 64 bits, so that it can stand behind the last one of 32 bits.
+    /// The next counter. It has 64 bits, because it is 2^32 after the last counter.
     next: AtomicU64,
     end: u64,
 }
@@ -42,7 +42,7 @@ impl Counters {
         })
     }
 
-    /// The next counter, which nobody gets again.
+    /// The next counter. It is never allocated again.
     ///
     /// # Errors
     /// All counters are used, or the grant has expired by this machine's clock.

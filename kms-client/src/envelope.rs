@@ -1,5 +1,5 @@
-//! Opening envelopes (docs/formats.md, Envelopes): nothing in one is believed before its seal is
-//! verified.
+//! Opening envelopes (docs/formats.md, *Envelopes*). The content of an envelope is used only after
+//! its seal has been verified.
 
 use aes_kw::{KeyInit as _, KwAes256};
 use aws_lc_rs::{
@@ -19,8 +19,8 @@ impl TransportKey {
     /// Opens an envelope that was made for this key.
     ///
     /// # Errors
-    /// The envelope is for another key, principal or request, has expired, uses an algorithm that
-    /// `options` do not allow, is not what docs/formats.md says, or was changed on its way.
+    /// The envelope is for another key, principal or request; has expired; uses an algorithm that
+    /// `options` do not allow; differs from docs/formats.md; or was changed on its way.
     pub fn open(&self, envelope: &proto::Envelope, options: &OpenOptions) -> Result<OpenedEnvelope, OpenError> {
         let header = EnvelopeHeader::parse(&envelope.header)?;
         if header.algorithm == EnvelopeAlgorithm::EcdhP256CbcExpand && !options.allow_cbc_expand {
@@ -51,8 +51,8 @@ impl TransportKey {
         OpenedEnvelope::parse(&header, &envelope.manifest, &agreement, self.principal(), options)
     }
 
-    /// Opens all envelopes of one answer, and joins what they say of the same meter: keys of
-    /// several HSM tokens come in an envelope each.
+    /// Opens all envelopes of one answer, and joins the keys of the same meter. Each HSM token
+    /// makes an envelope of its own.
     ///
     /// # Errors
     /// As [`Self::open`]; or there is no envelope, or they are not of one grant.
@@ -66,8 +66,8 @@ impl TransportKey {
     }
 }
 
-/// What an envelope must fulfil besides being genuine. The default: made for any request, algorithm
-/// 1, opened now.
+/// The conditions for opening a genuine envelope. The default: made for any request, algorithm 1,
+/// opened now.
 #[derive(Clone, Debug, Default)]
 pub struct OpenOptions {
     at: Option<UnixMillis>,
@@ -116,7 +116,7 @@ pub struct EnvelopeHeader {
     pub island: IslandName,
     /// The HSM's ephemeral public key, a P-256 point `04 ‖ x ‖ y`.
     pub ephemeral_public: [u8; 65],
-    /// Which transport certificate the envelope is for.
+    /// SHA-256 of the transport certificate that the envelope is for.
     pub transport_certificate_sha256: [u8; 32],
     /// When the agreement ends; part of the key derivation.
     pub not_after: UnixMillis,
@@ -173,7 +173,7 @@ impl EnvelopeHeader {
             let cipher =
                 cipher::PaddedBlockEncryptingKey::cbc_pkcs7(cipher::UnboundCipherKey::new(&cipher::AES_256, z).ok()?)
                     .ok()?;
-            // Room for the block of padding, which the library always adds and nobody needs.
+            // Room for the block of padding that the library always adds. It is not used.
             let mut blocks = Vec::with_capacity(48);
             blocks.extend_from_slice(shared_info.as_ref());
             cipher.less_safe_encrypt(&mut blocks, EncryptionContext::Iv128(FixedLength::from([0; 16]))).ok()?;
@@ -201,14 +201,15 @@ impl EnvelopeHeader {
     }
 }
 
-/// Keys that an island's HSM and a grantee share: they serve every envelope with the same header.
+/// Keys that an island's HSM and a grantee share. Envelopes with the same header have the same
+/// keys.
 pub(crate) struct Agreement {
     transport_kek: KwAes256,
     seal_key: hmac::Key,
 }
 
 impl Agreement {
-    /// Agrees with the header's ephemeral key. Nothing where that is no point of the curve.
+    /// Agrees with the header's ephemeral key. `None`: the key is not a point of the curve.
     pub(crate) fn derive(header: &EnvelopeHeader, grantee: &TransportKey) -> Option<Self> {
         let peer = agreement::UnparsedPublicKey::new(&agreement::ECDH_P256, header.ephemeral_public);
         let agreed = agreement::agree(&grantee.private, peer, (), |z| {
@@ -234,8 +235,8 @@ impl Agreement {
             .map_err(|_| OpenError::Seal)
     }
 
-    /// Unwraps a key of at most 256 octets (RFC 3394). Nothing where the wrap is not genuine or has
-    /// an impossible length.
+    /// Unwraps a key of at most 256 octets (RFC 3394). `None`: the wrap is not genuine, or has an
+    /// impossible length.
     pub(crate) fn unwrap(&self, wrapped: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
         let length = wrapped.len().checked_sub(8).filter(|length| (16..=256).contains(length))?;
         let mut key = Zeroizing::new(vec![0; length]);
@@ -244,7 +245,7 @@ impl Agreement {
     }
 }
 
-/// What an agreed key is for.
+/// The use of an agreed key.
 #[derive(Clone, Copy)]
 enum KeyUse {
     TransportKek = 1,
@@ -254,7 +255,7 @@ enum KeyUse {
 /// Why an envelope was not opened.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
-    /// The header is not what it should be.
+    /// A field of the header is wrong.
     #[error("envelope header, {field}: {reason}")]
     Header {
         /// The field.
@@ -262,53 +263,53 @@ pub enum OpenError {
         /// What is wrong.
         reason: String,
     },
-    /// Algorithm 2 without leave.
+    /// Algorithm 2, which the options do not allow.
     #[error(
-        "envelope algorithm `ecdh-p256-cbc-expand` is not for production and not allowed here: the island's HSM module offers no X9.63 KDF; allow it for trials only"
+        "envelope algorithm `ecdh-p256-cbc-expand` is not for production, and not allowed here. The HSM module of the island has no X9.63 KDF; allow this algorithm for trials only"
     )]
     AlgorithmRefused,
-    /// For another of the grantee's keys, or another grantee.
+    /// The envelope is for another transport key of the grantee, or for another grantee.
     #[error(
         "the envelope is for the transport certificate with SHA-256 `{named}`, this one has `{own}`: use the newest transport key"
     )]
     OtherTransportKey {
-        /// Whom the header names, hex.
+        /// SHA-256 of the certificate that the header names, hex.
         named: String,
         /// This key's certificate, hex.
         own: String,
     },
     /// Expired.
-    #[error("the envelope expired at {} ms, now is {} ms (Unix time): ask again with a new request id, and check this machine's clock", .not_after.0, .now.0)]
+    #[error("the envelope expired at {} ms, now is {} ms (Unix time): ask again with a new request id, and check the clock of this machine", .not_after.0, .now.0)]
     Expired {
         /// The expiry.
         not_after: UnixMillis,
-        /// The time compared with.
+        /// The time that it was compared with.
         now: UnixMillis,
     },
     /// The ephemeral key is no point of the curve.
     #[error("envelope header, ephemeral_public: not a point of P-256")]
     Agreement,
-    /// The seal does not fit.
+    /// The seal does not verify.
     #[error(
-        "the seal of the envelope does not verify: header or manifest was changed, or it was made for another key; nothing of it was used"
+        "the seal of the envelope does not verify: the header or manifest was changed, or the envelope was made for another key; none of its keys was used"
     )]
     Seal,
-    /// The manifest is genuine, and still not what it should be.
+    /// The manifest is genuine, but its content is wrong.
     #[error("envelope manifest: {reason}")]
     Manifest {
         /// What is wrong.
         reason: String,
     },
     /// Made for another principal.
-    #[error("the envelope is for `{named}`, this transport key is of `{own}`")]
+    #[error("the envelope is for `{named}`, but this transport key belongs to `{own}`: use the profile of `{named}`")]
     OtherPrincipal {
-        /// Whom the manifest names.
+        /// The principal that the manifest names.
         named: PrincipalId,
-        /// Whom the transport certificate names.
+        /// The principal that the transport certificate names.
         own: PrincipalId,
     },
     /// An answer to another request.
-    #[error("the envelope of grant {grant_id} answers request {named}, not this one")]
+    #[error("the envelope of grant {grant_id} answers request {named}, not this one: ask again with a new request id")]
     OtherRequest {
         /// The request that the manifest names.
         named: RequestId,
@@ -316,7 +317,9 @@ pub enum OpenError {
         grant_id: GrantId,
     },
     /// A wrapped key does not open.
-    #[error("{owner}, {key_type}: the wrapped key does not open or has the wrong length")]
+    #[error(
+        "{owner}, {key_type}: the wrapped key does not open, or has the wrong length; report this to the operator of the server"
+    )]
     Unwrap {
         /// The meter or group.
         owner: String,

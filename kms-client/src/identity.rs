@@ -1,4 +1,4 @@
-//! Key pairs that are made here, and the requests for their certificates.
+//! Key pairs that are made on this machine, and the requests for their certificates.
 
 use kms_domain::PrincipalId;
 use kms_proto::v1 as proto;

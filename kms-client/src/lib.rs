@@ -2,14 +2,14 @@
 //!
 //! - [`Profile`] is an identity on disk, [`Connection`] a channel that is authenticated both ways
 //!   with it.
-//! - [`TransportKey`] opens what the server sends: [`TransportKey::open`] gives the keys of an
-//!   envelope, after it has proved them.
+//! - [`TransportKey`] opens envelopes: [`TransportKey::open`] verifies an envelope and returns its
+//!   keys.
 //! - [`Counters`] allocates the invocation counters of a lease, each once.
-//! - [`RetryPolicy`] repeats calls as the server asks for it, under one request id.
+//! - [`RetryPolicy`] repeats calls as the server asks for it, with one request id.
 //! - [`Relay`] carries octets for a head-end that holds no keys: transfers of new keys, and the
 //!   tasks of campaigns.
-//! - [`KeyRequest`] makes key pairs on this machine and asks for their certificates.
-//! - [`sample`] plays a meter vendor, for trials.
+//! - [`KeyRequest`] makes key pairs on this machine, and the requests for their certificates.
+//! - [`sample`] makes shipments as a meter vendor would, for trials.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {

@@ -1,4 +1,5 @@
-//! What a genuine envelope says: who holds which key of which meter until when.
+//! The content of a genuine envelope: the keys of meters, their holder, and the time until which
+//! they may be used.
 
 use std::collections::HashSet;
 
@@ -15,19 +16,19 @@ use crate::{Counters, EnvelopeHeader, OpenError, OpenOptions, SecretKey, envelop
 /// unwrapped.
 #[derive(Debug)]
 pub struct OpenedEnvelope {
-    /// Whom the keys are for: the transport key's principal.
+    /// The principal that the keys are for: that of the transport key.
     pub principal: PrincipalId,
     /// The grant.
     pub grant_id: GrantId,
     /// The request that it answers.
     pub request_id: RequestId,
-    /// Which chunk of a batch this is, from 0.
+    /// The number of this chunk in its batch, from 0.
     pub chunk_index: u32,
-    /// What the keys are granted for; never unspecified.
+    /// The purpose of the keys; never unspecified.
     pub purpose: Purpose,
     /// When the grant was made.
     pub issued: UnixMillis,
-    /// Until when the keys may be used: the earlier of what header and manifest say.
+    /// The time until which the keys may be used: the earlier one of header and manifest.
     pub not_after: UnixMillis,
     /// The keys, one entry for each meter and security setup.
     pub meters: Vec<OpenedMeter>,
@@ -74,7 +75,7 @@ pub struct OpenedKey {
     pub key_type: KeyType,
     /// Its version; a dedicated key has none.
     pub version: Option<KeyVersionNumber>,
-    /// Whether the meter may hold another version just now, because a transfer is in doubt.
+    /// Whether the meter may hold another version now, because a transfer is in doubt.
     pub in_doubt: bool,
     /// The octets: 16 or 32 of an AES key, 1–255 of a secret.
     pub key: SecretKey,
@@ -158,7 +159,7 @@ impl OpenedEnvelope {
         })
     }
 
-    /// Adds what another envelope of the same answer holds.
+    /// Adds the content of another envelope of the same answer.
     pub(crate) fn join(&mut self, other: Self) -> Result<(), OpenError> {
         let same = self.grant_id == other.grant_id
             && self.request_id == other.request_id
@@ -193,8 +194,8 @@ impl OpenedEnvelope {
 }
 
 impl OpenedMeter {
-    /// The key of a type that the meter holds as far as anyone knows: the one that is not in doubt,
-    /// or else the newest.
+    /// The key of a type that the meter holds as far as is known: the one that is not in doubt, or
+    /// else the newest.
     pub fn key(&self, key_type: KeyType) -> Option<&OpenedKey> {
         self.keys_of(key_type).max_by_key(|key| (!key.in_doubt, key.version))
     }
@@ -221,8 +222,8 @@ impl OpenedMeter {
         if let Some(lease) = &entry.lease {
             let client_title = SystemTitle::from_octets(&lease.client_title)?;
             let key_version = KeyVersionNumber::new(lease.key_version)?;
-            // The counters are of the encryption key; where it came too, it must be the one that
-            // they are for.
+            // The counters belong to a version of the encryption key. If the envelope has the key,
+            // it must be this version.
             if result.keys_of(KeyType::GUEK).next().is_some()
                 && !result.keys_of(KeyType::GUEK).any(|key| key.version == Some(key_version))
             {
@@ -260,7 +261,7 @@ impl OpenedMeter {
 }
 
 impl OpenedGroup {
-    /// The key of a type that the members hold as far as anyone knows.
+    /// The key of a type that the members hold as far as is known.
     pub fn key(&self, key_type: KeyType) -> Option<&OpenedKey> {
         self.keys.iter().filter(|key| key.key_type == key_type).max_by_key(|key| (!key.in_doubt, key.version))
     }
@@ -294,8 +295,8 @@ impl OpenedGroup {
         if let Some(lease) = &entry.lease {
             let client_title = SystemTitle::from_octets(&lease.client_title)?;
             let key_version = KeyVersionNumber::new(lease.key_version)?;
-            // The counters are of the broadcast key; where it came too, it must be the one that
-            // they are for.
+            // The counters belong to a version of the broadcast key. If the envelope has the key,
+            // it must be this version.
             if result.key(KeyType::GBEK).is_some()
                 && !result.keys.iter().any(|key| key.key_type == KeyType::GBEK && key.version == Some(key_version))
             {

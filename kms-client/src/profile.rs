@@ -31,7 +31,7 @@ struct Settings {
     server: String,
     /// The name that the server's certificate must carry.
     server_name: String,
-    /// Whose profile this is: for people, the certificate decides.
+    /// The principal of the profile, for people only: the certificate decides.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     principal: Option<String>,
     #[serde(default = "ca")]
@@ -66,8 +66,8 @@ impl Profile {
         Ok(Self { directory, settings })
     }
 
-    /// Writes a new profile directory (mode 0700, private keys 0600). What was there under the same
-    /// names is replaced.
+    /// Writes a new profile directory (mode 0700, private keys 0600). Existing files of the same
+    /// names are replaced.
     ///
     /// # Errors
     /// A file cannot be written.
@@ -100,7 +100,7 @@ impl Profile {
         self.write(&self.settings.certificate, certificate_pem.as_bytes())
     }
 
-    /// Says that the server is at another address now, `host:port`.
+    /// Sets the server's address, `host:port`.
     ///
     /// # Errors
     /// `profile.toml` cannot be written.
@@ -130,7 +130,7 @@ impl Profile {
     /// The name that the server's certificate must carry.
     ///
     /// # Errors
-    /// It is neither a DNS name nor an IP address.
+    /// The name is neither a DNS name nor an IP address.
     pub fn server_name(&self) -> Result<ServerName<'static>, ProfileError> {
         let reason = || format!("server_name: `{}` is neither a DNS name nor an IP address", self.settings.server_name);
         ServerName::try_from(self.settings.server_name.clone())
@@ -151,7 +151,7 @@ impl Profile {
         fs::read_to_string(&path).map_err(|error| ProfileError::read(&path, error))
     }
 
-    /// Whether a transport key is there.
+    /// Whether the profile has a transport key.
     pub fn has_transport_key(&self) -> bool {
         self.directory.join(&self.settings.transport_key).exists()
     }
@@ -159,7 +159,7 @@ impl Profile {
     /// The transport key.
     ///
     /// # Errors
-    /// It is not there, not readable, readable by others, or not what it should be.
+    /// The transport key is missing, not readable, readable by others, or malformed.
     pub fn transport_key(&self) -> Result<TransportKey, ProfileError> {
         if !self.has_transport_key() {
             return Err(ProfileError::NoTransportKey { directory: self.directory.clone() });
@@ -171,8 +171,8 @@ impl Profile {
             .map_err(|error| ProfileError::TransportKey { directory: self.directory.clone(), error })
     }
 
-    /// When the profile's TLS certificate ends, in milliseconds since 1970; `None`: there is no
-    /// certificate that can be read.
+    /// The end of the profile's TLS certificate, in milliseconds since 1970; `None`: no certificate
+    /// can be read.
     pub fn certificate_not_after_ms(&self) -> Option<i64> {
         use x509_parser::prelude::FromDer as _;
         let chain = self.certificate_chain().ok()?;
@@ -192,7 +192,7 @@ impl Profile {
         let pem = self.read_private(&self.settings.key)?;
         PrivateKeyDer::from_pem_slice(&pem).map_err(|_| ProfileError::Content {
             path: self.directory.join(&self.settings.key),
-            reason: "not a private key in PEM".into(),
+            reason: "this is not a private key in PEM".into(),
         })
     }
 
@@ -201,7 +201,7 @@ impl Profile {
         let pem = fs::read(&path).map_err(|error| ProfileError::read(&path, error))?;
         match CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>() {
             Ok(certificates) if !certificates.is_empty() => Ok(certificates),
-            _ => Err(ProfileError::Content { path, reason: "no certificate in PEM".into() }),
+            _ => Err(ProfileError::Content { path, reason: "this is not a certificate in PEM".into() }),
         }
     }
 
@@ -256,7 +256,7 @@ impl StateDirectory {
         Profile::load(self.profile_directory(name))
     }
 
-    /// The names of the profiles that are there, sorted.
+    /// The names of all profiles, sorted.
     pub fn profile_names(&self) -> Vec<String> {
         let entries = fs::read_dir(self.0.join("profiles")).into_iter().flatten().flatten();
         let mut names: Vec<_> = entries
@@ -267,13 +267,13 @@ impl StateDirectory {
         names
     }
 
-    /// The name of the profile to use where none is given.
+    /// The name of the profile that is used by default.
     pub fn default_profile(&self) -> Option<String> {
         let text = fs::read_to_string(self.0.join(DEFAULT_PROFILE_FILE)).ok()?;
         Some(text.trim().to_owned()).filter(|name| !name.is_empty())
     }
 
-    /// Chooses the profile to use where none is given.
+    /// Sets the profile that is used by default.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -285,14 +285,14 @@ impl StateDirectory {
     }
 }
 
-/// What a new profile holds.
+/// The content of a new profile.
 #[derive(Clone, Copy, Debug)]
 pub struct NewProfile<'a> {
     /// `host:port`.
     pub server: &'a str,
     /// The name in the server's certificate.
     pub server_name: &'a str,
-    /// Whose profile it is.
+    /// The principal of the profile.
     pub principal: &'a PrincipalId,
     /// The island's CA certificates, PEM.
     pub ca_pem: &'a str,
@@ -328,7 +328,7 @@ pub enum ProfileError {
         /// What the operating system said.
         error: io::Error,
     },
-    /// A file holds something else.
+    /// The content of a file is wrong.
     #[error("`{}`: {reason}", .path.display())]
     Content {
         /// The file.
@@ -336,7 +336,7 @@ pub enum ProfileError {
         /// What is wrong.
         reason: String,
     },
-    /// Others may read a private key.
+    /// Other users can read a private key.
     #[error("`{}` can be read by other users (mode {mode:04o}): `chmod 600` it, and renew the key if others could have read it", .path.display())]
     Exposed {
         /// The file.

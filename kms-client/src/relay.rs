@@ -1,8 +1,8 @@
-//! A head-end that holds no keys: it carries the octets of transfers between the server and meters,
-//! and works off the tasks of campaigns.
+//! A head-end that holds no keys. It carries the octets of transfers between the server and meters,
+//! and executes the tasks of campaigns.
 //!
-//! What it must do is in docs/rotation.md, *What a head-end implements*. Everything is ciphered in
-//! the HSM, so this program learns no key.
+//! docs/rotation.md, *What a head-end implements*, says what it must do. The HSM ciphers
+//! everything, so this program learns no key.
 
 use std::{
     collections::HashMap,
@@ -25,20 +25,19 @@ use tonic::{Response, Status, Streaming};
 
 use crate::{Connection, RetryPolicy, ServerError, new_request_id};
 
-/// One line to one meter: the transport, with the wrapper or framing that it needs.
+/// A connection to one meter: the transport with its wrapper or framing.
 pub trait MeterLine: Send {
-    /// Sends a request and waits for the answer as long as the network may take. The answer as it
-    /// came, without the transport's wrapper; `None` where nothing came or the request could not be
-    /// sent.
+    /// Sends a request and waits for the answer as long as the network may take. Returns the answer
+    /// without the transport's wrapper. `None`: no answer came, or the request could not be sent.
     fn exchange(&mut self, request: MeterRequest) -> impl Future<Output = Option<Vec<u8>>> + Send;
 }
 
-/// The lines to all meters of a head-end.
+/// The connections to all meters of a head-end.
 pub trait MeterNetwork: Send + Sync + 'static {
-    /// A line.
+    /// A connection to one meter.
     type Line: MeterLine;
 
-    /// A line to this meter; `None` where it cannot be reached now. Nothing is sent yet.
+    /// A connection to this meter; `None`: it cannot be reached now. Nothing is sent yet.
     fn line(&self, meter: SystemTitle) -> impl Future<Output = Option<Self::Line>> + Send;
 }
 
@@ -48,43 +47,43 @@ pub struct MeterRequest {
     /// It opens an association, so it needs a new connection, or one whose association was
     /// released.
     pub opens_association: bool,
-    /// The client's service access point; 0 where the device profile names none.
+    /// The client's service access point; 0: the device profile names none.
     pub client_sap: u16,
-    /// The APDU, ciphered where it has to be.
+    /// The APDU, ciphered if it must be.
     pub apdu: Bytes,
 }
 
 /// How a transfer or probe ended for its head-end.
 #[derive(Clone, Debug)]
 pub enum RelayEnd {
-    /// It is over. The outcome is one of `proven`, `acknowledged`, `attested`, `not-applied`,
-    /// `probed`, `in-doubt`, `withdrawn`.
+    /// The transfer has ended. Its outcome is one of `proven`, `acknowledged`, `attested`,
+    /// `not-applied`, `probed`, `in-doubt`, `withdrawn`.
     Ended(proto::TransferEnd),
-    /// The order or a report was refused: google.rpc.Code and the server's sentence. A report whose
-    /// first answer was lost is refused, too, when the transfer had ended by it.
+    /// The server refused the transfer or a report: google.rpc.Code and the server's text. If the
+    /// answer to the report that ended the transfer was lost, its repetition is refused, too.
     Refused(proto::TransferRefusal),
-    /// The task's lease is lost: somebody else may work on the meter.
+    /// The task lease is lost: another head-end may work on the meter.
     LeaseLost,
-    /// There is no line to the meter. Nothing was begun.
+    /// There is no connection to the meter. Nothing was begun.
     Unreachable,
-    /// The server could not be asked any more. What has begun stays as it is until its time is
-    /// over.
+    /// No server could be reached any more. A transfer that has begun stays as it is until its time
+    /// is over.
     Failed(ServerError),
 }
 
-/// How a [`Relay`] works.
+/// The settings of a [`Relay`].
 #[derive(Clone, Debug)]
 pub struct RelaySettings {
-    /// Meters that are worked on at once, 1–1,000.
+    /// The largest number of meters under work at once, 1–1,000.
     pub concurrency: u32,
-    /// For how many seconds tasks are leased, 1–3,600: how long a meter waits if this program ends.
-    /// Leases are renewed three times as often.
+    /// Seconds for which tasks are leased, 1–3,600. If this program ends, a meter waits this long.
+    /// Leases are renewed after a third of this time.
     pub lease_seconds: u32,
-    /// How long to wait where there is no task.
+    /// The time to wait if there is no task.
     pub idle: Duration,
-    /// How long a call to the server may take.
+    /// The longest time of a call to the server.
     pub call_timeout: Duration,
-    /// How often a call is repeated, and when. With several servers each attempt asks the next.
+    /// The rules for repeating a call. With several servers, each attempt goes to the next one.
     pub retry: RetryPolicy,
 }
 
@@ -115,10 +114,10 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// A head-end that speaks to meters under `client_title`, over connections to one or more
-    /// servers of the island: `first`, and `others` for when it is away. The title must be one of
-    /// those registered for the head-end, and serve nothing else while a transfer of the meter is
-    /// under way.
+    /// A head-end that uses `client_title` towards meters, with connections to one or more servers
+    /// of the island: `first`, and `others` for the time when it is unavailable. The title must be
+    /// registered for the head-end. While a transfer of a meter is under way, nothing else may use
+    /// the title with this meter.
     pub fn new(
         first: Connection,
         others: impl IntoIterator<Item = Connection>,
@@ -129,11 +128,11 @@ impl Relay {
         Self { servers, at: Arc::default(), client_title, settings }
     }
 
-    /// Carries a transfer of a new `key_type` to its end, or, without one, a probe. An `urgent` one
-    /// goes on although it is in doubt which version the meter holds.
+    /// Executes a transfer of a new `key_type` to its end; without one, a probe. An `urgent`
+    /// transfer is executed although it is in doubt which version the meter holds.
     ///
     /// # Errors
-    /// The server refused the whole call, or could not be asked.
+    /// The server refused the call, or no server could be reached.
     pub async fn transfer(
         &self,
         meter: SystemTitle,
@@ -146,13 +145,13 @@ impl Relay {
         self.carry(order, line, &AtomicBool::new(false)).await
     }
 
-    /// Works off tasks of campaigns until `stop` ends; then it leases no more, and those under way
-    /// come to their end. `finished` is told how each went. Leases are renewed; a meter that cannot
-    /// be reached is given back as `unreachable`, which counts as an attempt of its task.
+    /// Executes tasks of campaigns until `stop` ends. Then it leases no more tasks, and finishes
+    /// those under way. It calls `finished` with the end of each. Leases are renewed. The task of a
+    /// meter that cannot be reached is returned as `unreachable`, which counts as an attempt.
     ///
     /// # Errors
-    /// The server refuses to lease tasks, or could not be asked any more. Work that has begun comes
-    /// to its end before.
+    /// The server refuses to lease tasks, or no server can be reached any more. Tasks under way are
+    /// finished first.
     pub async fn work<N: MeterNetwork>(
         &self,
         network: Arc<N>,
@@ -167,12 +166,12 @@ impl Relay {
         let (mut stopping, mut lease_at) = (false, Instant::now());
         tokio::pin!(stop);
         while !stopping || !working.is_empty() {
-            // In portions: a lease is a transaction, whatever its size.
+            // In portions: each call is one transaction, of any size.
             let has_room = working.len() <= usize::try_from(self.settings.concurrency / 2).unwrap_or(usize::MAX);
             tokio::select! {
                 () = &mut stop, if !stopping => stopping = true,
                 Some(done) = working.join_next(), if !working.is_empty() => {
-                    // A task that panicked has nothing to tell; its lease runs out.
+                    // A task that panicked reports nothing; its lease ends by time.
                     if let Ok((task, end)) = done {
                         held.retain(|_, held| !held.is_for(&lease_of(&task)));
                         finished(&task, &end);
@@ -196,7 +195,7 @@ impl Relay {
         outcome
     }
 
-    /// Works on one task, after an earlier lease of the same meter has been let go.
+    /// Executes one task, after the work under an earlier lease of the same meter has stopped.
     async fn task<N: MeterNetwork>(
         self,
         task: proto::Task,
@@ -214,7 +213,7 @@ impl Relay {
         match &end {
             RelayEnd::Unreachable => self.release(&task, "unreachable").await,
             RelayEnd::Refused(refusal) => self.release(&task, &reason(&refusal.message)).await,
-            // The server told the task how its transfer ended. A task that is not told so runs out.
+            // The server knows how the transfer of the task ended. Other leases end by time.
             RelayEnd::Ended(_) | RelayEnd::LeaseLost | RelayEnd::Failed(_) => {}
         }
         (task, end)
@@ -227,8 +226,7 @@ impl Relay {
             key_type: task.key_type.clone(),
             campaign_id: task.campaign_id.clone(),
             fence: task.fence,
-            // If this program ends, whoever leases the task next need not wait longer than for the
-            // lease.
+            // If this program ends, the next holder of the task waits no longer than for the lease.
             lifetime_seconds: self.settings.lease_seconds,
             ..proto::TransferOrder::default()
         }
@@ -245,7 +243,7 @@ impl Relay {
             form: proto::TransferForm::Frames.into(),
             ..order
         };
-        // One request id for all attempts: nothing is begun twice.
+        // One request id for all attempts, so that nothing begins twice.
         let request =
             proto::BeginTransfersRequest { request_id: new_request_id().octets().to_vec().into(), orders: vec![order] };
         let begin = |server: Connection| {
@@ -302,8 +300,8 @@ impl Relay {
         Ok(self.call(lease).await?.tasks)
     }
 
-    /// Renews all leases, and marks those that are lost. If the server is away, they may run out:
-    /// the next heartbeat tells.
+    /// Renews all leases, and marks those that are lost. If no server can be reached, leases may
+    /// end: the next heartbeat tells.
     async fn heartbeat(&self, held: &HashMap<SystemTitle, Held>) {
         let leases = held.values().map(|held| lease_of(&held.task)).collect();
         let request = proto::HeartbeatTasksRequest { leases, lease_seconds: self.settings.lease_seconds };
@@ -320,7 +318,7 @@ impl Relay {
         }
     }
 
-    /// Gives a lease back. If that fails it runs out.
+    /// Returns a lease. If that fails, it ends by time.
     async fn release(&self, task: &proto::Task, reason: &str) {
         let request = proto::ReleaseTasksRequest { leases: vec![lease_of(task)], reason: reason.to_owned() };
         let release = |server: Connection| {
@@ -330,8 +328,8 @@ impl Relay {
         drop(self.call(release).await);
     }
 
-    /// Makes a call until a server answers it. A server that is away is followed by the next one,
-    /// at once where there is another.
+    /// Repeats a call until a server answers it. After an unavailable server it tries the next one
+    /// at once.
     async fn call<T, Call>(&self, call: impl Fn(Connection) -> Call) -> Result<T, ServerError>
     where
         Call: Future<Output = Result<Response<T>, Status>>,
@@ -347,7 +345,7 @@ impl Relay {
                 Err(_) => ServerError::from(Status::deadline_exceeded("the server did not answer in time")),
             };
             let Some(delay) = self.settings.retry.delay_after(attempt, &error) else { return Err(error) };
-            // Another call may have found a server that answers, meanwhile.
+            // Another call may have found a server that answers meanwhile.
             let _ = self.at.compare_exchange(at, at.wrapping_add(1), Ordering::Relaxed, Ordering::Relaxed);
             if in_turn % count == 0 {
                 tokio::time::sleep(delay).await;
@@ -363,7 +361,7 @@ impl Relay {
 struct Held {
     task: proto::Task,
     lost: Arc<AtomicBool>,
-    /// Whoever works on the meter.
+    /// The work on the meter that is under way.
     turn: Arc<Mutex<()>>,
 }
 
@@ -372,8 +370,7 @@ impl Held {
         Self { task, lost: Arc::default(), turn: Arc::default() }
     }
 
-    /// A newer lease of the same meter: what is done under the older one stops, and then its turn
-    /// comes.
+    /// A newer lease of the same meter: the work under the older one stops first.
     fn take_over(&mut self, task: proto::Task) {
         if !self.is_for(&lease_of(&task)) {
             self.lost.store(true, Ordering::Relaxed);
@@ -391,7 +388,7 @@ fn lease_of(task: &proto::Task) -> proto::TaskLease {
     proto::TaskLease { campaign_id: task.campaign_id.clone(), meter: task.meter.clone(), fence: task.fence }
 }
 
-/// The server's sentence as a reason: at most 128 octets, without control characters.
+/// The server's text as a reason: at most 128 octets, without control characters.
 fn reason(message: &str) -> String {
     let mut reason: String = message.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect();
     while reason.len() > LONGEST_REASON {

@@ -1,4 +1,4 @@
-//! Repeating calls as the server asks for it.
+//! The repetition of calls, as the server asks for it.
 
 use std::time::Duration;
 
@@ -7,16 +7,16 @@ use tonic::Status;
 
 use crate::ServerError;
 
-/// When a call is repeated: only where the server was unavailable, and after the time that it asked
-/// for (google.rpc.RetryInfo). The caller sends the same request id each time, so that nothing
-/// happens twice.
+/// The rules for repeating a call. It is repeated only if the server was unavailable, after the
+/// time that the server asked for (google.rpc.RetryInfo). The caller sends the same request id each
+/// time, so that the server executes the request once.
 #[derive(Clone, Debug)]
 pub struct RetryPolicy {
-    /// How often the call is made at most, from 1.
+    /// The largest number of attempts, from 1.
     pub attempts: u32,
-    /// The delay before the second attempt, where the server names none; it doubles each time.
+    /// The delay before the second attempt, if the server names none. It doubles each time.
     pub first_delay: Duration,
-    /// The longest delay, also where the server names a longer one: then the call fails at once.
+    /// The longest delay. If the server asks for a longer one, the call fails at once.
     pub longest_delay: Duration,
 }
 
@@ -44,7 +44,7 @@ impl RetryPolicy {
         }
     }
 
-    /// How long to wait after a failed attempt (from 1); `None`: do not try again.
+    /// The time to wait after a failed attempt (numbered from 1); `None`: do not try again.
     pub fn delay_after(&self, attempt: u32, error: &ServerError) -> Option<Duration> {
         if attempt >= self.attempts || !error.is_unavailable() {
             return None;
@@ -53,8 +53,8 @@ impl RetryPolicy {
         match error.retry_after() {
             Some(asked) if asked > self.longest_delay => None,
             Some(asked) => Some(asked),
-            // Between half and the whole, so that callers that failed together do not come back
-            // together.
+            // Between half of the delay and all of it, so that callers that failed together do not
+            // come back together.
             None => Some(doubled.mul_f64(0.5 + 0.5 * random_fraction())),
         }
     }
@@ -70,7 +70,7 @@ impl Default for RetryPolicy {
 /// A new request id: a UUID version 7 (RFC 9562).
 pub fn new_request_id() -> RequestId {
     loop {
-        // A version 7 UUID is never all zeros, which is all that could be refused.
+        // Only a UUID of zeros is refused. A version 7 UUID is never all zeros.
         if let Ok(id) = RequestId::from_octets(uuid::Uuid::now_v7().as_bytes()) {
             return id;
         }
@@ -79,7 +79,7 @@ pub fn new_request_id() -> RequestId {
 
 fn random_fraction() -> f64 {
     let mut octets = [0; 4];
-    // Without randomness the delay is the shortest: nothing depends on it.
+    // Without randomness the delay is the shortest, which does no harm.
     let _ = aws_lc_rs::rand::fill(&mut octets);
     f64::from(u32::from_be_bytes(octets)) / f64::from(u32::MAX)
 }

@@ -1,5 +1,5 @@
-//! Plays a meter vendor, for trials: shipments in the format of docs/formats.md with keys that are
-//! made here.
+//! Sample shipments, for trials: this module makes keys and writes shipments (docs/formats.md), as
+//! a meter vendor would.
 //!
 //! The keys exist in plaintext in this process, and in the devices file where one is written: never
 //! use them for real meters.
@@ -43,8 +43,8 @@ pub struct SampleShipment {
     pub counters: Vec<SampleCounter>,
     /// The hash of RSA-OAEP.
     pub oaep_hash: OaepHash,
-    /// So many consecutive devices have the same keys, as some vendors deliver them; 1 where each
-    /// has its own.
+    /// The number of consecutive devices that have the same keys, as some vendors deliver them; 1:
+    /// each device has its own.
     pub equal_keys: u64,
 }
 
@@ -78,12 +78,12 @@ impl SampleShipment {
         }
     }
 
-    /// Writes the shipment and gives its signature (DER, ECDSA with SHA-256 over the whole file).
-    /// With `devices`, writes there the same devices with their keys in plaintext: JSON Lines, one
-    /// device a line, `{"system_title", "security_suite", "security_setups": [{"logical_name",
-    /// "kek", "guek", …}]}`, keys in hex. Memory does not grow with the number of devices.
-    /// `progress` is called with the number of devices written, every [`PROGRESS_STEP`] and at the
-    /// end.
+    /// Writes the shipment, and returns its signature (DER, ECDSA with SHA-256 over the whole
+    /// file). If `devices` is given, it gets the same devices with their keys in plaintext: JSON
+    /// Lines, one device a line, `{"system_title", "security_suite", "security_setups":
+    /// [{"logical_name", "kek", "guek", …}]}`, keys in hex. Memory does not grow with the number of
+    /// devices. `progress` is called with the number of devices written, every [`PROGRESS_STEP`]
+    /// and at the end.
     ///
     /// # Errors
     /// A name or number does not fit the format, a writer failed, or the cryptographic library did.
@@ -274,14 +274,14 @@ impl std::fmt::Debug for VendorKey {
     }
 }
 
-/// Why there is no sample shipment.
+/// Why a sample shipment could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum SampleError {
     /// A name or number does not fit the format.
     #[error(transparent)]
     Parse(#[from] ParseError),
     /// Not a transport key.
-    #[error("vendor transport key: not an RSA public key (SubjectPublicKeyInfo)")]
+    #[error("vendor transport key: not an RSA public key (SubjectPublicKeyInfo, in PEM or DER)")]
     TransportKey,
     /// Not a vendor key.
     #[error("vendor key: not an EC P-256 private key in PEM")]
@@ -290,7 +290,7 @@ pub enum SampleError {
     #[error("cannot write the shipment: {0}")]
     Write(#[from] io::Error),
     /// The cryptographic library failed.
-    #[error("the cryptographic library failed: out of memory or randomness?")]
+    #[error("the cryptographic library failed, probably for lack of memory: try again")]
     Cryptography,
 }
 
@@ -300,7 +300,7 @@ impl From<aws_lc_rs::error::Unspecified> for SampleError {
     }
 }
 
-/// The keys of the device that is being written, in buffers that are used again for the next.
+/// The keys of the device that is being written. The next device uses the same buffers.
 struct DeviceKeys {
     suite: u8,
     random: Zeroizing<Vec<u8>>,
@@ -309,7 +309,7 @@ struct DeviceKeys {
     counters: Vec<ShippedCounter>,
 }
 
-/// Where a key stands: in the device and in the random octets.
+/// The place of a key: in the device, and in the random octets.
 struct KeyPlace {
     setup: SecuritySetupId,
     /// The name in the devices file.
@@ -323,8 +323,8 @@ impl DeviceKeys {
         let profile = &sample.device_profile;
         let (mut slots, mut shipped, mut end) = (Vec::new(), Vec::new(), 0);
         for (setup, key) in profile.setups.iter().flat_map(|setup| setup.keys.iter().map(|key| (setup.id, key))) {
-            // A key of a group would have to be the same in all its devices: this vendor leaves it
-            // out where it may.
+            // A key of a group would have to be the same in all its devices. So it is omitted,
+            // unless the device profile requires it.
             if key.shipped == Shipped::No || (key.shipped == Shipped::Optional && key.owner != OwnerKind::Meter) {
                 continue;
             }
@@ -490,7 +490,7 @@ struct Trailer {
     sha256: String,
 }
 
-/// How many devices are written between two calls of `progress`.
+/// The number of devices between two calls of `progress`.
 pub const PROGRESS_STEP: u64 = 1_000;
 /// Device 1 has serial number 10000001.
 const FIRST_SERIAL: u64 = 10_000_000;

@@ -17,16 +17,16 @@ impl SecretKey {
         Self(Zeroizing::new(octets.into()))
     }
 
-    /// The octets. Whoever copies them must wipe the copy.
+    /// The octets. A caller that copies them must wipe the copy.
     pub fn expose(&self) -> &[u8] {
         &self.0
     }
 
     /// The key check value of an AES key, 5 octets: AES-CMAC of one block of zeros, leftmost octets
-    /// (ANSI X9.24-1:2017, Annex A). It lets two people see that they hold the same key. Nothing
-    /// for a secret: a password could be guessed from it.
+    /// (ANSI X9.24-1:2017, Annex A). With it, two people can see that they hold the same key.
+    /// `None` for a secret: a password could be guessed from it.
     ///
-    /// The older check value, AES of a block of zeros, would give away part of the GCM hash key of
+    /// The older check value, AES of a block of zeros, would disclose a part of the GCM hash key of
     /// a GUEK.
     pub fn check_value(&self) -> Option<[u8; 5]> {
         let algorithm = match self.0.len() {

@@ -1,4 +1,4 @@
-//! What a server answers instead of a result, as readable text.
+//! Errors that a server answers, as readable text.
 
 use std::{fmt, time::Duration};
 
@@ -18,14 +18,14 @@ pub const ASSOCIATE_AGAIN: &str = "ASSOCIATE_AGAIN";
 pub struct ServerError {
     code: Code,
     message: String,
-    /// Fields of the request that are wrong: name and what is wrong.
+    /// Fields of the request that are wrong: name, and what is wrong.
     fields: Vec<(String, String)>,
-    /// Further reasons, as the server words them.
+    /// Further reasons, in the server's words.
     reasons: Vec<String>,
     retry_after: Option<Duration>,
-    /// `ErrorInfo.reason`; empty where there is none.
+    /// `ErrorInfo.reason`; empty if there is none.
     reason: String,
-    /// The connection broke: nobody knows whether the call was executed.
+    /// The connection broke: it is unknown whether the server executed the call.
     connection_lost: bool,
 }
 
@@ -35,7 +35,7 @@ impl ServerError {
         self.code
     }
 
-    /// The server's own sentence.
+    /// The server's own text.
     pub fn message(&self) -> &str {
         &self.message
     }
@@ -45,27 +45,27 @@ impl ServerError {
         &self.fields
     }
 
-    /// The reason for programs, such as [`ASSOCIATE_AGAIN`]: `ErrorInfo.reason`; empty where the
+    /// The reason for programs, such as [`ASSOCIATE_AGAIN`]: `ErrorInfo.reason`; empty if the
     /// server names none.
     pub fn reason(&self) -> &str {
         &self.reason
     }
 
-    /// How long the server asks to wait before the next attempt.
+    /// The time that the server asks to wait before the next attempt.
     pub const fn retry_after(&self) -> Option<Duration> {
         self.retry_after
     }
 
-    /// Whether the same call may succeed later: the server or its HSM or database is not there just
-    /// now, or the connection to it was lost. Nobody knows then whether the call was executed;
-    /// under the same request id nothing is done twice.
+    /// Whether the same call may succeed later: the server, its HSM or its database is unavailable,
+    /// or the connection was lost. In these cases it is unknown whether the server executed the
+    /// call. Under the same request id, nothing is executed twice.
     pub fn is_unavailable(&self) -> bool {
         self.connection_lost
             || matches!(self.code, Code::Unavailable | Code::DeadlineExceeded)
             || (self.code == Code::ResourceExhausted && self.retry_after.is_some())
     }
 
-    /// Whether policy refused what was asked, or who asked.
+    /// Whether policy refused the request, or the server did not accept the caller.
     pub fn is_refused(&self) -> bool {
         matches!(self.code, Code::PermissionDenied | Code::Unauthenticated)
     }
@@ -73,7 +73,7 @@ impl ServerError {
 
 impl From<Status> for ServerError {
     fn from(status: Status) -> Self {
-        // A connection that is made again in the middle of things may be refused by then.
+        // A connection that is made again during a call may be refused.
         if let Some(tls) = std::error::Error::source(&status).and_then(tls_error) {
             return Self {
                 code: Code::Unauthenticated,
@@ -85,9 +85,9 @@ impl From<Status> for ServerError {
                 connection_lost: false,
             };
         }
-        // What a server says has no source on this side; a transport that fails has one.
+        // A server's error has no source on this side; a transport error has one.
         let connection_lost = status.code() != Code::Unavailable && std::error::Error::source(&status).is_some();
-        // Details that do not decode are left out: the message alone still tells the cause.
+        // Details that cannot be decoded are ignored: the message alone still tells the cause.
         let details = status.get_error_details();
         let mut reasons = Vec::new();
         if let Some(failure) = details.precondition_failure() {

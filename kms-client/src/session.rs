@@ -1,4 +1,4 @@
-//! Sessions: ask, try again where that helps, open the answer.
+//! Sessions: request the keys, repeat the request where that helps, and open the answer.
 
 use kms_domain::{RequestId, SystemTitle};
 use kms_proto::v1 as proto;
@@ -7,8 +7,8 @@ use tonic::{Status, Streaming};
 use crate::{Connection, OpenError, OpenOptions, OpenedEnvelope, RetryPolicy, ServerError, TransportKey};
 
 impl Connection {
-    /// Opens a session with one meter: asks for keys and counters and opens the answer. Repeated
-    /// under the same request id while the server is unavailable.
+    /// Opens a session with one meter: requests keys and counters, and opens the answer. The
+    /// request is repeated under the same request id while the server is unavailable.
     ///
     /// # Errors
     /// The server refused, or the answer could not be opened.
@@ -33,16 +33,16 @@ impl Connection {
             .await?
             .into_inner();
         let keys = key.open_all(&answer.envelopes, &options.clone().answering(request_id))?;
-        // A session is with one meter: anything else in the envelope would be used by mistake.
+        // A session has one meter: keys of another one in the envelope would be used by mistake.
         if keys.meters.iter().any(|entry| entry.meter != meter) || !keys.groups.is_empty() {
             return Err(OpenError::manifest("it has keys of another meter than the requested one").into());
         }
         Ok(Session { keys, audit_leaf: answer.audit_leaf.to_vec(), rotation: None })
     }
 
-    /// Gets the keys of a group of meters, for broadcasts, and counters under the group's GBEK:
-    /// what policy permits for the group itself. `version` is that of the GBEK; `None`: the active
-    /// one. Repeated under the same request id while the server is unavailable.
+    /// Gets the keys of a group of meters for broadcasts, and counters for the group's GBEK, if
+    /// policy permits it for the group itself. `version` is that of the GBEK; `None`: the active
+    /// one. The request is repeated under the same request id while the server is unavailable.
     ///
     /// # Errors
     /// The server refused, or the answer could not be opened.
@@ -75,8 +75,8 @@ impl Connection {
         Ok(Session { keys, audit_leaf: answer.audit_leaf.to_vec(), rotation: answer.rotation })
     }
 
-    /// Opens sessions with up to 10,000 meters, chunk by chunk. A stream that breaks is taken up
-    /// again where it ended.
+    /// Opens sessions with up to 10,000 meters, chunk by chunk. A broken stream is resumed where it
+    /// ended.
     pub fn open_sessions<'a>(
         &self,
         key: &'a TransportKey,
@@ -110,8 +110,8 @@ pub struct Session {
     pub keys: OpenedEnvelope,
     /// SHA-256 leaf hash (RFC 9162) of the audit record, 32 octets.
     pub audit_leaf: Vec<u8>,
-    /// Of a group: whether another version of its GBEK is being rolled out, and may be switched to.
-    /// Without counts of members.
+    /// For a group: whether another version of its GBEK is being rolled out, and whether broadcasts
+    /// may switch to it. Without the numbers of members.
     pub rotation: Option<proto::GroupRotation>,
 }
 
@@ -133,11 +133,11 @@ pub struct SessionBatch<'a> {
 pub struct SessionChunk {
     /// From 0.
     pub chunk_index: u32,
-    /// How many chunks the batch has.
+    /// The number of chunks in the batch.
     pub chunk_count: u32,
-    /// The keys; nothing where every meter was refused.
+    /// The keys; `None`: every meter was refused.
     pub sessions: Option<OpenedEnvelope>,
-    /// Meters that got nothing, with the reason.
+    /// Meters that got no keys, with the reason.
     pub refusals: Vec<proto::MeterRefusal>,
     /// SHA-256 leaf hash (RFC 9162) of the audit record.
     pub audit_leaf: Vec<u8>,
@@ -147,8 +147,8 @@ impl SessionBatch<'_> {
     /// The next chunk; `None` after the last.
     ///
     /// # Errors
-    /// The server refused, the stream broke for good, or a chunk could not be opened. Calling again
-    /// takes up at the same chunk.
+    /// The server refused, the stream broke and could not be resumed, or a chunk could not be
+    /// opened. The next call resumes at the same chunk.
     pub async fn next(&mut self) -> Result<Option<SessionChunk>, SessionError> {
         loop {
             if self.chunk_count.is_some_and(|count| self.request.first_chunk >= count) {
@@ -159,7 +159,7 @@ impl SessionBatch<'_> {
                     self.failures = 0;
                     return self.open(chunk).map(Some);
                 }
-                // A stream that ends too early is a broken one.
+                // A stream that ends before the last chunk is broken.
                 Ok(None) => {
                     self.wait(Status::unavailable("the stream of chunks ended before its last chunk").into()).await?
                 }
@@ -203,7 +203,7 @@ impl SessionBatch<'_> {
         })
     }
 
-    /// Waits before the stream is taken up again; the error, where that makes no sense.
+    /// Waits before the stream is resumed. Returns the error if it cannot be resumed.
     async fn wait(&mut self, error: ServerError) -> Result<(), SessionError> {
         self.stream = None;
         self.failures += 1;
@@ -227,14 +227,14 @@ pub enum SessionError {
     /// The answer could not be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// Chunks came in another order than asked.
+    /// The chunks came in another order than requested.
     #[error(
         "the server sent chunk {received} instead of {expected}: resume with the same request id, and report this as a fault of the server"
     )]
     ChunkOrder {
-        /// The chunk that was next.
+        /// The chunk that was expected.
         expected: u32,
-        /// What came.
+        /// The chunk that came.
         received: u32,
     },
 }

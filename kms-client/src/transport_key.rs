@@ -75,7 +75,7 @@ impl TransportKey {
         Self { private, public, certificate_sha256, principal, agreements: Mutex::default() }
     }
 
-    /// Whom the certificate names: `urn:meterkms:ISLAND:ROLE:NAME`.
+    /// The principal that the certificate names: `urn:meterkms:ISLAND:ROLE:NAME`.
     pub const fn principal(&self) -> &PrincipalId {
         &self.principal
     }
@@ -132,7 +132,7 @@ pub enum TransportKeyError {
     Certificate,
     /// The certificate holds another public key.
     #[error(
-        "transport certificate: it certifies another key than the transport key beside it; a renewal may have replaced one file only"
+        "transport certificate: it certifies another key than the transport key beside it; a renewal may have replaced only one of the files; register a new one with `kms principal register-transport-key`"
     )]
     CertificateOfAnotherKey,
     /// No URI names the principal.

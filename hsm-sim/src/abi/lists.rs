@@ -4,8 +4,16 @@ use core::cell::UnsafeCell;
 
 use cryptoki_sys::*;
 
-use super::functions::*;
+use super::absent::*;
+use super::digests::*;
+use super::encryption::*;
+use super::key_management::*;
 use super::memory::{read, write};
+use super::messages::*;
+use super::objects::*;
+use super::sessions::*;
+use super::signatures::*;
+use super::slots::*;
 use super::state::{C_Finalize, C_Initialize, protect};
 use crate::error::fail;
 

@@ -18,6 +18,15 @@ pub(super) unsafe fn bytes<'a>(pointer: *const u8, length: CK_ULONG) -> Result<&
     }
 }
 
+/// The octets of a PIN. The module has no other way to enter one: `NULL` is refused.
+pub(super) unsafe fn pin_bytes<'a>(pointer: *const u8, length: CK_ULONG) -> Result<&'a [u8]> {
+    if pointer.is_null() {
+        return fail(CKR_ARGUMENTS_BAD);
+    }
+    // SAFETY: the caller's pointer, by the standard.
+    unsafe { bytes(pointer, length) }
+}
+
 /// A value behind a pointer that may be unaligned.
 pub(super) unsafe fn read<T: Copy>(pointer: *const T) -> Result<T> {
     if pointer.is_null() {
@@ -46,14 +55,14 @@ pub(super) unsafe fn copy(bytes: &[u8], pointer: *mut u8) {
     }
 }
 
-/// How much room a pair of pointers offers (PKCS#11 2.40, section 5.2).
+/// The room that a pair of pointers offers (PKCS#11 2.40, section 5.2).
 pub(super) unsafe fn room(pointer: *const u8, length: *const CK_ULONG) -> Result<Room> {
     // SAFETY: as for this function.
     let length = unsafe { read(length) }?;
     Ok(if pointer.is_null() { Room::Query } else { Room::Bytes(usize::try_from(length).unwrap_or(usize::MAX)) })
 }
 
-/// Hands an answer to the caller.
+/// Writes an answer to the caller's memory.
 pub(super) unsafe fn deliver(output: &Output, pointer: *mut u8, length: *mut CK_ULONG) -> Result<()> {
     match output {
         // SAFETY: as for this function.

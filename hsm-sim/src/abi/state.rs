@@ -12,10 +12,10 @@ use crate::error::{Result, Rv, fail};
 use crate::function::Function;
 use crate::module::Module;
 
-/// Present between C_Initialize and C_Finalize. A call holds what it found until it returns, also
-/// when another thread finalizes meanwhile.
+/// Present between C_Initialize and C_Finalize. A call keeps its module until it returns, also if
+/// another thread finalizes meanwhile.
 static MODULE: ArcSwapOption<Module> = ArcSwapOption::const_empty();
-/// C_Initialize and C_Finalize come one after the other.
+/// C_Initialize and C_Finalize exclude each other.
 static ORDER: Mutex<()> = Mutex::new(());
 /// This process was forked from one that had called C_Initialize, and has not called it itself.
 static FORKED: AtomicBool = AtomicBool::new(false);
@@ -41,8 +41,8 @@ pub(super) fn is_current(module: &Arc<Module>) -> bool {
 
 /// Runs `body`; a panic becomes a return code.
 pub(super) fn protect(body: impl FnOnce() -> Result<()>) -> CK_RV {
-    // The panic leaves nothing half done that could matter: objects are replaced as a whole, locks
-    // ignore poison.
+    // A panic leaves no inconsistent state: objects are replaced as a whole, and locks ignore
+    // poison.
     match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(())) => CKR_OK,
         Ok(Err(Rv(code))) => code,
@@ -58,8 +58,8 @@ pub(super) unsafe extern "C" fn C_Initialize(arguments: *mut core::ffi::c_void) 
         }
         let _order = ORDER.lock().unwrap_or_else(PoisonError::into_inner);
         if FORKED.load(Ordering::Relaxed) {
-            // What the parent left belongs to it. Its locks may be held by threads that do not
-            // exist here: it is not touched.
+            // The module belongs to the parent process. Its locks may be held by threads that do
+            // not exist here, so it is not touched.
             std::mem::forget(MODULE.swap(None));
             FORKED.store(false, Ordering::Relaxed);
         }

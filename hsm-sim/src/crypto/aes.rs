@@ -31,7 +31,7 @@ pub(crate) enum AesKey {
     Long(Aes256),
 }
 
-/// Runs one expression with the cipher of whatever size.
+/// Runs one expression with the cipher, for each key size.
 macro_rules! with_cipher {
     ($key:expr, $cipher:ident => $body:expr) => {
         match $key {
@@ -182,7 +182,7 @@ impl KeyStream {
             128 => u128::MAX,
             _ => return None,
         };
-        // The counter may not wrap: so it does not matter that the cipher's own is wider.
+        // The counter never wraps, so the wider counter of the cipher makes no difference.
         let blocks = (mask - (u128::from_be_bytes(*block) & mask)).saturating_add(1);
         Some(Self { stream: Self::boxed::<Ctr128BE>(key, block), remaining: blocks.saturating_mul(16) })
     }

@@ -63,7 +63,7 @@ impl Hash {
         }
     }
 
-    /// The digest of the parts, one after the other.
+    /// The digest of the concatenated parts.
     pub(crate) fn digest(self, parts: &[&[u8]]) -> digest::Digest {
         let mut context = digest::Context::new(self.algorithm());
         for part in parts {

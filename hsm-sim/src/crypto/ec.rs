@@ -34,8 +34,8 @@ impl Curve {
                 return Ok(curve);
             }
         }
-        // Explicit parameters and other curves are well formed but not known here; everything else
-        // is no parameter.
+        // Explicit parameters and other curves are well formed, but this module does not have them.
+        // Everything else is malformed.
         match parameters.first() {
             Some(0x06 | 0x13 | 0x30) => fail(CKR_CURVE_NOT_SUPPORTED),
             _ => fail(CKR_DOMAIN_PARAMS_INVALID),
@@ -121,7 +121,7 @@ impl Curve {
     }
 }
 
-/// A private key. Each use prepares its own form once.
+/// A private key, with a form for each use that is made once.
 pub(crate) struct EcPrivate {
     pub(crate) curve: Curve,
     scalar: Buffer,

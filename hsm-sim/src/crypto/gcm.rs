@@ -1,7 +1,10 @@
 //! AES-GCM (SP 800-38D) with every IV length and tag length that the standard allows, and in parts.
 //!
 //! The `aes-gcm` crate fixes both lengths at compile time and takes a message only as a whole. So
-//! the mode is put together here from the same parts that crate uses: the `ghash` and `ctr` crates.
+//! this file builds the mode from the parts that the `aes-gcm` crate uses, the `ghash` and `ctr`
+//! crates.
+
+use std::sync::OnceLock;
 
 use cryptoki_sys::{CKR_DATA_LEN_RANGE, CKR_MECHANISM_PARAM_INVALID};
 use ghash::GHash;
@@ -9,11 +12,30 @@ use ghash::universal_hash::UniversalHash;
 
 use crate::crypto::aes::{AesKey, BLOCK, KeyStream};
 use crate::error::{Result, Rv, fail};
-use crate::nonces::Note;
-use crate::object::Schedule;
+use crate::nonces::{self, Note};
 
-/// The GHASH key of an AES key, ready to use.
-pub(crate) fn hash_key(key: &AesKey) -> GHash {
+/// An AES key that is ready to use, with the GHASH key that is computed at the first use of GCM.
+pub(crate) struct Schedule {
+    /// The block cipher.
+    pub(crate) cipher: AesKey,
+    hash: OnceLock<GHash>,
+    /// The key's name for the nonce watcher, if there is one.
+    name: Option<[u8; 16]>,
+}
+
+impl Schedule {
+    /// The schedule of a key of 16, 24 or 32 octets.
+    pub(crate) fn new(key: &[u8]) -> Result<Self> {
+        Ok(Self { cipher: AesKey::new(key)?, hash: OnceLock::new(), name: nonces::key_name(key) })
+    }
+
+    /// The GHASH key.
+    pub(crate) fn hash(&self) -> &GHash {
+        self.hash.get_or_init(|| hash_key(&self.cipher))
+    }
+}
+
+fn hash_key(key: &AesKey) -> GHash {
     let mut subkey = [0; BLOCK];
     key.encrypt_block(&mut subkey);
     GHash::new((&subkey).into())
@@ -30,7 +52,7 @@ pub(crate) struct Gcm {
 }
 
 impl Gcm {
-    /// Starts a message that is encrypted, or authenticated: one that is watched for.
+    /// Starts a message that is encrypted, or authenticated. The nonce watcher notes its nonce.
     pub(crate) fn to_encrypt(key: &Schedule, iv: &[u8], aad: &[u8]) -> Result<Self> {
         let mut gcm = Self::new(&key.cipher, key.hash(), iv, &[])?;
         gcm.note = Note::of(key.name, iv);
@@ -38,7 +60,7 @@ impl Gcm {
         Ok(gcm)
     }
 
-    /// Starts a message. `hash` is [`hash_key`] of `key`; `iv` has any length but zero.
+    /// Starts a message. `hash` is the GHASH key of `key`; `iv` has any length but zero.
     pub(crate) fn new(key: &AesKey, hash: &GHash, iv: &[u8], aad: &[u8]) -> Result<Self> {
         let mut counter = [0; BLOCK];
         match iv.len() {
@@ -88,7 +110,7 @@ impl Gcm {
         Ok(())
     }
 
-    /// Decrypts the next part in place. Nothing may be done with it before the tag is checked.
+    /// Decrypts the next part in place. The caller must not use it before the tag is checked.
     pub(crate) fn decrypt(&mut self, data: &mut [u8]) -> Result<()> {
         self.count(data.len())?;
         self.hash.update(data);
@@ -98,7 +120,7 @@ impl Gcm {
     /// The full tag; shorter ones are its first bytes.
     pub(crate) fn tag(&self) -> [u8; BLOCK] {
         if let Some(note) = &self.note {
-            note.give_out();
+            note.leave();
         }
         let mut tag = self.hash.clone().finish(self.aad_length, self.data_length);
         for (byte, mask) in tag.iter_mut().zip(self.mask) {

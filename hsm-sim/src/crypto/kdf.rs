@@ -70,7 +70,7 @@ pub(crate) enum LengthOf {
 }
 
 impl Integer {
-    /// The low bytes of `value`, as many as the width says.
+    /// The low bytes of `value`, in the width of the number.
     fn write(self, value: u64, out: &mut Vec<u8>) {
         if self.little_endian {
             out.extend(value.to_le_bytes().iter().take(self.width));
@@ -80,8 +80,8 @@ impl Integer {
     }
 }
 
-/// SP 800-108r1, 4.1: KDF in counter mode. The result is cut into keys of `lengths` bytes; when
-/// there are several, each starts on a block of its own, as the standard of PKCS#11 wants.
+/// SP 800-108r1, 4.1: KDF in counter mode. The result is cut into keys of `lengths` bytes. Of
+/// several keys each starts at a new block, as PKCS#11 requires.
 pub(crate) fn counter_mode(prf: &Prf, fields: &[Field], lengths: &[usize]) -> Result<Vec<Buffer>> {
     let counters =
         fields.iter().filter_map(|field| if let Field::Counter(integer) = field { Some(*integer) } else { None });

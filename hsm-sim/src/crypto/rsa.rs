@@ -1,9 +1,9 @@
 //! RSA (RFC 8017): PKCS#1 v1.5 signatures and encryption, PSS and OAEP.
 //!
-//! aws-lc-rs makes the keys and does what it offers with a private key: from 2048 bits on, with its
-//! own pairs of hash and padding. It neither signs data that is no digest (CKM_RSA_PKCS does), nor
-//! takes smaller keys, other salt lengths or another hash for the mask. For that, and for the
-//! public operations, the `rsa` crate is used, with blinding.
+//! aws-lc-rs generates the keys, and executes the private operations that it has: with keys of 2048
+//! bits or more, and its own pairs of hash and padding. It does not sign data that is not a digest
+//! (CKM_RSA_PKCS does), and does not accept smaller keys, other salt lengths or another hash for
+//! the mask. For these, and for the public operations, the `rsa` crate is used, with blinding.
 
 use std::sync::OnceLock;
 
@@ -44,7 +44,7 @@ impl Padding {
         match (kind, parameters) {
             (CKM_RSA_PKCS, Parameters::None) => Ok(Self::Pkcs1),
             (CKM_RSA_PKCS_OAEP, Parameters::Oaep { hash, mask, label }) => {
-                // Other pairs have no users.
+                // Other pairs are not supported: nobody uses them.
                 if mask != hash && *mask != Hash::Sha1 {
                     return fail(CKR_MECHANISM_PARAM_INVALID);
                 }
@@ -121,7 +121,7 @@ impl Scheme {
         if fits { Ok(()) } else { fail(CKR_DATA_LEN_RANGE) }
     }
 
-    /// The same in aws-lc-rs, where it has it.
+    /// The same scheme in aws-lc-rs, if it has it.
     fn aws(self) -> Option<&'static dyn RsaEncoding> {
         match self {
             Self::Pkcs1(Hash::Sha256) => Some(&RSA_PKCS1_SHA256),
@@ -517,8 +517,8 @@ impl rsa::rand_core::TryRng for Random {
 
     fn try_fill_bytes(&mut self, bytes: &mut [u8]) -> core::result::Result<(), Self::Error> {
         if super::random(bytes).is_err() {
-            // aws-lc itself ends the process when the operating system gives no randomness: this is
-            // not reached.
+            // This is not reached: aws-lc itself ends the process when the operating system gives
+            // no randomness.
             std::process::abort();
         }
         Ok(())
@@ -537,10 +537,10 @@ fn trimmed(bytes: &[u8]) -> &[u8] {
     bytes.get(zeros..).unwrap_or_default()
 }
 
-/// Below 2048 bits a key is no use but to programs and tests that still have one.
+/// Keys below 2048 bits are for old programs and tests only.
 const MIN_BITS: usize = 1024;
 const MAX_BITS: usize = 4096;
-/// Public keys may come from elsewhere: what exists can be checked.
+/// Public keys may come from other systems, so that their signatures can be checked.
 const MIN_PUBLIC_BITS: usize = 512;
 const MAX_PUBLIC_BITS: usize = 8192;
 

@@ -9,7 +9,10 @@ use kms_domain::{
     MaintenanceWindows, Quorum, TaskState, WaveSize,
 };
 
-use super::{Limit, Reason, Sure, system_title};
+use super::{
+    shared::{Limit, Reason, Sure},
+    values::{digest, party, quorum, system_title},
+};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum CampaignCommand {
@@ -262,20 +265,8 @@ fn rotatable(name: &str) -> Result<KeyType, ParseError> {
     CampaignAction::rotate(key_type).map(|_| key_type)
 }
 
-pub(super) fn quorum(text: &str) -> Result<Quorum, String> {
-    Quorum::new(text.parse().map_err(|_| "not a number".to_owned())?).map_err(|error| error.reason().to_owned())
-}
-
 fn time_zone(name: &str) -> Result<String, ParseError> {
     MaintenanceWindows::new(name, Vec::new()).map(|windows| windows.zone().to_owned())
-}
-
-pub(super) fn party(text: &str) -> Result<String, ParseError> {
-    if matches!(text, "vendor" | "anyone") {
-        Ok(text.to_owned())
-    } else {
-        PrincipalId::parse(text).map(|principal| principal.to_string())
-    }
 }
 
 fn exposure(name: &str) -> Result<ExposureReason, String> {
@@ -283,8 +274,4 @@ fn exposure(name: &str) -> Result<ExposureReason, String> {
         let names: Vec<&str> = ExposureReason::ALL.iter().map(|reason| reason.name()).collect();
         format!("not one of {}", names.join(", "))
     })
-}
-
-pub(super) fn digest(text: &str) -> Result<[u8; 32], String> {
-    hex::decode(text).ok().and_then(|octets| octets.try_into().ok()).ok_or_else(|| "not 64 hex digits".to_owned())
 }

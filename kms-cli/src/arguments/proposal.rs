@@ -3,7 +3,10 @@
 use clap::{Args, Subcommand};
 use kms_domain::ProposalId;
 
-use super::{Limit, Reason, Sure, campaign::digest};
+use super::{
+    shared::{Limit, Reason, Sure},
+    values::digest,
+};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ProposalCommand {

@@ -3,7 +3,10 @@
 use clap::{Args, Subcommand};
 use kms_domain::{ProposalId, Quorum, RootPurpose};
 
-use super::{Reason, Sure, campaign::quorum};
+use super::{
+    shared::{Reason, Sure},
+    values::quorum,
+};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum RootsCommand {

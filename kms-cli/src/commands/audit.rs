@@ -3,10 +3,11 @@
 use kms_proto::v1::{self as proto, audit_record::Event};
 use serde_json::json;
 
-use super::{octets, text};
+use super::{PAGE, octets, text};
 use crate::{
-    Context, Failure,
-    arguments::{AuditCommand, ListAudit},
+    arguments::audit::{AuditCommand, ListAudit},
+    context::Context,
+    failure::Failure,
     json, output,
     output::{Rows, number, plural},
     progress,
@@ -62,7 +63,7 @@ async fn list(arguments: ListAudit, context: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
-/// An event's name and the gist of it.
+/// The name of an event, and a summary of it.
 fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
     let Some(event) = &record.event else { return ("unknown", "a newer client may know it".into()) };
     match event {
@@ -405,5 +406,3 @@ fn row_kind(kind: u32) -> String {
         other => other.to_string(),
     }
 }
-
-const PAGE: usize = 1_000;

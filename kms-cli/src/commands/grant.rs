@@ -3,10 +3,11 @@
 use kms_proto::v1 as proto;
 use serde_json::json;
 
-use super::{confirm, octets, request_id, text};
+use super::{PAGE, confirm, octets, request_id, text};
 use crate::{
-    Context, Failure,
-    arguments::GrantCommand,
+    arguments::grant::GrantCommand,
+    context::Context,
+    failure::Failure,
     json, output,
     output::{Rows, facts},
     progress::waiting,
@@ -76,5 +77,3 @@ pub(crate) async fn run(command: GrantCommand, context: &Context) -> Result<(), 
     }
     Ok(())
 }
-
-const PAGE: usize = 1_000;

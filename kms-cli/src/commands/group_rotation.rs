@@ -4,10 +4,14 @@
 use kms_proto::v1 as proto;
 use serde_json::json;
 
-use super::{confirm, meter::report, octets, read_titles, request_id};
+use super::{PAGE, confirm, meter::report, octets, read_titles, request_id};
 use crate::{
-    Context, Failure,
-    arguments::{GroupKeyName, Limit, Members, Reason, Sure},
+    arguments::{
+        group::{GroupKeyName, Members},
+        shared::{Limit, Reason, Sure},
+    },
+    context::Context,
+    failure::Failure,
     json, output,
     output::{Rows, facts, number, plural},
     progress::waiting,
@@ -65,7 +69,7 @@ pub(crate) async fn show(key: &GroupKeyName, behind: bool, limit: &Limit, contex
                 ]);
             }
             let more = if page_token.is_empty() { "" } else { "\nthere are more: --limit shows them\n" };
-            format!("{}\n{}{more}", rotation_text(&rotation), rows.text_or("nobody is left behind"))
+            format!("{}\n{}{more}", rotation_text(&rotation), rows.text_or("no member is left behind"))
         },
     );
     Ok(())
@@ -166,7 +170,7 @@ async fn change(
     report(answer, done, context)
 }
 
-/// How a key of a group stands with its members.
+/// The rotation of a group's key: how many members have it.
 pub(crate) fn rotation_text(rotation: &proto::GroupRotation) -> String {
     let version = |number: u32| if number == 0 { String::new() } else { format!("version {number}") };
     let share = |count: u64| {
@@ -201,7 +205,7 @@ pub(crate) fn rotation_text(rotation: &proto::GroupRotation) -> String {
 }
 
 fn stage_text(rotation: &proto::GroupRotation) -> &'static str {
-    // Servers take note of the count once a minute; a switch counts by itself.
+    // Servers update the count once a minute. A switch counts anew.
     let enough = u128::from(rotation.acknowledged) * 100
         >= u128::from(rotation.members) * u128::from(rotation.threshold_percent);
     match rotation.stage.as_str() {
@@ -229,8 +233,6 @@ fn bar(rotation: &proto::GroupRotation) -> String {
     };
     format!("[{}]", (0..WIDTH).map(cell).collect::<String>())
 }
-
-const PAGE: usize = 1_000;
 /// Meters of a call.
 const MOST_METERS: usize = 10_000;
 /// Characters of a bar.

@@ -3,8 +3,9 @@
 use kms_proto::v1 as proto;
 
 use crate::{
-    Context, Failure,
-    arguments::HsmCommand,
+    arguments::hsm::HsmCommand,
+    context::Context,
+    failure::Failure,
     json,
     output::{Rows, facts, plural},
     progress::waiting,
@@ -51,8 +52,7 @@ fn token_text(token: &proto::TokenCheck) -> String {
     let mut rows =
         Rows::new(&["capability", "needed for", "found", "used instead", "what that costs"]).sentences(&[1, 3, 4]);
     for capability in &token.capabilities {
-        // What would be used instead, and at what cost, is of interest only where something is
-        // missing.
+        // The replacement and its cost matter only where a capability is missing.
         let (found, instead, cost) = match (capability.found, capability.essential) {
             (true, _) => ("yes", "", ""),
             (false, true) => ("MISSING", capability.instead.as_str(), capability.cost.as_str()),

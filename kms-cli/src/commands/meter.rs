@@ -5,10 +5,14 @@ use kms_proto::v1 as proto;
 use serde::Deserialize;
 use serde_json::json;
 
-use super::{confirm, octets, read_lines, request_id, text};
+use super::{PAGE, confirm, octets, read_lines, request_id, text};
 use crate::{
-    Context, Failure,
-    arguments::{AdoptCounters, AssignMeters, EnrolMeters, Limit, MeterCommand, MeterFilter},
+    arguments::{
+        meter::{AdoptCounters, AssignMeters, EnrolMeters, MeterCommand, MeterFilter},
+        shared::Limit,
+    },
+    context::Context,
+    failure::Failure,
     json, output,
     output::{Rows, facts, number, plural},
     progress::waiting,
@@ -337,7 +341,8 @@ async fn enrol(arguments: EnrolMeters, context: &Context) -> Result<(), Failure>
     report(waiting("enrolling", client.enrol_meters(request)).await?.into_inner(), "enrolled", context)
 }
 
-/// Shows what a change did; a part that was refused is exit code 5, all of it 1.
+/// Shows the result of a change. Exit code 5: a part was refused. Exit code 1: all of it was
+/// refused.
 pub(crate) fn report(answer: proto::ChangeMetersResponse, done: &str, context: &Context) -> Result<(), Failure> {
     context.output.show(
         || json::message("ChangeMetersResponse", &answer),
@@ -416,7 +421,5 @@ struct MeterLine {
     #[serde(default)]
     groups: Vec<String>,
 }
-
-const PAGE: usize = 1_000;
-/// Instead of a principal's URI in a filter: meters that are assigned to nobody.
+/// In a filter, instead of a principal's URI: meters without a head-end.
 const NO_HEAD_END: &str = "none";

@@ -2,11 +2,13 @@
 
 pub(crate) mod audit;
 pub(crate) mod campaign;
+pub(crate) mod device_type;
 pub(crate) mod grant;
+pub(crate) mod group;
 pub(crate) mod group_rotation;
 pub(crate) mod hsm;
 pub(crate) mod meter;
-pub(crate) mod owner;
+mod new_key;
 pub(crate) mod principal;
 pub(crate) mod proposal;
 pub(crate) mod roots;
@@ -17,14 +19,14 @@ pub(crate) mod shipment;
 use std::{
     fs,
     io::{self, IsTerminal as _, Write as _},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use bytes::Bytes;
 use kms_client::{SystemTitle, new_request_id};
 use serde::de::DeserializeOwned;
 
-use crate::{Failure, arguments::Sure};
+use crate::{arguments::shared::Sure, failure::Failure};
 
 /// A new request id for a message.
 fn request_id() -> Bytes {
@@ -41,7 +43,7 @@ fn text<T: ToString>(value: Option<&T>) -> String {
     value.map(T::to_string).unwrap_or_default()
 }
 
-/// Asks whether to go on; without a terminal only `--yes` says so.
+/// Asks for confirmation. Without a terminal, only `--yes` confirms.
 fn confirm(what: &str, sure: &Sure) -> Result<(), Failure> {
     if sure.yes {
         return Ok(());
@@ -62,7 +64,7 @@ fn read(path: &Path) -> Result<Vec<u8>, Failure> {
     fs::read(path).map_err(|error| Failure::failed(format!("cannot read `{}`: {error}", path.display())))
 }
 
-/// Reads a file of JSON Lines; an error names the line.
+/// Reads a file of JSON Lines. An error names the line.
 fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, Failure> {
     let content = read(path)?;
     let lines = content.split(|octet| *octet == b'\n').enumerate().filter(|(_, line)| !line.trim_ascii().is_empty());
@@ -71,10 +73,14 @@ fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, Failure> {
             .map_err(|error| Failure::usage(format!("`{}`, line {}: {error}", path.display(), index + 1)))
     });
     let parsed = parsed.collect::<Result<Vec<_>, _>>()?;
-    if parsed.is_empty() { Err(Failure::usage(format!("`{}` has no lines", path.display()))) } else { Ok(parsed) }
+    if parsed.is_empty() {
+        Err(Failure::usage(format!("`{}` is empty: write one JSON object a line", path.display())))
+    } else {
+        Ok(parsed)
+    }
 }
 
-/// Reads the meters of a file, a system title a line.
+/// Reads the meters of a file, one system title a line.
 fn read_titles(path: &Path) -> Result<Vec<Bytes>, Failure> {
     let content = String::from_utf8(read(path)?)
         .map_err(|_| Failure::usage(format!("`{}` is not a text file", path.display())))?;
@@ -84,7 +90,11 @@ fn read_titles(path: &Path) -> Result<Vec<Bytes>, Failure> {
             .map_err(|error| Failure::from(error).while_doing(&format!("`{}`, line {line}", path.display())))?;
         titles.push(octets(title.octets()));
     }
-    if titles.is_empty() { Err(Failure::usage(format!("`{}` names no meter", path.display()))) } else { Ok(titles) }
+    if titles.is_empty() {
+        Err(Failure::usage(format!("`{}` names no meter: write one system title a line", path.display())))
+    } else {
+        Ok(titles)
+    }
 }
 
 /// Creates a file that must not exist yet; with `private`, only its owner may read it.
@@ -110,3 +120,13 @@ fn write(path: &Path, private: bool, content: &[u8]) -> Result<(), Failure> {
         .write_all(content)
         .map_err(|error| Failure::failed(format!("cannot write `{}`: {error}", path.display())))
 }
+
+/// The path with `suffix` at its end: `batch.jsonl` and `.sig` give `batch.jsonl.sig`.
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+/// Entries that a command requests at a time.
+const PAGE: usize = 1_000;

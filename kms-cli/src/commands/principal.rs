@@ -9,8 +9,9 @@ use serde_json::json;
 
 use super::{confirm, octets, proposal::show_made, read, request_id, write};
 use crate::{
-    Context, Failure,
-    arguments::{AddPrincipal, PrincipalCommand, ProposeKey, RenewPrincipal},
+    arguments::principal::{AddPrincipal, PrincipalCommand, ProposeKey, RenewPrincipal},
+    context::Context,
+    failure::Failure,
     json, output,
     output::{Rows, facts},
     progress::waiting,
@@ -155,7 +156,7 @@ async fn propose_key(arguments: ProposeKey, context: &Context) -> Result<(), Fai
         (None, Some(file)) => KeyRequest::key_sha256(&certificate_request(file)?).ok_or_else(|| {
             Failure::usage(format!("--certificate-request: `{}` is not a PKCS#10 request in PEM", file.display()))
         })?,
-        (None, None) => return Err(Failure::usage("--certificate-request or --key is needed")),
+        (None, None) => return Err(Failure::usage("add --certificate-request FILE or --key HEX: the key to certify")),
     };
     let request = proto::ProposePrincipalKeyRequest {
         request_id: request_id(),
@@ -180,7 +181,7 @@ async fn register_transport_key(context: &Context) -> Result<(), Failure> {
     };
     let issued = waiting("registering", client.register_transport_key(request)).await?.into_inner();
     profile.set_transport_key(made.key_pem(), &KeyRequest::certificate_pem(&issued))?;
-    // What was written must open envelopes: a mismatch shows now and not with the first grant.
+    // The new files must open envelopes: a mismatch shows now and not at the first grant.
     profile.transport_key()?;
     show_issued(&issued, &profile.directory().display().to_string(), context);
     Ok(())
@@ -218,7 +219,8 @@ async fn who_am_i(context: &Context) -> Result<proto::Principal, Failure> {
 
 async fn own_principal(context: &Context) -> Result<PrincipalId, Failure> {
     let principal = who_am_i(context).await?.principal;
-    PrincipalId::parse(&principal).map_err(|error| Failure::failed(format!("the server's answer: {error}")))
+    PrincipalId::parse(&principal)
+        .map_err(|error| Failure::failed(format!("the server's answer does not name a valid principal: {error}")))
 }
 
 fn show(principal: &proto::Principal, context: &Context) {
@@ -270,8 +272,8 @@ fn certificate_text(certificate: &proto::RegisteredCertificate) -> String {
     )
 }
 
-/// What the owner of a key should know: certificates that somebody else made, or that are newer
-/// than the one in use.
+/// Warnings for the owner of a key: certificates that another person made, or that are newer than
+/// the one in use.
 fn warnings(principal: &proto::Principal) -> Vec<String> {
     let mut warnings = Vec::new();
     let in_use = principal.certificates.iter().position(|certificate| certificate.in_use);

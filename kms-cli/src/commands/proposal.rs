@@ -8,8 +8,9 @@ use serde_json::json;
 
 use super::{confirm, octets, request_id};
 use crate::{
-    Context, Failure,
-    arguments::{ProposalCommand, Sure},
+    arguments::{proposal::ProposalCommand, shared::Sure},
+    context::Context,
+    failure::Failure,
     json, output,
     output::{Rows, facts, number},
     progress::waiting,
@@ -127,13 +128,13 @@ fn show(proposal: &proto::Proposal, context: &Context) {
     context.output.show(|| json::message("Proposal", proposal), || proposal_text(proposal));
 }
 
-/// A proposal that was just made, and how it goes on.
+/// A new proposal, and the next step.
 pub(crate) fn show_made(proposal: &proto::Proposal, context: &Context) {
     let next = format!("\nanother person approves it: kms proposal approve {}\n", output::uuid(&proposal.proposal_id));
     context.output.show(|| json::message("Proposal", proposal), || format!("{}{next}", proposal_text(proposal)));
 }
 
-/// Exactly what will run, field by field, and who wants it.
+/// A proposal, field by field: exactly what will run, and who requested it.
 fn proposal_text(proposal: &proto::Proposal) -> String {
     let mut lines = vec![("proposal", output::uuid(&proposal.proposal_id)), ("what", proposal.description.clone())];
     match &proposal.action {

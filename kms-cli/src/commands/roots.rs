@@ -7,8 +7,9 @@ use kms_proto::v1 as proto;
 
 use super::{confirm, octets, request_id};
 use crate::{
-    Context, Failure,
-    arguments::RootsCommand,
+    arguments::roots::RootsCommand,
+    context::Context,
+    failure::Failure,
     json,
     output::{self, Rows, number, plural},
     progress,
@@ -39,7 +40,7 @@ pub(crate) async fn run(command: RootsCommand, context: &Context) -> Result<(), 
             confirm(&format!("{}, in all tokens and for good", known.description), &sure)?;
             let request = proto::DestroyRootRequest { request_id: request_id(), proposal_id: octets(proposal.octets()) };
             let answer = progress::waiting("counting the references", client.destroy_root(request)).await?.into_inner();
-            let text = || format!("{}\nwhen all servers know the decision (20 s), each counts again, destroys the root in its own tokens and records that: kms audit list; `kms roots show` shows whether the token of one server still has it\n", roots_text(&answer));
+            let text = || format!("{}\nin 20 s all servers know the decision. Then each of them counts again, destroys the root in its own tokens and records that (kms audit list). `kms roots show` shows whether the token of a server still has the root\n", roots_text(&answer));
             context.output.show(|| json::message("ShowRootsResponse", &answer), text);
             return Ok(());
         }
@@ -134,7 +135,7 @@ async fn watch(root: RootPurpose, once: bool, context: &Context) -> Result<(), F
             writeln!(std::io::stdout(), "{}", line(&rotation))
         };
         last = Some(rotation);
-        // A reader that has gone away has seen enough.
+        // Ends when the reader has closed the pipe.
         if once || told.is_err() {
             break;
         }
@@ -159,7 +160,7 @@ async fn count(context: &Context) -> Result<(), Failure> {
     }
     bar.finish_and_clear();
     if !all.finished {
-        return Err(Failure::failed("the counting ended before it had read everything: run it again"));
+        return Err(Failure::failed("the server stopped counting before it had read all rows: run the command again"));
     }
     context.output.show(
         || json::message("CountRootReferencesResponse", &all),

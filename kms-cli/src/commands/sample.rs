@@ -1,4 +1,4 @@
-//! `kms shipment make-sample`: plays the vendor.
+//! `kms shipment make-sample`: makes a shipment as a vendor would, for trials.
 
 use std::{
     io::{BufWriter, Write},
@@ -9,10 +9,11 @@ use kms_client::sample::{DeviceProfile, OaepHash, SampleShipment, VendorKey, Ven
 use kms_proto::v1 as proto;
 use serde_json::json;
 
-use super::{create, read, shipment::with_suffix, write};
+use super::{create, read, with_suffix, write};
 use crate::{
-    Context, Failure,
-    arguments::MakeSample,
+    arguments::shipment::MakeSample,
+    context::Context,
+    failure::Failure,
     output::{facts, number, octets},
     progress,
 };
@@ -100,7 +101,7 @@ pub(crate) async fn make(arguments: MakeSample, context: &Context) -> Result<(),
                 ("shipment", format!("{} ({} devices, {:.0} a second)", shown(out), number(arguments.devices), rate)),
                 ("signature", shown(&signature_file)),
                 ("vendor key", shown(&vendor_key_file)),
-                ("its public half", shown(&public_file)),
+                ("vendor public key", shown(&public_file)),
                 ("plaintext keys", if devices.is_some() { shown(&devices_file) } else { String::new() }),
                 ("for", format!("transport key {}, {}", octets(&transport_key.fingerprint()), sample.oaep_hash.name())),
             ]);

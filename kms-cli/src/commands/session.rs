@@ -13,8 +13,9 @@ use zeroize::Zeroizing;
 
 use super::{create, octets};
 use crate::{
-    Context, Failure,
-    arguments::{OpenGroupSession, OpenSession, SessionCommand, Terms},
+    arguments::session::{OpenGroupSession, OpenSession, SessionCommand, Terms},
+    context::Context,
+    failure::Failure,
     json, output,
     output::{Rows, facts},
     progress,
@@ -31,7 +32,7 @@ pub(crate) async fn run(command: SessionCommand, context: &Context) -> Result<()
     }
 }
 
-/// Whose keys are asked for.
+/// The owner of the requested keys.
 enum Target {
     Meter(SystemTitle),
     Group(String, Option<u32>),
@@ -50,7 +51,7 @@ async fn open(target: Target, dedicated_key: bool, arguments: Terms, context: &C
         }
         key => key?,
     };
-    // Before anything is granted: keys that cannot be written would be exposed for nothing.
+    // Before the request: if the file could not be written, keys would be exposed for nothing.
     let file = arguments.write_keys.as_deref().map(|path| create(path, true).map(|file| (path, file))).transpose()?;
     let result = grant(&target, dedicated_key, &arguments, &transport_key, context).await;
     let (session, written) = match (result, file) {
@@ -76,7 +77,7 @@ async fn open(target: Target, dedicated_key: bool, arguments: Terms, context: &C
     Ok(())
 }
 
-/// Tells which profiles have a transport key: most often the right one was not chosen.
+/// The failure names the profiles that have a transport key: usually another profile was meant.
 fn no_transport_key(directory: &Path, context: &Context) -> Failure {
     let state = context.state();
     let others: Vec<String> = state
@@ -153,12 +154,12 @@ fn session_text(session: &Session) -> String {
     text
 }
 
-/// What whoever broadcasts has to know of a rotation under way.
+/// A note for the sender of broadcasts about a rotation under way.
 fn rotation_note(rotation: &kms_proto::v1::GroupRotation) -> Option<String> {
     let (group, key, version) = (&rotation.group, &rotation.key_type, rotation.version);
     match rotation.stage.as_str() {
         "rolling-out" => Some(format!(
-            "{key} version {version} is being rolled out: too few members have it to switch (kms group rotation {group})"
+            "{key} version {version} is being rolled out: too few members have it to switch broadcasts to it (kms group rotation {group})"
         )),
         "may-switch" => Some(format!(
             "{key} version {version} is being rolled out, and broadcasts may switch to it: kms group switch {group} --to {version}"
@@ -166,14 +167,14 @@ fn rotation_note(rotation: &kms_proto::v1::GroupRotation) -> Option<String> {
         "switched" => {
             let former = rotation.former_version;
             Some(format!(
-                "not every member has {key} version {version}: those that are left behind hear version {former} only (--key-version {former})"
+                "not every member has {key} version {version}: members that are left behind accept version {former} only (--key-version {former})"
             ))
         }
         _ => None,
     }
 }
 
-/// What was granted of one owner.
+/// The granted keys of one owner.
 struct Keys<'a> {
     setup: SecuritySetupId,
     suite: SecuritySuite,

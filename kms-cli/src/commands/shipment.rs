@@ -17,10 +17,11 @@ use tokio::sync::mpsc;
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tonic::Code;
 
-use super::{create, octets, read, sample};
+use super::{create, octets, read, sample, with_suffix};
 use crate::{
-    Context, Failure,
-    arguments::{ImportShipment, ShipmentCommand},
+    arguments::shipment::{ImportShipment, ShipmentCommand},
+    context::Context,
+    failure::Failure,
     json, output,
     output::{Rows, facts, number, plural},
     progress,
@@ -57,7 +58,7 @@ async fn import(arguments: ImportShipment, context: &Context) -> Result<(), Fail
     let (mut shown, mut shown_duplicates) = (Vec::new(), Vec::new());
     let mut told = Told::default();
     let shipment = import_uploaded(&connection, &file, &arguments, &mut |step| {
-        // A call that goes on after a broken one tells again what that one told.
+        // A call that continues a broken one repeats what the broken one has reported.
         let refused_lines: Vec<_> = step.refused_lines.iter().filter(|line| told.refused.insert(line.line)).collect();
         let duplicate_keys: Vec<_> = step
             .duplicate_keys
@@ -104,7 +105,7 @@ async fn import(arguments: ImportShipment, context: &Context) -> Result<(), Fail
                 }
             }
             if !shown_duplicates.is_empty() {
-                text.push_str("\nkeys that another meter has too: the vendor's mistake, and whoever knows one of them knows all\n");
+                text.push_str("\nkeys that another meter has too: a mistake of the vendor, and a person who knows the key of one meter knows that of the other\n");
                 text.push_str(&duplicates_text(&shown_duplicates));
                 let more = shipment.duplicates.saturating_sub(shown_duplicates.len() as u64);
                 if more > 0 {
@@ -117,19 +118,14 @@ async fn import(arguments: ImportShipment, context: &Context) -> Result<(), Fail
     );
     match shipment.state.as_str() {
         "imported" if shipment.refused == 0 && shipment.duplicates == 0 => Ok(()),
-        "imported" if shipment.refused == 0 => Err(Failure::partly(format!(
-            "all meters are imported, but {} of another meter's",
-            duplicates_of(&shipment)
-        ))
-        .with_hint(
-            "ask the vendor for new keys, or rotate them: `kms campaign create NAME --rotate GUEK --batch BATCH`",
-        )),
+        "imported" if shipment.refused == 0 => {
+            Err(Failure::partly(format!("all meters are imported, but {}", duplicates_of(&shipment))).with_hint(
+                "ask the vendor for new keys, or rotate them: `kms campaign create NAME --rotate GUEK --batch BATCH`",
+            ))
+        }
         "imported" => {
-            let duplicates = if shipment.duplicates == 0 {
-                String::new()
-            } else {
-                format!("; {} of another meter's", duplicates_of(&shipment))
-            };
+            let duplicates =
+                if shipment.duplicates == 0 { String::new() } else { format!("; {}", duplicates_of(&shipment)) };
             Err(Failure::partly(format!(
                 "{} refused, the others are imported{duplicates}",
                 plural(shipment.refused, "line")
@@ -146,14 +142,10 @@ async fn import(arguments: ImportShipment, context: &Context) -> Result<(), Fail
 }
 
 fn duplicates_of(shipment: &proto::Shipment) -> String {
-    format!(
-        "{} the value",
-        if shipment.duplicates == 1 {
-            "1 key has".to_owned()
-        } else {
-            format!("{} keys have", number(shipment.duplicates))
-        }
-    )
+    match shipment.duplicates {
+        1 => "1 key is equal to a key of another meter".to_owned(),
+        more => format!("{} keys are equal to keys of other meters", number(more)),
+    }
 }
 
 fn duplicates_text(duplicates: &[proto::DuplicateKey]) -> String {
@@ -170,7 +162,7 @@ fn duplicates_text(duplicates: &[proto::DuplicateKey]) -> String {
     rows.text_or("")
 }
 
-/// What the server has told of the import: refused lines, and duplicate keys by line, security
+/// What the server has reported of the import: refused lines, and duplicate keys by line, security
 /// setup and key type.
 #[derive(Default)]
 struct Told {
@@ -214,7 +206,8 @@ impl LocalFile {
         Ok(Self { path: path.to_owned(), length, sha256 })
     }
 
-    /// Sends what the server does not have yet; goes on where an earlier attempt stopped.
+    /// Sends the octets that the server does not have yet. It continues where an earlier attempt
+    /// stopped.
     async fn upload(&self, connection: &Connection, start: &proto::UploadShipmentStart) -> Result<(), Failure> {
         let retry = RetryPolicy::default();
         let bar = progress::octets("uploading", self.length);
@@ -251,7 +244,7 @@ impl LocalFile {
         let known =
             connection.shipments().get_shipment(proto::GetShipmentRequest { file_sha256: octets(self.sha256) }).await;
         let received = match known {
-            // An upload that ended is complete, unless the file was refused: it may come again,
+            // An upload that ended is complete, unless the file was refused: it can be sent again
             // with the right signature.
             Ok(shipment) if !matches!(shipment.get_ref().state.as_str(), "" | "uploading" | "refused") => return Ok(()),
             Ok(shipment) => shipment.get_ref().received,
@@ -259,7 +252,10 @@ impl LocalFile {
             Err(status) => return Err(ServerError::from(status).into()),
         };
         if received > self.length {
-            return Err(UploadError::File(format!("the server has {received} octets of a file of {}", self.length)));
+            return Err(UploadError::File(format!(
+                "the server has {received} octets of this file, which has {}: it has changed since the upload began",
+                self.length
+            )));
         }
         bar.set_position(received);
         bar.reset_eta();
@@ -269,8 +265,8 @@ impl LocalFile {
             tokio::task::spawn_blocking(move || send_octets(&path, received, start, &sender, &bar))
         };
         let answer = connection.shipments().upload_shipment(ReceiverStream::new(receiver)).await;
-        // A reader whose channel has closed ends by itself; its own error tells more than the cut
-        // stream.
+        // The reader ends by itself when its channel closes. Its own error tells more than that of
+        // the broken stream.
         match reading.await {
             Ok(Err(error)) if error.kind() != io::ErrorKind::BrokenPipe => {
                 return Err(UploadError::File(format!("cannot read `{}`: {error}", self.path.display())));
@@ -430,8 +426,8 @@ async fn list(context: &Context) -> Result<(), Failure> {
             ])
             .numbers(&[4, 5, 6, 7, 8]);
             for shipment in &answer.shipments {
-                // Enough of the digest for `kms shipment show`, which tells the rest; the name says
-                // who of the manufacturers.
+                // The digest in the length that `kms shipment show` needs. The name is enough to
+                // tell the manufacturers apart.
                 let manufacturer = shipment.manufacturer.rsplit(':').next().unwrap_or_default();
                 rows.row([
                     output::octets(shipment.file_sha256.get(..SHOWN_OF_DIGEST).unwrap_or(&shipment.file_sha256)),
@@ -517,16 +513,9 @@ fn shipment_text(shipment: &proto::Shipment) -> String {
     ])
 }
 
-/// The path with more at its end: `batch.jsonl` and `.sig` are `batch.jsonl.sig`.
-pub(super) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
-}
-
 const CHUNK: usize = 256 << 10;
 const LINES_SHOWN: usize = 20;
 /// Octets of a digest in lists.
 const SHOWN_OF_DIGEST: usize = 8;
-/// Hex digits of a digest that `kms shipment show` takes for one.
+/// The fewest hex digits of a digest that `kms shipment show` accepts.
 const FEWEST_DIGITS: usize = 8;

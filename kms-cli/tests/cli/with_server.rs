@@ -245,7 +245,7 @@ fn a_shipment_is_uploaded_imported_and_its_refused_lines_are_reported() {
     {
         assert!(shown.contains(words), "{shown}");
     }
-    assert!(text(&output.stderr).contains("1 key has the value of another meter's"), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("1 key is equal to a key of another meter"), "{}", text(&output.stderr));
     let report = std::fs::read_to_string(server.directory.path().join("report.jsonl")).unwrap();
     assert_eq!(report.lines().count(), 31);
     let first: Value = serde_json::from_str(report.lines().next().unwrap()).unwrap();

@@ -24,7 +24,7 @@ use crate::sessions::ready::Steps;
 #[derive(Default)]
 struct Server {
     tasks: Mutex<Vec<proto::Task>>,
-    /// So many calls answer UNAVAILABLE after they were carried out.
+    /// So many calls answer UNAVAILABLE after they were executed.
     away: Mutex<u32>,
     takes_leases_back: bool,
     beaten: Arc<Notify>,

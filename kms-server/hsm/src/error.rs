@@ -1,5 +1,4 @@
-//! The one error of the HSM room, and the table that maps PKCS#11 return codes to what can be done
-//! about them.
+//! The error of this crate, and the table that says for each PKCS#11 return code what can be done.
 
 use std::borrow::Cow;
 use std::time::Duration;
@@ -13,7 +12,7 @@ use kms_domain::KeyClass;
 /// octets.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum HsmError {
-    /// The token cannot be used at this moment; trying again later can help without anyone's doing.
+    /// The token cannot be used at this moment. A later attempt can succeed without an operator.
     #[error("HSM token `{token}` is not available: {reason}; try again in {} ms", retry_after.as_millis())]
     Unavailable {
         /// Label of the token.
@@ -33,7 +32,7 @@ pub enum HsmError {
         /// When to try again.
         retry_after: Duration,
     },
-    /// One payer has as many jobs in the token's queue as it may.
+    /// One payer has reached its limit of jobs in the token's queue.
     #[error("{limit} jobs of one principal wait already for HSM token `{token}` (bound `hsm_jobs_per_principal`); try again in {} ms", retry_after.as_millis())]
     TooManyOfOne {
         /// Label of the token.
@@ -67,7 +66,8 @@ pub enum HsmError {
         /// CKA_LABEL that was looked for.
         label: String,
     },
-    /// More than one token object has the label of a root: which one is right cannot be known.
+    /// More than one token object has the label of a root, and the server cannot know which is
+    /// right.
     #[error(
         "the HSM token holds {count} keys labelled `{label}`; remove the wrong one (compare check values with the ceremony's record)"
     )]
@@ -79,7 +79,7 @@ pub enum HsmError {
     },
     /// The HSM refused a wrapped key: it was altered, is wrapped under another key, or has another
     /// length.
-    #[error("the wrapped key is refused by the HSM (CKR {code:?}): it is damaged, or wrapped under another key")]
+    #[error("the HSM refuses the wrapped key (CKR {code:?}): it is damaged, or wrapped under another key")]
     WrappedKeyInvalid {
         /// The module's return code.
         code: RvError,
@@ -87,7 +87,7 @@ pub enum HsmError {
     /// The authentication tag of a frame does not verify under these keys.
     #[error("the authentication tag of the frame does not verify: wrong key, system title, counter or content")]
     TagInvalid,
-    /// The caller asked for what cannot be.
+    /// A field or argument of the call is wrong.
     #[error("{what}: {reason}")]
     InvalidInput {
         /// The field or argument.
@@ -132,13 +132,13 @@ pub enum HsmError {
 /// What can be done about an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
-    /// Trying again later can help.
+    /// A later attempt can succeed.
     Transient,
     /// An operator must act; the same request works afterwards.
     OperatorFixable,
     /// The same request fails always: a defect here, in the module, or in the request.
     Permanent,
-    /// The data handed in is refused (altered, or of another key).
+    /// The data of the caller is refused: it was altered, or belongs to another key.
     DataRefused,
     /// Another server of the island does it.
     NotServed,
@@ -161,7 +161,7 @@ impl HsmError {
         }
     }
 
-    /// When trying again can help, after this time.
+    /// The time after which another attempt can succeed; `None`: none can.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Unavailable { retry_after, .. }
@@ -188,7 +188,8 @@ impl HsmError {
             Self::Module { .. } => "module".into(),
             Self::Ceremony { .. } => "ceremony".into(),
             Self::NotServed { .. } => "not-served".into(),
-            // A code of the vendor's own is one name, so that a module cannot make ever new ones.
+            // All codes of vendors have one name, so that a module cannot produce new names without
+            // end.
             Self::Call { code: RvError::VendorDefined(_), .. } => "VendorDefined".into(),
             Self::Call { code, .. } | Self::WrappedKeyInvalid { code } => format!("{code:?}").into(),
         }
@@ -202,7 +203,8 @@ impl HsmError {
         }
     }
 
-    /// Whether sessions and handles must be opened and found again before anything else is tried.
+    /// Whether sessions must be opened again, and handles found again, before anything else is
+    /// tried.
     pub(crate) fn needs_repair(&self) -> bool {
         matches!(self, Self::Call { code, .. } if meaning(*code).1 == Repair::Reopen)
     }
@@ -228,7 +230,13 @@ impl HsmError {
     }
 }
 
-/// Whether a code means that sessions and handles are worth nothing any more.
+/// Whether an error at one key stops a whole batch. A failing HSM stops it; a refused or missing
+/// key does not.
+pub(crate) fn concerns_all(error: &HsmError) -> bool {
+    error.needs_repair() || error.kind() == ErrorKind::Transient
+}
+
+/// Whether a code means that sessions and handles are invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Repair {
     Keep,
@@ -238,8 +246,8 @@ enum Repair {
 /// The one table of return codes: kind of error, whether to reopen sessions, and the advice in the
 /// error text.
 ///
-/// Codes that are not here are `Permanent`: they tell of a template, mechanism or argument that the
-/// module does not take. On unwrapping, `GENERAL_ERROR`, `DEVICE_ERROR`, `ENCRYPTED_DATA_INVALID`,
+/// Codes that are not here are `Permanent`: the module does not accept a template, mechanism or
+/// argument. On unwrapping, `GENERAL_ERROR`, `DEVICE_ERROR`, `ENCRYPTED_DATA_INVALID`,
 /// `ENCRYPTED_DATA_LEN_RANGE`, `WRAPPED_KEY_INVALID` and `WRAPPED_KEY_LEN_RANGE` mean refused data
 /// on one module or another: see [`refuses_wrapped_key`].
 fn meaning(code: RvError) -> (ErrorKind, Repair) {
@@ -282,7 +290,7 @@ fn meaning(code: RvError) -> (ErrorKind, Repair) {
 }
 
 /// Whether the code of a failed `C_UnwrapKey` can mean that the wrapped key itself is wrong, and
-/// whether it says so for sure.
+/// how sure that is.
 pub(crate) fn refuses_wrapped_key(code: RvError) -> Option<Certainty> {
     match code {
         RvError::WrappedKeyInvalid
@@ -295,7 +303,7 @@ pub(crate) fn refuses_wrapped_key(code: RvError) -> Option<Certainty> {
     }
 }
 
-/// How much a return code says.
+/// How sure a return code is about its cause.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Certainty {
     Sure,
@@ -304,12 +312,12 @@ pub(crate) enum Certainty {
 
 fn advice(code: RvError) -> &'static str {
     match meaning(code) {
-        (_, Repair::Reopen) => "the session, login or token was lost; it is being opened again",
+        (_, Repair::Reopen) => "the session, login or token was lost; the server opens it again, so try again",
         (ErrorKind::Transient, _) => "the HSM is short of resources; try again",
         (ErrorKind::OperatorFixable, _) => "check the token's PIN and state with `kms hsm check`",
         (ErrorKind::DataRefused, _) => "the data is damaged or belongs to another key",
-        (ErrorKind::Permanent, _) => "the module does not take this mechanism, template or key; see `kms hsm check`",
-        (ErrorKind::NotServed, _) => "another server of the island does it",
+        (ErrorKind::Permanent, _) => "the module does not accept this mechanism, template or key; see `kms hsm check`",
+        (ErrorKind::NotServed, _) => "another server of the island does this work",
     }
 }
 

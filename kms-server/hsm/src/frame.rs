@@ -5,11 +5,11 @@ use aws_lc_rs::constant_time::verify_slices_are_equal;
 use cryptoki::error::RvError;
 use zeroize::Zeroizing;
 
-use crate::envelope::concerns_all;
-use crate::error::HsmError;
+use crate::error::{HsmError, concerns_all};
+use crate::key_source::KeySource;
 use crate::raw::Mechanism;
 use crate::template::Handling;
-use crate::worker::{KeySource, Worker};
+use crate::worker::Worker;
 
 /// The keys of a frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,8 +20,8 @@ pub struct FrameKeys {
     pub authentication: KeySource,
 }
 
-/// How the security control octet says a frame is protected. Encryption without authentication does
-/// not exist here: the GAK would protect nothing.
+/// The protection of a frame, as its security control octet says. There is no encryption without
+/// authentication: the GAK would protect nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FrameProtection {
     /// Authenticated only (bit 4): the text is associated data.
@@ -30,7 +30,7 @@ pub enum FrameProtection {
     AuthenticatedEncrypted,
 }
 
-/// A frame's parameters. The caller answers for the nonce being used once (I4).
+/// The parameters of a frame. The caller guarantees that the nonce is used once (I4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameParameters {
     security_control: u8,
@@ -39,7 +39,8 @@ pub struct FrameParameters {
 }
 
 impl FrameParameters {
-    /// Of a security control octet and a nonce, `system title(8) ‖ invocation counter(4)`.
+    /// The parameters with a security control octet and a nonce, `system title(8) ‖ invocation
+    /// counter(4)`.
     ///
     /// # Errors
     /// The octet does not ask for authentication.
@@ -120,7 +121,8 @@ impl Worker {
     ) -> Result<Zeroizing<Vec<u8>>, HsmError> {
         let gak = self.readable_gak(&keys.authentication)?;
         let text = if parameters.protection == FrameProtection::Authenticated { text } else { &[] };
-        // The whole length at once: a buffer that grows would leave a copy of the GAK behind.
+        // Allocated with its whole length: a buffer that grows would leave a copy of the GAK
+        // behind.
         let mut aad = Zeroizing::new(Vec::with_capacity(1 + gak.len() + text.len()));
         aad.push(parameters.security_control);
         aad.extend_from_slice(&gak);
@@ -166,9 +168,9 @@ impl Worker {
                 Ok(text)
             }
             Err(HsmError::Call { function: "C_Decrypt", code }) if refuses_tag(code) => {
-                // GENERAL_ERROR is what some modules say to a wrong tag and what all say when they
-                // fail: make the tag of nothing with the same key. If that works, the frame is to
-                // blame.
+                // Some modules answer GENERAL_ERROR to a wrong tag; all modules do when they fail.
+                // So make the tag of an empty text with the same key: if that works, the frame's
+                // tag is wrong.
                 self.encrypt_probe(keys, parameters)?;
                 Err(HsmError::TagInvalid)
             }
@@ -182,7 +184,7 @@ impl Worker {
     }
 }
 
-/// One result per frame; trouble of the HSM stops the batch.
+/// One result for each input. A failing HSM stops the batch.
 pub(crate) fn each<T, R>(
     inputs: &[T],
     mut one: impl FnMut(&T) -> Result<R, HsmError>,

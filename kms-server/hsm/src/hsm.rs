@@ -1,5 +1,5 @@
-//! The verbs that the services need. Each call of a verb is an item in the queue of one token, or
-//! one for each part of a batch.
+//! The verbs that the services need. Each call is an item in the queue of one token; a batch has
+//! one item for each of its parts.
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -9,25 +9,30 @@ use cryptoki_sys::CKM_ECDSA;
 use kms_domain::{IslandName, KeyClass, KeyLength, KeyType, OaepHash};
 use zeroize::Zeroizing;
 
-use crate::envelope::{Agreement, Envelope, Recipient, WrappedKey, public_point};
+use crate::agreement::{Agreement, Recipient};
+use crate::batch_key::BatchKey;
+use crate::capabilities::Capabilities;
+use crate::envelope::{Envelope, WrappedKey};
 use crate::error::HsmError;
 use crate::frame::{FrameInput, FrameKeys, ProtectedFrame, each};
-use crate::import::{BatchKey, ImportJob, ImportRefusal, StorageKekVersions, StoredKey};
+use crate::import::{ImportJob, ImportRefusal, StorageKekVersions, StoredKey};
 use crate::inventory::{InventoryObject, inventory};
+use crate::key_source::KeySource;
 use crate::label::{Purpose, RootVersion, TokenKey};
 use crate::pin::PinMemory;
-use crate::probe::{Capabilities, rsa_public_key_der};
+use crate::public_key::{public_point, rsa_public_key_der};
 use crate::queue::Payer;
-use crate::token::{Pending, Token, TokenSettings};
+use crate::token::{Pending, Token};
+use crate::token_settings::TokenSettings;
 use crate::transfer::TransferJob;
-use crate::worker::{KeySource, Worker};
+use crate::worker::Worker;
 
 /// The HSM of an island: which token holds the keys of which class. Clones share the tokens.
 #[derive(Clone)]
 pub struct Hsm {
     island: IslandName,
     tokens: Arc<HashMap<KeyClass, Token>>,
-    /// Whose lane of the queues the verbs of this handle wait in.
+    /// The payer in whose lane of the queues the verbs of this handle wait.
     payer: Payer,
     /// The token of keys that belong to no class: seal root, fingerprint KEK, audit signing key,
     /// vendor transport key.
@@ -48,7 +53,7 @@ impl Hsm {
     }
 
     /// Tokens that are started already: `general` for the keys of no class, `tokens` for the
-    /// others. A class without a token is not served: what needs it answers
+    /// others. A class without a token is not served: verbs that need it answer
     /// [`HsmError::NotServed`].
     pub fn of_tokens(island: IslandName, general: Token, tokens: HashMap<KeyClass, Token>) -> Self {
         Self {
@@ -60,9 +65,9 @@ impl Hsm {
         }
     }
 
-    /// The same tokens, used for somebody: jobs of each name are served in turn by what they cost,
-    /// so that one with many or large jobs waits for itself. A handle without a name is the
-    /// server's own.
+    /// The same tokens, for jobs of this payer. Payers are served in turn by the cost of their
+    /// jobs, so that one with many or large jobs delays only itself. A handle without a payer is
+    /// the server's own.
     #[must_use]
     pub fn paid_by(&self, name: &str) -> Self {
         Self { payer: Some(name.into()), ..self.clone() }
@@ -150,11 +155,11 @@ impl Hsm {
     ///
     /// `header` makes the header's octets from the agreement, `manifest` the manifest's from the
     /// wrapped keys, which come in the order of `keys`. Both run on a worker thread, so they must
-    /// not block, and a second time if the session was lost meanwhile. A key that cannot be had
+    /// not block, and a second time if the session was lost meanwhile. A key that cannot be made
     /// (missing root, refused blob) is an error in its place; the envelope holds the others.
     ///
     /// # Errors
-    /// The keys are of two tokens; or the HSM is in trouble, and nothing has left.
+    /// The keys are of two tokens, or the HSM fails. Then no key has left.
     pub async fn envelope<H, M>(
         &self,
         recipient: Recipient,
@@ -174,7 +179,7 @@ impl Hsm {
     /// Protects a DLMS frame. The caller answers for the nonce being new (I4).
     ///
     /// # Errors
-    /// A key that cannot be had, keys of two tokens, or trouble of the HSM.
+    /// A key that cannot be made, keys of two tokens, or a failing HSM.
     pub async fn protect(&self, keys: FrameKeys, frame: FrameInput) -> Result<ProtectedFrame, HsmError> {
         first(self.protect_batch(vec![(keys, frame)]).await?)
     }
@@ -182,7 +187,7 @@ impl Hsm {
     /// Protects frames; one result each.
     ///
     /// # Errors
-    /// Keys of two tokens, or trouble of the HSM.
+    /// Keys of two tokens, or a failing HSM.
     pub async fn protect_batch(
         &self,
         frames: Vec<(FrameKeys, FrameInput)>,
@@ -194,7 +199,7 @@ impl Hsm {
     /// Checks and opens a DLMS frame: its plaintext.
     ///
     /// # Errors
-    /// [`HsmError::TagInvalid`], a key that cannot be had, keys of two tokens, or trouble of the
+    /// [`HsmError::TagInvalid`], a key that cannot be made, keys of two tokens, or a failing
     /// HSM.
     pub async fn unprotect(&self, keys: FrameKeys, frame: ProtectedFrame) -> Result<Vec<u8>, HsmError> {
         first(self.unprotect_batch(vec![(keys, frame)]).await?)
@@ -203,7 +208,7 @@ impl Hsm {
     /// Checks and opens frames; one result each.
     ///
     /// # Errors
-    /// Keys of two tokens, or trouble of the HSM.
+    /// Keys of two tokens, or a failing HSM.
     pub async fn unprotect_batch(
         &self,
         frames: Vec<(FrameKeys, ProtectedFrame)>,
@@ -215,8 +220,8 @@ impl Hsm {
     /// Wraps keys for meters; one result each: 24 or 40 octets.
     ///
     /// # Errors
-    /// The token of the KEKs is not that of the keys (a server of another role does this), or
-    /// trouble of the HSM.
+    /// The KEKs and the keys are of two tokens (a server of another role has both), or the HSM
+    /// fails.
     pub async fn wrap_for_meters(&self, jobs: Vec<TransferJob>) -> Result<Vec<Result<Vec<u8>, HsmError>>, HsmError> {
         let token = self.token_of_all(jobs.iter().flat_map(|job| [job.kek.class(), job.key.class()]))?.clone();
         self.in_parts(&token, "wrap-for-meter", jobs, |worker, job| worker.wrap_for_meter(job)).await
@@ -226,8 +231,8 @@ impl Hsm {
     /// key inside.
     ///
     /// # Errors
-    /// [`HsmError::WrappedKeyInvalid`] if it is for another transport key or damaged, or trouble of
-    /// the HSM.
+    /// [`HsmError::WrappedKeyInvalid`] if it is for another transport key or damaged, or a failing
+    /// HSM.
     pub async fn open_batch_key(
         &self,
         transport_version: RootVersion,
@@ -244,7 +249,7 @@ impl Hsm {
     /// Imports keys from a batch key to storage wrapping, inside the HSM; one result per job.
     ///
     /// # Errors
-    /// Trouble of the HSM: the whole batch can be tried again.
+    /// The HSM fails: the whole batch can be tried again.
     pub async fn import_keys(
         &self,
         batch: BatchKey,
@@ -262,7 +267,7 @@ impl Hsm {
     /// Makes a random AES key and stores it under the storage KEK of its type's class.
     ///
     /// # Errors
-    /// Missing roots, or trouble of the HSM.
+    /// Missing roots, or a failing HSM.
     pub async fn generate_stored(&self, key_type: KeyType, length: KeyLength) -> Result<StoredKey, HsmError> {
         let version = self.storage_keks().of(key_type.class());
         self.one(self.token(key_type.class())?, 1, "generate", move |worker| {
@@ -275,17 +280,18 @@ impl Hsm {
     /// diversified key becomes a stored one.
     ///
     /// # Errors
-    /// A refused blob, missing roots, or trouble of the HSM.
+    /// A refused blob, missing roots, or a failing HSM.
     pub async fn rewrap_stored(&self, source: KeySource) -> Result<StoredKey, HsmError> {
         let version = self.storage_keks().of(source.class());
         self.one(self.token(source.class())?, 1, "rewrap", move |worker| worker.rewrap(&source, version)).await
     }
 
     /// Wraps keys anew under this version of their class's storage KEK; one result each. Every new
-    /// wrap is opened again inside the HSM, and what comes out is compared, before it is given.
+    /// wrap is unwrapped again inside the HSM, and the key is compared, before the wrap is
+    /// returned.
     ///
     /// # Errors
-    /// Keys of two tokens, or trouble of the HSM: the whole batch can be tried again.
+    /// Keys of two tokens, or a failing HSM: the whole batch can be tried again.
     pub async fn rewrap_batch(
         &self,
         sources: Vec<KeySource>,
@@ -299,17 +305,17 @@ impl Hsm {
     /// pair.
     ///
     /// # Errors
-    /// [`HsmError::NotServed`], two keys of one name, or trouble of the HSM.
+    /// [`HsmError::NotServed`], two keys of one name, or a failing HSM.
     pub async fn has_key(&self, key: TokenKey) -> Result<bool, HsmError> {
         self.one(self.token_of_key(key)?, 1, "find", move |worker| worker.holds(key)).await
     }
 
-    /// Destroys a root in every token of this server that holds it: all objects of its name. How
-    /// many there were. It cannot be undone, and that nothing needs the root is for the caller to
-    /// know.
+    /// Destroys a root in every token of this server that holds it: all objects of its name.
+    /// Returns their number. This cannot be undone: the caller must know that nothing needs the
+    /// root.
     ///
     /// # Errors
-    /// Trouble of the HSM.
+    /// The HSM fails.
     pub async fn destroy_root(&self, key: TokenKey) -> Result<usize, HsmError> {
         let mut destroyed = 0;
         for token in self.all_tokens() {
@@ -321,7 +327,7 @@ impl Hsm {
     /// The vendor transport key of this version: DER of its SubjectPublicKeyInfo (RSA, RFC 3279).
     ///
     /// # Errors
-    /// The key is missing, or trouble of the HSM.
+    /// The key is missing, or a failing HSM.
     pub async fn transport_key_spki(&self, version: RootVersion) -> Result<Vec<u8>, HsmError> {
         let key = TokenKey { purpose: Purpose::VendorTransport, version };
         let read = move |worker: &Worker| {
@@ -336,7 +342,7 @@ impl Hsm {
     /// s`, 64 octets.
     ///
     /// # Errors
-    /// The key is missing or of another kind, or trouble of the HSM.
+    /// The key is missing or of another kind, or a failing HSM.
     pub async fn sign_ecdsa(&self, key: TokenKey, digest: [u8; 32]) -> Result<[u8; 64], HsmError> {
         let sign = move |worker: &Worker| {
             let object = worker.token_key(key)?;
@@ -355,7 +361,7 @@ impl Hsm {
     /// The public key of [`Purpose::AuditSign`] or [`Purpose::Ca`]: `04 ‖ x ‖ y`, P-256.
     ///
     /// # Errors
-    /// The key is missing or of another kind, or trouble of the HSM.
+    /// The key is missing or of another kind, or a failing HSM.
     pub async fn public_key(&self, key: TokenKey) -> Result<[u8; 65], HsmError> {
         let read = move |worker: &Worker| {
             let object = worker.public_key(key)?;
@@ -368,7 +374,7 @@ impl Hsm {
     /// from the seal root*.
     ///
     /// # Errors
-    /// The root is missing, or trouble of the HSM.
+    /// The root is missing, or a failing HSM.
     pub async fn mac(&self, version: RootVersion, message: Vec<u8>) -> Result<Zeroizing<[u8; 32]>, HsmError> {
         let compute = move |worker: &Worker| {
             let root = worker.token_key(TokenKey { purpose: Purpose::Seal, version })?;
@@ -382,7 +388,7 @@ impl Hsm {
     /// Random octets of the general token.
     ///
     /// # Errors
-    /// Trouble of the HSM.
+    /// The HSM fails.
     pub async fn random(&self, octets: usize) -> Result<Zeroizing<Vec<u8>>, HsmError> {
         let read = move |worker: &Worker| {
             let mut buffer = Zeroizing::new(vec![0; octets]);
@@ -395,7 +401,7 @@ impl Hsm {
     /// Every object that the tokens show, by token label.
     ///
     /// # Errors
-    /// Trouble of the HSM.
+    /// The HSM fails.
     pub async fn inventory(&self) -> Result<Vec<(String, Vec<InventoryObject>)>, HsmError> {
         let mut all = Vec::new();
         for token in self.all_tokens() {

@@ -1,45 +1,13 @@
 //! Keys that come from outside: from a vendor's batch key to storage wrapping, inside the HSM.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use kms_domain::{KeyClass, KeyLength, KeyShape, KeyType};
 
-use kms_domain::{KeyClass, KeyLength, KeyShape, KeyType, OaepHash};
-
-use crate::envelope::concerns_all;
-use crate::error::HsmError;
+use crate::batch_key::BatchKey;
+use crate::error::{HsmError, concerns_all};
+use crate::key_source::KeySource;
 use crate::label::{Purpose, RootVersion, TokenKey};
 use crate::template::Handling;
-use crate::worker::{KeySource, Worker, unwrapped_octets};
-
-/// A vendor's batch key in the HSM. Sessions unwrap it when they first need it, so it outlives a
-/// lost session; the session objects are destroyed after the last clone is dropped.
-#[derive(Clone)]
-pub struct BatchKey(Arc<BatchKeyRecipe>);
-
-/// How a session comes to the batch key.
-pub(crate) struct BatchKeyRecipe {
-    /// Unique in the process.
-    pub(crate) number: u64,
-    pub(crate) hash: OaepHash,
-    pub(crate) transport_version: RootVersion,
-    pub(crate) ciphertext: Vec<u8>,
-}
-
-impl BatchKey {
-    pub(crate) fn new(transport_version: RootVersion, hash: OaepHash, ciphertext: Vec<u8>) -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        Self(Arc::new(BatchKeyRecipe {
-            number: NEXT.fetch_add(1, Ordering::Relaxed),
-            hash,
-            transport_version,
-            ciphertext,
-        }))
-    }
-
-    pub(crate) fn recipe(&self) -> &Arc<BatchKeyRecipe> {
-        &self.0
-    }
-}
+use crate::worker::{Worker, unwrapped_octets};
 
 /// One key of a shipment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,8 +74,8 @@ pub enum ImportRefusal {
 }
 
 impl Worker {
-    /// Imports a batch; one result per job. Trouble of the HSM stops the batch, and nothing of it
-    /// has had an effect.
+    /// Imports a batch, with one result for each job. A failing HSM stops the batch, and nothing of
+    /// it has an effect.
     pub(crate) fn import_keys(
         &self,
         batch: &BatchKey,
@@ -153,8 +121,8 @@ impl Worker {
         let (key, octets) = self.key(source, Handling::Wrap)?;
         let stored = self.store(key.object(), octets, source.class(), storage_kek_version)?;
         drop(key);
-        // The old wrap will be forgotten, so the new one is opened before it is believed (I3): what
-        // comes out must be the same key.
+        // The old wrap will be deleted. So the new one is unwrapped first, and must give the same
+        // key (I3).
         let shape = match source {
             KeySource::Diversified { context, .. } => KeyShape::Aes(context.length),
             KeySource::Stored { shape, .. } => *shape,

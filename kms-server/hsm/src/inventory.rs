@@ -1,12 +1,12 @@
-//! What a token holds, and whether any secret in it is readable or usable beyond its purpose.
+//! What a token holds, and which of its secrets can be read, or used beyond their purpose.
 
 use cryptoki::mechanism::MechanismType;
 use cryptoki_sys::*;
 use kms_domain::IslandName;
 
+use crate::capabilities::Capabilities;
 use crate::error::HsmError;
 use crate::label::{Purpose, TokenKey};
-use crate::probe::Capabilities;
 use crate::raw::{Object, Session};
 use crate::template::Template;
 
@@ -46,8 +46,8 @@ impl InventoryObject {
         self.class == "secret key" || self.class == "private key"
     }
 
-    /// What is wrong with a secret object: readable, extractable, usable for more than its purpose,
-    /// or of no known purpose. Empty if nothing is. Public objects have no findings.
+    /// What is wrong with a secret object: it is readable, extractable, usable beyond its purpose,
+    /// or of no known purpose. Empty: nothing is wrong. Public objects have no findings.
     pub fn findings(&self, island: &IslandName, capabilities: &Capabilities) -> Vec<String> {
         if !self.is_secret() {
             return Vec::new();
@@ -98,14 +98,14 @@ impl InventoryObject {
 /// Every object that the session sees.
 pub(crate) fn inventory(session: &Session) -> Result<Vec<InventoryObject>, HsmError> {
     if !session.is_logged_in() {
-        // Private objects would be left out silently.
+        // Without a login the token leaves out private objects silently.
         return Err(HsmError::call("C_FindObjects", CKR_USER_NOT_LOGGED_IN));
     }
     let mut objects = Vec::new();
     for object in session.find(Template::empty().as_slice())? {
         match describe(session, object) {
             Ok(described) => objects.push(described),
-            // Another session destroyed its session object meanwhile.
+            // Another session has destroyed its object meanwhile.
             Err(error) if error.code() == Some(cryptoki::error::RvError::ObjectHandleInvalid) => {}
             Err(error) => return Err(error),
         }

@@ -1,5 +1,5 @@
-//! What a token's queue and workers measure (docs/operations.md, *Metrics*). Without a meter
-//! provider nothing is kept.
+//! Metrics of a token's queue and workers (docs/operations.md, *Metrics*). Without a meter provider
+//! nothing is measured.
 
 use std::{sync::Arc, time::Instant};
 

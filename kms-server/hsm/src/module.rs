@@ -24,8 +24,8 @@ pub struct Module {
     description: String,
 }
 
-/// Which token: by label, and by serial number where two have the same label. Slot numbers move
-/// between starts.
+/// Names a token by its label, and also by its serial number if two tokens have one label. Slot
+/// numbers can change between starts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenSelector {
     /// CKA label of the token, without the padding.
@@ -186,7 +186,7 @@ impl Module {
     fn tokens(&self) -> Result<Vec<FoundToken>, HsmError> {
         let mut tokens = Vec::new();
         for slot in self.slots()? {
-            // A slot whose token is being removed is as good as empty.
+            // A slot whose token is being removed counts as empty.
             let Ok(info) = self.context.get_token_info(slot) else { continue };
             if info.token_initialized() {
                 tokens.push(FoundToken { slot, info });

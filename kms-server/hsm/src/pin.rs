@@ -1,4 +1,5 @@
-//! PINs: where they come from, and that a wrong one is tried once.
+//! PINs: the places that they are read from, and the memory of wrong ones, which are tried only
+//! once.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -85,8 +86,8 @@ impl fmt::Display for PinSource {
     }
 }
 
-/// The memory of refused PINs, kept across restarts and servers (as Argon2id with a random salt,
-/// per token serial).
+/// The memory of refused PINs. It outlives restarts and is shared by servers (as Argon2id with a
+/// random salt, per token serial number).
 ///
 /// A token locks after a few wrong PINs; a server that restarts in a loop would lock it. Both
 /// methods may block: they are called from a thread of the token, never from an async task.

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use kms_domain::Turns;
 
-/// For whom a job is done: a name that only tells one from the other; none is the server itself.
+/// The principal that a job is done for. The name only tells payers apart; `None` is the server
+/// itself.
 pub(crate) type Payer = Option<Arc<str>>;
 
 /// Many senders, many receivers, never longer than its limits.
@@ -17,12 +18,12 @@ pub(crate) struct Queue<T> {
     not_alone: Duration,
 }
 
-/// How long a queue may become.
+/// The limits of a queue's length.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct QueueLimits {
     /// Items of all payers.
     pub(crate) all: usize,
-    /// Items of one payer; the server's own have no limit but the other one.
+    /// Items of one payer. For items of the server itself, only the limit `all` counts.
     pub(crate) of_one: usize,
 }
 
@@ -32,25 +33,25 @@ struct State<T> {
     receivers: usize,
     /// Items of each payer that receivers work on.
     taken: HashMap<Payer, usize>,
-    /// Receivers that wait: for items, or for a place beside the one that is left for others.
+    /// Receivers that wait, because there is no item, or none that they may take.
     waiting: usize,
-    /// Who sent the last item, the server itself apart; and when it was another one than the time
-    /// before.
+    /// The payer of the last item, where the server itself does not count, and when the payer last
+    /// changed.
     last: Payer,
     changed: Option<Instant>,
 }
 
 /// What a receiver got.
 pub(crate) enum Received<'q, T> {
-    /// An item, whose work is over when the turn is dropped.
+    /// An item. The receiver drops the turn when the work on the item is done.
     Item(T, Turn<'q, T>),
-    /// Nothing came for the time given.
+    /// No item came within the given time.
     Idle,
     /// The queue is closed and empty.
     Closed,
 }
 
-/// The turn of a payer.
+/// A receiver's work on one item of a payer.
 pub(crate) struct Turn<'q, T> {
     queue: &'q Queue<T>,
     payer: Payer,
@@ -65,16 +66,17 @@ impl<T> Drop for Turn<'_, T> {
                 state.taken.remove(&self.payer);
             }
         }
-        // Nobody is woken: the receiver whose turn it was comes back for the place that it leaves.
+        // No receiver is woken: the one that drops the turn calls `pop` next, and takes its own
+        // place.
     }
 }
 
 /// Why an item was not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Full {
-    /// So many items wait, of all payers; or the queue is closed.
+    /// This number of items waits, of all payers, or the queue is closed.
     All(usize),
-    /// So many items of the payer wait.
+    /// This number of items of the payer waits.
     OfOne(usize),
 }
 
@@ -93,7 +95,7 @@ impl<T> Queue<T> {
         Self { state: Mutex::new(state), changed: Condvar::new(), limits, not_alone: NOT_ALONE }
     }
 
-    /// So many receivers take items.
+    /// Sets the number of receivers that take items.
     pub(crate) fn set_receivers(&self, receivers: usize) {
         self.state().receivers = receivers;
     }
@@ -102,7 +104,7 @@ impl<T> Queue<T> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds an item of this cost, or says why not.
+    /// Adds an item of this cost.
     pub(crate) fn push(&self, payer: &Payer, cost: u64, item: T) -> Result<(), Full> {
         let mut state = self.state();
         if state.closed || state.turns.len() >= self.limits.all {
@@ -116,7 +118,7 @@ impl<T> Queue<T> {
             state.last.clone_from(payer);
         }
         state.turns.push(payer.clone(), cost, item);
-        // A receiver that is woken for an item that it may not take costs two changes of threads.
+        // To wake a receiver for an item that it may not take would cost two thread switches.
         let fits = state.fits(payer, self.not_alone);
         drop(state);
         if fits {
@@ -125,16 +127,16 @@ impl<T> Queue<T> {
         Ok(())
     }
 
-    /// The item whose turn it is, waiting for one at most `idle`. Who has received an item comes
-    /// back when its turn is over: its place is given to nobody else.
+    /// The next item in turn, after waiting for one at most `idle`. A receiver that drops a turn
+    /// must call this again: no other receiver is woken for its place.
     pub(crate) fn pop(&self, idle: Duration) -> Received<'_, T> {
         let mut state = self.state();
         let mut timed_out = false;
         loop {
             if let Some((payer, item)) = state.next(self.not_alone) {
                 *state.taken.entry(payer.clone()).or_default() += 1;
-                // Nobody was woken for an item that had no place when it came. Where it has one by
-                // now, who goes on tells another.
+                // No receiver was woken for an item that had no place when it came. It may have one
+                // now: wake another receiver for it.
                 let more = state.waiting > 0 && state.any_fits(self.not_alone);
                 drop(state);
                 if more {
@@ -156,7 +158,7 @@ impl<T> Queue<T> {
         }
     }
 
-    /// Takes no more items; receivers get what is left.
+    /// Refuses new items. Receivers still get the items that wait.
     pub(crate) fn close(&self) {
         self.state().closed = true;
         self.changed.notify_all();
@@ -164,8 +166,8 @@ impl<T> Queue<T> {
 }
 
 impl<T> State<T> {
-    /// The item whose turn it is. While several payers send items, none has all receivers: one of
-    /// them is free for the others, who would wait for a part of a batch otherwise.
+    /// The next item in turn. While several payers send items, none of them may have all receivers:
+    /// one receiver stays free for the others. Otherwise they would wait for a part of a batch.
     fn next(&mut self, not_alone: Duration) -> Option<(Payer, T)> {
         let alone = self.is_alone(not_alone);
         let (taken, receivers) = (&self.taken, self.receivers);
@@ -184,19 +186,19 @@ impl<T> State<T> {
         self.turns.any_where(|payer, _| alone || has_place(&self.taken, payer, self.receivers))
     }
 
-    /// Whether a payer may have all receivers. When the queue is closed, nobody comes who could
-    /// wait for it.
+    /// Whether a payer may have all receivers. It may when the queue is closed: no other payer can
+    /// come.
     fn is_alone(&self, not_alone: Duration) -> bool {
         self.closed || self.receivers < 2 || self.changed.is_none_or(|changed| changed.elapsed() > not_alone)
     }
 }
 
-/// Whether a receiver is left for others when one more works for this payer.
+/// Whether a receiver stays free for others when one more works for this payer.
 fn has_place(taken: &HashMap<Payer, usize>, payer: &Payer, receivers: usize) -> bool {
     taken.get(payer).copied().unwrap_or_default() < receivers - 1
 }
 
-/// For how long a payer counts as not alone after another one's item.
+/// How long a payer counts as not alone after an item of another payer.
 const NOT_ALONE: Duration = Duration::from_secs(2);
 
 #[cfg(test)]

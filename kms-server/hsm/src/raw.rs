@@ -1,9 +1,9 @@
 //! The thin layer over the PKCS#11 functions: the only `unsafe` of the server.
 //!
-//! The cryptoki crate loads modules, finds slots and opens sessions. What it does twice (wrapping
-//! asks for the size first and works twice on some modules), does not have (CKA_UNWRAP_TEMPLATE, SP
-//! 800-108 parameters) or allocates for is called here directly. Every function is given one buffer
-//! that is large enough, so no operation is left half done by CKR_BUFFER_TOO_SMALL.
+//! The cryptoki crate loads modules, finds slots and opens sessions. This file calls a function
+//! directly where the crate calls it twice (for the size first, so that some modules wrap twice),
+//! lacks a feature (CKA_UNWRAP_TEMPLATE, SP 800-108 parameters) or allocates. Every function gets
+//! one buffer that is large enough, so CKR_BUFFER_TOO_SMALL leaves no operation unfinished.
 
 #![expect(unsafe_code, reason = "calls of the PKCS#11 C interface; each states why its pointers are valid")]
 
@@ -63,7 +63,7 @@ impl Functions {
     }
 }
 
-/// Handle of an object. It is worth nothing after the session or login was lost.
+/// Handle of an object. It is invalid after the session or login was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Object(CK_OBJECT_HANDLE);
 
@@ -234,8 +234,8 @@ impl Session {
         }
     }
 
-    /// Gives up a session after an error: closes it if its handle still answers, or it would be
-    /// held for ever.
+    /// Gives up a session after an error. If its handle is still valid, the session is closed;
+    /// otherwise the module would keep it for ever.
     pub(crate) fn abandon(self) {
         if self.inner.get_session_info().is_ok() {
             self.close();
@@ -250,7 +250,7 @@ impl Session {
             .is_ok_and(|info| matches!(info.session_state(), SessionState::RwUser | SessionState::RoUser))
     }
 
-    /// Logs in. Already being logged in is success.
+    /// Logs in. It is a success if the user is logged in already.
     pub(crate) fn login(&self, user: CK_USER_TYPE, pin: &[u8]) -> Result<(), HsmError> {
         let login = self.functions.list.C_Login.ok_or(MISSING)?;
         // SAFETY: the PIN is valid for its length, and modules do not write to it.

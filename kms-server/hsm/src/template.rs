@@ -1,5 +1,5 @@
-//! Templates of objects: few attributes for what lives for one call, every usage stated for what
-//! lives longer.
+//! Templates of objects: few attributes for objects that live for one call, every usage stated for
+//! those that live longer.
 
 use cryptoki_sys::*;
 use kms_domain::KeyShape;
@@ -63,8 +63,8 @@ impl<'a> Template<'a> {
         self.flag(CKA_SENSITIVE, true).flag(CKA_EXTRACTABLE, extractable)
     }
 
-    /// States every usage of a secret key: true for those named, false for the others. Modules
-    /// default to true for many.
+    /// States every usage of a secret key: true for those named, false for the others. For many
+    /// usages, the default of modules is true.
     pub(crate) fn usage(self, allowed: &[CK_ATTRIBUTE_TYPE]) -> Self {
         SECRET_KEY_USAGES.iter().fold(self, |template, usage| template.flag(*usage, allowed.contains(usage)))
     }

@@ -1,10 +1,11 @@
-//! Keys wrapped for meters: what `key_transfer` brings (IEC 62056-6-2, class 64).
+//! Keys wrapped for meters, as `key_transfer` carries them (IEC 62056-6-2, class 64).
 
 use kms_domain::{KeyShape, KeyType};
 
 use crate::error::HsmError;
+use crate::key_source::KeySource;
 use crate::template::Handling;
-use crate::worker::{KeySource, Worker};
+use crate::worker::Worker;
 
 /// A key to be wrapped under a meter's KEK.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,11 +26,11 @@ impl Worker {
         if job.kek.key_type() != KeyType::KEK {
             return Err(HsmError::invalid(
                 "KEK",
-                format!("a key of type {} wraps nothing for a meter", job.kek.key_type()),
+                format!("a key of type {} cannot wrap a key for a meter; only a KEK can", job.kek.key_type()),
             ));
         }
         if matches!(job.key, KeySource::Stored { shape: KeyShape::Secret, .. } | KeySource::Fresh(_)) {
-            return Err(HsmError::invalid("key", "key_transfer brings AES keys that have a slot"));
+            return Err(HsmError::invalid("key", "only an AES key that has a slot can be transferred"));
         }
         let (kek, _) = self.key(&job.kek, Handling::WrapOthers)?;
         let (key, octets) = self.key(&job.key, Handling::Wrap)?;

@@ -1,63 +1,22 @@
-//! One session with what is known of it: handles of token keys, live agreements, batch keys. All of
-//! it ends with the session.
+//! A session of a worker thread, with its token keys' handles, live agreements and batch keys. All
+//! of these end with the session.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 
 use cryptoki_sys::*;
-use kms_domain::{DiversificationContext, IslandName, KeyClass, KeyDerivation, KeyLength, KeyShape, KeyType};
+use kms_domain::{DiversificationContext, IslandName, KeyDerivation, KeyLength, KeyShape, KeyType};
 use zeroize::Zeroizing;
 
-use crate::envelope::AgreementCache;
+use crate::agreement::AgreementCache;
+use crate::batch_key::{BatchKey, BatchKeyRecipe};
+use crate::capabilities::Capabilities;
 use crate::error::{Certainty, HsmError, refuses_wrapped_key};
-use crate::import::{BatchKey, BatchKeyRecipe};
-use crate::label::{Purpose, RootVersion, TokenKey};
-use crate::probe::Capabilities;
+use crate::key_source::KeySource;
+use crate::label::{Purpose, TokenKey};
 use crate::raw::{Mechanism, Object, Session, Temporary};
 use crate::template::{Handling, Template};
-
-/// Where a key comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum KeySource {
-    /// Derived from the diversification root of its key type's class.
-    Diversified {
-        /// Version of the root.
-        root_version: RootVersion,
-        /// The derivation that the root version records.
-        derivation: KeyDerivation,
-        /// What makes the key differ from every other.
-        context: DiversificationContext,
-    },
-    /// Unwrapped from a blob under the storage KEK of its key type's class.
-    Stored {
-        /// The key's type.
-        key_type: KeyType,
-        /// Version of the storage KEK.
-        storage_kek_version: RootVersion,
-        /// What the blob holds.
-        shape: KeyShape,
-        /// RFC 3394 wrap: 24 or 40 octets for AES keys, 24–264 for secrets.
-        blob: Vec<u8>,
-    },
-    /// A new AES key that is kept nowhere: a dedicated key.
-    Fresh(KeyLength),
-}
-
-impl KeySource {
-    /// The class whose token makes the key. Fresh keys are dedicated keys.
-    pub const fn class(&self) -> KeyClass {
-        self.key_type().class()
-    }
-
-    pub(crate) const fn key_type(&self) -> KeyType {
-        match self {
-            Self::Diversified { context, .. } => context.key_type,
-            Self::Stored { key_type, .. } => *key_type,
-            Self::Fresh(_) => KeyType::DEDICATED,
-        }
-    }
-}
 
 /// A session in use by one thread.
 pub(crate) struct Worker {
@@ -86,7 +45,7 @@ impl Worker {
         }
     }
 
-    /// Destroys session objects that are not needed any more.
+    /// Destroys session objects that nothing needs any more.
     pub(crate) fn tidy(&self) {
         self.agreements.tidy(&self.session);
         self.batch_keys.borrow_mut().retain(|_, (recipe, object)| {
@@ -103,8 +62,8 @@ impl Worker {
         self.token_object(key, secret_class(key))
     }
 
-    /// Whether the token holds the secret or private key of this name now: a handle that was found
-    /// before says nothing, since another session may have destroyed the key.
+    /// Whether the token holds the secret or private key of this name now. A handle that was found
+    /// before does not tell: another session may have destroyed the key.
     pub(crate) fn holds(&self, key: TokenKey) -> Result<bool, HsmError> {
         match find_one(&self.session, &key.label(&self.island), secret_class(key)) {
             Ok(_) => Ok(true),
@@ -156,7 +115,7 @@ impl Worker {
         self.unwrap(&Mechanism::Plain(CKM_AES_KEY_WRAP), kek, wrapped, template.as_slice())
     }
 
-    /// Unwraps, and tells refused data from a failing HSM.
+    /// Unwraps a key. The errors of refused data and of a failing HSM differ.
     pub(crate) fn unwrap(
         &self,
         mechanism: &Mechanism<'_>,
@@ -170,9 +129,9 @@ impl Worker {
         };
         match error.code().and_then(|code| Some((code, refuses_wrapped_key(code)?))) {
             Some((code, Certainty::Sure)) => Err(HsmError::WrappedKeyInvalid { code }),
-            // GENERAL_ERROR and DEVICE_ERROR mean refused data on some modules and a failing HSM on
-            // all. The data is blamed only when the HSM can unwrap a key of its own right now, and
-            // refuses the data a second time.
+            // Some modules answer GENERAL_ERROR or DEVICE_ERROR to wrong data; all modules do when
+            // they fail. The data counts as refused only if the HSM can unwrap a key of its own
+            // now, and refuses the data a second time.
             Some((code, Certainty::Ambiguous)) => {
                 if self.unwraps_a_key_of_its_own().is_err() {
                     return Err(error);
@@ -193,8 +152,8 @@ impl Worker {
     pub(crate) fn wrap(&self, kek: Object, key: Object, octets: usize) -> Result<Vec<u8>, HsmError> {
         let mut buffer = [0; LONGEST_WRAPPED];
         let written = self.session.wrap(&Mechanism::Plain(CKM_AES_KEY_WRAP), kek, key, &mut buffer)?;
-        // Some modules give the room of the buffer that they would like instead of what they wrote;
-        // RFC 3394 adds 8 octets.
+        // Some modules return the buffer size that they want instead of the number of octets
+        // written. RFC 3394 adds 8 octets.
         match buffer.get(..octets + 8) {
             Some(wrapped) if written >= wrapped.len() => Ok(wrapped.to_vec()),
             _ => Err(HsmError::call("C_WrapKey", CKR_KEY_SIZE_RANGE)),
@@ -286,8 +245,8 @@ impl Worker {
             return Ok(*object);
         }
         let object = match find_one(&self.session, &key.label(&self.island), class) {
-            // Without a login, private objects are not there: that is a lost login, not a missing
-            // key.
+            // Without a login, private objects are invisible: the login is lost, and the key is not
+            // missing.
             Err(HsmError::KeyMissing { .. }) if !self.session.is_logged_in() => {
                 return Err(HsmError::call("C_FindObjects", CKR_USER_NOT_LOGGED_IN));
             }
@@ -324,8 +283,8 @@ pub(crate) fn find_one(session: &Session, label: &str, class: CK_OBJECT_CLASS) -
     let mut template =
         Template::empty().flag(CKA_TOKEN, true).number(CKA_CLASS, &class).octets(CKA_LABEL, label.as_bytes());
     if class != CKO_PUBLIC_KEY {
-        // I1: the ceremony makes all of these private. One that is not could have been put there
-        // without the PIN.
+        // I1: the ceremony makes all of these private. An object that is not private could have
+        // been created without the PIN.
         template = template.flag(CKA_PRIVATE, true);
     }
     let found = session.find(template.as_slice())?;

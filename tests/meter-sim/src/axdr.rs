@@ -154,7 +154,7 @@ impl Data {
 
     fn read_items(reader: &mut Reader<'_>, depth: usize) -> Result<Vec<Self>, Error> {
         let count = reader.length()?;
-        // Each item takes a byte at least: a larger count is a lie, and must not reserve memory.
+        // Each item has one byte or more: a larger count is wrong, and must not reserve memory.
         if count > reader.remaining() {
             return Err(Error::malformed("array or structure", "ends too early"));
         }
@@ -199,7 +199,7 @@ pub fn write_octet_string(bytes: &[u8], out: &mut Vec<u8>) {
     out.extend(bytes);
 }
 
-/// Reads foreign bytes front to back; never reads past the end, never panics.
+/// Reads untrusted bytes from front to back. It never reads past the end and never panics.
 #[derive(Clone, Debug)]
 pub struct Reader<'a> {
     rest: &'a [u8],

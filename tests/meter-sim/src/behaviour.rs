@@ -1,4 +1,5 @@
-//! How real meters and real networks deviate: settings of a meter, and faults at stated exchanges.
+//! Deviations of real meters and real networks: settings of a meter, and faults at stated
+//! exchanges.
 
 use std::collections::BTreeSet;
 
@@ -6,7 +7,7 @@ use serde::Deserialize;
 
 use crate::KeyId;
 
-/// How the meter behaves where meters differ. The default is the most common behaviour.
+/// The behaviour of the meter where meters differ. The default is the most common behaviour.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Behaviour {
@@ -54,10 +55,10 @@ pub enum ArrayTransfer {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CounterOnNewKey {
-    /// They go on.
+    /// The counters continue.
     #[default]
     KeepCounting,
-    /// They start again: this is the next counter that is accepted, and that the meter uses.
+    /// The counters start again: this is the next counter that the meter accepts, and that it uses.
     RestartAt(u32),
 }
 
@@ -102,14 +103,14 @@ pub enum Trigger {
 pub enum Fault {
     /// The request never arrives; there is no answer.
     LoseRequest,
-    /// The request is carried out; the answer never arrives.
+    /// The request is executed; the answer never arrives.
     LoseAnswer,
     /// The request arrives this many milliseconds late.
     DelayRequest(u32),
     /// The answer arrives this many milliseconds late.
     DelayAnswer(u32),
-    /// The request is held back until this many later requests (at least one) were carried out;
-    /// then it arrives on the connection of the last of them. Its answer is lost.
+    /// The request is held back until this number of later requests (at least one) was executed.
+    /// Then it arrives on the connection of the last of them. Its answer is lost.
     HoldRequest(u32),
     /// Like `hold-request`, and the late answer is sent too, after that of the later request.
     HoldRequestAndAnswer(u32),
@@ -124,11 +125,11 @@ pub enum Fault {
     /// The lowest bit of the byte at this offset from the end of the answer is flipped: 0 is in the
     /// tag.
     CorruptAnswer(u16),
-    /// The connection ends after the request was carried out, without an answer.
+    /// The connection ends after the request was executed, without an answer.
     CloseConnection,
     /// The power fails before the request arrives: associations end, the request is lost.
     PowerCycleBefore,
-    /// The power fails after the request was carried out, before the answer leaves.
+    /// The power fails after the request was executed, before the answer leaves.
     PowerCycleBeforeAnswer,
     /// The power fails after the answer left.
     PowerCycleAfter,

@@ -86,8 +86,8 @@ impl ClientSession {
     }
 
     /// The keys that protect what follows, for example after an accepted `key_transfer`. The caller
-    /// answers for the counters: a new GUEK goes on with the same range. The meter's counter may
-    /// start anew with a new GUEK.
+    /// is responsible for the counters: the session continues with the same range under a new GUEK.
+    /// The meter's counter may start anew with a new GUEK.
     pub fn set_keys(&mut self, keys: Ciphering) {
         if keys.encryption != self.config.keys.encryption {
             self.last_meter_counter = None;
@@ -368,8 +368,9 @@ impl ClientConnection {
         Ok(Self { stream, client_sap, logical_device, answer_timeout })
     }
 
-    /// Sends a request and waits for the next APDU from this logical device. After a lost or a
-    /// duplicated answer that may be the answer to another request: the session's checks find out.
+    /// Sends a request and waits for the next APDU from this logical device. After a lost or
+    /// duplicated answer, this APDU may answer another request: the checks of the session detect
+    /// that.
     pub async fn exchange(&mut self, apdu: Vec<u8>) -> Result<Vec<u8>, Error> {
         Frame { source: self.client_sap, destination: self.logical_device, apdu }.write(&mut self.stream).await?;
         timeout(self.answer_timeout, self.receive()).await.map_err(std::io::Error::from)?

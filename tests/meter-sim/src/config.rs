@@ -1,4 +1,4 @@
-//! What a simulated meter is made of. Everything can be read from JSON; keys are hex there.
+//! The configuration of a simulated meter. All of it can be read from JSON, where keys are hex.
 
 use std::collections::BTreeMap;
 
@@ -17,24 +17,24 @@ pub struct MeterConfig {
     /// Value of the COSEM logical device name, ASCII.
     #[serde(default = "default_logical_device_name")]
     pub logical_device_name: String,
-    /// The one suite that the meter speaks.
+    /// The suite that the meter uses.
     #[serde(default)]
     pub security_suite: SecuritySuite,
     /// The security setups with their keys. Logical names must differ.
     pub security_setups: Vec<SecuritySetupConfig>,
     /// The associations, one per client SAP.
     pub associations: Vec<AssociationConfig>,
-    /// The other objects. Security setups, invocation counters, the current association and the
-    /// logical device name are there without being listed.
+    /// The other objects. The meter has its security setups, invocation counters, current
+    /// association and logical device name without an entry here.
     #[serde(default)]
     pub objects: Vec<ObjectConfig>,
-    /// The longest APDU that the meter takes, in bytes.
+    /// The longest APDU that the meter accepts, in bytes.
     #[serde(default = "default_pdu_size")]
     pub max_receive_pdu_size: u16,
     /// How the challenges of HLS 5 are chosen.
     #[serde(default)]
     pub challenges: ChallengeSource,
-    /// How the meter deviates from the expected.
+    /// The deviations of the meter.
     #[serde(default)]
     pub behaviour: Behaviour,
     /// Faults that happen at stated exchanges.
@@ -84,16 +84,16 @@ impl MeterConfig {
     }
 }
 
-/// Where the challenges StoC come from: a seed, the meter's title, and how many there were before.
-/// So a run can be repeated. For simulation only: challenges that can be foreseen prove nothing.
+/// The source of the challenges StoC: a seed, the meter's title, and the number of earlier
+/// challenges. So a run can be repeated. For simulation only: predictable challenges prove nothing.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ChallengeSource {
     /// The seed; by default that of [`challenge_seed`].
     pub seed: u64,
-    /// Whether no challenge begins as a request does. By default one in 26 does, as with real
-    /// meters, and a key management system asks for another association then. Set it where a test
-    /// counts associations.
+    /// Whether the meter avoids challenges that begin as a request does. By default one in 26 does,
+    /// as with real meters, and then a key management system asks for another association. Set this
+    /// if a test counts associations.
     pub answerable: bool,
     /// How the first challenges begin, one after another; the rest of each comes from the seed.
     pub chosen: Vec<HexBytes>,
@@ -105,8 +105,8 @@ impl Default for ChallengeSource {
     }
 }
 
-/// The seed of challenges: that in the environment variable `METER_SIM_SEED`, or 1. Print it where
-/// a test fails.
+/// The seed of challenges: the environment variable `METER_SIM_SEED`, or 1. A test that fails
+/// prints it.
 pub fn challenge_seed() -> u64 {
     std::env::var(SEED).ok().and_then(|seed| seed.parse().ok()).unwrap_or(1)
 }
@@ -172,11 +172,11 @@ impl SecuritySetupConfig {
     }
 }
 
-/// What one "last accepted invocation counter" covers.
+/// The clients that share one last accepted invocation counter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CounterScope {
-    /// Each client title counts for itself.
+    /// Each client title has its own.
     #[default]
     PerClientTitle,
     /// All clients of the security setup share one.
@@ -200,7 +200,8 @@ pub struct AssociationConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MechanismConfig {
-    /// Not at all: the public client. It reads the clock, the name and the invocation counters.
+    /// No authentication: the public client. It reads the clock, the name and the invocation
+    /// counters.
     Lowest,
     /// By a password, in plaintext.
     Low(Secret),

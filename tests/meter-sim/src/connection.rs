@@ -8,8 +8,9 @@ use crate::ciphered::{CipheredApdu, GLO_INITIATE_REQUEST, GLO_INITIATE_RESPONSE,
 use crate::config::{AssociationConfig, MechanismConfig};
 use crate::inspect::{NoncePurpose, Refusal};
 use crate::meter::{KeyRecord, MeterState, RequestKind};
-use crate::objects::{CLASS_ASSOCIATION, CLASS_SECURITY_SETUP, ReaderContext};
+use crate::objects::{CLASS_ASSOCIATION, CLASS_SECURITY_SETUP};
 use crate::protection::{Challenges, Dedicated, Received};
+use crate::reading::ReaderContext;
 use crate::security::{CipheredContent, Ciphering, SecurityControl};
 use crate::xdlms::{
     DECIPHERING_ERROR, ExceptionResponse, InitiateRequest, InitiateResponse, MethodDescriptor, OPERATION_NOT_POSSIBLE,
@@ -33,8 +34,8 @@ impl Connection {
         Self { meter, client_sap, association: None, previous_answer: None }
     }
 
-    /// A connection with a pre-established ciphered association of `client`, as IEC 62056-5-3 knows
-    /// it: no AARQ, no HLS. The client SAP must be one with `high-gmac`.
+    /// A connection with a pre-established ciphered association of `client` (IEC 62056-5-3): no
+    /// AARQ, no HLS. The client SAP must be one with `high-gmac`.
     pub fn pre_established(meter: Meter, client_sap: u16, client: SystemTitle) -> Result<Self, Error> {
         let association = {
             let state = meter.lock();
@@ -69,7 +70,7 @@ impl Connection {
             .is_some_and(|association| association.epoch == epoch && association.challenges.is_none())
     }
 
-    /// Carries out one request of any bytes and returns the answer. A broadcast has none. No
+    /// Executes one request of any bytes and returns the answer. A broadcast has no answer. No
     /// network fault happens here: see [`Connection::deliver`].
     pub fn exchange(&mut self, apdu: &[u8]) -> Option<Vec<u8>> {
         let meter = self.meter.clone();
@@ -126,7 +127,7 @@ impl Connection {
     }
 
     fn associate(&mut self, state: &mut MeterState, apdu: &[u8]) -> Result<Vec<u8>, Refused> {
-        // What is no AARQ ends no association: anyone can send it.
+        // Bytes that are not an AARQ do not end the association: anyone can send them.
         let request = AssociationRequest::parse(apdu).map_err(|_| Refused::malformed())?;
         self.association = None;
         match self.check_association(state, &request)? {
@@ -300,7 +301,7 @@ impl Connection {
                     .map_err(|_| Refused::not_possible())?;
                 Some(encode_initiate(GLO_INITIATE_RESPONSE, &answer))
             }
-            // Without user information anyone can end the association, and it is only an end.
+            // Without user information anyone can end the association. That does no harm.
             _ => None,
         };
         self.association = None;
@@ -523,7 +524,7 @@ struct AcceptedAssociation {
     association: Association,
 }
 
-/// A refusal: what the client is told, and what the log says.
+/// A refusal: the answer to the client, and the entry in the log.
 #[derive(Debug)]
 struct Refused {
     exception: ExceptionResponse,
@@ -551,7 +552,7 @@ impl Refused {
         Self::new(SERVICE_NOT_ALLOWED, OTHER_REASON, Refusal::NotAllowed)
     }
 
-    /// `state` tells an association request (1) from a request inside an association (2): so do
+    /// `state` is 1 for an association request and 2 for a request inside an association, as with
     /// meters in the field when deciphering fails.
     const fn protection(reason: Refusal, state: u8) -> Self {
         let exception = match reason {

@@ -1,11 +1,11 @@
-//! What can go wrong in the codec and in the client half.
+//! Errors of the codec and of the client half.
 
 use crate::xdlms::{DataAccessResult, ExceptionResponse};
 
 /// An error of the codec or of the client half. None carries key material.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// Bytes or text that are not what they should be.
+    /// Bytes or text that are malformed.
     #[error("the {what} {problem}")]
     Malformed {
         /// What was read.
@@ -13,13 +13,13 @@ pub enum Error {
         /// What is wrong with it, as the rest of a sentence.
         problem: &'static str,
     },
-    /// The tag does not fit: wrong key, wrong title, wrong counter, or changed bytes.
+    /// The tag does not verify: wrong key, title or counter, or changed bytes.
     #[error("deciphering failed: the key, the system title or the bytes are not the sender's")]
     Deciphering,
-    /// The content is not authenticated, so nothing about it can be believed.
+    /// The content is not authenticated, so it is not used.
     #[error("the content is not authenticated: ask for authentication and encryption")]
     NotProtected,
-    /// The RFC 3394 check value does not fit: wrong KEK, or changed bytes.
+    /// The RFC 3394 check value is wrong: wrong KEK, or changed bytes.
     #[error("the wrapped key does not unwrap: it was wrapped under another KEK or changed")]
     Unwrap,
     /// A key of a length that the suite does not have.

@@ -1,4 +1,4 @@
-//! What a test may ask of a meter: its keys, its counters, and every nonce that was used.
+//! The secrets of a meter, for tests: its keys, its counters, and every nonce that was used.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -20,7 +20,7 @@ pub struct InspectedKeys {
     pub vendor_keys: BTreeMap<u8, SymmetricKey>,
 }
 
-/// An encryption key of a meter, without its value. A value that comes back has its old generation.
+/// An encryption key of a meter, without its value. A value that returns has its former generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum NonceKey {
     /// A GUEK of a security setup, numbered from 0 in the order of arrival.
@@ -58,19 +58,19 @@ pub enum NoncePurpose {
 /// One use of a nonce that the meter saw proven by a tag, or made itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct NonceUse {
-    /// Under which key.
+    /// The key.
     pub key: NonceKey,
     /// The sender: a client, or the meter itself.
     pub sender: SystemTitle,
     /// The invocation counter.
     pub counter: u32,
-    /// For what.
+    /// The use of the nonce.
     pub purpose: NoncePurpose,
     /// The tag. Different tags are two messages. Equal tags are copies of one message, which the
     /// network makes as well, or the same plaintext protected twice: a meter cannot tell these
     /// apart.
     pub tag: [u8; TAG_LENGTH],
-    /// Whether the meter accepted it. False for a message whose tag fits but whose counter is old.
+    /// Whether the meter accepted the message. False: its tag is right, but its counter is old.
     pub accepted: bool,
 }
 

@@ -1,5 +1,5 @@
 //! The methods of the security setup (IEC 62056-6-2, class 64): `security_activate` and
-//! `key_transfer`, as meters in the field carry them out.
+//! `key_transfer`, as meters in the field execute them.
 
 use crate::axdr::Data;
 use crate::behaviour::{ArrayTransfer, Fault};
@@ -8,7 +8,7 @@ use crate::xdlms::{DataAccessResult, MethodDescriptor};
 use crate::{KeyId, Obis, SymmetricKey};
 
 impl MeterState {
-    /// Carries out a method of a security setup; the result is an `Action-Result`.
+    /// Executes a method of a security setup; the result is an `Action-Result`.
     pub(crate) fn act_on_security_setup(&mut self, method: &MethodDescriptor, argument: Option<&Data>) -> u8 {
         if self.setup(method.instance).is_none() {
             return DataAccessResult::OBJECT_UNDEFINED.0;
@@ -83,8 +83,7 @@ impl MeterState {
                 return (keys, Some(self.config.behaviour.wrong_kek_result));
             };
             if id == KeyId::Master {
-                // The old KEK stops at once: what follows in the array is wrapped under the new
-                // one.
+                // The new KEK counts at once: the following keys of the array are wrapped under it.
                 kek = key.clone();
             }
             keys.push((id, key));

@@ -1,14 +1,14 @@
-//! A simulated DLMS/COSEM meter, to check a key management system against.
+//! A simulated DLMS/COSEM meter, for tests of a key management system.
 //!
 //! It speaks xDLMS with logical names over the DLMS wrapper on TCP: AARQ and AARE with lowest, low
 //! and high level security (HLS 5), GET, SET and ACTION under global and dedicated keys in both
-//! forms, and `key_transfer` as meters in the field really carry it out ([`behaviour`]). Its codec
-//! is its own and shares nothing with the server's, so that each can check the other.
+//! forms, and `key_transfer` as meters in the field execute it ([`behaviour`]). It has its own
+//! codec, which shares no code with the server's, so that each can check the other.
 //!
 //! - [`Meter`] is a meter; [`Connection`] talks to it without a transport; [`serve`] puts any
 //!   number of meters on TCP.
 //! - [`client`] is a small head-end that holds plaintext keys.
-//! - [`inspect`] tells tests what a real meter tells nobody: keys, counters, every nonce.
+//! - [`inspect`] shows tests what a real meter never shows: keys, counters, every nonce.
 //!
 //! It is a test tool: it holds keys in plaintext, and key agreement (suites 1 and 2), block
 //! transfer and certificates are not simulated.
@@ -19,6 +19,7 @@ mod meter;
 mod network;
 mod objects;
 mod protection;
+mod reading;
 mod server;
 mod types;
 

@@ -1,4 +1,4 @@
-//! Runs simulated meters from a JSON file, or from standard input: keys never stand on the command
+//! Runs simulated meters from a JSON file, or from standard input: keys are never on the command
 //! line.
 //!
 //! ```text
@@ -28,7 +28,7 @@ use zeroize::Zeroizing;
 #[serde(deny_unknown_fields)]
 struct Simulation {
     listeners: Vec<ListenerConfig>,
-    /// Where the end writes [`Memory`] as JSON, keys in plaintext.
+    /// The file for [`Memory`] as JSON, with keys in plaintext, written at the end.
     #[serde(default)]
     memory_file: Option<PathBuf>,
 }
@@ -37,7 +37,7 @@ struct Simulation {
 #[derive(Serialize)]
 struct Memory {
     meters: Vec<MeterMemory>,
-    /// How often a nonce served two different messages, in any meter.
+    /// The number of nonces that served two different messages, in any meter.
     repeated_nonces: usize,
 }
 

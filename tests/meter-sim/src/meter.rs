@@ -1,4 +1,4 @@
-//! A simulated meter: shared state behind a handle, and what tests may ask of it.
+//! A simulated meter: shared state behind a handle, and the questions of tests.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -34,7 +34,7 @@ impl Meter {
         self.lock().power_cycle();
     }
 
-    /// Changes how the meter behaves from here on.
+    /// Changes the behaviour of the meter from now on.
     pub fn set_behaviour(&self, behaviour: Behaviour) {
         self.lock().config.behaviour = behaviour;
     }
@@ -44,7 +44,7 @@ impl Meter {
         self.lock().config.faults.push(fault);
     }
 
-    /// Nothing goes wrong from here on.
+    /// Removes all faults.
     pub fn clear_faults(&self) {
         self.lock().config.faults.clear();
     }
@@ -79,8 +79,8 @@ impl Meter {
         self.lock().objects.is_connected(logical_name)
     }
 
-    /// The keys that the security setup `setup` holds now, in plaintext. For tests: a real meter
-    /// tells nobody.
+    /// The keys that the security setup `setup` holds now, in plaintext. For tests only: a real
+    /// meter never shows them.
     pub fn keys_for_inspection(&self, setup: Obis) -> Option<InspectedKeys> {
         let state = self.lock();
         let setup = state.setup(setup)?;
@@ -135,7 +135,7 @@ impl std::fmt::Debug for Meter {
     }
 }
 
-/// Everything that connections to one meter share.
+/// The state that the connections to one meter share.
 pub(crate) struct MeterState {
     pub(crate) config: MeterConfig,
     pub(crate) objects: Objects,
@@ -149,7 +149,7 @@ pub(crate) struct MeterState {
     pub(crate) transfer_fault: Option<Fault>,
     key_transfers: u64,
     association_requests: u64,
-    /// How many challenges there were.
+    /// The number of challenges so far.
     challenges: u64,
     chosen_challenges: VecDeque<Vec<u8>>,
     nonces: Vec<NonceUse>,
@@ -325,8 +325,8 @@ impl SplitMix64 {
     }
 }
 
-/// The first bytes of the services that a meter acts upon (IEC 62056-5-3, the choices of
-/// xDLMS-APDU): a challenge that begins so is not answered by a careful client.
+/// The first bytes of the services that a meter executes (IEC 62056-5-3, the choices of
+/// xDLMS-APDU). A careful client does not answer a challenge that begins with one of them.
 pub const REQUESTS: [u8; 10] = [0x01, 0x05, 0x06, 0x10, 0x16, 0xC0, 0xC1, 0xC3, 0xD9, 0xE0];
 
 /// What a request is, for the fault script.
@@ -393,7 +393,7 @@ impl Setup {
     }
 }
 
-/// The values that one key had, each with its counters, and which is in force.
+/// The values that one key has had, each with its counters, and the one in force.
 pub(crate) struct KeyHistory {
     records: Vec<KeyRecord>,
     current: usize,
@@ -488,14 +488,14 @@ impl KeyRecord {
         Self { key, received: ReceivedCounters::default(), next_own: 0 }
     }
 
-    /// Uses up the meter's own next counter; `None` when there are no more.
+    /// Uses up the meter's own next counter; `None`: there are no more.
     pub(crate) fn draw_own_counter(&mut self) -> Option<u32> {
         let counter = u32::try_from(self.next_own).ok()?;
         self.next_own += 1;
         Some(counter)
     }
 
-    /// Leaves out the meter's own counters up to `counter`.
+    /// Skips the meter's own counters up to `counter`.
     pub(crate) fn go_on_after(&mut self, counter: u32) {
         self.next_own = self.next_own.max(u64::from(counter) + 1);
     }

@@ -8,7 +8,7 @@ use crate::Connection;
 use crate::behaviour::Fault;
 use crate::meter::HeldRequest;
 
-/// What comes back for one request: no answer, one, or several.
+/// The answers to one request: none, one, or several.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Delivery {
     /// The APDUs that arrive at the client, in order.
@@ -18,8 +18,8 @@ pub struct Delivery {
 }
 
 impl Connection {
-    /// Carries out one request like [`Connection::exchange`], with the faults that the meter's
-    /// script has for it. Delays take real time of the runtime's clock.
+    /// Executes one request like [`Connection::exchange`], with the faults that the meter's script
+    /// has for it. Delays take real time of the runtime's clock.
     pub async fn deliver(&mut self, apdu: &[u8]) -> Delivery {
         let kind = self.request_kind(apdu);
         let (faults, number) = {
@@ -66,7 +66,7 @@ impl Connection {
         }
         let before = self.previous_answer.clone();
         delivery.answers.extend(self.exchange(apdu));
-        // It is for this request only, whether or not it was a key_transfer.
+        // The fault is for this request only, whether or not it was a key_transfer.
         self.meter().lock().transfer_fault = None;
         for fault in faults {
             match fault {

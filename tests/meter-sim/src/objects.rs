@@ -1,11 +1,10 @@
-//! The COSEM objects of a meter: what GET, SET and ACTION reach besides the security objects.
+//! The configured COSEM objects of a meter: all that GET, SET and ACTION reach but the security
+//! objects.
 
+use crate::Obis;
 use crate::axdr::Data;
-use crate::config::{MechanismConfig, ObjectConfig};
-use crate::key_transfer::{POLICY_AUTHENTICATED, POLICY_AUTHENTICATED_ENCRYPTED};
-use crate::meter::MeterState;
+use crate::config::ObjectConfig;
 use crate::xdlms::{AttributeDescriptor, DataAccessResult, MethodDescriptor};
-use crate::{Obis, SystemTitle};
 
 /// The configured objects with their present values.
 pub(crate) struct Objects(Vec<ObjectConfig>);
@@ -22,7 +21,8 @@ impl Objects {
         })
     }
 
-    fn get(&self, attribute: &AttributeDescriptor) -> Result<Data, DataAccessResult> {
+    /// GET on a configured object.
+    pub(crate) fn get(&self, attribute: &AttributeDescriptor) -> Result<Data, DataAccessResult> {
         let object = self
             .0
             .iter()
@@ -102,73 +102,6 @@ impl ObjectConfig {
     }
 }
 
-/// Who reads.
-pub(crate) struct ReaderContext<'a> {
-    pub(crate) mechanism: &'a MechanismConfig,
-    pub(crate) setup: Option<Obis>,
-    pub(crate) client_title: Option<SystemTitle>,
-}
-
-impl MeterState {
-    /// GET.
-    pub(crate) fn get(
-        &self,
-        attribute: &AttributeDescriptor,
-        reader: &ReaderContext<'_>,
-    ) -> Result<Data, DataAccessResult> {
-        let name = attribute.instance;
-        if let Some(setup) = self.setups.iter().find(|setup| setup.invocation_counter_object == name) {
-            check(CLASS_DATA, attribute.class)?;
-            return match attribute.attribute {
-                1 => Ok(name_data(name)),
-                2 => Ok(Data::DoubleLongUnsigned(setup.guek.current().received.highest().unwrap_or(0))),
-                _ => Err(DataAccessResult::OBJECT_UNAVAILABLE),
-            };
-        }
-        if name == Obis::LOGICAL_DEVICE_NAME {
-            check(CLASS_DATA, attribute.class)?;
-            return match attribute.attribute {
-                1 => Ok(name_data(name)),
-                2 => Ok(Data::OctetString(self.config.logical_device_name.clone().into_bytes())),
-                _ => Err(DataAccessResult::OBJECT_UNAVAILABLE),
-            };
-        }
-        if name == Obis::CURRENT_ASSOCIATION {
-            check(CLASS_ASSOCIATION, attribute.class)?;
-            return match (attribute.attribute, reader.setup) {
-                (1, _) => Ok(name_data(name)),
-                (9, Some(setup)) => Ok(name_data(setup)),
-                _ => Err(DataAccessResult::OBJECT_UNAVAILABLE),
-            };
-        }
-        let is_public = matches!(reader.mechanism, MechanismConfig::Lowest);
-        if let Some(setup) = self.setup(name) {
-            check(CLASS_SECURITY_SETUP, attribute.class)?;
-            if is_public {
-                return Err(DataAccessResult::READ_WRITE_DENIED);
-            }
-            return match attribute.attribute {
-                1 => Ok(name_data(name)),
-                2 => Ok(Data::Enum(if setup.accept_authenticated_only {
-                    POLICY_AUTHENTICATED
-                } else {
-                    POLICY_AUTHENTICATED_ENCRYPTED
-                })),
-                3 => Ok(Data::Enum(self.suite().id())),
-                4 => {
-                    Ok(Data::OctetString(reader.client_title.map_or_else(Vec::new, |title| title.as_bytes().to_vec())))
-                }
-                5 => Ok(Data::OctetString(self.config.system_title.as_bytes().to_vec())),
-                _ => Err(DataAccessResult::OBJECT_UNAVAILABLE),
-            };
-        }
-        if is_public && attribute.class != CLASS_CLOCK {
-            return Err(DataAccessResult::READ_WRITE_DENIED);
-        }
-        self.objects.get(attribute)
-    }
-}
-
 /// Interface class `Data`.
 pub const CLASS_DATA: u16 = 1;
 /// Interface class `Register`.
@@ -182,10 +115,12 @@ pub const CLASS_SECURITY_SETUP: u16 = 64;
 /// Interface class `Disconnect control`.
 pub const CLASS_DISCONNECT_CONTROL: u16 = 70;
 
-fn name_data(name: Obis) -> Data {
+/// The value of attribute 1 of every object.
+pub(crate) fn name_data(name: Obis) -> Data {
     Data::OctetString(name.0.to_vec())
 }
 
-fn check(own: u16, asked: u16) -> Result<(), DataAccessResult> {
+/// Refuses a request that names another class than the object's own.
+pub(crate) fn check(own: u16, asked: u16) -> Result<(), DataAccessResult> {
     if own == asked { Ok(()) } else { Err(DataAccessResult::OBJECT_CLASS_INCONSISTENT) }
 }

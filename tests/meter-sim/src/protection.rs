@@ -81,8 +81,8 @@ impl MeterState {
         Ok(received)
     }
 
-    /// Suite, protection, counter and tag, in this order: meters tell a stale counter before they
-    /// look at the tag. The counter is not yet accepted.
+    /// Checks suite, protection, counter and tag, in this order: meters report a stale counter
+    /// before they check the tag. The counter is not accepted yet.
     fn check(
         &mut self,
         setup_name: Obis,
@@ -177,7 +177,8 @@ impl MeterState {
         let counter =
             setup.guek.record_mut(generation).and_then(KeyRecord::draw_own_counter).ok_or(Error::CountersExhausted)?;
         if keeps_counting && generation != setup.guek.generation() {
-            // The answer to a key_transfer leaves under the old key; the new one goes on after it.
+            // The answer to a key_transfer leaves under the old key, and later answers under the
+            // new one.
             setup.guek.current_mut().go_on_after(counter);
         }
         Ok(counter)
@@ -200,8 +201,8 @@ impl MeterState {
         let (counter, tag) = ciphering
             .verify_challenge_answer(suite, &client, &challenges.meter, answer)
             .map_err(|_| Refusal::Deciphering)?;
-        // Under the GUEK the APDU around the answer has raised the counter already; what counts is
-        // the one before it. Under a dedicated key the APDU counts elsewhere.
+        // Under the GUEK, the APDU around the answer has raised the counter already, so the counter
+        // before it is compared. Under a dedicated key, the APDU has another counter.
         let counters = &setup.guek.current().received;
         let last =
             if received.key == key { received.counter_before } else { counters.last(setup.counter_scope, &client) };
@@ -244,7 +245,7 @@ impl MeterState {
     }
 }
 
-/// A request that passed every check of protection, and what its answer needs.
+/// A request that passed every check of protection, and the data that its answer needs.
 pub(crate) struct Received {
     pub(crate) plaintext: Zeroizing<Vec<u8>>,
     /// The keys that it came under.

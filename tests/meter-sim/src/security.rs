@@ -26,7 +26,7 @@ impl SecurityControl {
         Self(suite.id() | AUTHENTICATED)
     }
 
-    /// Encrypted only. A meter refuses it: nothing proves who made such an APDU.
+    /// Encrypted only. A meter refuses it: nothing proves who sent such an APDU.
     pub const fn encrypted(suite: SecuritySuite) -> Self {
         Self(suite.id() | ENCRYPTED)
     }
@@ -109,8 +109,8 @@ impl CipheredContent {
 }
 
 impl Ciphering {
-    /// Protects `plaintext` as `control` says. The nonce is `title ‖ counter`; who calls must never
-    /// use a pair twice with one key.
+    /// Protects `plaintext` as `control` says. The nonce is `title ‖ counter`: the caller must
+    /// never use a pair twice with one key.
     pub fn protect(
         &self,
         control: SecurityControl,

@@ -38,7 +38,7 @@ pub struct ServeOptions {
     /// A connection without a whole frame for this long is closed; so is one that does not read its
     /// answers.
     pub idle_timeout: Duration,
-    /// How many connections are open at once; further ones wait.
+    /// The largest number of open connections; further ones wait.
     pub max_connections: usize,
 }
 
@@ -58,7 +58,7 @@ pub async fn serve(listener: TcpListener, meters: MeterDirectory, options: Serve
         };
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
-            // Out of file descriptors, most likely: others must close first.
+            // Probably there is no file descriptor left: wait until another connection closes.
             Err(_) => {
                 sleep(ACCEPT_RETRY).await;
                 continue;
@@ -67,7 +67,7 @@ pub async fn serve(listener: TcpListener, meters: MeterDirectory, options: Serve
         let meters = meters.clone();
         tasks.spawn(async move {
             let _slot = slot;
-            // The end of a connection, whatever its cause, is no event for a meter.
+            // The end of a connection does not change the meter, whatever its cause.
             let _ = serve_connection(stream, &meters, options.idle_timeout).await;
         });
         while tasks.try_join_next().is_some() {}

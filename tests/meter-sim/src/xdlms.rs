@@ -15,7 +15,7 @@ pub struct InitiateRequest {
     pub dedicated_key: Option<SymmetricKey>,
     /// The services that the client wants to use: 24 bits, big endian.
     pub conformance: [u8; 3],
-    /// The longest APDU that the client takes, in bytes; 0 means no limit.
+    /// The longest APDU that the client accepts, in bytes; 0 means no limit.
     pub client_max_receive_pdu_size: u16,
 }
 
@@ -63,7 +63,7 @@ impl InitiateRequest {
 pub struct InitiateResponse {
     /// The services that both sides support: 24 bits, big endian.
     pub conformance: [u8; 3],
-    /// The longest APDU that the meter takes, in bytes.
+    /// The longest APDU that the meter accepts, in bytes.
     pub server_max_receive_pdu_size: u16,
 }
 

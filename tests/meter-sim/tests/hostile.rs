@@ -87,7 +87,7 @@ proptest! {
         prop_assert_eq!(meter.keys_for_inspection(Obis::SECURITY_SETUP).unwrap().guek, guek());
     }
 
-    /// A true request with one changed, lost or added byte is never carried out.
+    /// A true request with one changed, lost or added byte is never executed.
     #[test]
     fn a_changed_request_is_refused(position in any::<prop::sample::Index>(), change in 1_u8..=255, how in 0..3) {
         let meter = meter();

@@ -1,4 +1,4 @@
-//! The acceptance report: which keys of the campaign's meters are the utility's alone, by batch,
+//! The acceptance report: by batch, how many keys of the campaign's meters nobody else could know,
 //! and what heals the others.
 
 use std::collections::BTreeMap;
@@ -9,14 +9,15 @@ use kms_domain::{CampaignId, Remedy, Verdict};
 use kms_proto::v1 as proto;
 use serde_json::{Value, json};
 
-use super::PAGE;
 use crate::{
-    Failure, json,
+    commands::{PAGE, octets},
+    failure::Failure,
+    json,
     output::{self, Rows, number, plural},
     progress::waiting,
 };
 
-/// What became of the keys.
+/// The verdicts on the keys.
 #[derive(Debug, Default)]
 pub(super) struct Acceptance {
     /// Meters of the plan.
@@ -25,7 +26,7 @@ pub(super) struct Acceptance {
     pub(super) healed: u64,
     /// By batch and key type.
     pub(super) batches: BTreeMap<String, BTreeMap<String, Keys>>,
-    /// Meters with a key that is not healed: as many as were asked for.
+    /// Meters with a key that is not healed, up to the requested number.
     pub(super) open: Vec<proto::MeterAcceptance>,
     /// Whether there are more of them.
     pub(super) more: bool,
@@ -34,14 +35,14 @@ pub(super) struct Acceptance {
 /// Keys of one type.
 #[derive(Debug, Default)]
 pub(super) struct Keys {
-    /// How many have which verdict, in the order of [`Verdict::ALL`].
+    /// The number of keys with each verdict, in the order of [`Verdict::ALL`].
     pub(super) counts: [u64; 4],
     /// What heals the others.
     pub(super) remedies: BTreeMap<String, u64>,
 }
 
 impl Keys {
-    /// What heals those that are not healed, in words.
+    /// The remedies for the keys that are not healed, in words.
     pub(super) fn remedies_text(&self) -> String {
         self.remedies
             .iter()
@@ -58,7 +59,7 @@ impl Acceptance {
         let (mut acceptance, mut page_token) = (Self::default(), Bytes::new());
         loop {
             let request = proto::ReportAcceptanceRequest {
-                campaign_id: super::octets(campaign.octets()),
+                campaign_id: octets(campaign.octets()),
                 page_size: PAGE as u32,
                 page_token,
             };

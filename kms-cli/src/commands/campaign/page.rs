@@ -4,7 +4,11 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use kms_proto::v1 as proto;
 
-use super::{acceptance::Acceptance, action, selection_text, watch::ended};
+use super::{
+    acceptance::Acceptance,
+    watch::ended,
+    wording::{action, selection_text},
+};
 use crate::output::{self, number, plural};
 
 /// The page. Everything from outside is escaped.
@@ -97,7 +101,7 @@ pub(super) fn html(report: &proto::CampaignReport, acceptance: Option<&Acceptanc
     page
 }
 
-/// Which keys are the utility's alone, by batch, and what heals the others.
+/// The acceptance: by batch, how many keys nobody else could know, and what heals the others.
 fn accepted(acceptance: &Acceptance) -> String {
     let mut part = format!("<p><strong>{}</strong></p>\n<p>{EXPLANATION}</p>\n", escape(&acceptance.sentence()));
     let mut by_type: BTreeMap<&str, Vec<u64>> = BTreeMap::new();
@@ -223,7 +227,7 @@ fn bars(bars: &[Bar], series: &[(&str, &str)]) -> String {
     svg
 }
 
-/// How many had succeeded by when.
+/// The number of meters that have succeeded, over time.
 fn line_chart(timeline: &[proto::TimelinePoint], meters: u64) -> String {
     let (Some(first), Some(last)) = (timeline.first(), timeline.last()) else { return String::new() };
     if last.succeeded == 0 || meters == 0 {

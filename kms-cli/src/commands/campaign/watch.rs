@@ -6,9 +6,11 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use kms_domain::CampaignId;
 use kms_proto::v1 as proto;
 
-use super::octets;
 use crate::{
-    Context, Failure, json,
+    commands::octets,
+    context::Context,
+    failure::Failure,
+    json,
     output::{Rows, number},
 };
 
@@ -33,7 +35,7 @@ pub(super) async fn run(campaign: CampaignId, once: bool, context: &Context) -> 
             writeln!(std::io::stdout(), "{}", line(&progress))
         };
         last = Some(progress);
-        // A reader that has gone away has seen enough.
+        // Ends when the reader has closed the pipe.
         if once || told.is_err() {
             break;
         }
@@ -91,7 +93,8 @@ impl View {
     }
 }
 
-/// The wave under way, those before it that did not go well, and the next.
+/// The wave under way, the last ones before it, the next one, and every wave with failures or
+/// doubt.
 fn shown(progress: &proto::CampaignProgress) -> impl Iterator<Item = &proto::WaveProgress> {
     let current = progress.campaign.as_ref().map_or(0, |campaign| campaign.wave);
     progress.waves.iter().filter(move |wave| {
@@ -99,7 +102,7 @@ fn shown(progress: &proto::CampaignProgress) -> impl Iterator<Item = &proto::Wav
     })
 }
 
-/// The whole in one line.
+/// The campaign in one line.
 fn line(progress: &proto::CampaignProgress) -> String {
     let campaign = progress.campaign.clone().unwrap_or_default();
     let done: u64 = progress.waves.iter().map(ended).sum();
@@ -192,5 +195,5 @@ fn counts(wave: &proto::WaveProgress) -> String {
         .join(", ")
 }
 
-/// So many waves before the one under way are shown.
+/// The number of waves shown before the one under way.
 const BEFORE: u32 = 4;
