@@ -11,7 +11,7 @@ mod tests;
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     sync::{
-        Arc, Mutex, RwLock, Weak,
+        Arc, Mutex, PoisonError, RwLock, Weak,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -30,6 +30,7 @@ use kms_store::{
 };
 use prost::Message as _;
 use tokio::sync::{oneshot, watch};
+use tokio::task::JoinHandle;
 use tracing::Instrument as _;
 
 use super::{
@@ -91,6 +92,8 @@ impl CommitterSettings {
 pub struct Committer {
     queue: Arc<Sender>,
     shared: Arc<Shared>,
+    /// The maintenance task, until [`Self::stop`] ends it.
+    maintenance: Arc<Mutex<Option<JoinHandle<()>>>>,
 }
 
 struct Shared {
@@ -149,9 +152,9 @@ impl Committer {
             outside: Outside::default(),
             stopping: AtomicBool::new(false),
         });
-        tokio::spawn(keep_house(Arc::downgrade(&shared)));
+        let maintenance = tokio::spawn(keep_house(Arc::downgrade(&shared)));
         tokio::spawn(Writer::new(shared.clone()).run(waiting));
-        Self { queue: Arc::new(queue), shared }
+        Self { queue: Arc::new(queue), shared, maintenance: Arc::new(Mutex::new(Some(maintenance))) }
     }
 
     /// Lets the server itself act: reads `reads`, lets `decide` look and change, and commits what
@@ -245,9 +248,16 @@ impl Committer {
         self.shared.remember().await;
     }
 
-    /// Remembers it for the last time: to be called before the database is closed.
+    /// Remembers it for the last time, and ends the maintenance task: to be called before the
+    /// database is closed.
     pub async fn stop(&self) {
         self.shared.stopping.store(true, Ordering::Relaxed);
+        // A statement that fails because the database is closed would be logged as a fault.
+        let maintenance = self.maintenance.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(maintenance) = maintenance {
+            maintenance.abort();
+            drop(maintenance.await);
+        }
         self.shared.remember().await;
     }
 
