@@ -166,15 +166,15 @@ enum RootsCommand {
     },
 }
 
-/// Does what the arguments of the process say, and tells on standard error why it could not.
+/// Runs the command of the process's arguments. Prints the reason on standard error if it fails.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     run("kms-server", arguments.command.run())
 }
 
-/// Runs a program that holds secrets, and tells on standard error why it could not.
+/// Runs a program that holds secrets. Prints the reason on standard error if it fails.
 pub fn run(name: &str, program: impl Future<Output = Result<(), Box<dyn Error + Send + Sync>>>) -> ExitCode {
-    // I1: key material in this process shall not reach a core file, nor another process of the same
+    // I1: key material in this process must not reach a core file or another process of the same
     // user.
     if let Err(error) = forbid_dumps() {
         eprintln!("{name}: cannot switch off core dumps: {error}");
@@ -188,7 +188,7 @@ pub fn run(name: &str, program: impl Future<Output = Result<(), Box<dyn Error + 
         }
     };
     let outcome = runtime.block_on(program);
-    // A thread that hangs in an HSM module must not hold up the end.
+    // A thread that hangs in an HSM module must not delay the end.
     runtime.shutdown_timeout(Duration::from_secs(2));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -207,7 +207,7 @@ impl Command {
                 let server_name = config.server_name.clone().unwrap_or_else(host_name);
                 let _telemetry = Telemetry::start(&config.telemetry, &server_name)?;
                 if config.allow_development_island {
-                    // As an error, so that no setting of the log hides it.
+                    // An error, so that no log filter hides it.
                     tracing::error!(
                         island = %config.island,
                         "the configuration allows a development island (`allow_development_island`): NOT FOR REAL KEYS; its secrets and people are in one folder"
@@ -346,7 +346,7 @@ async fn check(config: &Config) -> Result<(), Box<dyn Error + Send + Sync>> {
     let mut missing = Vec::new();
     for token in hsm.all_tokens() {
         let usable = token.usable(Duration::from_secs(60)).await;
-        // Also of a token that lacks something essential: the table tells what.
+        // Also for a token that lacks something essential: the table says what.
         if let Some(capabilities) = token.capabilities() {
             println!("\ntoken `{}` ({}):", token.label(), capabilities.module);
             let mut table = comfy_table::Table::new();

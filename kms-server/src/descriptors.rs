@@ -1,18 +1,19 @@
-//! File descriptors: the limit is raised as far as the bounds need it, and connections get what is
-//! left beside a reserve for database, watermark, log and HSM. So accepting never takes the
-//! descriptor that a record needs (I2).
+//! File descriptors: the limit of open files is raised as far as the bounds need it. A reserve is
+//! kept for database, watermark, log and HSM; connections get the rest. So a new connection never
+//! takes the descriptor that a record needs (I2).
 //!
-//! It is raised no further than that: some PKCS#11 modules wait with `select`, which has no place
-//! for descriptors from 1,024 on. They open theirs at the start, when low ones are free.
+//! The limit is raised no further: some PKCS#11 modules wait with `select`, which cannot use
+//! descriptors from 1,024 on. They open their descriptors at the start, when low ones are free.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use kms_base::bounds::Limits;
 
-/// Raises the limit of open files where it must be, and makes connections fewer where it cannot.
+/// Raises the limit of open files if necessary. If it cannot be raised, reduces the bounds on
+/// connections.
 ///
 /// # Errors
-/// So few files may be open that nobody could be served; the text says how many are needed.
+/// The limit is too low to serve anybody; the text says how many files are needed.
 pub(crate) fn fit(limits: &Limits) -> Result<Limits, String> {
     let in_use =
         std::fs::read_dir("/proc/self/fd").map_or(ASSUMED, |open| u64::try_from(open.count()).unwrap_or(ASSUMED));
@@ -40,7 +41,7 @@ pub(crate) fn fit(limits: &Limits) -> Result<Limits, String> {
     Ok(fitting)
 }
 
-/// What connections get of so many descriptors.
+/// The bounds on connections that fit this number of descriptors.
 fn shares(limits: &Limits, allowed: u64, in_use: u64) -> Result<Limits, String> {
     let available = allowed.saturating_sub(in_use.saturating_add(limits.descriptors_reserve));
     if available >= limits.handshakes.saturating_add(limits.connections) {
@@ -49,12 +50,12 @@ fn shares(limits: &Limits, allowed: u64, in_use: u64) -> Result<Limits, String> 
     if available < FEWEST {
         let needed = in_use + limits.descriptors_reserve + FEWEST;
         return Err(format!(
-            "{allowed} files may be open, and at least {needed} are needed: raise the limit (`ulimit -n`, systemd: LimitNOFILE)"
+            "the limit of open files is {allowed}, and at least {needed} are needed: raise it (`ulimit -n`, systemd: LimitNOFILE)"
         ));
     }
     let handshakes = limits.handshakes.min(available / 4);
     let connections = limits.connections.min(available - handshakes);
-    // Fewer places are still those of several principals and addresses.
+    // The fewer places still serve several principals and addresses.
     Ok(Limits {
         handshakes,
         connections,
@@ -65,9 +66,9 @@ fn shares(limits: &Limits, allowed: u64, in_use: u64) -> Result<Limits, String> 
     })
 }
 
-/// Descriptors for connections below which a server does not start.
+/// The fewest descriptors for connections with which a server starts.
 const FEWEST: u64 = 16;
-/// Open files where the operating system does not tell.
+/// The assumed number of open files, if the operating system does not tell.
 const ASSUMED: u64 = 64;
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! The key management server: a configuration, put to work. Policy, audit, use cases and gRPC are
-//! rooms of their own below it (docs/architecture.md).
+//! The key management server: it opens an island by a configuration and serves it. Policy, audit,
+//! use cases and gRPC are separate crates below it (docs/architecture.md).
 
 pub mod command_line;
 mod descriptors;

@@ -1,6 +1,6 @@
-//! The memory of refused PINs, in the database: a PIN that a token refused is not tried again by
-//! the same server, after no restart, until it is changed. Otherwise a server that restarts in a
-//! loop would lock its token.
+//! The memory of refused PINs, in the database: the same server does not try a PIN again that a
+//! token refused, not even after a restart, until the PIN is changed. Otherwise a server that
+//! restarts in a loop would lock its token.
 
 use std::{path::Path, sync::Arc};
 
@@ -17,14 +17,14 @@ use kms_service::island::Island;
 /// Remembers refused PINs as Argon2id (RFC 9106) with a random salt, of HMAC-SHA-256 of the PIN
 /// under a key that is not in the database.
 ///
-/// A PIN has few digits, and a refused one is often nearly the right one: who reads the database
-/// would find it by trying all. The key comes from the server's TLS private key, so each server has
-/// a memory of its own: one that several servers are given wrongly is tried once by each.
+/// A PIN has few digits, and a refused PIN is often nearly the right one. Without the key, a reader
+/// of the database could find it by trying all PINs. The key comes from the server's TLS private
+/// key, so each server has its own memory: each of several servers tries a wrong PIN once.
 pub struct StoredPinMemory {
     store: Arc<dyn Store>,
     runtime: Handle,
     key: hmac::Key,
-    /// Names the memory of this key among those of other servers.
+    /// The name of this key's memory, different from those of other servers.
     name: String,
 }
 
@@ -51,13 +51,13 @@ impl StoredPinMemory {
         format!("{token_serial}/{}", self.name)
     }
 
-    /// What is hashed in place of the PIN.
+    /// The value that is hashed instead of the PIN.
     fn keyed(&self, pin: &Pin) -> hmac::Tag {
         hmac::sign(&self.key, pin.octets())
     }
 
-    /// Takes over what a version remembered that had no key, and removes it. Whether this PIN was
-    /// refused then.
+    /// Moves an entry of an earlier version, which had no key, to this memory. Returns whether this
+    /// PIN was refused then.
     fn take_over(&self, token_serial: &str, pin: &Pin) -> Result<bool, StoreError> {
         let Some(failure) = self.runtime.block_on(self.store.pin_failure(token_serial, CKU_USER))? else {
             return Ok(false);
@@ -71,8 +71,8 @@ impl StoredPinMemory {
     }
 }
 
-/// What cannot be read is taken for the same PIN: a try too few is mended by an operator, one too
-/// many locks a token.
+/// An entry that cannot be read counts as the same PIN: an operator can correct one attempt too
+/// few, but one attempt too many locks a token.
 fn is_hash_of(phc: &str, octets: &[u8]) -> bool {
     PasswordHash::new(phc).map_or(true, |hash| Argon2::default().verify_password(octets, &hash).is_ok())
 }
@@ -84,7 +84,7 @@ impl PinMemory for StoredPinMemory {
             Ok(refused || failure.is_some_and(|failure| is_hash_of(&failure.phc, self.keyed(pin).as_ref())))
         });
         known.unwrap_or_else(|error| {
-            tracing::error!(%error, token = token_serial, "the PIN is not tried, because the database does not tell whether it was refused before");
+            tracing::error!(%error, token = token_serial, "the PIN is not tried: the database cannot say whether the token refused it before");
             true
         })
     }
@@ -105,13 +105,13 @@ impl PinMemory for StoredPinMemory {
             tracing::error!(
                 error,
                 token = token_serial,
-                "a refused PIN could not be remembered; do not restart this server before the PIN is right"
+                "a refused PIN could not be stored; correct the PIN before you restart this server, or the token may lock"
             );
         }
     }
 }
 
-/// CKU_USER of PKCS#11: services log in as nobody else.
+/// CKU_USER of PKCS#11: servers log in as this user only.
 const CKU_USER: u8 = 1;
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! A server of one island (I7: a process each): opens database, tokens and island, and serves them.
 //!
 //! Start-up does not wait for a dead HSM or database: the port is open, health says NOT_SERVING,
-//! and calls answer UNAVAILABLE until the island is open. What only an operator can mend, such as a
-//! wrong island or a forged row, ends the server.
+//! and calls answer UNAVAILABLE until the island is open. A fault that only an operator can
+//! correct, such as a wrong island or a forged row, ends the server.
 
 use async_recursion::async_recursion as boxed;
 use std::convert::Infallible;
@@ -12,7 +12,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -23,6 +23,7 @@ use kms_store::{Store, StoreError};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tonic::Status;
 use tonic::body::Body;
 use tonic::service::Routes;
@@ -59,7 +60,7 @@ use kms_service::root::{RootService, learn_seal_keys};
 use kms_service::scrub::{Flight, Scrubber};
 use kms_service::shipment::ShipmentService;
 
-/// A server that is bound to its port and opens its island.
+/// A server that is bound to its port. Its island is opened when it serves.
 pub struct Server {
     config: Config,
     listener: Listener,
@@ -71,11 +72,11 @@ pub struct Server {
 }
 
 impl Server {
-    /// Reads everything that the configuration names and binds the port. Policies and certificates
-    /// are refused here, before anything is served.
+    /// Reads all files of the configuration and binds the port. Wrong policies and certificates are
+    /// refused here, before anything is served.
     ///
     /// # Errors
-    /// What cannot be read or used, with its place.
+    /// A file cannot be read or used; the error names it.
     #[boxed]
     pub async fn start(mut config: Config) -> Result<Self, ServerError> {
         config.limits = descriptors::fit(&config.limits).map_err(ServerError::Descriptors)?;
@@ -98,15 +99,15 @@ impl Server {
         self.listener.local_addr()
     }
 
-    /// Gets the island when it is open.
+    /// A watch that gets the island when it is open.
     pub fn opened(&self) -> watch::Receiver<Option<Arc<Island>>> {
         self.opened.subscribe()
     }
 
-    /// Serves until `shutdown`; calls under way are then answered, for up to ten seconds.
+    /// Serves until `shutdown`. Calls under way are then answered, for up to ten seconds.
     ///
     /// # Errors
-    /// What only an operator can mend.
+    /// A fault that only an operator can correct.
     pub async fn serve(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<(), ServerError> {
         self.serve_until(Box::pin(shutdown)).await
     }
@@ -142,17 +143,18 @@ impl Server {
         let signal = stopped(stopping.clone());
         let serving = limits.server().serve_with_incoming_shutdown(gate.clone(), listener.incoming(), signal);
         let island = Opening { config, authority, policy, profiles };
+        let background = Background::default();
         let open = async {
             let island = island.until_open(&gate).await?;
-            // I5: what is not refused on use is found within this time.
-            let _scrubbing = Background(Scrubber::new(Arc::clone(&island)).in_background(scrub_period));
-            let _destroying = Background(Housekeeper::new(Arc::clone(&island), retention).in_background());
-            let _leading = Background(CampaignService::new(Arc::clone(&island)).in_background(LEADING_INTERVAL));
-            let _following = Background(OwnerService::new(Arc::clone(&island)).in_background(FOLLOWING_INTERVAL));
-            let _dropping = Background(ShipmentService::new(Arc::clone(&island)).in_background());
-            let _rotating = Background(RootService::new(Arc::clone(&island)).in_background(LEADING_INTERVAL));
+            // I5: the scrubber finds within this time what is not refused on use.
+            background.add(Scrubber::new(Arc::clone(&island)).in_background(scrub_period));
+            background.add(Housekeeper::new(Arc::clone(&island), retention).in_background());
+            background.add(CampaignService::new(Arc::clone(&island)).in_background(LEADING_INTERVAL));
+            background.add(OwnerService::new(Arc::clone(&island)).in_background(FOLLOWING_INTERVAL));
+            background.add(ShipmentService::new(Arc::clone(&island)).in_background());
+            background.add(RootService::new(Arc::clone(&island)).in_background(LEADING_INTERVAL));
             let watch = CertificateWatch { island: Arc::clone(&island), authority: watched, own };
-            let _watching = Background(tokio::spawn(watch.run()));
+            background.add(tokio::spawn(watch.run()));
             opened.send_replace(Some(Arc::clone(&island)));
             report_health(&health, &island).await
         };
@@ -165,7 +167,10 @@ impl Server {
             () = tls.watch() => Ok(()),
         };
         stop.send_replace(true);
-        if tokio::time::timeout(GRACE, serving).await.is_err() {
+        // The passes have ended before the database is closed: one that fails because the server
+        // stops would be logged as a fault.
+        let (served, ()) = tokio::join!(tokio::time::timeout(GRACE, serving), background.end());
+        if served.is_err() {
             tracing::warn!("calls that did not end in time are cut off");
         }
         let island = opened.borrow().clone();
@@ -179,16 +184,36 @@ impl Server {
     }
 }
 
-/// Work in the background, which ends with the server.
-struct Background(tokio::task::JoinHandle<()>);
+/// Tasks in the background, which end with the server.
+#[derive(Default)]
+struct Background(Mutex<Vec<JoinHandle<()>>>);
 
-impl Drop for Background {
-    fn drop(&mut self) {
-        self.0.abort();
+impl Background {
+    fn add(&self, task: JoinHandle<()>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(task);
+    }
+
+    /// Ends all tasks, and waits until they have ended.
+    async fn end(mut self) {
+        let tasks = std::mem::take(self.0.get_mut().unwrap_or_else(PoisonError::into_inner));
+        for task in &tasks {
+            task.abort();
+        }
+        for task in tasks {
+            drop(task.await);
+        }
     }
 }
 
-/// What is needed to open the island.
+impl Drop for Background {
+    fn drop(&mut self) {
+        for task in self.0.get_mut().unwrap_or_else(PoisonError::into_inner) {
+            task.abort();
+        }
+    }
+}
+
+/// The inputs for opening the island.
 struct Opening {
     config: Config,
     authority: CertificateAuthority,
@@ -197,7 +222,7 @@ struct Opening {
 }
 
 impl Opening {
-    /// Tries until database and tokens answer.
+    /// Tries to open the island until database and tokens answer.
     async fn until_open(self, gate: &Gate) -> Result<Arc<Island>, ServerError> {
         let mut failures = Repetition::default();
         let store = loop {
@@ -238,7 +263,7 @@ impl Opening {
         }
         if restore.watermark.is_none() {
             tracing::warn!(
-                "no `watermark` is configured: a database that is put back without a new timeline is not noticed (I4), nor a row of the island under a retired seal key (I5)"
+                "no `watermark` is configured: this server cannot notice a restored database without a new timeline (I4), nor a row of the island under a retired seal key (I5); set `watermark` to a file on another disk"
             );
         }
         let committer = Committer::start(
@@ -269,10 +294,10 @@ impl Opening {
             scrubs: Flight::default(),
             refreshing: tokio::sync::Mutex::default(),
         });
-        // New keys are stored under the storage KEKs that the row names. What this server's tokens
-        // lack keeps it from nothing else.
+        // New keys are stored under the storage KEKs that the row names. If a root is missing in
+        // this server's tokens, the server still serves everything else.
         if let Err(error) = RootService::new(Arc::clone(&island)).refresh().await {
-            tracing::error!(%error, "the island's roots could not be looked after; it is tried again");
+            tracing::error!(%error, "the state of the island's roots could not be read; it is tried again");
         }
         let routes = api::routes(Arc::clone(&island), self.authority, &self.config.limits);
         drop(gate.island.set((routes, Arc::clone(&island))));
@@ -281,10 +306,10 @@ impl Opening {
     }
 }
 
-/// Declares that the database was restored: raises the counters, and records it. For an operator.
+/// Declares that the database was restored: raises the counters and records it. For operators.
 ///
 /// # Errors
-/// Database or tokens do not answer, or do not belong together; with SQLite, a server runs.
+/// Database or tokens do not answer, or do not belong together. With SQLite: a server is running.
 pub async fn declare_restored(config: &Config) -> Result<DatabaseHistory, ServerError> {
     let restore = RestoreSettings { declared: true, ..config.restore() };
     without_serving(config, restore, async |_, committer, _| Ok(committer.settled().await)).await
@@ -328,7 +353,7 @@ pub async fn recertify_officer(
 }
 
 /// Makes another version of a root, and notes it in the island's row. Servers in other processes
-/// may run, and learn of it by themselves.
+/// may run, and notice it by themselves.
 ///
 /// # Errors
 /// As [`declare_restored`], and as [`NewRootSettings::make`].
@@ -338,7 +363,7 @@ pub async fn make_root(config: &Config, settings: NewRootSettings) -> Result<Mad
     let made = async {
         let restore = config.restore();
         let keys = IslandKeys::open(&store, &hsm, &config.island, &restore).await;
-        // The token is used by what follows alone: it logs in anew.
+        // What follows uses the token alone, and logs in again.
         drop(tokio::task::spawn_blocking(move || hsm.close()).await);
         let keys = keys?;
         let committer =
@@ -361,7 +386,7 @@ pub async fn install_roots(config: &Config, copies: &std::path::Path) -> Result<
     Ok(make::install(config, copies).await?)
 }
 
-/// Opens database and tokens for one act of an operator.
+/// Opens database and tokens for one command of an operator.
 async fn without_serving<T>(
     config: &Config,
     restore: RestoreSettings,
@@ -384,7 +409,7 @@ async fn without_serving<T>(
     outcome
 }
 
-/// The memory of PINs that tokens refused, under a key of this server's.
+/// The memory of PINs that tokens refused, under this server's key.
 fn pin_memory(config: &Config, store: &Arc<dyn Store>) -> Result<Arc<StoredPinMemory>, ServerError> {
     let path = &config.tls.private_key;
     let memory = StoredPinMemory::new(Arc::clone(store), path).map_err(|error| ServiceError::FailedPrecondition {
@@ -413,7 +438,7 @@ fn committer_settings(config: &Config, restore: RestoreSettings, policy: Option<
     }
 }
 
-/// Looks every 2 s which seal keys the island's row names, while the database's history is
+/// Reads every 2 s which seal keys the island's row names, while the database's history is
 /// compared.
 async fn keep_learning(store: &Arc<dyn Store>, hsm: &Hsm, committer: &Committer) -> Infallible {
     let mut failures = Repetition::default();
@@ -427,8 +452,8 @@ async fn keep_learning(store: &Arc<dyn Store>, hsm: &Hsm, committer: &Committer)
     }
 }
 
-/// Tells load balancers whether the island can work: its tokens are usable and its last transaction
-/// went through.
+/// Tells load balancers whether the island is ready: its tokens are usable and its last transaction
+/// was committed.
 async fn report_health(health: &HealthReporter, island: &Island) -> Result<Infallible, ServerError> {
     let mut known = None;
     loop {
@@ -445,11 +470,11 @@ async fn report_health(health: &HealthReporter, island: &Island) -> Result<Infal
     }
 }
 
-/// Health and reflection always answer; the island's services when it is open.
+/// Health and reflection always answer; the island's services answer when the island is open.
 #[derive(Clone)]
 struct Gate {
     always: Routes,
-    /// The services and the island. What they refuse is on the record (I2).
+    /// The services and the island. Their refusals are recorded (I2).
     island: Arc<OnceLock<(Routes, Arc<Island>)>>,
     intake: Intake,
 }
@@ -504,10 +529,12 @@ pub enum ServerError {
     #[error(transparent)]
     Tls(#[from] TlsError),
     /// The island's root certificate.
-    #[error("tls.client_ca: {0}")]
+    #[error("[tls] client_ca: {0}; it must be the island's root certificate")]
     Root(String),
     /// The port.
-    #[error("cannot listen on {address}: {reason}; is another server running?")]
+    #[error(
+        "cannot listen on {address}: {reason}; check `listen` in the configuration, and whether another server is running"
+    )]
     Bind {
         /// The address.
         address: SocketAddr,
@@ -531,7 +558,7 @@ pub enum ServerError {
     Keys(#[from] IslandKeysError),
     /// A development island under a production configuration.
     #[error(
-        "the island `{island}` was made for development: its keys protect nothing; set `allow_development_island = true` for a trial, or hold a ceremony"
+        "the island `{island}` was made for development: its keys protect nothing; set `allow_development_island = true` for a trial, or make an island with `kms-server init`"
     )]
     Development {
         /// The island.
@@ -539,14 +566,14 @@ pub enum ServerError {
     },
     /// A production island whose keys would be destroyed at once.
     #[error(
-        "[retention] days = 0 destroys keys as soon as they are out of use, which only a development island may; give `{island}` at least 1 day, and more than your oldest backup is old"
+        "[retention] days = 0 destroys keys as soon as they are out of use, which is for development islands only; set at least 1 day for `{island}`, and more days than the age of your oldest backup"
     )]
     Retention {
         /// The island.
         island: IslandName,
     },
     /// The database could not be compared with what is known of its history.
-    #[error("the database's history could not be compared or written; the lines above tell why")]
+    #[error("the database's history could not be compared or written; the log lines above say why")]
     NotSettled,
     /// A new version of a root.
     #[error(transparent)]
@@ -562,12 +589,40 @@ pub fn host_name() -> String {
     if name.trim().is_empty() { "kms-server".to_owned() } else { name.trim().to_owned() }
 }
 
-/// How long calls under way may take at shut-down.
+/// How long calls under way may take at the shutdown.
 const GRACE: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_secs(2);
 const USABLE_WITHIN: Duration = Duration::from_secs(10);
-/// How often campaigns are looked at.
+/// How often campaigns are checked.
 const LEADING_INTERVAL: Duration = Duration::from_secs(2);
-/// How often the rotations of groups' keys are looked at: their members are counted then.
+/// How often the rotations of groups' keys are checked, and their members counted.
 const FOLLOWING_INTERVAL: Duration = Duration::from_mins(1);
 const HEALTH_INTERVAL: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    struct Ended(Arc<AtomicBool>);
+
+    impl Drop for Ended {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
+
+    #[tokio::test]
+    async fn background_work_has_ended_when_the_database_may_be_closed() {
+        let (background, ended) = (Background::default(), Arc::new(AtomicBool::new(false)));
+        let guard = Ended(Arc::clone(&ended));
+        background.add(tokio::spawn(async move {
+            let _guard = guard;
+            std::future::pending().await
+        }));
+        tokio::task::yield_now().await;
+        background.end().await;
+        assert!(ended.load(Ordering::SeqCst));
+    }
+}

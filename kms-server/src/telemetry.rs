@@ -2,8 +2,8 @@
 //! carry names of principals, actions and rows; never keys, PINs, wrapped keys or frames. Spans and
 //! metrics carry no names at all.
 //!
-//! Spans are of level `debug`: where no collector is configured, no one asks for them, and one
-//! costs a look at a number.
+//! Spans have level `debug`: without a collector nothing records them, and a span costs one
+//! comparison of a number.
 
 use std::io::IsTerminal;
 
@@ -20,7 +20,7 @@ use tracing_subscriber::{EnvFilter, fmt};
 
 use kms_config::TelemetrySection;
 
-/// Telemetry in use. Dropping it sends what is left.
+/// Telemetry in use. When it is dropped, it sends what is left.
 pub struct Telemetry {
     traces: Option<SdkTracerProvider>,
     metrics: Option<SdkMeterProvider>,
@@ -69,7 +69,7 @@ impl Telemetry {
             .with_reader(PeriodicReader::builder(counts).with_interval(section.metrics_seconds.period()).build())
             .build();
         opentelemetry::global::set_meter_provider(metrics.clone());
-        // Spans only: log lines name rows, and stay here.
+        // Spans only: log lines name rows, and are not sent.
         let own_spans = filter_fn(|metadata| metadata.is_span() && metadata.target().starts_with("kms_"))
             .with_max_level_hint(LevelFilter::DEBUG);
         let layer = tracing_opentelemetry::layer()
@@ -106,14 +106,14 @@ pub enum TelemetryError {
         reason: String,
     },
     /// The endpoint cannot be used.
-    #[error("the OTLP endpoint `{endpoint}` cannot be used: {reason}")]
+    #[error("[telemetry] otlp_endpoint: `{endpoint}` cannot be used: {reason}")]
     Endpoint {
         /// The endpoint.
         endpoint: String,
         /// Why.
         reason: String,
     },
-    /// Something logs already.
+    /// Telemetry was started already.
     #[error("telemetry cannot start: {0}")]
     Start(String),
 }

@@ -93,7 +93,7 @@ pub(crate) async fn refused_calls() -> Vec<Verdict> {
         }
     }
     assert_eq!(refused, CALLS / CALLERS * CALLERS, "a call was not refused");
-    // The neighbour's own grants are on the record.
+    // The neighbour's own grants are recorded.
     let grown = (records(&server).await - before).saturating_sub(times.len());
     let (p50, p99) = percentiles(&times);
     let verdict = Verdict::new(

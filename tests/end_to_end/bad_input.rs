@@ -70,7 +70,10 @@ async fn batches_are_bounded_and_their_members_named() {
         (Vec::new(), "meters: 0 meters"),
         (vec![good.clone(), vec![1]], "meters[1]:"),
         (vec![good.clone(), good.clone()], "occurs twice"),
-        ((1..=10_001_u64).map(|number| number.to_be_bytes().to_vec()).collect(), "10001 meters instead of 1 to 10000"),
+        (
+            (1..=10_001_u64).map(|number| number.to_be_bytes().to_vec()).collect(),
+            "10001 meters; a request has 1 to 10000",
+        ),
     ] {
         let status = ask(meters).await;
         assert_eq!(status.code(), Code::InvalidArgument, "{status}");
@@ -107,8 +110,8 @@ async fn a_missing_permission_never_tells_whether_a_meter_exists() {
     assert_eq!(ask(&head_end, unknown).await.code(), Code::PermissionDenied);
 }
 
-/// Counters are dealt under a client title to whom it is registered for, in every call that deals
-/// some (I4).
+/// Counters are allocated under a client title to the principal that it is registered for, in every
+/// call that allocates some (I4).
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_counts_under_a_client_title_that_is_not_his() {
     let server = DevServer::start();

@@ -181,7 +181,7 @@ async fn connections_without_a_call_hold_up_nobody_and_end() {
         }
     })
     .await;
-    // The one with a call goes on.
+    // The connection with a call continues.
     caller.principals().who_am_i(proto::WhoAmIRequest {}).await.unwrap();
 }
 

@@ -1,4 +1,4 @@
-//! Campaigns over 200 meters that two officers lead and a head-end without keys carries out, over a
+//! Campaigns over 200 meters that two officers lead and a head-end without keys executes, over a
 //! network and with meters that do everything which real ones were seen to do, while servers are
 //! killed at random points.
 #![expect(clippy::indexing_slicing, reason = "tests")]
@@ -178,7 +178,7 @@ impl Island {
         let names: &[&str] =
             if matches!(server.database(), DatabaseLocation::Sqlite(_)) { &["north"] } else { &["north", "south"] };
         let mut servers = Vec::new();
-        // As shipped, nobody is lent a GBEK (I8).
+        // The shipped policies grant a GBEK to nobody (I8).
         let policies = policies_with(server.state(), PERMIT_GBEK);
         for name in names {
             servers.push(server.second(name, |text| format!("{text}\n[policies]\ndirectory = \"{policies}\"\n")).await);
@@ -203,7 +203,7 @@ impl Island {
         servers[0].kms("officer-1", &sample);
         let assign =
             ["--manufacturer", "urn:meterkms:dev:manufacturer:kam", "--head-end", "urn:meterkms:dev:head-end:head-end"];
-        // All is imported, and equal keys are told.
+        // All is imported, and equal keys are reported.
         servers[0].kms_ends("officer-1", &[&["shipment", "import", &shipment], &assign[..]].concat(), 5);
         let own = meter_configs(&server.state().join("vendor/devices.jsonl"));
         let equal = meter_configs(&server.state().join("equal.jsonl.devices.jsonl"));
@@ -550,7 +550,7 @@ async fn is_open(connection: &Connection) -> bool {
     connection.principals().who_am_i(WhoAmIRequest {}).await.is_ok()
 }
 
-/// How tasks ended, as the head-end was told.
+/// How tasks ended, as the server told the head-end.
 #[derive(Debug, Default)]
 struct Ends {
     /// Keys that meters were seen to hold although they are not the active ones, by type.

@@ -1,4 +1,4 @@
-//! A disk that was full and is free again: the server goes on by itself.
+//! A disk that was full and is free again: the server continues by itself.
 
 use std::time::{Duration, Instant};
 

@@ -18,7 +18,7 @@ use serde_json::Value;
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broadcast_key_reaches_its_group_and_leaves_a_former_member_behind() {
     let mut dev = DevServer::start();
-    // As shipped, nobody is lent a broadcast key (I8).
+    // The shipped policies grant a broadcast key to nobody (I8).
     let policies = policies_with(dev.state(), PERMIT);
     dev.kill();
     let server = dev.second("broadcast", |text| format!("{text}\n[policies]\ndirectory = \"{policies}\"\n")).await;
@@ -92,7 +92,7 @@ async fn a_broadcast_key_reaches_its_group_and_leaves_a_former_member_behind() {
     }
 }
 
-/// A campaign of the group's key, from draft to end, carried out by the head-end.
+/// A campaign of the group's key, from draft to end, executed by the head-end.
 async fn rotate(server: &SecondServer, meters: &Arc<Members>) {
     let terms = [
         "--success-threshold",

@@ -68,7 +68,7 @@ async fn a_stuck_log_answers_an_error_and_lets_no_key_out() {
     assert!(began.elapsed() < LONGEST_WAIT, "the caller was kept for {:?}", began.elapsed());
     obstruction.end().await.unwrap();
 
-    // The same request is answered as soon as the log can be written, and is on the record then.
+    // The same request is answered as soon as the log can be written, and is recorded then.
     let mut answer = grants.open_session(request.clone()).await;
     while let Err(status) = answer {
         assert!(began.elapsed() < LONGEST_WAIT, "{status}");
@@ -104,7 +104,7 @@ async fn a_stuck_log_lets_no_wrapped_key_out() {
     obstruction.end().await.unwrap();
 
     // The same request is answered as soon as the log can be written. The key opens under the
-    // meter's KEK, and its leaving is on the record, once.
+    // meter's KEK, and its leaving is recorded, once.
     let mut answer = transfers.begin_transfers(request.clone()).await;
     while let Err(status) = answer {
         assert!(began.elapsed() < LONGEST_WAIT, "{status}");

@@ -1,4 +1,4 @@
-//! I2 and I8: what is refused is on the record too, whichever call it is, and no client fills the
+//! I2 and I8: refusals of every call are recorded too, and no client fills the
 //! disk with it.
 
 use std::{

@@ -55,7 +55,7 @@ async fn no_meter_is_lost_when_roots_are_rotated_and_destroyed() {
     );
     keys.are_granted(&server).await;
 
-    // An officer stops it, and lets it go on faster.
+    // An officer pauses it, and resumes it at a higher rate.
     let pause = proto::PauseRootRotationRequest {
         request_id: request_id(),
         root: STORAGE_KEK.to_owned(),

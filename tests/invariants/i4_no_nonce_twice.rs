@@ -70,8 +70,8 @@ async fn racing_head_ends_never_get_overlapping_leases() {
     assert!(leases.windows(2).all(|pair| pair[0].1 < pair[1].0), "leases overlap");
 }
 
-/// What is put back is an older database. The counters that were lent after the backup must not be
-/// lent again.
+/// What is put back is an older database. The counters that were allocated after the
+/// backup must not be allocated again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_is_put_back_lends_no_counter_again() {
     let mut server = DevServer::start_on_sqlite();

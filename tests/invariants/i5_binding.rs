@@ -147,7 +147,7 @@ async fn nobody_becomes_another_by_copying_a_principals_row() {
 }
 
 /// What answers a repeated request is bound to who asked what, and when: an old grant is not
-/// carried out again under another request (I2, I4).
+/// executed again under another request (I2, I4).
 #[tokio::test(flavor = "multi_thread")]
 async fn a_forged_request_row_carries_no_old_grant_out_again() {
     let scene = Scene::new();

@@ -1,6 +1,6 @@
-//! I6: a proposal is carried out only if distinct people, none of them the requester, have approved
-//! its exact content. Broken on purpose: by the requester, by his second certificate, by edited and
-//! older rows, and by a quorum of nobody.
+//! I6: a proposal is executed only if distinct people, none of them the requester, have approved
+//! its exact content. Broken on purpose: by the requester, by the requester's second certificate,
+//! by edited and older rows, and by a quorum of nobody.
 
 use kms_client::{Connection, new_request_id, proto};
 use kms_store::{RowKind, SealedRow};
@@ -115,7 +115,7 @@ async fn an_approval_that_somebody_writes_into_the_database_approves_nothing() {
             assert_eq!(code(carry_out(&scene.ada, &approved).await), Code::FailedPrecondition);
         }
     }
-    // Carried out once, and then as if it had not been: the older row is refused.
+    // Executed once, then the row from before is put back: the older row is refused.
     scene.put(&approved, with_approval.clone()).await;
     carry_out(&scene.ada, &approved).await.unwrap();
     for older in [with_approval, waiting] {

@@ -1,5 +1,5 @@
-//! I6: a campaign is carried out only if distinct people, none of them the requester, have approved
-//! exactly what is carried out.
+//! I6: a campaign is executed only if distinct people, none of them the requester, have approved
+//! exactly what is executed.
 
 use kms_client::{Connection, new_request_id, proto};
 use kms_store::RowKind;
@@ -104,7 +104,7 @@ async fn people_approve_and_not_certificates() {
     let content = campaign.content_sha256.to_vec();
     let (ada_again, bo_again) =
         (scene.server.add_officer("ada-2", "Ada Officer").await, scene.server.add_officer("bo-2", "Bo Officer").await);
-    // The requester does not approve, whatever he is called.
+    // The requester does not approve, under any name.
     refused(approve(&scene.ada, &campaign, &content).await);
     refused(approve(&ada_again, &campaign, &content).await);
     refused(approve(&scene.bo, &campaign, &[0; 32]).await);

@@ -423,7 +423,7 @@ fn server_command(subcommand: &str, state: &Path) -> Command {
     command
 }
 
-/// What `dev` is told of module and database.
+/// The options of `dev` for module and database.
 fn arguments(module: TestModule, database: Option<&str>) -> Vec<&str> {
     let module = (module == TestModule::SoftHsm2).then_some(["--module", SOFTHSM2]);
     let database = database.map(|address| ["--database", address]);

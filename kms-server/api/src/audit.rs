@@ -12,7 +12,7 @@ use kms_store::AuditCursor;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use crate::caller_of;
+use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
 use kms_service::island::Island;
@@ -22,15 +22,15 @@ use kms_service::{
 };
 
 /// The service over gRPC.
-pub struct AuditApi {
+pub(crate) struct AuditApi {
     island: Arc<Island>,
     log: AuditLog,
     scrubber: Scrubber,
 }
 
 impl AuditApi {
-    /// Of an island.
-    pub fn new(island: Arc<Island>) -> Self {
+    /// The service of this island.
+    pub(crate) fn new(island: Arc<Island>) -> Self {
         Self { log: AuditLog::new(island.clone()), scrubber: Scrubber::new(island.clone()), island }
     }
 
@@ -80,14 +80,15 @@ fn parse_query(message: &ListAuditRecordsRequest) -> Result<LogQuery, ServiceErr
         after: match message.page_token.split_first_chunk::<8>() {
             None if message.page_token.is_empty() => None,
             Some((behind, last)) => {
-                let last =
-                    last.try_into().map_err(|_| ServiceError::invalid("page_token", "it is none of this method"))?;
+                let last = last
+                    .try_into()
+                    .map_err(|_| ServiceError::invalid("page_token", "it is not from an answer of this method"))?;
                 Some(LogPlace {
                     behind: AuditCursor(i64::from_be_bytes(*behind)),
                     last: AuditCursor(i64::from_be_bytes(last)),
                 })
             }
-            None => return Err(ServiceError::invalid("page_token", "it is none of this method")),
+            None => return Err(ServiceError::invalid("page_token", "it is not from an answer of this method")),
         },
         limit: match usize::try_from(message.page_size) {
             Ok(0) => DEFAULT_PAGE,

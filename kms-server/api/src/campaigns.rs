@@ -10,8 +10,8 @@ use std::{
 use futures::{Stream, StreamExt};
 use kms_domain::{
     CampaignAction, CampaignId, CampaignName, CampaignSelection, CampaignTerms, DeviceProfileName, ExposureReason,
-    FlagId, KeyType, MaintenanceWindow, MaintenanceWindows, ParseError, Party, PrincipalId, Quorum, RequestId,
-    SystemTitle, TaskState, WaveSize,
+    FlagId, KeyType, MaintenanceWindow, MaintenanceWindows, ParseError, Party, PrincipalId, Quorum, SystemTitle,
+    TaskState, WaveSize,
 };
 use kms_proto::v1::{
     AcceptanceReport, ApproveCampaignRequest, Campaign, CampaignPlan, CampaignProgress, CampaignReport,
@@ -28,28 +28,25 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::grants::parse_setup;
-use crate::caller_of;
+use crate::parse::{self, parse_reason, parse_setup};
+use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
-use kms_service::island::Island;
-use kms_service::{
-    campaign::{
-        self, CampaignService, Change, LeaseQuery, NewCampaign, PlanPlace, ReportQuery, TaskLease, days_before,
-    },
-    grant::request_digest,
+use kms_service::campaign::{
+    CampaignService, Change, LeaseQuery, NewCampaign, PlanPlace, ReportQuery, TaskLease, days_before,
 };
+use kms_service::island::Island;
 
 /// Both services over gRPC.
 #[derive(Clone)]
-pub struct CampaignApi {
+pub(crate) struct CampaignApi {
     island: Arc<Island>,
     service: CampaignService,
 }
 
 impl CampaignApi {
-    /// Of an island.
-    pub fn new(island: Arc<Island>) -> Self {
+    /// The service of this island.
+    pub(crate) fn new(island: Arc<Island>) -> Self {
         Self { service: CampaignService::new(island.clone()), island }
     }
 
@@ -64,7 +61,7 @@ impl CampaignApi {
         name: &[u8],
         change: Change,
     ) -> Result<Response<Campaign>, Status> {
-        let request = request(
+        let request = parse::request(
             &message.request_id,
             name,
             &ChangeCampaignRequest { request_id: bytes::Bytes::new(), ..message.clone() },
@@ -82,7 +79,7 @@ impl CampaignRpc for CampaignApi {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let same = CreateCampaignRequest { request_id: bytes::Bytes::new(), ..message.clone() };
-        let request = self::request(&message.request_id, b"CreateCampaign", &same)?;
+        let request = parse::request(&message.request_id, b"CreateCampaign", &same)?;
         let plan = message.plan.ok_or_else(|| ServiceError::invalid("plan", "it is missing"))?;
         let group = plan.selection.as_ref().map(|selection| selection.group.clone()).filter(|group| !group.is_empty());
         let mut new = parse_plan(plan)?;
@@ -125,7 +122,7 @@ impl CampaignRpc for CampaignApi {
             ServiceError::invalid("content_sha256", format!("{} octets instead of 32", message.content_sha256.len()))
         })?;
         let same = ApproveCampaignRequest { request_id: bytes::Bytes::new(), ..message.clone() };
-        let request = self::request(&message.request_id, b"ApproveCampaign", &same)?;
+        let request = parse::request(&message.request_id, b"ApproveCampaign", &same)?;
         let campaign = self.service.change(
             &caller,
             request,
@@ -143,21 +140,21 @@ impl CampaignRpc for CampaignApi {
     async fn pause_campaign(&self, request: Request<ChangeCampaignRequest>) -> Result<Response<Campaign>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let change = Change::Pause { reason: reason(&message.reason)? };
+        let change = Change::Pause { reason: parse_reason(message.reason.clone())? };
         self.change(caller, message, b"PauseCampaign", change).await
     }
 
     async fn resume_campaign(&self, request: Request<ChangeCampaignRequest>) -> Result<Response<Campaign>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let change = Change::Resume { reason: reason(&message.reason)? };
+        let change = Change::Resume { reason: parse_reason(message.reason.clone())? };
         self.change(caller, message, b"ResumeCampaign", change).await
     }
 
     async fn abort_campaign(&self, request: Request<ChangeCampaignRequest>) -> Result<Response<Campaign>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let change = Change::Abort { reason: reason(&message.reason)? };
+        let change = Change::Abort { reason: parse_reason(message.reason.clone())? };
         self.change(caller, message, b"AbortCampaign", change).await
     }
 
@@ -186,7 +183,7 @@ impl CampaignRpc for CampaignApi {
                 chunk: u64::from_be_bytes(*chunk),
                 meter: meter.iter().fold(0, |sum, octet| (sum << 8) | usize::from(*octet)),
             },
-            _ => return Err(ServiceError::invalid("page_token", "it is not one of an answer").into()),
+            _ => return Err(ServiceError::invalid("page_token", "it is not from an answer of this method").into()),
         };
         let (meters, next) = self
             .service
@@ -209,7 +206,7 @@ impl CampaignRpc for CampaignApi {
             ("", false) => TaskFilter::All,
             ("", true) => TaskFilter::InDoubt,
             (state, false) => TaskFilter::State(TaskState::parse(state).map_err(ServiceError::parse("state"))?),
-            (_, true) => return Err(ServiceError::invalid("in_doubt", "it and `state` exclude each other").into()),
+            (_, true) => return Err(ServiceError::invalid("in_doubt", "give either `in_doubt` or `state`").into()),
         };
         let after = match message.page_token.len() {
             0 => None,
@@ -259,12 +256,12 @@ impl TaskRpc for CampaignApi {
                         () = tokio::time::sleep(LOOK_EVERY) => {}
                     }
                 }
-                // Nothing is leased that the caller has no room to take: it reads first. Revocation
-                // acts in open streams too.
+                // Nothing is leased before the caller has read the last answer. Revocation also
+                // ends open streams.
                 let Ok(room) = answers.reserve().await else { return };
                 drop(room);
                 next = if caller.not_after <= Island::now() {
-                    Err(ServiceError::unauthenticated("the client certificate has expired").into())
+                    Err(ServiceError::unauthenticated("the client certificate has expired; renew it").into())
                 } else {
                     service.lease(&caller, query).await.map(|tasks| LeaseTasksResponse { tasks }).map_err(Status::from)
                 };
@@ -294,16 +291,13 @@ impl TaskRpc for CampaignApi {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         if message.reason.len() > 128 || message.reason.chars().any(char::is_control) {
-            return Err(ServiceError::invalid("reason", "not up to 128 octets without control characters").into());
+            return Err(
+                ServiceError::invalid("reason", "it is longer than 128 octets or has control characters").into()
+            );
         }
         let lost = self.service.release(&caller, parse_leases(&message.leases)?, message.reason).await?;
         Ok(Response::new(ReleaseTasksResponse { lost: lost.iter().map(lease_message).collect() }))
     }
-}
-
-pub(crate) fn request(id: &[u8], name: &[u8], same: &impl prost::Message) -> Result<campaign::Request, ServiceError> {
-    let id = RequestId::from_octets(id).map_err(ServiceError::parse("request_id"))?;
-    Ok(campaign::Request { id, digest: request_digest(&[name, &same.encode_to_vec()]) })
 }
 
 fn parse_plan(plan: CampaignPlan) -> Result<NewCampaign, ServiceError> {
@@ -315,17 +309,17 @@ fn parse_plan(plan: CampaignPlan) -> Result<NewCampaign, ServiceError> {
         Ok(v1::CampaignAction::Probe) => CampaignAction::Probe,
         Ok(v1::CampaignAction::TakeOver) => CampaignAction::TakeOver,
         Ok(v1::CampaignAction::Unspecified) | Err(_) => {
-            return Err(ServiceError::invalid("plan.action", "none is given, or an unknown one"));
+            return Err(ServiceError::invalid("plan.action", "it is missing or unknown"));
         }
     };
     if !matches!(action, CampaignAction::Rotate(_)) && !plan.key_type.is_empty() {
-        return Err(ServiceError::invalid("plan.key_type", "only a rotation has one"));
+        return Err(ServiceError::invalid("plan.key_type", "only a rotation has a key type"));
     }
     let selection = plan.selection.unwrap_or_default();
     if selection.meters.len() > MOST_NAMED {
         return Err(ServiceError::invalid(
             "plan.selection.meters",
-            format!("{} meters are more than {MOST_NAMED}", selection.meters.len()),
+            format!("{} meters; at most {MOST_NAMED}", selection.meters.len()),
         ));
     }
     let named = (0..).zip(&selection.meters).map(|(number, title)| {
@@ -360,7 +354,9 @@ fn parse_selection(selection: &v1::CampaignSelection) -> Result<CampaignSelectio
     };
     let reason = |text: &str| {
         let known = ExposureReason::ALL.into_iter().find(|reason| reason.name() == text);
-        known.ok_or_else(|| ParseError::new("exposure reason", format!("`{}` is none", text.escape_debug())))
+        known.ok_or_else(|| {
+            ParseError::new("exposure reason", format!("`{}` is not an exposure reason", text.escape_debug()))
+        })
     };
     Ok(CampaignSelection {
         whole_island: selection.whole_island,
@@ -417,7 +413,10 @@ fn parse_terms(terms: v1::CampaignTerms) -> Result<CampaignTerms, ServiceError> 
 
 fn parse_leases(leases: &[TaskLeaseMessage]) -> Result<Vec<TaskLease>, ServiceError> {
     if leases.is_empty() || leases.len() > MOST_LEASES as usize {
-        return Err(ServiceError::invalid("leases", format!("{} leases instead of 1 to {MOST_LEASES}", leases.len())));
+        return Err(ServiceError::invalid(
+            "leases",
+            format!("{} leases; a request has 1 to {MOST_LEASES}", leases.len()),
+        ));
     }
     let parse = |(number, lease): (usize, &TaskLeaseMessage)| {
         Ok(TaskLease {
@@ -441,13 +440,6 @@ fn lease_message(lease: &TaskLease) -> TaskLeaseMessage {
 
 fn campaign_id(octets: &[u8]) -> Result<CampaignId, ServiceError> {
     CampaignId::from_octets(octets).map_err(ServiceError::parse("campaign_id"))
-}
-
-pub(crate) fn reason(text: &str) -> Result<String, ServiceError> {
-    if text.trim().is_empty() || text.len() > 256 {
-        return Err(ServiceError::invalid("reason", "not 1 to 256 octets: the record must say why"));
-    }
-    Ok(text.to_owned())
 }
 
 fn within(field: &str, value: u32, default: u32, most: u32) -> Result<u32, ServiceError> {

@@ -1,11 +1,11 @@
-//! Who may come in: places for handshakes and connections, for each address, each principal, and
-//! the server as a whole.
+//! Admission: bounds on handshakes and connections, for each address, each principal and the whole
+//! server.
 //!
-//! Places for handshakes go to those who speak: where they are short, the connection that has been
-//! silent longest gives its place up; where all speak, the oldest of the address that has the most.
-//! Places for connections go to those who call: where they are short, the oldest gives its place up
-//! that no principal known to the island has called on. So connections of strangers, and of
-//! principals who were disabled, hold up nobody.
+//! When all handshake places are taken, the connection that has been silent longest loses its
+//! place. If all have sent octets, the oldest handshake of the address with the most handshakes
+//! loses its place. When all connection places are taken, the oldest connection without a call of a
+//! known principal loses its place. So connections of strangers and of disabled principals block
+//! nobody.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kms_domain::PrincipalId;
 use tokio::sync::oneshot;
 
-use super::intake::{ConnectionUse, PrincipalUse};
+use crate::usage::{ConnectionUse, PrincipalUse, wide};
 use kms_base::bounds::{Bound, Limits};
 
 /// The places of a listener.
@@ -81,7 +81,7 @@ impl Doorway {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place for a handshake of this address. Who is silent gives up theirs for it.
+    /// A place for a handshake of this address. A silent handshake may lose its place for it.
     ///
     /// # Errors
     /// The bound that is met.
@@ -93,7 +93,8 @@ impl Doorway {
             Err(bound)
         };
         if places.addresses.get(&network).copied().unwrap_or_default() >= self.limits.connections_per_address {
-            // Its own silent handshakes and connections without a call count there too.
+            // The address's own silent handshakes and connections without a call lose their places
+            // first.
             let of_it = |open: &Open| open.network == network;
             if !places.evict(Bound::ConnectionsPerAddress, Some(network))
                 && !places.evict_uncalled(Bound::ConnectionsPerAddress, of_it)
@@ -121,7 +122,7 @@ impl Doorway {
 }
 
 impl Places {
-    /// Takes the place of the handshake that has been silent longest; false if all speak.
+    /// Evicts the handshake that has been silent longest; false if none is silent.
     fn evict(&mut self, bound: Bound, of: Option<Network>) -> bool {
         let silent = |waiting: &Waiting| waiting.silent && of.is_none_or(|network| network == waiting.network);
         let Some(number) = self.handshakes.iter().find(|(_, waiting)| silent(waiting)).map(|(number, _)| *number)
@@ -131,8 +132,8 @@ impl Places {
         self.leave(number).is_some_and(|waiting| waiting.evict.send(bound).is_ok())
     }
 
-    /// Takes the place of the oldest handshake of the network that has the most of them; false if
-    /// none has more than `own`.
+    /// Evicts the oldest handshake of the network that has the most of them; false if no network
+    /// has more than `own`.
     fn evict_of_the_most(&mut self, bound: Bound, own: usize) -> bool {
         let mut of: HashMap<Network, usize> = HashMap::new();
         for waiting in self.handshakes.values() {
@@ -145,8 +146,8 @@ impl Places {
         oldest.and_then(|number| self.leave(number)).is_some_and(|waiting| waiting.evict.send(bound).is_ok())
     }
 
-    /// Takes the place of the oldest of these connections that no known principal has called on;
-    /// false if there is none.
+    /// Evicts the oldest of these connections on which no known principal has called; false if
+    /// there is none.
     fn evict_uncalled(&mut self, bound: Bound, of: impl Fn(&Open) -> bool) -> bool {
         let number =
             self.connections.iter().find(|(_, open)| !open.usage.is_known() && of(open)).map(|(number, _)| *number);
@@ -189,7 +190,7 @@ impl Places {
     }
 }
 
-/// A place for a handshake, until it is dropped or somebody else needs it.
+/// A place for a handshake, until it is dropped or evicted.
 pub(crate) struct HandshakePlace {
     doorway: Arc<Doorway>,
     number: u64,
@@ -198,14 +199,14 @@ pub(crate) struct HandshakePlace {
 }
 
 impl HandshakePlace {
-    /// Resolves when the place is somebody else's.
+    /// Resolves when the handshake is evicted.
     pub(crate) fn evicted(&mut self) -> impl Future<Output = Bound> + use<> {
         let evicted = self.evicted.take();
         async move {
             match evicted {
                 Some(evicted) => match evicted.await {
                     Ok(bound) => bound,
-                    // The place was given back in the ordinary way.
+                    // The place was dropped, not evicted.
                     Err(_) => std::future::pending().await,
                 },
                 None => std::future::pending().await,
@@ -213,17 +214,17 @@ impl HandshakePlace {
         }
     }
 
-    /// The client has sent its first octet: it keeps the place until the handshake has ended.
+    /// Notes the first octet of the client, which ends its silence.
     pub(crate) fn spoke(&self) {
         if let Some(waiting) = self.doorway.places().handshakes.get_mut(&self.number) {
             waiting.silent = false;
         }
     }
 
-    /// A place for the connection of a principal, and what is counted of it.
+    /// A place for the connection of a principal, with its counts.
     ///
     /// # Errors
-    /// The bound that is met: all places are taken by connections on which principals have called.
+    /// The bound that is met: known principals have called on all connections.
     pub(crate) fn connection(&self, principal: &PrincipalId) -> Result<(ConnectionPlace, Arc<ConnectionUse>), Bound> {
         let limits = &self.doorway.limits;
         let mut places = self.doorway.places();
@@ -259,7 +260,7 @@ impl Drop for HandshakePlace {
     }
 }
 
-/// A place for a connection, until it is dropped or somebody else needs it.
+/// A place for a connection, until it is dropped or evicted.
 pub(crate) struct ConnectionPlace {
     doorway: Arc<Doorway>,
     number: u64,
@@ -269,10 +270,6 @@ impl Drop for ConnectionPlace {
     fn drop(&mut self) {
         drop(self.doorway.places().leave_connection(self.number));
     }
-}
-
-fn wide(number: usize) -> u64 {
-    u64::try_from(number).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

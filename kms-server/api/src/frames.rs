@@ -11,8 +11,8 @@ use kms_proto::v1::{
 use prost::Message as _;
 use tonic::{Request, Response, Status};
 
-use super::grants::parse_setup;
-use crate::caller_of;
+use crate::parse::parse_setup;
+use crate::peer::caller_of;
 use kms_authz::Purpose;
 use kms_base::error::ServiceError;
 use kms_service::island::Island;
@@ -22,14 +22,14 @@ use kms_service::{
 };
 
 /// The service over gRPC.
-pub struct FrameApi {
+pub(crate) struct FrameApi {
     island: Arc<Island>,
     service: FrameService,
 }
 
 impl FrameApi {
-    /// Of an island.
-    pub fn new(island: Arc<Island>) -> Self {
+    /// The service of this island.
+    pub(crate) fn new(island: Arc<Island>) -> Self {
         Self { service: FrameService::new(island.clone()), island }
     }
 }
@@ -92,19 +92,29 @@ fn parse_plain(number: usize, frame: PlainFrame) -> Result<frame::PlainFrame, Se
     };
     let content = match (frame.apdu.is_empty(), frame.hls_challenge.len()) {
         (true, 8..=64) => PlainContent::Challenge(frame.hls_challenge.to_vec()),
-        (true, 0) => return Err(ServiceError::invalid(field("apdu"), "it is empty, and there is no hls_challenge")),
+        (true, 0) => {
+            return Err(ServiceError::invalid(
+                field("apdu"),
+                "it is empty and there is no `hls_challenge`: give one of them",
+            ));
+        }
         (true, length) => {
-            return Err(ServiceError::invalid(field("hls_challenge"), format!("{length} octets instead of 8 to 64")));
+            return Err(ServiceError::invalid(
+                field("hls_challenge"),
+                format!("{length} octets; a challenge has 8 to 64"),
+            ));
         }
         (false, 0) => {
             let general = match FrameForm::try_from(frame.form) {
                 Ok(FrameForm::Glo) => false,
                 Ok(FrameForm::GeneralGlo) => true,
-                _ => return Err(ServiceError::invalid(field("form"), "neither GLO nor GENERAL_GLO")),
+                _ => return Err(ServiceError::invalid(field("form"), "it is neither GLO nor GENERAL_GLO")),
             };
             PlainContent::Apdu { apdu: frame.apdu.to_vec(), general }
         }
-        (false, _) => return Err(ServiceError::invalid(field("hls_challenge"), "an apdu is given too; one of them")),
+        (false, _) => {
+            return Err(ServiceError::invalid(field("hls_challenge"), "an `apdu` is given too: give one of them"));
+        }
     };
     Ok(frame::PlainFrame {
         meter: SystemTitle::from_octets(&frame.meter).map_err(ServiceError::parse(field("meter")))?,
@@ -127,10 +137,10 @@ fn parse_ciphered(number: usize, frame: CipheredFrame) -> Result<frame::Received
         (true, false) => {
             return Err(ServiceError::invalid(
                 field("hls_challenge"),
-                format!("{} octets instead of 8 to 64", frame.hls_challenge.len()),
+                format!("{} octets; a challenge has 8 to 64", frame.hls_challenge.len()),
             ));
         }
-        _ => return Err(ServiceError::invalid(field("apdu"), "give either an apdu or an hls_response")),
+        _ => return Err(ServiceError::invalid(field("apdu"), "give either an `apdu` or an `hls_response`")),
     };
     Ok(frame::ReceivedFrame {
         meter: SystemTitle::from_octets(&frame.meter).map_err(ServiceError::parse(field("meter")))?,
@@ -153,7 +163,7 @@ fn result(outcome: FrameOutcome) -> FrameResult {
 
 fn check_count(frames: usize) -> Result<(), ServiceError> {
     if !(1..=MOST_FRAMES).contains(&frames) {
-        return Err(ServiceError::invalid("frames", format!("{frames} frames instead of 1 to {MOST_FRAMES}")));
+        return Err(ServiceError::invalid("frames", format!("{frames} frames; a request has 1 to {MOST_FRAMES}")));
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 use std::{num::NonZeroU32, pin::Pin, sync::Arc};
 
 use futures::{Stream, StreamExt, stream};
-use kms_domain::{GrantId, KeyType, KeyVersionNumber, PrincipalId, RequestId, SecuritySetupId, SystemTitle};
+use kms_domain::{GrantId, KeyType, KeyVersionNumber, PrincipalId, RequestId, SystemTitle};
 use kms_proto::v1::{
     ListGrantsRequest, ListGrantsResponse, MeterRefusal, OpenGroupSessionRequest, OpenSessionRequest,
     OpenSessionResponse, OpenSessionsRequest, OpenSessionsResponse, RevokeGrantRequest, RevokeGrantResponse,
@@ -12,22 +12,22 @@ use kms_proto::v1::{
 use prost::Message as _;
 use tonic::{Request, Response, Status};
 
-use super::meters::parse_group_name;
-use crate::caller_of;
+use crate::parse::{parse_group_name, parse_reason, parse_setup};
+use crate::peer::caller_of;
 use kms_authz::{Caller, Purpose};
 use kms_base::error::ServiceError;
 use kms_service::grant::{Chunk, GrantQuery, GrantService, GrantTargets, Granted, SessionTerms, request_digest};
 use kms_service::island::Island;
 
 /// The service over gRPC.
-pub struct GrantApi {
+pub(crate) struct GrantApi {
     island: Arc<Island>,
     service: GrantService,
 }
 
 impl GrantApi {
-    /// Of an island.
-    pub fn new(island: Arc<Island>) -> Self {
+    /// The service of this island.
+    pub(crate) fn new(island: Arc<Island>) -> Self {
         Self { service: GrantService::new(island.clone()), island }
     }
 
@@ -122,7 +122,7 @@ impl Rpc for GrantApi {
         let request = RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?;
         let meters = parse_meters(&message.meters)?;
         let terms = Arc::new(parse_terms(message.terms.clone(), &[KeyType::GUEK, KeyType::GAK])?);
-        // Where the answer resumes is not part of what is asked.
+        // The place where the answer resumes is not part of the request's identity.
         let digest = request_digest(&[
             b"OpenSessions",
             &OpenSessionsRequest { request_id: bytes::Bytes::new(), first_chunk: 0, ..message }.encode_to_vec(),
@@ -148,15 +148,15 @@ impl Rpc for GrantApi {
         let batch = Arc::new(self.service.begin_batch(&caller, meters.len())?);
         let service = self.service.clone();
         let island = self.island.clone();
-        // A few chunks are under way at once: one is committed while another is wrapped. A caller
-        // that reads slowly slows this down.
+        // A few chunks are under way at once: one is committed while another is wrapped. They wait
+        // for a caller that reads slowly.
         let answers = stream::iter(chunks.into_iter().skip(usize::try_from(first_chunk).unwrap_or(usize::MAX)))
             .map(move |chunk| {
                 let (service, caller, island, batch) = (service.clone(), caller.clone(), island.clone(), batch.clone());
                 async move {
                     let _turn = batch.turn().await;
-                    // Revocation acts in open streams too: an expired certificate ends them, and
-                    // each chunk reads the principal anew.
+                    // Revocation also ends open streams: an expired certificate ends them here, and
+                    // each chunk reads the principal's row again.
                     if caller.not_after <= Island::now() {
                         let reason =
                             format!("the client certificate has expired; renew it at island {}", island.name());
@@ -204,10 +204,7 @@ impl Rpc for GrantApi {
         let message = request.into_inner();
         let request = RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?;
         let grant = GrantId::from_octets(&message.grant_id).map_err(ServiceError::parse("grant_id"))?;
-        if message.reason.trim().is_empty() || message.reason.len() > 256 {
-            return Err(ServiceError::invalid("reason", "not 1 to 256 octets: the record must say why").into());
-        }
-        let grant = self.service.revoke(&caller, request, grant, message.reason).await?;
+        let grant = self.service.revoke(&caller, request, grant, parse_reason(message.reason)?).await?;
         Ok(Response::new(RevokeGrantResponse { grant: Some(grant) }))
     }
 }
@@ -232,7 +229,10 @@ fn answer(chunk_index: u32, chunk_count: u32, granted: Granted) -> OpenSessionsR
 
 fn parse_meters(titles: &[bytes::Bytes]) -> Result<Vec<SystemTitle>, ServiceError> {
     if titles.is_empty() || titles.len() > MOST_METERS {
-        return Err(ServiceError::invalid("meters", format!("{} meters instead of 1 to {MOST_METERS}", titles.len())));
+        return Err(ServiceError::invalid(
+            "meters",
+            format!("{} meters; a request has 1 to {MOST_METERS}", titles.len()),
+        ));
     }
     let mut meters = Vec::with_capacity(titles.len());
     for (number, title) in titles.iter().enumerate() {
@@ -259,7 +259,7 @@ fn parse_terms(terms: Option<kms_proto::v1::SessionTerms>, default: &[KeyType]) 
             let field = format!("terms.key_types[{number}]");
             let key_type = KeyType::parse(name).map_err(ServiceError::parse(field.clone()))?;
             if key_type == KeyType::DEDICATED {
-                return Err(ServiceError::invalid(field, "a dedicated key is asked for by `dedicated_key`"));
+                return Err(ServiceError::invalid(field, "request a dedicated key with `dedicated_key`"));
             }
             if key_types.contains(&key_type) {
                 return Err(ServiceError::invalid(field, format!("`{key_type}` occurs twice")));
@@ -294,15 +294,6 @@ fn parse_terms(terms: Option<kms_proto::v1::SessionTerms>, default: &[KeyType]) 
             SessionTerms::LONGEST_LIFETIME,
         )?,
     })
-}
-
-/// A security setup's OBIS code, 6 octets; empty is `None`.
-pub(crate) fn parse_setup(field: &str, obis: &[u8]) -> Result<Option<SecuritySetupId>, ServiceError> {
-    match obis {
-        [] => Ok(None),
-        [0, b, 43, 0, e, 255] => Ok(Some(SecuritySetupId::from_octets([*b, *e]))),
-        _ => Err(ServiceError::invalid(field, "not the 6 octets of an OBIS code 0.b.43.0.e.255")),
-    }
 }
 
 const MOST_METERS: usize = 10_000;

@@ -1,4 +1,4 @@
-//! `meterkms.v1.HsmService`: what the tokens can do and hold.
+//! `meterkms.v1.HsmService`: the capabilities and the objects of the tokens.
 
 use std::sync::Arc;
 
@@ -8,19 +8,19 @@ use kms_proto::v1;
 use kms_proto::v1::hsm_service_server::HsmService;
 use tonic::{Request, Response, Status};
 
-use crate::caller_of;
+use crate::peer::caller_of;
 use kms_authz::Action;
 use kms_base::error::ServiceError;
 use kms_service::island::Island;
 
-/// The service of one island.
-pub struct HsmApi {
+/// The service over gRPC.
+pub(crate) struct HsmApi {
     island: Arc<Island>,
 }
 
 impl HsmApi {
-    /// The service over this island.
-    pub const fn new(island: Arc<Island>) -> Self {
+    /// The service of this island.
+    pub(crate) const fn new(island: Arc<Island>) -> Self {
         Self { island }
     }
 
@@ -61,7 +61,7 @@ fn token_check(token: &Token) -> v1::TokenCheck {
         TokenState::Usable(_) => ("usable", String::new()),
         TokenState::Unusable { reason, next_step, .. } => ("unusable", format!("{reason}; {next_step}")),
     };
-    // Where something essential is missing, the table tells what.
+    // If something essential is missing, the table says what.
     let capabilities = token.capabilities();
     v1::TokenCheck {
         label: token.label().to_owned(),

@@ -1,30 +1,32 @@
-//! gRPC: the listener, and protobuf messages to and from domain types. No decisions are made here.
+//! gRPC: the listener, and the conversion of protobuf messages to domain types and back. This crate
+//! makes no decisions.
 
-pub mod audit;
-pub mod campaigns;
+mod audit;
+mod campaigns;
 mod doorway;
-pub mod frames;
-pub mod grants;
-pub mod hsm;
+mod frames;
+mod grants;
+mod hsm;
 pub mod intake;
 pub mod listener;
-pub mod meters;
+mod messages;
+mod meters;
 mod methods;
-pub mod owners;
-pub mod principals;
-pub mod proposals;
+mod owners;
+mod parse;
+mod peer;
+mod principals;
+mod proposals;
 pub mod refusals;
-pub mod roots;
-pub mod shipments;
+mod roots;
+mod shipments;
 pub mod telemetry;
 pub mod tls;
-pub mod transfers;
+mod transfers;
+mod usage;
 
 use std::sync::Arc;
 
-use kms_authz::Caller;
-use kms_base::ServiceError;
-use kms_domain::{IslandName, UnixMillis};
 use kms_proto::v1::audit_service_server::AuditServiceServer;
 use kms_proto::v1::campaign_service_server::CampaignServiceServer;
 use kms_proto::v1::device_type_service_server::DeviceTypeServiceServer;
@@ -46,18 +48,9 @@ use kms_service::certificate::CertificateAuthority;
 use kms_service::island::Island;
 use kms_service::principal::Principals;
 
-/// The caller of a request that came over a connection of the listener.
-///
-/// # Errors
-/// Unauthenticated: no certificate, one of another island, or one that has expired since the
-/// handshake.
-fn caller_of<T>(request: &tonic::Request<T>, island: &IslandName, now: UnixMillis) -> Result<Caller, ServiceError> {
-    Caller::of(request.extensions().get::<listener::Peer>().map(|peer| &*peer.certificate), island, now)
-}
-
 /// All services of an island.
 pub fn routes(island: Arc<Island>, authority: CertificateAuthority, limits: &Limits) -> Routes {
-    // What a message may have is compared in `intake`, by method; this is the backstop.
+    // `intake` compares each message with the bound of its method. This bound is the second line.
     let most = limits.number(Bound::LargeMessageOctets);
     let principals = Arc::new(Principals::new(Arc::clone(&island), authority, limits.principal_days()));
     let owners = owners::OwnerApi::new(Arc::clone(&island));

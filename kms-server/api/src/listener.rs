@@ -1,6 +1,6 @@
-//! The accept loop: TCP, then the TLS handshake with a time limit, then tonic. Everything that a
-//! stranger can make the server hold is bounded here, before any of their octets reach HTTP/2; so
-//! is what one principal can hold of connections.
+//! The accept loop: TCP, then the TLS handshake with a time limit, then tonic. It bounds everything
+//! that a stranger can make the server hold, before any octet reaches HTTP/2, and the connections
+//! of each principal.
 
 use async_recursion::async_recursion as boxed;
 use std::io;
@@ -21,9 +21,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
 
-use super::doorway::{ConnectionPlace, Doorway, HandshakePlace};
-use super::intake::ConnectionUse;
-use super::tls::{ServerTls, TlsError};
+use crate::doorway::{ConnectionPlace, Doorway, HandshakePlace};
+use crate::peer::Peer;
+use crate::tls::{ServerTls, TlsError};
 use kms_authz::{PeerCertificate, PeerCertificateError};
 use kms_base::Seldom;
 use kms_base::bounds::{Bound, Limits};
@@ -36,14 +36,14 @@ pub struct TransportLimits {
 }
 
 impl TransportLimits {
-    /// Those of the configuration.
+    /// The limits of the configuration.
     pub fn of(limits: &Limits) -> Self {
         let narrow = |bound| u32::try_from(limits.of(bound)).unwrap_or(u32::MAX);
         Self { streams: narrow(Bound::StreamsPerConnection), headers: narrow(Bound::HeaderOctets) }
     }
 
-    /// A tonic server with these limits. Octets that no service has taken yet are bounded by the
-    /// window of the connection; a client that resets streams faster than they end is disconnected
+    /// A tonic server with these limits. The window of the connection bounds octets that no service
+    /// has read yet. A client that resets streams faster than they end is disconnected
     /// (CVE-2023-44487).
     pub fn server(&self) -> Server {
         Server::builder()
@@ -77,7 +77,7 @@ impl Listener {
         Ok(Self { tcp: TcpListener::bind(address).await?, tls, limits: limits.clone() })
     }
 
-    /// The address that is bound; its port is known here when 0 was asked for.
+    /// The bound address, with the real port if the configured port is 0.
     ///
     /// # Errors
     /// The operating system does not tell.
@@ -101,7 +101,7 @@ impl Listener {
                 accepted = self.tcp.accept() => match accepted {
                     Ok(accepted) => accepted,
                     Err(error) => {
-                        // Out of file descriptors, or a client that left: neither ends the server.
+                        // No file descriptor is free, or the client left: neither ends the server.
                         refused.say(|unsaid| tracing::warn!(%error, unsaid, "cannot accept a connection"));
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                         continue;
@@ -116,8 +116,7 @@ impl Listener {
                     continue;
                 }
             };
-            let hello =
-                Hello { acceptor: TlsAcceptor::from(self.tls.current()), tcp, remote, limits: self.limits.clone() };
+            let hello = Hello { acceptor: TlsAcceptor::from(self.tls.current()), tcp, limits: self.limits.clone() };
             let (ready, refused) = (ready.clone(), Arc::clone(&refused));
             tokio::spawn(async move {
                 match hello.meet(place).await {
@@ -133,17 +132,16 @@ impl Listener {
 struct Hello {
     acceptor: TlsAcceptor,
     tcp: TcpStream,
-    remote: SocketAddr,
     limits: Limits,
 }
 
 impl Hello {
-    /// The handshake, as long as the place for it is not needed for somebody who speaks.
+    /// Makes the handshake, until it is evicted.
     async fn meet(self, mut place: HandshakePlace) -> Result<TlsConnection, HandshakeError> {
         let evicted = place.evicted();
         let meeting = async {
             let in_time = |bound| self.limits.time(bound);
-            // TLS begins with the client: who has said nothing by now holds a place for nothing.
+            // In TLS the client sends first: a silent client needs no place.
             let spoken = tokio::time::timeout(in_time(Bound::FirstOctetSeconds), self.tcp.peek(&mut [0])).await;
             if spoken.map_err(|_| HandshakeError::met(Bound::FirstOctetSeconds))?? == 0 {
                 return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
@@ -161,14 +159,14 @@ impl Hello {
                     let first_call = Some(Box::pin(tokio::time::sleep(in_time(Bound::FirstCallSeconds))));
                     Ok(TlsConnection {
                         stream,
-                        peer: Peer { certificate, remote: self.remote, usage },
+                        peer: Peer { certificate, usage },
                         first_call,
                         closing: None,
                         _place: place,
                     })
                 }
                 Err(bound) => {
-                    // The client learns why; it has a second to take it.
+                    // The client gets the reason. It has a short time to read it.
                     drop(tokio::time::timeout(FAREWELL, farewell(&mut stream, bound, &self.limits)).await);
                     Err(HandshakeError::Bound { bound: bound.name(), principal: certificate.principal.to_string() })
                 }
@@ -192,27 +190,16 @@ async fn farewell(stream: &mut TlsStream<TcpStream>, bound: Bound, limits: &Limi
     frames.extend(reason.as_bytes().get(..usize::from(length) - 8).unwrap_or_default());
     stream.write_all(&frames).await?;
     stream.shutdown().await?;
-    // Octets that nobody has read would make the close a reset, which takes the frames along.
+    // Unread octets would turn the close into a reset, which discards the frames.
     while stream.read(&mut [0; 256]).await? > 0 {}
     Ok(())
-}
-
-/// What every request of a connection carries in its extensions.
-#[derive(Clone, Debug)]
-pub struct Peer {
-    /// The client's certificate.
-    pub certificate: Arc<PeerCertificate>,
-    /// Where the connection comes from.
-    pub remote: SocketAddr,
-    /// What is counted of the connection.
-    pub usage: Arc<ConnectionUse>,
 }
 
 /// A connection of a principal, after its handshake.
 pub struct TlsConnection {
     stream: TlsStream<TcpStream>,
     peer: Peer,
-    /// Runs until the first call: HTTP/2 sends no pings before its preface has come.
+    /// Runs until the first call: HTTP/2 sends no pings before the client's preface.
     first_call: Option<Pin<Box<Sleep>>>,
     /// Runs when the connection is to end.
     closing: Option<Pin<Box<Sleep>>>,
@@ -243,11 +230,11 @@ impl AsyncRead for TlsConnection {
         }
         if self.peer.usage.is_cut(cx) {
             if !self.peer.usage.has_called() {
-                // Nothing was answered on it, and somebody else has its place.
+                // It has no unsent answers, and its place is given to another connection.
                 return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
             }
-            // Nothing more is read; what was answered has a moment to leave, then this looks like
-            // the client's end.
+            // Nothing more is read. Answers have a short time to be sent; then this reads as the
+            // end of the client's octets.
             return self
                 .closing
                 .get_or_insert_with(|| Box::pin(tokio::time::sleep(FAREWELL)))
@@ -291,9 +278,9 @@ enum HandshakeError {
     Io(#[from] io::Error),
     #[error(transparent)]
     Certificate(#[from] TlsError),
-    #[error("the bound `{0}` is met")]
+    #[error("the bound `{0}` is reached")]
     Met(&'static str),
-    #[error("`{principal}` may have no further connection: the bound `{bound}` is met")]
+    #[error("`{principal}` may open no further connection: the bound `{bound}` is reached")]
     Bound { bound: &'static str, principal: String },
 }
 
@@ -308,9 +295,9 @@ impl HandshakeError {
 const READY_CONNECTIONS: usize = 64;
 /// How long the loop waits after an accept that failed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// How long an answer may take to leave before the connection is closed.
+/// How long sending an answer may take before the connection is closed.
 const FAREWELL: Duration = Duration::from_millis(500);
-/// A connection that is idle for so long is asked for a sign of life, and closed without one.
+/// After this time an idle connection gets a ping, and it is closed without an answer.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 const STREAM_WINDOW: u32 = 256 << 10;
 /// Part of what a connection can hold: see `request_octets_per_connection`.

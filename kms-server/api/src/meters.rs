@@ -3,34 +3,30 @@
 use std::sync::Arc;
 
 use kms_domain::{
-    DeviceProfileName, FlagId, KeyType, KeyVersionNumber, MeterStatus, Party, PrincipalId, Quorum, RequestId,
-    SecuritySetupId, SystemTitle, check_batch, check_serial,
+    DeviceProfileName, FlagId, KeyType, KeyVersionNumber, MeterStatus, Party, PrincipalId, Quorum, SecuritySetupId,
+    SystemTitle, check_batch, check_serial,
 };
 use kms_proto::v1::{self, meter_service_server::MeterService as Rpc};
-use prost::Message as _;
 use tonic::{Response, Status};
 
-use crate::caller_of;
+use crate::parse::{self, parse_group_name, parse_optional_reason, parse_setup};
+use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
 use kms_service::island::Island;
-use kms_service::{
-    grant::request_digest,
-    meter::{
-        Assignment, Compromise, CounterFloor, CounterRaise, Enrolment, Filter, MeterService, NewMeter, Request,
-        Selection,
-    },
+use kms_service::meter::{
+    Assignment, Compromise, CounterFloor, CounterRaise, Enrolment, Filter, MeterService, NewMeter, Selection,
 };
 
 /// The service over gRPC.
-pub struct MeterApi {
+pub(crate) struct MeterApi {
     island: Arc<Island>,
     service: MeterService,
 }
 
 impl MeterApi {
-    /// Of an island.
-    pub fn new(island: Arc<Island>) -> Self {
+    /// The service of this island.
+    pub(crate) fn new(island: Arc<Island>) -> Self {
         Self { service: MeterService::new(island.clone()), island }
     }
 
@@ -73,22 +69,22 @@ impl Rpc for MeterApi {
     ) -> Result<Response<v1::ChangeMetersResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let digest = request_digest(&[
-            b"AssignMeters",
-            &v1::AssignMetersRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec(),
-        ]);
-        let request = Request {
-            id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
-            digest,
-        };
+        let same = v1::AssignMetersRequest { request_id: bytes::Bytes::new(), ..message.clone() };
+        let request = parse::request(&message.request_id, b"AssignMeters", &same)?;
         let selection = match (message.meters.is_empty(), message.filter) {
             (false, None) => Selection::Meters(parse_meters(&message.meters)?),
             (true, Some(filter)) => Selection::Filter(parse_filter(filter, "filter")?),
             (false, Some(_)) => {
-                return Err(ServiceError::invalid("filter", "meters are named already: give one or the other").into());
+                return Err(
+                    ServiceError::invalid("filter", "meters are named too: give either `meters` or `filter`").into()
+                );
             }
             (true, None) => {
-                return Err(ServiceError::invalid("meters", "no meter is named, and there is no filter").into());
+                return Err(ServiceError::invalid(
+                    "meters",
+                    "no meter is named and there is no filter: give one of them",
+                )
+                .into());
             }
         };
         let head_end = parse_principal(&message.head_end, "head_end")?;
@@ -102,14 +98,8 @@ impl Rpc for MeterApi {
     ) -> Result<Response<v1::ChangeMetersResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let digest = request_digest(&[
-            b"AdoptCounters",
-            &v1::AdoptCountersRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec(),
-        ]);
-        let request = Request {
-            id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
-            digest,
-        };
+        let same = v1::AdoptCountersRequest { request_id: bytes::Bytes::new(), ..message.clone() };
+        let request = parse::request(&message.request_id, b"AdoptCounters", &same)?;
         bounded(message.floors.len(), "floors")?;
         let floors = message
             .floors
@@ -127,11 +117,7 @@ impl Rpc for MeterApi {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let same = v1::ProposeCounterRaiseRequest { request_id: bytes::Bytes::new(), ..message.clone() };
-        let digest = request_digest(&[b"ProposeCounterRaise", &same.encode_to_vec()]);
-        let request = Request {
-            id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
-            digest,
-        };
+        let request = parse::request(&message.request_id, b"ProposeCounterRaise", &same)?;
         let key_type = match message.key_type.as_str() {
             "" => KeyType::GUEK,
             name => KeyType::parse(name).map_err(ServiceError::parse("key_type"))?,
@@ -139,20 +125,20 @@ impl Rpc for MeterApi {
         if ![KeyType::GUEK, KeyType::GBEK].contains(&key_type) {
             return Err(ServiceError::invalid(
                 "key_type",
-                format!("a {key_type} has no invocation counter; GUEK and GBEK have"),
+                format!("a {key_type} has no invocation counter; only a GUEK or a GBEK has one"),
             )
             .into());
         }
         let version = Some(message.key_version).filter(|version| *version > 0).map(KeyVersionNumber::new).transpose();
         let raise = CounterRaise {
             meter: SystemTitle::from_octets(&message.meter).map_err(ServiceError::parse("meter"))?,
-            setup: super::grants::parse_setup("security_setup", &message.security_setup)?,
+            setup: parse_setup("security_setup", &message.security_setup)?,
             key_type,
             version: version.map_err(ServiceError::parse("key_version"))?,
             client_title: SystemTitle::from_octets(&message.client_title)
                 .map_err(ServiceError::parse("client_title"))?,
             to: message.to,
-            reason: parse_reason(message.reason)?,
+            reason: parse_optional_reason(message.reason)?,
             quorum: message.quorum.map_or(Ok(Quorum::ONE), Quorum::new).map_err(ServiceError::parse("quorum"))?,
         };
         Ok(Response::new(self.service.propose_raise(&caller, request, raise).await?))
@@ -164,20 +150,14 @@ impl Rpc for MeterApi {
     ) -> Result<Response<v1::Meter>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let digest = request_digest(&[
-            b"ReportCompromise",
-            &v1::ReportCompromiseRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec(),
-        ]);
-        let request = Request {
-            id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
-            digest,
-        };
+        let same = v1::ReportCompromiseRequest { request_id: bytes::Bytes::new(), ..message.clone() };
+        let request = parse::request(&message.request_id, b"ReportCompromise", &same)?;
         if message.reason.trim().is_empty() {
-            return Err(ServiceError::invalid("reason", "it is empty: the record must say why").into());
+            return Err(ServiceError::invalid("reason", "it is empty: the audit record must say why").into());
         }
         let compromise = Compromise {
             meter: SystemTitle::from_octets(&message.meter).map_err(ServiceError::parse("meter"))?,
-            setup: super::grants::parse_setup("security_setup", &message.security_setup)?,
+            setup: parse_setup("security_setup", &message.security_setup)?,
             key_type: KeyType::parse(&message.key_type).map_err(ServiceError::parse("key_type"))?,
             version: KeyVersionNumber::new(message.key_version).map_err(ServiceError::parse("key_version"))?,
             known_to: match message.known_to.as_str() {
@@ -185,7 +165,7 @@ impl Rpc for MeterApi {
                 "vendor" => Party::Vendor,
                 uri => PrincipalId::parse(uri).map(Party::Principal).map_err(ServiceError::parse("known_to"))?,
             },
-            reason: parse_reason(message.reason)?,
+            reason: parse_optional_reason(message.reason)?,
         };
         Ok(Response::new(self.service.report_compromise(&caller, request, compromise).await?))
     }
@@ -196,14 +176,8 @@ impl Rpc for MeterApi {
     ) -> Result<Response<v1::ChangeMetersResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let digest = request_digest(&[
-            b"EnrolMeters",
-            &v1::EnrolMetersRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec(),
-        ]);
-        let request = Request {
-            id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
-            digest,
-        };
+        let same = v1::EnrolMetersRequest { request_id: bytes::Bytes::new(), ..message.clone() };
+        let request = parse::request(&message.request_id, b"EnrolMeters", &same)?;
         bounded(message.meters.len(), "meters")?;
         check_batch(&message.batch).map_err(ServiceError::parse("batch"))?;
         let mut meters: Vec<NewMeter> = Vec::with_capacity(message.meters.len());
@@ -211,7 +185,7 @@ impl Rpc for MeterApi {
         for (index, meter) in message.meters.iter().enumerate() {
             let meter = parse_new_meter(meter, index)?;
             if !titles.insert(meter.title) {
-                return Err(ServiceError::invalid(format!("meters[{index}].meter"), "it is named twice").into());
+                return Err(ServiceError::invalid(format!("meters[{index}].meter"), "it occurs twice").into());
             }
             meters.push(meter);
         }
@@ -231,16 +205,10 @@ impl Rpc for MeterApi {
     ) -> Result<Response<v1::ChangeMetersResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let digest = request_digest(&[
-            b"RetireMeters",
-            &v1::RetireMetersRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec(),
-        ]);
-        let request = Request {
-            id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
-            digest,
-        };
+        let same = v1::RetireMetersRequest { request_id: bytes::Bytes::new(), ..message.clone() };
+        let request = parse::request(&message.request_id, b"RetireMeters", &same)?;
         let meters = parse_meters(&message.meters)?;
-        Ok(Response::new(self.service.retire(&caller, request, meters, parse_reason(message.reason)?).await?))
+        Ok(Response::new(self.service.retire(&caller, request, meters, parse_optional_reason(message.reason)?).await?))
     }
 
     async fn replace_meter(
@@ -249,17 +217,13 @@ impl Rpc for MeterApi {
     ) -> Result<Response<v1::ChangeMetersResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let digest = request_digest(&[
-            b"ReplaceMeter",
-            &v1::ReplaceMeterRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec(),
-        ]);
-        let request = Request {
-            id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
-            digest,
-        };
+        let same = v1::ReplaceMeterRequest { request_id: bytes::Bytes::new(), ..message.clone() };
+        let request = parse::request(&message.request_id, b"ReplaceMeter", &same)?;
         let old = SystemTitle::from_octets(&message.old_meter).map_err(ServiceError::parse("old_meter"))?;
         let new = SystemTitle::from_octets(&message.new_meter).map_err(ServiceError::parse("new_meter"))?;
-        Ok(Response::new(self.service.replace(&caller, request, old, new, parse_reason(message.reason)?).await?))
+        Ok(Response::new(
+            self.service.replace(&caller, request, old, new, parse_optional_reason(message.reason)?).await?,
+        ))
     }
 }
 
@@ -295,7 +259,7 @@ fn parse_meters(meters: &[bytes::Bytes]) -> Result<Vec<SystemTitle>, ServiceErro
     for (index, octets) in meters.iter().enumerate() {
         let title = SystemTitle::from_octets(octets).map_err(ServiceError::parse(format!("meters[{index}]")))?;
         if !known.insert(title) {
-            return Err(ServiceError::invalid(format!("meters[{index}]"), "it is named twice"));
+            return Err(ServiceError::invalid(format!("meters[{index}]"), "it occurs twice"));
         }
         titles.push(title);
     }
@@ -306,31 +270,19 @@ fn bounded(count: usize, field: &str) -> Result<(), ServiceError> {
     if (1..=MeterService::MOST_METERS).contains(&count) {
         return Ok(());
     }
-    Err(ServiceError::invalid(field, format!("{count} entries instead of 1 to {}", MeterService::MOST_METERS)))
+    Err(ServiceError::invalid(field, format!("{count} entries; a request has 1 to {}", MeterService::MOST_METERS)))
 }
 
 fn parse_floor(floor: &v1::CounterFloor, index: usize) -> Result<CounterFloor, ServiceError> {
     let field = |name: &str| format!("floors[{index}].{name}");
     Ok(CounterFloor {
         meter: SystemTitle::from_octets(&floor.meter).map_err(ServiceError::parse(field("meter")))?,
-        setup: parse_setup(&floor.security_setup, &field("security_setup"))?,
+        setup: parse_setup(&field("security_setup"), &floor.security_setup)?.unwrap_or(SecuritySetupId::DEFAULT),
         client_title: SystemTitle::from_octets(&floor.client_title)
             .map_err(ServiceError::parse(field("client_title")))?,
         floor: floor.floor,
         owned_by: parse_principal(&floor.owned_by, &field("owned_by"))?,
     })
-}
-
-/// The OBIS of a security setup, 6 octets; empty is the first one of all meters, 0.0.43.0.0.255.
-fn parse_setup(obis: &[u8], field: &str) -> Result<SecuritySetupId, ServiceError> {
-    match obis {
-        [] => Ok(SecuritySetupId::DEFAULT),
-        [0, b, 43, 0, e, 255] => Ok(SecuritySetupId::from_octets([*b, *e])),
-        _ => Err(ServiceError::invalid(
-            field,
-            "it is not the logical name of a security setup, 0.b.43.0.e.255 in 6 octets",
-        )),
-    }
 }
 
 fn parse_new_meter(meter: &v1::NewMeter, index: usize) -> Result<NewMeter, ServiceError> {
@@ -345,7 +297,7 @@ fn parse_new_meter(meter: &v1::NewMeter, index: usize) -> Result<NewMeter, Servi
     for (at, group) in meter.groups.iter().enumerate() {
         parse_group_name(group.clone(), &field(&format!("groups[{at}]")))?;
         if meter.groups.iter().take(at).any(|earlier| earlier == group) {
-            return Err(ServiceError::invalid(field(&format!("groups[{at}]")), "it is named twice"));
+            return Err(ServiceError::invalid(field(&format!("groups[{at}]")), "it occurs twice"));
         }
     }
     Ok(NewMeter {
@@ -355,18 +307,6 @@ fn parse_new_meter(meter: &v1::NewMeter, index: usize) -> Result<NewMeter, Servi
     })
 }
 
-/// A group's or device type's name.
-pub(crate) fn parse_group_name(name: String, field: &str) -> Result<String, ServiceError> {
-    let well_formed = (1..=64).contains(&name.len())
-        && name.starts_with(|first: char| first.is_ascii_lowercase())
-        && name.bytes().all(|octet| octet.is_ascii_lowercase() || octet.is_ascii_digit() || octet == b'-');
-    if well_formed {
-        Ok(name)
-    } else {
-        Err(ServiceError::invalid(field, "not 1 to 64 of a-z, 0-9 and `-`, starting with a letter"))
-    }
-}
-
 fn parse_principal(uri: &str, field: &str) -> Result<Option<PrincipalId>, ServiceError> {
     match uri {
         "" => Ok(None),
@@ -374,22 +314,11 @@ fn parse_principal(uri: &str, field: &str) -> Result<Option<PrincipalId>, Servic
     }
 }
 
-fn parse_reason(reason: String) -> Result<String, ServiceError> {
-    if reason.len() > LONGEST_REASON || reason.chars().any(char::is_control) {
-        return Err(ServiceError::invalid(
-            "reason",
-            format!("it is longer than {LONGEST_REASON} octets or has control characters"),
-        ));
-    }
-    Ok(reason)
-}
-
 /// Finds meters that are assigned to no head-end.
 const NO_HEAD_END: &str = "none";
 const DEFAULT_PAGE: u32 = 100;
 const LARGEST_PAGE: u32 = 1_000;
 const MOST_GROUPS: usize = 64;
-const LONGEST_REASON: usize = 256;
 
 #[cfg(test)]
 mod tests {
@@ -448,6 +377,5 @@ mod tests {
         ] {
             assert_eq!(field(parse_floor(&floor, 0).unwrap_err()), expected);
         }
-        assert!(parse_reason("x".repeat(257)).is_err() && parse_reason("a\tb".into()).is_err());
     }
 }

@@ -1,5 +1,4 @@
-//! What the methods of the contract are, for what must be known of a call before its message is
-//! read.
+//! The methods of the contract, for decisions before the message of a call is read.
 
 use std::collections::HashMap;
 use std::sync::LazyLock;
@@ -11,7 +10,7 @@ use kms_base::bounds::Bound;
 /// A method of the contract, of health or of reflection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Method {
-    /// Which bound its messages have.
+    /// The bound of its messages.
     pub(crate) message: Bound,
     /// Whether the client sends a stream of messages.
     pub(crate) streaming: bool,
@@ -19,7 +18,7 @@ pub(crate) struct Method {
     pub(crate) answers_stream: bool,
 }
 
-/// The method of a path; none where this server has none such.
+/// The method of a path; none if this server does not have it.
 pub(crate) fn of(path: &str) -> Option<Method> {
     METHODS.get(path).copied()
 }
@@ -52,7 +51,7 @@ static METHODS: LazyLock<HashMap<String, Method>> = LazyLock::new(|| {
     methods
 });
 
-/// Which bound the messages of a method have: that of the largest message that its service takes.
+/// The bound of the messages of a method: enough for the largest message that its service accepts.
 fn bound_of(service: &str, method: &str) -> Bound {
     match (service, method) {
         ("FrameService", _)

@@ -7,31 +7,29 @@ use kms_domain::{
     SystemTitle,
 };
 use kms_proto::v1::{self, device_type_service_server::DeviceTypeService, group_service_server::GroupService};
-use prost::Message as _;
 use tonic::{Request, Response, Status};
 
-use super::{grants::parse_setup, meters::parse_group_name};
-use crate::caller_of;
+use crate::parse::{self, parse_group_name, parse_setup};
+use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
 use kms_service::island::Island;
 use kms_service::{
-    grant::request_digest,
-    meter::{self, Membership, MeterService},
+    meter::{Membership, MeterService},
     owner::{NamedGroupKey, NewDeviceType, NewOwnerKey, OwnerService, Switch},
 };
 
-/// Both services over gRPC. Clones share what is known of groups.
+/// Both services over gRPC. Clones share the cache of groups.
 #[derive(Clone)]
-pub struct OwnerApi {
+pub(crate) struct OwnerApi {
     island: Arc<Island>,
     service: OwnerService,
     meters: MeterService,
 }
 
 impl OwnerApi {
-    /// Of an island.
-    pub fn new(island: Arc<Island>) -> Self {
+    /// The service of this island.
+    pub(crate) fn new(island: Arc<Island>) -> Self {
         Self { service: OwnerService::new(island.clone()), meters: MeterService::new(island.clone()), island }
     }
 
@@ -52,7 +50,7 @@ impl GroupService for OwnerApi {
             [] => None,
             token => {
                 let number = <[u8; 8]>::try_from(token)
-                    .map_err(|_| ServiceError::invalid("page_token", "it is none of this call's"))?;
+                    .map_err(|_| ServiceError::invalid("page_token", "it is not from an answer of this method"))?;
                 Some(GroupId(u64::from_be_bytes(number)))
             }
         };
@@ -74,14 +72,8 @@ impl GroupService for OwnerApi {
     ) -> Result<Response<v1::CreateKeyResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let digest = request_digest(&[
-            b"CreateGroupKey",
-            &v1::CreateGroupKeyRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec(),
-        ]);
-        let request = meter::Request {
-            id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
-            digest,
-        };
+        let same = v1::CreateGroupKeyRequest { request_id: bytes::Bytes::new(), ..message.clone() };
+        let request = parse::request(&message.request_id, b"CreateGroupKey", &same)?;
         let name = parse_group_name(message.group, "group")?;
         let profile = match message.device_profile.as_str() {
             "" => None,
@@ -129,7 +121,7 @@ impl GroupService for OwnerApi {
         if message.reason.len() > LONGEST_REASON || (message.early && message.reason.trim().is_empty()) {
             return Err(ServiceError::invalid(
                 "reason",
-                format!("not 1 to {LONGEST_REASON} octets: to switch early, the record must say why"),
+                format!("it is not 1 to {LONGEST_REASON} octets: the audit record must say why the switch is early"),
             )
             .into());
         }
@@ -160,25 +152,21 @@ impl GroupService for OwnerApi {
     ) -> Result<Response<v1::ChangeMetersResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let without_id = v1::ChangeGroupMembersRequest { request_id: bytes::Bytes::new(), ..message.clone() };
-        let digest = request_digest(&[b"ChangeGroupMembers", &without_id.encode_to_vec()]);
-        let request = meter::Request {
-            id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
-            digest,
-        };
+        let same = v1::ChangeGroupMembersRequest { request_id: bytes::Bytes::new(), ..message.clone() };
+        let request = parse::request(&message.request_id, b"ChangeGroupMembers", &same)?;
         let change = Membership::from_proto(message.change)?;
         let name = parse_group_name(message.group, "group")?;
         if message.meters.is_empty() || message.meters.len() > MeterService::MOST_METERS {
             return Err(ServiceError::invalid(
                 "meters",
-                format!("{} meters instead of 1 to {}", message.meters.len(), MeterService::MOST_METERS),
+                format!("{} meters; a request has 1 to {}", message.meters.len(), MeterService::MOST_METERS),
             )
             .into());
         }
         if message.reason.len() > LONGEST_REASON || (change != Membership::Add && message.reason.trim().is_empty()) {
             return Err(ServiceError::invalid(
                 "reason",
-                format!("not 1 to {LONGEST_REASON} octets: the record must say why meters are taken out"),
+                format!("it is not 1 to {LONGEST_REASON} octets: the audit record must say why meters leave the group"),
             )
             .into());
         }
@@ -232,12 +220,8 @@ impl DeviceTypeService for OwnerApi {
     ) -> Result<Response<v1::CreateKeyResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let without_id = v1::CreateDeviceTypeKeyRequest { request_id: bytes::Bytes::new(), ..message.clone() };
-        let digest = request_digest(&[b"CreateDeviceTypeKey", &without_id.encode_to_vec()]);
-        let request = meter::Request {
-            id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
-            digest,
-        };
+        let same = v1::CreateDeviceTypeKeyRequest { request_id: bytes::Bytes::new(), ..message.clone() };
+        let request = parse::request(&message.request_id, b"CreateDeviceTypeKey", &same)?;
         let name = parse_group_name(message.device_type, "device_type")?;
         let new = new_key(&message.security_setup, message.key_type, message.held_by_meters)?;
         Ok(Response::new(self.service.create_device_type_key(&caller, request, &name, new).await?))
@@ -260,7 +244,7 @@ fn new_key(setup: &[u8], key_type: String, held_by_meters: bool) -> Result<NewOw
     if !(1..=LONGEST_KEY_TYPE).contains(&key_type.len()) {
         return Err(ServiceError::invalid(
             "key_type",
-            format!("{} octets instead of 1 to {LONGEST_KEY_TYPE}", key_type.len()),
+            format!("{} octets; a key type has 1 to {LONGEST_KEY_TYPE}", key_type.len()),
         ));
     }
     Ok(NewOwnerKey {

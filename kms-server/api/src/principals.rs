@@ -5,26 +5,25 @@ use std::sync::Arc;
 use kms_domain::{PersonName, PrincipalId, ProposalId, Quorum, RequestId, Role, SystemTitle};
 use kms_proto::v1;
 use kms_proto::v1::principal_service_server::PrincipalService;
-use prost::Message as _;
 use tonic::{Request, Response, Status};
 
-use crate::caller_of;
+use crate::parse::{self, parse_optional_reason};
+use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
 use kms_service::certificate::CertificationRequest;
-use kms_service::grant::request_digest;
 use kms_service::island::Island;
 use kms_service::principal::key::ProposedKey;
 use kms_service::principal::{NewPrincipal, Principals, parse_shipment_key};
 
-/// The service of one island.
-pub struct PrincipalApi {
+/// The service over gRPC.
+pub(crate) struct PrincipalApi {
     principals: Arc<Principals>,
 }
 
 impl PrincipalApi {
     /// The service over these use cases.
-    pub const fn new(principals: Arc<Principals>) -> Self {
+    pub(crate) const fn new(principals: Arc<Principals>) -> Self {
         Self { principals }
     }
 
@@ -68,17 +67,14 @@ impl PrincipalService for PrincipalApi {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let same = v1::ProposePrincipalKeyRequest { request_id: bytes::Bytes::new(), ..message.clone() };
-        let request = kms_service::Request {
-            id: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
-            digest: request_digest(&[b"ProposePrincipalKey", &same.encode_to_vec()]),
-        };
+        let request = parse::request(&message.request_id, b"ProposePrincipalKey", &same)?;
         let key_sha256 = <[u8; 32]>::try_from(message.key_sha256.as_ref()).map_err(|_| {
             ServiceError::invalid("key_sha256", format!("{} octets instead of 32", message.key_sha256.len()))
         })?;
         let key = ProposedKey {
             id: PrincipalId::parse(&message.principal).map_err(ServiceError::parse("principal"))?,
             key_sha256,
-            reason: reason(message.reason)?,
+            reason: parse_optional_reason(message.reason)?,
             quorum: message.quorum.map_or(Ok(Quorum::ONE), Quorum::new).map_err(ServiceError::parse("quorum"))?,
         };
         Ok(Response::new(self.principals.propose_key(&caller, request, key).await?))
@@ -99,7 +95,7 @@ impl PrincipalService for PrincipalApi {
             )
             .into());
         }
-        let reason = reason(message.reason)?;
+        let reason = parse_optional_reason(message.reason)?;
         Ok(Response::new(
             self.principals.end_certificate(&caller, id, principal, message.serial.to_vec(), reason).await?,
         ))
@@ -125,7 +121,7 @@ impl PrincipalService for PrincipalApi {
         let message = request.into_inner();
         let id = RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?;
         let principal = PrincipalId::parse(&message.principal).map_err(ServiceError::parse("principal"))?;
-        let reason = reason(message.reason)?;
+        let reason = parse_optional_reason(message.reason)?;
         Ok(Response::new(self.principals.disable(&caller, id, principal, reason).await?))
     }
 
@@ -155,18 +151,24 @@ fn new_principal(message: v1::AddPrincipalRequest) -> Result<NewPrincipal, Servi
     };
     let shipment_key = match message.shipment_key.is_empty() {
         true if manufacturer => {
-            return Err(ServiceError::invalid("shipment_key", "a manufacturer needs the key that signs its shipments"));
+            return Err(ServiceError::invalid(
+                "shipment_key",
+                "it is missing: a manufacturer needs the key that signs its shipments",
+            ));
         }
         true => None,
         false if manufacturer => {
             Some(parse_shipment_key(&message.shipment_key).map_err(ServiceError::parse("shipment_key"))?)
         }
-        false => return Err(ServiceError::invalid("shipment_key", "only a manufacturer has one")),
+        false => return Err(ServiceError::invalid("shipment_key", "only a manufacturer has a shipment key")),
     };
-    // I6: the person is what approvals are counted by.
+    // I6: approvals count persons.
     let person = match (message.person.is_empty(), id.role()) {
         (true, Role::Officer | Role::Auditor) => {
-            return Err(ServiceError::invalid("person", "an officer or auditor needs the name of its person"));
+            return Err(ServiceError::invalid(
+                "person",
+                "it is missing: an officer or auditor needs the name of its person",
+            ));
         }
         (true, _) => None,
         (false, _) => Some(PersonName::parse(&message.person).map_err(ServiceError::parse("person"))?),
@@ -181,7 +183,7 @@ fn new_principal(message: v1::AddPrincipalRequest) -> Result<NewPrincipal, Servi
     for (at, title) in message.client_titles.iter().enumerate() {
         let title = SystemTitle::from_octets(title).map_err(ServiceError::parse(format!("client_titles[{at}]")))?;
         if client_titles.contains(&title) {
-            return Err(ServiceError::invalid(format!("client_titles[{at}]"), "it is named twice"));
+            return Err(ServiceError::invalid(format!("client_titles[{at}]"), "it occurs twice"));
         }
         client_titles.push(title);
     }
@@ -195,15 +197,7 @@ fn new_principal(message: v1::AddPrincipalRequest) -> Result<NewPrincipal, Servi
     })
 }
 
-fn reason(text: String) -> Result<String, ServiceError> {
-    if text.len() > LONGEST_REASON || text.chars().any(char::is_control) {
-        return Err(ServiceError::invalid("reason", "it is longer than 256 octets or has control characters"));
-    }
-    Ok(text)
-}
-
 const MOST_CLIENT_TITLES: usize = 64;
-const LONGEST_REASON: usize = 256;
 
 #[cfg(test)]
 mod tests {

@@ -3,35 +3,33 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use kms_domain::{ProposalId, RequestId};
+use kms_domain::ProposalId;
 use kms_proto::v1::{
     ApproveProposalRequest, CarryOutProposalRequest, ListProposalsRequest, ListProposalsResponse, Proposal,
     ShowProposalRequest, WithdrawProposalRequest, proposal_service_server::ProposalService as Rpc,
 };
-use tonic::{Response, Status};
+use tonic::{Request, Response, Status};
 
-use crate::caller_of;
+use crate::parse::{self, parse_reason};
+use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
 use kms_service::island::Island;
-use kms_service::{
-    grant::request_digest,
-    proposal::{Change, ProposalService, Request},
-};
+use kms_service::proposal::{Change, ProposalService};
 
 /// The service over gRPC.
-pub struct ProposalApi {
+pub(crate) struct ProposalApi {
     island: Arc<Island>,
     service: ProposalService,
 }
 
 impl ProposalApi {
-    /// Of an island.
-    pub fn new(island: Arc<Island>) -> Self {
+    /// The service of this island.
+    pub(crate) fn new(island: Arc<Island>) -> Self {
         Self { service: ProposalService::new(island.clone()), island }
     }
 
-    fn caller<T>(&self, request: &tonic::Request<T>) -> Result<Caller, ServiceError> {
+    fn caller<T>(&self, request: &Request<T>) -> Result<Caller, ServiceError> {
         caller_of(request, self.island.name(), Island::now())
     }
 }
@@ -40,7 +38,7 @@ impl ProposalApi {
 impl Rpc for ProposalApi {
     async fn list_proposals(
         &self,
-        request: tonic::Request<ListProposalsRequest>,
+        request: Request<ListProposalsRequest>,
     ) -> Result<Response<ListProposalsResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
@@ -58,22 +56,19 @@ impl Rpc for ProposalApi {
         Ok(Response::new(ListProposalsResponse { proposals, next_page_token }))
     }
 
-    async fn show_proposal(&self, request: tonic::Request<ShowProposalRequest>) -> Result<Response<Proposal>, Status> {
+    async fn show_proposal(&self, request: Request<ShowProposalRequest>) -> Result<Response<Proposal>, Status> {
         let caller = self.caller(&request)?;
         Ok(Response::new(self.service.show(&caller, proposal_id(&request.into_inner().proposal_id)?).await?))
     }
 
-    async fn approve_proposal(
-        &self,
-        request: tonic::Request<ApproveProposalRequest>,
-    ) -> Result<Response<Proposal>, Status> {
+    async fn approve_proposal(&self, request: Request<ApproveProposalRequest>) -> Result<Response<Proposal>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let content_sha256 = <[u8; 32]>::try_from(message.content_sha256.as_ref()).map_err(|_| {
             ServiceError::invalid("content_sha256", format!("{} octets instead of 32", message.content_sha256.len()))
         })?;
         let same = ApproveProposalRequest { request_id: Bytes::new(), ..message.clone() };
-        let request = self::request(&message.request_id, b"ApproveProposal", &same)?;
+        let request = parse::request(&message.request_id, b"ApproveProposal", &same)?;
         Ok(Response::new(
             self.service
                 .change(&caller, request, proposal_id(&message.proposal_id)?, Change::Approve { content_sha256 })
@@ -81,38 +76,27 @@ impl Rpc for ProposalApi {
         ))
     }
 
-    async fn withdraw_proposal(
-        &self,
-        request: tonic::Request<WithdrawProposalRequest>,
-    ) -> Result<Response<Proposal>, Status> {
+    async fn withdraw_proposal(&self, request: Request<WithdrawProposalRequest>) -> Result<Response<Proposal>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        if message.reason.trim().is_empty() || message.reason.len() > 256 {
-            return Err(ServiceError::invalid("reason", "not 1 to 256 octets: the record must say why").into());
-        }
         let same = WithdrawProposalRequest { request_id: Bytes::new(), ..message.clone() };
-        let request = self::request(&message.request_id, b"WithdrawProposal", &same)?;
-        let change = Change::Withdraw { reason: message.reason };
+        let request = parse::request(&message.request_id, b"WithdrawProposal", &same)?;
+        let change = Change::Withdraw { reason: parse_reason(message.reason)? };
         Ok(Response::new(self.service.change(&caller, request, proposal_id(&message.proposal_id)?, change).await?))
     }
 
     async fn carry_out_proposal(
         &self,
-        request: tonic::Request<CarryOutProposalRequest>,
+        request: Request<CarryOutProposalRequest>,
     ) -> Result<Response<Proposal>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let same = CarryOutProposalRequest { request_id: Bytes::new(), ..message.clone() };
-        let request = self::request(&message.request_id, b"CarryOutProposal", &same)?;
+        let request = parse::request(&message.request_id, b"CarryOutProposal", &same)?;
         Ok(Response::new(
             self.service.change(&caller, request, proposal_id(&message.proposal_id)?, Change::CarryOut).await?,
         ))
     }
-}
-
-fn request(id: &[u8], name: &[u8], same: &impl prost::Message) -> Result<Request, ServiceError> {
-    let id = RequestId::from_octets(id).map_err(ServiceError::parse("request_id"))?;
-    Ok(Request { id, digest: request_digest(&[name, &same.encode_to_vec()]) })
 }
 
 fn proposal_id(octets: &[u8]) -> Result<ProposalId, ServiceError> {

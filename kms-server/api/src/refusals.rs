@@ -1,10 +1,10 @@
-//! What is refused on its way out: the one place that every answer passes, so that no use case can
-//! forget to put a refusal on the record (I2).
+//! Records refusals in the answers: every answer passes here, so no use case can forget to record a
+//! refusal (I2).
 //!
 //! An act that is refused inside the writer's transaction is counted there, and its status is
-//! marked so. All other refusals of policy or of a certificate, those of calls that only read and
-//! of acts that are refused beforehand, are counted here. Refusals of single items of an answer are
-//! no status of the call; the use cases count those with
+//! marked. This module counts all other refusals of policy or of a certificate: those of calls that
+//! only read, and of acts that are refused before the transaction. A refusal of a single item is
+//! not the status of the call; the use cases count it with
 //! [`View::refuse`](kms_ledger::View::refuse) or [`Committer::refused`].
 
 use http::HeaderMap;
@@ -13,11 +13,11 @@ use tonic::{Code, Status};
 
 use kms_base::status::RECORDED;
 
-use super::listener::Peer;
+use crate::peer::Peer;
 use kms_ledger::Committer;
 
-/// Counts the refusal that the status of the request's answer turns out to be, and removes the mark
-/// of one that is counted already.
+/// Counts the refusal in the status of the request's answer. Removes the mark of a refusal that is
+/// counted already.
 pub fn watch<B>(
     committer: &Committer,
     request: &http::Request<B>,
@@ -36,9 +36,9 @@ pub fn watch<B>(
     }
 }
 
-/// Why the answer with these headers or trailers is a refusal of policy or of a certificate, if it
-/// is one. Without the details that a caller could vary at will: one client that asks for many
-/// unknown meters is one line in the log, not thousands.
+/// The reason, if the answer with these headers or trailers is a refusal of policy or of a
+/// certificate. It has no details that a caller can vary: a client that asks for many unknown
+/// meters makes one line in the log, not thousands.
 fn refusal(headers: &HeaderMap) -> Option<String> {
     let status = Status::from_header_map(headers)?;
     match status.code() {
@@ -55,9 +55,9 @@ fn refusal(headers: &HeaderMap) -> Option<String> {
     }
 }
 
-/// How policy names what a method does: `disablePrincipal` for
-/// `/meterkms.v1.PrincipalService/DisablePrincipal`. A method that does not exist is not refused
-/// but unimplemented, so nobody chooses what stands in the log.
+/// The name of a method's action in policy: `disablePrincipal` for
+/// `/meterkms.v1.PrincipalService/DisablePrincipal`. A method that does not exist is unimplemented
+/// and not refused, so callers cannot choose the text of the log.
 fn action(path: &str) -> String {
     let method = path.rsplit('/').next().unwrap_or_default();
     let mut letters = method.chars();

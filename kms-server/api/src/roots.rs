@@ -12,22 +12,22 @@ use kms_proto::v1::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::campaigns::{reason, request};
-use crate::caller_of;
+use crate::parse::{self, parse_reason};
+use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
 use kms_service::island::Island;
 use kms_service::root::{Change, Destruction, RootService};
 
-/// The service of one island.
-pub struct RootApi {
+/// The service over gRPC.
+pub(crate) struct RootApi {
     island: Arc<Island>,
     service: RootService,
 }
 
 impl RootApi {
-    /// The service over this island.
-    pub fn new(island: Arc<Island>) -> Self {
+    /// The service of this island.
+    pub(crate) fn new(island: Arc<Island>) -> Self {
         Self { service: RootService::new(Arc::clone(&island)), island }
     }
 
@@ -47,7 +47,7 @@ impl RootRpc for RootApi {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let same = RotateRootRequest { request_id: bytes::Bytes::new(), ..message.clone() };
-        let request = self::request(&message.request_id, b"RotateRoot", &same)?;
+        let request = parse::request(&message.request_id, b"RotateRoot", &same)?;
         let change = Change::Rotate { rows_per_second: rate(message.rows_per_second)?.unwrap_or(DEFAULT_RATE) };
         Ok(Response::new(self.service.change(&caller, request, root(&message.root)?, change).await?))
     }
@@ -59,8 +59,8 @@ impl RootRpc for RootApi {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let same = PauseRootRotationRequest { request_id: bytes::Bytes::new(), ..message.clone() };
-        let request = self::request(&message.request_id, b"PauseRootRotation", &same)?;
-        let change = Change::Pause { reason: reason(&message.reason)? };
+        let request = parse::request(&message.request_id, b"PauseRootRotation", &same)?;
+        let change = Change::Pause { reason: parse_reason(message.reason)? };
         Ok(Response::new(self.service.change(&caller, request, root(&message.root)?, change).await?))
     }
 
@@ -71,7 +71,7 @@ impl RootRpc for RootApi {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let same = RotateRootRequest { request_id: bytes::Bytes::new(), ..message.clone() };
-        let request = self::request(&message.request_id, b"ResumeRootRotation", &same)?;
+        let request = parse::request(&message.request_id, b"ResumeRootRotation", &same)?;
         let change = Change::Resume { rows_per_second: rate(message.rows_per_second)? };
         Ok(Response::new(self.service.change(&caller, request, root(&message.root)?, change).await?))
     }
@@ -80,7 +80,7 @@ impl RootRpc for RootApi {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let same = RetireRootRequest { request_id: bytes::Bytes::new(), ..message.clone() };
-        let request = self::request(&message.request_id, b"RetireRoot", &same)?;
+        let request = parse::request(&message.request_id, b"RetireRoot", &same)?;
         Ok(Response::new(self.service.change(&caller, request, root(&message.root)?, Change::Retire).await?))
     }
 
@@ -91,7 +91,7 @@ impl RootRpc for RootApi {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let same = ProposeRootDestructionRequest { request_id: bytes::Bytes::new(), ..message.clone() };
-        let request = self::request(&message.request_id, b"ProposeRootDestruction", &same)?;
+        let request = parse::request(&message.request_id, b"ProposeRootDestruction", &same)?;
         let version = u8::try_from(message.version).ok().filter(|version| *version > 0);
         let destruction = Destruction {
             id: RootId {
@@ -99,7 +99,7 @@ impl RootRpc for RootApi {
                 version: version.ok_or_else(|| ServiceError::invalid("version", "it is not 1 to 255"))?,
             },
             oldest_backup: UnixMillis(message.oldest_backup_ms),
-            reason: reason(&message.reason)?,
+            reason: parse_reason(message.reason)?,
             quorum: message.quorum.map_or(Ok(Quorum::ONE), Quorum::new).map_err(ServiceError::parse("quorum"))?,
         };
         Ok(Response::new(self.service.propose_destruction(&caller, request, destruction).await?))
@@ -109,7 +109,7 @@ impl RootRpc for RootApi {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
         let same = DestroyRootRequest { request_id: bytes::Bytes::new(), ..message.clone() };
-        let request = self::request(&message.request_id, b"DestroyRoot", &same)?;
+        let request = parse::request(&message.request_id, b"DestroyRoot", &same)?;
         let proposal = ProposalId::from_octets(&message.proposal_id).map_err(ServiceError::parse("proposal_id"))?;
         Ok(Response::new(self.service.destroy(&caller, request, proposal).await?))
     }
@@ -145,7 +145,7 @@ fn rate(rows_per_second: u32) -> Result<Option<u32>, ServiceError> {
     match rows_per_second {
         0 => Ok(None),
         1..=1_000_000 => Ok(Some(rows_per_second)),
-        other => Err(ServiceError::invalid("rows_per_second", format!("{other} is not 1 to 1,000,000"))),
+        other => Err(ServiceError::invalid("rows_per_second", format!("`{other}` is not 1 to 1,000,000"))),
     }
 }
 

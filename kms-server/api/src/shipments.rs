@@ -12,21 +12,21 @@ use kms_proto::v1::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::caller_of;
+use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
 use kms_service::island::Island;
 use kms_service::shipment::{ShipmentService, UploadStart};
 
 /// The service over gRPC.
-pub struct ShipmentApi {
+pub(crate) struct ShipmentApi {
     island: Arc<Island>,
     service: ShipmentService,
 }
 
 impl ShipmentApi {
-    /// Of an island.
-    pub fn new(island: Arc<Island>) -> Self {
+    /// The service of this island.
+    pub(crate) fn new(island: Arc<Island>) -> Self {
         Self { service: ShipmentService::new(island.clone()), island }
     }
 
@@ -44,14 +44,15 @@ impl Rpc for ShipmentApi {
         let caller = self.caller(&request)?;
         let mut messages = request.into_inner();
         let first = messages.message().await?.ok_or_else(|| ServiceError::invalid("start", "no message was sent"))?;
-        let start = parse_start(
-            first.start.ok_or_else(|| ServiceError::invalid("start", "the first message must say what is sent"))?,
-        )?;
+        let start =
+            parse_start(first.start.ok_or_else(|| {
+                ServiceError::invalid("start", "it is missing: the first message must have `start`")
+            })?)?;
         let mut upload = self.service.upload(&caller, start).await?;
         upload.append(first.offset, &first.octets).await?;
         loop {
             if upload.is_refused() {
-                // What is still sent has nowhere to go.
+                // The rest of the upload is not needed.
                 return Ok(Response::new(upload.finish().await?));
             }
             match messages.message().await {
@@ -61,7 +62,7 @@ impl Rpc for ShipmentApi {
                 }
                 Ok(Some(message)) => upload.append(message.offset, &message.octets).await?,
                 Err(broken) => {
-                    // The sender goes on from what has arrived.
+                    // The sender can continue after the octets that have arrived.
                     upload.store().await?;
                     return Err(broken);
                 }

@@ -1,5 +1,5 @@
-//! Each call of a service in a span and in a histogram, by method and status. Names are those of
-//! the OpenTelemetry semantic conventions for gRPC.
+//! Traces and metrics of calls: one span for each call, and a histogram by method and status. The
+//! names are those of the OpenTelemetry semantic conventions for gRPC.
 //!
 //! A caller's `traceparent` (W3C Trace Context) makes the span part of its trace.
 
@@ -24,7 +24,7 @@ use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
 use kms_base::{is_server_error, status_name};
 
-/// A call under way. Dropped without an answer, it was cancelled.
+/// A call under way. If it is dropped without an answer, it was cancelled.
 pub struct Call {
     method: StringValue,
     began: Instant,
@@ -33,11 +33,11 @@ pub struct Call {
     watch: Option<Watch>,
 }
 
-/// Sees the headers or trailers that carry an answer's status, and may change them.
+/// Gets the headers or trailers with an answer's status, and may change them.
 type Watch = Box<dyn FnOnce(&mut http::HeaderMap) + Send>;
 
 impl Call {
-    /// Begins with the request's headers.
+    /// Begins a call, with the request's headers.
     pub fn begin<B>(request: &http::Request<B>) -> Self {
         let method = METHODS.get(request.uri().path()).unwrap_or(&OTHER).clone();
         let span = tracing::debug_span!(
@@ -50,25 +50,25 @@ impl Call {
             rpc.response.status_code = field::Empty,
         );
         if !span.is_disabled() {
-            // Where there is no valid context, this begins a trace of its own.
+            // Without a valid context, this begins a new trace.
             drop(span.set_parent(TraceContextPropagator::new().extract(&Headers(request.headers()))));
         }
         Self { method, began: Instant::now(), span, ended: false, watch: None }
     }
 
-    /// Has `watch` see the answer's status on its way out.
+    /// Calls `watch` with the status of the answer.
     pub fn watched(mut self, watch: impl FnOnce(&mut http::HeaderMap) + Send + 'static) -> Self {
         self.watch = Some(Box::new(watch));
         self
     }
 
-    /// The span that the call's work is done in.
+    /// The span of the call's work.
     pub fn span(&self) -> Span {
         self.span.clone()
     }
 
-    /// Goes on with the answer: its status is in the headers if it failed at once, else behind its
-    /// body.
+    /// Ends the call with this answer. The status is in the headers if the call failed at once;
+    /// otherwise it follows the body.
     pub fn answered(mut self, mut response: http::Response<Body>) -> http::Response<Body> {
         if let Some(status) = Status::from_header_map(response.headers()) {
             self.end(i32::from(status.code()));
@@ -156,8 +156,8 @@ impl Extractor for Headers<'_> {
     }
 }
 
-/// By path, the names of the methods that this server has. A call of any other is `_OTHER`: clients
-/// shall not choose attributes.
+/// The names of the methods of this server, by path. A call of any other method is `_OTHER`, so
+/// that clients cannot choose attributes.
 static METHODS: LazyLock<HashMap<String, StringValue>> = LazyLock::new(|| {
     let files = prost_types::FileDescriptorSet::decode(kms_proto::FILE_DESCRIPTOR_SET).unwrap_or_default();
     let mut methods = HashMap::new();

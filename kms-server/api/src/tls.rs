@@ -1,8 +1,7 @@
 //! TLS of the gRPC listener: mutual TLS 1.3, hybrid key exchange first, certificates reloaded
 //! without a restart.
 //!
-//! Sources: RFC 8446; X25519MLKEM768 of draft-ietf-tls-ecdhe-mlkem; RFC 5280 for what a peer
-//! certificate must be.
+//! Sources: RFC 8446; X25519MLKEM768 of draft-ietf-tls-ecdhe-mlkem; RFC 5280 for peer certificates.
 
 use async_recursion::async_recursion as boxed;
 use std::fs;
@@ -21,8 +20,8 @@ use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 use tokio::signal::unix::{SignalKind, signal};
 
-/// The TLS configuration in use. [`Self::reload`] swaps it; handshakes under way end with the one
-/// that they began with.
+/// The TLS configuration in use. [`Self::reload`] replaces it. A handshake under way ends with the
+/// configuration that it began with.
 pub struct ServerTls {
     files: TlsFiles,
     current: ArcSwap<ServerConfig>,
@@ -32,7 +31,7 @@ impl ServerTls {
     /// Loads the files.
     ///
     /// # Errors
-    /// A file cannot be read, holds something else, or the parts do not belong together.
+    /// A file cannot be read or has other content, or the files do not belong together.
     pub fn load(files: TlsFiles) -> Result<Self, TlsError> {
         let current = ArcSwap::from(files.server_config()?);
         Ok(Self { files, current })
@@ -46,15 +45,15 @@ impl ServerTls {
     /// Reads the files again.
     ///
     /// # Errors
-    /// As [`Self::load`]; the configuration in use then stays.
+    /// As [`Self::load`]; then the configuration in use stays.
     pub fn reload(&self) -> Result<(), TlsError> {
         self.current.store(self.files.server_config()?);
         Ok(())
     }
 
-    /// Reloads whenever a file has changed or the process gets SIGHUP. A change that cannot be
-    /// loaded is logged, and tried again at the next look: files are often replaced one after the
-    /// other. Never returns; drop the future to end it.
+    /// Reloads when a file has changed or the process gets SIGHUP. A change that cannot be loaded
+    /// is logged and tried again: files are often replaced one after the other. Never returns; drop
+    /// the future to end it.
     #[boxed]
     pub async fn watch(&self) {
         let mut hang_up = signal(SignalKind::hangup()).ok();
@@ -87,10 +86,10 @@ impl ServerTls {
     }
 }
 
-/// What TLS makes of the files of a configuration.
+/// The files of a configuration, as TLS reads them.
 trait Readable {
     fn server_config(&self) -> Result<Arc<ServerConfig>, TlsError>;
-    /// What tells that a file was replaced: its modification time, length and inode.
+    /// The values that change when a file is replaced: modification time, length and inode.
     fn stamps(&self) -> Vec<Option<Stamp>>;
 }
 
@@ -123,8 +122,7 @@ impl Readable for TlsFiles {
             .with_single_cert(chain, key)
             .map_err(|error| TlsError::unusable(&self.certificate, error))?;
         config.alpn_protocols = vec![b"h2".to_vec()];
-        // No resumption: each connection proves its certificate against the CA and CRLs of this
-        // moment.
+        // No resumption: each connection proves its certificate against the present CA and CRLs.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         Ok(Arc::new(config))
@@ -153,10 +151,10 @@ pub fn provider() -> CryptoProvider {
     }
 }
 
-/// Why TLS cannot be used.
+/// Why the TLS files cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// A file cannot be read as what it should be.
+    /// A file cannot be read, or has other content.
     #[error("cannot read a {what} (PEM) from `{path}`: {reason}; check the path and the file's permissions")]
     Read {
         /// The file.
@@ -167,7 +165,7 @@ pub enum TlsError {
         reason: String,
     },
     /// A file's content cannot be used.
-    #[error("the content of `{path}` cannot be used: {reason}")]
+    #[error("the content of `{path}` cannot be used: {reason}; check the `[tls]` files and that they belong together")]
     Unusable {
         /// The file.
         path: PathBuf,
@@ -191,7 +189,7 @@ impl TlsError {
     fn read(path: &Path, what: &'static str, error: rustls_pki_types::pem::Error) -> Self {
         let reason = match error {
             rustls_pki_types::pem::Error::Io(error) => error.to_string(),
-            rustls_pki_types::pem::Error::NoItemsFound => format!("it holds no {what}"),
+            rustls_pki_types::pem::Error::NoItemsFound => format!("it has no {what}"),
             error => error.to_string(),
         };
         Self::Read { path: path.to_owned(), what, reason }
@@ -225,7 +223,7 @@ fn refuse_foreign_readers(path: &Path) -> Result<(), TlsError> {
     Ok(())
 }
 
-/// How often the files are looked at.
+/// How often the files are checked.
 const WATCH_INTERVAL: Duration = Duration::from_secs(5);
 
 #[cfg(test)]

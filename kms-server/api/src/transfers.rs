@@ -11,8 +11,8 @@ use kms_proto::v1::{
 use prost::Message as _;
 use tonic::{Request, Response, Status};
 
-use super::grants::parse_setup;
-use crate::caller_of;
+use crate::parse::parse_setup;
+use crate::peer::caller_of;
 use kms_base::error::ServiceError;
 use kms_service::island::Island;
 use kms_service::{
@@ -21,14 +21,14 @@ use kms_service::{
 };
 
 /// The service over gRPC.
-pub struct TransferApi {
+pub(crate) struct TransferApi {
     island: Arc<Island>,
     service: TransferService,
 }
 
 impl TransferApi {
-    /// Of an island.
-    pub fn new(island: Arc<Island>) -> Self {
+    /// The service of this island.
+    pub(crate) fn new(island: Arc<Island>) -> Self {
         Self { service: TransferService::new(island.clone()), island }
     }
 }
@@ -88,7 +88,7 @@ impl Rpc for TransferApi {
         let message = request.into_inner();
         let request = RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?;
         if message.reason.len() > LONGEST_REASON {
-            return Err(ServiceError::invalid("reason", format!("longer than {LONGEST_REASON} octets")).into());
+            return Err(ServiceError::invalid("reason", format!("it is longer than {LONGEST_REASON} octets")).into());
         }
         let transfers = message
             .transfers
@@ -116,12 +116,12 @@ impl TransferApi {
         let key_type = match order.key_type.as_str() {
             "" => None,
             name => match KeyType::parse(name).map_err(ServiceError::parse(field("key_type")))? {
-                // Which of them a meter takes is said by its device profile (IEC 62056-6-2, class
-                // 64, method 2).
+                // The device profile says which of these a meter accepts (IEC 62056-6-2, class 64,
+                // method 2).
                 known if known.is_transferable() => Some(known),
                 other => {
                     let reason = format!(
-                        "key_transfer brings wrapped AES keys, no {other}: secrets and dedicated keys would leave the HSM in plaintext (I1)"
+                        "`key_transfer` carries wrapped AES keys, not a {other}: secrets and dedicated keys would leave the HSM in plaintext (I1)"
                     );
                     return Err(ServiceError::invalid(field("key_type"), reason));
                 }
@@ -130,7 +130,7 @@ impl TransferApi {
         let form = match v1::TransferForm::try_from(order.form) {
             Ok(v1::TransferForm::WrappedKey) => TransferForm::WrappedKey,
             Ok(v1::TransferForm::Frames) => TransferForm::Frames,
-            _ => return Err(ServiceError::invalid(field("form"), "neither WRAPPED_KEY nor FRAMES")),
+            _ => return Err(ServiceError::invalid(field("form"), "it is neither WRAPPED_KEY nor FRAMES")),
         };
         let lifetime_seconds = match order.lifetime_seconds {
             0 => DEFAULT_LIFETIME_SECONDS,
@@ -138,13 +138,13 @@ impl TransferApi {
             seconds => {
                 return Err(ServiceError::invalid(
                     field("lifetime_seconds"),
-                    format!("{seconds} is more than {LONGEST_LIFETIME_SECONDS}"),
+                    format!("`{seconds}` is above {LONGEST_LIFETIME_SECONDS}"),
                 ));
             }
         };
         let task = match (order.campaign_id.is_empty(), order.fence) {
             (true, 0) => None,
-            (true, _) => return Err(ServiceError::invalid(field("fence"), "a fencing token without a campaign")),
+            (true, _) => return Err(ServiceError::invalid(field("fence"), "a fencing token needs `campaign_id`")),
             (false, fence) => {
                 let campaign =
                     CampaignId::from_octets(&order.campaign_id).map_err(ServiceError::parse(field("campaign_id")))?;
@@ -169,15 +169,23 @@ fn parse_report(number: usize, report: v1::TransferReport) -> Result<Report, Ser
     let field = |name: &str| format!("reports[{number}].{name}");
     let answer = match report.answer {
         Some(transfer_report::Answer::Apdu(apdu)) if apdu.is_empty() => {
-            return Err(ServiceError::invalid(field("apdu"), "it is empty; report `nothing`"));
+            return Err(ServiceError::invalid(field("apdu"), "it is empty: report `nothing` instead"));
         }
         Some(transfer_report::Answer::Apdu(apdu)) if apdu.len() > kms_dlms::LONGEST_APDU => {
-            return Err(ServiceError::invalid(field("apdu"), format!("longer than {} octets", kms_dlms::LONGEST_APDU)));
+            return Err(ServiceError::invalid(
+                field("apdu"),
+                format!("it is longer than {} octets", kms_dlms::LONGEST_APDU),
+            ));
         }
         Some(transfer_report::Answer::Apdu(apdu)) => ReportedAnswer::Apdu(apdu.to_vec()),
         Some(transfer_report::Answer::Nothing(true)) => ReportedAnswer::Nothing,
         Some(transfer_report::Answer::Attested(holds)) => ReportedAnswer::Attested(holds),
-        _ => return Err(ServiceError::invalid(field("answer"), "give what came, or set `nothing`")),
+        _ => {
+            return Err(ServiceError::invalid(
+                field("answer"),
+                "it is missing: give the answer that came, or set `nothing`",
+            ));
+        }
     };
     if report.step == 0 {
         return Err(ServiceError::invalid(field("step"), "steps count from 1"));
@@ -247,14 +255,14 @@ fn check_meters(field: &str, meters: impl ExactSizeIterator<Item = SystemTitle>)
     match meters.len() {
         0 => return Err(ServiceError::invalid(field, "it is empty")),
         count if count > MOST_METERS => {
-            return Err(ServiceError::invalid(field, format!("{count}, more than {MOST_METERS}")));
+            return Err(ServiceError::invalid(field, format!("{count} entries; at most {MOST_METERS}")));
         }
         _ => {}
     }
     let mut seen = HashSet::new();
     for (number, meter) in meters.enumerate() {
         if !seen.insert(meter) {
-            return Err(ServiceError::invalid(format!("{field}[{number}].meter"), "this meter is named twice"));
+            return Err(ServiceError::invalid(format!("{field}[{number}].meter"), "this meter occurs twice"));
         }
     }
     Ok(())

@@ -1,10 +1,9 @@
-//! `kms-dev`: a whole development island on one machine, with no other step, and the main
-//! job once through its own public interface.
+//! `kms-dev`: a whole development island on one machine, made and served in one step. It also reads
+//! a meter once through the public interface.
 //!
-//! The ceremony, the import and the session below are the same code and the same RPCs that
-//! production uses. Only the people are played by this program: it keeps the identities of
-//! officers, head-end and vendor in one folder, which is why such an island is marked and refused
-//! elsewhere.
+//! Ceremony, import and session use the same code and the same RPCs as production. This program
+//! acts for the people: it keeps the identities of officers, head-end and vendor in one folder. So
+//! such an island is marked, and a production server refuses it.
 
 mod show;
 
@@ -46,10 +45,10 @@ use kms_service::{
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// What a development island is made of.
+/// The settings of a development island.
 #[derive(Clone, Debug)]
 pub(crate) struct DevSettings {
-    /// The folder that keeps it.
+    /// The folder of the island.
     pub(crate) state: PathBuf,
     /// Where it listens.
     pub(crate) listen: SocketAddr,
@@ -62,11 +61,10 @@ pub(crate) struct DevSettings {
     pub(crate) module: Option<PathBuf>,
 }
 
-/// Makes the island if it is not there yet, serves it, does the main job once, and serves until
-/// `stop` ends.
+/// Makes the island if it does not exist, serves it until `stop` ends, and reads a meter once.
 ///
 /// # Errors
-/// What is in the way, in words.
+/// The reason, as text.
 pub(crate) async fn run(settings: DevSettings, stop: impl Future<Output = ()> + Send + 'static) -> Result<(), Failure> {
     let listen = settings.listen;
     let state = State::open(settings)?;
@@ -81,7 +79,7 @@ pub(crate) async fn run(settings: DevSettings, stop: impl Future<Output = ()> + 
     let mut config = Config::load(&state.configuration())?;
     config.listen = listen;
     for token in config.hsm.tokens.iter_mut().filter(|token| token.module.ends_with(MODULE)) {
-        // A rebuilt tree may have its module in another place than last time.
+        // A new build may have its module in another place.
         token.module = module()?;
     }
     let embedded = config.hsm.tokens.iter().all(|token| token.module.ends_with(MODULE));
@@ -105,7 +103,7 @@ pub(crate) async fn run(settings: DevSettings, stop: impl Future<Output = ()> + 
     }
     done("server", &format!("serving on {address}, mTLS 1.3 only"), began);
 
-    // What fails here is told, and the island goes on serving: it is there to be looked at.
+    // If this fails, the error is printed and the island still serves, so that it can be examined.
     let mut end = Some(end);
     if let Err(error) = state.populate_and_show(address, embedded).await {
         eprintln!("\nkms-dev: {error}");
@@ -143,8 +141,8 @@ impl State {
         self.root.join("island/kms-server.toml")
     }
 
-    /// Starts this program anew with the module's directory in its environment, which is where the
-    /// module looks.
+    /// Starts this program again with the module's directory in its environment, where the module
+    /// looks for it.
     fn enter_token_directory(&self) -> Result<(), Failure> {
         let directory = self.root.join("token");
         if env::var_os(TOKEN_DIRECTORY).is_some_and(|set| Path::new(&set) == directory) {
@@ -215,7 +213,7 @@ impl State {
         })
     }
 
-    /// Three custodians, whose keys would be on three people's cards elsewhere.
+    /// Three custodians. In production their keys are on the cards of three people.
     fn custodians(&self) -> Result<Vec<Custodian>, Failure> {
         let folder = self.root.join("custodians");
         fs::create_dir_all(&folder)?;
@@ -237,12 +235,12 @@ impl State {
         Ok(custodians)
     }
 
-    /// What people do after a ceremony, by RPC: register keys, import a shipment. Then the main
-    /// job.
+    /// What people do after a ceremony, by RPC: register keys, import a shipment. Then reads a
+    /// meter.
     async fn populate_and_show(&self, address: SocketAddr, embedded: bool) -> Result<(), Failure> {
         let states = StateDirectory::new(&self.root);
         for name in states.profile_names() {
-            // The server may listen elsewhere than last time.
+            // The server may listen at another address than last time.
             let profile = states.profile(&name)?;
             if profile.server() != NewProfile::address(address) {
                 profile.set_server(&NewProfile::address(address))?;
@@ -254,8 +252,8 @@ impl State {
         }
         let officer = Connection::connect(&states.profile(OFFICER)?).await?;
         self.import_sample(&officer).await?;
-        // A module without the X9.63 KDF takes the algorithm that is not for production; that is
-        // this user's wish here.
+        // A module without the X9.63 KDF uses the algorithm that is not for production: permitted
+        // on a development island.
         let options = if embedded { OpenOptions::new() } else { OpenOptions::new().allow_cbc_expand() };
         show::main_job(&head_end, &self.root.join("vendor/devices.jsonl"), SystemTitle::parse(CLIENT_TITLE)?, &options)
             .await
@@ -298,7 +296,7 @@ impl State {
                 Some(&mut plain),
                 &mut |_| {},
             )?;
-            // Last: its presence says that the vendor has done his part.
+            // Last: its presence says that the vendor's files are complete.
             fs::write(&signature, signed)?;
         }
         let began = Instant::now();

@@ -1,5 +1,5 @@
-//! `kms-dev`: a whole development island on one machine. The server's own program carries none of
-//! what this one plays: no simulated meter, no sample vendor, no embedded PKCS#11 module.
+//! `kms-dev`: a whole development island on one machine. It simulates the meter, the vendor and the
+//! PKCS#11 module. The server's own program contains none of these.
 
 mod island;
 
@@ -51,7 +51,7 @@ async fn serve(arguments: Arguments) -> Result<(), Box<dyn Error + Send + Sync>>
     if !(listen.ip().is_loopback() || expose) {
         let port = listen.port();
         return Err(format!(
-            "`--listen {listen}` could be reached from other machines, and a development island is not for that: use 127.0.0.1:{port}, or add `--expose`"
+            "`--listen {listen}` can be reached from other machines, and all secrets of a development island are in one folder: use 127.0.0.1:{port}, or add `--expose`"
         )
         .into());
     }

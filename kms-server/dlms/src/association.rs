@@ -1,8 +1,8 @@
 //! Associations with HLS 5, in BER: AARQ, AARE and RLRQ (IEC 62056-5-3, ACSE, after ISO/IEC 15954).
 //!
-//! An AARQ and an AARE are sent in the clear around the ciphered initiate APDUs: nothing in an AARE
-//! is authenticated, and it proves nothing (I3) before its InitiateResponse opens and the meter
-//! answers the client's challenge.
+//! AARQ and AARE are sent in the clear around the ciphered initiate APDUs. Nothing in an AARE is
+//! authenticated. It proves nothing (I3) before its InitiateResponse opens and the meter answers
+//! the client's challenge.
 
 use std::fmt;
 
@@ -53,7 +53,7 @@ impl AssociationRequest<'_> {
     /// calling-authentication-value (charstring), user-information.
     ///
     /// # Errors
-    /// `initiate_request` is no glo-initiate-request, or the AARQ would be longer than
+    /// `initiate_request` is not a glo-initiate-request, or the AARQ would be longer than
     /// [`LONGEST_APDU`].
     pub fn octets(&self) -> Result<Vec<u8>, DlmsError> {
         const WHAT: &str = "AARQ";
@@ -73,12 +73,12 @@ impl AssociationRequest<'_> {
     }
 }
 
-/// An RLRQ with reason `normal`: ends an association. The RLRE that answers it says nothing that
-/// the server needs.
+/// An RLRQ with reason `normal`: ends an association. The server needs nothing of the RLRE that
+/// answers it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReleaseRequest<'a> {
     /// user-information: an InitiateRequest in a glo-initiate-request APDU (21), with an invocation
-    /// counter of its own (I4). Meters that fear a forged end of the association ask for it.
+    /// counter of its own (I4). Some meters require it against a forged end of the association.
     pub initiate_request: Option<&'a [u8]>,
 }
 
@@ -86,7 +86,7 @@ impl ReleaseRequest<'_> {
     /// The octets, of tag 62.
     ///
     /// # Errors
-    /// `initiate_request` is no glo-initiate-request, or the RLRQ would be longer than
+    /// `initiate_request` is not a glo-initiate-request, or the RLRQ would be longer than
     /// [`LONGEST_APDU`].
     pub fn octets(&self) -> Result<Vec<u8>, DlmsError> {
         const WHAT: &str = "RLRQ";
@@ -111,8 +111,8 @@ pub struct AssociationResponse<'a> {
     pub server_title: Option<SystemTitle>,
     /// mechanism-name.
     pub mechanism: Option<AuthenticationMechanism>,
-    /// responding-authentication-value, where it is a charstring: the challenge StoC. Any length
-    /// here; see [`Self::hls_challenge`].
+    /// responding-authentication-value, if it is a charstring: the challenge StoC, of any length.
+    /// See [`Self::hls_challenge`].
     pub authentication_value: Option<&'a [u8]>,
     /// user-information.
     pub information: Option<AssociationInformation<'a>>,
@@ -126,11 +126,11 @@ pub enum AssociationInformation<'a> {
     Ciphered(&'a [u8]),
     /// An InitiateResponse in the clear.
     InitiateResponse(InitiateResponse),
-    /// The meter does not take the proposed xDLMS context.
+    /// The meter does not accept the proposed xDLMS context.
     Error(ConfirmedServiceError),
 }
 
-/// What an AARE brings that goes on with HLS 5.
+/// The content of an AARE that continues with HLS 5.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HlsChallenge<'a> {
     /// The challenge StoC, which the client answers in `reply_to_HLS_authentication`.
@@ -146,8 +146,8 @@ impl<'a> AssociationResponse<'a> {
     /// refused.
     ///
     /// # Errors
-    /// The octets are none, are cut or go on; a field is missing, unknown, repeated or out of
-    /// order, or its value cannot be.
+    /// The octets are not an AARE, are cut, or others follow; a field is missing, unknown, repeated
+    /// or out of order, or its value is not valid.
     pub fn parse(octets: &'a [u8]) -> Result<Self, DlmsError> {
         if octets.len() > LONGEST_APDU {
             return Err(DlmsError::invalid(WHAT, format!("{} octets, more than {LONGEST_APDU}", octets.len())));
@@ -173,7 +173,7 @@ impl<'a> AssociationResponse<'a> {
                 0xA2 => result = Some(AssociationResult::read(value)?),
                 0xA3 => diagnostic = Some(SourceDiagnostic::read(value)?),
                 0xA4 => server_title = Some(title(value)?),
-                // Unused: the mechanism-name is what says that authentication goes on.
+                // Unused: the mechanism-name says that authentication continues.
                 0x88 => drop(first_bit(value, "responder-acse-requirements")?),
                 0x89 => mechanism = Some(AuthenticationMechanism::read(value)?),
                 0xAA => {
@@ -197,12 +197,14 @@ impl<'a> AssociationResponse<'a> {
         })
     }
 
-    /// What goes on with HLS 5: accepted with diagnostic `authentication-required`, in the context
-    /// of logical names with ciphering, from this meter, with a challenge that is not the client's
-    /// own and with a ciphered InitiateResponse. Still nothing of it is authenticated.
+    /// The challenge and the InitiateResponse, if the AARE continues with HLS 5: accepted with
+    /// diagnostic `authentication-required`, in the context of logical names with ciphering, from
+    /// this meter, with a challenge that is not the client's own, and with a ciphered
+    /// InitiateResponse. Nothing of it is authenticated yet.
     ///
     /// # Errors
-    /// One of these does not hold. A refusal by the meter is told with its diagnostic.
+    /// One of these conditions is false. The error contains the diagnostic of a refusal by the
+    /// meter.
     pub fn hls_challenge(
         &self,
         meter: SystemTitle,
@@ -237,7 +239,8 @@ impl<'a> AssociationResponse<'a> {
             self.authentication_value
                 .ok_or_else(|| DlmsError::invalid(WHAT, "responding-authentication-value is missing"))?,
         )?;
-        // Who sends the client's own challenge back wants the client to answer it for him.
+        // A meter that sends the client's own challenge back would make the client answer it for
+        // the meter.
         if challenge == *client_challenge {
             return Err(DlmsError::invalid("responding-authentication-value", "the client's own challenge comes back"));
         }
@@ -359,7 +362,7 @@ pub enum SourceDiagnostic {
 }
 
 impl SourceDiagnostic {
-    /// What an accepted association with HLS answers: the challenges are still to be answered.
+    /// The diagnostic of an accepted association with HLS: both challenges must still be answered.
     pub const AUTHENTICATION_REQUIRED: Self = Self::ServiceUser(14);
 
     fn read(mut value: Reader<'_>) -> Result<Self, DlmsError> {
@@ -472,7 +475,7 @@ fn element(tag: u8, content: &[u8], what: &'static str) -> Result<Vec<u8>, DlmsE
 /// The field user-information, of a request.
 fn write_initiate_request(fields: &mut Vec<u8>, initiate_request: &[u8], what: &'static str) -> Result<(), DlmsError> {
     if CipheredApdu::parse(initiate_request)?.tag != (CipheredTag::Global { plain: INITIATE_REQUEST }) {
-        return Err(DlmsError::invalid(what, "the user-information is no glo-initiate-request (21)"));
+        return Err(DlmsError::invalid(what, "the user-information is not a glo-initiate-request (21)"));
     }
     write_element(fields, 0xBE, &element(OCTET_STRING, initiate_request, what)?, what)
 }

@@ -2,14 +2,14 @@
 
 use crate::{ServiceKind, ServiceRequest, Target};
 
-/// How a request would put a key or a secret into a meter, or a way to one that cannot be read
-/// here.
+/// How a request would put a key or a secret into a meter, directly or in a form that this server
+/// cannot read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeyCarrier {
     /// `key_transfer`, method 2 of a security setup object (class 64; `global_key_transfer` in its
     /// version 0): a key wrapped under the meter's KEK.
     KeyTransfer,
-    /// Another way, by its name.
+    /// In another way, by its name.
     Other(&'static str),
 }
 
@@ -17,9 +17,10 @@ impl ServiceRequest {
     /// Whether the request, which was read from `apdu`, carries a key or a secret: the first such
     /// target counts, a `key_transfer` last.
     ///
-    /// Not only what sets a key at once (IEC 62056-6-2): a certificate lets its owner agree on
-    /// keys, data protection (class 30) carries requests that are ciphered once more, and a script
-    /// table (class 9) can call a method with parameters that were stored before.
+    /// This includes more than requests that set a key at once (IEC 62056-6-2): the owner of a
+    /// certificate can agree on keys, data protection (class 30) carries requests that are ciphered
+    /// once more, and a script table (class 9) can call a method with parameters that were stored
+    /// before.
     pub fn carries_key(&self, apdu: &[u8]) -> Option<KeyCarrier> {
         let other =
             self.targets.iter().find_map(|target| other_carrier(self.kind, *target, apdu)).map(KeyCarrier::Other);
@@ -48,8 +49,8 @@ fn other_carrier(kind: ServiceKind, target: Target, apdu: &[u8]) -> Option<&'sta
 }
 
 /// Whether the octets name one of these classes as a 16 or 32 bit number, as the action
-/// specification of a script does. Also true of a value that happens to look so: what is refused by
-/// mistake can be put into a script of its own.
+/// specification of a script does. Also true for a value that looks like this by chance: then the
+/// caller can put it into a separate script.
 fn names_carrier(apdu: &[u8]) -> bool {
     let carrier =
         |class: u16| [SECURITY_SETUP, ASSOCIATION_LN, ASSOCIATION_SN, M_BUS_CLIENT, DATA_PROTECTION].contains(&class);

@@ -1,11 +1,11 @@
-//! COSEM data in A-XDR (IEC 62056-5-3, `Data`): skipped, to know where it ends, and the few types
-//! that the server reads.
+//! COSEM data in A-XDR (IEC 62056-5-3, `Data`). Most values are skipped, to find their end; the
+//! server reads only a few types.
 
 use std::fmt;
 
 use crate::{DlmsError, reader::Reader};
 
-/// One COSEM value in A-XDR, checked to its end. `Debug` tells its length only: an attribute may
+/// One COSEM value in A-XDR, checked to its end. `Debug` prints only its length: an attribute may
 /// hold a secret.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Data<'a>(&'a [u8]);
@@ -56,7 +56,7 @@ impl<'a> Data<'a> {
         Ok(number)
     }
 
-    /// Reads one value; whatever follows stays in the reader.
+    /// Reads one value. Octets after it stay in the reader.
     pub(crate) fn read(reader: &mut Reader<'a>) -> Result<Self, DlmsError> {
         let mut after = *reader;
         skip(&mut after)?;
@@ -71,7 +71,7 @@ impl fmt::Debug for Data<'_> {
     }
 }
 
-/// Reads over one value.
+/// Skips one value.
 ///
 /// # Errors
 /// It is cut, of an unknown type, a compact array, or nested deeper than 16 levels.

@@ -1,7 +1,7 @@
 //! The one error of reading DLMS octets.
 
-/// Octets that are no valid DLMS, or that this server does not handle. The text never repeats their
-/// content.
+/// Octets that are not valid DLMS, or that this server does not support. The text never repeats
+/// their content.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DlmsError {
     /// The octets end within a field.
@@ -18,7 +18,7 @@ pub enum DlmsError {
         /// How many octets follow.
         count: usize,
     },
-    /// A value that cannot be.
+    /// A value that is not valid.
     #[error("{what}: {reason}")]
     Invalid {
         /// The field.

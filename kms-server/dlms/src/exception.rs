@@ -10,7 +10,7 @@ use crate::{DlmsError, reader::Reader};
 pub struct ExceptionResponse {
     /// 1 service-not-allowed, 2 service-unknown.
     pub state_error: u8,
-    /// Why.
+    /// The service error.
     pub service_error: ServiceError,
 }
 
@@ -35,7 +35,7 @@ pub enum ServiceError {
 }
 
 impl ExceptionResponse {
-    /// Whether octets mean to be an exception response.
+    /// Whether octets begin like an exception response.
     pub fn recognise(octets: &[u8]) -> bool {
         octets.first() == Some(&TAG)
     }
@@ -43,7 +43,7 @@ impl ExceptionResponse {
     /// Reads an exception response, to its last octet.
     ///
     /// # Errors
-    /// The octets are none, are cut or go on, or carry an unknown error.
+    /// The octets are not an exception response, are cut, others follow, or the error is unknown.
     pub fn parse(octets: &[u8]) -> Result<Self, DlmsError> {
         let mut reader = Reader::new(octets);
         if reader.octet(WHAT)? != TAG {

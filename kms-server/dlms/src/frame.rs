@@ -11,7 +11,7 @@ use crate::{
 /// The longest APDU that is read, in octets.
 pub const LONGEST_APDU: usize = 65_535;
 
-/// Which kind of ciphered APDU.
+/// The kind of a ciphered APDU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CipheredTag {
     /// A service-specific APDU under the global keys: 21, 28, C8 to CF. It carries the tag of its
@@ -56,7 +56,7 @@ impl CipheredTag {
         matches!(self, Self::GeneralGlobal | Self::GeneralDedicated)
     }
 
-    /// Whether a plain APDU may be inside: a service-specific tag promises one kind.
+    /// Whether this plain APDU may be inside: a service-specific tag permits one kind only.
     pub fn fits(self, plain_apdu: &[u8]) -> bool {
         match self {
             Self::Global { plain } | Self::Dedicated { plain } => plain_apdu.first() == Some(&plain),
@@ -95,7 +95,7 @@ impl CipheredTag {
             .ok_or_else(|| {
                 DlmsError::invalid(
                     "ciphered APDU",
-                    format!("tag {octet:#04X} is no glo-, ded-, general-glo- or general-ded-APDU"),
+                    format!("tag {octet:#04X} is not a glo-, ded-, general-glo- or general-ded-APDU"),
                 )
             })
     }
@@ -114,7 +114,7 @@ pub struct CipheredApdu<'a> {
     pub control: SecurityControl,
     /// The invocation counter.
     pub counter: u32,
-    /// The ciphertext, or the plain APDU where it is only authenticated.
+    /// The ciphertext, or the plain APDU if it is only authenticated.
     pub content: &'a [u8],
     /// The authentication tag.
     pub authentication_tag: AuthenticationTag,
@@ -124,7 +124,7 @@ impl<'a> CipheredApdu<'a> {
     /// Reads a ciphered APDU, to its last octet.
     ///
     /// # Errors
-    /// The octets are none, are cut or go on, or are not authenticated.
+    /// The octets are not a ciphered APDU, are cut, others follow, or they are not authenticated.
     pub fn parse(octets: &'a [u8]) -> Result<Self, DlmsError> {
         if octets.len() > LONGEST_APDU {
             return Err(DlmsError::invalid(WHAT, format!("{} octets, more than {LONGEST_APDU}", octets.len())));
@@ -192,8 +192,8 @@ fn read_title(reader: &mut Reader<'_>) -> Result<Option<SystemTitle>, DlmsError>
 
 const WHAT: &str = "ciphered APDU";
 
-/// Tags: plain, global, dedicated. InitiateRequest and -Response have no dedicated form: they bring
-/// the dedicated key.
+/// Tags: plain, global, dedicated. InitiateRequest and InitiateResponse have no dedicated form,
+/// because the dedicated key comes with them.
 const PAIRS: [(u8, u8, Option<u8>); 9] = [
     (0x01, 0x21, None),
     (0x08, 0x28, None),

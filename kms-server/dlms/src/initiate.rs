@@ -1,4 +1,4 @@
-//! InitiateRequest (IEC 62056-5-3, xDLMS InitiateRequest): opens an association, and may bring a
+//! InitiateRequest (IEC 62056-5-3, xDLMS InitiateRequest): opens an association, and may contain a
 //! dedicated key.
 
 use kms_domain::KeyLength;
@@ -16,7 +16,7 @@ pub struct InitiateRequest {
     pub dedicated_key: Option<Zeroizing<Vec<u8>>>,
     /// The proposed conformance: 24 bits.
     pub conformance: [u8; 3],
-    /// The longest APDU that the client takes, in octets; 0 for no limit.
+    /// The longest APDU that the client accepts, in octets; 0 for no limit.
     pub longest_apdu: u16,
 }
 
@@ -26,7 +26,7 @@ impl InitiateRequest {
     /// # Errors
     /// The dedicated key has neither 16 nor 32 octets.
     pub fn octets(&self) -> Result<Zeroizing<Vec<u8>>, DlmsError> {
-        // Room for all of it, so that no copy of the key is left behind by a growing vector.
+        // The capacity is the whole length, so that no growing vector leaves a copy of the key.
         let mut octets = Zeroizing::new(Vec::with_capacity(64));
         octets.push(TAG);
         match &self.dedicated_key {
@@ -47,7 +47,7 @@ impl InitiateRequest {
     /// Reads an InitiateRequest, to its last octet.
     ///
     /// # Errors
-    /// The octets are none, are cut or go on, or name another DLMS version than 6.
+    /// The octets are not an InitiateRequest, are cut, others follow, or the DLMS version is not 6.
     pub fn parse(octets: &[u8]) -> Result<Self, DlmsError> {
         let mut reader = Reader::strict(octets);
         if reader.octet(WHAT)? != TAG {

@@ -22,7 +22,8 @@ impl InitiateResponse {
     /// Reads an InitiateResponse, to its last octet.
     ///
     /// # Errors
-    /// The octets are none, are cut or go on, or name another DLMS version than 6.
+    /// The octets are not an InitiateResponse, are cut, others follow, or the DLMS version is not
+    /// 6.
     pub fn parse(octets: &[u8]) -> Result<Self, DlmsError> {
         const WHAT: &str = "InitiateResponse";
         let mut reader = Reader::new(octets);
@@ -73,7 +74,7 @@ pub struct ConfirmedServiceError {
 }
 
 impl ConfirmedServiceError {
-    /// Whether octets mean to be a ConfirmedServiceError.
+    /// Whether octets begin like a ConfirmedServiceError.
     pub fn recognise(octets: &[u8]) -> bool {
         octets.first() == Some(&CONFIRMED_SERVICE_ERROR)
     }
@@ -81,7 +82,8 @@ impl ConfirmedServiceError {
     /// Reads a ConfirmedServiceError, to its last octet.
     ///
     /// # Errors
-    /// The octets are none, are cut or go on, or name an unknown service or category.
+    /// The octets are not a ConfirmedServiceError, are cut, others follow, or the service or
+    /// category is unknown.
     pub fn parse(octets: &[u8]) -> Result<Self, DlmsError> {
         const WHAT: &str = "ConfirmedServiceError";
         let mut reader = Reader::new(octets);

@@ -73,8 +73,8 @@ impl ServiceRequest {
     /// carries out.
     ///
     /// # Errors
-    /// Another APDU, one that is cut or goes on after its end, a length that is not in its shortest
-    /// form, more than 256 targets, or data that cannot be read.
+    /// The APDU is of another kind, is cut, or octets follow it; a length is not in its shortest
+    /// form, there are more than 256 targets, or data cannot be read.
     pub fn parse(apdu: &[u8]) -> Result<Self, DlmsError> {
         if apdu.len() > LONGEST_APDU {
             return Err(DlmsError::invalid(WHAT, format!("{} octets, more than {LONGEST_APDU}", apdu.len())));
@@ -91,7 +91,7 @@ impl ServiceRequest {
             other => {
                 return Err(DlmsError::invalid(
                     WHAT,
-                    format!("tag {other:#04X} is no get-, set-, action- or initiate-request"),
+                    format!("tag {other:#04X} is not a get-, set-, action- or initiate-request"),
                 ));
             }
         };

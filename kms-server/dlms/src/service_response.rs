@@ -18,8 +18,8 @@ impl<'a> GetResponse<'a> {
     /// Reads a get-response-normal, to its last octet.
     ///
     /// # Errors
-    /// The octets are none (blocks and lists are refused), are cut or go on, or carry data that
-    /// cannot be read.
+    /// The octets are not such a response (blocks and lists are refused), are cut, others follow,
+    /// or data cannot be read.
     pub fn parse(apdu: &'a [u8]) -> Result<Self, DlmsError> {
         const WHAT: &str = "get-response";
         let (mut reader, invoke_id_and_priority) = normal(apdu, GET_RESPONSE, WHAT)?;
@@ -45,8 +45,8 @@ impl<'a> ActionResponse<'a> {
     /// Reads an action-response-normal, to its last octet.
     ///
     /// # Errors
-    /// The octets are none (blocks and lists are refused), are cut or go on, or carry data that
-    /// cannot be read.
+    /// The octets are not such a response (blocks and lists are refused), are cut, others follow,
+    /// or data cannot be read.
     pub fn parse(apdu: &'a [u8]) -> Result<Self, DlmsError> {
         const WHAT: &str = "action-response";
         let (mut reader, invoke_id_and_priority) = normal(apdu, ACTION_RESPONSE, WHAT)?;

@@ -1,16 +1,17 @@
-//! Acceptance: which keys of a meter are the utility's alone, which are not, and what heals them.
+//! Acceptance: which keys of a meter only the utility knows, which keys others could know, and the
+//! remedy for these.
 //!
-//! A new key is no secret from whoever could open it on its way: a version that left wrapped under
-//! a KEK that its vendor knows is readable to the vendor, if it recorded the traffic. Rotation over
-//! the air takes that KEK out of use; it does not undo what was recorded. What a principal was
-//! granted is no lack: it is meant to know it.
+//! A new key is no secret from a party that could open it on its way: a version that left wrapped
+//! under a KEK that its vendor knows is readable to the vendor, if the vendor recorded the traffic.
+//! Rotation over the air takes that KEK out of use; it does not undo what was recorded. A key that
+//! was granted to a principal is not counted: the principal is meant to know it.
 
 use crate::{
     Evidence, ExposureReason, KeyOrigin, KeyState, KeyType, KeyVersion, KeyVersionNumber, Meter, Party,
     SecuritySetupId, SecuritySuite, SharedExposures, Slot,
 };
 
-/// How one key of a meter stands.
+/// The acceptance of one key of a meter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KeyAcceptance {
     /// The security setup.
@@ -19,25 +20,25 @@ pub struct KeyAcceptance {
     pub key_type: KeyType,
     /// The version that the meter holds, as far as is known.
     pub version: Option<KeyVersionNumber>,
-    /// How the meter showed that.
+    /// How the meter showed this.
     pub evidence: Evidence,
-    /// How the key stands.
+    /// The verdict on the key.
     pub verdict: Verdict,
-    /// Who could know it: each party once. Empty where it is healed or in doubt.
+    /// Who could know it: each party once. Empty if the key is healed or in doubt.
     pub known_to: Vec<Party>,
-    /// What heals it; `None` where nothing needs to be healed.
+    /// The remedy; `None` if none is needed.
     pub remedy: Option<Remedy>,
 }
 
-/// How a key stands.
+/// The verdict on a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Verdict {
-    /// Nobody outside the HSM could know it but those it was granted to.
+    /// Outside the HSM, only grantees could know it.
     Healed,
-    /// It was made here, and somebody who recorded the traffic could know it; or it is compromised,
-    /// or one that the meter went back to.
+    /// This system made it, but somebody who recorded the traffic could know it. Or it is
+    /// compromised, or a version to which the meter went back.
     NotHealed,
-    /// It is still one that somebody else made.
+    /// It is still a key that somebody else made.
     NotReplaced,
     /// It is in doubt which version the meter holds.
     InDoubt,
@@ -58,17 +59,17 @@ impl Verdict {
     }
 }
 
-/// What heals a key.
+/// The remedy for a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Remedy {
     /// An exchange that shows which version the meter holds.
     Probe,
     /// A new version over the air.
     Rotation,
-    /// A new KEK by key agreement (security suites 1 and 2), whose value is never on the air, and
-    /// then the others again under it.
+    /// A new KEK by key agreement (security suites 1 and 2), whose value is never transmitted. Then
+    /// the other keys again under it.
     KeyAgreement,
-    /// New keys set on site, beside the network.
+    /// New keys that are set on site, not over the network.
     LocalVisit,
 }
 
@@ -85,9 +86,9 @@ impl Remedy {
 }
 
 impl Meter {
-    /// How each key of the meter stands, in order of security setup and key type; keys that the
-    /// meter never had are left out. `taken_over_the_air` tells whether the meter takes a key by
-    /// `key_transfer`, which its device profile says.
+    /// The acceptance of each key of the meter, in order of security setup and key type, without
+    /// keys that the meter never had. `taken_over_the_air` says whether the meter accepts a key by
+    /// `key_transfer`, which is in its device profile.
     pub fn acceptance(
         &self,
         setup: Option<SecuritySetupId>,
@@ -126,8 +127,8 @@ impl Meter {
         };
         held.into_iter().for_each(&mut count);
         if key_type == KeyType::GAK {
-            // Who knows the GUEK computes the GAK from recorded traffic: AES-GCM's tag is linear in
-            // the associated data, which holds the GAK.
+            // A party that knows the GUEK can compute the GAK from recorded traffic: AES-GCM's tag
+            // is linear in the associated data, which contains the GAK.
             self.slots.get(slot.setup(), KeyType::GUEK).and_then(Slot::held).into_iter().for_each(&mut count);
         }
         let made_here = held.is_some_and(|version| version.origin() != KeyOrigin::Imported);
@@ -135,18 +136,18 @@ impl Meter {
         let verdict = match (slot.unresolved(), made_here) {
             (true, _) => Verdict::InDoubt,
             (false, false) => Verdict::NotReplaced,
-            // Compromised, or an earlier version that the meter went back to, is not healed either.
+            // A compromised version, or an earlier one to which the meter went back, is not healed.
             (false, true) if !active || !known_to.is_empty() => Verdict::NotHealed,
             (false, true) => Verdict::Healed,
         };
         let remedy = match verdict {
             Verdict::Healed => None,
-            // An exchange shows a GUEK and a GAK; what it cannot show is decided by another
-            // version.
+            // An exchange shows a GUEK and a GAK. For a key that it cannot show, only another
+            // version settles the doubt.
             Verdict::InDoubt => Some(if self.is_decided_by_probe(slot) { Remedy::Probe } else { Remedy::Rotation }),
             Verdict::NotReplaced if !taken_over_the_air => Some(Remedy::LocalVisit),
             Verdict::NotReplaced => Some(Remedy::Rotation),
-            // As soon as the KEK is nobody else's, a rotation heals what travels under it.
+            // When nobody else knows the KEK, a rotation heals what travels under it.
             Verdict::NotHealed if key_type != KeyType::KEK && self.has_secret_kek(slot.setup(), shared) => {
                 Some(Remedy::Rotation)
             }
@@ -167,8 +168,8 @@ impl Meter {
         }
     }
 
-    /// Whether a probe may show which version the meter holds: of a KEK, by a GUEK that left under
-    /// it.
+    /// Whether a probe can show which version the meter holds. A KEK is shown by a GUEK that left
+    /// under it.
     fn is_decided_by_probe(&self, slot: &Slot) -> bool {
         let shows = match slot.key_type() {
             KeyType::GUEK | KeyType::GAK => Some(slot),
@@ -178,7 +179,7 @@ impl Meter {
         shows.is_some_and(Slot::unresolved)
     }
 
-    /// Whether what leaves under the meter's KEK is readable to nobody.
+    /// Whether nobody else can read what leaves under the meter's KEK.
     fn has_secret_kek(&self, setup: SecuritySetupId, shared: &SharedExposures) -> bool {
         let kek = self.slots.get(setup, KeyType::KEK).filter(|slot| !slot.in_doubt()).and_then(Slot::held);
         kek.is_some_and(|kek| {
@@ -187,7 +188,7 @@ impl Meter {
     }
 }
 
-/// Whether the party is one that was to know the key.
+/// Whether the party is meant to know the key.
 const fn is_meant(reason: ExposureReason) -> bool {
     matches!(reason, ExposureReason::Grant | ExposureReason::Bundle)
 }

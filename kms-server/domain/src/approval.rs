@@ -5,8 +5,7 @@ use std::num::NonZeroU8;
 
 use crate::{ParseError, PersonName, PrincipalId, UnixMillis};
 
-/// The approvals that were given to one content, in order. What they are counted against is an
-/// [`ApprovalTerms`].
+/// The approvals of one content, in order. They are counted against [`ApprovalTerms`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Approvals(Vec<Approval>);
 
@@ -34,8 +33,8 @@ impl Approvals {
     /// Adds an approval of the content with this digest.
     ///
     /// # Errors
-    /// It is too late, the content is another, or the person has asked for it or approved it
-    /// already.
+    /// It is too late, the digest is of another content, or the person is the requester, the
+    /// beneficiary, or has approved it already.
     // I6: distinct people, none of them the requester, over the exact content.
     pub fn add(
         &mut self,
@@ -62,13 +61,13 @@ impl Approvals {
         Ok(())
     }
 
-    /// I6: whether enough people have approved. Counted anew wherever it is acted upon, not only
-    /// when the last of them did.
+    /// I6: whether enough people have approved. Every use counts the approvals again, not only the
+    /// last approval.
     pub fn suffice(&self, terms: &ApprovalTerms<'_>) -> bool {
         self.missing(terms) == 0
     }
 
-    /// How many people are missing.
+    /// How many approvals are missing.
     pub fn missing(&self, terms: &ApprovalTerms<'_>) -> usize {
         let counted = self.0.iter().enumerate().filter(|(at, approval)| {
             let again = self.0.iter().take(*at).any(|earlier| earlier.person.is_same(&approval.person));
@@ -78,7 +77,7 @@ impl Approvals {
     }
 }
 
-/// What approvals are asked for.
+/// The terms that approvals must meet.
 #[derive(Clone, Copy, Debug)]
 pub struct ApprovalTerms<'a> {
     /// SHA-256 of the content's octets: what is approved.
@@ -87,12 +86,12 @@ pub struct ApprovalTerms<'a> {
     pub requester: &'a PrincipalId,
     /// The person behind the requester.
     pub requester_person: &'a PersonName,
-    /// The principal and the person that it is about, who do not approve it; `None`: it is about
-    /// nobody.
+    /// The principal and the person that the content concerns, who cannot approve it; `None`: it
+    /// concerns no person.
     pub beneficiary: Option<(&'a PrincipalId, &'a PersonName)>,
     /// How many people must approve.
     pub quorum: Quorum,
-    /// No approval counts that is given then or later; `None`: there is no such moment.
+    /// An approval at this moment or later does not count; `None`: there is no such limit.
     pub expires: Option<UnixMillis>,
 }
 
@@ -103,19 +102,19 @@ impl ApprovalTerms<'_> {
         approval.person.is_same(self.requester_person) || approval.principal == *self.requester
     }
 
-    /// I6: nobody approves what is about themselves.
+    /// I6: nobody approves what concerns themselves.
     fn is_beneficiary(&self, approval: &Approval) -> bool {
         self.beneficiary
             .is_some_and(|(principal, person)| approval.person.is_same(person) || approval.principal == *principal)
     }
 }
 
-/// An approval of the content with a certain digest.
+/// An approval by one person.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Approval {
     /// The officer.
     pub principal: PrincipalId,
-    /// I6: the person. Each counts once, whatever the number of certificates.
+    /// I6: the person. Each person counts once, with any number of certificates.
     pub person: PersonName,
     /// When.
     pub time: UnixMillis,
@@ -148,25 +147,25 @@ impl Quorum {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ApprovalError {
     /// Its time is over.
-    #[error("the time to approve it is over")]
+    #[error("the time for approvals is over")]
     Expired,
     /// The digest is not that of the content.
-    #[error("the digest is not that of the content: look at it again")]
+    #[error("the digest is not the digest of this content")]
     OtherContent,
-    /// I6: nobody approves what he asked for.
-    #[error("`{}` asked for this, and another person must approve it", person.as_str())]
+    /// I6: nobody approves what they asked for themselves.
+    #[error("`{}` requested this: another person must approve it", person.as_str())]
     OwnRequest {
         /// The person.
         person: PersonName,
     },
-    /// I6: nobody approves what is about themselves.
-    #[error("this is about `{}`, and other people must approve it", person.as_str())]
+    /// I6: nobody approves what concerns themselves.
+    #[error("this concerns `{}`: other people must approve it", person.as_str())]
     Beneficiary {
         /// The person.
         person: PersonName,
     },
     /// I6: each person counts once.
-    #[error("`{}` has approved this already, and another person must do so", person.as_str())]
+    #[error("`{}` has approved this already: another person must approve it", person.as_str())]
     ApprovedAlready {
         /// The person.
         person: PersonName,
@@ -174,11 +173,11 @@ pub enum ApprovalError {
 }
 
 impl ApprovalError {
-    /// What whoever wanted to approve can do.
+    /// The next step after this refusal.
     pub const fn next_step(&self) -> &'static str {
         match self {
-            Self::Expired => "ask for it anew",
-            Self::OtherContent => "approve what you have looked at",
+            Self::Expired => "request it again",
+            Self::OtherContent => "show the content again, and approve with the digest that you see there",
             Self::OwnRequest { .. } | Self::Beneficiary { .. } | Self::ApprovedAlready { .. } => {
                 "ask a colleague to approve it"
             }

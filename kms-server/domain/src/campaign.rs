@@ -1,56 +1,56 @@
-//! Campaigns: an approved plan that rotates keys of many meters, in waves, and stops by itself when
-//! too much fails.
+//! Campaigns: an approved plan that rotates the keys of many meters, in waves, and pauses when too
+//! many fail.
 //!
-//! What people approve is the *content*: what is done to which meters, in which order, at which
-//! times, and when it stops. Its digest covers the plan, which pins every meter, so nothing that
-//! was approved can change later (I6). Everything here is pure: counts go in, decisions come out.
+//! People approve the *content*: what is done to which meters, in which order, at which times, and
+//! when the campaign pauses. Its digest covers the plan, which pins every meter, so nothing that
+//! was approved can change later (I6). This module is pure: it takes counts and returns decisions.
 
-mod plan;
-mod task;
-mod window;
+pub(crate) mod action;
+pub(crate) mod plan;
+pub(crate) mod task;
+pub(crate) mod terms;
+pub(crate) mod wave;
+pub(crate) mod window;
 
-use std::{
-    fmt,
-    num::{NonZeroU8, NonZeroU32},
-};
+use std::fmt;
 
 use aws_lc_rs::digest::{SHA256, digest};
 
-pub use self::{
-    plan::{CampaignSelection, Plan, PlanChain, PlannedWave, WavePlanner, WaveSize},
-    task::{Task, TaskEnd, TaskError, TaskState, TaskStep, TaskWork},
-    window::{MaintenanceWindow, MaintenanceWindows, Weekdays},
+use self::{
+    action::{CampaignAction, TaskStep, TaskWork},
+    plan::{CampaignSelection, Plan, PlannedWave},
+    terms::{CampaignName, CampaignTerms},
+    wave::{WaveCounts, WaveResult},
 };
 use crate::{
-    Approval, ApprovalError, ApprovalTerms, Approvals, CampaignId, KeyType, KeyVersion, Meter, ParseError, PersonName,
-    PrincipalId, Quorum, SecuritySetupId, UnixMillis,
+    Approval, ApprovalError, ApprovalTerms, Approvals, CampaignId, Meter, ParseError, PersonName, PrincipalId,
+    SecuritySetupId, UnixMillis,
 };
 
 /// A campaign: what was approved, by whom, and how far it is. One sealed row (I5).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Campaign {
-    /// Its id: that of the request that made it.
+    /// Its id: the id of the request that made it.
     pub id: CampaignId,
-    /// What is approved. Never changes.
+    /// What is approved. It never changes.
     pub content: CampaignContent,
     /// Who approved it, in order.
     pub approvals: Approvals,
-    /// Where it stands in its life.
+    /// Its state.
     pub state: CampaignState,
-    /// Why it is in that state: what paused or aborted it. Empty otherwise.
+    /// Why it was paused or aborted. Empty otherwise.
     pub reason: String,
-    /// When it came into that state.
+    /// When it entered that state.
     pub since: UnixMillis,
-    /// The wave under way, from 1; 0 before the first. Where there is a canary cohort, it is wave
-    /// 1.
+    /// The wave under way, from 1; 0 before the first. A canary cohort is wave 1.
     pub wave: u32,
     /// When that wave began.
     pub wave_started: UnixMillis,
-    /// How many chunks of the plan were looked through for the tasks of this wave.
+    /// How many chunks of the plan were searched for the tasks of this wave.
     pub expanded: u64,
-    /// Failures of this wave that an officer has seen and accepted by resuming.
+    /// Failures of this wave that an officer accepted by resuming the campaign.
     pub accepted_failures: u64,
-    /// What became of the waves before, in order.
+    /// The results of the earlier waves, in order.
     pub results: Vec<WaveResult>,
     /// When it was started.
     pub started: Option<UnixMillis>,
@@ -67,11 +67,11 @@ pub struct CampaignContent {
     pub setup: Option<SecuritySetupId>,
     /// Which meters were asked for.
     pub selection: CampaignSelection,
-    /// Order, speed, and when it stops.
+    /// Order, speed, and when it pauses.
     pub terms: CampaignTerms,
     /// The officer who made it.
     pub requester: PrincipalId,
-    /// I6: the person behind the officer, who approves nothing of it.
+    /// I6: the person behind the officer. This person cannot approve it.
     pub requester_person: PersonName,
     /// When it was made.
     pub created: UnixMillis,
@@ -79,235 +79,18 @@ pub struct CampaignContent {
     pub plan: Plan,
 }
 
-/// What is done to each meter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum CampaignAction {
-    /// A new version of one key. A KEK is a compound transfer with the GUEK that proves it.
-    Rotate(KeyType),
-    /// An exchange that shows which keys the meter holds. No key leaves.
-    Probe,
-    /// Take-over: the KEK (compound), then the GAK, then the other keys of DLMS that were imported.
-    TakeOver,
-}
-
-impl CampaignAction {
-    /// The name in output: `rotate`, `probe`, `take-over`.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Rotate(_) => "rotate",
-            Self::Probe => "probe",
-            Self::TakeOver => "take-over",
-        }
-    }
-
-    /// The rotation of one type of key.
-    ///
-    /// # Errors
-    /// It is none of the keys that `key_transfer` of class 64 could bring
-    /// ([`KeyType::is_transferable`]). Which of the others than KEK, GUEK, GBEK and GAK a meter
-    /// takes is said by its device profile.
-    pub fn rotate(key_type: KeyType) -> Result<Self, ParseError> {
-        if key_type.is_transferable() {
-            Ok(Self::Rotate(key_type))
-        } else {
-            Err(ParseError::new(
-                "key type",
-                format!("a {key_type} is not brought by key_transfer, which carries wrapped AES keys only"),
-            ))
-        }
-    }
-
-    /// What is to be done first with a meter; `None` if it has no such key.
-    pub fn first_step(self, meter: &Meter, setup: Option<SecuritySetupId>) -> Option<TaskStep> {
-        match self {
-            Self::Rotate(key_type) => {
-                let slot = meter
-                    .slots
-                    .iter()
-                    .find(|slot| slot.key_type() == key_type && setup.is_none_or(|setup| slot.setup() == setup));
-                let of_group = key_type == KeyType::GBEK && !meter.class.groups.is_empty();
-                match slot {
-                    Some(slot) => Some(TaskStep {
-                        setup: slot.setup(),
-                        work: TaskWork::Rotate(key_type),
-                        from: active_number(slot),
-                    }),
-                    None if of_group => Some(TaskStep {
-                        setup: setup.or_else(|| first_setup(meter))?,
-                        work: TaskWork::Rotate(key_type),
-                        from: 0,
-                    }),
-                    None => None,
-                }
-            }
-            Self::Probe => {
-                Some(TaskStep { setup: setup.or_else(|| first_setup(meter))?, work: TaskWork::Probe, from: 0 })
-            }
-            Self::TakeOver => take_over_steps(meter, setup).next(),
-        }
-    }
-
-    /// What follows a step that ended well; `None` if the meter is done.
-    pub fn next_step(self, meter: &Meter, setup: Option<SecuritySetupId>, done: TaskStep) -> Option<TaskStep> {
-        match self {
-            Self::Rotate(_) | Self::Probe => None,
-            Self::TakeOver => {
-                // Only what comes later in the order: a key that could not be replaced is not tried
-                // for ever.
-                let place = |step: &TaskStep| {
-                    (step.setup, TAKE_OVER_ORDER.iter().position(|key_type| step.work == TaskWork::Rotate(*key_type)))
-                };
-                take_over_steps(meter, setup).find(|step| place(step) > place(&done))
-            }
-        }
-    }
-}
-
-impl CampaignAction {
-    /// Whether a campaign of this action, limited to `setup` where it names one, ever does this.
-    fn plans(self, setup: Option<SecuritySetupId>, step: &TaskStep) -> bool {
-        let work = match (self, step.work) {
-            (Self::Rotate(approved), TaskWork::Rotate(key_type)) => approved == key_type,
-            (Self::TakeOver, TaskWork::Rotate(key_type)) => TAKE_OVER_ORDER.contains(&key_type),
-            (Self::Probe, TaskWork::Probe) => true,
-            _ => false,
-        };
-        work && setup.is_none_or(|setup| setup == step.setup)
-    }
-}
-
-impl Campaign {
-    /// I6: whether what was approved has this step in it. The row of a task says which step is at
-    /// hand; this says that it may be.
-    pub fn plans(&self, step: &TaskStep) -> bool {
-        self.content.action.plans(self.content.setup, step)
-    }
-
-    /// The same of a task whose mark does not bind its step ([`crate::SealKey::seal_former_task`]):
-    /// the one step of the meter that the approved content leads to. Of a take-over, which has
-    /// several, a key that came from somebody else: that is what was approved, in whatever order.
-    pub fn plans_for(&self, meter: &Meter, step: &TaskStep) -> bool {
-        let expected = match self.content.action {
-            CampaignAction::TakeOver => {
-                let TaskWork::Rotate(key_type) = step.work else { return false };
-                let versions = meter.slots.get(step.setup, key_type).map(crate::Slot::versions).unwrap_or_default();
-                versions.iter().any(|version| {
-                    version.number().number() == step.from && version.origin() == crate::KeyOrigin::Imported
-                })
-            }
-            action => action
-                .first_step(meter, self.content.setup)
-                .is_some_and(|first| (first.setup, first.work) == (step.setup, step.work)),
-        };
-        expected && self.plans(step)
-    }
-}
-
-impl fmt::Display for CampaignAction {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Rotate(key_type) => write!(f, "rotate {key_type}"),
-            _ => f.write_str(self.name()),
-        }
-    }
-}
-
-/// Order, speed, and when a campaign stops by itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CampaignTerms {
-    /// How many people must approve (I6).
-    pub quorum: Quorum,
-    /// Meters of the canary cohort, which is the first wave; 0 for none. At least so many: cohorts
-    /// are cut at a few meters' precision.
-    pub canary: u32,
-    /// Sizes of the waves after it; the last is repeated until every meter has its wave. Not empty.
-    pub waves: Vec<WaveSize>,
-    /// Percent of a wave's meters, 1–100, that must succeed. The campaign pauses as soon as that
-    /// cannot be reached.
-    pub success_threshold: u8,
-    /// The campaign pauses when more meters of a wave than this have failed or are in doubt for
-    /// good.
-    pub failure_limit: u64,
-    /// When work may be begun.
-    pub windows: MaintenanceWindows,
-    /// How many tasks a head-end gets within a minute; `None`: as many as it asks for.
-    pub starts_per_minute: Option<NonZeroU32>,
-    /// How many tasks a head-end has at once.
-    pub in_flight: NonZeroU32,
-    /// How often a task is tried, 1–20.
-    pub attempts: NonZeroU8,
-    /// Seconds until the second attempt, 1–86,400; doubled with each further one, up to a day.
-    pub back_off_seconds: u32,
-}
-
-impl CampaignTerms {
-    /// What holds of all terms.
-    ///
-    /// # Errors
-    /// A number is out of its range.
-    pub fn check(&self) -> Result<(), ParseError> {
-        let within = |what: &'static str, value: u64, least: u64, most: u64| match value {
-            value if (least..=most).contains(&value) => Ok(()),
-            value => Err(ParseError::new(what, format!("`{value}` is not {least} to {most}"))),
-        };
-        within("success threshold", self.success_threshold.into(), 1, 100)?;
-        within("attempts", self.attempts.get().into(), 1, 20)?;
-        within("back-off", self.back_off_seconds.into(), 1, 86_400)?;
-        within("number of wave sizes", self.waves.len() as u64, 1, 100)?;
-        within("canary", self.canary.into(), 0, 1_000_000)
-    }
-
-    /// Milliseconds until the next attempt, after so many.
-    pub const fn back_off_ms(&self, attempts: u32) -> i64 {
-        let doubled = if attempts > 17 { 86_400 } else { (self.back_off_seconds as i64) << attempts.saturating_sub(1) };
-        (if doubled > 86_400 { 86_400 } else { doubled }) * 1_000
-    }
-}
-
-/// A campaign's name: 1–64 octets of UTF-8 without control characters.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct CampaignName(String);
-
-impl CampaignName {
-    /// The campaign of this name.
-    ///
-    /// # Errors
-    /// The name is empty, longer than 64 octets, starts or ends with white space, or has control
-    /// characters.
-    pub fn parse(text: &str) -> Result<Self, ParseError> {
-        if !(1..=64).contains(&text.len()) || text.trim() != text || text.chars().any(char::is_control) {
-            return Err(ParseError::new(
-                "campaign name",
-                "not 1 to 64 octets without control characters and white space around",
-            ));
-        }
-        Ok(Self(text.to_owned()))
-    }
-
-    /// The name.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Display for CampaignName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// Where a campaign stands in its life.
+/// The state of a campaign.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum CampaignState {
     /// Made, and waiting for approvals.
     Draft,
     /// Enough people have approved it.
     Approved,
-    /// Tasks are given out.
+    /// Head-ends lease tasks.
     Running,
-    /// No task is given out; what is under way ends.
+    /// No task can be leased; tasks under way continue to their end.
     Paused,
-    /// Ended before its time.
+    /// Ended early, for good.
     Aborted,
     /// Every wave has ended.
     Finished,
@@ -365,83 +148,31 @@ impl fmt::Display for CampaignState {
     }
 }
 
-/// How many tasks of a wave are in which state.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct WaveCounts {
-    /// Waiting to be leased.
-    pub pending: u64,
-    /// Leased, and not begun.
-    pub leased: u64,
-    /// A transfer or probe has begun.
-    pub under_way: u64,
-    /// Done.
-    pub succeeded: u64,
-    /// Given up; the meter holds what it held.
-    pub failed: u64,
-    /// Given up; it is in doubt what the meter holds.
-    pub in_doubt: u64,
-    /// Not to be done: no head-end, out of service, or the key is gone.
-    pub skipped: u64,
-}
+impl Campaign {
+    /// I6: whether the approved content contains this step. The row of a task says which step is
+    /// next; this decides whether the step was approved.
+    pub fn plans(&self, step: &TaskStep) -> bool {
+        self.content.action.plans(self.content.setup, step)
+    }
 
-impl WaveCounts {
-    /// Counts tasks of a state.
-    pub const fn add(&mut self, state: TaskState, tasks: u64) {
-        let count = match state {
-            TaskState::Pending => &mut self.pending,
-            TaskState::Leased => &mut self.leased,
-            TaskState::UnderWay => &mut self.under_way,
-            TaskState::Succeeded => &mut self.succeeded,
-            TaskState::Failed => &mut self.failed,
-            TaskState::InDoubt => &mut self.in_doubt,
-            TaskState::Skipped => &mut self.skipped,
+    /// As [`Self::plans`], for a task whose mark does not bind its step
+    /// ([`crate::SealKey::seal_former_task`]): the step must be the one that the approved content
+    /// gives for this meter. A take-over has several steps: any imported key was approved, in any
+    /// order.
+    pub fn plans_for(&self, meter: &Meter, step: &TaskStep) -> bool {
+        let expected = match self.content.action {
+            CampaignAction::TakeOver => {
+                let TaskWork::Rotate(key_type) = step.work else { return false };
+                let versions = meter.slots.get(step.setup, key_type).map(crate::Slot::versions).unwrap_or_default();
+                versions.iter().any(|version| {
+                    version.number().number() == step.from && version.origin() == crate::KeyOrigin::Imported
+                })
+            }
+            action => action
+                .first_step(meter, self.content.setup)
+                .is_some_and(|first| (first.setup, first.work) == (step.setup, step.work)),
         };
-        *count += tasks;
-    }
-
-    /// Tasks that have not ended.
-    pub const fn open(&self) -> u64 {
-        self.pending + self.leased + self.under_way
-    }
-
-    /// Tasks that ended badly.
-    pub const fn failures(&self) -> u64 {
-        self.failed + self.in_doubt
-    }
-}
-
-/// What became of a wave.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WaveResult {
-    /// When it began.
-    pub started: UnixMillis,
-    /// When its last task ended.
-    pub ended: UnixMillis,
-    /// How many meters ended how, by vendor and reason.
-    pub tallies: Vec<WaveTally>,
-    /// How many had succeeded by when: for plots, in order.
-    pub timeline: Vec<(UnixMillis, u64)>,
-}
-
-/// Meters of one vendor that ended in the same way.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct WaveTally {
-    /// The vendor's FLAG id.
-    pub vendor: String,
-    /// How the tasks ended.
-    pub state: TaskState,
-    /// Why; empty for success.
-    pub reason: String,
-    /// How many.
-    pub tasks: u64,
-}
-
-impl WaveResult {
-    /// How many tasks ended how.
-    pub fn counts(&self) -> WaveCounts {
-        let mut counts = WaveCounts::default();
-        self.tallies.iter().for_each(|tally| counts.add(tally.state, tally.tasks));
-        counts
+        expected && self.plans(step)
     }
 }
 
@@ -450,11 +181,11 @@ impl WaveResult {
 pub enum WaveDecision {
     /// Go on.
     Wait,
-    /// The wave has ended well enough: the next one begins.
+    /// The wave has reached its threshold: the next wave begins.
     NextWave,
-    /// Too much has failed.
+    /// Too many meters have failed.
     Pause {
-        /// What, for people.
+        /// What failed, for people.
         reason: String,
     },
     /// The last wave has ended.
@@ -520,8 +251,8 @@ impl Campaign {
         Ok(())
     }
 
-    /// I6: whether enough people have approved it. Counted anew wherever work is given out, not
-    /// only when the last of them did.
+    /// I6: whether enough people have approved it. Approvals are counted again whenever a task is
+    /// leased, not only when the last one is given.
     pub fn is_approved(&self) -> bool {
         self.approvals.suffice(&self.approval_terms())
     }
@@ -551,7 +282,7 @@ impl Campaign {
         Ok(())
     }
 
-    /// Gives out no more work.
+    /// Pauses the campaign: no task can be leased.
     ///
     /// # Errors
     /// It does not run.
@@ -563,7 +294,7 @@ impl Campaign {
         Ok(())
     }
 
-    /// Goes on; the failures so far in this wave are accepted.
+    /// Resumes the campaign. The failures of this wave so far are accepted.
     ///
     /// # Errors
     /// It is not paused.
@@ -576,7 +307,7 @@ impl Campaign {
         Ok(())
     }
 
-    /// Ends it before its time, for good.
+    /// Aborts the campaign, for good.
     ///
     /// # Errors
     /// It has ended.
@@ -588,8 +319,8 @@ impl Campaign {
         Ok(())
     }
 
-    /// What follows from the counts of the wave under way. Looks only; [`Self::end_wave`] and
-    /// [`Self::pause`] act.
+    /// What follows from the counts of the wave under way. It changes nothing; [`Self::end_wave`]
+    /// and [`Self::pause`] do.
     pub fn decide(&self, counts: &WaveCounts) -> WaveDecision {
         if self.state != CampaignState::Running {
             return WaveDecision::Wait;
@@ -626,13 +357,13 @@ impl Campaign {
         }
     }
 
-    /// Ends the wave under way, and begins the next, or finishes.
+    /// Ends the wave under way. Begins the next wave, or finishes the campaign.
     ///
     /// # Errors
     /// It does not run.
     pub fn end_wave(&mut self, result: WaveResult, now: UnixMillis) -> Result<(), CampaignError> {
         if self.state != CampaignState::Running {
-            return Err(self.wrong_state("led on"));
+            return Err(self.wrong_state("moved to the next wave"));
         }
         self.results.push(result);
         if self.content.plan.waves.len() > usize::try_from(self.wave).unwrap_or(usize::MAX) {
@@ -653,7 +384,7 @@ impl Campaign {
         self.expanded >= self.content.plan.chunks
     }
 
-    /// Whether work may be begun now.
+    /// Whether a task may be begun now.
     pub fn is_open_at(&self, now: UnixMillis) -> bool {
         self.state == CampaignState::Running && self.is_approved() && self.content.terms.windows.is_open_at(now)
     }
@@ -676,7 +407,7 @@ impl Campaign {
     }
 }
 
-/// Why a campaign does not do what is asked.
+/// Why a campaign refuses a change.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CampaignError {
     /// Its state forbids it.
@@ -689,7 +420,7 @@ pub enum CampaignError {
         /// Approvals that are missing.
         missing: usize,
     },
-    /// The approval does not count.
+    /// The approval is refused.
     #[error(transparent)]
     Approval(#[from] ApprovalError),
 }
@@ -701,34 +432,6 @@ fn hint(state: CampaignState, missing: usize) -> String {
         _ => String::new(),
     }
 }
-
-fn first_setup(meter: &Meter) -> Option<SecuritySetupId> {
-    meter.slots.iter().next().map(crate::Slot::setup)
-}
-
-fn active_number(slot: &crate::Slot) -> u32 {
-    slot.active().map_or(0, |version| version.number().number())
-}
-
-/// The keys of a meter that somebody else made and that key_transfer can replace, in the order of a
-/// take-over.
-fn take_over_steps(meter: &Meter, setup: Option<SecuritySetupId>) -> impl Iterator<Item = TaskStep> {
-    let mut setups: Vec<SecuritySetupId> =
-        meter.slots.iter().map(crate::Slot::setup).filter(|one| setup.is_none_or(|setup| *one == setup)).collect();
-    setups.sort_unstable();
-    setups.dedup();
-    setups.into_iter().flat_map(|setup| TAKE_OVER_ORDER.into_iter().map(move |key_type| (setup, key_type))).filter_map(
-        |(setup, key_type)| {
-            let slot = meter.slots.get(setup, key_type)?;
-            let imported =
-                slot.active().or_else(|| slot.held()).map(KeyVersion::origin) == Some(crate::KeyOrigin::Imported);
-            imported.then(|| TaskStep { setup, work: TaskWork::Rotate(key_type), from: active_number(slot) })
-        },
-    )
-}
-
-/// A new KEK brings a new GUEK with it; then what else was imported.
-const TAKE_OVER_ORDER: [KeyType; 4] = [KeyType::KEK, KeyType::GAK, KeyType::GUEK, KeyType::GBEK];
 
 #[cfg(test)]
 mod tests;

@@ -1,4 +1,4 @@
-//! What makes a diversified key differ from every other (docs/formats.md, *Diversified keys*).
+//! What makes each diversified key different from all others (docs/formats.md, *Diversified keys*).
 
 use crate::{KeyLength, KeyType, KeyVersionNumber, Owner, ParseError, SecuritySetupId};
 

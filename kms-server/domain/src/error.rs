@@ -1,7 +1,7 @@
 //! The one error of parsing at the edge.
 
-/// A value from outside that is not what it should be. The text names what was expected and never
-/// repeats a secret.
+/// A value from outside that is not valid. The text names what was expected and never repeats a
+/// secret.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{what}: {reason}")]
 pub struct ParseError {

@@ -1,11 +1,10 @@
-//! The ledger of exposures: who outside the HSM could come to know a key version, since when, and
-//! why.
+//! The ledger of exposures: who outside the HSM could know a key version, since when, and why.
 
 use std::{collections::HashMap, fmt};
 
 use crate::{CounterDomainId, ParseError, PrincipalId, UnixMillis};
 
-/// One way by which someone outside the HSM can know a key version.
+/// One way by which someone outside the HSM could know a key version.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Exposure {
     /// Who.
@@ -16,12 +15,12 @@ pub struct Exposure {
     pub reason: ExposureReason,
 }
 
-/// Who could know the key values that several slots share, by their counter domains: whoever knows
-/// the key of one slot knows that of all.
+/// Who could know the key values that several slots share, by counter domain: a party that knows
+/// the key of one slot knows the keys of all.
 pub type SharedExposures = HashMap<CounterDomainId, Vec<Exposure>>;
 
-/// Adds to `known` what it does not have: each way of each party once, since the first time.
-/// Returns whether anything was new.
+/// Adds to `known` the exposures that it lacks: each party and reason once, since the first time.
+/// Returns whether an exposure was new.
 pub(crate) fn learn(known: &mut Vec<Exposure>, more: &[Exposure]) -> bool {
     let mut learned = false;
     for exposure in more {
@@ -75,8 +74,8 @@ pub enum ExposureReason {
     MemberLeft,
     /// A meter that held the group's key was retired or replaced.
     MemberRetired,
-    /// A meter that held the group's key was reported compromised, or the KEK under which it got
-    /// it.
+    /// A meter that held the group's key, or the KEK under which it got the key, was reported as
+    /// compromised.
     MemberCompromised,
 }
 
@@ -94,8 +93,8 @@ impl ExposureReason {
         Self::MemberCompromised,
     ];
 
-    /// The reasons for which the key of a group has to be rotated: somebody who is no member holds
-    /// it.
+    /// The reasons for which the key of a group must be rotated: a meter that is no member any more
+    /// holds it.
     pub const OF_MEMBERS: [Self; 3] = [Self::MemberLeft, Self::MemberRetired, Self::MemberCompromised];
 
     /// The number in rows and audit records, from 1; it never changes.

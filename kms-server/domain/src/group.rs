@@ -1,12 +1,12 @@
-//! Groups of meters: the broadcast keys that their members share, and how a new version of one
-//! comes to all of them.
+//! Groups of meters: the broadcast keys that their members share, and the rotation of these keys.
 //!
-//! A member gets a group's key by a transfer of its own, and acknowledges it; no exchange could
-//! prove it. Whoever takes a new GBEK has no use for the one before, so while a version is *rolled
-//! out* some members hear broadcasts under the old one, and the others under the new one. The new
-//! version is pre-active, and lent to nobody, until someone *switches*. From then on it is the one
-//! to use, and the former one can still be lent, for those who are left behind: the *overlap*,
-//! which ends when every member has acknowledged the new version.
+//! Each member gets a group's key by its own transfer, and acknowledges it; no exchange could prove
+//! it. A meter holds one GBEK: the new one replaces the old one. So while a version is *rolled
+//! out*, some members receive broadcasts under the old version, and the others under the new one.
+//! The new version is pre-active, and issued to nobody, until an officer *switches*. From then on
+//! it is the version to use. During the *overlap* the former version can still be issued, for
+//! members without the new one. The overlap ends when every member has acknowledged the new
+//! version.
 
 use std::fmt;
 
@@ -35,7 +35,7 @@ pub struct Group {
     pub rotations: Vec<GroupRotation>,
 }
 
-/// A version of a group's key that is brought to the members, or was.
+/// The rotation of a group's key to one version, under way or past.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GroupRotation {
     /// The security setup.
@@ -44,11 +44,11 @@ pub struct GroupRotation {
     pub key_type: KeyType,
     /// The version.
     pub version: KeyVersionNumber,
-    /// The campaign that brings it.
+    /// The campaign that delivers it.
     pub campaign: Option<CampaignId>,
     /// When it began.
     pub begun: UnixMillis,
-    /// When so many members had acknowledged it that broadcasts may switch.
+    /// When enough members had acknowledged it for the switch.
     pub reached: Option<UnixMillis>,
     /// When broadcasts switched.
     pub switched: Option<UnixMillis>,
@@ -75,7 +75,7 @@ pub enum RotationStage {
     RollingOut,
     /// Enough have.
     MaySwitch,
-    /// Broadcasts use the new version; the former one is for those who are left behind.
+    /// Broadcasts use the new version; the former one is for members without it.
     Switched,
     /// Every member has the new version.
     Complete,
@@ -99,10 +99,10 @@ impl RotationStage {
 pub struct SwitchThreshold(u8);
 
 impl SwitchThreshold {
-    /// 95 percent: a few meters of a large group can always not be reached.
+    /// 95 percent: in a large group a few meters are always unreachable.
     pub const DEFAULT: Self = Self(95);
 
-    /// The threshold of so many percent.
+    /// The threshold of this many percent.
     ///
     /// # Errors
     /// Not 1 to 100.
@@ -118,7 +118,7 @@ impl SwitchThreshold {
         self.0
     }
 
-    /// Whether so many of the members are enough. Of no members, none are.
+    /// Whether enough members have acknowledged. Never true for a group without members.
     pub const fn is_reached(self, counts: MemberCounts) -> bool {
         counts.members > 0 && counts.acknowledged as u128 * 100 >= counts.members as u128 * self.0 as u128
     }
@@ -130,27 +130,26 @@ impl fmt::Display for SwitchThreshold {
     }
 }
 
-/// How the members of a group stand to a version of its key. Members that are quarantined or
-/// retired do not count: nothing is brought to them.
+/// How many members of a group have a version of its key. Members that are quarantined or retired
+/// do not count: nothing is delivered to them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemberCounts {
-    /// All.
+    /// All members.
     pub members: u64,
-    /// Who has acknowledged it.
+    /// Members that have acknowledged it.
     pub acknowledged: u64,
-    /// To whom it left, and who has not acknowledged it.
+    /// Members for which it left, and which have not acknowledged it.
     pub unacknowledged: u64,
 }
 
 /// How a rotation of a group's key began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BegunRotation {
-    /// The version that is brought to the members.
+    /// The version that is delivered to the members.
     pub version: KeyVersionNumber,
-    /// It was made now; false: it was being rolled out already, and that goes on.
+    /// It was made now; false: it was being rolled out already, and this continues.
     pub made: bool,
-    /// A version that was being rolled out and was given up, since someone knows it who is no
-    /// member any more.
+    /// A version whose roll-out was given up, because a former member knows it.
     pub given_up: Option<KeyVersionNumber>,
 }
 
@@ -178,14 +177,14 @@ impl Group {
         self.rotations.iter().find(|rotation| (rotation.setup, rotation.key_type) == (setup, key_type))
     }
 
-    /// The version that members are to have: the one that is rolled out, or else the active one.
+    /// The version that members should have: the one that is rolled out, or else the active one.
     pub fn newest(&self, setup: SecuritySetupId, key_type: KeyType) -> Option<&KeyVersion> {
         newest(self.slots.get(setup, key_type)?)
     }
 
-    /// The version that can be lent: the active one where none is named. A named one must be
-    /// active, or be the former one during the overlap. Never a pre-active one (I3), nor a
-    /// suspended or compromised one.
+    /// The version that can be issued: the active one if none is named. A named version must be
+    /// active, or the former one during the overlap. Never a pre-active (I3), suspended or
+    /// compromised one.
     pub fn lent(
         &self,
         setup: SecuritySetupId,
@@ -202,15 +201,15 @@ impl Group {
         slot.grantable().map(|grantable| grantable.version).find(|version| overlap && version.number() == named)
     }
 
-    /// Why a key has to be rotated: who is no member, or no member any more, holds the version that
-    /// members are to have. Each reason once.
+    /// Why a key must be rotated: somebody who is not a member holds the version that members
+    /// should have. Each reason once.
     pub fn rotation_wanted(&self, setup: SecuritySetupId, key_type: KeyType) -> Vec<ExposureReason> {
         self.newest(setup, key_type).map(known_to_former_members).unwrap_or_default()
     }
 
-    /// Begins to roll a new version of a key out, or goes on with the one that is rolled out
-    /// already: a further campaign makes no further version. One that a former member knows is
-    /// given up: it is compromised, and `new` takes its place.
+    /// Begins to roll out a new version of a key, or continues with the version that is rolled out
+    /// already: another campaign makes no further version. A version that a former member knows is
+    /// given up: it becomes compromised, and `new` replaces it.
     ///
     /// # Errors
     /// The group has no such key, or the new version does not fit the slot.
@@ -241,7 +240,7 @@ impl Group {
         Ok(BegunRotation { version, made, given_up })
     }
 
-    /// Says that this version is brought to the members. What was said of it before stays.
+    /// Notes that this version is delivered to the members. An entry for the same version stays.
     pub fn roll_out(
         &mut self,
         setup: SecuritySetupId,
@@ -272,8 +271,8 @@ impl Group {
         }
     }
 
-    /// Takes note of how many members have acknowledged the version of a rotation. Whether that
-    /// changes how far it is.
+    /// Notes how many members have acknowledged the version of a rotation. Returns whether that
+    /// changes its stage.
     pub fn note_members(
         &mut self,
         setup: SecuritySetupId,
@@ -299,9 +298,9 @@ impl Group {
         rotation.stage() != before
     }
 
-    /// Makes the version that is rolled out the one to use. The former one, whose number is
-    /// returned, can still be lent until every member has the new one. With `early` it does not
-    /// matter how many have it by now.
+    /// Makes the version that is rolled out the active one. The former one, whose number is
+    /// returned, can still be issued until every member has the new one. With `early` the number of
+    /// members that have it does not matter.
     ///
     /// # Errors
     /// The version is not the one that is rolled out, or too few members have acknowledged it.
@@ -327,9 +326,8 @@ impl Group {
         Ok(former)
     }
 
-    /// The KEK of a member is compromised, under which these keys left for it: they are known to
-    /// `party` if it recorded the traffic. Returns the versions that were not known to it for this
-    /// reason before.
+    /// Exposes the keys that left for a member under a compromised KEK: `party` knows them if it
+    /// recorded the traffic. Returns the versions for which this exposure is new.
     pub fn expose_to_who_knows_a_kek(
         &mut self,
         delivered: &[SharedKey],
@@ -347,11 +345,10 @@ impl Group {
         exposed
     }
 
-    /// A member has gone, and what it holds is known to whoever has it. Writes that into the ledger
-    /// of every version that is in use or may still be lent, and of the one that is rolled out if
-    /// it had left for the member: which ones of these it really holds is not known of those that
-    /// members were set up with. Returns the versions that were not known to a former member for
-    /// this reason before.
+    /// Exposes the keys that a former member may hold: every version that is in use or may still be
+    /// issued, and the one that is rolled out, if it left for the member. For versions that members
+    /// were set up with, it is not known which ones the member really holds. Returns the versions
+    /// for which this exposure is new.
     pub fn expose_to_former_member(
         &mut self,
         delivered: &[SharedKey],
@@ -391,14 +388,14 @@ impl Group {
 /// Why a rotation of a group's key does not begin or go on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum GroupError {
-    /// It is not the version that members are getting.
-    #[error("version {version} is not being rolled out")]
+    /// It is not the version that is rolled out.
+    #[error("version {version} is not being rolled out to the members")]
     NotRolledOut {
         /// The version.
         version: KeyVersionNumber,
     },
     /// Broadcasts would not reach enough members.
-    #[error("fewer than {threshold} of the members have acknowledged the new version")]
+    #[error("fewer than {threshold} of the members have acknowledged the new version: wait, or switch early")]
     TooFew {
         /// The group's threshold.
         threshold: SwitchThreshold,

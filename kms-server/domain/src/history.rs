@@ -1,12 +1,12 @@
-//! What the island's row remembers of its database's history: restores, and by how much they raised
-//! all counters (I4).
+//! What the island's row knows of its database's history: restores, and by how much they raised all
+//! counters (I4).
 
 /// By how much every invocation counter of the island was raised since the ceremony, over all
 /// restores. It only grows.
 ///
-/// What was dealt after a backup is unknown once the backup is back. So a restore raises this one
-/// number, and each counter takes over the difference at its next reservation
-/// ([`crate::Counters::reserve`]): nothing else has to be written at a restore.
+/// After a restore it is unknown which counters were allocated since the backup. So a restore
+/// raises this one number, and each counter adds the difference at its next reservation
+/// ([`crate::Counters::reserve`]). A restore writes nothing else.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CounterJump(u64);
 
@@ -30,14 +30,14 @@ impl CounterJump {
         Self(self.0.saturating_add(counters as u64))
     }
 
-    /// What a counter that has taken over `taken` still lacks; 0 if nothing.
+    /// How much a counter that has added `taken` still lacks; 0 if nothing.
     pub const fn beyond(self, taken: Self) -> u64 {
         self.0.saturating_sub(taken.0)
     }
 }
 
-/// Where a PostgreSQL cluster's history stands. Another value than before means a fail-over or a
-/// restored backup: restored mode.
+/// The position of a PostgreSQL cluster in its history. Another value than before means a fail-over
+/// or a restored backup: restored mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Timeline {
     /// The cluster's system identifier.
@@ -65,11 +65,11 @@ pub struct DatabaseHistory {
 }
 
 impl DatabaseHistory {
-    /// The history after one more restore: all counters go up by `counters`, from the highest jump
-    /// that anyone remembers.
+    /// The history after one more restore: all counters are raised by `counters`, from the highest
+    /// jump that is known.
     #[must_use]
     pub fn restored(self, timeline: Option<Timeline>, remembered: CounterJump, counters: u32) -> Self {
-        // I4: the row may be older than an earlier restore, whose jump was used already.
+        // I4: the row may be older than an earlier restore, whose jump is in use already.
         Self {
             timeline,
             restores: self.restores.saturating_add(1),

@@ -1,4 +1,4 @@
-//! Names of things: every identifier that crosses a boundary, parsed once.
+//! Identifiers: each one that enters the system is parsed once, into a type of this file.
 
 use std::{fmt, sync::Arc};
 
@@ -10,8 +10,8 @@ use crate::ParseError;
 pub struct SystemTitle([u8; 8]);
 
 impl SystemTitle {
-    /// The title of these octets. All-zero is refused: meters and clients that were never
-    /// personalised carry it.
+    /// The title of these octets. All zeros are refused: meters and clients that were never
+    /// personalised have that title.
     ///
     /// # Errors
     /// Not 8 octets, or all zero.
@@ -167,7 +167,7 @@ impl fmt::Debug for SecuritySetupId {
     }
 }
 
-/// What kind of thing owns a key.
+/// The kind of an owner of keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum OwnerKind {
     /// One meter.
@@ -251,8 +251,7 @@ impl KeyVersionNumber {
         self.0
     }
 
-    /// The number after this one. It stops at the last: a slot with 2³² versions is beyond any
-    /// meter's life.
+    /// The number after this one. It stops at the last number: no slot reaches 2³² versions.
     pub const fn next(self) -> Self {
         Self(self.0.saturating_add(1))
     }
@@ -295,7 +294,7 @@ impl fmt::Display for IslandName {
     }
 }
 
-/// What a principal is in this system.
+/// The role of a principal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Role {
     /// A head-end system.
@@ -350,8 +349,8 @@ impl fmt::Display for Role {
     }
 }
 
-/// Who calls: `urn:meterkms:ISLAND:ROLE:NAME`, the URI subjectAltName (RFC 5280, 4.2.1.6) of the
-/// certificate. Cheap to clone.
+/// The identity of a principal: `urn:meterkms:ISLAND:ROLE:NAME`, the URI subjectAltName (RFC 5280,
+/// 4.2.1.6) of its certificates. Cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PrincipalId {
     island: IslandName,
@@ -462,20 +461,20 @@ uuid_id! {
     GrantId, "grant id"
 }
 uuid_id! {
-    /// The id that a caller gives to a mutating request, a UUID; calling again with it repeats
-    /// nothing.
+    /// The id that a caller gives to a mutating request: a UUID. A second request with the same id
+    /// does nothing again.
     RequestId, "request id"
 }
 uuid_id! {
-    /// A campaign's id: that of the request that made it.
+    /// A campaign's id: the id of the request that made it.
     CampaignId, "campaign id"
 }
 uuid_id! {
-    /// A proposal's id: that of the request that made it.
+    /// A proposal's id: the id of the request that made it.
     ProposalId, "proposal id"
 }
 uuid_id! {
-    /// A transfer's id: that of the request that began it.
+    /// A transfer's id: the id of the request that began it.
     TransferId, "transfer id"
 }
 uuid_id! {
@@ -501,7 +500,7 @@ impl fmt::Debug for CounterDomainId {
     }
 }
 
-/// Refuses what is not a name of 1 to `longest` octets.
+/// Checks a name of 1 to `longest` octets.
 pub(crate) fn parse_name(what: &'static str, text: &str, longest: usize) -> Result<(), ParseError> {
     let well_formed = text.starts_with(|first: char| first.is_ascii_lowercase())
         && text.len() <= longest
@@ -515,7 +514,7 @@ pub(crate) fn parse_name(what: &'static str, text: &str, longest: usize) -> Resu
     Ok(())
 }
 
-/// The first 64 characters: an error repeats what a user wrote, never megabytes of it.
+/// The first 64 characters, so that an error never repeats megabytes of input.
 pub(crate) fn excerpt(text: &str) -> String {
     text.chars().take(64).collect()
 }

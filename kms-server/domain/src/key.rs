@@ -1,5 +1,4 @@
-//! Key versions: their states by NIST SP 800-57 part 1, where they come from, and what is stored of
-//! them.
+//! Key versions: their states by NIST SP 800-57 part 1, their origin, and their stored form.
 
 use std::fmt;
 
@@ -13,17 +12,17 @@ use crate::{
 /// The state of a key version (NIST SP 800-57 part 1 revision 5, 7).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum KeyState {
-    /// Made, and not in use: granted to nobody (I3).
+    /// Made and not in use: granted to nobody (I3).
     PreActive,
     /// In use.
     Active,
-    /// Out of use for a while, and may come back.
+    /// Temporarily out of use.
     Suspended,
     /// No longer used to protect anything new. The meter may still hold it.
     Deactivated,
     /// Known to someone who must not know it. Never granted again.
     Compromised,
-    /// Gone: no copy is left.
+    /// No copy exists any more.
     Destroyed,
 }
 
@@ -32,8 +31,8 @@ impl KeyState {
     pub const ALL: [Self; 6] =
         [Self::PreActive, Self::Active, Self::Suspended, Self::Deactivated, Self::Compromised, Self::Destroyed];
 
-    /// Whether a key may go from this state to the other. A compromised key only gets destroyed, a
-    /// destroyed one stays so.
+    /// Whether a key may change from this state to the other. A compromised key can only be
+    /// destroyed, and a destroyed one stays destroyed.
     pub const fn may_become(self, next: Self) -> bool {
         matches!(
             (self, next),
@@ -77,16 +76,16 @@ impl fmt::Display for KeyState {
     }
 }
 
-/// Where a key version came from.
+/// The origin of a key version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum KeyOrigin {
-    /// Derived from a diversification root of its class, and stored nowhere.
+    /// Derived from a diversification root of its class, and not stored.
     Diversified {
         /// The version of the root, from 1.
         root_version: u8,
         /// How that root derives.
         derivation: KeyDerivation,
-        /// The length of the derived key: it stays, whatever suite the meter changes to.
+        /// The length of the derived key. It stays the same if the meter changes its suite.
         length: KeyLength,
     },
     /// Made at random in the HSM.
@@ -95,7 +94,7 @@ pub enum KeyOrigin {
     Imported,
 }
 
-/// What is stored of a key version.
+/// The stored form of a key version.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum KeyMaterial {
     /// Nothing: the HSM derives it.
@@ -131,7 +130,7 @@ impl WrappedKey {
             (_, length) => {
                 return Err(ParseError::new(
                     "wrapped key",
-                    format!("{length} octets are no RFC 3394 wrap of a {key_type}"),
+                    format!("{length} octets are not the length of an RFC 3394 wrap of a {key_type}"),
                 ));
             }
         };
@@ -143,7 +142,7 @@ impl WrappedKey {
         self.storage_kek_version
     }
 
-    /// What it becomes in the HSM.
+    /// What the key is in the HSM.
     pub const fn shape(&self) -> KeyShape {
         self.shape
     }
@@ -157,13 +156,13 @@ impl WrappedKey {
 /// Where the invocation counters of a key version are kept.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum CounterPlace {
-    /// Here. Empty for keys that no frame is protected with.
+    /// In this version. Empty for keys that protect no frames.
     Own(Counters),
-    /// In a counter domain, with all other slots that have the same key value (I4).
+    /// In a counter domain, together with all other slots that have the same key value (I4).
     Domain(CounterDomainId),
 }
 
-/// One key. Its fields change only through its [`Slot`](crate::Slot), which keeps what must hold
+/// One key version. Its fields change only through its [`Slot`](crate::Slot), which keeps the rules
 /// between versions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KeyVersion {
@@ -179,35 +178,35 @@ pub struct KeyVersion {
     pub(crate) transport: Transport,
 }
 
-/// What is known of a version's way to the meter. The numbers are moments of the meter's own
-/// sequence ([`crate::Meter::sequence`]), from 1, because the clocks of several servers put nothing
-/// in order; 0 is never.
+/// When and how a version left for the meter and was shown by it. The numbers are moments of the
+/// meter's own sequence ([`crate::Meter::sequence`]), from 1, because clocks of several servers
+/// give no order; 0 means never.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Transport {
     /// When its wrapped form left last.
     pub left: u32,
     /// When the meter last showed that it holds it.
     pub confirmed: u32,
-    /// How the meter showed it, the strongest that there was.
+    /// The strongest evidence with which the meter showed it.
     pub evidence: Evidence,
-    /// Under which version of the meter's KEK its wrapped form left. One version leaves under one
-    /// KEK only, so that who holds it has shown the KEK too.
+    /// Under which version of the meter's KEK its wrapped form left. A version leaves under one KEK
+    /// only, so a meter that holds it has shown the KEK too.
     pub kek: Option<KeyVersionNumber>,
     /// The highest invocation counter that the meter itself used with it, in an answer that the HSM
-    /// opened.
+    /// could open.
     pub meter_counter: u32,
 }
 
-/// How sure it is that a meter holds a key version.
+/// The evidence that a meter holds a key version.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Evidence {
     /// Nothing was shown.
     #[default]
     None,
-    /// Someone who holds the key says so.
+    /// A party that holds the key states it.
     Attested,
-    /// The meter accepted its transfer, authenticated under other keys; nothing was done with the
-    /// key itself.
+    /// The meter accepted its transfer, authenticated under other keys. The key itself was not
+    /// used.
     Acknowledged,
     /// The meter answered a fresh challenge of the HSM under this key.
     Proven,
@@ -266,17 +265,17 @@ impl KeyVersion {
         self.state
     }
 
-    /// Since when it has been in this state.
+    /// When it entered this state.
     pub const fn since(&self) -> UnixMillis {
         self.since
     }
 
-    /// Where it came from.
+    /// Its origin.
     pub const fn origin(&self) -> KeyOrigin {
         self.origin
     }
 
-    /// What is stored of it.
+    /// Its stored form.
     pub const fn material(&self) -> &KeyMaterial {
         &self.material
     }
@@ -290,7 +289,7 @@ impl KeyVersion {
         }
     }
 
-    /// The fingerprint of the value (docs/formats.md), where one was taken: imported keys have one.
+    /// The fingerprint of the value (docs/formats.md), if one was taken: imported keys have one.
     pub const fn fingerprint(&self) -> Option<[u8; 16]> {
         self.fingerprint
     }
@@ -300,8 +299,8 @@ impl KeyVersion {
         self.candidate
     }
 
-    /// Whether it is destroyed and nothing is known of it but its number: it never left, and nobody
-    /// counted with it, imported it or knows it.
+    /// Whether it is destroyed and has nothing but its number: it never left, has no counters, was
+    /// not imported, and nobody knows it.
     pub(crate) fn is_blank(&self) -> bool {
         self.state == KeyState::Destroyed
             && self.transport == Transport::default()
@@ -310,7 +309,7 @@ impl KeyVersion {
             && self.counters == CounterPlace::Own(Counters::default())
     }
 
-    /// What is known of its way to the meter.
+    /// When and how it left for the meter and was shown by it.
     pub const fn transport(&self) -> Transport {
         self.transport
     }
@@ -325,8 +324,7 @@ impl KeyVersion {
         &self.counters
     }
 
-    /// Its own invocation counters, to reserve from and to raise. Their rules are those of
-    /// [`Counters`].
+    /// Its own invocation counters, to be changed by the rules of [`Counters`].
     ///
     /// # Errors
     /// They are in a domain.
@@ -353,8 +351,8 @@ impl KeyVersion {
         }
     }
 
-    /// Records that `party` can know this version. Returns whether that is new: the row is written
-    /// only then.
+    /// Records that `party` could know this version. Returns whether that is new: the row is
+    /// written only then.
     pub fn expose(&mut self, party: Party, reason: ExposureReason, now: UnixMillis) -> bool {
         let known = self.exposures.iter().any(|exposure| exposure.party == party && exposure.reason == reason);
         if !known {

@@ -75,13 +75,13 @@ impl KeyType {
     }
 
     /// The class whose roots protect keys of this type. Of the types of device profiles, 32–55 are
-    /// in class session and 56–63 in class authentication: the class follows from the number alone,
-    /// so that no edited profile can move a key to another root.
+    /// in class session and 56–63 in class authentication. The class follows from the number alone,
+    /// so an edited profile cannot move a key to another root.
     pub const fn class(self) -> KeyClass {
         match self {
             Self::KEK => KeyClass::Kek,
-            // I1: what may be read for in-HSM frames (the GAK), and secrets that clients must know,
-            // have roots of their own.
+            // I1: the GAK, which may be read for frames in the HSM, and secrets that clients must
+            // know have their own roots.
             Self::GAK | Self::LLS_SECRET | Self::HLS_SECRET | Self::DEDICATED | Self(56..=63) => {
                 KeyClass::Authentication
             }
@@ -102,15 +102,15 @@ impl KeyType {
         }
     }
 
-    /// Whether an exchange shows which version a meter holds. A meter that has got a key of another
-    /// type can only acknowledge it.
+    /// Whether an exchange shows which version a meter holds. A meter can only acknowledge keys of
+    /// other types.
     pub const fn is_shown_by_exchanges(self) -> bool {
         matches!(self, Self::KEK | Self::GUEK | Self::GAK)
     }
 
-    /// Whether `key_transfer` could bring a key of this type: an AES key that lasts, wrapped under
-    /// the meter's KEK. Secrets (class 15: LLS secret, `change_HLS_secret`) travel in plaintext
-    /// inside a ciphered request, and none leaves the HSM so (I1).
+    /// Whether `key_transfer` can carry a key of this type: a permanent AES key, wrapped under the
+    /// meter's KEK. Secrets (class 15: LLS secret, `change_HLS_secret`) would travel in plaintext
+    /// inside a ciphered request, and no secret leaves the HSM like this (I1).
     pub const fn is_transferable(self) -> bool {
         self.is_aes() && !matches!(self, Self::DEDICATED)
     }
@@ -131,7 +131,7 @@ impl fmt::Display for KeyType {
     }
 }
 
-/// Keys of one class share roots, and may live in a token of their own.
+/// The class of a key. Keys of one class share roots, and each class may have its own token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum KeyClass {
     /// Master keys of meters.

@@ -1,9 +1,9 @@
 //! Meters, key slots, key versions and counters: the rules of the key management system, pure,
 //! without I/O and without a clock.
 //!
-//! What a caller passes in is already parsed: a type that exists is right. Bytes enter through the
-//! `parse` functions and `from_...` functions of this crate, and through `from_row` for what the
-//! database holds.
+//! Callers pass parsed values: a value of a type of this crate is valid. Octets and texts enter
+//! through the `parse` and `from_...` functions of this crate, rows of the database through
+//! `from_row`.
 
 mod acceptance;
 mod approval;
@@ -15,6 +15,7 @@ mod exposure;
 mod group;
 mod history;
 mod id;
+mod island;
 mod key;
 mod key_type;
 mod meter;
@@ -29,21 +30,25 @@ mod seal;
 mod secret;
 mod shipment;
 mod slot;
+mod slots;
 mod time;
 mod transfer;
 mod turns;
 
 pub use acceptance::{KeyAcceptance, Remedy, Verdict};
 pub use approval::{Approval, ApprovalError, ApprovalTerms, Approvals, Quorum};
-pub use campaign::{
-    Campaign, CampaignAction, CampaignContent, CampaignError, CampaignName, CampaignSelection, CampaignState,
-    CampaignTerms, MaintenanceWindow, MaintenanceWindows, Plan, PlanChain, PlannedWave, Task, TaskEnd, TaskError,
-    TaskState, TaskStep, TaskWork, WaveCounts, WaveDecision, WavePlanner, WaveResult, WaveSize, WaveTally, Weekdays,
+pub use campaign::action::{CampaignAction, TaskStep, TaskWork};
+pub use campaign::plan::{CampaignSelection, Plan, PlanChain, PlannedWave, WavePlanner, WaveSize};
+pub use campaign::task::{Task, TaskEnd, TaskError};
+pub use campaign::terms::{CampaignName, CampaignTerms};
+pub use campaign::wave::{TaskState, WaveCounts, WaveResult, WaveTally};
+pub use campaign::window::{MaintenanceWindow, MaintenanceWindows, Weekdays};
+pub use campaign::{Campaign, CampaignContent, CampaignError, CampaignState, WaveDecision};
+pub use counter::chunk::{ChunkSize, DealError, Lease, LiveChunk, Reservation};
+pub use counter::state::{
+    CounterCap, CounterError, CounterKey, CounterOwnership, CounterScope, CounterState, CounterUse, HourlyUse,
 };
-pub use counter::{
-    ChunkSize, CounterCap, CounterDomain, CounterError, CounterKey, CounterOwnership, CounterScope, CounterState,
-    CounterUse, Counters, DealError, HourlyUse, Lease, LiveChunk, Reservation,
-};
+pub use counter::{CounterDomain, Counters};
 pub use diversification::{DiversificationContext, KeyDerivation};
 pub use error::ParseError;
 pub use exposure::{Exposure, ExposureReason, Party, SharedExposures};
@@ -53,18 +58,17 @@ pub use id::{
     CampaignId, CounterDomainId, DeviceTypeId, FlagId, GrantId, GroupId, IslandName, KeyVersionNumber, Owner,
     OwnerKind, PrincipalId, ProposalId, RequestId, Role, SecuritySetupId, SystemTitle, TransferId, WriterId,
 };
+pub use island::{ClassRoots, DiversificationRoot, Island, IslandKind};
 pub use key::{CounterPlace, Evidence, KeyMaterial, KeyOrigin, KeyState, KeyVersion, Transport, WrappedKey};
 pub use key_type::{KeyClass, KeyLength, KeyShape, KeyType, SecuritySuite};
 pub use meter::{
     DeviceProfileName, DeviceType, KeyVersionId, Meter, MeterClass, MeterStatus, check_batch, check_serial,
 };
-pub use principal::{
-    ClassRoots, DiversificationRoot, Enrolment, Island, IslandKind, PersonName, Principal, PrincipalCertificate,
-    PrincipalStatus, TransportCertificate,
-};
+pub use principal::{Enrolment, PersonName, Principal, PrincipalCertificate, PrincipalStatus, TransportCertificate};
+pub use profile::file::ProfileError;
 pub use profile::{
-    ClientProfile, CounterProfile, DeviceProfile, KeyProfile, NewKeyOrigin, OnNewKey, ProfileError, ProfileKeyType,
-    SetupProfile, Shipped,
+    ClientProfile, CounterProfile, DeviceProfile, KeyProfile, NewKeyOrigin, OnNewKey, ProfileKeyType, SetupProfile,
+    Shipped,
 };
 pub use proposal::{
     DestroyRoot, Proposal, ProposalContent, ProposalEnd, ProposalError, ProposalState, ProposedAction, RaiseCounter,
@@ -72,10 +76,8 @@ pub use proposal::{
 };
 pub use quota::{QuotaExceeded, QuotaHour, QuotaLimit, QuotaName, QuotaUse};
 pub use retention::{ExpiredKeys, Retention};
-pub use root::{
-    PassPage, RootEntry, RootError, RootId, RootLedger, RootPurpose, RootRotation, RootRotationState, RootStanding,
-    RowPlace,
-};
+pub use root::rotation::{PassPage, RootRotation, RootRotationState, RowPlace};
+pub use root::{RootEntry, RootError, RootId, RootLedger, RootPurpose, RootStanding};
 pub use row::RowError;
 pub use seal::{FingerprintKey, Generation, RowId, RowSeal, SealError, SealKey, SealKeys, SealRootKey, row_digest};
 pub use secret::EncodedSecret;
@@ -83,11 +85,13 @@ pub use shipment::{
     LONGEST_SHIPMENT_LINE, OaepHash, ShipmentDevice, ShipmentHeader, ShipmentLineError, ShipmentTrailer,
     ShippedCounter, ShippedKey,
 };
-pub use slot::{Confirmation, Grantable, NewKeyVersion, Slot, SlotError, Slots, Standing};
+pub use slot::{Confirmation, Grantable, NewKeyVersion, Slot, SlotError, Standing};
+pub use slots::Slots;
 pub use time::UnixMillis;
-pub use transfer::{
-    Answer, CHALLENGE, CampaignTask, ExchangePurpose, Finding, KeyPair, MOST_CANDIDATES, MOST_KEK_CANDIDATES,
-    MOST_UNFIT, MOST_VERSIONS, Next, Observation, OrderedKeys, Outcome, SharedKey, Stage, Step, Transfer,
-    TransferError, TransferForm, TransferKey, TransferOrder,
+pub use transfer::error::TransferError;
+pub use transfer::order::{MOST_CANDIDATES, MOST_KEK_CANDIDATES, MOST_VERSIONS, OrderedKeys, TransferOrder};
+pub use transfer::state::{
+    Answer, CHALLENGE, CampaignTask, ExchangePurpose, KeyPair, SharedKey, Stage, Transfer, TransferForm, TransferKey,
 };
+pub use transfer::{Finding, MOST_UNFIT, Next, Observation, Outcome, Step};
 pub use turns::{Turns, Waiting};

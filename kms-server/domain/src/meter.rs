@@ -8,14 +8,14 @@ use crate::{
     UnixMillis, id::parse_name,
 };
 
-/// Where a meter stands in its life.
+/// The status of a meter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum MeterStatus {
     /// Delivered, not installed.
     InStock,
     /// Installed.
     InService,
-    /// Set aside by an officer: suspected of manipulation or theft. No grants.
+    /// Out of use by decision of an officer: suspected of manipulation or theft. No grants.
     Quarantined,
     /// Out of use for good: no grants ever again, and keys are destroyed after retention.
     Retired,
@@ -25,13 +25,13 @@ impl MeterStatus {
     /// All statuses.
     pub const ALL: [Self; 4] = [Self::InStock, Self::InService, Self::Quarantined, Self::Retired];
 
-    /// Whether keys of such a meter may be granted at all. Policy decides the rest.
+    /// Whether keys of such a meter may be granted at all. Policy decides the details.
     pub const fn may_grant(self) -> bool {
         matches!(self, Self::InStock | Self::InService)
     }
 
-    /// Whether a meter may go from this status to the other. A retired meter stays retired: a
-    /// replaced or refurbished one is a new identity.
+    /// Whether a meter may change from this status to the other. A retired meter stays retired: a
+    /// refurbished meter gets a new identity.
     pub const fn may_become(self, next: Self) -> bool {
         !matches!(self, Self::Retired) && self.number() != next.number()
     }
@@ -114,7 +114,7 @@ impl fmt::Display for DeviceProfileName {
     }
 }
 
-/// What policy decides on: meters of one class get the same decision, so that a batch needs a few
+/// What policy decides on. Meters of one class get the same decision, so a batch needs a few
 /// decisions and not thousands.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct MeterClass {
@@ -130,7 +130,8 @@ pub struct MeterClass {
     pub head_end: Option<PrincipalId>,
 }
 
-/// A meter: who it is, what policy sees of it, and its key slots. All of it is one sealed row (I5).
+/// A meter: its identity, what policy sees of it, and its key slots. All of it is one sealed row
+/// (I5).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Meter {
     /// The identity.
@@ -145,12 +146,13 @@ pub struct Meter {
     pub batch: String,
     /// When the meter was added.
     pub added: UnixMillis,
-    /// When it was retired: present exactly when its status says so. Its keys are destroyed when
-    /// the retention time has passed since.
+    /// When it was retired: present exactly if its status is retired. Its keys are destroyed when
+    /// the retention time has passed since then.
     pub retired: Option<UnixMillis>,
     /// The keys.
     pub slots: Slots,
-    /// The last moment of the meter's own sequence: what left for it and what it showed, in order.
+    /// The last moment of the meter's own sequence, which orders what left for it and what it
+    /// showed.
     pub sequence: u32,
     /// The transfer under way.
     pub transfer: Option<Transfer>,
@@ -165,10 +167,10 @@ impl Meter {
     }
 
     /// I3: releases the candidates before the active versions, slot by slot as
-    /// [`crate::Slot::release_candidates`] does, but none of a security setup in which KEK, GUEK or
-    /// GAK is in doubt: a meter that went back to an earlier GUEK went back to an earlier KEK as
-    /// well, and only the next transfer shows that. None either while a transfer is under way.
-    /// Returns whether any was released.
+    /// [`crate::Slot::release_candidates`] does. It releases none of a security setup in which KEK,
+    /// GUEK or GAK is in doubt: a meter that went back to an earlier GUEK also went back to an
+    /// earlier KEK, and only the next transfer shows that. It releases none while a transfer is
+    /// under way. Returns whether a candidate was released.
     pub fn release_candidates(&mut self, retention: i64, now: UnixMillis) -> bool {
         let held_back = self.held_back(now);
         let mut released = false;
@@ -187,7 +189,7 @@ impl Meter {
         self.slots.iter().filter(doubted).map(Slot::setup).collect()
     }
 
-    /// Changes the status, to any but retired: [`Self::retire`] does that.
+    /// Changes the status, except to retired: see [`Self::retire`].
     ///
     /// # Errors
     /// A retired meter stays retired.
@@ -196,20 +198,26 @@ impl Meter {
             return Ok(());
         }
         if status == MeterStatus::Retired {
-            return Err(ParseError::new("meter status", "a meter is retired, or replaced, by an act of its own"));
+            return Err(ParseError::new(
+                "meter status",
+                "a meter is retired with its own command: retire or replace it",
+            ));
         }
         if !self.class.status.may_become(status) {
             return Err(ParseError::new(
                 "meter status",
-                format!("a {} meter cannot become {status}: enrol it under a new system title", self.class.status),
+                format!(
+                    "a {} meter cannot become {status}: enrol it again under a new system title",
+                    self.class.status
+                ),
             ));
         }
         self.class.status = status;
         Ok(())
     }
 
-    /// Puts the meter into a group, or takes it out. False: nothing is changed, since it is so
-    /// already. What it holds of the group's keys stays known in [`Self::shared`].
+    /// Adds the meter to a group, or removes it. False: nothing was changed, because it is so
+    /// already. [`Self::shared`] still says which of the group's keys it holds.
     pub fn set_member(&mut self, group: GroupId, member: bool) -> bool {
         match (self.class.groups.binary_search(&group), member) {
             (Err(at), true) => self.class.groups.insert(at, group),
@@ -224,7 +232,7 @@ impl Meter {
         self.shared_of(owner, setup, key_type).filter(|key| key.acknowledged).map(|key| key.version).max()
     }
 
-    /// What left for the meter of a key of a group or device type.
+    /// The versions of a key of a group or device type that left for the meter.
     pub fn shared_of(
         &self,
         owner: Owner,
@@ -234,11 +242,11 @@ impl Meter {
         self.shared.iter().filter(move |key| (key.owner, key.setup, key.key_type) == (owner, setup, key_type))
     }
 
-    /// Marks a version as compromised, known to `party`: it is never granted again, nor active. The
-    /// meter may still hold it, so it stays a candidate (I3). What left wrapped under a KEK is
-    /// exposed with the KEK, and so is what left under that. Returns the keys of groups and device
-    /// types among it, whose own rows have to say so; of those that the meter has replaced since,
-    /// nothing is known here.
+    /// Marks a version as compromised, known to `party`: it is never granted and never active
+    /// again. The meter may still hold it, so it stays a candidate (I3). Keys that left wrapped
+    /// under a compromised KEK are exposed too, and so are keys that left under these. Returns the
+    /// exposed keys of groups and device types, whose own rows must say so. Such keys that the
+    /// meter has replaced since are not known here.
     ///
     /// # Errors
     /// There is no such version, or it is compromised or destroyed already.
@@ -265,7 +273,7 @@ impl Meter {
                     .map(KeyVersion::number)
                     .collect();
                 for number in under {
-                    // Only what is new goes on, so that this ends.
+                    // Only new exposures continue, so this loop ends.
                     if slot.version_mut(number)?.expose(party.clone(), ExposureReason::TransferUnderExposedKek, now)
                         && slot.key_type() == KeyType::KEK
                     {
@@ -278,8 +286,8 @@ impl Meter {
     }
 
     /// The keys of groups and device types that left for the meter under a version of its KEK, or
-    /// under a KEK that left under that: known to whoever knows this version and recorded the
-    /// traffic.
+    /// under a KEK that left under it. A party that knows this version and recorded the traffic
+    /// knows them.
     pub fn shared_under(&self, setup: SecuritySetupId, kek: KeyVersionNumber) -> Vec<SharedKey> {
         let keks = self.slots.get(setup, KeyType::KEK).map(Slot::versions).unwrap_or_default();
         let mut known = BTreeSet::from([kek]);
@@ -292,12 +300,12 @@ impl Meter {
         self.shared.iter().filter(|key| key.setup == setup && known.contains(&key.kek)).copied().collect()
     }
 
-    /// Ends the meter's identity: nothing of it is active any more. Its versions stay what they
-    /// were, candidates too (I3), until the retention time has passed: see [`Self::expire_keys`]. A
-    /// meter that is retired already stays as it is.
+    /// Ends the meter's identity: none of its versions is active any more. Candidates stay
+    /// candidates (I3) until the retention time has passed: see [`Self::expire_keys`]. A meter that
+    /// is retired already is not changed.
     ///
     /// # Errors
-    /// A slot refuses, which says that it breaks what holds of slots.
+    /// A slot refuses a transition: it breaks a rule that is always true of slots.
     pub fn retire(&mut self, now: UnixMillis) -> Result<(), SlotError> {
         if self.class.status == MeterStatus::Retired {
             return Ok(());
@@ -309,7 +317,7 @@ impl Meter {
                 slot.transition(number, KeyState::Deactivated, now)?;
             }
         }
-        // A transfer that is under way ends; nobody asks for its keys any more.
+        // A transfer under way ends: its keys are not needed any more.
         self.close_transfer(now);
         self.class.status = MeterStatus::Retired;
         self.retired = Some(now);
@@ -354,7 +362,7 @@ pub struct KeyVersionId {
     pub version: KeyVersionNumber,
 }
 
-/// Refuses what is not a serial number: 1–32 printable ASCII characters.
+/// Checks a serial number: 1–32 printable ASCII characters.
 ///
 /// # Errors
 /// Another length, or other characters.
@@ -362,7 +370,7 @@ pub fn check_serial(text: &str) -> Result<(), ParseError> {
     check_printable("serial", text, 1, 32)
 }
 
-/// Refuses what is not a batch name: at most 64 printable ASCII characters; empty for none.
+/// Checks a batch name: at most 64 printable ASCII characters; empty for none.
 ///
 /// # Errors
 /// Another length, or other characters.

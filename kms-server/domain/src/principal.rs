@@ -1,22 +1,19 @@
-//! What the island knows of a principal, and of itself: sealed rows like those of meters (I5).
+//! What the island knows of a principal: a sealed row like that of a meter (I5).
 
 use bytes::Bytes;
 
-use crate::{
-    DatabaseHistory, IslandName, KeyClass, KeyDerivation, ParseError, PrincipalId, Role, RootLedger, SystemTitle,
-    UnixMillis,
-};
+use crate::{ParseError, PrincipalId, Role, SystemTitle, UnixMillis};
 
 /// A head-end, officer, auditor, handheld or manufacturer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Principal {
     /// The identity: the URI of its certificates.
     pub id: PrincipalId,
-    /// One more at each change: what caches of decisions are keyed by.
+    /// Grows by one with each change. Caches of decisions use it as a part of their key.
     pub revision: u32,
     /// Whether it may do anything.
     pub status: PrincipalStatus,
-    /// The TLS certificates that speak for it.
+    /// The TLS certificates that authenticate it.
     pub certificates: Vec<PrincipalCertificate>,
     /// The key that envelopes are sealed to.
     pub transport: Option<TransportCertificate>,
@@ -34,19 +31,22 @@ pub struct Principal {
 }
 
 impl Principal {
-    /// What holds of every principal.
+    /// Checks what is always true of a principal.
     ///
     /// # Errors
-    /// An officer or auditor without a person (I6), or a client title, certificate or serial twice.
+    /// An officer or auditor has no person (I6), or a client title or certificate occurs twice.
     pub fn check(&self) -> Result<(), ParseError> {
         if self.is_personal() && self.person.is_none() {
             return Err(ParseError::new(
                 "person",
-                format!("`{}` is a {} and needs the name of its person", self.id, self.id.role()),
+                format!("`{}` is an {} and needs the name of its person", self.id, self.id.role()),
             ));
         }
         if self.shipment_key.is_some() && self.id.role() != Role::Manufacturer {
-            return Err(ParseError::new("shipment key", format!("`{}` is no manufacturer", self.id)));
+            return Err(ParseError::new(
+                "shipment key",
+                format!("`{}` is not a manufacturer: only a manufacturer has one", self.id),
+            ));
         }
         if self
             .client_titles
@@ -54,7 +54,7 @@ impl Principal {
             .enumerate()
             .any(|(at, title)| self.client_titles.iter().take(at).any(|earlier| earlier == title))
         {
-            return Err(ParseError::new("client title", format!("`{}` names one twice", self.id)));
+            return Err(ParseError::new("client title", format!("one occurs twice in `{}`", self.id)));
         }
         if self
             .certificates
@@ -62,13 +62,13 @@ impl Principal {
             .enumerate()
             .any(|(at, one)| self.certificates.iter().take(at).any(|earlier| earlier.serial == one.serial))
         {
-            return Err(ParseError::new("certificate", format!("`{}` names one twice", self.id)));
+            return Err(ParseError::new("certificate", format!("one occurs twice in `{}`", self.id)));
         }
         Ok(())
     }
 
-    /// Whether the principal stands for a person: an officer or an auditor. I6: nobody certifies
-    /// such a principal's key alone but its person.
+    /// Whether the principal stands for a person: an officer or an auditor. I6: only that person
+    /// alone certifies such a principal's key.
     pub const fn is_personal(&self) -> bool {
         self.id.role().is_personal()
     }
@@ -89,8 +89,8 @@ impl Principal {
         self.status == PrincipalStatus::Enabled && self.live_certificates(now).next().is_some()
     }
 
-    /// Whether this certificate speaks for the principal now: its digest is registered, it is not
-    /// expired, and the principal is enabled.
+    /// Whether this certificate authenticates the principal now: its digest is registered, it has
+    /// not expired, and the principal is enabled.
     pub fn accepts(&self, certificate_sha256: &[u8; 32], now: UnixMillis) -> bool {
         self.status == PrincipalStatus::Enabled
             && self.certificates.iter().any(|known| known.sha256 == *certificate_sha256 && now < known.not_after)
@@ -106,7 +106,7 @@ pub enum PrincipalStatus {
     Disabled,
 }
 
-/// A TLS certificate that speaks for a principal.
+/// A TLS certificate that authenticates a principal.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct PrincipalCertificate {
     /// The serial number, 1–20 octets (RFC 5280, 4.1.2.2).
@@ -115,27 +115,27 @@ pub struct PrincipalCertificate {
     pub sha256: [u8; 32],
     /// The end of its validity.
     pub not_after: UnixMillis,
-    /// SHA-256 of the SubjectPublicKeyInfo (DER) that it certifies; `None`: a version before this
-    /// was recorded issued it.
+    /// SHA-256 of the SubjectPublicKeyInfo (DER) that it certifies; `None`: an earlier version of
+    /// the server, which did not record it, issued the certificate.
     pub key_sha256: Option<[u8; 32]>,
     /// I6: who stood behind its issue.
     pub enrolment: Enrolment,
-    /// The other principal whose call issued it; `None`: nobody but the principal itself, or nobody
-    /// is recorded.
+    /// The other principal whose call issued it; `None`: the principal itself, or it is not
+    /// recorded.
     pub issued_by: Option<PrincipalId>,
 }
 
 impl PrincipalCertificate {
-    /// A certificate as versions registered it that did not record its key and its enrolment.
+    /// A certificate of an earlier version of the server, which did not record key and enrolment.
     pub const fn unrecorded(serial: Bytes, sha256: [u8; 32], not_after: UnixMillis) -> Self {
         Self { serial, sha256, not_after, key_sha256: None, enrolment: Enrolment::Unrecorded, issued_by: None }
     }
 }
 
-/// I6: who stood behind the issue of a certificate. Where several people are needed, a person
-/// counts by a certificate that the ceremony, two other people, the custodians, or the person by
-/// such a certificate enrolled. What one other principal certified alone could be a second face of
-/// that principal.
+/// I6: who stood behind the issue of a certificate. If several people are needed, a person counts
+/// only with a certificate that was enrolled by the ceremony, by two other people, by the
+/// custodians, or by the person with such a certificate. A principal that one other principal
+/// certified alone could be the same person.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Enrolment {
     /// It was issued before enrolments were recorded. It counts, so that an island can be upgraded.
@@ -221,7 +221,7 @@ impl PersonName {
         if !(1..=64).contains(&text.len()) || text.trim() != text || text.chars().any(char::is_control) {
             return Err(ParseError::new(
                 "person",
-                "not 1 to 64 octets without control characters and white space around",
+                "not 1 to 64 octets without control characters, and without white space at the ends",
             ));
         }
         Ok(Self(text.to_owned()))
@@ -232,78 +232,9 @@ impl PersonName {
         &self.0
     }
 
-    /// Whether both name the same person: capitals and the length of spaces make no other one (I6).
+    /// Whether both name the same person. Case and the number of spaces do not matter (I6).
     pub fn is_same(&self, other: &Self) -> bool {
         let words = |name: &Self| name.0.split_whitespace().map(str::to_lowercase).collect::<Vec<_>>();
         words(self) == words(other)
     }
-}
-
-/// What an island is and which roots it has.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Island {
-    /// Its name.
-    pub name: IslandName,
-    /// Whether it may carry real keys.
-    pub kind: IslandKind,
-    /// The roots of each class in [`KeyClass::WITH_ROOTS`] that was made, each class once.
-    pub classes: Vec<ClassRoots>,
-    /// The version of the seal root that rows are sealed under, from 1.
-    pub seal_key_version: u8,
-    /// SHA-256 of the escrow public key's SubjectPublicKeyInfo; `None` if the roots were never
-    /// escrowed.
-    pub escrow_fingerprint: Option<[u8; 32]>,
-    /// What is known of the database's history (I4).
-    pub history: DatabaseHistory,
-    /// Versions of roots that were made after the ceremony, and which are in use.
-    pub ledger: RootLedger,
-    /// How many principals were added after the ceremony. An act that has read as many principals
-    /// as there were at this number has read all.
-    pub principals_added: u64,
-    /// When the ceremony made it.
-    pub created: UnixMillis,
-}
-
-impl Island {
-    /// The roots of a class.
-    pub fn roots(&self, class: KeyClass) -> Option<&ClassRoots> {
-        self.classes.iter().find(|roots| roots.class == class)
-    }
-}
-
-/// Whether an island is for trials.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum IslandKind {
-    /// Made by `kms-dev`. A production configuration refuses it.
-    Development,
-    /// Made by a ceremony.
-    Production,
-}
-
-/// The roots of one key class.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ClassRoots {
-    /// The class.
-    pub class: KeyClass,
-    /// The diversification roots that keys were ever derived from, oldest first; empty where the
-    /// module derives nothing.
-    pub diversification: Vec<DiversificationRoot>,
-    /// The version of the storage KEK that wraps new keys, from 1.
-    pub storage_kek_version: u8,
-}
-
-impl ClassRoots {
-    /// The root that new keys are derived from.
-    pub fn current(&self) -> Option<DiversificationRoot> {
-        self.diversification.last().copied()
-    }
-}
-
-/// A diversification root.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DiversificationRoot {
-    /// Its version, from 1.
-    pub version: u8,
-    /// How it derives.
-    pub derivation: KeyDerivation,
 }

@@ -1,8 +1,8 @@
 //! Proposals: a dangerous action that waits for the approval of other people (I6).
 //!
-//! The content names exactly what will run. It never changes; whoever wants something else
-//! withdraws it and proposes anew. Approved is not carried out: an officer does that by a call of
-//! its own, once, and what is carried out checks again that the content still fits.
+//! The content names exactly what will run. It never changes; for another content, the proposal is
+//! withdrawn and a new one is made. An approved proposal does not run by itself: an officer
+//! executes it with a separate call, once. The execution checks again that the content still fits.
 
 use std::fmt;
 
@@ -16,13 +16,13 @@ use crate::{
 /// A proposal. One sealed row (I5).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Proposal {
-    /// Its id: that of the request that made it.
+    /// Its id: the id of the request that made it.
     pub id: ProposalId,
-    /// What is approved. Never changes.
+    /// What is approved. It never changes.
     pub content: ProposalContent,
     /// Who approved it, in order.
     pub approvals: Approvals,
-    /// How it ended; `None`: it waits, or its time is over.
+    /// How it ended; `None`: it is pending, or its time is over.
     pub end: Option<ProposalEnd>,
 }
 
@@ -35,24 +35,24 @@ pub struct ProposalContent {
     pub reason: String,
     /// The officer who made it.
     pub requester: PrincipalId,
-    /// I6: the person behind the officer, who approves nothing of it.
+    /// I6: the person behind the officer. This person cannot approve it.
     pub requester_person: PersonName,
     /// How many people must approve.
     pub quorum: Quorum,
     /// When it was made.
     pub created: UnixMillis,
-    /// From then on it is neither approved nor carried out.
+    /// From this moment on it can be neither approved nor executed.
     pub expires: UnixMillis,
 }
 
-/// What a proposal carries out.
+/// The action of a proposal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ProposedAction {
     /// Moves an invocation counter further than the device profile's cap.
     RaiseCounter(RaiseCounter),
     /// Destroys a version of a root in the tokens, for good.
     DestroyRoot(DestroyRoot),
-    /// Certifies a key of an officer or auditor, whose other certificates end.
+    /// Certifies a key of an officer or auditor. Their other certificates end.
     RecertifyPrincipal(RecertifyPrincipal),
 }
 
@@ -66,7 +66,7 @@ impl ProposedAction {
         }
     }
 
-    /// The principal and the person that it is about, if it is about one.
+    /// The principal and the person that the action concerns, if it concerns one.
     pub const fn beneficiary(&self) -> Option<(&PrincipalId, &PersonName)> {
         match self {
             Self::RaiseCounter(_) | Self::DestroyRoot(_) => None,
@@ -100,8 +100,8 @@ impl fmt::Display for ProposedAction {
     }
 }
 
-/// The way out where a meter is truly ahead of its counter: nothing below `to` is handed out from
-/// then on.
+/// Raises a counter for a meter that is really ahead of it: afterwards nothing below `to` is
+/// allocated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RaiseCounter {
     /// Of which meter.
@@ -118,13 +118,13 @@ pub struct RaiseCounter {
     pub to: u32,
 }
 
-/// The way back for an officer or auditor whose certificate has ended or is lost, and the
-/// confirmation of one whom one officer alone has added (I6).
+/// Gives a new certificate to an officer or auditor whose certificate has ended or is lost, or
+/// confirms one whom one officer alone has added (I6).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct RecertifyPrincipal {
     /// Whose key it is.
     pub principal: PrincipalId,
-    /// The person behind the principal, who neither proposes nor approves it.
+    /// The person behind the principal, who can neither propose nor approve it.
     pub person: PersonName,
     /// SHA-256 of the SubjectPublicKeyInfo (DER) that is certified, 32 octets.
     pub key_sha256: [u8; 32],
@@ -135,20 +135,20 @@ pub struct RecertifyPrincipal {
 pub struct DestroyRoot {
     /// What the root is for.
     pub kind: RootKind,
-    /// Of which class; `None` for roots that have none.
+    /// Of which class; `None` for roots without a class.
     pub class: Option<KeyClass>,
     /// Which version, from 1.
     pub version: u8,
-    /// The moment of the oldest backup that may still be restored, as the requester says: it refers
-    /// to nothing that was replaced before.
+    /// The moment of the oldest backup that may still be restored, as the requester states. Such a
+    /// backup refers to no root that was replaced before this moment.
     pub oldest_backup: UnixMillis,
 }
 
 impl DestroyRoot {
-    /// Such a destruction.
+    /// The destruction of a version.
     ///
     /// # Errors
-    /// The version is 0, or a root of this kind has no class, or has one.
+    /// The version is 0, a class is missing, or the kind of root has no class.
     pub fn new(
         kind: RootKind,
         class: Option<KeyClass>,
@@ -166,9 +166,9 @@ impl DestroyRoot {
             return Err(ParseError::new(
                 "key class",
                 format!(
-                    "a {} has {}",
+                    "a {} root has {}",
                     kind.name(),
-                    if kind.has_class() { "one of kek, session, authentication" } else { "none" }
+                    if kind.has_class() { "one of kek, session, authentication" } else { "no class" }
                 ),
             ));
         }
@@ -226,7 +226,11 @@ impl RootKind {
         Self::ALL.into_iter().find(|kind| kind.name() == text).ok_or_else(|| {
             ParseError::new(
                 "kind of root",
-                format!("`{}` is none of {}", crate::id::excerpt(text), Self::ALL.map(Self::name).join(", ")),
+                format!(
+                    "`{}` is unknown; known are {}",
+                    crate::id::excerpt(text),
+                    Self::ALL.map(Self::name).join(", ")
+                ),
             )
         })
     }
@@ -242,7 +246,7 @@ impl RootKind {
         }
     }
 
-    /// Whether each key class has one of its own.
+    /// Whether each key class has its own root of this kind.
     pub const fn has_class(self) -> bool {
         matches!(self, Self::Diversification | Self::StorageKek)
     }
@@ -251,7 +255,7 @@ impl RootKind {
 /// How a proposal ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProposalEnd {
-    /// It was carried out; otherwise withdrawn.
+    /// It was executed; otherwise withdrawn.
     pub carried_out: bool,
     /// By whom.
     pub principal: PrincipalId,
@@ -259,18 +263,18 @@ pub struct ProposalEnd {
     pub time: UnixMillis,
 }
 
-/// Where a proposal stands.
+/// The state of a proposal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ProposalState {
     /// Approvals are missing.
     Waiting,
-    /// Enough people have approved it: it can be carried out.
+    /// Enough people have approved it: it can be executed.
     Approved,
-    /// It ran.
+    /// It was executed.
     CarriedOut,
     /// It was withdrawn.
     Withdrawn,
-    /// Its time is over, and it did not run.
+    /// Its time is over, and it was not executed.
     Expired,
 }
 
@@ -294,26 +298,27 @@ impl fmt::Display for ProposalState {
 }
 
 impl Proposal {
-    /// How long a proposal can be approved and carried out, in milliseconds: a week.
+    /// How long a proposal can be approved and executed, in milliseconds: a week.
     pub const LIFETIME_MS: i64 = 7 * 24 * 3_600 * 1_000;
 
-    /// A proposal that waits.
+    /// A pending proposal.
     ///
     /// # Errors
-    /// There is no reason, or its time is over before it begins.
+    /// The reason is missing or too long, its time ends before it begins, or the requester is the
+    /// beneficiary.
     pub fn new(id: ProposalId, content: ProposalContent) -> Result<Self, ParseError> {
         let proposal = Self { id, content, approvals: Approvals::default(), end: None };
         proposal.check()?;
         Ok(proposal)
     }
 
-    /// What holds of every proposal.
+    /// Checks what is always true of a proposal.
     pub(crate) fn check(&self) -> Result<(), ParseError> {
         if self.content.reason.trim().is_empty() || self.content.reason.len() > 256 {
-            return Err(ParseError::new("reason", "not 1 to 256 octets: who approves must know why"));
+            return Err(ParseError::new("reason", "not 1 to 256 octets: the approvers must know why"));
         }
         if self.content.expires <= self.content.created {
-            return Err(ParseError::new("expiry", "it is not after the proposal's beginning"));
+            return Err(ParseError::new("expiry", "it is not after the time of the proposal"));
         }
         // I6: two people stand behind it, the requester and an approver, and the beneficiary is
         // neither.
@@ -322,7 +327,7 @@ impl Proposal {
         {
             return Err(ParseError::new(
                 "principal",
-                format!("this is about `{}`, and another person must propose it", person.as_str()),
+                format!("this concerns `{}`: another person must propose it", person.as_str()),
             ));
         }
         Ok(())
@@ -337,7 +342,7 @@ impl Proposal {
         result
     }
 
-    /// Where it stands.
+    /// Its state.
     pub fn state(&self, now: UnixMillis) -> ProposalState {
         match &self.end {
             Some(ProposalEnd { carried_out: true, .. }) => ProposalState::CarriedOut,
@@ -362,7 +367,7 @@ impl Proposal {
         Ok(())
     }
 
-    /// Ends it unused.
+    /// Withdraws it.
     ///
     /// # Errors
     /// It has ended.
@@ -374,11 +379,11 @@ impl Proposal {
         Ok(())
     }
 
-    /// Carries it out: the caller does what it gets, in the same transaction.
+    /// Executes it: the caller does the returned action, in the same transaction.
     ///
     /// # Errors
-    /// It ran already, was withdrawn, is not approved, or its time is over.
-    // I6: the approvals are counted here, over the content at hand.
+    /// It was executed or withdrawn already, is not approved, or its time is over.
+    // I6: the approvals are counted here, over the present content.
     pub fn carry_out(&mut self, principal: PrincipalId, now: UnixMillis) -> Result<ProposedAction, ProposalError> {
         if self.state(now) != ProposalState::Approved {
             return Err(self.wrong_state("executed", now));
@@ -387,7 +392,7 @@ impl Proposal {
         Ok(self.content.action.clone())
     }
 
-    /// What approvals are counted against.
+    /// The terms that approvals are counted against.
     pub fn terms(&self) -> ApprovalTerms<'_> {
         ApprovalTerms {
             content_sha256: self.content_digest(),
@@ -404,7 +409,7 @@ impl Proposal {
     }
 }
 
-/// Why a proposal does not do what is asked.
+/// Why a proposal refuses a change.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ProposalError {
     /// Its state forbids it.
@@ -414,10 +419,10 @@ pub enum ProposalError {
         state: ProposalState,
         /// What was asked for.
         wanted: &'static str,
-        /// People who have not approved it yet.
+        /// Approvals that are missing.
         missing: usize,
     },
-    /// The approval does not count.
+    /// The approval is refused.
     #[error(transparent)]
     Approval(#[from] ApprovalError),
 }

@@ -1,9 +1,9 @@
-//! Quotas on critical commands: how many frames that could harm a principal has had protected in
-//! the present hour.
+//! Quotas on critical commands: how many frames with critical commands a principal has had
+//! protected in the present hour.
 //!
-//! The sealed row of a principal's use is written in the transaction of the frames' record, so it
-//! holds for all servers of the island and after a restart. What the limits are is read from a file
-//! (`policies/quotas.toml`), not from the row.
+//! The sealed row of a principal's use is written in the transaction of the frames' record, so the
+//! count is valid for all servers of the island and after a restart. The limits are in a file
+//! (`policies/quotas.toml`), not in the row.
 
 use std::fmt;
 
@@ -49,7 +49,7 @@ impl QuotaLimit {
     /// The most distinct meters of an hour that can be set: their titles are kept in the row.
     pub const MOST_METERS: u16 = 1_000;
 
-    /// Nothing at all.
+    /// No command at all.
     pub const NONE: Self = Self { commands: 0, meters: None };
 
     /// At most `commands` in an hour, 1 to [`Self::MOST_COMMANDS`], to at most `meters` distinct
@@ -87,7 +87,7 @@ impl QuotaLimit {
     }
 }
 
-/// One hour of UTC: hours since 1970-01-01T00:00Z. Quotas are free again when the next one begins.
+/// One hour of UTC: hours since 1970-01-01T00:00Z. Each hour has its own quotas.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct QuotaHour(u32);
 
@@ -143,8 +143,8 @@ impl QuotaUse {
 
     /// Counts `commands` to a meter. After an error nothing must be stored of this value.
     ///
-    /// `hour` is the server's; where another server's clock was ahead, its hour goes on, so that no
-    /// quota is free twice.
+    /// `hour` is the server's. If another server's clock was ahead, its hour continues, so that no
+    /// quota can be used twice.
     ///
     /// # Errors
     /// The quota does not allow them in this hour.
@@ -186,29 +186,29 @@ impl QuotaUse {
     }
 }
 
-/// A quota allows no more.
+/// The quota is used up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum QuotaExceeded {
-    /// Of the commands.
+    /// The limit of commands.
     #[error("{most} commands an hour")]
     Commands {
         /// The limit.
         most: u32,
-        /// When it begins anew.
+        /// When the next hour begins.
         frees: UnixMillis,
     },
-    /// Of the distinct meters.
+    /// The limit of distinct meters.
     #[error("commands to {most} meters an hour")]
     Meters {
         /// The limit.
         most: u16,
-        /// When it begins anew.
+        /// When the next hour begins.
         frees: UnixMillis,
     },
 }
 
 impl QuotaExceeded {
-    /// When it begins anew.
+    /// When the next hour begins.
     pub const fn frees(self) -> UnixMillis {
         match self {
             Self::Commands { frees, .. } | Self::Meters { frees, .. } => frees,

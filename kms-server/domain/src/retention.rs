@@ -1,5 +1,5 @@
 //! What is destroyed, and when: old key versions after the retention time, and all keys of a meter
-//! whose identity is gone.
+//! whose identity has ended.
 
 use crate::{
     Group, KeyState, KeyType, KeyVersion, KeyVersionNumber, Meter, ParseError, SecuritySetupId, Slot, Slots, UnixMillis,
@@ -13,7 +13,7 @@ impl Retention {
     /// 90 days: longer than database backups are usually kept.
     pub const DEFAULT: Self = Self(90);
 
-    /// This many days. 0 destroys at once, which only a trial wants.
+    /// This many days. 0 destroys at once, for trials only.
     ///
     /// # Errors
     /// More than 36,525.
@@ -41,14 +41,14 @@ impl Retention {
     }
 }
 
-/// What the retention time has ended in one slot.
+/// The versions of one slot whose retention time has passed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExpiredKeys {
     /// The slot's security setup.
     pub setup: SecuritySetupId,
     /// The slot's key type.
     pub key_type: KeyType,
-    /// Versions that are no candidates any more (I3), in order.
+    /// Versions that are not candidates any more (I3), in order.
     pub released: Vec<KeyVersionNumber>,
     /// Versions that are destroyed, in order.
     pub destroyed: Vec<KeyVersionNumber>,
@@ -67,13 +67,13 @@ impl Slot {
                 && !version.candidate
                 && retention.passed(version.since, now)
         });
-        // I3: a candidate would be refused here.
+        // I3: the transition refuses a candidate.
         destroyed.retain(|number| self.transition(*number, KeyState::Destroyed, now).is_ok());
         self.expired(candidates, destroyed)
     }
 
-    /// Destroys every version, candidates too: for an owner whose identity is gone, and whose keys
-    /// nobody will ask for.
+    /// Destroys every version, candidates too: for an owner whose identity has ended, and whose
+    /// keys nobody needs any more.
     fn expire_all(&mut self, now: UnixMillis) -> Option<ExpiredKeys> {
         let candidates = self.candidate_numbers();
         let mut destroyed = self.numbers(|version| version.state != KeyState::Destroyed);
@@ -112,7 +112,8 @@ impl Slots {
 }
 
 impl Group {
-    /// Ends what the retention time has ended. Empty: nothing is due, and nothing is changed.
+    /// Releases and destroys versions whose retention time has passed. Empty: nothing is due, and
+    /// nothing was changed.
     pub fn expire_keys(&mut self, retention: Retention, now: UnixMillis) -> Vec<ExpiredKeys> {
         self.slots.expire(retention, now)
     }

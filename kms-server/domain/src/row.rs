@@ -1,9 +1,9 @@
-//! The bodies of sealed rows: protobuf messages, and the way from and to the types of this crate.
+//! The bodies of sealed rows: protobuf messages, converted from and to the types of this crate.
 //!
 //! The encoding is deterministic: fields in order of their numbers, defaults left out, no maps.
-//! Rows are many, so values that are the rule cost nothing: an active version is 0, a version
-//! number is stored less one, moments are stored relative to the row's own, principals once per
-//! row. Reading refuses whatever breaks an invariant; the seal was verified before.
+//! There are many rows, so common values take no space: an active version is 0, a version number is
+//! stored less one, moments are stored relative to the row's own, and each principal once in a row.
+//! Reading refuses a row that breaks an invariant; the seal was verified before.
 
 mod approval;
 mod campaign;
@@ -19,9 +19,9 @@ mod transfer;
 use crate::{ParseError, SecuritySuite, UnixMillis};
 
 /// A row that cannot be read although its seal fits: a fault of this program, or a row of a newer
-/// version of it.
+/// version of the program.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the stored row is not readable: {reason}")]
+#[error("the stored row cannot be read (a fault of the server, or a row of a newer version): {reason}")]
 pub struct RowError {
     reason: String,
 }
@@ -45,7 +45,7 @@ from_errors!(prost::DecodeError, ParseError, crate::SlotError, crate::CounterErr
 
 fn moment(milliseconds: i64) -> Result<UnixMillis, RowError> {
     match milliseconds {
-        0 => Err(RowError::new("the row has no moment: it is cut")),
+        0 => Err(RowError::new("the row is cut: it has no time")),
         _ => Ok(UnixMillis(milliseconds)),
     }
 }

@@ -12,7 +12,7 @@ use crate::{
     RequestId, RootId, SystemTitle, Task, TaskWork, UnixMillis, WriterId,
 };
 
-/// What a sealed row is about: kind and id, both part of the seal, so that a row cannot be copied
+/// The identity of a sealed row: kind and id. Both are part of the seal, so a row cannot be copied
 /// to another identity.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum RowId {
@@ -205,8 +205,8 @@ impl SealKey {
             .map_err(|_| SealError::Mismatch { id: id.clone() })
     }
 
-    /// Binds what was answered to a request to who asked what, and until when it can be repeated
-    /// (I4, I5): `HMAC-SHA-256(seal key, "meterkms/answered-request" ‖ len(principal)(1) ‖
+    /// Binds the answer to a request to its caller, its content, and the time until which it can be
+    /// repeated (I4, I5): `HMAC-SHA-256(seal key, "meterkms/answered-request" ‖ len(principal)(1) ‖
     /// principal ‖ request(16) ‖ chunk(4) ‖ digest(32) ‖ expires(8) ‖ outcome)[0..16]`.
     pub fn seal_request(
         &self,
@@ -232,9 +232,10 @@ impl SealKey {
         ])
     }
 
-    /// As [`Self::seal_request`], of versions that did not seal the time: `HMAC-SHA-256(seal key,
-    /// "meterkms/request" ‖ len(principal)(1) ‖ principal ‖ request(16) ‖ chunk(4) ‖ digest(32) ‖
-    /// outcome)[0..16]`. Such a row is known, and never repeated.
+    /// As [`Self::seal_request`], of earlier versions, which did not seal the time:
+    /// `HMAC-SHA-256(seal key, "meterkms/request" ‖ len(principal)(1) ‖ principal ‖ request(16) ‖
+    /// chunk(4) ‖ digest(32) ‖ outcome)[0..16]`. Such a request is known, and its answer is never
+    /// repeated.
     pub fn seal_untimed_request(
         &self,
         principal: &PrincipalId,
@@ -257,7 +258,7 @@ impl SealKey {
     }
 
     /// Marks what was protected under a counter (I4): `HMAC-SHA-256(seal key, "meterkms/content" ‖
-    /// content)[0..16]`. It tells nothing to who reads it.
+    /// content)[0..16]`. Without the seal key the mark tells nothing.
     pub fn mark_content(&self, content: &[u8]) -> [u8; 16] {
         self.short_seal(&[b"meterkms/content", content])
     }
@@ -345,8 +346,8 @@ impl SealKey {
         first_octets(context.sign().as_ref())
     }
 
-    /// How earlier servers bound a task: `HMAC-SHA-256(seal key, "meterkms/task" ‖ campaign(16) ‖
-    /// meter(8) ‖ wave(4))[0..16]`. What the task is to do is not in it: see
+    /// The seal of a task in earlier versions: `HMAC-SHA-256(seal key, "meterkms/task" ‖
+    /// campaign(16) ‖ meter(8) ‖ wave(4))[0..16]`. It does not contain the step of the task: see
     /// [`crate::Campaign::plans_for`].
     pub fn seal_former_task(&self, campaign: CampaignId, meter: SystemTitle, wave: u32) -> [u8; 16] {
         let mut context = hmac::Context::with_key(&self.key);
@@ -405,8 +406,8 @@ impl SealKeys {
         self
     }
 
-    /// Accepts no rows with seals of versions below `oldest` any more. What was refused once stays
-    /// so (I5): a lower number changes nothing.
+    /// Accepts no rows with seals of versions below `oldest` any more. A version that was refused
+    /// once stays refused (I5): a lower number changes nothing.
     #[must_use]
     pub fn not_below(self, oldest: u8) -> Self {
         Self { oldest: self.oldest.max(oldest), ..self }
@@ -440,21 +441,21 @@ impl SealKeys {
         }
     }
 
-    /// Whether an accepted key makes this seal, which does not name its key. `make` seals the same
+    /// Whether an accepted key makes this seal, which does not name its key. `make` seals the
     /// content with a key.
     pub fn accept<const OCTETS: usize>(&self, seal: &[u8], make: impl Fn(&SealKey) -> [u8; OCTETS]) -> bool {
         self.made_by(seal, self.oldest, make)
     }
 
-    /// As [`Self::accept`], by any key of the island that is still known: for what servers keep
-    /// outside the database.
+    /// As [`Self::accept`], with any key of the island that is still known: for files that servers
+    /// keep outside the database.
     pub fn recognise<const OCTETS: usize>(&self, seal: &[u8], make: impl Fn(&SealKey) -> [u8; OCTETS]) -> bool {
         self.made_by(seal, 0, make)
     }
 
     fn made_by<const OCTETS: usize>(&self, seal: &[u8], oldest: u8, make: impl Fn(&SealKey) -> [u8; OCTETS]) -> bool {
         let fits = |key: &SealKey| aws_lc_rs::constant_time::verify_slices_are_equal(&make(key), seal).is_ok();
-        // The current key is the rule; no other is tried then.
+        // Nearly all seals are of the current key, so it is tried first.
         fits(&self.current)
             || self.keys.iter().any(|key| key.version >= oldest && key.version != self.current.version && fits(key))
     }
@@ -479,7 +480,9 @@ pub fn row_digest(seal_key_version: u8, id: &RowId, generation: Generation, body
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SealError {
     /// Another version of the seal key made it.
-    #[error("the row of {id} was sealed with seal key version {found}, not {expected}")]
+    #[error(
+        "the row of {id} was sealed with seal key version {found}, which this server does not have or does not accept; it seals with version {expected}"
+    )]
     KeyVersion {
         /// Whose row.
         id: RowId,
@@ -489,7 +492,9 @@ pub enum SealError {
         found: u8,
     },
     /// The MAC is wrong.
-    #[error("the row of {id} does not carry the seal of its content: it was edited, swapped or copied in the database")]
+    #[error(
+        "the seal of the row of {id} does not fit its content: the row was edited, swapped or copied in the database; run `kms audit scrub`"
+    )]
     Mismatch {
         /// Whose row.
         id: RowId,

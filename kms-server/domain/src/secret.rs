@@ -1,5 +1,5 @@
-//! The encoding of secrets that are no AES keys (docs/formats.md): PKCS#11 modules pad silently and
-//! forget the length.
+//! The encoding of secrets that are not AES keys (docs/formats.md). It keeps the length, because
+//! PKCS#11 modules pad silently and do not store it.
 
 use zeroize::Zeroizing;
 
@@ -20,7 +20,7 @@ impl EncodedSecret {
             _ => return Err(ParseError::new("secret", format!("{} octets instead of 1 to 255", secret.len()))),
         };
         let encoded_length = (secret.len() + 1).next_multiple_of(8).max(16);
-        // The capacity is the whole length, so that no copy is left behind by a growing vector.
+        // The capacity is the whole length, so that no growing vector leaves a copy in memory.
         let mut encoded = Zeroizing::new(Vec::with_capacity(encoded_length));
         encoded.push(length);
         encoded.extend_from_slice(secret);
@@ -28,10 +28,10 @@ impl EncodedSecret {
         Ok(Self(encoded))
     }
 
-    /// Takes over octets that are said to be an encoded secret.
+    /// Checks octets that should be an encoded secret.
     ///
     /// # Errors
-    /// They are not: wrong length, or octets other than zero in the padding.
+    /// The length is wrong, or the padding has octets other than zero.
     pub fn from_octets(encoded: Zeroizing<Vec<u8>>) -> Result<Self, ParseError> {
         let refuse = || ParseError::new("secret", "not in the encoding length ‖ secret ‖ zeros");
         let (length, rest) = encoded.split_first().ok_or_else(refuse)?;

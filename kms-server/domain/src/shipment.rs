@@ -1,6 +1,6 @@
 //! The lines of a vendor's shipment (docs/formats.md), parsed one by one against the device
-//! profile. No cryptography here: the caller checks signature, digest and count, and the HSM
-//! unwraps the keys.
+//! profile. This module does no cryptography: the caller checks signature, digest and count, and
+//! the HSM unwraps the keys.
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use serde::{Deserialize, de::DeserializeOwned};
@@ -15,12 +15,12 @@ use crate::{
 /// The longest line, in octets, without its line feed.
 pub const LONGEST_SHIPMENT_LINE: usize = 16_384;
 
-/// Line 1.
+/// The header: line 1.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ShipmentHeader {
     /// The vendor's name for the batch: 1–64 printable ASCII characters.
     pub batch: String,
-    /// Who made the meters, and signs.
+    /// The manufacturer, which signs the shipment.
     pub manufacturer: FlagId,
     /// The device profile of all meters of the file.
     pub device_profile: DeviceProfileName,
@@ -45,18 +45,15 @@ impl ShipmentHeader {
             return Err(refuse("format", format!("`{}` is not `{FORMAT}`", excerpt(&line.format))));
         }
         if line.batch.is_empty() {
-            return Err(refuse("batch", "is empty"));
+            return Err(refuse("batch", "it is empty"));
         }
         at("batch", check_batch(&line.batch))?;
         let created: jiff::Timestamp = line.created.parse().map_err(|_| {
             refuse("created", format!("`{}` is not an RFC 3339 time with an offset", excerpt(&line.created)))
         })?;
-        let batch_key = STANDARD.decode(&line.batch_key).map_err(|_| refuse("batch_key", "is not base64"))?;
+        let batch_key = STANDARD.decode(&line.batch_key).map_err(|_| refuse("batch_key", "it is not base64"))?;
         if !(256..=1024).contains(&batch_key.len()) {
-            return Err(refuse(
-                "batch_key",
-                format!("{} octets instead of the RSA modulus' 256 to 1024", batch_key.len()),
-            ));
+            return Err(refuse("batch_key", format!("{} octets; an RSA modulus has 256 to 1024", batch_key.len())));
         }
         Ok(Self {
             manufacturer: at("manufacturer", FlagId::parse(&line.manufacturer))?,
@@ -109,7 +106,7 @@ pub struct ShipmentDevice {
     pub serial: String,
     /// Names of groups, each once: 1–64 octets of a–z, 0–9 and `-`.
     pub groups: Vec<String>,
-    /// The keys: all that the profile requires, none that it does not know, each once.
+    /// The keys: all that the profile requires, none that it does not expect, each once.
     pub keys: Vec<ShippedKey>,
     /// Counters in use before the meter came here, each client title once.
     pub counters: Vec<ShippedCounter>,
@@ -119,8 +116,8 @@ impl ShipmentDevice {
     /// Parses a device's line and checks it against the header and its device profile.
     ///
     /// # Errors
-    /// The line is no device, or has keys that the profile does not expect; the error names the
-    /// field.
+    /// The line is not a device line, or has keys that the profile does not expect. The error names
+    /// the field.
     pub fn parse(line: &[u8], header: &ShipmentHeader, profile: &DeviceProfile) -> Result<Self, ShipmentLineError> {
         let line: DeviceLine = read(line)?;
         let title = at("title", SystemTitle::parse(&line.title))?;
@@ -130,16 +127,22 @@ impl ShipmentDevice {
         if flag_id != header.manufacturer.octets()
             && !profile.other_flag_ids.iter().any(|other| other.octets() == flag_id)
         {
-            return Err(refuse("title", format!("{title} does not start with the FLAG id of {}", header.manufacturer)));
+            return Err(refuse(
+                "title",
+                format!(
+                    "{title} does not start with the FLAG id of {} or with another one of the device profile",
+                    header.manufacturer
+                ),
+            ));
         }
         at("serial", check_serial(&line.serial))?;
         if line.groups.len() > LONGEST_LIST || line.keys.len() > LONGEST_LIST || line.counters.len() > LONGEST_LIST {
-            return Err(refuse("groups, keys, counters", format!("more than {LONGEST_LIST} entries")));
+            return Err(refuse("groups, keys, counters", format!("a list has more than {LONGEST_LIST} entries")));
         }
         for (index, group) in line.groups.iter().enumerate() {
             at(&format!("groups[{index}]"), parse_name("group", group, 64))?;
             if line.groups.iter().take(index).any(|earlier| earlier == group) {
-                return Err(refuse(format!("groups[{index}]"), "is there twice"));
+                return Err(refuse(format!("groups[{index}]"), "it occurs twice"));
             }
         }
         let device = Self {
@@ -173,7 +176,7 @@ impl ShipmentDevice {
             {
                 return Err(refuse(
                     format!("keys[{index}]"),
-                    format!("{} {} is there twice", key.setup, profile.key_type_name(key.key_type)),
+                    format!("{} {} occurs twice", key.setup, profile.key_type_name(key.key_type)),
                 ));
             }
         }
@@ -186,7 +189,7 @@ impl ShipmentDevice {
             {
                 return Err(refuse(
                     format!("counters[{index}]"),
-                    format!("{} {} is there twice", counter.setup, counter.key),
+                    format!("{} {} occurs twice", counter.setup, counter.key),
                 ));
             }
         }
@@ -220,12 +223,12 @@ pub struct ShippedKey {
 pub struct ShippedCounter {
     /// The security setup.
     pub setup: SecuritySetupId,
-    /// Which counter: of the client title, or the whole setup's where the profile says that the
-    /// meter has one only.
+    /// Which counter: that of the client title, or that of the whole setup if the profile says that
+    /// the meter has only one.
     pub key: CounterKey,
     /// The lowest counter that was never used.
     pub floor: u32,
-    /// The head-end that goes on counting by itself.
+    /// The head-end that continues to count by itself.
     pub owned_by: Option<PrincipalId>,
 }
 
@@ -239,8 +242,8 @@ pub struct ShipmentTrailer {
 }
 
 impl ShipmentTrailer {
-    /// Whether a line means to be the trailer: its first member is `trailer`. No device's line
-    /// parses that has such a member.
+    /// Whether a line is the trailer: its first member is `trailer`. A device line with such a
+    /// member does not parse.
     pub fn recognise(line: &[u8]) -> bool {
         line.trim_ascii_start()
             .strip_prefix(b"{")
@@ -312,17 +315,17 @@ impl KeyMember {
             refuse(
                 field("type"),
                 format!(
-                    "device profile `{}` expects no {setup} {} in a shipment",
+                    "the device profile `{}` expects no {setup} {} in a shipment",
                     profile.name,
                     excerpt(&self.key_type)
                 ),
             )
         })?;
-        let wrapped = hex::decode(&self.wrapped).map_err(|_| refuse(field("wrapped"), "is not hex"))?;
+        let wrapped = hex::decode(&self.wrapped).map_err(|_| refuse(field("wrapped"), "it is not hex"))?;
         if !expected.accepts_wrapped(wrapped.len()) {
             return Err(refuse(
                 field("wrapped"),
-                format!("{} octets do not fit a wrapped {}", wrapped.len(), profile.key_type_name(key_type)),
+                format!("{} octets are not the length of a wrapped {}", wrapped.len(), profile.key_type_name(key_type)),
             ));
         }
         Ok(ShippedKey { setup, key_type, wrapped })
@@ -343,12 +346,12 @@ impl CounterMember {
         let field = |name| format!("counters[{index}].{name}");
         let setup = at(&field("setup"), SecuritySetupId::parse(&self.setup))?;
         let setup_profile = profile.setup(setup).ok_or_else(|| {
-            refuse(field("setup"), format!("device profile `{}` has no security setup {setup}", profile.name))
+            refuse(field("setup"), format!("the device profile `{}` has no security setup {setup}", profile.name))
         })?;
         let title = at(&field("client_title"), SystemTitle::parse(&self.client_title))?;
         let owned_by = self.owned_by.as_ref().map(|uri| at(&field("owned_by"), PrincipalId::parse(uri))).transpose()?;
         if let Some(owner) = owned_by.as_ref().filter(|owner| owner.role() != Role::HeadEnd) {
-            return Err(refuse(field("owned_by"), format!("`{owner}` is no head-end")));
+            return Err(refuse(field("owned_by"), format!("`{owner}` is not a head-end")));
         }
         Ok(ShippedCounter { setup, key: setup_profile.counter.scope.key(title), floor: self.floor, owned_by })
     }
@@ -369,9 +372,9 @@ struct TrailerMember {
 
 fn read<T: DeserializeOwned>(line: &[u8]) -> Result<T, ShipmentLineError> {
     if line.len() > LONGEST_SHIPMENT_LINE {
-        return Err(refuse("line", format!("{} octets, more than {LONGEST_SHIPMENT_LINE}", line.len())));
+        return Err(refuse("line", format!("{} octets; at most {LONGEST_SHIPMENT_LINE}", line.len())));
     }
-    // serde names the member; what it quotes of a value (never a secret: keys are wrapped) is cut.
+    // serde names the member. A quoted value is cut, and is never a secret: keys are wrapped.
     serde_json::from_slice(line)
         .map_err(|error| refuse("line", error.to_string().chars().take(200).collect::<String>()))
 }
@@ -380,7 +383,7 @@ fn sha256(field: &str, text: &str) -> Result<[u8; 32], ShipmentLineError> {
     hex::decode(text)
         .ok()
         .and_then(|octets| octets.try_into().ok())
-        .ok_or_else(|| refuse(field, "is not SHA-256 in 64 hex digits"))
+        .ok_or_else(|| refuse(field, "it is not a SHA-256 digest in 64 hex digits"))
 }
 
 fn at<T>(field: &str, result: Result<T, ParseError>) -> Result<T, ShipmentLineError> {

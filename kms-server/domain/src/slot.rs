@@ -1,11 +1,9 @@
-//! Key slots: all versions that a key ever had, and the candidates of I3.
-
-use std::borrow::Cow;
+//! A key slot: all versions that a key has had, and the candidates of I3.
 
 use crate::{
     CounterDomain, CounterDomainId, CounterJump, CounterKey, CounterPlace, Counters, DiversificationContext, Evidence,
-    Exposure, ExposureReason, KeyLength, KeyMaterial, KeyOrigin, KeyShape, KeyState, KeyType, KeyVersion,
-    KeyVersionNumber, Owner, SecuritySetupId, SharedExposures, Transport, UnixMillis, WrappedKey, exposure::learn,
+    KeyLength, KeyMaterial, KeyOrigin, KeyShape, KeyState, KeyType, KeyVersion, KeyVersionNumber, Owner,
+    SecuritySetupId, Transport, UnixMillis, WrappedKey,
 };
 
 /// A key version to be added to a slot.
@@ -21,28 +19,29 @@ pub struct NewKeyVersion {
     pub fingerprint: Option<[u8; 16]>,
 }
 
-/// A key that may be granted, and how sure it is that the meter uses it.
+/// A key version that may be granted, and how likely it is that the meter uses it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grantable<'a> {
     /// The version.
     pub version: &'a KeyVersion,
-    /// How it stands.
+    /// Its standing.
     pub standing: Standing,
 }
 
-/// How a grantable version stands.
+/// The standing of a grantable version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Standing {
     /// The active version.
     Active,
-    /// An earlier version that the meter may have gone back to.
+    /// An earlier version to which the meter may have gone back.
     FormerCandidate,
 }
 
-/// A key slot: (owner, security setup, key type), and all versions that its key ever had.
+/// A key slot: (owner, security setup, key type), and all versions that its key has had.
 ///
-/// Holds always: version numbers increase; at most one version is active; a destroyed version has
-/// no key and is no candidate (I3); a diversified version stores no key and every other one does.
+/// Always true: version numbers increase; at most one version is active; a destroyed version has no
+/// key and is no candidate (I3); a diversified version stores no key, and every other version
+/// stores one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Slot {
     setup: SecuritySetupId,
@@ -59,7 +58,7 @@ impl Slot {
     /// A slot with these versions, oldest first.
     ///
     /// # Errors
-    /// They break what holds of a slot.
+    /// The versions break a rule that is always true of a slot.
     pub(crate) fn from_versions(
         setup: SecuritySetupId,
         key_type: KeyType,
@@ -87,7 +86,7 @@ impl Slot {
 
     /// The version with this number.
     pub fn version(&self, number: KeyVersionNumber) -> Option<&KeyVersion> {
-        // Numbers increase. Whoever stores a meter looks at all of its versions.
+        // Numbers increase. Storing a meter reads all of its versions, so this search must be fast.
         self.versions.binary_search_by_key(&number, KeyVersion::number).ok().and_then(|at| self.versions.get(at))
     }
 
@@ -110,8 +109,9 @@ impl Slot {
         self.versions.iter().filter(|version| version.candidate)
     }
 
-    /// The version that the meter holds as far as is known: the candidate that it showed last, or
-    /// else the active one, or the one that was active until it was reported as compromised.
+    /// The version that the meter holds as far as is known: the candidate that it showed last. If
+    /// it has shown none: the active version, or the version that was active until it was reported
+    /// as compromised.
     pub fn held(&self) -> Option<&KeyVersion> {
         let shown = self
             .candidates()
@@ -130,9 +130,9 @@ impl Slot {
         self.held().is_some_and(|held| held.state == KeyState::Compromised)
     }
 
-    /// Whether it is in doubt that the meter holds the active version: one left since it last
-    /// showed one, or what it showed is not the active one. That a version was reported as
-    /// compromised changes nothing of what the meter holds.
+    /// Whether it is in doubt that the meter holds the active version: a version left since the
+    /// meter last showed one, or the version that it showed is not the active one. A report of
+    /// compromise does not change what the meter holds.
     pub fn in_doubt(&self) -> bool {
         match self.held() {
             Some(held) => {
@@ -144,16 +144,17 @@ impl Slot {
         }
     }
 
-    /// Whether a version left since the meter last showed which one it holds. A compromised version
-    /// or one that the meter went back to is no such doubt: it is known, and wants to be replaced.
+    /// Whether a version left since the meter last showed which one it holds. A compromised
+    /// version, or one to which the meter went back, is no such doubt: the version is known and
+    /// must be replaced.
     pub fn unresolved(&self) -> bool {
         let (held, shown) = self.held().map_or((None, 0), |held| (Some(held.number), held.transport.confirmed));
         self.candidates().any(|version| Some(version.number) != held && version.transport.left > shown)
     }
 
-    /// What may be granted, the active version first: never a pre-active (I3), suspended,
-    /// compromised or destroyed one. Which of these a grantee gets is for policy to say; whether
-    /// the meter's status allows grants, for [`crate::MeterStatus::may_grant`].
+    /// The versions that may be granted, the active version first: never a pre-active (I3),
+    /// suspended, compromised or destroyed one. Policy decides which of these a grantee gets;
+    /// [`crate::MeterStatus::may_grant`] decides whether the meter's status permits grants.
     pub fn grantable(&self) -> impl Iterator<Item = Grantable<'_>> {
         let former =
             self.versions.iter().rev().filter(|version| version.state == KeyState::Deactivated && version.candidate);
@@ -163,7 +164,7 @@ impl Slot {
             .chain(former.map(|version| Grantable { version, standing: Standing::FormerCandidate }))
     }
 
-    /// The number that the next version gets: what to derive or generate it with.
+    /// The number of the next version. It is derived or generated with this number.
     pub fn next_number(&self) -> KeyVersionNumber {
         self.versions.last().map_or(KeyVersionNumber::FIRST, |version| version.number.next())
     }
@@ -178,8 +179,8 @@ impl Slot {
         DiversificationContext { owner, setup: self.setup, key_type: self.key_type, version: number, length }
     }
 
-    /// Adds a version, with the number [`Self::next_number`]. One that starts active is taken as
-    /// held by the meter.
+    /// Adds a version, with the number [`Self::next_number`]. A version that starts active counts
+    /// as held by the meter.
     ///
     /// # Errors
     /// The state is neither pre-active nor active, another version is active, or wrapped form and
@@ -222,10 +223,10 @@ impl Slot {
         self.add_version(new.clone(), now)
     }
 
-    /// Moves a version to another state. Destroying drops its wrapped form.
+    /// Moves a version to another state. A destroyed version loses its wrapped form.
     ///
     /// # Errors
-    /// SP 800-57 knows no such transition, another version is active, or a candidate would be
+    /// SP 800-57 does not have this transition, another version is active, or a candidate would be
     /// destroyed (I3).
     pub fn transition(&mut self, number: KeyVersionNumber, to: KeyState, now: UnixMillis) -> Result<(), SlotError> {
         let another_is_active = self.active().is_some_and(|active| active.number != number);
@@ -248,9 +249,9 @@ impl Slot {
         Ok(())
     }
 
-    /// Destroys a version that never left for the meter. Of such ones in a row only the newest is
-    /// kept, so that orders that are withdrawn again and again leave one version and not many: it
-    /// keeps the number, which never names another key.
+    /// Destroys a version that never left for the meter. Of several such versions in a row only the
+    /// newest is kept, so that orders that are withdrawn repeatedly leave one version and not many.
+    /// The kept version holds the number, which never names another key.
     ///
     /// # Errors
     /// There is no such version, or the meter may hold it (I3).
@@ -266,11 +267,11 @@ impl Slot {
         Ok(())
     }
 
-    /// I3: makes a version a candidate. The row is stored before its wrapped form leaves for the
-    /// meter, at `moment` of the meter's sequence, under this version of the KEK.
+    /// I3: makes a version a candidate. Its wrapped form leaves for the meter at `moment` of the
+    /// meter's sequence, under this version of the KEK. The row is stored before that.
     ///
     /// # Errors
-    /// There is no such version, it is destroyed, or it left under another KEK before.
+    /// There is no such version, it is destroyed, or it has left under another KEK.
     pub fn mark_left(&mut self, number: KeyVersionNumber, moment: u32, kek: KeyVersionNumber) -> Result<(), SlotError> {
         let version = self.version_mut(number)?;
         if version.state == KeyState::Destroyed {
@@ -286,8 +287,8 @@ impl Slot {
     }
 
     /// Records that the meter showed at `moment` of its sequence that it holds a version. A
-    /// pre-active one above the active one becomes active. Any other changes no state: an earlier
-    /// version never becomes active again, a compromised one never at all.
+    /// pre-active version above the active one becomes active. No other version changes its state:
+    /// an earlier version never becomes active again, and a compromised one never becomes active.
     ///
     /// # Errors
     /// The version never left for the meter.
@@ -311,19 +312,18 @@ impl Slot {
                 Ok(Confirmation::Activated)
             }
             KeyState::Active => Ok(Confirmation::Active),
-            // Nothing took its place yet: it is what the meter is to hold until then.
+            // No version has replaced it yet, so the meter is expected to hold it.
             KeyState::Compromised if active.is_none_or(|active| active < number) => Ok(Confirmation::Compromised),
             _ => Ok(Confirmation::NotActive),
         }
     }
 
-    /// Makes a version that the meter was shown to hold active, and the active one before it
-    /// deactivated. Earlier candidates stay until [`Self::release_candidates`]: a meter may go back
+    /// Makes a version active that the meter was shown to hold, and deactivates the active one
+    /// before it. Earlier candidates stay until [`Self::release_candidates`]: a meter may go back
     /// to one when its power fails.
     ///
     /// # Errors
-    /// The version is not a candidate, or in a state that cannot become active (a compromised one
-    /// never does).
+    /// The version is not a candidate, or its state cannot become active (for example compromised).
     fn prove(&mut self, number: KeyVersionNumber, now: UnixMillis) -> Result<(), SlotError> {
         let version = self.version(number).ok_or(SlotError::NoSuchVersion { number })?;
         if !version.candidate {
@@ -341,9 +341,9 @@ impl Slot {
         self.transition(number, KeyState::Active, now)
     }
 
-    /// Makes a pre-active version of a key that no exchange proves active, and the active one
-    /// before it deactivated; its number, if there was one. Both stay candidates: some meters hold
-    /// the one, some the other.
+    /// Makes a pre-active version active, of a key that no exchange proves, and deactivates the
+    /// active one before it. Returns the number of that one, if there was one. Both stay
+    /// candidates: some meters hold the one, some the other.
     ///
     /// # Errors
     /// There is no such version, or it is not pre-active.
@@ -364,10 +364,11 @@ impl Slot {
 
     /// I3: releases the candidates before the active version, once that has been active for
     /// `retention` milliseconds: the retention time has passed since a later version was proven.
-    /// Returns whether any was released. Of a meter, see [`crate::Meter::release_candidates`].
+    /// Returns whether a candidate was released. For a meter, see
+    /// [`crate::Meter::release_candidates`].
     pub fn release_candidates(&mut self, retention: i64, now: UnixMillis) -> bool {
         let Some((active, since)) = self.active().map(|version| (version.number, version.since)) else { return false };
-        // I3: a meter that went back to an earlier version, or may have, still needs it.
+        // I3: a meter that went back, or may have gone back, to an earlier version still needs it.
         if since.after(retention) > now || self.in_doubt() {
             return false;
         }
@@ -379,9 +380,9 @@ impl Slot {
         released
     }
 
-    /// Puts the wrap of a version under another storage KEK into the place of `old`. The key stays
-    /// what it is, with its fingerprint, counters and exposures. False: the version holds `old` no
-    /// more, and nothing was changed.
+    /// Replaces the wrap `old` of a version by its wrap under another storage KEK. The key stays
+    /// the same, with its fingerprint, counters and exposures. False: the version does not hold
+    /// `old` any more, and nothing was changed.
     ///
     /// # Errors
     /// There is no such version, or `new` cannot hold the same key.
@@ -398,9 +399,9 @@ impl Slot {
         Ok(true)
     }
 
-    /// Where a new version's counter starts if the meter goes on counting when its key changes:
+    /// Where a new version's counter starts if the meter continues to count when its key changes:
     /// above all earlier versions. Pass it as `at_least` to [`Counters::reserve`]. Versions in a
-    /// domain do not count here: ask the domain. `jump` is the island's.
+    /// domain are not included: ask the domain. `jump` is the island's.
     pub fn continued_counter(&self, key: CounterKey, jump: CounterJump) -> u64 {
         self.versions
             .iter()
@@ -413,8 +414,8 @@ impl Slot {
             .unwrap_or(0)
     }
 
-    /// I4: hands a version's counters over to the domain of its value: from here on the slot names
-    /// the domain.
+    /// I4: moves a version's counters to the domain of its value. Afterwards the slot names the
+    /// domain.
     ///
     /// # Errors
     /// There is no such version, or it is in another domain.
@@ -430,7 +431,7 @@ impl Slot {
         Ok(())
     }
 
-    /// What holds of every slot.
+    /// Checks what is always true of a slot.
     fn check(&self) -> Result<(), SlotError> {
         if self.versions.iter().zip(self.versions.iter().skip(1)).any(|(earlier, later)| earlier.number >= later.number)
         {
@@ -461,17 +462,17 @@ impl Slot {
     }
 }
 
-/// What a meter's showing of a version came to.
+/// What follows when a meter shows that it holds a version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Confirmation {
     /// It became the active version.
     Activated,
     /// It is the active version.
     Active,
-    /// It was active until it was reported as compromised, and no later one has taken its place:
-    /// the meter needs a new key, as is known.
+    /// It was active until it was reported as compromised, and no later version has replaced it:
+    /// the meter needs a new key.
     Compromised,
-    /// It is another: an earlier one, or suspended. The meter needs a new key.
+    /// It is an earlier version, or a suspended one. The meter needs a new key.
     NotActive,
 }
 
@@ -484,7 +485,7 @@ pub enum SlotError {
         /// The number.
         number: KeyVersionNumber,
     },
-    /// SP 800-57 does not allow the step.
+    /// SP 800-57 does not have this transition.
     #[error("key version {number} is {from} and cannot become {to}")]
     Transition {
         /// The version.
@@ -499,33 +500,33 @@ pub enum SlotError {
     TwoActive,
     /// A version that the meter may hold would be destroyed, or a destroyed one used (I3).
     #[error(
-        "the meter may hold key version {number}: it cannot be destroyed before a later one is proven and the retention time has passed"
+        "the meter may hold key version {number}: it can be destroyed only after a later version is proven and the retention time has passed"
     )]
     CandidateDestroyed {
         /// The version.
         number: KeyVersionNumber,
     },
-    /// A proof for a version that never left.
-    #[error("key version {number} never left for the meter: nothing can prove it")]
+    /// The version never left, so no answer can prove it.
+    #[error("key version {number} never left for the meter, so no answer of the meter can prove it")]
     NotCandidate {
         /// The version.
         number: KeyVersionNumber,
     },
-    /// A version would leave under a second KEK: who holds it would no longer show which KEK the
-    /// meter has.
-    #[error("key version {number} left wrapped under another version of the KEK; make a new version")]
+    /// A version would leave under a second KEK. A meter that holds it would then not show which
+    /// KEK it has.
+    #[error("key version {number} has left wrapped under another version of the KEK; make a new version of the key")]
     OtherKek {
         /// The version.
         number: KeyVersionNumber,
     },
-    /// What is stored does not fit origin, type or state.
-    #[error("what is stored of key version {number} does not fit its origin, key type or state")]
+    /// The stored form does not fit origin, type or state.
+    #[error("the stored form of key version {number} does not fit its origin, key type or state")]
     Material {
         /// The version.
         number: KeyVersionNumber,
     },
     /// The version is in another counter domain.
-    #[error("key version {number} is in counter domain {domain}")]
+    #[error("key version {number} is already in counter domain {domain}")]
     OtherDomain {
         /// The version.
         number: KeyVersionNumber,
@@ -535,7 +536,7 @@ pub enum SlotError {
     /// Version numbers repeat or go backwards.
     #[error("key version numbers do not increase")]
     NumbersNotIncreasing,
-    /// A slot twice.
+    /// The slot exists already.
     #[error("the slot {setup} {key_type} exists already")]
     DuplicateSlot {
         /// The security setup.
@@ -553,123 +554,12 @@ pub enum SlotError {
     },
 }
 
-/// All key slots of one owner, in order of security setup and key type.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Slots(Vec<Slot>);
-
-impl Slots {
-    /// These slots.
-    ///
-    /// # Errors
-    /// A slot occurs twice.
-    pub fn new(mut slots: Vec<Slot>) -> Result<Self, SlotError> {
-        slots.sort_by_key(|slot| (slot.setup, slot.key_type));
-        Self::from_sorted(slots)
-    }
-
-    /// These slots, which are in order.
-    pub(crate) fn from_sorted(slots: Vec<Slot>) -> Result<Self, SlotError> {
-        let duplicate = slots
-            .iter()
-            .zip(slots.iter().skip(1))
-            .find(|(slot, next)| (slot.setup, slot.key_type) >= (next.setup, next.key_type));
-        match duplicate {
-            Some((_, slot)) => Err(SlotError::DuplicateSlot { setup: slot.setup, key_type: slot.key_type }),
-            None => Ok(Self(slots)),
-        }
-    }
-
-    /// All slots.
-    pub fn iter(&self) -> impl Iterator<Item = &Slot> {
-        self.0.iter()
-    }
-
-    /// All slots, to be changed.
-    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Slot> {
-        self.0.iter_mut()
-    }
-
-    /// The slots of one security setup.
-    pub fn of_setup(&self, setup: SecuritySetupId) -> impl Iterator<Item = &Slot> {
-        self.0.iter().filter(move |slot| slot.setup == setup)
-    }
-
-    /// One slot.
-    pub fn get(&self, setup: SecuritySetupId, key_type: KeyType) -> Option<&Slot> {
-        self.0.iter().find(|slot| slot.setup == setup && slot.key_type == key_type)
-    }
-
-    /// One slot, to be changed.
-    ///
-    /// # Errors
-    /// There is none.
-    pub fn get_mut(&mut self, setup: SecuritySetupId, key_type: KeyType) -> Result<&mut Slot, SlotError> {
-        self.0
-            .iter_mut()
-            .find(|slot| slot.setup == setup && slot.key_type == key_type)
-            .ok_or(SlotError::NoSuchSlot { setup, key_type })
-    }
-
-    /// Who outside the HSM could know a version of one of these slots: what the version itself
-    /// says, what is known of the same value in other slots, and who could open what it travelled
-    /// under because of such.
-    pub fn exposures_of<'a>(
-        &self,
-        setup: SecuritySetupId,
-        version: &'a KeyVersion,
-        shared: &SharedExposures,
-    ) -> Cow<'a, [Exposure]> {
-        let mut exposures = Cow::Borrowed(version.exposures());
-        // Most islands have no such keys.
-        if shared.is_empty() {
-            return exposures;
-        }
-        let mut add = |more: &[Exposure]| {
-            let mut all = exposures.to_vec();
-            if learn(&mut all, more) {
-                exposures = Cow::Owned(all);
-            }
-        };
-        if let Some(more) = version.domain().and_then(|domain| shared.get(&domain)) {
-            add(more);
-        }
-        let keks = self.get(setup, KeyType::KEK);
-        let mut under = version.transport.kek;
-        // A KEK leaves under an earlier one, so that this ends.
-        while let Some(kek) = under.and_then(|number| keks?.version(number)) {
-            if let Some(known) = kek.domain().and_then(|domain| shared.get(&domain)) {
-                let travelled: Vec<Exposure> = known
-                    .iter()
-                    .map(|exposure| Exposure { reason: ExposureReason::TransferUnderExposedKek, ..exposure.clone() })
-                    .collect();
-                add(&travelled);
-            }
-            under = kek.transport.kek.filter(|earlier| *earlier < kek.number);
-        }
-        exposures
-    }
-
-    /// Adds a slot.
-    ///
-    /// # Errors
-    /// It is there already.
-    pub fn insert(&mut self, slot: Slot) -> Result<(), SlotError> {
-        match self.0.binary_search_by_key(&(slot.setup, slot.key_type), |known| (known.setup, known.key_type)) {
-            Ok(_) => Err(SlotError::DuplicateSlot { setup: slot.setup, key_type: slot.key_type }),
-            Err(at) => {
-                self.0.insert(at, slot);
-                Ok(())
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::{CounterError, CounterOwnership, KeyDerivation, Party};
+    use crate::{CounterError, CounterOwnership, ExposureReason, KeyDerivation, Party};
 
     const NOW: UnixMillis = UnixMillis(1_000_000);
 
@@ -765,53 +655,6 @@ mod tests {
     }
 
     #[test]
-    fn who_knows_one_slot_of_a_value_knows_all() {
-        let party = || Party::Principal(crate::PrincipalId::parse("urn:meterkms:north:head-end:hes-2").unwrap());
-        let (mut one, mut other) = (slot(), slot());
-        for slot in [&mut one, &mut other] {
-            slot.add_version(generated(KeyState::Active), NOW).unwrap();
-        }
-        one.version_mut(KeyVersionNumber::FIRST).unwrap().expose(party(), ExposureReason::Grant, NOW.after(5));
-        let mut domain = CounterDomain::new(CounterDomainId([1; 16]));
-        one.join_domain(KeyVersionNumber::FIRST, &mut domain).unwrap();
-        other.join_domain(KeyVersionNumber::FIRST, &mut domain).unwrap();
-        let known = [Exposure { party: party(), since: NOW.after(5), reason: ExposureReason::Grant }];
-        assert_eq!(domain.exposures, known);
-        assert!(!domain.learn(&known));
-        let earlier = [Exposure { since: NOW, ..known[0].clone() }];
-        assert!(domain.learn(&earlier) && domain.exposures == earlier);
-
-        let shared = SharedExposures::from([(domain.id, domain.exposures)]);
-        let slots = Slots::new(vec![other]).unwrap();
-        let version = slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().active().unwrap();
-        assert!(version.exposures().is_empty());
-        assert_eq!(*slots.exposures_of(SecuritySetupId::DEFAULT, version, &shared), earlier);
-        assert!(slots.exposures_of(SecuritySetupId::DEFAULT, version, &SharedExposures::new()).is_empty());
-    }
-
-    #[test]
-    fn who_knows_a_kek_by_another_slot_knows_what_left_under_it() {
-        let mut kek = Slot::new(SecuritySetupId::DEFAULT, KeyType::KEK);
-        kek.add_version(diversified(KeyState::Active), NOW).unwrap();
-        let mut domain = CounterDomain::new(CounterDomainId([1; 16]));
-        kek.join_domain(KeyVersionNumber::FIRST, &mut domain).unwrap();
-        let mut guek = slot();
-        let number = guek.add_version(generated(KeyState::PreActive), NOW).unwrap();
-        guek.mark_left(number, 1, KeyVersionNumber::FIRST).unwrap();
-        let slots = Slots::new(vec![kek, guek]).unwrap();
-        let shared = SharedExposures::from([(
-            domain.id,
-            vec![Exposure { party: Party::Anyone, since: NOW, reason: ExposureReason::Reported }],
-        )]);
-        let version = slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().version(number).unwrap();
-        let known = slots.exposures_of(SecuritySetupId::DEFAULT, version, &shared);
-        assert_eq!(
-            *known,
-            [Exposure { party: Party::Anyone, since: NOW, reason: ExposureReason::TransferUnderExposedKek }]
-        );
-    }
-
-    #[test]
     fn destroying_drops_the_key() {
         let mut slot = slot();
         let number = slot.add_version(generated(KeyState::PreActive), NOW).unwrap();
@@ -859,15 +702,5 @@ mod tests {
         assert_eq!(domain.counters.get(CounterKey::Setup).unwrap().ownership(), &CounterOwnership::Kms);
         assert!(matches!(slot.version_mut(first).unwrap().counters_mut(), Err(CounterError::InDomain { .. })));
         assert!(slot.join_domain(first, &mut CounterDomain::new(CounterDomainId([2; 16]))).is_err());
-    }
-
-    #[test]
-    fn slots_are_found_and_not_doubled() {
-        let mut slots = Slots::new(vec![slot(), Slot::new(SecuritySetupId::DEFAULT, KeyType::KEK)]).unwrap();
-        assert_eq!(slots.iter().map(Slot::key_type).collect::<Vec<_>>(), [KeyType::KEK, KeyType::GUEK]);
-        assert!(slots.insert(slot()).is_err());
-        slots.insert(Slot::new(SecuritySetupId::from_octets([0, 1]), KeyType::KEK)).unwrap();
-        assert_eq!(slots.of_setup(SecuritySetupId::DEFAULT).count(), 2);
-        assert!(slots.get_mut(SecuritySetupId::DEFAULT, KeyType::GAK).is_err());
     }
 }

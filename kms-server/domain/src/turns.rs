@@ -1,4 +1,4 @@
-//! Turns: who is served next when many wait for one server.
+//! Fair queuing: who is served next when many wait for one server.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::hash::Hash;
@@ -6,17 +6,16 @@ use std::hash::Hash;
 /// Waiting items of several payers, served in turn: self-clocked fair queuing (S. J. Golestani,
 /// INFOCOM 1994).
 ///
-/// The items of one payer stay in their order. Each has a cost, and at the head of its payer's lane
-/// a finish: the cost above the finish of the lane's item before, or above the clock where nothing
-/// of the payer waited. The clock is the finish of what was served last. The smallest finish is
-/// served first, so payers that wait all the time get equal shares of the cost, and a small item of
-/// a payer that was idle comes before a large one. Nobody starves: while an item waits, each other
-/// payer is served at most as much as that item's cost, and one item.
+/// The items of one payer stay in their order. Each item has a cost. At the head of its payer's
+/// lane it gets a finish: its cost plus the finish of the item before it in the lane, or plus the
+/// clock if nothing of the payer waited. The clock is the finish of the item that was served last.
+/// The smallest finish is served first. So payers that always wait get equal shares of the cost,
+/// and a small item of an idle payer comes before a large one. No payer starves: while an item
+/// waits, each other payer is served at most this item's cost and one item.
 #[derive(Debug)]
 pub struct Turns<P, T> {
     lanes: HashMap<P, Lane<T>>,
-    /// The lane of each head, by finish; the number keeps equal ones in the order in which they
-    /// came.
+    /// The lane of each head, by finish; the number keeps equal ones in their order of arrival.
     heads: BTreeMap<(u64, u64), P>,
     clock: u64,
     number: u64,
@@ -30,7 +29,7 @@ struct Lane<T> {
     head: (u64, u64),
 }
 
-/// What of one payer waits.
+/// The waiting items of one payer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Waiting {
     /// Items.
@@ -61,12 +60,12 @@ impl<P: Clone + Eq + Hash, T> Turns<P, T> {
         self.items == 0
     }
 
-    /// What of this payer waits.
+    /// The waiting items of this payer.
     pub fn waiting(&self, payer: &P) -> Waiting {
         self.lanes.get(payer).map(|lane| Waiting { items: lane.waiting.len(), work: lane.work }).unwrap_or_default()
     }
 
-    /// Puts an item behind those of its payer. A cost of 0 counts as 1.
+    /// Appends an item to those of its payer. A cost of 0 counts as 1.
     pub fn push(&mut self, payer: P, cost: u64, item: T) {
         let cost = cost.max(1);
         self.items += 1;
@@ -84,13 +83,12 @@ impl<P: Clone + Eq + Hash, T> Turns<P, T> {
         }
     }
 
-    /// The item whose turn it is, with its payer and cost.
+    /// Removes the next item. Returns it with its payer and cost.
     pub fn pop(&mut self) -> Option<(P, u64, T)> {
         self.pop_where(|_, _| true)
     }
 
-    /// The item whose turn it is among the heads of the lanes that `fits` takes, given payer and
-    /// cost.
+    /// Removes the next item among the heads of lanes for whose payer and cost `fits` is true.
     pub fn pop_where(&mut self, mut fits: impl FnMut(&P, u64) -> bool) -> Option<(P, u64, T)> {
         let lanes = &self.lanes;
         let cost_of = |payer: &P| lanes.get(payer).and_then(|lane| lane.waiting.front()).map(|(cost, _)| *cost);
@@ -118,7 +116,7 @@ impl<P: Clone + Eq + Hash, T> Turns<P, T> {
         Some((payer, cost, item))
     }
 
-    /// Whether there is a head of a lane that `fits` takes, given payer and cost.
+    /// Whether `fits` is true for payer and cost of any head of a lane.
     pub fn any_where(&self, mut fits: impl FnMut(&P, u64) -> bool) -> bool {
         self.lanes.iter().any(|(payer, lane)| lane.waiting.front().is_some_and(|(cost, _)| fits(payer, *cost)))
     }

@@ -5,7 +5,7 @@
 //! read and commit nothing else changes the rows (the store's transaction), so an act changes
 //! exactly what it has decided on (I4, I5).
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::{Arc, Mutex, PoisonError, atomic::Ordering};
 
 use kms_domain::{
     Campaign, CampaignId, CounterDomain, CounterDomainId, DatabaseHistory, DeviceType, DeviceTypeId, Group, GroupId,
@@ -14,6 +14,7 @@ use kms_domain::{
 };
 use kms_proto::v1::{AuditKeyChanged, audit_record::Event};
 use kms_store::{Reads, SealedRow, Store};
+use tokio::task::JoinHandle;
 use tracing::Instrument as _;
 
 use super::{
@@ -38,6 +39,8 @@ use kms_base::metrics;
 pub struct Committer {
     queue: Arc<Sender>,
     shared: Arc<Shared>,
+    /// The maintenance task, until [`Self::stop`] ends it.
+    maintenance: Arc<Mutex<Option<JoinHandle<()>>>>,
 }
 
 impl Committer {
@@ -50,9 +53,9 @@ impl Committer {
     ) -> Self {
         let (queue, waiting) = queue(Arc::clone(&settings.limits));
         let shared = Arc::new(Shared::new(seal.into(), audit_keys.into(), settings, store));
-        tokio::spawn(maintain(Arc::downgrade(&shared)));
+        let maintenance = tokio::spawn(maintain(Arc::downgrade(&shared)));
         tokio::spawn(Writer::new(shared.clone()).run(waiting));
-        Self { queue: Arc::new(queue), shared }
+        Self { queue: Arc::new(queue), shared, maintenance: Arc::new(Mutex::new(Some(maintenance))) }
     }
 
     /// Runs an act of the server itself: reads `reads`, lets `decide` look and change, and commits
@@ -145,9 +148,16 @@ impl Committer {
         self.shared.remember().await;
     }
 
-    /// Writes the watermark file for the last time. To be called before the database is closed.
+    /// Writes the watermark file for the last time, and ends the maintenance task. To be called before
+    /// the database is closed.
     pub async fn stop(&self) {
         self.shared.stopping.store(true, Ordering::Relaxed);
+        // A statement that fails because the database is closed would be logged as a fault.
+        let maintenance = self.maintenance.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(maintenance) = maintenance {
+            maintenance.abort();
+            drop(maintenance.await);
+        }
         self.shared.remember().await;
     }
 

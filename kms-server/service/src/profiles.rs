@@ -66,13 +66,13 @@ mod tests {
         ("key_types.name", include_str!("shipment/record.rs"), "profile.key_type_name"),
         (
             "key_types.class",
-            include_str!("../../domain/src/profile.rs"),
+            include_str!("../../domain/src/profile/file.rs"),
             "*table.class.get_ref() != key_type.class().name()",
         ),
         ("security_setups.obis", include_str!("meter/counter.rs"), "profile.setup(floor.setup)"),
         (
             "security_setups.class_version",
-            include_str!("../../domain/src/profile.rs"),
+            include_str!("../../domain/src/profile/file.rs"),
             "*self.class_version.get_ref() == 0 && suite",
         ),
         ("security_setups.keys.type", include_str!("transfer.rs"), "profile.key(setup, key_type)"),

@@ -1,8 +1,8 @@
-//! Which meters a campaign is about, and in which waves: the plan that approvals pin.
+//! Which meters a campaign selects, and in which waves they are: the plan that approvals pin.
 //!
-//! A plan is built in one pass over the meters, in memory that does not grow with them. The titles
-//! that were found are written in chunks, each part of one chain of digests. Which wave a meter is
-//! in follows from a hash of campaign and title, so that every cohort is a fair sample and the plan
+//! A plan is made in one pass over the meters, in memory that does not grow with their number. The
+//! selected titles are written in chunks, and one chain of digests covers all chunks. A hash of
+//! campaign and title gives the wave of a meter, so every cohort is a fair sample, and the plan
 //! needs no second list.
 
 use aws_lc_rs::{digest, hmac};
@@ -13,12 +13,12 @@ use crate::{
     SystemTitle, TaskWork, UnixMillis,
 };
 
-/// Which meters a campaign is about: all conditions together. Meters that are quarantined or
+/// Which meters a campaign selects: those that meet all conditions. Meters that are quarantined or
 /// retired are never selected.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CampaignSelection {
     /// Every meter of the island that meets the other conditions. Without this, at least one
-    /// condition is needed, so that nobody selects everything by leaving something out.
+    /// condition is needed, so that a forgotten condition does not select everything.
     pub whole_island: bool,
     /// Of this vendor.
     pub vendor: Option<FlagId>,
@@ -45,25 +45,23 @@ pub struct CampaignSelection {
 }
 
 impl CampaignSelection {
-    /// What holds of every selection.
+    /// Checks what is always true of a selection.
     ///
     /// # Errors
-    /// There is no condition, and it does not say that the whole island is meant.
+    /// The selection has no condition and does not say `whole_island`, or the percentage is out of
+    /// range.
     pub fn check(&self) -> Result<(), ParseError> {
         if *self == Self::default() {
-            return Err(ParseError::new(
-                "selection",
-                "it has no condition; say `whole_island` if every meter is meant",
-            ));
+            return Err(ParseError::new("selection", "it has no condition; set `whole_island` to select every meter"));
         }
         if self.counter_used.is_some_and(|percent| !(1..=100).contains(&percent)) {
-            return Err(ParseError::new("selection", "the part of the counters that is used is not 1 to 100 percent"));
+            return Err(ParseError::new("selection", "the used part of the counters is not 1 to 100 percent"));
         }
         Ok(())
     }
 
-    /// I5: whether a meter is selected, by its sealed row. `setup` and `action` say which keys the
-    /// conditions on keys are about.
+    /// I5: whether a meter is selected, by its sealed row. `setup` and `action` say to which keys
+    /// the conditions on keys apply.
     pub fn matches(&self, meter: &Meter, action: CampaignAction, setup: Option<SecuritySetupId>) -> bool {
         self.matches_knowing(meter, action, setup, &SharedExposures::new())
     }
@@ -84,14 +82,14 @@ impl CampaignSelection {
             && self.head_end.as_ref().is_none_or(|head_end| class.head_end.as_ref() == Some(head_end))
             && self.batch.as_ref().is_none_or(|batch| meter.batch == *batch)
             && action.first_step(meter, setup).is_some_and(|step| {
-                // The key of a group is rotated for the whole group, so the group must be said.
+                // A group key is rotated for the whole group, so the selection must name the group.
                 (self.group.is_some() || step.is_own(meter))
                     && (!self.is_about_keys() || self.matches_keys(meter, step.setup, step.work, shared))
             })
     }
 
-    /// Whether the condition on counters holds, for a meter that meets the others. `domains` gives
-    /// the highest bound of a counter domain.
+    /// Whether a meter that meets the other conditions meets the condition on counters. `domains`
+    /// gives the highest bound of a counter domain.
     pub fn matches_counters(
         &self,
         meter: &Meter,
@@ -139,13 +137,13 @@ impl CampaignSelection {
     }
 }
 
-/// The version that a campaign replaces: the active one, or a compromised one that the meter holds
-/// still.
+/// The version that a campaign replaces: the active one, or a compromised one that the meter still
+/// holds.
 fn current(slot: &crate::Slot) -> Option<&KeyVersion> {
     slot.held().filter(|_| slot.compromised()).or_else(|| slot.active())
 }
 
-/// The slots that the work is about: one, or all of a probe.
+/// The slots that the work concerns: one, or all for a probe.
 fn slots_of(meter: &Meter, setup: SecuritySetupId, work: TaskWork) -> impl Iterator<Item = &crate::Slot> {
     let one = match work {
         TaskWork::Rotate(key_type) => Some(key_type),
@@ -157,9 +155,9 @@ fn slots_of(meter: &Meter, setup: SecuritySetupId, work: TaskWork) -> impl Itera
 /// How many meters a wave has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum WaveSize {
-    /// So many, at least 1.
+    /// This many meters, at least 1.
     Meters(u32),
-    /// So many percent of all, 1–100.
+    /// This many percent of all meters, 1–100.
     Percent(u8),
 }
 
@@ -178,7 +176,7 @@ impl WaveSize {
         size.ok_or_else(|| {
             ParseError::new(
                 "wave size",
-                format!("`{}` is neither a number from 1 on nor 1% to 100%", text.escape_debug()),
+                format!("`{}` is neither a number of meters from 1 nor 1% to 100%", text.escape_debug()),
             )
         })
     }
@@ -250,7 +248,7 @@ impl Plan {
     }
 }
 
-/// Counts meters by the hash that orders them, in 4 MiB whatever their number.
+/// Counts meters by the hash that orders them, in 4 MiB for any number of meters.
 pub struct WavePlanner {
     key: hmac::Key,
     buckets: Vec<u32>,
@@ -277,8 +275,8 @@ impl WavePlanner {
         self.total
     }
 
-    /// The waves. A wave ends at the first bucket with which it has its size: it is larger by less
-    /// than a bucket, which is one meter in a million.
+    /// The waves. A wave ends at the first bucket with which it reaches its size, so it is larger
+    /// by less than a bucket, which has one meter in a million.
     pub fn waves(&self, canary: u32, sizes: &[WaveSize]) -> Vec<PlannedWave> {
         let canary = Some(u64::from(canary)).filter(|canary| *canary > 0);
         let last = sizes.last().copied().unwrap_or(WaveSize::Percent(100));
@@ -359,5 +357,5 @@ fn bucket(key: &hmac::Key, meter: SystemTitle) -> u32 {
 }
 
 const BUCKETS: usize = 1 << 20;
-/// A plan with more waves is a mistake; what is left goes into the last.
+/// A plan with more waves is a mistake; all further meters are in the last wave.
 const MOST_WAVES: usize = 1_000;

@@ -1,25 +1,27 @@
-//! Tasks: what a campaign has to do with one meter, leased to the meter's head-end.
+//! Tasks: what a campaign does to one meter, leased to the meter's head-end.
 //!
-//! A lease ends by itself. Each lease has a fencing token that is one higher than the last, so that
-//! who has lost a lease is told apart from who holds it. Times are those of the database's clock,
-//! which all servers share.
+//! A task lease ends at its time. Each lease has a fencing token that is one higher than the last,
+//! so the server can tell a head-end that has lost its lease from the one that holds it. Times are
+//! those of the database's clock, which all servers share.
 
-use crate::{Campaign, CampaignState, KeyType, Meter, Outcome, ParseError, SecuritySetupId, UnixMillis};
+use crate::{
+    Campaign, CampaignState, KeyType, Meter, Outcome, SecuritySetupId, TaskState, TaskStep, TaskWork, UnixMillis,
+};
 
-/// What is to be done with one meter, and how far it is.
+/// What is done to one meter, and how far it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Task {
-    /// The step at hand. Take-over has several.
+    /// The present step. A take-over has several.
     pub step: TaskStep,
-    /// Where it stands.
+    /// Its state.
     pub state: TaskState,
-    /// It is in doubt what the meter holds: it is probed before anything is tried again, if an
-    /// exchange can show it.
+    /// It is in doubt what the meter holds: the meter is probed before the step is tried again, if
+    /// an exchange can show it.
     pub probe: bool,
-    /// Attempts of this step that ended badly.
+    /// Attempts of this step that failed.
     pub attempts: u32,
-    /// A pending task may be leased from this moment on; a lease ends at it. Far away when the task
-    /// has ended.
+    /// A pending task may be leased from this moment on; a lease ends at this moment. The end of
+    /// time for a task that has ended.
     pub due: UnixMillis,
     /// The fencing token of the last lease; 0 before the first.
     pub fence: u64,
@@ -27,140 +29,14 @@ pub struct Task {
     pub leased: UnixMillis,
     /// When it ended; 0 before.
     pub ended: UnixMillis,
-    /// Why the last attempt ended badly; empty otherwise.
+    /// Why the last attempt failed; empty otherwise.
     pub reason: String,
 }
 
-/// One thing to do with a meter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct TaskStep {
-    /// The security setup.
-    pub setup: SecuritySetupId,
-    /// What.
-    pub work: TaskWork,
-    /// The number of the version that was active before; 0 for none.
-    pub from: u32,
-}
-
-impl TaskStep {
-    /// Whether it concerns keys of the meter itself; else a key of its group.
-    pub fn is_own(&self, meter: &Meter) -> bool {
-        match self.work {
-            TaskWork::Probe => true,
-            TaskWork::Rotate(key_type) => meter.slots.get(self.setup, key_type).is_some(),
-        }
-    }
-}
-
-/// What a head-end has to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum TaskWork {
-    /// An exchange that shows which keys the meter holds.
-    Probe,
-    /// A transfer of a new version. A KEK goes together with a GUEK.
-    Rotate(KeyType),
-}
-
-impl std::fmt::Display for TaskWork {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Probe => f.write_str("probe"),
-            Self::Rotate(key_type) => write!(f, "rotate {key_type}"),
-        }
-    }
-}
-
-/// Where a task stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum TaskState {
-    /// Waiting to be leased.
-    Pending,
-    /// Leased, and not begun.
-    Leased,
-    /// A transfer or probe has begun.
-    UnderWay,
-    /// Done.
-    Succeeded,
-    /// Given up; the meter holds what it held.
-    Failed,
-    /// Given up; it is in doubt what the meter holds.
-    InDoubt,
-    /// Not to be done.
-    Skipped,
-}
-
-impl TaskState {
-    /// All states.
-    pub const ALL: [Self; 7] =
-        [Self::Pending, Self::Leased, Self::UnderWay, Self::Succeeded, Self::Failed, Self::InDoubt, Self::Skipped];
-
-    /// The number in rows, from 1.
-    pub const fn number(self) -> u32 {
-        match self {
-            Self::Pending => 1,
-            Self::Leased => 2,
-            Self::UnderWay => 3,
-            Self::Succeeded => 4,
-            Self::Failed => 5,
-            Self::InDoubt => 6,
-            Self::Skipped => 7,
-        }
-    }
-
-    /// The state with this number.
-    ///
-    /// # Errors
-    /// No state has the number.
-    pub fn from_number(number: u32) -> Result<Self, ParseError> {
-        Self::ALL
-            .into_iter()
-            .find(|state| state.number() == number)
-            .ok_or_else(|| ParseError::new("task state", format!("`{number}` is not 1 to 7")))
-    }
-
-    /// The name in output.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Pending => "pending",
-            Self::Leased => "leased",
-            Self::UnderWay => "under-way",
-            Self::Succeeded => "succeeded",
-            Self::Failed => "failed",
-            Self::InDoubt => "in-doubt",
-            Self::Skipped => "skipped",
-        }
-    }
-
-    /// The state of this name.
-    ///
-    /// # Errors
-    /// No state has the name.
-    pub fn parse(name: &str) -> Result<Self, ParseError> {
-        Self::ALL.into_iter().find(|state| state.name() == name).ok_or_else(|| {
-            ParseError::new(
-                "task state",
-                format!(
-                    "`{}` is not pending, leased, under-way, succeeded, failed, in-doubt or skipped",
-                    name.escape_debug()
-                ),
-            )
-        })
-    }
-
-    /// Whether nothing comes after it.
-    pub const fn is_final(self) -> bool {
-        matches!(self, Self::Succeeded | Self::Failed | Self::InDoubt | Self::Skipped)
-    }
-
-    const fn is_leased(self) -> bool {
-        matches!(self, Self::Leased | Self::UnderWay)
-    }
-}
-
-/// What the end of an attempt came to.
+/// The result of the end of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TaskEnd {
-    /// The task had ended before; nothing was changed.
+    /// The task had ended already; nothing was changed.
     Unchanged,
     /// It is tried again, or the next step follows.
     GoesOn,
@@ -168,16 +44,19 @@ pub enum TaskEnd {
     Ended,
 }
 
-/// Why a lease is not good for what is asked.
+/// Why a task lease does not permit what is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TaskError {
-    /// The lease is over: another one was given out, it ran out, or the task has ended.
-    #[error("the lease of this task is not held any more: it ran out, was given back, or another one was given out")]
+    /// The lease is over: it ran out, was released, was replaced by another lease, or the task has
+    /// ended.
+    #[error(
+        "the lease of this task is over: it ran out, was released, or was replaced by another lease; lease tasks again"
+    )]
     NotHeld,
-    /// The task asks for something else.
-    #[error("the task is to {wanted}")]
+    /// The task requires something else.
+    #[error("the task requires another step: {wanted}")]
     OtherWork {
-        /// What it asks for.
+        /// What it requires.
         wanted: TaskWork,
     },
 }
@@ -198,24 +77,24 @@ impl Task {
         }
     }
 
-    /// A task that is not to be done.
+    /// A task that is not executed.
     pub fn skipped(step: TaskStep, reason: &str, now: UnixMillis) -> Self {
         let mut task = Self::new(step, now);
         task.skip(reason, now);
         task
     }
 
-    /// Ends the task: it is not to be done, or not any more. A meter that may hold another key by
-    /// now stays in doubt.
+    /// Ends the task without executing it. If the meter may hold another key by now, the task ends
+    /// in doubt.
     pub fn skip(&mut self, reason: &str, now: UnixMillis) {
         self.reason = reason.to_owned();
-        // After a probe it is still in doubt which KEK the meter holds: no exchange shows it.
+        // A probe does not show which KEK the meter holds, so that stays in doubt.
         let hidden = self.step.work == TaskWork::Rotate(KeyType::KEK);
         let in_doubt = self.state == TaskState::UnderWay || ((self.probe || hidden) && self.attempts > 0);
         self.finish(if in_doubt { TaskState::InDoubt } else { TaskState::Skipped }, now);
     }
 
-    /// What is to be done now.
+    /// What a head-end does next.
     pub const fn work(&self) -> TaskWork {
         match self.step.work {
             TaskWork::Rotate(key_type) if self.probe && key_type.is_shown_by_exchanges() => TaskWork::Probe,
@@ -223,13 +102,13 @@ impl Task {
         }
     }
 
-    /// Whether it can be leased: it waits and its time has come, or its lease has run out.
+    /// Whether it can be leased: it is pending and due, or its lease has run out.
     pub const fn is_due(&self, now: UnixMillis) -> bool {
         !self.state.is_final() && self.due.0 <= now.0
     }
 
-    /// Leases it for `lease_ms`. A lease that ran out before counts as an attempt, so that a task
-    /// that nobody ends comes to an end. Whether it was leased; if not, it has ended.
+    /// Leases it for `lease_ms`. A lease that ran out counts as an attempt, so that a task that no
+    /// head-end ends still ends. Returns whether it was leased; if not, the task has ended.
     ///
     /// # Errors
     /// It is not due.
@@ -271,8 +150,8 @@ impl Task {
         Ok(())
     }
 
-    /// Gives the lease back. With a reason it counts as an attempt; without one it costs nothing,
-    /// unless something has begun.
+    /// Releases the lease. With a reason this counts as an attempt; without one it does not, unless
+    /// a transfer or probe has begun.
     ///
     /// # Errors
     /// It is not held.
@@ -280,7 +159,7 @@ impl Task {
         self.check(fence, now)?;
         let begun = self.state == TaskState::UnderWay;
         if begun || !reason.is_empty() {
-            self.fail(campaign, if reason.is_empty() { "given back" } else { reason }, begun, now);
+            self.fail(campaign, if reason.is_empty() { "released" } else { reason }, begun, now);
         } else {
             self.state = TaskState::Pending;
             self.due = now;
@@ -288,8 +167,8 @@ impl Task {
         Ok(())
     }
 
-    /// Ends the lease, because the meter has become another head-end's. What has begun may have
-    /// left a key there, so the meter is probed.
+    /// Ends the lease because the meter is assigned to another head-end now. A transfer that has
+    /// begun may have left a key in the meter, so the meter is probed.
     pub const fn pass_on(&mut self, now: UnixMillis) {
         if self.state.is_leased() {
             self.probe |= matches!(self.state, TaskState::UnderWay);
@@ -297,10 +176,10 @@ impl Task {
         }
     }
 
-    /// Begins a transfer or probe. A probe may be begun at any time: it harms nothing.
+    /// Begins a transfer or probe. A probe may be begun at any time: it changes no key.
     ///
     /// # Errors
-    /// The lease is not held, or the task asks for something else.
+    /// The lease is not held, or the task requires something else.
     pub fn begin(
         &mut self,
         fence: u64,
@@ -317,8 +196,8 @@ impl Task {
         Ok(())
     }
 
-    /// Takes the outcome of a transfer or probe. `meter` is as it stands after it. What a transfer
-    /// has shown is a fact, so it counts whether the lease is still held or not.
+    /// Notes the outcome of a transfer or probe. `meter` is the meter after it. What a transfer has
+    /// shown is a fact, so it counts even if the lease is not held any more.
     pub fn end(
         &mut self,
         campaign: &Campaign,
@@ -335,8 +214,8 @@ impl Task {
         match outcome {
             Outcome::Proven | Outcome::Acknowledged | Outcome::Attested => self.succeed(campaign, meter, now),
             Outcome::Probed if self.step.work == TaskWork::Probe || reached => self.succeed(campaign, meter, now),
-            // What an exchange can show is known now, be it an earlier key: the transfer can be
-            // tried.
+            // The probe has shown which key the meter holds, even if it is an earlier one: the
+            // transfer can be tried.
             Outcome::Probed => {
                 self.probe = false;
                 self.wait(now);
@@ -348,8 +227,8 @@ impl Task {
     }
 
     /// Whether the meter's row says that the key is rotated: a later version than before is active,
-    /// and it is not in doubt. That counts, whatever the task's own row says, which may be an older
-    /// one that somebody put back (I5). Keys of groups are not looked at: one version is brought
+    /// and nothing is in doubt. This counts more than the task's own row, which somebody may have
+    /// replaced by an older one (I5). Keys of groups are not checked: the same version is delivered
     /// again.
     pub fn is_reached(&self, meter: &Meter) -> bool {
         match self.step.work {
@@ -397,7 +276,7 @@ impl Task {
         TaskEnd::GoesOn
     }
 
-    /// A lease that ended without a word. Whether the task has ended with it.
+    /// Ends an attempt whose lease ran out. Returns whether the task has ended with it.
     fn ran_out(&mut self, campaign: &Campaign, now: UnixMillis) -> bool {
         let begun = self.state == TaskState::UnderWay;
         self.fail(campaign, "the lease ran out", begun, now) == TaskEnd::Ended

@@ -5,8 +5,10 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    ApprovalError, DeviceProfileName, FlagId, IslandName, KeyDerivation, KeyLength, KeyOrigin, MeterClass, MeterStatus,
-    NewKeyVersion, Outcome, Role, SecuritySuite, Slot, Slots, SystemTitle, WrappedKey,
+    ApprovalError, DeviceProfileName, FlagId, IslandName, KeyDerivation, KeyLength, KeyOrigin, KeyType,
+    MaintenanceWindow, MaintenanceWindows, MeterClass, MeterStatus, NewKeyVersion, Outcome, PlanChain, Quorum, Role,
+    SecuritySuite, Slot, Slots, SystemTitle, Task, TaskEnd, TaskError, TaskState, WavePlanner, WaveSize, WaveTally,
+    WrappedKey,
 };
 
 const NOW: UnixMillis = UnixMillis(1_795_248_000_000);

@@ -1,4 +1,4 @@
-//! Maintenance windows: times of the week, on the clock of one place, at which work may be begun.
+//! Maintenance windows: times of the week, in one time zone, at which tasks may be begun.
 
 use jiff::{
     Timestamp,
@@ -8,10 +8,10 @@ use jiff::{
 
 use crate::{ParseError, UnixMillis};
 
-/// Windows on the clock of one time zone. Without windows it is always open.
+/// Windows in one time zone. Without windows it is always open.
 ///
-/// The rules of the zone are those that this build carries: every server of one version decides
-/// alike, whatever is installed beside it.
+/// The rules of the zone are built into the program, so all servers of one version decide alike,
+/// whatever is installed on their hosts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MaintenanceWindows {
     zone: String,
@@ -19,8 +19,8 @@ pub struct MaintenanceWindows {
     windows: Vec<MaintenanceWindow>,
 }
 
-/// A window: some days of the week, from a minute of the day to another, which is on the next day
-/// if it is not later.
+/// A window: days of the week, and from one minute of the day to another. If the second is not
+/// later, it is on the next day.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct MaintenanceWindow {
     /// On which days it begins.
@@ -61,7 +61,7 @@ impl Weekdays {
 }
 
 impl MaintenanceWindow {
-    /// The window of this text: `HH:MM-HH:MM`, with days in front or without: `mon-fri
+    /// The window of this text: `HH:MM-HH:MM`, with or without days before it: `mon-fri
     /// 22:00-05:00`, `sat,sun 08:00-20:00`.
     ///
     /// # Errors
@@ -84,7 +84,7 @@ impl MaintenanceWindow {
         if self.from >= DAY || self.to > DAY || self.from == self.to {
             return Err(ParseError::new(
                 "maintenance window",
-                format!("from minute {} to minute {} is no part of a day", self.from, self.to),
+                format!("from minute {} to minute {} is not a part of a day", self.from, self.to),
             ));
         }
         Ok(())
@@ -115,22 +115,22 @@ impl MaintenanceWindows {
         Self { zone: "UTC".to_owned(), rules: TimeZone::UTC, windows: Vec::new() }
     }
 
-    /// Windows on the clock of an IANA time zone, such as `Europe/Berlin`.
+    /// Windows in an IANA time zone, such as `Europe/Berlin`.
     ///
     /// # Errors
-    /// The zone is unknown, a window is no part of a day, or there are more than 100.
+    /// The zone is unknown, a window is not a part of a day, or there are more than 100.
     pub fn new(zone: &str, windows: Vec<MaintenanceWindow>) -> Result<Self, ParseError> {
         let rules = TimeZoneDatabase::bundled().get(zone).map_err(|_| {
             ParseError::new(
                 "time zone",
-                format!("`{}` is no IANA time zone, such as Europe/Berlin", zone.escape_debug()),
+                format!("`{}` is not an IANA time zone, such as Europe/Berlin", zone.escape_debug()),
             )
         })?;
         if windows.len() > 100 {
-            return Err(ParseError::new("maintenance windows", format!("{} are more than 100", windows.len())));
+            return Err(ParseError::new("maintenance windows", format!("{} windows; at most 100", windows.len())));
         }
         windows.iter().try_for_each(|window| window.check())?;
-        // As the database writes it, so that one zone has one name.
+        // The name as the time zone database writes it, so that one zone has one name.
         let zone = rules.iana_name().unwrap_or(zone).to_owned();
         Ok(Self { zone, rules, windows })
     }
@@ -145,7 +145,7 @@ impl MaintenanceWindows {
         &self.windows
     }
 
-    /// Whether work may be begun at this moment.
+    /// Whether a task may be begun at this moment.
     pub fn is_open_at(&self, now: UnixMillis) -> bool {
         if self.windows.is_empty() {
             return true;
@@ -156,14 +156,14 @@ impl MaintenanceWindows {
         self.windows.iter().any(|window| window.is_open(local.weekday(), minute))
     }
 
-    /// When work may be begun next: now, or the next whole minute within 8 days at which a window
+    /// When a task may be begun next: now, or the next whole minute within 8 days at which a window
     /// opens.
     pub fn next_opening(&self, now: UnixMillis) -> Option<UnixMillis> {
         if self.is_open_at(now) {
             return Some(now);
         }
-        // Minute by minute over a week is 10,080 looks: exact at changes of the clock, and asked
-        // for by people only.
+        // Minute by minute: at most 11,520 checks. This is exact at clock changes, and only people
+        // ask for it.
         let first = now.0.div_euclid(60_000) + 1;
         (first..first + 8 * 24 * 60).map(|minute| UnixMillis(minute * 60_000)).find(|time| self.is_open_at(*time))
     }
@@ -177,7 +177,7 @@ fn parse_days(text: &str) -> Option<Weekdays> {
             Some((first, last)) => (day(first)?, day(last)?),
             None => (day(part)?, day(part)?),
         };
-        // `fri-mon` goes over the end of the week.
+        // `fri-mon` crosses the end of the week.
         let length = (last + 7 - first) % 7;
         (0..=length).for_each(|offset| days |= 1 << ((first + offset) % 7));
     }

@@ -106,7 +106,7 @@ pub(super) struct TransferRow {
     pub(super) counters: Vec<u32>,
     #[prost(sint64, tag = "16")]
     pub(super) not_after: i64,
-    /// What the meter answered to the last delivery.
+    /// The meter's answer to the last delivery.
     #[prost(uint32, tag = "17")]
     pub(super) answer: u32,
     #[prost(uint32, tag = "18")]
@@ -119,7 +119,7 @@ pub(super) struct TransferRow {
     /// What the step's octets are made of besides the row: 16 octets, or none.
     #[prost(bytes = "bytes", tag = "21")]
     pub(super) pinned: Bytes,
-    /// Challenges in a row that were not to be answered.
+    /// Challenges in a row that must not be answered.
     #[prost(uint32, tag = "22")]
     pub(super) unfit: u32,
 }
@@ -285,10 +285,10 @@ pub(super) struct CounterRow {
     /// How much of the island's jump is in the bound.
     #[prost(uint64, tag = "5")]
     pub(super) jumped: u64,
-    /// Leases were dealt from the chunk that ends at the bound.
+    /// Leases were allocated from the chunk that ends at the bound.
     #[prost(bool, tag = "6")]
     pub(super) lent: bool,
-    /// The lowest counter that the holder may still deal; 0: what is left of its chunk.
+    /// The lowest counter that the holder may still allocate; 0: all that is left of its chunk.
     #[prost(uint64, tag = "7")]
     pub(super) floor: u64,
     /// The hour of UTC of the last reservation, and the counters that were reserved in it.

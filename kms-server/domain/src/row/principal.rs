@@ -247,7 +247,7 @@ impl TryFrom<ClassRow> for ClassRoots {
     }
 }
 
-/// The first version is the rule, and costs nothing.
+/// Nearly always version 1, which takes no space.
 const fn unless_first(version: u8) -> u32 {
     if version == 1 { 0 } else { version as u32 }
 }

@@ -69,7 +69,7 @@ pub(super) fn slots_from_rows(rows: Vec<VersionRow>, base: i64, principals: &Pri
         };
         let slot = (first.setup, first.key_type);
         let key_type = KeyType::from_number(u8::try_from(first.key_type).unwrap_or_default())?;
-        // Most slots have one version, so there is no room for more.
+        // Most slots have one version, so no room is reserved for more.
         let mut versions = Vec::with_capacity(1);
         versions.push(version_from_row(key_type, first, base, principals)?);
         while let Some(row) = rows.next_if(|row| (row.setup, row.key_type) == slot) {
@@ -162,7 +162,7 @@ fn version_to_row(
             let longer = if length == KeyLength::Aes256 { 2 } else { 0 };
             (derivation_number(derivation) + longer, u32::from(root_version))
         }
-        // A destroyed key keeps no KEK version; any valid one is read back as nothing.
+        // A destroyed key has no KEK version; any valid number stands for none.
         KeyOrigin::Generated => (5, 1),
         KeyOrigin::Imported => (6, 1),
     };
