@@ -53,7 +53,7 @@ use kms_service::island_keys::{IslandKeys, IslandKeysError};
 use kms_service::officers::Recertification;
 use kms_service::owner::OwnerService;
 use kms_service::profiles::Profiles;
-use kms_service::retention::Housekeeper;
+use kms_service::retention::Maintenance;
 use kms_service::root::make::{self, MadeRoot, MakeRootError, NewRootSettings};
 use kms_service::root::{RootService, learn_seal_keys};
 use kms_service::scrub::{Flight, Scrubber};
@@ -146,7 +146,7 @@ impl Server {
             let island = island.until_open(&gate).await?;
             // I5: what is not refused on use is found within this time.
             let _scrubbing = Background(Scrubber::new(Arc::clone(&island)).in_background(scrub_period));
-            let _destroying = Background(Housekeeper::new(Arc::clone(&island), retention).in_background());
+            let _destroying = Background(Maintenance::new(Arc::clone(&island), retention).in_background());
             let _leading = Background(CampaignService::new(Arc::clone(&island)).in_background(LEADING_INTERVAL));
             let _following = Background(OwnerService::new(Arc::clone(&island)).in_background(FOLLOWING_INTERVAL));
             let _dropping = Background(ShipmentService::new(Arc::clone(&island)).in_background());

@@ -4,6 +4,7 @@ pub mod audit_log;
 pub mod campaign;
 pub mod certificate;
 pub mod certificate_end;
+mod equal_keys;
 pub mod escrow;
 pub mod frame;
 pub mod grant;
