@@ -8,7 +8,7 @@ mod equal_keys;
 pub mod escrow;
 pub mod frame;
 pub mod grant;
-mod group;
+mod group_names;
 pub mod init;
 pub mod island;
 pub mod island_keys;
