@@ -104,7 +104,7 @@ async fn a_shipment_that_is_not_what_was_signed_is_refused_by_its_signature() {
             assert_eq!(output.status.code(), Some(1), "{name}: {said}");
             assert!(
                 said.contains(
-                    "refused as a whole, nothing was imported: the signature is not the manufacturer's over this file"
+                    "refused as a whole, nothing was imported: the signature does not verify with the manufacturer's key"
                 ),
                 "{name}: {said}"
             );

@@ -303,9 +303,7 @@ mod tests {
                 island.island.committer.refused(Some(&principal), asked.name(), outside.to_string());
             }
             let refused = async || {
-                let of_kind = AuditFilter { kind: Some(18), ..AuditFilter::default() };
-                let rows = island.island.store.audit_page(&of_kind, None, 1_000).await.unwrap();
-                let events = rows.iter().filter_map(|row| match AuditRecord::decode(row.record.record.as_slice()).unwrap() {
+                let events = island.log().await.into_iter().filter_map(|record| match record {
                     AuditRecord { principal: by, event: Some(Event::Refused(event)), .. } if by == principal.to_string() => Some(event),
                     _ => None,
                 });

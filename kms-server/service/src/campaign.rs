@@ -1,13 +1,17 @@
-//! Campaigns: made, approved, led and watched by officers; their tasks are leased to head-ends.
+//! Campaigns: officers create, approve, start and watch them. The server drives them. Head-ends
+//! lease their tasks.
 //!
-//! All state is in the database, so that every server can lead every campaign, and none is needed.
-//! A transfer that belongs to a campaign calls [`begin_task`], [`check_task`] and [`end_task`]
-//! inside its own acts.
+//! All state is in the database, so that every server can drive every campaign, and no particular
+//! server is needed. A transfer that belongs to a campaign calls [`begin_task`], [`check_task`] and
+//! [`end_task`] inside its own acts.
 
 mod accept;
 mod drive;
+mod lease;
+mod pinned_plan;
 mod plan;
 mod show;
+mod survey;
 mod task;
 #[cfg(test)]
 pub(super) mod tests;
@@ -22,11 +26,13 @@ use kms_domain::{Campaign, CampaignAction, CampaignError, CampaignId, CampaignSt
 use kms_proto::v1::{self, CampaignApproved, CampaignChanged, audit_record::Event};
 use kms_store::{Reads, RowKind};
 
+use self::pinned_plan::PlanLinks;
 pub use self::{
     accept::PlanPlace,
+    lease::{LeaseQuery, TaskLease},
     plan::{NewCampaign, days_before},
     show::{ReportQuery, Watch},
-    task::{LeaseQuery, TaskLease, begin_task, check_task, drop_task, end_task, holds_task, pass_on_task, task_reads},
+    task::{begin_task, check_task, drop_task, end_task, holds_task, pass_on_task, task_reads},
 };
 pub use super::Request;
 use super::{owner::NewGroupVersion, principal::people::counted_person};
@@ -35,11 +41,11 @@ use kms_authz::{Action, Caller, Resource};
 use kms_base::error::ServiceError;
 use kms_ledger::{Act, Asker, Decision, Known, Permit, View};
 
-/// The use cases of campaigns. Clones share what was verified of plans.
+/// The use cases of campaigns. Clones share the plans that were verified.
 #[derive(Clone)]
 pub struct CampaignService {
     island: Arc<Island>,
-    plans: Arc<Mutex<HashMap<CampaignId, drive::Links>>>,
+    plans: Arc<Mutex<HashMap<CampaignId, PlanLinks>>>,
 }
 
 /// What an officer does with a campaign.
@@ -52,17 +58,17 @@ pub enum Change {
     },
     /// Begins the first wave.
     Start,
-    /// Gives out no more tasks.
+    /// Leases no more tasks.
     Pause {
         /// Why.
         reason: String,
     },
-    /// Goes on.
+    /// Leases tasks again.
     Resume {
         /// Why.
         reason: String,
     },
-    /// Ends it for good.
+    /// Ends the campaign.
     Abort {
         /// Why.
         reason: String,
@@ -80,7 +86,7 @@ impl Change {
         }
     }
 
-    /// Carries it out, and says what to record.
+    /// Executes the change, and returns the event to record.
     fn apply(
         &self,
         campaign: &mut Campaign,
@@ -135,11 +141,11 @@ impl CampaignService {
         Self { island, plans: Arc::default() }
     }
 
-    /// Changes a campaign. A request that comes again changes nothing more.
+    /// Changes a campaign. A replay changes nothing.
     ///
     /// # Errors
     /// Not permitted, no such campaign, its state or the rules of approval (I6) forbid it, or the
-    /// database is away.
+    /// database cannot be reached.
     #[boxed]
     pub async fn change(
         &self,
@@ -158,12 +164,13 @@ impl CampaignService {
             Change::Start => self.new_group_version(&*self.load(id).await?).await?,
             _ => None,
         };
-        let act = Step { id, change, counts, new_version };
+        let act = ChangeCampaign { id, change, counts, new_version };
         let campaign = self.island.door.act(caller, request, act).await?.value;
         if campaign.state == CampaignState::Running {
-            // The first tasks are there when the answer is; if not, the background makes them.
+            // The first tasks exist when the caller gets the answer. If that fails, the background
+            // makes them.
             if let Err(error) = self.advance(id).await {
-                tracing::warn!(%error, campaign = %id, "the campaign could not be led on; it is tried again");
+                tracing::warn!(%error, campaign = %id, "the campaign could not be driven; the next round tries again");
             }
         }
         self.message(&campaign).await
@@ -180,13 +187,13 @@ impl CampaignService {
         }
     }
 
-    /// A campaign as it stands in the database now.
+    /// A campaign as it is in the database now.
     async fn load(&self, id: CampaignId) -> Result<Arc<Campaign>, ServiceError> {
         let row = self.island.store.sealed(RowKind::Campaign, &id.octets()).await?.ok_or_else(|| missing(id))?;
         match self.island.committer.open_campaign(id, &row) {
             Ok(campaign) => Ok(campaign),
-            // It may have been written between being read and being opened: only what does not
-            // verify again was tampered with.
+            // A row that was written between reading and opening verifies the second time. One that
+            // was tampered with does not (I5).
             Err(_) => {
                 let row =
                     self.island.store.sealed(RowKind::Campaign, &id.octets()).await?.ok_or_else(|| missing(id))?;
@@ -199,7 +206,7 @@ impl CampaignService {
         all(&self.island).await
     }
 
-    /// How the tasks of the wave under way stand.
+    /// How many tasks of the present wave are in which state.
     async fn wave_counts(&self, campaign: &Campaign) -> Result<kms_domain::WaveCounts, ServiceError> {
         let mut counts = kms_domain::WaveCounts::default();
         for tally in self.island.store.task_tallies(campaign.id, Some(campaign.wave)).await? {
@@ -209,16 +216,16 @@ impl CampaignService {
     }
 }
 
-/// What an officer does with a campaign, as one act.
-struct Step {
+/// A change of a campaign, as one act.
+struct ChangeCampaign {
     id: CampaignId,
     change: Change,
-    /// Of the wave under way, where the change asks for them.
+    /// The counts of the present wave, if the change needs them.
     counts: kms_domain::WaveCounts,
     new_version: Option<NewGroupVersion>,
 }
 
-impl Act for Step {
+impl Act for ChangeCampaign {
     type Answer = Arc<Campaign>;
     type Past = Known;
 
@@ -252,8 +259,8 @@ impl Act for Step {
     }
 }
 
-/// All campaigns, oldest first. One whose row does not verify is left out, and reported by the
-/// scrubber (I5).
+/// All campaigns, oldest first. A campaign whose row does not verify is left out; the scrub reports
+/// it (I5).
 async fn all(island: &Island) -> Result<Vec<Arc<Campaign>>, ServiceError> {
     let mut campaigns = Vec::new();
     let mut after = None;
@@ -268,10 +275,10 @@ async fn all(island: &Island) -> Result<Vec<Arc<Campaign>>, ServiceError> {
     }
 }
 
-/// The campaigns whose tasks are not all over.
+/// The campaigns that run or are paused, whose tasks have not all ended.
 ///
 /// # Errors
-/// The database is away.
+/// The database cannot be reached.
 #[boxed]
 pub async fn unfinished(island: &Island) -> Result<Vec<CampaignId>, ServiceError> {
     let begun = |campaign: &Arc<Campaign>| matches!(campaign.state, CampaignState::Running | CampaignState::Paused);
@@ -285,7 +292,7 @@ pub fn campaign_row(id: CampaignId) -> (RowKind, Vec<u8>) {
 
 fn refused(error: CampaignError) -> ServiceError {
     let next_step = match &error {
-        CampaignError::State { .. } => "look at it with `kms campaign show`",
+        CampaignError::State { .. } => "check it with `kms campaign show`",
         CampaignError::Approval(error) => error.next_step(),
     };
     ServiceError::FailedPrecondition { reason: error.to_string(), next_step: next_step.to_owned() }

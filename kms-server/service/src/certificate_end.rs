@@ -362,8 +362,8 @@ mod tests {
             let (_, certificate) = X509Certificate::from_der(&der).unwrap();
             let (_, before) = X509Certificate::from_der(&old.der).unwrap();
             assert_eq!(certificate.public_key(), before.public_key(), "the key stays");
-            let records = island.store.audit_page(&kms_store::AuditFilter { kind: Some(21), ..Default::default() }, None, 100).await.unwrap();
-            let recorded = records.iter().filter(|row| String::from_utf8_lossy(&row.record.record).contains("server kms.example")).count();
+            let changes = t.recorded(|event| match event { Event::PrincipalChanged(event) => Some(event), _ => None }).await;
+            let recorded = changes.iter().filter(|event| event.principal.contains("kms.example")).count();
             assert_eq!(recorded, 1);
 
             watch.look().await;

@@ -28,7 +28,7 @@ use tracing::Instrument as _;
 
 pub use self::batch::Batch;
 use self::batch::Batches;
-use super::{group::Groups, owner::rotation_message};
+use super::{group_names::Groups, owner::rotation_message};
 use crate::island::Island;
 use kms_authz::{Action, Caller, GroupFacts, Purpose, Resource};
 use kms_base::error::ServiceError;

@@ -1,11 +1,12 @@
-//! Meters: who they are, whose they are, and the life of a meter's identity.
+//! Meters: what is known of them, which head-end they are assigned to, and the life of a meter's
+//! identity.
 
 mod change;
 mod compromise;
 mod counter;
 mod enrol;
 mod filter;
-mod groups;
+mod membership;
 mod raise;
 mod show;
 #[cfg(test)]
@@ -25,7 +26,7 @@ pub use self::{
     counter::CounterFloor,
     enrol::{Enrolment, NewMeter},
     filter::{Filter, Selection},
-    groups::Membership,
+    membership::Membership,
     raise::CounterRaise,
 };
 pub(super) use self::{
@@ -33,14 +34,14 @@ pub(super) use self::{
     show::{Shown, shown_version},
 };
 pub use super::Request;
-use super::group::Groups;
+use super::group_names::Groups;
 use crate::island::Island;
 use kms_authz::facts;
 use kms_authz::{Action, Caller, GroupFacts, Resource};
 use kms_base::error::ServiceError;
 use kms_ledger::{Act, Asker, Decision, Permit, Remembered, View};
 
-/// The use cases of meters. Clones share what is known of groups.
+/// The use cases of meters. Clones share the names of groups that were read.
 #[derive(Clone)]
 pub struct MeterService {
     island: Arc<Island>,
@@ -67,10 +68,10 @@ impl MeterService {
         Self { island, groups: Arc::default() }
     }
 
-    /// A page of the meters that the caller may see: a head-end sees its own only.
+    /// A page of the meters that the caller may see. A head-end sees its own meters only.
     ///
     /// # Errors
-    /// Not permitted, or the database is away.
+    /// Not permitted, or the database cannot be reached.
     #[boxed]
     pub async fn list(
         &self,
@@ -97,8 +98,8 @@ impl MeterService {
         let full = rows.len() == usize::try_from(limit).unwrap_or(usize::MAX);
         let next = rows.last().map(|row| row.title).filter(|_| full);
         let total = self.island.store.meter_count(&columns).await?;
-        // I5: the columns found them, the sealed rows decide. One that was tampered with is left
-        // out and reported by the scrubber.
+        // I5: the columns found these meters, and the sealed rows decide. A row that was tampered
+        // with is left out; the scrub reports it.
         let meters = rows
             .iter()
             .filter_map(|row| self.island.committer.open_meter(row.title, &row.row).ok())
@@ -109,12 +110,12 @@ impl MeterService {
     /// One meter: slots, versions, counters and exposures; never a key.
     ///
     /// # Errors
-    /// Permission denied, for an unknown meter and for one that is not the caller's alike; or the
-    /// database is away.
+    /// Permission denied, alike for an unknown meter and for one that the caller may not see; or
+    /// the database cannot be reached.
     #[boxed]
     pub async fn show(&self, caller: &Caller, title: SystemTitle) -> Result<v1::Meter, ServiceError> {
         let principal = facts(&*self.island.principal(caller).await?);
-        // A row that does not verify is as good as absent for a caller (I5).
+        // To a caller, a row that does not verify is absent (I5).
         let meter = match self.island.meter(title).await {
             Err(ServiceError::FailedPrecondition { .. }) => None,
             other => other?,
@@ -148,7 +149,7 @@ impl MeterService {
         let mut shared_keys = Vec::with_capacity(meter.shared.len());
         for key in &meter.shared {
             let group = match key.owner {
-                // It may have left the group since.
+                // The meter may have left the group since.
                 Owner::Group(id) => {
                     self.island.group(id).await?.map(|(group, _)| group.name.clone()).unwrap_or_default()
                 }
@@ -165,9 +166,9 @@ impl MeterService {
         Ok(shown.meter(&meter, groups, shared_keys, generation))
     }
 
-    /// Executes one chunk of a request, or gives the answer that it got before. `change` asks
-    /// policy for each meter of `reads`.
-    async fn chunk<F>(
+    /// Executes one chunk of a request, or repeats its earlier answer. `change` asks policy for
+    /// each meter of `reads`.
+    async fn change_chunk<F>(
         &self,
         caller: &Caller,
         action: Action,
@@ -175,30 +176,30 @@ impl MeterService {
         index: u32,
         reads: Reads,
         change: F,
-    ) -> Result<Outcome, ServiceError>
+    ) -> Result<ChunkOutcome, ServiceError>
     where
-        F: Fn(&mut View<'_, '_>, &Permit) -> Result<Decision<Outcome>, ServiceError> + Send + Sync + 'static,
+        F: Fn(&mut View<'_, '_>, &Permit) -> Result<Decision<ChunkOutcome>, ServiceError> + Send + Sync + 'static,
     {
         let about = About::Meters(reads.meters.clone());
-        let act = Chunk { about, action, reads, change };
+        let act = MeterChunk { about, action, reads, change };
         Ok(self.island.door.act(caller, request.chunk(index), act).await?.value)
     }
 }
 
 /// One chunk of a change of meters, as one act.
-struct Chunk<F> {
+struct MeterChunk<F> {
     about: About,
     action: Action,
     reads: Reads,
     change: F,
 }
 
-impl<F> Act for Chunk<F>
+impl<F> Act for MeterChunk<F>
 where
-    F: Fn(&mut View<'_, '_>, &Permit) -> Result<Decision<Outcome>, ServiceError> + Send + Sync + 'static,
+    F: Fn(&mut View<'_, '_>, &Permit) -> Result<Decision<ChunkOutcome>, ServiceError> + Send + Sync + 'static,
 {
-    type Answer = Outcome;
-    type Past = Remembered<Outcome>;
+    type Answer = ChunkOutcome;
+    type Past = Remembered<ChunkOutcome>;
 
     fn name(&self) -> &'static str {
         self.action.name()
@@ -218,32 +219,32 @@ where
         }
     }
 
-    fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<Outcome>, ServiceError> {
+    fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<ChunkOutcome>, ServiceError> {
         (self.change)(view, permit)
     }
 
     fn again(
         &self,
-        Remembered(outcome): Remembered<Outcome>,
+        Remembered(outcome): Remembered<ChunkOutcome>,
         permit: &Permit,
         view: &mut View<'_, '_>,
-    ) -> Result<Outcome, ServiceError> {
+    ) -> Result<ChunkOutcome, ServiceError> {
         self.about.shows(&outcome, view, permit, &self.action).map(|()| outcome)
     }
 }
 
-/// What policy decides on, of a chunk.
+/// The resource that policy decides on.
 enum About {
     Meters(Vec<SystemTitle>),
     Group(GroupId),
 }
 
 impl About {
-    /// I8: whoever has lost the right to it is not told again what came of it. Meters that the
-    /// answer refuses are left out: of those it tells nothing.
+    /// I8: a caller that has lost the permission does not get the answer again. Meters that the
+    /// answer refuses are not checked, because it says nothing of them.
     fn shows(
         &self,
-        outcome: &Outcome,
+        outcome: &ChunkOutcome,
         view: &mut View<'_, '_>,
         permit: &Permit,
         action: &Action,
@@ -262,16 +263,16 @@ impl About {
     }
 }
 
-/// What a chunk came to; kept for repeated requests.
+/// The outcome of a chunk, kept for replays.
 #[derive(Clone, PartialEq, Message)]
-struct Outcome {
+struct ChunkOutcome {
     #[prost(uint64, tag = "1")]
     changed: u64,
     #[prost(uint64, tag = "2")]
     unchanged: u64,
     #[prost(message, repeated, tag = "3")]
     problems: Vec<v1::MeterProblem>,
-    /// The last meter that was looked at, where a filter selects them.
+    /// The last meter that was read, if a filter selects them.
     #[prost(fixed64, tag = "4")]
     last: u64,
     /// Whether a following chunk would find nothing.
@@ -279,7 +280,7 @@ struct Outcome {
     done: bool,
 }
 
-impl Outcome {
+impl ChunkOutcome {
     fn problem(&mut self, meter: SystemTitle, code: Code, reason: impl Into<String>) {
         self.problems.push(v1::MeterProblem {
             meter: meter.octets().to_vec().into(),
@@ -296,7 +297,7 @@ impl Outcome {
     }
 }
 
-/// What is said of a meter that does not exist and of one that the caller may not change.
+/// The same text for an unknown meter and for one that the caller may not change.
 const NOT_PERMITTED: &str = "it is unknown, or this is not permitted with it";
 /// Meters of one transaction.
 const CHUNK: usize = 500;

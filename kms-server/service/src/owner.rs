@@ -23,7 +23,7 @@ pub(crate) use self::rotation::{
 };
 use super::{
     grant::setup_record,
-    group::Groups,
+    group_names::Groups,
     meter::{Request, Shown, shown_version},
     recipe::Recipe,
 };

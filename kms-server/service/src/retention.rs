@@ -1,40 +1,40 @@
-//! Retention: destroys key versions that nobody needs any more. Old versions of a slot when a later
-//! one was proven and the retention time has passed (I3); every version of a retired meter when it
-//! has passed since the retirement.
+//! Retention: the daily maintenance destroys key versions that nobody needs any more. Old versions
+//! of a slot are destroyed when a later one was proven and the retention time has passed since
+//! (I3). All versions of a retired meter are destroyed when it has passed since the retirement.
 //!
-//! A destroyed version has no wrapped form in its row, and no diversified one is ever derived
-//! again. Backups of the database and free pages of its files may still hold what was there before,
-//! wrapped under the island's storage KEK; see docs/operations.md.
+//! A destroyed version has no wrapped key in its row, and a diversified one is never derived again.
+//! Backups of the database and free pages of its files may still hold the wrapped key; see
+//! docs/operations.md.
 //!
-//! All servers of an island may do this at the same time: each decides on the rows within its own
-//! transaction, and finds nothing to do where another one was faster.
+//! All servers of an island may do this at the same time: each decides on the rows in its own
+//! transaction, and finds nothing to do if another one was faster.
+
+#[cfg(test)]
+mod tests;
 
 use async_recursion::async_recursion as boxed;
 use std::{sync::Arc, time::Duration};
 
-use kms_domain::{
-    CounterDomainId, ExpiredKeys, ExposureReason, Group, GroupId, KeyType, KeyVersionNumber, Meter, Owner, Retention,
-    SharedExposures, SharedKey, Slot, SystemTitle, UnixMillis,
-};
-use kms_proto::v1::{AuditRecord, DestroyedKeys, KeysDestroyed, MetersChanged, audit_record::Event};
+use kms_domain::{ExpiredKeys, Group, GroupId, KeyVersionNumber, Meter, Owner, Retention, SystemTitle, UnixMillis};
+use kms_proto::v1::{AuditRecord, DestroyedKeys, KeysDestroyed, audit_record::Event};
 use kms_store::{AuditFilter, MeterFilter, Reads, RowKind};
 use prost::Message as _;
 
+use crate::equal_keys::{expose_groups_under_equal_keks, share_exposures};
 use crate::island::Island;
-use crate::owner::expose_to_who_knows_a_kek;
 use kms_base::error::ServiceError;
 use kms_ledger::{CLOCK_JUMPED, Decision, ServerAct, View};
 
-/// Keeps an island's house; on the way, the list of which meters are in which groups.
+/// The daily maintenance of an island. It also completes the list of the members of groups.
 #[derive(Clone)]
-pub struct Housekeeper {
+pub struct Maintenance {
     island: Arc<Island>,
     retention: Retention,
 }
 
-/// What was looked at, and what was done.
+/// What a run of the maintenance read and changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct HousekeepingReport {
+pub struct MaintenanceReport {
     /// Rows of meters and groups.
     pub rows_read: u64,
     /// Rows that were written.
@@ -43,123 +43,70 @@ pub struct HousekeepingReport {
     pub released: u64,
     /// Key versions that were destroyed.
     pub destroyed: u64,
-    /// Nothing was done, since the clock was set ahead not long ago.
+    /// Nothing was done, because a clock was set ahead within the last week.
     pub clock_in_doubt: bool,
 }
 
-impl Housekeeper {
-    /// A housekeeper who destroys after this time.
+impl Maintenance {
+    /// The maintenance of an island with this retention time.
     pub const fn new(island: Arc<Island>, retention: Retention) -> Self {
         Self { island, retention }
     }
 
-    /// Keeps house soon after the start and then every day, until the task is dropped or aborted.
+    /// Runs soon after the start and then every day, until the task is dropped or aborted.
     pub fn in_background(self) -> tokio::task::JoinHandle<()> {
         tokio::spawn(async move {
-            match self.share_exposures().await {
+            match share_exposures(&self.island).await {
                 Ok(0) => {}
                 Ok(meters) => {
-                    tracing::info!(meters, "who could know their keys is noted for all meters that have the same keys")
+                    tracing::info!(
+                        meters,
+                        "exposures of keys that several meters have were added to the rows of their counter domains"
+                    )
                 }
                 Err(error) => {
-                    tracing::error!(%error, "who could know keys that several meters share is not noted everywhere: the next start tries again")
+                    tracing::error!(%error, "exposures of keys that several meters have could not be added to all rows of counter domains; the next start tries again")
                 }
             }
             tokio::time::sleep(FIRST).await;
             loop {
-                match self.keep_house(self.time().await).await {
-                    Ok(HousekeepingReport { clock_in_doubt: true, .. }) => {
+                match self.run(self.time().await).await {
+                    Ok(MaintenanceReport { clock_in_doubt: true, .. }) => {
                         tracing::warn!(
-                            "a clock was set ahead within the last days: no key is destroyed until it is a week ago, or the clock is right again"
+                            "a clock was set ahead within the last week: no key is destroyed until a week has passed since, or the clock is set right"
                         );
                     }
-                    Ok(HousekeepingReport { rows_read, rows_changed, released, destroyed, clock_in_doubt: false }) => {
+                    Ok(MaintenanceReport { rows_read, rows_changed, released, destroyed, clock_in_doubt: false }) => {
                         tracing::info!(
                             rows_read,
                             rows_changed,
                             released,
                             destroyed,
-                            "keys whose retention time has passed are destroyed"
+                            "key versions whose retention time has passed were destroyed"
                         );
                     }
-                    Err(error) => tracing::error!(%error, "destroying old keys could not finish; it goes on tomorrow"),
+                    Err(error) => {
+                        tracing::error!(%error, "old key versions could not all be destroyed; the next run is in a day")
+                    }
                 }
                 tokio::time::sleep(PERIOD).await;
             }
         })
     }
 
-    /// Has the rows of counter domains say who could know their values, as far as the rows of the
-    /// meters say more: an island of an earlier version kept that in each meter's row alone. How
-    /// many meters said more. Where no key has the value of another, nothing is read.
-    ///
-    /// # Errors
-    /// The database is away, or the server is busy.
-    #[boxed]
-    pub async fn share_exposures(&self) -> Result<u64, ServiceError> {
-        let known = shared_values(&self.island).await?;
-        let (mut told, mut after) = (0, None);
-        while !known.is_empty() {
-            let page = self.island.store.meter_page(&MeterFilter::default(), after, PAGE).await?;
-            let Some(last) = page.last() else { break };
-            after = Some(last.title);
-            let meters = page
-                .iter()
-                .filter_map(|row| Meter::from_row(row.title, self.island.name(), row.row.body.clone().into()).ok());
-            let says_more = |meter: &Meter| {
-                let mut versions = meter
-                    .slots
-                    .iter()
-                    .flat_map(Slot::versions)
-                    .filter_map(|version| Some((version, known.get(&version.domain()?)?)));
-                versions.any(|(version, known)| {
-                    version.exposures().iter().any(|exposure| {
-                        !known.iter().any(|one| (&one.party, one.reason) == (&exposure.party, exposure.reason))
-                    })
-                })
-            };
-            let due: Vec<SystemTitle> = meters.filter(says_more).map(|meter| meter.title).collect();
-            if due.is_empty() {
-                continue;
-            }
-            told += due.len() as u64;
-            let reads = Reads { meters: due.clone(), ..Reads::default() };
-            let act = self.island.committer.act(ServerAct::SHARE_EXPOSURES, reads, move |view| {
-                let mut meters = Vec::new();
-                for title in &due {
-                    if let Some(meter) = view.meter(*title)?
-                        && view.share_exposures_of(&meter)?
-                    {
-                        meters.push(title.octets().to_vec().into());
-                    }
-                }
-                if meters.is_empty() {
-                    return Ok(Decision::unchanged(()));
-                }
-                let entry = view.append(Event::MetersChanged(MetersChanged {
-                    change: "exposures-shared".to_owned(),
-                    meters,
-                    ..MetersChanged::default()
-                }));
-                Ok(Decision::recorded(entry, ()))
-            });
-            act.await?;
-        }
-        Ok(told)
-    }
-
-    /// The time that keys are judged by: this server's clock or the database's, whichever is
-    /// behind.
+    /// The time that decides on retention: this server's clock or the database's, whichever is
+    /// earlier.
     async fn time(&self) -> UnixMillis {
         let own = Island::now();
         self.island.store.now().await.map_or(own, |database| database.min(own))
     }
 
-    /// Whether clocks were set ahead by more than a day, all in all, within the week before `now`,
-    /// as the log tells: then it is not sure that a retention time has passed, and what is
-    /// destroyed is lost (I3). Officers have that week to set the clock right.
+    /// Whether the log says that clocks were set ahead by more than a day in total within the week
+    /// before `now`. Then it is not certain that a retention time has passed, and a destroyed key
+    /// cannot be restored (I3). Officers have that week to set the clock right.
     async fn is_clock_in_doubt(&self, now: UnixMillis) -> Result<bool, ServiceError> {
-        // The writer looks at the clock before each act: a jump of a moment ago is in the log then.
+        // The writer checks the clock before each act. After this act the latest jump is in the
+        // log.
         self.island.committer.act(ServerAct::DESTROY_KEYS, Reads::default(), |_| Ok(Decision::unchanged(()))).await?;
         let filter = AuditFilter { kind: Some(CLOCK_JUMPED), newest_first: true, ..AuditFilter::default() };
         let rows = self.island.store.audit_page(&filter, None, JUMPS_READ).await?;
@@ -168,22 +115,23 @@ impl Housekeeper {
                 Event::ClockJumped(jump) => Some(jump),
                 _ => None,
             });
-        // A jump to a time that has not come was of another server, or was undone.
+        // A jump to a time in the future was another server's, or was undone.
         let recent = jumps.filter(|jump| (now.after(-DOUBTED_MS).0..=now.after(DAY_MS).0).contains(&jump.observed_ms));
         let ahead =
             recent.map(|jump| jump.observed_ms.saturating_sub(jump.expected_ms).max(0)).fold(0, i64::saturating_add);
         Ok(ahead > DAY_MS)
     }
 
-    /// Looks at all meters and groups once, and destroys what is due at `now`. Every page that
-    /// changes is one act with one record (I2).
+    /// Reads all meters and groups once, and destroys what is due at `now`. Every page with changes
+    /// is one act with one record (I2).
     ///
     /// # Errors
-    /// The database is away, or the server is busy. What was done until then is done and recorded.
+    /// The database cannot be reached, or the server is busy. What was done before is committed and
+    /// recorded.
     #[boxed]
-    pub async fn keep_house(&self, now: UnixMillis) -> Result<HousekeepingReport, ServiceError> {
+    pub async fn run(&self, now: UnixMillis) -> Result<MaintenanceReport, ServiceError> {
         let mut report =
-            HousekeepingReport { clock_in_doubt: self.is_clock_in_doubt(now).await?, ..HousekeepingReport::default() };
+            MaintenanceReport { clock_in_doubt: self.is_clock_in_doubt(now).await?, ..MaintenanceReport::default() };
         if report.clock_in_doubt {
             return Ok(report);
         }
@@ -194,8 +142,8 @@ impl Housekeeper {
             let Some(last) = page.last() else { break };
             after = Some(last.title);
             report.rows_read += page.len() as u64;
-            // A look without the seal only chooses the rows that the act reads again and verifies
-            // (I5); a row that is none is the scrubber's find.
+            // The seals are not checked here: this only chooses rows, which the act reads again and
+            // verifies (I5). The scrub reports rows that do not verify.
             let meters: Vec<Meter> = page
                 .iter()
                 .filter_map(|row| Meter::from_row(row.title, self.island.name(), row.row.body.clone().into()).ok())
@@ -205,10 +153,7 @@ impl Housekeeper {
             if !members.is_empty() {
                 let missing = self.island.store.complete_group_members(&members).await?;
                 if missing > 0 {
-                    tracing::warn!(
-                        missing,
-                        "meters were missing in the list of their groups' members, and are there again"
-                    );
+                    tracing::warn!(missing, "meters were missing in the list of group members and were added");
                 }
             }
             let due = meters
@@ -244,15 +189,15 @@ impl Housekeeper {
         &self,
         due: Vec<SystemTitle>,
         now: UnixMillis,
-        report: &mut HousekeepingReport,
+        report: &mut MaintenanceReport,
     ) -> Result<(), ServiceError> {
         let retention = self.retention;
         let reads = Reads { meters: due.clone(), ..Reads::default() };
         self.act(reads, report, move |view| {
             let mut done = Done::default();
             for title in &due {
-                // An error is a row that does not verify, which is left alone (I5), or one that is
-                // read for the next attempt.
+                // An error means that the row does not verify and is left as it is (I5), or that it
+                // is read for the next attempt.
                 let Some(mut meter) = view.meter(*title).ok().flatten() else { continue };
                 let expired = Arc::make_mut(&mut meter).expire_keys(retention, now);
                 if done.add(meter.owner(), meter.retired.is_some(), expired) {
@@ -268,7 +213,7 @@ impl Housekeeper {
         &self,
         due: Vec<GroupId>,
         now: UnixMillis,
-        report: &mut HousekeepingReport,
+        report: &mut MaintenanceReport,
     ) -> Result<(), ServiceError> {
         let retention = self.retention;
         let reads = Reads {
@@ -289,7 +234,7 @@ impl Housekeeper {
         .await
     }
 
-    async fn act<F>(&self, reads: Reads, report: &mut HousekeepingReport, mut decide: F) -> Result<(), ServiceError>
+    async fn act<F>(&self, reads: Reads, report: &mut MaintenanceReport, mut decide: F) -> Result<(), ServiceError>
     where
         F: FnMut(&mut View<'_, '_>) -> Result<Done, ServiceError> + Send + 'static,
     {
@@ -311,79 +256,6 @@ impl Housekeeper {
     }
 }
 
-/// Who could know the values that several slots have, as the rows of counter domains say.
-async fn shared_values(island: &Island) -> Result<SharedExposures, ServiceError> {
-    let (mut known, mut after) = (SharedExposures::new(), None);
-    loop {
-        let page = island.store.sealed_page(RowKind::CounterDomain, after.as_deref(), PAGE).await?;
-        let Some((last, _)) = page.last() else { return Ok(known) };
-        after = Some(last.clone());
-        let opened = page.iter().filter_map(|(id, row)| {
-            island.committer.open_domain(id.as_slice().try_into().map(CounterDomainId).ok()?, row).ok()
-        });
-        known.extend(opened.map(|domain| (domain.id, domain.exposures.clone())));
-    }
-}
-
-/// Who knows a key value knows what left under it for every meter that has it as its KEK, whichever
-/// meter it was reported of: the keys of groups among that are exposed, and their own rows say so.
-/// What is the meters' own is seen by the counter domain of the value. Where no value that several
-/// slots have was reported, no meter is read; which slots have one, no list says.
-///
-/// # Errors
-/// The database is away, or the server is busy. What was noted until then is noted and recorded.
-pub(crate) async fn expose_groups_under_equal_keks(island: &Arc<Island>) -> Result<(), ServiceError> {
-    let mut reported = shared_values(island).await?;
-    reported.retain(|_, exposures| exposures.iter().any(|exposure| exposure.reason == ExposureReason::Reported));
-    let mut after = None;
-    while !reported.is_empty() {
-        let page = island.store.meter_page(&MeterFilter::default(), after, PAGE).await?;
-        let Some(last) = page.last() else { break };
-        after = Some(last.title);
-        // A look without the seal only chooses the rows that the act reads again and verifies (I5).
-        let meters =
-            page.iter().filter_map(|row| Meter::from_row(row.title, island.name(), row.row.body.clone().into()).ok());
-        let concerned = |meter: &Meter| {
-            keks_of_domains(meter)
-                .into_iter()
-                .any(|(id, delivered)| reported.contains_key(&id) && !delivered.is_empty())
-        };
-        let due: Vec<SystemTitle> = meters.filter(concerned).map(|meter| meter.title).collect();
-        if due.is_empty() {
-            continue;
-        }
-        let reads = Reads { meters: due.clone(), ..Reads::default() };
-        let act = island.committer.act(ServerAct::SHARE_EXPOSURES, reads, move |view| {
-            for title in &due {
-                let meter = match view.meter(*title) {
-                    Ok(Some(meter)) => meter,
-                    // I5: its row was refused, which is on the record.
-                    Ok(None) | Err(ServiceError::PermissionDenied { .. }) => continue,
-                    Err(error) => return Err(error),
-                };
-                for (id, delivered) in keks_of_domains(&meter) {
-                    let exposures = view.domain(id)?.map(|domain| domain.exposures.clone()).unwrap_or_default();
-                    for exposure in exposures.iter().filter(|exposure| exposure.reason == ExposureReason::Reported) {
-                        expose_to_who_knows_a_kek(view, &meter, &delivered, &exposure.party)?;
-                    }
-                }
-            }
-            Ok(Decision::of(view.entry(), ()))
-        });
-        act.await?;
-    }
-    Ok(())
-}
-
-/// The counter domains of a meter's KEKs, with the keys of groups that left under each.
-fn keks_of_domains(meter: &Meter) -> Vec<(CounterDomainId, Vec<SharedKey>)> {
-    let keks = meter.slots.iter().filter(|slot| slot.key_type() == KeyType::KEK);
-    let versions = keks.flat_map(|slot| slot.versions().iter().map(|version| (slot.setup(), version)));
-    versions
-        .filter_map(|(setup, version)| Some((version.domain()?, meter.shared_under(setup, version.number()))))
-        .collect()
-}
-
 /// What one act has done.
 #[derive(Default)]
 struct Done {
@@ -392,7 +264,7 @@ struct Done {
 }
 
 impl Done {
-    /// Notes what was done to an owner's row. False: nothing.
+    /// Adds the changes of an owner's row. False if there are none.
     fn add(&mut self, owner: Owner, retired: bool, expired: Vec<ExpiredKeys>) -> bool {
         let numbers = |versions: &[KeyVersionNumber]| versions.iter().map(|version| version.number()).collect();
         let changed = !expired.is_empty();
@@ -411,7 +283,7 @@ impl Done {
     }
 }
 
-/// An owner as `RowWrite` names its row.
+/// The kind and name of an owner's row in `RowWrite`.
 fn owner_row(owner: Owner) -> (u32, Vec<u8>) {
     match owner {
         Owner::Meter(title) => (1, title.octets().to_vec()),
@@ -422,178 +294,11 @@ fn owner_row(owner: Owner) -> (u32, Vec<u8>) {
 
 /// Rows that are read, and at most written, at once.
 const PAGE: u32 = 256;
-/// The start of a server has other work.
+/// The first run waits, because a server that starts has other work.
 const FIRST: Duration = Duration::from_mins(10);
 const PERIOD: Duration = Duration::from_hours(24);
 const DAY_MS: i64 = 86_400_000;
-/// How long a clock that was set ahead is doubted.
+/// For how long no key is destroyed after a clock was set ahead.
 const DOUBTED_MS: i64 = 7 * DAY_MS;
-/// More jumps than that were hardly looked for by a clock that goes right.
+/// The most jumps that are read. A clock that works does not jump that often.
 const JUMPS_READ: u32 = 1_000;
-
-#[cfg(test)]
-mod tests {
-    use kms_domain::{KeyMaterial, KeyOrigin, KeyState, KeyType, NewKeyVersion, RequestId, SecuritySetupId};
-
-    use super::*;
-    use crate::testing::{TestIsland, island_tests, meter, sample};
-    use crate::{
-        meter::{MeterService, Request},
-        scrub::Scrubber,
-    };
-    use kms_base::clock;
-
-    const DAY: i64 = 86_400_000;
-
-    impl TestIsland {
-        fn housekeeper(&self) -> Housekeeper {
-            Housekeeper::new(self.island.clone(), Retention::DEFAULT)
-        }
-
-        async fn retire(&self, number: u64) {
-            let request = Request { id: RequestId::from_octets(&[9; 16]).unwrap(), digest: [9; 32] };
-            let response = MeterService::new(self.island.clone())
-                .retire(&self.officer, request, vec![meter(number)], "scrapped".to_owned())
-                .await
-                .unwrap();
-            assert_eq!(response.changed, 1);
-        }
-
-        /// A rotation of the GUEK that was proven now.
-        async fn rotate(&self, number: u64) {
-            let title = meter(number);
-            let act = self.island.committer.act_in_test(
-                kms_ledger::Actor::server(kms_ledger::ServerAct::TEST),
-                Reads { meters: vec![title], ..Reads::default() },
-                move |view| {
-                    let mut meter = view.meter(title)?.unwrap();
-                    let now = view.now();
-                    let slot =
-                        Arc::make_mut(&mut meter).slots.get_mut(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap();
-                    let KeyMaterial::Wrapped(wrapped) = slot.active().unwrap().material().clone() else {
-                        panic!("the sample's keys are imported")
-                    };
-                    let new = NewKeyVersion {
-                        state: KeyState::PreActive,
-                        origin: KeyOrigin::Generated,
-                        wrapped: Some(wrapped),
-                        fingerprint: None,
-                    };
-                    let version = slot.add_version(new, now).unwrap();
-                    slot.mark_left(version, 1, kms_domain::KeyVersionNumber::FIRST).unwrap();
-                    slot.confirm(version, 2, kms_domain::Evidence::Proven, now).unwrap();
-                    view.append(Event::KeysGranted(kms_proto::v1::KeysGranted::default()));
-                    view.put_meter((*meter).clone(), false)
-                },
-            );
-            act.await.unwrap();
-        }
-
-        async fn states(&self, number: u64, key_type: KeyType) -> Vec<(KeyState, bool)> {
-            let stored = self.island.meter(meter(number)).await.unwrap().unwrap();
-            stored
-                .slots
-                .get(SecuritySetupId::DEFAULT, key_type)
-                .unwrap()
-                .versions()
-                .iter()
-                .map(|version| (version.state(), version.candidate()))
-                .collect()
-        }
-
-        async fn destroyed(&self) -> Vec<KeysDestroyed> {
-            let rows = self
-                .island
-                .store
-                .audit_page(&AuditFilter { kind: Some(30), ..AuditFilter::default() }, None, 100)
-                .await
-                .unwrap();
-            let events =
-                rows.iter().filter_map(|row| match AuditRecord::decode(row.record.record.as_slice()).unwrap().event {
-                    Some(Event::KeysDestroyed(event)) => Some(event),
-                    _ => None,
-                });
-            events.collect()
-        }
-    }
-
-    island_tests! {
-        async fn old_versions_and_retired_meters_lose_their_keys_after_retention(island) {
-            use KeyState::{Active, Deactivated, Destroyed};
-            // More than one page.
-            island.deliver(&sample("generic-suite0", 300)).await;
-            island.retire(7).await;
-            island.rotate(280).await;
-            let now = Island::now();
-
-            let before = island.housekeeper().keep_house(now.after(89 * DAY)).await.unwrap();
-            assert_eq!(before, HousekeepingReport { rows_read: 300, ..HousekeepingReport::default() });
-            assert_eq!(island.states(7, KeyType::KEK).await, [(Deactivated, true)]);
-            assert_eq!(island.states(280, KeyType::GUEK).await, [(Deactivated, true), (Active, true)]);
-
-            let later = now.after(91 * DAY);
-            let report = island.housekeeper().keep_house(later).await.unwrap();
-            assert_eq!(report, HousekeepingReport { rows_read: 300, rows_changed: 2, released: 5, destroyed: 5, clock_in_doubt: false });
-            for key_type in [KeyType::KEK, KeyType::GUEK, KeyType::GBEK, KeyType::GAK] {
-                assert_eq!(island.states(7, key_type).await, [(Destroyed, false)], "{key_type}");
-            }
-            assert_eq!(island.states(280, KeyType::GUEK).await, [(Destroyed, false), (Active, true)]);
-            assert_eq!(island.states(280, KeyType::KEK).await, [(Active, true)]);
-            // The wrapped key is not in the row any more.
-            let stored = island.island.meter(meter(7)).await.unwrap().unwrap();
-            assert!(stored.slots.iter().flat_map(kms_domain::Slot::versions).all(|version| *version.material() == KeyMaterial::Destroyed));
-
-            // I2: a record a page, with owner, slots and versions.
-            let records = island.destroyed().await;
-            assert_eq!(records.len(), 2);
-            assert!(records.iter().all(|record| record.retention_days == 90));
-            let keys: Vec<&DestroyedKeys> = records.iter().flat_map(|record| &record.keys).collect();
-            assert_eq!(keys.len(), 5);
-            assert!(keys.iter().all(|keys| keys.versions == [1] && keys.released == [1] && keys.kind == 1 && keys.security_setup == 0));
-            assert_eq!(keys.iter().filter(|keys| keys.retired && keys.owner == meter(7).octets().as_slice()).count(), 4);
-            assert!(keys.iter().any(|keys| !keys.retired && keys.owner == meter(280).octets().as_slice() && keys.key_type == KeyType::GUEK.to_string()));
-
-            // Another server finds nothing to do, the scrubber nothing to say, and people see it.
-            let other = Housekeeper::new(island.another_server().await, Retention::DEFAULT).keep_house(later).await.unwrap();
-            assert_eq!((other.rows_changed, other.destroyed), (0, 0));
-            assert_eq!(island.destroyed().await.len(), 2);
-            assert_eq!(Scrubber::new(island.island.clone()).scrub(|_| true).await.unwrap().findings, []);
-            let shown = MeterService::new(island.island.clone()).show(&island.officer, meter(7)).await.unwrap();
-            let versions: Vec<_> = shown.security_setups.iter().flat_map(|setup| &setup.slots).flat_map(|slot| &slot.versions).collect();
-            assert!(versions.len() == 4 && versions.iter().all(|version| version.state == "destroyed" && !version.candidate));
-        }
-
-        async fn a_clock_that_was_set_ahead_destroys_nothing(island) {
-            use KeyState::{Active, Deactivated, Destroyed};
-            island.deliver(&sample("generic-suite0", 3)).await;
-            island.rotate(2).await;
-            let (housekeeper, kept) = (island.housekeeper(), [(Deactivated, true), (Active, true)]);
-            // I3: a year that has not passed. The clock goes on from there for some days, and jumps
-            // again.
-            for ahead in [365, 370, 372] {
-                clock::testing::set_ahead(ahead * DAY);
-                let report = housekeeper.keep_house(Island::now()).await.unwrap();
-                assert_eq!(report, HousekeepingReport { clock_in_doubt: true, ..HousekeepingReport::default() }, "{ahead}");
-                assert_eq!(island.states(2, KeyType::GUEK).await, kept);
-            }
-            // Set right, it is not doubted; and when the time has passed, the keys go.
-            clock::testing::set_ahead(0);
-            let report = housekeeper.keep_house(Island::now()).await.unwrap();
-            assert_eq!((report.clock_in_doubt, report.destroyed), (false, 0));
-            assert_eq!(housekeeper.keep_house(Island::now().after(91 * DAY)).await.unwrap().destroyed, 1);
-            assert_eq!(island.states(2, KeyType::GUEK).await, [(Destroyed, false), (Active, true)]);
-        }
-
-        async fn two_servers_at_once_destroy_once(island) {
-            island.deliver(&sample("generic-suite0", 20)).await;
-            for number in [2, 3] {
-                island.rotate(number).await;
-            }
-            let later = Island::now().after(91 * DAY);
-            let (one, another) = (island.housekeeper(), Housekeeper::new(island.another_server().await, Retention::DEFAULT));
-            let (first, second) = tokio::join!(one.keep_house(later), another.keep_house(later));
-            assert_eq!(first.unwrap().destroyed + second.unwrap().destroyed, 2);
-            assert_eq!(island.destroyed().await.iter().flat_map(|record| &record.keys).count(), 2);
-        }
-    }
-}

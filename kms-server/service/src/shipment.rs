@@ -1,42 +1,50 @@
-//! Vendor shipments (docs/formats.md, *Shipments*): sent into the spool, verified as a whole, then
-//! imported line by line, from vendor wrapping to storage wrapping inside the HSM.
+//! Vendor shipments (docs/formats.md, *Shipments*): uploaded to the spool, verified as a whole,
+//! then imported line by line. The HSM takes each key from the vendor's wrapping to the storage
+//! KEK.
 //!
-//! Any server can go on where another one stopped: octets and progress are in the database,
-//! progress in the same transaction as the meters. What is imported is what the manufacturer
-//! signed: the file is verified in a first pass of every call, and each part of it again when the
-//! second pass reads it (I5).
+//! Any server can continue where another one stopped: the octets and the progress are in the
+//! database, and the progress is written in the transaction that writes the meters. Only what the
+//! manufacturer signed is imported: every call verifies the whole file in a first pass, and each
+//! part of it again when the second pass reads it (I5).
 
 mod batch;
+mod duplicates;
+mod error;
 mod import;
+mod known;
 mod progress;
 mod record;
 mod spool;
 #[cfg(test)]
 mod tests;
+mod transport_key;
 mod upload;
 mod verify;
 
 use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
 
-use kms_domain::PrincipalId;
 use kms_proto::v1::{self, ShipmentImported, audit_record::Event};
 use kms_store::{Reads, ShipmentRow, ShipmentState, UploadId};
 use prost::Message as _;
 
-use self::progress::{MOST_UPLOADS, Progress, to_proto, upload_id};
+use self::{
+    error::{overtaken, unknown},
+    progress::{MOST_UPLOADS, Progress, to_proto, upload_id},
+    transport_key::{oaep_hashes, offered_version},
+};
 pub use self::{
     import::Import,
     upload::{Upload, UploadStart},
 };
-use super::group::Groups;
+use super::group_names::Groups;
 use crate::island::Island;
 use kms_authz::facts;
 use kms_authz::{Action, Caller, Resource};
 use kms_base::error::ServiceError;
 use kms_ledger::{Act, Asker, Decision, Never, Permit, ServerAct, View};
 
-/// The use cases of shipments. Clones share what is known of groups.
+/// The use cases of shipments. Clones share the names of groups that were read.
 #[derive(Clone)]
 pub struct ShipmentService {
     island: Arc<Island>,
@@ -49,11 +57,11 @@ impl ShipmentService {
         Self { island, groups: Arc::default() }
     }
 
-    /// How far a shipment is.
+    /// The progress of a shipment.
     ///
     /// # Errors
-    /// Not permitted; unknown, or another's where the caller may see its own only; or the database
-    /// is away.
+    /// Not permitted; an unknown shipment, or another principal's where the caller may see its own
+    /// only; or the database cannot be reached.
     #[boxed]
     pub async fn get(&self, caller: &Caller, file_sha256: &[u8; 32]) -> Result<v1::Shipment, ServiceError> {
         let sees_all = self.sees_all(caller).await?;
@@ -65,7 +73,7 @@ impl ShipmentService {
     /// The shipments that the caller may see, newest first, at most 1,000.
     ///
     /// # Errors
-    /// Not permitted, or the database is away.
+    /// Not permitted, or the database cannot be reached.
     #[boxed]
     pub async fn list(&self, caller: &Caller) -> Result<Vec<v1::Shipment>, ServiceError> {
         let sees_all = self.sees_all(caller).await?;
@@ -86,11 +94,11 @@ impl ShipmentService {
     /// The key that vendors encrypt batch keys to, and the OAEP hashes that are accepted.
     ///
     /// # Errors
-    /// Not permitted, or the HSM is away.
+    /// Not permitted, or the HSM cannot be reached.
     #[boxed]
     pub async fn transport_key(&self, caller: &Caller) -> Result<v1::VendorTransportKey, ServiceError> {
         self.sees_all(caller).await?;
-        let spki = self.island.hsm.transport_key_spki(verify::offered_transport_version(&self.island)?).await?;
+        let spki = self.island.hsm.transport_key_spki(offered_version(&self.island)?).await?;
         let hashes = oaep_hashes(&self.island).await?;
         Ok(v1::VendorTransportKey {
             spki: spki.into(),
@@ -117,7 +125,7 @@ impl ShipmentService {
         Ok(latest)
     }
 
-    /// Whether the caller may see all shipments; an error if not even its own.
+    /// Whether the caller may see all shipments. An error if it may not even see its own.
     async fn sees_all(&self, caller: &Caller) -> Result<bool, ServiceError> {
         let principal = facts(&*self.island.principal(caller).await?);
         let policy = self.island.policy.load();
@@ -128,7 +136,7 @@ impl ShipmentService {
         Ok(false)
     }
 
-    /// Refuses a whole file for its caller, on the record, and drops its octets.
+    /// Refuses a whole file in an act of the caller, with a record (I2), and deletes its octets.
     async fn refuse(
         &self,
         caller: &Caller,
@@ -142,7 +150,7 @@ impl ShipmentService {
         Ok(refused)
     }
 
-    /// The same, of a file that nobody goes on with.
+    /// Refuses a whole file in an act of the server: nobody continues its upload or import.
     async fn forget(&self, row: &ShipmentRow, reason: &str) -> Result<ShipmentRow, ServiceError> {
         let reads = Reads { shipments: vec![row.upload], ..Reads::default() };
         let (seen, reason) = (row.clone(), reason.to_owned());
@@ -161,14 +169,14 @@ impl ShipmentService {
 /// The refusal of a whole file.
 struct Refuse {
     action: Action,
-    /// The file as it was looked at.
+    /// The row that the refusal was decided on.
     seen: ShipmentRow,
     reason: String,
 }
 
 impl Act for Refuse {
     type Answer = ShipmentRow;
-    // A file is refused once: its row says so.
+    // A file is refused only once: its row says so.
     type Past = Never;
 
     fn name(&self) -> &'static str {
@@ -211,17 +219,10 @@ fn refuse(view: &mut View<'_, '_>, seen: &ShipmentRow, reason: &str) -> Result<D
     Ok(Decision::recorded(entry, row))
 }
 
-/// A file's row, if nobody has changed it since it was looked at.
+/// The row of a file, if nobody has changed it since `seen` was read.
 fn unchanged(view: &mut View<'_, '_>, seen: &ShipmentRow) -> Result<ShipmentRow, ServiceError> {
     let row = view.shipment(seen.upload)?.ok_or_else(|| unknown(&seen.sha256))?;
     if row.generation == seen.generation { Ok(row) } else { Err(overtaken()) }
-}
-
-/// The OAEP hashes that batch keys may use: SHA-256, and SHA-1 only where the module has nothing
-/// else.
-async fn oaep_hashes(island: &Island) -> Result<Vec<kms_domain::OaepHash>, ServiceError> {
-    let capabilities = island.hsm.usable(HSM_WAIT).await?;
-    Ok(capabilities.oaep_hash().into_iter().collect())
 }
 
 fn is_own(row: &ShipmentRow, caller: &Caller) -> bool {
@@ -229,26 +230,7 @@ fn is_own(row: &ShipmentRow, caller: &Caller) -> bool {
         || Progress::of(row).is_ok_and(|progress| progress.manufacturer == caller.principal.to_string())
 }
 
-fn no_shipment_key(manufacturer: &PrincipalId) -> ServiceError {
-    ServiceError::FailedPrecondition {
-        reason: format!("`{manufacturer}` is not an enabled manufacturer with a shipment key"),
-        next_step: "register it with `kms principal add`".to_owned(),
-    }
-}
-
-fn unknown(file_sha256: &[u8; 32]) -> ServiceError {
-    ServiceError::NotFound { what: format!("shipment {}", hex::encode(file_sha256)) }
-}
-
-fn overtaken() -> ServiceError {
-    ServiceError::Aborted {
-        reason: "another call is importing or sending this shipment".to_owned(),
-        next_step: "GetShipment tells how far it is; call again when it does not advance".to_owned(),
-    }
-}
-
 const PAGE: u32 = 256;
 const MOST_LISTED: usize = 1_000;
-/// Chunks have 1 MiB.
+/// A chunk has 1 MiB.
 const CHUNKS_AT_ONCE: u32 = 64;
-const HSM_WAIT: std::time::Duration = std::time::Duration::from_secs(5);

@@ -9,6 +9,7 @@
 //! runs in a process of its own.
 
 mod counters;
+mod log;
 
 use std::{
     future::Future,

@@ -111,7 +111,7 @@ async fn read(store: &dyn Store, version: usize) {
     let servers = store.servers().await.unwrap();
     let servers: Vec<_> = servers.iter().map(|s| (s.writer, s.name.as_str(), s.started, s.heartbeat)).collect();
     assert_eq!(servers, [(writer(), "kms-1", UnixMillis(1_000), UnixMillis(2_000))]);
-    let log = store.audit_page(&AuditFilter { kind: Some(7), ..AuditFilter::default() }, None, 9).await.unwrap();
+    let log = store.audit_page(&AuditFilter { kind: Some(KIND), ..AuditFilter::default() }, None, 9).await.unwrap();
     assert_eq!(log.into_iter().map(|row| row.record).collect::<Vec<_>>(), [record(writer(), 0), record(writer(), 1)]);
     let tails = store.audit_tails().await.unwrap();
     assert_eq!(tails.iter().map(|tail| (tail.writer, tail.sequence)).collect::<Vec<_>>(), [(writer(), 1)]);

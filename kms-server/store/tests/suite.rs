@@ -341,11 +341,12 @@ async fn meters_are_found_by_their_projections(f: Fixture) {
 }
 
 async fn audit_is_walked_in_order(f: Fixture) {
+    const OTHER_KIND: u16 = KIND + 1;
     let second = writer_id();
     f.store.register_server(second, "second").await.unwrap();
     for sequence in 0..50 {
         let mut other = record(second, sequence);
-        other.kind = 8;
+        other.kind = OTHER_KIND;
         write(&*f.store, Changes { audit: vec![record(f.writer, sequence), other], ..Changes::default() })
             .await
             .unwrap();
@@ -360,7 +361,7 @@ async fn audit_is_walked_in_order(f: Fixture) {
     let expected: Vec<_> = (0..50).flat_map(|sequence| [(f.writer, sequence), (second, sequence)]).collect();
     assert_eq!(walked, expected);
     let count = async |filter: AuditFilter| f.store.audit_page(&filter, None, 1_000).await.unwrap().len();
-    assert_eq!(count(AuditFilter { kind: Some(8), ..Default::default() }).await, 50);
+    assert_eq!(count(AuditFilter { kind: Some(OTHER_KIND), ..Default::default() }).await, 50);
     assert_eq!(count(AuditFilter { writer: Some(second), ..Default::default() }).await, 50);
     let mut back =
         f.store.audit_page(&AuditFilter { newest_first: true, ..Default::default() }, None, 1_000).await.unwrap();

@@ -1,15 +1,15 @@
-//! The acceptance report of a campaign: for each meter of the plan, which keys are the utility's
-//! alone, and what heals the others.
+//! The acceptance report of a campaign: for each meter of the plan, which keys only the utility
+//! knows, and what remedies the others.
 
 use async_recursion::async_recursion as boxed;
 use kms_domain::{
-    CampaignId, CounterDomainId, KeyAcceptance, KeyVersion, Meter, Party, PlanChain, Remedy, SecuritySetupId,
-    SharedExposures, Slot, SystemTitle,
+    CampaignId, CounterDomainId, KeyAcceptance, KeyVersion, Meter, Party, Remedy, SecuritySetupId, SharedExposures,
+    Slot, SystemTitle,
 };
 use kms_proto::v1;
 use kms_store::RowKind;
 
-use super::{CampaignService, drive::titles_of, plan::takes_over_the_air};
+use super::{CampaignService, pinned_plan::titles_of, survey::takes_over_the_air};
 use crate::island::Island;
 use kms_authz::{Action, Caller};
 use kms_base::error::ServiceError;
@@ -17,17 +17,19 @@ use kms_base::error::ServiceError;
 /// A place in a plan: where a page of the report begins.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PlanPlace {
-    /// The chunk.
+    /// The chunk of the plan.
     pub chunk: u64,
-    /// The meter in it.
+    /// The meter in the chunk.
     pub meter: usize,
 }
 
 impl CampaignService {
-    /// How the keys of up to `limit` meters of the plan stand now, and where the next page begins.
+    /// The present acceptance of the keys of up to `limit` meters of the plan, and where the next
+    /// page begins.
     ///
     /// # Errors
-    /// Not permitted, no such campaign, a plan that was changed (I5), or the database is away.
+    /// Not permitted, no such campaign, a plan that was changed (I5), or the database cannot be
+    /// reached.
     #[boxed]
     pub async fn acceptance(
         &self,
@@ -46,11 +48,7 @@ impl CampaignService {
         let (mut titles, mut place) = (Vec::new(), from);
         while place.chunk < campaign.content.plan.chunks && titles.len() < limit {
             let chunk = self.island.store.campaign_chunk(id, place.chunk).await?.unwrap_or_default();
-            let at = usize::try_from(place.chunk).unwrap_or(usize::MAX);
-            let before = at
-                .checked_sub(1)
-                .map_or(Some(PlanChain::new(id)), |at| links.get(at).copied().map(PlanChain::from_digest));
-            if before.map(|link| link.link(&chunk).digest()) != links.get(at).copied() {
+            if !links.fits(place.chunk, &chunk) {
                 return Err(changed());
             }
             let members: Vec<SystemTitle> = titles_of(&chunk).collect();
@@ -66,8 +64,8 @@ impl CampaignService {
         let rows = self.island.store.meters(&titles).await?;
         let mut found = std::collections::HashMap::with_capacity(rows.len());
         for row in &rows {
-            // A row that was written meanwhile opens the second time; one that was tampered with
-            // does not (I5).
+            // A row that was written between reading and opening verifies the second time. One that
+            // was tampered with does not (I5).
             let meter = match self.island.committer.open_meter(row.title, &row.row) {
                 Ok(meter) => Some(meter),
                 Err(_) => self.island.meter(row.title).await.ok().flatten(),
@@ -83,8 +81,8 @@ impl CampaignService {
         Ok((titles.into_iter().map(message).collect(), next))
     }
 
-    /// Who could know the key values of these meters that other slots have too. Duplicate keys are
-    /// few.
+    /// Who could know the keys of these meters whose values other slots have too. Such keys are
+    /// rare.
     async fn shared_exposures(&self, meters: impl Iterator<Item = &Meter>) -> Result<SharedExposures, ServiceError> {
         let versions = meters.flat_map(|meter| meter.slots.iter()).flat_map(Slot::versions);
         let ids: std::collections::HashSet<CounterDomainId> = versions.filter_map(KeyVersion::domain).collect();

@@ -1,6 +1,6 @@
-//! Leading campaigns: tasks are made for the wave under way, counts are looked at, the next wave
-//! begins or the campaign pauses. Every step is one transaction that names the state it goes on
-//! from, so that any number of servers can lead one campaign, and a crash loses nothing.
+//! Drives campaigns: makes the tasks of the present wave, checks their counts, then begins the next
+//! wave or pauses the campaign. Every step is one transaction that checks from which state it
+//! continues. So any number of servers can drive one campaign, and a crash loses nothing.
 
 use async_recursion::async_recursion as boxed;
 use std::{
@@ -15,22 +15,23 @@ use kms_domain::{
 use kms_proto::v1::{CampaignChanged, SecurityEvent, WaveChanged, audit_record::Event};
 use kms_store::{MeterRow, Reads, TaskKey, TaskRow};
 
-use super::{CampaignService, campaign_row, missing};
+use super::{
+    CampaignService, campaign_row, missing,
+    pinned_plan::{PlanLinks, titles_of},
+    refused,
+};
 use crate::island::Island;
 use kms_base::error::ServiceError;
 use kms_ledger::{Decision, ServerAct};
 
-/// The digests after each chunk of a plan, once the whole chain was verified.
-pub(super) type Links = Arc<Vec<[u8; 32]>>;
-
 impl CampaignService {
-    /// Leads all running campaigns every `period`, until it is dropped or aborted.
+    /// Drives all running campaigns every `period`, until the task is dropped or aborted.
     pub fn in_background(self, period: Duration) -> tokio::task::JoinHandle<()> {
         tokio::spawn(async move {
             for round in 0_u64.. {
                 tokio::time::sleep(period).await;
                 if let Err(error) = self.lead_all(round).await {
-                    tracing::warn!(%error, "campaigns could not be led on; it is tried again");
+                    tracing::warn!(%error, "campaigns could not be driven; the next round tries again");
                 }
             }
         })
@@ -57,20 +58,20 @@ impl CampaignService {
         Ok(())
     }
 
-    /// Takes steps until there is nothing to do at the moment.
+    /// Takes steps until nothing is to do at the moment.
     ///
     /// # Errors
-    /// HSM or database are away.
+    /// The HSM or the database cannot be reached.
     #[boxed]
     pub async fn lead(&self, id: CampaignId) -> Result<(), ServiceError> {
         while self.advance(id).await? {}
         Ok(())
     }
 
-    /// Takes one step. Whether there may be another.
+    /// Takes one step. True if another step may follow.
     ///
     /// # Errors
-    /// No such campaign, or the database is away.
+    /// No such campaign, or the database cannot be reached.
     #[boxed]
     pub async fn advance(&self, id: CampaignId) -> Result<bool, ServiceError> {
         let campaign = self.load(id).await?;
@@ -101,12 +102,8 @@ impl CampaignService {
         let (mut members, mut looked) = (Vec::new(), campaign.expanded);
         while looked < campaign.content.plan.chunks && members.len() < TASKS_AT_ONCE {
             let titles = self.island.store.campaign_chunk(campaign.id, looked).await?.unwrap_or_default();
-            let at = usize::try_from(looked).unwrap_or(usize::MAX);
-            let before = at
-                .checked_sub(1)
-                .map_or(Some(PlanChain::new(campaign.id)), |at| links.get(at).copied().map(PlanChain::from_digest));
-            // I5, I6: what was approved, and nothing else.
-            if before.map(|link| link.link(&titles).digest()) != links.get(at).copied() {
+            // I5, I6: only the approved meters get tasks.
+            if !links.fits(looked, &titles) {
                 self.plans.lock().unwrap_or_else(PoisonError::into_inner).remove(&campaign.id);
                 self.refuse_plan(campaign).await?;
                 return Ok(false);
@@ -130,7 +127,7 @@ impl CampaignService {
         let committed = self.island.committer.act(ServerAct::PLAN_WAVE, reads, move |view| {
             let known = view.campaign(id)?.ok_or_else(|| missing(id))?;
             if (known.state, known.wave, known.expanded) != (CampaignState::Running, wave, expanded) {
-                // Another server was faster, or an officer.
+                // Another server or an officer was faster.
                 return Ok(Decision::unchanged(()));
             }
             let mut campaign = (*known).clone();
@@ -150,23 +147,23 @@ impl CampaignService {
         Ok(true)
     }
 
-    /// The chain of the plan, verified from its first chunk to the digest that was approved; `None`
-    /// if it does not fit, and then the campaign is paused.
-    pub(super) async fn verified(&self, campaign: &Campaign) -> Result<Option<Links>, ServiceError> {
+    /// The chain of the plan, verified from its first chunk to the approved digest. `None` if it
+    /// does not fit; then the campaign is paused.
+    pub(super) async fn verified(&self, campaign: &Campaign) -> Result<Option<PlanLinks>, ServiceError> {
         if let Some(links) = self.plans.lock().unwrap_or_else(PoisonError::into_inner).get(&campaign.id) {
             return Ok(Some(links.clone()));
         }
-        let mut links = Vec::new();
+        let mut digests = Vec::new();
         let mut link = PlanChain::new(campaign.id);
         for number in 0..campaign.content.plan.chunks {
             link = link.link(&self.island.store.campaign_chunk(campaign.id, number).await?.unwrap_or_default());
-            links.push(link.digest());
+            digests.push(link.digest());
         }
         if link.digest() != campaign.content.plan.digest {
             self.refuse_plan(campaign).await?;
             return Ok(None);
         }
-        let links = Arc::new(links);
+        let links = PlanLinks::new(campaign.id, digests);
         self.plans.lock().unwrap_or_else(PoisonError::into_inner).insert(campaign.id, links.clone());
         Ok(Some(links))
     }
@@ -177,7 +174,7 @@ impl CampaignService {
         self.pause(campaign, reason.to_owned(), Some("campaign-plan-refused")).await
     }
 
-    /// Pauses a campaign that runs in the wave that was looked at.
+    /// Pauses a campaign if it still runs in the wave of `campaign`.
     async fn pause(
         &self,
         campaign: &Campaign,
@@ -192,7 +189,7 @@ impl CampaignService {
                 return Ok(Decision::unchanged(()));
             }
             let mut campaign = (*known).clone();
-            campaign.pause(reason.clone(), view.now()).map_err(super::refused)?;
+            campaign.pause(reason.clone(), view.now()).map_err(refused)?;
             view.append(Event::CampaignChanged(CampaignChanged {
                 campaign_id: id.octets().to_vec().into(),
                 change: "paused".to_owned(),
@@ -220,7 +217,7 @@ impl CampaignService {
                 return Ok(Decision::unchanged(()));
             }
             let mut campaign = (*known).clone();
-            campaign.end_wave(result.clone(), view.now()).map_err(super::refused)?;
+            campaign.end_wave(result.clone(), view.now()).map_err(refused)?;
             let counts = result.counts();
             view.append(Event::WaveChanged(WaveChanged {
                 campaign_id: id.octets().to_vec().into(),
@@ -245,14 +242,15 @@ impl CampaignService {
         committed.await.map(drop)
     }
 
-    /// What became of the wave under way, from its tasks.
+    /// The result of the present wave, from its tasks.
     async fn result(&self, campaign: &Campaign) -> Result<WaveResult, ServiceError> {
         let store = &self.island.store;
         let mut tallies: Vec<WaveTally> = Vec::new();
         for tally in store.task_tallies(campaign.id, Some(campaign.wave)).await? {
             let tally =
                 WaveTally { vendor: tally.vendor, state: tally.state, reason: tally.reason, tasks: tally.tasks };
-            // Head-ends word reasons: what is said in too many ways is counted together.
+            // Head-ends choose the words of reasons. If there are too many different ones, the rest
+            // is counted together.
             let kept = tallies.len();
             match tallies
                 .iter_mut()
@@ -276,19 +274,15 @@ impl CampaignService {
         Ok(WaveResult { started: campaign.wave_started, ended: now, tallies, timeline: timeline.collect() })
     }
 
-    /// Forgets tasks that have succeeded and whose wave has ended: they are counted. A few at a
-    /// time; whether there may be more.
+    /// Deletes some tasks that have succeeded and whose wave has ended: its result counts them.
+    /// True if there may be more.
     async fn tidy(&self, campaign: &Campaign) -> Result<bool, ServiceError> {
         let before = if campaign.state == CampaignState::Finished { campaign.wave + 1 } else { campaign.wave };
         Ok(self.island.store.delete_tasks(campaign.id, before, TaskState::Succeeded, TASKS_AT_ONCE as u32).await? > 0)
     }
 }
 
-pub(super) fn titles_of(octets: &[u8]) -> impl Iterator<Item = SystemTitle> {
-    octets.chunks_exact(8).filter_map(|title| SystemTitle::from_octets(title).ok())
-}
-
-/// The tasks of these meters, as their sealed rows stand now.
+/// The tasks of these meters, decided on their present sealed rows.
 fn tasks(
     island: &Island,
     campaign: &Campaign,
@@ -310,7 +304,7 @@ fn tasks(
         };
         let found =
             rows.binary_search_by_key(&title.as_i64(), |row| row.title.as_i64()).ok().and_then(|at| rows.get(at));
-        // I5: without a row that verifies nothing is done.
+        // I5: nothing is done for a meter whose row does not verify.
         let Some(meter) = found.and_then(|row| island.committer.open_meter(title, &row.row).ok()) else {
             let vendor = title
                 .octets()
@@ -344,13 +338,13 @@ fn tasks(
     members.iter().copied().map(task).collect()
 }
 
-/// Tasks of one transaction, a little more or less: more would keep grants waiting.
+/// About how many tasks one transaction makes. More would delay grants.
 const TASKS_AT_ONCE: usize = 2_000;
 /// Points of a wave's timeline.
 const POINTS: i64 = 60;
 const MOST_TALLIES: usize = 200;
-/// How long after its end a campaign is looked at for what can be forgotten; and how old a plan is
-/// that nobody stored.
+/// For how long after its end the tasks of a campaign are tidied; and the age of a plan that was
+/// never stored as a draft.
 const TIDIED_FOR_MS: i64 = 24 * 3_600 * 1_000;
-/// Every how many rounds unused plans are removed.
+/// After how many rounds unused plans are removed.
 const PURGE_ROUNDS: u64 = 300;

@@ -1,4 +1,4 @@
-//! Campaigns for people: lists, progress as it happens, reports.
+//! Campaigns as officers and auditors see them: lists, progress, reports.
 
 use async_recursion::async_recursion as boxed;
 use std::{collections::VecDeque, time::Duration};
@@ -24,7 +24,7 @@ pub struct ReportQuery {
     pub filter: TaskFilter,
     /// After this meter.
     pub after: Option<SystemTitle>,
-    /// At most; 0 for none.
+    /// The most tasks; 0 for none.
     pub page: u32,
 }
 
@@ -48,7 +48,7 @@ impl CampaignService {
     /// Up to `limit` campaigns before an id, the newest first.
     ///
     /// # Errors
-    /// Not permitted, or the database is away.
+    /// Not permitted, or the database cannot be reached.
     #[boxed]
     pub async fn list(
         &self,
@@ -71,17 +71,17 @@ impl CampaignService {
     /// One campaign.
     ///
     /// # Errors
-    /// Not permitted, no such campaign, or the database is away.
+    /// Not permitted, no such campaign, or the database cannot be reached.
     #[boxed]
     pub async fn show(&self, caller: &Caller, id: CampaignId) -> Result<v1::Campaign, ServiceError> {
         self.island.require(caller, &Action::ListCampaigns).await?;
         self.message(&*self.load(id).await?).await
     }
 
-    /// Progress at once, at each change, and at the end.
+    /// Reports the progress at once, at each change, and at the end.
     ///
     /// # Errors
-    /// Not permitted, no such campaign, or the database is away.
+    /// Not permitted, no such campaign, or the database cannot be reached.
     #[boxed]
     pub async fn watch(&self, caller: &Caller, id: CampaignId) -> Result<Watch, ServiceError> {
         self.island.require(caller, &Action::ListCampaigns).await?;
@@ -94,7 +94,7 @@ impl CampaignService {
     /// All figures of a campaign, and a page of its tasks.
     ///
     /// # Errors
-    /// Not permitted, no such campaign, or the database is away.
+    /// Not permitted, no such campaign, or the database cannot be reached.
     #[boxed]
     pub async fn report(
         &self,
@@ -154,7 +154,7 @@ impl CampaignService {
         Ok(report)
     }
 
-    /// How far a campaign is.
+    /// The progress of a campaign.
     async fn progress(&self, campaign: &Campaign, rate: &mut Rate) -> Result<v1::CampaignProgress, ServiceError> {
         let tallies = if is_under_way(campaign) {
             self.island.store.task_tallies(campaign.id, Some(campaign.wave)).await?
@@ -283,7 +283,7 @@ impl CampaignService {
     /// The group of a name.
     ///
     /// # Errors
-    /// There is none, or the database is away.
+    /// No group has this name, or the database cannot be reached.
     #[boxed]
     pub async fn group(&self, name: &str) -> Result<GroupId, ServiceError> {
         let mut after = None;
@@ -331,8 +331,8 @@ impl Watched for WatchedCampaign {
     }
 }
 
-/// How many succeed in a minute, over the last minute that was watched; before that, since the
-/// start.
+/// How many tasks succeed in a minute: over the last minute that was watched, or since the start
+/// before that.
 #[derive(Default)]
 struct Rate(VecDeque<(i64, u64)>);
 
@@ -351,7 +351,7 @@ impl Rate {
     }
 }
 
-/// How long so many meters take at this rate; 0 where nothing can be said.
+/// How long so many meters take at this rate; 0 if the rate is not known.
 fn eta_seconds(left: u64, per_minute: f64) -> u64 {
     if per_minute > 0.0 && left > 0 { (left as f64 / per_minute * 60.0).ceil() as u64 } else { 0 }
 }
@@ -360,7 +360,7 @@ fn is_over(state: &str) -> bool {
     [CampaignState::Aborted, CampaignState::Finished].iter().any(|over| over.name() == state)
 }
 
-/// Whether the figures of the wave at hand are in its tasks.
+/// Whether the figures of the present wave are in its tasks.
 fn is_under_way(campaign: &Campaign) -> bool {
     campaign.wave > 0 && campaign.results.len() < usize::try_from(campaign.wave).unwrap_or(usize::MAX)
 }
@@ -394,7 +394,7 @@ fn points(started: UnixMillis, timeline: &[(UnixMillis, u64)], before: u64) -> V
         .collect()
 }
 
-/// Why attempts ended badly: of waves that have ended, and of the one under way.
+/// Why attempts failed: in waves that have ended, and in the present wave.
 fn reasons(results: &[WaveResult], tallies: &[TaskTally]) -> Vec<v1::NamedCount> {
     let past =
         results.iter().flat_map(|result| result.tallies.iter().map(|tally| (tally.state, &tally.reason, tally.tasks)));
@@ -423,7 +423,7 @@ mod tests {
 
     const START: i64 = 1_800_000_000_000;
 
-    /// What one watcher is told who looks so many milliseconds after the start, when so many have
+    /// The rates that a watcher sees, by milliseconds after the start and tasks that have
     /// succeeded.
     fn rates(looks: &[(i64, u64)]) -> Vec<f64> {
         let mut rate = Rate::default();

@@ -233,15 +233,16 @@ island_tests! {
         let (_, lost) = service.heartbeat(&island.head_end, vec![first, TaskLease { fence: 7, ..lease_of(&tasks[1]) }], 60_000).await.unwrap();
         assert_eq!(lost, [TaskLease { fence: 7, ..lease_of(&tasks[1]) }]);
         assert_eq!(service.heartbeat(&island.other_head_end, vec![first], 60_000).await.unwrap().1, [first]);
-        // Given back without a word, it is there at once with a higher token.
+        // A task lease that is given back without a reason is available at once, with a higher
+        // token.
         let second = lease_of(&tasks[1]);
         assert!(service.release(&island.head_end, vec![second], String::new()).await.unwrap().is_empty());
         assert_eq!(service.release(&island.head_end, vec![second], String::new()).await.unwrap(), [second]);
         let again = service.lease(&island.head_end, lease(3)).await.unwrap();
         assert_eq!(again.iter().map(|task| task.fence).max(), Some(if again[0].meter == tasks[1].meter { 2 } else { 1 }));
 
-        // A lease that is not renewed runs out by the database's clock; another server offers it
-        // again.
+        // A task lease that is not renewed ends by the database's clock. Another server leases the
+        // task again.
         let other = CampaignService::new(island.another_server().await);
         let brief = LeaseQuery { campaign: Some(campaign), most: 100, lease_ms: 1 };
         let brief: Vec<_> = service.lease(&island.head_end, brief).await.unwrap().iter().map(lease_of).collect();
@@ -263,8 +264,8 @@ island_tests! {
 
     async fn waves_follow_each_other_to_the_end(island) {
         let (service, campaign) = running(&island, terms()).await;
-        // Tasks exist for the wave under way only: as many as it has meters, and none of a later
-        // wave. Those of earlier ones have succeeded and are forgotten.
+        // Tasks exist for the present wave only: one for each of its meters. The tasks of earlier
+        // waves have succeeded and are deleted.
         let wave_under_way = async || {
             let shown = service.show(&island.officer, campaign).await.unwrap();
             let tasks = island.island.store.task_page(campaign, TaskFilter::All, None, 100).await.unwrap();
@@ -341,7 +342,7 @@ island_tests! {
         let paused = state().await;
         assert!(paused.state == "paused" && paused.reason.contains("more than the limit of 1"), "{paused:?}");
         assert!(service.lease(&island.head_end, lease(100)).await.unwrap().is_empty());
-        // An officer accepts them and goes on; one more failure is within the limit.
+        // An officer accepts the failures and resumes. One more failure is within the limit.
         service.change(&island.officer, request(), campaign, Change::Resume { reason: "seen".to_owned() }).await.unwrap();
         service.lead(campaign).await.unwrap();
         assert_eq!(state().await.state, "running");
@@ -359,7 +360,7 @@ island_tests! {
             service.report(&island.officer, campaign, query).await.unwrap().tasks.len()
         };
         assert_eq!(in_doubt().await, 4);
-        // What had begun comes to its end all the same.
+        // Tasks that had begun may end nevertheless.
         end(&island, begun, Outcome::Proven, "").await;
         assert_eq!(in_doubt().await, 3);
         let report = service.report(&island.officer, campaign, ReportQuery { filter: TaskFilter::All, after: None, page: 0 }).await.unwrap();
@@ -398,7 +399,7 @@ island_tests! {
         let draft = service.create(&island.officer, request(), asked, true).await.unwrap().campaign.unwrap();
         let colleague = officer(&island, "bo", "Bo", 40).await;
         service.change(&colleague, request(), id(&draft), approval(&draft)).await.unwrap();
-        // Someone who writes the database adds a task for a meter of his choice.
+        // Somebody who can write the database adds a task for a meter.
         let store = &island.island.store;
         let step = kms_domain::TaskStep { setup: SecuritySetupId::DEFAULT, work: ROTATE, from: 1 };
         let forged = kms_store::TaskRow {
@@ -419,7 +420,7 @@ island_tests! {
         let lease = TaskLease { campaign: id(&draft), meter: meter(9), fence: 0 };
         assert_eq!(code(begin(&island, &island.head_end, lease, ROTATE).await), PERMISSION_DENIED);
 
-        // A plan that is not the approved one is not carried out.
+        // A plan that is not the approved one is not executed.
         let mut asked = new(terms());
         asked.named = (11..=15).map(meter).collect();
         let (made, asked) = (request(), Arc::new(asked));
@@ -436,8 +437,8 @@ island_tests! {
         assert_eq!(store.meter_count(&MeterFilter::default()).await.unwrap(), 20);
     }
 
-    /// I5, I6: who writes the database changes neither what is rotated, nor where, nor whose task
-    /// it is.
+    /// I5, I6: somebody who can write the database can change neither what is rotated, nor in which
+    /// meter, nor which head-end gets the task.
     async fn what_a_task_may_do_is_what_was_approved(island) {
         let (service, campaign) = running(&island, CampaignTerms { canary: 20, ..terms() }).await;
         let (store, key) = (&island.island.store, island.island.committer.seal_key());

@@ -6,11 +6,8 @@ use kms_domain::{
     CampaignId, CounterKey, CounterPlace, GrantId, KeyType, KeyVersionNumber, Owner, PrincipalId, RequestId,
     SecuritySetupId, Task, TaskStep, TaskWork, UnixMillis, WriterId,
 };
-use kms_proto::v1::{AuditRecord, MetersChanged, audit_record::Event};
-use kms_store::{
-    AuditFilter, AuditReference, FingerprintOwner, FingerprintPrefix, GrantRow, Reads, TaskFilter, TaskKey, TaskRow,
-};
-use prost::Message as _;
+use kms_proto::v1::{MetersChanged, audit_record::Event};
+use kms_store::{AuditReference, FingerprintOwner, FingerprintPrefix, GrantRow, Reads, TaskFilter, TaskKey, TaskRow};
 
 use crate::testing::{TestIsland, client_title, island_tests, meter, sample};
 use kms_base::error::ServiceError;
@@ -128,8 +125,7 @@ island_tests! {
         act.await.unwrap();
 
         assert_eq!(serials(&island).await, ["first".to_owned(), before[1].clone(), "third".to_owned()]);
-        let rows = island.island.store.audit_page(&AuditFilter { kind: Some(20), ..AuditFilter::default() }, None, 100).await.unwrap();
-        let records = rows.iter().map(|row| AuditRecord::decode(row.record.record.as_slice()).unwrap()).filter_map(|record| match record.event {
+        let records = island.log().await.into_iter().filter_map(|record| match record.event {
             Some(Event::MetersChanged(changed)) if changed.change == "test" => Some((changed.value, record.row_writes.len())),
             _ => None,
         });

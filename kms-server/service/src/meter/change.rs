@@ -1,4 +1,4 @@
-//! Assignment, retirement, replacement.
+//! Assigns, retires and replaces meters.
 
 use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use kms_domain::{ExposureReason, Meter, MeterStatus, PrincipalId, PrincipalStatu
 use kms_proto::v1::{self, MetersChanged, audit_record::Event};
 use kms_store::Reads;
 
-use super::{CHUNK, Code, Filter, MeterService, NOT_PERMITTED, Outcome, Request, Selection};
+use super::{CHUNK, ChunkOutcome, Code, Filter, MeterService, NOT_PERMITTED, Request, Selection};
 use crate::{
     campaign::{drop_task, pass_on_task, task_reads, unfinished},
     owner::expose_to_former_member,
@@ -17,27 +17,27 @@ use kms_base::error::ServiceError;
 use kms_ledger::principal_row;
 use kms_ledger::{Decision, Entry, Permit, View};
 
-/// Whose business meters become.
+/// Which meters are assigned to which head-end.
 #[derive(Clone, Debug)]
 pub struct Assignment {
     /// Which meters.
     pub selection: Selection,
-    /// The head-end; `None` takes the assignment away.
+    /// The head-end; `None` unassigns the meters.
     pub head_end: Option<PrincipalId>,
-    /// Only count.
+    /// Count only, and change nothing.
     pub dry_run: bool,
 }
 
 impl MeterService {
-    /// Makes meters the business of a head-end, or of none. A meter in stock that is assigned goes
-    /// into service: policy lets a head-end talk to meters that are its own and in service. One
-    /// that is taken away stays in service, and nobody gets its keys. Grants of the former head-end
-    /// cannot be repeated any more; what it holds, it holds until the grant's end, so revoke them
-    /// where that matters.
+    /// Assigns meters to a head-end, or unassigns them. A meter in stock goes into service when it
+    /// is assigned: policy lets a head-end talk to its own meters in service. A meter that is
+    /// unassigned stays in service, and nobody gets its keys. Grants of the former head-end cannot
+    /// be repeated any more. It may use the keys that it holds until the grant's end, so revoke the
+    /// grants if that matters.
     ///
     /// # Errors
-    /// Unknown caller or head-end, a request id that was used for something else, or the database
-    /// is away. What concerns single meters is in the answer.
+    /// Unknown caller or head-end, a request id that was used for another request, or the database
+    /// cannot be reached. Errors of single meters are in the answer.
     #[boxed]
     pub async fn assign(
         &self,
@@ -63,7 +63,7 @@ impl MeterService {
             if done {
                 break;
             }
-            // Where the chunk of an earlier call ended, if this is a repeated request.
+            // In a replay, the chunk ends where it ended before.
             after = SystemTitle::from_octets(&last.to_be_bytes()).ok();
         }
         Ok(response)
@@ -101,7 +101,7 @@ impl MeterService {
         titles: Vec<SystemTitle>,
         more: bool,
         assignment: &Assignment,
-    ) -> Result<Outcome, ServiceError> {
+    ) -> Result<ChunkOutcome, ServiceError> {
         let mut reads = Reads {
             meters: titles.clone(),
             sealed: assignment.head_end.as_ref().map(principal_row).into_iter().collect(),
@@ -116,7 +116,7 @@ impl MeterService {
             Selection::Filter(filter) => filter.clone(),
             Selection::Meters(_) => Filter::default(),
         };
-        self.chunk(caller, Action::AssignMeters, request, index, reads, move |view, permit| {
+        self.change_chunk(caller, Action::AssignMeters, request, index, reads, move |view, permit| {
             if let Some(head_end) = &head_end
                 && view.principal(head_end)?.is_none_or(|known| known.status != PrincipalStatus::Enabled)
             {
@@ -125,10 +125,10 @@ impl MeterService {
                     format!("`{head_end}` is no enabled head-end of this island"),
                 ));
             }
-            let mut outcome = Outcome {
+            let mut outcome = ChunkOutcome {
                 last: titles.last().map_or(0, |title| u64::from_be_bytes(title.octets())),
                 done: !more,
-                ..Outcome::default()
+                ..ChunkOutcome::default()
             };
             let mut changed = Vec::new();
             for title in &titles {
@@ -162,14 +162,14 @@ impl MeterService {
         .await
     }
 
-    /// What an assignment would come to.
+    /// The outcome that an assignment would have.
     async fn count(&self, caller: &Caller, assignment: Assignment) -> Result<v1::ChangeMetersResponse, ServiceError> {
         let asker = self.island.asker(caller).await?;
         let mut response = v1::ChangeMetersResponse::default();
         let mut after = None;
         for index in 0.. {
             let (titles, more) = self.titles(&assignment.selection, index, after).await?;
-            let mut outcome = Outcome::default();
+            let mut outcome = ChunkOutcome::default();
             let rows = self.island.store.meters(&titles).await?;
             for title in &titles {
                 let row = rows.iter().find(|row| row.title == *title);
@@ -177,7 +177,7 @@ impl MeterService {
                 let meter = meter.filter(|meter| asker.permits(&Action::AssignMeters, &Resource::Meters(&meter.class)));
                 match meter.as_deref().map(|meter| assigned(meter, assignment.head_end.as_ref())) {
                     None => {
-                        // No act follows that would count it.
+                        // No act follows that would count the refusal.
                         self.island.committer.refused(
                             Some(&caller.principal),
                             Action::AssignMeters.name(),
@@ -199,13 +199,14 @@ impl MeterService {
         Ok(response)
     }
 
-    /// Ends the identity of meters. From then on: no session, no frame, no repeated grant; the
-    /// active key versions are deactivated. What was granted before stays valid in its holder's
-    /// hands until the grant's end. Wrapped keys stay in the rows: they are candidates (I3) until
-    /// the retention time has passed; then [`crate::retention`] destroys them.
+    /// Retires meters: ends their identity. From then on there is no session, no frame and no
+    /// repeated grant, and the active key versions are deactivated. Earlier grants stay valid until
+    /// their end. Wrapped keys stay in the rows. They are candidates (I3) until the retention time
+    /// has passed; then [`crate::retention`] destroys them.
     ///
     /// # Errors
-    /// Unknown caller, a request id that was used for something else, or the database is away.
+    /// Unknown caller, a request id that was used for another request, or the database cannot be
+    /// reached.
     #[boxed]
     pub async fn retire(
         &self,
@@ -219,8 +220,8 @@ impl MeterService {
             let reason = reason.clone();
             let reads = Reads { meters: titles.clone(), ..Reads::default() };
             let outcome = self
-                .chunk(caller, Action::RetireMeters, request, index, reads, move |view, permit| {
-                    let mut outcome = Outcome::default();
+                .change_chunk(caller, Action::RetireMeters, request, index, reads, move |view, permit| {
+                    let mut outcome = ChunkOutcome::default();
                     let mut changed = Vec::new();
                     for title in &titles {
                         let Some(mut meter) = permitted(view, permit, &Action::RetireMeters, *title, &mut outcome)
@@ -243,13 +244,12 @@ impl MeterService {
         Ok(response)
     }
 
-    /// Retires a meter in favour of another one at the same place, which is known already: that one
-    /// becomes its head-end's business. Nothing of the old one's keys, counters and groups is
-    /// carried over.
+    /// Retires a meter, and assigns the head-end of the old meter to a registered new meter at the
+    /// same place. The new meter does not get keys, counters or groups of the old one.
     ///
     /// # Errors
-    /// Not permitted; the new meter is unknown, retired, or another head-end's; or the database is
-    /// away.
+    /// Not permitted; the new meter is unknown, retired, or another head-end's; or the database
+    /// cannot be reached.
     #[boxed]
     pub async fn replace(
         &self,
@@ -267,11 +267,11 @@ impl MeterService {
         }
         let reads = Reads { meters: vec![old, new], ..Reads::default() };
         let outcome = self
-            .chunk(caller, Action::ReplaceMeter, request, 0, reads, move |view, permit| {
-                let mut outcome = Outcome::default();
+            .change_chunk(caller, Action::ReplaceMeter, request, 0, reads, move |view, permit| {
+                let mut outcome = ChunkOutcome::default();
                 let action = Action::ReplaceMeter;
                 let refused = |title| ServiceError::denied(format!("replaceMeter with meter {title}"));
-                // The act is refused as a whole, which is counted by itself.
+                // The act is refused as a whole, so the door counts the refusal.
                 let find = |view: &mut View<'_, '_>, title| {
                     let meter = view
                         .meter(title)
@@ -284,7 +284,7 @@ impl MeterService {
                 let mut successor = find(view, new)?;
                 let precondition = |reason: String| ServiceError::FailedPrecondition {
                     reason,
-                    next_step: "look at both with `kms meter show`".to_owned(),
+                    next_step: "check both meters with `kms meter show`".to_owned(),
                 };
                 if former.class.status == MeterStatus::Retired {
                     return Err(precondition(format!("{old} is retired already")));
@@ -310,17 +310,17 @@ impl MeterService {
     }
 }
 
-/// A meter that policy lets the principal change; else a problem is noted, the same for an unknown
-/// one.
+/// The meter, if policy lets the principal change it. If not, a problem is added, the same as for
+/// an unknown meter.
 pub(super) fn permitted(
     view: &mut View<'_, '_>,
     permit: &Permit,
     action: &Action,
     title: SystemTitle,
-    outcome: &mut Outcome,
+    outcome: &mut ChunkOutcome,
 ) -> Option<Arc<Meter>> {
-    // An error is a row that does not verify, as good as absent (I5), or one that is read for the
-    // next attempt.
+    // An error means that the row does not verify and counts as absent (I5), or that it is read for
+    // the next attempt.
     let meter =
         view.meter(title).ok().flatten().filter(|meter| permit.permits(action, &Resource::Meters(&meter.class)));
     if meter.is_none() {
@@ -330,7 +330,7 @@ pub(super) fn permitted(
     meter
 }
 
-/// The meter as assigned; `None` if it is already.
+/// The meter with the assignment; `None` if it has it already.
 fn assigned(meter: &Meter, head_end: Option<&PrincipalId>) -> Result<Option<Meter>, String> {
     if meter.class.status == MeterStatus::Retired {
         return Err("it is retired".to_owned());
@@ -347,7 +347,7 @@ fn assigned(meter: &Meter, head_end: Option<&PrincipalId>) -> Result<Option<Mete
     Ok(Some(changed))
 }
 
-/// Ends a meter's identity, and the task of a campaign whose transfer ends with it.
+/// Retires a meter, and skips the campaign's task of a transfer that ends with it.
 fn retire(view: &mut View<'_, '_>, meter: &mut Arc<Meter>) -> Result<(), ServiceError> {
     let task = meter.transfer.as_ref().and_then(|transfer| transfer.campaign);
     let now = view.now();
@@ -357,7 +357,7 @@ fn retire(view: &mut View<'_, '_>, meter: &mut Arc<Meter>) -> Result<(), Service
     task.map_or(Ok(()), |task| drop_task(view, task, meter.title, MeterStatus::Retired.name()))
 }
 
-/// A row that was read and verified breaks what holds of slots.
+/// A verified row breaks a rule of slots: a fault of this program.
 fn fault(error: SlotError) -> ServiceError {
     ServiceError::Internal(error.to_string())
 }
@@ -365,7 +365,7 @@ fn fault(error: SlotError) -> ServiceError {
 /// The record of a change, if there was one (I2).
 pub(super) fn record(
     view: &mut View<'_, '_>,
-    outcome: &mut Outcome,
+    outcome: &mut ChunkOutcome,
     change: &str,
     meters: &[SystemTitle],
     value: String,

@@ -1,4 +1,5 @@
-//! Keys that somebody knows who should not: marked, so that they are never granted again.
+//! Compromised keys: key versions that somebody knows who must not are marked, and never granted
+//! again.
 
 use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use kms_proto::v1::{self, MetersChanged, audit_record::Event};
 use kms_store::Reads;
 
 use super::{MeterService, Request};
-use crate::{owner::expose_to_who_knows_a_kek, retention::expose_groups_under_equal_keks};
+use crate::{equal_keys::expose_groups_under_equal_keks, owner::expose_to_who_knows_a_kek};
 use kms_authz::{Action, Caller, Resource};
 use kms_base::error::ServiceError;
 use kms_ledger::{Act, Asker, Decision, Known, Permit, View};
@@ -31,13 +32,13 @@ pub struct Compromise {
 }
 
 impl MeterService {
-    /// Marks a version of a key as compromised, and says how the meter stands then. If it was the
-    /// active one, nothing of the key is granted until a new version is proven: a transfer brings
-    /// it, since the HSM still makes exchanges under every candidate.
+    /// Marks a key version as compromised, and returns the meter. If it was the active version, the
+    /// key is not granted until a new version is proven. A transfer can deliver that version,
+    /// because the HSM still uses every candidate.
     ///
     /// # Errors
-    /// Not permitted, which is also said of an unknown meter; there is no such version, or it is
-    /// compromised or destroyed already; or the database is away.
+    /// Not permitted, which is also the answer for an unknown meter; the version does not exist, or
+    /// is compromised or destroyed already; or the database cannot be reached.
     #[boxed]
     pub async fn report_compromise(
         &self,
@@ -47,8 +48,8 @@ impl MeterService {
     ) -> Result<v1::Meter, ServiceError> {
         let (title, key_type, version) = (report.meter, report.key_type, report.version);
         self.island.door.act(caller, request, report).await?;
-        // Other meters may have the same value as their KEK. Which ones, no list says: where this
-        // is cut off, the next day's housekeeping does it.
+        // Other meters may have the same value as their KEK, and no list says which. If this is
+        // interrupted, the daily maintenance completes it.
         let equal = |meter: &Meter| {
             let mut versions =
                 meter.slots.iter().filter(|slot| slot.key_type() == key_type).flat_map(kms_domain::Slot::versions);
@@ -82,7 +83,7 @@ impl Act for Compromise {
         let mut meter = view.meter(self.meter)?.ok_or_else(|| self.denied())?;
         let refuse = |reason: String| ServiceError::FailedPrecondition {
             reason,
-            next_step: "look at the meter with `kms meter show`".to_owned(),
+            next_step: "check the meter with `kms meter show`".to_owned(),
         };
         let wanted =
             |slot: &&Slot| slot.key_type() == self.key_type && self.setup.is_none_or(|setup| slot.setup() == setup);
@@ -111,7 +112,7 @@ impl Act for Compromise {
 }
 
 impl Compromise {
-    /// The same answer for an unknown meter and one that is none of the caller's business.
+    /// The same answer for an unknown meter and for one that the caller may not change.
     fn denied(&self) -> ServiceError {
         ServiceError::denied(format!("reportCompromise with meter {}", self.meter))
     }

@@ -1,4 +1,5 @@
-//! Counters that head-ends used before this system: taken over with floors, or left with them (I4).
+//! Counters that head-ends used before this system: adopted with floors, or left with the head-ends
+//! (I4).
 
 use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
@@ -11,14 +12,14 @@ use kms_proto::v1;
 use kms_store::Reads;
 
 use super::{
-    CHUNK, Code, MeterService, Outcome, Request,
+    CHUNK, ChunkOutcome, Code, MeterService, Request,
     change::{permitted, record},
 };
 use kms_authz::{Action, Caller};
 use kms_base::error::ServiceError;
 use kms_ledger::{Decision, View};
 
-/// Where a counter stands.
+/// The floor of a counter, and who counts.
 #[derive(Clone, Debug)]
 pub struct CounterFloor {
     /// Of which meter.
@@ -34,15 +35,15 @@ pub struct CounterFloor {
 }
 
 impl MeterService {
-    /// Takes counters over, or leaves them with the head-end that counts today. It concerns every
+    /// Adopts counters, or leaves them with the head-end that counts today. This applies to every
     /// version of the encryption keys (GUEK, GBEK) of the security setup that is not destroyed. A
-    /// counter that nobody counted here before, and one that a head-end gives up, may jump to any
-    /// floor; one that this system counts jumps no further than the device profile's cap, because a
-    /// wrong floor uses up the key.
+    /// counter that is new here, or that a head-end gives up, may jump to any floor. A counter of
+    /// this system jumps no further than the device profile's cap, because a wrong floor uses up
+    /// the key.
     ///
     /// # Errors
-    /// Unknown caller, a head-end of another island, a request id that was used for something else,
-    /// or the database is away.
+    /// Unknown caller, a head-end of another island, a request id that was used for another
+    /// request, or the database cannot be reached.
     #[boxed]
     pub async fn adopt(
         &self,
@@ -65,8 +66,8 @@ impl MeterService {
             let island = self.island.clone();
             let reads = Reads { meters: floors.iter().map(|floor| floor.meter).collect(), ..Reads::default() };
             let outcome = self
-                .chunk(caller, Action::AdoptCounters, request, index, reads, move |view, permit| {
-                    let mut outcome = Outcome::default();
+                .change_chunk(caller, Action::AdoptCounters, request, index, reads, move |view, permit| {
+                    let mut outcome = ChunkOutcome::default();
                     let mut changed = Vec::new();
                     for floor in &floors {
                         let Some(mut meter) =
@@ -121,7 +122,7 @@ struct Adoption<'a> {
 }
 
 impl Adoption<'_> {
-    /// Whether anything changed. All versions or none.
+    /// Changes all versions or none. True if anything changed.
     fn apply(&self, view: &mut View<'_, '_>, meter: &mut Meter) -> Result<bool, (Code, String)> {
         let fault = |error: &dyn std::fmt::Display| (Code::Counter, error.to_string());
         let mut adopted = meter.clone();

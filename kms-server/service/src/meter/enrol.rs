@@ -1,4 +1,4 @@
-//! Meters whose keys this island makes.
+//! Enrols meters whose keys this island makes.
 
 use async_recursion::async_recursion as boxed;
 use std::{collections::BTreeSet, sync::Arc};
@@ -12,8 +12,8 @@ use kms_proto::v1;
 use kms_store::Reads;
 
 use super::{
-    super::{group::Naming, recipe::Recipe},
-    Code, MeterService, NOT_PERMITTED, Outcome, Request,
+    super::{group_names::Naming, recipe::Recipe},
+    ChunkOutcome, Code, MeterService, NOT_PERMITTED, Request,
     change::record,
 };
 use kms_authz::{Action, Caller, Resource};
@@ -46,15 +46,15 @@ pub struct NewMeter {
 
 impl MeterService {
     /// Registers meters whose keys this island makes: diversified or generated, as the device
-    /// profile says; diversified ones become generated where the module derives nothing. The first
-    /// version of each key is active: the meter is set up with it. Keys of groups and device types
-    /// get no slot here: they have commands of their own. Nor do secrets, which only a shipment
-    /// brings: no module makes one inside in their encoding, and outside none may be (I1). The
-    /// meters are in stock until they are assigned.
+    /// profile says. If the module cannot derive keys, diversified keys are generated instead. The
+    /// first version of each key is active: the meter is set up with it. Keys of groups and device
+    /// types get no slot here: they have commands of their own. Secrets get none either, since only
+    /// a shipment brings them: no HSM makes a secret in their encoding, and it must not be made
+    /// outside (I1). The meters are in stock until they are assigned.
     ///
     /// # Errors
-    /// An unknown device profile, or one whose meters cannot be without a secret; a request id that
-    /// was used for something else, or HSM or database are away.
+    /// An unknown device profile, or one whose meters need a secret; a request id that was used for
+    /// another request; or the HSM or the database cannot be reached.
     #[boxed]
     pub async fn enrol(
         &self,
@@ -65,7 +65,7 @@ impl MeterService {
         let Some(profile) = self.island.profiles.get(&enrolment.device_profile) else {
             return Err(ServiceError::invalid(
                 "device_profile",
-                format!("`{}` is not known here", enrolment.device_profile),
+                format!("`{}` is not a device profile of this server", enrolment.device_profile),
             ));
         };
         let keys = profile.setups.iter().flat_map(|setup| setup.keys.iter());
@@ -76,11 +76,11 @@ impl MeterService {
             let name = profile.key_type_name(secret.key_type);
             return Err(ServiceError::FailedPrecondition {
                 reason: format!(
-                    "meters of device profile `{}` need a {name}, and a secret is not made here: the HSM cannot, and no other place may",
+                    "meters of device profile `{}` need a {name}, which only a shipment can bring: the HSM cannot make a secret, and it must not be made outside",
                     profile.name
                 ),
                 next_step: format!(
-                    "import the meters by a shipment that carries the secret, or say `shipped = \"optional\"` for {name} in the profile"
+                    "import the meters with a shipment that has the secret, or set `shipped = \"optional\"` for {name} in the profile"
                 ),
             });
         }
@@ -105,7 +105,7 @@ impl MeterService {
         enrolment: &Arc<Enrolment>,
         profile: &DeviceProfile,
         recipes: Arc<Vec<Recipe>>,
-    ) -> Result<Outcome, ServiceError> {
+    ) -> Result<ChunkOutcome, ServiceError> {
         let action = Action::EnrolMeters;
         let class = MeterClass {
             vendor: enrolment.manufacturer,
@@ -115,7 +115,7 @@ impl MeterService {
             head_end: None,
         };
         let names: BTreeSet<&str> = meters.iter().flat_map(|meter| meter.groups.iter().map(String::as_str)).collect();
-        // Denied before the HSM makes a key.
+        // Refused before the HSM makes a key.
         self.island.asker(caller).await?.require(&action, &Resource::Meters(&class))?;
         let naming = Naming { caller, request: Some(request.id), action: &action, class: Some(&class) };
         let groups = self.groups.resolve(&self.island, &naming, &names, profile.suite).await?;
@@ -123,8 +123,8 @@ impl MeterService {
         let client_titles = self.island.client_titles().await?;
         let (enrolment, suite, other_flag_ids) = (enrolment.clone(), profile.suite, profile.other_flag_ids.clone());
         let reads = Reads { meters: meters.iter().map(|meter| meter.title).collect(), ..Reads::default() };
-        self.chunk(caller, action, request, index, reads, move |view, permit| {
-            let mut outcome = Outcome::default();
+        self.change_chunk(caller, action, request, index, reads, move |view, permit| {
+            let mut outcome = ChunkOutcome::default();
             let mut added = Vec::new();
             for (new, keys) in meters.iter().zip(&generated) {
                 let title = new.title;
@@ -145,7 +145,7 @@ impl MeterService {
                     outcome.problem(
                         title,
                         Code::Title,
-                        "it is a client title here, of a principal or a device profile",
+                        "it is a client title of this island, in a principal or a device profile",
                     );
                     continue;
                 }
@@ -155,7 +155,7 @@ impl MeterService {
                     outcome.problem(
                         title,
                         Code::Group,
-                        "a group of it is of another security suite, or the island has no room for more groups",
+                        "one of its groups is of another security suite, or the island has no room for more groups",
                     );
                     continue;
                 };
@@ -181,7 +181,7 @@ impl MeterService {
                         outcome.problem(
                             title,
                             Code::KnownOtherwise,
-                            "it is known already, as another meter or with keys of its vendor",
+                            "it is already registered, as another meter or with keys of its vendor",
                         );
                         continue;
                     }
@@ -219,8 +219,7 @@ impl MeterService {
             .collect()
     }
 
-    /// The keys of `meters` meters that are made at random, each wrapped under its storage KEK
-    /// inside the HSM.
+    /// The generated keys of so many meters, each wrapped under its storage KEK inside the HSM.
     async fn generate(
         &self,
         caller: &Caller,

@@ -1,9 +1,9 @@
-//! Which meters a call is about.
+//! Which meters a call selects.
 
 use kms_domain::{DeviceProfileName, FlagId, Meter, MeterStatus, PrincipalId, SystemTitle};
 use kms_store::{Assigned, MeterFilter};
 
-/// Meters by what is known of them. Empty: all.
+/// Selects meters by what is known of them. An empty filter selects all.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Filter {
     /// Of this manufacturer.
@@ -12,13 +12,13 @@ pub struct Filter {
     pub device_profile: Option<DeviceProfileName>,
     /// In this status.
     pub status: Option<MeterStatus>,
-    /// By the head-end: `None` is any, `Some(None)` those that are assigned to none.
+    /// Assigned to this head-end; `None`: to any or none; `Some(None)`: to none.
     pub head_end: Option<Option<PrincipalId>>,
     /// Of this batch.
     pub batch: Option<String>,
 }
 
-/// The meters of a request: named, or by what is known of them.
+/// The meters of a request: named, or selected by a filter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Selection {
     /// These.
@@ -28,7 +28,7 @@ pub enum Selection {
 }
 
 impl Filter {
-    /// The same for one head-end's meters only; `None` if it asks for those of another.
+    /// The same filter for the meters of one head-end only; `None` if it selects those of another.
     pub(super) fn only_of(self, head_end: &PrincipalId) -> Option<Self> {
         match &self.head_end {
             None => Some(Self { head_end: Some(Some(head_end.clone())), ..self }),
@@ -37,7 +37,7 @@ impl Filter {
         }
     }
 
-    /// The search columns that find them.
+    /// The search columns that find the meters.
     pub(super) fn columns(&self) -> MeterFilter {
         MeterFilter {
             vendor: self.manufacturer.map(|manufacturer| manufacturer.to_string()),
@@ -53,7 +53,7 @@ impl Filter {
         }
     }
 
-    /// I5: whether a meter matches by its sealed row. The search columns find, and never decide.
+    /// I5: whether a meter matches by its sealed row. The search columns only find rows.
     pub(super) fn matches(&self, meter: &Meter) -> bool {
         self.manufacturer.is_none_or(|manufacturer| meter.class.vendor == manufacturer)
             && self.device_profile.as_ref().is_none_or(|profile| meter.class.profile == *profile)

@@ -1,5 +1,5 @@
-//! The way out where a meter is truly ahead of its counter by more than the device profile's cap:
-//! two people move it (I4, I6).
+//! Raises a counter further than the device profile's cap, if the meter really is that far ahead.
+//! Two people decide it (I4, I6).
 
 use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
@@ -44,11 +44,11 @@ pub struct CounterRaise {
 
 impl MeterService {
     /// Proposes to raise a counter further than the device profile's cap. It is raised when another
-    /// person has approved it, and somebody carries it out.
+    /// person has approved the proposal, and an officer executes it.
     ///
     /// # Errors
-    /// Not permitted, which is also said of an unknown meter; the counter is a head-end's or as
-    /// high already; or the database is away.
+    /// Not permitted, which is also the answer for an unknown meter; a head-end counts, or the
+    /// counter is as high already; or the database cannot be reached.
     #[boxed]
     pub async fn propose_raise(
         &self,
@@ -68,10 +68,11 @@ impl MeterService {
     }
 }
 
-/// Raises a counter as people have approved it, if it still fits: never lowers it (I4).
+/// Raises a counter as approved, if the proposal still fits. Never lowers it (I4).
 ///
 /// # Errors
-/// Not permitted; the key is gone, the counter has become a head-end's, or is as high already.
+/// Not permitted; the key version does not exist any more; a head-end counts now; or the counter is
+/// as high already.
 pub(crate) fn raise_counter(
     view: &mut View<'_, '_>,
     island: &Island,
@@ -121,10 +122,10 @@ pub(crate) fn raise_counter(
     Ok(())
 }
 
-/// A raise that fits the meter as it is.
+/// A raise that fits the present row of the meter.
 struct Raise {
     key: CounterKey,
-    /// What the row says of the lowest counter that may be used now: see [`v1::CounterRaised`].
+    /// The lowest counter that may be used now, as the row says: see [`v1::CounterRaised`].
     from: u64,
 }
 
@@ -141,7 +142,7 @@ impl Raise {
                     "the meter has no {} version {} in security setup {}",
                     raise.key_type, raise.version, raise.setup
                 ),
-                "look at it with `kms meter show`",
+                "check it with `kms meter show`",
             );
         };
         let state = match version.counters() {
@@ -150,18 +151,19 @@ impl Raise {
         };
         if let Some(CounterOwnership::HeadEnd(head_end)) = state.as_ref().map(CounterState::ownership) {
             return refuse(
-                format!("the counter is left to `{head_end}`"),
-                "take it over with its floor: kms meter adopt",
+                format!("the head-end `{head_end}` keeps this counter"),
+                "adopt it with its floor: `kms meter adopt`",
             );
         }
         let to = u64::from(raise.to);
         let first = u64::from(CounterState::FIRST);
         let (usable, bound) = state.map_or((first, first), |state| (state.dealt_from(), state.bound()));
-        // I4: never lower. Inside the chunk that a server deals from, a floor has it go on above.
+        // I4: never lower. Inside the chunk that a server allocates from, the floor makes it
+        // continue above.
         if to <= usable {
             return refuse(
-                format!("counters below {usable} are not used any more, so that nothing is raised to {to}"),
-                "look at it with `kms meter show`",
+                format!("counters below {usable} are already used up, so {to} raises nothing"),
+                "check it with `kms meter show`",
             );
         }
         let from = if to > bound { bound } else { usable };
@@ -169,7 +171,7 @@ impl Raise {
     }
 }
 
-/// What is asked for, with the names that were left out.
+/// The raise with the names that the request left out.
 fn named(meter: &Meter, new: &CounterRaise) -> Result<RaiseCounter, ServiceError> {
     let setup = new
         .setup
@@ -179,7 +181,7 @@ fn named(meter: &Meter, new: &CounterRaise) -> Result<RaiseCounter, ServiceError
     let (Some(slot), Some(version)) = (slot, new.version.or(held)) else {
         return Err(ServiceError::FailedPrecondition {
             reason: format!("the meter has no {} of its own", new.key_type),
-            next_step: "look at it with `kms meter show`".to_owned(),
+            next_step: "check it with `kms meter show`".to_owned(),
         });
     };
     Ok(RaiseCounter {
@@ -192,7 +194,7 @@ fn named(meter: &Meter, new: &CounterRaise) -> Result<RaiseCounter, ServiceError
     })
 }
 
-/// The same answer for an unknown meter and one whose counters the principal may not raise.
+/// The same answer for an unknown meter and for one whose counters the principal may not raise.
 fn denied(title: SystemTitle) -> ServiceError {
     ServiceError::denied(format!("raiseCounter with meter {title}"))
 }

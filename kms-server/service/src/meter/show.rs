@@ -1,5 +1,4 @@
-//! A meter as the contract shows it. Key bytes, wrapped or not, have no way into these messages
-//! (I1).
+//! A meter as the contract shows it. These messages have no fields for keys, wrapped or not (I1).
 
 use std::sync::Arc;
 
@@ -9,7 +8,7 @@ use kms_domain::{
 };
 use kms_proto::v1;
 
-/// The meter in a line of a list.
+/// The meter as an entry of a list.
 pub(super) fn summary(meter: &Meter) -> v1::MeterSummary {
     v1::MeterSummary {
         meter: meter.title.octets().to_vec().into(),
@@ -26,7 +25,7 @@ pub(super) fn summary(meter: &Meter) -> v1::MeterSummary {
 
 /// The keys of a row, with the rows that belong to them.
 pub(crate) struct Shown<'a> {
-    /// Names key types of its own.
+    /// Names the key types that are its own.
     pub(crate) profile: Option<&'a DeviceProfile>,
     /// The keys.
     pub(crate) slots: &'a Slots,

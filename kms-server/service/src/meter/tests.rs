@@ -2,8 +2,7 @@ use kms_domain::{
     CounterKey, DeviceProfileName, FlagId, KeyOrigin, KeyState, KeyType, MeterStatus, PrincipalId, RequestId,
     SecuritySetupId, SystemTitle,
 };
-use kms_proto::v1::{self, AuditRecord, audit_record::Event};
-use kms_store::AuditFilter;
+use kms_proto::v1::{self, audit_record::Event};
 use prost::Message as _;
 
 use super::{Assignment, CounterFloor, Enrolment, Filter, MeterService, NewMeter, Request, Selection};
@@ -29,18 +28,11 @@ impl TestIsland {
     }
 
     async fn changes(&self) -> Vec<v1::MetersChanged> {
-        let rows = self
-            .island
-            .store
-            .audit_page(&AuditFilter { kind: Some(20), ..AuditFilter::default() }, None, 1_000)
-            .await
-            .unwrap();
-        rows.iter()
-            .filter_map(|row| match AuditRecord::decode(row.record.record.as_slice()).unwrap().event {
-                Some(Event::MetersChanged(event)) => Some(event),
-                _ => None,
-            })
-            .collect()
+        self.recorded(|event| match event {
+            Event::MetersChanged(event) => Some(event),
+            _ => None,
+        })
+        .await
     }
 
     async fn first_counter(&self, title: SystemTitle) -> Result<u32, ServiceError> {
@@ -185,7 +177,7 @@ island_tests! {
         island.deliver(&sample("generic-suite0", 3)).await;
         let service = island.service();
         let floor = |number, floor, owned_by: Option<&PrincipalId>| CounterFloor { meter: meter(number), setup: SecuritySetupId::DEFAULT, client_title: client_title(), floor, owned_by: owned_by.cloned() };
-        // Nobody counted here before: any floor.
+        // A new counter takes any floor.
         let hes = island.other_head_end.principal.clone();
         let adopted = service.adopt(&island.officer, request(1), vec![floor(1, 5_000_000, None), floor(2, 300, Some(&hes)), floor(77, 1, None)]).await.unwrap();
         assert_eq!(counts(&adopted), (2, 0, 1));
@@ -197,10 +189,10 @@ island_tests! {
         // The head-end gives it up.
         assert_eq!(counts(&service.adopt(&island.officer, request(2), vec![floor(2, 4_000_000, None)]).await.unwrap()), (1, 0, 0));
         assert_eq!(island.first_counter(meter(2)).await.unwrap(), 4_000_000);
-        // What this system counts jumps no further than the cap of the profile, and never back.
+        // A counter of this system jumps no further than the cap of the profile, and never back.
         assert_eq!(counts(&service.adopt(&island.officer, request(3), vec![floor(2, 4_300_000, None)]).await.unwrap()), (0, 0, 1));
-        // The row does not tell how much of its chunk the server has used: a floor is noted there,
-        // and what lies above goes on.
+        // The row does not say how much of its chunk the server has used. The floor is noted there,
+        // and counters above it are used.
         assert_eq!(counts(&service.adopt(&island.officer, request(4), vec![floor(2, 10, None)]).await.unwrap()), (1, 0, 0));
         assert_eq!(island.first_counter(meter(2)).await.unwrap(), 4_000_001);
         assert_eq!(counts(&service.adopt(&island.officer, request(5), vec![floor(2, 4_100_000, None)]).await.unwrap()), (1, 0, 0));
@@ -208,7 +200,7 @@ island_tests! {
         assert_eq!(counts(&service.adopt(&island.head_end, request(6), vec![floor(1, 1, None)]).await.unwrap()), (0, 0, 1));
     }
 
-    // I4: a chunk that is being dealt from is no way past a floor.
+    // I4: a server that allocates from a chunk also observes the floor.
     async fn an_adopted_floor_binds_the_server_that_holds_the_chunk_and_every_other(island) {
         island.deliver(&sample("generic-suite0", 2)).await;
         // Meters 3 and 4 have equal keys: their counters are in a domain.
@@ -247,7 +239,8 @@ island_tests! {
             assert_eq!(next_counters(&here, title, 1, false).await.first, chunk_end + 65_536);
             adopt(floors_at, title, chunk_end + 2 * 65_536 + 30_000).await;
             assert_eq!(next_counters(&here, title, 1, false).await.first, chunk_end + 2 * 65_536 + 30_000);
-            // A floor in the chunk of this server, and another one goes on; and a restarted one.
+            // The floor lies in the chunk of this server. Another server continues, and then a
+            // restarted one.
             let floor = chunk_end + 2 * 65_536 + 35_000;
             adopt(floors_at, title, floor).await;
             assert!(next_counters(&there, title, 1, true).await.first >= floor);

@@ -7,8 +7,8 @@ use kms_domain::{
     DeviceProfileName, ExposureReason, FlagId, GroupId, KeyType, Party, RequestId, SecuritySetupId,
     TransportCertificate,
 };
-use kms_proto::v1::{self, AuditRecord, Manifest, audit_record::Event};
-use kms_store::{AuditFilter, RowKind};
+use kms_proto::v1::{self, Manifest, audit_record::Event};
+use kms_store::RowKind;
 use prost::Message as _;
 
 use super::{NewDeviceType, NewOwnerKey, OwnerService};
@@ -79,14 +79,13 @@ impl TestIsland {
         ));
     }
 
-    async fn events(&self, kind: u16) -> Vec<Event> {
-        let rows = self
-            .island
-            .store
-            .audit_page(&AuditFilter { kind: Some(kind), ..AuditFilter::default() }, None, 1_000)
-            .await
-            .unwrap();
-        rows.iter().filter_map(|row| AuditRecord::decode(row.record.record.as_slice()).unwrap().event).collect()
+    /// The keys of groups and device types that were created, as the log says.
+    async fn keys_created(&self) -> Vec<v1::KeyCreated> {
+        self.recorded(|event| match event {
+            Event::KeyCreated(event) => Some(event),
+            _ => None,
+        })
+        .await
     }
 }
 
@@ -167,8 +166,8 @@ island_tests! {
         assert_eq!((first.groups[0].name.as_str(), rest.groups[0].name.as_str(), rest.groups.len(), rest.next), ("north", "south", 1, None));
 
         // I2: one record, which names the row; and the scrubber agrees.
-        let events = island.events(26).await;
-        assert!(matches!(events.as_slice(), [Event::KeyCreated(event)] if event.owner_name == "north" && event.owner_kind == 2 && event.state == "pre-active"), "{events:?}");
+        let events = island.keys_created().await;
+        assert!(matches!(events.as_slice(), [event] if event.owner_name == "north" && event.owner_kind == u32::from(RowKind::Group.number()) && event.state == "pre-active"), "{events:?}");
         assert_eq!(Scrubber::new(island.island.clone()).scrub(|_| true).await.unwrap().findings, []);
     }
 
@@ -202,8 +201,8 @@ island_tests! {
         let lease = keys.lease.clone().unwrap();
         assert_eq!((lease.client_title.as_ref(), lease.key_version, lease.first, lease.count), (&client_title().octets()[..], 1, 1, 100));
         // The record, and the ledger: once, however often it is lent.
-        let events = island.events(17).await;
-        assert!(matches!(events.last(), Some(Event::KeysGranted(event)) if event.meters[0].group == 1 && event.meters[0].meter == 0 && event.meters[0].lease_first == 1), "{events:?}");
+        let events = island.recorded(|event| match event { Event::KeysGranted(event) => Some(event), _ => None }).await;
+        assert!(matches!(events.last(), Some(event) if event.meters[0].group == 1 && event.meters[0].meter == 0 && event.meters[0].lease_first == 1), "{events:?}");
         // The same request again is the same grant with the same lease.
         assert_eq!(group_keys(&open(&island.island, &island.head_end, 12, "north").await.unwrap()).lease, keys.lease);
         // I4: leases follow each other on all servers; the older one is overtaken then.
@@ -296,8 +295,8 @@ island_tests! {
         // Another server knows them too, and numbers go on.
         let other = OwnerService::new(island.another_server().await);
         assert_eq!(other.add_device_type(&island.officer, id(12), gateway("kam-third", "generic-suite1")).await.unwrap().number, 3);
-        assert!(matches!(island.events(26).await.as_slice(), [Event::KeyCreated(event)] if event.owner_kind == 3 && event.key_type == "FIRMWARE"));
-        assert_eq!(island.events(27).await.len(), 3);
+        assert!(matches!(island.keys_created().await.as_slice(), [event] if event.owner_kind == u32::from(RowKind::DeviceType.number()) && event.key_type == "FIRMWARE"));
+        assert_eq!(island.recorded(|event| matches!(event, Event::DeviceTypeAdded(_)).then_some(())).await.len(), 3);
         assert_eq!(Scrubber::new(island.island.clone()).scrub(|_| true).await.unwrap().findings, []);
     }
 }

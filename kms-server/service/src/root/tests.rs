@@ -6,7 +6,7 @@ use kms_domain::{
     WriterId,
 };
 use kms_proto::v1::AuditRecord;
-use kms_store::{AuditAppend, AuditFilter, AuditTail, Changes, Decision, ReadSet, SealedRow};
+use kms_store::{AuditAppend, AuditTail, Changes, Decision, ReadSet, SealedRow};
 use prost::Message as _;
 
 use super::*;
@@ -165,14 +165,11 @@ impl TestIsland {
             .unwrap()
     }
 
-    async fn records_of(&self, kind: u16) -> Vec<AuditRecord> {
-        let rows = self
-            .island
-            .store
-            .audit_page(&AuditFilter { kind: Some(kind), ..AuditFilter::default() }, None, 1_000)
-            .await
-            .unwrap();
-        rows.iter().map(|row| AuditRecord::decode(row.record.record.as_slice()).unwrap()).collect()
+    /// The records whose events are of this kind.
+    async fn records_of(&self, is_kind: impl Fn(&Event) -> bool) -> Vec<AuditRecord> {
+        let mut records = self.log().await;
+        records.retain(|record| record.event.as_ref().is_some_and(&is_kind));
+        records
     }
 
     async fn put_back(&self, number: u64, row: &SealedRow) {
@@ -269,8 +266,8 @@ island_tests! {
         assert_eq!(values(&before), values(&after), "every key is the same, by its fingerprint");
         assert!(island.stored_keys(KeyClass::Kek, 3).await.iter().all(|key| key.2 == 1), "another class has its own KEK");
         // I2: a record a page, with the rows.
-        let records = island.records_of(48).await;
-        assert_eq!(records.iter().map(|record| record.row_writes.iter().filter(|row| row.kind == 1).count()).sum::<usize>(), 300);
+        let records = island.records_of(|event| matches!(event, Event::RootRowsAdvanced(_))).await;
+        assert_eq!(records.iter().map(|record| record.row_writes.iter().filter(|row| row.kind == u32::from(RowId::Meter(meter(1)).kind())).count()).sum::<usize>(), 300);
         let counts = roots.count(|_| true).await.unwrap();
         assert_eq!((counts.of(RootId { purpose: STORAGE, version: 1 }), counts.of(id), counts.unreadable), (0, after.len() as u64, 0));
         // What comes from now on is under the new one, on every server.
@@ -518,7 +515,7 @@ island_tests! {
         assert_eq!(leader.committer.seal_keys().oldest(), 2);
         // Each chain tells where the key changes, in the last record under the old one and the
         // first under the new; and one closes those of the others.
-        let changes = island.records_of(50).await;
+        let changes = island.records_of(|event| matches!(event, Event::AuditKeyChanged(_))).await;
         let closing = |record: &AuditRecord| matches!(&record.event, Some(Event::AuditKeyChanged(event)) if !event.closed.is_empty());
         assert_eq!((changes.len(), changes.iter().filter(|record| closing(record)).count()), (5, 1), "{changes:?}");
         assert_eq!(findings(&leader).await, []);
@@ -590,7 +587,7 @@ island_tests! {
             assert!(state.state == "finished" && state.reason.contains("tasks of a campaign"), "{state:?}");
         }
         let not_retired = |record: &AuditRecord| matches!(&record.event, Some(Event::RootRotationChanged(event)) if event.change == "not retired");
-        assert_eq!(island.records_of(47).await.iter().filter(|record| not_retired(record)).count(), 1, "on the record when it is news");
+        assert_eq!(island.log().await.iter().filter(|record| not_retired(record)).count(), 1, "on the record when it is news");
         // Within ten minutes nobody reads all rows again.
         let service = CampaignService::new(island.island.clone());
         service.change(&island.officer, request(), campaign, CampaignChange::Abort { reason: "test".to_owned() }).await.unwrap();
@@ -745,7 +742,7 @@ island_tests! {
         assert_eq!(roots.destroy_decided(&island.island.row()).await.unwrap(), None);
         assert!(!island.island.hsm.has_key(key).await.unwrap());
         assert_eq!(roots.destroy_decided(&island.island.row()).await.unwrap(), None);
-        let events: Vec<_> = island.records_of(49).await.into_iter().map(|record| match record.event { Some(Event::RootDestroyed(event)) => event.change, _ => String::new() }).collect();
+        let events = island.recorded(|event| match event { Event::RootDestroyed(event) => Some(event.change), _ => None }).await;
         assert_eq!(events, ["decided", "begun", "done"], "I2: on the record before the token is changed");
         let left = island.stored_keys(KeyClass::Session, 20).await;
         assert!(!left.is_empty() && left.iter().all(|key| key.2 == 2), "every key is there still");

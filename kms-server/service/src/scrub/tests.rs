@@ -1,7 +1,7 @@
 use std::collections::BTreeSet;
 
 use kms_domain::RequestId;
-use kms_proto::v1::{self, ScrubFinding, ScrubResponse, audit_record::Event};
+use kms_proto::v1::{ScrubFinding, ScrubResponse, audit_record::Event};
 use kms_store::{AuditFilter, Changes, Committed, Decision, MeterPut, ReadSet, Reads, RowKind, SealedPut, SealedRow};
 use prost::Message as _;
 
@@ -111,7 +111,7 @@ island_tests! {
         for number in [1, 5, 6, 7] {
             assert!(service.show(&island.officer, meter(number)).await.is_err(), "{number}");
         }
-        let events = island.island.store.audit_page(&AuditFilter { kind: Some(24), ..AuditFilter::default() }, None, 1_000).await.unwrap();
+        let events = island.recorded(|event| matches!(event, Event::SecurityEvent(_)).then_some(())).await;
         assert!(events.len() >= 12);
     }
 
@@ -230,9 +230,7 @@ island_tests! {
             let selection = Selection::Meters(vec![meter(1)]);
             let request = Request { id: RequestId::from_octets(&[number; 16]).unwrap(), digest: [number; 32] };
             MeterService::new(server).assign(&island.officer, request, Assignment { selection, head_end, dry_run: false }).await.unwrap();
-            let opened = store.audit_page(&AuditFilter { kind: Some(16), ..AuditFilter::default() }, None, 1_000).await.unwrap();
-            let opened = opened.iter().map(|row| v1::AuditRecord::decode(row.record.record.as_slice()).unwrap().event);
-            opened.filter_map(|event| match event { Some(Event::WriterOpened(opened)) => Some(opened.closed), _ => None }).next_back().unwrap()
+            island.recorded(|event| match event { Event::WriterOpened(opened) => Some(opened.closed), _ => None }).await.pop().unwrap()
         };
         // As long as it may be alive, its chain is its own.
         assert_eq!(closed_by(island.another_server().await, 80, None).await, []);

@@ -1,5 +1,5 @@
-//! The second pass: lines parsed and their keys taken over by the HSM, ahead of what is being
-//! committed.
+//! The second pass: lines are parsed, and the HSM imports their keys, while the batch before them
+//! is committed.
 
 use std::{
     sync::{
@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 
 use super::{
     spool::{Lines, Windows},
-    verify::Verified,
+    verify::{IMPORTS, Verified},
 };
 use crate::island::Island;
 use kms_base::error::ServiceError;
@@ -25,9 +25,9 @@ use kms_base::error::ServiceError;
 /// Lines of a shipment, ready to be committed.
 pub(super) struct ReadyBatch {
     pub(super) first_line: u64,
-    /// The line that comes next.
+    /// The first line of the next batch.
     pub(super) next_line: u64,
-    /// Whether these are the last.
+    /// Whether no line follows.
     pub(super) last: bool,
     pub(super) devices: Vec<ReadyDevice>,
     pub(super) refusals: Vec<(u64, ShipmentLineError)>,
@@ -51,7 +51,7 @@ pub(super) struct ReadyKey {
     pub(super) fingerprint: [u8; 16],
 }
 
-/// How many lines a batch has: more while commits are quick, fewer when they keep others waiting.
+/// How many lines a batch has: more while commits are fast, fewer when they delay other callers.
 pub(super) struct BatchSize(AtomicUsize);
 
 impl BatchSize {
@@ -63,7 +63,7 @@ impl BatchSize {
         self.0.load(Ordering::Relaxed)
     }
 
-    /// To be told how long each commit took.
+    /// Takes the time of each commit into account.
     pub(super) fn committed_in(&self, time: Duration) {
         let now = self.get();
         let next = match time {
@@ -75,8 +75,8 @@ impl BatchSize {
     }
 }
 
-/// Starts to read, from the line that comes next; batches arrive in order. A few are made ahead; it
-/// stops when the receiver is dropped.
+/// Starts to read at line `next_line`. Batches arrive in order, and a few are prepared ahead.
+/// Reading stops when the receiver is dropped.
 pub(super) fn read_ahead(
     island: Arc<Island>,
     verified: Arc<Verified>,
@@ -87,7 +87,7 @@ pub(super) fn read_ahead(
     let (parsed, to_import) = mpsc::channel(1);
     let (ready, receiver) = mpsc::channel(1);
     tokio::spawn(Parser::new(verified.clone(), next_line, size).run(windows, parsed));
-    tokio::spawn(take_over(island, verified, to_import, ready));
+    tokio::spawn(import_ahead(island, verified, to_import, ready));
     receiver
 }
 
@@ -131,7 +131,7 @@ impl Parser {
                     return;
                 }
             };
-            // Parsing takes the processor for milliseconds.
+            // Parsing keeps a processor busy for milliseconds.
             let result = tokio::task::spawn_blocking(move || {
                 let skipped = usize::try_from(self.verified.next_begin.saturating_sub(begin)).unwrap_or(usize::MAX);
                 self.take(window.get(skipped.min(window.len())..).unwrap_or_default());
@@ -142,7 +142,7 @@ impl Parser {
                 Err(_) => return,
             };
             for batch in std::mem::take(&mut self.full) {
-                // Nobody waits any more: the caller has gone, or a commit failed.
+                // Nobody waits for it any more: the caller has disconnected, or a commit failed.
                 if parsed.send(Ok(batch)).await.is_err() {
                     return;
                 }
@@ -166,7 +166,7 @@ impl Parser {
 
     fn line(&mut self, number: u64, octets: &[u8]) {
         let Verified { header, profile, devices, .. } = &*self.verified;
-        // The trailer is the line behind the last device.
+        // The trailer is the line after the last device.
         if number > *devices + 1 {
             return;
         }
@@ -182,7 +182,7 @@ impl Parser {
     }
 }
 
-async fn take_over(
+async fn import_ahead(
     island: Arc<Island>,
     verified: Arc<Verified>,
     mut parsed: mpsc::Receiver<Result<ParsedBatch, ServiceError>>,
@@ -200,7 +200,7 @@ async fn take_over(
     }
 }
 
-/// From the batch key to the storage KEKs, inside the HSM (I1).
+/// Re-wraps the keys of a batch from the batch key to the storage KEKs, inside the HSM (I1).
 async fn import_keys(island: &Island, verified: &Verified, batch: ParsedBatch) -> Result<ReadyBatch, ServiceError> {
     let ParsedBatch { first_line, next_line, last, devices, mut refusals } = batch;
     let shape = |setup, key_type| verified.profile.key(setup, key_type).map_or(KeyShape::Secret, |key| key.shape);
@@ -213,7 +213,8 @@ async fn import_keys(island: &Island, verified: &Verified, batch: ParsedBatch) -
             wrapped: key.wrapped.clone(),
         })
         .collect();
-    let mut results = if jobs.is_empty() { Vec::new() } else { patiently(island, verified, jobs).await? }.into_iter();
+    let mut results =
+        if jobs.is_empty() { Vec::new() } else { import_with_retries(island, verified, jobs).await? }.into_iter();
     let mut ready = Vec::with_capacity(devices.len());
     for (line, device) in devices {
         let mut keys = Vec::with_capacity(device.keys.len());
@@ -247,8 +248,8 @@ async fn import_keys(island: &Island, verified: &Verified, batch: ParsedBatch) -
     Ok(ReadyBatch { first_line, next_line, last, devices: ready, refusals })
 }
 
-/// A lost session or a full queue does not end an import of hours.
-async fn patiently(
+/// Imports keys, with retries: a lost session or a full queue must not end an import of hours.
+async fn import_with_retries(
     island: &Island,
     verified: &Verified,
     jobs: Vec<ImportJob>,
@@ -265,8 +266,6 @@ async fn patiently(
     }
 }
 
-/// The lane of all imports in the queues of the tokens.
-pub(super) const IMPORTS: &str = "imports";
 const SMALLEST: usize = 64;
 const LARGEST: usize = 1_000;
 const QUICK: Duration = Duration::from_millis(80);

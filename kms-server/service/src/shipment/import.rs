@@ -1,10 +1,10 @@
-//! The import of a verified shipment, batch after batch.
+//! The import of a shipment: the file is verified, then committed batch by batch.
 
 use async_recursion::async_recursion as boxed;
 use std::{sync::Arc, time::Instant};
 
 use kms_domain::{MeterStatus, Principal, PrincipalId, PrincipalStatus, Role};
-use kms_proto::v1::{DuplicateKey, ImportShipmentResponse, RefusedLine};
+use kms_proto::v1::{ImportShipmentResponse, RefusedLine};
 use kms_store::{Reads, ShipmentRow, ShipmentState, UploadId};
 use prost::Message as _;
 use tokio::sync::mpsc;
@@ -12,24 +12,25 @@ use tokio::sync::mpsc;
 use super::{
     ShipmentService,
     batch::{BatchSize, ReadyBatch, read_ahead},
+    error::{no_shipment_key, unknown},
     progress::{Progress, to_proto, upload_id},
-    record::Step,
+    record::{ImportBatch, ImportedBatch},
     spool::Windows,
-    unchanged, unknown,
+    unchanged,
     verify::{FIRST_DEVICE_LINE, Rejection, Verified, verify},
 };
-use crate::group::Naming;
+use crate::group_names::Naming;
 use kms_authz::{Action, Caller, Resource};
 use kms_base::error::ServiceError;
 use kms_ledger::principal_row;
 use kms_ledger::{Act, Asker, Decision, Never, Permit, View};
 
-/// An import under way: its answers, as they come. Dropping it stops the import after the batch
+/// A running import, as a stream of answers. If it is dropped, the import stops after the batch
 /// that is being committed.
 pub struct Import(mpsc::Receiver<Result<ImportShipmentResponse, ServiceError>>);
 
 impl Import {
-    /// The next answer; none behind the last.
+    /// The next answer; `None` after the last.
     #[boxed]
     pub async fn next(&mut self) -> Option<Result<ImportShipmentResponse, ServiceError>> {
         self.0.recv().await
@@ -42,16 +43,17 @@ impl Import {
 }
 
 impl ShipmentService {
-    /// Imports a shipment, or goes on where an earlier call stopped. Each call tells all refused
-    /// lines, those of earlier calls first; after the end it repeats the result.
+    /// Imports a shipment, or continues where an earlier call stopped. Each call reports all
+    /// refused lines, those of earlier calls first. A call after the end repeats the result.
     ///
-    /// The meters become the head-end's, if one is named, and are then in service: policy lets a
-    /// head-end talk to meters that are its own and in service. Without one they are in stock,
-    /// until they are assigned.
+    /// If a head-end is named, the meters are assigned to it and are in service: policy lets a
+    /// head-end talk to its own meters in service. Without a head-end they are in stock until they
+    /// are assigned.
     ///
     /// # Errors
     /// Not permitted; the file is unknown or not complete; another head-end than in an earlier
-    /// call; HSM or database are away. A file that is refused as a whole is an answer and no error.
+    /// call; the HSM or the database cannot be reached. A file that is refused as a whole is an
+    /// answer and no error.
     #[boxed]
     pub async fn import(
         &self,
@@ -62,7 +64,7 @@ impl ShipmentService {
         if let Some(head_end) = &head_end
             && (head_end.role() != Role::HeadEnd || head_end.island() != self.island.name())
         {
-            return Err(ServiceError::invalid("head_end", format!("`{head_end}` is no head-end of this island")));
+            return Err(ServiceError::invalid("head_end", format!("`{head_end}` is not a head-end of this island")));
         }
         let run = self.begin_import(caller, file_sha256, head_end).await?;
         let (answers, receiver) = mpsc::channel(2);
@@ -92,7 +94,7 @@ impl ShipmentService {
     }
 }
 
-/// What an import begins with.
+/// The answer of [`BeginImport`].
 struct Begun {
     row: ShipmentRow,
     progress: Progress,
@@ -101,7 +103,7 @@ struct Begun {
     own: bool,
 }
 
-/// The beginning of an import, or of a call that goes on with it. It looks, and changes nothing.
+/// Begins an import, or continues it. This act checks and changes nothing.
 struct BeginImport {
     upload: UploadId,
     sha256: [u8; 32],
@@ -124,7 +126,8 @@ impl Act for BeginImport {
     type Past = Never;
 
     fn name(&self) -> &'static str {
-        IMPORT
+        // The name does not depend on whose file it is.
+        Action::ImportShipment { own: false }.name()
     }
 
     fn reads(&self) -> Reads {
@@ -144,12 +147,12 @@ impl Act for BeginImport {
             ShipmentState::Receiving => {
                 return Err(ServiceError::FailedPrecondition {
                     reason: format!("{} of {} octets of the shipment have arrived", row.received, row.size),
-                    next_step: "upload the rest first".to_owned(),
+                    next_step: "upload the rest, then import".to_owned(),
                 });
             }
             ShipmentState::Importing | ShipmentState::Imported if progress.head_end != named => {
                 let reason = format!(
-                    "importShipment has begun with the head-end `{}` and goes on with it alone; assign the meters afterwards with `kms meter assign`",
+                    "the import began with the head-end `{}` and can continue only with it; assign the meters afterwards with `kms meter assign`",
                     progress.head_end
                 );
                 return Err(ServiceError::invalid("head_end", reason));
@@ -161,12 +164,12 @@ impl Act for BeginImport {
         {
             return Err(ServiceError::invalid(
                 "head_end",
-                format!("`{head_end}` is no enabled head-end of this island"),
+                format!("`{head_end}` is not an enabled head-end of this island"),
             ));
         }
         let manufacturer = progress.manufacturer()?;
         let key = view.principal(&manufacturer)?.filter(|known| known.status == PrincipalStatus::Enabled);
-        let key = key.ok_or_else(|| super::no_shipment_key(&manufacturer))?;
+        let key = key.ok_or_else(|| no_shipment_key(&manufacturer))?;
         let own = is_own(&progress, &permit.principal().id);
         Ok(Decision::unchanged(Begun { row, progress, manufacturer: key, own }))
     }
@@ -191,7 +194,7 @@ impl Act for MarkVerified {
     type Past = Never;
 
     fn name(&self) -> &'static str {
-        IMPORT
+        Action::ImportShipment { own: self.own }.name()
     }
 
     fn reads(&self) -> Reads {
@@ -222,7 +225,7 @@ impl Act for MarkVerified {
     }
 }
 
-/// One call's import.
+/// The import of one call.
 struct Run {
     service: ShipmentService,
     caller: Caller,
@@ -239,7 +242,7 @@ type Answers = mpsc::Sender<Result<ImportShipmentResponse, ServiceError>>;
 impl Run {
     async fn finish(mut self, answers: Answers) {
         if let Err(error) = self.run(&answers).await {
-            // A caller that has gone away has no use for it.
+            // An error here means that the caller has disconnected.
             let _ = answers.send(Err(error)).await;
         }
     }
@@ -260,7 +263,7 @@ impl Run {
                 }
             }
         } else {
-            // A server that crashed behind the last batch left the octets.
+            // A server that crashed after the last batch left the octets.
             self.service.delete_chunks(self.upload).await?;
         }
         self.repeat_refusals(answers).await?;
@@ -341,7 +344,7 @@ impl Run {
                 tracing::info!(
                     shipment = hex::encode(self.row.sha256),
                     next_line = self.row.next_line,
-                    "the caller has gone; the import goes on with its next call"
+                    "the caller disconnected; the next call continues the import"
                 );
                 return Ok(());
             }
@@ -358,7 +361,7 @@ impl Run {
         let names = batch.devices.iter().flat_map(|device| device.groups.iter().map(String::as_str)).collect();
         let naming = Naming { caller: &self.caller, request: None, action: &action, class: None };
         let groups = self.service.groups.resolve(&self.service.island, &naming, &names, verified.profile.suite).await?;
-        let step = Step {
+        let act = ImportBatch {
             client_titles: self.service.island.client_titles().await?,
             island: self.service.island.clone(),
             own: self.own,
@@ -370,7 +373,7 @@ impl Run {
             groups,
             batch: Arc::new(batch),
         };
-        let recorded = self.act(Arc::new(step)).await?;
+        let recorded = self.act(Arc::new(act)).await?;
         self.row = recorded.row;
         Ok(ImportShipmentResponse {
             shipment: Some(to_proto(&self.row)?),
@@ -379,13 +382,13 @@ impl Run {
         })
     }
 
-    /// Commits a batch. An import gives way to callers who wait for an answer: it comes back when
-    /// the queue is full.
-    async fn act(&self, step: Arc<Step>) -> Result<Recorded, ServiceError> {
+    /// Commits a batch. If the queue is full, it waits and tries again: callers who wait for an
+    /// answer go before an import.
+    async fn act(&self, act: Arc<ImportBatch>) -> Result<ImportedBatch, ServiceError> {
         let mut attempts = 0;
         loop {
             attempts += 1;
-            match self.service.island.door.act(&self.caller, None, step.clone()).await {
+            match self.service.island.door.act(&self.caller, None, act.clone()).await {
                 Err(ServiceError::ResourceExhausted { retry_after, .. }) if attempts < MOST_ATTEMPTS => {
                     tokio::time::sleep(retry_after).await
                 }
@@ -395,14 +398,5 @@ impl Run {
     }
 }
 
-/// What one batch came to.
-pub(super) struct Recorded {
-    pub(super) row: ShipmentRow,
-    pub(super) refused: Vec<RefusedLine>,
-    pub(super) duplicates: Vec<DuplicateKey>,
-}
-
-/// The action's name in policies and the log.
-pub(super) const IMPORT: &str = "importShipment";
 const REFUSALS_AT_ONCE: u32 = 1_000;
 const MOST_ATTEMPTS: u32 = 20;

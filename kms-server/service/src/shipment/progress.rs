@@ -1,4 +1,5 @@
-//! What the spool remembers of a shipment besides its columns, and how the contract shows it.
+//! The progress of a shipment: what its row holds besides the columns, and how the contract shows
+//! it.
 
 use bytes::Bytes;
 use kms_domain::PrincipalId;
@@ -8,8 +9,8 @@ use prost::Message;
 
 use kms_base::error::ServiceError;
 
-/// The opaque part of a [`ShipmentRow`]. None of it is trusted: signature, digest and count are
-/// verified again at each call of an import, over the octets that are imported (I5).
+/// The opaque part of a [`ShipmentRow`]. None of it is trusted: each call of an import verifies
+/// signature, digest and count again, over the octets that it imports (I5).
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Progress {
     /// The manufacturer's URI, as the sender stated it.
@@ -51,8 +52,8 @@ impl Progress {
     }
 }
 
-/// A file has one upload at a time, whoever sends it and over which server: 12 octets of its
-/// SHA-256, and how often it was refused before (4).
+/// The id of an upload: 12 octets of the file's SHA-256, and how often the file was refused before
+/// (4 octets). So a file has one upload at a time, whoever sends it and to whichever server.
 pub(super) fn upload_id(file_sha256: &[u8; 32], refused_before: u32) -> UploadId {
     let mut id = [0; 16];
     for (octet, value) in id.iter_mut().zip(file_sha256.iter().take(12).chain(&refused_before.to_be_bytes())) {
@@ -68,7 +69,7 @@ pub(super) fn next_upload_id(refused: &ShipmentRow) -> Result<UploadId, ServiceE
         Some(number) => Ok(upload_id(&refused.sha256, number)),
         None => Err(ServiceError::FailedPrecondition {
             reason: format!("this file was refused {MOST_UPLOADS} times"),
-            next_step: "have the manufacturer make and sign it anew".to_owned(),
+            next_step: "ask the manufacturer for a new file with a new signature".to_owned(),
         }),
     }
 }
@@ -79,7 +80,7 @@ pub(super) fn to_proto(row: &ShipmentRow) -> Result<v1::Shipment, ServiceError> 
     Ok(v1::Shipment {
         file_sha256: row.sha256.to_vec().into(),
         file_length: row.size,
-        // Of a refused file nothing is kept: it is sent from its first octet on.
+        // Nothing of a refused file is kept: it is sent again from its first octet.
         received: if row.state == ShipmentState::Refused { 0 } else { row.received },
         state: match row.state {
             ShipmentState::Receiving => "uploading",
@@ -100,5 +101,5 @@ pub(super) fn to_proto(row: &ShipmentRow) -> Result<v1::Shipment, ServiceError> 
     })
 }
 
-/// How often one file can be refused.
+/// How often a file can be refused.
 pub(super) const MOST_UPLOADS: u32 = 64;

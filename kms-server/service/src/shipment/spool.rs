@@ -1,5 +1,5 @@
-//! The file in the spool: read in windows, cut into lines. Memory stays the same for a file of any
-//! length.
+//! Reads a file in the spool in windows and divides it into lines. The memory that this takes does
+//! not depend on the length of the file.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use kms_store::{Store, UploadId};
 
 use kms_base::error::ServiceError;
 
-/// A part of the file between multiples of this many octets is a window.
+/// Octets of a window. Windows begin at multiples of this number.
 const WINDOW: usize = 1 << 20;
 
 /// Reads a file's windows in order.
@@ -18,7 +18,7 @@ pub(super) struct Windows {
     upload: UploadId,
     size: u64,
     position: u64,
-    /// Octets of the last chunk behind the position.
+    /// Octets of the last chunk that were not returned yet.
     rest: Vec<u8>,
     /// Digests of all windows, where they are known from a first pass.
     expected: Option<Arc<[WindowDigest]>>,
@@ -33,8 +33,8 @@ impl Windows {
         Self { store, upload, size, position: 0, rest: Vec::new(), expected: None }
     }
 
-    /// From the window that holds octet `position` on, each checked against its digest: whoever can
-    /// write the database cannot change what was verified a moment ago (I5).
+    /// From the window that holds octet `position` on. Each window is compared with its digest, so
+    /// that nobody who can write the database can change what the first pass verified (I5).
     pub(super) fn verified(
         store: Arc<dyn Store>,
         upload: UploadId,
@@ -54,11 +54,11 @@ impl Windows {
         self.position
     }
 
-    /// The next window; none behind the end.
+    /// The next window; `None` at the end.
     ///
     /// # Errors
-    /// Octets are missing in the spool, or are not those of the first pass; or the database is
-    /// away.
+    /// Octets are missing in the spool, or are not those of the first pass; or the database cannot
+    /// be reached.
     pub(super) async fn next(&mut self) -> Result<Option<Vec<u8>>, ServiceError> {
         let wanted = usize::try_from(self.size.saturating_sub(self.position)).unwrap_or(usize::MAX).min(WINDOW);
         if wanted == 0 {
@@ -95,7 +95,7 @@ pub(super) fn digest_of(window: &[u8]) -> WindowDigest {
     value
 }
 
-/// Cuts octets into lines.
+/// Divides octets into lines.
 #[derive(Debug, Default)]
 pub(super) struct Lines {
     partial: Vec<u8>,
@@ -109,12 +109,13 @@ pub(super) struct Lines {
 pub(super) struct Line<'a> {
     /// From 1.
     pub(super) number: u64,
-    /// Where it begins in the file.
+    /// Its first octet in the file.
     pub(super) begin: u64,
-    /// Its octets. Of a line that is too long, one octet more than the longest has: it is refused
-    /// when it is parsed.
+    /// Its octets. A line that is too long is cut to one octet more than the longest line may have:
+    /// the parser refuses it.
     pub(super) octets: &'a [u8],
-    /// Its octets and line feed as they stand in what was pushed; before that, earlier pieces.
+    /// The part of it, with line feed, that stands in the piece that was pushed last. Earlier
+    /// pieces hold the rest.
     pub(super) tail: &'a [u8],
 }
 
@@ -124,11 +125,11 @@ impl Lines {
         Self { partial: Vec::new(), begin, position: begin, complete: number.saturating_sub(1) }
     }
 
-    /// Takes octets in; calls `each` for every line that they complete. What is left for the next
-    /// piece is returned: octets of a line that goes on.
+    /// Adds a piece, and calls `each` for every line that it completes. Returns the octets after
+    /// the last line feed: the line continues in the next piece.
     ///
     /// # Errors
-    /// The first of `each`.
+    /// The first error of `each`.
     pub(super) fn push<'a, E>(
         &mut self,
         mut octets: &'a [u8],
@@ -190,7 +191,7 @@ fn changed() -> ServiceError {
     }
 }
 
-/// One more than a line may have, so that a longer one is seen as such.
+/// One octet more than a line may have, so that a longer line is noticed.
 const KEPT: usize = LONGEST_SHIPMENT_LINE + 1;
 
 #[cfg(test)]

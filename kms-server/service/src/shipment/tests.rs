@@ -4,15 +4,14 @@ use kms_domain::{
     MeterStatus, OaepHash, Party, PrincipalId, PrincipalStatus, SecuritySetupId, SystemTitle,
 };
 use kms_proto::v1::{AuditRecord, ImportShipmentResponse, audit_record::Event};
-use kms_store::{AuditFilter, MeterFilter};
-use prost::Message as _;
+use kms_store::{MeterFilter, RowKind};
 
 use super::{ShipmentService, UploadStart};
 use crate::island::Island;
 use crate::testing::{
     self, Forged, TestIsland, client_title, database, import, island_tests, meter, sample, sha256, sign,
 };
-use crate::{campaign::CampaignService, meter::MeterService, retention::Housekeeper};
+use crate::{campaign::CampaignService, equal_keys::share_exposures, meter::MeterService};
 use kms_base::error::ServiceError;
 use kms_ledger::CounterOf;
 
@@ -23,11 +22,6 @@ impl TestIsland {
 
     async fn meters(&self) -> u64 {
         self.island.store.meter_count(&MeterFilter::default()).await.unwrap()
-    }
-
-    async fn records(&self) -> Vec<AuditRecord> {
-        let rows = self.island.store.audit_page(&AuditFilter::default(), None, 10_000).await.unwrap();
-        rows.iter().map(|row| AuditRecord::decode(row.record.record.as_slice()).unwrap()).collect()
     }
 
     async fn lease(&self, title: SystemTitle) -> Result<kms_domain::Lease, ServiceError> {
@@ -91,7 +85,7 @@ island_tests! {
         let upload = super::upload_id(&shipment.file_sha256.as_ref().try_into().unwrap(), 0);
         assert_eq!(island.island.store.shipment_chunk(upload, 0).await.unwrap(), None);
         let recorded: usize = island
-            .records()
+            .log()
             .await
             .iter()
             .filter(|record| matches!(record.event, Some(Event::ShipmentImported(_))))
@@ -149,7 +143,7 @@ island_tests! {
             let shipment = island.import(sha256, Some(&island.head_end)).await.shipment.unwrap();
             assert_eq!(shipment.state, "refused", "{expected}");
             assert!(shipment.refusal.contains(expected), "{expected}: {}", shipment.refusal);
-            let records = island.records().await;
+            let records = island.log().await;
             let recorded = records.iter().rev().find_map(|record| match &record.event {
                 Some(Event::ShipmentImported(event)) => Some(event.clone()),
                 _ => None,
@@ -157,7 +151,8 @@ island_tests! {
             assert_eq!(recorded.unwrap().refusal, shipment.refusal);
             assert_eq!(island.meters().await, 0, "{expected}");
         }
-        // With the right signature the same file goes through after all: from its first octet on.
+        // With the right signature the same file is accepted. It is sent again from its first
+        // octet.
         let service = ShipmentService::new(island.island.clone());
         let known = service.get(&island.officer, &sha256(&file)).await.unwrap();
         assert_eq!((known.state.as_str(), known.received), ("refused", 0));
@@ -188,7 +183,7 @@ island_tests! {
         for (number, known) in [(1, true), (2, false), (4, true), (5, false), (6, true), (12, true)] {
             assert_eq!(island.island.meter(meter(number)).await.unwrap().is_some(), known, "{number}");
         }
-        // A repeated call tells the same.
+        // A repeated call reports the same.
         let again = island.import(sha256(&file), Some(&island.head_end)).await;
         assert_eq!((again.shipment, again.refused_lines), (response.shipment, response.refused_lines));
     }
@@ -217,8 +212,8 @@ island_tests! {
             upload.append(upload.position(), piece).await.unwrap();
         }
         drop(upload);
-        // What was collected and not stored went with the server; another one goes on from what is
-        // there.
+        // Octets that were not stored are lost with the server. Another server continues after the
+        // stored octets.
         let other = island.another_server().await;
         let service = ShipmentService::new(other.clone());
         let known = service.get(&island.officer, &start.file_sha256).await.unwrap();
@@ -249,7 +244,7 @@ island_tests! {
         let first = import_one.next().await.unwrap().unwrap();
         assert_eq!(lines(&first), [(3, "keys[3]")]);
         drop(import_one);
-        // The batch that was being committed may still go through; then it stands still.
+        // The batch that was being committed may still be committed. Then the import stops.
         let other = island.another_server().await;
         let mut before = 0;
         loop {
@@ -270,7 +265,7 @@ island_tests! {
     }
 
     async fn what_changes_in_the_spool_is_not_imported(island) {
-        // I5: whoever can write the database puts octets of his own into a verified shipment.
+        // I5: somebody who can write the database changes octets of a verified shipment.
         let (file, signature) = island.sample(&sample("generic-suite0", 4)).await;
         let sha256 = island.upload(&file, &signature).await;
         let upload = super::upload_id(&sha256, 0);
@@ -313,8 +308,8 @@ island_tests! {
         let two = island.lease(meter(2)).await.unwrap();
         assert!(two.first > one.last(), "{one:?} {two:?}");
 
-        // Later, and with leases of meter 1 dealt: another shipment brings the value a third time,
-        // with a floor of its own.
+        // Later, after leases of meter 1 were allocated: another shipment brings the value a third
+        // time, with a floor of its own.
         first_file.clear();
         let text = String::from_utf8(forged.lines[1].clone()).unwrap();
         let third = text.replace(&meter(1).to_string(), &meter(101).to_string()).replace("\"keys\":", "\"serial2\":1,\"keys\":").replace("\"serial2\":1,", "");
@@ -400,7 +395,7 @@ island_tests! {
         };
         check().await;
 
-        // An island of an earlier version: who could know it stands in the row of meter 2 alone.
+        // An island of an earlier version: only the row of meter 2 has the exposure.
         let store = &island.island.store;
         let (id, row) = store.sealed_page(kms_store::RowKind::CounterDomain, None, 10).await.unwrap().remove(0);
         let id = kms_domain::CounterDomainId(id.as_slice().try_into().unwrap());
@@ -416,10 +411,9 @@ island_tests! {
         );
         assert_eq!(kms_store_testing::execute(&database().database, &statement).await.unwrap(), 1);
         assert_eq!(selected(&known_to).await, 1, "the test's own step back");
-        let housekeeper = Housekeeper::new(island.island.clone(), kms_domain::Retention::DEFAULT);
-        assert!(housekeeper.share_exposures().await.unwrap() >= 1);
+        assert!(share_exposures(&island.island).await.unwrap() >= 1);
         check().await;
-        assert_eq!(housekeeper.share_exposures().await.unwrap(), 0);
+        assert_eq!(share_exposures(&island.island).await.unwrap(), 0);
     }
 
     async fn a_counter_domain_that_somebody_deleted_is_not_begun_anew(island) {
@@ -437,7 +431,8 @@ island_tests! {
         island.lease(meter(1)).await.unwrap();
         let before = island.lease(meter(2)).await.unwrap();
 
-        // I4, I5: without the row nobody knows what was given out, so nothing more is.
+        // I4, I5: without the row nobody knows which counters were allocated, so no more are
+        // allocated.
         let statement = format!("DELETE FROM sealed WHERE kind = {}", kms_store::RowKind::CounterDomain.number());
         assert_eq!(kms_store_testing::execute(&database().database, &statement).await.unwrap(), 1);
         let never_saw_it = [island.another_server().await, std::sync::Arc::new(island.restarted().await)];
@@ -450,7 +445,7 @@ island_tests! {
         }
         assert!(lease(&never_saw_it[0], meter(3)).await.is_ok(), "a meter with a key of its own goes on");
 
-        // Neither does a shipment that brings the value once more make a new one, which would begin
+        // A shipment with the same value must not make a new domain either, which would begin
         // below.
         let third = String::from_utf8(forged.lines[1].clone()).unwrap().replace(&meter(1).to_string(), &meter(101).to_string());
         let mut next = Forged { lines: vec![forged.lines[0].clone(), third.into_bytes(), Vec::new()] };
@@ -465,7 +460,7 @@ island_tests! {
 
         // The scrubber tells which row it is.
         let findings = crate::scrub::Scrubber::new(island.island.clone()).scrub(|_| true).await.unwrap().findings;
-        assert!(findings.iter().any(|finding| finding.kind == 5 && finding.finding == "deleted"), "{findings:?}");
+        assert!(findings.iter().any(|finding| finding.kind == u32::from(RowKind::CounterDomain.number()) && finding.finding == "deleted"), "{findings:?}");
     }
 
     async fn a_title_that_a_head_end_counts_gets_no_lease(island) {
@@ -487,8 +482,8 @@ island_tests! {
         island.deliver_file(&Forged::of(&file).file()).await;
         assert_eq!(island.lease(meter(50)).await.unwrap().first, 777);
 
-        // In another shipment the meter is known. A floor above all that is reserved is not passed
-        // over in silence, and moves nothing.
+        // In another shipment the meter is known. A floor above all that is reserved is reported,
+        // and changes nothing.
         let again = |batch: &str, floor: &str| {
             let mut next = Forged::of(&file);
             next.device(1, |line| line.replace("\"batch\":\"B-", &format!("\"batch\":\"{batch}-")));
@@ -507,7 +502,7 @@ island_tests! {
         let once_more = island.deliver_file(&again("G", ":5004")).await;
         assert_eq!((once_more.shipment.unwrap().unchanged, once_more.refused_lines.len()), (1, 0));
         let raised = |record: &AuditRecord| matches!(&record.event, Some(Event::MetersChanged(change)) if change.change == "floor-raised" && change.value.contains("`F-"));
-        assert_eq!(island.records().await.iter().filter(|record| raised(record)).count(), 1);
+        assert_eq!(island.log().await.iter().filter(|record| raised(record)).count(), 1);
         let higher = island.deliver_file(&again("E", ":900000")).await;
         assert_eq!(lines(&higher), [(2, "counters[0].floor")]);
         assert!(island.lease(meter(50)).await.unwrap().first < 900_000);
@@ -532,8 +527,8 @@ island_tests! {
         assert!(matches!(service.upload(&island.officer, unknown.clone()).await, Err(ServiceError::FailedPrecondition { .. })));
         assert!(matches!(service.upload(&island.manufacturer, unknown).await, Err(ServiceError::PermissionDenied { .. })));
 
-        // A signature can be put right, and another length starts anew, as long as nothing was
-        // imported.
+        // As long as nothing was imported, a signature can be corrected, and another length begins
+        // a new upload.
         let shorter = super::UploadStart { file_length: start.file_length - 1, signature: vec![0x30; 70].into(), ..start.clone() };
         let mut upload = service.upload(&island.officer, shorter).await.unwrap();
         upload.append(0, &file[..file.len() - 1]).await.unwrap();
@@ -542,7 +537,7 @@ island_tests! {
         assert_eq!(service.upload(&island.officer, super::UploadStart { signature: vec![0x30; 70].into(), ..start.clone() }).await.unwrap().position(), 0);
         assert_eq!(service.upload(&island.officer, start.clone()).await.unwrap().position(), 0);
 
-        // The manufacturer sends its own, sees it, and does not import it.
+        // The manufacturer uploads its own file and sees it, but may not import it.
         let mut upload = service.upload(&island.manufacturer, start.clone()).await.unwrap();
         upload.append(0, &file).await.unwrap();
         assert_eq!(upload.finish().await.unwrap().state, "uploaded");
@@ -555,7 +550,7 @@ island_tests! {
         assert_eq!(service.transport_key(&island.officer).await.unwrap().oaep_hashes, [island.module.oaep_hash().name()]);
     }
 
-    /// A11: 31 of 40 passed a bound of 16 that was looked at outside of the act.
+    /// A11: 31 of 40 uploads passed a bound of 16 that was checked outside the act.
     async fn parallel_uploads_never_pass_the_bounds_of_the_spool(island) {
         let services = [ShipmentService::new(island.island.clone()), ShipmentService::new(island.another_server().await)];
         let start = |number: u8, file_length: u64| UploadStart {
@@ -580,7 +575,7 @@ island_tests! {
         assert!(officer.iter().all(Result::is_ok));
     }
 
-    /// A11: what cannot be a shipment to this island is refused by its first line.
+    /// A11: a file that cannot be a shipment to this island is refused because of its first line.
     async fn a_foreign_file_is_refused_before_it_is_in_the_spool(island) {
         let (file, signature) = island.sample(&sample("generic-suite0", 3)).await;
         let foreign = Forged::of(&file).device(1, |line| line.replace("\"KAM\"", "\"LAM\"")).file();

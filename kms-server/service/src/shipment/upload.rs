@@ -1,4 +1,4 @@
-//! A file on its way into the spool.
+//! The upload of a file to the spool.
 
 use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
@@ -10,7 +10,8 @@ use kms_store::{Reads, ShipmentRow, ShipmentState, SpooledFile, StoreError, Uplo
 use prost::Message as _;
 
 use super::{
-    ShipmentService, no_shipment_key, overtaken,
+    ShipmentService,
+    error::{no_shipment_key, overtaken, unknown},
     progress::{Progress, next_upload_id, to_proto, upload_id},
     verify::{FIRST_DEVICE_LINE, Rejection, preview},
 };
@@ -36,8 +37,8 @@ pub struct UploadStart {
     pub manufacturer: PrincipalId,
 }
 
-/// Octets on their way into the spool. Small pieces are collected; what was taken in and not yet
-/// stored is lost with the server, and sent again.
+/// A running upload. Small pieces are collected before they are stored. If the server ends, pieces
+/// that are not stored yet are lost, and the sender sends them again.
 pub struct Upload {
     service: ShipmentService,
     caller: Caller,
@@ -45,16 +46,16 @@ pub struct Upload {
     row: ShipmentRow,
     manufacturer: Arc<Principal>,
     collected: Vec<u8>,
-    /// Whether the first line was looked at: before that, nothing is stored.
+    /// Whether the first line was checked. Nothing is stored before.
     previewed: bool,
 }
 
 impl ShipmentService {
-    /// Begins to send a shipment, or goes on with it: the next octet is [`Upload::position`].
+    /// Begins an upload, or continues it: the next octet is [`Upload::position`].
     ///
     /// # Errors
-    /// Not permitted; the manufacturer has no shipment key; too long a file; too many unfinished
-    /// ones; or the database is away.
+    /// Not permitted; the manufacturer has no shipment key; the file is too long; too many uploads
+    /// are unfinished; or the database cannot be reached.
     #[boxed]
     pub async fn upload(&self, caller: &Caller, start: UploadStart) -> Result<Upload, ServiceError> {
         let own = start.manufacturer == caller.principal;
@@ -73,7 +74,7 @@ impl ShipmentService {
             ));
         }
         if !(8..=MOST_SIGNATURE).contains(&start.signature.len()) {
-            return Err(ServiceError::invalid("start.signature", "it is no DER ECDSA signature"));
+            return Err(ServiceError::invalid("start.signature", "it is not a DER ECDSA signature"));
         }
         let upload = match self.latest(&start.file_sha256).await? {
             None => upload_id(&start.file_sha256, 0),
@@ -100,8 +101,8 @@ impl ShipmentService {
         })
     }
 
-    /// Registers the upload, or goes on with it. Another signature replaces the one before, as long
-    /// as nothing was imported.
+    /// Registers the upload, or continues it. Another signature replaces the earlier one as long as
+    /// nothing was imported.
     async fn begin(
         &self,
         caller: &Caller,
@@ -121,8 +122,8 @@ impl ShipmentService {
         Err(ServiceError::denied("uploadShipment of a file that another principal began to send"))
     }
 
-    /// Whether a file of this length has room in the spool. Called in the act that adds it, with
-    /// all files that are there.
+    /// Whether a file of this length has room in the spool. The act that adds the file calls this
+    /// with all files of the spool.
     fn bound_spool(&self, caller: &PrincipalId, length: u64, spool: &[SpooledFile]) -> Result<(), ServiceError> {
         let limits = &self.island.limits;
         let octets = |own: bool| {
@@ -158,12 +159,12 @@ impl ShipmentService {
     /// for the log.
     fn bound_disk(&self, octets: u64) -> Result<(), ServiceError> {
         let Some(folder) = &self.island.disk else { return Ok(()) };
-        // What cannot be measured is no reason to refuse: the database says when it is full.
+        // If the disk cannot be measured, nothing is refused: the database reports when it is full.
         let Ok(disk) = rustix::fs::statvfs(folder.as_path()) else { return Ok(()) };
         let (free, whole) = (disk.f_bavail.saturating_mul(disk.f_frsize), disk.f_blocks.saturating_mul(disk.f_frsize));
         if octets.saturating_add(self.island.limits.disk_reserve_octets.min(whole / 10)) > free {
             let what = format!(
-                "{octets} octets of shipments would leave too little of the disk of the database free, which has {free}"
+                "{octets} octets of shipments would leave too little free on the disk of the database, which has {free} octets free"
             );
             return Err(self.met(Bound::DiskReserveOctets, &what, SPOOL_RETRY));
         }
@@ -179,7 +180,7 @@ impl ShipmentService {
         i64::try_from(self.island.limits.upload_hours.saturating_mul(3_600_000)).unwrap_or(i64::MAX)
     }
 
-    /// Drops what senders left, every few minutes.
+    /// Drops abandoned uploads and files every few minutes.
     pub fn in_background(self) -> tokio::task::JoinHandle<()> {
         tokio::spawn(async move {
             let mut failures = Repetition::default();
@@ -187,18 +188,18 @@ impl ShipmentService {
                 if let Err(error) = self.drop_forgotten(Island::now()).await
                     && failures.is_news(&error.to_string())
                 {
-                    tracing::warn!(%error, "shipments that were left in the spool cannot be dropped; it is tried again");
+                    tracing::warn!(%error, "abandoned shipments cannot be dropped from the spool; the next round tries again");
                 }
                 tokio::time::sleep(DROP_EVERY).await;
             }
         })
     }
 
-    /// Drops uploads that were not complete in time, files that nobody imported, and octets that a
-    /// server left when it ended.
+    /// Drops uploads that are not complete in time, files that nobody imports, and octets that a
+    /// server left behind when it ended.
     ///
     /// # Errors
-    /// The database is away.
+    /// The database cannot be reached.
     pub(super) async fn drop_forgotten(&self, now: UnixMillis) -> Result<(), ServiceError> {
         let mut after = None;
         loop {
@@ -212,7 +213,7 @@ impl ShipmentService {
                     }
                     ShipmentState::Received if row.updated.after(FORGOTTEN_MS) < now => "nobody imported it for a week",
                     ShipmentState::Imported | ShipmentState::Refused => {
-                        // A server that ended behind the last line, or the refusal, left the
+                        // A server that ended after the last line, or after the refusal, left the
                         // octets.
                         if self.island.store.shipment_chunk(row.upload, 0).await?.is_some() {
                             self.delete_chunks(row.upload).await?;
@@ -222,7 +223,7 @@ impl ShipmentService {
                     _ => continue,
                 };
                 match self.forget(&row, forgotten).await {
-                    // Somebody went on with it.
+                    // Somebody has continued the upload or begun the import.
                     Ok(_) | Err(ServiceError::Aborted { .. }) => {}
                     Err(error) => return Err(error),
                 }
@@ -232,19 +233,19 @@ impl ShipmentService {
 }
 
 impl Upload {
-    /// The longest piece that is taken at once.
+    /// The most octets of a piece.
     pub const LONGEST_PIECE: usize = 1 << 20;
 
-    /// Where the next octet belongs.
+    /// The number of the next octet.
     pub fn position(&self) -> u64 {
         self.row.received + self.collected.len() as u64
     }
 
-    /// Takes a piece of the file.
+    /// Adds a piece of the file.
     ///
     /// # Errors
-    /// It is too long or not the next one; the caller is shut out meanwhile; another upload of the
-    /// file is under way; the database is away.
+    /// The piece is too long or not the next one; the caller has lost its permission; another
+    /// upload of the file is running; or the database cannot be reached.
     #[boxed]
     pub async fn append(&mut self, offset: u64, octets: &[u8]) -> Result<(), ServiceError> {
         if octets.len() > Self::LONGEST_PIECE {
@@ -259,7 +260,7 @@ impl Upload {
         if offset != self.position() {
             return Err(ServiceError::FailedPrecondition {
                 reason: format!("the piece is for octet {offset}, and {} octets have arrived", self.position()),
-                next_step: "ask GetShipment how many octets have arrived and go on from there".to_owned(),
+                next_step: "ask GetShipment how many octets have arrived and continue from there".to_owned(),
             });
         }
         if self.position() + octets.len() as u64 > self.row.size {
@@ -276,7 +277,7 @@ impl Upload {
         if self.collected.len() >= Self::LONGEST_PIECE { self.store().await } else { Ok(()) }
     }
 
-    /// Whether the file was refused by its first line, so that nothing more of it is taken.
+    /// Whether the file was refused because of its first line. Then nothing more of it is stored.
     pub fn is_refused(&self) -> bool {
         self.row.state == ShipmentState::Refused
     }
@@ -285,8 +286,8 @@ impl Upload {
         self.preview_line(false).await
     }
 
-    /// Looks at the first line as soon as it is there. A file that cannot be a shipment to this
-    /// island is refused, on the record, before anything of it is in the spool.
+    /// Checks the first line as soon as it is complete. A file that cannot be a shipment to this
+    /// island is refused, with a record, before anything of it is stored.
     async fn preview_line(&mut self, ended: bool) -> Result<(), ServiceError> {
         if self.previewed || self.is_refused() {
             return Ok(());
@@ -314,8 +315,8 @@ impl Upload {
         Ok(())
     }
 
-    /// Stores what was collected: at the end, and when a stream breaks. Of a file whose first line
-    /// is not there yet nothing is.
+    /// Stores the collected octets: at the end, and when the stream breaks. Nothing is stored
+    /// before the first line is complete.
     ///
     /// # Errors
     /// As [`Self::append`].
@@ -334,7 +335,7 @@ impl Upload {
             ));
         }
         self.service.bound_disk(self.collected.len() as u64)?;
-        // Revocation acts in open streams too.
+        // A revocation also ends open streams.
         self.service.island.require(&self.caller, &self.action).await?;
         let octets = std::mem::take(&mut self.collected);
         let stored = self
@@ -345,15 +346,15 @@ impl Upload {
             .await;
         self.row.received = stored.map_err(|error| match error {
             StoreError::Conflict { .. } => ServiceError::Aborted {
-                reason: "another upload of the same file is under way".to_owned(),
-                next_step: "ask GetShipment how many octets have arrived and go on from there".to_owned(),
+                reason: "another upload of the same file is running".to_owned(),
+                next_step: "ask GetShipment how many octets have arrived and continue from there".to_owned(),
             },
             other => other.into(),
         })?;
         Ok(())
     }
 
-    /// Ends the upload; a file that is complete can be imported now.
+    /// Ends the upload. A file that is complete can be imported then.
     ///
     /// # Errors
     /// As [`Self::append`].
@@ -381,7 +382,7 @@ struct Begin {
 
 impl Act for Begin {
     type Answer = (ShipmentRow, Arc<Principal>);
-    // An upload is named by its content: its row is the one that there is.
+    // The id of an upload is made from its content, so a repetition finds the same row.
     type Past = Never;
 
     fn name(&self) -> &'static str {
@@ -478,7 +479,7 @@ impl Act for Finish {
     }
 
     fn decide(&self, _: &Permit, view: &mut View<'_, '_>) -> Result<Decision<ShipmentRow>, ServiceError> {
-        let mut row = view.shipment(self.upload)?.ok_or_else(|| super::unknown(&self.sha256))?;
+        let mut row = view.shipment(self.upload)?.ok_or_else(|| unknown(&self.sha256))?;
         if row.state != ShipmentState::Receiving || row.received != row.size {
             return Ok(Decision::unchanged(row));
         }
@@ -496,11 +497,11 @@ impl Act for Finish {
 
 /// 32 GiB: 40 million meters with four keys.
 const LONGEST_FILE: u64 = 32 << 30;
-/// DER of two P-384 integers has 104 octets at most.
+/// The DER of two P-384 integers has at most 104 octets.
 const MOST_SIGNATURE: usize = 104;
-/// A complete file that nobody touched for a week is forgotten.
+/// A complete file that nobody imports for a week is dropped.
 const FORGOTTEN_MS: i64 = 7 * 24 * 3_600 * 1_000;
 const PAGE: u32 = 256;
 const DROP_EVERY: Duration = Duration::from_mins(10);
-/// When a file may have room: when others are imported.
+/// When a sender may try again: the spool has room when other files are imported.
 const SPOOL_RETRY: Duration = Duration::from_mins(10);

@@ -1,40 +1,43 @@
 //! The first pass over a shipment: signature, digest, count and header. Nothing is imported before
-//! all of them are right.
+//! all of these are right.
 
 use std::sync::Arc;
 
 use aws_lc_rs::{
-    digest::{Context, Digest, SHA256, SHA384, digest},
+    digest::{Context, Digest, SHA256, SHA384},
     signature::{ECDSA_P256_SHA256_ASN1, ECDSA_P384_SHA384_ASN1, UnparsedPublicKey, VerificationAlgorithm},
 };
 use kms_domain::{DeviceProfile, OaepHash, Principal, ShipmentHeader, ShipmentLineError, ShipmentTrailer};
-use kms_hsm::{BatchKey, HsmError, RootVersion};
+use kms_hsm::{BatchKey, HsmError};
 use kms_store::ShipmentRow;
 use x509_parser::{prelude::FromDer, x509::SubjectPublicKeyInfo};
 
-use super::batch::IMPORTS;
-use super::spool::{Line, Lines, WindowDigest, Windows, digest_of};
+use super::{
+    error::no_shipment_key,
+    spool::{Line, Lines, WindowDigest, Windows, digest_of},
+    transport_key::{accepted_version, oaep_hashes},
+};
 use crate::island::Island;
 use kms_base::error::ServiceError;
 
-/// A shipment that is what its manufacturer signed.
+/// A shipment whose manufacturer's signature was verified.
 pub(super) struct Verified {
     pub(super) header: ShipmentHeader,
     pub(super) profile: DeviceProfile,
     pub(super) batch_key: BatchKey,
     /// Device lines: from line 2 to line `devices + 1`.
     pub(super) devices: u64,
-    /// Where the line begins that is imported next.
+    /// The first octet of the line that is imported next.
     pub(super) next_begin: u64,
-    /// What the second pass checks each window against.
+    /// The digests that the second pass compares windows with.
     pub(super) windows: Arc<[WindowDigest]>,
 }
 
 /// Why a shipment is not imported.
 pub(super) enum Rejection {
-    /// The file is wrong: it is refused for good.
+    /// The file is wrong: it is refused.
     File(String),
-    /// The island is in trouble, or the caller: to be tried again.
+    /// Something else failed: the call can be repeated.
     Trouble(ServiceError),
 }
 
@@ -44,7 +47,7 @@ impl<E: Into<ServiceError>> From<E> for Rejection {
     }
 }
 
-/// Reads the whole file and checks all of it.
+/// Reads and verifies the whole file.
 pub(super) async fn verify(
     island: &Island,
     row: &ShipmentRow,
@@ -61,7 +64,7 @@ pub(super) async fn verify(
     let scanned = scan.finish();
 
     if scanned.sha256.as_ref() != row.sha256 {
-        return Err(refuse("the octets that arrived are not the file that was announced: its SHA-256 is another"));
+        return Err(refuse("the uploaded octets are not the announced file: their SHA-256 differs"));
     }
     key.verify(scanned.sha384.as_ref().unwrap_or(&scanned.sha256), signature)?;
     let content = scanned.content?;
@@ -69,14 +72,14 @@ pub(super) async fn verify(
     let trailer = ShipmentTrailer::parse(&content.trailer).map_err(|error| of_line(content.trailer_line, &error))?;
     if trailer.sha256 != *content.before_trailer.as_ref() {
         return Err(refuse(format!(
-            "line {}: trailer.sha256 is not that of the lines before it",
+            "line {}: trailer.sha256 is not the SHA-256 of the lines before the trailer",
             content.trailer_line
         )));
     }
     let devices = content.trailer_line.saturating_sub(FIRST_DEVICE_LINE);
     if trailer.devices != devices {
         return Err(refuse(format!(
-            "line {}: trailer.devices is {} and the file has {devices} device lines",
+            "line {}: trailer.devices is {}, but the file has {devices} device lines",
             content.trailer_line, trailer.devices
         )));
     }
@@ -85,16 +88,16 @@ pub(super) async fn verify(
     Ok(Verified { header, profile, batch_key, devices, next_begin: content.next_begin, windows: scanned.windows })
 }
 
-/// Looks at the first line alone, before the rest has arrived: whether it can be a shipment of this
-/// manufacturer to this island. What this says is proven only when the whole file is. A server
-/// whose token is away, or does not hold the transport key, cannot tell whose key it is: the import
-/// can.
+/// Checks the first line alone, before the rest has arrived: whether the file can be a shipment of
+/// this manufacturer to this island. The line is not authenticated yet: the import verifies it with
+/// the whole file. A server that cannot reach its token, or whose token does not hold the transport
+/// key, cannot check the key: the import does.
 pub(super) async fn preview(island: &Island, manufacturer: &Principal, line: &[u8]) -> Result<(), Rejection> {
     let header = check_header(manufacturer, line)?;
     profile(island, &header)?;
-    match transport_version(island, &header.transport_key).await {
+    match accepted_version(island, &header.transport_key).await {
         Ok(None) => Err(foreign_transport_key()),
-        Ok(Some(_)) => super::oaep_hashes(island).await.map_or(Ok(()), |offered| check_hash(&header, &offered)),
+        Ok(Some(_)) => oaep_hashes(island).await.map_or(Ok(()), |offered| check_hash(&header, &offered)),
         Err(_) => Ok(()),
     }
 }
@@ -103,7 +106,7 @@ fn check_header(manufacturer: &Principal, line: &[u8]) -> Result<ShipmentHeader,
     let header = ShipmentHeader::parse(line).map_err(|error| of_line(1, &error))?;
     if !names(manufacturer, &header) {
         return Err(refuse(format!(
-            "line 1: manufacturer: {} is not the manufacturer `{}` that signed",
+            "line 1: manufacturer: {} is not the manufacturer `{}` that signed the file",
             header.manufacturer, manufacturer.id
         )));
     }
@@ -112,14 +115,13 @@ fn check_header(manufacturer: &Principal, line: &[u8]) -> Result<ShipmentHeader,
 
 fn profile(island: &Island, header: &ShipmentHeader) -> Result<DeviceProfile, Rejection> {
     let known = island.profiles.get(&header.device_profile).cloned();
-    known.ok_or_else(|| refuse(format!("line 1: device_profile: `{}` is not known here", header.device_profile)))
+    known.ok_or_else(|| {
+        refuse(format!("line 1: device_profile: `{}` is not a device profile of this server", header.device_profile))
+    })
 }
 
-/// The line of the first device.
-pub(super) const FIRST_DEVICE_LINE: u64 = 2;
-
-/// Whether the header's FLAG id is the signer's: a manufacturer's name is its FLAG id in lower
-/// case, or begins with it and `-`.
+/// Whether the header's FLAG id is the signer's. The name of a manufacturer is its FLAG id in lower
+/// case, or begins with the FLAG id and `-`.
 fn names(manufacturer: &Principal, header: &ShipmentHeader) -> bool {
     let name = manufacturer.id.name();
     let flag_id = name.split_once('-').map_or(name, |(flag_id, _)| flag_id);
@@ -127,23 +129,23 @@ fn names(manufacturer: &Principal, header: &ShipmentHeader) -> bool {
 }
 
 async fn open_batch_key(island: &Island, header: &ShipmentHeader) -> Result<BatchKey, Rejection> {
-    let Some(version) = transport_version(island, &header.transport_key).await? else {
+    let Some(version) = accepted_version(island, &header.transport_key).await? else {
         return Err(foreign_transport_key());
     };
-    let offered = super::oaep_hashes(island).await?;
+    let offered = oaep_hashes(island).await?;
     let hash = header.oaep_hash;
     check_hash(header, &offered)?;
     match island.hsm.paid_by(IMPORTS).open_batch_key(version, hash, header.batch_key.clone()).await {
         Ok(batch_key) => Ok(batch_key),
         Err(HsmError::WrappedKeyInvalid { .. }) => Err(refuse(
-            "line 1: batch_key: it cannot be opened with the vendor transport key: damaged, or no 32-octet AES key inside",
+            "line 1: batch_key: it cannot be opened with the vendor transport key: it is damaged, or does not hold a 32-octet AES key",
         )),
         Err(error) => Err(error.into()),
     }
 }
 
 fn foreign_transport_key() -> Rejection {
-    refuse("line 1: transport_key: it is not this island's vendor transport key; `GetVendorTransportKey` tells that")
+    refuse("line 1: transport_key: it is not this island's vendor transport key; get that with `GetVendorTransportKey`")
 }
 
 fn check_hash(header: &ShipmentHeader, offered: &[OaepHash]) -> Result<(), Rejection> {
@@ -158,27 +160,6 @@ fn check_hash(header: &ShipmentHeader, offered: &[OaepHash]) -> Result<(), Rejec
     )))
 }
 
-/// The accepted version of the vendor transport key that has this digest, the newest first.
-async fn transport_version(island: &Island, wanted: &[u8]) -> Result<Option<RootVersion>, ServiceError> {
-    let row = island.row();
-    for version in (row.ledger.oldest_vendor_transport_version..=row.ledger.vendor_transport_version).rev() {
-        let version = root_version(version)?;
-        if digest(&SHA256, &island.hsm.transport_key_spki(version).await?).as_ref() == wanted {
-            return Ok(Some(version));
-        }
-    }
-    Ok(None)
-}
-
-/// The version of the vendor transport key that vendors are given.
-pub(super) fn offered_transport_version(island: &Island) -> Result<RootVersion, ServiceError> {
-    root_version(island.row().ledger.vendor_transport_version)
-}
-
-fn root_version(version: u8) -> Result<RootVersion, ServiceError> {
-    RootVersion::new(u32::from(version)).map_err(|error| ServiceError::Internal(error.to_string()))
-}
-
 /// A manufacturer's public key.
 struct ShipmentKey {
     algorithm: &'static dyn VerificationAlgorithm,
@@ -189,8 +170,8 @@ struct ShipmentKey {
 impl ShipmentKey {
     /// P-256 goes with SHA-256, P-384 with SHA-384.
     fn of(manufacturer: &Principal) -> Result<Self, Rejection> {
-        let der = manufacturer.shipment_key.as_ref().ok_or_else(|| super::no_shipment_key(&manufacturer.id))?;
-        let fault = || ServiceError::Internal(format!("the shipment key of `{}` is not readable", manufacturer.id));
+        let der = manufacturer.shipment_key.as_ref().ok_or_else(|| no_shipment_key(&manufacturer.id))?;
+        let fault = || ServiceError::Internal(format!("the shipment key of `{}` cannot be read", manufacturer.id));
         let (_, info) = SubjectPublicKeyInfo::from_der(der).map_err(|_| fault())?;
         let curve = info
             .algorithm
@@ -213,15 +194,15 @@ impl ShipmentKey {
     fn verify(&self, digest: &Digest, signature: &[u8]) -> Result<(), Rejection> {
         UnparsedPublicKey::new(self.algorithm, &self.point)
             .verify_digest(digest, signature)
-            .map_err(|_| refuse("the signature is not the manufacturer's over this file"))
+            .map_err(|_| refuse("the signature does not verify with the manufacturer's key"))
     }
 }
 
-/// Walks over the file once: hashes, and where its lines are.
+/// Reads the file once: computes its hashes and finds its lines.
 struct Scan {
     sha256: Context,
     sha384: Option<Context>,
-    /// SHA-256 up to the line that is being read.
+    /// SHA-256 of all lines before the present one.
     at_begin: Context,
     lines: Lines,
     windows: Vec<WindowDigest>,
@@ -303,7 +284,7 @@ impl Scan {
             self.line(&line);
         }
         let content = match (self.header, self.trailer) {
-            _ if self.after_trailer => Err(refuse("there are lines after the trailer")),
+            _ if self.after_trailer => Err(refuse("the file has lines after the trailer")),
             (Some(header), Some((trailer_line, trailer, before_trailer))) => Ok(Content {
                 header,
                 trailer_line,
@@ -311,7 +292,7 @@ impl Scan {
                 before_trailer,
                 next_begin: self.next_begin.unwrap_or_else(|| lines.begin()),
             }),
-            _ => Err(refuse("the trailer is missing: the file was cut")),
+            _ => Err(refuse("the trailer is missing: the file is not complete")),
         };
         Scanned {
             sha256: self.sha256.finish(),
@@ -329,3 +310,8 @@ fn refuse(reason: impl Into<String>) -> Rejection {
 fn of_line(line: u64, error: &ShipmentLineError) -> Rejection {
     refuse(format!("line {line}: {error}"))
 }
+
+/// The number of the first device line.
+pub(super) const FIRST_DEVICE_LINE: u64 = 2;
+/// The name under which all imports wait in the queues of the tokens.
+pub(super) const IMPORTS: &str = "imports";

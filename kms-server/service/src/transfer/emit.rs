@@ -1,10 +1,9 @@
-//! What leaves: the octets of a step, made in the HSM from the meter's row alone.
+//! The octets of a step, made in the HSM from the meter's row alone.
 //!
 //! The same row gives the same octets, because RFC 3394 and AES-GCM under a given nonce are
-//! deterministic: a step that is asked for again is no second use of its counters (I4). What the
-//! octets are made of besides the row is pinned in it with the counters: where that has changed
-//! since, on this server or from one version of the program to the next, the step is not made
-//! again.
+//! deterministic. So a repeated step does not use its counters a second time (I4). The octets also
+//! depend on the device profile and on constants of this program. A digest of these is pinned in
+//! the row with the counters. If the digest has changed, the step is not made again.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -19,17 +18,20 @@ use kms_domain::{
 };
 use kms_hsm::{FrameInput, FrameKeys, FrameParameters, KeySource, ProtectedFrame, TransferJob};
 
-use super::{Brought, Decided, DecidedStep, Delivery, NextStep, Sending, SendingKind, StepAnswer, TransferService};
+use super::{
+    TransferService,
+    step::{Brought, Decided, DecidedStep, Delivery, NextStep, Sending, SendingKind, StepAnswer},
+};
 use crate::grant::source;
 use crate::island::Island;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
 
 impl TransferService {
-    /// The answers to decided steps: what is to be sent is made now.
+    /// The answers to decided steps. The requests to the meters are made now.
     pub(super) async fn answer(&self, decided: Vec<Decided>) -> Result<Vec<StepAnswer>, ServiceError> {
         let groups = self.groups(&decided).await?;
-        let mut plans: Vec<Option<Plan>> = Vec::with_capacity(decided.len());
+        let mut plans: Vec<Option<StepPlan>> = Vec::with_capacity(decided.len());
         let mut answers = Vec::with_capacity(decided.len());
         for (title, step) in decided {
             let (answer, plan) = match step {
@@ -37,10 +39,10 @@ impl TransferService {
                 Ok(DecidedStep { end: Some((outcome, findings)), .. }) => {
                     (StepAnswer { meter: title, transfer: None, next: Ok(NextStep::End { outcome, findings }) }, None)
                 }
-                Ok(DecidedStep { meter, end: None }) => match Plan::of(&self.island, &meter, &groups) {
+                Ok(DecidedStep { meter, end: None }) => match StepPlan::of(&self.island, &meter, &groups) {
                     Ok(plan) => {
                         let transfer = Some((plan.transfer.id, plan.transfer.step));
-                        // Replaced below by what is made.
+                        // Replaced below by the request that is made.
                         (
                             StepAnswer {
                                 meter: title,
@@ -65,11 +67,11 @@ impl TransferService {
     }
 
     /// The `key_transfer` requests that the caller ciphers in the present steps of its transfers to
-    /// these meters. The HSM wraps in the caller's turn, and nothing for a transfer of another
-    /// head-end.
+    /// these meters. The HSM's work is charged to the caller. Transfers of other head-ends are left
+    /// out.
     ///
     /// # Errors
-    /// HSM or database. A meter whose key cannot be wrapped is left out.
+    /// The HSM or the database. A meter whose key cannot be wrapped is left out.
     pub(crate) async fn brought(
         &self,
         caller: &Caller,
@@ -85,8 +87,8 @@ impl TransferService {
         let decided: Vec<Decided> = meters.map(|meter| (meter.title, Ok(DecidedStep::going_on(meter)))).collect();
         let groups = self.groups(&decided).await?;
         let steps = decided.iter().filter_map(|(_, step)| step.as_ref().ok());
-        let plans: Vec<Plan> = steps
-            .filter_map(|step| Plan::of(&self.island, &step.meter, &groups).ok())
+        let plans: Vec<StepPlan> = steps
+            .filter_map(|step| StepPlan::of(&self.island, &step.meter, &groups).ok())
             .filter(|plan| plan.wrap.is_some())
             .collect();
         let wrapped = self
@@ -102,9 +104,9 @@ impl TransferService {
         Ok(brought.collect())
     }
 
-    /// Three rounds, each one item in the HSM's queue: keys wrapped for meters, answers to
-    /// challenges, frames.
-    async fn make(&self, plans: Vec<&Plan>) -> Result<Vec<Result<Sending, ServiceError>>, ServiceError> {
+    /// Makes the requests in three rounds, each one item in the HSM's queue: keys are wrapped for
+    /// meters, challenges are answered, frames are protected.
+    async fn make(&self, plans: Vec<&StepPlan>) -> Result<Vec<Result<Sending, ServiceError>>, ServiceError> {
         let jobs = plans.iter().filter_map(|plan| plan.wrap.clone()).collect();
         let mut wrapped = self.hsm.wrap_for_meters(jobs).await?.into_iter();
         let challenges: Vec<(FrameKeys, FrameInput)> =
@@ -171,28 +173,28 @@ impl TransferService {
 }
 
 /// What one step needs from the HSM.
-struct Plan {
+struct StepPlan {
     meter: SystemTitle,
     suite: kms_domain::SecuritySuite,
     transfer: Transfer,
     keys: Option<FrameKeys>,
     wrap: Option<TransferJob>,
     client_sap: u16,
-    /// The id that `key_transfer` has for the key that is delivered.
+    /// The id of the delivered key in `key_transfer`.
     key_id: Option<u8>,
 }
 
-impl Plan {
+impl StepPlan {
     fn of(island: &Island, meter: &Meter, groups: &HashMap<GroupId, Arc<Group>>) -> Result<Self, ServiceError> {
         let transfer =
-            meter.transfer.clone().ok_or_else(|| ServiceError::Internal("a step of no transfer".to_owned()))?;
-        // I4: other octets under the same counters are no repetition.
+            meter.transfer.clone().ok_or_else(|| ServiceError::Internal("a step without a transfer".to_owned()))?;
+        // I4: other octets under the same counters would repeat a nonce.
         if !transfer.counters.is_empty() && transfer.pinned != Some(pinned(island, meter)?) {
             return Err(ServiceError::Aborted {
                 reason:
-                    "the device profile or the server has changed since this step was sent, so it is not made again"
+                    "the device profile or the server program has changed since this step was sent, so the step cannot be repeated"
                         .to_owned(),
-                next_step: "report `nothing` for it: the next step has counters of its own".to_owned(),
+                next_step: "report `nothing` for it: the next step uses new counters".to_owned(),
             });
         }
         let keys = transfer.pair().map(|pair| pair_keys(meter, transfer.setup, pair)).transpose()?;
@@ -225,7 +227,7 @@ impl Plan {
 
     fn key_id(&self) -> Result<u8, ServiceError> {
         self.key_id.ok_or_else(|| ServiceError::FailedPrecondition {
-            reason: "the device profile of the meter gives the key no `key_id`".to_owned(),
+            reason: "the device profile of the meter has no `key_id` for the key".to_owned(),
             next_step: "use the same device profiles on every server".to_owned(),
         })
     }
@@ -242,7 +244,7 @@ impl Plan {
         }
     }
 
-    /// The meter's challenge, to be answered under the first of the step's counters.
+    /// The meter's challenge. It is answered with the first counter of the step.
     fn challenge_input(&self) -> Result<Option<(FrameKeys, FrameInput)>, ServiceError> {
         let (Stage::Authenticate { meter_challenge, .. }, Some(keys)) = (self.stage(), &self.keys) else {
             return Ok(None);
@@ -253,14 +255,15 @@ impl Plan {
     }
 
     fn delivery(&self, wrapped: Vec<u8>) -> Result<Delivery, ServiceError> {
-        let key = self.transfer.current().ok_or_else(|| ServiceError::Internal("a delivery of no key".to_owned()))?;
+        let key =
+            self.transfer.current().ok_or_else(|| ServiceError::Internal("a delivery without a key".to_owned()))?;
         let argument = KeyTransfer::new(self.key_id()?, &wrapped)
             .map_err(|error| ServiceError::Internal(error.to_string()))?
             .argument();
         Ok(Delivery { key_type: key.key_type, version: key.version, wrapped, argument })
     }
 
-    /// The plain request that is ciphered; none where the head-end ciphers by itself.
+    /// The plain request that is ciphered; `None` if the head-end ciphers it.
     fn plain(
         &self,
         delivery: Option<&Delivery>,
@@ -340,9 +343,9 @@ impl Plan {
     }
 }
 
-/// What a step's octets are made of that its transfer does not name: `SHA-256("meterkms/step" ‖
-/// suite ‖ key id ‖ invoke id ‖ conformance ‖ longest APDU)[0..16]`; the key id is 0 and 0, or 1
-/// and its number.
+/// Digest of what a step's octets depend on besides the transfer: `SHA-256("meterkms/step" ‖ suite
+/// ‖ key id ‖ invoke id ‖ conformance ‖ longest APDU)[0..16]`. The key id is 0 and 0, or 1 and its
+/// number.
 pub(super) fn pinned(island: &Island, meter: &Meter) -> Result<[u8; 16], ServiceError> {
     let brought =
         meter.transfer.as_ref().and_then(|transfer| transfer.current().map(|key| (transfer.setup, key.key_type)));
@@ -356,14 +359,13 @@ pub(super) fn pinned(island: &Island, meter: &Meter) -> Result<[u8; 16], Service
     digest.as_ref().first_chunk().copied().ok_or_else(|| ServiceError::Internal("a digest is too short".to_owned()))
 }
 
-/// The id that `key_transfer` has for a key of a meter: the standard's, or the one of its device
-/// profile.
+/// The id of a meter's key in `key_transfer`: the standard's, or that of its device profile.
 pub(super) fn key_id(island: &Island, meter: &Meter, setup: SecuritySetupId, key_type: KeyType) -> Option<u8> {
     let of_profile = || island.profiles.get(&meter.class.profile)?.key(setup, key_type)?.key_id;
     key_type.standard_key_id().or_else(of_profile)
 }
 
-/// The keys of an exchange. Any candidate: what the HSM makes under a version is granted to nobody.
+/// The keys of an exchange. Any candidate may be used: the HSM uses it, and nobody gets it.
 pub(crate) fn pair_keys(meter: &Meter, setup: SecuritySetupId, pair: KeyPair) -> Result<FrameKeys, ServiceError> {
     Ok(FrameKeys {
         encryption: version_source(meter.owner(), &meter.slots, setup, KeyType::GUEK, pair.encryption)?,
@@ -380,7 +382,7 @@ pub(super) fn version_source(
 ) -> Result<KeySource, ServiceError> {
     let found = slots.get(setup, key_type).and_then(|slot| Some((slot, slot.version(version)?)));
     let (slot, version) = found.ok_or_else(|| ServiceError::FailedPrecondition {
-        reason: format!("{key_type} version {version} is gone"),
+        reason: format!("{key_type} version {version} is not in the row any more"),
         next_step: "withdraw the transfer and begin another".to_owned(),
     })?;
     source(owner, slot, version)
@@ -398,6 +400,6 @@ fn fault(error: &DlmsError) -> ServiceError {
 pub(super) const INVOKE_ID: u8 = 0xC1;
 const INITIATE_REQUEST: u8 = 0x01;
 const ACTION_REQUEST: u8 = 0xC3;
-/// get, set, action, selective access, block transfer, and what else clients usually propose.
+/// get, set, action, selective access, block transfer, and others that clients usually propose.
 const CONFORMANCE: [u8; 3] = [0x00, 0x7E, 0x1F];
 const LONGEST_APDU: u16 = 1_200;

@@ -1,4 +1,5 @@
-//! What came back, read in the HSM: bytes are believed, adjectives are not (I3).
+//! Reads the answers of meters in the HSM. Only authenticated octets prove something; what a
+//! head-end says of them does not (I3).
 
 use std::sync::Arc;
 
@@ -10,33 +11,34 @@ use kms_domain::{KeyPair, KeyType, Meter, Observation, Stage, Transfer};
 use kms_hsm::{FrameKeys, FrameParameters, HsmError, ProtectedFrame};
 
 use super::{
-    Report, ReportedAnswer, TransferService,
+    TransferService,
     emit::{INVOKE_ID, pair_keys},
+    step::{Report, ReportedAnswer},
 };
 use kms_base::error::ServiceError;
 
-/// What was read in one report.
+/// What one report shows.
 #[derive(Clone, Debug)]
-pub(super) struct Read {
+pub(super) struct ReadReport {
     pub(super) observation: Observation,
-    /// The last counter that the meter says it accepted: unauthenticated.
+    /// The last counter that the meter states to have accepted. Not authenticated.
     pub(super) last_accepted: Option<u32>,
 }
 
-impl From<Observation> for Read {
+impl From<Observation> for ReadReport {
     fn from(observation: Observation) -> Self {
         Self { observation, last_accepted: None }
     }
 }
 
 impl TransferService {
-    /// Reads the reports of those meters that are at the step which is reported; two rounds in the
-    /// HSM.
+    /// Reads the reports of meters that are at the reported step, in two rounds in the HSM. `None`
+    /// for other meters.
     pub(super) async fn read(
         &self,
         reports: &[Report],
         expected: &[Option<Arc<Meter>>],
-    ) -> Result<Vec<Option<Read>>, ServiceError> {
+    ) -> Result<Vec<Option<ReadReport>>, ServiceError> {
         let mut first: Vec<Option<Reading>> = reports
             .iter()
             .zip(expected)
@@ -73,29 +75,29 @@ impl TransferService {
     }
 }
 
-/// How far one report is read.
+/// How far a report is read.
 enum Reading {
-    /// A ciphered APDU is to be opened.
+    /// A ciphered APDU must be opened.
     Frame { keys: FrameKeys, frame: ProtectedFrame, counter: u32, content: Content },
-    /// An answer to the client's challenge is to be verified.
+    /// An answer to the client's challenge must be verified.
     Challenge { keys: FrameKeys, frame: ProtectedFrame, counter: u32 },
-    /// Read.
-    Done(Read),
+    /// The report is read.
+    Done(ReadReport),
 }
 
-/// What a ciphered APDU should hold.
+/// The expected content of a ciphered APDU.
 #[derive(Clone)]
 enum Content {
-    /// An InitiateResponse, beside this challenge of the meter.
+    /// An InitiateResponse, which came with this challenge of the meter.
     Initiate { meter_challenge: Vec<u8> },
     /// An action-response with f(CtoS) for this challenge.
     Authentication { parameters: ClientChallenge },
-    /// An action-response to `key_transfer`; with the invoke id of its request, where the request
-    /// was made here.
+    /// An action-response to `key_transfer`. If the server made the request, the invoke ids must be
+    /// equal.
     Delivery { made_here: bool },
 }
 
-/// What f(CtoS) is checked with.
+/// The parameters of f(CtoS).
 #[derive(Clone)]
 struct ClientChallenge {
     meter: kms_domain::SystemTitle,
@@ -113,13 +115,13 @@ impl Reading {
         if ExceptionResponse::recognise(octets) {
             return match ExceptionResponse::parse(octets).map(|exception| exception.service_error) {
                 Ok(DlmsServiceError::InvocationCounterError { last_accepted }) => {
-                    Self::Done(Read { observation: Observation::Refusal, last_accepted: Some(last_accepted) })
+                    Self::Done(ReadReport { observation: Observation::Refusal, last_accepted: Some(last_accepted) })
                 }
                 Ok(_) => Self::done(Observation::Refusal),
                 Err(_) => Self::done(Observation::Nothing),
             };
         }
-        // What cannot be read is as good as nothing: it moves no state.
+        // An answer that cannot be read counts as no answer: it changes no state.
         Self::try_begin(meter, transfer, octets).unwrap_or_else(Self::done)
     }
 
@@ -136,8 +138,8 @@ impl Reading {
                 let continued = response.hls_challenge(meter.title, &client).map_err(|_| Observation::Refusal)?;
                 let meter_challenge = continued.challenge.octets().to_vec();
                 if resembles_request(&meter_challenge) {
-                    // I8: f(StoC) authenticates what it is given exactly as an authenticated-only
-                    // APDU is.
+                    // I8: f(StoC) authenticates a challenge exactly as it authenticates an APDU
+                    // that is not encrypted.
                     return Err(Observation::ChallengeUnfit);
                 }
                 ciphered(
@@ -156,8 +158,8 @@ impl Reading {
             Stage::Deliver { pair: own } => {
                 let reading =
                     ciphered(meter, keys, octets, &[ACTION_RESPONSE], Content::Delivery { made_here: own.is_some() })?;
-                // An answer from before the request was sent is no answer to it: the meter's own
-                // counter tells.
+                // The meter's own counter shows whether it made the answer after the request was
+                // sent.
                 match &reading {
                     Self::Frame { counter, .. } if *counter <= known_counter(meter, transfer, pair) => {
                         Err(Observation::Nothing)
@@ -182,7 +184,7 @@ impl Reading {
         }
     }
 
-    /// Goes on with what the frame holds; `None` where the keys do not open it.
+    /// Continues with the content of the frame; `None` if the keys do not open it.
     fn opened(&self, plain: Option<Vec<u8>>) -> Result<Self, ServiceError> {
         let (Self::Frame { keys, counter, content, .. }, Some(plain)) = (self, plain) else {
             return Ok(Self::done(Observation::Nothing));
@@ -231,7 +233,7 @@ impl Reading {
     }
 }
 
-/// A ciphered APDU of this meter, for one of these plain APDUs or in general-glo-ciphering.
+/// A ciphered APDU of this meter: for one of these plain APDUs, or in general-glo-ciphering.
 fn ciphered(
     meter: &Meter,
     keys: FrameKeys,
@@ -254,13 +256,13 @@ fn ciphered(
     Ok(Reading::Frame { keys, frame, counter: apdu.counter, content })
 }
 
-/// The highest counter that the meter itself has used under this GUEK, as far as is known.
+/// The highest counter that the meter is known to have used under this GUEK.
 fn known_counter(meter: &Meter, transfer: &Transfer, pair: KeyPair) -> u32 {
     let version = meter.slots.get(transfer.setup, KeyType::GUEK).and_then(|slot| slot.version(pair.encryption));
     version.map_or(0, |version| version.transport().meter_counter)
 }
 
-/// The next result of the HSM: the plain octets, or none where the tag does not verify.
+/// The next result of the HSM: the plain octets, or `None` if the tag does not verify.
 fn next(results: &mut impl Iterator<Item = Result<Vec<u8>, HsmError>>) -> Result<Option<Vec<u8>>, ServiceError> {
     match results.next() {
         Some(Ok(plain)) => Ok(Some(plain)),

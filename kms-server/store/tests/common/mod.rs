@@ -81,12 +81,15 @@ pub(crate) fn request_key(name: &str, chunk: u32) -> RequestKey {
     }
 }
 
+/// The number of the events in [`record`]: the store does not know what it means.
+pub(crate) const KIND: u16 = 7;
+
 pub(crate) fn record(writer: WriterId, sequence: u64) -> AuditAppend {
     AuditAppend {
         writer,
         sequence,
         time: UnixMillis(1_000 + sequence as i64),
-        kind: 7,
+        kind: KIND,
         record: format!("record {sequence}").into_bytes(),
         chain: [sequence as u8; 32],
     }

@@ -203,7 +203,7 @@ island_tests! {
         let tasks = tasks(island, campaign).await;
         assert_eq!(tasks.len(), 4);
         for (member, order) in tasks.iter().take(2).enumerate() {
-            assert_eq!(field.carry_out(member, order.clone()).await, Outcome::Acknowledged);
+            assert_eq!(field.run(member, order.clone()).await, Outcome::Acknowledged);
             assert!(field.holds_group_key(member, &row(island).await, KeyVersionNumber::new(2).unwrap()).await);
         }
         let rotation = service.rotation(&island.head_end, &key()).await.unwrap();
@@ -224,8 +224,8 @@ island_tests! {
 
         // One more has it; of the last one the answer is lost.
         field.meters[3].add_fault(at_key_transfer(2, Fault::LoseAnswer));
-        assert_eq!(field.carry_out(2, tasks[2].clone()).await, Outcome::Acknowledged);
-        assert_eq!(field.carry_out(3, tasks[3].clone()).await, Outcome::InDoubt);
+        assert_eq!(field.run(2, tasks[2].clone()).await, Outcome::Acknowledged);
+        assert_eq!(field.run(3, tasks[3].clone()).await, Outcome::InDoubt);
         assert!(matches!(service.set_switch_threshold(&island.head_end, id(37), "north", SwitchThreshold::new(75).unwrap()).await, Err(ServiceError::PermissionDenied { .. })));
         assert_eq!(service.set_switch_threshold(&island.officer, id(38), "north", SwitchThreshold::new(75).unwrap()).await.unwrap().switch_threshold_percent, 75);
         let switched = service.switch(&island.head_end, id(39), to(2, false)).await.unwrap();
@@ -245,9 +245,9 @@ island_tests! {
         }
         field.assert_no_nonce_twice();
         // I2: the record tells the story.
-        let changes = |events: Vec<Event>| events.into_iter().filter_map(|event| if let Event::GroupKeyChanged(event) = event { Some(event.change) } else { None }).collect::<Vec<_>>();
+        let changes = island.recorded(|event| match event { Event::GroupKeyChanged(event) => Some(event.change), _ => None }).await;
         let told = ["threshold-reached", "switched", "complete", "begun", "threshold-set", "threshold-reached", "switched", "complete"];
-        assert_eq!(changes(island.events(33).await), told);
+        assert_eq!(changes, told);
         assert_eq!(Scrubber::new(island.island.clone()).scrub(|_| true).await.unwrap().findings, []);
     }
 
@@ -264,7 +264,7 @@ island_tests! {
         };
         let campaign = campaign(island).await;
         for (member, order) in tasks(island, campaign).await.into_iter().enumerate().take(2) {
-            assert_eq!(field.carry_out(member, order).await, Outcome::Acknowledged);
+            assert_eq!(field.run(member, order).await, Outcome::Acknowledged);
         }
         // Under the third member's KEK nothing left, and a GUEK opens no key.
         compromised(3, 2, KeyType::KEK).await;
@@ -294,7 +294,7 @@ island_tests! {
         assert!(wanted().await.is_empty(), "nothing left under it yet");
         let campaign = campaign(island).await;
         for order in tasks(island, campaign).await {
-            assert_eq!(field.carry_out(1, order).await, Outcome::Acknowledged);
+            assert_eq!(field.run(1, order).await, Outcome::Acknowledged);
         }
         assert_eq!(wanted().await, ["member-compromised"]);
         let group = row(island).await;
@@ -316,7 +316,7 @@ island_tests! {
         let wanted = async || service.rotation(&island.auditor, &key()).await.unwrap().wanted_because;
         let campaign = campaign(island).await;
         for order in tasks(island, campaign).await {
-            assert_eq!(field.carry_out(1, order).await, Outcome::Acknowledged);
+            assert_eq!(field.run(1, order).await, Outcome::Acknowledged);
         }
         report(island, 3, field.title(0), KeyType::GUEK).await;
         assert!(wanted().await.is_empty(), "a GUEK opens no key");
@@ -358,7 +358,7 @@ island_tests! {
         // The campaign's version is known to none of them; until one that has it is compromised.
         let first = campaign(island).await;
         assert!(wanted().await.is_empty());
-        assert_eq!(field.carry_out(3, tasks(island, first).await[0].clone()).await, Outcome::Acknowledged);
+        assert_eq!(field.run(3, tasks(island, first).await[0].clone()).await, Outcome::Acknowledged);
         assert_eq!(change(10, &island.officer, 3, Membership::RemoveCompromised).await.unwrap().changed, 1);
         assert_eq!(wanted().await, ["member-compromised"]);
         let second = campaign(island).await;
@@ -369,7 +369,7 @@ island_tests! {
         assert_eq!(change(11, &island.officer, 1, Membership::Add).await.unwrap().changed, 1);
         assert_eq!(field.transfer(1, Some(KeyType::GBEK)).await, Outcome::Acknowledged);
         for order in tasks(island, second).await {
-            assert_eq!(field.carry_out(4, order).await, Outcome::Acknowledged);
+            assert_eq!(field.run(4, order).await, Outcome::Acknowledged);
         }
         let switched = service.switch(&island.head_end, id(12), to(3, false)).await.unwrap();
         assert_eq!((switched.members, switched.acknowledged, switched.stage.as_str()), (2, 2, "complete"));

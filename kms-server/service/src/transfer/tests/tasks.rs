@@ -1,5 +1,5 @@
-//! Transfers for tasks of campaigns, to simulated meters: leases that are lost, servers that are
-//! gone, campaigns that end.
+//! Transfers for tasks of campaigns: task leases that are lost, servers that end, campaigns that
+//! end.
 
 use std::{collections::HashMap, num::NonZeroU8, time::Duration};
 
@@ -11,10 +11,8 @@ use kms_proto::v1;
 use kms_store::TaskFilter;
 use meter_sim::{Connection, behaviour::Fault};
 
-use super::{
-    NextStep, Order, ReportedAnswer, SendingKind, StepAnswer, TransferService,
-    tests::{Field, at_association, at_key_transfer, order},
-};
+use super::super::{NextStep, Order, ReportedAnswer, SendingKind, StepAnswer, TransferService};
+use super::{Field, at_association, at_key_transfer, order};
 use crate::testing::{TestIsland, island_tests};
 use crate::{
     campaign::{
@@ -89,9 +87,9 @@ impl Led {
         Order { task: Some(held(lease)), ..order(lease.meter, key_type) }
     }
 
-    /// Carries a task out as a head-end does that holds no keys.
-    async fn carry_out(&self, task: &v1::Task) -> Outcome {
-        self.field.carry_out(self.number(lease_of(task).meter), Self::order(task)).await
+    /// Executes a task as a head-end does that holds no keys.
+    async fn run(&self, task: &v1::Task) -> Outcome {
+        self.field.run(self.number(lease_of(task).meter), Self::order(task)).await
     }
 
     /// Up to the step that delivers a key, whose answer is lost. The step that waits for a report,
@@ -176,7 +174,7 @@ island_tests! {
         assert_eq!(led.refused(&head_end, transferring).await.code(), FAILED_PRECONDITION);
         // The probe takes the place of the transfer whose lease was lost, and finds the new key:
         // the task has succeeded.
-        assert_eq!(led.carry_out(&again).await, Outcome::Probed);
+        assert_eq!(led.run(&again).await, Outcome::Probed);
         assert_eq!(led.state_of(title).await.0, "succeeded");
         assert_eq!(led.field.held(0, KeyType::GUEK).await, 2);
         let late = led.field.report(&head_end, title, transfer, at, ReportedAnswer::Nothing).await.next;
@@ -193,7 +191,7 @@ island_tests! {
         let (step, _) = led.deliver(&task).await;
         assert_eq!(led.refused(&head_end, order(title, None)).await.code(), FAILED_PRECONDITION);
         assert!(led.service.heartbeat(&head_end, vec![lease_of(&task)], 1).await.unwrap().1.is_empty());
-        // The lease runs out without a word, and the task learns what has become of its transfer.
+        // The task lease ends without a report, and the task gets the outcome of its transfer.
         let begun = tokio::time::timeout(Duration::from_secs(10), async {
             loop {
                 let begun = led.field.begin(order(title, None)).await;
@@ -224,7 +222,8 @@ island_tests! {
             assert_eq!(led.refused(&island.head_end, Order { key_type: Some(KeyType::KEK), ..order.clone() }).await.code(), PERMISSION_DENIED);
             assert_eq!(led.refused(&island.head_end, order).await.code(), PERMISSION_DENIED);
         }
-        // The meter becomes another head-end's business: the task of the former one is not its own.
+        // The meter is assigned to another head-end, which does not get the task lease of the
+        // former one.
         let request = MeterRequest { id: led.field.request(), digest: [9; 32] };
         let assignment =
             Assignment { selection: Selection::Meters(vec![title]), head_end: Some(island.other_head_end.principal.clone()), dry_run: false };
@@ -232,7 +231,7 @@ island_tests! {
         for caller in [&island.head_end, &island.other_head_end] {
             assert_eq!(led.refused(caller, Led::order(task)).await.code(), PERMISSION_DENIED);
         }
-        // It is offered to the new one, under a lease of his own.
+        // The new head-end gets the task with a new task lease.
         let offered = led.service.lease(&island.other_head_end, lease(10)).await.unwrap();
         assert_eq!(offered.iter().map(|task| lease_of(task).meter).collect::<Vec<_>>(), [title]);
         assert!(offered[0].fence > task.fence);
@@ -280,7 +279,7 @@ island_tests! {
         let finished = tokio::time::timeout(Duration::from_secs(60), async {
             loop {
                 for task in led.service.lease(&led.field.island.head_end, lease(100)).await.unwrap() {
-                    let outcome = led.carry_out(&task).await;
+                    let outcome = led.run(&task).await;
                     works.entry(lease_of(&task).meter).or_default().push((task.work(), outcome));
                 }
                 led.service.lead(led.campaign).await.unwrap();
@@ -307,14 +306,14 @@ island_tests! {
         let led = Led::rotating(island, 1, KeyType::KEK).await;
         let task = led.tasks(1).await.remove(0);
         assert_eq!(led.refused(&led.field.island.head_end, Order { task: None, ..Led::order(&task) }).await.code(), PERMISSION_DENIED);
-        assert_eq!(led.carry_out(&task).await, Outcome::Proven);
+        assert_eq!(led.run(&task).await, Outcome::Proven);
         assert_eq!(led.state_of(led.field.title(0)).await.0, "succeeded");
         assert_eq!((led.field.held(0, KeyType::KEK).await, led.field.held(0, KeyType::GUEK).await), (2, 2));
         led.field.compare(0).await;
     }
 
-    /// I5: who writes the database puts the row of a task back as it was before it was done, with
-    /// the mark of then. A key is rotated once for one approval.
+    /// I5: somebody who can write the database restores the row of a task from before it was done,
+    /// with its mark. A key is rotated once for one approval.
     async fn the_older_row_of_a_task_has_nothing_done_again(island) {
         let led = Led::rotating(island, 1, KeyType::KEK).await;
         let (head_end, title) = (led.field.island.head_end.clone(), led.field.title(0));
@@ -338,7 +337,7 @@ island_tests! {
         let task = led.tasks(1).await.remove(0);
         assert!(led.service.heartbeat(&head_end, vec![lease_of(&task)], 600_000).await.unwrap().1.is_empty());
         let leased = row().await;
-        assert_eq!(led.carry_out(&task).await, Outcome::Proven);
+        assert_eq!(led.run(&task).await, Outcome::Proven);
         let done = led.field.row(0).await;
         // It is leased to nobody.
         put_back(open.clone()).await;
@@ -349,7 +348,7 @@ island_tests! {
         put_back(leased).await;
         assert_eq!(led.refused(&head_end, Led::order(&task)).await.code(), FAILED_PRECONDITION);
         let probe = Order { key_type: None, ..Led::order(&task) };
-        assert_eq!(led.field.carry_out(0, probe).await, Outcome::Probed);
+        assert_eq!(led.field.run(0, probe).await, Outcome::Probed);
         assert_eq!(led.state_of(title).await.0, "succeeded");
         assert_eq!((led.field.held(0, KeyType::KEK).await, led.field.held(0, KeyType::GUEK).await), (2, 2));
         led.field.assert_no_nonce_twice();
@@ -362,11 +361,11 @@ island_tests! {
         tasks.sort_by_key(|task| led.number(lease_of(task).meter));
         // Meter 0 is done; 1 is in doubt, and will be for long; 2 has a key on its way; 3 was not
         // begun.
-        assert_eq!(led.carry_out(&tasks[0]).await, Outcome::Proven);
+        assert_eq!(led.run(&tasks[0]).await, Outcome::Proven);
         led.field.meters[1].add_fault(at_key_transfer(1, Fault::LoseAnswer));
         led.field.meters[1].add_fault(at_association(2, Fault::LoseAnswer));
         led.field.meters[1].add_fault(at_association(3, Fault::LoseAnswer));
-        assert_eq!(led.carry_out(&tasks[1]).await, Outcome::InDoubt);
+        assert_eq!(led.run(&tasks[1]).await, Outcome::InDoubt);
         let (step, _) = led.deliver(&tasks[2]).await;
         led.service.change(&island.officer, request(), led.campaign, Change::Abort { reason: "wrong firmware".to_owned() }).await.unwrap();
 
@@ -421,8 +420,8 @@ island_tests! {
         let head_end = led.field.island.head_end.clone();
         let mut tasks = led.tasks(3).await;
         tasks.sort_by_key(|task| led.number(lease_of(task).meter));
-        // Server one answers a report, and is gone before its answer arrives. What it leased and
-        // began is in the database.
+        // Server one answers a report, and ends before its answer arrives. What it leased and began
+        // is in the database.
         let (step, delivered) = led.deliver(&tasks[0]).await;
         let (transfer, at) = step.transfer.unwrap();
         let other = led.field.island.another_server().await;
@@ -451,9 +450,9 @@ island_tests! {
         assert!(brief.1.is_empty());
         let probe = led.tasks(1).await.remove(0);
         assert!(lease_of(&probe).meter == step.meter && probe.fence > tasks[0].fence && probe.work() == v1::CampaignAction::Probe);
-        assert_eq!(led.carry_out(&probe).await, Outcome::Probed);
-        assert_eq!(led.carry_out(&tasks[1]).await, Outcome::Proven);
-        assert_eq!(led.carry_out(&third[0]).await, Outcome::Proven);
+        assert_eq!(led.run(&probe).await, Outcome::Probed);
+        assert_eq!(led.run(&tasks[1]).await, Outcome::Proven);
+        assert_eq!(led.run(&third[0]).await, Outcome::Proven);
         led.service.lead(led.campaign).await.unwrap();
         let report = led.service.report(&led.field.island.officer, led.campaign, ReportQuery { filter: TaskFilter::All, after: None, page: 10 }).await.unwrap();
         let progress = report.progress.unwrap();
@@ -484,7 +483,7 @@ island_tests! {
         let (id, _) = step.transfer.unwrap();
         led.field.service.withdraw(&island.head_end, led.field.request(), vec![(step.meter, id)], "too slow".to_owned()).await.unwrap();
         assert_eq!(led.state_of(step.meter).await, ("pending".to_owned(), true));
-        // And a meter that is replaced by one that is known already.
+        // And a meter that is replaced by a registered one.
         let (step, _) = led.deliver(&tasks[2]).await;
         let replaced = meters.replace(&island.officer, request(), step.meter, led.field.title(1), "broken".to_owned()).await.unwrap();
         assert_eq!(replaced.changed, 2);

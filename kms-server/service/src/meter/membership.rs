@@ -1,25 +1,25 @@
-//! Membership in groups.
+//! Changes which meters are members of a group.
 
 use async_recursion::async_recursion as boxed;
 use kms_domain::{ExposureReason, MeterStatus, SystemTitle};
 use kms_proto::v1::{self, MembershipChange};
 use kms_store::{Reads, RowKind};
 
-use super::{About, CHUNK, Chunk, Code, MeterService, NOT_PERMITTED, Outcome, Request, change::record};
+use super::{About, CHUNK, ChunkOutcome, Code, MeterChunk, MeterService, NOT_PERMITTED, Request, change::record};
 use crate::owner::expose_to_former_member;
 use kms_authz::facts;
 use kms_authz::{Action, Caller, Resource};
 use kms_base::error::ServiceError;
 use kms_ledger::{Decision, Permit, View};
 
-/// What becomes of meters and a group.
+/// A change of membership.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Membership {
-    /// They are members.
+    /// The meters become members.
     Add,
-    /// They are members no more.
+    /// The meters leave the group.
     Remove,
-    /// The same: they are compromised.
+    /// The meters leave the group because they are compromised.
     RemoveCompromised,
 }
 
@@ -27,7 +27,7 @@ impl Membership {
     /// What the contract asks for.
     ///
     /// # Errors
-    /// Nothing, or something unknown.
+    /// The number is unspecified or unknown.
     pub fn from_proto(number: i32) -> Result<Self, ServiceError> {
         match MembershipChange::try_from(number) {
             Ok(MembershipChange::Add) => Ok(Self::Add),
@@ -47,13 +47,12 @@ impl Membership {
 }
 
 impl MeterService {
-    /// Puts meters into a group, or takes them out. A new member gets the group's key by a
-    /// transfer. Who is taken out may keep the key that he holds, so it is exposed, and has to be
-    /// rotated.
+    /// Adds meters to a group, or removes them. A new member gets the group's key by a transfer. A
+    /// removed meter may keep the key that it holds, so the key is exposed and must be rotated.
     ///
     /// # Errors
-    /// Not permitted, a request id that was used for something else, or the database is away. What
-    /// concerns single meters is in the answer.
+    /// Not permitted, a request id that was used for another request, or the database cannot be
+    /// reached. Errors of single meters are in the answer.
     #[boxed]
     pub async fn change_members(
         &self,
@@ -83,17 +82,17 @@ impl MeterService {
                 sealed: vec![(RowKind::Group, id.0.to_be_bytes().to_vec())],
                 ..Reads::default()
             };
-            let act = Chunk {
+            let act = MeterChunk {
                 about: About::Group(id),
                 action: action.clone(),
                 reads,
                 change: move |view: &mut View<'_, '_>, _: &Permit| {
                     let group = view.group(id)?.ok_or_else(|| ServiceError::denied(denied.clone()))?;
-                    let mut outcome = Outcome::default();
+                    let mut outcome = ChunkOutcome::default();
                     let mut changed = Vec::new();
                     for title in &titles {
-                        // An error is a row that does not verify, as good as absent (I5), or one
-                        // that is read for the next attempt.
+                        // An error means that the row does not verify and counts as absent (I5), or
+                        // that it is read for the next attempt.
                         let Some(meter) = view.meter(*title).ok().flatten() else {
                             view.refuse("not permitted for a meter of the request".to_owned());
                             outcome.problem(*title, Code::NotPermitted, NOT_PERMITTED);
@@ -112,7 +111,7 @@ impl MeterService {
                             outcome.problem(
                                 *title,
                                 Code::Group,
-                                format!("it is in {MOST_GROUPS} groups already, as many as a meter may be in"),
+                                format!("it is already in {MOST_GROUPS} groups, the most that a meter may be in"),
                             );
                             continue;
                         }
@@ -144,5 +143,5 @@ impl MeterService {
     }
 }
 
-/// Groups of a meter at most.
+/// The most groups of a meter.
 const MOST_GROUPS: usize = 16;

@@ -1,12 +1,12 @@
-//! Groups by name: shipments and enrolments name them, rows and policies have their numbers.
+//! Groups by name: shipments and enrolments name groups, rows and policies have their numbers.
 //!
-//! A group owns the broadcast keys of its members ([`super::owner`]). Who may use them is said of
-//! the group, and never follows from membership: a meter that joins or leaves a group changes
-//! nobody's right to a key.
+//! A group owns the broadcast keys of its members ([`super::owner`]). Policy permits their use for
+//! the group, and membership gives no right: a meter that joins or leaves a group changes nobody's
+//! right to a key.
 //!
-//! Numbers are given from 1 on without gaps, and a group is never removed. So whoever looks through
-//! them in order finds every name, and two servers that make one at the same time meet at the same
-//! number.
+//! Numbers begin at 1 and have no gaps, and a group is never removed. So a walk in their order
+//! finds every name. Two servers that add a group at the same time try the same number, and one of
+//! them tries again.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -36,22 +36,22 @@ struct KnownGroup {
     suite: SecuritySuite,
 }
 
-/// For whom groups are made, and by which action.
+/// For whom groups are added, and by which action.
 pub(super) struct Naming<'a> {
     pub(super) caller: &'a Caller,
     pub(super) request: Option<RequestId>,
     pub(super) action: &'a Action,
-    /// Of meters of this class; none: the action is one on the island.
+    /// The class of meters that the action is for; `None`: the action is on the island.
     pub(super) class: Option<&'a MeterClass>,
 }
 
 impl Groups {
-    /// The numbers of the groups with these names; missing ones are made, for meters of this suite.
-    /// A name is left out if its group is of another suite, or if the island has as many groups as
-    /// it takes.
+    /// The numbers of the groups with these names. Missing groups are added, for meters of this
+    /// suite. A name is left out if its group is of another suite, or if the island has the most
+    /// groups that it may have.
     ///
     /// # Errors
-    /// Not permitted, or the database is away.
+    /// Not permitted, or the database cannot be reached.
     pub(super) async fn resolve(
         &self,
         island: &Arc<Island>,
@@ -75,7 +75,7 @@ impl Groups {
     /// The number of the group with this name.
     ///
     /// # Errors
-    /// A row that does not verify, or the database is away.
+    /// A row that does not verify, or the database cannot be reached.
     pub(super) async fn find(&self, island: &Island, name: &str) -> Result<Option<GroupId>, ServiceError> {
         let mut known = self.known.lock().await;
         loop {
@@ -86,13 +86,13 @@ impl Groups {
             let page = island.store.sealed_page(RowKind::Group, Some(&last.to_be_bytes()), PAGE as u32).await?;
             let before = known.len();
             for ((octets, row), number) in page.iter().zip(last + 1..) {
-                // Numbers have no gaps; what stands behind one is not believed.
+                // Numbers have no gaps: rows after a gap are not trusted.
                 if octets.as_slice() != number.to_be_bytes() {
                     break;
                 }
                 let group = match island.committer.open_group(GroupId(number), row) {
                     Ok(group) => group,
-                    // It may have been written between being read and being opened.
+                    // A row that was written between reading and opening verifies the second time.
                     Err(_) => match island.group(GroupId(number)).await? {
                         Some((group, _)) => group,
                         None => break,
@@ -107,7 +107,7 @@ impl Groups {
     }
 }
 
-/// Looks through the groups after the known ones; behind the last, makes those that are missing.
+/// Reads the groups after the known ones. After the last it adds those that are missing.
 async fn step(
     island: &Island,
     naming: &Naming<'_>,
@@ -125,7 +125,7 @@ async fn step(
     Ok(island.door.act(naming.caller, naming.request, act).await?.value)
 }
 
-/// The next groups, with those that are made.
+/// Reads the next groups and adds missing ones, as one act.
 struct NameGroups {
     action: Action,
     class: Option<MeterClass>,
@@ -143,7 +143,7 @@ impl NameGroups {
 
 impl Act for NameGroups {
     type Answer = Vec<KnownGroup>;
-    // What is named has a row.
+    // A group that was added has a row, so a repetition finds it.
     type Past = Never;
 
     fn name(&self) -> &'static str {
@@ -188,7 +188,7 @@ impl Act for NameGroups {
     }
 }
 
-/// How many numbers are looked at in one transaction.
+/// How many numbers one transaction reads.
 const PAGE: u64 = 256;
-/// Groups of an island at most: a shipment with a group for each meter is a mistake.
+/// The most groups of an island. It stops a shipment that names a group for each meter by mistake.
 const MOST_GROUPS: usize = 10_000;
