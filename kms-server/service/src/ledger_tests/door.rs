@@ -77,7 +77,7 @@ fn revoke_grant(view: &mut View<'_, '_>) {
 
 fn put_refused_line(view: &mut View<'_, '_>) {
     view.put_refused_line(ShipmentRefusal {
-        upload: UploadId::from_octets(&UPLOAD).unwrap(),
+        upload: UploadId(UPLOAD),
         line: 1,
         field: String::new(),
         reason: "a test".to_owned(),
