@@ -7,10 +7,11 @@ use kms_domain::{
 use kms_proto::v1::{self, AuditRecord, audit_record::Event};
 use kms_store::Reads;
 
+use super::unprotect::{ReceivedContent, ReceivedFrame};
 use super::*;
 use crate::testing::{TestIsland, client_title, island_tests, meter, sample};
 use crate::transfer::{
-    NextStep, Order, ReportedAnswer,
+    EARLIER_KEY_HELD, NextStep, Order, ReportedAnswer, pair_keys,
     tests::{Field, order},
 };
 

@@ -23,7 +23,8 @@ use super::{NextStep, Order, Report, ReportedAnswer, SendingKind, StepAnswer, Tr
 use crate::testing::{TestIsland, client_title, island_tests, meter, sample};
 use crate::{
     campaign::{CampaignService, NewCampaign},
-    frame::{FrameService, PlainContent, PlainFrame, ReceivedContent, ReceivedFrame},
+    frame::unprotect::{ReceivedContent, ReceivedFrame},
+    frame::{FrameService, PlainContent, PlainFrame},
     meter::{Compromise, CounterRaise, MeterService},
     proposal::{Change, ProposalService},
 };
