@@ -11,7 +11,7 @@ use tonic::{Request, Response, Status};
 use crate::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
-use kms_service::certificate::CertificationRequest;
+use kms_service::certificate::request::CertificationRequest;
 use kms_service::grant::request_digest;
 use kms_service::island::Island;
 use kms_service::principal::key::ProposedKey;

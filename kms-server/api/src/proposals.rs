@@ -15,8 +15,8 @@ use kms_authz::Caller;
 use kms_base::error::ServiceError;
 use kms_service::island::Island;
 use kms_service::{
+    approval::{Change, ProposalService, Request},
     grant::request_digest,
-    proposal::{Change, ProposalService, Request},
 };
 
 /// The service over gRPC.

@@ -15,7 +15,9 @@ use rustls_pki_types::pem::PemObject as _;
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 use zeroize::Zeroizing;
 
-use super::certificate::{CertificateAuthority, CertificationRequest, IssuedCertificate, Validity};
+use super::certificate::request::CertificationRequest;
+use super::certificate::signing::IssuedCertificate;
+use super::certificate::{CertificateAuthority, Validity};
 use crate::island::Island;
 use kms_base::error::ServiceError;
 use kms_base::files;
@@ -302,7 +304,7 @@ const PAGE: u32 = 256;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::certificate::CA_KEY;
+    use crate::certificate::signing::CA_KEY;
     use crate::testing::island_tests;
 
     const DAY: i64 = 86_400_000;

@@ -559,7 +559,7 @@ mod tests {
             let key = folder.join(format!("{}.pem", self.name));
             std::fs::write(
                 &key,
-                super::super::certificate::pem(
+                super::super::certificate::signing::pem(
                     "PRIVATE KEY",
                     PrivatePkcs8KeyDer::from(pkcs8.as_ref()).secret_pkcs8_der(),
                 ),

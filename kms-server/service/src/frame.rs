@@ -30,8 +30,9 @@ use kms_store::{Reads, RowKind};
 use tracing::Instrument as _;
 
 use self::alert::AlertKey;
-use super::grant::{counter_key, on_new_key, setup_record, source};
 use crate::island::Island;
+use crate::keys::counter::{counter_key, on_new_key};
+use crate::keys::{setup::setup_record, source::source};
 use kms_authz::{Action, Caller, CosemTarget, FrameService as Service, Purpose, Quota, Resource};
 use kms_base::FrameDirection;
 use kms_base::error::ServiceError;
@@ -55,6 +56,16 @@ pub struct PlainFrame {
     pub protection: Protection,
     /// What it is.
     pub content: PlainContent,
+}
+
+impl PlainFrame {
+    /// The meter and its APDU; `None` for a challenge.
+    fn apdu(&self) -> Option<(SystemTitle, &[u8])> {
+        match &self.content {
+            PlainContent::Apdu { apdu, .. } => Some((self.meter, apdu)),
+            PlainContent::Challenge(_) => None,
+        }
+    }
 }
 
 /// What is to be protected.
@@ -129,7 +140,8 @@ impl FrameService {
         supersede_lease: bool,
     ) -> Result<(Vec<FrameOutcome>, Option<AuditLeaf>), ServiceError> {
         let quotas = frames.iter().any(|frame| self.counts(frame)).then(|| quota_use_row(&caller.principal));
-        let under_way = carried::under_way(&self.island, caller, &frames).await?;
+        let apdus: Vec<(SystemTitle, &[u8])> = frames.iter().filter_map(PlainFrame::apdu).collect();
+        let under_way = carried::under_way(&self.island, caller, &apdus).await?;
         let act = Protect { island: self.island.clone(), purpose, frames, supersede_lease, under_way, quotas };
         let committed = self.island.door.act(caller, Request { id: request, digest }, act).await?;
         let Protected { planned, replayed } = committed.value;

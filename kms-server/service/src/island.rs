@@ -10,7 +10,7 @@ use kms_hsm::Hsm;
 use kms_store::{MeterRow, RowKind, SealedRow, Store};
 
 use crate::profiles::Profiles;
-use crate::scrub::Flight;
+use crate::scrub_flight::ScrubFlight;
 use kms_authz::{Action, Caller, Policy, Resource};
 use kms_base::Repetition;
 use kms_base::bounds::Limits;
@@ -42,7 +42,7 @@ pub struct Island {
     /// The key of key fingerprints.
     pub fingerprint_key: FingerprintKey,
     /// The scrub that runs: one at a time.
-    pub scrubs: Flight,
+    pub scrubs: ScrubFlight,
     /// Held while the row is read anew and its roots are put to use; knows what of them was
     /// complained about last.
     pub refreshing: tokio::sync::Mutex<Repetition>,

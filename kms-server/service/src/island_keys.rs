@@ -9,7 +9,7 @@ use kms_hsm::{ErrorKind, Hsm, HsmError, RootVersion};
 use kms_ledger::{AuditKeys, RestoreSettings};
 use kms_store::{RowKind, Store, StoreError};
 
-use crate::root::{FINGERPRINT_KEY_VERSION, all_seal_keys, audit_keys, seal_key, seal_keys};
+use crate::keys::seal::{FINGERPRINT_KEY_VERSION, all_seal_keys, audit_keys, seal_key, seal_keys};
 
 /// The keys that the HSM computes from the seal root, and the island's row that they verify.
 pub struct IslandKeys {

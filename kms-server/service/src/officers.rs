@@ -17,7 +17,9 @@ use kms_store::Store;
 use zeroize::Zeroizing;
 
 use super::{
-    certificate::{CertificateAuthority, CertificationRequest, IssuedCertificate, Validity},
+    certificate::request::CertificationRequest,
+    certificate::signing::IssuedCertificate,
+    certificate::{CertificateAuthority, Validity},
     escrow::EscrowDocument,
     principal::everyone::{Everyone, refuse_shared_key},
 };

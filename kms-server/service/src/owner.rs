@@ -17,17 +17,14 @@ use kms_domain::{
 use kms_proto::v1::{self, DeviceTypeAdded, KeyCreated, audit_record::Event};
 use kms_store::{Reads, RowKind};
 
+pub(crate) use self::rotation::NewGroupVersion;
 pub use self::rotation::{BehindPage, NamedGroupKey, Switch};
-pub(crate) use self::rotation::{
-    NewGroupVersion, expose_to_former_member, expose_to_who_knows_a_kek, message as rotation_message,
-};
 use super::{
-    grant::setup_record,
     group::Groups,
     meter::{Request, Shown, shown_version},
-    recipe::Recipe,
 };
 use crate::island::Island;
+use crate::keys::{recipe::Recipe, setup::setup_record};
 use kms_authz::facts;
 use kms_authz::{Action, Caller, DeviceTypeFacts, GroupFacts, Resource};
 use kms_base::error::ServiceError;

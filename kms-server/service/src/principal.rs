@@ -11,6 +11,7 @@ mod end;
 pub(super) mod everyone;
 pub mod key;
 pub mod people;
+mod renew;
 #[cfg(test)]
 mod tests;
 
@@ -20,15 +21,17 @@ use std::sync::Arc;
 use aws_lc_rs::digest::{Context, SHA256};
 use bytes::Bytes;
 use kms_domain::{
-    Enrolment, ParseError, PersonName, Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, ProposalId,
-    RequestId, Role, SystemTitle, UnixMillis,
+    Enrolment, ParseError, PersonName, Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, RequestId,
+    SystemTitle, UnixMillis,
 };
 use kms_proto::v1::{self, PrincipalChanged, SecurityEvent, audit_record::Event};
 use kms_store::{Reads, RowKind};
 
-use self::everyone::{Everyone, parse_name, refuse_shared_key, refuse_shared_titles, unverified};
+use self::everyone::{Everyone, MOST_AT_ONCE, parse_name, refuse_shared_key, refuse_shared_titles, unverified};
 use super::Request;
-use super::certificate::{CertificateAuthority, CertificationRequest, IssuedCertificate, Validity};
+use super::certificate::request::CertificationRequest;
+use super::certificate::signing::IssuedCertificate;
+use super::certificate::{CertificateAuthority, Validity};
 use crate::island::Island;
 use kms_authz::{Action, Caller, Resource};
 use kms_base::error::ServiceError;
@@ -151,93 +154,6 @@ impl Principals {
             let record = changed(&principal.id, "added", issued.as_ref(), "");
             Ok((principal, record, issued.clone(), chain.clone()))
         })
-        .await
-    }
-
-    /// Certifies a new TLS key. Earlier certificates stay valid until they end, so that a principal
-    /// can change over; there are never more than two that have not ended, and none is dropped for
-    /// a new one. The key of an officer or auditor is renewed by the person, or by the `proposal`
-    /// that permits it ([`key`]).
-    ///
-    /// # Errors
-    /// Not permitted, no such principal, a disabled one, too many certificates, the key of another
-    /// principal, or trouble of HSM or database.
-    #[boxed]
-    pub async fn renew(
-        &self,
-        caller: &Caller,
-        request: RequestId,
-        id: PrincipalId,
-        certification: &CertificationRequest,
-        proposal: Option<ProposalId>,
-    ) -> Result<v1::PrincipalCertificate, ServiceError> {
-        if let Some(approved) = proposal {
-            return self.recertify(caller, request, id, certification, approved).await;
-        }
-        let own = id == caller.principal;
-        let action = Action::RenewPrincipal { role: id.role(), own };
-        // The answer tells an officer the way; what holds is checked again in the act.
-        if caller.principal.role().is_personal() {
-            self.island.principal(caller).await?;
-            refuse_for_another_person(&id, own).map_err(|refusal| self.on_record(caller, &action, refusal))?;
-        }
-        self.island.require(caller, &action).await?;
-        // No signature for what will be refused. A request that comes again gets its answer in the
-        // act.
-        let issued = if self.has_room(&id).await? {
-            Some(
-                self.authority
-                    .principal(&id, certification, self.validity())?
-                    .sign(&self.island.hsm_for(caller))
-                    .await?,
-            )
-        } else {
-            None
-        };
-        let digest = request_digest("renew", &[id.to_string().as_bytes(), &certification.spki_sha256()]);
-        let chain = self.chain();
-        let asking = caller.clone();
-        self.act_among_all(
-            caller,
-            Request { id: request, digest },
-            action,
-            id.clone(),
-            Reads::default(),
-            move |view, _, existing, everyone| {
-                // I6: whatever policies say.
-                refuse_for_another_person(&id, own)?;
-                let mut principal = enabled(&id, existing)?;
-                let now = view.now();
-                let enrolment = match principal.certificate(&asking.certificate_sha256) {
-                    Some(certificate) if own => certificate.enrolment.renewed(),
-                    _ => Enrolment::OnePerson,
-                };
-                principal.certificates.retain(|certificate| now < certificate.not_after);
-                if let Err(refusal) = refuse_too_many(&principal, now) {
-                    view.alert_refused("renewal-beyond-bound", refusal.to_string());
-                    return Err(refusal);
-                }
-                let issued = issued.clone().ok_or_else(|| ServiceError::Aborted {
-                    reason: "a certificate of the principal ended at the same moment".to_owned(),
-                    next_step: "ask again".to_owned(),
-                })?;
-                refuse_shared_key(&everyone.rows(view)?, &id, &issued.key_sha256)?;
-                principal
-                    .certificates
-                    .push(issued.for_principal(enrolment, Some(asking.principal.clone()).filter(|_| !own)));
-                principal.revision += 1;
-                if !own {
-                    let detail = format!(
-                        "`{}` made the certificate {} for `{id}`",
-                        asking.principal,
-                        hex::encode(&issued.serial)
-                    );
-                    view.alert(security_event("certificate-made-by-another", detail));
-                }
-                let record = changed(&id, "renewed", Some(&issued), "");
-                Ok((principal, record, Some(issued), chain.clone()))
-            },
-        )
         .await
     }
 
@@ -396,19 +312,6 @@ impl Principals {
             self.island.committer.refused(Some(&caller.principal), action.name(), refusal.to_string());
         }
         refusal
-    }
-
-    /// Whether the principal may have one more certificate, as its row stands beside the writer.
-    async fn has_room(&self, id: &PrincipalId) -> Result<bool, ServiceError> {
-        let (kind, name) = principal_row(id);
-        let Some(row) = self.island.store.sealed(kind, &name).await? else { return Ok(true) };
-        let now = Island::now();
-        // Whatever does not verify is refused in the act.
-        Ok(self
-            .island
-            .committer
-            .open_principal(id, &row)
-            .map_or(true, |principal| principal.live_certificates(now).count() < MOST_CERTIFICATES))
     }
 
     /// Every principal, or why its row is not believed.
@@ -570,51 +473,6 @@ fn security_event(kind: &str, detail: String) -> SecurityEvent {
     SecurityEvent { kind: kind.to_owned(), detail, meter: Bytes::new() }
 }
 
-/// I6: whoever certifies a key of their own for another person is two people from then on.
-fn refuse_for_another_person(id: &PrincipalId, own: bool) -> Result<(), ServiceError> {
-    if own || !id.role().is_personal() {
-        return Ok(());
-    }
-    let custodians = match id.role() {
-        Role::Officer => format!(
-            "; where there are not two, the custodians do, on the token's machine: `kms-server officers recertify {id}`"
-        ),
-        _ => String::new(),
-    };
-    Err(ServiceError::FailedPrecondition {
-        reason: format!("nobody certifies a key for another person alone (I6), and `{id}` is a person's"),
-        next_step: format!(
-            "the person runs `kms principal renew`; if the certificate has ended or is lost, two other officers act: one with \
-             `kms principal propose-key {id}`, another approves{custodians}"
-        ),
-    })
-}
-
-/// A thief of a key, who renews, does not push out the owner's certificate: one more is refused,
-/// and none is dropped.
-fn refuse_too_many(principal: &Principal, now: UnixMillis) -> Result<(), ServiceError> {
-    if principal.certificates.len() < MOST_CERTIFICATES {
-        return Ok(());
-    }
-    let serials: Vec<String> =
-        principal.certificates.iter().map(|certificate| hex::encode(&certificate.serial)).collect();
-    let first = principal.certificates.iter().map(|certificate| certificate.not_after).min().unwrap_or(now);
-    Err(ServiceError::FailedPrecondition {
-        reason: format!(
-            "`{}` has {} certificates that have not ended ({}), and the bound is {MOST_CERTIFICATES}: the one in use and its successor",
-            principal.id,
-            serials.len(),
-            serials.join(", ")
-        ),
-        next_step: format!(
-            "an officer ends one that is not in use with `kms principal end-certificate {} SERIAL`; if you do not know one of them, somebody else has the \
-             key: tell the officers at once; otherwise wait: the first ends in {} days",
-            principal.id,
-            first.0.saturating_sub(now.0).div_euclid(86_400_000) + 1
-        ),
-    })
-}
-
 fn enabled(id: &PrincipalId, existing: Option<Arc<Principal>>) -> Result<Principal, ServiceError> {
     let principal = existing.as_deref().cloned().ok_or_else(|| unknown(id))?;
     match principal.status {
@@ -643,8 +501,5 @@ fn request_digest(verb: &str, parts: &[&[u8]]) -> [u8; 32] {
     digest
 }
 
-/// Certificates of one principal at a time that have not ended: the one in use, and its successor.
-const MOST_CERTIFICATES: usize = 2;
 /// How often an act begins again because a principal was added meanwhile.
 const MOST_ATTEMPTS: usize = 8;
-const MOST_AT_ONCE: u32 = 500;

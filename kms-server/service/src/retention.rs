@@ -21,7 +21,7 @@ use kms_store::{AuditFilter, MeterFilter, Reads, RowKind};
 use prost::Message as _;
 
 use crate::island::Island;
-use crate::owner::expose_to_who_knows_a_kek;
+use crate::keys::exposure::expose_to_who_knows_a_kek;
 use kms_base::error::ServiceError;
 use kms_ledger::{CLOCK_JUMPED, Decision, ServerAct, View};
 

@@ -19,20 +19,16 @@ use std::{
 };
 
 use kms_domain::{KeyClass, RootError, RootId, RootPurpose, RootRotation, RootRotationState, RootStanding, UnixMillis};
-use kms_hsm::{HsmError, Purpose, RootVersion, TokenKey};
 use kms_proto::v1::{self, RootRotationChanged, audit_record::Event};
 use kms_store::{MeterFilter, Reads, RowKind};
 use tokio::sync::mpsc;
 
 pub use self::destroy::Destruction;
-pub use self::refresh::{
-    FINGERPRINT_KEY_VERSION, all_seal_keys, audit_keys, held_audit_key, learn_seal_keys, seal_key, seal_keys,
-};
+pub use self::refresh::learn_seal_keys;
+use crate::Request;
 use crate::island::Island;
-use crate::{
-    Request,
-    watch::{self, Watched},
-};
+use crate::keys::token::token_key;
+use crate::watch::{self, Watched};
 use kms_authz::{Action, Caller, Resource};
 use kms_base::Repetition;
 use kms_base::error::ServiceError;
@@ -407,24 +403,6 @@ impl Watched for WatchedRotation {
     }
 }
 
-/// The name of a root's version in the token.
-///
-/// # Errors
-/// The version is 0.
-pub fn token_key(id: RootId) -> Result<TokenKey, ServiceError> {
-    let purpose = match id.purpose {
-        RootPurpose::Diversification(class) => Purpose::Diversification(class),
-        RootPurpose::StorageKek(class) => Purpose::StorageKek(class),
-        RootPurpose::Seal => Purpose::Seal,
-        RootPurpose::VendorTransport => Purpose::VendorTransport,
-    };
-    Ok(TokenKey { purpose, version: root_version(id.version)? })
-}
-
-fn root_version(version: u8) -> Result<RootVersion, ServiceError> {
-    RootVersion::new(u32::from(version)).map_err(|error| ServiceError::Internal(error.to_string()))
-}
-
 /// The name of a rotation's row in the store.
 fn rotation_row(to: RootId) -> (RowKind, Vec<u8>) {
     (RowKind::RootRotation, to.octets().to_vec())
@@ -498,11 +476,6 @@ fn is_served(island: &Island, purpose: RootPurpose) -> bool {
 
 fn millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
-}
-
-/// Whether the token says that it has no such key.
-const fn is_missing(error: &HsmError) -> bool {
-    matches!(error, HsmError::KeyMissing { .. })
 }
 
 /// How long a destruction that failed is left alone.

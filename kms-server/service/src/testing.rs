@@ -312,7 +312,7 @@ impl TestIsland {
         let (hsm, name) = (self.island.hsm.clone(), self.island.name().clone());
         let escrow_public_key = std::fs::read(folder.join(ESCROW_KEY)).unwrap();
         let module = Module::load(&self.module.path()).unwrap();
-        let key = crate::root::token_key(id).unwrap();
+        let key = crate::keys::token::token_key(id).unwrap();
         let made = tokio::task::spawn_blocking(move || {
             hsm.close();
             let new =

@@ -31,8 +31,11 @@ use kms_store::Reads;
 pub(crate) use self::emit::pair_keys;
 use super::{
     campaign::{begin_task, check_task, end_task, holds_task, task_reads},
-    grant::{counter_key, on_new_key, setup_record},
-    owner::expose_to_who_knows_a_kek,
+    keys::{
+        counter::{counter_key, on_new_key},
+        exposure::expose_to_who_knows_a_kek,
+        setup::setup_record,
+    },
 };
 use crate::island::Island;
 use kms_authz::{Action, Caller, Resource};

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 
-use crate::island::Island;
 use kms_authz::Caller;
+use kms_base::clock;
 use kms_base::error::ServiceError;
 
 /// Something that is looked at again and again.
@@ -46,7 +46,7 @@ pub(super) fn watch<W: Watched>(
                     () = answers.closed() => return,
                     () = tokio::time::sleep(every) => {}
                 }
-                if not_after <= Island::now() {
+                if not_after <= clock::now() {
                     break Err(ServiceError::unauthenticated("the client certificate has expired"));
                 }
                 match watched.look().await {

@@ -9,7 +9,6 @@ use std::{collections::HashMap, sync::Arc};
 use kms_dlms::{KeyCarrier, ServiceRequest};
 use kms_domain::{Meter, PrincipalId, SystemTitle};
 
-use super::{PlainContent, PlainFrame};
 use crate::island::Island;
 use crate::transfer::{Brought, TransferService};
 use kms_authz::Caller;
@@ -18,16 +17,15 @@ use kms_base::error::ServiceError;
 /// What the transfers under way bring to the meters of a call.
 pub(super) type UnderWay = Arc<HashMap<SystemTitle, Brought>>;
 
-/// Makes anew what is under way to the meters for which a frame carries a key. Wraps by RFC 3394
+/// Makes anew what is under way to the meters for which an APDU carries a key. Wraps by RFC 3394
 /// are the same each time.
 pub(super) async fn under_way(
     island: &Arc<Island>,
     caller: &Caller,
-    frames: &[PlainFrame],
+    apdus: &[(SystemTitle, &[u8])],
 ) -> Result<UnderWay, ServiceError> {
-    let carries =
-        |frame: &&PlainFrame| matches!(&frame.content, PlainContent::Apdu { apdu, .. } if carrier(apdu).is_some());
-    let titles: Vec<SystemTitle> = frames.iter().filter(carries).map(|frame| frame.meter).collect();
+    let titles: Vec<SystemTitle> =
+        apdus.iter().filter(|(_, apdu)| carrier(apdu).is_some()).map(|(title, _)| *title).collect();
     if titles.is_empty() {
         return Ok(UnderWay::default());
     }

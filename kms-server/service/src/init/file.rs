@@ -10,8 +10,8 @@ use rustls_pki_types::SubjectPublicKeyInfoDer;
 use rustls_pki_types::pem::PemObject;
 use serde::Deserialize;
 
-use super::InitError;
-use crate::certificate::CertificationRequest;
+use super::error::InitError;
+use crate::certificate::request::CertificationRequest;
 use crate::escrow::{Custodian, Quorum};
 use kms_config::{SecretSource, StorageSection};
 

@@ -12,7 +12,7 @@ use kms_proto::v1;
 use kms_store::Reads;
 
 use super::{
-    super::{group::Naming, recipe::Recipe},
+    super::{group::Naming, keys::recipe::Recipe},
     Code, MeterService, NOT_PERMITTED, Outcome, Request,
     change::record,
 };

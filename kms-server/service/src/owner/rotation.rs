@@ -12,19 +12,16 @@ use async_recursion::async_recursion as boxed;
 use std::{sync::Arc, time::Duration};
 
 use kms_domain::{
-    CampaignId, ExposureReason, Group, GroupError, GroupId, GroupRotation, KeyState, KeyType, KeyVersion,
-    KeyVersionNumber, MemberCounts, Meter, NewKeyVersion, Owner, Party, RequestId, RotationStage, SecuritySetupId,
-    SharedKey, SwitchThreshold, SystemTitle,
+    CampaignId, Group, GroupError, GroupId, GroupRotation, KeyState, KeyType, KeyVersionNumber, MemberCounts, Meter,
+    NewKeyVersion, Owner, RequestId, RotationStage, SecuritySetupId, SwitchThreshold, SystemTitle,
 };
-use kms_proto::v1::{self, GroupKeyChanged, SecurityEvent, audit_record::Event};
+use kms_proto::v1::{self, GroupKeyChanged, audit_record::Event};
 use kms_store::{MeterFilter, Reads, RowKind};
 
 use super::{OwnerService, no_such_group, number_of};
+use crate::grant::request_digest;
 use crate::island::Island;
-use crate::{
-    grant::{request_digest, setup_record},
-    recipe::Recipe,
-};
+use crate::keys::{group_rotation::rotation_message, recipe::Recipe, setup::setup_record};
 use kms_authz::facts;
 use kms_authz::{Action, Caller, GroupFacts, Resource};
 use kms_base::error::ServiceError;
@@ -138,7 +135,7 @@ impl OwnerService {
         let counts = self.count(&group, setup, key_type, version).await?;
         let act = SwitchKey { group: id, setup, key_type, version, early, reason, counts };
         let group = self.island.door.act(caller, Some(request), act).await?.value;
-        Ok(message(&group, setup, key_type, counts))
+        Ok(rotation_message(&group, setup, key_type, counts))
     }
 
     /// Sets how many members must have a new version before broadcasts may switch to it.
@@ -245,7 +242,7 @@ impl OwnerService {
         } else {
             MemberCounts { members: counts.members, ..MemberCounts::default() }
         };
-        Ok(message(group, setup, key_type, counts))
+        Ok(rotation_message(group, setup, key_type, counts))
     }
 
     /// Counts the members by their sealed rows (I5).
@@ -496,130 +493,6 @@ pub(crate) fn setup_of(
                 .to_owned(),
         }
     })
-}
-
-/// A member is gone from these groups: what it holds of their keys is exposed, and the keys have to
-/// be rotated.
-///
-/// # Errors
-/// A group's row was not read yet.
-pub(crate) fn expose_to_former_member(
-    view: &mut View<'_, '_>,
-    meter: &Meter,
-    groups: &[GroupId],
-    reason: ExposureReason,
-) -> Result<(), ServiceError> {
-    for id in groups {
-        let mut group = match view.group(*id) {
-            Ok(Some(group)) => group,
-            // I5: its row was refused, which is on the record. The meter goes all the same.
-            Ok(None) | Err(ServiceError::PermissionDenied { .. }) => continue,
-            Err(error) => return Err(error),
-        };
-        let exposed = Arc::make_mut(&mut group).expose_to_former_member(&meter.shared, reason, view.now());
-        tell_exposed(view, meter, &group, &exposed, &format!("a former member ({reason})"))?;
-    }
-    Ok(())
-}
-
-/// A KEK of a meter is compromised, under which keys of groups left for it: they are exposed to
-/// whoever knows it, and have to be rotated. The meter's KEK first: else the next version would
-/// leave under it.
-///
-/// # Errors
-/// A group's row was not read yet.
-pub(crate) fn expose_to_who_knows_a_kek(
-    view: &mut View<'_, '_>,
-    meter: &Meter,
-    delivered: &[SharedKey],
-    party: &Party,
-) -> Result<(), ServiceError> {
-    let mut groups: Vec<GroupId> =
-        delivered.iter().filter_map(|key| if let Owner::Group(id) = key.owner { Some(id) } else { None }).collect();
-    groups.sort_unstable();
-    groups.dedup();
-    for id in groups {
-        let mut group = match view.group(id) {
-            Ok(Some(group)) => group,
-            // I5: its row was refused, which is on the record. What is known of the meter is noted
-            // all the same.
-            Ok(None) | Err(ServiceError::PermissionDenied { .. }) => continue,
-            Err(error) => return Err(error),
-        };
-        let exposed = Arc::make_mut(&mut group).expose_to_who_knows_a_kek(delivered, party, view.now());
-        tell_exposed(
-            view,
-            meter,
-            &group,
-            &exposed,
-            &format!("{party}, who knows the KEK of the member that it left under"),
-        )?;
-    }
-    Ok(())
-}
-
-fn tell_exposed(
-    view: &mut View<'_, '_>,
-    meter: &Meter,
-    group: &Group,
-    exposed: &[(SecuritySetupId, KeyType, KeyVersionNumber)],
-    known_to: &str,
-) -> Result<(), ServiceError> {
-    if exposed.is_empty() {
-        return Ok(());
-    }
-    let wanted =
-        |setup, key_type, number| group.newest(setup, key_type).is_some_and(|newest| newest.number() == number);
-    for (setup, key_type, number) in exposed {
-        let next = if wanted(*setup, *key_type, *number) { ": rotate it" } else { "" };
-        let detail = format!(
-            "group {}: {key_type} version {number} in security setup {setup} is known to {known_to}{next}",
-            group.name
-        );
-        let meter = meter.title.octets().to_vec().into();
-        view.append(Event::SecurityEvent(SecurityEvent { kind: "group-key-exposed".to_owned(), detail, meter }));
-    }
-    view.put_group(group.clone())
-}
-
-/// How a key stands with the members, as the contract says it.
-pub(crate) fn message(
-    group: &Group,
-    setup: SecuritySetupId,
-    key_type: KeyType,
-    counts: MemberCounts,
-) -> v1::GroupRotation {
-    let slot = group.slots.get(setup, key_type);
-    let number = |version: Option<&KeyVersion>| version.map_or(0, |version| version.number().number());
-    let shown = v1::GroupRotation {
-        group: group.name.clone(),
-        security_setup: setup.obis().to_vec().into(),
-        key_type: key_type.to_string(),
-        active_version: number(slot.and_then(kms_domain::Slot::active)),
-        threshold_percent: u32::from(group.switch_at.percent()),
-        members: counts.members,
-        acknowledged: counts.acknowledged,
-        unacknowledged: counts.unacknowledged,
-        wanted_because: group.rotation_wanted(setup, key_type).iter().map(ToString::to_string).collect(),
-        ..v1::GroupRotation::default()
-    };
-    let Some(rotation) = group.rotation(setup, key_type) else { return shown };
-    let former = slot.into_iter().flat_map(|slot| slot.versions().iter().rev()).find(|version| {
-        version.number() < rotation.version
-            && group.lent(setup, key_type, Some(version.number())).is_some_and(|lent| lent.number() == version.number())
-    });
-    let moment = |moment: Option<kms_domain::UnixMillis>| moment.map_or(0, |moment| moment.0);
-    v1::GroupRotation {
-        version: rotation.version.number(),
-        stage: rotation.stage().name().to_owned(),
-        former_version: if rotation.switched.is_some() { number(former) } else { 0 },
-        campaign_id: rotation.campaign.map(|campaign| campaign.octets().to_vec().into()).unwrap_or_default(),
-        begun_ms: rotation.begun.0,
-        threshold_reached_ms: moment(rotation.reached),
-        switched_ms: moment(rotation.switched),
-        complete_ms: moment(rotation.completed),
-        ..shown
-    }
 }
 
 fn record(

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use kms_domain::{IslandName, Principal, PrincipalId, PrincipalStatus, Role, SystemTitle};
 use kms_store::{Reads, RowKind, Store};
 
-use super::MOST_AT_ONCE;
 use kms_base::error::ServiceError;
 use kms_ledger::principal_row;
 use kms_ledger::{Committer, View};
@@ -168,3 +167,6 @@ pub(super) fn unverified(id: &PrincipalId) -> ServiceError {
 fn no_island() -> ServiceError {
     ServiceError::Internal("the island has no row (I5)".to_owned())
 }
+
+/// Rows of principals that are read at once.
+pub(super) const MOST_AT_ONCE: u32 = 500;

@@ -13,8 +13,8 @@ use super::{Principals, changed, enabled, everyone::refuse_shared_key, security_
 use crate::island::Island;
 use crate::{
     Request,
-    certificate::CertificationRequest,
-    proposal::{NewProposal, Propose, carry_out, proposal_row},
+    certificate::request::CertificationRequest,
+    proposal::{NewProposal, Propose, execute, proposal_row},
 };
 use kms_authz::{Action, Caller, Resource};
 use kms_base::error::ServiceError;
@@ -105,7 +105,7 @@ impl Principals {
             move |view, permit, existing, everyone| {
                 permit.require(&Action::CarryOutProposal, &Resource::Island)?;
                 let mut principal = enabled(&id, existing)?;
-                let (ProposedAction::RecertifyPrincipal(recertify), _) = carry_out(view, permit, approved)? else {
+                let (ProposedAction::RecertifyPrincipal(recertify), _) = execute(view, permit, approved)? else {
                     return Err(other_content(approved));
                 };
                 // I6: exactly the principal, the person and the key that people have approved.

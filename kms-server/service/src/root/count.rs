@@ -11,8 +11,9 @@ use kms_proto::v1;
 use kms_store::{MeterFilter, RowKind, SealedRow};
 use tokio::sync::mpsc;
 
-use super::{FINGERPRINT_KEY_VERSION, RootService};
-use crate::scrub::row_id;
+use super::RootService;
+use crate::keys::seal::FINGERPRINT_KEY_VERSION;
+use crate::row_id::row_id;
 use kms_authz::{Action, Caller};
 use kms_base::error::ServiceError;
 

@@ -15,11 +15,12 @@ use kms_domain::{
 use kms_proto::v1::{self, RootDestroyed, audit_record::Event};
 use kms_store::{Reads, RowKind};
 
-use super::{RootService, millis, no_island, refused, rotation_row, token_key};
+use super::{RootService, millis, no_island, refused, rotation_row};
 use crate::island::Island;
+use crate::keys::token::token_key;
 use crate::{
     Request,
-    proposal::{NewProposal, Propose, carry_out, proposal_row},
+    proposal::{NewProposal, Propose, execute, proposal_row},
 };
 use kms_authz::{Action, Caller, Resource};
 use kms_base::error::ServiceError;
@@ -233,7 +234,7 @@ impl Act for Destroy {
     fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<()>, ServiceError> {
         let (approved, current) = (self.approved, self.current);
         // I6: exactly what was approved, once.
-        let (ProposedAction::DestroyRoot(root), entry) = carry_out(view, permit, approved)? else {
+        let (ProposedAction::DestroyRoot(root), entry) = execute(view, permit, approved)? else {
             return Err(ServiceError::denied("destroyRoot"));
         };
         let id = root_id(&root)?;

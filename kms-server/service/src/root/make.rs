@@ -17,8 +17,9 @@ use kms_hsm::{
 use kms_proto::v1::{RootVersionBegun, RootVersionMade, audit_record::Event};
 use kms_store::{Reads, RowKind};
 
-use super::{no_island, refused, token_key};
+use super::{no_island, refused};
 use crate::island::Island;
+use crate::keys::token::token_key;
 use crate::{
     escrow::{EscrowDocument, EscrowError},
     init::StoredCopy,

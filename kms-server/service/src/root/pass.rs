@@ -18,9 +18,11 @@ use kms_hsm::{ErrorKind, KeySource, RootVersion};
 use kms_proto::v1::{RootRotationChanged, RootRowsAdvanced, audit_record::Event};
 use kms_store::{MeterFilter, Reads, RowKind, SealedRow, TaskFilter};
 
-use super::{RootService, is_served, millis, no_island, root_version, rotation_row, token_key};
+use super::{RootService, is_served, millis, no_island, rotation_row};
 use crate::island::Island;
-use crate::{grant, scrub::row_id};
+use crate::keys::source::source;
+use crate::keys::token::{root_version, token_key};
+use crate::row_id::row_id;
 use kms_base::error::ServiceError;
 use kms_ledger::{Decision, ServerAct, View, sealed_name};
 
@@ -181,7 +183,7 @@ impl RootService {
                 let Some((slot, found)) = slot.and_then(|slot| Some((slot, slot.version(old.number)?))) else {
                     continue;
                 };
-                sources.push(grant::source(owner, slot, found)?);
+                sources.push(source(owner, slot, found)?);
                 wraps.push(old);
             }
         }

@@ -8,7 +8,7 @@ use kms_store::AuditAppend;
 use prost::Message as _;
 
 use crate::island::Island;
-use crate::root;
+use crate::keys::seal::held_audit_key;
 use kms_base::error::ServiceError;
 use kms_ledger::{AuditKeys, AuditLeaf};
 
@@ -200,7 +200,7 @@ impl<'a> Chains<'a> {
     async fn fetch_key(&mut self, version: u32) -> Result<(), ServiceError> {
         if let Ok(version) = u8::try_from(version)
             && self.keys.get(version).is_none()
-            && let Some(key) = root::held_audit_key(&self.island.hsm, version).await?
+            && let Some(key) = held_audit_key(&self.island.hsm, version).await?
         {
             self.keys = self.keys.clone().with(key);
         }

@@ -14,7 +14,7 @@ use kms_domain::{CounterDomainId, Meter, Owner, SystemTitle};
 use kms_proto::v1::ScrubFinding;
 use kms_store::{FingerprintOwner, FingerprintPrefix, MeterFilter, MeterRow};
 
-use super::{PAGE, finding};
+use super::finding::{Name, finding};
 use crate::island::Island;
 use kms_base::error::ServiceError;
 
@@ -185,10 +185,12 @@ const fn title_of(owner: &FingerprintOwner) -> Option<SystemTitle> {
     }
 }
 
-fn name_of(owner: &FingerprintOwner) -> super::Name {
+fn name_of(owner: &FingerprintOwner) -> Name {
     // Kinds of sealed rows are numbered from 1, kinds of owners from 0.
     (owner.owner.kind().number() + 1, owner.owner.id().into())
 }
 
 /// More than this, and the list as a whole is gone.
 const MOST_FINDINGS: usize = 10_000;
+/// Rows of one page.
+const PAGE: u32 = 1_000;

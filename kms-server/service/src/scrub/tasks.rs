@@ -8,7 +8,7 @@ use kms_domain::{Campaign, Meter, SystemTitle};
 use kms_proto::v1::ScrubFinding;
 use kms_store::{RowKind, TaskFilter, TaskRow};
 
-use super::{PAGE, finding};
+use super::finding::finding;
 use crate::island::Island;
 use kms_base::error::ServiceError;
 
@@ -89,3 +89,5 @@ impl<'a> Tasks<'a> {
 }
 
 const MOST_FINDINGS: usize = 10_000;
+/// Rows of one page.
+const PAGE: u32 = 1_000;

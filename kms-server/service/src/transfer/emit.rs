@@ -20,8 +20,8 @@ use kms_domain::{
 use kms_hsm::{FrameInput, FrameKeys, FrameParameters, KeySource, ProtectedFrame, TransferJob};
 
 use super::{Brought, Decided, DecidedStep, Delivery, NextStep, Sending, SendingKind, StepAnswer, TransferService};
-use crate::grant::source;
 use crate::island::Island;
+use crate::keys::source::source;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
 

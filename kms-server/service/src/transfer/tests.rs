@@ -22,11 +22,11 @@ use prost::Message as _;
 use super::{NextStep, Order, Report, ReportedAnswer, SendingKind, StepAnswer, TransferService, emit};
 use crate::testing::{TestIsland, client_title, island_tests, meter, sample};
 use crate::{
+    approval::{Change, ProposalService},
     campaign::{CampaignService, NewCampaign},
     frame::unprotect::{ReceivedContent, ReceivedFrame},
     frame::{FrameService, PlainContent, PlainFrame},
     meter::{Compromise, CounterRaise, MeterService},
-    proposal::{Change, ProposalService},
 };
 use kms_authz::{Caller, Purpose, Quotas};
 use kms_base::error::ServiceError;
@@ -989,7 +989,7 @@ island_tests! {
         let colleague = field.island.colleague().await;
         let change = |by: &Caller, change: Change| {
             let ((id, digest), by, proposals) = (request(), by.clone(), proposals.clone());
-            async move { proposals.change(&by, crate::proposal::Request { id, digest }, proposed, change).await }
+            async move { proposals.change(&by, crate::Request { id, digest }, proposed, change).await }
         };
         assert!(change(&field.island.officer, Change::CarryOut).await.is_err());
         change(&colleague, Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() }).await.unwrap();

@@ -8,73 +8,94 @@ use std::{
 };
 
 use kms_domain::PrincipalId;
-use kms_proto::v1::ScrubResponse;
+use kms_proto::v1::{ScrubFinding, ScrubResponse};
 use tokio::sync::watch;
 
-use super::ScrubReport;
 use kms_base::bounds::{Bound, Limits};
 use kms_base::error::ServiceError;
 
 /// The scrub that runs in this server, if one does.
 #[derive(Clone, Default)]
-pub struct Flight(Arc<Mutex<State>>);
+pub struct ScrubFlight(Arc<Mutex<FlightState>>);
 
 #[derive(Default)]
-struct State {
+struct FlightState {
     /// The number of the scrub that runs tells it from those before it.
-    running: Option<(u64, watch::Receiver<Progress>)>,
+    running: Option<(u64, watch::Receiver<ScrubProgress>)>,
     number: u64,
     watching: HashMap<PrincipalId, usize>,
 }
 
+/// What was read, and what did not fit.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ScrubReport {
+    /// Records of the log, each once.
+    pub records_read: u64,
+    /// Sealed rows, each once.
+    pub rows_read: u64,
+    /// What did not fit.
+    pub findings: Vec<ScrubFinding>,
+}
+
+impl ScrubReport {
+    pub(crate) fn progress(&self) -> ScrubResponse {
+        ScrubResponse {
+            records_read: self.records_read,
+            rows_read: self.rows_read,
+            findings: Vec::new(),
+            finished: false,
+        }
+    }
+}
+
 /// How far a scrub is.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Progress {
-    pub(super) so_far: ScrubResponse,
-    pub(super) outcome: Option<Result<ScrubReport, ServiceError>>,
+pub(crate) struct ScrubProgress {
+    pub(crate) so_far: ScrubResponse,
+    pub(crate) outcome: Option<Result<ScrubReport, ServiceError>>,
 }
 
 /// The place of a caller that watches a scrub, until it is dropped.
-pub(super) struct Place {
-    flight: Flight,
+pub(crate) struct WatchPlace {
+    flight: ScrubFlight,
     principal: PrincipalId,
 }
 
 /// A scrub to be watched, or to be carried out.
-pub(super) enum Joined {
+pub(crate) enum Joined {
     /// It runs already.
-    Running(watch::Receiver<Progress>),
+    Running(watch::Receiver<ScrubProgress>),
     /// The caller carries it out, and tells of it.
-    Begun(Runner, watch::Receiver<Progress>),
+    Begun(ScrubRunner, watch::Receiver<ScrubProgress>),
 }
 
 /// Who carries a scrub out. Dropping it ends the scrub for those who watch it.
-pub(super) struct Runner {
-    flight: Flight,
+pub(crate) struct ScrubRunner {
+    flight: ScrubFlight,
     number: u64,
-    progress: watch::Sender<Progress>,
+    progress: watch::Sender<ScrubProgress>,
 }
 
-impl Flight {
+impl ScrubFlight {
     /// Joins the scrub that runs, or begins one.
-    pub(super) fn join(&self) -> Joined {
+    pub(crate) fn join(&self) -> Joined {
         let mut state = self.state();
         if let Some((_, watched)) = &state.running {
             return Joined::Running(watched.clone());
         }
-        let (progress, watched) = watch::channel(Progress::default());
+        let (progress, watched) = watch::channel(ScrubProgress::default());
         state.number += 1;
         let number = state.number;
         // The receiver that is kept here is not one that watches.
         state.running = Some((number, watched.clone()));
-        Joined::Begun(Runner { flight: self.clone(), number, progress }, watched)
+        Joined::Begun(ScrubRunner { flight: self.clone(), number, progress }, watched)
     }
 
     /// A place to watch from.
     ///
     /// # Errors
     /// The principal has as many as it may: with how far the scrub is.
-    pub(super) fn place(&self, principal: &PrincipalId, limits: &Limits) -> Result<Place, ServiceError> {
+    pub(crate) fn place(&self, principal: &PrincipalId, limits: &Limits) -> Result<WatchPlace, ServiceError> {
         let mut state = self.state();
         let watching = state.watching.get(principal).copied().unwrap_or_default();
         if watching >= limits.number(Bound::ScrubsPerPrincipal) {
@@ -86,17 +107,17 @@ impl Flight {
             return Err(Bound::ScrubsPerPrincipal.met(limits, &what, RETRY_AFTER));
         }
         state.watching.insert(principal.clone(), watching + 1);
-        Ok(Place { flight: self.clone(), principal: principal.clone() })
+        Ok(WatchPlace { flight: self.clone(), principal: principal.clone() })
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, FlightState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Runner {
+impl ScrubRunner {
     /// Tells how far it is. Whether to go on: somebody watches.
-    pub(super) fn tell(&self, so_far: ScrubResponse) -> bool {
+    pub(crate) fn tell(&self, so_far: ScrubResponse) -> bool {
         self.progress.send_modify(|progress| progress.so_far = so_far);
         if self.is_watched() {
             return true;
@@ -111,7 +132,7 @@ impl Runner {
     }
 
     /// Tells what it came to.
-    pub(super) fn end(self, outcome: Result<ScrubReport, ServiceError>) {
+    pub(crate) fn end(self, outcome: Result<ScrubReport, ServiceError>) {
         self.flight.state().running.take_if(|(number, _)| *number == self.number);
         self.progress.send_modify(|progress| progress.outcome = Some(outcome));
     }
@@ -122,13 +143,13 @@ impl Runner {
     }
 }
 
-impl Drop for Runner {
+impl Drop for ScrubRunner {
     fn drop(&mut self) {
         self.flight.state().running.take_if(|(number, _)| *number == self.number);
     }
 }
 
-impl Drop for Place {
+impl Drop for WatchPlace {
     fn drop(&mut self) {
         let mut state = self.flight.state();
         if let Some(watching) = state.watching.get_mut(&self.principal) {

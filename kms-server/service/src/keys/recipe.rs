@@ -11,20 +11,20 @@ use kms_base::error::ServiceError;
 
 /// How the first version of a key is made.
 #[derive(Clone, Debug)]
-pub(super) struct Recipe {
+pub(crate) struct Recipe {
     /// The security setup.
-    pub(super) setup: SecuritySetupId,
+    pub(crate) setup: SecuritySetupId,
     /// The key type.
-    pub(super) key_type: KeyType,
+    pub(crate) key_type: KeyType,
     /// Diversified or generated.
-    pub(super) origin: KeyOrigin,
+    pub(crate) origin: KeyOrigin,
     length: KeyLength,
 }
 
 impl Recipe {
     /// The recipe of a key; `None` for a secret, which is not made here. A diversified key becomes
     /// a generated one where the module derives nothing.
-    pub(super) fn of(island: &Island, setup: SecuritySetupId, key: &KeyProfile) -> Option<Self> {
+    pub(crate) fn of(island: &Island, setup: SecuritySetupId, key: &KeyProfile) -> Option<Self> {
         // I1: the HSM makes no secret in the encoding of docs/formats.md, and this server's memory
         // is no place to make one.
         let KeyShape::Aes(length) = key.shape else { return None };
@@ -39,7 +39,7 @@ impl Recipe {
     }
 
     /// The recipe of the next version of a slot: as the version before it.
-    pub(super) fn again(island: &Island, slot: &Slot, suite: SecuritySuite) -> Self {
+    pub(crate) fn again(island: &Island, slot: &Slot, suite: SecuritySuite) -> Self {
         let last = slot.versions().last();
         let root = island.row().roots(slot.key_type().class()).and_then(kms_domain::ClassRoots::current);
         let length = match last.map(|version| (version.origin(), version.material())) {
@@ -61,7 +61,7 @@ impl Recipe {
     ///
     /// # Errors
     /// Trouble of the HSM.
-    pub(super) async fn generate(&self, hsm: &Hsm) -> Result<Option<WrappedKey>, ServiceError> {
+    pub(crate) async fn generate(&self, hsm: &Hsm) -> Result<Option<WrappedKey>, ServiceError> {
         if self.origin != KeyOrigin::Generated {
             return Ok(None);
         }
@@ -76,7 +76,7 @@ impl Recipe {
     ///
     /// # Errors
     /// `wrapped` is not what [`Self::generate`] gave.
-    pub(super) fn slot(
+    pub(crate) fn slot(
         &self,
         wrapped: Option<WrappedKey>,
         state: KeyState,
@@ -89,7 +89,7 @@ impl Recipe {
     }
 
     /// A version for a slot. `wrapped` is what [`Self::generate`] gave.
-    pub(super) const fn version(&self, wrapped: Option<WrappedKey>, state: KeyState) -> NewKeyVersion {
+    pub(crate) const fn version(&self, wrapped: Option<WrappedKey>, state: KeyState) -> NewKeyVersion {
         NewKeyVersion { state, origin: self.origin, wrapped, fingerprint: None }
     }
 }
