@@ -1,4 +1,4 @@
-//! Four-eyes approval: officers look at proposals, approve them, withdraw them, execute them (I6).
+//! Four-eyes approval: officers list, approve, withdraw and execute proposals (I6).
 
 #[cfg(test)]
 mod tests;
@@ -21,18 +21,18 @@ use kms_authz::{Action, Caller, Resource};
 use kms_base::error::ServiceError;
 use kms_ledger::{Act, Asker, Decision, Entry, Known, Permit, View};
 
-/// The use cases of proposals.
+/// Proposals of an island.
 #[derive(Clone)]
 pub struct ProposalService {
     island: Arc<Island>,
 }
 
-/// What an officer does with a proposal.
+/// A change of a proposal by an officer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
     /// Approves the content with this digest.
     Approve {
-        /// SHA-256 of the content that the approver has looked at.
+        /// SHA-256 of the content that the approver has seen.
         content_sha256: [u8; 32],
     },
     /// Ends it unused.
@@ -40,7 +40,7 @@ pub enum Change {
         /// Why.
         reason: String,
     },
-    /// Carries it out.
+    /// Executes it.
     CarryOut,
 }
 
@@ -113,7 +113,7 @@ impl ProposalService {
     /// Up to `limit` proposals before an id, the newest first.
     ///
     /// # Errors
-    /// Not permitted, or the database is away.
+    /// Not permitted, or the database is unavailable.
     #[boxed]
     pub async fn list(
         &self,
@@ -127,7 +127,7 @@ impl ProposalService {
             let page = self.island.store.sealed_page(RowKind::Proposal, after.as_deref(), PAGE).await?;
             let Some((last, _)) = page.last() else { break };
             after = Some(last.clone());
-            // One whose row does not verify is left out, and reported by the scrubber (I5).
+            // A proposal whose row does not verify is left out. The scrubber reports it (I5).
             proposals.extend(page.iter().filter_map(|(id, row)| {
                 self.island.committer.open_proposal(ProposalId::from_octets(id).ok()?, row).ok()
             }));
@@ -141,18 +141,18 @@ impl ProposalService {
     /// One proposal.
     ///
     /// # Errors
-    /// Not permitted, no such proposal, or the database is away.
+    /// Not permitted, no such proposal, or the database is unavailable.
     #[boxed]
     pub async fn show(&self, caller: &Caller, id: ProposalId) -> Result<v1::Proposal, ServiceError> {
         self.island.require(caller, &Action::ListProposals).await?;
         Ok(message(&*self.load(id).await?, Island::now()))
     }
 
-    /// Approves, withdraws or carries out. A request that comes again changes nothing more.
+    /// Approves, withdraws or executes a proposal. A repeated request changes nothing more.
     ///
     /// # Errors
-    /// Not permitted, no such proposal, its state or the rules of approval (I6) forbid it, what it
-    /// does fits no more, or the database is away.
+    /// Not permitted; no such proposal; its state or the rules of approval (I6) forbid the change;
+    /// the content does not fit any more; or the database is unavailable.
     #[boxed]
     pub async fn change(
         &self,
@@ -168,14 +168,14 @@ impl ProposalService {
         Ok(self.island.door.act(caller, request, act).await?.value)
     }
 
-    /// A proposal as it stands in the database now.
+    /// A proposal as it is in the database now.
     async fn load(&self, id: ProposalId) -> Result<Arc<Proposal>, ServiceError> {
         let row = self.island.store.sealed(RowKind::Proposal, &id.octets()).await?.ok_or_else(|| missing(id))?;
         self.island.committer.open_proposal(id, &row)
     }
 }
 
-/// What an officer does with a proposal, as one act.
+/// The act of an officer that changes a proposal.
 struct ChangeProposal {
     island: Arc<Island>,
     id: ProposalId,
@@ -211,13 +211,13 @@ impl Act for ChangeProposal {
     }
 }
 
-/// A proposal as it stands in the transaction.
+/// A proposal as it is in the transaction.
 fn shown(view: &mut View<'_, '_>, id: ProposalId) -> Result<v1::Proposal, ServiceError> {
     let proposal = view.proposal(id)?.ok_or_else(|| missing(id))?;
     Ok(message(&proposal, view.now()))
 }
 
-/// The meter that an action is about.
+/// The meter of an action.
 const fn concerns(action: &ProposedAction) -> Option<SystemTitle> {
     match action {
         ProposedAction::RaiseCounter(raise) => Some(raise.meter),

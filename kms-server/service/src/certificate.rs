@@ -1,13 +1,13 @@
-//! The island's certification authority: a P-256 key in the HSM (CKM_ECDSA) that signs what is
-//! built and checked here.
+//! The island's certification authority (CA): a P-256 key in the HSM (CKM_ECDSA). It signs
+//! certificates that are built and checked here.
 //!
-//! Issuing goes in steps that cannot be taken out of order: parse the request → build the
-//! TBSCertificate → lint it → sign its digest in the HSM → check the signature → (by the caller)
-//! register the certificate with its audit record in one act → hand it out. A certificate that is
-//! signed and not registered is worth nothing: the principal's sealed row decides (I5).
+//! Issuing has fixed steps: parse the request → build the TBSCertificate → lint it → sign its
+//! digest in the HSM → check the signature → (by the caller) register the certificate with its
+//! audit record in one act → issue it. A certificate that is signed but not registered is useless:
+//! the principal's sealed row decides (I5).
 //!
-//! Profiles of RFC 5280. Extensions of a request are ignored: everything in a certificate is chosen
-//! here.
+//! The certificate profiles follow RFC 5280. Extensions of a request are ignored: the server
+//! chooses everything in a certificate but the key.
 
 pub mod request;
 pub mod signing;
@@ -96,8 +96,8 @@ impl CertificateAuthority {
         ToBeSigned::build(params, self.issuing(request)?, Some(self.not_after))
     }
 
-    /// The certificate of a principal's transport key: keyAgreement and nothing else, so that it is
-    /// no TLS certificate.
+    /// The certificate of a principal's transport key: keyAgreement only, so that it cannot be used
+    /// for TLS.
     ///
     /// # Errors
     /// Invalid argument: the key is not EC P-256. Else as [`Self::principal`].
@@ -142,8 +142,8 @@ impl CertificateAuthority {
         ToBeSigned::build(params, self.issuing(request)?, Some(self.not_after))
     }
 
-    /// Whether the key in the HSM is the one of the root certificate. To be asked at start: another
-    /// one would make certificates that nobody accepts.
+    /// Checks that the key in the HSM is the key of the root certificate. Called at start: another
+    /// key would sign certificates that nobody accepts.
     ///
     /// # Errors
     /// Failed precondition: another key. Else the HSM's.
@@ -178,7 +178,7 @@ impl CertificateAuthority {
     }
 }
 
-/// From when until when.
+/// The validity period of a certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Validity {
     not_before: UnixMillis,
@@ -186,7 +186,7 @@ pub struct Validity {
 }
 
 impl Validity {
-    /// For this many days from now. It begins five minutes ago, for clocks that are behind.
+    /// This many days from now. It begins five minutes ago, for clocks that are late.
     pub const fn days(now: UnixMillis, days: u16) -> Self {
         Self { not_before: now.after(-5 * 60 * 1000), not_after: now.after(days as i64 * 86_400_000) }
     }
@@ -249,7 +249,7 @@ pub(crate) mod tests {
     use kms_authz::PeerCertificate;
     use x509_parser::prelude::GeneralName;
 
-    /// Stands for the CA key in the HSM.
+    /// A CA key in memory, in place of the one in the HSM.
     struct TestAuthority {
         key: EcdsaKeyPair,
         authority: CertificateAuthority,

@@ -62,7 +62,7 @@ impl PlainFrame {
     /// The meter and its APDU; `None` for a challenge.
     fn apdu(&self) -> Option<(SystemTitle, &[u8])> {
         match &self.content {
-            PlainContent::Apdu { apdu, .. } => Some((self.meter, apdu)),
+            PlainContent::Apdu { apdu, .. } => Some((self.meter, apdu.as_slice())),
             PlainContent::Challenge(_) => None,
         }
     }
@@ -608,7 +608,7 @@ fn leased(client_title: SystemTitle, lease: LiveLease) -> ServiceError {
             "let it end, use another client title, or set supersede_lease",
         ),
         LiveLease::EndUnknown => (
-            "may hold a live counter lease for this meter: another server, or this one before its last start, dealt it, and only that one knows when it ends",
+            "may hold a live counter lease for this meter: another server, or this one before its last start, allocated it, and only that server knows when it ends",
             "if no session of this client title with the meter is in use, set supersede_lease; or use another client title",
         ),
     };

@@ -1,9 +1,9 @@
-//! Session grants: keys of a meter, or of a group of meters, lent to a principal, for a purpose and
-//! a time, on the record.
+//! Session grants: keys of a meter, or of a group of meters, are issued to a principal for a stated
+//! purpose and a limited time. Every issue is audited.
 //!
-//! A grant is decided and recorded in one transaction (I2, I4), then carried out: the keys are
-//! wrapped for the grantee in the HSM. If that fails, the record stands, and the same request
-//! carries the same grant out later.
+//! A grant is decided and recorded in one transaction (I2, I4). Then it is delivered: the HSM wraps
+//! the keys for the grantee. If the delivery fails, the record stays, and the same request delivers
+//! the same grant later.
 
 mod batch;
 mod decide;
@@ -32,7 +32,7 @@ use kms_base::error::ServiceError;
 use kms_base::metrics;
 use kms_ledger::{Act, Asker, Decision, Never, Permit, Request, View};
 
-/// The use case.
+/// Session grants of an island.
 #[derive(Clone)]
 pub struct GrantService {
     island: Arc<Island>,
@@ -45,13 +45,13 @@ impl GrantService {
     /// answer sooner.
     pub const CHUNK: usize = 500;
 
-    /// Grants of an island.
+    /// The service of an island.
     pub fn new(island: Arc<Island>) -> Self {
         Self { island, groups: Arc::default(), batches: Batches::default() }
     }
 
-    /// Begins a batch of so many meters: its chunks take turns with those of the caller's other
-    /// batches.
+    /// Begins a batch of this many meters. A bound limits how many chunks of all batches of the
+    /// caller run at once.
     ///
     /// # Errors
     /// The caller's unanswered batches name too many meters already.
@@ -59,13 +59,14 @@ impl GrantService {
         self.batches.begin(&caller.principal, meters, &self.island.limits)
     }
 
-    /// Grants what is asked for the meters of a chunk, or repeats the grant that this request got
-    /// before.
+    /// Issues the keys that a chunk asks for. A request that was answered before gets the same
+    /// grant again.
     ///
     /// # Errors
-    /// The caller is nobody, has no transport key, uses a client title of others or a request id
-    /// twice; the grant was revoked or overtaken; HSM or database are away. What concerns single
-    /// meters is in [`Granted::refusals`].
+    /// The caller is not an enabled principal, has no transport key, uses a client title of another
+    /// principal, or uses a request id for a second request; the grant was revoked or overtaken;
+    /// the HSM or the database is unavailable. Refusals of single meters are in
+    /// [`Granted::refusals`].
     #[boxed]
     pub async fn open(&self, caller: &Caller, chunk: GrantChunk) -> Result<Granted, ServiceError> {
         let meters = match &chunk.targets {
@@ -85,7 +86,7 @@ impl GrantService {
         let (owners, action): (Vec<Owner>, _) = match &chunk.targets {
             GrantTargets::Meters(meters) => (meters.iter().copied().map(Owner::Meter).collect(), "openSession"),
             GrantTargets::Group { name, .. } => {
-                // A name that no group has is refused like a group that the caller gets nothing of.
+                // An unknown name is refused like a group whose keys the caller may not have.
                 let id = self.groups.find(&self.island, name).await?.unwrap_or(NO_GROUP);
                 (vec![Owner::Group(id)], "openGroupSession")
             }
@@ -101,7 +102,7 @@ impl GrantService {
     /// Grants, newest first: the caller's own, or all where policy permits it.
     ///
     /// # Errors
-    /// Not permitted, or the database is away.
+    /// Not permitted, or the database is unavailable.
     #[boxed]
     pub async fn list(&self, caller: &Caller, query: GrantQuery) -> Result<Vec<v1::Grant>, ServiceError> {
         let own = query.principal.as_ref() == Some(&caller.principal)
@@ -112,10 +113,10 @@ impl GrantService {
         Ok(self.island.store.grant_page(&filter, query.before, query.page).await?.iter().map(grant_message).collect())
     }
 
-    /// Ends a grant. What the grantee learned stays known: the ledger keeps it.
+    /// Revokes a grant. The grantee still knows the keys, so their exposure stays in the ledger.
     ///
     /// # Errors
-    /// Not permitted, no such grant, or the database is away.
+    /// Not permitted, no such grant, or the database is unavailable.
     #[boxed]
     pub async fn revoke(
         &self,
@@ -154,7 +155,7 @@ fn grant_message(row: &GrantRow) -> v1::Grant {
     }
 }
 
-/// The end of a grant.
+/// The revocation of a grant.
 struct Revoke {
     grant: GrantId,
     reason: String,

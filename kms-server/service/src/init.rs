@@ -1,9 +1,9 @@
-//! The ceremony (`kms-server init`): makes an island out of one reviewable file: tokens, roots,
-//! escrow, CA, certificates, database, and the record of all of it.
+//! The ceremony (`kms-server init`): makes an island from one reviewable file: tokens, roots,
+//! escrow, CA, certificates, database, and the record of all this.
 //!
-//! It can be interrupted anywhere and run again with the same file: what was made is found and
-//! kept. The escrow's shares are on disk before a root exists, and the roots' wraps are on disk
-//! before the roots are locked.
+//! It can be interrupted at any point and run again with the same file: it finds and keeps what was
+//! made. The escrow's shares are on disk before a root exists, and the wraps of the roots are on
+//! disk before the roots are locked.
 
 mod error;
 mod file;
@@ -22,9 +22,8 @@ use kms_domain::{
     KeyDerivation, Principal, PrincipalStatus, SealKey, SealRootKey,
 };
 use kms_hsm::{
-    EscrowPackage, Hsm, HsmError, KeyFingerprint, Module, Pin, PinSource, ProcessPinMemory, RootVersion, StandbyToken,
-    TokenKey, TokenSelector, TokenSettings, WrappedRoot, WrappedRoots, create_roots, create_standby_transport,
-    install_wrapped_roots,
+    EscrowPackage, Hsm, KeyFingerprint, Module, Pin, PinSource, ProcessPinMemory, RootVersion, StandbyToken,
+    TokenSettings, create_roots, create_standby_transport, install_wrapped_roots,
 };
 use kms_proto::v1::{CeremonyHeld, Fingerprint, PrincipalChanged, audit_record::Event};
 use kms_store::{DatabaseLocation, Reads, RowKind, Store};
@@ -45,7 +44,7 @@ use kms_config::SecretSource;
 use kms_ledger::principal_row;
 use kms_ledger::{AuditKey, Committer, CommitterSettings, Decision, RestoreSettings, ServerAct};
 
-/// What a ceremony came to.
+/// The result of a ceremony.
 pub struct Held {
     /// Every key with its fingerprint, for the record that people sign.
     pub fingerprints: Vec<KeyFingerprint>,
@@ -60,12 +59,13 @@ pub struct Held {
 }
 
 impl CeremonyPlan {
-    /// Holds the ceremony. `state` is the folder that gets what it makes: `escrow.json`,
-    /// `root.pem`, `server.pem` and `server.key`, `principals/`, `kms-server.toml`, `ceremony.txt`,
-    /// and copies of roots for other tokens.
+    /// Holds the ceremony. It writes its results to the folder `state`: `escrow.json`, `root.pem`,
+    /// `server.pem` and `server.key`, `principals/`, `kms-server.toml`, `ceremony.txt`, and copies
+    /// of roots for other tokens.
     ///
     /// # Errors
-    /// What is in the way, and what to do. Running it again goes on where it stopped.
+    /// What stopped the ceremony, and what to do. A second run continues where the first one
+    /// stopped.
     #[boxed]
     pub async fn hold(self, state: &Path) -> Result<Held, InitError> {
         let state = StateFolder::open(state)?;
@@ -193,7 +193,7 @@ impl CeremonyPlan {
             certificates.push(issued);
         }
         self.record(hsm, derivation, fingerprints, &certificates).await?;
-        // Only now, after the record is durable.
+        // Certificates are written only after the record is durable.
         for (first, issued) in self.principals.iter().zip(&certificates) {
             state.write(
                 &format!("principals/{}-{}.pem", first.id.role(), first.id.name()),
@@ -412,7 +412,7 @@ impl FirstPrincipal {
     }
 }
 
-/// A new random PIN is written to the file that does not exist yet; the owner alone can read it. No
+/// Writes a new random PIN to the file if the file does not exist. Only the owner can read it. No
 /// PIN has a default.
 fn pin_or_new(source: &SecretSource) -> Result<Pin, InitError> {
     if let SecretSource::File(path) = source
@@ -421,7 +421,7 @@ fn pin_or_new(source: &SecretSource) -> Result<Pin, InitError> {
         let mut random = Zeroizing::new([0; PIN_DIGITS]);
         aws_lc_rs::rand::fill(random.as_mut_slice())
             .map_err(|_| InitError::Service(ServiceError::Internal("no random octets".to_owned())))?;
-        // 16 characters out of 32: 80 bits, no two alike to the eye.
+        // 16 characters of an alphabet of 32: 80 bits, without characters that look alike.
         let pin = Zeroizing::new(
             random
                 .iter()
@@ -459,7 +459,7 @@ fn sha256(octets: &[u8]) -> [u8; 32] {
 const ESCROW_KEY_LABEL: &str = "escrow key";
 const PUBLIC: u32 = 0o644;
 const SEAL_KEY_VERSION: u8 = 1;
-/// 20 years: the root outlives the meters' planning horizon, and is replaced by a ceremony.
+/// 20 years: longer than meters are planned for. A ceremony replaces the root certificate.
 const ROOT_DAYS: u16 = 7_305;
 const LEAF_DAYS: u16 = 365;
 const USABLE_WITHIN: Duration = Duration::from_secs(60);

@@ -1,11 +1,11 @@
-//! Principals: registered, certified, renewed and shut out, each by one act with its record (I2).
+//! Principals: registered, certified, renewed and disabled, each by one act with its record (I2).
 //!
-//! Certificates are signed before the act that registers them, and leave only after it is durable:
-//! a certificate that no sealed row lists is accepted nowhere (I5).
+//! A certificate is signed before the act that registers it, and is issued only after the act is
+//! durable. A certificate that no sealed row lists is accepted nowhere (I5).
 //!
-//! I6: nobody certifies the key of an officer or auditor alone but the person itself. What another
-//! principal alone has certified does not count where several people are needed ([`people`]), until
-//! two others confirm it ([`key`]).
+//! I6: only the officer or auditor may certify their own key alone. A key that one other principal
+//! certified does not count where several people are needed ([`people`]), until two others confirm
+//! it ([`key`]).
 
 mod end;
 pub(super) mod everyone;
@@ -38,25 +38,25 @@ use kms_base::error::ServiceError;
 use kms_ledger::principal_row;
 use kms_ledger::{Act, Asker, Decision, Permit, Remembered, View};
 
-/// The use cases of principals.
+/// Principals of an island.
 pub struct Principals {
     island: Arc<Island>,
     authority: CertificateAuthority,
-    /// For how many days certificates are issued.
+    /// The lifetime of certificates in days.
     certificate_days: u16,
 }
 
-/// What a change comes to: the new row, the record, the certificate that was issued, and its chain.
+/// The result of a change: the new row, the record, the issued certificate, and its chain.
 type Changed = Result<(Principal, PrincipalChanged, Option<IssuedCertificate>, Vec<Bytes>), ServiceError>;
 
-/// A principal to be registered.
+/// A principal to register.
 #[derive(Clone, Debug)]
 pub struct NewPrincipal {
     /// The request.
     pub request: RequestId,
     /// The principal.
     pub id: PrincipalId,
-    /// Its TLS key. None only for a manufacturer, who may do without calling.
+    /// Its TLS key. `None` only for a manufacturer, which does not have to call the server.
     pub certification: Option<CertificationRequest>,
     /// The person behind an officer or auditor (I6).
     pub person: Option<PersonName>,
@@ -77,12 +77,12 @@ impl Principals {
         &self.island
     }
 
-    /// Registers a principal and certifies its TLS key. An officer or auditor whom one officer adds
-    /// so does not count where several people are needed, until two others confirm the key (I6).
+    /// Registers a principal and certifies its TLS key. A new officer or auditor does not count
+    /// where several people are needed, until two other officers confirm the key (I6).
     ///
     /// # Errors
     /// Not permitted; the principal exists; a client title is another's or a meter's; the key is
-    /// another principal's; or trouble of HSM or database.
+    /// another principal's; or a failure of the HSM or the database.
     #[boxed]
     pub async fn add(&self, caller: &Caller, new: NewPrincipal) -> Result<v1::PrincipalCertificate, ServiceError> {
         let action = Action::AddPrincipal { role: new.id.role() };
@@ -119,8 +119,8 @@ impl Principals {
                     next_step: "renew its certificate, or choose another name: names are not used again".to_owned(),
                 });
             }
-            // I4: under one key, frames with a meter's title as client title would repeat the
-            // nonces of the meter's own answers.
+            // I4: frames with a meter's title as client title would repeat the nonces of the
+            // meter's own answers under the same key.
             for title in &new.client_titles {
                 if view.meter(*title)?.is_some() {
                     return Err(ServiceError::FailedPrecondition {
@@ -157,11 +157,11 @@ impl Principals {
         .await
     }
 
-    /// Certifies and registers the caller's own transport key, in place of an earlier one: from
-    /// then on keys are wrapped for the new one.
+    /// Certifies and registers the caller's own transport key and replaces an earlier one. From
+    /// then on keys are wrapped for the new key.
     ///
     /// # Errors
-    /// Not permitted, a key that is not EC P-256, or trouble of HSM or database.
+    /// Not permitted, a key that is not EC P-256, or a failure of the HSM or the database.
     #[boxed]
     pub async fn register_transport_key(
         &self,
@@ -196,10 +196,10 @@ impl Principals {
         .await
     }
 
-    /// Shuts a principal out, from its next call on. Repeating it changes nothing.
+    /// Disables a principal, from its next call on. A repetition changes nothing.
     ///
     /// # Errors
-    /// Not permitted, no such principal, the last enabled officer, or trouble of the database.
+    /// Not permitted, no such principal, the last enabled officer, or a failure of the database.
     #[boxed]
     pub async fn disable(
         &self,
@@ -238,17 +238,17 @@ impl Principals {
     /// All principals, in order of their URIs.
     ///
     /// # Errors
-    /// Not permitted, a row that does not verify, or trouble of the database.
+    /// Not permitted, a row that does not verify, or a failure of the database.
     #[boxed]
     pub async fn list(&self, caller: &Caller) -> Result<Vec<v1::Principal>, ServiceError> {
         self.island.require(caller, &Action::ListPrincipals).await?;
         self.all().await?.into_iter().map(|principal| Ok(to_proto(&*principal?))).collect()
     }
 
-    /// Who the server takes the caller for.
+    /// The caller's own principal.
     ///
     /// # Errors
-    /// Nobody that it accepts, or trouble of the database.
+    /// The caller is not an enabled principal, or a failure of the database.
     #[boxed]
     pub async fn who_am_i(&self, caller: &Caller) -> Result<v1::Principal, ServiceError> {
         let row = self.island.principal(caller).await?;
@@ -259,7 +259,7 @@ impl Principals {
         Ok(principal)
     }
 
-    /// As [`Self::act`], for a change that must fit all principals together.
+    /// As [`Self::act`], for a change that must be consistent with all principals.
     async fn act_among_all<F>(
         &self,
         caller: &Caller,
@@ -289,7 +289,7 @@ impl Principals {
         }
     }
 
-    /// Changes one principal, on the record.
+    /// Changes one principal and records it.
     async fn act<F>(
         &self,
         caller: &Caller,
@@ -305,8 +305,8 @@ impl Principals {
         Ok(self.island.door.act(caller, request, ChangePrincipal { action, id, reads, change }).await?.value)
     }
 
-    /// Puts on the record what is refused before an act, of those who try to be two people or to
-    /// shut somebody out (I2).
+    /// Records a refusal that comes before the act, because it may be an attempt to act as two
+    /// people or to shut another person out (I2).
     fn on_record(&self, caller: &Caller, action: &Action, refusal: ServiceError) -> ServiceError {
         if matches!(refusal, ServiceError::FailedPrecondition { .. }) {
             self.island.committer.refused(Some(&caller.principal), action.name(), refusal.to_string());
@@ -314,7 +314,7 @@ impl Principals {
         refusal
     }
 
-    /// Every principal, or why its row is not believed.
+    /// Every principal, or why its row is refused.
     async fn all(&self) -> Result<Vec<Result<Arc<Principal>, ServiceError>>, ServiceError> {
         let mut principals = Vec::new();
         let mut after: Option<Vec<u8>> = None;
@@ -393,7 +393,7 @@ where
     }
 }
 
-/// What the contract shows of a principal.
+/// A principal as the gRPC contract shows it.
 pub fn to_proto(principal: &Principal) -> v1::Principal {
     v1::Principal {
         principal: principal.id.to_string(),
@@ -428,10 +428,11 @@ fn registered(certificate: &PrincipalCertificate) -> v1::RegisteredCertificate {
     }
 }
 
-/// A manufacturer's key that signs shipments: DER of an EC P-256 or P-384 SubjectPublicKeyInfo.
+/// Parses the key with which a manufacturer signs shipments: DER of an EC P-256 or P-384
+/// SubjectPublicKeyInfo.
 ///
 /// # Errors
-/// Another key.
+/// It is another key.
 pub fn parse_shipment_key(der: &[u8]) -> Result<Bytes, ParseError> {
     use x509_parser::prelude::FromDer;
     let refuse =
@@ -484,12 +485,13 @@ fn enabled(id: &PrincipalId, existing: Option<Arc<Principal>>) -> Result<Princip
     }
 }
 
-/// Policy has permitted the action on the role by now, so the caller may know.
+/// Policy already permitted the action on this role, so the answer may say that there is no such
+/// principal.
 fn unknown(id: &PrincipalId) -> ServiceError {
     ServiceError::NotFound { what: format!("the principal `{id}`") }
 }
 
-/// Binds a request id to what was asked: each part with its length.
+/// The digest that binds a request id to its content: each part with its length.
 fn request_digest(verb: &str, parts: &[&[u8]]) -> [u8; 32] {
     let mut context = Context::new(&SHA256);
     for part in std::iter::once(verb.as_bytes()).chain(parts.iter().copied()) {
@@ -501,5 +503,5 @@ fn request_digest(verb: &str, parts: &[&[u8]]) -> [u8; 32] {
     digest
 }
 
-/// How often an act begins again because a principal was added meanwhile.
+/// How often an act is tried again because a principal was added meanwhile.
 const MOST_ATTEMPTS: usize = 8;

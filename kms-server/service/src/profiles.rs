@@ -1,4 +1,4 @@
-//! The device profiles that this server knows: the shipped ones, and those of a folder.
+//! The device profiles of this server: the shipped ones and those of a folder.
 
 use std::{collections::HashMap, path::Path};
 
@@ -9,11 +9,12 @@ use kms_domain::{DeviceProfile, DeviceProfileName};
 pub struct Profiles(HashMap<DeviceProfileName, DeviceProfile>);
 
 impl Profiles {
-    /// The shipped profiles, and all `*.toml` files of `folder`; one there replaces a shipped one
-    /// of the same name.
+    /// The shipped profiles and all `*.toml` files of `folder`. A file there replaces a shipped
+    /// profile of the same name.
     ///
     /// # Errors
-    /// The folder or a file cannot be read, or a file is no profile: the text names file and line.
+    /// The folder or a file cannot be read, or a file is not a profile: the text names the file and
+    /// line.
     pub fn load(folder: Option<&Path>) -> Result<Self, String> {
         let mut profiles = HashMap::new();
         for (file, text) in DeviceProfile::SHIPPED {

@@ -1,8 +1,8 @@
 //! Proposals: dangerous actions that other people approve before they run (I6).
 //!
-//! A use case that is dangerous makes a `Propose` instead of acting. When enough people have
-//! approved, an officer carries the proposal out: its use case gets the content from [`execute`],
-//! in the transaction in which it acts, and checks that it still fits.
+//! A dangerous use case makes a `Propose` instead of acting. When enough people have approved, an
+//! officer executes the proposal: the use case gets the content from [`execute`], in the
+//! transaction in which it acts, and checks that the content still fits.
 
 use std::sync::Arc;
 
@@ -18,18 +18,18 @@ use kms_authz::{Action, Resource};
 use kms_base::error::ServiceError;
 use kms_ledger::{Act, Asker, Decision, Entry, Known, Permit, View, used_for_another};
 
-/// What is proposed.
+/// A proposal to make.
 #[derive(Clone, Debug)]
 pub struct NewProposal {
-    /// What is to run.
+    /// The action to execute.
     pub action: ProposedAction,
     /// Why, 1–256 octets.
     pub reason: String,
-    /// How many people must approve, beside the one who proposes.
+    /// How many people must approve, besides the proposer.
     pub quorum: Quorum,
 }
 
-/// A proposal under the id of the request that makes it, as one act.
+/// The act that makes a proposal. The proposal gets the id of the request.
 pub(super) struct Propose<F> {
     request: RequestId,
     action: Action,
@@ -42,13 +42,13 @@ impl<F> Propose<F>
 where
     F: Fn(&mut View<'_, '_>) -> Result<NewProposal, ServiceError> + Send + Sync + 'static,
 {
-    /// What an officer proposes with this action, on the island; `content` says what exactly, from
-    /// the rows of `reads`.
+    /// A proposal of this action on the island. `content` makes its content from the rows of
+    /// `reads`.
     pub(super) const fn new(request: RequestId, action: Action, reads: Reads, content: F) -> Self {
         Self { request, action, about: None, reads, content }
     }
 
-    /// The same, on a meter.
+    /// The same on a meter.
     pub(super) fn about(mut self, meter: SystemTitle) -> Self {
         self.about = Some(meter);
         self.reads.meters.push(meter);
@@ -93,10 +93,10 @@ where
     }
 }
 
-/// Stores a proposal under the id of the request that makes it, and records it.
+/// Stores a proposal under the id of its request, and records it.
 ///
 /// # Errors
-/// The caller is no person, or there is such a proposal already.
+/// The caller is not a person, or the id is already in use.
 fn propose(
     view: &mut View<'_, '_>,
     principal: &Principal,
@@ -132,12 +132,12 @@ fn propose(
     Ok((proposal, entry))
 }
 
-/// Marks a proposal as executed, records it, and says what the caller has to do in this act. It
-/// runs once: whoever comes second is refused.
+/// Marks a proposal as executed and records it. Returns the action that the caller must do in the
+/// same act. A proposal is executed once: a second attempt is refused.
 ///
 /// # Errors
-/// There is no such proposal, it ran or was withdrawn, or people have not approved it (I6), or no
-/// more.
+/// There is no such proposal; it was executed or withdrawn; or its approvals are missing or have
+/// expired (I6).
 pub(crate) fn execute(
     view: &mut View<'_, '_>,
     permit: &Permit,
@@ -153,7 +153,7 @@ pub(crate) fn execute(
 /// The id of the proposal that a request makes.
 ///
 /// # Errors
-/// None: a request id is a fitting one.
+/// None in practice: every request id is a valid proposal id.
 pub(crate) fn proposal_id(request: RequestId) -> Result<ProposalId, ServiceError> {
     ProposalId::from_octets(&request.octets()).map_err(ServiceError::parse("request_id"))
 }
@@ -163,7 +163,7 @@ pub(crate) fn proposal_row(id: ProposalId) -> (RowKind, Vec<u8>) {
     (RowKind::Proposal, id.octets().to_vec())
 }
 
-/// A proposal as a message: exactly what will run.
+/// A proposal as a message: exactly what will be executed.
 pub(crate) fn message(proposal: &Proposal, now: UnixMillis) -> v1::Proposal {
     let content = &proposal.content;
     let action = match &content.action {
@@ -222,7 +222,7 @@ pub(crate) fn ended(proposal: &Proposal, change: &str, reason: &str) -> Event {
     })
 }
 
-/// Why a proposal cannot change, and what to do.
+/// Why a proposal cannot change, and the next step.
 pub(crate) fn refused(error: ProposalError) -> ServiceError {
     let next_step = match &error {
         ProposalError::State { .. } => "look at it with `kms proposal show`",
@@ -231,7 +231,7 @@ pub(crate) fn refused(error: ProposalError) -> ServiceError {
     ServiceError::FailedPrecondition { reason: error.to_string(), next_step: next_step.to_owned() }
 }
 
-/// There is no such proposal.
+/// The error for an unknown proposal.
 pub(crate) fn missing(id: ProposalId) -> ServiceError {
     ServiceError::NotFound { what: format!("proposal {id}") }
 }

@@ -1,4 +1,4 @@
-//! The id of a sealed row, from the kind and the octets that the store keeps.
+//! The id of a sealed row, from its kind and octets in the store.
 
 use kms_domain::{
     CampaignId, CounterDomainId, DeviceTypeId, GroupId, IslandName, PrincipalId, ProposalId, RootId, RowId, SystemTitle,

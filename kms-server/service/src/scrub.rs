@@ -1,12 +1,12 @@
-//! The scrubber (I5): reads the whole log and every sealed row, and finds what does not fit. A row
-//! that is older than its last record, a row that is gone, one that nobody recorded, one that was
-//! edited; a chain with a gap, a changed record, or an end that was cut off; imported keys that the
-//! list of fingerprints does not know, and equal ones that count apart (I4); tasks of campaigns
-//! that were edited, or do what was not approved (I6).
+//! The scrubber (I5): reads the whole log and every sealed row, and reports what does not fit: a
+//! row that is older than its last record, is gone, has no record, or was edited; a chain with a
+//! gap, a changed record, or an end that was cut off; imported keys that are missing from the list
+//! of fingerprints, and equal keys in different counter domains (I4); tasks of campaigns that were
+//! edited, or do what was not approved (I6).
 //!
-//! What it cannot see: the newest records of a chain that is still being written are only guarded
-//! by those that follow, so an end that was cut off a living server's chain shows with that
-//! server's next record.
+//! What it cannot see: in a chain that is still being written, the newest records are only
+//! protected by the records that follow them. If the end of such a chain is cut off, this shows
+//! with the next record of its server.
 
 mod chains;
 mod finding;
@@ -58,11 +58,12 @@ impl Scrubber {
         Self { rows_at_once: rows.max(1), ..self }
     }
 
-    /// Scrubs for a caller, and tells how far it is. Where a scrub runs already the caller gets its
-    /// answer: it may have read some rows before the call.
+    /// Scrubs for a caller and reports the progress. If a scrub is already running, the caller gets
+    /// the result of that one: it may have read some rows before the call.
     ///
     /// # Errors
-    /// Not permitted; the caller watches as many scrubs as it may; or the database is away.
+    /// Not permitted; the caller already watches the permitted number of scrubs; or the database is
+    /// unavailable.
     #[boxed]
     pub async fn scrub_for(
         &self,
@@ -84,15 +85,14 @@ impl Scrubber {
                         finished: true,
                     }),
                     None => {
-                        // A caller that reads slowly misses some of it.
+                        // A slow reader misses some progress messages.
                         let _ = answers.try_send(Ok(so_far));
                         tokio::select! {
                             changed = watched.changed() => match changed {
                                 Ok(()) => continue,
                                 Err(_) => Err(ServiceError::unavailable("the scrub was ended")),
                             },
-                            // A caller that has gone away has no use for it; the findings are on
-                            // the record.
+                            // The caller is gone. The findings are recorded anyway.
                             () = answers.closed() => return,
                         }
                     }
@@ -104,8 +104,8 @@ impl Scrubber {
         Ok(receiver)
     }
 
-    /// Scrubs every `period`, from one period after the start on, until it is dropped or aborted.
-    /// What is found is a security event in the log, and an error in the server's own.
+    /// Scrubs every `period`, first one period after the start, until it is dropped or aborted. A
+    /// finding is a security event in the audit log and an error in the server's log.
     pub fn in_background(self, period: Duration) -> tokio::task::JoinHandle<()> {
         tokio::spawn(async move {
             loop {
@@ -132,7 +132,7 @@ impl Scrubber {
         })
     }
 
-    /// The scrub that runs, or one that begins now. It ends early when nobody watches it any more.
+    /// The running scrub, or one that begins now. It ends early when its last watcher is gone.
     fn watch(&self) -> watch::Receiver<ScrubProgress> {
         match self.island.scrubs.join() {
             Joined::Running(watched) => watched,
@@ -147,11 +147,11 @@ impl Scrubber {
         }
     }
 
-    /// Reads everything once, and records what it finds. `progress` is called every now and then;
-    /// when it says no, the scrubber stops early with what it has found.
+    /// Reads everything once and records the findings. `progress` is called after each page; if it
+    /// returns false, the scrubber stops early with the findings so far.
     ///
     /// # Errors
-    /// HSM or database are away.
+    /// The HSM or the database is unavailable.
     pub async fn scrub(
         &self,
         mut progress: impl FnMut(ScrubResponse) -> bool + Send,
@@ -197,8 +197,8 @@ impl Scrubber {
         Ok(report)
     }
 
-    /// Every finding is a security event, up to a number; all of them are errors in the server's
-    /// log.
+    /// Each finding becomes a security event, up to a limit. All findings are errors in the
+    /// server's log.
     async fn record(&self, findings: &[ScrubFinding]) -> Result<(), ServiceError> {
         for finding in findings {
             tracing::error!(
@@ -228,8 +228,7 @@ impl Scrubber {
     }
 
     async fn passes(&self) -> Result<u64, ServiceError> {
-        // Other sealed rows are few beside the meters; an island of groups alone is one pass all
-        // the same.
+        // Compared with meters there are few other sealed rows, so only meters are counted.
         let rows = self.island.store.meter_count(&MeterFilter::default()).await?;
         Ok(rows / u64::try_from(self.rows_at_once).unwrap_or(u64::MAX) + 1)
     }

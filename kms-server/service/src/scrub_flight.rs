@@ -1,5 +1,5 @@
-//! One scrub at a time in a server: it reads the whole log and every row, so a second one beside it
-//! costs as much and finds the same.
+//! One scrub at a time in a server. A scrub reads the whole log and every row: a second one at the
+//! same time would cost as much and find the same.
 
 use std::{
     collections::HashMap,
@@ -14,19 +14,19 @@ use tokio::sync::watch;
 use kms_base::bounds::{Bound, Limits};
 use kms_base::error::ServiceError;
 
-/// The scrub that runs in this server, if one does.
+/// The running scrub of this server, if there is one.
 #[derive(Clone, Default)]
 pub struct ScrubFlight(Arc<Mutex<FlightState>>);
 
 #[derive(Default)]
 struct FlightState {
-    /// The number of the scrub that runs tells it from those before it.
+    /// The running scrub, with its number among all scrubs of this server.
     running: Option<(u64, watch::Receiver<ScrubProgress>)>,
     number: u64,
     watching: HashMap<PrincipalId, usize>,
 }
 
-/// What was read, and what did not fit.
+/// What a scrub read, and what did not fit.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ScrubReport {
     /// Records of the log, each once.
@@ -48,28 +48,28 @@ impl ScrubReport {
     }
 }
 
-/// How far a scrub is.
+/// The progress of a scrub.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ScrubProgress {
     pub(crate) so_far: ScrubResponse,
     pub(crate) outcome: Option<Result<ScrubReport, ServiceError>>,
 }
 
-/// The place of a caller that watches a scrub, until it is dropped.
+/// The right of a caller to watch a scrub, until it is dropped.
 pub(crate) struct WatchPlace {
     flight: ScrubFlight,
     principal: PrincipalId,
 }
 
-/// A scrub to be watched, or to be carried out.
+/// A scrub to watch, or to run.
 pub(crate) enum Joined {
-    /// It runs already.
+    /// The scrub is already running.
     Running(watch::Receiver<ScrubProgress>),
-    /// The caller carries it out, and tells of it.
+    /// The caller runs the scrub and reports its progress.
     Begun(ScrubRunner, watch::Receiver<ScrubProgress>),
 }
 
-/// Who carries a scrub out. Dropping it ends the scrub for those who watch it.
+/// The runner of a scrub. Dropping it ends the scrub for its watchers.
 pub(crate) struct ScrubRunner {
     flight: ScrubFlight,
     number: u64,
@@ -77,7 +77,7 @@ pub(crate) struct ScrubRunner {
 }
 
 impl ScrubFlight {
-    /// Joins the scrub that runs, or begins one.
+    /// Joins the running scrub, or begins one.
     pub(crate) fn join(&self) -> Joined {
         let mut state = self.state();
         if let Some((_, watched)) = &state.running {
@@ -86,15 +86,15 @@ impl ScrubFlight {
         let (progress, watched) = watch::channel(ScrubProgress::default());
         state.number += 1;
         let number = state.number;
-        // The receiver that is kept here is not one that watches.
+        // The receiver that is kept here does not count as a watcher.
         state.running = Some((number, watched.clone()));
         Joined::Begun(ScrubRunner { flight: self.clone(), number, progress }, watched)
     }
 
-    /// A place to watch from.
+    /// Lets a caller watch.
     ///
     /// # Errors
-    /// The principal has as many as it may: with how far the scrub is.
+    /// The principal already watches the permitted number of scrubs. The error names the progress.
     pub(crate) fn place(&self, principal: &PrincipalId, limits: &Limits) -> Result<WatchPlace, ServiceError> {
         let mut state = self.state();
         let watching = state.watching.get(principal).copied().unwrap_or_default();
@@ -116,13 +116,13 @@ impl ScrubFlight {
 }
 
 impl ScrubRunner {
-    /// Tells how far it is. Whether to go on: somebody watches.
+    /// Reports the progress. Returns whether somebody still watches, so that the scrub goes on.
     pub(crate) fn tell(&self, so_far: ScrubResponse) -> bool {
         self.progress.send_modify(|progress| progress.so_far = so_far);
         if self.is_watched() {
             return true;
         }
-        // Looked at again where nobody can join meanwhile.
+        // Checked again under the lock, where no new watcher can join.
         let mut state = self.flight.state();
         let watched = self.is_watched();
         if !watched {
@@ -131,13 +131,13 @@ impl ScrubRunner {
         watched
     }
 
-    /// Tells what it came to.
+    /// Reports the outcome.
     pub(crate) fn end(self, outcome: Result<ScrubReport, ServiceError>) {
         self.flight.state().running.take_if(|(number, _)| *number == self.number);
         self.progress.send_modify(|progress| progress.outcome = Some(outcome));
     }
 
-    /// Beside the flight's own receiver.
+    /// Whether there is a receiver besides the flight's own.
     fn is_watched(&self) -> bool {
         self.progress.receiver_count() > 1
     }
@@ -161,5 +161,5 @@ impl Drop for WatchPlace {
     }
 }
 
-/// When a caller that watches as many scrubs as it may can come back.
+/// After this time a caller that watches too many scrubs may try again.
 const RETRY_AFTER: Duration = Duration::from_secs(10);

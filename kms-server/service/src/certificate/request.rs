@@ -1,4 +1,4 @@
-//! Certification requests (PKCS#10), and the keys that are accepted in them.
+//! Certification requests (PKCS#10) and the keys that they may contain.
 
 use aws_lc_rs::digest::{SHA256, digest};
 use kms_domain::ParseError;
@@ -9,7 +9,7 @@ use x509_parser::certification_request::X509CertificationRequest;
 use x509_parser::prelude::FromDer;
 use x509_parser::public_key::PublicKey;
 
-/// A PKCS#10 request (RFC 2986) that proves possession of its key. Only the key is taken from it.
+/// A PKCS#10 request (RFC 2986) that proves possession of its key. Only the key is used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CertificationRequest {
     pub(super) spki: Vec<u8>,
@@ -20,8 +20,8 @@ impl CertificationRequest {
     /// Parses a request, at most 16 KiB of DER, and verifies its signature.
     ///
     /// # Errors
-    /// Not a request, a signature that does not fit its key, or a key that is not accepted: EC
-    /// P-256 or P-384, RSA of 3072 to 4096 bits, and Ed25519 are.
+    /// Not a request, a signature that does not fit its key, or a key that is not accepted.
+    /// Accepted keys are EC P-256 and P-384, RSA of 3072 to 4096 bits, and Ed25519.
     pub fn parse(der: &[u8]) -> Result<Self, ParseError> {
         let refuse = |reason: &str| ParseError::new("certificate request", reason);
         if der.len() > LONGEST_REQUEST {
@@ -32,7 +32,7 @@ impl CertificationRequest {
         if !rest.is_empty() {
             return Err(refuse("octets follow the request"));
         }
-        // The SPKI's own algorithm counts, not that of the signature: `openssl req` signs P-384
+        // The algorithm of the SPKI counts, not that of the signature: `openssl req` signs P-384
         // requests with SHA-256.
         let info = &request.certification_request_info.subject_pki;
         let accepted = match info.parsed() {
@@ -46,8 +46,8 @@ impl CertificationRequest {
         request
             .verify_signature()
             .map_err(|_| refuse("its signature is not by its own key: possession is not proven"))?;
-        // I6: one key has one name, its SHA-256. An encoding that can be chosen would give it
-        // several.
+        // I6: one key has one name, its SHA-256. A key with a choice of encodings would have
+        // several names.
         let canonical = SubjectPublicKeyInfo::from_der(info.raw).map_err(|_| refuse("its key cannot be read"))?;
         let compressed = matches!(info.parsed(), Ok(PublicKey::EC(point)) if point.data().first() != Some(&4));
         if canonical.subject_public_key_info() != info.raw || compressed {

@@ -1,4 +1,5 @@
-//! Certificates from the TBSCertificate to the signature: built, linted, signed in the HSM, checked.
+//! Signing a certificate: the TBSCertificate is built and linted, the HSM signs it, and the
+//! signature is checked.
 
 use async_recursion::async_recursion as boxed;
 use std::sync::Mutex;
@@ -19,7 +20,7 @@ use x509_parser::prelude::{FromDer, GeneralName, TbsCertificate, X509Certificate
 use super::request::{p256_point, sha256};
 use kms_base::error::ServiceError;
 
-/// A TBSCertificate (RFC 5280, 4.1.2) that was built and linted, and waits for its signature.
+/// A TBSCertificate (RFC 5280, 4.1.2), built and linted, without its signature.
 pub struct ToBeSigned {
     params: CertificateParams,
     issuing: Issuing,
@@ -45,10 +46,9 @@ impl ToBeSigned {
     /// The certificate with its signature `r ‖ s`, 64 octets.
     ///
     /// # Errors
-    /// Internal: the signature is not one of the CA key over what was linted.
+    /// Internal: the signature does not verify with the CA key over the linted octets.
     pub fn finish(self, signature: &[u8]) -> Result<IssuedCertificate, ServiceError> {
-        // What leaves is checked: an HSM that signs something else, or with another key, does not
-        // go unnoticed.
+        // The result is checked: an HSM that signs other octets, or with another key, is noticed.
         UnparsedPublicKey::new(&ECDSA_P256_SHA256_FIXED, self.issuing.key().0).verify(&self.tbs, signature).map_err(
             |_| ServiceError::Internal("the HSM's signature does not verify under the CA certificate's key".to_owned()),
         )?;
@@ -60,7 +60,7 @@ impl ToBeSigned {
     /// Builds it, and lints it.
     ///
     /// # Errors
-    /// Internal: it could not be built, or is not what was meant.
+    /// Internal: it could not be built, or it breaks a rule of its profile.
     pub(super) fn build(
         params: CertificateParams,
         issuing: Issuing,
@@ -74,7 +74,7 @@ impl ToBeSigned {
         Ok(this)
     }
 
-    /// Reads what was built with another library, and compares it with what was meant.
+    /// Parses the result with another library and compares it with the intended certificate.
     fn lint(&self, authority_not_after: Option<UnixMillis>) -> Result<(), &'static str> {
         let (rest, tbs) = TbsCertificate::from_der(&self.tbs).map_err(|_| "it is not a TBSCertificate")?;
         let require = |holds: bool, rule: &'static str| if holds { Ok(()) } else { Err(rule) };
@@ -128,7 +128,7 @@ impl ToBeSigned {
     }
 }
 
-/// A signed certificate, with what rows and records keep of it.
+/// A signed certificate, with the values that rows and records keep.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IssuedCertificate {
     /// The certificate.
@@ -145,7 +145,7 @@ pub struct IssuedCertificate {
 }
 
 impl IssuedCertificate {
-    /// What a principal's row lists of its TLS certificate.
+    /// The entry for the TLS certificates of a principal's row.
     pub fn for_principal(&self, enrolment: Enrolment, issued_by: Option<PrincipalId>) -> PrincipalCertificate {
         PrincipalCertificate {
             serial: self.serial.clone(),
@@ -157,8 +157,7 @@ impl IssuedCertificate {
         }
     }
 
-    /// What a principal's row keeps of its transport certificate; none for a key that is not on
-    /// P-256.
+    /// The transport certificate of a principal's row; `None` for a key that is not on P-256.
     pub fn for_transport(&self) -> Option<TransportCertificate> {
         Some(TransportCertificate {
             certificate: Bytes::copy_from_slice(&self.der),
@@ -172,7 +171,7 @@ impl IssuedCertificate {
         pem("CERTIFICATE", &self.der)
     }
 
-    /// Reads back what was signed.
+    /// Parses the signed certificate.
     fn parse(der: CertificateDer<'static>) -> Result<Self, ServiceError> {
         let (_, certificate) = X509Certificate::from_der(&der).map_err(internal("the signed certificate"))?;
         let issued = Self {
@@ -203,7 +202,7 @@ pub fn pem(label: &str, der: &[u8]) -> String {
     pem
 }
 
-/// Who signs, and for which key.
+/// The signer and the subject's key.
 pub(super) enum Issuing {
     Root(CaKey),
     Leaf { authority: CertificateDer<'static>, key: CaKey, subject: SubjectPublicKeyInfo },
@@ -240,7 +239,7 @@ impl PublicKeyData for CaKey {
     }
 }
 
-/// First pass: keeps what is to be signed.
+/// First pass: captures the octets to sign.
 struct Capture {
     key: CaKey,
     message: Mutex<Vec<u8>>,
@@ -307,7 +306,7 @@ pub(super) fn ecdsa_sig_value(signature: &[u8]) -> Result<Vec<u8>, ServiceError>
     Sequence::new(content.into()).to_der_vec().map_err(internal("a signature"))
 }
 
-/// A fault of this server, with what it was about.
+/// An internal error of this server, with its subject.
 pub(super) fn internal<E: std::fmt::Display>(what: &'static str) -> impl FnOnce(E) -> ServiceError {
     move |error| ServiceError::Internal(format!("{what}: {error}"))
 }

@@ -1,4 +1,4 @@
-//! What officers have to see of a meter's answer to a challenge, as security events.
+//! Security events for officers: what a meter's answer to a challenge showed.
 
 use kms_domain::{KeyType, KeyVersionNumber, SecuritySetupId, SystemTitle};
 use kms_proto::v1::{self, audit_record::Event};
@@ -8,7 +8,7 @@ use crate::transfer::{EARLIER_KEY_HELD, earlier_key_held};
 use kms_base::error::ServiceError;
 use kms_ledger::{Act, Asker, Decision, Never, Permit, View};
 
-/// What officers have to see of a meter's answer to a challenge.
+/// What a meter's answer to a challenge showed.
 #[derive(Clone, Copy)]
 pub(super) struct Alert {
     pub(super) meter: SystemTitle,
@@ -18,13 +18,14 @@ pub(super) struct Alert {
 
 #[derive(Clone, Copy)]
 pub(super) enum Shown {
-    /// A counter of the meter's own below one that it used before under the same key.
+    /// The meter used a counter below one that it had used before under the same key.
     Backwards { version: KeyVersionNumber, known: u32, seen: u32 },
-    /// A version that is not the active one any more.
+    /// The meter used a version that is no longer active.
     EarlierKey { key_type: KeyType, version: KeyVersionNumber },
 }
 
-/// What is said once: of which meter, which event, of which key.
+/// What identifies an alert, so that it is recorded once: meter, security setup, event, key type
+/// and version.
 pub(super) type AlertKey = (SystemTitle, SecuritySetupId, &'static str, KeyType, KeyVersionNumber);
 
 impl Alert {
@@ -55,7 +56,7 @@ impl Alert {
     }
 }
 
-/// Events for the officers about what a caller's frames showed.
+/// The act that records what a caller's frames showed.
 pub(super) struct Alerts(pub(super) Vec<Alert>);
 
 impl Act for Alerts {

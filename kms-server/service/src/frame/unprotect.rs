@@ -1,7 +1,7 @@
-//! Frames from meters: opened inside the HSM.
+//! Frames from meters, opened inside the HSM.
 //!
-//! A meter's answer to a challenge also shows which keys the meter holds. What does not fit the
-//! active keys is put on the record for the officers.
+//! A meter's answer to a challenge also shows which keys the meter holds. If they are not the
+//! active keys, a security event tells the officers.
 
 use async_recursion::async_recursion as boxed;
 use std::{
@@ -30,11 +30,11 @@ pub struct ReceivedFrame {
     pub meter: SystemTitle,
     /// Which security setup; `None` is the meter's first.
     pub setup: Option<SecuritySetupId>,
-    /// What it is.
+    /// The content.
     pub content: ReceivedContent,
 }
 
-/// What came from a meter.
+/// The content of a received frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReceivedContent {
     /// A ciphered APDU.
@@ -75,7 +75,7 @@ impl FrameService {
         Ok(opened)
     }
 
-    /// Puts on the record what officers have to see, once for each key while this server runs.
+    /// Records security events, once for each key while this server runs.
     async fn alert(&self, caller: &Caller, alerts: Vec<Alert>) -> Result<(), ServiceError> {
         let mut fresh = alerts;
         {
@@ -87,7 +87,7 @@ impl FrameService {
         }
         let told: Vec<_> = fresh.iter().map(Alert::key).collect();
         self.island.door.act(caller, None, Alerts(fresh)).await?;
-        // Only what is on the record is not said again.
+        // Only after the record is durable is the alert not repeated.
         let mut alerted = self.alerted.lock().unwrap_or_else(PoisonError::into_inner);
         if alerted.len() > MOST_ALERTED {
             alerted.clear();
@@ -109,8 +109,8 @@ impl FrameService {
         for row in rows {
             match self.island.committer.open_meter(row.title, &row.row) {
                 Ok(meter) => meters.insert(row.title, meter),
-                // It may have been written between being read and being opened. One that does not
-                // verify again is as good as absent (I5).
+                // Another server may have written the row after it was read here, so it is read
+                // once more. A row that fails twice counts as absent (I5).
                 Err(_) => {
                     self.island.meter(row.title).await.ok().flatten().and_then(|meter| meters.insert(row.title, meter))
                 }
@@ -176,9 +176,9 @@ impl FrameService {
         Ok((outcomes, alerts))
     }
 
-    /// Which pair of keys a meter's answer to a challenge is of, where it is not of the active one.
-    /// Nothing else is made of it (I3): what the meter holds is for a probe to show, whose
-    /// challenge the HSM makes.
+    /// The pair of keys that protected a meter's answer to a challenge, if it is not the active
+    /// pair. The answer changes no state (I3): only a probe, whose challenge the HSM makes, proves
+    /// what the meter holds.
     async fn held_instead(
         &self,
         caller: &Caller,
@@ -226,8 +226,8 @@ impl FrameService {
                         "it is protected by a dedicated or a broadcast key; only unicast frames are opened here",
                     ));
                 }
-                // Only what the meter itself sent: else this would open what other head-ends send
-                // to it.
+                // Only frames that the meter itself sent: otherwise a head-end could open what
+                // other head-ends send to it.
                 if ciphered.system_title.is_some_and(|title| title != meter.title) {
                     return Err(ServiceError::invalid(
                         "frames.apdu",
@@ -260,8 +260,8 @@ impl FrameService {
                     *Nonce::new(meter.title, gmac.counter).octets(),
                 )?;
                 let received = ProtectedFrame { parameters, text: challenge, tag: gmac.tag.0 };
-                // The answer to a challenge is fresh; any other frame may be opened long after it
-                // was sent.
+                // Only the answer to a challenge is fresh. Any other frame may be opened long after
+                // it was sent.
                 let known = meter
                     .slots
                     .get(setup, KeyType::GUEK)
@@ -289,23 +289,23 @@ struct Received {
     frame: ProtectedFrame,
     counter: u32,
     is_challenge: bool,
-    /// What is to be said if the frame is genuine.
+    /// The alert to record if the frame is genuine.
     backwards: Option<Alert>,
-    /// What the meter may hold besides the active keys, the likeliest first. Only an answer to a
-    /// challenge is tried with it: any other frame could have been recorded when these keys were
-    /// the active ones.
+    /// The other pairs that the meter may hold, the most likely first. Only an answer to a
+    /// challenge is tried with them: any other frame could have been recorded while these keys were
+    /// active.
     others: Arc<[OtherPair]>,
 }
 
-/// Of the meters of one call, each made once.
+/// The other pairs of the meters of one call, each made once.
 type OtherPairs = HashMap<(SystemTitle, SecuritySetupId), Arc<[OtherPair]>>;
 
 /// A pair of keys that a meter may hold, and that is not the active one.
 #[derive(Clone)]
 struct OtherPair {
     keys: FrameKeys,
-    /// Which of the two was active before. None: a transfer left it open whether the meter has a
-    /// new one.
+    /// Which of the two keys was active before. Empty: an unfinished transfer left it unknown
+    /// whether the meter has a new key.
     earlier: Vec<Alert>,
 }
 
@@ -337,18 +337,18 @@ impl OtherPair {
     fn refusal(&self) -> ServiceError {
         let held: Vec<String> = self.earlier.iter().map(Alert::detail).collect();
         let reason = if held.is_empty() {
-            "the answer is not of the active keys: a transfer left it open which ones the meter holds".to_owned()
+            "the response was not protected with the active keys; an unfinished key transfer left it unknown which version the meter holds".to_owned()
         } else {
-            format!("the answer is not of the active keys: {}", held.join("; "))
+            format!("the response was not protected with the active keys: {}", held.join("; "))
         };
         ServiceError::FailedPrecondition {
             reason,
-            next_step: "begin a probe: a transfer without a key type".to_owned(),
+            next_step: "find out which keys the meter holds with a probe: a transfer without a key type".to_owned(),
         }
     }
 }
 
-/// Keys that are remembered as told of.
+/// Alerts that are remembered as recorded.
 const MOST_ALERTED: usize = 10_000;
-/// Pairs of keys that an answer to a challenge is tried with, besides the active one.
+/// Other pairs of keys with which an answer to a challenge is tried.
 const MOST_OTHER_PAIRS: usize = 4;

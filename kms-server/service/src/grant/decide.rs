@@ -97,9 +97,9 @@ impl Act for Grant {
             return Err(overtaken("the grant has ended"));
         }
         if self.chunk.terms.dedicated_key {
-            // I4: a dedicated key is made for one answer and kept nowhere. Another one under the
-            // same lease would protect its InitiateRequest with a counter that the one before may
-            // have used.
+            // I4: a dedicated key is made for one answer and stored nowhere. A second dedicated key
+            // under the same lease would protect its InitiateRequest with a counter that the first
+            // one may have used.
             return Err(ServiceError::Aborted {
                 reason: "this request was answered with a dedicated key, which is not made twice".to_owned(),
                 next_step: "ask again with a new request id".to_owned(),
@@ -110,7 +110,7 @@ impl Act for Grant {
         for (place, owner) in (1_u32..).zip(self.owners.iter().copied()) {
             let repeated = match past.entry(place, owner)? {
                 Some(granted) => self.repeat(view, owner, granted, &mut permissions),
-                // I2, I8: it was refused then, and a replay grants nothing new.
+                // I2, I8: it was refused before, and a replay issues nothing new.
                 None => Err(refused_before()),
             };
             plan.add(owner, repeated);
@@ -149,7 +149,8 @@ impl Grant {
         Permissions { permit, terms: &self.chunk.terms, named_version, decided: Vec::new() }
     }
 
-    /// Counts the refusals of parts. What refuses the only owner refuses the request.
+    /// Counts the refusals of single owners. If the request has only one owner, its refusal refuses
+    /// the request.
     fn note_refusals(&self, view: &mut View<'_, '_>, plan: &GrantPlan) -> Result<(), ServiceError> {
         if let ([(_, error)], [_]) = (plan.refusals.as_slice(), &*self.owners) {
             return Err(error.clone());
@@ -218,8 +219,8 @@ impl Grant {
             _ => None,
         };
         if !unexposed.is_empty() {
-            // The first grant of a version to a principal is written into the ledger; later ones
-            // change nothing. The lease may have changed the row, so it is read anew.
+            // The first grant of a version to a principal is written into the ledger of exposures;
+            // later grants change nothing. The lease may have changed the row, so it is read again.
             let mut changed = view.owner(owner)?.ok_or_else(|| self.denied(owner))?;
             for (key_type, version) in unexposed {
                 let version = changed
@@ -277,8 +278,7 @@ impl Grant {
         }
     }
 
-    /// The row and its security suite, if policy lets the caller have all keys that it asks for
-    /// (I8).
+    /// The row and its security suite, if policy permits all keys that the caller asks for (I8).
     fn permitted(
         &self,
         view: &mut View<'_, '_>,
@@ -289,7 +289,7 @@ impl Grant {
         let (permitted, suite) = match &row {
             OwnerRow::Meter(meter) => (permissions.meter(&meter.class), meter.suite),
             OwnerRow::Group(group) => (permissions.group(&GroupFacts::from(&**group)), group.suite),
-            // Firmware keys are lent to nobody.
+            // Firmware keys are never issued.
             OwnerRow::DeviceType(_) => return Err(self.denied(owner)),
         };
         if permitted { Ok((row, suite)) } else { Err(self.denied(owner)) }
@@ -316,7 +316,7 @@ impl Grant {
         }
     }
 
-    /// The same answer for what does not exist and what the caller may not have.
+    /// The same answer for an owner that does not exist and one that the caller may not use.
     fn denied(&self, owner: Owner) -> ServiceError {
         match (owner, &self.chunk.targets) {
             (Owner::Meter(title), _) => denied(title),
@@ -325,8 +325,8 @@ impl Grant {
         }
     }
 
-    /// The same again, as recorded: permitted still, the versions still grantable, the lease still
-    /// the newest.
+    /// Repeats a recorded grant, if it is still permitted, its versions are still grantable and its
+    /// lease is still the newest.
     fn repeat(
         &self,
         view: &mut View<'_, '_>,
@@ -371,7 +371,7 @@ impl Grant {
                     on_new_key: self.on_new_key(&row, setup),
                 };
                 if !view.is_live(of, lease)? {
-                    return Err(overtaken("a newer lease was dealt, or the server restarted,"));
+                    return Err(overtaken("a newer lease was allocated, or the server restarted,"));
                 }
                 Some((client, version, lease))
             }
@@ -390,7 +390,7 @@ impl Grant {
     }
 }
 
-/// The key that the principal's keys are wrapped for.
+/// The transport key for which a principal's keys are wrapped.
 fn transport_of(principal: &Principal) -> Result<TransportCertificate, ServiceError> {
     principal.transport.clone().ok_or_else(|| ServiceError::FailedPrecondition {
         reason: "no transport key is registered, so there is nothing to wrap keys for".to_owned(),
@@ -420,8 +420,8 @@ impl Permissions<'_> {
         }
     }
 
-    /// I8: the same for the group. Nothing of its members counts here: who may have a member's keys
-    /// gets no broadcast key by that.
+    /// I8: the same for the group. Rights on members do not count here: the right to a member's
+    /// keys gives no right to a broadcast key.
     fn group(&self, group: &GroupFacts) -> bool {
         let (purpose, lifetime_seconds) = (self.terms.purpose, self.terms.lifetime_seconds);
         !self.terms.dedicated_key
@@ -468,15 +468,14 @@ impl<'p> PastGrant<'p> {
             meters: event.meters.clone(),
             ..terms_record(&chunk.terms, chunk.index)
         };
-        // Of a version that did not note places: an entry cannot be told from another one of the
-        // same owner.
+        // Earlier servers recorded no places: two entries of one owner cannot be told apart.
         if *event != asked || event.meters.iter().any(|granted| granted.place == 0) {
             return Err(overtaken("the server was upgraded"));
         }
         Ok(Self { event, issued: UnixMillis(past.record.time_ms), leaf: past.leaf() })
     }
 
-    /// What an owner got that was asked for at this place, from 1; `None`: it was refused.
+    /// The recorded keys of the owner at this place of the request, from 1; `None`: it was refused.
     fn entry(&self, place: u32, owner: Owner) -> Result<Option<&'p GrantedMeter>, ServiceError> {
         match self.event.meters.iter().find(|granted| granted.place == place) {
             Some(granted) if !is_of(granted, owner) => Err(record_fault()),
@@ -501,7 +500,7 @@ fn name_of(row: &OwnerRow) -> String {
     }
 }
 
-/// How the rotation of a group's GBEK is, without counts.
+/// The state of the rotation of a group's GBEK, without counts.
 fn rotation_of(row: &OwnerRow, setup: SecuritySetupId) -> Option<v1::GroupRotation> {
     let OwnerRow::Group(group) = row else { return None };
     group
@@ -528,7 +527,7 @@ fn record_fault() -> ServiceError {
     ServiceError::Internal("the record of a past request does not read".to_owned())
 }
 
-/// A refusal's reason without the meter: a batch of refused meters is one line in the log, not
+/// The reason of a refusal without the meter: a batch of refused meters is one line in the log, not
 /// thousands.
 fn reason_of(error: &ServiceError) -> String {
     match error {

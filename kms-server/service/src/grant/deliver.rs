@@ -16,23 +16,23 @@ use kms_base::error::ServiceError;
 use kms_base::metrics;
 use kms_ledger::AuditLeaf;
 
-/// What a chunk was answered with.
+/// The answer to a chunk.
 #[derive(Debug)]
 pub struct Granted {
     /// One envelope or more for each token that keys came from.
     pub envelopes: Vec<v1::Envelope>,
-    /// Meters that got nothing, or the group.
+    /// The meters, or the group, whose keys were refused.
     pub refusals: Vec<(Owner, ServiceError)>,
     /// The leaf of the grant's audit record, if anything was granted.
     pub leaf: Option<AuditLeaf>,
-    /// How the rotation of the group's GBEK is; of a group.
+    /// The state of the rotation of the group's GBEK; only for a group.
     pub rotation: Option<v1::GroupRotation>,
 }
 
 /// Wraps the keys of a recorded grant for the grantee, and seals the manifest.
 ///
 /// # Errors
-/// HSM trouble that concerns the whole grant.
+/// The HSM fails for the whole grant.
 pub(super) async fn deliver(
     island: &Island,
     caller: &Caller,
@@ -47,7 +47,8 @@ pub(super) async fn deliver(
         return Ok(granted);
     }
     let replayed = plan.leaf.is_some();
-    // Grants of one minute share an agreement: the expiry is part of its derivation.
+    // Grants that end in the same minute share a key agreement: the expiry is part of its
+    // derivation.
     let expiry = (plan.not_after.0 + 59_999) / 60_000 * 60_000;
     let transport = &plan.transport;
     let recipient =
@@ -63,8 +64,8 @@ pub(super) async fn deliver(
     let hsm = island.hsm_for(caller);
     let groups = hsm.split_by_token(&sources)?;
     let plan = Arc::new(plan);
-    // An envelope for each token, and for each part of a chunk: no worker of the token is busy
-    // with one caller's chunk for long.
+    // One envelope for each token and each part of a chunk: no worker of a token is busy with one
+    // caller's chunk for long.
     let mut envelopes = Vec::new();
     for group in groups.iter().flat_map(|group| parts(group, &places)) {
         let keys: Vec<KeySource> = group.iter().filter_map(|index| sources.get(*index).cloned()).collect();
@@ -105,8 +106,7 @@ pub(super) async fn deliver(
             granted.refusals.append(&mut failures);
         }
     }
-    // All or nothing for a meter: what could not be wrapped stands among the refusals, with
-    // every key of its meter.
+    // All or nothing for a meter: if one of its keys could not be wrapped, the meter is refused.
     let refused = |owner: Owner| granted.refusals.iter().any(|(refused, _)| *refused == owner);
     let given = plan.entries.iter().filter(|entry| granted.refusals.is_empty() || !refused(entry.owner));
     let (count, keys) = given.fold((0, 0), |(entries, keys), entry| (entries + 1, keys + entry.keys.len()));
@@ -115,7 +115,8 @@ pub(super) async fn deliver(
     Ok(granted)
 }
 
-/// Divides the keys of one token, at the borders of meters: `group` are indices of `places`.
+/// Divides the keys of one token into envelopes and keeps each meter's keys together. `group` holds
+/// indices of `places`.
 fn parts(group: &[usize], places: &[(usize, usize)]) -> Vec<Vec<usize>> {
     let entry = |index: &usize| places.get(*index).map(|(entry, _)| *entry);
     let mut parts: Vec<Vec<usize>> = Vec::new();
@@ -132,6 +133,6 @@ fn transport_digest(plan: &GrantPlan) -> bytes::Bytes {
     plan.transport.sha256.to_vec().into()
 }
 
-/// Keys of one envelope: as many as a worker of a token makes in a few milliseconds, or in 0.4 s
-/// with 1 ms for each call of an HSM.
+/// Keys of one envelope. A worker of a token wraps them in a few milliseconds, or in 0.4 s where
+/// each call of the HSM takes 1 ms.
 const PART: usize = 128;

@@ -28,7 +28,7 @@ pub(super) struct GrantPlan {
     /// The meters, or the group.
     pub(super) entries: Vec<PlannedKeys>,
     pub(super) refusals: Vec<(Owner, ServiceError)>,
-    /// Of a replayed grant.
+    /// The leaf of the first record, if the grant is a replay.
     pub(super) leaf: Option<AuditLeaf>,
 }
 
@@ -36,7 +36,7 @@ pub(super) struct PlannedKeys {
     pub(super) owner: Owner,
     /// Its place among what the chunk asks for, from 1.
     pub(super) place: u32,
-    /// A group's; empty for a meter.
+    /// The name of a group; empty for a meter.
     pub(super) name: String,
     pub(super) setup: SecuritySetupId,
     pub(super) suite: SecuritySuite,
@@ -54,7 +54,7 @@ pub(super) struct PlannedKey {
     pub(super) in_doubt: bool,
 }
 
-/// I2: one record for the chunk; grant and request name it.
+/// I2: one record for the chunk. The grant and the request refer to it.
 pub(super) fn record(view: &mut View<'_, '_>, plan: &GrantPlan) -> Entry {
     let terms = &plan.terms;
     let entry = view.append(Event::KeysGranted(KeysGranted {
@@ -77,7 +77,7 @@ pub(super) fn record(view: &mut View<'_, '_>, plan: &GrantPlan) -> Entry {
 }
 
 impl GrantPlan {
-    /// What came of one owner.
+    /// Adds the outcome of one owner.
     pub(super) fn add(&mut self, owner: Owner, planned: Result<PlannedKeys, ServiceError>) {
         match planned {
             Ok(planned) => self.entries.push(planned),
@@ -85,7 +85,7 @@ impl GrantPlan {
         }
     }
 
-    /// The manifest of the keys at `places`, and the owners that a key could not be had for.
+    /// The manifest of the keys at `places`, and the owners of which a key could not be wrapped.
     pub(super) fn manifest(
         &self,
         places: &[(usize, usize)],

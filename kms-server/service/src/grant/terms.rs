@@ -10,7 +10,7 @@ use kms_authz::Purpose;
 /// What is asked for each meter of a request, or for a group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SessionTerms {
-    /// What for.
+    /// The purpose.
     pub purpose: Purpose,
     /// Which security setup; `None` is the first that the meter or group has keys in.
     pub setup: Option<SecuritySetupId>,
@@ -22,7 +22,7 @@ pub struct SessionTerms {
     pub counters: NonZeroU32,
     /// Whether to add a fresh dedicated key; never for a group.
     pub dedicated_key: bool,
-    /// How long.
+    /// The lifetime of the grant.
     pub lifetime_seconds: u32,
 }
 
@@ -44,20 +44,20 @@ pub struct GrantChunk {
     pub request: RequestId,
     /// Which chunk of it, from 0.
     pub index: u32,
-    /// Digest of the whole request, so that an id is not used for two.
+    /// Digest of the whole request: an id that comes with another digest is refused.
     pub digest: [u8; 32],
-    /// Whose keys.
+    /// The owners of the keys.
     pub targets: GrantTargets,
-    /// What is asked.
+    /// The terms.
     pub terms: Arc<SessionTerms>,
 }
 
-/// Whose keys are asked for.
+/// The owners whose keys are asked for.
 #[derive(Clone, Debug)]
 pub enum GrantTargets {
-    /// Those of meters.
+    /// Meters.
     Meters(Vec<SystemTitle>),
-    /// Those of a group of meters.
+    /// A group of meters.
     Group {
         /// Its name.
         name: String,
@@ -66,7 +66,7 @@ pub enum GrantTargets {
     },
 }
 
-/// What the record of a grant says of its terms.
+/// The terms of a grant, as its record has them.
 pub(super) fn terms_record(terms: &SessionTerms, chunk: u32) -> KeysGranted {
     KeysGranted {
         purpose: terms.purpose.to_proto().into(),

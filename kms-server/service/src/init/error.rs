@@ -1,4 +1,4 @@
-//! Why a ceremony stops, and what to do.
+//! Errors of a ceremony, each with its next step.
 
 use std::path::{Path, PathBuf};
 

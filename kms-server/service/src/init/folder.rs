@@ -1,4 +1,4 @@
-//! The folder that a ceremony writes to. An interrupted ceremony goes on with what is in it.
+//! The folder to which a ceremony writes. An interrupted ceremony continues with its content.
 
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
@@ -20,7 +20,7 @@ pub(super) struct PreparedEscrow {
     pub(super) document: EscrowDocument,
 }
 
-/// The folder that the ceremony writes to; other users cannot look into it.
+/// The folder to which the ceremony writes. Other users cannot read it.
 #[derive(Clone)]
 pub(super) struct StateFolder(pub(super) PathBuf);
 
@@ -46,7 +46,7 @@ impl StateFolder {
         }
     }
 
-    /// Writes a file whole or not at all, and durably.
+    /// Writes a file atomically and durably.
     pub(super) fn write(&self, name: &str, content: &[u8], mode: u32) -> Result<PathBuf, InitError> {
         let path = self.0.join(name);
         files::replace(&path, content, mode).map_err(|error| InitError::file(&path, error))?;
@@ -77,7 +77,7 @@ impl StateFolder {
         Ok(PreparedEscrow { document })
     }
 
-    /// What an interrupted ceremony has stored of the roots.
+    /// What an interrupted ceremony stored of the roots.
     pub(super) fn previous(
         &self,
         island: &IslandName,
@@ -94,7 +94,7 @@ impl StateFolder {
         Ok(Some(EscrowPackage { island: island.clone(), escrow: roots, standby }))
     }
 
-    /// The server's TLS key, made once; the certificate follows it.
+    /// The server's TLS key, which is made once.
     pub(super) fn server_key(&self) -> Result<CertificationRequest, InitError> {
         let key = match self.read(SERVER_KEY)? {
             Some(text) => {
@@ -134,7 +134,7 @@ impl StoredCopy {
         format!("{copy:#}\n")
     }
 
-    /// What a file holds; none if it is no such file of the island.
+    /// The content of a file; `None` if it is not such a file of the island.
     pub(crate) fn parse(island: &IslandName, text: &[u8]) -> Option<WrappedRoots> {
         let copy: serde_json::Value = serde_json::from_slice(text).ok()?;
         let octets = |value: &serde_json::Value, name: &str| hex::decode(value.get(name)?.as_str()?).ok();
@@ -153,7 +153,7 @@ impl StoredCopy {
     }
 }
 
-/// The file of the roots for a copy's token.
+/// The name of the file with the roots for a copy's token.
 pub(super) fn copy_name(number: usize) -> String {
     format!("copies-{}.json", number + 1)
 }

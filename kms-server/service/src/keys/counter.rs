@@ -5,8 +5,8 @@ use kms_domain::{CounterKey, Meter, OnNewKey, SecuritySetupId, SystemTitle};
 use crate::island::Island;
 use kms_base::error::ServiceError;
 
-/// Which counter a client title uses with a meter's security setup: its own, or the setup's only
-/// one (device profile).
+/// The counter of a client title in a meter's security setup: one per client title, or one for the
+/// whole setup, as the device profile says.
 ///
 /// # Errors
 /// This server does not know the meter's device profile.
@@ -17,7 +17,7 @@ pub(crate) fn counter_key(
     client: SystemTitle,
 ) -> Result<CounterKey, ServiceError> {
     if client == meter.title {
-        // I4: the nonces of the meter's own answers are not a client's to use.
+        // I4: a client with the meter's title would repeat the nonces of the meter's own answers.
         return Err(ServiceError::denied(format!("a client title that is the meter's own, {client}")));
     }
     let profile =
@@ -33,8 +33,8 @@ pub(crate) fn counter_key(
     Ok(profile.counter.scope.key(client))
 }
 
-/// What the meter's counters do when its encryption key changes (device profile). Going on suits
-/// all meters.
+/// What the meter's counters do when its encryption key changes, as the device profile says.
+/// Without a profile they continue, which every meter accepts.
 pub(crate) fn on_new_key(island: &Island, meter: &Meter, setup: SecuritySetupId) -> OnNewKey {
     island
         .profiles

@@ -1,4 +1,4 @@
-//! Keys of groups that somebody knows who must not: noted in the group's row, and put on the record.
+//! Exposure of group keys: written into the group's row and recorded.
 
 use std::sync::Arc;
 
@@ -10,8 +10,7 @@ use kms_proto::v1::{SecurityEvent, audit_record::Event};
 use kms_base::error::ServiceError;
 use kms_ledger::View;
 
-/// A member is gone from these groups: what it holds of their keys is exposed, and the keys have to
-/// be rotated.
+/// A meter left these groups. The group keys that it holds are exposed and must be rotated.
 ///
 /// # Errors
 /// A group's row was not read yet.
@@ -24,7 +23,7 @@ pub(crate) fn expose_to_former_member(
     for id in groups {
         let mut group = match view.group(*id) {
             Ok(Some(group)) => group,
-            // I5: its row was refused, which is on the record. The meter goes all the same.
+            // I5: the group's row was refused, which is recorded. The meter leaves nevertheless.
             Ok(None) | Err(ServiceError::PermissionDenied { .. }) => continue,
             Err(error) => return Err(error),
         };
@@ -34,9 +33,9 @@ pub(crate) fn expose_to_former_member(
     Ok(())
 }
 
-/// A KEK of a meter is compromised, under which keys of groups left for it: they are exposed to
-/// whoever knows it, and have to be rotated. The meter's KEK first: else the next version would
-/// leave under it.
+/// A meter's KEK is compromised, and group keys were sent to the meter under it. These keys are
+/// exposed to the party that knows the KEK, and must be rotated. The meter's KEK is rotated first:
+/// otherwise the next version would be sent under the compromised KEK.
 ///
 /// # Errors
 /// A group's row was not read yet.
@@ -53,8 +52,8 @@ pub(crate) fn expose_to_who_knows_a_kek(
     for id in groups {
         let mut group = match view.group(id) {
             Ok(Some(group)) => group,
-            // I5: its row was refused, which is on the record. What is known of the meter is noted
-            // all the same.
+            // I5: the group's row was refused, which is recorded. The meter's own exposure is noted
+            // nevertheless.
             Ok(None) | Err(ServiceError::PermissionDenied { .. }) => continue,
             Err(error) => return Err(error),
         };

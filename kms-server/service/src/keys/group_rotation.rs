@@ -1,9 +1,9 @@
-//! How the rotation of a group's key stands, as the contract says it.
+//! The state of a group key's rotation, as the gRPC contract shows it.
 
 use kms_domain::{Group, KeyType, KeyVersion, MemberCounts, SecuritySetupId};
 use kms_proto::v1;
 
-/// How a key stands with the members of its group.
+/// How many members of its group have a key.
 pub(crate) fn rotation_message(
     group: &Group,
     setup: SecuritySetupId,

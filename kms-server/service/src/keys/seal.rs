@@ -9,14 +9,14 @@ use super::token::{root_version, token_key};
 use kms_base::error::ServiceError;
 use kms_ledger::{AuditKey, AuditKeys};
 
-/// The version of the seal root that the key of fingerprints is computed from. It stays: the
-/// fingerprints of all keys are checked with it.
+/// The version of the seal root from which the fingerprint key is computed. It never changes: the
+/// fingerprints of all keys are checked with this key.
 pub(crate) const FINGERPRINT_KEY_VERSION: u8 = 1;
 
 /// Has the HSM compute the seal key of a version.
 ///
 /// # Errors
-/// The root is missing, or trouble of the HSM.
+/// The root is missing, or a failure of the HSM.
 #[boxed]
 pub(crate) async fn seal_key(hsm: &Hsm, version: u8) -> Result<SealKey, ServiceError> {
     let message = SealRootKey::Seal.message(version, hsm.island());
@@ -26,26 +26,26 @@ pub(crate) async fn seal_key(hsm: &Hsm, version: u8) -> Result<SealKey, ServiceE
 /// Has the HSM compute the audit key of a version.
 ///
 /// # Errors
-/// The root is missing, or trouble of the HSM.
+/// The root is missing, or a failure of the HSM.
 pub(crate) async fn audit_key(hsm: &Hsm, version: u8) -> Result<AuditKey, ServiceError> {
     let message = SealRootKey::AuditChain.message(version, hsm.island());
     Ok(AuditKey::new(version, &*hsm.mac(root_version(version)?, message).await?))
 }
 
-/// The audit key of a version; none: the tokens lack the root.
+/// The audit key of a version; `None` if the tokens do not hold the root.
 ///
 /// # Errors
-/// Trouble of the HSM.
+/// A failure of the HSM.
 #[boxed]
 pub(crate) async fn held_audit_key(hsm: &Hsm, version: u8) -> Result<Option<AuditKey>, ServiceError> {
     if holds_seal_root(hsm, version).await? { audit_key(hsm, version).await.map(Some) } else { Ok(None) }
 }
 
-/// The audit keys that are believed still, as far as the tokens hold their roots; chains begin with
+/// The audit keys that are still accepted and whose roots the tokens hold. New chains begin with
 /// `current`.
 ///
 /// # Errors
-/// The root of that version is missing, or trouble of the HSM.
+/// The root of that version is missing, or a failure of the HSM.
 #[boxed]
 pub(crate) async fn audit_keys(hsm: &Hsm, current: u8, oldest: u8) -> Result<AuditKeys, ServiceError> {
     let mut keys = AuditKeys::from(audit_key(hsm, current).await?);
@@ -57,12 +57,12 @@ pub(crate) async fn audit_keys(hsm: &Hsm, current: u8, oldest: u8) -> Result<Aud
     Ok(keys)
 }
 
-/// The seal keys that the row asks for, with those that are known already; and the names of
-/// replaced versions that the token lacks: their rows cannot be checked here, which holds up
-/// nothing else.
+/// The seal keys that the island's row names, together with those in `keys`. The second value names
+/// replaced versions that the tokens do not hold: rows under them cannot be verified here, and
+/// everything else works.
 ///
 /// # Errors
-/// The current seal root is not in the token, or trouble of the HSM.
+/// The current seal root is not in the token, or a failure of the HSM.
 #[boxed]
 pub(crate) async fn seal_keys(
     hsm: &Hsm,
@@ -92,12 +92,12 @@ pub(crate) async fn seal_keys(
     (Ok(keys.using(row.seal_key_version, row.ledger.oldest_seal_key_version)), missing)
 }
 
-/// With the seal keys of all versions in the tokens, whether the island's row names them or not:
-/// what this server keeps outside the database may be sealed under a newer one than a database
-/// knows that was put back.
+/// Adds the seal keys of all versions in the tokens, whether the island's row names them or not.
+/// After an older database was restored, what this server keeps outside the database may be sealed
+/// under a version that the database does not name.
 ///
 /// # Errors
-/// Trouble of the HSM.
+/// A failure of the HSM.
 #[boxed]
 pub(crate) async fn all_seal_keys(hsm: &Hsm, mut keys: SealKeys) -> Result<SealKeys, ServiceError> {
     for object in hsm.inventory().await?.into_iter().flat_map(|(_, objects)| objects) {
@@ -125,7 +125,7 @@ async fn holds_seal_root(hsm: &Hsm, version: u8) -> Result<bool, ServiceError> {
     }
 }
 
-/// Whether the token says that it has no such key.
+/// Whether the token holds no such key.
 const fn is_missing(error: &HsmError) -> bool {
     matches!(error, HsmError::KeyMissing { .. })
 }

@@ -1,12 +1,13 @@
-//! The rotation of a group's key: a new version for all members, who has acknowledged it, and when
-//! broadcasts switch to it.
+//! The rotation of a group's key: a new version for all members, the members that have acknowledged
+//! it, and the switch of broadcasts to it.
 //!
-//! A campaign begins it, and transfers bring it, one a member. How many members have it is counted
-//! from their sealed rows: the group's own row would be written with each transfer otherwise. It
-//! only keeps what the counting has come to.
+//! A campaign begins the rotation, and one transfer for each member brings the key. The members
+//! that have it are counted from their sealed rows: otherwise each transfer would have to write the
+//! group's row. The group's row only keeps the results of the count.
 //!
-//! Nothing switches by itself. Whoever broadcasts knows what is under way, such as an image that
-//! half of the members have; so he says when, once the threshold is reached.
+//! Broadcasts do not switch automatically. The head-end that broadcasts knows about unfinished
+//! work, such as an image that half of the members have. So the head-end decides when to switch,
+//! once the threshold is reached.
 
 use async_recursion::async_recursion as boxed;
 use std::{sync::Arc, time::Duration};
@@ -38,33 +39,33 @@ pub struct NamedGroupKey {
     pub setup: Option<SecuritySetupId>,
 }
 
-/// What a head-end or an officer asks for, to switch broadcasts to a new version.
+/// A request of a head-end or an officer to switch broadcasts to a new version.
 #[derive(Clone, Debug)]
 pub struct Switch {
     /// The key.
     pub key: NamedGroupKey,
     /// The version that is rolled out.
     pub version: KeyVersionNumber,
-    /// Below the threshold too.
+    /// Whether to switch below the threshold too.
     pub early: bool,
     /// Why.
     pub reason: String,
 }
 
-/// A page of the members that are left behind.
+/// A page of the members that do not have the new version.
 #[derive(Clone, Debug, Default)]
 pub struct BehindPage {
     /// The members.
     pub members: Vec<v1::MemberBehind>,
-    /// Behind which one the next page begins; `None` behind the last.
+    /// The last member of this page, if more pages follow.
     pub next: Option<SystemTitle>,
 }
 
 impl OwnerService {
-    /// How the rotation of a group's key is, with its members counted.
+    /// The state of the rotation of a group's key, with its members counted.
     ///
     /// # Errors
-    /// Not permitted, no such group or key, or the database is away.
+    /// Not permitted, no such group or key, or the database is unavailable.
     #[boxed]
     pub async fn rotation(&self, caller: &Caller, key: &NamedGroupKey) -> Result<v1::GroupRotation, ServiceError> {
         let group = self.permitted_group(caller, &key.group, &Action::ShowGroupRotation).await?;
@@ -72,8 +73,7 @@ impl OwnerService {
         self.counted(&group, setup, key.key_type).await
     }
 
-    /// The members that have not acknowledged the version which they are to have, in the order of
-    /// the database.
+    /// The members that have not acknowledged the new version, in the order of the database.
     ///
     /// # Errors
     /// As [`Self::rotation`].
@@ -115,11 +115,11 @@ impl OwnerService {
         Ok(page)
     }
 
-    /// Makes the version that is rolled out the one that broadcasts use.
+    /// Switches broadcasts to the version that is rolled out.
     ///
     /// # Errors
     /// Not permitted, another version is rolled out or none, too few members have it, or the
-    /// database is away.
+    /// database is unavailable.
     #[boxed]
     pub async fn switch(
         &self,
@@ -141,7 +141,7 @@ impl OwnerService {
     /// Sets how many members must have a new version before broadcasts may switch to it.
     ///
     /// # Errors
-    /// Not permitted, no such group, or the database is away.
+    /// Not permitted, no such group, or the database is unavailable.
     #[boxed]
     pub async fn set_switch_threshold(
         &self,
@@ -158,8 +158,8 @@ impl OwnerService {
         self.group(caller, name).await
     }
 
-    /// Follows the rotations under way every `period`, until it is dropped or aborted: takes note
-    /// when the threshold is reached, and when every member has the new version.
+    /// Follows unfinished rotations every `period`, until it is dropped or aborted. It records when
+    /// the threshold is reached, and when every member has the new version.
     pub fn in_background(self, period: Duration) -> tokio::task::JoinHandle<()> {
         tokio::spawn(async move {
             loop {
@@ -171,10 +171,10 @@ impl OwnerService {
         })
     }
 
-    /// Looks at all rotations under way once.
+    /// Checks all unfinished rotations once.
     ///
     /// # Errors
-    /// The database is away.
+    /// The database is unavailable.
     #[boxed]
     pub async fn follow_rotations(&self) -> Result<(), ServiceError> {
         let mut after: Option<Vec<u8>> = None;
@@ -183,8 +183,8 @@ impl OwnerService {
             let Some((last, _)) = page.last() else { return Ok(()) };
             after = Some(last.clone());
             for (id, row) in &page {
-                // A row that does not verify is the scrubber's find (I5); one that was written
-                // meanwhile is looked at in the next round.
+                // The scrubber reports a row that does not verify (I5). A row that was written
+                // meanwhile is checked in the next round.
                 let Ok(group) = self.island.committer.open_group(GroupId(number_of(id)?), row) else { continue };
                 let waits = |rotation: &&GroupRotation| {
                     matches!(rotation.stage(), RotationStage::RollingOut | RotationStage::Switched)
@@ -219,7 +219,7 @@ impl OwnerService {
         committed.await.map(drop)
     }
 
-    /// How each key of a group stands with the members.
+    /// The state of the rotation of each key of a group.
     pub(super) async fn rotations(&self, group: &Group) -> Result<Vec<v1::GroupRotation>, ServiceError> {
         let mut rotations = Vec::new();
         for slot in group.slots.iter() {
@@ -236,7 +236,7 @@ impl OwnerService {
     ) -> Result<v1::GroupRotation, ServiceError> {
         let version = group.rotation(setup, key_type).map(|rotation| rotation.version);
         let counts = self.count(group, setup, key_type, version.unwrap_or(KeyVersionNumber::FIRST)).await?;
-        // What was never rolled out was acknowledged by nobody: members were set up with it.
+        // A key that was never rolled out has no acknowledgements: the members were set up with it.
         let counts = if version.is_some() {
             counts
         } else {
@@ -273,8 +273,8 @@ impl OwnerService {
         Ok(counts)
     }
 
-    /// A group, if policy permits the action with it. Who may list groups is told that there is
-    /// none of the name.
+    /// A group, if policy permits the action on it. Only a caller that may list groups learns that
+    /// there is no group of this name.
     async fn permitted_group(&self, caller: &Caller, name: &str, action: &Action) -> Result<Arc<Group>, ServiceError> {
         let principal = facts(&*self.island.principal(caller).await?);
         let policy = self.island.policy.load_full();
@@ -300,10 +300,10 @@ pub(crate) struct NewGroupVersion {
 }
 
 impl NewGroupVersion {
-    /// Makes a version as the one before it was made; `None` where the group has no such key.
+    /// Makes a version in the same way as the version before; `None` if the group has no such key.
     ///
     /// # Errors
-    /// Trouble of the HSM or the database, or the group's row does not verify.
+    /// A failure of the HSM or the database, or the group's row does not verify.
     pub(crate) async fn prepare(
         island: &Island,
         id: GroupId,
@@ -318,7 +318,7 @@ impl NewGroupVersion {
         Ok(Some(Self { group: id, setup: slot.setup(), key_type, new }))
     }
 
-    /// Begins the rotation, or goes on with the one under way.
+    /// Begins the rotation, or continues the unfinished one.
     ///
     /// # Errors
     /// The group is gone, its row is refused or was not read yet, or its slot refuses the version.
@@ -351,7 +351,7 @@ impl NewGroupVersion {
     }
 }
 
-/// A group's key that broadcasts go over to.
+/// The act that switches broadcasts to a group's key.
 struct SwitchKey {
     group: GroupId,
     setup: SecuritySetupId,
@@ -370,7 +370,7 @@ impl SwitchKey {
 
 impl Act for SwitchKey {
     type Answer = Arc<Group>;
-    // A key that is switched is switched.
+    // A repeated request finds the key switched.
     type Past = Never;
 
     fn name(&self) -> &'static str {
@@ -421,7 +421,7 @@ impl Act for SwitchKey {
     }
 }
 
-/// How many members must have a new version of a group's key before broadcasts go over to it.
+/// The act that sets how many members must have a new version before broadcasts may switch to it.
 struct SetThreshold {
     group: GroupId,
     threshold: SwitchThreshold,
@@ -429,7 +429,7 @@ struct SetThreshold {
 
 impl Act for SetThreshold {
     type Answer = ();
-    // Repeated late, it would undo what was set since.
+    // A late repetition would undo a newer setting.
     type Past = Known;
 
     fn name(&self) -> &'static str {
@@ -467,7 +467,7 @@ impl Act for SetThreshold {
     }
 }
 
-/// Policy's permit for an action on a group; a group that is gone is refused alike.
+/// Policy's permit for an action on a group. A group that is gone gets the same refusal.
 fn permit_on_group(
     asker: Asker,
     view: &mut View<'_, '_>,
@@ -536,15 +536,15 @@ fn group_row(id: GroupId) -> (RowKind, Vec<u8>) {
     (RowKind::Group, id.0.to_be_bytes().to_vec())
 }
 
-/// A meter that the search columns find in a group.
+/// A meter that is in a group by its search columns.
 enum Member {
-    /// Its sealed row says so too.
+    /// Its sealed row confirms the group.
     Known(Arc<Meter>),
     /// Its row was refused (I5).
     Refused,
 }
 
-/// Walks over the members of a group that keys are brought to, page by page.
+/// Walks over the members of a group that can receive keys, page by page.
 struct Members<'a> {
     island: &'a Island,
     group: GroupId,
@@ -556,7 +556,7 @@ impl<'a> Members<'a> {
         Self { island, group, after }
     }
 
-    /// The members of the next page; `None` behind the last.
+    /// The members of the next page; `None` after the last page.
     async fn next(&mut self) -> Result<Option<Vec<Member>>, ServiceError> {
         let filter = MeterFilter { group: Some(self.group.0), ..MeterFilter::default() };
         let page = self.island.store.meter_page(&filter, self.after, PAGE).await?;
@@ -566,7 +566,8 @@ impl<'a> Members<'a> {
         for row in &page {
             let opened = match self.island.committer.open_meter(row.title, &row.row) {
                 Ok(meter) => Some(meter),
-                // It may have been written between being read and being opened.
+                // Another server may have written the row after it was read here, so it is read
+                // once more.
                 Err(_) => self.island.meter(row.title).await.unwrap_or(None),
             };
             match opened {

@@ -1,4 +1,4 @@
-//! Renewal of a principal's certificate: by the principal itself, or by an officer for a machine.
+//! Renewal of a principal's certificate: by the principal, or by an officer for a machine.
 
 use async_recursion::async_recursion as boxed;
 
@@ -16,13 +16,13 @@ use kms_ledger::principal_row;
 
 impl Principals {
     /// Certifies a new TLS key. Earlier certificates stay valid until they end, so that a principal
-    /// can change over; there are never more than two that have not ended, and none is dropped for
-    /// a new one. The key of an officer or auditor is renewed by the person, or by the `proposal`
-    /// that permits it ([`super::key`]).
+    /// can change over. There are never more than two valid certificates, and none is dropped for a
+    /// new one. An officer or auditor renews their own key, or a `proposal` permits the renewal
+    /// ([`super::key`]).
     ///
     /// # Errors
-    /// Not permitted, no such principal, a disabled one, too many certificates, the key of another
-    /// principal, or trouble of HSM or database.
+    /// Not permitted; no such principal, or a disabled one; too many certificates; the key belongs
+    /// to another principal; or a failure of the HSM or the database.
     #[boxed]
     pub async fn renew(
         &self,
@@ -37,13 +37,13 @@ impl Principals {
         }
         let own = id == caller.principal;
         let action = Action::RenewPrincipal { role: id.role(), own };
-        // The answer tells an officer the way; what holds is checked again in the act.
+        // This early answer tells an officer what to do. The act checks the same again.
         if caller.principal.role().is_personal() {
             self.island.principal(caller).await?;
             refuse_for_another_person(&id, own).map_err(|refusal| self.on_record(caller, &action, refusal))?;
         }
         self.island.require(caller, &action).await?;
-        // No signature for what will be refused. A request that comes again gets its answer in the
+        // Nothing is signed that the act would refuse. A repeated request gets its answer in the
         // act.
         let issued = if self.has_room(&id).await? {
             Some(
@@ -65,7 +65,7 @@ impl Principals {
             id.clone(),
             Reads::default(),
             move |view, _, existing, everyone| {
-                // I6: whatever policies say.
+                // I6: this holds whatever the policies say.
                 refuse_for_another_person(&id, own)?;
                 let mut principal = enabled(&id, existing)?;
                 let now = view.now();
@@ -102,12 +102,13 @@ impl Principals {
         .await
     }
 
-    /// Whether the principal may have one more certificate, as its row stands beside the writer.
+    /// Whether the principal may have one more certificate, by its row outside the writer's
+    /// transaction.
     async fn has_room(&self, id: &PrincipalId) -> Result<bool, ServiceError> {
         let (kind, name) = principal_row(id);
         let Some(row) = self.island.store.sealed(kind, &name).await? else { return Ok(true) };
         let now = Island::now();
-        // Whatever does not verify is refused in the act.
+        // A row that does not verify is refused in the act.
         Ok(self
             .island
             .committer
@@ -116,7 +117,8 @@ impl Principals {
     }
 }
 
-/// I6: whoever certifies a key of their own for another person is two people from then on.
+/// I6: an officer who certifies a key of their own in another person's name could act as two
+/// people.
 fn refuse_for_another_person(id: &PrincipalId, own: bool) -> Result<(), ServiceError> {
     if own || !id.role().is_personal() {
         return Ok(());
@@ -136,8 +138,8 @@ fn refuse_for_another_person(id: &PrincipalId, own: bool) -> Result<(), ServiceE
     })
 }
 
-/// A thief of a key, who renews, does not push out the owner's certificate: one more is refused,
-/// and none is dropped.
+/// A thief of a key who renews must not displace the owner's certificate: one more certificate is
+/// refused, and none is dropped.
 fn refuse_too_many(principal: &Principal, now: UnixMillis) -> Result<(), ServiceError> {
     if principal.certificates.len() < MOST_CERTIFICATES {
         return Ok(());
@@ -161,5 +163,5 @@ fn refuse_too_many(principal: &Principal, now: UnixMillis) -> Result<(), Service
     })
 }
 
-/// Certificates of one principal at a time that have not ended: the one in use, and its successor.
+/// The most certificates of one principal that have not ended: the one in use and its successor.
 const MOST_CERTIFICATES: usize = 2;

@@ -1,4 +1,4 @@
-use kms_domain::{IslandName, PrincipalStatus, Quorum};
+use kms_domain::{IslandName, PrincipalStatus, ProposalId, Quorum, Role};
 use kms_hsm::Hsm;
 use kms_proto::v1::AuditRecord;
 

@@ -1,5 +1,5 @@
-//! What a server knows of the roots in use: read from the island's row every few seconds, so that
-//! no server needs a restart for a new version.
+//! Which roots are in use: a server reads the island's row every few seconds, so that no server
+//! needs a restart for a new version.
 
 use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
@@ -15,15 +15,16 @@ use kms_base::error::ServiceError;
 use kms_ledger::Committer;
 
 impl RootService {
-    /// Reads the island's row, and uses the roots that it names from now on, as far as this
-    /// server's tokens hold them.
+    /// Reads the island's row. From now on this server uses the roots that the row names, if its
+    /// tokens hold them.
     ///
     /// # Errors
-    /// The row does not verify, a root in use is not in the token, or HSM or database are away.
+    /// The row does not verify, a root in use is not in the token, or the HSM or the database is
+    /// unavailable.
     #[boxed]
     pub async fn refresh(&self) -> Result<Arc<IslandRow>, ServiceError> {
         let island = &self.island;
-        // One at a time: an older row never takes the place of a newer one.
+        // One at a time: an older row never replaces a newer one.
         let mut known_problems = island.refreshing.lock().await;
         let row = read_island(&*island.store, &island.hsm, &island.committer).await?;
         let (seal, missing) = seal_keys(&island.hsm, &row, (*island.committer.seal_keys()).clone()).await;
@@ -38,17 +39,18 @@ impl RootService {
         let retired = seal.as_ref().is_ok_and(|keys| keys.oldest() > island.committer.seal_keys().oldest());
         let seal = seal.map(|keys| island.committer.use_seal_keys(keys));
         if retired {
-            // I5: outside of the database, before anyone could put a row of before back.
+            // I5: this is kept outside the database, so that an older row cannot be put back
+            // unnoticed.
             island.committer.remember().await;
         }
         let storage = self.use_storage_keks(&row).await;
-        // I3: what is stored from now on is judged by the newest row, whatever the tokens lack.
+        // I3: keys are stored by the rules of the newest row, even if the tokens lack roots.
         island.row.store(Arc::clone(&row));
         let audit = self.use_audit_key(row.seal_key_version).await;
         seal.and(storage).and(audit).map(|()| row)
     }
 
-    /// Links records with the audit key of this version of the seal root from now on.
+    /// From now on, links records with the audit key of this version of the seal root.
     async fn use_audit_key(&self, version: u8) -> Result<(), ServiceError> {
         let committer = &self.island.committer;
         let mut keys = (*committer.audit_keys()).clone();
@@ -61,8 +63,8 @@ impl RootService {
         committer.use_audit_keys(keys.using(version)).await
     }
 
-    /// Wraps new keys under the storage KEKs that the row names, class by class: one that cannot be
-    /// used does not hold up the others.
+    /// Wraps new keys under the storage KEKs that the row names. If the KEK of one class cannot be
+    /// used, the other classes go on.
     async fn use_storage_keks(&self, row: &IslandRow) -> Result<(), ServiceError> {
         let hsm = &self.island.hsm;
         let mut outcome = Ok(());
@@ -73,11 +75,11 @@ impl RootService {
             if used == root_version(id.version)? {
                 continue;
             }
-            // A key that this server cannot open again must not be stored: the version before is
-            // used until the operator has put the copy in.
+            // A key that this server could not open again must not be stored. So the version before
+            // is used until the operator has installed the copy.
             let held = self.is_in_token(id).await;
             let before = u8::try_from(used.number()).ok().map(|version| RootId { version, ..id });
-            // I3: nor under one whose destruction was decided: nothing is stored then.
+            // I3: nothing is stored under a version whose destruction was decided.
             if held.is_ok() || before.is_none_or(|before| !row.may_store_under(before)) {
                 hsm.use_storage_kek(class, root_version(id.version)?);
             }
@@ -87,12 +89,12 @@ impl RootService {
     }
 }
 
-/// Reads the island's row and verifies it (I5). Where another server has sealed it with a version
-/// of the seal key that this one has not heard of yet, the HSM tells whether there is one.
+/// Reads the island's row and verifies it (I5). If another server sealed the row with a version of
+/// the seal key that this server does not know yet, the HSM computes that version.
 ///
 /// # Errors
-/// The row does not verify, the root that it is sealed under is not in the token, or HSM or
-/// database are away.
+/// The row does not verify, the root that it is sealed under is not in the token, or the HSM or the
+/// database is unavailable.
 async fn read_island(store: &dyn Store, hsm: &Hsm, committer: &Committer) -> Result<Arc<IslandRow>, ServiceError> {
     let mut attempts = 0;
     loop {
@@ -105,20 +107,20 @@ async fn read_island(store: &dyn Store, hsm: &Hsm, committer: &Committer) -> Res
             committer.use_seal_keys((*committer.seal_keys()).clone().with(seal_key(hsm, version).await?));
         }
         match committer.open_island(&stored) {
-            // It may have been written between being read and being opened: only what does not
-            // verify again was tampered with.
+            // Another server may have written the row after it was read here. So it is read once
+            // more: only a row that fails twice was tampered with.
             Err(_) if attempts < 2 => {}
             other => return other,
         }
     }
 }
 
-/// Reads the island's row, and seals with the keys that it names from now on: for a server whose
+/// Reads the island's row and seals with the keys that it names from now on: for a server whose
 /// island is not open yet.
 ///
 /// # Errors
-/// The row does not verify, the root that it is sealed under is not in the token, or HSM or
-/// database are away.
+/// The row does not verify, the root that it is sealed under is not in the token, or the HSM or the
+/// database is unavailable.
 #[boxed]
 pub async fn learn_seal_keys(store: &dyn Store, hsm: &Hsm, committer: &Committer) -> Result<(), ServiceError> {
     let row = read_island(store, hsm, committer).await?;

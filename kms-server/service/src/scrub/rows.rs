@@ -1,5 +1,5 @@
-//! Sealed rows against what the log recorded of them: one that is older than its last record, one
-//! that is gone, one that nobody recorded, one that was edited (I5).
+//! Compares sealed rows with their records in the log (I5): a row may be older than its last
+//! record, may be gone, may have no record, or may have been edited.
 
 use std::collections::HashMap;
 
@@ -25,7 +25,7 @@ pub(super) struct Partition {
 
 impl Partition {
     fn holds(self, kind: u8, id: &[u8]) -> bool {
-        // FNV-1a: any even spread will do.
+        // FNV-1a: any evenly distributed hash is good enough.
         let hash = id.iter().fold(0xCBF2_9CE4_8422_2325 ^ u64::from(kind), |hash: u64, octet| {
             (hash ^ u64::from(*octet)).wrapping_mul(0x0100_0000_01B3)
         });
@@ -39,12 +39,12 @@ pub(super) struct Scan<'a> {
     pub(super) partition: Partition,
     recorded: HashMap<Name, Recorded>,
     pub(super) chains: Chains<'a>,
-    /// Rows that did not fit when they were read; servers write meanwhile, so they are looked at
-    /// again.
+    /// Rows that did not fit when they were read. Servers may have written meanwhile, so these rows
+    /// are checked again.
     suspects: Vec<Name>,
 }
 
-/// Where the walk over all rows is.
+/// The position of the walk over all rows.
 #[derive(Default)]
 pub(super) struct Walk {
     pub(super) rows: u64,
@@ -66,13 +66,13 @@ impl<'a> Scan<'a> {
         }
     }
 
-    /// Reads a few more records; false at the end of what is there now.
+    /// Reads one more page of records; false at the current end of the log.
     pub(super) async fn read_log(&mut self) -> Result<bool, ServiceError> {
         let (partition, recorded) = (self.partition, &mut self.recorded);
         self.chains.step(|write| note(partition, recorded, write)).await
     }
 
-    /// Reads a page of rows and compares them; false behind the last.
+    /// Reads a page of rows and compares them; false after the last page.
     pub(super) async fn read_rows(&mut self, walk: &mut Walk) -> Result<bool, ServiceError> {
         if !walk.meters_done {
             let page = self.island.store.meter_page(&MeterFilter::default(), walk.after_meter, PAGE).await?;
@@ -97,7 +97,8 @@ impl<'a> Scan<'a> {
         Ok(true)
     }
 
-    /// What fits is forgotten, so that what remains are rows that are gone.
+    /// A row that fits is removed from the map. So the rows that remain at the end are gone from
+    /// the database.
     fn look(&mut self, kind: u8, id: &[u8], row: &SealedRow) {
         if !self.partition.holds(kind, id) {
             return;
@@ -113,8 +114,8 @@ impl<'a> Scan<'a> {
         }
     }
 
-    /// Looks again at all that did not fit: a row may have been written between the reading of the
-    /// log and its own.
+    /// Checks all rows again that did not fit: a server may have written a row between the two
+    /// reads.
     pub(super) async fn conclude(mut self) -> Result<Vec<ScrubFinding>, ServiceError> {
         let mut names = std::mem::take(&mut self.suspects);
         names.extend(self.recorded.keys().cloned());
@@ -123,8 +124,8 @@ impl<'a> Scan<'a> {
         if names.is_empty() {
             return Ok(Vec::new());
         }
-        // Rows that fitted are not in the map any more; records about them may come back with newer
-        // ones, and are passed by.
+        // Rows that fitted are no longer in the map. Newer records may add them again; they are
+        // ignored.
         while self.read_log().await? {}
         let mut findings = Vec::new();
         let mut again = Vec::new();
@@ -137,8 +138,8 @@ impl<'a> Scan<'a> {
                 Some(row) => again.push((name, at_least, row)),
             }
         }
-        // Whoever wrote one of these rows had its record in the same transaction: it can be read
-        // now.
+        // A row and its record are written in one transaction, so the record of each of these rows
+        // can be read now.
         while self.read_log().await? {}
         for (name, at_least, row) in again {
             let recorded = self.recorded.get(&name).copied();
@@ -147,8 +148,8 @@ impl<'a> Scan<'a> {
         Ok(findings)
     }
 
-    /// `at_least` is the generation that was recorded before the row was read, `recorded` the last
-    /// one after.
+    /// `at_least` is the generation recorded before the row was read; `recorded` is the last record
+    /// after it.
     fn judge(&self, name: &Name, at_least: u64, row: &SealedRow, recorded: Option<Recorded>) -> Option<ScrubFinding> {
         let digest = match self.digest(name, row) {
             Ok(digest) => digest,
