@@ -47,7 +47,8 @@ use kms_config::{Config, ConfigError};
 use kms_ledger::{Committer, CommitterSettings, Door, RestoreSettings};
 use kms_policy::PolicyError;
 use kms_service::campaign::CampaignService;
-use kms_service::certificate::{CertificateAuthority, IssuedCertificate};
+use kms_service::certificate::CertificateAuthority;
+use kms_service::certificate::signing::IssuedCertificate;
 use kms_service::certificate_end::{CertificateWatch, ServerCertificate};
 use kms_service::island::Island;
 use kms_service::island_keys::{IslandKeys, IslandKeysError};
@@ -57,7 +58,8 @@ use kms_service::profiles::Profiles;
 use kms_service::retention::Maintenance;
 use kms_service::root::make::{self, MadeRoot, MakeRootError, NewRootSettings};
 use kms_service::root::{RootService, learn_seal_keys};
-use kms_service::scrub::{Flight, Scrubber};
+use kms_service::scrub::Scrubber;
+use kms_service::scrub_flight::ScrubFlight;
 use kms_service::shipment::ShipmentService;
 
 /// A server that is bound to its port. Its island is opened when it serves.
@@ -291,7 +293,7 @@ impl Opening {
             limits: Arc::new(self.config.limits.clone()),
             disk: self.config.storage.disk(),
             fingerprint_key: keys.fingerprint,
-            scrubs: Flight::default(),
+            scrubs: ScrubFlight::default(),
             refreshing: tokio::sync::Mutex::default(),
         });
         // New keys are stored under the storage KEKs that the row names. If a root is missing in

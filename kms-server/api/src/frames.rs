@@ -17,7 +17,8 @@ use kms_authz::Purpose;
 use kms_base::error::ServiceError;
 use kms_service::island::Island;
 use kms_service::{
-    frame::{self, FrameOutcome, FrameService, PlainContent, ReceivedContent},
+    frame::unprotect::{ReceivedContent, ReceivedFrame},
+    frame::{self, FrameOutcome, FrameService, PlainContent},
     grant::request_digest,
 };
 
@@ -126,7 +127,7 @@ fn parse_plain(number: usize, frame: PlainFrame) -> Result<frame::PlainFrame, Se
     })
 }
 
-fn parse_ciphered(number: usize, frame: CipheredFrame) -> Result<frame::ReceivedFrame, ServiceError> {
+fn parse_ciphered(number: usize, frame: CipheredFrame) -> Result<ReceivedFrame, ServiceError> {
     let field = |name: &str| format!("frames[{number}].{name}");
     let content = match (frame.apdu.is_empty(), frame.hls_response.is_empty()) {
         (false, true) => ReceivedContent::Apdu(frame.apdu.to_vec()),
@@ -142,7 +143,7 @@ fn parse_ciphered(number: usize, frame: CipheredFrame) -> Result<frame::Received
         }
         _ => return Err(ServiceError::invalid(field("apdu"), "give either an `apdu` or an `hls_response`")),
     };
-    Ok(frame::ReceivedFrame {
+    Ok(ReceivedFrame {
         meter: SystemTitle::from_octets(&frame.meter).map_err(ServiceError::parse(field("meter")))?,
         setup: parse_setup(&field("security_setup"), &frame.security_setup)?,
         content,

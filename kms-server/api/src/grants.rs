@@ -16,7 +16,9 @@ use crate::parse::{parse_group_name, parse_reason, parse_setup};
 use crate::peer::caller_of;
 use kms_authz::{Caller, Purpose};
 use kms_base::error::ServiceError;
-use kms_service::grant::{Chunk, GrantQuery, GrantService, GrantTargets, Granted, SessionTerms, request_digest};
+use kms_service::grant::deliver::Granted;
+use kms_service::grant::terms::{GrantChunk, GrantTargets, SessionTerms};
+use kms_service::grant::{GrantQuery, GrantService, request_digest};
 use kms_service::island::Island;
 
 /// The service over gRPC.
@@ -48,7 +50,7 @@ impl Rpc for GrantApi {
             b"OpenSession",
             &OpenSessionRequest { request_id: bytes::Bytes::new(), ..message.clone() }.encode_to_vec(),
         ]);
-        let chunk = Chunk {
+        let chunk = GrantChunk {
             request: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
             index: 0,
             digest,
@@ -86,7 +88,7 @@ impl Rpc for GrantApi {
             )
             .into());
         }
-        let chunk = Chunk {
+        let chunk = GrantChunk {
             request: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
             index: 0,
             digest,
@@ -127,9 +129,9 @@ impl Rpc for GrantApi {
             b"OpenSessions",
             &OpenSessionsRequest { request_id: bytes::Bytes::new(), first_chunk: 0, ..message }.encode_to_vec(),
         ]);
-        let chunks: Vec<Chunk> = (0..)
+        let chunks: Vec<GrantChunk> = (0..)
             .zip(meters.chunks(GrantService::CHUNK))
-            .map(|(index, meters)| Chunk {
+            .map(|(index, meters)| GrantChunk {
                 request,
                 index,
                 digest,

@@ -11,7 +11,7 @@ use crate::parse::{self, parse_optional_reason};
 use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
-use kms_service::certificate::CertificationRequest;
+use kms_service::certificate::request::CertificationRequest;
 use kms_service::island::Island;
 use kms_service::principal::key::ProposedKey;
 use kms_service::principal::{NewPrincipal, Principals, parse_shipment_key};

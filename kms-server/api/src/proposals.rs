@@ -14,8 +14,8 @@ use crate::parse::{self, parse_reason};
 use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
+use kms_service::approval::{Change, ProposalService};
 use kms_service::island::Island;
-use kms_service::proposal::{Change, ProposalService};
 
 /// The service over gRPC.
 pub(crate) struct ProposalApi {

@@ -38,7 +38,7 @@ use kms_config::{Config, SecretSource};
 use kms_server::server::Server;
 use kms_service::profiles::Profiles;
 use kms_service::{
-    certificate::CertificationRequest,
+    certificate::request::CertificationRequest,
     escrow::{Custodian, Quorum},
     init::{CeremonyPlan, CeremonyToken, FirstPrincipal, Storage},
 };

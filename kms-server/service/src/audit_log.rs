@@ -1,4 +1,4 @@
-//! The audit log, for reading.
+//! Reading the audit log.
 
 use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
@@ -13,41 +13,41 @@ use crate::island::Island;
 use kms_authz::{Action, Caller};
 use kms_base::error::ServiceError;
 
-/// What to list.
+/// A query of the log.
 #[derive(Clone, Debug, Default)]
 pub struct LogQuery {
     /// Caused by this principal.
     pub principal: Option<PrincipalId>,
     /// Naming this meter.
     pub meter: Option<SystemTitle>,
-    /// From then on.
+    /// From this time on.
     pub from: Option<UnixMillis>,
-    /// Before then.
+    /// Before this time.
     pub to: Option<UnixMillis>,
-    /// Goes on from this place of an earlier page of the same query.
+    /// Continues after an earlier page of the same query.
     pub after: Option<LogPlace>,
-    /// At most so many records.
+    /// The most records of a page.
     pub limit: usize,
     /// The newest first.
     pub newest_first: bool,
 }
 
-/// A page of records. It can be empty although more follow: one call reads so many records and no
-/// more.
+/// A page of records. It can be empty although more follow, because one call reads a limited number
+/// of records.
 #[derive(Clone, Debug, Default)]
 pub struct LogPage {
     /// The records.
     pub records: Vec<AuditRecord>,
-    /// Where the next page goes on; `None` behind the last.
+    /// Where the next page begins; `None` after the last page.
     pub next: Option<LogPlace>,
 }
 
-/// How far a query has come, and where it ends.
+/// The position of a query, and its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LogPlace {
-    /// It goes on behind this record, in the order that is asked for.
+    /// It continues after this record, in the order of the query.
     pub behind: AuditCursor,
-    /// The last record that it may come to.
+    /// The last record of the query.
     pub last: AuditCursor,
 }
 
@@ -56,7 +56,7 @@ impl LogPlace {
         Self::between(newest_first, i64::MIN, i64::MAX)
     }
 
-    /// From the first to the last of these records, or back.
+    /// From the first to the last of these records, or in reverse.
     const fn between(newest_first: bool, first: i64, last: i64) -> Self {
         match newest_first {
             true => Self { behind: AuditCursor(last.saturating_add(1)), last: AuditCursor(first) },
@@ -72,17 +72,17 @@ pub struct AuditLog {
 }
 
 impl AuditLog {
-    /// Of an island.
+    /// The log of an island.
     pub const fn new(island: Arc<Island>) -> Self {
         Self { island }
     }
 
-    /// A page of records in the order of the log, whatever the clock said when they were written:
-    /// each server's come as they are chained. The times of a query select by the records' times.
-    /// Whether the log is whole is for the scrubber to say.
+    /// A page of records in the order of the log, independent of the clock: each server's records
+    /// come in the order of its chain. The times of a query select by the records' times. The
+    /// scrubber checks whether the log is complete.
     ///
     /// # Errors
-    /// Not permitted, a record that does not decode, or the database is away.
+    /// Not permitted, a record that does not decode, or the database is unavailable.
     #[boxed]
     pub async fn list(&self, caller: &Caller, query: &LogQuery) -> Result<LogPage, ServiceError> {
         self.island.require(caller, &Action::ListAuditRecords).await?;
@@ -97,7 +97,8 @@ impl AuditLog {
                 })?;
                 if query.matches(&record) {
                     octets += row.record.record.len();
-                    // A record of an import is large; an answer stays below what clients take.
+                    // A record of an import is large. The answer must stay below the message size
+                    // of clients.
                     if !page.records.is_empty() && (page.records.len() >= query.limit || octets > MOST_OCTETS) {
                         return Ok(page);
                     }
@@ -122,7 +123,7 @@ impl LogQuery {
     }
 }
 
-/// Whether a record names a meter: in its event, or as a row that was written.
+/// Whether a record names a meter: in its event, or as a written row.
 fn names(record: &AuditRecord, meter: SystemTitle) -> bool {
     let octets = meter.octets();
     let number = u64::from_be_bytes(octets);
@@ -138,7 +139,7 @@ fn names(record: &AuditRecord, meter: SystemTitle) -> bool {
     in_event || record.row_writes.iter().any(|write| write.kind == METER && is(&write.id))
 }
 
-/// Reads the log in its own order, or against it, between two places.
+/// Reads the log in its order, or in reverse, between two places.
 struct Reader<'a> {
     island: &'a Island,
     newest_first: bool,
@@ -147,13 +148,14 @@ struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    /// Reads what a query asks for; none: there is nothing.
+    /// A reader for a query; `None`: the log has nothing for it.
     async fn new(island: &'a Island, query: &LogQuery) -> Result<Option<Self>, ServiceError> {
         let place = match query.after {
             Some(place) => place,
             None if query.from.is_none() && query.to.is_none() => LogPlace::whole(query.newest_first),
             None => match island.store.audit_range(query.from, query.to).await? {
-                // What is written from now on belongs to it, where its end is open.
+                // If the end of the query is open, records that are written from now on belong to
+                // it.
                 Some((AuditCursor(first), _)) if query.to.is_none() => {
                     LogPlace::between(query.newest_first, first, i64::MAX)
                 }
@@ -185,9 +187,9 @@ impl<'a> Reader<'a> {
 /// The kind of meters' rows.
 const METER: u32 = 1;
 const PAGE: u32 = 200;
-/// Records that one call reads at most, about.
+/// About the most records that one call reads.
 const MOST_READ: usize = 20_000;
-/// Octets of one answer, about.
+/// About the octets of one answer.
 const MOST_OCTETS: usize = 2 << 20;
 
 #[cfg(test)]

@@ -1,38 +1,31 @@
-//! The island's certification authority: a P-256 key in the HSM (CKM_ECDSA) that signs what is
-//! built and checked here.
+//! The island's certification authority (CA): a P-256 key in the HSM (CKM_ECDSA). It signs
+//! certificates that are built and checked here.
 //!
-//! Issuing goes in steps that cannot be taken out of order: parse the request → build the
-//! TBSCertificate → lint it → sign its digest in the HSM → check the signature → (by the caller)
-//! register the certificate with its audit record in one act → hand it out. A certificate that is
-//! signed and not registered is worth nothing: the principal's sealed row decides (I5).
+//! Issuing has fixed steps: parse the request → build the TBSCertificate → lint it → sign its
+//! digest in the HSM → check the signature → (by the caller) register the certificate with its
+//! audit record in one act → issue it. A certificate that is signed but not registered is useless:
+//! the principal's sealed row decides (I5).
 //!
-//! Profiles of RFC 5280. Extensions of a request are ignored: everything in a certificate is chosen
-//! here.
+//! The certificate profiles follow RFC 5280. Extensions of a request are ignored: the server
+//! chooses everything in a certificate but the key.
+
+pub mod request;
+pub mod signing;
 
 use async_recursion::async_recursion as boxed;
 use std::net::IpAddr;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 
-use aws_lc_rs::digest::{SHA256, digest};
-use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED, UnparsedPublicKey};
-use bytes::Bytes;
-use kms_domain::{
-    Enrolment, IslandName, ParseError, PrincipalCertificate, PrincipalId, TransportCertificate, UnixMillis,
-};
-use kms_hsm::{Hsm, Purpose, TokenKey};
+use kms_domain::{IslandName, ParseError, PrincipalId, UnixMillis};
+use kms_hsm::Hsm;
 use rcgen::{
-    BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType, SerialNumber, SignatureAlgorithm, SigningKey,
-    SubjectPublicKeyInfo,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose,
+    SanType, SerialNumber, SubjectPublicKeyInfo,
 };
-use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer};
-use x509_parser::asn1_rs::{Integer, Sequence, ToDer};
-use x509_parser::certification_request::X509CertificationRequest;
-use x509_parser::prelude::{ASN1Time, FromDer, GeneralName, TbsCertificate, X509Certificate, X509Version};
-use x509_parser::public_key::PublicKey;
+use rustls_pki_types::CertificateDer;
+use x509_parser::prelude::{ASN1Time, FromDer, X509Certificate};
 
+use self::request::{CertificationRequest, p256_point};
+use self::signing::{CA_KEY, CaKey, Issuing, ToBeSigned, internal};
 use kms_base::error::ServiceError;
 
 /// The island's authority: its root certificate, which signs all others.
@@ -103,8 +96,8 @@ impl CertificateAuthority {
         ToBeSigned::build(params, self.issuing(request)?, Some(self.not_after))
     }
 
-    /// The certificate of a principal's transport key: keyAgreement and nothing else, so that it is
-    /// no TLS certificate.
+    /// The certificate of a principal's transport key: keyAgreement only, so that it cannot be used
+    /// for TLS.
     ///
     /// # Errors
     /// Invalid argument: the key is not EC P-256. Else as [`Self::principal`].
@@ -149,8 +142,8 @@ impl CertificateAuthority {
         ToBeSigned::build(params, self.issuing(request)?, Some(self.not_after))
     }
 
-    /// Whether the key in the HSM is the one of the root certificate. To be asked at start: another
-    /// one would make certificates that nobody accepts.
+    /// Checks that the key in the HSM is the key of the root certificate. Called at start: another
+    /// key would sign certificates that nobody accepts.
     ///
     /// # Errors
     /// Failed precondition: another key. Else the HSM's.
@@ -185,72 +178,7 @@ impl CertificateAuthority {
     }
 }
 
-/// A PKCS#10 request (RFC 2986) that proves possession of its key. Only the key is taken from it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CertificationRequest {
-    spki: Vec<u8>,
-    p256_point: Option<[u8; 65]>,
-}
-
-impl CertificationRequest {
-    /// Parses a request, at most 16 KiB of DER, and verifies its signature.
-    ///
-    /// # Errors
-    /// Not a request, a signature that does not fit its key, or a key that is not accepted: EC
-    /// P-256 or P-384, RSA of 3072 to 4096 bits, and Ed25519 are.
-    pub fn parse(der: &[u8]) -> Result<Self, ParseError> {
-        let refuse = |reason: &str| ParseError::new("certificate request", reason);
-        if der.len() > LONGEST_REQUEST {
-            return Err(refuse("it is longer than 16384 octets"));
-        }
-        let (rest, request) =
-            X509CertificationRequest::from_der(der).map_err(|_| refuse("not a PKCS#10 request (DER)"))?;
-        if !rest.is_empty() {
-            return Err(refuse("octets follow the request"));
-        }
-        // The SPKI's own algorithm counts, not that of the signature: `openssl req` signs P-384
-        // requests with SHA-256.
-        let info = &request.certification_request_info.subject_pki;
-        let accepted = match info.parsed() {
-            Ok(PublicKey::RSA(key)) => (3072..=4096).contains(&key.key_size()),
-            Ok(PublicKey::EC(_)) => ec_curve(info).is_some_and(|curve| curve == OID_P256 || curve == OID_P384),
-            _ => info.algorithm.algorithm.to_id_string() == OID_ED25519,
-        };
-        if !accepted {
-            return Err(refuse("its key is none of EC P-256, EC P-384, RSA with 3072 to 4096 bits, Ed25519"));
-        }
-        request
-            .verify_signature()
-            .map_err(|_| refuse("its signature is not by its own key: possession is not proven"))?;
-        // I6: one key has one name, its SHA-256. An encoding that can be chosen would give it
-        // several.
-        let canonical = SubjectPublicKeyInfo::from_der(info.raw).map_err(|_| refuse("its key cannot be read"))?;
-        let compressed = matches!(info.parsed(), Ok(PublicKey::EC(point)) if point.data().first() != Some(&4));
-        if canonical.subject_public_key_info() != info.raw || compressed {
-            return Err(refuse(
-                "its key is not encoded in the usual way: uncompressed points, DER as RFC 5480, RFC 4055 and RFC 8410 say",
-            ));
-        }
-        Ok(Self { spki: info.raw.to_vec(), p256_point: p256_point(info) })
-    }
-
-    /// Parses a request in PEM.
-    ///
-    /// # Errors
-    /// As [`Self::parse`], or no PEM.
-    pub fn parse_pem(pem: &[u8]) -> Result<Self, ParseError> {
-        let der = CertificateSigningRequestDer::from_pem_slice(pem)
-            .map_err(|_| ParseError::new("certificate request", "no PEM block CERTIFICATE REQUEST"))?;
-        Self::parse(&der)
-    }
-
-    /// SHA-256 of the SubjectPublicKeyInfo, 32 octets.
-    pub fn spki_sha256(&self) -> [u8; 32] {
-        sha256(&self.spki)
-    }
-}
-
-/// From when until when.
+/// The validity period of a certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Validity {
     not_before: UnixMillis,
@@ -258,273 +186,9 @@ pub struct Validity {
 }
 
 impl Validity {
-    /// For this many days from now. It begins five minutes ago, for clocks that are behind.
+    /// This many days from now. It begins five minutes ago, for clocks that are late.
     pub const fn days(now: UnixMillis, days: u16) -> Self {
         Self { not_before: now.after(-5 * 60 * 1000), not_after: now.after(days as i64 * 86_400_000) }
-    }
-}
-
-/// A TBSCertificate (RFC 5280, 4.1.2) that was built and linted, and waits for its signature.
-pub struct ToBeSigned {
-    params: CertificateParams,
-    issuing: Issuing,
-    tbs: Vec<u8>,
-}
-
-impl ToBeSigned {
-    /// The SHA-256 digest that the CA key signs by CKM_ECDSA, 32 octets.
-    pub fn digest(&self) -> [u8; 32] {
-        sha256(&self.tbs)
-    }
-
-    /// Has the CA key in the HSM sign it.
-    ///
-    /// # Errors
-    /// The HSM's, and as [`Self::finish`].
-    #[boxed]
-    pub async fn sign(self, hsm: &Hsm) -> Result<IssuedCertificate, ServiceError> {
-        let signature = hsm.sign_ecdsa(CA_KEY, self.digest()).await?;
-        self.finish(&signature)
-    }
-
-    /// The certificate with its signature `r ‖ s`, 64 octets.
-    ///
-    /// # Errors
-    /// Internal: the signature is not one of the CA key over what was linted.
-    pub fn finish(self, signature: &[u8]) -> Result<IssuedCertificate, ServiceError> {
-        // What leaves is checked: an HSM that signs something else, or with another key, does not
-        // go unnoticed.
-        UnparsedPublicKey::new(&ECDSA_P256_SHA256_FIXED, self.issuing.key().0).verify(&self.tbs, signature).map_err(
-            |_| ServiceError::Internal("the HSM's signature does not verify under the CA certificate's key".to_owned()),
-        )?;
-        let signer = Signed { key: self.issuing.key(), tbs: self.tbs, signature: ecdsa_sig_value(signature)? };
-        let certificate = self.issuing.certificate(&self.params, &signer).map_err(internal("the certificate"))?;
-        IssuedCertificate::parse(certificate.der().clone())
-    }
-
-    fn build(
-        params: CertificateParams,
-        issuing: Issuing,
-        authority_not_after: Option<UnixMillis>,
-    ) -> Result<Self, ServiceError> {
-        let capture = Capture { key: issuing.key(), message: Mutex::default() };
-        issuing.certificate(&params, &capture).map_err(internal("the certificate"))?;
-        let tbs = capture.message.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let this = Self { params, issuing, tbs };
-        this.lint(authority_not_after).map_err(|rule| ServiceError::Internal(format!("certificate lint: {rule}")))?;
-        Ok(this)
-    }
-
-    /// Reads what was built with another library, and compares it with what was meant.
-    fn lint(&self, authority_not_after: Option<UnixMillis>) -> Result<(), &'static str> {
-        let (rest, tbs) = TbsCertificate::from_der(&self.tbs).map_err(|_| "it is not a TBSCertificate")?;
-        let require = |holds: bool, rule: &'static str| if holds { Ok(()) } else { Err(rule) };
-        require(rest.is_empty(), "octets follow")?;
-        require(tbs.version() == X509Version::V3, "not version 3")?;
-        require(
-            tbs.raw_serial().len() <= 20 && tbs.raw_serial().first().is_some_and(|first| *first & 0x80 == 0),
-            "serial number is not positive and short",
-        )?;
-        require(tbs.validity.not_before < tbs.validity.not_after, "it ends before it begins")?;
-        let not_after = tbs.validity.not_after.timestamp().saturating_mul(1000);
-        require(authority_not_after.is_none_or(|authority| not_after <= authority.0), "it outlives its issuer")?;
-        let usage = tbs.key_usage().map_err(|_| "key usage twice")?.ok_or("no key usage")?;
-        require(usage.critical, "key usage is not critical")?;
-        let constraints =
-            tbs.basic_constraints().map_err(|_| "basic constraints twice")?.ok_or("no basic constraints")?;
-        require(constraints.critical, "basic constraints are not critical")?;
-        match &self.issuing {
-            Issuing::Root(key) => {
-                require(tbs.is_ca() && usage.value.key_cert_sign(), "the root is no authority")?;
-                require(tbs.subject.as_raw() == tbs.issuer.as_raw(), "the root has another issuer")?;
-                require(p256_point(&tbs.subject_pki) == Some(key.0), "the root has another key")
-            }
-            Issuing::Leaf { authority, subject, .. } => {
-                let (_, authority) =
-                    X509Certificate::from_der(authority).map_err(|_| "the issuer is not a certificate")?;
-                require(
-                    !tbs.is_ca() && !usage.value.key_cert_sign() && !usage.value.crl_sign(),
-                    "a leaf is an authority",
-                )?;
-                require(tbs.issuer.as_raw() == authority.subject().as_raw(), "the issuer's name differs")?;
-                require(tbs.subject_pki.raw == subject.subject_public_key_info(), "the subject's key differs")?;
-                let names =
-                    tbs.subject_alternative_name().map_err(|_| "subjectAltName twice")?.ok_or("no subjectAltName")?;
-                let uris = names.value.general_names.iter().filter(|name| matches!(name, GeneralName::URI(_))).count();
-                let extended = tbs.extended_key_usage().map_err(|_| "extended key usage twice")?;
-                let server = extended.as_ref().is_some_and(|usage| usage.value.server_auth);
-                let client = extended.as_ref().is_some_and(|usage| usage.value.client_auth);
-                require(!(server && client), "server and client at once")?;
-                require(
-                    if server { uris == 0 } else { uris == 1 && names.value.general_names.len() == 1 },
-                    "the names do not fit the use",
-                )?;
-                require(
-                    (server || client) == usage.value.digital_signature(),
-                    "digitalSignature does not fit the use",
-                )?;
-                require((server || client) != usage.value.key_agreement(), "keyAgreement does not fit the use")
-            }
-        }
-    }
-}
-
-/// A signed certificate, with what rows and records keep of it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct IssuedCertificate {
-    /// The certificate.
-    pub der: CertificateDer<'static>,
-    /// SHA-256 of the DER, 32 octets.
-    pub sha256: [u8; 32],
-    /// The serial number, big-endian, 16 octets.
-    pub serial: Bytes,
-    /// The end of its validity.
-    pub not_after: UnixMillis,
-    /// SHA-256 of the SubjectPublicKeyInfo (DER) that it certifies, 32 octets.
-    pub key_sha256: [u8; 32],
-    p256_point: Option<[u8; 65]>,
-}
-
-impl IssuedCertificate {
-    /// What a principal's row lists of its TLS certificate.
-    pub fn for_principal(&self, enrolment: Enrolment, issued_by: Option<PrincipalId>) -> PrincipalCertificate {
-        PrincipalCertificate {
-            serial: self.serial.clone(),
-            sha256: self.sha256,
-            not_after: self.not_after,
-            key_sha256: Some(self.key_sha256),
-            enrolment,
-            issued_by,
-        }
-    }
-
-    /// What a principal's row keeps of its transport certificate; none for a key that is not on
-    /// P-256.
-    pub fn for_transport(&self) -> Option<TransportCertificate> {
-        Some(TransportCertificate {
-            certificate: Bytes::copy_from_slice(&self.der),
-            sha256: self.sha256,
-            public_point: self.p256_point?,
-        })
-    }
-
-    /// The certificate in PEM.
-    pub fn pem(&self) -> String {
-        pem("CERTIFICATE", &self.der)
-    }
-
-    fn parse(der: CertificateDer<'static>) -> Result<Self, ServiceError> {
-        let (_, certificate) = X509Certificate::from_der(&der).map_err(internal("the signed certificate"))?;
-        let issued = Self {
-            sha256: sha256(&der),
-            serial: Bytes::from(certificate.serial.to_bytes_be()),
-            not_after: UnixMillis(certificate.validity().not_after.timestamp().saturating_mul(1000)),
-            key_sha256: sha256(certificate.public_key().raw),
-            p256_point: p256_point(certificate.public_key()),
-            der: CertificateDer::from(Vec::new()),
-        };
-        Ok(Self { der, ..issued })
-    }
-}
-
-/// PEM (RFC 7468) of one object.
-pub fn pem(label: &str, der: &[u8]) -> String {
-    use base64::Engine;
-    let text = base64::engine::general_purpose::STANDARD.encode(der);
-    let mut pem = format!("-----BEGIN {label}-----\n");
-    let mut rest = text.as_str();
-    while !rest.is_empty() {
-        let (line, more) = rest.split_at(rest.len().min(64));
-        pem.push_str(line);
-        pem.push('\n');
-        rest = more;
-    }
-    pem.push_str(&format!("-----END {label}-----\n"));
-    pem
-}
-
-enum Issuing {
-    Root(CaKey),
-    Leaf { authority: CertificateDer<'static>, key: CaKey, subject: SubjectPublicKeyInfo },
-}
-
-impl Issuing {
-    const fn key(&self) -> CaKey {
-        match self {
-            Self::Root(key) | Self::Leaf { key, .. } => *key,
-        }
-    }
-
-    fn certificate(&self, params: &CertificateParams, signer: &impl SigningKey) -> Result<Certificate, rcgen::Error> {
-        match self {
-            Self::Root(_) => params.self_signed(signer),
-            Self::Leaf { authority, subject, .. } => {
-                params.signed_by(subject, &Issuer::from_ca_cert_der(authority, signer)?)
-            }
-        }
-    }
-}
-
-/// The public half of the CA key: a P-256 point, `04 ‖ x ‖ y`.
-#[derive(Clone, Copy)]
-struct CaKey([u8; 65]);
-
-impl PublicKeyData for CaKey {
-    fn der_bytes(&self) -> &[u8] {
-        &self.0
-    }
-
-    fn algorithm(&self) -> &'static SignatureAlgorithm {
-        &PKCS_ECDSA_P256_SHA256
-    }
-}
-
-/// First pass: keeps what is to be signed.
-struct Capture {
-    key: CaKey,
-    message: Mutex<Vec<u8>>,
-}
-
-impl PublicKeyData for Capture {
-    fn der_bytes(&self) -> &[u8] {
-        self.key.der_bytes()
-    }
-
-    fn algorithm(&self) -> &'static SignatureAlgorithm {
-        self.key.algorithm()
-    }
-}
-
-impl SigningKey for Capture {
-    fn sign(&self, message: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
-        *self.message.lock().unwrap_or_else(PoisonError::into_inner) = message.to_vec();
-        Ok(Vec::new())
-    }
-}
-
-/// Second pass: the HSM's signature, for exactly the octets that were linted.
-struct Signed {
-    key: CaKey,
-    tbs: Vec<u8>,
-    signature: Vec<u8>,
-}
-
-impl PublicKeyData for Signed {
-    fn der_bytes(&self) -> &[u8] {
-        self.key.der_bytes()
-    }
-
-    fn algorithm(&self) -> &'static SignatureAlgorithm {
-        self.key.algorithm()
-    }
-}
-
-impl SigningKey for Signed {
-    fn sign(&self, message: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
-        if message != self.tbs {
-            return Err(rcgen::Error::RemoteKeyError);
-        }
-        Ok(self.signature.clone())
     }
 }
 
@@ -571,54 +235,6 @@ fn server_name(name: &str) -> Result<SanType, ServiceError> {
     Ok(SanType::DnsName(parsed.as_ref().try_into().map_err(internal("a DNS name"))?))
 }
 
-/// ECDSA-Sig-Value (RFC 3279, 2.2.3) of `r ‖ s`.
-fn ecdsa_sig_value(signature: &[u8]) -> Result<Vec<u8>, ServiceError> {
-    let integer = |octets: &[u8]| {
-        let significant =
-            octets.iter().position(|octet| *octet != 0).and_then(|first| octets.get(first..)).unwrap_or(&[0]);
-        let mut content = Vec::with_capacity(significant.len() + 1);
-        if significant.first().is_some_and(|first| *first & 0x80 != 0) {
-            content.push(0);
-        }
-        content.extend_from_slice(significant);
-        Integer::new(&content).to_der_vec()
-    };
-    let (r, s) = signature.split_at(signature.len() / 2);
-    let mut content = integer(r).map_err(internal("r of a signature"))?;
-    content.extend(integer(s).map_err(internal("s of a signature"))?);
-    Sequence::new(content.into()).to_der_vec().map_err(internal("a signature"))
-}
-
-fn p256_point(info: &x509_parser::x509::SubjectPublicKeyInfo<'_>) -> Option<[u8; 65]> {
-    if ec_curve(info)? != OID_P256 {
-        return None;
-    }
-    let point: [u8; 65] = info.subject_public_key.data.as_ref().try_into().ok()?;
-    (point.first() == Some(&4)).then_some(point)
-}
-
-fn ec_curve(info: &x509_parser::x509::SubjectPublicKeyInfo<'_>) -> Option<String> {
-    let parameters = info.algorithm.parameters.as_ref()?;
-    Some(parameters.as_oid().ok()?.to_id_string())
-}
-
-fn sha256(octets: &[u8]) -> [u8; 32] {
-    let mut value = [0; 32];
-    value.copy_from_slice(digest(&SHA256, octets).as_ref());
-    value
-}
-
-fn internal<E: std::fmt::Display>(what: &'static str) -> impl FnOnce(E) -> ServiceError {
-    move |error| ServiceError::Internal(format!("{what}: {error}"))
-}
-
-/// The island's CA key.
-pub const CA_KEY: TokenKey = TokenKey::first(Purpose::Ca);
-const LONGEST_REQUEST: usize = 16_384;
-const OID_P256: &str = "1.2.840.10045.3.1.7";
-const OID_P384: &str = "1.3.132.0.34";
-const OID_ED25519: &str = "1.3.101.112";
-
 #[cfg(test)]
 pub(crate) mod tests {
     use std::process::Command;
@@ -628,10 +244,12 @@ pub(crate) mod tests {
     use kms_domain::Role;
     use rcgen::KeyPair;
 
+    use super::signing::{IssuedCertificate, ecdsa_sig_value, pem};
     use super::*;
     use kms_authz::PeerCertificate;
+    use x509_parser::prelude::GeneralName;
 
-    /// Stands for the CA key in the HSM.
+    /// A CA key in memory, in place of the one in the HSM.
     struct TestAuthority {
         key: EcdsaKeyPair,
         authority: CertificateAuthority,

@@ -1,4 +1,5 @@
-//! Certificates end: the server renews its own in time, and says in the log which others end soon.
+//! The end of certificates: the server renews its own in time, and warns in its log about others
+//! that end soon.
 
 use async_recursion::async_recursion as boxed;
 use std::net::IpAddr;
@@ -15,7 +16,9 @@ use rustls_pki_types::pem::PemObject as _;
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 use zeroize::Zeroizing;
 
-use super::certificate::{CertificateAuthority, CertificationRequest, IssuedCertificate, Validity};
+use super::certificate::request::CertificationRequest;
+use super::certificate::signing::IssuedCertificate;
+use super::certificate::{CertificateAuthority, Validity};
 use crate::island::Island;
 use kms_base::error::ServiceError;
 use kms_base::files;
@@ -23,21 +26,21 @@ use kms_ledger::{Committer, Decision, ServerAct};
 
 /// The TLS certificate of a server, in its two PEM files.
 pub struct ServerCertificate {
-    /// The certificate. It is replaced whole; servers read it again by themselves.
+    /// The certificate. It is replaced as a whole; servers reload it automatically.
     pub certificate: PathBuf,
-    /// The private key, PKCS#8. It stays: a file alone can be replaced in one step, two cannot.
+    /// The private key, PKCS#8. It stays the same: one file can be replaced atomically, two cannot.
     pub private_key: PathBuf,
-    /// For how many days it is issued.
+    /// The lifetime of the certificate in days.
     pub days: u16,
 }
 
 impl ServerCertificate {
-    /// Issues it anew for the names and the key that it has: signed by the CA key in the HSM,
-    /// recorded, and only then written.
+    /// Renews the certificate for the same names and key: the CA key in the HSM signs it, it is
+    /// recorded, and only then is it written.
     ///
     /// # Errors
-    /// A file cannot be read or written, or is no such certificate or key; no token for the CA;
-    /// trouble of HSM or database.
+    /// A file cannot be read or written, or holds no such certificate or key; no token holds the CA
+    /// key; a failure of the HSM or the database.
     #[boxed]
     pub async fn renew(
         &self,
@@ -72,7 +75,7 @@ impl ServerCertificate {
             .ok_or_else(|| file_error(&self.certificate, "it is no X.509 certificate with names of a server"))
     }
 
-    /// A request for the key in the file, which proves its possession.
+    /// A request with the key in the file, which proves its possession.
     fn request(&self) -> Result<CertificationRequest, ServiceError> {
         let refuse = |reason: String| file_error(&self.private_key, &reason);
         let text =
@@ -84,7 +87,7 @@ impl ServerCertificate {
     }
 }
 
-/// Looks after the ends of certificates for as long as a server runs.
+/// Watches the ends of certificates while a server runs.
 pub struct CertificateWatch {
     /// The island.
     pub island: Arc<Island>,
@@ -95,8 +98,8 @@ pub struct CertificateWatch {
 }
 
 impl CertificateWatch {
-    /// Looks now, and then daily; more often for a certificate that lives a few days. Never
-    /// returns.
+    /// Checks now, and then daily; more often for a certificate with a lifetime of a few days.
+    /// Never returns.
     #[boxed]
     pub async fn run(self) {
         loop {
@@ -105,8 +108,8 @@ impl CertificateWatch {
         }
     }
 
-    /// Renews the server's own certificate if that is due, warns of the others, and says when to
-    /// look again.
+    /// Renews the server's own certificate if it is due, warns about the others, and returns when
+    /// to check again.
     async fn look(&self) -> Duration {
         let mut pause = A_DAY;
         match self.own.current() {
@@ -116,7 +119,9 @@ impl CertificateWatch {
                     self.renew_own(&current).await;
                 }
             }
-            Err(error) => tracing::error!(%error, "the server's certificate cannot be looked after"),
+            Err(error) => {
+                tracing::error!(%error, "the server's certificate cannot be checked; correct the files of `tls.certificate` and `tls.private_key`")
+            }
         }
         let root = self.authority.not_after();
         if days_left(root, Island::now()) < ROOT_WARNING_DAYS {
@@ -152,9 +157,9 @@ impl CertificateWatch {
         }
     }
 
-    /// One line for each enabled principal whose newest certificate, or whose transport key's, ends
-    /// within 30 days, and one more if that leaves no officer: nobody could renew an officer's
-    /// certificate any more but the custodians.
+    /// Logs one line for each enabled principal whose newest certificate or transport certificate
+    /// ends within 30 days, and one more if no officer would be left: then only the custodians
+    /// could renew an officer's certificate.
     async fn warn_of_principals(&self) -> Result<(), ServiceError> {
         let mut after: Option<Vec<u8>> = None;
         let mut officers = OfficersLeft::default();
@@ -169,7 +174,7 @@ impl CertificateWatch {
                 let Some(id) = std::str::from_utf8(&name).ok().and_then(|name| PrincipalId::parse(name).ok()) else {
                     continue;
                 };
-                // A row that does not verify is the scrubber's business.
+                // The scrubber reports a row that does not verify.
                 let Ok(principal) = self.island.committer.open_principal(&id, &row) else { continue };
                 if principal.status != PrincipalStatus::Enabled {
                     continue;
@@ -205,7 +210,7 @@ impl OfficersLeft {
         }
     }
 
-    /// What is wrong, if something is: the last officer, and what to do.
+    /// The warning, if there is one: the last officer and the next step.
     fn warning(&self, now: UnixMillis) -> Option<(&PrincipalId, i64, String)> {
         let (id, end) = self.0.as_ref().filter(|(_, end)| days_left(*end, now) < OFFICERS_WARNING_DAYS)?;
         let days = days_left(*end, now);
@@ -226,7 +231,7 @@ impl OfficersLeft {
     }
 }
 
-/// What is needed of a certificate in use.
+/// The needed values of a certificate in use.
 struct Current {
     names: Vec<String>,
     not_before: UnixMillis,
@@ -277,7 +282,7 @@ fn end_of(der: &[u8]) -> Option<UnixMillis> {
     Some(UnixMillis(certificate.validity().not_after.timestamp().saturating_mul(1000)))
 }
 
-/// Whole days until then; negative once it is past.
+/// Whole days until then; negative for a time in the past.
 const fn days_left(end: UnixMillis, now: UnixMillis) -> i64 {
     end.0.saturating_sub(now.0).div_euclid(86_400_000)
 }
@@ -292,17 +297,17 @@ fn file_error(path: &Path, reason: &str) -> ServiceError {
 const PUBLIC: u32 = 0o644;
 const A_DAY: Duration = Duration::from_hours(24);
 const WARNING_DAYS: i64 = 30;
-/// When the certificates of all officers end, the custodians must come together: that is said
-/// earlier, and louder.
+/// If the certificates of all officers end, the custodians must meet. So this warning comes earlier
+/// and as an error.
 const OFFICERS_WARNING_DAYS: i64 = 60;
-/// A new root reaches every device slowly.
+/// It takes long until every device has a new root certificate.
 const ROOT_WARNING_DAYS: i64 = 730;
 const PAGE: u32 = 256;
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::certificate::CA_KEY;
+    use crate::certificate::signing::CA_KEY;
     use crate::testing::island_tests;
 
     const DAY: i64 = 86_400_000;

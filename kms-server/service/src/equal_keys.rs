@@ -10,7 +10,7 @@ use kms_proto::v1::{MetersChanged, audit_record::Event};
 use kms_store::{MeterFilter, Reads, RowKind};
 
 use crate::island::Island;
-use crate::owner::expose_to_who_knows_a_kek;
+use crate::keys::exposure::expose_to_who_knows_a_kek;
 use kms_base::error::ServiceError;
 use kms_ledger::{Decision, ServerAct};
 

@@ -1,5 +1,5 @@
-//! The escrow of an island's roots: what the ceremony hands to the custodians, and how enough of
-//! them open it again.
+//! The escrow of an island's roots: what the ceremony gives to the custodians, and how a quorum of
+//! custodians opens it again.
 //!
 //! The HSM wraps each AES root for an RSA-3072 *escrow key* (RSA-OAEP). The escrow key's private
 //! half is encrypted with AES-256-GCM under a fresh key, and that key is split by Shamir's scheme
@@ -23,8 +23,8 @@ use serde::{Deserialize, Serialize};
 use vsss_rs::Gf256;
 use zeroize::Zeroizing;
 
-/// M of N. I6: fewer than two people are no quorum, and M people of M mean that one lost key loses
-/// the roots, which is allowed but said aloud by the ceremony.
+/// M of N. I6: fewer than two people are no quorum. With M of M, one lost key loses the roots: this
+/// is allowed, but the ceremony warns about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Quorum {
     needed: u8,
@@ -106,9 +106,8 @@ impl Custodian {
 
 /// The escrow key pair of a ceremony, with its private half already split.
 ///
-/// I1: this is the ceremony's exception. The private half exists in this process, in aws-lc's
-/// memory that is zeroized when it is dropped, from [`Self::make`]'s begin to its end; it is never
-/// written whole.
+/// I1: this is the exception of the ceremony. During [`Self::make`] the private half exists in this
+/// process, in memory of aws-lc that is zeroized on drop. It is never written as a whole.
 pub struct EscrowKey {
     spki: Vec<u8>,
     private_key: SealedPrivateKey,
@@ -197,7 +196,7 @@ pub struct EscrowDocument {
 }
 
 impl EscrowDocument {
-    /// The same with the roots that the HSM has wrapped for the escrow key.
+    /// The same file with the roots that the HSM wrapped for the escrow key.
     #[must_use]
     pub fn with_roots(mut self, island: &IslandName, roots: &WrappedRoots) -> Self {
         self.oaep_hash = roots.oaep_hash.name().to_owned();
@@ -213,8 +212,8 @@ impl EscrowDocument {
         self
     }
 
-    /// The same with one more version of a root, wrapped for the same escrow key; the others stay
-    /// as they are.
+    /// The same file with one more version of a root, wrapped for the same escrow key. The others
+    /// stay as they are.
     ///
     /// # Errors
     /// The wrap is for another escrow key, or the file's roots are wrapped with another hash.
@@ -246,7 +245,7 @@ impl EscrowDocument {
         self.format == FORMAT && self.island == island.as_str()
     }
 
-    /// The roots, as the HSM room knows them; none before they are in the file.
+    /// The roots in the form of kms-hsm; `None` before they are in the file.
     ///
     /// # Errors
     /// A root that no ceremony makes, or an unknown hash.
@@ -268,7 +267,7 @@ impl EscrowDocument {
         }))
     }
 
-    /// Whether it is of a ceremony with this island, quorum and custodians.
+    /// Whether it belongs to a ceremony with this island, quorum and custodians.
     pub fn is_for(&self, island: &IslandName, quorum: Quorum, custodians: &[Custodian]) -> bool {
         self.format == FORMAT
             && self.island == island.as_str()
@@ -328,9 +327,9 @@ impl EscrowDocument {
         Ok(OpenedEscrow { key: OaepPrivateDecryptingKey::new(pair).map_err(failed("the private key"))? })
     }
 
-    /// I6: proves that a quorum of custodians stands behind an act: their shares open the private
-    /// half of the very escrow key that the island knows. No root is opened. I1: the private half
-    /// is in zeroizing memory, from this function's begin to its end.
+    /// I6: proves that a quorum of custodians agrees to an act: their shares open the private half
+    /// of the escrow key that the island's row names. No root is opened. I1: the private half is in
+    /// zeroizing memory and only during this function.
     ///
     /// # Errors
     /// The file is of another island or another escrow key, or as [`Self::open`].
@@ -344,8 +343,7 @@ impl EscrowDocument {
             return Err(EscrowError::Document(format!("it is not the escrow of the island `{island}`")));
         }
         let opened = self.open(shares)?;
-        // Who forges a file can put the island's public key into it, beside a private key of their
-        // own.
+        // A forged file can contain the island's public key beside another private key.
         let mut challenge = Zeroizing::new([0; 32]);
         aws_lc_rs::rand::fill(challenge.as_mut_slice()).map_err(failed("random octets"))?;
         let public = PublicEncryptingKey::from_der(&self.escrow_key.0)
@@ -390,7 +388,7 @@ impl EscrowDocument {
     }
 }
 
-/// The escrow's private key, put together again by enough custodians.
+/// The escrow's private key, restored from the shares of a quorum of custodians.
 pub struct OpenedEscrow {
     key: OaepPrivateDecryptingKey,
 }
@@ -416,7 +414,8 @@ impl SealedPrivateKey {
         let mut nonce = [0; 12];
         aws_lc_rs::rand::fill(&mut nonce).map_err(failed("random octets"))?;
         let sealing = LessSafeKey::new(UnboundKey::new(&AES_256_GCM, key).map_err(failed("the escrow's AES key"))?);
-        // In place, and the tag apart: the plaintext is never moved by a growing buffer.
+        // Encrypted in place with a separate tag: a growing buffer would leave copies of the
+        // plaintext in memory.
         let tag = sealing
             .seal_in_place_separate_tag(
                 Nonce::assume_unique_for_key(nonce),
@@ -559,7 +558,7 @@ mod tests {
             let key = folder.join(format!("{}.pem", self.name));
             std::fs::write(
                 &key,
-                super::super::certificate::pem(
+                super::super::certificate::signing::pem(
                     "PRIVATE KEY",
                     PrivatePkcs8KeyDer::from(pkcs8.as_ref()).secret_pkcs8_der(),
                 ),

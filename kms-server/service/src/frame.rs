@@ -4,13 +4,15 @@
 //! come from the same place as leases (I4), and the record of every protected frame is durable
 //! before it leaves (I2).
 
+mod alert;
 mod carried;
+pub mod unprotect;
 
 use async_recursion::async_recursion as boxed;
 use std::{
     collections::{HashMap, HashSet},
     num::NonZeroU32,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -19,28 +21,26 @@ use kms_dlms::{
     ServiceKind, ServiceRequest, resembles_request,
 };
 use kms_domain::{
-    KeyState, KeyType, KeyVersionNumber, Meter, QuotaExceeded, QuotaHour, QuotaUse, RequestId, SecuritySetupId, Slot,
-    Standing, SystemTitle, UnixMillis,
+    KeyType, KeyVersionNumber, Meter, QuotaExceeded, QuotaHour, QuotaUse, RequestId, SecuritySetupId, Slot, Standing,
+    SystemTitle, UnixMillis,
 };
-use kms_hsm::{FrameInput, FrameKeys, FrameParameters, HsmError, ProtectedFrame};
+use kms_hsm::{FrameInput, FrameKeys, FrameParameters, ProtectedFrame};
 use kms_proto::v1::{self, FramesProtected, audit_record::Event};
 use kms_store::{Reads, RowKind};
 use tracing::Instrument as _;
 
-use super::{
-    grant::{counter_key, on_new_key, setup_record, source},
-    transfer::{EARLIER_KEY_HELD, earlier_key_held, pair_keys},
-};
+use self::alert::AlertKey;
 use crate::island::Island;
-use kms_authz::facts;
-use kms_authz::{Action, Caller, CosemTarget, FrameService as Service, PrincipalFacts, Purpose, Quota, Resource};
+use crate::keys::counter::{counter_key, on_new_key};
+use crate::keys::{setup::setup_record, source::source};
+use kms_authz::{Action, Caller, CosemTarget, FrameService as Service, Purpose, Quota, Resource};
 use kms_base::FrameDirection;
 use kms_base::error::ServiceError;
 use kms_base::metrics;
 use kms_ledger::quota_use_row;
 use kms_ledger::{
-    Act, Asker, AuditLeaf, ByRecord, CounterOf, Decision, LiveLease, Never, PastRecord, Permit, Request, View,
-    overtaken, refused_before,
+    Act, Asker, AuditLeaf, ByRecord, CounterOf, Decision, LiveLease, PastRecord, Permit, Request, View, overtaken,
+    refused_before,
 };
 
 /// A frame to be protected.
@@ -58,6 +58,16 @@ pub struct PlainFrame {
     pub content: PlainContent,
 }
 
+impl PlainFrame {
+    /// The meter and its APDU; `None` for a challenge.
+    fn apdu(&self) -> Option<(SystemTitle, &[u8])> {
+        match &self.content {
+            PlainContent::Apdu { apdu, .. } => Some((self.meter, apdu.as_slice())),
+            PlainContent::Challenge(_) => None,
+        }
+    }
+}
+
 /// What is to be protected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PlainContent {
@@ -70,31 +80,6 @@ pub enum PlainContent {
     },
     /// The meter's challenge (StoC) of HLS mechanism 5, 8–64 octets.
     Challenge(Vec<u8>),
-}
-
-/// A frame from a meter, to be opened.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ReceivedFrame {
-    /// The meter that sent it.
-    pub meter: SystemTitle,
-    /// Which security setup; `None` is the meter's first.
-    pub setup: Option<SecuritySetupId>,
-    /// What it is.
-    pub content: ReceivedContent,
-}
-
-/// What came from a meter.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ReceivedContent {
-    /// A ciphered APDU.
-    Apdu(Vec<u8>),
-    /// f(CtoS), 17 octets, and the challenge that it answers.
-    HlsResponse {
-        /// What the meter sent.
-        response: Vec<u8>,
-        /// The client's challenge (CtoS).
-        challenge: Vec<u8>,
-    },
 }
 
 /// What became of one frame, and its invocation counter.
@@ -155,7 +140,8 @@ impl FrameService {
         supersede_lease: bool,
     ) -> Result<(Vec<FrameOutcome>, Option<AuditLeaf>), ServiceError> {
         let quotas = frames.iter().any(|frame| self.counts(frame)).then(|| quota_use_row(&caller.principal));
-        let under_way = carried::under_way(&self.island, caller, &frames).await?;
+        let apdus: Vec<(SystemTitle, &[u8])> = frames.iter().filter_map(PlainFrame::apdu).collect();
+        let under_way = carried::under_way(&self.island, caller, &apdus).await?;
         let act = Protect { island: self.island.clone(), purpose, frames, supersede_lease, under_way, quotas };
         let committed = self.island.door.act(caller, Request { id: request, digest }, act).await?;
         let Protected { planned, replayed } = committed.value;
@@ -192,156 +178,6 @@ impl FrameService {
         Ok((outcomes, committed.leaves.first().copied().or(replayed)))
     }
 
-    /// Opens frames that came from meters.
-    ///
-    /// # Errors
-    /// What concerns all: the caller, HSM or database.
-    #[boxed]
-    pub async fn unprotect(
-        &self,
-        caller: &Caller,
-        purpose: Purpose,
-        frames: Vec<ReceivedFrame>,
-    ) -> Result<Vec<FrameOutcome>, ServiceError> {
-        let span = tracing::debug_span!("frames", kms.frames = frames.len());
-        let (opened, alerts) = self.open_all(caller, purpose, frames).instrument(span).await?;
-        self.alert(caller, alerts).await?;
-        // No act refuses these (I2).
-        for _ in opened.iter().filter(|outcome| matches!(outcome.octets, Err(ServiceError::PermissionDenied { .. }))) {
-            self.island.committer.refused(
-                Some(&caller.principal),
-                "unprotectFrame",
-                "`unprotectFrame` is not permitted".to_owned(),
-            );
-        }
-        metrics().frames(FrameDirection::Unprotect, opened.iter().map(|outcome| &outcome.octets));
-        Ok(opened)
-    }
-
-    /// Puts on the record what officers have to see, once for each key while this server runs.
-    async fn alert(&self, caller: &Caller, alerts: Vec<Alert>) -> Result<(), ServiceError> {
-        let mut fresh = alerts;
-        {
-            let alerted = self.alerted.lock().unwrap_or_else(PoisonError::into_inner);
-            fresh.retain(|found| !alerted.contains(&found.key()));
-        }
-        if fresh.is_empty() {
-            return Ok(());
-        }
-        let told: Vec<_> = fresh.iter().map(Alert::key).collect();
-        self.island.door.act(caller, None, Alerts(fresh)).await?;
-        // Only what is on the record is not said again.
-        let mut alerted = self.alerted.lock().unwrap_or_else(PoisonError::into_inner);
-        if alerted.len() > MOST_ALERTED {
-            alerted.clear();
-        }
-        alerted.extend(told);
-        Ok(())
-    }
-
-    async fn open_all(
-        &self,
-        caller: &Caller,
-        purpose: Purpose,
-        frames: Vec<ReceivedFrame>,
-    ) -> Result<(Vec<FrameOutcome>, Vec<Alert>), ServiceError> {
-        let titles: Vec<SystemTitle> = frames.iter().map(|frame| frame.meter).collect();
-        let (principal, rows) = self.island.principal_and_meters(caller, &titles).await?;
-        let facts = facts(&principal);
-        let mut meters = HashMap::new();
-        for row in rows {
-            match self.island.committer.open_meter(row.title, &row.row) {
-                Ok(meter) => meters.insert(row.title, meter),
-                // It may have been written between being read and being opened. One that does not
-                // verify again is as good as absent (I5).
-                Err(_) => {
-                    self.island.meter(row.title).await.ok().flatten().and_then(|meter| meters.insert(row.title, meter))
-                }
-            };
-        }
-        let mut others = OtherPairs::default();
-        let opened: Vec<Result<Received, ServiceError>> = frames
-            .into_iter()
-            .map(|frame| self.receive(&facts, purpose, meters.get(&frame.meter).map(AsRef::as_ref), frame, &mut others))
-            .collect();
-        let jobs: Vec<(FrameKeys, ProtectedFrame)> = opened
-            .iter()
-            .filter_map(|received| received.as_ref().ok())
-            .map(|received| (received.keys.clone(), received.frame.clone()))
-            .collect();
-        let mut plain = self
-            .island
-            .hsm_for(caller)
-            .unprotect_batch(jobs)
-            .instrument(tracing::debug_span!("hsm.unprotect"))
-            .await?
-            .into_iter();
-        let (mut alerts, mut doubtful) = (Vec::new(), Vec::new());
-        let mut outcomes: Vec<FrameOutcome> = opened
-            .into_iter()
-            .enumerate()
-            .map(|(at, received)| match received {
-                Err(error) => FrameOutcome { octets: Err(error), counter: 0 },
-                Ok(received) => {
-                    let octets = match plain.next() {
-                        Some(Ok(_)) if received.is_challenge => {
-                            alerts.extend(received.backwards);
-                            Ok(Vec::new())
-                        }
-                        Some(Ok(octets)) => Ok(octets),
-                        Some(Err(error @ HsmError::TagInvalid)) => {
-                            metrics().hsm_error(&error);
-                            doubtful.extend(
-                                received.others.iter().map(|other| (at, other.clone(), received.frame.clone())),
-                            );
-                            Err(ServiceError::FailedPrecondition {
-                                reason: "the frame's authentication tag does not verify".to_owned(),
-                                next_step:
-                                    "check that the frame is the meter's and unchanged; the meter may hold another key"
-                                        .to_owned(),
-                            })
-                        }
-                        Some(Err(error)) => Err(error.into()),
-                        None => {
-                            Err(ServiceError::Internal("the HSM returned fewer frames than it was given".to_owned()))
-                        }
-                    };
-                    FrameOutcome { octets, counter: received.counter }
-                }
-            })
-            .collect();
-        for (at, other) in self.held_instead(caller, doubtful).await? {
-            if let Some(outcome) = outcomes.get_mut(at) {
-                outcome.octets = Err(other.refusal());
-            }
-            alerts.extend(other.earlier);
-        }
-        Ok((outcomes, alerts))
-    }
-
-    /// Which pair of keys a meter's answer to a challenge is of, where it is not of the active one.
-    /// Nothing else is made of it (I3): what the meter holds is for a probe to show, whose
-    /// challenge the HSM makes.
-    async fn held_instead(
-        &self,
-        caller: &Caller,
-        doubtful: Vec<(usize, OtherPair, ProtectedFrame)>,
-    ) -> Result<Vec<(usize, OtherPair)>, ServiceError> {
-        if doubtful.is_empty() {
-            return Ok(Vec::new());
-        }
-        let jobs = doubtful.iter().map(|(_, other, frame)| (other.keys.clone(), frame.clone())).collect();
-        let opened =
-            self.island.hsm_for(caller).unprotect_batch(jobs).instrument(tracing::debug_span!("hsm.unprotect")).await?;
-        let mut found: Vec<(usize, OtherPair)> = Vec::new();
-        for ((at, other, _), opened) in doubtful.into_iter().zip(opened) {
-            if opened.is_ok() && found.last().is_none_or(|(known, _)| *known != at) {
-                found.push((at, other));
-            }
-        }
-        Ok(found)
-    }
-
     /// Whether a frame is one that quotas count, so that the row of its principal's use is read
     /// with the others.
     fn counts(&self, frame: &PlainFrame) -> bool {
@@ -350,238 +186,6 @@ impl FrameService {
         read_service(apdu).is_ok_and(|(service, targets)| {
             targets.iter().any(|target| policy.quotas().of(service, *target).next().is_some())
         })
-    }
-
-    fn receive(
-        &self,
-        facts: &PrincipalFacts,
-        purpose: Purpose,
-        meter: Option<&Meter>,
-        frame: ReceivedFrame,
-        others: &mut OtherPairs,
-    ) -> Result<Received, ServiceError> {
-        let meter = meter.ok_or_else(|| denied("unprotectFrame", frame.meter))?;
-        let action = Action::UnprotectFrame { purpose };
-        if !meter.class.status.may_grant()
-            || !self.island.policy.load().permits(facts, &action, &Resource::Meters(&meter.class)).is_permit()
-        {
-            return Err(denied("unprotectFrame", frame.meter));
-        }
-        let setup = setup_of(meter, frame.setup)?;
-        let keys = frame_keys(meter, setup)?;
-        let invalid = |error: DlmsError| ServiceError::invalid("frames.apdu", error.to_string());
-        match frame.content {
-            ReceivedContent::Apdu(octets) => {
-                let ciphered = CipheredApdu::parse(&octets).map_err(invalid)?;
-                if ciphered.tag.is_dedicated() || ciphered.control.key_set == KeySet::Broadcast {
-                    return Err(ServiceError::invalid(
-                        "frames.apdu",
-                        "it is protected by a dedicated or a broadcast key; only unicast frames are opened here",
-                    ));
-                }
-                // Only what the meter itself sent: else this would open what other head-ends send
-                // to it.
-                if ciphered.system_title.is_some_and(|title| title != meter.title) {
-                    return Err(ServiceError::invalid(
-                        "frames.apdu",
-                        "it carries another system title than the meter's",
-                    ));
-                }
-                if ciphered.control.suite != meter.suite {
-                    return Err(ServiceError::invalid("frames.apdu", "its security suite is not the meter's"));
-                }
-                let parameters = FrameParameters::new(
-                    ciphered.control.octet(),
-                    *Nonce::new(meter.title, ciphered.counter).octets(),
-                )?;
-                let received =
-                    ProtectedFrame { parameters, text: ciphered.content.to_vec(), tag: ciphered.authentication_tag.0 };
-                Ok(Received {
-                    keys: keys.keys,
-                    frame: received,
-                    counter: ciphered.counter,
-                    is_challenge: false,
-                    backwards: None,
-                    others: Arc::default(),
-                })
-            }
-            ReceivedContent::HlsResponse { response, challenge } => {
-                let gmac = HlsGmac::parse(&response)
-                    .map_err(|error| ServiceError::invalid("frames.hls_response", error.to_string()))?;
-                let parameters = FrameParameters::new(
-                    HlsGmac::control(gmac.suite).octet(),
-                    *Nonce::new(meter.title, gmac.counter).octets(),
-                )?;
-                let received = ProtectedFrame { parameters, text: challenge, tag: gmac.tag.0 };
-                // The answer to a challenge is fresh; any other frame may be opened long after it
-                // was sent.
-                let known = meter
-                    .slots
-                    .get(setup, KeyType::GUEK)
-                    .and_then(|slot| slot.version(keys.encryption_version))
-                    .map_or(0, |version| version.transport().meter_counter);
-                let shown = Shown::Backwards { version: keys.encryption_version, known, seen: gmac.counter };
-                let found = Alert { meter: meter.title, setup, shown };
-                let others =
-                    others.entry((meter.title, setup)).or_insert_with(|| OtherPair::of(meter, setup, &keys)).clone();
-                Ok(Received {
-                    keys: keys.keys,
-                    frame: received,
-                    counter: gmac.counter,
-                    is_challenge: true,
-                    backwards: Some(found).filter(|_| gmac.counter < known),
-                    others,
-                })
-            }
-        }
-    }
-}
-
-struct Received {
-    keys: FrameKeys,
-    frame: ProtectedFrame,
-    counter: u32,
-    is_challenge: bool,
-    /// What is to be said if the frame is genuine.
-    backwards: Option<Alert>,
-    /// What the meter may hold besides the active keys, the likeliest first. Only an answer to a
-    /// challenge is tried with it: any other frame could have been recorded when these keys were
-    /// the active ones.
-    others: Arc<[OtherPair]>,
-}
-
-/// What officers have to see of a meter's answer to a challenge.
-#[derive(Clone, Copy)]
-struct Alert {
-    meter: SystemTitle,
-    setup: SecuritySetupId,
-    shown: Shown,
-}
-
-#[derive(Clone, Copy)]
-enum Shown {
-    /// A counter of the meter's own below one that it used before under the same key.
-    Backwards { version: KeyVersionNumber, known: u32, seen: u32 },
-    /// A version that is not the active one any more.
-    EarlierKey { key_type: KeyType, version: KeyVersionNumber },
-}
-
-/// What is said once: of which meter, which event, of which key.
-type AlertKey = (SystemTitle, SecuritySetupId, &'static str, KeyType, KeyVersionNumber);
-
-impl Alert {
-    const fn kind(&self) -> &'static str {
-        match self.shown {
-            Shown::Backwards { .. } => "meter-counter-backwards",
-            Shown::EarlierKey { .. } => EARLIER_KEY_HELD,
-        }
-    }
-
-    fn detail(&self) -> String {
-        match self.shown {
-            Shown::Backwards { version, known, seen } => {
-                format!(
-                    "under GUEK version {version} the meter used counter {seen} after {known}, and its key was not changed in between: it may repeat nonces"
-                )
-            }
-            Shown::EarlierKey { key_type, version } => earlier_key_held(key_type, version),
-        }
-    }
-
-    const fn key(&self) -> AlertKey {
-        let (key_type, version) = match self.shown {
-            Shown::Backwards { version, .. } => (KeyType::GUEK, version),
-            Shown::EarlierKey { key_type, version } => (key_type, version),
-        };
-        (self.meter, self.setup, self.kind(), key_type, version)
-    }
-}
-
-/// Of the meters of one call, each made once.
-type OtherPairs = HashMap<(SystemTitle, SecuritySetupId), Arc<[OtherPair]>>;
-
-/// A pair of keys that a meter may hold, and that is not the active one.
-#[derive(Clone)]
-struct OtherPair {
-    keys: FrameKeys,
-    /// Which of the two was active before. None: a transfer left it open whether the meter has a
-    /// new one.
-    earlier: Vec<Alert>,
-}
-
-impl OtherPair {
-    fn of(meter: &Meter, setup: SecuritySetupId, active: &SetupKeys) -> Arc<[Self]> {
-        let pairs = meter.pairs(setup, None).into_iter();
-        let others = pairs.filter(|pair| {
-            (pair.encryption, pair.authentication) != (active.encryption_version, active.authentication_version)
-        });
-        let earlier = |key_type: KeyType, number: KeyVersionNumber| {
-            let version = meter.slots.get(setup, key_type)?.version(number)?;
-            let was_active = !matches!(version.state(), KeyState::Active | KeyState::PreActive);
-            was_active.then_some(Alert {
-                meter: meter.title,
-                setup,
-                shown: Shown::EarlierKey { key_type, version: number },
-            })
-        };
-        let others = others.filter_map(|pair| {
-            let earlier = [earlier(KeyType::GUEK, pair.encryption), earlier(KeyType::GAK, pair.authentication)]
-                .into_iter()
-                .flatten()
-                .collect();
-            Some(Self { keys: pair_keys(meter, setup, pair).ok()?, earlier })
-        });
-        others.take(MOST_OTHER_PAIRS).collect()
-    }
-
-    fn refusal(&self) -> ServiceError {
-        let held: Vec<String> = self.earlier.iter().map(Alert::detail).collect();
-        let reason = if held.is_empty() {
-            "the answer is not of the active keys: a transfer left it open which ones the meter holds".to_owned()
-        } else {
-            format!("the answer is not of the active keys: {}", held.join("; "))
-        };
-        ServiceError::FailedPrecondition {
-            reason,
-            next_step: "begin a probe: a transfer without a key type".to_owned(),
-        }
-    }
-}
-
-/// Events for the officers about what a caller's frames showed.
-struct Alerts(Vec<Alert>);
-
-impl Act for Alerts {
-    type Answer = ();
-    type Past = Never;
-
-    fn name(&self) -> &'static str {
-        "unprotectFrame"
-    }
-
-    fn reads(&self) -> Reads {
-        Reads::default()
-    }
-
-    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
-        Ok(asker
-            .without_policy("the frames were opened under a policy's permit; this puts on the record what they showed"))
-    }
-
-    fn decide(&self, _: &Permit, view: &mut View<'_, '_>) -> Result<Decision<()>, ServiceError> {
-        let mut entry = None;
-        for found in &self.0 {
-            entry = Some(view.append(Event::SecurityEvent(v1::SecurityEvent {
-                kind: found.kind().to_owned(),
-                detail: found.detail(),
-                meter: found.meter.octets().to_vec().into(),
-            })));
-        }
-        Ok(Decision::of(entry, ()))
-    }
-
-    fn again(&self, never: Never, _: &Permit, _: &mut View<'_, '_>) -> Result<(), ServiceError> {
-        match never {}
     }
 }
 
@@ -1004,7 +608,7 @@ fn leased(client_title: SystemTitle, lease: LiveLease) -> ServiceError {
             "let it end, use another client title, or set supersede_lease",
         ),
         LiveLease::EndUnknown => (
-            "may hold a live counter lease for this meter: another server, or this one before its last start, dealt it, and only that one knows when it ends",
+            "may hold a live counter lease for this meter: another server, or this one before its last start, allocated it, and only that server knows when it ends",
             "if no session of this client title with the meter is in use, set supersede_lease; or use another client title",
         ),
     };
@@ -1038,11 +642,6 @@ fn used_up(quota: &Quota, exceeded: QuotaExceeded, now: UnixMillis) -> ServiceEr
 fn denied(action: &str, meter: SystemTitle) -> ServiceError {
     ServiceError::denied(format!("{action} with meter {meter}"))
 }
-
-/// Keys that are remembered as told of.
-const MOST_ALERTED: usize = 10_000;
-/// Pairs of keys that an answer to a challenge is tried with, besides the active one.
-const MOST_OTHER_PAIRS: usize = 4;
 
 #[cfg(test)]
 mod tests;

@@ -1,47 +1,50 @@
-//! The ceremony (`kms-server init`): makes an island out of one reviewable file: tokens, roots,
-//! escrow, CA, certificates, database, and the record of all of it.
+//! The ceremony (`kms-server init`): makes an island from one reviewable file: tokens, roots,
+//! escrow, CA, certificates, database, and the record of all this.
 //!
-//! It can be interrupted anywhere and run again with the same file: what was made is found and
-//! kept. The escrow's shares are on disk before a root exists, and the roots' wraps are on disk
-//! before the roots are locked.
+//! It can be interrupted at any point and run again with the same file: it finds and keeps what was
+//! made. The escrow's shares are on disk before a root exists, and the wraps of the roots are on
+//! disk before the roots are locked.
 
+mod error;
 mod file;
+mod folder;
 
 use async_recursion::async_recursion as boxed;
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use kms_domain::{
-    ChunkSize, ClassRoots, DatabaseHistory, DiversificationRoot, Enrolment, Island as IslandRow, IslandKind,
-    IslandName, KeyClass, KeyDerivation, OaepHash, Principal, PrincipalStatus, SealKey, SealRootKey,
+    ChunkSize, ClassRoots, DatabaseHistory, DiversificationRoot, Enrolment, Island as IslandRow, IslandKind, KeyClass,
+    KeyDerivation, Principal, PrincipalStatus, SealKey, SealRootKey,
 };
 use kms_hsm::{
-    EscrowPackage, Hsm, HsmError, KeyFingerprint, Module, Pin, PinSource, ProcessPinMemory, RootVersion, StandbyToken,
-    TokenKey, TokenSelector, TokenSettings, WrappedRoot, WrappedRoots, create_roots, create_standby_transport,
-    install_wrapped_roots,
+    EscrowPackage, Hsm, KeyFingerprint, Module, Pin, PinSource, ProcessPinMemory, RootVersion, StandbyToken,
+    TokenSettings, create_roots, create_standby_transport, install_wrapped_roots,
 };
 use kms_proto::v1::{CeremonyHeld, Fingerprint, PrincipalChanged, audit_record::Event};
-use kms_store::{DatabaseLocation, Reads, RowKind, Store, StoreError};
+use kms_store::{DatabaseLocation, Reads, RowKind, Store};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use zeroize::Zeroizing;
 
-use super::certificate::{CA_KEY, CertificateAuthority, CertificationRequest, IssuedCertificate, Validity};
-use super::escrow::{EscrowDocument, EscrowError, EscrowKey};
+pub use self::error::InitError;
+pub use self::file::{CeremonyPlan, CeremonyToken, CopyToken, FirstPrincipal, Storage};
+pub(crate) use self::folder::StoredCopy;
+use self::folder::{ESCROW, PreparedEscrow, SECRET, SERVER_KEY, StateFolder, copy_name};
+
+use super::certificate::signing::{CA_KEY, IssuedCertificate};
+use super::certificate::{CertificateAuthority, Validity};
 use crate::island::Island;
 use kms_base::error::ServiceError;
-use kms_base::files;
-use kms_config::{ConfigError, SecretSource};
+use kms_config::SecretSource;
 use kms_ledger::principal_row;
 use kms_ledger::{AuditKey, Committer, CommitterSettings, Decision, RestoreSettings, ServerAct};
 
-pub use file::{CeremonyPlan, CeremonyToken, CopyToken, FirstPrincipal, Storage};
-
-/// What a ceremony came to.
+/// The result of a ceremony.
 pub struct Held {
     /// Every key with its fingerprint, for the record that people sign.
     pub fingerprints: Vec<KeyFingerprint>,
@@ -56,15 +59,16 @@ pub struct Held {
 }
 
 impl CeremonyPlan {
-    /// Holds the ceremony. `state` is the folder that gets what it makes: `escrow.json`,
-    /// `root.pem`, `server.pem` and `server.key`, `principals/`, `kms-server.toml`, `ceremony.txt`,
-    /// and copies of roots for other tokens.
+    /// Holds the ceremony. It writes its results to the folder `state`: `escrow.json`, `root.pem`,
+    /// `server.pem` and `server.key`, `principals/`, `kms-server.toml`, `ceremony.txt`, and copies
+    /// of roots for other tokens.
     ///
     /// # Errors
-    /// What is in the way, and what to do. Running it again goes on where it stopped.
+    /// What stopped the ceremony, and what to do. A second run continues where the first one
+    /// stopped.
     #[boxed]
     pub async fn hold(self, state: &Path) -> Result<Held, InitError> {
-        let state = State::open(state)?;
+        let state = StateFolder::open(state)?;
         let escrow = state.escrow(&self)?;
         let settings = TokenSettings::new(
             self.token.module.clone(),
@@ -99,7 +103,7 @@ impl CeremonyPlan {
     /// Tokens, roots and copies of roots.
     fn make_roots(
         &self,
-        state: &State,
+        state: &StateFolder,
         escrow: &PreparedEscrow,
     ) -> Result<(Vec<KeyFingerprint>, Option<KeyDerivation>), InitError> {
         let (module, so_pin, pin) = self.token.prepare()?;
@@ -149,7 +153,7 @@ impl CeremonyPlan {
     /// The CA, all certificates, and the database.
     async fn certify(
         &self,
-        state: &State,
+        state: &StateFolder,
         hsm: &Hsm,
         derivation: Option<KeyDerivation>,
         fingerprints: &mut Vec<KeyFingerprint>,
@@ -189,7 +193,7 @@ impl CeremonyPlan {
             certificates.push(issued);
         }
         self.record(hsm, derivation, fingerprints, &certificates).await?;
-        // Only now, after the record is durable.
+        // Certificates are written only after the record is durable.
         for (first, issued) in self.principals.iter().zip(&certificates) {
             state.write(
                 &format!("principals/{}-{}.pem", first.id.role(), first.id.name()),
@@ -333,7 +337,7 @@ impl CeremonyPlan {
         format!("{text}\n{table}\n")
     }
 
-    fn configuration(&self, state: &State) -> String {
+    fn configuration(&self, state: &StateFolder) -> String {
         let quoted = |path: &Path| toml::Value::String(path.display().to_string()).to_string();
         let token = &self.token;
         // The server may run in another folder. A bare name is searched for by the loader.
@@ -408,220 +412,7 @@ impl FirstPrincipal {
     }
 }
 
-/// The escrow file before the roots are in it.
-struct PreparedEscrow {
-    document: EscrowDocument,
-}
-
-/// The folder that the ceremony writes to; other users cannot look into it.
-#[derive(Clone)]
-struct State(PathBuf);
-
-impl State {
-    fn open(folder: &Path) -> Result<Self, InitError> {
-        for path in [folder.to_owned(), folder.join("principals")] {
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&path)
-                .map_err(|error| InitError::file(&path, error))?;
-        }
-        let folder = folder.canonicalize().map_err(|error| InitError::file(folder, error))?;
-        Ok(Self(folder))
-    }
-
-    fn read(&self, name: &str) -> Result<Option<Vec<u8>>, InitError> {
-        let path = self.0.join(name);
-        match fs::read(&path) {
-            Ok(content) => Ok(Some(content)),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(InitError::file(&path, error)),
-        }
-    }
-
-    /// Writes a file whole or not at all, and durably.
-    fn write(&self, name: &str, content: &[u8], mode: u32) -> Result<PathBuf, InitError> {
-        let path = self.0.join(name);
-        files::replace(&path, content, mode).map_err(|error| InitError::file(&path, error))?;
-        Ok(path)
-    }
-
-    fn damaged(&self, name: &str) -> InitError {
-        InitError::Damaged { path: self.0.join(name) }
-    }
-
-    /// The escrow file of an interrupted ceremony, or a new one. Its shares are on disk before any
-    /// root is made.
-    fn escrow(&self, plan: &CeremonyPlan) -> Result<PreparedEscrow, InitError> {
-        let document = match self.read(ESCROW)? {
-            Some(text) => {
-                let document: EscrowDocument = serde_json::from_slice(&text).map_err(|_| self.damaged(ESCROW))?;
-                if !document.is_for(&plan.island, plan.quorum, &plan.custodians) {
-                    return Err(InitError::OtherEscrow { path: self.0.join(ESCROW) });
-                }
-                document
-            }
-            None => {
-                let document = EscrowKey::make(&plan.island, plan.quorum, &plan.custodians)?.document(&plan.island);
-                self.write(ESCROW, document.to_json().as_bytes(), SECRET)?;
-                document
-            }
-        };
-        Ok(PreparedEscrow { document })
-    }
-
-    /// What an interrupted ceremony has stored of the roots.
-    fn previous(
-        &self,
-        island: &IslandName,
-        escrow: &PreparedEscrow,
-        copies: usize,
-    ) -> Result<Option<EscrowPackage>, InitError> {
-        let Some(roots) = escrow.document.wrapped_roots(island)? else { return Ok(None) };
-        let mut standby = Vec::with_capacity(copies);
-        for number in 0..copies {
-            let name = copy_name(number);
-            let text = self.read(&name)?.ok_or_else(|| self.damaged(&name))?;
-            standby.push(StoredCopy::parse(island, &text).ok_or_else(|| self.damaged(&name))?);
-        }
-        Ok(Some(EscrowPackage { island: island.clone(), escrow: roots, standby }))
-    }
-
-    /// The server's TLS key, made once; the certificate follows it.
-    fn server_key(&self) -> Result<CertificationRequest, InitError> {
-        let key = match self.read(SERVER_KEY)? {
-            Some(text) => {
-                let text = Zeroizing::new(text);
-                std::str::from_utf8(&text)
-                    .ok()
-                    .and_then(|text| rcgen::KeyPair::from_pem(text).ok())
-                    .ok_or_else(|| self.damaged(SERVER_KEY))?
-            }
-            None => {
-                let key = rcgen::KeyPair::generate()
-                    .map_err(|error| InitError::Service(ServiceError::Internal(error.to_string())))?;
-                self.write(SERVER_KEY, Zeroizing::new(key.serialize_pem()).as_bytes(), SECRET)?;
-                key
-            }
-        };
-        let request = rcgen::CertificateParams::default()
-            .serialize_request(&key)
-            .map_err(|error| InitError::Service(ServiceError::Internal(error.to_string())))?;
-        CertificationRequest::parse(request.der())
-            .map_err(|error| InitError::Service(ServiceError::Internal(error.to_string())))
-    }
-}
-
-/// Copies of roots for one token, as stored: JSON of labels and wraps.
-pub(crate) struct StoredCopy;
-
-impl StoredCopy {
-    /// The file's text.
-    pub(crate) fn of(island: &IslandName, copies: &WrappedRoots) -> String {
-        let roots: Vec<_> = copies
-            .roots
-            .iter()
-            .map(|root| serde_json::json!({ "label": root.key.label(island), "check_value": hex::encode(&root.check_value), "wrapped": hex::encode(&root.wrapped) }))
-            .collect();
-        let copy = serde_json::json!({ "format": "meterkms-copies/1", "recipient": hex::encode(copies.recipient_sha256), "oaep_hash": copies.oaep_hash.name(), "roots": roots });
-        format!("{copy:#}\n")
-    }
-
-    /// What a file holds; none if it is no such file of the island.
-    pub(crate) fn parse(island: &IslandName, text: &[u8]) -> Option<WrappedRoots> {
-        let copy: serde_json::Value = serde_json::from_slice(text).ok()?;
-        let octets = |value: &serde_json::Value, name: &str| hex::decode(value.get(name)?.as_str()?).ok();
-        let roots = copy.get("roots")?.as_array()?.iter().map(|root| {
-            Some(WrappedRoot {
-                key: TokenKey::of_label(root.get("label")?.as_str()?, island).filter(|key| key.purpose.is_root())?,
-                check_value: octets(root, "check_value")?,
-                wrapped: octets(root, "wrapped")?,
-            })
-        });
-        Some(WrappedRoots {
-            recipient_sha256: octets(&copy, "recipient")?.try_into().ok()?,
-            oaep_hash: OaepHash::parse(copy.get("oaep_hash")?.as_str()?).ok()?,
-            roots: roots.collect::<Option<_>>()?,
-        })
-    }
-}
-
-/// Why a ceremony stopped.
-#[derive(Debug, thiserror::Error)]
-pub enum InitError {
-    /// The ceremony file is refused; nothing was made.
-    #[error("the ceremony file `{path}` is refused: {reason}")]
-    Plan {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        reason: String,
-    },
-    /// A file cannot be read or written.
-    #[error("`{path}`: {reason}; make it accessible and run the ceremony again")]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        reason: String,
-    },
-    /// A file of an interrupted ceremony does not hold what it should.
-    #[error(
-        "`{path}` is damaged, so the interrupted ceremony cannot go on; restore it from a copy, or begin anew with a wiped token and an empty folder"
-    )]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-    },
-    /// The escrow file is of another ceremony.
-    #[error(
-        "`{path}` is of a ceremony with another island, quorum or custodians; give the same file as before, or another folder"
-    )]
-    OtherEscrow {
-        /// The file.
-        path: PathBuf,
-    },
-    /// The database has the island already.
-    #[error(
-        "the database holds the island `{island}` already: a ceremony is held once; start it with `kms-server run`"
-    )]
-    Exists {
-        /// The island.
-        island: IslandName,
-    },
-    /// There is no such token.
-    #[error("there is no token labelled `{}`; initialise it with the HSM's own tool, or set `initialise = true`", selector.label)]
-    NoToken {
-        /// What was looked for.
-        selector: TokenSelector,
-    },
-    /// A PIN cannot be read.
-    #[error(transparent)]
-    Pin(#[from] ConfigError),
-    /// The escrow could not be made.
-    #[error(transparent)]
-    Escrow(#[from] EscrowError),
-    /// The HSM.
-    #[error(transparent)]
-    Hsm(#[from] HsmError),
-    /// The database.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// Certificates or the record.
-    #[error(transparent)]
-    Service(#[from] ServiceError),
-    /// The process is stopping.
-    #[error("the ceremony was interrupted; run it again with the same file")]
-    Interrupted,
-}
-
-impl InitError {
-    fn file(path: &Path, error: std::io::Error) -> Self {
-        Self::File { path: path.to_owned(), reason: error.to_string() }
-    }
-}
-
-/// A new random PIN is written to the file that does not exist yet; the owner alone can read it. No
+/// Writes a new random PIN to the file if the file does not exist. Only the owner can read it. No
 /// PIN has a default.
 fn pin_or_new(source: &SecretSource) -> Result<Pin, InitError> {
     if let SecretSource::File(path) = source
@@ -630,7 +421,7 @@ fn pin_or_new(source: &SecretSource) -> Result<Pin, InitError> {
         let mut random = Zeroizing::new([0; PIN_DIGITS]);
         aws_lc_rs::rand::fill(random.as_mut_slice())
             .map_err(|_| InitError::Service(ServiceError::Internal("no random octets".to_owned())))?;
-        // 16 characters out of 32: 80 bits, no two alike to the eye.
+        // 16 characters of an alphabet of 32: 80 bits, without characters that look alike.
         let pin = Zeroizing::new(
             random
                 .iter()
@@ -659,23 +450,16 @@ fn pin_source(source: &SecretSource) -> PinSource {
     }
 }
 
-fn copy_name(number: usize) -> String {
-    format!("copies-{}.json", number + 1)
-}
-
 fn sha256(octets: &[u8]) -> [u8; 32] {
     let mut value = [0; 32];
     value.copy_from_slice(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, octets).as_ref());
     value
 }
 
-const ESCROW: &str = "escrow.json";
 const ESCROW_KEY_LABEL: &str = "escrow key";
-const SERVER_KEY: &str = "server.key";
-const SECRET: u32 = 0o600;
 const PUBLIC: u32 = 0o644;
 const SEAL_KEY_VERSION: u8 = 1;
-/// 20 years: the root outlives the meters' planning horizon, and is replaced by a ceremony.
+/// 20 years: longer than meters are planned for. A ceremony replaces the root certificate.
 const ROOT_DAYS: u16 = 7_305;
 const LEAF_DAYS: u16 = 365;
 const USABLE_WITHIN: Duration = Duration::from_secs(60);

@@ -1,5 +1,5 @@
-//! What the use cases of one island share: its tokens, database, policies, profiles and writer (I7:
-//! one of these an island).
+//! The context of a server process: the tokens, database, policies, device profiles and writer of
+//! its island (I7: one context for one island).
 
 use async_recursion::async_recursion as boxed;
 use std::{collections::HashSet, path::PathBuf, sync::Arc};
@@ -10,7 +10,7 @@ use kms_hsm::Hsm;
 use kms_store::{MeterRow, RowKind, SealedRow, Store};
 
 use crate::profiles::Profiles;
-use crate::scrub::Flight;
+use crate::scrub_flight::ScrubFlight;
 use kms_authz::{Action, Caller, Policy, Resource};
 use kms_base::Repetition;
 use kms_base::bounds::Limits;
@@ -18,33 +18,32 @@ use kms_base::clock;
 use kms_base::error::ServiceError;
 use kms_ledger::{Asker, Committer, Door};
 
-/// One island, as its use cases see it.
+/// The context that all use cases of an island share. The island's row is [`kms_domain::Island`].
 pub struct Island {
-    /// Its own row, as it was verified last: see [`Self::row`].
+    /// The island's row, as last verified: see [`Self::row`].
     pub row: ArcSwap<kms_domain::Island>,
     /// Its tokens.
     pub hsm: Hsm,
     /// Its database.
     pub store: Arc<dyn Store>,
-    /// Its policies; swapped whole.
+    /// Its policies; replaced as a whole.
     pub policy: Arc<ArcSwap<Policy>>,
     /// Its device profiles.
     pub profiles: Profiles,
-    /// Its one writer in this process.
+    /// The only writer of this process.
     pub committer: Committer,
-    /// The way for callers to change anything.
+    /// The entry for every act of a caller.
     pub door: Door,
     /// The bounds of this server.
     pub limits: Arc<Limits>,
-    /// Where the embedded database keeps its file, beside the log; none where the database is
-    /// elsewhere.
+    /// The file of the embedded database; `None` for a database server.
     pub disk: Option<PathBuf>,
     /// The key of key fingerprints.
     pub fingerprint_key: FingerprintKey,
-    /// The scrub that runs: one at a time.
-    pub scrubs: Flight,
-    /// Held while the row is read anew and its roots are put to use; knows what of them was
-    /// complained about last.
+    /// The running scrub: one at a time.
+    pub scrubs: ScrubFlight,
+    /// Held while the island's row is read again and its roots are taken into use. It remembers the
+    /// last problem that was logged.
     pub refreshing: tokio::sync::Mutex<Repetition>,
 }
 
@@ -54,18 +53,18 @@ impl Island {
         self.hsm.island()
     }
 
-    /// Its tokens, for what is done for a caller: it waits for its turn among the callers.
+    /// The tokens, for work on behalf of a caller. The work queues fairly among the callers.
     pub fn hsm_for(&self, caller: &Caller) -> Hsm {
         self.hsm.paid_by(&caller.principal.to_string())
     }
 
-    /// Its own row, no older than a few seconds: for which roots are in use.
+    /// The island's row, no older than a few seconds. It says which roots are in use.
     pub fn row(&self) -> Arc<kms_domain::Island> {
         self.row.load_full()
     }
 
-    /// The name of its row in the store. Acts that store keys read it (I3), and are faster when
-    /// they name it beforehand.
+    /// The name of the island's row in the store. Acts that store keys read this row (I3). They are
+    /// faster when their reads name it.
     pub fn row_name(&self) -> (RowKind, Vec<u8>) {
         (RowKind::Island, self.name().as_str().as_bytes().to_vec())
     }
@@ -78,8 +77,8 @@ impl Island {
     /// The caller's principal as it stands in the database now, for calls that only read (I5, I8).
     ///
     /// # Errors
-    /// It is disabled, unknown, or the certificate is not one of its own; the row was tampered
-    /// with; the database is away.
+    /// The principal is disabled or unknown, or the certificate is not one of its own; the row was
+    /// tampered with; the database is unavailable.
     #[boxed]
     pub async fn principal(&self, caller: &Caller) -> Result<Arc<kms_domain::Principal>, ServiceError> {
         let name = caller.principal.to_string();
@@ -115,8 +114,8 @@ impl Island {
         let row = row.ok_or_else(refuse)?;
         let principal = match self.committer.open_principal(&caller.principal, &row) {
             Ok(principal) => principal,
-            // It may have been written between being read and being opened: only what does not
-            // verify again was tampered with.
+            // Another server may have written the row after it was read here. So it is read once
+            // more: only a row that fails twice was tampered with.
             Err(_) => {
                 let name = caller.principal.to_string();
                 let row = self.store.sealed(RowKind::Principal, name.as_bytes()).await?.ok_or_else(refuse)?;
@@ -126,8 +125,8 @@ impl Island {
         if principal.accepts(&caller.certificate_sha256, Self::now()) { Ok(principal) } else { Err(refuse()) }
     }
 
-    /// The caller as policies are asked about it, for calls that only read, and before work that an
-    /// act would refuse.
+    /// The caller with the current policies: for calls that only read, and for a check before work
+    /// that an act would refuse.
     ///
     /// # Errors
     /// As [`Self::principal`].
@@ -150,7 +149,7 @@ impl Island {
     /// A meter as it stands in the database now, for showing it.
     ///
     /// # Errors
-    /// Its row was tampered with, or the database is away.
+    /// Its row was tampered with, or the database is unavailable.
     #[boxed]
     pub async fn meter(&self, title: SystemTitle) -> Result<Option<Arc<kms_domain::Meter>>, ServiceError> {
         let rows = self.store.meters(&[title]).await?;
@@ -162,7 +161,7 @@ impl Island {
     /// A group as it stands in the database now, and its row's generation.
     ///
     /// # Errors
-    /// Its row was tampered with, or the database is away.
+    /// Its row was tampered with, or the database is unavailable.
     #[boxed]
     pub async fn group(&self, id: GroupId) -> Result<Option<(Arc<Group>, u64)>, ServiceError> {
         let name = id.0.to_be_bytes();
@@ -170,18 +169,18 @@ impl Island {
         if let Ok(group) = self.committer.open_group(id, &row) {
             return Ok(Some((group, row.generation)));
         }
-        // It may have been written between being read and being opened: only what does not verify
-        // again was tampered with.
+        // Another server may have written the row after it was read here. So it is read once more:
+        // only a row that fails twice was tampered with.
         let Some(row) = self.store.sealed(RowKind::Group, &name).await? else { return Ok(None) };
         Ok(Some((self.committer.open_group(id, &row)?, row.generation)))
     }
 
-    /// Every client system title that is known: those of principals, enabled or not, and those that
-    /// device profiles name. No meter may have one of them (I4). It is read beside the writer, so
-    /// what is used later is checked again in the transaction that uses it.
+    /// Every known client system title: those of principals, enabled or not, and those that device
+    /// profiles name. No meter may have one of them (I4). They are read outside the writer's
+    /// transaction, so the transaction that uses one checks it again.
     ///
     /// # Errors
-    /// A principal's row was tampered with, or the database is away.
+    /// A principal's row was tampered with, or the database is unavailable.
     #[boxed]
     pub async fn client_titles(&self) -> Result<HashSet<SystemTitle>, ServiceError> {
         let of_profiles = self

@@ -1,4 +1,5 @@
-//! What a server opens an island with: its row, and the keys that the seal root gives.
+//! What a server needs to open an island: the island's row, and the keys that the HSM computes from
+//! the seal root.
 
 use async_recursion::async_recursion as boxed;
 use std::{sync::Arc, time::Duration};
@@ -9,7 +10,7 @@ use kms_hsm::{ErrorKind, Hsm, HsmError, RootVersion};
 use kms_ledger::{AuditKeys, RestoreSettings};
 use kms_store::{RowKind, Store, StoreError};
 
-use crate::root::{FINGERPRINT_KEY_VERSION, all_seal_keys, audit_keys, seal_key, seal_keys};
+use crate::keys::seal::{FINGERPRINT_KEY_VERSION, all_seal_keys, audit_keys, seal_key, seal_keys};
 
 /// The keys that the HSM computes from the seal root, and the island's row that they verify.
 pub struct IslandKeys {
@@ -24,10 +25,11 @@ pub struct IslandKeys {
 }
 
 impl IslandKeys {
-    /// Reads the row, and has the tokens make the keys.
+    /// Reads the row and has the HSM compute the keys.
     ///
     /// # Errors
-    /// The database does not hold the island; its row does not verify; or HSM or database are away.
+    /// The database does not hold the island; its row does not verify; or the HSM or the database
+    /// is unavailable.
     #[boxed]
     pub async fn open(
         store: &Arc<dyn Store>,
@@ -63,8 +65,8 @@ impl IslandKeys {
             );
         }
         let seal = all_seal_keys(hsm, seal?).await?;
-        // I5: a seal key that was retired stays so, although the row alone would say otherwise: who
-        // learned it could have written the row.
+        // I5: a retired seal key stays retired, even if the row says otherwise: an attacker who
+        // learned the key could have written the row.
         let oldest = restore.oldest_seal_key(island, &seal);
         if mark.key_version() < oldest {
             return Err(damaged(format!(
@@ -113,7 +115,7 @@ pub enum IslandKeysError {
 }
 
 impl IslandKeysError {
-    /// Whether it can pass without changing the configuration.
+    /// Whether the error can pass without a change of the configuration.
     pub fn may_pass(&self) -> bool {
         match self {
             Self::Store(StoreError::Unavailable { .. } | StoreError::Contention { .. }) => true,

@@ -1,5 +1,6 @@
 //! Use cases, one file each, and the island that they share.
 
+pub mod approval;
 pub mod audit_log;
 pub mod campaign;
 pub mod certificate;
@@ -12,6 +13,7 @@ mod group_names;
 pub mod init;
 pub mod island;
 pub mod island_keys;
+mod keys;
 #[cfg(test)]
 mod ledger_tests;
 pub mod meter;
@@ -20,12 +22,13 @@ pub mod owner;
 pub mod principal;
 pub mod profiles;
 pub mod proposal;
-mod recipe;
 #[cfg(test)]
 mod replay_tests;
 pub mod retention;
 pub mod root;
+mod row_id;
 pub mod scrub;
+pub mod scrub_flight;
 pub mod shipment;
 #[cfg(test)]
 mod testing;

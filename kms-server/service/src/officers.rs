@@ -1,11 +1,10 @@
-//! The way back where officers cannot help each other: the escrow's custodians stand behind an
-//! officer's new key (I6), on the token's machine.
+//! Recovery of an officer's access by the custodians: they confirm an officer's new key (I6), on
+//! the token's machine.
 //!
-//! Two other officers bring back a colleague's certificate by a proposal. Where there are not two,
-//! or where all certificates have ended, nobody can call the server. Then it takes who holds the
-//! token's PIN, and as many custodians as open the escrow: their shares together open the escrow's
-//! private key, whose public half the sealed row of the island names. Nothing of the escrow but
-//! that is opened, and no root.
+//! Two other officers normally renew a colleague's certificate by a proposal. If there are not two,
+//! or if all certificates have ended, nobody can call the server. Recovery then needs the token's
+//! PIN and a quorum of custodians. Their shares open the private half of the escrow key that the
+//! island's sealed row names. No root is opened.
 
 use async_recursion::async_recursion as boxed;
 use std::{path::PathBuf, sync::Arc};
@@ -17,7 +16,9 @@ use kms_store::Store;
 use zeroize::Zeroizing;
 
 use super::{
-    certificate::{CertificateAuthority, CertificationRequest, IssuedCertificate, Validity},
+    certificate::request::CertificationRequest,
+    certificate::signing::IssuedCertificate,
+    certificate::{CertificateAuthority, Validity},
     escrow::EscrowDocument,
     principal::everyone::{Everyone, refuse_shared_key},
 };
@@ -25,7 +26,7 @@ use kms_base::error::ServiceError;
 use kms_ledger::principal_row;
 use kms_ledger::{Committer, Decision, ServerAct};
 
-/// An officer's new key, and who stands behind it.
+/// An officer's new key, and the custodians' shares that confirm it.
 #[derive(Clone, Debug)]
 pub struct Recertification {
     /// The officer: enabled, and registered.
@@ -34,20 +35,20 @@ pub struct Recertification {
     pub certificate_request: PathBuf,
     /// An escrow file of the island.
     pub escrow: PathBuf,
-    /// Shares that custodians have decrypted, one a file.
+    /// Shares that custodians have decrypted, one per file.
     pub shares: Vec<PathBuf>,
-    /// For how many days the certificate is issued.
+    /// The lifetime of the certificate in days.
     pub days: u16,
 }
 
 impl Recertification {
-    /// Certifies the key. All other certificates of the officer end. It is on the record, as a
-    /// security event too.
+    /// Certifies the key. All other certificates of the officer end. This is recorded, also as a
+    /// security event.
     ///
     /// # Errors
-    /// A file cannot be read, or is not what it should be; the shares do not open the escrow of
-    /// this island; there is no such enabled officer; the key is another principal's; or trouble of
-    /// HSM or database.
+    /// A file cannot be read or has the wrong content; the shares do not open the escrow of this
+    /// island; there is no such enabled officer; the key belongs to another principal; or a failure
+    /// of the HSM or the database.
     #[boxed]
     pub async fn run(
         &self,
@@ -106,7 +107,7 @@ impl Recertification {
         Err(ServiceError::unavailable("principals are added all the time: try again"))
     }
 
-    /// I6: as many custodians as the ceremony asked for have taken part, of this island's escrow.
+    /// I6: checks that the quorum of custodians of this island's escrow has taken part.
     async fn prove_quorum(&self, hsm: &Hsm, committer: &Committer, store: &Arc<dyn Store>) -> Result<(), ServiceError> {
         let refuse = |reason: String| {
             ServiceError::FailedPrecondition {
@@ -143,5 +144,5 @@ fn no_officer(id: &PrincipalId) -> ServiceError {
     }
 }
 
-/// How often it begins again because a principal was added meanwhile.
+/// How often the act is tried again because a principal was added meanwhile.
 const MOST_ATTEMPTS: usize = 8;

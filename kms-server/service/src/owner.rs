@@ -1,7 +1,7 @@
-//! Keys of groups of meters and of device types: the first version of each, and what there is.
+//! Groups of meters and device types: their list, and the first version of each of their keys.
 //!
-//! A shipment carries keys of meters only, so these are made here. A key that the meters do not
-//! hold yet is pre-active, and granted to nobody (I3).
+//! A shipment carries only keys of meters, so these keys are made here. A key that the meters do
+//! not hold yet is pre-active and is not issued (I3).
 
 mod rotation;
 #[cfg(test)]
@@ -17,37 +17,34 @@ use kms_domain::{
 use kms_proto::v1::{self, DeviceTypeAdded, KeyCreated, audit_record::Event};
 use kms_store::{Reads, RowKind};
 
+pub(crate) use self::rotation::NewGroupVersion;
 pub use self::rotation::{BehindPage, NamedGroupKey, Switch};
-pub(crate) use self::rotation::{
-    NewGroupVersion, expose_to_former_member, expose_to_who_knows_a_kek, message as rotation_message,
-};
 use super::{
-    grant::setup_record,
     group_names::Groups,
     meter::{Request, Shown, shown_version},
-    recipe::Recipe,
 };
 use crate::island::Island;
+use crate::keys::{recipe::Recipe, setup::setup_record};
 use kms_authz::facts;
 use kms_authz::{Action, Caller, DeviceTypeFacts, GroupFacts, Resource};
 use kms_base::error::ServiceError;
 use kms_ledger::{Act, Asker, Decision, Never, OwnerRow, Permit, Remembered, View};
 
-/// The use cases of groups and device types. Clones share what is known of groups.
+/// Groups and device types of an island. Clones share the cache of group names.
 #[derive(Clone)]
 pub struct OwnerService {
     island: Arc<Island>,
     groups: Arc<Groups>,
 }
 
-/// The first version of a key, to be made.
+/// The first version of a key, to make.
 #[derive(Clone, Debug)]
 pub struct NewOwnerKey {
     /// The security setup.
     pub setup: SecuritySetupId,
     /// The key type: its name, which a device profile may have given.
     pub key_type: String,
-    /// The meters hold it already, so it is active at once.
+    /// Whether the meters already hold the key. It is active at once then.
     pub held_by_meters: bool,
 }
 
@@ -80,7 +77,7 @@ impl OwnerService {
     /// Groups, in the order of their numbers.
     ///
     /// # Errors
-    /// Not permitted, a row that does not verify, or the database is away.
+    /// Not permitted, a row that does not verify, or the database is unavailable.
     #[boxed]
     pub async fn groups(&self, caller: &Caller, after: Option<GroupId>, limit: u32) -> Result<GroupPage, ServiceError> {
         self.island.require(caller, &Action::ListGroups).await?;
@@ -92,7 +89,8 @@ impl OwnerService {
             let id = GroupId(number_of(id)?);
             let group = match self.island.committer.open_group(id, row) {
                 Ok(group) => group,
-                // It may have been written between being read and being opened.
+                // Another server may have written the row after it was read here, so it is read
+                // once more.
                 Err(_) => self.island.group(id).await?.ok_or_else(|| no_such_group(&id.0.to_string()))?.0,
             };
             page.groups.push(v1::Group {
@@ -113,7 +111,7 @@ impl OwnerService {
     /// One group: slots, versions, counters and exposures; never a key.
     ///
     /// # Errors
-    /// Not permitted, no such group, a row that does not verify, or the database is away.
+    /// Not permitted, no such group, a row that does not verify, or the database is unavailable.
     #[boxed]
     pub async fn group(&self, caller: &Caller, name: &str) -> Result<v1::Group, ServiceError> {
         self.island.require(caller, &Action::ListGroups).await?;
@@ -131,12 +129,13 @@ impl OwnerService {
         })
     }
 
-    /// Makes version 1 of a key of a group, as the device profile says; without one, as all
-    /// profiles of the group's suite say that give groups this key.
+    /// Makes version 1 of a key of a group, as the device profile says. Without a profile, all
+    /// profiles of the group's suite that give groups this key must agree.
     ///
     /// # Errors
-    /// Not permitted; no such group; the group has the key; no profile, or profiles of different
-    /// minds; a request id that was used for something else; or HSM or database are away.
+    /// Not permitted; no such group; the group already has the key; no profile, or profiles that
+    /// differ; a request id that was used for another request; or the HSM or the database is
+    /// unavailable.
     #[boxed]
     pub async fn create_group_key(
         &self,
@@ -156,14 +155,14 @@ impl OwnerService {
         let (group, _) = self.island.group(id).await?.ok_or_else(unknown)?;
         let key_type = self.group_key_type(&new.key_type, profile)?;
         let action = Action::CreateGroupKey { key_type, held_by_meters: new.held_by_meters };
-        // Denied before the HSM makes a key.
+        // Policy is checked before the HSM makes a key.
         let group_facts = GroupFacts::from(&*group);
         self.island.policy.load().require(&facts(&principal), &action, &Resource::Group(&group_facts))?;
         let recipe = self.group_recipe(&group_facts, new.setup, key_type, profile)?;
         self.create(caller, request, action, Owner::Group(id), recipe, new.held_by_meters).await
     }
 
-    /// The key type of this name, which may be one of the named profile's own.
+    /// The key type of this name. The profile may define key types of its own.
     fn group_key_type(&self, name: &str, profile: Option<&DeviceProfileName>) -> Result<KeyType, ServiceError> {
         match profile {
             Some(profile) => self.profile(profile)?.parse_key_type(name),
@@ -219,7 +218,7 @@ impl OwnerService {
     /// All device types, in the order of their numbers.
     ///
     /// # Errors
-    /// Not permitted, a row that does not verify, or the database is away.
+    /// Not permitted, a row that does not verify, or the database is unavailable.
     #[boxed]
     pub async fn device_types(&self, caller: &Caller) -> Result<Vec<v1::DeviceType>, ServiceError> {
         self.island.require(caller, &Action::ListDeviceTypes).await?;
@@ -229,7 +228,8 @@ impl OwnerService {
     /// One device type: slots, versions and exposures; never a key.
     ///
     /// # Errors
-    /// Not permitted, no such device type, a row that does not verify, or the database is away.
+    /// Not permitted, no such device type, a row that does not verify, or the database is
+    /// unavailable.
     #[boxed]
     pub async fn device_type(&self, caller: &Caller, name: &str) -> Result<v1::DeviceType, ServiceError> {
         self.island.require(caller, &Action::ListDeviceTypes).await?;
@@ -246,11 +246,11 @@ impl OwnerService {
         Ok(v1::DeviceType { security_setups: shown.setups(), generation: *generation, ..summary(device_type) })
     }
 
-    /// Adds a device type. Adding the same again changes nothing.
+    /// Adds a device type. A repetition changes nothing.
     ///
     /// # Errors
     /// Not permitted; the name is another device type's; an unknown device profile; or the database
-    /// is away.
+    /// is unavailable.
     #[boxed]
     pub async fn add_device_type(
         &self,
@@ -296,7 +296,7 @@ impl OwnerService {
         self.create(caller, request, action, Owner::DeviceType(device_type.id), recipe, new.held_by_meters).await
     }
 
-    /// Makes the key, or tells what this request made before.
+    /// Makes the key, or returns what this request made before.
     async fn create(
         &self,
         caller: &Caller,
@@ -328,14 +328,14 @@ impl OwnerService {
 
 /// A new device type.
 struct AddDeviceType {
-    /// How many device types there were.
+    /// The number of device types before the act.
     known: u64,
     new: NewDeviceType,
 }
 
 impl Act for AddDeviceType {
     type Answer = v1::DeviceType;
-    // A device type is named by its name: its row is the one that there is.
+    // The name identifies a device type: a repeated request finds its row.
     type Past = Never;
 
     fn name(&self) -> &'static str {
@@ -392,7 +392,7 @@ impl Act for AddDeviceType {
             }
         }
         Err(ServiceError::FailedPrecondition {
-            reason: format!("the island has {MOST_DEVICE_TYPES} device types, as many as it takes"),
+            reason: format!("the island has {MOST_DEVICE_TYPES} device types, which is the limit"),
             next_step: "meters of one firmware are one device type".to_owned(),
         })
     }
@@ -464,7 +464,7 @@ impl Act for CreateKey {
                 next_step: "later versions are made by rotations".to_owned(),
             });
         }
-        // I3: what the meters do not hold yet is no candidate, and granted to nobody.
+        // I3: a key that the meters do not hold yet is no candidate and is not issued.
         let state = if self.held_by_meters { KeyState::Active } else { KeyState::PreActive };
         let slot = recipe.slot(self.wrapped.clone(), state, view.now())?;
         let version = slot.version(KeyVersionNumber::FIRST).map(shown_version);

@@ -1,16 +1,17 @@
-//! Principals: registered, certified, renewed and shut out, each by one act with its record (I2).
+//! Principals: registered, certified, renewed and disabled, each by one act with its record (I2).
 //!
-//! Certificates are signed before the act that registers them, and leave only after it is durable:
-//! a certificate that no sealed row lists is accepted nowhere (I5).
+//! A certificate is signed before the act that registers it, and is issued only after the act is
+//! durable. A certificate that no sealed row lists is accepted nowhere (I5).
 //!
-//! I6: nobody certifies the key of an officer or auditor alone but the person itself. What another
-//! principal alone has certified does not count where several people are needed ([`people`]), until
-//! two others confirm it ([`key`]).
+//! I6: only the officer or auditor may certify their own key alone. A key that one other principal
+//! certified does not count where several people are needed ([`people`]), until two others confirm
+//! it ([`key`]).
 
 mod end;
 pub(super) mod everyone;
 pub mod key;
 pub mod people;
+mod renew;
 #[cfg(test)]
 mod tests;
 
@@ -20,40 +21,42 @@ use std::sync::Arc;
 use aws_lc_rs::digest::{Context, SHA256};
 use bytes::Bytes;
 use kms_domain::{
-    Enrolment, ParseError, PersonName, Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, ProposalId,
-    RequestId, Role, SystemTitle, UnixMillis,
+    Enrolment, ParseError, PersonName, Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, RequestId,
+    SystemTitle, UnixMillis,
 };
 use kms_proto::v1::{self, PrincipalChanged, SecurityEvent, audit_record::Event};
 use kms_store::{Reads, RowKind};
 
-use self::everyone::{Everyone, parse_name, refuse_shared_key, refuse_shared_titles, unverified};
+use self::everyone::{Everyone, MOST_AT_ONCE, parse_name, refuse_shared_key, refuse_shared_titles, unverified};
 use super::Request;
-use super::certificate::{CertificateAuthority, CertificationRequest, IssuedCertificate, Validity};
+use super::certificate::request::CertificationRequest;
+use super::certificate::signing::IssuedCertificate;
+use super::certificate::{CertificateAuthority, Validity};
 use crate::island::Island;
 use kms_authz::{Action, Caller, Resource};
 use kms_base::error::ServiceError;
 use kms_ledger::principal_row;
 use kms_ledger::{Act, Asker, Decision, Permit, Remembered, View};
 
-/// The use cases of principals.
+/// Principals of an island.
 pub struct Principals {
     island: Arc<Island>,
     authority: CertificateAuthority,
-    /// For how many days certificates are issued.
+    /// The lifetime of certificates in days.
     certificate_days: u16,
 }
 
-/// What a change comes to: the new row, the record, the certificate that was issued, and its chain.
+/// The result of a change: the new row, the record, the issued certificate, and its chain.
 type Changed = Result<(Principal, PrincipalChanged, Option<IssuedCertificate>, Vec<Bytes>), ServiceError>;
 
-/// A principal to be registered.
+/// A principal to register.
 #[derive(Clone, Debug)]
 pub struct NewPrincipal {
     /// The request.
     pub request: RequestId,
     /// The principal.
     pub id: PrincipalId,
-    /// Its TLS key. None only for a manufacturer, who may do without calling.
+    /// Its TLS key. `None` only for a manufacturer, which does not have to call the server.
     pub certification: Option<CertificationRequest>,
     /// The person behind an officer or auditor (I6).
     pub person: Option<PersonName>,
@@ -74,12 +77,12 @@ impl Principals {
         &self.island
     }
 
-    /// Registers a principal and certifies its TLS key. An officer or auditor whom one officer adds
-    /// so does not count where several people are needed, until two others confirm the key (I6).
+    /// Registers a principal and certifies its TLS key. A new officer or auditor does not count
+    /// where several people are needed, until two other officers confirm the key (I6).
     ///
     /// # Errors
     /// Not permitted; the principal exists; a client title is another's or a meter's; the key is
-    /// another principal's; or trouble of HSM or database.
+    /// another principal's; or a failure of the HSM or the database.
     #[boxed]
     pub async fn add(&self, caller: &Caller, new: NewPrincipal) -> Result<v1::PrincipalCertificate, ServiceError> {
         let action = Action::AddPrincipal { role: new.id.role() };
@@ -116,8 +119,8 @@ impl Principals {
                     next_step: "renew its certificate, or choose another name: names are not used again".to_owned(),
                 });
             }
-            // I4: under one key, frames with a meter's title as client title would repeat the
-            // nonces of the meter's own answers.
+            // I4: frames with a meter's title as client title would repeat the nonces of the
+            // meter's own answers under the same key.
             for title in &new.client_titles {
                 if view.meter(*title)?.is_some() {
                     return Err(ServiceError::FailedPrecondition {
@@ -154,98 +157,11 @@ impl Principals {
         .await
     }
 
-    /// Certifies a new TLS key. Earlier certificates stay valid until they end, so that a principal
-    /// can change over; there are never more than two that have not ended, and none is dropped for
-    /// a new one. The key of an officer or auditor is renewed by the person, or by the `proposal`
-    /// that permits it ([`key`]).
+    /// Certifies and registers the caller's own transport key and replaces an earlier one. From
+    /// then on keys are wrapped for the new key.
     ///
     /// # Errors
-    /// Not permitted, no such principal, a disabled one, too many certificates, the key of another
-    /// principal, or trouble of HSM or database.
-    #[boxed]
-    pub async fn renew(
-        &self,
-        caller: &Caller,
-        request: RequestId,
-        id: PrincipalId,
-        certification: &CertificationRequest,
-        proposal: Option<ProposalId>,
-    ) -> Result<v1::PrincipalCertificate, ServiceError> {
-        if let Some(approved) = proposal {
-            return self.recertify(caller, request, id, certification, approved).await;
-        }
-        let own = id == caller.principal;
-        let action = Action::RenewPrincipal { role: id.role(), own };
-        // The answer tells an officer the way; what holds is checked again in the act.
-        if caller.principal.role().is_personal() {
-            self.island.principal(caller).await?;
-            refuse_for_another_person(&id, own).map_err(|refusal| self.on_record(caller, &action, refusal))?;
-        }
-        self.island.require(caller, &action).await?;
-        // No signature for what will be refused. A request that comes again gets its answer in the
-        // act.
-        let issued = if self.has_room(&id).await? {
-            Some(
-                self.authority
-                    .principal(&id, certification, self.validity())?
-                    .sign(&self.island.hsm_for(caller))
-                    .await?,
-            )
-        } else {
-            None
-        };
-        let digest = request_digest("renew", &[id.to_string().as_bytes(), &certification.spki_sha256()]);
-        let chain = self.chain();
-        let asking = caller.clone();
-        self.act_among_all(
-            caller,
-            Request { id: request, digest },
-            action,
-            id.clone(),
-            Reads::default(),
-            move |view, _, existing, everyone| {
-                // I6: whatever policies say.
-                refuse_for_another_person(&id, own)?;
-                let mut principal = enabled(&id, existing)?;
-                let now = view.now();
-                let enrolment = match principal.certificate(&asking.certificate_sha256) {
-                    Some(certificate) if own => certificate.enrolment.renewed(),
-                    _ => Enrolment::OnePerson,
-                };
-                principal.certificates.retain(|certificate| now < certificate.not_after);
-                if let Err(refusal) = refuse_too_many(&principal, now) {
-                    view.alert_refused("renewal-beyond-bound", refusal.to_string());
-                    return Err(refusal);
-                }
-                let issued = issued.clone().ok_or_else(|| ServiceError::Aborted {
-                    reason: "a certificate of the principal ended at the same moment".to_owned(),
-                    next_step: "ask again".to_owned(),
-                })?;
-                refuse_shared_key(&everyone.rows(view)?, &id, &issued.key_sha256)?;
-                principal
-                    .certificates
-                    .push(issued.for_principal(enrolment, Some(asking.principal.clone()).filter(|_| !own)));
-                principal.revision += 1;
-                if !own {
-                    let detail = format!(
-                        "`{}` made the certificate {} for `{id}`",
-                        asking.principal,
-                        hex::encode(&issued.serial)
-                    );
-                    view.alert(security_event("certificate-made-by-another", detail));
-                }
-                let record = changed(&id, "renewed", Some(&issued), "");
-                Ok((principal, record, Some(issued), chain.clone()))
-            },
-        )
-        .await
-    }
-
-    /// Certifies and registers the caller's own transport key, in place of an earlier one: from
-    /// then on keys are wrapped for the new one.
-    ///
-    /// # Errors
-    /// Not permitted, a key that is not EC P-256, or trouble of HSM or database.
+    /// Not permitted, a key that is not EC P-256, or a failure of the HSM or the database.
     #[boxed]
     pub async fn register_transport_key(
         &self,
@@ -280,10 +196,10 @@ impl Principals {
         .await
     }
 
-    /// Shuts a principal out, from its next call on. Repeating it changes nothing.
+    /// Disables a principal, from its next call on. A repetition changes nothing.
     ///
     /// # Errors
-    /// Not permitted, no such principal, the last enabled officer, or trouble of the database.
+    /// Not permitted, no such principal, the last enabled officer, or a failure of the database.
     #[boxed]
     pub async fn disable(
         &self,
@@ -322,17 +238,17 @@ impl Principals {
     /// All principals, in order of their URIs.
     ///
     /// # Errors
-    /// Not permitted, a row that does not verify, or trouble of the database.
+    /// Not permitted, a row that does not verify, or a failure of the database.
     #[boxed]
     pub async fn list(&self, caller: &Caller) -> Result<Vec<v1::Principal>, ServiceError> {
         self.island.require(caller, &Action::ListPrincipals).await?;
         self.all().await?.into_iter().map(|principal| Ok(to_proto(&*principal?))).collect()
     }
 
-    /// Who the server takes the caller for.
+    /// The caller's own principal.
     ///
     /// # Errors
-    /// Nobody that it accepts, or trouble of the database.
+    /// The caller is not an enabled principal, or a failure of the database.
     #[boxed]
     pub async fn who_am_i(&self, caller: &Caller) -> Result<v1::Principal, ServiceError> {
         let row = self.island.principal(caller).await?;
@@ -343,7 +259,7 @@ impl Principals {
         Ok(principal)
     }
 
-    /// As [`Self::act`], for a change that must fit all principals together.
+    /// As [`Self::act`], for a change that must be consistent with all principals.
     async fn act_among_all<F>(
         &self,
         caller: &Caller,
@@ -373,7 +289,7 @@ impl Principals {
         }
     }
 
-    /// Changes one principal, on the record.
+    /// Changes one principal and records it.
     async fn act<F>(
         &self,
         caller: &Caller,
@@ -389,8 +305,8 @@ impl Principals {
         Ok(self.island.door.act(caller, request, ChangePrincipal { action, id, reads, change }).await?.value)
     }
 
-    /// Puts on the record what is refused before an act, of those who try to be two people or to
-    /// shut somebody out (I2).
+    /// Records a refusal that comes before the act, because it may be an attempt to act as two
+    /// people or to shut another person out (I2).
     fn on_record(&self, caller: &Caller, action: &Action, refusal: ServiceError) -> ServiceError {
         if matches!(refusal, ServiceError::FailedPrecondition { .. }) {
             self.island.committer.refused(Some(&caller.principal), action.name(), refusal.to_string());
@@ -398,20 +314,7 @@ impl Principals {
         refusal
     }
 
-    /// Whether the principal may have one more certificate, as its row stands beside the writer.
-    async fn has_room(&self, id: &PrincipalId) -> Result<bool, ServiceError> {
-        let (kind, name) = principal_row(id);
-        let Some(row) = self.island.store.sealed(kind, &name).await? else { return Ok(true) };
-        let now = Island::now();
-        // Whatever does not verify is refused in the act.
-        Ok(self
-            .island
-            .committer
-            .open_principal(id, &row)
-            .map_or(true, |principal| principal.live_certificates(now).count() < MOST_CERTIFICATES))
-    }
-
-    /// Every principal, or why its row is not believed.
+    /// Every principal, or why its row is refused.
     async fn all(&self) -> Result<Vec<Result<Arc<Principal>, ServiceError>>, ServiceError> {
         let mut principals = Vec::new();
         let mut after: Option<Vec<u8>> = None;
@@ -490,7 +393,7 @@ where
     }
 }
 
-/// What the contract shows of a principal.
+/// A principal as the gRPC contract shows it.
 pub fn to_proto(principal: &Principal) -> v1::Principal {
     v1::Principal {
         principal: principal.id.to_string(),
@@ -525,10 +428,11 @@ fn registered(certificate: &PrincipalCertificate) -> v1::RegisteredCertificate {
     }
 }
 
-/// A manufacturer's key that signs shipments: DER of an EC P-256 or P-384 SubjectPublicKeyInfo.
+/// Parses the key with which a manufacturer signs shipments: DER of an EC P-256 or P-384
+/// SubjectPublicKeyInfo.
 ///
 /// # Errors
-/// Another key.
+/// It is another key.
 pub fn parse_shipment_key(der: &[u8]) -> Result<Bytes, ParseError> {
     use x509_parser::prelude::FromDer;
     let refuse =
@@ -570,51 +474,6 @@ fn security_event(kind: &str, detail: String) -> SecurityEvent {
     SecurityEvent { kind: kind.to_owned(), detail, meter: Bytes::new() }
 }
 
-/// I6: whoever certifies a key of their own for another person is two people from then on.
-fn refuse_for_another_person(id: &PrincipalId, own: bool) -> Result<(), ServiceError> {
-    if own || !id.role().is_personal() {
-        return Ok(());
-    }
-    let custodians = match id.role() {
-        Role::Officer => format!(
-            "; where there are not two, the custodians do, on the token's machine: `kms-server officers recertify {id}`"
-        ),
-        _ => String::new(),
-    };
-    Err(ServiceError::FailedPrecondition {
-        reason: format!("nobody certifies a key for another person alone (I6), and `{id}` is a person's"),
-        next_step: format!(
-            "the person runs `kms principal renew`; if the certificate has ended or is lost, two other officers act: one with \
-             `kms principal propose-key {id}`, another approves{custodians}"
-        ),
-    })
-}
-
-/// A thief of a key, who renews, does not push out the owner's certificate: one more is refused,
-/// and none is dropped.
-fn refuse_too_many(principal: &Principal, now: UnixMillis) -> Result<(), ServiceError> {
-    if principal.certificates.len() < MOST_CERTIFICATES {
-        return Ok(());
-    }
-    let serials: Vec<String> =
-        principal.certificates.iter().map(|certificate| hex::encode(&certificate.serial)).collect();
-    let first = principal.certificates.iter().map(|certificate| certificate.not_after).min().unwrap_or(now);
-    Err(ServiceError::FailedPrecondition {
-        reason: format!(
-            "`{}` has {} certificates that have not ended ({}), and the bound is {MOST_CERTIFICATES}: the one in use and its successor",
-            principal.id,
-            serials.len(),
-            serials.join(", ")
-        ),
-        next_step: format!(
-            "an officer ends one that is not in use with `kms principal end-certificate {} SERIAL`; if you do not know one of them, somebody else has the \
-             key: tell the officers at once; otherwise wait: the first ends in {} days",
-            principal.id,
-            first.0.saturating_sub(now.0).div_euclid(86_400_000) + 1
-        ),
-    })
-}
-
 fn enabled(id: &PrincipalId, existing: Option<Arc<Principal>>) -> Result<Principal, ServiceError> {
     let principal = existing.as_deref().cloned().ok_or_else(|| unknown(id))?;
     match principal.status {
@@ -626,12 +485,13 @@ fn enabled(id: &PrincipalId, existing: Option<Arc<Principal>>) -> Result<Princip
     }
 }
 
-/// Policy has permitted the action on the role by now, so the caller may know.
+/// Policy already permitted the action on this role, so the answer may say that there is no such
+/// principal.
 fn unknown(id: &PrincipalId) -> ServiceError {
     ServiceError::NotFound { what: format!("the principal `{id}`") }
 }
 
-/// Binds a request id to what was asked: each part with its length.
+/// The digest that binds a request id to its content: each part with its length.
 fn request_digest(verb: &str, parts: &[&[u8]]) -> [u8; 32] {
     let mut context = Context::new(&SHA256);
     for part in std::iter::once(verb.as_bytes()).chain(parts.iter().copied()) {
@@ -643,8 +503,5 @@ fn request_digest(verb: &str, parts: &[&[u8]]) -> [u8; 32] {
     digest
 }
 
-/// Certificates of one principal at a time that have not ended: the one in use, and its successor.
-const MOST_CERTIFICATES: usize = 2;
-/// How often an act begins again because a principal was added meanwhile.
+/// How often an act is tried again because a principal was added meanwhile.
 const MOST_ATTEMPTS: usize = 8;
-const MOST_AT_ONCE: u32 = 500;

@@ -1,4 +1,4 @@
-//! The device profiles that this server knows: the shipped ones, and those of a folder.
+//! The device profiles of this server: the shipped ones and those of a folder.
 
 use std::{collections::HashMap, path::Path};
 
@@ -9,11 +9,12 @@ use kms_domain::{DeviceProfile, DeviceProfileName};
 pub struct Profiles(HashMap<DeviceProfileName, DeviceProfile>);
 
 impl Profiles {
-    /// The shipped profiles, and all `*.toml` files of `folder`; one there replaces a shipped one
-    /// of the same name.
+    /// The shipped profiles and all `*.toml` files of `folder`. A file there replaces a shipped
+    /// profile of the same name.
     ///
     /// # Errors
-    /// The folder or a file cannot be read, or a file is no profile: the text names file and line.
+    /// The folder or a file cannot be read, or a file is not a profile: the text names the file and
+    /// line.
     pub fn load(folder: Option<&Path>) -> Result<Self, String> {
         let mut profiles = HashMap::new();
         for (file, text) in DeviceProfile::SHIPPED {
@@ -83,10 +84,10 @@ mod tests {
             "key.shipped == Shipped::Required",
         ),
         ("security_setups.keys.owner", include_str!("transfer.rs"), "key.owner == kms_domain::OwnerKind::Group"),
-        ("security_setups.keys.octets", include_str!("recipe.rs"), "key.shape"),
+        ("security_setups.keys.octets", include_str!("keys/recipe.rs"), "key.shape"),
         ("security_setups.keys.key_id", include_str!("campaign/plan.rs"), ".key(setup, key_type)?.key_id"),
         ("security_setups.counter.scope", include_str!("meter/counter.rs"), "counter.scope.key("),
-        ("security_setups.counter.on_new_key", include_str!("grant.rs"), "profile.counter.on_new_key"),
+        ("security_setups.counter.on_new_key", include_str!("keys/counter.rs"), "profile.counter.on_new_key"),
         (
             "security_setups.counter.reset_to",
             include_str!("../../ledger/src/view/counters.rs"),

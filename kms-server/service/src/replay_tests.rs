@@ -24,16 +24,18 @@ use crate::island::Island;
 use crate::testing::{TestIsland, client_title, island_tests, meter, put_principal, sample};
 use crate::{
     Request,
+    approval::{Change, ProposalService},
     campaign::{self, CampaignService},
-    certificate::{self, CA_KEY, CertificateAuthority, Validity},
+    certificate::signing::CA_KEY,
+    certificate::{self, CertificateAuthority, Validity},
     frame::{FrameOutcome, FrameService, PlainContent, PlainFrame},
-    grant::{Chunk, GrantService, GrantTargets, SessionTerms},
+    grant::GrantService,
+    grant::terms::{GrantChunk, GrantTargets, SessionTerms},
     meter::{
         Assignment, Compromise, CounterFloor, CounterRaise, Enrolment, Membership, MeterService, NewMeter, Selection,
     },
     owner::{NewOwnerKey, OwnerService},
     principal::{NewPrincipal, Principals},
-    proposal::{Change, ProposalService},
     transfer::{NextStep, Order, Report, ReportedAnswer, SendingKind, StepAnswer, TransferService, tests::Field},
 };
 use kms_authz::{Caller, Policy, Purpose, Quotas};
@@ -451,7 +453,7 @@ impl World {
             lifetime_seconds: 900,
         };
         let targets = GrantTargets::Meters(meters.iter().map(|number| meter(*number)).collect());
-        let chunk = Chunk { request, index: 0, digest: [2; 32], targets, terms: Arc::new(terms) };
+        let chunk = GrantChunk { request, index: 0, digest: [2; 32], targets, terms: Arc::new(terms) };
         let head_end = self.island().head_end.clone();
         let answered = GrantService::new(server.clone()).open(&head_end, chunk).await?;
         let mut granted = Granted::new();
@@ -948,7 +950,7 @@ island_tests! {
         let terms = Arc::new(terms);
         let open = async |request| {
             let targets = GrantTargets::Group { name: "north".to_owned(), version: None };
-            let chunk = Chunk { request, index: 0, digest: [4; 32], targets, terms: terms.clone() };
+            let chunk = GrantChunk { request, index: 0, digest: [4; 32], targets, terms: terms.clone() };
             let granted = GrantService::new(server.clone()).open(&island.head_end, chunk).await?;
             let mut keys = Manifest::decode(granted.envelopes[0].manifest.clone()).unwrap().groups.remove(0);
             keys.keys.iter_mut().for_each(|key| key.wrapped = bytes::Bytes::new());

@@ -1,8 +1,9 @@
 //! The island's roots: which versions there are, what uses them, and their rotation.
 //!
-//! A version is made on the token's machine ([`make`]), because that needs the token while no
-//! server uses it, and noted in the island's row. An officer makes it current; servers bring over
-//! what uses an earlier one (`pass`). docs/roots.md tells how it is led.
+//! The life of a root: a version is made on the token's machine ([`make`]), because this needs the
+//! token while no server uses it, and is noted in the island's row. An officer makes it current.
+//! Servers then rewrite what uses an earlier version (`pass`). docs/roots.md describes the
+//! procedure.
 
 mod count;
 mod destroy;
@@ -19,32 +20,28 @@ use std::{
 };
 
 use kms_domain::{KeyClass, RootError, RootId, RootPurpose, RootRotation, RootRotationState, RootStanding, UnixMillis};
-use kms_hsm::{HsmError, Purpose, RootVersion, TokenKey};
 use kms_proto::v1::{self, RootRotationChanged, audit_record::Event};
 use kms_store::{MeterFilter, Reads, RowKind};
 use tokio::sync::mpsc;
 
 pub use self::destroy::Destruction;
-pub use self::refresh::{
-    FINGERPRINT_KEY_VERSION, all_seal_keys, audit_keys, held_audit_key, learn_seal_keys, seal_key, seal_keys,
-};
+pub use self::refresh::learn_seal_keys;
+use crate::Request;
 use crate::island::Island;
-use crate::{
-    Request,
-    watch::{self, Watched},
-};
+use crate::keys::token::token_key;
+use crate::watch::{self, Watched};
 use kms_authz::{Action, Caller, Resource};
 use kms_base::Repetition;
 use kms_base::error::ServiceError;
 use kms_ledger::{Act, Asker, Decision, Known, Permit, View};
 
-/// The use cases of roots.
+/// Roots of an island.
 #[derive(Clone)]
 pub struct RootService {
     island: Arc<Island>,
     timing: RootTiming,
-    /// The end of the pass after which the old seal key could not be retired yet, and when that was
-    /// looked at.
+    /// The end of the pass after which the old seal key could not be retired yet, and when this was
+    /// last checked.
     not_retired: Arc<Mutex<Option<(UnixMillis, Instant)>>>,
 }
 
@@ -59,13 +56,13 @@ pub struct RootTiming {
     pub seal_overlap: Duration,
     /// How long other servers leave a pass to the one that did the last page.
     pub lead: Duration,
-    /// How long until it is looked again whether the old seal key can be retired: all rows are read
-    /// for that.
+    /// How long until the server checks again whether the old seal key can be retired: the check
+    /// reads all rows.
     pub look_again: Duration,
 }
 
 impl RootTiming {
-    /// Where no other server can be: nobody has to be waited for.
+    /// For a database that no other server uses: nothing has to be waited for.
     const ALONE: Self = Self { settling: Duration::ZERO, lead: Duration::ZERO, ..Self::DEFAULT };
     /// 20 seconds, 24 hours, 30 seconds, 10 minutes.
     pub const DEFAULT: Self = Self {
@@ -76,12 +73,12 @@ impl RootTiming {
     };
 }
 
-/// What an officer does with a root.
+/// A change of a root's rotation by an officer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// Makes the version that was made last current, and begins the pass where there is one.
+    /// Makes the newest version current and begins the pass, if the root has one.
     Rotate {
-        /// How many rows the pass looks at in a second, at most.
+        /// The most rows that the pass reads in a second.
         rows_per_second: u32,
     },
     /// Stops the pass.
@@ -89,12 +86,12 @@ pub enum Change {
         /// Why.
         reason: String,
     },
-    /// Goes on with it.
+    /// Resumes the pass.
     Resume {
         /// At another rate.
         rows_per_second: Option<u32>,
     },
-    /// Accepts no earlier version any more: of the vendor transport key.
+    /// Retires all earlier versions of the vendor transport key.
     Retire,
 }
 
@@ -105,18 +102,18 @@ impl RootService {
         Self { island, timing, not_retired: Arc::default() }
     }
 
-    /// With other times.
+    /// The same with other times.
     #[must_use]
     pub fn with_timing(self, timing: RootTiming) -> Self {
         Self { timing, ..self }
     }
 
-    /// Looks every `period` which roots are in use, and goes on with passes and destructions, until
-    /// it is dropped or aborted.
+    /// Reads every `period` which roots are in use, and continues passes and destructions, until it
+    /// is dropped or aborted.
     pub fn in_background(self, period: Duration) -> tokio::task::JoinHandle<()> {
         tokio::spawn(async move {
-            // Other servers count on it that this one has looked: a slow pass must not hold that
-            // up.
+            // Other servers rely on this server's knowledge of the roots: a slow pass must not
+            // delay it.
             tokio::join!(self.look(period), self.lead(period));
         })
     }
@@ -135,14 +132,14 @@ impl RootService {
 
     async fn lead(&self, period: Duration) {
         let mut failures = Repetition::default();
-        // What was decided before this server was started is done too.
+        // Destructions that were decided before this server started are executed too.
         let (mut done, mut due) = (None, Instant::now());
         loop {
             tokio::time::sleep(period).await;
             let worked = async {
                 let row = self.island.row();
                 if done.as_ref() != Some(&row.ledger) && due <= Instant::now() {
-                    // Not at once again after an error: what is tried is on the record each time.
+                    // After an error it is not tried again at once: each attempt is recorded.
                     due = Instant::now() + TRY_AGAIN;
                     match self.destroy_decided(&row).await? {
                         None => done = Some(row.ledger.clone()),
@@ -159,10 +156,10 @@ impl RootService {
         }
     }
 
-    /// All versions of all roots, and how far rotations are.
+    /// All versions of all roots, and the progress of rotations.
     ///
     /// # Errors
-    /// Not permitted, or the database is away.
+    /// Not permitted, or the database is unavailable.
     #[boxed]
     pub async fn show(&self, caller: &Caller) -> Result<v1::ShowRootsResponse, ServiceError> {
         self.island.require(caller, &Action::ListRoots).await?;
@@ -192,7 +189,7 @@ impl RootService {
                     destroyed_ms: entry.and_then(|entry| entry.destroyed).map_or(0, |time| time.0),
                     fingerprint: entry.map(|entry| entry.fingerprint.clone()).unwrap_or_default().into(),
                     key_derivation: derivation.unwrap_or_default().to_owned(),
-                    // None: this server has no token for the class, or it is away.
+                    // `None`: this server has no token for the class, or the token is unavailable.
                     in_token: self.island.hsm.has_key(token_key(id)?).await.ok(),
                     rotation: self.load(id).await?.map(|rotation| message(&rotation)),
                 });
@@ -205,7 +202,7 @@ impl RootService {
     ///
     /// # Errors
     /// Not permitted; there is no version to rotate to, it is too new, or this server's token lacks
-    /// it; the rotation's state forbids it; or the database is away.
+    /// it; the rotation's state forbids it; or the database is unavailable.
     #[boxed]
     pub async fn change(
         &self,
@@ -218,7 +215,7 @@ impl RootService {
         let known = self.newest_row().await;
         let no_root = || refused(RootError::NoSuchRoot { purpose });
         let to = if matches!(change, Change::Rotate { .. }) {
-            // One that was given up is none to rotate to.
+            // A version that was given up cannot become current.
             let newest = known
                 .root_versions(purpose)
                 .into_iter()
@@ -232,22 +229,21 @@ impl RootService {
         };
         let rows = if purpose.has_pass() { self.island.store.meter_count(&MeterFilter::default()).await? } else { 0 };
         let settling = millis(self.timing.settling);
-        let act = Turn { island: self.island.clone(), change, to, rows, settling };
+        let act = ChangeRotation { island: self.island.clone(), change, to, rows, settling };
         self.island.door.act(caller, request, act).await?;
         self.show(caller).await
     }
 
-    /// The island's row, whatever this server's tokens lack of it: an officer can see that, and
-    /// pause what goes on.
+    /// The island's row, even if this server's tokens lack roots that it names: an officer can
+    /// still look and pause a pass.
     async fn newest_row(&self) -> Arc<kms_domain::Island> {
         self.refresh().await.unwrap_or_else(|_| self.island.row())
     }
 
-    /// How far a rotation is: at once, at each change, and when it has ended, after which the
-    /// stream ends.
+    /// The progress of a rotation: at once and at each change. The stream ends with the rotation.
     ///
     /// # Errors
-    /// Not permitted, the root was never rotated, or the database is away.
+    /// Not permitted, the root was never rotated, or the database is unavailable.
     #[boxed]
     pub async fn watch(
         &self,
@@ -269,14 +265,13 @@ impl RootService {
         if let Ok(rotation) = self.island.committer.open_root_rotation(to, &row) {
             return Ok(Some(rotation));
         }
-        // It may have been written between being read and being opened: only what does not verify
-        // again was tampered with.
+        // Another server may have written the row after it was read here. So it is read once more:
+        // only a row that fails twice was tampered with.
         let Some(row) = self.island.store.sealed(RowKind::RootRotation, &to.octets()).await? else { return Ok(None) };
         self.island.committer.open_root_rotation(to, &row).map(Some)
     }
 
-    /// A root that a token lacks is of no use: nothing is wrapped under it on this server's word
-    /// alone.
+    /// Refuses a root that this server's token does not hold: nothing could be wrapped under it.
     async fn is_in_token(&self, id: RootId) -> Result<(), ServiceError> {
         if self.island.hsm.has_key(token_key(id)?).await? {
             return Ok(());
@@ -292,8 +287,8 @@ impl RootService {
     }
 }
 
-/// A change of the rotation of a root.
-struct Turn {
+/// The act of an officer that changes the rotation of a root.
+struct ChangeRotation {
     island: Arc<Island>,
     change: Change,
     to: RootId,
@@ -302,7 +297,7 @@ struct Turn {
     settling: i64,
 }
 
-impl Act for Turn {
+impl Act for ChangeRotation {
     type Answer = ();
     type Past = Known;
 
@@ -383,7 +378,7 @@ impl Act for Turn {
     }
 }
 
-/// A rotation that somebody watches.
+/// A watched rotation.
 struct WatchedRotation {
     service: RootService,
     caller: Caller,
@@ -405,24 +400,6 @@ impl Watched for WatchedRotation {
     fn has_ended(rotation: &v1::RootRotation) -> bool {
         rotation.state == RootRotationState::Finished.name()
     }
-}
-
-/// The name of a root's version in the token.
-///
-/// # Errors
-/// The version is 0.
-pub fn token_key(id: RootId) -> Result<TokenKey, ServiceError> {
-    let purpose = match id.purpose {
-        RootPurpose::Diversification(class) => Purpose::Diversification(class),
-        RootPurpose::StorageKek(class) => Purpose::StorageKek(class),
-        RootPurpose::Seal => Purpose::Seal,
-        RootPurpose::VendorTransport => Purpose::VendorTransport,
-    };
-    Ok(TokenKey { purpose, version: root_version(id.version)? })
-}
-
-fn root_version(version: u8) -> Result<RootVersion, ServiceError> {
-    RootVersion::new(u32::from(version)).map_err(|error| ServiceError::Internal(error.to_string()))
 }
 
 /// The name of a rotation's row in the store.
@@ -491,7 +468,7 @@ fn no_island() -> ServiceError {
     ServiceError::Internal("the island's row is missing (I5)".to_owned())
 }
 
-/// Whether a server without a token for the class could do something with the root.
+/// Whether this server has a token for the root's class.
 fn is_served(island: &Island, purpose: RootPurpose) -> bool {
     purpose.class().is_none_or(|class: KeyClass| island.hsm.serves(class))
 }
@@ -500,12 +477,7 @@ fn millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
 
-/// Whether the token says that it has no such key.
-const fn is_missing(error: &HsmError) -> bool {
-    matches!(error, HsmError::KeyMissing { .. })
-}
-
-/// How long a destruction that failed is left alone.
+/// How long a failed destruction waits for the next attempt.
 const TRY_AGAIN: Duration = Duration::from_mins(1);
-/// How often a watched rotation is looked at.
+/// How often a watched rotation is read.
 const LOOK_EVERY: Duration = Duration::from_millis(500);

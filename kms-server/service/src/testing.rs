@@ -1,7 +1,7 @@
 //! An island in this process, for tests: a fresh token with the ceremony done, an empty database,
 //! the shipped policies, a few principals, and a vendor with its key.
 //!
-//! On which pair of module and database is said by two variables, as for all tests of servers:
+//! Two variables select the PKCS#11 module and the database, as for all tests of servers:
 //! `KMS_TEST_MODULE`, `hsm-sim` (the default) or `softhsm2`, and `KMS_TEST_DATABASE`, `sqlite` (the
 //! default) or `postgresql`. None of these tests needs the faults of hsm-sim: all run on all pairs.
 //!
@@ -313,7 +313,7 @@ impl TestIsland {
         let (hsm, name) = (self.island.hsm.clone(), self.island.name().clone());
         let escrow_public_key = std::fs::read(folder.join(ESCROW_KEY)).unwrap();
         let module = Module::load(&self.module.path()).unwrap();
-        let key = crate::root::token_key(id).unwrap();
+        let key = crate::keys::token::token_key(id).unwrap();
         let made = tokio::task::spawn_blocking(move || {
             hsm.close();
             let new =

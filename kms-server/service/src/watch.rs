@@ -1,30 +1,32 @@
-//! Streams of how something stands: at once, at each change, and when it has ended.
+//! Streams of a state: the first state at once, then each change, until the watched process has
+//! ended.
 
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 
-use crate::island::Island;
 use kms_authz::Caller;
+use kms_base::clock;
 use kms_base::error::ServiceError;
 
-/// Something that is looked at again and again.
+/// Something whose state is read periodically.
 pub(super) trait Watched: Send + 'static {
-    /// How it stands.
+    /// The state that the stream sends.
     type Standing: Clone + Send;
 
-    /// Looks, if the caller still may (I5: revocation acts in open streams too).
+    /// Reads the state, if the caller is still permitted to (I5: a revocation also ends open
+    /// streams).
     fn look(&mut self) -> impl Future<Output = Result<Self::Standing, ServiceError>> + Send;
 
-    /// Whether nothing worth telling lies between the two.
+    /// Whether the two states are equal for the reader.
     fn is_alike(known: &Self::Standing, now: &Self::Standing) -> bool;
 
-    /// Whether nothing comes after it.
+    /// Whether the state is the last one.
     fn has_ended(standing: &Self::Standing) -> bool;
 }
 
-/// The first look is the caller's; the stream ends with the end of what is watched, with an error,
-/// or when nobody reads it any more.
+/// Starts a stream with the state `first`. The stream ends with the last state, with an error, or
+/// when its reader is gone.
 pub(super) fn watch<W: Watched>(
     caller: &Caller,
     mut watched: W,
@@ -46,7 +48,7 @@ pub(super) fn watch<W: Watched>(
                     () = answers.closed() => return,
                     () = tokio::time::sleep(every) => {}
                 }
-                if not_after <= Island::now() {
+                if not_after <= clock::now() {
                     break Err(ServiceError::unauthenticated("the client certificate has expired"));
                 }
                 match watched.look().await {

@@ -1,44 +1,44 @@
-//! Keys in frames that a head-end asks for: only what this server wrapped for a transfer under way.
+//! Keys inside frames that a head-end sends: only those that this server wrapped for an unfinished
+//! transfer.
 //!
-//! A head-end may have recorded the wrap of a key that it knows, or have asked a meter's vendor for
-//! one. Under the keys in the HSM it would bring that key back, and be past the HSM and every
-//! policy from then on. So policy is not asked about it alone.
+//! A head-end may have recorded the wrap of a key that it knows, or may have it from the meter's
+//! vendor. A frame that carries this wrap would give the meter a key that the head-end knows. From
+//! then on the head-end would need neither the HSM nor a policy. So a permit of the policy is not
+//! enough for such a frame.
 
 use std::{collections::HashMap, sync::Arc};
 
 use kms_dlms::{KeyCarrier, ServiceRequest};
 use kms_domain::{Meter, PrincipalId, SystemTitle};
 
-use super::{PlainContent, PlainFrame};
 use crate::island::Island;
 use crate::transfer::{Brought, TransferService};
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
 
-/// What the transfers under way bring to the meters of a call.
+/// What the unfinished transfers bring to the meters of a call.
 pub(super) type UnderWay = Arc<HashMap<SystemTitle, Brought>>;
 
-/// Makes anew what is under way to the meters for which a frame carries a key. Wraps by RFC 3394
-/// are the same each time.
+/// Makes once more what the unfinished transfers bring to the meters for which an APDU carries a
+/// key. RFC 3394 gives the same wrap each time.
 pub(super) async fn under_way(
     island: &Arc<Island>,
     caller: &Caller,
-    frames: &[PlainFrame],
+    apdus: &[(SystemTitle, &[u8])],
 ) -> Result<UnderWay, ServiceError> {
-    let carries =
-        |frame: &&PlainFrame| matches!(&frame.content, PlainContent::Apdu { apdu, .. } if carrier(apdu).is_some());
-    let titles: Vec<SystemTitle> = frames.iter().filter(carries).map(|frame| frame.meter).collect();
+    let titles: Vec<SystemTitle> =
+        apdus.iter().filter(|(_, apdu)| carrier(apdu).is_some()).map(|(title, _)| *title).collect();
     if titles.is_empty() {
         return Ok(UnderWay::default());
     }
     TransferService::new(island.clone()).brought(caller, titles.into_iter()).await.map(Arc::new)
 }
 
-/// Refuses a frame that carries a key or a secret, unless it is the very `key_transfer` of the
-/// caller's transfer, with any invoke id.
+/// Refuses a frame that carries a key or a secret, unless it is the `key_transfer` of the caller's
+/// own transfer. The invoke id may differ.
 ///
 /// # Errors
-/// Whatever policy permits: the frame carries something else.
+/// The frame carries another key or a secret, whether policy permits the frame or not.
 pub(super) fn check(
     apdu: &[u8],
     meter: &Meter,

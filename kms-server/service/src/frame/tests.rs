@@ -7,10 +7,11 @@ use kms_domain::{
 use kms_proto::v1::{self, audit_record::Event};
 use kms_store::Reads;
 
+use super::unprotect::{ReceivedContent, ReceivedFrame};
 use super::*;
 use crate::testing::{TestIsland, client_title, island_tests, meter, sample};
 use crate::transfer::{
-    NextStep, Order, ReportedAnswer,
+    EARLIER_KEY_HELD, NextStep, Order, ReportedAnswer, pair_keys,
     tests::{Field, order},
 };
 
@@ -414,7 +415,7 @@ island_tests! {
         let left = field.begin(Order { form: TransferForm::WrappedKey, ..order(field.title(0), Some(KeyType::GUEK)) }).await;
         assert!(left.next.is_ok(), "{left:?}");
         let (reason, next_step) = refusal(answer(&field, (3, 1), 902).await).await;
-        assert!(reason.contains("left it open") && next_step.contains("probe"), "{reason}; {next_step}");
+        assert!(reason.contains("left it unknown") && next_step.contains("probe"), "{reason}; {next_step}");
         assert_eq!(field.security_events().await.len(), 1);
         assert_eq!(field.row(0).await.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap().active().unwrap().number().number(), 2);
     }

@@ -1,5 +1,5 @@
-//! Batches of one principal: so many meters in all calls together, so many chunks at a time. One
-//! that sends many waits for itself.
+//! The bounds on batches of one principal: the meters of all its unfinished calls, and the chunks
+//! that run at once. A principal with many batches waits only for its own.
 
 use async_recursion::async_recursion as boxed;
 use std::{
@@ -14,7 +14,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use kms_base::bounds::{Bound, Limits};
 use kms_base::error::ServiceError;
 
-/// The batches under way of all principals.
+/// The unfinished batches of all principals.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Batches(Arc<Mutex<HashMap<PrincipalId, Lane>>>);
 
@@ -26,7 +26,7 @@ struct Lane {
     chunks: Arc<Semaphore>,
 }
 
-/// A batch under way, until it is dropped.
+/// An unfinished batch, until it is dropped.
 #[derive(Debug)]
 pub struct Batch {
     batches: Batches,
@@ -36,7 +36,7 @@ pub struct Batch {
 }
 
 impl Batches {
-    /// Begins a batch of so many meters.
+    /// Begins a batch of this many meters.
     ///
     /// # Errors
     /// The principal's unanswered calls name too many already. A single call is always taken.
@@ -59,7 +59,7 @@ impl Batches {
 }
 
 impl Batch {
-    /// Waits for a chunk's turn among those of the principal's batches, first come, first served.
+    /// Waits until a chunk of the principal's batches may run, first come, first served.
     #[boxed]
     pub async fn turn(&self) -> Option<OwnedSemaphorePermit> {
         // Nobody closes the semaphore.
@@ -80,7 +80,7 @@ impl Drop for Batch {
     }
 }
 
-/// When a caller whose batches name too many meters may come back.
+/// After this time a caller whose batches name too many meters may try again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 #[cfg(test)]

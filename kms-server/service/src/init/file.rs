@@ -10,12 +10,12 @@ use rustls_pki_types::SubjectPublicKeyInfoDer;
 use rustls_pki_types::pem::PemObject;
 use serde::Deserialize;
 
-use super::InitError;
-use crate::certificate::CertificationRequest;
+use super::error::InitError;
+use crate::certificate::request::CertificationRequest;
 use crate::escrow::{Custodian, Quorum};
 use kms_config::{SecretSource, StorageSection};
 
-/// What a ceremony makes, checked: every file that it names was read.
+/// The checked content of a ceremony file. Every file that it names was read.
 #[derive(Clone)]
 pub struct CeremonyPlan {
     /// The island.
@@ -24,7 +24,7 @@ pub struct CeremonyPlan {
     pub kind: IslandKind,
     /// DNS names and IP addresses of the servers.
     pub server_names: Vec<String>,
-    /// The token that holds all roots: the authority's.
+    /// The authority's token, which holds all roots.
     pub token: CeremonyToken,
     /// Tokens that get copies of roots: standby tokens and those of grant servers.
     pub copies: Vec<CopyToken>,
@@ -54,7 +54,7 @@ pub struct CeremonyToken {
     pub initialise: bool,
 }
 
-/// A token that gets copies of roots.
+/// A token to which roots are copied.
 #[derive(Clone, Debug)]
 pub struct CopyToken {
     /// The token.
@@ -76,10 +76,10 @@ pub struct FirstPrincipal {
     pub client_titles: Vec<SystemTitle>,
 }
 
-/// The database of the island: where it is, and how the server's configuration names it.
+/// The database of the island, and its section in the server's configuration.
 #[derive(Clone, Debug)]
 pub struct Storage {
-    /// How the ceremony opens it.
+    /// The settings with which the ceremony opens it.
     pub store: StoreConfig,
     /// The lines of the section `[storage]` of the server's configuration.
     pub section: String,
@@ -98,12 +98,12 @@ impl CeremonyPlan {
     /// folder. Without `[storage]`, the database is `island.db` in the state folder.
     ///
     /// # Errors
-    /// Anything that is missing, unknown or malformed, named with its place. Nothing has been made
-    /// then.
+    /// A setting is missing, unknown or malformed; the error names it. Nothing was made.
     pub fn read(path: &Path, state: &Path) -> Result<Self, InitError> {
         let refuse = |reason: String| InitError::Plan { path: path.to_owned(), reason };
         let text = std::fs::read_to_string(path).map_err(|error| refuse(error.to_string()))?;
-        // The server's configuration names these paths, and the server runs in another folder.
+        // The paths are made absolute: the server's configuration names them, and the server runs
+        // in another folder.
         let absolute =
             |path: &Path| std::path::absolute(path).map_err(|error| refuse(format!("`{}`: {error}", path.display())));
         let (path, state) = (absolute(path)?, absolute(state)?);
@@ -124,7 +124,7 @@ impl CeremonyPlan {
             Quorum::new(file.escrow.needed, file.escrow.custodians.len()).map_err(|error| error.to_string())?;
         let custodians =
             file.escrow.custodians.iter().map(|custodian| custodian.read(folder)).collect::<Result<Vec<_>, _>>()?;
-        // I6: two people must be able to act from the first day on.
+        // I6: two people must be able to act from the first day.
         if kind == IslandKind::Production && file.officers.len() < 2 {
             return Err(
                 "[[officer]]: at least two officers are needed, because dangerous actions take two people".to_owned()
@@ -227,7 +227,7 @@ impl TokenSetting {
             ));
         }
         Ok(CeremonyToken {
-            // A bare name is searched for by the loader.
+            // The loader searches for a bare name.
             module: if self.module.components().count() > 1 { folder.join(&self.module) } else { self.module.clone() },
             selector: TokenSelector { label: self.label.clone(), serial: self.serial.clone() },
             pin: beside(folder, &self.pin),
@@ -241,7 +241,7 @@ impl TokenSetting {
 #[serde(deny_unknown_fields)]
 struct CopySetting {
     token: TokenSetting,
-    /// kek, session, authentication. The CA key is of one token and never copied.
+    /// kek, session, authentication. The CA key is in one token and is never copied.
     classes: Vec<String>,
 }
 

@@ -161,8 +161,8 @@ island_tests! {
             });
             act.await.unwrap().value
         };
-        // I4: what a failed item was dealt is dealt to nobody else, whether its chunk was
-        // reserved with it or before. And it is no lease.
+        // I4: counters that were allocated to a failed item are not allocated again, whether their
+        // chunk was reserved with the item or before. And the item has no lease.
         let mut all = Vec::new();
         let (firsts, live) = lend(&[true, true]).await;
         assert!(live.is_none());

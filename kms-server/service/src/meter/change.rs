@@ -10,7 +10,7 @@ use kms_store::Reads;
 use super::{CHUNK, ChunkOutcome, Code, Filter, MeterService, NOT_PERMITTED, Request, Selection};
 use crate::{
     campaign::{drop_task, pass_on_task, task_reads, unfinished},
-    owner::expose_to_former_member,
+    keys::exposure::expose_to_former_member,
 };
 use kms_authz::{Action, Caller, Resource};
 use kms_base::error::ServiceError;

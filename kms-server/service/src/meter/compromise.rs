@@ -9,7 +9,7 @@ use kms_proto::v1::{self, MetersChanged, audit_record::Event};
 use kms_store::Reads;
 
 use super::{MeterService, Request};
-use crate::{equal_keys::expose_groups_under_equal_keks, owner::expose_to_who_knows_a_kek};
+use crate::{equal_keys::expose_groups_under_equal_keks, keys::exposure::expose_to_who_knows_a_kek};
 use kms_authz::{Action, Caller, Resource};
 use kms_base::error::ServiceError;
 use kms_ledger::{Act, Asker, Decision, Known, Permit, View};

@@ -12,7 +12,7 @@ use kms_proto::v1;
 use kms_store::Reads;
 
 use super::{
-    super::{group_names::Naming, recipe::Recipe},
+    super::{group_names::Naming, keys::recipe::Recipe},
     ChunkOutcome, Code, MeterService, NOT_PERMITTED, Request,
     change::record,
 };

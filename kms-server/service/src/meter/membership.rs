@@ -6,7 +6,7 @@ use kms_proto::v1::{self, MembershipChange};
 use kms_store::{Reads, RowKind};
 
 use super::{About, CHUNK, ChunkOutcome, Code, MeterChunk, MeterService, NOT_PERMITTED, Request, change::record};
-use crate::owner::expose_to_former_member;
+use crate::keys::exposure::expose_to_former_member;
 use kms_authz::facts;
 use kms_authz::{Action, Caller, Resource};
 use kms_base::error::ServiceError;

@@ -14,7 +14,7 @@ use kms_store::Reads;
 use super::{MeterService, Request};
 use crate::island::Island;
 use crate::{
-    grant::{counter_key, setup_record},
+    keys::{counter::counter_key, setup::setup_record},
     proposal::{NewProposal, Propose},
 };
 use kms_authz::{Action, Caller, Resource};

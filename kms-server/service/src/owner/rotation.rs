@@ -1,30 +1,28 @@
-//! The rotation of a group's key: a new version for all members, who has acknowledged it, and when
-//! broadcasts switch to it.
+//! The rotation of a group's key: a new version for all members, the members that have acknowledged
+//! it, and the switch of broadcasts to it.
 //!
-//! A campaign begins it, and transfers bring it, one a member. How many members have it is counted
-//! from their sealed rows: the group's own row would be written with each transfer otherwise. It
-//! only keeps what the counting has come to.
+//! A campaign begins the rotation, and one transfer for each member brings the key. The members
+//! that have it are counted from their sealed rows: otherwise each transfer would have to write the
+//! group's row. The group's row only keeps the results of the count.
 //!
-//! Nothing switches by itself. Whoever broadcasts knows what is under way, such as an image that
-//! half of the members have; so he says when, once the threshold is reached.
+//! Broadcasts do not switch automatically. The head-end that broadcasts knows about unfinished
+//! work, such as an image that half of the members have. So the head-end decides when to switch,
+//! once the threshold is reached.
 
 use async_recursion::async_recursion as boxed;
 use std::{sync::Arc, time::Duration};
 
 use kms_domain::{
-    CampaignId, ExposureReason, Group, GroupError, GroupId, GroupRotation, KeyState, KeyType, KeyVersion,
-    KeyVersionNumber, MemberCounts, Meter, NewKeyVersion, Owner, Party, RequestId, RotationStage, SecuritySetupId,
-    SharedKey, SwitchThreshold, SystemTitle,
+    CampaignId, Group, GroupError, GroupId, GroupRotation, KeyState, KeyType, KeyVersionNumber, MemberCounts, Meter,
+    NewKeyVersion, Owner, RequestId, RotationStage, SecuritySetupId, SwitchThreshold, SystemTitle,
 };
-use kms_proto::v1::{self, GroupKeyChanged, SecurityEvent, audit_record::Event};
+use kms_proto::v1::{self, GroupKeyChanged, audit_record::Event};
 use kms_store::{MeterFilter, Reads, RowKind};
 
 use super::{OwnerService, no_such_group, number_of};
+use crate::grant::request_digest;
 use crate::island::Island;
-use crate::{
-    grant::{request_digest, setup_record},
-    recipe::Recipe,
-};
+use crate::keys::{group_rotation::rotation_message, recipe::Recipe, setup::setup_record};
 use kms_authz::facts;
 use kms_authz::{Action, Caller, GroupFacts, Resource};
 use kms_base::error::ServiceError;
@@ -41,33 +39,33 @@ pub struct NamedGroupKey {
     pub setup: Option<SecuritySetupId>,
 }
 
-/// What a head-end or an officer asks for, to switch broadcasts to a new version.
+/// A request of a head-end or an officer to switch broadcasts to a new version.
 #[derive(Clone, Debug)]
 pub struct Switch {
     /// The key.
     pub key: NamedGroupKey,
     /// The version that is rolled out.
     pub version: KeyVersionNumber,
-    /// Below the threshold too.
+    /// Whether to switch below the threshold too.
     pub early: bool,
     /// Why.
     pub reason: String,
 }
 
-/// A page of the members that are left behind.
+/// A page of the members that do not have the new version.
 #[derive(Clone, Debug, Default)]
 pub struct BehindPage {
     /// The members.
     pub members: Vec<v1::MemberBehind>,
-    /// Behind which one the next page begins; `None` behind the last.
+    /// The last member of this page, if more pages follow.
     pub next: Option<SystemTitle>,
 }
 
 impl OwnerService {
-    /// How the rotation of a group's key is, with its members counted.
+    /// The state of the rotation of a group's key, with its members counted.
     ///
     /// # Errors
-    /// Not permitted, no such group or key, or the database is away.
+    /// Not permitted, no such group or key, or the database is unavailable.
     #[boxed]
     pub async fn rotation(&self, caller: &Caller, key: &NamedGroupKey) -> Result<v1::GroupRotation, ServiceError> {
         let group = self.permitted_group(caller, &key.group, &Action::ShowGroupRotation).await?;
@@ -75,8 +73,7 @@ impl OwnerService {
         self.counted(&group, setup, key.key_type).await
     }
 
-    /// The members that have not acknowledged the version which they are to have, in the order of
-    /// the database.
+    /// The members that have not acknowledged the new version, in the order of the database.
     ///
     /// # Errors
     /// As [`Self::rotation`].
@@ -118,11 +115,11 @@ impl OwnerService {
         Ok(page)
     }
 
-    /// Makes the version that is rolled out the one that broadcasts use.
+    /// Switches broadcasts to the version that is rolled out.
     ///
     /// # Errors
     /// Not permitted, another version is rolled out or none, too few members have it, or the
-    /// database is away.
+    /// database is unavailable.
     #[boxed]
     pub async fn switch(
         &self,
@@ -138,13 +135,13 @@ impl OwnerService {
         let counts = self.count(&group, setup, key_type, version).await?;
         let act = SwitchKey { group: id, setup, key_type, version, early, reason, counts };
         let group = self.island.door.act(caller, Some(request), act).await?.value;
-        Ok(message(&group, setup, key_type, counts))
+        Ok(rotation_message(&group, setup, key_type, counts))
     }
 
     /// Sets how many members must have a new version before broadcasts may switch to it.
     ///
     /// # Errors
-    /// Not permitted, no such group, or the database is away.
+    /// Not permitted, no such group, or the database is unavailable.
     #[boxed]
     pub async fn set_switch_threshold(
         &self,
@@ -161,8 +158,8 @@ impl OwnerService {
         self.group(caller, name).await
     }
 
-    /// Follows the rotations under way every `period`, until it is dropped or aborted: takes note
-    /// when the threshold is reached, and when every member has the new version.
+    /// Follows unfinished rotations every `period`, until it is dropped or aborted. It records when
+    /// the threshold is reached, and when every member has the new version.
     pub fn in_background(self, period: Duration) -> tokio::task::JoinHandle<()> {
         tokio::spawn(async move {
             loop {
@@ -174,10 +171,10 @@ impl OwnerService {
         })
     }
 
-    /// Looks at all rotations under way once.
+    /// Checks all unfinished rotations once.
     ///
     /// # Errors
-    /// The database is away.
+    /// The database is unavailable.
     #[boxed]
     pub async fn follow_rotations(&self) -> Result<(), ServiceError> {
         let mut after: Option<Vec<u8>> = None;
@@ -186,8 +183,8 @@ impl OwnerService {
             let Some((last, _)) = page.last() else { return Ok(()) };
             after = Some(last.clone());
             for (id, row) in &page {
-                // A row that does not verify is the scrubber's find (I5); one that was written
-                // meanwhile is looked at in the next round.
+                // The scrubber reports a row that does not verify (I5). A row that was written
+                // meanwhile is checked in the next round.
                 let Ok(group) = self.island.committer.open_group(GroupId(number_of(id)?), row) else { continue };
                 let waits = |rotation: &&GroupRotation| {
                     matches!(rotation.stage(), RotationStage::RollingOut | RotationStage::Switched)
@@ -222,7 +219,7 @@ impl OwnerService {
         committed.await.map(drop)
     }
 
-    /// How each key of a group stands with the members.
+    /// The state of the rotation of each key of a group.
     pub(super) async fn rotations(&self, group: &Group) -> Result<Vec<v1::GroupRotation>, ServiceError> {
         let mut rotations = Vec::new();
         for slot in group.slots.iter() {
@@ -239,13 +236,13 @@ impl OwnerService {
     ) -> Result<v1::GroupRotation, ServiceError> {
         let version = group.rotation(setup, key_type).map(|rotation| rotation.version);
         let counts = self.count(group, setup, key_type, version.unwrap_or(KeyVersionNumber::FIRST)).await?;
-        // What was never rolled out was acknowledged by nobody: members were set up with it.
+        // A key that was never rolled out has no acknowledgements: the members were set up with it.
         let counts = if version.is_some() {
             counts
         } else {
             MemberCounts { members: counts.members, ..MemberCounts::default() }
         };
-        Ok(message(group, setup, key_type, counts))
+        Ok(rotation_message(group, setup, key_type, counts))
     }
 
     /// Counts the members by their sealed rows (I5).
@@ -276,8 +273,8 @@ impl OwnerService {
         Ok(counts)
     }
 
-    /// A group, if policy permits the action with it. Who may list groups is told that there is
-    /// none of the name.
+    /// A group, if policy permits the action on it. Only a caller that may list groups learns that
+    /// there is no group of this name.
     async fn permitted_group(&self, caller: &Caller, name: &str, action: &Action) -> Result<Arc<Group>, ServiceError> {
         let principal = facts(&*self.island.principal(caller).await?);
         let policy = self.island.policy.load_full();
@@ -303,10 +300,10 @@ pub(crate) struct NewGroupVersion {
 }
 
 impl NewGroupVersion {
-    /// Makes a version as the one before it was made; `None` where the group has no such key.
+    /// Makes a version in the same way as the version before; `None` if the group has no such key.
     ///
     /// # Errors
-    /// Trouble of the HSM or the database, or the group's row does not verify.
+    /// A failure of the HSM or the database, or the group's row does not verify.
     pub(crate) async fn prepare(
         island: &Island,
         id: GroupId,
@@ -321,7 +318,7 @@ impl NewGroupVersion {
         Ok(Some(Self { group: id, setup: slot.setup(), key_type, new }))
     }
 
-    /// Begins the rotation, or goes on with the one under way.
+    /// Begins the rotation, or continues the unfinished one.
     ///
     /// # Errors
     /// The group is gone, its row is refused or was not read yet, or its slot refuses the version.
@@ -354,7 +351,7 @@ impl NewGroupVersion {
     }
 }
 
-/// A group's key that broadcasts go over to.
+/// The act that switches broadcasts to a group's key.
 struct SwitchKey {
     group: GroupId,
     setup: SecuritySetupId,
@@ -373,7 +370,7 @@ impl SwitchKey {
 
 impl Act for SwitchKey {
     type Answer = Arc<Group>;
-    // A key that is switched is switched.
+    // A repeated request finds the key switched.
     type Past = Never;
 
     fn name(&self) -> &'static str {
@@ -424,7 +421,7 @@ impl Act for SwitchKey {
     }
 }
 
-/// How many members must have a new version of a group's key before broadcasts go over to it.
+/// The act that sets how many members must have a new version before broadcasts may switch to it.
 struct SetThreshold {
     group: GroupId,
     threshold: SwitchThreshold,
@@ -432,7 +429,7 @@ struct SetThreshold {
 
 impl Act for SetThreshold {
     type Answer = ();
-    // Repeated late, it would undo what was set since.
+    // A late repetition would undo a newer setting.
     type Past = Known;
 
     fn name(&self) -> &'static str {
@@ -470,7 +467,7 @@ impl Act for SetThreshold {
     }
 }
 
-/// Policy's permit for an action on a group; a group that is gone is refused alike.
+/// Policy's permit for an action on a group. A group that is gone gets the same refusal.
 fn permit_on_group(
     asker: Asker,
     view: &mut View<'_, '_>,
@@ -496,130 +493,6 @@ pub(crate) fn setup_of(
                 .to_owned(),
         }
     })
-}
-
-/// A member is gone from these groups: what it holds of their keys is exposed, and the keys have to
-/// be rotated.
-///
-/// # Errors
-/// A group's row was not read yet.
-pub(crate) fn expose_to_former_member(
-    view: &mut View<'_, '_>,
-    meter: &Meter,
-    groups: &[GroupId],
-    reason: ExposureReason,
-) -> Result<(), ServiceError> {
-    for id in groups {
-        let mut group = match view.group(*id) {
-            Ok(Some(group)) => group,
-            // I5: its row was refused, which is on the record. The meter goes all the same.
-            Ok(None) | Err(ServiceError::PermissionDenied { .. }) => continue,
-            Err(error) => return Err(error),
-        };
-        let exposed = Arc::make_mut(&mut group).expose_to_former_member(&meter.shared, reason, view.now());
-        tell_exposed(view, meter, &group, &exposed, &format!("a former member ({reason})"))?;
-    }
-    Ok(())
-}
-
-/// A KEK of a meter is compromised, under which keys of groups left for it: they are exposed to
-/// whoever knows it, and have to be rotated. The meter's KEK first: else the next version would
-/// leave under it.
-///
-/// # Errors
-/// A group's row was not read yet.
-pub(crate) fn expose_to_who_knows_a_kek(
-    view: &mut View<'_, '_>,
-    meter: &Meter,
-    delivered: &[SharedKey],
-    party: &Party,
-) -> Result<(), ServiceError> {
-    let mut groups: Vec<GroupId> =
-        delivered.iter().filter_map(|key| if let Owner::Group(id) = key.owner { Some(id) } else { None }).collect();
-    groups.sort_unstable();
-    groups.dedup();
-    for id in groups {
-        let mut group = match view.group(id) {
-            Ok(Some(group)) => group,
-            // I5: its row was refused, which is on the record. What is known of the meter is noted
-            // all the same.
-            Ok(None) | Err(ServiceError::PermissionDenied { .. }) => continue,
-            Err(error) => return Err(error),
-        };
-        let exposed = Arc::make_mut(&mut group).expose_to_who_knows_a_kek(delivered, party, view.now());
-        tell_exposed(
-            view,
-            meter,
-            &group,
-            &exposed,
-            &format!("{party}, who knows the KEK of the member that it left under"),
-        )?;
-    }
-    Ok(())
-}
-
-fn tell_exposed(
-    view: &mut View<'_, '_>,
-    meter: &Meter,
-    group: &Group,
-    exposed: &[(SecuritySetupId, KeyType, KeyVersionNumber)],
-    known_to: &str,
-) -> Result<(), ServiceError> {
-    if exposed.is_empty() {
-        return Ok(());
-    }
-    let wanted =
-        |setup, key_type, number| group.newest(setup, key_type).is_some_and(|newest| newest.number() == number);
-    for (setup, key_type, number) in exposed {
-        let next = if wanted(*setup, *key_type, *number) { ": rotate it" } else { "" };
-        let detail = format!(
-            "group {}: {key_type} version {number} in security setup {setup} is known to {known_to}{next}",
-            group.name
-        );
-        let meter = meter.title.octets().to_vec().into();
-        view.append(Event::SecurityEvent(SecurityEvent { kind: "group-key-exposed".to_owned(), detail, meter }));
-    }
-    view.put_group(group.clone())
-}
-
-/// How a key stands with the members, as the contract says it.
-pub(crate) fn message(
-    group: &Group,
-    setup: SecuritySetupId,
-    key_type: KeyType,
-    counts: MemberCounts,
-) -> v1::GroupRotation {
-    let slot = group.slots.get(setup, key_type);
-    let number = |version: Option<&KeyVersion>| version.map_or(0, |version| version.number().number());
-    let shown = v1::GroupRotation {
-        group: group.name.clone(),
-        security_setup: setup.obis().to_vec().into(),
-        key_type: key_type.to_string(),
-        active_version: number(slot.and_then(kms_domain::Slot::active)),
-        threshold_percent: u32::from(group.switch_at.percent()),
-        members: counts.members,
-        acknowledged: counts.acknowledged,
-        unacknowledged: counts.unacknowledged,
-        wanted_because: group.rotation_wanted(setup, key_type).iter().map(ToString::to_string).collect(),
-        ..v1::GroupRotation::default()
-    };
-    let Some(rotation) = group.rotation(setup, key_type) else { return shown };
-    let former = slot.into_iter().flat_map(|slot| slot.versions().iter().rev()).find(|version| {
-        version.number() < rotation.version
-            && group.lent(setup, key_type, Some(version.number())).is_some_and(|lent| lent.number() == version.number())
-    });
-    let moment = |moment: Option<kms_domain::UnixMillis>| moment.map_or(0, |moment| moment.0);
-    v1::GroupRotation {
-        version: rotation.version.number(),
-        stage: rotation.stage().name().to_owned(),
-        former_version: if rotation.switched.is_some() { number(former) } else { 0 },
-        campaign_id: rotation.campaign.map(|campaign| campaign.octets().to_vec().into()).unwrap_or_default(),
-        begun_ms: rotation.begun.0,
-        threshold_reached_ms: moment(rotation.reached),
-        switched_ms: moment(rotation.switched),
-        complete_ms: moment(rotation.completed),
-        ..shown
-    }
 }
 
 fn record(
@@ -663,15 +536,15 @@ fn group_row(id: GroupId) -> (RowKind, Vec<u8>) {
     (RowKind::Group, id.0.to_be_bytes().to_vec())
 }
 
-/// A meter that the search columns find in a group.
+/// A meter that is in a group by its search columns.
 enum Member {
-    /// Its sealed row says so too.
+    /// Its sealed row confirms the group.
     Known(Arc<Meter>),
     /// Its row was refused (I5).
     Refused,
 }
 
-/// Walks over the members of a group that keys are brought to, page by page.
+/// Walks over the members of a group that can receive keys, page by page.
 struct Members<'a> {
     island: &'a Island,
     group: GroupId,
@@ -683,7 +556,7 @@ impl<'a> Members<'a> {
         Self { island, group, after }
     }
 
-    /// The members of the next page; `None` behind the last.
+    /// The members of the next page; `None` after the last page.
     async fn next(&mut self) -> Result<Option<Vec<Member>>, ServiceError> {
         let filter = MeterFilter { group: Some(self.group.0), ..MeterFilter::default() };
         let page = self.island.store.meter_page(&filter, self.after, PAGE).await?;
@@ -693,7 +566,8 @@ impl<'a> Members<'a> {
         for row in &page {
             let opened = match self.island.committer.open_meter(row.title, &row.row) {
                 Ok(meter) => Some(meter),
-                // It may have been written between being read and being opened.
+                // Another server may have written the row after it was read here, so it is read
+                // once more.
                 Err(_) => self.island.meter(row.title).await.unwrap_or(None),
             };
             match opened {

@@ -15,7 +15,9 @@ use super::{NewDeviceType, NewOwnerKey, OwnerService};
 use crate::island::Island;
 use crate::testing::{TestIsland, client_title, island_tests, meter, put_principal};
 use crate::{
-    grant::{Chunk, GrantService, GrantTargets, Granted, SessionTerms},
+    grant::GrantService,
+    grant::deliver::Granted,
+    grant::terms::{GrantChunk, GrantTargets, SessionTerms},
     meter::{Enrolment, MeterService, NewMeter, Request},
     scrub::Scrubber,
 };
@@ -97,7 +99,7 @@ fn new(key_type: &str, held_by_meters: bool) -> NewOwnerKey {
     NewOwnerKey { setup: SecuritySetupId::DEFAULT, key_type: key_type.to_owned(), held_by_meters }
 }
 
-fn chunk(number: u8, targets: GrantTargets, key_types: &[KeyType]) -> Chunk {
+fn chunk(number: u8, targets: GrantTargets, key_types: &[KeyType]) -> GrantChunk {
     let terms = SessionTerms {
         purpose: Purpose::Configure,
         setup: None,
@@ -107,7 +109,7 @@ fn chunk(number: u8, targets: GrantTargets, key_types: &[KeyType]) -> Chunk {
         dedicated_key: false,
         lifetime_seconds: 900,
     };
-    Chunk {
+    GrantChunk {
         request: RequestId::from_octets(&[number; 16]).unwrap(),
         index: 0,
         digest: [number; 32],
@@ -243,13 +245,13 @@ island_tests! {
             let row = island.island.store.sealed(RowKind::Group, &u64::from(number).to_be_bytes()).await.unwrap().unwrap();
             let group = island.island.committer.open_group(GroupId(number.into()), &row).unwrap();
             let slot = group.slots.get(SecuritySetupId::DEFAULT, KeyType::GBEK).unwrap();
-            let source = crate::grant::source(group.owner(), slot, slot.active().unwrap()).unwrap();
+            let source = crate::keys::source::source(group.owner(), slot, slot.active().unwrap()).unwrap();
             fingerprints.push(island.island.hsm.rewrap_stored(source).await.unwrap().fingerprint_wrap);
         }
         // Equal keys have equal wraps: two groups have two keys, and none of them is a meter's.
         let meter = island.island.meter(meter(1)).await.unwrap().unwrap();
         let guek = meter.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap();
-        let source = crate::grant::source(meter.owner(), guek, guek.active().unwrap()).unwrap();
+        let source = crate::keys::source::source(meter.owner(), guek, guek.active().unwrap()).unwrap();
         fingerprints.push(island.island.hsm.rewrap_stored(source).await.unwrap().fingerprint_wrap);
         fingerprints.sort();
         fingerprints.dedup();

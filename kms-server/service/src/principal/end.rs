@@ -1,4 +1,4 @@
-//! The end of one certificate, at once.
+//! Ends one certificate at once.
 
 use async_recursion::async_recursion as boxed;
 use kms_domain::{PrincipalId, RequestId};
@@ -13,12 +13,12 @@ use kms_base::error::ServiceError;
 impl Principals {
     /// Ends one TLS certificate of another principal, from the next call on.
     ///
-    /// Nobody ends their own: who has stolen the key of one certificate could end the owner's other
-    /// one with it, and would be the only one left.
+    /// Nobody ends their own certificate: a thief of the key of one certificate could otherwise end
+    /// the owner's other certificate and lock the owner out.
     ///
     /// # Errors
     /// Not permitted; no such principal or certificate; the caller's own; the last certificate of
-    /// the last officer; or the database is away.
+    /// the last officer; or the database is unavailable.
     #[boxed]
     pub async fn end_certificate(
         &self,
@@ -31,7 +31,7 @@ impl Principals {
         let own = id == caller.principal;
         let action = Action::EndCertificate { role: id.role(), own };
         self.island.principal(caller).await?;
-        // The answer tells the way; what holds is checked again in the act.
+        // This early answer tells what to do. The act checks the same again.
         refuse_own(&id, own).map_err(|refusal| self.on_record(caller, &action, refusal))?;
         self.island.require(caller, &action).await?;
         let digest = request_digest("end-certificate", &[id.to_string().as_bytes(), &serial, reason.as_bytes()]);

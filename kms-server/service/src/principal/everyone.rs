@@ -1,18 +1,18 @@
-//! What must hold of all principals together: checked in the transaction that changes one of them.
+//! Rules that all principals must fulfil together. The transaction that changes one principal
+//! checks them.
 
 use std::sync::Arc;
 
 use kms_domain::{IslandName, Principal, PrincipalId, PrincipalStatus, Role, SystemTitle};
 use kms_store::{Reads, RowKind, Store};
 
-use super::MOST_AT_ONCE;
 use kms_base::error::ServiceError;
 use kms_ledger::principal_row;
 use kms_ledger::{Committer, View};
 
-/// The names of all principals that there were when the island's row counted so many. The row
-/// counts each one that is added: a transaction that finds the same count reads them all, and is in
-/// the way of another server's that adds one.
+/// The names of all principals, and the count of added principals in the island's row. Each new
+/// principal increases the count. A transaction that finds the same count has read all principals,
+/// and conflicts with a transaction of another server that adds one.
 #[derive(Clone, Debug)]
 pub(crate) struct Everyone {
     island: IslandName,
@@ -21,13 +21,14 @@ pub(crate) struct Everyone {
 }
 
 impl Everyone {
-    /// Reads the names, beside the writer.
+    /// Reads the names outside the writer's transaction.
     pub(crate) async fn of(
         store: &dyn Store,
         committer: &Committer,
         island: &IslandName,
     ) -> Result<Self, ServiceError> {
-        // The count first: one that is added meanwhile makes the names too many, and not too few.
+        // The count is read first: if a principal is added meanwhile, there are too many names and
+        // not too few.
         let row = store.sealed(RowKind::Island, island.as_str().as_bytes()).await?.ok_or_else(no_island)?;
         let added = committer.open_island(&row)?.principals_added;
         let (mut ids, mut after) = (Vec::new(), None::<Vec<u8>>);
@@ -42,18 +43,18 @@ impl Everyone {
         Ok(Self { island: island.clone(), ids, added })
     }
 
-    /// What a transaction reads that looks at all of them.
+    /// The reads of a transaction that checks all principals.
     pub(crate) fn reads(&self) -> Reads {
         let mut sealed: Vec<_> = self.ids.iter().map(principal_row).collect();
         sealed.push((RowKind::Island, self.island.as_str().as_bytes().to_vec()));
         Reads { sealed, ..Reads::default() }
     }
 
-    /// All of them as they stand in the transaction.
+    /// All principals as they are in the transaction.
     ///
     /// # Errors
-    /// Aborted, with [`Self::is_stale`]: one was added since the names were read. A row that does
-    /// not verify, which the refusal names: its key could be the one that is certified (I6).
+    /// Aborted, with [`Self::is_stale`]: a principal was added after the names were read. Also a
+    /// row that does not verify, which the refusal names: its key could be the one to certify (I6).
     pub(crate) fn rows(&self, view: &mut View<'_, '_>) -> Result<Vec<Arc<Principal>>, ServiceError> {
         if view.island(&self.island)?.ok_or_else(no_island)?.principals_added != self.added {
             return Err(stale());
@@ -68,16 +69,15 @@ impl Everyone {
         Ok(rows)
     }
 
-    /// Counts one more, so that other transactions that have read the names read them again.
+    /// Increases the count, so that other transactions read the names again.
     pub(crate) fn count_one_more(&self, view: &mut View<'_, '_>) -> Result<(), ServiceError> {
         let mut row = Arc::unwrap_or_clone(view.island(&self.island)?.ok_or_else(no_island)?);
         row.principals_added += 1;
         view.put_island(row)
     }
 
-    /// Somebody must be able to administer the island without this principal: another officer,
-    /// enabled, with a certificate that has not ended. An officer whose row does not verify is
-    /// none.
+    /// Refuses to remove the last officer: another enabled officer with a valid certificate must
+    /// remain. An officer whose row does not verify does not count.
     pub(crate) fn refuse_last_officer(&self, view: &mut View<'_, '_>, id: &PrincipalId) -> Result<(), ServiceError> {
         if id.role() != Role::Officer {
             return Ok(());
@@ -104,7 +104,7 @@ impl Everyone {
     }
 }
 
-/// I6: one key stands for one principal. Two principals with one key would be one person who counts
+/// I6: one key belongs to one principal. With one key for two principals, one person would count
 /// twice.
 pub(crate) fn refuse_shared_key(
     rows: &[Arc<Principal>],
@@ -123,8 +123,8 @@ pub(crate) fn refuse_shared_key(
     }
 }
 
-/// No two enabled principals use one client title: leases of one would supersede those of the
-/// other.
+/// Two enabled principals must not use one client title: the leases of one would supersede those of
+/// the other.
 pub(crate) fn refuse_shared_titles(
     rows: &[Arc<Principal>],
     id: &PrincipalId,
@@ -168,3 +168,6 @@ pub(super) fn unverified(id: &PrincipalId) -> ServiceError {
 fn no_island() -> ServiceError {
     ServiceError::Internal("the island has no row (I5)".to_owned())
 }
+
+/// Rows of principals that are read at once.
+pub(super) const MOST_AT_ONCE: u32 = 500;

@@ -1,6 +1,5 @@
-//! Keys of officers and auditors that other people stand behind (I6): the way back from a
-//! certificate that has ended or is lost, and the confirmation of a key that one officer alone has
-//! certified.
+//! Keys of officers and auditors that other people confirm (I6): a new key after the certificate
+//! has ended or is lost, and the confirmation of a key that only one officer has certified.
 
 use async_recursion::async_recursion as boxed;
 use kms_domain::{
@@ -13,34 +12,34 @@ use super::{Principals, changed, enabled, everyone::refuse_shared_key, security_
 use crate::island::Island;
 use crate::{
     Request,
-    certificate::CertificationRequest,
-    proposal::{NewProposal, Propose, carry_out, proposal_row},
+    certificate::request::CertificationRequest,
+    proposal::{NewProposal, Propose, execute, proposal_row},
 };
 use kms_authz::{Action, Caller, Resource};
 use kms_base::error::ServiceError;
 use kms_ledger::principal_row;
 use kms_ledger::{Permit, View};
 
-/// A key that other people are to stand behind.
+/// A key that other people are asked to confirm.
 #[derive(Clone, Debug)]
 pub struct ProposedKey {
-    /// Whose key it is: an officer or auditor.
+    /// The owner of the key: an officer or auditor.
     pub id: PrincipalId,
     /// SHA-256 of the SubjectPublicKeyInfo (DER), 32 octets.
     pub key_sha256: [u8; 32],
     /// Why.
     pub reason: String,
-    /// How many people must approve, beside the one who proposes.
+    /// How many people must approve, besides the proposer.
     pub quorum: Quorum,
 }
 
 impl Principals {
-    /// Proposes that a key of an officer or auditor is certified, or confirmed if it is certified
-    /// already. Nothing is certified by this.
+    /// Proposes to certify a key of an officer or auditor, or to confirm it if it is already
+    /// certified. The proposal itself certifies nothing.
     ///
     /// # Errors
     /// Not permitted; no officer or auditor, or a disabled one; the caller is its person or does
-    /// not count (I6); there are too few other officers; or the database is away.
+    /// not count (I6); there are too few other officers; or the database is unavailable.
     #[boxed]
     pub async fn propose_key(
         &self,
@@ -71,12 +70,12 @@ impl Principals {
         Ok(self.island.door.act(caller, request, propose).await?.value)
     }
 
-    /// Certifies a key as people have approved it. All other certificates of the principal end: the
-    /// key behind them is lost, or they have ended.
+    /// Certifies a key as people approved it. All other certificates of the principal end: their
+    /// key is lost, or they have already ended.
     ///
     /// # Errors
     /// Not permitted; not approved by enough people (I6), or another key; the key is another
-    /// principal's; or trouble of HSM or database.
+    /// principal's; or a failure of the HSM or the database.
     pub(super) async fn recertify(
         &self,
         caller: &Caller,
@@ -105,10 +104,10 @@ impl Principals {
             move |view, permit, existing, everyone| {
                 permit.require(&Action::CarryOutProposal, &Resource::Island)?;
                 let mut principal = enabled(&id, existing)?;
-                let (ProposedAction::RecertifyPrincipal(recertify), _) = carry_out(view, permit, approved)? else {
+                let (ProposedAction::RecertifyPrincipal(recertify), _) = execute(view, permit, approved)? else {
                     return Err(other_content(approved));
                 };
-                // I6: exactly the principal, the person and the key that people have approved.
+                // I6: exactly the principal, the person and the key that people approved.
                 fits(&recertify, &principal, approved)?;
                 if recertify.key_sha256 != issued.key_sha256 {
                     return Err(other_content(approved));
@@ -129,8 +128,9 @@ impl Principals {
         .await
     }
 
-    /// I6: two people who are not the beneficiary must stand behind the key, the caller and another
-    /// officer. Looked at beside the writer, for the way out alone: what counts is who approves.
+    /// I6: two people who are not the beneficiary must confirm the key: the caller and another
+    /// officer. This check outside the writer's transaction only gives an early answer with the
+    /// next step: the approvals decide.
     async fn enough_officers(&self, caller: &Caller, beneficiary: &PrincipalId) -> Result<(), ServiceError> {
         let all: Vec<_> = self.all().await?.into_iter().flatten().collect();
         let person = |id: &PrincipalId| all.iter().find(|one| one.id == *id).and_then(|one| one.person.clone());
@@ -158,7 +158,7 @@ impl Principals {
     }
 }
 
-/// Confirms a key that the principal has a certificate of, as people have approved it.
+/// Confirms a key for which the principal has a certificate, as people approved it.
 ///
 /// # Errors
 /// Not permitted; the principal is disabled, or has no certificate of this key that has not ended.

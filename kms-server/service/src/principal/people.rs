@@ -1,18 +1,18 @@
-//! I6: who counts where several people are needed.
+//! I6: who counts as a person where several people are needed.
 
 use kms_domain::{PersonName, Principal};
 
 use kms_base::error::ServiceError;
 use kms_ledger::View;
 
-/// The person behind the caller of an act, who counts where several people are needed (I6): who
-/// asks for a proposal or campaign, or approves it.
+/// The person behind the caller of an act, for acts that need several people (I6): a proposal or
+/// campaign, and its approval.
 ///
 /// `principal` is the caller's row as [`View::caller`] gave it; `action` names what is asked.
 ///
 /// # Errors
-/// Permission denied: the principal stands for no person. Failed precondition: one other principal
-/// alone certified the key of this call, so that the person may be that principal's invention.
+/// Permission denied: the principal is not a person's. Failed precondition: one other principal
+/// alone certified the key of this call, so the person may not exist.
 pub fn counted_person(view: &View<'_, '_>, principal: &Principal, action: &str) -> Result<PersonName, ServiceError> {
     let person = principal.person.clone().ok_or_else(|| ServiceError::denied(action))?;
     let certificate = view.acting_certificate().and_then(|digest| principal.certificate(&digest));

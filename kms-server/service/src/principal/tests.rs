@@ -1,4 +1,4 @@
-use kms_domain::{IslandName, PrincipalStatus, Quorum};
+use kms_domain::{IslandName, PrincipalStatus, ProposalId, Quorum, Role};
 use kms_hsm::Hsm;
 use kms_proto::v1::AuditRecord;
 
@@ -6,8 +6,8 @@ use super::{key::ProposedKey, *};
 use crate::testing::{TestIsland, island_tests, put_principal, sha256};
 use crate::{
     Request,
-    certificate::CA_KEY,
-    proposal::{Change, ProposalService},
+    approval::{Change, ProposalService},
+    certificate::signing::CA_KEY,
 };
 
 const DAY: i64 = 86_400_000;

@@ -1,4 +1,4 @@
-//! What still uses each version of each root.
+//! Counts what still uses each version of each root.
 
 use async_recursion::async_recursion as boxed;
 use std::{collections::BTreeMap, sync::Arc};
@@ -11,28 +11,29 @@ use kms_proto::v1;
 use kms_store::{MeterFilter, RowKind, SealedRow};
 use tokio::sync::mpsc;
 
-use super::{FINGERPRINT_KEY_VERSION, RootService};
-use crate::scrub::row_id;
+use super::RootService;
+use crate::keys::seal::FINGERPRINT_KEY_VERSION;
+use crate::row_id::row_id;
 use kms_authz::{Action, Caller};
 use kms_base::error::ServiceError;
 
-/// How many keys or rows use each version.
+/// The number of keys or rows that use each version.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RootReferences {
-    /// Key versions (diversification roots, storage KEKs) or rows (seal root), by root version. A
-    /// version that nothing uses is not listed.
+    /// Key versions (diversification roots, storage KEKs) or rows (seal root), by root version.
+    /// Unused versions are not listed.
     pub references: BTreeMap<RootId, u64>,
-    /// When the last key that was derived from a diversification root was destroyed: a backup from
-    /// before still has it.
+    /// When the last key that was derived from a diversification root was destroyed: an earlier
+    /// backup still has the key.
     pub last_uses: BTreeMap<RootId, UnixMillis>,
     /// Rows that were read.
     pub rows: u64,
-    /// Rows that do not read: nobody can tell what they use.
+    /// Rows that cannot be read: it is unknown what they use.
     pub unreadable: u64,
 }
 
 impl RootReferences {
-    /// How many use a version.
+    /// The number of users of a version.
     pub fn of(&self, id: RootId) -> u64 {
         self.references.get(&id).copied().unwrap_or_default()
     }
@@ -57,7 +58,7 @@ impl RootReferences {
                         let last = self.last_uses.entry(id).or_insert(version.since());
                         *last = version.since().max(*last);
                     }
-                    // Of a destroyed version nothing is left that could be unwrapped.
+                    // A destroyed version has no wrap left.
                     _ => {}
                 }
             }
@@ -66,10 +67,10 @@ impl RootReferences {
 }
 
 impl RootService {
-    /// Counts for a caller, and tells how far it is.
+    /// Counts for a caller and reports the progress.
     ///
     /// # Errors
-    /// Not permitted, or the database is away.
+    /// Not permitted, or the database is unavailable.
     #[boxed]
     pub async fn count_for(
         &self,
@@ -90,17 +91,17 @@ impl RootService {
                 told.try_send(Ok(progress)).is_ok() || !told.is_closed()
             });
             let last = counted.await.map(|counts| service.references(&counts, rows));
-            // A caller that has gone away has no use for it.
+            // The caller may be gone.
             let _ = answers.send(last).await;
         });
         Ok(receiver)
     }
 
-    /// Reads all rows once. `progress` is called with the number of rows read; when it says no, the
-    /// counting ends early, with an error.
+    /// Reads all rows once. `progress` is called with the number of rows read; if it returns false,
+    /// the count ends early with an error.
     ///
     /// # Errors
-    /// The database is away.
+    /// The database is unavailable.
     pub async fn count(&self, mut progress: impl FnMut(u64) -> bool + Send) -> Result<RootReferences, ServiceError> {
         let (store, name) = (&self.island.store, self.island.name());
         let mut counts = RootReferences::default();
@@ -113,7 +114,7 @@ impl RootService {
                 counts.read(&row.row, |body| Meter::from_row(row.title, name, body).ok().map(|meter| meter.slots));
             }
             if !progress(counts.rows) {
-                return Err(ServiceError::unavailable("nobody waits for the count any more"));
+                return Err(ServiceError::unavailable("the count was ended: its caller is gone"));
             }
         }
         for kind in RowKind::ALL {
@@ -171,7 +172,7 @@ impl RootReferences {
     }
 }
 
-/// What a version is needed for besides what is counted.
+/// What a version is needed for, besides the counted users.
 pub(super) fn needed_for(id: RootId, standing: Option<RootStanding>) -> &'static str {
     match (id.purpose, standing) {
         (_, Some(RootStanding::Made)) => "the next rotation",

@@ -1,9 +1,10 @@
-//! The destruction of a version of a root: an officer proposes it, another person approves exactly
-//! that (I6), and it is carried out if nothing refers to the root and no backup that may still be
-//! restored does.
+//! The destruction of a version of a root. An officer proposes it and another person approves
+//! exactly this proposal (I6). It is executed if nothing refers to the root, in the database or in
+//! a backup that may still be restored.
 //!
-//! The decision is a record and a word in the island's row. When every server has heard of it, each
-//! counts once more what uses the root, and destroys it in its own tokens. It cannot be undone.
+//! The decision is recorded and noted in the island's row. After every server has read it, each
+//! server counts again what uses the root, and destroys it in its own tokens. The destruction
+//! cannot be undone.
 
 use async_recursion::async_recursion as boxed;
 use std::{sync::Arc, time::Duration};
@@ -15,17 +16,18 @@ use kms_domain::{
 use kms_proto::v1::{self, RootDestroyed, audit_record::Event};
 use kms_store::{Reads, RowKind};
 
-use super::{RootService, millis, no_island, refused, rotation_row, token_key};
+use super::{RootService, millis, no_island, refused, rotation_row};
 use crate::island::Island;
+use crate::keys::token::token_key;
 use crate::{
     Request,
-    proposal::{NewProposal, Propose, carry_out, proposal_row},
+    proposal::{NewProposal, Propose, execute, proposal_row},
 };
 use kms_authz::{Action, Caller, Resource};
 use kms_base::error::ServiceError;
 use kms_ledger::{Act, Asker, Decision, Known, Permit, ServerAct, View};
 
-/// What is proposed.
+/// A destruction to propose.
 #[derive(Clone, Debug)]
 pub struct Destruction {
     /// Which version.
@@ -39,10 +41,11 @@ pub struct Destruction {
 }
 
 impl RootService {
-    /// Proposes to destroy a version. Nothing is destroyed by this.
+    /// Proposes to destroy a version. The proposal itself destroys nothing.
     ///
     /// # Errors
-    /// Not permitted; something refers to the root, or a backup may; or the database is away.
+    /// Not permitted; something refers to the root, or a backup may; or the database is
+    /// unavailable.
     #[boxed]
     pub async fn propose_destruction(
         &self,
@@ -60,12 +63,12 @@ impl RootService {
         Ok(self.island.door.act(caller, request, propose).await?.value)
     }
 
-    /// Carries an approved destruction out: decided and recorded first (I2), then, once every
-    /// server has heard of it, by each server in its tokens.
+    /// Executes an approved destruction. First it is decided and recorded (I2). After every server
+    /// has read the decision, each server destroys the root in its tokens.
     ///
     /// # Errors
     /// Not permitted; not approved by enough people (I6); something refers to the root, or a backup
-    /// may; or HSM or database are away.
+    /// may; or the HSM or the database is unavailable.
     #[boxed]
     pub async fn destroy(
         &self,
@@ -95,11 +98,11 @@ impl RootService {
         self.show(caller).await
     }
 
-    /// Destroys in this server's tokens what was decided to be destroyed, and records what was
-    /// there. How long to wait before it is called again; none: nothing is left to do.
+    /// Destroys in this server's tokens the roots whose destruction was decided, and records what
+    /// was there. Returns how long to wait before the next call; `None`: nothing is left to do.
     ///
     /// # Errors
-    /// HSM or database are away: it is tried again.
+    /// The HSM or the database is unavailable: it is tried again.
     #[boxed]
     pub async fn destroy_decided(&self, row: &Arc<IslandRow>) -> Result<Option<Duration>, ServiceError> {
         let mut wait = None;
@@ -112,9 +115,9 @@ impl RootService {
             let since = self.island.store.now().await?.0.saturating_sub(decided.0);
             let left = millis(self.timing.settling).saturating_sub(since);
             let left = Duration::from_millis(u64::try_from(left).unwrap_or_default());
-            // I3: a key may have been stored under the root since it was counted, but not since it
-            // was decided: the acts that store keys read the decision in their transaction. So this
-            // count stays true.
+            // I3: a key may have been stored under the root after the first count, but not after
+            // the decision: acts that store keys read the decision in their transaction. So this
+            // second count stays true.
             let counts = if left.is_zero() { Some(self.count(|_| true).await?) } else { None };
             match counts {
                 None => wait = wait.max(Some(left)),
@@ -129,8 +132,8 @@ impl RootService {
         Ok(wait)
     }
 
-    /// I2: on the record before the tokens are changed, and when they are: after a crash in
-    /// between, nothing is left that could be recorded then.
+    /// I2: recorded before and after the change of the tokens. After a crash in between, the object
+    /// is gone and its destruction could not be recorded any more.
     async fn destroy_in_tokens(&self, id: RootId) -> Result<(), ServiceError> {
         self.record(id, "begun", 0).await?;
         let objects = self.island.hsm.destroy_root(token_key(id)?).await?;
@@ -152,12 +155,12 @@ impl RootService {
         act.await.map(drop)
     }
 
-    /// Whether nothing needs the version: no key, no row, no record, and no backup that may still
-    /// be restored.
+    /// Refuses a version that is still needed: by a key, a row, a record, or a backup that may
+    /// still be restored.
     async fn is_unused(&self, id: RootId, oldest_backup: UnixMillis) -> Result<(), ServiceError> {
         let row = self.refresh().await?;
         let now = self.island.store.now().await?;
-        // I2: records stay, and whoever checks them needs the key that linked them.
+        // I2: records stay, and checking them needs the key that linked them.
         if id.purpose == RootPurpose::Seal
             && row.root_standing(id).is_some_and(|standing| standing != RootStanding::Made)
         {
@@ -205,7 +208,7 @@ impl RootService {
     }
 }
 
-/// The decision that a root is destroyed, as people have approved it.
+/// The decision to destroy a root, as people approved it.
 struct Destroy {
     island: Arc<Island>,
     approved: ProposalId,
@@ -232,14 +235,14 @@ impl Act for Destroy {
 
     fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<()>, ServiceError> {
         let (approved, current) = (self.approved, self.current);
-        // I6: exactly what was approved, once.
-        let (ProposedAction::DestroyRoot(root), entry) = carry_out(view, permit, approved)? else {
+        // I6: exactly what was approved, and only once.
+        let (ProposedAction::DestroyRoot(root), entry) = execute(view, permit, approved)? else {
             return Err(ServiceError::denied("destroyRoot"));
         };
         let id = root_id(&root)?;
         let now = view.clock()?;
         let mut row = (*view.island(self.island.name())?.ok_or_else(no_island)?).clone();
-        // One that was made and never used has no pass behind it, and no backup needs it.
+        // A version that was made and never used has had no pass, and no backup needs it.
         if id.purpose.has_pass() && row.root_standing(id) != Some(RootStanding::Made) {
             let finished =
                 view.root_rotation(current)?.filter(|rotation| rotation.state == RootRotationState::Finished);
@@ -266,8 +269,8 @@ impl Act for Destroy {
     }
 }
 
-/// A backup from before `unused_since` has keys or rows that need the root: restored, they would be
-/// lost.
+/// A backup from before `unused_since` has keys or rows that need the root: they would be lost
+/// after a restore.
 fn not_in_backups(id: RootId, unused_since: UnixMillis, oldest_backup: UnixMillis) -> Result<(), ServiceError> {
     if oldest_backup > unused_since {
         return Ok(());
@@ -314,5 +317,5 @@ fn root_id(root: &DestroyRoot) -> Result<RootId, ServiceError> {
     })
 }
 
-/// How long a root that was found in use again is left alone: to count reads all rows.
+/// How long to wait after a root was found in use again: each count reads all rows.
 const IN_USE_AGAIN: Duration = Duration::from_mins(10);

@@ -1,10 +1,10 @@
 //! A new version of a root (`kms-server roots new`), and its copies in other tokens (`kms-server
-//! roots install`): on the machine of the token, since both use the token while nothing else in
-//! this process does.
+//! roots install`). Both run on the machine of the token, because nothing else in the process may
+//! use the token meanwhile.
 //!
-//! The order makes it safe to crash anywhere: the intent is recorded (I2), the root is made, its
-//! wrap for the custodians is on disk, it is locked, and only then the island's row names it. Run
-//! again, it goes on where it stopped.
+//! The order makes a crash at any point safe: the intent is recorded (I2), the root is made, its
+//! wrap for the custodians is written to disk, the root is locked, and only then does the island's
+//! row name it. A second run continues where the first one stopped.
 
 use async_recursion::async_recursion as boxed;
 use std::path::{Path, PathBuf};
@@ -17,8 +17,9 @@ use kms_hsm::{
 use kms_proto::v1::{RootVersionBegun, RootVersionMade, audit_record::Event};
 use kms_store::{Reads, RowKind};
 
-use super::{no_island, refused, token_key};
+use super::{no_island, refused};
 use crate::island::Island;
+use crate::keys::token::token_key;
 use crate::{
     escrow::{EscrowDocument, EscrowError},
     init::StoredCopy,
@@ -28,7 +29,7 @@ use kms_base::files;
 use kms_config::{Config, ConfigError, TokenSection};
 use kms_ledger::{Committer, Decision, ServerAct};
 
-/// What is asked for.
+/// What to make.
 #[derive(Clone, Debug)]
 pub struct NewRootSettings {
     /// Which root.
@@ -37,9 +38,10 @@ pub struct NewRootSettings {
     pub escrow: PathBuf,
     /// The numbers of the ceremony's `[[copy]]`, from 1, whose tokens get a copy.
     pub copies: Vec<u8>,
-    /// Those whose tokens get none. Of a symmetric root, each is in one list.
+    /// The copies whose tokens get none. For a symmetric root, each copy is in one of the two
+    /// lists.
     pub no_copies: Vec<u8>,
-    /// Labels of roots that the escrow file lacks, and that no file has any more.
+    /// Labels of roots that neither the escrow file nor any other file holds any more.
     pub lost: Vec<String>,
 }
 
@@ -111,11 +113,11 @@ pub enum MakeRootError {
 }
 
 impl NewRootSettings {
-    /// Makes the next version. No part of this process may use the tokens meanwhile; servers in
-    /// other processes may.
+    /// Makes the next version. Nothing else in this process may use the tokens meanwhile; servers
+    /// in other processes may.
     ///
     /// # Errors
-    /// What is in the way, and what to do. Run again, it goes on.
+    /// What prevents it, and what to do. A second run continues.
     #[boxed]
     pub async fn make(self, config: &Config, committer: &Committer) -> Result<MadeRoot, MakeRootError> {
         let name = &config.island;
@@ -147,9 +149,9 @@ impl NewRootSettings {
         Ok(document)
     }
 
-    /// I2: the intent, before the token is changed. The escrow file must be the one that the
-    /// ceremony recorded (I5), with all roots since: two files with a part of them each would
-    /// restore no token.
+    /// I2: records the intent before the token is changed. The escrow file must be the one that the
+    /// ceremony recorded (I5), with all later roots: two files that hold a part of the roots each
+    /// could restore no token.
     async fn begin(
         &self,
         name: &IslandName,
@@ -210,7 +212,7 @@ impl NewRootSettings {
         Ok(made.await.map_err(|_| MakeRootError::Interrupted)??)
     }
 
-    /// What an interrupted run has stored of the root.
+    /// What an interrupted run stored of the root.
     fn previous(
         &self,
         name: &IslandName,
@@ -233,7 +235,7 @@ impl NewRootSettings {
         Ok(Some(EscrowPackage { island: name.clone(), escrow, standby }))
     }
 
-    /// Copies first: what the escrow file names, an interrupted run has stored whole.
+    /// Copies first: if the escrow file names the root, an interrupted run stored all copies.
     fn persist(
         &self,
         name: &IslandName,
@@ -245,8 +247,8 @@ impl NewRootSettings {
             let path = self.copy_path(*number, id);
             files::replace(&path, StoredCopy::of(name, copy).as_bytes(), SECRET).map_err(|error| file(&path, error))?;
         }
-        // Another command may have added a root to the file since it was read. One at a time from
-        // here on.
+        // Another command may have added a root to the file since it was read. From here on, only
+        // one command writes it.
         let folder = self.escrow.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let folder = std::fs::File::open(folder)
             .and_then(|folder| folder.lock().map(|()| folder))
@@ -264,7 +266,7 @@ impl NewRootSettings {
         replaced
     }
 
-    /// The island's row names the version from now on.
+    /// Notes the version in the island's row.
     async fn note(
         &self,
         name: &IslandName,
@@ -316,7 +318,8 @@ impl NewRootSettings {
     }
 }
 
-/// Installs copies of roots in the token of a server, locked from the start: its fingerprints.
+/// Installs copies of roots in the token of a server, locked from the start. Returns their
+/// fingerprints.
 ///
 /// # Errors
 /// The copies are for another token, or damaged; or the HSM's.
@@ -344,8 +347,8 @@ pub async fn install(config: &Config, copies: &Path) -> Result<Vec<KeyFingerprin
     installed.await.map_err(|_| MakeRootError::Interrupted)?
 }
 
-/// The labels of all roots that the escrow must have: those of the ceremony and of later versions,
-/// as long as they are not destroyed.
+/// The labels of all roots that the escrow must hold: those of the ceremony and of later versions,
+/// unless destroyed.
 fn escrowed(row: &kms_domain::Island) -> Result<Vec<String>, ServiceError> {
     let mut labels = vec![TokenKey::first(Purpose::FingerprintKek).label(&row.name)];
     for id in RootPurpose::ALL

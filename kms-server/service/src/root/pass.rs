@@ -1,10 +1,10 @@
-//! The pass over all rows to a version of a storage KEK or of the seal root.
+//! The pass: rewrites all rows to a version of a storage KEK or of the seal root.
 //!
-//! A page of rows is looked at without a transaction and without its seals, only to choose. What is
-//! due is wrapped anew inside the HSM, and an act reads the rows again, verifies them (I5),
+//! A page of rows is first read without a transaction and without checking seals, only to choose.
+//! The HSM wraps the chosen keys again. Then an act reads the rows again, verifies them (I5),
 //! replaces exactly the wraps that were unwrapped, and writes rows, rotation and record together
-//! (I2). So a crash at any point loses nothing: a page was either written whole, or is done again.
-//! Old wraps are readable until the last row is done (I3).
+//! (I2). So a crash at any point loses nothing: a page is either written whole or done again. Old
+//! wraps stay readable until the last row is done (I3).
 
 use async_recursion::async_recursion as boxed;
 use std::time::{Duration, Instant};
@@ -18,18 +18,19 @@ use kms_hsm::{ErrorKind, KeySource, RootVersion};
 use kms_proto::v1::{RootRotationChanged, RootRowsAdvanced, audit_record::Event};
 use kms_store::{MeterFilter, Reads, RowKind, SealedRow, TaskFilter};
 
-use super::{RootService, is_served, millis, no_island, root_version, rotation_row, token_key};
+use super::{RootService, is_served, millis, no_island, rotation_row};
 use crate::island::Island;
-use crate::{grant, scrub::row_id};
+use crate::keys::source::source;
+use crate::keys::token::{root_version, token_key};
+use crate::row_id::row_id;
 use kms_base::error::ServiceError;
 use kms_ledger::{Decision, ServerAct, View, sealed_name};
 
 impl RootService {
-    /// Goes on with all passes for about as long, and retires the old seal key when its time has
-    /// come.
+    /// Continues all passes for about this period, and retires the old seal key when it is due.
     ///
     /// # Errors
-    /// HSM or database are away.
+    /// The HSM or the database is unavailable.
     #[boxed]
     pub async fn lead_for(&self, period: Duration) -> Result<(), ServiceError> {
         let began = Instant::now();
@@ -51,11 +52,11 @@ impl RootService {
         self.retire_seal_key().await
     }
 
-    /// Does one page of a pass. How many rows were looked at; none: there is nothing to do, or
+    /// Does one page of a pass. Returns the number of rows read; `None`: there is nothing to do, or
     /// another server does it.
     ///
     /// # Errors
-    /// HSM or database are away. Nothing is lost: the page is done again.
+    /// The HSM or the database is unavailable. Nothing is lost: the page is done again.
     #[boxed]
     pub async fn page(&self, to: RootId) -> Result<Option<u64>, ServiceError> {
         let Some(rotation) = self.load(to).await?.filter(|rotation| rotation.state == RootRotationState::Running)
@@ -80,7 +81,7 @@ impl RootService {
         Ok(self.write(to, scan, work).await?.then_some(looked))
     }
 
-    /// Looks at rows from where the pass is, up to the first page with something to do.
+    /// Reads rows from the position of the pass, up to the first page with something to do.
     pub(super) async fn scan(&self, rotation: &RootRotation) -> Result<Scan, ServiceError> {
         let mut page =
             PassPage { from: rotation.place.clone(), next: Some(rotation.place.clone()), ..PassPage::default() };
@@ -128,8 +129,7 @@ impl RootService {
                     Some(id) if self.is_due(rotation.to, &id, &row) => due.push((id, row)),
                     Some(_) => {}
                     None => {
-                        // I5: nobody who keeps to the rules wrote it. It must not hold up the
-                        // others.
+                        // I5: no server wrote this row. It must not delay the others.
                         tracing::error!(name = %hex::encode(octets), "a row whose name none of its kind has was left alone; run `kms audit scrub`");
                         page.refused += 1;
                     }
@@ -139,12 +139,12 @@ impl RootService {
         Ok(Scan { page, due })
     }
 
-    /// Whether a row uses an earlier version. It only chooses: the act verifies the row.
+    /// Whether a row uses an earlier version. This only chooses the row: the act verifies it.
     fn is_due(&self, to: RootId, id: &RowId, row: &SealedRow) -> bool {
         match to.purpose {
             RootPurpose::StorageKek(class) => match self.slots(id, row) {
                 Some((owner, slots)) => !old_wraps(owner, &slots, class, to.version).is_empty(),
-                // It does not read: the act counts it.
+                // The row cannot be read: the act counts it.
                 None => true,
             },
             _ => RowSeal::from_octets(&row.seal).map_or(true, |seal| seal.key_version() != to.version),
@@ -163,9 +163,9 @@ impl RootService {
         }
     }
 
-    /// Wraps keys under the new version, inside the HSM (I1): unwrapped as sensitive session
-    /// objects that live for this call. A key that the HSM refuses stays as it is, and its row is
-    /// counted as left.
+    /// Wraps keys under the new version, inside the HSM (I1): they are unwrapped as sensitive
+    /// session objects for this call only. A key that the HSM refuses stays as it is, and its row
+    /// is counted as refused.
     pub(super) async fn wrap_anew(
         &self,
         due: &[(RowId, SealedRow)],
@@ -181,7 +181,7 @@ impl RootService {
                 let Some((slot, found)) = slot.and_then(|slot| Some((slot, slot.version(old.number)?))) else {
                     continue;
                 };
-                sources.push(grant::source(owner, slot, found)?);
+                sources.push(source(owner, slot, found)?);
                 wraps.push(old);
             }
         }
@@ -204,7 +204,7 @@ impl RootService {
         Ok(done)
     }
 
-    /// A lost session or a full queue does not end a pass of hours.
+    /// A lost session or a full queue must not end a pass that runs for hours.
     async fn rewrap(
         &self,
         sources: Vec<KeySource>,
@@ -222,7 +222,7 @@ impl RootService {
         }
     }
 
-    /// Writes what a page came to. False: another server was faster, and nothing was written.
+    /// Writes the result of a page. False: another server was faster, and nothing was written.
     pub(super) async fn write(&self, to: RootId, scan: Scan, work: Work) -> Result<bool, ServiceError> {
         let Scan { page, due } = scan;
         let due: Vec<RowId> = due.into_iter().map(|(id, _)| id).collect();
@@ -233,7 +233,7 @@ impl RootService {
         for id in &due {
             match id {
                 RowId::Meter(title) => reads.meters.push(*title),
-                // Its own row is named already.
+                // The rotation's own row is already in the reads.
                 RowId::RootRotation(own) if *own == to => {}
                 other => reads.sealed.push(sealed_name(other)),
             }
@@ -246,8 +246,8 @@ impl RootService {
                 return Ok(Decision::unchanged(false));
             }
             for id in &due {
-                // An error is a row that does not verify, which is left alone (I5), or one that is
-                // read for the next attempt.
+                // An error means that the row does not verify and stays as it is (I5), or that it
+                // is read for the next attempt.
                 let outcome = match &work {
                     Work::Seal => view.seal_again(id.clone()).map(|written| (written, 0)),
                     Work::Rewrap(wraps) => rewrap_row(view, id, wraps, to),
@@ -261,11 +261,10 @@ impl RootService {
                 }
             }
             let (writer, now, round) = (view.writer(), view.clock()?, rotation.round);
+            // The rotation was checked above in this transaction, so the page is its next one. If
+            // it were not, the error would undo the rows (I2).
             if !rotation.advance(&page, writer, lead, now) {
-                return Err(ServiceError::Aborted {
-                    reason: "another server has advanced the pass".to_owned(),
-                    next_step: "it goes on with the next page".to_owned(),
-                });
+                return Err(ServiceError::Internal("a page of a pass was written out of order".to_owned()));
             }
             let entry = view.append(Event::RootRowsAdvanced(RootRowsAdvanced {
                 root: to.purpose.to_string(),
@@ -291,9 +290,9 @@ impl RootService {
         Ok(act.await?.value)
     }
 
-    /// Accepts the old seal key no more, some time after the last row has got a seal of the new
-    /// one, and once no task of a campaign under way carries a mark of the old one. All rows are
-    /// read for that: one server does it, and not more often than every few minutes.
+    /// Retires the old seal key: some time after the last row got a seal of the new key, and when
+    /// no task of an unfinished campaign carries a mark of the old key. The check reads all rows,
+    /// so one server does it, every few minutes at most.
     async fn retire_seal_key(&self) -> Result<(), ServiceError> {
         let row = self.island.row();
         if row.ledger.oldest_seal_key_version >= row.seal_key_version {
@@ -320,12 +319,12 @@ impl RootService {
             return self
                 .tell_why_not(
                     to,
-                    "the old seal key is accepted still: tasks of a campaign under way carry its marks".to_owned(),
+                    "the old seal key is still accepted: tasks of an unfinished campaign carry its marks".to_owned(),
                 )
                 .await;
         }
-        // A server that was late may have written a row since: refused seals must not lock meters
-        // out.
+        // A slow server may have written a row with the old seal since: meters must not become
+        // unusable because their seals are refused.
         let counts = self.count(|_| true).await?;
         let late: u64 = counts
             .references
@@ -336,8 +335,8 @@ impl RootService {
         if late > 0 || counts.unreadable > 0 {
             return self.another_round(to, late + counts.unreadable).await;
         }
-        // I2: records of before stay believed, since one under the new audit key closes them.
-        // Afterwards nobody does that.
+        // I2: earlier records stay accepted, because a record under the new audit key closes their
+        // chains. After the retirement no server closes such a chain.
         self.island.committer.close_chains_below(to.version).await?;
         let (kind, name) = self.island_row();
         let (reads, island) =
@@ -366,8 +365,8 @@ impl RootService {
         self.refresh().await.map(drop)
     }
 
-    /// Of the servers that were heard of lately, the one with the lowest writer id does what one of
-    /// them has to do.
+    /// Whether this server does the work that only one server should do: of the live servers it is
+    /// the one with the lowest writer id.
     async fn is_first(&self) -> Result<bool, ServiceError> {
         let own = self.island.committer.writer();
         let lately = millis(self.timing.lead);
@@ -377,8 +376,8 @@ impl RootService {
         }))
     }
 
-    /// Notes in the rotation's row why the old seal key is not retired yet, where it says something
-    /// else.
+    /// Notes in the rotation's row why the old seal key is not retired yet, if the reason has
+    /// changed.
     async fn tell_why_not(&self, to: RootId, reason: String) -> Result<(), ServiceError> {
         let reads = Reads { sealed: vec![rotation_row(to)], ..Reads::default() };
         let act = self.island.committer.act(ServerAct::RETIRE_SEAL_KEY, reads, move |view| {
@@ -401,7 +400,7 @@ impl RootService {
         act.await.map(drop)
     }
 
-    /// Looks at all rows once more.
+    /// Begins the pass over all rows once more.
     async fn another_round(&self, to: RootId, rows: u64) -> Result<(), ServiceError> {
         let reads = Reads { sealed: vec![rotation_row(to)], clock: true, ..Reads::default() };
         let act = self.island.committer.act(ServerAct::ROTATE_ROOT, reads, move |view| {
@@ -451,7 +450,7 @@ impl RootService {
     }
 }
 
-/// Replaces the wraps of one row. Whether it was written, and how many keys.
+/// Replaces the wraps of one row. Returns whether the row was written, and the number of keys.
 fn rewrap_row(view: &mut View<'_, '_>, id: &RowId, wraps: &[NewWrap], to: RootId) -> Result<(bool, u64), ServiceError> {
     let owner = match id {
         RowId::Meter(title) => Owner::Meter(*title),
@@ -463,7 +462,7 @@ fn rewrap_row(view: &mut View<'_, '_>, id: &RowId, wraps: &[NewWrap], to: RootId
     let mut keys = 0;
     for NewWrap { old, new, fingerprint } in wraps.iter().filter(|wrap| wrap.old.owner == owner) {
         let Ok(slot) = row.slots_mut().get_mut(old.setup, old.key_type) else { continue };
-        // I3: a wrap of another value never takes the place of the key.
+        // I3: the wrap of another value never replaces the key.
         if slot
             .version(old.number)
             .and_then(kms_domain::KeyVersion::fingerprint)
@@ -485,8 +484,8 @@ fn rewrap_row(view: &mut View<'_, '_>, id: &RowId, wraps: &[NewWrap], to: RootId
     }
     match left {
         0 => Ok((keys > 0, keys)),
-        // The HSM refused some, or the row has got a key since it was looked at: a later round
-        // looks again.
+        // The HSM refused some keys, or the row got a key after it was read: a later round reads it
+        // again.
         _ if keys > 0 => Ok((true, keys)),
         _ => Err(ServiceError::Internal("keys of the row could not be wrapped anew".to_owned())),
     }
@@ -517,13 +516,13 @@ fn owner_name(owner: Owner) -> String {
     }
 }
 
-/// What was found from where a pass is.
+/// A page of rows, and those that are due.
 pub(super) struct Scan {
     page: PassPage,
     pub(super) due: Vec<(RowId, SealedRow)>,
 }
 
-/// What is done to the rows that are due.
+/// What to do with the rows that are due.
 pub(super) enum Work {
     Rewrap(Vec<NewWrap>),
     Seal,
@@ -545,9 +544,9 @@ pub(super) struct NewWrap {
     fingerprint: [u8; 16],
 }
 
-/// Rows that are read, and at most written, at once: grants wait for no more than this.
+/// Rows of one page, which is at most what one act writes: grants wait no longer than for one page.
 const PAGE: u32 = 256;
-/// Rows that are looked at before the pass notes where it is.
+/// Rows that are read before the pass notes its position.
 const MOST_LOOKED: u64 = 8_192;
 const TASKS: u32 = 2_000;
 const ATTEMPTS: u32 = 5;

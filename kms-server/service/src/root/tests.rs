@@ -5,6 +5,7 @@ use kms_domain::{
     FlagId, KeyMaterial, KeyOrigin, KeyType, RequestId, RowId, RowSeal, SecuritySetupId, SystemTitle, UnixMillis,
     WriterId,
 };
+use kms_hsm::RootVersion;
 use kms_proto::v1::AuditRecord;
 use kms_store::{AuditAppend, AuditTail, Changes, Decision, ReadSet, SealedRow};
 use prost::Message as _;
@@ -12,7 +13,9 @@ use prost::Message as _;
 use super::*;
 use crate::testing::{TestIsland, database, island_tests, meter, sample};
 use crate::{
-    grant,
+    keys::seal::{held_audit_key, seal_key},
+    keys::source::source,
+    keys::token::root_version,
     meter::{Enrolment, MeterService, NewMeter},
     scrub::Scrubber,
 };
@@ -120,7 +123,7 @@ impl TestIsland {
             for slot in meter.slots.iter().filter(|slot| slot.key_type().class() == class) {
                 for version in slot.versions() {
                     let KeyMaterial::Wrapped(wrap) = version.material() else { continue };
-                    let source = grant::source(meter.owner(), slot, version).unwrap();
+                    let source = source(meter.owner(), slot, version).unwrap();
                     let opened = self
                         .island
                         .hsm
@@ -386,9 +389,9 @@ island_tests! {
         let destruction = Destruction { id, oldest_backup: Island::now(), reason: "a copy was forgotten".to_owned(), quorum: kms_domain::Quorum::ONE };
         let proposal = roots.propose_destruction(&island.officer, request(), destruction).await.unwrap();
         let approved = kms_domain::ProposalId::from_octets(&proposal.proposal_id).unwrap();
-        let approval = crate::proposal::Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };
+        let approval = crate::approval::Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };
         let colleague = island.colleague().await;
-        crate::proposal::ProposalService::new(island.island.clone()).change(&colleague, request(), approved, approval).await.unwrap();
+        crate::approval::ProposalService::new(island.island.clone()).change(&colleague, request(), approved, approval).await.unwrap();
         roots.destroy(&island.officer, request(), approved).await.unwrap();
         assert!(!island.island.hsm.has_key(token_key(id).unwrap()).await.unwrap());
         assert!(next_step(roots.change(&island.officer, request(), STORAGE, rotate()).await).contains("roots new"));
@@ -686,8 +689,8 @@ island_tests! {
 
         // I6: the requester alone destroys nothing, and approves nothing of his own.
         assert!(roots.destroy(&island.officer, request(), approved).await.is_err());
-        let proposals = crate::proposal::ProposalService::new(island.island.clone());
-        let approval = crate::proposal::Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };
+        let proposals = crate::approval::ProposalService::new(island.island.clone());
+        let approval = crate::approval::Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };
         let by = |number: u8| Request { id: RequestId::from_octets(&[number; 16]).unwrap(), digest: [number; 32] };
         assert!(proposals.change(&island.officer, by(1), approved, approval.clone()).await.is_err());
         let colleague = island.colleague().await;
@@ -711,7 +714,7 @@ island_tests! {
         while Island::now() <= ended {}
         let proposal = propose(first, ended.after(1)).await.unwrap();
         let approved = kms_domain::ProposalId::from_octets(&proposal.proposal_id).unwrap();
-        let approval = crate::proposal::Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };
+        let approval = crate::approval::Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };
         proposals.change(&colleague, by(3), approved, approval).await.unwrap();
 
         // I3: decided, and not done before every server has heard of it.

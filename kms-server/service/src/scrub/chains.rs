@@ -1,4 +1,4 @@
-//! The chains of all writers: read in order, checked link by link, and closed by their successors.
+//! The chains of all writers: read in order and checked link by link. A successor closes a chain.
 
 use std::collections::HashMap;
 
@@ -8,15 +8,15 @@ use kms_store::AuditAppend;
 use prost::Message as _;
 
 use crate::island::Island;
-use crate::root;
+use crate::keys::seal::held_audit_key;
 use kms_base::error::ServiceError;
 use kms_ledger::{AuditKeys, AuditLeaf};
 
-/// All chains, as far as they were read.
+/// All chains, up to the last record that was read.
 pub(super) struct Chains<'a> {
     island: &'a Island,
     keys: AuditKeys,
-    /// The oldest version of the audit key whose links are believed, as it was before the first
+    /// The oldest version of the audit key whose links are accepted, as it was before the first
     /// record was read.
     oldest: u32,
     /// Whether links are checked; further passes only read what was recorded.
@@ -29,7 +29,7 @@ pub(super) struct Chains<'a> {
     findings: Vec<ScrubFinding>,
 }
 
-/// One writer's chain, as far as it was read.
+/// One writer's chain, up to the last record that was read.
 #[derive(Clone, Copy, Default)]
 struct Chain {
     next_sequence: u64,
@@ -49,9 +49,9 @@ struct Chain {
 enum End {
     #[default]
     Open,
-    /// Found broken: told once.
+    /// Found broken: reported once.
     Broken,
-    /// Its key is not in this server's tokens: told once.
+    /// Its key is not in this server's tokens: reported once.
     NoKey,
 }
 
@@ -83,8 +83,8 @@ impl<'a> Chains<'a> {
         self.records
     }
 
-    /// Reads a page of records, in each writer's order; false when all that is there now was read.
-    /// The next call finds what came since.
+    /// Reads a page of records, in each writer's order; false when all present records were read. A
+    /// later call finds newer records.
     pub(super) async fn step(&mut self, mut note: impl FnMut(&RowWrite)) -> Result<bool, ServiceError> {
         if self.open.is_empty() {
             let tails = self.island.store.audit_tails().await?;
@@ -124,7 +124,7 @@ impl<'a> Chains<'a> {
         Ok(true)
     }
 
-    /// Checks the next record of a chain, and says so if it is no link of it.
+    /// Checks the next record of a chain and adds a finding if it is not a link of the chain.
     async fn link(
         &mut self,
         writer: WriterId,
@@ -195,27 +195,27 @@ impl<'a> Chains<'a> {
         }
     }
 
-    /// Has the HSM compute an audit key that is not known yet: of a version from before this server
-    /// was started, or from after the scrub began.
+    /// Has the HSM compute a missing audit key: of a version that was replaced before this server
+    /// started, or of one that came into use after the scrub began.
     async fn fetch_key(&mut self, version: u32) -> Result<(), ServiceError> {
         if let Ok(version) = u8::try_from(version)
             && self.keys.get(version).is_none()
-            && let Some(key) = root::held_audit_key(&self.island.hsm, version).await?
+            && let Some(key) = held_audit_key(&self.island.hsm, version).await?
         {
             self.keys = self.keys.clone().with(key);
         }
         Ok(())
     }
 
-    /// What does not fit of the chains: links, and ends that are not where a successor saw them.
+    /// The findings: links that do not fit, and ends that are not where a successor saw them.
     pub(super) async fn finish(&mut self) -> Result<Vec<ScrubFinding>, ServiceError> {
         let mut findings = std::mem::take(&mut self.findings);
         for Closing { closed, .. } in &self.closings {
             let Ok(writer) = WriterId::from_octets(&closed.writer) else { continue };
             let end = self.island.store.audit_of_writer(writer, closed.last_sequence, 1).await?;
             let reason = match end.as_slice() {
-                // A server that was silent for a while, and taken for gone, may go on: its records
-                // stay links of its chain.
+                // A server that was silent, and whose chain was closed for it, may continue: its
+                // records stay links of its chain.
                 [last, ..] if last.sequence == closed.last_sequence && last.chain.as_slice() == closed.chain => {
                     continue;
                 }
@@ -230,9 +230,10 @@ impl<'a> Chains<'a> {
         Ok(findings)
     }
 
-    /// I5: records that anyone could have made who learned an audit key that was retired. A chain
-    /// is believed if its last link is made with a key that is; and else as far as a record that is
-    /// believed closed it: servers close no such ends after the retirement.
+    /// I5: records that an attacker with a retired audit key could have made. A chain is accepted
+    /// if its last link is made with an accepted key. Otherwise it is accepted up to the end at
+    /// which an accepted record closed it: after the retirement of a key, servers close no such
+    /// chains.
     fn unbelieved(&self) -> Vec<ScrubFinding> {
         let sound =
             |chain: &Chain| if chain.linked_with >= self.oldest || chain.end == End::NoKey { chain.linked } else { 0 };

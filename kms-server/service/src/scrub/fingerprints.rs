@@ -1,9 +1,9 @@
-//! Key fingerprints against the list of who has them. The list is not sealed: an import asks it
-//! whether a key value is known already, so an entry that was deleted would let two meters with one
-//! key count apart, and their nonces meet (I4).
+//! Compares the keys' fingerprints with the list of fingerprints. The list is not sealed. An import
+//! looks a key value up in it, so a deleted entry would let two meters with one key use separate
+//! counters and repeat nonces (I4).
 //!
-//! The list holds the first key version with a value; later ones are found through it, since all of
-//! them name one counter domain.
+//! The list holds the first key version with a value. Later ones are found through it, because all
+//! of them name one counter domain.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -14,7 +14,7 @@ use kms_domain::{CounterDomainId, Meter, Owner, SystemTitle};
 use kms_proto::v1::ScrubFinding;
 use kms_store::{FingerprintOwner, FingerprintPrefix, MeterFilter, MeterRow};
 
-use super::{PAGE, finding};
+use super::finding::{Name, finding};
 use crate::island::Island;
 use kms_base::error::ServiceError;
 
@@ -40,8 +40,8 @@ impl<'a> Fingerprints<'a> {
         Self { island, after_meter: None, meters_done: false, after_entry: None, findings: Vec::new() }
     }
 
-    /// Looks at one more page; false behind the last, and when there are more findings than anyone
-    /// reads.
+    /// Checks one more page; false after the last page, and when the number of findings has reached
+    /// its limit.
     pub(super) async fn step(&mut self) -> Result<bool, ServiceError> {
         if self.findings.len() >= MOST_FINDINGS {
             return Ok(false);
@@ -54,7 +54,7 @@ impl<'a> Fingerprints<'a> {
         self.meters_done = page.is_empty();
         let suspects: Vec<SystemTitle> = self.judge(&page).await?.into_iter().map(|(title, _)| title).collect();
         if !suspects.is_empty() {
-            // An import may have joined two of them to a domain while they were read.
+            // An import may have joined two of them to one domain while they were read.
             let again = self.island.store.meters(&suspects).await?;
             let findings = self.judge(&again).await?;
             self.findings.extend(findings.into_iter().map(|(_, finding)| finding));
@@ -66,8 +66,8 @@ impl<'a> Fingerprints<'a> {
         self.findings
     }
 
-    /// Each key of these meters: is its value in the list, and do all that have it share a counter
-    /// domain?
+    /// Checks of each key of these meters whether its value is in the list, and whether all keys
+    /// with this value share a counter domain.
     async fn judge(&self, rows: &[MeterRow]) -> Result<Vec<(SystemTitle, ScrubFinding)>, ServiceError> {
         let mut meters = HashMap::new();
         self.open(&mut meters, rows);
@@ -122,7 +122,7 @@ impl<'a> Fingerprints<'a> {
         Ok(findings)
     }
 
-    /// A page of the list: has each owner a key with such a fingerprint?
+    /// Checks of a page of the list whether each owner has a key with the listed fingerprint.
     async fn entries(&mut self) -> Result<bool, ServiceError> {
         let page = self.island.store.fingerprint_page(self.after_entry, PAGE).await?;
         self.after_entry = page.last().copied();
@@ -150,7 +150,7 @@ impl<'a> Fingerprints<'a> {
         Ok(!page.is_empty())
     }
 
-    /// Adds those that verify; the others are findings of the walk over sealed rows.
+    /// Adds the meters that verify. The walk over sealed rows reports the others.
     fn open(&self, meters: &mut HashMap<SystemTitle, Arc<Meter>>, rows: &[MeterRow]) {
         meters.extend(
             rows.iter()
@@ -185,10 +185,12 @@ const fn title_of(owner: &FingerprintOwner) -> Option<SystemTitle> {
     }
 }
 
-fn name_of(owner: &FingerprintOwner) -> super::Name {
+fn name_of(owner: &FingerprintOwner) -> Name {
     // Kinds of sealed rows are numbered from 1, kinds of owners from 0.
     (owner.owner.kind().number() + 1, owner.owner.id().into())
 }
 
-/// More than this, and the list as a whole is gone.
+/// With more findings than this, the list as a whole is lost.
 const MOST_FINDINGS: usize = 10_000;
+/// Rows of one page.
+const PAGE: u32 = 1_000;

@@ -1,6 +1,6 @@
-//! Tasks of campaigns against their marks and the plans that were approved (I5, I6). Their rows are
-//! no sealed rows with a record of each write, since a fleet has millions of them; so an edit shows
-//! here, and an older row of the same task does not.
+//! Compares tasks of campaigns with their marks and with the approved plans (I5, I6). Tasks are not
+//! sealed rows with a record of each write, because a fleet has millions of them. So an edited task
+//! shows here, but an older row of the same task does not.
 
 use std::collections::HashMap;
 
@@ -8,7 +8,7 @@ use kms_domain::{Campaign, Meter, SystemTitle};
 use kms_proto::v1::ScrubFinding;
 use kms_store::{RowKind, TaskFilter, TaskRow};
 
-use super::{PAGE, finding};
+use super::finding::finding;
 use crate::island::Island;
 use kms_base::error::ServiceError;
 
@@ -26,8 +26,8 @@ impl<'a> Tasks<'a> {
         Self { island, after_campaign: None, campaign: None, after_meter: None, findings: Vec::new() }
     }
 
-    /// Looks at one more page; false behind the last, and when there are more findings than anyone
-    /// reads.
+    /// Checks one more page; false after the last page, and when the number of findings has reached
+    /// its limit.
     pub(super) async fn step(&mut self) -> Result<bool, ServiceError> {
         if self.findings.len() >= MOST_FINDINGS {
             return Ok(false);
@@ -58,7 +58,7 @@ impl<'a> Tasks<'a> {
         self.findings
     }
 
-    /// A campaign whose own row does not verify is found as that row.
+    /// If a campaign's own row does not verify, the walk over sealed rows reports it.
     async fn next_campaign(&mut self) -> Result<bool, ServiceError> {
         let page = self.island.store.sealed_page(RowKind::Campaign, self.after_campaign.as_deref(), 1).await?;
         let Some((id, row)) = page.into_iter().next() else { return Ok(false) };
@@ -74,8 +74,8 @@ impl<'a> Tasks<'a> {
         self.island.committer.seal_keys().accept(&row.mark, |key| row.mark_by(key))
     }
 
-    /// What is wrong with a row, as the transaction that uses it would find. `meter` is read for
-    /// marks of earlier servers only.
+    /// What is wrong with a row, by the rules of the transaction that uses it. `meter` is only
+    /// needed for marks of earlier servers.
     fn fault(&self, campaign: &Campaign, row: &TaskRow, meter: Option<&Meter>) -> Option<&'static str> {
         let sealed = self.is_sealed(row);
         if !sealed && !self.island.committer.seal_keys().accept(&row.mark, |key| row.former_mark_by(key)) {
@@ -89,3 +89,5 @@ impl<'a> Tasks<'a> {
 }
 
 const MOST_FINDINGS: usize = 10_000;
+/// Rows of one page.
+const PAGE: u32 = 1_000;

@@ -5,7 +5,8 @@ use kms_proto::v1::{ScrubFinding, ScrubResponse, audit_record::Event};
 use kms_store::{AuditFilter, Changes, Committed, Decision, MeterPut, ReadSet, Reads, RowKind, SealedPut, SealedRow};
 use prost::Message as _;
 
-use super::{ScrubReport, Scrubber, flight::Joined};
+use super::Scrubber;
+use crate::scrub_flight::{Joined, ScrubReport};
 use crate::testing::{Forged, TestIsland, database, island_tests, meter, sample};
 use crate::{
     audit_log::{AuditLog, LogQuery},

@@ -1,6 +1,6 @@
-//! I4 by the record, after every test on an island: whatever the test is about, no counter was
-//! handed out twice. hsm-sim sees nonces itself; this holds on every module, and it sees leases,
-//! whose counters no token of the island ever uses.
+//! I4 by the audit log, after every test on an island: no counter was allocated twice, whatever the
+//! test is about. hsm-sim checks nonces itself. This check works on every module, and it also
+//! covers leases, whose counters no token of the island uses.
 
 use std::collections::BTreeMap;
 

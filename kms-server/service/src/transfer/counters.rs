@@ -7,8 +7,8 @@ use kms_domain::{CounterPlace, KeyPair, KeyType, Meter, Observation, Owner, Stag
 use kms_proto::v1::{SecurityEvent, audit_record::Event};
 
 use super::{emit, error::refused, rows::own_meter};
-use crate::grant::{counter_key, on_new_key};
 use crate::island::Island;
+use crate::keys::counter::{counter_key, on_new_key};
 use kms_base::error::ServiceError;
 use kms_ledger::{CounterOf, View};
 

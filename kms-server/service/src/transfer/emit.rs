@@ -22,8 +22,8 @@ use super::{
     TransferService,
     step::{Brought, Decided, DecidedStep, Delivery, NextStep, Sending, SendingKind, StepAnswer},
 };
-use crate::grant::source;
 use crate::island::Island;
+use crate::keys::source::source;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use kms_domain::{ExposureReason, KeyType, KeyVersion, Meter, Owner, SharedExposures, Stage};
 
-use crate::owner::expose_to_who_knows_a_kek;
+use crate::keys::exposure::expose_to_who_knows_a_kek;
 use kms_base::error::ServiceError;
 use kms_ledger::View;
 

@@ -4,7 +4,7 @@ use kms_domain::{Answer, Confirmation, Evidence, Finding, Meter, Stage, Transfer
 use kms_proto::v1::{HeldVersion, TransferAdvance, TransfersAdvanced, audit_record::Event};
 
 use super::step::Decided;
-use crate::grant::setup_record;
+use crate::keys::setup::setup_record;
 use kms_base::error::ServiceError;
 use kms_ledger::View;
 

@@ -12,9 +12,12 @@ use super::super::{NextStep, ReportedAnswer, TransferService, emit};
 use super::{Field, order};
 use crate::testing::{TestIsland, client_title, island_tests, sample};
 use crate::{
-    frame::{FrameService, ReceivedContent, ReceivedFrame},
+    approval::{Change, ProposalService},
+    frame::{
+        FrameService,
+        unprotect::{ReceivedContent, ReceivedFrame},
+    },
     meter::{CounterRaise, MeterService},
-    proposal::{Change, ProposalService},
 };
 use kms_authz::{Caller, Purpose};
 use kms_base::error::ServiceError;
@@ -288,7 +291,7 @@ island_tests! {
         let colleague = field.island.colleague().await;
         let change = |by: &Caller, change: Change| {
             let ((id, digest), by, proposals) = (request(), by.clone(), proposals.clone());
-            async move { proposals.change(&by, crate::proposal::Request { id, digest }, proposed, change).await }
+            async move { proposals.change(&by, crate::Request { id, digest }, proposed, change).await }
         };
         assert!(change(&field.island.officer, Change::CarryOut).await.is_err());
         change(&colleague, Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() }).await.unwrap();

@@ -1,6 +1,6 @@
 use kms_domain::{
-    CounterKey, KeyType, KeyVersionNumber, PersonName, PrincipalCertificate, PrincipalId, PrincipalStatus, Role,
-    SecuritySetupId, SystemTitle,
+    CounterKey, KeyType, KeyVersionNumber, PersonName, Principal, PrincipalCertificate, PrincipalId, PrincipalStatus,
+    Quorum, RequestId, Role, SecuritySetupId, SystemTitle, UnixMillis,
 };
 use kms_proto::v1::{AuditRecord, SecurityEvent};
 

@@ -1,4 +1,4 @@
-//! How a new key is made: diversified or generated, as its device profile says.
+//! How a new key is made: diversified or generated, as the device profile says.
 
 use kms_domain::{
     KeyLength, KeyMaterial, KeyOrigin, KeyProfile, KeyShape, KeyState, KeyType, KeyVersion, NewKeyOrigin,
@@ -11,22 +11,22 @@ use kms_base::error::ServiceError;
 
 /// How the first version of a key is made.
 #[derive(Clone, Debug)]
-pub(super) struct Recipe {
+pub(crate) struct Recipe {
     /// The security setup.
-    pub(super) setup: SecuritySetupId,
+    pub(crate) setup: SecuritySetupId,
     /// The key type.
-    pub(super) key_type: KeyType,
+    pub(crate) key_type: KeyType,
     /// Diversified or generated.
-    pub(super) origin: KeyOrigin,
+    pub(crate) origin: KeyOrigin,
     length: KeyLength,
 }
 
 impl Recipe {
     /// The recipe of a key; `None` for a secret, which is not made here. A diversified key becomes
     /// a generated one where the module derives nothing.
-    pub(super) fn of(island: &Island, setup: SecuritySetupId, key: &KeyProfile) -> Option<Self> {
-        // I1: the HSM makes no secret in the encoding of docs/formats.md, and this server's memory
-        // is no place to make one.
+    pub(crate) fn of(island: &Island, setup: SecuritySetupId, key: &KeyProfile) -> Option<Self> {
+        // I1: the HSM cannot make a secret in the encoding of docs/formats.md, and this server's
+        // memory must not.
         let KeyShape::Aes(length) = key.shape else { return None };
         let root = island.row().roots(key.key_type.class()).and_then(kms_domain::ClassRoots::current);
         let origin = match (key.origin, root) {
@@ -38,8 +38,8 @@ impl Recipe {
         Some(Self { setup, key_type: key.key_type, origin, length })
     }
 
-    /// The recipe of the next version of a slot: as the version before it.
-    pub(super) fn again(island: &Island, slot: &Slot, suite: SecuritySuite) -> Self {
+    /// The recipe of the next version of a slot: the same as of the version before.
+    pub(crate) fn again(island: &Island, slot: &Slot, suite: SecuritySuite) -> Self {
         let last = slot.versions().last();
         let root = island.row().roots(slot.key_type().class()).and_then(kms_domain::ClassRoots::current);
         let length = match last.map(|version| (version.origin(), version.material())) {
@@ -56,12 +56,12 @@ impl Recipe {
         Self { setup: slot.setup(), key_type: slot.key_type(), origin, length }
     }
 
-    /// A key made at random in the HSM and wrapped under its storage KEK there; `None` if it is
-    /// diversified, and stored nowhere.
+    /// A random key that the HSM makes and wraps under its storage KEK; `None` for a diversified
+    /// key, which is not stored.
     ///
     /// # Errors
-    /// Trouble of the HSM.
-    pub(super) async fn generate(&self, hsm: &Hsm) -> Result<Option<WrappedKey>, ServiceError> {
+    /// A failure of the HSM.
+    pub(crate) async fn generate(&self, hsm: &Hsm) -> Result<Option<WrappedKey>, ServiceError> {
         if self.origin != KeyOrigin::Generated {
             return Ok(None);
         }
@@ -75,8 +75,8 @@ impl Recipe {
     /// The slot with version 1.
     ///
     /// # Errors
-    /// `wrapped` is not what [`Self::generate`] gave.
-    pub(super) fn slot(
+    /// `wrapped` does not come from [`Self::generate`].
+    pub(crate) fn slot(
         &self,
         wrapped: Option<WrappedKey>,
         state: KeyState,
@@ -88,8 +88,8 @@ impl Recipe {
         Ok(slot)
     }
 
-    /// A version for a slot. `wrapped` is what [`Self::generate`] gave.
-    pub(super) const fn version(&self, wrapped: Option<WrappedKey>, state: KeyState) -> NewKeyVersion {
+    /// A version for a slot. `wrapped` comes from [`Self::generate`].
+    pub(crate) const fn version(&self, wrapped: Option<WrappedKey>, state: KeyState) -> NewKeyVersion {
         NewKeyVersion { state, origin: self.origin, wrapped, fingerprint: None }
     }
 }
