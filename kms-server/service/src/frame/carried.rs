@@ -34,18 +34,19 @@ pub(super) async fn under_way(
     TransferService::new(island.clone()).brought(caller, titles.into_iter()).await.map(Arc::new)
 }
 
-/// Refuses a frame that carries a key or a secret, unless it is the very `key_transfer` of the
-/// caller's transfer, with any invoke id.
+/// Refuses a frame with such a `carrier` of a key or a secret, unless it is the very `key_transfer`
+/// of the caller's transfer, with any invoke id.
 ///
 /// # Errors
 /// Whatever policy permits: the frame carries something else.
 pub(super) fn check(
+    carrier: Option<KeyCarrier>,
     apdu: &[u8],
     meter: &Meter,
     caller: &PrincipalId,
     under_way: &UnderWay,
 ) -> Result<(), ServiceError> {
-    match carrier(apdu) {
+    match carrier {
         None => Ok(()),
         Some(KeyCarrier::Other(what)) => Err(ServiceError::FailedPrecondition {
             reason: format!(
