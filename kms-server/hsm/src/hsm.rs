@@ -481,17 +481,17 @@ impl Hsm {
     }
 }
 
-/// Divides a batch.
-fn parts<T>(mut batch: Vec<T>) -> Vec<Vec<T>> {
+/// Divides a batch. Each item is moved once, however long the batch is.
+fn parts<T>(batch: Vec<T>) -> Vec<Vec<T>> {
     let mut parts = Vec::with_capacity(batch.len().div_ceil(PART));
-    while batch.len() > PART {
-        let rest = batch.split_off(PART);
-        parts.push(std::mem::replace(&mut batch, rest));
+    let mut rest = batch.into_iter();
+    loop {
+        let part: Vec<T> = rest.by_ref().take(PART).collect();
+        if part.is_empty() {
+            return parts;
+        }
+        parts.push(part);
     }
-    if !batch.is_empty() {
-        parts.push(batch);
-    }
-    parts
 }
 
 /// The results of all parts, in order. The first error of a whole part is that of the batch; what

@@ -6,7 +6,8 @@ use kms_domain::KeyShape;
 
 use crate::raw::Attribute;
 
-/// A template on the stack: no allocation per key.
+/// A template on the stack: no allocation per key. Its methods are inlined, since each call would
+/// copy all of it.
 pub(crate) struct Template<'a> {
     attributes: [Attribute<'a>; CAPACITY],
     length: usize,
@@ -14,11 +15,13 @@ pub(crate) struct Template<'a> {
 
 impl<'a> Template<'a> {
     /// A secret key that is a session object.
+    #[inline]
     pub(crate) fn session_secret(key_type: &'a CK_KEY_TYPE) -> Self {
         Self::empty().number(CKA_CLASS, &CKO_SECRET_KEY).number(CKA_KEY_TYPE, key_type).flag(CKA_TOKEN, false)
     }
 
     /// A secret key of this shape that is a session object.
+    #[inline]
     pub(crate) fn session_key(shape: KeyShape) -> Self {
         Self::session_secret(match shape {
             KeyShape::Aes(_) => &CKK_AES,
@@ -27,26 +30,31 @@ impl<'a> Template<'a> {
     }
 
     /// Nothing yet.
+    #[inline]
     pub(crate) fn empty() -> Self {
         Self { attributes: [Attribute::flag(CKA_TOKEN, false); CAPACITY], length: 0 }
     }
 
     /// Adds a CK_BBOOL.
+    #[inline]
     pub(crate) fn flag(self, kind: CK_ATTRIBUTE_TYPE, value: bool) -> Self {
         self.with(Attribute::flag(kind, value))
     }
 
     /// Adds a CK_ULONG.
+    #[inline]
     pub(crate) fn number(self, kind: CK_ATTRIBUTE_TYPE, value: &'a CK_ULONG) -> Self {
         self.with(Attribute::number(kind, value))
     }
 
     /// Adds octets.
+    #[inline]
     pub(crate) fn octets(self, kind: CK_ATTRIBUTE_TYPE, value: &'a [u8]) -> Self {
         self.with(Attribute::octets(kind, value))
     }
 
     /// Adds an attribute.
+    #[inline]
     pub(crate) fn with(mut self, attribute: Attribute<'a>) -> Self {
         // The capacity is above the longest template of this crate; a template cut short would be
         // refused by the module.
@@ -59,6 +67,7 @@ impl<'a> Template<'a> {
     }
 
     /// Adds CKA_SENSITIVE=true and CKA_EXTRACTABLE.
+    #[inline]
     pub(crate) fn sensitive(self, extractable: bool) -> Self {
         self.flag(CKA_SENSITIVE, true).flag(CKA_EXTRACTABLE, extractable)
     }
@@ -98,6 +107,7 @@ pub(crate) enum Handling {
 
 impl Handling {
     /// Adds the attributes of this handling.
+    #[inline]
     pub(crate) fn apply(self, template: Template<'_>) -> Template<'_> {
         match self {
             Self::Wrap => template.sensitive(true),

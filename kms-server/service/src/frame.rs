@@ -17,8 +17,8 @@ use std::{
 };
 
 use kms_dlms::{
-    AuthenticationTag, CipheredApdu, CipheredTag, DlmsError, HlsGmac, KeySet, Nonce, Protection, SecurityControl,
-    ServiceKind, ServiceRequest, resembles_request,
+    AuthenticationTag, CipheredApdu, CipheredTag, DlmsError, HlsGmac, KeyCarrier, KeySet, Nonce, Protection,
+    SecurityControl, ServiceKind, ServiceRequest, resembles_request,
 };
 use kms_domain::{
     KeyType, KeyVersionNumber, Meter, QuotaExceeded, QuotaHour, QuotaUse, RequestId, SecuritySetupId, Slot, Standing,
@@ -145,10 +145,15 @@ impl FrameService {
         let act = Protect { island: self.island.clone(), purpose, frames, supersede_lease, under_way, quotas };
         let committed = self.island.door.act(caller, Request { id: request, digest }, act).await?;
         let Protected { planned, replayed } = committed.value;
-        let jobs: Vec<(FrameKeys, FrameInput)> = planned
-            .iter()
-            .filter_map(|planned| planned.as_ref().ok())
-            .map(|plan| (plan.keys.clone(), plan.input.clone()))
+        let mut jobs = Vec::with_capacity(planned.len());
+        let forms: Vec<Result<AnswerForm, ServiceError>> = planned
+            .into_iter()
+            .map(|planned| {
+                planned.map(|PlannedFrame { keys, input, form, .. }| {
+                    jobs.push((keys, input));
+                    form
+                })
+            })
             .collect();
         let mut protected = self
             .island
@@ -157,21 +162,21 @@ impl FrameService {
             .instrument(tracing::debug_span!("hsm.protect"))
             .await?
             .into_iter();
-        let outcomes = planned
+        let outcomes = forms
             .into_iter()
-            .map(|planned| match planned {
+            .map(|form| match form {
                 Err(error) => FrameOutcome { octets: Err(error), counter: 0 },
-                Ok(plan) => {
+                Ok(form) => {
                     let octets = match protected.next() {
                         Some(Ok(frame)) => {
-                            plan.assemble(&frame).map_err(|error| ServiceError::Internal(error.to_string()))
+                            form.assemble(&frame).map_err(|error| ServiceError::Internal(error.to_string()))
                         }
                         Some(Err(error)) => Err(error.into()),
                         None => {
                             Err(ServiceError::Internal("the HSM returned fewer frames than it was given".to_owned()))
                         }
                     };
-                    FrameOutcome { octets, counter: plan.counter }
+                    FrameOutcome { octets, counter: form.counter }
                 }
             })
             .collect();
@@ -183,7 +188,7 @@ impl FrameService {
     fn counts(&self, frame: &PlainFrame) -> bool {
         let PlainContent::Apdu { apdu, .. } = &frame.content else { return false };
         let policy = self.island.policy.load();
-        read_service(apdu).is_ok_and(|(service, targets)| {
+        read_service(apdu).is_ok_and(|(service, targets, _)| {
             targets.iter().any(|target| policy.quotas().of(service, *target).next().is_some())
         })
     }
@@ -232,15 +237,21 @@ struct PlannedFrame {
     meter: SystemTitle,
     keys: FrameKeys,
     input: FrameInput,
-    control: SecurityControl,
-    tag: Option<(CipheredTag, Option<SystemTitle>)>,
-    counter: u32,
+    form: AnswerForm,
     service: Service,
     targets: Vec<CosemTarget>,
     client_title: SystemTitle,
     setup: SecuritySetupId,
     encryption_version: KeyVersionNumber,
     authentication_version: KeyVersionNumber,
+}
+
+/// What goes around the octets of the HSM in an answer.
+#[derive(Clone, Copy)]
+struct AnswerForm {
+    control: SecurityControl,
+    tag: Option<(CipheredTag, Option<SystemTitle>)>,
+    counter: u32,
 }
 
 impl Act for Protect {
@@ -320,21 +331,21 @@ impl Protect {
         frame: &PlainFrame,
         FrameOf { place, past }: FrameOf<'_>,
     ) -> Result<PlannedFrame, ServiceError> {
-        let (service, targets) = match &frame.content {
+        let (service, targets, carried) = match &frame.content {
             PlainContent::Challenge(challenge) => {
                 if resembles_request(challenge) {
                     // I8: f(StoC) authenticates what it is given exactly as an authenticated-only
                     // APDU is: policy would be passed by.
                     return Err(ServiceError::AssociateAgain { field: "frames.hls_challenge".to_owned() });
                 }
-                (Service::HlsChallenge, Vec::new())
+                (Service::HlsChallenge, Vec::new(), None)
             }
             PlainContent::Apdu { apdu, .. } => read_service(apdu)?,
         };
         let meter = view.meter(frame.meter)?.ok_or_else(|| denied("protectFrame", frame.meter))?;
         self.require(permit, &meter, service, &targets)?;
         if let PlainContent::Apdu { apdu, .. } = &frame.content {
-            carried::check(apdu, &meter, &permit.principal().id, &self.under_way)?;
+            carried::check(carried, apdu, &meter, &permit.principal().id, &self.under_way)?;
         }
         let setup = setup_of(&meter, frame.setup)?;
         let keys = frame_keys(&meter, setup)?;
@@ -367,9 +378,7 @@ impl Protect {
             meter: meter.title,
             keys: keys.keys,
             input,
-            control: form.control,
-            tag: form.tag,
-            counter,
+            form: AnswerForm { control: form.control, tag: form.tag, counter },
             service,
             targets,
             client_title: frame.client_title,
@@ -427,7 +436,7 @@ fn within_quotas(
     Ok(used)
 }
 
-impl PlannedFrame {
+impl AnswerForm {
     fn assemble(&self, frame: &ProtectedFrame) -> Result<Vec<u8>, DlmsError> {
         match self.tag {
             None => Ok(HlsGmac { suite: self.control.suite, counter: self.counter, tag: AuthenticationTag(frame.tag) }
@@ -444,7 +453,9 @@ impl PlannedFrame {
             .octets(),
         }
     }
+}
 
+impl PlannedFrame {
     /// Whether its octets are those of the record: every part of them is compared.
     fn repeats(&self, past: &v1::ProtectedFrame, place: u32, view: &View<'_, '_>) -> Result<(), ServiceError> {
         // The mark may be of an earlier seal key.
@@ -461,12 +472,12 @@ impl PlannedFrame {
 
     /// Everything that goes into the octets.
     fn content(&self) -> Vec<u8> {
-        let (tag, title) = self.tag.map_or((0, None), |(tag, title)| (tag.octet(), title));
+        let (tag, title) = self.form.tag.map_or((0, None), |(tag, title)| (tag.octet(), title));
         let mut content = Vec::with_capacity(22 + self.input.plaintext.len());
-        content.extend_from_slice(&[self.control.octet(), tag]);
+        content.extend_from_slice(&[self.form.control.octet(), tag]);
         content.extend_from_slice(&title.map_or([0; 8], SystemTitle::octets));
         content.extend_from_slice(&self.client_title.octets());
-        content.extend_from_slice(&self.counter.to_be_bytes());
+        content.extend_from_slice(&self.form.counter.to_be_bytes());
         content.extend_from_slice(&self.input.plaintext);
         content
     }
@@ -476,7 +487,7 @@ impl PlannedFrame {
         v1::ProtectedFrame {
             meter: u64::from_be_bytes(self.meter.octets()),
             client_title: self.client_title.octets().to_vec().into(),
-            invocation_counter: self.counter,
+            invocation_counter: self.form.counter,
             targets: self
                 .targets
                 .iter()
@@ -564,7 +575,8 @@ fn setup_of(meter: &Meter, setup: Option<SecuritySetupId>) -> Result<SecuritySet
     })
 }
 
-fn read_service(apdu: &[u8]) -> Result<(Service, Vec<CosemTarget>), ServiceError> {
+/// What a request does and touches, and whether it carries a key.
+fn read_service(apdu: &[u8]) -> Result<(Service, Vec<CosemTarget>, Option<KeyCarrier>), ServiceError> {
     let request =
         ServiceRequest::parse(apdu).map_err(|error| ServiceError::invalid("frames.apdu", error.to_string()))?;
     if request.dedicated_key {
@@ -596,6 +608,7 @@ fn read_service(apdu: &[u8]) -> Result<(Service, Vec<CosemTarget>), ServiceError
             .iter()
             .map(|target| CosemTarget { class_id: target.class_id, obis: target.obis, member: target.member })
             .collect(),
+        request.carries_key(apdu),
     ))
 }
 

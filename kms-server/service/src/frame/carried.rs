@@ -34,18 +34,19 @@ pub(super) async fn under_way(
     TransferService::new(island.clone()).brought(caller, titles.into_iter()).await.map(Arc::new)
 }
 
-/// Refuses a frame that carries a key or a secret, unless it is the `key_transfer` of the caller's
+/// Refuses a frame whose request carries a key or a secret (`carrier`), unless it is the `key_transfer` of the caller's
 /// own transfer. The invoke id may differ.
 ///
 /// # Errors
 /// The frame carries another key or a secret, whether policy permits the frame or not.
 pub(super) fn check(
+    carrier: Option<KeyCarrier>,
     apdu: &[u8],
     meter: &Meter,
     caller: &PrincipalId,
     under_way: &UnderWay,
 ) -> Result<(), ServiceError> {
-    match carrier(apdu) {
+    match carrier {
         None => Ok(()),
         Some(KeyCarrier::Other(what)) => Err(ServiceError::FailedPrecondition {
             reason: format!(
