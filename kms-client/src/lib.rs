@@ -34,11 +34,13 @@
 //! # Ok(()) }
 //! ```
 
+mod agreement;
 mod connection;
 mod counters;
 mod envelope;
 mod identity;
 mod manifest;
+mod opening;
 mod profile;
 mod relay;
 mod retry;
@@ -48,9 +50,9 @@ mod server_error;
 mod session;
 mod transport_key;
 
+pub use agreement::EnvelopeHeader;
 pub use connection::{ConnectError, Connection};
 pub use counters::{Counters, CountersEnded};
-pub use envelope::{EnvelopeHeader, OpenError, OpenOptions};
 pub use identity::{IdentityError, KeyRequest};
 pub use kms_domain::{
     GrantId, IslandName, KeyType, KeyVersionNumber, ParseError, PrincipalId, RequestId, Role, SecuritySetupId,
@@ -58,6 +60,7 @@ pub use kms_domain::{
 };
 pub use kms_proto::v1 as proto;
 pub use manifest::{OpenedEnvelope, OpenedGroup, OpenedKey, OpenedMeter};
+pub use opening::{OpenError, OpenOptions};
 pub use profile::{NewProfile, Profile, ProfileError, StateDirectory};
 pub use relay::{MeterLine, MeterNetwork, MeterRequest, Relay, RelayEnd, RelaySettings};
 pub use retry::{RetryPolicy, new_request_id};

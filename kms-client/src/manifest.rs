@@ -10,7 +10,12 @@ use kms_domain::{
 use kms_proto::v1::{self as proto, Purpose};
 use prost::Message as _;
 
-use crate::{Counters, EnvelopeHeader, OpenError, OpenOptions, SecretKey, envelope::Agreement};
+use crate::{
+    agreement::{Agreement, EnvelopeHeader},
+    counters::Counters,
+    opening::{OpenError, OpenOptions},
+    secret_key::SecretKey,
+};
 
 /// An envelope that was opened: its seal, principal and expiry are verified, and every key is
 /// unwrapped.

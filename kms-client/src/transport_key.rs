@@ -11,7 +11,7 @@ use kms_domain::{ParseError, PrincipalId};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use x509_parser::{extensions::GeneralName, prelude::FromDer as _};
 
-use crate::envelope::{Agreement, EnvelopeHeader};
+use crate::agreement::{Agreement, EnvelopeHeader};
 
 /// A grantee's transport key: EC P-256, with the certificate that the island gave it (use:
 /// keyAgreement).
@@ -19,7 +19,7 @@ use crate::envelope::{Agreement, EnvelopeHeader};
 /// The private key is kept by the cryptographic library, which wipes it; it is never printed.
 /// Opening envelopes needs a shared reference only.
 pub struct TransportKey {
-    pub(crate) private: agreement::PrivateKey,
+    private: agreement::PrivateKey,
     public: [u8; 65],
     certificate_sha256: [u8; 32],
     principal: PrincipalId,
@@ -102,7 +102,7 @@ impl TransportKey {
                 return Some(agreement);
             }
         }
-        let agreement = Arc::new(Agreement::derive(header, self)?);
+        let agreement = Arc::new(Agreement::derive(header, &self.private, &self.public)?);
         let mut agreements = self.agreements.lock().unwrap_or_else(PoisonError::into_inner);
         agreements.push_front((octets.to_vec(), Arc::clone(&agreement)));
         agreements.truncate(AGREEMENTS_KEPT);

@@ -30,7 +30,7 @@ use meter_sim::{
     axdr::Data,
     behaviour::{Behaviour, CounterOnNewKey, Fault, GmacCounter, HexBytes, ScriptedFault, Trigger},
     config::CounterScope,
-    inspect::RepeatedNonce,
+    nonces::RepeatedNonce,
     security::unwrap_key,
 };
 use serde_json::Value;

@@ -14,7 +14,7 @@ use meter_sim::{
     Connection as MeterConnection, Meter, Obis,
     axdr::Data,
     behaviour::{Fault, ScriptedFault, Trigger},
-    inspect::RepeatedNonce,
+    nonces::RepeatedNonce,
 };
 
 /// A head-end that relays octets. The server may die at any call: it is started again, and what was

@@ -9,7 +9,7 @@ use kms_client::{
 };
 use kms_store_testing::PostgresCluster;
 use kms_tests::{DevServer, open, put_on_line, read_energy, title};
-use meter_sim::inspect::RepeatedNonce;
+use meter_sim::nonces::RepeatedNonce;
 
 fn lease(session: &Session) -> (u32, u32) {
     let counters = session.keys.meters[0].counters.as_ref().unwrap();

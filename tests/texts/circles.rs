@@ -2,10 +2,10 @@
 //! the files that import nothing and go up.
 //!
 //! The files are read as syntax. An arrow runs from a file to the file that defines what it names.
-//! A `pub use` only hands names on and is no arrow. Two kinds of arrows are not counted: to the root
-//! file of a crate, which holds what all its files share; and from a file that `#[path]` includes to
-//! the place that includes it: such a file is written against the names of more than one place. What macros name in their
-//! arguments is not seen.
+//! A `pub use` only hands names on and is no arrow. Two kinds of arrows are not counted: to the
+//! root file of a crate, which holds what all its files share; and from a file that `#[path]`
+//! includes to the place that includes it, because such a file is written against the names of more
+//! than one place. What macros name in their arguments is not seen.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -1,5 +1,5 @@
 //! What people read: the help of the programs, and the commands and paths that texts name.
-#![expect(clippy::indexing_slicing, clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::indexing_slicing, clippy::panic, clippy::unwrap_used, reason = "tests")]
 
 mod circles;
 mod command_tree;

@@ -34,6 +34,7 @@ use kms_hsm::TokenSelector;
 use kms_store::StoreConfig;
 use tokio::sync::oneshot;
 
+use crate::Failure;
 use kms_config::{Config, SecretSource};
 use kms_server::server::Server;
 use kms_service::profiles::Profiles;
@@ -42,8 +43,6 @@ use kms_service::{
     escrow::{Custodian, Quorum},
     init::{CeremonyPlan, CeremonyToken, FirstPrincipal, Storage},
 };
-
-type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// The settings of a development island.
 #[derive(Clone, Debug)]

@@ -3,7 +3,7 @@
 
 mod island;
 
-use std::{error::Error, net::SocketAddr, path::PathBuf, process::ExitCode};
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use clap::Parser;
 use kms_config::TelemetrySection;
@@ -13,6 +13,8 @@ use kms_server::{
 };
 
 use self::island::DevSettings;
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// Make a development island on this machine and serve it. It needs no other step, and is not for
 /// real keys.
@@ -46,7 +48,7 @@ fn main() -> ExitCode {
     run("kms-dev", serve(Arguments::parse()))
 }
 
-async fn serve(arguments: Arguments) -> Result<(), Box<dyn Error + Send + Sync>> {
+async fn serve(arguments: Arguments) -> Result<(), Failure> {
     let Arguments { state, listen, expose, database, meters, module } = arguments;
     if !(listen.ip().is_loopback() || expose) {
         let port = listen.port();

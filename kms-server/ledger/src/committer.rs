@@ -148,8 +148,8 @@ impl Committer {
         self.shared.remember().await;
     }
 
-    /// Writes the watermark file for the last time, and ends the maintenance task. To be called before
-    /// the database is closed.
+    /// Writes the watermark file for the last time, and ends the maintenance task. To be called
+    /// before the database is closed.
     pub async fn stop(&self) {
         self.shared.stopping.store(true, Ordering::Relaxed);
         // A statement that fails because the database is closed would be logged as a fault.

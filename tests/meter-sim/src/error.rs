@@ -1,6 +1,6 @@
 //! Errors of the codec and of the client half.
 
-use crate::xdlms::{DataAccessResult, ExceptionResponse};
+use crate::results::{DataAccessResult, ExceptionResponse};
 
 /// An error of the codec or of the client half. None carries key material.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

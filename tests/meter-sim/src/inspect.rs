@@ -1,9 +1,9 @@
 //! The secrets of a meter, for tests: its keys, its counters, and every nonce that was used.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use crate::security::TAG_LENGTH;
-use crate::{Meter, Obis, SymmetricKey, SystemTitle};
+use crate::{Obis, SymmetricKey, SystemTitle};
 
 /// The keys that a security setup holds at this moment, in plaintext: for tests only.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,46 +72,6 @@ pub struct NonceUse {
     pub tag: [u8; TAG_LENGTH],
     /// Whether the meter accepted the message. False: its tag is right, but its counter is old.
     pub accepted: bool,
-}
-
-/// A nonce that served two different messages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RepeatedNonce {
-    /// The first use.
-    pub first: NonceUse,
-    /// A later use with another tag.
-    pub second: NonceUse,
-}
-
-impl RepeatedNonce {
-    /// Finds the nonces that served two different messages in any of `meters`, by key *value*: two
-    /// meters with equal keys are one counter domain.
-    pub fn find(meters: &[Meter]) -> Vec<Self> {
-        let mut values: Vec<SymmetricKey> = Vec::new();
-        let mut first_uses: HashMap<(usize, SystemTitle, u32), NonceUse> = HashMap::new();
-        let mut repeated = Vec::new();
-        for meter in meters {
-            let mut numbers: HashMap<NonceKey, usize> = HashMap::new();
-            for nonce_use in meter.nonce_log() {
-                let number = *numbers.entry(nonce_use.key).or_insert_with(|| {
-                    let Some(value) = meter.nonce_key_for_inspection(nonce_use.key) else {
-                        return usize::MAX;
-                    };
-                    let known = values.iter().position(|known| *known == value);
-                    known.unwrap_or_else(|| {
-                        values.push(value);
-                        values.len() - 1
-                    })
-                });
-                let nonce = (number, nonce_use.sender, nonce_use.counter);
-                let first = first_uses.entry(nonce).or_insert(nonce_use);
-                if first.tag != nonce_use.tag {
-                    repeated.push(Self { first: *first, second: nonce_use });
-                }
-            }
-        }
-        repeated
-    }
 }
 
 /// Why a meter refused a request.

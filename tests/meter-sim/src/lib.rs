@@ -20,6 +20,7 @@ mod network;
 mod objects;
 mod protection;
 mod reading;
+mod results;
 mod server;
 mod types;
 
@@ -31,6 +32,7 @@ pub mod client;
 pub mod config;
 pub mod inspect;
 pub mod key_transfer;
+pub mod nonces;
 pub mod security;
 pub mod wrapper;
 pub mod xdlms;

@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use meter_sim::inspect::RepeatedNonce;
+use meter_sim::nonces::RepeatedNonce;
 use meter_sim::{Meter, MeterConfig, MeterDirectory, Obis, ServeOptions, SymmetricKey, serve};
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;

@@ -18,7 +18,8 @@ use meter_sim::behaviour::GmacCounter;
 use meter_sim::ciphered::{CipheredApdu, CipheredForm};
 use meter_sim::client::ClientSession;
 use meter_sim::config::{AssociationConfig, CounterScope, MechanismConfig, SecuritySetupConfig};
-use meter_sim::inspect::{Refusal, RepeatedNonce};
+use meter_sim::inspect::Refusal;
+use meter_sim::nonces::RepeatedNonce;
 use meter_sim::security::{Ciphering, SecurityControl};
 use meter_sim::xdlms::{
     AttributeDescriptor, DataAccessResult, ExceptionResponse, InitiateRequest, MethodDescriptor, ServiceRequest,

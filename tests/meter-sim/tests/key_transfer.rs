@@ -10,7 +10,7 @@ use common::{
     gak, guek, kek, key_of, meter, reading,
 };
 use meter_sim::behaviour::{ArrayTransfer, Behaviour, CounterOnNewKey, Fault, HexBytes, ScriptedFault, Trigger};
-use meter_sim::inspect::RepeatedNonce;
+use meter_sim::nonces::RepeatedNonce;
 use meter_sim::security::{Ciphering, wrap_key};
 use meter_sim::{Connection, Delivery, Error, KeyId, Meter, Obis, SymmetricKey};
 

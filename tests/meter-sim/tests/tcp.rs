@@ -9,7 +9,7 @@ use std::time::Duration;
 use common::{ENERGY, client_config, config, counter_exception, kek, key_of, meter, reading};
 use meter_sim::behaviour::{Fault, ScriptedFault, Trigger};
 use meter_sim::client::{ClientConnection, ClientSession};
-use meter_sim::inspect::RepeatedNonce;
+use meter_sim::nonces::RepeatedNonce;
 use meter_sim::security::wrap_key;
 use meter_sim::{Error, KeyId, Meter, MeterDirectory, Obis, ServeOptions, SystemTitle, serve};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

@@ -22,7 +22,7 @@ use meter_sim::{
     xdlms::AttributeDescriptor,
 };
 
-use super::Failure;
+use crate::Failure;
 
 /// Does the main job with the first meter of the vendor's sample.
 pub(super) async fn main_job(

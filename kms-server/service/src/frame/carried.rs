@@ -34,8 +34,8 @@ pub(super) async fn under_way(
     TransferService::new(island.clone()).brought(caller, titles.into_iter()).await.map(Arc::new)
 }
 
-/// Refuses a frame whose request carries a key or a secret (`carrier`), unless it is the `key_transfer` of the caller's
-/// own transfer. The invoke id may differ.
+/// Refuses a frame whose request carries a key or a secret (`carrier`), unless it is the
+/// `key_transfer` of the caller's own transfer. The invoke id may differ.
 ///
 /// # Errors
 /// The frame carries another key or a secret, whether policy permits the frame or not.

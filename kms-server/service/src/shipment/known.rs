@@ -1,5 +1,5 @@
-//! A device of a shipment that the island knows already: whether it fits, and the counter floors that
-//! it brings.
+//! A device of a shipment that the island knows already: whether it fits, and the counter floors
+//! that it brings.
 
 use kms_domain::{
     CounterDomain, CounterOwnership, CounterState, KeyState, KeyType, KeyVersion, Meter, ShipmentLineError,

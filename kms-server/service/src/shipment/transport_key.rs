@@ -15,8 +15,8 @@ pub(super) fn offered_version(island: &Island) -> Result<RootVersion, ServiceErr
     root_version(island.row().ledger.vendor_transport_version)
 }
 
-/// The accepted version of the vendor transport key whose SPKI has this SHA-256. The newest is tried
-/// first.
+/// The accepted version of the vendor transport key whose SPKI has this SHA-256. The newest is
+/// tried first.
 pub(super) async fn accepted_version(island: &Island, wanted: &[u8]) -> Result<Option<RootVersion>, ServiceError> {
     let row = island.row();
     for version in (row.ledger.oldest_vendor_transport_version..=row.ledger.vendor_transport_version).rev() {

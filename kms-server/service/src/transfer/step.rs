@@ -1,5 +1,5 @@
-//! A step of a transfer: the order that begins the transfer, the report of a head-end, and the answer
-//! that says what to do next.
+//! A step of a transfer: the order that begins the transfer, the report of a head-end, and the
+//! answer that says what to do next.
 
 use std::sync::Arc;
 

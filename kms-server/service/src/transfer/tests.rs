@@ -17,7 +17,7 @@ use meter_sim::{
     Connection, Meter, MeterConfig, Obis, SymmetricKey,
     behaviour::{Fault, ScriptedFault, Trigger},
     config::SecuritySetupConfig,
-    inspect::RepeatedNonce,
+    nonces::RepeatedNonce,
     security::unwrap_key,
 };
 

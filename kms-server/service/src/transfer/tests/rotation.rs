@@ -1,5 +1,5 @@
-//! Keys that are rotated over the air: each key type and suite, faults on the way, and head-ends with
-//! keys of their own.
+//! Keys that are rotated over the air: each key type and suite, faults on the way, and head-ends
+//! with keys of their own.
 
 use kms_client::sample::SampleShipment;
 use kms_domain::{
