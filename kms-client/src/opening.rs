@@ -1,6 +1,6 @@
 //! What the opening of an envelope depends on, and how it fails.
 
-use kms_domain::{KeyType, ParseError, RequestId, UnixMillis};
+use kms_domain::{GrantId, KeyType, ParseError, PrincipalId, RequestId, UnixMillis};
 
 use crate::counters::now;
 
