@@ -46,22 +46,22 @@ impl Counters {
     ///
     /// # Errors
     /// All counters are used, or the grant has expired by this machine's clock.
-    pub fn deal(&self) -> Result<u32, CountersEnded> {
-        self.deal_at(now())
+    pub fn allocate(&self) -> Result<u32, CountersEnded> {
+        self.allocate_at(now())
     }
 
-    /// [`Self::deal`] at a stated time.
+    /// [`Self::allocate`] at a stated time.
     ///
     /// # Errors
-    /// As [`Self::deal`].
-    pub fn deal_at(&self, now: UnixMillis) -> Result<u32, CountersEnded> {
+    /// As [`Self::allocate`].
+    pub fn allocate_at(&self, now: UnixMillis) -> Result<u32, CountersEnded> {
         if now >= self.not_after {
             return Err(CountersEnded::Expired);
         }
         // I4: one atomic step, so that two threads never get the same counter.
-        let dealt =
+        let allocated =
             self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| (next < self.end).then_some(next + 1));
-        dealt.ok().and_then(|counter| u32::try_from(counter).ok()).ok_or(CountersEnded::UsedUp)
+        allocated.ok().and_then(|counter| u32::try_from(counter).ok()).ok_or(CountersEnded::UsedUp)
     }
 
     /// How many counters are left.
@@ -131,7 +131,7 @@ mod tests {
         let lease = counters(u32::MAX - 1, 2).unwrap();
         assert_eq!((lease.remaining(), lease.next()), (2, Some(u32::MAX - 1)));
         assert_eq!(
-            [lease.deal_at(UnixMillis(0)), lease.deal_at(UnixMillis(0)), lease.deal_at(UnixMillis(0))],
+            [lease.allocate_at(UnixMillis(0)), lease.allocate_at(UnixMillis(0)), lease.allocate_at(UnixMillis(0))],
             [Ok(u32::MAX - 1), Ok(u32::MAX), Err(CountersEnded::UsedUp)]
         );
         assert_eq!((lease.remaining(), lease.next()), (0, None));
@@ -141,20 +141,22 @@ mod tests {
     #[test]
     fn threads_share_a_lease_without_repeating() {
         let lease = counters(100, 40_000).unwrap();
-        let dealt = std::thread::scope(|scope| {
+        let allocated = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..4)
-                .map(|_| scope.spawn(|| std::iter::from_fn(|| lease.deal_at(UnixMillis(0)).ok()).collect::<Vec<_>>()))
+                .map(|_| {
+                    scope.spawn(|| std::iter::from_fn(|| lease.allocate_at(UnixMillis(0)).ok()).collect::<Vec<_>>())
+                })
                 .collect();
             threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
         });
-        assert_eq!(dealt.len(), 40_000);
-        assert_eq!(dealt.iter().collect::<HashSet<_>>().len(), 40_000);
+        assert_eq!(allocated.len(), 40_000);
+        assert_eq!(allocated.iter().collect::<HashSet<_>>().len(), 40_000);
     }
 
     #[test]
     fn nothing_is_dealt_after_the_grant_has_expired() {
         let lease = counters(1, 2).unwrap();
-        assert_eq!(lease.deal_at(UnixMillis(1_000)), Err(CountersEnded::Expired));
-        assert_eq!(lease.deal_at(UnixMillis(999)), Ok(1));
+        assert_eq!(lease.allocate_at(UnixMillis(1_000)), Err(CountersEnded::Expired));
+        assert_eq!(lease.allocate_at(UnixMillis(999)), Ok(1));
     }
 }

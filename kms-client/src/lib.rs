@@ -29,7 +29,7 @@
 //! let session = connection.open_session(&transport_key, id, meter, terms, &options).await?;
 //! let keys = session.keys.meter(meter).ok_or("no keys")?;
 //! let guek = keys.key(KeyType::GUEK).ok_or("no GUEK")?;
-//! let counter = keys.counters.as_ref().ok_or("no lease")?.deal()?;
+//! let counter = keys.counters.as_ref().ok_or("no lease")?.allocate()?;
 //! // protect a frame with guek.key.expose() and counter
 //! # Ok(()) }
 //! ```

@@ -565,7 +565,7 @@ pub async fn read_energy(address: SocketAddr, session: &Session, meter: SystemTi
     let keys = session.keys.meter(meter).unwrap();
     let key = |name| SymmetricKey::new(keys.key(name).unwrap().key.expose()).unwrap();
     let counters = keys.counters.as_ref().unwrap();
-    let lease: Vec<u32> = (0..5).map(|_| counters.deal().unwrap()).collect();
+    let lease: Vec<u32> = (0..5).map(|_| counters.allocate().unwrap()).collect();
     let mut client = ClientSession::new(ClientConfig {
         client_title: meter_sim::SystemTitle::new(hex::decode(CLIENT_TITLE).unwrap().try_into().unwrap()),
         suite: meter_sim::SecuritySuite::default(),

@@ -23,7 +23,7 @@ async fn open_a_session() -> Result<(), Box<dyn Error>> {
     let session = connection.open_session(&transport_key, new_request_id(), meter, terms, &options).await?;
     let keys = session.keys.meter(meter).ok_or("no keys")?;
     let guek = keys.key(KeyType::GUEK).ok_or("no GUEK")?.key.expose();
-    let counter = keys.counters.as_ref().ok_or("no counters")?.deal()?;
+    let counter = keys.counters.as_ref().ok_or("no counters")?.allocate()?;
 
     let _ = (guek, counter);
     Ok(())

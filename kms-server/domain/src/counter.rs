@@ -157,7 +157,7 @@ impl Counters {
 
     /// Notes that a lease is allocated from a chunk that was reserved for frames. The caller stores
     /// the changed row with the grant.
-    pub fn mark_lent(&mut self, key: CounterKey) {
+    pub fn mark_leased(&mut self, key: CounterKey) {
         self.state_mut(key).lent = true;
     }
 

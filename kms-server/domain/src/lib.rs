@@ -44,7 +44,7 @@ pub use campaign::terms::{CampaignName, CampaignTerms};
 pub use campaign::wave::{TaskState, WaveCounts, WaveResult, WaveTally};
 pub use campaign::window::{MaintenanceWindow, MaintenanceWindows, Weekdays};
 pub use campaign::{Campaign, CampaignContent, CampaignError, CampaignState, WaveDecision};
-pub use counter::chunk::{ChunkSize, DealError, Lease, LiveChunk, Reservation};
+pub use counter::chunk::{AllocateError, ChunkSize, Lease, LiveChunk, Reservation};
 pub use counter::state::{
     CounterCap, CounterError, CounterKey, CounterOwnership, CounterScope, CounterState, CounterUse, HourlyUse,
 };

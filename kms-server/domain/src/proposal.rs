@@ -384,7 +384,7 @@ impl Proposal {
     /// # Errors
     /// It was executed or withdrawn already, is not approved, or its time is over.
     // I6: the approvals are counted here, over the present content.
-    pub fn carry_out(&mut self, principal: PrincipalId, now: UnixMillis) -> Result<ProposedAction, ProposalError> {
+    pub fn execute(&mut self, principal: PrincipalId, now: UnixMillis) -> Result<ProposedAction, ProposalError> {
         if self.state(now) != ProposalState::Approved {
             return Err(self.wrong_state("executed", now));
         }
@@ -477,7 +477,7 @@ mod tests {
         let mut proposal = proposal(2);
         let digest = proposal.content_digest();
         assert!(matches!(
-            proposal.carry_out(officer("ada"), NOW),
+            proposal.execute(officer("ada"), NOW),
             Err(ProposalError::State { state: ProposalState::Waiting, missing: 2, .. })
         ));
         // The requester under another principal, and another person under the requester's
@@ -497,9 +497,9 @@ mod tests {
         assert_eq!(proposal.state(NOW), ProposalState::Waiting);
         proposal.approve(approval("cy", "Cy", NOW), &digest).unwrap();
         assert_eq!(proposal.state(NOW), ProposalState::Approved);
-        assert_eq!(proposal.carry_out(officer("ada"), NOW).unwrap(), proposal.content.action);
+        assert_eq!(proposal.execute(officer("ada"), NOW).unwrap(), proposal.content.action);
         // Once only.
-        assert!(proposal.carry_out(officer("ada"), NOW).is_err() && proposal.withdraw(officer("ada"), NOW).is_err());
+        assert!(proposal.execute(officer("ada"), NOW).is_err() && proposal.withdraw(officer("ada"), NOW).is_err());
     }
 
     #[test]
@@ -512,7 +512,7 @@ mod tests {
             approval("bo-2", "Bo", NOW),
             approval("ada-2", "Ada", NOW),
         ]);
-        assert!(matches!(proposal.carry_out(officer("cy"), NOW), Err(ProposalError::State { missing: 1, .. })));
+        assert!(matches!(proposal.execute(officer("cy"), NOW), Err(ProposalError::State { missing: 1, .. })));
     }
 
     #[test]
@@ -523,7 +523,7 @@ mod tests {
         assert_eq!(proposal.approve(approval("bo", "Bo", late), &digest), Err(ApprovalError::Expired.into()));
         proposal.approve(approval("bo", "Bo", NOW), &digest).unwrap();
         assert!(matches!(
-            proposal.carry_out(officer("ada"), late),
+            proposal.execute(officer("ada"), late),
             Err(ProposalError::State { state: ProposalState::Expired, .. })
         ));
         proposal.withdraw(officer("ada"), late).unwrap();
@@ -552,9 +552,9 @@ mod tests {
             let refusal = proposal.approve(approval(principal, person, NOW), &digest);
             assert!(matches!(refusal, Err(ProposalError::Approval(ApprovalError::Beneficiary { .. }))), "{refusal:?}");
         }
-        assert!(matches!(proposal.carry_out(officer("ada"), NOW), Err(ProposalError::State { missing: 1, .. })));
+        assert!(matches!(proposal.execute(officer("ada"), NOW), Err(ProposalError::State { missing: 1, .. })));
         proposal.approve(approval("bo", "Bo", NOW), &digest).unwrap();
-        assert!(matches!(proposal.carry_out(officer("ada"), NOW), Ok(ProposedAction::RecertifyPrincipal(_))));
+        assert!(matches!(proposal.execute(officer("ada"), NOW), Ok(ProposedAction::RecertifyPrincipal(_))));
     }
 
     #[test]
@@ -566,7 +566,7 @@ mod tests {
     fn rows_come_back_and_every_field_counts() {
         let mut raise = proposal(1);
         raise.approve(approval("bo", "Bo", NOW), &raise.content_digest()).unwrap();
-        raise.carry_out(officer("cy"), NOW).unwrap();
+        raise.execute(officer("cy"), NOW).unwrap();
         let destroy = |class, version| {
             ProposedAction::DestroyRoot(DestroyRoot::new(RootKind::StorageKek, Some(class), version, NOW).unwrap())
         };

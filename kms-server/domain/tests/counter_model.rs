@@ -301,7 +301,7 @@ impl World {
         let at_least = chunk.as_ref().map_or(0, |(chunk, _)| chunk.bound());
         if let (Some((chunk, hour)), Some(state)) = (chunk, &state)
             && chunk.serves(counter_use)
-            && let Ok(lease) = chunk.deal(state, count, jump)
+            && let Ok(lease) = chunk.allocate(state, count, jump)
         {
             let hour = *hour;
             if unchanged {
@@ -332,7 +332,7 @@ impl World {
         let hour = self.this_hour(meter, key);
         let mut chunk = LiveChunk::new(reservation);
         // Fewer than were asked for, at the end of the counter space.
-        let lease = chunk.deal(self.database.counters(meter).unwrap().get(key).unwrap(), count, jump);
+        let lease = chunk.allocate(self.database.counters(meter).unwrap().get(key).unwrap(), count, jump);
         self.servers[server_number].chunks.insert((meter, key), (chunk, hour));
         if let Ok(lease) = lease {
             self.dealt(title, lease, counter_use, hour);

@@ -64,7 +64,7 @@ mod tests {
         ("suite", include_str!("shipment/record.rs"), "profile.suite"),
         ("other_flag_ids", include_str!("../../domain/src/shipment.rs"), "profile.other_flag_ids"),
         ("key_types.number", include_str!("../../domain/src/key_type.rs"), "FIRST_OF_PROFILES"),
-        ("key_types.name", include_str!("shipment/record.rs"), "profile.key_type_name"),
+        ("key_types.name", include_str!("shipment/known.rs"), "profile.key_type_name"),
         (
             "key_types.class",
             include_str!("../../domain/src/profile/file.rs"),

@@ -144,7 +144,7 @@ pub(crate) fn execute(
     id: ProposalId,
 ) -> Result<(ProposedAction, Entry), ServiceError> {
     let mut proposal = Arc::unwrap_or_clone(view.proposal(id)?.ok_or_else(|| missing(id))?);
-    let action = proposal.carry_out(permit.principal().id.clone(), view.now()).map_err(refused)?;
+    let action = proposal.execute(permit.principal().id.clone(), view.now()).map_err(refused)?;
     let entry = view.append(ended(&proposal, "carried-out", ""));
     view.put_proposal(proposal)?;
     Ok((action, entry))

@@ -71,7 +71,7 @@ pub(super) async fn main_job(
 
     let (address, simulator) = simulate(meter).await?;
     step(4, "the meter", &format!("a simulated {title} listens on {address}, with the keys that its vendor gave it"));
-    let lease: Vec<u32> = (0..10).map(|_| counters.deal()).collect::<Result<_, _>>()?;
+    let lease: Vec<u32> = (0..10).map(|_| counters.allocate()).collect::<Result<_, _>>()?;
     let outcome = read(address, keys, client_title, &lease).await;
     simulator.abort();
     let (request, answer, value) = outcome?;

@@ -83,7 +83,7 @@ pub struct Lease {
 impl Lease {
     /// The last counter of the lease.
     pub const fn last(self) -> u32 {
-        // A lease is never empty and ends within 32 bits, by `LiveChunk::deal`.
+        // A lease is never empty and ends within 32 bits, by `LiveChunk::allocate`.
         self.first.saturating_add(self.count.saturating_sub(1))
     }
 }
@@ -120,21 +120,26 @@ impl LiveChunk {
     /// The chunk is spent: reserve the next one. Or the row no longer names it (another server took
     /// over, a floor was raised, a head-end owns the counter), or lacks a part of the island's
     /// `jump` (the database was restored): drop this chunk and reserve the next one.
-    pub fn deal(&mut self, row: &CounterState, count: NonZeroU32, jump: CounterJump) -> Result<Lease, DealError> {
+    pub fn allocate(
+        &mut self,
+        row: &CounterState,
+        count: NonZeroU32,
+        jump: CounterJump,
+    ) -> Result<Lease, AllocateError> {
         if jump.beyond(row.jumped) > 0
             || row.holder != Some(self.holder)
             || row.bound != self.bound
             || row.ownership != CounterOwnership::Kms
         {
-            return Err(DealError::Superseded);
+            return Err(AllocateError::Superseded);
         }
         // I4: a floor binds the holder too, even if another server raised it.
         let start = self.next.max(row.floor);
         let end = start + u64::from(count.get());
         if end > self.bound {
-            return Err(DealError::Spent);
+            return Err(AllocateError::Spent);
         }
-        let first = u32::try_from(start).map_err(|_| DealError::Spent)?;
+        let first = u32::try_from(start).map_err(|_| AllocateError::Spent)?;
         self.next = end;
         Ok(Lease { first, count: count.get() })
     }
@@ -153,7 +158,7 @@ impl LiveChunk {
 
 /// Why a chunk allocates nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum DealError {
+pub enum AllocateError {
     /// Too few counters are left in the chunk.
     #[error("the counter chunk is spent")]
     Spent,

@@ -269,7 +269,7 @@ impl CounterState {
 
     /// A counter below which nothing is allocated any more, as far as the row knows. The row does
     /// not know how much of its chunk the holder has allocated.
-    pub fn dealt_from(&self) -> u64 {
+    pub fn unallocated_from(&self) -> u64 {
         if self.holder.is_some() { self.floor.max(u64::from(Self::FIRST)) } else { self.bound }
     }
 

@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 
 use super::*;
-use crate::{DealError, IslandName, Lease, LiveChunk, Role, SystemTitle};
+use crate::{AllocateError, IslandName, Lease, LiveChunk, Role, SystemTitle};
 
 const NONE: CounterJump = CounterJump::NONE;
 
@@ -32,11 +32,11 @@ fn another_holder_reserves_above_and_ends_the_older_chunk() {
     let key = CounterKey::ClientTitle(title(1));
     let mut counters = Counters::default();
     let mut first = LiveChunk::new(counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap());
-    assert_eq!(first.deal(counters.get(key).unwrap(), count(60), NONE), Ok(Lease { first: 1, count: 60 }));
-    assert_eq!(first.deal(counters.get(key).unwrap(), count(41), NONE), Err(DealError::Spent));
+    assert_eq!(first.allocate(counters.get(key).unwrap(), count(60), NONE), Ok(Lease { first: 1, count: 60 }));
+    assert_eq!(first.allocate(counters.get(key).unwrap(), count(41), NONE), Err(AllocateError::Spent));
     let mut second = LiveChunk::new(counters.reserve(key, CounterUse::Lease, server(2), chunk(100), 0, NONE).unwrap());
-    assert_eq!(first.deal(counters.get(key).unwrap(), count(1), NONE), Err(DealError::Superseded));
-    assert_eq!(second.deal(counters.get(key).unwrap(), count(1), NONE), Ok(Lease { first: 101, count: 1 }));
+    assert_eq!(first.allocate(counters.get(key).unwrap(), count(1), NONE), Err(AllocateError::Superseded));
+    assert_eq!(second.allocate(counters.get(key).unwrap(), count(1), NONE), Ok(Lease { first: 101, count: 1 }));
 }
 
 #[test]
@@ -49,7 +49,7 @@ fn the_counter_space_ends_and_warns_before() {
     counters.raise_floor(key, CounterState::SESSIONS_END - 10, None).unwrap();
     let last = counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap();
     assert_eq!(last.bound, CounterState::SESSIONS_END);
-    let lease = LiveChunk::new(last).deal(counters.get(key).unwrap(), count(10), NONE).unwrap();
+    let lease = LiveChunk::new(last).allocate(counters.get(key).unwrap(), count(10), NONE).unwrap();
     assert_eq!(u64::from(lease.last()), CounterState::SESSIONS_END - 1);
     for counter_use in [CounterUse::Lease, CounterUse::Frames] {
         assert_eq!(
@@ -205,7 +205,7 @@ fn a_floor_inside_the_chunk_binds_its_holder_and_wastes_nothing() {
     let mut counters = Counters::default();
     let mut held = LiveChunk::new(counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap());
     let mut deal = |counters: &Counters, leased| {
-        held.deal(counters.get(key).unwrap(), count(leased), NONE).map(|lease| lease.first)
+        held.allocate(counters.get(key).unwrap(), count(leased), NONE).map(|lease| lease.first)
     };
     assert_eq!(deal(&counters, 10), Ok(1));
     // A meter repeats a low counter, again and again.
@@ -218,10 +218,10 @@ fn a_floor_inside_the_chunk_binds_its_holder_and_wastes_nothing() {
     assert_eq!(deal(&counters, 10), Ok(61));
     // The last counter of the chunk, and the first above it.
     counters.raise_floor(key, 100, Some(0)).unwrap();
-    assert_eq!(deal(&counters, 2), Err(DealError::Spent));
+    assert_eq!(deal(&counters, 2), Err(AllocateError::Spent));
     assert_eq!(deal(&counters, 1), Ok(100));
     counters.raise_floor(key, 101, Some(0)).unwrap();
-    assert_eq!(deal(&counters, 1), Err(DealError::Superseded));
+    assert_eq!(deal(&counters, 1), Err(AllocateError::Superseded));
     assert_eq!(counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap().first, 101);
     assert_eq!(counters.get(key).unwrap().floor(), 0);
 }
@@ -345,7 +345,7 @@ fn a_chunk_from_before_a_restore_is_not_dealt_from() {
     let key = CounterKey::ClientTitle(title(1));
     let mut counters = Counters::default();
     let mut held = LiveChunk::new(counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap());
-    assert_eq!(held.deal(counters.get(key).unwrap(), count(1), NONE.raised_by(1)), Err(DealError::Superseded));
+    assert_eq!(held.allocate(counters.get(key).unwrap(), count(1), NONE.raised_by(1)), Err(AllocateError::Superseded));
 }
 
 #[test]
@@ -374,7 +374,7 @@ fn a_chunk_says_whether_leases_were_dealt_from_it() {
     let mut counters = Counters::default();
     counters.reserve(key, CounterUse::Frames, server(1), chunk(10), 0, NONE).unwrap();
     assert!(!lent(&counters));
-    counters.mark_lent(key);
+    counters.mark_leased(key);
     assert!(lent(&counters));
     // The chunk of another server for frames is above every lease: they have ended.
     counters.reserve(key, CounterUse::Frames, server(2), chunk(10), 0, NONE).unwrap();

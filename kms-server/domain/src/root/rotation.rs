@@ -168,7 +168,7 @@ impl RootRotation {
         self.lead = None;
         if self.refused > 0 {
             let rows = if self.refused == 1 { "1 row".to_owned() } else { format!("{} rows", self.refused) };
-            self.move_to(RootRotationState::Paused, format!("{rows} had to be left"), now);
+            self.move_to(RootRotationState::Paused, format!("{rows} skipped: unreadable, or refused by the HSM"), now);
         } else if self.changed == 0 {
             self.move_to(RootRotationState::Finished, String::new(), now);
             return;
@@ -267,7 +267,10 @@ mod tests {
     fn rows_that_had_to_be_left_pause_it() {
         let mut rotation = rotation();
         assert!(rotation.advance(&PassPage { looked: 10, refused: 1, ..PassPage::default() }, writer(1), 1_000, NOW));
-        assert_eq!((rotation.state, rotation.reason.as_str()), (RootRotationState::Paused, "1 row had to be left"));
+        assert_eq!(
+            (rotation.state, rotation.reason.as_str()),
+            (RootRotationState::Paused, "1 row skipped: unreadable, or refused by the HSM")
+        );
         assert_eq!(rotation.pause("again".to_owned(), NOW), Err(RootRotationState::Paused));
         rotation.resume(Some(9), NOW).unwrap();
         assert_eq!(

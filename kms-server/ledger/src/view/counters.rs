@@ -86,7 +86,7 @@ impl View<'_, '_> {
                 // Other servers, and this server after a restart, know of the lease only from the
                 // row.
                 self.change_counters(of, name, |counters| {
-                    counters.mark_lent(of.counter);
+                    counters.mark_leased(of.counter);
                     Ok(())
                 })?;
             }
@@ -309,7 +309,7 @@ impl View<'_, '_> {
         if !held.chunk.serves(counter_use) {
             return None;
         }
-        let lease = held.chunk.deal(state?, count, jump).ok()?;
+        let lease = held.chunk.allocate(state?, count, jump).ok()?;
         let before = std::mem::replace(&mut held.leased_until, until);
         self.staged.log.push(Change::Lease(name, before));
         Some(lease)

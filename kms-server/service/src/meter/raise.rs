@@ -157,7 +157,7 @@ impl Raise {
         }
         let to = u64::from(raise.to);
         let first = u64::from(CounterState::FIRST);
-        let (usable, bound) = state.map_or((first, first), |state| (state.dealt_from(), state.bound()));
+        let (usable, bound) = state.map_or((first, first), |state| (state.unallocated_from(), state.bound()));
         // I4: never lower. Inside the chunk that a server allocates from, the floor makes it
         // continue above.
         if to <= usable {

@@ -324,7 +324,7 @@ island_tests! {
         let roots = island.roots();
         while roots.page(id).await.unwrap().is_some() {}
         let state = island.state(STORAGE).await;
-        assert_eq!((state.state.as_str(), state.reason.as_str(), state.all_changed), ("paused", "1 row had to be left", 4));
+        assert_eq!((state.state.as_str(), state.reason.as_str(), state.all_changed), ("paused", "1 row skipped: unreadable, or refused by the HSM", 4));
         island.put_back(3, &good).await;
         roots.change(&island.officer, request(), STORAGE, Change::Resume { rows_per_second: None }).await.unwrap();
         while roots.page(id).await.unwrap().is_some() {}
@@ -345,7 +345,7 @@ island_tests! {
         roots.change(&island.officer, request(), RootPurpose::Seal, rotate()).await.unwrap();
         while roots.page(id).await.unwrap().is_some() {}
         let state = island.state(RootPurpose::Seal).await;
-        assert_eq!((state.state.as_str(), state.reason.as_str()), ("paused", "1 row had to be left"));
+        assert_eq!((state.state.as_str(), state.reason.as_str()), ("paused", "1 row skipped: unreadable, or refused by the HSM"));
         let counts = roots.count(|_| true).await.unwrap();
         assert_eq!((counts.of(RootId { purpose: RootPurpose::Seal, version: 1 }), counts.unreadable), (0, 1), "all others have the new seal");
         island.end().await;
@@ -587,7 +587,7 @@ island_tests! {
         for _ in 0..2 {
             roots.lead_for(Duration::ZERO).await.unwrap();
             let state = island.state(RootPurpose::Seal).await;
-            assert!(state.state == "finished" && state.reason.contains("tasks of a campaign"), "{state:?}");
+            assert!(state.state == "finished" && state.reason.contains("tasks of an unfinished campaign"), "{state:?}");
         }
         let not_retired = |record: &AuditRecord| matches!(&record.event, Some(Event::RootRotationChanged(event)) if event.change == "not retired");
         assert_eq!(island.log().await.iter().filter(|record| not_retired(record)).count(), 1, "on the record when it is news");
