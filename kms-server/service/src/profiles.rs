@@ -85,7 +85,7 @@ mod tests {
         ),
         ("security_setups.keys.owner", include_str!("transfer/begin.rs"), "key.owner == OwnerKind::Group"),
         ("security_setups.keys.octets", include_str!("keys/recipe.rs"), "key.shape"),
-        ("security_setups.keys.key_id", include_str!("campaign/plan.rs"), ".key(setup, key_type)?.key_id"),
+        ("security_setups.keys.key_id", include_str!("campaign/survey.rs"), ".key(setup, key_type)?.key_id"),
         ("security_setups.counter.scope", include_str!("meter/counter.rs"), "counter.scope.key("),
         ("security_setups.counter.on_new_key", include_str!("keys/counter.rs"), "profile.counter.on_new_key"),
         (
