@@ -1,7 +1,7 @@
 //! Proposals: dangerous actions that other people approve before they run (I6).
 //!
 //! A dangerous use case makes a `Propose` instead of acting. When enough people have approved, an
-//! officer executes the proposal: the use case gets the content from [`execute`], in the
+//! officer executes the proposal: the use case gets the content from `execute`, in the
 //! transaction in which it acts, and checks that the content still fits.
 
 use std::sync::Arc;

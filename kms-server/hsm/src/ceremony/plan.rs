@@ -23,8 +23,8 @@ pub struct CeremonyPlan {
 /// A token that gets copies of roots.
 #[derive(Clone, Debug)]
 pub struct StandbyToken {
-    /// Its transport key ([`create_standby_transport`]): DER of an RSA SubjectPublicKeyInfo, at
-    /// least 3072 bits.
+    /// Its transport key ([`crate::create_standby_transport`]): DER of an RSA SubjectPublicKeyInfo,
+    /// at least 3072 bits.
     pub public_key: Vec<u8>,
     /// Classes whose roots it gets. It always gets the seal root and the fingerprint KEK, which
     /// belong to no class.

@@ -76,9 +76,9 @@ pub struct NewRootResult {
 }
 
 /// Makes another version of a root: a symmetric one is wrapped for the escrow key and for standby
-/// tokens, stored by `persist`, and then locked, as in [`create_roots`]; a key pair is made and
-/// never leaves the token. After an interruption, run this again with the package that was stored:
-/// it continues. Blocking; not while the token is in use in this process.
+/// tokens, stored by `persist`, and then locked, as in [`crate::create_roots`]; a key pair is made
+/// and never leaves the token. After an interruption, run this again with the package that was
+/// stored: it continues. Blocking; not while the token is in use in this process.
 ///
 /// No security officer is needed: the keys that roots may leave under are in the token since the
 /// ceremony, and none is added here.
