@@ -171,16 +171,19 @@ impl Server {
         stop.send_replace(true);
         // The passes have ended before the database is closed: one that fails because the server
         // stops would be logged as a fault.
-        let (served, ()) = tokio::join!(tokio::time::timeout(GRACE, serving), background.end());
+        let (served, ended) =
+            tokio::join!(tokio::time::timeout(GRACE, serving), tokio::time::timeout(GRACE, background.end()));
         if served.is_err() {
             tracing::warn!("calls that did not end in time are cut off");
+        }
+        if ended.is_err() {
+            tracing::warn!("background work that did not end in time is cut off");
         }
         let island = opened.borrow().clone();
         if let Some(island) = island {
             island.committer.stop().await;
             island.store.close().await;
-            let hsm = island.hsm.clone();
-            drop(tokio::task::spawn_blocking(move || hsm.close()).await);
+            close(island.hsm.clone()).await;
         }
         outcome
     }
@@ -299,7 +302,7 @@ impl Opening {
         // New keys are stored under the storage KEKs that the row names. If a root is missing in
         // this server's tokens, the server still serves everything else.
         if let Err(error) = RootService::new(Arc::clone(&island)).refresh().await {
-            tracing::error!(%error, "the state of the island's roots could not be read; it is tried again");
+            tracing::error!(%error, "the island's roots could not be looked after; it is tried again");
         }
         let routes = api::routes(Arc::clone(&island), self.authority, &self.config.limits);
         drop(gate.island.set((routes, Arc::clone(&island))));
@@ -407,8 +410,17 @@ async fn without_serving<T>(
     };
     let outcome = worked.await;
     store.close().await;
-    drop(tokio::task::spawn_blocking(move || hsm.close()).await);
+    close(hsm).await;
     outcome
+}
+
+/// Logs out of the tokens. A module that hangs does not delay the end of the process: nothing is
+/// written after this.
+async fn close(hsm: Hsm) {
+    let closed = tokio::task::spawn_blocking(move || hsm.close());
+    if tokio::time::timeout(GRACE, closed).await.is_err() {
+        tracing::warn!("an HSM did not end its sessions in time");
+    }
 }
 
 /// The memory of PINs that tokens refused, under this server's key.
@@ -591,7 +603,8 @@ pub fn host_name() -> String {
     if name.trim().is_empty() { "kms-server".to_owned() } else { name.trim().to_owned() }
 }
 
-/// How long calls under way may take at the shutdown.
+/// How long calls under way and background work may take at the shutdown, and then an HSM that
+/// hangs.
 const GRACE: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_secs(2);
 const USABLE_WITHIN: Duration = Duration::from_secs(10);
