@@ -22,7 +22,7 @@ use super::{
     chain::AuditKeys,
     decision::Decision,
     maintenance::maintain,
-    queue::{Sender, queue},
+    queue::{ENDED, Sender, queue},
     queued::{Committed, TypedAct},
     refusals::Refusal,
     sealed::{RowContent, open_row},
@@ -104,10 +104,8 @@ impl Committer {
     {
         let (act, outcome) = TypedAct::new(actor, reads, decide);
         self.queue.push(act)?;
-        let outcome = outcome
-            .instrument(tracing::debug_span!("commit"))
-            .await
-            .map_err(|_| ServiceError::unavailable("the server is stopping"))?;
+        let outcome =
+            outcome.instrument(tracing::debug_span!("commit")).await.map_err(|_| ServiceError::unavailable(ENDED))?;
         // The refusal of an act is counted with its transaction.
         outcome.map_err(ServiceError::recorded)
     }

@@ -67,12 +67,13 @@ impl Sender {
     /// Adds an act to the lane of its principal.
     ///
     /// # Errors
-    /// The act would exceed a bound, which the refusal names; or the server is stopping.
+    /// The act would exceed a bound, which the refusal names; or the server is stopping, or its
+    /// writing task has failed.
     pub(super) fn push(&self, act: Box<dyn Queued>) -> Result<(), ServiceError> {
         let (payer, cost, limits) = (act.payer(), act.cost(), &*self.0.limits);
         let mut state = self.0.state();
         if state.closed {
-            return Err(ServiceError::unavailable("the server is stopping"));
+            return Err(ServiceError::unavailable(ENDED));
         }
         if let Some(principal) = &payer {
             let refuse = |bound: Bound, what: &str| Err(bound.met(limits, what, RETRY_AFTER));
@@ -174,3 +175,6 @@ impl Drop for Receiver {
         metrics().acts_taken(dropped.len());
     }
 }
+
+/// Why no act is taken any more.
+pub(super) const ENDED: &str = "the server is stopping, or its writing task has failed, which its log says";

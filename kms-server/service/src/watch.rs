@@ -49,7 +49,9 @@ pub(super) fn watch<W: Watched>(
                     () = tokio::time::sleep(every) => {}
                 }
                 if not_after <= clock::now() {
-                    break Err(ServiceError::unauthenticated("the client certificate has expired"));
+                    break Err(ServiceError::unauthenticated(
+                        "the client certificate has expired; renew it and connect again",
+                    ));
                 }
                 match watched.look().await {
                     Ok(standing) if W::is_alike(&last, &standing) => {}

@@ -292,7 +292,7 @@ pub enum CounterError {
     /// All counters up to [`CounterState::SESSIONS_END`] are used: leases and frames have none
     /// left.
     #[error(
-        "the invocation counter of {key} has none left for sessions and frames: the last {} are for transfers; rotate the key",
+        "the invocation counter of {key} has none left for sessions and frames: the last {} are for transfers",
         CounterState::RESERVE
     )]
     SessionsExhausted {
@@ -301,7 +301,7 @@ pub enum CounterError {
     },
     /// All counters up to [`CounterState::END`] are used: a transfer has none left either.
     #[error(
-        "the invocation counter of {key} is used up: the meter accepts no request with this key and client title any more; use another client title, or set a new key on site"
+        "the invocation counter of {key} is used up: the meter accepts no request with this key and this counter any more"
     )]
     Exhausted {
         /// Which counter.

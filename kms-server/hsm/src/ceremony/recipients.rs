@@ -25,7 +25,7 @@ impl RsaPublicKey {
     pub(super) fn parse(der: &[u8]) -> Result<Self, HsmError> {
         let refuse = |reason: &str| HsmError::invalid("escrow or standby public key", reason.to_owned());
         let (rest, spki) = SubjectPublicKeyInfo::from_der(der).map_err(|_| {
-            refuse("it is not a DER SubjectPublicKeyInfo; make one with `openssl pkey -pubout -outform DER`")
+            refuse("it is not a SubjectPublicKeyInfo; make the PEM file with `openssl pkey -in KEY -pubout`")
         })?;
         if !rest.is_empty() {
             return Err(refuse("octets follow the SubjectPublicKeyInfo"));

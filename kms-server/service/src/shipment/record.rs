@@ -101,7 +101,10 @@ impl Act for ImportBatch {
         {
             return Err(ServiceError::FailedPrecondition {
                 reason: format!("the head-end `{head_end}` was disabled"),
-                next_step: "enable the head-end, then import again".to_owned(),
+                next_step: "a disabled head-end is not enabled again, and this import can continue only with it: ask the manufacturer \
+                            for a new file and import that with another head-end, or with none and assign the meters with \
+                            `kms meter assign`"
+                    .to_owned(),
             });
         }
         Ok(permit)
