@@ -19,7 +19,7 @@ use kms_service::island::Island;
 use kms_service::{
     frame::unprotect::{ReceivedContent, ReceivedFrame},
     frame::{self, FrameOutcome, FrameService, PlainContent},
-    grant::request_digest,
+    request_digest::request_digest,
 };
 
 /// The service over gRPC.

@@ -18,8 +18,9 @@ use kms_authz::{Caller, Purpose};
 use kms_base::error::ServiceError;
 use kms_service::grant::deliver::Granted;
 use kms_service::grant::terms::{GrantChunk, GrantTargets, SessionTerms};
-use kms_service::grant::{GrantQuery, GrantService, request_digest};
+use kms_service::grant::{GrantQuery, GrantService};
 use kms_service::island::Island;
+use kms_service::request_digest::request_digest;
 
 /// The service over gRPC.
 pub(crate) struct GrantApi {

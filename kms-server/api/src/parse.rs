@@ -4,7 +4,7 @@
 use kms_base::error::ServiceError;
 use kms_domain::{RequestId, SecuritySetupId};
 use kms_service::Request;
-use kms_service::grant::request_digest;
+use kms_service::request_digest::request_digest;
 
 /// The request id, with the digest over all that is asked but the id. `name` is the name of the
 /// method; `same` is the message without its request id.

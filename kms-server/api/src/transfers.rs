@@ -16,7 +16,7 @@ use crate::peer::caller_of;
 use kms_base::error::ServiceError;
 use kms_service::island::Island;
 use kms_service::{
-    grant::request_digest,
+    request_digest::request_digest,
     transfer::{NextStep, Order, Report, ReportedAnswer, Sending, SendingKind, StepAnswer, TransferService},
 };
 

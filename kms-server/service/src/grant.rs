@@ -14,7 +14,6 @@ pub mod terms;
 use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
 
-use aws_lc_rs::digest;
 use kms_domain::{GrantId, GroupId, Owner, PrincipalId, RequestId, Role};
 use kms_proto::v1::{self, audit_record::Event};
 use kms_store::{GrantFilter, GrantRevocation, GrantRow, Reads};
@@ -194,18 +193,6 @@ impl Act for Revoke {
     fn again(&self, never: Never, _: &Permit, _: &mut View<'_, '_>) -> Result<v1::Grant, ServiceError> {
         match never {}
     }
-}
-
-/// The digest of a request: what must be the same when its id comes again.
-pub fn request_digest(parts: &[&[u8]]) -> [u8; 32] {
-    let mut context = digest::Context::new(&digest::SHA256);
-    for part in parts {
-        context.update(&u64::try_from(part.len()).unwrap_or(u64::MAX).to_be_bytes());
-        context.update(part);
-    }
-    let mut value = [0; 32];
-    value.copy_from_slice(context.finish().as_ref());
-    value
 }
 
 /// Numbers of groups begin with 1.

@@ -1,4 +1,4 @@
-//! Use cases, one file each, and the island that they share.
+//! Use cases, each in a file or a folder, and the island that they share.
 
 pub mod approval;
 pub mod audit_log;
@@ -24,6 +24,7 @@ pub mod profiles;
 pub mod proposal;
 #[cfg(test)]
 mod replay_tests;
+pub mod request_digest;
 pub mod retention;
 pub mod root;
 mod row_id;

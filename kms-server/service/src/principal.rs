@@ -18,7 +18,6 @@ mod tests;
 use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
 
-use aws_lc_rs::digest::{Context, SHA256};
 use bytes::Bytes;
 use kms_domain::{
     Enrolment, ParseError, PersonName, Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, RequestId,
@@ -33,6 +32,7 @@ use super::certificate::request::CertificationRequest;
 use super::certificate::signing::IssuedCertificate;
 use super::certificate::{CertificateAuthority, Validity};
 use crate::island::Island;
+use crate::request_digest::request_digest;
 use kms_authz::{Action, Caller, Resource};
 use kms_base::error::ServiceError;
 use kms_ledger::principal_row;
@@ -99,16 +99,14 @@ impl Principals {
             ),
             None => None,
         };
-        let digest = request_digest(
-            "add",
-            &[
-                new.id.to_string().as_bytes(),
-                &new.certification.as_ref().map(CertificationRequest::spki_sha256).unwrap_or_default(),
-                new.person.as_ref().map_or("", PersonName::as_str).as_bytes(),
-                &new.client_titles.iter().flat_map(|title| title.octets()).collect::<Vec<_>>(),
-                new.shipment_key.as_deref().unwrap_or_default(),
-            ],
-        );
+        let digest = request_digest(&[
+            b"add",
+            new.id.to_string().as_bytes(),
+            &new.certification.as_ref().map(CertificationRequest::spki_sha256).unwrap_or_default(),
+            new.person.as_ref().map_or("", PersonName::as_str).as_bytes(),
+            &new.client_titles.iter().flat_map(|title| title.octets()).collect::<Vec<_>>(),
+            new.shipment_key.as_deref().unwrap_or_default(),
+        ]);
         let chain = self.chain();
         let (id, request) = (new.id.clone(), new.request);
         let officer = caller.principal.clone();
@@ -174,7 +172,7 @@ impl Principals {
         self.island.require(caller, &action).await?;
         let issued =
             self.authority.transport(&id, certification, self.validity())?.sign(&self.island.hsm_for(caller)).await?;
-        let digest = request_digest("transport", &[&certification.spki_sha256()]);
+        let digest = request_digest(&[b"transport", &certification.spki_sha256()]);
         let chain = self.chain();
         self.act(
             caller,
@@ -210,7 +208,7 @@ impl Principals {
     ) -> Result<v1::Principal, ServiceError> {
         let action = Action::DisablePrincipal { role: id.role(), own: id == caller.principal };
         self.island.require(caller, &action).await?;
-        let digest = request_digest("disable", &[id.to_string().as_bytes(), reason.as_bytes()]);
+        let digest = request_digest(&[b"disable", id.to_string().as_bytes(), reason.as_bytes()]);
         let answer = self
             .act_among_all(
                 caller,
@@ -489,18 +487,6 @@ fn enabled(id: &PrincipalId, existing: Option<Arc<Principal>>) -> Result<Princip
 /// principal.
 fn unknown(id: &PrincipalId) -> ServiceError {
     ServiceError::NotFound { what: format!("the principal `{id}`") }
-}
-
-/// The digest that binds a request id to its content: each part with its length.
-fn request_digest(verb: &str, parts: &[&[u8]]) -> [u8; 32] {
-    let mut context = Context::new(&SHA256);
-    for part in std::iter::once(verb.as_bytes()).chain(parts.iter().copied()) {
-        context.update(&(part.len() as u64).to_be_bytes());
-        context.update(part);
-    }
-    let mut digest = [0; 32];
-    digest.copy_from_slice(context.finish().as_ref());
-    digest
 }
 
 /// How often an act is tried again because a principal was added meanwhile.

@@ -20,9 +20,9 @@ use kms_proto::v1::{self, GroupKeyChanged, audit_record::Event};
 use kms_store::{MeterFilter, Reads, RowKind};
 
 use super::{OwnerService, no_such_group, number_of};
-use crate::grant::request_digest;
 use crate::island::Island;
 use crate::keys::{group_rotation::rotation_message, recipe::Recipe, setup::setup_record};
+use crate::request_digest::request_digest;
 use kms_authz::facts;
 use kms_authz::{Action, Caller, GroupFacts, Resource};
 use kms_base::error::ServiceError;

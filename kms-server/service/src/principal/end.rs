@@ -5,8 +5,9 @@ use kms_domain::{PrincipalId, RequestId};
 use kms_proto::v1;
 use kms_store::Reads;
 
-use super::{Principals, enabled, request_digest};
+use super::{Principals, enabled};
 use crate::Request;
+use crate::request_digest::request_digest;
 use kms_authz::{Action, Caller};
 use kms_base::error::ServiceError;
 
@@ -34,7 +35,7 @@ impl Principals {
         // This early answer tells what to do. The act checks the same again.
         refuse_own(&id, own).map_err(|refusal| self.on_record(caller, &action, refusal))?;
         self.island.require(caller, &action).await?;
-        let digest = request_digest("end-certificate", &[id.to_string().as_bytes(), &serial, reason.as_bytes()]);
+        let digest = request_digest(&[b"end-certificate", id.to_string().as_bytes(), &serial, reason.as_bytes()]);
         let answer = self
             .act_among_all(
                 caller,

@@ -10,6 +10,7 @@ use kms_store::Reads;
 
 use super::{Principals, changed, enabled, everyone::refuse_shared_key, security_event, unknown};
 use crate::island::Island;
+use crate::request_digest::request_digest;
 use crate::{
     Request,
     certificate::request::CertificationRequest,
@@ -89,10 +90,12 @@ impl Principals {
         self.island.require(caller, &Action::CarryOutProposal).await?;
         let issued =
             self.authority.principal(&id, certification, self.validity())?.sign(&self.island.hsm_for(caller)).await?;
-        let digest = super::request_digest(
-            "recertify",
-            &[id.to_string().as_bytes(), &certification.spki_sha256(), &approved.octets()],
-        );
+        let digest = request_digest(&[
+            b"recertify",
+            id.to_string().as_bytes(),
+            &certification.spki_sha256(),
+            &approved.octets(),
+        ]);
         let (chain, asking) = (self.chain(), caller.clone());
         let more = Reads { sealed: vec![proposal_row(approved)], ..Reads::default() };
         self.act_among_all(

@@ -6,10 +6,11 @@ use kms_domain::{Enrolment, Principal, PrincipalId, ProposalId, RequestId, Role,
 use kms_proto::v1;
 use kms_store::Reads;
 
-use super::{Principals, changed, enabled, everyone::refuse_shared_key, request_digest, security_event};
+use super::{Principals, changed, enabled, everyone::refuse_shared_key, security_event};
 use crate::Request;
 use crate::certificate::request::CertificationRequest;
 use crate::island::Island;
+use crate::request_digest::request_digest;
 use kms_authz::{Action, Caller};
 use kms_base::error::ServiceError;
 use kms_ledger::principal_row;
@@ -55,7 +56,7 @@ impl Principals {
         } else {
             None
         };
-        let digest = request_digest("renew", &[id.to_string().as_bytes(), &certification.spki_sha256()]);
+        let digest = request_digest(&[b"renew", id.to_string().as_bytes(), &certification.spki_sha256()]);
         let chain = self.chain();
         let asking = caller.clone();
         self.act_among_all(
