@@ -4,8 +4,9 @@
 use std::sync::Arc;
 
 use kms_domain::{
-    CounterKey, GrantId, GroupId, KeyType, KeyVersion, Lease, MemberCounts, MeterClass, OnNewKey, Owner, Party,
-    Principal, SecuritySetupId, SecuritySuite, Slot, Standing, SystemTitle, TransportCertificate, UnixMillis,
+    CounterKey, GrantId, GroupId, KeyType, KeyVersion, KeyVersionNumber, Lease, MemberCounts, MeterClass, OnNewKey,
+    Owner, Party, Principal, SecuritySetupId, SecuritySuite, Slot, Standing, SystemTitle, TransportCertificate,
+    UnixMillis,
 };
 use kms_hsm::KeySource;
 use kms_proto::v1::{self, GrantedMeter, KeysGranted, audit_record::Event};
@@ -199,21 +200,9 @@ impl Grant {
         if terms.dedicated_key {
             keys.push(dedicated(suite));
         }
-        let lease = match (
-            terms.client_title,
-            keys.iter()
-                .find(|key| matches!(key.key_type, KeyType::GUEK | KeyType::GBEK))
-                .and_then(|key| Some((key.key_type, key.version?))),
-        ) {
+        let lease = match (terms.client_title, encryption_key(&keys)) {
             (Some(client), Some((key_type, version))) => {
-                let of = CounterOf {
-                    owner,
-                    setup,
-                    key_type,
-                    version,
-                    counter: self.counter_key(&row, setup, client)?,
-                    on_new_key: self.on_new_key(&row, setup),
-                };
+                let of = self.counter_of(&row, setup, (key_type, version), client)?;
                 Some((client, version, view.lease(of, terms.counters, plan.not_after)?))
             }
             _ => None,
@@ -316,6 +305,25 @@ impl Grant {
         }
     }
 
+    /// The counter of a key version for a client title: what a grant leases from, and what the
+    /// repetition of the grant looks at (I4).
+    fn counter_of(
+        &self,
+        row: &OwnerRow,
+        setup: SecuritySetupId,
+        (key_type, version): (KeyType, KeyVersionNumber),
+        client: SystemTitle,
+    ) -> Result<CounterOf, ServiceError> {
+        Ok(CounterOf {
+            owner: row.owner(),
+            setup,
+            key_type,
+            version,
+            counter: self.counter_key(row, setup, client)?,
+            on_new_key: self.on_new_key(row, setup),
+        })
+    }
+
     /// The same answer for an owner that does not exist and one that the caller may not use.
     fn denied(&self, owner: Owner) -> ServiceError {
         match (owner, &self.chunk.targets) {
@@ -354,22 +362,11 @@ impl Grant {
                 in_doubt: slot.in_doubt(),
             });
         }
-        let encryption = keys
-            .iter()
-            .find(|key| matches!(key.key_type, KeyType::GUEK | KeyType::GBEK))
-            .and_then(|key| Some((key.key_type, key.version?)));
-        let lease = match (terms.client_title, encryption) {
+        let lease = match (terms.client_title, encryption_key(&keys)) {
             (Some(_), Some(_)) if granted.lease_count != terms.counters.get() => return Err(record_fault()),
             (Some(client), Some((key_type, version))) => {
                 let lease = Lease { first: granted.lease_first, count: granted.lease_count };
-                let of = CounterOf {
-                    owner,
-                    setup,
-                    key_type,
-                    version,
-                    counter: self.counter_key(&row, setup, client)?,
-                    on_new_key: self.on_new_key(&row, setup),
-                };
+                let of = self.counter_of(&row, setup, (key_type, version), client)?;
                 if !view.is_live(of, lease)? {
                     return Err(overtaken("a newer lease was allocated, or the server restarted,"));
                 }
@@ -521,6 +518,12 @@ fn dedicated(suite: SecuritySuite) -> PlannedKey {
 /// The same answer for a meter that does not exist and one that the caller may not see.
 fn denied(title: SystemTitle) -> ServiceError {
     ServiceError::denied(format!("openSession with meter {title}"))
+}
+
+/// The key whose counters a session leases.
+fn encryption_key(keys: &[PlannedKey]) -> Option<(KeyType, KeyVersionNumber)> {
+    let key = keys.iter().find(|key| matches!(key.key_type, KeyType::GUEK | KeyType::GBEK))?;
+    Some((key.key_type, key.version?))
 }
 
 fn record_fault() -> ServiceError {
