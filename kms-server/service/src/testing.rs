@@ -221,7 +221,7 @@ pub(crate) struct TestIsland {
     pub(crate) module: ModuleKind,
     pub(crate) officer: Caller,
     pub(crate) auditor: Caller,
-    /// Has the client title [`CLIENT_TITLE`].
+    /// Has the client title [`client_title`].
     pub(crate) head_end: Caller,
     /// Has none.
     pub(crate) other_head_end: Caller,
@@ -357,21 +357,27 @@ impl TestIsland {
 
     /// Another officer, of another person.
     pub(crate) async fn colleague(&self) -> Caller {
-        let id = PrincipalId::new(self.island.name().clone(), Role::Officer, "bo").unwrap();
+        self.officer_of("bo", "Bo", 40).await
+    }
+
+    /// Another officer, of a person. The number makes a certificate of its own.
+    pub(crate) async fn officer_of(&self, name: &str, person: &str, number: u8) -> Caller {
+        let id = PrincipalId::new(self.island.name().clone(), Role::Officer, name).unwrap();
         let not_after = Island::now().after(86_400_000);
+        let certificate = PrincipalCertificate::unrecorded(bytes::Bytes::from(vec![number]), [number; 32], not_after);
         let principal = Principal {
             id: id.clone(),
             revision: 1,
             status: PrincipalStatus::Enabled,
-            certificates: vec![PrincipalCertificate::unrecorded(bytes::Bytes::from(vec![40]), [40; 32], not_after)],
+            certificates: vec![certificate],
             transport: None,
             client_titles: Vec::new(),
-            person: Some(kms_domain::PersonName::parse("Bo").unwrap()),
+            person: Some(kms_domain::PersonName::parse(person).unwrap()),
             shipment_key: None,
             added: UnixMillis(1),
         };
         put_principal(&self.island, principal).await;
-        Caller { principal: id, certificate_sha256: [40; 32], not_after }
+        Caller { principal: id, certificate_sha256: [number; 32], not_after }
     }
 
     /// Another server of the same island: a writer of its own, and nothing remembered.

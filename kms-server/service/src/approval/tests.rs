@@ -1,31 +1,9 @@
-use kms_domain::{
-    CounterKey, KeyType, KeyVersionNumber, PersonName, Principal, PrincipalCertificate, PrincipalId, PrincipalStatus,
-    Quorum, RequestId, Role, SecuritySetupId, SystemTitle, UnixMillis,
-};
+use kms_domain::{CounterKey, KeyType, KeyVersionNumber, Quorum, RequestId, SecuritySetupId, SystemTitle};
 use kms_proto::v1::{AuditRecord, SecurityEvent};
 
 use super::*;
 use crate::meter::{CounterFloor, CounterRaise, MeterService, Request as MeterRequest};
-use crate::testing::{TestIsland, client_title, island_tests, meter, put_principal, sample};
-
-/// Another officer, of a person.
-async fn officer(island: &TestIsland, name: &str, person: &str, number: u8) -> Caller {
-    let id = PrincipalId::new(island.island.name().clone(), Role::Officer, name).unwrap();
-    let not_after = Island::now().after(86_400_000);
-    let principal = Principal {
-        id: id.clone(),
-        revision: 1,
-        status: PrincipalStatus::Enabled,
-        certificates: vec![PrincipalCertificate::unrecorded(bytes::Bytes::from(vec![number]), [number; 32], not_after)],
-        transport: None,
-        client_titles: Vec::new(),
-        person: Some(PersonName::parse(person).unwrap()),
-        shipment_key: None,
-        added: UnixMillis(1),
-    };
-    put_principal(&island.island, principal).await;
-    Caller { principal: id, certificate_sha256: [number; 32], not_after }
-}
+use crate::testing::{TestIsland, client_title, island_tests, meter, sample};
 
 fn request() -> Request {
     Request { id: RequestId::from_octets(uuid::Uuid::now_v7().as_bytes()).unwrap(), digest: [1; 32] }
@@ -92,7 +70,7 @@ island_tests! {
             let (service, by, id) = (service.clone(), by.clone(), id(proposal));
             async move { service.change(&by, request(), id, change).await }
         };
-        let (colleague, alias) = (officer(&island, "bo", "Bo", 40).await, officer(&island, "ada-2", "ada", 41).await);
+        let (colleague, alias) = (island.officer_of("bo", "Bo", 40).await, island.officer_of("ada-2", "ada", 41).await);
         let made = propose(&island, &island.officer, raise(1, 3_000_000_000)).await.unwrap();
         assert_eq!((made.state.as_str(), made.quorum), ("waiting", 1));
         assert!(made.description.contains("to 3000000000") && made.description.contains("GUEK version 1"), "{}", made.description);
@@ -128,7 +106,7 @@ island_tests! {
     async fn a_counter_is_raised_inside_the_chunk_that_a_server_deals_from(island) {
         island.deliver(&sample("generic-suite0", 1)).await;
         let service = ProposalService::new(island.island.clone());
-        let colleague = officer(&island, "bo", "Bo", 40).await;
+        let colleague = island.officer_of("bo", "Bo", 40).await;
         let next = || async {
             let of = kms_ledger::CounterOf {
                 owner: kms_domain::Owner::Meter(meter(1)),
@@ -169,7 +147,7 @@ island_tests! {
     async fn what_no_longer_fits_is_not_carried_out(island) {
         island.deliver(&sample("generic-suite0", 3)).await;
         let service = ProposalService::new(island.island.clone());
-        let colleague = officer(&island, "bo", "Bo", 40).await;
+        let colleague = island.officer_of("bo", "Bo", 40).await;
         let made = propose(&island, &island.officer, raise(1, 50_000)).await.unwrap();
         service.change(&colleague, request(), id(&made), approval(&made)).await.unwrap();
         // Meanwhile the counter went past it by itself. // I4: it is not lowered.

@@ -2,32 +2,12 @@ use std::{num::NonZeroU8, time::Duration};
 
 use kms_domain::{
     CampaignAction, CampaignName, CampaignSelection, CampaignTask, CampaignTerms, FlagId, KeyType, MaintenanceWindow,
-    MaintenanceWindows, Outcome, PersonName, Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, Quorum,
-    RequestId, Role, SecuritySetupId, TaskWork, UnixMillis, WaveSize,
+    MaintenanceWindows, Outcome, Quorum, RequestId, SecuritySetupId, TaskWork, UnixMillis, WaveSize,
 };
 use kms_store::{MeterFilter, TaskFilter};
 
 use super::*;
-use crate::testing::{TestIsland, island_tests, meter, put_principal, sample};
-
-/// Another officer, of a person.
-pub(crate) async fn officer(island: &TestIsland, name: &str, person: &str, number: u8) -> Caller {
-    let id = PrincipalId::new(island.island.name().clone(), Role::Officer, name).unwrap();
-    let not_after = Island::now().after(86_400_000);
-    let principal = Principal {
-        id: id.clone(),
-        revision: 1,
-        status: PrincipalStatus::Enabled,
-        certificates: vec![PrincipalCertificate::unrecorded(bytes::Bytes::from(vec![number]), [number; 32], not_after)],
-        transport: None,
-        client_titles: Vec::new(),
-        person: Some(PersonName::parse(person).unwrap()),
-        shipment_key: None,
-        added: UnixMillis(1),
-    };
-    put_principal(&island.island, principal).await;
-    Caller { principal: id, certificate_sha256: [number; 32], not_after }
-}
+use crate::testing::{TestIsland, island_tests, meter, sample};
 
 pub(crate) fn request() -> Request {
     Request { id: RequestId::from_octets(uuid::Uuid::now_v7().as_bytes()).unwrap(), digest: [1; 32] }
@@ -76,7 +56,7 @@ async fn running(island: &TestIsland, terms: CampaignTerms) -> (CampaignService,
     island.deliver(&sample("generic-suite0", 20)).await;
     let service = CampaignService::new(island.island.clone());
     let draft = service.create(&island.officer, request(), new(terms), true).await.unwrap().campaign.unwrap();
-    let colleague = officer(island, "bo", "Bo", 40).await;
+    let colleague = island.officer_of("bo", "Bo", 40).await;
     service.change(&colleague, request(), id(&draft), approval(&draft)).await.unwrap();
     let started = service.change(&island.officer, request(), id(&draft), Change::Start).await.unwrap();
     assert_eq!((started.state.as_str(), started.wave), ("running", 1));
@@ -198,7 +178,7 @@ island_tests! {
         // The same request again is the same campaign; another content under its id is refused.
         assert_eq!(service.create(&island.officer, made, new(terms()), true).await.unwrap().campaign.unwrap(), draft);
         assert_eq!(code(service.create(&island.officer, Request { digest: [2; 32], ..made }, new(terms()), true).await), 3);
-        let (colleague, alias) = (officer(&island, "bo", "Bo", 40).await, officer(&island, "ada-2", "ada", 41).await);
+        let (colleague, alias) = (island.officer_of("bo", "Bo", 40).await, island.officer_of("ada-2", "ada", 41).await);
         assert_eq!(code(service.change(&island.officer, request(), id(&draft), Change::Start).await), FAILED_PRECONDITION);
         assert_eq!(code(service.change(&island.officer, request(), id(&draft), approval(&draft)).await), FAILED_PRECONDITION);
         // Another certificate of the same person is the same person (I6).
@@ -382,7 +362,7 @@ island_tests! {
 
         let slow = CampaignTerms { canary: 20, starts_per_minute: 5.try_into().ok(), in_flight: 4.try_into().unwrap(), ..terms() };
         let draft = service.create(&island.officer, request(), new(slow), true).await.unwrap().campaign.unwrap();
-        let colleague = officer(&island, "cy", "Cy", 42).await;
+        let colleague = island.officer_of("cy", "Cy", 42).await;
         service.change(&colleague, request(), id(&draft), approval(&draft)).await.unwrap();
         service.change(&island.officer, request(), id(&draft), Change::Start).await.unwrap();
         let tasks = service.lease(&island.head_end, lease(100)).await.unwrap();
@@ -397,7 +377,7 @@ island_tests! {
         let mut asked = new(terms());
         asked.named = (1..=5).map(meter).collect();
         let draft = service.create(&island.officer, request(), asked, true).await.unwrap().campaign.unwrap();
-        let colleague = officer(&island, "bo", "Bo", 40).await;
+        let colleague = island.officer_of("bo", "Bo", 40).await;
         service.change(&colleague, request(), id(&draft), approval(&draft)).await.unwrap();
         // Somebody who can write the database adds a task for a meter.
         let store = &island.island.store;
@@ -522,7 +502,7 @@ island_tests! {
         let draft = service.create(&island.officer, request(), new(terms()), true).await.unwrap().campaign.unwrap();
         println!("planned {} meters in {:.1} s, {} MiB more than the {before} MiB before", draft.meters, at.elapsed().as_secs_f64(), resident() - before);
         assert_eq!(draft.meters, 1_000_000);
-        let colleague = officer(&island, "bo", "Bo", 40).await;
+        let colleague = island.officer_of("bo", "Bo", 40).await;
         service.change(&colleague, request(), id(&draft), approval(&draft)).await.unwrap();
         let at = std::time::Instant::now();
         service.change(&island.officer, request(), id(&draft), Change::Start).await.unwrap();

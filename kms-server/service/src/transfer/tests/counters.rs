@@ -49,7 +49,7 @@ fn a_test_that_repeats_a_nonce_fails() {
         .err()
         .map(|panic| panic.downcast_ref::<String>().cloned().unwrap_or_default());
     let seen = failed.as_ref().is_some_and(|failed| failed.contains("a nonce was repeated (I4)"));
-    assert_eq!(seen, crate::testing::notes_nonces(), "{failed:?}");
+    assert_eq!((failed.is_some(), seen), (seen, crate::testing::notes_nonces()), "{failed:?}");
 }
 
 /// The counter of the head-end's title under the key that the vendor shipped.

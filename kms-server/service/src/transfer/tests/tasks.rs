@@ -17,7 +17,7 @@ use crate::testing::{TestIsland, island_tests};
 use crate::{
     campaign::{
         CampaignService, Change, NewCampaign, ReportQuery, TaskLease,
-        tests::{approval, id, lease, lease_of, new, officer, request, terms},
+        tests::{approval, id, lease, lease_of, new, request, terms},
     },
     meter::{Assignment, MeterService, Request as MeterRequest, Selection},
 };
@@ -49,7 +49,7 @@ impl Led {
             .unwrap()
             .campaign
             .unwrap();
-        let colleague = officer(island, "bo", "Bo", 40).await;
+        let colleague = island.officer_of("bo", "Bo", 40).await;
         service.change(&colleague, request(), id(&draft), approval(&draft)).await.unwrap();
         service.change(&island.officer, request(), id(&draft), Change::Start).await.unwrap();
         service.lead(id(&draft)).await.unwrap();
