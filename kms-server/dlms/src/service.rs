@@ -70,7 +70,7 @@ impl ServiceRequest {
     ///
     /// There is one reading only of what is accepted: each length is in its shortest form, each
     /// presence octet is 00 or 01, and nothing follows. So what is decided on is what the meter
-    /// carries out.
+    /// executes.
     ///
     /// # Errors
     /// The APDU is of another kind, is cut, or octets follow it; a length is not in its shortest

@@ -1,4 +1,4 @@
-//! I3 and retention: whatever happens to a slot and whenever the house is kept, nothing that the
+//! I3 and retention: whatever happens to a slot and whenever maintenance runs, nothing that the
 //! meter may hold is destroyed before a later version was proven and the retention time has passed;
 //! of a retired meter, nothing before the retention time after its retirement, and everything then.
 
@@ -29,7 +29,7 @@ enum Step {
     /// An officer changes the state.
     Change(usize, KeyState),
     Retire,
-    KeepHouse,
+    Maintain,
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -41,7 +41,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         5 => (0..8usize).prop_map(Step::Prove),
         2 => (0..8usize, state).prop_map(|(version, state)| Step::Change(version, state)),
         1 => Just(Step::Retire),
-        8 => Just(Step::KeepHouse),
+        8 => Just(Step::Maintain),
     ];
     prop::collection::vec(step, 0..80)
 }
@@ -161,16 +161,16 @@ proptest! {
                     meter.retire(world.now).unwrap();
                     world.retired.get_or_insert(world.now);
                 }
-                Step::KeepHouse => keep_house(&mut meter, &world, retention)?,
+                Step::Maintain => maintain(&mut meter, &world, retention)?,
             }
         }
         // Long after everything, a retired meter has no key left.
         world.now = world.now.after(400 * DAY);
-        keep_house(&mut meter, &world, retention)?;
+        maintain(&mut meter, &world, retention)?;
     }
 }
 
-fn keep_house(meter: &mut Meter, world: &World, retention: Retention) -> Result<(), TestCaseError> {
+fn maintain(meter: &mut Meter, world: &World, retention: Retention) -> Result<(), TestCaseError> {
     let before = meter.clone();
     let gone = destroyed(slot(meter));
     let expired = meter.expire_keys(retention, world.now);

@@ -40,6 +40,7 @@ mod writer;
 
 #[doc(hidden)]
 pub use actor::Actor;
+
 pub use actor::ServerAct;
 pub use chain::{AuditKey, AuditKeys, AuditLeaf};
 pub use committer::Committer;

@@ -687,7 +687,7 @@ island_tests! {
         let proposal = propose(first, ended.after(1)).await.unwrap();
         let approved = kms_domain::ProposalId::from_octets(&proposal.proposal_id).unwrap();
 
-        // I6: the requester alone destroys nothing, and approves nothing of his own.
+        // I6: the requester alone destroys nothing, and approves nothing of their own.
         assert!(roots.destroy(&island.officer, request(), approved).await.is_err());
         let proposals = crate::approval::ProposalService::new(island.island.clone());
         let approval = crate::approval::Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };

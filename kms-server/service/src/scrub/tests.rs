@@ -157,7 +157,7 @@ island_tests! {
         let row = SealedRow { generation: 2, seal, body };
         let mut decide = |_: &ReadSet| Decision::Commit(Box::new(Changes { meters: vec![MeterPut::update(title, row.clone())], ..Changes::default() }));
         assert_eq!(island.island.store.transact(Reads::default(), &mut decide).await.unwrap(), Committed::Written);
-        // A group of his own.
+        // A group of its own.
         let group = kms_domain::Group::new(kms_domain::GroupId(9), "mine".to_owned(), stored.suite, stored.added);
         let body = group.to_row().unwrap();
         let seal = *island.island.committer.seal_key().seal(&kms_domain::RowId::Group(group.id), kms_domain::Generation::FIRST, &body).octets();
